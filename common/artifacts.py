@@ -1,0 +1,221 @@
+"""The artifact store: data sets by content hash and results by attempt, in a folder or on S3 (fsspec).
+
+A result is written under jobs/<id>/attempt-<n>/ and closed by manifest.json, which names every file with its size and
+sha256. Whatever has no manifest does not exist. Names are made here, never from what a person typed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .errors import ArtifactError, ServiceUnreachable, UsageError
+from .settings import Settings, redacted
+
+MANIFEST = "manifest.json"
+_BLOCK = 1 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredFile:
+    """One file of a manifest."""
+
+    size: int  # bytes
+    sha256: str
+
+
+Manifest = dict[str, StoredFile]
+"""Relative path -> file."""
+
+
+class ArtifactStore:
+    """Files under one URL, file:// or s3://."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url.rstrip("/")
+        self._fs, self._root = _filesystem(self.url)
+
+    def put_dataset(self, path: Path) -> tuple[str, str]:
+        """Upload a data set under its content hash, once. Returns (uri, sha256)."""
+        digest = sha256_of(path)
+        name = f"datasets/{digest}{path.suffix.lower()}"
+        with self._errors(f"storing {path.name}"):
+            if not self._fs.exists(self._at(name)) or self._fs.size(self._at(name)) != path.stat().st_size:
+                self._put(path, name)
+        return f"{self.url}/{name}", digest
+
+    def fetch_dataset(self, uri: str, sha256: str, folder: Path) -> Path:
+        """Download a data set into `folder` unless it is there; its content must match the hash."""
+        name = uri.removeprefix(self.url + "/")
+        target = folder / Path(name).name
+        if target.exists() and sha256_of(target) == sha256:
+            return target
+        folder.mkdir(parents=True, exist_ok=True)
+        with self._errors(f"fetching {uri}"):
+            self._get(name, target)
+        if sha256_of(target) != sha256:
+            target.unlink()
+            raise ArtifactError(f"{uri} does not have the content that was submitted", "submit the job again")
+        return target
+
+    def put_result(self, folder: Path, prefix: str) -> Manifest:
+        """Upload every file below `folder` under `prefix`, close it with a manifest and read all of it back.
+
+        Raises ArtifactError when something can't be written or reads back differently, ServiceUnreachable.
+        """
+        files = {p.relative_to(folder).as_posix(): p for p in sorted(folder.rglob("*")) if p.is_file()}
+        manifest = {name: StoredFile(size=p.stat().st_size, sha256=sha256_of(p)) for name, p in files.items()}
+        with self._errors(f"storing {prefix}"):
+            for name, path in files.items():
+                self._put(path, f"{prefix}/{name}")
+            text = json.dumps({name: vars(file) for name, file in manifest.items()}, indent=1)
+            self._fs.pipe_file(self._at(f"{prefix}/{MANIFEST}"), text.encode())
+        self.verify(prefix, manifest)
+        return manifest
+
+    def manifest(self, prefix: str) -> Manifest:
+        """The manifest that closes `prefix`. Raises ArtifactError when there is none."""
+        with self._errors(f"reading {prefix}"):
+            try:
+                raw = json.loads(self._fs.cat_file(self._at(f"{prefix}/{MANIFEST}")))
+            except FileNotFoundError:
+                raise ArtifactError(f"{self.url}/{prefix} has no manifest: nothing was stored there") from None
+            except json.JSONDecodeError:
+                raise ArtifactError(f"the manifest of {self.url}/{prefix} is damaged") from None
+        return {name: StoredFile(**file) for name, file in raw.items()}
+
+    def verify(self, prefix: str, expected: Manifest | None = None) -> Manifest:
+        """Read every file below `prefix` back and compare it with its manifest. Raises ArtifactError."""
+        manifest = self.manifest(prefix)
+        if expected is not None and manifest != expected:
+            raise ArtifactError(f"the manifest of {prefix} reads back differently")
+        with self._errors(f"verifying {prefix}"):
+            for name, file in manifest.items():
+                if self._hash(f"{prefix}/{name}") != file.sha256:
+                    raise ArtifactError(f"{self.url}/{prefix}/{name} does not match its manifest")
+        return manifest
+
+    def pull(self, prefix: str, part: str, target: Path) -> Manifest:
+        """Copy the files of `prefix` whose name begins with `part` into `target`, verified; names without `part`."""
+        wanted = {name: file for name, file in self.manifest(prefix).items() if name.startswith(part)}
+        if not wanted:
+            raise ArtifactError(f"{self.url}/{prefix} has no {part}")
+        for name, file in wanted.items():
+            path = target / name.removeprefix(part)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with self._errors(f"fetching {name}"):
+                self._get(f"{prefix}/{name}", path)
+            if sha256_of(path) != file.sha256:
+                raise ArtifactError(f"{self.url}/{prefix}/{name} does not match its manifest")
+        return {name.removeprefix(part): file for name, file in wanted.items()}
+
+    def read_json(self, prefix: str, name: str) -> Any:
+        """A JSON file of a result, checked against the manifest."""
+        return json.loads(self.read_bytes(prefix, name))
+
+    def read_bytes(self, prefix: str, name: str) -> bytes:
+        """A small file of a result, checked against the manifest."""
+        file = self.manifest(prefix).get(name)
+        if file is None:
+            raise ArtifactError(f"{self.url}/{prefix} has no {name}")
+        with self._errors(f"reading {name}"):
+            raw: bytes = self._fs.cat_file(self._at(f"{prefix}/{name}"))
+        if hashlib.sha256(raw).hexdigest() != file.sha256:
+            raise ArtifactError(f"{self.url}/{prefix}/{name} does not match its manifest")
+        return raw
+
+    def _at(self, name: str) -> str:
+        return f"{self._root}/{name}"
+
+    def _put(self, path: Path, name: str) -> None:
+        """Write aside and rename where renaming is atomic (a folder); S3 shows an object only when it is complete."""
+        target = self._at(name)
+        if "file" not in self._protocols():
+            self._fs.put_file(str(path), target)
+            return
+        self._fs.makedirs(Path(target).parent.as_posix(), exist_ok=True)
+        aside = f"{target}.part-{os.getpid()}"
+        try:
+            self._fs.put_file(str(path), aside)
+            Path(aside).replace(target)
+        finally:
+            Path(aside).unlink(missing_ok=True)
+
+    def _get(self, name: str, path: Path) -> None:
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".part-", delete=False) as aside:
+            part = Path(aside.name)
+        try:
+            self._fs.get_file(self._at(name), str(part))
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
+
+    def _hash(self, name: str) -> str:
+        digest = hashlib.sha256()
+        with self._fs.open(self._at(name), "rb") as stream:
+            while block := stream.read(_BLOCK):
+                digest.update(block)
+        return digest.hexdigest()
+
+    def _protocols(self) -> tuple[str, ...]:
+        protocol = self._fs.protocol
+        return (protocol,) if isinstance(protocol, str) else tuple(protocol)
+
+    @contextlib.contextmanager
+    def _errors(self, doing: str) -> Iterator[None]:
+        try:
+            yield
+        except (ArtifactError, ServiceUnreachable):
+            raise
+        except FileNotFoundError as error:
+            raise ArtifactError(f"{doing}: not found in {redacted(self.url)}") from error
+        except OSError as error:
+            # s3fs and fsspec report the service's answers as OSError; no errno means that none came.
+            why = error.strerror or str(error) or type(error).__name__
+            raise ArtifactError(f"{doing} in {redacted(self.url)}: {why}", "check LORACTL_ARTIFACTS_URL and its free space") from error
+        except Exception as error:
+            if type(error).__module__.split(".")[0] not in ("botocore", "aiobotocore", "aiohttp"):
+                raise
+            raise ServiceUnreachable("the artifact store", redacted(self.url), "LORACTL_ARTIFACTS_URL", str(error)) from error
+
+
+def open_store(settings: Settings) -> ArtifactStore:
+    """The artifact store of this installation."""
+    return ArtifactStore(settings.artifacts_url)
+
+
+def attempt_prefix(job_id: int, attempt: int) -> str:
+    """Where an attempt's files go."""
+    return f"jobs/{job_id}/attempt-{attempt}"
+
+
+def sha256_of(path: Path) -> str:
+    """Hex sha256 of a file's content."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _filesystem(url: str) -> tuple[Any, str]:
+    import fsspec
+
+    options: dict[str, Any] = {}
+    if url.startswith("s3://"):
+        # Other people write here too: a cached listing would hide their files.
+        options = {"use_listings_cache": False, "skip_instance_cache": True,
+                   "config_kwargs": {"connect_timeout": 5, "read_timeout": 30, "retries": {"max_attempts": 3}}}  # fmt: skip
+        if endpoint := os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL"):
+            options["endpoint_url"] = endpoint
+    try:
+        filesystem, root = fsspec.url_to_fs(url, **options)
+    except ImportError as error:
+        raise UsageError(f"the driver for {redacted(url)} is not installed", "pip install 'loractl[s3]'") from error
+    except ValueError as error:
+        raise UsageError(f"LORACTL_ARTIFACTS_URL is not a URL that can be opened: {redacted(url)}", "like file:///srv/loractl or s3://bucket/loractl") from error
+    return filesystem, root.rstrip("/")

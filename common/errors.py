@@ -1,0 +1,126 @@
+"""The errors that a person can meet, each with what happened, what to do next and an exit code.
+
+LoractlError                    1  failed
+├── SpecError                   2  the job file is wrong (holds every problem found)
+├── DataError                   2  a data set is wrong (file, row, what was expected)
+├── UsageError                  2  a command was used wrongly
+├── JobNotFound                 3  no such job
+├── ServiceUnreachable          4  database, Redis or artifact store can't be reached
+├── SchemaMismatch              1  the database is older or newer than this loractl
+├── ArtifactError               1  an artifact can't be written or does not match its manifest
+└── WrongState                  1  the job's state does not allow that
+
+They are caught at two places only: the command line (`loractl.scheduler.cli.main`) and the worker's task.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from pathlib import Path
+
+
+class ExitCode(enum.IntEnum):
+    """What a command's exit status means."""
+
+    OK = 0
+    FAILED = 1
+    USAGE = 2
+    NO_SUCH_JOB = 3
+    UNREACHABLE = 4
+    INTERRUPTED = 130
+
+
+class LoractlError(Exception):
+    """A problem with one sentence for people and a hint with the next step."""
+
+    exit_code = ExitCode.FAILED
+
+    def __init__(self, sentence: str, hint: str | None = None) -> None:
+        super().__init__(sentence)
+        self.sentence = sentence
+        self.hint = hint
+
+
+class UsageError(LoractlError):
+    """A command was used wrongly."""
+
+    exit_code = ExitCode.USAGE
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpecProblem:
+    """One thing that is wrong in a job file: where, which key, what, and what to do."""
+
+    file: str
+    line: int | None
+    key: str
+    what: str
+    hint: str | None = None
+
+    def __str__(self) -> str:
+        place = self.file if self.line is None else f"{self.file}:{self.line}"
+        return f"{place}: {self.key}: {self.what}" if self.key else f"{place}: {self.what}"
+
+
+class SpecError(LoractlError):
+    """A job file has one or more problems; all of them are listed, in the order of their lines."""
+
+    exit_code = ExitCode.USAGE
+
+    def __init__(self, problems: list[SpecProblem]) -> None:
+        self.problems = sorted(problems, key=lambda p: (p.line or 0, p.key))
+        super().__init__("\n".join(str(p) for p in self.problems))
+
+
+class DataError(LoractlError):
+    """A data set can't be trained on: which file, which row, and what was expected there."""
+
+    exit_code = ExitCode.USAGE
+
+    def __init__(self, file: str | Path, what: str, *, row: int | None = None, hint: str | None = None) -> None:
+        self.file = str(file)
+        self.row = row
+        place = self.file if row is None else f"{self.file}: row {row}"
+        super().__init__(f"{place}: {what}", hint)
+
+
+class JobNotFound(LoractlError):
+    """There is no job with that number."""
+
+    exit_code = ExitCode.NO_SUCH_JOB
+
+    def __init__(self, job_id: int) -> None:
+        super().__init__(f"there is no job {job_id}", "loractl status -a lists all jobs")
+        self.job_id = job_id
+
+
+class ServiceUnreachable(LoractlError):
+    """A service that loractl needs did not answer."""
+
+    exit_code = ExitCode.UNREACHABLE
+
+    def __init__(self, service: str, address: str, setting: str, why: str) -> None:
+        super().__init__(
+            f"{service} is unreachable at {address}: {why}", f"check that it runs, or set {setting}"
+        )
+        self.service = service
+
+
+class SchemaMismatch(LoractlError):
+    """The database's schema is not the one that this loractl knows."""
+
+    def __init__(self, found: str | None, wanted: str) -> None:
+        older = "has no loractl tables yet" if found is None else f"is at revision {found}"
+        super().__init__(
+            f"the database {older}, this loractl needs revision {wanted}",
+            "run loractl db upgrade; if the database is the newer one, upgrade loractl instead",
+        )
+
+
+class ArtifactError(LoractlError):
+    """An artifact could not be stored, or what is stored does not match its manifest."""
+
+
+class WrongState(LoractlError):
+    """The job is not in a state that allows the command."""

@@ -1,0 +1,60 @@
+"""The Celery app: wake-up messages, one queue a VRAM class. A message is a hint; the database decides."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .broker import broker_url
+from .errors import LoractlError, ServiceUnreachable
+from .policy import VRAM_CLASSES, queue_name
+from .settings import Settings, redacted
+
+WAKE_TASK = "loractl.wake"
+
+
+def make_app(url: str) -> Any:
+    """A Celery app with the options under which nothing stalls or runs twice (measured: docs/architecture.md)."""
+    from celery import Celery
+    from kombu import Exchange, Queue
+
+    app = Celery("loractl", broker=url, set_as_current=False)
+    exchange = Exchange("loractl", type="direct")
+    app.conf.update(
+        task_queues=[Queue(queue_name(c), exchange, routing_key=queue_name(c)) for c in VRAM_CLASSES],
+        task_default_exchange="loractl",
+        task_serializer="json",
+        accept_content=["json"],
+        task_ignore_result=True,
+        # Early ack: with acks_late, a task longer than the visibility timeout is started again and again.
+        task_acks_late=False,
+        worker_prefetch_multiplier=1,
+        worker_disable_prefetch=True,  # a busy node must not hoard a message that another could use
+        worker_cancel_long_running_tasks_on_connection_loss=False,  # trainings outlive the broker
+        worker_send_task_events=False,
+        worker_enable_remote_control=False,  # nobody may steer a node through Redis
+        worker_hijack_root_logger=False,
+        broker_connection_retry_on_startup=True,
+        broker_connection_max_retries=None,
+        broker_transport_options={
+            "socket_timeout": 5,  # a half-open connection otherwise wedges the node for minutes
+            "socket_connect_timeout": 2,
+            "health_check_interval": 10,
+            "queue_order_strategy": "priority",
+        },
+    )
+    return app
+
+
+def wake(settings: Settings, size_class: int) -> None:
+    """Tell nodes that a job of this class waits. Raises ServiceUnreachable when the queue is away."""
+    url = broker_url(settings)
+    app = make_app(url)
+    try:
+        with app.connection_for_write() as connection:
+            connection.ensure_connection(max_retries=1, interval_start=0, timeout=3)
+            app.send_task(WAKE_TASK, (size_class,), queue=queue_name(size_class), retry=False, connection=connection)
+    except LoractlError:
+        raise
+    except Exception as error:
+        # kombu and redis-py raise their own unrelated classes; each of them means that the message did not go out
+        raise ServiceUnreachable("the queue", redacted(url), "LORACTL_REDIS_URL", str(error) or type(error).__name__) from error

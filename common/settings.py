@@ -1,0 +1,99 @@
+"""Where this installation keeps its things: one frozen value from the environment, a config file, or defaults."""
+
+from __future__ import annotations
+
+import getpass
+import os
+import tomllib
+from dataclasses import dataclass, field
+from pathlib import Path
+from urllib.parse import urlsplit, urlunsplit
+
+from .errors import UsageError
+
+_KEYS = ("database_url", "redis_url", "artifacts_url", "devices", "user")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Every address that loractl uses. URLs may hold passwords, so their repr is hidden: print `redacted(url)`."""
+
+    home: Path
+    database_url: str = field(repr=False)
+    redis_url: str | None = field(repr=False)  # None: the embedded Valkey under `home`
+    artifacts_url: str = field(repr=False)
+    devices: str | None  # None: NVML, else the CPU
+    user: str
+
+    @property
+    def embedded_database(self) -> bool:
+        return self.database_url.startswith("sqlite")
+
+    @property
+    def runtime_dir(self) -> Path:
+        """Sockets, locks and flags of this box."""
+        return self.home / "run"
+
+    @property
+    def work_dir(self) -> Path:
+        """Scratch space of attempts on this box, one folder a job."""
+        return self.home / "work"
+
+    @property
+    def cache_dir(self) -> Path:
+        """Data sets by content hash and their tokenised form; safe to delete."""
+        return self.home / "cache"
+
+
+def load_settings(environ: dict[str, str] | None = None) -> Settings:
+    """Read LORACTL_* from the environment, then `config.toml` in LORACTL_HOME, then defaults.
+
+    Raises UsageError when config.toml can't be read or has an unknown key.
+    """
+    env = dict(os.environ) if environ is None else environ
+    home = Path(env.get("LORACTL_HOME") or "~/.loractl").expanduser().absolute()
+    file = _config_file(home / "config.toml")
+
+    def get(key: str, default: str | None) -> str | None:
+        return env.get(f"LORACTL_{key.upper()}") or file.get(key) or default
+
+    return Settings(
+        home=home,
+        database_url=_explicit_driver(get("database_url", None) or f"sqlite:///{home / 'loractl.db'}"),
+        redis_url=get("redis_url", None),
+        artifacts_url=get("artifacts_url", None) or (home / "artifacts").as_uri(),
+        devices=get("devices", None),
+        user=get("user", None) or getpass.getuser(),
+    )
+
+
+
+def redacted(url: str) -> str:
+    """The URL without its user's password, fit for a message or a log."""
+    parts = urlsplit(url)
+    if parts.password is None:
+        return url
+    host = parts.hostname or ""
+    port = f":{parts.port}" if parts.port else ""
+    return urlunsplit(parts._replace(netloc=f"{parts.username or ''}:***@{host}{port}"))
+
+
+def _explicit_driver(url: str) -> str:
+    """SQLAlchemy's `postgresql://` may mean another driver; loractl ships psycopg 3."""
+    for prefix in ("postgres://", "postgresql://"):
+        if url.startswith(prefix):
+            return "postgresql+psycopg://" + url.removeprefix(prefix)
+    return url
+
+
+def _config_file(path: Path) -> dict[str, str]:
+    if not path.exists():
+        return {}
+    try:
+        values = tomllib.loads(path.read_text())
+    except (OSError, tomllib.TOMLDecodeError) as error:
+        raise UsageError(f"{path} can't be read: {error}", "it is a TOML file with lines like redis_url = \"...\"") from error
+    unknown = sorted(set(values) - set(_KEYS))
+    if unknown:
+        raise UsageError(f"{path}: unknown key {unknown[0]}", f"known keys: {', '.join(_KEYS)}")
+    return {key: str(value) for key, value in values.items()}

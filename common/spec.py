@@ -1,0 +1,385 @@
+"""The job file: its keys, their types and limits, and how a file becomes a JobSpec or a list of problems.
+
+Keys are the libraries' own names (peft's LoraConfig, transformers' TrainingArguments), so that nothing is translated.
+"""
+
+from __future__ import annotations
+
+import difflib
+import enum
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from .errors import SpecError, SpecProblem
+from .units import parse_duration, parse_size
+
+MAX_FILE_BYTES = 256 * 1024
+"""A job file is settings, not data; YAML's aliases make larger ones dangerous to parse."""
+
+
+class Method(enum.StrEnum):
+    """How the adapter is trained."""
+
+    AUTO = "auto"  # LoRA where the device holds it, else QLoRA
+    LORA = "lora"  # base weights in 16 or 32 bit
+    QLORA = "qlora"  # base weights in NF4 with double quantisation
+
+
+class DataFormat(enum.StrEnum):
+    """The shape of a data set's rows."""
+
+    AUTO = "auto"
+    MESSAGES = "messages"  # {"messages": [{"role": ..., "content": ...}, ...]}
+    ALPACA = "alpaca"  # {"instruction": ..., "input": ..., "output": ...}
+    PROMPT_COMPLETION = "prompt_completion"  # {"prompt": ..., "completion": ...}
+    TEXT = "text"  # {"text": ...}
+
+
+class Overflow(enum.StrEnum):
+    """What happens to a row that is longer than max_length."""
+
+    TRUNCATE = "truncate"
+    DROP = "drop"
+    ERROR = "error"
+
+
+class Metric(enum.StrEnum):
+    """What the report measures on held-out rows, for the base and the tuned model."""
+
+    LOSS = "loss"
+    PERPLEXITY = "perplexity"
+    ROUGE = "rouge"
+    EXACT_MATCH = "exact_match"
+
+
+Size = Annotated[int, BeforeValidator(parse_size)]
+Duration = Annotated[float, BeforeValidator(parse_duration)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class DatasetSpec(_Section):
+    """The rows to train on and the rows held out."""
+
+    path: str = Field(min_length=1)
+    """A file (jsonl, json, csv, parquet; relative to the job file) or a hub id."""
+    format: DataFormat = DataFormat.AUTO
+    """The rows' shape; auto looks at the columns and says why."""
+    eval_path: str | None = None
+    """A file or hub id with the held-out rows; without it test_size rows are split off."""
+    test_size: float = Field(0.1, gt=0, lt=1)
+    """Share of rows held out before training."""
+    max_length: int = Field(1024, ge=8)
+    """Longest row in tokens."""
+    on_overflow: Overflow = Overflow.TRUNCATE
+    """What happens to longer rows; they are always counted."""
+
+
+class LoraSpec(_Section):
+    """The adapter: W + (lora_alpha / r) B A (LoRA, arXiv:2106.09685)."""
+
+    r: int = Field(16, ge=1, le=1024)
+    lora_alpha: float = Field(32, gt=0)
+    lora_dropout: float = Field(0.05, ge=0, lt=1)
+    target_modules: Literal["all-linear"] | list[str] = "all-linear"
+
+    @field_validator("target_modules")
+    @classmethod
+    def _not_empty(cls, value: str | list[str]) -> str | list[str]:
+        if value == []:
+            raise ValueError("is empty; write all-linear or name at least one module")
+        return value
+
+
+class TrainingSpec(_Section):
+    """The optimisation; names and meaning are those of transformers.TrainingArguments."""
+
+    num_train_epochs: float = Field(3, gt=0)
+    max_steps: int | None = Field(None, ge=1)
+    """Optimizer steps; overrides num_train_epochs."""
+    learning_rate: float = Field(2e-4, gt=0, lt=1)
+    per_device_train_batch_size: int = Field(4, ge=1)
+    gradient_accumulation_steps: int = Field(4, ge=1)
+    gradient_checkpointing: bool | None = None
+    """null: on a GPU yes, on a CPU no (it costs 1.5 to 2 times the time there)."""
+    warmup_steps: float = Field(0.03, ge=0)
+    """A number of steps, or below 1 a share of all steps."""
+    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup", "polynomial"] = "cosine"
+    weight_decay: float = Field(0.0, ge=0, lt=1)
+    max_grad_norm: float = Field(1.0, gt=0)
+    optim: Literal["auto", "adamw_torch", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit", "sgd", "adafactor"] = "auto"
+    """auto: paged 8-bit AdamW for QLoRA on a GPU, AdamW of torch elsewhere."""
+    logging_steps: int = Field(5, ge=1)
+    save_steps: int = Field(50, ge=1)
+    """A checkpoint every so many steps."""
+    eval_steps: int | None = Field(None, ge=1)
+    """Held-out loss every so many steps; null: only before and after."""
+    seed: int = Field(0, ge=0, lt=2**32)
+
+
+class EvaluationSpec(_Section):
+    """What the report measures on the held-out rows."""
+
+    metrics: list[Metric] = Field(default_factory=lambda: list(Metric), min_length=1)
+    samples: int = Field(16, ge=0, le=10_000)
+    """Held-out rows to generate answers for, base and tuned side by side; 0: none."""
+    max_new_tokens: int = Field(128, ge=1, le=8192)
+    max_rows: int | None = Field(None, ge=1)
+    """At most so many held-out rows are scored; null: all."""
+    per_device_eval_batch_size: int = Field(8, ge=1)
+
+    @model_validator(mode="after")
+    def _generation_needs_samples(self) -> EvaluationSpec:
+        generated = {Metric.ROUGE, Metric.EXACT_MATCH} & set(self.metrics)
+        if self.samples == 0 and generated and "metrics" in self.model_fields_set:
+            names = ", ".join(sorted(generated))
+            raise ValueError(f"samples is 0, so {names} can't be measured; set samples or drop them from metrics")
+        return self
+
+
+class ResourcesSpec(_Section):
+    """Limits on what the job may take."""
+
+    max_vram: Size | None = None
+    """At most this much device memory, like 20GiB: auto then prefers QLoRA where LoRA would need more."""
+    time_limit: Duration | None = None
+    """At most this long, like 2h, for an attempt."""
+
+
+class JobSpec(_Section):
+    """One fine-tune, complete and checked."""
+
+    name: Name
+    base_model: str = Field(min_length=1)
+    """A hub id, or a folder (relative to the job file) with safetensors or one GGUF file."""
+    method: Method = Method.AUTO
+    dataset: DatasetSpec
+    lora: LoraSpec = LoraSpec()
+    training: TrainingSpec = TrainingSpec()
+    evaluation: EvaluationSpec = EvaluationSpec()
+    resources: ResourcesSpec = ResourcesSpec()
+    max_retries: int = Field(2, ge=0, le=100)
+    priority: int = Field(0, ge=-1000, le=1000)
+    labels: dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=256)]] = Field(
+        default_factory=dict, max_length=32
+    )
+
+    @model_validator(mode="after")
+    def _combinations(self) -> JobSpec:
+        if self.dataset.eval_path and "test_size" in self.dataset.model_fields_set:
+            raise ValueError("dataset.eval_path and dataset.test_size both say what is held out; keep one of them")
+        if self.training.max_steps and "num_train_epochs" in self.training.model_fields_set:
+            raise ValueError("training.max_steps and training.num_train_epochs both say when to stop; keep one of them")
+        if self.training.optim.startswith("paged") and self.method is Method.LORA:
+            raise ValueError("training.optim: paged optimizers are for method qlora or auto; use adamw_torch or adamw_8bit")
+        return self
+
+    def spec_hash(self) -> str:
+        """sha256 over what decides the training's result: everything but name, labels, priority, limits, retries."""
+        deciding = self.model_dump(mode="json", exclude={"name", "labels", "priority", "resources", "max_retries"})
+        return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()
+
+
+_KNOWN_AS = {
+    "model": "base_model", "model_name_or_path": "base_model", "base": "base_model", "data": "dataset",
+    "datasets": "dataset", "rank": "lora.r", "lora_r": "lora.r", "alpha": "lora.lora_alpha", "lora_alpha": "lora.lora_alpha",
+    "dropout": "lora.lora_dropout", "lora_dropout": "lora.lora_dropout", "target_modules": "lora.target_modules",
+    "lora_target": "lora.target_modules", "epochs": "training.num_train_epochs", "num_epochs": "training.num_train_epochs",
+    "steps": "training.max_steps", "lr": "training.learning_rate", "batch_size": "training.per_device_train_batch_size",
+    "micro_batch_size": "training.per_device_train_batch_size", "grad_accum": "training.gradient_accumulation_steps",
+    "warmup_ratio": "training.warmup_steps", "scheduler": "training.lr_scheduler_type", "optimizer": "training.optim",
+    "sequence_len": "dataset.max_length", "cutoff_len": "dataset.max_length", "max_seq_length": "dataset.max_length",
+    "val_set_size": "dataset.test_size", "vram": "resources.max_vram", "timeout": "resources.time_limit",
+    "retries": "max_retries", "max_tokens": "evaluation.max_new_tokens", "tags": "labels",
+}  # fmt: skip
+"""What other tools call our keys, for "did you mean"."""
+
+
+def load_spec(path: Path, overrides: Sequence[str] = ()) -> JobSpec:
+    """Read a job file, apply `a.b=value` overrides, and resolve its local paths against its folder.
+
+    Raises SpecError with every problem found, each with its line.
+    """
+    tree, lines = _parse_yaml(path)
+    for override in overrides:
+        _apply_override(tree, override)
+    try:
+        spec = JobSpec.model_validate(tree)
+    except ValidationError as error:
+        raise SpecError([_problem(e, str(path), lines, overrides) for e in error.errors()]) from None
+    return _resolve_paths(spec, path.absolute().parent)
+
+
+def spec_keys() -> list[str]:
+    """Every key of the job file as a dotted path, sections left out."""
+    return [key for key in _all_keys(JobSpec) if not key.endswith(".")]
+
+
+def _parse_yaml(path: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
+    """The mapping in the file, and the line (from 1) of each key path."""
+    file = str(path)
+
+    def wrong(what: str, hint: str | None = None, line: int | None = None) -> SpecError:
+        return SpecError([SpecProblem(file=file, line=line, key="", what=what, hint=hint)])
+
+    try:
+        raw = path.read_bytes()
+        text = raw.decode("utf-8")
+    except FileNotFoundError:
+        raise wrong("no such file", "loractl submit takes the path of a job file, like examples/helpdesk-lora.yaml") from None
+    except IsADirectoryError:
+        raise wrong("is a folder, not a job file") from None
+    except UnicodeDecodeError:
+        raise wrong("is not UTF-8 text") from None
+    except OSError as error:
+        raise wrong(f"can't be read: {error.strerror}") from None
+    if len(raw) > MAX_FILE_BYTES:
+        raise wrong(f"has {len(raw)} bytes, a job file at most {MAX_FILE_BYTES}", "the data belong into a file of their own: dataset.path")
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        lines = dict(_lines(node, ()))
+        tree = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        what = getattr(error, "problem", None) or str(error) or type(error).__name__
+        raise wrong(f"is not valid YAML: {what}", line=mark.line + 1 if mark else None) from None
+    if not isinstance(tree, dict):
+        raise wrong("is empty or not a mapping of keys", "start from examples/helpdesk-lora.yaml")
+    return tree, lines
+
+
+def _lines(node: yaml.Node | None, path: tuple[str, ...]) -> list[tuple[tuple[str, ...], int]]:
+    found: list[tuple[tuple[str, ...], int]] = []
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            here = (*path, str(key.value))
+            if here in dict(found):
+                raise ValueError(f"key {'.'.join(here)} stands twice (line {key.start_mark.line + 1})")
+            found.append((here, key.start_mark.line + 1))
+            found += _lines(value, here)
+    elif isinstance(node, yaml.SequenceNode):
+        for index, item in enumerate(node.value):
+            found.append(((*path, str(index)), item.start_mark.line + 1))
+    return found
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    problem = SpecProblem(
+        file="--set", line=None, key=override, what="is not of the form key=value", hint="like --set training.max_steps=20"
+    )
+    if not equals or not key:
+        raise SpecError([problem])
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise SpecError([problem]) from None
+    *sections, last = key.split(".")
+    place = tree
+    for section in sections:
+        inner = place.get(section)
+        if not isinstance(inner, dict):
+            inner = place[section] = {}
+        place = inner
+    place[last] = value
+
+
+def _problem(
+    error: Any, file: str, lines: dict[tuple[str, ...], int], overrides: Sequence[str]
+) -> SpecProblem:
+    """One pydantic error as a sentence with the file's line and a hint."""
+    path = tuple(str(part) for part in error["loc"] if not str(part).startswith(("literal[", "list[", "function-")))
+    key = ".".join(path)
+    if any(o.split("=")[0] == key for o in overrides):
+        file, line = "--set", None
+    else:
+        line = next((lines[path[:n]] for n in range(len(path), 0, -1) if path[:n] in lines), None)
+    what, hint = _explain(error, key)
+    return SpecProblem(file=file, line=line, key=key, what=what, hint=hint)
+
+
+def _explain(error: Any, key: str) -> tuple[str, str | None]:
+    kind, context = error["type"], error.get("ctx", {})
+    given = error.get("input")
+    shown = json.dumps(given, default=str, ensure_ascii=False)
+    shown = shown if len(shown) <= 60 else shown[:57] + "..."
+    if kind == "extra_forbidden":
+        return "unknown key", _did_you_mean(key)
+    if kind == "missing":
+        return "is missing", f"add a line {key.split('.')[-1]}: ..."
+    if kind in ("enum", "literal_error"):
+        allowed = context["expected"].replace("'", "").replace(" or ", ", ")
+        close = difflib.get_close_matches(str(given), allowed.split(", "), n=1)
+        return f"{shown} is not one of {allowed}", f"did you mean {close[0]}?" if close else None
+    if kind == "value_error":
+        sentence = str(context["error"])
+        return (f"{shown} {sentence}" if sentence.startswith("is ") else sentence), None
+    if kind == "string_pattern_mismatch":
+        return f"{shown} is not a name: letters, digits, '.', '_' and '-' only, at most 63", None
+    if kind.startswith(("greater_than", "less_than")):
+        limit = {"greater_than": "above", "greater_than_equal": "at least", "less_than": "below", "less_than_equal": "at most"}
+        bound = next(iter(context.values()))
+        return f"{shown} must be {limit[kind]} {bound}", None
+    wanted = {
+        "int_type": "a whole number", "int_parsing": "a whole number", "int_from_float": "a whole number",
+        "float_type": "a number", "float_parsing": "a number", "string_type": "text", "bool_type": "true or false",
+        "bool_parsing": "true or false", "list_type": "a list", "model_type": "a mapping of keys", "dict_type": "a mapping",
+    }.get(kind)  # fmt: skip
+    if wanted:
+        quoted = "; write it in quotes" if wanted == "text" and isinstance(given, (int, float, bool)) else ""
+        return f"{shown} is not {wanted}{quoted}", None
+    return f"{shown}: {error['msg'][0].lower()}{error['msg'][1:]}", None
+
+
+def _did_you_mean(key: str) -> str | None:
+    *section, last = key.split(".")
+    near = ".".join(section)
+    keys = spec_keys() + sorted({k.split(".")[0] for k in spec_keys() if "." in k})
+    if (known := _KNOWN_AS.get(last)) and known != key:
+        return f"did you mean {known}?"
+    siblings = [k for k in keys if k.rpartition(".")[0] == near]
+    candidates = difflib.get_close_matches(last, [k.rpartition(".")[2] for k in siblings], n=1, cutoff=0.6)
+    if candidates:
+        return f"did you mean {'.'.join([*section, candidates[0]])}?"
+    elsewhere = [k for k in keys if k.rpartition(".")[2] == last]
+    if elsewhere:
+        return f"did you mean {elsewhere[0]}?"
+    return f"known keys here: {', '.join(k.rpartition('.')[2] for k in siblings)}" if siblings else None
+
+
+def _all_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
+    keys: list[str] = []
+    for name, info in model.model_fields.items():
+        kind = info.annotation
+        inner = next((t for t in (kind, *get_args(kind)) if isinstance(t, type) and issubclass(t, BaseModel)), None)
+        keys += _all_keys(inner, f"{prefix}{name}.") if inner else [f"{prefix}{name}"]
+    return keys
+
+
+def _resolve_paths(spec: JobSpec, folder: Path) -> JobSpec:
+    """Local paths become absolute; what does not exist beside the job file stays as it is (a hub id)."""
+
+    def local(text: str | None) -> str | None:
+        if text is None:
+            return None
+        path = (folder / Path(text).expanduser()).resolve()
+        looks_local = text.startswith((".", "/", "~")) or Path(text).suffix.lower() in DATA_SUFFIXES
+        return str(path) if path.exists() or looks_local else text
+
+    dataset = spec.dataset.model_copy(
+        update={"path": local(spec.dataset.path), "eval_path": local(spec.dataset.eval_path)}
+    )
+    return spec.model_copy(update={"base_model": local(spec.base_model), "dataset": dataset})
+
+
+DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+"""Endings of the data files that loractl reads."""

@@ -1,0 +1,136 @@
+"""A job's status, its stage while it runs, and the reason why an attempt ended."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+
+class Status(enum.StrEnum):
+    """Where a job is in its life. A wish (cancel, hold) is a column, not a status."""
+
+    QUEUED = "queued"  # waits for a device
+    RUNNING = "running"  # an attempt holds a lease on it
+    SUCCEEDED = "succeeded"  # adapter and report are stored and verified
+    FAILED = "failed"  # ended without a result; the reason says why
+    CANCELLED = "cancelled"  # ended because a person asked for it
+
+    @property
+    def is_terminal(self) -> bool:
+        return self in (Status.SUCCEEDED, Status.FAILED, Status.CANCELLED)
+
+
+TRANSITIONS: dict[Status, frozenset[Status]] = {
+    Status.QUEUED: frozenset({Status.RUNNING, Status.CANCELLED}),
+    Status.RUNNING: frozenset({Status.QUEUED, Status.SUCCEEDED, Status.FAILED, Status.CANCELLED}),
+    Status.SUCCEEDED: frozenset(),
+    Status.FAILED: frozenset({Status.QUEUED}),  # loractl retry
+    Status.CANCELLED: frozenset({Status.QUEUED}),  # loractl retry
+}
+
+
+class Stage(enum.StrEnum):
+    """Where in its run a RUNNING job is."""
+
+    PREPARING = "preparing"  # fetching data, loading the model, tokenising
+    TRAINING = "training"
+    EVALUATING = "evaluating"
+    STORING = "storing"  # uploading and verifying artifacts
+
+
+class Reason(enum.StrEnum):
+    """Why an attempt ended."""
+
+    OK = "ok"
+    BAD_SPEC = "bad_spec"
+    BAD_DATA = "bad_data"
+    MODEL_NOT_FOUND = "model_not_found"
+    OUT_OF_MEMORY = "out_of_memory"
+    HOST_OUT_OF_MEMORY = "host_out_of_memory"
+    DIVERGED = "diverged"
+    TIMED_OUT = "timed_out"
+    CANCELLED = "cancelled"
+    PREEMPTED = "preempted"
+    DRAINED = "drained"
+    WORKER_LOST = "worker_lost"
+    GPU_ERROR = "gpu_error"
+    DISK_FULL = "disk_full"
+    STORE_FAILED = "store_failed"
+    EVALUATION_FAILED = "evaluation_failed"
+    TRAINER_ERROR = "trainer_error"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What a reason means for the job."""
+
+    status: Status  # the job's status when it is not tried again
+    retryable: bool  # may another attempt help?
+    counts: bool  # does another attempt spend one of the user's max_retries?
+    advice: str  # the next step for a person
+
+
+_LAB = "nothing to do: the lab caused it, the job is tried again without spending its retries"
+
+OUTCOMES: dict[Reason, Outcome] = {
+    Reason.OK: Outcome(
+        status=Status.SUCCEEDED, retryable=False, counts=False, advice="loractl report JOB shows the result"
+    ),
+    Reason.BAD_SPEC: Outcome(
+        status=Status.FAILED, retryable=False, counts=False, advice="correct the job file and submit it again"
+    ),
+    Reason.BAD_DATA: Outcome(
+        status=Status.FAILED, retryable=False, counts=False, advice="correct the row and submit the job again"
+    ),
+    Reason.MODEL_NOT_FOUND: Outcome(
+        status=Status.FAILED,
+        retryable=False,
+        counts=False,
+        advice="check base_model: a hub id, or a folder that the worker can read (safetensors or GGUF)",
+    ),
+    Reason.OUT_OF_MEMORY: Outcome(
+        status=Status.FAILED,
+        retryable=False,
+        counts=False,
+        advice="use method: qlora, halve per_device_train_batch_size or lower dataset.max_length",
+    ),
+    Reason.HOST_OUT_OF_MEMORY: Outcome(
+        status=Status.FAILED, retryable=True, counts=True, advice="the box ran out of RAM: submit to a larger one"
+    ),
+    Reason.DIVERGED: Outcome(
+        status=Status.FAILED, retryable=False, counts=False, advice="lower training.learning_rate and submit again"
+    ),
+    Reason.TIMED_OUT: Outcome(
+        status=Status.FAILED, retryable=False, counts=False, advice="raise resources.time_limit, then loractl retry JOB"
+    ),
+    Reason.CANCELLED: Outcome(
+        status=Status.CANCELLED, retryable=False, counts=False, advice="loractl retry JOB queues it again"
+    ),
+    Reason.PREEMPTED: Outcome(status=Status.FAILED, retryable=True, counts=False, advice=_LAB),
+    Reason.DRAINED: Outcome(status=Status.FAILED, retryable=True, counts=False, advice=_LAB),
+    Reason.WORKER_LOST: Outcome(status=Status.FAILED, retryable=True, counts=False, advice=_LAB),
+    Reason.GPU_ERROR: Outcome(status=Status.FAILED, retryable=True, counts=False, advice=_LAB),
+    Reason.DISK_FULL: Outcome(
+        status=Status.FAILED, retryable=True, counts=True, advice="free space on the worker's disk, then loractl retry JOB"
+    ),
+    Reason.STORE_FAILED: Outcome(
+        status=Status.FAILED,
+        retryable=True,
+        counts=True,
+        advice="check the artifact store (LORACTL_ARTIFACTS_URL), then loractl retry JOB",
+    ),
+    Reason.EVALUATION_FAILED: Outcome(
+        status=Status.FAILED, retryable=True, counts=True, advice="loractl logs JOB shows what failed"
+    ),
+    Reason.TRAINER_ERROR: Outcome(
+        status=Status.FAILED, retryable=True, counts=True, advice="loractl logs JOB shows what failed"
+    ),
+}
+
+WORKER_LOST_LIMIT = 3
+"""A job whose worker was lost this often is held: it may be what kills them."""
+
+
+def retry_delay_s(attempt: int) -> float:
+    """Seconds to wait before attempt + 1, after a failure that counts: 10, 20, 40, ... at most 600."""
+    return float(min(600, 10 * 2 ** (attempt - 1)))

@@ -1,0 +1,57 @@
+"""Sizes and durations as people write them in a job file and read them in a table."""
+
+from __future__ import annotations
+
+import re
+
+GIB = 1024**3
+
+_BYTES = {"": 1, "B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40,
+          "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}  # fmt: skip
+_SECONDS = {"s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}
+
+
+def parse_size(text: str | int) -> int:
+    """Bytes of "24GiB", "500 MB" or a plain number of bytes. Raises ValueError with what would be right."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(text))
+    units = {name.lower(): factor for name, factor in _BYTES.items()}
+    if match is None or match[2].lower() not in units:
+        raise ValueError("is not a size; write it like 12GiB or 800MiB")
+    return int(float(match[1]) * units[match[2].lower()])
+
+
+def parse_duration(text: str | int | float) -> float:
+    """Seconds of "90s", "30m", "2h", "1d", "1h30m" or a plain number of seconds. Raises ValueError."""
+    compact = str(text).replace(" ", "").lower()
+    if re.fullmatch(r"\d+(\.\d+)?", compact):
+        return float(compact)
+    parts = re.findall(r"(\d+(?:\.\d+)?)(min|[smhd])", compact)
+    if not parts or "".join(a + b for a, b in parts) != compact:
+        raise ValueError("is not a duration; write it like 90s, 30m, 2h or 1h30m")
+    return sum(float(number) * _SECONDS[unit] for number, unit in parts)
+
+
+def gib(size: int | float | None) -> str:
+    """Bytes as GiB with one decimal, "–" when unknown."""
+    return "–" if size is None else f"{size / GIB:.1f}"
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds as "45 s", "12 min", "1 h 58 min", "3 d 4 h"."""
+    if seconds is None:
+        return "–"
+    whole = round(seconds)
+    if whole < 90:
+        return f"{whole} s"
+    minutes = round(whole / 60)
+    if minutes < 90:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    if hours < 48:
+        return f"{hours} h {minutes:02} min"
+    return f"{hours // 24} d {hours % 24} h"
+
+
+def thousands(number: int | None) -> str:
+    """1584 as "1 584"."""
+    return "–" if number is None else f"{number:,}".replace(",", " ")

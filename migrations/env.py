@@ -1,0 +1,13 @@
+"""Alembic's entry: runs the migrations on the connection that loractl.common.database hands over."""
+
+from alembic import context
+
+from loractl.common.tables import Base
+
+connection = context.config.attributes["connection"]
+context.configure(
+    connection=connection,
+    target_metadata=Base.metadata,
+    render_as_batch=connection.dialect.name == "sqlite",
+)
+context.run_migrations()

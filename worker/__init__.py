@@ -1,0 +1,1 @@
+"""What needs a GPU box: devices, the node, the supervisor and the trainer."""
