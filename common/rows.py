@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import DataError
-from .spec import DATA_SUFFIXES, DataFormat
+from .spec import DATA_SUFFIXES, BadRow, DataFormat
 
 ROLES = ("system", "user", "assistant", "tool")
 
@@ -98,13 +98,29 @@ def detect_format(rows: Iterable[RawRow], file: str | Path, wanted: DataFormat =
     )  # fmt: skip
 
 
-def parse_examples(rows: list[RawRow], format: DataFormat, file: str | Path) -> list[Example]:
-    """Every row as an Example. Raises DataError for the first row that does not have the format's shape."""
+def parse_examples(
+    rows: list[RawRow], format: DataFormat, file: str | Path, on_bad_row: BadRow = BadRow.ERROR
+) -> tuple[list[Example], list[str]]:
+    """Every row as an Example, and a sentence for each row that was dropped.
+
+    Raises DataError for the first row that can't be learned from, or, where those are dropped, when none is left.
+    """
     parse = {
         DataFormat.MESSAGES: _messages, DataFormat.ALPACA: _alpaca,
         DataFormat.PROMPT_COMPLETION: _prompt_completion, DataFormat.TEXT: _text,
     }[format]  # fmt: skip
-    return [parse(row, file) for row in rows]
+    examples, dropped = [], []
+    for row in rows:
+        try:
+            examples.append(parse(row, file))
+        except DataError as error:
+            if on_bad_row is BadRow.ERROR:
+                error.hint = error.hint or "correct it, or leave such rows out with dataset.on_bad_row: drop"
+                raise
+            dropped.append(error.sentence)
+    if not examples:
+        raise DataError(file, f"every row was dropped; the first: {dropped[0]}")
+    return examples, dropped
 
 
 def split_held_out(examples: list[Example], test_size: float, file: str | Path) -> tuple[list[Example], list[Example]]:

@@ -14,13 +14,26 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from .errors import SpecError, SpecProblem
 from .units import parse_duration, parse_size
 
 MAX_FILE_BYTES = 256 * 1024
 """A job file is settings, not data; YAML's aliases make larger ones dangerous to parse."""
+
+
+AS_WRITTEN = "as written"
+"""Validation context of a person's file: keys that contradict each other are refused. A stored spec has every key."""
 
 
 class Method(enum.StrEnum):
@@ -47,6 +60,13 @@ class Overflow(enum.StrEnum):
     TRUNCATE = "truncate"
     DROP = "drop"
     ERROR = "error"
+
+
+class BadRow(enum.StrEnum):
+    """What happens to a row that can't be learned from: an empty answer, a wrong role, a missing column."""
+
+    ERROR = "error"
+    DROP = "drop"
 
 
 class Metric(enum.StrEnum):
@@ -82,6 +102,8 @@ class DatasetSpec(_Section):
     """Longest row in tokens."""
     on_overflow: Overflow = Overflow.TRUNCATE
     """What happens to longer rows; they are always counted."""
+    on_bad_row: BadRow = BadRow.ERROR
+    """What happens to a row that can't be learned from; dropped rows are counted in the report."""
 
 
 class LoraSpec(_Section):
@@ -138,9 +160,9 @@ class EvaluationSpec(_Section):
     per_device_eval_batch_size: int = Field(8, ge=1)
 
     @model_validator(mode="after")
-    def _generation_needs_samples(self) -> EvaluationSpec:
+    def _generation_needs_samples(self, info: ValidationInfo) -> EvaluationSpec:
         generated = {Metric.ROUGE, Metric.EXACT_MATCH} & set(self.metrics)
-        if self.samples == 0 and generated and "metrics" in self.model_fields_set:
+        if info.context == AS_WRITTEN and self.samples == 0 and generated and "metrics" in self.model_fields_set:
             names = ", ".join(sorted(generated))
             raise ValueError(f"samples is 0, so {names} can't be measured; set samples or drop them from metrics")
         return self
@@ -174,7 +196,9 @@ class JobSpec(_Section):
     )
 
     @model_validator(mode="after")
-    def _combinations(self) -> JobSpec:
+    def _combinations(self, info: ValidationInfo) -> JobSpec:
+        if info.context != AS_WRITTEN:
+            return self
         if self.dataset.eval_path and "test_size" in self.dataset.model_fields_set:
             raise ValueError("dataset.eval_path and dataset.test_size both say what is held out; keep one of them")
         if self.training.max_steps and "num_train_epochs" in self.training.model_fields_set:
@@ -213,7 +237,7 @@ def load_spec(path: Path, overrides: Sequence[str] = ()) -> JobSpec:
     for override in overrides:
         _apply_override(tree, override)
     try:
-        spec = JobSpec.model_validate(tree)
+        spec = JobSpec.model_validate(tree, context=AS_WRITTEN)
     except ValidationError as error:
         raise SpecError([_problem(e, str(path), lines, overrides) for e in error.errors()]) from None
     return _resolve_paths(spec, path.absolute().parent)

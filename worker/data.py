@@ -1,0 +1,277 @@
+"""From a data set's rows to token ids and labels: the chat template, what is learned, and what is too long.
+
+Loss falls on answers only (on everything for `text`), the end-of-sequence token is learned, and there is one BOS at
+most. Tokenised data are cached by what decides them: content, tokenizer, template, format, length.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from loractl.common.artifacts import sha256_of
+from loractl.common.errors import DataError
+from loractl.common.rows import Example, RawRow, detect_format, parse_examples, read_rows, split_held_out
+from loractl.common.spec import DataFormat, DatasetSpec, Overflow
+
+IGNORED = -100
+"""The label that cross-entropy leaves out (torch.nn.CrossEntropyLoss's default ignore_index)."""
+
+_CACHE_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenRow:
+    """One tokenised row; `labels` equal `input_ids` where the model learns and IGNORED elsewhere."""
+
+    number: int
+    input_ids: list[int]
+    labels: list[int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenSet:
+    """Tokenised rows, and what became of those that were too long."""
+
+    rows: list[TokenRow]
+    truncated: int
+    too_long: int  # rows over max_length that were dropped
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(r.input_ids) for r in self.rows)
+
+    @property
+    def supervised(self) -> int:
+        return sum(label != IGNORED for r in self.rows for label in r.labels)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreparedData:
+    """Everything that the recipe and the evaluation need to know about the data."""
+
+    format: DataFormat
+    why: str
+    train: TokenSet
+    held_out: TokenSet
+    held_out_examples: list[Example]  # the same rows, in the same order, as held_out.rows
+    dropped: list[str]  # a sentence for each row that on_bad_row: drop left out
+    sha256: str | None
+
+    def facts(self) -> dict[str, Any]:
+        """What the report says about the data."""
+        return {
+            "format": self.format.value,
+            "why": self.why,
+            "sha256": self.sha256,
+            "train_rows": len(self.train.rows),
+            "held_out_rows": len(self.held_out.rows),
+            "train_tokens": self.train.tokens,
+            "supervised_tokens": self.train.supervised,
+            "truncated_rows": self.train.truncated + self.held_out.truncated,
+            "too_long_rows_dropped": self.train.too_long + self.held_out.too_long,
+            "bad_rows_dropped": len(self.dropped),
+            "bad_rows": self.dropped[:20],
+        }
+
+
+def prepare_data(
+    dataset: DatasetSpec, data_path: str, eval_path: str | None, sha256: str | None, tokenizer: Any, cache: Path | None
+) -> PreparedData:
+    """Read, check, split and tokenise. Raises DataError with file, row and what was expected."""
+    rows, file = _load(data_path), dataset.path
+    format, why = detect_format(rows, file, dataset.format)
+    examples, dropped = parse_examples(rows, format, file, dataset.on_bad_row)
+    if eval_path:
+        train, held_file = examples, dataset.eval_path or eval_path
+        held_out, also_dropped = parse_examples(_load(eval_path), format, held_file, dataset.on_bad_row)
+        dropped = dropped + also_dropped
+    else:
+        held_file = file
+        train, held_out = split_held_out(examples, dataset.test_size, file)
+    key = _cache_key(dataset, tokenizer, format)
+    train_set = _tokenise(train, file, dataset, tokenizer, format, cache, key)
+    held_set = _tokenise(held_out, held_file, dataset, tokenizer, format, cache, key)
+    kept = {r.number for r in held_set.rows}
+    return PreparedData(
+        format=format, why=why, train=train_set, held_out=held_set, dropped=dropped, sha256=sha256,
+        held_out_examples=[e for e in held_out if e.number in kept],
+    )  # fmt: skip
+
+
+def encode(example: Example, tokenizer: Any, format: DataFormat) -> tuple[list[int], list[int]]:
+    """(input_ids, labels) of one example, untruncated.
+
+    Raises ValueError when the chat template does not render a conversation as a prefix of its continuation.
+    """
+    if example.turns:
+        return _encode_chat(example, tokenizer)
+    return _encode_text(example, tokenizer, learn_all=format is DataFormat.TEXT)
+
+
+def prompt_of(example: Example, tokenizer: Any) -> tuple[list[int], str, str] | None:
+    """(prompt ids, prompt for people, expected answer) of the example's last answer; None for plain text."""
+    if example.turns:
+        last = max(i for i, turn in enumerate(example.turns) if turn.role == "assistant")
+        rendered = _render(example, last, tokenizer, generation_prompt=True)
+        shown = example.turns[last - 1].content if last == 1 else "\n".join(f"{t.role}: {t.content}" for t in example.turns[:last])
+        return tokenizer(rendered, add_special_tokens=False).input_ids, shown, example.turns[last].content
+    if example.prompt:
+        return _without_eos(tokenizer(example.prompt).input_ids, tokenizer), example.prompt, example.text[len(example.prompt) :]
+    return None
+
+
+def collate(rows: Sequence[dict[str, list[int]]], pad: int) -> dict[str, torch.Tensor]:
+    """Right-padded int64 tensors of shape (rows, longest row): input_ids, attention_mask, labels."""
+    longest = max(len(r["input_ids"]) for r in rows)
+
+    def padded(values: Callable[[dict[str, list[int]]], list[int]], fill: int) -> torch.Tensor:
+        return torch.tensor([(v := values(r)) + [fill] * (longest - len(v)) for r in rows])
+
+    return {
+        "input_ids": padded(lambda r: r["input_ids"], pad),
+        "attention_mask": padded(lambda r: [1] * len(r["input_ids"]), 0),
+        "labels": padded(lambda r: r["labels"], IGNORED),
+    }
+
+
+def _load(path: str) -> list[RawRow]:
+    if Path(path).exists() or Path(path).is_absolute():
+        return read_rows(Path(path))
+    from datasets import load_dataset
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        dataset = load_dataset(path, split="train")
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        first = str(error).strip().splitlines()
+        raise DataError(path, f"is neither a file here nor a data set on the hub: {first[0] if first else error}") from error
+    return [RawRow(number=n, value=value) for n, value in enumerate(dataset, start=1)]
+
+
+def _render(example: Example, end: int, tokenizer: Any, *, generation_prompt: bool = False) -> str:
+    messages = [{"role": t.role, "content": t.content} for t in example.turns[:end]]
+    text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt)
+    return text
+
+
+def _encode_chat(example: Example, tokenizer: Any) -> tuple[list[int], list[int]]:
+    """Render the whole conversation once, and learn the characters of each answer up to its end-of-sequence token."""
+    last = max(i for i, turn in enumerate(example.turns) if turn.role == "assistant")
+    text = _render(example, last + 1, tokenizer)
+    spans = []
+    for place, turn in enumerate(example.turns[: last + 1]):
+        if turn.role != "assistant":
+            continue
+        before = _render(example, place, tokenizer, generation_prompt=True)
+        after = _render(example, place + 1, tokenizer)
+        if not (text.startswith(after) and after.startswith(before)):
+            raise ValueError("the model's chat template changes earlier turns, so answers can't be told from the rest")
+        eos = after.find(tokenizer.eos_token, len(before) + len(turn.content.rstrip()))
+        spans.append((len(before), len(after) if eos < 0 else eos + len(tokenizer.eos_token)))
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    ids, offsets = list(encoded.input_ids), encoded.offset_mapping
+    learned = [any(start <= a and b <= end for start, end in spans) and a < b for a, b in offsets]
+    labels = [token if learn else IGNORED for token, learn in zip(ids, learned, strict=True)]
+    if text.find(tokenizer.eos_token, spans[-1][0]) < 0:  # the template has no end: teach one
+        ids.append(tokenizer.eos_token_id)
+        labels.append(tokenizer.eos_token_id)
+    return ids, labels
+
+
+def _encode_text(example: Example, tokenizer: Any, *, learn_all: bool) -> tuple[list[int], list[int]]:
+    """Prompt and completion are tokenised as one text: a token that crosses the border counts as prompt."""
+    encoded = tokenizer(example.text, return_offsets_mapping=True)
+    ids, offsets = list(encoded.input_ids), list(encoded.offset_mapping)
+    trimmed = _without_eos(ids, tokenizer)
+    labels = [
+        token if a < b and (learn_all or a >= len(example.prompt)) else IGNORED
+        for token, (a, b) in zip(trimmed, offsets[: len(trimmed)], strict=True)
+    ]
+    return [*trimmed, tokenizer.eos_token_id], [*labels, tokenizer.eos_token_id]
+
+
+def _without_eos(ids: Sequence[int], tokenizer: Any) -> list[int]:
+    """Some tokenizers close every text themselves; the end is added once, later."""
+    kept = list(ids)
+    while len(kept) > 1 and kept[-1] == tokenizer.eos_token_id:
+        kept.pop()
+    return kept
+
+
+def _tokenise(
+    examples: list[Example], file: str, dataset: DatasetSpec, tokenizer: Any, format: DataFormat, cache: Path | None, key: str
+) -> TokenSet:  # fmt: skip
+    content = hashlib.sha256("".join(e.content_hash() for e in examples).encode()).hexdigest()
+    folder = cache / "tokenised" / f"{content[:32]}-{key[:32]}" if cache else None
+    if folder and (folder / "set.json").exists():
+        raw = json.loads((folder / "set.json").read_text())
+        return TokenSet(rows=[TokenRow(**row) for row in raw.pop("rows")], **raw)
+    tokens = _fit(examples, file, dataset, tokenizer, format)
+    if folder:
+        _write_cache(folder, {**vars(tokens), "rows": [vars(row) for row in tokens.rows]})
+    return tokens
+
+
+def _fit(examples: list[Example], file: str, dataset: DatasetSpec, tokenizer: Any, format: DataFormat) -> TokenSet:
+    """Tokenise each example and apply on_overflow to those over max_length."""
+    rows, truncated, too_long = [], 0, 0
+    for example in examples:
+        try:
+            ids, labels = encode(example, tokenizer, format)
+        except ValueError as error:
+            raise DataError(file, str(error), row=example.number) from error
+        if len(ids) > dataset.max_length:
+            if dataset.on_overflow is Overflow.ERROR:
+                raise DataError(
+                    file, f"has {len(ids)} tokens, dataset.max_length is {dataset.max_length}", row=example.number,
+                    hint="raise it, or set dataset.on_overflow to truncate or drop",
+                )  # fmt: skip
+            if dataset.on_overflow is Overflow.DROP:
+                too_long += 1
+                continue
+            ids, labels, truncated = ids[: dataset.max_length], labels[: dataset.max_length], truncated + 1
+        if all(label == IGNORED for label in labels[1:]):  # the first token has no context to be predicted from
+            raise DataError(
+                file, f"has no token to learn within dataset.max_length ({dataset.max_length})", row=example.number,
+                hint="raise it, or set dataset.on_overflow: drop",
+            )  # fmt: skip
+        rows.append(TokenRow(number=example.number, input_ids=ids, labels=labels))
+    if not rows:
+        raise DataError(file, f"has no row of at most {dataset.max_length} tokens", hint="raise dataset.max_length")
+    return TokenSet(rows=rows, truncated=truncated, too_long=too_long)
+
+
+def _cache_key(dataset: DatasetSpec, tokenizer: Any, format: DataFormat) -> str:
+    """Changes with whatever changes the tokens of the same content."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    vocabulary = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    parts = [_CACHE_VERSION, vocabulary, tokenizer.chat_template, tokenizer.eos_token, format.value, dataset.max_length,
+             dataset.on_overflow.value]  # fmt: skip
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def _write_cache(folder: Path, value: dict[str, Any]) -> None:
+    """Written aside and renamed: two trainers may prepare the same data at once."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(dir=folder.parent))
+    (aside / "set.json").write_text(json.dumps(value))
+    try:
+        aside.rename(folder)
+    except OSError:
+        shutil.rmtree(aside)  # the other one was first; its content is the same
+        if not folder.exists():
+            raise
+
+
+def dataset_hash(path: str) -> str | None:
+    """sha256 of a local data file; None for a hub id."""
+    return sha256_of(Path(path)) if Path(path).exists() else None

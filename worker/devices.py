@@ -1,0 +1,192 @@
+"""The devices of this box: NVIDIA cards by NVML, the CPU with its RAM as memory, or a simulated inventory."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from loractl.common.errors import UsageError
+from loractl.common.settings import Settings
+from loractl.common.units import GIB, parse_size
+
+MARGIN_BYTES = GIB // 2
+"""Left free on every device: what a desktop or a driver may take between the look and the allocation."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Snapshot:
+    """What a device shows at one moment."""
+
+    free: int  # bytes that a new job may take, margin taken off
+    load: int | None = None  # percent
+    temperature: int | None = None  # °C
+    outside: list[dict[str, Any]] = field(default_factory=list)  # compute processes on it: pid, bytes
+
+
+class Device(Protocol):
+    """One device that trains one job at a time."""
+
+    index: int
+    uuid: str
+    name: str
+    kind: Literal["nvml", "cpu", "sim"]
+    total: int  # bytes
+
+    def look(self) -> Snapshot:
+        """The device's state now."""
+        ...
+
+    def environment(self) -> dict[str, str]:
+        """Environment variables under which a trainer sees this device alone."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class CpuDevice:
+    """The processor; its memory is the box's RAM, or what the container is allowed of it."""
+
+    index: int = 0
+    uuid: str = "cpu"
+    name: str = "CPU"
+    kind: Literal["cpu"] = "cpu"
+    total: int
+
+    def look(self) -> Snapshot:
+        import psutil
+
+        free = psutil.virtual_memory().available
+        limit, used = _cgroup("memory.max"), _cgroup("memory.current")
+        if limit is not None and used is not None:
+            free = min(free, limit - used)
+        return Snapshot(free=max(0, free - MARGIN_BYTES), load=round(psutil.cpu_percent()))
+
+    def environment(self) -> dict[str, str]:
+        return {"CUDA_VISIBLE_DEVICES": ""}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SimulatedDevice:
+    """A card that only exists for placement; training runs on the CPU."""
+
+    index: int
+    uuid: str
+    name: str
+    kind: Literal["sim"] = "sim"
+    total: int
+
+    def look(self) -> Snapshot:
+        return Snapshot(free=max(0, self.total - MARGIN_BYTES))
+
+    def environment(self) -> dict[str, str]:
+        return {"CUDA_VISIBLE_DEVICES": ""}
+
+
+@dataclass(frozen=True, kw_only=True)
+class NvmlDevice:
+    """An NVIDIA card, always named by its UUID: indexes change with CUDA_DEVICE_ORDER and reboots."""
+
+    index: int
+    uuid: str
+    name: str
+    kind: Literal["nvml"] = "nvml"
+    total: int
+
+    def look(self) -> Snapshot:
+        import pynvml
+
+        handle = pynvml.nvmlDeviceGetHandleByUUID(self.uuid)
+        memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
+        return Snapshot(
+            free=max(0, int(memory.free) - MARGIN_BYTES),
+            load=_optional(lambda: int(pynvml.nvmlDeviceGetUtilizationRates(handle).gpu)),
+            temperature=_optional(lambda: int(pynvml.nvmlDeviceGetTemperature(handle, pynvml.NVML_TEMPERATURE_GPU))),
+            outside=_optional(lambda: _processes(handle)) or [],
+        )
+
+    def environment(self) -> dict[str, str]:
+        return {"CUDA_VISIBLE_DEVICES": self.uuid}
+
+
+def find_devices(settings: Settings) -> list[Device]:
+    """The devices that LORACTL_DEVICES names (cpu, nvml or sim:8GiB,24GiB), else NVML's, else the CPU.
+
+    Raises UsageError when it can't be understood, or names cards that are not there.
+    """
+    wanted = settings.devices or "auto"
+    if wanted.startswith("sim:"):
+        return _simulated(wanted.removeprefix("sim:"))
+    if wanted not in ("auto", "cpu", "nvml"):
+        raise UsageError(f"LORACTL_DEVICES={wanted} is not known", "use cpu, nvml, or sim:8GiB,24GiB")
+    cards = [] if wanted == "cpu" else _nvml_cards()
+    if cards:
+        return list(cards)
+    if wanted == "nvml":
+        raise UsageError("NVML finds no NVIDIA card on this box", "check nvidia-smi, or set LORACTL_DEVICES=cpu")
+    return [_cpu()]
+
+
+def _cpu() -> CpuDevice:
+    import psutil
+
+    total = psutil.virtual_memory().total
+    limit = _cgroup("memory.max")
+    return CpuDevice(name=f"CPU, {os.cpu_count()} cores", total=total if limit is None else min(total, limit))
+
+
+def _simulated(sizes: str) -> list[Device]:
+    devices: list[Device] = []
+    for index, size in enumerate(sizes.split(",")):
+        try:
+            total = parse_size(size)
+        except ValueError as error:
+            raise UsageError(f"LORACTL_DEVICES: {size!r} {error}", "like sim:8GiB,24GiB") from None
+        devices.append(SimulatedDevice(index=index, uuid=f"SIM-{index}", name=f"simulated {size.strip()}", total=total))
+    return devices
+
+
+def _nvml_cards() -> list[NvmlDevice]:
+    """Every card that NVML shows and CUDA_VISIBLE_DEVICES allows; none without a driver."""
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return []  # no driver, no library: this box has no NVIDIA card
+    cards = []
+    for index in range(pynvml.nvmlDeviceGetCount()):
+        handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+        uuid = pynvml.nvmlDeviceGetUUID(handle)
+        total = int(pynvml.nvmlDeviceGetMemoryInfo(handle).total)
+        cards.append(NvmlDevice(index=index, uuid=uuid, name=pynvml.nvmlDeviceGetName(handle), total=total))
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return cards
+    allowed = [v.strip() for v in visible.split(",") if v.strip()]
+    return [c for c in cards if str(c.index) in allowed or any(a and c.uuid.startswith(a) for a in allowed)]
+
+
+def _processes(handle: Any) -> list[dict[str, Any]]:
+    import pynvml
+
+    running = pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
+    return [{"pid": p.pid, "bytes": p.usedGpuMemory} for p in running]
+
+
+def _optional(query: Any) -> Any:
+    """Some cards do not answer some questions; that is no reason to lose the card."""
+    import pynvml
+
+    try:
+        return query()
+    except (pynvml.NVMLError_NotSupported, pynvml.NVMLError_NoPermission, pynvml.NVMLError_FunctionNotFound):
+        return None
+
+
+def _cgroup(name: str) -> int | None:
+    try:
+        text = (Path("/sys/fs/cgroup") / name).read_text().strip()
+    except OSError:
+        return None
+    return int(text) if text.isdigit() else None

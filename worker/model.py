@@ -1,0 +1,185 @@
+"""The base model and its adapter: loading a hub id, a safetensors folder or a GGUF file, plain or in NF4."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GgufConfig
+
+from loractl.common.errors import LoractlError
+from loractl.common.spec import JobSpec, Method
+from loractl.common.status import Reason
+
+PLAIN_CHAT_TEMPLATE = (
+    "{% for message in messages %}### {{ message['role'] | capitalize }}:\n{{ message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}\n\n{% endfor %}"
+    "{% if add_generation_prompt %}### Assistant:\n{% endif %}"
+)
+"""For base models without a chat template."""
+
+
+class TrainingFailed(LoractlError):
+    """The attempt can't go on, for a reason that the job's row will show."""
+
+    def __init__(self, reason: Reason, sentence: str) -> None:
+        super().__init__(sentence)
+        self.reason = reason
+
+
+@dataclass(frozen=True, kw_only=True)
+class Precision:
+    """The number formats of a run."""
+
+    base: torch.dtype  # of unquantised base weights, and NF4's compute type
+    autocast: bool  # bf16 autocast over fp32 adapters
+
+
+def choose_precision(device: str) -> Precision:
+    """bf16 where the device computes in it, else fp32.
+
+    Old cards and processors emulate bf16: slower than fp32, and no more exact.
+    """
+    if device == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return Precision(base=torch.bfloat16 if fast else torch.float32, autocast=fast)
+
+
+def load_tokenizer(base_model: str) -> Any:
+    """The model's tokenizer, always with a chat template and a padding token. Raises TrainingFailed."""
+    with _model_errors(base_model):
+        tokenizer = AutoTokenizer.from_pretrained(base_model, **_gguf_file(base_model))
+    if tokenizer.eos_token is None:
+        raise TrainingFailed(Reason.MODEL_NOT_FOUND, f"the tokenizer of {base_model} has no end-of-sequence token")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token  # labels are built from masks, so a shared token does no harm
+    if not tokenizer.chat_template:
+        # Rendered conversations are tokenised without special tokens, so the template brings the BOS where one is usual.
+        usual_bos = tokenizer.bos_token is not None and tokenizer("a").input_ids[0] == tokenizer.bos_token_id
+        tokenizer.chat_template = ("{{ bos_token }}" if usual_bos else "") + PLAIN_CHAT_TEMPLATE
+    return tokenizer
+
+
+def load_base(base_model: str, method: Method, device: str, precision: Precision) -> Any:
+    """The base model on its device; for qlora its linear layers in NF4 with double quantisation (arXiv:2305.14314).
+
+    Raises TrainingFailed when the model can't be found or read.
+    """
+    options: dict[str, Any] = {"dtype": precision.base, "use_safetensors": True, **_gguf_file(base_model)}
+    if device == "cuda":
+        options["device_map"] = {"": 0}
+    if "gguf_file" in options:
+        if method is Method.QLORA:
+            raise TrainingFailed(
+                Reason.BAD_SPEC,
+                "a GGUF base can't be quantised to NF4: use method: lora, or convert it to safetensors first",
+            )
+        options["quantization_config"] = GgufConfig(dequantize=True)
+        options.pop("use_safetensors")
+    elif method is Method.QLORA:
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=precision.base,
+        )
+    with _model_errors(base_model):
+        return AutoModelForCausalLM.from_pretrained(base_model, **options)
+
+
+def add_adapter(base: Any, spec: JobSpec, method: Method) -> Any:
+    """The base with a fresh LoRA adapter; only the adapter is trainable. Raises TrainingFailed(bad_spec)."""
+    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+
+    if method is Method.QLORA:
+        # Checkpointing is the Trainer's business: its non-reentrant kind needs no hook on the inputs.
+        base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
+        keep_nf4_in_training_mode(base)
+    targets = spec.lora.target_modules
+    if isinstance(targets, list):
+        _check_targets(base, targets)
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=spec.lora.r,
+        lora_alpha=spec.lora.lora_alpha,
+        lora_dropout=spec.lora.lora_dropout,
+        target_modules=targets,
+    )
+    model = get_peft_model(base, config)
+    model.config.use_cache = False
+    return model
+
+
+def keep_nf4_in_training_mode(model: Any) -> None:
+    """Make eval() leave every NF4 layer in training mode; such a layer holds no dropout, so nothing else changes.
+
+    bitsandbytes 0.50 on a CPU repacks a layer's weights for inference on its first forward in eval mode. From then on
+    the gradients through it are wrong, without an error: training after a mid-run evaluation is ruined silently.
+    """
+    from bitsandbytes.nn import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.train(True)
+            module.train = lambda mode=True, module=module: module
+
+
+@contextlib.contextmanager
+def evaluating(model: Any, *, base: bool = False) -> Iterator[Any]:
+    """The model in eval mode without gradients; with `base`, its adapter switched off. Training mode is restored."""
+    was_training = model.training
+    model.eval()
+    adapter_off = model.disable_adapter() if base else contextlib.nullcontext()
+    try:
+        with torch.no_grad(), adapter_off:
+            yield model
+    finally:
+        model.train(was_training)
+
+
+def _gguf_file(base_model: str) -> dict[str, str]:
+    """{"gguf_file": name} for a folder that holds exactly one GGUF file and no safetensors."""
+    folder = Path(base_model)
+    if not folder.is_dir() or list(folder.glob("*.safetensors")):
+        return {}
+    found = sorted(folder.glob("*.gguf"))
+    if len(found) > 1:
+        names = ", ".join(f.name for f in found)
+        raise TrainingFailed(Reason.MODEL_NOT_FOUND, f"{base_model} holds several GGUF files ({names}): keep one")
+    return {"gguf_file": found[0].name} if found else {}
+
+
+def _check_targets(base: Any, targets: list[str]) -> None:
+    linear = {name.rpartition(".")[2] for name, m in base.named_modules() if isinstance(m, torch.nn.Linear)} - {"lm_head"}
+    if unknown := [t for t in targets if t.rpartition(".")[2] not in linear]:
+        raise TrainingFailed(
+            Reason.BAD_SPEC,
+            f"lora.target_modules: {', '.join(unknown)} is not a linear layer of this model; it has {', '.join(sorted(linear))}",
+        )
+
+
+@contextlib.contextmanager
+def _model_errors(base_model: str) -> Iterator[None]:
+    """transformers' many ways to say that a model is not there, as one sentence."""
+    from huggingface_hub.errors import HFValidationError, HfHubHTTPError
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, HFValidationError, HfHubHTTPError, SafetensorError, KeyError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno == 28:
+            raise
+        if Path(base_model).is_absolute() and not Path(base_model).exists():
+            why = "there is no such folder on this worker"
+        elif isinstance(error, SafetensorError):
+            why = f"its weights can't be read ({error})"
+        else:
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+            why = lines[0][:300] if lines else type(error).__name__
+        raise TrainingFailed(Reason.MODEL_NOT_FOUND, f"base_model {base_model} can't be loaded: {why}") from error

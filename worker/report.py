@@ -1,0 +1,179 @@
+"""The evaluation report: report.json with every number, and report.html, one page that stands alone."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import math
+import platform
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from loractl import __version__
+from loractl.common.artifacts import sha256_of
+from loractl.common.units import duration, gib, thousands
+
+from .evaluate import BOOTSTRAP_SAMPLES, BOOTSTRAP_SEED, Compared, Evaluation
+from .memory import Peak
+
+if TYPE_CHECKING:
+    from .data import PreparedData
+    from .model import Precision
+    from .protocol import Start
+    from .train import TrainingLog
+
+SCHEMA = 1
+"""Version of report.json's form; a reader refuses a newer one."""
+
+_PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets")
+
+
+def build_report(
+    order: Start, *, data: PreparedData, evaluation: Evaluation, log: TrainingLog, arguments: Any, model: Any,
+    precision: Precision, peak: Peak, adapter_dir: Path, wall_seconds: float,
+) -> dict[str, Any]:  # fmt: skip
+    """Everything that was measured, as plain JSON values."""
+    trainable, total = model.get_nb_trainable_parameters()
+    spec = order.spec
+    return {
+        "schema": SCHEMA,
+        "job": {"job_id": order.job_id, "name": spec.name, "user": order.user, "attempt": order.attempt,
+                "node": order.node, "gpu": order.gpu, "labels": dict(spec.labels)},
+        "base_model": spec.base_model,
+        "method": order.method.value,
+        "verdict": verdict(evaluation.metrics),
+        "adapter": {
+            "r": spec.lora.r, "lora_alpha": spec.lora.lora_alpha, "lora_dropout": spec.lora.lora_dropout,
+            "modules": sorted(model.peft_config["default"].target_modules),
+            "trainable_parameters": trainable, "total_parameters": total,
+            "bytes": sum(f.stat().st_size for f in adapter_dir.glob("*.safetensors")),
+            "sha256": sha256_of(adapter_dir / "adapter_model.safetensors"),
+        },
+        "data": data.facts(),
+        "training": {
+            "steps": log.first_step + log.steps_done, "resumed_from_step": log.first_step or None, "epochs": spec.training.num_train_epochs if not spec.training.max_steps else None,
+            "seconds": log.seconds, "tokens_per_second": log.tokens_per_second,
+            "peak_memory_bytes": peak.bytes, "peak_memory_kind": peak.kind, "vram_planned": order.vram_planned,
+            "learning_rate": spec.training.learning_rate, "optim": arguments.optim if isinstance(arguments.optim, str) else arguments.optim.value,
+            "per_device_train_batch_size": spec.training.per_device_train_batch_size,
+            "gradient_accumulation_steps": spec.training.gradient_accumulation_steps,
+            "gradient_checkpointing": arguments.activation_checkpointing,
+            "precision": str(precision.base).removeprefix("torch."), "device": order.device,
+            "losses": log.train_losses, "eval_losses": log.eval_losses,
+        },
+        "evaluation": {
+            "rows": evaluation.rows, "seconds": evaluation.seconds,
+            "bootstrap": {"samples": BOOTSTRAP_SAMPLES, "seed": BOOTSTRAP_SEED, "interval": 0.95},
+            "metrics": [_metric(m) for m in evaluation.metrics],
+            "answers": [{**vars(a), "base_exact": a.base_exact, "tuned_exact": a.tuned_exact} for a in evaluation.answers],
+        },
+        "seed": spec.training.seed,
+        "wall_seconds": wall_seconds,
+        "versions": {"loractl": __version__, "python": platform.python_version(),
+                     **{name: importlib.metadata.version(name) for name in _PACKAGES}},
+    }  # fmt: skip
+
+
+def verdict(metrics: list[Compared]) -> dict[str, str]:
+    """What the comparison says, in a word and a sentence. The held-out loss decides; the rest is named beside it."""
+    loss = next(m for m in metrics if m.name == "loss")
+    numbers = f"held-out loss {loss.base:.2f} -> {loss.tuned:.2f}"
+    worse = [m.label for m in metrics if m.reading == "worse" and m.name not in ("loss", "perplexity")]
+    aside = f"; worse on {' and '.join(worse)}" if worse else ""
+    if loss.reading == "no clear change":
+        return {"reading": "no_measurable_gain", "sentence": f"No measurable gain: {numbers}, and the interval of the change holds zero{aside}."}
+    if loss.reading == "worse":
+        return {"reading": "worse", "sentence": f"No measurable gain: worse than the base, {numbers}{aside}."}
+    return {"reading": "better", "sentence": f"Better than the base: {numbers}{aside}."}
+
+
+def write_report(report: dict[str, Any], folder: Path) -> None:
+    """report.json and report.html."""
+    (folder / "report.json").write_text(json.dumps(_finite(report), indent=1, allow_nan=False))
+    (folder / "report.html").write_text(render_html(report))
+
+
+def render_html(report: dict[str, Any]) -> str:
+    """The page: no script, no font, no picture from elsewhere; everything typed by people is escaped."""
+    from jinja2 import Environment, StrictUndefined
+
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters.update(duration=duration, gib=gib, thousands=thousands, signed=_signed)
+    template = environment.from_string((files(__package__) / "report.html.jinja").read_text())
+    return template.render(
+        report=report, chart=loss_chart(report["training"]), forest=_forest(report["evaluation"]["metrics"]),
+        groups=_groups(report["evaluation"]["answers"]),
+    )  # fmt: skip
+
+
+def loss_chart(training: dict[str, Any]) -> dict[str, Any]:
+    """Coordinates of the loss curve in a 920 x 270 picture, and its axes' labels."""
+    points = [(s, v) for s, v in training["losses"] if math.isfinite(v)]
+    evals = [(s, v) for s, v in training["eval_losses"] if math.isfinite(v)]
+    if not points:
+        return {"raw": "", "smooth": "", "evals": [], "x": [], "y": [], "last": None}
+    values = [v for _, v in points + evals]
+    low, high = _ticks(min(values), max(values))
+    last_step = max(s for s, _ in points + evals)
+
+    def at(step: float, value: float) -> tuple[float, float]:
+        return round(40 + 800 * step / max(1, last_step), 1), round(14 + 220 * (high - value) / (high - low), 1)
+
+    def path(line: list[tuple[int, float]]) -> str:
+        return "M" + "L".join(f"{x} {y}" for x, y in (at(s, v) for s, v in line))
+
+    smooth, mean = [], points[0][1]
+    for step, value in points:
+        mean = 0.7 * mean + 0.3 * value
+        smooth.append((step, mean))
+    grid = [low + (high - low) * n / 4 for n in range(5)]
+    return {
+        "raw": path(points), "smooth": path(smooth) if len(points) > 2 else "", "line": path(evals) if len(evals) > 1 else "",
+        "evals": [(*at(s, v), s, v) for s, v in evals],
+        "x": [(at(last_step * n / 4, low)[0], thousands(round(last_step * n / 4))) for n in range(5)],
+        "y": [(at(0, v)[1], f"{v:.2f}") for v in grid],
+        "last": (*at(*points[-1]), f"{points[-1][1]:.2f}"),
+    }  # fmt: skip
+
+
+def _forest(metrics: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """For each metric, its interval on an axis of its own unit: left end, point and right end in 0..100, base at 50."""
+    rows = {}
+    for m in metrics:
+        reach = max(abs(m["low"]), abs(m["high"]), abs(m["change"]), 1e-9) * 1.1 if m["low"] is not None else 1.0
+        rows[m["name"]] = {key: 50 + 50 * (m[key] or 0.0) / reach for key in ("low", "change", "high")}
+    return rows
+
+
+def _groups(answers: list[dict[str, Any]]) -> list[tuple[str, str, list[dict[str, Any]]]]:
+    """(key, title, answers) by what changed: repaired and broken first."""
+    kinds = [("repaired", "base wrong, tuned right", False, True), ("broken", "base right, tuned wrong", True, False),
+             ("wrong", "both wrong", False, False), ("right", "both right", True, True)]  # fmt: skip
+    return [(key, title, [a for a in answers if (a["base_exact"], a["tuned_exact"]) == (b, t)]) for key, title, b, t in kinds]
+
+
+def _metric(m: Compared) -> dict[str, Any]:
+    return {**vars(m), "change": m.change, "reading": m.reading}
+
+
+def _signed(value: float | None, digits: int = 2) -> str:
+    return "–" if value is None else f"{value:+.{digits}f}".replace("-", "\N{MINUS SIGN}")
+
+
+def _ticks(low: float, high: float) -> tuple[float, float]:
+    """Ends of an axis, rounded outwards to a step that people read easily."""
+    span = max(high - low, 0.1)
+    step = 10 ** math.floor(math.log10(span)) / 2
+    return math.floor(low / step) * step, math.ceil(high / step) * step + (step if high == low else 0)
+
+
+def _finite(value: Any) -> Any:
+    """JSON knows no NaN: a number that could not be had is null."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return value

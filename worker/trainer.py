@@ -1,0 +1,119 @@
+"""The trainer process: reads orders from stdin, runs the recipe, tells what happens on stdout.
+
+    python -m loractl.worker.trainer
+
+It ends when its stdin closes, so a killed supervisor leaves no orphan on the device. Signals are the supervisor's
+business. Whatever a library prints goes to stderr, which becomes the job's log.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import queue
+import signal
+import sys
+import threading
+import traceback
+from typing import IO
+
+from loractl.common.errors import DataError
+from loractl.common.status import Reason
+
+from .protocol import Ended, Start, Stop, Told, decode_order, encode
+
+EXIT_ORPHANED = 9
+
+
+def main() -> int:
+    """Serve one job; the exit status is 0 when its end could be told."""
+    for ignored in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(ignored, signal.SIG_IGN)  # the supervisor stops us through stdin
+    channel = _take_stdout()
+    orders: queue.SimpleQueue[Start | Stop] = queue.SimpleQueue()
+    lock = threading.Lock()
+
+    def tell(message: Told) -> None:
+        with lock:
+            channel.write(encode(message))
+            channel.flush()
+
+    threading.Thread(target=_listen, args=(orders,), name="orders", daemon=True).start()
+    order = orders.get()
+    if not isinstance(order, Start):
+        return 1
+    tell(_run(order, orders, tell))
+    return 0
+
+
+def _run(order: Start, orders: queue.SimpleQueue[Start | Stop], tell: object) -> Ended:
+    """Train; every way to fail becomes a reason and a sentence, with the traceback in the log."""
+    from .model import TrainingFailed
+    from .train import Run, Stopped, train
+
+    run = Run(order=order, tell=tell)  # type: ignore[arg-type]
+
+    def obey() -> None:
+        while isinstance(message := orders.get(), Stop):
+            if message.save:
+                run.save_on_stop.set()
+            run.stop.set()
+
+    threading.Thread(target=obey, name="stop", daemon=True).start()
+
+    def ended(reason: Reason, message: str) -> Ended:
+        return Ended(job_id=order.job_id, reason=reason, message=message)
+
+    try:
+        return train(run)
+    except Stopped:
+        return ended(Reason.DRAINED if run.save_on_stop.is_set() else Reason.CANCELLED, "stopped when asked to")
+    except DataError as error:
+        hint = f" ({error.hint})" if error.hint else ""
+        return ended(Reason.BAD_DATA, f"{error.sentence}{hint}")
+    except TrainingFailed as error:
+        traceback.print_exc()
+        return ended(error.reason, error.sentence)
+    except Exception as error:
+        # the last place that can name the failure: the whole traceback goes to the log, the sentence to the job's row
+        traceback.print_exc()
+        return ended(*_explain(error))
+
+
+def _explain(error: Exception) -> tuple[Reason, str]:
+    import torch
+
+    if isinstance(error, torch.OutOfMemoryError):
+        return Reason.OUT_OF_MEMORY, str(error).splitlines()[0]
+    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+        return Reason.HOST_OUT_OF_MEMORY, "the box has not enough RAM for this job"
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return Reason.DISK_FULL, f"no space is left for {error.filename or 'the job’s files'}"
+    if isinstance(error, torch.AcceleratorError):
+        return Reason.GPU_ERROR, str(error).splitlines()[0]
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return Reason.TRAINER_ERROR, f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
+
+
+def _listen(orders: queue.SimpleQueue[Start | Stop]) -> None:
+    """Queue what the supervisor sends; without a supervisor that can be understood, end the process."""
+    try:
+        for line in sys.stdin:
+            orders.put(decode_order(line))
+    except ValueError as error:
+        sys.stderr.write(f"the supervisor sent what this trainer can't read: {error}\n")
+    os._exit(EXIT_ORPHANED)  # not sys.exit: the main thread may sit in a CUDA call
+
+
+def _take_stdout() -> IO[str]:
+    """Keep the protocol's pipe for ourselves and send everybody else's prints to stderr."""
+    sys.stdout.flush()
+    channel = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    return channel
+
+
+if __name__ == "__main__":
+    with contextlib.suppress(BrokenPipeError):  # the supervisor is gone, and so is anybody to tell
+        sys.exit(main())
