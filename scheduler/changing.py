@@ -1,0 +1,84 @@
+"""Commands that change things: cancel, retry, the database, and shell completion."""
+
+from __future__ import annotations
+
+import click
+
+
+@click.command()
+@click.argument("job_ids", nargs=-1, required=True, type=int, metavar="JOB...")
+def cancel(job_ids: tuple[int, ...]) -> None:
+    """Cancel waiting or running jobs.
+
+    A waiting job ends at once; a running one's trainer is asked to stop and killed if it does not within 10 s.
+    """
+    from loractl.common.status import Status
+
+    from .session import open_session
+
+    settings, store = open_session()
+    for job_id in job_ids:
+        job = store.cancel(job_id, settings.user)
+        done = "is cancelled" if job.status is Status.CANCELLED else f"is being stopped on {job.node}"
+        click.echo(f"Job {job_id} {done}.")
+
+
+@click.command()
+@click.argument("job_ids", nargs=-1, required=True, type=int, metavar="JOB...")
+def retry(job_ids: tuple[int, ...]) -> None:
+    """Queue failed, cancelled or held jobs again."""
+    from loractl.common.errors import ServiceUnreachable
+    from loractl.common.queue import wake
+
+    from .session import open_session
+
+    settings, store = open_session()
+    for job_id in job_ids:
+        job = store.retry(job_id, settings.user)
+        click.echo(f"Job {job_id} is queued again.")
+        try:
+            wake(settings, job.vram_class)
+        except ServiceUnreachable as error:
+            click.echo(f"Warning: {error.sentence}\nJob {job_id} starts when the queue is back.", err=True)
+
+
+@click.group()
+def db() -> None:
+    """Look after the database."""
+
+
+@db.command("upgrade")
+def db_upgrade() -> None:
+    """Bring the database's tables to this loractl's form. The embedded SQLite does it by itself."""
+    from loractl.common.database import connect, reachable, upgrade
+    from loractl.common.settings import load_settings, redacted
+
+    settings = load_settings()
+    with reachable(settings):
+        before, after = upgrade(connect(settings, check_schema=False))
+    what = f"is already at revision {after}" if before == after else f"went from {before or 'empty'} to revision {after}"
+    click.echo(f"{redacted(settings.database_url)} {what}.")
+
+
+@db.command("stop")
+def db_stop() -> None:
+    """Shut the embedded Valkey down; its queue is saved and the next command starts it again."""
+    from loractl.common.broker import stop_embedded
+    from loractl.common.settings import load_settings
+
+    click.echo("The embedded Valkey has stopped." if stop_embedded(load_settings()) else "No embedded Valkey was running.")
+
+
+@click.command()
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(shell: str) -> None:
+    """Print the line that turns on shell completion.
+
+    For bash: loractl completion bash >> ~/.bashrc
+    """
+    lines = {
+        "bash": 'eval "$(_LORACTL_COMPLETE=bash_source loractl)"',
+        "zsh": 'eval "$(_LORACTL_COMPLETE=zsh_source loractl)"',
+        "fish": "_LORACTL_COMPLETE=fish_source loractl | source",
+    }
+    click.echo(lines[shell])

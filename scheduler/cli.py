@@ -1,0 +1,135 @@
+"""The `loractl` command: its subcommands load when they are called, and every error becomes a sentence and a code."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import traceback
+from typing import NoReturn
+
+import click
+
+from loractl import __version__
+from loractl.common.errors import ExitCode, LoractlError, SpecError
+
+COMMANDS: dict[str, tuple[str, str]] = {
+    "submit": ("loractl.scheduler.submit:submit", "Queue the jobs of one or more job files."),
+    "worker": ("loractl.worker.cli:worker", "Serve this box's devices: claim waiting jobs that fit and train them."),
+    "status": ("loractl.scheduler.reading:status", "List what runs and what waits, or one job in full."),
+    "show": ("loractl.scheduler.reading:show", "Show a job's history, attempts and resolved spec."),
+    "logs": ("loractl.scheduler.reading:logs", "Print a job's log."),
+    "report": ("loractl.scheduler.results:report", "Print a job's evaluation report: base against tuned."),
+    "adapters": ("loractl.scheduler.results:adapters", "List the stored adapters, or pull one into a folder."),
+    "cancel": ("loractl.scheduler.changing:cancel", "Cancel waiting or running jobs."),
+    "retry": ("loractl.scheduler.changing:retry", "Queue failed, cancelled or held jobs again."),
+    "gpus": ("loractl.scheduler.reading:gpus", "List the devices of all boxes and what uses them."),
+    "data": ("loractl.worker.cli:data", "Look at a job's data as the trainer sees them."),
+    "db": ("loractl.scheduler.changing:db", "Look after the database."),
+    "completion": ("loractl.scheduler.changing:completion", "Print the line that turns on shell completion."),
+}
+"""Name -> (where it lives, its first line of help, so that `loractl --help` imports none of them)."""
+
+
+class LazyGroup(click.Group):
+    """A group that imports a subcommand's module when the subcommand is used."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        module, _, attribute = COMMANDS[cmd_name][0].partition(":")
+        try:
+            command: click.Command = getattr(importlib.import_module(module), attribute)
+        except ImportError as error:
+            if not module.startswith("loractl.worker"):
+                raise
+            raise LoractlError(
+                f"loractl {cmd_name} needs the training stack ({error.name} is missing)", "pip install 'loractl[worker]'"
+            ) from error
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
+        import difflib
+
+        if args and args[0] not in COMMANDS and not args[0].startswith("-"):
+            close = difflib.get_close_matches(args[0], COMMANDS, n=1)
+            hint = f"did you mean loractl {close[0]}?" if close else "loractl --help lists the commands"
+            raise click.UsageError(f"there is no command {args[0]!r}\nHint: {hint}", ctx=None)
+        return super().resolve_command(ctx, args)
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="loractl")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def cli(debug: bool) -> None:
+    """Queue LoRA and QLoRA fine-tunes on a lab's GPU boxes.
+
+    Write a job file, then:  loractl submit job.yaml;  loractl worker (on each box);  loractl status
+    """
+
+
+def main() -> NoReturn:
+    """The console script: exit codes are those of loractl.common.errors.ExitCode."""
+    debug = "--debug" in sys.argv
+    try:
+        sys.exit(cli.main(standalone_mode=False) or ExitCode.OK)
+    except LoractlError as error:
+        if debug:
+            traceback.print_exc()
+        _print_error(error)
+        sys.exit(error.exit_code)
+    except click.exceptions.Exit as done:
+        sys.exit(done.exit_code)
+    except click.Abort:
+        click.echo("Interrupted.", err=True)
+        sys.exit(ExitCode.INTERRUPTED)
+    except click.ClickException as wrong:
+        click.echo(f"Error: {wrong.format_message()}", err=True)
+        sys.exit(ExitCode.USAGE)
+    except KeyboardInterrupt:
+        sys.exit(ExitCode.INTERRUPTED)
+    except BrokenPipeError:
+        # the reader (head, less) has seen enough; Python would complain once more while it closes stdout
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(ExitCode.OK)
+    except Exception as error:
+        if debug:
+            raise
+        sys.exit(_unexpected(error))
+
+
+def _unexpected(error: Exception) -> ExitCode:
+    """What nobody foresaw is still one sentence; a database that vanished in mid-command is named as such."""
+    from sqlalchemy.exc import DBAPIError
+
+    from loractl.common.database import is_outage
+
+    if isinstance(error, DBAPIError) and is_outage(error):
+        lines = str(error.orig).strip().splitlines()
+        click.echo(f"Error: the database is unreachable: {lines[0] if lines else 'no answer'}", err=True)
+        click.echo("Hint: check that it runs, or set LORACTL_DATABASE_URL", err=True)
+        return ExitCode.UNREACHABLE
+    click.echo(f"Error: {type(error).__name__}: {error}", err=True)
+    click.echo("Hint: this is a fault of loractl; loractl --debug ... shows where", err=True)
+    return ExitCode.FAILED
+
+
+def _print_error(error: LoractlError) -> None:
+    if isinstance(error, SpecError):
+        for problem in error.problems:
+            click.echo(f"Error: {problem}", err=True)
+            if problem.hint:
+                click.echo(f"Hint: {problem.hint}", err=True)
+        return
+    click.echo(f"Error: {error.sentence}", err=True)
+    if error.hint:
+        click.echo(f"Hint: {error.hint}", err=True)
+
+

@@ -1,0 +1,191 @@
+"""Commands that read the jobs: status, show, logs, gpus."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from typing import TYPE_CHECKING
+
+import click
+
+from loractl.common.errors import ExitCode
+
+from . import render
+
+if TYPE_CHECKING:
+    from loractl.common.store import Store
+    from loractl.common.tables import Job
+
+_WATCH_S = 2.0
+
+
+@click.command()
+@click.argument("job_id", required=False, type=int, metavar="[JOB]")
+@click.option("-a", "--all", "everything", is_flag=True, help="List ended jobs too.")
+@click.option("--watch", is_flag=True, help="Redraw until the job has ended; its outcome is the exit status.")
+@click.option("--user", help="Only this person's jobs.")
+@click.option("--label", metavar="KEY=VALUE", help="Only jobs with this label.")
+@click.option("-n", "--limit", type=click.IntRange(1), default=50, show_default=True, help="At most so many with -a.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def status(job_id: int | None, everything: bool, watch: bool, user: str | None, label: str | None, limit: int, as_json: bool) -> None:
+    """List what runs and what waits, or one job in full.
+
+    Without JOB and -a: running jobs, waiting jobs with the reason, and how many ended today.
+    """
+    from loractl.common.errors import UsageError
+
+    from .session import open_session
+
+    if label is not None and "=" not in label:
+        raise UsageError(f"--label {label} is not of the form KEY=VALUE", "like --label project=support")
+    _, store = open_session()
+    if job_id is not None and watch:
+        sys.exit(follow(store, job_id))
+    if job_id is not None:
+        job = store.job(job_id)
+        click.echo(json.dumps(render.job_fields(job)) if as_json else _one(store, job))
+        return
+    pair = tuple(label.split("=", 1)) if label else None
+    if as_json:
+        from loractl.common.status import Status
+
+        statuses = () if everything else (Status.RUNNING, Status.QUEUED)
+        jobs = store.jobs(statuses=statuses, user=user, label=pair, limit=limit if everything else None)  # type: ignore[arg-type]
+        click.echo(json.dumps([render.job_fields(job) for job in jobs]))
+        return
+    if everything:
+        jobs = store.jobs(user=user, label=pair, limit=limit)  # type: ignore[arg-type]
+        click.echo(render.all_jobs(jobs, store.now(), render.detect_screen()))
+        return
+    if not watch:
+        click.echo(_overview(store, user, pair))  # type: ignore[arg-type]
+        return
+    if not sys.stdout.isatty():
+        raise UsageError("--watch without a JOB needs a terminal", "loractl status JOB --watch works in a pipe")
+    while True:
+        click.clear()
+        click.echo(_overview(store, user, pair))  # type: ignore[arg-type]
+        time.sleep(_WATCH_S)
+
+
+@click.command()
+@click.argument("job_id", type=int, metavar="JOB")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def show(job_id: int, as_json: bool) -> None:
+    """Show a job's history, attempts and resolved spec."""
+    import yaml
+
+    from .session import open_session
+
+    _, store = open_session()
+    job, attempts, events = store.job(job_id), store.attempts(job_id), store.events(job_id)
+    if as_json:
+        rows = {
+            "attempts": [{c.key: getattr(a, c.key) for c in a.__table__.columns if c.key != "token"} for a in attempts],
+            "events": [{"at": e.at, "attempt": e.attempt, "kind": e.kind, "text": e.text} for e in events],
+        }
+        click.echo(json.dumps({**render.job_fields(job), "spec": job.spec, "data": job.data, **rows}, default=str))
+        return
+    spec = yaml.safe_dump(job.spec, sort_keys=False, allow_unicode=True)
+    click.echo(render.history(job, attempts, events, spec, store.now(), render.detect_screen()))
+
+
+@click.command()
+@click.argument("job_id", type=int, metavar="JOB")
+@click.option("-f", "--follow", "following", is_flag=True, help="Go on until the job has ended.")
+def logs(job_id: int, following: bool) -> None:
+    """Print a job's log."""
+    from .session import open_session
+
+    _, store = open_session()
+    last = 0
+    while True:
+        job = store.job(job_id)
+        chunks = store.log(job_id, after=last)
+        for chunk in chunks:
+            click.echo(chunk.text, nl=False)
+            last = chunk.chunk_id
+        if not following or job.status.is_terminal:
+            break
+        time.sleep(1)
+    if last == 0:
+        click.echo(f"Job {job_id} has written no log yet ({job.status.value}).", err=True)
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def gpus(as_json: bool) -> None:
+    """List the devices of all boxes and what uses them."""
+    from loractl.common.status import Status
+    from loractl.common.store import NODE_STALE_S
+
+    from .session import open_session
+
+    _, store = open_session()
+    nodes, now = store.nodes(), store.now()
+    if as_json:
+        rows = [{c.key: getattr(n, c.key) for c in n.__table__.columns} for n in nodes]
+        click.echo(json.dumps(rows, default=lambda value: value.isoformat()))
+        return
+    running = store.jobs(statuses=[Status.RUNNING])
+    click.echo(render.devices(nodes, running, now, NODE_STALE_S, render.detect_screen()))
+
+
+def follow(store: Store, job_id: int) -> ExitCode:
+    """Watch a job to its end: redrawn in place on a terminal, a line a change elsewhere. Ctrl-C leaves the job alone."""
+    from loractl.common.status import Status
+
+    tty, said = sys.stdout.isatty(), ""
+    while True:
+        job = store.job(job_id)
+        if tty:
+            click.clear()
+            click.echo(_one(store, job))
+        elif (line := _line(job)) != said:
+            click.echo(line, err=True)
+            said = line
+        if job.status.is_terminal or job.held:
+            if not tty:
+                click.echo(f"Job {job_id} {job.status.value}: {job.message}")
+            return ExitCode.OK if job.status is Status.SUCCEEDED else ExitCode.FAILED
+        time.sleep(_WATCH_S if tty else 1.0)
+
+
+def _overview(store: Store, user: str | None, label: tuple[str, str] | None) -> str:
+    import datetime as dt
+
+    from loractl.common.status import Status
+
+    from .waiting import wait_reason
+
+    now = store.now()
+    midnight = now.astimezone().replace(hour=0, minute=0, second=0, microsecond=0).astimezone(dt.UTC)
+    running = store.jobs(statuses=[Status.RUNNING], user=user, label=label)[::-1]
+    queued = store.jobs(statuses=[Status.QUEUED], user=user, label=label)
+    queued.sort(key=lambda job: (-job.priority, job.job_id))
+    nodes, everybody = store.nodes(), store.jobs(statuses=[Status.RUNNING]) if user or label else running
+    waiting = [(job, *wait_reason(job, nodes, everybody, now)) for job in queued]
+    ended = store.jobs(ended_since=midnight, user=user, label=label)
+    return render.overview(running, waiting, ended, now, render.detect_screen())
+
+
+def _one(store: Store, job: Job) -> str:
+    from loractl.common.status import Status
+
+    from .waiting import wait_reason
+
+    now, waits = store.now(), None
+    if job.status is Status.QUEUED:
+        waits = wait_reason(job, store.nodes(), store.jobs(statuses=[Status.RUNNING]), now)
+    losses, evals = store.metrics(job.job_id, "loss"), store.metrics(job.job_id, "eval_loss")
+    attempts, events = store.attempts(job.job_id), store.events(job.job_id)
+    return render.one_job(job, attempts, events, losses, evals, waits, now, render.detect_screen())
+
+
+def _line(job: Job) -> str:
+    """A job's state in a line that only changes when something happened."""
+    place = f" on {job.node}, {job.stage.value}" if job.stage else ""
+    steps = f", step {job.step} of {job.total_steps}" if job.stage and job.total_steps else ""
+    loss = f", loss {job.loss:.2f}" if job.stage and job.loss is not None else ""
+    return f"job {job.job_id} {job.status.value}{place}{steps}{loss}"

@@ -1,0 +1,333 @@
+"""How jobs and devices look on a terminal: functions from values to text, and the JSON of a job.
+
+A sentence first, then the table, the next command last and dim. Numbers stand right, states have a word as well as a
+colour, and a pipe gets the same text without escapes.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from loractl.common.status import Reason, Status
+from loractl.common.units import duration, gib, thousands
+
+if TYPE_CHECKING:
+    from loractl.common.tables import Adapter, Attempt, Event, Job, MetricPoint, Node
+
+_EIGHTHS = "▏▎▍▌▋▊▉█"
+_SPARKS = "▁▂▃▄▅▆▇█"
+
+JSON_FIELDS = (
+    "job_id", "name", "user", "status", "reason", "message", "stage", "method", "base_model", "step", "total_steps", "loss",
+    "eta_seconds", "node", "gpu", "attempt", "submitted_at", "started_at", "ended_at", "adapter_uri", "report_uri", "labels",
+)  # fmt: skip
+"""The same names as the tables' columns."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Screen:
+    """What the output can show."""
+
+    width: int
+    unicode: bool
+    color: bool
+
+    def style(self, text: str, **style: Any) -> str:
+        return click.style(text, **style) if self.color else text
+
+    def dim(self, text: str) -> str:
+        return self.style(text, dim=True)
+
+
+def detect_screen() -> Screen:
+    """The terminal's width and abilities; 80 columns and no colour in a pipe or with NO_COLOR."""
+    tty = sys.stdout.isatty()
+    width = shutil.get_terminal_size((80, 24)).columns if tty or "COLUMNS" in os.environ else 80
+    encoding = (sys.stdout.encoding or "").lower().replace("-", "")
+    return Screen(width=max(60, width), unicode=encoding.startswith("utf"), color=tty and "NO_COLOR" not in os.environ)
+
+
+def job_fields(job: Job) -> dict[str, Any]:
+    """A job as JSON values, under the tables' own names."""
+    values = {name: getattr(job, name) for name in JSON_FIELDS}
+    return {name: value.isoformat() if isinstance(value, dt.datetime) else value for name, value in values.items()}
+
+
+def bar(share: float, width: int, screen: Screen) -> str:
+    """A progress bar of `width` columns, in eighths of a block where the terminal has them."""
+    share = min(1.0, max(0.0, share))
+    if not screen.unicode:
+        full = int(share * width)
+        return "#" * full + "." * (width - full)
+    eighths = round(share * width * 8)
+    full, rest = divmod(eighths, 8)
+    blocks = "█" * full + (_EIGHTHS[rest - 1] if rest else "")
+    return blocks + "·" * (width - len(blocks))
+
+
+def sparkline(values: Sequence[float], width: int, screen: Screen) -> str:
+    """The course of a value in `width` columns."""
+    if not values or not screen.unicode:
+        return ""
+    step = max(1, len(values) / width)
+    points = [values[int(n * step)] for n in range(min(width, len(values)))]
+    low, high = min(points), max(points)
+    span = (high - low) or 1.0
+    return "".join(_SPARKS[int((v - low) / span * 7)] for v in points)
+
+
+def table(headers: Sequence[str], rows: Sequence[Sequence[str]], screen: Screen, right: Sequence[str] = ()) -> list[str]:
+    """Lines of a table without borders; columns named in `right` are aligned right, the last one may be cut."""
+    plain = [[click.unstyle(cell) for cell in row] for row in rows]
+    widths = [max(len(h), *(len(row[n]) for row in plain)) if rows else len(h) for n, h in enumerate(headers)]
+
+    def line(cells: Sequence[str], dimmed: bool = False) -> str:
+        parts = []
+        for n, cell in enumerate(cells):
+            gap = " " * (widths[n] - len(click.unstyle(cell)))
+            parts.append(gap + cell if headers[n] in right else cell + gap)
+        text = "  ".join(parts).rstrip()
+        return screen.dim(text) if dimmed else text
+
+    return [line(headers, dimmed=True), *(line(row) for row in rows)]
+
+
+def fit(text: str, width: int) -> str:
+    """The text in at most `width` columns."""
+    return text if len(text) <= width else text[: max(1, width - 1)] + "…"
+
+
+def clock(moment: dt.datetime | None, now: dt.datetime) -> str:
+    """HH:MM today, the weekday this week, else the date; local time."""
+    if moment is None:
+        return "–"
+    local, today = moment.astimezone(), now.astimezone()
+    if local.date() == today.date():
+        return local.strftime("%H:%M")
+    return local.strftime("%a %H:%M") if abs((local - today).days) < 6 else local.strftime("%d %b")
+
+
+def overview(running: Sequence[Job], waiting: Sequence[tuple[Job, str, str]], ended: Sequence[Job], now: dt.datetime, screen: Screen) -> str:
+    """What runs, what waits and why, and how many ended today."""
+    lines = [screen.style(f"{len(running)} running, {len(waiting)} waiting.", bold=True)]
+    if not running and not waiting:
+        lines[0] += " Submit one: loractl submit job.yaml"
+    if running:
+        lines += ["", *_running_table(running, now, screen)]
+    if waiting:
+        lines += ["", *_waiting_table(waiting, screen)]
+    good = sum(job.status is Status.SUCCEEDED for job in ended)
+    bad = sum(job.status is Status.FAILED for job in ended)
+    marks = ("✓", "✗") if screen.unicode else ("ok", "failed")
+    lines += ["", screen.dim(f"Today {good} {marks[0]} {bad} {marks[1]} (loractl status -a).  One in full: loractl status JOB")]
+    return "\n".join(lines)
+
+
+def all_jobs(jobs: Sequence[Job], now: dt.datetime, screen: Screen) -> str:
+    """Every job, newest first, with its outcome."""
+    if not jobs:
+        return "No job yet. Submit one: loractl submit job.yaml"
+    rows = []
+    for job in jobs:
+        result = job.message or (f"attempt {job.attempt} on {job.node}" if job.status is Status.RUNNING else "")
+        rows.append([str(job.job_id), screen.style(fit(job.name, 20), bold=True), fit(job.user, 10), job.method or "–",
+                     clock(job.ended_at, now), _state(job, screen), result])  # fmt: skip
+    headers = ["JOB", "NAME", "OWNER", "METHOD", "ENDED", "STATUS", "RESULT"]
+    others = sum(max(len(h), *(len(click.unstyle(r[n])) for r in rows)) + 2 for n, h in enumerate(headers[:-1]))
+    rows = [[*row[:-1], fit(row[-1], max(20, screen.width - others))] for row in rows]
+    done = next((job.job_id for job in jobs if job.status is Status.SUCCEEDED), None)
+    lines = table(headers, rows, screen, right=("JOB", "ENDED"))
+    if done is not None:
+        lines += ["", screen.dim(f"Its report: loractl report {done}   its adapter: loractl adapters pull {done} DIR")]
+    return "\n".join(lines)
+
+
+def one_job(
+    job: Job, attempts: Sequence[Attempt], events: Sequence[Event], losses: Sequence[MetricPoint],
+    evals: Sequence[MetricPoint], waits: tuple[str, str] | None, now: dt.datetime, screen: Screen,
+) -> str:  # fmt: skip
+    """One job in full: where it is, its course, its history, and the next command."""
+    head = screen.style(f"{job.job_id} {job.name}", bold=True)
+    lines = []
+    if job.status is Status.RUNNING:
+        lines += [f"{head} on {job.node}, attempt {job.attempt}, {job.stage.value if job.stage else 'starting'}", ""]
+        share = job.step / job.total_steps if job.step is not None and job.total_steps else 0.0
+        steps = f"{thousands(job.step)} of {thousands(job.total_steps)}" if job.total_steps else "loading"
+        eta = f"  {duration(job.eta_seconds)} left" if job.eta_seconds else ""
+        tail = f" {share:4.0%}  {steps}{eta}"
+        lines += [bar(share, min(60, screen.width - len(tail)), screen) + tail, ""]
+    elif job.status is Status.QUEUED and waits is not None:
+        lines += [f"{head} waits: {waits[0]}, {waits[1]}.", ""]
+    else:
+        lines += [f"{head} {_state(job, screen)}: {job.message}", ""]
+    if losses:
+        held = f"   held out {evals[-1].value:.2f} at step {thousands(evals[-1].step)}" if evals else ""
+        lines.append(f"loss    {sparkline([p.value for p in losses], 30, screen)}  {losses[-1].value:.2f}{held}")
+    if attempts:
+        last = attempts[-1]
+        speed = f"   speed {job.tokens_per_second:.0f} tok/s" if job.tokens_per_second else ""
+        planned = f"planned {gib(last.vram_planned)} GiB" if last.vram_planned else "not planned"
+        peak = f"{gib(last.vram_peak)} GiB at most, " if last.vram_peak else ""
+        lines.append(f"memory  {peak}{planned}   method {last.method}{speed}")
+    if job.adapter_uri:
+        lines += [f"adapter {job.adapter_uri}", f"report  {job.report_uri}"]
+    if lines[-1]:
+        lines.append("")
+    lines += [f"{clock(event.at, now)}  {event.text}" for event in reversed(events[-12:])]
+    lines += ["", screen.dim(_next_command(job))]
+    return "\n".join(lines)
+
+
+def history(job: Job, attempts: Sequence[Attempt], events: Sequence[Event], spec: str, now: dt.datetime, screen: Screen) -> str:
+    """The whole history, the attempts, and the spec as it was resolved."""
+    lines = [f"{screen.style(f'{job.job_id} {job.name}', bold=True)} by {job.user}: {_state(job, screen)}", ""]
+    lines += [f"{clock(event.at, now):>9}  {event.text}" for event in events]
+    if attempts:
+        rows = [
+            [str(a.attempt), a.node, a.method, gib(a.vram_planned), gib(a.vram_peak), clock(a.started_at, now),
+             duration((a.ended_at - a.started_at).total_seconds()) if a.ended_at else "runs", a.reason.value if a.reason else "",
+             f"step {a.resumed_from_step}" if a.resumed_from_step else ""]
+            for a in attempts
+        ]  # fmt: skip
+        headers = ["ATTEMPT", "CARD", "METHOD", "PLAN GiB", "PEAK GiB", "STARTED", "TOOK", "ENDED AS", "RESUMED FROM"]
+        lines += ["", *table(headers, rows, screen, right=("ATTEMPT", "PLAN GiB", "PEAK GiB"))]
+    return "\n".join([*lines, "", screen.dim("spec:"), spec.rstrip()])
+
+
+def devices(nodes: Sequence[Node], running: Sequence[Job], now: dt.datetime, stale_after: float, screen: Screen) -> str:
+    """Every device, its memory and what uses it."""
+    if not nodes:
+        return "No worker has reported a device yet. Start one on a GPU box: loractl worker"
+    rows = []
+    width = 20 if screen.width < 110 else 36
+    for node in nodes:
+        here = [f"{job.user} {job.job_id}" for job in running if job.node == node.node]
+        silent = (now - node.seen_at).total_seconds()
+        if silent > stale_after:
+            uses = screen.style(f"not seen for {duration(silent)}", fg="yellow")
+        elif node.draining:
+            uses = screen.style("drained", fg="yellow")
+        else:
+            uses = ", ".join([*here, *(f"pid {p['pid']}: {gib(p['bytes'])} GiB" for p in node.outside if not here)]) or "–"
+        load = f"{node.load}%" if node.load is not None else "–"
+        taken = bar(1 - node.free / node.total, width, screen)
+        row = [screen.style(node.node, bold=True), taken, gib(node.free), f"{node.total / 2**30:.0f}", load, uses]
+        rows.append(row if screen.width < 110 else [row[0], fit(node.device_name, 24), *row[1:]])
+    headers = ["CARD", "MEMORY", "FREE", "OF", "LOAD", "USED BY"]
+    headers = headers if screen.width < 110 else ["CARD", "MODEL", *headers[1:]]
+    lines = table(headers, rows, screen, right=("FREE", "OF", "LOAD"))
+    return "\n".join([*lines, "", screen.dim("GiB. Free is what a new job may take, the margin taken off.")])
+
+
+def adapter_table(found: Sequence[Adapter], now: dt.datetime, screen: Screen) -> str:
+    """The stored adapters."""
+    if not found:
+        return "No adapter is stored yet; a job that succeeds stores one."
+    rows = [[str(a.job_id), screen.style(fit(a.name, 24), bold=True), a.method, f"{a.size / 1e6:.1f}", clock(a.created_at, now),
+             fit(a.base_model.rpartition("/")[2], 30)] for a in found]  # fmt: skip
+    lines = table(["JOB", "NAME", "METHOD", "MB", "STORED", "BASE MODEL"], rows, screen, right=("JOB", "MB", "STORED"))
+    return "\n".join([*lines, "", screen.dim(f"Use one: loractl adapters pull {found[-1].job_id} DIR")])
+
+
+def report_text(report: dict[str, Any], screen: Screen, answers: int) -> str:
+    """The evaluation report for a terminal: the verdict, the table with its intervals, answers side by side."""
+    lines = [screen.style(f"{report['job']['job_id']} {report['job']['name']}", bold=True) + f": {report['verdict']['sentence']}", ""]
+    rows = []
+    for m in report["evaluation"]["metrics"]:
+        digits = 1 if m["unit"] == "%" else 2
+        color = {"better": "green", "worse": "red"}.get(m["reading"])
+        change, low, high = (_signed(m[key], digits) for key in ("change", "low", "high"))
+        rows.append([m["label"] + (f", {m['unit']}" if m["unit"] else ""), _number(m["base"], digits),
+                     screen.style(_number(m["tuned"], digits), bold=True), change, f"{low} to {high}", screen.style(m["reading"], fg=color)])  # fmt: skip
+    headers = ["MEASURE", "BASE", "TUNED", "CHANGE", "95 % INTERVAL", "READING"]
+    lines += table(headers, rows, screen, right=("BASE", "TUNED", "CHANGE"))
+    training, data, e = report["training"], report["data"], report["evaluation"]
+    speed = f", {training['tokens_per_second']:.0f} tok/s" if training["tokens_per_second"] else ""
+    lines += [
+        "",
+        f"{e['rows']} held-out rows. {report['method']}, {training['steps']} steps in {duration(training['seconds'])}{speed}, "
+        f"peak {gib(training['peak_memory_bytes'])} GiB ({training['peak_memory_kind']}).",
+        f"Intervals: {thousands(e['bootstrap']['samples'])} paired bootstrap samples, seed {e['bootstrap']['seed']}. "
+        f"{data['truncated_rows']} rows truncated, {data['too_long_rows_dropped'] + data['bad_rows_dropped']} left out.",
+    ]
+    # what changed comes first: repaired, broken, then the rest
+    order = sorted(e["answers"], key=lambda a: (a["base_exact"] == a["tuned_exact"], a["row"]))
+    for answer in order[:answers]:
+        lines += ["", screen.style(f"Row {answer['row']}: ", bold=True) + _block(answer["prompt"], screen)]
+        for name in ("expected", "base", "tuned"):
+            right = "" if name == "expected" else (" (right)" if answer[f"{name}_exact"] else " (wrong)")
+            lines.append(screen.dim(f"  {name}{right}: ") + _block(answer[name] or "(nothing)", screen, indent=4))
+    hidden = len(order) - answers
+    if hidden > 0:
+        lines += ["", screen.dim(f"{hidden} more answers: loractl report {report['job']['job_id']} --answers {len(order)}")]
+    return "\n".join(lines)
+
+
+def _running_table(running: Sequence[Job], now: dt.datetime, screen: Screen) -> list[str]:
+    wide = screen.width >= 110
+    rows = []
+    for job in running:
+        share = job.step / job.total_steps if job.step is not None and job.total_steps else None
+        progress = bar(share or 0.0, 24 if wide else 12, screen) + (f" {share:4.0%}" if share is not None else "   – ")
+        training = job.stage is not None and job.stage.value == "training"
+        done = clock(now + dt.timedelta(seconds=job.eta_seconds), now) if training and job.eta_seconds else (job.stage.value if job.stage else "–")
+        row = [str(job.job_id), screen.style(fit(job.name, 16), bold=True), fit(job.user, 8), fit(job.node or "–", 14),
+               screen.style(progress, fg="blue"), done, _number(job.loss, 2)]  # fmt: skip
+        if wide:
+            row.append(f"{fit(job.base_model.rpartition('/')[2], 24)} {job.method}")
+        rows.append(row)
+    headers = ["JOB", "NAME", "OWNER", "CARD", "PROGRESS", "TRAINED AT", "LOSS", *(["MODEL"] if wide else [])]
+    return table(headers, rows, screen, right=("JOB", "LOSS"))
+
+
+def _waiting_table(waiting: Sequence[tuple[Job, str, str]], screen: Screen) -> list[str]:
+    rows = [
+        [str(job.job_id), screen.style(fit(job.name, 16), bold=True), fit(job.user, 8), gib(job.vram_needed),
+         f"{word:<8}{sentence}"]
+        for job, word, sentence in waiting
+    ]  # fmt: skip
+    return table(["JOB", "NAME", "OWNER", "GiB", "WAITS FOR"], rows, screen, right=("JOB", "GiB"))
+
+
+def _state(job: Job, screen: Screen) -> str:
+    color = {Status.SUCCEEDED: "green", Status.FAILED: "red", Status.RUNNING: "blue"}.get(job.status)
+    word = job.status.value
+    if job.status is Status.FAILED and job.reason is not None and job.reason is not Reason.OK:
+        word += f" ({job.reason.value})"
+    return screen.style("held" if job.held else word, fg=color)
+
+
+def _next_command(job: Job) -> str:
+    if job.status is Status.SUCCEEDED:
+        return f"Its report: loractl report {job.job_id}   its adapter: loractl adapters pull {job.job_id} DIR"
+    if job.status in (Status.FAILED, Status.CANCELLED):
+        from loractl.common.status import OUTCOMES
+
+        advice = OUTCOMES[job.reason].advice.replace("JOB", str(job.job_id)) if job.reason else ""
+        return f"Next: {advice}." if advice else f"Its log: loractl logs {job.job_id}"
+    if job.status is Status.RUNNING:
+        return f"Its log: loractl logs {job.job_id} -f   stop it: loractl cancel {job.job_id}"
+    return f"Its history: loractl show {job.job_id}   drop it: loractl cancel {job.job_id}"
+
+
+def _block(text: str, screen: Screen, indent: int = 0) -> str:
+    """Text of several lines, indented; control characters of a model's answer must not reach the terminal."""
+    clean = "".join(c if c.isprintable() or c == "\n" else "�" for c in text)
+    first, *rest = clean.splitlines() or [""]
+    return "\n".join([first, *(" " * indent + line for line in rest)])
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+def _signed(value: float | None, digits: int) -> str:
+    return "–" if value is None else f"{value:+.{digits}f}".replace("-", "−")

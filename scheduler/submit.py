@@ -1,0 +1,144 @@
+"""loractl submit: check the job file and its data, store the data, write the row, wake the workers."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from loractl.common.errors import ExitCode, ServiceUnreachable
+
+if TYPE_CHECKING:
+    from loractl.common.settings import Settings
+    from loractl.common.spec import JobSpec
+    from loractl.common.store import Store
+
+
+@click.command()
+@click.argument("job_files", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key, like training.max_steps=20.")
+@click.option("--dry-run", is_flag=True, help="Print the resolved job and queue nothing.")
+@click.option("--wait", is_flag=True, help="Follow the job; exit 0 when it succeeded, 1 when not.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def submit(job_files: tuple[Path, ...], overrides: tuple[str, ...], dry_run: bool, wait: bool, as_json: bool) -> None:
+    """Queue the jobs of one or more job files.
+
+    Every file is checked before any is queued. A local data set is uploaded to the artifact store.
+    """
+    from loractl.common.spec import load_spec
+
+    specs = [load_spec(path, overrides) for path in job_files]
+    for spec in specs:
+        check_data(spec)
+    if dry_run:
+        _print_resolved(specs, as_json)
+        return
+    from .session import open_session
+
+    settings, store = open_session()
+    submitted = [_submit(spec, settings, store, quiet=as_json) for spec in specs]
+    if as_json:
+        from .render import job_fields
+
+        click.echo(json.dumps([job_fields(store.job(job_id)) for job_id in submitted]))
+    if wait:
+        from .reading import follow
+
+        outcomes = [follow(store, job_id) for job_id in submitted]
+        sys.exit(max(outcomes, default=ExitCode.OK))
+    if not as_json:
+        click.echo(click.style(f"Follow it: loractl status {submitted[-1]} --watch", dim=True), err=True)
+
+
+def check_data(spec: JobSpec) -> None:
+    """Refuse local data that the trainer would refuse, as far as no tokenizer is needed. Raises DataError."""
+    from loractl.common.rows import detect_format, parse_examples, read_rows, split_held_out
+    from loractl.common.spec import DataFormat
+
+    format = spec.dataset.format
+    for text in (spec.dataset.path, spec.dataset.eval_path):
+        if text is None or not _is_local(text) or _unreadable_here(text):
+            continue
+        rows = read_rows(Path(text))
+        format = detect_format(rows, text, format)[0] if format is DataFormat.AUTO else format
+        examples, _ = parse_examples(rows, format, text, spec.dataset.on_bad_row)
+        if text == spec.dataset.path and spec.dataset.eval_path is None:
+            split_held_out(examples, spec.dataset.test_size, text)
+
+
+def _submit(spec: JobSpec, settings: Settings, store: Store, *, quiet: bool) -> int:
+    from loractl.common.memory import predict
+    from loractl.common.policy import least_need, vram_class
+    from loractl.common.queue import wake
+    from loractl.common.store import Submission
+
+    need = predict(spec)
+    least = least_need(spec.method, need)
+    submission = Submission(
+        spec=spec, user=settings.user, data=_store_data(spec, settings), need=need, vram_needed=least,
+        vram_class=vram_class(least),
+    )  # fmt: skip
+    job_id = store.submit(submission)
+    if not quiet:
+        click.echo(f"Job {job_id} ({spec.name}) is queued.")
+    _warn_of_limits(job_id, spec, least, store)
+    try:
+        wake(settings, submission.vram_class)
+    except ServiceUnreachable as error:
+        click.echo(f"Warning: {error.sentence}", err=True)
+        click.echo(f"Job {job_id} is safe in the database and starts when the queue is back.", err=True)
+    return job_id
+
+
+def _store_data(spec: JobSpec, settings: Settings) -> dict[str, Any]:
+    """Upload the local data sets, so that a worker on another box has them."""
+    from loractl.common.artifacts import open_store
+
+    stored: dict[str, Any] = {}
+    for key, text in (("path", spec.dataset.path), ("eval_path", spec.dataset.eval_path)):
+        if text is not None and _is_local(text):
+            uri, digest = open_store(settings).put_dataset(Path(text))
+            stored[key] = {"uri": uri, "sha256": digest}
+    return stored
+
+
+def _warn_of_limits(job_id: int, spec: JobSpec, least: int | None, store: Store) -> None:
+    """Say at once what would make the job wait for ever or break its own limit."""
+    from loractl.common.units import gib
+
+    largest = max((node.total for node in store.nodes()), default=None)
+    if least is not None and largest is not None and least > largest:
+        click.echo(
+            f"Warning: job {job_id} needs {gib(least)} GiB by its plan, the largest device known has {gib(largest)}.", err=True
+        )
+    if least is not None and spec.resources.max_vram is not None and least > spec.resources.max_vram:
+        click.echo(
+            f"Warning: job {job_id} needs {gib(least)} GiB by its plan, more than its max_vram of {gib(spec.resources.max_vram)}.",
+            err=True,
+        )
+
+
+def _print_resolved(specs: list[JobSpec], as_json: bool) -> None:
+    resolved = [spec.model_dump(mode="json") for spec in specs]
+    if as_json:
+        click.echo(json.dumps(resolved))
+        return
+    import yaml
+
+    for value in resolved:
+        click.echo(yaml.safe_dump(value, sort_keys=False, allow_unicode=True), nl=False)
+
+
+def _is_local(text: str) -> bool:
+    """load_spec has made every local path absolute; what is left is a hub id."""
+    return Path(text).is_absolute()
+
+
+def _unreadable_here(text: str) -> bool:
+    """Parquet needs pyarrow, which the light client does not have: the trainer checks it."""
+    import importlib.util
+
+    return text.lower().endswith(".parquet") and importlib.util.find_spec("pyarrow") is None and Path(text).exists()

@@ -1,0 +1,190 @@
+"""The commands that need the training stack: worker, and looking at tokenised data."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from loractl.common.errors import ExitCode
+
+if TYPE_CHECKING:
+    from loractl.common.settings import Settings
+    from loractl.common.store import Store
+
+    from .devices import Device
+
+IDLE_LOOKS = 2
+"""So many looks in a row must find nothing left before --drain-when-idle ends."""
+
+KILL_AFTER_S = 15.0
+"""After a second Ctrl-C the nodes have so long to give their jobs back."""
+
+
+@click.command()
+@click.option("--drain-when-idle", is_flag=True, help="End when no job that fits this box is left.")
+def worker(drain_when_idle: bool) -> None:
+    """Serve this box's devices: claim waiting jobs that fit and train them.
+
+    Ctrl-C stops after a checkpoint and gives the jobs back; a second one stops at once.
+    """
+    from loractl.common.artifacts import open_store
+    from loractl.common.broker import broker_url
+    from loractl.common.database import connect
+    from loractl.common.settings import load_settings
+    from loractl.common.store import Store
+    from loractl.common.units import gib
+
+    from .devices import find_devices
+
+    settings = load_settings()
+    store = Store(connect(settings))
+    open_store(settings)
+    broker_url(settings)
+    devices = find_devices(settings)
+    for device in devices:
+        click.echo(f"Serving {device.name}, {gib(device.total)} GiB.", err=True)
+    click.echo("Ctrl-C stops after a checkpoint and gives running jobs back.", err=True)
+    sys.exit(_Box(settings, store, devices).run(drain_when_idle))
+
+
+class _Box:
+    """The nodes of this box as child processes."""
+
+    def __init__(self, settings: Settings, store: Store, devices: list[Device]) -> None:
+        self._settings = settings
+        self._store = store
+        self._devices = devices
+        self._nodes: dict[int, subprocess.Popen[bytes]] = {}
+
+    def run(self, drain_when_idle: bool) -> int:
+        import signal
+
+        def terminated(*_: Any) -> None:
+            raise KeyboardInterrupt
+
+        signal.signal(signal.SIGTERM, terminated)  # systemd's stop is a first Ctrl-C
+        for device in self._devices:
+            self._start(device.index)
+        try:
+            self._wait(drain_when_idle)
+            self._drain()
+        except KeyboardInterrupt:
+            click.echo("Stopping after a checkpoint; Ctrl-C again stops at once.", err=True)
+            try:
+                self._drain()
+            except KeyboardInterrupt:
+                self._stop_now()
+                return ExitCode.INTERRUPTED
+        for device in self._devices:
+            self._forget(device)
+        return ExitCode.OK
+
+    def _start(self, index: int) -> None:
+        # A session of its own: the terminal's Ctrl-C reaches this process alone, which then decides.
+        self._nodes[index] = subprocess.Popen(
+            [sys.executable, "-m", "loractl.worker.node", "--index", str(index)], start_new_session=True, stdin=subprocess.DEVNULL
+        )
+
+    def _wait(self, drain_when_idle: bool) -> None:
+        """Until nothing is left; a node that ends by itself is started again."""
+        from sqlalchemy.exc import DBAPIError
+
+        largest, idle = max(d.total for d in self._devices), 0
+        while idle < IDLE_LOOKS:
+            time.sleep(1)
+            for index, process in list(self._nodes.items()):
+                if process.poll() is not None:
+                    click.echo(f"Node {index} ended with status {process.returncode} and is started again.", err=True)
+                    time.sleep(2)
+                    self._start(index)
+            if drain_when_idle:
+                try:
+                    idle = idle + 1 if self._store.unfinished(largest) == 0 else 0
+                except DBAPIError as error:
+                    click.echo(f"The database is away: {error.orig}", err=True)
+
+    def _drain(self) -> None:
+        for process in self._nodes.values():
+            if process.poll() is None:
+                process.terminate()
+        for process in self._nodes.values():
+            process.wait()
+
+    def _stop_now(self) -> None:
+        from .supervisor import Drain
+
+        for device in self._devices:
+            Drain(self._settings.runtime_dir / f"drain-{device.uuid}").ask("now")
+        deadline = time.monotonic() + KILL_AFTER_S
+        for process in self._nodes.values():
+            try:
+                process.wait(timeout=max(0.1, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.kill()  # its trainer ends with its stdin; the lease gives the job back
+
+    def _forget(self, device: Device) -> None:
+        import socket
+
+        self._store.forget_node(f"{socket.gethostname()}:{device.index}")
+
+
+@click.group()
+def data() -> None:
+    """Look at a job's data as the trainer sees them."""
+
+
+@data.command("show")
+@click.argument("job_file", type=click.Path(path_type=Path))
+@click.option("--row", type=int, help="The row to show; without it the first that is trained on.")
+@click.option("--json", "as_json", is_flag=True, help="Print the tokens as JSON.")
+def data_show(job_file: Path, row: int | None, as_json: bool) -> None:
+    """Show one training example: what is learned plain, what is only given dimmed."""
+    from loractl.common.errors import UsageError
+    from loractl.common.spec import load_spec
+
+    from .data import IGNORED, dataset_hash, prepare_data
+    from .model import load_tokenizer
+
+    spec = load_spec(job_file)
+    tokenizer = load_tokenizer(spec.base_model)
+    prepared = prepare_data(
+        spec.dataset, spec.dataset.path, spec.dataset.eval_path, dataset_hash(spec.dataset.path), tokenizer, None
+    )
+    rows = prepared.train.rows
+    chosen = rows[0] if row is None else next((r for r in rows if r.number == row), None)
+    if chosen is None:
+        raise UsageError(f"row {row} is not trained on", f"rows of {spec.dataset.path} that are: {rows[0].number} to {rows[-1].number}, less those held out")
+    learned = [label != IGNORED for label in chosen.labels]
+    if as_json:
+        click.echo(json.dumps({"row": chosen.number, "input_ids": chosen.input_ids, "learned": learned, "data": prepared.facts()}))
+        return
+    facts = prepared.facts()
+    click.echo(f"Row {chosen.number} of {spec.dataset.path}: {len(learned)} tokens, {sum(learned)} learned.")
+    click.echo(f"Format {prepared.format.value}: {prepared.why}. {facts['train_rows']} rows to train on, {facts['held_out_rows']} held out.\n")
+    styled = sys.stdout.isatty()
+    # Without colours the learned parts stand in brackets, so that a pipe tells the same.
+    click.echo("".join(_mark(tokenizer.decode(ids), learn, styled) for ids, learn in _runs(chosen.input_ids, learned)))
+
+
+def _runs(ids: list[int], learned: list[bool]) -> list[tuple[list[int], bool]]:
+    """Neighbouring tokens of one kind, joined: a character may take several tokens."""
+    joined: list[tuple[list[int], bool]] = []
+    for token, learn in zip(ids, learned, strict=True):
+        if not joined or joined[-1][1] != learn:
+            joined.append(([], learn))
+        joined[-1][0].append(token)
+    return joined
+
+
+def _mark(text: str, learn: bool, styled: bool) -> str:
+    if styled:
+        return click.style(text, dim=not learn, bold=learn)
+    return f"[[{text}]]" if learn else text
+
+

@@ -1,0 +1,381 @@
+"""One attempt from claim to finish: data fetched, trainer started and watched, artifacts stored, the row closed.
+
+The supervisor holds the claim. It beats every few seconds, passes on what the trainer tells, and stops the trainer when
+the job is cancelled, over its time, drained, or no longer ours. Nothing is listed unless the last guarded write won.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import queue
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import IO, Any, TypeVar
+
+from sqlalchemy.exc import DBAPIError
+
+from loractl.common.artifacts import ArtifactStore, attempt_prefix
+from loractl.common.database import is_outage
+from loractl.common.errors import ArtifactError, LoractlError, ServiceUnreachable
+from loractl.common.settings import Settings
+from loractl.common.status import Reason, Stage, Status
+from loractl.common.store import Claim, Progress, Store, StoredResult
+
+from .devices import Device
+from .protocol import Ended, Note, StageChanged, Start, Stepped, Stop, Told, decode_told, encode
+
+log = logging.getLogger("loractl.worker")
+Answer = TypeVar("Answer")
+
+BEAT_S = 5.0
+"""How often a running job's row is written; a cancel acts within this and a step."""
+
+STOP_GRACE_S = 10.0
+"""After a cancel, a time limit or a lost lease the trainer has so long before it is killed."""
+
+DRAIN_GRACE_S = 120.0
+"""A drain waits so long for the current step and its checkpoint."""
+
+_LOG_CHUNK = 64 * 1024
+"""Characters of log that one heartbeat carries; the whole log is an artifact."""
+
+
+class Drain:
+    """The box's wish to stop, as a file that every process of the node sees: "checkpoint" or "now"."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def ask(self, how: str) -> None:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._path.write_text(how)
+
+    def clear(self) -> None:
+        self._path.unlink(missing_ok=True)
+
+    @property
+    def wish(self) -> str | None:
+        try:
+            return self._path.read_text()
+        except FileNotFoundError:
+            return None
+
+
+@dataclass(kw_only=True)
+class _State:
+    """What the loop of one attempt knows so far."""
+
+    ended: Ended | None = None
+    forced: tuple[Reason, str] | None = None  # why we stopped the trainer
+    kill_at: float | None = None
+    lease_lost: bool = False
+    pending: Progress = field(default_factory=Progress)  # told, not yet written
+    log_text: list[str] = field(default_factory=list)
+
+
+class Supervisor:
+    """Runs claims on one device."""
+
+    def __init__(self, settings: Settings, store: Store, artifacts: ArtifactStore, device: Device, node: str, drain: Drain, threads: int) -> None:
+        self._settings = settings
+        self._store = store
+        self._artifacts = artifacts
+        self._device = device
+        self._node = node
+        self._drain = drain
+        self._threads = threads
+
+    def run(self, claim: Claim) -> Status | None:
+        """Run one attempt to its end; returns the job's status, None when the lease was lost on the way."""
+        folder = self._settings.work_dir / str(claim.job_id) / f"attempt-{claim.attempt}"
+        log.info("job %s %s: attempt %s with %s", claim.job_id, claim.spec.name, claim.attempt, claim.method.value)
+        state = _State()
+        try:
+            shutil.rmtree(folder, ignore_errors=True)
+            (folder / "result").mkdir(parents=True)
+            start = self._prepare(claim, folder)
+            self._watch(claim, start, folder, state)
+            reason, message = self._judge(state)
+            result = self._keep(claim, folder, state) if reason is Reason.OK else None
+        except (LoractlError, OSError) as error:
+            reason, message, result = *_explain(error), None
+        if state.lease_lost:
+            log.warning("job %s: the lease of attempt %s was lost, its files are dropped", claim.job_id, claim.attempt)
+            shutil.rmtree(folder, ignore_errors=True)
+            return None
+        last = replace(state.pending, vram_peak=state.ended.vram_peak if state.ended else None)
+        status = self._insist(lambda: self._store.finish(claim, reason, message, last, result))
+        log.info("job %s %s: %s (%s) %s", claim.job_id, claim.spec.name, status.value if status else "lost", reason.value, message)
+        self._clean(claim, folder, status)
+        return status
+
+    def _prepare(self, claim: Claim, folder: Path) -> Start:
+        """Fetch the data and say what the trainer shall do."""
+        spec, cache = claim.spec, self._settings.cache_dir
+
+        def local(key: str, wanted: str | None) -> str | None:
+            stored = claim.data.get(key)
+            if stored is None:
+                return wanted  # a hub id
+            return str(self._artifacts.fetch_dataset(stored["uri"], stored["sha256"], cache / "datasets"))
+
+        data_path = local("path", spec.dataset.path)
+        assert data_path is not None
+        earlier = sorted(folder.parent.glob("attempt-*/checkpoints"), key=lambda p: p.stat().st_mtime, reverse=True)
+        user = self._store.job(claim.job_id).user
+        return Start(
+            job_id=claim.job_id, attempt=claim.attempt, user=user, node=self._node, gpu=self._device.uuid,
+            device="cuda" if self._device.kind == "nvml" else "cpu", spec=spec, method=claim.method,
+            vram_planned=claim.vram_planned, data_path=data_path,
+            data_sha256=claim.data["path"]["sha256"] if claim.data.get("path") else None,
+            eval_path=local("eval_path", spec.dataset.eval_path), output_dir=str(folder / "result"),
+            checkpoint_dir=str(folder / "checkpoints"), earlier_checkpoints=[str(p) for p in earlier], cache_dir=str(cache),
+        )  # fmt: skip
+
+    def _watch(self, claim: Claim, start: Start, folder: Path, state: _State) -> None:
+        """Start the trainer and stay with it until it has ended."""
+        told: queue.SimpleQueue[Told | str] = queue.SimpleQueue()
+        with (folder / "log.txt").open("w", encoding="utf-8") as log_file:
+            trainer = subprocess.Popen(
+                [sys.executable, "-m", "loractl.worker.trainer"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE, text=True, errors="replace", start_new_session=True, env=self._environment(),
+            )  # fmt: skip
+            assert trainer.stdin and trainer.stdout and trainer.stderr
+            readers = [
+                threading.Thread(target=_read_messages, args=(trainer.stdout, told, start.job_id), daemon=True),
+                threading.Thread(target=_read_log, args=(trainer.stderr, log_file, told), daemon=True),
+            ]
+            for reader in readers:
+                reader.start()
+            _send(trainer.stdin, start)
+            try:
+                self._loop(claim, trainer, told, state)
+            finally:
+                _kill(trainer)
+                for reader in readers:
+                    reader.join(timeout=5)
+        _take_all(told, state)
+        if state.ended is None and state.forced is None and not state.lease_lost:
+            state.ended = Ended(job_id=start.job_id, **_exit_reason(trainer.returncode))
+
+    def _loop(self, claim: Claim, trainer: subprocess.Popen[str], told: queue.SimpleQueue[Any], state: _State) -> None:
+        began, next_beat, stage = time.monotonic(), 0.0, None
+        limit = claim.spec.resources.time_limit
+        while trainer.poll() is None and state.ended is None:
+            _take_all(told, state, timeout=0.2)
+            now = time.monotonic()
+            if now >= next_beat or state.pending.stage != stage:
+                stage, next_beat = state.pending.stage, now + BEAT_S
+                self._beat(claim, trainer, state)
+            if state.lease_lost:
+                return
+            if limit is not None and now - began > limit:
+                self._stop(trainer, state, Reason.TIMED_OUT, f"ran longer than resources.time_limit ({limit:.0f} s)", save=True)
+            if (wish := self._drain.wish) is not None:
+                if wish == "now":
+                    state.forced = Reason.DRAINED, "the worker was stopped at once"
+                    return
+                self._stop(trainer, state, Reason.DRAINED, "the worker is being stopped", save=True, grace=DRAIN_GRACE_S)
+            if state.kill_at is not None and now > state.kill_at:
+                log.warning("job %s: the trainer did not stop in time and is killed", claim.job_id)
+                return
+
+    def _beat(self, claim: Claim, trainer: subprocess.Popen[str], state: _State) -> None:
+        """One heartbeat. With the database away the training goes on: the lease decides."""
+        text = "".join(state.log_text)
+        progress = replace(state.pending, log=text[-_LOG_CHUNK:])
+        try:
+            beat = self._store.beat(claim, progress)
+        except DBAPIError as error:
+            if not is_outage(error):
+                raise
+            log.warning("job %s: the database is away, training goes on: %s", claim.job_id, str(error.orig).strip())
+            return
+        state.pending, state.log_text = Progress(stage=state.pending.stage), []
+        if not beat.accepted:
+            state.lease_lost = True
+        elif beat.cancel_requested:
+            self._stop(trainer, state, Reason.CANCELLED, "cancelled by its owner", save=False)
+
+    def _stop(self, trainer: subprocess.Popen[str], state: _State, reason: Reason, message: str, *, save: bool, grace: float = STOP_GRACE_S) -> None:
+        """Ask the trainer to end, once; it is killed after the grace period."""
+        if state.forced is not None and (state.forced[0] is reason or reason is not Reason.CANCELLED):
+            return
+        state.forced = reason, message
+        state.kill_at = time.monotonic() + grace
+        assert trainer.stdin
+        _send(trainer.stdin, Stop(job_id=0, save=save))
+
+    def _judge(self, state: _State) -> tuple[Reason, str]:
+        """The attempt's reason: what the trainer said, unless we stopped it before it was done."""
+        if state.ended is not None and (state.forced is None or state.ended.reason is Reason.OK):
+            return state.ended.reason, state.ended.message
+        if state.forced is not None:
+            return state.forced
+        return Reason.TRAINER_ERROR, "the trainer said nothing"
+
+    def _keep(self, claim: Claim, folder: Path, state: _State) -> StoredResult:
+        """Upload the result and read it back, while the heartbeat goes on."""
+        prefix = attempt_prefix(claim.job_id, claim.attempt)
+        shutil.copy(folder / "log.txt", folder / "result" / "log.txt")
+        state.pending = replace(state.pending, stage=Stage.STORING)
+        outcome: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+        def upload() -> None:
+            try:
+                outcome.put(self._artifacts.put_result(folder / "result", prefix))
+            except Exception as error:  # noqa: BLE001  handed to the thread that waits for it, which raises it
+                outcome.put(error)
+
+        threading.Thread(target=upload, name="upload", daemon=True).start()
+        while True:
+            try:
+                beat = self._store.beat(claim, replace(state.pending, log="".join(state.log_text)[-_LOG_CHUNK:]))
+                state.pending, state.log_text = Progress(), []
+                state.lease_lost = not beat.accepted
+            except DBAPIError as error:
+                if not is_outage(error):
+                    raise
+            try:
+                manifest = outcome.get(timeout=BEAT_S)
+                break
+            except queue.Empty:
+                continue
+        if isinstance(manifest, Exception):
+            raise manifest
+        weights = manifest["adapter/adapter_model.safetensors"]
+        uri = f"{self._artifacts.url}/{prefix}"
+        size = sum(f.size for name, f in manifest.items() if name.startswith("adapter/"))
+        return StoredResult(adapter_uri=f"{uri}/adapter", report_uri=f"{uri}/report.json", adapter_size=size, adapter_sha256=weights.sha256)
+
+    def _insist(self, write: Callable[[], Answer]) -> Answer:
+        """Repeat a last write until the database is back: an outage must not cost a finished training."""
+        delay = 0.5
+        while True:
+            try:
+                return write()
+            except DBAPIError as error:
+                if not is_outage(error) or self._drain.wish == "now":
+                    raise
+                log.warning("the database is away, the result waits for it: %s", str(error.orig).strip())
+                time.sleep(delay)
+                delay = min(delay * 2, 10)
+
+    def _clean(self, claim: Claim, folder: Path, status: Status | None) -> None:
+        """Keep checkpoints for a next attempt; drop everything once the job is over or ours no longer."""
+        if status is None or status.is_terminal:
+            shutil.rmtree(folder.parent, ignore_errors=True)
+        else:
+            shutil.rmtree(folder / "result", ignore_errors=True)
+
+    def _environment(self) -> dict[str, str]:
+        """The trainer's: its device alone, its share of the cores, and no address or password of a service."""
+        hidden = ("LORACTL_DATABASE_URL", "LORACTL_REDIS_URL", "LORACTL_ARTIFACTS_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "PGPASSWORD")
+        kept = {name: value for name, value in os.environ.items() if name not in hidden}
+        return {**kept, **self._device.environment(), "OMP_NUM_THREADS": str(self._threads),
+                "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}  # fmt: skip
+
+
+def _take_all(told: queue.SimpleQueue[Told | str], state: _State, timeout: float = 0.0) -> None:
+    """Fold what the trainer has told since the last look into the state."""
+    while True:
+        try:
+            message = told.get(timeout=timeout) if timeout else told.get_nowait()
+        except queue.Empty:
+            return
+        timeout = 0.0
+        if isinstance(message, str):
+            state.log_text.append(message)
+        elif isinstance(message, Ended):
+            state.ended = message
+        else:
+            state.pending = _fold(state.pending, message)
+
+
+def _fold(progress: Progress, message: Told) -> Progress:
+    if isinstance(message, StageChanged):
+        return replace(progress, stage=message.stage)
+    if isinstance(message, Note):
+        log.info("job %s: %s", message.job_id, message.text)
+        events = (*progress.events, (message.kind, message.text))
+        return replace(progress, events=events, resumed_from_step=message.resumed_from_step or progress.resumed_from_step)
+    assert isinstance(message, Stepped)
+    metrics = tuple((message.step, name, value) for name, value in message.metrics.items())
+    if "loss" in message.metrics:
+        log.info("job %s: step %s of %s, loss %.3f", message.job_id, message.step, message.total_steps, message.metrics["loss"])
+    return replace(
+        progress, step=message.step, total_steps=message.total_steps, metrics=progress.metrics + metrics,
+        loss=message.metrics.get("loss", progress.loss), eta_seconds=message.eta_seconds,
+        tokens_per_second=message.tokens_per_second or progress.tokens_per_second,
+    )  # fmt: skip
+
+
+def _explain(error: Exception) -> tuple[Reason, str]:
+    """The reason for what failed on our own side, outside the trainer."""
+    if isinstance(error, OSError):
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        return (Reason.DISK_FULL if full else Reason.TRAINER_ERROR), f"{error.strerror or error}: {error.filename or ''}".strip(": ")
+    if isinstance(error, (ArtifactError, ServiceUnreachable)):
+        return Reason.STORE_FAILED, error.sentence
+    return Reason.TRAINER_ERROR, str(error)
+
+
+def _exit_reason(code: int) -> dict[str, Any]:
+    """The reason for a trainer that ended without a word."""
+    if code == -signal.SIGKILL:
+        return {"reason": Reason.HOST_OUT_OF_MEMORY, "message": "the trainer was killed (SIGKILL), most likely by the box's out-of-memory killer"}
+    how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
+    return {"reason": Reason.TRAINER_ERROR, "message": f"the trainer ended without a result ({how})"}
+
+
+def _send(pipe: IO[str], message: Start | Stop) -> None:
+    try:
+        pipe.write(encode(message))
+        pipe.flush()
+    except BrokenPipeError:
+        log.warning("the trainer had ended before it could be told %s", message.type)
+
+
+def _kill(trainer: subprocess.Popen[str]) -> None:
+    """End the trainer and whatever it started: closed stdin first, then its whole session."""
+    assert trainer.stdin
+    try:
+        trainer.stdin.close()
+    except BrokenPipeError:
+        log.debug("the trainer had closed its input")
+    try:
+        trainer.wait(timeout=2)
+    except subprocess.TimeoutExpired:
+        log.debug("the trainer outlived its input and is killed")
+    try:
+        os.killpg(trainer.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        log.debug("the trainer's session is empty")
+    trainer.wait()
+
+
+def _read_messages(pipe: IO[str], told: queue.SimpleQueue[Told | str], job_id: int) -> None:
+    for line in pipe:
+        try:
+            message = decode_told(line)
+        except ValueError:
+            told.put(f"[not a message] {line}")
+            continue
+        if message.job_id == job_id:
+            told.put(message)
+
+
+def _read_log(pipe: IO[str], file: IO[str], told: queue.SimpleQueue[Told | str]) -> None:
+    for line in pipe:
+        file.write(line)
+        file.flush()
+        told.put(line)
