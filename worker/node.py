@@ -63,7 +63,11 @@ class Node:
         self.drain.clear()
         broker = broker_url(self.settings)
         app = make_app(broker)
-        app.task(name=WAKE_TASK, ignore_result=True)(lambda size_class: self.wake())
+
+        @app.task(name=WAKE_TASK, ignore_result=True)
+        def wake(size_class: int) -> None:  # what the message says is a hint: the claim looks at what is free now
+            self.wake()
+
         signals.worker_ready.connect(lambda sender, **_: self._start_monitor(app, sender), weak=False)
         signals.worker_shutting_down.connect(lambda **_: self._shut_down(), weak=False)
         worker = app.Worker(
