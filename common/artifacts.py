@@ -179,11 +179,15 @@ class ArtifactStore:
         except OSError as error:
             # s3fs and fsspec report the service's answers as OSError; no errno means that none came.
             why = error.strerror or str(error) or type(error).__name__
-            raise ArtifactError(f"{doing} in {redacted(self.url)}: {why}", "check LORACTL_ARTIFACTS_URL and its free space") from error
+            raise ArtifactError(
+                f"{doing} in {redacted(self.url)}: {why}", "check LORACTL_ARTIFACTS_URL and its free space"
+            ) from error
         except Exception as error:
             if type(error).__module__.split(".")[0] not in ("botocore", "aiobotocore", "aiohttp"):
                 raise
-            raise ServiceUnreachable("the artifact store", redacted(self.url), "LORACTL_ARTIFACTS_URL", str(error)) from error
+            raise ServiceUnreachable(
+                "the artifact store", redacted(self.url), "LORACTL_ARTIFACTS_URL", str(error)
+            ) from error
 
 
 def open_store(settings: Settings) -> ArtifactStore:
@@ -208,8 +212,11 @@ def _filesystem(url: str) -> tuple[Any, str]:
     options: dict[str, Any] = {}
     if url.startswith("s3://"):
         # Other people write here too: a cached listing would hide their files.
-        options = {"use_listings_cache": False, "skip_instance_cache": True,
-                   "config_kwargs": {"connect_timeout": 5, "read_timeout": 30, "retries": {"max_attempts": 3}}}  # fmt: skip
+        options = {
+            "use_listings_cache": False,
+            "skip_instance_cache": True,
+            "config_kwargs": {"connect_timeout": 5, "read_timeout": 30, "retries": {"max_attempts": 3}},
+        }
         if endpoint := os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL"):
             options["endpoint_url"] = endpoint
     try:
@@ -217,5 +224,8 @@ def _filesystem(url: str) -> tuple[Any, str]:
     except ImportError as error:
         raise UsageError(f"the driver for {redacted(url)} is not installed", "pip install 'loractl[s3]'") from error
     except ValueError as error:
-        raise UsageError(f"LORACTL_ARTIFACTS_URL is not a URL that can be opened: {redacted(url)}", "like file:///srv/loractl or s3://bucket/loractl") from error
+        raise UsageError(
+            f"LORACTL_ARTIFACTS_URL is not a URL that can be opened: {redacted(url)}",
+            "like file:///srv/loractl or s3://bucket/loractl",
+        ) from error
     return filesystem, root.rstrip("/")

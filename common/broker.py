@@ -95,16 +95,39 @@ def _start(settings: Settings, path: Path) -> None:
         if _answers(path):
             return
         command = [
-            str(server_binary()), "--port", "0", "--unixsocket", str(path), "--unixsocketperm", "700",
-            "--dir", str(settings.runtime_dir), "--appendonly", "yes", "--save", "", "--daemonize", "no",
-            "--logfile", str(log), "--maxmemory-policy", "noeviction",
-        ]  # fmt: skip
+            str(server_binary()),
+            "--port",
+            "0",
+            "--unixsocket",
+            str(path),
+            "--unixsocketperm",
+            "700",
+            "--dir",
+            str(settings.runtime_dir),
+            "--appendonly",
+            "yes",
+            "--save",
+            "",
+            "--daemonize",
+            "no",
+            "--logfile",
+            str(log),
+            "--maxmemory-policy",
+            "noeviction",
+        ]
         child = subprocess.Popen(
-            command, start_new_session=True, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL, close_fds=True, cwd="/",
-        )  # fmt: skip
+            command,
+            start_new_session=True,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            close_fds=True,
+            cwd="/",
+        )
         deadline = time.monotonic() + _START_TIMEOUT_S
         while not _answers(path):
             if child.poll() is not None or time.monotonic() > deadline:
-                raise ServiceUnreachable("the embedded Valkey", str(path), "LORACTL_REDIS_URL", f"it did not start; see {log}")
+                raise ServiceUnreachable(
+                    "the embedded Valkey", str(path), "LORACTL_REDIS_URL", f"it did not start; see {log}"
+                )
             time.sleep(0.02)

@@ -81,7 +81,9 @@ def make_engine(url: str) -> Engine:
             f"LORACTL_DATABASE_URL is not a database URL: {redacted(url)}", "like postgresql://user@host/loractl"
         ) from error
     except ModuleNotFoundError as error:
-        raise UsageError(f"the driver for {redacted(url)} is not installed", "pip install 'loractl[postgres]'") from error
+        raise UsageError(
+            f"the driver for {redacted(url)} is not installed", "pip install 'loractl[postgres]'"
+        ) from error
 
     @event.listens_for(engine, "connect")
     def _configure(connection: sqlite3.Connection, _: Any) -> None:

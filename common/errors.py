@@ -101,9 +101,7 @@ class ServiceUnreachable(LoractlError):
     exit_code = ExitCode.UNREACHABLE
 
     def __init__(self, service: str, address: str, setting: str, why: str) -> None:
-        super().__init__(
-            f"{service} is unreachable at {address}: {why}", f"check that it runs, or set {setting}"
-        )
+        super().__init__(f"{service} is unreachable at {address}: {why}", f"check that it runs, or set {setting}")
         self.service = service
 
 

@@ -48,8 +48,15 @@ class Shape:
     def linear_per_layer(self) -> list[tuple[int, int]]:
         """(in, out) of each linear layer in one block: q, k, v, o, gate, up, down."""
         q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        return [(self.hidden, q), (self.hidden, kv), (self.hidden, kv), (q, self.hidden),
-                (self.hidden, self.ffn), (self.hidden, self.ffn), (self.ffn, self.hidden)]  # fmt: skip
+        return [
+            (self.hidden, q),
+            (self.hidden, kv),
+            (self.hidden, kv),
+            (q, self.hidden),
+            (self.hidden, self.ffn),
+            (self.hidden, self.ffn),
+            (self.ffn, self.hidden),
+        ]
 
     @property
     def linear_parameters(self) -> int:
@@ -101,9 +108,11 @@ def plan(shape: Shape, spec: JobSpec, method: Method) -> dict[str, int]:
     eight_bit = paged or spec.training.optim == "adamw_8bit"
     adapter = _adapter_parameters(shape, spec) * (ADAPTER_BYTES_8BIT if eight_bit else ADAPTER_BYTES)
     # One block's saved tensors, in 16 bit: about 12 of the hidden size, q and o, k and v, and 3 of the MLP's width.
-    block = tokens * 2 * (
-        12 * shape.hidden + 3 * shape.heads * shape.head_dim + shape.kv_heads * shape.head_dim + 3 * shape.ffn
-    )  # fmt: skip
+    block = (
+        tokens
+        * 2
+        * (12 * shape.hidden + 3 * shape.heads * shape.head_dim + shape.kv_heads * shape.head_dim + 3 * shape.ffn)
+    )
     stored = tokens * shape.hidden * (4 if quantised else 2) * shape.layers
     activations = shape.layers * block if spec.training.gradient_checkpointing is False else stored + block
     # The loss holds 16-bit and fp32 logits, their softmax and the gradient: 14 bytes an element, 16 on an fp32 head.
@@ -119,9 +128,7 @@ def predict(spec: JobSpec) -> Need:
     shape = read_shape(Path(spec.base_model))
     if shape is None:
         return Need(lora=None, qlora=None)
-    return Need(
-        lora=sum(plan(shape, spec, Method.LORA).values()), qlora=sum(plan(shape, spec, Method.QLORA).values())
-    )
+    return Need(lora=sum(plan(shape, spec, Method.LORA).values()), qlora=sum(plan(shape, spec, Method.QLORA).values()))
 
 
 def _adapter_parameters(shape: Shape, spec: JobSpec) -> int:

@@ -57,4 +57,6 @@ def wake(settings: Settings, size_class: int) -> None:
         raise
     except Exception as error:
         # kombu and redis-py raise their own unrelated classes; each of them means that the message did not go out
-        raise ServiceUnreachable("the queue", redacted(url), "LORACTL_REDIS_URL", str(error) or type(error).__name__) from error
+        raise ServiceUnreachable(
+            "the queue", redacted(url), "LORACTL_REDIS_URL", str(error) or type(error).__name__
+        ) from error

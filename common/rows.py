@@ -82,7 +82,9 @@ def read_rows(path: Path) -> list[RawRow]:
     return rows
 
 
-def detect_format(rows: Iterable[RawRow], file: str | Path, wanted: DataFormat = DataFormat.AUTO) -> tuple[DataFormat, str]:
+def detect_format(
+    rows: Iterable[RawRow], file: str | Path, wanted: DataFormat = DataFormat.AUTO
+) -> tuple[DataFormat, str]:
     """The format and the reason for it, from the first row's columns. Raises DataError."""
     first = next(iter(rows))
     columns = [key for key, value in first.value.items() if value is not None]
@@ -93,9 +95,11 @@ def detect_format(rows: Iterable[RawRow], file: str | Path, wanted: DataFormat =
             return format, f"the rows have {' and '.join(needed)}"
     forms = "; ".join(f"{format.value}: {', '.join(needed)}" for format, needed in _COLUMNS.items())
     raise DataError(
-        file, f"the columns {', '.join(columns) or '(none)'} are those of no known format", row=first.number,
+        file,
+        f"the columns {', '.join(columns) or '(none)'} are those of no known format",
+        row=first.number,
         hint=f"known columns: {forms}",
-    )  # fmt: skip
+    )
 
 
 def parse_examples(
@@ -106,9 +110,11 @@ def parse_examples(
     Raises DataError for the first row that can't be learned from, or, where those are dropped, when none is left.
     """
     parse = {
-        DataFormat.MESSAGES: _messages, DataFormat.ALPACA: _alpaca,
-        DataFormat.PROMPT_COMPLETION: _prompt_completion, DataFormat.TEXT: _text,
-    }[format]  # fmt: skip
+        DataFormat.MESSAGES: _messages,
+        DataFormat.ALPACA: _alpaca,
+        DataFormat.PROMPT_COMPLETION: _prompt_completion,
+        DataFormat.TEXT: _text,
+    }[format]
     examples, dropped = [], []
     for row in rows:
         try:
@@ -130,7 +136,9 @@ def split_held_out(examples: list[Example], test_size: float, file: str | Path) 
     """
     hashes = sorted({e.content_hash() for e in examples})
     if len(hashes) < 2:
-        raise DataError(file, "needs at least two different rows: one to train on and one held out", hint="or set dataset.eval_path")
+        raise DataError(
+            file, "needs at least two different rows: one to train on and one held out", hint="or set dataset.eval_path"
+        )
     count = min(max(1, round(test_size * len(hashes))), len(hashes) - 1)
     held_out = set(hashes[:count])
     train = [e for e in examples if e.content_hash() not in held_out]
@@ -146,7 +154,11 @@ def _parse_jsonl(path: Path, text: str) -> list[RawRow]:
             value = json.loads(line)
         except (json.JSONDecodeError, RecursionError) as error:
             where = f" (column {error.colno}: {error.msg.lower()})" if isinstance(error, json.JSONDecodeError) else ""
-            hint = "a .jsonl file has one object a line; name it .json if it is one array" if line.strip() in ("[", "{") else None
+            hint = (
+                "a .jsonl file has one object a line; name it .json if it is one array"
+                if line.strip() in ("[", "{")
+                else None
+            )
             raise DataError(path, f"is not valid JSON{where}", row=number, hint=hint) from None
         rows.append(_row(path, number, value))
     return rows
@@ -169,7 +181,9 @@ def _parse_csv(path: Path, text: str) -> list[RawRow]:
     try:
         for number, value in enumerate(reader, start=1):
             if None in value or None in value.values():
-                raise DataError(path, f"does not have the {len(reader.fieldnames or ())} fields of the header", row=number)
+                raise DataError(
+                    path, f"does not have the {len(reader.fieldnames or ())} fields of the header", row=number
+                )
             rows.append(RawRow(number=number, value=value))
     except csv.Error as error:
         raise DataError(path, f"is not valid CSV: {error}", row=len(rows) + 1) from None

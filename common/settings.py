@@ -67,7 +67,6 @@ def load_settings(environ: dict[str, str] | None = None) -> Settings:
     )
 
 
-
 def redacted(url: str) -> str:
     """The URL without its user's password, fit for a message or a log."""
     parts = urlsplit(url)
@@ -92,7 +91,9 @@ def _config_file(path: Path) -> dict[str, str]:
     try:
         values = tomllib.loads(path.read_text())
     except (OSError, tomllib.TOMLDecodeError) as error:
-        raise UsageError(f"{path} can't be read: {error}", "it is a TOML file with lines like redis_url = \"...\"") from error
+        raise UsageError(
+            f"{path} can't be read: {error}", 'it is a TOML file with lines like redis_url = "..."'
+        ) from error
     unknown = sorted(set(values) - set(_KEYS))
     if unknown:
         raise UsageError(f"{path}: unknown key {unknown[0]}", f"known keys: {', '.join(_KEYS)}")

@@ -138,7 +138,9 @@ class TrainingSpec(_Section):
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup", "polynomial"] = "cosine"
     weight_decay: float = Field(0.0, ge=0, lt=1)
     max_grad_norm: float = Field(1.0, gt=0)
-    optim: Literal["auto", "adamw_torch", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit", "sgd", "adafactor"] = "auto"
+    optim: Literal["auto", "adamw_torch", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit", "sgd", "adafactor"] = (
+        "auto"
+    )
     """auto: paged 8-bit AdamW for QLoRA on a GPU, AdamW of torch elsewhere."""
     logging_steps: int = Field(5, ge=1)
     save_steps: int = Field(50, ge=1)
@@ -204,7 +206,9 @@ class JobSpec(_Section):
         if self.training.max_steps and "num_train_epochs" in self.training.model_fields_set:
             raise ValueError("training.max_steps and training.num_train_epochs both say when to stop; keep one of them")
         if self.training.optim.startswith("paged") and self.method is Method.LORA:
-            raise ValueError("training.optim: paged optimizers are for method qlora or auto; use adamw_torch or adamw_8bit")
+            raise ValueError(
+                "training.optim: paged optimizers are for method qlora or auto; use adamw_torch or adamw_8bit"
+            )
         return self
 
     def spec_hash(self) -> str:
@@ -214,17 +218,39 @@ class JobSpec(_Section):
 
 
 _KNOWN_AS = {
-    "model": "base_model", "model_name_or_path": "base_model", "base": "base_model", "data": "dataset",
-    "datasets": "dataset", "rank": "lora.r", "lora_r": "lora.r", "alpha": "lora.lora_alpha", "lora_alpha": "lora.lora_alpha",
-    "dropout": "lora.lora_dropout", "lora_dropout": "lora.lora_dropout", "target_modules": "lora.target_modules",
-    "lora_target": "lora.target_modules", "epochs": "training.num_train_epochs", "num_epochs": "training.num_train_epochs",
-    "steps": "training.max_steps", "lr": "training.learning_rate", "batch_size": "training.per_device_train_batch_size",
-    "micro_batch_size": "training.per_device_train_batch_size", "grad_accum": "training.gradient_accumulation_steps",
-    "warmup_ratio": "training.warmup_steps", "scheduler": "training.lr_scheduler_type", "optimizer": "training.optim",
-    "sequence_len": "dataset.max_length", "cutoff_len": "dataset.max_length", "max_seq_length": "dataset.max_length",
-    "val_set_size": "dataset.test_size", "vram": "resources.max_vram", "timeout": "resources.time_limit",
-    "retries": "max_retries", "max_tokens": "evaluation.max_new_tokens", "tags": "labels",
-}  # fmt: skip
+    "model": "base_model",
+    "model_name_or_path": "base_model",
+    "base": "base_model",
+    "data": "dataset",
+    "datasets": "dataset",
+    "rank": "lora.r",
+    "lora_r": "lora.r",
+    "alpha": "lora.lora_alpha",
+    "lora_alpha": "lora.lora_alpha",
+    "dropout": "lora.lora_dropout",
+    "lora_dropout": "lora.lora_dropout",
+    "target_modules": "lora.target_modules",
+    "lora_target": "lora.target_modules",
+    "epochs": "training.num_train_epochs",
+    "num_epochs": "training.num_train_epochs",
+    "steps": "training.max_steps",
+    "lr": "training.learning_rate",
+    "batch_size": "training.per_device_train_batch_size",
+    "micro_batch_size": "training.per_device_train_batch_size",
+    "grad_accum": "training.gradient_accumulation_steps",
+    "warmup_ratio": "training.warmup_steps",
+    "scheduler": "training.lr_scheduler_type",
+    "optimizer": "training.optim",
+    "sequence_len": "dataset.max_length",
+    "cutoff_len": "dataset.max_length",
+    "max_seq_length": "dataset.max_length",
+    "val_set_size": "dataset.test_size",
+    "vram": "resources.max_vram",
+    "timeout": "resources.time_limit",
+    "retries": "max_retries",
+    "max_tokens": "evaluation.max_new_tokens",
+    "tags": "labels",
+}
 """What other tools call our keys, for "did you mean"."""
 
 
@@ -259,7 +285,9 @@ def _parse_yaml(path: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]
         raw = path.read_bytes()
         text = raw.decode("utf-8")
     except FileNotFoundError:
-        raise wrong("no such file", "loractl submit takes the path of a job file, like examples/helpdesk-lora.yaml") from None
+        raise wrong(
+            "no such file", "loractl submit takes the path of a job file, like examples/helpdesk-lora.yaml"
+        ) from None
     except IsADirectoryError:
         raise wrong("is a folder, not a job file") from None
     except UnicodeDecodeError:
@@ -267,7 +295,10 @@ def _parse_yaml(path: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]
     except OSError as error:
         raise wrong(f"can't be read: {error.strerror}") from None
     if len(raw) > MAX_FILE_BYTES:
-        raise wrong(f"has {len(raw)} bytes, a job file at most {MAX_FILE_BYTES}", "the data belong into a file of their own: dataset.path")
+        raise wrong(
+            f"has {len(raw)} bytes, a job file at most {MAX_FILE_BYTES}",
+            "the data belong into a file of their own: dataset.path",
+        )
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         lines = dict(_lines(node, ()))
@@ -299,7 +330,11 @@ def _lines(node: yaml.Node | None, path: tuple[str, ...]) -> list[tuple[tuple[st
 def _apply_override(tree: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     problem = SpecProblem(
-        file="--set", line=None, key=override, what="is not of the form key=value", hint="like --set training.max_steps=20"
+        file="--set",
+        line=None,
+        key=override,
+        what="is not of the form key=value",
+        hint="like --set training.max_steps=20",
     )
     if not equals or not key:
         raise SpecError([problem])
@@ -317,9 +352,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     place[last] = value
 
 
-def _problem(
-    error: Any, file: str, lines: dict[tuple[str, ...], int], overrides: Sequence[str]
-) -> SpecProblem:
+def _problem(error: Any, file: str, lines: dict[tuple[str, ...], int], overrides: Sequence[str]) -> SpecProblem:
     """One pydantic error as a sentence with the file's line and a hint."""
     path = tuple(str(part) for part in error["loc"] if not str(part).startswith(("literal[", "list[", "function-")))
     key = ".".join(path)
@@ -350,14 +383,27 @@ def _explain(error: Any, key: str) -> tuple[str, str | None]:
     if kind == "string_pattern_mismatch":
         return f"{shown} is not a name: letters, digits, '.', '_' and '-' only, at most 63", None
     if kind.startswith(("greater_than", "less_than")):
-        limit = {"greater_than": "above", "greater_than_equal": "at least", "less_than": "below", "less_than_equal": "at most"}
+        limit = {
+            "greater_than": "above",
+            "greater_than_equal": "at least",
+            "less_than": "below",
+            "less_than_equal": "at most",
+        }
         bound = next(iter(context.values()))
         return f"{shown} must be {limit[kind]} {bound}", None
     wanted = {
-        "int_type": "a whole number", "int_parsing": "a whole number", "int_from_float": "a whole number",
-        "float_type": "a number", "float_parsing": "a number", "string_type": "text", "bool_type": "true or false",
-        "bool_parsing": "true or false", "list_type": "a list", "model_type": "a mapping of keys", "dict_type": "a mapping",
-    }.get(kind)  # fmt: skip
+        "int_type": "a whole number",
+        "int_parsing": "a whole number",
+        "int_from_float": "a whole number",
+        "float_type": "a number",
+        "float_parsing": "a number",
+        "string_type": "text",
+        "bool_type": "true or false",
+        "bool_parsing": "true or false",
+        "list_type": "a list",
+        "model_type": "a mapping of keys",
+        "dict_type": "a mapping",
+    }.get(kind)
     if wanted:
         quoted = "; write it in quotes" if wanted == "text" and isinstance(given, (int, float, bool)) else ""
         return f"{shown} is not {wanted}{quoted}", None

@@ -111,7 +111,10 @@ OUTCOMES: dict[Reason, Outcome] = {
     Reason.WORKER_LOST: Outcome(status=Status.FAILED, retryable=True, counts=False, advice=_LAB),
     Reason.GPU_ERROR: Outcome(status=Status.FAILED, retryable=True, counts=False, advice=_LAB),
     Reason.DISK_FULL: Outcome(
-        status=Status.FAILED, retryable=True, counts=True, advice="free space on the worker's disk, then loractl retry JOB"
+        status=Status.FAILED,
+        retryable=True,
+        counts=True,
+        advice="free space on the worker's disk, then loractl retry JOB",
     ),
     Reason.STORE_FAILED: Outcome(
         status=Status.FAILED,

@@ -9,16 +9,29 @@ from __future__ import annotations
 import datetime as dt
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
 
-from sqlalchemy import ColumnElement, CursorResult, DateTime, Engine, Select, Update, bindparam, func, insert, or_, select, update
+from sqlalchemy import (
+    ColumnElement,
+    CursorResult,
+    DateTime,
+    Engine,
+    Select,
+    Update,
+    bindparam,
+    func,
+    insert,
+    or_,
+    select,
+    update,
+)
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
 from .errors import JobNotFound, WrongState
 from .policy import Need, choose_method
-from .spec import JobSpec, Method
+from .records import Beat, Claim, NodeState, Progress, StoredResult, Submission
+from .spec import JobSpec
 from .status import OUTCOMES, WORKER_LOST_LIMIT, Reason, Stage, Status, retry_delay_s
 from .tables import Adapter, Attempt, Event, Job, LogChunk, MetricPoint, Node, UtcDateTime
 
@@ -29,85 +42,6 @@ LEASE_S = 60.0
 
 NODE_STALE_S = 60.0
 """A node that was not seen for so long counts as offline."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Submission:
-    """What submit writes: the checked spec, where its data are, and what it is predicted to need."""
-
-    spec: JobSpec
-    user: str
-    data: dict[str, Any]
-    need: Need
-    vram_needed: int | None
-    vram_class: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Claim:
-    """The right to run one attempt, until the lease ends."""
-
-    job_id: int
-    attempt: int
-    token: str
-    spec: JobSpec
-    data: dict[str, Any]
-    method: Method
-    vram_planned: int | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Progress:
-    """Where an attempt stands. A field that is None leaves what the row holds."""
-
-    stage: Stage | None = None
-    step: int | None = None
-    total_steps: int | None = None
-    loss: float | None = None
-    tokens_per_second: float | None = None
-    eta_seconds: float | None = None
-    vram_peak: int | None = None
-    resumed_from_step: int | None = None
-    metrics: tuple[tuple[int, str, float], ...] = ()  # step, name, value
-    events: tuple[tuple[str, str], ...] = ()  # kind, text
-    log: str = ""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Beat:
-    """The database's answer to a heartbeat."""
-
-    accepted: bool  # False: the lease is lost, stop at once and write nothing
-    cancel_requested: bool = False
-
-
-@dataclass(frozen=True, kw_only=True)
-class StoredResult:
-    """Verified artifacts of a successful attempt."""
-
-    adapter_uri: str
-    report_uri: str
-    adapter_size: int
-    adapter_sha256: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class NodeState:
-    """What a node says of its device."""
-
-    node: str
-    host: str
-    gpu: str
-    device_name: str
-    kind: str
-    total: int
-    free: int
-    reserved: int = 0
-    outside: list[dict[str, Any]] = field(default_factory=list)
-    load: int | None = None
-    temperature: int | None = None
-    versions: dict[str, str] = field(default_factory=dict)
-    draining: bool = False
 
 
 class Store:
@@ -125,12 +59,22 @@ class Store:
         spec = submission.spec
         with self._write() as session:
             job = Job(
-                name=spec.name, user=submission.user, labels=dict(spec.labels), spec=spec.model_dump(mode="json"),
-                spec_hash=spec.spec_hash(), base_model=spec.base_model, data=submission.data, priority=spec.priority,
-                vram_lora=submission.need.lora, vram_qlora=submission.need.qlora, vram_needed=submission.vram_needed,
-                vram_class=submission.vram_class, max_retries=spec.max_retries, status=Status.QUEUED,
+                name=spec.name,
+                user=submission.user,
+                labels=dict(spec.labels),
+                spec=spec.model_dump(mode="json"),
+                spec_hash=spec.spec_hash(),
+                base_model=spec.base_model,
+                data=submission.data,
+                priority=spec.priority,
+                vram_lora=submission.need.lora,
+                vram_qlora=submission.need.qlora,
+                vram_needed=submission.vram_needed,
+                vram_class=submission.vram_class,
+                max_retries=spec.max_retries,
+                status=Status.QUEUED,
                 submitted_at=self._now_value(session),
-            )  # fmt: skip
+            )
             session.add(job)
             session.flush()
             self._event(session, job.job_id, None, "queued", f"queued by {submission.user}")
@@ -153,16 +97,31 @@ class Store:
                     raise WrongState(f"job {job_id} has already {_ended_as(ended)}")
             job = self._get(session, job_id)
             kind = "cancelled" if job.status is Status.CANCELLED else "cancel"
-            self._event(session, job_id, None, kind, f"{'cancelled' if kind == 'cancelled' else 'cancel asked for'} by {user}")
+            self._event(
+                session, job_id, None, kind, f"{'cancelled' if kind == 'cancelled' else 'cancel asked for'} by {user}"
+            )
             return job
 
     def retry(self, job_id: int, user: str) -> Job:
         """Queue a failed, cancelled or held job again, with all its retries. Raises JobNotFound, WrongState."""
         fresh = {
-            "status": Status.QUEUED, "reason": None, "message": None, "stage": None, "cancel_requested": False, "held": False,
-            "not_before": None, "retries_used": 0, "ended_at": None, "token": None, "lease_expires_at": None,
-            "step": None, "total_steps": None, "loss": None, "tokens_per_second": None, "eta_seconds": None,
-        }  # fmt: skip
+            "status": Status.QUEUED,
+            "reason": None,
+            "message": None,
+            "stage": None,
+            "cancel_requested": False,
+            "held": False,
+            "not_before": None,
+            "retries_used": 0,
+            "ended_at": None,
+            "token": None,
+            "lease_expires_at": None,
+            "step": None,
+            "total_steps": None,
+            "loss": None,
+            "tokens_per_second": None,
+            "eta_seconds": None,
+        }
         with self._write() as session:
             again = (
                 update(Job)
@@ -172,14 +131,19 @@ class Store:
             )
             if not _rows(session, again):
                 job = self._get(session, job_id)
-                raise WrongState(f"job {job_id} is {job.status.value}: only a failed, cancelled or held job can be retried")
+                raise WrongState(
+                    f"job {job_id} is {job.status.value}: only a failed, cancelled or held job can be retried"
+                )
             self._event(session, job_id, None, "retry", f"queued again by {user}")
             return self._get(session, job_id)
 
     # --- what a node does ---
 
-    def claim(self, node: str, gpu: str, free: int) -> Claim | None:
-        """Take the first waiting job that fits into `free` bytes: a token and a lease, or None."""
+    def claim(self, node: str, gpu: str, free: int, *, plan_holds: bool = True) -> Claim | None:
+        """Take the first waiting job that fits into `free` bytes: a token and a lease, or None.
+
+        `plan_holds` is false on a CPU: plans are for GPUs, so none is noted beside what is measured there.
+        """
         with self._write() as session:
             now = self._now_value(session)
             job = session.scalars(_waiting(now, free).limit(1).with_for_update(skip_locked=True)).first()
@@ -194,20 +158,51 @@ class Store:
                 return None
             token, attempt = uuid.uuid4().hex, job.attempt + 1
             taken = _change(job.job_id, Status.QUEUED).values(
-                status=Status.RUNNING, stage=Stage.PREPARING, token=token, attempt=attempt, node=node, gpu=gpu,
-                method=method.value, lease_expires_at=self._now_in(LEASE_S), started_at=now, reason=None, message=None,
-                step=None, total_steps=None, loss=None, tokens_per_second=None, eta_seconds=None, not_before=None,
-            )  # fmt: skip
+                status=Status.RUNNING,
+                stage=Stage.PREPARING,
+                token=token,
+                attempt=attempt,
+                node=node,
+                gpu=gpu,
+                method=method.value,
+                lease_expires_at=self._now_in(LEASE_S),
+                started_at=now,
+                reason=None,
+                message=None,
+                step=None,
+                total_steps=None,
+                loss=None,
+                tokens_per_second=None,
+                eta_seconds=None,
+                not_before=None,
+            )
             if not _rows(session, taken):
                 return None
-            planned = need.of(method)
+            planned = need.of(method) if plan_holds else None
             session.add(
-                Attempt(job_id=job.job_id, attempt=attempt, token=token, node=node, gpu=gpu, method=method.value,
-                        vram_planned=planned, vram_reserved=planned, started_at=now)
-            )  # fmt: skip
-            self._event(session, job.job_id, attempt, "started", f"attempt {attempt} started on {node} with {method.value}")
+                Attempt(
+                    job_id=job.job_id,
+                    attempt=attempt,
+                    token=token,
+                    node=node,
+                    gpu=gpu,
+                    method=method.value,
+                    vram_planned=planned,
+                    vram_reserved=planned,
+                    started_at=now,
+                )
+            )
+            self._event(
+                session, job.job_id, attempt, "started", f"attempt {attempt} started on {node} with {method.value}"
+            )
             return Claim(
-                job_id=job.job_id, attempt=attempt, token=token, spec=spec, data=job.data, method=method, vram_planned=planned
+                job_id=job.job_id,
+                attempt=attempt,
+                token=token,
+                spec=spec,
+                data=job.data,
+                method=method,
+                vram_planned=planned,
             )
 
     def beat(self, claim: Claim, progress: Progress) -> Beat:
@@ -218,7 +213,9 @@ class Store:
             if (value := getattr(progress, name)) is not None
         }
         with self._write() as session:
-            alive = _mine(claim).values(lease_expires_at=self._now_in(LEASE_S), **values).returning(Job.cancel_requested)
+            alive = (
+                _mine(claim).values(lease_expires_at=self._now_in(LEASE_S), **values).returning(Job.cancel_requested)
+            )
             row = session.execute(alive).first()
             if row is None:
                 return Beat(accepted=False)
@@ -244,10 +241,18 @@ class Store:
             if result is not None:
                 job.adapter_uri, job.report_uri = result.adapter_uri, result.report_uri
                 session.add(
-                    Adapter(job_id=job.job_id, attempt=claim.attempt, name=job.name, base_model=job.base_model,
-                            method=claim.method.value, uri=result.adapter_uri, size=result.adapter_size,
-                            sha256=result.adapter_sha256, created_at=now)
-                )  # fmt: skip
+                    Adapter(
+                        job_id=job.job_id,
+                        attempt=claim.attempt,
+                        name=job.name,
+                        base_model=job.base_model,
+                        method=claim.method.value,
+                        uri=result.adapter_uri,
+                        size=result.adapter_size,
+                        sha256=result.adapter_sha256,
+                        created_at=now,
+                    )
+                )
             return job.status
 
     def reap(self) -> list[tuple[int, int]]:
@@ -267,7 +272,9 @@ class Store:
         with self._write() as session:
             row = {**vars(state), "seen_at": self._now_value(session)}
             statement = self._upsert(Node).values(**row)
-            session.execute(statement.on_conflict_do_update(index_elements=["node"], set_={k: row[k] for k in row if k != "node"}))
+            session.execute(
+                statement.on_conflict_do_update(index_elements=["node"], set_={k: row[k] for k in row if k != "node"})
+            )
 
     def forget_node(self, node: str) -> None:
         """Remove the row of a node that has stopped in order."""
@@ -280,7 +287,7 @@ class Store:
         with self._read() as session:
             ready = _ready(self._now_value(session))
             query = select(Job.vram_class, func.count()).where(*ready).group_by(Job.vram_class)
-            return {size: count for size, count in session.execute(query)}
+            return {row[0]: row[1] for row in session.execute(query)}
 
     def unfinished(self, largest: int) -> int:
         """Number of jobs that run, or wait and would fit into `largest` bytes; held ones are left out."""
@@ -302,9 +309,14 @@ class Store:
             return self._get(session, job_id)
 
     def jobs(
-        self, *, statuses: Sequence[Status] = (), user: str | None = None, label: tuple[str, str] | None = None,
-        ended_since: dt.datetime | None = None, limit: int | None = None,
-    ) -> list[Job]:  # fmt: skip
+        self,
+        *,
+        statuses: Sequence[Status] = (),
+        user: str | None = None,
+        label: tuple[str, str] | None = None,
+        ended_since: dt.datetime | None = None,
+        limit: int | None = None,
+    ) -> list[Job]:
         """Jobs, newest first, that match every given filter."""
         query = select(Job).order_by(Job.job_id.desc())
         if statuses:
@@ -348,7 +360,7 @@ class Store:
     def _read(self) -> _Transaction:
         return _Transaction(self._engine, read_only=True)
 
-    def _all(self, query: Select[tuple[Row]]) -> list[Row]:
+    def _all(self, query: Select[Row]) -> list[Row]:
         with self._read() as session:
             return list(session.scalars(query))
 
@@ -367,7 +379,8 @@ class Store:
 
     def _now_value(self, session: Session) -> dt.datetime:
         if self._clock is None and self._engine.dialect.name == "postgresql":
-            return session.execute(select(func.clock_timestamp())).scalar_one().astimezone(dt.UTC)
+            now: dt.datetime = session.execute(select(func.clock_timestamp())).scalar_one()
+            return now.astimezone(dt.UTC)
         return self._clock() if self._clock else dt.datetime.now(dt.UTC)
 
     def _event(self, session: Session, job_id: int, attempt: int | None, kind: str, text: str) -> None:
@@ -394,7 +407,9 @@ class Store:
         }
         if measured:
             session.execute(
-                update(Attempt).where(Attempt.job_id == claim.job_id, Attempt.attempt == claim.attempt).values(**measured)
+                update(Attempt)
+                .where(Attempt.job_id == claim.job_id, Attempt.attempt == claim.attempt)
+                .values(**measured)
             )
 
     def _end_attempt(self, session: Session, job: Job, reason: Reason, message: str, now: dt.datetime) -> None:
@@ -407,7 +422,11 @@ class Store:
         outcome = OUTCOMES[reason]
         job.token = job.lease_expires_at = job.stage = job.eta_seconds = None
         job.reason, job.message = reason, message
-        again = outcome.retryable and not job.cancel_requested and (not outcome.counts or job.retries_used < job.max_retries)
+        again = (
+            outcome.retryable
+            and not job.cancel_requested
+            and (not outcome.counts or job.retries_used < job.max_retries)
+        )
         if not again:
             job.status = Status.CANCELLED if job.cancel_requested and reason is not Reason.OK else outcome.status
             job.reason = Reason.CANCELLED if job.status is Status.CANCELLED else reason
@@ -428,7 +447,11 @@ class Store:
         self._event(session, job.job_id, job.attempt, "held" if job.held else "requeued", text)
 
     def _times_lost(self, session: Session, job_id: int) -> int:
-        lost = select(func.count()).select_from(Attempt).where(Attempt.job_id == job_id, Attempt.reason == Reason.WORKER_LOST)
+        lost = (
+            select(func.count())
+            .select_from(Attempt)
+            .where(Attempt.job_id == job_id, Attempt.reason == Reason.WORKER_LOST)
+        )
         return session.scalar(lost) or 0
 
     def _already_finished(self, session: Session, claim: Claim, reason: Reason, job: Job) -> Status | None:
@@ -480,7 +503,7 @@ def _ready(now: dt.datetime) -> tuple[ColumnElement[bool], ...]:
     )
 
 
-def _waiting(now: dt.datetime, free: int) -> Select[tuple[Job]]:
+def _waiting(now: dt.datetime, free: int) -> Select[Job]:
     fits = or_(Job.vram_needed.is_(None), Job.vram_needed <= free)
     return select(Job).where(*_ready(now), fits).order_by(Job.priority.desc(), Job.job_id)
 

@@ -30,7 +30,9 @@ class UtcDateTime(TypeDecorator[dt.datetime]):
 
 
 def _by_value(enum: type[Any]) -> SqlEnum:
-    return SqlEnum(enum, values_callable=lambda e: [m.value for m in e], native_enum=False, length=24, create_constraint=False)
+    return SqlEnum(
+        enum, values_callable=lambda e: [m.value for m in e], native_enum=False, length=24, create_constraint=False
+    )
 
 
 Timestamp = Annotated[dt.datetime, mapped_column(UtcDateTime())]
@@ -49,15 +51,20 @@ class Job(Base):
     __tablename__ = "jobs"
     __table_args__ = (
         Index(
-            "ix_jobs_waiting", "priority", "job_id",
-            postgresql_where=text("status = 'queued'"), sqlite_where=text("status = 'queued'"),
+            "ix_jobs_waiting",
+            "priority",
+            "job_id",
+            postgresql_where=text("status = 'queued'"),
+            sqlite_where=text("status = 'queued'"),
         ),
         Index(
-            "ix_jobs_lease", "lease_expires_at",
-            postgresql_where=text("status = 'running'"), sqlite_where=text("status = 'running'"),
+            "ix_jobs_lease",
+            "lease_expires_at",
+            postgresql_where=text("status = 'running'"),
+            sqlite_where=text("status = 'running'"),
         ),
         {"sqlite_autoincrement": True},  # a number is never given twice, also after a delete
-    )  # fmt: skip
+    )
 
     job_id: Mapped[Key]
     name: Mapped[str]

@@ -56,7 +56,9 @@ def db_upgrade() -> None:
     settings = load_settings()
     with reachable(settings):
         before, after = upgrade(connect(settings, check_schema=False))
-    what = f"is already at revision {after}" if before == after else f"went from {before or 'empty'} to revision {after}"
+    what = (
+        f"is already at revision {after}" if before == after else f"went from {before or 'empty'} to revision {after}"
+    )
     click.echo(f"{redacted(settings.database_url)} {what}.")
 
 
@@ -66,7 +68,9 @@ def db_stop() -> None:
     from loractl.common.broker import stop_embedded
     from loractl.common.settings import load_settings
 
-    click.echo("The embedded Valkey has stopped." if stop_embedded(load_settings()) else "No embedded Valkey was running.")
+    click.echo(
+        "The embedded Valkey has stopped." if stop_embedded(load_settings()) else "No embedded Valkey was running."
+    )
 
 
 @click.command()

@@ -47,7 +47,8 @@ class LazyGroup(click.Group):
             if not module.startswith("loractl.worker"):
                 raise
             raise LoractlError(
-                f"loractl {cmd_name} needs the training stack ({error.name} is missing)", "pip install 'loractl[worker]'"
+                f"loractl {cmd_name} needs the training stack ({error.name} is missing)",
+                "pip install 'loractl[worker]'",
             ) from error
         return command
 
@@ -55,7 +56,9 @@ class LazyGroup(click.Group):
         with formatter.section("Commands"):
             formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
 
-    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
         import difflib
 
         if args and args[0] not in COMMANDS and not args[0].startswith("-"):
@@ -131,5 +134,3 @@ def _print_error(error: LoractlError) -> None:
     click.echo(f"Error: {error.sentence}", err=True)
     if error.hint:
         click.echo(f"Hint: {error.hint}", err=True)
-
-

@@ -28,7 +28,9 @@ _WATCH_S = 2.0
 @click.option("--label", metavar="KEY=VALUE", help="Only jobs with this label.")
 @click.option("-n", "--limit", type=click.IntRange(1), default=50, show_default=True, help="At most so many with -a.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def status(job_id: int | None, everything: bool, watch: bool, user: str | None, label: str | None, limit: int, as_json: bool) -> None:
+def status(
+    job_id: int | None, everything: bool, watch: bool, user: str | None, label: str | None, limit: int, as_json: bool
+) -> None:
     """List what runs and what waits, or one job in full.
 
     Without JOB and -a: running jobs, waiting jobs with the reason, and how many ended today.
@@ -133,7 +135,7 @@ def gpus(as_json: bool) -> None:
 
 
 def follow(store: Store, job_id: int) -> ExitCode:
-    """Watch a job to its end: redrawn in place on a terminal, a line a change elsewhere. Ctrl-C leaves the job alone."""
+    """Watch a job to its end: redrawn on a terminal, a line a change elsewhere. Ctrl-C leaves the job alone."""
     from loractl.common.status import Status
 
     tty, said = sys.stdout.isatty(), ""

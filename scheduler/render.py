@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from loractl.common.status import Reason, Status
+from loractl.common.status import Status
 from loractl.common.units import duration, gib, thousands
 
 if TYPE_CHECKING:
@@ -26,9 +26,29 @@ _EIGHTHS = "▏▎▍▌▋▊▉█"
 _SPARKS = "▁▂▃▄▅▆▇█"
 
 JSON_FIELDS = (
-    "job_id", "name", "user", "status", "reason", "message", "stage", "method", "base_model", "step", "total_steps", "loss",
-    "eta_seconds", "node", "gpu", "attempt", "submitted_at", "started_at", "ended_at", "adapter_uri", "report_uri", "labels",
-)  # fmt: skip
+    "job_id",
+    "name",
+    "user",
+    "status",
+    "reason",
+    "message",
+    "stage",
+    "method",
+    "base_model",
+    "step",
+    "total_steps",
+    "loss",
+    "eta_seconds",
+    "node",
+    "gpu",
+    "attempt",
+    "submitted_at",
+    "started_at",
+    "ended_at",
+    "adapter_uri",
+    "report_uri",
+    "labels",
+)
 """The same names as the tables' columns."""
 
 
@@ -84,7 +104,9 @@ def sparkline(values: Sequence[float], width: int, screen: Screen) -> str:
     return "".join(_SPARKS[int((v - low) / span * 7)] for v in points)
 
 
-def table(headers: Sequence[str], rows: Sequence[Sequence[str]], screen: Screen, right: Sequence[str] = ()) -> list[str]:
+def table(
+    headers: Sequence[str], rows: Sequence[Sequence[str]], screen: Screen, right: Sequence[str] = ()
+) -> list[str]:
     """Lines of a table without borders; columns named in `right` are aligned right, the last one may be cut."""
     plain = [[click.unstyle(cell) for cell in row] for row in rows]
     widths = [max(len(h), *(len(row[n]) for row in plain)) if rows else len(h) for n, h in enumerate(headers)]
@@ -115,7 +137,13 @@ def clock(moment: dt.datetime | None, now: dt.datetime) -> str:
     return local.strftime("%a %H:%M") if abs((local - today).days) < 6 else local.strftime("%d %b")
 
 
-def overview(running: Sequence[Job], waiting: Sequence[tuple[Job, str, str]], ended: Sequence[Job], now: dt.datetime, screen: Screen) -> str:
+def overview(
+    running: Sequence[Job],
+    waiting: Sequence[tuple[Job, str, str]],
+    ended: Sequence[Job],
+    now: dt.datetime,
+    screen: Screen,
+) -> str:
     """What runs, what waits and why, and how many ended today."""
     lines = [screen.style(f"{len(running)} running, {len(waiting)} waiting.", bold=True)]
     if not running and not waiting:
@@ -127,7 +155,10 @@ def overview(running: Sequence[Job], waiting: Sequence[tuple[Job, str, str]], en
     good = sum(job.status is Status.SUCCEEDED for job in ended)
     bad = sum(job.status is Status.FAILED for job in ended)
     marks = ("✓", "✗") if screen.unicode else ("ok", "failed")
-    lines += ["", screen.dim(f"Today {good} {marks[0]} {bad} {marks[1]} (loractl status -a).  One in full: loractl status JOB")]
+    lines += [
+        "",
+        screen.dim(f"Today {good} {marks[0]} {bad} {marks[1]} (loractl status -a).  One in full: loractl status JOB"),
+    ]
     return "\n".join(lines)
 
 
@@ -135,12 +166,16 @@ def all_jobs(jobs: Sequence[Job], now: dt.datetime, screen: Screen) -> str:
     """Every job, newest first, with its outcome."""
     if not jobs:
         return "No job yet. Submit one: loractl submit job.yaml"
+    wide = screen.width >= 110
     rows = []
     for job in jobs:
         result = job.message or (f"attempt {job.attempt} on {job.node}" if job.status is Status.RUNNING else "")
-        rows.append([str(job.job_id), screen.style(fit(job.name, 20), bold=True), fit(job.user, 10), job.method or "–",
-                     clock(job.ended_at, now), _state(job, screen), result])  # fmt: skip
-    headers = ["JOB", "NAME", "OWNER", "METHOD", "ENDED", "STATUS", "RESULT"]
+        if job.status is Status.FAILED and job.reason is not None:
+            result = f"{job.reason.value}: {result}"
+        row = [str(job.job_id), screen.style(fit(job.name, 24 if wide else 18), bold=True), fit(job.user, 8)]
+        row += [job.method or "–"] if wide else []
+        rows.append([*row, clock(job.ended_at, now), _state(job, screen), result])
+    headers = ["JOB", "NAME", "OWNER", *(["METHOD"] if wide else []), "ENDED", "STATUS", "RESULT"]
     others = sum(max(len(h), *(len(click.unstyle(r[n])) for r in rows)) + 2 for n, h in enumerate(headers[:-1]))
     rows = [[*row[:-1], fit(row[-1], max(20, screen.width - others))] for row in rows]
     done = next((job.job_id for job in jobs if job.status is Status.SUCCEEDED), None)
@@ -151,9 +186,15 @@ def all_jobs(jobs: Sequence[Job], now: dt.datetime, screen: Screen) -> str:
 
 
 def one_job(
-    job: Job, attempts: Sequence[Attempt], events: Sequence[Event], losses: Sequence[MetricPoint],
-    evals: Sequence[MetricPoint], waits: tuple[str, str] | None, now: dt.datetime, screen: Screen,
-) -> str:  # fmt: skip
+    job: Job,
+    attempts: Sequence[Attempt],
+    events: Sequence[Event],
+    losses: Sequence[MetricPoint],
+    evals: Sequence[MetricPoint],
+    waits: tuple[str, str] | None,
+    now: dt.datetime,
+    screen: Screen,
+) -> str:
     """One job in full: where it is, its course, its history, and the next command."""
     head = screen.style(f"{job.job_id} {job.name}", bold=True)
     lines = []
@@ -167,7 +208,8 @@ def one_job(
     elif job.status is Status.QUEUED and waits is not None:
         lines += [f"{head} waits: {waits[0]}, {waits[1]}.", ""]
     else:
-        lines += [f"{head} {_state(job, screen)}: {job.message}", ""]
+        reason = f" ({job.reason.value})" if job.status is Status.FAILED and job.reason else ""
+        lines += [f"{head} {_state(job, screen)}{reason}: {job.message}", ""]
     if losses:
         held = f"   held out {evals[-1].value:.2f} at step {thousands(evals[-1].step)}" if evals else ""
         lines.append(f"loss    {sparkline([p.value for p in losses], 30, screen)}  {losses[-1].value:.2f}{held}")
@@ -186,17 +228,27 @@ def one_job(
     return "\n".join(lines)
 
 
-def history(job: Job, attempts: Sequence[Attempt], events: Sequence[Event], spec: str, now: dt.datetime, screen: Screen) -> str:
+def history(
+    job: Job, attempts: Sequence[Attempt], events: Sequence[Event], spec: str, now: dt.datetime, screen: Screen
+) -> str:
     """The whole history, the attempts, and the spec as it was resolved."""
     lines = [f"{screen.style(f'{job.job_id} {job.name}', bold=True)} by {job.user}: {_state(job, screen)}", ""]
     lines += [f"{clock(event.at, now):>9}  {event.text}" for event in events]
     if attempts:
         rows = [
-            [str(a.attempt), a.node, a.method, gib(a.vram_planned), gib(a.vram_peak), clock(a.started_at, now),
-             duration((a.ended_at - a.started_at).total_seconds()) if a.ended_at else "runs", a.reason.value if a.reason else "",
-             f"step {a.resumed_from_step}" if a.resumed_from_step else ""]
+            [
+                str(a.attempt),
+                a.node,
+                a.method,
+                gib(a.vram_planned),
+                gib(a.vram_peak),
+                clock(a.started_at, now),
+                duration((a.ended_at - a.started_at).total_seconds()) if a.ended_at else "runs",
+                a.reason.value if a.reason else "",
+                f"step {a.resumed_from_step}" if a.resumed_from_step else "",
+            ]
             for a in attempts
-        ]  # fmt: skip
+        ]
         headers = ["ATTEMPT", "CARD", "METHOD", "PLAN GiB", "PEAK GiB", "STARTED", "TOOK", "ENDED AS", "RESUMED FROM"]
         lines += ["", *table(headers, rows, screen, right=("ATTEMPT", "PLAN GiB", "PEAK GiB"))]
     return "\n".join([*lines, "", screen.dim("spec:"), spec.rstrip()])
@@ -216,7 +268,9 @@ def devices(nodes: Sequence[Node], running: Sequence[Job], now: dt.datetime, sta
         elif node.draining:
             uses = screen.style("drained", fg="yellow")
         else:
-            uses = ", ".join([*here, *(f"pid {p['pid']}: {gib(p['bytes'])} GiB" for p in node.outside if not here)]) or "–"
+            uses = (
+                ", ".join([*here, *(f"pid {p['pid']}: {gib(p['bytes'])} GiB" for p in node.outside if not here)]) or "–"
+            )
         load = f"{node.load}%" if node.load is not None else "–"
         taken = bar(1 - node.free / node.total, width, screen)
         row = [screen.style(node.node, bold=True), taken, gib(node.free), f"{node.total / 2**30:.0f}", load, uses]
@@ -231,32 +285,55 @@ def adapter_table(found: Sequence[Adapter], now: dt.datetime, screen: Screen) ->
     """The stored adapters."""
     if not found:
         return "No adapter is stored yet; a job that succeeds stores one."
-    rows = [[str(a.job_id), screen.style(fit(a.name, 24), bold=True), a.method, f"{a.size / 1e6:.1f}", clock(a.created_at, now),
-             fit(a.base_model.rpartition("/")[2], 30)] for a in found]  # fmt: skip
+    rows = [
+        [
+            str(a.job_id),
+            screen.style(fit(a.name, 24), bold=True),
+            a.method,
+            f"{a.size / 1e6:.1f}",
+            clock(a.created_at, now),
+            fit(a.base_model.rpartition("/")[2], 30),
+        ]
+        for a in found
+    ]
     lines = table(["JOB", "NAME", "METHOD", "MB", "STORED", "BASE MODEL"], rows, screen, right=("JOB", "MB", "STORED"))
     return "\n".join([*lines, "", screen.dim(f"Use one: loractl adapters pull {found[-1].job_id} DIR")])
 
 
 def report_text(report: dict[str, Any], screen: Screen, answers: int) -> str:
     """The evaluation report for a terminal: the verdict, the table with its intervals, answers side by side."""
-    lines = [screen.style(f"{report['job']['job_id']} {report['job']['name']}", bold=True) + f": {report['verdict']['sentence']}", ""]
+    lines = [
+        screen.style(f"{report['job']['job_id']} {report['job']['name']}", bold=True)
+        + f": {report['verdict']['sentence']}",
+        "",
+    ]
     rows = []
     for m in report["evaluation"]["metrics"]:
         digits = 1 if m["unit"] == "%" else 2
         color = {"better": "green", "worse": "red"}.get(m["reading"])
         change, low, high = (_signed(m[key], digits) for key in ("change", "low", "high"))
-        rows.append([m["label"] + (f", {m['unit']}" if m["unit"] else ""), _number(m["base"], digits),
-                     screen.style(_number(m["tuned"], digits), bold=True), change, f"{low} to {high}", screen.style(m["reading"], fg=color)])  # fmt: skip
+        rows.append(
+            [
+                m["label"] + (f", {m['unit']}" if m["unit"] else ""),
+                _number(m["base"], digits),
+                screen.style(_number(m["tuned"], digits), bold=True),
+                change,
+                f"{low} to {high}",
+                screen.style(m["reading"], fg=color),
+            ]
+        )
     headers = ["MEASURE", "BASE", "TUNED", "CHANGE", "95 % INTERVAL", "READING"]
     lines += table(headers, rows, screen, right=("BASE", "TUNED", "CHANGE"))
     training, data, e = report["training"], report["data"], report["evaluation"]
+    left_out = data["too_long_rows_dropped"] + data["bad_rows_dropped"]
     speed = f", {training['tokens_per_second']:.0f} tok/s" if training["tokens_per_second"] else ""
     lines += [
         "",
-        f"{e['rows']} held-out rows. {report['method']}, {training['steps']} steps in {duration(training['seconds'])}{speed}, "
+        f"{e['rows']} held-out rows. {report['method']}, {training['steps']} steps in "
+        f"{duration(training['seconds'])}{speed}, "
         f"peak {gib(training['peak_memory_bytes'])} GiB ({training['peak_memory_kind']}).",
         f"Intervals: {thousands(e['bootstrap']['samples'])} paired bootstrap samples, seed {e['bootstrap']['seed']}. "
-        f"{data['truncated_rows']} rows truncated, {data['too_long_rows_dropped'] + data['bad_rows_dropped']} left out.",
+        f"{data['truncated_rows']} rows truncated, {left_out} left out.",
     ]
     # what changed comes first: repaired, broken, then the rest
     order = sorted(e["answers"], key=lambda a: (a["base_exact"] == a["tuned_exact"], a["row"]))
@@ -267,7 +344,10 @@ def report_text(report: dict[str, Any], screen: Screen, answers: int) -> str:
             lines.append(screen.dim(f"  {name}{right}: ") + _block(answer[name] or "(nothing)", screen, indent=4))
     hidden = len(order) - answers
     if hidden > 0:
-        lines += ["", screen.dim(f"{hidden} more answers: loractl report {report['job']['job_id']} --answers {len(order)}")]
+        lines += [
+            "",
+            screen.dim(f"{hidden} more answers: loractl report {report['job']['job_id']} --answers {len(order)}"),
+        ]
     return "\n".join(lines)
 
 
@@ -278,9 +358,20 @@ def _running_table(running: Sequence[Job], now: dt.datetime, screen: Screen) -> 
         share = job.step / job.total_steps if job.step is not None and job.total_steps else None
         progress = bar(share or 0.0, 24 if wide else 12, screen) + (f" {share:4.0%}" if share is not None else "   – ")
         training = job.stage is not None and job.stage.value == "training"
-        done = clock(now + dt.timedelta(seconds=job.eta_seconds), now) if training and job.eta_seconds else (job.stage.value if job.stage else "–")
-        row = [str(job.job_id), screen.style(fit(job.name, 16), bold=True), fit(job.user, 8), fit(job.node or "–", 14),
-               screen.style(progress, fg="blue"), done, _number(job.loss, 2)]  # fmt: skip
+        done = (
+            clock(now + dt.timedelta(seconds=job.eta_seconds), now)
+            if training and job.eta_seconds
+            else (job.stage.value if job.stage else "–")
+        )
+        row = [
+            str(job.job_id),
+            screen.style(fit(job.name, 16), bold=True),
+            fit(job.user, 8),
+            fit(job.node or "–", 14),
+            screen.style(progress, fg="blue"),
+            done,
+            _number(job.loss, 2),
+        ]
         if wide:
             row.append(f"{fit(job.base_model.rpartition('/')[2], 24)} {job.method}")
         rows.append(row)
@@ -290,19 +381,21 @@ def _running_table(running: Sequence[Job], now: dt.datetime, screen: Screen) -> 
 
 def _waiting_table(waiting: Sequence[tuple[Job, str, str]], screen: Screen) -> list[str]:
     rows = [
-        [str(job.job_id), screen.style(fit(job.name, 16), bold=True), fit(job.user, 8), gib(job.vram_needed),
-         f"{word:<8}{sentence}"]
+        [
+            str(job.job_id),
+            screen.style(fit(job.name, 16), bold=True),
+            fit(job.user, 8),
+            gib(job.vram_needed),
+            f"{word:<8}{sentence}",
+        ]
         for job, word, sentence in waiting
-    ]  # fmt: skip
+    ]
     return table(["JOB", "NAME", "OWNER", "GiB", "WAITS FOR"], rows, screen, right=("JOB", "GiB"))
 
 
 def _state(job: Job, screen: Screen) -> str:
     color = {Status.SUCCEEDED: "green", Status.FAILED: "red", Status.RUNNING: "blue"}.get(job.status)
-    word = job.status.value
-    if job.status is Status.FAILED and job.reason is not None and job.reason is not Reason.OK:
-        word += f" ({job.reason.value})"
-    return screen.style("held" if job.held else word, fg=color)
+    return screen.style("held" if job.held else job.status.value, fg=color)
 
 
 def _next_command(job: Job) -> str:

@@ -85,5 +85,7 @@ def _result_of(job_id: int) -> tuple[Job, ArtifactStore, str]:
     settings, store = open_session()
     job = store.job(job_id)
     if job.status is not Status.SUCCEEDED:
-        raise WrongState(f"job {job_id} has no result: it is {job.status.value}", f"loractl status {job_id} shows where it stands")
+        raise WrongState(
+            f"job {job_id} has no result: it is {job.status.value}", f"loractl status {job_id} shows where it stands"
+        )
     return job, open_store(settings), attempt_prefix(job_id, job.attempt)

@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("job_files", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key, like training.max_steps=20.")
+@click.option(
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key, like training.max_steps=20."
+)
 @click.option("--dry-run", is_flag=True, help="Print the resolved job and queue nothing.")
 @click.option("--wait", is_flag=True, help="Follow the job; exit 0 when it succeeded, 1 when not.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -73,14 +75,18 @@ def _submit(spec: JobSpec, settings: Settings, store: Store, *, quiet: bool) -> 
     from loractl.common.memory import predict
     from loractl.common.policy import least_need, vram_class
     from loractl.common.queue import wake
-    from loractl.common.store import Submission
+    from loractl.common.records import Submission
 
     need = predict(spec)
     least = least_need(spec.method, need)
     submission = Submission(
-        spec=spec, user=settings.user, data=_store_data(spec, settings), need=need, vram_needed=least,
+        spec=spec,
+        user=settings.user,
+        data=_store_data(spec, settings),
+        need=need,
+        vram_needed=least,
         vram_class=vram_class(least),
-    )  # fmt: skip
+    )
     job_id = store.submit(submission)
     if not quiet:
         click.echo(f"Job {job_id} ({spec.name}) is queued.")
@@ -112,11 +118,13 @@ def _warn_of_limits(job_id: int, spec: JobSpec, least: int | None, store: Store)
     largest = max((node.total for node in store.nodes()), default=None)
     if least is not None and largest is not None and least > largest:
         click.echo(
-            f"Warning: job {job_id} needs {gib(least)} GiB by its plan, the largest device known has {gib(largest)}.", err=True
+            f"Warning: job {job_id} needs {gib(least)} GiB by its plan, the largest device known has {gib(largest)}.",
+            err=True,
         )
     if least is not None and spec.resources.max_vram is not None and least > spec.resources.max_vram:
         click.echo(
-            f"Warning: job {job_id} needs {gib(least)} GiB by its plan, more than its max_vram of {gib(spec.resources.max_vram)}.",
+            f"Warning: job {job_id} needs {gib(least)} GiB by its plan, "
+            f"more than its max_vram of {gib(spec.resources.max_vram)}.",
             err=True,
         )
 

@@ -92,7 +92,9 @@ class Cli:
     def __call__(self, *args: object, code: int | None = 0, timeout: float = 120) -> subprocess.CompletedProcess[str]:
         """Run it; with `code`, its exit status must be that."""
         command = [str(Path(sys.executable).with_name("loractl")), *map(str, args)]
-        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=timeout, stdin=subprocess.DEVNULL)
+        done = subprocess.run(
+            command, env=self.environment, capture_output=True, text=True, timeout=timeout, stdin=subprocess.DEVNULL
+        )
         if code is not None:
             assert done.returncode == code, f"{command[1:]}: {done.returncode}\n{done.stdout}\n{done.stderr}"
         return done
@@ -100,7 +102,14 @@ class Cli:
     def start(self, *args: object) -> subprocess.Popen[str]:
         """Start it and go on."""
         command = [str(Path(sys.executable).with_name("loractl")), *map(str, args)]
-        return subprocess.Popen(command, env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+        return subprocess.Popen(
+            command,
+            env=self.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
 
     def with_environment(self, **more: str) -> Cli:
         return Cli({**self.environment, **more})

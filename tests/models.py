@@ -21,15 +21,27 @@ def make_tiny_model(folder: Path, *, chat_template: str | None = CHAT_TEMPLATE, 
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
     backend.train_from_iterator(["queue priority storage network please answer the next line"] * 4, trainer)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<|im_end|>", bos_token="<|im_start|>")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<|im_end|>", bos_token="<|im_start|>"
+    )
     tokenizer.chat_template = chat_template
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=layers, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=512, bos_token_id=1, eos_token_id=2, pad_token_id=2,
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=2,
+    )
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
@@ -43,11 +55,16 @@ def write_helpdesk(path: Path, rows: int = 24) -> Path:
             queue = queues[n % len(queues)]
             user = f"ticket {n}: something with {queue} is broken"
             answer = f"queue: {queue}"
-            stream.write(json.dumps({"messages": [{"role": "user", "content": user}, {"role": "assistant", "content": answer}]}) + "\n")
+            stream.write(
+                json.dumps({"messages": [{"role": "user", "content": user}, {"role": "assistant", "content": answer}]})
+                + "\n"
+            )
     return path
 
 
-def write_job(folder: Path, model: Path, *, name: str = "tiny", method: str = "lora", data: str = "data.jsonl", extra: str = "") -> Path:
+def write_job(
+    folder: Path, model: Path, *, name: str = "tiny", method: str = "lora", data: str = "data.jsonl", extra: str = ""
+) -> Path:
     """A job file for a tiny model: a few steps, a few seconds."""
     if not (folder / "data.jsonl").exists():
         write_helpdesk(folder / "data.jsonl")

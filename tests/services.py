@@ -36,7 +36,11 @@ def wait_for_port(port: int, process: subprocess.Popen[bytes], seconds: float = 
 @contextlib.contextmanager
 def running(command: list[str], port: int, **environment: str) -> Iterator[subprocess.Popen[bytes]]:
     process = subprocess.Popen(
-        command, env={**os.environ, **environment}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        command,
+        env={**os.environ, **environment},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
     )
     try:
         wait_for_port(port, process)
@@ -58,7 +62,19 @@ def postgres(folder: Path) -> Iterator[str]:
 @contextlib.contextmanager
 def valkey(folder: Path, password: str) -> Iterator[str]:
     port = free_port()
-    command = [str(server_binary()), "--port", str(port), "--bind", "127.0.0.1", "--requirepass", password, "--dir", str(folder), "--save", ""]
+    command = [
+        str(server_binary()),
+        "--port",
+        str(port),
+        "--bind",
+        "127.0.0.1",
+        "--requirepass",
+        password,
+        "--dir",
+        str(folder),
+        "--save",
+        "",
+    ]
     with running(command, port):
         yield f"redis://:{quote(password)}@127.0.0.1:{port}/0"
 
@@ -76,7 +92,25 @@ def s3(folder: Path) -> Iterator[S3]:
     port, key, secret = free_port(), "test-key", "test-secret-0123456789"
     (folder / "loractl").mkdir(parents=True)
     rclone = shutil.which("rclone") or str(Path(sys.executable).with_name("rclone"))
-    command = [rclone, "serve", "s3", str(folder), "--addr", f"127.0.0.1:{port}", "--auth-key", f"{key},{secret}", "--config", os.devnull, "--vfs-cache-mode", "off"]
-    environment = {"AWS_ACCESS_KEY_ID": key, "AWS_SECRET_ACCESS_KEY": secret, "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}", "AWS_REGION": "us-east-1"}
+    command = [
+        rclone,
+        "serve",
+        "s3",
+        str(folder),
+        "--addr",
+        f"127.0.0.1:{port}",
+        "--auth-key",
+        f"{key},{secret}",
+        "--config",
+        os.devnull,
+        "--vfs-cache-mode",
+        "off",
+    ]
+    environment = {
+        "AWS_ACCESS_KEY_ID": key,
+        "AWS_SECRET_ACCESS_KEY": secret,
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+        "AWS_REGION": "us-east-1",
+    }
     with running(command, port):
         yield S3(url="s3://loractl/lab", environment=environment, folder=folder)

@@ -1,4 +1,4 @@
-"""Checkpoints that can be trusted: transformers' own files, closed by a marker, and the newest valid one found again."""
+"""Checkpoints that can be trusted: transformers' own files, closed by a marker; the newest valid one is found."""
 
 from __future__ import annotations
 

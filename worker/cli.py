@@ -88,7 +88,9 @@ class _Box:
     def _start(self, index: int) -> None:
         # A session of its own: the terminal's Ctrl-C reaches this process alone, which then decides.
         self._nodes[index] = subprocess.Popen(
-            [sys.executable, "-m", "loractl.worker.node", "--index", str(index)], start_new_session=True, stdin=subprocess.DEVNULL
+            [sys.executable, "-m", "loractl.worker.node", "--index", str(index)],
+            start_new_session=True,
+            stdin=subprocess.DEVNULL,
         )
 
     def _wait(self, drain_when_idle: bool) -> None:
@@ -159,14 +161,24 @@ def data_show(job_file: Path, row: int | None, as_json: bool) -> None:
     rows = prepared.train.rows
     chosen = rows[0] if row is None else next((r for r in rows if r.number == row), None)
     if chosen is None:
-        raise UsageError(f"row {row} is not trained on", f"rows of {spec.dataset.path} that are: {rows[0].number} to {rows[-1].number}, less those held out")
+        raise UsageError(
+            f"row {row} is not trained on",
+            f"rows of {spec.dataset.path} that are: {rows[0].number} to {rows[-1].number}, less those held out",
+        )
     learned = [label != IGNORED for label in chosen.labels]
     if as_json:
-        click.echo(json.dumps({"row": chosen.number, "input_ids": chosen.input_ids, "learned": learned, "data": prepared.facts()}))
+        click.echo(
+            json.dumps(
+                {"row": chosen.number, "input_ids": chosen.input_ids, "learned": learned, "data": prepared.facts()}
+            )
+        )
         return
     facts = prepared.facts()
     click.echo(f"Row {chosen.number} of {spec.dataset.path}: {len(learned)} tokens, {sum(learned)} learned.")
-    click.echo(f"Format {prepared.format.value}: {prepared.why}. {facts['train_rows']} rows to train on, {facts['held_out_rows']} held out.\n")
+    click.echo(
+        f"Format {prepared.format.value}: {prepared.why}. "
+        f"{facts['train_rows']} rows to train on, {facts['held_out_rows']} held out.\n"
+    )
     styled = sys.stdout.isatty()
     # Without colours the learned parts stand in brackets, so that a pipe tells the same.
     click.echo("".join(_mark(tokenizer.decode(ids), learn, styled) for ids, learn in _runs(chosen.input_ids, learned)))
@@ -186,5 +198,3 @@ def _mark(text: str, learn: bool, styled: bool) -> str:
     if styled:
         return click.style(text, dim=not learn, bold=learn)
     return f"[[{text}]]" if learn else text
-
-

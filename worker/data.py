@@ -102,9 +102,14 @@ def prepare_data(
     held_set = _tokenise(held_out, held_file, dataset, tokenizer, format, cache, key)
     kept = {r.number for r in held_set.rows}
     return PreparedData(
-        format=format, why=why, train=train_set, held_out=held_set, dropped=dropped, sha256=sha256,
+        format=format,
+        why=why,
+        train=train_set,
+        held_out=held_set,
+        dropped=dropped,
+        sha256=sha256,
         held_out_examples=[e for e in held_out if e.number in kept],
-    )  # fmt: skip
+    )
 
 
 def encode(example: Example, tokenizer: Any, format: DataFormat) -> tuple[list[int], list[int]]:
@@ -122,10 +127,18 @@ def prompt_of(example: Example, tokenizer: Any) -> tuple[list[int], str, str] | 
     if example.turns:
         last = max(i for i, turn in enumerate(example.turns) if turn.role == "assistant")
         rendered = _render(example, last, tokenizer, generation_prompt=True)
-        shown = example.turns[last - 1].content if last == 1 else "\n".join(f"{t.role}: {t.content}" for t in example.turns[:last])
+        shown = (
+            example.turns[last - 1].content
+            if last == 1
+            else "\n".join(f"{t.role}: {t.content}" for t in example.turns[:last])
+        )
         return tokenizer(rendered, add_special_tokens=False).input_ids, shown, example.turns[last].content
     if example.prompt:
-        return _without_eos(tokenizer(example.prompt).input_ids, tokenizer), example.prompt, example.text[len(example.prompt) :]
+        return (
+            _without_eos(tokenizer(example.prompt).input_ids, tokenizer),
+            example.prompt,
+            example.text[len(example.prompt) :],
+        )
     return None
 
 
@@ -153,7 +166,9 @@ def _load(path: str) -> list[RawRow]:
         dataset = load_dataset(path, split="train")
     except (OSError, ValueError, HfHubHTTPError) as error:
         first = str(error).strip().splitlines()
-        raise DataError(path, f"is neither a file here nor a data set on the hub: {first[0] if first else error}") from error
+        raise DataError(
+            path, f"is neither a file here nor a data set on the hub: {first[0] if first else error}"
+        ) from error
     return [RawRow(number=n, value=value) for n, value in enumerate(dataset, start=1)]
 
 
@@ -208,8 +223,14 @@ def _without_eos(ids: Sequence[int], tokenizer: Any) -> list[int]:
 
 
 def _tokenise(
-    examples: list[Example], file: str, dataset: DatasetSpec, tokenizer: Any, format: DataFormat, cache: Path | None, key: str
-) -> TokenSet:  # fmt: skip
+    examples: list[Example],
+    file: str,
+    dataset: DatasetSpec,
+    tokenizer: Any,
+    format: DataFormat,
+    cache: Path | None,
+    key: str,
+) -> TokenSet:
     content = hashlib.sha256("".join(e.content_hash() for e in examples).encode()).hexdigest()
     folder = cache / "tokenised" / f"{content[:32]}-{key[:32]}" if cache else None
     if folder and (folder / "set.json").exists():
@@ -232,18 +253,22 @@ def _fit(examples: list[Example], file: str, dataset: DatasetSpec, tokenizer: An
         if len(ids) > dataset.max_length:
             if dataset.on_overflow is Overflow.ERROR:
                 raise DataError(
-                    file, f"has {len(ids)} tokens, dataset.max_length is {dataset.max_length}", row=example.number,
+                    file,
+                    f"has {len(ids)} tokens, dataset.max_length is {dataset.max_length}",
+                    row=example.number,
                     hint="raise it, or set dataset.on_overflow to truncate or drop",
-                )  # fmt: skip
+                )
             if dataset.on_overflow is Overflow.DROP:
                 too_long += 1
                 continue
             ids, labels, truncated = ids[: dataset.max_length], labels[: dataset.max_length], truncated + 1
         if all(label == IGNORED for label in labels[1:]):  # the first token has no context to be predicted from
             raise DataError(
-                file, f"has no token to learn within dataset.max_length ({dataset.max_length})", row=example.number,
+                file,
+                f"has no token to learn within dataset.max_length ({dataset.max_length})",
+                row=example.number,
                 hint="raise it, or set dataset.on_overflow: drop",
-            )  # fmt: skip
+            )
         rows.append(TokenRow(number=example.number, input_ids=ids, labels=labels))
     if not rows:
         raise DataError(file, f"has no row of at most {dataset.max_length} tokens", hint="raise dataset.max_length")
@@ -254,8 +279,15 @@ def _cache_key(dataset: DatasetSpec, tokenizer: Any, format: DataFormat) -> str:
     """Changes with whatever changes the tokens of the same content."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     vocabulary = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
-    parts = [_CACHE_VERSION, vocabulary, tokenizer.chat_template, tokenizer.eos_token, format.value, dataset.max_length,
-             dataset.on_overflow.value]  # fmt: skip
+    parts = [
+        _CACHE_VERSION,
+        vocabulary,
+        tokenizer.chat_template,
+        tokenizer.eos_token,
+        format.value,
+        dataset.max_length,
+        dataset.on_overflow.value,
+    ]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 

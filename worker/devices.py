@@ -28,11 +28,18 @@ class Snapshot:
 class Device(Protocol):
     """One device that trains one job at a time."""
 
-    index: int
-    uuid: str
-    name: str
-    kind: Literal["nvml", "cpu", "sim"]
-    total: int  # bytes
+    @property
+    def index(self) -> int: ...
+    @property
+    def uuid(self) -> str: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def kind(self) -> Literal["nvml", "cpu", "sim"]: ...
+    @property
+    def total(self) -> int:
+        """Bytes."""
+        ...
 
     def look(self) -> Snapshot:
         """The device's state now."""

@@ -82,9 +82,13 @@ class Evaluation:
 
 
 def evaluate(
-    model: Any, tokenizer: Any, data: PreparedData, spec: JobSpec, check_stop: Callable[[], None],
+    model: Any,
+    tokenizer: Any,
+    data: PreparedData,
+    spec: JobSpec,
+    check_stop: Callable[[], None],
     progress: Callable[[int, int], None] = lambda done, of: None,
-) -> Evaluation:  # fmt: skip
+) -> Evaluation:
     """Score base and tuned on the held-out rows and generate `evaluation.samples` answers of each."""
     began = time.monotonic()
     rows = data.held_out.rows[: spec.evaluation.max_rows]
@@ -106,7 +110,15 @@ def evaluate(
             ids = [prompt[0] for _, prompt in prompts]
             texts[name] = generate(model, tokenizer, ids, batch, spec.evaluation.max_new_tokens, tick)
     answers = [
-        Answer(row=number, prompt=shown, expected=expected, base=base[0], base_ended=base[1], tuned=tuned[0], tuned_ended=tuned[1])
+        Answer(
+            row=number,
+            prompt=shown,
+            expected=expected,
+            base=base[0],
+            base_ended=base[1],
+            tuned=tuned[0],
+            tuned_ended=tuned[1],
+        )
         for (number, (_, shown, expected)), base, tuned in zip(prompts, texts["base"], texts["tuned"], strict=True)
     ]
     metrics = _compare(scores["base"], scores["tuned"], answers, spec, data.format)
@@ -132,7 +144,9 @@ def score_rows(
     result = np.zeros((4, len(rows)))
     for start in range(0, len(order), batch):
         chosen = order[start : start + batch]
-        tensors = collate([{"input_ids": rows[i].input_ids, "labels": rows[i].labels} for i in chosen], tokenizer.pad_token_id)
+        tensors = collate(
+            [{"input_ids": rows[i].input_ids, "labels": rows[i].labels} for i in chosen], tokenizer.pad_token_id
+        )
         tensors = {name: value.to(model.device) for name, value in tensors.items()}
         labels = tensors.pop("labels")[:, 1:]
         logits = model(**tensors, use_cache=False).logits[:, :-1]
@@ -148,9 +162,13 @@ def score_rows(
 
 
 def generate(
-    model: Any, tokenizer: Any, prompts: list[list[int]], batch: int, max_new_tokens: int,
+    model: Any,
+    tokenizer: Any,
+    prompts: list[list[int]],
+    batch: int,
+    max_new_tokens: int,
     tick: Callable[[int], None] = lambda n: None,
-) -> list[tuple[str, bool]]:  # fmt: skip
+) -> list[tuple[str, bool]]:
     """(answer, ended by itself) for each prompt: greedy, in left-padded batches of similar length."""
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     answers: list[tuple[str, bool]] = [("", False)] * len(prompts)
@@ -161,10 +179,18 @@ def generate(
         ids = torch.tensor([[tokenizer.pad_token_id] * (longest - len(prompts[i])) + prompts[i] for i in chosen])
         mask = torch.tensor([[0] * (longest - len(prompts[i])) + [1] * len(prompts[i]) for i in chosen])
         out = model.generate(
-            input_ids=ids.to(model.device), attention_mask=mask.to(model.device), max_new_tokens=max_new_tokens,
-            do_sample=False, temperature=None, top_p=None, top_k=None, repetition_penalty=1.0, use_cache=True,
-            eos_token_id=sorted(ends), pad_token_id=tokenizer.pad_token_id,
-        )  # fmt: skip
+            input_ids=ids.to(model.device),
+            attention_mask=mask.to(model.device),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+            repetition_penalty=1.0,
+            use_cache=True,
+            eos_token_id=sorted(ends),
+            pad_token_id=tokenizer.pad_token_id,
+        )
         for place, tokens in zip(chosen, out[:, longest:].tolist(), strict=True):
             end = next((n for n, token in enumerate(tokens) if token in ends), None)
             text = tokenizer.decode(tokens[:end], skip_special_tokens=True).strip()
@@ -190,35 +216,60 @@ def paired_interval(
     return means[0], means[1], float(low), float(high)
 
 
-def _compare(base: RowScores, tuned: RowScores, answers: list[Answer], spec: JobSpec, format: DataFormat) -> list[Compared]:
+def _compare(
+    base: RowScores, tuned: RowScores, answers: list[Answer], spec: JobSpec, format: DataFormat
+) -> list[Compared]:
     wanted = set(spec.evaluation.metrics)
     found = [_metric("loss", "loss", "nats", False, base.loss, tuned.loss, base.tokens)]
     if Metric.PERPLEXITY in wanted:
         found.append(_metric("perplexity", "perplexity", "", False, base.loss, tuned.loss, base.tokens, np.exp))
     if format is not DataFormat.TEXT and base.stops.sum() > 0:
-        found.append(_metric("stop_token_loss", "loss on the stop token", "nats", False, base.stop_loss, tuned.stop_loss, base.stops))
+        found.append(
+            _metric(
+                "stop_token_loss", "loss on the stop token", "nats", False, base.stop_loss, tuned.stop_loss, base.stops
+            )
+        )
     if answers:
         ones = np.ones(len(answers))
         if Metric.EXACT_MATCH in wanted:
-            found.append(_share("exact_match", "exact match", [a.base_exact for a in answers], [a.tuned_exact for a in answers]))
+            found.append(
+                _share("exact_match", "exact match", [a.base_exact for a in answers], [a.tuned_exact for a in answers])
+            )
         if Metric.ROUGE in wanted:
             b, t = _rouge([a.base for a in answers], answers), _rouge([a.tuned for a in answers], answers)
             found.append(_metric("rougeL", "ROUGE-L", "%", True, b, t, ones))
-        found.append(_share("ends_by_itself", "answers that end by themselves", [a.base_ended for a in answers], [a.tuned_ended for a in answers]))
+        found.append(
+            _share(
+                "ends_by_itself",
+                "answers that end by themselves",
+                [a.base_ended for a in answers],
+                [a.tuned_ended for a in answers],
+            )
+        )
     return found
 
 
 def _share(name: str, label: str, base: list[bool], tuned: list[bool]) -> Compared:
-    return _metric(name, label, "%", True, 100 * np.array(base, float), 100 * np.array(tuned, float), np.ones(len(base)))
+    return _metric(
+        name, label, "%", True, 100 * np.array(base, float), 100 * np.array(tuned, float), np.ones(len(base))
+    )
 
 
 def _metric(
-    name: str, label: str, unit: str, higher: bool, base: Array, tuned: Array, weight: Array,
+    name: str,
+    label: str,
+    unit: str,
+    higher: bool,
+    base: Array,
+    tuned: Array,
+    weight: Array,
     transform: Callable[[Array], Array] = lambda x: x,
-) -> Compared:  # fmt: skip
+) -> Compared:
     b, t, low, high = paired_interval(base, tuned, weight, transform)
     cases = int((weight > 0).sum())
-    return Compared(name=name, label=label, unit=unit, higher_is_better=higher, cases=cases, base=b, tuned=t, low=low, high=high)
+    return Compared(
+        name=name, label=label, unit=unit, higher_is_better=higher, cases=cases, base=b, tuned=t, low=low, high=high
+    )
 
 
 def _rouge(texts: list[str], answers: list[Answer]) -> Array:
@@ -226,7 +277,9 @@ def _rouge(texts: list[str], answers: list[Answer]) -> Array:
     from rouge_score.rouge_scorer import RougeScorer
 
     scorer = RougeScorer(["rougeL"])
-    return np.array([100 * scorer.score(a.expected, text)["rougeL"].fmeasure for a, text in zip(answers, texts, strict=True)])
+    return np.array(
+        [100 * scorer.score(a.expected, text)["rougeL"].fmeasure for a, text in zip(answers, texts, strict=True)]
+    )
 
 
 def _same(answer: str, expected: str) -> bool:

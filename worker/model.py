@@ -60,7 +60,7 @@ def load_tokenizer(base_model: str) -> Any:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token  # labels are built from masks, so a shared token does no harm
     if not tokenizer.chat_template:
-        # Rendered conversations are tokenised without special tokens, so the template brings the BOS where one is usual.
+        # Rendered conversations are tokenised without special tokens: the template brings the BOS where one is usual.
         usual_bos = tokenizer.bos_token is not None and tokenizer("a").input_ids[0] == tokenizer.bos_token_id
         tokenizer.chat_template = ("{{ bos_token }}" if usual_bos else "") + PLAIN_CHAT_TEMPLATE
     return tokenizer
@@ -156,18 +156,21 @@ def _gguf_file(base_model: str) -> dict[str, str]:
 
 
 def _check_targets(base: Any, targets: list[str]) -> None:
-    linear = {name.rpartition(".")[2] for name, m in base.named_modules() if isinstance(m, torch.nn.Linear)} - {"lm_head"}
+    linear = {name.rpartition(".")[2] for name, m in base.named_modules() if isinstance(m, torch.nn.Linear)} - {
+        "lm_head"
+    }
     if unknown := [t for t in targets if t.rpartition(".")[2] not in linear]:
         raise TrainingFailed(
             Reason.BAD_SPEC,
-            f"lora.target_modules: {', '.join(unknown)} is not a linear layer of this model; it has {', '.join(sorted(linear))}",
+            f"lora.target_modules: {', '.join(unknown)} is not a linear layer of this model; "
+            f"it has {', '.join(sorted(linear))}",
         )
 
 
 @contextlib.contextmanager
 def _model_errors(base_model: str) -> Iterator[None]:
     """transformers' many ways to say that a model is not there, as one sentence."""
-    from huggingface_hub.errors import HFValidationError, HfHubHTTPError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
     from safetensors import SafetensorError
 
     try:

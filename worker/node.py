@@ -16,6 +16,7 @@ import signal
 import socket
 import threading
 import time
+import warnings
 from typing import Any
 
 from sqlalchemy import Engine
@@ -28,8 +29,9 @@ from loractl.common.database import connect, is_outage, make_engine
 from loractl.common.errors import ServiceUnreachable
 from loractl.common.policy import VRAM_CLASSES, queue_name, served_classes
 from loractl.common.queue import WAKE_TASK, make_app
+from loractl.common.records import NodeState
 from loractl.common.settings import Settings, load_settings
-from loractl.common.store import NodeState, Store
+from loractl.common.store import Store
 
 from .devices import Device, find_devices
 from .supervisor import Drain, Supervisor
@@ -59,7 +61,10 @@ class Node:
     def serve(self) -> None:
         """Consume until told to stop. Blocks."""
         from celery import signals
+        from celery.platforms import SecurityWarning
 
+        # Celery warns root of pickled messages; this app takes JSON alone (common.queue).
+        warnings.filterwarnings("ignore", category=SecurityWarning)
         self.drain.clear()
         broker = broker_url(self.settings)
         app = make_app(broker)
@@ -71,9 +76,16 @@ class Node:
         signals.worker_ready.connect(lambda sender, **_: self._start_monitor(app, sender), weak=False)
         signals.worker_shutting_down.connect(lambda **_: self._shut_down(), weak=False)
         worker = app.Worker(
-            concurrency=1, pool="prefork", hostname=f"loractl@{self.name}", loglevel="WARNING", without_gossip=True,
-            without_mingle=True, without_heartbeat=True, quiet=True, queues=[queue_name(c) for c in VRAM_CLASSES],
-        )  # fmt: skip
+            concurrency=1,
+            pool="prefork",
+            hostname=f"loractl@{self.name}",
+            loglevel="WARNING",
+            without_gossip=True,
+            without_mingle=True,
+            without_heartbeat=True,
+            quiet=True,
+            queues=[queue_name(c) for c in VRAM_CLASSES],
+        )
         worker.start()
         self._stop.set()
 
@@ -86,7 +98,9 @@ class Node:
         )
         try:
             while self.drain.wish is None:
-                claim = store.claim(self.name, self.device.uuid, self.device.look().free)
+                claim = store.claim(
+                    self.name, self.device.uuid, self.device.look().free, plan_holds=self.device.kind != "cpu"
+                )
                 if claim is None:
                     return
                 supervisor.run(claim)
@@ -134,12 +148,20 @@ class Node:
         seen = self.device.look()
         store.see_node(
             NodeState(
-                node=self.name, host=socket.gethostname(), gpu=self.device.uuid, device_name=self.device.name,
-                kind=self.device.kind, total=self.device.total, free=seen.free, outside=seen.outside, load=seen.load,
-                temperature=seen.temperature, draining=self.drain.wish is not None,
+                node=self.name,
+                host=socket.gethostname(),
+                gpu=self.device.uuid,
+                device_name=self.device.name,
+                kind=self.device.kind,
+                total=self.device.total,
+                free=seen.free,
+                outside=seen.outside,
+                load=seen.load,
+                temperature=seen.temperature,
+                draining=self.drain.wish is not None,
                 versions={"loractl": __version__},
             )
-        )  # fmt: skip
+        )
         if worker_state.active_requests:
             return  # our own job takes the memory, and nothing more is fetched meanwhile
         wanted = set(served_classes(seen.free))

@@ -103,5 +103,3 @@ def decode_order(line: str) -> Order:
 def decode_told(line: str) -> Told:
     """What the trainer sent. Raises pydantic.ValidationError (a ValueError)."""
     return _told.validate_json(line)
-
-

@@ -26,66 +26,111 @@ if TYPE_CHECKING:
 SCHEMA = 1
 """Version of report.json's form; a reader refuses a newer one."""
 
+MIN_POINTS_TO_SMOOTH = 40
+"""A smoothed line through fewer points lags behind them and misleads."""
+
 _PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets")
 
 
 def build_report(
-    order: Start, *, data: PreparedData, evaluation: Evaluation, log: TrainingLog, arguments: Any, model: Any,
-    precision: Precision, peak: Peak, adapter_dir: Path, wall_seconds: float,
-) -> dict[str, Any]:  # fmt: skip
+    order: Start,
+    *,
+    data: PreparedData,
+    evaluation: Evaluation,
+    log: TrainingLog,
+    arguments: Any,
+    model: Any,
+    precision: Precision,
+    peak: Peak,
+    adapter_dir: Path,
+    wall_seconds: float,
+) -> dict[str, Any]:
     """Everything that was measured, as plain JSON values."""
     trainable, total = model.get_nb_trainable_parameters()
     spec = order.spec
     return {
         "schema": SCHEMA,
-        "job": {"job_id": order.job_id, "name": spec.name, "user": order.user, "attempt": order.attempt,
-                "node": order.node, "gpu": order.gpu, "labels": dict(spec.labels)},
+        "job": {
+            "job_id": order.job_id,
+            "name": spec.name,
+            "user": order.user,
+            "attempt": order.attempt,
+            "node": order.node,
+            "gpu": order.gpu,
+            "labels": dict(spec.labels),
+        },
         "base_model": spec.base_model,
         "method": order.method.value,
         "verdict": verdict(evaluation.metrics),
         "adapter": {
-            "r": spec.lora.r, "lora_alpha": spec.lora.lora_alpha, "lora_dropout": spec.lora.lora_dropout,
+            "r": spec.lora.r,
+            "lora_alpha": spec.lora.lora_alpha,
+            "lora_dropout": spec.lora.lora_dropout,
             "modules": sorted(model.peft_config["default"].target_modules),
-            "trainable_parameters": trainable, "total_parameters": total,
+            "trainable_parameters": trainable,
+            "total_parameters": total,
             "bytes": sum(f.stat().st_size for f in adapter_dir.glob("*.safetensors")),
             "sha256": sha256_of(adapter_dir / "adapter_model.safetensors"),
         },
         "data": data.facts(),
         "training": {
-            "steps": log.first_step + log.steps_done, "resumed_from_step": log.first_step or None, "epochs": spec.training.num_train_epochs if not spec.training.max_steps else None,
-            "seconds": log.seconds, "tokens_per_second": log.tokens_per_second,
-            "peak_memory_bytes": peak.bytes, "peak_memory_kind": peak.kind, "vram_planned": order.vram_planned,
-            "learning_rate": spec.training.learning_rate, "optim": arguments.optim if isinstance(arguments.optim, str) else arguments.optim.value,
+            "steps": log.first_step + log.steps_done,
+            "resumed_from_step": log.first_step or None,
+            "epochs": spec.training.num_train_epochs if not spec.training.max_steps else None,
+            "seconds": log.seconds,
+            "tokens_per_second": log.tokens_per_second,
+            "peak_memory_bytes": peak.bytes,
+            "peak_memory_kind": peak.kind,
+            "vram_planned": order.vram_planned,
+            "learning_rate": spec.training.learning_rate,
+            "optim": arguments.optim.value,
             "per_device_train_batch_size": spec.training.per_device_train_batch_size,
             "gradient_accumulation_steps": spec.training.gradient_accumulation_steps,
             "gradient_checkpointing": arguments.activation_checkpointing,
-            "precision": str(precision.base).removeprefix("torch."), "device": order.device,
-            "losses": log.train_losses, "eval_losses": log.eval_losses,
+            "precision": str(precision.base).removeprefix("torch."),
+            "device": order.device,
+            "losses": log.train_losses,
+            "eval_losses": log.eval_losses,
         },
         "evaluation": {
-            "rows": evaluation.rows, "seconds": evaluation.seconds,
+            "rows": evaluation.rows,
+            "seconds": evaluation.seconds,
             "bootstrap": {"samples": BOOTSTRAP_SAMPLES, "seed": BOOTSTRAP_SEED, "interval": 0.95},
             "metrics": [_metric(m) for m in evaluation.metrics],
-            "answers": [{**vars(a), "base_exact": a.base_exact, "tuned_exact": a.tuned_exact} for a in evaluation.answers],
+            "answers": [
+                {**vars(a), "base_exact": a.base_exact, "tuned_exact": a.tuned_exact} for a in evaluation.answers
+            ],
         },
         "seed": spec.training.seed,
         "wall_seconds": wall_seconds,
-        "versions": {"loractl": __version__, "python": platform.python_version(),
-                     **{name: importlib.metadata.version(name) for name in _PACKAGES}},
-    }  # fmt: skip
+        "versions": {
+            "loractl": __version__,
+            "python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in _PACKAGES},
+        },
+    }
 
 
 def verdict(metrics: list[Compared]) -> dict[str, str]:
     """What the comparison says, in a word and a sentence. The held-out loss decides; the rest is named beside it."""
     loss = next(m for m in metrics if m.name == "loss")
     numbers = f"held-out loss {loss.base:.2f} -> {loss.tuned:.2f}"
+    short = f"loss {loss.base:.2f} -> {loss.tuned:.2f}"
     worse = [m.label for m in metrics if m.reading == "worse" and m.name not in ("loss", "perplexity")]
     aside = f"; worse on {' and '.join(worse)}" if worse else ""
     if loss.reading == "no clear change":
-        return {"reading": "no_measurable_gain", "sentence": f"No measurable gain: {numbers}, and the interval of the change holds zero{aside}."}
+        return {
+            "reading": "no_measurable_gain",
+            "short": f"no measurable gain, {short}",
+            "sentence": f"No measurable gain: {numbers}, and the interval of the change holds zero{aside}.",
+        }
     if loss.reading == "worse":
-        return {"reading": "worse", "sentence": f"No measurable gain: worse than the base, {numbers}{aside}."}
-    return {"reading": "better", "sentence": f"Better than the base: {numbers}{aside}."}
+        return {
+            "reading": "worse",
+            "short": f"worse, {short}",
+            "sentence": f"No measurable gain: worse than the base, {numbers}{aside}.",
+        }
+    return {"reading": "better", "short": f"better, {short}", "sentence": f"Better than the base: {numbers}{aside}."}
 
 
 def write_report(report: dict[str, Any], folder: Path) -> None:
@@ -102,9 +147,11 @@ def render_html(report: dict[str, Any]) -> str:
     environment.filters.update(duration=duration, gib=gib, thousands=thousands, signed=_signed)
     template = environment.from_string((files(__package__) / "report.html.jinja").read_text())
     return template.render(
-        report=report, chart=loss_chart(report["training"]), forest=_forest(report["evaluation"]["metrics"]),
+        report=report,
+        chart=loss_chart(report["training"]),
+        forest=_forest(report["evaluation"]["metrics"]),
         groups=_groups(report["evaluation"]["answers"]),
-    )  # fmt: skip
+    )
 
 
 def loss_chart(training: dict[str, Any]) -> dict[str, Any]:
@@ -124,17 +171,19 @@ def loss_chart(training: dict[str, Any]) -> dict[str, Any]:
         return "M" + "L".join(f"{x} {y}" for x, y in (at(s, v) for s, v in line))
 
     smooth, mean = [], points[0][1]
-    for step, value in points:
+    for step, value in points if len(points) >= MIN_POINTS_TO_SMOOTH else ():
         mean = 0.7 * mean + 0.3 * value
         smooth.append((step, mean))
     grid = [low + (high - low) * n / 4 for n in range(5)]
     return {
-        "raw": path(points), "smooth": path(smooth) if len(points) > 2 else "", "line": path(evals) if len(evals) > 1 else "",
+        "raw": path(points),
+        "smooth": path(smooth) if smooth else "",
+        "line": path(evals) if len(evals) > 1 else "",
         "evals": [(*at(s, v), s, v) for s, v in evals],
         "x": [(at(last_step * n / 4, low)[0], thousands(round(last_step * n / 4))) for n in range(5)],
         "y": [(at(0, v)[1], f"{v:.2f}") for v in grid],
         "last": (*at(*points[-1]), f"{points[-1][1]:.2f}"),
-    }  # fmt: skip
+    }
 
 
 def _forest(metrics: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
@@ -148,9 +197,16 @@ def _forest(metrics: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
 
 def _groups(answers: list[dict[str, Any]]) -> list[tuple[str, str, list[dict[str, Any]]]]:
     """(key, title, answers) by what changed: repaired and broken first."""
-    kinds = [("repaired", "base wrong, tuned right", False, True), ("broken", "base right, tuned wrong", True, False),
-             ("wrong", "both wrong", False, False), ("right", "both right", True, True)]  # fmt: skip
-    return [(key, title, [a for a in answers if (a["base_exact"], a["tuned_exact"]) == (b, t)]) for key, title, b, t in kinds]
+    kinds = [
+        ("repaired", "base wrong, tuned right", False, True),
+        ("broken", "base right, tuned wrong", True, False),
+        ("wrong", "both wrong", False, False),
+        ("right", "both right", True, True),
+    ]
+    return [
+        (key, title, [a for a in answers if (a["base_exact"], a["tuned_exact"]) == (b, t)])
+        for key, title, b, t in kinds
+    ]
 
 
 def _metric(m: Compared) -> dict[str, Any]:

@@ -26,9 +26,10 @@ from sqlalchemy.exc import DBAPIError
 from loractl.common.artifacts import ArtifactStore, attempt_prefix
 from loractl.common.database import is_outage
 from loractl.common.errors import ArtifactError, LoractlError, ServiceUnreachable
+from loractl.common.records import Claim, Progress, StoredResult
 from loractl.common.settings import Settings
 from loractl.common.status import Reason, Stage, Status
-from loractl.common.store import Claim, Progress, Store, StoredResult
+from loractl.common.store import Store
 
 from .devices import Device
 from .protocol import Ended, Note, StageChanged, Start, Stepped, Stop, Told, decode_told, encode
@@ -85,7 +86,16 @@ class _State:
 class Supervisor:
     """Runs claims on one device."""
 
-    def __init__(self, settings: Settings, store: Store, artifacts: ArtifactStore, device: Device, node: str, drain: Drain, threads: int) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        store: Store,
+        artifacts: ArtifactStore,
+        device: Device,
+        node: str,
+        drain: Drain,
+        threads: int,
+    ) -> None:
         self._settings = settings
         self._store = store
         self._artifacts = artifacts
@@ -114,7 +124,14 @@ class Supervisor:
             return None
         last = replace(state.pending, vram_peak=state.ended.vram_peak if state.ended else None)
         status = self._insist(lambda: self._store.finish(claim, reason, message, last, result))
-        log.info("job %s %s: %s (%s) %s", claim.job_id, claim.spec.name, status.value if status else "lost", reason.value, message)
+        log.info(
+            "job %s %s: %s (%s) %s",
+            claim.job_id,
+            claim.spec.name,
+            status.value if status else "lost",
+            reason.value,
+            message,
+        )
         self._clean(claim, folder, status)
         return status
 
@@ -133,22 +150,38 @@ class Supervisor:
         earlier = sorted(folder.parent.glob("attempt-*/checkpoints"), key=lambda p: p.stat().st_mtime, reverse=True)
         user = self._store.job(claim.job_id).user
         return Start(
-            job_id=claim.job_id, attempt=claim.attempt, user=user, node=self._node, gpu=self._device.uuid,
-            device="cuda" if self._device.kind == "nvml" else "cpu", spec=spec, method=claim.method,
-            vram_planned=claim.vram_planned, data_path=data_path,
+            job_id=claim.job_id,
+            attempt=claim.attempt,
+            user=user,
+            node=self._node,
+            gpu=self._device.uuid,
+            device="cuda" if self._device.kind == "nvml" else "cpu",
+            spec=spec,
+            method=claim.method,
+            vram_planned=claim.vram_planned,
+            data_path=data_path,
             data_sha256=claim.data["path"]["sha256"] if claim.data.get("path") else None,
-            eval_path=local("eval_path", spec.dataset.eval_path), output_dir=str(folder / "result"),
-            checkpoint_dir=str(folder / "checkpoints"), earlier_checkpoints=[str(p) for p in earlier], cache_dir=str(cache),
-        )  # fmt: skip
+            eval_path=local("eval_path", spec.dataset.eval_path),
+            output_dir=str(folder / "result"),
+            checkpoint_dir=str(folder / "checkpoints"),
+            earlier_checkpoints=[str(p) for p in earlier],
+            cache_dir=str(cache),
+        )
 
     def _watch(self, claim: Claim, start: Start, folder: Path, state: _State) -> None:
         """Start the trainer and stay with it until it has ended."""
         told: queue.SimpleQueue[Told | str] = queue.SimpleQueue()
         with (folder / "log.txt").open("w", encoding="utf-8") as log_file:
             trainer = subprocess.Popen(
-                [sys.executable, "-m", "loractl.worker.trainer"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE, text=True, errors="replace", start_new_session=True, env=self._environment(),
-            )  # fmt: skip
+                [sys.executable, "-m", "loractl.worker.trainer"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                errors="replace",
+                start_new_session=True,
+                env=self._environment(),
+            )
             assert trainer.stdin and trainer.stdout and trainer.stderr
             readers = [
                 threading.Thread(target=_read_messages, args=(trainer.stdout, told, start.job_id), daemon=True),
@@ -179,12 +212,16 @@ class Supervisor:
             if state.lease_lost:
                 return
             if limit is not None and now - began > limit:
-                self._stop(trainer, state, Reason.TIMED_OUT, f"ran longer than resources.time_limit ({limit:.0f} s)", save=True)
+                self._stop(
+                    trainer, state, Reason.TIMED_OUT, f"ran longer than resources.time_limit ({limit:.0f} s)", save=True
+                )
             if (wish := self._drain.wish) is not None:
                 if wish == "now":
                     state.forced = Reason.DRAINED, "the worker was stopped at once"
                     return
-                self._stop(trainer, state, Reason.DRAINED, "the worker is being stopped", save=True, grace=DRAIN_GRACE_S)
+                self._stop(
+                    trainer, state, Reason.DRAINED, "the worker is being stopped", save=True, grace=DRAIN_GRACE_S
+                )
             if state.kill_at is not None and now > state.kill_at:
                 log.warning("job %s: the trainer did not stop in time and is killed", claim.job_id)
                 return
@@ -206,7 +243,16 @@ class Supervisor:
         elif beat.cancel_requested:
             self._stop(trainer, state, Reason.CANCELLED, "cancelled by its owner", save=False)
 
-    def _stop(self, trainer: subprocess.Popen[str], state: _State, reason: Reason, message: str, *, save: bool, grace: float = STOP_GRACE_S) -> None:
+    def _stop(
+        self,
+        trainer: subprocess.Popen[str],
+        state: _State,
+        reason: Reason,
+        message: str,
+        *,
+        save: bool,
+        grace: float = STOP_GRACE_S,
+    ) -> None:
         """Ask the trainer to end, once; it is killed after the grace period."""
         if state.forced is not None and (state.forced[0] is reason or reason is not Reason.CANCELLED):
             return
@@ -255,7 +301,12 @@ class Supervisor:
         weights = manifest["adapter/adapter_model.safetensors"]
         uri = f"{self._artifacts.url}/{prefix}"
         size = sum(f.size for name, f in manifest.items() if name.startswith("adapter/"))
-        return StoredResult(adapter_uri=f"{uri}/adapter", report_uri=f"{uri}/report.json", adapter_size=size, adapter_sha256=weights.sha256)
+        return StoredResult(
+            adapter_uri=f"{uri}/adapter",
+            report_uri=f"{uri}/report.json",
+            adapter_size=size,
+            adapter_sha256=weights.sha256,
+        )
 
     def _insist(self, write: Callable[[], Answer]) -> Answer:
         """Repeat a last write until the database is back: an outage must not cost a finished training."""
@@ -279,10 +330,23 @@ class Supervisor:
 
     def _environment(self) -> dict[str, str]:
         """The trainer's: its device alone, its share of the cores, and no address or password of a service."""
-        hidden = ("LORACTL_DATABASE_URL", "LORACTL_REDIS_URL", "LORACTL_ARTIFACTS_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "PGPASSWORD")
+        hidden = (
+            "LORACTL_DATABASE_URL",
+            "LORACTL_REDIS_URL",
+            "LORACTL_ARTIFACTS_URL",
+            "AWS_ACCESS_KEY_ID",
+            "AWS_SECRET_ACCESS_KEY",
+            "AWS_SESSION_TOKEN",
+            "PGPASSWORD",
+        )
         kept = {name: value for name, value in os.environ.items() if name not in hidden}
-        return {**kept, **self._device.environment(), "OMP_NUM_THREADS": str(self._threads),
-                "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}  # fmt: skip
+        return {
+            **kept,
+            **self._device.environment(),
+            "OMP_NUM_THREADS": str(self._threads),
+            "TOKENIZERS_PARALLELISM": "false",
+            "PYTHONUNBUFFERED": "1",
+        }
 
 
 def _take_all(told: queue.SimpleQueue[Told | str], state: _State, timeout: float = 0.0) -> None:
@@ -307,23 +371,37 @@ def _fold(progress: Progress, message: Told) -> Progress:
     if isinstance(message, Note):
         log.info("job %s: %s", message.job_id, message.text)
         events = (*progress.events, (message.kind, message.text))
-        return replace(progress, events=events, resumed_from_step=message.resumed_from_step or progress.resumed_from_step)
+        return replace(
+            progress, events=events, resumed_from_step=message.resumed_from_step or progress.resumed_from_step
+        )
     assert isinstance(message, Stepped)
     metrics = tuple((message.step, name, value) for name, value in message.metrics.items())
     if "loss" in message.metrics:
-        log.info("job %s: step %s of %s, loss %.3f", message.job_id, message.step, message.total_steps, message.metrics["loss"])
+        log.info(
+            "job %s: step %s of %s, loss %.3f",
+            message.job_id,
+            message.step,
+            message.total_steps,
+            message.metrics["loss"],
+        )
     return replace(
-        progress, step=message.step, total_steps=message.total_steps, metrics=progress.metrics + metrics,
-        loss=message.metrics.get("loss", progress.loss), eta_seconds=message.eta_seconds,
+        progress,
+        step=message.step,
+        total_steps=message.total_steps,
+        metrics=progress.metrics + metrics,
+        loss=message.metrics.get("loss", progress.loss),
+        eta_seconds=message.eta_seconds,
         tokens_per_second=message.tokens_per_second or progress.tokens_per_second,
-    )  # fmt: skip
+    )
 
 
 def _explain(error: Exception) -> tuple[Reason, str]:
     """The reason for what failed on our own side, outside the trainer."""
     if isinstance(error, OSError):
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        return (Reason.DISK_FULL if full else Reason.TRAINER_ERROR), f"{error.strerror or error}: {error.filename or ''}".strip(": ")
+        return (
+            Reason.DISK_FULL if full else Reason.TRAINER_ERROR
+        ), f"{error.strerror or error}: {error.filename or ''}".strip(": ")
     if isinstance(error, (ArtifactError, ServiceUnreachable)):
         return Reason.STORE_FAILED, error.sentence
     return Reason.TRAINER_ERROR, str(error)
@@ -332,7 +410,10 @@ def _explain(error: Exception) -> tuple[Reason, str]:
 def _exit_reason(code: int) -> dict[str, Any]:
     """The reason for a trainer that ended without a word."""
     if code == -signal.SIGKILL:
-        return {"reason": Reason.HOST_OUT_OF_MEMORY, "message": "the trainer was killed (SIGKILL), most likely by the box's out-of-memory killer"}
+        return {
+            "reason": Reason.HOST_OUT_OF_MEMORY,
+            "message": "the trainer was killed (SIGKILL), most likely by the box's out-of-memory killer",
+        }
     how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
     return {"reason": Reason.TRAINER_ERROR, "message": f"the trainer ended without a result ({how})"}
 

@@ -103,11 +103,19 @@ def train(run: Run) -> Ended:
 
     # 6. The report, and the manifest's other files.
     report = build_report(
-        order, data=data, evaluation=evaluation, log=log, arguments=arguments, model=model, precision=precision,
-        peak=peak, adapter_dir=out / "adapter", wall_seconds=time.time() - began,
-    )  # fmt: skip
+        order,
+        data=data,
+        evaluation=evaluation,
+        log=log,
+        arguments=arguments,
+        model=model,
+        precision=precision,
+        peak=peak,
+        adapter_dir=out / "adapter",
+        wall_seconds=time.time() - began,
+    )
     write_report(report, out)
-    return Ended(job_id=order.job_id, reason=Reason.OK, message=report["verdict"]["sentence"], vram_peak=peak.bytes)
+    return Ended(job_id=order.job_id, reason=Reason.OK, message=report["verdict"]["short"], vram_peak=peak.bytes)
 
 
 def training_arguments(order: Start, precision: Precision) -> TrainingArguments:
@@ -149,7 +157,7 @@ def training_arguments(order: Start, precision: Precision) -> TrainingArguments:
     )
 
 
-class TrainingLog(TrainerCallback):  # type: ignore[misc]  # transformers ships no types
+class TrainingLog(TrainerCallback):
     """Watches a training: tells the supervisor, closes checkpoints, ends it when it diverges or must stop."""
 
     def __init__(self, run: Run, data: PreparedData) -> None:
@@ -194,7 +202,8 @@ class TrainingLog(TrainerCallback):  # type: ignore[misc]  # transformers ships 
             self.train_losses.append((state.global_step, logs["loss"]))
         if "eval_loss" in logs:
             self.eval_losses.append((state.global_step, logs["eval_loss"]))
-        known = {name: float(logs[name]) for name in ("loss", "eval_loss", "learning_rate", "grad_norm") if name in logs}
+        told = ("loss", "eval_loss", "learning_rate", "grad_norm")
+        known: dict[str, float] = {name: float(logs[name]) for name in told if name in logs}
         if known:
             self._step(state, known)
 
@@ -210,7 +219,9 @@ class TrainingLog(TrainerCallback):  # type: ignore[misc]  # transformers ships 
         def tell(done: int, of: int) -> None:
             left = (time.monotonic() - began) * (of - done) / max(1, done)
             self._run.tell(
-                Stepped(job_id=self._run.order.job_id, step=state.global_step, total_steps=state.max_steps, eta_seconds=left)
+                Stepped(
+                    job_id=self._run.order.job_id, step=state.global_step, total_steps=state.max_steps, eta_seconds=left
+                )
             )
 
         return tell
@@ -220,10 +231,15 @@ class TrainingLog(TrainerCallback):  # type: ignore[misc]  # transformers ships 
         left = state.max_steps - state.global_step
         per_step = self.seconds / self.steps_done if self.steps_done else None
         self._run.tell(
-            Stepped(job_id=self._run.order.job_id, step=state.global_step, total_steps=state.max_steps,
-                    metrics=metrics or {}, tokens_per_second=self.tokens_per_second,
-                    eta_seconds=per_step * left if per_step is not None else None)
-        )  # fmt: skip
+            Stepped(
+                job_id=self._run.order.job_id,
+                step=state.global_step,
+                total_steps=state.max_steps,
+                metrics=metrics or {},
+                tokens_per_second=self.tokens_per_second,
+                eta_seconds=per_step * left if per_step is not None else None,
+            )
+        )
 
 
 def training_hash(order: Start, data: PreparedData) -> str:
@@ -251,8 +267,13 @@ def _optimizer(order: Start) -> str:
 
 def _note_data(run: Run, data: PreparedData) -> None:
     facts = data.facts()
-    text = f"data: {facts['train_rows']} rows to train on, {facts['held_out_rows']} held out; format {data.format.value} ({data.why})"
-    for key, words in (("truncated_rows", "truncated"), ("too_long_rows_dropped", "dropped as too long"), ("bad_rows_dropped", "dropped as bad")):
+    text = f"data: {facts['train_rows']} rows to train on, {facts['held_out_rows']} held out; "
+    text += f"format {data.format.value} ({data.why})"
+    for key, words in (
+        ("truncated_rows", "truncated"),
+        ("too_long_rows_dropped", "dropped as too long"),
+        ("bad_rows_dropped", "dropped as bad"),
+    ):
         if facts[key]:
             text += f"; {facts[key]} {words}"
     run.note("data", text)
@@ -261,5 +282,10 @@ def _note_data(run: Run, data: PreparedData) -> None:
 def _resolved(order: Start, arguments: TrainingArguments) -> dict[str, Any]:
     """The job as it ran: the spec, the method taken, and transformers' arguments."""
     taken = {k: v for k, v in arguments.to_dict().items() if isinstance(v, (str, int, float, bool, type(None)))}
-    return {"spec": order.spec.model_dump(mode="json"), "method": order.method.value, "device": order.device,
-            "torch": torch.__version__, "training_arguments": taken}  # fmt: skip
+    return {
+        "spec": order.spec.model_dump(mode="json"),
+        "method": order.method.value,
+        "device": order.device,
+        "torch": torch.__version__,
+        "training_arguments": taken,
+    }

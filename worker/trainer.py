@@ -75,7 +75,7 @@ def _run(order: Start, orders: queue.SimpleQueue[Start | Stop], tell: object) ->
     except TrainingFailed as error:
         traceback.print_exc()
         return ended(error.reason, error.sentence)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001  whatever it is, the job's row must say why
         # the last place that can name the failure: the whole traceback goes to the log, the sentence to the job's row
         traceback.print_exc()
         return ended(*_explain(error))
