@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -29,7 +30,10 @@ from .errors import SpecError, SpecProblem
 from .units import parse_duration, parse_size
 
 MAX_FILE_BYTES = 256 * 1024
-"""A job file is settings, not data; YAML's aliases make larger ones dangerous to parse."""
+"""A job file is settings, not data."""
+
+MAX_NODES = 20_000
+"""Keys and values of a job file once YAML's aliases are written out: nested aliases double with every line."""
 
 
 AS_WRITTEN = "as written"
@@ -78,23 +82,30 @@ class Metric(enum.StrEnum):
     EXACT_MATCH = "exact_match"
 
 
+def _printable(text: str) -> str:
+    if not text.isprintable():
+        raise ValueError("holds control characters")
+    return text
+
+
+Printable = Annotated[str, AfterValidator(_printable)]
 Size = Annotated[int, BeforeValidator(parse_size)]
 Duration = Annotated[float, BeforeValidator(parse_duration)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class DatasetSpec(_Section):
     """The rows to train on and the rows held out."""
 
-    path: str = Field(min_length=1)
+    path: Printable = Field(min_length=1)
     """A file (jsonl, json, csv, parquet; relative to the job file) or a hub id."""
     format: DataFormat = DataFormat.AUTO
     """The rows' shape; auto looks at the columns and says why."""
-    eval_path: str | None = None
+    eval_path: Printable | None = None
     """A file or hub id with the held-out rows; without it test_size rows are split off."""
     test_size: float = Field(0.1, gt=0, lt=1)
     """Share of rows held out before training."""
@@ -183,7 +194,7 @@ class JobSpec(_Section):
     """One fine-tune, complete and checked."""
 
     name: Name
-    base_model: str = Field(min_length=1)
+    base_model: Printable = Field(min_length=1)
     """A hub id, or a folder (relative to the job file) with safetensors or one GGUF file."""
     method: Method = Method.AUTO
     dataset: DatasetSpec
@@ -193,7 +204,7 @@ class JobSpec(_Section):
     resources: ResourcesSpec = ResourcesSpec()
     max_retries: int = Field(2, ge=0, le=100)
     priority: int = Field(0, ge=-1000, le=1000)
-    labels: dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=256)]] = Field(
+    labels: dict[Annotated[Printable, Field(max_length=64)], Annotated[Printable, Field(max_length=256)]] = Field(
         default_factory=dict, max_length=32
     )
 
@@ -201,14 +212,15 @@ class JobSpec(_Section):
     def _combinations(self, info: ValidationInfo) -> JobSpec:
         if info.context != AS_WRITTEN:
             return self
+        wrong = []  # "key: sentence", so that _problems can name the line
         if self.dataset.eval_path and "test_size" in self.dataset.model_fields_set:
-            raise ValueError("dataset.eval_path and dataset.test_size both say what is held out; keep one of them")
+            wrong.append("dataset.test_size: dataset.eval_path says what is held out already; keep one of them")
         if self.training.max_steps and "num_train_epochs" in self.training.model_fields_set:
-            raise ValueError("training.max_steps and training.num_train_epochs both say when to stop; keep one of them")
+            wrong.append("training.num_train_epochs: training.max_steps says when to stop already; keep one of them")
         if self.training.optim.startswith("paged") and self.method is Method.LORA:
-            raise ValueError(
-                "training.optim: paged optimizers are for method qlora or auto; use adamw_torch or adamw_8bit"
-            )
+            wrong.append("training.optim: paged optimizers are for method qlora or auto; use adamw_torch or adamw_8bit")
+        if wrong:
+            raise ValueError("\n".join(wrong))
         return self
 
     def spec_hash(self) -> str:
@@ -265,7 +277,7 @@ def load_spec(path: Path, overrides: Sequence[str] = ()) -> JobSpec:
     try:
         spec = JobSpec.model_validate(tree, context=AS_WRITTEN)
     except ValidationError as error:
-        raise SpecError([_problem(e, str(path), lines, overrides) for e in error.errors()]) from None
+        raise SpecError([p for e in error.errors() for p in _problems(e, str(path), lines, overrides)]) from None
     return _resolve_paths(spec, path.absolute().parent)
 
 
@@ -301,6 +313,8 @@ def _parse_yaml(path: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]
         )
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
+        if _expanded(node, {}) > MAX_NODES:
+            raise wrong(f"has more than {MAX_NODES} keys and values, its aliases written out")
         lines = dict(_lines(node, ()))
         tree = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
@@ -312,13 +326,25 @@ def _parse_yaml(path: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]
     return tree, lines
 
 
+def _expanded(node: yaml.Node | None, sizes: dict[int, int]) -> int:
+    """Nodes below `node` with every alias written out; a few lines of nested aliases make billions."""
+    if not isinstance(node, yaml.CollectionNode):
+        return 1
+    if id(node) not in sizes:
+        parts = [n for pair in node.value for n in pair] if isinstance(node, yaml.MappingNode) else node.value
+        sizes[id(node)] = 1 + sum(_expanded(part, sizes) for part in parts)
+    return sizes[id(node)]
+
+
 def _lines(node: yaml.Node | None, path: tuple[str, ...]) -> list[tuple[tuple[str, ...], int]]:
     found: list[tuple[tuple[str, ...], int]] = []
     if isinstance(node, yaml.MappingNode):
+        seen = set()
         for key, value in node.value:
             here = (*path, str(key.value))
-            if here in dict(found):
-                raise ValueError(f"key {'.'.join(here)} stands twice (line {key.start_mark.line + 1})")
+            if here in seen:
+                raise yaml.MarkedYAMLError(problem=f"key {'.'.join(here)} stands twice", problem_mark=key.start_mark)
+            seen.add(here)
             found.append((here, key.start_mark.line + 1))
             found += _lines(value, here)
     elif isinstance(node, yaml.SequenceNode):
@@ -352,15 +378,23 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     place[last] = value
 
 
-def _problem(error: Any, file: str, lines: dict[tuple[str, ...], int], overrides: Sequence[str]) -> SpecProblem:
-    """One pydantic error as a sentence with the file's line and a hint."""
+def _problems(error: Any, file: str, lines: dict[tuple[str, ...], int], overrides: Sequence[str]) -> list[SpecProblem]:
+    """One pydantic error as problems with the file's line and a hint; all contradictions of keys are one error."""
     path = tuple(str(part) for part in error["loc"] if not str(part).startswith(("literal[", "list[", "function-")))
+    if not path and error["type"] == "value_error":
+        pairs = [text.split(": ", 1) for text in str(error["ctx"]["error"]).splitlines()]
+        return [_problem(tuple(key.split(".")), what, None, file, lines, overrides) for key, what in pairs]
+    return [_problem(path, *_explain(error, ".".join(path)), file, lines, overrides)]
+
+
+def _problem(
+    path: tuple[str, ...], what: str, hint: str | None, file: str, lines: dict[tuple[str, ...], int],
+    overrides: Sequence[str],
+) -> SpecProblem:  # fmt: skip
     key = ".".join(path)
     if any(o.split("=")[0] == key for o in overrides):
-        file, line = "--set", None
-    else:
-        line = next((lines[path[:n]] for n in range(len(path), 0, -1) if path[:n] in lines), None)
-    what, hint = _explain(error, key)
+        return SpecProblem(file="--set", line=None, key=key, what=what, hint=hint)
+    line = next((lines[path[:n]] for n in range(len(path), 0, -1) if path[:n] in lines), None)
     return SpecProblem(file=file, line=line, key=key, what=what, hint=hint)
 
 
@@ -379,7 +413,7 @@ def _explain(error: Any, key: str) -> tuple[str, str | None]:
         return f"{shown} is not one of {allowed}", f"did you mean {close[0]}?" if close else None
     if kind == "value_error":
         sentence = str(context["error"])
-        return (f"{shown} {sentence}" if sentence.startswith("is ") else sentence), None
+        return (f"{shown} {sentence}" if sentence.startswith(("is ", "holds ")) else sentence), None
     if kind == "string_pattern_mismatch":
         return f"{shown} is not a name: letters, digits, '.', '_' and '-' only, at most 63", None
     if kind.startswith(("greater_than", "less_than")):
@@ -441,9 +475,13 @@ def _resolve_paths(spec: JobSpec, folder: Path) -> JobSpec:
     def local(text: str | None) -> str | None:
         if text is None:
             return None
-        path = (folder / Path(text).expanduser()).resolve()
         looks_local = text.startswith((".", "/", "~")) or Path(text).suffix.lower() in DATA_SUFFIXES
-        return str(path) if path.exists() or looks_local else text
+        try:
+            path = (folder / Path(text).expanduser()).resolve()
+            return str(path) if looks_local or path.exists() else text
+        except (OSError, ValueError, RuntimeError):
+            # no path that this system can hold: a name too long, the home of nobody
+            return text
 
     dataset = spec.dataset.model_copy(
         update={"path": local(spec.dataset.path), "eval_path": local(spec.dataset.eval_path)}

@@ -23,7 +23,7 @@ _SECONDS = {"s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}
 
 def parse_size(text: str | int) -> int:
     """Bytes of "24GiB", "500 MB" or a plain number of bytes. Raises ValueError with what would be right."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(text))
+    match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(text))
     units = {name.lower(): factor for name, factor in _BYTES.items()}
     if match is None or match[2].lower() not in units:
         raise ValueError("is not a size; write it like 12GiB or 800MiB")
@@ -33,9 +33,9 @@ def parse_size(text: str | int) -> int:
 def parse_duration(text: str | int | float) -> float:
     """Seconds of "90s", "30m", "2h", "1d", "1h30m" or a plain number of seconds. Raises ValueError."""
     compact = str(text).replace(" ", "").lower()
-    if re.fullmatch(r"\d+(\.\d+)?", compact):
+    if re.fullmatch(r"\d{1,18}(\.\d+)?", compact):
         return float(compact)
-    parts = re.findall(r"(\d+(?:\.\d+)?)(min|[smhd])", compact)
+    parts = re.findall(r"(\d{1,18}(?:\.\d+)?)(min|[smhd])", compact)
     if not parts or "".join(a + b for a, b in parts) != compact:
         raise ValueError("is not a duration; write it like 90s, 30m, 2h or 1h30m")
     return sum(float(number) * _SECONDS[unit] for number, unit in parts)

@@ -1,0 +1,270 @@
+"""The job file: every problem at once with its place and a hint, overrides, paths, and the round trip."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from loractl.common.errors import SpecError, SpecProblem
+from loractl.common.spec import AS_WRITTEN, MAX_FILE_BYTES, JobSpec, Method, Metric, load_spec, spec_keys
+
+MINIMAL = "name: tiny\nbase_model: org/model\ndataset: {path: org/data}\n"
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "job.yaml"
+    path.write_text(text)
+    return path
+
+
+def problems(path: Path, *overrides: str) -> list[SpecProblem]:
+    with pytest.raises(SpecError) as caught:
+        load_spec(path, overrides)
+    return caught.value.problems
+
+
+def only(path: Path, *overrides: str) -> SpecProblem:
+    (problem,) = problems(path, *overrides)
+    return problem
+
+
+def test_a_minimal_file_gets_the_documented_defaults(tmp_path: Path) -> None:
+    spec = load_spec(write(tmp_path, MINIMAL))
+    assert spec.method is Method.AUTO
+    assert (spec.lora.r, spec.lora.lora_alpha, spec.lora.target_modules) == (16, 32, "all-linear")
+    assert (spec.training.num_train_epochs, spec.training.max_steps) == (3, None)
+    assert spec.evaluation.metrics == list(Metric)
+    assert (spec.max_retries, spec.priority, spec.labels) == (2, 0, {})
+
+
+def test_every_problem_is_reported_at_once_with_its_line_in_the_order_of_the_file(tmp_path: Path) -> None:
+    path = write(
+        tmp_path,
+        MINIMAL + "lora:\n  rank: 8\n  lora_alpha: high\ntraining: {seed: -1}\nmethod: qlorra\nlr: 1.0e-4\n",
+    )
+    assert [str(p) for p in problems(path)] == [
+        f"{path}:5: lora.rank: unknown key",
+        f'{path}:6: lora.lora_alpha: "high" is not a number',
+        f"{path}:7: training.seed: -1 must be at least 0",
+        f'{path}:8: method: "qlorra" is not one of auto, lora, qlora',
+        f"{path}:9: lr: unknown key",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("line", "key", "meant"),
+    [
+        ("lora: {rank: 8}", "lora.rank", "lora.r"),
+        ("lora_r: 8", "lora_r", "lora.r"),
+        ("lora_alpha: 8", "lora_alpha", "lora.lora_alpha"),
+        ("lr: 1", "lr", "training.learning_rate"),
+        ("learning_rate: 1", "learning_rate", "training.learning_rate"),
+        ("epochs: 3", "epochs", "training.num_train_epochs"),
+        ("training: {epochs: 3}", "training.epochs", "training.num_train_epochs"),
+        ("training: {warmup_ratio: 0.1}", "training.warmup_ratio", "training.warmup_steps"),
+        ("training: {max_step: 3}", "training.max_step", "training.max_steps"),
+        ("sequence_len: 512", "sequence_len", "dataset.max_length"),
+        ("model_name_or_path: x", "model_name_or_path", "base_model"),
+        ("piority: 3", "piority", "priority"),
+    ],
+)
+def test_an_unknown_key_is_named_with_the_key_that_was_meant(tmp_path: Path, line: str, key: str, meant: str) -> None:
+    problem = only(write(tmp_path, MINIMAL + line))
+    assert (problem.line, problem.key, problem.what) == (4, key, "unknown key")
+    assert problem.hint == f"did you mean {meant}?"
+
+
+def test_an_unknown_key_without_a_relative_lists_the_keys_of_its_section(tmp_path: Path) -> None:
+    hint = only(write(tmp_path, MINIMAL + "lora: {zzzz: 1}")).hint
+    assert hint == "known keys here: r, lora_alpha, lora_dropout, target_modules"
+
+
+@pytest.mark.parametrize(
+    ("line", "key", "what"),
+    [
+        ("lora: {r: 8.5}", "lora.r", "8.5 is not a whole number"),
+        ("lora: {r: 0}", "lora.r", "0 must be at least 1"),
+        ("lora: {r: 2000}", "lora.r", "2000 must be at most 1024"),
+        ("lora: {lora_dropout: 1}", "lora.lora_dropout", "1 must be below 1.0"),
+        ("lora: {lora_alpha: 0}", "lora.lora_alpha", "0 must be above 0.0"),
+        ("lora: {lora_alpha: .inf}", "lora.lora_alpha", "Infinity: input should be a finite number"),
+        ("lora: {target_modules: []}", "lora.target_modules", "[] is empty; write all-linear or name at least one"),
+        ("lora: 5", "lora", "5 is not a mapping of keys"),
+        ("labels: [a]", "labels", '["a"] is not a mapping'),
+        ("labels: {year: 2024}", "labels.year", "2024 is not text; write it in quotes"),
+        ("evaluation: {metrics: [bleu]}", "evaluation.metrics.0", '"bleu" is not one of loss, perplexity'),
+        ("resources: {max_vram: huge}", "resources.max_vram", '"huge" is not a size; write it like 12GiB or 800MiB'),
+        ("resources: {time_limit: soon}", "resources.time_limit", '"soon" is not a duration; write it like 90s'),
+        ("training: {gradient_checkpointing: maybe}", "training.gradient_checkpointing", '"maybe" is not true'),
+        ("max_retries: -1", "max_retries", "-1 must be at least 0"),
+    ],
+)
+def test_a_wrong_type_or_range_says_what_would_be_right(tmp_path: Path, line: str, key: str, what: str) -> None:
+    problem = only(write(tmp_path, MINIMAL + line))
+    assert (problem.line, problem.key) == (4, key)
+    assert problem.what.startswith(what)
+
+
+@pytest.mark.parametrize("name", ["", "a b", "../x", "-x", "x" * 64, "ü"])
+def test_a_name_that_is_no_file_name_is_refused(tmp_path: Path, name: str) -> None:
+    problem = only(write(tmp_path, MINIMAL.replace("tiny", f'"{name}"')))
+    assert (problem.line, problem.key) == (1, "name")
+    assert "is not a name: letters, digits, '.', '_' and '-' only, at most 63" in problem.what
+
+
+def test_missing_keys_are_all_named_with_the_line_to_add(tmp_path: Path) -> None:
+    found = problems(write(tmp_path, "method: lora\n"))
+    assert [(p.key, p.what, p.hint) for p in found] == [
+        ("base_model", "is missing", "add a line base_model: ..."),
+        ("dataset", "is missing", "add a line dataset: ..."),
+        ("name", "is missing", "add a line name: ..."),
+    ]
+
+
+def test_keys_that_contradict_each_other_are_all_reported_with_their_lines(tmp_path: Path) -> None:
+    text = (
+        "name: tiny\nbase_model: org/model\nmethod: lora\n"
+        "dataset: {path: org/data, eval_path: org/more,\n  test_size: 0.2}\n"
+        "training:\n  max_steps: 3\n  num_train_epochs: 2\n  optim: paged_adamw_8bit\n"
+    )
+    found = problems(write(tmp_path, text))
+    assert [(p.line, p.key) for p in found] == [
+        (5, "dataset.test_size"),
+        (8, "training.num_train_epochs"),
+        (9, "training.optim"),
+    ]
+    assert found[1].what == "training.max_steps says when to stop already; keep one of them"
+
+
+def test_metrics_that_need_answers_are_refused_without_samples(tmp_path: Path) -> None:
+    problem = only(write(tmp_path, MINIMAL + "evaluation: {samples: 0, metrics: [loss, rouge]}"))
+    assert (problem.line, problem.key) == (4, "evaluation")
+    assert problem.what == "samples is 0, so rouge can't be measured; set samples or drop them from metrics"
+    spec = load_spec(write(tmp_path, MINIMAL + "evaluation: {samples: 0}"))
+    assert spec.evaluation.samples == 0, "without a list of metrics those that can't be measured are left out"
+
+
+@pytest.mark.parametrize("line", ['base_model: "a\\0b"', 'labels: {k: "\\e[31m"}'])
+def test_control_characters_are_refused_since_they_would_reach_a_terminal(tmp_path: Path, line: str) -> None:
+    text = MINIMAL.replace("base_model: org/model\n", "") + ("" if "base_model" in line else "base_model: m\n") + line
+    assert only(write(tmp_path, text)).what.endswith("holds control characters")
+
+
+def test_overrides_win_over_the_file_and_make_sections(tmp_path: Path) -> None:
+    path = write(tmp_path, MINIMAL + "lora: {r: 4, lora_alpha: 8}\n")
+    spec = load_spec(path, ["lora.r=2", "training.max_steps=20", "training.learning_rate=1e-3", "labels.team=nlp"])
+    assert (spec.lora.r, spec.lora.lora_alpha) == (2, 8)
+    assert (spec.training.max_steps, spec.training.learning_rate) == (20, 1e-3)
+    assert spec.labels == {"team": "nlp"}
+
+
+def test_a_wrong_override_is_blamed_on_the_command_line(tmp_path: Path) -> None:
+    path = write(tmp_path, MINIMAL + "lora: {r: 4}\n")
+    assert str(only(path, "lora.r=many")) == '--set: lora.r: "many" is not a whole number'
+    unknown = only(path, "lora.rank=4")
+    assert (str(unknown), unknown.hint) == ("--set: lora.rank: unknown key", "did you mean lora.r?")
+
+
+@pytest.mark.parametrize("override", ["lora.r", "=4", "lora.r=[1"])
+def test_an_override_that_is_no_assignment_shows_the_right_form(tmp_path: Path, override: str) -> None:
+    problem = only(write(tmp_path, MINIMAL), override)
+    assert problem.what == "is not of the form key=value"
+    assert problem.hint == "like --set training.max_steps=20"
+
+
+def test_a_stored_spec_with_every_key_validates_again_to_the_same_value(tmp_path: Path) -> None:
+    path = write(tmp_path, MINIMAL + "training: {max_steps: 20}\nresources: {max_vram: 20GiB, time_limit: 2h}\n")
+    spec = load_spec(path)
+    dump = spec.model_dump(mode="json")
+    assert dump["training"]["num_train_epochs"] == 3, "the dump holds both, which a person's file may not"
+    assert JobSpec.model_validate(dump) == spec
+    assert (spec.resources.max_vram, spec.resources.time_limit) == (20 * 2**30, 7200)
+    with pytest.raises(ValueError, match=r"training\.max_steps says when to stop"):
+        JobSpec.model_validate(dump, context=AS_WRITTEN)
+
+
+def test_the_hash_covers_what_decides_the_result_and_nothing_else(tmp_path: Path) -> None:
+    path = write(tmp_path, MINIMAL)
+    plain = load_spec(path).spec_hash()
+    same = load_spec(path, ["name=other", "priority=5", "labels.a=b", "max_retries=0", "resources.time_limit=1h"])
+    assert same.spec_hash() == plain
+    assert load_spec(path, ["training.seed=1"]).spec_hash() != plain
+
+
+def test_the_keys_are_those_of_the_whole_file_without_sections() -> None:
+    keys = spec_keys()
+    assert {"name", "base_model", "lora.r", "training.learning_rate", "resources.max_vram", "labels"} <= set(keys)
+    assert not {"lora", "training", "dataset"} & set(keys)
+    assert len(keys) == len(set(keys))
+
+
+def test_local_paths_are_resolved_against_the_folder_of_the_job_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "jobs").mkdir()
+    (tmp_path / "model").mkdir()
+    text = "name: t\nbase_model: ../model\ndataset: {path: data.jsonl, eval_path: sub/held.csv}\n"
+    monkeypatch.chdir("/")
+    spec = load_spec(write(tmp_path / "jobs", text))
+    assert spec.base_model == str(tmp_path / "model")
+    assert spec.dataset.path == str(tmp_path / "jobs" / "data.jsonl"), "an ending of ours is a path, present or not"
+    assert spec.dataset.eval_path == str(tmp_path / "jobs" / "sub" / "held.csv")
+
+
+def test_what_is_no_path_here_stays_a_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("org/model", "~nobody-has-this-name/model", "a" * 300):
+        assert load_spec(write(tmp_path, MINIMAL), [f"base_model={name}"]).base_model == name
+    assert load_spec(write(tmp_path, MINIMAL), ["base_model=~/m"]).base_model == str(tmp_path / "m")
+
+
+def test_a_key_that_stands_twice_is_refused_with_its_line(tmp_path: Path) -> None:
+    problem = only(write(tmp_path, MINIMAL + "lora:\n  r: 4\n  r: 8\n"))
+    assert (problem.line, problem.what) == (6, "is not valid YAML: key lora.r stands twice")
+
+
+def test_broken_yaml_is_refused_with_its_line(tmp_path: Path) -> None:
+    problem = only(write(tmp_path, "name: a\nlora: {r: 1\ntraining: ]\n"))
+    assert problem.line == 3
+    assert problem.what.startswith("is not valid YAML: ")
+
+
+@pytest.mark.parametrize("text", ["", "# nothing\n", "- a\n- b\n", "just text\n"])
+def test_a_file_without_keys_points_at_an_example(tmp_path: Path, text: str) -> None:
+    problem = only(write(tmp_path, text))
+    assert problem.what == "is empty or not a mapping of keys"
+    assert problem.hint == "start from examples/helpdesk-lora.yaml"
+    assert (Path(__file__).parents[3] / "examples" / "helpdesk-lora.yaml").exists()
+
+
+def test_a_file_that_cannot_be_a_job_is_refused_in_a_sentence(tmp_path: Path) -> None:
+    latin = tmp_path / "latin.yaml"
+    latin.write_bytes("name: Büro\n".encode("latin-1"))
+    assert only(latin).what == "is not UTF-8 text"
+    assert only(tmp_path).what == "is a folder, not a job file"
+    assert only(tmp_path / "absent.yaml").what == "no such file"
+
+
+def test_a_file_over_the_size_limit_is_taken_for_data(tmp_path: Path) -> None:
+    fits, over = "#" * (MAX_FILE_BYTES - len(MINIMAL)), "#" * (MAX_FILE_BYTES - len(MINIMAL) + 1)
+    assert load_spec(write(tmp_path, MINIMAL + fits)).name == "tiny"
+    problem = only(write(tmp_path, MINIMAL + over))
+    assert problem.what == f"has {MAX_FILE_BYTES + 1} bytes, a job file at most {MAX_FILE_BYTES}"
+    assert problem.hint == "the data belong into a file of their own: dataset.path"
+
+
+@pytest.mark.timeout(20)
+def test_nested_aliases_that_double_with_every_line_are_refused_at_once(tmp_path: Path) -> None:
+    doubling = "".join(f"k{n + 1}: &k{n + 1} {{a: *k{n}, b: *k{n}}}\n" for n in range(60))
+    assert "aliases" in only(write(tmp_path, MINIMAL + "k0: &k0 {a: 1}\n" + doubling)).what
+    shared = load_spec(write(tmp_path, MINIMAL + "labels: {a: &team nlp, b: *team}\n"))
+    assert shared.labels == {"a": "nlp", "b": "nlp"}
+
+
+@pytest.mark.skipif(os.getuid() == 0, reason="root may read everything")
+def test_a_file_without_read_permission_is_refused_in_a_sentence(tmp_path: Path) -> None:
+    path = write(tmp_path, MINIMAL)
+    path.chmod(0)
+    assert only(path).what == "can't be read: Permission denied"
