@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import getpass
 import os
+import re
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import urlsplit
 
 from .errors import UsageError
 
@@ -55,7 +56,8 @@ def load_settings(environ: dict[str, str] | None = None) -> Settings:
     file = _config_file(home / "config.toml")
 
     def get(key: str, default: str | None) -> str | None:
-        return env.get(f"LORACTL_{key.upper()}") or file.get(key) or default
+        value = env.get(f"LORACTL_{key.upper()}") or file.get(key) or default
+        return _checked(key, value) if value and key.endswith("_url") else value
 
     return Settings(
         home=home,
@@ -63,18 +65,37 @@ def load_settings(environ: dict[str, str] | None = None) -> Settings:
         redis_url=get("redis_url", None),
         artifacts_url=get("artifacts_url", None) or (home / "artifacts").as_uri(),
         devices=get("devices", None),
-        user=get("user", None) or getpass.getuser(),
+        user=get("user", None) or _login(),
     )
 
 
 def redacted(url: str) -> str:
     """The URL without its user's password, fit for a message or a log."""
-    parts = urlsplit(url)
-    if parts.password is None:
-        return url
-    host = parts.hostname or ""
-    port = f":{parts.port}" if parts.port else ""
-    return urlunsplit(parts._replace(netloc=f"{parts.username or ''}:***@{host}{port}"))
+    # Not urlsplit: it fails on the very URLs that messages complain of (a bad port, a raw # or / in a password).
+    hidden = re.sub(r"^([\w+.-]+://[^:/@]*):.*@", r"\1:***@", url)
+    return re.sub(r"([?&]\w*password=)[^&]*", r"\1***", hidden)
+
+
+def _login() -> str:
+    """The login name; a container's user may have none."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return f"uid-{os.getuid()}"
+
+
+def _checked(key: str, url: str) -> str:
+    """The URL, if it can be taken apart. Raises UsageError without repeating it: it may hold a password."""
+    try:
+        parts = urlsplit(url)
+        _ = parts.port
+    except ValueError:
+        parts = None
+    if parts is None or not parts.scheme:
+        raise UsageError(
+            f"LORACTL_{key.upper()} is not a URL", "write special characters of a password as %XX, a slash as %2F"
+        )
+    return url
 
 
 def _explicit_driver(url: str) -> str:
@@ -89,8 +110,8 @@ def _config_file(path: Path) -> dict[str, str]:
     if not path.exists():
         return {}
     try:
-        values = tomllib.loads(path.read_text())
-    except (OSError, tomllib.TOMLDecodeError) as error:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise UsageError(
             f"{path} can't be read: {error}", 'it is a TOML file with lines like redis_url = "..."'
         ) from error

@@ -1,0 +1,112 @@
+"""Settings: the environment, then config.toml, then defaults; passwords are never shown."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from loractl.common.errors import UsageError
+from loractl.common.settings import load_settings, redacted
+
+
+def test_without_anything_set_all_things_lie_under_the_home(tmp_path: Path) -> None:
+    settings = load_settings({"LORACTL_HOME": str(tmp_path)})
+    assert settings.database_url == f"sqlite:///{tmp_path}/loractl.db"
+    assert settings.artifacts_url == f"file://{tmp_path}/artifacts"
+    assert settings.redis_url is None, "the embedded Valkey"
+    assert settings.embedded_database
+    assert {p.parent for p in (settings.runtime_dir, settings.work_dir, settings.cache_dir)} == {tmp_path}
+
+
+def test_the_home_is_made_absolute_and_the_default_is_a_folder_of_the_user(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert load_settings({}).home == tmp_path / ".loractl"
+    assert load_settings({"LORACTL_HOME": "lab"}).home == tmp_path / "lab"
+
+
+def test_the_environment_beats_the_file_and_the_file_beats_the_default(tmp_path: Path) -> None:
+    (tmp_path / "config.toml").write_text('user = "file"\nredis_url = "redis://file/0"\n')
+    environ = {"LORACTL_HOME": str(tmp_path), "LORACTL_USER": "environment", "LORACTL_DEVICES": ""}
+    settings = load_settings(environ)
+    assert (settings.user, settings.redis_url, settings.devices) == ("environment", "redis://file/0", None)
+
+
+def test_an_unknown_key_in_the_file_is_refused_with_the_known_ones(tmp_path: Path) -> None:
+    (tmp_path / "config.toml").write_text('databse_url = "x"\n')
+    with pytest.raises(UsageError, match="unknown key databse_url") as caught:
+        load_settings({"LORACTL_HOME": str(tmp_path)})
+    assert caught.value.hint == "known keys: database_url, redis_url, artifacts_url, devices, user"
+
+
+@pytest.mark.parametrize("content", [b"user = ", b'user = "B\xfcro"\n'])
+def test_a_file_that_is_no_toml_is_refused_in_a_sentence(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "config.toml").write_bytes(content)
+    with pytest.raises(UsageError, match=r"config\.toml can't be read"):
+        load_settings({"LORACTL_HOME": str(tmp_path)})
+
+
+@pytest.mark.parametrize("scheme", ["postgres", "postgresql"])
+def test_a_postgresql_url_uses_the_driver_that_loractl_ships(tmp_path: Path, scheme: str) -> None:
+    environ = {"LORACTL_HOME": str(tmp_path), "LORACTL_DATABASE_URL": f"{scheme}://lab@db/loractl"}
+    settings = load_settings(environ)
+    assert settings.database_url == "postgresql+psycopg://lab@db/loractl"
+    assert not settings.embedded_database
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("postgresql://lab:secret@db:5432/loractl", "postgresql://lab:***@db:5432/loractl"),
+        ("postgresql+psycopg://lab:secret@db/loractl", "postgresql+psycopg://lab:***@db/loractl"),
+        ("redis://:secret@db/0", "redis://:***@db/0"),
+        ("redis://:secret@[::1]:6379/0", "redis://:***@[::1]:6379/0"),
+        ("redis://:s#ec/ret@db/0", "redis://:***@db/0"),
+        ("postgresql://lab:sec@ret@db/loractl", "postgresql://lab:***@db/loractl"),
+        ("postgresql://lab:secret@db:port/loractl", "postgresql://lab:***@db:port/loractl"),
+        ("postgresql://db/loractl?user=lab&password=secret&x=1", "postgresql://db/loractl?user=lab&password=***&x=1"),
+    ],
+)
+def test_a_password_is_hidden_wherever_it_stands_in_the_url(url: str, shown: str) -> None:
+    assert redacted(url) == shown
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "sqlite:////srv/loractl.db",
+        "s3://bucket/lab",
+        "redis://db:6379/0",
+        "postgresql://lab@db:5432/x",
+        "file:///a:b@c",
+    ],
+)
+def test_a_url_without_a_password_is_shown_as_it_is(url: str) -> None:
+    assert redacted(url) == url
+
+
+def test_the_settings_show_no_url_by_accident(tmp_path: Path) -> None:
+    environ = {
+        "LORACTL_HOME": str(tmp_path),
+        "LORACTL_DATABASE_URL": "postgresql://lab:hunter2@db/x",
+        "LORACTL_REDIS_URL": "redis://:hunter2@db/0",
+    }
+    assert "hunter2" not in repr(load_settings(environ))
+
+
+def test_a_user_without_a_login_name_is_called_by_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os, "getuid", lambda: 1234567)  # a container's user: no line in /etc/passwd
+    assert load_settings({"LORACTL_HOME": str(tmp_path)}).user == "uid-1234567"
+
+
+@pytest.mark.parametrize("url", ["postgresql://lab:hunter2@db:port/x", "redis://:hunter2@[::1/0", "hunter2"])
+def test_an_address_that_is_no_url_is_refused_without_repeating_it(tmp_path: Path, url: str) -> None:
+    with pytest.raises(UsageError, match="LORACTL_REDIS_URL is not a URL") as caught:
+        load_settings({"LORACTL_HOME": str(tmp_path), "LORACTL_REDIS_URL": url})
+    assert "hunter2" not in f"{caught.value.sentence}{caught.value.hint}"

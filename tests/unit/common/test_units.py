@@ -1,0 +1,84 @@
+"""Sizes and durations, as they are written and as they are shown."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from loractl.common.units import GIB, duration, gib, parse_duration, parse_size, thousands
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("24GiB", 24 * 2**30),
+        ("800 MiB", 800 * 2**20),
+        ("1.5gib", 3 * 2**29),
+        ("2GB", 2 * 10**9),
+        ("512", 512),
+        (512, 512),
+        ("0", 0),
+    ],
+)
+def test_a_size_is_read_with_binary_and_decimal_units(text: str | int, size: int) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "12 apples", "-1GiB", "1e9", "nan", "9" * 400])
+def test_what_is_no_size_is_refused_with_the_right_form(text: str) -> None:
+    with pytest.raises(ValueError, match="write it like 12GiB"):
+        parse_size(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("90s", 90),
+        ("30m", 1800),
+        ("30min", 1800),
+        ("2h", 7200),
+        ("1d", 86400),
+        ("1h30m", 5400),
+        ("1 h 30 m", 5400),
+        (45, 45),
+    ],
+)
+def test_a_duration_is_read_with_one_or_more_units(text: str | int, seconds: float) -> None:
+    assert parse_duration(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "soon", "-5m", "5 weeks", "h", "1h30", "9" * 400, "9" * 400 + "h"])
+def test_what_is_no_duration_is_refused_with_the_right_form(text: str) -> None:
+    with pytest.raises(ValueError, match="write it like 90s"):
+        parse_duration(text)
+
+
+@given(st.text(max_size=30))
+def test_no_text_makes_the_parsers_fail_in_another_way(text: str) -> None:
+    for parse in (parse_size, parse_duration):
+        try:
+            assert parse(text) >= 0
+        except ValueError as error:
+            assert str(error).startswith("is not a ")
+
+
+@given(st.integers(0, 10**6))
+def test_a_size_in_gib_survives_reading_and_showing(number: int) -> None:
+    assert gib(parse_size(f"{number}GiB")) == f"{number}.0"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"),
+    [
+        (None, "–"), (0, "0 s"), (89.4, "89 s"), (90, "2 min"), (3600, "60 min"), (5399, "1 h 30 min"),
+        (7080, "1 h 58 min"), (7260, "2 h 01 min"), (48 * 3600, "2 d 0 h"), (76 * 3600, "3 d 4 h"),
+    ],
+)  # fmt: skip
+def test_a_duration_is_shown_in_at_most_two_units(seconds: float | None, shown: str) -> None:
+    assert duration(seconds) == shown
+
+
+def test_numbers_are_shown_with_their_unknown_value_as_a_dash() -> None:
+    assert [gib(None), gib(0), gib(1.25 * GIB)] == ["–", "0.0", "1.2"]
+    assert [thousands(None), thousands(0), thousands(1584), thousands(1234567)] == ["–", "0", "1 584", "1 234 567"]
