@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 from .errors import ArtifactError, ServiceUnreachable, UsageError
 from .settings import Settings, redacted
@@ -219,6 +220,8 @@ def _filesystem(url: str) -> tuple[Any, str]:
         }
         if endpoint := os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL"):
             options["endpoint_url"] = endpoint
+    if url.startswith("file://"):
+        url = unquote(url)  # fsspec takes "mein%20Labor" for a folder's name
     try:
         filesystem, root = fsspec.url_to_fs(url, **options)
     except ImportError as error:

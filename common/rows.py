@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -147,12 +148,12 @@ def split_held_out(examples: list[Example], test_size: float, file: str | Path) 
 
 def _parse_jsonl(path: Path, text: str) -> list[RawRow]:
     rows = []
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):  # splitlines() would split a row at U+2028
         if not line.strip():
             continue
         try:
             value = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # ValueError: also a number of 4300 digits
             where = f" (column {error.colno}: {error.msg.lower()})" if isinstance(error, json.JSONDecodeError) else ""
             hint = (
                 "a .jsonl file has one object a line; name it .json if it is one array"
@@ -167,7 +168,7 @@ def _parse_jsonl(path: Path, text: str) -> list[RawRow]:
 def _parse_json(path: Path, text: str) -> list[RawRow]:
     try:
         value = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: also a number of 4300 digits
         where = f" (line {error.lineno}: {error.msg.lower()})" if isinstance(error, json.JSONDecodeError) else ""
         raise DataError(path, f"is not valid JSON{where}", hint="one object a line? name it .jsonl") from None
     if not isinstance(value, list):
@@ -176,7 +177,7 @@ def _parse_json(path: Path, text: str) -> list[RawRow]:
 
 
 def _parse_csv(path: Path, text: str) -> list[RawRow]:
-    reader = csv.DictReader(text.splitlines(keepends=True), strict=True)
+    reader = csv.DictReader(io.StringIO(text, newline="\n"), strict=True)
     rows = []
     try:
         for number, value in enumerate(reader, start=1):

@@ -76,7 +76,7 @@ def valkey(folder: Path, password: str) -> Iterator[str]:
         "",
     ]
     with running(command, port):
-        yield f"redis://:{quote(password)}@127.0.0.1:{port}/0"
+        yield f"redis://:{quote(password, safe='')}@127.0.0.1:{port}/0"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,6 +22,11 @@ if TYPE_CHECKING:
 IDLE_LOOKS = 2
 """So many looks in a row must find nothing left before --drain-when-idle ends."""
 
+NODE_TRIES = 3
+"""A node that ends so often within START_S of its start is broken, and so is this worker."""
+
+START_S = 20.0
+
 KILL_AFTER_S = 15.0
 """After a second Ctrl-C the nodes have so long to give their jobs back."""
 
@@ -61,6 +66,7 @@ class _Box:
         self._store = store
         self._devices = devices
         self._nodes: dict[int, subprocess.Popen[bytes]] = {}
+        self._started: dict[int, list[float]] = {device.index: [] for device in devices}
 
     def run(self, drain_when_idle: bool) -> int:
         import signal
@@ -72,7 +78,7 @@ class _Box:
         for device in self._devices:
             self._start(device.index)
         try:
-            self._wait(drain_when_idle)
+            broken = self._wait(drain_when_idle)
             self._drain()
         except KeyboardInterrupt:
             click.echo("Stopping after a checkpoint; Ctrl-C again stops at once.", err=True)
@@ -81,35 +87,45 @@ class _Box:
             except KeyboardInterrupt:
                 self._stop_now()
                 return ExitCode.INTERRUPTED
+            broken = False
         for device in self._devices:
             self._forget(device)
-        return ExitCode.OK
+        return ExitCode.FAILED if broken else ExitCode.OK
 
     def _start(self, index: int) -> None:
         # A session of its own: the terminal's Ctrl-C reaches this process alone, which then decides.
+        self._started[index].append(time.monotonic())
         self._nodes[index] = subprocess.Popen(
             [sys.executable, "-m", "loractl.worker.node", "--index", str(index)],
             start_new_session=True,
             stdin=subprocess.DEVNULL,
         )
 
-    def _wait(self, drain_when_idle: bool) -> None:
-        """Until nothing is left; a node that ends by itself is started again."""
+    def _wait(self, drain_when_idle: bool) -> bool:
+        """Until nothing is left; a node that ends by itself is started again. True when one can't be."""
         from sqlalchemy.exc import DBAPIError
 
         largest, idle = max(d.total for d in self._devices), 0
         while idle < IDLE_LOOKS:
             time.sleep(1)
             for index, process in list(self._nodes.items()):
-                if process.poll() is not None:
-                    click.echo(f"Node {index} ended with status {process.returncode} and is started again.", err=True)
-                    time.sleep(2)
-                    self._start(index)
+                if process.poll() is None:
+                    continue
+                tries = self._started[index][-NODE_TRIES:]
+                if len(tries) == NODE_TRIES and time.monotonic() - tries[0] < NODE_TRIES * START_S:
+                    click.echo(
+                        f"Error: node {index} ended {NODE_TRIES} times just after its start; see above.", err=True
+                    )
+                    return True
+                click.echo(f"Node {index} ended with status {process.returncode} and is started again.", err=True)
+                time.sleep(2)
+                self._start(index)
             if drain_when_idle:
                 try:
                     idle = idle + 1 if self._store.unfinished(largest) == 0 else 0
                 except DBAPIError as error:
                     click.echo(f"The database is away: {error.orig}", err=True)
+        return False
 
     def _drain(self) -> None:
         for process in self._nodes.values():

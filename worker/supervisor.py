@@ -79,6 +79,7 @@ class _State:
     forced: tuple[Reason, str] | None = None  # why we stopped the trainer
     kill_at: float | None = None
     lease_lost: bool = False
+    cancel_requested: bool = False
     pending: Progress = field(default_factory=Progress)  # told, not yet written
     log_text: list[str] = field(default_factory=list)
 
@@ -112,17 +113,22 @@ class Supervisor:
         try:
             shutil.rmtree(folder, ignore_errors=True)
             (folder / "result").mkdir(parents=True)
-            start = self._prepare(claim, folder)
-            self._watch(claim, start, folder, state)
+            start = self._beating(claim, state, lambda: self._prepare(claim, folder))
+            if not state.lease_lost:
+                self._watch(claim, start, folder, state)
             reason, message = self._judge(state)
-            result = self._keep(claim, folder, state) if reason is Reason.OK else None
+            result = None
+            if reason is Reason.OK and not state.lease_lost:
+                state.pending = replace(state.pending, stage=Stage.STORING)
+                result = self._beating(claim, state, lambda: self._keep(claim, folder))
         except (LoractlError, OSError) as error:
             reason, message, result = *_explain(error), None
         if state.lease_lost:
             log.warning("job %s: the lease of attempt %s was lost, its files are dropped", claim.job_id, claim.attempt)
             shutil.rmtree(folder, ignore_errors=True)
             return None
-        last = replace(state.pending, vram_peak=state.ended.vram_peak if state.ended else None)
+        peak = state.ended.vram_peak if state.ended else None
+        last = replace(state.pending, vram_peak=peak, log="".join(state.log_text)[-_LOG_CHUNK:])
         status = self._insist(lambda: self._store.finish(claim, reason, message, last, result))
         log.info(
             "job %s %s: %s (%s) %s",
@@ -208,7 +214,9 @@ class Supervisor:
             now = time.monotonic()
             if now >= next_beat or state.pending.stage != stage:
                 stage, next_beat = state.pending.stage, now + BEAT_S
-                self._beat(claim, trainer, state)
+                self._beat(claim, state)
+                if state.cancel_requested:
+                    self._stop(trainer, state, Reason.CANCELLED, "cancelled by its owner", save=False)
             if state.lease_lost:
                 return
             if limit is not None and now - began > limit:
@@ -226,7 +234,7 @@ class Supervisor:
                 log.warning("job %s: the trainer did not stop in time and is killed", claim.job_id)
                 return
 
-    def _beat(self, claim: Claim, trainer: subprocess.Popen[str], state: _State) -> None:
+    def _beat(self, claim: Claim, state: _State) -> None:
         """One heartbeat. With the database away the training goes on: the lease decides."""
         text = "".join(state.log_text)
         progress = replace(state.pending, log=text[-_LOG_CHUNK:])
@@ -238,10 +246,8 @@ class Supervisor:
             log.warning("job %s: the database is away, training goes on: %s", claim.job_id, str(error.orig).strip())
             return
         state.pending, state.log_text = Progress(stage=state.pending.stage), []
-        if not beat.accepted:
-            state.lease_lost = True
-        elif beat.cancel_requested:
-            self._stop(trainer, state, Reason.CANCELLED, "cancelled by its owner", save=False)
+        state.lease_lost = not beat.accepted
+        state.cancel_requested = beat.cancel_requested
 
     def _stop(
         self,
@@ -269,44 +275,39 @@ class Supervisor:
             return state.forced
         return Reason.TRAINER_ERROR, "the trainer said nothing"
 
-    def _keep(self, claim: Claim, folder: Path, state: _State) -> StoredResult:
-        """Upload the result and read it back, while the heartbeat goes on."""
+    def _keep(self, claim: Claim, folder: Path) -> StoredResult:
+        """Upload the result and read it back."""
         prefix = attempt_prefix(claim.job_id, claim.attempt)
         shutil.copy(folder / "log.txt", folder / "result" / "log.txt")
-        state.pending = replace(state.pending, stage=Stage.STORING)
-        outcome: queue.SimpleQueue[Any] = queue.SimpleQueue()
-
-        def upload() -> None:
-            try:
-                outcome.put(self._artifacts.put_result(folder / "result", prefix))
-            except Exception as error:  # noqa: BLE001  handed to the thread that waits for it, which raises it
-                outcome.put(error)
-
-        threading.Thread(target=upload, name="upload", daemon=True).start()
-        while True:
-            try:
-                beat = self._store.beat(claim, replace(state.pending, log="".join(state.log_text)[-_LOG_CHUNK:]))
-                state.pending, state.log_text = Progress(), []
-                state.lease_lost = not beat.accepted
-            except DBAPIError as error:
-                if not is_outage(error):
-                    raise
-            try:
-                manifest = outcome.get(timeout=BEAT_S)
-                break
-            except queue.Empty:
-                continue
-        if isinstance(manifest, Exception):
-            raise manifest
-        weights = manifest["adapter/adapter_model.safetensors"]
+        manifest = self._artifacts.put_result(folder / "result", prefix)
         uri = f"{self._artifacts.url}/{prefix}"
-        size = sum(f.size for name, f in manifest.items() if name.startswith("adapter/"))
         return StoredResult(
             adapter_uri=f"{uri}/adapter",
             report_uri=f"{uri}/report.json",
-            adapter_size=size,
-            adapter_sha256=weights.sha256,
+            adapter_size=sum(f.size for name, f in manifest.items() if name.startswith("adapter/")),
+            adapter_sha256=manifest["adapter/adapter_model.safetensors"].sha256,
         )
+
+    def _beating(self, claim: Claim, state: _State, work: Callable[[], Answer]) -> Answer:
+        """Do slow work on our own side (fetching, uploading) in a thread, while the heartbeat goes on."""
+        outcome: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+        def do() -> None:
+            try:
+                outcome.put(work())
+            except Exception as error:  # noqa: BLE001  handed to the thread that waits for it, which raises it
+                outcome.put(error)
+
+        threading.Thread(target=do, name="work", daemon=True).start()
+        while True:
+            self._beat(claim, state)
+            try:
+                done = outcome.get(timeout=BEAT_S)
+            except queue.Empty:
+                continue
+            if isinstance(done, Exception):
+                raise done
+            return done  # type: ignore[no-any-return]
 
     def _insist(self, write: Callable[[], Answer]) -> Answer:
         """Repeat a last write until the database is back: an outage must not cost a finished training."""

@@ -1,0 +1,165 @@
+"""What a person who makes a mistake reads: one sentence with the place, a hint, an exit code, and never a traceback.
+
+`pytest tests/acceptance/test_bad_inputs.py -s --table` prints the whole table.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from .. import services
+from ..conftest import Cli
+from ..models import write_helpdesk
+
+GOOD = "name: job\nbase_model: gpt2\ndataset: {path: data.jsonl}\n"
+HI = {"role": "user", "content": "hi"}
+
+
+@dataclass(frozen=True)
+class Mistake:
+    name: str
+    says: str  # part of what is printed
+    job: str | bytes = GOOD
+    data: str | bytes | None = None
+    command: list[str] = field(default_factory=lambda: ["submit", "job.yaml"])
+    code: int = 2
+
+
+def messages(*turns: dict[str, str]) -> str:
+    return json.dumps({"messages": list(turns)}) + "\n"
+
+
+MISTAKES = [
+    # the job file
+    Mistake("no such file", "nothing.yaml: no such file", command=["submit", "nothing.yaml"]),
+    Mistake("not YAML", "job.yaml:2: is not valid YAML", job="name: a\nbase_model: [b\nmethod: lora\n"),
+    Mistake("empty file", "is empty or not a mapping", job=""),
+    Mistake("binary file", "is not UTF-8 text", job=b"\xff\xfe\x00\x01"),
+    Mistake("a huge file", "a job file at most", job="# " + "x" * 300_000),
+    Mistake("a key stands twice", "key name stands twice (line 4)", job=GOOD + "name: again\n"),
+    Mistake("unknown key", "job.yaml:4: totally_bogus: unknown key", job=GOOD + "totally_bogus: 1\n"),
+    Mistake("another tool's key", "Hint: did you mean lora.r?", job=GOOD + "lora: {rank: 8}\n"),
+    Mistake("a typing slip", "did you mean training.learning_rate?", job=GOOD + "training: {learning_rat: 0.1}\n"),
+    Mistake("a missing key", "base_model: is missing", job="name: a\ndataset: {path: data.jsonl}\n"),
+    Mistake("wrong type", '"many" is not a number', job=GOOD + "training: {num_train_epochs: many}\n"),
+    Mistake("out of range", "-1 must be above 0", job=GOOD + "training: {learning_rate: -1}\n"),
+    Mistake("not a choice", "did you mean qlora?", job=GOOD + "method: qlor\n"),
+    Mistake("two keys contradict", "keep one of them", job=GOOD + "training: {max_steps: 3, num_train_epochs: 1}\n"),
+    Mistake("a size without unit", "write it like 12GiB", job=GOOD + "resources: {max_vram: lots}\n"),
+    Mistake("a bad override", "is not of the form key=value", command=["submit", "job.yaml", "--set", "oops"]),
+    # the data
+    Mistake("no data file", "dataset.path is relative to the job file", job=GOOD.replace("data.jsonl", "none.jsonl")),
+    Mistake("broken JSON", "data.jsonl: row 2: is not valid JSON", data=messages(HI, {"role": "assistant", "content": "a"}) + "{oops\n"),
+    Mistake("an empty data file", "data.jsonl: has no rows", data=""),
+    Mistake("unknown columns", "are those of no known format", data='{"question": "a", "reply": "b"}\n'),
+    Mistake("unknown role", "the role 'bot', not one of", data=messages(HI, {"role": "bot", "content": "a"})),
+    Mistake("an empty answer", "the assistant's answer is empty", data=messages(HI, {"role": "assistant", "content": " "})),
+    Mistake("no answer", "no assistant message to learn from", data=messages(HI)),
+    Mistake("a number for text", "content is a number, not text", data='{"messages": [{"role": "user", "content": 5}]}\n'),
+    Mistake("one row", "at least two different rows", data=messages(HI, {"role": "assistant", "content": "a"})),
+    Mistake("Latin-1 data", "is not UTF-8", data="caf\xe9".encode("latin-1")),
+    # commands
+    Mistake("no such job", "there is no job 99", command=["status", "99"], code=3),
+    Mistake("cancel what is not there", "there is no job 7", command=["cancel", "7"], code=3),
+    Mistake("an unknown command", "did you mean loractl status?", command=["statsu"]),
+    Mistake("not a number", "'abc' is not a valid integer", command=["show", "abc"]),
+    Mistake("a label without value", "is not of the form KEY=VALUE", command=["status", "--label", "x"]),
+]
+
+
+@pytest.mark.parametrize("mistake", MISTAKES, ids=lambda m: m.name)
+def test_a_mistake_is_answered_with_a_sentence(mistake: Mistake, cli: Cli, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _write(tmp_path / "job.yaml", mistake.job)
+    if mistake.data is None:
+        write_helpdesk(tmp_path / "data.jsonl")
+    else:
+        _write(tmp_path / "data.jsonl", mistake.data)
+    args = [str(tmp_path / a) if a.endswith(".yaml") else a for a in mistake.command]
+    _answered(cli(*args, code=None), mistake.says, mistake.code)
+    assert json.loads(cli("status", "-a", "--json").stdout) == [], "nothing was queued"
+
+
+def test_every_mistake_in_a_file_is_told_at_once(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "job.yaml").write_text("name: a b\nbase_model: x\nmethod: full\ndataset: {path: d.jsonl, max_len: 3}\nlora: {r: 0}\n")
+    told = cli("submit", tmp_path / "job.yaml", code=2).stderr
+    assert [line.split(":")[2] for line in told.splitlines() if line.startswith("Error")] == ["1", "3", "4", "5"]
+
+
+def test_services_that_are_away_are_named_and_exit_with_4(make_cli: Callable[..., Cli], tmp_path: Path) -> None:
+    port = services.free_port()
+    cli = make_cli(LORACTL_DATABASE_URL=f"postgresql://lab:hunter2@127.0.0.1:{port}/loractl")
+    told = _answered(cli("status", code=None), "the database is unreachable at postgresql+psycopg://lab:***@127.0.0.1", 4)
+    assert "LORACTL_DATABASE_URL" in told and "hunter2" not in told
+
+
+def test_an_empty_database_says_which_command_fills_it(make_cli: Callable[..., Cli], postgres_url: str) -> None:
+    cli = make_cli(LORACTL_DATABASE_URL=postgres_url)
+    _answered(cli("status", code=None), "run loractl db upgrade", 1)
+    assert "from empty to revision" in cli("db", "upgrade").stdout
+    assert "0 running" in cli("status").stdout
+
+
+def test_an_unreachable_artifact_store_queues_nothing(make_cli: Callable[..., Cli], tmp_path: Path) -> None:
+    port = services.free_port()
+    cli = make_cli(
+        LORACTL_ARTIFACTS_URL="s3://bucket/lab", AWS_ENDPOINT_URL=f"http://127.0.0.1:{port}", AWS_ACCESS_KEY_ID="k",
+        AWS_SECRET_ACCESS_KEY="s", AWS_REGION="us-east-1",
+    )
+    (tmp_path / "job.yaml").write_text(GOOD)
+    write_helpdesk(tmp_path / "data.jsonl")
+    told = cli("submit", tmp_path / "job.yaml", code=None)
+    _answered(told, "LORACTL_ARTIFACTS_URL", told.returncode)
+    assert told.returncode in (1, 4)
+    assert json.loads(cli("status", "-a", "--json").stdout) == []
+
+
+def test_a_full_artifact_store_keeps_the_job_and_says_so(make_cli: Callable[..., Cli], tiny_model: Path, tmp_path: Path) -> None:
+    """A 300 KiB store takes the data set and not the adapter: the job fails as store_failed, its row keeps the reason."""
+    store = tmp_path / "store"
+    store.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(store)], capture_output=True, check=False)
+    if mounted.returncode != 0:
+        pytest.skip("a full disk is made with a small tmpfs, which needs the right to mount")
+    try:
+        from ..models import write_job
+
+        cli = make_cli(LORACTL_ARTIFACTS_URL=store.as_uri())
+        cli("submit", write_job(tmp_path, tiny_model), "--set=lora.r=64", "--set=max_retries=0")
+        cli("worker", "--drain-when-idle", timeout=120)
+        job = json.loads(cli("status", 1, "--json").stdout)
+        assert (job["status"], job["reason"]) == ("failed", "store_failed")
+        assert "No space left on device" in job["message"]
+        assert job["adapter_uri"] is None
+    finally:
+        subprocess.run(["umount", str(store)], check=True)
+
+
+def test_results_that_are_not_there_yet_are_refused_kindly(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "job.yaml").write_text(GOOD)
+    write_helpdesk(tmp_path / "data.jsonl")
+    cli("submit", tmp_path / "job.yaml")
+    _answered(cli("report", 1, code=None), "job 1 has no result: it is queued", 1)
+    _answered(cli("adapters", "pull", 1, tmp_path / "new", code=None), "it is queued", 1)
+    _answered(cli("adapters", "pull", 1, tmp_path, code=None), "is not empty", 2)
+    _answered(cli("retry", 1, code=None), "only a failed, cancelled or held job", 1)
+    assert "is cancelled" in cli("cancel", 1).stdout
+    assert "is queued again" in cli("retry", 1).stdout
+
+
+def _answered(done: subprocess.CompletedProcess[str], says: str, code: int) -> str:
+    told = done.stderr
+    assert done.returncode == code, told
+    assert says in told, told
+    assert "Traceback" not in told and "Traceback" not in done.stdout
+    assert told.startswith(("Error: ", "Warning: "))
+    return told
+
+
+def _write(path: Path, content: str | bytes) -> None:
+    path.write_bytes(content.encode() if isinstance(content, str) else content)

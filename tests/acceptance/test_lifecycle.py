@@ -1,0 +1,141 @@
+"""What happens to a running job when people or accidents interfere, on real processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from ..conftest import Cli
+from ..models import write_job
+
+LONG = "--set=training.max_steps=100000"
+
+
+@pytest.fixture
+def worker(cli: Cli) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    started: list[subprocess.Popen[str]] = []
+
+    def start(*args: str) -> subprocess.Popen[str]:
+        started.append(cli.start("worker", *args))
+        return started[-1]
+
+    yield start
+    for process in started:
+        for child in [*_tree(process.pid), process]:
+            if child.poll() is None if isinstance(child, subprocess.Popen) else child.is_running():
+                child.kill()
+        process.wait()
+
+
+def test_a_cancel_stops_a_running_trainer_within_ten_seconds(cli: Cli, worker: Callable, tiny_model: Path, tmp_path: Path) -> None:
+    cli("submit", write_job(tmp_path, tiny_model), LONG)
+    worker()
+    _until(cli, 1, lambda job: (job["step"] or 0) >= 5)
+    began = time.monotonic()
+    cli("cancel", 1)
+    _until(cli, 1, lambda job: job["status"] == "cancelled", seconds=15)
+    took = time.monotonic() - began
+    assert took < 12, f"the cancel took {took:.1f} s"
+    assert not _trainers()
+    assert "already been cancelled" in cli("cancel", 1, code=1).stderr
+
+
+def test_ctrl_c_saves_a_checkpoint_and_the_next_worker_goes_on_from_it(
+    cli: Cli, worker: Callable, tiny_model: Path, tmp_path: Path
+) -> None:
+    cli("submit", write_job(tmp_path, tiny_model), "--set=training.max_steps=400", "--set=training.save_steps=100000")
+    first = worker()
+    _until(cli, 1, lambda job: (job["step"] or 0) >= 5)
+    first.send_signal(signal.SIGINT)
+    assert first.wait(timeout=90) == 0
+    given_back = json.loads(cli("show", 1, "--json").stdout)
+    assert given_back["status"] == "queued" and given_back["attempts"][0]["reason"] == "drained"
+
+    cli("worker", "--drain-when-idle", timeout=240)
+    done = json.loads(cli("show", 1, "--json").stdout)
+    assert done["status"] == "succeeded"
+    assert done["attempts"][1]["resumed_from_step"] >= 5
+    assert done["step"] == 400
+
+
+def test_a_second_ctrl_c_stops_at_once_and_gives_the_job_back(cli: Cli, worker: Callable, tiny_model: Path, tmp_path: Path) -> None:
+    cli("submit", write_job(tmp_path, tiny_model), LONG)
+    process = worker()
+    _until(cli, 1, lambda job: job["stage"] == "preparing")
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.5)  # a person's second press
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=30) in (0, 130)
+    job = json.loads(cli("status", 1, "--json").stdout)
+    assert job["status"] == "queued"
+    assert not _trainers()
+
+
+def test_a_killed_node_leaves_no_trainer_behind(cli: Cli, worker: Callable, tiny_model: Path, tmp_path: Path) -> None:
+    cli("submit", write_job(tmp_path, tiny_model), LONG)
+    process = worker()
+    _until(cli, 1, lambda job: (job["step"] or 0) >= 2)
+    for child in _tree(process.pid):
+        if "worker.node" in " ".join(child.cmdline()):
+            child.send_signal(signal.SIGKILL)
+    process.kill()
+    deadline = time.monotonic() + 15
+    while _trainers() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not _trainers()
+
+
+def test_a_job_over_its_time_limit_fails_as_timed_out(cli: Cli, tiny_model: Path, tmp_path: Path) -> None:
+    cli("submit", write_job(tmp_path, tiny_model), LONG, "--set=resources.time_limit=12s", "--set=max_retries=0")
+    cli("worker", "--drain-when-idle", timeout=120)
+    job = json.loads(cli("status", 1, "--json").stdout)
+    assert (job["status"], job["reason"]) == ("failed", "timed_out")
+    assert "raise resources.time_limit" in cli("status", 1).stdout
+
+
+def test_two_simulated_cards_run_two_jobs_at_once(make_cli: Callable[..., Cli], tiny_model: Path, tmp_path: Path) -> None:
+    cli = make_cli(LORACTL_DEVICES="sim:8GiB,24GiB")
+    for n in range(2):
+        cli("submit", write_job(tmp_path, tiny_model, name=f"job-{n}"), "--set=training.max_steps=40")
+    cli("worker", "--drain-when-idle", timeout=180)
+    shown = [json.loads(cli("show", n, "--json").stdout) for n in (1, 2)]
+    assert [job["status"] for job in shown] == ["succeeded", "succeeded"]
+    assert {job["gpu"] for job in shown} == {"SIM-0", "SIM-1"}
+
+
+def _until(cli: Cli, job_id: int, holds: Callable[[dict], bool], seconds: float = 60) -> dict:
+    """The job, once `holds` is true of it."""
+    deadline = time.monotonic() + seconds
+    while True:
+        job = json.loads(cli("status", job_id, "--json").stdout)
+        if holds(job):
+            return job
+        assert not (job["status"] == "failed"), job
+        assert time.monotonic() < deadline, f"after {seconds} s: {job}"
+        time.sleep(0.2)
+
+
+def _tree(pid: int) -> list[psutil.Process]:
+    try:
+        return psutil.Process(pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+
+
+def _trainers() -> list[int]:
+    """Trainer processes that this test's worker started and that still run."""
+    found = []
+    for process in psutil.process_iter(["pid", "cmdline", "status"]):
+        if "loractl.worker.trainer" in (process.info["cmdline"] or []) and process.info["status"] != psutil.STATUS_ZOMBIE:
+            environment = process.environ() if process.uids().real == os.getuid() else {}
+            if environment.get("LORACTL_USER") == "tester":
+                found.append(process.pid)
+    return found

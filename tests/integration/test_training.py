@@ -1,0 +1,210 @@
+"""The recipe on tiny models in this process: what is learned, what a run leaves behind, and where it must refuse."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from loractl.common.spec import JobSpec, Method
+from loractl.common.status import Reason
+from loractl.worker import checkpoint
+from loractl.worker.data import IGNORED, encode, prepare_data
+from loractl.worker.evaluate import score_rows
+from loractl.worker.model import TrainingFailed, add_adapter, choose_precision, evaluating, load_base, load_tokenizer
+from loractl.worker.protocol import Ended, Note, Start, Stepped
+from loractl.worker.train import Run, Stopped, train
+
+from ..models import write_helpdesk
+
+Recipe = Callable[..., tuple[Ended, list]]
+
+
+@pytest.fixture
+def recipe(tiny_model: Path, tmp_path: Path) -> Recipe:
+    """Run the recipe on a tiny model; keyword arguments go into the spec's training section."""
+    data = write_helpdesk(tmp_path / "data.jsonl")
+
+    def run(where: str = "a", *, method: str = "lora", stop_after: int | None = None, resume: str | None = None,
+            lora: dict | None = None, dataset: dict | None = None, **training: object) -> tuple[Ended, list]:
+        spec = JobSpec.model_validate({
+            "name": "tiny", "base_model": str(tiny_model), "method": method,
+            "dataset": {"path": str(data), "max_length": 128, **(dataset or {})},
+            "lora": {"r": 4, "lora_alpha": 8, **(lora or {})},
+            "training": {"max_steps": 8, "learning_rate": 5e-3, "per_device_train_batch_size": 4,
+                         "gradient_accumulation_steps": 1, "logging_steps": 1, "save_steps": 4, **training},
+            "evaluation": {"samples": 2, "max_new_tokens": 6},
+        })
+        folder = tmp_path / where
+        (folder / "result").mkdir(parents=True, exist_ok=True)
+        order = Start(
+            job_id=1, attempt=1, user="t", node="n:0", gpu="cpu", device="cpu", spec=spec, method=Method(method),
+            vram_planned=None, data_path=spec.dataset.path, data_sha256=None, eval_path=None,
+            output_dir=str(folder / "result"), checkpoint_dir=str(folder / "checkpoints"),
+            earlier_checkpoints=[str(tmp_path / resume / "checkpoints")] if resume else [], cache_dir=str(tmp_path / "cache"),
+        )
+        told: list = []
+        state = Run(order=order, tell=told.append)
+        if stop_after is not None:
+            def tell(message: object) -> None:
+                told.append(message)
+                if isinstance(message, Stepped) and message.step >= stop_after:
+                    state.save_on_stop.set()
+                    state.stop.set()
+            object.__setattr__(state, "tell", tell)
+        try:
+            return train(state), told
+        except Stopped:
+            return Ended(job_id=1, reason=Reason.DRAINED, message="stopped"), told
+
+    return run
+
+
+def _losses(told: list) -> list[float]:
+    return [m.metrics["loss"] for m in told if isinstance(m, Stepped) and "loss" in m.metrics]
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_training_lowers_the_loss_and_leaves_adapter_report_and_resolved_job(recipe: Recipe, method: str, tmp_path: Path) -> None:
+    ended, told = recipe(method=method)
+    assert ended.reason is Reason.OK
+    losses = _losses(told)
+    assert len(losses) == 8 and losses[-1] < losses[0]
+    result = tmp_path / "a" / "result"
+    assert {p.name for p in result.iterdir()} >= {"adapter", "report.json", "report.html", "job.json"}
+    config = json.loads((result / "adapter" / "adapter_config.json").read_text())
+    assert config["r"] == 4 and config["lora_alpha"] == 8
+    assert not list(result.rglob("*.bin")), "weights are safetensors only"
+    resolved = json.loads((result / "job.json").read_text())
+    assert resolved["training_arguments"]["learning_rate"] == 5e-3
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(recipe: Recipe, method: str, tmp_path: Path) -> None:
+    _, whole = recipe("whole", method=method)
+    ended, first = recipe("first", method=method, stop_after=5)
+    assert ended.reason is Reason.DRAINED
+    _, rest = recipe("rest", method=method, resume="first")
+    resumed = next(m.resumed_from_step for m in rest if isinstance(m, Note) and m.kind == "resumed")
+    assert 5 <= resumed < 8
+    assert _losses(rest) == _losses(whole)[resumed:]
+    assert _adapter(tmp_path / "whole") == _adapter(tmp_path / "rest")
+
+
+def test_a_torn_newest_checkpoint_is_passed_over_for_an_older_whole_one(recipe: Recipe, tmp_path: Path) -> None:
+    recipe("first", stop_after=6)
+    saved = sorted((tmp_path / "first" / "checkpoints").glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
+    assert len(saved) == 2
+    torn = saved[-1] / "adapter_model.safetensors"
+    torn.write_bytes(torn.read_bytes()[:-10])
+    _, told = recipe("rest", resume="first")
+    assert next(m.resumed_from_step for m in told if isinstance(m, Note) and m.kind == "resumed") == 4
+
+
+def test_a_checkpoint_of_another_batch_size_is_not_resumed(recipe: Recipe) -> None:
+    recipe("first", stop_after=5)
+    _, told = recipe("rest", resume="first", per_device_train_batch_size=2)
+    assert not [m for m in told if isinstance(m, Note) and m.kind == "resumed"]
+
+
+def test_a_checkpoint_without_its_marker_does_not_exist(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoint-3"
+    folder.mkdir()
+    (folder / "adapter_model.safetensors").write_bytes(b"weights")
+    assert checkpoint.newest_checkpoint([tmp_path], "x") is None
+    checkpoint.close_checkpoint(folder, step=3, belongs_to="x")
+    found = checkpoint.newest_checkpoint([tmp_path], "x")
+    assert found is not None and found.step == 3
+    assert checkpoint.newest_checkpoint([tmp_path], "another training") is None
+
+
+def test_an_exploding_learning_rate_ends_as_diverged(recipe: Recipe) -> None:
+    with pytest.raises(TrainingFailed) as failure:
+        recipe(learning_rate=0.99, max_grad_norm=1e30, max_steps=60, optim="sgd", weight_decay=0.0, lora={"lora_alpha": 1e30})
+    assert failure.value.reason is Reason.DIVERGED
+
+
+def test_unknown_target_modules_name_the_right_ones(recipe: Recipe) -> None:
+    with pytest.raises(TrainingFailed, match="c_attn is not a linear layer of this model; it has down_proj, gate_proj") as failure:
+        recipe(lora={"target_modules": ["q_proj", "c_attn"]})
+    assert failure.value.reason is Reason.BAD_SPEC
+
+
+def test_named_target_modules_are_the_only_ones_adapted(recipe: Recipe, tmp_path: Path) -> None:
+    recipe(lora={"target_modules": ["q_proj", "v_proj"]}, max_steps=1)
+    report = json.loads((tmp_path / "a" / "result" / "report.json").read_text())
+    assert report["adapter"]["modules"] == ["q_proj", "v_proj"]
+
+
+def test_gradient_checkpointing_changes_nothing_but_memory(recipe: Recipe) -> None:
+    _, plain = recipe("plain", gradient_checkpointing=False, max_steps=4)
+    _, checkpointed = recipe("checkpointed", gradient_checkpointing=True, max_steps=4)
+    assert _losses(checkpointed) == pytest.approx(_losses(plain), rel=1e-4)
+
+
+def test_accumulated_batches_learn_like_one_large_batch(recipe: Recipe) -> None:
+    _, whole = recipe("whole", per_device_train_batch_size=4, max_steps=4, lora={"lora_dropout": 0.0})
+    _, parts = recipe("parts", per_device_train_batch_size=1, gradient_accumulation_steps=4, max_steps=4, lora={"lora_dropout": 0.0})
+    # bf16 rounds sums in another order; answers of different lengths must still weigh by tokens
+    assert _losses(parts) == pytest.approx(_losses(whole), rel=5e-3)
+
+
+def test_an_evaluation_in_mid_training_leaves_the_gradients_of_an_nf4_model_alone(tiny_model: Path, tmp_path: Path) -> None:
+    """bitsandbytes on a CPU repacks weights on a forward in eval mode; gradients through them are wrong from then on."""
+    spec = JobSpec.model_validate({"name": "t", "base_model": str(tiny_model), "method": "qlora",
+                                   "dataset": {"path": "x.jsonl"}, "lora": {"r": 4, "lora_dropout": 0.0}})
+    tokenizer = load_tokenizer(str(tiny_model))
+    data = prepare_data(spec.dataset, str(write_helpdesk(tmp_path / "d.jsonl")), None, None, tokenizer, None)
+    model = add_adapter(load_base(str(tiny_model), Method.QLORA, "cpu", choose_precision("cpu")), spec, Method.QLORA)
+    ids = torch.tensor([data.train.rows[0].input_ids])
+    with torch.no_grad():  # B starts at zero, which would hide every gradient of A
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.05, generator=torch.Generator().manual_seed(1))
+
+    def gradients() -> dict[str, torch.Tensor]:
+        model.train()
+        model.zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+        return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+    before = gradients()
+    with evaluating(model):
+        score_rows(model, tokenizer, data.held_out.rows, 4)
+    after = gradients()
+    assert before and all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_loss_falls_on_answers_alone_and_the_end_is_learned(tiny_model: Path, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(str(tiny_model))
+    spec = JobSpec.model_validate({"name": "t", "base_model": "m", "dataset": {"path": "x.jsonl"}})
+    data = prepare_data(spec.dataset, str(write_helpdesk(tmp_path / "d.jsonl")), None, None, tokenizer, None)
+    row, examples = data.held_out.rows[0], data.held_out_examples
+    learned = [label for label in row.labels if label != IGNORED]
+    assert tokenizer.decode(learned) == f"{examples[0].turns[1].content}<|im_end|>"
+    assert row.input_ids.count(tokenizer.bos_token_id) == 2, "one <|im_start|> a message, none doubled"
+    assert encode(examples[0], tokenizer, data.format) == (row.input_ids, row.labels)
+
+
+def test_the_loss_of_a_row_is_the_mean_over_its_learned_tokens(tiny_model: Path, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(str(tiny_model))
+    spec = JobSpec.model_validate({"name": "t", "base_model": "m", "dataset": {"path": "x.jsonl"}})
+    data = prepare_data(spec.dataset, str(write_helpdesk(tmp_path / "d.jsonl")), None, None, tokenizer, None)
+    model = load_base(str(tiny_model), Method.LORA, "cpu", choose_precision("cpu")).float()
+    rows = data.train.rows[:5]
+    with torch.no_grad():
+        scores = score_rows(model, tokenizer, rows, batch=5)
+        for n, row in enumerate(rows):
+            alone = model(input_ids=torch.tensor([row.input_ids]), labels=torch.tensor([row.labels])).loss
+            assert math.isclose(scores.loss[n] / scores.tokens[n], float(alone), rel_tol=1e-4)
+
+
+def _adapter(folder: Path) -> dict[str, bytes]:
+    from safetensors.torch import load_file
+
+    weights = load_file(folder / "result" / "adapter" / "adapter_model.safetensors")
+    return {name: tensor.contiguous().view(torch.uint8).numpy().tobytes() for name, tensor in weights.items()}

@@ -1,0 +1,287 @@
+"""Rows: the formats, what is wrong with which row, and the split by content."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from loractl.common.errors import DataError
+from loractl.common.rows import (
+    Example,
+    RawRow,
+    Turn,
+    detect_format,
+    parse_examples,
+    read_rows,
+    split_held_out,
+)
+from loractl.common.spec import BadRow, DataFormat
+
+
+def message(role: Any, content: Any = "text") -> dict[str, Any]:
+    return {"role": role, "content": content}
+
+
+USER, ANSWER, SYSTEM = message("user", "How?"), message("assistant", "So."), message("system", "Be brief.")
+
+
+def write(folder: Path, name: str, text: str | bytes) -> Path:
+    path = folder / name
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return path
+
+
+def refused(path: Path) -> DataError:
+    with pytest.raises(DataError) as caught:
+        read_rows(path)
+    assert str(path) in caught.value.sentence
+    return caught.value
+
+
+def learn(value: dict[str, Any], format: DataFormat) -> Example:
+    examples, dropped = parse_examples([RawRow(number=7, value=value)], format, "data.jsonl")
+    assert dropped == []
+    return examples[0]
+
+
+def wrong_row(value: dict[str, Any], format: DataFormat) -> str:
+    with pytest.raises(DataError) as caught:
+        learn(value, format)
+    assert caught.value.row == 7
+    assert caught.value.hint == "correct it, or leave such rows out with dataset.on_bad_row: drop"
+    return caught.value.sentence.removeprefix("data.jsonl: row 7: ")
+
+
+def texts(*names: str) -> list[Example]:
+    return [Example(number=n, text=name) for n, name in enumerate(names, start=1)]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("d.jsonl", '{"text": "a"}\n\n{"text": "b"}\n'),
+        ("d.JSONL", '\ufeff{"text": "a"}\r\n{"text": "b"}'),
+        ("d.json", '[{"text": "a"}, {"text": "b"}]'),
+        ("d.csv", "text\na\nb\n"),
+        ("d.csv", '\ufefftext\r\n"a"\r\nb\r\n'),
+    ],
+)
+def test_each_text_format_gives_the_same_rows(tmp_path: Path, name: str, text: str) -> None:
+    assert [row.value for row in read_rows(write(tmp_path, name, text))] == [{"text": "a"}, {"text": "b"}]
+
+
+def test_a_parquet_file_gives_rows_in_order_and_a_damaged_one_a_sentence(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow", reason="comes with the worker extra")
+    import pyarrow.parquet as parquet
+
+    parquet.write_table(pyarrow.table({"text": ["a", "b"]}), tmp_path / "d.parquet")
+    assert read_rows(tmp_path / "d.parquet") == [
+        RawRow(number=1, value={"text": "a"}),
+        RawRow(number=2, value={"text": "b"}),
+    ]
+    assert "is not valid parquet" in refused(write(tmp_path, "bad.parquet", "text")).sentence
+    parquet.write_table(pyarrow.table({"text": pyarrow.array([], pyarrow.string())}), tmp_path / "none.parquet")
+    assert "has no rows" in refused(tmp_path / "none.parquet").sentence
+    assert "no such file" in refused(tmp_path / "absent.parquet").sentence
+
+
+def test_a_row_of_jsonl_is_numbered_by_its_line(tmp_path: Path) -> None:
+    rows = read_rows(write(tmp_path, "d.jsonl", '\n{"text": "a"}\n\n\n{"text": "b"}\n'))
+    assert [row.number for row in rows] == [2, 5]
+
+
+@pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85", "\x0c", "\x1e"])
+def test_a_separator_of_unicode_within_a_value_does_not_end_the_row(tmp_path: Path, separator: str) -> None:
+    value = f"a{separator}b"
+    csv = write(tmp_path, "d.csv", f"text,note\n{value},x\n")
+    assert read_rows(csv) == [RawRow(number=1, value={"text": value, "note": "x"})]
+    if separator in "\u2028\u2029\x85":  # JSON lets these stand unescaped
+        line = json.dumps({"text": value}, ensure_ascii=False)
+        assert read_rows(write(tmp_path, "d.jsonl", line + "\n")) == [RawRow(number=1, value={"text": value})]
+
+
+def test_a_quoted_field_of_csv_may_hold_commas_and_lines(tmp_path: Path) -> None:
+    (row,) = read_rows(write(tmp_path, "d.csv", 'prompt,completion\n"a, b\nc","say ""yes"""\n'))
+    assert row.value == {"prompt": "a, b\nc", "completion": 'say "yes"'}
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "row", "what"),
+    [
+        ("d.jsonl", '{"text": "a"}\n{"text": \n', 2, "is not valid JSON (column 10: expecting value)"),
+        ("d.jsonl", '{"text": "a"}\n["b"]\n', 2, "is a list, not an object with columns"),
+        ("d.jsonl", '{"n": ' + "1" * 5000 + "}\n", 1, "is not valid JSON"),
+        ("d.json", '[{"text": "a"}, 5]', 2, "is a number, not an object with columns"),
+        ("d.json", '{"text": "a"}', None, "is not an array of objects"),
+        ("d.json", "[" + "1" * 5000 + "]", None, "is not valid JSON"),
+        ("d.json", "[" * 100_000, None, "is not valid JSON"),
+        ("d.csv", "a,b\n1,2\n3\n", 2, "does not have the 2 fields of the header"),
+        ("d.csv", "a,b\n1,2,3\n", 1, "does not have the 2 fields of the header"),
+        ("d.csv", 'a,b\n"1,2\n', 1, "is not valid CSV: unexpected end of data"),
+    ],
+)
+def test_a_row_that_cannot_be_read_is_named(tmp_path: Path, name: str, text: str, row: int | None, what: str) -> None:
+    error = refused(write(tmp_path, name, text))
+    assert error.row == row
+    assert what in error.sentence
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "hint"),
+    [
+        ("d.json", '{"text": "a"}\n{"text": "b"}\n', "one object a line? name it .jsonl"),
+        ("d.jsonl", '[\n{"text": "a"}\n]\n', "a .jsonl file has one object a line; name it .json if it is one array"),
+    ],
+)
+def test_a_file_with_the_other_ending_gets_a_hint(tmp_path: Path, name: str, text: str, hint: str) -> None:
+    assert refused(write(tmp_path, name, text)).hint == hint
+
+
+@pytest.mark.parametrize(("name", "text"), [("d.jsonl", "\n \n"), ("d.json", "[]"), ("d.csv", "a,b\n"), ("e.csv", "")])
+def test_a_file_without_rows_is_refused(tmp_path: Path, name: str, text: str) -> None:
+    assert "has no rows" in refused(write(tmp_path, name, text)).sentence
+
+
+def test_a_file_that_cannot_be_read_at_all_is_refused_in_a_sentence(tmp_path: Path) -> None:
+    latin = refused(write(tmp_path, "d.jsonl", '{"text": "Büro"}'.encode("latin-1")))
+    assert "is not UTF-8 (byte 11)" in latin.sentence
+    assert latin.hint == "convert it with iconv -t utf-8"
+    assert "no such file" in refused(tmp_path / "absent.jsonl").sentence
+    assert "has none of the endings" in refused(write(tmp_path, "d.txt", "a")).sentence
+    (tmp_path / "folder.jsonl").mkdir()
+    assert "can't be read" in refused(tmp_path / "folder.jsonl").sentence
+
+
+@pytest.mark.parametrize(
+    ("value", "format", "why"),
+    [
+        ({"messages": [], "text": "x"}, DataFormat.MESSAGES, "the rows have messages"),
+        ({"instruction": "a", "input": "", "output": "b"}, DataFormat.ALPACA, "the rows have instruction and output"),
+        ({"prompt": "a", "completion": "b"}, DataFormat.PROMPT_COMPLETION, "the rows have prompt and completion"),
+        ({"text": "a", "messages": None}, DataFormat.TEXT, "the rows have text"),
+    ],
+)
+def test_the_format_is_told_by_the_columns_with_a_reason(value: dict[str, Any], format: DataFormat, why: str) -> None:
+    assert detect_format([RawRow(number=1, value=value)], "d") == (format, why)
+
+
+def test_a_format_that_was_set_is_not_guessed_and_unknown_columns_are_listed() -> None:
+    rows = [RawRow(number=3, value={"question": "a"})]
+    assert detect_format(rows, "d", DataFormat.TEXT) == (DataFormat.TEXT, "set by dataset.format")
+    with pytest.raises(DataError, match="d: row 3: the columns question are those of no known format") as caught:
+        detect_format(rows, "d")
+    assert caught.value.hint is not None
+    assert "alpaca: instruction, output" in caught.value.hint
+
+
+def test_a_row_of_each_format_becomes_what_is_learned() -> None:
+    turns = (Turn(role="user", content="How?"), Turn(role="assistant", content="So."))
+    assert learn({"messages": [USER, ANSWER]}, DataFormat.MESSAGES).turns == turns
+    assert learn({"instruction": "How?", "input": None, "output": "So."}, DataFormat.ALPACA).turns == turns
+    joined = learn({"instruction": "How?", "input": "a", "output": "So."}, DataFormat.ALPACA).turns[0]
+    assert joined.content == "How?\n\na"
+    completed = learn({"prompt": "2+2=", "completion": "4"}, DataFormat.PROMPT_COMPLETION)
+    assert (completed.prompt, completed.text) == ("2+2=", "2+2=4")
+    assert learn({"text": "all"}, DataFormat.TEXT).text == "all"
+
+
+def test_a_conversation_may_open_with_a_system_message_and_use_tools() -> None:
+    messages = [SYSTEM, USER, ANSWER, USER, message("tool"), message("tool"), ANSWER]
+    assert [t.role for t in learn({"messages": messages}, DataFormat.MESSAGES).turns] == [m["role"] for m in messages]
+
+
+@pytest.mark.parametrize(
+    ("messages", "what"),
+    [
+        (None, "messages is missing or null, not a list of messages"),
+        ([], "messages is a list, not a list of messages"),
+        (["hi"], "message 1 is text, not an object with role and content"),
+        ([message("human")], "message 1 has the role 'human', not one of system, user, assistant, tool"),
+        ([message(["user"])], "message 1 has the role ['user'], not one of system, user, assistant, tool"),
+        ([USER, message("assistant", None)], "message 2: content is missing or null, not text"),
+        ([USER, message("assistant", [1])], "message 2: content is a list, not text"),
+        ([USER, message("assistant", " \n")], "message 2: the assistant's answer is empty"),
+        ([SYSTEM, SYSTEM, USER, ANSWER], "message 2: the system message must come first"),
+        ([USER, SYSTEM, ANSWER], "message 2: the system message must come first"),
+        ([ANSWER, USER], "message 1: the assistant answers before the user has spoken"),
+        ([SYSTEM, ANSWER], "message 2: the assistant answers before the user has spoken"),
+        ([USER, USER, ANSWER], "message 2 is the second user message in a row"),
+        ([USER, ANSWER, ANSWER], "message 3 is the second assistant message in a row"),
+        ([SYSTEM, USER], "has no assistant message to learn from"),
+    ],
+)
+def test_a_conversation_that_cannot_be_learned_from_is_refused(messages: Any, what: str) -> None:
+    assert wrong_row({"messages": messages}, DataFormat.MESSAGES) == what
+
+
+@pytest.mark.parametrize(
+    ("value", "format", "what"),
+    [
+        ({"instruction": "a"}, DataFormat.ALPACA, "has no output (it has instruction)"),
+        ({"instruction": "a", "output": " "}, DataFormat.ALPACA, "output is empty"),
+        ({"instruction": "a", "input": 5, "output": "b"}, DataFormat.ALPACA, "input is a number, not text"),
+        ({"prompt": True, "completion": "b"}, DataFormat.PROMPT_COMPLETION, "prompt is true or false, not text"),
+        ({"prompt": "a", "completion": None}, DataFormat.PROMPT_COMPLETION, "completion is missing or null, not text"),
+        ({}, DataFormat.TEXT, "has no text (it has nothing)"),
+    ],
+)
+def test_a_missing_empty_or_wrong_column_is_refused(value: dict[str, Any], format: DataFormat, what: str) -> None:
+    assert wrong_row(value, format) == what
+
+
+def test_bad_rows_are_left_out_and_each_is_reported_where_that_was_asked_for() -> None:
+    rows = [RawRow(number=n, value={"text": text}) for n, text in enumerate(["a", "", "c"], start=1)]
+    examples, dropped = parse_examples(rows, DataFormat.TEXT, "d", BadRow.DROP)
+    assert [e.number for e in examples] == [1, 3]
+    assert dropped == ["d: row 2: text is empty"]
+
+
+def test_a_file_of_bad_rows_only_is_refused_also_where_they_are_dropped() -> None:
+    rows = [RawRow(number=n, value={"text": ""}) for n in (1, 2)]
+    with pytest.raises(DataError, match="every row was dropped; the first: d: row 1: text is empty"):
+        parse_examples(rows, DataFormat.TEXT, "d", BadRow.DROP)
+
+
+@pytest.mark.parametrize(("rows", "test_size", "held"), [(10, 0.1, 1), (10, 0.25, 2), (2, 0.9, 1), (3, 0.01, 1)])
+def test_the_share_held_out_is_rounded_and_leaves_both_sides_something(rows: int, test_size: float, held: int) -> None:
+    train, held_out = split_held_out(texts(*(f"row {n}" for n in range(rows))), test_size, "d")
+    assert (len(train), len(held_out)) == (rows - held, held)
+
+
+def test_equal_rows_alone_cannot_be_split() -> None:
+    with pytest.raises(DataError, match="needs at least two different rows"):
+        split_held_out(texts("a", "a", "a"), 0.5, "d")
+
+
+def test_the_content_decides_the_hash_and_the_place_does_not() -> None:
+    assert Example(number=1, text="a").content_hash() == Example(number=9, text="a").content_hash()
+    parts = [
+        Example(number=1, text="ab"),
+        Example(number=1, text="ab", prompt="a"),
+        Example(number=1, turns=(Turn(role="user", content="ab"),)),
+        Example(number=1, turns=(Turn(role="assistant", content="ab"),)),
+    ]
+    assert len({e.content_hash() for e in parts}) == len(parts)
+
+
+@given(
+    st.lists(st.text(max_size=4), min_size=2, max_size=30).filter(lambda names: len(set(names)) > 1),
+    st.floats(0.01, 0.99),
+    st.randoms(use_true_random=False),
+)
+def test_the_split_depends_on_content_alone_and_parts_no_equal_rows(
+    names: list[str], test_size: float, random: Any
+) -> None:
+    examples = texts(*names)
+    train, held_out = split_held_out(examples, test_size, "d")
+    assert sorted(e.number for e in train + held_out) == [e.number for e in examples]
+    assert train
+    assert held_out
+    assert not {e.text for e in train} & {e.text for e in held_out}
+    shuffled = random.sample(examples, len(examples))
+    assert {e.text for e in split_held_out(shuffled, test_size, "d")[1]} == {e.text for e in held_out}

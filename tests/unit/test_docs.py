@@ -1,0 +1,117 @@
+"""The documentation keeps up with the code: keys and defaults, commands and options, links."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+import yaml
+from pydantic import BaseModel
+
+from loractl.common.errors import ExitCode
+from loractl.common.spec import JobSpec, spec_keys
+from loractl.scheduler.cli import COMMANDS, cli
+from loractl.scheduler.render import JSON_FIELDS
+
+ROOT = Path(__file__).parents[2]
+PAGES = sorted(
+    path
+    for path in ROOT.rglob("*.md")
+    if not {"models", "build", "dist", "shared"} & set(path.relative_to(ROOT).parts)
+    and not any(part.startswith(".") for part in path.relative_to(ROOT).parts)
+)
+
+
+def page(name: str) -> str:
+    return (ROOT / "docs" / name).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("key", spec_keys())
+def test_a_key_of_the_job_file_is_documented_with_its_default(key: str) -> None:
+    documented = dict(documented_defaults())
+    assert key in documented, f"docs/job-file.md has no row for {key}"
+    assert documented[key] == default_of(key)
+
+
+def test_the_page_documents_no_key_that_is_gone() -> None:
+    assert {key for key, _ in documented_defaults()} <= set(spec_keys())
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_command_is_documented_with_every_option(name: str) -> None:
+    text = page("commands.md")
+    assert f"\n## {name}\n" in text, f"docs/commands.md has no section {name}"
+    section = text.partition(f"\n## {name}\n")[2].partition("\n## ")[0]
+    command = cli.get_command(click.Context(cli), name)
+    assert command is not None
+    for path, option in options(command, name):
+        assert f"loractl {path}" in section, f"docs/commands.md does not show loractl {path}"
+        assert re.search(rf"(?<![\w-]){re.escape(option)}(?![\w-])", section), f"loractl {path} {option} is missing"
+
+
+def test_exit_codes_and_json_fields_are_documented() -> None:
+    text = page("commands.md")
+    assert all(f"\n| {int(code)} | " in text for code in ExitCode)
+    assert all(f"`{field}`" in text for field in JSON_FIELDS)
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_relative_links_lead_somewhere(path: Path) -> None:
+    for target in links(path):
+        file, _, anchor = target.partition("#")
+        linked = (path.parent / file).resolve() if file else path
+        assert linked.exists(), f"{path.name} links to {target}, which does not exist"
+        if anchor and linked.suffix == ".md":
+            assert anchor in anchors(linked), f"{path.name} links to {target}: there is no such heading"
+
+
+def documented_defaults() -> Iterator[tuple[str, Any]]:
+    """(key, default) of each row of the tables in job-file.md; "required" stands for itself."""
+    for line in page("job-file.md").splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split(" | ")]
+        if line.startswith("| `") and len(cells) == 4:
+            yield cells[0].strip("`"), yaml.safe_load(cells[2].strip("`"))
+
+
+def default_of(key: str) -> Any:
+    """The default of a dotted key as a JSON value."""
+    model: type[BaseModel] = JobSpec
+    *sections, last = key.split(".")
+    for section in sections:
+        annotation = model.model_fields[section].annotation
+        assert isinstance(annotation, type)
+        model = annotation
+    field = model.model_fields[last]
+    if field.is_required():
+        return "required"
+    default = field.get_default(call_default_factory=True, validated_data={})
+    return [str(item) for item in default] if isinstance(default, list) else default
+
+
+def options(command: click.Command, path: str) -> Iterator[tuple[str, str]]:
+    """(path, option) of a command and of what is below it."""
+    for parameter in command.params:
+        if isinstance(parameter, click.Option):
+            yield from ((path, option) for option in parameter.opts)
+    if isinstance(command, click.Group):
+        for name, below in command.commands.items():
+            yield f"{path} {name}", name
+            yield from options(below, f"{path} {name}")
+
+
+def links(path: Path) -> Iterator[str]:
+    """Targets of a page's inline links, outside of code and without those to other sites."""
+    text = re.sub(r"^```.*?^```", "", path.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    for target in re.findall(r"\]\(([^)\s]+)\)", re.sub(r"`[^`\n]*`(?!\])", "", text)):
+        if not re.match(r"[a-z]+:", target):
+            yield target
+
+
+def anchors(path: Path) -> set[str]:
+    """The anchors that GitHub makes of a page's headings."""
+    headings = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
