@@ -217,8 +217,10 @@ def _row(path: Path, number: int, value: Any) -> RawRow:
 
 def _messages(row: RawRow, file: str | Path) -> Example:
     messages = row.value.get("messages")
-    if not isinstance(messages, list) or not messages:
+    if not isinstance(messages, list):
         raise DataError(file, f"messages is {_kind(messages)}, not a list of messages", row=row.number)
+    if not messages:
+        raise DataError(file, "messages is empty", row=row.number)
     turns: list[Turn] = []
     for place, message in enumerate(messages, start=1):
         where = f"message {place}"

@@ -199,7 +199,7 @@ def test_a_conversation_may_open_with_a_system_message_and_use_tools() -> None:
     ("messages", "what"),
     [
         (None, "messages is missing or null, not a list of messages"),
-        ([], "messages is a list, not a list of messages"),
+        ([], "messages is empty"),
         (["hi"], "message 1 is text, not an object with role and content"),
         ([message("human")], "message 1 has the role 'human', not one of system, user, assistant, tool"),
         ([message(["user"])], "message 1 has the role ['user'], not one of system, user, assistant, tool"),
