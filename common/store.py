@@ -11,6 +11,7 @@ import uuid
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, cast
 
+from pydantic import ValidationError
 from sqlalchemy import (
     ColumnElement,
     CursorResult,
@@ -149,7 +150,11 @@ class Store:
             job = session.scalars(_waiting(now, free).limit(1).with_for_update(skip_locked=True)).first()
             if job is None:
                 return None
-            spec = JobSpec.model_validate(job.spec)
+            try:
+                spec = JobSpec.model_validate(job.spec)
+            except ValidationError as error:
+                self._refuse(session, job, error, now)
+                return None
             need = Need(lora=job.vram_lora, qlora=job.vram_qlora)
             limit = min(free, spec.resources.max_vram or free)
             # A job whose own max_vram holds no method runs with the smallest: submit has warned of it.
@@ -385,6 +390,13 @@ class Store:
 
     def _event(self, session: Session, job_id: int, attempt: int | None, kind: str, text: str) -> None:
         session.add(Event(job_id=job_id, attempt=attempt, at=self._now_value(session), kind=kind, text=text))
+
+    def _refuse(self, session: Session, job: Job, error: ValidationError, now: dt.datetime) -> None:
+        """Fail a job whose spec this version can't read, so that it does not stop the jobs behind it."""
+        first = error.errors()[0]
+        what = f"this worker's loractl does not understand {'.'.join(map(str, first['loc']))}: {first['msg']}"
+        job.status, job.reason, job.message, job.ended_at = Status.FAILED, Reason.BAD_SPEC, what, now
+        self._event(session, job.job_id, None, job.status.value, what)
 
     def _record(self, session: Session, claim: Claim, progress: Progress) -> None:
         """Write the append-only part of a heartbeat; the caller has checked the token in this transaction."""

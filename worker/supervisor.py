@@ -307,7 +307,7 @@ class Supervisor:
                 continue
             if isinstance(done, Exception):
                 raise done
-            return done  # type: ignore[no-any-return]
+            return done
 
     def _insist(self, write: Callable[[], Answer]) -> Answer:
         """Repeat a last write until the database is back: an outage must not cost a finished training."""

@@ -1,0 +1,26 @@
+"""A store that holds its own clock, on each database."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from loractl.common.database import make_engine, upgrade
+from loractl.common.store import Store
+
+from ..factories import Clock
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def timed(database_url: str, clock: Clock) -> Iterator[Store]:
+    """A store on an upgraded database of each kind whose time is `clock`."""
+    engine = make_engine(database_url)
+    upgrade(engine)
+    yield Store(engine, clock)
+    engine.dispose()

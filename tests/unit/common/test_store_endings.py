@@ -1,0 +1,278 @@
+"""How attempts end in the database: cancelled, tried again, lost, held, and what counts."""
+
+from __future__ import annotations
+
+import datetime as dt
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from loractl.common.database import make_engine, upgrade
+from loractl.common.errors import WrongState
+from loractl.common.records import Claim, Progress
+from loractl.common.status import OUTCOMES, TRANSITIONS, WORKER_LOST_LIMIT, Reason, Status
+from loractl.common.store import LEASE_S, Store
+from loractl.common.units import GIB
+
+from ..factories import RESULT, Clock, submission
+
+NOTHING = Progress()
+PLENTY = 100 * GIB
+
+
+def claim(store: Store) -> Claim:
+    taken = store.claim("box:0", "GPU", PLENTY)
+    assert taken is not None
+    return taken
+
+
+def end(store: Store, reason: Reason, mine: Claim | None = None) -> Status | None:
+    result = RESULT if reason is Reason.OK else None
+    return store.finish(mine or claim(store), reason, f"because of {reason.value}", NOTHING, result)
+
+
+def lose(store: Store, clock: Clock) -> None:
+    """An attempt whose worker falls silent."""
+    claim(store)
+    clock.forward(LEASE_S + 1)
+    store.reap()
+
+
+def test_a_waiting_job_is_cancelled_at_once_and_never_claimed(timed: Store, clock: Clock) -> None:
+    job_id = timed.submit(submission())
+    row = timed.cancel(job_id, "bob")
+    assert (row.status, row.reason, row.message) == (Status.CANCELLED, Reason.CANCELLED, "cancelled by bob")
+    assert row.ended_at == clock.now
+    assert timed.claim("box:0", "GPU", PLENTY) is None
+    assert [e.text for e in timed.events(job_id)] == ["queued by ada", "cancelled by bob"]
+
+
+@pytest.mark.parametrize("reason", [Reason.CANCELLED, Reason.TRAINER_ERROR, Reason.DRAINED, Reason.WORKER_LOST])
+def test_a_running_job_is_told_to_stop_and_ends_cancelled_however_it_stops(store: Store, reason: Reason) -> None:
+    job_id = store.submit(submission())
+    mine = claim(store)
+    assert store.cancel(job_id, "bob").status is Status.RUNNING
+    assert store.beat(mine, NOTHING).cancel_requested
+    assert end(store, reason, mine) is Status.CANCELLED
+    row = store.job(job_id)
+    assert (row.status, row.reason) == (Status.CANCELLED, Reason.CANCELLED)
+    assert store.attempts(job_id)[0].reason is reason, "the attempt keeps what happened"
+    assert store.claim("box:0", "GPU", PLENTY) is None
+
+
+def test_a_job_that_was_done_before_it_heard_of_the_cancel_has_succeeded(store: Store) -> None:
+    job_id = store.submit(submission())
+    mine = claim(store)
+    store.cancel(job_id, "bob")
+    assert end(store, Reason.OK, mine) is Status.SUCCEEDED
+    assert store.job(job_id).reason is Reason.OK
+
+
+@pytest.mark.parametrize(
+    ("reason", "word"),
+    [(Reason.OK, "succeeded"), (Reason.DIVERGED, "failed"), (Reason.CANCELLED, "been cancelled")],
+)
+def test_an_ended_job_cannot_be_cancelled(store: Store, reason: Reason, word: str) -> None:
+    job_id = store.submit(submission())
+    end(store, reason)
+    with pytest.raises(WrongState, match=f"job {job_id} has already {word}"):
+        store.cancel(job_id, "bob")
+
+
+def test_finishing_twice_changes_nothing_and_recognises_its_own_success(store: Store) -> None:
+    job_id = store.submit(submission())
+    mine = claim(store)
+    assert end(store, Reason.OK, mine) is Status.SUCCEEDED
+    before = len(store.events(job_id))
+    assert end(store, Reason.OK, mine) is Status.SUCCEEDED
+    assert end(store, Reason.DIVERGED, mine) is None, "another ending is not the one that was written"
+    assert len(store.events(job_id)) == before
+    assert len(store.adapters()) == 1
+    assert not store.beat(mine, NOTHING).accepted
+
+
+def test_a_failure_that_counts_waits_longer_each_time_until_no_retry_is_left(timed: Store, clock: Clock) -> None:
+    job_id = timed.submit(submission(max_retries=2))
+    for retry, delay in ((1, 10), (2, 20)):
+        assert end(timed, Reason.TRAINER_ERROR) is Status.QUEUED
+        row = timed.job(job_id)
+        assert (row.retries_used, row.not_before) == (retry, clock.now + dt.timedelta(seconds=delay))
+        clock.forward(delay - 1)
+        assert timed.claim("box:0", "GPU", PLENTY) is None, "not before its time"
+        assert timed.waiting_classes() == {}
+        clock.forward(1)
+        assert timed.waiting_classes() == {8: 1}
+    assert end(timed, Reason.TRAINER_ERROR) is Status.FAILED
+    row = timed.job(job_id)
+    assert (row.reason, row.attempt, row.ended_at) == (Reason.TRAINER_ERROR, 3, clock.now)
+    assert [a.reason for a in timed.attempts(job_id)] == [Reason.TRAINER_ERROR] * 3
+    assert timed.claim("box:0", "GPU", PLENTY) is None
+
+
+def test_without_retries_the_first_failure_that_counts_is_the_last(store: Store) -> None:
+    store.submit(submission(max_retries=0))
+    assert end(store, Reason.TRAINER_ERROR) is Status.FAILED
+
+
+@pytest.mark.parametrize("reason", [Reason.DRAINED, Reason.PREEMPTED, Reason.GPU_ERROR])
+def test_what_the_lab_caused_is_tried_again_at_once_and_spends_no_retry(store: Store, reason: Reason) -> None:
+    job_id = store.submit(submission(max_retries=0))
+    for _ in range(4):
+        assert end(store, reason) is Status.QUEUED
+    row = store.job(job_id)
+    assert (row.retries_used, row.not_before, row.held, row.attempt) == (0, None, False, 4)
+
+
+@pytest.mark.parametrize("reason", [r for r in Reason if not OUTCOMES[r].retryable])
+def test_what_another_attempt_cannot_help_ends_the_job_at_once(store: Store, reason: Reason) -> None:
+    job_id = store.submit(submission(max_retries=9))
+    assert end(store, reason) is OUTCOMES[reason].status
+    assert store.job(job_id).status is OUTCOMES[reason].status
+
+
+def test_a_silent_attempt_is_ended_after_its_lease_and_not_before(timed: Store, clock: Clock) -> None:
+    job_id = timed.submit(submission(lora=20, qlora=10))
+    mine = claim(timed)
+    clock.forward(LEASE_S - 1)
+    assert timed.beat(mine, NOTHING).accepted
+    clock.forward(LEASE_S)
+    assert timed.reap() == [], "the lease ends now, it is not over"
+    clock.forward(0.001)
+    assert timed.reap() == [(job_id, 12)]
+    assert timed.reap() == []
+    row = timed.job(job_id)
+    assert (row.status, row.reason, row.message) == (Status.QUEUED, Reason.WORKER_LOST, "box:0 was silent for 60 s")
+    assert claim(timed).attempt == 2
+
+
+def test_a_late_heartbeat_before_the_reaper_keeps_the_attempt(timed: Store, clock: Clock) -> None:
+    timed.submit(submission())
+    mine = claim(timed)
+    clock.forward(LEASE_S * 3)
+    assert timed.beat(mine, NOTHING).accepted
+    assert timed.reap() == []
+
+
+def test_a_lost_job_that_was_to_be_cancelled_is_cancelled(timed: Store, clock: Clock) -> None:
+    job_id = timed.submit(submission())
+    claim(timed)
+    timed.cancel(job_id, "ada")
+    clock.forward(LEASE_S + 1)
+    assert timed.reap() == []
+    assert timed.job(job_id).status is Status.CANCELLED
+
+
+def test_a_job_that_loses_its_third_worker_is_held_until_a_person_releases_it(timed: Store, clock: Clock) -> None:
+    job_id = timed.submit(submission())
+    for _ in range(WORKER_LOST_LIMIT - 1):
+        lose(timed, clock)
+        assert not timed.job(job_id).held
+    lose(timed, clock)
+    row = timed.job(job_id)
+    assert (row.status, row.held) == (Status.QUEUED, True)
+    assert row.message == "held: its worker was lost 3 times; it may be what kills them"
+    assert timed.claim("box:0", "GPU", PLENTY) is None
+    assert (timed.waiting_classes(), timed.unfinished(PLENTY)) == ({}, 0)
+
+    released = timed.retry(job_id, "bob")
+    assert (released.held, released.message, released.status) == (False, None, Status.QUEUED)
+    assert claim(timed).attempt == WORKER_LOST_LIMIT + 1
+
+
+def test_a_retried_job_has_all_its_retries_and_lost_workers_again(timed: Store, clock: Clock) -> None:
+    job_id = timed.submit(submission(max_retries=0))
+    assert end(timed, Reason.TRAINER_ERROR) is Status.FAILED
+    row = timed.retry(job_id, "bob")
+    assert (row.status, row.reason, row.ended_at, row.retries_used) == (Status.QUEUED, None, None, 0)
+    for _ in range(WORKER_LOST_LIMIT):
+        lose(timed, clock)
+    assert timed.job(job_id).held
+    clock.forward(1)
+    timed.retry(job_id, "bob")
+    lose(timed, clock)
+    assert not timed.job(job_id).held, "one more loss after a person released it is the first of three"
+
+
+def test_a_cancelled_job_can_be_retried_and_runs_to_its_end(store: Store) -> None:
+    job_id = store.submit(submission())
+    mine = claim(store)
+    store.cancel(job_id, "ada")
+    end(store, Reason.CANCELLED, mine)
+    row = store.retry(job_id, "ada")
+    assert (row.status, row.cancel_requested, row.reason) == (Status.QUEUED, False, None)
+    assert end(store, Reason.OK) is Status.SUCCEEDED
+
+
+def test_a_job_that_waits_runs_or_has_succeeded_cannot_be_retried(store: Store) -> None:
+    job_id = store.submit(submission())
+    for status in (Status.QUEUED, Status.RUNNING, Status.SUCCEEDED):
+        with pytest.raises(WrongState, match=f"job {job_id} is {status.value}: only a failed, cancelled or held"):
+            store.retry(job_id, "ada")
+        if status is Status.QUEUED:
+            mine = claim(store)
+        if status is Status.RUNNING:
+            end(store, Reason.OK, mine)
+
+
+def test_the_waiting_classes_count_what_could_be_claimed_now(store: Store) -> None:
+    for lora in (4, 5, 20):
+        store.submit(submission(lora=lora, method="lora"))
+    store.submit(submission())
+    assert store.waiting_classes() == {8: 3, 24: 1}
+    store.claim("box:0", "GPU", 4 * GIB)
+    assert store.waiting_classes() == {8: 2, 24: 1}
+
+
+def test_unfinished_counts_what_runs_and_what_would_fit(store: Store) -> None:
+    assert store.unfinished(PLENTY) == 0
+    small, large = (store.submit(submission(lora=n, method="lora")) for n in (4, 20))
+    assert [store.unfinished(n * GIB) for n in (3, 4, 20)] == [0, 1, 2]
+    mine = claim(store)
+    assert (mine.job_id, store.unfinished(3 * GIB)) == (small, 1), "what runs may run anywhere"
+    end(store, Reason.TRAINER_ERROR, mine)
+    assert store.unfinished(4 * GIB) == 1, "a job that waits for its next attempt is not finished"
+    store.cancel(small, "ada")
+    store.cancel(large, "ada")
+    assert store.unfinished(PLENTY) == 0
+
+
+ACTIONS = ["claim", "beat", "cancel", "retry", "silence", *Reason]
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(actions=st.lists(st.sampled_from(ACTIONS), max_size=25))
+def test_no_order_of_events_takes_a_job_off_its_transitions(
+    actions: list[str | Reason], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    clock = Clock()
+    engine = make_engine(f"sqlite:///{tmp_path_factory.mktemp('walk') / 'walk.db'}")
+    upgrade(engine)
+    store, held_by = Store(engine, clock), None
+    job_id = store.submit(submission(max_retries=1))
+    status = Status.QUEUED
+    for action in actions:
+        clock.forward(1)
+        if action == "claim":
+            held_by = store.claim("box:0", "GPU", PLENTY) or held_by
+        elif action == "silence":
+            clock.forward(700)
+            store.reap()
+        elif action in ("cancel", "retry"):
+            try:
+                getattr(store, action)(job_id, "ada")
+            except WrongState:
+                assert store.job(job_id).status is status
+        elif held_by is not None and action == "beat":
+            assert store.beat(held_by, NOTHING).accepted == (store.job(job_id).token == held_by.token)
+        elif held_by is not None and isinstance(action, Reason):
+            end(store, action, held_by)
+        row = store.job(job_id)
+        assert row.status is status or row.status in TRANSITIONS[status], f"{status} became {row.status} by {action}"
+        assert (row.token is not None) == (row.lease_expires_at is not None) == (row.status is Status.RUNNING)
+        assert (row.ended_at is not None) == row.status.is_terminal
+        assert not row.held or row.status is Status.QUEUED
+        assert row.retries_used <= row.max_retries
+        assert (len(store.adapters()) == 1) == (row.status is Status.SUCCEEDED)
+        status = row.status
+    engine.dispose()
