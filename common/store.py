@@ -7,6 +7,7 @@ attempt that may change it. Zero rows means that somebody else was there first.
 from __future__ import annotations
 
 import datetime as dt
+import math
 import uuid
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, cast
@@ -217,6 +218,7 @@ class Store:
             for name in ("stage", "step", "total_steps", "loss", "tokens_per_second", "eta_seconds")
             if (value := getattr(progress, name)) is not None
         }
+        values = {name: v for name, v in values.items() if not isinstance(v, float) or math.isfinite(v)}
         with self._write() as session:
             alive = (
                 _mine(claim).values(lease_expires_at=self._now_in(LEASE_S), **values).returning(Job.cancel_requested)
@@ -389,7 +391,7 @@ class Store:
         return self._clock() if self._clock else dt.datetime.now(dt.UTC)
 
     def _event(self, session: Session, job_id: int, attempt: int | None, kind: str, text: str) -> None:
-        session.add(Event(job_id=job_id, attempt=attempt, at=self._now_value(session), kind=kind, text=text))
+        session.add(Event(job_id=job_id, attempt=attempt, at=self._now_value(session), kind=kind, text=_storable(text)))
 
     def _refuse(self, session: Session, job: Job, error: ValidationError, now: dt.datetime) -> None:
         """Fail a job whose spec this version can't read, so that it does not stop the jobs behind it."""
@@ -400,18 +402,23 @@ class Store:
 
     def _record(self, session: Session, claim: Claim, progress: Progress) -> None:
         """Write the append-only part of a heartbeat; the caller has checked the token in this transaction."""
-        if progress.metrics:
-            points = [
-                {"job_id": claim.job_id, "attempt": claim.attempt, "step": step, "name": name, "value": value}
-                for step, name, value in progress.metrics
-            ]
-            session.execute(self._upsert(MetricPoint).values(points).on_conflict_do_nothing())
+        points = [
+            {"job_id": claim.job_id, "attempt": claim.attempt, "step": step, "name": name, "value": value}
+            for step, name, value in progress.metrics
+            if math.isfinite(value)  # SQLite keeps a NaN as null
+        ]
+        if points:
+            # A row a statement: one statement for all has more parameters than a database takes after an outage.
+            session.execute(self._upsert(MetricPoint).on_conflict_do_nothing(), points)
         for kind, text in progress.events:
             self._event(session, claim.job_id, claim.attempt, kind, text)
         if progress.log:
             session.execute(
                 insert(LogChunk).values(
-                    job_id=claim.job_id, attempt=claim.attempt, at=self._now_value(session), text=progress.log
+                    job_id=claim.job_id,
+                    attempt=claim.attempt,
+                    at=self._now_value(session),
+                    text=_storable(progress.log),
                 )
             )
         measured = {
@@ -426,6 +433,7 @@ class Store:
 
     def _end_attempt(self, session: Session, job: Job, reason: Reason, message: str, now: dt.datetime) -> None:
         """Close the running attempt and decide what becomes of the job."""
+        message = _storable(message)
         session.execute(
             update(Attempt)
             .where(Attempt.job_id == job.job_id, Attempt.attempt == job.attempt)
@@ -459,10 +467,13 @@ class Store:
         self._event(session, job.job_id, job.attempt, "held" if job.held else "requeued", text)
 
     def _times_lost(self, session: Session, job_id: int) -> int:
+        """Workers lost since a person last queued the job again."""
+        retried = select(func.max(Event.at)).where(Event.job_id == job_id, Event.kind == "retry").scalar_subquery()
         lost = (
             select(func.count())
             .select_from(Attempt)
             .where(Attempt.job_id == job_id, Attempt.reason == Reason.WORKER_LOST)
+            .where(or_(retried.is_(None), Attempt.started_at >= retried))
         )
         return session.scalar(lost) or 0
 
@@ -494,6 +505,11 @@ def _rows(session: Session, statement: Update) -> int:
     """How many rows the update changed."""
     result = session.execute(statement.execution_options(synchronize_session=False))
     return cast(CursorResult[Any], result).rowcount
+
+
+def _storable(text: str) -> str:
+    """The text without what PostgreSQL or UTF-8 can't hold: zero bytes and lone surrogates."""
+    return text.replace("\0", "\ufffd").encode("utf-8", "replace").decode("utf-8")
 
 
 def _change(job_id: int, expected: Status) -> Update:

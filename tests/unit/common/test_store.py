@@ -219,7 +219,7 @@ def test_four_threads_never_claim_one_of_forty_jobs_twice(store: Store) -> None:
 
 
 def test_jobs_are_listed_newest_first_and_by_every_filter(timed: Store, clock: Clock) -> None:
-    first = timed.submit(submission(user="ada", labels={"team": "nlp", 'a."b': "1"}))
+    first = timed.submit(submission(user="ada", labels={"team": "nlp", "a.b": "1"}))
     second = timed.submit(submission(user="bob", labels={"team": "vision"}))
     third = timed.submit(submission(user="ada"))
     timed.cancel(first, "ada")
@@ -228,7 +228,7 @@ def test_jobs_are_listed_newest_first_and_by_every_filter(timed: Store, clock: C
     assert [j.job_id for j in timed.jobs(user="ada")] == [third, first]
     assert [j.job_id for j in timed.jobs(statuses=[Status.QUEUED])] == [third, second]
     assert [j.job_id for j in timed.jobs(label=("team", "vision"))] == [second]
-    assert [j.job_id for j in timed.jobs(label=('a."b', "1"))] == [first]
+    assert [j.job_id for j in timed.jobs(label=("a.b", "1"))] == [first]
     assert timed.jobs(label=("team", "audio")) == []
     assert [j.job_id for j in timed.jobs(ended_since=clock.now)] == [first]
     assert timed.jobs(ended_since=clock.now + dt.timedelta(seconds=1)) == []
