@@ -15,7 +15,7 @@ import subprocess
 import tempfile
 import time
 from pathlib import Path
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 from .errors import ServiceUnreachable, UsageError
 from .settings import Settings
@@ -32,6 +32,7 @@ def broker_url(settings: Settings, *, start: bool = True) -> str:
     Raises ServiceUnreachable when it does not come up, UsageError when there is no server binary.
     """
     if settings.redis_url is not None:
+        _refuse_open_redis(settings.redis_url)
         return settings.redis_url
     path = _socket_path(settings)
     if start and not _answers(path):
@@ -63,6 +64,17 @@ def server_binary() -> Path:
     except ImportError:
         raise UsageError("no valkey-server or redis-server on PATH", "install one, or set LORACTL_REDIS_URL") from None
     return Path(get_binary_path())
+
+
+def _refuse_open_redis(url: str) -> None:
+    """Whoever reaches a Redis can wake nodes and read the queue: beyond this machine it must ask for a password."""
+    parts = urlsplit(url)
+    host = parts.hostname or ""
+    local = "socket" in parts.scheme or host in ("localhost", "::1", "") or host.startswith("127.")
+    if not local and not parts.password:
+        raise UsageError(
+            f"LORACTL_REDIS_URL names {host} without a password", "set one on the server: redis://:PASSWORD@HOST:6379/0"
+        )
 
 
 def _socket_path(settings: Settings) -> Path:

@@ -102,11 +102,11 @@ class DatasetSpec(_Section):
     """The rows to train on and the rows held out."""
 
     path: Printable = Field(min_length=1)
-    """A file (jsonl, json, csv, parquet; relative to the job file) or a hub id."""
+    """A file (jsonl, json, csv, parquet; relative to the job file) or a hub id (its split train)."""
     format: DataFormat = DataFormat.AUTO
     """The rows' shape; auto looks at the columns and says why."""
     eval_path: Printable | None = None
-    """A file or hub id with the held-out rows; without it test_size rows are split off."""
+    """A file or hub id (its split test) with the held-out rows; without it test_size rows are split off."""
     test_size: float = Field(0.1, gt=0, lt=1)
     """Share of rows held out before training."""
     max_length: int = Field(1024, ge=8)

@@ -101,7 +101,10 @@ OUTCOMES: dict[Reason, Outcome] = {
         status=Status.FAILED, retryable=False, counts=False, advice="lower training.learning_rate and submit again"
     ),
     Reason.TIMED_OUT: Outcome(
-        status=Status.FAILED, retryable=False, counts=False, advice="raise resources.time_limit, then loractl retry JOB"
+        status=Status.FAILED,
+        retryable=False,
+        counts=False,
+        advice="raise resources.time_limit in the job file and submit it again",
     ),
     Reason.CANCELLED: Outcome(
         status=Status.CANCELLED, retryable=False, counts=False, advice="loractl retry JOB queues it again"

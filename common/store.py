@@ -158,8 +158,7 @@ class Store:
                 return None
             need = Need(lora=job.vram_lora, qlora=job.vram_qlora)
             limit = min(free, spec.resources.max_vram or free)
-            # A job whose own max_vram holds no method runs with the smallest: submit has warned of it.
-            method = choose_method(spec.method, need, limit) or choose_method(spec.method, need, free)
+            method = choose_method(spec.method, need, limit)
             if method is None:
                 return None
             token, attempt = uuid.uuid4().hex, job.attempt + 1

@@ -42,6 +42,8 @@ def status(
     if label is not None and "=" not in label:
         raise UsageError(f"--label {label} is not of the form KEY=VALUE", "like --label project=support")
     _, store = open_session()
+    if watch and as_json:
+        raise UsageError("--watch draws for people, --json prints once", "leave one of them out")
     if job_id is not None and watch:
         sys.exit(follow(store, job_id))
     if job_id is not None:
@@ -87,7 +89,12 @@ def show(job_id: int, as_json: bool) -> None:
             "attempts": [{c.key: getattr(a, c.key) for c in a.__table__.columns if c.key != "token"} for a in attempts],
             "events": [{"at": e.at, "attempt": e.attempt, "kind": e.kind, "text": e.text} for e in events],
         }
-        click.echo(json.dumps({**render.job_fields(job), "spec": job.spec, "data": job.data, **rows}, default=str))
+        click.echo(
+            json.dumps(
+                {**render.job_fields(job), "spec": job.spec, "data": job.data, **rows},
+                default=lambda value: value.isoformat(),
+            )
+        )
         return
     spec = yaml.safe_dump(job.spec, sort_keys=False, allow_unicode=True)
     click.echo(render.history(job, attempts, events, spec, store.now(), render.detect_screen()))

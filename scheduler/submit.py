@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from loractl.common.errors import ExitCode, ServiceUnreachable
+from loractl.common.errors import ExitCode, ServiceUnreachable, UsageError
 
 if TYPE_CHECKING:
     from loractl.common.settings import Settings
@@ -76,9 +76,16 @@ def _submit(spec: JobSpec, settings: Settings, store: Store, *, quiet: bool) -> 
     from loractl.common.policy import least_need, vram_class
     from loractl.common.queue import wake
     from loractl.common.records import Submission
+    from loractl.common.units import gib
 
     need = predict(spec)
     least = least_need(spec.method, need)
+    limit = spec.resources.max_vram
+    if least is not None and limit is not None and least > limit:
+        raise UsageError(
+            f"{spec.name} needs {gib(least)} GiB by its plan, its resources.max_vram is {gib(limit)}",
+            "raise it, or lower dataset.max_length or training.per_device_train_batch_size",
+        )
     submission = Submission(
         spec=spec,
         user=settings.user,
@@ -112,19 +119,13 @@ def _store_data(spec: JobSpec, settings: Settings) -> dict[str, Any]:
 
 
 def _warn_of_limits(job_id: int, spec: JobSpec, least: int | None, store: Store) -> None:
-    """Say at once what would make the job wait for ever or break its own limit."""
+    """Say at once what would make the job wait for ever."""
     from loractl.common.units import gib
 
     largest = max((node.total for node in store.nodes()), default=None)
     if least is not None and largest is not None and least > largest:
         click.echo(
             f"Warning: job {job_id} needs {gib(least)} GiB by its plan, the largest device known has {gib(largest)}.",
-            err=True,
-        )
-    if least is not None and spec.resources.max_vram is not None and least > spec.resources.max_vram:
-        click.echo(
-            f"Warning: job {job_id} needs {gib(least)} GiB by its plan, "
-            f"more than its max_vram of {gib(spec.resources.max_vram)}.",
             err=True,
         )
 

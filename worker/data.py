@@ -92,7 +92,7 @@ def prepare_data(
     examples, dropped = parse_examples(rows, format, file, dataset.on_bad_row)
     if eval_path:
         train, held_file = examples, dataset.eval_path or eval_path
-        held_out, also_dropped = parse_examples(_load(eval_path), format, held_file, dataset.on_bad_row)
+        held_out, also_dropped = parse_examples(_load(eval_path, split="test"), format, held_file, dataset.on_bad_row)
         dropped = dropped + also_dropped
     else:
         held_file = file
@@ -156,14 +156,14 @@ def collate(rows: Sequence[dict[str, list[int]]], pad: int) -> dict[str, torch.T
     }
 
 
-def _load(path: str) -> list[RawRow]:
+def _load(path: str, split: str = "train") -> list[RawRow]:
     if Path(path).exists() or Path(path).is_absolute():
         return read_rows(Path(path))
     from datasets import load_dataset
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
-        dataset = load_dataset(path, split="train")
+        dataset = load_dataset(path, split=split)
     except (OSError, ValueError, HfHubHTTPError) as error:
         first = str(error).strip().splitlines()
         raise DataError(

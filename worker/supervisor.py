@@ -216,19 +216,24 @@ class Supervisor:
                 stage, next_beat = state.pending.stage, now + BEAT_S
                 self._beat(claim, state)
                 if state.cancel_requested:
-                    self._stop(trainer, state, Reason.CANCELLED, "cancelled by its owner", save=False)
+                    self._stop(claim, trainer, state, Reason.CANCELLED, "cancelled while it ran", save=False)
             if state.lease_lost:
                 return
             if limit is not None and now - began > limit:
                 self._stop(
-                    trainer, state, Reason.TIMED_OUT, f"ran longer than resources.time_limit ({limit:.0f} s)", save=True
+                    claim,
+                    trainer,
+                    state,
+                    Reason.TIMED_OUT,
+                    f"ran longer than resources.time_limit ({limit:.0f} s)",
+                    save=True,
                 )
             if (wish := self._drain.wish) is not None:
                 if wish == "now":
                     state.forced = Reason.DRAINED, "the worker was stopped at once"
                     return
                 self._stop(
-                    trainer, state, Reason.DRAINED, "the worker is being stopped", save=True, grace=DRAIN_GRACE_S
+                    claim, trainer, state, Reason.DRAINED, "the worker is being stopped", save=True, grace=DRAIN_GRACE_S
                 )
             if state.kill_at is not None and now > state.kill_at:
                 log.warning("job %s: the trainer did not stop in time and is killed", claim.job_id)
@@ -251,6 +256,7 @@ class Supervisor:
 
     def _stop(
         self,
+        claim: Claim,
         trainer: subprocess.Popen[str],
         state: _State,
         reason: Reason,
@@ -265,7 +271,7 @@ class Supervisor:
         state.forced = reason, message
         state.kill_at = time.monotonic() + grace
         assert trainer.stdin
-        _send(trainer.stdin, Stop(job_id=0, save=save))
+        _send(trainer.stdin, Stop(job_id=claim.job_id, save=save))
 
     def _judge(self, state: _State) -> tuple[Reason, str]:
         """The attempt's reason: what the trainer said, unless we stopped it before it was done."""

@@ -39,12 +39,14 @@ class Run:
     tell: Callable[[Told], None]
     stop: threading.Event = field(default_factory=threading.Event)
     save_on_stop: threading.Event = field(default_factory=threading.Event)
+    stages: list[Stage] = field(default_factory=list)  # those that have begun
 
     @property
     def spec(self) -> JobSpec:
         return self.order.spec
 
     def stage(self, stage: Stage) -> None:
+        self.stages.append(stage)
         self.tell(StageChanged(job_id=self.order.job_id, stage=stage))
 
     def note(self, kind: str, text: str, resumed_from_step: int | None = None) -> None:

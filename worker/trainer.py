@@ -19,7 +19,7 @@ import traceback
 from typing import IO
 
 from loractl.common.errors import DataError
-from loractl.common.status import Reason
+from loractl.common.status import Reason, Stage
 
 from .protocol import Ended, Start, Stop, Told, decode_order, encode
 
@@ -78,7 +78,10 @@ def _run(order: Start, orders: queue.SimpleQueue[Start | Stop], tell: object) ->
     except Exception as error:  # noqa: BLE001  whatever it is, the job's row must say why
         # the last place that can name the failure: the whole traceback goes to the log, the sentence to the job's row
         traceback.print_exc()
-        return ended(*_explain(error))
+        reason, message = _explain(error)
+        if reason is Reason.TRAINER_ERROR and Stage.EVALUATING in run.stages:
+            reason = Reason.EVALUATION_FAILED
+        return ended(reason, message)
 
 
 def _explain(error: Exception) -> tuple[Reason, str]:

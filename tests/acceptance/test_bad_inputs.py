@@ -55,13 +55,21 @@ MISTAKES = [
     Mistake("a bad override", "is not of the form key=value", command=["submit", "job.yaml", "--set", "oops"]),
     # the data
     Mistake("no data file", "dataset.path is relative to the job file", job=GOOD.replace("data.jsonl", "none.jsonl")),
-    Mistake("broken JSON", "data.jsonl: row 2: is not valid JSON", data=messages(HI, {"role": "assistant", "content": "a"}) + "{oops\n"),
+    Mistake(
+        "broken JSON",
+        "data.jsonl: row 2: is not valid JSON",
+        data=messages(HI, {"role": "assistant", "content": "a"}) + "{oops\n",
+    ),
     Mistake("an empty data file", "data.jsonl: has no rows", data=""),
     Mistake("unknown columns", "are those of no known format", data='{"question": "a", "reply": "b"}\n'),
     Mistake("unknown role", "the role 'bot', not one of", data=messages(HI, {"role": "bot", "content": "a"})),
-    Mistake("an empty answer", "the assistant's answer is empty", data=messages(HI, {"role": "assistant", "content": " "})),
+    Mistake(
+        "an empty answer", "the assistant's answer is empty", data=messages(HI, {"role": "assistant", "content": " "})
+    ),
     Mistake("no answer", "no assistant message to learn from", data=messages(HI)),
-    Mistake("a number for text", "content is a number, not text", data='{"messages": [{"role": "user", "content": 5}]}\n'),
+    Mistake(
+        "a number for text", "content is a number, not text", data='{"messages": [{"role": "user", "content": 5}]}\n'
+    ),
     Mistake("one row", "at least two different rows", data=messages(HI, {"role": "assistant", "content": "a"})),
     Mistake("Latin-1 data", "is not UTF-8", data="caf\xe9".encode("latin-1")),
     # commands
@@ -74,7 +82,9 @@ MISTAKES = [
 
 
 @pytest.mark.parametrize("mistake", MISTAKES, ids=lambda m: m.name)
-def test_a_mistake_is_answered_with_a_sentence(mistake: Mistake, cli: Cli, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_mistake_is_answered_with_a_sentence(
+    mistake: Mistake, cli: Cli, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     _write(tmp_path / "job.yaml", mistake.job)
     if mistake.data is None:
         write_helpdesk(tmp_path / "data.jsonl")
@@ -86,7 +96,9 @@ def test_a_mistake_is_answered_with_a_sentence(mistake: Mistake, cli: Cli, tmp_p
 
 
 def test_every_mistake_in_a_file_is_told_at_once(cli: Cli, tmp_path: Path) -> None:
-    (tmp_path / "job.yaml").write_text("name: a b\nbase_model: x\nmethod: full\ndataset: {path: d.jsonl, max_len: 3}\nlora: {r: 0}\n")
+    (tmp_path / "job.yaml").write_text(
+        "name: a b\nbase_model: x\nmethod: full\ndataset: {path: d.jsonl, max_len: 3}\nlora: {r: 0}\n"
+    )
     told = cli("submit", tmp_path / "job.yaml", code=2).stderr
     assert [line.split(":")[2] for line in told.splitlines() if line.startswith("Error")] == ["1", "3", "4", "5"]
 
@@ -94,7 +106,9 @@ def test_every_mistake_in_a_file_is_told_at_once(cli: Cli, tmp_path: Path) -> No
 def test_services_that_are_away_are_named_and_exit_with_4(make_cli: Callable[..., Cli], tmp_path: Path) -> None:
     port = services.free_port()
     cli = make_cli(LORACTL_DATABASE_URL=f"postgresql://lab:hunter2@127.0.0.1:{port}/loractl")
-    told = _answered(cli("status", code=None), "the database is unreachable at postgresql+psycopg://lab:***@127.0.0.1", 4)
+    told = _answered(
+        cli("status", code=None), "the database is unreachable at postgresql+psycopg://lab:***@127.0.0.1", 4
+    )
     assert "LORACTL_DATABASE_URL" in told and "hunter2" not in told
 
 
@@ -108,8 +122,11 @@ def test_an_empty_database_says_which_command_fills_it(make_cli: Callable[..., C
 def test_an_unreachable_artifact_store_queues_nothing(make_cli: Callable[..., Cli], tmp_path: Path) -> None:
     port = services.free_port()
     cli = make_cli(
-        LORACTL_ARTIFACTS_URL="s3://bucket/lab", AWS_ENDPOINT_URL=f"http://127.0.0.1:{port}", AWS_ACCESS_KEY_ID="k",
-        AWS_SECRET_ACCESS_KEY="s", AWS_REGION="us-east-1",
+        LORACTL_ARTIFACTS_URL="s3://bucket/lab",
+        AWS_ENDPOINT_URL=f"http://127.0.0.1:{port}",
+        AWS_ACCESS_KEY_ID="k",
+        AWS_SECRET_ACCESS_KEY="s",
+        AWS_REGION="us-east-1",
     )
     (tmp_path / "job.yaml").write_text(GOOD)
     write_helpdesk(tmp_path / "data.jsonl")
@@ -119,11 +136,15 @@ def test_an_unreachable_artifact_store_queues_nothing(make_cli: Callable[..., Cl
     assert json.loads(cli("status", "-a", "--json").stdout) == []
 
 
-def test_a_full_artifact_store_keeps_the_job_and_says_so(make_cli: Callable[..., Cli], tiny_model: Path, tmp_path: Path) -> None:
+def test_a_full_artifact_store_keeps_the_job_and_says_so(
+    make_cli: Callable[..., Cli], tiny_model: Path, tmp_path: Path
+) -> None:
     """A 300 KiB store takes the data set and not the adapter: the job fails as store_failed, its row keeps the reason."""
     store = tmp_path / "store"
     store.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(store)], capture_output=True, check=False)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(store)], capture_output=True, check=False
+    )
     if mounted.returncode != 0:
         pytest.skip("a full disk is made with a small tmpfs, which needs the right to mount")
     try:

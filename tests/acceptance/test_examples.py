@@ -41,7 +41,12 @@ def test_held_out_examples_are_not_trained_on() -> None:
 @pytest.mark.skipif(not (MODEL / "model.safetensors").exists(), reason="make model gets SmolLM2-135M-Instruct")
 def test_the_examples_teach_the_real_model(cli: Cli) -> None:
     """A few steps of each example on SmolLM2: the held-out loss of the tuned model is clearly below the base's."""
-    few = ["--set=training.max_steps=6", "--set=evaluation.samples=2", "--set=evaluation.max_rows=16", "--set=training.warmup_steps=0"]
+    few = [
+        "--set=training.max_steps=6",
+        "--set=evaluation.samples=2",
+        "--set=evaluation.max_rows=16",
+        "--set=training.warmup_steps=0",
+    ]
     cli("submit", *EXAMPLES, *few)
     cli("worker", "--drain-when-idle", timeout=400)
     for job in json.loads(cli("status", "-a", "--json").stdout):

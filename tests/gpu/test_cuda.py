@@ -12,11 +12,16 @@ import torch
 from ..conftest import Cli
 from ..models import write_job
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no CUDA device")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no CUDA device"),
+]
 
 
 @pytest.mark.parametrize("method", ["lora", "qlora"])
-def test_a_job_trains_on_the_card_and_reports_its_memory(method: str, make_cli: Callable[..., Cli], tiny_model: Path, tmp_path: Path) -> None:
+def test_a_job_trains_on_the_card_and_reports_its_memory(
+    method: str, make_cli: Callable[..., Cli], tiny_model: Path, tmp_path: Path
+) -> None:
     cli = make_cli(LORACTL_DEVICES="nvml")
     cli("submit", write_job(tmp_path, tiny_model, method=method))
     cli("worker", "--drain-when-idle", timeout=240)

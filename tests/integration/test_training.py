@@ -29,32 +29,65 @@ def recipe(tiny_model: Path, tmp_path: Path) -> Recipe:
     """Run the recipe on a tiny model; keyword arguments go into the spec's training section."""
     data = write_helpdesk(tmp_path / "data.jsonl")
 
-    def run(where: str = "a", *, method: str = "lora", stop_after: int | None = None, resume: str | None = None,
-            lora: dict | None = None, dataset: dict | None = None, **training: object) -> tuple[Ended, list]:
-        spec = JobSpec.model_validate({
-            "name": "tiny", "base_model": str(tiny_model), "method": method,
-            "dataset": {"path": str(data), "max_length": 128, **(dataset or {})},
-            "lora": {"r": 4, "lora_alpha": 8, **(lora or {})},
-            "training": {"max_steps": 8, "learning_rate": 5e-3, "per_device_train_batch_size": 4,
-                         "gradient_accumulation_steps": 1, "logging_steps": 1, "save_steps": 4, **training},
-            "evaluation": {"samples": 2, "max_new_tokens": 6},
-        })
+    def run(
+        where: str = "a",
+        *,
+        method: str = "lora",
+        stop_after: int | None = None,
+        resume: str | None = None,
+        lora: dict | None = None,
+        dataset: dict | None = None,
+        **training: object,
+    ) -> tuple[Ended, list]:
+        spec = JobSpec.model_validate(
+            {
+                "name": "tiny",
+                "base_model": str(tiny_model),
+                "method": method,
+                "dataset": {"path": str(data), "max_length": 128, **(dataset or {})},
+                "lora": {"r": 4, "lora_alpha": 8, **(lora or {})},
+                "training": {
+                    "max_steps": 8,
+                    "learning_rate": 5e-3,
+                    "per_device_train_batch_size": 4,
+                    "gradient_accumulation_steps": 1,
+                    "logging_steps": 1,
+                    "save_steps": 4,
+                    **training,
+                },
+                "evaluation": {"samples": 2, "max_new_tokens": 6},
+            }
+        )
         folder = tmp_path / where
         (folder / "result").mkdir(parents=True, exist_ok=True)
         order = Start(
-            job_id=1, attempt=1, user="t", node="n:0", gpu="cpu", device="cpu", spec=spec, method=Method(method),
-            vram_planned=None, data_path=spec.dataset.path, data_sha256=None, eval_path=None,
-            output_dir=str(folder / "result"), checkpoint_dir=str(folder / "checkpoints"),
-            earlier_checkpoints=[str(tmp_path / resume / "checkpoints")] if resume else [], cache_dir=str(tmp_path / "cache"),
+            job_id=1,
+            attempt=1,
+            user="t",
+            node="n:0",
+            gpu="cpu",
+            device="cpu",
+            spec=spec,
+            method=Method(method),
+            vram_planned=None,
+            data_path=spec.dataset.path,
+            data_sha256=None,
+            eval_path=None,
+            output_dir=str(folder / "result"),
+            checkpoint_dir=str(folder / "checkpoints"),
+            earlier_checkpoints=[str(tmp_path / resume / "checkpoints")] if resume else [],
+            cache_dir=str(tmp_path / "cache"),
         )
         told: list = []
         state = Run(order=order, tell=told.append)
         if stop_after is not None:
+
             def tell(message: object) -> None:
                 told.append(message)
                 if isinstance(message, Stepped) and message.step >= stop_after:
                     state.save_on_stop.set()
                     state.stop.set()
+
             object.__setattr__(state, "tell", tell)
         try:
             return train(state), told
@@ -69,7 +102,9 @@ def _losses(told: list) -> list[float]:
 
 
 @pytest.mark.parametrize("method", ["lora", "qlora"])
-def test_training_lowers_the_loss_and_leaves_adapter_report_and_resolved_job(recipe: Recipe, method: str, tmp_path: Path) -> None:
+def test_training_lowers_the_loss_and_leaves_adapter_report_and_resolved_job(
+    recipe: Recipe, method: str, tmp_path: Path
+) -> None:
     ended, told = recipe(method=method)
     assert ended.reason is Reason.OK
     losses = _losses(told)
@@ -124,12 +159,21 @@ def test_a_checkpoint_without_its_marker_does_not_exist(tmp_path: Path) -> None:
 
 def test_an_exploding_learning_rate_ends_as_diverged(recipe: Recipe) -> None:
     with pytest.raises(TrainingFailed) as failure:
-        recipe(learning_rate=0.99, max_grad_norm=1e30, max_steps=60, optim="sgd", weight_decay=0.0, lora={"lora_alpha": 1e30})
+        recipe(
+            learning_rate=0.99,
+            max_grad_norm=1e30,
+            max_steps=60,
+            optim="sgd",
+            weight_decay=0.0,
+            lora={"lora_alpha": 1e30},
+        )
     assert failure.value.reason is Reason.DIVERGED
 
 
 def test_unknown_target_modules_name_the_right_ones(recipe: Recipe) -> None:
-    with pytest.raises(TrainingFailed, match="c_attn is not a linear layer of this model; it has down_proj, gate_proj") as failure:
+    with pytest.raises(
+        TrainingFailed, match="c_attn is not a linear layer of this model; it has down_proj, gate_proj"
+    ) as failure:
         recipe(lora={"target_modules": ["q_proj", "c_attn"]})
     assert failure.value.reason is Reason.BAD_SPEC
 
@@ -148,15 +192,26 @@ def test_gradient_checkpointing_changes_nothing_but_memory(recipe: Recipe) -> No
 
 def test_accumulated_batches_learn_like_one_large_batch(recipe: Recipe) -> None:
     _, whole = recipe("whole", per_device_train_batch_size=4, max_steps=4, lora={"lora_dropout": 0.0})
-    _, parts = recipe("parts", per_device_train_batch_size=1, gradient_accumulation_steps=4, max_steps=4, lora={"lora_dropout": 0.0})
+    _, parts = recipe(
+        "parts", per_device_train_batch_size=1, gradient_accumulation_steps=4, max_steps=4, lora={"lora_dropout": 0.0}
+    )
     # bf16 rounds sums in another order; answers of different lengths must still weigh by tokens
     assert _losses(parts) == pytest.approx(_losses(whole), rel=5e-3)
 
 
-def test_an_evaluation_in_mid_training_leaves_the_gradients_of_an_nf4_model_alone(tiny_model: Path, tmp_path: Path) -> None:
+def test_an_evaluation_in_mid_training_leaves_the_gradients_of_an_nf4_model_alone(
+    tiny_model: Path, tmp_path: Path
+) -> None:
     """bitsandbytes on a CPU repacks weights on a forward in eval mode; gradients through them are wrong from then on."""
-    spec = JobSpec.model_validate({"name": "t", "base_model": str(tiny_model), "method": "qlora",
-                                   "dataset": {"path": "x.jsonl"}, "lora": {"r": 4, "lora_dropout": 0.0}})
+    spec = JobSpec.model_validate(
+        {
+            "name": "t",
+            "base_model": str(tiny_model),
+            "method": "qlora",
+            "dataset": {"path": "x.jsonl"},
+            "lora": {"r": 4, "lora_dropout": 0.0},
+        }
+    )
     tokenizer = load_tokenizer(str(tiny_model))
     data = prepare_data(spec.dataset, str(write_helpdesk(tmp_path / "d.jsonl")), None, None, tokenizer, None)
     model = add_adapter(load_base(str(tiny_model), Method.QLORA, "cpu", choose_precision("cpu")), spec, Method.QLORA)

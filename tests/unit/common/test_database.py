@@ -1,0 +1,203 @@
+"""The schema: migrations and models agree, upgrades are safe, and a database that is away is named."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from pathlib import Path
+
+import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from sqlalchemy import Engine, inspect, text
+
+from loractl.common.database import (
+    HEAD,
+    alembic_config,
+    connect,
+    make_engine,
+    reachable,
+    revision,
+    upgrade,
+)
+from loractl.common.errors import ExitCode, SchemaMismatch, ServiceUnreachable, UsageError
+from loractl.common.settings import Settings, load_settings
+from loractl.common.tables import Base
+
+from ...services import free_port
+
+
+def settings_for(url: str, home: Path) -> Settings:
+    return dataclasses.replace(load_settings({"LORACTL_HOME": str(home)}), database_url=url)
+
+
+def set_revision(engine: Engine, found: str) -> None:
+    with engine.begin() as connection:
+        connection.execute(text("UPDATE alembic_version SET version_num = :found"), {"found": found})
+
+
+def test_the_head_that_the_code_names_is_the_newest_migration() -> None:
+    with alembic_config(None) as config:
+        assert ScriptDirectory.from_config(config).get_heads() == [HEAD]
+
+
+def test_the_migrations_make_exactly_the_tables_of_the_models(database_url: str) -> None:
+    engine = make_engine(database_url)
+    upgrade(engine)
+    with engine.connect() as connection:
+        # Types are compared too. What Alembic does not compare on SQLite (a partial index's condition, AUTOINCREMENT)
+        # is read from the catalogue below.
+        context = MigrationContext.configure(connection, opts={"compare_type": True})
+        assert compare_metadata(context, Base.metadata) == []
+    engine.dispose()
+
+
+def test_the_indexes_of_waiting_and_leased_jobs_are_partial(database_url: str) -> None:
+    engine = make_engine(database_url)
+    upgrade(engine)
+    indexes = {index["name"]: index for index in inspect(engine).get_indexes("jobs")}
+    for name, status in (("ix_jobs_waiting", "queued"), ("ix_jobs_lease", "running")):
+        condition = indexes[name]["dialect_options"][f"{engine.dialect.name}_where"]
+        assert f"'{status}'" in str(condition)
+    engine.dispose()
+
+
+def test_a_job_number_is_never_given_twice(database_url: str) -> None:
+    engine = make_engine(database_url)
+    upgrade(engine)
+    row = (
+        'INSERT INTO jobs (name, "user", labels, spec, spec_hash, base_model, data, priority, vram_class, max_retries, '
+        "status, cancel_requested, held, attempt, retries_used, submitted_at) VALUES ('a', 'b', '{}', '{}', 'c', 'd', "
+        "'{}', 0, 8, 0, 'queued', false, false, 0, 0, '2026-01-01') RETURNING job_id"
+    )
+    with engine.begin() as connection:
+        first = connection.execute(text(row)).scalar_one()
+        connection.execute(text("DELETE FROM jobs"))
+        assert connection.execute(text(row)).scalar_one() > first
+    engine.dispose()
+
+
+def test_an_upgrade_says_from_where_to_where_and_a_second_one_changes_nothing(database_url: str) -> None:
+    engine = make_engine(database_url)
+    assert revision(engine) is None
+    assert upgrade(engine) == (None, HEAD)
+    tables = set(inspect(engine).get_table_names())
+    assert upgrade(engine) == (HEAD, HEAD)
+    assert revision(engine) == HEAD
+    assert set(inspect(engine).get_table_names()) == tables == {*Base.metadata.tables, "alembic_version"}
+    engine.dispose()
+
+
+def test_a_downgrade_removes_every_table_again(database_url: str) -> None:
+    from alembic import command
+
+    engine = make_engine(database_url)
+    upgrade(engine)
+    with engine.begin() as connection, alembic_config(connection) as config:
+        command.downgrade(config, "base")
+    assert set(inspect(engine).get_table_names()) == {"alembic_version"}
+    assert revision(engine) is None
+    assert upgrade(engine) == (None, HEAD)
+    engine.dispose()
+
+
+def test_four_upgrades_at_once_leave_one_schema_and_no_error(database_url: str) -> None:
+    together = threading.Barrier(4)
+    failures: list[Exception] = []
+
+    def migrate() -> None:
+        engine = make_engine(database_url)
+        together.wait()
+        try:
+            upgrade(engine)
+        except Exception as error:  # noqa: BLE001  whatever it is, the test shows it
+            failures.append(error)
+        finally:
+            engine.dispose()
+
+    threads = [threading.Thread(target=migrate) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert failures == []
+    engine = make_engine(database_url)
+    assert revision(engine) == HEAD
+    with engine.connect() as connection:
+        assert connection.execute(text("SELECT count(*) FROM alembic_version")).scalar() == 1
+    engine.dispose()
+
+
+def test_a_database_that_is_newer_than_the_code_is_left_alone(database_url: str, tmp_path: Path) -> None:
+    engine = make_engine(database_url)
+    upgrade(engine)
+    set_revision(engine, "9999")
+    with pytest.raises(SchemaMismatch, match=f"is at revision 9999, this loractl needs revision {HEAD}") as caught:
+        upgrade(engine)
+    assert caught.value.hint is not None
+    assert "upgrade loractl instead" in caught.value.hint
+    with pytest.raises(SchemaMismatch):
+        connect(settings_for(database_url, tmp_path))
+    assert revision(engine) == "9999"
+    engine.dispose()
+
+
+def test_the_embedded_database_is_made_on_the_way_and_readable_by_its_owner_alone(tmp_path: Path) -> None:
+    settings = load_settings({"LORACTL_HOME": str(tmp_path / "a home")})
+    engine = connect(settings)
+    assert revision(engine) == HEAD
+    assert (tmp_path / "a home").stat().st_mode & 0o777 == 0o700
+    with engine.connect() as connection:
+        pragmas = [connection.exec_driver_sql(f"PRAGMA {p}").scalar() for p in ("journal_mode", "foreign_keys")]
+    assert pragmas == ["wal", 1]
+    engine.dispose()
+
+
+def test_a_shared_database_without_tables_is_not_upgraded_by_chance(postgres_url: str, tmp_path: Path) -> None:
+    with pytest.raises(SchemaMismatch, match="has no loractl tables yet") as caught:
+        connect(settings_for(postgres_url, tmp_path))
+    assert caught.value.hint is not None
+    assert caught.value.hint.startswith("run loractl db upgrade")
+
+
+@pytest.mark.timeout(30)
+def test_a_database_where_nothing_listens_is_named_without_its_password(tmp_path: Path) -> None:
+    port = free_port()
+    settings = settings_for(f"postgresql+psycopg://lab:hunter2@127.0.0.1:{port}/loractl", tmp_path)
+    with pytest.raises(ServiceUnreachable) as caught:
+        connect(settings)
+    error = caught.value
+    assert error.exit_code == ExitCode.UNREACHABLE
+    assert f"the database is unreachable at postgresql+psycopg://lab:***@127.0.0.1:{port}/loractl" in error.sentence
+    assert "refused" in error.sentence
+    assert "\n" not in error.sentence
+    assert "hunter2" not in f"{error.sentence}{error.hint}"
+    assert error.hint == "check that it runs, or set LORACTL_DATABASE_URL"
+
+
+def test_a_database_that_cannot_be_opened_is_named_as_unreachable(tmp_path: Path) -> None:
+    (tmp_path / "loractl.db").mkdir()
+    with pytest.raises(ServiceUnreachable, match="unable to open database file"):
+        connect(load_settings({"LORACTL_HOME": str(tmp_path)}))
+
+
+def test_a_wrong_statement_is_not_taken_for_an_outage(postgres_url: str, tmp_path: Path) -> None:
+    from sqlalchemy.exc import ProgrammingError
+
+    engine = make_engine(postgres_url)
+    with (
+        pytest.raises(ProgrammingError),
+        reachable(settings_for(postgres_url, tmp_path)),
+        engine.connect() as connection,
+    ):
+        connection.execute(text("SELECT * FROM nowhere"))
+    engine.dispose()
+
+
+@pytest.mark.parametrize("url", ["nonsense", "oracle9://lab:hunter2@db/x"])
+def test_an_address_that_is_no_database_shows_the_right_form(url: str) -> None:
+    with pytest.raises(UsageError, match="is not a database URL") as caught:
+        make_engine(url)
+    assert "hunter2" not in caught.value.sentence
+    assert caught.value.hint == "like postgresql://user@host/loractl"
