@@ -104,7 +104,7 @@ OUTCOMES: dict[Reason, Outcome] = {
         status=Status.FAILED,
         retryable=False,
         counts=False,
-        advice="raise resources.time_limit in the job file and submit it again",
+        advice="raise resources.time_limit and submit again",
     ),
     Reason.CANCELLED: Outcome(
         status=Status.CANCELLED, retryable=False, counts=False, advice="loractl retry JOB queues it again"

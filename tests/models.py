@@ -73,7 +73,8 @@ def write_job(
         f"name: {name}\nbase_model: {model}\nmethod: {method}\n"
         f"dataset: {{path: {data}, max_length: 128}}\n"
         "lora: {r: 4, lora_alpha: 8}\n"
-        "training: {max_steps: 6, learning_rate: 5.0e-3, per_device_train_batch_size: 4, gradient_accumulation_steps: 1, save_steps: 3, logging_steps: 1}\n"
+        "training: {max_steps: 6, learning_rate: 5.0e-3, per_device_train_batch_size: 4, "
+        "gradient_accumulation_steps: 1, save_steps: 3, logging_steps: 1}\n"
         "evaluation: {samples: 2, max_new_tokens: 8}\n" + extra
     )
     return path

@@ -139,7 +139,7 @@ def test_an_unreachable_artifact_store_queues_nothing(make_cli: Callable[..., Cl
 def test_a_full_artifact_store_keeps_the_job_and_says_so(
     make_cli: Callable[..., Cli], tiny_model: Path, tmp_path: Path
 ) -> None:
-    """A 300 KiB store takes the data set and not the adapter: the job fails as store_failed, its row keeps the reason."""
+    """A 300 KiB store takes the data set and not the adapter: the job fails as store_failed, its row says why."""
     store = tmp_path / "store"
     store.mkdir()
     mounted = subprocess.run(

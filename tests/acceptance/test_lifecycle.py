@@ -124,7 +124,7 @@ def _until(cli: Cli, job_id: int, holds: Callable[[dict], bool], seconds: float 
         job = json.loads(cli("status", job_id, "--json").stdout)
         if holds(job):
             return job
-        assert not (job["status"] == "failed"), job
+        assert job["status"] != "failed", job
         assert time.monotonic() < deadline, f"after {seconds} s: {job}"
         time.sleep(0.2)
 

@@ -1,5 +1,7 @@
-"""The main job, end to end, as a person runs it: submit, worker, status, report, adapter. Once on what one machine has by
-itself, once on what a lab has; every service is real."""
+"""The main job, end to end, as a person runs it: submit, worker, status, report, adapter.
+
+Once on what one machine has by itself, once on what a lab has; every service is real.
+"""
 
 from __future__ import annotations
 

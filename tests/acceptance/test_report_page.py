@@ -1,4 +1,4 @@
-"""The report's page, opened in a real browser: it stands alone, shows its numbers, and runs nothing that people typed."""
+"""The report's page in a real browser: it stands alone, shows its numbers, and runs nothing that people typed."""
 
 from __future__ import annotations
 

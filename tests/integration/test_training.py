@@ -121,7 +121,7 @@ def test_training_lowers_the_loss_and_leaves_adapter_report_and_resolved_job(
 @pytest.mark.parametrize("method", ["lora", "qlora"])
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(recipe: Recipe, method: str, tmp_path: Path) -> None:
     _, whole = recipe("whole", method=method)
-    ended, first = recipe("first", method=method, stop_after=5)
+    ended, _ = recipe("first", method=method, stop_after=5)
     assert ended.reason is Reason.DRAINED
     _, rest = recipe("rest", method=method, resume="first")
     resumed = next(m.resumed_from_step for m in rest if isinstance(m, Note) and m.kind == "resumed")
@@ -202,7 +202,7 @@ def test_accumulated_batches_learn_like_one_large_batch(recipe: Recipe) -> None:
 def test_an_evaluation_in_mid_training_leaves_the_gradients_of_an_nf4_model_alone(
     tiny_model: Path, tmp_path: Path
 ) -> None:
-    """bitsandbytes on a CPU repacks weights on a forward in eval mode; gradients through them are wrong from then on."""
+    """bitsandbytes on a CPU repacks weights on an eval-mode forward; gradients through them are wrong from then on."""
     spec = JobSpec.model_validate(
         {
             "name": "t",
