@@ -1,11 +1,12 @@
 """What a person who makes a mistake reads: one sentence with the place, a hint, an exit code, and never a traceback.
 
-`pytest tests/acceptance/test_bad_inputs.py -s --table` prints the whole table.
+docs/errors.md shows the whole table.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -38,11 +39,11 @@ def messages(*turns: dict[str, str]) -> str:
 MISTAKES = [
     # the job file
     Mistake("no such file", "nothing.yaml: no such file", command=["submit", "nothing.yaml"]),
-    Mistake("not YAML", "job.yaml:2: is not valid YAML", job="name: a\nbase_model: [b\nmethod: lora\n"),
+    Mistake("not YAML", "job.yaml:3: is not valid YAML", job="name: a\nbase_model: [b\nmethod: lora\n"),
     Mistake("empty file", "is empty or not a mapping", job=""),
     Mistake("binary file", "is not UTF-8 text", job=b"\xff\xfe\x00\x01"),
     Mistake("a huge file", "a job file at most", job="# " + "x" * 300_000),
-    Mistake("a key stands twice", "key name stands twice (line 4)", job=GOOD + "name: again\n"),
+    Mistake("a key stands twice", "job.yaml:4: is not valid YAML: key name stands twice", job=GOOD + "name: again\n"),
     Mistake("unknown key", "job.yaml:4: totally_bogus: unknown key", job=GOOD + "totally_bogus: 1\n"),
     Mistake("another tool's key", "Hint: did you mean lora.r?", job=GOOD + "lora: {rank: 8}\n"),
     Mistake("a typing slip", "did you mean training.learning_rate?", job=GOOD + "training: {learning_rat: 0.1}\n"),
@@ -93,6 +94,12 @@ def test_a_mistake_is_answered_with_a_sentence(
     args = [str(tmp_path / a) if a.endswith(".yaml") else a for a in mistake.command]
     _answered(cli(*args, code=None), mistake.says, mistake.code)
     assert json.loads(cli("status", "-a", "--json").stdout) == [], "nothing was queued"
+
+
+def test_the_table_in_the_docs_has_every_mistake() -> None:
+    table = (Path(__file__).parents[2] / "docs" / "errors.md").read_text()
+    for mistake in MISTAKES:
+        assert re.search(rf"^\| {re.escape(mistake.name)} \| .*\| {mistake.code} \|$", table, re.M), mistake.name
 
 
 def test_every_mistake_in_a_file_is_told_at_once(cli: Cli, tmp_path: Path) -> None:
