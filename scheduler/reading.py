@@ -67,9 +67,9 @@ def status(
         return
     if not sys.stdout.isatty():
         raise UsageError("--watch without a JOB needs a terminal", "loractl status JOB --watch works in a pipe")
+    frame = _Frame()
     while True:
-        click.clear()
-        click.echo(_overview(store, user, pair))  # type: ignore[arg-type]
+        frame.draw(_overview(store, user, pair))  # type: ignore[arg-type]
         time.sleep(_WATCH_S)
 
 
@@ -145,12 +145,11 @@ def follow(store: Store, job_id: int) -> ExitCode:
     """Watch a job to its end: redrawn on a terminal, a line a change elsewhere. Ctrl-C leaves the job alone."""
     from loractl.common.status import Status
 
-    tty, said = sys.stdout.isatty(), ""
+    tty, said, frame = sys.stdout.isatty(), "", _Frame()
     while True:
         job = store.job(job_id)
         if tty:
-            click.clear()
-            click.echo(_one(store, job))
+            frame.draw(_one(store, job))
         elif (line := _line(job)) != said:
             click.echo(line, err=True)
             said = line
@@ -159,6 +158,20 @@ def follow(store: Store, job_id: int) -> ExitCode:
                 click.echo(f"Job {job_id} {job.status.value}: {job.message}")
             return ExitCode.OK if job.status is Status.SUCCEEDED else ExitCode.FAILED
         time.sleep(_WATCH_S if tty else 1.0)
+
+
+class _Frame:
+    """Text that is drawn over itself; the last frame stays."""
+
+    def __init__(self) -> None:
+        self._lines = 0
+
+    def draw(self, text: str) -> None:
+        width = render.detect_screen().width
+        back = f"\x1b[{self._lines}A\r\x1b[J" if self._lines else ""
+        click.echo(back + text)
+        # a line that is wider than the terminal takes several rows
+        self._lines = sum(max(1, -(-len(click.unstyle(line)) // width)) for line in text.split("\n"))
 
 
 def _overview(store: Store, user: str | None, label: tuple[str, str] | None) -> str:
