@@ -54,7 +54,7 @@ def reachable(settings: Settings) -> Iterator[None]:
             raise
         why = str(error.orig).strip().splitlines()
         raise ServiceUnreachable(
-            "the database", redacted(settings.database_url), "LORACTL_DATABASE_URL", why[-1] if why else "no answer"
+            "the database", redacted(settings.database_url), "LORACTL_DATABASE_URL", why[0] if why else "no answer"
         ) from error
 
 

@@ -7,12 +7,15 @@ import datetime as dt
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from sqlalchemy import update
+from sqlalchemy.orm import Session
 
 from loractl.common.database import make_engine, upgrade
 from loractl.common.errors import WrongState
 from loractl.common.records import Claim, Progress
 from loractl.common.status import OUTCOMES, TRANSITIONS, WORKER_LOST_LIMIT, Reason, Status
 from loractl.common.store import LEASE_S, Store
+from loractl.common.tables import Job
 from loractl.common.units import GIB
 
 from ..factories import RESULT, Clock, submission
@@ -235,6 +238,18 @@ def test_unfinished_counts_what_runs_and_what_would_fit(store: Store) -> None:
     store.cancel(small, "ada")
     store.cancel(large, "ada")
     assert store.unfinished(PLENTY) == 0
+
+
+def test_a_spec_that_this_version_cannot_read_fails_and_does_not_block_the_next(timed: Store, clock: Clock) -> None:
+    broken, good = timed.submit(submission(priority=9)), timed.submit(submission())
+    with Session(timed._engine) as session, session.begin():
+        session.execute(update(Job).where(Job.job_id == broken).values(spec={"name": "tiny", "colour": "red"}))
+    assert timed.claim("box:0", "GPU", PLENTY) is None
+    row = timed.job(broken)
+    assert (row.status, row.reason, row.ended_at) == (Status.FAILED, Reason.BAD_SPEC, clock.now)
+    assert row.status in TRANSITIONS[Status.QUEUED]
+    assert "this worker's loractl does not understand" in (row.message or "")
+    assert claim(timed).job_id == good
 
 
 ACTIONS = ["claim", "beat", "cancel", "retry", "silence", *Reason]
