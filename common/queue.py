@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .broker import broker_url
-from .errors import LoractlError, ServiceUnreachable
+from .errors import ServiceUnreachable
 from .policy import VRAM_CLASSES, queue_name
 from .settings import Settings, redacted
 
@@ -47,16 +47,16 @@ def make_app(url: str) -> Any:
 
 def wake(settings: Settings, size_class: int) -> None:
     """Tell nodes that a job of this class waits. Raises ServiceUnreachable when the queue is away."""
+    from kombu.exceptions import KombuError
+    from redis.exceptions import RedisError
+
     url = broker_url(settings)
     app = make_app(url)
     try:
         with app.connection_for_write() as connection:
             connection.ensure_connection(max_retries=1, interval_start=0, timeout=3)
             app.send_task(WAKE_TASK, (size_class,), queue=queue_name(size_class), retry=False, connection=connection)
-    except LoractlError:
-        raise
-    except Exception as error:
-        # kombu and redis-py raise their own unrelated classes; each of them means that the message did not go out
+    except (OSError, KombuError, RedisError) as error:
         raise ServiceUnreachable(
             "the queue", redacted(url), "LORACTL_REDIS_URL", str(error) or type(error).__name__
         ) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 import sys
 import traceback
@@ -41,15 +42,9 @@ class LazyGroup(click.Group):
         if cmd_name not in COMMANDS:
             return None
         module, _, attribute = COMMANDS[cmd_name][0].partition(":")
-        try:
-            command: click.Command = getattr(importlib.import_module(module), attribute)
-        except ImportError as error:
-            if not module.startswith("loractl.worker"):
-                raise
-            raise LoractlError(
-                f"loractl {cmd_name} needs the training stack ({error.name} is missing)",
-                "pip install 'loractl[worker]'",
-            ) from error
+        if module.startswith("loractl.worker") and importlib.util.find_spec("torch") is None:
+            raise LoractlError(f"loractl {cmd_name} needs the training stack", "pip install 'loractl[worker]'")
+        command: click.Command = getattr(importlib.import_module(module), attribute)
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

@@ -1,0 +1,52 @@
+"""The light client, installed from the wheel into an empty environment: no torch, and a client's commands all work."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ..models import write_helpdesk
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def light(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """bin/ of an environment with the wheel and what it declares, nothing else."""
+    folder = tmp_path_factory.mktemp("light")
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    subprocess.run([*pip, "wheel", "--no-deps", "-w", str(folder), str(ROOT)], check=True, timeout=200)
+    subprocess.run([sys.executable, "-m", "venv", str(folder / "venv")], check=True, timeout=60)
+    bin_folder = folder / "venv" / "bin"
+    wheel = next(folder.glob("loractl-*.whl"))
+    install = [str(bin_folder / "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", str(wheel)]
+    subprocess.run(install, check=True, timeout=280)
+    return bin_folder
+
+
+def test_the_light_client_submits_and_reads_without_the_training_stack(light: Path, home: Path, tmp_path: Path) -> None:
+    environment = {**os.environ, "LORACTL_HOME": str(home), "LORACTL_USER": "tester"}
+
+    def run(*args: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+        command = [str(light / "loractl"), *args]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, cwd=tmp_path)
+        assert done.returncode == code, done.stderr
+        return done
+
+    write_helpdesk(tmp_path / "data.jsonl")
+    (tmp_path / "job.yaml").write_text("name: job\nbase_model: gpt2\ndataset: {path: data.jsonl}\n")
+    submitted = run("submit", "job.yaml")
+    assert submitted.stdout == "Job 1 (job) is queued.\n"
+    assert "Warning" not in submitted.stderr, "the wake message went out"
+    assert json.loads(run("status", "1", "--json").stdout)["status"] == "queued"
+    assert "queued by tester" in run("show", "1").stdout
+    assert "is cancelled" in run("cancel", "1").stdout
+    for command in (["worker"], ["data", "show", "job.yaml"]):
+        told = run(*command, code=1).stderr
+        assert "needs the training stack" in told and "pip install 'loractl[worker]'" in told
+    assert subprocess.run([str(light / "python"), "-c", "import torch"], capture_output=True).returncode != 0
