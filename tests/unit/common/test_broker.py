@@ -19,7 +19,11 @@ from loractl.common.broker import SOCKET_PATH_LIMIT, broker_url, server_binary, 
 from loractl.common.errors import UsageError
 from loractl.common.settings import Settings, load_settings
 
-START = "from loractl.common.broker import broker_url; from loractl.common.settings import load_settings; print(broker_url(load_settings()))"
+START = """
+from loractl.common.broker import broker_url
+from loractl.common.settings import load_settings
+print(broker_url(load_settings()))
+"""
 
 
 @pytest.fixture
