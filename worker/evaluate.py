@@ -21,7 +21,10 @@ from .model import evaluating
 BOOTSTRAP_SAMPLES = 10_000
 BOOTSTRAP_SEED = 7
 
-Reading = Literal["better", "worse", "no clear change"]
+MIN_CASES = 8
+"""Fewer cases are too few for a bootstrap interval: its ends are then little more than the rows themselves."""
+
+Reading = Literal["better", "worse", "no clear change", "too few cases"]
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
 
@@ -45,6 +48,8 @@ class Compared:
 
     @property
     def reading(self) -> Reading:
+        if self.cases < MIN_CASES:
+            return "too few cases"
         if self.low <= 0 <= self.high:
             return "no clear change"
         return "better" if (self.change > 0) == self.higher_is_better else "worse"

@@ -118,6 +118,12 @@ def verdict(metrics: list[Compared]) -> dict[str, str]:
     short = f"loss {loss.base:.2f} -> {loss.tuned:.2f}"
     worse = [m.label for m in metrics if m.reading == "worse" and m.name not in ("loss", "perplexity")]
     aside = f"; worse on {' and '.join(worse)}" if worse else ""
+    if loss.reading == "too few cases":
+        return {
+            "reading": "no_measurable_gain",
+            "short": f"too few held-out rows to say, {short}",
+            "sentence": f"Too few held-out rows ({loss.cases}) to say whether it is better: {numbers}.",
+        }
     if loss.reading == "no clear change":
         return {
             "reading": "no_measurable_gain",

@@ -1,0 +1,261 @@
+"""The artifact store, in a folder and on a real S3: what was stored is what is read, or there is an error."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from loractl.common.artifacts import MANIFEST, ArtifactStore, attempt_prefix, open_store, sha256_of
+from loractl.common.errors import ArtifactError, LoractlError, ServiceUnreachable, UsageError
+from loractl.common.settings import load_settings
+
+from ... import services
+
+PREFIX = attempt_prefix(7, 2)
+
+
+@dataclass(frozen=True)
+class Place:
+    """A store and the folder in which its files really lie."""
+
+    store: ArtifactStore
+    folder: Path
+
+    def file(self, name: str) -> Path:
+        return self.folder / PREFIX / name
+
+
+@pytest.fixture(params=["file", "s3"])
+def place(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
+    if request.param == "file":
+        return Place(ArtifactStore((tmp_path / "artifacts").as_uri()), tmp_path / "artifacts")
+    server: services.S3 = request.getfixturevalue("s3_server")
+    for name, value in server.environment.items():
+        monkeypatch.setenv(name, value)
+    part = tmp_path.name  # one bucket for the session, a folder in it for each test
+    return Place(ArtifactStore(f"{server.url}/{part}"), server.folder / "loractl" / "lab" / part)
+
+
+@pytest.fixture
+def result(tmp_path: Path) -> Path:
+    """What an attempt leaves to be stored."""
+    folder = tmp_path / "result"
+    (folder / "adapter").mkdir(parents=True)
+    (folder / "adapter" / "adapter_model.safetensors").write_bytes(os.urandom(3_000_000))
+    (folder / "adapter" / "adapter_config.json").write_text("{}")
+    (folder / "report.json").write_text('{"rows": 3}')
+    return folder
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path, size: str) -> Iterator[None]:
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(folder)], capture_output=True)
+    if mounted.returncode != 0:
+        pytest.skip("a small disk needs the right to mount a tmpfs")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_result_is_stored_verified_and_read_back(place: Place, result: Path, tmp_path: Path) -> None:
+    manifest = place.store.put_result(result, PREFIX)
+    assert set(manifest) == {"adapter/adapter_config.json", "adapter/adapter_model.safetensors", "report.json"}
+    assert manifest["report.json"].size == 11
+    assert place.store.manifest(PREFIX) == place.store.verify(PREFIX) == manifest
+    assert place.store.read_json(PREFIX, "report.json") == {"rows": 3}
+
+    pulled = place.store.pull(PREFIX, "adapter/", tmp_path / "pulled")
+    assert set(pulled) == {"adapter_config.json", "adapter_model.safetensors"}
+    for name in pulled:
+        assert (tmp_path / "pulled" / name).read_bytes() == (result / "adapter" / name).read_bytes()
+    assert {p.name for p in (tmp_path / "pulled").iterdir()} == set(pulled), "no part of a download is left"
+
+
+def test_a_second_store_of_another_process_sees_a_result_at_once(place: Place, result: Path) -> None:
+    other = ArtifactStore(place.store.url)
+    with pytest.raises(ArtifactError, match="has no manifest: nothing was stored there"):
+        other.manifest(PREFIX)
+    place.store.put_result(result, PREFIX)
+    assert "report.json" in other.manifest(PREFIX)
+
+
+def test_a_result_without_its_manifest_does_not_exist(place: Place, result: Path, tmp_path: Path) -> None:
+    place.store.put_result(result, PREFIX)
+    place.file(MANIFEST).unlink()
+    for read in (
+        lambda: place.store.verify(PREFIX),
+        lambda: place.store.pull(PREFIX, "adapter/", tmp_path / "pulled"),
+        lambda: place.store.read_json(PREFIX, "report.json"),
+    ):
+        with pytest.raises(ArtifactError, match=f"{PREFIX} has no manifest"):
+            read()
+
+
+def test_a_changed_file_is_detected_by_everyone_who_reads_it(place: Place, result: Path, tmp_path: Path) -> None:
+    place.store.put_result(result, PREFIX)
+    place.file("report.json").write_text('{"rows": 4}')
+    with pytest.raises(ArtifactError, match=r"report\.json does not match its manifest"):
+        place.store.verify(PREFIX)
+    with pytest.raises(ArtifactError, match=r"report\.json does not match its manifest"):
+        place.store.read_json(PREFIX, "report.json")
+    weights = place.file("adapter/adapter_model.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-1] + b"!")
+    with pytest.raises(ArtifactError, match=r"adapter_model\.safetensors does not match its manifest"):
+        place.store.pull(PREFIX, "adapter/", tmp_path / "pulled")
+
+
+def test_a_removed_file_is_detected(place: Place, result: Path, tmp_path: Path) -> None:
+    place.store.put_result(result, PREFIX)
+    place.file("report.json").unlink()
+    with pytest.raises(ArtifactError, match=f"verifying {PREFIX}: not found in"):
+        place.store.verify(PREFIX)
+    with pytest.raises(ArtifactError, match=r"reading report\.json: not found in"):
+        place.store.read_json(PREFIX, "report.json")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"{",
+        b"[]",
+        b'{"a": 5}',
+        b'{"a": {"size": 1}}',
+        b"\xff",
+        json.dumps({"adapter/../../evil": {"size": 1, "sha256": "0" * 64}}).encode(),
+        json.dumps({"/etc/evil": {"size": 1, "sha256": "0" * 64}}).encode(),
+    ],
+)
+def test_a_damaged_or_forged_manifest_is_refused(place: Place, result: Path, tmp_path: Path, content: bytes) -> None:
+    place.store.put_result(result, PREFIX)
+    place.file(MANIFEST).write_bytes(content)
+    with pytest.raises(ArtifactError, match=r"the manifest of .* is damaged"):
+        place.store.pull(PREFIX, "adapter/", tmp_path / "deep" / "pulled")
+    assert not (tmp_path / "evil").exists()
+
+
+def test_what_a_result_does_not_hold_is_named(place: Place, result: Path, tmp_path: Path) -> None:
+    place.store.put_result(result, PREFIX)
+    with pytest.raises(ArtifactError, match=r"has no report\.html"):
+        place.store.read_bytes(PREFIX, "report.html")
+    with pytest.raises(ArtifactError, match="has no merged/"):
+        place.store.pull(PREFIX, "merged/", tmp_path / "pulled")
+
+
+def test_storing_the_same_attempt_again_replaces_it(place: Place, result: Path) -> None:
+    place.store.put_result(result, PREFIX)
+    (result / "report.json").write_text('{"rows": 5}')
+    place.store.put_result(result, PREFIX)
+    assert place.store.read_json(PREFIX, "report.json") == {"rows": 5}
+
+
+def test_a_data_set_is_stored_once_under_its_content(place: Place, tmp_path: Path) -> None:
+    data, copy = tmp_path / "My Data.JSONL", tmp_path / "copy.jsonl"
+    data.write_text('{"text": "a"}\n')
+    copy.write_text('{"text": "a"}\n')
+    uri, digest = place.store.put_dataset(data)
+    assert (uri, digest) == (f"{place.store.url}/datasets/{digest}.jsonl", sha256_of(data))
+    stored = place.folder / "datasets" / f"{digest}.jsonl"
+    before = stored.stat().st_mtime_ns
+    assert place.store.put_dataset(copy) == (uri, digest)
+    assert stored.stat().st_mtime_ns == before, "equal content is not uploaded again"
+    assert [p.name for p in stored.parent.iterdir()] == [stored.name]
+
+
+def test_a_data_set_of_which_only_a_part_arrived_is_stored_again(place: Place, tmp_path: Path) -> None:
+    data = tmp_path / "d.jsonl"
+    data.write_text('{"text": "a"}\n')
+    _, digest = place.store.put_dataset(data)
+    stored = place.folder / "datasets" / f"{digest}.jsonl"
+    stored.write_text("half")
+    place.store.put_dataset(data)
+    assert sha256_of(stored) == digest
+
+
+def test_a_fetched_data_set_is_kept_and_must_have_the_content_that_was_submitted(place: Place, tmp_path: Path) -> None:
+    data, cache = tmp_path / "d.jsonl", tmp_path / "cache"
+    data.write_text('{"text": "a"}\n')
+    uri, digest = place.store.put_dataset(data)
+    fetched = place.store.fetch_dataset(uri, digest, cache)
+    assert fetched.read_text() == data.read_text()
+
+    stored = place.folder / "datasets" / f"{digest}.jsonl"
+    stored.write_text('{"text": "b"}\n')
+    assert place.store.fetch_dataset(uri, digest, cache) == fetched, "what is here and right is not fetched again"
+    fetched.write_text("damaged")
+    with pytest.raises(ArtifactError, match="does not have the content that was submitted"):
+        place.store.fetch_dataset(uri, digest, cache)
+    assert list(cache.iterdir()) == [], "what is wrong is not left for the next attempt"
+    stored.unlink()
+    with pytest.raises(ArtifactError, match="not found in"):
+        place.store.fetch_dataset(uri, digest, cache)
+
+
+def test_a_home_with_spaces_and_umlauts_holds_its_artifacts_itself(tmp_path: Path) -> None:
+    home = tmp_path / "mein Büro 100%"
+    store = open_store(load_settings({"LORACTL_HOME": str(home)}))
+    data = tmp_path / "d.jsonl"
+    data.write_text("{}\n")
+    uri, digest = store.put_dataset(data)
+    assert (home / "artifacts" / "datasets" / f"{digest}.jsonl").exists()
+    assert store.fetch_dataset(uri, digest, tmp_path / "cache").read_text() == "{}\n"
+
+
+def test_a_full_store_is_an_error_that_names_the_space_and_leaves_no_manifest(result: Path, tmp_path: Path) -> None:
+    with small_disk(tmp_path / "full", "64k"):
+        store = ArtifactStore((tmp_path / "full" / "artifacts").as_uri())
+        with pytest.raises(ArtifactError, match="No space left on device") as caught:
+            store.put_result(result, PREFIX)
+        assert caught.value.hint == "check LORACTL_ARTIFACTS_URL and its free space"
+        with pytest.raises(ArtifactError, match="has no manifest"):
+            store.manifest(PREFIX)
+        assert not list((tmp_path / "full").rglob("*.part-*")), "what was half written is gone"
+
+
+def test_a_full_disk_here_is_an_error_when_an_adapter_is_pulled(result: Path, tmp_path: Path) -> None:
+    store = ArtifactStore((tmp_path / "artifacts").as_uri())
+    store.put_result(result, PREFIX)
+    with small_disk(tmp_path / "full", "64k"), pytest.raises(ArtifactError, match="No space left on device"):
+        store.pull(PREFIX, "adapter/", tmp_path / "full" / "pulled")
+
+
+@pytest.mark.timeout(90)
+def test_an_s3_that_does_not_answer_is_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, result: Path
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{services.free_port()}")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret-hunter2")
+    store = ArtifactStore("s3://loractl/lab")
+    with pytest.raises(ServiceUnreachable) as caught:
+        store.manifest(PREFIX)
+    assert caught.value.sentence.startswith("the artifact store is unreachable at s3://loractl/lab: ")
+    assert caught.value.hint == "check that it runs, or set LORACTL_ARTIFACTS_URL"
+    assert "hunter2" not in caught.value.sentence
+
+
+def test_wrong_keys_are_a_sentence(s3_server: services.S3, monkeypatch: pytest.MonkeyPatch, result: Path) -> None:
+    for name, value in {**s3_server.environment, "AWS_SECRET_ACCESS_KEY": "wrong"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(LoractlError) as caught:
+        ArtifactStore(s3_server.url).put_result(result, PREFIX)
+    assert s3_server.url in caught.value.sentence
+    assert not (s3_server.folder / "loractl" / "lab" / PREFIX).exists()
+
+
+def test_a_store_of_an_unknown_kind_is_refused() -> None:
+    with pytest.raises(UsageError):
+        ArtifactStore("gopher://lab/artifacts")
+
+
+def test_an_attempt_has_a_place_of_its_own() -> None:
+    assert attempt_prefix(7, 2) == "jobs/7/attempt-2"
+    assert len({attempt_prefix(j, a) for j in (1, 11) for a in (1, 11)}) == 4
