@@ -88,9 +88,13 @@ class ArtifactStore:
                 raw = json.loads(self._fs.cat_file(self._at(f"{prefix}/{MANIFEST}")))
             except FileNotFoundError:
                 raise ArtifactError(f"{self.url}/{prefix} has no manifest: nothing was stored there") from None
-            except json.JSONDecodeError:
-                raise ArtifactError(f"the manifest of {self.url}/{prefix} is damaged") from None
-        return {name: StoredFile(**file) for name, file in raw.items()}
+            except ValueError:
+                raw = None
+        try:
+            found = {_inside(name): StoredFile(**file) for name, file in raw.items()}
+        except (AttributeError, TypeError, ValueError):
+            raise ArtifactError(f"the manifest of {self.url}/{prefix} is damaged") from None
+        return found
 
     def verify(self, prefix: str, expected: Manifest | None = None) -> Manifest:
         """Read every file below `prefix` back and compare it with its manifest. Raises ArtifactError."""
@@ -199,6 +203,13 @@ def open_store(settings: Settings) -> ArtifactStore:
 def attempt_prefix(job_id: int, attempt: int) -> str:
     """Where an attempt's files go."""
     return f"jobs/{job_id}/attempt-{attempt}"
+
+
+def _inside(name: str) -> str:
+    """A manifest's name, unless it would lead `pull` out of its folder: others may write to the store, too."""
+    if name.startswith("/") or ".." in name.split("/"):
+        raise ValueError(name)
+    return name
 
 
 def sha256_of(path: Path) -> str:

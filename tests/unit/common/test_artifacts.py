@@ -23,13 +23,16 @@ PREFIX = attempt_prefix(7, 2)
 
 @dataclass(frozen=True)
 class Place:
-    """A store and the folder in which its files really lie."""
+    """A store, the folder in which its files really lie, and a hand that changes them behind its back."""
 
     store: ArtifactStore
     folder: Path
 
-    def file(self, name: str) -> Path:
-        return self.folder / PREFIX / name
+    def write(self, name: str, content: bytes) -> None:
+        self.store._fs.pipe_file(f"{self.store._root}/{name}", content)
+
+    def remove(self, name: str) -> None:
+        self.store._fs.rm_file(f"{self.store._root}/{name}")
 
 
 @pytest.fixture(params=["file", "s3"])
@@ -90,7 +93,7 @@ def test_a_second_store_of_another_process_sees_a_result_at_once(place: Place, r
 
 def test_a_result_without_its_manifest_does_not_exist(place: Place, result: Path, tmp_path: Path) -> None:
     place.store.put_result(result, PREFIX)
-    place.file(MANIFEST).unlink()
+    place.remove(f"{PREFIX}/{MANIFEST}")
     for read in (
         lambda: place.store.verify(PREFIX),
         lambda: place.store.pull(PREFIX, "adapter/", tmp_path / "pulled"),
@@ -102,20 +105,20 @@ def test_a_result_without_its_manifest_does_not_exist(place: Place, result: Path
 
 def test_a_changed_file_is_detected_by_everyone_who_reads_it(place: Place, result: Path, tmp_path: Path) -> None:
     place.store.put_result(result, PREFIX)
-    place.file("report.json").write_text('{"rows": 4}')
+    place.write(f"{PREFIX}/report.json", b'{"rows": 4}')
     with pytest.raises(ArtifactError, match=r"report\.json does not match its manifest"):
         place.store.verify(PREFIX)
     with pytest.raises(ArtifactError, match=r"report\.json does not match its manifest"):
         place.store.read_json(PREFIX, "report.json")
-    weights = place.file("adapter/adapter_model.safetensors")
-    weights.write_bytes(weights.read_bytes()[:-1] + b"!")
+    weights = (result / "adapter" / "adapter_model.safetensors").read_bytes()
+    place.write(f"{PREFIX}/adapter/adapter_model.safetensors", weights[:-1] + bytes([weights[-1] ^ 1]))
     with pytest.raises(ArtifactError, match=r"adapter_model\.safetensors does not match its manifest"):
         place.store.pull(PREFIX, "adapter/", tmp_path / "pulled")
 
 
 def test_a_removed_file_is_detected(place: Place, result: Path, tmp_path: Path) -> None:
     place.store.put_result(result, PREFIX)
-    place.file("report.json").unlink()
+    place.remove(f"{PREFIX}/report.json")
     with pytest.raises(ArtifactError, match=f"verifying {PREFIX}: not found in"):
         place.store.verify(PREFIX)
     with pytest.raises(ArtifactError, match=r"reading report\.json: not found in"):
@@ -136,7 +139,7 @@ def test_a_removed_file_is_detected(place: Place, result: Path, tmp_path: Path) 
 )
 def test_a_damaged_or_forged_manifest_is_refused(place: Place, result: Path, tmp_path: Path, content: bytes) -> None:
     place.store.put_result(result, PREFIX)
-    place.file(MANIFEST).write_bytes(content)
+    place.write(f"{PREFIX}/{MANIFEST}", content)
     with pytest.raises(ArtifactError, match=r"the manifest of .* is damaged"):
         place.store.pull(PREFIX, "adapter/", tmp_path / "deep" / "pulled")
     assert not (tmp_path / "evil").exists()
@@ -175,7 +178,7 @@ def test_a_data_set_of_which_only_a_part_arrived_is_stored_again(place: Place, t
     data.write_text('{"text": "a"}\n')
     _, digest = place.store.put_dataset(data)
     stored = place.folder / "datasets" / f"{digest}.jsonl"
-    stored.write_text("half")
+    place.write(f"datasets/{stored.name}", b"half")
     place.store.put_dataset(data)
     assert sha256_of(stored) == digest
 
@@ -187,14 +190,14 @@ def test_a_fetched_data_set_is_kept_and_must_have_the_content_that_was_submitted
     fetched = place.store.fetch_dataset(uri, digest, cache)
     assert fetched.read_text() == data.read_text()
 
-    stored = place.folder / "datasets" / f"{digest}.jsonl"
-    stored.write_text('{"text": "b"}\n')
+    stored = f"datasets/{digest}.jsonl"
+    place.write(stored, b'{"text": "b"}\n')
     assert place.store.fetch_dataset(uri, digest, cache) == fetched, "what is here and right is not fetched again"
     fetched.write_text("damaged")
     with pytest.raises(ArtifactError, match="does not have the content that was submitted"):
         place.store.fetch_dataset(uri, digest, cache)
     assert list(cache.iterdir()) == [], "what is wrong is not left for the next attempt"
-    stored.unlink()
+    place.remove(stored)
     with pytest.raises(ArtifactError, match="not found in"):
         place.store.fetch_dataset(uri, digest, cache)
 
@@ -228,9 +231,7 @@ def test_a_full_disk_here_is_an_error_when_an_adapter_is_pulled(result: Path, tm
 
 
 @pytest.mark.timeout(90)
-def test_an_s3_that_does_not_answer_is_a_sentence(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, result: Path
-) -> None:
+def test_an_s3_that_does_not_answer_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{services.free_port()}")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret-hunter2")
