@@ -31,7 +31,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
 from .errors import JobNotFound, WrongState
-from .policy import Need, choose_method
+from .policy import Need, choose_method, permitted_methods
 from .records import Beat, Claim, NodeState, Progress, StoredResult, Submission
 from .spec import JobSpec
 from .status import OUTCOMES, WORKER_LOST_LIMIT, Reason, Stage, Status, retry_delay_s
@@ -158,9 +158,8 @@ class Store:
                 return None
             need = Need(lora=job.vram_lora, qlora=job.vram_qlora)
             limit = min(free, spec.resources.max_vram or free)
-            method = choose_method(spec.method, need, limit)
-            if method is None:
-                return None
+            # submit refuses a max_vram below every need; were there such a row, it must not block those behind it
+            method = choose_method(spec.method, need, limit) or permitted_methods(spec.method)[-1]
             token, attempt = uuid.uuid4().hex, job.attempt + 1
             taken = _change(job.job_id, Status.QUEUED).values(
                 status=Status.RUNNING,

@@ -88,7 +88,7 @@ def test_a_job_that_does_not_fit_is_passed_over_and_does_not_block_the_next(stor
         ("auto", 20, None, Method.LORA),
         ("auto", 19, None, Method.QLORA),
         ("auto", 40, "15GiB", Method.QLORA),
-        ("auto", 40, "1GiB", Method.LORA),  # submit has warned that no method fits into its own limit
+        ("auto", 40, "1GiB", Method.QLORA),  # submit refuses that; such a row must not block those behind it
         ("qlora", 40, None, Method.QLORA),
         ("lora", 20, None, Method.LORA),
     ],
