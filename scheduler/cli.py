@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
+import io
 import os
 import sys
 import traceback
-from typing import NoReturn
+from collections.abc import Iterator
+from typing import Any, NoReturn
 
 import click
 
@@ -32,8 +35,29 @@ COMMANDS: dict[str, tuple[str, str]] = {
 """Name -> (where it lives, its first line of help, so that `loractl --help` imports none of them)."""
 
 
+@contextlib.contextmanager
+def _reader_may_leave() -> Iterator[None]:
+    """A reader (head, less) that has seen enough is no failure; click would exit with 1."""
+    try:
+        yield
+    except BrokenPipeError:
+        # Python would complain once more while it closes stdout
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise click.exceptions.Exit(ExitCode.OK) from None
+
+
 class LazyGroup(click.Group):
     """A group that imports a subcommand's module when the subcommand is used."""
+
+    def make_context(
+        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
+    ) -> click.Context:
+        with _reader_may_leave():  # --help is printed here
+            return super().make_context(info_name, args, parent, **extra)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        with _reader_may_leave():
+            return super().invoke(ctx)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -76,6 +100,8 @@ def cli(debug: bool) -> None:
 def main() -> NoReturn:
     """The console script: exit codes are those of loractl.common.errors.ExitCode."""
     debug = "--debug" in sys.argv
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a dash that the terminal's encoding lacks must not end a command
     try:
         sys.exit(cli.main(standalone_mode=False) or ExitCode.OK)
     except LoractlError as error:
@@ -93,10 +119,6 @@ def main() -> NoReturn:
         sys.exit(ExitCode.USAGE)
     except KeyboardInterrupt:
         sys.exit(ExitCode.INTERRUPTED)
-    except BrokenPipeError:
-        # the reader (head, less) has seen enough; Python would complain once more while it closes stdout
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(ExitCode.OK)
     except Exception as error:
         if debug:
             raise

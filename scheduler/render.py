@@ -122,8 +122,14 @@ def table(
     return [line(headers, dimmed=True), *(line(row) for row in rows)]
 
 
+def plain(text: str) -> str:
+    """One line of what a person or a program wrote, without the control characters that would steer the terminal."""
+    return "".join(c if c.isprintable() else "�" for c in " ".join(text.splitlines()))
+
+
 def fit(text: str, width: int) -> str:
-    """The text in at most `width` columns."""
+    """The plain text in at most `width` columns."""
+    text = plain(text)
     return text if len(text) <= width else text[: max(1, width - 1)] + "…"
 
 
@@ -206,10 +212,10 @@ def one_job(
         tail = f" {share:4.0%}  {steps}{eta}"
         lines += [bar(share, min(60, screen.width - len(tail)), screen) + tail, ""]
     elif job.status is Status.QUEUED and waits is not None:
-        lines += [f"{head} waits: {waits[0]}, {waits[1]}.", ""]
+        lines += [f"{head} waits: {waits[0]}, {plain(waits[1])}.", ""]
     else:
         reason = f" ({job.reason.value})" if job.status is Status.FAILED and job.reason else ""
-        lines += [f"{head} {_state(job, screen)}{reason}: {job.message}", ""]
+        lines += [f"{head} {_state(job, screen)}{reason}: {plain(job.message or '')}", ""]
     if losses:
         held = f"   held out {evals[-1].value:.2f} at step {thousands(evals[-1].step)}" if evals else ""
         lines.append(f"loss    {sparkline([p.value for p in losses], 30, screen)}  {losses[-1].value:.2f}{held}")
@@ -223,7 +229,7 @@ def one_job(
         lines += [f"adapter {job.adapter_uri}", f"report  {job.report_uri}"]
     if lines[-1]:
         lines.append("")
-    lines += [f"{clock(event.at, now)}  {event.text}" for event in reversed(events[-12:])]
+    lines += [f"{clock(event.at, now)}  {plain(event.text)}" for event in reversed(events[-12:])]
     lines += ["", screen.dim(_next_command(job))]
     return "\n".join(lines)
 
@@ -232,8 +238,8 @@ def history(
     job: Job, attempts: Sequence[Attempt], events: Sequence[Event], spec: str, now: dt.datetime, screen: Screen
 ) -> str:
     """The whole history, the attempts, and the spec as it was resolved."""
-    lines = [f"{screen.style(f'{job.job_id} {job.name}', bold=True)} by {job.user}: {_state(job, screen)}", ""]
-    lines += [f"{clock(event.at, now):>9}  {event.text}" for event in events]
+    lines = [f"{screen.style(f'{job.job_id} {job.name}', bold=True)} by {plain(job.user)}: {_state(job, screen)}", ""]
+    lines += [f"{clock(event.at, now):>9}  {plain(event.text)}" for event in events]
     if attempts:
         rows = [
             [
@@ -261,7 +267,7 @@ def devices(nodes: Sequence[Node], running: Sequence[Job], now: dt.datetime, sta
     rows = []
     width = 20 if screen.width < 110 else 36
     for node in nodes:
-        here = [f"{job.user} {job.job_id}" for job in running if job.node == node.node]
+        here = [f"{plain(job.user)} {job.job_id}" for job in running if job.node == node.node]
         silent = (now - node.seen_at).total_seconds()
         if silent > stale_after:
             uses = screen.style(f"not seen for {duration(silent)}", fg="yellow")
@@ -336,7 +342,7 @@ def report_text(report: dict[str, Any], screen: Screen, answers: int) -> str:
         f"{data['truncated_rows']} rows truncated, {left_out} left out.",
     ]
     # what changed comes first: repaired, broken, then the rest
-    order = sorted(e["answers"], key=lambda a: (a["base_exact"] == a["tuned_exact"], a["row"]))
+    order = sorted(e["answers"], key=lambda a: (a["base_exact"] == a["tuned_exact"], not a["tuned_exact"], a["row"]))
     for answer in order[:answers]:
         lines += ["", screen.style(f"Row {answer['row']}: ", bold=True) + _block(answer["prompt"], screen)]
         for name in ("expected", "base", "tuned"):
@@ -356,7 +362,7 @@ def _running_table(running: Sequence[Job], now: dt.datetime, screen: Screen) -> 
     rows = []
     for job in running:
         share = job.step / job.total_steps if job.step is not None and job.total_steps else None
-        progress = bar(share or 0.0, 24 if wide else 12, screen) + (f" {share:4.0%}" if share is not None else "   – ")
+        progress = bar(share or 0.0, 12 if wide else 10, screen) + (f" {share:4.0%}" if share is not None else "   – ")
         training = job.stage is not None and job.stage.value == "training"
         done = (
             clock(now + dt.timedelta(seconds=job.eta_seconds), now)
@@ -365,15 +371,15 @@ def _running_table(running: Sequence[Job], now: dt.datetime, screen: Screen) -> 
         )
         row = [
             str(job.job_id),
-            screen.style(fit(job.name, 16), bold=True),
+            screen.style(fit(job.name, 16 if wide else 14), bold=True),
             fit(job.user, 8),
-            fit(job.node or "–", 14),
+            fit(job.node or "–", 14 if wide else 12),
             screen.style(progress, fg="blue"),
             done,
             _number(job.loss, 2),
         ]
         if wide:
-            row.append(f"{fit(job.base_model.rpartition('/')[2], 24)} {job.method}")
+            row.append(f"{fit(job.base_model.rpartition('/')[2], screen.width - 94)} {job.method}")
         rows.append(row)
     headers = ["JOB", "NAME", "OWNER", "CARD", "PROGRESS", "TRAINED AT", "LOSS", *(["MODEL"] if wide else [])]
     return table(headers, rows, screen, right=("JOB", "LOSS"))
@@ -386,7 +392,7 @@ def _waiting_table(waiting: Sequence[tuple[Job, str, str]], screen: Screen) -> l
             screen.style(fit(job.name, 16), bold=True),
             fit(job.user, 8),
             gib(job.vram_needed),
-            f"{word:<8}{sentence}",
+            f"{word:<8}{plain(sentence)}",
         ]
         for job, word, sentence in waiting
     ]
