@@ -39,6 +39,7 @@ def far_settings() -> Iterator[Settings]:
     yield settings
     stop_embedded(settings)
     shutil.rmtree(folder, ignore_errors=True)
+    shutil.rmtree(Path(socket_of(broker_url(settings, start=False))).parent, ignore_errors=True)
 
 
 def starter(settings: Settings) -> subprocess.Popen[str]:
