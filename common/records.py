@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from .method import Method
 from .policy import Need
-from .spec import JobSpec, Method
 from .status import Stage
+
+if TYPE_CHECKING:
+    from .spec import JobSpec  # pydantic's models take 80 ms to build, and who only reads jobs needs none
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,6 +27,7 @@ from pydantic import (
 )
 
 from .errors import SpecError, SpecProblem
+from .method import Method as Method
 from .units import parse_duration, parse_size
 
 MAX_FILE_BYTES = 256 * 1024
@@ -38,14 +39,6 @@ MAX_NODES = 20_000
 
 AS_WRITTEN = "as written"
 """Validation context of a person's file: keys that contradict each other are refused. A stored spec has every key."""
-
-
-class Method(enum.StrEnum):
-    """How the adapter is trained."""
-
-    AUTO = "auto"  # LoRA where the device holds it, else QLoRA
-    LORA = "lora"  # base weights in 16 or 32 bit
-    QLORA = "qlora"  # base weights in NF4 with double quantisation
 
 
 class DataFormat(enum.StrEnum):

@@ -7,12 +7,12 @@ attempt that may change it. Zero rows means that somebody else was there first.
 from __future__ import annotations
 
 import datetime as dt
+import importlib
 import math
 import uuid
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from pydantic import ValidationError
 from sqlalchemy import (
     ColumnElement,
     CursorResult,
@@ -27,15 +27,16 @@ from sqlalchemy import (
     select,
     update,
 )
-from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
 from .errors import JobNotFound, WrongState
 from .policy import Need, choose_method, permitted_methods
 from .records import Beat, Claim, NodeState, Progress, StoredResult, Submission
-from .spec import JobSpec
 from .status import OUTCOMES, WORKER_LOST_LIMIT, Reason, Stage, Status, retry_delay_s
 from .tables import Adapter, Attempt, Event, Job, LogChunk, MetricPoint, Node, UtcDateTime
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 Row = TypeVar("Row")
 
@@ -52,7 +53,8 @@ class Store:
     def __init__(self, engine: Engine, clock: Callable[[], dt.datetime] | None = None) -> None:
         self._engine = engine
         self._clock = clock
-        self._upsert = postgresql.insert if engine.dialect.name == "postgresql" else sqlite.insert
+        dialect = importlib.import_module(f"sqlalchemy.dialects.{engine.dialect.name}")
+        self._upsert = dialect.insert  # both dialects' ON CONFLICT has the same form
 
     # --- what a person does ---
 
@@ -146,6 +148,10 @@ class Store:
 
         `plan_holds` is false on a CPU: plans are for GPUs, so none is noted beside what is measured there.
         """
+        from pydantic import ValidationError
+
+        from .spec import JobSpec
+
         with self._write() as session:
             now = self._now_value(session)
             job = session.scalars(_waiting(now, free).limit(1).with_for_update(skip_locked=True)).first()
