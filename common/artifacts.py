@@ -48,7 +48,7 @@ class ArtifactStore:
         digest = sha256_of(path)
         name = f"datasets/{digest}{path.suffix.lower()}"
         with self._errors(f"storing {path.name}"):
-            if not self._fs.exists(self._at(name)) or self._fs.size(self._at(name)) != path.stat().st_size:
+            if not self._fs.exists(self._at(name)) or self._hash(name) != digest:
                 self._put(path, name)
         return f"{self.url}/{name}", digest
 

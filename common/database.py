@@ -22,6 +22,14 @@ HEAD = "0001"
 """The newest migration in migrations/versions; a test holds it equal to Alembic's own head."""
 
 SQLITE_BUSY_MS = 30_000
+_POSTGRES_OPTIONS = {
+    # A half-open connection (a host that vanished) would otherwise block a heartbeat for the kernel's 15 minutes.
+    "connect_timeout": 5,
+    "keepalives_idle": 5,
+    "keepalives_interval": 5,
+    "keepalives_count": 2,
+    "tcp_user_timeout": 15_000,  # ms
+}
 _MIGRATION_LOCK = 0x10AC71  # any constant: names loractl's advisory lock in PostgreSQL
 
 
@@ -72,7 +80,7 @@ def make_engine(url: str) -> Engine:
     """
     try:
         if not url.startswith("sqlite"):
-            return create_engine(url, pool_pre_ping=True, pool_size=3, connect_args={"connect_timeout": 5})
+            return create_engine(url, pool_pre_ping=True, pool_size=3, connect_args=_POSTGRES_OPTIONS)
         path = Path(url.removeprefix("sqlite:///"))
         _private_folder(path.parent)
         engine = create_engine(url, connect_args={"timeout": SQLITE_BUSY_MS / 1000})

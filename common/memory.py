@@ -99,12 +99,13 @@ def plan(shape: Shape, spec: JobSpec, method: Method) -> dict[str, int]:
     """Bytes by part at the training's peak, for a GPU (bf16 compute, gradient checkpointing unless refused)."""
     quantised = method is Method.QLORA
     tokens = spec.training.per_device_train_batch_size * spec.dataset.max_length
+    eval_tokens = spec.evaluation.per_device_eval_batch_size * spec.dataset.max_length
     weights = (
         shape.linear_parameters * NF4_BYTES + shape.other_parameters * 4  # kbit preparation casts the rest to fp32
         if quantised
         else (shape.linear_parameters + shape.other_parameters) * 2
     )
-    paged = spec.training.optim.startswith("paged") or (spec.training.optim == "auto" and quantised)
+    paged = spec.training.optim == "paged_adamw_8bit" or (spec.training.optim == "auto" and quantised)
     eight_bit = paged or spec.training.optim == "adamw_8bit"
     adapter = _adapter_parameters(shape, spec) * (ADAPTER_BYTES_8BIT if eight_bit else ADAPTER_BYTES)
     # One block's saved tensors, in 16 bit: about 12 of the hidden size, q and o, k and v, and 3 of the MLP's width.
@@ -116,7 +117,8 @@ def plan(shape: Shape, spec: JobSpec, method: Method) -> dict[str, int]:
     stored = tokens * shape.hidden * (4 if quantised else 2) * shape.layers
     activations = shape.layers * block if spec.training.gradient_checkpointing is False else stored + block
     # The loss holds 16-bit and fp32 logits, their softmax and the gradient: 14 bytes an element, 16 on an fp32 head.
-    logits = tokens * shape.vocab * (16 if quantised else 14)
+    # Evaluation holds the logits once, in fp32 on an fp32 head, and a copy of the learned ones.
+    logits = shape.vocab * max(tokens * (16 if quantised else 14), eval_tokens * (8 if quantised else 4))
     parts = {"weights": weights, "adapter_and_optimizer": adapter, "activations": activations, "logits": logits}
     allocated = sum(parts.values())
     parts["context_and_slack"] = CONTEXT_BYTES + ALLOCATOR_SLACK * allocated

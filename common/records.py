@@ -32,6 +32,7 @@ class Claim:
     job_id: int
     attempt: int
     token: str
+    user: str
     spec: JobSpec
     data: dict[str, Any]
     method: Method

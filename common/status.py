@@ -134,7 +134,10 @@ OUTCOMES: dict[Reason, Outcome] = {
 }
 
 WORKER_LOST_LIMIT = 3
-"""A job whose worker was lost this often is held: it may be what kills them."""
+"""A job whose worker was lost, or whose card failed, this often is held: it may be what kills them."""
+
+LAB_RETRY_DELAY_S = 10.0
+"""Seconds before a job that met a failing card is tried again; the card may need them, and so may the log."""
 
 
 def retry_delay_s(attempt: int) -> float:

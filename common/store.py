@@ -32,7 +32,7 @@ from sqlalchemy.orm import Session
 from .errors import JobNotFound, WrongState
 from .policy import Need, choose_method, permitted_methods
 from .records import Beat, Claim, NodeState, Progress, StoredResult, Submission
-from .status import OUTCOMES, WORKER_LOST_LIMIT, Reason, Stage, Status, retry_delay_s
+from .status import LAB_RETRY_DELAY_S, OUTCOMES, WORKER_LOST_LIMIT, Reason, Stage, Status, retry_delay_s
 from .tables import Adapter, Attempt, Event, Job, LogChunk, MetricPoint, Node, UtcDateTime
 
 if TYPE_CHECKING:
@@ -209,6 +209,7 @@ class Store:
                 job_id=job.job_id,
                 attempt=attempt,
                 token=token,
+                user=job.user,
                 spec=spec,
                 data=job.data,
                 method=method,
@@ -464,19 +465,23 @@ class Store:
             delay = retry_delay_s(job.retries_used)
             job.not_before = now + dt.timedelta(seconds=delay)
             text += f"; tried again in {delay:.0f} s, retry {job.retries_used} of {job.max_retries}"
-        elif reason is Reason.WORKER_LOST and self._times_lost(session, job.job_id) >= WORKER_LOST_LIMIT:
-            job.held = True
-            job.message = f"held: its worker was lost {WORKER_LOST_LIMIT} times; it may be what kills them"
-            text += "; held, loractl retry releases it"
+        elif reason in (Reason.WORKER_LOST, Reason.GPU_ERROR):
+            if self._times_ended(session, job.job_id, reason) >= WORKER_LOST_LIMIT:
+                job.held = True
+                what = "its worker was lost" if reason is Reason.WORKER_LOST else "its card failed"
+                job.message = f"held: {what} {WORKER_LOST_LIMIT} times; it may be what kills them"
+                text += "; held, loractl retry releases it"
+            elif reason is Reason.GPU_ERROR:
+                job.not_before = now + dt.timedelta(seconds=LAB_RETRY_DELAY_S)
         self._event(session, job.job_id, job.attempt, "held" if job.held else "requeued", text)
 
-    def _times_lost(self, session: Session, job_id: int) -> int:
-        """Workers lost since a person last queued the job again."""
+    def _times_ended(self, session: Session, job_id: int, reason: Reason) -> int:
+        """Attempts that ended so since a person last queued the job again."""
         retried = select(func.max(Event.at)).where(Event.job_id == job_id, Event.kind == "retry").scalar_subquery()
         lost = (
             select(func.count())
             .select_from(Attempt)
-            .where(Attempt.job_id == job_id, Attempt.reason == Reason.WORKER_LOST)
+            .where(Attempt.job_id == job_id, Attempt.reason == reason)
             .where(or_(retried.is_(None), Attempt.started_at >= retried))
         )
         return session.scalar(lost) or 0

@@ -113,7 +113,7 @@ def logs(job_id: int, following: bool) -> None:
         job = store.job(job_id)
         chunks = store.log(job_id, after=last)
         for chunk in chunks:
-            click.echo(chunk.text, nl=False)
+            click.echo("\n".join(render.plain(line) for line in chunk.text.split("\n")), nl=False)
             last = chunk.chunk_id
         if not following or job.status.is_terminal:
             break

@@ -17,9 +17,10 @@ class Checkpoint:
 
     path: Path
     step: int
+    finished: bool  # of the training's last step
 
 
-def close_checkpoint(folder: Path, *, step: int, belongs_to: str) -> None:
+def close_checkpoint(folder: Path, *, step: int, finished: bool, belongs_to: str) -> None:
     """Write the marker, once every file is on the disk.
 
     `belongs_to` is a hash of all that a resume must share: spec (batch sizes included), method and data.
@@ -30,7 +31,7 @@ def close_checkpoint(folder: Path, *, step: int, belongs_to: str) -> None:
             os.fsync(stream.fileno())
     aside = folder / f".{MARKER}"
     with aside.open("w") as stream:
-        json.dump({"step": step, "belongs_to": belongs_to, "files": files}, stream)
+        json.dump({"step": step, "finished": finished, "belongs_to": belongs_to, "files": files}, stream)
         stream.flush()
         os.fsync(stream.fileno())
     aside.rename(folder / MARKER)
@@ -39,18 +40,17 @@ def close_checkpoint(folder: Path, *, step: int, belongs_to: str) -> None:
 def newest_checkpoint(folders: list[Path], belongs_to: str) -> Checkpoint | None:
     """The complete checkpoint with the most steps below `folders` that belongs to this very training."""
     found = [
-        Checkpoint(path=path, step=step)
-        for folder in folders
-        for path in folder.glob("checkpoint-*")
-        if (step := _valid_step(path, belongs_to)) is not None
+        c for folder in folders for path in folder.glob("checkpoint-*") if (c := _read(path, belongs_to)) is not None
     ]
     return max(found, key=lambda c: c.step, default=None)
 
 
-def _valid_step(path: Path, belongs_to: str) -> int | None:
+def _read(path: Path, belongs_to: str) -> Checkpoint | None:
     try:
         marker = json.loads((path / MARKER).read_text())
         complete = all((path / name).stat().st_size == size for name, size in marker["files"].items())
     except (OSError, ValueError, KeyError):
         return None
-    return int(marker["step"]) if complete and marker["belongs_to"] == belongs_to else None
+    if not complete or marker["belongs_to"] != belongs_to:
+        return None
+    return Checkpoint(path=path, step=int(marker["step"]), finished=bool(marker["finished"]))

@@ -25,7 +25,7 @@ from loractl.common.spec import DataFormat, DatasetSpec, Overflow
 IGNORED = -100
 """The label that cross-entropy leaves out (torch.nn.CrossEntropyLoss's default ignore_index)."""
 
-_CACHE_VERSION = 1
+_CACHE_VERSION = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +64,7 @@ class PreparedData:
     held_out: TokenSet
     held_out_examples: list[Example]  # the same rows, in the same order, as held_out.rows
     dropped: list[str]  # a sentence for each row that on_bad_row: drop left out
+    overlap: int  # rows of eval_path left out because they are trained on
     sha256: str | None
 
     def facts(self) -> dict[str, Any]:
@@ -79,6 +80,7 @@ class PreparedData:
             "truncated_rows": self.train.truncated + self.held_out.truncated,
             "too_long_rows_dropped": self.train.too_long + self.held_out.too_long,
             "bad_rows_dropped": len(self.dropped),
+            "overlap_rows_dropped": self.overlap,
             "bad_rows": self.dropped[:20],
         }
 
@@ -94,8 +96,13 @@ def prepare_data(
         train, held_file = examples, dataset.eval_path or eval_path
         held_out, also_dropped = parse_examples(_load(eval_path, split="test"), format, held_file, dataset.on_bad_row)
         dropped = dropped + also_dropped
+        trained = {e.content_hash() for e in train}
+        overlap = sum(e.content_hash() in trained for e in held_out)
+        held_out = [e for e in held_out if e.content_hash() not in trained]
+        if not held_out:
+            raise DataError(held_file, "has no row that is not trained on as well")
     else:
-        held_file = file
+        held_file, overlap = file, 0
         train, held_out = split_held_out(examples, dataset.test_size, file)
     key = _cache_key(dataset, tokenizer, format)
     train_set = _tokenise(train, file, dataset, tokenizer, format, cache, key)
@@ -107,6 +114,7 @@ def prepare_data(
         train=train_set,
         held_out=held_set,
         dropped=dropped,
+        overlap=overlap,
         sha256=sha256,
         held_out_examples=[e for e in held_out if e.number in kept],
     )
@@ -231,7 +239,7 @@ def _tokenise(
     cache: Path | None,
     key: str,
 ) -> TokenSet:
-    content = hashlib.sha256("".join(e.content_hash() for e in examples).encode()).hexdigest()
+    content = hashlib.sha256("".join(f"{e.number}:{e.content_hash()} " for e in examples).encode()).hexdigest()
     folder = cache / "tokenised" / f"{content[:32]}-{key[:32]}" if cache else None
     if folder and (folder / "set.json").exists():
         raw = json.loads((folder / "set.json").read_text())

@@ -66,7 +66,7 @@ class CpuDevice:
         free = psutil.virtual_memory().available
         limit, used = _cgroup("memory.max"), _cgroup("memory.current")
         if limit is not None and used is not None:
-            free = min(free, limit - used)
+            free = min(free, limit - used + _reclaimable())
         return Snapshot(free=max(0, free - MARGIN_BYTES), load=round(psutil.cpu_percent()))
 
     def environment(self) -> dict[str, str]:
@@ -189,6 +189,15 @@ def _optional(query: Any) -> Any:
         return query()
     except (pynvml.NVMLError_NotSupported, pynvml.NVMLError_NoPermission, pynvml.NVMLError_FunctionNotFound):
         return None
+
+
+def _reclaimable() -> int:
+    """Bytes of cached files that the kernel gives back when asked; memory.current counts them as used."""
+    try:
+        lines = Path("/sys/fs/cgroup/memory.stat").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) for line in lines if line.startswith("inactive_file ")), 0)
 
 
 def _cgroup(name: str) -> int | None:

@@ -5,6 +5,7 @@ Both are measured on the same weights in one process: the base is the model with
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from .model import evaluating
 
 BOOTSTRAP_SAMPLES = 10_000
 BOOTSTRAP_SEED = 7
+_DRAWS_AT_ONCE = 100  # keeps a hundred thousand rows within 80 MB
 
 MIN_CASES = 8
 """Fewer cases are too few for a bootstrap interval: its ends are then little more than the rows themselves."""
@@ -50,7 +52,7 @@ class Compared:
     def reading(self) -> Reading:
         if self.cases < MIN_CASES:
             return "too few cases"
-        if self.low <= 0 <= self.high:
+        if not all(map(math.isfinite, (self.change, self.low, self.high))) or self.low <= 0 <= self.high:
             return "no clear change"
         return "better" if (self.change > 0) == self.higher_is_better else "worse"
 
@@ -147,12 +149,10 @@ def score_rows(
     out-of-memory comes at once."""
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i].input_ids))
     result = np.zeros((4, len(rows)))
-    for start in range(0, len(order), batch):
-        chosen = order[start : start + batch]
-        tensors = collate(
-            [{"input_ids": rows[i].input_ids, "labels": rows[i].labels} for i in chosen], tokenizer.pad_token_id
-        )
-        tensors = {name: value.to(model.device) for name, value in tensors.items()}
+
+    def score(chosen: list[int]) -> None:
+        picked = [{"input_ids": rows[i].input_ids, "labels": rows[i].labels} for i in chosen]
+        tensors = {k: v.to(model.device) for k, v in collate(picked, tokenizer.pad_token_id).items()}
         labels = tensors.pop("labels")[:, 1:]
         logits = model(**tensors, use_cache=False).logits[:, :-1]
         learned = labels != IGNORED
@@ -163,6 +163,8 @@ def score_rows(
         found = torch.stack([loss.sum(1), learned.sum(1), (loss * stop).sum(1), stop.sum(1)])
         result[:, chosen] = found.double().cpu().numpy()
         tick(len(chosen))
+
+    in_batches(order, batch, score)
     return RowScores(loss=result[0], tokens=result[1], stop_loss=result[2], stops=result[3])
 
 
@@ -178,8 +180,8 @@ def generate(
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     answers: list[tuple[str, bool]] = [("", False)] * len(prompts)
     ends = _end_ids(model, tokenizer)
-    for start in range(0, len(order), batch):
-        chosen = order[start : start + batch]
+
+    def answer(chosen: list[int]) -> None:
         longest = len(prompts[chosen[0]])
         ids = torch.tensor([[tokenizer.pad_token_id] * (longest - len(prompts[i])) + prompts[i] for i in chosen])
         mask = torch.tensor([[0] * (longest - len(prompts[i])) + [1] * len(prompts[i]) for i in chosen])
@@ -201,7 +203,27 @@ def generate(
             text = tokenizer.decode(tokens[:end], skip_special_tokens=True).strip()
             answers[place] = (text, end is not None)
         tick(len(chosen))
+
+    in_batches(order, batch, answer)
     return answers
+
+
+def in_batches(order: list[int], batch: int, work: Callable[[list[int]], None]) -> None:
+    """Do the work on `batch` items at a time; out of memory halves the batch, down to one.
+
+    A training must not be lost because its evaluation takes larger batches than it did itself.
+    """
+    start = 0
+    while start < len(order):
+        try:
+            work(order[start : start + batch])
+        except torch.OutOfMemoryError:
+            if batch == 1:
+                raise
+            batch = max(1, batch // 2)
+            torch.cuda.empty_cache()
+            continue
+        start += batch
 
 
 def paired_interval(
@@ -211,11 +233,14 @@ def paired_interval(
 
     Rows are drawn with replacement, the same rows for both (Efron and Tibshirani 1993, chapter 13).
     """
-    n = len(weight)
-    draws = np.random.default_rng(BOOTSTRAP_SEED).multinomial(n, np.full(n, 1 / n), size=BOOTSTRAP_SAMPLES)
+    n, rng = len(weight), np.random.default_rng(BOOTSTRAP_SEED)
+    drawn = []
+    for _ in range(BOOTSTRAP_SAMPLES // _DRAWS_AT_ONCE):
+        draws = rng.multinomial(n, np.full(n, 1 / n), size=_DRAWS_AT_ONCE).astype(np.float64)
+        drawn.append(draws @ np.stack([weight, base, tuned], axis=1))
+    totals = np.concatenate(drawn)
     with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
-        totals = draws @ weight
-        changes = transform(draws @ tuned / totals) - transform(draws @ base / totals)
+        changes = transform(totals[:, 2] / totals[:, 0]) - transform(totals[:, 1] / totals[:, 0])
         means = [float(transform(np.array([values.sum() / weight.sum()]))[0]) for values in (base, tuned)]
     low, high = np.nanpercentile(changes, [2.5, 97.5])
     return means[0], means[1], float(low), float(high)

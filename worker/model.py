@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GgufConfig
@@ -36,25 +38,27 @@ class Precision:
     """The number formats of a run."""
 
     base: torch.dtype  # of unquantised base weights, and NF4's compute type
-    autocast: bool  # bf16 autocast over fp32 adapters
+    amp: Literal["bf16", "fp16"] | None  # what the Trainer's autocast computes in, over fp32 adapters
 
 
 def choose_precision(device: str) -> Precision:
-    """bf16 where the device computes in it, else fp32.
+    """bf16 where the device computes in it; else fp16 with loss scaling on a card, fp32 on a processor.
 
-    Old cards and processors emulate bf16: slower than fp32, and no more exact.
+    Cards before Ampere and old processors only emulate bf16: slower than fp32, and no more exact.
     """
     if device == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return Precision(base=torch.bfloat16 if fast else torch.float32, autocast=fast)
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return Precision(base=torch.bfloat16, amp="bf16")
+        return Precision(base=torch.float16, amp="fp16")
+    if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported():
+        return Precision(base=torch.bfloat16, amp="bf16")
+    return Precision(base=torch.float32, amp=None)
 
 
 def load_tokenizer(base_model: str) -> Any:
     """The model's tokenizer, always with a chat template and a padding token. Raises TrainingFailed."""
     with _model_errors(base_model):
-        tokenizer = AutoTokenizer.from_pretrained(base_model, **_gguf_file(base_model))
+        tokenizer = AutoTokenizer.from_pretrained(base_model, trust_remote_code=False, **_gguf_file(base_model))
     if tokenizer.eos_token is None:
         raise TrainingFailed(Reason.MODEL_NOT_FOUND, f"the tokenizer of {base_model} has no end-of-sequence token")
     if tokenizer.pad_token is None:
@@ -71,7 +75,9 @@ def load_base(base_model: str, method: Method, device: str, precision: Precision
 
     Raises TrainingFailed when the model can't be found or read.
     """
-    options: dict[str, Any] = {"dtype": precision.base, "use_safetensors": True, **_gguf_file(base_model)}
+    # Without an explicit False, transformers asks at the terminal whether to run a model's own code.
+    options: dict[str, Any] = {"dtype": precision.base, "use_safetensors": True, "trust_remote_code": False}
+    options |= _gguf_file(base_model)
     if device == "cuda":
         options["device_map"] = {"": 0}
     if "gguf_file" in options:
@@ -114,6 +120,14 @@ def add_adapter(base: Any, spec: JobSpec, method: Method) -> Any:
     model = get_peft_model(base, config)
     model.config.use_cache = False
     return model
+
+
+def load_trained(model: Any, checkpoint: Path) -> None:
+    """The adapter's weights from a checkpoint of the same training."""
+    from peft import set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    set_peft_model_state_dict(model, load_file(checkpoint / "adapter_model.safetensors"))
 
 
 def keep_nf4_in_training_mode(model: Any) -> None:
@@ -176,8 +190,12 @@ def _model_errors(base_model: str) -> Iterator[None]:
     try:
         yield
     except (OSError, HFValidationError, HfHubHTTPError, SafetensorError, KeyError, ValueError) as error:
-        if isinstance(error, OSError) and error.errno == 28:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise
+        if not Path(base_model).is_absolute() and _is_network(error):
+            raise TrainingFailed(
+                Reason.TRAINER_ERROR, f"the hub can't be reached for base_model {base_model}; the job is tried again"
+            ) from error
         if Path(base_model).is_absolute() and not Path(base_model).exists():
             why = "there is no such folder on this worker"
         elif isinstance(error, SafetensorError):
@@ -186,3 +204,17 @@ def _model_errors(base_model: str) -> Iterator[None]:
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
             why = lines[0][:300] if lines else type(error).__name__
         raise TrainingFailed(Reason.MODEL_NOT_FOUND, f"base_model {base_model} can't be loaded: {why}") from error
+
+
+def _is_network(error: BaseException) -> bool:
+    """Whether the hub did not answer, anywhere in the chain: that passes, while a wrong name does not."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, (ConnectionError, TimeoutError, socket.gaierror)):
+            return True
+        if isinstance(seen, HfHubHTTPError) and seen.response is not None and seen.response.status_code >= 500:
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return False

@@ -9,15 +9,18 @@ monitor thread reports the device, reaps expired leases, wakes for waiting rows 
 from __future__ import annotations
 
 import argparse
+import fcntl
 import logging
 import os
 import random
 import signal
 import socket
+import sys
 import threading
 import time
 import warnings
-from typing import Any
+from pathlib import Path
+from typing import IO, Any
 
 from sqlalchemy import Engine
 from sqlalchemy.exc import DBAPIError
@@ -26,7 +29,7 @@ from loractl import __version__
 from loractl.common.artifacts import open_store
 from loractl.common.broker import broker_url
 from loractl.common.database import connect, is_outage, make_engine
-from loractl.common.errors import ServiceUnreachable
+from loractl.common.errors import LoractlError, ServiceUnreachable
 from loractl.common.policy import VRAM_CLASSES, queue_name, served_classes
 from loractl.common.queue import WAKE_TASK, make_app
 from loractl.common.records import NodeState
@@ -40,6 +43,12 @@ log = logging.getLogger("loractl.worker")
 
 SEE_S = 5.0
 """How often a node's row is written."""
+
+MONITOR_TRIES = 5
+"""After so many failures in a row the monitor ends its node, and the worker starts it again."""
+
+SETTLE_S = 15.0
+"""After an outage of the database living supervisors beat first, before anybody reaps."""
 
 SWEEP_S = 5.0
 """How often a node looks for waiting rows and expired leases by itself: messages are hints and may be lost."""
@@ -65,6 +74,7 @@ class Node:
 
         # Celery warns root of pickled messages; this app takes JSON alone (common.queue).
         warnings.filterwarnings("ignore", category=SecurityWarning)
+        lock = _only_one(self.settings.runtime_dir / f"node-{self.device.uuid}.lock")
         self.drain.clear()
         broker = broker_url(self.settings)
         app = make_app(broker)
@@ -88,6 +98,7 @@ class Node:
         )
         worker.start()
         self._stop.set()
+        lock.close()
 
     def wake(self) -> None:
         """In the pool child: claim and run, until nothing waiting fits."""
@@ -120,7 +131,7 @@ class Node:
 
     def _monitor(self, app: Any, consumer: Any) -> None:
         store = Store(_fresh_engine(self.settings))
-        parent, next_look, next_sweep = os.getppid(), 0.0, 0.0
+        parent, next_look, next_sweep, failures = os.getppid(), 0.0, 0.0, 0
         while not self._stop.wait(0.25):
             if os.getppid() != parent:
                 log.warning("the loractl worker process is gone, this node stops")
@@ -134,12 +145,20 @@ class Node:
                 if now >= next_sweep:
                     next_sweep = now + SWEEP_S * random.uniform(0.8, 1.2)  # noqa: S311  spreads nodes, guards nothing
                     self._sweep(store, app)
-            except DBAPIError as error:
-                if not is_outage(error):
-                    raise
-                log.warning("the database is away: %s", str(error.orig).strip())
+                failures = 0
             except ServiceUnreachable as error:
                 log.warning("%s", error.sentence)
+            except Exception as error:
+                if isinstance(error, DBAPIError) and is_outage(error):
+                    log.warning("the database is away: %s", str(error.orig).strip())
+                    next_sweep = now + SETTLE_S
+                    continue
+                # a monitor that ends in silence would leave a node that looks offline and never comes back
+                failures += 1
+                log.exception("the monitor failed, %s of %s times", failures, MONITOR_TRIES)
+                if failures >= MONITOR_TRIES:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                    return
 
     def _look(self, store: Store, consumer: Any) -> None:
         """Report the device, and consume the classes that fit into what is free now."""
@@ -196,6 +215,22 @@ def _fresh_engine(settings: Settings) -> Engine:
     return make_engine(settings.database_url)
 
 
+def _only_one(path: Path) -> IO[str]:
+    """A lock that this node holds while it lives, pool child included. Waits, and says so, while another one has it.
+
+    Two nodes on one device would both claim by the same free memory. After a node was killed, its pool child may still
+    be finishing a job.
+    """
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    lock = path.open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        log.warning("another worker serves this device, or finishes its last job: waiting for it (%s)", path)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+    return lock
+
+
 def main() -> None:
     """Serve the device with the given index."""
     parser = argparse.ArgumentParser()
@@ -207,7 +242,11 @@ def main() -> None:
     connect(settings).dispose()
     devices = find_devices(settings)
     device = next(d for d in devices if d.index == index)
-    Node(settings, device, len(devices)).serve()
+    try:
+        Node(settings, device, len(devices)).serve()
+    except LoractlError as error:
+        log.error("%s\nHint: %s", error.sentence, error.hint)
+        sys.exit(error.exit_code)
 
 
 if __name__ == "__main__":

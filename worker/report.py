@@ -74,7 +74,7 @@ def build_report(
         },
         "data": data.facts(),
         "training": {
-            "steps": log.first_step + log.steps_done,
+            "steps": log.steps,
             "resumed_from_step": log.first_step or None,
             "epochs": spec.training.num_train_epochs if not spec.training.max_steps else None,
             "seconds": log.seconds,
@@ -141,8 +141,8 @@ def verdict(metrics: list[Compared]) -> dict[str, str]:
 
 def write_report(report: dict[str, Any], folder: Path) -> None:
     """report.json and report.html."""
-    (folder / "report.json").write_text(json.dumps(_finite(report), indent=1, allow_nan=False))
-    (folder / "report.html").write_text(render_html(report))
+    (folder / "report.json").write_text(json.dumps(_finite(report), indent=1, allow_nan=False), "utf-8")
+    (folder / "report.html").write_text(render_html(report), "utf-8")
 
 
 def render_html(report: dict[str, Any]) -> str:
@@ -151,7 +151,7 @@ def render_html(report: dict[str, Any]) -> str:
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters.update(duration=duration, gib=gib, thousands=thousands, signed=_signed)
-    template = environment.from_string((files(__package__) / "report.html.jinja").read_text())
+    template = environment.from_string((files(__package__) / "report.html.jinja").read_text("utf-8"))
     return template.render(
         report=report,
         chart=loss_chart(report["training"]),

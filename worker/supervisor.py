@@ -71,6 +71,10 @@ class Drain:
             return None
 
 
+class _Interrupted(Exception):
+    """Fetching or storing was left: the lease is lost, or the job is cancelled or drained."""
+
+
 @dataclass(kw_only=True)
 class _State:
     """What the loop of one attempt knows so far."""
@@ -114,18 +118,23 @@ class Supervisor:
             shutil.rmtree(folder, ignore_errors=True)
             (folder / "result").mkdir(parents=True)
             start = self._beating(claim, state, lambda: self._prepare(claim, folder))
-            if not state.lease_lost:
-                self._watch(claim, start, folder, state)
+            self._watch(claim, start, folder, state)
             reason, message = self._judge(state)
             result = None
-            if reason is Reason.OK and not state.lease_lost:
+            if reason is Reason.OK:
                 state.pending = replace(state.pending, stage=Stage.STORING)
                 result = self._beating(claim, state, lambda: self._keep(claim, folder))
+        except _Interrupted:
+            reason, message, result = *self._judge(state), None
         except (LoractlError, OSError) as error:
             reason, message, result = *_explain(error), None
+        except Exception as error:
+            # our own fault, and still the job must say at once why it ended
+            log.exception("job %s: the supervisor failed", claim.job_id)
+            reason, message, result = Reason.TRAINER_ERROR, f"the supervisor failed: {error!r}", None
         if state.lease_lost:
-            log.warning("job %s: the lease of attempt %s was lost, its files are dropped", claim.job_id, claim.attempt)
-            shutil.rmtree(folder, ignore_errors=True)
+            log.warning("job %s: the lease of attempt %s was lost, its result is dropped", claim.job_id, claim.attempt)
+            shutil.rmtree(folder / "result", ignore_errors=True)  # the next attempt may go on from its checkpoints
             return None
         peak = state.ended.vram_peak if state.ended else None
         last = replace(state.pending, vram_peak=peak, log="".join(state.log_text)[-_LOG_CHUNK:])
@@ -154,11 +163,10 @@ class Supervisor:
         data_path = local("path", spec.dataset.path)
         assert data_path is not None
         earlier = sorted(folder.parent.glob("attempt-*/checkpoints"), key=lambda p: p.stat().st_mtime, reverse=True)
-        user = self._store.job(claim.job_id).user
         return Start(
             job_id=claim.job_id,
             attempt=claim.attempt,
-            user=user,
+            user=claim.user,
             node=self._node,
             gpu=self._device.uuid,
             device="cuda" if self._device.kind == "nvml" else "cpu",
@@ -183,7 +191,7 @@ class Supervisor:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
-                text=True,
+                encoding="utf-8",
                 errors="replace",
                 start_new_session=True,
                 env=self._environment(),
@@ -307,6 +315,7 @@ class Supervisor:
         threading.Thread(target=do, name="work", daemon=True).start()
         while True:
             self._beat(claim, state)
+            self._interrupt(state)
             try:
                 done = outcome.get(timeout=BEAT_S)
             except queue.Empty:
@@ -314,6 +323,22 @@ class Supervisor:
             if isinstance(done, Exception):
                 raise done
             return done
+
+    def _interrupt(self, state: _State) -> None:
+        """Leave slow work of our own when nobody wants its result. Raises _Interrupted.
+
+        A training that is done is stored even while its box is drained: that is what the wait was for.
+        """
+        if state.lease_lost:
+            raise _Interrupted
+        if state.ended is not None:
+            return
+        if state.cancel_requested:
+            state.forced = Reason.CANCELLED, "cancelled before it trained"
+        elif self._drain.wish is not None:
+            state.forced = Reason.DRAINED, "the worker was stopped before it trained"
+        if state.forced is not None:
+            raise _Interrupted
 
     def _insist(self, write: Callable[[], Answer]) -> Answer:
         """Repeat a last write until the database is back: an outage must not cost a finished training."""
@@ -329,11 +354,9 @@ class Supervisor:
                 delay = min(delay * 2, 10)
 
     def _clean(self, claim: Claim, folder: Path, status: Status | None) -> None:
-        """Keep checkpoints for a next attempt; drop everything once the job is over or ours no longer."""
-        if status is None or status.is_terminal:
-            shutil.rmtree(folder.parent, ignore_errors=True)
-        else:
-            shutil.rmtree(folder / "result", ignore_errors=True)
+        """Keep checkpoints for a next attempt, which may run by now; drop everything once the job is over."""
+        over = status is not None and status.is_terminal
+        shutil.rmtree(folder.parent if over else folder / "result", ignore_errors=True)
 
     def _environment(self) -> dict[str, str]:
         """The trainer's: its device alone, its share of the cores, and no address or password of a service."""
@@ -463,7 +486,15 @@ def _read_messages(pipe: IO[str], told: queue.SimpleQueue[Told | str], job_id: i
 
 
 def _read_log(pipe: IO[str], file: IO[str], told: queue.SimpleQueue[Told | str]) -> None:
+    """Keep the log; with the disk full the pipe is still emptied, or the trainer would wait for ever to write."""
+    whole = True
     for line in pipe:
-        file.write(line)
-        file.flush()
         told.put(line)
+        if not whole:
+            continue
+        try:
+            file.write(line)
+            file.flush()
+        except OSError as error:
+            whole = False
+            told.put(f"[the log file ends here: {error.strerror}]\n")

@@ -18,11 +18,19 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from loractl.common.spec import JobSpec, Method
 from loractl.common.status import Reason, Stage
 
-from .checkpoint import close_checkpoint, newest_checkpoint
+from .checkpoint import Checkpoint, close_checkpoint, newest_checkpoint
 from .data import PreparedData, collate, prepare_data
 from .evaluate import evaluate
 from .memory import peak_memory
-from .model import Precision, TrainingFailed, add_adapter, choose_precision, load_base, load_tokenizer
+from .model import (
+    Precision,
+    TrainingFailed,
+    add_adapter,
+    choose_precision,
+    load_base,
+    load_tokenizer,
+    load_trained,
+)
 from .protocol import Ended, Note, StageChanged, Start, Stepped, Told
 from .report import build_report, write_report
 
@@ -89,19 +97,25 @@ def train(run: Run) -> Ended:
         data_collator=lambda rows: collate(rows, tokenizer.pad_token_id),
         callbacks=[log],
     )
-    trainer.train(resume_from_checkpoint=_resume(run, data))
-    if run.stop.is_set() and trainer.state.global_step < trainer.state.max_steps:
-        raise Stopped
-    peak = peak_memory(order.device)
+    found = _resume(run, data)
+    if found is not None and found.finished:
+        load_trained(model, found.path)  # the Trainer would take one step more before it saw that none is left
+        log.read_history(found.path)
+    else:
+        trainer.train(resume_from_checkpoint=str(found.path) if found else None)
+        if run.stop.is_set() and trainer.state.global_step < trainer.state.max_steps:
+            raise Stopped
+    check_finite(model)
 
     # 4. Keep the adapter before anything else can fail.
     model.save_pretrained(str(out / "adapter"), safe_serialization=True)
     tokenizer.save_pretrained(str(out / "adapter"))
-    (out / "job.json").write_text(json.dumps(_resolved(order, arguments), indent=1))
+    (out / "job.json").write_text(json.dumps(_resolved(order, arguments), indent=1), "utf-8")
 
     # 5. Base against tuned on rows that were never trained on.
     run.stage(Stage.EVALUATING)
-    evaluation = evaluate(model, tokenizer, data, spec, run.check_stop, log.evaluating(trainer.state))
+    evaluation = evaluate(model, tokenizer, data, spec, run.check_stop, log.evaluating())
+    peak = peak_memory(order.device)
 
     # 6. The report, and the manifest's other files.
     report = build_report(
@@ -139,7 +153,8 @@ def training_arguments(order: Start, precision: Precision) -> TrainingArguments:
         weight_decay=t.weight_decay,
         max_grad_norm=t.max_grad_norm,
         optim=_optimizer(order),
-        bf16=precision.autocast,
+        bf16=precision.amp == "bf16",
+        fp16=precision.amp == "fp16",
         use_cpu=not on_gpu,
         seed=t.seed,
         data_seed=t.seed,
@@ -165,35 +180,41 @@ class TrainingLog(TrainerCallback):
     def __init__(self, run: Run, data: PreparedData) -> None:
         self._run = run
         self._belongs_to = training_hash(run.order, data)
-        self._mean_tokens = data.train.tokens / len(data.train.rows)
+        self._epoch_tokens = data.train.tokens
         self.train_losses: list[tuple[int, float]] = []
         self.eval_losses: list[tuple[int, float]] = []
         self.first_step = 0
-        self.seconds = 0.0
-        self.steps_done = 0
-        self._began = 0.0
+        self.steps = 0  # done so far, resumed ones included
+        self.total_steps = 0
+        self.seconds = 0.0  # inside steps: evaluations and checkpoints left out
+        self.tokens = 0.0
+        self._first_epoch = 0.0
+        self._step_began = 0.0
         self._told = 0.0
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Real tokens (padding left out) per second of training; mean row length times rows, so an estimate."""
-        t = self._run.spec.training
-        rows = self.steps_done * t.per_device_train_batch_size * t.gradient_accumulation_steps
-        return rows * self._mean_tokens / self.seconds if self.seconds > 0 and self.steps_done else None
+        """Real tokens, padding left out, per second inside training steps."""
+        return self.tokens / self.seconds if self.seconds > 0 and self.tokens > 0 else None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.first_step = state.global_step
-        self._began = time.monotonic()
-        self._step(state)
+        self.first_step = self.steps = state.global_step
+        self.total_steps, self._first_epoch = state.max_steps, state.epoch or 0.0
+        self._step()
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._step_began = time.monotonic()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.seconds = time.monotonic() - self._began
-        self.steps_done = state.global_step - self.first_step
+        self.seconds += time.monotonic() - self._step_began
+        self.steps = state.global_step
+        # the share of epochs passed counts the short last batch of each rightly
+        self.tokens = (state.epoch - self._first_epoch) * self._epoch_tokens
         if self._run.stop.is_set():
             control.should_training_stop = True
             control.should_save = self._run.save_on_stop.is_set()
         if time.monotonic() - self._told > 1:
-            self._step(state)
+            self._step()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
         logs = logs or {}
@@ -207,41 +228,54 @@ class TrainingLog(TrainerCallback):
         told = ("loss", "eval_loss", "learning_rate", "grad_norm")
         known: dict[str, float] = {name: float(logs[name]) for name in told if name in logs}
         if known:
-            self._step(state, known)
+            self._step(known)
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        close_checkpoint(folder, step=state.global_step, belongs_to=self._belongs_to)
+        finished = state.global_step >= state.max_steps
+        close_checkpoint(folder, step=state.global_step, finished=finished, belongs_to=self._belongs_to)
         self._run.note("saved", f"saved step {state.global_step}")
 
-    def evaluating(self, state: Any) -> Callable[[int, int], None]:
+    def read_history(self, checkpoint: Path) -> None:
+        """Take the course of a finished training from its last checkpoint."""
+        state = json.loads((checkpoint / "trainer_state.json").read_text())
+        self.first_step = self.steps = self.total_steps = state["global_step"]
+        self.train_losses = [(e["step"], e["loss"]) for e in state["log_history"] if "loss" in e]
+        self.eval_losses = [(e["step"], e["eval_loss"]) for e in state["log_history"] if "eval_loss" in e]
+        self._step()
+
+    def evaluating(self) -> Callable[[int, int], None]:
         """A progress function for the evaluation: tells how long the rest will take."""
         began = time.monotonic()
 
         def tell(done: int, of: int) -> None:
             left = (time.monotonic() - began) * (of - done) / max(1, done)
-            self._run.tell(
-                Stepped(
-                    job_id=self._run.order.job_id, step=state.global_step, total_steps=state.max_steps, eta_seconds=left
-                )
-            )
+            job_id = self._run.order.job_id
+            self._run.tell(Stepped(job_id=job_id, step=self.steps, total_steps=self.total_steps, eta_seconds=left))
 
         return tell
 
-    def _step(self, state: Any, metrics: dict[str, float] | None = None) -> None:
+    def _step(self, metrics: dict[str, float] | None = None) -> None:
         self._told = time.monotonic()
-        left = state.max_steps - state.global_step
-        per_step = self.seconds / self.steps_done if self.steps_done else None
+        done = self.steps - self.first_step
+        left = (self.total_steps - self.steps) * self.seconds / done if done else None
         self._run.tell(
             Stepped(
                 job_id=self._run.order.job_id,
-                step=state.global_step,
-                total_steps=state.max_steps,
+                step=self.steps,
+                total_steps=self.total_steps,
                 metrics=metrics or {},
                 tokens_per_second=self.tokens_per_second,
-                eta_seconds=per_step * left if per_step is not None else None,
+                eta_seconds=left,
             )
         )
+
+
+def check_finite(model: Any) -> None:
+    """A training may diverge in its last steps, after the last loss was logged. Raises TrainingFailed."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and not bool(torch.isfinite(parameter).all()):
+            raise TrainingFailed(Reason.DIVERGED, f"the trained weights are not finite ({name})")
 
 
 def training_hash(order: Start, data: PreparedData) -> str:
@@ -251,13 +285,12 @@ def training_hash(order: Start, data: PreparedData) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def _resume(run: Run, data: PreparedData) -> str | None:
+def _resume(run: Run, data: PreparedData) -> Checkpoint | None:
     folders = [Path(run.order.checkpoint_dir), *map(Path, run.order.earlier_checkpoints)]
     found = newest_checkpoint(folders, training_hash(run.order, data))
-    if found is None:
-        return None
-    run.note("resumed", f"resumed from the checkpoint of step {found.step}", resumed_from_step=found.step)
-    return str(found.path)
+    if found is not None:
+        run.note("resumed", f"resumed from the checkpoint of step {found.step}", resumed_from_step=found.step)
+    return found
 
 
 def _optimizer(order: Start) -> str:
@@ -275,6 +308,7 @@ def _note_data(run: Run, data: PreparedData) -> None:
         ("truncated_rows", "truncated"),
         ("too_long_rows_dropped", "dropped as too long"),
         ("bad_rows_dropped", "dropped as bad"),
+        ("overlap_rows_dropped", "of the held-out file left out because they are trained on"),
     ):
         if facts[key]:
             text += f"; {facts[key]} {words}"

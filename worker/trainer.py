@@ -30,7 +30,7 @@ def main() -> int:
     """Serve one job; the exit status is 0 when its end could be told."""
     for ignored in (signal.SIGINT, signal.SIGTERM):
         signal.signal(ignored, signal.SIG_IGN)  # the supervisor stops us through stdin
-    channel = _take_stdout()
+    commands, channel = _take_pipes()
     orders: queue.SimpleQueue[Start | Stop] = queue.SimpleQueue()
     lock = threading.Lock()
 
@@ -39,7 +39,7 @@ def main() -> int:
             channel.write(encode(message))
             channel.flush()
 
-    threading.Thread(target=_listen, args=(orders,), name="orders", daemon=True).start()
+    threading.Thread(target=_listen, args=(commands, orders), name="orders", daemon=True).start()
     order = orders.get()
     if not isinstance(order, Start):
         return 1
@@ -85,36 +85,44 @@ def _run(order: Start, orders: queue.SimpleQueue[Start | Stop], tell: object) ->
 
 
 def _explain(error: Exception) -> tuple[Reason, str]:
+    """The reason and the sentence for what nobody caught closer to its cause."""
     import torch
 
-    if isinstance(error, torch.OutOfMemoryError):
-        return Reason.OUT_OF_MEMORY, str(error).splitlines()[0]
-    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
-        return Reason.HOST_OUT_OF_MEMORY, "the box has not enough RAM for this job"
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return Reason.DISK_FULL, f"no space is left for {error.filename or 'the job’s files'}"
-    if isinstance(error, torch.AcceleratorError):
-        return Reason.GPU_ERROR, str(error).splitlines()[0]
     lines = [line for line in str(error).splitlines() if line.strip()]
-    return Reason.TRAINER_ERROR, f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
+    first, text = (lines[0] if lines else "no message"), str(error)
+    if isinstance(error, torch.OutOfMemoryError) or "CUDA error: out of memory" in text:
+        return Reason.OUT_OF_MEMORY, first
+    if isinstance(error, MemoryError) or "can't allocate memory" in text:
+        return Reason.HOST_OUT_OF_MEMORY, "the box has not enough RAM for this job"
+    # torch and safetensors wrap the operating system's error in their own
+    wrapped = any(words in text for words in ("No space left on device", "os error 28", "PytorchStreamWriter failed"))
+    if wrapped or (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)):
+        return Reason.DISK_FULL, f"no space is left for {getattr(error, 'filename', None) or 'the job’s files'}"
+    accelerator = getattr(torch, "AcceleratorError", ())  # since torch 2.8
+    # these two are the program's or the build's fault: another attempt, or another card, would meet them again
+    lasting = "device-side assert" in text or "no kernel image" in text
+    if isinstance(error, accelerator) and not lasting:
+        return Reason.GPU_ERROR, first
+    return Reason.TRAINER_ERROR, f"{type(error).__name__}: {first}"
 
 
-def _listen(orders: queue.SimpleQueue[Start | Stop]) -> None:
+def _listen(commands: IO[str], orders: queue.SimpleQueue[Start | Stop]) -> None:
     """Queue what the supervisor sends; without a supervisor that can be understood, end the process."""
     try:
-        for line in sys.stdin:
+        for line in commands:
             orders.put(decode_order(line))
     except ValueError as error:
         sys.stderr.write(f"the supervisor sent what this trainer can't read: {error}\n")
     os._exit(EXIT_ORPHANED)  # not sys.exit: the main thread may sit in a CUDA call
 
 
-def _take_stdout() -> IO[str]:
-    """Keep the protocol's pipe for ourselves and send everybody else's prints to stderr."""
+def _take_pipes() -> tuple[IO[str], IO[str]]:
+    """Keep the protocol's pipes for ourselves: other prints go to stderr, and nobody can wait for an answer."""
     sys.stdout.flush()
-    channel = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    commands, channel = os.fdopen(os.dup(0), encoding="utf-8"), os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(2, 1)
-    return channel
+    return commands, channel
 
 
 if __name__ == "__main__":

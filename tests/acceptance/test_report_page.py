@@ -72,6 +72,7 @@ def report(**changes: Any) -> dict[str, Any]:
             "truncated_rows": 0,
             "too_long_rows_dropped": 0,
             "bad_rows_dropped": 0,
+            "overlap_rows_dropped": 0,
             "bad_rows": [],
         },
         "training": {

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
-from loractl.worker.evaluate import BOOTSTRAP_SEED, Compared, paired_interval
+from loractl.worker.evaluate import BOOTSTRAP_SEED, Compared, in_batches, paired_interval
 from loractl.worker.report import verdict
 
 RNG = np.random.default_rng(3)
@@ -69,3 +70,25 @@ def test_a_gain_in_loss_names_what_got_worse() -> None:
     better = compared(base, base - 5, tokens)
     worse = compared(np.full(40, 100.0), np.zeros(40), np.ones(40), name="exact match", higher=True)
     assert "worse on exact match" in verdict([better, worse])["sentence"]
+
+
+def test_a_number_that_is_not_finite_is_never_called_better() -> None:
+    tokens, base = np.full(40, 10.0), RNG.normal(30, 3, 40)
+    assert compared(base, np.full(40, np.nan), tokens).reading == "no clear change"
+
+
+def test_out_of_memory_halves_the_batch_and_every_row_is_still_scored_once() -> None:
+    done: list[int] = []
+    sizes: list[int] = []
+
+    def work(chosen: list[int]) -> None:
+        sizes.append(len(chosen))
+        if len(chosen) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        done.extend(chosen)
+
+    in_batches(list(range(9)), 8, work)
+    assert done == list(range(9))
+    assert sizes == [8, 4, 2, 2, 2, 2, 1]
+    with pytest.raises(torch.OutOfMemoryError):
+        in_batches([1], 8, lambda chosen: (_ for _ in ()).throw(torch.OutOfMemoryError("full")))

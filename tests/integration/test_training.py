@@ -140,6 +140,71 @@ def test_a_torn_newest_checkpoint_is_passed_over_for_an_older_whole_one(recipe: 
     assert next(m.resumed_from_step for m in told if isinstance(m, Note) and m.kind == "resumed") == 4
 
 
+def test_a_run_that_had_trained_to_its_end_is_evaluated_again_without_another_step(
+    recipe: Recipe, tmp_path: Path
+) -> None:
+    """What follows a full artifact store: the training is done, and a step more would change the adapter."""
+    _, whole = recipe("whole", max_steps=8)
+    ended, again = recipe("again", max_steps=8, resume="whole")
+    assert ended.reason is Reason.OK
+    assert not _losses(again)
+    assert _adapter(tmp_path / "again") == _adapter(tmp_path / "whole")
+    report = json.loads((tmp_path / "again" / "result" / "report.json").read_text())
+    assert report["training"]["steps"] == 8
+    assert [loss for _, loss in report["training"]["losses"]] == pytest.approx(_losses(whole))
+
+
+def test_tokens_per_second_count_real_tokens_of_short_last_batches_too(recipe: Recipe, tmp_path: Path) -> None:
+    recipe(max_steps=None, num_train_epochs=2, per_device_train_batch_size=16)
+    report = json.loads((tmp_path / "a" / "result" / "report.json").read_text())
+    training, tokens = report["training"], report["data"]["train_tokens"]
+    assert training["tokens_per_second"] * training["seconds"] == pytest.approx(2 * tokens, rel=0.02)
+
+
+def test_a_model_with_its_own_code_is_refused_and_nobody_is_asked(tmp_path: Path) -> None:
+    folder = tmp_path / "custom"
+    folder.mkdir()
+    mark = tmp_path / "it-ran"
+    code = f"open({str(mark)!r}, 'w').close()\n"
+    (folder / "modeling.py").write_text(code)
+    auto = {
+        "AutoConfig": "modeling.Config",
+        "AutoModelForCausalLM": "modeling.Model",
+        "AutoTokenizer": ["modeling.T", None],
+    }
+    (folder / "config.json").write_text(json.dumps({"model_type": "own-kind", "auto_map": auto}))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"auto_map": {"AutoTokenizer": ["modeling.T", None]}}))
+    with pytest.raises(TrainingFailed) as failure:
+        load_tokenizer(str(folder))
+    assert failure.value.reason is Reason.MODEL_NOT_FOUND
+    with pytest.raises(TrainingFailed):
+        load_base(str(folder), Method.LORA, "cpu", choose_precision("cpu"))
+    assert not mark.exists()
+
+
+def test_a_cache_of_the_same_rows_in_another_file_does_not_mix_up_their_numbers(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    tokenizer = load_tokenizer(str(tiny_model))
+    first = write_helpdesk(tmp_path / "d.jsonl")
+    shifted = tmp_path / "shifted.jsonl"
+    shifted.write_text("\n" + first.read_text())
+    spec = JobSpec.model_validate({"name": "t", "base_model": "m", "dataset": {"path": "x.jsonl"}})
+    for path in (first, shifted):
+        data = prepare_data(spec.dataset, str(path), None, None, tokenizer, tmp_path / "cache")
+        assert [r.number for r in data.held_out.rows] == [e.number for e in data.held_out_examples]
+
+
+def test_rows_in_both_files_are_not_held_out(tiny_model: Path, tmp_path: Path) -> None:
+    train_file, eval_file = write_helpdesk(tmp_path / "train.jsonl", 24), write_helpdesk(tmp_path / "eval.jsonl", 30)
+    dataset = {"path": str(train_file), "eval_path": str(eval_file)}
+    spec = JobSpec.model_validate({"name": "t", "base_model": "m", "dataset": dataset})
+    tokenizer = load_tokenizer(str(tiny_model))
+    data = prepare_data(spec.dataset, str(train_file), str(eval_file), None, tokenizer, None)
+    assert len(data.held_out.rows) == 6
+    assert data.facts()["overlap_rows_dropped"] == 24
+
+
 def test_a_checkpoint_of_another_batch_size_is_not_resumed(recipe: Recipe) -> None:
     recipe("first", stop_after=5)
     _, told = recipe("rest", resume="first", per_device_train_batch_size=2)
@@ -151,7 +216,7 @@ def test_a_checkpoint_without_its_marker_does_not_exist(tmp_path: Path) -> None:
     folder.mkdir()
     (folder / "adapter_model.safetensors").write_bytes(b"weights")
     assert checkpoint.newest_checkpoint([tmp_path], "x") is None
-    checkpoint.close_checkpoint(folder, step=3, belongs_to="x")
+    checkpoint.close_checkpoint(folder, step=3, finished=False, belongs_to="x")
     found = checkpoint.newest_checkpoint([tmp_path], "x")
     assert found is not None and found.step == 3
     assert checkpoint.newest_checkpoint([tmp_path], "another training") is None

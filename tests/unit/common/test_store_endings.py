@@ -13,7 +13,7 @@ from sqlalchemy.orm import Session
 from loractl.common.database import make_engine, upgrade
 from loractl.common.errors import WrongState
 from loractl.common.records import Claim, Progress
-from loractl.common.status import OUTCOMES, TRANSITIONS, WORKER_LOST_LIMIT, Reason, Status
+from loractl.common.status import LAB_RETRY_DELAY_S, OUTCOMES, TRANSITIONS, WORKER_LOST_LIMIT, Reason, Status
 from loractl.common.store import LEASE_S, Store
 from loractl.common.tables import Job
 from loractl.common.units import GIB
@@ -118,13 +118,25 @@ def test_without_retries_the_first_failure_that_counts_is_the_last(store: Store)
     assert end(store, Reason.TRAINER_ERROR) is Status.FAILED
 
 
-@pytest.mark.parametrize("reason", [Reason.DRAINED, Reason.PREEMPTED, Reason.GPU_ERROR])
+@pytest.mark.parametrize("reason", [Reason.DRAINED, Reason.PREEMPTED])
 def test_what_the_lab_caused_is_tried_again_at_once_and_spends_no_retry(store: Store, reason: Reason) -> None:
     job_id = store.submit(submission(max_retries=0))
     for _ in range(4):
         assert end(store, reason) is Status.QUEUED
     row = store.job(job_id)
     assert (row.retries_used, row.not_before, row.held, row.attempt) == (0, None, False, 4)
+
+
+def test_a_failing_card_is_tried_again_after_a_pause_and_three_of_them_hold_the_job(timed: Store, clock: Clock) -> None:
+    job_id = timed.submit(submission(max_retries=0))
+    for _ in range(WORKER_LOST_LIMIT - 1):
+        assert end(timed, Reason.GPU_ERROR) is Status.QUEUED
+        assert timed.claim("n:0", "GPU-0", 10**12) is None, "not at once"
+        clock.forward(LAB_RETRY_DELAY_S)
+    assert end(timed, Reason.GPU_ERROR) is Status.QUEUED
+    row = timed.job(job_id)
+    assert (row.held, row.retries_used) == (True, 0)
+    assert "its card failed 3 times" in (row.message or "")
 
 
 @pytest.mark.parametrize("reason", [r for r in Reason if not OUTCOMES[r].retryable])
