@@ -95,6 +95,11 @@ def detect_format(
         if all(column in columns for column in needed):
             return format, f"the rows have {' and '.join(needed)}"
     forms = "; ".join(f"{format.value}: {', '.join(needed)}" for format, needed in _COLUMNS.items())
+    if "conversations" in columns:
+        raise DataError(
+            file, "is in ShareGPT form (conversations)", row=first.number,
+            hint="rename conversations to messages, from to role (human: user, gpt: assistant) and value to content",
+        )  # fmt: skip
     raise DataError(
         file,
         f"the columns {', '.join(columns) or '(none)'} are those of no known format",

@@ -100,7 +100,7 @@ class DatasetSpec(_Section):
     """The rows' shape; auto looks at the columns and says why."""
     eval_path: Printable | None = None
     """A file or hub id (its split test) with the held-out rows; without it test_size rows are split off."""
-    test_size: float = Field(0.1, gt=0, lt=1)
+    test_size: float | None = Field(0.1, gt=0, lt=1)
     """Share of rows held out before training."""
     max_length: int = Field(1024, ge=8)
     """Longest row in tokens."""
@@ -129,7 +129,7 @@ class LoraSpec(_Section):
 class TrainingSpec(_Section):
     """The optimisation; names and meaning are those of transformers.TrainingArguments."""
 
-    num_train_epochs: float = Field(3, gt=0)
+    num_train_epochs: float | None = Field(3, gt=0)
     max_steps: int | None = Field(None, ge=1)
     """Optimizer steps; overrides num_train_epochs."""
     learning_rate: float = Field(2e-4, gt=0, lt=1)
@@ -206,9 +206,13 @@ class JobSpec(_Section):
         if info.context != AS_WRITTEN:
             return self
         wrong = []  # "key: sentence", so that _problems can name the line
-        if self.dataset.eval_path and "test_size" in self.dataset.model_fields_set:
+        if self.dataset.eval_path and _is_set(self.dataset, "test_size"):
             wrong.append("dataset.test_size: dataset.eval_path says what is held out already; keep one of them")
-        if self.training.max_steps and "num_train_epochs" in self.training.model_fields_set:
+        if self.training.max_steps is None and self.training.num_train_epochs is None:
+            wrong.append("training.num_train_epochs: is null, and so is training.max_steps; one must say when to stop")
+        if self.dataset.eval_path is None and self.dataset.test_size is None:
+            wrong.append("dataset.test_size: is null, and there is no dataset.eval_path; one must say what is held out")
+        if self.training.max_steps and _is_set(self.training, "num_train_epochs"):
             wrong.append("training.num_train_epochs: training.max_steps says when to stop already; keep one of them")
         if self.training.optim.startswith("paged") and self.method is Method.LORA:
             wrong.append("training.optim: paged optimizers are for method qlora or auto; use adamw_torch or adamw_8bit")
@@ -266,17 +270,36 @@ def load_spec(path: Path, overrides: Sequence[str] = ()) -> JobSpec:
     """
     tree, lines = _parse_yaml(path)
     for override in overrides:
-        _apply_override(tree, override)
+        _apply_override(tree, override, overrides)
     try:
         spec = JobSpec.model_validate(tree, context=AS_WRITTEN)
     except ValidationError as error:
-        raise SpecError([p for e in error.errors() for p in _problems(e, str(path), lines, overrides)]) from None
-    return _resolve_paths(spec, path.absolute().parent)
+        found = [p for e in error.errors() for p in _problems(e, str(path), lines, overrides)]
+        # a key that may be of two kinds fails as each of them: the last, more general one is told
+        raise SpecError(list({(p.file, p.key): p for p in found}.values())) from None
+    return _resolve_paths(_resolve_defaults(spec), path.absolute().parent)
 
 
 def spec_keys() -> list[str]:
     """Every key of the job file as a dotted path, sections left out."""
     return [key for key in _all_keys(JobSpec) if not key.endswith(".")]
+
+
+def _is_set(section: BaseModel, key: str) -> bool:
+    return key in section.model_fields_set and getattr(section, key) is not None
+
+
+def _resolve_defaults(spec: JobSpec) -> JobSpec:
+    """A default that another key overrules becomes null, so that the resolved job says what will be done."""
+    dataset, training, evaluation = spec.dataset, spec.training, spec.evaluation
+    if dataset.eval_path:
+        dataset = dataset.model_copy(update={"test_size": None})
+    if training.max_steps:
+        training = training.model_copy(update={"num_train_epochs": None})
+    if evaluation.samples == 0:
+        measured = [m for m in evaluation.metrics if m not in (Metric.ROUGE, Metric.EXACT_MATCH)]
+        evaluation = evaluation.model_copy(update={"metrics": measured})
+    return spec.model_copy(update={"dataset": dataset, "training": training, "evaluation": evaluation})
 
 
 def _parse_yaml(path: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
@@ -346,7 +369,16 @@ def _lines(node: yaml.Node | None, path: tuple[str, ...]) -> list[tuple[tuple[st
     return found
 
 
-def _apply_override(tree: dict[str, Any], override: str) -> None:
+_RIVALS = {
+    "training.max_steps": "training.num_train_epochs",
+    "training.num_train_epochs": "training.max_steps",
+    "dataset.eval_path": "dataset.test_size",
+    "dataset.test_size": "dataset.eval_path",
+}
+"""Keys that say the same thing in two ways: an override of one takes the place of the other."""
+
+
+def _apply_override(tree: dict[str, Any], override: str, overrides: Sequence[str]) -> None:
     key, equals, text = override.partition("=")
     problem = SpecProblem(
         file="--set",
@@ -369,6 +401,8 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
             inner = place[section] = {}
         place = inner
     place[last] = value
+    if (rival := _RIVALS.get(key)) and value is not None and not any(o.startswith(f"{rival}=") for o in overrides):
+        place.pop(rival.rpartition(".")[2], None)  # the override wins over what the file says
 
 
 def _problems(error: Any, file: str, lines: dict[tuple[str, ...], int], overrides: Sequence[str]) -> list[SpecProblem]:
@@ -385,7 +419,8 @@ def _problem(
     overrides: Sequence[str],
 ) -> SpecProblem:  # fmt: skip
     key = ".".join(path)
-    if any(o.split("=")[0] == key for o in overrides):
+    overridden = {o.split("=")[0] for o in overrides}
+    if key in overridden or (path not in lines and any(o.startswith(f"{key}.") for o in overridden)):
         return SpecProblem(file="--set", line=None, key=key, what=what, hint=hint)
     line = next((lines[path[:n]] for n in range(len(path), 0, -1) if path[:n] in lines), None)
     return SpecProblem(file=file, line=line, key=key, what=what, hint=hint)
@@ -427,7 +462,7 @@ def _explain(error: Any, key: str) -> tuple[str, str | None]:
         "string_type": "text",
         "bool_type": "true or false",
         "bool_parsing": "true or false",
-        "list_type": "a list",
+        "list_type": "a list; write it like [q_proj, v_proj]" if key.endswith("target_modules") else "a list",
         "model_type": "a mapping of keys",
         "dict_type": "a mapping",
     }.get(kind)
@@ -444,12 +479,12 @@ def _did_you_mean(key: str) -> str | None:
     if (known := _KNOWN_AS.get(last)) and known != key:
         return f"did you mean {known}?"
     siblings = [k for k in keys if k.rpartition(".")[0] == near]
+    elsewhere = [k for k in keys if k.rpartition(".")[2] == last and k != key]
+    if elsewhere:
+        return f"did you mean {elsewhere[0]}?"
     candidates = difflib.get_close_matches(last, [k.rpartition(".")[2] for k in siblings], n=1, cutoff=0.6)
     if candidates:
         return f"did you mean {'.'.join([*section, candidates[0]])}?"
-    elsewhere = [k for k in keys if k.rpartition(".")[2] == last]
-    if elsewhere:
-        return f"did you mean {elsewhere[0]}?"
     return f"known keys here: {', '.join(k.rpartition('.')[2] for k in siblings)}" if siblings else None
 
 

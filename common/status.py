@@ -80,7 +80,10 @@ OUTCOMES: dict[Reason, Outcome] = {
         status=Status.FAILED, retryable=False, counts=False, advice="correct the job file and submit it again"
     ),
     Reason.BAD_DATA: Outcome(
-        status=Status.FAILED, retryable=False, counts=False, advice="correct the row and submit the job again"
+        status=Status.FAILED,
+        retryable=False,
+        counts=False,
+        advice="correct the data, or dataset.path, and submit the job again",
     ),
     Reason.MODEL_NOT_FOUND: Outcome(
         status=Status.FAILED,

@@ -30,6 +30,7 @@ from sqlalchemy import (
 from sqlalchemy.orm import Session
 
 from .errors import JobNotFound, WrongState
+from .method import Method
 from .policy import Need, choose_method, permitted_methods
 from .records import Beat, Claim, NodeState, Progress, StoredResult, Submission
 from .status import LAB_RETRY_DELAY_S, OUTCOMES, WORKER_LOST_LIMIT, Reason, Stage, Status, retry_delay_s
@@ -203,7 +204,11 @@ class Store:
                 )
             )
             self._event(
-                session, job.job_id, attempt, "started", f"attempt {attempt} started on {node} with {method.value}"
+                session,
+                job.job_id,
+                attempt,
+                "started",
+                f"attempt {attempt} started on {node} with {method.value}{_why_method(spec.method, method, planned)}",
             )
             return Claim(
                 job_id=job.job_id,
@@ -248,8 +253,8 @@ class Store:
             job = session.scalars(select(Job).where(Job.job_id == claim.job_id).with_for_update()).one()
             if job.token != claim.token or job.status is not Status.RUNNING:
                 return self._already_finished(session, claim, reason, job)
+            self._record(session, claim, progress)  # first: what was told before the end stands before it
             self._end_attempt(session, job, reason, message, now)
-            self._record(session, claim, progress)
             if result is not None:
                 job.adapter_uri, job.report_uri = result.adapter_uri, result.report_uri
                 session.add(
@@ -543,6 +548,15 @@ def _ready(now: dt.datetime) -> tuple[ColumnElement[bool], ...]:
 def _waiting(now: dt.datetime, free: int) -> Select[Job]:
     fits = or_(Job.vram_needed.is_(None), Job.vram_needed <= free)
     return select(Job).where(*_ready(now), fits).order_by(Job.priority.desc(), Job.job_id)
+
+
+def _why_method(wanted: Method, taken: Method, planned: int | None) -> str:
+    """Why auto took this method, for the history."""
+    if wanted is not Method.AUTO:
+        return ""
+    if taken is Method.QLORA:
+        return " (auto: lora does not fit)"
+    return " (auto: it fits)" if planned is not None else " (auto: lora unless a plan says that it does not fit)"
 
 
 def _ended_as(job: Job) -> str:

@@ -50,26 +50,32 @@ def status(
         job = store.job(job_id)
         click.echo(json.dumps(render.job_fields(job)) if as_json else _one(store, job))
         return
-    pair = tuple(label.split("=", 1)) if label else None
+    key, _, value = (label or "").partition("=")
+    pair = (key, value) if label else None
     if as_json:
-        from loractl.common.status import Status
-
-        statuses = () if everything else (Status.RUNNING, Status.QUEUED)
-        jobs = store.jobs(statuses=statuses, user=user, label=pair, limit=limit if everything else None)  # type: ignore[arg-type]
-        click.echo(json.dumps([render.job_fields(job) for job in jobs]))
+        found = store.jobs(user=user, label=pair, limit=limit) if everything else _unfinished(store, user, pair)
+        reasons = _wait_reasons(store, found)
+        rows = [render.job_fields(job) for job in found]
+        for row in rows:
+            if row["job_id"] in reasons:
+                row["message"] = ": ".join(reasons[row["job_id"]])
+        click.echo(json.dumps(rows))
         return
     if everything:
-        jobs = store.jobs(user=user, label=pair, limit=limit)  # type: ignore[arg-type]
-        click.echo(render.all_jobs(jobs, store.now(), render.detect_screen()))
+        found = store.jobs(user=user, label=pair, limit=limit)
+        chosen = bool(user or label)
+        click.echo(
+            render.all_jobs(found, _wait_reasons(store, found), store.now(), render.detect_screen(), chosen=chosen)
+        )
         return
     if not watch:
-        click.echo(_overview(store, user, pair))  # type: ignore[arg-type]
+        click.echo(_overview(store, user, pair))
         return
     if not sys.stdout.isatty():
         raise UsageError("--watch without a JOB needs a terminal", "loractl status JOB --watch works in a pipe")
     frame = _Frame()
     while True:
-        frame.draw(_overview(store, user, pair))  # type: ignore[arg-type]
+        frame.draw(_overview(store, user, pair))
         time.sleep(_WATCH_S)
 
 
@@ -179,30 +185,42 @@ def _overview(store: Store, user: str | None, label: tuple[str, str] | None) -> 
 
     from loractl.common.status import Status
 
-    from .waiting import wait_reason
-
     now = store.now()
     midnight = now.astimezone().replace(hour=0, minute=0, second=0, microsecond=0).astimezone(dt.UTC)
-    running = store.jobs(statuses=[Status.RUNNING], user=user, label=label)[::-1]
-    queued = store.jobs(statuses=[Status.QUEUED], user=user, label=label)
-    queued.sort(key=lambda job: (-job.priority, job.job_id))
-    nodes, everybody = store.nodes(), store.jobs(statuses=[Status.RUNNING]) if user or label else running
-    waiting = [(job, *wait_reason(job, nodes, everybody, now)) for job in queued]
+    found = _unfinished(store, user, label)
+    reasons = _wait_reasons(store, found)
+    running = [job for job in found if job.status is Status.RUNNING]
+    waiting = [(job, *reasons[job.job_id]) for job in found if job.status is Status.QUEUED]
     ended = store.jobs(ended_since=midnight, user=user, label=label)
     return render.overview(running, waiting, ended, now, render.detect_screen())
 
 
-def _one(store: Store, job: Job) -> str:
+def _unfinished(store: Store, user: str | None, label: tuple[str, str] | None) -> list[Job]:
+    """Running jobs, then waiting ones in the order of trying."""
+    from loractl.common.status import Status
+
+    running = store.jobs(statuses=[Status.RUNNING], user=user, label=label)[::-1]
+    queued = store.jobs(statuses=[Status.QUEUED], user=user, label=label)
+    return [*running, *sorted(queued, key=lambda job: (-job.priority, job.job_id))]
+
+
+def _wait_reasons(store: Store, jobs: list[Job]) -> dict[int, tuple[str, str]]:
+    """job_id -> (word, sentence) for those that wait."""
     from loractl.common.status import Status
 
     from .waiting import wait_reason
 
-    now, waits = store.now(), None
-    if job.status is Status.QUEUED:
-        waits = wait_reason(job, store.nodes(), store.jobs(statuses=[Status.RUNNING]), now)
+    if not any(job.status is Status.QUEUED for job in jobs):
+        return {}
+    nodes, running, now = store.nodes(), store.jobs(statuses=[Status.RUNNING]), store.now()
+    return {job.job_id: wait_reason(job, nodes, running, now) for job in jobs if job.status is Status.QUEUED}
+
+
+def _one(store: Store, job: Job) -> str:
+    waits = _wait_reasons(store, [job]).get(job.job_id)
     losses, evals = store.metrics(job.job_id, "loss"), store.metrics(job.job_id, "eval_loss")
     attempts, events = store.attempts(job.job_id), store.events(job.job_id)
-    return render.one_job(job, attempts, events, losses, evals, waits, now, render.detect_screen())
+    return render.one_job(job, attempts, events, losses, evals, waits, store.now(), render.detect_screen())
 
 
 def _line(job: Job) -> str:

@@ -10,7 +10,7 @@ import datetime as dt
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -168,16 +168,25 @@ def overview(
     return "\n".join(lines)
 
 
-def all_jobs(jobs: Sequence[Job], now: dt.datetime, screen: Screen) -> str:
-    """Every job, newest first, with its outcome."""
+def all_jobs(
+    jobs: Sequence[Job],
+    waits: Mapping[int, tuple[str, str]],
+    now: dt.datetime,
+    screen: Screen,
+    *,
+    chosen: bool = False,
+) -> str:
+    """Every job, newest first, with its outcome; `chosen`: a filter left others out."""
     if not jobs:
-        return "No job yet. Submit one: loractl submit job.yaml"
+        return "No job matches." if chosen else "No job yet. Submit one: loractl submit job.yaml"
     wide = screen.width >= 110
     rows = []
     for job in jobs:
         result = job.message or (f"attempt {job.attempt} on {job.node}" if job.status is Status.RUNNING else "")
         if job.status is Status.FAILED and job.reason is not None:
             result = f"{job.reason.value}: {result}"
+        if job.job_id in waits:
+            result = f"waits: {': '.join(waits[job.job_id])}"
         row = [str(job.job_id), screen.style(fit(job.name, 24 if wide else 18), bold=True), fit(job.user, 8)]
         row += [job.method or "–"] if wide else []
         rows.append([*row, clock(job.ended_at, now), _state(job, screen), result])
@@ -205,7 +214,8 @@ def one_job(
     head = screen.style(f"{job.job_id} {job.name}", bold=True)
     lines = []
     if job.status is Status.RUNNING:
-        lines += [f"{head} on {job.node}, attempt {job.attempt}, {job.stage.value if job.stage else 'starting'}", ""]
+        doing = "stopping" if job.cancel_requested else job.stage.value if job.stage else "starting"
+        lines += [f"{head} on {job.node}, attempt {job.attempt}, {doing}", ""]
         share = job.step / job.total_steps if job.step is not None and job.total_steps else 0.0
         steps = f"{thousands(job.step)} of {thousands(job.total_steps)}" if job.total_steps else "loading"
         eta = f"  {duration(job.eta_seconds)} left" if job.eta_seconds else ""
@@ -222,9 +232,10 @@ def one_job(
     if attempts:
         last = attempts[-1]
         speed = f"   speed {job.tokens_per_second:.0f} tok/s" if job.tokens_per_second else ""
-        planned = f"planned {gib(last.vram_planned)} GiB" if last.vram_planned else "not planned"
-        peak = f"{gib(last.vram_peak)} GiB at most, " if last.vram_peak else ""
-        lines.append(f"memory  {peak}{planned}   method {last.method}{speed}")
+        planned = f"planned {gib(last.vram_planned)} GiB" if last.vram_planned else ""
+        peak = f"{gib(last.vram_peak)} GiB at most" if last.vram_peak else ""
+        memory = ", ".join(part for part in (peak, planned) if part)
+        lines.append((f"memory  {memory}   " if memory else "") + f"method {last.method}{speed}")
     if job.adapter_uri:
         lines += [f"adapter {job.adapter_uri}", f"report  {job.report_uri}"]
     if lines[-1]:
@@ -381,7 +392,7 @@ def _running_table(running: Sequence[Job], now: dt.datetime, screen: Screen) -> 
         if wide:
             row.append(f"{fit(job.base_model.rpartition('/')[2], screen.width - 94)} {job.method}")
         rows.append(row)
-    headers = ["JOB", "NAME", "OWNER", "CARD", "PROGRESS", "TRAINED AT", "LOSS", *(["MODEL"] if wide else [])]
+    headers = ["JOB", "NAME", "OWNER", "CARD", "PROGRESS", "DONE AT", "LOSS", *(["MODEL"] if wide else [])]
     return table(headers, rows, screen, right=("JOB", "LOSS"))
 
 
@@ -412,6 +423,8 @@ def _next_command(job: Job) -> str:
 
         advice = OUTCOMES[job.reason].advice.replace("JOB", str(job.job_id)) if job.reason else ""
         return f"Next: {advice}." if advice else f"Its log: loractl logs {job.job_id}"
+    if job.status is Status.RUNNING and job.cancel_requested:
+        return f"A cancel was asked for. Its log: loractl logs {job.job_id} -f"
     if job.status is Status.RUNNING:
         return f"Its log: loractl logs {job.job_id} -f   stop it: loractl cancel {job.job_id}"
     return f"Its history: loractl show {job.job_id}   drop it: loractl cancel {job.job_id}"

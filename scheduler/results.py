@@ -22,9 +22,17 @@ if TYPE_CHECKING:
 @click.option("--json", "as_json", is_flag=True, help="Print report.json.")
 def report(job_id: int, answers: int, html: Path | None, as_json: bool) -> None:
     """Print a job's evaluation report: base against tuned."""
+    from loractl.common.errors import UsageError
+
     job, store, prefix = _result_of(job_id)
     if html is not None:
-        html.write_bytes(store.read_bytes(prefix, "report.html"))
+        page = store.read_bytes(prefix, "report.html")
+        try:
+            html.write_bytes(page)
+        except OSError as error:
+            raise UsageError(
+                f"{html} can't be written: {error.strerror}", "name a file in a folder that exists"
+            ) from error
         click.echo(f"The report of job {job_id} is in {html}.")
         return
     raw: dict[str, Any] = store.read_json(prefix, "report.json")
@@ -85,7 +93,8 @@ def _result_of(job_id: int) -> tuple[Job, ArtifactStore, str]:
     settings, store = open_session()
     job = store.job(job_id)
     if job.status is not Status.SUCCEEDED:
-        raise WrongState(
-            f"job {job_id} has no result: it is {job.status.value}", f"loractl status {job_id} shows where it stands"
+        state = {Status.FAILED: "it has failed", Status.CANCELLED: "it was cancelled"}.get(
+            job.status, f"it is {job.status.value}"
         )
+        raise WrongState(f"job {job_id} has no result: {state}", f"loractl status {job_id} shows where it stands")
     return job, open_store(settings), attempt_prefix(job_id, job.attempt)

@@ -67,7 +67,7 @@ def check_data(spec: JobSpec) -> None:
         rows = read_rows(Path(text))
         format = detect_format(rows, text, format)[0] if format is DataFormat.AUTO else format
         examples, _ = parse_examples(rows, format, text, spec.dataset.on_bad_row)
-        if text == spec.dataset.path and spec.dataset.eval_path is None:
+        if text == spec.dataset.path and spec.dataset.test_size is not None:
             split_held_out(examples, spec.dataset.test_size, text)
 
 
@@ -122,6 +122,13 @@ def _warn_of_limits(job_id: int, spec: JobSpec, least: int | None, store: Store)
     """Say at once what would make the job wait for ever."""
     from loractl.common.units import gib
 
+    if Path(spec.base_model).is_absolute() and not Path(spec.base_model).exists():
+        click.echo(
+            f"Warning: there is no {spec.base_model} on this machine; every worker needs it at that path.", err=True
+        )
+    for text in (spec.dataset.path, spec.dataset.eval_path):
+        if text is not None and not _is_local(text):
+            click.echo(f"Note: {text} is no file here and is taken for a data set on the hub.", err=True)
     largest = max((node.total for node in store.nodes()), default=None)
     if least is not None and largest is not None and least > largest:
         click.echo(

@@ -21,6 +21,9 @@ from loractl.common.artifacts import sha256_of
 from loractl.common.errors import DataError
 from loractl.common.rows import Example, RawRow, detect_format, parse_examples, read_rows, split_held_out
 from loractl.common.spec import DataFormat, DatasetSpec, Overflow
+from loractl.common.status import Reason
+
+from .model import TrainingFailed, hub_is_away
 
 IGNORED = -100
 """The label that cross-entropy leaves out (torch.nn.CrossEntropyLoss's default ignore_index)."""
@@ -103,7 +106,7 @@ def prepare_data(
             raise DataError(held_file, "has no row that is not trained on as well")
     else:
         held_file, overlap = file, 0
-        train, held_out = split_held_out(examples, dataset.test_size, file)
+        train, held_out = split_held_out(examples, _test_size(dataset), file)
     key = _cache_key(dataset, tokenizer, format)
     train_set = _tokenise(train, file, dataset, tokenizer, format, cache, key)
     held_set = _tokenise(held_out, held_file, dataset, tokenizer, format, cache, key)
@@ -118,6 +121,11 @@ def prepare_data(
         sha256=sha256,
         held_out_examples=[e for e in held_out if e.number in kept],
     )
+
+
+def _test_size(dataset: DatasetSpec) -> float:
+    assert dataset.test_size is not None, "the job file's check leaves one of test_size and eval_path"
+    return dataset.test_size
 
 
 def encode(example: Example, tokenizer: Any, format: DataFormat) -> tuple[list[int], list[int]]:
@@ -173,6 +181,10 @@ def _load(path: str, split: str = "train") -> list[RawRow]:
     try:
         dataset = load_dataset(path, split=split)
     except (OSError, ValueError, HfHubHTTPError) as error:
+        if hub_is_away(error):
+            raise TrainingFailed(
+                Reason.TRAINER_ERROR, f"dataset.path {path} is no file, and the hub can't be reached to look there"
+            ) from error
         first = str(error).strip().splitlines()
         raise DataError(
             path, f"is neither a file here nor a data set on the hub: {first[0] if first else error}"

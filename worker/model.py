@@ -57,6 +57,7 @@ def choose_precision(device: str) -> Precision:
 
 def load_tokenizer(base_model: str) -> Any:
     """The model's tokenizer, always with a chat template and a padding token. Raises TrainingFailed."""
+    _check_folder(base_model)
     with _model_errors(base_model):
         tokenizer = AutoTokenizer.from_pretrained(base_model, trust_remote_code=False, **_gguf_file(base_model))
     if tokenizer.eos_token is None:
@@ -157,6 +158,15 @@ def evaluating(model: Any, *, base: bool = False) -> Iterator[Any]:
         model.train(was_training)
 
 
+def _check_folder(base_model: str) -> None:
+    """A folder without a model is named as such: transformers would speak of a tokenizer's backend."""
+    folder = Path(base_model)
+    if folder.is_dir() and not (folder / "config.json").exists() and not list(folder.glob("*.gguf")):
+        raise TrainingFailed(
+            Reason.MODEL_NOT_FOUND, f"base_model {base_model} is a folder without a model: no config.json, no GGUF file"
+        )
+
+
 def _gguf_file(base_model: str) -> dict[str, str]:
     """{"gguf_file": name} for a folder that holds exactly one GGUF file and no safetensors."""
     folder = Path(base_model)
@@ -192,7 +202,7 @@ def _model_errors(base_model: str) -> Iterator[None]:
     except (OSError, HFValidationError, HfHubHTTPError, SafetensorError, KeyError, ValueError) as error:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise
-        if not Path(base_model).is_absolute() and _is_network(error):
+        if not Path(base_model).is_absolute() and hub_is_away(error):
             raise TrainingFailed(
                 Reason.TRAINER_ERROR, f"the hub can't be reached for base_model {base_model}; the job is tried again"
             ) from error
@@ -206,7 +216,7 @@ def _model_errors(base_model: str) -> Iterator[None]:
         raise TrainingFailed(Reason.MODEL_NOT_FOUND, f"base_model {base_model} can't be loaded: {why}") from error
 
 
-def _is_network(error: BaseException) -> bool:
+def hub_is_away(error: BaseException) -> bool:
     """Whether the hub did not answer, anywhere in the chain: that passes, while a wrong name does not."""
     from huggingface_hub.errors import HfHubHTTPError
 

@@ -76,7 +76,7 @@ def build_report(
         "training": {
             "steps": log.steps,
             "resumed_from_step": log.first_step or None,
-            "epochs": spec.training.num_train_epochs if not spec.training.max_steps else None,
+            "epochs": spec.training.num_train_epochs,
             "seconds": log.seconds,
             "tokens_per_second": log.tokens_per_second,
             "peak_memory_bytes": peak.bytes,
@@ -143,6 +143,29 @@ def write_report(report: dict[str, Any], folder: Path) -> None:
     """report.json and report.html."""
     (folder / "report.json").write_text(json.dumps(_finite(report), indent=1, allow_nan=False), "utf-8")
     (folder / "report.html").write_text(render_html(report), "utf-8")
+
+
+def write_model_card(report: dict[str, Any], adapter: Path) -> None:
+    """README.md beside the weights, in place of peft's empty form: what this adapter is and where it comes from."""
+    base, data, training = report["base_model"].rpartition("/")[2], report["data"], report["training"]
+    loss = next(m for m in report["evaluation"]["metrics"] if m["name"] == "loss")
+    lines = [
+        "---",
+        "library_name: peft",
+        "---",
+        f"# {report['job']['name']}",
+        "",
+        f"A {report['method']} adapter (r {report['adapter']['r']}) for {base}, made by loractl job "
+        f"{report['job']['job_id']}, attempt {report['job']['attempt']}.",
+        "",
+        f"- {report['verdict']['sentence']}",
+        f"- held-out loss on {report['evaluation']['rows']} rows: base {loss['base']:.4f}, tuned {loss['tuned']:.4f}",
+        f"- {training['steps']} steps at learning rate {training['learning_rate']:g}, seed {report['seed']}",
+        f"- data: {data['train_rows']} rows, sha256 {data['sha256'] or 'unknown (from the hub)'}",
+        f"- weights: sha256 {report['adapter']['sha256']}",
+        "- " + ", ".join(f"{name} {version}" for name, version in report["versions"].items()),
+    ]
+    (adapter / "README.md").write_text("\n".join(lines) + "\n", "utf-8")
 
 
 def render_html(report: dict[str, Any]) -> str:

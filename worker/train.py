@@ -32,7 +32,7 @@ from .model import (
     load_trained,
 )
 from .protocol import Ended, Note, StageChanged, Start, Stepped, Told
-from .report import build_report, write_report
+from .report import build_report, write_model_card, write_report
 
 
 class Stopped(Exception):
@@ -131,6 +131,7 @@ def train(run: Run) -> Ended:
         wall_seconds=time.time() - began,
     )
     write_report(report, out)
+    write_model_card(report, out / "adapter")
     return Ended(job_id=order.job_id, reason=Reason.OK, message=report["verdict"]["short"], vram_peak=peak.bytes)
 
 
@@ -140,7 +141,7 @@ def training_arguments(order: Start, precision: Precision) -> TrainingArguments:
     on_gpu = order.device == "cuda"
     return TrainingArguments(
         output_dir=order.checkpoint_dir,
-        num_train_epochs=t.num_train_epochs,
+        num_train_epochs=t.num_train_epochs or 1,  # not looked at when max_steps is set
         max_steps=t.max_steps or -1,
         learning_rate=t.learning_rate,
         per_device_train_batch_size=t.per_device_train_batch_size,
@@ -210,6 +211,7 @@ class TrainingLog(TrainerCallback):
         self.steps = state.global_step
         # the share of epochs passed counts the short last batch of each rightly
         self.tokens = (state.epoch - self._first_epoch) * self._epoch_tokens
+        control.should_log |= state.global_step >= state.max_steps  # the last loss belongs to the curve
         if self._run.stop.is_set():
             control.should_training_stop = True
             control.should_save = self._run.save_on_stop.is_set()

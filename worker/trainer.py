@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import os
 import queue
 import signal
 import sys
 import threading
 import traceback
+import warnings
 from typing import IO
 
 from loractl.common.errors import DataError
@@ -49,6 +51,7 @@ def main() -> int:
 
 def _run(order: Start, orders: queue.SimpleQueue[Start | Stop], tell: object) -> Ended:
     """Train; every way to fail becomes a reason and a sentence, with the traceback in the log."""
+    _quieten()
     from .model import TrainingFailed
     from .train import Run, Stopped, train
 
@@ -82,6 +85,16 @@ def _run(order: Start, orders: queue.SimpleQueue[Start | Stop], tell: object) ->
         if reason is Reason.TRAINER_ERROR and Stage.EVALUATING in run.stages:
             reason = Reason.EVALUATION_FAILED
         return ended(reason, message)
+
+
+def _quieten() -> None:
+    """Leave out of the job's log what sounds like a problem and is none."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    # bitsandbytes says that an optional kernel package is missing; peft calls a name that transformers will drop in v6
+    logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)
+    warnings.filterwarnings("ignore", category=FutureWarning, message=".*is_gradient_checkpointing.*")
 
 
 def _explain(error: Exception) -> tuple[Reason, str]:

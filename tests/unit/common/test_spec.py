@@ -6,9 +6,10 @@ import os
 from pathlib import Path
 
 import pytest
+import yaml
 
 from loractl.common.errors import SpecError, SpecProblem
-from loractl.common.spec import AS_WRITTEN, MAX_FILE_BYTES, JobSpec, Method, Metric, load_spec, spec_keys
+from loractl.common.spec import MAX_FILE_BYTES, JobSpec, Method, Metric, load_spec, spec_keys
 
 MINIMAL = "name: tiny\nbase_model: org/model\ndataset: {path: org/data}\n"
 
@@ -178,11 +179,42 @@ def test_a_stored_spec_with_every_key_validates_again_to_the_same_value(tmp_path
     path = write(tmp_path, MINIMAL + "training: {max_steps: 20}\nresources: {max_vram: 20GiB, time_limit: 2h}\n")
     spec = load_spec(path)
     dump = spec.model_dump(mode="json")
-    assert dump["training"]["num_train_epochs"] == 3, "the dump holds both, which a person's file may not"
+    assert dump["training"]["num_train_epochs"] is None, "a default that another key overrules is not kept"
     assert JobSpec.model_validate(dump) == spec
     assert (spec.resources.max_vram, spec.resources.time_limit) == (20 * 2**30, 7200)
-    with pytest.raises(ValueError, match=r"training\.max_steps says when to stop"):
-        JobSpec.model_validate(dump, context=AS_WRITTEN)
+
+
+@pytest.mark.parametrize("more", ["training: {max_steps: 20}\n", "evaluation: {samples: 0}\n", ""])
+def test_a_resolved_job_is_a_job_file_again(more: str, tmp_path: Path) -> None:
+    first = load_spec(write(tmp_path, MINIMAL + more))
+    again = load_spec(write(tmp_path, yaml.safe_dump(first.model_dump(mode="json"))))
+    assert again == first
+
+
+def test_an_override_takes_the_place_of_what_the_file_says_in_another_way(tmp_path: Path) -> None:
+    path = write(tmp_path, MINIMAL + "training: {num_train_epochs: 2}\n")
+    assert load_spec(path, ["training.max_steps=20"]).training.num_train_epochs is None
+    assert load_spec(path, ["training.num_train_epochs=5"]).training.num_train_epochs == 5
+    with pytest.raises(SpecError, match="keep one of them"):
+        load_spec(path, ["training.max_steps=20", "training.num_train_epochs=5"])
+
+
+def test_the_same_key_in_a_section_is_proposed_before_a_similar_one(tmp_path: Path) -> None:
+    with pytest.raises(SpecError) as wrong:
+        load_spec(write(tmp_path, MINIMAL), ["max_steps=2"])
+    assert [p.hint for p in wrong.value.problems] == ["did you mean training.max_steps?"]
+
+
+def test_one_wrong_key_is_one_problem_and_an_unknown_section_of_an_override_is_blamed_on_it(tmp_path: Path) -> None:
+    path = write(tmp_path, MINIMAL)
+    with pytest.raises(SpecError) as wrong:
+        load_spec(path, ["lora.target_modules=q_proj"])
+    assert [str(p) for p in wrong.value.problems] == [
+        '--set: lora.target_modules: "q_proj" is not a list; write it like [q_proj, v_proj]'
+    ]
+    with pytest.raises(SpecError) as wrong:
+        load_spec(path, ["trainign.max_steps=2"])
+    assert [p.file for p in wrong.value.problems] == ["--set"]
 
 
 def test_the_hash_covers_what_decides_the_result_and_nothing_else(tmp_path: Path) -> None:

@@ -167,7 +167,7 @@ def test_the_largest_values_stay_within_the_screen(width: int) -> None:
     )  # fmt: skip
     texts = [
         render.overview([largest_running()], [], [], NOON, screen),
-        render.all_jobs([ended], NOON + dt.timedelta(days=2), screen),
+        render.all_jobs([ended], {}, NOON + dt.timedelta(days=2), screen),
     ]
     assert [line for text in texts for line in text.splitlines() if len(line) > width] == []
 
@@ -182,7 +182,7 @@ def test_escapes_are_written_only_where_there_is_colour_and_ascii_draws_no_block
     losses = [point(1, 3.0), point(2, 1.0)]
     texts = [
         render.overview([running()], [(job(), "busy", "x")], [], NOON, screen),
-        render.all_jobs([running(), job(status=Status.FAILED, reason=Reason.DIVERGED, message="m")], NOON, screen),
+        render.all_jobs([running(), job(status=Status.FAILED, reason=Reason.DIVERGED, message="m")], {}, NOON, screen),
         render.one_job(running(), [attempt()], [event("started")], losses, [], None, NOON, screen),
         render.history(running(), [attempt()], [event("started")], "name: a", NOON, screen),
         render.devices([node()], [running()], NOON, 60, screen),
@@ -289,7 +289,7 @@ def test_control_characters_of_messages_events_and_names_never_reach_the_termina
     texts = [
         render.one_job(failed, [], [event(bad)], [], [], None, NOON, PLAIN),
         render.one_job(job(), [], [], [], [], ("held", bad), NOON, PLAIN),
-        render.all_jobs([failed], NOON, PLAIN),
+        render.all_jobs([failed], {}, NOON, PLAIN),
         render.overview([ran], [(failed, "held", bad)], [], NOON, WIDE),
         render.history(failed, [], [event(bad)], "name: a", NOON, PLAIN),
         render.devices([node()], [ran], NOON, 60, PLAIN),
