@@ -64,7 +64,10 @@ def db_upgrade() -> None:
 
 @db.command("stop")
 def db_stop() -> None:
-    """Shut the embedded Valkey down; its queue is saved and the next command starts it again."""
+    """Shut the embedded Valkey down.
+
+    Its queue is saved, and the next command that needs it starts it again.
+    """
     from loractl.common.broker import stop_embedded
     from loractl.common.settings import load_settings
 

@@ -116,6 +116,9 @@ def main() -> NoReturn:
     except click.Abort:
         click.echo("Interrupted.", err=True)
         sys.exit(ExitCode.INTERRUPTED)
+    except click.exceptions.NoArgsIsHelpError as bare:
+        click.echo(bare.format_message())  # a group without a subcommand: its help is the answer
+        sys.exit(ExitCode.USAGE)
     except click.ClickException as wrong:
         click.echo(f"Error: {wrong.format_message()}", err=True)
         sys.exit(ExitCode.USAGE)

@@ -66,7 +66,10 @@ def adapters(ctx: click.Context, as_json: bool) -> None:
 @click.argument("job_id", type=int, metavar="JOB")
 @click.argument("folder", type=click.Path(path_type=Path, file_okay=False), metavar="DIR")
 def adapters_pull(job_id: int, folder: Path) -> None:
-    """Copy a job's adapter into DIR, hashes checked; peft's PeftModel.from_pretrained loads it."""
+    """Copy a job's adapter into a new folder, verified.
+
+    peft's PeftModel.from_pretrained loads it from there.
+    """
     from loractl.common.errors import UsageError
 
     if folder.exists() and any(folder.iterdir()):

@@ -162,7 +162,10 @@ def data() -> None:
 @click.option("--row", type=int, help="The row to show; without it the first that is trained on.")
 @click.option("--json", "as_json", is_flag=True, help="Print the tokens as JSON.")
 def data_show(job_file: Path, row: int | None, as_json: bool) -> None:
-    """Show one training example: what is learned plain, what is only given dimmed."""
+    """Show one training example, its learned tokens marked.
+
+    On a terminal what is only given is dimmed; elsewhere what is learned stands in [[brackets]].
+    """
     from loractl.common.errors import UsageError
     from loractl.common.spec import load_spec
 
