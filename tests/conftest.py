@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import hypothesis
 import pytest
 from sqlalchemy import create_engine, text
 
@@ -24,6 +25,10 @@ from . import services
 from .models import make_tiny_model
 
 _numbers = itertools.count()
+
+# A property is no timed test: on a busy machine any example may take long.
+hypothesis.settings.register_profile("loractl", deadline=None)
+hypothesis.settings.load_profile("loractl")
 
 
 @pytest.fixture(scope="session")

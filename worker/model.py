@@ -204,7 +204,7 @@ def _model_errors(base_model: str) -> Iterator[None]:
             raise
         if not Path(base_model).is_absolute() and hub_is_away(error):
             raise TrainingFailed(
-                Reason.TRAINER_ERROR, f"the hub can't be reached for base_model {base_model}; the job is tried again"
+                Reason.TRAINER_ERROR, f"the hub can't be reached for base_model {base_model}"
             ) from error
         if Path(base_model).is_absolute() and not Path(base_model).exists():
             why = "there is no such folder on this worker"
