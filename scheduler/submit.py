@@ -30,7 +30,7 @@ def submit(job_files: tuple[Path, ...], overrides: tuple[str, ...], dry_run: boo
 
     Every file is checked before any is queued. A local data set is uploaded to the artifact store.
     """
-    from loractl.common.spec import load_spec
+    from loractl.common.jobfile import load_spec
 
     specs = [load_spec(path, overrides) for path in job_files]
     for spec in specs:

@@ -167,7 +167,7 @@ def data_show(job_file: Path, row: int | None, as_json: bool) -> None:
     On a terminal what is only given is dimmed; elsewhere what is learned stands in [[brackets]].
     """
     from loractl.common.errors import UsageError
-    from loractl.common.spec import load_spec
+    from loractl.common.jobfile import load_spec
 
     from .data import IGNORED, dataset_hash, prepare_data
     from .model import load_tokenizer

@@ -11,7 +11,6 @@ import logging
 import os
 import queue
 import shutil
-import signal
 import subprocess
 import sys
 import threading
@@ -19,7 +18,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import Any, TypeVar
 
 from sqlalchemy.exc import DBAPIError
 
@@ -31,8 +30,9 @@ from loractl.common.settings import Settings
 from loractl.common.status import Reason, Stage, Status
 from loractl.common.store import Store
 
+from .child import exit_reason, kill, read_log, read_messages, send
 from .devices import Device
-from .protocol import Ended, Note, StageChanged, Start, Stepped, Stop, Told, decode_told, encode
+from .protocol import Ended, Note, StageChanged, Start, Stepped, Stop, Told
 
 log = logging.getLogger("loractl.worker")
 Answer = TypeVar("Answer")
@@ -198,21 +198,21 @@ class Supervisor:
             )
             assert trainer.stdin and trainer.stdout and trainer.stderr
             readers = [
-                threading.Thread(target=_read_messages, args=(trainer.stdout, told, start.job_id), daemon=True),
-                threading.Thread(target=_read_log, args=(trainer.stderr, log_file, told), daemon=True),
+                threading.Thread(target=read_messages, args=(trainer.stdout, told, start.job_id), daemon=True),
+                threading.Thread(target=read_log, args=(trainer.stderr, log_file, told), daemon=True),
             ]
             for reader in readers:
                 reader.start()
-            _send(trainer.stdin, start)
+            send(trainer.stdin, start)
             try:
                 self._loop(claim, trainer, told, state)
             finally:
-                _kill(trainer)
+                kill(trainer)
                 for reader in readers:
                     reader.join(timeout=5)
         _take_all(told, state)
         if state.ended is None and state.forced is None and not state.lease_lost:
-            state.ended = Ended(job_id=start.job_id, **_exit_reason(trainer.returncode))
+            state.ended = Ended(job_id=start.job_id, **exit_reason(trainer.returncode))
 
     def _loop(self, claim: Claim, trainer: subprocess.Popen[str], told: queue.SimpleQueue[Any], state: _State) -> None:
         began, next_beat, stage = time.monotonic(), 0.0, None
@@ -279,7 +279,7 @@ class Supervisor:
         state.forced = reason, message
         state.kill_at = time.monotonic() + grace
         assert trainer.stdin
-        _send(trainer.stdin, Stop(job_id=claim.job_id, save=save))
+        send(trainer.stdin, Stop(job_id=claim.job_id, save=save))
 
     def _judge(self, state: _State) -> tuple[Reason, str]:
         """The attempt's reason: what the trainer said, unless we stopped it before it was done."""
@@ -435,66 +435,3 @@ def _explain(error: Exception) -> tuple[Reason, str]:
     if isinstance(error, (ArtifactError, ServiceUnreachable)):
         return Reason.STORE_FAILED, error.sentence
     return Reason.TRAINER_ERROR, str(error)
-
-
-def _exit_reason(code: int) -> dict[str, Any]:
-    """The reason for a trainer that ended without a word."""
-    if code == -signal.SIGKILL:
-        return {
-            "reason": Reason.HOST_OUT_OF_MEMORY,
-            "message": "the trainer was killed (SIGKILL), most likely by the box's out-of-memory killer",
-        }
-    how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
-    return {"reason": Reason.TRAINER_ERROR, "message": f"the trainer ended without a result ({how})"}
-
-
-def _send(pipe: IO[str], message: Start | Stop) -> None:
-    try:
-        pipe.write(encode(message))
-        pipe.flush()
-    except BrokenPipeError:
-        log.warning("the trainer had ended before it could be told %s", message.type)
-
-
-def _kill(trainer: subprocess.Popen[str]) -> None:
-    """End the trainer and whatever it started: closed stdin first, then its whole session."""
-    assert trainer.stdin
-    try:
-        trainer.stdin.close()
-    except BrokenPipeError:
-        log.debug("the trainer had closed its input")
-    try:
-        trainer.wait(timeout=2)
-    except subprocess.TimeoutExpired:
-        log.debug("the trainer outlived its input and is killed")
-    try:
-        os.killpg(trainer.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        log.debug("the trainer's session is empty")
-    trainer.wait()
-
-
-def _read_messages(pipe: IO[str], told: queue.SimpleQueue[Told | str], job_id: int) -> None:
-    for line in pipe:
-        try:
-            message = decode_told(line)
-        except ValueError:
-            told.put(f"[not a message] {line}")
-            continue
-        if message.job_id == job_id:
-            told.put(message)
-
-
-def _read_log(pipe: IO[str], file: IO[str], told: queue.SimpleQueue[Told | str]) -> None:
-    """Keep the log; with the disk full the pipe is still emptied, or the trainer would wait for ever to write."""
-    whole = True
-    for line in pipe:
-        told.put(line)
-        if not whole:
-            continue
-        try:
-            file.write(line)
-            file.flush()
-        except OSError as error:
-            whole = False
-            told.put(f"[the log file ends here: {error.strerror}]\n")

@@ -9,7 +9,8 @@ import pytest
 import yaml
 
 from loractl.common.errors import SpecError, SpecProblem
-from loractl.common.spec import MAX_FILE_BYTES, JobSpec, Method, Metric, load_spec, spec_keys
+from loractl.common.jobfile import MAX_FILE_BYTES, load_spec
+from loractl.common.spec import JobSpec, Method, Metric, spec_keys
 
 MINIMAL = "name: tiny\nbase_model: org/model\ndataset: {path: org/data}\n"
 
