@@ -97,7 +97,7 @@ def _submit(spec: JobSpec, settings: Settings, store: Store, *, quiet: bool) -> 
     job_id = store.submit(submission)
     if not quiet:
         click.echo(f"Job {job_id} ({spec.name}) is queued.")
-    _warn_of_limits(job_id, spec, least, store)
+    _warn(job_id, spec, least, store)
     try:
         wake(settings, submission.vram_class)
     except ServiceUnreachable as error:
@@ -118,8 +118,8 @@ def _store_data(spec: JobSpec, settings: Settings) -> dict[str, Any]:
     return stored
 
 
-def _warn_of_limits(job_id: int, spec: JobSpec, least: int | None, store: Store) -> None:
-    """Say at once what would make the job wait for ever."""
+def _warn(job_id: int, spec: JobSpec, least: int | None, store: Store) -> None:
+    """Say at once what would make the job wait for ever, or fail on its worker."""
     from loractl.common.units import gib
 
     if Path(spec.base_model).is_absolute() and not Path(spec.base_model).exists():
