@@ -346,7 +346,7 @@ def report_text(report: dict[str, Any], screen: Screen, answers: int) -> str:
     speed = f", {training['tokens_per_second']:.0f} tok/s" if training["tokens_per_second"] else ""
     lines += [
         "",
-        f"{e['rows']} held-out rows. {report['method']}, {training['steps']} steps in "
+        f"{e['rows']} held-out rows. {report['method']}, {_steps_taken(training)} in "
         f"{duration(training['seconds'])}{speed}, "
         f"peak {gib(training['peak_memory_bytes'])} GiB ({training['peak_memory_kind']}).",
         f"Intervals: {thousands(e['bootstrap']['samples'])} paired bootstrap samples, seed {e['bootstrap']['seed']}. "
@@ -366,6 +366,12 @@ def report_text(report: dict[str, Any], screen: Screen, answers: int) -> str:
             screen.dim(f"{hidden} more answers: loractl report {report['job']['job_id']} --answers {len(order)}"),
         ]
     return "\n".join(lines)
+
+
+def _steps_taken(training: dict[str, Any]) -> str:
+    """The time beside it is this attempt's alone."""
+    steps, resumed = training["steps"], training["resumed_from_step"]
+    return f"{steps} steps" if not resumed else f"{steps} steps, the last {steps - resumed} of them"
 
 
 def _running_table(running: Sequence[Job], now: dt.datetime, screen: Screen) -> list[str]:
