@@ -72,7 +72,8 @@ def report(answers: list[dict[str, Any]] | None = None) -> dict[str, Any]:
         "verdict": {"sentence": "the tuned model is better"},
         "method": "qlora",
         "training": {
-            "tokens_per_second": 800.0, "steps": 32, "seconds": 100, "peak_memory_bytes": 6 * GIB,
+            "tokens_per_second": 800.0, "steps": 32, "resumed_from_step": None,
+            "seconds": 100, "peak_memory_bytes": 6 * GIB,
             "peak_memory_kind": "CUDA",
         },
         "data": {"truncated_rows": 1, "too_long_rows_dropped": 2, "bad_rows_dropped": 3},
@@ -297,3 +298,10 @@ def test_control_characters_of_messages_events_and_names_never_reach_the_termina
     for text in texts:
         assert all(c.isprintable() or c == "\n" for c in text)
     assert len(texts[2].splitlines()) == 2, "a message of two lines does not break the table"
+
+
+@pytest.mark.parametrize(("resumed", "words"), [(None, "20 steps in"), (11, "20 steps, the last 9 of them in")])
+def test_the_time_of_a_resumed_training_names_the_steps_that_it_covers(resumed: int | None, words: str) -> None:
+    value = report()
+    value["training"] |= {"steps": 20, "resumed_from_step": resumed}
+    assert words in render.report_text(value, PLAIN, 0)
