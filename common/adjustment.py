@@ -1,0 +1,79 @@
+"""How a run is adjusted to the memory that there is: the same effective batch in smaller pieces, then checkpointing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .spec import JobSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adjustment:
+    """What out-of-memory has changed in a job; None leaves what its spec says."""
+
+    micro_batch: int | None = None  # per_device_train_batch_size
+    accumulation: int | None = None  # gradient_accumulation_steps
+    gradient_checkpointing: bool | None = None
+    eval_batch: int | None = None  # per_device_eval_batch_size
+
+    def as_json(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+
+def adjusted(spec: JobSpec, adjustment: Adjustment) -> JobSpec:
+    """The job as it runs."""
+    training = {
+        "per_device_train_batch_size": adjustment.micro_batch,
+        "gradient_accumulation_steps": adjustment.accumulation,
+        "gradient_checkpointing": adjustment.gradient_checkpointing,
+    }
+    evaluation = {"per_device_eval_batch_size": adjustment.eval_batch}
+
+    def known(changes: dict[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in changes.items() if value is not None}
+
+    return spec.model_copy(
+        update={
+            "training": spec.training.model_copy(update=known(training)),
+            "evaluation": spec.evaluation.model_copy(update=known(evaluation)),
+        }
+    )
+
+
+def next_adjustment(spec: JobSpec, adjustment: Adjustment, *, on_gpu: bool) -> Adjustment | None:
+    """The next step down after out-of-memory; None when only another method or a larger card is left.
+
+    Half the micro-batch (the largest divisor of the effective batch up to half) with the accumulation that keeps the
+    effective batch, down to one row; then gradient checkpointing, which is on from the start on a GPU unless the job
+    refuses it.
+    """
+    training = adjusted(spec, adjustment).training
+    batch, accumulation = training.per_device_train_batch_size, training.gradient_accumulation_steps
+    if batch > 1:
+        effective = batch * accumulation
+        smaller = next(size for size in range(batch // 2, 0, -1) if effective % size == 0)
+        return replace(adjustment, micro_batch=smaller, accumulation=effective // smaller)
+    checkpointing = on_gpu if training.gradient_checkpointing is None else training.gradient_checkpointing
+    return None if checkpointing else replace(adjustment, gradient_checkpointing=True)
+
+
+def in_words(spec: JobSpec, before: Adjustment, after: Adjustment, *, where: str = "", then: str = "goes on") -> str:
+    """The line of the job's history for one step down: what did not fit (and `where`), and how the run goes on."""
+    old, new = adjusted(spec, before), adjusted(spec, after)
+    where = f" {where}" if where else ""
+    if new.evaluation != old.evaluation:
+        sizes = old.evaluation.per_device_eval_batch_size, new.evaluation.per_device_eval_batch_size
+        return f"out of memory{where} evaluating {_rows(sizes[0])} at once: evaluates {sizes[1]}"
+    batch, smaller = old.training.per_device_train_batch_size, new.training.per_device_train_batch_size
+    how = (
+        f"{smaller}, accumulating {new.training.gradient_accumulation_steps} (same effective batch)"
+        if smaller != batch
+        else "gradient checkpointing"
+    )
+    return f"out of memory{where} with {_rows(batch)} at once: {then} with {how}"
+
+
+def _rows(count: int) -> str:
+    return f"{count} row" if count == 1 else f"{count} rows"
