@@ -19,7 +19,7 @@ from .settings import Settings, redacted
 if TYPE_CHECKING:
     from alembic.config import Config
 
-HEAD = "0001"
+HEAD = "0002"
 """The newest migration in migrations/versions; a test holds it equal to Alembic's own head."""
 
 SQLITE_BUSY_MS = 30_000

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from .broker import broker_url
@@ -45,8 +46,22 @@ def make_app(url: str) -> Any:
     return app
 
 
+def card_queue(node: str) -> str:
+    """The queue of one card alone."""
+    return f"card.{node}"
+
+
 def wake(settings: Settings, size_class: int) -> None:
     """Tell nodes that a job of this class waits. Raises ServiceUnreachable when the queue is away."""
+    _send(settings, [(size_class, queue_name(size_class))])
+
+
+def wake_cards(settings: Settings, nodes: Iterable[str]) -> None:
+    """Tell these cards to look for a job. Raises ServiceUnreachable when the queue is away."""
+    _send(settings, [(0, card_queue(node)) for node in nodes])
+
+
+def _send(settings: Settings, messages: list[tuple[int, str]]) -> None:
     from kombu.exceptions import KombuError
     from redis.exceptions import RedisError
 
@@ -55,7 +70,8 @@ def wake(settings: Settings, size_class: int) -> None:
     try:
         with app.connection_for_write() as connection:
             connection.ensure_connection(max_retries=1, interval_start=0, timeout=3)
-            app.send_task(WAKE_TASK, (size_class,), queue=queue_name(size_class), retry=False, connection=connection)
+            for size_class, queue in messages:
+                app.send_task(WAKE_TASK, (size_class,), queue=queue, retry=False, connection=connection)
     except (OSError, KombuError, RedisError) as error:
         raise ServiceUnreachable(
             "the queue", redacted(url), "LORACTL_REDIS_URL", str(error) or type(error).__name__

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from .adjustment import Adjustment
 from .method import Method
 from .policy import Need
 from .status import Stage
@@ -20,9 +21,11 @@ class Submission:
     spec: JobSpec
     user: str
     data: dict[str, Any]
-    need: Need
-    vram_needed: int | None
-    vram_class: int
+    need: Need  # what is reserved for it, by method
+    planned: Need  # the plan alone, before what was learned from measured peaks
+    methods: tuple[Method, ...]  # permitted ones, the preferred first
+    need_key: str | None = None
+    family: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +40,8 @@ class Claim:
     data: dict[str, Any]
     method: Method
     vram_planned: int | None
+    vram_reserved: int | None = None  # bytes of the card that are the attempt's; None: no limit
+    adjustment: Adjustment = field(default_factory=Adjustment)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,8 +54,13 @@ class Progress:
     loss: float | None = None
     tokens_per_second: float | None = None
     eta_seconds: float | None = None
+    eta_spread_seconds: float | None = None
+    need: Need | None = None  # a better plan, from the data's own lengths or a trace
     vram_peak: int | None = None
+    vram_allocated: int | None = None
+    vram_process: int | None = None
     resumed_from_step: int | None = None
+    adjustment: Adjustment | None = None  # of the run to what its memory allows, kept for later attempts
     metrics: tuple[tuple[int, str, float], ...] = ()  # step, name, value
     events: tuple[tuple[str, str], ...] = ()  # kind, text
     log: str = ""
@@ -75,8 +85,15 @@ class StoredResult:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Left:
+    """No job for this card, though one would fit: the rule gives it to another card, which has not taken it yet."""
+
+    nodes: frozenset[str]  # empty: somebody else was faster, look again
+
+
+@dataclass(frozen=True, kw_only=True)
 class NodeState:
-    """What a node says of its device."""
+    """What a node says of its device. Bytes."""
 
     node: str
     host: str
@@ -84,9 +101,13 @@ class NodeState:
     device_name: str
     kind: str
     total: int
-    free: int
-    reserved: int = 0
+    outside_bytes: int = 0
     outside: list[dict[str, Any]] = field(default_factory=list)
+    used: dict[str, int] = field(default_factory=dict)  # by job_id
+    margin: int = 0
+    max_jobs: int = 1
+    user_limit: int | None = None
+    labels: dict[str, str] = field(default_factory=dict)
     load: int | None = None
     temperature: int | None = None
     versions: dict[str, str] = field(default_factory=dict)

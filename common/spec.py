@@ -22,6 +22,7 @@ from pydantic import (
 )
 
 from .method import Method as Method
+from .policy import permitted_methods
 from .units import parse_duration, parse_size
 
 DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
@@ -75,6 +76,7 @@ def _printable(text: str) -> str:
 Printable = Annotated[str, AfterValidator(_printable)]
 Size = Annotated[int, BeforeValidator(parse_size)]
 Duration = Annotated[float, BeforeValidator(parse_duration)]
+FixedMethod = Literal[Method.LORA, Method.QLORA]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
 
 
@@ -172,6 +174,10 @@ class ResourcesSpec(_Section):
     """At most this much device memory, like 20GiB: auto then prefers QLoRA where LoRA would need more."""
     time_limit: Duration | None = None
     """At most this long, like 2h, for an attempt."""
+    node_labels: dict[Annotated[Printable, Field(max_length=64)], Annotated[Printable, Field(max_length=256)]] = Field(
+        default_factory=dict, max_length=8
+    )
+    """Labels that the box must have (loractl worker --label KEY=VALUE), like nvlink: "yes"."""
 
 
 class JobSpec(_Section):
@@ -180,7 +186,10 @@ class JobSpec(_Section):
     name: Name
     base_model: Printable = Field(min_length=1)
     """A hub id, or a folder (relative to the job file) with safetensors or one GGUF file."""
-    method: Method = Method.AUTO
+    method: Method | Annotated[list[FixedMethod], Field(min_length=1, max_length=2)] = Method.AUTO
+    """auto, lora or qlora; or a list, the preferred one first: [lora, qlora]."""
+    lora_patience: Duration | None = None
+    """Wait so long for a card that holds LoRA before QLoRA will do, like 2h; null: take what fits first."""
     dataset: DatasetSpec
     lora: LoraSpec = LoraSpec()
     training: TrainingSpec = TrainingSpec()
@@ -205,15 +214,25 @@ class JobSpec(_Section):
             wrong.append("dataset.test_size: is null, and there is no dataset.eval_path; one must say what is held out")
         if self.training.max_steps and _is_set(self.training, "num_train_epochs"):
             wrong.append("training.num_train_epochs: training.max_steps says when to stop already; keep one of them")
-        if self.training.optim.startswith("paged") and self.method is Method.LORA:
+        methods = permitted_methods(self.method)
+        if len(set(methods)) < len(methods):
+            wrong.append("method: names the same method twice")
+        if self.lora_patience is not None and methods != (Method.LORA, Method.QLORA):
+            wrong.append(
+                "lora_patience: is for method auto or [lora, qlora]; with another there is nothing to wait for"
+            )
+        if self.training.optim.startswith("paged") and Method.QLORA not in methods:
             wrong.append("training.optim: paged optimizers are for method qlora or auto; use adamw_torch or adamw_8bit")
         if wrong:
             raise ValueError("\n".join(wrong))
         return self
 
     def spec_hash(self) -> str:
-        """sha256 over what decides the training's result: everything but name, labels, priority, limits, retries."""
-        deciding = self.model_dump(mode="json", exclude={"name", "labels", "priority", "resources", "max_retries"})
+        """sha256 over what decides the training's result: everything but name, labels, priority, limits,
+        patience and retries."""
+        deciding = self.model_dump(
+            mode="json", exclude={"name", "labels", "priority", "resources", "max_retries", "lora_patience"}
+        )
         return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()
 
 

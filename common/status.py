@@ -93,9 +93,9 @@ OUTCOMES: dict[Reason, Outcome] = {
     ),
     Reason.OUT_OF_MEMORY: Outcome(
         status=Status.FAILED,
-        retryable=False,
+        retryable=True,  # while a permitted method or a larger card is left: Store decides
         counts=False,
-        advice="use method: qlora, halve per_device_train_batch_size or lower dataset.max_length",
+        advice="lower dataset.max_length or lora.r, permit method: qlora, or wait for a larger card",
     ),
     Reason.HOST_OUT_OF_MEMORY: Outcome(
         status=Status.FAILED, retryable=True, counts=True, advice="the box ran out of RAM: submit to a larger one"

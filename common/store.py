@@ -10,7 +10,8 @@ import datetime as dt
 import importlib
 import math
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from sqlalchemy import (
@@ -27,25 +28,46 @@ from sqlalchemy import (
     select,
     update,
 )
+from sqlalchemy import text as sql
 from sqlalchemy.orm import Session
 
+from .adjustment import Adjustment
 from .errors import JobNotFound, WrongState
+from .fleet import card_of, drained_targets, read_cards, read_charges, read_levels, read_oldest
+from .learning import GROWTH, Measured
 from .method import Method
-from .policy import Need, choose_method, permitted_methods
-from .records import Beat, Claim, NodeState, Progress, StoredResult, Submission
+from .policy import (
+    Card,
+    Need,
+    Placement,
+    could_start,
+    decayed,
+    least_need,
+    permitted_methods,
+    place,
+    queue_key,
+    vram_class,
+    within,
+)
+from .records import Beat, Claim, Left, NodeState, Progress, StoredResult, Submission
 from .status import LAB_RETRY_DELAY_S, OUTCOMES, WORKER_LOST_LIMIT, Reason, Stage, Status, retry_delay_s
-from .tables import Adapter, Attempt, Event, Job, LogChunk, MetricPoint, Node, UtcDateTime
+from .tables import Adapter, Attempt, DrainOrder, Event, Job, LogChunk, MetricPoint, Node, Use, UtcDateTime
+from .units import GIB, gib
 
 if TYPE_CHECKING:
     from pydantic import ValidationError
+
+    from .spec import JobSpec
 
 Row = TypeVar("Row")
 
 LEASE_S = 60.0
 """How long an attempt may be silent before its job goes on elsewhere, by the database's clock."""
 
-NODE_STALE_S = 60.0
-"""A node that was not seen for so long counts as offline."""
+_ETA = ("eta_seconds", "eta_spread_seconds")
+
+OUTSIDER_SHARE = 0.85
+"""An attempt that ran out of memory below this share of its reservation met somebody else's memory, not its own."""
 
 
 class Store:
@@ -63,6 +85,10 @@ class Store:
         """Write a QUEUED job; its number is durable when this returns."""
         spec = submission.spec
         with self._write() as session:
+            now = self._now_value(session)
+            until = None
+            if spec.lora_patience is not None and submission.methods == (Method.LORA, Method.QLORA):
+                until = now + dt.timedelta(seconds=spec.lora_patience)
             job = Job(
                 name=spec.name,
                 user=submission.user,
@@ -74,12 +100,16 @@ class Store:
                 priority=spec.priority,
                 vram_lora=submission.need.lora,
                 vram_qlora=submission.need.qlora,
-                vram_needed=submission.vram_needed,
-                vram_class=submission.vram_class,
+                planned=vars(submission.planned),
+                methods=[method.value for method in submission.methods],
+                lora_until=until,
+                need_key=submission.need_key,
+                family=submission.family,
                 max_retries=spec.max_retries,
                 status=Status.QUEUED,
-                submitted_at=self._now_value(session),
+                submitted_at=now,
             )
+            _line_up(job, spec.resources.node_labels, now)
             session.add(job)
             session.flush()
             self._event(session, job.job_id, None, "queued", f"queued by {submission.user}")
@@ -144,10 +174,19 @@ class Store:
 
     # --- what a node does ---
 
-    def claim(self, node: str, gpu: str, free: int, *, plan_holds: bool = True) -> Claim | None:
-        """Take the first waiting job that fits into `free` bytes: a token and a lease, or None.
+    def claim(
+        self,
+        node: str,
+        outside: int | None = None,
+        used: Mapping[str, int] | None = None,
+        distrusted: frozenset[str] = frozenset(),
+    ) -> Claim | Left | None:
+        """Take the job that the placement rule gives this card: a token, a lease and a part of its memory.
 
-        `plan_holds` is false on a CPU: plans are for GPUs, so none is noted beside what is measured there.
+        `outside`, `used`: what the device shows at this moment (bytes held by others; bytes by job), when that is newer
+        than the node's row. `distrusted`: nodes that did not take what was left to them; the rule goes without them.
+        Left: the rule gives every job that fits here to other cards; without nodes, look again at once. None: nothing
+        fits.
         """
         from pydantic import ValidationError
 
@@ -155,77 +194,104 @@ class Store:
 
         with self._write() as session:
             now = self._now_value(session)
-            job = session.scalars(_waiting(now, free).limit(1).with_for_update(skip_locked=True)).first()
-            if job is None:
+            # Two slots of one card must not both reserve the same bytes.
+            row = session.scalars(select(Node).where(Node.node == node).with_for_update()).first()
+            if row is None:
                 return None
-            try:
-                spec = JobSpec.model_validate(job.spec)
-            except ValidationError as error:
-                self._refuse(session, job, error, now)
+            cards = [replace(c, max_jobs=0) if c.node in distrusted - {node} else c for c in read_cards(session, now)]
+            mine = next(card for card in cards if card.node == node)
+            if outside is not None:
+                live = tuple(replace(job, used=(used or {}).get(str(job.job_id), job.used)) for job in mine.running)
+                mine = replace(mine, outside=max(mine.outside, outside), running=live)
+                cards = [mine if card.node == node else card for card in cards]
+            if not mine.open or not mine.slots or not mine.free:
                 return None
-            need = Need(lora=job.vram_lora, qlora=job.vram_qlora)
-            limit = min(free, spec.resources.max_vram or free)
-            # submit refuses a max_vram below every need; were there such a row, it must not block those behind it
-            method = choose_method(spec.method, need, limit) or permitted_methods(spec.method)[-1]
-            token, attempt = uuid.uuid4().hex, job.attempt + 1
-            taken = _change(job.job_id, Status.QUEUED).values(
-                status=Status.RUNNING,
-                stage=Stage.PREPARING,
-                token=token,
-                attempt=attempt,
-                node=node,
-                gpu=gpu,
-                method=method.value,
-                lease_expires_at=self._now_in(LEASE_S),
-                started_at=now,
-                reason=None,
-                message=None,
-                step=None,
-                total_steps=None,
-                loss=None,
-                tokens_per_second=None,
-                eta_seconds=None,
-                not_before=None,
-            )
-            if not _rows(session, taken):
-                return None
-            planned = need.of(method) if plan_holds else None
-            session.add(
-                Attempt(
-                    job_id=job.job_id,
-                    attempt=attempt,
-                    token=token,
-                    node=node,
-                    gpu=gpu,
-                    method=method.value,
-                    vram_planned=planned,
-                    vram_reserved=planned,
-                    started_at=now,
-                )
-            )
-            self._event(
-                session,
-                job.job_id,
-                attempt,
-                "started",
-                f"attempt {attempt} started on {node} with {method.value}{_why_method(spec.method, method, planned)}",
-            )
-            return Claim(
+            charges, oldest = read_charges(session, now), read_oldest(session, now)
+            left: set[str] = set()
+            for decision in place(read_levels(session, now), cards, charges, now, oldest):
+                placed = decision.placed
+                if placed is None:
+                    continue
+                if placed.node != node:
+                    if could_start(placed.job, mine, cards):
+                        left.add(placed.node)
+                    continue
+                job = session.get(Job, placed.job.job_id, with_for_update={"skip_locked": True}, populate_existing=True)
+                if job is None or job.status is not Status.QUEUED:
+                    return Left(nodes=frozenset())  # another node's claim was faster
+                try:
+                    spec = JobSpec.model_validate(job.spec)
+                except ValidationError as error:
+                    self._refuse(session, job, error, now)
+                    return Left(nodes=frozenset())
+                return self._start(session, job, spec, placed, row, now)
+            return Left(nodes=frozenset(left)) if left else None
+
+    def _start(
+        self, session: Session, job: Job, spec: JobSpec, placed: Placement, node: Node, now: dt.datetime
+    ) -> Claim:
+        token, attempt, method = uuid.uuid4().hex, job.attempt + 1, placed.method
+        taken = _change(job.job_id, Status.QUEUED).values(
+            status=Status.RUNNING,
+            stage=Stage.PREPARING,
+            token=token,
+            attempt=attempt,
+            node=node.node,
+            gpu=node.gpu,
+            method=method.value,
+            vram_reserved=placed.reserved,
+            lease_expires_at=self._now_in(LEASE_S),
+            started_at=now,
+            reason=None,
+            message=None,
+            step=None,
+            total_steps=None,
+            loss=None,
+            tokens_per_second=None,
+            eta_seconds=None,
+            eta_spread_seconds=None,
+            not_before=None,
+        )
+        if not _rows(session, taken):
+            raise AssertionError(f"job {job.job_id} was locked and yet changed")
+        # Plans are for GPUs: on a processor none is noted beside what is measured there.
+        planned = None if node.kind == "cpu" else job.planned.get(method.value)
+        session.add(
+            Attempt(
                 job_id=job.job_id,
                 attempt=attempt,
                 token=token,
-                user=job.user,
-                spec=spec,
-                data=job.data,
-                method=method,
+                node=node.node,
+                gpu=node.gpu,
+                device_name=node.device_name,
+                device_kind=node.kind,
+                method=method.value,
                 vram_planned=planned,
+                vram_reserved=placed.reserved,
+                started_at=now,
             )
+        )
+        why = _why_method(spec.method, method, job.vram_lora)
+        text = f"attempt {attempt} started on {node.node} with {method.value}{why}"
+        self._event(session, job.job_id, attempt, "started", text)
+        return Claim(
+            job_id=job.job_id,
+            attempt=attempt,
+            token=token,
+            user=job.user,
+            spec=spec,
+            data=job.data,
+            method=method,
+            vram_planned=planned,
+            vram_reserved=placed.reserved,
+            adjustment=Adjustment(**(job.adjustment or {})),
+        )
 
     def beat(self, claim: Claim, progress: Progress) -> Beat:
         """Extend the lease and write what is new: progress, metrics, events, log lines."""
         values = {
             name: value
-            for name in ("stage", "step", "total_steps", "loss", "tokens_per_second", "eta_seconds")
+            for name in ("stage", "step", "total_steps", "loss", "tokens_per_second", *_ETA)
             if (value := getattr(progress, name)) is not None
         }
         values = {name: v for name, v in values.items() if not isinstance(v, float) or math.isfinite(v)}
@@ -284,27 +350,71 @@ class Store:
                     requeued.append((job.job_id, job.vram_class))
         return requeued
 
-    def see_node(self, state: NodeState) -> None:
-        """Write a device's row; its last sight is now."""
+    def see_node(self, state: NodeState) -> Card:
+        """Write a device's row; its last sight is now. Returns the card with what runs on it."""
         with self._write() as session:
-            row = {**vars(state), "seen_at": self._now_value(session)}
+            now = self._now_value(session)
+            mine = (Job.status == Status.RUNNING) & (Job.node == state.node)
+            running = session.execute(
+                select(Job.job_id, Job.user, Job.vram_reserved, Job.eta_seconds).where(mine)
+            ).all()
+            card = card_of(Node(**vars(state), seen_at=now), list(running), now, drained_targets(session, now))
+            reserved = sum(job.reserved for job in card.running)
+            row = {**vars(state), "seen_at": now, "free": card.free, "reserved": reserved}
             statement = self._upsert(Node).values(**row)
             session.execute(
                 statement.on_conflict_do_update(index_elements=["node"], set_={k: row[k] for k in row if k != "node"})
             )
+            return card
 
     def forget_node(self, node: str) -> None:
         """Remove the row of a node that has stopped in order."""
         with self._write() as session:
-            for row in session.scalars(select(Node).where(Node.node == node)):
+            if (row := session.get(Node, node)) is not None:
                 session.delete(row)
 
-    def waiting_classes(self) -> dict[int, int]:
-        """VRAM class -> number of jobs that could be claimed now."""
+    def waiting_classes(self, classes: Iterable[int]) -> set[int]:
+        """Those of the given VRAM classes in which a job could be claimed now."""
         with self._read() as session:
             ready = _ready(self._now_value(session))
-            query = select(Job.vram_class, func.count()).where(*ready).group_by(Job.vram_class)
-            return {row[0]: row[1] for row in session.execute(query)}
+            one = select(Job.job_id).where(*ready).limit(1)
+            return {size for size in classes if session.scalar(one.where(Job.vram_class == size)) is not None}
+
+    def end_patience(self) -> list[tuple[int, int]]:
+        """Permit QLoRA to jobs that have waited long enough for LoRA; returns their (job_id, vram_class)."""
+        with self._write() as session:
+            now = self._now_value(session)
+            over = select(Job).where(sql("status = 'queued'"), Job.lora_until.is_not(None), Job.lora_until <= now)
+            changed = []
+            for job in session.scalars(over.limit(100).with_for_update(skip_locked=True)):
+                job.lora_until = None
+                _line_up(job, _node_labels(job), now)
+                self._event(session, job.job_id, None, "patience", "waited long enough for LoRA: QLoRA will do now")
+                changed.append((job.job_id, job.vram_class))
+            return changed
+
+    def drain(
+        self, target: str, user: str, reason: str, *, until: dt.datetime | None = None, at_once: bool = False
+    ) -> None:
+        """Keep new jobs from a host or a card (host:index)."""
+        with self._write() as session:
+            at = self._now_value(session)
+            row = {"target": target, "user": user, "reason": reason, "at": at, "until": until, "now": at_once}
+            statement = self._upsert(DrainOrder).values(**row)
+            session.execute(statement.on_conflict_do_update(index_elements=["target"], set_=row))
+
+    def end_drain(self, target: str) -> bool:
+        """Let jobs on to a drained host or card again; False when it was not drained."""
+        with self._write() as session:
+            row = session.get(DrainOrder, target)
+            if row is not None:
+                session.delete(row)
+            return row is not None
+
+    def drains(self) -> dict[str, DrainOrder]:
+        """Host or card -> the order that holds for it now."""
+        with self._read() as session:
+            return drained_targets(session, self._now_value(session))
 
     def unfinished(self, largest: int) -> int:
         """Number of jobs that run, or wait and would fit into `largest` bytes; held ones are left out."""
@@ -362,6 +472,31 @@ class Store:
         """Log chunks of all attempts with a chunk_id above `after`."""
         found = select(LogChunk).where(LogChunk.job_id == job_id, LogChunk.chunk_id > after)
         return self._all(found.order_by(LogChunk.chunk_id))
+
+    def measured(self, need_key: str | None = None, family: str | None = None, limit: int = 1000) -> list[Measured]:
+        """The newest attempts on real GPUs that ended well or out of memory: all, or those of the key or the family."""
+        columns = (
+            Attempt.device_name, Attempt.method, Job.family, Job.need_key, Attempt.vram_planned, Attempt.vram_reserved,
+            Attempt.vram_process, Attempt.vram_peak, Attempt.reason,
+        )  # fmt: skip
+        query = select(*columns).join(Job, Job.job_id == Attempt.job_id).where(Attempt.device_kind == "nvml")
+        query = query.where(Attempt.reason.in_([Reason.OK, Reason.OUT_OF_MEMORY]))
+        if need_key is not None:
+            query = query.where(or_(Job.need_key == need_key, (Job.family == family) if family else sql("1 = 0")))
+        with self._read() as session:
+            return [
+                Measured(
+                    device_name=row.device_name or "unknown",
+                    method=Method(row.method),
+                    family=row.family,
+                    need_key=row.need_key,
+                    planned=row.vram_planned,
+                    reserved=row.vram_reserved,
+                    peak=row.vram_process or row.vram_peak,
+                    out_of_memory=row.reason is Reason.OUT_OF_MEMORY,
+                )
+                for row in session.execute(query.order_by(Attempt.started_at.desc()).limit(limit))
+            ]
 
     def nodes(self) -> list[Node]:
         return self._all(select(Node).order_by(Node.node))
@@ -431,15 +566,42 @@ class Store:
                     text=_storable(progress.log),
                 )
             )
-        measured = {
-            name: value for name in ("vram_peak", "resumed_from_step") if (value := getattr(progress, name)) is not None
-        }
+        if progress.adjustment is not None:
+            change = _mine(claim).values(adjustment=progress.adjustment.as_json())
+            session.execute(change.execution_options(synchronize_session="fetch"))
+        if progress.need is not None:
+            self._plan_again(session, claim, progress.need)
+        names = ("vram_peak", "vram_allocated", "vram_process", "resumed_from_step")
+        measured = {name: value for name in names if (value := getattr(progress, name)) is not None}
         if measured:
             session.execute(
                 update(Attempt)
                 .where(Attempt.job_id == claim.job_id, Attempt.attempt == claim.attempt)
                 .values(**measured)
             )
+
+    def _plan_again(self, session: Session, claim: Claim, planned: Need) -> None:
+        """Take a better plan: for later attempts, and what this one reserves beyond it goes back to the card."""
+        job = self._get(session, claim.job_id)
+        old, new = job.planned, vars(planned)
+        known = {"lora": job.vram_lora, "qlora": job.vram_qlora}
+        for name, size in new.items():
+            before = old.get(name)
+            if size is not None:  # what was learned from measured peaks holds for the better plan too
+                learned = known[name] / before if known[name] and before else 1.0
+                known[name] = int(size * learned)
+        job.planned, job.vram_lora, job.vram_qlora = new, known["lora"], known["qlora"]
+        size = known[claim.method.value]
+        if claim.vram_planned is not None or job.planned.get(claim.method.value) is not None:
+            session.execute(
+                update(Attempt)
+                .where(Attempt.job_id == claim.job_id, Attempt.attempt == claim.attempt, Attempt.device_kind != "cpu")
+                .values(vram_planned=new.get(claim.method.value))
+            )
+        if size is not None and job.vram_reserved is not None and size < job.vram_reserved:
+            text = f"planned {gib(size)} GiB from the data's own lengths, {gib(job.vram_reserved)} were reserved"
+            self._event(session, job.job_id, claim.attempt, "planned", text)
+            job.vram_reserved = size
 
     def _end_attempt(self, session: Session, job: Job, reason: Reason, message: str, now: dt.datetime) -> None:
         """Close the running attempt and decide what becomes of the job."""
@@ -450,13 +612,18 @@ class Store:
             .values(ended_at=now, reason=reason, message=message)
         )
         outcome = OUTCOMES[reason]
-        job.token = job.lease_expires_at = job.stage = job.eta_seconds = None
+        self._charge(session, job, now)
+        gave, job.vram_reserved = job.vram_reserved, None
+        job.token = job.lease_expires_at = job.stage = job.eta_seconds = job.eta_spread_seconds = None
         job.reason, job.message = reason, message
         again = (
             outcome.retryable
             and not job.cancel_requested
             and (not outcome.counts or job.retries_used < job.max_retries)
         )
+        if reason is Reason.OUT_OF_MEMORY and again:
+            again, message = self._need_more(session, job, gave or 0, message, now)
+            job.message = message
         if not again:
             job.status = Status.CANCELLED if job.cancel_requested and reason is not Reason.OK else outcome.status
             job.reason = Reason.CANCELLED if job.status is Status.CANCELLED else reason
@@ -479,6 +646,44 @@ class Store:
             elif reason is Reason.GPU_ERROR:
                 job.not_before = now + dt.timedelta(seconds=LAB_RETRY_DELAY_S)
         self._event(session, job.job_id, job.attempt, "held" if job.held else "requeued", text)
+
+    def _charge(self, session: Session, job: Job, now: dt.datetime) -> None:
+        """Add what the attempt had of its card to its user's use."""
+        if job.started_at is None or not job.vram_reserved:
+            return
+        had = job.vram_reserved / GIB * (now - job.started_at).total_seconds() / 3600
+        use = session.get(Use, job.user, with_for_update=True)
+        past = 0.0 if use is None else decayed(use.gib_hours, (now - use.at).total_seconds())
+        row = {"user": job.user, "gib_hours": past + had, "at": now}
+        session.execute(self._upsert(Use).values(**row).on_conflict_do_update(index_elements=["user"], set_=row))
+
+    def _need_more(self, session: Session, job: Job, gave: int, message: str, now: dt.datetime) -> tuple[bool, str]:
+        """After out-of-memory: raise what the job needs beyond what it was given. False when no card has more."""
+        attempt = session.get(Attempt, (job.job_id, job.attempt), populate_existing=True)
+        node = session.get(Node, job.node)
+        method = Method(job.method or Method.LORA.value)
+        assert attempt is not None
+        peak = attempt.vram_process or attempt.vram_peak or 0
+        if attempt.device_kind == "nvml" and 0 < peak < OUTSIDER_SHARE * gave:
+            return True, f"{message}; another program took memory of {job.node}"
+        cards = session.scalars(select(Node)).all()
+        gpus = [card for card in cards if card.kind != "cpu"]
+        largest = max((card.total - card.margin for card in gpus or cards), default=0)
+        needs = {Method.LORA: job.vram_lora, Method.QLORA: job.vram_qlora}
+        # a plan says nothing of a processor's RAM: the method is tried no more
+        processor = node is not None and node.kind == "cpu"
+        needs[method] = max(needs[method] or 0, largest + 1 if processor else int(gave * GROWTH), int(peak * 1.05))
+        need = Need(lora=needs[Method.LORA], qlora=needs[Method.QLORA])
+        job.vram_lora, job.vram_qlora = need.lora, need.qlora
+        limit = min(largest, job.spec.get("resources", {}).get("max_vram") or largest)
+        left = within([Method(name) for name in job.methods], need, limit)
+        if not left:
+            more = "no card of the fleet has more" if limit == largest else "its resources.max_vram allows no more"
+            return False, f"{message}; {method.value} had {gib(gave)} GiB, and {more}"
+        job.lora_until = None
+        job.adjustment = None  # more memory, or another method: the job's own batch may fit
+        _line_up(job, _node_labels(job), now)
+        return True, f"{message}; it waits for {gib(job.vram_needed)} GiB now"
 
     def _times_ended(self, session: Session, job_id: int, reason: Reason) -> int:
         """Attempts that ended so since a person last queued the job again."""
@@ -526,6 +731,20 @@ def _storable(text: str) -> str:
     return text.replace("\0", "\ufffd").encode("utf-8", "replace").decode("utf-8")
 
 
+def _line_up(job: Job, requires: Mapping[str, str], now: dt.datetime) -> None:
+    """Write what the claim looks a waiting job up by, from its needs, methods and patience."""
+    patient = job.lora_until is not None and job.lora_until > now
+    methods = (Method.LORA,) if patient else tuple(Method(name) for name in job.methods)
+    job.vram_needed = least_need(methods, Need(lora=job.vram_lora, qlora=job.vram_qlora))
+    job.vram_class = vram_class(job.vram_needed)
+    job.queue_key = queue_key(job.priority, job.vram_needed, requires, job.user)
+
+
+def _node_labels(job: Job) -> dict[str, str]:
+    labels: dict[str, str] = job.spec.get("resources", {}).get("node_labels", {})
+    return labels
+
+
 def _change(job_id: int, expected: Status) -> Update:
     return update(Job).where(Job.job_id == job_id, Job.status == expected)
 
@@ -545,18 +764,14 @@ def _ready(now: dt.datetime) -> tuple[ColumnElement[bool], ...]:
     )
 
 
-def _waiting(now: dt.datetime, free: int) -> Select[Job]:
-    fits = or_(Job.vram_needed.is_(None), Job.vram_needed <= free)
-    return select(Job).where(*_ready(now), fits).order_by(Job.priority.desc(), Job.job_id)
-
-
-def _why_method(wanted: Method, taken: Method, planned: int | None) -> str:
-    """Why auto took this method, for the history."""
-    if wanted is not Method.AUTO:
+def _why_method(wanted: Method | Sequence[Method], taken: Method, lora: int | None) -> str:
+    """Why this of several methods was taken, for the history."""
+    if len(permitted_methods(wanted)) == 1:
         return ""
+    name = "auto" if wanted is Method.AUTO else "of several"
     if taken is Method.QLORA:
-        return " (auto: lora does not fit)"
-    return " (auto: it fits)" if planned is not None else " (auto: lora unless a plan says that it does not fit)"
+        return f" ({name}: lora does not fit)"
+    return f" ({name}: it fits)" if lora is not None else f" ({name}: lora unless a plan says that it does not fit)"
 
 
 def _ended_as(job: Job) -> str:

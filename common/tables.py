@@ -45,18 +45,22 @@ class Base(DeclarativeBase):
     type_annotation_map = {dict[str, Any]: JSON, dict[str, str]: JSON, str: String(255)}  # noqa: RUF012  SQLAlchemy's own form
 
 
+def _where_queued(name: str, *columns: str, also: str = "") -> Index:
+    """An index over waiting jobs alone: ended ones, which are nearly all, cost it nothing."""
+    waiting = text(f"status = 'queued'{also}")
+    return Index(name, *columns, postgresql_where=waiting, sqlite_where=waiting)
+
+
 class Job(Base):
     """One submitted job: what was asked, and where it stands."""
 
     __tablename__ = "jobs"
     __table_args__ = (
-        Index(
-            "ix_jobs_waiting",
-            "priority",
-            "job_id",
-            postgresql_where=text("status = 'queued'"),
-            sqlite_where=text("status = 'queued'"),
-        ),
+        _where_queued("ix_jobs_line", "queue_key", "job_id"),
+        _where_queued("ix_jobs_line_need", "queue_key", "vram_needed"),
+        _where_queued("ix_jobs_waiting", "job_id"),
+        _where_queued("ix_jobs_class", "vram_class"),
+        _where_queued("ix_jobs_patience", "lora_until", also=" AND lora_until IS NOT NULL"),
         Index(
             "ix_jobs_lease",
             "lease_expires_at",
@@ -79,6 +83,14 @@ class Job(Base):
     vram_qlora: Mapped[Bytes | None]
     vram_needed: Mapped[Bytes | None]  # the least with which a permitted method runs; null: not known yet
     vram_class: Mapped[int]  # GiB; the queue that wakes nodes for it
+    planned: Mapped[dict[str, Any]]  # bytes by method as predicted, before what was learned from measured peaks
+    # priority, size step, required labels, user; bytewise order in every database
+    queue_key: Mapped[str] = mapped_column(Text().with_variant(Text(collation="C"), "postgresql"))
+    methods: Mapped[list[str]] = mapped_column(JSON)  # permitted ones, the preferred first
+    lora_until: Mapped[Timestamp | None]  # until then it waits for a card that holds LoRA; null: it does not
+    need_key: Mapped[str | None] = mapped_column(String(64), index=True)  # jobs with the same one need the same memory
+    family: Mapped[str | None] = mapped_column(String(64))  # the base's model_type; null: not known on the client
+    adjustment: Mapped[dict[str, Any] | None]  # what out-of-memory has changed: micro-batch, accumulation, ...
     max_retries: Mapped[int]
 
     status: Mapped[Status] = mapped_column(_by_value(Status), index=True)
@@ -92,6 +104,7 @@ class Job(Base):
     retries_used: Mapped[int] = mapped_column(default=0)
 
     token: Mapped[str | None] = mapped_column(String(32))  # of the attempt that holds the lease
+    vram_reserved: Mapped[Bytes | None]  # of its card, while it runs
     lease_expires_at: Mapped[Timestamp | None]
     node: Mapped[str | None]
     gpu: Mapped[str | None]
@@ -101,6 +114,7 @@ class Job(Base):
     loss: Mapped[float | None]
     tokens_per_second: Mapped[float | None]
     eta_seconds: Mapped[float | None]
+    eta_spread_seconds: Mapped[float | None]  # it ends within so much of the expected time, about 19 times in 20
 
     submitted_at: Mapped[Timestamp]
     started_at: Mapped[Timestamp | None]
@@ -122,7 +136,11 @@ class Attempt(Base):
     method: Mapped[str] = mapped_column(String(8))
     vram_planned: Mapped[Bytes | None]
     vram_reserved: Mapped[Bytes | None]
-    vram_peak: Mapped[Bytes | None]
+    vram_peak: Mapped[Bytes | None]  # reserved by CUDA's allocator; on a CPU the process's resident set
+    vram_allocated: Mapped[Bytes | None]  # of it, by tensors
+    vram_process: Mapped[Bytes | None]  # of the device, by the whole process, context included
+    device_name: Mapped[str | None]
+    device_kind: Mapped[str | None] = mapped_column(String(8))
     started_at: Mapped[Timestamp]
     ended_at: Mapped[Timestamp | None]
     reason: Mapped[Reason | None] = mapped_column(_by_value(Reason))
@@ -154,14 +172,43 @@ class Node(Base):
     device_name: Mapped[str]
     kind: Mapped[str] = mapped_column(String(8))  # nvml, cpu, sim
     total: Mapped[Bytes]
-    free: Mapped[Bytes]
-    reserved: Mapped[Bytes]
-    outside: Mapped[list[dict[str, Any]]] = mapped_column(JSON)  # other people's processes: pid, user, bytes
+    free: Mapped[Bytes]  # what a new job may take
+    reserved: Mapped[Bytes]  # by running jobs
+    outside: Mapped[list[dict[str, Any]]] = mapped_column(JSON)  # other people's processes: pid, user, name, bytes
+    outside_bytes: Mapped[Bytes]  # held by what is not ours, or was a short while ago
+    used: Mapped[dict[str, Any]]  # bytes measured now, by job
+    margin: Mapped[Bytes]  # what the box's owner keeps free
+    max_jobs: Mapped[int]
+    user_limit: Mapped[int | None]  # running jobs a user may have
+    labels: Mapped[dict[str, str]]
     load: Mapped[int | None]  # percent
     temperature: Mapped[int | None]  # °C
     versions: Mapped[dict[str, str]]
     draining: Mapped[bool] = mapped_column(default=False)
     seen_at: Mapped[Timestamp]
+
+
+class DrainOrder(Base):
+    """A person's wish that a box, or one card of it, takes no more jobs."""
+
+    __tablename__ = "drains"
+
+    target: Mapped[str] = mapped_column(primary_key=True)  # a host, or host:index
+    user: Mapped[str]
+    reason: Mapped[str] = mapped_column(Text)
+    at: Mapped[Timestamp]
+    until: Mapped[Timestamp | None]
+    now: Mapped[bool]  # running jobs are given back after a checkpoint
+
+
+class Use(Base):
+    """What a user has had of the cards, for fair share."""
+
+    __tablename__ = "uses"
+
+    user: Mapped[str] = mapped_column(primary_key=True)
+    gib_hours: Mapped[float]  # as of `at`; older use counts less (policy.HALF_LIFE_S)
+    at: Mapped[Timestamp]
 
 
 class MetricPoint(Base):

@@ -132,8 +132,8 @@ def logs(job_id: int, following: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def gpus(as_json: bool) -> None:
     """List the devices of all boxes and what uses them."""
+    from loractl.common.fleet import NODE_STALE_S
     from loractl.common.status import Status
-    from loractl.common.store import NODE_STALE_S
 
     from .session import open_session
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from loractl.common.errors import ExitCode, ServiceUnreachable, UsageError
+from loractl.common.errors import ExitCode, ServiceUnreachable
 
 if TYPE_CHECKING:
     from loractl.common.settings import Settings
@@ -72,34 +72,18 @@ def check_data(spec: JobSpec) -> None:
 
 
 def _submit(spec: JobSpec, settings: Settings, store: Store, *, quiet: bool) -> int:
-    from loractl.common.memory import predict
-    from loractl.common.policy import least_need, vram_class
     from loractl.common.queue import wake
-    from loractl.common.records import Submission
-    from loractl.common.units import gib
 
-    need = predict(spec)
-    least = least_need(spec.method, need)
-    limit = spec.resources.max_vram
-    if least is not None and limit is not None and least > limit:
-        raise UsageError(
-            f"{spec.name} needs {gib(least)} GiB by its plan, its resources.max_vram is {gib(limit)}",
-            "raise it, or lower dataset.max_length or training.per_device_train_batch_size",
-        )
-    submission = Submission(
-        spec=spec,
-        user=settings.user,
-        data=_store_data(spec, settings),
-        need=need,
-        vram_needed=least,
-        vram_class=vram_class(least),
-    )
+    from .planning import plan_job
+
+    submission = plan_job(spec, settings.user, _store_data(spec, settings), store)
     job_id = store.submit(submission)
     if not quiet:
         click.echo(f"Job {job_id} ({spec.name}) is queued.")
-    _warn(job_id, spec, least, store)
+    job = store.job(job_id)
+    _warn(job_id, spec, job.vram_needed, store)
     try:
-        wake(settings, submission.vram_class)
+        wake(settings, job.vram_class)
     except ServiceUnreachable as error:
         click.echo(f"Warning: {error.sentence}", err=True)
         click.echo(f"Job {job_id} is safe in the database and starts when the queue is back.", err=True)

@@ -6,7 +6,7 @@ import datetime as dt
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from loractl.common.store import NODE_STALE_S
+from loractl.common.fleet import NODE_STALE_S
 from loractl.common.units import duration, gib
 
 if TYPE_CHECKING:

@@ -32,8 +32,32 @@ KILL_AFTER_S = 15.0
 
 
 @click.command()
+@click.option("--gpus", metavar="LIST", help="Serve only these cards, by index or UUID, like 0,2.")
+@click.option("--reserve", metavar="SIZE", default="512MiB", show_default=True, help="Keep so much free on each card.")
+@click.option(
+    "--max-jobs-per-gpu",
+    type=click.IntRange(1, 64),
+    envvar="LORACTL_MAX_JOBS_PER_GPU",
+    show_envvar=True,
+    help="Jobs that may share a card.  [default: 1 below 40 GiB, else 4]",
+)
+@click.option(
+    "--max-jobs-per-user",
+    type=click.IntRange(1),
+    envvar="LORACTL_MAX_JOBS_PER_USER",
+    show_envvar=True,
+    help="Jobs that one person may run at a time; the smallest of all workers' limits holds.",
+)
+@click.option("--label", "labels", multiple=True, metavar="KEY=VALUE", help="What resources.node_labels may ask for.")
 @click.option("--drain-when-idle", is_flag=True, help="End when no job that fits this box is left.")
-def worker(drain_when_idle: bool) -> None:
+def worker(
+    gpus: str | None,
+    reserve: str,
+    max_jobs_per_gpu: int | None,
+    max_jobs_per_user: int | None,
+    labels: tuple[str, ...],
+    drain_when_idle: bool,
+) -> None:
     """Serve this box's devices: claim waiting jobs that fit and train them.
 
     Ctrl-C stops after a checkpoint and gives the jobs back; a second one stops at once.
@@ -48,21 +72,47 @@ def worker(drain_when_idle: bool) -> None:
     from .devices import find_devices
 
     settings = load_settings()
+    options = {
+        "margin": _size(reserve),
+        "max_jobs": max_jobs_per_gpu,
+        "user_limit": max_jobs_per_user,
+        "labels": _labels(labels),
+    }
     store = Store(connect(settings))
     open_store(settings)
     broker_url(settings)
-    devices = find_devices(settings)
+    devices = find_devices(settings, gpus)
     for device in devices:
         click.echo(f"Serving {device.name}, {gib(device.total)} GiB.", err=True)
     click.echo("Ctrl-C stops after a checkpoint and gives running jobs back.", err=True)
-    sys.exit(_Box(settings, store, devices).run(drain_when_idle))
+    sys.exit(_Box(settings, store, devices, {**options, "devices": len(devices)}).run(drain_when_idle))
+
+
+def _size(text: str) -> int:
+    from loractl.common.errors import UsageError
+    from loractl.common.units import parse_size
+
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise UsageError(f"--reserve: {text!r} {error}") from None
+
+
+def _labels(pairs: tuple[str, ...]) -> dict[str, str]:
+    from loractl.common.errors import UsageError
+
+    for pair in pairs:
+        if "=" not in pair or not pair.isprintable():
+            raise UsageError(f"--label {pair} is not of the form KEY=VALUE", "like --label nvlink=yes")
+    return {key: value for key, _, value in (pair.partition("=") for pair in pairs)}
 
 
 class _Box:
     """The nodes of this box as child processes."""
 
-    def __init__(self, settings: Settings, store: Store, devices: list[Device]) -> None:
+    def __init__(self, settings: Settings, store: Store, devices: list[Device], options: dict[str, Any]) -> None:
         self._settings = settings
+        self._options = json.dumps(options)
         self._store = store
         self._devices = devices
         self._nodes: dict[int, subprocess.Popen[bytes]] = {}
@@ -96,7 +146,7 @@ class _Box:
         # A session of its own: the terminal's Ctrl-C reaches this process alone, which then decides.
         self._started[index].append(time.monotonic())
         self._nodes[index] = subprocess.Popen(
-            [sys.executable, "-m", "loractl.worker.node", "--index", str(index)],
+            [sys.executable, "-m", "loractl.worker.node", "--index", str(index), "--options", self._options],
             start_new_session=True,
             stdin=subprocess.DEVNULL,
         )

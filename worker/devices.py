@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -16,17 +16,25 @@ MARGIN_BYTES = GIB // 2
 
 
 @dataclass(frozen=True, kw_only=True)
+class Process:
+    """A process that holds memory of a device."""
+
+    pid: int
+    bytes: int | None  # None: the driver does not say
+
+
+@dataclass(frozen=True, kw_only=True)
 class Snapshot:
     """What a device shows at one moment."""
 
-    free: int  # bytes that a new job may take, margin taken off
+    free: int  # bytes
     load: int | None = None  # percent
     temperature: int | None = None  # °C
-    outside: list[dict[str, Any]] = field(default_factory=list)  # compute processes on it: pid, bytes
+    processes: tuple[Process, ...] | None = None  # None: it does not tell
 
 
 class Device(Protocol):
-    """One device that trains one job at a time."""
+    """One device."""
 
     @property
     def index(self) -> int: ...
@@ -36,6 +44,8 @@ class Device(Protocol):
     def name(self) -> str: ...
     @property
     def kind(self) -> Literal["nvml", "cpu", "sim"]: ...
+    @property
+    def trains_on(self) -> Literal["cuda", "cpu"]: ...
     @property
     def total(self) -> int:
         """Bytes."""
@@ -58,6 +68,7 @@ class CpuDevice:
     uuid: str = "cpu"
     name: str = "CPU"
     kind: Literal["cpu"] = "cpu"
+    trains_on: Literal["cpu"] = "cpu"
     total: int
 
     def look(self) -> Snapshot:
@@ -67,7 +78,7 @@ class CpuDevice:
         limit, used = _cgroup("memory.max"), _cgroup("memory.current")
         if limit is not None and used is not None:
             free = min(free, limit - used + _reclaimable())
-        return Snapshot(free=max(0, free - MARGIN_BYTES), load=round(psutil.cpu_percent()))
+        return Snapshot(free=max(0, free), load=round(psutil.cpu_percent()))
 
     def environment(self) -> dict[str, str]:
         return {"CUDA_VISIBLE_DEVICES": ""}
@@ -81,10 +92,11 @@ class SimulatedDevice:
     uuid: str
     name: str
     kind: Literal["sim"] = "sim"
+    trains_on: Literal["cpu"] = "cpu"
     total: int
 
     def look(self) -> Snapshot:
-        return Snapshot(free=max(0, self.total - MARGIN_BYTES))
+        return Snapshot(free=self.total)
 
     def environment(self) -> dict[str, str]:
         return {"CUDA_VISIBLE_DEVICES": ""}
@@ -97,7 +109,8 @@ class NvmlDevice:
     index: int
     uuid: str
     name: str
-    kind: Literal["nvml"] = "nvml"
+    kind: Literal["nvml", "sim"] = "nvml"  # sim: it is there for placement alone, what is measured is not its memory
+    trains_on: Literal["cuda", "cpu"] = "cuda"
     total: int
 
     def look(self) -> Snapshot:
@@ -106,32 +119,48 @@ class NvmlDevice:
         handle = pynvml.nvmlDeviceGetHandleByUUID(self.uuid)
         memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
         return Snapshot(
-            free=max(0, int(memory.free) - MARGIN_BYTES),
+            free=int(memory.free),
             load=_optional(lambda: int(pynvml.nvmlDeviceGetUtilizationRates(handle).gpu)),
             temperature=_optional(lambda: int(pynvml.nvmlDeviceGetTemperature(handle, pynvml.NVML_TEMPERATURE_GPU))),
-            outside=_optional(lambda: _processes(handle)) or [],
+            processes=_optional(lambda: _processes(handle)),
         )
 
     def environment(self) -> dict[str, str]:
-        return {"CUDA_VISIBLE_DEVICES": self.uuid}
+        return {"CUDA_VISIBLE_DEVICES": self.uuid if self.trains_on == "cuda" else ""}
 
 
-def find_devices(settings: Settings) -> list[Device]:
-    """The devices that LORACTL_DEVICES names (cpu, nvml or sim:8GiB,24GiB), else NVML's, else the CPU.
+def find_devices(settings: Settings, only: str | None = None) -> list[Device]:
+    """The devices that LORACTL_DEVICES names, else NVML's, else the CPU.
 
+    cpu, nvml, sim:8GiB,24GiB (cards that exist for placement alone; training runs on the CPU), or nvml:cpu (NVML's
+    cards for placement, training on the CPU: for trying out). `only`: indexes or UUIDs, like "0,2".
     Raises UsageError when it can't be understood, or names cards that are not there.
     """
     wanted = settings.devices or "auto"
     if wanted.startswith("sim:"):
-        return _simulated(wanted.removeprefix("sim:"))
-    if wanted not in ("auto", "cpu", "nvml"):
+        return _chosen(_simulated(wanted.removeprefix("sim:")), only)
+    if wanted not in ("auto", "cpu", "nvml", "nvml:cpu"):
         raise UsageError(f"LORACTL_DEVICES={wanted} is not known", "use cpu, nvml, or sim:8GiB,24GiB")
-    cards = [] if wanted == "cpu" else _nvml_cards()
+    cards = [] if wanted == "cpu" else _nvml_cards(on_cpu=wanted == "nvml:cpu")
     if cards:
-        return list(cards)
-    if wanted == "nvml":
+        return _chosen(list(cards), only)
+    if wanted.startswith("nvml"):
         raise UsageError("NVML finds no NVIDIA card on this box", "check nvidia-smi, or set LORACTL_DEVICES=cpu")
-    return [_cpu()]
+    return _chosen([_cpu()], only)
+
+
+def _chosen(devices: list[Device], only: str | None) -> list[Device]:
+    """The devices that a person named by index or by the beginning of a UUID."""
+    if only is None:
+        return devices
+    chosen: list[Device] = []
+    for name in (part.strip() for part in only.split(",")):
+        found = [d for d in devices if name and (str(d.index) == name or d.uuid.startswith(name))]
+        if len(found) != 1:
+            there = ", ".join(f"{d.index} ({d.uuid})" for d in devices)
+            raise UsageError(f"--gpus: {name!r} is {'not one' if found else 'no'} card of this box", f"it has {there}")
+        chosen += [d for d in found if d not in chosen]
+    return chosen
 
 
 def _cpu() -> CpuDevice:
@@ -153,7 +182,7 @@ def _simulated(sizes: str) -> list[Device]:
     return devices
 
 
-def _nvml_cards() -> list[NvmlDevice]:
+def _nvml_cards(*, on_cpu: bool) -> list[NvmlDevice]:
     """Every card that NVML shows and CUDA_VISIBLE_DEVICES allows; none without a driver."""
     import pynvml
 
@@ -166,7 +195,8 @@ def _nvml_cards() -> list[NvmlDevice]:
         handle = pynvml.nvmlDeviceGetHandleByIndex(index)
         uuid = pynvml.nvmlDeviceGetUUID(handle)
         total = int(pynvml.nvmlDeviceGetMemoryInfo(handle).total)
-        cards.append(NvmlDevice(index=index, uuid=uuid, name=pynvml.nvmlDeviceGetName(handle), total=total))
+        card = NvmlDevice(index=index, uuid=uuid, name=pynvml.nvmlDeviceGetName(handle), total=total)
+        cards.append(replace(card, kind="sim", trains_on="cpu") if on_cpu else card)
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
         return cards
@@ -174,11 +204,11 @@ def _nvml_cards() -> list[NvmlDevice]:
     return [c for c in cards if str(c.index) in allowed or any(a and c.uuid.startswith(a) for a in allowed)]
 
 
-def _processes(handle: Any) -> list[dict[str, Any]]:
+def _processes(handle: Any) -> tuple[Process, ...]:
     import pynvml
 
     running = pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
-    return [{"pid": p.pid, "bytes": p.usedGpuMemory} for p in running]
+    return tuple(Process(pid=p.pid, bytes=p.usedGpuMemory) for p in running)
 
 
 def _optional(query: Any) -> Any:

@@ -2,14 +2,16 @@
 
     python -m loractl.worker.node --index 0
 
-The process that consumes the queues never trains: a pool child claims and supervises, a trainer process trains. A
-monitor thread reports the device, reaps expired leases, wakes for waiting rows and follows the free memory.
+The process that consumes the queues never trains: its pool children, one for each job that may share the device, claim
+and supervise, and trainer processes train. A monitor thread reports the device, reaps expired leases, wakes for
+waiting rows and follows the free memory.
 """
 
 from __future__ import annotations
 
 import argparse
 import fcntl
+import json
 import logging
 import os
 import random
@@ -19,6 +21,8 @@ import sys
 import threading
 import time
 import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
@@ -30,13 +34,14 @@ from loractl.common.artifacts import open_store
 from loractl.common.broker import broker_url
 from loractl.common.database import connect, is_outage, make_engine
 from loractl.common.errors import LoractlError, ServiceUnreachable
-from loractl.common.policy import VRAM_CLASSES, queue_name, served_classes
-from loractl.common.queue import WAKE_TASK, make_app
-from loractl.common.records import NodeState
+from loractl.common.policy import VRAM_CLASSES, default_max_jobs, queue_name, served_classes
+from loractl.common.queue import WAKE_TASK, card_queue, make_app, wake_cards
+from loractl.common.records import Claim, Left, NodeState
 from loractl.common.settings import Settings, load_settings
 from loractl.common.store import Store
 
-from .devices import Device, find_devices
+from .devices import MARGIN_BYTES, Device, find_devices
+from .occupancy import Watch
 from .supervisor import Drain, Supervisor
 
 log = logging.getLogger("loractl.worker")
@@ -47,6 +52,9 @@ SEE_S = 5.0
 MONITOR_TRIES = 5
 """After so many failures in a row the monitor ends its node, and the worker starts it again."""
 
+HOLD_BACK_S = 10.0
+"""A job is left so long to the card that the rule gives it to; then that card is taken for stuck."""
+
 SETTLE_S = 15.0
 """After an outage of the database living supervisors beat first, before anybody reaps."""
 
@@ -54,17 +62,34 @@ SWEEP_S = 5.0
 """How often a node looks for waiting rows and expired leases by itself: messages are hints and may be lost."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class NodeOptions:
+    """What the box's owner says of a device."""
+
+    margin: int = MARGIN_BYTES  # bytes that stay free
+    max_jobs: int | None = None  # None: by the card's size
+    user_limit: int | None = None  # running jobs that one user may have in the fleet
+    labels: dict[str, str] = field(default_factory=dict)
+    devices: int = 1  # that share the box's cores
+
+
 class Node:
     """One device, its queues and its monitor."""
 
-    def __init__(self, settings: Settings, device: Device, devices: int) -> None:
+    def __init__(self, settings: Settings, device: Device, options: NodeOptions) -> None:
         self.settings = settings
         self.device = device
+        self.options = options
         self.name = f"{socket.gethostname()}:{device.index}"
         self.drain = Drain(settings.runtime_dir / f"drain-{device.uuid}")
-        self.threads = max(1, (os.cpu_count() or 1) // devices)
-        self._busy = threading.Event()
+        # a plan says nothing of a processor's memory, so it is not shared
+        shared = 1 if device.kind == "cpu" else default_max_jobs(device.total)
+        self.max_jobs = options.max_jobs or shared
+        self.threads = max(1, (os.cpu_count() or 1) // (options.devices * self.max_jobs))
+        self._watch = Watch(device=device, node_pid=os.getpid())
+        self._left: dict[str, float] = {}  # node -> since when a job is left to it
         self._serving: set[int] = set(VRAM_CLASSES)
+        self._drained = False  # by a person's order
         self._stop = threading.Event()
 
     def serve(self) -> None:
@@ -78,6 +103,7 @@ class Node:
         self.drain.clear()
         broker = broker_url(self.settings)
         app = make_app(broker)
+        self._look(Store(_fresh_engine(self.settings)), None)  # a claim needs the device's row
 
         @app.task(name=WAKE_TASK, ignore_result=True)
         def wake(size_class: int) -> None:  # what the message says is a hint: the claim looks at what is free now
@@ -86,7 +112,7 @@ class Node:
         signals.worker_ready.connect(lambda sender, **_: self._start_monitor(app, sender), weak=False)
         signals.worker_shutting_down.connect(lambda **_: self._shut_down(), weak=False)
         worker = app.Worker(
-            concurrency=1,
+            concurrency=self.max_jobs,
             pool="prefork",
             hostname=f"loractl@{self.name}",
             loglevel="WARNING",
@@ -94,14 +120,14 @@ class Node:
             without_mingle=True,
             without_heartbeat=True,
             quiet=True,
-            queues=[queue_name(c) for c in VRAM_CLASSES],
+            queues=[card_queue(self.name), *(queue_name(c) for c in VRAM_CLASSES)],
         )
         worker.start()
         self._stop.set()
         lock.close()
 
     def wake(self) -> None:
-        """In the pool child: claim and run, until nothing waiting fits."""
+        """In a pool child: claim and run, until nothing waiting is for this card."""
         engine = _fresh_engine(self.settings)
         store = Store(engine)
         supervisor = Supervisor(
@@ -109,11 +135,11 @@ class Node:
         )
         try:
             while self.drain.wish is None:
-                claim = store.claim(
-                    self.name, self.device.uuid, self.device.look().free, plan_holds=self.device.kind != "cpu"
-                )
+                claim = self._claim(store)
                 if claim is None:
                     return
+                if self.max_jobs > 1:
+                    self._wake_cards([self.name])  # another slot may have room for the next job
                 supervisor.run(claim)
         except DBAPIError as error:
             if not is_outage(error):
@@ -121,6 +147,28 @@ class Node:
             log.warning("the database is away: %s", str(error.orig).strip())
         finally:
             engine.dispose()
+
+    def _claim(self, store: Store) -> Claim | None:
+        """What the rule gives this card now; what it gives another one that does not take it, after a while."""
+        while True:
+            seen, now = self._watch.look(), time.monotonic()
+            distrusted = frozenset(node for node, since in self._left.items() if now - since > HOLD_BACK_S)
+            claim = store.claim(self.name, seen.outside, seen.used, distrusted)
+            if not isinstance(claim, Left):
+                self._left = {}
+                return claim
+            if claim.nodes:
+                self._left = {node: self._left.get(node, now) for node in claim.nodes}
+                self._wake_cards(claim.nodes)
+                return None
+            time.sleep(0.05)
+
+    def _wake_cards(self, nodes: Iterable[str]) -> None:
+        """A hint to other slots or cards; without it they look by themselves within SWEEP_S."""
+        try:
+            wake_cards(self.settings, nodes)
+        except ServiceUnreachable as error:
+            log.warning("%s", error.sentence)
 
     def _shut_down(self) -> None:
         if self.drain.wish is None:
@@ -162,10 +210,8 @@ class Node:
 
     def _look(self, store: Store, consumer: Any) -> None:
         """Report the device, and consume the classes that fit into what is free now."""
-        from celery.worker import state as worker_state
-
-        seen = self.device.look()
-        store.see_node(
+        seen = self._watch.look()
+        card = store.see_node(
             NodeState(
                 node=self.name,
                 host=socket.gethostname(),
@@ -173,28 +219,48 @@ class Node:
                 device_name=self.device.name,
                 kind=self.device.kind,
                 total=self.device.total,
-                free=seen.free,
-                outside=seen.outside,
+                outside_bytes=seen.outside,
+                outside=seen.others,
+                used=seen.used,
+                margin=self.options.margin,
+                max_jobs=self.max_jobs,
+                user_limit=self.options.user_limit,
+                labels=self.options.labels,
                 load=seen.load,
                 temperature=seen.temperature,
-                draining=self.drain.wish is not None,
+                draining=self.drain.wish is not None and not self._drained,
                 versions={"loractl": __version__},
             )
         )
-        if worker_state.active_requests:
-            return  # our own job takes the memory, and nothing more is fetched meanwhile
-        wanted = set(served_classes(seen.free))
+        if consumer is None:
+            return
+        self._obey_drain(store)
+        wanted = set(served_classes(card.free)) if card.open and card.slots else set()
         for size in wanted - self._serving:
             consumer.call_soon(consumer.add_task_queue, queue_name(size))
         for size in self._serving - wanted:
             consumer.call_soon(consumer.cancel_task_queue, queue_name(size))
         self._serving = wanted
 
+    def _obey_drain(self, store: Store) -> None:
+        """A person's order to drain at once gives running jobs back after a checkpoint; its end lets new ones in."""
+        orders = store.drains()
+        order = orders.get(self.name) or orders.get(socket.gethostname())
+        if order is not None and order.now and self.drain.wish is None:
+            log.warning("drained by %s: %s", order.user, order.reason)
+            self.drain.ask("checkpoint")
+            self._drained = True
+        elif order is None and self._drained:
+            self.drain.clear()
+            self._drained = False
+
     def _sweep(self, store: Store, app: Any) -> None:
         """Reap lost attempts, and wake for rows whose message was lost or came while nothing fitted."""
         for job_id, _ in store.reap():
             log.warning("job %s: its worker was lost, it waits again", job_id)
-        waiting = [size for size in store.waiting_classes() if size in self._serving]
+        for job_id, _ in store.end_patience():
+            log.info("job %s has waited long enough for LoRA", job_id)
+        waiting = store.waiting_classes(self._serving)
         if not waiting:
             return
         from kombu.exceptions import KombuError
@@ -235,15 +301,15 @@ def main() -> None:
     """Serve the device with the given index."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--index", type=int, required=True)
-    index = parser.parse_args().index
+    parser.add_argument("--options", type=json.loads, default={}, help="NodeOptions as JSON")
+    arguments = parser.parse_args()
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.WARNING)
     log.setLevel(logging.INFO)
     settings = load_settings()
     connect(settings).dispose()
-    devices = find_devices(settings)
-    device = next(d for d in devices if d.index == index)
+    device = next(d for d in find_devices(settings) if d.index == arguments.index)
     try:
-        Node(settings, device, len(devices)).serve()
+        Node(settings, device, NodeOptions(**arguments.options)).serve()
     except LoractlError as error:
         log.error("%s\nHint: %s", error.sentence, error.hint)
         sys.exit(error.exit_code)

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import datetime as dt
+from dataclasses import replace
 from typing import Any
 
-from loractl.common.policy import Need, least_need, vram_class
-from loractl.common.records import NodeState, StoredResult, Submission
+from loractl.common.policy import Need, permitted_methods, within
+from loractl.common.records import Claim, Left, NodeState, StoredResult, Submission
 from loractl.common.spec import JobSpec
 from loractl.common.status import Status
+from loractl.common.store import Store
 from loractl.common.tables import Job, Node
 from loractl.common.units import GIB
 
 NOON = dt.datetime(2026, 1, 14, 12, 0, tzinfo=dt.UTC)
 
+PLENTY = 100 * GIB
 RESULT = StoredResult(
     adapter_uri="file:///lab/jobs/1/adapter",
     report_uri="file:///lab/jobs/1/report",
@@ -39,12 +42,12 @@ def spec(**keys: Any) -> JobSpec:
     return JobSpec.model_validate({"name": "tiny", "base_model": "org/model", "dataset": {"path": "org/data"}, **keys})
 
 
-def submission(*, lora: float | None = None, qlora: float | None = None, user: str = "ada", **keys: Any) -> Submission:
+def submission(*, lora: float | None = 4, qlora: float | None = 2, user: str = "ada", **keys: Any) -> Submission:
     """A job that needs so many GiB with each method (None: not known)."""
     need = Need(lora=_bytes(lora), qlora=_bytes(qlora))
     wanted = spec(**keys)
-    least = least_need(wanted.method, need)
-    return Submission(spec=wanted, user=user, data={}, need=need, vram_needed=least, vram_class=vram_class(least))
+    methods = within(permitted_methods(wanted.method), need, wanted.resources.max_vram)
+    return Submission(spec=wanted, user=user, data={}, need=need, planned=need, methods=methods)
 
 
 def node_state(node: str = "box:0", **changed: Any) -> NodeState:
@@ -52,9 +55,17 @@ def node_state(node: str = "box:0", **changed: Any) -> NodeState:
     return NodeState(
         **{
             "node": node, "host": host, "gpu": f"GPU-{node}", "device_name": "NVIDIA A40", "kind": "nvml",
-            "total": 48 * GIB, "free": 47 * GIB, **changed,
+            "total": 48 * GIB, **changed,
         }
     )  # fmt: skip
+
+
+def take(store: Store, free: int = PLENTY, node: str = "box:0", **state: Any) -> Claim | Left | None:
+    """A claim by a card that has `free` bytes for new jobs beside what it runs."""
+    seen = node_state(node, **{"total": free, "max_jobs": 64, **state})
+    reserved = sum(job.reserved for job in store.see_node(seen).running)
+    store.see_node(replace(seen, total=free + reserved))
+    return store.claim(node)
 
 
 def job(**changed: Any) -> Job:
@@ -62,7 +73,9 @@ def job(**changed: Any) -> Job:
     row: dict[str, Any] = {
         "job_id": 7, "name": "helpdesk", "user": "ada", "labels": {}, "spec": {}, "spec_hash": "0" * 64,
         "base_model": "org/model-135M", "data": {}, "priority": 0, "vram_lora": None, "vram_qlora": None,
-        "vram_needed": 8 * GIB, "vram_class": 8, "max_retries": 2, "status": Status.QUEUED, "cancel_requested": False,
+        "vram_needed": 8 * GIB, "vram_class": 8, "methods": ["lora", "qlora"], "lora_until": None,
+        "vram_reserved": None, "eta_spread_seconds": None, "planned": {}, "adjustment": None,
+        "max_retries": 2, "status": Status.QUEUED, "cancel_requested": False,
         "held": False, "attempt": 0, "retries_used": 0, "submitted_at": NOON, "reason": None, "message": None,
         "stage": None, "not_before": None, "token": None, "lease_expires_at": None, "node": None, "gpu": None,
         "method": None, "step": None, "total_steps": None, "loss": None, "tokens_per_second": None, "eta_seconds": None,
@@ -73,7 +86,7 @@ def job(**changed: Any) -> Job:
 
 def node(name: str = "box:0", **changed: Any) -> Node:
     """A device's row, seen at NOON."""
-    return Node(**{**vars(node_state(name)), "seen_at": NOON, **changed})
+    return Node(**{**vars(node_state(name)), "free": 47 * GIB, "reserved": 0, "seen_at": NOON, **changed})
 
 
 def _bytes(size: float | None) -> int | None:

@@ -12,21 +12,21 @@ from sqlalchemy.orm import Session
 
 from loractl.common.database import make_engine, upgrade
 from loractl.common.errors import WrongState
-from loractl.common.records import Claim, Progress
+from loractl.common.policy import VRAM_CLASSES
+from loractl.common.records import Claim, Left, Progress
 from loractl.common.status import LAB_RETRY_DELAY_S, OUTCOMES, TRANSITIONS, WORKER_LOST_LIMIT, Reason, Status
 from loractl.common.store import LEASE_S, Store
 from loractl.common.tables import Job
 from loractl.common.units import GIB
 
-from ..factories import RESULT, Clock, submission
+from ..factories import PLENTY, RESULT, Clock, submission, take
 
 NOTHING = Progress()
-PLENTY = 100 * GIB
 
 
 def claim(store: Store) -> Claim:
-    taken = store.claim("box:0", "GPU", PLENTY)
-    assert taken is not None
+    taken = take(store)
+    assert isinstance(taken, Claim)
     return taken
 
 
@@ -47,7 +47,7 @@ def test_a_waiting_job_is_cancelled_at_once_and_never_claimed(timed: Store, cloc
     row = timed.cancel(job_id, "bob")
     assert (row.status, row.reason, row.message) == (Status.CANCELLED, Reason.CANCELLED, "cancelled by bob")
     assert row.ended_at == clock.now
-    assert timed.claim("box:0", "GPU", PLENTY) is None
+    assert take(timed) is None
     assert [e.text for e in timed.events(job_id)] == ["queued by ada", "cancelled by bob"]
 
 
@@ -61,7 +61,7 @@ def test_a_running_job_is_told_to_stop_and_ends_cancelled_however_it_stops(store
     row = store.job(job_id)
     assert (row.status, row.reason) == (Status.CANCELLED, Reason.CANCELLED)
     assert store.attempts(job_id)[0].reason is reason, "the attempt keeps what happened"
-    assert store.claim("box:0", "GPU", PLENTY) is None
+    assert take(store) is None
 
 
 def test_a_job_that_was_done_before_it_heard_of_the_cancel_has_succeeded(store: Store) -> None:
@@ -102,15 +102,15 @@ def test_a_failure_that_counts_waits_longer_each_time_until_no_retry_is_left(tim
         row = timed.job(job_id)
         assert (row.retries_used, row.not_before) == (retry, clock.now + dt.timedelta(seconds=delay))
         clock.forward(delay - 1)
-        assert timed.claim("box:0", "GPU", PLENTY) is None, "not before its time"
-        assert timed.waiting_classes() == {}
+        assert take(timed) is None, "not before its time"
+        assert timed.waiting_classes(VRAM_CLASSES) == set()
         clock.forward(1)
-        assert timed.waiting_classes() == {8: 1}
+        assert timed.waiting_classes(VRAM_CLASSES) == {8}
     assert end(timed, Reason.TRAINER_ERROR) is Status.FAILED
     row = timed.job(job_id)
     assert (row.reason, row.attempt, row.ended_at) == (Reason.TRAINER_ERROR, 3, clock.now)
     assert [a.reason for a in timed.attempts(job_id)] == [Reason.TRAINER_ERROR] * 3
-    assert timed.claim("box:0", "GPU", PLENTY) is None
+    assert take(timed) is None
 
 
 def test_without_retries_the_first_failure_that_counts_is_the_last(store: Store) -> None:
@@ -131,7 +131,7 @@ def test_a_failing_card_is_tried_again_after_a_pause_and_three_of_them_hold_the_
     job_id = timed.submit(submission(max_retries=0))
     for _ in range(WORKER_LOST_LIMIT - 1):
         assert end(timed, Reason.GPU_ERROR) is Status.QUEUED
-        assert timed.claim("n:0", "GPU-0", 10**12) is None, "not at once"
+        assert take(timed, 10**12, "n:0") is None, "not at once"
         clock.forward(LAB_RETRY_DELAY_S)
     assert end(timed, Reason.GPU_ERROR) is Status.QUEUED
     row = timed.job(job_id)
@@ -187,8 +187,8 @@ def test_a_job_that_loses_its_third_worker_is_held_until_a_person_releases_it(ti
     row = timed.job(job_id)
     assert (row.status, row.held) == (Status.QUEUED, True)
     assert row.message == "held: its worker was lost 3 times; it may be what kills them"
-    assert timed.claim("box:0", "GPU", PLENTY) is None
-    assert (timed.waiting_classes(), timed.unfinished(PLENTY)) == ({}, 0)
+    assert take(timed) is None
+    assert (timed.waiting_classes(VRAM_CLASSES), timed.unfinished(PLENTY)) == (set(), 0)
 
     released = timed.retry(job_id, "bob")
     assert (released.held, released.message, released.status) == (False, None, Status.QUEUED)
@@ -230,13 +230,15 @@ def test_a_job_that_waits_runs_or_has_succeeded_cannot_be_retried(store: Store) 
             end(store, Reason.OK, mine)
 
 
-def test_the_waiting_classes_count_what_could_be_claimed_now(store: Store) -> None:
-    for lora in (4, 5, 20):
+def test_the_waiting_classes_are_those_in_which_a_job_could_be_claimed_now(store: Store) -> None:
+    for lora in (4, 20):
         store.submit(submission(lora=lora, method="lora"))
-    store.submit(submission())
-    assert store.waiting_classes() == {8: 3, 24: 1}
-    store.claim("box:0", "GPU", 4 * GIB)
-    assert store.waiting_classes() == {8: 2, 24: 1}
+    store.submit(submission(lora=None, qlora=None))
+    assert store.waiting_classes(VRAM_CLASSES) == {8, 24}
+    assert store.waiting_classes((8, 12)) == {8}
+    for free in (4, 5):
+        assert isinstance(take(store, free * GIB, f"box:{free}"), Claim)
+    assert store.waiting_classes(VRAM_CLASSES) == {24}
 
 
 def test_unfinished_counts_what_runs_and_what_would_fit(store: Store) -> None:
@@ -256,7 +258,7 @@ def test_a_spec_that_this_version_cannot_read_fails_and_does_not_block_the_next(
     broken, good = timed.submit(submission(priority=9)), timed.submit(submission())
     with Session(timed._engine) as session, session.begin():
         session.execute(update(Job).where(Job.job_id == broken).values(spec={"name": "tiny", "colour": "red"}))
-    assert timed.claim("box:0", "GPU", PLENTY) is None
+    assert take(timed) == Left(nodes=frozenset()), "look again at once"
     row = timed.job(broken)
     assert (row.status, row.reason, row.ended_at) == (Status.FAILED, Reason.BAD_SPEC, clock.now)
     assert row.status in TRANSITIONS[Status.QUEUED]
@@ -281,7 +283,7 @@ def test_no_order_of_events_takes_a_job_off_its_transitions(
     for action in actions:
         clock.forward(1)
         if action == "claim":
-            held_by = store.claim("box:0", "GPU", PLENTY) or held_by
+            held_by = taken if isinstance(taken := take(store), Claim) else held_by
         elif action == "silence":
             clock.forward(700)
             store.reap()

@@ -1,0 +1,239 @@
+"""The fleet and its waiting lines as the placement rule sees them, read from the database by index."""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import JSON, RowMapping, TextualSelect, bindparam, column, select, text
+from sqlalchemy.orm import Session
+
+from .method import Method
+from .policy import Card, Line, Need, Occupant, Openings, Waiting, charge, decayed, size_step
+from .status import Status
+from .tables import DrainOrder, Job, Node, Use, UtcDateTime
+
+NODE_STALE_S = 60.0
+"""A node that was not seen for so long counts as offline."""
+
+
+# --- cards ---
+
+
+def read_cards(session: Session, now: dt.datetime) -> list[Card]:
+    """Every card that a node has reported, with what runs there; closed when it is offline or drained."""
+    columns = (Job.job_id, Job.user, Job.node, Job.vram_reserved, Job.eta_seconds)
+    running: dict[str, list[Any]] = {}
+    for row in session.execute(select(*columns).where(Job.status == Status.RUNNING)):
+        running.setdefault(row.node or "", []).append(row)
+    drained = drained_targets(session, now)
+    return [card_of(node, running.get(node.node, []), now, drained) for node in session.scalars(select(Node))]
+
+
+def card_of(node: Node, running: list[Any], now: dt.datetime, drained: Mapping[str, DrainOrder]) -> Card:
+    """One node's card. `running`: rows with job_id, user, vram_reserved and eta_seconds."""
+    online = (now - node.seen_at).total_seconds() <= NODE_STALE_S
+    return Card(
+        node=node.node,
+        total=node.total,
+        outside=node.outside_bytes,
+        margin=node.margin,
+        running=tuple(
+            Occupant(
+                job_id=row.job_id,
+                user=row.user,
+                # a job of an older version has no reservation: it may take all that there is
+                reserved=node.total if row.vram_reserved is None else row.vram_reserved,
+                used=int(node.used.get(str(row.job_id), 0)),
+                ends=None if row.eta_seconds is None else now + dt.timedelta(seconds=row.eta_seconds),
+            )
+            for row in running
+        ),
+        max_jobs=node.max_jobs,
+        labels=frozenset(node.labels.items()),
+        open=online and not node.draining and node.node not in drained and node.host not in drained,
+        processor=node.kind == "cpu",
+        user_limit=node.user_limit,
+    )
+
+
+def drained_targets(session: Session, now: dt.datetime) -> dict[str, DrainOrder]:
+    """Host or card -> the person's order that keeps it empty now."""
+    orders = session.scalars(select(DrainOrder))
+    return {order.target: order for order in orders if order.until is None or order.until > now}
+
+
+def read_charges(session: Session, now: dt.datetime) -> dict[str, float]:
+    """GiB hours that count against each user who had or has a card."""
+    past = {use.user: decayed(use.gib_hours, (now - use.at).total_seconds()) for use in session.scalars(select(Use))}
+    running: dict[str, list[tuple[int, float]]] = {}
+    columns = (Job.user, Job.vram_reserved, Job.started_at)
+    for row in session.execute(select(*columns).where(Job.status == Status.RUNNING)):
+        seconds = 0.0 if row.started_at is None else (now - row.started_at).total_seconds()
+        running.setdefault(row.user, []).append((row.vram_reserved or 0, seconds))
+    return {user: charge(past.get(user, 0.0), running.get(user, ())) for user in past.keys() | running.keys()}
+
+
+# --- lines ---
+
+# Literal conditions: a partial index is only used where the planner can see that its condition holds.
+_READY = "status = 'queued' AND NOT held AND NOT cancel_requested AND (not_before IS NULL OR not_before <= :now)"
+_COLUMNS = 'job_id, "user", priority, submitted_at, methods, vram_lora, vram_qlora, lora_until, queue_key'
+_FITS = (
+    "(vram_needed <= :gpu OR (vram_needed > :low AND vram_needed <= :high) OR (vram_needed IS NULL AND :unknown = 1))"
+)
+_NEXT_KEY = text("SELECT min(queue_key) FROM jobs WHERE status = 'queued' AND queue_key > :after")
+_KEYS = text(
+    # a loose scan: from each key straight to the next, however many jobs wait under it
+    "WITH RECURSIVE keys(k) AS ("
+    " SELECT min(queue_key) FROM jobs WHERE status = 'queued' AND queue_key > :after"
+    " UNION ALL"
+    " SELECT (SELECT min(queue_key) FROM jobs WHERE status = 'queued' AND queue_key > keys.k) FROM keys"
+    " WHERE keys.k < :end"
+    ") SELECT k FROM keys WHERE k < :end"
+)
+_LEAST = text(
+    "SELECT vram_needed FROM jobs WHERE status = 'queued' AND queue_key = :key AND vram_needed IS NOT NULL"
+    " ORDER BY vram_needed LIMIT 1"
+)
+
+
+def _one_job(condition: str) -> TextualSelect:
+    """The oldest ready job that meets the condition."""
+    found = text(f"SELECT {_COLUMNS} FROM jobs WHERE {_READY} {condition} ORDER BY job_id LIMIT 1")  # noqa: S608  no input
+    typed: dict[str, Any] = {"methods": JSON(), "submitted_at": UtcDateTime(), "lora_until": UtcDateTime()}
+    plain = ("job_id", "user", "priority", "vram_lora", "vram_qlora", "queue_key")
+    return found.bindparams(bindparam("now", type_=UtcDateTime())).columns(*(column(name) for name in plain), **typed)
+
+
+_OLDEST = _one_job("")
+_FIRST = _one_job("AND queue_key = :key")
+_NEXT = _one_job(f"AND queue_key = :key AND job_id > :after AND {_FITS}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Key:
+    """A queue key, taken apart again."""
+
+    text: str
+    level: str
+    step: int
+    requires: frozenset[tuple[str, str]]
+    user: str
+
+    @classmethod
+    def parse(cls, text: str) -> _Key:
+        level, step, rest = text.split("|", 2)
+        labels, end = json.JSONDecoder().raw_decode(rest) if rest.startswith("{") else ({}, 0)
+        return cls(text=text, level=level, step=int(step), requires=frozenset(labels.items()), user=rest[end + 1 :])
+
+    def may_fit(self, openings: Openings) -> bool:
+        """False when no job under this key can be admitted; the steps are rounded down."""
+        if not any(self.requires <= labels for labels in openings.labels):
+            return False
+        if self.step == 0:
+            return openings.unknown
+        low, high = openings.processor
+        return self.step <= size_step(openings.gpu) or size_step(low) <= self.step <= size_step(high)
+
+
+def read_levels(session: Session, now: dt.datetime) -> Iterator[dict[str, Line]]:
+    """The ready jobs' lines by priority and user, read as far as the caller asks."""
+    after = ""
+    while True:
+        first = session.execute(_NEXT_KEY, {"after": after}).scalar()
+        if first is None:
+            return
+        level = _Key.parse(first).level
+        end = f"{level}}}"  # the next character after the separator
+        found = session.execute(_KEYS, {"after": after, "end": end}).scalars()
+        lines: dict[str, list[_Key]] = {}
+        for key in map(_Key.parse, found):
+            lines.setdefault(key.user, []).append(key)
+        yield {user: _StoredLine(session, now, keys) for user, keys in lines.items()}
+        after = end
+
+
+def read_oldest(session: Session, now: dt.datetime) -> Waiting | None:
+    """The ready job that waits longest."""
+    row = session.execute(_OLDEST, {"now": now}).mappings().first()
+    return None if row is None else waiting_of(row, now)
+
+
+@dataclass(kw_only=True)
+class _Head:
+    """Where a line stands under one key."""
+
+    key: _Key
+    given: int = 0  # the last job_id that was handed out
+    job: Waiting | None = None  # looked up and not handed out yet
+    empty: bool = False
+
+
+class _StoredLine:
+    """A user's line in the database: under a key rows are found by index, and the keys are merged by age.
+
+    Openings only shrink while the rule runs, so what did not fit before need not be looked at again.
+    """
+
+    def __init__(self, session: Session, now: dt.datetime, keys: list[_Key]) -> None:
+        self._session = session
+        self._now = now
+        self._heads = [_Head(key=key) for key in keys]
+
+    def first(self) -> Waiting | None:
+        for head in self._heads:
+            head.job = self._one(_FIRST, key=head.key.text)
+            head.empty = head.job is None
+        return self._hand_out(self._heads)
+
+    def next(self, openings: Openings) -> Waiting | None:
+        possible = [head for head in self._heads if not head.empty and head.key.may_fit(openings)]
+        for head in possible:
+            if head.job is None or not openings.admit(head.job.least, head.job.requires):
+                head.job = self._search(head, openings)
+                head.empty = head.job is None
+        return self._hand_out(possible)
+
+    def _hand_out(self, heads: list[_Head]) -> Waiting | None:
+        found = [(head.job.job_id, head) for head in heads if head.job is not None]
+        if not found:
+            return None
+        _, head = min(found, key=lambda pair: pair[0])
+        job, head.job = head.job, None
+        assert job is not None
+        head.given = job.job_id
+        return job
+
+    def _search(self, head: _Head, openings: Openings) -> Waiting | None:
+        """The oldest job under the key that fits and was not given yet."""
+        low, high = openings.processor
+        if head.key.step > 0:
+            # the step that the opening ends in may hold many jobs that are a little too large
+            least = self._session.execute(_LEAST, {"key": head.key.text}).scalar()
+            if least is None or (least > openings.gpu and (high <= low or least > high)):
+                return None
+        bounds = {"gpu": openings.gpu, "low": low, "high": high, "unknown": int(openings.unknown)}
+        return self._one(_NEXT, key=head.key.text, after=head.given, **bounds)
+
+    def _one(self, statement: TextualSelect, **values: Any) -> Waiting | None:
+        row = self._session.execute(statement, {"now": self._now, **values}).mappings().first()
+        return None if row is None else waiting_of(row, self._now)
+
+
+def waiting_of(row: RowMapping, now: dt.datetime) -> Waiting:
+    """A ready job's row as the rule sees it. QLoRA is not permitted while it waits for LoRA."""
+    methods = tuple(Method(name) for name in row["methods"])
+    patient = row["lora_until"] is not None and row["lora_until"] > now
+    return Waiting(
+        job_id=row["job_id"],
+        user=row["user"],
+        priority=row["priority"],
+        since=row["submitted_at"],
+        methods=(Method.LORA,) if patient else methods,
+        need=Need(lora=row["vram_lora"], qlora=row["vram_qlora"]),
+        requires=_Key.parse(row["queue_key"]).requires,
+    )

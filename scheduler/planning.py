@@ -1,0 +1,71 @@
+"""What a job will need: its plan, corrected by what was measured, and the methods that are open to it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from loractl.common.architecture import read_shape
+from loractl.common.errors import UsageError
+from loractl.common.learning import learned
+from loractl.common.memory import predict
+from loractl.common.method import Method
+from loractl.common.policy import least_need, permitted_methods, within
+from loractl.common.records import Submission
+from loractl.common.units import gib
+
+if TYPE_CHECKING:
+    from loractl.common.spec import JobSpec
+    from loractl.common.store import Store
+
+
+def plan_job(spec: JobSpec, user: str, data: dict[str, Any], store: Store) -> Submission:
+    """Everything that submit writes of a job. Raises UsageError when its own max_vram is below every need."""
+    planned = predict(spec)
+    key, family = need_key(spec, data), model_family(spec)
+    need = learned(planned, key, store.measured(key, family))
+    methods = open_methods(spec)
+    admitted = within(methods, need, spec.resources.max_vram)
+    if not admitted:
+        raise UsageError(
+            f"{spec.name} needs {gib(least_need(methods, need))} GiB by its plan, its resources.max_vram is "
+            f"{gib(spec.resources.max_vram)}",
+            "raise it, or lower dataset.max_length or training.per_device_train_batch_size",
+        )
+    return Submission(
+        spec=spec, user=user, data=data, need=need, planned=planned, methods=admitted, need_key=key, family=family
+    )
+
+
+def open_methods(spec: JobSpec) -> tuple[Method, ...]:
+    """The job's methods without QLoRA where its base is a GGUF file, which can't be quantised to NF4."""
+    methods = permitted_methods(spec.method)
+    folder = Path(spec.base_model)
+    gguf_alone = folder.is_dir() and any(folder.glob("*.gguf")) and not any(folder.glob("*.safetensors"))
+    return tuple(m for m in methods if m is not Method.QLORA) or methods if gguf_alone else methods
+
+
+def model_family(spec: JobSpec) -> str | None:
+    """The base's model_type; None when its config is not on this machine."""
+    shape = read_shape(Path(spec.base_model))
+    return None if shape is None else shape.family
+
+
+def need_key(spec: JobSpec, data: dict[str, Any]) -> str:
+    """A hash of all that decides a job's memory: two jobs with one key need the same."""
+    deciding = spec.model_dump(
+        mode="json",
+        include={
+            "base_model": True,
+            "dataset": {"path", "eval_path", "format", "max_length", "on_overflow"},
+            "lora": {"r", "target_modules"},
+            "training": {"per_device_train_batch_size", "gradient_checkpointing", "optim"},
+            "evaluation": {"per_device_eval_batch_size", "max_new_tokens", "samples"},
+        },
+    )
+    hashes = {name: stored["sha256"] for name, stored in data.items()}
+    if hashes:
+        deciding["dataset"] |= {"path": hashes.get("path"), "eval_path": hashes.get("eval_path")}
+    return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,101 @@
+"""Who holds a device's memory: our trainers by job, and others by process, their high-water mark included."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import psutil
+
+from .devices import Device, Process
+
+JOB_VARIABLE = "LORACTL_JOB"
+"""In the environment of a trainer and of all that it starts: the job that it works for."""
+
+HIGH_WATER_S = 600.0
+"""What other people's processes held at most stays respected for so long: a notebook that lets go comes back."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Occupancy:
+    """A device's memory at one moment. Bytes."""
+
+    outside: int  # held by what is not ours, or was within HIGH_WATER_S
+    others: list[dict[str, Any]]  # other people's processes: pid, user, name, bytes
+    used: dict[str, int]  # by our jobs
+    load: int | None = None  # percent
+    temperature: int | None = None  # °C
+
+
+@dataclass(kw_only=True)
+class Watch:
+    """Looks at one device again and again."""
+
+    device: Device
+    node_pid: int  # its descendants are ours
+    _ours: dict[int, str] = field(default_factory=dict)  # pid -> job, kept after its end: the driver is slower
+    _others: list[tuple[float, int]] = field(default_factory=list)  # time, bytes of other people's processes
+
+    def look(self) -> Occupancy:
+        """The device's state now."""
+        seen = self.device.look()
+        if self.device.kind == "sim" and seen.processes is None:
+            return Occupancy(outside=0, others=[], used={})
+        trainers = _trainers(self.node_pid)
+        self._ours |= {pid: job for pid, (job, _) in trainers.items()}
+        used: dict[str, int] = {}
+        others: list[Process] = []
+        if seen.processes is None:  # a CPU, or a driver that does not tell
+            if self.device.kind == "cpu":
+                for job, resident in trainers.values():
+                    used[job] = used.get(job, 0) + resident
+        else:
+            for process in seen.processes:
+                owner = self._ours.get(process.pid)
+                if owner is None:
+                    others.append(process)
+                else:
+                    used[owner] = used.get(owner, 0) + (process.bytes or 0)
+        outside = max(0, self.device.total - seen.free - sum(used.values()))
+        return Occupancy(
+            outside=outside + self._rest_of_high_water(sum(p.bytes or 0 for p in others)),
+            others=[_named(p) for p in others],
+            used=used,
+            load=seen.load,
+            temperature=seen.temperature,
+        )
+
+    def _rest_of_high_water(self, now_held: int) -> int:
+        """What others held lately beyond what they hold now."""
+        now = time.monotonic()
+        self._others = [(at, held) for at, held in self._others if now - at < HIGH_WATER_S]
+        self._others.append((now, now_held))
+        return max(held for _, held in self._others) - now_held
+
+
+def _trainers(node_pid: int) -> dict[int, tuple[str, int]]:
+    """pid -> (job, resident bytes) of the node's trainers and whatever they started."""
+    found: dict[int, tuple[str, int]] = {}
+    try:
+        children = psutil.Process(node_pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return found
+    for child in children:
+        try:
+            job = child.environ().get(JOB_VARIABLE)
+            if job is not None:
+                found[child.pid] = job, int(child.memory_info().rss)
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue  # it has ended since
+    return found
+
+
+def _named(process: Process) -> dict[str, Any]:
+    """A process for people: whose it is and what it runs. Only its program's name, never its arguments."""
+    try:
+        info = psutil.Process(process.pid)
+        user, name = info.username(), info.name()
+    except (psutil.NoSuchProcess, psutil.AccessDenied, KeyError):
+        user, name = None, None  # of another container, or gone
+    return {"pid": process.pid, "user": user, "name": name, "bytes": process.bytes}
