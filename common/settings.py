@@ -11,8 +11,9 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from .errors import UsageError
+from .units import parse_size
 
-_KEYS = ("database_url", "redis_url", "artifacts_url", "devices", "user")
+_KEYS = ("database_url", "redis_url", "artifacts_url", "devices", "trainer_ram", "user")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +25,7 @@ class Settings:
     redis_url: str | None = field(repr=False)  # None: the embedded Valkey under `home`
     artifacts_url: str = field(repr=False)
     devices: str | None  # None: NVML, else the CPU
+    trainer_ram: int | None = None  # bytes that a training on the CPU may take; None: no limit
     user: str
 
     @property
@@ -49,7 +51,7 @@ class Settings:
 def load_settings(environ: dict[str, str] | None = None) -> Settings:
     """Read LORACTL_* from the environment, then `config.toml` in LORACTL_HOME, then defaults.
 
-    Raises UsageError when config.toml can't be read or has an unknown key.
+    Raises UsageError when config.toml can't be read or has an unknown key, and for a value that is none.
     """
     env = dict(os.environ) if environ is None else environ
     home = Path(env.get("LORACTL_HOME") or "~/.loractl").expanduser().absolute()
@@ -65,8 +67,18 @@ def load_settings(environ: dict[str, str] | None = None) -> Settings:
         redis_url=get("redis_url", None),
         artifacts_url=get("artifacts_url", None) or (home / "artifacts").as_uri(),
         devices=get("devices", None),
+        trainer_ram=_size("trainer_ram", get("trainer_ram", None)),
         user=get("user", None) or _login(),
     )
+
+
+def _size(key: str, text: str | None) -> int | None:
+    if text is None:
+        return None
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise UsageError(f"LORACTL_{key.upper()} {text!r} {error}") from error
 
 
 def redacted(url: str) -> str:

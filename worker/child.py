@@ -16,12 +16,21 @@ from .protocol import Start, Stop, Told, decode_told, encode
 log = logging.getLogger("loractl.worker")
 
 
-def exit_reason(code: int) -> dict[str, Any]:
-    """Reason and sentence (`reason`, `message`) for a trainer that ended without a word."""
+def exit_reason(code: int, *, limited: bool = False) -> dict[str, Any]:
+    """Reason and sentence (`reason`, `message`) for a trainer that ended without a word.
+
+    `limited`: its RAM was held to a limit. Not every library checks what it got; some crash where torch raises.
+    """
     if code == -signal.SIGKILL:
         return {
             "reason": Reason.HOST_OUT_OF_MEMORY,
             "message": "the trainer was killed (SIGKILL), most likely by the box's out-of-memory killer",
+        }
+    if limited and code in (-signal.SIGSEGV, -signal.SIGABRT):
+        name = signal.Signals(-code).name
+        return {
+            "reason": Reason.OUT_OF_MEMORY,
+            "message": f"the trainer crashed ({name}), most likely at its limit of memory (LORACTL_TRAINER_RAM)",
         }
     how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
     return {"reason": Reason.TRAINER_ERROR, "message": f"the trainer ended without a result ({how})"}

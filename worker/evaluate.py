@@ -17,6 +17,7 @@ import torch
 from loractl.common.spec import DataFormat, JobSpec, Metric
 
 from .data import IGNORED, PreparedData, TokenRow, collate, prompt_of
+from .memory import is_out_of_memory, release
 from .model import evaluating
 
 BOOTSTRAP_SAMPLES = 10_000
@@ -208,22 +209,25 @@ def generate(
     return answers
 
 
-def in_batches(order: list[int], batch: int, work: Callable[[list[int]], None]) -> None:
-    """Do the work on `batch` items at a time; out of memory halves the batch, down to one.
+def in_batches(order: list[int], batch: int, work: Callable[[list[int]], None]) -> int:
+    """Do the work on `batch` items at a time; out of memory halves the batch, down to one. Returns the last size.
 
     A training must not be lost because its evaluation takes larger batches than it did itself.
     """
     start = 0
     while start < len(order):
+        chosen = order[start : start + batch]
         try:
-            work(order[start : start + batch])
-        except torch.OutOfMemoryError:
-            if batch == 1:
+            work(chosen)
+        except Exception as error:
+            if len(chosen) == 1 or not is_out_of_memory(error):
                 raise
-            batch = max(1, batch // 2)
-            torch.cuda.empty_cache()
+        else:
+            start += batch
             continue
-        start += batch
+        batch = len(chosen) // 2
+        release()  # outside of the handler: until it ends, the error's traceback holds the tensors
+    return batch
 
 
 def paired_interval(

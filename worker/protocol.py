@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
+from loractl.common.adjustment import Adjustment
 from loractl.common.spec import JobSpec, Method
 from loractl.common.status import Reason, Stage
 
@@ -17,6 +18,21 @@ class _Message(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore")  # a newer peer may say more
 
     job_id: int
+
+
+class Peaks(BaseModel):
+    """The highest points of a trainer's memory so far, in bytes; None: not to be had."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    allocated: int | None = None  # CUDA: by tensors
+    reserved: int | None = None  # CUDA: by the allocator; on a CPU the resident set
+    process: int | None = None  # of the device by the whole process, context included
+
+    def above(self, other: Peaks) -> Peaks:
+        """The higher of each: two trainers may have run for one attempt."""
+        ours, theirs = self.model_dump(), other.model_dump()
+        return Peaks(**{name: max(filter(None, (ours[name], theirs[name])), default=None) for name in ours})
 
 
 class Start(_Message):
@@ -31,6 +47,9 @@ class Start(_Message):
     spec: JobSpec
     method: Method
     vram_planned: int | None
+    vram_reserved: int | None = None  # bytes of the card that are this attempt's
+    memory_limit: int | None = None  # allocations beyond so many bytes fail; None: no limit
+    adjustment: Adjustment = Adjustment()  # what out-of-memory has changed in the job so far
     data_path: str  # a local file, or a hub id
     data_sha256: str | None
     eval_path: str | None
@@ -62,7 +81,24 @@ class Stepped(_Message):
     total_steps: int
     metrics: dict[str, float] = Field(default_factory=dict)
     tokens_per_second: float | None = None
-    eta_seconds: float | None = None
+    eta_seconds: float | None = None  # to the job's end, evaluation included
+    eta_spread_seconds: float | None = None  # half the width of a 95% interval
+    peaks: Peaks | None = None
+
+
+class Adjusted(_Message):
+    """Trainer: memory ran out and the run goes on, adjusted; the note beside it is for people."""
+
+    type: Literal["adjusted"] = "adjusted"
+    adjustment: Adjustment
+
+
+class Planned(_Message):
+    """Trainer: bytes that the job needs by method, from the lengths of its own rows."""
+
+    type: Literal["planned"] = "planned"
+    lora: int | None
+    qlora: int | None
 
 
 class Note(_Message):
@@ -80,11 +116,11 @@ class Ended(_Message):
     type: Literal["ended"] = "ended"
     reason: Reason
     message: str
-    vram_peak: int | None = None
+    peaks: Peaks | None = None
 
 
 Order = Start | Stop
-Told = StageChanged | Stepped | Note | Ended
+Told = StageChanged | Stepped | Adjusted | Planned | Note | Ended
 
 _orders: TypeAdapter[Order] = TypeAdapter(Annotated[Order, Field(discriminator="type")])
 _told: TypeAdapter[Told] = TypeAdapter(Annotated[Told, Field(discriminator="type")])

@@ -11,16 +11,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loractl import __version__
+from loractl.common.adjustment import Adjustment
 from loractl.common.artifacts import sha256_of
 from loractl.common.units import duration, gib, thousands
 
 from .evaluate import BOOTSTRAP_SAMPLES, BOOTSTRAP_SEED, Compared, Evaluation
-from .memory import Peak
 
 if TYPE_CHECKING:
     from .data import PreparedData
     from .model import Precision
-    from .protocol import Start
+    from .protocol import Peaks, Start
     from .train import TrainingLog
 
 SCHEMA = 1
@@ -41,7 +41,9 @@ def build_report(
     arguments: Any,
     model: Any,
     precision: Precision,
-    peak: Peak,
+    adjustment: Adjustment,
+    peaks: Peaks,
+    peak_kind: str,
     adapter_dir: Path,
     wall_seconds: float,
 ) -> dict[str, Any]:
@@ -79,13 +81,23 @@ def build_report(
             "epochs": spec.training.num_train_epochs,
             "seconds": log.seconds,
             "tokens_per_second": log.tokens_per_second,
-            "peak_memory_bytes": peak.bytes,
-            "peak_memory_kind": peak.kind,
+            "peak_memory_bytes": peaks.reserved,
+            "peak_memory_kind": peak_kind,
+            "peak_allocated_bytes": peaks.allocated,
+            "peak_process_bytes": peaks.process,
             "vram_planned": order.vram_planned,
             "learning_rate": spec.training.learning_rate,
             "optim": arguments.optim.value,
-            "per_device_train_batch_size": spec.training.per_device_train_batch_size,
-            "gradient_accumulation_steps": spec.training.gradient_accumulation_steps,
+            "per_device_train_batch_size": arguments.per_device_train_batch_size,
+            "gradient_accumulation_steps": arguments.gradient_accumulation_steps,
+            "per_device_eval_batch_size": arguments.per_device_eval_batch_size,
+            "adjustment": adjustment.as_json(),
+            "asked": {
+                "per_device_train_batch_size": spec.training.per_device_train_batch_size,
+                "gradient_accumulation_steps": spec.training.gradient_accumulation_steps,
+                "gradient_checkpointing": spec.training.gradient_checkpointing,
+                "per_device_eval_batch_size": spec.evaluation.per_device_eval_batch_size,
+            },
             "gradient_checkpointing": arguments.activation_checkpointing,
             "precision": str(precision.base).removeprefix("torch."),
             "device": order.device,
@@ -160,7 +172,8 @@ def write_model_card(report: dict[str, Any], adapter: Path) -> None:
         "",
         f"- {report['verdict']['sentence']}",
         f"- held-out loss on {report['evaluation']['rows']} rows: base {loss['base']:.4f}, tuned {loss['tuned']:.4f}",
-        f"- {training['steps']} steps at learning rate {training['learning_rate']:g}, seed {report['seed']}",
+        f"- {training['steps']} steps at learning rate {training['learning_rate']:g}, batch "
+        f"{training['per_device_train_batch_size']} x {training['gradient_accumulation_steps']}, seed {report['seed']}",
         f"- data: {data['train_rows']} rows, sha256 {data['sha256'] or 'unknown (from the hub)'}",
         f"- weights: sha256 {report['adapter']['sha256']}",
         "- " + ", ".join(f"{name} {version}" for name, version in report["versions"].items()),

@@ -22,9 +22,11 @@ from typing import Any, TypeVar
 
 from sqlalchemy.exc import DBAPIError
 
+from loractl.common.adjustment import Adjustment, in_words, next_adjustment
 from loractl.common.artifacts import ArtifactStore, attempt_prefix
 from loractl.common.database import is_outage
 from loractl.common.errors import ArtifactError, LoractlError, ServiceUnreachable
+from loractl.common.policy import Need
 from loractl.common.records import Claim, Progress, StoredResult
 from loractl.common.settings import Settings
 from loractl.common.status import Reason, Stage, Status
@@ -32,7 +34,8 @@ from loractl.common.store import Store
 
 from .child import exit_reason, kill, read_log, read_messages, send
 from .devices import Device
-from .protocol import Ended, Note, StageChanged, Start, Stepped, Stop, Told
+from .occupancy import JOB_VARIABLE
+from .protocol import Adjusted, Ended, Note, Peaks, Planned, StageChanged, Start, Stepped, Stop, Told
 
 log = logging.getLogger("loractl.worker")
 Answer = TypeVar("Answer")
@@ -79,6 +82,9 @@ class _Interrupted(Exception):
 class _State:
     """What the loop of one attempt knows so far."""
 
+    adjustment: Adjustment  # what out-of-memory has changed in the job so far
+    peaks: Peaks = field(default_factory=Peaks)
+    step: int = 0
     ended: Ended | None = None
     forced: tuple[Reason, str] | None = None  # why we stopped the trainer
     kill_at: float | None = None
@@ -113,12 +119,12 @@ class Supervisor:
         """Run one attempt to its end; returns the job's status, None when the lease was lost on the way."""
         folder = self._settings.work_dir / str(claim.job_id) / f"attempt-{claim.attempt}"
         log.info("job %s %s: attempt %s with %s", claim.job_id, claim.spec.name, claim.attempt, claim.method.value)
-        state = _State()
+        state = _State(adjustment=claim.adjustment)
         try:
             shutil.rmtree(folder, ignore_errors=True)
             (folder / "result").mkdir(parents=True)
             start = self._beating(claim, state, lambda: self._prepare(claim, folder))
-            self._watch(claim, start, folder, state)
+            self._train(claim, start, folder, state)
             reason, message = self._judge(state)
             result = None
             if reason is Reason.OK:
@@ -136,8 +142,7 @@ class Supervisor:
             log.warning("job %s: the lease of attempt %s was lost, its result is dropped", claim.job_id, claim.attempt)
             shutil.rmtree(folder / "result", ignore_errors=True)  # the next attempt may go on from its checkpoints
             return None
-        peak = state.ended.vram_peak if state.ended else None
-        last = replace(state.pending, vram_peak=peak, log="".join(state.log_text)[-_LOG_CHUNK:])
+        last = self._progress(state)
         status = self._insist(lambda: self._store.finish(claim, reason, message, last, result))
         log.info(
             "job %s %s: %s (%s) %s",
@@ -169,10 +174,14 @@ class Supervisor:
             user=claim.user,
             node=self._node,
             gpu=self._device.uuid,
-            device="cuda" if self._device.kind == "nvml" else "cpu",
+            device=self._device.trains_on,
             spec=spec,
             method=claim.method,
             vram_planned=claim.vram_planned,
+            vram_reserved=claim.vram_reserved,
+            # A plan is for a card: RAM is limited only where the box's owner says so.
+            memory_limit=claim.vram_reserved if self._device.trains_on == "cuda" else self._settings.trainer_ram,
+            adjustment=claim.adjustment,
             data_path=data_path,
             data_sha256=claim.data["path"]["sha256"] if claim.data.get("path") else None,
             eval_path=local("eval_path", spec.dataset.eval_path),
@@ -182,10 +191,28 @@ class Supervisor:
             cache_dir=str(cache),
         )
 
-    def _watch(self, claim: Claim, start: Start, folder: Path, state: _State) -> None:
+    def _train(self, claim: Claim, start: Start, folder: Path, state: _State) -> None:
+        """Run a trainer to its end; when it runs out of memory in mid-training another one, with less.
+
+        A new process, because only its memory is whole again; it goes on from the last checkpoint.
+        """
+        began = time.monotonic()
+        while True:
+            self._watch(claim, start, folder, state, began)
+            lighter = _lighter(start, state)
+            if lighter is None:
+                return
+            text = in_words(start.spec, state.adjustment, lighter, where=f"at step {state.step}", then="starts again")
+            log.info("job %s: %s", claim.job_id, text)
+            events = (*state.pending.events, ("memory", text))
+            state.pending = replace(state.pending, adjustment=lighter, events=events)
+            state.adjustment, state.ended = lighter, None
+            start = start.model_copy(update={"adjustment": lighter})
+
+    def _watch(self, claim: Claim, start: Start, folder: Path, state: _State, began: float) -> None:
         """Start the trainer and stay with it until it has ended."""
         told: queue.SimpleQueue[Told | str] = queue.SimpleQueue()
-        with (folder / "log.txt").open("w", encoding="utf-8") as log_file:
+        with (folder / "log.txt").open("a", encoding="utf-8") as log_file:
             trainer = subprocess.Popen(
                 [sys.executable, "-m", "loractl.worker.trainer"],
                 stdin=subprocess.PIPE,
@@ -194,7 +221,7 @@ class Supervisor:
                 encoding="utf-8",
                 errors="replace",
                 start_new_session=True,
-                env=self._environment(),
+                env=self._environment(claim.job_id),
             )
             assert trainer.stdin and trainer.stdout and trainer.stderr
             readers = [
@@ -205,17 +232,25 @@ class Supervisor:
                 reader.start()
             send(trainer.stdin, start)
             try:
-                self._loop(claim, trainer, told, state)
+                self._loop(claim, trainer, told, state, began)
             finally:
                 kill(trainer)
                 for reader in readers:
                     reader.join(timeout=5)
         _take_all(told, state)
         if state.ended is None and state.forced is None and not state.lease_lost:
-            state.ended = Ended(job_id=start.job_id, **exit_reason(trainer.returncode))
+            limited = start.device == "cpu" and start.memory_limit is not None
+            state.ended = Ended(job_id=start.job_id, **exit_reason(trainer.returncode, limited=limited))
 
-    def _loop(self, claim: Claim, trainer: subprocess.Popen[str], told: queue.SimpleQueue[Any], state: _State) -> None:
-        began, next_beat, stage = time.monotonic(), 0.0, None
+    def _loop(
+        self,
+        claim: Claim,
+        trainer: subprocess.Popen[str],
+        told: queue.SimpleQueue[Any],
+        state: _State,
+        began: float,
+    ) -> None:
+        next_beat, stage = 0.0, None
         limit = claim.spec.resources.time_limit
         while trainer.poll() is None and state.ended is None:
             _take_all(told, state, timeout=0.2)
@@ -249,10 +284,8 @@ class Supervisor:
 
     def _beat(self, claim: Claim, state: _State) -> None:
         """One heartbeat. With the database away the training goes on: the lease decides."""
-        text = "".join(state.log_text)
-        progress = replace(state.pending, log=text[-_LOG_CHUNK:])
         try:
-            beat = self._store.beat(claim, progress)
+            beat = self._store.beat(claim, self._progress(state))
         except DBAPIError as error:
             if not is_outage(error):
                 raise
@@ -261,6 +294,16 @@ class Supervisor:
         state.pending, state.log_text = Progress(stage=state.pending.stage), []
         state.lease_lost = not beat.accepted
         state.cancel_requested = beat.cancel_requested
+
+    def _progress(self, state: _State) -> Progress:
+        """What is new since the last write that came through."""
+        return replace(
+            state.pending,
+            vram_peak=state.peaks.reserved,
+            vram_allocated=state.peaks.allocated,
+            vram_process=state.peaks.process,
+            log="".join(state.log_text)[-_LOG_CHUNK:],
+        )
 
     def _stop(
         self,
@@ -358,7 +401,7 @@ class Supervisor:
         over = status is not None and status.is_terminal
         shutil.rmtree(folder.parent if over else folder / "result", ignore_errors=True)
 
-    def _environment(self) -> dict[str, str]:
+    def _environment(self, job_id: int) -> dict[str, str]:
         """The trainer's: its device alone, its share of the cores, and no address or password of a service."""
         hidden = (
             "LORACTL_DATABASE_URL",
@@ -373,6 +416,7 @@ class Supervisor:
         return {
             **kept,
             **self._device.environment(),
+            JOB_VARIABLE: str(job_id),
             "OMP_NUM_THREADS": str(self._threads),
             "TOKENIZERS_PARALLELISM": "false",
             "PYTHONUNBUFFERED": "1",
@@ -389,10 +433,30 @@ def _take_all(told: queue.SimpleQueue[Told | str], state: _State, timeout: float
         timeout = 0.0
         if isinstance(message, str):
             state.log_text.append(message)
-        elif isinstance(message, Ended):
+            continue
+        if isinstance(message, (Stepped, Ended)) and message.peaks is not None:
+            state.peaks = state.peaks.above(message.peaks)
+        if isinstance(message, Ended):
             state.ended = message
-        else:
-            state.pending = _fold(state.pending, message)
+            continue
+        if isinstance(message, Stepped):
+            state.step = message.step
+        elif isinstance(message, Adjusted):
+            state.adjustment = message.adjustment
+        state.pending = _fold(state.pending, message)
+
+
+def _lighter(start: Start, state: _State) -> Adjustment | None:
+    """How a next trainer may go on after this one's end; None when none shall.
+
+    What did not fit before or after the training itself would not fit with smaller pieces of its batch either: before,
+    the trainer has tried them all.
+    """
+    if state.forced is not None or state.lease_lost or state.ended is None:
+        return None
+    if state.ended.reason is not Reason.OUT_OF_MEMORY or state.pending.stage is not Stage.TRAINING:
+        return None
+    return next_adjustment(start.spec, state.adjustment, on_gpu=start.device == "cuda")
 
 
 def _fold(progress: Progress, message: Told) -> Progress:
@@ -404,6 +468,10 @@ def _fold(progress: Progress, message: Told) -> Progress:
         return replace(
             progress, events=events, resumed_from_step=message.resumed_from_step or progress.resumed_from_step
         )
+    if isinstance(message, Adjusted):
+        return replace(progress, adjustment=message.adjustment)
+    if isinstance(message, Planned):
+        return replace(progress, need=Need(lora=message.lora, qlora=message.qlora))
     assert isinstance(message, Stepped)
     metrics = tuple((message.step, name, value) for name, value in message.metrics.items())
     if "loss" in message.metrics:
@@ -421,6 +489,7 @@ def _fold(progress: Progress, message: Told) -> Progress:
         metrics=progress.metrics + metrics,
         loss=message.metrics.get("loss", progress.loss),
         eta_seconds=message.eta_seconds,
+        eta_spread_seconds=message.eta_spread_seconds,
         tokens_per_second=message.tokens_per_second or progress.tokens_per_second,
     )
 

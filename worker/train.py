@@ -5,23 +5,26 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import statistics
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
+from loractl.common.adjustment import Adjustment, adjusted, in_words, next_adjustment
 from loractl.common.spec import JobSpec, Method
 from loractl.common.status import Reason, Stage
 
 from .checkpoint import Checkpoint, close_checkpoint, newest_checkpoint
 from .data import PreparedData, collate, prepare_data
 from .evaluate import evaluate
-from .memory import peak_memory
+from .memory import Gauge, release
 from .model import (
     Precision,
     TrainingFailed,
@@ -31,7 +34,8 @@ from .model import (
     load_tokenizer,
     load_trained,
 )
-from .protocol import Ended, Note, StageChanged, Start, Stepped, Told
+from .probe import DoesNotFit, Probe, longest
+from .protocol import Adjusted, Ended, Note, StageChanged, Start, Stepped, Told
 from .report import build_report, write_model_card, write_report
 
 
@@ -39,7 +43,7 @@ class Stopped(Exception):
     """The supervisor asked for an end."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class Run:
     """What a step of the recipe may look at: the order, where to tell, and whether to stop."""
 
@@ -48,10 +52,21 @@ class Run:
     stop: threading.Event = field(default_factory=threading.Event)
     save_on_stop: threading.Event = field(default_factory=threading.Event)
     stages: list[Stage] = field(default_factory=list)  # those that have begun
+    adjustment: Adjustment = field(init=False)  # what out-of-memory has changed so far
+    gauge: Gauge = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.adjustment = self.order.adjustment
+        self.gauge = Gauge(self.order.device, self.order.gpu)
 
     @property
     def spec(self) -> JobSpec:
-        return self.order.spec
+        """The job as it runs: what it asks for, adjusted to the memory that there is."""
+        return adjusted(self.order.spec, self.adjustment)
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.order.device == "cuda"
 
     def stage(self, stage: Stage) -> None:
         self.stages.append(stage)
@@ -60,6 +75,16 @@ class Run:
     def note(self, kind: str, text: str, resumed_from_step: int | None = None) -> None:
         self.tell(Note(job_id=self.order.job_id, kind=kind, text=text, resumed_from_step=resumed_from_step))
 
+    def adjust(self, adjustment: Adjustment) -> None:
+        """Go on with less memory."""
+        self.note("memory", in_words(self.order.spec, self.adjustment, adjustment))
+        self.adjustment = adjustment
+        self.tell(Adjusted(job_id=self.order.job_id, adjustment=adjustment))
+
+    def adjust_evaluation(self, batch: int) -> None:
+        """Evaluate fewer rows at once."""
+        self.adjust(replace(self.adjustment, eval_batch=batch))
+
     def check_stop(self) -> None:
         if self.stop.is_set():
             raise Stopped
@@ -67,55 +92,37 @@ class Run:
 
 def train(run: Run) -> Ended:
     """Prepare, train, evaluate, and leave adapter and report in the order's output folder."""
-    order, spec, began = run.order, run.spec, time.time()
+    order, began = run.order, time.time()
     out = Path(order.output_dir)
 
     # 1. The data, before any memory is taken.
     run.stage(Stage.PREPARING)
-    set_seed(spec.training.seed)
-    tokenizer = load_tokenizer(spec.base_model)
+    set_seed(run.spec.training.seed)
+    tokenizer = load_tokenizer(run.spec.base_model)
     data = prepare_data(
-        spec.dataset, order.data_path, order.eval_path, order.data_sha256, tokenizer, Path(order.cache_dir)
+        run.spec.dataset, order.data_path, order.eval_path, order.data_sha256, tokenizer, Path(order.cache_dir)
     )
     _note_data(run, data)
     run.check_stop()
 
     # 2. The base model, in NF4 for QLoRA, and a fresh adapter.
     precision = choose_precision(order.device)
-    base = load_base(spec.base_model, order.method, order.device, precision)
-    model = add_adapter(base, spec, order.method)
+    base = load_base(run.spec.base_model, order.method, order.device, precision)
+    model = add_adapter(base, run.spec, order.method)
 
     # 3. Train, from the newest checkpoint of this very training if there is one.
-    run.stage(Stage.TRAINING)
-    arguments = training_arguments(order, precision)
     log = TrainingLog(run, data)
-    trainer = Trainer(
-        model=model,
-        args=arguments,
-        train_dataset=[{"input_ids": r.input_ids, "labels": r.labels} for r in data.train.rows],
-        eval_dataset=[{"input_ids": r.input_ids, "labels": r.labels} for r in data.held_out.rows],
-        data_collator=lambda rows: collate(rows, tokenizer.pad_token_id),
-        callbacks=[log],
-    )
-    found = _resume(run, data)
-    if found is not None and found.finished:
-        load_trained(model, found.path)  # the Trainer would take one step more before it saw that none is left
-        log.read_history(found.path)
-    else:
-        trainer.train(resume_from_checkpoint=str(found.path) if found else None)
-        if run.stop.is_set() and trainer.state.global_step < trainer.state.max_steps:
-            raise Stopped
+    arguments = fit(run, model, tokenizer, data, precision, log)
     check_finite(model)
 
     # 4. Keep the adapter before anything else can fail.
     model.save_pretrained(str(out / "adapter"), safe_serialization=True)
     tokenizer.save_pretrained(str(out / "adapter"))
-    (out / "job.json").write_text(json.dumps(_resolved(order, arguments), indent=1), "utf-8")
+    (out / "job.json").write_text(json.dumps(_resolved(run, arguments), indent=1), "utf-8")
 
     # 5. Base against tuned on rows that were never trained on.
     run.stage(Stage.EVALUATING)
-    evaluation = evaluate(model, tokenizer, data, spec, run.check_stop, log.evaluating())
-    peak = peak_memory(order.device)
+    evaluation = evaluate(model, tokenizer, data, run.spec, run.check_stop, log.evaluating())
 
     # 6. The report, and the manifest's other files.
     report = build_report(
@@ -124,20 +131,84 @@ def train(run: Run) -> Ended:
         evaluation=evaluation,
         log=log,
         arguments=arguments,
+        adjustment=run.adjustment,
         model=model,
         precision=precision,
-        peak=peak,
+        peaks=run.gauge.look(),
+        peak_kind=run.gauge.kind,
         adapter_dir=out / "adapter",
         wall_seconds=time.time() - began,
     )
     write_report(report, out)
     write_model_card(report, out / "adapter")
-    return Ended(job_id=order.job_id, reason=Reason.OK, message=report["verdict"]["short"], vram_peak=peak.bytes)
+    return Ended(job_id=order.job_id, reason=Reason.OK, message=report["verdict"]["short"], peaks=run.gauge.look())
 
 
-def training_arguments(order: Start, precision: Precision) -> TrainingArguments:
-    """transformers' arguments for a job: the spec's keys under their own names, and what the device decides."""
-    t = order.spec.training
+def fit(
+    run: Run, model: Any, tokenizer: Any, data: PreparedData, precision: Precision, log: TrainingLog
+) -> TrainingArguments:
+    """Train the model's adapter; batches that do not fit are made smaller before the first step.
+
+    Returns the arguments that it was trained with. Raises TrainingFailed, Stopped, and out-of-memory in mid-training as
+    it comes: the supervisor then starts a new process, whose memory is whole, from the last checkpoint.
+    """
+    found = _resume(run, data)
+    if found is not None and found.finished:
+        run.stage(Stage.TRAINING)
+        load_trained(model, found.path)  # the Trainer would take one step more before it saw that none is left
+        log.read_history(found.path)
+        return training_arguments(run.order, run.spec, precision)
+    while True:
+        arguments = training_arguments(run.order, run.spec, precision)
+        failure = _fit_once(run, model, tokenizer, data, arguments, log, found)
+        release()  # of what did not fit, or of optimizer and gradients, which the evaluation needs no more
+        if failure is None:
+            return arguments
+        lighter = next_adjustment(run.order.spec, run.adjustment, on_gpu=run.on_gpu)
+        if lighter is None:
+            tokens = len(longest(data.train.rows, 1)[0].input_ids)
+            what = f"one row of {tokens} tokens does not fit, even with gradient checkpointing"
+            raise TrainingFailed(Reason.OUT_OF_MEMORY, f"{what}: {failure}")
+        run.adjust(lighter)
+
+
+def _fit_once(
+    run: Run,
+    model: Any,
+    tokenizer: Any,
+    data: PreparedData,
+    arguments: TrainingArguments,
+    log: TrainingLog,
+    found: Checkpoint | None,
+) -> str | None:
+    """Train to the end; what torch says where the longest batch does not fit, and nothing was trained."""
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=[{"input_ids": r.input_ids, "labels": r.labels} for r in data.train.rows],
+        eval_dataset=[{"input_ids": r.input_ids, "labels": r.labels} for r in data.held_out.rows],
+        data_collator=lambda rows: collate(rows, tokenizer.pad_token_id),
+    )
+    # Without a limit no allocation fails on a processor: the kernel kills whom it chooses. A probe would find nothing.
+    if run.on_gpu or run.order.memory_limit is not None:
+        trainer.add_callback(Probe(trainer, tokenizer, data, run.spec.evaluation.max_rows, run.adjust_evaluation))
+    trainer.add_callback(log)  # after the probe: it says that training begins
+    try:
+        trainer.train(resume_from_checkpoint=str(found.path) if found else None)
+    except DoesNotFit as failure:
+        trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # the next Trainer wraps its forward again
+        return str(failure)
+    if run.stop.is_set() and trainer.state.global_step < trainer.state.max_steps:
+        raise Stopped
+    return None
+
+
+def training_arguments(order: Start, spec: JobSpec, precision: Precision) -> TrainingArguments:
+    """transformers' arguments for a job: the spec's keys under their own names, and what the device decides.
+
+    `spec` is the order's, adjusted to the memory that there is.
+    """
+    t = spec.training
     on_gpu = order.device == "cuda"
     return TrainingArguments(
         output_dir=order.checkpoint_dir,
@@ -145,7 +216,7 @@ def training_arguments(order: Start, precision: Precision) -> TrainingArguments:
         max_steps=t.max_steps or -1,
         learning_rate=t.learning_rate,
         per_device_train_batch_size=t.per_device_train_batch_size,
-        per_device_eval_batch_size=order.spec.evaluation.per_device_eval_batch_size,
+        per_device_eval_batch_size=spec.evaluation.per_device_eval_batch_size,
         gradient_accumulation_steps=t.gradient_accumulation_steps,
         activation_checkpointing=on_gpu if t.gradient_checkpointing is None else t.gradient_checkpointing,
         activation_checkpointing_kwargs={"use_reentrant": False},
@@ -189,8 +260,12 @@ class TrainingLog(TrainerCallback):
         self.total_steps = 0
         self.seconds = 0.0  # inside steps: evaluations and checkpoints left out
         self.tokens = 0.0
+        self._evaluation_tokens = evaluation_tokens(run.spec, data)
+        # from one step's end to the next one's, whatever came between: evaluations and checkpoints take time too
+        self._step_times: deque[float] = deque(maxlen=1000)
         self._first_epoch = 0.0
         self._step_began = 0.0
+        self._step_ended = 0.0
         self._told = 0.0
 
     @property
@@ -199,15 +274,21 @@ class TrainingLog(TrainerCallback):
         return self.tokens / self.seconds if self.seconds > 0 and self.tokens > 0 else None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._run.stage(Stage.TRAINING)
         self.first_step = self.steps = state.global_step
         self.total_steps, self._first_epoch = state.max_steps, state.epoch or 0.0
+        self._take_history(state.log_history)
+        self._step_ended = time.monotonic()
         self._step()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._step_began = time.monotonic()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.seconds += time.monotonic() - self._step_began
+        now = time.monotonic()
+        self.seconds += now - self._step_began
+        self._step_times.append(now - self._step_ended)
+        self._step_ended = now
         self.steps = state.global_step
         # the share of epochs passed counts the short last batch of each rightly
         self.tokens = (state.epoch - self._first_epoch) * self._epoch_tokens
@@ -242,9 +323,13 @@ class TrainingLog(TrainerCallback):
         """Take the course of a finished training from its last checkpoint."""
         state = json.loads((checkpoint / "trainer_state.json").read_text())
         self.first_step = self.steps = self.total_steps = state["global_step"]
-        self.train_losses = [(e["step"], e["loss"]) for e in state["log_history"] if "loss" in e]
-        self.eval_losses = [(e["step"], e["eval_loss"]) for e in state["log_history"] if "eval_loss" in e]
+        self._take_history(state["log_history"])
         self._step()
+
+    def _take_history(self, entries: list[dict[str, Any]]) -> None:
+        """The losses before a resume belong to the curve."""
+        self.train_losses = [(e["step"], e["loss"]) for e in entries if "loss" in e]
+        self.eval_losses = [(e["step"], e["eval_loss"]) for e in entries if "eval_loss" in e]
 
     def evaluating(self) -> Callable[[int, int], None]:
         """A progress function for the evaluation: tells how long the rest will take."""
@@ -252,15 +337,26 @@ class TrainingLog(TrainerCallback):
 
         def tell(done: int, of: int) -> None:
             left = (time.monotonic() - began) * (of - done) / max(1, done)
-            job_id = self._run.order.job_id
-            self._run.tell(Stepped(job_id=job_id, step=self.steps, total_steps=self.total_steps, eta_seconds=left))
+            self._run.tell(
+                Stepped(
+                    job_id=self._run.order.job_id,
+                    step=self.steps,
+                    total_steps=self.total_steps,
+                    eta_seconds=left,
+                    eta_spread_seconds=left,  # scoring says little about generating, which comes after it
+                    peaks=self._run.gauge.look(),
+                )
+            )
 
         return tell
 
     def _step(self, metrics: dict[str, float] | None = None) -> None:
         self._told = time.monotonic()
-        done = self.steps - self.first_step
-        left = (self.total_steps - self.steps) * self.seconds / done if done else None
+        left, spread = remaining(self._step_times, self.total_steps - self.steps)
+        if left is not None and self.tokens_per_second:
+            # A token that is trained on costs a forward and a backward, in LoRA about as much again (no gradients of
+            # the base's weights): read as two that are evaluated. Measured once the evaluation runs.
+            left += self._evaluation_tokens / (2 * self.tokens_per_second)
         self._run.tell(
             Stepped(
                 job_id=self._run.order.job_id,
@@ -269,8 +365,36 @@ class TrainingLog(TrainerCallback):
                 metrics=metrics or {},
                 tokens_per_second=self.tokens_per_second,
                 eta_seconds=left,
+                eta_spread_seconds=spread,
+                peaks=self._run.gauge.look(),
             )
         )
+
+
+def remaining(step_times: Sequence[float], steps: int) -> tuple[float | None, float | None]:
+    """Seconds that so many more steps will take, and half the width of a 95% interval of them.
+
+    The sum of `steps` new times varies by their own spread and by that of the mean of the n measured ones: its variance
+    is s² (steps + steps² / n). The quantile is Student's, expanded around the normal one (Abramowitz and Stegun 1964,
+    26.7.5). None before a first step, and for the interval before a third.
+    """
+    n = len(step_times)
+    if n == 0:
+        return None, None
+    mean = statistics.fmean(step_times)
+    if n < 3:
+        return steps * mean, None
+    z, free = 1.96, n - 1
+    quantile = z + (z**3 + z) / (4 * free) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * free**2)
+    return steps * mean, quantile * statistics.stdev(step_times, mean) * math.sqrt(steps + steps**2 / n)
+
+
+def evaluation_tokens(spec: JobSpec, data: PreparedData) -> int:
+    """Tokens that pass the model in the report's evaluation, by base and tuned: rows that are scored, answers at their
+    longest."""
+    rows = data.held_out.rows[: spec.evaluation.max_rows]
+    answers = min(spec.evaluation.samples, len(rows)) * spec.evaluation.max_new_tokens
+    return 2 * (sum(len(row.input_ids) for row in rows) + answers)
 
 
 def check_finite(model: Any) -> None:
@@ -281,9 +405,17 @@ def check_finite(model: Any) -> None:
 
 
 def training_hash(order: Start, data: PreparedData) -> str:
-    """What a checkpoint belongs to: with another batch size, data or method a resume would run, and be wrong."""
+    """What a checkpoint belongs to: with another batch size, data or method a resume would run, and be wrong.
+
+    The batch is the effective one. In which pieces it is computed, and whether activations are computed twice, changes
+    neither the rows of a step nor what a step learns.
+    """
     rows = hashlib.sha256(json.dumps([r.input_ids for r in data.train.rows]).encode()).hexdigest()
-    parts = [order.spec.model_dump(mode="json", include={"base_model", "lora", "training"}), order.method.value, rows]
+    asked = order.spec.model_dump(mode="json", include={"base_model", "lora", "training"})
+    training = asked["training"]
+    training["batch"] = training.pop("per_device_train_batch_size") * training.pop("gradient_accumulation_steps")
+    del training["gradient_checkpointing"]
+    parts = [asked, order.method.value, rows]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
@@ -317,11 +449,13 @@ def _note_data(run: Run, data: PreparedData) -> None:
     run.note("data", text)
 
 
-def _resolved(order: Start, arguments: TrainingArguments) -> dict[str, Any]:
-    """The job as it ran: the spec, the method taken, and transformers' arguments."""
+def _resolved(run: Run, arguments: TrainingArguments) -> dict[str, Any]:
+    """The job as it ran: the spec, what memory changed in it, the method taken, and transformers' arguments."""
+    order = run.order
     taken = {k: v for k, v in arguments.to_dict().items() if isinstance(v, (str, int, float, bool, type(None)))}
     return {
         "spec": order.spec.model_dump(mode="json"),
+        "adjustment": run.adjustment.as_json(),
         "method": order.method.value,
         "device": order.device,
         "torch": torch.__version__,

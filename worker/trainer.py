@@ -52,6 +52,7 @@ def main() -> int:
 def _run(order: Start, orders: queue.SimpleQueue[Start | Stop], tell: object) -> Ended:
     """Train; every way to fail becomes a reason and a sentence, with the traceback in the log."""
     _quieten()
+    from .memory import hold_to
     from .model import TrainingFailed
     from .train import Run, Stopped, train
 
@@ -66,9 +67,10 @@ def _run(order: Start, orders: queue.SimpleQueue[Start | Stop], tell: object) ->
     threading.Thread(target=obey, name="stop", daemon=True).start()
 
     def ended(reason: Reason, message: str) -> Ended:
-        return Ended(job_id=order.job_id, reason=reason, message=message)
+        return Ended(job_id=order.job_id, reason=reason, message=message, peaks=run.gauge.look())
 
     try:
+        hold_to(order.memory_limit, order.device, order.gpu)
         return train(run)
     except Stopped:
         return ended(Reason.DRAINED if run.save_on_stop.is_set() else Reason.CANCELLED, "stopped when asked to")
@@ -81,7 +83,7 @@ def _run(order: Start, orders: queue.SimpleQueue[Start | Stop], tell: object) ->
     except Exception as error:  # noqa: BLE001  whatever it is, the job's row must say why
         # the last place that can name the failure: the whole traceback goes to the log, the sentence to the job's row
         traceback.print_exc()
-        reason, message = _explain(error)
+        reason, message = _explain(error, own_limit=order.device == "cpu" and order.memory_limit is not None)
         if reason is Reason.TRAINER_ERROR and Stage.EVALUATING in run.stages:
             reason = Reason.EVALUATION_FAILED
         return ended(reason, message)
@@ -97,15 +99,20 @@ def _quieten() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, message=".*is_gradient_checkpointing.*")
 
 
-def _explain(error: Exception) -> tuple[Reason, str]:
-    """The reason and the sentence for what nobody caught closer to its cause."""
+def _explain(error: Exception, *, own_limit: bool) -> tuple[Reason, str]:
+    """The reason and the sentence for what nobody caught closer to its cause.
+
+    `own_limit`: this process's RAM is held to a limit, so that it ran out of that and not of the box's RAM.
+    """
     import torch
+
+    from .memory import in_a_sentence, is_card_full, is_out_of_memory
 
     lines = [line for line in str(error).splitlines() if line.strip()]
     first, text = (lines[0] if lines else "no message"), str(error)
-    if isinstance(error, torch.OutOfMemoryError) or "CUDA error: out of memory" in text:
-        return Reason.OUT_OF_MEMORY, first
-    if isinstance(error, MemoryError) or "can't allocate memory" in text:
+    if is_card_full(error) or (own_limit and is_out_of_memory(error)):
+        return Reason.OUT_OF_MEMORY, in_a_sentence(error)
+    if is_out_of_memory(error):
         return Reason.HOST_OUT_OF_MEMORY, "the box has not enough RAM for this job"
     # torch and safetensors wrap the operating system's error in their own
     wrapped = any(words in text for words in ("No space left on device", "os error 28", "PytorchStreamWriter failed"))

@@ -40,7 +40,17 @@ def test_an_unknown_key_in_the_file_is_refused_with_the_known_ones(tmp_path: Pat
     (tmp_path / "config.toml").write_text('databse_url = "x"\n')
     with pytest.raises(UsageError, match="unknown key databse_url") as caught:
         load_settings({"LORACTL_HOME": str(tmp_path)})
-    assert caught.value.hint == "known keys: database_url, redis_url, artifacts_url, devices, user"
+    assert caught.value.hint == "known keys: database_url, redis_url, artifacts_url, devices, trainer_ram, user"
+
+
+def test_a_trainer_s_ram_is_a_size_with_its_unit(tmp_path: Path) -> None:
+    home = {"LORACTL_HOME": str(tmp_path)}
+    assert load_settings(home).trainer_ram is None, "no limit"
+    assert load_settings({**home, "LORACTL_TRAINER_RAM": "1.5GiB"}).trainer_ram == 3 * 2**29
+    (tmp_path / "config.toml").write_text('trainer_ram = "512MiB"\n')
+    assert load_settings(home).trainer_ram == 2**29
+    with pytest.raises(UsageError, match="LORACTL_TRAINER_RAM 'much' is not a size"):
+        load_settings({**home, "LORACTL_TRAINER_RAM": "much"})
 
 
 @pytest.mark.parametrize("content", [b"user = ", b'user = "B\xfcro"\n'])
