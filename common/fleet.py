@@ -8,11 +8,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import JSON, RowMapping, TextualSelect, bindparam, column, select, text
+from sqlalchemy import JSON, TextualSelect, bindparam, column, select, text
 from sqlalchemy.orm import Session
 
 from .method import Method
-from .policy import Card, Line, Need, Occupant, Openings, Waiting, charge, decayed, size_step
+from .policy import Card, Decision, Line, Need, Occupant, Openings, Waiting, charge, decayed, place, size_step
 from .status import Status
 from .tables import DrainOrder, Job, Node, Use, UtcDateTime
 
@@ -75,6 +75,37 @@ def read_charges(session: Session, now: dt.datetime) -> dict[str, float]:
         seconds = 0.0 if row.started_at is None else (now - row.started_at).total_seconds()
         running.setdefault(row.user, []).append((row.vram_reserved or 0, seconds))
     return {user: charge(past.get(user, 0.0), running.get(user, ())) for user in past.keys() | running.keys()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class FleetView:
+    """The whole fleet at one moment, and what the rule would do with it."""
+
+    now: dt.datetime
+    nodes: dict[str, Node]
+    cards: dict[str, Card]
+    drains: dict[str, DrainOrder]  # by host or card
+    running: dict[int, Job]
+    charges: dict[str, float]  # GiB hours by user
+    decisions: tuple[Decision, ...]  # what starts next, and for which job a card is kept
+
+    def drain_of(self, node: str) -> DrainOrder | None:
+        return self.drains.get(node) or self.drains.get(node.rpartition(":")[0])
+
+
+def read_view(session: Session, now: dt.datetime) -> FleetView:
+    """Everything about the fleet, read at once."""
+    cards, charges = read_cards(session, now), read_charges(session, now)
+    decisions = place(read_levels(session, now), cards, charges, now, read_oldest(session, now))
+    return FleetView(
+        now=now,
+        nodes={node.node: node for node in session.scalars(select(Node).order_by(Node.node))},
+        cards={card.node: card for card in sorted(cards, key=lambda card: card.node)},
+        drains=drained_targets(session, now),
+        running={job.job_id: job for job in session.scalars(select(Job).where(Job.status == Status.RUNNING))},
+        charges=charges,
+        decisions=tuple(decisions),
+    )
 
 
 # --- lines ---
@@ -160,7 +191,7 @@ def read_levels(session: Session, now: dt.datetime) -> Iterator[dict[str, Line]]
 def read_oldest(session: Session, now: dt.datetime) -> Waiting | None:
     """The ready job that waits longest."""
     row = session.execute(_OLDEST, {"now": now}).mappings().first()
-    return None if row is None else waiting_of(row, now)
+    return None if row is None else waiting_of(dict(row), now)
 
 
 @dataclass(kw_only=True)
@@ -221,10 +252,10 @@ class _StoredLine:
 
     def _one(self, statement: TextualSelect, **values: Any) -> Waiting | None:
         row = self._session.execute(statement, {"now": self._now, **values}).mappings().first()
-        return None if row is None else waiting_of(row, self._now)
+        return None if row is None else waiting_of(dict(row), self._now)
 
 
-def waiting_of(row: RowMapping, now: dt.datetime) -> Waiting:
+def waiting_of(row: Mapping[str, Any], now: dt.datetime) -> Waiting:
     """A ready job's row as the rule sees it. QLoRA is not permitted while it waits for LoRA."""
     methods = tuple(Method(name) for name in row["methods"])
     patient = row["lora_until"] is not None and row["lora_until"] > now

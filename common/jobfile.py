@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import json
 from collections.abc import Sequence
@@ -72,6 +73,18 @@ def load_spec(path: Path, overrides: Sequence[str] = ()) -> JobSpec:
         # a key that may be of two kinds fails as each of them: the last, more general one is told
         raise SpecError(list({(p.file, p.key): p for p in found}.values())) from None
     return _resolve_paths(_resolve_defaults(spec), path.absolute().parent)
+
+
+def override_spec(tree: dict[str, Any], overrides: Sequence[str], name: str) -> JobSpec:
+    """A stored spec with `a.b=value` overrides. Raises SpecError, which calls it `name`."""
+    changed = copy.deepcopy(tree)
+    for override in overrides:
+        _apply_override(changed, override, overrides)
+    try:
+        return JobSpec.model_validate(changed)
+    except ValidationError as error:
+        found = [p for e in error.errors() for p in _problems(e, name, {}, overrides)]
+        raise SpecError(list({(p.file, p.key): p for p in found}.values())) from None
 
 
 def _resolve_defaults(spec: JobSpec) -> JobSpec:

@@ -415,6 +415,15 @@ def permitted_methods(wanted: Method | Sequence[Method]) -> tuple[Method, ...]:
     return tuple(wanted)
 
 
+def choose_method(methods: Sequence[Method], need: Need, limit: int) -> Method | None:
+    """The preferred method that runs in `limit` bytes; a need that is not known counts as fitting. None: none fits."""
+    for method in methods:
+        size = need.of(method)
+        if size is None or size <= limit:
+            return method
+    return None
+
+
 def within(methods: Sequence[Method], need: Need, max_vram: int | None) -> tuple[Method, ...]:
     """The methods that the job's own limit admits; a need that is not known yet counts as admitted."""
     if max_vram is None:

@@ -33,13 +33,24 @@ from sqlalchemy.orm import Session
 
 from .adjustment import Adjustment
 from .errors import JobNotFound, WrongState
-from .fleet import card_of, drained_targets, read_cards, read_charges, read_levels, read_oldest
+from .fleet import (
+    FleetView,
+    card_of,
+    drained_targets,
+    read_cards,
+    read_charges,
+    read_levels,
+    read_oldest,
+    read_view,
+    waiting_of,
+)
 from .learning import GROWTH, Measured
 from .method import Method
 from .policy import (
     Card,
     Need,
     Placement,
+    Waiting,
     could_start,
     decayed,
     least_need,
@@ -497,6 +508,20 @@ class Store:
                 )
                 for row in session.execute(query.order_by(Attempt.started_at.desc()).limit(limit))
             ]
+
+    def fleet(self) -> FleetView:
+        """The whole fleet at this moment, and what starts next."""
+        with self._read() as session:
+            return read_view(session, self._now_value(session))
+
+    def ready(self, limit: int) -> list[Waiting]:
+        """The jobs that could be claimed now, by priority and age; at most so many."""
+        with self._read() as session:
+            now = self._now_value(session)
+            found = session.scalars(
+                select(Job).where(*_ready(now)).order_by(Job.priority.desc(), Job.job_id).limit(limit)
+            )
+            return [waiting_of(vars(job), now) for job in found]
 
     def nodes(self) -> list[Node]:
         return self._all(select(Node).order_by(Node.node))

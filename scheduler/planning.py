@@ -49,7 +49,7 @@ def open_methods(spec: JobSpec) -> tuple[Method, ...]:
 
 def model_family(spec: JobSpec) -> str | None:
     """The base's model_type; None when its config is not on this machine."""
-    shape = read_shape(Path(spec.base_model))
+    shape = read_shape(spec.base_model)
     return None if shape is None else shape.family
 
 
@@ -69,3 +69,11 @@ def need_key(spec: JobSpec, data: dict[str, Any]) -> str:
     if hashes:
         deciding["dataset"] |= {"path": hashes.get("path"), "eval_path": hashes.get("eval_path")}
     return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()
+
+
+def stored_hashes(spec: JobSpec) -> dict[str, Any]:
+    """The hashes that the local data sets will have once they are stored: a job like it is found by them."""
+    from loractl.common.artifacts import sha256_of
+
+    found = (("path", spec.dataset.path), ("eval_path", spec.dataset.eval_path))
+    return {key: {"sha256": sha256_of(Path(text))} for key, text in found if text and Path(text).is_file()}

@@ -1,4 +1,4 @@
-"""Commands that read the jobs: status, show, logs, gpus."""
+"""Commands that read the jobs: status, show, logs."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from . import render
 if TYPE_CHECKING:
     from loractl.common.store import Store
     from loractl.common.tables import Job
+
+    from .waiting import Start, Wait
 
 _WATCH_S = 2.0
 
@@ -54,19 +56,17 @@ def status(
     pair = (key, value) if label else None
     if as_json:
         found = store.jobs(user=user, label=pair, limit=limit) if everything else _unfinished(store, user, pair)
-        reasons = _wait_reasons(store, found)
+        reasons, _ = _waits(store, found)
         rows = [render.job_fields(job) for job in found]
         for row in rows:
             if row["job_id"] in reasons:
-                row["message"] = ": ".join(reasons[row["job_id"]])
+                row["message"] = str(reasons[row["job_id"]])
         click.echo(json.dumps(rows))
         return
     if everything:
         found = store.jobs(user=user, label=pair, limit=limit)
         chosen = bool(user or label)
-        click.echo(
-            render.all_jobs(found, _wait_reasons(store, found), store.now(), render.detect_screen(), chosen=chosen)
-        )
+        click.echo(render.all_jobs(found, _waits(store, found)[0], store.now(), render.detect_screen(), chosen=chosen))
         return
     if not watch:
         click.echo(_overview(store, user, pair))
@@ -128,25 +128,6 @@ def logs(job_id: int, following: bool) -> None:
         click.echo(f"Job {job_id} has written no log yet ({job.status.value}).", err=True)
 
 
-@click.command()
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def gpus(as_json: bool) -> None:
-    """List the devices of all boxes and what uses them."""
-    from loractl.common.fleet import NODE_STALE_S
-    from loractl.common.status import Status
-
-    from .session import open_session
-
-    _, store = open_session()
-    nodes, now = store.nodes(), store.now()
-    if as_json:
-        rows = [{c.key: getattr(n, c.key) for c in n.__table__.columns} for n in nodes]
-        click.echo(json.dumps(rows, default=lambda value: value.isoformat()))
-        return
-    running = store.jobs(statuses=[Status.RUNNING])
-    click.echo(render.devices(nodes, running, now, NODE_STALE_S, render.detect_screen()))
-
-
 def follow(store: Store, job_id: int) -> ExitCode:
     """Watch a job to its end: redrawn on a terminal, a line a change elsewhere. Ctrl-C leaves the job alone."""
     from loractl.common.status import Status
@@ -188,11 +169,11 @@ def _overview(store: Store, user: str | None, label: tuple[str, str] | None) -> 
     now = store.now()
     midnight = now.astimezone().replace(hour=0, minute=0, second=0, microsecond=0).astimezone(dt.UTC)
     found = _unfinished(store, user, label)
-    reasons = _wait_reasons(store, found)
+    reasons, starts = _waits(store, found)
     running = [job for job in found if job.status is Status.RUNNING]
-    waiting = [(job, *reasons[job.job_id]) for job in found if job.status is Status.QUEUED]
+    waiting = [job for job in found if job.status is Status.QUEUED]
     ended = store.jobs(ended_since=midnight, user=user, label=label)
-    return render.overview(running, waiting, ended, now, render.detect_screen())
+    return render.overview(running, waiting, reasons, starts, ended, now, render.detect_screen())
 
 
 def _unfinished(store: Store, user: str | None, label: tuple[str, str] | None) -> list[Job]:
@@ -204,20 +185,22 @@ def _unfinished(store: Store, user: str | None, label: tuple[str, str] | None) -
     return [*running, *sorted(queued, key=lambda job: (-job.priority, job.job_id))]
 
 
-def _wait_reasons(store: Store, jobs: list[Job]) -> dict[int, tuple[str, str]]:
-    """job_id -> (word, sentence) for those that wait."""
+def _waits(store: Store, jobs: list[Job]) -> tuple[dict[int, Wait], dict[int, Start]]:
+    """For those that wait: why, and when they will start where that is known."""
     from loractl.common.status import Status
 
-    from .waiting import wait_reason
+    from .waiting import REPLAYED_JOBS, expected_starts, explain
 
-    if not any(job.status is Status.QUEUED for job in jobs):
-        return {}
-    nodes, running, now = store.nodes(), store.jobs(statuses=[Status.RUNNING]), store.now()
-    return {job.job_id: wait_reason(job, nodes, running, now) for job in jobs if job.status is Status.QUEUED}
+    queued = [job for job in jobs if job.status is Status.QUEUED]
+    if not queued:
+        return {}, {}
+    view = store.fleet()
+    starts = expected_starts(view, store.ready(REPLAYED_JOBS + 1)) if view.running else {}
+    return {job.job_id: explain(job, view) for job in queued}, starts
 
 
 def _one(store: Store, job: Job) -> str:
-    waits = _wait_reasons(store, [job]).get(job.job_id)
+    waits = _waits(store, [job])[0].get(job.job_id)
     losses, evals = store.metrics(job.job_id, "loss"), store.metrics(job.job_id, "eval_loss")
     attempts, events = store.attempts(job.job_id), store.events(job.job_id)
     return render.one_job(job, attempts, events, losses, evals, waits, store.now(), render.detect_screen())

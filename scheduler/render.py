@@ -10,6 +10,7 @@ import datetime as dt
 import os
 import shutil
 import sys
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -20,10 +21,17 @@ from loractl.common.status import Status
 from loractl.common.units import duration, gib, thousands
 
 if TYPE_CHECKING:
-    from loractl.common.tables import Adapter, Attempt, Event, Job, MetricPoint, Node
+    from loractl.common.tables import Adapter, Attempt, Event, Job, MetricPoint
+
+    from .waiting import Start, Wait
 
 _EIGHTHS = "▏▎▍▌▋▊▉█"
 _SPARKS = "▁▂▃▄▅▆▇█"
+
+_WORD_COLORS = {"never": "red", "held": "yellow", "drained": "yellow", "offline": "yellow"}
+
+WAITING_SHOWN = 50
+"""Waiting jobs that the overview lists; a person reads no more."""
 
 JSON_FIELDS = (
     "job_id",
@@ -145,32 +153,40 @@ def clock(moment: dt.datetime | None, now: dt.datetime) -> str:
 
 def overview(
     running: Sequence[Job],
-    waiting: Sequence[tuple[Job, str, str]],
+    waiting: Sequence[Job],
+    reasons: Mapping[int, Wait],
+    starts: Mapping[int, Start],
     ended: Sequence[Job],
     now: dt.datetime,
     screen: Screen,
 ) -> str:
     """What runs, what waits and why, and how many ended today."""
-    lines = [screen.style(f"{len(running)} running, {len(waiting)} waiting.", bold=True)]
+    lines = [screen.style(f"{len(running)} running, {len(waiting)} waiting.", bold=True) + _next_start(starts, now)]
     if not running and not waiting:
         lines[0] += " Submit one: loractl submit job.yaml"
     if running:
         lines += ["", *_running_table(running, now, screen)]
     if waiting:
-        lines += ["", *_waiting_table(waiting, screen)]
+        shown = waiting[:WAITING_SHOWN]
+        lines += ["", *_waiting_table(shown, reasons, starts, now, screen)]
+        if len(waiting) > len(shown):
+            lines.append(screen.dim(f"{thousands(len(waiting) - len(shown))} more wait (loractl status -a -n 1000)."))
     good = sum(job.status is Status.SUCCEEDED for job in ended)
     bad = sum(job.status is Status.FAILED for job in ended)
     marks = ("✓", "✗") if screen.unicode else ("ok", "failed")
     lines += [
         "",
-        screen.dim(f"Today {good} {marks[0]} {bad} {marks[1]} (loractl status -a).  One in full: loractl status JOB"),
+        screen.dim(
+            f"Today {good} {marks[0]} {bad} {marks[1]} (loractl status -a).  "
+            + (f"Explain a wait: loractl why {waiting[0].job_id}" if waiting else "One in full: loractl status JOB")
+        ),
     ]
     return "\n".join(lines)
 
 
 def all_jobs(
     jobs: Sequence[Job],
-    waits: Mapping[int, tuple[str, str]],
+    waits: Mapping[int, Wait],
     now: dt.datetime,
     screen: Screen,
     *,
@@ -186,7 +202,7 @@ def all_jobs(
         if job.status is Status.FAILED and job.reason is not None:
             result = f"{job.reason.value}: {result}"
         if job.job_id in waits:
-            result = f"waits: {': '.join(waits[job.job_id])}"
+            result = f"waits: {waits[job.job_id]}"
         row = [str(job.job_id), screen.style(fit(job.name, 24 if wide else 18), bold=True), fit(job.user, 8)]
         row += [job.method or "–"] if wide else []
         rows.append([*row, clock(job.ended_at, now), _state(job, screen), result])
@@ -206,7 +222,7 @@ def one_job(
     events: Sequence[Event],
     losses: Sequence[MetricPoint],
     evals: Sequence[MetricPoint],
-    waits: tuple[str, str] | None,
+    waits: Wait | None,
     now: dt.datetime,
     screen: Screen,
 ) -> str:
@@ -222,7 +238,7 @@ def one_job(
         tail = f" {share:4.0%}  {steps}{eta}"
         lines += [bar(share, min(60, screen.width - len(tail)), screen) + tail, ""]
     elif job.status is Status.QUEUED and waits is not None:
-        lines += [f"{head} waits: {waits[0]}, {plain(waits[1])}.", ""]
+        lines += [f"{head} waits: {waits.word}, {plain(waits.sentence)}.", ""]
     else:
         reason = f" ({job.reason.value})" if job.status is Status.FAILED and job.reason else ""
         lines += [f"{head} {_state(job, screen)}{reason}: {plain(job.message or '')}", ""]
@@ -269,33 +285,6 @@ def history(
         headers = ["ATTEMPT", "CARD", "METHOD", "PLAN GiB", "PEAK GiB", "STARTED", "TOOK", "ENDED AS", "RESUMED FROM"]
         lines += ["", *table(headers, rows, screen, right=("ATTEMPT", "PLAN GiB", "PEAK GiB"))]
     return "\n".join([*lines, "", screen.dim("spec:"), spec.rstrip()])
-
-
-def devices(nodes: Sequence[Node], running: Sequence[Job], now: dt.datetime, stale_after: float, screen: Screen) -> str:
-    """Every device, its memory and what uses it."""
-    if not nodes:
-        return "No worker has reported a device yet. Start one on a GPU box: loractl worker"
-    rows = []
-    width = 20 if screen.width < 110 else 36
-    for node in nodes:
-        here = [f"{plain(job.user)} {job.job_id}" for job in running if job.node == node.node]
-        silent = (now - node.seen_at).total_seconds()
-        if silent > stale_after:
-            uses = screen.style(f"not seen for {duration(silent)}", fg="yellow")
-        elif node.draining:
-            uses = screen.style("drained", fg="yellow")
-        else:
-            uses = (
-                ", ".join([*here, *(f"pid {p['pid']}: {gib(p['bytes'])} GiB" for p in node.outside if not here)]) or "–"
-            )
-        load = f"{node.load}%" if node.load is not None else "–"
-        taken = bar(1 - node.free / node.total, width, screen)
-        row = [screen.style(node.node, bold=True), taken, gib(node.free), f"{node.total / 2**30:.0f}", load, uses]
-        rows.append(row if screen.width < 110 else [row[0], fit(node.device_name, 24), *row[1:]])
-    headers = ["CARD", "MEMORY", "FREE", "OF", "LOAD", "USED BY"]
-    headers = headers if screen.width < 110 else ["CARD", "MODEL", *headers[1:]]
-    lines = table(headers, rows, screen, right=("FREE", "OF", "LOAD"))
-    return "\n".join([*lines, "", screen.dim("GiB. Free is what a new job may take, the margin taken off.")])
 
 
 def adapter_table(found: Sequence[Adapter], now: dt.datetime, screen: Screen) -> str:
@@ -402,18 +391,53 @@ def _running_table(running: Sequence[Job], now: dt.datetime, screen: Screen) -> 
     return table(headers, rows, screen, right=("JOB", "LOSS"))
 
 
-def _waiting_table(waiting: Sequence[tuple[Job, str, str]], screen: Screen) -> list[str]:
+def _next_start(starts: Mapping[int, Start], now: dt.datetime) -> str:
+    """Which waiting job starts first, where that is known."""
+    coming = [(start.at, job_id, start.node) for job_id, start in starts.items() if start.at > now]
+    if not coming:
+        return ""
+    at, job_id, node = min(coming)
+    return f" Next: {job_id} on {node} at about {clock(at, now)}."
+
+
+def _waiting_table(
+    waiting: Sequence[Job],
+    reasons: Mapping[int, Wait],
+    starts: Mapping[int, Start],
+    now: dt.datetime,
+    screen: Screen,
+) -> list[str]:
+    """The reason is never cut: on a narrow screen it goes over several lines."""
+    whens = [_start(reasons[job.job_id], starts.get(job.job_id), now) for job in waiting]
     rows = [
         [
             str(job.job_id),
-            screen.style(fit(job.name, 16), bold=True),
+            screen.style(fit(job.name, 16 if screen.width < 110 else 24), bold=True),
             fit(job.user, 8),
             gib(job.vram_needed),
-            f"{word:<8}{plain(sentence)}",
+            screen.style(f"{reasons[job.job_id].word:<8}", fg=_WORD_COLORS.get(reasons[job.job_id].word)),
         ]
-        for job, word, sentence in waiting
+        for job in waiting
     ]
-    return table(["JOB", "NAME", "OWNER", "GiB", "WAITS FOR"], rows, screen, right=("JOB", "GiB"))
+    header, *lines = table(["JOB", "NAME", "OWNER", "GiB", "WAITS FOR"], rows, screen, right=("JOB", "GiB"))
+    before = max(len(click.unstyle(line)) for line in [header, *lines]) + 1
+    last = max(5, *map(len, whens))
+    room = max(20, screen.width - before - last - 2)
+    told = [screen.dim(f"{click.unstyle(header):<{before + room}}  {'START':>{last}}")]
+    for line, job, when in zip(lines, waiting, whens, strict=True):
+        first, *rest = textwrap.wrap(plain(reasons[job.job_id].sentence), room) or [""]
+        gap = " " * (before - len(click.unstyle(line)))
+        told.append(f"{line}{gap}{first:<{room}}  {when:>{last}}")
+        told += [" " * before + part for part in rest]
+    return told
+
+
+def _start(wait: Wait, start: Start | None, now: dt.datetime) -> str:
+    if wait.word == "never":
+        return "never"
+    if wait.word == "next":
+        return "now"
+    return "–" if start is None else clock(start.at, now)
 
 
 def _state(job: Job, screen: Screen) -> str:
@@ -433,7 +457,7 @@ def _next_command(job: Job) -> str:
         return f"A cancel was asked for. Its log: loractl logs {job.job_id} -f"
     if job.status is Status.RUNNING:
         return f"Its log: loractl logs {job.job_id} -f   stop it: loractl cancel {job.job_id}"
-    return f"Its history: loractl show {job.job_id}   drop it: loractl cancel {job.job_id}"
+    return f"Explain the wait: loractl why {job.job_id}   drop it: loractl cancel {job.job_id}"
 
 
 def _block(text: str, screen: Screen, indent: int = 0) -> str:

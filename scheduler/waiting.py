@@ -1,39 +1,368 @@
-"""Why a job waits, as a word and a sentence. Pure: from the job's row and the nodes' rows."""
+"""Why a job waits, as a word and a sentence, card by card, and when it will start. Pure: from rows and cards.
+
+The highest tier that holds gives the reason: it can never start; a rule or a wish holds it; the fleet has no card open
+for it; the memory is taken. What is decided by the placement rule is asked of the rule itself.
+"""
 
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Sequence
+import enum
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from loractl.common.fleet import NODE_STALE_S
+from loractl import __version__
+from loractl.common.fleet import NODE_STALE_S, FleetView, waiting_of
+from loractl.common.method import Method
+from loractl.common.policy import Card, Need, Waiting, could_start, largest_gpu, room_at, suits
 from loractl.common.units import duration, gib
 
 if TYPE_CHECKING:
-    from loractl.common.tables import Job, Node
+    from loractl.common.tables import Job
+
+AT_ONCE_S = 20.0
+"""A job that the rule places and that waits no longer than this is just about to be looked at."""
+
+REPLAYED_JOBS = 200
+"""With more waiting jobs no expected start is given: it would hang on too many unknown durations."""
 
 
-def wait_reason(job: Job, nodes: Sequence[Node], running: Sequence[Job], now: dt.datetime) -> tuple[str, str]:
-    """(word, sentence) for a QUEUED job."""
+class Tier(enum.IntEnum):
+    """Which kind of reason; the first that holds is told."""
+
+    NEVER = 1
+    POLICY = 2
+    FLEET = 3
+    CAPACITY = 4
+    NEXT = 5  # nothing is in its way
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wait:
+    """Why a job waits."""
+
+    tier: Tier
+    word: str
+    sentence: str
+
+    def __str__(self) -> str:
+        return f"{self.word}: {self.sentence}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """When and where a job is expected to start."""
+
+    at: dt.datetime
+    spread_s: float  # half width, from the spread of the running jobs' measured steps
+    node: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class CardFit:
+    """One card as a job sees it."""
+
+    node: str
+    free: int
+    total: int
+    when: str  # now, a time, never, ?
+    at: dt.datetime | None
+    then: str
+
+
+def explain(job: Job, view: FleetView) -> Wait:
+    """The reason for a QUEUED job."""
+    me = waiting_of(vars(job), view.now)
+    for tier in (_never, _held_back, _nobody_there):
+        found = tier(job, me, view)
+        if found is not None:
+            return found
+    return _capacity(job, me, view)
+
+
+def _never(job: Job, me: Waiting, view: FleetView) -> Wait | None:
+    def never(sentence: str) -> Wait:
+        return Wait(tier=Tier.NEVER, word="never", sentence=sentence)
+
+    if not me.methods:
+        return never(f"its resources.max_vram, {gib(job.spec['resources']['max_vram'])}, is below every need")
+    if not view.cards:
+        return None
+    labelled = [card for card in view.cards.values() if me.requires <= card.labels]
+    if not labelled:
+        return never(f"no box has the label {', '.join(f'{k}={v}' for k, v in sorted(me.requires))}")
+    gpus = [card for card in labelled if not card.processor] or labelled
+    largest = max(gpus, key=lambda card: card.total - card.margin)
+    least = me.least
+    if least is not None and least > max(card.total - card.margin for card in labelled):
+        return never(f"needs {gib(least)}, the largest card has {gib(largest.total - largest.margin)}")
+    return None
+
+
+def _held_back(job: Job, me: Waiting, view: FleetView) -> Wait | None:
     if job.held:
-        return "held", job.message or "until loractl retry"
-    if job.not_before is not None and job.not_before > now:
-        return "retry", f"attempt {job.attempt + 1} in {duration((job.not_before - now).total_seconds())}"
-    online = [n for n in nodes if (now - n.seen_at).total_seconds() <= NODE_STALE_S and not n.draining]
-    if not online:
-        return "worker", "no worker is online: start loractl worker on a box"
-    need = job.vram_needed
-    largest = max(online, key=lambda n: n.total)
-    if need is not None and need > largest.total:
-        return "memory", f"needs {gib(need)}, the largest card online has {gib(largest.total)}"
-    busy = {r.node: r.job_id for r in running}
-    fitting = [n for n in online if need is None or need <= n.total]
-    idle = [n for n in fitting if n.node not in busy]
-    if any(need is None or need <= n.free for n in idle):
-        return "order", "a worker is about to look at it"
-    if idle:
-        best = max(idle, key=lambda n: n.free)
-        return "memory", f"needs {gib(need)}, {best.node} has {gib(best.free)} free now"
-    node = fitting[0].node
-    more = f" and {len(fitting) - 1} more" if len(fitting) > 1 else ""
-    return "busy", f"{node} runs {busy[node]}{more}"
+        return Wait(tier=Tier.POLICY, word="held", sentence=job.message or "until loractl retry")
+    if job.not_before is not None and job.not_before > view.now:
+        wait = duration((job.not_before - view.now).total_seconds())
+        return Wait(tier=Tier.POLICY, word="retry", sentence=f"attempt {job.attempt + 1} in {wait}")
+    limits = [card.user_limit for card in view.cards.values() if card.open and card.user_limit is not None]
+    mine = [running.job_id for running in view.running.values() if running.user == job.user]
+    if limits and len(mine) >= min(limits):
+        return Wait(tier=Tier.POLICY, word="limit", sentence=f"{job.user} runs {len(mine)}, the limit is {min(limits)}")
+    return None
+
+
+def _nobody_there(job: Job, me: Waiting, view: FleetView) -> Wait | None:
+    """No open card could ever hold it, though a closed one could."""
+
+    def fleet(word: str, sentence: str) -> Wait:
+        return Wait(tier=Tier.FLEET, word=word, sentence=sentence)
+
+    holding = [card for card in view.cards.values() if me.requires <= card.labels and _ever(me, card)]
+    if any(card.open and suits(card, me, largest_gpu(view.cards.values())) for card in holding):
+        return None
+    online = [card for card in holding if _silent_s(view, card.node) <= NODE_STALE_S]
+    for card in online:
+        order = view.drain_of(card.node)
+        if order is not None:
+            until = f" until {_clock(order.until, view.now)}" if order.until else ""
+            return fleet("drained", f"{card.node} by {order.user}{until}: {order.reason}")
+    if online:
+        return fleet("stopping", f"the worker of {online[0].node} is being stopped")
+    if not holding:
+        return fleet("worker", "no worker is online: start loractl worker on a box")
+    best = min(holding, key=lambda card: _silent_s(view, card.node))
+    theirs = view.nodes[best.node].versions.get("loractl", __version__)
+    if _minor(theirs) != _minor(__version__):
+        return fleet("version", f"{best.node} ran loractl {theirs}, this is {__version__}: upgrade its worker")
+    return fleet("offline", f"{best.node} was last seen {duration(_silent_s(view, best.node))} ago")
+
+
+def _capacity(job: Job, me: Waiting, view: FleetView) -> Wait:
+    def wait(word: str, sentence: str) -> Wait:
+        return Wait(tier=Tier.CAPACITY, word=word, sentence=sentence)
+
+    for decision in view.decisions:
+        if decision.placed is not None and decision.placed.job.job_id == job.job_id:
+            age = (view.now - job.submitted_at).total_seconds()
+            late = "" if age <= AT_ONCE_S else f", waiting {duration(age)}"
+            return Wait(tier=Tier.NEXT, word="next", sentence=f"{decision.placed.node} is about to take it{late}")
+    taken = {d.placed.node: d.placed.job for d in view.decisions if d.placed is not None}
+    kept = next((d.reserved for d in view.decisions if d.reserved is not None), None)
+    startable = [card for card in view.cards.values() if card.open and could_start(me, card, view.cards.values())]
+    for card in startable:
+        if card.node in taken:
+            return _passed_over(me, taken[card.node], card.node)
+        if kept is not None and kept.node == card.node and kept.job.job_id != job.job_id:
+            return wait("kept", f"{card.node} is kept for {kept.job.job_id}, which waits longer")
+    if job.lora_until is not None and job.lora_until > view.now and Method.QLORA.value in job.methods:
+        both = replace(me, methods=(Method.LORA, Method.QLORA))
+        small = next((c for c in view.cards.values() if c.open and could_start(both, c, view.cards.values())), None)
+        if small is not None:
+            until = _clock(job.lora_until, view.now)
+            return wait("patience", f"until {until} for LoRA; QLoRA would fit on {small.node} now")
+    mine = " (kept for it)" if kept is not None and kept.job.job_id == job.job_id else ""
+    options = [(fit, card) for card in view.cards.values() if (fit := _opening(me, card, view)) is not None]
+    if options:
+        (_, after, busy), card = min(options, key=lambda o: (o[0][0] is None, o[0][0] or view.now, o[1].node))
+        if kept is not None and mine:
+            for found, other in options:
+                if other.node == kept.node:
+                    (_, after, busy), card = found, other
+        return wait("busy" if busy else "memory", f"{card.node} when {_ids(after)} ends{mine}")
+    blocked = max(
+        (c for c in view.cards.values() if c.open and suits(c, me, largest_gpu(view.cards.values())) and _ever(me, c)),
+        key=lambda c: c.capacity,
+    )
+    return wait("memory", f"{_holder(view, blocked)} on {blocked.node}, {gib(blocked.capacity)} are left")
+
+
+def _passed_over(me: Waiting, first: Waiting, node: str) -> Wait:
+    if first.priority > me.priority:
+        return Wait(tier=Tier.CAPACITY, word="order", sentence=f"{first.job_id} has a higher priority on {node}")
+    if first.user != me.user and first.job_id > me.job_id:
+        text = f"{first.user} had less of the cards: {first.job_id} goes first on {node}"
+        return Wait(tier=Tier.CAPACITY, word="share", sentence=text)
+    return Wait(tier=Tier.CAPACITY, word="order", sentence=f"{first.job_id} goes first on {node}")
+
+
+def _opening(me: Waiting, card: Card, view: FleetView) -> tuple[dt.datetime | None, list[int], bool] | None:
+    """When the card will have room (None: not known), the jobs that must end, and whether only a slot is missing."""
+    if not card.open or not suits(card, me, largest_gpu(view.cards.values())):
+        return None
+    for method in me.methods:
+        size = me.need.of(method)
+        room = room_at(card, size if size is not None else max(1, card.capacity), view.now)
+        if room is not None:
+            only_slot = size is not None and size <= card.free
+            return room.at, [job.job_id for job in room.after], only_slot
+    return None
+
+
+def card_fits(job: Job, view: FleetView) -> list[CardFit]:
+    """Every card of the fleet as the job sees it."""
+    me = waiting_of(vars(job), view.now)
+    return [_fit(me, card, view) for card in view.cards.values()]
+
+
+def _fit(me: Waiting, card: Card, view: FleetView) -> CardFit:
+    def fit(when: str, then: str, at: dt.datetime | None = None) -> CardFit:
+        return CardFit(node=card.node, free=card.free, total=card.total, when=when, at=at, then=then)
+
+    order = view.drain_of(card.node)
+    if order is not None:
+        until = _clock(order.until, view.now) if order.until else "?"
+        return fit(until, f"drained by {order.user}: {order.reason}", order.until)
+    if not card.open:
+        silent = _silent_s(view, card.node)
+        return fit("?", "its worker is stopping" if silent <= NODE_STALE_S else f"not seen for {duration(silent)}")
+    if not me.requires <= card.labels:
+        return fit("never", "has not the label " + ", ".join(f"{k}={v}" for k, v in sorted(me.requires - card.labels)))
+    if not _ever(me, card):
+        return fit("never", "card is smaller than the job")
+    if not suits(card, me, largest_gpu(view.cards.values())):
+        return fit("never", "a processor is for what no GPU of the fleet can hold")
+    opening = _opening(me, card, view)
+    if opening is None:
+        return fit("?", f"{_holder(view, card)}, no end known")
+    at, after, busy = opening
+    if not after:
+        return fit("now", _now(me, card, view), view.now)
+    what = "waits for a slot:" if busy else "fits when"
+    if at is None:
+        return fit("?", f"{what} {_ids(after)} ends, no end known")
+    return fit(_clock(at, view.now), f"{what} {_ids(after)} ends", at)
+
+
+def _now(me: Waiting, card: Card, view: FleetView) -> str:
+    for decision in view.decisions:
+        if decision.placed is not None and decision.placed.node == card.node:
+            mine = decision.placed.job.job_id == me.job_id
+            return "about to take it" if mine else f"{decision.placed.job.job_id} goes first"
+        if decision.reserved is not None and decision.reserved.node == card.node:
+            mine = decision.reserved.job.job_id == me.job_id
+            return "kept for it" if mine else f"kept for {decision.reserved.job.job_id}"
+    return "fits"
+
+
+def expected_starts(view: FleetView, waiting: Sequence[Waiting]) -> dict[int, Start]:
+    """When the ready jobs start, where that hangs on running jobs alone whose ends are measured.
+
+    A job that waits has no known duration: what can only start after it gets no time.
+    """
+    from .replay import Job as Replayed
+    from .replay import PlacementRule, replay
+
+    if len(waiting) > REPLAYED_JOBS:
+        return {}
+    jobs = [Replayed(waiting=job, seconds=None) for job in waiting]
+
+    def run(cards: Sequence[Card]) -> Mapping[int, tuple[dt.datetime, str]]:
+        running = [job for card in cards for job in card.running]
+        replayed = replay(jobs, cards, view.now, PlacementRule(view.charges, view.now, running))
+        return {job_id: (found.started, found.node) for job_id, found in replayed.runs.items()}
+
+    expected, late = run(list(view.cards.values())), run([_late(card, view) for card in view.cards.values()])
+    return {
+        job_id: Start(at=at, spread_s=max(0.0, (late[job_id][0] - at).total_seconds()), node=node)
+        for job_id, (at, node) in expected.items()
+        if job_id in late
+    }
+
+
+def _late(card: Card, view: FleetView) -> Card:
+    """The card when everything takes as long as its measured spread allows."""
+
+    def later(job_id: int) -> dt.timedelta:
+        row = view.running.get(job_id)
+        return dt.timedelta(seconds=(row.eta_spread_seconds or 0.0) if row is not None else 0.0)
+
+    return replace(
+        card,
+        running=tuple(replace(j, ends=None if j.ends is None else j.ends + later(j.job_id)) for j in card.running),
+    )
+
+
+def ahead_of(job: Job, view: FleetView, waiting: Sequence[Waiting]) -> list[Waiting]:
+    """Ready jobs that the rule tries before it and that could take a card which suits it."""
+    me = waiting_of(vars(job), view.now)
+    cards = [
+        c for c in view.cards.values() if c.open and suits(c, me, largest_gpu(view.cards.values())) and _ever(me, c)
+    ]
+
+    def before(other: Waiting) -> bool:
+        if other.priority != me.priority:
+            return other.priority > me.priority
+        if other.user == me.user:
+            return other.job_id < me.job_id
+        theirs, mine = view.charges.get(other.user, 0.0), view.charges.get(me.user, 0.0)
+        return theirs < mine or (theirs == mine and other.job_id < me.job_id)
+
+    found = [o for o in waiting if o.job_id != me.job_id and before(o) and any(_ever(o, card) for card in cards)]
+    return sorted(found, key=lambda o: (-o.priority, view.charges.get(o.user, 0.0), o.job_id))
+
+
+def would_start(
+    job: Job, view: FleetView, waiting: Sequence[Waiting], need: Need, methods: tuple[Method, ...]
+) -> str | None:
+    """The card that would take the job now if it needed this; asked of the rule with everything else as it is."""
+    from loractl.common.policy import levels_of, place
+
+    changed = replace(waiting_of(vars(job), view.now), need=need, methods=methods)
+    others = [other for other in waiting if other.job_id != job.job_id]
+    for decision in place(levels_of([*others, changed]), list(view.cards.values()), view.charges, view.now):
+        if decision.placed is not None and decision.placed.job.job_id == job.job_id:
+            return decision.placed.node
+    return None
+
+
+def without_others(job: Job, view: FleetView) -> tuple[str, str] | None:
+    """(card, whose program) where the job would fit now if other people's programs were not there."""
+    me = waiting_of(vars(job), view.now)
+    for card in view.cards.values():
+        if not card.open or card.outside == 0 or could_start(me, card, view.cards.values()):
+            continue
+        if could_start(me, replace(card, outside=0), view.cards.values()) and view.nodes[card.node].outside:
+            return card.node, _whose(view, card)
+    return None
+
+
+def _ever(me: Waiting, card: Card) -> bool:
+    """Whether the card holds the job once everything else has left it."""
+    least = me.least
+    return least is None or least <= card.total - card.margin
+
+
+def _silent_s(view: FleetView, node: str) -> float:
+    return (view.now - view.nodes[node].seen_at).total_seconds()
+
+
+def _holder(view: FleetView, card: Card) -> str:
+    return f"{_whose(view, card)} holds {gib(card.outside)}"
+
+
+def _whose(view: FleetView, card: Card) -> str:
+    """The largest of other people's programs on the card, by name."""
+    others = sorted(view.nodes[card.node].outside, key=lambda p: -(p.get("bytes") or 0))
+    return process_name(others[0]) if others else "something outside loractl"
+
+
+def process_name(process: Mapping[str, object]) -> str:
+    """A program of somebody else, for people."""
+    name, user = process.get("name") or f"pid {process['pid']}", process.get("user")
+    return f"{name} of {user}" if user else str(name)
+
+
+def _ids(jobs: Sequence[int]) -> str:
+    return " and ".join(str(job_id) for job_id in jobs[:2]) + (" and others" if len(jobs) > 2 else "")
+
+
+def _minor(version: str) -> str:
+    return ".".join(version.split(".")[:2])
+
+
+def _clock(at: dt.datetime, now: dt.datetime) -> str:
+    from .render import clock
+
+    return clock(at, now)
