@@ -8,7 +8,7 @@ from __future__ import annotations
 import enum
 import hashlib
 import json
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
     AfterValidator,
@@ -73,10 +73,24 @@ def _printable(text: str) -> str:
     return text
 
 
+def _methods(value: Any) -> Method | list[Method]:
+    """One method, or a list of fixed ones. Not a union for pydantic: it would complain once for each kind."""
+    names = value if isinstance(value, list) else [value]
+    allowed = [Method.LORA, Method.QLORA] if isinstance(value, list) else list(Method)
+    for name in names:
+        if name not in allowed:
+            raise ValueError(f"{json.dumps(name, default=str)} is not one of {', '.join(allowed)}")
+    if not names:
+        raise ValueError("is empty; write auto, lora, qlora, or a list like [lora, qlora]")
+    if len(set(names)) < len(names):
+        raise ValueError("names the same method twice")
+    return [Method(name) for name in names] if isinstance(value, list) else Method(value)
+
+
 Printable = Annotated[str, AfterValidator(_printable)]
+Methods = Annotated[Method | list[Method], BeforeValidator(_methods)]
 Size = Annotated[int, BeforeValidator(parse_size)]
 Duration = Annotated[float, BeforeValidator(parse_duration)]
-FixedMethod = Literal[Method.LORA, Method.QLORA]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
 
 
@@ -186,7 +200,7 @@ class JobSpec(_Section):
     name: Name
     base_model: Printable = Field(min_length=1)
     """A hub id, or a folder (relative to the job file) with safetensors or one GGUF file."""
-    method: Method | Annotated[list[FixedMethod], Field(min_length=1, max_length=2)] = Method.AUTO
+    method: Methods = Method.AUTO
     """auto, lora or qlora; or a list, the preferred one first: [lora, qlora]."""
     lora_patience: Duration | None = None
     """Wait so long for a card that holds LoRA before QLoRA will do, like 2h; null: take what fits first."""
@@ -215,8 +229,6 @@ class JobSpec(_Section):
         if self.training.max_steps and _is_set(self.training, "num_train_epochs"):
             wrong.append("training.num_train_epochs: training.max_steps says when to stop already; keep one of them")
         methods = permitted_methods(self.method)
-        if len(set(methods)) < len(methods):
-            wrong.append("method: names the same method twice")
         if self.lora_patience is not None and methods != (Method.LORA, Method.QLORA):
             wrong.append(
                 "lora_patience: is for method auto or [lora, qlora]; with another there is nothing to wait for"

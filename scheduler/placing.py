@@ -398,7 +398,10 @@ def gpus(used: bool, as_json: bool) -> None:
 @click.option("--until", metavar="WHEN", help="End by itself: after a duration like 2d, or at 2026-12-24 or ...T18:00.")
 @click.option("--now", "at_once", is_flag=True, help="Give running jobs back after a checkpoint, too.")
 def drain(target: str, reason: str, until: str | None, at_once: bool) -> None:
-    """Keep new jobs from a box (heron) or a card (heron:2). Running jobs end first, unless --now."""
+    """Keep new jobs from a box or a card, with a reason.
+
+    HOST is a box like heron, CARD one of its cards like heron:2. Running jobs end first, unless --now.
+    """
     from loractl.common.status import Status
 
     from .session import open_session

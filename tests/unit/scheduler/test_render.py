@@ -13,12 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loractl.common.status import Reason, Stage, Status
-from loractl.common.tables import Adapter, Attempt, Event, MetricPoint
+from loractl.common.tables import Adapter, Attempt, Event, Job, MetricPoint
 from loractl.common.units import GIB
 from loractl.scheduler import render
 from loractl.scheduler.render import JSON_FIELDS, Screen, bar, clock, fit, sparkline, table
+from loractl.scheduler.waiting import Tier, Wait
 
-from ..factories import NOON, job, node
+from ..factories import NOON, job
 
 PLAIN = Screen(width=80, unicode=True, color=False)
 ASCII = Screen(width=80, unicode=False, color=False)
@@ -55,6 +56,15 @@ def attempt(**changed: Any) -> Attempt:
 
 def event(text: str, minute: int = 0) -> Event:
     return Event(job_id=7, attempt=1, at=NOON + dt.timedelta(minutes=minute), kind="note", text=text)
+
+
+def wait(word: str, sentence: str) -> Wait:
+    return Wait(tier=Tier.CAPACITY, word=word, sentence=sentence)
+
+
+def overview(ran: list[Job], waiting: dict[Job, Wait], ended: list[Job], screen: Screen) -> str:
+    reasons = {job.job_id: reason for job, reason in waiting.items()}
+    return render.overview(ran, list(waiting), reasons, {}, ended, NOON, screen)
 
 
 def point(step: int, value: float) -> MetricPoint:
@@ -150,13 +160,13 @@ def test_the_json_of_a_job_has_the_columns_names_and_plain_values() -> None:
 
 def test_the_overview_tells_what_runs_what_waits_and_how_the_day_went() -> None:
     ended = [job(status=Status.SUCCEEDED), job(status=Status.FAILED), job(status=Status.CANCELLED)]
-    text = render.overview([running()], [(job(job_id=8), "busy", "box:0 runs 7")], ended, NOON, PLAIN)
+    text = overview([running()], {job(job_id=8): wait("busy", "box:0 runs 7")}, ended, PLAIN)
     assert text.startswith("1 running, 1 waiting.")
     assert re.search(r"7  helpdesk +ada +box:0 .* 2% .* 1\.23", text)
     assert re.search(r"8  helpdesk +ada +8\.0  busy +box:0 runs 7", text)
     assert "Today 1 ✓ 1 ✗" in text
-    assert "Today 1 ok 1 failed" in render.overview([], [], ended, NOON, ASCII)
-    assert "Submit one: loractl submit job.yaml" in render.overview([], [], [], NOON, PLAIN)
+    assert "Today 1 ok 1 failed" in overview([], {}, ended, ASCII)
+    assert "Submit one: loractl submit job.yaml" in overview([], {}, [], PLAIN)
 
 
 @pytest.mark.parametrize("width", [80, 110, 120])
@@ -167,26 +177,26 @@ def test_the_largest_values_stay_within_the_screen(width: int) -> None:
         message="word " * 60, ended_at=NOON, method="qlora",
     )  # fmt: skip
     texts = [
-        render.overview([largest_running()], [], [], NOON, screen),
+        overview([largest_running()], {}, [], screen),
+        overview([], {job(name="b" * 63, user="somebody-long"): wait("memory", "sentence " * 30)}, [], screen),
         render.all_jobs([ended], {}, NOON + dt.timedelta(days=2), screen),
     ]
     assert [line for text in texts for line in text.splitlines() if len(line) > width] == []
 
 
 def test_a_wide_screen_shows_the_model_and_the_method_as_well() -> None:
-    assert "model-135M qlora" in render.overview([running()], [], [], NOON, WIDE)
-    assert "model-135M" not in render.overview([running()], [], [], NOON, PLAIN)
+    assert "model-135M qlora" in overview([running()], {}, [], WIDE)
+    assert "model-135M" not in overview([running()], {}, [], PLAIN)
 
 
 @pytest.mark.parametrize("screen", [PLAIN, ASCII, COLOR])
 def test_escapes_are_written_only_where_there_is_colour_and_ascii_draws_no_blocks(screen: Screen) -> None:
     losses = [point(1, 3.0), point(2, 1.0)]
     texts = [
-        render.overview([running()], [(job(), "busy", "x")], [], NOON, screen),
+        overview([running()], {job(): wait("busy", "x")}, [], screen),
         render.all_jobs([running(), job(status=Status.FAILED, reason=Reason.DIVERGED, message="m")], {}, NOON, screen),
         render.one_job(running(), [attempt()], [event("started")], losses, [], None, NOON, screen),
         render.history(running(), [attempt()], [event("started")], "name: a", NOON, screen),
-        render.devices([node()], [running()], NOON, 60, screen),
         render.report_text(report([answer(1, False, True)]), screen, 3),
     ]
     for text in texts:
@@ -210,10 +220,10 @@ def test_a_running_job_in_full_shows_its_place_course_and_next_command() -> None
 
 
 def test_a_job_that_waits_failed_or_succeeded_says_why_and_what_to_do_next() -> None:
-    def full(row: Any, waits: tuple[str, str] | None = None) -> list[str]:
+    def full(row: Any, waits: Wait | None = None) -> list[str]:
         return render.one_job(row, [], [], [], [], waits, NOON, PLAIN).splitlines()
 
-    assert full(job(), ("worker", "no worker is online"))[0] == "7 helpdesk waits: worker, no worker is online."
+    assert full(job(), wait("worker", "no worker is online"))[0] == "7 helpdesk waits: worker, no worker is online."
     failed = full(job(status=Status.FAILED, reason=Reason.DISK_FULL, message="no space"))
     assert failed[0] == "7 helpdesk failed (disk_full): no space"
     assert failed[-1] == "Next: free space on the worker's disk, then loractl retry 7."
@@ -231,21 +241,6 @@ def test_the_history_lists_every_attempt_with_how_it_ended_and_no_token() -> Non
     assert re.search(r"2  box:0  qlora +8\.0 +– .*runs$", text, re.M)
     assert text.endswith("spec:\nname: a")
     assert "secret-token" not in text
-
-
-def test_every_device_shows_its_memory_and_who_uses_it() -> None:
-    nodes = [
-        node("a:0", free=12 * GIB, load=93),
-        node("b:0", outside=[{"pid": 5, "user": "eve", "bytes": 3 * GIB}]),
-        node("c:0", draining=True),
-        node("d:0", seen_at=NOON - dt.timedelta(minutes=5)),
-        node("e:0"),
-    ]
-    lines = render.devices(nodes, [running(node="a:0")], NOON, 60, PLAIN).splitlines()
-    ends = ["12.0  48   93%  ada 7", "pid 5: 3.0 GiB", "drained", "not seen for 5 min", "–"]
-    assert [line.endswith(end) for line, end in zip(lines[1:6], ends, strict=True)] == [True] * 5
-    assert "NVIDIA A40" in render.devices(nodes, [], NOON, 60, WIDE)
-    assert "loractl worker" in render.devices([], [], NOON, 60, PLAIN)
 
 
 def test_the_adapters_are_listed_with_the_command_that_fetches_one() -> None:
@@ -289,11 +284,10 @@ def test_control_characters_of_messages_events_and_names_never_reach_the_termina
     ran = running(user=HOSTILE, base_model=HOSTILE)
     texts = [
         render.one_job(failed, [], [event(bad)], [], [], None, NOON, PLAIN),
-        render.one_job(job(), [], [], [], [], ("held", bad), NOON, PLAIN),
+        render.one_job(job(), [], [], [], [], wait("held", bad), NOON, PLAIN),
         render.all_jobs([failed], {}, NOON, PLAIN),
-        render.overview([ran], [(failed, "held", bad)], [], NOON, WIDE),
+        overview([ran], {failed: wait("held", bad)}, [], WIDE),
         render.history(failed, [], [event(bad)], "name: a", NOON, PLAIN),
-        render.devices([node()], [ran], NOON, 60, PLAIN),
     ]
     for text in texts:
         assert all(c.isprintable() or c == "\n" for c in text)
