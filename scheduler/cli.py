@@ -31,6 +31,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "why": ("loractl.scheduler.placing:why", "Explain why a job waits, card by card, and when it will start."),
     "plan": ("loractl.scheduler.placing:plan", "Show what a job will need of a card, part by part, before it runs."),
     "gpus": ("loractl.scheduler.placing:gpus", "List the devices of all boxes and what uses them."),
+    "sim": ("loractl.scheduler.sim:sim", "Replay a trace of jobs on a fleet under the placement rule and others."),
     "drain": ("loractl.scheduler.placing:drain", "Keep new jobs from a box or a card, with a reason."),
     "undrain": ("loractl.scheduler.placing:undrain", "Let jobs on to a drained box or card again."),
     "data": ("loractl.worker.cli:data", "Look at a job's data as the trainer sees them."),

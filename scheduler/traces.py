@@ -74,6 +74,25 @@ def read_trace(path: Path) -> Trace:
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Chosen:
+    """The jobs of a trace that are replayed, and how many are not."""
+
+    trace: Trace
+    jobs: tuple[TraceJob, ...]
+    never: int  # larger than every card
+    longer: int  # run longer than was asked for
+
+
+def choose(trace: Trace, cards: Sequence[Card], longest: float, limit: int | None) -> Chosen:
+    """The first `limit` jobs that some card holds and that take at most `longest` seconds."""
+    largest = max(card.capacity for card in cards)
+    held = [job for job in trace.jobs if job.need <= largest]
+    jobs = [job for job in held if job.seconds <= longest]
+    never, longer = len(trace.jobs) - len(held), len(held) - len(jobs)
+    return Chosen(trace=trace, jobs=tuple(jobs[:limit]), never=never, longer=longer)
+
+
 def to_replay(jobs: Sequence[TraceJob], compress: float) -> list[Job]:
     """The jobs for a replay from BEGIN on, their arrivals `compress` times as close, numbered by arrival."""
     first = min((job.arrival for job in jobs), default=0.0)
