@@ -20,7 +20,7 @@ log = logging.getLogger("loractl.worker")
 CONTEXT_BYTES = 500 * 2**20
 """A CUDA context with its libraries, where NVML does not tell: 0.15 to 0.5 GiB by card; the upper end."""
 
-_M_MMAP_THRESHOLD, _MMAP_BYTES = -3, 2**20  # mallopt's name for it, in glibc's malloc.h
+_M_MMAP_THRESHOLD, _MMAP_BYTES = -3, 2**17  # mallopt's name for it, in glibc's malloc.h
 
 _CARD_IS_FULL = re.compile("CUDA error: out of memory|CUBLAS_STATUS_ALLOC_FAILED")
 """What the driver and cuBLAS say, whose errors torch does not raise as its own OutOfMemoryError."""
@@ -74,6 +74,8 @@ def hold_to(limit: int | None, device: Literal["cuda", "cpu"], gpu: str) -> None
         context = CONTEXT_BYTES if used is None else max(0, used - torch.cuda.memory_reserved())
         torch.cuda.set_per_process_memory_fraction(min(1.0, max(0.0, (limit - context) / total)))
         return
+    # oneDNN keeps what it compiled for 1,024 shapes, 50 MB for each length of a batch: it would grow into the limit.
+    os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] = "32"
     # Threads are started first: OpenMP ends the process when it gets no stack for one.
     warm = torch.ones(512, 512, requires_grad=True)
     (warm @ warm).sum().backward()

@@ -24,6 +24,10 @@ OPTIMIZER_BYTES = {"adamw_torch": 8, "paged_adamw_32bit": 8, "adamw_8bit": 2, "p
 """Bytes of state per trained parameter, which the first step allocates; nearly none for other optimizers. Paged state
 counts in full: bitsandbytes does not page tensors below 100,000 elements, and most LoRA matrices are smaller."""
 
+PROCESSOR_ROOM_BYTES = 128 * 2**20
+"""On a CPU, held during the probe for what its libraries keep of the first steps: 60 to 140 MiB of compiled kernels in
+oneDNN's cache were seen, which a first step does not hold yet."""
+
 
 class DoesNotFit(Exception):
     """A batch of the training ran out of memory before the run began."""
@@ -53,7 +57,7 @@ class Probe(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         trainer = self._trainer
         failure = None
-        with _random_numbers_kept(), _optimizer_state(trainer):
+        with _random_numbers_kept(), _held(_bytes_to_come(trainer), args.device):
             try:
                 _try_step(trainer, longest(self._data.train.rows, args.per_device_train_batch_size))
             except Exception as error:
@@ -104,20 +108,25 @@ def _try_step(trainer: Trainer, rows: list[TokenRow]) -> None:
     trainer.training_step(trainer.model, samples[0], items)
 
 
+def _bytes_to_come(trainer: Trainer) -> int:
+    """What the steps will hold and the probe does not: the optimizer's state, unless it came from a checkpoint."""
+    room = PROCESSOR_ROOM_BYTES if trainer.args.device.type == "cpu" else 0
+    if trainer.optimizer.state:
+        return room
+    return room + OPTIMIZER_BYTES.get(trainer.args.optim.value, 0) * sum(p.numel() for p in _trained(trainer))
+
+
 @contextlib.contextmanager
-def _optimizer_state(trainer: Trainer) -> Iterator[None]:
-    """Hold as much memory as the optimizer will; a resumed one has its state already."""
-    size = 0
-    if not trainer.optimizer.state:
-        size = OPTIMIZER_BYTES.get(trainer.args.optim.value, 0) * sum(p.numel() for p in _trained(trainer))
+def _held(size: int, device: torch.device) -> Iterator[None]:
+    """Hold so much memory. Raises DoesNotFit."""
     try:
-        held = torch.empty(size, dtype=torch.uint8, device=trainer.args.device)
+        block = torch.empty(size, dtype=torch.uint8, device=device)
     except Exception as error:
         if not is_out_of_memory(error):
             raise
         raise DoesNotFit(in_a_sentence(error)) from None
     yield
-    del held
+    del block
 
 
 @contextlib.contextmanager

@@ -196,7 +196,7 @@ def _fit_once(
     try:
         trainer.train(resume_from_checkpoint=str(found.path) if found else None)
     except DoesNotFit as failure:
-        trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # the next Trainer wraps its forward again
+        # The model keeps the autocast that this Trainer's accelerator put around it: the next one knows it as prepared.
         return str(failure)
     if run.stop.is_set() and trainer.state.global_step < trainer.state.max_steps:
         raise Stopped
