@@ -5,6 +5,7 @@ from __future__ import annotations
 import getpass
 import os
 import re
+import socket
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +14,7 @@ from urllib.parse import urlsplit
 from .errors import UsageError
 from .units import parse_size
 
-_KEYS = ("database_url", "redis_url", "artifacts_url", "devices", "trainer_ram", "user")
+_KEYS = ("database_url", "redis_url", "artifacts_url", "devices", "trainer_ram", "user", "host")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +28,7 @@ class Settings:
     devices: str | None  # None: NVML, else the CPU
     trainer_ram: int | None = None  # bytes that a training on the CPU may take; None: no limit
     user: str
+    host: str  # this box's name in the names of its nodes
 
     @property
     def embedded_database(self) -> bool:
@@ -69,6 +71,7 @@ def load_settings(environ: dict[str, str] | None = None) -> Settings:
         devices=get("devices", None),
         trainer_ram=_size("trainer_ram", get("trainer_ram", None)),
         user=get("user", None) or _login(),
+        host=_host(get("host", None) or socket.gethostname()),
     )
 
 
@@ -79,6 +82,13 @@ def _size(key: str, text: str | None) -> int | None:
         return parse_size(text)
     except ValueError as error:
         raise UsageError(f"LORACTL_{key.upper()} {text!r} {error}") from error
+
+
+def _host(name: str) -> str:
+    """A name that can stand before the colon of a node's name, and in a table."""
+    if not re.fullmatch(r"[\w.-]{1,64}", name, re.ASCII):
+        raise UsageError(f"LORACTL_HOST {name!r} is no host name", "letters, digits, dots and hyphens, like heron")
+    return name
 
 
 def redacted(url: str) -> str:

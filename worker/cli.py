@@ -27,6 +27,13 @@ NODE_TRIES = 3
 
 START_S = 20.0
 
+WATCH_S = 10.0
+"""How often the watchdog looks."""
+
+STUCK_S = 90.0
+"""A node that is silent so long, or leaves a job so long that is for it, is started again. Its running jobs' leases
+would be over by then; a training of a node that only fell silent goes on in its own processes."""
+
 KILL_AFTER_S = 15.0
 """After a second Ctrl-C the nodes have so long to give their jobs back."""
 
@@ -34,6 +41,13 @@ KILL_AFTER_S = 15.0
 @click.command()
 @click.option("--gpus", metavar="LIST", help="Serve only these cards, by index or UUID, like 0,2.")
 @click.option("--reserve", metavar="SIZE", default="512MiB", show_default=True, help="Keep so much free on each card.")
+@click.option(
+    "--high-water",
+    metavar="TIME",
+    default="10min",
+    show_default=True,
+    help="Leave other people's programs, for so long, the most that they held.",
+)
 @click.option(
     "--max-jobs-per-gpu",
     type=click.IntRange(1, 64),
@@ -53,6 +67,7 @@ KILL_AFTER_S = 15.0
 def worker(
     gpus: str | None,
     reserve: str,
+    high_water: str,
     max_jobs_per_gpu: int | None,
     max_jobs_per_user: int | None,
     labels: tuple[str, ...],
@@ -74,6 +89,7 @@ def worker(
     settings = load_settings()
     options = {
         "margin": _size(reserve),
+        "high_water_s": _seconds(high_water),
         "max_jobs": max_jobs_per_gpu,
         "user_limit": max_jobs_per_user,
         "labels": _labels(labels),
@@ -98,6 +114,16 @@ def _size(text: str) -> int:
         raise UsageError(f"--reserve: {text!r} {error}") from None
 
 
+def _seconds(text: str) -> float:
+    from loractl.common.errors import UsageError
+    from loractl.common.units import parse_duration
+
+    try:
+        return parse_duration(text)
+    except ValueError as error:
+        raise UsageError(f"--high-water: {text!r} {error}") from None
+
+
 def _labels(pairs: tuple[str, ...]) -> dict[str, str]:
     from loractl.common.errors import UsageError
 
@@ -116,6 +142,7 @@ class _Box:
         self._store = store
         self._devices = devices
         self._nodes: dict[int, subprocess.Popen[bytes]] = {}
+        self._stuck_since: dict[int, float] = {}
         self._started: dict[int, list[float]] = {device.index: [] for device in devices}
 
     def run(self, drain_when_idle: bool) -> int:
@@ -155,9 +182,12 @@ class _Box:
         """Until nothing is left; a node that ends by itself is started again. True when one can't be."""
         from sqlalchemy.exc import DBAPIError
 
-        largest, idle = max(d.total for d in self._devices), 0
+        largest, idle, watched = max(d.total for d in self._devices), 0, time.monotonic()
         while idle < IDLE_LOOKS:
             time.sleep(1)
+            if time.monotonic() - watched >= WATCH_S:
+                watched = time.monotonic()
+                self._restart_stuck()
             for index, process in list(self._nodes.items()):
                 if process.poll() is None:
                     continue
@@ -176,6 +206,31 @@ class _Box:
                 except DBAPIError as error:
                     click.echo(f"The database is away: {error.orig}", err=True)
         return False
+
+    def _restart_stuck(self) -> None:
+        """The watchdog: a node that is silent, or leaves what the rule gives it, is killed; _wait starts it again."""
+        from sqlalchemy.exc import DBAPIError
+
+        try:
+            view = self._store.fleet()
+        except DBAPIError:
+            return  # without the database nobody can tell, and a node without it is not stuck
+        now = time.monotonic()
+        given = {d.placed.node for d in view.decisions if d.placed is not None}
+        for device in self._devices:
+            node, process = self._name(device), self._nodes[device.index]
+            row = view.nodes.get(node)
+            silent = row is None or (view.now - row.seen_at).total_seconds() > STUCK_S
+            if (not silent and node not in given) or process.poll() is not None:
+                self._stuck_since.pop(device.index, None)
+                continue
+            since = self._stuck_since.setdefault(device.index, now)
+            if now - since < STUCK_S or now - self._started[device.index][-1] < 2 * STUCK_S:
+                continue
+            what = "says nothing" if silent else "leaves a job waiting that is for it"
+            click.echo(f"Node {device.index} {what} and is ended.", err=True)
+            self._stuck_since.pop(device.index, None)
+            process.kill()
 
     def _drain(self) -> None:
         for process in self._nodes.values():
@@ -197,9 +252,10 @@ class _Box:
                 process.kill()  # its trainer ends with its stdin; the lease gives the job back
 
     def _forget(self, device: Device) -> None:
-        import socket
+        self._store.forget_node(self._name(device))
 
-        self._store.forget_node(f"{socket.gethostname()}:{device.index}")
+    def _name(self, device: Device) -> str:
+        return f"{self._settings.host}:{device.index}"
 
 
 @click.group()

@@ -10,16 +10,17 @@ waiting rows and follows the free memory.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import fcntl
 import json
 import logging
 import os
 import random
 import signal
-import socket
 import sys
 import threading
 import time
+import uuid
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -34,6 +35,7 @@ from loractl.common.artifacts import open_store
 from loractl.common.broker import broker_url
 from loractl.common.database import connect, is_outage, make_engine
 from loractl.common.errors import LoractlError, ServiceUnreachable
+from loractl.common.fleet import NODE_STALE_S
 from loractl.common.policy import VRAM_CLASSES, default_max_jobs, queue_name, served_classes
 from loractl.common.queue import WAKE_TASK, card_queue, make_app, wake_cards
 from loractl.common.records import Claim, Left, NodeState
@@ -41,7 +43,7 @@ from loractl.common.settings import Settings, load_settings
 from loractl.common.store import Store
 
 from .devices import MARGIN_BYTES, Device, find_devices
-from .occupancy import Watch
+from .occupancy import HIGH_WATER_S, Watch
 from .supervisor import Drain, Supervisor
 
 log = logging.getLogger("loractl.worker")
@@ -70,6 +72,7 @@ class NodeOptions:
     max_jobs: int | None = None  # None: by the card's size
     user_limit: int | None = None  # running jobs that one user may have in the fleet
     labels: dict[str, str] = field(default_factory=dict)
+    high_water_s: float = HIGH_WATER_S  # other people's memory stays theirs for so long
     devices: int = 1  # that share the box's cores
 
 
@@ -80,13 +83,14 @@ class Node:
         self.settings = settings
         self.device = device
         self.options = options
-        self.name = f"{socket.gethostname()}:{device.index}"
+        self.name = f"{settings.host}:{device.index}"
         self.drain = Drain(settings.runtime_dir / f"drain-{device.uuid}")
         # a plan says nothing of a processor's memory, so it is not shared
         shared = 1 if device.kind == "cpu" else default_max_jobs(device.total)
         self.max_jobs = options.max_jobs or shared
         self.threads = max(1, (os.cpu_count() or 1) // (options.devices * self.max_jobs))
-        self._watch = Watch(device=device, node_pid=os.getpid())
+        self._instance = _instance(settings.runtime_dir / "instance")
+        self._watch = Watch(device=device, node_pid=os.getpid(), high_water_s=options.high_water_s)
         self._left: dict[str, float] = {}  # node -> since when a job is left to it
         self._serving: set[int] = set(VRAM_CLASSES)
         self._drained = False  # by a person's order
@@ -103,7 +107,7 @@ class Node:
         self.drain.clear()
         broker = broker_url(self.settings)
         app = make_app(broker)
-        self._look(Store(_fresh_engine(self.settings)), None)  # a claim needs the device's row
+        self._take_over(Store(_fresh_engine(self.settings)))
 
         @app.task(name=WAKE_TASK, ignore_result=True)
         def wake(size_class: int) -> None:  # what the message says is a hint: the claim looks at what is free now
@@ -125,6 +129,23 @@ class Node:
         worker.start()
         self._stop.set()
         lock.close()
+
+    def _take_over(self, store: Store) -> None:
+        """Write the device's row, which a claim needs, and give back what an earlier node of this device left running.
+
+        Raises LoractlError when another box has the same name: each would give back the other's jobs.
+        """
+        before = next((row for row in store.nodes() if row.node == self.name), None)
+        if before is not None and before.instance not in (None, self._instance):
+            if (store.now() - before.seen_at).total_seconds() < NODE_STALE_S:
+                raise LoractlError(
+                    f"another box calls itself {self.settings.host} and serves its device {self.device.index}",
+                    "give each its own name: LORACTL_HOST=...",
+                )
+        elif before is not None:  # the lock says that no process of that node is alive
+            for job_id in store.give_back(self.name):
+                log.warning("job %s: an earlier worker of this device left it, it waits again", job_id)
+        self._look(store, None)
 
     def wake(self) -> None:
         """In a pool child: claim and run, until nothing waiting is for this card."""
@@ -214,7 +235,7 @@ class Node:
         card = store.see_node(
             NodeState(
                 node=self.name,
-                host=socket.gethostname(),
+                host=self.settings.host,
                 gpu=self.device.uuid,
                 device_name=self.device.name,
                 kind=self.device.kind,
@@ -230,6 +251,7 @@ class Node:
                 temperature=seen.temperature,
                 draining=self.drain.wish is not None and not self._drained,
                 versions={"loractl": __version__},
+                instance=self._instance,
             )
         )
         if consumer is None:
@@ -245,7 +267,7 @@ class Node:
     def _obey_drain(self, store: Store) -> None:
         """A person's order to drain at once gives running jobs back after a checkpoint; its end lets new ones in."""
         orders = store.drains()
-        order = orders.get(self.name) or orders.get(socket.gethostname())
+        order = orders.get(self.name) or orders.get(self.settings.host)
         if order is not None and order.now and self.drain.wish is None:
             log.warning("drained by %s: %s", order.user, order.reason)
             self.drain.ask("checkpoint")
@@ -258,6 +280,8 @@ class Node:
         """Reap lost attempts, and wake for rows whose message was lost or came while nothing fitted."""
         for job_id, _ in store.reap():
             log.warning("job %s: its worker was lost, it waits again", job_id)
+        for job_id in store.preempt():
+            log.info("job %s gives way to one of higher priority", job_id)
         for job_id, _ in store.end_patience():
             log.info("job %s has waited long enough for LoRA", job_id)
         waiting = store.waiting_classes(self._serving)
@@ -279,6 +303,14 @@ class Node:
 def _fresh_engine(settings: Settings) -> Engine:
     """An engine of this process's own: a connection must not cross a fork."""
     return make_engine(settings.database_url)
+
+
+def _instance(path: Path) -> str:
+    """This box's own mark, made once: names of boxes may be equal, as those of containers are."""
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with contextlib.suppress(FileExistsError), path.open("x") as file:
+        file.write(uuid.uuid4().hex)
+    return path.read_text()
 
 
 def _only_one(path: Path) -> IO[str]:

@@ -14,14 +14,15 @@ JOB_VARIABLE = "LORACTL_JOB"
 """In the environment of a trainer and of all that it starts: the job that it works for."""
 
 HIGH_WATER_S = 600.0
-"""What other people's processes held at most stays respected for so long: a notebook that lets go comes back."""
+"""What other people's processes held at most stays theirs for so long, unless the box's owner says otherwise: a
+notebook that lets go comes back."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Occupancy:
     """A device's memory at one moment. Bytes."""
 
-    outside: int  # held by what is not ours, or was within HIGH_WATER_S
+    outside: int  # held by what is not ours, or was a short while ago
     others: list[dict[str, Any]]  # other people's processes: pid, user, name, bytes
     used: dict[str, int]  # by our jobs
     load: int | None = None  # percent
@@ -34,6 +35,7 @@ class Watch:
 
     device: Device
     node_pid: int  # its descendants are ours
+    high_water_s: float = HIGH_WATER_S
     _ours: dict[int, str] = field(default_factory=dict)  # pid -> job, kept after its end: the driver is slower
     _others: list[tuple[float, int]] = field(default_factory=list)  # time, bytes of other people's processes
 
@@ -69,7 +71,7 @@ class Watch:
     def _rest_of_high_water(self, now_held: int) -> int:
         """What others held lately beyond what they hold now."""
         now = time.monotonic()
-        self._others = [(at, held) for at, held in self._others if now - at < HIGH_WATER_S]
+        self._others = [(at, held) for at, held in self._others if now - at < self.high_water_s]
         self._others.append((now, now_held))
         return max(held for _, held in self._others) - now_held
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from pathlib import Path
 
 import pytest
@@ -40,7 +41,7 @@ def test_an_unknown_key_in_the_file_is_refused_with_the_known_ones(tmp_path: Pat
     (tmp_path / "config.toml").write_text('databse_url = "x"\n')
     with pytest.raises(UsageError, match="unknown key databse_url") as caught:
         load_settings({"LORACTL_HOME": str(tmp_path)})
-    assert caught.value.hint == "known keys: database_url, redis_url, artifacts_url, devices, trainer_ram, user"
+    assert caught.value.hint == "known keys: database_url, redis_url, artifacts_url, devices, trainer_ram, user, host"
 
 
 def test_a_trainer_s_ram_is_a_size_with_its_unit(tmp_path: Path) -> None:
@@ -51,6 +52,15 @@ def test_a_trainer_s_ram_is_a_size_with_its_unit(tmp_path: Path) -> None:
     assert load_settings(home).trainer_ram == 2**29
     with pytest.raises(UsageError, match="LORACTL_TRAINER_RAM 'much' is not a size"):
         load_settings({**home, "LORACTL_TRAINER_RAM": "much"})
+
+
+def test_a_box_is_named_by_its_owner_or_like_its_machine(tmp_path: Path) -> None:
+    home = {"LORACTL_HOME": str(tmp_path)}
+    assert load_settings(home).host == socket.gethostname()
+    assert load_settings({**home, "LORACTL_HOST": "heron.lab-2"}).host == "heron.lab-2"
+    for name in ("heron:0", "two words", "x" * 65):
+        with pytest.raises(UsageError, match=r"LORACTL_HOST .* is no host name"):
+            load_settings({**home, "LORACTL_HOST": name})
 
 
 @pytest.mark.parametrize("content", [b"user = ", b'user = "B\xfcro"\n'])
