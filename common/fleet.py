@@ -12,7 +12,21 @@ from sqlalchemy import JSON, TextualSelect, bindparam, column, select, text
 from sqlalchemy.orm import Session
 
 from .method import Method
-from .policy import Card, Decision, Line, Need, Occupant, Openings, Waiting, charge, decayed, place, size_step
+from .policy import (
+    OLDEST_FIRST_AFTER_S,
+    Card,
+    Decision,
+    Line,
+    Need,
+    Occupant,
+    Openings,
+    Waiting,
+    charge,
+    decayed,
+    place,
+    size_step,
+    waited,
+)
 from .status import Status
 from .tables import DrainOrder, Job, Node, Use, UtcDateTime
 
@@ -117,15 +131,16 @@ _FITS = (
     "(vram_needed <= :gpu OR (vram_needed > :low AND vram_needed <= :high) OR (vram_needed IS NULL AND :unknown = 1))"
 )
 _NEXT_KEY = text("SELECT min(queue_key) FROM jobs WHERE status = 'queued' AND queue_key > :after")
-_KEYS = text(
+_HEADS = text(
     # a loose scan: from each key straight to the next, however many jobs wait under it
-    "WITH RECURSIVE keys(k) AS ("
+    "WITH RECURSIVE keys(k) AS ("  # noqa: S608  no input
     " SELECT min(queue_key) FROM jobs WHERE status = 'queued' AND queue_key > :after"
     " UNION ALL"
     " SELECT (SELECT min(queue_key) FROM jobs WHERE status = 'queued' AND queue_key > keys.k) FROM keys"
     " WHERE keys.k < :end"
-    ") SELECT k FROM keys WHERE k < :end"
-)
+    f") SELECT k, (SELECT job_id FROM jobs WHERE {_READY} AND queue_key = keys.k ORDER BY job_id LIMIT 1)"
+    " FROM keys WHERE k < :end"
+).bindparams(bindparam("now", type_=UtcDateTime()))
 _LEAST = text(
     "SELECT vram_needed FROM jobs WHERE status = 'queued' AND queue_key = :key AND vram_needed IS NOT NULL"
     " ORDER BY vram_needed LIMIT 1"
@@ -141,7 +156,8 @@ def _one_job(condition: str) -> TextualSelect:
 
 
 _OLDEST = _one_job("")
-_FIRST = _one_job("AND queue_key = :key")
+_OLDEST_FITTING = _one_job(f"AND job_id > :after AND {_FITS}")
+_BY_NUMBER = _one_job("AND job_id = :job_id")
 _NEXT = _one_job(f"AND queue_key = :key AND job_id > :after AND {_FITS}")
 
 
@@ -170,6 +186,10 @@ class _Key:
         low, high = openings.processor
         return self.step <= size_step(openings.gpu) or size_step(low) <= self.step <= size_step(high)
 
+    def all_fit(self, openings: Openings) -> bool:
+        """True only when every job under this key is admitted, given that some may be."""
+        return self.step == 0 or self.step < size_step(openings.gpu)
+
 
 def read_levels(session: Session, now: dt.datetime) -> Iterator[dict[str, Line]]:
     """The ready jobs' lines by priority and user, read as far as the caller asks."""
@@ -180,18 +200,17 @@ def read_levels(session: Session, now: dt.datetime) -> Iterator[dict[str, Line]]
             return
         level = _Key.parse(first).level
         end = f"{level}}}"  # the next character after the separator
-        found = session.execute(_KEYS, {"after": after, "end": end}).scalars()
-        lines: dict[str, list[_Key]] = {}
-        for key in map(_Key.parse, found):
-            lines.setdefault(key.user, []).append(key)
-        yield {user: _StoredLine(session, now, keys) for user, keys in lines.items()}
+        lines: dict[str, list[_Head]] = {}
+        for text_, job_id in session.execute(_HEADS, {"after": after, "end": end, "now": now}):
+            key = _Key.parse(text_)
+            lines.setdefault(key.user, []).append(_Head(key=key, oldest=job_id, empty=job_id is None))
+        yield {user: _StoredLine(session, now, heads) for user, heads in lines.items()}
         after = end
 
 
-def read_oldest(session: Session, now: dt.datetime) -> Waiting | None:
-    """The ready job that waits longest."""
-    row = session.execute(_OLDEST, {"now": now}).mappings().first()
-    return None if row is None else waiting_of(dict(row), now)
+def read_oldest(session: Session, now: dt.datetime) -> Line:
+    """All ready jobs by age, as far as the caller asks."""
+    return _OldestLine(session, now)
 
 
 @dataclass(kw_only=True)
@@ -199,8 +218,9 @@ class _Head:
     """Where a line stands under one key."""
 
     key: _Key
-    given: int = 0  # the last job_id that was handed out
-    job: Waiting | None = None  # looked up and not handed out yet
+    oldest: int | None  # the oldest job that was not given yet, whatever it needs; None: not known
+    job: Waiting | None = None  # an admitted one that was looked up and not given yet
+    given: int = 0  # the last job_id that was given
     empty: bool = False
 
 
@@ -210,34 +230,33 @@ class _StoredLine:
     Openings only shrink while the rule runs, so what did not fit before need not be looked at again.
     """
 
-    def __init__(self, session: Session, now: dt.datetime, keys: list[_Key]) -> None:
+    def __init__(self, session: Session, now: dt.datetime, heads: list[_Head]) -> None:
         self._session = session
         self._now = now
-        self._heads = [_Head(key=key) for key in keys]
-
-    def first(self) -> Waiting | None:
-        for head in self._heads:
-            head.job = self._one(_FIRST, key=head.key.text)
-            head.empty = head.job is None
-        return self._hand_out(self._heads)
+        self._heads = heads
 
     def next(self, openings: Openings) -> Waiting | None:
-        possible = [head for head in self._heads if not head.empty and head.key.may_fit(openings)]
-        for head in possible:
-            if head.job is None or not openings.admit(head.job.least, head.job.requires):
-                head.job = self._search(head, openings)
-                head.empty = head.job is None
-        return self._hand_out(possible)
+        ages = []
+        for head in self._heads:
+            if not head.empty and head.key.may_fit(openings) and (age := self._age(head, openings)) is not None:
+                ages.append((age, head))
+        while ages:
+            age, head = min(ages, key=lambda pair: pair[0])
+            job = head.job or _one(self._session, _BY_NUMBER, self._now, job_id=age)
+            head.job, head.oldest, head.given = None, None, age
+            if job is not None:
+                return job
+            ages.remove((age, head))  # it started or was held this moment
+        return None
 
-    def _hand_out(self, heads: list[_Head]) -> Waiting | None:
-        found = [(head.job.job_id, head) for head in heads if head.job is not None]
-        if not found:
-            return None
-        _, head = min(found, key=lambda pair: pair[0])
-        job, head.job = head.job, None
-        assert job is not None
-        head.given = job.job_id
-        return job
+    def _age(self, head: _Head, openings: Openings) -> int | None:
+        """The number of the oldest admitted job under the key."""
+        if head.oldest is not None and head.key.all_fit(openings):
+            return head.oldest
+        if head.job is None or not openings.admit(head.job.least, head.job.requires):
+            head.job = self._search(head, openings)
+            head.oldest, head.empty = None, head.job is None
+        return None if head.job is None else head.job.job_id
 
     def _search(self, head: _Head, openings: Openings) -> Waiting | None:
         """The oldest job under the key that fits and was not given yet."""
@@ -247,12 +266,40 @@ class _StoredLine:
             least = self._session.execute(_LEAST, {"key": head.key.text}).scalar()
             if least is None or (least > openings.gpu and (high <= low or least > high)):
                 return None
-        bounds = {"gpu": openings.gpu, "low": low, "high": high, "unknown": int(openings.unknown)}
-        return self._one(_NEXT, key=head.key.text, after=head.given, **bounds)
+        return _one(self._session, _NEXT, self._now, key=head.key.text, after=head.given, **_bounds(openings))
 
-    def _one(self, statement: TextualSelect, **values: Any) -> Waiting | None:
-        row = self._session.execute(statement, {"now": self._now, **values}).mappings().first()
-        return None if row is None else waiting_of(dict(row), self._now)
+
+class _OldestLine:
+    """All ready jobs by age. It begins to look among them once the first has waited OLDEST_FIRST_AFTER_S."""
+
+    def __init__(self, session: Session, now: dt.datetime) -> None:
+        self._session = session
+        self._now = now
+        self._given = 0
+
+    def next(self, openings: Openings) -> Waiting | None:
+        if self._given == 0:
+            first = _one(self._session, _OLDEST, self._now)
+            if first is None or waited(first, self._now) < OLDEST_FIRST_AFTER_S:
+                return None  # nothing of that age waits: the usual case costs one row
+        while True:
+            bounds = _bounds(openings)
+            job = _one(self._session, _OLDEST_FITTING, self._now, after=self._given, **bounds)
+            if job is None:
+                return None
+            self._given = job.job_id
+            if openings.admit(job.least, job.requires):
+                return job
+
+
+def _bounds(openings: Openings) -> dict[str, int]:
+    low, high = openings.processor
+    return {"gpu": openings.gpu, "low": low, "high": high, "unknown": int(openings.unknown)}
+
+
+def _one(session: Session, statement: TextualSelect, now: dt.datetime, **values: Any) -> Waiting | None:
+    row = session.execute(statement, {"now": now, **values}).mappings().first()
+    return None if row is None else waiting_of(dict(row), now)
 
 
 def waiting_of(row: Mapping[str, Any], now: dt.datetime) -> Waiting:

@@ -2,9 +2,9 @@
 
 Pure functions of values. The claim, `loractl why` and the simulator all ask `place`, so that there is one rule.
 
-The order of trying is: the oldest job once it has waited a day; then priority, the user's fair share, age. A job that
-can't start is passed over, but the first one that has waited past RESERVE_AFTER_S gets a card kept for it: nothing that
-would delay it starts there any more.
+The order of trying is: the oldest job that the fleet could hold, once it has waited a day; then priority, the user's
+fair share, age. A job that can't start is passed over, but the first one that has waited past RESERVE_AFTER_S gets a
+card kept for it: nothing that would delay it starts there any more.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ RESERVE_AFTER_S = 30 * 60.0
 """A job that is first in the order and has waited so long without fitting gets a card kept for it."""
 
 OLDEST_FIRST_AFTER_S = 24 * 3600.0
-"""The oldest job goes before every priority and share once it has waited so long, so that nothing starves."""
+"""The oldest job that could run goes before every priority and share once it has waited so long: nothing starves."""
 
 START_CHARGE_S = 3600.0
 """A started job counts at once as if it had run for so long: a user's second job comes after another one's first."""
@@ -169,14 +169,10 @@ class Openings:
 
 
 class Line(Protocol):
-    """One user's ready jobs of one priority, oldest first. Each job is given once."""
-
-    def first(self) -> Waiting | None:
-        """The oldest job, whatever it needs."""
-        ...
+    """Ready jobs, oldest first: one user's of one priority, or all of them."""
 
     def next(self, openings: Openings) -> Waiting | None:
-        """The oldest of the rest that the openings admit."""
+        """The oldest that the openings admit and that was not given yet. Each call's openings lie within the last's."""
         ...
 
 
@@ -185,9 +181,6 @@ class ListedLine:
 
     def __init__(self, jobs: Iterable[Waiting]) -> None:
         self._jobs = list(jobs)
-
-    def first(self) -> Waiting | None:
-        return self._jobs.pop(0) if self._jobs else None
 
     def next(self, openings: Openings) -> Waiting | None:
         for index, job in enumerate(self._jobs):
@@ -216,11 +209,13 @@ class _Fleet:
     largest: int = field(init=False)  # bytes for jobs on the largest open card that is no processor, others gone
     user_limit: int | None = field(init=False)
 
+    ever: Openings = field(init=False)  # what could start once our running jobs have left
     def __post_init__(self) -> None:
         usable = [c for c in self.cards.values() if c.open]
         self.largest = largest_gpu(usable)
         self.user_limit = min((c.user_limit for c in usable if c.user_limit is not None), default=None)
 
+        self.ever = self._openings([(c, c.capacity) for c in usable if c.capacity and c.max_jobs], usable)
     def room(self, card: Card) -> int:
         """Bytes that a job may take there now, beside what is kept."""
         if not card.open or not card.slots:
@@ -231,11 +226,17 @@ class _Fleet:
 
     def openings(self) -> Openings:
         rooms = [(c, room) for c in self.cards.values() if (room := self.room(c)) > 0]
-        free = [c for c, _ in rooms if not c.running and (self.kept is None or self.kept.node != c.node)]
+        return self._openings(rooms, [c for c, _ in rooms if not c.running and not self.is_kept(c)])
+
+    def is_kept(self, card: Card) -> bool:
+        return self.kept is not None and self.kept.node == card.node
+
+    def _openings(self, rooms: Sequence[tuple[Card, int]], whole: Sequence[Card]) -> Openings:
+        """`rooms`: bytes by card; `whole`: cards that a job of unknown need may have."""
         return Openings(
             gpu=max((room for c, room in rooms if not c.processor), default=0),
             processor=(self.largest, max((room for c, room in rooms if c.processor), default=0)),
-            unknown=any(not c.processor or self.largest == 0 for c in free),
+            unknown=any(not c.processor or self.largest == 0 for c in whole),
             labels=frozenset(c.labels for c, _ in rooms),
         )
 
@@ -248,33 +249,54 @@ def place(
     cards: Sequence[Card],
     charges: Mapping[str, float],
     now: dt.datetime,
-    oldest: Waiting | None = None,
+    oldest: Line | None = None,
 ) -> Iterator[Decision]:
     """What starts now, in the order in which it is decided; lazily, so that a caller may stop early.
 
     `levels`: the ready jobs by priority, the highest first, and user. `charges`: GiB hours by user, see `charge`.
-    `oldest`: the oldest job of all, which goes first once it has waited OLDEST_FIRST_AFTER_S.
+    `oldest`: all ready jobs; the oldest that could run goes first once it has waited OLDEST_FIRST_AFTER_S.
     """
     fleet = _Fleet(cards={c.node: c for c in cards}, charges=dict(charges), running=_jobs_by_user(cards))
-    done: set[int] = set()
-    if oldest is not None and (now - oldest.since).total_seconds() >= OLDEST_FIRST_AFTER_S:
-        done.add(oldest.job_id)
-        if not fleet.at_limit(oldest.user):
-            yield from _try(oldest, fleet, now)
+    if not fleet.openings().any:
+        return
+    first = None if oldest is None else _first_by_age(oldest, fleet, now)
+    if first is not None:
+        yield from _try(first, fleet, now)
     for level in levels:
-        if not (openings := fleet.openings()).any:
-            return
-        heads = [(fleet.charges.get(u, 0.0), job.job_id, job) for u, line in level.items() if (job := line.first())]
-        heapq.heapify(heads)
-        while heads and openings.any:
-            _, _, job = heapq.heappop(heads)
-            if fleet.at_limit(job.user):
-                continue  # and with it the whole line
-            if job.job_id not in done:
+        for job in _in_order(level, fleet, now):
+            if first is None or job.job_id != first.job_id:
                 yield from _try(job, fleet, now)
-                openings = fleet.openings()
-            if (following := level[job.user].next(openings)) is not None:
-                heapq.heappush(heads, (fleet.charges.get(job.user, 0.0), following.job_id, following))
+        if not fleet.openings().any:
+            return
+
+
+def _first_by_age(oldest: Line, fleet: _Fleet, now: dt.datetime) -> Waiting | None:
+    """The oldest job that the fleet could hold and whose user may start one, if it has waited long enough."""
+    while (job := oldest.next(fleet.ever)) is not None and waited(job, now) >= OLDEST_FIRST_AFTER_S:
+        if not fleet.at_limit(job.user) and any(_rooms(job, fleet, now)):
+            return job
+    return None
+
+
+def _in_order(level: Mapping[str, Line], fleet: _Fleet, now: dt.datetime) -> Iterator[Waiting]:
+    """One priority's jobs by share and age, while something could start; each is tried before the next is read."""
+    heads: list[tuple[float, int, Waiting]] = []
+
+    def read(user: str, last: Waiting | None) -> None:
+        if fleet.at_limit(user):
+            return
+        # Until a card is kept, whoever has waited long enough for one must be seen, though it does not fit now.
+        keeps = fleet.kept is None and (last is None or waited(last, now) >= RESERVE_AFTER_S)
+        job = level[user].next(fleet.ever if keeps else fleet.openings())
+        if job is not None:
+            heapq.heappush(heads, (fleet.charges.get(user, 0.0), job.job_id, job))
+
+    for user in level:
+        read(user, None)
+    while heads and fleet.openings().any:
+        *_, job = heapq.heappop(heads)
+        yield job
+        read(job.user, job)
 
 
 def _try(job: Waiting, fleet: _Fleet, now: dt.datetime) -> Iterator[Decision]:
@@ -284,13 +306,13 @@ def _try(job: Waiting, fleet: _Fleet, now: dt.datetime) -> Iterator[Decision]:
         method, card, size = found
         started = Occupant(job_id=job.job_id, user=job.user, reserved=size)
         fleet.cards[card.node] = card.with_job(started)
-        if fleet.kept is not None and fleet.kept.node == card.node:
-            kept = fleet.kept
+        kept = fleet.kept
+        if kept is not None and kept.node == card.node:
             fleet.kept = replace(kept, spare=kept.spare - size, spare_slots=kept.spare_slots - 1)
         fleet.charges[job.user] = fleet.charges.get(job.user, 0.0) + size / GIB * START_CHARGE_S / 3600
         fleet.running[job.user] = fleet.running.get(job.user, 0) + 1
         yield Decision(placed=Placement(job=job, node=card.node, method=method, reserved=size))
-    elif fleet.kept is None and (now - job.since).total_seconds() >= RESERVE_AFTER_S:
+    elif fleet.kept is None and waited(job, now) >= RESERVE_AFTER_S:
         fleet.kept = _keep(job, fleet, now)
         if fleet.kept is not None:
             yield Decision(reserved=fleet.kept)
@@ -317,7 +339,7 @@ def _holds_now(card: Card, job: Waiting, size: int | None, fleet: _Fleet) -> boo
         return False
     if size is None:
         # not predictable: it gets a card of its own until the worker has planned it
-        return not card.running and (fleet.kept is None or fleet.kept.node != card.node)
+        return not card.running and not fleet.is_kept(card)
     return size <= room
 
 
@@ -330,7 +352,7 @@ def could_start(job: Waiting, card: Card, fleet: Iterable[Card]) -> bool:
     """Whether the card alone would hold the job now, whoever is before it."""
     sizes = [job.need.of(method) for method in job.methods]
     fits = any(not card.running if size is None else size <= card.free for size in sizes)
-    return fits and card.slots > 0 and suits(card, job, largest_gpu(fleet))
+    return fits and card.free > 0 and card.slots > 0 and suits(card, job, largest_gpu(fleet))
 
 
 def suits(card: Card, job: Waiting, largest: int) -> bool:
@@ -345,21 +367,28 @@ def suits(card: Card, job: Waiting, largest: int) -> bool:
 
 def _keep(job: Waiting, fleet: _Fleet, now: dt.datetime) -> Reservation | None:
     """Keep the card on which the job can start first: by expected ends, then by what is missing."""
-    options = []
+
+    def rank(found: tuple[int, int, Card, Room]) -> tuple[bool, dt.datetime, int, int, int, str]:
+        index, size, card, room = found
+        return room.at is None, room.at or now, size - card.free, index, card.capacity, card.node
+
+    best = min(_rooms(job, fleet, now), key=rank, default=None)
+    if best is None:
+        return None
+    *_, card, room = best
+    return Reservation(job=job, node=card.node, spare=room.spare, spare_slots=room.spare_slots)
+
+
+def _rooms(job: Waiting, fleet: _Fleet, now: dt.datetime) -> Iterator[tuple[int, int, Card, Room]]:
+    """Where and when the job could start: the place of the method among its methods, bytes, card and room."""
     for card in fleet.cards.values():
         if not card.open or not suits(card, job, fleet.largest):
             continue
-        for method in job.methods:
+        for index, method in enumerate(job.methods):
             size = job.need.of(method)
-            room = size if size is not None else max(1, card.capacity)
-            wait = room_at(card, room, now)
-            if wait is not None:
-                options.append((wait.at is None, wait.at or now, room - card.free, card.capacity, card.node, wait))
-                break  # the preferred method that this card can ever hold
-    if not options:
-        return None
-    *_, node, wait = min(options, key=lambda option: option[:-1])
-    return Reservation(job=job, node=node, spare=wait.spare, spare_slots=wait.spare_slots)
+            bytes_ = max(1, card.capacity) if size is None else size
+            if (room := room_at(card, bytes_, now)) is not None:
+                yield index, bytes_, card, room
 
 
 @dataclass(frozen=True, kw_only=True)

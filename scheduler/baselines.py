@@ -38,8 +38,7 @@ class GreedyRule:
         at_hand = {c.node: c if self._shares else replace(c, max_jobs=1) for c in cards if c.open}
         largest, placed = largest_gpu(cards), []
         while len(self._line) and (openings := _openings(at_hand.values(), largest)).any:
-            reader = self._line.reader()
-            job = reader.first() if self._blocks else reader.next(openings)
+            job = self._line.first() if self._blocks else self._line.reader().next(openings)
             found = None if job is None else _fill(job, at_hand.values(), largest)
             if found is None:
                 break

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterator
-
 from loractl.common.policy import Openings, Waiting, size_step
 
 Order = tuple[float, int]  # what comes first, then the job's number
@@ -22,8 +20,8 @@ class KeptLine:
     def __len__(self) -> int:
         return len(self._order)
 
-    def __iter__(self) -> Iterator[Waiting]:
-        return (self._jobs[order] for order in self._order)
+    def first(self) -> Waiting | None:
+        return self._jobs[self._order[0]] if self._order else None
 
     def add(self, job: Waiting, rank: float = 0.0) -> None:
         """Put the job where its rank, and then its number, places it."""
@@ -44,26 +42,15 @@ class KeptLine:
 
     def reader(self) -> LineReader:
         """A `policy.Line` over what waits now. It must not be read on after a change."""
-        return LineReader(self._order, self._shelves, self._jobs)
+        return LineReader(self._shelves)
 
 
 class LineReader:
-    """One pass over a line: each job is given once. Openings only shrink during a pass."""
+    """One pass over a line, see `policy.Line`."""
 
-    def __init__(
-        self, order: list[Order], shelves: dict[_Shelf, list[tuple[Order, Waiting]]], jobs: dict[Order, Waiting]
-    ) -> None:
-        self._order = order
+    def __init__(self, shelves: dict[_Shelf, list[tuple[Order, Waiting]]]) -> None:
         self._shelves = shelves
-        self._jobs = jobs
         self._read: dict[_Shelf, int] = {}  # entries that were given or did not fit
-        self._first: Order | None = None  # given by `first`
-
-    def first(self) -> Waiting | None:
-        if not self._order:
-            return None
-        self._first = self._order[0]
-        return self._jobs[self._first]
 
     def next(self, openings: Openings) -> Waiting | None:
         best: tuple[Order, Waiting, _Shelf] | None = None
@@ -73,7 +60,7 @@ class LineReader:
             place = self._read.get(shelf, 0)
             while place < len(entries):
                 order, job = entries[place]
-                if order != self._first and openings.admit(job.least, job.requires):
+                if openings.admit(job.least, job.requires):
                     if best is None or order < best[0]:
                         best = (order, job, shelf)
                     break

@@ -220,8 +220,7 @@ class PlacementRule:
         running: Iterable[Occupant] = (),
     ) -> None:
         self._levels: dict[int, dict[str, KeptLine]] = {}
-        self._waiting: dict[int, Waiting] = {}
-        self._age: list[int] = []  # a heap of their numbers; those that started are dropped when met
+        self._all = KeptLine()
         self._past: dict[str, tuple[float, dt.datetime]] = {}
         self._running: dict[int, tuple[str, int, dt.datetime, bool]] = {}  # user, bytes, from when, started here
         if since is not None:
@@ -231,13 +230,12 @@ class PlacementRule:
     def arrived(self, job: Job) -> None:
         waiting = job.waiting
         self._levels.setdefault(waiting.priority, {}).setdefault(waiting.user, KeptLine()).add(waiting)
-        self._waiting[waiting.job_id] = waiting
-        heapq.heappush(self._age, waiting.job_id)
+        self._all.add(waiting)
 
     def starts(self, cards: Sequence[Card], now: dt.datetime) -> list[Placement]:
-        if not self._waiting or not any(card.open and card.slots and card.free for card in cards):
+        if not len(self._all) or not any(card.open and card.slots and card.free for card in cards):
             return []
-        decisions = place(self._read_levels(), cards, self.charges(now), now, self._oldest())
+        decisions = place(self._read_levels(), cards, self.charges(now), now, self._all.reader())
         placed = [decision.placed for decision in decisions if decision.placed is not None]
         for one in placed:
             job = one.job
@@ -273,16 +271,11 @@ class PlacementRule:
         amount, at = self._past.get(user, (0.0, now))
         return decayed(amount, (now - at).total_seconds())
 
-    def _oldest(self) -> Waiting | None:
-        while self._age and self._age[0] not in self._waiting:
-            heapq.heappop(self._age)
-        return self._waiting[self._age[0]] if self._age else None
-
     def _drop(self, job: Waiting) -> None:
-        del self._waiting[job.job_id]
+        self._all.remove(job)
         lines = self._levels[job.priority]
         lines[job.user].remove(job)
-        if not lines[job.user]:
+        if not len(lines[job.user]):
             del lines[job.user]
         if not lines:
             del self._levels[job.priority]
