@@ -91,6 +91,8 @@ class Node:
         self.threads = max(1, (os.cpu_count() or 1) // (options.devices * self.max_jobs))
         self._instance = _instance(settings.runtime_dir / "instance")
         self._watch = Watch(device=device, node_pid=os.getpid(), high_water_s=options.high_water_s)
+        # a pool child looks too seldom to know every trainer: what it takes for somebody else's must not stay theirs
+        self._glance = Watch(device=device, node_pid=os.getpid(), high_water_s=0)
         self._left: dict[str, float] = {}  # node -> since when a job is left to it
         self._serving: set[int] = set(VRAM_CLASSES)
         self._drained = False  # by a person's order
@@ -172,7 +174,7 @@ class Node:
     def _claim(self, store: Store) -> Claim | None:
         """What the rule gives this card now; what it gives another one that does not take it, after a while."""
         while True:
-            seen, now = self._watch.look(), time.monotonic()
+            seen, now = self._glance.look(), time.monotonic()
             distrusted = frozenset(node for node, since in self._left.items() if now - since > HOLD_BACK_S)
             claim = store.claim(self.name, seen.outside, seen.used, distrusted)
             if not isinstance(claim, Left):

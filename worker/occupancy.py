@@ -41,10 +41,10 @@ class Watch:
 
     def look(self) -> Occupancy:
         """The device's state now."""
+        trainers = _trainers(self.node_pid)  # before the look: one that ends in between was ours
         seen = self.device.look()
         if self.device.kind == "sim" and seen.processes is None:
             return Occupancy(outside=0, others=[], used={})
-        trainers = _trainers(self.node_pid)
         self._ours |= {pid: job for pid, (job, _) in trainers.items()}
         used: dict[str, int] = {}
         others: list[Process] = []
