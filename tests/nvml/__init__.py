@@ -1,0 +1,63 @@
+"""A stand-in for NVML, compiled on the spot: the real nvidia-ml-py reports the cards that a test writes down."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+MIB = 2**20
+
+
+@dataclass(frozen=True, kw_only=True)
+class FakeCard:
+    """What the driver shows of one card. MiB."""
+
+    uuid: str
+    total: int
+    held: int = 0  # by the driver itself
+    load: int = 0
+    temperature: int = 30
+    name: str = "NVIDIA Stand-in"
+    processes: tuple[tuple[int, int | None], ...] = ()  # pid, MiB; None: the driver does not tell
+
+    def lines(self) -> list[str]:
+        first = f"card {self.uuid} {self.total} {self.held} {self.load} {self.temperature} {self.name}"
+        return [first, *(f"process {pid} {'-' if mib is None else mib}" for pid, mib in self.processes)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StandIn:
+    """A compiled library and the file that it reads."""
+
+    folder: Path  # of libnvidia-ml.so.1
+    file: Path
+
+    def show(self, *cards: FakeCard) -> None:
+        """From now on these are the box's cards."""
+        text = "\n".join(line for card in cards for line in card.lines()) + "\n"
+        new = self.file.with_suffix(".new")
+        new.write_text(text)
+        new.replace(self.file)  # never half a file for who reads it now
+
+    def environment(self) -> dict[str, str]:
+        """Under which a process meets this library instead of the driver's."""
+        inherited = os.environ.get("LD_LIBRARY_PATH")
+        folders = f"{self.folder}:{inherited}" if inherited else str(self.folder)
+        return {"LD_LIBRARY_PATH": folders, "NVML_STANDIN": str(self.file)}
+
+
+def compiler() -> str | None:
+    """The C compiler of this machine."""
+    return shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+
+
+def build(folder: Path) -> StandIn:
+    """Compile the stand-in into `folder`."""
+    command = compiler()
+    assert command is not None
+    source, library = Path(__file__).with_name("nvml.c"), folder / "libnvidia-ml.so.1"
+    subprocess.run([command, "-shared", "-fPIC", "-O1", "-Wall", "-Werror", "-o", library, source], check=True)
+    return StandIn(folder=folder, file=folder / "cards.txt")
