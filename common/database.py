@@ -30,6 +30,8 @@ _POSTGRES_OPTIONS = {
     "keepalives_interval": 5,
     "keepalives_count": 2,
     "tcp_user_timeout": 15_000,  # ms
+    # A server that answers pings and nothing else must not hold a heartbeat until its lease is over.
+    "options": "-c statement_timeout=20000 -c lock_timeout=10000 -c idle_in_transaction_session_timeout=60000",
 }
 _MIGRATION_LOCK = 0x10AC71  # any constant: names loractl's advisory lock in PostgreSQL
 
@@ -144,6 +146,8 @@ def upgrade(engine: Engine) -> tuple[str | None, str]:
         raise SchemaMismatch(before, HEAD)
     with engine.begin() as connection, alembic_config(connection) as config:
         if engine.dialect.name == "postgresql":
+            for patience in ("statement_timeout", "lock_timeout"):
+                connection.execute(text(f"SET LOCAL {patience} = 0"))  # a migration takes what it takes
             connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _MIGRATION_LOCK})
         command.upgrade(config, "head")
     return before, HEAD

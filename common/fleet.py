@@ -36,19 +36,23 @@ NODE_STALE_S = 60.0
 
 # --- cards ---
 
+OCCUPANT = (
+    Job.job_id, Job.user, Job.node, Job.vram_reserved, Job.eta_seconds, Job.priority, Job.preemptible
+)  # fmt: skip
+"""What a card shows of a running job."""
+
 
 def read_cards(session: Session, now: dt.datetime) -> list[Card]:
     """Every card that a node has reported, with what runs there; closed when it is offline or drained."""
-    columns = (Job.job_id, Job.user, Job.node, Job.vram_reserved, Job.eta_seconds)
     running: dict[str, list[Any]] = {}
-    for row in session.execute(select(*columns).where(Job.status == Status.RUNNING)):
+    for row in session.execute(select(*OCCUPANT).where(Job.status == Status.RUNNING)):
         running.setdefault(row.node or "", []).append(row)
     drained = drained_targets(session, now)
     return [card_of(node, running.get(node.node, []), now, drained) for node in session.scalars(select(Node))]
 
 
 def card_of(node: Node, running: list[Any], now: dt.datetime, drained: Mapping[str, DrainOrder]) -> Card:
-    """One node's card. `running`: rows with job_id, user, vram_reserved and eta_seconds."""
+    """One node's card. `running`: rows of OCCUPANT."""
     online = (now - node.seen_at).total_seconds() <= NODE_STALE_S
     return Card(
         node=node.node,
@@ -62,6 +66,8 @@ def card_of(node: Node, running: list[Any], now: dt.datetime, drained: Mapping[s
                 # a job of an older version has no reservation: it may take all that there is
                 reserved=node.total if row.vram_reserved is None else row.vram_reserved,
                 used=int(node.used.get(str(row.job_id), 0)),
+                priority=row.priority,
+                preemptible=row.preemptible,
                 ends=None if row.eta_seconds is None else now + dt.timedelta(seconds=row.eta_seconds),
             )
             for row in running

@@ -79,6 +79,8 @@ class Occupant:
     user: str
     reserved: int
     used: int = 0  # bytes measured now; more than reserved when the plan was too small
+    priority: int = 0
+    preemptible: bool = False  # gives way to a job of higher priority
     ends: dt.datetime | None = None  # expected; None: not known
 
 
@@ -207,15 +209,15 @@ class _Fleet:
     running: dict[str, int]  # jobs by user
     kept: Reservation | None = None
     largest: int = field(init=False)  # bytes for jobs on the largest open card that is no processor, others gone
+    ever: Openings = field(init=False)  # what could start once our running jobs have left
     user_limit: int | None = field(init=False)
 
-    ever: Openings = field(init=False)  # what could start once our running jobs have left
     def __post_init__(self) -> None:
         usable = [c for c in self.cards.values() if c.open]
         self.largest = largest_gpu(usable)
+        self.ever = self._openings([(c, c.capacity) for c in usable if c.capacity and c.max_jobs], usable)
         self.user_limit = min((c.user_limit for c in usable if c.user_limit is not None), default=None)
 
-        self.ever = self._openings([(c, c.capacity) for c in usable if c.capacity and c.max_jobs], usable)
     def room(self, card: Card) -> int:
         """Bytes that a job may take there now, beside what is kept."""
         if not card.open or not card.slots:
@@ -417,6 +419,40 @@ def room_at(card: Card, size: int, now: dt.datetime) -> Room | None:
     at = None if any(end is None for end in ends) else max((end for end in ends if end is not None), default=now)
     slots = card.max_jobs - len(staying) - 1
     return Room(at=at if at is None else max(at, now), after=tuple(gone), spare=free() - size, spare_slots=slots)
+
+
+def give_way(job: Waiting, cards: Sequence[Card]) -> tuple[str, tuple[int, ...]] | None:
+    """The card and the running jobs that would have to stop there for a job of higher priority; None: none would help.
+
+    As few as possible, of the lowest priority, and of those the ones that hold least.
+    """
+    largest, options = largest_gpu(cards), []
+    for card in (c for c in cards if c.open and suits(c, job, largest)):
+        willing = [j for j in card.running if j.preemptible and j.priority < job.priority]
+        for method in job.methods:
+            size = job.need.of(method)
+            going = None if size is None else _fewest(card, size, willing)
+            if going:
+                cost = max(j.priority for j in going), sum(j.reserved for j in going)
+                options.append((len(going), *cost, card.node, tuple(j.job_id for j in going)))
+    return min(options)[3:] if options else None
+
+
+def _fewest(card: Card, size: int, willing: Sequence[Occupant]) -> list[Occupant] | None:
+    """The fewest of the willing whose end makes room for `size` bytes and a slot."""
+    for count in range(1, len(willing) + 1):
+        # with the largest of them: if these are too small, no other so many are enough
+        going = sorted(willing, key=lambda j: -max(j.reserved, j.used))[:count]
+        freed = sum(max(j.reserved, j.used) for j in going)
+        if card.capacity - card.taken + freed >= size and card.slots + count > 0:
+            single = [j for j in willing if card.free + max(j.reserved, j.used) >= size] if count == 1 else []
+            return [min(single, key=lambda j: (j.priority, j.reserved))] if single else going
+    return None
+
+
+def waited(job: Waiting, now: dt.datetime) -> float:
+    """Seconds since the job began to wait."""
+    return (now - job.since).total_seconds()
 
 
 def _jobs_by_user(cards: Sequence[Card]) -> dict[str, int]:

@@ -72,6 +72,7 @@ class Beat:
 
     accepted: bool  # False: the lease is lost, stop at once and write nothing
     cancel_requested: bool = False
+    preempted_by: int | None = None  # a job of higher priority that needs the room
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,4 +112,5 @@ class NodeState:
     load: int | None = None
     temperature: int | None = None
     versions: dict[str, str] = field(default_factory=dict)
+    instance: str | None = None
     draining: bool = False

@@ -194,6 +194,9 @@ class ResourcesSpec(_Section):
     """Labels that the box must have (loractl worker --label KEY=VALUE), like nvlink: "yes"."""
 
 
+_UNDECIDING = {"name", "labels", "priority", "preemptible", "resources", "max_retries", "lora_patience"}
+
+
 class JobSpec(_Section):
     """One fine-tune, complete and checked."""
 
@@ -211,6 +214,8 @@ class JobSpec(_Section):
     resources: ResourcesSpec = ResourcesSpec()
     max_retries: int = Field(2, ge=0, le=100)
     priority: int = Field(0, ge=-1000, le=1000)
+    preemptible: bool = False
+    """Whether it gives way to a waiting job of higher priority: it saves a checkpoint and goes on later."""
     labels: dict[Annotated[Printable, Field(max_length=64)], Annotated[Printable, Field(max_length=256)]] = Field(
         default_factory=dict, max_length=32
     )
@@ -242,9 +247,7 @@ class JobSpec(_Section):
     def spec_hash(self) -> str:
         """sha256 over what decides the training's result: everything but name, labels, priority, limits,
         patience and retries."""
-        deciding = self.model_dump(
-            mode="json", exclude={"name", "labels", "priority", "resources", "max_retries", "lora_patience"}
-        )
+        deciding = self.model_dump(mode="json", exclude=_UNDECIDING)
         return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import datetime as dt
 import importlib
 import math
+import re
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -31,9 +32,12 @@ from sqlalchemy import (
 from sqlalchemy import text as sql
 from sqlalchemy.orm import Session
 
+from loractl import __version__
+
 from .adjustment import Adjustment
 from .errors import JobNotFound, WrongState
 from .fleet import (
+    OCCUPANT,
     FleetView,
     card_of,
     drained_targets,
@@ -49,10 +53,12 @@ from .method import Method
 from .policy import (
     Card,
     Need,
+    Openings,
     Placement,
     Waiting,
     could_start,
     decayed,
+    give_way,
     least_need,
     permitted_methods,
     place,
@@ -74,6 +80,9 @@ Row = TypeVar("Row")
 
 LEASE_S = 60.0
 """How long an attempt may be silent before its job goes on elsewhere, by the database's clock."""
+
+NEWER_WORKER_DELAY_S = 60.0
+"""A job that only a newer worker can read is looked at again after so long."""
 
 _ETA = ("eta_seconds", "eta_spread_seconds")
 
@@ -116,6 +125,8 @@ class Store:
                 lora_until=until,
                 need_key=submission.need_key,
                 family=submission.family,
+                preemptible=spec.preemptible,
+                version=__version__,
                 max_retries=spec.max_retries,
                 status=Status.QUEUED,
                 submitted_at=now,
@@ -156,6 +167,7 @@ class Store:
             "message": None,
             "stage": None,
             "cancel_requested": False,
+            "preempted_by": None,
             "held": False,
             "not_before": None,
             "retries_used": 0,
@@ -307,14 +319,13 @@ class Store:
         }
         values = {name: v for name, v in values.items() if not isinstance(v, float) or math.isfinite(v)}
         with self._write() as session:
-            alive = (
-                _mine(claim).values(lease_expires_at=self._now_in(LEASE_S), **values).returning(Job.cancel_requested)
-            )
+            wishes = (Job.cancel_requested, Job.preempted_by)
+            alive = _mine(claim).values(lease_expires_at=self._now_in(LEASE_S), **values).returning(*wishes)
             row = session.execute(alive).first()
             if row is None:
                 return Beat(accepted=False)
             self._record(session, claim, progress)
-            return Beat(accepted=True, cancel_requested=row.cancel_requested)
+            return Beat(accepted=True, cancel_requested=row.cancel_requested, preempted_by=row.preempted_by)
 
     def finish(
         self, claim: Claim, reason: Reason, message: str, progress: Progress, result: StoredResult | None = None
@@ -361,14 +372,22 @@ class Store:
                     requeued.append((job.job_id, job.vram_class))
         return requeued
 
+    def give_back(self, node: str) -> list[int]:
+        """End what runs on a node as worker_lost at once. For the node itself, when it starts and nothing of it runs."""
+        with self._write() as session:
+            now = self._now_value(session)
+            mine = select(Job).where(Job.status == Status.RUNNING, Job.node == node)
+            lost = list(session.scalars(mine.with_for_update(skip_locked=True)))
+            for job in lost:
+                self._end_attempt(session, job, Reason.WORKER_LOST, f"{node} was started anew", now)
+            return [job.job_id for job in lost]
+
     def see_node(self, state: NodeState) -> Card:
         """Write a device's row; its last sight is now. Returns the card with what runs on it."""
         with self._write() as session:
             now = self._now_value(session)
             mine = (Job.status == Status.RUNNING) & (Job.node == state.node)
-            running = session.execute(
-                select(Job.job_id, Job.user, Job.vram_reserved, Job.eta_seconds).where(mine)
-            ).all()
+            running = session.execute(select(*OCCUPANT).where(mine)).all()
             card = card_of(Node(**vars(state), seen_at=now), list(running), now, drained_targets(session, now))
             reserved = sum(job.reserved for job in card.running)
             row = {**vars(state), "seen_at": now, "free": card.free, "reserved": reserved}
@@ -403,6 +422,44 @@ class Store:
                 self._event(session, job.job_id, None, "patience", "waited long enough for LoRA: QLoRA will do now")
                 changed.append((job.job_id, job.vram_class))
             return changed
+
+    def preempt(self) -> tuple[int, ...]:
+        """Ask running jobs to give way to a waiting one of higher priority that nothing else helps; returns theirs."""
+        with self._write() as session:
+            now = self._now_value(session)
+            running = select(Job.preempted_by).where(Job.status == Status.RUNNING, Job.preemptible)
+            found = session.scalars(running.with_for_update()).all()
+            if not found or any(by is not None for by in found):
+                return ()  # nobody is willing, or somebody is on the way out already
+            cards, charges = read_cards(session, now), read_charges(session, now)
+            decisions = list(place(read_levels(session, now), cards, charges, now, read_oldest(session, now)))
+            starting = {d.placed.job.job_id for d in decisions if d.placed is not None}
+            level = next(read_levels(session, now), {})
+            anything = Openings(
+                gpu=2**62, processor=(0, 0), unknown=False, labels=frozenset(c.labels for c in cards if c.open)
+            )
+            for job in (line.next(anything) for line in level.values()):
+                way = give_way(job, cards) if job is not None and job.job_id not in starting else None
+                if job is None or way is None:
+                    continue
+                node, going = way
+                session.execute(update(Job).where(Job.job_id.in_(going)).values(preempted_by=job.job_id))
+                for job_id in going:
+                    text = f"asked to give way to job {job.job_id} (priority {job.priority})"
+                    self._event(session, job_id, None, "preempt", text)
+                self._event(session, job.job_id, None, "preempt", f"takes the room of {_listed(going)} on {node}")
+                return going
+            return ()
+
+    def hold(self, job_id: int, user: str) -> Job:
+        """Keep a waiting job from starting until `retry`. Raises JobNotFound, WrongState."""
+        with self._write() as session:
+            held = _change(job_id, Status.QUEUED).values(held=True, message=f"held by {user}")
+            if not _rows(session, held):
+                job = self._get(session, job_id)
+                raise WrongState(f"job {job_id} is {job.status.value}: only a waiting job can be held")
+            self._event(session, job_id, None, "held", f"held by {user}")
+            return self._get(session, job_id)
 
     def drain(
         self, target: str, user: str, reason: str, *, until: dt.datetime | None = None, at_once: bool = False
@@ -564,9 +621,17 @@ class Store:
         session.add(Event(job_id=job_id, attempt=attempt, at=self._now_value(session), kind=kind, text=_storable(text)))
 
     def _refuse(self, session: Session, job: Job, error: ValidationError, now: dt.datetime) -> None:
-        """Fail a job whose spec this version can't read, so that it does not stop the jobs behind it."""
+        """Put a job whose spec this version can't read aside, so that it does not stop the jobs behind it.
+
+        One that a newer client wrote is left to a newer worker; another one fails.
+        """
         first = error.errors()[0]
         what = f"this worker's loractl does not understand {'.'.join(map(str, first['loc']))}: {first['msg']}"
+        if job.version is not None and _release(job.version) > _release(__version__):
+            job.not_before = now + dt.timedelta(seconds=NEWER_WORKER_DELAY_S)
+            job.message = f"written by loractl {job.version}, a worker with {__version__} can't read it"
+            self._event(session, job.job_id, None, "version", f"{what}; left to a worker with {job.version}")
+            return
         job.status, job.reason, job.message, job.ended_at = Status.FAILED, Reason.BAD_SPEC, what, now
         self._event(session, job.job_id, None, job.status.value, what)
 
@@ -638,7 +703,7 @@ class Store:
         )
         outcome = OUTCOMES[reason]
         self._charge(session, job, now)
-        gave, job.vram_reserved = job.vram_reserved, None
+        gave, job.vram_reserved, job.preempted_by = job.vram_reserved, None, None
         job.token = job.lease_expires_at = job.stage = job.eta_seconds = job.eta_spread_seconds = None
         job.reason, job.message = reason, message
         again = (
@@ -765,9 +830,19 @@ def _line_up(job: Job, requires: Mapping[str, str], now: dt.datetime) -> None:
     job.queue_key = queue_key(job.priority, job.vram_needed, requires, job.user)
 
 
+def _listed(job_ids: Sequence[int]) -> str:
+    return f"job{'s' if len(job_ids) > 1 else ''} {', '.join(map(str, job_ids))}"
+
+
 def _node_labels(job: Job) -> dict[str, str]:
     labels: dict[str, str] = job.spec.get("resources", {}).get("node_labels", {})
     return labels
+
+
+def _release(version: str) -> tuple[int, ...]:
+    """0.2.1 as (0, 2, 1), without what follows the numbers."""
+    numbers = re.match(r"\d+(\.\d+)*", version)
+    return tuple(map(int, numbers[0].split("."))) if numbers else ()
 
 
 def _change(job_id: int, expected: Status) -> Update:

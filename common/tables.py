@@ -98,6 +98,9 @@ class Job(Base):
     message: Mapped[str | None] = mapped_column(Text)  # why, in one sentence
     stage: Mapped[Stage | None] = mapped_column(_by_value(Stage))
     cancel_requested: Mapped[bool] = mapped_column(default=False)
+    preemptible: Mapped[bool] = mapped_column(default=False)
+    preempted_by: Mapped[int | None]  # the job that this running one gives way to
+    version: Mapped[str | None] = mapped_column(String(32))  # of the loractl that wrote the spec
     held: Mapped[bool] = mapped_column(default=False)
     not_before: Mapped[Timestamp | None]  # backoff
     attempt: Mapped[int] = mapped_column(default=0)
@@ -185,6 +188,7 @@ class Node(Base):
     temperature: Mapped[int | None]  # °C
     versions: Mapped[dict[str, str]]
     draining: Mapped[bool] = mapped_column(default=False)
+    instance: Mapped[str | None] = mapped_column(String(64))  # of the box: two boxes may call themselves the same
     seen_at: Mapped[Timestamp]
 
 

@@ -31,8 +31,8 @@ WATCH_S = 10.0
 """How often the watchdog looks."""
 
 STUCK_S = 90.0
-"""A node that is silent so long, or leaves a job so long that is for it, is started again. Its running jobs' leases
-would be over by then; a training of a node that only fell silent goes on in its own processes."""
+"""A node that is silent so long, or leaves a job so long that is for it, is asked to stop, and after as long again
+killed; then it is started anew."""
 
 KILL_AFTER_S = 15.0
 """After a second Ctrl-C the nodes have so long to give their jobs back."""
@@ -143,6 +143,7 @@ class _Box:
         self._devices = devices
         self._nodes: dict[int, subprocess.Popen[bytes]] = {}
         self._stuck_since: dict[int, float] = {}
+        self._asked: set[int] = set()  # nodes that were told to stop because they are stuck
         self._started: dict[int, list[float]] = {device.index: [] for device in devices}
 
     def run(self, drain_when_idle: bool) -> int:
@@ -228,9 +229,13 @@ class _Box:
             if now - since < STUCK_S or now - self._started[device.index][-1] < 2 * STUCK_S:
                 continue
             what = "says nothing" if silent else "leaves a job waiting that is for it"
-            click.echo(f"Node {device.index} {what} and is ended.", err=True)
+            click.echo(f"Node {device.index} {what} and is started anew.", err=True)
             self._stuck_since.pop(device.index, None)
-            process.kill()
+            if device.index in self._asked:
+                process.kill()  # its trainers end with it; the lease gives their jobs back
+            else:
+                process.terminate()  # what runs is saved and given back
+            self._asked ^= {device.index}
 
     def _drain(self) -> None:
         for process in self._nodes.values():

@@ -28,6 +28,9 @@ COLUMNS: dict[str, Callable[[], list[sa.Column[Any]]]] = {
         sa.Column("family", sa.String(64), nullable=True),
         sa.Column("adjustment", sa.JSON(), nullable=True),
         sa.Column("vram_reserved", sa.BigInteger(), nullable=True),
+        sa.Column("preemptible", sa.Boolean(), nullable=False, server_default=sa.false()),
+        sa.Column("preempted_by", sa.Integer(), nullable=True),
+        sa.Column("version", sa.String(32), nullable=True),
         sa.Column("eta_spread_seconds", sa.Double(), nullable=True),
     ],
     "attempts": lambda: [
@@ -42,6 +45,7 @@ COLUMNS: dict[str, Callable[[], list[sa.Column[Any]]]] = {
         sa.Column("margin", sa.BigInteger(), nullable=False, server_default="0"),
         sa.Column("max_jobs", sa.Integer(), nullable=False, server_default="1"),
         sa.Column("user_limit", sa.Integer(), nullable=True),
+        sa.Column("instance", sa.String(64), nullable=True),
         sa.Column("labels", sa.JSON(), nullable=False, server_default="{}"),
     ],
 }
