@@ -107,7 +107,8 @@ def _helps(job: Job, wait: Wait, view: FleetView, waiting: Sequence[Waiting]) ->
         methods = tuple(method for method in me.methods if method in smaller)
         node = would_start(job, view, waiting, need, methods) if methods else None
         if node is not None:
-            found.append(f"It would start now on {node} with {text}.  Try: loractl plan {job.job_id} --set {key}")
+            as_ = f"as {methods[0].value} " if len(me.methods) > 1 and len(methods) == 1 else ""
+            found.append(f"It would start now on {node} {as_}with {text}.  Try: loractl plan {job.job_id} --set {key}")
     outside = without_others(job, view)
     if outside is not None:
         found.append(f"It would fit now on {outside[0]} without {outside[1]}.")
@@ -137,7 +138,8 @@ def _smaller(spec: JobSpec, methods: Sequence[Method], room: int) -> list[tuple[
             update = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": effective // batch}
             changed = spec.model_copy(update={"training": spec.training.model_copy(update=update)})
             keys = " --set ".join(f"training.{name}={value}" for name, value in update.items())
-            options.append((keys, f"{batch} rows at once, accumulating {effective // batch}", changed))
+            rows = "1 row" if batch == 1 else f"{batch} rows"
+            options.append((keys, f"{rows} at once, accumulating {effective // batch}", changed))
         for key, text, changed in options:
             found.setdefault(key, (text, {}))[1][method] = plan(shape, changed, method).need_bytes
     return [(key, text, needs) for key, (text, needs) in found.items()]

@@ -100,7 +100,7 @@ def why(
         spread = f" ± {duration(start.spread_s)}" if start.spread_s >= 1 else ""
         lines.append(f"Expected start: {screen.style(clock(start.at, now), bold=True)}{spread} on {start.node}.")
     elif wait.word not in ("never", "next"):
-        lines.append("Expected start: not known, what it waits for has no measured end yet.")
+        lines.append("Expected start: not known: the end of what runs or goes before it is not measured yet.")
     if fits:
         best = start.node if start is not None else next((f.node for f in fits if f.when == "now"), None)
         arrow = "→" if screen.unicode else ">"
