@@ -339,10 +339,9 @@ def _holds_now(card: Card, job: Waiting, size: int | None, fleet: _Fleet) -> boo
     room = fleet.room(card)
     if room <= 0 or not suits(card, job, fleet.largest):
         return False
-    if size is None:
-        # not predictable: it gets a card of its own until the worker has planned it
-        return not card.running and not fleet.is_kept(card)
-    return size <= room
+    if job.least is None and (card.running or fleet.is_kept(card)):
+        return False  # not predictable: it gets a card of its own until the worker has planned it
+    return size is None or size <= room
 
 
 def largest_gpu(cards: Iterable[Card]) -> int:
@@ -352,8 +351,7 @@ def largest_gpu(cards: Iterable[Card]) -> int:
 
 def could_start(job: Waiting, card: Card, fleet: Iterable[Card]) -> bool:
     """Whether the card alone would hold the job now, whoever is before it."""
-    sizes = [job.need.of(method) for method in job.methods]
-    fits = any(not card.running if size is None else size <= card.free for size in sizes)
+    fits = not card.running if job.least is None else job.least <= card.free
     return fits and card.free > 0 and card.slots > 0 and suits(card, job, largest_gpu(fleet))
 
 
@@ -388,7 +386,7 @@ def _rooms(job: Waiting, fleet: _Fleet, now: dt.datetime) -> Iterator[tuple[int,
             continue
         for index, method in enumerate(job.methods):
             size = job.need.of(method)
-            bytes_ = max(1, card.capacity) if size is None else size
+            bytes_ = max(1, card.capacity) if size is None or job.least is None else size
             if (room := room_at(card, bytes_, now)) is not None:
                 yield index, bytes_, card, room
 
