@@ -21,6 +21,12 @@ MAX_FILE_BYTES = 256 * 1024
 MAX_NODES = 20_000
 """Keys and values of a job file once YAML's aliases are written out: nested aliases double with every line."""
 
+MAX_DEPTH = 16
+"""Levels of nesting; the deepest key of a job has three."""
+
+MAX_DIGITS = 64
+"""Digits of a whole number: Python neither reads nor prints one of some thousand."""
+
 _KNOWN_AS = {
     "model": "base_model",
     "model_name_or_path": "base_model",
@@ -126,28 +132,62 @@ def _parse_yaml(path: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]
             "the data belong into a file of their own: dataset.path",
         )
     try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        if _expanded(node, {}) > MAX_NODES:
-            raise wrong(f"has more than {MAX_NODES} keys and values, its aliases written out")
-        lines = dict(_lines(node, ()))
-        tree = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        mark = getattr(error, "problem_mark", None)
-        what = getattr(error, "problem", None) or str(error) or type(error).__name__
-        raise wrong(f"is not valid YAML: {what}", line=mark.line + 1 if mark else None) from None
+        lines, tree = _load_yaml(text)
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else None
+        raise wrong(f"is not valid YAML: {error.problem or error}", line=line) from None
+    except yaml.YAMLError as error:
+        raise wrong(f"is not valid YAML: {error}") from None
     if not isinstance(tree, dict):
         raise wrong("is empty or not a mapping of keys", "start from examples/helpdesk-lora.yaml")
     return tree, lines
 
 
-def _expanded(node: yaml.Node | None, sizes: dict[int, int]) -> int:
-    """Nodes below `node` with every alias written out; a few lines of nested aliases make billions."""
+class _Loader(yaml.SafeLoader):
+    """YAML's safe loader, with whole numbers of a length that Python can print again."""
+
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        if len(str(node.value)) > MAX_DIGITS:
+            problem = f"a number of more than {MAX_DIGITS} digits"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
+        return int(super().construct_yaml_int(node))
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
+
+
+def _load_yaml(text: str) -> tuple[dict[tuple[str, ...], int], Any]:
+    """The line (from 1) of each key path, and the value. Raises YAMLError, also beyond the limits of size and depth."""
+    try:
+        node = yaml.compose(text, Loader=_Loader)
+        if node is not None:
+            _check_extent(node)
+        return dict(_lines(node, ())), yaml.load(text, Loader=_Loader)  # noqa: S506  a safe loader
+    except RecursionError:
+        raise yaml.YAMLError(f"it is nested deeper than {MAX_DEPTH} levels") from None
+    except (ValueError, OverflowError, LookupError, AttributeError, TypeError) as error:
+        # PyYAML lets Python's own errors through, of dates and numbers that are none and of tags on the wrong kind
+        raise yaml.YAMLError(str(error) or type(error).__name__) from None
+
+
+def _check_extent(node: yaml.Node) -> None:
+    """Raises YAMLError when too much stands below `node`: a few lines of nested aliases make billions of values."""
+    size, height = _extent(node, {})
+    if size > MAX_NODES:
+        raise yaml.YAMLError(f"it has more than {MAX_NODES} keys and values, its aliases written out")
+    if height > MAX_DEPTH:
+        raise yaml.YAMLError(f"it is nested deeper than {MAX_DEPTH} levels")
+
+
+def _extent(node: yaml.Node, known: dict[int, tuple[int, int]]) -> tuple[int, int]:
+    """(number, levels) of the nodes from `node` down, every alias written out. RecursionError: one holds itself."""
     if not isinstance(node, yaml.CollectionNode):
-        return 1
-    if id(node) not in sizes:
+        return 1, 0
+    if id(node) not in known:
         parts = [n for pair in node.value for n in pair] if isinstance(node, yaml.MappingNode) else node.value
-        sizes[id(node)] = 1 + sum(_expanded(part, sizes) for part in parts)
-    return sizes[id(node)]
+        below = [_extent(part, known) for part in parts]
+        known[id(node)] = 1 + sum(size for size, _ in below), 1 + max((height for _, height in below), default=0)
+    return known[id(node)]
 
 
 def _lines(node: yaml.Node | None, path: tuple[str, ...]) -> list[tuple[tuple[str, ...], int]]:
@@ -188,7 +228,7 @@ def _apply_override(tree: dict[str, Any], override: str, overrides: Sequence[str
     if not equals or not key:
         raise SpecError([problem])
     try:
-        value = yaml.safe_load(text)
+        _, value = _load_yaml(text)
     except yaml.YAMLError:
         raise SpecError([problem]) from None
     *sections, last = key.split(".")

@@ -301,3 +301,32 @@ def test_a_file_without_read_permission_is_refused_in_a_sentence(tmp_path: Path)
     path = write(tmp_path, MINIMAL)
     path.chmod(0)
     assert only(path).what == "can't be read: Permission denied"
+
+
+@pytest.mark.parametrize(
+    "deep",
+    [
+        "labels: " + "[" * 17 + "]" * 17,
+        "labels: " + "{a: " * 5000 + "1" + "}" * 5000,
+        "k0: &k0 [1]\n" + "".join(f"k{n + 1}: &k{n + 1} [*k{n}]\n" for n in range(20)),
+        "labels: &a [*a]",
+    ],
+    ids=["brackets", "very deep", "by aliases", "itself"],
+)
+def test_a_file_that_is_nested_too_deep_is_refused(tmp_path: Path, deep: str) -> None:
+    assert "nested deeper than 16 levels" in only(write(tmp_path, MINIMAL + deep)).what
+
+
+@pytest.mark.parametrize(
+    "number", ["9" * 5000, "0x" + "f" * 5000, "1:" * 3000 + "1"], ids=["decimal", "hex", "base 60"]
+)
+def test_a_number_that_python_could_not_print_is_refused_with_its_line(tmp_path: Path, number: str) -> None:
+    problem = only(write(tmp_path, MINIMAL + f"priority: {number}\n"))
+    assert (problem.line, problem.what) == (4, "is not valid YAML: a number of more than 64 digits")
+    with pytest.raises(SpecError, match="not of the form key=value"):
+        load_spec(write(tmp_path, MINIMAL), [f"priority={number}"])
+
+
+@pytest.mark.parametrize("value", ["2001-99-99", "1:" * 300 + "1.5", "!!int x", "!!bool x"])
+def test_a_value_that_pyyaml_fails_on_is_refused(tmp_path: Path, value: str) -> None:
+    assert "is not valid YAML" in only(write(tmp_path, MINIMAL + f"priority: {value}\n")).what
