@@ -10,7 +10,7 @@ import datetime as dt
 import enum
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from loractl import __version__
 from loractl.common.fleet import NODE_STALE_S, FleetView, waiting_of
@@ -175,7 +175,8 @@ def _capacity(job: Job, me: Waiting, view: FleetView) -> Wait:
         (c for c in view.cards.values() if c.open and suits(c, me, largest_gpu(view.cards.values())) and _ever(me, c)),
         key=lambda c: c.capacity,
     )
-    return wait("memory", f"{_holder(view, blocked)} on {blocked.node}, {gib(blocked.capacity)} are left")
+    held = _holder(view, blocked, pid=True)
+    return wait("memory", f"{held} on {blocked.node}, {gib(blocked.capacity)} are left")
 
 
 def _passed_over(me: Waiting, first: Waiting, node: str) -> Wait:
@@ -338,14 +339,25 @@ def _silent_s(view: FleetView, node: str) -> float:
     return (view.now - view.nodes[node].seen_at).total_seconds()
 
 
-def _holder(view: FleetView, card: Card) -> str:
-    return f"{_whose(view, card)} holds {gib(card.outside)}"
+def _holder(view: FleetView, card: Card, *, pid: bool = False) -> str:
+    """Who holds how much of the card beside our jobs."""
+    others = _others(view, card)
+    if not others:
+        return f"something outside loractl holds {gib(card.outside)}, or did lately"
+    number = f" (pid {others[0]['pid']})" if pid and others[0].get("name") else ""
+    more = f" and {len(others) - 1} more hold" if len(others) > 1 else " holds"
+    return f"{process_name(others[0])}{number}{more} {gib(card.outside)}"
 
 
 def _whose(view: FleetView, card: Card) -> str:
     """The largest of other people's programs on the card, by name."""
-    others = sorted(view.nodes[card.node].outside, key=lambda p: -(p.get("bytes") or 0))
+    others = _others(view, card)
     return process_name(others[0]) if others else "something outside loractl"
+
+
+def _others(view: FleetView, card: Card) -> list[dict[str, Any]]:
+    """Other people's processes on the card, the largest first."""
+    return sorted(view.nodes[card.node].outside, key=lambda p: -(p.get("bytes") or 0))
 
 
 def process_name(process: Mapping[str, object]) -> str:
