@@ -1,0 +1,269 @@
+"""The virtual clock: when jobs start and end, what sharing costs, and that nothing starves under the real rule."""
+
+from __future__ import annotations
+
+import datetime as dt
+import random
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from loractl.common.method import Method
+from loractl.common.policy import (
+    OLDEST_FIRST_AFTER_S,
+    RESERVE_AFTER_S,
+    Card,
+    ListedLine,
+    Need,
+    Occupant,
+    Openings,
+    Waiting,
+    charge,
+    decayed,
+)
+from loractl.common.units import GIB
+from loractl.scheduler.baselines import best_fit, fifo, shortest_first
+from loractl.scheduler.lines import KeptLine
+from loractl.scheduler.replay import Job, PlacementRule, Replay, Rule, replay
+
+START = dt.datetime(2026, 5, 1, tzinfo=dt.UTC)
+HOUR = 3600.0
+SOMEWHERE = frozenset({("room", "2")})
+
+
+def at(seconds: float) -> dt.datetime:
+    return START + dt.timedelta(seconds=seconds)
+
+
+def a_job(
+    job_id: int, arrival: float, gib: float, seconds: float | None, *, user: str = "ada", priority: int = 0
+) -> Job:
+    waiting = Waiting(
+        job_id=job_id,
+        user=user,
+        priority=priority,
+        since=at(arrival),
+        methods=(Method.LORA,),
+        need=Need(lora=int(gib * GIB), qlora=None),
+    )
+    return Job(waiting=waiting, seconds=seconds)
+
+
+def a_card(gib: float = 80, node: str = "a:0", max_jobs: int = 4, running: Sequence[Occupant] = ()) -> Card:
+    return Card(node=node, total=int(gib * GIB), max_jobs=max_jobs, running=tuple(running))
+
+
+def starts(done: Replay) -> dict[int, float]:
+    return {job_id: (run.started - START).total_seconds() for job_id, run in done.runs.items()}
+
+
+def ends(done: Replay) -> dict[int, float | None]:
+    return {
+        job_id: None if run.ended is None else (run.ended - START).total_seconds() for job_id, run in done.runs.items()
+    }
+
+
+# --- the clock ---
+
+
+def test_a_job_starts_when_it_arrives_or_when_there_is_room() -> None:
+    jobs = [a_job(1, 10, 50, 100), a_job(2, 20, 50, 100), a_job(3, 30, 20, 5)]
+    done = replay(jobs, [a_card()], START)
+    assert starts(done) == {1: 10, 3: 30, 2: 110}
+    assert ends(done) == {1: 110, 3: 35, 2: 210}
+    assert [((when - START).total_seconds(), size // GIB) for when, size in done.reserved] == [
+        (0, 0),
+        (10, 50),
+        (30, 70),
+        (35, 50),
+        (110, 50),
+        (210, 0),
+    ]
+
+
+def test_jobs_on_one_card_slow_each_other_by_the_contention() -> None:
+    jobs = [a_job(1, 0, 20, 100), a_job(2, 50, 20, 100)]
+    assert ends(replay(jobs, [a_card()], START)) == {1: 100, 2: 150}
+    # alone until 50, then at half speed both: 1 ends at 150, 2 has 50 left and is alone again
+    assert ends(replay(jobs, [a_card()], START, contention=1.0)) == {1: 150, 2: 200}
+    two_thirds = ends(replay(jobs, [a_card()], START, contention=0.5))
+    assert two_thirds == {1: pytest.approx(125), 2: pytest.approx(175)}
+
+
+def test_it_goes_on_from_what_runs_already() -> None:
+    busy = Occupant(job_id=9, user="bob", reserved=70 * GIB, ends=at(60))
+    endless = Occupant(job_id=8, user="bob", reserved=20 * GIB)
+    cards = [a_card(running=[busy]), a_card(24, "a:1", 1, [endless])]
+    done = replay([a_job(1, -500, 24, None), a_job(2, -400, 80, 10)], cards, START)
+    assert starts(done) == {1: 60}, "without a known duration the first never ends"
+    assert ends(done) == {1: None}
+
+
+def test_an_expected_end_beside_others_is_not_slowed_a_second_time() -> None:
+    running = [Occupant(job_id=n, user="bob", reserved=30 * GIB, ends=at(60)) for n in (8, 9)]
+    done = replay([a_job(1, 0, 80, 10)], [a_card(running=running)], START, contention=1.0)
+    assert starts(done) == {1: 60}
+
+
+def test_it_stops_once_the_job_that_was_asked_for_has_started() -> None:
+    jobs = [a_job(n, 0, 80, 10) for n in range(1, 6)]
+    assert list(replay(jobs, [a_card()], START, until=3).runs) == [1, 2, 3]
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 500), st.integers(1, 80), st.integers(0, 200), st.sampled_from("abc")), max_size=25
+    ),
+    st.sampled_from((PlacementRule, fifo, shortest_first, best_fit)),
+    st.sampled_from((0.0, 0.5, 1.0)),
+)
+def test_every_job_runs_once_and_no_card_is_ever_over_its_size(
+    drawn: list[tuple[int, int, int, str]], make: Callable[[], Rule], contention: float
+) -> None:
+    jobs = [a_job(n, t, gib, s, user=user) for n, (t, gib, s, user) in enumerate(sorted(drawn), start=1)]
+    cards = [a_card(80), a_card(80, "a:1", 1), a_card(24, "a:2", 1)]
+    done = replay(jobs, cards, START, make(), contention=contention)
+    assert set(done.runs) == {job.waiting.job_id for job in jobs}
+    for job in jobs:
+        run = done.runs[job.waiting.job_id]
+        assert run.started >= job.waiting.since
+        assert run.ended is not None
+        assert (run.ended - run.started).total_seconds() >= (job.seconds or 0) - 1e-3
+    for card in cards:
+        here = [run for run in done.runs.values() if run.node == card.node]
+        for moment in {run.started for run in here}:
+            beside = [r for r in here if r.started <= moment and r.ended is not None and moment < r.ended]
+            assert sum(r.reserved for r in beside) <= card.total
+            assert len(beside) <= card.max_jobs
+    assert done.reserved[-1][1] == 0
+
+
+# --- other rules ---
+
+
+def test_fifo_is_blocked_by_its_first_and_takes_whole_cards() -> None:
+    jobs = [a_job(1, 0, 20, 100), a_job(2, 1, 80, 100), a_job(3, 2, 20, 10)]
+    cards = [a_card(80, "a:1"), a_card(24, "a:0", 1)]
+    assert starts(replay([*jobs, a_job(4, 3, 24, 1)], cards, START, fifo())) == {1: 0, 2: 1, 3: 100, 4: 101}
+
+
+def test_shortest_first_and_best_fit_pass_over_what_does_not_fit() -> None:
+    jobs = [a_job(1, 0, 70, 100), a_job(2, 1, 70, 50), a_job(3, 2, 5, 60), a_job(4, 3, 5, 20)]
+    assert starts(replay(jobs, [a_card()], START, shortest_first())) == {1: 0, 4: 100, 2: 120, 3: 170}
+    assert starts(replay(jobs, [a_card()], START, best_fit())) == {1: 0, 3: 2, 4: 3, 2: 100}
+
+
+# --- nothing starves ---
+
+
+def small_jobs(users: str, seconds: float, each_s: float, priority: int = 0) -> Iterable[Job]:
+    """A stream that more than fills two 80 GiB cards for four days."""
+    for n in range(2, int(4 * 24 * HOUR / each_s)):
+        yield a_job(n + 10, n * each_s, 20, seconds, user=users[n % len(users)], priority=priority)
+
+
+def wait_of(large: Job, stream: Iterable[Job], rule: Rule) -> float | None:
+    cards = [a_card(80), a_card(80, "a:1")]
+    done = replay([large, *stream], cards, START, rule, until=large.waiting.job_id)
+    run = done.runs.get(large.waiting.job_id)
+    return None if run is None else (run.started - large.waiting.since).total_seconds()
+
+
+def test_a_large_job_starts_soon_under_an_endless_stream_of_small_ones() -> None:
+    """Seven of eight places are always taken, so that without a reservation no card would ever be empty."""
+    large = a_job(11, 2 * HOUR, 80, HOUR, user="eve")
+    stream = list(small_jobs("abcd", HOUR, HOUR / 7))
+    found = wait_of(large, stream, PlacementRule())
+    assert found is not None
+    assert found <= RESERVE_AFTER_S + 2 * HOUR
+    assert (wait_of(large, stream, best_fit()) or 1e9) > 3 * 24 * HOUR, "else this stream shows nothing"
+
+
+@pytest.mark.parametrize("case", ["over its share", "lower priority"])
+def test_a_large_job_starts_a_day_later_at_worst(case: str) -> None:
+    """However the others are preferred: by their priority, or since its user has had far more than they.
+
+    The stream is more than the cards can take, so that there is always a preferred job that has waited for long.
+    """
+    large = a_job(11, 2 * HOUR, 80, HOUR, user="eve")
+    stream = list(small_jobs("abcdfghi", HOUR, HOUR / 9, priority=1 if case == "lower priority" else 0))
+    rule = PlacementRule({"eve": 1e6} if case == "over its share" else {}, START)
+    found = wait_of(large, stream, rule)
+    assert found is not None
+    assert found <= OLDEST_FIRST_AFTER_S + 2 * HOUR
+
+
+def test_a_job_that_no_card_could_hold_delays_nobody() -> None:
+    impossible = a_job(1, 0, 500, HOUR, user="eve")
+    large = a_job(11, 2 * HOUR, 80, HOUR, user="eve")
+    found = wait_of(large, [impossible, *small_jobs("abcd", HOUR, HOUR / 7)], PlacementRule())
+    assert found is not None
+    assert found <= RESERVE_AFTER_S + 2 * HOUR
+
+
+def test_users_get_like_shares_of_a_busy_card_whatever_they_submit() -> None:
+    greedy = [a_job(n, 0, 80, 600, user="ada") for n in range(1, 200)]
+    modest = [a_job(n, 0, 80, 600, user="bob") for n in range(200, 240)]
+    done = replay([*greedy, *modest], [a_card()], START)
+    first = sorted(done.runs, key=lambda job_id: done.runs[job_id].started)[:60]
+    assert 28 <= sum(job_id >= 200 for job_id in first) <= 32
+
+
+# --- charges ---
+
+
+def test_charges_are_those_that_the_database_would_keep() -> None:
+    rule = PlacementRule()
+    rule.arrived(a_job(1, 0, 10, 2 * HOUR))
+    assert len(rule.starts([a_card()], START)) == 1
+    assert rule.charges(at(60)) == {"ada": pytest.approx(10.0)}, "an hour at least"
+    rule.ended(1, at(2 * HOUR))
+    assert rule.charges(at(2 * HOUR)) == {"ada": pytest.approx(20.0)}
+    rule.arrived(a_job(2, 3 * HOUR, 5, HOUR))
+    rule.starts([a_card()], at(26 * HOUR))
+    assert rule.charges(at(28 * HOUR)) == {"ada": pytest.approx(charge(decayed(20, 26 * HOUR), [(5 * GIB, 2 * HOUR)]))}
+
+
+def test_charges_go_on_from_those_that_were_given() -> None:
+    """What ran before is in them already; it counts on from then."""
+    busy = Occupant(job_id=9, user="bob", reserved=10 * GIB, ends=at(HOUR))
+    rule = PlacementRule({"bob": 7.0, "ada": 1.0}, START, [busy])
+    assert rule.charges(START) == {"bob": pytest.approx(7.0), "ada": pytest.approx(1.0)}
+    rule.ended(9, at(HOUR))
+    assert rule.charges(at(HOUR))["bob"] == pytest.approx(decayed(7.0, HOUR) + 10.0)
+
+
+# --- lines ---
+
+
+@given(st.integers(0, 10**6))
+def test_a_kept_line_gives_the_jobs_of_a_listed_one(seed: int) -> None:
+    """Under any openings that shrink, and after jobs were taken out."""
+    rng = random.Random(seed)
+    kept, jobs = KeptLine(), list[Waiting]()
+    for n in rng.sample(range(100), 30):
+        need = None if rng.random() < 0.1 else rng.randint(1, 90) * GIB
+        requires = rng.choice([frozenset(), SOMEWHERE])
+        job = replace(a_job(n, n, 1, 1).waiting, need=Need(lora=need, qlora=None), requires=requires)
+        kept.add(job)
+        jobs.append(job)
+    for job in rng.sample(jobs, 10):
+        kept.remove(job)
+        jobs.remove(job)
+    listed, reader = ListedLine(sorted(jobs, key=lambda job: job.job_id)), kept.reader()
+    assert kept.first() == min(jobs, key=lambda job: job.job_id)
+    gpu, high, unknown, labels = 60 * GIB, 95 * GIB, True, frozenset({SOMEWHERE, frozenset()})
+    for _ in range(25):
+        gpu, high = rng.randint(gpu * 3 // 4, gpu), rng.randint(60 * GIB, high)
+        unknown = unknown and rng.random() < 0.9
+        labels = labels - {SOMEWHERE} if rng.random() < 0.1 else labels
+        openings = Openings(
+            gpu=gpu,
+            processor=(60 * GIB, high),
+            unknown=unknown,
+            labels=labels,
+        )
+        assert reader.next(openings) == listed.next(openings)
