@@ -451,14 +451,15 @@ class Store:
                 return going
             return ()
 
-    def hold(self, job_id: int, user: str) -> Job:
+    def hold(self, job_id: int, user: str, reason: str = "") -> Job:
         """Keep a waiting job from starting until `retry`. Raises JobNotFound, WrongState."""
+        text = _storable(f"held by {user}: {reason}" if reason else f"held by {user}")
         with self._write() as session:
-            held = _change(job_id, Status.QUEUED).values(held=True, message=f"held by {user}")
+            held = _change(job_id, Status.QUEUED).values(held=True, message=text)
             if not _rows(session, held):
                 job = self._get(session, job_id)
                 raise WrongState(f"job {job_id} is {job.status.value}: only a waiting job can be held")
-            self._event(session, job_id, None, "held", f"held by {user}")
+            self._event(session, job_id, None, "held", text)
             return self._get(session, job_id)
 
     def drain(

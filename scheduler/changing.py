@@ -1,4 +1,4 @@
-"""Commands that change things: cancel, retry, the database, and shell completion."""
+"""Commands that change things: cancel, hold, retry, the database, and shell completion."""
 
 from __future__ import annotations
 
@@ -40,6 +40,19 @@ def retry(job_ids: tuple[int, ...]) -> None:
             wake(settings, job.vram_class)
         except ServiceUnreachable as error:
             click.echo(f"Warning: {error.sentence}\nJob {job_id} starts when the queue is back.", err=True)
+
+
+@click.command()
+@click.argument("job_ids", nargs=-1, required=True, type=int, metavar="JOB...")
+@click.option("--reason", default="", metavar="TEXT", help="Why; status shows it to the others.")
+def hold(job_ids: tuple[int, ...], reason: str) -> None:
+    """Keep waiting jobs from starting until loractl retry."""
+    from .session import open_session
+
+    settings, store = open_session()
+    for job_id in job_ids:
+        store.hold(job_id, settings.user, " ".join(reason.split()))
+        click.echo(f"Job {job_id} is held; loractl retry {job_id} releases it.")
 
 
 @click.group()

@@ -27,6 +27,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "report": ("loractl.scheduler.results:report", "Print a job's evaluation report: base against tuned."),
     "adapters": ("loractl.scheduler.results:adapters", "List the stored adapters, or pull one into a folder."),
     "cancel": ("loractl.scheduler.changing:cancel", "Cancel waiting or running jobs."),
+    "hold": ("loractl.scheduler.changing:hold", "Keep waiting jobs from starting until loractl retry."),
     "retry": ("loractl.scheduler.changing:retry", "Queue failed, cancelled or held jobs again."),
     "why": ("loractl.scheduler.placing:why", "Explain why a job waits, card by card, and when it will start."),
     "plan": ("loractl.scheduler.placing:plan", "Show what a job will need of a card, part by part, before it runs."),
