@@ -418,8 +418,12 @@ def drain(target: str, reason: str, until: str | None, at_once: bool) -> None:
     running = [
         j for j in store.jobs(statuses=[Status.RUNNING]) if j.node == target or (j.node or "").startswith(f"{target}:")
     ]
-    what = "is given back after a checkpoint" if at_once else "runs to its end"
-    left = f"; job {', '.join(str(j.job_id) for j in running)} {what}" if running else ""
+    if len(running) == 1:
+        what = "is given back after a checkpoint" if at_once else "runs to its end"
+    else:
+        what = "are given back after a checkpoint" if at_once else "run to their ends"
+    ids = ", ".join(str(j.job_id) for j in reversed(running))
+    left = f"; job{'s' if len(running) > 1 else ''} {ids} {what}" if running else ""
     click.echo(f"{target} takes no more jobs{left}. End it: loractl undrain {target}")
 
 

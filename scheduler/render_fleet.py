@@ -93,6 +93,8 @@ def why(
     screen: Screen,
 ) -> str:
     """The reason in a sentence, every card, who is ahead, and what would help."""
+    from .waiting import Tier
+
     need = f"for {gib(job.vram_needed)} GiB on one card" if job.vram_needed is not None else "for a card of its own"
     lines = [screen.style(f"{job.job_id} {job.name}", bold=True) + f" waits {need}."]
     lines.append(f"Reason: {screen.style(wait.word, bold=True)}, {plain(wait.sentence)}.")
@@ -100,7 +102,8 @@ def why(
         spread = f" ± {duration(start.spread_s)}" if start.spread_s >= 1 else ""
         lines.append(f"Expected start: {screen.style(clock(start.at, now), bold=True)}{spread} on {start.node}.")
     elif wait.word not in ("never", "next"):
-        lines.append("Expected start: not known: the end of what runs or goes before it is not measured yet.")
+        hangs = ": the end of what runs or goes before it is not measured yet" if wait.tier is Tier.CAPACITY else ""
+        lines.append(f"Expected start: not known{hangs}.")
     if fits:
         best = start.node if start is not None else next((f.node for f in fits if f.when == "now"), None)
         arrow = "→" if screen.unicode else ">"
