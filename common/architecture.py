@@ -100,9 +100,19 @@ class Shape:
     norms_per_block: int = 2  # over the hidden size
     head_norms: bool = False  # norms on queries and keys
     gated: bool = True  # the MLP multiplies an activated gate with a second projection
-    rotary: bool = True
     attention: Literal["sdpa", "eager"] = "sdpa"  # what transformers takes where nothing is asked for
     softcaps: bool = False  # tanh caps on attention scores and logits (Gemma 2)
+    alibi: bool = False  # positions as a mask of every head's own (Falcon)
+
+    @property
+    def fused_qkv(self) -> bool:
+        """Queries, keys and values are slices of one layer's output, rotated where positions are rotary."""
+        return self.family in ("phi3", "gpt_neox") or (self.family == "falcon" and not self.alibi)
+
+    @property
+    def single_key(self) -> bool:
+        """One key head for all, left to torch to spread (Falcon's multi-query attention)."""
+        return self.family == "falcon" and self.kv_heads == 1 and self.heads > 1
 
     @property
     def layers(self) -> int:
@@ -298,7 +308,6 @@ def _gpt2(config: Config) -> Shape:
         outside=2 * hidden + int(config["n_positions"]) * hidden,
         norm="layer",
         gated=False,
-        rotary=False,
     )
 
 
@@ -326,10 +335,8 @@ def _falcon(config: Config) -> Shape:
     hidden, layers, heads = (int(config[key]) for key in ("hidden_size", "num_hidden_layers", "num_attention_heads"))
     head_dim, bias = hidden // heads, bool(config.get("bias", False))
     new, parallel = bool(config.get("new_decoder_architecture")), bool(config.get("parallel_attn", True))
-    if new:
-        kv_heads = int(config.get("num_kv_heads") or heads)
-    else:
-        kv_heads = 1 if config.get("multi_query", True) else heads
+    shared = 1 if config.get("multi_query", True) else heads
+    kv_heads = int(config.get("num_kv_heads") or heads) if new else shared
     ffn = int(config.get("ffn_hidden_size") or 4 * hidden)
     linears = _fused_block(
         "self_attention", hidden, (heads + 2 * kv_heads) * head_dim, ffn, bias, mlp_bias=bias, quantised=False
@@ -348,7 +355,7 @@ def _falcon(config: Config) -> Shape:
         norm="layer",
         norms_per_block=2 if two else 1,
         gated=False,
-        rotary=not config.get("alibi", False),
+        alibi=bool(config.get("alibi", False)),
     )
 
 

@@ -1,138 +1,505 @@
-"""The memory plan: a training's peak in device memory, predicted from the model's config.json alone.
+"""The memory plan: a training's peak in device memory, part by part, from the model's config.json and the job alone.
 
-Counts a decoder-only transformer of the Llama kind (Llama, Mistral, Qwen2, SmolLM and their relatives). For a config
-that it does not know it returns None and the job is tried where anything fits: a guess would be worse than no number.
+It follows the recipe as it runs (worker/model.py, worker/train.py): transformers' Trainer under bf16 autocast, peft's
+LoRA layers, bitsandbytes' NF4. What each operator keeps for the backward pass was read from a traced step
+(worker/trace.py), which is also what the plan is tested against; no number is fitted to measured runs.
+docs/memory-plan.md has the formulas in one place.
 """
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Literal
 
+from .architecture import Block, Experts, Linear, Shape, read_shape
 from .policy import Need
 from .spec import JobSpec, Method
 
-NF4_BYTES = 0.5 + (1 / 64) + 4 / (64 * 256)
-"""Bytes per NF4 weight with double quantisation: 4 bit, an 8-bit absmax per 64, a 32-bit one per 256 of those
-(QLoRA, arXiv:2305.14314, section 3; bitsandbytes' block sizes)."""
+MIB = 2**20
 
-ADAPTER_BYTES = 16
-"""Bytes per LoRA parameter: fp32 weight and gradient (peft keeps adapters in fp32) and AdamW's two fp32 moments."""
+CONTEXT_BYTES = 500 * MIB
+"""A CUDA context with its kernels and cuBLAS workspaces: 0.15 GiB (T4) to 0.5 GiB (A100, H100); the upper end."""
 
-ADAPTER_BYTES_8BIT = 4 + 4 + 2
-"""The same with 8-bit AdamW: two moments of one byte each."""
+MARGIN_SHARE = 0.05
+"""Share of what the training allocates that is kept free on top. The caching allocator's reserved over allocated
+memory differs between runs of one plan by a few percent: free blocks that are too small for the next tensor."""
 
-CONTEXT_BYTES = 500 * 2**20
-"""A CUDA context with cuBLAS workspaces: 0.15 to 0.5 GiB by card; the upper end."""
+SEGMENT_BYTES = 20 * MIB
+"""Smaller tensors share segments of this size (kLargeBuffer in c10/cuda/CUDACachingAllocator): on average half of the
+last one of each pool stays empty."""
 
-ALLOCATOR_SLACK = 0.10
-"""What the caching allocator reserves beyond what is allocated: at least 8% in published runs."""
+LOSS_BYTES = 12
+"""Bytes per logit where the loss is at its peak: the log-softmax kept in fp32, its gradient, and the logits' gradient
+(transformers' ForCausalLMLoss casts logits to fp32; the 16-bit ones are freed before the backward pass)."""
+
+EVALUATED_LOGIT_BYTES = 12
+"""Bytes per held-out logit: the fp32 copy that accelerate makes, the learned positions' copy, their log-softmax
+(worker/evaluate.py)."""
+
+BLOCK_8BIT = 256
+"""Values that share one fp32 scale in bitsandbytes' 8-bit optimizers."""
+
+SMALLEST_8BIT = 4096
+"""Tensors with fewer elements keep 32-bit state in them (bitsandbytes, min_8bit_size)."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shape:
-    """What the plan needs to know of a model."""
+class Lengths:
+    """The longest rows in tokens after tokenising: of those to train on, and of those held out."""
 
-    hidden: int
-    layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    ffn: int
-    vocab: int
-    tied: bool
+    train: int
+    evaluate: int
 
-    @property
-    def linear_per_layer(self) -> list[tuple[int, int]]:
-        """(in, out) of each linear layer in one block: q, k, v, o, gate, up, down."""
-        q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        return [
-            (self.hidden, q),
-            (self.hidden, kv),
-            (self.hidden, kv),
-            (q, self.hidden),
-            (self.hidden, self.ffn),
-            (self.hidden, self.ffn),
-            (self.ffn, self.hidden),
-        ]
 
-    @property
-    def linear_parameters(self) -> int:
-        return self.layers * sum(a * b for a, b in self.linear_per_layer)
+@dataclass(frozen=True, kw_only=True)
+class Stack:
+    """How a training runs where no key of the spec says so. The defaults are those of this project's worker."""
+
+    attention: Literal["sdpa", "eager"] | None = None  # None: what transformers takes for the architecture
+    autocast: bool = True  # False: a loop without it, which computes adapters in fp32
+    keeps_logits: bool = False  # True: a loop that holds the model's output during the backward pass
+    double_quant: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Bytes by part at the training's peak, and a word on each."""
+
+    method: Method
+    parts: dict[str, int]
+    margin_bytes: int
+    notes: dict[str, str]
 
     @property
-    def other_parameters(self) -> int:
-        """Embeddings, output head when it is not tied, norms: what NF4 leaves alone."""
-        return self.vocab * self.hidden * (1 if self.tied else 2) + (2 * self.layers + 1) * self.hidden
+    def peak_bytes(self) -> int:
+        return sum(self.parts.values())
+
+    @property
+    def tensor_bytes(self) -> int:
+        """What the training allocates: without the CUDA context and what the allocator can't use."""
+        return self.peak_bytes - self.parts["context"] - self.parts["allocator"]
+
+    @property
+    def need_bytes(self) -> int:
+        """What a card must have free."""
+        return self.peak_bytes + self.margin_bytes
 
 
-_LLAMA_KIND = {"llama", "mistral", "qwen2", "qwen3", "gemma", "smollm3", "granite", "olmo2"}
+@dataclass(frozen=True, kw_only=True)
+class Fit:
+    """The largest values that fit, each with the job's other key as it is; None where nothing fits."""
+
+    micro_batch: int | None
+    max_length: int | None
 
 
-def read_shape(model_folder: Path) -> Shape | None:
-    """The shape in a folder's config.json; None when there is none or its kind is not known."""
-    try:
-        config: Any = json.loads((model_folder / "config.json").read_text())
-    except (OSError, ValueError):
-        return None
-    if not isinstance(config, dict) or config.get("model_type") not in _LLAMA_KIND:
-        return None
-    try:
-        heads, hidden = int(config["num_attention_heads"]), int(config["hidden_size"])
-        return Shape(
-            hidden=hidden,
-            layers=int(config["num_hidden_layers"]),
-            heads=heads,
-            kv_heads=int(config.get("num_key_value_heads") or heads),
-            head_dim=int(config.get("head_dim") or hidden // heads),
-            ffn=int(config["intermediate_size"]),
-            vocab=int(config["vocab_size"]),
-            tied=bool(config.get("tie_word_embeddings", False)),
-        )
-    except (KeyError, TypeError, ValueError, ZeroDivisionError):
-        return None
-
-
-def plan(shape: Shape, spec: JobSpec, method: Method) -> dict[str, int]:
-    """Bytes by part at the training's peak, for a GPU (bf16 compute, gradient checkpointing unless refused)."""
-    quantised = method is Method.QLORA
-    tokens = spec.training.per_device_train_batch_size * spec.dataset.max_length
-    eval_tokens = spec.evaluation.per_device_eval_batch_size * spec.dataset.max_length
-    weights = (
-        shape.linear_parameters * NF4_BYTES + shape.other_parameters * 4  # kbit preparation casts the rest to fp32
-        if quantised
-        else (shape.linear_parameters + shape.other_parameters) * 2
-    )
-    paged = spec.training.optim == "paged_adamw_8bit" or (spec.training.optim == "auto" and quantised)
-    eight_bit = paged or spec.training.optim == "adamw_8bit"
-    adapter = _adapter_parameters(shape, spec) * (ADAPTER_BYTES_8BIT if eight_bit else ADAPTER_BYTES)
-    # One block's saved tensors, in 16 bit: about 12 of the hidden size, q and o, k and v, and 3 of the MLP's width.
-    block = (
-        tokens
-        * 2
-        * (12 * shape.hidden + 3 * shape.heads * shape.head_dim + shape.kv_heads * shape.head_dim + 3 * shape.ffn)
-    )
-    stored = tokens * shape.hidden * (4 if quantised else 2) * shape.layers
-    activations = shape.layers * block if spec.training.gradient_checkpointing is False else stored + block
-    # The loss holds 16-bit and fp32 logits, their softmax and the gradient: 14 bytes an element, 16 on an fp32 head.
-    # Evaluation holds the logits once, in fp32 on an fp32 head, and a copy of the learned ones.
-    logits = shape.vocab * max(tokens * (16 if quantised else 14), eval_tokens * (8 if quantised else 4))
-    parts = {"weights": weights, "adapter_and_optimizer": adapter, "activations": activations, "logits": logits}
-    allocated = sum(parts.values())
-    parts["context_and_slack"] = CONTEXT_BYTES + ALLOCATOR_SLACK * allocated
-    return {name: int(size) for name, size in parts.items()}
-
-
-def predict(spec: JobSpec) -> Need:
-    """The job's need by method; unknown where the base model is not a folder here, or its kind is not known."""
-    shape = read_shape(Path(spec.base_model))
+def predict(spec: JobSpec, lengths: Lengths | None = None) -> Need:
+    """The job's need by method; unknown where the base model is not here, or its architecture is not known."""
+    shape = read_shape(spec.base_model)
     if shape is None:
         return Need(lora=None, qlora=None)
-    return Need(lora=sum(plan(shape, spec, Method.LORA).values()), qlora=sum(plan(shape, spec, Method.QLORA).values()))
+    lora, qlora = (plan(shape, spec, method, lengths).need_bytes for method in (Method.LORA, Method.QLORA))
+    return Need(lora=lora, qlora=qlora)
 
 
-def _adapter_parameters(shape: Shape, spec: JobSpec) -> int:
-    """r (in + out) for each adapted layer; named target modules are counted as if all were named."""
-    return shape.layers * sum(spec.lora.r * (a + b) for a, b in shape.linear_per_layer)
+def plan(
+    shape: Shape, spec: JobSpec, method: Method, lengths: Lengths | None = None, *, stack: Stack | None = None
+) -> Plan:
+    """The plan of a job on a GPU. Without `lengths` every row is taken to be dataset.max_length tokens long.
+
+    The peak is the largest of four moments: the loss, the backward pass through one block, the optimizer's step, and
+    the evaluation of one held-out row (larger batches of it are halved where they don't fit).
+    """
+    stack = stack or Stack()
+    run = _Run.of(shape, spec, method, lengths, stack)
+    weights = weight_bytes(shape, method, double_quant=stack.double_quant)
+    tensors = list(adapter_tensors(shape, spec))
+    adapter = 4 * sum(size * count for size, count in tensors)  # peft keeps them in fp32 (autocast_adapter_dtype)
+    state = sum(count * state_bytes(optimizer_name(spec, method), size) for size, count in tensors)
+    held = weights + 2 * adapter + state  # gradients stay from one micro-batch of a step to the next
+
+    blocks = [(_block(shape, block, run), block.count) for block in shape.blocks if block.text]
+    stored = _stored(shape, blocks, run)
+    if run.keeps_logits:
+        stored += run.tokens * shape.vocab * (2 if run.autocast else run.wide)
+    ends = _loss(shape, run)
+    at_loss = stored + ends
+    at_block = stored + max(cost.peak(run.checkpoints) for cost, _ in blocks)
+    at_step = _step_bytes(optimizer_name(spec, method), adapter, tensors)
+    training = max(at_loss, at_block, at_step)
+    # Blocks of the forward pass that are cached when the loss asks for tensors larger than any of them.
+    unusable = max(0, max(at_loss + max(cost.forward for cost, _ in blocks), at_block, at_step) - training)
+
+    logits = ends if at_loss >= max(at_block, at_step) else 0
+    step = at_step if at_step > max(at_loss, at_block) else 0
+    parts = {
+        "weights": weights,
+        "adapter": adapter,
+        "gradients": adapter,
+        "optimizer": state + step,
+        "activations": training - logits - step,
+        "logits": logits,
+        "evaluation": max(0, _evaluation(shape, spec, run) - adapter - training),
+        "context": CONTEXT_BYTES,
+        "allocator": unusable + SEGMENT_BYTES,
+    }
+    parts = {name: int(size) for name, size in parts.items()}
+    margin = int(MARGIN_SHARE * (held + training))
+    return Plan(method=method, parts=parts, margin_bytes=margin, notes=_notes(shape, spec, run, logits > 0))
+
+
+def largest_fit(shape: Shape, spec: JobSpec, method: Method, limit: int, lengths: Lengths | None = None) -> Fit:
+    """The largest micro-batch at the job's length, and the largest max_length at its micro-batch, in `limit` bytes.
+
+    A max_length beyond the longest row changes nothing, so it is sought as if rows of any length were there.
+    """
+
+    def batch_fits(size: int) -> bool:
+        training = spec.training.model_copy(update={"per_device_train_batch_size": size})
+        return plan(shape, spec.model_copy(update={"training": training}), method, lengths).need_bytes <= limit
+
+    def length_fits(size: int) -> bool:
+        dataset = spec.dataset.model_copy(update={"max_length": size})
+        return plan(shape, spec.model_copy(update={"dataset": dataset}), method).need_bytes <= limit
+
+    return Fit(micro_batch=_largest(batch_fits, 1), max_length=_largest(length_fits, 8))
+
+
+def weight_bytes(shape: Shape, method: Method, *, double_quant: bool = True) -> int:
+    """The base's bytes: 16 bit for LoRA; for QLoRA NF4 where bitsandbytes quantises, and fp32 for all the rest
+    (peft's prepare_model_for_kbit_training casts every 16-bit parameter)."""
+    if method is not Method.QLORA:
+        return 2 * shape.parameters
+    layers = [(layer, block.count) for block in shape.blocks for layer in block.linears if layer.quantised]
+    packed = sum(count * nf4_bytes(layer.weights, double_quant=double_quant) for layer, count in layers)
+    return packed + 4 * shape.other_parameters
+
+
+def nf4_bytes(weights: int, *, double_quant: bool = True) -> int:
+    """Bytes of one NF4 layer: 4 bit a weight; per 64 weights a scale, in 8 bit with an fp32 one per 256 of those
+    (QLoRA, arXiv:2305.14314, section 3); the tables of both codes and the offset."""
+    blocks = -(-weights // 64)
+    packed = -(-weights // 2)
+    if not double_quant:
+        return packed + 4 * blocks + 16 * 4
+    return packed + blocks + 4 * -(-blocks // 256) + (16 + 256) * 4 + 4
+
+
+def adapter_tensors(shape: Shape, spec: JobSpec) -> Iterator[tuple[int, int]]:
+    """(elements, how often) of every trained tensor."""
+    r, targets = spec.lora.r, spec.lora.target_modules
+    for layer, count in shape.adapted(targets):
+        yield r * layer.inputs, count
+        yield r * layer.outputs, count
+    for block in shape.blocks:
+        if block.experts and block.experts.adapted and targets == "all-linear":
+            yield block.experts.adapter_parameters(r), block.count
+
+
+def optimizer_name(spec: JobSpec, method: Method) -> str:
+    """The optimizer that the worker takes for a job on a GPU."""
+    if spec.training.optim != "auto":
+        return spec.training.optim
+    return "paged_adamw_8bit" if method is Method.QLORA else "adamw_torch"
+
+
+def state_bytes(optimizer: str, elements: int) -> int:
+    """An optimizer's state for one tensor. Paged state counts in full: it is on the card while it is used."""
+    if optimizer in ("adamw_torch", "paged_adamw_32bit"):
+        return 8 * elements  # two fp32 moments (arXiv:1412.6980)
+    if optimizer in ("adamw_8bit", "paged_adamw_8bit"):
+        if elements < SMALLEST_8BIT:
+            return 8 * elements
+        return 2 * (elements + 4 * -(-elements // BLOCK_8BIT))  # arXiv:2110.02861
+    return 0  # sgd without momentum; adafactor's row and column sums are a few kilobytes (arXiv:1804.04235)
+
+
+def checkpoints_activations(spec: JobSpec) -> bool:
+    """Whether blocks are recomputed in the backward pass; on a GPU they are unless the job refuses."""
+    return spec.training.gradient_checkpointing is not False
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Run:
+    """The numbers of one plan that everything below looks at."""
+
+    batch: int
+    length: int
+    evaluated: int  # length of the longest held-out row
+    quantised: bool  # QLoRA
+    checkpoints: bool
+    dropout: bool
+    r: int
+    targets: Literal["all-linear"] | list[str]
+    eager: bool
+    autocast: bool
+    keeps_logits: bool
+
+    @classmethod
+    def of(cls, shape: Shape, spec: JobSpec, method: Method, lengths: Lengths | None, stack: Stack) -> _Run:
+        return cls(
+            batch=spec.training.per_device_train_batch_size,
+            length=lengths.train if lengths else spec.dataset.max_length,
+            evaluated=lengths.evaluate if lengths else spec.dataset.max_length,
+            quantised=method is Method.QLORA,
+            checkpoints=checkpoints_activations(spec),
+            dropout=spec.lora.lora_dropout > 0,
+            r=spec.lora.r,
+            targets=spec.lora.target_modules,
+            eager=(stack.attention or shape.attention) == "eager",
+            autocast=stack.autocast,
+            keeps_logits=stack.keeps_logits,
+        )
+
+    @property
+    def tokens(self) -> int:
+        return self.batch * self.length
+
+    @property
+    def padded(self) -> bool:
+        """Rows of one batch differ in length, so attention needs a mask; a single row needs none."""
+        return self.batch > 1
+
+    @property
+    def wide(self) -> int:
+        """Bytes per element of the residual stream, which takes the norms' and embeddings' type."""
+        return 4 if self.quantised else 2
+
+    @property
+    def factor_input(self) -> int:
+        """Bytes per element of what a LoRA layer's first factor keeps: autocast's 16-bit copy, else fp32."""
+        return 2 if self.autocast else 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Cost:
+    """Bytes of one transformer block."""
+
+    saved: float  # kept from its forward to its backward pass
+    working: float  # on top of that where it is worst
+    forward: float  # the working set of a forward pass that keeps nothing
+
+    def __add__(self, other: _Cost) -> _Cost:
+        """Two parts that run one after the other."""
+        return _Cost(
+            saved=self.saved + other.saved,
+            working=max(self.working, other.working),
+            forward=max(self.forward, other.forward),
+        )
+
+    def peak(self, recomputed: bool) -> float:
+        return self.working + (self.saved if recomputed else 0)
+
+
+def _stored(shape: Shape, blocks: list[tuple[_Cost, int]], run: _Run) -> float:
+    """What the forward pass leaves for the backward pass: the blocks' inputs, or all that they keep."""
+    mask = 0
+    if run.eager or run.padded or shape.alibi:  # one for all blocks
+        mask = run.batch * run.length**2 * (run.wide * shape.heads if shape.alibi else run.wide if run.eager else 1)
+    if run.checkpoints:
+        return mask + shape.layers * run.tokens * shape.hidden * run.wide
+    return mask + sum(count * cost.saved for cost, count in blocks)
+
+
+def _block(shape: Shape, block: Block, run: _Run) -> _Cost:
+    """One block's activations, part by part as its operators keep them.
+
+    Its backward pass begins with the MLP, so what the MLP kept is gone when attention's turn comes.
+    """
+    tokens, adapted = run.tokens, _adapted(shape, block, run)
+    norms = 4 * shape.hidden * _norms(shape, run)
+    if shape.head_norms:
+        norms += 4 * _q(shape) + 4 * _kv(shape)
+    casts = 2 * sum(run.r * (layer.inputs + layer.outputs) for layer in adapted) if run.autocast else 0
+    copies = sum(2 * layer.weights for layer in block.linears if not layer.quantised) if run.quantised else 0
+    attention = _attention(shape, run)
+    feed_forward = _mlp(shape, block, run) + _experts(block.experts, run)
+    inner = _factor_bytes([layer for layer in adapted if layer.name.startswith("mlp.")], run)
+    outer = _factor_bytes([layer for layer in adapted if not layer.name.startswith("mlp.")], run)
+    later = feed_forward.saved + tokens * inner
+    saved = tokens * (norms + outer) + casts + copies + attention.saved + later
+    around = tokens * _around(shape, run)
+    return _Cost(
+        saved=saved,
+        working=around + max(feed_forward.working, attention.working - later),
+        forward=around + max(feed_forward.forward, attention.forward),
+    )
+
+
+def _around(shape: Shape, run: _Run) -> float:
+    """Bytes a token of the hidden size that are alive around the busiest layer: the norm's output, the layer's own,
+    the residual between, the gradient on its way back. LayerNorm computes in fp32 under autocast."""
+    normed = 4 if shape.norm == "layer" or run.quantised else 2
+    parallel = shape.norms_per_block if shape.family in ("gpt_neox", "falcon") else 1
+    return shape.hidden * ((6 if run.quantised else 8) + normed * parallel)
+
+
+def _adapted(shape: Shape, block: Block, run: _Run) -> list[Linear]:
+    return [layer for layer, _ in replace(shape, blocks=(block,)).adapted(run.targets)]
+
+
+def _factor_bytes(layers: list[Linear], run: _Run) -> float:
+    """Bytes a token that LoRA layers keep: the first factor's input, dropout's mask, the second factor's input.
+
+    Where an input is in fp32 already and neither cast nor dropped out, layers that read the same one share it.
+    """
+    second = run.factor_input * run.r * len(layers)
+    if run.quantised and not run.autocast and not run.dropout:
+        return second + sum({layer.inputs: 4 * layer.inputs for layer in layers}.values())
+    return second + sum(layer.inputs * (run.factor_input + (1 if run.dropout else 0)) for layer in layers)
+
+
+def _norms(shape: Shape, run: _Run) -> int:
+    """Norms of a block that keep an fp32 input of their own. In fp32 the residual itself is that input, and the two
+    norms of a parallel block share it."""
+    parallel = shape.family in ("gpt_neox", "falcon") and run.quantised
+    return 1 if parallel else shape.norms_per_block
+
+
+def _attention(shape: Shape, run: _Run) -> _Cost:
+    """Queries, keys, values and what the kernel keeps of them, and its output. Fused kernels keep a log-sum a head
+    (FlashAttention, arXiv:2205.14135); the eager one keeps every score, and so does torch's fallback (math)."""
+    q, kv, tokens = _q(shape), _kv(shape), run.tokens
+    scores = run.batch * shape.heads * run.length**2
+    size = 2 if run.autocast or not run.quantised else 4
+    gradients = tokens * size * 2 * q
+    if shape.single_key:  # torch has no fused kernel for one key head and computes in fp32
+        softmax = _softmax(scores, 4, copied=False)
+        return replace(softmax, saved=softmax.saved + tokens * 4 * 3 * q, working=softmax.working + 2 * gradients)
+    repeated = run.padded or run.eager or shape.family == "falcon"  # keys and values, once for every head
+    k = v = q if repeated else kv
+    if shape.fused_qkv and not run.quantised and (kv == q or not repeated):
+        v = q + 2 * kv  # a view, which keeps all of the fused layer's output
+    kept = tokens * size * (q + k + v)
+    if run.eager:
+        softmax = _softmax(scores, run.wide, copied=size == 2)
+        capped = size * scores if shape.softcaps else 0
+        return replace(softmax, saved=softmax.saved + kept + capped, working=softmax.working + gradients)
+    mask = run.batch * run.length**2 * size if run.padded else 0
+    if shape.alibi and run.quantised:
+        mask = scores * size  # the shared fp32 mask, cast in every block
+    saved = kept + tokens * (size * q + 4 * shape.heads) + mask
+    return _Cost(saved=saved, working=2 * gradients + 2 * mask, forward=gradients + 2 * mask)
+
+
+def _softmax(scores: int, size: int, *, copied: bool) -> _Cost:
+    """Scores of `size` bytes that are kept: their softmax in fp32, and its 16-bit copy for the product with the values.
+
+    CUDA's backward pass holds the gradient, gradient times output, and the result beside the output; the copy is gone
+    by then (aten/src/ATen/native/cuda/SoftMax.cu, softmax_backward_cuda_out).
+    """
+    copy = 2 if copied else 0
+    return _Cost(saved=scores * (4 + copy), working=scores * (4 + 4 + size - copy), forward=scores * (4 + size))
+
+
+def _mlp(shape: Shape, block: Block, run: _Run) -> _Cost:
+    """A dense MLP: gate, up and the activated gate, or the input of an activation alone."""
+    down = [layer for layer in block.linears if layer.name.startswith("mlp.") and layer.outputs == shape.hidden]
+    if not down:
+        return _NOTHING
+    f, tokens = max(layer.inputs for layer in down), run.tokens
+    size = run.wide if any(layer.quantised for layer in block.linears) else 2
+    if shape.gated:
+        kept = 3 * size
+    elif shape.family == "gpt2":  # gelu_new is written out: the cube's input, the sum, tanh, and half the input
+        kept = 16 if run.quantised else 14
+    else:
+        kept = size
+    working = size  # the down layer's input
+    if any(layer in down for layer in _adapted(shape, block, run)):
+        working += 4 if size == 2 and run.autocast else 0  # peft's fp32 copy of it
+        working += 4 if run.dropout and run.autocast else 0
+    else:
+        working = max(working, 2 * size)  # the gradients of both factors of the product
+    return _Cost(saved=tokens * kept * f, working=tokens * working * f, forward=tokens * (kept + working) * f)
+
+
+def _experts(experts: Experts | None, run: _Run) -> _Cost:
+    """Fused experts: a token's row once for each chosen expert; adapted ones add a merged copy of all weights, and
+    the gradient of the down projection's share of it (peft's ParamWrapper)."""
+    if experts is None:
+        return _NOTHING
+    adapted = experts.adapted and run.targets == "all-linear"
+    rows, size, h, f = run.tokens * experts.chosen, run.wide, experts.hidden, experts.ffn
+    saved = rows * size * (3 * f + h + (f + h if adapted else 0))
+    merged = size * experts.weights if adapted else 0
+    working = rows * size * (f + h) + merged / 3
+    return _Cost(saved=saved + merged, working=working, forward=rows * size * (4 * f + 2 * h) + merged)
+
+
+_NOTHING = _Cost(saved=0, working=0, forward=0)
+
+
+def _loss(shape: Shape, run: _Run) -> float:
+    """The last norm, the logits and their loss, and the 16-bit copy of an fp32 head that autocast keeps."""
+    logit = LOSS_BYTES + (2 if shape.softcaps else 0)
+    head = 2 * shape.embedding if run.quantised and run.autocast else 0
+    return run.tokens * (4 * shape.hidden + shape.vocab * logit) + head
+
+
+def _step_bytes(optimizer: str, adapter: int, tensors: list[tuple[int, int]]) -> float:
+    """What the optimizer's step takes for itself: torch's AdamW works on all tensors at once and holds a root of the
+    second moments; bitsandbytes' kernels work in place; adafactor squares one gradient after the other."""
+    if optimizer == "adamw_torch":
+        return adapter
+    return 8 * max(size for size, _ in tensors) if optimizer == "adafactor" else 0
+
+
+def _evaluation(shape: Shape, spec: JobSpec, run: _Run) -> float:
+    """Scoring one held-out row, or answering it with a cache of keys and values; gradients are gone by then."""
+    one = replace(run, batch=1, length=run.evaluated)
+    working = max(_block(shape, block, one).forward for block in shape.blocks if block.text)
+    head = 2 * shape.embedding if run.quantised and run.autocast else 0
+    scored = run.evaluated * shape.vocab * EVALUATED_LOGIT_BYTES + head
+    if spec.evaluation.samples == 0:
+        return max(scored, working)
+    cached = (run.evaluated + spec.evaluation.max_new_tokens) * 2 * _kv(shape) * run.wide  # autocast is off there
+    return max(scored, working + (shape.layers + 1) * cached)
+
+
+def _notes(shape: Shape, spec: JobSpec, run: _Run, at_loss: bool) -> dict[str, str]:
+    method = Method.QLORA if run.quantised else Method.LORA
+    trained = sum(size * count for size, count in adapter_tensors(shape, spec))
+    optimizer = optimizer_name(spec, method)
+    rows = f"{run.batch} x {run.length} tokens"
+    weights = "bf16"
+    if run.quantised:
+        weights = f"nf4, {_count(shape.other_parameters)} in fp32" if shape.linear_parameters else "fp32: no nf4 here"
+    freed = "" if at_loss else ", freed before the peak"
+    return {
+        "weights": f"{_count(shape.parameters)} parameters, {weights}",
+        "adapter": f"{_count(trained)} trained, fp32",
+        "gradients": "fp32",
+        "optimizer": optimizer,
+        "activations": f"{rows}, {'checkpointing' if run.checkpoints else 'no checkpointing'}",
+        "logits": f"{shape.vocab:,} words, fp32{freed}".replace(",", " ", shape.vocab // 1000 > 0),
+        "evaluation": f"rows of {run.evaluated} tokens, beyond what training holds",
+        "context": "CUDA, cuBLAS",
+        "allocator": "cached blocks that the loss can't use",
+    }
+
+
+def _count(parameters: int) -> str:
+    return f"{parameters / 1e9:.2f} B" if parameters >= 1e9 else f"{parameters / 1e6:.1f} M"
+
+
+def _q(shape: Shape) -> int:
+    return shape.heads * shape.head_dim
+
+
+def _kv(shape: Shape) -> int:
+    return shape.kv_heads * shape.head_dim
+
+
+def _largest(fits: Callable[[int], bool], least: int) -> int | None:
+    """The largest number for which a monotone condition holds, by doubling and halving; None if `least` is too much."""
+    if not fits(least):
+        return None
+    low, high = least, 2 * least
+    while high < 2**24 and fits(high):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
