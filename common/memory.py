@@ -15,6 +15,7 @@ from typing import Literal
 from .architecture import Block, Experts, Linear, Shape, read_shape
 from .policy import Need
 from .spec import JobSpec, Method
+from .units import thousands
 
 MIB = 2**20
 
@@ -128,12 +129,12 @@ def plan(
     at_block = stored + max(cost.peak(run.checkpoints) for cost, _ in blocks)
     at_step = _step_bytes(optimizer_name(spec, method), adapter, tensors)
     training = max(at_loss, at_block, at_step)
-    # Blocks of the forward pass that are cached when the loss asks for tensors larger than any of them.
-    unusable = max(0, max(at_loss + max(cost.forward for cost, _ in blocks), at_block, at_step) - training)
+    reserved = max(at_loss + max(cost.forward for cost, _ in blocks), at_block + _too_small(shape, run, ends), at_step)
+    unusable = max(0.0, reserved - training)
 
     logits = ends if at_loss >= max(at_block, at_step) else 0
     step = at_step if at_step > max(at_loss, at_block) else 0
-    parts = {
+    sizes = {
         "weights": weights,
         "adapter": adapter,
         "gradients": adapter,
@@ -144,7 +145,7 @@ def plan(
         "context": CONTEXT_BYTES,
         "allocator": unusable + SEGMENT_BYTES,
     }
-    parts = {name: int(size) for name, size in parts.items()}
+    parts = {name: int(size) for name, size in sizes.items()}
     margin = int(MARGIN_SHARE * (held + training))
     return Plan(method=method, parts=parts, margin_bytes=margin, notes=_notes(shape, spec, run, logits > 0))
 
@@ -438,6 +439,14 @@ def _loss(shape: Shape, run: _Run) -> float:
     return run.tokens * (4 * shape.hidden + shape.vocab * logit) + head
 
 
+def _too_small(shape: Shape, run: _Run, ends: float) -> float:
+    """What the loss leaves cached that the backward pass can't use. The allocator splits a free block for a smaller
+    tensor, but never joins two for a larger one: scores that are larger than logits need memory of their own, as the
+    loss needs in front of blocks that were cached while the forward pass ran."""
+    keeps_scores = run.eager or shape.single_key
+    return ends if keeps_scores and run.batch * shape.heads * run.length**2 > run.tokens * shape.vocab else 0.0
+
+
 def _step_bytes(optimizer: str, adapter: int, tensors: list[tuple[int, int]]) -> float:
     """What the optimizer's step takes for itself: torch's AdamW works on all tensors at once and holds a root of the
     second moments; bitsandbytes' kernels work in place; adafactor squares one gradient after the other."""
@@ -473,7 +482,7 @@ def _notes(shape: Shape, spec: JobSpec, run: _Run, at_loss: bool) -> dict[str, s
         "gradients": "fp32",
         "optimizer": optimizer,
         "activations": f"{rows}, {'checkpointing' if run.checkpoints else 'no checkpointing'}",
-        "logits": f"{shape.vocab:,} words, fp32{freed}".replace(",", " ", shape.vocab // 1000 > 0),
+        "logits": f"{thousands(shape.vocab)} words, fp32{freed}",
         "evaluation": f"rows of {run.evaluated} tokens, beyond what training holds",
         "context": "CUDA, cuBLAS",
         "allocator": "cached blocks that the loss can't use",
