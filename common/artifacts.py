@@ -7,9 +7,12 @@ sha256. Whatever has no manifest does not exist. Names are made here, never from
 from __future__ import annotations
 
 import contextlib
+import datetime as dt
 import hashlib
 import json
 import os
+import re
+import shutil
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,6 +26,17 @@ from .settings import Settings, redacted
 MANIFEST = "manifest.json"
 _BLOCK = 1 << 20
 
+FRESH_S = 3600.0
+"""A data set that was stored longer ago is dated anew by the next submit: loractl gc goes by that date, and must not
+take what a job that is just being submitted will name."""
+
+_HOLDING = re.compile(
+    r"(jobs/[1-9]\d{0,17}/(?:attempt-[1-9]\d{0,8}|checkpoints)|datasets/[0-9a-f]{64}(?:\.\w{1,16})?(?:\.part-\d+)?)"
+    r"(?:/.*)?",
+    re.ASCII | re.DOTALL,
+)
+"""The names that are made here. Nothing else is listed, and nothing else removed."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class StoredFile:
@@ -30,6 +44,15 @@ class StoredFile:
 
     size: int  # bytes
     sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Holding:
+    """What the store holds under one name: an attempt's files, a job's checkpoints, or a data set."""
+
+    name: str
+    size: int  # bytes
+    changed_at: dt.datetime  # of its newest file
 
 
 Manifest = dict[str, StoredFile]
@@ -50,6 +73,8 @@ class ArtifactStore:
         with self._errors(f"storing {path.name}"):
             if not self._fs.exists(self._at(name)) or self._hash(name) != digest:
                 self._put(path, name)
+            else:
+                self._refresh(path, name)
         return f"{self.url}/{name}", digest
 
     def fetch_dataset(self, uri: str, sha256: str, folder: Path) -> Path:
@@ -57,6 +82,7 @@ class ArtifactStore:
         name = uri.removeprefix(self.url + "/")
         target = folder / Path(name).name
         if target.exists() and sha256_of(target) == sha256:
+            os.utime(target)  # loractl gc removes what was not used for long
             return target
         folder.mkdir(parents=True, exist_ok=True)
         with self._errors(f"fetching {uri}"):
@@ -136,6 +162,62 @@ class ArtifactStore:
             raise ArtifactError(f"{self.url}/{prefix}/{name} does not match its manifest")
         return raw
 
+    def holdings(self, part: str) -> list[Holding]:
+        """Everything below `part` ("jobs" or "datasets") whose name was made here."""
+        found: dict[str, list[tuple[int, dt.datetime]]] = {}
+        with self._errors(f"listing {part}"):
+            for name, size, changed_at in self._files(part):
+                if match := _HOLDING.fullmatch(name):
+                    found.setdefault(match[1], []).append((size, changed_at))
+        return [
+            Holding(name=name, size=sum(size for size, _ in files), changed_at=max(at for _, at in files))
+            for name, files in sorted(found.items())
+        ]
+
+    def remove(self, name: str) -> None:
+        """Remove a holding; manifests first, so that what is left after a crash is no result. Raises ValueError for a
+        name that was not made here."""
+        match = _HOLDING.fullmatch(name)
+        if match is None or match[1] != name:
+            raise ValueError(f"{name} is not a name of this store")
+        with self._errors(f"removing {name}"):
+            files = [file for file, _, _ in self._files(name)] or [name]
+            manifests = [file for file in files if file.endswith(f"/{MANIFEST}")]
+            if "file" not in self._protocols():
+                for some in (manifests, [file for file in files if file not in manifests]):
+                    if some:
+                        self._fs.rm([self._at(file) for file in some])
+                return
+            for file in manifests:
+                Path(self._at(file)).unlink(missing_ok=True)
+            remove_tree(Path(self._at(name)))
+            if name.startswith("jobs/"):
+                with contextlib.suppress(OSError):  # other attempts are left
+                    Path(self._at(name)).parent.rmdir()
+
+    def _files(self, part: str) -> Iterator[tuple[str, int, dt.datetime]]:
+        """(name, bytes, last change) of each file below `part`; links are not followed out of the store."""
+        if "file" not in self._protocols():
+            for path, info in self._fs.find(self._at(part), detail=True).items():
+                yield path.removeprefix(f"{self._root}/"), info["size"], info["LastModified"].astimezone(dt.UTC)
+            return
+        top = Path(self._at(part))
+        for path in [top] if top.is_symlink() or top.is_file() else _walk(top):
+            with contextlib.suppress(FileNotFoundError):  # was just removed by somebody else
+                facts = path.lstat()
+                changed_at = dt.datetime.fromtimestamp(facts.st_mtime, dt.UTC)
+                yield path.relative_to(self._root).as_posix(), facts.st_size, changed_at
+
+    def _refresh(self, path: Path, name: str) -> None:
+        """Give an equal data set that is there already the date of today."""
+        if "file" in self._protocols():
+            with contextlib.suppress(PermissionError):  # another person's, whose date only they can change
+                os.utime(self._at(name))
+                return
+        elif dt.datetime.now(dt.UTC) - self._fs.modified(self._at(name)) < dt.timedelta(seconds=FRESH_S):
+            return
+        self._put(path, name)
+
     def _at(self, name: str) -> str:
         return f"{self._root}/{name}"
 
@@ -203,6 +285,20 @@ def open_store(settings: Settings) -> ArtifactStore:
 def attempt_prefix(job_id: int, attempt: int) -> str:
     """Where an attempt's files go."""
     return f"jobs/{job_id}/attempt-{attempt}"
+
+
+def remove_tree(path: Path) -> None:
+    """Remove a file or a folder with all below it; a link goes itself, what it leads to stays."""
+    with contextlib.suppress(FileNotFoundError):  # somebody else was faster
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def _walk(top: Path) -> Iterator[Path]:
+    for folder, _, names in os.walk(top):
+        yield from (Path(folder) / name for name in names)
 
 
 def _inside(name: str) -> str:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import datetime as dt
 import json
 import os
 import subprocess
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +31,7 @@ class Place:
     folder: Path
 
     def write(self, name: str, content: bytes) -> None:
+        (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
         self.store._fs.pipe_file(f"{self.store._root}/{name}", content)
 
     def remove(self, name: str) -> None:
@@ -167,10 +170,79 @@ def test_a_data_set_is_stored_once_under_its_content(place: Place, tmp_path: Pat
     uri, digest = place.store.put_dataset(data)
     assert (uri, digest) == (f"{place.store.url}/datasets/{digest}.jsonl", sha256_of(data))
     stored = place.folder / "datasets" / f"{digest}.jsonl"
-    before = stored.stat().st_mtime_ns
+    before = stored.stat().st_ino
     assert place.store.put_dataset(copy) == (uri, digest)
-    assert stored.stat().st_mtime_ns == before, "equal content is not uploaded again"
+    assert stored.stat().st_ino == before, "equal content is not uploaded again"
     assert [p.name for p in stored.parent.iterdir()] == [stored.name]
+
+
+def test_holdings_are_what_was_stored_with_sizes_and_dates(place: Place, result: Path, tmp_path: Path) -> None:
+    assert place.store.holdings("jobs") == place.store.holdings("datasets") == []
+    for attempt in (1, 10):
+        place.store.put_result(result, attempt_prefix(7, attempt))
+    place.write("jobs/7/checkpoints/checkpoint-3/optimizer.pt", b"12345")
+    place.write("jobs/notes.txt", b"somebody's own")
+    place.write("jobs/007/attempt-1/a", b"somebody's own")
+    data = tmp_path / "d.jsonl"
+    data.write_text('{"text": "a"}\n')
+    _, digest = place.store.put_dataset(data)
+
+    held = {h.name: h for h in place.store.holdings("jobs")}
+    assert set(held) == {"jobs/7/attempt-1", "jobs/7/attempt-10", "jobs/7/checkpoints"}, "nothing else is ours"
+    assert held["jobs/7/checkpoints"].size == 5
+    assert held["jobs/7/attempt-1"].size == held["jobs/7/attempt-10"].size > 3_000_000
+    (stored,) = place.store.holdings("datasets")
+    assert (stored.name, stored.size) == (f"datasets/{digest}.jsonl", 14)
+    assert abs(dt.datetime.now(dt.UTC) - stored.changed_at) < dt.timedelta(minutes=5)
+
+
+def test_what_is_removed_is_gone_and_its_neighbours_are_not(place: Place, result: Path) -> None:
+    for attempt in (1, 10):
+        place.store.put_result(result, attempt_prefix(7, attempt))
+    place.store.remove("jobs/7/attempt-1")
+    with pytest.raises(ArtifactError, match="has no manifest"):
+        place.store.verify("jobs/7/attempt-1")
+    place.store.verify("jobs/7/attempt-10")
+    assert [h.name for h in place.store.holdings("jobs")] == ["jobs/7/attempt-10"]
+    place.store.remove("jobs/7/attempt-1")  # twice is once: two people may clean up at the same time
+    place.store.remove("jobs/7/attempt-10")
+    assert place.store.holdings("jobs") == []
+    assert not list(place.folder.glob("jobs/*/*"))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["", "jobs", "jobs/7", "jobs/7/attempt-1/", "jobs/7/attempt-1/../..", "jobs/../x/attempt-1", "/etc", "datasets",
+     "datasets/../jobs", "jobs/7/attempt-x", "jobs/０/attempt-1", "jobs/7/attempt-1\n"],
+)  # fmt: skip
+def test_a_name_that_was_not_made_by_the_store_is_never_removed(place: Place, result: Path, name: str) -> None:
+    place.store.put_result(result, attempt_prefix(7, 1))
+    with pytest.raises(ValueError, match="is not a name of this store"):
+        place.store.remove(name)
+    place.store.verify(attempt_prefix(7, 1))
+
+
+def test_a_link_in_the_store_is_removed_and_what_it_leads_to_is_not(tmp_path: Path) -> None:
+    store, outside = ArtifactStore((tmp_path / "artifacts").as_uri()), tmp_path / "outside"
+    outside.mkdir()
+    (outside / MANIFEST).write_text("{}")
+    (tmp_path / "artifacts" / "jobs" / "7" / "attempt-1").mkdir(parents=True)
+    (tmp_path / "artifacts" / "jobs" / "7" / "attempt-1" / "adapter").symlink_to(outside)
+    (tmp_path / "artifacts" / "jobs" / "7" / "attempt-2").symlink_to(outside)
+    for attempt in (1, 2):
+        store.remove(attempt_prefix(7, attempt))
+    assert not (tmp_path / "artifacts" / "jobs" / "7").exists()
+    assert (outside / MANIFEST).exists()
+
+
+def test_a_data_set_that_is_submitted_again_gets_a_new_date(place: Place, tmp_path: Path) -> None:
+    data = tmp_path / "d.jsonl"
+    data.write_text('{"text": "a"}\n')
+    _, digest = place.store.put_dataset(data)
+    month_ago = time.time() - 30 * 86400
+    os.utime(place.folder / "datasets" / f"{digest}.jsonl", (month_ago, month_ago))
+    place.store.put_dataset(data)
+    assert dt.datetime.now(dt.UTC) - place.store.holdings("datasets")[0].changed_at < dt.timedelta(hours=1)
 
 
 def test_a_data_set_of_which_only_a_part_arrived_is_stored_again(place: Place, tmp_path: Path) -> None:
