@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import datetime as dt
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import pytest
-from hypothesis import assume, example, given
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from loractl.common.method import Method
@@ -210,62 +211,70 @@ def test_a_closed_card_takes_nothing() -> None:
 # --- what holds on any fleet ---
 
 
-@st.composite
-def cards_of(draw: st.DrawFn) -> list[Card]:
-    limit = draw(st.none() | st.integers(1, 4))
-    fleet, number = [], 100
-    for n in range(draw(st.integers(1, 4))):
-        running = []
-        for _ in range(draw(st.integers(0, 3))):
-            number += 1
-            running.append(
-                Occupant(
-                    job_id=number,
-                    user=draw(st.sampled_from("abcd")),
-                    reserved=draw(st.integers(1, 30)) * GIB,
-                    used=draw(st.sampled_from((0, 0, 20))) * GIB,
-                    ends=draw(st.none() | st.integers(-100, 9000).map(lambda s: NOW + dt.timedelta(seconds=s))),
-                )
-            )
-        fleet.append(
-            Card(
-                node=f"n:{n}",
-                total=draw(st.sampled_from((8, 24, 48, 80))) * GIB,
-                outside=draw(st.sampled_from((0, 0, 5, 30))) * GIB,
-                margin=draw(st.sampled_from((0, 1))) * GIB,
-                running=tuple(running),
-                max_jobs=draw(st.integers(0, 4)),
-                labels=draw(st.sampled_from((frozenset(), LABELS))),
-                open=draw(st.sampled_from((True, True, True, False))),
-                processor=draw(st.sampled_from((False, False, False, True))),
-                user_limit=limit,
-            )
-        )
-    return fleet
+@dataclass(frozen=True, kw_only=True)
+class Scene:
+    """A fleet, what waits for it, and what its users have had. Drawn by a seed: one draw instead of a hundred."""
+
+    jobs: list[Waiting]
+    cards: list[Card]
+    charges: dict[str, float]
+
+    def decide(self) -> tuple[Decision, ...]:
+        return decide(self.jobs, self.cards, self.charges)
 
 
 @st.composite
-def a_waiting(draw: st.DrawFn, job_id: int, since: dt.datetime) -> Waiting:
-    need = st.none() | st.integers(1, 90).map(lambda gib: gib * GIB)
-    return Waiting(
-        job_id=job_id,
-        user=draw(st.sampled_from("abc")),
-        priority=draw(st.integers(-1, 1)),
-        since=since,
-        methods=draw(st.sampled_from((AUTO, AUTO[::-1], AUTO[:1], AUTO[1:]))),
-        need=Need(lora=draw(need), qlora=draw(need)),
-        requires=draw(st.sampled_from((frozenset(), frozenset(), LABELS))),
+def scenes(draw: st.DrawFn) -> Scene:
+    rng = random.Random(draw(st.integers(0, 2**32)))
+    limit = rng.choice((None, None, None, 3, 1))
+    ages = sorted(rng.choices((0, 60, 1800, 4000, 90_000), k=draw(st.integers(1, 10))), reverse=True)
+    return Scene(
+        jobs=[random_job(rng, number, age) for number, age in enumerate(ages, start=1)],
+        cards=[random_card(rng, number, limit) for number in range(draw(st.integers(1, 4)))],
+        charges={user: rng.choice((0.0, 5.0, 80.0)) for user in rng.sample("abc", 2)},
     )
 
 
-@st.composite
-def jobs_of(draw: st.DrawFn) -> list[Waiting]:
-    count = draw(st.integers(0, 9))
-    ages = sorted(draw(st.lists(st.sampled_from((0, 60, 1800, 4000, 90_000)), min_size=count, max_size=count)))
-    return [draw(a_waiting(n, NOW - dt.timedelta(seconds=age))) for n, age in enumerate(reversed(ages), start=1)]
+def random_card(rng: random.Random, number: int, limit: int | None) -> Card:
+    """One that is mostly open and partly taken."""
+    return Card(
+        node=f"n:{number}",
+        total=rng.choice((80, 80, 48, 24, 8)) * GIB,
+        outside=rng.choice((0, 0, 0, 5, 30)) * GIB,
+        margin=rng.choice((0, 1)) * GIB,
+        running=tuple(
+            Occupant(
+                job_id=100 + 10 * number + n,
+                user=rng.choice("abcd"),
+                reserved=rng.randint(1, 30) * GIB,
+                used=rng.choice((0, 0, 0, 20)) * GIB,
+                ends=rng.choice((None, NOW + dt.timedelta(seconds=rng.randint(-100, 9000)))),
+            )
+            for n in range(rng.randint(0, 3))
+        ),
+        max_jobs=rng.choice((4, 4, 3, 2, 1, 0)),
+        labels=rng.choice((frozenset(), LABELS)),
+        open=rng.random() < 0.9,
+        processor=rng.random() < 0.15,
+        user_limit=limit,
+    )
 
 
-charges_of = st.dictionaries(st.sampled_from("abc"), st.sampled_from((0.0, 5.0, 80.0)))
+def random_job(rng: random.Random, number: int, age_s: float) -> Waiting:
+    need = rng.choice((None, 90, 79, 70, 60, 50, 40, 25, 20, 12, 6, 3, 1))
+    smaller = rng.choice((None, need and need // 2 + 1))
+    return Waiting(
+        job_id=number,
+        user=rng.choice("abc"),
+        priority=rng.choice((0, 0, 1, -1)),
+        since=NOW - dt.timedelta(seconds=age_s),
+        methods=rng.choice((AUTO[:1], AUTO, AUTO[::-1])),
+        need=Need(lora=need and need * GIB, qlora=smaller and smaller * GIB),
+        requires=rng.choice((frozenset(), frozenset(), LABELS)),
+    )
+
+
+many = settings(max_examples=1000)
 
 
 def after(cards: Sequence[Card], decisions: Sequence[Decision]) -> dict[str, Card]:
@@ -279,22 +288,22 @@ def after(cards: Sequence[Card], decisions: Sequence[Decision]) -> dict[str, Car
     return left
 
 
-@given(jobs_of(), cards_of(), charges_of)
-def test_no_card_is_ever_promised_twice(jobs: list[Waiting], cards: list[Card], charges: dict[str, float]) -> None:
-    decisions = decide(jobs, cards, charges)
-    before = {card.node: card for card in cards}
+@given(scenes())
+def test_no_card_is_ever_promised_twice(scene: Scene) -> None:
+    decisions = scene.decide()
+    before = {card.node: card for card in scene.cards}
     assert len(order(decisions)) == len(set(order(decisions)))
-    for node, card in after(cards, decisions).items():
+    for node, card in after(scene.cards, decisions).items():
         if card.running != before[node].running:
             assert card.open
             assert card.outside + card.margin + card.taken <= card.total
             assert len(card.running) <= card.max_jobs
 
 
-@given(jobs_of(), cards_of(), charges_of)
-def test_each_job_runs_as_it_may(jobs: list[Waiting], cards: list[Card], charges: dict[str, float]) -> None:
-    by_node, largest = {card.node: card for card in cards}, largest_gpu(cards)
-    for d in decide(jobs, cards, charges):
+@given(scenes())
+def test_each_job_runs_as_it_may(scene: Scene) -> None:
+    by_node, largest = {card.node: card for card in scene.cards}, largest_gpu(scene.cards)
+    for d in scene.decide():
         if d.placed is None:
             continue
         job, card, size = d.placed.job, by_node[d.placed.node], d.placed.job.need.of(d.placed.method)
@@ -305,44 +314,42 @@ def test_each_job_runs_as_it_may(jobs: list[Waiting], cards: list[Card], charges
         assert job.least is not None or not card.running
 
 
-@given(jobs_of(), cards_of(), charges_of)
-def test_no_user_passes_the_limit(jobs: list[Waiting], cards: list[Card], charges: dict[str, float]) -> None:
-    limits = [card.user_limit for card in cards if card.open and card.user_limit is not None]
+@given(scenes())
+def test_no_user_passes_the_limit(scene: Scene) -> None:
+    limits = [card.user_limit for card in scene.cards if card.open and card.user_limit is not None]
     assume(limits)
-    decisions = decide(jobs, cards, charges)
-    users = [job.user for card in after(cards, decisions).values() for job in card.running]
+    decisions = scene.decide()
+    users = [job.user for card in after(scene.cards, decisions).values() for job in card.running]
     newly = {d.placed.job.user for d in decisions if d.placed is not None}
     assert all(users.count(user) <= min(limits) for user in newly)
 
 
-@given(jobs_of(), cards_of(), charges_of)
-def test_no_card_idles_while_a_job_that_it_should_take_waits(
-    jobs: list[Waiting], cards: list[Card], charges: dict[str, float]
-) -> None:
-    decisions = decide(jobs, cards, charges)
-    left = after(cards, decisions)
+@many
+@given(scenes())
+def test_no_card_idles_while_a_job_that_it_should_take_waits(scene: Scene) -> None:
+    decisions = scene.decide()
+    left = after(scene.cards, decisions)
     kept = {d.reserved.node for d in decisions if d.reserved is not None}
-    limit = min((c.user_limit for c in cards if c.open and c.user_limit is not None), default=99)
+    limit = min((c.user_limit for c in scene.cards if c.open and c.user_limit is not None), default=99)
     users = [job.user for card in left.values() for job in card.running]
-    for job in jobs:
+    for job in scene.jobs:
         if job.job_id in started(decisions) or users.count(job.user) >= limit:
             continue
         for card in left.values():
-            assert card.node in kept or not card.open or not could_start(job, card, cards), (job, card)
+            assert card.node in kept or not card.open or not could_start(job, card, scene.cards), (job, card)
 
 
-@given(jobs_of(), cards_of(), charges_of)
-def test_what_starts_on_a_kept_card_does_not_delay_the_job_for_which_it_is_kept(
-    jobs: list[Waiting], cards: list[Card], charges: dict[str, float]
-) -> None:
-    decisions = decide(jobs, cards, charges)
+@many
+@given(scenes())
+def test_what_starts_on_a_kept_card_does_not_delay_the_job_for_which_it_is_kept(scene: Scene) -> None:
+    decisions = scene.decide()
     numbers = [n for n, d in enumerate(decisions) if d.reserved is not None]
     assert len(numbers) <= 1
     for number in numbers:
         kept = decisions[number].reserved
         assert kept is not None
         assert (NOW - kept.job.since).total_seconds() >= RESERVE_AFTER_S
-        before, then = (after(cards, part)[kept.node] for part in (decisions[:number], decisions))
+        before, then = (after(scene.cards, part)[kept.node] for part in (decisions[:number], decisions))
         assert could_wait(kept.job, before), "it is kept where the job can start"
         for size in sizes_on(kept.job, before):
             then_room, room = room_at(then, size, NOW), room_at(before, size, NOW)
@@ -352,20 +359,19 @@ def test_what_starts_on_a_kept_card_does_not_delay_the_job_for_which_it_is_kept(
             assert then_room.at == room.at
 
 
-@given(jobs_of(), cards_of(), charges_of)
-def test_a_kept_card_is_the_one_with_the_earliest_room(
-    jobs: list[Waiting], cards: list[Card], charges: dict[str, float]
-) -> None:
-    decisions = decide(jobs, cards, charges)
+@many
+@given(scenes())
+def test_a_kept_card_is_the_one_with_the_earliest_room(scene: Scene) -> None:
+    decisions = scene.decide()
     for number, d in enumerate(decisions):
         if d.reserved is None:
             continue
-        left, job = after(cards, decisions[:number]), d.reserved.job
+        left, job = after(scene.cards, decisions[:number]), d.reserved.job
         far = NOW + dt.timedelta(days=999)
         at = {
             node: [room.at or far for size in sizes_on(job, card) if (room := room_at(card, size, NOW)) is not None]
             for node, card in left.items()
-            if card.open and suits(card, job, largest_gpu(cards))
+            if card.open and suits(card, job, largest_gpu(scene.cards))
         }
         assert min(at[d.reserved.node]) == min(moment for moments in at.values() for moment in moments)
 
@@ -484,11 +490,12 @@ def first_room(card: Card, size: int) -> tuple[float, int, int] | None:
     return None
 
 
-@given(jobs_of(), cards_of(), charges_of)
-def test_the_rule_equals_the_plain_reference(jobs: list[Waiting], cards: list[Card], charges: dict[str, float]) -> None:
-    decisions = decide(jobs, cards, charges)
-    plain = Reference(cards={c.node: c for c in cards}, charges=dict(charges), placed=[])
-    plain.run(jobs)
+@many
+@given(scenes())
+def test_the_rule_equals_the_plain_reference(scene: Scene) -> None:
+    decisions = scene.decide()
+    plain = Reference(cards={c.node: c for c in scene.cards}, charges=dict(scene.charges), placed=[])
+    plain.run(scene.jobs)
     got = [(d.placed.job.job_id, d.placed.node, d.placed.method, d.placed.reserved) for d in decisions if d.placed]
     assert got == plain.placed
     kept = [(d.reserved.job.job_id, d.reserved.node) for d in decisions if d.reserved is not None]
@@ -497,21 +504,19 @@ def test_the_rule_equals_the_plain_reference(jobs: list[Waiting], cards: list[Ca
         assert kept == [plain.kept[:2]]
 
 
-@given(jobs_of(), cards_of(), charges_of)
-def test_a_caller_that_stops_early_has_seen_the_same_decisions(
-    jobs: list[Waiting], cards: list[Card], charges: dict[str, float]
-) -> None:
-    whole = decide(jobs, cards, charges)
-    lazily = place(levels_of(jobs), cards, charges, NOW, ListedLine(jobs))
+@given(scenes())
+def test_a_caller_that_stops_early_has_seen_the_same_decisions(scene: Scene) -> None:
+    whole = scene.decide()
+    lazily = place(levels_of(scene.jobs), scene.cards, scene.charges, NOW, ListedLine(scene.jobs))
     assert next(lazily, None) == (whole[0] if whole else None)
 
 
 # --- room ---
 
 
-@given(cards_of(), st.integers(1, 90).map(lambda gib: gib * GIB))
-def test_room_is_there_when_those_that_must_end_first_have_and_not_before(cards: list[Card], size: int) -> None:
-    for card in cards:
+@given(scenes(), st.integers(1, 90).map(lambda gib: gib * GIB))
+def test_room_is_there_when_those_that_must_end_first_have_and_not_before(scene: Scene, size: int) -> None:
+    for card in scene.cards:
         room = room_at(card, size, NOW)
         if room is None:
             assert size > card.capacity or card.max_jobs < 1
@@ -528,14 +533,12 @@ def test_room_is_there_when_those_that_must_end_first_have_and_not_before(cards:
         assert room.at is None or room.at == max([NOW, *(end for end in ends if end is not None)])
 
 
-@given(jobs_of(), cards_of())
-def test_could_start_is_what_the_rule_would_do_with_that_job_and_card_alone(
-    jobs: list[Waiting], cards: list[Card]
-) -> None:
-    for job in jobs:
-        for card in cards:
-            alone = [replace(c, user_limit=None, max_jobs=c.max_jobs * (c.node == card.node)) for c in cards]
-            assert (card.open and could_start(job, card, cards)) == bool(started(decide([job], alone)))
+@given(scenes())
+def test_could_start_is_what_the_rule_would_do_with_that_job_and_card_alone(scene: Scene) -> None:
+    for job in scene.jobs:
+        for card in scene.cards:
+            alone = [replace(c, user_limit=None, max_jobs=c.max_jobs * (c.node == card.node)) for c in scene.cards]
+            assert (card.open and could_start(job, card, scene.cards)) == bool(started(decide([job], alone)))
 
 
 # --- charges ---
