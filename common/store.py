@@ -11,7 +11,7 @@ import importlib
 import math
 import re
 import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -23,6 +23,7 @@ from sqlalchemy import (
     Select,
     Update,
     bindparam,
+    delete,
     func,
     insert,
     or_,
@@ -67,6 +68,7 @@ from .policy import (
     within,
 )
 from .records import Beat, Claim, Left, NodeState, Progress, StoredResult, Submission
+from .retention import Over, SpentLog, beyond_newest, drop_result, read_needed_data, read_over, spent_logs
 from .status import LAB_RETRY_DELAY_S, OUTCOMES, WORKER_LOST_LIMIT, Reason, Stage, Status, retry_delay_s
 from .tables import Adapter, Attempt, DrainOrder, Event, Job, LogChunk, MetricPoint, Node, Use, UtcDateTime
 from .units import GIB, gib
@@ -491,6 +493,41 @@ class Store:
         with self._read() as session:
             query = select(func.count()).select_from(Job).where(or_(waiting, Job.status == Status.RUNNING))
             return session.scalar(query) or 0
+
+    # --- what loractl gc does ---
+
+    def beyond_newest(self, keep: int) -> list[Job]:
+        """Jobs whose results are beyond the `keep` newest of their user and name."""
+        return self._all(beyond_newest(keep))
+
+    def remove_result(self, job_id: int, user: str) -> bool:
+        """Forget a job's adapter and report, whose files may go then; False when it has none."""
+        with self._write() as session:
+            gone = drop_result(session, job_id)
+            if gone:
+                self._event(session, job_id, None, "removed", f"adapter and report removed by {user} (loractl gc)")
+            return gone
+
+    def over(self, job_ids: Collection[int]) -> Over:
+        """Which of these jobs, and which of their attempts, need no files any more."""
+        with self._read() as session:
+            return read_over(session, job_ids)
+
+    def needed_data(self, ended_since: dt.datetime, without: Collection[int] = ()) -> set[str]:
+        """Names of the stored data sets that a job may still read."""
+        with self._read() as session:
+            return read_needed_data(session, ended_since, without)
+
+    def spent_logs(self) -> list[SpentLog]:
+        """Logs that are stored with their job's result, too."""
+        with self._read() as session:
+            return [SpentLog(job_id=j, attempt=a, size=size) for j, a, size in session.execute(spent_logs())]
+
+    def forget_log(self, log: SpentLog) -> None:
+        """Remove an attempt's log lines."""
+        with self._write() as session:
+            mine = (LogChunk.job_id == log.job_id) & (LogChunk.attempt == log.attempt)
+            session.execute(delete(LogChunk).where(mine))
 
     # --- what a person reads ---
 

@@ -1,0 +1,151 @@
+"""Which files the rows still need: results, attempts, data sets and logs."""
+
+from __future__ import annotations
+
+import datetime as dt
+from typing import Any
+
+import pytest
+from sqlalchemy import update
+from sqlalchemy.orm import Session
+
+from loractl.common.errors import WrongState
+from loractl.common.records import Claim, Progress, StoredResult
+from loractl.common.status import Reason, Status
+from loractl.common.store import Store
+from loractl.common.tables import Job
+
+from ..factories import NOON, RESULT, Clock, submission, take
+
+DAY = dt.timedelta(days=1)
+
+
+def claim(store: Store) -> Claim:
+    taken = take(store)
+    assert isinstance(taken, Claim)
+    return taken
+
+
+def ended(store: Store, reason: Reason = Reason.OK, result: StoredResult | None = RESULT, **keys: Any) -> int:
+    """A job that has run and ended."""
+    job_id = store.submit(submission(**keys))
+    store.finish(claim(store), reason, "done", Progress(), result if reason is Reason.OK else None)
+    return job_id
+
+
+def name_data(store: Store, job_id: int, *names: str) -> None:
+    data = {
+        key: {"uri": f"s3://lab/datasets/{name}", "sha256": "0" * 64} for key, name in zip("ab", names, strict=False)
+    }
+    with Session(store._engine) as session, session.begin():
+        session.execute(update(Job).where(Job.job_id == job_id).values(data=data))
+
+
+def test_results_beyond_the_newest_of_each_user_and_name_are_found(timed: Store, clock: Clock) -> None:
+    mine = []
+    for _ in range(4):
+        clock.forward(60)
+        mine.append(ended(timed, name="a"))
+    theirs = ended(timed, name="a", user="bob")
+    other = ended(timed, name="b")
+    ended(timed, Reason.DIVERGED, name="a")
+    assert [job.job_id for job in timed.beyond_newest(1)] == mine[:3]
+    assert [job.job_id for job in timed.beyond_newest(3)] == mine[:1]
+    assert timed.beyond_newest(4) == []
+    assert {theirs, other} == {a.job_id for a in timed.adapters()} - set(mine)
+
+
+def test_a_removed_result_leaves_the_job_succeeded_with_its_history(store: Store) -> None:
+    job_id = ended(store)
+    assert store.remove_result(job_id, "bob")
+    row = store.job(job_id)
+    assert (row.status, row.reason, row.adapter_uri, row.report_uri) == (Status.SUCCEEDED, Reason.OK, None, None)
+    assert store.adapters() == []
+    assert (store.events(job_id)[-1].kind, store.events(job_id)[-1].text) == (
+        "removed",
+        "adapter and report removed by bob (loractl gc)",
+    )
+    assert not store.remove_result(job_id, "bob"), "twice is once"
+    assert len([e for e in store.events(job_id) if e.kind == "removed"]) == 1
+    with pytest.raises(WrongState):
+        store.retry(job_id, "bob")
+
+
+@pytest.mark.parametrize("reason", [None, Reason.DIVERGED])
+def test_only_a_result_can_be_removed(store: Store, reason: Reason | None) -> None:
+    job_id = store.submit(submission())
+    if reason is not None:
+        store.finish(claim(store), reason, "it failed", Progress())
+    before = len(store.events(job_id))
+    assert not store.remove_result(job_id, "bob")
+    assert not store.remove_result(job_id + 1, "bob")
+    assert len(store.events(job_id)) == before
+
+
+def test_an_attempt_is_over_once_it_ended_without_being_the_result(timed: Store, clock: Clock) -> None:
+    retried = timed.submit(submission())
+    for reason in (Reason.DRAINED, Reason.TRAINER_ERROR):
+        timed.finish(claim(timed), reason, "again", Progress())
+    clock.forward(60)
+    again = claim(timed)  # its third attempt runs
+    waiting = timed.submit(submission(lora=200, qlora=200))
+    succeeded, removed, failed = ended(timed), ended(timed), ended(timed, Reason.DIVERGED)
+    timed.remove_result(removed, "ada")
+
+    asked = [retried, waiting, succeeded, removed, failed, 99]
+    over = timed.over(asked)
+    assert over.known == {retried, waiting, succeeded, removed, failed}, "of job 99 this database knows nothing"
+    assert over.jobs == {succeeded, removed, failed}
+    assert over.attempts == {(retried, 1), (retried, 2), (removed, 1), (failed, 1)}
+    timed.finish(again, Reason.OK, "done", Progress(), RESULT)
+    assert (retried, 3) not in timed.over(asked).attempts, "the result"
+    timed.retry(failed, "ada")
+    assert failed not in timed.over(asked).jobs
+    assert (failed, 1) in timed.over(asked).attempts, "an attempt that is over stays over"
+    assert timed.over([]).known == frozenset()
+
+
+def test_more_jobs_than_one_statement_takes_can_be_asked_for(store: Store) -> None:
+    job_id = ended(store, Reason.DIVERGED)
+    assert store.over(range(1, 40_000)).attempts == {(job_id, 1)}
+
+
+def test_a_data_set_is_needed_while_a_job_may_read_it(timed: Store, clock: Clock) -> None:
+    jobs = {
+        "waiting": timed.submit(submission(lora=200, qlora=200)),
+        "result": ended(timed),
+        "removed": ended(timed),
+        "failed": ended(timed, Reason.DIVERGED),
+    }
+    jobs["running"] = timed.submit(submission())
+    claim(timed)
+    timed.remove_result(jobs["removed"], "ada")
+    for name, job_id in jobs.items():
+        name_data(timed, job_id, f"{name}.jsonl", "shared.csv")
+    clock.forward(86400)
+    shared = {"shared.csv"}
+    assert timed.needed_data(NOON - DAY) == {f"{name}.jsonl" for name in jobs} | shared, "it may be retried"
+    assert timed.needed_data(NOON + DAY) == {"waiting.jsonl", "running.jsonl", "result.jsonl"} | shared
+    without = {jobs["result"], jobs["waiting"]}
+    assert timed.needed_data(NOON + DAY, {jobs["result"]}) == {"waiting.jsonl", "running.jsonl"} | shared
+    assert "result.jsonl" in timed.needed_data(NOON - DAY, without)
+
+
+def test_the_log_of_a_result_is_spent_and_other_logs_are_kept(timed: Store, clock: Clock) -> None:
+    job_id = timed.submit(submission())
+    timed.finish(claim(timed), Reason.TRAINER_ERROR, "it failed", Progress(log="first\n"))
+    clock.forward(60)
+    last = claim(timed)
+    timed.beat(last, Progress(log="second\n"))
+    assert timed.spent_logs() == []
+    timed.finish(last, Reason.OK, "done", Progress(log="end\n"), RESULT)
+    failed = ended(timed, Reason.DIVERGED)
+
+    (log,) = timed.spent_logs()
+    assert (log.job_id, log.attempt, log.size) == (job_id, 2, len("second\nend\n"))
+    timed.forget_log(log)
+    assert timed.spent_logs() == []
+    assert [chunk.text for chunk in timed.log(job_id)] == ["first\n"], (
+        "why the first attempt failed is stored nowhere else"
+    )
+    assert timed.log(failed) == []
