@@ -228,10 +228,7 @@ class _Fleet:
 
     def openings(self) -> Openings:
         rooms = [(c, room) for c in self.cards.values() if (room := self.room(c)) > 0]
-        return self._openings(rooms, [c for c, _ in rooms if not c.running and not self.is_kept(c)])
-
-    def is_kept(self, card: Card) -> bool:
-        return self.kept is not None and self.kept.node == card.node
+        return self._openings(rooms, [c for c, _ in rooms if not c.running])
 
     def _openings(self, rooms: Sequence[tuple[Card, int]], whole: Sequence[Card]) -> Openings:
         """`rooms`: bytes by card; `whole`: cards that a job of unknown need may have."""
@@ -339,7 +336,7 @@ def _holds_now(card: Card, job: Waiting, size: int | None, fleet: _Fleet) -> boo
     room = fleet.room(card)
     if room <= 0 or not suits(card, job, fleet.largest):
         return False
-    if job.least is None and (card.running or fleet.is_kept(card)):
+    if job.least is None and card.running:
         return False  # not predictable: it gets a card of its own until the worker has planned it
     return size is None or size <= room
 

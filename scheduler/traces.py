@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import datetime as dt
-import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -67,9 +66,8 @@ def read_trace(path: Path) -> Trace:
         jobs = tuple(_pod(path, line, row) for line, row in pods)
         return _sorted(Trace(jobs=jobs, left_out=len(rows) - len(jobs), users_are="qos class"))
     raise DataError(
-        path,
+        f"{path}:1",
         f"its header lacks {', '.join(sorted(OWN_COLUMNS - header))}",
-        row=1,
         hint="the first line is arrival,vram,duration,user; openb's list of pods is read as it is",
     )
 
@@ -121,8 +119,8 @@ def parse_fleet(text: str, max_jobs: int | None = None) -> list[Card]:
             if match is None:
                 raise ValueError("is empty")
             size, count = parse_size(match[2]), int(match[1] or 1)
-            if not 0 < size < _LARGEST or count < 1:
-                raise ValueError("has no memory")
+            if not GIB <= size < _LARGEST or count < 1:
+                raise ValueError("is no card; write its size with a unit")
         except ValueError as error:
             raise UsageError(f"--fleet {text}: {part.strip()!r} {error}", "like --fleet 2x12GiB,80GiB") from error
         sizes += [size] * count
@@ -141,9 +139,12 @@ def _own_job(path: Path, line: int, row: Mapping[str, str | None]) -> TraceJob:
     def read(name: str, parse: Callable[[str], float]) -> float:
         return _value(path, line, row, name, parse)
 
+    need = int(read("vram", parse_size))
+    if not need:
+        raise DataError(f"{path}:{line}", "vram is 0", hint="what the job needs of a card, like 20GiB")
     return TraceJob(
         arrival=read("arrival", parse_duration),
-        need=int(read("vram", parse_size)),
+        need=need,
         seconds=read("duration", parse_duration),
         user=(row["user"] or "").strip(),
         priority=int(read("priority", int)) if (row.get("priority") or "").strip() else 0,
@@ -161,7 +162,7 @@ def _pod(path: Path, line: int, row: Mapping[str, str | None]) -> TraceJob:
 
     seconds = read("deletion_time") - read("scheduled_time")
     if seconds < 0:
-        raise DataError(path, "deletion_time is before scheduled_time", row=line)
+        raise DataError(f"{path}:{line}", "deletion_time is before scheduled_time")
     return TraceJob(
         arrival=read("creation_time"),
         need=int(read("gpu_milli") / 1000 * OPENB_CARD_BYTES),
@@ -171,12 +172,12 @@ def _pod(path: Path, line: int, row: Mapping[str, str | None]) -> TraceJob:
 
 
 def _value(path: Path, line: int, row: Mapping[str, str | None], name: str, parse: Callable[[str], float]) -> float:
-    text = row[name]
+    text = (row.get(name) or "").strip()
     try:
-        value = parse(text or "")
-        if not math.isfinite(value) or abs(value) >= _LARGEST:
-            raise ValueError("is too large")
+        value = parse(text)
     except ValueError as error:
         what = str(error) if str(error).startswith("is ") else "is not a number"
-        raise DataError(path, f"{name} {text!r} {what}", row=line) from error
+        raise DataError(f"{path}:{line}", f"{name} {text!r} {what}" if text else f"{name} is missing") from error
+    if not abs(value) < _LARGEST:  # nan is no number either
+        raise DataError(f"{path}:{line}", f"{name} {text!r} is not a number of any use")
     return value

@@ -1,0 +1,253 @@
+"""`loractl sim`: what it reads, what it says, and what it draws."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from loractl.common.errors import DataError, UsageError
+from loractl.common.units import GIB
+from loractl.scheduler.baselines import fifo
+from loractl.scheduler.outcome import Course, load_of, mean, outcome_of, quantile
+from loractl.scheduler.picture import binned, draw
+from loractl.scheduler.render import Screen
+from loractl.scheduler.render_sim import fields, span, text
+from loractl.scheduler.replay import replay
+from loractl.scheduler.sim import Simulation, simulate
+from loractl.scheduler.traces import BEGIN, TraceJob, choose, parse_fleet, read_trace, to_replay
+
+from ...conftest import Cli
+
+OWN = """arrival,vram,duration,user,priority
+0,20GiB,2h,ada,
+30m,6442450944,90s,bob,1
+10,100GiB,5h,ada,
+1h,70GiB,1h30m,cyd,0
+"""
+OPENB = """name,cpu_milli,memory_mib,num_gpu,gpu_milli,gpu_spec,qos,pod_phase,creation_time,deletion_time,scheduled_time
+pod-0,20000,65536,0,0,,LS,Running,5,90,6
+pod-1,8000,30517,1,500,,BE,Running,100,260,160
+pod-2,8000,30517,1,1000,,LS,Failed,40,50,45
+pod-3,8000,30517,2,1000,,LS,Failed,40,50,45
+pod-4,8000,30517,1,1000,,LS,Pending,40,,
+"""
+PIPE = Screen(width=80, unicode=True, color=False)
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Path:
+    path = tmp_path / "own.csv"
+    path.write_text(OWN)
+    return path
+
+
+def simulated(path: Path, fleet: str = "24GiB,80GiB", **more: float) -> Simulation:
+    cards, trace = parse_fleet(fleet), read_trace(path)
+    return simulate(choose(trace, cards, more.get("longest", 1e9), None), cards, more.get("compress", 1.0), 0.5)
+
+
+# --- what it reads ---
+
+
+def test_its_own_form_is_read_in_the_order_of_arrival(own: Path) -> None:
+    jobs = read_trace(own).jobs
+    assert [(j.arrival, j.need / GIB, j.seconds, j.user, j.priority) for j in jobs] == [
+        (0, 20, 7200, "ada", 0),
+        (10, 100, 18000, "ada", 0),
+        (1800, 6, 90, "bob", 1),
+        (3600, 70, 5400, "cyd", 0),
+    ]
+
+
+def test_openbs_pods_on_a_part_of_one_card_are_read_as_they_are(tmp_path: Path) -> None:
+    path = tmp_path / "openb.csv"
+    path.write_text(OPENB)
+    trace = read_trace(path)
+    assert [(j.arrival, j.need / GIB, j.seconds, j.user) for j in trace.jobs] == [
+        (40, 24, 5, "LS"),
+        (100, 12, 100, "BE"),
+    ]
+    assert (trace.left_out, trace.users_are) == (3, "qos class")
+
+
+@pytest.mark.parametrize(
+    ("row", "what"),
+    [
+        ("0,20Gib,2 hours,ada", ":2: duration '2 hours' is not a duration"),
+        ("0,many,2h,ada", ":2: vram 'many' is not a size"),
+        ("soon,1GiB,2h,ada", ":2: arrival 'soon' is not a duration"),
+        ("0,1GiB", ":2: duration is missing"),
+        ("0,0,2h,ada", ":2: vram is 0"),
+        ("0,1GiB,2h,ada\n\n0,1GiB,-5,ada", ":4: duration '-5' is not a duration"),
+    ],
+)
+def test_what_is_wrong_is_named_with_its_line(tmp_path: Path, row: str, what: str) -> None:
+    path = tmp_path / "bad.csv"
+    path.write_text(f"arrival,vram,duration,user\n{row}\n")
+    with pytest.raises(DataError) as error:
+        read_trace(path)
+    assert what in error.value.sentence
+
+
+def test_another_header_is_refused_with_the_right_one(tmp_path: Path) -> None:
+    path = tmp_path / "bad.csv"
+    path.write_text("arrival,vram,user\n0,1GiB,ada\n")
+    with pytest.raises(DataError) as error:
+        read_trace(path)
+    assert ":1: its header lacks duration" in error.value.sentence
+    assert "arrival,vram,duration,user" in (error.value.hint or "")
+
+
+def test_a_fleet_is_read_with_the_workers_own_limits() -> None:
+    cards = parse_fleet("2x12GiB, 80GiB")
+    assert [(c.node, c.total // GIB, c.max_jobs) for c in cards] == [
+        ("sim:0", 12, 1),
+        ("sim:1", 12, 1),
+        ("sim:2", 80, 4),
+    ]
+    assert [c.max_jobs for c in parse_fleet("12GiB,80GiB", 3)] == [3, 3]
+
+
+@pytest.mark.parametrize("fleet", ["", "12GiB,", "0x12GiB", "x", "-1GiB", "0GiB", "2x2x12GiB", "99999x12GiB"])
+def test_a_fleet_that_is_none_is_refused(fleet: str) -> None:
+    with pytest.raises(UsageError, match="--fleet"):
+        parse_fleet(fleet)
+
+
+def test_arrivals_are_compressed_from_the_first_on(own: Path) -> None:
+    jobs = to_replay(read_trace(own).jobs, 2.0)
+    assert [(job.waiting.since - BEGIN).total_seconds() for job in jobs] == [0, 5, 900, 1800]
+
+
+# --- what it measures ---
+
+
+def test_the_measures_are_those_of_the_replay(own: Path) -> None:
+    done = simulated(own, "80GiB")
+    assert (done.chosen.never, done.chosen.longer, len(done.chosen.jobs)) == (1, 0, 3)
+    out = done.outcomes["fifo"]  # 0-2h, then the two others, one after the other
+    assert [(c.wait, c.took) for c in out.courses] == [(0, 7200), (5400, 5490), (3690, 9090)]
+    assert out.makespan == 7200 + 90 + 5400
+    assert out.utilisation == pytest.approx((20 * 7200 + 6 * 90 + 70 * 5400) / 80 / out.makespan)
+    assert [c.need // GIB for c in out.largest_tenth] == [70]
+    assert {size: len(found) for size, found in out.by_class().items()} == {8: 1, 24: 1, 80: 1}
+
+
+def test_a_quantile_is_a_value_that_so_many_do_not_exceed() -> None:
+    assert [quantile([3.0, 1.0, 2.0, 4.0], share) for share in (0.0, 0.25, 0.5, 0.51, 1.0)] == [1, 1, 2, 3, 4]
+    assert quantile([], 0.5) == 0
+
+
+def test_the_load_is_that_of_the_cards_that_bind(tmp_path: Path) -> None:
+    path = tmp_path / "steady.csv"
+    rows = [f"{n * 100},{20 if n % 2 else 8}GiB,100s,ada" for n in range(400)]
+    path.write_text("\n".join(["arrival,vram,duration,user", *rows]))
+    jobs = to_replay(read_trace(path).jobs, 1.0)
+    assert load_of(jobs, parse_fleet("12GiB,24GiB")) == pytest.approx(0.5, rel=0.02)
+    assert load_of(jobs, parse_fleet("3x12GiB,24GiB")) == pytest.approx(0.5, rel=0.02), (
+        "half the jobs need the large one"
+    )
+    assert load_of(jobs, parse_fleet("2x24GiB")) == pytest.approx(0.5, rel=0.02)
+    assert load_of(to_replay(read_trace(path).jobs, 4.0), parse_fleet("2x24GiB")) == pytest.approx(2.0, rel=0.02)
+
+
+def test_memory_over_time_adds_up_to_the_utilisation(own: Path) -> None:
+    for out in simulated(own).outcomes.values():
+        means = binned(out, out.makespan, 7)
+        assert sum(means) / 7 / out.total == pytest.approx(out.utilisation)
+        assert max(means) <= out.total
+
+
+# --- what it says ---
+
+
+def test_the_text_begins_with_a_sentence_and_fits_eighty_columns(own: Path) -> None:
+    lines = text(simulated(own), PIPE).splitlines()
+    assert lines[0].startswith("With loractl a job ends ")
+    assert max(map(len, lines)) <= 80
+    assert "Larger than every card, and not replayed: 1." in lines
+    assert sum(line.startswith(("loractl ", "fifo ", "shortest first* ", "best fit ")) for line in lines) == 8
+
+
+def test_times_are_one_number_each() -> None:
+    assert [span(s) for s in (0, 89, 90, 5399, 5400, 172_000, 200_000)] == [
+        "0 s",
+        "89 s",
+        "2 min",
+        "90 min",
+        "1.5 h",
+        "47.8 h",
+        "2.3 d",
+    ]
+
+
+def test_the_json_names_every_rule_and_measure(own: Path) -> None:
+    value = json.loads(json.dumps(fields(simulated(own, longest=6000))))
+    assert list(value["policies"]) == ["loractl", "fifo", "shortest_first", "best_fit"]
+    assert (value["jobs"], value["never"], value["longer"]) == (2, 1, 1)
+    assert value["fleet"] == [{"vram": 24 * GIB, "max_jobs": 1}, {"vram": 80 * GIB, "max_jobs": 4}]
+    assert {"mean_jct_s", "p99_jct_s", "mean_wait_s", "makespan_s"} < set(value["policies"]["fifo"])
+
+
+def test_the_picture_is_a_png_of_some_size(own: Path, tmp_path: Path) -> None:
+    path = tmp_path / "sim.png"
+    draw(simulated(own), path)
+    data = path.read_bytes()
+    assert data.startswith(b"\x89PNG")
+    assert len(data) > 20_000
+    with pytest.raises(UsageError, match="can't be written"):
+        draw(simulated(own), tmp_path / "no" / "sim.png")
+
+
+# --- the rule's worth ---
+
+
+def test_the_rule_beats_whole_cards_by_age_on_a_busy_lab_and_makes_large_jobs_wait_no_longer() -> None:
+    """Many short and a few long jobs of all sizes on a lab's cards, at a load that whole cards just about carry."""
+    rng, clock, jobs = random.Random(3), 0.0, []
+    for _ in range(1500):
+        clock += rng.expovariate(1 / 400)
+        need, seconds = rng.choice((6, 9, 11, 18, 22, 40, 70)) * GIB, min(86400, rng.lognormvariate(6.9, 1.3))
+        jobs.append(TraceJob(arrival=clock, need=need, seconds=seconds, user=rng.choice("abcdef")))
+    cards, busy = parse_fleet("2x12GiB,2x24GiB,48GiB,80GiB"), to_replay(jobs, 1.0)
+    assert 0.7 < load_of(busy, cards) < 1.2
+    ours, theirs = (
+        outcome_of(busy, cards, replay(busy, cards, BEGIN, rule, contention=0.5)) for rule in (None, fifo())
+    )
+    assert mean([c.took for c in ours.courses]) < 0.7 * mean([c.took for c in theirs.courses])
+    assert p99_wait(ours.largest_tenth) <= p99_wait(theirs.largest_tenth)
+
+
+def p99_wait(courses: Sequence[Course]) -> float:
+    return quantile([course.wait for course in courses], 0.99)
+
+
+def test_the_command_prints_text_or_json_and_draws(cli: Cli, own: Path, tmp_path: Path) -> None:
+    done = cli("sim", own, "--fleet", "2x12GiB,24GiB,80GiB", "--plot", tmp_path / "a.png")
+    assert done.stdout.startswith("With loractl a job ends ")
+    assert "The picture is in" in done.stderr
+    assert (tmp_path / "a.png").stat().st_size > 20_000
+    value = json.loads(cli("sim", own, "--fleet", "80GiB", "--limit", 1, "--json").stdout)
+    assert value["jobs"] == 1
+
+
+@pytest.mark.parametrize(
+    ("args", "what"),
+    [
+        (["--fleet", "4GiB"], "has no job that this fleet and these options leave"),
+        (["--fleet", "80GiB", "--compress", "0"], "--compress 0 is not above 0"),
+        (["--fleet", "80GiB", "--compress", "nan"], "--compress nan is not above 0"),
+        (["--fleet", "80GiB", "--longest", "soon"], "--longest soon is not a duration"),
+        (["--fleet", "80GiB", "--contention", "inf"], "--contention inf is not a number"),
+        (["--fleet", "80"], "--fleet 80: "),
+    ],
+)
+def test_a_wrong_option_is_a_sentence_and_exit_code_two(cli: Cli, own: Path, args: list[str], what: str) -> None:
+    done = cli("sim", own, *args, code=2)
+    assert "Error: " in done.stderr
+    assert what in done.stderr
+    assert "Traceback" not in done.stderr
