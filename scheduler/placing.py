@@ -207,7 +207,7 @@ def _plan(job: str, overrides: tuple[str, ...], gpu: int | None, solve: bool, as
     if shape is None:
         raise LoractlError(
             f"base_model {spec.base_model} can't be planned here: there is no config.json of a known architecture",
-            "the worker plans it by tracing a step; a folder with the model's config.json is enough here",
+            "that file is enough, in a folder or in the hub's cache; without it the job gets a card of its own",
         )
     lengths, counted = _lengths(spec, quiet=as_json)
     methods = open_methods(spec)
