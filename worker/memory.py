@@ -48,7 +48,7 @@ class Gauge:
     def look(self) -> Peaks:
         """The highest so far: on CUDA of the allocator, on a CPU of the process's resident set."""
         if self._device == "cpu":
-            resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            resident = _proc_status("VmHWM")  # not ru_maxrss, which a process inherits from the one that started it
             return Peaks(reserved=resident, process=resident)
         # NVML keeps no peak of a process: it is what the looks have seen
         self._process = max(self._process, _nvml_process_bytes(self._gpu) or 0)
@@ -117,8 +117,13 @@ def release() -> None:
 
 def data_bytes(pid: int | Literal["self"] = "self") -> int:
     """Writable private memory of a process, which is what RLIMIT_DATA counts."""
+    return _proc_status("VmData", pid)
+
+
+def _proc_status(field: str, pid: int | Literal["self"] = "self") -> int:
+    """Bytes of one field of /proc/PID/status."""
     status = Path(f"/proc/{pid}/status").read_text()
-    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmData:"))
+    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith(f"{field}:"))
 
 
 def _libc_call(name: str, *arguments: int) -> None:

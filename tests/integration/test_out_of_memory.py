@@ -1,0 +1,312 @@
+"""Out of memory on real trainings: the probe, the steps down, and the checkpoint that is taken up in other pieces.
+
+The limit is the kernel's own on the trainer's process (RLIMIT_DATA), so that torch's allocator really fails.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+
+from loractl.common.adjustment import Adjustment
+from loractl.common.spec import JobSpec, Method
+from loractl.common.status import Reason
+from loractl.worker.memory import data_bytes
+from loractl.worker.probe import Probe
+from loractl.worker.protocol import Adjusted, Ended, Note, Start, Stepped, Told, decode_told, encode
+from loractl.worker.train import Run, Stopped, train
+
+from ..conftest import Cli
+
+MIB = 2**20
+LIMIT = 450 * MIB
+"""Too little for 16 of the rows below at once (about 430 MiB in bf16, twice that in fp32, and the libraries' 128), and
+enough for one."""
+
+
+@pytest.fixture(scope="session")
+def wide_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny Llama made wider: its activations take more than anything that the libraries do beside them."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("models") / "wide"
+    shutil.copytree(tiny_model, folder)
+    config = LlamaConfig.from_pretrained(tiny_model)
+    config.hidden_size, config.intermediate_size, config.num_hidden_layers, config.head_dim = 256, 768, 4, 64
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """44 conversations of 200 to 450 tokens, of which 4 are held out; their answers have different lengths."""
+    path = tmp_path / "data.jsonl"
+    with path.open("w") as stream:
+        for n in range(44):
+            user = f"ticket {n}: " + "something is broken " * (8 + (n * 7) % 13)
+            answer = "queue: " + ("storage ", "network ", "gpu ")[n % 3] * (3 + n % 5)
+            messages = [{"role": "user", "content": user}, {"role": "assistant", "content": answer}]
+            stream.write(json.dumps({"messages": messages}) + "\n")
+    return path
+
+
+def make_order(
+    folder: Path,
+    model: Path,
+    data: Path,
+    *,
+    method: str = "lora",
+    limit: int | None = None,
+    adjustment: Adjustment | None = None,
+    resume: Path | None = None,
+    lora: dict[str, Any] | None = None,
+    **training: Any,
+) -> Start:
+    """An order on the CPU; what it leaves behind comes under `folder`."""
+    spec = JobSpec.model_validate(
+        {
+            "name": "tiny",
+            "base_model": str(model),
+            "method": method,
+            "dataset": {"path": str(data), "max_length": 512, "test_size": 0.1},
+            "lora": {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0, **(lora or {})},
+            "training": {"max_steps": 4, "logging_steps": 1, "save_steps": 2, **training},
+            "evaluation": {"samples": 2, "max_new_tokens": 4},
+        }
+    )
+    (folder / "result").mkdir(parents=True)
+    return Start(
+        job_id=1,
+        attempt=1,
+        user="t",
+        node="n:0",
+        gpu="cpu",
+        device="cpu",
+        spec=spec,
+        method=Method(method),
+        vram_planned=None,
+        memory_limit=limit,
+        adjustment=adjustment or Adjustment(),
+        data_path=str(data),
+        data_sha256=None,
+        eval_path=None,
+        output_dir=str(folder / "result"),
+        checkpoint_dir=str(folder / "checkpoints"),
+        earlier_checkpoints=[str(resume / "checkpoints")] if resume else [],
+        cache_dir=str(folder.parent / "cache"),
+    )
+
+
+def here(order: Start, *, stop_after: int | None = None) -> list[Told]:
+    """Run the recipe in this process, which no limit holds, and return what it told."""
+    told: list[Told] = []
+    run = Run(order=order, tell=told.append)
+
+    def tell(message: Told) -> None:
+        told.append(message)
+        if stop_after is not None and isinstance(message, Stepped) and message.step >= stop_after:
+            run.save_on_stop.set()
+            run.stop.set()
+
+    run.tell = tell
+    try:
+        told.append(train(run))
+    except Stopped:
+        assert stop_after is not None
+    return told
+
+
+def in_a_trainer(order: Start) -> list[Told]:
+    """Run a trainer process to its end and return what it told."""
+    trainer = subprocess.Popen(
+        [sys.executable, "-m", "loractl.worker.trainer"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "2"},
+    )
+    assert trainer.stdin and trainer.stdout and trainer.stderr
+    trainer.stdin.write(encode(order))
+    trainer.stdin.flush()
+    told = [decode_told(line) for line in trainer.stdout]  # until it has ended
+    errors = trainer.stderr.read()
+    assert trainer.wait(timeout=20) == 0, errors
+    return told
+
+
+def losses(told: list[Told]) -> dict[int, float]:
+    return {m.step: m.metrics["loss"] for m in told if isinstance(m, Stepped) and "loss" in m.metrics}
+
+
+def notes(told: list[Told]) -> list[str]:
+    return [m.text for m in told if isinstance(m, Note) and m.kind == "memory"]
+
+
+def apart(some: dict[int, float], others: dict[int, float]) -> float:
+    """The largest difference of two curves that have the same steps."""
+    assert some and some.keys() == others.keys()
+    return max(abs(some[step] - others[step]) for step in some)
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_a_probe_changes_no_bit_of_the_run(
+    method: str, tiny_model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    probed = []
+    on_train_begin = Probe.on_train_begin
+    monkeypatch.setattr(
+        Probe, "on_train_begin", lambda self, *a, **k: probed.append(on_train_begin(self, *a, **k))
+    )  # the real one, counted
+    settings: dict[str, Any] = {
+        "method": method,
+        "lora": {"lora_dropout": 0.1},  # so that the random numbers matter
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 2,
+        "eval_steps": 2,
+        "learning_rate": 5e-3,
+    }
+    without = here(make_order(tmp_path / "without", tiny_model, data, **settings))
+    assert not probed, "nothing to try on a processor without a limit"
+    probe = here(make_order(tmp_path / "with", tiny_model, data, limit=8 * 2**30, **settings))
+    assert len(probed) == 1
+    assert losses(probe) == losses(without)
+    weights = [tmp_path / name / "result" / "adapter" / "adapter_model.safetensors" for name in ("with", "without")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_a_checkpoint_is_taken_up_in_smaller_pieces_of_the_same_batch(
+    method: str, tiny_model: Path, data: Path, tmp_path: Path
+) -> None:
+    """40 rows in batches of 16: each epoch ends with one of 8. The change comes in mid-epoch and the run passes two."""
+    settings: dict[str, Any] = {
+        "method": method,
+        "max_steps": 8,
+        "per_device_train_batch_size": 8,
+        "gradient_accumulation_steps": 2,
+    }
+    whole = losses(here(make_order(tmp_path / "whole", tiny_model, data, **settings)))
+    here(make_order(tmp_path / "first", tiny_model, data, **settings), stop_after=2)
+    smaller = Adjustment(micro_batch=4, accumulation=4)
+    order = make_order(tmp_path / "rest", tiny_model, data, adjustment=smaller, resume=tmp_path / "first", **settings)
+    told = here(order)
+    resumed = next(m.resumed_from_step for m in told if isinstance(m, Note) and m.kind == "resumed")
+    assert resumed is not None and 2 <= resumed < 8
+    assert apart(losses(told), {step: loss for step, loss in whole.items() if step > resumed}) < 1e-3
+    report = json.loads((tmp_path / "rest" / "result" / "report.json").read_text())["training"]
+    assert (report["per_device_train_batch_size"], report["gradient_accumulation_steps"]) == (4, 4)
+    assert report["asked"]["per_device_train_batch_size"] == 8
+    assert len(report["losses"]) == 8, "the curve of the report is whole"
+
+
+def test_a_checkpoint_of_another_effective_batch_is_not_taken_up(tiny_model: Path, data: Path, tmp_path: Path) -> None:
+    batch = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    here(make_order(tmp_path / "first", tiny_model, data, **batch))
+    batch["gradient_accumulation_steps"] = 1
+    told = here(make_order(tmp_path / "rest", tiny_model, data, resume=tmp_path / "first", **batch))
+    assert not [m for m in told if isinstance(m, Note) and m.kind == "resumed"]
+
+
+def test_a_run_that_does_not_fit_learns_the_same_in_smaller_pieces(
+    wide_model: Path, data: Path, tmp_path: Path
+) -> None:
+    batch = {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 1}
+    whole = losses(here(make_order(tmp_path / "whole", wide_model, data, **batch)))
+    told = in_a_trainer(make_order(tmp_path / "less", wide_model, data, limit=LIMIT, **batch))
+    ended = told[-1]
+    assert isinstance(ended, Ended) and ended.reason is Reason.OK, [*notes(told), ended]
+    assert notes(told)[0] == "out of memory with 16 rows at once: goes on with 8, accumulating 2 (same effective batch)"
+    taken = [m.adjustment for m in told if isinstance(m, Adjusted)]
+    assert len(taken) == len(notes(told))
+    assert all((a.micro_batch or 0) * (a.accumulation or 0) == 16 for a in taken)
+    assert apart(losses(told), whole) < 1e-3
+    assert ended.peaks is not None and (ended.peaks.reserved or 0) > 100 * MIB
+    report = json.loads((tmp_path / "less" / "result" / "report.json").read_text())
+    assert report["training"]["adjustment"] == taken[-1].as_json()
+    assert "16 × 1 asked: memory ran out" in (tmp_path / "less" / "result" / "report.html").read_text()
+
+
+def test_a_run_of_which_not_one_row_fits_says_so_after_every_step_down(
+    wide_model: Path, data: Path, tmp_path: Path
+) -> None:
+    order = make_order(tmp_path / "none", wide_model, data, limit=140 * MIB, per_device_train_batch_size=2)
+    told = in_a_trainer(order)
+    ended = told[-1]
+    assert isinstance(ended, Ended) and ended.reason is Reason.OUT_OF_MEMORY
+    assert ended.message.startswith("one row of 447 tokens does not fit, even with gradient checkpointing")
+    assert [text.partition(": ")[2] for text in notes(told)] == [
+        "goes on with 1, accumulating 8 (same effective batch)",
+        "goes on with gradient checkpointing",
+    ]
+    assert not losses(told)
+
+
+@pytest.fixture
+def worker(make_cli: Callable[..., Cli]) -> Iterator[psutil.Process]:
+    """A worker on the CPU whose trainers are held to more than they need."""
+    process = make_cli(LORACTL_TRAINER_RAM="4GiB").start("worker", "--drain-when-idle")
+    seen = psutil.Process(process.pid)
+    yield seen
+    if process.poll() is None:
+        process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+
+
+def test_a_trainer_out_of_memory_in_mid_training_is_followed_by_one_with_less(
+    make_cli: Callable[..., Cli],
+    request: pytest.FixtureRequest,
+    wide_model: Path,
+    data: Path,
+    tmp_path: Path,
+) -> None:
+    """What another process on the box does to a run, here by a limit that is lowered under the running trainer."""
+    batch = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "max_steps": 8}
+    order = make_order(tmp_path / "whole", wide_model, data, **batch)
+    whole = losses(here(order))
+    (tmp_path / "job.json").write_text(order.spec.model_dump_json(exclude_unset=True))
+    cli = make_cli()
+    cli("submit", tmp_path / "job.json")
+    worker = request.getfixturevalue("worker")  # not before there is a job: it ends when it is idle
+    shown = _until(cli, lambda job: (job["step"] or 0) >= 2 or job["status"] != "running", 200)
+    assert shown["status"] == "running", shown
+    trainer = next(p for p in worker.children(recursive=True) if "loractl.worker.trainer" in p.cmdline())
+    between_steps = min(data_bytes(trainer.pid) for _ in range(200) if not time.sleep(0.01))
+    hard = resource.prlimit(trainer.pid, resource.RLIMIT_DATA)[1]
+    resource.prlimit(trainer.pid, resource.RLIMIT_DATA, (between_steps + 60 * MIB, hard))
+
+    _until(cli, lambda job: job["status"] not in ("queued", "running"), 200)
+    job = json.loads(cli("show", 1, "--json").stdout)
+    texts = [event["text"] for event in job["events"]]
+    assert job["status"] == "succeeded", texts
+    assert len(job["attempts"]) == 1, "no attempt is spent on it"
+    memory = next(n for n, text in enumerate(texts) if text.startswith("out of memory at step "))
+    assert texts[memory].endswith(" with 8 rows at once: starts again with 4, accumulating 2 (same effective batch)")
+    assert any(text.startswith("resumed from the checkpoint of step ") for text in texts[memory:])
+    report = json.loads(cli("report", 1, "--json").stdout)["training"]
+    assert (report["per_device_train_batch_size"], report["gradient_accumulation_steps"]) == (4, 2)
+    assert apart({step: loss for step, loss in report["losses"]}, whole) < 1e-3
+
+
+def _until(cli: Cli, holds: Callable[[dict[str, Any]], bool], seconds: float) -> dict[str, Any]:
+    deadline = time.monotonic() + seconds
+    while True:
+        job: dict[str, Any] = json.loads(cli("status", 1, "--json").stdout)
+        if job["status"] != "queued" and holds(job):
+            return job
+        assert time.monotonic() < deadline, f"after {seconds} s: {job}"
+        time.sleep(0.1)
