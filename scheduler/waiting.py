@@ -75,10 +75,15 @@ def explain(job: Job, view: FleetView) -> Wait:
     """The reason for a QUEUED job."""
     me = waiting_of(vars(job), view.now)
     for tier in (_never, _held_back, _nobody_there):
-        found = tier(job, me, view)
+        found = tier(job, _at_last(job, me), view)
         if found is not None:
             return found
     return _capacity(job, me, view)
+
+
+def _at_last(job: Job, me: Waiting) -> Waiting:
+    """The job once it has waited long enough for LoRA: with all its methods."""
+    return replace(me, methods=tuple(Method(name) for name in job.methods))
 
 
 def _never(job: Job, me: Waiting, view: FleetView) -> Wait | None:
@@ -106,11 +111,15 @@ def _held_back(job: Job, me: Waiting, view: FleetView) -> Wait | None:
     if job.not_before is not None and job.not_before > view.now:
         wait = duration((job.not_before - view.now).total_seconds())
         return Wait(tier=Tier.POLICY, word="retry", sentence=f"attempt {job.attempt + 1} in {wait}")
-    limits = [card.user_limit for card in view.cards.values() if card.open and card.user_limit is not None]
-    mine = [running.job_id for running in view.running.values() if running.user == job.user]
-    if limits and len(mine) >= min(limits):
-        return Wait(tier=Tier.POLICY, word="limit", sentence=f"{job.user} runs {len(mine)}, the limit is {min(limits)}")
+    limit, mine = _user_limit(view), sum(running.user == job.user for running in view.running.values())
+    if limit is not None and mine >= limit:
+        return Wait(tier=Tier.POLICY, word="limit", sentence=f"{job.user} runs {mine}, the limit is {limit}")
     return None
+
+
+def _user_limit(view: FleetView) -> int | None:
+    """Jobs that one user may run: the smallest limit of all open cards."""
+    return min((c.user_limit for c in view.cards.values() if c.open and c.user_limit is not None), default=None)
 
 
 def _nobody_there(job: Job, me: Waiting, view: FleetView) -> Wait | None:
@@ -120,7 +129,7 @@ def _nobody_there(job: Job, me: Waiting, view: FleetView) -> Wait | None:
         return Wait(tier=Tier.FLEET, word=word, sentence=sentence)
 
     holding = [card for card in view.cards.values() if me.requires <= card.labels and _ever(me, card)]
-    if any(card.open and suits(card, me, largest_gpu(view.cards.values())) for card in holding):
+    if any(card.open and _suits(job, card, view) for card in holding):
         return None
     online = [card for card in holding if _silent_s(view, card.node) <= NODE_STALE_S]
     for card in online:
@@ -128,6 +137,10 @@ def _nobody_there(job: Job, me: Waiting, view: FleetView) -> Wait | None:
         if order is not None:
             until = f" until {_clock(order.until, view.now)}" if order.until else ""
             return fleet("drained", f"{card.node} by {order.user}{until}: {order.reason}")
+    left_out = next((card for card in online if card.open), None)
+    if left_out is not None:
+        what = "a processor, for what no GPU of the fleet can hold; no GPU with its labels is online"
+        return fleet("worker", f"{left_out.node} is {what}")
     if online:
         return fleet("stopping", f"the worker of {online[0].node} is being stopped")
     if not holding:
@@ -150,20 +163,26 @@ def _capacity(job: Job, me: Waiting, view: FleetView) -> Wait:
             return Wait(tier=Tier.NEXT, word="next", sentence=f"{decision.placed.node} is about to take it{late}")
     taken = {d.placed.node: d.placed.job for d in view.decisions if d.placed is not None}
     kept = next((d.reserved for d in view.decisions if d.reserved is not None), None)
-    startable = [card for card in view.cards.values() if card.open and could_start(me, card, view.cards.values())]
+    startable = [card for card in view.cards.values() if _could_start(me, card, view)]
+    own = next((d.placed for d in view.decisions if d.placed is not None and d.placed.job.user == me.user), None)
+    if own is not None and any(c.node not in taken and (kept is None or kept.node != c.node) for c in startable):
+        # a card is left for it, and yet the rule passed it over
+        text = f"{own.job.job_id} goes first on {own.node}, and {me.user} may run {_user_limit(view)} at a time"
+        return wait("limit", text)
     for card in startable:
         if card.node in taken:
             return _passed_over(me, taken[card.node], card.node)
         if kept is not None and kept.node == card.node and kept.job.job_id != job.job_id:
-            return wait("kept", f"{card.node} is kept for {kept.job.job_id}, which waits longer")
-    if job.lora_until is not None and job.lora_until > view.now and Method.QLORA.value in job.methods:
-        both = replace(me, methods=(Method.LORA, Method.QLORA))
-        small = next((c for c in view.cards.values() if c.open and could_start(both, c, view.cards.values())), None)
-        if small is not None:
-            until = _clock(job.lora_until, view.now)
-            return wait("patience", f"until {until} for LoRA; QLoRA would fit on {small.node} now")
+            return wait("kept", f"{card.node} is kept for {kept.job.job_id}, which goes first")
     mine = " (kept for it)" if kept is not None and kept.job.job_id == job.job_id else ""
     options = [(fit, card) for card in view.cards.values() if (fit := _opening(me, card, view)) is not None]
+    if job.lora_until is not None and job.lora_until > view.now:
+        until, whole = _clock(job.lora_until, view.now), _at_last(job, me)
+        small = next((c for c in view.cards.values() if _could_start(whole, c, view)), None)
+        if small is not None:
+            return wait("patience", f"until {until} for LoRA; QLoRA would fit on {small.node} now")
+        if not options:
+            return wait("patience", f"until {until} for LoRA, for which no card has room; then for QLoRA")
     if options:
         (_, after, busy), card = min(options, key=lambda o: (o[0][0] is None, o[0][0] or view.now, o[1].node))
         if kept is not None and mine:
@@ -192,25 +211,33 @@ def _opening(me: Waiting, card: Card, view: FleetView) -> tuple[dt.datetime | No
     """When the card will have room (None: not known), the jobs that must end, and whether only a slot is missing."""
     if not card.open or not suits(card, me, largest_gpu(view.cards.values())):
         return None
-    for method in me.methods:
-        size = me.need.of(method)
+    rooms = []
+    for size in {me.need.of(method) for method in me.methods} if me.least is not None else {None}:
         room = room_at(card, size if size is not None else max(1, card.capacity), view.now)
         if room is not None:
-            only_slot = size is not None and size <= card.free
-            return room.at, [job.job_id for job in room.after], only_slot
-    return None
+            rooms.append((room, size is not None and size <= card.free))
+    if not rooms:
+        return None
+    room, only_slot = min(rooms, key=lambda found: (found[0].at is None, found[0].at or view.now, len(found[0].after)))
+    return room.at, [job.job_id for job in room.after], only_slot
 
 
 def card_fits(job: Job, view: FleetView) -> list[CardFit]:
     """Every card of the fleet as the job sees it."""
     me = waiting_of(vars(job), view.now)
-    return [_fit(me, card, view) for card in view.cards.values()]
+    return [_fit(job, me, card, view) for card in view.cards.values()]
 
 
-def _fit(me: Waiting, card: Card, view: FleetView) -> CardFit:
+def _fit(job: Job, me: Waiting, card: Card, view: FleetView) -> CardFit:
     def fit(when: str, then: str, at: dt.datetime | None = None) -> CardFit:
         return CardFit(node=card.node, free=card.free, total=card.total, when=when, at=at, then=then)
 
+    if not me.requires <= card.labels:
+        return fit("never", "has not the label " + ", ".join(f"{k}={v}" for k, v in sorted(me.requires - card.labels)))
+    if not job.methods:
+        return fit("never", "its resources.max_vram is below every need")
+    if not _ever(_at_last(job, me), card):
+        return fit("never", "card is smaller than the job")
     order = view.drain_of(card.node)
     if order is not None:
         until = _clock(order.until, view.now) if order.until else "?"
@@ -218,13 +245,13 @@ def _fit(me: Waiting, card: Card, view: FleetView) -> CardFit:
     if not card.open:
         silent = _silent_s(view, card.node)
         return fit("?", "its worker is stopping" if silent <= NODE_STALE_S else f"not seen for {duration(silent)}")
-    if not me.requires <= card.labels:
-        return fit("never", "has not the label " + ", ".join(f"{k}={v}" for k, v in sorted(me.requires - card.labels)))
-    if not _ever(me, card):
-        return fit("never", "card is smaller than the job")
-    if not suits(card, me, largest_gpu(view.cards.values())):
+    if not _suits(job, card, view):
         return fit("never", "a processor is for what no GPU of the fleet can hold")
     opening = _opening(me, card, view)
+    if opening is None and job.lora_until is not None and not _ever(me, card):
+        return fit(
+            _clock(job.lora_until, view.now), "too small for LoRA, which it waits for until then", job.lora_until
+        )
     if opening is None:
         return fit("?", f"{_holder(view, card)}, no end known")
     at, after, busy = opening
@@ -322,11 +349,23 @@ def without_others(job: Job, view: FleetView) -> tuple[str, str] | None:
     """(card, whose program) where the job would fit now if other people's programs were not there."""
     me = waiting_of(vars(job), view.now)
     for card in view.cards.values():
-        if not card.open or card.outside == 0 or could_start(me, card, view.cards.values()):
+        if card.outside == 0 or _could_start(me, card, view):
             continue
-        if could_start(me, replace(card, outside=0), view.cards.values()) and view.nodes[card.node].outside:
+        if _could_start(me, replace(card, outside=0), view) and view.nodes[card.node].outside:
             return card.node, _whose(view, card)
     return None
+
+
+def _could_start(me: Waiting, card: Card, view: FleetView) -> bool:
+    """Whether the card would take the job now, whoever is before it. One of unknown need gets a card of its own."""
+    alone = me.least is not None or not card.running
+    return card.open and alone and could_start(me, card, view.cards.values())
+
+
+def _suits(job: Job, card: Card, view: FleetView) -> bool:
+    """Whether the card may take the job, room aside: now, or once it has waited long enough for LoRA."""
+    me, largest = waiting_of(vars(job), view.now), largest_gpu(view.cards.values())
+    return any(suits(card, one, largest) for one in (me, _at_last(job, me)))
 
 
 def _ever(me: Waiting, card: Card) -> bool:
