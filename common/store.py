@@ -296,7 +296,7 @@ class Store:
                 started_at=now,
             )
         )
-        why = _why_method(spec.method, method, job.vram_lora)
+        why = _why_method(spec.method, method, Need(lora=job.vram_lora, qlora=job.vram_qlora))
         text = f"attempt {attempt} started on {node.node} with {method.value}{why}"
         self._event(session, job.job_id, attempt, "started", text)
         return Claim(
@@ -902,14 +902,16 @@ def _ready(now: dt.datetime) -> tuple[ColumnElement[bool], ...]:
     )
 
 
-def _why_method(wanted: Method | Sequence[Method], taken: Method, lora: int | None) -> str:
+def _why_method(wanted: Method | Sequence[Method], taken: Method, need: Need) -> str:
     """Why this of several methods was taken, for the history."""
-    if len(permitted_methods(wanted)) == 1:
+    preferred, *others = permitted_methods(wanted)
+    if not others:
         return ""
     name = "auto" if wanted is Method.AUTO else "of several"
-    if taken is Method.QLORA:
-        return f" ({name}: lora does not fit)"
-    return f" ({name}: it fits)" if lora is not None else f" ({name}: lora unless a plan says that it does not fit)"
+    if taken is not preferred:
+        return f" ({name}: {preferred.value} does not fit)"
+    known = need.of(taken) is not None
+    return f" ({name}: it fits)" if known else f" ({name}: {taken.value} unless a plan says that it does not fit)"
 
 
 def _ended_as(job: Job) -> str:
