@@ -1,76 +1,592 @@
-"""Why a job waits: each word, and the sentence with the numbers behind it."""
+"""Why a job waits: each word and its sentence, and the tier against a plain search over random fleets."""
 
 from __future__ import annotations
 
 import datetime as dt
+import re
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from loractl.common.status import Status
-from loractl.common.store import NODE_STALE_S
+from loractl import __version__
+from loractl.common.fleet import NODE_STALE_S
+from loractl.common.method import Method
+from loractl.common.policy import RESERVE_AFTER_S
+from loractl.common.tables import DrainOrder, Job, Node
 from loractl.common.units import GIB
-from loractl.scheduler.waiting import wait_reason
+from loractl.scheduler.waiting import (
+    Start,
+    Tier,
+    ahead_of,
+    card_fits,
+    expected_starts,
+    explain,
+    process_name,
+    without_others,
+    would_start,
+)
 
-from ..factories import NOON, job, node
+from ..factories import NOON
+from ..fleets import card, drained, fleet, in_seconds, ready, running, waits
+
+LORA_ONLY = (Method.LORA,)
+TWO_HOURS_AGO = in_seconds(-7200)
+NOTEBOOK = {"pid": 4711, "user": "tomas", "name": "vllm", "bytes": 16 * GIB}
 
 
-def seconds(number: float) -> dt.timedelta:
-    return dt.timedelta(seconds=number)
+def told(job: Job, *nodes: Any, **others: Any) -> tuple[str, str]:
+    """The word and the sentence for a job that waits with `others` in the fleet."""
+    others["waiting"] = [*others.get("waiting", ()), job]
+    wait = explain(job, fleet(nodes, **others))
+    return wait.word, wait.sentence
 
 
-def running_on(name: str, job_id: int) -> Any:
-    return job(job_id=job_id, status=Status.RUNNING, node=name)
+# --- never ---
+
+
+def test_a_job_larger_than_every_card_never_starts_and_says_by_how_much() -> None:
+    nodes = card("a:0", 24), card("b:0", 48, margin=1, outside_bytes=40), card("off:0", 40, draining=True)
+    assert told(waits(lora=60, qlora=50), *nodes) == ("never", "needs 50.0, the largest card has 47.0")
+    assert told(waits(lora=60, qlora=47), *nodes)[0] != "never", "others may leave"
+
+
+def test_a_label_that_no_box_has_is_named() -> None:
+    job = waits(labels={"nvlink": "yes", "site": "roof"})
+    assert told(job, card(labels={"nvlink": "yes"})) == ("never", "no box has the label nvlink=yes, site=roof")
+    assert told(job) == ("worker", "no worker is online: start loractl worker on a box"), "none is known at all"
+
+
+def test_a_job_whose_own_limit_is_below_its_need_never_starts() -> None:
+    job = waits(methods=())
+    job.spec = {"resources": {"max_vram": 2 * GIB}}
+    assert told(job, card()) == ("never", "its resources.max_vram, 2.0, is below every need")
+
+
+def test_the_smaller_method_of_several_decides_what_never_fits() -> None:
+    assert told(waits(lora=30, qlora=20), card(total=24), ran=[running(1, "box:0", 5)])[0] == "memory"
+    assert told(waits(lora=30, qlora=20, methods=LORA_ONLY), card(total=24))[0] == "never"
+    until = in_seconds(3600)
+    assert told(waits(lora=30, qlora=20, lora_until=until), card(total=24))[0] != "never", "it will take QLoRA later"
+
+
+# --- policy ---
 
 
 def test_a_held_job_waits_for_a_person_whatever_is_free() -> None:
-    held = job(held=True, message="held: its worker was lost 3 times")
-    assert wait_reason(held, [node()], [], NOON) == ("held", "held: its worker was lost 3 times")
-    assert wait_reason(job(held=True), [node()], [], NOON) == ("held", "until loractl retry")
+    assert told(waits(held=True, message="held: its worker was lost 3 times"), card()) == (
+        "held",
+        "held: its worker was lost 3 times",
+    )
+    assert told(waits(held=True), card()) == ("held", "until loractl retry")
 
 
 def test_a_failed_attempt_waits_for_its_time_and_then_like_any_other() -> None:
-    failed = job(attempt=2, not_before=NOON + seconds(40))
-    assert wait_reason(failed, [node()], [], NOON) == ("retry", "attempt 3 in 40 s")
-    assert wait_reason(failed, [node(seen_at=NOON + seconds(40))], [], NOON + seconds(40))[0] == "order"
+    assert told(waits(attempt=2, not_before=in_seconds(40)), card()) == ("retry", "attempt 3 in 40 s")
+    assert told(waits(attempt=2, not_before=NOON), card())[0] == "next"
+
+
+def test_a_user_at_the_limit_is_told_so() -> None:
+    nodes = card("a:0", user_limit=2), card("b:0", user_limit=1, draining=True), card("c:0")
+    ran = [running(1, "a:0", 8), running(2, "b:0", 8), running(3, "c:0", 8, user="bob")]
+    assert told(waits(), *nodes, ran=ran) == ("limit", "ada runs 2, the limit is 2")
+    assert told(waits(user="bob"), *nodes, ran=ran)[0] != "limit"
+
+
+def test_a_job_behind_the_last_one_that_its_user_may_run_says_so() -> None:
+    nodes = card("a:0", user_limit=1), card("b:0")
+    assert told(waits(8), *nodes, waiting=[waits(7)]) == ("limit", "7 goes first on a:0, and ada may run 1 at a time")
+    assert told(waits(8, user="bob"), *nodes, waiting=[waits(7)])[0] == "next"
+
+
+# --- fleet ---
+
+
+def test_a_drained_card_is_named_with_who_why_and_until_when() -> None:
+    order = drained("box:0", until=in_seconds(3600))
+    word, sentence = told(waits(), card(), drains=[order])
+    assert word == "drained"
+    assert re.fullmatch(r"box:0 by lena until .*\d: replacing a fan", sentence)
+    assert told(waits(), card(), drains=[drained("box")]) == ("drained", "box:0 by lena: replacing a fan")
+    assert told(waits(), card(), drains=[drained("box", until=NOON)])[0] == "next", "it is over"
+    assert told(waits(), card(), card("b:0", 4), drains=[drained("box")])[0] == "next", "a smaller card takes QLoRA"
+    small = card("b:0", 2)
+    assert told(waits(), card(), small, drains=[drained("box")])[0] == "drained", "the other can't hold it"
+
+
+def test_a_silent_box_was_seen_so_long_ago() -> None:
+    silent = card(seen_at=in_seconds(-NODE_STALE_S - 540))
+    assert told(waits(), silent) == ("offline", "box:0 was last seen 10 min ago")
+    assert told(waits(), card(seen_at=in_seconds(-NODE_STALE_S)))[0] == "next", "a minute is not silent"
+
+
+def test_a_stopping_worker_takes_nothing_more() -> None:
+    assert told(waits(), card(draining=True)) == ("stopping", "the worker of box:0 is being stopped")
+
+
+def test_a_silent_box_of_another_version_is_to_be_upgraded() -> None:
+    old = card(seen_at=TWO_HOURS_AGO, versions={"loractl": "0.0.9"})
+    assert told(waits(), old) == (
+        "version",
+        f"box:0 ran loractl 0.0.9, this is {__version__}: upgrade its worker",
+    )
+
+
+def test_a_processor_that_leaves_a_job_to_gpus_which_lack_its_label_says_so() -> None:
+    job = waits(labels={"site": "roof"})
+    word, sentence = told(job, card("gpu:0"), card("cpu:0", kind="cpu", labels={"site": "roof"}))
+    assert (word, sentence) == (
+        "worker",
+        "cpu:0 is a processor, for what no GPU of the fleet can hold; no GPU with its labels is online",
+    )
+
+
+# --- next, and capacity ---
+
+
+def test_a_job_that_the_rule_places_is_next_and_says_when_that_is_late() -> None:
+    assert told(waits(), card()) == ("next", "box:0 is about to take it")
+    assert told(waits(submitted_at=in_seconds(-300)), card()) == ("next", "box:0 is about to take it, waiting 5 min")
+
+
+def test_memory_that_running_jobs_hold_is_free_when_they_end() -> None:
+    ran = [running(11, "box:0", 20, 600), running(12, "box:0", 20, 60), running(13, "box:0", 20, None)]
+    assert told(waits(lora=24, qlora=24), card(total=64, max_jobs=4), ran=ran) == ("memory", "box:0 when 12 ends")
+    assert told(waits(lora=44, qlora=44), card(total=64, max_jobs=4), ran=ran) == (
+        "memory",
+        "box:0 when 12 and 11 ends",
+    )
+    assert told(waits(lora=64, qlora=64), card(total=64, max_jobs=4), ran=ran) == (
+        "memory",
+        "box:0 when 12 and 11 and others ends",
+    )
+
+
+def test_the_card_that_is_free_first_is_named() -> None:
+    nodes = card("a:0"), card("b:0"), card("c:0")
+    ran = [running(1, "a:0", 20, 900), running(2, "b:0", 20, 300), running(3, "c:0", 20, None)]
+    assert told(waits(), *nodes, ran=ran) == ("memory", "b:0 when 2 ends")
+
+
+def test_a_card_with_room_but_no_slot_is_busy() -> None:
+    assert told(waits(), card(total=48), ran=[running(11, "box:0", 8, 60)]) == ("busy", "box:0 when 11 ends")
+
+
+def test_qlora_that_fits_sooner_is_what_a_job_waits_for() -> None:
+    nodes = card("a:0", 24, max_jobs=3), card("b:0", 8)
+    ran = [running(1, "a:0", 20, 900), running(2, "b:0", 8, 60)]
+    assert told(waits(lora=20, qlora=8), *nodes, ran=ran) == ("memory", "b:0 when 2 ends")
+
+
+def test_memory_that_others_hold_is_told_with_whose_it_is() -> None:
+    node = card(outside_bytes=20, outside=[NOTEBOOK, {**NOTEBOOK, "pid": 4712, "bytes": 4 * GIB}])
+    assert told(waits(lora=8, qlora=8), node) == (
+        "memory",
+        "vllm of tomas (pid 4711) and 1 more hold 20.0 on box:0, 4.0 are left",
+    )
+    nameless = card(outside_bytes=20, outside=[{"pid": 4711, "user": None, "name": None, "bytes": 20 * GIB}])
+    assert told(waits(lora=8, qlora=8), nameless) == ("memory", "pid 4711 holds 20.0 on box:0, 4.0 are left")
+    assert told(waits(lora=8, qlora=8), card(outside_bytes=20)) == (
+        "memory",
+        "something outside loractl holds 20.0, or did lately on box:0, 4.0 are left",
+    )
+    assert told(waits(lora=8, qlora=4), node)[0] == "next", "QLoRA fits beside them"
+
+
+def test_a_job_behind_another_one_says_whose_turn_it_is() -> None:
+    mine = waits(7, lora=20, qlora=20)
+    assert told(mine, card(), waiting=[waits(9, priority=3, user="bob")]) == (
+        "order",
+        "9 has a higher priority on box:0",
+    )
+    assert told(mine, card(), waiting=[waits(6)]) == ("order", "6 goes first on box:0")
+    assert told(mine, card(), waiting=[waits(9, user="bob")], charges={"ada": 5.0}) == (
+        "share",
+        "bob had less of the cards: 9 goes first on box:0",
+    )
+
+
+def test_a_card_that_is_kept_for_a_job_that_waited_long_is_kept_from_the_next() -> None:
+    first = waits(5, lora=40, qlora=40, submitted_at=in_seconds(-RESERVE_AFTER_S))
+    ran = [running(1, "box:0", 20, 600)]
+    second = waits(9, lora=20, qlora=20, user="bob")
+    node = card(total=48, max_jobs=4)
+    assert told(second, node, ran=ran, waiting=[first], charges={"bob": 99.0}) == (
+        "kept",
+        "box:0 is kept for 5, which goes first",
+    )
+    assert told(first, node, ran=ran, waiting=[second], charges={"bob": 99.0}) == (
+        "memory",
+        "box:0 when 1 ends (kept for it)",
+    )
+    small = waits(9, lora=8, qlora=8, user="bob")
+    assert told(small, node, ran=ran, waiting=[first], charges={"bob": 99.0})[0] == "next", (
+        "it takes nothing from the first"
+    )
+
+
+def test_patience_is_told_with_the_card_that_would_take_qlora() -> None:
+    job = waits(lora=40, qlora=8, lora_until=in_seconds(3600))
+    word, sentence = told(job, card(), card("b:0", 48, draining=True))
+    assert word == "patience"
+    assert re.fullmatch(r"until .*\d for LoRA; QLoRA would fit on box:0 now", sentence)
+    word, sentence = told(job, card(), ran=[running(1, "box:0", 24, 600)])
+    assert word == "patience"
+    assert re.fullmatch(r"until .*\d for LoRA, for which no card has room; then for QLoRA", sentence)
+    assert told(job, card("b:0", 48), ran=[running(1, "b:0", 48, 600)]) == ("memory", "b:0 when 1 ends")
+
+
+def test_a_card_for_qlora_alone_is_nothing_before_the_patience_is_over() -> None:
+    when, then = fits(waits(lora=40, qlora=8, lora_until=in_seconds(3600)), card())["box:0"]
+    assert when not in ("now", "never", "?")
+    assert then == "too small for LoRA, which it waits for until then"
+
+
+# --- card by card ---
+
+
+def fits(job: Job, *nodes: Any, **others: Any) -> dict[str, tuple[str, str]]:
+    others["waiting"] = [*others.get("waiting", ()), job]
+    return {fit.node: (fit.when, fit.then) for fit in card_fits(job, fleet(nodes, **others))}
+
+
+def test_each_card_says_what_it_is_for_the_job() -> None:
+    nodes = [
+        card("a:0"), card("b:0", 2), card("c:0", labels={}), card("d:0", draining=True),
+        card("e:0", seen_at=TWO_HOURS_AGO), card("f:0"), card("g:0"), card("h:0", outside_bytes=22, outside=[NOTEBOOK]),
+        card("i:0"), card("j:0", 2),
+    ]  # fmt: skip
+    for one in nodes:
+        if one.node != "c:0":
+            one.labels = {"nvlink": "yes"}
+    found = fits(
+        waits(labels={"nvlink": "yes"}),
+        *nodes,
+        ran=[running(1, "f:0", 24, 600), running(2, "g:0", 24)],
+        drains=[drained("i"), drained("j")],
+    )
+    when = found["f:0"][0]
+    assert found == {
+        "a:0": ("now", "about to take it"),
+        "b:0": ("never", "card is smaller than the job"),
+        "c:0": ("never", "has not the label nvlink=yes"),
+        "d:0": ("?", "its worker is stopping"),
+        "e:0": ("?", "not seen for 2 h 00 min"),
+        "f:0": (when, "fits when 1 ends"),
+        "g:0": ("?", "fits when 2 ends, no end known"),
+        "h:0": ("?", "vllm of tomas holds 22.0, no end known"),
+        "i:0": ("?", "drained by lena: replacing a fan"),
+        "j:0": ("never", "card is smaller than the job"),
+    }
+    assert when not in ("now", "never", "?")
+
+
+def test_a_card_with_room_says_who_goes_first_there() -> None:
+    mine = waits(7)
+    assert fits(mine, card(), waiting=[waits(6)])["box:0"] == ("now", "6 goes first")
+    first = waits(5, lora=40, qlora=40, submitted_at=in_seconds(-RESERVE_AFTER_S))
+    big = card(total=48, max_jobs=4)
+    found = fits(waits(9, lora=20, qlora=20), big, ran=[running(1, "box:0", 20, 600)], waiting=[first])
+    assert found["box:0"] == ("now", "kept for 5")
+
+
+def test_qlora_that_fits_now_beats_lora_that_fits_later() -> None:
+    node = card(total=24, max_jobs=2)
+    assert fits(waits(lora=20, qlora=8), node, ran=[running(1, "box:0", 12, 600)])["box:0"][0] == "now"
+
+
+def test_a_processor_leaves_to_gpus_what_they_can_hold() -> None:
+    nodes = card("cpu:0", 64, kind="cpu"), card("gpu:0", 24)
+    assert fits(waits(lora=40, qlora=30), *nodes) == {
+        "cpu:0": ("now", "about to take it"),
+        "gpu:0": ("never", "card is smaller than the job"),
+    }
+    ran = [running(1, "gpu:0", 24, 600)]
+    assert fits(waits(), *nodes, ran=ran)["cpu:0"] == ("never", "a processor is for what no GPU of the fleet can hold")
+
+
+# --- expected starts ---
+
+
+def test_jobs_start_when_those_before_them_end_as_measured() -> None:
+    ran = [
+        running(1, "a:0", 20, 600, eta_spread_seconds=60.0),
+        running(2, "b:0", 20, 900, eta_spread_seconds=600.0),
+    ]
+    waiting = [waits(7, lora=24, qlora=24), waits(8, lora=24, qlora=24), waits(9, lora=24, qlora=24)]
+    view = fleet([card("a:0"), card("b:0")], ran, waiting)
+    found = expected_starts(view, ready(waiting))
+    assert found == {
+        7: Start(at=in_seconds(600), spread_s=60.0, node="a:0"),
+        8: Start(at=in_seconds(900), spread_s=600.0, node="b:0"),
+    }, "when 7 and 8 end nobody knows, so 9 has no time"
+
+
+def test_a_job_behind_an_end_that_nobody_knows_gets_no_time() -> None:
+    waiting = [waits(7, lora=24, qlora=24)]
+    view = fleet([card()], [running(1, "box:0", 20)], waiting)
+    assert expected_starts(view, ready(waiting)) == {}
+
+
+def test_a_late_end_may_change_the_card_and_the_spread_covers_it() -> None:
+    ran = [running(1, "a:0", 20, 600, eta_spread_seconds=500.0), running(2, "b:0", 20, 700, eta_spread_seconds=10.0)]
+    waiting = [waits(7, lora=24, qlora=24)]
+    view = fleet([card("a:0"), card("b:0")], ran, waiting)
+    assert expected_starts(view, ready(waiting)) == {7: Start(at=in_seconds(600), spread_s=110.0, node="a:0")}
+
+
+def test_a_job_that_starts_now_starts_now() -> None:
+    waiting = [waits(7)]
+    assert expected_starts(fleet([card()], (), waiting), ready(waiting))[7] == Start(
+        at=NOON, spread_s=0.0, node="box:0"
+    )
+
+
+# --- what is ahead, and what would help ---
+
+
+def test_who_is_ahead_follows_the_rule_and_leaves_out_whom_no_card_of_mine_could_hold() -> None:
+    mine = waits(7, lora=8, qlora=8)
+    waiting = [
+        waits(3), waits(4, lora=60, qlora=60), waits(8), waits(9, priority=1, user="bob"),
+        waits(10, user="cyd"), waits(2, user="eve"), mine,
+    ]  # fmt: skip
+    view = fleet(
+        [card(), card("big:0", 80, labels={"site": "roof"}, draining=True)], [running(1, "box:0", 20)], waiting
+    )
+    view.charges.update({"ada": 5.0, "cyd": 1.0, "eve": 9.0})
+    assert [other.job_id for other in ahead_of(mine, view, ready(waiting))] == [9, 10, 3]
+
+
+def test_what_would_help_is_asked_of_the_rule() -> None:
+    mine = waits(7, lora=40, qlora=8, methods=LORA_ONLY)
+    view = fleet([card("a:0"), card("b:0", 48)], [running(1, "b:0", 20)], [mine])
+    need = ready([mine])[0].need
+    assert would_start(mine, view, ready([mine]), need, (Method.QLORA,)) == "a:0"
+    assert would_start(mine, view, ready([mine]), need, LORA_ONLY) is None
+    first = waits(3, lora=20, qlora=20)
+    assert would_start(mine, view, ready([first, mine]), need, (Method.QLORA,)) is None, "the other one takes the card"
+
+
+def test_a_program_in_the_way_is_named_only_when_it_alone_is() -> None:
+    node = card(outside_bytes=20, outside=[NOTEBOOK])
+    job = waits(lora=8, qlora=8)
+    assert without_others(job, fleet([node], (), [job])) == ("box:0", "vllm of tomas")
+    assert without_others(job, fleet([node], [running(1, "box:0", 4)], [job])) is None, "no slot is free"
+    assert without_others(waits(lora=4, qlora=4), fleet([node], (), [job])) is None, "it fits beside it"
 
 
 @pytest.mark.parametrize(
-    "nodes",
-    [[], [node(draining=True)], [node(seen_at=NOON - seconds(NODE_STALE_S + 1))]],
-    ids=["none", "draining", "silent"],
+    ("process", "name"),
+    [
+        (NOTEBOOK, "vllm of tomas"),
+        ({"pid": 5, "user": None, "name": None, "bytes": None}, "pid 5"),
+        ({"pid": 5, "user": "eve", "name": None, "bytes": 1}, "pid 5 of eve"),
+    ],
 )
-def test_without_a_node_that_is_online_a_job_waits_for_a_worker(nodes: list[Any]) -> None:
-    word, sentence = wait_reason(job(), nodes, [], NOON)
-    assert (word, sentence) == ("worker", "no worker is online: start loractl worker on a box")
+def test_a_program_is_named_by_what_is_known_of_it(process: dict[str, Any], name: str) -> None:
+    assert process_name(process) == name
 
 
-def test_a_node_counts_as_online_for_a_whole_minute() -> None:
-    assert wait_reason(job(), [node(seen_at=NOON - seconds(NODE_STALE_S))], [], NOON)[0] == "order"
+def test_the_tiers_are_told_in_their_order() -> None:
+    assert list(Tier) == [Tier.NEVER, Tier.POLICY, Tier.FLEET, Tier.CAPACITY, Tier.NEXT]
+    too_large = waits(lora=99, qlora=99, held=True)
+    assert told(too_large, card())[0] == "never"
+    assert told(waits(held=True), card(draining=True))[0] == "held"
+    assert (
+        told(waits(not_before=in_seconds(dt.timedelta(minutes=5).total_seconds())), card(draining=True))[0] == "retry"
+    )
 
 
-def test_a_job_larger_than_every_card_says_by_how_much() -> None:
-    nodes = [node("a:0", total=24 * GIB), node("b:0", total=48 * GIB), node("off:0", total=80 * GIB, draining=True)]
-    waits = wait_reason(job(vram_needed=60 * GIB), nodes, [], NOON)
-    assert waits == ("memory", "needs 60.0, the largest card online has 48.0")
+# --- the plain search ---
 
 
-def test_an_idle_card_that_somebody_else_uses_says_what_is_free_now() -> None:
-    nodes = [node("a:0", free=2 * GIB), node("b:0", free=6 * GIB)]
-    assert wait_reason(job(vram_needed=8 * GIB), nodes, [], NOON) == ("memory", "needs 8.0, b:0 has 6.0 free now")
+@dataclass(frozen=True)
+class Asked:
+    """A QUEUED row in plain numbers (GiB), beside the row itself."""
+
+    row: Job
+    sizes: list[float | None]  # that may start it now
+    later: list[float | None]  # and once it has waited long enough for LoRA
+    labels: dict[str, str]
 
 
-def test_a_job_that_fits_an_idle_card_is_about_to_be_claimed() -> None:
-    nodes = [node("a:0"), node("b:0")]
-    assert wait_reason(job(), nodes, [running_on("a:0", 3)], NOON) == ("order", "a worker is about to look at it")
+def _sizes(row: Job, names: list[str]) -> list[float | None]:
+    found = {"lora": row.vram_lora, "qlora": row.vram_qlora}
+    return [found[name] for name in names]
 
 
-def test_a_job_of_unknown_need_fits_any_idle_card_however_full() -> None:
-    assert wait_reason(job(vram_needed=None), [node(free=0)], [], NOON)[0] == "order"
+def _asked(row: Job) -> Asked:
+    now = ["lora"] if row.lora_until is not None and row.lora_until > NOON else list(row.methods)
+    return Asked(row, _sizes(row, now), _sizes(row, list(row.methods)), row.spec["resources"]["node_labels"])
 
 
-def test_busy_cards_are_named_with_the_job_that_runs_there() -> None:
-    nodes = [node("small:0", total=4 * GIB, free=4 * GIB), node("a:0"), node("b:0"), node("c:0")]
-    running = [running_on(f"{n}:0", number) for number, n in enumerate("abc", start=11)]
-    assert wait_reason(job(), nodes, running, NOON) == ("busy", "a:0 runs 11 and 2 more")
-    assert wait_reason(job(), nodes[:2], running, NOON) == ("busy", "a:0 runs 11"), "the idle one is too small"
+class Search:
+    """What can be said of a job by looking at every card, without the code under test."""
+
+    def __init__(self, nodes: list[Node], ran: list[Job], orders: list[DrainOrder]) -> None:
+        shut = {o.target for o in orders if o.until is None or o.until > NOON}
+        self.nodes = nodes
+        self.open = {
+            n.node: not n.draining
+            and (NOON - n.seen_at).total_seconds() <= 60
+            and not {n.node, n.node.split(":")[0]} & shut
+            for n in nodes
+        }
+        self.jobs = {n.node: [j for j in ran if j.node == n.node] for n in nodes}
+        self.users = [j.user for j in ran]
+
+    def labelled(self, job: Asked) -> list[Node]:
+        return [n for n in self.nodes if all(n.labels.get(k) == v for k, v in job.labels.items())]
+
+    def ever(self, job: Asked, node: Node) -> bool:
+        """By size and labels, everything else gone from it."""
+        return node in self.labelled(job) and any(s is None or s <= node.total - node.margin for s in job.later)
+
+    def always_left_to_gpus(self, job: Asked, node: Node) -> bool:
+        return all(self.left_to_gpus(node, sizes) for sizes in (job.sizes, job.later))
+
+    def left_to_gpus(self, node: Node, sizes: list[float | None]) -> bool:
+        gpus = [n.total - n.margin for n in self.nodes if n.kind != "cpu" and self.open[n.node]]
+        if node.kind != "cpu" or not gpus or not sizes:
+            return False
+        return None in sizes or min(s for s in sizes if s is not None) <= max(gpus)
+
+    def free(self, node: Node) -> int:
+        held = sum(max(j.vram_reserved or 0, node.used.get(str(j.job_id), 0)) for j in self.jobs[node.node])
+        return max(0, node.total - node.margin - node.outside_bytes) - held
+
+    def starts(self, job: Asked, node: Node) -> bool:
+        """Whether the card would take it at this moment, were it the only job that waits."""
+        here, free = self.jobs[node.node], self.free(node)
+        if not self.open[node.node] or node not in self.labelled(job) or len(here) >= node.max_jobs or free <= 0:
+            return False
+        if self.left_to_gpus(node, job.sizes):
+            return False
+        return not here if None in job.sizes else any(s <= free for s in job.sizes if s is not None)
+
+    def tier(self, job: Asked) -> Tier | None:
+        """None: capacity or next."""
+        possible = [n for n in self.nodes if self.ever(job, n)]
+        if not job.later or (self.nodes and not possible):
+            return Tier.NEVER
+        limits = [n.user_limit for n in self.nodes if self.open[n.node] and n.user_limit is not None]
+        waits_for_time = job.row.not_before is not None and job.row.not_before > NOON
+        if job.row.held or waits_for_time or (limits and self.users.count(job.row.user) >= min(limits)):
+            return Tier.POLICY
+        if not any(self.open[n.node] and not self.always_left_to_gpus(job, n) for n in possible):
+            return Tier.FLEET
+        return None
+
+
+names = st.sampled_from(["ada", "bob", "cyd"])
+label_sets = st.sampled_from([{}, {}, {"nvlink": "yes"}])
+seconds = st.sampled_from([None, 60.0, 600.0])
+unlabelled_sizes = st.sampled_from([None, 2, 4, 8, 12, 20, 24, 40])
+
+
+@st.composite
+def fleets(draw: st.DrawFn) -> tuple[list[Node], list[Job], list[DrainOrder]]:
+    nodes, ran = [], []
+    for index in range(draw(st.integers(0, 4))):
+        name = f"{'ab'[index % 2]}:{index}"
+        total, margin = draw(st.sampled_from([8, 16, 24, 48])), draw(st.sampled_from([0, 1]))
+        one = card(
+            name, total, margin=margin, outside_bytes=draw(st.sampled_from([0, 0, 0, 6, 20, 48])),
+            max_jobs=draw(st.integers(1, 3)), labels=draw(label_sets),
+            kind=draw(st.sampled_from(["nvml", "sim", "cpu"])),
+            draining=draw(st.sampled_from([False] * 4 + [True])), user_limit=draw(st.sampled_from([None, None, 1, 2])),
+            seen_at=draw(st.sampled_from([NOON] * 4 + [TWO_HOURS_AGO])),
+            outside=draw(st.sampled_from([[], [NOTEBOOK]])),
+        )  # fmt: skip
+        for _ in range(draw(st.integers(0, one.max_jobs))):
+            size = draw(st.sampled_from([2, 4, 8]))
+            ran.append(running(100 + len(ran), name, size, draw(seconds), user=draw(names)))
+            if draw(st.booleans()):
+                one.used = {**one.used, str(ran[-1].job_id): draw(st.integers(1, 6)) * GIB}
+        nodes.append(one)
+    times = st.sampled_from([None, NOON, in_seconds(900)])
+    targets = draw(st.lists(st.sampled_from(["a", "b", "a:0", "b:1"]), max_size=1))
+    return nodes, ran, [drained(target, until=draw(times)) for target in targets]
+
+
+@st.composite
+def queues(draw: st.DrawFn) -> list[Job]:
+    found = []
+    ages = sorted(draw(st.lists(st.sampled_from([0, 30, 2400, 90_000]), min_size=1, max_size=5)), reverse=True)
+    for number, age in enumerate(ages, start=1):
+        lora, qlora = draw(unlabelled_sizes), draw(unlabelled_sizes)
+        methods = draw(
+            st.sampled_from([(Method.LORA, Method.QLORA)] * 3 + [LORA_ONLY, (Method.QLORA, Method.LORA), ()])
+        )
+        patient = methods == (Method.LORA, Method.QLORA) and draw(st.booleans())
+        job = waits(
+            number, lora, qlora, methods, draw(label_sets), user=draw(names), priority=draw(st.sampled_from([0, 0, 1])),
+            submitted_at=in_seconds(-age), held=draw(st.sampled_from([False] * 5 + [True])),
+            not_before=draw(st.sampled_from([None] * 4 + [in_seconds(-1), in_seconds(60)])),
+            lora_until=in_seconds(draw(st.sampled_from([-5, 3600]))) if patient else None,
+        )  # fmt: skip
+        if not methods:
+            job.spec = {"resources": {"max_vram": GIB, "node_labels": job.spec["resources"]["node_labels"]}}
+        found.append(job)
+    return found
+
+
+@settings(max_examples=400)
+@given(fleets(), queues(), st.dictionaries(names, st.floats(0, 50)))
+def test_every_reason_agrees_with_a_plain_search(
+    built: tuple[list[Node], list[Job], list[DrainOrder]], waiting: list[Job], charges: dict[str, float]
+) -> None:
+    nodes, ran, orders = built
+    view, search = fleet(nodes, ran, waiting, orders, charges), Search(nodes, ran, orders)
+    placed = {d.placed.job.job_id: d.placed.node for d in view.decisions if d.placed is not None}
+    for row in waiting:
+        job, wait = _asked(row), explain(row, view)
+        expected = search.tier(job)
+        if expected is None:
+            expected = Tier.NEXT if row.job_id in placed else Tier.CAPACITY
+        assert wait.tier is expected, f"{wait} for {row.job_id}"
+        assert wait.word and wait.sentence and not wait.sentence.endswith((" ", "."))
+        _is_true(wait.word, wait.sentence, job, search, waiting, placed)
+        for fit in card_fits(row, view):
+            node = next(n for n in nodes if n.node == fit.node)
+            assert (fit.when == "now") == search.starts(job, node), fit
+            never = not search.ever(job, node) or (search.open[node.node] and search.always_left_to_gpus(job, node))
+            assert (fit.when == "never") == never, fit
+            assert fit.then
+
+
+def _is_true(word: str, sentence: str, job: Asked, search: Search, waiting: list[Job], placed: dict[int, str]) -> None:
+    """What the sentence says of cards and other jobs is so."""
+    named = [node for node in search.nodes if node.node in sentence]
+    startable = [node.node for node in search.nodes if search.starts(job, node)]
+    others = {row.job_id for row in waiting if row.job_id != job.row.job_id}
+    if word == "next":
+        assert placed[job.row.job_id] in startable and placed[job.row.job_id] in sentence
+    elif word in ("order", "share"):
+        (first,) = [int(n) for n in re.findall(r"(?<![\w:])(\d+)(?= (?:goes|has))", sentence)]
+        assert first in others and placed[first] == named[0].node and named[0].node in startable
+        if word == "share":
+            assert first > job.row.job_id
+    elif word == "kept":
+        (first,) = [int(n) for n in re.findall(r"kept for (\d+)", sentence)]
+        assert first in others and first not in placed and named[0].node in startable
+    elif word in ("memory", "busy") and " when " in sentence:
+        ids = [int(n) for n in re.findall(r"\d+", sentence.partition(" when ")[2].partition("ends")[0])]
+        assert ids and {j.job_id for j in search.jobs[named[0].node]} >= set(ids)
+        assert "kept" in sentence or named[0].node not in startable
+        assert word != "busy" or len(search.jobs[named[0].node]) >= named[0].max_jobs
+    elif word == "memory":
+        assert named[0].outside_bytes > 0 and named[0].node not in startable
+    elif word == "patience":
+        assert not startable and len(job.later) == 2
+    elif word == "limit" and "goes first" in sentence:
+        (first,) = [int(n) for n in re.findall(r"^(\d+) goes first", sentence)]
+        assert startable and placed[first] == named[0].node
+        assert next(row for row in waiting if row.job_id == first).user == job.row.user
+    elif word == "limit":
+        assert f"runs {search.users.count(job.row.user)}," in sentence
+    elif word in ("drained", "stopping", "offline", "version"):
+        assert not search.open[named[0].node] and search.ever(job, named[0])
