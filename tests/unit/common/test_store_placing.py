@@ -1,0 +1,519 @@
+"""Placement through real claims: bytes, patience, share, best fit, reservations, and agreement with the plain rule."""
+
+from __future__ import annotations
+
+import datetime as dt
+import threading
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from sqlalchemy import delete, update
+from sqlalchemy.orm import Session
+
+from loractl.common.fleet import NODE_STALE_S
+from loractl.common.method import Method
+from loractl.common.policy import (
+    RESERVE_AFTER_S,
+    Card,
+    ListedLine,
+    Need,
+    Occupant,
+    Waiting,
+    charge,
+    levels_of,
+    place,
+)
+from loractl.common.records import Claim, Left, Progress
+from loractl.common.status import Reason, Status
+from loractl.common.store import Store
+from loractl.common.tables import Base, Job
+from loractl.common.units import GIB
+
+from ..factories import NOON, RESULT, Clock, node_state, submission
+
+NOTHING = Progress()
+HOUR = 3600.0
+
+
+def show(store: Store, node: str = "box:0", total: float = 24, **state: Any) -> None:
+    """A card that a node reports; sizes in GiB."""
+    for key in ("margin", "outside_bytes"):
+        state[key] = int(state.get(key, 0) * GIB)
+    store.see_node(node_state(node, **{"max_jobs": 1, **state, "total": int(total * GIB)}))
+
+
+def claim(store: Store, node: str = "box:0", **live: Any) -> Claim:
+    taken = store.claim(node, **live)
+    assert isinstance(taken, Claim), taken
+    return taken
+
+
+def done(store: Store, mine: Claim) -> None:
+    assert store.finish(mine, Reason.OK, "done", NOTHING, RESULT) is Status.SUCCEEDED
+
+
+def gib_of(size: int | None) -> float:
+    assert size is not None
+    return size / GIB
+
+
+# --- bytes ---
+
+
+def test_slots_that_claim_at_once_never_reserve_the_same_bytes(store: Store) -> None:
+    for _ in range(12):
+        store.submit(submission(lora=15, method="lora"))
+    show(store, total=80, margin=2, max_jobs=8)
+    barrier, claims, errors = threading.Barrier(8), [], []
+
+    def slot() -> None:
+        barrier.wait()
+        try:
+            while (taken := store.claim("box:0")) is not None:
+                if isinstance(taken, Claim):
+                    claims.append(taken)
+        except Exception as error:  # noqa: BLE001  told by the main thread
+            errors.append(error)
+
+    threads = [threading.Thread(target=slot) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    assert errors == []
+    running = store.jobs(statuses=[Status.RUNNING])
+    assert len({mine.job_id for mine in claims}) == len(claims) == len(running) == 5, "as many as fit, and each once"
+    assert sum(job.vram_reserved or 0 for job in running) <= 78 * GIB
+
+
+def test_what_others_hold_is_respected_and_the_newer_look_goes_before_the_row(store: Store) -> None:
+    store.submit(submission(lora=20, method="lora"))
+    show(store)
+    assert store.claim("box:0", outside=5 * GIB) is None, "the row knew of nothing"
+    show(store, outside_bytes=5)
+    assert store.claim("box:0", outside=0) is None, "what was there lately counts too"
+    show(store, outside_bytes=4)
+    assert claim(store, outside=4 * GIB).vram_reserved == 20 * GIB
+
+
+def test_a_job_that_took_more_than_its_plan_leaves_less_for_the_next(store: Store) -> None:
+    for _ in range(2):
+        store.submit(submission(lora=10, method="lora"))
+    show(store, total=24, max_jobs=2)
+    first = claim(store)
+    assert store.claim("box:0", outside=0, used={str(first.job_id): 15 * GIB}) is None
+    assert claim(store, outside=0, used={str(first.job_id): 2 * GIB}).job_id != first.job_id
+
+
+def test_reserved_bytes_are_free_again_after_the_end(store: Store) -> None:
+    for _ in range(2):
+        store.submit(submission(lora=20, method="lora"))
+    show(store, max_jobs=2)
+    first = claim(store)
+    assert store.claim("box:0") is None
+    done(store, first)
+    assert store.job(first.job_id).vram_reserved is None
+    claim(store)
+
+
+# --- closed cards ---
+
+
+@pytest.mark.parametrize("target", ["box", "box:0"])
+def test_a_drained_card_claims_nothing_until_the_drain_ends(timed: Store, clock: Clock, target: str) -> None:
+    timed.submit(submission())
+    show(timed)
+    timed.drain(target, "lena", "fan", until=clock.now + dt.timedelta(seconds=30))
+    assert timed.claim("box:0") is None
+    assert timed.drains()[target].reason == "fan"
+    clock.forward(30)
+    assert timed.drains() == {}, "it ends by itself"
+    timed.drain(target, "lena", "fan again")
+    assert timed.claim("box:0") is None
+    assert timed.end_drain(target) and not timed.end_drain(target)
+    claim(timed)
+
+
+def test_a_drain_of_another_box_or_card_changes_nothing(store: Store) -> None:
+    store.submit(submission())
+    show(store)
+    for other in ("box:1", "boxes", "bo"):
+        store.drain(other, "lena", "fan")
+    claim(store)
+
+
+def test_a_card_that_was_not_seen_for_long_or_is_stopping_claims_nothing(timed: Store, clock: Clock) -> None:
+    timed.submit(submission())
+    assert timed.claim("box:0") is None, "it has no row"
+    show(timed)
+    clock.forward(NODE_STALE_S + 1)
+    assert timed.claim("box:0") is None
+    show(timed, draining=True)
+    assert timed.claim("box:0") is None
+    show(timed)
+    claim(timed)
+
+
+# --- methods ---
+
+
+def test_patience_waits_for_lora_and_then_lets_qlora_do(timed: Store, clock: Clock) -> None:
+    job_id = timed.submit(submission(lora=20, qlora=8, lora_patience="2h"))
+    show(timed, total=12)
+    assert timed.claim("box:0") is None
+    clock.forward(2 * HOUR - 1)
+    show(timed, total=12)
+    assert (timed.end_patience(), timed.claim("box:0")) == ([], None)
+    clock.forward(1)
+    assert timed.end_patience() == [(job_id, 8)]
+    assert timed.end_patience() == []
+    assert claim(timed).method is Method.QLORA
+    kinds = [(e.kind, e.text) for e in timed.events(job_id)]
+    assert ("patience", "waited long enough for LoRA: QLoRA will do now") in kinds
+
+
+def test_a_patient_job_takes_lora_as_soon_as_a_card_holds_it(timed: Store) -> None:
+    timed.submit(submission(lora=20, qlora=8, lora_patience="2h"))
+    show(timed, total=24)
+    assert claim(timed).method is Method.LORA
+
+
+@pytest.mark.parametrize(
+    ("wanted", "total", "taken", "why"),
+    [
+        ("auto", 24, Method.LORA, " (auto: it fits)"),
+        ("auto", 12, Method.QLORA, " (auto: lora does not fit)"),
+        (["lora", "qlora"], 12, Method.QLORA, " (of several: lora does not fit)"),
+        (["qlora", "lora"], 24, Method.QLORA, " (of several: it fits)"),
+        ("qlora", 24, Method.QLORA, ""),
+    ],
+)
+def test_the_history_says_which_of_the_permitted_methods_was_taken_and_why(
+    store: Store, wanted: Any, total: int, taken: Method, why: str
+) -> None:
+    job_id = store.submit(submission(lora=20, qlora=8, method=wanted))
+    show(store, total=total)
+    mine = claim(store)
+    assert (mine.method, mine.vram_reserved) == (taken, (20 if taken is Method.LORA else 8) * GIB)
+    assert store.events(job_id)[-1].text == f"attempt 1 started on box:0 with {taken.value}{why}"
+
+
+def test_max_vram_leaves_out_the_method_that_needs_more(store: Store) -> None:
+    store.submit(submission(lora=20, qlora=8, resources={"max_vram": "10GiB"}))
+    show(store, total=80)
+    assert claim(store).method is Method.QLORA
+
+
+def test_labels_of_a_job_are_asked_of_the_node(store: Store) -> None:
+    store.submit(submission(resources={"node_labels": {"nvlink": "yes"}}))
+    for labels in ({}, {"nvlink": "no"}):
+        show(store, labels=labels)
+        assert store.claim("box:0") is None
+    show(store, labels={"nvlink": "yes", "site": "roof"})
+    claim(store)
+
+
+# --- people ---
+
+
+def test_a_user_at_the_limit_waits_and_the_next_one_does_not(store: Store) -> None:
+    mine = [store.submit(submission()) for _ in range(2)]
+    theirs = store.submit(submission(user="bob"))
+    show(store, "a:0", user_limit=1)
+    show(store, "b:0")
+    first = claim(store, "a:0")
+    assert first.job_id == mine[0]
+    assert claim(store, "b:0").job_id == theirs
+    done(store, first)
+    assert claim(store, "a:0").job_id == mine[1]
+
+
+def test_users_take_turns_by_what_they_had_of_the_cards(timed: Store, clock: Clock) -> None:
+    for _ in range(4):
+        timed.submit(submission(user="ada"))
+    for _ in range(2):
+        timed.submit(submission(user="bob"))
+    order = []
+    for _ in range(6):
+        show(timed)
+        mine = claim(timed)
+        order.append(mine.user)
+        clock.forward(HOUR)
+        done(timed, mine)
+    assert order == ["ada", "bob", "ada", "bob", "ada", "ada"]
+
+
+def test_a_started_job_counts_at_once(store: Store) -> None:
+    for user in ("ada", "ada", "bob"):
+        store.submit(submission(user=user))
+    show(store, total=48, max_jobs=4)
+    assert [claim(store).user for _ in range(3)] == ["ada", "bob", "ada"]
+
+
+def test_old_use_is_forgotten(timed: Store, clock: Clock) -> None:
+    for user, hours in (("ada", 24), ("bob", 1)):
+        timed.submit(submission(user=user))
+        show(timed)
+        mine = claim(timed)
+        clock.forward(hours * HOUR)
+        done(timed, mine)
+        if user == "ada":
+            clock.forward(10 * 24 * HOUR)  # ten half-lives: 4 GiB x 24 h are 0.1 GiB hours by now
+    for user in ("bob", "ada"):
+        timed.submit(submission(user=user))
+    show(timed)
+    assert claim(timed).user == "ada"
+
+
+def test_priority_goes_before_share_and_share_before_age(timed: Store, clock: Clock) -> None:
+    timed.submit(submission(user="ada"))
+    show(timed)
+    mine = claim(timed)
+    clock.forward(HOUR)
+    done(timed, mine)
+    old, young, urgent = (timed.submit(submission(user=u, priority=p)) for u, p in (("ada", 0), ("bob", 0), ("ada", 1)))
+    show(timed, total=48, max_jobs=4)
+    assert [claim(timed).job_id for _ in range(3)] == [urgent, young, old]
+
+
+# --- several cards ---
+
+
+def test_a_job_goes_to_the_idle_card_that_it_fills_best(store: Store) -> None:
+    store.submit(submission(lora=6, method="lora"))
+    for node, total in (("a:0", 8), ("b:0", 24), ("c:0", 80)):
+        show(store, node, total)
+    assert store.claim("c:0") == Left(nodes=frozenset({"a:0"}))
+    assert store.claim("b:0") == Left(nodes=frozenset({"a:0"}))
+    assert claim(store, "a:0").vram_reserved == 6 * GIB
+    assert store.claim("c:0") is None
+
+
+def test_a_card_that_does_not_take_what_is_left_to_it_loses_it(store: Store) -> None:
+    store.submit(submission(lora=6, method="lora"))
+    for node, total in (("a:0", 8), ("b:0", 24), ("c:0", 80)):
+        show(store, node, total)
+    assert store.claim("c:0", distrusted=frozenset({"a:0"})) == Left(nodes=frozenset({"b:0"}))
+    assert claim(store, "c:0", distrusted=frozenset({"a:0", "b:0", "c:0"})), "itself it always trusts"
+
+
+def test_an_idle_card_goes_before_a_shared_one(store: Store) -> None:
+    for _ in range(2):
+        store.submit(submission(lora=6, method="lora"))
+    show(store, "a:0", 48, max_jobs=4)
+    show(store, "b:0", 80, max_jobs=4)
+    claim(store, "a:0")
+    assert store.claim("a:0") == Left(nodes=frozenset({"b:0"}))
+    claim(store, "b:0")
+
+
+def test_a_processor_takes_only_what_no_gpu_could_hold(store: Store) -> None:
+    small = store.submit(submission(lora=6, method="lora"))
+    large = store.submit(submission(lora=40, method="lora"))
+    show(store, "gpu:0", 24)
+    show(store, "cpu:0", 64, kind="cpu")
+    assert claim(store, "cpu:0").job_id == large
+    assert claim(store, "gpu:0").job_id == small
+    assert store.attempts(large)[0].vram_planned is None, "a plan says nothing of a processor"
+
+
+# --- unknown needs, and reservations ---
+
+
+def test_a_job_of_unknown_need_has_a_card_of_its_own_until_it_is_planned(store: Store) -> None:
+    first, unknown, third = (
+        store.submit(submission(lora=size, qlora=None if size is None else size / 2)) for size in (10, None, 12)
+    )
+    show(store, total=48, max_jobs=4, margin=1)
+    mine = claim(store)
+    assert mine.job_id == first
+    beside = claim(store)
+    assert beside.job_id == third, "the unknown one does not share"
+    for one in (mine, beside):
+        done(store, one)
+    alone = claim(store)
+    assert (alone.job_id, alone.vram_planned, alone.vram_reserved) == (unknown, None, 47 * GIB)
+    fourth = store.submit(submission(lora=30, method="lora"))
+    assert store.claim("box:0") is None, "all of the card is the unknown job's"
+
+    store.beat(alone, Progress(need=Need(lora=10 * GIB, qlora=6 * GIB)))
+    row = store.job(unknown)
+    assert (row.vram_reserved, row.vram_lora, row.vram_qlora) == (10 * GIB, 10 * GIB, 6 * GIB)
+    assert store.attempts(unknown)[0].vram_planned == 10 * GIB
+    assert [e.text for e in store.events(unknown) if e.kind == "planned"] == [
+        "planned 10.0 GiB from the data's own lengths, 47.0 were reserved"
+    ]
+    assert claim(store).job_id == fourth
+
+
+def test_a_better_plan_never_takes_more_than_was_reserved(store: Store) -> None:
+    job_id = store.submit(submission(lora=10, method="lora"))
+    show(store)
+    mine = claim(store)
+    store.beat(mine, Progress(need=Need(lora=12 * GIB, qlora=None)))
+    assert gib_of(store.job(job_id).vram_reserved) == 10
+    assert gib_of(store.job(job_id).vram_lora) == 12, "later attempts know it"
+
+
+def test_a_job_that_waited_long_has_a_card_kept_for_it(timed: Store, clock: Clock) -> None:
+    def submit(size: float, user: str) -> int:
+        return timed.submit(submission(lora=size, method="lora", user=user))
+
+    long = submit(30, "ada")
+    show(timed, total=48, max_jobs=4)
+    running = claim(timed)
+    assert running.job_id == long
+    large, early = submit(40, "bob"), submit(5, "cyd")
+    show(timed, total=48, max_jobs=4)
+    assert claim(timed).job_id == early, "before its time nothing is kept"
+    clock.forward(RESERVE_AFTER_S)
+    delays, beside = submit(9, "dan"), submit(2.5, "eve")
+    show(timed, total=48, max_jobs=4)
+    assert claim(timed).job_id == beside, "48 - 40 leaves 3 beside the early one"
+    assert timed.claim("box:0") is None, "9 GiB are free, and would keep the large one waiting"
+    done(timed, running)
+    assert claim(timed).job_id == large
+    assert timed.claim("box:0") is None
+    assert timed.job(delays).status is Status.QUEUED
+
+
+# --- the database and the plain rule ---
+
+
+@dataclass
+class Plain:
+    """The same fleet and queue as lists."""
+
+    cards: dict[str, Card]
+    waiting: list[Waiting]
+    had: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
+
+    def expected(self, node: str) -> tuple[int, Method, int] | None:
+        charges = {user: charge(0.0, jobs) for user, jobs in self.had.items()}
+        cards, line = list(self.cards.values()), ListedLine(self.waiting)
+        for decision in place(levels_of(self.waiting), cards, charges, NOON, line):
+            if decision.placed is not None and decision.placed.node == node:
+                return decision.placed.job.job_id, decision.placed.method, decision.placed.reserved
+        return None
+
+    def start(self, node: str, claim: Claim) -> None:
+        size = claim.vram_reserved or 0
+        occupant = Occupant(job_id=claim.job_id, user=claim.user, reserved=size)
+        self.cards[node] = self.cards[node].with_job(occupant)
+        self.waiting = [job for job in self.waiting if job.job_id != claim.job_id]
+        self.had.setdefault(claim.user, []).append((size, 0.0))
+
+
+gibs = st.sampled_from([None, 1, 3, 7, 8, 9, 15, 23, 30, 60])
+labels = st.sampled_from([{}, {}, {}, {"nvlink": "yes"}])
+
+
+@st.composite
+def rows(draw: st.DrawFn) -> dict[str, Any]:
+    return {
+        "lora": draw(gibs),
+        "qlora": draw(gibs),
+        "user": draw(st.sampled_from(["ada", "bob", "cyd|x"])),
+        "priority": draw(st.sampled_from([0, 0, 0, 5, -5])),
+        "method": draw(st.sampled_from(["auto", "auto", "lora", "qlora", ["qlora", "lora"]])),
+        "resources": {"node_labels": draw(labels)},
+        "age": draw(st.sampled_from([0, 60, 2000, 100_000])),
+        "aside": draw(st.sampled_from([None] * 5 + ["held", "later", "earlier"])),
+    }
+
+
+cards_of = st.fixed_dictionaries(
+    {
+        "total": st.sampled_from([8, 16, 24, 48]),
+        "margin": st.sampled_from([0, 1]),
+        "outside_bytes": st.sampled_from([0, 0, 5]),
+        "max_jobs": st.integers(1, 3),
+        "labels": labels,
+        "kind": st.sampled_from(["nvml", "nvml", "cpu"]),
+    }
+)
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@given(
+    jobs=st.lists(rows(), max_size=10),
+    nodes=st.lists(cards_of, min_size=1, max_size=3),
+    turns=st.lists(st.integers(0, 2), max_size=8),
+)
+def test_a_claim_is_what_the_rule_gives_over_plain_lists(
+    jobs: list[dict[str, Any]], nodes: list[dict[str, Any]], turns: list[int], timed: Store, clock: Clock
+) -> None:
+    plain = _build(timed, clock, jobs, nodes)
+    for turn in turns:
+        node = f"box:{turn % len(nodes)}"
+        expected, taken = plain.expected(node), timed.claim(node)
+        if not isinstance(taken, Claim):
+            assert expected is None, f"{node} should take {expected}, it says {taken}"
+            continue
+        assert (taken.job_id, taken.method, taken.vram_reserved) == expected
+        plain.start(node, taken)
+        card = timed.fleet().cards[node]
+        assert card.outside + card.taken + card.margin <= card.total
+
+
+def _build(store: Store, clock: Clock, jobs: list[dict[str, Any]], nodes: list[dict[str, Any]]) -> Plain:
+    """An empty database filled with the fleet and the queue, and the same as lists."""
+    with Session(store._engine) as session, session.begin():
+        for table in reversed(Base.metadata.sorted_tables):
+            session.execute(delete(table))
+    waiting = []
+    for row in sorted(jobs, key=lambda r: -r["age"]):
+        keys = {k: v for k, v in row.items() if k not in ("age", "aside")}
+        clock.now = NOON - dt.timedelta(seconds=row["age"])
+        wanted = submission(**keys)
+        job_id = store.submit(wanted)
+        aside = {
+            "held": {"held": True},
+            "later": {"not_before": NOON + dt.timedelta(seconds=9)},
+            "earlier": {"not_before": NOON},
+        }.get(row["aside"])
+        if aside is not None:
+            with Session(store._engine) as session, session.begin():
+                session.execute(update(Job).where(Job.job_id == job_id).values(**aside))
+        if row["aside"] in (None, "earlier"):
+            requires = frozenset(row["resources"]["node_labels"].items())
+            waiting.append(
+                Waiting(
+                    job_id=job_id, user=row["user"], priority=row["priority"], since=clock.now,
+                    methods=wanted.methods, need=wanted.need, requires=requires,
+                )
+            )  # fmt: skip
+    clock.now = NOON
+    cards = {}
+    for index, state in enumerate(nodes):
+        name, kept = f"box:{index}", {k: int(state[k] * GIB) for k in ("total", "margin", "outside_bytes")}
+        store.see_node(node_state(name, **{**state, **kept}))
+        cards[name] = Card(
+            node=name, total=kept["total"], margin=kept["margin"], outside=kept["outside_bytes"],
+            max_jobs=state["max_jobs"], labels=frozenset(state["labels"].items()), processor=state["kind"] == "cpu",
+        )  # fmt: skip
+    return Plain(cards, waiting)
+
+
+def test_the_cards_of_the_plain_rule_are_those_of_the_database(store: Store) -> None:
+    show(store, "a:0", 48, margin=1, outside_bytes=3, max_jobs=2, labels={"x": "y"}, user_limit=3)
+    store.submit(submission(lora=10, method="lora"))
+    mine = claim(store, "a:0")
+    store.beat(mine, Progress(eta_seconds=60.0))
+    (card,) = store.fleet().cards.values()
+    assert replace(card, running=()) == Card(
+        node="a:0",
+        total=48 * GIB,
+        margin=GIB,
+        outside=3 * GIB,
+        max_jobs=2,
+        labels=frozenset({("x", "y")}),
+        user_limit=3,
+    )
+    (job,) = card.running
+    assert (job.job_id, job.user, job.reserved, job.used) == (mine.job_id, "ada", 10 * GIB, 0)
+    assert job.ends is not None
+    assert (card.capacity, card.taken, card.free, card.slots) == (44 * GIB, 10 * GIB, 34 * GIB, 1)
