@@ -46,6 +46,14 @@ def gib(size: int | float | None) -> str:
     return "–" if size is None else f"{size / GIB:.1f}"
 
 
+def amount(size: int) -> str:
+    """Bytes of files as "812 B", "14.2 KiB", "3.1 MiB", "1.2 GiB"."""
+    for unit in ("GiB", "MiB", "KiB"):
+        if size >= _BYTES[unit]:
+            return f"{size / _BYTES[unit]:.1f} {unit}"
+    return f"{size} B"
+
+
 def duration(seconds: float | None) -> str:
     """Seconds as "45 s", "12 min", "1 h 58 min", "3 d 4 h"."""
     if seconds is None:

@@ -14,6 +14,7 @@ from loractl.common.errors import ExitCode
 from . import render
 
 if TYPE_CHECKING:
+    from loractl.common.settings import Settings
     from loractl.common.store import Store
     from loractl.common.tables import Job
 
@@ -109,23 +110,44 @@ def show(job_id: int, as_json: bool) -> None:
 @click.command()
 @click.argument("job_id", type=int, metavar="JOB")
 @click.option("-f", "--follow", "following", is_flag=True, help="Go on until the job has ended.")
-def logs(job_id: int, following: bool) -> None:
+@click.option("--tail", type=click.IntRange(0), metavar="N", help="Only the last N lines, and what follows with -f.")
+def logs(job_id: int, following: bool, tail: int | None) -> None:
     """Print a job's log."""
     from .session import open_session
 
-    _, store = open_session()
-    last = 0
-    while True:
-        job = store.job(job_id)
-        chunks = store.log(job_id, after=last)
-        for chunk in chunks:
-            click.echo("\n".join(render.plain(line) for line in chunk.text.split("\n")), nl=False)
-            last = chunk.chunk_id
-        if not following or job.status.is_terminal:
-            break
+    settings, store = open_session()
+    job, chunks = store.job(job_id), store.log(job_id)
+    text = "".join(chunk.text for chunk in chunks) + _stored_log(settings, job, {chunk.attempt for chunk in chunks})
+    _echo_log(text if tail is None else _last_lines(text, tail))
+    last = chunks[-1].chunk_id if chunks else 0
+    while following and not job.status.is_terminal:
         time.sleep(1)
-    if last == 0:
-        click.echo(f"Job {job_id} has written no log yet ({job.status.value}).", err=True)
+        job = store.job(job_id)
+        for chunk in store.log(job_id, after=last):
+            _echo_log(chunk.text)
+            text, last = chunk.text, chunk.chunk_id
+    if not text:
+        gone = job.status == "succeeded" and job.report_uri is None
+        why = "was removed with its result" if gone else f"is empty so far ({job.status.value})"
+        click.echo(f"The log of job {job_id} {why}.", err=True)
+
+
+def _stored_log(settings: Settings, job: Job, listed: set[int]) -> str:
+    """The log that is stored with a result, where loractl gc has removed its lines from the database."""
+    if job.report_uri is None or job.attempt in listed:
+        return ""
+    from loractl.common.artifacts import attempt_prefix, open_store
+
+    return open_store(settings).read_bytes(attempt_prefix(job.job_id, job.attempt), "log.txt").decode(errors="replace")
+
+
+def _last_lines(text: str, count: int) -> str:
+    lines = text.splitlines(keepends=True)
+    return "".join(lines[len(lines) - count :]) if count < len(lines) else text
+
+
+def _echo_log(text: str) -> None:
+    click.echo("\n".join(render.plain(line) for line in text.split("\n")), nl=False)
 
 
 def follow(store: Store, job_id: int) -> ExitCode:

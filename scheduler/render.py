@@ -209,7 +209,7 @@ def all_jobs(
     headers = ["JOB", "NAME", "OWNER", *(["METHOD"] if wide else []), "ENDED", "STATUS", "RESULT"]
     others = sum(max(len(h), *(len(click.unstyle(r[n])) for r in rows)) + 2 for n, h in enumerate(headers[:-1]))
     rows = [[*row[:-1], fit(row[-1], max(20, screen.width - others))] for row in rows]
-    done = next((job.job_id for job in jobs if job.status is Status.SUCCEEDED), None)
+    done = next((job.job_id for job in jobs if job.status is Status.SUCCEEDED and job.report_uri), None)
     lines = table(headers, rows, screen, right=("JOB", "ENDED"))
     if done is not None:
         lines += ["", screen.dim(f"Its report: loractl report {done}   its adapter: loractl adapters pull {done} DIR")]
@@ -446,6 +446,8 @@ def _state(job: Job, screen: Screen) -> str:
 
 
 def _next_command(job: Job) -> str:
+    if job.status is Status.SUCCEEDED and job.report_uri is None:
+        return f"Its result was removed: loractl show {job.job_id} says who and when"
     if job.status is Status.SUCCEEDED:
         return f"Its report: loractl report {job.job_id}   its adapter: loractl adapters pull {job.job_id} DIR"
     if job.status in (Status.FAILED, Status.CANCELLED):

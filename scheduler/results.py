@@ -100,4 +100,9 @@ def _result_of(job_id: int) -> tuple[Job, ArtifactStore, str]:
             job.status, f"it is {job.status.value}"
         )
         raise WrongState(f"job {job_id} has no result: {state}", f"loractl status {job_id} shows where it stands")
+    if job.report_uri is None:
+        raise WrongState(
+            f"job {job_id} has no result any more: loractl gc has removed it",
+            f"loractl show {job_id} says who and when",
+        )
     return job, open_store(settings), attempt_prefix(job_id, job.attempt)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loractl.common.units import GIB, duration, gib, parse_duration, parse_size, thousands
+from loractl.common.units import GIB, amount, duration, gib, parse_duration, parse_size, thousands
 
 
 @pytest.mark.parametrize(
@@ -82,3 +82,11 @@ def test_a_duration_is_shown_in_at_most_two_units(seconds: float | None, shown: 
 def test_numbers_are_shown_with_their_unknown_value_as_a_dash() -> None:
     assert [gib(None), gib(0), gib(1.25 * GIB)] == ["–", "0.0", "1.2"]
     assert [thousands(None), thousands(0), thousands(1584), thousands(1234567)] == ["–", "0", "1 584", "1 234 567"]
+
+
+@pytest.mark.parametrize(
+    ("size", "shown"),
+    [(0, "0 B"), (1023, "1023 B"), (1024, "1.0 KiB"), (14_541, "14.2 KiB"), (2**20, "1.0 MiB"), (5 * GIB, "5.0 GiB")],
+)
+def test_an_amount_of_bytes_is_shown_in_the_largest_unit_that_it_fills(size: int, shown: str) -> None:
+    assert amount(size) == shown

@@ -1,0 +1,235 @@
+"""What loractl gc takes and what it leaves, on each database with each kind of store."""
+
+from __future__ import annotations
+
+import datetime as dt
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from sqlalchemy import update
+from sqlalchemy.orm import Session
+
+from loractl.common.artifacts import ArtifactStore, attempt_prefix
+from loractl.common.database import make_engine, upgrade
+from loractl.common.errors import ArtifactError
+from loractl.common.records import Claim, Progress, StoredResult
+from loractl.common.settings import Settings, load_settings
+from loractl.common.status import Reason
+from loractl.common.store import Store
+from loractl.common.tables import Job
+from loractl.scheduler.garbage import Cleaner, Garbage, Kind, Policy
+
+from ... import services
+from ..factories import Clock, submission, take
+
+MONTH = dt.timedelta(days=30)
+
+
+class BreaksOff(ArtifactStore):
+    """A store that goes away after so many removals."""
+
+    left = 0
+
+    def remove(self, name: str) -> None:
+        if self.left == 0:
+            raise ArtifactError("the store has gone away")
+        self.left -= 1
+        super().remove(name)
+
+
+@dataclass(kw_only=True)
+class Lab:
+    """A database, a store and a home, with a clock that stands at the time of day."""
+
+    settings: Settings
+    store: Store
+    artifacts: ArtifactStore
+    clock: Clock
+    folder: Path
+
+    def run(self, reason: Reason, name: str = "a") -> int:
+        """A job of which one attempt has stored a file of 1000 bytes and ended."""
+        self.clock.forward(60)
+        job_id = self.store.submit(submission(name=name, max_retries=3))
+        self.attempt(reason)
+        return job_id
+
+    def attempt(self, reason: Reason | None) -> Claim:
+        """Of the next waiting job; None: it goes on running."""
+        claim = take(self.store)
+        assert isinstance(claim, Claim)
+        prefix = attempt_prefix(claim.job_id, claim.attempt)
+        self.stores(prefix)
+        if reason is not None:
+            uri = f"{self.artifacts.url}/{prefix}"
+            result = StoredResult(
+                adapter_uri=f"{uri}/adapter",
+                report_uri=f"{uri}/report.json",
+                adapter_size=1000,
+                adapter_sha256="0" * 64,
+            )
+            self.store.finish(claim, reason, "done", Progress(log="x" * 500), result if reason is Reason.OK else None)
+        return claim
+
+    def stores(self, prefix: str) -> None:
+        source = self.folder / "source" / prefix.replace("/", "-")
+        source.mkdir(parents=True, exist_ok=True)
+        (source / "weights").write_bytes(b"x" * 1000)
+        self.artifacts.put_result(source, prefix)
+
+    def data(self, content: str, job_id: int | None = None) -> str:
+        """A stored data set, named by a job."""
+        path = self.folder / "d.jsonl"
+        path.write_text(content)
+        uri, digest = self.artifacts.put_dataset(path)
+        if job_id is not None:
+            data = {"path": {"uri": uri, "sha256": digest}, "eval_path": None}
+            with Session(self.store._engine) as session, session.begin():
+                session.execute(update(Job).where(Job.job_id == job_id).values(data=data))
+        return f"datasets/{digest}.jsonl"
+
+    def cleaner(self, keep_last: int | None = None, artifacts: ArtifactStore | None = None) -> Cleaner:
+        policy = Policy(keep_last=keep_last, older_than=MONTH)
+        return Cleaner(self.settings, self.store, artifacts or self.artifacts, policy)
+
+    def held(self) -> set[str]:
+        return {held.name for part in ("jobs", "datasets") for held in self.artifacts.holdings(part)}
+
+    def rows_lead_somewhere(self) -> None:
+        """Every result that a row names is whole."""
+        for job in self.store.jobs():
+            if job.report_uri is not None:
+                self.artifacts.verify(attempt_prefix(job.job_id, job.attempt))
+        assert {a.job_id for a in self.store.adapters()} == {j.job_id for j in self.store.jobs() if j.report_uri}
+
+
+@pytest.fixture(params=["embedded", "lab"])
+def lab(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Lab]:
+    home = {"LORACTL_HOME": str(tmp_path / "home"), "LORACTL_USER": "ada"}
+    if request.param == "lab":
+        server: services.S3 = request.getfixturevalue("s3_server")
+        for name, value in server.environment.items():
+            monkeypatch.setenv(name, value)
+        home["LORACTL_DATABASE_URL"] = request.getfixturevalue("postgres_url")
+        home["LORACTL_ARTIFACTS_URL"] = f"{server.url}/{tmp_path.name}"
+    settings, clock = load_settings(home), Clock()
+    clock.now = dt.datetime.now(dt.UTC)
+    engine = make_engine(settings.database_url)
+    upgrade(engine)
+    artifacts = ArtifactStore(settings.artifacts_url)
+    yield Lab(settings=settings, store=Store(engine, clock), artifacts=artifacts, clock=clock, folder=tmp_path)
+    engine.dispose()
+
+
+def names(found: Iterator[Garbage], *kinds: Kind) -> set[str]:
+    return {garbage.name for garbage in found if not kinds or garbage.kind in kinds}
+
+
+def test_what_attempts_left_goes_and_results_and_running_attempts_stay(lab: Lab) -> None:
+    result = lab.run(Reason.OK)
+    failed = lab.run(Reason.DIVERGED)
+    lab.run(Reason.DRAINED)
+    running = lab.attempt(None)
+    for job_id in (result, failed, running.job_id):
+        lab.stores(f"jobs/{job_id}/checkpoints/checkpoint-3")
+
+    wanted = {f"jobs/{failed}/attempt-1", f"jobs/{running.job_id}/attempt-1"}
+    wanted |= {f"jobs/{job_id}/checkpoints" for job_id in (result, failed)}
+    before = lab.held()
+    assert names(lab.cleaner().find(), Kind.ATTEMPT, Kind.CHECKPOINTS) == wanted
+    assert lab.held() == before, "a dry run changes nothing"
+
+    gone = list(lab.cleaner().remove())
+    assert names(iter(gone), Kind.ATTEMPT, Kind.CHECKPOINTS) == wanted
+    assert all(g.size > 1000 for g in gone if g.kind is not Kind.LOG)
+    assert lab.held() == before - wanted
+    assert lab.held() >= {f"jobs/{result}/attempt-1", f"jobs/{running.job_id}/attempt-2"}
+    assert list(lab.cleaner().remove()) == []
+    assert lab.store.spent_logs() == [], "the log of the result is stored with it"
+    lab.rows_lead_somewhere()
+
+
+def test_results_beyond_the_newest_go_only_when_asked_for(lab: Lab) -> None:
+    old, newer, other = lab.run(Reason.OK), lab.run(Reason.OK), lab.run(Reason.OK, name="b")
+    assert names(lab.cleaner().find(), Kind.RESULT) == set()
+    assert names(lab.cleaner(keep_last=1).find(), Kind.RESULT) == {f"jobs/{old}/attempt-1"}
+    assert names(lab.cleaner(keep_last=1).remove(), Kind.RESULT) == {f"jobs/{old}/attempt-1"}
+    assert lab.held() == {f"jobs/{job_id}/attempt-1" for job_id in (newer, other)}
+    assert [a.job_id for a in lab.store.adapters()] == [newer, other]
+    assert lab.store.events(old)[-1].text == "adapter and report removed by ada (loractl gc)"
+    lab.rows_lead_somewhere()
+
+
+@pytest.mark.parametrize("removals", range(4))
+def test_a_crash_leaves_no_row_that_leads_to_nothing_and_the_next_look_finishes(lab: Lab, removals: int) -> None:
+    jobs = [lab.run(Reason.OK) for _ in range(3)]
+    lab.run(Reason.DIVERGED)
+    breaks = BreaksOff(lab.artifacts.url)
+    breaks.left = removals
+    try:
+        list(lab.cleaner(keep_last=1, artifacts=breaks).remove())
+        assert removals == 3
+    except ArtifactError:
+        lab.rows_lead_somewhere()
+    list(lab.cleaner(keep_last=1).remove())
+    assert lab.held() == {f"jobs/{jobs[-1]}/attempt-1"}
+    lab.rows_lead_somewhere()
+
+
+def test_old_data_go_once_no_job_may_read_them(lab: Lab) -> None:
+    waiting = lab.store.submit(submission(lora=200, qlora=200))
+    kept, removed, failed = lab.run(Reason.OK), lab.run(Reason.OK), lab.run(Reason.DIVERGED)
+    needed = {lab.data("waiting", waiting), lab.data("kept", kept)}
+    unneeded = {lab.data("removed", removed), lab.data("failed", failed), lab.data("nobody's")}
+    lab.store.remove_result(removed, "ada")
+    assert names(lab.cleaner().find(), Kind.DATA) == set(), "all are new"
+    lab.clock.forward(MONTH.total_seconds() + 86400)
+    assert names(lab.cleaner().find(), Kind.DATA) == unneeded
+    assert names(lab.cleaner(keep_last=1).find(), Kind.DATA) == unneeded
+    assert names(lab.cleaner().remove(), Kind.DATA) == unneeded
+    assert {n for n in lab.held() if n.startswith("datasets/")} == needed
+
+
+def test_a_removed_result_needs_its_data_no_more_and_a_dry_run_says_so(lab: Lab) -> None:
+    old = lab.run(Reason.OK)
+    name = lab.data("old", old)
+    lab.clock.forward(MONTH.total_seconds() + 86400)
+    lab.run(Reason.OK)
+    assert names(lab.cleaner().find(), Kind.DATA) == set()
+    assert names(lab.cleaner(keep_last=1).find(), Kind.DATA) == {name}
+    assert names(lab.cleaner(keep_last=1).remove(), Kind.DATA) == {name}
+
+
+def test_what_is_here_goes_when_its_job_has_ended_or_nobody_used_it_for_long(lab: Lab) -> None:
+    ended, waiting = lab.run(Reason.DIVERGED), lab.store.submit(submission(lora=200, qlora=200))
+    work, cache = lab.settings.work_dir, lab.settings.cache_dir
+    for name in (str(ended), str(waiting), "99", "notes", f"0{ended}"):
+        (work / name / "attempt-1").mkdir(parents=True)
+        (work / name / "attempt-1" / "log.txt").write_bytes(b"x" * 1000)
+    needed = lab.data("needed", waiting).rpartition("/")[2]
+    entries = {}
+    for part, name in (("datasets", needed), ("datasets", "old"), ("tokenised", "old"), ("tokenised", "new")):
+        entry = cache / part / name
+        entry.mkdir(parents=True)
+        (entry / "set.json").write_bytes(b"x" * 500)
+        age = 0 if name == "new" else 40 * 86400
+        os.utime(entry, (lab.clock.now.timestamp() - age,) * 2)
+        entries[part, name] = entry
+
+    wanted = {str(work / str(ended)), str(entries["datasets", "old"]), str(entries["tokenised", "old"])}
+    here = (Kind.WORK, Kind.CACHE)
+    assert names(lab.cleaner().find(), *here) == wanted
+    gone = [g for g in lab.cleaner().remove() if g.kind in here]
+    assert {(g.name, g.size) for g in gone} == {(n, 1000 if n.startswith(str(work)) else 500) for n in wanted}
+    assert {p.name for p in work.iterdir()} == {str(waiting), "99", "notes", f"0{ended}"}
+    assert entries["datasets", needed].exists() and entries["tokenised", "new"].exists()
+
+
+def test_files_of_jobs_that_the_database_does_not_know_are_named_and_left(lab: Lab) -> None:
+    lab.stores("jobs/77/attempt-1")
+    assert lab.cleaner().unknown_jobs() == {77}
+    assert list(lab.cleaner().remove()) == []
+    assert lab.held() == {"jobs/77/attempt-1"}
