@@ -24,6 +24,7 @@ from .errors import ArtifactError, ServiceUnreachable, UsageError
 from .settings import Settings, redacted
 
 MANIFEST = "manifest.json"
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 _BLOCK = 1 << 20
 
 FRESH_S = 3600.0
@@ -78,8 +79,13 @@ class ArtifactStore:
         return f"{self.url}/{name}", digest
 
     def fetch_dataset(self, uri: str, sha256: str, folder: Path) -> Path:
-        """Download a data set into `folder` unless it is there; its content must match the hash."""
+        """Download a data set into `folder` unless it is there; its content must match the hash.
+
+        Raises ArtifactError, also for what put_dataset can't have stored: whoever writes a row could name anything.
+        """
         name = uri.removeprefix(self.url + "/")
+        if not re.fullmatch(rf"datasets/{re.escape(sha256)}\.[a-z]{{1,8}}", name) or not _SHA256.fullmatch(sha256):
+            raise ArtifactError(f"{uri!r} is no data set of this store", "submit the job again")
         target = folder / Path(name).name
         if target.exists() and sha256_of(target) == sha256:
             os.utime(target)  # loractl gc removes what was not used for long
@@ -97,7 +103,11 @@ class ArtifactStore:
 
         Raises ArtifactError when something can't be written or reads back differently, ServiceUnreachable.
         """
-        files = {p.relative_to(folder).as_posix(): p for p in sorted(folder.rglob("*")) if p.is_file()}
+        paths = sorted(p for p in folder.rglob("*") if p.is_symlink() or not p.is_dir())
+        if wrong := next((p for p in paths if p.is_symlink() or not p.is_file()), None):
+            # a link would be followed, and its target stored under the job's name
+            raise ArtifactError(f"storing {prefix}: {wrong.relative_to(folder).as_posix()!r} is not a plain file")
+        files = {_inside(p.relative_to(folder).as_posix()): p for p in paths}
         manifest = {name: StoredFile(size=p.stat().st_size, sha256=sha256_of(p)) for name, p in files.items()}
         with self._errors(f"storing {prefix}"):
             for name, path in files.items():
@@ -118,7 +128,7 @@ class ArtifactStore:
                 raw = None
         try:
             found = {_inside(name): StoredFile(**file) for name, file in raw.items()}
-        except (AttributeError, TypeError, ValueError):
+        except (AttributeError, TypeError, ValueError, ArtifactError):
             raise ArtifactError(f"the manifest of {self.url}/{prefix} is damaged") from None
         return found
 
@@ -302,9 +312,13 @@ def _walk(top: Path) -> Iterator[Path]:
 
 
 def _inside(name: str) -> str:
-    """A manifest's name, unless it would lead `pull` out of its folder: others may write to the store, too."""
-    if name.startswith("/") or ".." in name.split("/"):
-        raise ValueError(name)
+    """A manifest's name, unless it would lead `pull` out of its folder: others may write to the store, too.
+
+    Raises ArtifactError, also for names that a terminal or another system reads in their own way.
+    """
+    parts = name.split("/")
+    if not name.isprintable() or "\\" in name or any(part in ("", ".", "..") for part in parts):
+        raise ArtifactError(f"{name!r} is no name for a file of a result")
     return name
 
 

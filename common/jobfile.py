@@ -78,7 +78,11 @@ def load_spec(path: Path, overrides: Sequence[str] = ()) -> JobSpec:
         found = [p for e in error.errors() for p in _problems(e, str(path), lines, overrides)]
         # a key that may be of two kinds fails as each of them: the last, more general one is told
         raise SpecError(list({(p.file, p.key): p for p in found}.values())) from None
-    return _resolve_paths(_resolve_defaults(spec), path.absolute().parent)
+    spec = _resolve_paths(_resolve_defaults(spec), path.absolute().parent)
+    if spec.revision is not None and Path(spec.base_model).is_absolute():
+        what = "is for a base_model on the hub; a folder has none"
+        raise SpecError([_problem(("revision",), what, None, str(path), lines, overrides)])
+    return spec
 
 
 def override_spec(tree: dict[str, Any], overrides: Sequence[str], name: str) -> JobSpec:

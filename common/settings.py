@@ -14,7 +14,10 @@ from urllib.parse import urlsplit
 from .errors import UsageError
 from .units import parse_size
 
-_KEYS = ("database_url", "redis_url", "artifacts_url", "devices", "trainer_ram", "user", "host")
+_KEYS = (
+    "database_url", "redis_url", "artifacts_url", "devices", "trainer_ram", "user", "host",
+    "model_roots", "trusted_code",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +32,8 @@ class Settings:
     trainer_ram: int | None = None  # bytes that a training on the CPU may take; None: no limit
     user: str
     host: str  # this box's name in the names of its nodes
+    model_roots: tuple[Path, ...] = ()  # a base model that is a folder lies in one of them; empty: anywhere
+    trusted_code: frozenset[str] = frozenset()  # "owner/model@commit" whose own code this box may run
 
     @property
     def embedded_database(self) -> bool:
@@ -72,7 +77,29 @@ def load_settings(environ: dict[str, str] | None = None) -> Settings:
         trainer_ram=_size("trainer_ram", get("trainer_ram", None)),
         user=get("user", None) or _login(),
         host=_host(get("host", None) or socket.gethostname()),
+        model_roots=_folders("model_roots", get("model_roots", None)),
+        trusted_code=_pairs("trusted_code", get("trusted_code", None)),
     )
+
+
+def _folders(key: str, text: str | None) -> tuple[Path, ...]:
+    """Folders of a list that is separated like PATH."""
+    names = [name for name in (text or "").split(os.pathsep) if name]
+    if wrong := [name for name in names if not Path(name).is_absolute()]:
+        hint = f"like /srv/models{os.pathsep}/data/models"
+        raise UsageError(f"LORACTL_{key.upper()}: {wrong[0]} is no absolute path", hint)
+    return tuple(Path(name) for name in names)
+
+
+def _pairs(key: str, text: str | None) -> frozenset[str]:
+    """Models with the commit that they are trusted at: a name or a branch alone may be other code tomorrow."""
+    pairs = [pair.strip() for pair in (text or "").split(",") if pair.strip()]
+    if wrong := [pair for pair in pairs if not re.fullmatch(r"[\w.-]+/[\w.-]+@[0-9a-f]{40}", pair, re.ASCII)]:
+        raise UsageError(
+            f"LORACTL_{key.upper()}: {wrong[0]} is not of the form owner/model@commit",
+            "the commit is the 40 hex digits of the revision whose code you have read",
+        )
+    return frozenset(pairs)
 
 
 def _size(key: str, text: str | None) -> int | None:

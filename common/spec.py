@@ -8,6 +8,7 @@ from __future__ import annotations
 import enum
 import hashlib
 import json
+import re
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
@@ -203,6 +204,8 @@ class JobSpec(_Section):
     name: Name
     base_model: Printable = Field(min_length=1)
     """A hub id, or a folder (relative to the job file) with safetensors or one GGUF file."""
+    revision: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,127}$")] | None = None
+    """Branch, tag or commit of a base_model on the hub; null: its main branch."""
     method: Methods = Method.AUTO
     """auto, lora or qlora; or a list, the preferred one first: [lora, qlora]."""
     lora_patience: Duration | None = None
@@ -249,6 +252,18 @@ class JobSpec(_Section):
         patience and retries."""
         deciding = self.model_dump(mode="json", exclude=_UNDECIDING)
         return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()
+
+
+def is_hub_id(text: str) -> bool:
+    """Whether the text may name a repository of the hub: owner/name, or a name alone. No path passes for one."""
+    part = r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?"
+    return re.fullmatch(rf"(?:{part}/)?{part}", text) is not None and ".." not in text
+
+
+def is_hub_data(text: str) -> bool:
+    """Whether the text may name a data set of the hub, which has an owner: a name alone may be a reader of the datasets
+    library (json, csv, text, ...), which takes whatever files lie beside it."""
+    return is_hub_id(text) and "/" in text
 
 
 def spec_keys() -> list[str]:

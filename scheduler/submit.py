@@ -57,11 +57,15 @@ def submit(job_files: tuple[Path, ...], overrides: tuple[str, ...], dry_run: boo
 
 def check_data(spec: JobSpec) -> None:
     """Refuse local data that the trainer would refuse, as far as no tokenizer is needed. Raises DataError."""
+    from loractl.common.errors import DataError
     from loractl.common.rows import detect_format, parse_examples, read_rows, split_held_out
-    from loractl.common.spec import DataFormat
+    from loractl.common.spec import DataFormat, is_hub_data
 
     format = spec.dataset.format
     for text in (spec.dataset.path, spec.dataset.eval_path):
+        if text is not None and not _is_local(text) and not is_hub_data(text):
+            hint = "name a file (jsonl, json, csv, parquet) beside the job file, or a hub id like owner/name"
+            raise DataError(text, "is no file here, and no data set of the hub", hint=hint)
         if text is None or not _is_local(text) or _unreadable_here(text):
             continue
         rows = read_rows(Path(text))

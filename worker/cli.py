@@ -284,7 +284,7 @@ def data_show(job_file: Path, row: int | None, as_json: bool) -> None:
     from .model import load_tokenizer
 
     spec = load_spec(job_file)
-    tokenizer = load_tokenizer(spec.base_model)
+    tokenizer = load_tokenizer(spec.base_model, spec.revision)
     prepared = prepare_data(
         spec.dataset, spec.dataset.path, spec.dataset.eval_path, dataset_hash(spec.dataset.path), tokenizer, None
     )

@@ -10,7 +10,7 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -173,13 +173,16 @@ def collate(rows: Sequence[dict[str, list[int]]], pad: int) -> dict[str, torch.T
 
 
 def _load(path: str, split: str = "train") -> list[RawRow]:
-    if Path(path).exists() or Path(path).is_absolute():
+    if Path(path).is_absolute():
         return read_rows(Path(path))
-    from datasets import load_dataset
+    from datasets import load_dataset_builder
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
-        dataset = load_dataset(path, split=split)
+        builder = load_dataset_builder(path)
+        _check_files_are_remote(path, builder.config.data_files)
+        builder.download_and_prepare()
+        dataset = builder.as_dataset(split=split)
     except (OSError, ValueError, HfHubHTTPError) as error:
         if hub_is_away(error):
             raise TrainingFailed(
@@ -190,6 +193,13 @@ def _load(path: str, split: str = "train") -> list[RawRow]:
             path, f"is neither a file here nor a data set on the hub: {first[0] if first else error}"
         ) from error
     return [RawRow(number=n, value=value) for n, value in enumerate(dataset, start=1)]
+
+
+def _check_files_are_remote(path: str, files: Mapping[str, Sequence[str]] | None) -> None:
+    """A data set's own card lists its files, and could list files of this box. Raises TrainingFailed."""
+    for name in (name for part in (files or {}).values() for name in part):
+        if not str(name).startswith("hf://"):
+            raise TrainingFailed(Reason.BAD_SPEC, f"the data set {path} names a file that is not on the hub: {name}")
 
 
 def _render(example: Example, end: int, tokenizer: Any, *, generation_prompt: bool = False) -> str:

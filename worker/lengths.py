@@ -32,7 +32,7 @@ def main() -> None:
     spec = JobSpec.model_validate_json(sys.stdin.read())
     data = spec.dataset
     try:
-        tokenizer = load_tokenizer(spec.base_model)
+        tokenizer = load_tokenizer(spec.base_model, spec.revision)
         cache = load_settings().cache_dir
         prepared = prepare_data(data, data.path, data.eval_path, dataset_hash(data.path), tokenizer, cache)
     except LoractlError as error:

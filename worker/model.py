@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -55,11 +56,15 @@ def choose_precision(device: str) -> Precision:
     return Precision(base=torch.float32, amp=None)
 
 
-def load_tokenizer(base_model: str) -> Any:
-    """The model's tokenizer, always with a chat template and a padding token. Raises TrainingFailed."""
+def load_tokenizer(base_model: str, revision: str | None = None, *, run_code: bool = False) -> Any:
+    """The model's tokenizer, always with a chat template and a padding token. Raises TrainingFailed.
+
+    `run_code`: the box's owner trusts the model's own code at this revision.
+    """
     _check_folder(base_model)
     with _model_errors(base_model):
-        tokenizer = AutoTokenizer.from_pretrained(base_model, trust_remote_code=False, **_gguf_file(base_model))
+        options = _source(base_model, revision, run_code=run_code) | _gguf_file(base_model)
+        tokenizer = AutoTokenizer.from_pretrained(base_model, **options)
     if tokenizer.eos_token is None:
         raise TrainingFailed(Reason.MODEL_NOT_FOUND, f"the tokenizer of {base_model} has no end-of-sequence token")
     if tokenizer.pad_token is None:
@@ -71,14 +76,20 @@ def load_tokenizer(base_model: str) -> Any:
     return tokenizer
 
 
-def load_base(base_model: str, method: Method, device: str, precision: Precision) -> Any:
+def load_base(
+    base_model: str,
+    method: Method,
+    device: str,
+    precision: Precision,
+    revision: str | None = None,
+    *,
+    run_code: bool = False,
+) -> Any:
     """The base model on its device; for qlora its linear layers in NF4 with double quantisation (arXiv:2305.14314).
 
     Raises TrainingFailed when the model can't be found or read.
     """
-    # Without an explicit False, transformers asks at the terminal whether to run a model's own code.
-    options: dict[str, Any] = {"dtype": precision.base, "use_safetensors": True, "trust_remote_code": False}
-    options |= _gguf_file(base_model)
+    options: dict[str, Any] = {"dtype": precision.base, "use_safetensors": True} | _gguf_file(base_model)
     if device == "cuda":
         options["device_map"] = {"": 0}
     if "gguf_file" in options:
@@ -97,6 +108,7 @@ def load_base(base_model: str, method: Method, device: str, precision: Precision
             bnb_4bit_compute_dtype=precision.base,
         )
     with _model_errors(base_model):
+        options |= _source(base_model, revision, run_code=run_code)
         return AutoModelForCausalLM.from_pretrained(base_model, **options)
 
 
@@ -156,6 +168,37 @@ def evaluating(model: Any, *, base: bool = False) -> Iterator[Any]:
             yield model
     finally:
         model.train(was_training)
+
+
+def _source(base_model: str, revision: str | None, *, run_code: bool) -> dict[str, Any]:
+    """From where, and whether with its own code, a model may be loaded. Raises TrainingFailed.
+
+    An adapter is refused: transformers would load the base that its config names instead, from wherever that is.
+    """
+    from transformers.utils import find_adapter_config_file
+
+    if find_adapter_config_file(base_model, revision=revision) is not None:
+        raise TrainingFailed(Reason.BAD_SPEC, f"base_model {base_model} holds an adapter: name the base model itself")
+    if run_code:
+        _check_code_is_its_own(base_model, revision)
+    # Without an explicit False, transformers asks at the terminal whether to run a model's own code.
+    where = {} if revision is None else {"revision": revision, "code_revision": revision}
+    return {"trust_remote_code": run_code, **where}
+
+
+def _check_code_is_its_own(base_model: str, revision: str | None) -> None:
+    """Code that a config takes from another repository is not what the box's owner has read. Raises TrainingFailed."""
+    from transformers import PreTrainedConfig
+    from transformers.models.auto.tokenization_auto import get_tokenizer_config
+
+    configs = (
+        PreTrainedConfig.get_config_dict(base_model, revision=revision)[0],
+        get_tokenizer_config(base_model, revision=revision),
+    )
+    for config in configs:
+        if "--" in json.dumps(config.get("auto_map", {})):
+            what = f"base_model {base_model} runs code of another repository, which nobody has allowed"
+            raise TrainingFailed(Reason.BAD_SPEC, what)
 
 
 def _check_folder(base_model: str) -> None:

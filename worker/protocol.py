@@ -45,6 +45,7 @@ class Start(_Message):
     gpu: str
     device: Literal["cuda", "cpu"]
     spec: JobSpec
+    run_code: bool = False  # the box's owner trusts the base model's own code at the spec's revision
     method: Method
     vram_planned: int | None
     vram_reserved: int | None = None  # bytes of the card that are this attempt's

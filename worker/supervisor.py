@@ -36,6 +36,7 @@ from .child import exit_reason, kill, read_log, read_messages, send
 from .devices import Device
 from .occupancy import JOB_VARIABLE
 from .protocol import Adjusted, Ended, Note, Peaks, Planned, StageChanged, Start, Stepped, Stop, Told
+from .trust import Refused, check_claim, may_run_code
 
 log = logging.getLogger("loractl.worker")
 Answer = TypeVar("Answer")
@@ -158,10 +159,11 @@ class Supervisor:
     def _prepare(self, claim: Claim, folder: Path) -> Start:
         """Fetch the data and say what the trainer shall do."""
         spec, cache = claim.spec, self._settings.cache_dir
+        check_claim(spec, claim.data, self._settings)
 
         def local(key: str, wanted: str | None) -> str | None:
             stored = claim.data.get(key)
-            if stored is None:
+            if stored is None or wanted is None:
                 return wanted  # a hub id
             return str(self._artifacts.fetch_dataset(stored["uri"], stored["sha256"], cache / "datasets"))
 
@@ -176,6 +178,7 @@ class Supervisor:
             gpu=self._device.uuid,
             device=self._device.trains_on,
             spec=spec,
+            run_code=may_run_code(spec, self._settings),
             method=claim.method,
             vram_planned=claim.vram_planned,
             vram_reserved=claim.vram_reserved,
@@ -503,4 +506,6 @@ def _explain(error: Exception) -> tuple[Reason, str]:
         ), f"{error.strerror or error}: {error.filename or ''}".strip(": ")
     if isinstance(error, (ArtifactError, ServiceUnreachable)):
         return Reason.STORE_FAILED, error.sentence
+    if isinstance(error, Refused):
+        return Reason.BAD_SPEC, error.sentence
     return Reason.TRAINER_ERROR, str(error)

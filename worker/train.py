@@ -21,6 +21,7 @@ from loractl.common.adjustment import Adjustment, adjusted, in_words, next_adjus
 from loractl.common.spec import JobSpec, Method
 from loractl.common.status import Reason, Stage
 
+from .adapter import save_adapter
 from .checkpoint import Checkpoint, close_checkpoint, newest_checkpoint
 from .data import PreparedData, collate, prepare_data
 from .evaluate import evaluate
@@ -98,7 +99,7 @@ def train(run: Run) -> Ended:
     # 1. The data, before any memory is taken.
     run.stage(Stage.PREPARING)
     set_seed(run.spec.training.seed)
-    tokenizer = load_tokenizer(run.spec.base_model)
+    tokenizer = load_tokenizer(run.spec.base_model, run.spec.revision, run_code=order.run_code)
     data = prepare_data(
         run.spec.dataset, order.data_path, order.eval_path, order.data_sha256, tokenizer, Path(order.cache_dir)
     )
@@ -107,7 +108,9 @@ def train(run: Run) -> Ended:
 
     # 2. The base model, in NF4 for QLoRA, and a fresh adapter.
     precision = choose_precision(order.device)
-    base = load_base(run.spec.base_model, order.method, order.device, precision)
+    base = load_base(
+        run.spec.base_model, order.method, order.device, precision, run.spec.revision, run_code=order.run_code
+    )
     model = add_adapter(base, run.spec, order.method)
 
     # 3. Train, from the newest checkpoint of this very training if there is one.
@@ -116,8 +119,7 @@ def train(run: Run) -> Ended:
     check_finite(model)
 
     # 4. Keep the adapter before anything else can fail.
-    model.save_pretrained(str(out / "adapter"), safe_serialization=True)
-    tokenizer.save_pretrained(str(out / "adapter"))
+    save_adapter(model, tokenizer, order.spec, out / "adapter")
     (out / "job.json").write_text(json.dumps(_resolved(run, arguments), indent=1), "utf-8")
 
     # 5. Base against tuned on rows that were never trained on.
@@ -411,7 +413,7 @@ def training_hash(order: Start, data: PreparedData) -> str:
     neither the rows of a step nor what a step learns.
     """
     rows = hashlib.sha256(json.dumps([r.input_ids for r in data.train.rows]).encode()).hexdigest()
-    asked = order.spec.model_dump(mode="json", include={"base_model", "lora", "training"})
+    asked = order.spec.model_dump(mode="json", include={"base_model", "revision", "lora", "training"})
     training = asked["training"]
     training["batch"] = training.pop("per_device_train_batch_size") * training.pop("gradient_accumulation_steps")
     del training["gradient_checkpointing"]

@@ -58,7 +58,15 @@ MISTAKES = [
     Mistake("two keys contradict", "keep one of them", job=GOOD + "training: {max_steps: 3, num_train_epochs: 1}\n"),
     Mistake("a size without unit", "write it like 12GiB", job=GOOD + "resources: {max_vram: lots}\n"),
     Mistake("a bad override", "is not of the form key=value", command=["submit", "job.yaml", "--set", "oops"]),
+    Mistake("nested too deep", "nested deeper than 16 levels", job=GOOD + "labels: " + "[" * 99 + "]" * 99 + "\n"),
+    Mistake("a number without end", "a number of more than 64 digits", job=GOOD + f"priority: {'9' * 5000}\n"),
+    Mistake(
+        "a revision of a folder",
+        "revision: is for a base_model on the hub",
+        job=GOOD.replace("gpt2", "./base") + "revision: main\n",
+    ),
     # the data
+    Mistake("neither a file nor a hub id", "no data set of the hub", job=GOOD.replace("data.jsonl", "train")),
     Mistake("no data file", "dataset.path is relative to the job file", job=GOOD.replace("data.jsonl", "none.jsonl")),
     Mistake(
         "broken JSON",

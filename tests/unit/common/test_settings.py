@@ -41,7 +41,8 @@ def test_an_unknown_key_in_the_file_is_refused_with_the_known_ones(tmp_path: Pat
     (tmp_path / "config.toml").write_text('databse_url = "x"\n')
     with pytest.raises(UsageError, match="unknown key databse_url") as caught:
         load_settings({"LORACTL_HOME": str(tmp_path)})
-    assert caught.value.hint == "known keys: database_url, redis_url, artifacts_url, devices, trainer_ram, user, host"
+    known = "database_url, redis_url, artifacts_url, devices, trainer_ram, user, host, model_roots, trusted_code"
+    assert caught.value.hint == f"known keys: {known}"
 
 
 def test_a_trainer_s_ram_is_a_size_with_its_unit(tmp_path: Path) -> None:
@@ -130,3 +131,24 @@ def test_an_address_that_is_no_url_is_refused_without_repeating_it(tmp_path: Pat
     with pytest.raises(UsageError, match="LORACTL_REDIS_URL is not a URL") as caught:
         load_settings({"LORACTL_HOME": str(tmp_path), "LORACTL_REDIS_URL": url})
     assert "hunter2" not in f"{caught.value.sentence}{caught.value.hint}"
+
+
+def test_the_folders_of_base_models_are_a_list_like_path(tmp_path: Path) -> None:
+    home = {"LORACTL_HOME": str(tmp_path)}
+    assert load_settings(home).model_roots == ()
+    named = load_settings({**home, "LORACTL_MODEL_ROOTS": "/srv/models:/data"}).model_roots
+    assert named == (Path("/srv/models"), Path("/data"))
+    (tmp_path / "config.toml").write_text('model_roots = "/srv/models"\n')
+    assert load_settings(home).model_roots == (Path("/srv/models"),)
+    with pytest.raises(UsageError, match="LORACTL_MODEL_ROOTS: models is no absolute path"):
+        load_settings({**home, "LORACTL_MODEL_ROOTS": "/srv:models"})
+
+
+def test_code_is_trusted_by_model_and_commit(tmp_path: Path) -> None:
+    home, commit = {"LORACTL_HOME": str(tmp_path)}, "0123456789abcdef" * 2 + "01234567"
+    assert load_settings(home).trusted_code == frozenset()
+    pairs = f"org/one@{commit}, org/two@{commit}"
+    assert load_settings({**home, "LORACTL_TRUSTED_CODE": pairs}).trusted_code == set(pairs.split(", "))
+    for wrong in ("org/one", "org/one@main", f"org/one@{commit[:7]}", f"one@{commit}", "*"):
+        with pytest.raises(UsageError, match="not of the form owner/model@commit"):
+            load_settings({**home, "LORACTL_TRUSTED_CODE": wrong})

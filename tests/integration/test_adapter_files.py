@@ -1,0 +1,124 @@
+"""What is stored as an adapter, and whose code runs for it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from loractl.common.spec import JobSpec, Method
+from loractl.common.status import Reason
+from loractl.worker.adapter import CONFIG_KEYS, save_adapter
+from loractl.worker.model import TrainingFailed, add_adapter, choose_precision, load_base, load_tokenizer
+
+COMMIT = "0123456789abcdef" * 2 + "01234567"
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj"]])
+def test_a_stored_adapter_has_the_allowed_settings_alone_and_peft_loads_it(
+    tiny_model: Path, tmp_path: Path, targets: object
+) -> None:
+    from peft import PeftModel
+
+    spec = _spec(tiny_model, lora={"r": 4, "lora_alpha": 8, "target_modules": targets})
+    precision = choose_precision("cpu")
+    tuned = add_adapter(load_base(str(tiny_model), Method.LORA, "cpu", precision), spec, Method.LORA)
+    for name, parameter in tuned.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)  # else the adapter changes nothing
+    tuned.peft_config["default"].auto_mapping = {"base_model_class": "Model", "parent_library": "os"}
+    tuned.peft_config["default"].base_model_name_or_path = "/root/.cache/somewhere"
+    tokenizer = load_tokenizer(str(tiny_model))
+    save_adapter(tuned, tokenizer, spec, tmp_path / "adapter")
+
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert set(config) <= CONFIG_KEYS and "auto_mapping" not in config
+    assert (config["base_model_name_or_path"], config["revision"]) == (str(tiny_model), None)
+    assert config["inference_mode"] is True
+    assert [p.name for p in (tmp_path / "adapter").glob("*.safetensors")] == ["adapter_model.safetensors"]
+
+    loaded = PeftModel.from_pretrained(
+        load_base(str(tiny_model), Method.LORA, "cpu", precision), str(tmp_path / "adapter")
+    )
+    ids = tokenizer("queue priority", return_tensors="pt").input_ids
+    with torch.no_grad():
+        expected, found = (model.eval()(input_ids=ids).logits for model in (tuned, loaded))
+        base = load_base(str(tiny_model), Method.LORA, "cpu", precision).eval()(input_ids=ids).logits
+    assert torch.equal(found, expected)
+    assert not torch.equal(found, base)
+
+
+def test_code_and_pickles_are_not_stored(tiny_model: Path, tmp_path: Path) -> None:
+    class Tokenizer:
+        def save_pretrained(self, folder: str) -> None:
+            for name in ("tokenizer.json", "tokenization_own.py", "extra.bin", "weights.pt"):
+                (Path(folder) / name).write_text("{}")
+
+    spec = _spec(tiny_model)
+    model = add_adapter(load_base(str(tiny_model), Method.LORA, "cpu", choose_precision("cpu")), spec, Method.LORA)
+    save_adapter(model, Tokenizer(), spec, tmp_path)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert {"tokenizer.json", "adapter_model.safetensors", "adapter_config.json"} <= names
+    assert not {"tokenization_own.py", "extra.bin", "weights.pt"} & names
+
+
+def test_an_adapter_in_place_of_a_base_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+    """Its config names another model, which transformers would load from wherever that is."""
+    config = {"peft_type": "LORA", "base_model_name_or_path": str(tiny_model)}
+    disguised = tmp_path / "disguised"
+    shutil.copytree(tiny_model, disguised)
+    (disguised / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(TrainingFailed, match="holds an adapter") as failure:
+        load_base(str(disguised), Method.LORA, "cpu", choose_precision("cpu"))
+    assert failure.value.reason is Reason.BAD_SPEC
+    with pytest.raises(TrainingFailed, match="holds an adapter"):
+        load_tokenizer(str(disguised))
+
+
+def test_a_hub_model_s_own_code_runs_only_where_it_is_trusted(tmp_path: Path) -> None:
+    """In processes of their own: the hub's library reads its cache's place once."""
+    mark = tmp_path / "it-ran"
+    _in_the_cache(tmp_path, "org/own", "modeling.Config", mark)
+    _in_the_cache(tmp_path, "org/borrowed", "org/own--modeling.Config", mark)
+    assert "MODEL_NOT_FOUND" in _load(tmp_path, f"'org/own', '{COMMIT}'")
+    assert not mark.exists()
+    assert "runs code of another repository" in _load(tmp_path, f"'org/borrowed', '{COMMIT}', run_code=True")
+    assert not mark.exists()
+    _load(tmp_path, f"'org/own', '{COMMIT}', run_code=True")
+    assert mark.exists(), "the owner's list is what lets it run"
+
+
+def _spec(model: Path, **keys: object) -> JobSpec:
+    return JobSpec.model_validate({"name": "t", "base_model": str(model), "dataset": {"path": "org/data"}, **keys})
+
+
+def _in_the_cache(home: Path, name: str, reference: str, mark: Path) -> None:
+    """A model with code of its own, as if it had been downloaded."""
+    folder = home / "hub" / f"models--{name.replace('/', '--')}"
+    snapshot = folder / "snapshots" / COMMIT
+    snapshot.mkdir(parents=True)
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text(COMMIT)
+    (snapshot / "modeling.py").write_text(f"open({str(mark)!r}, 'w').close()\n")
+    (snapshot / "config.json").write_text(json.dumps({"model_type": "own-kind", "auto_map": {"AutoConfig": reference}}))
+
+
+def _load(home: Path, arguments: str) -> str:
+    """What a process says that loads a tokenizer."""
+    code = (
+        "from loractl.worker.model import TrainingFailed, load_tokenizer\n"
+        f"try: load_tokenizer({arguments})\n"
+        "except TrainingFailed as error: print(error.reason.name, error.sentence)\n"
+        "except Exception as error: print(repr(error))\n"
+    )
+    environment = {**os.environ, "HF_HOME": str(home), "HF_HUB_OFFLINE": "1"}
+    for name in ("HF_HUB_CACHE", "HF_MODULES_CACHE", "TRANSFORMERS_CACHE"):
+        environment.pop(name, None)
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    return done.stdout + done.stderr

@@ -1,0 +1,128 @@
+"""What a hand-made spec may not make a worker read or run."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from loractl.common.settings import Settings, load_settings
+from loractl.worker.trust import Refused, check_claim, may_run_code
+
+from ..factories import spec
+
+COMMIT = "0123456789abcdef" * 2 + "01234567"
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    """A worker whose owner allows tmp_path/allowed."""
+    (tmp_path / "allowed").mkdir()
+    return load_settings({"LORACTL_HOME": str(tmp_path / "home"), "LORACTL_MODEL_ROOTS": str(tmp_path / "allowed")})
+
+
+def model(folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        (folder / name).write_text("{}")
+    return folder
+
+
+def check(settings: Settings, base: object = "org/model", data: dict[str, Any] | None = None, **dataset: str) -> None:
+    check_claim(spec(base_model=str(base), dataset={"path": "org/data", **dataset}), data or {}, settings)
+
+
+def test_a_folder_inside_an_allowed_one_and_a_hub_id_pass(settings: Settings, tmp_path: Path) -> None:
+    check(settings, model(tmp_path / "allowed" / "lab" / "base"))
+    check(settings, "org/model")
+    check(settings, "gpt2")
+
+
+def test_without_roots_any_folder_passes(settings: Settings, tmp_path: Path) -> None:
+    check(replace(settings, model_roots=()), model(tmp_path / "elsewhere"))
+
+
+@pytest.mark.parametrize("path", ["elsewhere", "allowed/../elsewhere", "allowed-too", "link", ""])
+def test_a_folder_outside_is_refused_however_it_is_written(settings: Settings, tmp_path: Path, path: str) -> None:
+    model(tmp_path / "elsewhere")
+    model(tmp_path / "allowed-too")
+    (tmp_path / "allowed" / "link").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(Refused, match=r"LORACTL_MODEL_ROOTS|not a plain path"):
+        check(settings, tmp_path / ("allowed/link" if path == "link" else path))
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json", "sub"])
+def test_a_link_that_leads_out_of_the_roots_is_refused(settings: Settings, tmp_path: Path, name: str) -> None:
+    outside, inside = model(tmp_path / "elsewhere"), model(tmp_path / "allowed" / "base")
+    (inside / name).unlink(missing_ok=True)
+    (inside / name).symlink_to(outside / name if name != "sub" else outside)
+    with pytest.raises(Refused, match=f"{name} leads there"):
+        check(settings, inside)
+
+
+def test_a_link_to_another_allowed_place_passes(settings: Settings, tmp_path: Path) -> None:
+    blobs = tmp_path / "allowed" / "blobs"  # the hub's cache keeps files so
+    inside = model(tmp_path / "allowed" / "snapshot")
+    blobs.mkdir()
+    (inside / "model.safetensors").rename(blobs / "abc")
+    (inside / "model.safetensors").symlink_to(blobs / "abc")
+    check(settings, inside)
+
+
+@pytest.mark.parametrize("shard", ["../elsewhere/model.safetensors", "/etc/passwd", "sub/../../x"])
+def test_an_index_that_names_weights_elsewhere_is_refused(settings: Settings, tmp_path: Path, shard: str) -> None:
+    base = model(tmp_path / "allowed" / "base")
+    index = {"metadata": {}, "weight_map": {"a": "model-1.safetensors", "b": shard}}
+    (base / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(Refused, match=r"model\.safetensors\.index\.json names"):
+        check(settings, base)
+
+
+@pytest.mark.parametrize(
+    "name", ["../x", "./x", "~/x", "a/../b", "a//b", "..", "x/", "a/b/c", "-x", "file:///x", "a b", "hf://datasets/a/b"]
+)
+def test_what_is_neither_a_folder_nor_a_hub_id_is_refused(settings: Settings, name: str) -> None:
+    with pytest.raises(Refused, match=r"base_model .* hub id"):
+        check(settings, name)
+    with pytest.raises(Refused, match=r"dataset\.path .* is not in the artifact store"):
+        check(settings, path=name)
+    with pytest.raises(Refused, match=r"dataset\.eval_path .* is not in the artifact store"):
+        check(settings, eval_path=name)
+
+
+def test_a_name_that_exists_beside_the_worker_is_no_hub_id(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model(tmp_path / "org" / "thing")
+    with pytest.raises(Refused, match="beside this worker"):
+        check(settings, "org/thing")
+    with pytest.raises(Refused, match="beside this worker"):
+        check(settings, path="org/thing")
+
+
+@pytest.mark.parametrize("name", ["/etc/secrets.json", "json", "csv", "text", "data.jsonl"])
+def test_data_that_are_not_stored_are_on_the_hub_under_an_owner(settings: Settings, name: str) -> None:
+    with pytest.raises(Refused, match="no hub id of the form owner/name"):
+        check(settings, path=name)
+    check(settings, path=name, data={"path": {"uri": "...", "sha256": "..."}})  # the store says what that is
+
+
+@pytest.mark.parametrize("entry", ["x", 1, [], {}, {"uri": "x"}, {"uri": 1, "sha256": "x"}])
+def test_a_row_that_speaks_of_stored_data_in_another_form_is_refused(settings: Settings, entry: object) -> None:
+    for key in ("path", "eval_path"):
+        with pytest.raises(Refused, match="no address and hash of a stored data set"):
+            check(settings, data={key: entry})
+
+
+def test_a_model_s_own_code_runs_only_for_the_pairs_that_the_owner_lists(settings: Settings) -> None:
+    trusting = replace(settings, trusted_code=frozenset({f"org/model@{COMMIT}"}))
+    assert may_run_code(spec(revision=COMMIT), trusting)
+    assert not may_run_code(spec(revision=COMMIT), settings)
+    assert not may_run_code(spec(), trusting)
+    assert not may_run_code(spec(revision="main"), trusting)
+    assert not may_run_code(spec(base_model="org/other", revision=COMMIT), trusting)
+    assert not may_run_code(spec(base_model="/srv/org/model", revision=COMMIT), trusting)

@@ -1,0 +1,85 @@
+"""What a job may make this box read and run: its base model's folder, its data, a model's own code.
+
+Whoever can write rows can write any spec into one, so nothing that a client has checked is relied on here.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from loractl.common.errors import LoractlError
+from loractl.common.settings import Settings
+from loractl.common.spec import JobSpec, is_hub_data, is_hub_id
+
+
+class Refused(LoractlError):
+    """The job asks for what this box's owner did not allow, or for what no job may ask."""
+
+
+def check_claim(spec: JobSpec, data: dict[str, Any], settings: Settings) -> None:
+    """Raises Refused unless base model and data are those that a job may name here.
+
+    `data` says which of the spec's data sets are in the artifact store; the others must be on the hub.
+    """
+    _check_base(spec.base_model, settings.model_roots)
+    for key, name in (("path", spec.dataset.path), ("eval_path", spec.dataset.eval_path)):
+        entry = data.get(key)
+        if name is not None and entry is None:
+            _check_hub_data(f"dataset.{key}", name)
+        elif entry is not None and not _is_stored(entry):
+            raise Refused(f"the row says of dataset.{key} no address and hash of a stored data set")
+
+
+def _is_stored(entry: Any) -> bool:
+    """Whether this names a stored data set; the store itself takes no address but its own."""
+    return isinstance(entry, dict) and all(isinstance(entry.get(key), str) for key in ("uri", "sha256"))
+
+
+def may_run_code(spec: JobSpec, settings: Settings) -> bool:
+    """Whether this box's owner trusts the code of this very model at this very commit."""
+    return is_hub_id(spec.base_model) and f"{spec.base_model}@{spec.revision}" in settings.trusted_code
+
+
+def _check_base(base_model: str, roots: tuple[Path, ...]) -> None:
+    folder = Path(base_model)
+    if not folder.is_absolute():
+        if not is_hub_id(base_model):
+            raise Refused(f"base_model {base_model} is neither an absolute path nor a hub id")
+        if folder.exists():
+            raise Refused(f"base_model {base_model} is a file or folder beside this worker, not a hub id")
+        return
+    if ".." in folder.parts:
+        raise Refused(f"base_model {base_model} is not a plain path")
+    if roots:
+        _check_inside(folder, [root.resolve() for root in roots])
+
+
+def _check_inside(folder: Path, roots: list[Path]) -> None:
+    """The folder and all that can be loaded from it, links followed, lie below one of the roots."""
+    where = f"outside of what this worker allows (LORACTL_MODEL_ROOTS: {', '.join(map(str, roots))})"
+    for path in (folder, *sorted(folder.rglob("*"))):
+        if not any(path.resolve().is_relative_to(root) for root in roots):
+            leads = "" if path == folder else f": {path.relative_to(folder)} leads there"
+            raise Refused(f"base_model {folder} is {where}{leads}")
+    for index in folder.glob("*.index.json"):
+        for name in _shards(index):
+            if Path(name).name != name:
+                raise Refused(f"base_model {folder} is {where}: {index.name} names {name}")
+
+
+def _shards(index: Path) -> set[str]:
+    """The files that an index of weights names; transformers joins them to the folder as they stand."""
+    try:
+        return {str(name) for name in json.loads(index.read_text("utf-8"))["weight_map"].values()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return set()  # not an index: loading it fails and says why
+
+
+def _check_hub_data(key: str, name: str) -> None:
+    """A data set is stored or on the hub: a path, even one that exists here, is neither."""
+    if not is_hub_data(name):
+        raise Refused(f"{key} {name} is not in the artifact store, and no hub id of the form owner/name")
+    if Path(name).exists():
+        raise Refused(f"{key} {name} is a file or folder beside this worker, not a hub id")
