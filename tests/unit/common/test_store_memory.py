@@ -1,0 +1,237 @@
+"""What the database learns of memory: out-of-memory raises the need, measured peaks correct the plan."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from sqlalchemy import update
+from sqlalchemy.orm import Session
+
+from loractl.common.adjustment import Adjustment
+from loractl.common.learning import GROWTH, LIKE_IT_SPARE, Measured, learned, peaks_like
+from loractl.common.method import Method
+from loractl.common.policy import Need
+from loractl.common.records import Claim, Progress
+from loractl.common.status import Reason, Status
+from loractl.common.store import OUTSIDER_SHARE, Store
+from loractl.common.tables import Attempt
+from loractl.common.units import GIB
+
+from ..factories import RESULT, node_state, submission
+
+
+def show(store: Store, node: str = "box:0", total: float = 24, **state: Any) -> None:
+    store.see_node(node_state(node, total=int(total * GIB), **state))
+
+
+def claim(store: Store, node: str = "box:0") -> Claim:
+    taken = store.claim(node)
+    assert isinstance(taken, Claim), taken
+    return taken
+
+
+def runs_out(store: Store, mine: Claim, peak: float | None = None) -> Status | None:
+    """The attempt ends out of memory; `peak`: GiB that its process had then, without it all that it was given."""
+    had = int(peak * GIB) if peak is not None else mine.vram_reserved
+    return store.finish(mine, Reason.OUT_OF_MEMORY, "out of memory", Progress(vram_process=had))
+
+
+def text_of_last(store: Store, job_id: int) -> tuple[str, str]:
+    event = store.events(job_id)[-1]
+    return event.kind, event.text
+
+
+def test_what_was_too_little_is_raised_by_a_quarter_and_a_larger_card_takes_it(store: Store) -> None:
+    job_id = store.submit(submission(lora=16, method="lora"))
+    show(store, "a:0", 18)
+    show(store, "b:0", 24)
+    assert runs_out(store, claim(store, "a:0")) is Status.QUEUED
+    row = store.job(job_id)
+    assert (row.vram_lora, row.vram_needed, row.vram_class) == (int(16 * GIB * GROWTH), 20 * GIB, 24)
+    assert (row.retries_used, row.not_before, row.vram_reserved) == (0, None, None)
+    assert text_of_last(store, job_id) == (
+        "requeued",
+        "attempt 1 ended (out_of_memory): out of memory; it waits for 20.0 GiB now",
+    )
+    assert store.claim("a:0") is None
+    mine = claim(store, "b:0")
+    assert (mine.attempt, mine.vram_reserved) == (2, 20 * GIB)
+
+
+def test_qlora_is_next_where_it_is_permitted_and_the_card_holds_no_larger_lora(store: Store) -> None:
+    job_id = store.submit(submission(lora=16, qlora=8))
+    show(store, total=18)
+    first = claim(store)
+    assert first.method is Method.LORA
+    assert runs_out(store, first) is Status.QUEUED
+    second = claim(store)
+    assert (second.method, second.vram_reserved) == (Method.QLORA, 8 * GIB)
+    assert store.events(job_id)[-1].text.endswith("with qlora (auto: lora does not fit)")
+
+
+def test_a_measured_peak_beyond_the_growth_is_what_it_needs(store: Store) -> None:
+    job_id = store.submit(submission(lora=8, method="lora"))
+    show(store)
+    runs_out(store, claim(store), peak=14)
+    assert store.job(job_id).vram_lora == int(14 * GIB * 1.05)
+
+
+@pytest.mark.parametrize(
+    ("keys", "sentence"),
+    [
+        ({}, "out of memory; lora had 20.0 GiB, and no card of the fleet has more"),
+        (
+            {"resources": {"max_vram": "22GiB"}},
+            "out of memory; lora had 20.0 GiB, and its resources.max_vram allows no more",
+        ),
+    ],
+)
+def test_a_job_that_no_card_could_give_more_fails_with_a_sentence(store: Store, keys: dict, sentence: str) -> None:
+    job_id = store.submit(submission(lora=20, method="lora", **keys))
+    show(store)
+    assert runs_out(store, claim(store)) is Status.FAILED
+    row = store.job(job_id)
+    assert (row.status, row.reason, row.message) == (Status.FAILED, Reason.OUT_OF_MEMORY, sentence)
+    assert text_of_last(store, job_id) == ("failed", sentence)
+    assert store.claim("box:0") is None
+
+
+def test_each_step_down_happens_once_until_nothing_is_left(store: Store) -> None:
+    store.submit(submission(lora=16, qlora=8))
+    show(store, total=18)
+    seen = []
+    while isinstance(taken := store.claim("box:0"), Claim):
+        seen.append((taken.method.value, round((taken.vram_reserved or 0) / GIB, 1)))
+        runs_out(store, taken)
+    assert seen == [("lora", 16.0), ("qlora", 8.0), ("qlora", 10.0), ("qlora", 12.5), ("qlora", 15.6)]
+    assert store.job(1).status is Status.FAILED
+
+
+def test_memory_that_an_outsider_took_does_not_raise_the_need(store: Store) -> None:
+    job_id = store.submit(submission(lora=16, method="lora"))
+    show(store)
+    below = 16 * OUTSIDER_SHARE - 0.1
+    for attempt in (1, 2):
+        assert runs_out(store, claim(store), peak=below) is Status.QUEUED
+        row = store.job(job_id)
+        assert (row.vram_lora, row.attempt) == (16 * GIB, attempt)
+        assert text_of_last(store, job_id)[1].endswith("; another program took memory of box:0")
+    runs_out(store, claim(store), peak=16 * OUTSIDER_SHARE + 0.1)
+    assert store.job(job_id).vram_lora == 20 * GIB
+
+
+def test_a_job_of_unknown_need_learns_one_from_what_was_too_little(store: Store) -> None:
+    job_id = store.submit(submission(lora=None, qlora=None, method="lora"))
+    show(store, "a:0", 16)
+    show(store, "b:0", 48, max_jobs=4)
+    mine = claim(store, "a:0")
+    assert mine.vram_reserved == 16 * GIB
+    runs_out(store, mine)
+    assert store.job(job_id).vram_needed == 20 * GIB
+    assert claim(store, "b:0").vram_reserved == 20 * GIB
+
+
+def test_on_a_processor_the_method_is_tried_no_more(store: Store) -> None:
+    job_id = store.submit(submission(lora=16, qlora=8))
+    show(store, total=64, kind="cpu")
+    assert runs_out(store, claim(store), peak=3) is Status.QUEUED
+    assert claim(store).method is Method.QLORA
+    assert store.job(job_id).vram_lora == 64 * GIB + 1
+
+
+def test_patience_and_steps_down_of_the_batch_end_with_a_new_reservation(store: Store) -> None:
+    job_id = store.submit(submission(lora=16, qlora=8, lora_patience="9h"))
+    show(store, "a:0", 18)
+    mine = claim(store, "a:0")
+    store.beat(mine, Progress(adjustment=Adjustment(micro_batch=1, accumulation=16)))
+    assert store.job(job_id).adjustment == {"micro_batch": 1, "accumulation": 16}
+    runs_out(store, mine)
+    row = store.job(job_id)
+    assert (row.lora_until, row.adjustment) == (None, None)
+    again = claim(store, "a:0")
+    assert (again.method, again.adjustment) == (Method.QLORA, Adjustment())
+
+
+# --- learning ---
+
+
+def ran(store: Store, key: str, peak: float, *, family: str = "llama", ends: Reason = Reason.OK, **keys: Any) -> int:
+    """A job of that kind that ran once and peaked at so many GiB."""
+    wanted = {"lora": 10, "method": "lora", **keys}
+    job_id = store.submit(replace(submission(**wanted), need_key=key, family=family))
+    mine = claim(store)
+    assert mine.job_id == job_id
+    result = RESULT if ends is Reason.OK else None
+    store.finish(mine, ends, "done", Progress(vram_process=int(peak * GIB), vram_peak=GIB), result)
+    if store.job(job_id).status is Status.QUEUED:
+        store.cancel(job_id, "ada")
+    return job_id
+
+
+def test_what_ran_on_gpus_is_remembered_by_key_and_by_family(store: Store) -> None:
+    show(store, total=48)
+    ran(store, "key-1", 9)
+    ran(store, "key-2", 8, family="qwen2")
+    ran(store, "key-3", 7)
+    ran(store, "key-1", 10, ends=Reason.OUT_OF_MEMORY)
+    ran(store, "key-1", 5, ends=Reason.TRAINER_ERROR)
+    everything = store.measured()
+    assert sorted(one.peak // GIB for one in everything if one.peak) == [7, 8, 9, 10], (
+        "a failure says nothing of memory"
+    )
+    like = store.measured("key-1", "llama")
+    assert sorted((one.need_key, one.out_of_memory) for one in like) == [
+        ("key-1", False),
+        ("key-1", True),
+        ("key-3", False),
+    ]
+    assert {one.need_key for one in store.measured("key-2", None)} == {"key-2"}
+    assert store.measured("no-such", None) == []
+    assert len(store.measured(limit=2)) == 2
+    assert like[0].planned == 10 * GIB and like[0].device_name == "NVIDIA A40"
+
+
+@pytest.mark.parametrize("kind", ["cpu", "sim"])
+def test_what_ran_on_no_real_card_teaches_nothing(store: Store, kind: str) -> None:
+    show(store, total=48, kind=kind)
+    ran(store, "key-1", 9)
+    assert store.measured() == []
+
+
+def test_the_next_job_like_it_is_reserved_what_the_last_one_took(store: Store) -> None:
+    show(store, total=48)
+    ran(store, "key-1", 8)
+    planned = Need(lora=10 * GIB, qlora=5 * GIB)
+    assert learned(planned, "key-1", store.measured("key-1", "llama")) == Need(
+        lora=int(8 * GIB * LIKE_IT_SPARE), qlora=5 * GIB
+    )
+    ran(store, "key-1", 10, ends=Reason.OUT_OF_MEMORY)
+    found = learned(planned, "key-1", store.measured("key-1", "llama"))
+    assert found.lora == int(10 * GIB * GROWTH), "what was too little once is too little again"
+    assert peaks_like("key-1", Method.LORA, store.measured()) == [8 * GIB]
+
+
+def test_the_attempt_s_plan_is_the_one_before_what_was_learned(store: Store) -> None:
+    show(store, total=48)
+    wanted = submission(lora=10, method="lora")
+    job_id = store.submit(replace(wanted, need=Need(lora=12 * GIB, qlora=None), need_key="k", family="llama"))
+    mine = claim(store)
+    assert (mine.vram_planned, mine.vram_reserved) == (10 * GIB, 12 * GIB)
+    store.beat(mine, Progress(need=Need(lora=5 * GIB, qlora=2 * GIB)))
+    row = store.job(job_id)
+    assert (row.vram_lora, row.vram_reserved) == (6 * GIB, 6 * GIB), "a fifth more was learned, and holds for it too"
+    assert store.attempts(job_id)[0].vram_planned == 5 * GIB
+
+
+def test_an_older_version_s_attempt_without_a_name_is_unknown(store: Store) -> None:
+    show(store, total=48)
+    ran(store, "key-1", 9)
+    with Session(store._engine) as session, session.begin():
+        session.execute(update(Attempt).values(device_name=None, vram_process=None))
+    (one,) = store.measured()
+    assert one == Measured(
+        device_name="unknown", method=Method.LORA, family="llama", need_key="key-1", planned=10 * GIB,
+        reserved=10 * GIB, peak=GIB, out_of_memory=False,
+    )  # fmt: skip
