@@ -11,8 +11,10 @@ CHAT_TEMPLATE = (
 )
 
 
-def make_tiny_model(folder: Path, *, chat_template: str | None = CHAT_TEMPLATE, layers: int = 2) -> Path:
-    """A random Llama (hidden 64) with a byte-level BPE tokenizer trained on a few words."""
+def make_tiny_model(
+    folder: Path, *, chat_template: str | None = CHAT_TEMPLATE, layers: int = 2, hidden: int = 64
+) -> Path:
+    """A random Llama (64 wide unless told otherwise) with a byte-level BPE tokenizer trained on a few words."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -32,8 +34,8 @@ def make_tiny_model(folder: Path, *, chat_template: str | None = CHAT_TEMPLATE, 
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
         num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,

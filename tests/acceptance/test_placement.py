@@ -1,0 +1,385 @@
+"""Which job runs where, on real workers: simulated cards, and NVML's real client on a stand-in library."""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import psutil
+import pytest
+
+from loractl.common.architecture import read_shape
+from loractl.common.database import connect
+from loractl.common.jobfile import load_spec
+from loractl.common.memory import largest_fit, plan
+from loractl.common.method import Method
+from loractl.common.policy import Card
+from loractl.common.settings import load_settings
+from loractl.common.status import Status
+from loractl.common.store import Store
+from loractl.common.tables import Job
+from loractl.common.units import GIB
+
+from ..conftest import Cli
+from ..models import make_tiny_model, write_job
+from ..nvml import MIB, FakeCard, StandIn, build, compiler
+
+Seen = TypeVar("Seen")
+
+MARGIN = GIB // 2
+"""What a worker keeps free of each card unless told otherwise."""
+
+LONG = "--set=training.max_steps=100000"
+
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "head_dim": 128, "num_key_value_heads": 8,
+    "vocab_size": 128256, "max_position_embeddings": 131072, "torch_dtype": "bfloat16",
+}  # fmt: skip
+SIZES = {
+    "3B": {
+        "hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28, "num_attention_heads": 24,
+        "tie_word_embeddings": True,
+    },
+    "8B": {
+        "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "tie_word_embeddings": False,
+    },
+    "70B": {
+        "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64,
+        "tie_word_embeddings": False,
+    },
+}  # fmt: skip
+"""Llama 3's own numbers: a plan needs a config.json and no weights."""
+
+
+@dataclass(frozen=True)
+class Lab:
+    """A database, a queue and the workers that a test starts; each ends with it.
+
+    What a person would read comes from the command line; waiting for something looks into the store, since a command
+    takes a second of a processor that the trainers need.
+    """
+
+    cli: Cli
+    home: Path
+    store: Store
+    workers: list[subprocess.Popen[str]]
+
+    def start(self, *options: str, **environment: str) -> None:
+        self.workers.append(self.cli.with_environment(**environment).start("worker", *options))
+
+    def join(self, home: Path, **environment: str) -> None:
+        """A second box: a home of its own, the same database, queue and artifacts."""
+        self.start(
+            LORACTL_HOME=str(home),
+            LORACTL_DATABASE_URL=f"sqlite:///{self.home / 'loractl.db'}",
+            LORACTL_REDIS_URL=f"redis+socket://{self.home / 'run' / 'valkey.sock'}",
+            LORACTL_ARTIFACTS_URL=(self.home / "artifacts").as_uri(),
+            **environment,
+        )
+
+    def cards(self) -> dict[str, dict]:
+        return {row["node"]: row for row in json.loads(self.cli("gpus", "--json").stdout)}
+
+    def job(self, job_id: int) -> dict:
+        return json.loads(self.cli("show", job_id, "--json").stdout)
+
+    def why(self, job_id: int) -> dict:
+        return json.loads(self.cli("why", job_id, "--json").stdout)
+
+    def submit(self, *arguments: object) -> None:
+        self.cli("submit", *arguments)
+
+    def until_cards(self, count: int, holds: Callable[[Card], object] = lambda card: card.open) -> None:
+        def seen() -> dict[str, Card]:
+            return self.store.fleet().cards
+
+        _until(seen, lambda cards: len(cards) == count and all(map(holds, cards.values())), 60)
+
+    def until_job(self, job_id: int, holds: Callable[[Job], object], seconds: float = 120) -> dict:
+        def seen() -> Job:
+            return self.store.job(job_id)
+
+        _until(seen, holds, seconds, lambda job: f"{job.status} {job.reason} {job.message}")
+        return self.job(job_id)
+
+
+@pytest.fixture
+def lab(make_cli: Callable[..., Cli], home: Path) -> Iterator[Lab]:
+    cli = make_cli(LORACTL_HOST="heron")
+    found = Lab(cli, home, Store(connect(load_settings(cli.environment))), [])
+    yield found
+    for process in found.workers:
+        _kill(process)
+
+
+@pytest.fixture
+def second_home(tmp_path: Path) -> Path:
+    return tmp_path / "second"
+
+
+def test_a_small_card_gets_qlora_and_a_job_too_large_waits_for_a_larger_card(
+    lab: Lab, second_home: Path, tmp_path: Path
+) -> None:
+    # There are no weights: an attempt ends with model_not_found once it has its card, its method and its bytes.
+    files = {size: _llama_job(tmp_path, size) for size in SIZES}
+    plans = {size: _plan(lab, file) for size, file in files.items()}
+    assert plans["3B"]["qlora"] < 8 * GIB - MARGIN < plans["3B"]["lora"], "the sizes that this test is about"
+    assert plans["8B"]["lora"] < 24 * GIB - MARGIN < plans["70B"]["qlora"] < 80 * GIB - MARGIN
+
+    lab.start(LORACTL_DEVICES="sim:8GiB,24GiB")
+    lab.until_cards(2)
+    lab.submit(files["70B"], "--set=method=qlora")
+    lab.submit(files["8B"], files["3B"])
+    waiting = lab.why(1)
+    assert (waiting["tier"], waiting["word"]) == ("never", "never")
+    assert waiting["sentence"] == f"needs {plans['70B']['qlora'] / GIB:.1f}, the largest card has 23.5"
+    assert {card["when"] for card in waiting["cards"]} == {"never"}
+    (row,) = [row for row in json.loads(lab.cli("status", "--json").stdout) if row["job_id"] == 1]
+    assert row["message"] == f"never: {waiting['sentence']}"
+    assert "never" in lab.cli("status").stdout
+
+    on_small, on_large = (lab.until_job(n, lambda job: job.status is Status.FAILED) for n in (3, 2))
+    assert _placed(on_large) == [("heron:1", "lora", plans["8B"]["lora"])]
+    assert _placed(on_small) == [("heron:0", "qlora", plans["3B"]["qlora"])]
+    assert {on_small["reason"], on_large["reason"]} == {"model_not_found"}
+    assert lab.job(1)["status"] == "queued"
+
+    lab.join(second_home, LORACTL_HOST="osprey", LORACTL_DEVICES="sim:80GiB")
+    started = lab.until_job(1, lambda job: job.status is Status.FAILED)
+    assert _placed(started) == [("osprey:0", "qlora", plans["70B"]["qlora"])]
+    assert set(lab.cards()) == {"heron:0", "heron:1", "osprey:0"}
+
+
+def test_one_job_trains_with_qlora_on_the_small_card_while_another_does_with_lora_on_the_large_one(
+    lab: Lab, tmp_path: Path
+) -> None:
+    # Not 8 and 24 GiB: a model that a processor trains in seconds needs half a GiB, nearly all of it a CUDA context.
+    # So the cards are cut to the job: the small one holds its QLoRA plan and not its LoRA plan.
+    model, config_alone = make_tiny_model(tmp_path / "model", hidden=1024, layers=6), tmp_path / "config-alone"
+    config_alone.mkdir()
+    shutil.copy(model / "config.json", config_alone)
+    jobs = [_small(write_job(tmp_path, model, name=f"auto-{n}", method="auto")) for n in range(2)]
+    plans = _plan(lab, _small(write_job(tmp_path, config_alone, name="plan", method="auto")))
+    small, large = (plans["qlora"] + plans["lora"]) // 2, plans["lora"]
+    assert plans["qlora"] < small < large
+    lab.start("--reserve", "0", LORACTL_DEVICES=f"sim:{small},{large}")
+    lab.until_cards(2)
+    lab.submit(*jobs)
+    done = [lab.until_job(n, lambda job: job.status is Status.SUCCEEDED, seconds=180) for n in (1, 2)]
+    assert [_placed(job) for job in done] == [
+        [("heron:1", "lora", plans["lora"])],
+        [("heron:0", "qlora", plans["qlora"])],
+    ]
+    assert {json.loads(lab.cli("report", n, "--json").stdout)["method"] for n in (1, 2)} == {"lora", "qlora"}
+    why = [event["text"] for event in done[1]["events"] if event["kind"] == "started"]
+    assert why == ["attempt 1 started on heron:0 with qlora (auto: lora does not fit)"]
+
+
+def test_jobs_share_a_large_card_and_never_reserve_more_than_it_has(lab: Lab, tiny_model: Path, tmp_path: Path) -> None:
+    # Plans are for rows of max_length; these rows are short, so that jobs of 10 and 20 GiB train in seconds.
+    sizes = [GIB * size for size in (9.9, 9.9, 19.9, 9.9, 19.9, 9.9, 9.9, 9.9)]
+    files = [_job_of_size(tmp_path, tiny_model, f"job-{n}", int(size)) for n, size in enumerate(sizes)]
+    room = 80 * GIB - MARGIN
+    lab.start(LORACTL_DEVICES="sim:80GiB", LORACTL_MAX_JOBS_PER_GPU="8")
+    lab.until_cards(1)
+    lab.submit(*files)
+    polled: list[int] = []
+
+    def unfinished() -> int:
+        card = lab.store.fleet().cards["heron:0"]
+        polled.append(sum(job.reserved for job in card.running))
+        assert card.free == room - polled[-1] >= 0
+        return lab.store.unfinished(card.total)
+
+    _until(unfinished, lambda left: left <= 6, 120)
+    (shown,) = lab.cards().values()
+    assert sum(job["reserved"] for job in shown["jobs"]) == room - shown["free"] <= room
+    _until(unfinished, lambda left: left == 0, 180)
+    jobs = [lab.job(n) for n in range(1, 9)]
+    assert [job["status"] for job in jobs] == ["succeeded"] * 8
+    most, at_once = _ledger(jobs)
+    assert most <= room, "what all attempts held at one moment, by their own rows"
+    assert most > 0.7 * room and at_once >= 4, "otherwise nothing was shared"
+    assert max(polled) > 0
+    print(f"ledger: at most {most / GIB:.1f} of {room / GIB:.1f} GiB, {at_once} jobs at once, {len(polled)} looks")
+
+
+def test_other_people_s_programs_are_respected_named_and_waited_for(lab: Lab, tiny_model: Path, tmp_path: Path) -> None:
+    if compiler() is None:
+        pytest.skip("no C compiler for the NVML stand-in")
+    library = build(tmp_path)
+    job = _job_of_size(tmp_path, tiny_model, "small", 4 * GIB)
+    with subprocess.Popen(["sleep", "300"]) as notebook:
+        try:
+            _respected(lab, library, job, notebook.pid)
+        finally:
+            notebook.kill()
+
+
+def _respected(lab: Lab, library: StandIn, job: Path, pid: int) -> None:
+    other = FakeCard(uuid="GPU-aaaa", total=81920)
+    free = FakeCard(uuid="GPU-bbbb", total=24576, load=7, temperature=41, name="NVIDIA A10")
+    taken = FakeCard(**{**vars(free), "processes": ((pid, 20480),)})
+    library.show(other, free)
+    lab.start(
+        "--gpus", "1", "--reserve", "2GiB", "--high-water", "8s",
+        LORACTL_DEVICES="nvml:cpu", CUDA_VISIBLE_DEVICES="GPU-bbbb", **library.environment(),
+    )  # fmt: skip
+    lab.until_cards(1)
+    cards = lab.cards()
+    assert list(cards) == ["heron:1"], "the first card was neither asked for nor given by the scheduler"
+    card = cards["heron:1"]
+    assert (card["total"], card["margin"], card["free"]) == (24 * GIB, 2 * GIB, 22 * GIB)
+    assert (card["gpu"], card["device_name"], card["load"], card["temperature"]) == ("GPU-bbbb", "NVIDIA A10", 7, 41)
+
+    library.show(other, taken)
+    lab.until_cards(1, lambda card: card.outside > 0)
+    held = lab.cards()["heron:1"]
+    user = psutil.Process().username()
+    assert held["outside"] == [{"pid": pid, "user": user, "name": "sleep", "bytes": 20480 * MIB}]
+    assert held["free"] == 2 * GIB
+    assert f"sleep of {user}" in lab.cli("gpus").stdout
+
+    lab.submit(job)
+    waiting = lab.why(1)
+    assert (waiting["tier"], waiting["word"]) == ("capacity", "memory")
+    assert waiting["sentence"] == f"sleep of {user} (pid {pid}) holds 20.0 on heron:1, 2.0 are left"
+    assert f"It would fit now on heron:1 without sleep of {user}" in lab.cli("why", 1).stdout
+    time.sleep(3)
+    assert lab.job(1)["attempts"] == [], "it does not fit beside them"
+
+    library.show(other, free)
+    left = time.time()
+    done = lab.until_job(1, lambda job: job.status is Status.SUCCEEDED, seconds=120)
+    assert [(node, method) for node, method, _ in _placed(done)] == [("heron:1", "lora")]
+    waited = dt.datetime.fromisoformat(done["attempts"][0]["started_at"]).timestamp() - left
+    # Looks are 5 s apart: what was there at the last one before it left stays for 8 s.
+    assert waited > 2, f"it started {waited:.1f} s after they had left, while the card was still theirs"
+
+
+def test_a_drained_box_says_so_gives_its_jobs_back_when_told_and_goes_on_where_they_were(
+    lab: Lab, tiny_model: Path, tmp_path: Path
+) -> None:
+    lab.start(LORACTL_DEVICES="sim:8GiB")
+    lab.until_cards(1)
+    lab.cli("drain", "heron", "--reason", "replacing a fan", "--until", "2h")
+    lab.submit(write_job(tmp_path, tiny_model), LONG, "--set=training.save_steps=100000")
+    waiting = lab.why(1)
+    assert (waiting["tier"], waiting["word"]) == ("fleet", "drained")
+    assert waiting["sentence"].startswith("heron:0 by tester until ")
+    assert waiting["sentence"].endswith(": replacing a fan")
+    assert "drained by tester: replacing a fan" in lab.cli("why", 1).stdout
+    assert "drained by tester until" in lab.cli("gpus").stdout
+    time.sleep(3)
+    assert lab.job(1)["attempts"] == []
+
+    lab.cli("undrain", "heron")
+    lab.until_job(1, lambda job: (job.step or 0) >= 5)
+    lab.cli("drain", "heron:0", "--reason", "driver", "--now")
+    given_back = lab.until_job(1, lambda job: job.status is Status.QUEUED)
+    assert given_back["attempts"][0]["reason"] == "drained"
+    assert lab.why(1)["word"] == "drained"
+    assert not [card for card in lab.cards().values() if card["jobs"]]
+
+    lab.cli("undrain", "heron:0")
+    again = lab.until_job(1, lambda job: job.attempt == 2 and (job.step or 0) > 0)
+    assert again["attempts"][1]["resumed_from_step"] >= 5
+    lab.cli("cancel", 1)
+    lab.until_job(1, lambda job: job.status is Status.CANCELLED)
+
+
+# --- jobs ---
+
+
+def _llama_job(folder: Path, size: str) -> Path:
+    model = folder / size
+    model.mkdir()
+    (model / "config.json").write_text(json.dumps({**LLAMA, **SIZES[size]}))
+    job = write_job(folder, model, name=f"llama-{size}", method="auto")
+    text = job.read_text().replace("per_device_train_batch_size: 4", "per_device_train_batch_size: 1")
+    job.write_text(text.replace("max_length: 128", "max_length: 512"))
+    return job
+
+
+def _small(job: Path) -> Path:
+    """The job with the fewest steps and no answers to generate: a processor is slow with NF4."""
+    text = job.read_text().replace("max_steps: 6", "max_steps: 2").replace("samples: 2", "samples: 0")
+    job.write_text(text.replace("per_device_train_batch_size: 4", "per_device_train_batch_size: 1"))
+    return job
+
+
+def _job_of_size(folder: Path, model: Path, name: str, size: int) -> Path:
+    """A job whose plan is `size` bytes or a little less."""
+    job = write_job(folder, model, name=name)
+    job.write_text(job.read_text().replace("max_length: 128", "max_length: 512"))
+    shape, spec = read_shape(str(model)), load_spec(job)
+    assert shape is not None
+    batch = largest_fit(shape, spec, Method.LORA, size).micro_batch
+    job.write_text(job.read_text().replace("train_batch_size: 4", f"train_batch_size: {batch}"))
+    assert 0.95 * size < plan(shape, load_spec(job), Method.LORA).need_bytes <= size
+    return job
+
+
+def _plan(lab: Lab, job: Path) -> dict[str, int]:
+    """Bytes by method as submit will reserve them: without a tokenizer every row counts as max_length."""
+    shown = json.loads(lab.cli("plan", job, "--json").stdout)
+    assert shown["lengths"] is None
+    return {method: one["reserved_bytes"] for method, one in shown["methods"].items()}
+
+
+# --- what happened ---
+
+
+def _placed(job: dict) -> list[tuple[str, str, int]]:
+    return [(a["node"], a["method"], a["vram_reserved"]) for a in job["attempts"]]
+
+
+def _ledger(jobs: list[dict]) -> tuple[int, int]:
+    """The most bytes, and the most attempts, at one moment."""
+    changes = []
+    for job in jobs:
+        for attempt in job["attempts"]:
+            begun, ended = (dt.datetime.fromisoformat(attempt[key]) for key in ("started_at", "ended_at"))
+            changes += [(begun, 1, attempt["vram_reserved"]), (ended, -1, -attempt["vram_reserved"])]
+    most = at_once = reserved = running = 0
+    for _, one, size in sorted(changes):  # at one moment ends come before starts
+        reserved, running = reserved + size, running + one
+        most, at_once = max(most, reserved), max(at_once, running)
+    return most, at_once
+
+
+def _until(
+    look: Callable[[], Seen],
+    holds: Callable[[Seen], object],
+    seconds: float,
+    say: Callable[[Seen], str] = str,
+) -> Seen:
+    """What `look` shows once `holds` is true of it."""
+    deadline = time.monotonic() + seconds
+    while True:
+        seen = look()
+        if holds(seen):
+            return seen
+        assert time.monotonic() < deadline, f"after {seconds} s: {say(seen)}"
+        time.sleep(0.2)
+
+
+def _kill(worker: subprocess.Popen[str]) -> None:
+    """End a worker and all its processes, at once."""
+    try:
+        tree = psutil.Process(worker.pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        tree = []
+    worker.kill()
+    worker.wait()
+    for process in tree:
+        if process.is_running():
+            process.kill()
