@@ -2,7 +2,7 @@
 
 Headline: LoRA and NF4 QLoRA on one GPU by transformers' Trainer or a plain loop with peft, rows of quality A and B
 whose batch, length, checkpointing and optimizer are stated. What other stacks measured (Unsloth, torchtune, litgpt,
-axolotl, GPTQ bases, Liger's fused loss, several GPUs) is listed below it and counts for nothing.
+axolotl, ms-swift, GPTQ bases, Liger's fused loss, several GPUs) is listed below it.
 
 Only the rows of SEEN were looked at while the plan was written; all others were set aside before.
 """
@@ -27,7 +27,10 @@ from loractl.common.units import GIB
 SEEN = "t4-sweep"
 """The source (a part of its name) whose rows were looked at."""
 
-PLAIN_STACKS = {"hf+peft", "hf-trainer+peft", "hf-trainer+swift", "trl+peft"}
+PLAIN_STACKS = {"hf+peft", "hf-trainer+peft", "trl+peft"}
+
+CARDS = {"1xA10G 24GB": 22.2 * GIB}
+"""What torch's own out-of-memory messages give as the card's total capacity."""
 
 TOLERANCE = 0.05
 """A row counts as under-predicted when plan and margin together are more than this below what was measured."""
@@ -92,8 +95,9 @@ class Row:
 
     @property
     def metric(self) -> str:
+        """Where a source does not say what it read, it is taken to be what the card shows."""
         told = self.notes.get("metric", "")
-        return "allocated" if "allocated" in told else "reserved"
+        return "allocated" if "allocated" in told else "reserved" if "reserved" in told else "process"
 
     def measured(self, metric: str) -> float | None:
         """Bytes by a metric, where the row has it."""
@@ -277,11 +281,11 @@ def table(rows: Iterable[Row], shapes: dict[str, Shape], metric: str | None) -> 
 def out_of_memory(row: Row, shapes: dict[str, Shape]) -> str:
     """What the plan says of a run that ran out of memory."""
     made = predict(row, shapes) if row.fields["method"] in ("lora", "qlora") else None
-    card = re.search(r"(\d+)GB", row.fields["gpu"])
+    card = CARDS.get(row.fields["gpu"])
     if made is None or card is None:
         return "not planned"
-    fits = made.need_bytes <= int(card[1]) * 1e9
-    return f"needs {made.need_bytes / GIB:.1f} GiB of a {card[1]} GB card: {'CALLED FITTING' if fits else 'refused'}"
+    fits = made.need_bytes <= card
+    return f"needs {made.need_bytes / GIB:.2f} of {card / GIB:.1f} GiB: {'CALLED FITTING' if fits else 'refused'}"
 
 
 def _notes(text: str) -> dict[str, str]:

@@ -30,6 +30,10 @@ SEGMENT_BYTES = 20 * MIB
 """Smaller tensors share segments of this size (kLargeBuffer in c10/cuda/CUDACachingAllocator): on average half of the
 last one of each pool stays empty."""
 
+TRACED_SLACK = 0.25
+"""Share of a traced step's own memory that is added for blocks the allocator can't use; where the tensors are known by
+name this is counted, and comes to 5 to 30% of activations and logits."""
+
 LOSS_BYTES = 12
 """Bytes per logit where the loss is at its peak: the log-softmax kept in fp32, its gradient, and the logits' gradient
 (transformers' ForCausalLMLoss casts logits to fp32; the 16-bit ones are freed before the backward pass)."""
@@ -165,6 +169,24 @@ def largest_fit(shape: Shape, spec: JobSpec, method: Method, limit: int, lengths
         return plan(shape, spec.model_copy(update={"dataset": dataset}), method).need_bytes <= limit
 
     return Fit(micro_batch=_largest(batch_fits, 1), max_length=_largest(length_fits, 8))
+
+
+def traced_plan(weights: int, adapter: int, state: int, own: int, method: Method) -> Plan:
+    """The plan from bytes that a traced step took; `own` is what it needed beside weights, adapter and state."""
+    parts = {
+        "weights": weights,
+        "adapter": adapter,
+        "gradients": adapter,
+        "optimizer": state,
+        "activations": own,
+        "logits": 0,
+        "evaluation": 0,
+        "context": CONTEXT_BYTES,
+        "allocator": int(TRACED_SLACK * own) + SEGMENT_BYTES,
+    }
+    words = dict.fromkeys(parts, "traced") | {"logits": "within activations", "evaluation": "not planned"}
+    margin = int(MARGIN_SHARE * (weights + 2 * adapter + state + own))
+    return Plan(method=method, parts=parts, margin_bytes=margin, notes=words)
 
 
 def weight_bytes(shape: Shape, method: Method, *, double_quant: bool = True) -> int:
