@@ -512,6 +512,12 @@ def queue_key(priority: int, least: int | None, requires: Mapping[str, str], use
     return f"{10_000 - priority:05d}|{size_step(least):03d}|{labels}|{user}"
 
 
+def queue_key_range(priority: int, first_step: int, last_step: int) -> tuple[str, str]:
+    """Between what two texts, the first one included, the keys of these steps stand."""
+    level = f"{10_000 - priority:05d}"
+    return f"{level}|{first_step:03d}|", f"{level}|{last_step:03d}}}"  # } is the next character after the separator
+
+
 def size_step(size: int | None) -> int:
     """The step of a need in bytes: eight to the octave from 1 GiB, 0 for an unknown one, 1 below 1 GiB."""
     if size is None:

@@ -50,10 +50,11 @@ COLUMNS: dict[str, Callable[[], list[sa.Column[Any]]]] = {
     ],
 }
 LINES = {
-    "ix_jobs_line": ["queue_key", "job_id"],
-    "ix_jobs_line_need": ["queue_key", "vram_needed"],
-    "ix_jobs_waiting": ["job_id"],
-    "ix_jobs_class": ["vram_class"],
+    "ix_jobs_line": ["status", "queue_key", "job_id"],
+    "ix_jobs_line_need": ["status", "queue_key", "vram_needed"],
+    "ix_jobs_line_user": ["status", "priority", "user", "job_id"],
+    "ix_jobs_waiting": ["status", "job_id"],
+    "ix_jobs_class": ["status", "vram_class"],
 }
 
 
@@ -63,7 +64,8 @@ def upgrade() -> None:
             op.add_column(table, column)
     _fill_waiting_jobs()
     op.drop_index("ix_jobs_waiting", table_name="jobs")
-    op.create_index("ix_jobs_patience", "jobs", ["lora_until"], postgresql_where=PATIENT, sqlite_where=PATIENT)
+    patience = ["status", "lora_until"]
+    op.create_index("ix_jobs_patience", "jobs", patience, postgresql_where=PATIENT, sqlite_where=PATIENT)
     for name, line in LINES.items():
         op.create_index(name, "jobs", line, unique=False, postgresql_where=QUEUED, sqlite_where=QUEUED)
     op.create_index("ix_jobs_need_key", "jobs", ["need_key"], unique=False)

@@ -1,0 +1,166 @@
+"""How long a claim takes with many jobs waiting, on SQLite (a file) and on PostgreSQL.
+
+    .venv/bin/python benchmarks/claim.py [rows ...]
+
+Each mix fills a database, claims again and again, and gives every claimed job back, so that as many wait each time.
+Prints p50 and p95 in ms, this machine's.
+
+lab: 12 users, 3 priorities, 40 needs. different: 50 users, no two needs alike. nothing fits: the free card is too small
+for all that wait, young jobs; stuck: the same after an hour's waiting, a card kept for the first.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import random
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from sqlalchemy import Engine, insert, text
+
+from loractl.common.database import make_engine, upgrade
+from loractl.common.method import Method
+from loractl.common.policy import Need, least_need, queue_key, vram_class
+from loractl.common.records import NodeState
+from loractl.common.spec import JobSpec
+from loractl.common.status import Status
+from loractl.common.store import Store
+from loractl.common.tables import Job
+from loractl.common.units import GIB
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from tests import services
+
+ROWS = (1_000, 10_000, 50_000)
+CLAIMS = 60
+WARM_UP = 5
+CARDS = (12, 12, 24, 24, 48, 80)
+METHODS = (Method.LORA, Method.QLORA)
+SPEC = JobSpec.model_validate({"name": "bench", "base_model": "org/model", "dataset": {"path": "org/data"}})
+Draw = Callable[[random.Random, int], tuple[str, int, int]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mix:
+    """What waits: user, priority and bytes of each job, for how long, and whether the card that asks is nearly full."""
+
+    draw: Draw
+    waited_s: float = 60.0
+    small: bool = False
+
+
+def lab(rng: random.Random, number: int) -> tuple[str, int, int]:
+    return f"user{rng.randrange(12)}", rng.choice((0, 0, 0, 0, 1, -1)), (4 + rng.randrange(40) * 2) * GIB
+
+
+def different(rng: random.Random, number: int) -> tuple[str, int, int]:
+    return f"user{rng.randrange(50)}", rng.choice((-1, 0, 1)), 4 * GIB + number * 1_400_000 + rng.randrange(1000)
+
+
+def too_large(rng: random.Random, number: int) -> tuple[str, int, int]:
+    return f"user{rng.randrange(50)}", rng.choice((-1, 0, 1)), 13 * GIB + number * 1_400_000
+
+
+MIXES = {
+    "lab": Mix(draw=lab),
+    "different": Mix(draw=different),
+    "nothing fits": Mix(draw=too_large, small=True),
+    "stuck": Mix(draw=too_large, waited_s=3600.0, small=True),
+}
+
+
+def main() -> None:
+    counts = tuple(int(word) for word in sys.argv[1:]) or ROWS
+    print(f"{'':<12}{'mix':<14}{'rows':>8}{'p50 ms':>9}{'p95 ms':>9}")
+    for name, opened in (("SQLite", sqlite), ("PostgreSQL", postgresql)):
+        for mix_name, mix in MIXES.items():
+            for count in counts:
+                with opened() as engine:
+                    times = measure(engine, mix, count)
+                p50, p95 = statistics.median(times), statistics.quantiles(times, n=20)[18]
+                print(f"{name:<12}{mix_name:<14}{count:>8}{p50:>9.1f}{p95:>9.1f}", flush=True)
+
+
+def measure(engine: Engine, mix: Mix, count: int) -> list[float]:
+    """Milliseconds of each claim."""
+    upgrade(engine)
+    store = Store(engine)
+    fill(engine, mix, count, store.now())
+    for number, gib in enumerate(CARDS):
+        # all cards but the one that asks are full, as on a busy day
+        asks = number == (0 if mix.small else len(CARDS) - 1)
+        outside = 0 if asks else gib * GIB
+        state = NodeState(
+            node=f"box:{number}", host="box", gpu=f"GPU-{number}", device_name="a card", kind="nvml", total=gib * GIB,
+            outside_bytes=outside if mix.waited_s < 1800 else 0, max_jobs=4 if gib >= 48 else 1,
+        )  # fmt: skip
+        store.see_node(state)
+    mine = "box:0" if mix.small else f"box:{len(CARDS) - 1}"
+    times = []
+    for n in range(CLAIMS + WARM_UP):
+        began = time.perf_counter()
+        claim = store.claim(mine)
+        if n >= WARM_UP:
+            times.append((time.perf_counter() - began) * 1000)
+        assert (getattr(claim, "job_id", None) is None) == mix.small, claim
+        if not mix.small:
+            give_back(engine, claim.job_id)  # type: ignore[union-attr]
+    return times
+
+
+def fill(engine: Engine, mix: Mix, count: int, now: dt.datetime) -> None:
+    rng, spec = random.Random(7), SPEC.model_dump(mode="json")
+    rows = []
+    for number in range(count):
+        user, priority, lora = mix.draw(rng, number)
+        need = Need(lora=lora, qlora=max(lora // 2, 13 * GIB) if mix.small else lora // 2)
+        least = least_need(METHODS, need)
+        rows.append(
+            {
+                "name": "bench", "user": user, "labels": {}, "spec": spec, "spec_hash": "0" * 64,
+                "base_model": "org/model", "data": {}, "priority": priority, "vram_lora": need.lora,
+                "vram_qlora": need.qlora, "vram_needed": least, "vram_class": vram_class(least), "planned": vars(need),
+                "queue_key": queue_key(priority, least, {}, user), "methods": [m.value for m in METHODS],
+                "max_retries": 2, "status": Status.QUEUED, "cancel_requested": False, "held": False, "attempt": 0,
+                "retries_used": 0, "submitted_at": now - dt.timedelta(seconds=mix.waited_s),
+            }
+        )  # fmt: skip
+    with engine.begin() as connection:
+        for start in range(0, count, 5000):
+            connection.execute(insert(Job), rows[start : start + 5000])
+    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        connection.execute(text("ANALYZE jobs"))  # as autovacuum does a minute after so many inserts
+
+
+def give_back(engine: Engine, job_id: int) -> None:
+    with engine.begin() as connection:
+        again = "UPDATE jobs SET status = 'queued', token = NULL, node = NULL, vram_reserved = NULL WHERE job_id = :id"
+        connection.execute(text(again), {"id": job_id})
+        connection.execute(text("DELETE FROM events"))
+        connection.execute(text("DELETE FROM attempts"))
+
+
+@contextmanager
+def sqlite() -> Iterator[Engine]:
+    with tempfile.TemporaryDirectory(prefix="lb-") as folder:
+        engine = make_engine(f"sqlite:///{folder}/loractl.db")
+        yield engine
+        engine.dispose()
+
+
+@contextmanager
+def postgresql() -> Iterator[Engine]:
+    with tempfile.TemporaryDirectory(prefix="lb-") as folder, services.postgres(Path(folder) / "data") as url:
+        engine = make_engine(url.replace("postgresql://", "postgresql+psycopg://", 1))
+        yield engine
+        engine.dispose()
+
+
+if __name__ == "__main__":
+    main()
