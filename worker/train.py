@@ -18,8 +18,10 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from loractl.common.adjustment import Adjustment, adjusted, in_words, next_adjustment
+from loractl.common.memory import Lengths, predict
 from loractl.common.spec import JobSpec, Method
 from loractl.common.status import Reason, Stage
+from loractl.common.units import gib
 
 from .adapter import save_adapter
 from .checkpoint import Checkpoint, close_checkpoint, newest_checkpoint
@@ -36,8 +38,9 @@ from .model import (
     load_trained,
 )
 from .probe import DoesNotFit, Probe, longest
-from .protocol import Adjusted, Ended, Note, StageChanged, Start, Stepped, Told
+from .protocol import Adjusted, Ended, Note, Planned, StageChanged, Start, Stepped, Told
 from .report import build_report, write_model_card, write_report
+from .trace import trace_plan
 
 
 class Stopped(Exception):
@@ -104,6 +107,7 @@ def train(run: Run) -> Ended:
         run.spec.dataset, order.data_path, order.eval_path, order.data_sha256, tokenizer, Path(order.cache_dir)
     )
     _note_data(run, data)
+    plan_again(run, data)
     run.check_stop()
 
     # 2. The base model, in NF4 for QLoRA, and a fresh adapter.
@@ -144,6 +148,33 @@ def train(run: Run) -> Ended:
     write_report(report, out)
     write_model_card(report, out / "adapter")
     return Ended(job_id=order.job_id, reason=Reason.OK, message=report["verdict"]["short"], peaks=run.gauge.look())
+
+
+def plan_again(run: Run, data: PreparedData) -> None:
+    """Tell what the job needs for the lengths of its own rows, which submit could not know.
+
+    An architecture that the plan does not know is traced, where memory is a card's. Raises
+    TrainingFailed(out_of_memory) when the trace needs more than the card gives: no weight is loaded yet.
+    """
+    order, spec = run.order, run.spec
+    longest_rows = [max(len(row.input_ids) for row in rows) for rows in (data.train.rows, data.held_out.rows)]
+    lengths = Lengths(train=longest_rows[0], evaluate=longest_rows[1])
+    need = predict(spec, lengths)
+    given = order.vram_reserved
+    if need.of(order.method) is not None or given is None or order.gpu == "cpu":
+        run.tell(Planned(job_id=order.job_id, lora=need.lora, qlora=need.qlora))
+        return
+    try:
+        traced = trace_plan(spec.base_model, spec, order.method, lengths).need_bytes
+    except Exception as error:  # noqa: BLE001  a trace is a help; what is wrong with the model, its loading says better
+        run.note("plan", f"no plan by trace: {str(error).strip().splitlines()[0] if str(error).strip() else error!r}")
+        return
+    lora, qlora = (traced, need.qlora) if order.method is Method.LORA else (need.lora, traced)
+    run.tell(Planned(job_id=order.job_id, lora=lora, qlora=qlora))
+    if traced > given:
+        raise TrainingFailed(
+            Reason.OUT_OF_MEMORY, f"its plan by trace is {gib(traced)} GiB, the card gives {gib(given)} GiB"
+        )
 
 
 def fit(

@@ -22,11 +22,13 @@ import pytest
 import torch
 
 from loractl.common.adjustment import Adjustment
+from loractl.common.memory import predict
 from loractl.common.spec import JobSpec, Method
 from loractl.common.status import Reason
 from loractl.worker.memory import data_bytes
+from loractl.worker.model import TrainingFailed
 from loractl.worker.probe import Probe
-from loractl.worker.protocol import Adjusted, Ended, Note, Start, Stepped, Told, decode_told, encode
+from loractl.worker.protocol import Adjusted, Ended, Note, Planned, Start, Stepped, Told, decode_told, encode
 from loractl.worker.train import Run, Stopped, train
 
 from ..conftest import Cli
@@ -256,6 +258,37 @@ def test_a_run_of_which_not_one_row_fits_says_so_after_every_step_down(
     assert not losses(told)
 
 
+def test_the_need_is_planned_again_for_the_lengths_of_the_rows(tiny_model: Path, data: Path, tmp_path: Path) -> None:
+    order = make_order(tmp_path / "a", tiny_model, data, max_steps=1, per_device_train_batch_size=2)
+    told = here(order)
+    planned = next(m for m in told if isinstance(m, Planned))
+    asked = predict(order.spec)  # for rows of max_length: longer than these
+    assert planned.lora is not None and asked.lora is not None and planned.lora < asked.lora
+    assert planned.qlora is not None and asked.qlora is not None and planned.qlora < asked.qlora
+
+
+@pytest.mark.parametrize("given", [MIB, 64 * 2**30])
+def test_an_unknown_architecture_is_traced_and_refused_before_its_weights_are_loaded(
+    given: int, tiny_model: Path, data: Path, tmp_path: Path
+) -> None:
+    from transformers import OPTConfig, OPTForCausalLM
+
+    folder = tmp_path / "opt"
+    shutil.copytree(tiny_model, folder)
+    config = OPTConfig(
+        vocab_size=400, hidden_size=64, ffn_dim=128, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=64
+    )
+    OPTForCausalLM(config).save_pretrained(folder)
+    order = make_order(tmp_path / "a", folder, data, max_steps=1, per_device_train_batch_size=2)
+    order = order.model_copy(update={"gpu": "SIM-0", "vram_reserved": given})
+    if given > MIB:
+        assert any(isinstance(m, Planned) and m.lora for m in here(order))
+        return
+    with pytest.raises(TrainingFailed, match=r"its plan by trace is \d+\.\d GiB, the card gives 0\.0 GiB") as failure:
+        here(order)
+    assert failure.value.reason is Reason.OUT_OF_MEMORY
+
+
 @pytest.fixture
 def worker(make_cli: Callable[..., Cli]) -> Iterator[psutil.Process]:
     """A worker on the CPU whose trainers are held to more than they need."""
@@ -299,7 +332,7 @@ def test_a_trainer_out_of_memory_in_mid_training_is_followed_by_one_with_less(
     assert any(text.startswith("resumed from the checkpoint of step ") for text in texts[memory:])
     report = json.loads(cli("report", 1, "--json").stdout)["training"]
     assert (report["per_device_train_batch_size"], report["gradient_accumulation_steps"]) == (4, 2)
-    assert apart({step: loss for step, loss in report["losses"]}, whole) < 1e-3
+    assert apart(dict(report["losses"]), whole) < 1e-3
 
 
 def _until(cli: Cli, holds: Callable[[dict[str, Any]], bool], seconds: float) -> dict[str, Any]:
