@@ -23,8 +23,8 @@ CONTEXT_BYTES = 500 * MIB
 """A CUDA context with its kernels and cuBLAS workspaces: 0.15 GiB (T4) to 0.5 GiB (A100, H100); the upper end."""
 
 MARGIN_SHARE = 0.05
-"""Share of what the training allocates that is kept free on top. The caching allocator's reserved over allocated
-memory differs between runs of one plan by a few percent: free blocks that are too small for the next tensor."""
+"""Share of what the training allocates that is kept free on top: for fragmentation that the allocator's part does not
+name. A round number about the size of the plan's mean error by reserved memory (docs/memory-plan.md)."""
 
 SEGMENT_BYTES = 20 * MIB
 """Smaller tensors share segments of this size (kLargeBuffer in c10/cuda/CUDACachingAllocator): on average half of the
@@ -389,7 +389,9 @@ def _attention(shape: Shape, run: _Run) -> _Cost:
     gradients = tokens * size * 2 * q
     if shape.single_key:  # torch has no fused kernel for one key head and computes in fp32
         softmax = _softmax(scores, 4, copied=False)
-        return replace(softmax, saved=softmax.saved + tokens * 4 * 3 * q, working=softmax.working + 2 * gradients)
+        keys = q if run.batch > 1 else kv  # spread over the heads by a view, which a batch of several rows copies
+        saved = softmax.saved + tokens * 4 * (q + 2 * keys)
+        return replace(softmax, saved=saved, working=softmax.working + 2 * gradients)
     repeated = run.padded or run.eager or shape.family == "falcon"  # keys and values, once for every head
     k = v = q if repeated else kv
     if shape.fused_qkv and not run.quantised and (kv == q or not repeated):
