@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import datetime as dt
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
+
+import click
 
 from loractl.common.units import GIB, duration, gib
 
@@ -19,7 +22,10 @@ if TYPE_CHECKING:
 
     from .waiting import CardFit, Start, Wait
 
-_FIT_COLORS = {"now": "green", "never": None, "?": "yellow"}
+NAME_COLUMNS = 20
+"""Columns for the name of a card."""
+
+_ASCII = str.maketrans({"–": "-", "…": "~", "→": ">", "±": "+-", "×": "x"})
 
 
 def devices(view: FleetView, silent_after: float, screen: Screen, *, used: bool = False) -> str:
@@ -28,36 +34,36 @@ def devices(view: FleetView, silent_after: float, screen: Screen, *, used: bool 
         return "No worker has reported a device yet. Start one on a GPU box: loractl worker"
     width = 20 if screen.width < 110 else 36
     wide = screen.width >= 110
-    rows = []
+    rows, colors = [], []
     for card in view.cards.values():
-        node = view.nodes[card.node]
+        node, color = view.nodes[card.node], "yellow"
         silent = (view.now - node.seen_at).total_seconds() > silent_after
         drained = view.drain_of(card.node)
         load = f"{node.load}%" if node.load is not None and not silent else "–"
         free = "–" if not card.open else gib(card.free)
         drawn = _memory_bar(card, width, screen, closed=not card.open)
-        row = [screen.style(card.node, bold=True), drawn, free, f"{card.total / GIB:.0f}", load]
+        row = [screen.style(_card_name(card.node), bold=True), drawn, free, f"{card.total / GIB:.0f}", load]
         if used:
             held = sum(job.used for job in card.running)
             row.insert(3, gib(held) if held else "–")
         if silent:
-            uses = screen.style(f"not seen for {duration((view.now - node.seen_at).total_seconds())}", fg="yellow")
+            uses = f"not seen for {duration((view.now - node.seen_at).total_seconds())}"
         elif drained is not None:
             until = f" until {clock(drained.until, view.now)}" if drained.until else ""
-            uses = screen.style(f"drained by {plain(drained.user)}{until}: {plain(drained.reason)}", fg="yellow")
+            uses = f"drained by {drained.user}{until}: {drained.reason}"
         elif node.draining:
-            uses = screen.style("its worker is stopping", fg="yellow")
+            uses = "its worker is stopping"
         else:
-            uses = _users(card, view, screen)
+            uses, color = _users(card, view), ""
+        colors.append(color)
         rows.append([row[0], fit(node.device_name, 22), *row[1:], uses] if wide else [*row, uses])
     headers = ["CARD", "MEMORY", "FREE", *(["USED"] if used else []), "OF", "LOAD", "USED BY"]
     headers = ["CARD", "MODEL", *headers[1:]] if wide else headers
-    lines = table(headers, rows, screen, right=("FREE", "USED", "OF", "LOAD"))
-    lines = [line if len(line) <= screen.width or screen.color else fit(line, screen.width) for line in lines]
+    lines = _fitted(headers, rows, colors, screen, right=("FREE", "USED", "OF", "LOAD"))
     marks = "█ ▓ jobs, by plan   ▒ outside loractl   · free   ─ closed" if screen.unicode else ""
     marks = marks or "# = jobs, by plan   x outside loractl   . free   - closed"
     closing = "" if used else "  loractl gpus --used shows what jobs really hold."
-    return "\n".join([*lines, "", screen.dim(f"{marks}"), screen.dim(f"GiB.{closing}")])
+    return _shown([*lines, "", screen.dim(marks), screen.dim(f"GiB.{closing}")], screen)
 
 
 def _memory_bar(card: Card, width: int, screen: Screen, *, closed: bool) -> str:
@@ -72,11 +78,11 @@ def _memory_bar(card: Card, width: int, screen: Screen, *, closed: bool) -> str:
     return screen.style(cells, fg="blue") + blocks[3] * (width - len(cells))
 
 
-def _users(card: Card, view: FleetView, screen: Screen) -> str:
+def _users(card: Card, view: FleetView) -> str:
     from .waiting import process_name
 
-    jobs = [f"{plain(job.user)} {job.job_id}" for job in card.running]
-    others = [plain(process_name(p)) for p in view.nodes[card.node].outside]
+    jobs = [f"{job.user} {job.job_id}" for job in card.running]
+    others = [process_name(p) for p in view.nodes[card.node].outside]
     if len(others) > 2:
         others = [*others[:2], f"{len(others) - 2} more"]
     return ", ".join([*jobs, *others]) or "–"
@@ -96,31 +102,35 @@ def why(
     from .waiting import Tier
 
     need = f"for {gib(job.vram_needed)} GiB on one card" if job.vram_needed is not None else "for a card of its own"
-    lines = [screen.style(f"{job.job_id} {job.name}", bold=True) + f" waits {need}."]
-    lines.append(f"Reason: {screen.style(wait.word, bold=True)}, {plain(wait.sentence)}.")
+    lines = _wrapped(f"{job.job_id} {job.name} waits {need}.", f"{job.job_id} {job.name}", screen)
+    lines += _wrapped(f"Reason: {wait.word}, {wait.sentence}.", wait.word, screen)
     if start is not None and start.at > now:
         spread = f" ± {duration(start.spread_s)}" if start.spread_s >= 1 else ""
-        lines.append(f"Expected start: {screen.style(clock(start.at, now), bold=True)}{spread} on {start.node}.")
+        at = clock(start.at, now)
+        lines += _wrapped(f"Expected start: {at}{spread} on {start.node}.", at, screen)
     elif wait.word not in ("never", "next"):
         hangs = ": the end of what runs or goes before it is not measured yet" if wait.tier is Tier.CAPACITY else ""
-        lines.append(f"Expected start: not known{hangs}.")
+        lines += _wrapped(f"Expected start: not known{hangs}.", "", screen)
     if fits:
         best = start.node if start is not None else next((f.node for f in fits if f.when == "now"), None)
         arrow = "→" if screen.unicode else ">"
         rows = [
             [
-                f"{arrow if fit_.node == best else ' '} {fit_.node}",
+                f"{arrow if fit_.node == best else ' '} {_card_name(fit_.node)}",
                 gib(fit_.free),
                 f"{fit_.total / GIB:.0f}",
                 fit_.when,
-                screen.style(plain(fit_.then), fg="green" if fit_.node == best else None),
+                fit_.then,
             ]
             for fit_ in fits
         ]
-        lines += ["", *table(["  CARD", "FREE", "OF", "FREE AT", "THEN"], rows, screen, right=("FREE", "OF"))]
-    lines += ["", ahead]
-    lines += list(helps)
-    return "\n".join(lines)
+        colors = ["green" if fit_.node == best else "" for fit_ in fits]
+        headers = ["  CARD", "FREE", "OF", "FREE AT", "THEN"]
+        lines += ["", *_fitted(headers, rows, colors, screen, right=("FREE", "OF"))]
+    lines.append("")
+    for text in (ahead, *helps):
+        lines += _wrapped(text, "", screen)
+    return _shown(lines, screen)
 
 
 def plan(
@@ -141,19 +151,21 @@ def plan(
             f" (measured on {len(measured)} like it: {gib(min(measured))} to {gib(max(measured))})" if measured else ""
         )
         like = like if method == choice or len(plans) == 1 else ""
-        head = f"{title} with {method} needs {screen.style(f'{gib(one.need_bytes)} GiB', bold=True)}"
-        lines += ([""] if n else []) + [head + like, ""]
+        size = f"{gib(one.need_bytes)} GiB"
+        head = _wrapped(f"{title} with {method} needs {size}{like}", size, screen)
+        lines += [*([""] if n else []), *head, ""]
         lines += _parts(one, screen)
-    lines += ["", screen.dim(lengths)]
+    lines += ["", *map(screen.dim, _wrapped(lengths, "", screen))]
     if cards:
         words = {"fits": "green", "tight": "yellow", "never": None}
         rows = [
-            [screen.style(f"{word:<7}", fg=words.get(word)), node, total, text] for word, node, total, text in cards
+            [screen.style(f"{word:<7}", fg=words.get(word)), _card_name(node), total, text]
+            for word, node, total, text in cards
         ]
-        lines += ["", *table(["", "CARD", "OF", ""], rows, screen, right=("OF",))]
+        lines += ["", *_fitted(["", "CARD", "OF", ""], rows, [""] * len(rows), screen, right=("OF",))]
     if solved:
-        lines += ["", *solved]
-    return "\n".join([*lines, "", screen.dim(next_command)])
+        lines += ["", *(line for text in solved for line in _wrapped(text, "", screen))]
+    return _shown([*lines, "", screen.dim(next_command)], screen)
 
 
 def _parts(one: Plan, screen: Screen) -> list[str]:
@@ -167,7 +179,8 @@ def _parts(one: Plan, screen: Screen) -> list[str]:
             continue
         drawn = bar(size / largest, width, screen).rstrip("·.")
         note = one.notes.get(name, "")
-        lines.append(f"  {name.replace('_', ' '):<{names}}  {gib(size):>6}  {drawn:<{width}}  {note}".rstrip())
+        line = f"  {name.replace('_', ' '):<{names}}  {gib(size):>6}  {drawn:<{width}}  {note}".rstrip()
+        lines.append(fit(line, screen.width))
     return lines
 
 
@@ -177,9 +190,9 @@ def accuracy_table(found: Sequence[Accuracy], screen: Screen) -> str:
         return "Nothing was measured on a GPU yet: every attempt that ends there adds to this table."
     rows = [
         [
-            fit(one.device_name, 28),
+            fit(one.device_name, max(12, screen.width - 60)),
             one.method.value,
-            one.family or "–",
+            fit(one.family or "–", 12),
             str(one.count),
             f"{one.ratio:.2f}",
             f"{one.spread:.2f}",
@@ -188,7 +201,47 @@ def accuracy_table(found: Sequence[Accuracy], screen: Screen) -> str:
         ]
         for one in found
     ]
-    headers = ["DEVICE", "METHOD", "FAMILY", "RUNS", "MEASURED / PLAN", "SPREAD", "WORST", "PLANS ARE TIMES"]
+    headers = ["DEVICE", "METHOD", "FAMILY", "RUNS", "MEAN", "SPREAD", "WORST", "FACTOR"]
     lines = table(headers, rows, screen, right=tuple(headers[3:]))
-    note = "A plan includes its margin. With three runs or more, later plans are multiplied by the last column."
-    return "\n".join([*lines, "", screen.dim(note)])
+    notes = (
+        "MEAN and WORST: measured over planned, the plan with its margin.",
+        "With three runs or more, later plans are multiplied by FACTOR.",
+    )
+    return _shown([*lines, "", *map(screen.dim, notes)], screen)
+
+
+def _fitted(
+    headers: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    colors: Sequence[str],
+    screen: Screen,
+    right: Sequence[str],
+) -> list[str]:
+    """A table whose last column is cut to what the screen leaves it, and coloured."""
+    plain_rows = [[click.unstyle(cell) for cell in row] for row in rows]
+    taken = sum(max([len(h), *(len(row[n]) for row in plain_rows)]) + 2 for n, h in enumerate(headers[:-1]))
+    room = max(1, screen.width - taken)
+    cut = [
+        [*row[:-1], screen.style(fit(row[-1], room), fg=color or None)] for row, color in zip(rows, colors, strict=True)
+    ]
+    return table(headers, cut, screen, right=right)
+
+
+def _card_name(node: str) -> str:
+    """The card's name, a long one without its beginning: cards of one box differ at the end."""
+    return node if len(node) <= NAME_COLUMNS else f"…{node[1 - NAME_COLUMNS :]}"
+
+
+def _wrapped(text: str, bold: str, screen: Screen) -> list[str]:
+    """The text in lines that the screen holds; its first `bold` is set off, where it is not broken."""
+    text = plain(text) if screen.unicode else plain(text).translate(_ASCII)
+    lines = textwrap.wrap(text, screen.width, break_on_hyphens=False) or [""]
+    bold = plain(bold)
+    if bold:
+        lines[0] = lines[0].replace(bold, screen.style(bold, bold=True), 1)
+    return lines
+
+
+def _shown(lines: Sequence[str], screen: Screen) -> str:
+    text = "\n".join(lines)
+    return text if screen.unicode else text.translate(_ASCII).encode("ascii", "replace").decode()
