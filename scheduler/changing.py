@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import click
 
 
@@ -73,6 +75,37 @@ def db_upgrade() -> None:
         f"is already at revision {after}" if before == after else f"went from {before or 'empty'} to revision {after}"
     )
     click.echo(f"{redacted(settings.database_url)} {what}.")
+
+
+@db.command("backup")
+@click.argument("file", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE")
+def db_backup(file: Path) -> None:
+    """Copy the embedded database into a new file; workers may run meanwhile.
+
+    What the jobs have stored is not in it: copy the artifacts as well.
+    """
+    from loractl.common.settings import load_settings, redacted
+    from loractl.common.units import amount
+
+    from .backup import back_up
+
+    settings = load_settings()
+    contents = back_up(settings, file)
+    click.echo(f"{contents.jobs} jobs are in {file} ({amount(file.stat().st_size)}).")
+    click.echo(f"Copy what they have stored, too: {redacted(settings.artifacts_url)}", err=True)
+
+
+@db.command("restore")
+@click.argument("file", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE")
+@click.option("--force", is_flag=True, help="Give up what has changed here since the backup.")
+def db_restore(file: Path, force: bool) -> None:
+    """Put a backup in the place of the embedded database, with all workers stopped."""
+    from loractl.common.settings import load_settings
+
+    from .backup import restore
+
+    contents = restore(load_settings(), file, force=force)
+    click.echo(f"{contents.jobs} jobs are back. Those that ran go on with the next loractl worker.")
 
 
 @db.command("stop")

@@ -1,0 +1,148 @@
+"""The embedded database copied while jobs run, lost, and put back."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sqlite3
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from ..conftest import Cli
+from ..models import write_helpdesk, write_job
+from .test_lifecycle import _until
+
+
+def job_file(folder: Path) -> Path:
+    """One that no worker has to run."""
+    write_helpdesk(folder / "data.jsonl")
+    (folder / "job.yaml").write_text("name: job\nbase_model: gpt2\ndataset: {path: data.jsonl}\n")
+    return folder / "job.yaml"
+
+
+def numbers(cli: Cli) -> list[int]:
+    return [job["job_id"] for job in json.loads(cli("status", "-a", "--json").stdout)][::-1]
+
+
+def test_a_home_that_was_lost_in_mid_run_is_restored_and_all_its_jobs_end_well(
+    cli: Cli, home: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    for name in ("first", "second"):
+        cli("submit", write_job(tmp_path, tiny_model, name=name), "--set=training.max_steps=60")
+    worker = cli.start("worker")
+    try:
+        _until(cli, 1, lambda job: (job["step"] or 0) >= 2)
+        assert "2 jobs are in" in cli("db", "backup", tmp_path / "backup.db").stdout
+        assert "a worker serves this home" in cli("db", "restore", tmp_path / "backup.db", "--force", code=1).stderr
+        assert json.loads(cli("status", 1, "--json").stdout)["status"] == "running", "the copy disturbed nobody"
+        shutil.copytree(home / "artifacts", tmp_path / "artifacts")
+    finally:
+        worker.terminate()
+        worker.wait(timeout=120)
+    cli("db", "stop")
+    shutil.rmtree(home)
+
+    assert "2 jobs are back" in cli("db", "restore", tmp_path / "backup.db").stdout
+    shutil.copytree(tmp_path / "artifacts", home / "artifacts")
+    cli("worker", "--drain-when-idle", timeout=240)
+    jobs = json.loads(cli("status", "-a", "--json").stdout)
+    assert {(job["job_id"], job["status"]) for job in jobs} == {(1, "succeeded"), (2, "succeeded")}
+    first = json.loads(cli("show", 1, "--json").stdout)
+    assert [a["reason"] for a in first["attempts"]] == ["worker_lost", "ok"]
+
+
+def test_what_changed_since_the_backup_is_given_up_only_by_force_and_no_number_is_given_twice(
+    cli: Cli, tmp_path: Path
+) -> None:
+    job, backup = job_file(tmp_path), tmp_path / "backup.db"
+    cli("submit", job)
+    cli("db", "backup", backup)
+    assert "1 jobs are back" in cli("db", "restore", backup).stdout, "nothing has changed"
+    cli("submit", job)
+    cli("cancel", 1)
+    told = cli("db", "restore", backup, code=1).stderr
+    assert told.startswith("Error: 2 jobs have changed here since backup.db was made\nHint: loractl db backup NEW")
+    assert numbers(cli) == [1, 2]
+    cli("db", "restore", backup, "--force")
+    assert [json.loads(cli("status", n, "--json").stdout)["status"] for n in numbers(cli)] == ["queued"]
+    cli("submit", job)
+    assert numbers(cli) == [1, 3], "somebody may still speak of job 2"
+
+
+def test_numbers_of_jobs_that_only_the_artifact_store_remembers_are_not_given_again(
+    cli: Cli, home: Path, tmp_path: Path
+) -> None:
+    job = job_file(tmp_path)
+    cli("submit", job)
+    cli("db", "backup", tmp_path / "backup.db")
+    (home / "artifacts" / "jobs" / "8" / "attempt-1").mkdir(parents=True)
+    (home / "artifacts" / "jobs" / "8" / "attempt-1" / "report.json").write_text("{}")
+    for file in home.glob("loractl.db*"):
+        file.unlink()
+    cli("db", "restore", tmp_path / "backup.db")
+    cli("submit", job)
+    assert numbers(cli) == [1, 9]
+
+
+def test_a_backup_is_one_private_file_and_replaces_none(cli: Cli, home: Path, tmp_path: Path) -> None:
+    told = cli("db", "backup", tmp_path / "b.db", code=2).stderr
+    assert told.startswith(f"Error: there is no database at {home}/loractl.db")
+    cli("submit", job_file(tmp_path))
+    cli("db", "backup", tmp_path / "b.db")
+    assert [p.name for p in tmp_path.glob("b.db*")] == ["b.db"]
+    assert (tmp_path / "b.db").stat().st_mode & 0o777 == 0o600
+    before = (tmp_path / "b.db").read_bytes()
+    assert "exists already" in cli("db", "backup", tmp_path / "b.db", code=2).stderr
+    assert (tmp_path / "b.db").read_bytes() == before
+    told = cli("db", "backup", tmp_path / "none" / "b.db", code=1).stderr
+    assert "can't be copied to" in told and "No such file or directory" in told
+
+
+@pytest.mark.parametrize("kind", ["absent", "text", "other database", "torn", "newer"])
+def test_what_is_no_backup_is_refused_and_the_database_stays(cli: Cli, tmp_path: Path, kind: str) -> None:
+    cli("submit", job_file(tmp_path))
+    file = tmp_path / "b.db"
+    if kind == "text":
+        file.write_text("hello")
+    elif kind == "other database":
+        sqlite3.connect(file).execute("CREATE TABLE t (a)").connection.close()
+    elif kind in ("torn", "newer"):
+        cli("db", "backup", file)
+        if kind == "torn":
+            file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+        else:
+            database = sqlite3.connect(file)
+            database.execute("UPDATE alembic_version SET version_num = '9999'")
+            database.commit()
+            database.close()
+    says = {"absent": "no such file", "newer": "is at revision 9999"}.get(
+        kind, "is no backup of loractl, or is damaged"
+    )
+    told = cli("db", "restore", file, "--force", code=1 if kind == "newer" else 2).stderr
+    assert says in told
+    assert numbers(cli) == [1]
+
+
+def test_a_full_disk_ends_a_backup_with_a_sentence_and_leaves_no_half_file(cli: Cli, tmp_path: Path) -> None:
+    cli("submit", job_file(tmp_path))
+    disk = tmp_path / "full"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", str(disk)], capture_output=True)
+    if mounted.returncode != 0:
+        pytest.skip("a small disk needs the right to mount a tmpfs")
+    try:
+        told = cli("db", "backup", disk / "b.db", code=1).stderr
+        assert told.startswith("Error: ") and "can't be copied to" in told
+        assert list(disk.iterdir()) == []
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_postgresql_has_its_own_tools(make_cli: Callable[..., Cli], tmp_path: Path) -> None:
+    cli = make_cli(LORACTL_DATABASE_URL="postgresql://lab:hunter2@127.0.0.1:9/loractl")
+    for command in ("backup", "restore"):
+        told = cli("db", command, tmp_path / "b.db", code=2).stderr
+        assert "pg_dump -Fc and pg_restore" in told and "hunter2" not in told
