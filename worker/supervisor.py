@@ -406,16 +406,10 @@ class Supervisor:
 
     def _environment(self, job_id: int) -> dict[str, str]:
         """The trainer's: its device alone, its share of the cores, and no address or password of a service."""
-        hidden = (
-            "LORACTL_DATABASE_URL",
-            "LORACTL_REDIS_URL",
-            "LORACTL_ARTIFACTS_URL",
-            "AWS_ACCESS_KEY_ID",
-            "AWS_SECRET_ACCESS_KEY",
-            "AWS_SESSION_TOKEN",
-            "PGPASSWORD",
-        )
-        kept = {name: value for name, value in os.environ.items() if name not in hidden}
+        # of AWS's and PostgreSQL's variables any may be a key, a password, or the place of one
+        addresses = ("LORACTL_DATABASE_URL", "LORACTL_REDIS_URL", "LORACTL_ARTIFACTS_URL")
+        hidden = (*addresses, "AWS_", "PG")
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(hidden)}
         return {
             **kept,
             **self._device.environment(),
