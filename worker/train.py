@@ -19,28 +19,34 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from loractl.common.adjustment import Adjustment, adjusted, in_words, next_adjustment
 from loractl.common.memory import Lengths, predict
+from loractl.common.policy import Need
 from loractl.common.spec import JobSpec, Method
 from loractl.common.status import Reason, Stage
 from loractl.common.units import gib
 
 from .adapter import save_adapter
-from .checkpoint import Checkpoint, close_checkpoint, newest_checkpoint
+from .checkpoint import PROOF_TOLERANCE, Checkpoint, close_checkpoint, newest_checkpoint, withdraw
 from .data import PreparedData, collate, prepare_data
 from .evaluate import evaluate
-from .memory import Gauge, release
+from .memory import Gauge, hold_to, release
 from .model import (
     Precision,
     TrainingFailed,
     add_adapter,
     choose_precision,
+    evaluating,
     load_base,
     load_tokenizer,
     load_trained,
 )
 from .probe import DoesNotFit, Probe, longest
-from .protocol import Adjusted, Ended, Note, Planned, StageChanged, Start, Stepped, Told
+from .protocol import Adjusted, Ended, Note, Planned, Saved, StageChanged, Start, Stepped, Told
 from .report import build_report, write_model_card, write_report
 from .trace import trace_plan
+
+PROOF_ROWS = 2
+PROOF_TOKENS = 256
+"""What a checkpoint's proof is measured on: enough to tell another base or a damaged adapter, cheap beside a step."""
 
 
 class Stopped(Exception):
@@ -118,7 +124,7 @@ def train(run: Run) -> Ended:
     model = add_adapter(base, run.spec, order.method)
 
     # 3. Train, from the newest checkpoint of this very training if there is one.
-    log = TrainingLog(run, data)
+    log = TrainingLog(run, data, tokenizer.pad_token_id)
     arguments = fit(run, model, tokenizer, data, precision, log)
     check_finite(model)
 
@@ -162,19 +168,36 @@ def plan_again(run: Run, data: PreparedData) -> None:
     need = predict(spec, lengths)
     given = order.vram_reserved
     if need.of(order.method) is not None or given is None or order.gpu == "cpu":
-        run.tell(Planned(job_id=order.job_id, lora=need.lora, qlora=need.qlora))
+        _tell_plan(run, need)
         return
     try:
         traced = trace_plan(spec.base_model, spec, order.method, lengths).need_bytes
     except Exception as error:  # noqa: BLE001  a trace is a help; what is wrong with the model, its loading says better
         run.note("plan", f"no plan by trace: {str(error).strip().splitlines()[0] if str(error).strip() else error!r}")
         return
-    lora, qlora = (traced, need.qlora) if order.method is Method.LORA else (need.lora, traced)
-    run.tell(Planned(job_id=order.job_id, lora=lora, qlora=qlora))
+    _tell_plan(run, replace(need, **{order.method.value: traced}))
     if traced > given:
         raise TrainingFailed(
             Reason.OUT_OF_MEMORY, f"its plan by trace is {gib(traced)} GiB, the card gives {gib(given)} GiB"
         )
+
+
+def _tell_plan(run: Run, need: Need) -> None:
+    run.tell(Planned(job_id=run.order.job_id, lora=need.lora, qlora=need.qlora))
+    if run.on_gpu:
+        hold_to(lowered_limit(run.order, need), "cuda", run.order.gpu)
+
+
+def lowered_limit(order: Start, need: Need) -> int | None:
+    """Bytes of the card that are still this attempt's, once its need is known better: the rest goes to other jobs.
+
+    The reservation is the plan times what was learned from measured peaks, and stays so.
+    """
+    size, given = need.of(order.method), order.memory_limit
+    if size is None or given is None:
+        return given
+    learned = order.vram_reserved / order.vram_planned if order.vram_reserved and order.vram_planned else 1.0
+    return min(given, int(size * learned))
 
 
 def fit(
@@ -185,10 +208,11 @@ def fit(
     Returns the arguments that it was trained with. Raises TrainingFailed, Stopped, and out-of-memory in mid-training as
     it comes: the supervisor then starts a new process, whose memory is whole, from the last checkpoint.
     """
-    found = _resume(run, data)
+    log.resumed = found = _resume(run, data)
     if found is not None and found.finished:
         run.stage(Stage.TRAINING)
         load_trained(model, found.path)  # the Trainer would take one step more before it saw that none is left
+        log.check_resumed(model)
         log.read_history(found.path)
         return training_arguments(run.order, run.spec, precision)
     while True:
@@ -282,9 +306,11 @@ def training_arguments(order: Start, spec: JobSpec, precision: Precision) -> Tra
 class TrainingLog(TrainerCallback):
     """Watches a training: tells the supervisor, closes checkpoints, ends it when it diverges or must stop."""
 
-    def __init__(self, run: Run, data: PreparedData) -> None:
+    def __init__(self, run: Run, data: PreparedData, pad: int) -> None:
         self._run = run
-        self._belongs_to = training_hash(run.order, data)
+        self._belongs_to = belongs_to(run.order, data)
+        self._proof_rows, self._pad = data.train.rows[:PROOF_ROWS], pad
+        self.resumed: Checkpoint | None = None  # what this training goes on from
         self._epoch_tokens = data.train.tokens
         self.train_losses: list[tuple[int, float]] = []
         self.eval_losses: list[tuple[int, float]] = []
@@ -306,7 +332,8 @@ class TrainingLog(TrainerCallback):
         """Real tokens, padding left out, per second inside training steps."""
         return self.tokens / self.seconds if self.seconds > 0 and self.tokens > 0 else None
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        self.check_resumed(model)
         self._run.stage(Stage.TRAINING)
         self.first_step = self.steps = state.global_step
         self.total_steps, self._first_epoch = state.max_steps, state.epoch or 0.0
@@ -346,11 +373,31 @@ class TrainingLog(TrainerCallback):
         if known:
             self._step(known)
 
-    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_save(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         finished = state.global_step >= state.max_steps
-        close_checkpoint(folder, step=state.global_step, finished=finished, belongs_to=self._belongs_to)
+        proof = self._proof(model)
+        close_checkpoint(folder, step=state.global_step, finished=finished, belongs_to=self._belongs_to, proof=proof)
         self._run.note("saved", f"saved step {state.global_step}")
+        self._run.tell(Saved(job_id=self._run.order.job_id, step=state.global_step, path=str(folder)))
+
+    def check_resumed(self, model: Any) -> None:
+        """Compare the model with what its checkpoint recorded. Raises TrainingFailed, with the checkpoint withdrawn."""
+        saved = self.resumed
+        if saved is None or saved.proof is None:
+            return
+        now = self._proof(model)
+        if not abs(now - saved.proof) <= PROOF_TOLERANCE * max(1.0, abs(saved.proof)):
+            withdraw(saved)
+            raise TrainingFailed(
+                Reason.TRAINER_ERROR,
+                f"the checkpoint of step {saved.step} does not resume: the loss on its proof rows is {now:.4f}, "
+                f"it recorded {saved.proof:.4f}; is the base model another one on this box?",
+            )
+
+    def _proof(self, model: Any) -> float:
+        """The model's loss on the first rows, in eval mode: it draws no random number and changes nothing."""
+        return proof_loss(model, self._proof_rows, self._pad)
 
     def read_history(self, checkpoint: Path) -> None:
         """Take the course of a finished training from its last checkpoint."""
@@ -437,7 +484,19 @@ def check_finite(model: Any) -> None:
             raise TrainingFailed(Reason.DIVERGED, f"the trained weights are not finite ({name})")
 
 
-def training_hash(order: Start, data: PreparedData) -> str:
+def proof_loss(model: Any, rows: Sequence[Any], pad: int) -> float:
+    """The mean loss of a model on a few rows, cut to PROOF_TOKENS, one at a time."""
+    losses = []
+    with evaluating(model):
+        for row in rows:
+            batch = collate([{"input_ids": row.input_ids[:PROOF_TOKENS], "labels": row.labels[:PROOF_TOKENS]}], pad)
+            batch["labels"] = batch["input_ids"].clone()  # every token: a cut row may hold no learned one
+            moved = {name: tensor.to(model.device) for name, tensor in batch.items()}
+            losses.append(float(model(**moved).loss))
+    return statistics.fmean(losses)
+
+
+def belongs_to(order: Start, data: PreparedData) -> dict[str, str]:
     """What a checkpoint belongs to: with another batch size, data or method a resume would run, and be wrong.
 
     The batch is the effective one. In which pieces it is computed, and whether activations are computed twice, changes
@@ -448,13 +507,23 @@ def training_hash(order: Start, data: PreparedData) -> str:
     training = asked["training"]
     training["batch"] = training.pop("per_device_train_batch_size") * training.pop("gradient_accumulation_steps")
     del training["gradient_checkpointing"]
-    parts = [asked, order.method.value, rows]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    parts = {
+        "base_model": [asked["base_model"], asked["revision"]],
+        "lora": asked["lora"],
+        "training": training,
+        "method": order.method.value,
+        "data": rows,
+    }
+    return {name: hashlib.sha256(json.dumps(part, sort_keys=True).encode()).hexdigest() for name, part in parts.items()}
 
 
 def _resume(run: Run, data: PreparedData) -> Checkpoint | None:
     folders = [Path(run.order.checkpoint_dir), *map(Path, run.order.earlier_checkpoints)]
-    found = newest_checkpoint(folders, training_hash(run.order, data))
+
+    def refused(step: int, differing: list[str]) -> None:
+        run.note("refused", f"the checkpoint of step {step} is not resumed: {', '.join(differing)} differ")
+
+    found = newest_checkpoint(folders, belongs_to(run.order, data), refused)
     if found is not None:
         run.note("resumed", f"resumed from the checkpoint of step {found.step}", resumed_from_step=found.step)
     return found

@@ -23,17 +23,18 @@ import torch
 
 from loractl.common.adjustment import Adjustment
 from loractl.common.memory import predict
+from loractl.common.policy import Need
 from loractl.common.spec import JobSpec, Method
 from loractl.common.status import Reason
 from loractl.worker.memory import data_bytes
 from loractl.worker.model import TrainingFailed
 from loractl.worker.probe import Probe
 from loractl.worker.protocol import Adjusted, Ended, Note, Planned, Start, Stepped, Told, decode_told, encode
-from loractl.worker.train import Run, Stopped, train
+from loractl.worker.train import Run, Stopped, lowered_limit, train
 
 from ..conftest import Cli
 
-MIB = 2**20
+MIB, GIB = 2**20, 2**30
 LIMIT = 450 * MIB
 """Too little for 16 of the rows below at once (about 430 MiB in bf16, twice that in fp32, and the libraries' 128), and
 enough for one."""
@@ -184,7 +185,7 @@ def test_a_probe_changes_no_bit_of_the_run(
     }
     without = here(make_order(tmp_path / "without", tiny_model, data, **settings))
     assert not probed, "nothing to try on a processor without a limit"
-    probe = here(make_order(tmp_path / "with", tiny_model, data, limit=8 * 2**30, **settings))
+    probe = here(make_order(tmp_path / "with", tiny_model, data, limit=8 * GIB, **settings))
     assert len(probed) == 1
     assert losses(probe) == losses(without)
     weights = [tmp_path / name / "result" / "adapter" / "adapter_model.safetensors" for name in ("with", "without")]
@@ -267,7 +268,20 @@ def test_the_need_is_planned_again_for_the_lengths_of_the_rows(tiny_model: Path,
     assert planned.qlora is not None and asked.qlora is not None and planned.qlora < asked.qlora
 
 
-@pytest.mark.parametrize("given", [MIB, 64 * 2**30])
+@pytest.mark.parametrize(
+    ("planned", "size", "limit"), [(10, 8, 9), (None, 8, 8), (10, None, 12), (10, 20, 12)], ids=str
+)
+def test_a_trainer_is_held_to_what_a_better_plan_leaves_it(
+    planned: int | None, size: int | None, limit: int, tiny_model: Path, data: Path, tmp_path: Path
+) -> None:
+    """12 GiB were reserved for a plan of 10: such jobs took a fifth more. The store lowers it by the same rule."""
+    order = make_order(tmp_path / "a", tiny_model, data, limit=12 * GIB)
+    order = order.model_copy(update={"vram_reserved": 12 * GIB, "vram_planned": planned and planned * GIB})
+    lowered = lowered_limit(order, Need(lora=size and size * GIB, qlora=None))
+    assert lowered is not None and lowered // GIB == limit
+
+
+@pytest.mark.parametrize("given", [MIB, 64 * GIB])
 def test_an_unknown_architecture_is_traced_and_refused_before_its_weights_are_loaded(
     given: int, tiny_model: Path, data: Path, tmp_path: Path
 ) -> None:
