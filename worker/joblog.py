@@ -1,0 +1,99 @@
+"""A job's log, bounded wherever it is kept: in the supervisor's memory, in its file, and in the database."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from typing import IO, Any, Protocol
+
+MIB = 1 << 20
+
+FILE_LIMIT = 64 * MIB
+"""Characters of an attempt's log file, which becomes an artifact."""
+
+DATABASE_LIMIT = 2 * MIB
+"""Characters of an attempt's log in the database: its beginning, and its last lines."""
+
+CHUNK = 64 * 1024
+"""Characters that one heartbeat carries, and of the last lines."""
+
+LEFT_OUT = "[lines are left out here]\n"
+IS_LONG = (
+    f"[over {DATABASE_LIMIT // MIB} MiB of log: the last lines follow at the end, all of it goes with the result]\n"
+)
+
+
+class Sink(Protocol):
+    """Where lines go: a LogBook, or the queue that the supervisor reads."""
+
+    def put(self, item: Any) -> None: ...
+
+
+class LogBook:
+    """What the database gets of an attempt's log. Lines come from any thread; `take` and `written` from one."""
+
+    def __init__(self, limit: int = DATABASE_LIMIT) -> None:
+        self._lock = threading.Lock()
+        self._new: deque[str] = deque()  # not yet taken; at most CHUNK characters, the newest
+        self._size = 0
+        self._cut = False  # older lines had to go from _new
+        self._taken = ""  # handed out, and perhaps not written
+        self._room = limit - CHUNK  # the last lines have theirs
+        self._full = False
+
+    def put(self, text: str) -> None:
+        """Add what the trainer printed."""
+        with self._lock:
+            self._new.append(text[-CHUNK:])
+            self._size += len(self._new[-1])
+            self._cut |= len(text) > CHUNK
+            while self._size > CHUNK:
+                self._size -= len(self._new.popleft())
+                self._cut = True
+
+    def take(self, *, last: bool = False) -> str:
+        """What is to be written now: again what was taken before, unless `written` was called, and what is new.
+
+        Once the limit is reached there is nothing but, with `last`, the last lines.
+        """
+        with self._lock:
+            if self._full and not last:
+                return self._taken
+            text = self._taken + (LEFT_OUT if self._cut else "") + "".join(self._new)
+            self._new, self._size, self._cut = deque(), 0, False
+            if len(text) > CHUNK:
+                text = LEFT_OUT + text[-CHUNK:]
+            if not last and len(text) > self._room:
+                self._full = True
+                rest, text = text[self._room :], text[: self._room] + "\n" + IS_LONG
+                self._new, self._size = deque([rest[-CHUNK:]]), min(len(rest), CHUNK)
+            self._taken = text
+            return text
+
+    def written(self) -> None:
+        """The text that was taken has reached the database."""
+        with self._lock:
+            self._room -= len(self._taken)
+            self._taken = ""
+
+
+def read_log(pipe: IO[str], file: IO[str], told: Sink, limit: int = FILE_LIMIT) -> None:
+    """Keep what the trainer prints, at most `limit` characters of it with what the file holds already.
+
+    With the disk or the file full the pipe is still emptied, or the trainer would wait for ever to write.
+    """
+    room, whole = limit - file.tell(), True
+    while line := pipe.readline(CHUNK):  # a line may never end
+        told.put(line)
+        if not whole:
+            continue
+        try:
+            if len(line) > room:
+                whole = False
+                line = f"\n[the log file ends here: it has {limit / MIB:.0f} MiB]\n"
+            file.write(line)
+            file.flush()
+            room -= len(line)
+        except OSError as error:
+            whole = False
+            told.put(f"[the log file ends here: {error.strerror}]\n")
