@@ -88,6 +88,9 @@ MISTAKES = [
     # commands
     Mistake("no such job", "there is no job 99", command=["status", "99"], code=3),
     Mistake("cancel what is not there", "there is no job 7", command=["cancel", "7"], code=3),
+    Mistake("hold what is not there", "there is no job 7", command=["hold", "7"], code=3),
+    Mistake("an age below a day", "--older-than 1h is too short", command=["gc", "--older-than", "1h"]),
+    Mistake("no such backup", "none.db: no such file", command=["db", "restore", "none.db"]),
     Mistake("an unknown command", "did you mean loractl status?", command=["statsu"]),
     Mistake("not a number", "'abc' is not a valid integer", command=["show", "abc"]),
     Mistake("no config to plan from", "there is no config.json", command=["plan", "job.yaml"], code=1),
