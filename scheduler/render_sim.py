@@ -110,12 +110,17 @@ def _row(name: str, out: Outcome) -> list[str]:
 
 
 def _by_class(done: Simulation, screen: Screen) -> list[str]:
-    """Mean waits by VRAM class, a rule a row."""
+    """Mean waits by VRAM class, a class a row."""
     classes = {name: out.by_class() for name, out in done.outcomes.items()}
-    sizes = list(classes["loractl"])
-    headers = ["MEAN WAIT BY NEED", *(f"≤{size} GiB" if screen.unicode else f"to {size} GiB" for size in sizes)]
-    rows = [[TITLES[name], *(span(mean(_waits(found[size]))) for size in sizes)] for name, found in classes.items()]
-    rows.append(["jobs", *(thousands(len(classes["loractl"][size])) for size in sizes)])
+    headers = ["MEAN WAIT BY NEED", "JOBS", *(TITLES[name].upper() for name in classes)]
+    rows = [
+        [
+            f"{'≤' if screen.unicode else 'to'} {size} GiB",
+            thousands(len(courses)),
+            *(span(mean(_waits(found[size]))) for found in classes.values()),
+        ]
+        for size, courses in classes["loractl"].items()
+    ]
     return table(headers, rows, screen, right=headers[1:])
 
 

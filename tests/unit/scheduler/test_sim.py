@@ -170,7 +170,12 @@ def test_the_text_begins_with_a_sentence_and_fits_eighty_columns(own: Path) -> N
     assert lines[0].startswith("With loractl a job ends ")
     assert max(map(len, lines)) <= 80
     assert "Larger than every card, and not replayed: 1." in lines
-    assert sum(line.startswith(("loractl ", "fifo ", "shortest first* ", "best fit ")) for line in lines) == 8
+    assert sum(line.startswith(("loractl ", "fifo ", "shortest first* ", "best fit ")) for line in lines) == 4
+    assert [line.split()[:4] for line in lines if line.startswith("≤")] == [
+        ["≤", "8", "GiB", "1"],
+        ["≤", "24", "GiB", "1"],
+        ["≤", "80", "GiB", "1"],
+    ]
 
 
 def test_times_are_one_number_each() -> None:
