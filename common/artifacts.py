@@ -205,6 +205,17 @@ class ArtifactStore:
                 with contextlib.suppress(OSError):  # other attempts are left
                     Path(self._at(name)).parent.rmdir()
 
+    def remove_checkpoint(self, prefix: str) -> None:
+        """Remove one checkpoint of a job, its manifest first. Raises ValueError for a name that was not made here."""
+        if not re.fullmatch(r"jobs/[1-9]\d{0,17}/checkpoints/[1-9]\d{0,8}-\d{1,12}", prefix, re.ASCII):
+            raise ValueError(f"{prefix} is not the name of a checkpoint")
+        with self._errors(f"removing {prefix}"):
+            names = sorted((name for name, _, _ in self._files(prefix)), key=lambda name: not name.endswith(MANIFEST))
+            for name in names:
+                self._fs.rm_file(self._at(name))
+            if "file" in self._protocols():
+                remove_tree(Path(self._at(prefix)))
+
     def _files(self, part: str) -> Iterator[tuple[str, int, dt.datetime]]:
         """(name, bytes, last change) of each file below `part`; links are not followed out of the store."""
         if "file" not in self._protocols():
@@ -295,6 +306,11 @@ def open_store(settings: Settings) -> ArtifactStore:
 def attempt_prefix(job_id: int, attempt: int) -> str:
     """Where an attempt's files go."""
     return f"jobs/{job_id}/attempt-{attempt}"
+
+
+def checkpoint_prefix(job_id: int, attempt: int, step: int) -> str:
+    """Where an attempt's checkpoint of a step goes."""
+    return f"jobs/{job_id}/checkpoints/{attempt}-{step}"
 
 
 def remove_tree(path: Path) -> None:

@@ -29,6 +29,14 @@ class Submission:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StoredCheckpoint:
+    """A checkpoint in the artifact store that a later attempt may go on from."""
+
+    step: int
+    prefix: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Claim:
     """The right to run one attempt, until the lease ends."""
 
@@ -42,6 +50,7 @@ class Claim:
     vram_planned: int | None
     vram_reserved: int | None = None  # bytes of the card that are the attempt's; None: no limit
     adjustment: Adjustment = field(default_factory=Adjustment)
+    checkpoint: StoredCheckpoint | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,10 +12,10 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from .errors import UsageError
-from .units import parse_size
+from .units import parse_duration, parse_size
 
 _KEYS = (
-    "database_url", "redis_url", "artifacts_url", "devices", "trainer_ram", "user", "host",
+    "database_url", "redis_url", "artifacts_url", "devices", "trainer_ram", "store_patience", "user", "host",
     "model_roots", "trusted_code",
 )  # fmt: skip
 
@@ -29,6 +29,7 @@ class Settings:
     redis_url: str | None = field(repr=False)  # None: the embedded Valkey under `home`
     artifacts_url: str = field(repr=False)
     devices: str | None  # None: NVML, else the CPU
+    store_patience_s: float = 3600.0  # how long fetching and storing are tried again while the artifact store is away
     trainer_ram: int | None = None  # bytes that a training on the CPU may take; None: no limit
     user: str
     host: str  # this box's name in the names of its nodes
@@ -74,6 +75,7 @@ def load_settings(environ: dict[str, str] | None = None) -> Settings:
         redis_url=get("redis_url", None),
         artifacts_url=get("artifacts_url", None) or (home / "artifacts").as_uri(),
         devices=get("devices", None),
+        store_patience_s=_seconds("store_patience", get("store_patience", "1h")),
         trainer_ram=_size("trainer_ram", get("trainer_ram", None)),
         user=get("user", None) or _login(),
         host=_host(get("host", None) or socket.gethostname()),
@@ -109,6 +111,13 @@ def _size(key: str, text: str | None) -> int | None:
         return parse_size(text)
     except ValueError as error:
         raise UsageError(f"LORACTL_{key.upper()} {text!r} {error}") from error
+
+
+def _seconds(key: str, text: str | None) -> float:
+    try:
+        return parse_duration(text or "0")
+    except ValueError as error:
+        raise UsageError(f"LORACTL_{key.upper()}: {text!r} {error}") from None
 
 
 def _host(name: str) -> str:

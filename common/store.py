@@ -67,7 +67,7 @@ from .policy import (
     vram_class,
     within,
 )
-from .records import Beat, Claim, Left, NodeState, Progress, StoredResult, Submission
+from .records import Beat, Claim, Left, NodeState, Progress, StoredCheckpoint, StoredResult, Submission
 from .retention import Over, SpentLog, beyond_newest, drop_result, read_needed_data, read_over, spent_logs
 from .status import LAB_RETRY_DELAY_S, OUTCOMES, WORKER_LOST_LIMIT, Reason, Stage, Status, retry_delay_s
 from .tables import Adapter, Attempt, DrainOrder, Event, Job, LogChunk, MetricPoint, Node, Use, UtcDateTime
@@ -310,6 +310,7 @@ class Store:
             vram_planned=planned,
             vram_reserved=placed.reserved,
             adjustment=Adjustment(**(job.adjustment or {})),
+            checkpoint=None if job.checkpoint is None else StoredCheckpoint(**job.checkpoint),
         )
 
     def beat(self, claim: Claim, progress: Progress) -> Beat:
@@ -328,6 +329,11 @@ class Store:
                 return Beat(accepted=False)
             self._record(session, claim, progress)
             return Beat(accepted=True, cancel_requested=row.cancel_requested, preempted_by=row.preempted_by)
+
+    def keep_checkpoint(self, claim: Claim, checkpoint: StoredCheckpoint) -> bool:
+        """Name a stored checkpoint as the one that a later attempt goes on from; False when the lease is lost."""
+        with self._write() as session:
+            return _rows(session, _mine(claim).values(checkpoint=vars(checkpoint))) == 1
 
     def finish(
         self, claim: Claim, reason: Reason, message: str, progress: Progress, result: StoredResult | None = None
@@ -375,7 +381,7 @@ class Store:
         return requeued
 
     def give_back(self, node: str) -> list[int]:
-        """End what runs on a node as worker_lost at once. For the node itself, when it starts and nothing of it runs."""
+        """End what runs on a node as worker_lost at once: for a node that starts, when nothing of an earlier one runs."""
         with self._write() as session:
             now = self._now_value(session)
             mine = select(Job).where(Job.status == Status.RUNNING, Job.node == node)
@@ -756,6 +762,7 @@ class Store:
             job.status = Status.CANCELLED if job.cancel_requested and reason is not Reason.OK else outcome.status
             job.reason = Reason.CANCELLED if job.status is Status.CANCELLED else reason
             job.ended_at = now
+            job.checkpoint = None  # its files are removed
             self._event(session, job.job_id, job.attempt, job.status.value, message)
             return
         job.status = Status.QUEUED

@@ -95,6 +95,7 @@ class Job(Base):
     lora_until: Mapped[Timestamp | None]  # until then it waits for a card that holds LoRA; null: it does not
     need_key: Mapped[str | None] = mapped_column(String(64), index=True)  # jobs with the same one need the same memory
     family: Mapped[str | None] = mapped_column(String(64))  # the base's model_type; null: not known on the client
+    checkpoint: Mapped[dict[str, Any] | None]  # the newest one in the artifact store: step, prefix
     adjustment: Mapped[dict[str, Any] | None]  # what out-of-memory has changed: micro-batch, accumulation, ...
     max_retries: Mapped[int]
 

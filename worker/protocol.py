@@ -111,6 +111,14 @@ class Note(_Message):
     resumed_from_step: int | None = None
 
 
+class Saved(_Message):
+    """Trainer: a checkpoint is complete on this box's disk."""
+
+    type: Literal["saved"] = "saved"
+    step: int
+    path: str
+
+
 class Ended(_Message):
     """Trainer: the job is over; with ok, the output folder is complete."""
 
@@ -121,7 +129,7 @@ class Ended(_Message):
 
 
 Order = Start | Stop
-Told = StageChanged | Stepped | Adjusted | Planned | Note | Ended
+Told = StageChanged | Stepped | Adjusted | Planned | Note | Saved | Ended
 
 _orders: TypeAdapter[Order] = TypeAdapter(Annotated[Order, Field(discriminator="type")])
 _told: TypeAdapter[Told] = TypeAdapter(Annotated[Told, Field(discriminator="type")])

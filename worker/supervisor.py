@@ -7,6 +7,7 @@ the job is cancelled, over its time, drained, or no longer ours. Nothing is list
 from __future__ import annotations
 
 import errno
+import json
 import logging
 import os
 import queue
@@ -23,7 +24,7 @@ from typing import Any, TypeVar
 from sqlalchemy.exc import DBAPIError
 
 from loractl.common.adjustment import Adjustment, in_words, next_adjustment
-from loractl.common.artifacts import ArtifactStore, attempt_prefix
+from loractl.common.artifacts import ArtifactStore, attempt_prefix, remove_tree
 from loractl.common.database import is_outage
 from loractl.common.errors import ArtifactError, LoractlError, ServiceUnreachable
 from loractl.common.policy import Need
@@ -32,10 +33,12 @@ from loractl.common.settings import Settings
 from loractl.common.status import Reason, Stage, Status
 from loractl.common.store import Store
 
+from .checkpoint import MARKER
 from .child import exit_reason, kill, read_log, read_messages, send
 from .devices import Device
+from .keeping import CheckpointKeeper
 from .occupancy import JOB_VARIABLE
-from .protocol import Adjusted, Ended, Note, Peaks, Planned, StageChanged, Start, Stepped, Stop, Told
+from .protocol import Adjusted, Ended, Note, Peaks, Planned, Saved, StageChanged, Start, Stepped, Stop, Told
 from .trust import Refused, check_claim, may_run_code
 
 log = logging.getLogger("loractl.worker")
@@ -49,6 +52,15 @@ STOP_GRACE_S = 10.0
 
 DRAIN_GRACE_S = 120.0
 """A drain waits so long for the current step and its checkpoint."""
+
+CHECKPOINT_GRACE_S = 60.0
+"""After a training's end its last checkpoint has so long to reach the artifact store; another box may want it."""
+
+SILENCE_S = 1800.0
+"""A trainer that trains or evaluates and says nothing for so long hangs; it tells each step, at most one a second."""
+
+READY = "ready.json"
+"""Beside a result that is complete: what it answers to."""
 
 _LOG_CHUNK = 64 * 1024
 """Characters of log that one heartbeat carries; the whole log is an artifact."""
@@ -91,6 +103,10 @@ class _State:
     kill_at: float | None = None
     lease_lost: bool = False
     cancel_requested: bool = False
+    preempted_by: int | None = None
+    heard: float = field(default_factory=time.monotonic)  # when the trainer last said something
+    store_away: bool = False  # what is to be fetched or stored waits for the artifact store
+    saved: list[Saved] = field(default_factory=list)  # checkpoints that are not handed on yet
     pending: Progress = field(default_factory=Progress)  # told, not yet written
     log_text: list[str] = field(default_factory=list)
 
@@ -124,13 +140,15 @@ class Supervisor:
         try:
             shutil.rmtree(folder, ignore_errors=True)
             (folder / "result").mkdir(parents=True)
-            start = self._beating(claim, state, lambda: self._prepare(claim, folder))
-            self._train(claim, start, folder, state)
+            if not self._take_ready(claim, folder, state):
+                start = self._beating(claim, state, lambda: self._patiently(claim, state, self._prepare, folder))
+                self._train(claim, start, folder, state)
             reason, message = self._judge(state)
             result = None
             if reason is Reason.OK:
                 state.pending = replace(state.pending, stage=Stage.STORING)
-                result = self._beating(claim, state, lambda: self._keep(claim, folder))
+                mark_ready(folder, claim, message)
+                result = self._beating(claim, state, lambda: self._patiently(claim, state, self._keep, folder))
         except _Interrupted:
             reason, message, result = *self._judge(state), None
         except (LoractlError, OSError) as error:
@@ -170,6 +188,7 @@ class Supervisor:
         data_path = local("path", spec.dataset.path)
         assert data_path is not None
         earlier = sorted(folder.parent.glob("attempt-*/checkpoints"), key=lambda p: p.stat().st_mtime, reverse=True)
+        earlier += self._stored_checkpoint(claim, folder.parent / "stored")
         return Start(
             job_id=claim.job_id,
             attempt=claim.attempt,
@@ -194,14 +213,39 @@ class Supervisor:
             cache_dir=str(cache),
         )
 
+    def _stored_checkpoint(self, claim: Claim, folder: Path) -> list[Path]:
+        """The newest checkpoint from the artifact store, which another box may have written, unless it is here."""
+        kept = claim.checkpoint
+        if kept is None or list(folder.parent.glob(f"attempt-*/checkpoints/checkpoint-{kept.step}/{MARKER}")):
+            return []
+        remove_tree(folder)
+        target = folder / "checkpoints" / f"checkpoint-{kept.step}"
+        try:
+            self._artifacts.pull(kept.prefix, "", target)
+        except ArtifactError as error:
+            log.warning("job %s: the checkpoint of step %s is lost: %s", claim.job_id, kept.step, error.sentence)
+            return []
+        return [folder / "checkpoints"]
+
     def _train(self, claim: Claim, start: Start, folder: Path, state: _State) -> None:
         """Run a trainer to its end; when it runs out of memory in mid-training another one, with less.
 
         A new process, because only its memory is whole again; it goes on from the last checkpoint.
         """
         began = time.monotonic()
+        keeper = CheckpointKeeper(self._artifacts, self._store, claim, folder / "keeping")
+        try:
+            self._train_with_less(claim, start, folder, state, began, keeper)
+        finally:
+            # of a training that is done, cancelled or no longer ours nobody will want the last one
+            over = state.lease_lost or state.cancel_requested or self._judge(state)[0] is Reason.OK
+            keeper.close(0.0 if over or self._drain.wish == "now" else CHECKPOINT_GRACE_S)
+
+    def _train_with_less(
+        self, claim: Claim, start: Start, folder: Path, state: _State, began: float, keeper: CheckpointKeeper
+    ) -> None:
         while True:
-            self._watch(claim, start, folder, state, began)
+            self._watch(claim, start, folder, state, began, keeper)
             lighter = _lighter(start, state)
             if lighter is None:
                 return
@@ -212,7 +256,9 @@ class Supervisor:
             state.adjustment, state.ended = lighter, None
             start = start.model_copy(update={"adjustment": lighter})
 
-    def _watch(self, claim: Claim, start: Start, folder: Path, state: _State, began: float) -> None:
+    def _watch(
+        self, claim: Claim, start: Start, folder: Path, state: _State, began: float, keeper: CheckpointKeeper
+    ) -> None:
         """Start the trainer and stay with it until it has ended."""
         told: queue.SimpleQueue[Told | str] = queue.SimpleQueue()
         with (folder / "log.txt").open("a", encoding="utf-8") as log_file:
@@ -235,12 +281,13 @@ class Supervisor:
                 reader.start()
             send(trainer.stdin, start)
             try:
-                self._loop(claim, trainer, told, state, began)
+                self._loop(claim, trainer, told, state, began, keeper)
             finally:
                 kill(trainer)
                 for reader in readers:
                     reader.join(timeout=5)
         _take_all(told, state)
+        _hand_on(state, keeper)
         if state.ended is None and state.forced is None and not state.lease_lost:
             limited = start.device == "cpu" and start.memory_limit is not None
             state.ended = Ended(job_id=start.job_id, **exit_reason(trainer.returncode, limited=limited))
@@ -252,18 +299,26 @@ class Supervisor:
         told: queue.SimpleQueue[Any],
         state: _State,
         began: float,
+        keeper: CheckpointKeeper,
     ) -> None:
-        next_beat, stage = 0.0, None
+        next_beat, stage, state.heard = 0.0, None, time.monotonic()
         limit = claim.spec.resources.time_limit
         while trainer.poll() is None and state.ended is None:
             _take_all(told, state, timeout=0.2)
+            _hand_on(state, keeper)
             now = time.monotonic()
             if now >= next_beat or state.pending.stage != stage:
                 stage, next_beat = state.pending.stage, now + BEAT_S
                 self._beat(claim, state)
                 if state.cancel_requested:
                     self._stop(claim, trainer, state, Reason.CANCELLED, "cancelled while it ran", save=False)
+                elif state.preempted_by is not None:
+                    why = f"gave way to job {state.preempted_by}, which has a higher priority"
+                    self._stop(claim, trainer, state, Reason.PREEMPTED, why, save=True, grace=DRAIN_GRACE_S)
             if state.lease_lost:
+                return
+            if now - state.heard > SILENCE_S and state.pending.stage in (Stage.TRAINING, Stage.EVALUATING):
+                state.forced = Reason.TRAINER_ERROR, f"the trainer said nothing for {SILENCE_S / 60:.0f} min"
                 return
             if limit is not None and now - began > limit:
                 self._stop(
@@ -296,7 +351,7 @@ class Supervisor:
             return
         state.pending, state.log_text = Progress(stage=state.pending.stage), []
         state.lease_lost = not beat.accepted
-        state.cancel_requested = beat.cancel_requested
+        state.cancel_requested, state.preempted_by = beat.cancel_requested, beat.preempted_by
 
     def _progress(self, state: _State) -> Progress:
         """What is new since the last write that came through."""
@@ -378,6 +433,11 @@ class Supervisor:
         if state.lease_lost:
             raise _Interrupted
         if state.ended is not None:
+            if state.store_away and (state.cancel_requested or self._drain.wish is not None):
+                cancelled = Reason.CANCELLED, "cancelled while it waited for the artifact store"
+                drained = Reason.DRAINED, "the worker was stopped while the artifact store was away"
+                state.ended, state.forced = None, cancelled if state.cancel_requested else drained
+                raise _Interrupted
             return
         if state.cancel_requested:
             state.forced = Reason.CANCELLED, "cancelled before it trained"
@@ -385,6 +445,46 @@ class Supervisor:
             state.forced = Reason.DRAINED, "the worker was stopped before it trained"
         if state.forced is not None:
             raise _Interrupted
+
+    def _patiently(self, claim: Claim, state: _State, work: Callable[[Claim, Path], Answer], folder: Path) -> Answer:
+        """Fetch or store, again and again while the artifact store is away: that is nobody's fault but the lab's.
+
+        The job shows the stage that it is in, and the reason stands in its history.
+        """
+        delay, deadline = 2.0, time.monotonic() + self._settings.store_patience_s
+        while True:
+            try:
+                answer = work(claim, folder)
+            except (ArtifactError, ServiceUnreachable) as error:
+                passing = isinstance(error, ServiceUnreachable) or work == self._keep
+                if not passing or time.monotonic() + delay > deadline or state.lease_lost:
+                    raise
+                if not state.store_away:
+                    log.warning("job %s: %s; tried again until it works", claim.job_id, error.sentence)
+                    event = ("store", f"{error.sentence}; it is tried again")
+                    state.pending = replace(state.pending, events=(*state.pending.events, event))
+                state.store_away = True
+                time.sleep(delay)
+                delay = min(delay * 2, 30.0)
+                continue
+            state.store_away = False
+            return answer
+
+    def _take_ready(self, claim: Claim, folder: Path, state: _State) -> bool:
+        """Take over a result that an earlier attempt on this box finished and could not store."""
+        for earlier in sorted(folder.parent.glob("attempt-*")):
+            message = ready_result(earlier, claim)
+            if message is None or earlier == folder:
+                continue
+            for name in ("result", "log.txt"):
+                remove_tree(folder / name)
+                (earlier / name).rename(folder / name)
+            (earlier / READY).unlink()
+            state.ended = Ended(job_id=claim.job_id, reason=Reason.OK, message=message)
+            text = f"{earlier.name} had finished and could not be stored: its result is taken over"
+            state.pending = replace(state.pending, events=(("ready", text),))
+            return True
+        return False
 
     def _insist(self, write: Callable[[], Answer]) -> Answer:
         """Repeat a last write until the database is back: an outage must not cost a finished training."""
@@ -401,8 +501,16 @@ class Supervisor:
 
     def _clean(self, claim: Claim, folder: Path, status: Status | None) -> None:
         """Keep checkpoints for a next attempt, which may run by now; drop everything once the job is over."""
-        over = status is not None and status.is_terminal
-        shutil.rmtree(folder.parent if over else folder / "result", ignore_errors=True)
+        if status is not None and status.is_terminal:
+            shutil.rmtree(folder.parent, ignore_errors=True)
+            try:
+                self._artifacts.remove(f"jobs/{claim.job_id}/checkpoints")
+            except (ArtifactError, ServiceUnreachable) as error:
+                log.warning("job %s: its checkpoints stay for loractl gc: %s", claim.job_id, error.sentence)
+            return
+        shutil.rmtree(folder / "keeping", ignore_errors=True)
+        if not (folder / READY).exists():
+            shutil.rmtree(folder / "result", ignore_errors=True)
 
     def _environment(self, job_id: int) -> dict[str, str]:
         """The trainer's: its device alone, its share of the cores, and no address or password of a service."""
@@ -427,7 +535,7 @@ def _take_all(told: queue.SimpleQueue[Told | str], state: _State, timeout: float
             message = told.get(timeout=timeout) if timeout else told.get_nowait()
         except queue.Empty:
             return
-        timeout = 0.0
+        timeout, state.heard = 0.0, time.monotonic()
         if isinstance(message, str):
             state.log_text.append(message)
             continue
@@ -436,11 +544,42 @@ def _take_all(told: queue.SimpleQueue[Told | str], state: _State, timeout: float
         if isinstance(message, Ended):
             state.ended = message
             continue
+        if isinstance(message, Saved):
+            state.saved.append(message)
+            continue
         if isinstance(message, Stepped):
             state.step = message.step
         elif isinstance(message, Adjusted):
             state.adjustment = message.adjustment
         state.pending = _fold(state.pending, message)
+
+
+def _hand_on(state: _State, keeper: CheckpointKeeper) -> None:
+    """Pass new checkpoints on to the artifact store."""
+    for saved in state.saved:
+        keeper.offer(Path(saved.path), saved.step)
+    state.saved = []
+
+
+def mark_ready(folder: Path, claim: Claim, message: str) -> None:
+    """Note that a result is complete: a later attempt on this box need not train again, should storing fail."""
+    (folder / READY).write_text(json.dumps({"belongs_to": _asked(claim), "message": message}), "utf-8")
+
+
+def ready_result(folder: Path, claim: Claim) -> str | None:
+    """What a finished result of the same job says of itself; None without one."""
+    try:
+        ready = json.loads((folder / READY).read_text("utf-8"))
+    except (OSError, ValueError):
+        return None
+    message: str = ready.get("message", "")
+    return message if ready.get("belongs_to") == _asked(claim) and (folder / "result").is_dir() else None
+
+
+def _asked(claim: Claim) -> list[str]:
+    """What a result answers to: the spec, the method and the data."""
+    hashes = [stored["sha256"] for _, stored in sorted(claim.data.items())]
+    return [claim.spec.spec_hash(), claim.method.value, *hashes]
 
 
 def _lighter(start: Start, state: _State) -> Adjustment | None:

@@ -26,6 +26,7 @@ COLUMNS: dict[str, Callable[[], list[sa.Column[Any]]]] = {
         sa.Column("lora_until", TIME, nullable=True),
         sa.Column("need_key", sa.String(64), nullable=True),
         sa.Column("family", sa.String(64), nullable=True),
+        sa.Column("checkpoint", sa.JSON(), nullable=True),
         sa.Column("adjustment", sa.JSON(), nullable=True),
         sa.Column("vram_reserved", sa.BigInteger(), nullable=True),
         sa.Column("preemptible", sa.Boolean(), nullable=False, server_default=sa.false()),

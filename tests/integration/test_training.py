@@ -215,11 +215,11 @@ def test_a_checkpoint_without_its_marker_does_not_exist(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoint-3"
     folder.mkdir()
     (folder / "adapter_model.safetensors").write_bytes(b"weights")
-    assert checkpoint.newest_checkpoint([tmp_path], "x") is None
-    checkpoint.close_checkpoint(folder, step=3, finished=False, belongs_to="x")
-    found = checkpoint.newest_checkpoint([tmp_path], "x")
+    assert checkpoint.newest_checkpoint([tmp_path], {"data": "x"}) is None
+    checkpoint.close_checkpoint(folder, step=3, finished=False, belongs_to={"data": "x"})
+    found = checkpoint.newest_checkpoint([tmp_path], {"data": "x"})
     assert found is not None and found.step == 3
-    assert checkpoint.newest_checkpoint([tmp_path], "another training") is None
+    assert checkpoint.newest_checkpoint([tmp_path], {"data": "another"}) is None
 
 
 def test_an_exploding_learning_rate_ends_as_diverged(recipe: Recipe) -> None:

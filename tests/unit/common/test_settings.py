@@ -41,7 +41,7 @@ def test_an_unknown_key_in_the_file_is_refused_with_the_known_ones(tmp_path: Pat
     (tmp_path / "config.toml").write_text('databse_url = "x"\n')
     with pytest.raises(UsageError, match="unknown key databse_url") as caught:
         load_settings({"LORACTL_HOME": str(tmp_path)})
-    known = "database_url, redis_url, artifacts_url, devices, trainer_ram, user, host, model_roots, trusted_code"
+    known = "database_url, redis_url, artifacts_url, devices, trainer_ram, store_patience, user, host, model_roots, trusted_code"
     assert caught.value.hint == f"known keys: {known}"
 
 
@@ -51,6 +51,9 @@ def test_a_trainer_s_ram_is_a_size_with_its_unit(tmp_path: Path) -> None:
     assert load_settings({**home, "LORACTL_TRAINER_RAM": "1.5GiB"}).trainer_ram == 3 * 2**29
     (tmp_path / "config.toml").write_text('trainer_ram = "512MiB"\n')
     assert load_settings(home).trainer_ram == 2**29
+    assert load_settings({**home, "LORACTL_STORE_PATIENCE": "90s"}).store_patience_s == 90
+    with pytest.raises(UsageError, match="LORACTL_STORE_PATIENCE: 'soon' is not a duration"):
+        load_settings({**home, "LORACTL_STORE_PATIENCE": "soon"})
     with pytest.raises(UsageError, match="LORACTL_TRAINER_RAM 'much' is not a size"):
         load_settings({**home, "LORACTL_TRAINER_RAM": "much"})
 
