@@ -1,120 +1,209 @@
-"""The waiting lines in the database give what the same jobs in a list give."""
+"""The fleet and its lines as read from the database: cards, charges, drains, and jobs in the rule's order."""
 
 from __future__ import annotations
 
 import datetime as dt
-import random
+from typing import Any
 
 import pytest
-from sqlalchemy import update
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from sqlalchemy import delete
 from sqlalchemy.orm import Session
 
-from loractl.common.fleet import read_levels, read_oldest
-from loractl.common.policy import (
-    OLDEST_FIRST_AFTER_S,
-    RESERVE_AFTER_S,
-    Card,
-    Line,
-    ListedLine,
-    Openings,
-    Waiting,
-    levels_of,
-    place,
+from loractl.common.fleet import (
+    NODE_STALE_S,
+    card_of,
+    drained_targets,
+    read_charges,
+    read_levels,
+    read_oldest,
+    waiting_of,
 )
+from loractl.common.method import Method
+from loractl.common.policy import OLDEST_FIRST_AFTER_S, ListedLine, Openings, Waiting, levels_of
+from loractl.common.records import Claim, Progress
+from loractl.common.status import Reason
 from loractl.common.store import Store
-from loractl.common.tables import Job
+from loractl.common.tables import Base, DrainOrder
 from loractl.common.units import GIB
 
-from ..factories import submission
+from ..factories import NOON, RESULT, Clock, node_state, submission
+from ..fleets import card, drained, in_seconds, running, waits
 
-USERS = ("ada", "b|{", "çem")
-ALL = Openings(gpu=90 * GIB, processor=(0, 0), unknown=True, labels=frozenset({frozenset({("room", "2")})}))
-HOSTS = (frozenset(), frozenset({("room", "2")}))
-
-
-def fill(store: Store, rng: random.Random, count: int, *, age_s: float = 0.0) -> list[Waiting]:
-    """Random jobs, some of them on hold; those that may start, by number."""
-    for _ in range(count):
-        size = rng.choice((None, 1, 5, 5.5, 6, 11, 12, 30, 31, 32, 70))
-        labels = dict(rng.choice(HOSTS))
-        store.submit(
-            submission(
-                lora=size,
-                qlora=size and rng.choice((size, size / 2)),
-                user=rng.choice(USERS),
-                priority=rng.choice((0, 0, 3, -5)),
-                resources={"node_labels": labels},
-                **rng.choice(({}, {"method": "qlora"})),
-            )
-        )
-    with Session(store._engine) as session, session.begin():
-        session.execute(update(Job).where(Job.job_id % 5 == 0).values(held=True))
-        session.execute(update(Job).values(submitted_at=store.now() - dt.timedelta(seconds=age_s)))
-    return store.ready(1000)
+YES = {"nvlink": "yes"}
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_a_stored_line_gives_the_jobs_of_a_listed_one_while_openings_shrink(store: Store, seed: int) -> None:
-    rng = random.Random(seed)
-    jobs = fill(store, rng, 60)
-    for _ in range(15):
-        drawn = shrinking(rng)
-        with Session(store._engine) as session:
-            levels, plain = list(read_levels(session, store.now())), list(levels_of(jobs))
-            assert [set(level) for level in levels] == [set(level) for level in plain]
-            for level, listed in zip(levels, plain, strict=True):
-                assert {user: drain(line, drawn) for user, line in level.items()} == {
-                    user: drain(line, drawn) for user, line in listed.items()
-                }
+# --- cards ---
 
 
-@pytest.mark.parametrize("age_s", [0.0, RESERVE_AFTER_S, OLDEST_FIRST_AFTER_S])
-def test_the_rule_decides_the_same_from_the_database_as_from_a_list(store: Store, age_s: float) -> None:
-    rng = random.Random(int(age_s))
-    jobs = fill(store, rng, 40, age_s=age_s + 60)
-    for _ in range(30):
-        cards = [
-            Card(
-                node=f"box:{n}",
-                total=rng.choice((8, 24, 48, 80)) * GIB,
-                outside=rng.choice((0, 0, 7)) * GIB,
-                max_jobs=rng.choice((1, 4)),
-                labels=rng.choice(HOSTS),
-                processor=rng.random() < 0.2,
-            )
-            for n in range(rng.randint(1, 4))
-        ]
-        charges = {user: rng.choice((0.0, 9.0)) for user in USERS}
-        by_age = ListedLine(sorted(jobs, key=lambda job: job.job_id))
-        with Session(store._engine) as session:
-            now = store.now()
-            stored = list(place(read_levels(session, now), cards, charges, now, read_oldest(session, now)))
-        assert stored == list(place(levels_of(jobs), cards, charges, now, by_age))
+def test_a_card_has_what_its_node_says_and_what_runs_there() -> None:
+    node = card("a:0", 48, margin=1, outside_bytes=3, max_jobs=4, labels=YES, user_limit=2, used={"5": 2 * GIB})
+    found = card_of(node, [running(5, "a:0", 10, 60.0), running(6, "a:0", 8)], NOON, {})
+    assert (found.total, found.margin, found.outside) == (48 * GIB, GIB, 3 * GIB)
+    assert (found.capacity, found.taken, found.free, found.slots) == (44 * GIB, 18 * GIB, 26 * GIB, 2)
+    assert (found.labels, found.user_limit, found.open, found.processor) == (frozenset(YES.items()), 2, True, False)
+    first, second = found.running
+    assert (first.job_id, first.user, first.reserved, first.used) == (5, "ada", 10 * GIB, 2 * GIB)
+    assert (first.ends, second.ends, second.used) == (in_seconds(60), None, 0)
 
 
-def test_the_line_by_age_holds_only_jobs_that_have_waited_a_day(store: Store) -> None:
-    fill(store, random.Random(1), 3)
-    with Session(store._engine) as session:
-        assert read_oldest(session, store.now()).next(ALL) is None
-        first = read_oldest(session, store.now() + dt.timedelta(seconds=OLDEST_FIRST_AFTER_S + 60)).next(ALL)
-    assert first is not None
-    assert first.job_id == 1
+def test_a_job_of_an_older_version_without_a_reservation_has_the_whole_card() -> None:
+    row = running(5, "a:0", 1)
+    row.vram_reserved = None
+    assert card_of(card("a:0", 24), [row], NOON, {}).free == 0
 
 
-def shrinking(rng: random.Random) -> list[Openings]:
-    """Openings, each within the last."""
-    gpu, high, unknown, labels, drawn = 80 * GIB, 90 * GIB, True, frozenset(HOSTS), []
-    for _ in range(rng.choice((1, 3, 12))):
-        gpu, high = rng.randint(gpu // 2, gpu), rng.randint(60 * GIB, high)
-        unknown = unknown and rng.random() < 0.8
-        labels = labels - {HOSTS[1]} if rng.random() < 0.2 else labels
-        drawn.append(Openings(gpu=min(gpu, 60 * GIB), processor=(60 * GIB, high), unknown=unknown, labels=labels))
-    return drawn
+@pytest.mark.parametrize(
+    ("changed", "is_open"),
+    [
+        ({}, True),
+        ({"seen_at": in_seconds(-NODE_STALE_S)}, True),
+        ({"seen_at": in_seconds(-NODE_STALE_S - 1)}, False),
+        ({"draining": True}, False),
+        ({"kind": "cpu"}, True),
+    ],
+)
+def test_a_card_is_open_while_it_is_seen_and_its_worker_goes_on(changed: dict[str, Any], is_open: bool) -> None:
+    assert card_of(card(**changed), [], NOON, {}).open is is_open
 
 
-def drain(line: Line, drawn: list[Openings]) -> list[Waiting]:
-    """What a line gives: three jobs under each of the openings, and all the rest under the last."""
-    given = [job for openings in drawn for _ in range(3) if (job := line.next(openings)) is not None]
-    while (job := line.next(drawn[-1])) is not None:
-        given.append(job)
-    return given
+@pytest.mark.parametrize(("target", "is_open"), [("box", False), ("box:0", False), ("box:1", True), ("bo", True)])
+def test_a_drain_closes_its_host_or_card_and_nothing_else(target: str, is_open: bool) -> None:
+    assert card_of(card(), [], NOON, {target: drained(target)}).open is is_open
+
+
+def test_a_drain_that_is_over_does_not_count(timed: Store, clock: Clock) -> None:
+    for target, until in (("a", None), ("b", NOON + dt.timedelta(seconds=10)), ("c", NOON)):
+        timed.drain(target, "lena", "fan", until=until)
+    with Session(timed._engine) as session:
+        assert set(drained_targets(session, clock.now)) == {"a", "b"}
+        clock.forward(10)
+        assert set(drained_targets(session, clock.now)) == {"a"}
+        order = drained_targets(session, clock.now)["a"]
+        assert isinstance(order, DrainOrder) and (order.user, order.reason) == ("lena", "fan")
+
+
+# --- charges ---
+
+
+def test_use_counts_at_once_by_the_hour_and_half_as_much_a_day_later(timed: Store, clock: Clock) -> None:
+    timed.submit(submission(lora=8, method="lora"))
+    timed.see_node(node_state(total=24 * GIB))
+    mine = timed.claim("box:0")
+    assert isinstance(mine, Claim)
+
+    def charges() -> dict[str, float]:
+        with Session(timed._engine) as session:
+            return read_charges(session, clock.now)
+
+    assert charges() == {"ada": 8.0}, "as if it had run an hour"
+    clock.forward(3 * 3600)
+    assert charges() == {"ada": pytest.approx(24.0)}
+    timed.finish(mine, Reason.OK, "done", Progress(), RESULT)
+    assert charges() == {"ada": pytest.approx(24.0)}
+    clock.forward(24 * 3600)
+    assert charges() == {"ada": pytest.approx(12.0)}
+
+
+def test_a_view_has_everything_of_one_moment(timed: Store, clock: Clock) -> None:
+    timed.see_node(node_state("b:0", total=24 * GIB))
+    timed.see_node(node_state("a:0", total=8 * GIB))
+    timed.drain("b", "lena", "fan")
+    job_id = timed.submit(submission(lora=20, qlora=6))
+    view = timed.fleet()
+    assert (view.now, list(view.cards), list(view.nodes)) == (NOON, ["a:0", "b:0"], ["a:0", "b:0"])
+    assert view.drain_of("b:0") is not None and view.drain_of("a:0") is None
+    (decision,) = view.decisions
+    assert decision.placed is not None
+    assert (decision.placed.job.job_id, decision.placed.node, decision.placed.method) == (job_id, "a:0", Method.QLORA)
+    mine = timed.claim("a:0")
+    assert isinstance(mine, Claim)
+    after = timed.fleet()
+    assert (list(after.running), after.decisions, after.charges) == ([job_id], (), {"ada": 6.0})
+
+
+# --- lines ---
+
+
+@pytest.mark.parametrize(("until", "methods"), [(1, [Method.LORA]), (0, list(Method)[1:]), (None, list(Method)[1:])])
+def test_qlora_is_not_permitted_while_a_job_waits_for_lora(until: float | None, methods: list[Method]) -> None:
+    row = waits(lora_until=None if until is None else in_seconds(until))
+    assert list(waiting_of(vars(row), NOON).methods) == methods
+    assert list(Method)[1:] == [Method.LORA, Method.QLORA]
+
+
+def test_required_labels_and_any_user_name_come_back_from_the_key(store: Store) -> None:
+    for user in ("ada", "b|c", '{"x": 1}', "Ünï", "a b"):
+        for labels in ({}, YES, {"a|b": 'c"|}'}):
+            job_id = store.submit(submission(user=user, resources={"node_labels": labels}))
+            found = waiting_of(vars(store.job(job_id)), NOON)
+            assert (found.user, found.requires) == (user, frozenset(labels.items()))
+
+
+gibs = st.sampled_from([None, 0.5, 1, 1.05, 3, 7.9, 8, 23, 60])
+rows = st.fixed_dictionaries(
+    {
+        "lora": gibs,
+        "qlora": gibs,
+        "user": st.sampled_from(["ada", "bob", "{"]),
+        "priority": st.sampled_from([0, 0, 7, -3, 100]),
+        "method": st.sampled_from(["auto", "lora", "qlora"]),
+        "labels": st.sampled_from([{}, {}, YES]),
+    }
+)
+
+
+@st.composite
+def shrinking(draw: st.DrawFn) -> list[Openings]:
+    """What could start, less from one to the next."""
+    found, gpu, high = [], 64.0, 64.0
+    unknown, labels = True, {frozenset(), frozenset(YES.items())}
+    low = draw(st.sampled_from([0, 8, 24]))
+    for _ in range(draw(st.integers(1, 4))):
+        gpu, high = min(gpu, draw(st.sampled_from([0, 1, 8, 23, 64]))), min(high, draw(st.sampled_from([0, 30, 64])))
+        unknown = unknown and (gpu > 0 or high > low) and draw(st.booleans())  # on a card that has room
+        labels = labels - {draw(st.sampled_from([None, None, frozenset(YES.items())]))}
+        processor = (int(low * GIB), int(high * GIB))
+        found.append(Openings(gpu=int(gpu * GIB), processor=processor, unknown=unknown, labels=frozenset(labels)))
+    return found
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@given(queue=st.lists(rows, max_size=12), openings=shrinking(), each=st.integers(0, 3))
+def test_lines_in_the_database_give_what_lines_in_a_list_give(
+    queue: list[dict[str, Any]], openings: list[Openings], each: int, timed: Store, clock: Clock
+) -> None:
+    with Session(timed._engine) as session, session.begin():
+        for table in reversed(Base.metadata.sorted_tables):
+            session.execute(delete(table))
+    clock.now = NOON - dt.timedelta(seconds=OLDEST_FIRST_AFTER_S)
+    for row in queue:
+        keys = {key: value for key, value in row.items() if key != "labels"}
+        timed.submit(submission(**keys, resources={"node_labels": row["labels"]}))
+    clock.now = NOON
+    listed = [waiting_of(vars(job), NOON) for job in sorted(timed.jobs(), key=lambda j: j.job_id)]
+    with Session(timed._engine) as session:
+        stored_levels, plain_levels = list(read_levels(session, NOON)), list(levels_of(listed))
+        assert [set(level) for level in stored_levels] == [set(level) for level in plain_levels]
+        for stored, plain in zip(stored_levels, plain_levels, strict=True):
+            for user in plain:
+                assert _all(stored[user], openings, each) == _all(plain[user], openings, each)
+        assert _all(read_oldest(session, NOON), openings, each) == _all(ListedLine(listed), openings, each)
+
+
+def test_before_a_day_has_passed_no_job_goes_first_for_its_age(timed: Store, clock: Clock) -> None:
+    job_id = timed.submit(submission())
+    every = Openings(gpu=64 * GIB, processor=(0, 0), unknown=True, labels=frozenset({frozenset()}))
+    for seconds, first in ((OLDEST_FIRST_AFTER_S - 1, []), (1, [job_id])):
+        clock.forward(seconds)
+        with Session(timed._engine) as session:
+            assert [job.job_id for job in _all(read_oldest(session, clock.now), [every], 0) if job] == first
+
+
+def _all(line: Any, openings: list[Openings], each: int) -> list[Waiting | None]:
+    """Some jobs with each of the openings, and with the last one all that are left."""
+    found = [line.next(one) for one in openings for _ in range(each)]
+    while (job := line.next(openings[-1])) is not None:
+        found.append(job)
+    return found
