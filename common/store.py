@@ -68,7 +68,7 @@ from .policy import (
     within,
 )
 from .records import Beat, Claim, Left, NodeState, Progress, StoredCheckpoint, StoredResult, Submission
-from .retention import Over, SpentLog, beyond_newest, drop_result, read_needed_data, read_over, spent_logs
+from .retention import ENDED, Over, SpentLog, beyond_newest, drop_result, read_needed_data, read_over, spent_logs
 from .status import LAB_RETRY_DELAY_S, OUTCOMES, WORKER_LOST_LIMIT, Reason, Stage, Status, retry_delay_s
 from .tables import Adapter, Attempt, DrainOrder, Event, Job, LogChunk, MetricPoint, Node, Use, UtcDateTime
 from .units import GIB, gib
@@ -518,6 +518,14 @@ class Store:
         """Which of these jobs, and which of their attempts, need no files any more."""
         with self._read() as session:
             return read_over(session, job_ids)
+
+    def forget_checkpoint(self, job_id: int) -> bool:
+        """Let an ended job name no stored checkpoint, whose files may go then; False when it has not ended."""
+        with self._write() as session:
+            return (
+                _rows(session, update(Job).where(Job.job_id == job_id, Job.status.in_(ENDED)).values(checkpoint=None))
+                == 1
+            )
 
     def needed_data(self, ended_since: dt.datetime, without: Collection[int] = ()) -> set[str]:
         """Names of the stored data sets that a job may still read."""

@@ -91,7 +91,9 @@ class Cleaner:
                 self._artifacts.remove(found.name)
                 yield found
         for found in self._below_jobs():
-            if found.kind is Kind.ATTEMPT or self._has_ended(found):
+            assert found.job_id is not None
+            # a job that was queued again meanwhile goes on from its checkpoint
+            if found.kind is Kind.ATTEMPT or self._store.forget_checkpoint(found.job_id):
                 self._artifacts.remove(found.name)
                 yield found
         for found in self._data():

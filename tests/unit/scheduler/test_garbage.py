@@ -12,10 +12,10 @@ import pytest
 from sqlalchemy import update
 from sqlalchemy.orm import Session
 
-from loractl.common.artifacts import ArtifactStore, attempt_prefix
+from loractl.common.artifacts import ArtifactStore, attempt_prefix, checkpoint_prefix
 from loractl.common.database import make_engine, upgrade
 from loractl.common.errors import ArtifactError
-from loractl.common.records import Claim, Progress, StoredResult
+from loractl.common.records import Claim, Progress, StoredCheckpoint, StoredResult
 from loractl.common.settings import Settings, load_settings
 from loractl.common.status import Reason
 from loractl.common.store import Store
@@ -226,6 +226,25 @@ def test_what_is_here_goes_when_its_job_has_ended_or_nobody_used_it_for_long(lab
     assert {(g.name, g.size) for g in gone} == {(n, 1000 if n.startswith(str(work)) else 500) for n in wanted}
     assert {p.name for p in work.iterdir()} == {str(waiting), "99", "notes", f"0{ended}"}
     assert entries["datasets", needed].exists() and entries["tokenised", "new"].exists()
+
+
+def test_a_job_that_is_retried_after_gc_names_no_checkpoint_that_is_gone(lab: Lab) -> None:
+    lab.run(Reason.DRAINED)
+    claim = take(lab.store)
+    assert isinstance(claim, Claim)
+    prefix = checkpoint_prefix(claim.job_id, claim.attempt, 3)
+    lab.stores(prefix)
+    assert lab.store.keep_checkpoint(claim, StoredCheckpoint(step=3, prefix=prefix))
+    lab.store.finish(claim, Reason.DRAINED, "stopped", Progress())
+    checkpoints = f"jobs/{claim.job_id}/checkpoints"
+    assert checkpoints not in names(lab.cleaner().find())
+    assert not lab.store.forget_checkpoint(claim.job_id), "it waits, and goes on from there"
+
+    lab.store.cancel(claim.job_id, "ada")
+    assert names(lab.cleaner().remove(), Kind.CHECKPOINTS) == {checkpoints}
+    lab.store.retry(claim.job_id, "ada")
+    again = take(lab.store)
+    assert isinstance(again, Claim) and again.checkpoint is None
 
 
 def test_files_of_jobs_that_the_database_does_not_know_are_named_and_left(lab: Lab) -> None:
