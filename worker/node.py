@@ -242,7 +242,7 @@ class Node:
                 device_name=self.device.name,
                 kind=self.device.kind,
                 total=self.device.total,
-                outside_bytes=seen.outside,
+                outside_bytes=seen.outside or 0,  # the monitor has looked before any job came
                 outside=seen.others,
                 used=seen.used,
                 margin=self.options.margin,

@@ -8,7 +8,7 @@ from typing import Any
 
 import psutil
 
-from .devices import Device, Process
+from .devices import Device, Process, Snapshot
 
 JOB_VARIABLE = "LORACTL_JOB"
 """In the environment of a trainer and of all that it starts: the job that it works for."""
@@ -22,7 +22,7 @@ notebook that lets go comes back."""
 class Occupancy:
     """A device's memory at one moment. Bytes."""
 
-    outside: int  # held by what is not ours, or was a short while ago
+    outside: int | None  # held by what is not ours, or was a short while ago; None: this process can't tell
     others: list[dict[str, Any]]  # other people's processes: pid, user, name, bytes
     used: dict[str, int]  # by our jobs
     load: int | None = None  # percent
@@ -37,6 +37,7 @@ class Watch:
     node_pid: int  # its descendants are ours
     high_water_s: float = HIGH_WATER_S
     _ours: dict[int, str] = field(default_factory=dict)  # pid -> job, kept after its end: the driver is slower
+    _idle: int | None = None  # bytes held when none of our trainers ran
     _others: list[tuple[float, int]] = field(default_factory=list)  # time, bytes of other people's processes
 
     def look(self) -> Occupancy:
@@ -52,6 +53,8 @@ class Watch:
             if self.device.kind == "cpu":
                 for job, resident in trainers.values():
                     used[job] = used.get(job, 0) + resident
+        elif trainers and not any(p.pid in self._ours or psutil.pid_exists(p.pid) for p in seen.processes):
+            return self._look_from_container(seen, sorted({job for job, _ in trainers.values()}))
         else:
             for process in seen.processes:
                 owner = self._ours.get(process.pid)
@@ -59,11 +62,29 @@ class Watch:
                     others.append(process)
                 else:
                     used[owner] = used.get(owner, 0) + (process.bytes or 0)
+        if not trainers:
+            self._idle = self.device.total - seen.free
         outside = max(0, self.device.total - seen.free - sum(used.values()))
         return Occupancy(
             outside=outside + self._rest_of_high_water(sum(p.bytes or 0 for p in others)),
             others=[_named(p) for p in others],
             used=used,
+            load=seen.load,
+            temperature=seen.temperature,
+        )
+
+    def _look_from_container(self, seen: Snapshot, jobs: list[str]) -> Occupancy:
+        """The driver counts processes by the host's numbers, and ours have others, or it lists none at all.
+
+        What is held beyond what was held before our jobs came is theirs. Somebody else's memory that came since is
+        taken for ours until they end: it still counts as used, though not beside what they reserve.
+        """
+        held = self.device.total - seen.free
+        ours = 0 if self._idle is None else max(0, held - self._idle)
+        return Occupancy(
+            outside=None if self._idle is None else held - ours,
+            others=[],
+            used={job: ours // len(jobs) for job in jobs} if self._idle is not None else {},
             load=seen.load,
             temperature=seen.temperature,
         )

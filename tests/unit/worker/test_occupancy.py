@@ -207,3 +207,30 @@ def test_on_a_processor_a_trainer_s_resident_memory_is_its_own() -> None:
         seen = Watch(device=CpuDevice(total=psutil.virtual_memory().total), node_pid=os.getpid()).look()
     assert set(seen.used) == {"12"} and 0 < seen.used["12"] < GIB
     assert 0 <= seen.outside <= psutil.virtual_memory().total
+
+
+def test_in_a_container_the_drivers_numbers_are_not_ours_and_our_memory_is_still_not_counted_twice(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """NVML counts by the host's process numbers there, or lists nothing: the look before our job tells what is ours."""
+    nobody = 2**22 + 1  # beyond any process number of this machine
+    shown = {"free": 20 * GIB, "processes": ()}
+    device = SimpleNamespace(kind="nvml", total=24 * GIB, look=lambda: Snapshot(**shown))
+    job = subprocess.Popen(
+        [sys.executable, "-c", "input()"], stdin=subprocess.PIPE, env={**os.environ, JOB_VARIABLE: "7"}
+    )
+    try:
+        watch, late = Watch(device=device, node_pid=os.getpid()), Watch(device=device, node_pid=os.getpid())
+        monkeypatch.setattr(occupancy, "_trainers", lambda pid: {})
+        assert watch.look().outside == 4 * GIB
+        monkeypatch.undo()
+        for listed in ((), (Process(pid=nobody, bytes=9 * GIB),)):
+            shown |= {"free": 11 * GIB, "processes": listed}
+            seen = watch.look()
+            assert (seen.outside, seen.used) == (4 * GIB, {"7": 9 * GIB})
+            assert late.look().outside is None, "one that has never looked without our job can't tell"
+    finally:
+        job.kill()
+        job.wait()
+    shown |= {"free": 20 * GIB, "processes": ()}
+    assert watch.look().outside == 4 * GIB, "and nothing of our job is held against anybody afterwards"
