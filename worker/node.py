@@ -41,9 +41,10 @@ from loractl.common.queue import WAKE_TASK, card_queue, make_app, wake_cards
 from loractl.common.records import Claim, Left, NodeState
 from loractl.common.settings import Settings, load_settings
 from loractl.common.store import Store
+from loractl.common.units import gib
 
 from .devices import MARGIN_BYTES, Device, find_devices
-from .occupancy import HIGH_WATER_S, Watch
+from .occupancy import HIGH_WATER_S, LEFT_S, Watch, end_leftovers, run_mark
 from .supervisor import Drain, Supervisor
 
 log = logging.getLogger("loractl.worker")
@@ -164,12 +165,26 @@ class Node:
                 if self.max_jobs > 1:
                     self._wake_cards([self.name])  # another slot may have room for the next job
                 supervisor.run(claim)
+                self._check_left(store, claim)
         except DBAPIError as error:
             if not is_outage(error):
                 raise
             log.warning("the database is away: %s", str(error.orig).strip())
         finally:
             engine.dispose()
+
+    def _check_left(self, store: Store, claim: Claim) -> None:
+        """After an attempt no process and no memory of it remains; else the card is closed, and the reason says why."""
+        job, deadline = str(claim.job_id), time.monotonic() + LEFT_S
+        while (alive := end_leftovers(run_mark(claim.token))) or self._watch.look().used.get(job):
+            if time.monotonic() > deadline:
+                held = self._watch.look().used.get(job, 0)
+                what = f"process {alive[0]}" if alive else f"{gib(held)} GiB of memory"
+                reason = f"job {job} left {what} behind; look at the card, then loractl undrain {self.name}"
+                log.error("%s is closed: %s", self.name, reason)
+                store.drain(self.name, "loractl", reason)
+                return
+            time.sleep(0.5)
 
     def _claim(self, store: Store) -> Claim | None:
         """What the rule gives this card now; what it gives another one that does not take it, after a while."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import time
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +14,12 @@ from .devices import Device, Process, Snapshot
 
 JOB_VARIABLE = "LORACTL_JOB"
 """In the environment of a trainer and of all that it starts: the job that it works for."""
+
+RUN_VARIABLE = "LORACTL_RUN"
+"""Beside it: a number that no other attempt has, of this or another loractl on the box."""
+
+LEFT_S = 20.0
+"""A trainer's end is through when nothing of it is left on the card; the driver takes a moment."""
 
 HIGH_WATER_S = 600.0
 """What other people's processes held at most stays theirs for so long, unless the box's owner says otherwise: a
@@ -95,6 +103,29 @@ class Watch:
         self._others = [(at, held) for at, held in self._others if now - at < self.high_water_s]
         self._others.append((now, now_held))
         return max(held for _, held in self._others) - now_held
+
+
+def run_mark(token: str) -> str:
+    """An attempt's number in its processes' environment: made from its token, which nobody may read there."""
+    return hashlib.sha256(token.encode()).hexdigest()[:16]
+
+
+def end_leftovers(run: str) -> list[int]:
+    """Kill whatever an attempt started and left behind, also out of its session; returns what is still there."""
+    left = [p for p in psutil.process_iter() if _runs_for(p, run)]
+    for process in left:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    _, alive = psutil.wait_procs(left, timeout=5)
+    return [process.pid for process in alive]
+
+
+def _runs_for(process: psutil.Process, run: str) -> bool:
+    try:
+        mine = process.status() != psutil.STATUS_ZOMBIE and process.environ().get(RUN_VARIABLE) == run
+    except (psutil.NoSuchProcess, psutil.AccessDenied, OSError):
+        return False
+    return mine
 
 
 def _trainers(node_pid: int) -> dict[int, tuple[str, int]]:

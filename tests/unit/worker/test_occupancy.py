@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ import pytest
 
 from loractl.worker import occupancy
 from loractl.worker.devices import CpuDevice, Process, Snapshot
-from loractl.worker.occupancy import HIGH_WATER_S, JOB_VARIABLE, Watch
+from loractl.worker.occupancy import HIGH_WATER_S, JOB_VARIABLE, RUN_VARIABLE, Watch, end_leftovers, run_mark
 
 from ...nvml import MIB, FakeCard, StandIn, build, compiler
 
@@ -234,3 +235,25 @@ def test_in_a_container_the_drivers_numbers_are_not_ours_and_our_memory_is_still
         job.wait()
     shown |= {"free": 20 * GIB, "processes": ()}
     assert watch.look().outside == 4 * GIB, "and nothing of our job is held against anybody afterwards"
+
+
+def test_what_an_attempt_leaves_behind_is_ended_also_outside_its_session_and_nothing_else() -> None:
+    mine, other = run_mark("token of mine"), run_mark("token of another")
+    assert mine != other and "token" not in mine
+    command = [sys.executable, "-c", "import time; time.sleep(60)"]
+
+    def start(mark: str) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(command, env={**os.environ, RUN_VARIABLE: mark}, start_new_session=True)
+
+    left, foreign = start(mine), start(other)
+    try:
+        deadline = time.monotonic() + 10
+        while psutil.Process(left.pid).environ().get(RUN_VARIABLE) != mine and time.monotonic() < deadline:
+            time.sleep(0.05)  # until it has become the program that it was started as
+        assert end_leftovers(mine) == []
+        assert not psutil.pid_exists(left.pid)
+        assert foreign.poll() is None
+    finally:
+        for process in (left, foreign):
+            process.kill()
+            process.wait()
