@@ -15,6 +15,9 @@ from .protocol import Start, Stop, Told, decode_told, encode
 
 log = logging.getLogger("loractl.worker")
 
+MESSAGE_LIMIT = 1 << 20
+"""Characters of a line; no message is nearly as long."""
+
 
 def exit_reason(code: int, *, limited: bool = False) -> dict[str, Any]:
     """Reason and sentence (`reason`, `message`) for a trainer that ended without a word.
@@ -65,7 +68,7 @@ def kill(trainer: subprocess.Popen[str]) -> None:
 
 def read_messages(pipe: IO[str], told: queue.SimpleQueue[Told | str], job_id: int) -> None:
     """Queue what the trainer tells of this job; a line that is no message goes to the log."""
-    for line in pipe:
+    while line := pipe.readline(MESSAGE_LIMIT):  # a line may never end
         try:
             message = decode_told(line)
         except ValueError:
@@ -73,18 +76,3 @@ def read_messages(pipe: IO[str], told: queue.SimpleQueue[Told | str], job_id: in
             continue
         if message.job_id == job_id:
             told.put(message)
-
-
-def read_log(pipe: IO[str], file: IO[str], told: queue.SimpleQueue[Told | str]) -> None:
-    """Keep the log; with the disk full the pipe is still emptied, or the trainer would wait for ever to write."""
-    whole = True
-    for line in pipe:
-        told.put(line)
-        if not whole:
-            continue
-        try:
-            file.write(line)
-            file.flush()
-        except OSError as error:
-            whole = False
-            told.put(f"[the log file ends here: {error.strerror}]\n")

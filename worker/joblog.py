@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from typing import IO, Any, Protocol
 
@@ -40,10 +41,12 @@ class LogBook:
         self._taken = ""  # handed out, and perhaps not written
         self._room = limit - CHUNK  # the last lines have theirs
         self._full = False
+        self.heard = time.monotonic()  # when the last line came
 
     def put(self, text: str) -> None:
         """Add what the trainer printed."""
         with self._lock:
+            self.heard = time.monotonic()
             self._new.append(text[-CHUNK:])
             self._size += len(self._new[-1])
             self._cut |= len(text) > CHUNK

@@ -34,11 +34,13 @@ from loractl.common.status import Reason, Stage, Status
 from loractl.common.store import Store
 
 from .checkpoint import MARKER
-from .child import exit_reason, kill, read_log, read_messages, send
+from .child import exit_reason, kill, read_messages, send
 from .devices import Device
+from .joblog import LogBook, read_log
 from .keeping import CheckpointKeeper
-from .occupancy import JOB_VARIABLE
+from .occupancy import JOB_VARIABLE, RUN_VARIABLE, run_mark
 from .protocol import Adjusted, Ended, Note, Peaks, Planned, Saved, StageChanged, Start, Stepped, Stop, Told
+from .space import bytes_to_write, require_space
 from .trust import Refused, check_claim, may_run_code
 
 log = logging.getLogger("loractl.worker")
@@ -61,9 +63,6 @@ SILENCE_S = 1800.0
 
 READY = "ready.json"
 """Beside a result that is complete: what it answers to."""
-
-_LOG_CHUNK = 64 * 1024
-"""Characters of log that one heartbeat carries; the whole log is an artifact."""
 
 
 class Drain:
@@ -108,7 +107,7 @@ class _State:
     store_away: bool = False  # what is to be fetched or stored waits for the artifact store
     saved: list[Saved] = field(default_factory=list)  # checkpoints that are not handed on yet
     pending: Progress = field(default_factory=Progress)  # told, not yet written
-    log_text: list[str] = field(default_factory=list)
+    log: LogBook = field(default_factory=LogBook)
 
 
 class Supervisor:
@@ -161,7 +160,7 @@ class Supervisor:
             log.warning("job %s: the lease of attempt %s was lost, its result is dropped", claim.job_id, claim.attempt)
             shutil.rmtree(folder / "result", ignore_errors=True)  # the next attempt may go on from its checkpoints
             return None
-        last = self._progress(state)
+        last = self._progress(state, last=True)
         status = self._insist(lambda: self._store.finish(claim, reason, message, last, result))
         log.info(
             "job %s %s: %s (%s) %s",
@@ -178,6 +177,7 @@ class Supervisor:
         """Fetch the data and say what the trainer shall do."""
         spec, cache = claim.spec, self._settings.cache_dir
         check_claim(spec, claim.data, self._settings)
+        require_space(folder, bytes_to_write(spec, claim.method))
 
         def local(key: str, wanted: str | None) -> str | None:
             stored = claim.data.get(key)
@@ -185,8 +185,10 @@ class Supervisor:
                 return wanted  # a hub id
             return str(self._artifacts.fetch_dataset(stored["uri"], stored["sha256"], cache / "datasets"))
 
-        data_path = local("path", spec.dataset.path)
+        data_path, eval_path = local("path", spec.dataset.path), local("eval_path", spec.dataset.eval_path)
         assert data_path is not None
+        data = [Path(path) for path in (data_path, eval_path) if path is not None and Path(path).is_file()]
+        require_space(folder, bytes_to_write(spec, claim.method, sum(path.stat().st_size for path in data)))
         earlier = sorted(folder.parent.glob("attempt-*/checkpoints"), key=lambda p: p.stat().st_mtime, reverse=True)
         earlier += self._stored_checkpoint(claim, folder.parent / "stored")
         return Start(
@@ -206,7 +208,7 @@ class Supervisor:
             adjustment=claim.adjustment,
             data_path=data_path,
             data_sha256=claim.data["path"]["sha256"] if claim.data.get("path") else None,
-            eval_path=local("eval_path", spec.dataset.eval_path),
+            eval_path=eval_path,
             output_dir=str(folder / "result"),
             checkpoint_dir=str(folder / "checkpoints"),
             earlier_checkpoints=[str(p) for p in earlier],
@@ -270,12 +272,12 @@ class Supervisor:
                 encoding="utf-8",
                 errors="replace",
                 start_new_session=True,
-                env=self._environment(claim.job_id),
+                env=self._environment(claim),
             )
             assert trainer.stdin and trainer.stdout and trainer.stderr
             readers = [
                 threading.Thread(target=read_messages, args=(trainer.stdout, told, start.job_id), daemon=True),
-                threading.Thread(target=read_log, args=(trainer.stderr, log_file, told), daemon=True),
+                threading.Thread(target=read_log, args=(trainer.stderr, log_file, state.log), daemon=True),
             ]
             for reader in readers:
                 reader.start()
@@ -317,7 +319,10 @@ class Supervisor:
                     self._stop(claim, trainer, state, Reason.PREEMPTED, why, save=True, grace=DRAIN_GRACE_S)
             if state.lease_lost:
                 return
-            if now - state.heard > SILENCE_S and state.pending.stage in (Stage.TRAINING, Stage.EVALUATING):
+            if now - max(state.heard, state.log.heard) > SILENCE_S and state.pending.stage in (
+                Stage.TRAINING,
+                Stage.EVALUATING,
+            ):
                 state.forced = Reason.TRAINER_ERROR, f"the trainer said nothing for {SILENCE_S / 60:.0f} min"
                 return
             if limit is not None and now - began > limit:
@@ -349,18 +354,19 @@ class Supervisor:
                 raise
             log.warning("job %s: the database is away, training goes on: %s", claim.job_id, str(error.orig).strip())
             return
-        state.pending, state.log_text = Progress(stage=state.pending.stage), []
+        state.pending = Progress(stage=state.pending.stage)
+        state.log.written()
         state.lease_lost = not beat.accepted
         state.cancel_requested, state.preempted_by = beat.cancel_requested, beat.preempted_by
 
-    def _progress(self, state: _State) -> Progress:
+    def _progress(self, state: _State, *, last: bool = False) -> Progress:
         """What is new since the last write that came through."""
         return replace(
             state.pending,
             vram_peak=state.peaks.reserved,
             vram_allocated=state.peaks.allocated,
             vram_process=state.peaks.process,
-            log="".join(state.log_text)[-_LOG_CHUNK:],
+            log=state.log.take(last=last),
         )
 
     def _stop(
@@ -512,7 +518,7 @@ class Supervisor:
         if not (folder / READY).exists():
             shutil.rmtree(folder / "result", ignore_errors=True)
 
-    def _environment(self, job_id: int) -> dict[str, str]:
+    def _environment(self, claim: Claim) -> dict[str, str]:
         """The trainer's: its device alone, its share of the cores, and no address or password of a service."""
         # of AWS's and PostgreSQL's variables any may be a key, a password, or the place of one
         addresses = ("LORACTL_DATABASE_URL", "LORACTL_REDIS_URL", "LORACTL_ARTIFACTS_URL")
@@ -521,7 +527,8 @@ class Supervisor:
         return {
             **kept,
             **self._device.environment(),
-            JOB_VARIABLE: str(job_id),
+            JOB_VARIABLE: str(claim.job_id),
+            RUN_VARIABLE: run_mark(claim.token),
             "OMP_NUM_THREADS": str(self._threads),
             "TOKENIZERS_PARALLELISM": "false",
             "PYTHONUNBUFFERED": "1",
@@ -537,7 +544,7 @@ def _take_all(told: queue.SimpleQueue[Told | str], state: _State, timeout: float
             return
         timeout, state.heard = 0.0, time.monotonic()
         if isinstance(message, str):
-            state.log_text.append(message)
+            state.log.put(message)
             continue
         if isinstance(message, (Stepped, Ended)) and message.peaks is not None:
             state.peaks = state.peaks.above(message.peaks)

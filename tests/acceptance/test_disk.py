@@ -1,0 +1,75 @@
+"""A worker's disk: looked at before a run, and never filled by what a trainer prints."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from loractl.common.database import make_engine
+from loractl.common.store import Store
+from loractl.worker.joblog import DATABASE_LIMIT, FILE_LIMIT, IS_LONG, LEFT_OUT
+from loractl.worker.occupancy import JOB_VARIABLE
+
+from ..conftest import Cli
+from ..models import write_job
+
+PRINTS = f"""
+import os, sys, threading
+
+def prints():
+    for number in range(400_000):
+        sys.stderr.write(f"line {{number}} " + "x" * 190 + "\\n")
+    sys.stderr.write("y" * 1_000_000)  # a line that does not end
+
+if "{JOB_VARIABLE}" in os.environ:
+    thread = threading.Thread(target=prints)
+    thread.start()
+"""
+
+
+def test_a_disk_without_room_ends_the_attempt_before_it_trains(
+    cli: Cli, home: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    work = home / "work"
+    work.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "none", str(work)], capture_output=True)
+    if mounted.returncode != 0:
+        pytest.skip("a small disk needs the right to mount a tmpfs")
+    try:
+        cli("submit", write_job(tmp_path, tiny_model), "--set=max_retries=1")
+        cli("worker", "--drain-when-idle", timeout=120)
+        shown = json.loads(cli("show", 1, "--json").stdout)
+        assert (shown["status"], shown["reason"]) == ("failed", "disk_full")
+        assert shown["message"] == f"needs 1.0 GiB on {work}, 0.1 are free"
+        assert [a["reason"] for a in shown["attempts"]] == ["disk_full", "disk_full"], "tried again, and it counts"
+        assert "free space on the worker's disk, then loractl retry 1" in cli("status", 1).stdout
+    finally:
+        subprocess.run(["umount", str(work)], check=True)
+    cli("retry", 1)
+    cli("worker", "--drain-when-idle", timeout=120)
+    assert json.loads(cli("status", 1, "--json").stdout)["status"] == "succeeded"
+
+
+def test_a_trainer_that_prints_without_end_fills_neither_disk_nor_database(
+    cli: Cli, home: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(PRINTS)
+    noisy = cli.with_environment(PYTHONPATH=str(tmp_path / "site"))
+    noisy("submit", write_job(tmp_path, tiny_model), "--set=training.max_steps=3")
+    noisy("worker", "--drain-when-idle", timeout=240)
+    assert json.loads(cli("status", 1, "--json").stdout)["status"] == "succeeded"
+
+    whole = (home / "artifacts" / "jobs" / "1" / "attempt-1" / "log.txt").read_text()
+    assert "line 0 x" in whole[:100_000]
+    assert FILE_LIMIT - 10**6 < len(whole) < FILE_LIMIT + 100
+    assert whole.endswith("\n[the log file ends here: it has 64 MiB]\n")
+
+    engine = make_engine(f"sqlite:///{home / 'loractl.db'}")
+    kept = sum(len(chunk.text) for chunk in Store(engine).log(1))
+    engine.dispose()
+    assert kept <= DATABASE_LIMIT + len(IS_LONG) + 100 * len(LEFT_OUT)
+    assert cli("logs", 1, "--tail", 2).stdout, "the last lines are there, whatever came before"
