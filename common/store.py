@@ -218,11 +218,11 @@ class Store:
         from .spec import JobSpec
 
         with self._write() as session:
-            now = self._now_value(session)
             # Two slots of one card must not both reserve the same bytes.
             row = session.scalars(select(Node).where(Node.node == node).with_for_update()).first()
             if row is None:
                 return None
+            now = self._now_value(session)  # with the lock: a start stands after the end that made room for it
             cards = [replace(c, max_jobs=0) if c.node in distrusted - {node} else c for c in read_cards(session, now)]
             mine = next(card for card in cards if card.node == node)
             if outside is not None:
