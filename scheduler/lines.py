@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+
 from loractl.common.policy import Openings, Waiting, size_step
 
 Order = tuple[float, int]  # what comes first, then the job's number
