@@ -40,7 +40,7 @@ def why(job_id: int, as_json: bool) -> None:
 
     from . import render, render_fleet
     from .session import open_session
-    from .waiting import REPLAYED_JOBS, card_fits, expected_starts, explain
+    from .waiting import REPLAYED_JOBS, Tier, card_fits, expected_starts, explain, with_start
 
     _, store = open_session()
     job = store.job(job_id)
@@ -53,8 +53,8 @@ def why(job_id: int, as_json: bool) -> None:
         )
         return
     view, waiting = store.fleet(), store.ready(REPLAYED_JOBS + 1)
-    wait, fits = explain(job, view), card_fits(job, view)
-    start = expected_starts(view, waiting).get(job_id)
+    starts, fits = expected_starts(view, waiting), card_fits(job, view)
+    wait, start = with_start(explain(job, view), job, view, waiting, starts), starts.get(job_id)
     if as_json:
         value = {
             "job_id": job_id,
@@ -67,19 +67,21 @@ def why(job_id: int, as_json: bool) -> None:
         }
         click.echo(json.dumps(value, default=lambda at: at.isoformat()))
         return
-    ahead, helps = _ahead(job, view, waiting), _helps(job, wait, view, waiting)
+    ahead = "" if wait.tier is Tier.NEVER else _ahead(job, view, waiting)
+    helps = _helps(job, wait, view, waiting)
     click.echo(render_fleet.why(job, wait, start, fits, ahead, helps, view.now, render.detect_screen()))
 
 
 def _ahead(job: Job, view: FleetView, waiting: Sequence[Waiting]) -> str:
-    from .waiting import REPLAYED_JOBS, ahead_of
+    from .waiting import REPLAYED_JOBS, ahead_of, rivals
 
     ahead = ahead_of(job, view, waiting)
     if not ahead:
         return "Nothing is ahead of it."
     named = ", ".join(f"{other.job_id} ({other.user})" for other in ahead[:3])
     more = f" and {len(ahead) - 3} more" if len(ahead) > 3 else ""
-    total = f"{len(waiting)}" if len(waiting) <= REPLAYED_JOBS else f"more than {REPLAYED_JOBS}"
+    others = rivals(job, view, waiting)
+    total = f"{len(others) + 1}" if len(waiting) <= REPLAYED_JOBS else f"more than {REPLAYED_JOBS}"
     return f"Ahead of it: {named}{more}. Position {len(ahead) + 1} of {total}."
 
 
@@ -108,7 +110,9 @@ def _helps(job: Job, wait: Wait, view: FleetView, waiting: Sequence[Waiting]) ->
         node = would_start(job, view, waiting, need, methods) if methods else None
         if node is not None:
             as_ = f"as {methods[0].value} " if len(me.methods) > 1 and len(methods) == 1 else ""
-            found.append(f"It would start now on {node} {as_}with {text}.  Try: loractl plan {job.job_id} --set {key}")
+            plan_ = f"(plan {gib(min(smaller[method] for method in methods))} GiB)"
+            found.append(f"It would start now on {node} {as_}with {text} {plan_}.")
+            found.append(f"Try: loractl plan {job.job_id} --set {key}")
     outside = without_others(job, view)
     if outside is not None:
         found.append(f"It would fit now on {outside[0]} without {outside[1]}.")

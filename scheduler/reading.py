@@ -211,14 +211,15 @@ def _waits(store: Store, jobs: list[Job]) -> tuple[dict[int, Wait], dict[int, St
     """For those that wait: why, and when they will start where that is known."""
     from loractl.common.status import Status
 
-    from .waiting import REPLAYED_JOBS, expected_starts, explain
+    from .waiting import REPLAYED_JOBS, expected_starts, explain, with_start
 
     queued = [job for job in jobs if job.status is Status.QUEUED]
     if not queued:
         return {}, {}
     view = store.fleet()
-    starts = expected_starts(view, store.ready(REPLAYED_JOBS + 1)) if view.running else {}
-    return {job.job_id: explain(job, view) for job in queued}, starts
+    ready = store.ready(REPLAYED_JOBS + 1)
+    starts = expected_starts(view, ready) if view.running else {}
+    return {job.job_id: with_start(explain(job, view), job, view, ready, starts) for job in queued}, starts
 
 
 def _one(store: Store, job: Job) -> str:

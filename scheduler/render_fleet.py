@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 NAME_COLUMNS = 20
 """Columns for the name of a card."""
 
+ROOM_TO_WRAP = 24
+"""Columns in which a wrapped sentence can still be read."""
+
 _ASCII = str.maketrans({"–": "-", "…": "~", "→": ">", "±": "+-", "×": "x"})
 
 
@@ -127,8 +130,9 @@ def why(
         colors = ["green" if fit_.node == best else "" for fit_ in fits]
         headers = ["  CARD", "FREE", "OF", "FREE AT", "THEN"]
         lines += ["", *_fitted(headers, rows, colors, screen, right=("FREE", "OF"))]
-    lines.append("")
-    for text in (ahead, *helps):
+    closing = [text for text in (ahead, *helps) if text]
+    lines += [""] if closing else []
+    for text in closing:
         lines += _wrapped(text, "", screen)
     return _shown(lines, screen)
 
@@ -217,14 +221,22 @@ def _fitted(
     screen: Screen,
     right: Sequence[str],
 ) -> list[str]:
-    """A table whose last column is cut to what the screen leaves it, and coloured."""
+    """A table whose last column goes over several lines where the screen is narrow, and is coloured."""
     plain_rows = [[click.unstyle(cell) for cell in row] for row in rows]
     taken = sum(max([len(h), *(len(row[n]) for row in plain_rows)]) + 2 for n, h in enumerate(headers[:-1]))
-    room = max(1, screen.width - taken)
-    cut = [
-        [*row[:-1], screen.style(fit(row[-1], room), fg=color or None)] for row, color in zip(rows, colors, strict=True)
-    ]
-    return table(headers, cut, screen, right=right)
+    room = screen.width - taken
+    indent = taken if room >= ROOM_TO_WRAP else 4  # with little room it stands below its row
+    parts = []
+    for row in rows:
+        text = plain(row[-1])
+        below = textwrap.wrap(text, screen.width - indent, break_on_hyphens=False)
+        parts.append([text] if len(text) <= room else below if indent == taken else ["", *below])
+    first = [[*row[:-1], screen.style(part[0], fg=c or None)] for row, part, c in zip(rows, parts, colors, strict=True)]
+    header, *lines = table(headers, first, screen, right=right)
+    shown = [header]
+    for line, part, color in zip(lines, parts, colors, strict=True):
+        shown += [line, *(" " * indent + screen.style(rest, fg=color or None) for rest in part[1:])]
+    return shown
 
 
 def _card_name(node: str) -> str:

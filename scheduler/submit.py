@@ -117,7 +117,7 @@ def _warn(job_id: int, spec: JobSpec, least: int | None, store: Store) -> None:
     for text in (spec.dataset.path, spec.dataset.eval_path):
         if text is not None and not _is_local(text):
             click.echo(f"Note: {text} is no file here and is taken for a data set on the hub.", err=True)
-    largest = max((node.total for node in store.nodes()), default=None)
+    largest = max((node.total - node.margin for node in store.nodes()), default=None)
     if least is not None and largest is not None and least > largest:
         click.echo(
             f"Warning: job {job_id} needs {gib(least)} GiB by its plan, the largest device known has {gib(largest)}.",

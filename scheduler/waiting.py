@@ -189,7 +189,7 @@ def _capacity(job: Job, me: Waiting, view: FleetView) -> Wait:
             for found, other in options:
                 if other.node == kept.node:
                     (_, after, busy), card = found, other
-        return wait("busy" if busy else "memory", f"{card.node} when {_ids(after)} ends{mine}")
+        return wait("busy" if busy else "memory", f"{card.node} when {_end(after)}{mine}")
     blocked = max(
         (c for c in view.cards.values() if c.open and suits(c, me, largest_gpu(view.cards.values())) and _ever(me, c)),
         key=lambda c: c.capacity,
@@ -233,7 +233,7 @@ def _fit(job: Job, me: Waiting, card: Card, view: FleetView) -> CardFit:
         return CardFit(node=card.node, free=card.free, total=card.total, when=when, at=at, then=then)
 
     if not me.requires <= card.labels:
-        return fit("never", "has not the label " + ", ".join(f"{k}={v}" for k, v in sorted(me.requires - card.labels)))
+        return fit("never", "lacks the label " + ", ".join(f"{k}={v}" for k, v in sorted(me.requires - card.labels)))
     if not job.methods:
         return fit("never", "its resources.max_vram is below every need")
     if not _ever(_at_last(job, me), card):
@@ -257,10 +257,10 @@ def _fit(job: Job, me: Waiting, card: Card, view: FleetView) -> CardFit:
     at, after, busy = opening
     if not after:
         return fit("now", _now(me, card, view), view.now)
-    what = "waits for a slot:" if busy else "fits when"
+    what = "has a slot when" if busy else "fits when"
     if at is None:
-        return fit("?", f"{what} {_ids(after)} ends, no end known")
-    return fit(_clock(at, view.now), f"{what} {_ids(after)} ends", at)
+        return fit("?", f"{what} {_end(after)}, which is not known")
+    return fit(_clock(at, view.now), f"{what} {_end(after)}", at)
 
 
 def _now(me: Waiting, card: Card, view: FleetView) -> str:
@@ -315,9 +315,6 @@ def _late(card: Card, view: FleetView) -> Card:
 def ahead_of(job: Job, view: FleetView, waiting: Sequence[Waiting]) -> list[Waiting]:
     """Ready jobs that the rule tries before it and that could take a card which suits it."""
     me = waiting_of(vars(job), view.now)
-    cards = [
-        c for c in view.cards.values() if c.open and suits(c, me, largest_gpu(view.cards.values())) and _ever(me, c)
-    ]
 
     def before(other: Waiting) -> bool:
         if other.priority != me.priority:
@@ -327,8 +324,41 @@ def ahead_of(job: Job, view: FleetView, waiting: Sequence[Waiting]) -> list[Wait
         theirs, mine = view.charges.get(other.user, 0.0), view.charges.get(me.user, 0.0)
         return theirs < mine or (theirs == mine and other.job_id < me.job_id)
 
-    found = [o for o in waiting if o.job_id != me.job_id and before(o) and any(_ever(o, card) for card in cards)]
+    found = [o for o in rivals(job, view, waiting) if before(o)]
     return sorted(found, key=lambda o: (-o.priority, view.charges.get(o.user, 0.0), o.job_id))
+
+
+def rivals(job: Job, view: FleetView, waiting: Sequence[Waiting]) -> list[Waiting]:
+    """Other ready jobs that could take a card which suits this one."""
+    me, largest = waiting_of(vars(job), view.now), largest_gpu(view.cards.values())
+
+    def may_take(other: Waiting, card: Card) -> bool:
+        return suits(card, other, largest) and _ever(other, card)
+
+    cards = [card for card in view.cards.values() if card.open and may_take(me, card)]
+    return [o for o in waiting if o.job_id != me.job_id and any(may_take(o, card) for card in cards)]
+
+
+def with_start(wait: Wait, job: Job, view: FleetView, waiting: Sequence[Waiting], starts: Mapping[int, Start]) -> Wait:
+    """The reason for one that waits for room, by the card on which it is expected to start.
+
+    Where that hangs on jobs which go before it and whose length nobody knows, these are named.
+    """
+    if wait.word not in ("memory", "busy") or not view.running:
+        return wait
+    start = starts.get(job.job_id)
+    if start is None:
+        ahead = ahead_of(job, view, waiting)
+        first = f"; {_goes_first([other.job_id for other in ahead])}" if ahead else ""
+        return replace(wait, sentence=f"{wait.sentence}{first}")
+    opening = _opening(waiting_of(vars(job), view.now), view.cards[start.node], view)
+    if opening is None or not opening[1] or wait.sentence.startswith(f"{start.node} when"):
+        return wait
+    return replace(wait, sentence=f"{start.node} when {_end(opening[1])}")
+
+
+def _goes_first(jobs: Sequence[int]) -> str:
+    return f"{jobs[0]} goes first" if len(jobs) == 1 else f"{jobs[0]} and {len(jobs) - 1} more go first"
 
 
 def would_start(
@@ -405,8 +435,10 @@ def process_name(process: Mapping[str, object]) -> str:
     return f"{name} of {user}" if user else str(name)
 
 
-def _ids(jobs: Sequence[int]) -> str:
-    return " and ".join(str(job_id) for job_id in jobs[:2]) + (" and others" if len(jobs) > 2 else "")
+def _end(jobs: Sequence[int]) -> str:
+    """These jobs and what they do, like "3 and 1 end"."""
+    more = f", {jobs[1]} and {len(jobs) - 2} more" if len(jobs) > 2 else f" and {jobs[1]}" if len(jobs) > 1 else ""
+    return f"{jobs[0]}{more} {'ends' if len(jobs) == 1 else 'end'}"
 
 
 def _minor(version: str) -> str:

@@ -97,14 +97,15 @@ def test_the_cards_fit_any_screen(view: Any, used: bool, screen: Screen) -> None
 def test_each_card_shows_its_memory_by_owner() -> None:
     lines = render_fleet.devices(lab(), NODE_STALE_S, PIPE).splitlines()
     assert lines[0] == "CARD       MEMORY                FREE  OF  LOAD  USED BY"
-    rows = {line.split()[0]: line for line in lines[1:7]}
+    rows = {line.split()[0]: line for line in lines[1:8]}
+    assert any(line.startswith(" " * 49) for line in lines[1:8]), "a long reason goes on below, it is not cut"
     assert rows["kestrel:0"] == "kestrel:0  ███████████████·····   6.2  24   97%  mara 1479"
     assert rows["kestrel:1"] == "kestrel:1  ▒▒▒▒▒▒▒▒█████████···   3.0  24   88%  priya 1483, notebook of jonas"
     assert rows["heron:0"] == "heron:0    ████████████▓▓▓▓▓▓··   4.0  48   99%  wei 1471, lena 1484"
     assert rows["heron:2"].startswith("heron:2    ────────────────────     –  48     –  drained by lena until")
     assert rows["merlin:0"] == "merlin:0   ────────────────────     –  12     –  not seen for 2 h 00 min"
     assert rows["osprey:0"].endswith("its worker is stopping")
-    assert "▒ outside loractl" in lines[8]
+    assert "▒ outside loractl" in lines[9]
 
 
 def test_a_wide_screen_shows_the_models_too() -> None:

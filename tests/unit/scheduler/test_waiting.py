@@ -156,11 +156,11 @@ def test_memory_that_running_jobs_hold_is_free_when_they_end() -> None:
     assert told(waits(lora=24, qlora=24), card(total=64, max_jobs=4), ran=ran) == ("memory", "box:0 when 12 ends")
     assert told(waits(lora=44, qlora=44), card(total=64, max_jobs=4), ran=ran) == (
         "memory",
-        "box:0 when 12 and 11 ends",
+        "box:0 when 12 and 11 end",
     )
     assert told(waits(lora=64, qlora=64), card(total=64, max_jobs=4), ran=ran) == (
         "memory",
-        "box:0 when 12 and 11 and others ends",
+        "box:0 when 12, 11 and 1 more end",
     )
 
 
@@ -271,11 +271,11 @@ def test_each_card_says_what_it_is_for_the_job() -> None:
     assert found == {
         "a:0": ("now", "about to take it"),
         "b:0": ("never", "card is smaller than the job"),
-        "c:0": ("never", "has not the label nvlink=yes"),
+        "c:0": ("never", "lacks the label nvlink=yes"),
         "d:0": ("?", "its worker is stopping"),
         "e:0": ("?", "not seen for 2 h 00 min"),
         "f:0": (when, "fits when 1 ends"),
-        "g:0": ("?", "fits when 2 ends, no end known"),
+        "g:0": ("?", "fits when 2 ends, which is not known"),
         "h:0": ("?", "vllm of tomas holds 22.0, no end known"),
         "i:0": ("?", "drained by lena: replacing a fan"),
         "j:0": ("never", "card is smaller than the job"),
@@ -574,7 +574,8 @@ def _is_true(word: str, sentence: str, job: Asked, search: Search, waiting: list
         (first,) = [int(n) for n in re.findall(r"kept for (\d+)", sentence)]
         assert first in others and first not in placed and named[0].node in startable
     elif word in ("memory", "busy") and " when " in sentence:
-        ids = [int(n) for n in re.findall(r"\d+", sentence.partition(" when ")[2].partition("ends")[0])]
+        named_jobs = re.sub(r"and \d+ more", "", sentence.partition(" when ")[2].partition(" end")[0])
+        ids = [int(n) for n in re.findall(r"\d+", named_jobs)]
         assert ids and {j.job_id for j in search.jobs[named[0].node]} >= set(ids)
         assert "kept" in sentence or named[0].node not in startable
         assert word != "busy" or len(search.jobs[named[0].node]) >= named[0].max_jobs
