@@ -21,6 +21,7 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from pydantic_core import PydanticKnownError
 
 from .method import Method as Method
 from .policy import permitted_methods
@@ -76,16 +77,18 @@ def _printable(text: str) -> str:
 
 def _methods(value: Any) -> Method | list[Method]:
     """One method, or a list of fixed ones. Not a union for pydantic: it would complain once for each kind."""
-    names = value if isinstance(value, list) else [value]
-    allowed = [Method.LORA, Method.QLORA] if isinstance(value, list) else list(Method)
-    for name in names:
-        if name not in allowed:
-            raise ValueError(f"{json.dumps(name, default=str)} is not one of {', '.join(allowed)}")
-    if not names:
+    if not isinstance(value, list):
+        if value not in list(Method):
+            raise PydanticKnownError("enum", {"expected": ", ".join(Method)})
+        return Method(value)
+    for name in value:
+        if name not in (Method.LORA, Method.QLORA):
+            raise ValueError(f"{json.dumps(name, default=str)} is not one of lora, qlora")
+    if not value:
         raise ValueError("is empty; write auto, lora, qlora, or a list like [lora, qlora]")
-    if len(set(names)) < len(names):
+    if len(set(value)) < len(value):
         raise ValueError("names the same method twice")
-    return [Method(name) for name in names] if isinstance(value, list) else Method(value)
+    return [Method(name) for name in value]
 
 
 Printable = Annotated[str, AfterValidator(_printable)]
