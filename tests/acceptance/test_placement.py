@@ -343,17 +343,24 @@ def _placed(job: dict) -> list[tuple[str, str, int]]:
 
 
 def _ledger(jobs: list[dict]) -> tuple[int, int]:
-    """The most bytes, and the most attempts, at one moment."""
+    """The most bytes, and the most attempts, at one moment: from attempts, and what a better plan gave back."""
     changes = []
     for job in jobs:
         for attempt in job["attempts"]:
             begun, ended = (dt.datetime.fromisoformat(attempt[key]) for key in ("started_at", "ended_at"))
-            changes += [(begun, 1, attempt["vram_reserved"]), (ended, -1, -attempt["vram_reserved"])]
+            held = attempt["vram_reserved"]
+            changes.append((begun, 1, held))
+            for event in job["events"]:
+                if event["kind"] == "planned" and event["attempt"] == attempt["attempt"]:
+                    planned = float(event["text"].split()[1]) * GIB
+                    changes.append((dt.datetime.fromisoformat(event["at"]), 0, planned - held))
+                    held = planned
+            changes.append((ended, -1, -held))
     most = at_once = reserved = running = 0
     for _, one, size in sorted(changes):  # at one moment ends come before starts
         reserved, running = reserved + size, running + one
         most, at_once = max(most, reserved), max(at_once, running)
-    return most, at_once
+    return int(most), at_once
 
 
 def _until(
