@@ -381,7 +381,7 @@ class Store:
         return requeued
 
     def give_back(self, node: str) -> list[int]:
-        """End what runs on a node as worker_lost at once: for a node that starts, when nothing of an earlier one runs."""
+        """End what runs on a node as worker_lost at once: for a node that starts, with nothing of an earlier one."""
         with self._write() as session:
             now = self._now_value(session)
             mine = select(Job).where(Job.status == Status.RUNNING, Job.node == node)
