@@ -16,8 +16,16 @@ from .units import parse_duration, parse_size
 
 _KEYS = (
     "database_url", "redis_url", "artifacts_url", "devices", "trainer_ram", "store_patience", "user", "host",
-    "model_roots", "trusted_code",
+    "model_roots", "trusted_code", "lease", "trainer",
 )  # fmt: skip
+
+LEASE_S = 60.0
+"""How long an attempt may be silent before its job goes on elsewhere, by the database's clock."""
+
+LEAST_LEASE_S = 3.0
+"""Below that a busy machine would lose its own living attempts."""
+
+TRAINER = "loractl.worker.trainer"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +43,8 @@ class Settings:
     host: str  # this box's name in the names of its nodes
     model_roots: tuple[Path, ...] = ()  # a base model that is a folder lies in one of them; empty: anywhere
     trusted_code: frozenset[str] = frozenset()  # "owner/model@commit" whose own code this box may run
+    lease_s: float = LEASE_S  # how long an attempt of this box may be silent; what beats for it follows
+    trainer: str = TRAINER  # the module that trains, run by `python -m`; it speaks worker/protocol.py
 
     @property
     def embedded_database(self) -> bool:
@@ -81,6 +91,8 @@ def load_settings(environ: dict[str, str] | None = None) -> Settings:
         host=_host(get("host", None) or socket.gethostname()),
         model_roots=_folders("model_roots", get("model_roots", None)),
         trusted_code=_pairs("trusted_code", get("trusted_code", None)),
+        lease_s=_lease(get("lease", None)),
+        trainer=_module("trainer", get("trainer", None) or TRAINER),
     )
 
 
@@ -118,6 +130,19 @@ def _seconds(key: str, text: str | None) -> float:
         return parse_duration(text or "0")
     except ValueError as error:
         raise UsageError(f"LORACTL_{key.upper()}: {text!r} {error}") from None
+
+
+def _lease(text: str | None) -> float:
+    seconds = LEASE_S if text is None else _seconds("lease", text)
+    if not LEAST_LEASE_S <= seconds <= 3600:
+        raise UsageError(f"LORACTL_LEASE {text!r} is not between {LEAST_LEASE_S:.0f}s and 1h")
+    return seconds
+
+
+def _module(key: str, name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", name, re.ASCII):
+        raise UsageError(f"LORACTL_{key.upper()} {name!r} is no Python module", f"like {TRAINER}")
+    return name
 
 
 def _host(name: str) -> str:

@@ -69,6 +69,7 @@ from .policy import (
 )
 from .records import Beat, Claim, Left, NodeState, Progress, StoredCheckpoint, StoredResult, Submission
 from .retention import ENDED, Over, SpentLog, beyond_newest, drop_result, read_needed_data, read_over, spent_logs
+from .settings import LEASE_S
 from .status import LAB_RETRY_DELAY_S, OUTCOMES, WORKER_LOST_LIMIT, Reason, Stage, Status, retry_delay_s
 from .tables import Adapter, Attempt, DrainOrder, Event, Job, LogChunk, MetricPoint, Node, Use, UtcDateTime
 from .units import GIB, gib
@@ -80,9 +81,6 @@ if TYPE_CHECKING:
 
 Row = TypeVar("Row")
 
-LEASE_S = 60.0
-"""How long an attempt may be silent before its job goes on elsewhere, by the database's clock."""
-
 NEWER_WORKER_DELAY_S = 60.0
 """A job that only a newer worker can read is looked at again after so long."""
 
@@ -93,10 +91,16 @@ OUTSIDER_SHARE = 0.85
 
 
 class Store:
-    """The jobs' database. `clock` is for tests; without it leases follow the database's own clock."""
+    """The jobs' database. `clock` is for tests; without it leases follow the database's own clock.
 
-    def __init__(self, engine: Engine, clock: Callable[[], dt.datetime] | None = None) -> None:
+    `lease_s`: how long an attempt that this store claims or beats for may be silent.
+    """
+
+    def __init__(
+        self, engine: Engine, clock: Callable[[], dt.datetime] | None = None, lease_s: float = LEASE_S
+    ) -> None:
         self._engine = engine
+        self._lease_s = lease_s
         self._clock = clock
         dialect = importlib.import_module(f"sqlalchemy.dialects.{engine.dialect.name}")
         self._upsert = dialect.insert  # both dialects' ON CONFLICT has the same form
@@ -265,7 +269,7 @@ class Store:
             gpu=node.gpu,
             method=method.value,
             vram_reserved=placed.reserved,
-            lease_expires_at=self._now_in(LEASE_S),
+            lease_expires_at=self._now_in(self._lease_s),
             started_at=now,
             reason=None,
             message=None,
@@ -323,7 +327,7 @@ class Store:
         values = {name: v for name, v in values.items() if not isinstance(v, float) or math.isfinite(v)}
         with self._write() as session:
             wishes = (Job.cancel_requested, Job.preempted_by)
-            alive = _mine(claim).values(lease_expires_at=self._now_in(LEASE_S), **values).returning(*wishes)
+            alive = _mine(claim).values(lease_expires_at=self._now_in(self._lease_s), **values).returning(*wishes)
             row = session.execute(alive).first()
             if row is None:
                 return Beat(accepted=False)
@@ -375,7 +379,8 @@ class Store:
             now = self._now_value(session)
             lost = select(Job).where(Job.status == Status.RUNNING, Job.lease_expires_at < now)
             for job in session.scalars(lost.with_for_update(skip_locked=True)):
-                self._end_attempt(session, job, Reason.WORKER_LOST, f"{job.node} was silent for {LEASE_S:.0f} s", now)
+                why = f"{job.node} was silent for {self._lease_s:.0f} s"
+                self._end_attempt(session, job, Reason.WORKER_LOST, why, now)
                 if job.status is Status.QUEUED and not job.held:
                     requeued.append((job.job_id, job.vram_class))
         return requeued

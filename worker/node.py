@@ -98,6 +98,7 @@ class Node:
         self._serving: set[int] = set(VRAM_CLASSES)
         self._drained = False  # by a person's order
         self._stop = threading.Event()
+        self._pace = min(1.0, settings.lease_s / (2 * SETTLE_S))
 
     def serve(self) -> None:
         """Consume until told to stop. Blocks."""
@@ -110,7 +111,7 @@ class Node:
         self.drain.clear()
         broker = broker_url(self.settings)
         app = make_app(broker)
-        self._take_over(Store(_fresh_engine(self.settings)))
+        self._take_over(self._open_store())
 
         @app.task(name=WAKE_TASK, ignore_result=True)
         def wake(size_class: int) -> None:  # what the message says is a hint: the claim looks at what is free now
@@ -133,6 +134,9 @@ class Node:
         self._stop.set()
         lock.close()
 
+    def _open_store(self) -> Store:
+        return Store(_fresh_engine(self.settings), lease_s=self.settings.lease_s)
+
     def _take_over(self, store: Store) -> None:
         """Write the device's row, which a claim needs, and give back what an earlier node of this device left running.
 
@@ -153,7 +157,7 @@ class Node:
     def wake(self) -> None:
         """In a pool child: claim and run, until nothing waiting is for this card."""
         engine = _fresh_engine(self.settings)
-        store = Store(engine)
+        store = Store(engine, lease_s=self.settings.lease_s)
         supervisor = Supervisor(
             self.settings, store, open_store(self.settings), self.device, self.name, self.drain, self.threads
         )
@@ -216,7 +220,7 @@ class Node:
         threading.Thread(target=self._monitor, args=(app, consumer), name="monitor", daemon=True).start()
 
     def _monitor(self, app: Any, consumer: Any) -> None:
-        store = Store(_fresh_engine(self.settings))
+        store = self._open_store()
         parent, next_look, next_sweep, failures = os.getppid(), 0.0, 0.0, 0
         while not self._stop.wait(0.25):
             if os.getppid() != parent:
@@ -226,10 +230,10 @@ class Node:
             now = time.monotonic()
             try:
                 if now >= next_look:
-                    next_look = now + SEE_S
+                    next_look = now + SEE_S * self._pace
                     self._look(store, consumer)
                 if now >= next_sweep:
-                    next_sweep = now + SWEEP_S * random.uniform(0.8, 1.2)  # noqa: S311  spreads nodes, guards nothing
+                    next_sweep = now + SWEEP_S * self._pace * random.uniform(0.8, 1.2)  # noqa: S311  spreads nodes, guards nothing
                     self._sweep(store, app)
                 failures = 0
             except ServiceUnreachable as error:
@@ -237,7 +241,7 @@ class Node:
             except Exception as error:
                 if isinstance(error, DBAPIError) and is_outage(error):
                     log.warning("the database is away: %s", str(error.orig).strip())
-                    next_sweep = now + SETTLE_S
+                    next_sweep = now + SETTLE_S * self._pace
                     continue
                 # a monitor that ends in silence would leave a node that looks offline and never comes back
                 failures += 1

@@ -47,7 +47,10 @@ log = logging.getLogger("loractl.worker")
 Answer = TypeVar("Answer")
 
 BEAT_S = 5.0
-"""How often a running job's row is written; a cancel acts within this and a step."""
+"""How often a running job's row is written, with a short lease more often; a cancel acts within this and a step."""
+
+BEATS_A_LEASE = 6
+"""At the least: a beat or two may be late."""
 
 STOP_GRACE_S = 10.0
 """After a cancel, a time limit or a lost lease the trainer has so long before it is killed."""
@@ -130,6 +133,7 @@ class Supervisor:
         self._node = node
         self._drain = drain
         self._threads = threads
+        self._beat_s = min(BEAT_S, settings.lease_s / BEATS_A_LEASE)
 
     def run(self, claim: Claim) -> Status | None:
         """Run one attempt to its end; returns the job's status, None when the lease was lost on the way."""
@@ -265,7 +269,7 @@ class Supervisor:
         told: queue.SimpleQueue[Told | str] = queue.SimpleQueue()
         with (folder / "log.txt").open("a", encoding="utf-8") as log_file:
             trainer = subprocess.Popen(
-                [sys.executable, "-m", "loractl.worker.trainer"],
+                [sys.executable, "-m", self._settings.trainer],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
@@ -310,7 +314,7 @@ class Supervisor:
             _hand_on(state, keeper)
             now = time.monotonic()
             if now >= next_beat or state.pending.stage != stage:
-                stage, next_beat = state.pending.stage, now + BEAT_S
+                stage, next_beat = state.pending.stage, now + self._beat_s
                 self._beat(claim, state)
                 if state.cancel_requested:
                     self._stop(claim, trainer, state, Reason.CANCELLED, "cancelled while it ran", save=False)
@@ -424,7 +428,7 @@ class Supervisor:
             self._beat(claim, state)
             self._interrupt(state)
             try:
-                done = outcome.get(timeout=BEAT_S)
+                done = outcome.get(timeout=self._beat_s)
             except queue.Empty:
                 continue
             if isinstance(done, Exception):

@@ -18,6 +18,7 @@ import sys
 import threading
 import traceback
 import warnings
+from collections.abc import Callable
 from typing import IO
 
 from loractl.common.errors import DataError
@@ -27,13 +28,17 @@ from .protocol import Ended, Start, Stop, Told, decode_order, encode
 
 EXIT_ORPHANED = 9
 
+Orders = queue.SimpleQueue[Start | Stop]
+Tell = Callable[[Told], None]
+Recipe = Callable[[Start, Orders, Tell], Ended]
 
-def main() -> int:
-    """Serve one job; the exit status is 0 when its end could be told."""
+
+def main(run: Recipe | None = None) -> int:
+    """Serve one job; the exit status is 0 when its end could be told. `run`: another recipe than loractl's own."""
     for ignored in (signal.SIGINT, signal.SIGTERM):
         signal.signal(ignored, signal.SIG_IGN)  # the supervisor stops us through stdin
     commands, channel = _take_pipes()
-    orders: queue.SimpleQueue[Start | Stop] = queue.SimpleQueue()
+    orders: Orders = queue.SimpleQueue()
     lock = threading.Lock()
 
     def tell(message: Told) -> None:
@@ -45,18 +50,18 @@ def main() -> int:
     order = orders.get()
     if not isinstance(order, Start):
         return 1
-    tell(_run(order, orders, tell))
+    tell((run or _run)(order, orders, tell))
     return 0
 
 
-def _run(order: Start, orders: queue.SimpleQueue[Start | Stop], tell: object) -> Ended:
+def _run(order: Start, orders: Orders, tell: Tell) -> Ended:
     """Train; every way to fail becomes a reason and a sentence, with the traceback in the log."""
     _quieten()
     from .memory import hold_to
     from .model import TrainingFailed
     from .train import Run, Stopped, train
 
-    run = Run(order=order, tell=tell)  # type: ignore[arg-type]
+    run = Run(order=order, tell=tell)
 
     def obey() -> None:
         while isinstance(message := orders.get(), Stop):

@@ -41,7 +41,8 @@ def test_an_unknown_key_in_the_file_is_refused_with_the_known_ones(tmp_path: Pat
     (tmp_path / "config.toml").write_text('databse_url = "x"\n')
     with pytest.raises(UsageError, match="unknown key databse_url") as caught:
         load_settings({"LORACTL_HOME": str(tmp_path)})
-    known = "database_url redis_url artifacts_url devices trainer_ram store_patience user host model_roots trusted_code"
+    known = "database_url redis_url artifacts_url devices trainer_ram store_patience user host model_roots"
+    known += " trusted_code lease trainer"
     assert caught.value.hint == f"known keys: {', '.join(known.split())}"
 
 
@@ -56,6 +57,19 @@ def test_a_trainer_s_ram_is_a_size_with_its_unit(tmp_path: Path) -> None:
         load_settings({**home, "LORACTL_STORE_PATIENCE": "soon"})
     with pytest.raises(UsageError, match="LORACTL_TRAINER_RAM 'much' is not a size"):
         load_settings({**home, "LORACTL_TRAINER_RAM": "much"})
+
+
+def test_a_lease_and_a_trainer_are_taken_when_they_can_be_meant(tmp_path: Path) -> None:
+    home = {"LORACTL_HOME": str(tmp_path)}
+    assert (load_settings(home).lease_s, load_settings(home).trainer) == (60, "loractl.worker.trainer")
+    given = load_settings({**home, "LORACTL_LEASE": "6s", "LORACTL_TRAINER": "tests.chaos.trainer"})
+    assert (given.lease_s, given.trainer) == (6, "tests.chaos.trainer")
+    for lease in ("0", "2s", "2h"):
+        with pytest.raises(UsageError, match=r"LORACTL_LEASE .* is not between 3s and 1h"):
+            load_settings({**home, "LORACTL_LEASE": lease})
+    for module in ("-c", "a..b", "train.py; ls", "/tmp/x.py"):
+        with pytest.raises(UsageError, match=r"LORACTL_TRAINER .* is no Python module"):
+            load_settings({**home, "LORACTL_TRAINER": module})
 
 
 def test_a_box_is_named_by_its_owner_or_like_its_machine(tmp_path: Path) -> None:
