@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 def plan_job(spec: JobSpec, user: str, data: dict[str, Any], store: Store) -> Submission:
     """Everything that submit writes of a job. Raises UsageError when its own max_vram is below every need."""
+    check_adapter(spec)
     planned = predict(spec)
     key, family = need_key(spec, data), model_family(spec)
     need = learned(planned, key, store.measured(key, family))
@@ -37,6 +38,26 @@ def plan_job(spec: JobSpec, user: str, data: dict[str, Any], store: Store) -> Su
     return Submission(
         spec=spec, user=user, data=data, need=need, planned=planned, methods=admitted, need_key=key, family=family
     )
+
+
+def check_adapter(spec: JobSpec) -> None:
+    """Refuse an adapter that peft can't put on the base, where its config.json is here. Raises UsageError."""
+    shape = read_shape(spec.base_model)
+    if shape is None:
+        return
+    targets = spec.lora.target_modules
+    if isinstance(targets, list) and (unknown := [name for name in targets if not shape.adapted([name])]):
+        names = sorted({layer.name.rpartition(".")[2] for layer, _ in shape.adapted("all-linear")})
+        raise UsageError(
+            f"lora.target_modules: {', '.join(unknown)} is not a linear layer of {spec.base_model}",
+            f"it has {', '.join(names)}; or write all-linear",
+        )
+    fused = any(block.experts and block.experts.adapted for block in shape.blocks)
+    if targets == "all-linear" and fused and spec.lora.lora_dropout > 0:
+        raise UsageError(
+            f"{spec.base_model} has fused experts, which peft adapts only without dropout",
+            "set lora.lora_dropout: 0, or name the layers to adapt in lora.target_modules, like [q_proj, v_proj]",
+        )
 
 
 def open_methods(spec: JobSpec) -> tuple[Method, ...]:

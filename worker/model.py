@@ -130,7 +130,10 @@ def add_adapter(base: Any, spec: JobSpec, method: Method) -> Any:
         lora_dropout=spec.lora.lora_dropout,
         target_modules=targets,
     )
-    model = get_peft_model(base, config)
+    try:
+        model = get_peft_model(base, config)
+    except ValueError as error:  # what this peft can't do with this model, like dropout on fused experts
+        raise TrainingFailed(Reason.BAD_SPEC, f"peft makes no adapter for this model: {_first_line(error)}") from error
     model.config.use_cache = False
     return model
 
@@ -223,9 +226,10 @@ def _gguf_file(base_model: str) -> dict[str, str]:
 
 
 def _check_targets(base: Any, targets: list[str]) -> None:
-    linear = {name.rpartition(".")[2] for name, m in base.named_modules() if isinstance(m, torch.nn.Linear)} - {
-        "lm_head"
-    }
+    from transformers.pytorch_utils import Conv1D
+
+    kinds = (torch.nn.Linear, Conv1D)  # GPT-2's layers are of the second
+    linear = {name.rpartition(".")[2] for name, m in base.named_modules() if isinstance(m, kinds)} - {"lm_head"}
     if unknown := [t for t in targets if t.rpartition(".")[2] not in linear]:
         raise TrainingFailed(
             Reason.BAD_SPEC,
@@ -254,9 +258,13 @@ def _model_errors(base_model: str) -> Iterator[None]:
         elif isinstance(error, SafetensorError):
             why = f"its weights can't be read ({error})"
         else:
-            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-            why = lines[0][:300] if lines else type(error).__name__
+            why = _first_line(error)
         raise TrainingFailed(Reason.MODEL_NOT_FOUND, f"base_model {base_model} can't be loaded: {why}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:300] if lines else type(error).__name__
 
 
 def hub_is_away(error: BaseException) -> bool:

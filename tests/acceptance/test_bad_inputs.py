@@ -19,6 +19,16 @@ from ..conftest import Cli
 from ..models import write_helpdesk
 
 GOOD = "name: job\nbase_model: gpt2\ndataset: {path: data.jsonl}\n"
+BASE = GOOD.replace("gpt2", "./base")
+SMALL = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "vocab_size": 99,
+}
+LLAMA = {"model_type": "llama", **SMALL}
+MIXTRAL = {"model_type": "mixtral", **SMALL, "num_local_experts": 4, "num_experts_per_tok": 2}
 HI = {"role": "user", "content": "hi"}
 
 
@@ -28,6 +38,7 @@ class Mistake:
     says: str  # part of what is printed
     job: str | bytes = GOOD
     data: str | bytes | None = None
+    config: dict[str, object] | None = None  # config.json of the base
     command: list[str] = field(default_factory=lambda: ["submit", "job.yaml"])
     code: int = 2
 
@@ -65,6 +76,13 @@ MISTAKES = [
         "revision: is for a base_model on the hub",
         job=GOOD.replace("gpt2", "./base") + "revision: main\n",
     ),
+    Mistake(
+        "a layer that is not there",
+        "Hint: it has down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj; or write all-linear",
+        job=BASE + "lora: {target_modules: [q_proj, c_attn]}\n",
+        config=LLAMA,
+    ),
+    Mistake("dropout on fused experts", "set lora.lora_dropout: 0", job=BASE, config=MIXTRAL),
     # the data
     Mistake("neither a file nor a hub id", "no data set of the hub", job=GOOD.replace("data.jsonl", "train")),
     Mistake("no data file", "dataset.path is relative to the job file", job=GOOD.replace("data.jsonl", "none.jsonl")),
@@ -96,6 +114,13 @@ MISTAKES = [
     Mistake("no config to plan from", "there is no config.json", command=["plan", "job.yaml"], code=1),
     Mistake("nothing to plan", "plan needs a job file or a job's number", command=["plan"]),
     Mistake("a card of no size", "--gpu: 'lots' is not a size", command=["plan", "job.yaml", "--gpu", "lots"]),
+    Mistake(
+        "a card with no room",
+        "--solve needs a card to fit into",
+        command=["plan", "job.yaml", "--gpu", "100MiB", "--solve"],
+        job=BASE,
+        config=LLAMA,
+    ),
     Mistake("why of no job", "there is no job 99", command=["why", "99"], code=3),
     Mistake("drain what is not there", "no worker has reported heron", command=["drain", "heron", "--reason", "fan"]),
     Mistake("drain without a reason", "Missing option '--reason'", command=["drain", "heron"]),
@@ -113,6 +138,9 @@ def test_a_mistake_is_answered_with_a_sentence(
         write_helpdesk(tmp_path / "data.jsonl")
     else:
         _write(tmp_path / "data.jsonl", mistake.data)
+    if mistake.config is not None:
+        (tmp_path / "base").mkdir()
+        _write(tmp_path / "base" / "config.json", json.dumps(mistake.config))
     args = [str(tmp_path / a) if a.endswith(".yaml") else a for a in mistake.command]
     _answered(cli(*args, code=None), mistake.says, mistake.code)
     assert json.loads(cli("status", "-a", "--json").stdout) == [], "nothing was queued"
@@ -179,7 +207,7 @@ def test_a_full_artifact_store_keeps_the_job_and_says_so(
     try:
         from ..models import write_job
 
-        cli = make_cli(LORACTL_ARTIFACTS_URL=store.as_uri())
+        cli = make_cli(LORACTL_ARTIFACTS_URL=store.as_uri(), LORACTL_STORE_PATIENCE="3s")
         cli("submit", write_job(tmp_path, tiny_model), "--set=lora.r=64", "--set=max_retries=0")
         cli("worker", "--drain-when-idle", timeout=120)
         job = json.loads(cli("status", 1, "--json").stdout)

@@ -54,6 +54,33 @@ def test_a_stored_adapter_has_the_allowed_settings_alone_and_peft_loads_it(
     assert not torch.equal(found, base)
 
 
+def test_a_list_of_targets_reaches_layers_that_are_no_linear(tmp_path: Path) -> None:
+    """GPT-2's are Conv1D."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=40)
+    spec = _spec(tmp_path, lora={"r": 4, "target_modules": ["c_attn"]})
+    adapted = add_adapter(GPT2LMHeadModel(config), spec, Method.LORA)
+    trained = {name for name, parameter in adapted.named_parameters() if parameter.requires_grad}
+    assert len(trained) == 2 and all(".c_attn.lora_" in name for name in trained)
+    with pytest.raises(
+        TrainingFailed, match=r"q_proj is not a linear layer of this model; it has c_attn, c_fc, c_proj"
+    ):
+        add_adapter(GPT2LMHeadModel(config), _spec(tmp_path, lora={"target_modules": ["q_proj"]}), Method.LORA)
+
+
+def test_what_peft_refuses_is_the_job_file_s_fault(tmp_path: Path) -> None:
+    """Experts in one tensor take no dropout."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = MixtralConfig(**sizes, vocab_size=40, num_key_value_heads=2, num_local_experts=2)
+    with pytest.raises(TrainingFailed, match="does not work with lora_dropout") as failure:
+        add_adapter(MixtralForCausalLM(config), _spec(tmp_path), Method.LORA)
+    assert failure.value.reason is Reason.BAD_SPEC
+    add_adapter(MixtralForCausalLM(config), _spec(tmp_path, lora={"lora_dropout": 0}), Method.LORA)
+
+
 def test_code_and_pickles_are_not_stored(tiny_model: Path, tmp_path: Path) -> None:
     class Tokenizer:
         def save_pretrained(self, folder: str) -> None:
