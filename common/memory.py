@@ -45,6 +45,9 @@ EVALUATED_LOGIT_BYTES = 12
 BLOCK_8BIT = 256
 """Values that share one fp32 scale in bitsandbytes' 8-bit optimizers."""
 
+MOST = 2**24
+"""Where the search for the largest length or micro-batch ends: more than any model takes."""
+
 SMALLEST_8BIT = 4096
 """Tensors with fewer elements keep 32-bit state in them (bitsandbytes, min_8bit_size)."""
 
@@ -55,6 +58,7 @@ class Lengths:
 
     train: int
     evaluate: int
+    rows: int | None = None  # to train on: a micro-batch can't hold more
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,7 +172,8 @@ def largest_fit(shape: Shape, spec: JobSpec, method: Method, limit: int, lengths
         dataset = spec.dataset.model_copy(update={"max_length": size})
         return plan(shape, spec.model_copy(update={"dataset": dataset}), method).need_bytes <= limit
 
-    return Fit(micro_batch=_largest(batch_fits, 1), max_length=_largest(length_fits, 8))
+    most = lengths.rows if lengths and lengths.rows else MOST
+    return Fit(micro_batch=_largest(batch_fits, 1, most), max_length=_largest(length_fits, 8, MOST))
 
 
 def traced_plan(weights: int, adapter: int, state: int, own: int, method: Method) -> Plan:
@@ -207,6 +212,12 @@ def nf4_bytes(weights: int, *, double_quant: bool = True) -> int:
     if not double_quant:
         return packed + 4 * blocks + 16 * 4
     return packed + blocks + 4 * -(-blocks // 256) + (16 + 256) * 4 + 4
+
+
+def micro_batch(spec: JobSpec, lengths: Lengths | None) -> int:
+    """Rows of one forward pass: the spec's number, or all there are."""
+    most = spec.training.per_device_train_batch_size
+    return min(most, lengths.rows) if lengths and lengths.rows else most
 
 
 def adapter_tensors(shape: Shape, spec: JobSpec) -> Iterator[tuple[int, int]]:
@@ -262,7 +273,7 @@ class _Run:
     @classmethod
     def of(cls, shape: Shape, spec: JobSpec, method: Method, lengths: Lengths | None, stack: Stack) -> _Run:
         return cls(
-            batch=spec.training.per_device_train_batch_size,
+            batch=micro_batch(spec, lengths),
             length=lengths.train if lengths else spec.dataset.max_length,
             evaluated=lengths.evaluate if lengths else spec.dataset.max_length,
             quantised=method is Method.QLORA,
@@ -525,13 +536,15 @@ def _kv(shape: Shape) -> int:
     return shape.kv_heads * shape.head_dim
 
 
-def _largest(fits: Callable[[int], bool], least: int) -> int | None:
-    """The largest number for which a monotone condition holds, by doubling and halving; None if `least` is too much."""
+def _largest(fits: Callable[[int], bool], least: int, most: int) -> int | None:
+    """The largest number up to `most` for which a monotone condition holds, by doubling and halving; None if `least`
+    is too much."""
     if not fits(least):
         return None
     low, high = least, 2 * least
-    while high < 2**24 and fits(high):
+    while high <= most and fits(high):
         low, high = high, 2 * high
+    high = min(high, most + 1)
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)

@@ -84,6 +84,11 @@ class Occupant:
     ends: dt.datetime | None = None  # expected; None: not known
 
 
+MARGIN_BYTES = GIB // 2
+"""Left free on every device unless its owner says otherwise (`worker --reserve`): what a desktop or a driver may take
+between the look and the allocation."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Card:
     """One device as the placement sees it. Bytes."""

@@ -201,10 +201,11 @@ def _plan(job: str, overrides: tuple[str, ...], gpu: int | None, solve: bool, as
     from loractl.common.learning import learned, peaks_like
     from loractl.common.memory import largest_fit
     from loractl.common.memory import plan as memory_plan
-    from loractl.common.policy import Need
+    from loractl.common.policy import MARGIN_BYTES, Need
+    from loractl.common.units import GIB, gib
 
     from . import render, render_fleet
-    from .planning import model_family, need_key, open_methods, stored_hashes
+    from .planning import check_adapter, model_family, need_key, open_methods, stored_hashes
 
     spec, data, title = _spec_of(job, overrides, store)
     shape = read_shape(spec.base_model)
@@ -213,6 +214,7 @@ def _plan(job: str, overrides: tuple[str, ...], gpu: int | None, solve: bool, as
             f"base_model {spec.base_model} can't be planned here: there is no config.json of a known architecture",
             "that file is enough, in a folder or in the hub's cache; without it the job gets a card of its own",
         )
+    check_adapter(spec)
     lengths, counted = _lengths(spec, quiet=as_json)
     methods = open_methods(spec)
     plans = {method: memory_plan(shape, spec, method, lengths) for method in methods}
@@ -223,19 +225,22 @@ def _plan(job: str, overrides: tuple[str, ...], gpu: int | None, solve: bool, as
     )
     need = learned(planned, key, measured)
     cards, choice = _where(spec, methods, need, gpu, store)
-    limit = (
-        gpu if gpu is not None else max((card.total - card.margin for card in store.fleet().cards.values()), default=0)
-    )
-    fits = {method: largest_fit(shape, spec, method, limit, lengths) for method in methods} if solve and limit else {}
-    if solve and not limit:
+    if gpu is not None:
+        room, which = gpu - MARGIN_BYTES, f"a card of {gpu / GIB:.0f} less what is kept free"
+    else:
+        room = max((card.total - card.margin for card in store.fleet().cards.values()), default=0)
+        which = "the largest card"
+    if solve and room <= 0:
         raise UsageError("--solve needs a card to fit into", "add --gpu 24GiB, or start a worker")
+    fits = {method: largest_fit(shape, spec, method, room, lengths) for method in methods} if solve else {}
     if as_json:
         click.echo(json.dumps(_as_json(plans, need, choice, counted, lengths, fits, cards)))
         return
     like = peaks_like(key, choice or methods[0], measured)
-    solved = [
-        f"Largest in {limit / 2**30:.0f} GiB with {method.value}: "
-        f"per_device_train_batch_size {fit.micro_batch or 'none'}, or max_length {fit.max_length or 'none'}."
+    solved = [f"Largest in {gib(room)} GiB, {which}:"] if fits else []
+    solved += [
+        f"  {method.value:<5}  per_device_train_batch_size {fit.micro_batch or 'none'}, "
+        f"or max_length {fit.max_length or 'none'}"
         for method, fit in fits.items()
     ]
     following = f"Submit it: loractl submit {job}" if not job.isdigit() else f"Its wait: loractl why {job}"
@@ -306,13 +311,14 @@ def _where(
     spec: JobSpec, methods: Sequence[Method], need: Any, gpu: int | None, store: Store
 ) -> tuple[list[tuple[str, str, str, str]], Method | None]:
     """A line for each card (word, card, GiB, what), and the method that the rule would take on the best one."""
-    from loractl.common.policy import choose_method, within
+    from loractl.common.policy import MARGIN_BYTES, choose_method, within
     from loractl.common.units import GIB, gib
 
     admitted = within(methods, need, spec.resources.max_vram)
     if gpu is not None:
-        method = choose_method(admitted, need, gpu)
-        text = f"with {method.value}" if method else f"{gib(_short(admitted, need, gpu))} GiB short"
+        room = max(0, gpu - MARGIN_BYTES)
+        method = choose_method(admitted, need, room)
+        text = f"with {method.value}" if method else f"{gib(_short(admitted, need, room))} GiB short"
         return [("fits" if method else "never", "a card", f"{gpu / GIB:.0f}", text)], method
     rows, best = [], None
     for card in store.fleet().cards.values():
@@ -415,7 +421,10 @@ def drain(target: str, reason: str, until: str | None, at_once: bool) -> None:
     settings, store = open_session()
     known = {node.node for node in store.nodes()} | {node.host for node in store.nodes()}
     if target not in known:
-        raise UsageError(f"no worker has reported {target}", f"known: {', '.join(sorted(known))}" if known else None)
+        hint = (
+            f"known: {', '.join(sorted(known))}" if known else "no worker has ever started: loractl worker, on the box"
+        )
+        raise UsageError(f"no worker has reported {target}", hint)
     if not reason.strip() or not reason.isprintable() or len(reason) > 200:
         raise UsageError("--reason must be one line of at most 200 characters")
     store.drain(target, settings.user, reason.strip(), until=_moment(until, store.now()), at_once=at_once)

@@ -150,6 +150,7 @@ def plan(
 ) -> str:
     """Both methods' parts as bars, which cards hold the job, and what else would fit."""
     lines = []
+    longest = max(size for one in plans.values() for size in (*one.parts.values(), one.margin_bytes))
     for n, (method, one) in enumerate(plans.items()):
         like = (
             f" (measured on {len(measured)} like it: {gib(min(measured))} to {gib(max(measured))})" if measured else ""
@@ -158,7 +159,7 @@ def plan(
         size = f"{gib(one.need_bytes)} GiB"
         head = _wrapped(f"{title} with {method} needs {size}{like}", size, screen)
         lines += [*([""] if n else []), *head, ""]
-        lines += _parts(one, screen)
+        lines += _parts(one, longest, screen)
     lines += ["", *map(screen.dim, _wrapped(lengths, "", screen))]
     if cards:
         words = {"fits": "green", "tight": "yellow", "never": None}
@@ -172,16 +173,16 @@ def plan(
     return _shown([*lines, "", screen.dim(next_command)], screen)
 
 
-def _parts(one: Plan, screen: Screen) -> list[str]:
+def _parts(one: Plan, longest: int, screen: Screen) -> list[str]:
+    """A bar for each part; `longest` bytes fill it, in every plan of one screen."""
     width = 12 if screen.width < 110 else 30
     parts = {**one.parts, "margin": one.margin_bytes}
-    largest = max(parts.values()) or 1
     names = max(len(name.replace("_", " ")) for name in parts)
     lines = []
     for name, size in parts.items():
         if not size:
             continue
-        drawn = bar(size / largest, width, screen).rstrip("·.")
+        drawn = bar(size / longest, width, screen).rstrip("·.")
         note = one.notes.get(name, "")
         line = f"  {name.replace('_', ' '):<{names}}  {gib(size):>6}  {drawn:<{width}}  {note}".rstrip()
         lines.append(fit(line, screen.width))

@@ -9,10 +9,7 @@ from typing import Any, Literal, Protocol
 
 from loractl.common.errors import UsageError
 from loractl.common.settings import Settings
-from loractl.common.units import GIB, parse_size
-
-MARGIN_BYTES = GIB // 2
-"""Left free on every device: what a desktop or a driver may take between the look and the allocation."""
+from loractl.common.units import parse_size
 
 
 @dataclass(frozen=True, kw_only=True)

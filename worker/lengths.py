@@ -2,7 +2,7 @@
 
     python -m loractl.worker.lengths < spec.json
 
-Prints {"train": tokens, "evaluate": tokens}, or {"error": sentence}.
+Prints {"train": tokens, "evaluate": tokens, "rows": number}, or {"error": sentence}.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ def lengths_of(data: PreparedData) -> Lengths:
     return Lengths(
         train=max(len(row.input_ids) for row in data.train.rows),
         evaluate=max(len(row.input_ids) for row in data.held_out.rows),
+        rows=len(data.train.rows),
     )
 
 

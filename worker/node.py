@@ -36,21 +36,21 @@ from loractl.common.broker import broker_url
 from loractl.common.database import connect, is_outage, make_engine
 from loractl.common.errors import LoractlError, ServiceUnreachable
 from loractl.common.fleet import NODE_STALE_S
-from loractl.common.policy import VRAM_CLASSES, default_max_jobs, queue_name, served_classes
+from loractl.common.policy import MARGIN_BYTES, VRAM_CLASSES, default_max_jobs, queue_name, served_classes
 from loractl.common.queue import WAKE_TASK, card_queue, make_app, wake_cards
 from loractl.common.records import Claim, Left, NodeState
 from loractl.common.settings import Settings, load_settings
 from loractl.common.store import Store
 from loractl.common.units import gib
 
-from .devices import MARGIN_BYTES, Device, find_devices
+from .devices import Device, find_devices
 from .occupancy import HIGH_WATER_S, LEFT_S, Watch, end_leftovers, run_mark
 from .supervisor import Drain, Supervisor
 
 log = logging.getLogger("loractl.worker")
 
 SEE_S = 5.0
-"""How often a node's row is written."""
+"""How often a node's row is written; with a short lease this, like the next two, is shorter too."""
 
 MONITOR_TRIES = 5
 """After so many failures in a row the monitor ends its node, and the worker starts it again."""

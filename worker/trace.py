@@ -25,7 +25,15 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map
 
-from loractl.common.memory import Lengths, Plan, checkpoints_activations, optimizer_name, state_bytes, traced_plan
+from loractl.common.memory import (
+    Lengths,
+    Plan,
+    checkpoints_activations,
+    micro_batch,
+    optimizer_name,
+    state_bytes,
+    traced_plan,
+)
 from loractl.common.spec import JobSpec, Method
 
 from .model import add_adapter
@@ -61,6 +69,8 @@ def trace_plan(model: str | Path, spec: JobSpec, method: Method, lengths: Length
 
     config = AutoConfig.from_pretrained(str(model), trust_remote_code=False)
     tokens = lengths.train if lengths else spec.dataset.max_length
+    batch = micro_batch(spec, lengths)
+    spec = spec.model_copy(update={"training": spec.training.model_copy(update={"per_device_train_batch_size": batch})})
     layers = config.get_text_config().num_hidden_layers
     if layers <= CUTS[1]:
         trace = trace_step(config, spec, method, tokens)

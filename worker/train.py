@@ -18,7 +18,7 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from loractl.common.adjustment import Adjustment, adjusted, in_words, next_adjustment
-from loractl.common.memory import Lengths, predict
+from loractl.common.memory import predict
 from loractl.common.policy import Need
 from loractl.common.spec import JobSpec, Method
 from loractl.common.status import Reason, Stage
@@ -28,6 +28,7 @@ from .adapter import save_adapter
 from .checkpoint import PROOF_TOLERANCE, Checkpoint, close_checkpoint, newest_checkpoint, withdraw
 from .data import PreparedData, collate, prepare_data
 from .evaluate import evaluate
+from .lengths import lengths_of
 from .memory import Gauge, hold_to, release
 from .model import (
     Precision,
@@ -163,8 +164,7 @@ def plan_again(run: Run, data: PreparedData) -> None:
     TrainingFailed(out_of_memory) when the trace needs more than the card gives: no weight is loaded yet.
     """
     order, spec = run.order, run.spec
-    longest_rows = [max(len(row.input_ids) for row in rows) for rows in (data.train.rows, data.held_out.rows)]
-    lengths = Lengths(train=longest_rows[0], evaluate=longest_rows[1])
+    lengths = lengths_of(data)
     need = predict(spec, lengths)
     given = order.vram_reserved
     if need.of(order.method) is not None or given is None or order.gpu == "cpu":

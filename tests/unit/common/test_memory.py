@@ -106,6 +106,8 @@ def test_the_rows_own_lengths_count_where_they_are_known() -> None:
     long = job(dataset={"max_length": 4096})
     known = plan(shape(), long, Method.LORA, Lengths(train=256, evaluate=256))
     assert known.parts["logits"] == plan(shape(), job(), Method.LORA).parts["logits"]
+    few = plan(shape(), long, Method.LORA, Lengths(train=256, evaluate=256, rows=1))
+    assert few.peak_bytes < known.peak_bytes, "a micro-batch holds no more rows than there are"
     held_out = plan(shape(), long, Method.LORA, Lengths(train=256, evaluate=4096))
     assert held_out.parts["evaluation"] > 0
     assert held_out.peak_bytes > known.peak_bytes
