@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import ipaddress
 import os
 import shutil
 import socket
@@ -15,7 +16,7 @@ import subprocess
 import tempfile
 import time
 from pathlib import Path
-from urllib.parse import quote, urlsplit
+from urllib.parse import SplitResult, parse_qsl, quote, urlsplit
 
 from .errors import ServiceUnreachable, UsageError
 from .settings import Settings
@@ -29,11 +30,12 @@ _START_TIMEOUT_S = 10.0
 def broker_url(settings: Settings, *, start: bool = True) -> str:
     """The queue's URL for kombu; starts the embedded Valkey when no LORACTL_REDIS_URL is set.
 
-    Raises ServiceUnreachable when it does not come up, UsageError when there is no server binary.
+    Raises ServiceUnreachable when it does not come up, UsageError when there is no server binary, or for a Redis that
+    others can reach, or pass themselves off as.
     """
     if settings.redis_url is not None:
         _refuse_open_redis(settings.redis_url)
-        return settings.redis_url
+        return _with_certificate(settings.redis_url)
     path = _socket_path(settings)
     if start and not _answers(path):
         _start(settings, path)
@@ -69,12 +71,35 @@ def server_binary() -> Path:
 def _refuse_open_redis(url: str) -> None:
     """Whoever reaches a Redis can wake nodes and read the queue: beyond this machine it must ask for a password."""
     parts = urlsplit(url)
-    host = parts.hostname or ""
-    local = "socket" in parts.scheme or host in ("localhost", "::1", "") or host.startswith("127.")
-    if not local and not parts.password:
+    if not _is_local(parts) and not parts.password:
         raise UsageError(
-            f"LORACTL_REDIS_URL names {host} without a password", "set one on the server: redis://:PASSWORD@HOST:6379/0"
+            f"LORACTL_REDIS_URL names {parts.hostname} without a password",
+            "set one on the server: redis://:PASSWORD@HOST:6379/0",
         )
+
+
+def _with_certificate(url: str) -> str:
+    """The URL, for rediss:// with the demand of a valid certificate: kombu would take any, and so anybody's server."""
+    parts = urlsplit(url)
+    if parts.scheme != "rediss":
+        return url
+    asked = dict(parse_qsl(parts.query)).get("ssl_cert_reqs")
+    if asked is None:
+        return parts._replace(query=f"{parts.query}&ssl_cert_reqs=required".lstrip("&")).geturl()
+    if asked.lower() not in ("required", "cert_required") and not _is_local(parts):
+        raise UsageError(
+            f"LORACTL_REDIS_URL has ssl_cert_reqs={asked}: anybody could answer for {parts.hostname}",
+            "leave it out, and name your own authority's certificate: ?ssl_ca_certs=/etc/loractl/ca.pem",
+        )
+    return url
+
+
+def _is_local(parts: SplitResult) -> bool:
+    host = parts.hostname or "localhost"
+    try:
+        return "socket" in parts.scheme or host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False  # a name, though it may begin like an address: 127.0.0.1.example.org
 
 
 def _socket_path(settings: Settings) -> Path:

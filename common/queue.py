@@ -18,7 +18,7 @@ def make_app(url: str) -> Any:
     from celery import Celery
     from kombu import Exchange, Queue
 
-    app = Celery("loractl", broker=url, set_as_current=False)
+    app = Celery("loractl", broker=url, amqp="loractl.common.hints:Amqp", set_as_current=False)
     exchange = Exchange("loractl", type="direct")
     app.conf.update(
         task_queues=[Queue(queue_name(c), exchange, routing_key=queue_name(c)) for c in VRAM_CLASSES],

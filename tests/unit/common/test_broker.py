@@ -121,10 +121,32 @@ def test_a_queue_of_ones_own_is_used_as_it_is_and_never_stopped(home: Path) -> N
 
 
 def test_a_queue_beyond_this_machine_must_ask_for_a_password(home: Path) -> None:
-    with pytest.raises(UsageError):
-        broker_url(load_settings({"LORACTL_HOME": str(home), "LORACTL_REDIS_URL": "redis://lab:6379/0"}))
+    for url in ("redis://lab:6379/0", "redis://127.0.0.1.example.org/0", "redis://10.0.0.5/0", "rediss://lab/0"):
+        with pytest.raises(UsageError, match="without a password"):
+            broker_url(load_settings({"LORACTL_HOME": str(home), "LORACTL_REDIS_URL": url}))
     for url in ("redis://localhost:6379/0", "redis://127.0.0.1/0", "redis://[::1]/0"):
         assert broker_url(load_settings({"LORACTL_HOME": str(home), "LORACTL_REDIS_URL": url})) == url
+
+
+@pytest.mark.parametrize(
+    ("url", "used"),
+    [
+        ("rediss://:p@lab:6379/0", "rediss://:p@lab:6379/0?ssl_cert_reqs=required"),
+        ("rediss://:p@lab/0?ssl_ca_certs=/x", "rediss://:p@lab/0?ssl_ca_certs=/x&ssl_cert_reqs=required"),
+        ("rediss://:p@lab/0?ssl_cert_reqs=CERT_REQUIRED", "rediss://:p@lab/0?ssl_cert_reqs=CERT_REQUIRED"),
+        ("rediss://127.0.0.1/0?ssl_cert_reqs=none", "rediss://127.0.0.1/0?ssl_cert_reqs=none"),
+    ],
+)
+def test_a_certificate_is_asked_for_where_kombu_would_take_any(home: Path, url: str, used: str) -> None:
+    assert broker_url(load_settings({"LORACTL_HOME": str(home), "LORACTL_REDIS_URL": url})) == used
+
+
+@pytest.mark.parametrize("asked", ["none", "CERT_NONE", "optional", "x"])
+def test_a_server_beyond_this_machine_cannot_do_without_a_certificate(home: Path, asked: str) -> None:
+    url = f"rediss://:hunter2@lab/0?ssl_cert_reqs={asked}"
+    with pytest.raises(UsageError, match="anybody could answer for lab") as caught:
+        broker_url(load_settings({"LORACTL_HOME": str(home), "LORACTL_REDIS_URL": url}))
+    assert "hunter2" not in caught.value.sentence
 
 
 def test_the_wheels_private_function_still_names_a_server_that_runs() -> None:
