@@ -177,6 +177,7 @@ class _Box:
             [sys.executable, "-m", "loractl.worker.node", "--index", str(index), "--options", self._options],
             start_new_session=True,
             stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,  # a node logs to stderr; here would be Celery's words at its shutdown
         )
 
     def _wait(self, drain_when_idle: bool) -> bool:

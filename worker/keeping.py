@@ -107,5 +107,5 @@ class CheckpointKeeper:
                 raise
             log.warning("job %s: the checkpoint of step %s waits for the database", claim.job_id, step)
             return False
-        log.info("job %s: the checkpoint of step %s is stored (%.1f s)", claim.job_id, step, time.monotonic() - began)
+        log.debug("job %s: the checkpoint of step %s is stored (%.1f s)", claim.job_id, step, time.monotonic() - began)
         return True

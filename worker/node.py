@@ -107,6 +107,8 @@ class Node:
 
         # Celery warns root of pickled messages; this app takes JSON alone (common.queue).
         warnings.filterwarnings("ignore", category=SecurityWarning)
+        # A wake message that comes while this node stops goes back to its queue, which needs no warning.
+        logging.getLogger("kombu.transport.virtual.base").setLevel(logging.ERROR)
         lock = _only_one(self.settings.runtime_dir / f"node-{self.device.uuid}.lock")
         self.drain.clear()
         broker = broker_url(self.settings)

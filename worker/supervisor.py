@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import math
 import os
 import queue
 import shutil
@@ -64,6 +65,9 @@ CHECKPOINT_GRACE_S = 60.0
 SILENCE_S = 1800.0
 """A trainer that trains or evaluates and says nothing for so long hangs; it tells each step, at most one a second."""
 
+SAY_EVERY_S = 10.0
+"""At a worker's terminal a job's steps are named so often; its history has them all."""
+
 READY = "ready.json"
 """Beside a result that is complete: what it answers to."""
 
@@ -107,6 +111,7 @@ class _State:
     cancel_requested: bool = False
     preempted_by: int | None = None
     heard: float = field(default_factory=time.monotonic)  # when the trainer last said something
+    said: float = -math.inf  # when a step was last named at the terminal
     store_away: bool = False  # what is to be fetched or stored waits for the artifact store
     saved: list[Saved] = field(default_factory=list)  # checkpoints that are not handed on yet
     pending: Progress = field(default_factory=Progress)  # told, not yet written
@@ -560,9 +565,19 @@ def _take_all(told: queue.SimpleQueue[Told | str], state: _State, timeout: float
             continue
         if isinstance(message, Stepped):
             state.step = message.step
+            _say(message, state)
         elif isinstance(message, Adjusted):
             state.adjustment = message.adjustment
         state.pending = _fold(state.pending, message)
+
+
+def _say(message: Stepped, state: _State) -> None:
+    now = time.monotonic()
+    if "loss" not in message.metrics or (now - state.said < SAY_EVERY_S and message.step < message.total_steps):
+        return
+    state.said = now
+    loss = message.metrics["loss"]
+    log.info("job %s: step %s of %s, loss %.3f", message.job_id, message.step, message.total_steps, loss)
 
 
 def _hand_on(state: _State, keeper: CheckpointKeeper) -> None:
@@ -610,7 +625,8 @@ def _fold(progress: Progress, message: Told) -> Progress:
     if isinstance(message, StageChanged):
         return replace(progress, stage=message.stage)
     if isinstance(message, Note):
-        log.info("job %s: %s", message.job_id, message.text)
+        if message.kind != "saved":  # as often as the job file says
+            log.info("job %s: %s", message.job_id, message.text)
         events = (*progress.events, (message.kind, message.text))
         return replace(
             progress, events=events, resumed_from_step=message.resumed_from_step or progress.resumed_from_step
@@ -621,14 +637,6 @@ def _fold(progress: Progress, message: Told) -> Progress:
         return replace(progress, need=Need(lora=message.lora, qlora=message.qlora))
     assert isinstance(message, Stepped)
     metrics = tuple((message.step, name, value) for name, value in message.metrics.items())
-    if "loss" in message.metrics:
-        log.info(
-            "job %s: step %s of %s, loss %.3f",
-            message.job_id,
-            message.step,
-            message.total_steps,
-            message.metrics["loss"],
-        )
     return replace(
         progress,
         step=message.step,
