@@ -10,10 +10,10 @@ from importlib.resources import as_file, files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import Connection, Engine, create_engine, event, text
+from sqlalchemy import Connection, Engine, ExceptionContext, create_engine, event, text
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
 
-from .errors import LoractlError, SchemaMismatch, ServiceUnreachable, UsageError
+from .errors import Forbidden, LoractlError, SchemaMismatch, ServiceUnreachable, UsageError
 from .settings import Settings, redacted
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ _POSTGRES_OPTIONS = {
     # A server that answers pings and nothing else must not hold a heartbeat until its lease is over.
     "options": "-c statement_timeout=20000 -c lock_timeout=10000 -c idle_in_transaction_session_timeout=60000",
 }
+_INSUFFICIENT_PRIVILEGE = "42501"
 _MIGRATION_LOCK = 0x10AC71  # any constant: names loractl's advisory lock in PostgreSQL
 
 
@@ -80,10 +81,13 @@ def make_engine(url: str) -> Engine:
     """An engine with the settings that both dialects need for many small guarded transactions.
 
     SQLite: WAL, and BEGIN IMMEDIATE for writers: with plain BEGIN, four writers fail with "database is locked".
+    PostgreSQL: what the user's role forbids raises Forbidden.
     """
     try:
         if not url.startswith("sqlite"):
-            return create_engine(url, pool_pre_ping=True, pool_size=3, connect_args=_POSTGRES_OPTIONS)
+            engine = create_engine(url, pool_pre_ping=True, pool_size=3, connect_args=_POSTGRES_OPTIONS)
+            event.listen(engine, "handle_error", _say_what_is_forbidden)
+            return engine
         path = Path(url.removeprefix("sqlite:///"))
         _private_folder(path.parent)
         engine = create_engine(url, connect_args={"timeout": SQLITE_BUSY_MS / 1000})
@@ -109,6 +113,13 @@ def make_engine(url: str) -> Engine:
         connection.exec_driver_sql("BEGIN" if read_only else "BEGIN IMMEDIATE")
 
     return engine
+
+
+def _say_what_is_forbidden(context: ExceptionContext) -> None:
+    if getattr(context.original_exception, "sqlstate", None) != _INSUFFICIENT_PRIVILEGE:
+        return
+    user = None if context.engine is None else context.engine.url.username
+    raise Forbidden(user, str(context.original_exception).splitlines()[0]) from context.original_exception
 
 
 def _write_ahead(connection: sqlite3.Connection) -> None:

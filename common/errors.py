@@ -6,6 +6,7 @@ LoractlError                    1  failed
 ├── UsageError                  2  a command was used wrongly
 ├── JobNotFound                 3  no such job
 ├── ServiceUnreachable          4  database, Redis or artifact store can't be reached
+├── Forbidden                   1  the database's user has no right to do that
 ├── SchemaMismatch              1  the database is older or newer than this loractl
 ├── ArtifactError               1  an artifact can't be written or does not match its manifest
 └── WrongState                  1  the job's state does not allow that
@@ -103,6 +104,16 @@ class ServiceUnreachable(LoractlError):
     def __init__(self, service: str, address: str, setting: str, why: str) -> None:
         super().__init__(f"{service} is unreachable at {address}: {why}", f"check that it runs, or set {setting}")
         self.service = service
+
+
+class Forbidden(LoractlError):
+    """The database lets its user do some things only: a role to submit, a role to work (docs/deploy.md)."""
+
+    def __init__(self, user: str | None, why: str) -> None:
+        super().__init__(
+            f"the database does not let {user or 'this user'} do that: {why}",
+            "each role may do its own part: docs/deploy.md; LORACTL_DATABASE_URL names the user",
+        )
 
 
 class SchemaMismatch(LoractlError):

@@ -11,19 +11,30 @@ import shutil
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from sqlalchemy import MetaData, create_engine, make_url, select, text
+from sqlalchemy import MetaData, create_engine, select
 
 from loractl.common.broker import server_binary
+from loractl.common.database import make_engine, upgrade
 
 from .. import services
 from ..conftest import Cli
 from ..models import write_job
+from ..roles import logins
 
 NAMES = ("HF_TOKEN", "PGPASSWORD", "AWS_SECRET_ACCESS_KEY", "AWS_ACCESS_KEY_ID", "database", "valkey")
 """Each gets a value that occurs nowhere else."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lab:
+    """Command lines with the roles of docs/deploy.md: this run shows that each is enough for its part."""
+
+    person: Cli
+    box: Cli
 
 
 class Lookout(threading.Thread):
@@ -71,8 +82,11 @@ def known() -> dict[str, str]:
 
 
 @pytest.fixture
-def lab(known: dict[str, str], make_cli: Callable[..., Cli], postgres_url: str, tmp_path: Path) -> Iterator[Cli]:
+def lab(known: dict[str, str], make_cli: Callable[..., Cli], postgres_url: str, tmp_path: Path) -> Iterator[Lab]:
     """PostgreSQL, Valkey and S3, each behind a secret; the services themselves are given it by file or variable."""
+    engine = make_engine(postgres_url)
+    upgrade(engine)
+    engine.dispose()
     (tmp_path / "valkey").mkdir()
     (tmp_path / "s3" / "loractl").mkdir(parents=True)
     redis, s3 = services.free_port(), services.free_port()
@@ -85,34 +99,35 @@ def lab(known: dict[str, str], make_cli: Callable[..., Cli], postgres_url: str, 
     with (
         services.running([str(server_binary()), str(tmp_path / "valkey" / "conf")], redis),
         services.running([*serve, "--vfs-cache-mode", "off"], s3, RCLONE_AUTH_KEY=keys),
+        logins(postgres_url, known["database"]) as roles,
     ):
         cli = make_cli(
-            LORACTL_DATABASE_URL=_with_password(postgres_url, known["database"]),
+            LORACTL_DATABASE_URL=roles.person,
             LORACTL_REDIS_URL=f"redis://:{known['valkey']}@127.0.0.1:{redis}/0",
             LORACTL_ARTIFACTS_URL="s3://loractl/lab",
             AWS_ENDPOINT_URL=f"http://127.0.0.1:{s3}",
             AWS_REGION="us-east-1",
             **{name: known[name] for name in NAMES if name.isupper()},
         )
-        cli("db", "upgrade")
-        yield cli
+        yield Lab(person=cli, box=cli.with_environment(LORACTL_DATABASE_URL=roles.box))
 
 
 def test_no_secret_is_left_anywhere(
-    lab: Cli, known: dict[str, str], home: Path, postgres_url: str, tiny_model: Path, tmp_path: Path
+    lab: Lab, known: dict[str, str], home: Path, postgres_url: str, tiny_model: Path, tmp_path: Path
 ) -> None:
     lookout = Lookout(known, home)
     lookout.start()
     job = write_job(tmp_path, tiny_model)
-    said = [lab("submit", job), lab("submit", job, "--set=base_model=/nowhere", "--set=max_retries=0")]
-    said.append(lab("worker", "--drain-when-idle", timeout=240))
+    said = [lab.person("submit", job), lab.person("submit", job, "--set=base_model=/nowhere", "--set=max_retries=0")]
+    said.append(lab.box("worker", "--drain-when-idle", timeout=240))
     for command in (
         ["status", "-a"], ["status", "-a", "--json"], ["show", 1], ["show", 1, "--json"], ["show", 2], ["logs", 1],
         ["logs", 2], ["report", 1, "--json"], ["adapters", "--json"], ["gpus", "--json"], ["retry", 2], ["why", 2],
         ["adapters", "pull", 1, tmp_path / "pulled"],
     ):  # fmt: skip
-        said.append(lab(*command))
-    said += _with_everything_away(lab, known, job)
+        said.append(lab.person(*command))
+    said.append(lab.box("gc", "--keep-last", 5))
+    said += _with_everything_away(lab.person, known, job)
     lookout.end()
 
     assert [j for j in said[3].stdout.splitlines() if "succeeded" in j], said[3].stdout
@@ -146,16 +161,6 @@ def _with_everything_away(lab: Cli, known: dict[str, str], job: Path) -> list:
         no_store("--debug", "submit", job, code=None),
         lab.with_environment(LORACTL_REDIS_URL=f"redis://:{known['valkey']}@[::1/0")("submit", job, code=2),
     ]
-
-
-def _with_password(url: str, password: str) -> str:
-    """The same database for a user who owns it, with a password in the URL."""
-    name = f"lab_{secrets.token_hex(4)}"
-    engine = create_engine(url, isolation_level="AUTOCOMMIT")
-    with engine.connect() as connection:
-        connection.execute(text(f"CREATE ROLE {name} LOGIN SUPERUSER PASSWORD '{password}'"))
-    engine.dispose()
-    return make_url(url).set(username=name, password=password).render_as_string(hide_password=False)
 
 
 def _rows(url: str) -> Iterator[bytes]:

@@ -1,0 +1,188 @@
+"""docs/deploy.md's roles, as they stand on the page: who submits can't claim, and a worker can't submit."""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from sqlalchemy import text
+
+from loractl.common.adjustment import Adjustment
+from loractl.common.database import make_engine, upgrade
+from loractl.common.errors import Forbidden
+from loractl.common.policy import Need
+from loractl.common.records import Claim, Progress, StoredCheckpoint
+from loractl.common.retention import SpentLog
+from loractl.common.status import Reason, Stage, Status
+from loractl.common.store import Store
+from loractl.common.units import GIB
+
+from ..conftest import Cli
+from ..models import write_helpdesk
+from ..roles import Logins, logins
+from ..unit.factories import RESULT, submission, take
+
+
+@pytest.fixture
+def lab(postgres_url: str) -> Iterator[Logins]:
+    engine = make_engine(postgres_url)
+    upgrade(engine)
+    engine.dispose()
+    with logins(postgres_url) as made:
+        yield made
+
+
+@pytest.fixture
+def person(lab: Logins) -> Iterator[Store]:
+    engine = make_engine(lab.person)
+    yield Store(engine)
+    engine.dispose()
+
+
+@pytest.fixture
+def box(lab: Logins) -> Iterator[Store]:
+    engine = make_engine(lab.box)
+    yield Store(engine)
+    engine.dispose()
+
+
+def test_who_submits_can_submit_cancel_hold_retry_and_read(person: Store, box: Store) -> None:
+    first, second = person.submit(submission()), person.submit(submission(name="b"))
+    person.hold(second, "ada", "wait")
+    person.retry(second, "ada")
+    person.cancel(second, "ada")
+    person.retry(second, "ada")
+    assert isinstance(take(box), Claim)
+    assert person.cancel(first, "ada").cancel_requested, "a running job is asked"
+    for read in (person.jobs, person.fleet, person.nodes, person.adapters, person.measured, person.drains, person.now):
+        read()
+    for read_one in (person.job, person.events, person.attempts, person.log):
+        read_one(first)
+
+
+def test_who_submits_cannot_claim_or_touch_what_is_a_worker_s(person: Store, box: Store) -> None:
+    running = person.submit(submission())
+    person.submit(submission(name="waits"))
+    claim = take(box)
+    assert isinstance(claim, Claim)
+    for forbidden in (
+        lambda: person.claim("box:0"),
+        lambda: take(person),
+        lambda: person.finish(claim, Reason.OK, "", Progress(), RESULT),
+        lambda: person.keep_checkpoint(claim, StoredCheckpoint(step=1, prefix="jobs/1/checkpoints/1-1")),
+        lambda: person.drain("box", "ada", "mine"),
+        lambda: person.forget_node("box:0"),
+        lambda: person.remove_result(running, "ada"),
+    ):
+        with pytest.raises(Forbidden, match=r"does not let ada_\w+ do that"):
+            forbidden()
+    assert box.job(running).token == claim.token
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "UPDATE jobs SET status = 'running' WHERE status = 'queued'",
+        "UPDATE jobs SET status = 'succeeded'",
+        "UPDATE jobs SET status = 'cancelled' WHERE status = 'running'",
+        "UPDATE jobs SET status = 'queued' WHERE status = 'running'",
+        "UPDATE jobs SET token = 'mine'",
+        "UPDATE jobs SET checkpoint = '{}'",
+        "UPDATE jobs SET adapter_uri = 'x'",
+        "UPDATE jobs SET spec = '{}'",
+        "INSERT INTO attempts SELECT * FROM attempts",
+        "INSERT INTO nodes SELECT * FROM nodes",
+        "DELETE FROM jobs",
+        "DELETE FROM events",
+        "DROP TRIGGER loractl_no_claim ON jobs",
+        "CREATE TABLE mine (a int)",
+        "CREATE OR REPLACE FUNCTION loractl_no_claim() RETURNS trigger LANGUAGE sql AS ''",
+        "SET ROLE loractl_worker",
+        "GRANT loractl_worker TO CURRENT_USER",
+    ],
+)
+def test_by_hand_who_submits_cannot_do_more(person: Store, box: Store, lab: Logins, statement: str) -> None:
+    for name in ("runs", "waits"):
+        person.submit(submission(name=name))
+    assert isinstance(take(box), Claim)
+    engine = make_engine(lab.person)
+    with pytest.raises(Forbidden), engine.begin() as connection:
+        connection.execute(text(statement))
+    engine.dispose()
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        "status = 'running'", "token = 'mine'", "attempt = 3", "adapter_uri = 'x'",
+        "adjustment = '{\"micro_batch\": 1}'",
+        'checkpoint = \'{"step": "../../x", "prefix": "jobs/1/attempt-1"}\'',
+    ],
+)  # fmt: skip
+def test_a_new_row_has_no_history(person: Store, lab: Logins, column: str) -> None:
+    """Written in one statement, as a hostile client would."""
+    person.submit(submission())
+    engine = make_engine(lab.person)
+    name, _, value = column.partition(" = ")
+    with engine.connect() as connection:
+        names = connection.execute(text("SELECT * FROM jobs LIMIT 0")).keys()
+        columns = [f'"{key}"' for key in names if key != "job_id"]
+        values = [value if key == f'"{name}"' else key for key in columns]
+        copy = f"INSERT INTO jobs ({', '.join(columns)}) SELECT {', '.join(columns)} FROM jobs"
+        connection.execute(text(copy))
+        with pytest.raises(Forbidden):
+            connection.execute(text(copy.replace(f"SELECT {', '.join(columns)}", f"SELECT {', '.join(values)}")))
+    engine.dispose()
+
+
+def test_a_worker_can_run_jobs_to_their_end_and_clean_up(person: Store, box: Store) -> None:
+    for name in ("ends", "fails", "lost"):
+        person.submit(submission(name=name, max_retries=0))
+    claim = take(box)
+    assert isinstance(claim, Claim)
+    progress = Progress(
+        stage=Stage.TRAINING, step=1, total_steps=2, loss=1.0, eta_seconds=1.0, eta_spread_seconds=1.0,
+        tokens_per_second=9.0, metrics=((1, "loss", 1.0),), events=(("data", "rows"),), log="line\n", vram_peak=GIB,
+        need=Need(lora=3 * GIB, qlora=GIB), adjustment=Adjustment(micro_batch=1),
+    )  # fmt: skip
+    assert box.beat(claim, progress).accepted
+    assert box.keep_checkpoint(claim, StoredCheckpoint(step=1, prefix="jobs/1/checkpoints/1-1"))
+    assert box.finish(claim, Reason.OK, "done", progress, RESULT) is Status.SUCCEEDED
+    second = take(box)
+    assert isinstance(second, Claim)
+    box.finish(second, Reason.OUT_OF_MEMORY, "out of memory", Progress())
+    assert isinstance(take(box), Claim)
+    box.give_back("box:0")
+    for verb in (box.reap, box.end_patience, box.preempt, box.fleet, box.spent_logs):
+        verb()
+    box.drain("box", "loractl", "left something behind", until=box.now() + dt.timedelta(hours=1))
+    assert box.end_drain("box")
+    assert box.remove_result(claim.job_id, "heron")
+    assert box.forget_checkpoint(claim.job_id)
+    box.forget_log(SpentLog(job_id=claim.job_id, attempt=1, size=5))
+    box.forget_node("box:0")
+
+
+def test_a_worker_cannot_submit_or_change_what_was_asked(person: Store, box: Store, lab: Logins) -> None:
+    person.submit(submission())
+    with pytest.raises(Forbidden, match=r"does not let heron_\w+ do that"):
+        box.submit(submission())
+    engine = make_engine(lab.box)
+    for change in ("spec = '{}'", "data = '{}'", "\"user\" = 'eve'", "base_model = 'org/other'", "priority = 9"):
+        with pytest.raises(Forbidden), engine.begin() as connection:
+            connection.execute(text(f"UPDATE jobs SET {change}"))
+    for statement in ("DELETE FROM jobs", "DELETE FROM events", "TRUNCATE attempts CASCADE"):
+        with pytest.raises(Forbidden), engine.begin() as connection:
+            connection.execute(text(statement))
+    engine.dispose()
+
+
+def test_the_commands_say_so_in_a_sentence(make_cli: Callable[..., Cli], lab: Logins, tmp_path: Path) -> None:
+    write_helpdesk(tmp_path / "data.jsonl")
+    (tmp_path / "job.yaml").write_text("name: job\nbase_model: gpt2\ndataset: {path: data.jsonl}\n")
+    make_cli(LORACTL_DATABASE_URL=lab.person)("submit", tmp_path / "job.yaml")
+    told = make_cli(LORACTL_DATABASE_URL=lab.box)("submit", tmp_path / "job.yaml", code=1).stderr
+    assert told.startswith("Error: the database does not let heron_"), told
+    assert "permission denied for table jobs\nHint: each role may do its own part: docs/deploy.md" in told
