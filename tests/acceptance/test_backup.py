@@ -30,8 +30,9 @@ def numbers(cli: Cli) -> list[int]:
 def test_a_home_that_was_lost_in_mid_run_is_restored_and_all_its_jobs_end_well(
     cli: Cli, home: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
-    for name in ("first", "second"):
-        cli("submit", write_job(tmp_path, tiny_model, name=name), "--set=training.max_steps=60")
+    for name, steps in (("first", 200), ("second", 10)):
+        job = write_job(tmp_path, tiny_model, name=name)
+        cli("submit", job, f"--set=training.max_steps={steps}", "--set=training.save_steps=20")
     worker = cli.start("worker")
     try:
         _until(cli, 1, lambda job: (job["step"] or 0) >= 2)
