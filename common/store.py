@@ -834,15 +834,13 @@ class Store:
         return True, f"{message}; it waits for {gib(job.vram_needed)} GiB now"
 
     def _times_ended(self, session: Session, job_id: int, reason: Reason) -> int:
-        """Attempts that ended so since a person last queued the job again."""
-        retried = select(func.max(Event.at)).where(Event.job_id == job_id, Event.kind == "retry").scalar_subquery()
-        lost = (
-            select(func.count())
-            .select_from(Attempt)
-            .where(Attempt.job_id == job_id, Attempt.reason == reason)
-            .where(or_(retried.is_(None), Attempt.started_at >= retried))
-        )
-        return session.scalar(lost) or 0
+        """Attempts that ended so since a person last queued the job again: by the order of its history, since a clock
+        may be set back."""
+        retried = select(func.max(Event.event_id)).where(Event.job_id == job_id, Event.kind == "retry")
+        began = func.coalesce(retried.scalar_subquery(), 0)
+        since = select(Event.attempt).where(Event.job_id == job_id, Event.kind == "started", Event.event_id > began)
+        ended = (Attempt.job_id == job_id) & (Attempt.reason == reason) & Attempt.attempt.in_(since)
+        return session.scalar(select(func.count()).select_from(Attempt).where(ended)) or 0
 
     def _already_finished(self, session: Session, claim: Claim, reason: Reason, job: Job) -> Status | None:
         """A commit whose answer was lost may have been our own: then the attempt's row says so."""
