@@ -1,0 +1,434 @@
+"""Any order of submits, claims, heartbeats, ends, wishes and clock jumps keeps the store's promises, on each database.
+
+1. A number that submit returned is never lost: the job is always readable, in a legal state, and can come to an end.
+2. At most one attempt publishes a result; every write names its token, and a stale one is refused and writes nothing.
+3. A finished job never changes, and a cancel that was acknowledged never runs again, unless a person retries the job.
+
+STORE_EXAMPLES=1000 pytest tests/unit/common/test_store_machine.py is the long run.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import itertools
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    Bundle,
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    multiple,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+from sqlalchemy import Engine, delete, event
+from sqlalchemy.orm import Session
+
+from loractl.common.errors import WrongState
+from loractl.common.records import Claim, Progress, StoredCheckpoint, StoredResult
+from loractl.common.status import TRANSITIONS, Reason, Stage, Status
+from loractl.common.store import Store
+from loractl.common.tables import Base, Job
+from loractl.common.units import GIB
+
+from ..factories import NOON, Clock, node_state, submission
+
+EXAMPLES = int(os.environ.get("STORE_EXAMPLES", "50"))
+
+machine = settings(
+    max_examples=EXAMPLES,
+    stateful_step_count=40,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+    derandomize=EXAMPLES <= 50,  # the short run must not fail by chance; the long one looks for something new
+    print_blob=True,
+)
+
+# Written down again, not taken from the code: the model must be able to disagree with it.
+LEASE_S, HELD_AFTER, CARD_PAUSE_S = 60, 3, 10
+LAB = frozenset({Reason.WORKER_LOST, Reason.DRAINED, Reason.PREEMPTED, Reason.GPU_ERROR})
+COUNTED = frozenset(
+    {
+        Reason.HOST_OUT_OF_MEMORY, Reason.DISK_FULL, Reason.STORE_FAILED, Reason.EVALUATION_FAILED,
+        Reason.TRAINER_ERROR,
+    }
+)  # fmt: skip
+ENDED = (Status.SUCCEEDED, Status.FAILED, Status.CANCELLED)
+
+SMALL, LARGE = 4, 9  # GiB; the nodes have 10
+NODES = ("heron:0", "owl:0")
+RESCUE = "rescue:0"
+
+
+@dataclass(kw_only=True, eq=False)
+class Run:
+    """An attempt as its holder knows it."""
+
+    claim: Claim
+    ended: Reason | None = None
+    result: StoredResult | None = None
+
+
+@dataclass(kw_only=True, eq=False)
+class Known:
+    """What a job must be, by everything that was answered so far."""
+
+    job_id: int
+    max_retries: int
+    preemptible: bool
+    status: Status = Status.QUEUED
+    runs: list[Run] = field(default_factory=list)
+    holder: Run | None = None
+    node: str | None = None
+    lease: dt.datetime = NOON
+    not_before: dt.datetime | None = None
+    held: bool = False
+    cancel_asked: bool = False
+    gives_way: bool = False
+    checkpoint: StoredCheckpoint | None = None
+    retries: int = 0
+    lost: dict[Reason, int] = field(default_factory=dict)  # since a person last queued it
+    published: Run | None = None
+    final: dict[str, Any] | None = None  # the row of a job that has ended
+
+    def become(self, status: Status) -> None:
+        assert status is self.status or status in TRANSITIONS[self.status]
+        self.status = status
+
+    def start(self, claim: Claim, node: str, now: dt.datetime) -> Run:
+        self.holder = Run(claim=claim)
+        self.runs.append(self.holder)
+        self.become(Status.RUNNING)
+        self.node, self.lease = node, now + dt.timedelta(seconds=LEASE_S)
+        return self.holder
+
+    def end(self, reason: Reason, now: dt.datetime, told: Status | None = None) -> None:
+        """The attempt ends. `told`: the store's answer where this model has no opinion (out of memory)."""
+        assert self.holder is not None
+        self.holder.ended, self.holder, self.gives_way, self.not_before = reason, None, False, None
+        if reason is Reason.OK:
+            self.become(Status.SUCCEEDED)
+        elif self.cancel_asked or reason is Reason.CANCELLED:
+            self.become(Status.CANCELLED)
+        elif reason in LAB:
+            self.become(Status.QUEUED)
+            self.lost[reason] = self.lost.get(reason, 0) + 1
+            self.held = reason in (Reason.WORKER_LOST, Reason.GPU_ERROR) and self.lost[reason] >= HELD_AFTER
+            if reason is Reason.GPU_ERROR and not self.held:
+                self.not_before = now + dt.timedelta(seconds=CARD_PAUSE_S)
+        elif reason in COUNTED and self.retries < self.max_retries:
+            self.become(Status.QUEUED)
+            self.retries += 1
+            self.not_before = now + dt.timedelta(seconds=min(600, 10 * 2 ** (self.retries - 1)))
+        elif reason is Reason.OUT_OF_MEMORY:
+            assert told in (None, Status.QUEUED, Status.FAILED)
+            self.become(told or Status.QUEUED)
+        else:
+            self.become(Status.FAILED)
+        if self.status in ENDED:
+            self.checkpoint = None
+
+    def may_start(self, now: dt.datetime) -> bool:
+        waits = self.not_before is not None and self.not_before > now
+        return self.status is Status.QUEUED and not self.held and not self.cancel_asked and not waits
+
+
+class Life(RuleBasedStateMachine):
+    """Several jobs, two nodes and their persons, in any order; `known` is the independent model."""
+
+    jobs: Bundle[Known] = Bundle("jobs")
+    runs: Bundle[Run] = Bundle("runs")
+
+    def __init__(self, store: Store, clock: Clock) -> None:
+        super().__init__()
+        self.store, self.clock = store, clock
+        clock.now = NOON
+        self.known: dict[int, Known] = {}
+        self.numbers = itertools.count(1)
+        with Session(store._engine) as session, session.begin():
+            for table in reversed(Base.metadata.sorted_tables):
+                session.execute(delete(table))
+
+    # --- what a person does ---
+
+    @initialize(target=jobs)
+    def a_first_job(self) -> Known:
+        return self.submit(SMALL, priority=0, preemptible=True, max_retries=1)
+
+    @rule(
+        target=jobs,
+        size=st.sampled_from([SMALL, SMALL, LARGE]),
+        priority=st.sampled_from([0, 0, 5]),
+        preemptible=st.booleans(),
+        max_retries=st.integers(0, 1),
+    )
+    def submit(self, size: int, priority: int, preemptible: bool, max_retries: int) -> Known:
+        wanted = submission(
+            lora=size, method="lora", priority=priority, preemptible=preemptible, max_retries=max_retries
+        )
+        job_id = self.store.submit(wanted)
+        assert all(job_id > earlier for earlier in self.known), "a number is never given twice"
+        self.known[job_id] = Known(job_id=job_id, max_retries=max_retries, preemptible=preemptible)
+        return self.known[job_id]
+
+    @rule(job=jobs)
+    def cancel(self, job: Known) -> None:
+        if job.status in ENDED:
+            assert refused(self.store.cancel, job.job_id)
+            return
+        row = self.store.cancel(job.job_id, "bob")
+        if job.status is Status.QUEUED:
+            job.become(Status.CANCELLED)
+        else:
+            job.cancel_asked = True
+        assert row.status is job.status
+
+    @rule(job=jobs)
+    def hold(self, job: Known) -> None:
+        if job.status is not Status.QUEUED:
+            assert refused(self.store.hold, job.job_id)
+            return
+        assert self.store.hold(job.job_id, "bob").held
+        job.held = True
+
+    @rule(job=jobs)
+    def retry(self, job: Known) -> None:
+        if not (job.status in (Status.FAILED, Status.CANCELLED) or (job.status is Status.QUEUED and job.held)):
+            assert refused(self.store.retry, job.job_id)
+            return
+        assert self.store.retry(job.job_id, "bob").status is Status.QUEUED
+        job.become(Status.QUEUED)
+        job.held, job.cancel_asked, job.not_before = False, False, None
+        job.retries, job.lost, job.final = 0, {}, None
+
+    @rule(job=jobs)
+    def gc_forgets_the_checkpoint(self, job: Known) -> None:
+        assert self.store.forget_checkpoint(job.job_id) == (job.status in ENDED)
+        if job.status in ENDED:
+            job.checkpoint = None
+            if job.final is not None:
+                job.final["checkpoint"] = None
+
+    # --- what a node does ---
+
+    @precondition(lambda self: self.some(Status.QUEUED))
+    @rule(target=runs, node=st.sampled_from(NODES))
+    def claim(self, node: str) -> Any:
+        taken = self.take(node, 10 * GIB)
+        return multiple() if taken is None else taken
+
+    @rule(run=runs, loss=st.floats(0, 9))
+    def beat(self, run: Run, loss: float) -> None:
+        job, number = self.of(run), next(self.numbers)
+        answer = self.store.beat(run.claim, told(number, loss))
+        mine = job.holder is run
+        assert answer.accepted is mine
+        if mine:
+            job.lease = self.clock.now + dt.timedelta(seconds=LEASE_S)
+            assert answer.cancel_requested is job.cancel_asked
+            assert (answer.preempted_by is not None) is job.gives_way
+        self.written(job, number, mine)
+
+    @rule(run=runs, reason=st.sampled_from([Reason.OK, Reason.DRAINED, Reason.TRAINER_ERROR, *Reason]))
+    def finish(self, run: Run, reason: Reason) -> None:
+        """Also to give it back, for the second time after a lost answer, and by a worker that was frozen meanwhile."""
+        job, number, mine = self.of(run), next(self.numbers), self.of(run).holder is run
+        result = None
+        if reason is Reason.OK:
+            uri = f"file:///lab/jobs/{job.job_id}/attempt-{run.claim.attempt}/{number}"
+            result = StoredResult(adapter_uri=uri, report_uri=f"{uri}.json", adapter_size=1, adapter_sha256="a" * 64)
+        before = job.status
+        answer = self.store.finish(run.claim, reason, f"because of {reason.value}", told(number, 1.0), result)
+        self.written(job, number, mine)
+        if mine:
+            job.end(reason, self.clock.now, answer)
+            if result is not None:
+                assert job.published is None, "a second attempt published"
+                run.result, job.published = result, run
+            assert answer is job.status
+        else:
+            assert answer is (before if run.ended is reason else None)
+
+    @rule(run=runs, step=st.integers(1, 99))
+    def keep_checkpoint(self, run: Run, step: int) -> None:
+        job = self.of(run)
+        kept = StoredCheckpoint(step=step, prefix=f"jobs/{job.job_id}/checkpoints/{run.claim.attempt}-{step}")
+        mine = job.holder is run
+        assert self.store.keep_checkpoint(run.claim, kept) is mine
+        if mine:
+            job.checkpoint = kept
+
+    @precondition(lambda self: self.some(Status.RUNNING))
+    @rule()
+    def reap(self) -> None:
+        over = [j for j in self.known.values() if j.status is Status.RUNNING and j.lease < self.clock.now]
+        waits_again = [job_id for job_id, _ in self.store.reap()]
+        for job in over:
+            job.end(Reason.WORKER_LOST, self.clock.now)
+        assert sorted(waits_again) == [j.job_id for j in over if j.status is Status.QUEUED and not j.held]
+
+    @precondition(lambda self: self.some(Status.RUNNING))
+    @rule(node=st.sampled_from(NODES))
+    def give_back(self, node: str) -> None:
+        """A node starts anew: what its predecessor ran is lost."""
+        left = [j for j in self.known.values() if j.status is Status.RUNNING and j.node == node]
+        assert sorted(self.store.give_back(node)) == [j.job_id for j in left]
+        for job in left:
+            job.end(Reason.WORKER_LOST, self.clock.now)
+
+    @precondition(lambda self: self.some(Status.QUEUED))
+    @rule(node=st.sampled_from(NODES), times=st.integers(1, 3), silent=st.booleans())
+    def workers_are_lost(self, node: str, times: int, silent: bool) -> None:
+        for _ in range(times):
+            run = self.take(node, 10 * GIB)
+            if run is None:
+                return
+            if silent:
+                self.clock.forward(LEASE_S + 1)
+                self.reap()
+            else:
+                self.finish(run, Reason.WORKER_LOST)
+
+    @rule(run=runs, reason=st.sampled_from(Reason), retried=st.booleans())
+    def is_cancelled_and_ends(self, run: Run, reason: Reason, retried: bool) -> None:
+        self.cancel(self.of(run))
+        self.finish(run, reason)
+        if retried:
+            self.retry(self.of(run))
+
+    @precondition(lambda self: self.some(Status.RUNNING) and self.some(Status.QUEUED))
+    @rule()
+    def preempt(self) -> None:
+        asked = [j for j in self.known.values() if j.gives_way]
+        for job_id in self.store.preempt():
+            job = self.known[job_id]
+            assert job.status is Status.RUNNING and job.preemptible and not asked
+            job.gives_way = True
+
+    @rule(seconds=st.sampled_from([1, 11, 59, 61, 700, 4000, -1, -61, -4000]))
+    def the_clock_moves(self, seconds: int) -> None:
+        self.clock.forward(seconds)
+
+    # --- what always holds ---
+
+    @invariant()
+    def every_job_is_what_it_must_be(self) -> None:
+        rows = {row.job_id: row for row in self.store.jobs()}
+        assert rows.keys() == self.known.keys(), "a number that submit returned is never lost"
+        published = {a.job_id: (a.attempt, a.uri) for a in self.store.adapters()}
+        for job in self.known.values():
+            row = rows[job.job_id]
+            assert row.status is job.status
+            assert (row.held, row.cancel_requested) == (job.held, job.cancel_asked)
+            assert row.token == (job.holder.claim.token if job.holder else None)
+            assert row.lease_expires_at == (job.lease if job.holder else None)
+            assert row.not_before == job.not_before
+            assert (row.attempt, row.retries_used) == (len(job.runs), job.retries)
+            assert (row.ended_at is not None) is (job.status in ENDED)
+            assert (row.preempted_by is not None) is job.gives_way
+            assert row.checkpoint == (vars(job.checkpoint) if job.checkpoint else None)
+            result = job.published and job.published.result
+            assert (result is not None) is (job.status is Status.SUCCEEDED)
+            assert row.adapter_uri == (result.adapter_uri if result else None)
+            if job.published is not None and result is not None:
+                assert published.pop(job.job_id) == (job.published.claim.attempt, result.adapter_uri)
+            if job.status in ENDED:
+                seen = columns(row)
+                assert job.final is None or seen == job.final, "an ended job has changed"
+                job.final = seen
+        assert not published, "an adapter is listed that no attempt published"
+
+    def its_history_is_whole(self, job: Known) -> None:
+        """Every attempt has its row, with the reason why it ended; the one that holds the job is the last and open."""
+        rows = self.store.attempts(job.job_id)
+        assert [(r.attempt, r.token, r.reason) for r in rows] == [
+            (n, run.claim.token, run.ended) for n, run in enumerate(job.runs, 1)
+        ]
+        assert [r.ended_at is None for r in rows] == [run is job.holder for run in job.runs]
+
+    def teardown(self) -> None:
+        """Whatever has happened, everything that nobody cancelled still comes to an end."""
+        for job in self.known.values():
+            if job.holder is not None:
+                self.finish(job.holder, Reason.OK)
+            if job.status is Status.QUEUED and job.held:
+                self.retry(job)
+        self.clock.forward(100_000)
+        waiting = [job for job in self.known.values() if job.status is Status.QUEUED]
+        for _ in waiting:
+            run = self.take(RESCUE, 1000 * GIB)
+            assert run is not None, f"nobody can claim {[job.job_id for job in waiting]}"
+            self.finish(run, Reason.OK)
+        assert all(job.status in ENDED for job in self.known.values())
+        self.every_job_is_what_it_must_be()
+        for job in self.known.values():
+            self.its_history_is_whole(job)
+
+    def take(self, node: str, total: int) -> Run | None:
+        self.store.see_node(node_state(node, total=total, max_jobs=64))
+        claim = self.store.claim(node)
+        if not isinstance(claim, Claim):
+            return None
+        job = self.known[claim.job_id]
+        assert job.may_start(self.clock.now), f"job {job.job_id} is {job.status.value} and was started"
+        assert claim.attempt == len(job.runs) + 1
+        assert claim.checkpoint == job.checkpoint
+        assert claim.token not in {run.claim.token for other in self.known.values() for run in other.runs}
+        job.not_before = None
+        return job.start(claim, node, self.clock.now)
+
+    def some(self, status: Status) -> bool:
+        return any(job.status is status for job in self.known.values())
+
+    def of(self, run: Run) -> Known:
+        return self.known[run.claim.job_id]
+
+    def written(self, job: Known, number: int, mine: bool) -> None:
+        """What an attempt tells is in the database exactly when the job is its own."""
+        steps = {point.step for point in self.store.metrics(job.job_id, "loss")}
+        assert (number in steps) is mine
+
+
+def test_no_order_of_events_breaks_a_promise(timed: Store, clock: Clock) -> None:
+    _without_waiting_for_the_disk(timed._engine)
+    run_state_machine_as_test(lambda: Life(timed, clock), settings=machine)
+
+
+def test_the_model_has_an_opinion_on_every_reason() -> None:
+    final = {Reason.BAD_SPEC, Reason.BAD_DATA, Reason.MODEL_NOT_FOUND, Reason.DIVERGED, Reason.TIMED_OUT}
+    own = {Reason.OK, Reason.CANCELLED, Reason.OUT_OF_MEMORY}
+    assert LAB | COUNTED | final | own == set(Reason)
+    assert all(not TRANSITIONS[status] & {Status.RUNNING, Status.SUCCEEDED} for status in ENDED)
+
+
+def _without_waiting_for_the_disk(engine: Engine) -> None:
+    """No power fails in this test, and a disk that others use makes it ten times as long."""
+    engine.dispose()  # connections that were made without
+    hasty = "PRAGMA synchronous=OFF" if engine.dialect.name == "sqlite" else "SET synchronous_commit=off"
+
+    @event.listens_for(engine, "connect")
+    def be_hasty(connection: Any, _: Any) -> None:
+        connection.execute(hasty)
+        connection.commit()
+
+
+def told(number: int, loss: float) -> Progress:
+    return Progress(stage=Stage.TRAINING, step=number, loss=loss, metrics=((number, "loss", loss),), log=f"{number}\n")
+
+
+def refused(verb: Any, job_id: int) -> bool:
+    try:
+        verb(job_id, "bob")
+    except WrongState:
+        return True
+    return False
+
+
+def columns(row: Job) -> dict[str, Any]:
+    return {name: value for name, value in vars(row).items() if not name.startswith("_")}
