@@ -6,7 +6,7 @@ import contextlib
 import errno
 import json
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from loractl.common.errors import LoractlError
 from loractl.common.spec import JobSpec, Method
 from loractl.common.status import Reason
+
+from .trust import Refused, check_model_settings
 
 PLAIN_CHAT_TEMPLATE = (
     "{% for message in messages %}### {{ message['role'] | capitalize }}:\n{{ message['content'] }}"
@@ -182,22 +184,33 @@ def _source(base_model: str, revision: str | None, *, run_code: bool) -> dict[st
 
     if find_adapter_config_file(base_model, revision=revision) is not None:
         raise TrainingFailed(Reason.BAD_SPEC, f"base_model {base_model} holds an adapter: name the base model itself")
+    configs = _configs(base_model, revision)
+    try:
+        check_model_settings(base_model, *configs)
+    except Refused as refused:
+        raise TrainingFailed(Reason.BAD_SPEC, refused.sentence) from refused
     if run_code:
-        _check_code_is_its_own(base_model, revision)
+        _check_code_is_its_own(base_model, configs)
     # Without an explicit False, transformers asks at the terminal whether to run a model's own code.
     where = {} if revision is None else {"revision": revision, "code_revision": revision}
     return {"trust_remote_code": run_code, **where}
 
 
-def _check_code_is_its_own(base_model: str, revision: str | None) -> None:
-    """Code that a config takes from another repository is not what the box's owner has read. Raises TrainingFailed."""
+def _configs(base_model: str, revision: str | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What config.json and tokenizer_config.json say; a GGUF file alone has neither."""
     from transformers import PreTrainedConfig
     from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
-    configs = (
+    if _gguf_file(base_model) and not (Path(base_model) / "config.json").exists():
+        return {}, get_tokenizer_config(base_model, revision=revision)
+    return (
         PreTrainedConfig.get_config_dict(base_model, revision=revision)[0],
         get_tokenizer_config(base_model, revision=revision),
     )
+
+
+def _check_code_is_its_own(base_model: str, configs: Iterable[dict[str, Any]]) -> None:
+    """Code that a config takes from another repository is not what the box's owner has read. Raises TrainingFailed."""
     for config in configs:
         if "--" in json.dumps(config.get("auto_map", {})):
             what = f"base_model {base_model} runs code of another repository, which nobody has allowed"

@@ -42,7 +42,7 @@ from .keeping import CheckpointKeeper
 from .occupancy import JOB_VARIABLE, RUN_VARIABLE, run_mark
 from .protocol import Adjusted, Ended, Note, Peaks, Planned, Saved, StageChanged, Start, Stepped, Stop, Told
 from .space import bytes_to_write, require_space
-from .trust import Refused, check_claim, may_run_code
+from .trust import Refused, check_checkpoint, check_claim, may_run_code
 
 log = logging.getLogger("loractl.worker")
 Answer = TypeVar("Answer")
@@ -186,6 +186,8 @@ class Supervisor:
         """Fetch the data and say what the trainer shall do."""
         spec, cache = claim.spec, self._settings.cache_dir
         check_claim(spec, claim.data, self._settings)
+        if claim.checkpoint is not None:
+            check_checkpoint(claim.job_id, claim.checkpoint)
         require_space(folder, bytes_to_write(spec, claim.method))
 
         def local(key: str, wanted: str | None) -> str | None:

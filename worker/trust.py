@@ -6,10 +6,13 @@ Whoever can write rows can write any spec into one, so nothing that a client has
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from loractl.common.errors import LoractlError
+from loractl.common.records import StoredCheckpoint
 from loractl.common.settings import Settings
 from loractl.common.spec import JobSpec, is_hub_data, is_hub_id
 
@@ -32,6 +35,13 @@ def check_claim(spec: JobSpec, data: dict[str, Any], settings: Settings) -> None
             raise Refused(f"the row says of dataset.{key} no address and hash of a stored data set")
 
 
+def check_checkpoint(job_id: int, checkpoint: StoredCheckpoint) -> None:
+    """Raises Refused for a checkpoint that no attempt of this job can have stored: its name becomes a folder here."""
+    made = re.fullmatch(rf"jobs/{job_id}/checkpoints/[1-9]\d{{0,8}}-(\d{{1,12}})", str(checkpoint.prefix), re.ASCII)
+    if not isinstance(checkpoint.step, int) or made is None or made[1] != str(checkpoint.step):
+        raise Refused("the row names a checkpoint that is none of this job")
+
+
 def _is_stored(entry: Any) -> bool:
     """Whether this names a stored data set; the store itself takes no address but its own."""
     return isinstance(entry, dict) and all(isinstance(entry.get(key), str) for key in ("uri", "sha256"))
@@ -40,6 +50,43 @@ def _is_stored(entry: Any) -> bool:
 def may_run_code(spec: JobSpec, settings: Settings) -> bool:
     """Whether this box's owner trusts the code of this very model at this very commit."""
     return is_hub_id(spec.base_model) and f"{spec.base_model}@{spec.revision}" in settings.trusted_code
+
+
+def check_model_settings(base_model: str, *settings: Any) -> None:
+    """Raises Refused when what a model's own JSON says would make transformers read a file beside the model, or fetch
+    an attention kernel, which is code, from the hub.
+
+    A tokenizer whose `vocab` is a path takes that file for its words, and they are stored with the adapter.
+    """
+    for key, text in _strings(settings, ""):
+        if key.endswith("attn_implementation") and "/" in text:
+            raise Refused(f"base_model {base_model} asks for a kernel from the hub: {key} is {text!r}")
+        if key != "chat_template" and _is_file(text) and not _lies_in(Path(text), Path(base_model)):
+            raise Refused(f"base_model {base_model} names a file of this box that is not its own: {key} is {text!r}")
+
+
+def _strings(value: Any, key: str) -> Iterator[tuple[str, str]]:
+    """Every text in JSON values, with the nearest key above it that says what it is."""
+    if isinstance(value, str):
+        yield key, value
+    elif isinstance(value, dict):
+        for name, inner in value.items():
+            # {"attn_implementation": {"": ..., "text_config": ...}}: what is below it is of its kind
+            yield from _strings(inner, key if key.endswith("attn_implementation") else str(name))
+    elif isinstance(value, (list, tuple)):
+        for inner in value:
+            yield from _strings(inner, key)
+
+
+def _is_file(text: str) -> bool:
+    try:
+        return Path(text).exists() and not Path(text).is_dir()
+    except (OSError, ValueError):
+        return False  # too long for a path, or with a zero byte
+
+
+def _lies_in(path: Path, folder: Path) -> bool:
+    return folder.is_absolute() and path.resolve().is_relative_to(folder.resolve())
 
 
 def _check_base(base_model: str, roots: tuple[Path, ...]) -> None:

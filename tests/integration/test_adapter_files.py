@@ -108,6 +108,45 @@ def test_an_adapter_in_place_of_a_base_is_refused(tiny_model: Path, tmp_path: Pa
         load_tokenizer(str(disguised))
 
 
+@pytest.mark.parametrize(
+    ("file", "changed", "says"),
+    [
+        ("tokenizer_config.json", {"tokenizer_class": "BertTokenizer", "vocab": "{secret}"}, "vocab is"),
+        ("tokenizer_config.json", {"init_inputs": ["{secret}"]}, "init_inputs is"),
+        ("tokenizer_config.json", {"extra": {"sp_model_kwargs": {"model_file": "{secret}"}}}, "model_file is"),
+        ("config.json", {"attn_implementation": "org/kernel"}, "asks for a kernel from the hub"),
+        ("config.json", {"_attn_implementation": {"": "org/kernel@main"}}, "asks for a kernel from the hub"),
+    ],
+)
+def test_a_model_that_names_files_of_the_box_or_a_kernel_is_refused(
+    tiny_model: Path, tmp_path: Path, file: str, changed: dict[str, object], says: str
+) -> None:
+    secret = tmp_path / "secret.txt"
+    secret.write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\nhunter2\n")
+    folder = tmp_path / "base"
+    shutil.copytree(tiny_model, folder)
+    if file == "tokenizer_config.json":
+        (folder / "tokenizer.json").unlink()
+    settings = json.loads((folder / file).read_text()) | json.loads(
+        json.dumps(changed).replace("{secret}", str(secret))
+    )
+    (folder / file).write_text(json.dumps(settings))
+    with pytest.raises(TrainingFailed, match=says) as caught:
+        load_tokenizer(str(folder))
+    assert caught.value.reason is Reason.BAD_SPEC
+    with pytest.raises(TrainingFailed, match=says):
+        load_base(str(folder), Method.LORA, "cpu", choose_precision("cpu"))
+
+
+def test_a_model_may_name_its_own_files(tiny_model: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "base"
+    shutil.copytree(tiny_model, folder)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    own = {"tokenizer_file": str(folder / "tokenizer.json"), "name_or_path": "/", "chat_template": str(tmp_path)}
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, **own}))
+    assert load_tokenizer(str(folder)).vocab_size
+
+
 def test_a_hub_model_s_own_code_runs_only_where_it_is_trusted(tmp_path: Path) -> None:
     """In processes of their own: the hub's library reads its cache's place once."""
     mark = tmp_path / "it-ran"

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
+from loractl.common.records import StoredCheckpoint
 from loractl.common.settings import Settings, load_settings
-from loractl.worker.trust import Refused, check_claim, may_run_code
+from loractl.worker.trust import Refused, check_checkpoint, check_claim, may_run_code
 
 from ..factories import spec
 
@@ -126,3 +127,29 @@ def test_a_model_s_own_code_runs_only_for_the_pairs_that_the_owner_lists(setting
     assert not may_run_code(spec(revision="main"), trusting)
     assert not may_run_code(spec(base_model="org/other", revision=COMMIT), trusting)
     assert not may_run_code(spec(base_model="/srv/org/model", revision=COMMIT), trusting)
+
+
+def test_a_checkpoint_of_this_job_passes() -> None:
+    check_checkpoint(7, StoredCheckpoint(step=120, prefix="jobs/7/checkpoints/2-120"))
+
+
+@pytest.mark.parametrize(
+    ("step", "prefix"),
+    [
+        (120, "jobs/8/checkpoints/2-120"),
+        (121, "jobs/7/checkpoints/2-120"),
+        (120, "jobs/7/checkpoints/2-120/.."),
+        (120, "jobs/7/attempt-1"),
+        (120, "datasets/x"),
+        (-1, "jobs/7/checkpoints/2--1"),
+        ("1/../../../x", "jobs/7/checkpoints/2-1/../../../x"),
+        ("1", "jobs/7/checkpoints/2-1"),
+        (1.5, "jobs/7/checkpoints/2-1.5"),
+        (1, ["jobs/7/checkpoints/2-1"]),
+        (1, None),
+    ],
+)
+def test_a_row_that_names_another_checkpoint_is_refused(step: Any, prefix: Any) -> None:
+    """The step becomes the name of a folder on this box: a path in it would be written to."""
+    with pytest.raises(Refused, match="none of this job"):
+        check_checkpoint(7, StoredCheckpoint(step=step, prefix=prefix))
