@@ -19,7 +19,7 @@ from pathlib import Path
 from urllib.parse import SplitResult, parse_qsl, quote, urlsplit
 
 from .errors import ServiceUnreachable, UsageError
-from .settings import Settings
+from .settings import Settings, make_private
 
 SOCKET_PATH_LIMIT = 107
 """Bytes that fit into sockaddr_un.sun_path on Linux, without the closing zero."""
@@ -107,7 +107,11 @@ def _socket_path(settings: Settings) -> Path:
     if len(os.fsencode(path)) <= SOCKET_PATH_LIMIT:
         return path
     short = hashlib.sha256(os.fsencode(settings.home)).hexdigest()[:16]
-    return Path(tempfile.gettempdir()) / f"loractl-{os.getuid()}-{short}" / "valkey.sock"
+    folder = Path(tempfile.gettempdir()) / f"loractl-{os.getuid()}-{short}"
+    if os.path.lexists(folder) and (folder.is_symlink() or folder.stat().st_uid != os.getuid()):
+        # everybody may make a folder there, with a server of their own in it
+        raise UsageError(f"{folder} belongs to somebody else", "set LORACTL_HOME to a shorter path of your own")
+    return folder / "valkey.sock"
 
 
 def _answers(path: Path) -> bool:
@@ -124,9 +128,7 @@ def _answers(path: Path) -> bool:
 def _start(settings: Settings, path: Path) -> None:
     folder, log = path.parent, settings.runtime_dir / "valkey.log"
     for needed in (folder, settings.runtime_dir):
-        needed.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if folder.stat().st_uid != os.getuid():
-        raise UsageError(f"{folder} belongs to somebody else", "set LORACTL_HOME to a shorter path of your own")
+        make_private(needed)
     with (settings.runtime_dir / "valkey.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # two commands at once start one server
         if _answers(path):

@@ -14,7 +14,7 @@ from sqlalchemy import Connection, Engine, ExceptionContext, create_engine, even
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
 
 from .errors import Forbidden, LoractlError, SchemaMismatch, ServiceUnreachable, UsageError
-from .settings import Settings, redacted
+from .settings import Settings, make_private, redacted
 
 if TYPE_CHECKING:
     from alembic.config import Config
@@ -88,8 +88,7 @@ def make_engine(url: str) -> Engine:
             engine = create_engine(url, pool_pre_ping=True, pool_size=3, connect_args=_POSTGRES_OPTIONS)
             event.listen(engine, "handle_error", _say_what_is_forbidden)
             return engine
-        path = Path(url.removeprefix("sqlite:///"))
-        _private_folder(path.parent)
+        _private_file(Path(url.removeprefix("sqlite:///")))
         engine = create_engine(url, connect_args={"timeout": SQLITE_BUSY_MS / 1000})
     except (ArgumentError, NoSuchModuleError) as error:
         raise UsageError(
@@ -177,10 +176,14 @@ def alembic_config(connection: Connection | None) -> Iterator[Config]:
         yield config
 
 
-def _private_folder(folder: Path) -> None:
+def _private_file(path: Path) -> None:
+    """An empty file for its owner alone, if there is none; SQLite gives its companions (-wal, -shm) the same mode."""
     try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_private(path.parent)
     except OSError as error:
         raise LoractlError(
-            f"{folder} can't be made: {error.strerror}", "set LORACTL_HOME to a folder that you may write"
+            f"{path.parent} can't be made: {error.strerror}", "set LORACTL_HOME to a folder that you may write"
         ) from error
+    if path.is_absolute():
+        with contextlib.suppress(OSError):  # SQLite says what is wrong
+            path.touch(mode=0o600)

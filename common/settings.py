@@ -69,7 +69,8 @@ class Settings:
 def load_settings(environ: dict[str, str] | None = None) -> Settings:
     """Read LORACTL_* from the environment, then `config.toml` in LORACTL_HOME, then defaults.
 
-    Raises UsageError when config.toml can't be read or has an unknown key, and for a value that is none.
+    Raises UsageError when config.toml can't be read, has an unknown key, or shows a password to others, and for a value
+    that is none.
     """
     env = dict(os.environ) if environ is None else environ
     home = Path(env.get("LORACTL_HOME") or "~/.loractl").expanduser().absolute()
@@ -159,6 +160,13 @@ def redacted(url: str) -> str:
     return re.sub(r"([?&]\w*password=)[^&]*", r"\1***", hidden)
 
 
+def make_private(folder: Path) -> None:
+    """Create a folder, and those above it that are missing, for their owner alone. Raises OSError."""
+    for path in reversed((folder, *folder.parents)):
+        if not path.exists():
+            path.mkdir(mode=0o700, exist_ok=True)
+
+
 def _login() -> str:
     """The login name; a container's user may have none."""
     try:
@@ -178,7 +186,16 @@ def _checked(key: str, url: str) -> str:
         raise UsageError(
             f"LORACTL_{key.upper()} is not a URL", "write special characters of a password as %XX, a slash as %2F"
         )
+    if key == "artifacts_url" and _holds_password(url):
+        raise UsageError(
+            "LORACTL_ARTIFACTS_URL holds a password, and it is written into the rows of all jobs",
+            "keys of S3 belong into AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
+        )
     return url
+
+
+def _holds_password(url: str) -> bool:
+    return redacted(url) != url
 
 
 def _explicit_driver(url: str) -> str:
@@ -201,4 +218,7 @@ def _config_file(path: Path) -> dict[str, str]:
     unknown = sorted(set(values) - set(_KEYS))
     if unknown:
         raise UsageError(f"{path}: unknown key {unknown[0]}", f"known keys: {', '.join(_KEYS)}")
-    return {key: str(value) for key, value in values.items()}
+    found = {key: str(value) for key, value in values.items()}
+    if any(map(_holds_password, found.values())) and path.stat().st_mode & 0o077:
+        raise UsageError(f"{path} holds a password, and others can read it", f"chmod 600 {path}")
+    return found

@@ -16,7 +16,7 @@ from pathlib import Path
 from loractl.common.artifacts import open_store
 from loractl.common.database import HEAD, SQLITE_BUSY_MS
 from loractl.common.errors import LoractlError, SchemaMismatch, UsageError, WrongState
-from loractl.common.settings import Settings
+from loractl.common.settings import Settings, make_private
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +64,8 @@ def restore(settings: Settings, file: Path, *, force: bool) -> Contents:
                 f"{lost} {'job has' if lost == 1 else 'jobs have'} changed here since {file.name} was made",
                 "loractl db backup NEW keeps this state; --force gives it up",
             )
-        target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_private(target.parent)
+        target.touch(mode=0o600)
         last_number = max(last_number, *_stored_numbers(settings), contents.newest)
         with _opened(file) as backup, _opened(target) as database:
             backup.backup(database)

@@ -39,7 +39,7 @@ from loractl.common.fleet import NODE_STALE_S
 from loractl.common.policy import MARGIN_BYTES, VRAM_CLASSES, default_max_jobs, queue_name, served_classes
 from loractl.common.queue import WAKE_TASK, card_queue, make_app, wake_cards
 from loractl.common.records import Claim, Left, NodeState
-from loractl.common.settings import Settings, load_settings
+from loractl.common.settings import Settings, load_settings, make_private
 from loractl.common.store import Store
 from loractl.common.units import gib
 
@@ -330,7 +330,6 @@ def _fresh_engine(settings: Settings) -> Engine:
 
 def _instance(path: Path) -> str:
     """This box's own mark, made once: names of boxes may be equal, as those of containers are."""
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     with contextlib.suppress(FileExistsError), path.open("x") as file:
         file.write(uuid.uuid4().hex)
     return path.read_text()
@@ -342,7 +341,6 @@ def _only_one(path: Path) -> IO[str]:
     Two nodes on one device would both claim by the same free memory. After a node was killed, its pool child may still
     be finishing a job.
     """
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     lock = path.open("w")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -352,15 +350,26 @@ def _only_one(path: Path) -> IO[str]:
     return lock
 
 
+class _PlainFormatter(logging.Formatter):
+    """Lines without control characters: a model's error may hold what would steer the terminal of the box's owner."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in super().format(record))
+
+
 def main() -> None:
     """Serve the device with the given index."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--index", type=int, required=True)
     parser.add_argument("--options", type=json.loads, default={}, help="NodeOptions as JSON")
     arguments = parser.parse_args()
-    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.WARNING)
+    handler = logging.StreamHandler()
+    handler.setFormatter(_PlainFormatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
+    logging.basicConfig(handlers=[handler], level=logging.WARNING)
     log.setLevel(logging.INFO)
     settings = load_settings()
+    for folder in (settings.runtime_dir, settings.work_dir, settings.cache_dir):
+        make_private(folder)  # logs, data sets, checkpoints
     connect(settings).dispose()
     device = next(d for d in find_devices(settings) if d.index == arguments.index)
     try:
