@@ -19,6 +19,7 @@ from loractl.worker.protocol import (
     Note,
     Order,
     Planned,
+    Saved,
     StageChanged,
     Start,
     Stepped,
@@ -44,6 +45,7 @@ TOLD: list[Told] = [
     Adjusted(job_id=1, adjustment=START.adjustment),
     Planned(job_id=1, lora=1, qlora=None),
     Note(job_id=1, kind="data", text="rows"),
+    Saved(job_id=1, step=3, path="/work/1/attempt-1/checkpoints/checkpoint-3"),
     Ended(job_id=1, reason=Reason.OK, message="done"),
 ]
 

