@@ -1,0 +1,277 @@
+"""A training that is killed three times, at steps that chance picks, ends as one that nobody touched: bit for bit.
+
+Real trainer processes under the real supervisor, with SIGKILL; the third attempt runs on another box, which knows no
+more than what the artifact store and the database hold. RESUME_SEED=7 repeats a run.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from loractl.common.artifacts import ArtifactStore, open_store
+from loractl.common.database import make_engine, upgrade
+from loractl.common.policy import Need, permitted_methods
+from loractl.common.records import Claim, NodeState, Submission
+from loractl.common.settings import load_settings
+from loractl.common.spec import JobSpec, Method
+from loractl.common.status import Reason, Status
+from loractl.common.store import Store
+from loractl.worker import supervisor
+from loractl.worker.checkpoint import MARKER, close_checkpoint
+from loractl.worker.data import prepare_data
+from loractl.worker.devices import find_devices
+from loractl.worker.model import TrainingFailed, load_tokenizer
+from loractl.worker.protocol import Note, Saved, Start, Stepped, Told
+from loractl.worker.supervisor import Drain, Supervisor
+from loractl.worker.train import Run, Stopped, _resume, belongs_to, train
+
+from ..models import make_tiny_model, write_helpdesk
+from ..unit.factories import Clock
+
+STEPS, SAVE_EVERY = 24, 5
+SEED = int(os.environ.get("RESUME_SEED", "0")) or random.SystemRandom().randrange(1, 10**6)
+THREADS = 1
+
+
+@dataclass
+class Kill:
+    """SIGKILL for the trainer of this process, `delay` seconds after it told the step."""
+
+    step: int
+    delay: float
+    done: threading.Event = field(default_factory=threading.Event)
+
+    def watch(self, pipe: Any, told: Any, job_id: int) -> None:
+        """In place of worker.child.read_messages: passes everything on, and strikes."""
+
+        class Struck:
+            def put(_, message: Told) -> None:
+                told.put(message)
+                if isinstance(message, Stepped) and message.step >= self.step and not self.done.is_set():
+                    time.sleep(self.delay)
+                    self.strike()
+
+        READ_MESSAGES(pipe, Struck(), job_id)  # type: ignore[arg-type]
+
+    def strike(self) -> None:
+        for child in psutil.Process().children():
+            if "loractl.worker.trainer" in child.cmdline():
+                child.kill()
+                self.done.set()
+
+
+READ_MESSAGES = supervisor.read_messages
+
+
+@dataclass
+class Lab:
+    """A database and an artifact store, and boxes that share no other file."""
+
+    folder: Path
+    clock: Clock
+    store: Store
+    artifacts: ArtifactStore
+
+    def submit(self, model: Path, method: str) -> int:
+        data = write_helpdesk(self.folder / "data.jsonl", 40)
+        uri, sha256 = self.artifacts.put_dataset(data)
+        spec = JobSpec.model_validate(
+            {
+                "name": "tiny", "base_model": str(model), "method": method, "max_retries": 9,
+                "dataset": {"path": str(data), "max_length": 128},
+                "lora": {"r": 4, "lora_alpha": 8, "lora_dropout": 0.1},
+                "training": {
+                    "max_steps": STEPS, "learning_rate": 5e-3, "per_device_train_batch_size": 4, "eval_steps": 7,
+                    "gradient_accumulation_steps": 1, "save_steps": SAVE_EVERY, "logging_steps": 1,
+                },
+                "evaluation": {"samples": 0},
+            }
+        )  # fmt: skip
+        need = Need(lora=None, qlora=None)
+        stored = {"path": {"uri": uri, "sha256": sha256}}
+        wanted = Submission(
+            spec=spec, user="ada", data=stored, need=need, planned=need, methods=permitted_methods(spec.method)
+        )
+        return self.store.submit(wanted)
+
+    def attempt(self, box: str) -> Status | None:
+        """Claim and run on a box."""
+        home = self.folder / box
+        settings = load_settings({"LORACTL_HOME": str(home), "LORACTL_ARTIFACTS_URL": self.artifacts.url})
+        (device,) = find_devices(load_settings({"LORACTL_HOME": str(home), "LORACTL_DEVICES": "cpu"}))
+        self.clock.forward(3600)  # whatever it waits for is over
+        self.store.see_node(NodeState(node=f"{box}:0", host=box, gpu="cpu", device_name="CPU", kind="cpu", total=2**40))
+        claim = self.store.claim(f"{box}:0")
+        assert isinstance(claim, Claim)
+        drain = Drain(home / "run" / "drain")
+        return Supervisor(settings, self.store, self.artifacts, device, f"{box}:0", drain, THREADS).run(claim)
+
+    def curve(self, job_id: int, name: str) -> dict[tuple[int, int], float]:
+        return {(p.attempt, p.step): p.value for p in self.store.metrics(job_id, name)}
+
+    def adapter(self, job_id: int) -> dict[str, bytes]:
+        import torch
+        from safetensors.torch import load
+
+        (uri,) = (a.uri for a in self.store.adapters() if a.job_id == job_id)
+        prefix = uri.removeprefix(self.artifacts.url + "/").removesuffix("/adapter")
+        weights = load(self.artifacts.read_bytes(prefix, "adapter/adapter_model.safetensors"))
+        return {name: tensor.contiguous().view(torch.uint8).numpy().tobytes() for name, tensor in weights.items()}
+
+
+@pytest.fixture
+def lab(tmp_path: Path) -> Any:
+    clock, engine = Clock(), make_engine(f"sqlite:///{tmp_path / 'lab.db'}")
+    upgrade(engine)
+    settings = load_settings({"LORACTL_HOME": str(tmp_path / "lab")})
+    yield Lab(tmp_path, clock, Store(engine, clock), open_store(settings))
+    engine.dispose()
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_three_kills_in_one_run_change_no_bit_of_it(
+    lab: Lab, tiny_model: Path, method: str, monkeypatch: pytest.MonkeyPatch, record_property: Any
+) -> None:
+    chance = random.Random(f"{SEED} {method}")
+    kills = [Kill(step, chance.uniform(0, 0.03)) for step in sorted(chance.sample(range(2, STEPS - 2), 3))]
+    whole, killed = lab.submit(tiny_model, method), lab.submit(tiny_model, method)
+    assert lab.attempt("heron") is Status.SUCCEEDED
+
+    for kill, box in zip(kills, ("heron", "heron", "owl"), strict=True):
+        monkeypatch.setattr(supervisor, "read_messages", kill.watch)
+        assert lab.attempt(box) is Status.QUEUED
+        assert kill.done.is_set()
+    monkeypatch.setattr(supervisor, "read_messages", READ_MESSAGES)
+    assert lab.attempt("owl") is Status.SUCCEEDED
+
+    attempts = lab.store.attempts(killed)
+    assert [a.reason for a in attempts] == [*[Reason.HOST_OUT_OF_MEMORY] * 3, Reason.OK]
+    resumed = [a.resumed_from_step or 0 for a in attempts[1:]]
+    reached = [max(step for n, step in lab.curve(killed, "loss") if n == a.attempt) for a in attempts[:3]]
+    lost = [step - begin for step, begin in zip(reached, resumed, strict=True)]
+    differences = {}
+    for name in ("loss", "grad_norm", "eval_loss", "learning_rate"):
+        right = {step: value for (_, step), value in lab.curve(whole, name).items()}
+        seen = lab.curve(killed, name)
+        assert {step for _, step in seen} == right.keys(), f"every {name} was logged"
+        differences[name] = max(abs(value - right[step]) for (_, step), value in seen.items())
+    mine, theirs = lab.adapter(killed), lab.adapter(whole)
+    same = mine == theirs and len(mine) > 0
+
+    row = f"{method:6} killed after steps {reached}, resumed from {resumed}; "
+    row += f"largest difference of any logged value {max(differences.values())}; "
+    row += f"adapter {'equal' if same else 'DIFFERENT'} in {len(mine)} tensors; seed {SEED}"
+    print(f"\n{row}")
+    record_property("resume", row)
+    assert differences == dict.fromkeys(differences, 0.0)
+    assert same
+    # the one whose saving the kill may have cut, and the last that was whole before it
+    assert all(steps < 2 * SAVE_EVERY for steps in lost)
+
+
+CHANGES: dict[str, tuple[dict[str, Any], str]] = {
+    "batch size": ({"training": {"per_device_train_batch_size": 2}}, "training"),
+    "learning rate": ({"training": {"learning_rate": 1e-4}}, "training"),
+    "rank": ({"lora": {"r": 8}}, "lora"),
+    "base revision": ({"revision": "v2"}, "base_model"),
+    "method": ({"method": "qlora"}, "method"),
+    "data": ({}, "data"),
+}
+
+
+@pytest.mark.parametrize("changed", CHANGES)
+def test_a_checkpoint_of_something_else_is_refused_and_the_history_says_what_differs(
+    tiny_model: Path, tmp_path: Path, changed: str
+) -> None:
+    keys, differs = CHANGES[changed]
+    before, _ = _run(tmp_path / "before", tiny_model)
+    rows = write_helpdesk(tmp_path / "data.jsonl")
+    saved = tmp_path / "before" / "checkpoints" / "checkpoint-4"
+    saved.mkdir(parents=True)
+    close_checkpoint(saved, step=4, finished=False, belongs_to=belongs_to(before.order, _data(rows, tiny_model)))
+
+    again, told = _run(tmp_path / "again", tiny_model, earlier=saved.parent)
+    assert _resume(again, _data(rows, tiny_model)) is not None, "of the same job it is taken up"
+    again, told = _run(tmp_path / "changed", tiny_model, earlier=saved.parent, **keys)
+    if changed == "data":
+        rows = write_helpdesk(tmp_path / "other.jsonl", 30)
+    assert _resume(again, _data(rows, tiny_model)) is None
+    assert [(m.kind, m.text) for m in told if isinstance(m, Note)] == [
+        ("refused", f"the checkpoint of step 4 is not resumed: {differs} differ")
+    ]
+
+
+def test_another_base_under_the_same_name_is_noticed_and_its_checkpoint_not_tried_again(tmp_path: Path) -> None:
+    """Two boxes whose copies of a model differ: all names and hashes of the job are equal, the losses are not."""
+    model = make_tiny_model(tmp_path / "model")
+    rows = write_helpdesk(tmp_path / "data.jsonl")
+    first, told = _run(tmp_path / "first", model, data=rows, stop_after=3)
+    with pytest.raises(Stopped):
+        train(first)
+    (saved,) = (Path(m.path) for m in told if isinstance(m, Saved))
+    _change_weights(model)
+    second, told = _run(tmp_path / "second", model, data=rows, earlier=saved.parent)
+    with pytest.raises(TrainingFailed, match="its proof rows is"):
+        train(second)
+    assert not (saved / MARKER).exists()
+    third, _ = _run(tmp_path / "third", model, data=rows, earlier=saved.parent)
+    assert _resume(third, _data(rows, model)) is None
+
+
+def _change_weights(model: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(model / "model.safetensors")
+    save_file({name: 3 * tensor for name, tensor in weights.items()}, model / "model.safetensors", {"format": "pt"})
+
+
+def _run(
+    folder: Path,
+    model: Path,
+    *,
+    data: Path | None = None,
+    earlier: Path | None = None,
+    stop_after: int | None = None,
+    **keys: Any,
+) -> tuple[Run, list[Told]]:
+    """An order on the CPU that nobody has begun, and what it will tell."""
+    settings: dict[str, Any] = {
+        "name": "tiny", "base_model": str(model), "method": "lora", "dataset": {"path": str(data or "x.jsonl")},
+        "lora": {"r": 4},
+        "training": {"max_steps": 6, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1},
+        "evaluation": {"samples": 0},
+    }  # fmt: skip
+    for key, value in keys.items():
+        settings[key] = {**settings[key], **value} if isinstance(value, dict) else value
+    spec = JobSpec.model_validate(settings)
+    (folder / "result").mkdir(parents=True)
+    told: list[Told] = []
+    order = Start(
+        job_id=1, attempt=1, user="t", node="n:0", gpu="cpu", device="cpu", spec=spec, method=Method(spec.method),
+        vram_planned=None, data_path=spec.dataset.path, data_sha256=None, eval_path=None,
+        output_dir=str(folder / "result"), checkpoint_dir=str(folder / "checkpoints"),
+        earlier_checkpoints=[str(earlier)] if earlier else [], cache_dir=str(folder / "cache"),
+    )  # fmt: skip
+
+    def tell(message: Told) -> None:
+        told.append(message)
+        if stop_after is not None and isinstance(message, Stepped) and message.step >= stop_after:
+            run.save_on_stop.set()
+            run.stop.set()
+
+    run = Run(order=order, tell=tell)
+    return run, told
+
+
+def _data(rows: Path, model: Path) -> Any:
+    spec = JobSpec.model_validate({"name": "t", "base_model": "m", "dataset": {"path": "x.jsonl"}})
+    return prepare_data(spec.dataset, str(rows), None, None, load_tokenizer(str(model)), None)
