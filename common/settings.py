@@ -88,7 +88,7 @@ def load_settings(environ: dict[str, str] | None = None) -> Settings:
         devices=get("devices", None),
         store_patience_s=_seconds("store_patience", get("store_patience", "1h")),
         trainer_ram=_size("trainer_ram", get("trainer_ram", None)),
-        user=get("user", None) or _login(),
+        user=_user(get("user", None) or _login()),
         host=_host(get("host", None) or socket.gethostname()),
         model_roots=_folders("model_roots", get("model_roots", None)),
         trusted_code=_pairs("trusted_code", get("trusted_code", None)),
@@ -143,6 +143,13 @@ def _lease(text: str | None) -> float:
 def _module(key: str, name: str) -> str:
     if not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", name, re.ASCII):
         raise UsageError(f"LORACTL_{key.upper()} {name!r} is no Python module", f"like {TRAINER}")
+    return name
+
+
+def _user(name: str) -> str:
+    """A name that others' tables and terminals can show."""
+    if not name.isprintable() or len(name) > 64:
+        raise UsageError(f"LORACTL_USER {name!r} is no user name", "printable characters, at most 64, like ada")
     return name
 
 

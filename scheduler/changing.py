@@ -16,12 +16,13 @@ def cancel(job_ids: tuple[int, ...]) -> None:
     """
     from loractl.common.status import Status
 
+    from .render import plain
     from .session import open_session
 
     settings, store = open_session()
     for job_id in job_ids:
         job = store.cancel(job_id, settings.user)
-        done = "is cancelled" if job.status is Status.CANCELLED else f"is being stopped on {job.node}"
+        done = "is cancelled" if job.status is Status.CANCELLED else f"is being stopped on {plain(job.node or '')}"
         click.echo(f"Job {job_id} {done}.")
 
 

@@ -45,7 +45,7 @@ def why(job_id: int, as_json: bool) -> None:
     _, store = open_session()
     job = store.job(job_id)
     if job.status is not Status.QUEUED:
-        place = f" on {job.node}" if job.status is Status.RUNNING else f": {job.message}"
+        place = render.plain(f" on {job.node}" if job.status is Status.RUNNING else f": {job.message}")
         click.echo(
             json.dumps({"job_id": job_id, "status": job.status.value, "word": None, "sentence": job.message})
             if as_json

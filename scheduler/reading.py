@@ -231,7 +231,7 @@ def _one(store: Store, job: Job) -> str:
 
 def _line(job: Job) -> str:
     """A job's state in a line that only changes when something happened."""
-    place = f" on {job.node}, {job.stage.value}" if job.stage else ""
+    place = f" on {render.plain(job.node or '')}, {job.stage.value}" if job.stage else ""
     steps = f", step {job.step} of {job.total_steps}" if job.stage and job.total_steps else ""
     loss = f", loss {job.loss:.2f}" if job.stage and job.loss is not None else ""
     return f"job {job.job_id} {job.status.value}{place}{steps}{loss}"

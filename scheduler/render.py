@@ -227,11 +227,11 @@ def one_job(
     screen: Screen,
 ) -> str:
     """One job in full: where it is, its course, its history, and the next command."""
-    head = screen.style(f"{job.job_id} {job.name}", bold=True)
+    head = screen.style(f"{job.job_id} {plain(job.name)}", bold=True)
     lines = []
     if job.status is Status.RUNNING:
         doing = "stopping" if job.cancel_requested else job.stage.value if job.stage else "starting"
-        lines += [f"{head} on {job.node}, attempt {job.attempt}, {doing}", ""]
+        lines += [f"{head} on {plain(job.node or '')}, attempt {job.attempt}, {doing}", ""]
         share = job.step / job.total_steps if job.step is not None and job.total_steps else 0.0
         steps = f"{thousands(job.step)} of {thousands(job.total_steps)}" if job.total_steps else "loading"
         eta = f"  {duration(job.eta_seconds)} left" if job.eta_seconds else ""
@@ -253,7 +253,7 @@ def one_job(
         memory = ", ".join(part for part in (peak, planned) if part)
         lines.append((f"memory  {memory}   " if memory else "") + f"method {last.method}{speed}")
     if job.adapter_uri:
-        lines += [f"adapter {job.adapter_uri}", f"report  {job.report_uri}"]
+        lines += [f"adapter {plain(job.adapter_uri)}", f"report  {plain(job.report_uri or '')}"]
     if lines[-1]:
         lines.append("")
     lines += [f"{clock(event.at, now)}  {plain(event.text)}" for event in reversed(events[-12:])]
@@ -265,13 +265,14 @@ def history(
     job: Job, attempts: Sequence[Attempt], events: Sequence[Event], spec: str, now: dt.datetime, screen: Screen
 ) -> str:
     """The whole history, the attempts, and the spec as it was resolved."""
-    lines = [f"{screen.style(f'{job.job_id} {job.name}', bold=True)} by {plain(job.user)}: {_state(job, screen)}", ""]
+    head = screen.style(f"{job.job_id} {plain(job.name)}", bold=True)
+    lines = [f"{head} by {plain(job.user)}: {_state(job, screen)}", ""]
     lines += [f"{clock(event.at, now):>9}  {plain(event.text)}" for event in events]
     if attempts:
         rows = [
             [
                 str(a.attempt),
-                a.node,
+                plain(a.node),
                 a.method,
                 gib(a.vram_planned),
                 gib(a.vram_peak),
@@ -284,7 +285,7 @@ def history(
         ]
         headers = ["ATTEMPT", "CARD", "METHOD", "PLAN GiB", "PEAK GiB", "STARTED", "TOOK", "ENDED AS", "RESUMED FROM"]
         lines += ["", *table(headers, rows, screen, right=("ATTEMPT", "PLAN GiB", "PEAK GiB"))]
-    return "\n".join([*lines, "", screen.dim("spec:"), spec.rstrip()])
+    return "\n".join([*lines, "", screen.dim("spec:"), *map(plain, spec.rstrip().split("\n"))])
 
 
 def adapter_table(found: Sequence[Adapter], now: dt.datetime, screen: Screen) -> str:
@@ -309,8 +310,8 @@ def adapter_table(found: Sequence[Adapter], now: dt.datetime, screen: Screen) ->
 def report_text(report: dict[str, Any], screen: Screen, answers: int) -> str:
     """The evaluation report for a terminal: the verdict, the table with its intervals, answers side by side."""
     lines = [
-        screen.style(f"{report['job']['job_id']} {report['job']['name']}", bold=True)
-        + f": {report['verdict']['sentence']}",
+        screen.style(f"{report['job']['job_id']} {plain(report['job']['name'])}", bold=True)
+        + f": {plain(report['verdict']['sentence'])}",
         "",
     ]
     rows = []
@@ -337,7 +338,7 @@ def report_text(report: dict[str, Any], screen: Screen, answers: int) -> str:
         "",
         f"{e['rows']} held-out rows. {report['method']}, {_steps_taken(training)} in "
         f"{duration(training['seconds'])}{speed}, "
-        f"peak {gib(training['peak_memory_bytes'])} GiB ({training['peak_memory_kind']}).",
+        f"peak {gib(training['peak_memory_bytes'])} GiB ({plain(training['peak_memory_kind'])}).",
         f"Intervals: {thousands(e['bootstrap']['samples'])} paired bootstrap samples, seed {e['bootstrap']['seed']}. "
         f"{data['truncated_rows']} rows truncated, {left_out} left out.",
     ]

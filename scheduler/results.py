@@ -41,7 +41,9 @@ def report(job_id: int, answers: int, html: Path | None, as_json: bool) -> None:
         return
     screen = render.detect_screen()
     click.echo(render.report_text(raw, screen, answers))
-    click.echo("\n" + screen.dim(f"The page: loractl report {job_id} --html report.html   job by {job.user}"))
+    click.echo(
+        "\n" + screen.dim(f"The page: loractl report {job_id} --html report.html   job by {render.plain(job.user)}")
+    )
 
 
 @click.group(invoke_without_command=True)
@@ -82,7 +84,9 @@ def adapters_pull(job_id: int, folder: Path) -> None:
     files = store.pull(prefix, "adapter/", folder)
     size = sum(file.size for file in files.values())
     click.echo(f"The adapter of job {job_id} ({len(files)} files, {size / 1e6:.1f} MB) is in {folder}.")
-    click.echo(f"Load it on {job.base_model}:  PeftModel.from_pretrained(base, {str(folder)!r})", err=True)
+    click.echo(
+        f"Load it on {render.plain(job.base_model)}:  PeftModel.from_pretrained(base, {str(folder)!r})", err=True
+    )
 
 
 def _result_of(job_id: int) -> tuple[Job, ArtifactStore, str]:

@@ -169,3 +169,9 @@ def test_code_is_trusted_by_model_and_commit(tmp_path: Path) -> None:
     for wrong in ("org/one", "org/one@main", f"org/one@{commit[:7]}", f"one@{commit}", "*"):
         with pytest.raises(UsageError, match="not of the form owner/model@commit"):
             load_settings({**home, "LORACTL_TRUSTED_CODE": wrong})
+
+
+@pytest.mark.parametrize("name", ["a\nb", "\x1b[31mada", "ada\u202e", "a" * 65])
+def test_a_user_name_that_would_spoil_others_tables_is_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(UsageError, match="LORACTL_USER"):
+        load_settings({"LORACTL_HOME": str(tmp_path), "LORACTL_USER": name})
