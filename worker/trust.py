@@ -106,11 +106,11 @@ def _check_base(base_model: str, roots: tuple[Path, ...]) -> None:
 def _check_inside(folder: Path, roots: list[Path]) -> None:
     """The folder and all that can be loaded from it, links followed, lie below one of the roots."""
     where = f"outside of what this worker allows (LORACTL_MODEL_ROOTS: {', '.join(map(str, roots))})"
-    for path in (folder, *sorted(folder.rglob("*"))):
-        try:
-            target = path.resolve()
-        except (OSError, RuntimeError) as error:  # the second: links in a circle, before Python 3.13
-            raise Refused(f"base_model {folder} can't be followed: {error}") from error
+    try:
+        targets = {path: path.resolve() for path in (folder, *sorted(folder.rglob("*")))}
+    except (OSError, RuntimeError) as error:  # a name too long; links in a circle, before Python 3.13
+        raise Refused(f"base_model {folder} can't be followed: {error}") from error
+    for path, target in targets.items():
         if not any(target.is_relative_to(root) for root in roots):
             leads = "" if path == folder else f": {path.relative_to(folder)} leads there"
             raise Refused(f"base_model {folder} is {where}{leads}")

@@ -51,6 +51,7 @@ paths = st.one_of(st.lists(st.sampled_from(PIECES), max_size=6).map("/".join), s
 @given(path=paths, begin=st.sampled_from(["top", "root", "none"]), key=st.sampled_from(["base", "path", "eval_path"]))
 @example(path="up/outside/base", begin="root", key="base")
 @example(path="org/out", begin="root", key="base")
+@example(path="x" * 300, begin="top", key="base")
 def test_a_base_or_data_set_of_any_name(tree: Path, settings: Settings, path: str, begin: str, key: str) -> None:
     start = {"top": f"{tree}/", "root": f"{tree}/allowed/", "none": ""}[begin]
     text = start + path or "x"
