@@ -75,13 +75,20 @@ class SpecError(LoractlError):
 
 
 class DataError(LoractlError):
-    """A data set can't be trained on: which file, which row, and what was expected there."""
+    """A data set can't be trained on: which file, which row, and what was expected there.
+
+    `kind` is one of the kinds of findings that docs/data.md lists.
+    """
 
     exit_code = ExitCode.USAGE
 
-    def __init__(self, file: str | Path, what: str, *, row: int | None = None, hint: str | None = None) -> None:
+    def __init__(
+        self, file: str | Path, what: str, *, row: int | None = None, hint: str | None = None, kind: str = "unreadable"
+    ) -> None:
         self.file = str(file)
         self.row = row
+        self.what = what
+        self.kind = kind
         place = self.file if row is None else f"{self.file}: row {row}"
         super().__init__(f"{place}: {what}", hint)
 

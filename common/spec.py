@@ -40,6 +40,7 @@ class DataFormat(enum.StrEnum):
 
     AUTO = "auto"
     MESSAGES = "messages"  # {"messages": [{"role": ..., "content": ...}, ...]}
+    SHAREGPT = "sharegpt"  # {"conversations": [{"from": ..., "value": ...}, ...]}
     ALPACA = "alpaca"  # {"instruction": ..., "input": ..., "output": ...}
     PROMPT_COMPLETION = "prompt_completion"  # {"prompt": ..., "completion": ...}
     TEXT = "text"  # {"text": ...}
@@ -92,6 +93,10 @@ def _methods(value: Any) -> Method | list[Method]:
 
 
 Printable = Annotated[str, AfterValidator(_printable)]
+ColumnName = Literal[
+    "messages", "conversations", "role", "content", "from", "value", "system", "instruction", "input", "output",
+    "prompt", "completion", "text",
+]  # fmt: skip
 Methods = Annotated[Method | list[Method], BeforeValidator(_methods)]
 Size = Annotated[int, BeforeValidator(parse_size)]
 Duration = Annotated[float, BeforeValidator(parse_duration)]
@@ -109,6 +114,8 @@ class DatasetSpec(_Section):
     """A file (jsonl, json, csv, parquet; relative to the job file) or a hub id (its split train)."""
     format: DataFormat = DataFormat.AUTO
     """The rows' shape; auto looks at the columns and says why."""
+    columns: dict[ColumnName, Annotated[Printable, Field(min_length=1)]] = Field(default_factory=dict)
+    """What the columns are called in the data where they have other names, like prompt: question."""
     eval_path: Printable | None = None
     """A file or hub id (its split test) with the held-out rows; without it test_size rows are split off."""
     test_size: float | None = Field(0.1, gt=0, lt=1)

@@ -12,6 +12,7 @@ import click
 from loractl.common.errors import ExitCode, ServiceUnreachable
 
 if TYPE_CHECKING:
+    from loractl.common.checks import Finding
     from loractl.common.settings import Settings
     from loractl.common.spec import JobSpec
     from loractl.common.store import Store
@@ -33,8 +34,14 @@ def submit(job_files: tuple[Path, ...], overrides: tuple[str, ...], dry_run: boo
     from loractl.common.jobfile import load_spec
 
     specs = [load_spec(path, overrides) for path in job_files]
-    for spec in specs:
-        check_data(spec)
+    from .render import plain
+
+    for spec, path in zip(specs, job_files, strict=True):
+        warnings = [finding for finding in check_data(spec) if finding.level == "warning"]
+        for finding in warnings:
+            click.echo(plain(f"Warning: {Path(spec.dataset.path).name}: {finding.sentence}."), err=True)
+        if warnings:
+            click.echo(click.style(f"See the data: loractl data check {path}", dim=True), err=True)
     if dry_run:
         _print_resolved(specs, as_json)
         return
@@ -55,24 +62,31 @@ def submit(job_files: tuple[Path, ...], overrides: tuple[str, ...], dry_run: boo
         click.echo(click.style(f"Follow it: loractl status {submitted[-1]} --watch", dim=True), err=True)
 
 
-def check_data(spec: JobSpec) -> None:
-    """Refuse local data that the trainer would refuse, as far as no tokenizer is needed. Raises DataError."""
-    from loractl.common.errors import DataError
-    from loractl.common.rows import detect_format, parse_examples, read_rows, split_held_out
-    from loractl.common.spec import DataFormat, is_hub_data
+def check_data(spec: JobSpec) -> list[Finding]:
+    """Refuse local data that the trainer would refuse, as far as no tokenizer is needed, and say what looks wrong.
 
-    format = spec.dataset.format
-    for text in (spec.dataset.path, spec.dataset.eval_path):
+    Raises DataError. Empty for data of the hub, and for parquet where pyarrow is missing: the trainer checks them.
+    """
+    from loractl.common.checks import check_examples
+    from loractl.common.errors import DataError
+    from loractl.common.rows import detect_format, map_columns, parse_examples, read_rows, split_data
+    from loractl.common.spec import is_hub_data
+
+    dataset = spec.dataset
+    for text in (dataset.path, dataset.eval_path):
         if text is not None and not _is_local(text) and not is_hub_data(text):
             hint = "name a file (jsonl, json, csv, parquet) beside the job file, or a hub id like owner/name"
             raise DataError(text, "is no file here, and no data set of the hub", hint=hint)
-        if text is None or not _is_local(text) or _unreadable_here(text):
-            continue
-        rows = read_rows(Path(text))
-        format = detect_format(rows, text, format)[0] if format is DataFormat.AUTO else format
-        examples, _ = parse_examples(rows, format, text, spec.dataset.on_bad_row)
-        if text == spec.dataset.path and spec.dataset.test_size is not None:
-            split_held_out(examples, spec.dataset.test_size, text)
+    readable = [text for text in (dataset.path, dataset.eval_path) if text and _is_local(text)]
+    rows = {text: read_rows(Path(text)) for text in readable if not _unreadable_here(text)}
+    if dataset.path not in rows:
+        return []
+    if dataset.eval_path is not None and dataset.eval_path not in rows:  # what is held out can't be read here
+        mine = map_columns(rows[dataset.path], dataset.columns, dataset.path)
+        format = detect_format(mine, dataset.path, dataset.format)[0]
+        return check_examples(parse_examples(mine, format, dataset.path, dataset.on_bad_row)[0], [])
+    split = split_data(dataset, rows[dataset.path], rows[dataset.eval_path] if dataset.eval_path else None)
+    return check_examples(split.train, split.held_out, split.overlap)
 
 
 def _submit(spec: JobSpec, settings: Settings, store: Store, *, quiet: bool) -> int:

@@ -1,4 +1,4 @@
-"""The commands that need the training stack: worker, and looking at tokenised data."""
+"""loractl worker: a node for each device of this box, watched."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -262,70 +261,3 @@ class _Box:
 
     def _name(self, device: Device) -> str:
         return f"{self._settings.host}:{device.index}"
-
-
-@click.group()
-def data() -> None:
-    """Look at a job's data as the trainer sees them."""
-
-
-@data.command("show")
-@click.argument("job_file", type=click.Path(path_type=Path))
-@click.option("--row", type=int, help="The row to show; without it the first that is trained on.")
-@click.option("--json", "as_json", is_flag=True, help="Print the tokens as JSON.")
-def data_show(job_file: Path, row: int | None, as_json: bool) -> None:
-    """Show one training example, its learned tokens marked.
-
-    On a terminal what is only given is dimmed; elsewhere what is learned stands in [[brackets]].
-    """
-    from loractl.common.errors import UsageError
-    from loractl.common.jobfile import load_spec
-
-    from .data import IGNORED, dataset_hash, prepare_data
-    from .model import load_tokenizer
-
-    spec = load_spec(job_file)
-    tokenizer = load_tokenizer(spec.base_model, spec.revision)
-    prepared = prepare_data(
-        spec.dataset, spec.dataset.path, spec.dataset.eval_path, dataset_hash(spec.dataset.path), tokenizer, None
-    )
-    rows = prepared.train.rows
-    chosen = rows[0] if row is None else next((r for r in rows if r.number == row), None)
-    if chosen is None:
-        raise UsageError(
-            f"row {row} is not trained on",
-            f"rows of {spec.dataset.path} that are: {rows[0].number} to {rows[-1].number}, less those held out",
-        )
-    learned = [label != IGNORED for label in chosen.labels]
-    if as_json:
-        click.echo(
-            json.dumps(
-                {"row": chosen.number, "input_ids": chosen.input_ids, "learned": learned, "data": prepared.facts()}
-            )
-        )
-        return
-    facts = prepared.facts()
-    click.echo(f"Row {chosen.number} of {spec.dataset.path}: {len(learned)} tokens, {sum(learned)} learned.")
-    click.echo(
-        f"Format {prepared.format.value}: {prepared.why}. "
-        f"{facts['train_rows']} rows to train on, {facts['held_out_rows']} held out.\n"
-    )
-    styled = sys.stdout.isatty()
-    # Without colours the learned parts stand in brackets, so that a pipe tells the same.
-    click.echo("".join(_mark(tokenizer.decode(ids), learn, styled) for ids, learn in _runs(chosen.input_ids, learned)))
-
-
-def _runs(ids: list[int], learned: list[bool]) -> list[tuple[list[int], bool]]:
-    """Neighbouring tokens of one kind, joined: a character may take several tokens."""
-    joined: list[tuple[list[int], bool]] = []
-    for token, learn in zip(ids, learned, strict=True):
-        if not joined or joined[-1][1] != learn:
-            joined.append(([], learn))
-        joined[-1][0].append(token)
-    return joined
-
-
-def _mark(text: str, learn: bool, styled: bool) -> str:
-    if styled:
-        return click.style(text, dim=not learn, bold=learn)
-    return f"[[{text}]]" if learn else text

@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 
 from loractl.common.artifacts import sha256_of
 from loractl.common.errors import DataError
-from loractl.common.rows import Example, RawRow, detect_format, parse_examples, read_rows, split_held_out
+from loractl.common.rows import Example, RawRow, read_rows, split_data
 from loractl.common.spec import DataFormat, DatasetSpec, Overflow
 from loractl.common.status import Reason
 
@@ -65,10 +66,12 @@ class PreparedData:
     why: str
     train: TokenSet
     held_out: TokenSet
+    train_examples: list[Example]
     held_out_examples: list[Example]  # the same rows, in the same order, as held_out.rows
     dropped: list[str]  # a sentence for each row that on_bad_row: drop left out
     overlap: int  # rows of eval_path left out because they are trained on
     sha256: str | None
+    warnings: tuple[str, ...] = ()  # what looks wrong, and is trained on all the same
 
     def facts(self) -> dict[str, Any]:
         """What the report says about the data."""
@@ -85,6 +88,7 @@ class PreparedData:
             "bad_rows_dropped": len(self.dropped),
             "overlap_rows_dropped": self.overlap,
             "bad_rows": self.dropped[:20],
+            "warnings": list(self.warnings),
         }
 
 
@@ -92,40 +96,24 @@ def prepare_data(
     dataset: DatasetSpec, data_path: str, eval_path: str | None, sha256: str | None, tokenizer: Any, cache: Path | None
 ) -> PreparedData:
     """Read, check, split and tokenise. Raises DataError with file, row and what was expected."""
-    rows, file = _load(data_path), dataset.path
-    format, why = detect_format(rows, file, dataset.format)
-    examples, dropped = parse_examples(rows, format, file, dataset.on_bad_row)
-    if eval_path:
-        train, held_file = examples, dataset.eval_path or eval_path
-        held_out, also_dropped = parse_examples(_load(eval_path, split="test"), format, held_file, dataset.on_bad_row)
-        dropped = dropped + also_dropped
-        trained = {e.content_hash() for e in train}
-        overlap = sum(e.content_hash() in trained for e in held_out)
-        held_out = [e for e in held_out if e.content_hash() not in trained]
-        if not held_out:
-            raise DataError(held_file, "has no row that is not trained on as well")
-    else:
-        held_file, overlap = file, 0
-        train, held_out = split_held_out(examples, _test_size(dataset), file)
-    key = _cache_key(dataset, tokenizer, format)
-    train_set = _tokenise(train, file, dataset, tokenizer, format, cache, key)
-    held_set = _tokenise(held_out, held_file, dataset, tokenizer, format, cache, key)
+    rows, held_rows = load_rows(data_path), load_rows(eval_path, split="test") if eval_path else None
+    split = split_data(dataset, rows, held_rows)
+    file, held_file = dataset.path, dataset.eval_path or dataset.path
+    key = _cache_key(dataset, tokenizer, split.format)
+    train_set = _tokenise(split.train, file, dataset, tokenizer, split.format, cache, key)
+    held_set = _tokenise(split.held_out, held_file, dataset, tokenizer, split.format, cache, key)
     kept = {r.number for r in held_set.rows}
     return PreparedData(
-        format=format,
-        why=why,
+        format=split.format,
+        why=split.why,
         train=train_set,
         held_out=held_set,
-        dropped=dropped,
-        overlap=overlap,
+        dropped=split.dropped,
+        overlap=split.overlap,
         sha256=sha256,
-        held_out_examples=[e for e in held_out if e.number in kept],
+        train_examples=split.train,
+        held_out_examples=[e for e in split.held_out if e.number in kept],
     )
-
-
-def _test_size(dataset: DatasetSpec) -> float:
-    assert dataset.test_size is not None, "the job file's check leaves one of test_size and eval_path"
-    return dataset.test_size
 
 
 def encode(example: Example, tokenizer: Any, format: DataFormat) -> tuple[list[int], list[int]]:
@@ -172,7 +160,8 @@ def collate(rows: Sequence[dict[str, list[int]]], pad: int) -> dict[str, torch.T
     }
 
 
-def _load(path: str, split: str = "train") -> list[RawRow]:
+def load_rows(path: str, split: str = "train") -> list[RawRow]:
+    """The rows of a local file, or of a split of a data set on the hub. Raises DataError and TrainingFailed."""
     if Path(path).is_absolute():
         return read_rows(Path(path))
     from datasets import load_dataset_builder
@@ -202,9 +191,18 @@ def _check_files_are_remote(path: str, files: Mapping[str, Sequence[str]] | None
             raise TrainingFailed(Reason.BAD_SPEC, f"the data set {path} names a file that is not on the hub: {name}")
 
 
+def rendered(example: Example, tokenizer: Any) -> str:
+    """A conversation as the chat template writes it, up to its last answer. Raises ValueError where it refuses it."""
+    last = max(i for i, turn in enumerate(example.turns) if turn.role == "assistant")
+    return _render(example, last + 1, tokenizer)
+
+
 def _render(example: Example, end: int, tokenizer: Any, *, generation_prompt: bool = False) -> str:
     messages = [{"role": t.role, "content": t.content} for t in example.turns[:end]]
-    text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt)
+    try:
+        text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt)
+    except TemplateError as error:  # what a template raises by itself, like "System role not supported"
+        raise ValueError(f"the model's chat template refuses it: {error}") from error
     return text
 
 

@@ -25,6 +25,7 @@ from loractl.common.status import Reason, Stage
 from loractl.common.units import gib
 
 from .adapter import save_adapter
+from .check import warnings_about
 from .checkpoint import PROOF_TOLERANCE, Checkpoint, close_checkpoint, newest_checkpoint, withdraw
 from .data import PreparedData, collate, prepare_data
 from .evaluate import evaluate
@@ -113,6 +114,7 @@ def train(run: Run) -> Ended:
     data = prepare_data(
         run.spec.dataset, order.data_path, order.eval_path, order.data_sha256, tokenizer, Path(order.cache_dir)
     )
+    data = replace(data, warnings=warnings_about(run.spec, data, tokenizer))
     _note_data(run, data)
     plan_again(run, data)
     run.check_stop()
@@ -549,6 +551,8 @@ def _note_data(run: Run, data: PreparedData) -> None:
         if facts[key]:
             text += f"; {facts[key]} {words}"
     run.note("data", text)
+    for warning in data.warnings:
+        run.note("warning", f"data: {warning}")
 
 
 def _resolved(run: Run, arguments: TrainingArguments) -> dict[str, Any]:

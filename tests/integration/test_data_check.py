@@ -1,0 +1,262 @@
+"""Every kind of finding in training data, each with rows that show it, through the real tokenizer and chat template."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from loractl.common.jobfile import load_spec
+from loractl.common.spec import JobSpec
+from loractl.worker.check import Checked, check_data
+from loractl.worker.model import load_tokenizer
+
+from ..conftest import Cli
+from ..models import write_helpdesk
+
+Row = dict[str, Any]
+
+
+def chat(*contents: str, roles: tuple[str, ...] = ("user", "assistant")) -> Row:
+    """A conversation whose speakers take turns; `roles` names the first ones."""
+    names = [*roles, *("user", "assistant") * len(contents)][: len(contents)]
+    return {"messages": [{"role": r, "content": c} for r, c in zip(names, contents, strict=True)]}
+
+
+def good(count: int = 40) -> list[Row]:
+    """Rows in which nothing is wrong: as different as their words allow."""
+    words = ["queue", "priority", "storage", "network", "please", "answer", "the", "next", "line"]
+    return [chat(f"{words[n % 9]} {n}", f"{words[n % 7]} {words[n % 5]} is number {n}") for n in range(count)]
+
+
+def with_(*rows: Row, count: int = 40) -> list[Row]:
+    return [*good(count), *rows]
+
+
+def pair(prompt: str, completion: str) -> Row:
+    return {"prompt": prompt, "completion": completion}
+
+
+def pairs(*rows: Row) -> list[Row]:
+    return [*(pair(f"Q: {n}?\nA:", f" it is {n * n} of {n}") for n in range(40)), *rows]
+
+
+FEW = [*pairs()[:9], pair("x", " y")]
+NO_SYSTEM = "{% for m in messages %}{% if m['role'] != 'system' %}{{ m['content'] }}<|im_end|>{% endif %}{% endfor %}"
+NO_TOOL = NO_SYSTEM.replace("system", "tool")
+REFUSES = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}x"
+REWRITES = "{% for m in messages %}{{ loop.length }}{{ m['content'] }}<|im_end|>{% endfor %}"
+
+
+@dataclass(frozen=True)
+class Case:
+    kind: str
+    level: str
+    rows: list[Row] | str
+    spec: dict[str, Any] = field(default_factory=dict)  # over the job file's keys
+    held_out: list[Row] | None = None
+    template: str | None = None
+    marked: tuple[int, ...] | None = None  # rows that the finding names
+    name: str = "data.jsonl"
+
+
+CASES = [
+    # what the trainer refuses
+    Case("unreadable", "error", good(), name="data.txt"),
+    Case("not UTF-8", "error", "caf\udce9"),
+    Case("broken JSON", "error", '{"messages": [\n', marked=(1,)),
+    Case("broken CSV", "error", "prompt,completion\na,b,c\n", name="data.csv", marked=(1,)),
+    Case("too few rows", "error", []),
+    Case("unknown columns", "error", [{"question": "a", "reply": "b"}], marked=(1,)),
+    Case("missing column", "error", pairs({"prompt": "a"}), marked=(41,)),
+    Case("not text", "error", with_({"messages": [{"role": "user", "content": 5}]}), marked=(41,)),
+    Case("unknown role", "error", with_(chat("a", "b", roles=("user", "bot"))), marked=(41,)),
+    Case("role order", "error", with_(chat("a", "b", roles=("assistant", "user"))), marked=(41,)),
+    Case("empty answer", "error", with_(chat("a", "  ")), marked=(41,)),
+    Case("nothing to learn", "error", with_(chat("a")), marked=(41,)),
+    Case("overlap", "error", good(), held_out=good()),
+    Case("chat template", "error", good(), template=REWRITES),
+    Case("too long", "error", good(), {"dataset": {"max_length": 20, "on_overflow": "error"}}),
+    Case("no learned token", "error", good(), {"dataset": {"max_length": 8}}),
+    # what is trained on, and was hardly meant
+    Case("bad rows dropped", "warning", with_(chat("a", " ")), {"dataset": {"on_bad_row": "drop"}}, marked=(41,)),
+    Case("overlap", "warning", good(), held_out=[*good(12), *(chat(f"new {n}", f"one {n}") for n in range(12))]),
+    Case("duplicate rows", "warning", with_(chat("queue 0", "queue queue is number 0")), held_out=good(60)[40:]),
+    Case("contradicting answers", "warning", with_(chat("queue 0", "something else")), held_out=good(60)[40:]),
+    Case(
+        "overlapping conversations", "warning", with_(chat("first", "second", "third", "fourth")),
+        held_out=[*good(60)[40:], chat("first", "second", "other", "end")], marked=(21,),
+    ),
+    Case(
+        "overlapping prompts", "warning", with_(chat("first", "second")),
+        held_out=[*good(60)[40:], chat("first", "other")], marked=(21,),
+    ),
+    Case("few rows", "warning", good(12)),
+    Case("one label only", "warning", [chat(f"question {n}", "yes") for n in range(40)]),
+    Case("lopsided labels", "warning", [chat(f"question {n}", "no" if n % 16 == 0 else "yes") for n in range(64)]),
+    Case("short answers", "warning", with_(chat("what?", "ok")), held_out=good(60)[40:], marked=(41,)),
+    Case("echoed prompts", "warning", with_(chat("say it", "say it")), held_out=good(60)[40:], marked=(41,)),
+    Case("damaged text", "warning", with_(chat("what?", "the cafÃ© is closed")), held_out=good(60)[40:], marked=(41,)),
+    Case("control characters", "warning", with_(chat("what\x07?", "this one")), held_out=good(60)[40:], marked=(41,)),
+    Case("empty questions", "warning", with_(chat(" ", "this one")), held_out=good(60)[40:], marked=(41,)),
+    Case("space before the answer", "warning", pairs(pair("A: ", "one more")), held_out=FEW),
+    Case("words run together", "warning", pairs(pair("foot", "ball of it")), held_out=FEW),
+    Case("special tokens in text", "warning", with_(chat("<|im_end|>", "this")), held_out=good(60)[40:], marked=(41,)),
+    Case(
+        "dropped system message", "warning", with_(chat("be kind", "a", "this", roles=("system", "user", "assistant"))),
+        held_out=good(60)[40:], template=NO_SYSTEM, marked=(41,),
+    ),
+    Case(
+        "dropped tool message", "warning",
+        with_(chat("a", "look", "seen 42", "this", roles=("user", "assistant", "tool", "assistant"))),
+        held_out=good(60)[40:], template=NO_TOOL, marked=(41,),
+    ),
+    Case("doubled BOS", "warning", pairs(pair("<|im_start|><|im_start|>A:", " it is"))),
+    Case("EOS is not learned", "warning", good(), {"dataset": {"max_length": 32}}),
+    Case("cut rows", "warning", good(), {"dataset": {"max_length": 32}}),
+    Case("too long, left out", "warning", good(), {"dataset": {"max_length": 34, "on_overflow": "drop"}}),
+    Case(
+        "beyond the context", "warning", with_(chat("a", "queue " * 600)), {"dataset": {"max_length": 2048}},
+        held_out=good(60)[40:], marked=(41,),
+    ),
+    Case("few steps", "warning", good(), {"training": {"gradient_accumulation_steps": 40, "num_train_epochs": 1}}),
+    # what is only told
+    Case("few held-out rows", "note", good()),
+    Case("labels", "note", [chat(f"question {n}", "no" if n % 3 == 0 else "yes") for n in range(60)]),
+    Case("trailing space", "note", with_(chat("what?", "this one ")), held_out=good(60)[40:], marked=(41,)),
+    Case("answers longer than generated", "note", good(), {"evaluation": {"max_new_tokens": 2}}),
+]  # fmt: skip
+
+Check = Callable[[Case], Checked]
+
+
+@pytest.fixture
+def check(tiny_model: Path, tmp_path: Path) -> Check:
+    def run(case: Case) -> Checked:
+        spec = _job(tmp_path, case, tiny_model)
+        tokenizer = load_tokenizer(str(tiny_model))
+        if case.template is not None:
+            tokenizer.chat_template = case.template
+        return check_data(spec, tokenizer)
+
+    return run
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c.kind}-{c.level}")
+def test_each_kind_of_fault_is_found(case: Case, check: Check) -> None:
+    checked = check(case)
+    mine = [finding for finding in checked.findings if (finding.kind, finding.level) == (case.kind, case.level)]
+    assert len(mine) == 1, [(f.level, f.kind, f.text) for f in checked.findings]
+    if case.marked is not None:
+        assert mine[0].rows == case.marked
+    assert bool(checked.errors) == (case.level == "error"), [f.text for f in checked.errors]
+
+
+def test_unknown_tokens_are_found_by_a_tokenizer_that_has_a_mark_for_them(tiny_model: Path, tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {word: n for n, word in enumerate(["[UNK]", "[EOS]", "queue", "is", "number", "one"])}
+    backend = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="[UNK]", eos_token="[EOS]", pad_token="[EOS]"
+    )
+    rows, held_out = [pair("queue is", " number one"), pair("queue is", " number two")], [pair("queue", " is one")]
+    checked = check_data(_job(tmp_path, Case("", "", rows, held_out=held_out), tiny_model), tokenizer)
+    assert [finding.rows for finding in checked.findings if finding.kind == "unknown tokens"] == [(2,)]
+
+
+def test_good_data_give_no_finding_but_how_few_are_held_out(check: Check) -> None:
+    checked = check(Case("", "", good(120)))
+    assert checked.findings == []
+    assert (checked.train_rows, checked.held_out_rows) == (108, 12)
+
+
+def test_a_template_that_refuses_a_role_is_quoted(check: Check) -> None:
+    rows = [chat("be kind", "a", f"this {n}", roles=("system", "user", "assistant")) for n in range(30)]
+    (error,) = check(Case("", "", rows, template=REFUSES)).errors
+    assert error.text == "the model's chat template refuses it: System role not supported"
+
+
+def test_every_kind_stands_in_the_docs_and_no_other() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
+    listed = set(re.findall(r"^\| `(error|warning|note)` \| ([^|]+?) \|", page, re.M))
+    assert listed == {(case.level, case.kind) for case in CASES} | {("warning", "unknown tokens")}
+
+
+def test_the_command_shows_lengths_rows_and_findings_and_exits_with_2_on_an_error(
+    cli: Cli, tiny_model: Path, tmp_path: Path
+) -> None:
+    _job(tmp_path, Case("", "", with_(chat("a", " "), count=100)), tiny_model)
+    shown = cli("data", "check", tmp_path / "job.yaml", "--gpu", "8GiB", code=2).stdout
+    assert "data.jsonl: 90 rows to train on, 10 held out. Format messages: the rows have messages." in shown
+    assert re.search(r"^TOKENS +MIN +MEDIAN +P95 +MAX\na row +\d+ +\d+ +\d+ +\d+\nlearned", shown, re.M)
+    assert shown.count("\nRow ") == 3 and "[[" in shown
+    assert "error    empty answer: message 2: the assistant's answer is empty (row 101)." in shown
+    assert "holds the longest row" in shown and "In 7.5 GiB lora takes up to 90 such rows at once" in shown
+    told = json.loads(cli("data", "check", tmp_path / "job.yaml", "--json", code=2).stdout)
+    assert told["ok"] is False and [f["kind"] for f in told["findings"]] == ["empty answer"]
+    assert sum(bucket["rows"] for bucket in told["histogram"]) == told["train_rows"] == 90
+    dropped = cli("data", "check", tmp_path / "job.yaml", "--set=dataset.on_bad_row=drop").stdout
+    assert "1 warning." in dropped
+
+
+def test_submit_warns_of_what_needs_no_tokenizer_and_the_trainer_of_the_rest(
+    cli: Cli, tiny_model: Path, tmp_path: Path
+) -> None:
+    rows = with_(chat("queue 0", "something else"), chat("<|im_end|>", "marked here"))
+    job = _job(tmp_path, Case("", "", rows, held_out=good(60)[40:]), tiny_model)
+    assert job.name == "t"
+    said = cli("submit", tmp_path / "job.yaml", "--set=training.max_steps=1", "--set=evaluation.samples=0").stderr
+    warned = (
+        "Warning: data.jsonl: one prompt, several answers: 1 row whose prompt stands again with another answer (row 1)."
+    )
+    assert warned in said and "See the data: loractl data check " in said
+    cli("worker", "--drain-when-idle", timeout=120)
+    history = [
+        event["text"] for event in json.loads(cli("show", 1, "--json").stdout)["events"] if event["kind"] == "warning"
+    ]
+    assert any("another answer (row 1)" in text for text in history)
+    assert any("special token within the text (row 42)" in text for text in history)
+    warnings = json.loads(cli("report", 1, "--json").stdout)["data"]["warnings"]
+    assert history == [f"data: {text}" for text in warnings]
+
+
+def test_sharegpt_and_columns_of_other_names_are_the_same_conversations(tiny_model: Path, tmp_path: Path) -> None:
+    """ShareGPT's own names, and any names by dataset.columns, give the tokens that `messages` gives."""
+    write_helpdesk(tmp_path / "plain.jsonl")
+    rows = [json.loads(line)["messages"] for line in (tmp_path / "plain.jsonl").read_text().splitlines()]
+    names = {"user": "human", "assistant": "gpt", "system": "system"}
+    shared = [{"conversations": [{"from": names[m["role"]], "value": m["content"]} for m in row]} for row in rows]
+    mapped = [{"talk": [{"who": m["role"], "what": m["content"]} for m in row]} for row in rows]
+    columns = {"messages": "talk", "role": "who", "content": "what"}
+    tokenizer = load_tokenizer(str(tiny_model))
+    found = [
+        check_data(_job(tmp_path, Case("", "", [{"messages": row} for row in rows]), tiny_model), tokenizer),
+        check_data(_job(tmp_path, Case("", "", shared), tiny_model), tokenizer),
+        check_data(_job(tmp_path, Case("", "", mapped, {"dataset": {"columns": columns}}), tiny_model), tokenizer),
+    ]
+    assert [checked.errors for checked in found] == [[], [], []]
+    assert found[0].rows == found[1].rows == found[2].rows
+    assert [checked.format for checked in found] == ["messages", "sharegpt", "messages"]
+
+
+def _job(folder: Path, case: Case, model: Path) -> JobSpec:
+    def write(name: str, rows: list[Row] | str) -> str:
+        text = rows if isinstance(rows, str) else "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / name).write_bytes(text.encode("utf-8", "surrogateescape"))
+        return name
+
+    dataset = {"path": write(case.name, case.rows), **case.spec.get("dataset", {})}
+    if case.held_out is not None:
+        dataset["eval_path"] = write("held.jsonl", case.held_out)
+    spec = {"name": "t", "base_model": str(model), **case.spec, "dataset": dataset}
+    (folder / "job.yaml").write_text(yaml.safe_dump(spec))
+    return load_spec(folder / "job.yaml")
