@@ -35,6 +35,10 @@ AS_WRITTEN = "as written"
 """Validation context of a person's file: keys that contradict each other are refused. A stored spec has every key."""
 
 
+LARGEST = 2**31 - 1
+"""Whole numbers end here: the database counts steps in 32 bits."""
+
+
 class DataFormat(enum.StrEnum):
     """The shape of a data set's rows."""
 
@@ -99,7 +103,7 @@ ColumnName = Literal[
 ]  # fmt: skip
 Methods = Annotated[Method | list[Method], BeforeValidator(_methods)]
 Size = Annotated[int, BeforeValidator(parse_size)]
-Duration = Annotated[float, BeforeValidator(parse_duration)]
+Duration = Annotated[float, BeforeValidator(parse_duration), Field(le=3650 * 86400)]  # dates end somewhere
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
 
 
@@ -120,7 +124,7 @@ class DatasetSpec(_Section):
     """A file or hub id (its split test) with the held-out rows; without it test_size rows are split off."""
     test_size: float | None = Field(0.1, gt=0, lt=1)
     """Share of rows held out before training."""
-    max_length: int = Field(1024, ge=8)
+    max_length: int = Field(1024, ge=8, le=2**20)
     """Longest row in tokens."""
     on_overflow: Overflow = Overflow.TRUNCATE
     """What happens to longer rows; they are always counted."""
@@ -147,15 +151,15 @@ class LoraSpec(_Section):
 class TrainingSpec(_Section):
     """The optimisation; names and meaning are those of transformers.TrainingArguments."""
 
-    num_train_epochs: float | None = Field(3, gt=0)
-    max_steps: int | None = Field(None, ge=1)
+    num_train_epochs: float | None = Field(3, gt=0, le=10_000)
+    max_steps: int | None = Field(None, ge=1, le=LARGEST)
     """Optimizer steps; overrides num_train_epochs."""
     learning_rate: float = Field(2e-4, gt=0, lt=1)
-    per_device_train_batch_size: int = Field(4, ge=1)
-    gradient_accumulation_steps: int = Field(4, ge=1)
+    per_device_train_batch_size: int = Field(4, ge=1, le=2**16)
+    gradient_accumulation_steps: int = Field(4, ge=1, le=2**16)
     gradient_checkpointing: bool | None = None
     """null: on a GPU yes, on a CPU no (it costs 1.5 to 2 times the time there)."""
-    warmup_steps: float = Field(0.03, ge=0)
+    warmup_steps: float = Field(0.03, ge=0, le=LARGEST)
     """A number of steps, or below 1 a share of all steps."""
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup", "polynomial"] = "cosine"
     weight_decay: float = Field(0.0, ge=0, lt=1)
@@ -164,10 +168,10 @@ class TrainingSpec(_Section):
         "auto"
     )
     """auto: paged 8-bit AdamW for QLoRA on a GPU, AdamW of torch elsewhere."""
-    logging_steps: int = Field(5, ge=1)
-    save_steps: int = Field(50, ge=1)
+    logging_steps: int = Field(5, ge=1, le=LARGEST)
+    save_steps: int = Field(50, ge=1, le=LARGEST)
     """A checkpoint every so many steps."""
-    eval_steps: int | None = Field(None, ge=1)
+    eval_steps: int | None = Field(None, ge=1, le=LARGEST)
     """Held-out loss every so many steps; null: only before and after."""
     seed: int = Field(0, ge=0, lt=2**32)
 
@@ -179,9 +183,9 @@ class EvaluationSpec(_Section):
     samples: int = Field(16, ge=0, le=10_000)
     """Held-out rows to generate answers for, base and tuned side by side; 0: none."""
     max_new_tokens: int = Field(128, ge=1, le=8192)
-    max_rows: int | None = Field(None, ge=1)
+    max_rows: int | None = Field(None, ge=1, le=LARGEST)
     """At most so many held-out rows are scored; null: all."""
-    per_device_eval_batch_size: int = Field(8, ge=1)
+    per_device_eval_batch_size: int = Field(8, ge=1, le=2**16)
 
     @model_validator(mode="after")
     def _generation_needs_samples(self, info: ValidationInfo) -> EvaluationSpec:

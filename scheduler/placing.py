@@ -461,7 +461,7 @@ def _moment(text: str | None, now: dt.datetime) -> dt.datetime | None:
         return None
     try:
         return now + dt.timedelta(seconds=parse_duration(text))
-    except ValueError:
+    except (ValueError, OverflowError):  # the second: beyond the calendar
         pass
     try:
         moment = dt.datetime.fromisoformat(text).astimezone()

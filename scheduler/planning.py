@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from loractl.common.store import Store
 
 
+ABSURD = 2**50
+"""Bytes that no card will have; the database's numbers end not far above."""
+
+
 def plan_job(spec: JobSpec, user: str, data: dict[str, Any], store: Store) -> Submission:
     """Everything that submit writes of a job. Raises UsageError when its own max_vram is below every need."""
     check_adapter(spec)
@@ -28,6 +32,11 @@ def plan_job(spec: JobSpec, user: str, data: dict[str, Any], store: Store) -> Su
     key, family = need_key(spec, data), model_family(spec)
     need = learned(planned, key, store.measured(key, family))
     methods = open_methods(spec)
+    if (least := least_need(methods, need) or 0) > ABSURD:
+        raise UsageError(
+            f"{spec.name} needs {gib(least)} GiB by its plan, which no card has",
+            "lower dataset.max_length or training.per_device_train_batch_size, or look at the base's config.json",
+        )
     admitted = within(methods, need, spec.resources.max_vram)
     if not admitted:
         raise UsageError(

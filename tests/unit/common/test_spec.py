@@ -330,3 +330,18 @@ def test_a_number_that_python_could_not_print_is_refused_with_its_line(tmp_path:
 @pytest.mark.parametrize("value", ["2001-99-99", "1:" * 300 + "1.5", "!!int x", "!!bool x"])
 def test_a_value_that_pyyaml_fails_on_is_refused(tmp_path: Path, value: str) -> None:
     assert "is not valid YAML" in only(write(tmp_path, MINIMAL + f"priority: {value}\n")).what
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "dataset.max_length", "lora.r", "training.max_steps", "training.num_train_epochs",
+        "training.per_device_train_batch_size", "training.gradient_accumulation_steps", "training.warmup_steps",
+        "training.logging_steps", "training.save_steps", "training.eval_steps", "evaluation.samples",
+        "evaluation.max_new_tokens", "evaluation.max_rows", "evaluation.per_device_eval_batch_size", "max_retries",
+        "priority", "resources.time_limit", "lora_patience",
+    ],
+)  # fmt: skip
+def test_a_number_that_neither_database_nor_calendar_holds_is_refused(tmp_path: Path, key: str) -> None:
+    path = write(tmp_path, MINIMAL)
+    assert "must be at most" in only(path, f"{key}=2147483648").what

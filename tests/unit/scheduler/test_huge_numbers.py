@@ -1,0 +1,33 @@
+"""Numbers beyond what a card, the calendar or the database holds end in a sentence."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from loractl.common.errors import UsageError
+from loractl.common.store import Store
+from loractl.scheduler.placing import _moment
+from loractl.scheduler.planning import plan_job
+
+from ...models import make_tiny_model
+from ..factories import NOON, spec
+
+
+@pytest.mark.parametrize("text", ["99999999d", "9999999999d"])
+def test_a_drain_ends_within_the_calendar(text: str) -> None:
+    with pytest.raises(UsageError, match="is no duration and no time"):
+        _moment(text, NOON)
+
+
+def test_a_plan_that_no_card_could_ever_hold_is_refused_before_it_is_a_row(store: Store, tmp_path: Path) -> None:
+    model = make_tiny_model(tmp_path / "tiny")
+    huge = spec(
+        base_model=str(model),
+        dataset={"path": "org/data", "max_length": 2**20},
+        training={"per_device_train_batch_size": 2**16},
+    )
+    with pytest.raises(UsageError, match="which no card has"):
+        store.submit(plan_job(huge, "ada", {}, store))
+    assert store.jobs() == []
