@@ -395,6 +395,12 @@ class Store:
                 self._end_attempt(session, job, Reason.WORKER_LOST, f"{node} was started anew", now)
             return [job.job_id for job in lost]
 
+    def tokens(self, node: str) -> set[str]:
+        """The tokens of the attempts that run on a node."""
+        with self._read() as session:
+            mine = select(Job.token).where(Job.status == Status.RUNNING, Job.node == node)
+            return {token for token in session.scalars(mine) if token is not None}
+
     def see_node(self, state: NodeState) -> Card:
         """Write a device's row; its last sight is now. Returns the card with what runs on it."""
         with self._write() as session:

@@ -22,7 +22,7 @@ import threading
 import time
 import uuid
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -44,7 +44,7 @@ from loractl.common.store import Store
 from loractl.common.units import gib
 
 from .devices import Device, find_devices
-from .occupancy import HIGH_WATER_S, LEFT_S, Watch, end_leftovers, run_mark
+from .occupancy import HIGH_WATER_S, LEFT_S, Watch, card_mark, end_leftovers, run_mark, runs_of
 from .supervisor import Drain, Supervisor
 
 log = logging.getLogger("loractl.worker")
@@ -60,6 +60,9 @@ HOLD_BACK_S = 10.0
 
 SETTLE_S = 15.0
 """After an outage of the database living supervisors beat first, before anybody reaps."""
+
+AGAIN_S = 2.0
+"""A node that finds no database when it starts tries again so much later."""
 
 SWEEP_S = 5.0
 """How often a node looks for waiting rows and expired leases by itself: messages are hints and may be lost."""
@@ -98,6 +101,8 @@ class Node:
         self._serving: set[int] = set(VRAM_CLASSES)
         self._drained = False  # by a person's order
         self._stop = threading.Event()
+        self._parent = os.getppid()
+        self._card = card_mark(settings, self.name)
         self._pace = min(1.0, settings.lease_s / (2 * SETTLE_S))
 
     def serve(self) -> None:
@@ -113,7 +118,7 @@ class Node:
         self.drain.clear()
         broker = broker_url(self.settings)
         app = make_app(broker)
-        self._take_over(self._open_store())
+        self._await_database(lambda: self._take_over(self._open_store()))
 
         @app.task(name=WAKE_TASK, ignore_result=True)
         def wake(size_class: int) -> None:  # what the message says is a hint: the claim looks at what is free now
@@ -139,11 +144,31 @@ class Node:
     def _open_store(self) -> Store:
         return Store(_fresh_engine(self.settings), lease_s=self.settings.lease_s)
 
+    def _await_database(self, work: Callable[[], None]) -> None:
+        """Do what a node can't start without, again and again: the database may be away for long, and other cards of
+        the box go on meanwhile."""
+        while True:
+            try:
+                work()
+                return
+            except ServiceUnreachable as error:
+                log.warning("%s: waiting for it", error.sentence)
+            except DBAPIError as error:
+                if not is_outage(error):
+                    raise
+                log.warning("the database is away, waiting for it: %s", str(error.orig).strip())
+            time.sleep(AGAIN_S)
+            if os.getppid() != self._parent:
+                sys.exit("the loractl worker process is gone")
+
     def _take_over(self, store: Store) -> None:
         """Write the device's row, which a claim needs, and give back what an earlier node of this device left running.
 
         Raises LoractlError when another box has the same name: each would give back the other's jobs.
         """
+        for run in runs_of(self._card):  # an earlier node was killed, and what its trainer started was not
+            end_leftovers(run)
+        connect(self.settings).dispose()  # its schema is ours
         before = next((row for row in store.nodes() if row.node == self.name), None)
         if before is not None and before.instance not in (None, self._instance):
             if (store.now() - before.seen_at).total_seconds() < NODE_STALE_S:
@@ -223,9 +248,9 @@ class Node:
 
     def _monitor(self, app: Any, consumer: Any) -> None:
         store = self._open_store()
-        parent, next_look, next_sweep, failures = os.getppid(), 0.0, 0.0, 0
+        next_look, next_sweep, failures = 0.0, 0.0, 0
         while not self._stop.wait(0.25):
-            if os.getppid() != parent:
+            if os.getppid() != self._parent:
                 log.warning("the loractl worker process is gone, this node stops")
                 os.kill(os.getpid(), signal.SIGTERM)
                 return
@@ -301,6 +326,7 @@ class Node:
 
     def _sweep(self, store: Store, app: Any) -> None:
         """Reap lost attempts, and wake for rows whose message was lost or came while nothing fitted."""
+        self._end_strays(store)
         for job_id, _ in store.reap():
             log.warning("job %s: its worker was lost, it waits again", job_id)
         for job_id in store.preempt():
@@ -321,6 +347,15 @@ class Node:
                         app.send_task(WAKE_TASK, (size,), queue=queue_name(size), retry=False, connection=connection)
         except (OSError, KombuError, RedisError) as error:
             log.warning("the queue is away: %s", error)
+
+    def _end_strays(self, store: Store) -> None:
+        """End processes of attempts that run no more: a killed supervisor's trainer may have left some behind."""
+        marks = runs_of(self._card)  # first: whoever starts between the two looks has its claim
+        if not marks:
+            return
+        for run in marks - {run_mark(token) for token in store.tokens(self.name)}:
+            log.warning("what an attempt left behind on %s is ended", self.name)
+            end_leftovers(run)
 
 
 def _fresh_engine(settings: Settings) -> Engine:
@@ -370,7 +405,6 @@ def main() -> None:
     settings = load_settings()
     for folder in (settings.runtime_dir, settings.work_dir, settings.cache_dir):
         make_private(folder)  # logs, data sets, checkpoints
-    connect(settings).dispose()
     device = next(d for d in find_devices(settings) if d.index == arguments.index)
     try:
         Node(settings, device, NodeOptions(**arguments.options)).serve()

@@ -10,6 +10,8 @@ from typing import Any
 
 import psutil
 
+from loractl.common.settings import Settings
+
 from .devices import Device, Process, Snapshot
 
 JOB_VARIABLE = "LORACTL_JOB"
@@ -17,6 +19,9 @@ JOB_VARIABLE = "LORACTL_JOB"
 
 RUN_VARIABLE = "LORACTL_RUN"
 """Beside it: a number that no other attempt has, of this or another loractl on the box."""
+
+CARD_VARIABLE = "LORACTL_CARD"
+"""And the card that it runs on, by its node's name and that node's home."""
 
 LEFT_S = 20.0
 """A trainer's end is through when nothing of it is left on the card; the driver takes a moment."""
@@ -110,6 +115,16 @@ def run_mark(token: str) -> str:
     return hashlib.sha256(token.encode()).hexdigest()[:16]
 
 
+def card_mark(settings: Settings, node: str) -> str:
+    """A card in its processes' environment. A home serves a card with one node at a time (its lock)."""
+    return f"{settings.home}:{node}"
+
+
+def runs_of(card: str) -> set[str]:
+    """The marks of all attempts that have a process on this card."""
+    return {mark for p in psutil.process_iter() if (mark := _mark_on(p, card)) is not None}
+
+
 def end_leftovers(run: str) -> list[int]:
     """Kill whatever an attempt started and left behind, also out of its session; returns what is still there."""
     left = [p for p in psutil.process_iter() if _runs_for(p, run)]
@@ -126,6 +141,14 @@ def _runs_for(process: psutil.Process, run: str) -> bool:
     except (psutil.NoSuchProcess, psutil.AccessDenied, OSError):
         return False
     return mine
+
+
+def _mark_on(process: psutil.Process, card: str) -> str | None:
+    try:
+        environment = process.environ()
+    except (psutil.NoSuchProcess, psutil.AccessDenied, OSError):
+        return None
+    return environment.get(RUN_VARIABLE) if environment.get(CARD_VARIABLE) == card else None
 
 
 def _trainers(node_pid: int) -> dict[int, tuple[str, int]]:
