@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 MARKER = "loractl-complete.json"
 """Written last: file sizes, step and what the checkpoint belongs to. A folder without it is torn."""
@@ -63,22 +64,34 @@ def newest_checkpoint(
     return max(found, key=lambda c: c.step, default=None)
 
 
+def is_complete(folder: Path) -> bool:
+    """True when the checkpoint's marker is there and every file has the size that it names."""
+    return _marker(folder) is not None
+
+
 def withdraw(checkpoint: Checkpoint) -> None:
     """Take the marker off a checkpoint that does not hold what it says: it is torn from now on."""
     (checkpoint.path / MARKER).unlink(missing_ok=True)
 
 
 def _read(path: Path, belongs_to: dict[str, str], refused: Callable[[int, list[str]], None]) -> Checkpoint | None:
-    try:
-        marker = json.loads((path / MARKER).read_text())
-        complete = all((path / name).stat().st_size == size for name, size in marker["files"].items())
-        theirs, step = dict(marker["belongs_to"]), int(marker["step"])
-    except (OSError, ValueError, KeyError, TypeError):
+    marker = _marker(path)
+    if marker is None:
         return None
-    if not complete:
-        return None
+    theirs, step = marker["belongs_to"], marker["step"]
     differing = sorted(name for name in theirs.keys() | belongs_to.keys() if theirs.get(name) != belongs_to.get(name))
     if differing:
         refused(step, differing)
         return None
     return Checkpoint(path=path, step=step, finished=bool(marker["finished"]), proof=marker.get("proof"))
+
+
+def _marker(path: Path) -> dict[str, Any] | None:
+    """What a complete checkpoint's marker says; None for a torn one."""
+    try:
+        marker = json.loads((path / MARKER).read_text())
+        complete = all((path / name).stat().st_size == size for name, size in marker["files"].items())
+        checked = {**marker, "belongs_to": dict(marker["belongs_to"]), "step": int(marker["step"])}
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return checked if complete else None

@@ -59,12 +59,16 @@ class CheckpointKeeper:
         if replaced is not None:
             shutil.rmtree(replaced[1], ignore_errors=True)
 
-    def close(self, patience_s: float) -> None:
-        """Wait so long for what is still to be uploaded, then leave it: the local one stays."""
+    def close(self) -> None:
+        """Take nothing more. What is still to be uploaded may be waited for, or left: the local one stays."""
         with self._changed:
             self._closing = True
             self._changed.notify()
-        self._thread.join(timeout=patience_s)
+
+    def done(self, timeout: float) -> bool:
+        """Wait so long for the last upload; True when nothing is left to do."""
+        self._thread.join(timeout=timeout)
+        return not self._thread.is_alive()
 
     def _run(self) -> None:
         while True:

@@ -25,7 +25,7 @@ from typing import Any, TypeVar
 from sqlalchemy.exc import DBAPIError
 
 from loractl.common.adjustment import Adjustment, in_words, next_adjustment
-from loractl.common.artifacts import ArtifactStore, attempt_prefix, remove_tree
+from loractl.common.artifacts import ArtifactStore, attempt_prefix, remove_tree, sha256_of
 from loractl.common.database import is_outage
 from loractl.common.errors import ArtifactError, LoractlError, ServiceUnreachable
 from loractl.common.policy import Need
@@ -34,12 +34,12 @@ from loractl.common.settings import Settings
 from loractl.common.status import Reason, Stage, Status
 from loractl.common.store import Store
 
-from .checkpoint import MARKER
+from .checkpoint import is_complete
 from .child import exit_reason, kill, read_messages, send
 from .devices import Device
 from .joblog import LogBook, read_log
 from .keeping import CheckpointKeeper
-from .occupancy import JOB_VARIABLE, RUN_VARIABLE, run_mark
+from .occupancy import CARD_VARIABLE, JOB_VARIABLE, RUN_VARIABLE, card_mark, end_leftovers, run_mark
 from .protocol import Adjusted, Ended, Note, Peaks, Planned, Saved, StageChanged, Start, Stepped, Stop, Told
 from .space import bytes_to_write, require_space
 from .trust import Refused, check_checkpoint, check_claim, may_run_code
@@ -115,6 +115,7 @@ class _State:
     store_away: bool = False  # what is to be fetched or stored waits for the artifact store
     saved: list[Saved] = field(default_factory=list)  # checkpoints that are not handed on yet
     pending: Progress = field(default_factory=Progress)  # told, not yet written
+    noted: queue.SimpleQueue[tuple[str, str]] = field(default_factory=queue.SimpleQueue)  # events of the work thread
     log: LogBook = field(default_factory=LogBook)
 
 
@@ -229,7 +230,8 @@ class Supervisor:
     def _stored_checkpoint(self, claim: Claim, folder: Path) -> list[Path]:
         """The newest checkpoint from the artifact store, which another box may have written, unless it is here."""
         kept = claim.checkpoint
-        if kept is None or list(folder.parent.glob(f"attempt-*/checkpoints/checkpoint-{kept.step}/{MARKER}")):
+        here = [] if kept is None else folder.parent.glob(f"attempt-*/checkpoints/checkpoint-{kept.step}")
+        if kept is None or any(map(is_complete, here)):
             return []
         remove_tree(folder)
         target = folder / "checkpoints" / f"checkpoint-{kept.step}"
@@ -252,7 +254,16 @@ class Supervisor:
         finally:
             # of a training that is done, cancelled or no longer ours nobody will want the last one
             over = state.lease_lost or state.cancel_requested or self._judge(state)[0] is Reason.OK
-            keeper.close(0.0 if over or self._drain.wish == "now" else CHECKPOINT_GRACE_S)
+            self._close(keeper, claim, state, 0.0 if over or self._drain.wish == "now" else CHECKPOINT_GRACE_S)
+
+    def _close(self, keeper: CheckpointKeeper, claim: Claim, state: _State, patience_s: float) -> None:
+        """Wait so long for the last checkpoint to be stored, and keep the lease meanwhile."""
+        keeper.close()
+        deadline = time.monotonic() + patience_s
+        while not keeper.done(min(self._beat_s, max(0.0, deadline - time.monotonic()))):
+            if state.lease_lost or state.cancel_requested or time.monotonic() >= deadline:
+                return
+            self._beat(claim, state)
 
     def _train_with_less(
         self, claim: Claim, start: Start, folder: Path, state: _State, began: float, keeper: CheckpointKeeper
@@ -297,6 +308,7 @@ class Supervisor:
                 self._loop(claim, trainer, told, state, began, keeper)
             finally:
                 kill(trainer)
+                end_leftovers(run_mark(claim.token))  # what holds the pipes open would make the readers wait
                 for reader in readers:
                     reader.join(timeout=5)
         _take_all(told, state)
@@ -372,6 +384,8 @@ class Supervisor:
 
     def _progress(self, state: _State, *, last: bool = False) -> Progress:
         """What is new since the last write that came through."""
+        while not state.noted.empty():
+            state.pending = replace(state.pending, events=(*state.pending.events, state.noted.get()))
         return replace(
             state.pending,
             vram_peak=state.peaks.reserved,
@@ -478,8 +492,7 @@ class Supervisor:
                     raise
                 if not state.store_away:
                     log.warning("job %s: %s; tried again until it works", claim.job_id, error.sentence)
-                    event = ("store", f"{error.sentence}; it is tried again")
-                    state.pending = replace(state.pending, events=(*state.pending.events, event))
+                    state.noted.put(("store", f"{error.sentence}; it is tried again"))
                 state.store_away = True
                 time.sleep(delay)
                 delay = min(delay * 2, 30.0)
@@ -539,6 +552,7 @@ class Supervisor:
             **kept,
             **self._device.environment(),
             JOB_VARIABLE: str(claim.job_id),
+            CARD_VARIABLE: card_mark(self._settings, self._node),
             RUN_VARIABLE: run_mark(claim.token),
             "OMP_NUM_THREADS": str(self._threads),
             "TOKENIZERS_PARALLELISM": "false",
@@ -591,17 +605,29 @@ def _hand_on(state: _State, keeper: CheckpointKeeper) -> None:
 
 def mark_ready(folder: Path, claim: Claim, message: str) -> None:
     """Note that a result is complete: a later attempt on this box need not train again, should storing fail."""
-    (folder / READY).write_text(json.dumps({"belongs_to": _asked(claim), "message": message}), "utf-8")
+    ready = {"belongs_to": _asked(claim), "message": message, "files": _hashes(folder / "result")}
+    (folder / READY).write_text(json.dumps(ready), "utf-8")
 
 
 def ready_result(folder: Path, claim: Claim) -> str | None:
-    """What a finished result of the same job says of itself; None without one."""
+    """What a finished result of the same job says of itself; None without one.
+
+    Its files are as they were: a box that lost its power may have kept the note and not all of them.
+    """
     try:
         ready = json.loads((folder / READY).read_text("utf-8"))
+        found = _hashes(folder / "result")
     except (OSError, ValueError):
         return None
+    files: dict[str, str] = ready.get("files") or {"": ""}  # an older note names none: it may be torn
+    whole = all(found.get(name) == digest for name, digest in files.items())
     message: str = ready.get("message", "")
-    return message if ready.get("belongs_to") == _asked(claim) and (folder / "result").is_dir() else None
+    return message if ready.get("belongs_to") == _asked(claim) and whole else None
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    """The sha256 of each file of a result."""
+    return {p.relative_to(folder).as_posix(): sha256_of(p) for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 def _asked(claim: Claim) -> list[str]:
