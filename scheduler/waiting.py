@@ -110,6 +110,8 @@ def _held_back(job: Job, me: Waiting, view: FleetView) -> Wait | None:
         return Wait(tier=Tier.POLICY, word="held", sentence=job.message or "until loractl retry")
     if job.not_before is not None and job.not_before > view.now:
         wait = duration((job.not_before - view.now).total_seconds())
+        if job.message is not None and job.reason is None:  # no attempt ended: a worker of an older version saw it
+            return Wait(tier=Tier.POLICY, word="version", sentence=job.message)
         return Wait(tier=Tier.POLICY, word="retry", sentence=f"attempt {job.attempt + 1} in {wait}")
     limit, mine = _user_limit(view), sum(running.user == job.user for running in view.running.values())
     if limit is not None and mine >= limit:

@@ -15,6 +15,7 @@ from loractl import __version__
 from loractl.common.fleet import NODE_STALE_S
 from loractl.common.method import Method
 from loractl.common.policy import RESERVE_AFTER_S
+from loractl.common.status import Reason
 from loractl.common.tables import DrainOrder, Job, Node
 from loractl.common.units import GIB
 from loractl.scheduler.waiting import (
@@ -86,6 +87,13 @@ def test_a_held_job_waits_for_a_person_whatever_is_free() -> None:
 def test_a_failed_attempt_waits_for_its_time_and_then_like_any_other() -> None:
     assert told(waits(attempt=2, not_before=in_seconds(40)), card()) == ("retry", "attempt 3 in 40 s")
     assert told(waits(attempt=2, not_before=NOON), card())[0] == "next"
+
+
+def test_a_job_that_only_a_newer_worker_can_read_says_so() -> None:
+    left = waits(attempt=0, not_before=in_seconds(40), message="written by loractl 9.0")
+    assert told(left, card()) == ("version", "written by loractl 9.0")
+    failed = waits(attempt=1, not_before=in_seconds(40), message="it crashed", reason=Reason.TRAINER_ERROR)
+    assert told(failed, card()) == ("retry", "attempt 2 in 40 s")
 
 
 def test_a_user_at_the_limit_is_told_so() -> None:
