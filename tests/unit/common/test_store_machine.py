@@ -39,14 +39,14 @@ from loractl.common.units import GIB
 
 from ..factories import NOON, Clock, node_state, submission
 
-EXAMPLES = int(os.environ.get("STORE_EXAMPLES", "50"))
+EXAMPLES = int(os.environ.get("STORE_EXAMPLES", "60"))
 
 machine = settings(
     max_examples=EXAMPLES,
     stateful_step_count=40,
     deadline=None,
     suppress_health_check=list(HealthCheck),
-    derandomize=EXAMPLES <= 50,  # the short run must not fail by chance; the long one looks for something new
+    derandomize=EXAMPLES <= 60,  # the short run must not fail by chance; the long one looks for something new
     print_blob=True,
 )
 
@@ -61,8 +61,11 @@ COUNTED = frozenset(
 )  # fmt: skip
 ENDED = (Status.SUCCEEDED, Status.FAILED, Status.CANCELLED)
 
+MOST_JOBS = 4  # few jobs meet more of what can happen to a job
 SMALL, LARGE = 4, 9  # GiB; the nodes have 10
 NODES = ("heron:0", "owl:0")
+ENDS = (Reason.OK, Reason.OK, Reason.DRAINED, Reason.TRAINER_ERROR, *Reason)
+PAUSES = (0, 59, 61)  # seconds; before and after the end of a lease
 RESCUE = "rescue:0"
 
 
@@ -161,6 +164,12 @@ class Life(RuleBasedStateMachine):
     def a_first_job(self) -> Known:
         return self.submit(SMALL, priority=0, preemptible=True, max_retries=1)
 
+    @initialize(target=runs)
+    def a_first_run(self) -> Any:
+        self.submit(SMALL, priority=5, preemptible=True, max_retries=1)
+        return self.take("heron:0", 10 * GIB)
+
+    @precondition(lambda self: len(self.known) < MOST_JOBS)
     @rule(
         target=jobs,
         size=st.sampled_from([SMALL, SMALL, LARGE]),
@@ -177,7 +186,10 @@ class Life(RuleBasedStateMachine):
         self.known[job_id] = Known(job_id=job_id, max_retries=max_retries, preemptible=preemptible)
         return self.known[job_id]
 
-    @rule(job=jobs)
+    @rule(job=jobs, wish=st.sampled_from(["cancel", "hold", "retry", "retry", "gc_forgets_the_checkpoint"]))
+    def a_person_wishes(self, job: Known, wish: str) -> None:
+        getattr(self, wish)(job)
+
     def cancel(self, job: Known) -> None:
         if job.status in ENDED:
             assert refused(self.store.cancel, job.job_id)
@@ -189,7 +201,6 @@ class Life(RuleBasedStateMachine):
             job.cancel_asked = True
         assert row.status is job.status
 
-    @rule(job=jobs)
     def hold(self, job: Known) -> None:
         if job.status is not Status.QUEUED:
             assert refused(self.store.hold, job.job_id)
@@ -197,7 +208,6 @@ class Life(RuleBasedStateMachine):
         assert self.store.hold(job.job_id, "bob").held
         job.held = True
 
-    @rule(job=jobs)
     def retry(self, job: Known) -> None:
         if not (job.status in (Status.FAILED, Status.CANCELLED) or (job.status is Status.QUEUED and job.held)):
             assert refused(self.store.retry, job.job_id)
@@ -207,7 +217,6 @@ class Life(RuleBasedStateMachine):
         job.held, job.cancel_asked, job.not_before = False, False, None
         job.retries, job.lost, job.final = 0, {}, None
 
-    @rule(job=jobs)
     def gc_forgets_the_checkpoint(self, job: Known) -> None:
         assert self.store.forget_checkpoint(job.job_id) == (job.status in ENDED)
         if job.status in ENDED:
@@ -223,10 +232,17 @@ class Life(RuleBasedStateMachine):
         taken = self.take(node, 10 * GIB)
         return multiple() if taken is None else taken
 
-    @rule(run=runs, loss=st.floats(0, 9))
-    def beat(self, run: Run, loss: float) -> None:
+    @rule(run=runs, now=st.booleans(), after=st.sampled_from(PAUSES), keeps=st.booleans())
+    def writes(self, run: Run, now: bool, after: int, keeps: bool) -> None:
+        run = self.of(run).holder or run if now else run
+        self.clock.forward(after)
+        if keeps:
+            self.keep_checkpoint(run)
+        self.beat(run)
+
+    def beat(self, run: Run) -> None:
         job, number = self.of(run), next(self.numbers)
-        answer = self.store.beat(run.claim, told(number, loss))
+        answer = self.store.beat(run.claim, told(number))
         mine = job.holder is run
         assert answer.accepted is mine
         if mine:
@@ -235,16 +251,21 @@ class Life(RuleBasedStateMachine):
             assert (answer.preempted_by is not None) is job.gives_way
         self.written(job, number, mine)
 
-    @rule(run=runs, reason=st.sampled_from([Reason.OK, Reason.DRAINED, Reason.TRAINER_ERROR, *Reason]))
+    @rule(run=runs, now=st.booleans(), reason=st.sampled_from(ENDS), retried=st.booleans())
+    def ends(self, run: Run, now: bool, reason: Reason, retried: bool) -> None:
+        """Also given back, for the second time after a lost answer, and by a worker that was frozen meanwhile."""
+        self.finish(self.of(run).holder or run if now else run, reason)
+        if retried:
+            self.retry(self.of(run))
+
     def finish(self, run: Run, reason: Reason) -> None:
-        """Also to give it back, for the second time after a lost answer, and by a worker that was frozen meanwhile."""
         job, number, mine = self.of(run), next(self.numbers), self.of(run).holder is run
         result = None
         if reason is Reason.OK:
             uri = f"file:///lab/jobs/{job.job_id}/attempt-{run.claim.attempt}/{number}"
             result = StoredResult(adapter_uri=uri, report_uri=f"{uri}.json", adapter_size=1, adapter_sha256="a" * 64)
         before = job.status
-        answer = self.store.finish(run.claim, reason, f"because of {reason.value}", told(number, 1.0), result)
+        answer = self.store.finish(run.claim, reason, f"because of {reason.value}", told(number), result)
         self.written(job, number, mine)
         if mine:
             job.end(reason, self.clock.now, answer)
@@ -255,9 +276,8 @@ class Life(RuleBasedStateMachine):
         else:
             assert answer is (before if run.ended is reason else None)
 
-    @rule(run=runs, step=st.integers(1, 99))
-    def keep_checkpoint(self, run: Run, step: int) -> None:
-        job = self.of(run)
+    def keep_checkpoint(self, run: Run) -> None:
+        job, step = self.of(run), next(self.numbers)
         kept = StoredCheckpoint(step=step, prefix=f"jobs/{job.job_id}/checkpoints/{run.claim.attempt}-{step}")
         mine = job.holder is run
         assert self.store.keep_checkpoint(run.claim, kept) is mine
@@ -265,8 +285,9 @@ class Life(RuleBasedStateMachine):
             job.checkpoint = kept
 
     @precondition(lambda self: self.some(Status.RUNNING))
-    @rule()
-    def reap(self) -> None:
+    @rule(after=st.sampled_from(PAUSES))
+    def reap(self, after: int) -> None:
+        self.clock.forward(after)
         over = [j for j in self.known.values() if j.status is Status.RUNNING and j.lease < self.clock.now]
         waits_again = [job_id for job_id, _ in self.store.reap()]
         for job in over:
@@ -283,33 +304,40 @@ class Life(RuleBasedStateMachine):
             job.end(Reason.WORKER_LOST, self.clock.now)
 
     @precondition(lambda self: self.some(Status.QUEUED))
-    @rule(node=st.sampled_from(NODES), times=st.integers(1, 3), silent=st.booleans())
-    def workers_are_lost(self, node: str, times: int, silent: bool) -> None:
-        for _ in range(times):
-            run = self.take(node, 10 * GIB)
-            if run is None:
-                return
+    @rule(target=runs, node=st.sampled_from(NODES), times=st.integers(1, 3), silent=st.booleans())
+    def workers_are_lost(self, node: str, times: int, silent: bool) -> Any:
+        """They are frozen, and may come back."""
+        lost = []
+        while len(lost) < times and (run := self.take(node, 10 * GIB)) is not None:
+            lost.append(run)
             if silent:
-                self.clock.forward(LEASE_S + 1)
-                self.reap()
+                self.reap(LEASE_S + 1)
             else:
                 self.finish(run, Reason.WORKER_LOST)
+        return multiple(*lost)
 
-    @rule(run=runs, reason=st.sampled_from(Reason), retried=st.booleans())
+    @rule(run=runs, reason=st.sampled_from(ENDS), retried=st.booleans())
     def is_cancelled_and_ends(self, run: Run, reason: Reason, retried: bool) -> None:
         self.cancel(self.of(run))
-        self.finish(run, reason)
+        self.finish(self.of(run).holder or run, reason)
         if retried:
             self.retry(self.of(run))
 
-    @precondition(lambda self: self.some(Status.RUNNING) and self.some(Status.QUEUED))
-    @rule()
-    def preempt(self) -> None:
+    @precondition(lambda self: self.some(Status.RUNNING))
+    @rule(target=jobs, urgent=st.booleans())
+    def preempt(self, urgent: bool) -> Any:
+        """Also for a job that comes at this moment and needs nearly a whole card."""
+        new = (
+            [self.submit(LARGE, priority=9, preemptible=False, max_retries=0)]
+            if urgent and len(self.known) < MOST_JOBS
+            else []
+        )
         asked = [j for j in self.known.values() if j.gives_way]
         for job_id in self.store.preempt():
             job = self.known[job_id]
             assert job.status is Status.RUNNING and job.preemptible and not asked
             job.gives_way = True
+        return multiple(*new)
 
     @rule(seconds=st.sampled_from([1, 11, 59, 61, 700, 4000, -1, -61, -4000]))
     def the_clock_moves(self, seconds: int) -> None:
@@ -418,8 +446,8 @@ def _without_waiting_for_the_disk(engine: Engine) -> None:
         connection.commit()
 
 
-def told(number: int, loss: float) -> Progress:
-    return Progress(stage=Stage.TRAINING, step=number, loss=loss, metrics=((number, "loss", loss),), log=f"{number}\n")
+def told(number: int) -> Progress:
+    return Progress(stage=Stage.TRAINING, step=number, loss=1.0, metrics=((number, "loss", 1.0),), log=f"{number}\n")
 
 
 def refused(verb: Any, job_id: int) -> bool:
