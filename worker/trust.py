@@ -16,6 +16,9 @@ from loractl.common.records import StoredCheckpoint
 from loractl.common.settings import Settings
 from loractl.common.spec import JobSpec, is_hub_data, is_hub_id
 
+_KERNEL_KEY = "attn_implementation"
+"""Part of the keys by which a model's config names its attention, some of them internal ones."""
+
 
 class Refused(LoractlError):
     """The job asks for what this box's owner did not allow, or for what no job may ask."""
@@ -59,7 +62,7 @@ def check_model_settings(base_model: str, *settings: Any) -> None:
     A tokenizer whose `vocab` is a path takes that file for its words, and they are stored with the adapter.
     """
     for key, text in _strings(settings, ""):
-        if key.endswith("attn_implementation") and "/" in text:
+        if _KERNEL_KEY in key and "/" in text:
             raise Refused(f"base_model {base_model} asks for a kernel from the hub: {key} is {text!r}")
         if key != "chat_template" and _is_file(text) and not _lies_in(Path(text), Path(base_model)):
             raise Refused(f"base_model {base_model} names a file of this box that is not its own: {key} is {text!r}")
@@ -72,7 +75,7 @@ def _strings(value: Any, key: str) -> Iterator[tuple[str, str]]:
     elif isinstance(value, dict):
         for name, inner in value.items():
             # {"attn_implementation": {"": ..., "text_config": ...}}: what is below it is of its kind
-            yield from _strings(inner, key if key.endswith("attn_implementation") else str(name))
+            yield from _strings(inner, key if _KERNEL_KEY in key else str(name))
     elif isinstance(value, (list, tuple)):
         for inner in value:
             yield from _strings(inner, key)

@@ -116,6 +116,7 @@ def test_an_adapter_in_place_of_a_base_is_refused(tiny_model: Path, tmp_path: Pa
         ("tokenizer_config.json", {"extra": {"sp_model_kwargs": {"model_file": "{secret}"}}}, "model_file is"),
         ("config.json", {"attn_implementation": "org/kernel"}, "asks for a kernel from the hub"),
         ("config.json", {"_attn_implementation": {"": "org/kernel@main"}}, "asks for a kernel from the hub"),
+        ("config.json", {"_attn_implementation_internal": "org/kernel"}, "asks for a kernel from the hub"),
     ],
 )
 def test_a_model_that_names_files_of_the_box_or_a_kernel_is_refused(
