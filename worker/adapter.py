@@ -7,8 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from loractl.common.spec import JobSpec
+from loractl.common.status import Reason
+
+from .model import TrainingFailed
 
 CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
 
 CONFIG_KEYS = frozenset(
     {
@@ -26,13 +30,35 @@ SUFFIXES = frozenset({".safetensors", ".json", ".txt", ".model", ".jinja", ".md"
 
 
 def save_adapter(model: Any, tokenizer: Any, spec: JobSpec, folder: Path) -> None:
-    """Write the adapter and its tokenizer into `folder`."""
+    """Write the adapter and its tokenizer into `folder`, and load it once. Raises TrainingFailed when that fails."""
     model.save_pretrained(str(folder), safe_serialization=True)
     tokenizer.save_pretrained(str(folder))
     _rewrite_config(folder / CONFIG, spec)
     for path in list(folder.rglob("*")):
         if path.is_file() and path.suffix not in SUFFIXES:
             path.unlink()
+    check_adapter(model, folder)
+
+
+def check_adapter(model: Any, folder: Path) -> None:
+    """Load a saved adapter as its users will: peft reads its settings, and every tensor is what was trained, bit for
+    bit. Raises TrainingFailed."""
+    import torch
+    from peft import PeftConfig, get_peft_model_state_dict
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        settings = PeftConfig.from_pretrained(str(folder))
+        saved = load_file(folder / WEIGHTS)
+    except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
+        raise TrainingFailed(Reason.TRAINER_ERROR, f"the saved adapter does not load: {error}") from error
+    own, trained = model.peft_config["default"], get_peft_model_state_dict(model)
+    wrong = [key for key in ("peft_type", "r", "lora_alpha") if getattr(settings, key, None) != getattr(own, key)]
+    wrong += sorted(saved.keys() ^ trained.keys())
+    wrong += [name for name in saved.keys() & trained.keys() if not torch.equal(saved[name], trained[name].cpu())]
+    if wrong:
+        raise TrainingFailed(Reason.TRAINER_ERROR, f"the saved adapter is not what was trained: {wrong[0]} differs")
 
 
 def _rewrite_config(path: Path, spec: JobSpec) -> None:
