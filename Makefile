@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 MODEL := models/SmolLM2-135M-Instruct
 
-.PHONY: help dev model demo test lint check clean
+.PHONY: help dev model demo test lint check chaos clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -38,6 +38,11 @@ check: dev  ## the tests that need no model: seconds
 
 test: model lint  ## everything
 	$(BIN)/pytest
+
+CHAOS_JOBS ?= 1000
+
+chaos: dev  ## CHAOS_JOBS jobs (1000) under faults drawn from CHAOS_SEED; writes docs/chaos.md
+	CHAOS_JOBS=$(CHAOS_JOBS) CHAOS_SEED=$(CHAOS_SEED) $(BIN)/python -m tests.chaos docs/chaos.md
 
 clean:  ## remove what make made, .venv and the model included
 	rm -rf .venv .demo .demo-adapters models build dist

@@ -1,0 +1,39 @@
+"""make chaos: CHAOS_JOBS jobs (1000) under faults drawn from CHAOS_SEED; ends non-zero on any broken promise.
+
+CHAOS_JOBS=1000 CHAOS_SEED=7 python -m tests.chaos docs/chaos.md
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+from .report import page, table
+from .storm import Plan, storm
+
+
+def main() -> int:
+    jobs, seed = int(os.environ.get("CHAOS_JOBS") or 1000), int(os.environ.get("CHAOS_SEED") or time.time())
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # nothing of the lab may remain
+    faulthandler.register(signal.SIGUSR1)  # where a run that hangs stands
+    print(f"CHAOS_JOBS={jobs} CHAOS_SEED={seed}", flush=True)
+    plan = Plan(jobs=jobs, seed=seed, gap_s=float(os.environ.get("CHAOS_GAP") or 2.5), probes=3)
+    outcome = storm(plan, say=lambda line: print(line, flush=True))
+    print(table(outcome))
+    for breach in outcome.broken:
+        print(f"BROKEN promise {breach.promise}: {breach.what}")
+    if outcome.broken:
+        print("\n".join(outcome.log))
+        return 1
+    if len(sys.argv) > 1:
+        Path(sys.argv[1]).write_text(page(outcome))
+        print(f"wrote {sys.argv[1]}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

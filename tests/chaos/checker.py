@@ -1,0 +1,230 @@
+"""Does a history keep the promises? A pure function, but for the look at the stored files."""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+import struct
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from loractl.common.artifacts import ArtifactStore, attempt_prefix
+from loractl.common.errors import ArtifactError
+from loractl.common.status import TRANSITIONS, Status
+
+from .history import Change, History
+from .trainer import last_link, read_adapter
+
+PROMISES = {
+    1: "a number that submit printed is never lost, and its job ends once",
+    2: "at most one attempt publishes a result; who lost the lease writes nothing",
+    3: "a finished job never changes, an acknowledged cancel never runs again",
+    4: "a lost worker is noticed within its lease, and the job goes on from the last good checkpoint",
+    5: "succeeded means: adapter and report are stored, match their hashes and can be loaded",
+    6: "no process remains after an attempt",
+    7: "while database, queue or store are away nothing fails for it",
+}
+
+NOTICE_SLACK_S = 8.0
+"""Beyond the lease: a sweep, and a busy machine."""
+
+HARMLESS = frozenset({"ok", "worker_lost", "drained", "cancelled", "host_out_of_memory"})
+"""Why attempts may end here. The last is what a killed trainer looks like; there are no more of it than were killed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Broken:
+    """A promise that was not kept."""
+
+    promise: int
+    what: str
+
+
+def check(history: History) -> list[Broken]:
+    """Every breach that the history shows."""
+    checks = (_ended_once, _one_result, _no_stale_write, _nothing_after_the_end, _noticed, _resumed)
+    found = [breach for one in checks for breach in one(history)]
+    found += [Broken(promise=5, what=f"job {job}: {what}") for job, what in sorted(history.artifacts.items())]
+    found += [Broken(promise=6, what=what) for what in history.left]
+    return found + list(_nothing_failed(history))
+
+
+def examine(store: ArtifactStore, job: dict[str, Any]) -> str | None:
+    """What is wrong with the stored result of a job that succeeded; None when it is whole and what was asked for."""
+    uri = job["adapter_uri"] or ""
+    prefix = uri.removeprefix(store.url + "/").removesuffix("/adapter")
+    link = last_link(job["spec_hash"], job["data"]["path"]["sha256"], job["spec"]["training"]["max_steps"])
+    try:
+        store.verify(prefix)
+        adapter = read_adapter(store.read_bytes(prefix, "adapter/adapter_model.safetensors"))
+        report = store.read_json(prefix, "report.json")
+    except (ArtifactError, ValueError, KeyError, struct.error, json.JSONDecodeError) as error:
+        return f"its artifacts can't be used: {error}"
+    if adapter != link or report["chain"] != link.hex():
+        return "its adapter is not what its spec, its data and its steps lead to"
+    return None
+
+
+def _ended_once(history: History) -> Iterator[Broken]:
+    for job_id in history.printed:
+        if job_id not in history.jobs:
+            yield Broken(promise=1, what=f"job {job_id} was printed and is gone")
+    for what in history.stuck:
+        yield Broken(promise=1, what=what)
+    changes = history.of_job()
+    for job_id, job in history.jobs.items():
+        if not Status(job["status"]).is_terminal:
+            yield Broken(promise=1, what=f"job {job_id} is still {job['status']}")
+        ends = [c for c in changes.get(job_id, []) if _ends(c)]
+        if len(ends) > 1:
+            yield Broken(promise=1, what=f"job {job_id} ended {len(ends)} times")
+        elif not ends and Status(job["status"]).is_terminal:
+            yield Broken(promise=1, what=f"job {job_id} is {job['status']} and never ended")
+
+
+def _ends(change: Change) -> bool:
+    before, after = _status(change.old), _status(change.new)
+    return after is not None and after.is_terminal and (before is None or not before.is_terminal)
+
+
+def _status(row: dict[str, Any] | None) -> Status | None:
+    return None if row is None else Status(row["status"])
+
+
+def _one_result(history: History) -> Iterator[Broken]:
+    for job_id, job in history.jobs.items():
+        well = [a.attempt for a in history.attempts if a.job_id == job_id and a.reason == "ok"]
+        listed = history.adapters.get(job_id)
+        if len(well) > 1:
+            yield Broken(promise=2, what=f"attempts {well} of job {job_id} all ended well")
+        if job["status"] != Status.SUCCEEDED:
+            if listed is not None or job["adapter_uri"] is not None or well:
+                yield Broken(promise=2, what=f"job {job_id} is {job['status']} and has a result")
+            continue
+        if listed is None or not well:
+            yield Broken(promise=2, what=f"job {job_id} succeeded without a result")
+            continue
+        prefix = attempt_prefix(job_id, well[0])
+        uris = (job["adapter_uri"] or "", listed["uri"])
+        if listed["attempt"] != well[0] or not all(uri.endswith(f"/{prefix}/adapter") for uri in uris):
+            yield Broken(promise=2, what=f"job {job_id}: attempt {well[0]} ended well, {uris} are listed")
+
+
+def _no_stale_write(history: History) -> Iterator[Broken]:
+    """Whatever was written for an attempt, was written in a transaction that found its token in the job's row."""
+    tokens = {(a.job_id, a.attempt): a.token for a in history.attempts}
+    held: dict[tuple[int, int], set[str | None]] = {}
+    for change in history.changes:
+        if change.what == "job":
+            found = held.setdefault((change.tx, change.job_id), set())
+            found |= {row["token"] for row in (change.old, change.new) if row is not None}
+    for change in history.changes:
+        if change.what == "job":
+            yield from _guarded(change, tokens)
+            continue
+        if change.attempt is None:
+            continue
+        token = tokens.get((change.job_id, change.attempt))
+        if token is None or token not in held.get((change.tx, change.job_id), set()):
+            what = f"job {change.job_id}: {change.kind or ''} row in {change.what} of attempt {change.attempt}"
+            yield Broken(promise=2, what=f"{what}, which did not hold the lease")
+
+
+def _guarded(change: Change, tokens: dict[tuple[int, int], str]) -> Iterator[Broken]:
+    old, new = change.old, change.new
+    if old is None or new is None:
+        return
+    if old["token"] and new["token"] and old["token"] != new["token"]:
+        yield Broken(promise=2, what=f"job {change.job_id}: a token was replaced while it held")
+    if new["checkpoint"] and new["checkpoint"] != old["checkpoint"]:
+        attempt = int(new["checkpoint"]["prefix"].rpartition("/")[2].partition("-")[0])
+        if tokens.get((change.job_id, attempt)) != old["token"]:
+            yield Broken(promise=2, what=f"job {change.job_id}: attempt {attempt} named a checkpoint without the lease")
+    before, after = Status(old["status"]), Status(new["status"])
+    if before is not after and after not in TRANSITIONS[before]:
+        yield Broken(promise=2, what=f"job {change.job_id} went from {before.value} to {after.value}")
+
+
+def _nothing_after_the_end(history: History) -> Iterator[Broken]:
+    ends = {(c.tx, c.job_id) for c in history.changes if c.what == "job" and _ends(c)}
+    for change in history.changes:
+        if change.what != "job" or change.old is None or (change.tx, change.job_id) in ends:
+            continue  # the end itself may be several updates of one transaction
+        if Status(change.old["status"]).is_terminal:
+            what = "was removed" if change.new is None else "changed"
+            yield Broken(promise=3, what=f"job {change.job_id} {what} after it was {change.old['status']}")
+    for job_id, at in history.cancelled.items():
+        started = [a.attempt for a in history.attempts if a.job_id == job_id and a.started_at > at]
+        if started:
+            yield Broken(promise=3, what=f"job {job_id} was cancelled, and attempt {started[0]} started afterwards")
+        status = history.jobs.get(job_id, {}).get("status")
+        if status not in (Status.CANCELLED, Status.SUCCEEDED):  # it may have been done at that moment
+            yield Broken(promise=3, what=f"job {job_id} was cancelled and is {status}")
+
+
+def _noticed(history: History) -> Iterator[Broken]:
+    leases: dict[str, dt.datetime] = {}
+    for change in history.changes:
+        if change.what == "job" and change.new is not None and change.new["token"]:
+            leases[change.new["token"]] = _time(change.new["lease_expires_at"])
+    for attempt in history.attempts:
+        name = f"attempt {attempt.attempt} of job {attempt.job_id}"
+        if attempt.ended_at is None:
+            yield Broken(promise=4, what=f"{name} never ended")
+        elif attempt.reason == "worker_lost" and attempt.token in leases:
+            over = leases[attempt.token]
+            late = (attempt.ended_at - over).total_seconds() - _away(history, over, attempt.ended_at)
+            if late > NOTICE_SLACK_S:
+                yield Broken(promise=4, what=f"{name} was noticed {late:.1f} s after its lease was over")
+
+
+def _away(history: History, start: dt.datetime, end: dt.datetime) -> float:
+    """Seconds between two times in which nobody could notice: the database was away, or every box was.
+
+    Each outage lasts a lease longer: living supervisors are let to beat first, and a box has to start.
+    """
+    settle, tick = dt.timedelta(seconds=history.lease_s), dt.timedelta(seconds=0.25)
+    windows = [w for w in history.windows if w.start < end and w.end + settle > start]
+    total, now = 0.0, start
+    while windows and now < end:
+        away = {w.box for w in windows if w.start <= now < w.end + settle}
+        total += tick.total_seconds() if None in away or (history.boxes and away >= history.boxes) else 0.0
+        now += tick
+    return total
+
+
+def _resumed(history: History) -> Iterator[Broken]:
+    """An attempt that ended well began where the newest stored checkpoint was, unless a result was taken over."""
+    taken = {(c.job_id, c.attempt) for c in history.changes if c.what == "events" and c.kind == "ready"}
+    resumed = {(a.job_id, a.attempt): a for a in history.attempts if a.reason == "ok"}
+    for change in history.changes:
+        if change.what != "job" or change.new is None or not change.new["checkpoint"]:
+            continue
+        key = (change.job_id, change.new["attempt"])
+        starts = change.new["status"] == Status.RUNNING and _status(change.old) is Status.QUEUED
+        if not starts or key not in resumed or key in taken or change.new["checkpoint"]["prefix"] in history.torn:
+            continue
+        kept, began = change.new["checkpoint"]["step"], resumed[key].resumed_from_step or 0
+        if began < kept:
+            what = f"attempt {key[1]} of job {key[0]} began at step {began}, a checkpoint of step {kept} was stored"
+            yield Broken(promise=4, what=what)
+
+
+def _nothing_failed(history: History) -> Iterator[Broken]:
+    for attempt in history.attempts:
+        if attempt.reason is not None and attempt.reason not in HARMLESS:
+            what = f"attempt {attempt.attempt} of job {attempt.job_id} ended as {attempt.reason}"
+            yield Broken(promise=7, what=what)
+    for job_id, job in history.jobs.items():
+        if job["status"] == Status.FAILED:
+            yield Broken(promise=7, what=f"job {job_id} failed: {job['reason']} {job['message']}")
+    killed = Counter(a.reason for a in history.attempts)["host_out_of_memory"]
+    if killed > history.trainers_killed:
+        what = f"{killed} trainers seemed to be killed, {history.trainers_killed} were"
+        yield Broken(promise=7, what=what)
+
+
+def _time(value: str | dt.datetime) -> dt.datetime:
+    return value if isinstance(value, dt.datetime) else dt.datetime.fromisoformat(value)

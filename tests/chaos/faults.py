@@ -1,0 +1,375 @@
+"""The faults, drawn from a seed, and what each one does to the lab."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime as dt
+import heapq
+import itertools
+import random
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+from sqlalchemy import text
+from sqlalchemy.exc import DBAPIError
+
+from loractl.common.errors import WrongState
+from loractl.common.status import Status
+from loractl.common.store import Store
+
+from .history import Window
+from .lab import Box, Lab
+
+DECK = {
+    "kill a node": 3,
+    "kill a supervisor": 3,
+    "kill a trainer": 3,
+    "kill a box": 1,
+    "stop a box in order": 1,
+    "freeze a supervisor": 3,
+    "freeze a box": 1,
+    "power cut, a checkpoint torn": 2,
+    "power cut, a finished result torn": 1,
+    "power cut, a cached data set torn": 1,
+    "tear a stored checkpoint": 1,
+    "kill Valkey": 1,
+    "kill and wipe Valkey": 2,
+    "crash PostgreSQL": 2,
+    "cut a box off PostgreSQL": 2,
+    "cut a box off Valkey": 1,
+    "cut submit off PostgreSQL": 1,
+    "silence PostgreSQL, box to server": 1,
+    "silence PostgreSQL, server to box": 1,
+    "silence Valkey, box to server": 1,
+    "silence Valkey, server to box": 1,
+    "fill the store's disk": 2,
+    "cancel a job": 3,
+}
+"""How often each comes in one deck; decks are shuffled and dealt one after the other."""
+
+WAIT_S = 15.0
+"""A fault that finds nothing to hit looks for it so long, then it is dropped and not counted."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fault:
+    """One card: when, what, for how long (a share of the longest), and which of the possible targets."""
+
+    gap_s: float
+    kind: str
+    share: float
+    pick: float
+
+
+def script(seed: int, gap_s: float) -> Iterator[Fault]:
+    """The same seed gives the same script; what it hits hangs on what runs at that moment."""
+    rng = random.Random(seed)
+    while True:
+        deck = [kind for kind, count in DECK.items() for _ in range(count)]
+        rng.shuffle(deck)
+        for kind in deck:
+            yield Fault(gap_s=rng.uniform(0.3, 1.7) * gap_s, kind=kind, share=rng.random(), pick=rng.random())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loss:
+    """An attempt whose node, supervisor or box was hit."""
+
+    at: dt.datetime
+    kind: str
+    job_id: int
+    attempt: int
+
+
+@dataclass
+class Injector:
+    """Deals the faults, and heals each in its time."""
+
+    lab: Lab
+    store: Store
+    done: Counter[str] = field(default_factory=Counter)
+    losses: list[Loss] = field(default_factory=list)
+    windows: list[Window] = field(default_factory=list)
+    cancelled: dict[int, dt.datetime] = field(default_factory=dict)
+    torn: set[str] = field(default_factory=set)
+    trainers_killed: int = 0
+    postgres_back: list[dt.datetime] = field(default_factory=list)
+    log: list[str] = field(default_factory=list)
+    _heals: list[tuple[float, int, Callable[[], None]]] = field(default_factory=list)
+    _waiting: list[tuple[float, Fault]] = field(default_factory=list)
+    _numbers: Iterator[int] = field(default_factory=itertools.count)
+    _busy: set[str] = field(default_factory=set)  # what a fault holds at this moment
+
+    def offer(self, fault: Fault) -> None:
+        self._waiting.append((time.monotonic() + WAIT_S, fault))
+
+    def tick(self) -> None:
+        """Heal what is due, try what waits, and keep the boxes running as a service manager would."""
+        while self._heals and self._heals[0][0] <= time.monotonic():
+            heapq.heappop(self._heals)[2]()
+        for waiting in list(self._waiting):
+            until, fault = waiting
+            try:
+                hit = self._inject(fault)
+            except psutil.NoSuchProcess:  # it ended by itself just now: look for another one
+                hit = False
+            if hit:
+                self.done[fault.kind] += 1
+                self.log.append(f"{_now():%H:%M:%S.%f} {fault.kind}")
+            if hit or time.monotonic() > until:
+                self._waiting.remove(waiting)
+        for box in self.lab.boxes:
+            if box.wanted and not box.runs:
+                box.start()
+
+    def heal_all(self) -> None:
+        """End every fault now."""
+        self._waiting.clear()
+        while self._heals:
+            heapq.heappop(self._heals)[2]()
+            time.sleep(0.05)  # a box that stops in order is looked at again
+
+    # --- each kind ---
+
+    def _inject(self, fault: Fault) -> bool:
+        kind, box = fault.kind, self.lab.boxes[int(fault.pick * len(self.lab.boxes))]
+        if kind in ("kill a node", "kill a supervisor", "kill a trainer", "freeze a supervisor"):
+            return self._hit_process(fault, box)
+        if kind.startswith("power cut"):
+            return self._power_cut(fault, box)
+        whole = {"kill a box": self._kill_box, "stop a box in order": self._stop_box, "freeze a box": self._freeze_box}
+        if kind in whole:
+            return whole[kind](fault, box)
+        if "off" in kind or "silence" in kind:
+            return self._disturb_link(fault, box)
+        rest = {
+            "kill Valkey": self._kill_valkey,
+            "kill and wipe Valkey": self._kill_valkey,
+            "crash PostgreSQL": self._crash_postgres,
+            "fill the store's disk": self._fill,
+            "cancel a job": self._cancel,
+            "tear a stored checkpoint": self._tear_stored,
+        }
+        return rest[kind](fault)
+
+    def _hit_process(self, fault: Fault, box: Box) -> bool:
+        found = {"kill a node": box.nodes, "kill a trainer": box.trainers}.get(fault.kind, box.supervisors)()
+        if fault.kind == "kill a node":  # an idle one is no loss
+            found = {index: node for index, node in found.items() if index in box.trainers()}
+        free = {i: p for i, p in found.items() if f"{box.name}:{i}" not in self._busy and box.name not in self._busy}
+        if not free:
+            return False
+        index = sorted(free)[int(fault.pick * 997) % len(free)]
+        process, node = free[index], f"{box.name}:{index}"
+        if fault.kind == "kill a trainer":
+            process.kill()
+            self.trainers_killed += 1
+            return True
+        self._note_losses(fault, [node])
+        if fault.kind != "freeze a supervisor":
+            process.kill()
+            return True
+        process.suspend()
+        # sometimes shorter than the lease: then nothing may come of it
+        self._heal_later(self.lab.lease_s * (0.5 + 1.5 * fault.share), lambda: _resume([process]), node)
+        return True
+
+    def _kill_box(self, fault: Fault, box: Box) -> bool:
+        if not self._usable(box) or not box.trainers():
+            return False
+        self._note_losses(fault, self._cards(box))
+        box.kill()
+        self._down(box, 0.5 + 1.5 * self.lab.lease_s * fault.share)
+        return True
+
+    def _stop_box(self, fault: Fault, box: Box) -> bool:
+        if not self._usable(box):
+            return False
+        assert box.process
+        box.process.terminate()
+        self._busy.add(box.name)
+        box.wanted = False
+        self._await_end(box)
+        return True
+
+    def _await_end(self, box: Box) -> None:
+        def look() -> None:
+            if box.runs:
+                self._await_end(box)
+            else:
+                box.wanted = True
+                self._busy.discard(box.name)
+
+        heapq.heappush(self._heals, (time.monotonic() + 0.2, next(self._numbers), look))
+
+    def _freeze_box(self, fault: Fault, box: Box) -> bool:
+        if not self._usable(box):
+            return False
+        family = box.family()
+        self._note_losses(fault, self._cards(box))
+        for process in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.suspend()
+        self._heal_later(self.lab.lease_s * (0.5 + 1.5 * fault.share), lambda: _resume(family), box.name, box)
+        return True
+
+    def _power_cut(self, fault: Fault, box: Box) -> bool:
+        """Kill a box and damage what it wrote last: no file was flushed in time."""
+        work = box.home / "work"
+        if not self._usable(box):
+            return False
+        if "checkpoint" in fault.kind:
+            markers = list(work.glob("*/attempt-*/checkpoints/*/loractl-complete.json"))
+            victims = [newest.parent / "optimizer.bin"] if (newest := _newest(markers)) else []
+        elif "result" in fault.kind:
+            ready = _newest(list(work.glob("*/attempt-*/ready.json")))
+            victims = sorted((ready.parent / "result").rglob("*.safetensors")) if ready else []
+        else:
+            victims = sorted((box.home / "cache" / "datasets").glob("*.jsonl"))[:1]
+        if not victims:
+            return False
+        self._note_losses(fault, self._cards(box))
+        box.kill()
+        torn = False
+        for victim in victims:
+            with contextlib.suppress(FileNotFoundError):  # it was just removed
+                _tear(victim, fault.share)
+                torn = True
+        self._down(box, 0.5 + 0.5 * self.lab.lease_s * fault.share)
+        if not torn:
+            self.done["kill a box"] += 1
+        return torn
+
+    def _tear_stored(self, fault: Fault) -> bool:
+        manifest = _newest(list(self.lab.disk.artifacts.glob("jobs/*/checkpoints/*/manifest.json")))
+        if manifest is None:
+            return False
+        folder = manifest.parent
+        self.torn.add(folder.relative_to(self.lab.disk.artifacts).as_posix())
+        with contextlib.suppress(FileNotFoundError):
+            _tear(folder / "optimizer.bin", fault.share)
+            return True
+        return False
+
+    def _kill_valkey(self, fault: Fault) -> bool:
+        if "valkey" in self._busy:
+            return False
+        self.lab.valkey.kill(wipe="wipe" in fault.kind)
+        self._heal_later(self.lab.lease_s * fault.share, self.lab.valkey.start, "valkey")
+        return True
+
+    def _crash_postgres(self, fault: Fault) -> bool:
+        if "postgres" in self._busy:
+            return False
+
+        def restart() -> None:
+            self.lab.postgres.start()
+            self.postgres_back.append(_now())
+
+        self.lab.postgres.crash()
+        self._heal_later(self.lab.lease_s * 1.5 * fault.share, restart, "postgres", database=True)
+        return True
+
+    def _disturb_link(self, fault: Fault, box: Box) -> bool:
+        service = "valkey" if "Valkey" in fault.kind else "postgres"
+        name, link = f"{box.name} {service}", box.queue if service == "valkey" else box.database
+        if "submit" in fault.kind:
+            name, link = "client", self.lab.client
+        if name in self._busy:
+            return False
+        if "silence" in fault.kind:
+            link.silence("up" if "box to server" in fault.kind else "down")
+        else:
+            link.cut()
+        seconds = self.lab.lease_s * 2 * fault.share
+        self._heal_later(seconds, link.heal, name, box if name == f"{box.name} postgres" else None)
+        return True
+
+    def _fill(self, fault: Fault) -> bool:
+        if "store" in self._busy:
+            return False
+        self.lab.disk.fill()
+        self._heal_later(self.lab.lease_s * fault.share, self.lab.disk.free, "store")
+        return True
+
+    def _cancel(self, fault: Fault) -> bool:
+        """Of a waiting or running job; a job in its last moments may still end well."""
+        try:
+            jobs = self.store.jobs(statuses=[Status.RUNNING, Status.QUEUED])
+            jobs = [job for job in jobs if job.job_id not in self.cancelled]
+            if not jobs:
+                return False
+            job = jobs[int(fault.share * len(jobs))]
+            self.store.cancel(job.job_id, "chaos")
+        except (DBAPIError, WrongState):  # the database is away, or the job has just ended: nothing was promised
+            return False
+        self.cancelled[job.job_id] = _now()
+        return True
+
+    # --- shared ---
+
+    def _usable(self, box: Box) -> bool:
+        held = {box.name, *self._cards(box)} & self._busy
+        return box.runs and box.wanted and not held
+
+    def _cards(self, box: Box) -> list[str]:
+        return [f"{box.name}:{index}" for index in range(box.cards)]
+
+    def _down(self, box: Box, seconds: float) -> None:
+        def up() -> None:
+            box.wanted = True
+
+        box.wanted = False
+        self._heal_later(seconds, up, box.name, box)
+
+    def _heal_later(
+        self, seconds: float, heal: Callable[[], None], busy: str, box: Box | None = None, *, database: bool = False
+    ) -> None:
+        """`busy`: what no other fault may touch until then. `box`, `database`: what is away until then."""
+        began = _now()
+
+        def end() -> None:
+            heal()
+            self._busy.discard(busy)
+            if database or box is not None:
+                self.windows.append(Window(start=began, end=_now(), box=None if box is None else box.name))
+
+        self._busy.add(busy)
+        heapq.heappush(self._heals, (time.monotonic() + seconds, next(self._numbers), end))
+
+    def _note_losses(self, fault: Fault, cards: list[str]) -> None:
+        """Remember what ran there; with the database away nobody can tell, and then it is not timed."""
+        query = "SELECT job_id, attempt FROM jobs WHERE status = 'running' AND node = ANY(:nodes)"
+        with contextlib.suppress(DBAPIError), self.lab.engine.connect() as connection:
+            for job_id, attempt in connection.execute(text(query), {"nodes": cards}):
+                self.losses.append(Loss(at=_now(), kind=fault.kind, job_id=job_id, attempt=attempt))
+
+
+def _resume(processes: list[psutil.Process]) -> None:
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.resume()
+
+
+def _newest(paths: list[Path]) -> Path | None:
+    def changed(path: Path) -> float:
+        try:
+            return path.stat().st_mtime
+        except FileNotFoundError:
+            return 0.0
+
+    return max(paths, key=changed, default=None)
+
+
+def _tear(path: Path, share: float) -> None:
+    """Cut the file's end off."""
+    with path.open("r+b") as file:
+        file.truncate(int(path.stat().st_size * share))
+
+
+def _now() -> dt.datetime:
+    return dt.datetime.now(dt.UTC)

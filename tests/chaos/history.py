@@ -1,0 +1,128 @@
+"""What happened, as the database saw it: triggers write down every change, in the transaction that made it."""
+
+from __future__ import annotations
+
+import datetime as dt
+from dataclasses import dataclass, field
+from typing import Any
+
+from sqlalchemy import Engine, text
+
+_AUDIT = """
+CREATE TABLE chaos_audit (
+    seq bigserial PRIMARY KEY, tx bigint NOT NULL DEFAULT txid_current(),
+    at timestamptz NOT NULL DEFAULT clock_timestamp(), what text NOT NULL, job_id integer NOT NULL, attempt integer,
+    kind text, old jsonb, new jsonb
+);
+CREATE FUNCTION chaos_job() RETURNS trigger LANGUAGE plpgsql AS $$
+DECLARE old_row jsonb := NULL; new_row jsonb := NULL;
+BEGIN
+    IF TG_OP <> 'INSERT' THEN old_row := to_jsonb(OLD) - 'spec' - 'planned' - 'data'; END IF;
+    IF TG_OP <> 'DELETE' THEN new_row := to_jsonb(NEW) - 'spec' - 'planned' - 'data'; END IF;
+    INSERT INTO chaos_audit (what, job_id, attempt, old, new)
+        VALUES ('job', COALESCE(NEW.job_id, OLD.job_id), COALESCE(NEW.attempt, OLD.attempt), old_row, new_row);
+    RETURN NULL;
+END $$;
+CREATE TRIGGER chaos_job AFTER INSERT OR UPDATE OR DELETE ON jobs FOR EACH ROW EXECUTE FUNCTION chaos_job();
+CREATE FUNCTION chaos_part() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    INSERT INTO chaos_audit (what, job_id, attempt, kind)
+        VALUES (TG_TABLE_NAME, NEW.job_id, NEW.attempt, to_jsonb(NEW)->>'kind');
+    RETURN NULL;
+END $$;
+"""
+_PARTS = ("attempts", "events", "metrics", "log_chunks", "adapters")
+
+
+def record(engine: Engine) -> None:
+    """Put the triggers on the tables."""
+    with engine.begin() as connection:
+        connection.exec_driver_sql(_AUDIT)
+        for table in _PARTS:
+            connection.exec_driver_sql(
+                f"CREATE TRIGGER chaos_part AFTER INSERT OR UPDATE ON {table} "
+                "FOR EACH ROW EXECUTE FUNCTION chaos_part()"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """One row that was written: a job's before and after, or that an attempt's row was written in another table."""
+
+    tx: int
+    at: dt.datetime
+    what: str  # job, or a table's name
+    job_id: int
+    attempt: int | None = None
+    kind: str | None = None  # of an event
+    old: dict[str, Any] | None = None
+    new: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttemptRow:
+    job_id: int
+    attempt: int
+    token: str
+    node: str
+    started_at: dt.datetime
+    ended_at: dt.datetime | None
+    reason: str | None
+    resumed_from_step: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Window:
+    """When the database was away, or a box or its way to the database."""
+
+    start: dt.datetime
+    end: dt.datetime
+    box: str | None = None  # None: the database itself
+
+
+@dataclass(frozen=True, kw_only=True)
+class History:
+    """All that the checker looks at."""
+
+    printed: list[int]  # numbers that submit printed
+    cancelled: dict[int, dt.datetime]  # job -> when the cancel was acknowledged
+    jobs: dict[int, dict[str, Any]]  # the rows at the end
+    attempts: list[AttemptRow]
+    adapters: dict[int, dict[str, Any]]
+    changes: list[Change]
+    lease_s: float
+    trainers_killed: int = 0
+    torn: frozenset[str] = frozenset()  # stored checkpoints that the suite damaged
+    windows: tuple[Window, ...] = ()
+    boxes: frozenset[str] = frozenset()
+    artifacts: dict[int, str] = field(default_factory=dict)  # succeeded job -> what is wrong with its artifacts
+    left: tuple[str, ...] = ()  # processes of an attempt that outlived it
+    stuck: tuple[str, ...] = ()  # what had not ended when the run was given up
+
+    def of_job(self) -> dict[int, list[Change]]:
+        found: dict[int, list[Change]] = {}
+        for change in self.changes:
+            if change.what == "job":
+                found.setdefault(change.job_id, []).append(change)
+        return found
+
+
+def read(engine: Engine) -> dict[str, Any]:
+    """The database's part of a History."""
+    with engine.connect() as connection:
+
+        def rows(query: str) -> list[dict[str, Any]]:
+            return [dict(row) for row in connection.execute(text(query)).mappings()]
+
+        attempts = "job_id, attempt, token, node, started_at, ended_at, reason, resumed_from_step"
+        return {
+            "jobs": {row["job_id"]: row for row in rows("SELECT * FROM jobs ORDER BY job_id")},
+            "adapters": {row["job_id"]: row for row in rows("SELECT * FROM adapters")},
+            "attempts": [
+                AttemptRow(**row) for row in rows(f"SELECT {attempts} FROM attempts ORDER BY job_id, attempt")
+            ],
+            "changes": [
+                Change(**row)
+                for row in rows("SELECT tx, at, what, job_id, attempt, kind, old, new FROM chaos_audit ORDER BY seq")
+            ],
+        }

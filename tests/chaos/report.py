@@ -1,0 +1,115 @@
+"""A run as tables, for the terminal and for docs/chaos.md."""
+
+from __future__ import annotations
+
+import statistics
+from collections import Counter
+
+from .checker import PROMISES
+from .faults import DECK, WAIT_S
+from .storm import Outcome
+
+
+def table(outcome: Outcome) -> str:
+    """Counts, recovery times, and the promises."""
+    return "\n".join(["", *_counts(outcome), "", *_faults(outcome), "", *_recovery(outcome), "", *_promises(outcome)])
+
+
+def page(outcome: Outcome) -> str:
+    """docs/chaos.md."""
+    plan = outcome.plan
+    return f"""# Chaos
+
+`make chaos` runs {plan.jobs} jobs while a script kills, freezes, cuts off and fills what loractl stands on, reads the
+whole history afterwards, and ends non-zero when one promise is broken. `make test` does the same for about a minute.
+This page is written by `make chaos`; its numbers are those of one run.
+
+    make chaos CHAOS_JOBS={plan.jobs} CHAOS_SEED={plan.seed}
+
+- Real: `loractl submit`, {plan.boxes} `loractl worker` with {plan.cards} simulated cards each, Valkey, PostgreSQL, the
+  artifact store ({outcome.disk}). Workers reach Valkey and PostgreSQL through a proxy that cuts connections, or
+  passes nothing on in one direction.
+- A stand-in for the trainer (`tests/chaos/trainer.py`, by `LORACTL_TRAINER`): the real pipes, protocol, checkpoints
+  and files; its weights are a chain of hashes, so that a step too many, too few, or from a torn file shows.
+- A lease of {plan.lease_s:.0f} s in place of 60 (`LORACTL_LEASE`), and what follows from it in proportion.
+- The faults are drawn from the seed, one each {plan.gap_s:.1f} s; which process one hits hangs on what runs at that
+  moment. One that meets nothing to hit within {WAIT_S:.0f} s is dropped and not counted.
+- The history is what triggers in PostgreSQL wrote down in the transaction of each change, so that a write is seen
+  beside the token that the job's row held at that moment (`tests/chaos/history.py`, `checker.py`; `test_checker.py` shows for
+  each promise that a breach is found).
+
+## What was kept
+
+{chr(10).join(_promises(outcome))}
+
+## Counts
+
+{chr(10).join(_counts(outcome))}
+
+## Faults
+
+{chr(10).join(_faults(outcome))}
+
+## Recovery
+
+{chr(10).join(_recovery(outcome))}
+
+"Noticed" is from the kill or freeze to the end of the attempt as `worker_lost`, outages of the database at that time
+included; a node that is started again gives back at once what it had, without waiting for the lease. "Goes on" is from
+there to the start of the next attempt, waiting for a free card included. With the product's lease of 60 s the first is
+up to ten times as long.
+"""
+
+
+def _counts(outcome: Outcome) -> list[str]:
+    history = outcome.history
+    statuses = Counter(job["status"] for job in history.jobs.values())
+    reasons = Counter(attempt.reason for attempt in history.attempts)
+    lost = sum(b.promise == 1 and "printed" in b.what for b in outcome.broken)
+    twice = sum(("times" in b.what and b.promise == 1) or "all ended well" in b.what for b in outcome.broken)
+    rows = [
+        ("jobs", f"{len(history.jobs)} ({_listed(statuses)})"),
+        ("numbers that submit printed", str(len(history.printed))),
+        ("submits that failed and were repeated", str(outcome.failed_submits)),
+        ("attempts", f"{len(history.attempts)} ({_listed(reasons)})"),
+        ("resumed from a checkpoint", str(sum(bool(a.resumed_from_step) for a in history.attempts))),
+        ("finished results taken over", str(sum(c.what == "events" and c.kind == "ready" for c in history.changes))),
+        ("refused stale writes", f"{outcome.refused.total()} ({_listed(outcome.refused)})"),
+        ("acknowledged cancels", str(len(history.cancelled))),
+        ("held after three lost workers, released", str(outcome.released)),
+        ("faults", str(outcome.faults.total())),
+        ("lost", str(lost)),
+        ("ended twice", str(twice)),
+        ("seconds", f"{outcome.seconds:.0f}"),
+    ]
+    return ["| what | count |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows)]
+
+
+def _faults(outcome: Outcome) -> list[str]:
+    rows = [f"| {kind} | {outcome.faults[kind]} |" for kind in DECK]
+    return ["| fault | times |", "| --- | --- |", *rows]
+
+
+def _recovery(outcome: Outcome) -> list[str]:
+    rows = [
+        ("lost worker noticed", outcome.noticed),
+        ("its job goes on elsewhere", outcome.resumed),
+        ("PostgreSQL back, next heartbeat of a running job", outcome.postgres_back),
+        *((f"{name} back, a job submitted then starts", times) for name, times in outcome.probes.items()),
+    ]
+    head = ["| from, to | times | median s | longest s |", "| --- | --- | --- | --- |"]
+    return head + [
+        f"| {name} | {len(times)} | {statistics.median(times):.1f} | {max(times):.1f} |"
+        for name, times in rows
+        if times
+    ]
+
+
+def _promises(outcome: Outcome) -> list[str]:
+    broken = Counter(breach.promise for breach in outcome.broken)
+    rows = [f"| {number} | {text} | {broken[number]} |" for number, text in PROMISES.items()]
+    return ["| | promise | breaches |", "| --- | --- | --- |", *rows]
+
+
+def _listed(counts: Counter) -> str:
+    return ", ".join(f"{count} {name}" for name, count in sorted(counts.items(), key=lambda item: -item[1]))

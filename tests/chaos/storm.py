@@ -1,0 +1,370 @@
+"""One run: jobs come in, faults go on, and at the end the history is gathered and checked."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime as dt
+import json
+import random
+import re
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+from sqlalchemy import text
+from sqlalchemy.exc import DBAPIError
+
+from loractl.common.artifacts import ArtifactStore
+from loractl.common.errors import WrongState
+from loractl.common.status import Status
+from loractl.common.store import Store
+
+from .checker import Broken, check, examine
+from .faults import Injector, script
+from .history import History, read, record
+from .lab import Lab, lab
+from .trainer import LEAVES
+
+BATCH = 10
+"""Job files of one `loractl submit`."""
+
+LEFT_S = 20.0
+"""A process of an attempt may outlive the attempt's end so long: a frozen supervisor has to wake, a node to sweep."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """How large a run is."""
+
+    jobs: int
+    seed: int
+    boxes: int = 3
+    cards: int = 2
+    lease_s: float = 6.0
+    gap_s: float = 2.5  # between faults
+    steps: tuple[int, int] = (4, 60)  # of a job, 50 ms each
+    backlog: int = 40  # waiting jobs before submit pauses
+    calm_s: float = 240.0  # after the last fault everything must have ended within so long
+    storm_s: float | None = None  # a storm ends after so long, with as many jobs as came in; None: with all of them
+    probes: int = 0  # of the recovery of Valkey and PostgreSQL, after the storm
+
+
+@dataclass(kw_only=True)
+class Outcome:
+    """What a run showed."""
+
+    plan: Plan
+    broken: list[Broken]
+    history: History
+    faults: Counter[str]
+    seconds: float
+    refused: Counter[str]  # writes that came too late, by what was dropped
+    noticed: list[float]  # s from a hit to the end of the attempt as worker_lost
+    resumed: list[float]  # s from there to the next attempt's start
+    postgres_back: list[float]  # s from PostgreSQL's answer to the next heartbeat
+    probes: dict[str, list[float]]
+    released: int  # held jobs that a person let go on
+    failed_submits: int
+    disk: str
+    log: list[str]
+
+
+@dataclass
+class _Run:
+    plan: Plan
+    lab: Lab
+    store: Store
+    injector: Injector
+    printed: list[int] = field(default_factory=list)
+    done_submitting: threading.Event = field(default_factory=threading.Event)
+    enough: threading.Event = field(default_factory=threading.Event)  # no more jobs
+    stop: threading.Event = field(default_factory=threading.Event)
+    released: int = 0
+    failed_submits: int = 0
+    trouble: list[BaseException] = field(default_factory=list)
+
+
+def storm(plan: Plan, say: Callable[[str], None] = lambda line: None) -> Outcome:
+    """Run it whole."""
+    began = time.monotonic()
+    with lab(plan.boxes, plan.cards, plan.lease_s) as place:
+        record(place.engine)
+        store = Store(place.engine)
+        run = _Run(plan, place, store, Injector(place, store))
+        threads = [threading.Thread(target=_guard, args=(run, work)) for work in (_submit_all, _look_after)]
+        for thread in threads:
+            thread.start()
+        try:
+            stuck = _blow(run, say)
+            probes = _probe(run, say) if plan.probes and not stuck else {}
+        finally:
+            run.stop.set()
+            for thread in threads:
+                thread.join()
+        if run.trouble:
+            raise run.trouble[0]
+        left = _after(run)
+        return _gather(run, stuck, left, probes, time.monotonic() - began)
+
+
+def _guard(run: _Run, work: Callable[[_Run], None]) -> None:
+    try:
+        work(run)
+    except Exception as error:  # noqa: BLE001  raised again by the thread that waits
+        run.trouble.append(error)
+        run.stop.set()
+
+
+def _submit_all(run: _Run) -> None:
+    """Queue the jobs through the real command; a file whose number was not printed is handed in again."""
+    rng = random.Random(run.plan.seed + 1)
+    files = [_job_file(run.lab.folder / "jobs", number, rng, run.plan) for number in range(run.plan.jobs)]
+    while files and not run.stop.is_set() and not run.enough.is_set():
+        if _unended(run) >= run.plan.backlog:
+            time.sleep(0.5)
+            continue
+        batch = files[: rng.randint(1, BATCH)]
+        numbers, complaint = run.lab.submit(batch)
+        run.printed += numbers
+        files = files[len(numbers) :]  # they are queued in order
+        if complaint:
+            run.failed_submits += 1
+            time.sleep(0.5)
+    run.done_submitting.set()
+
+
+def _job_file(folder: Path, number: int, rng: random.Random, plan: Plan) -> Path:
+    folder.mkdir(exist_ok=True)
+    model = folder / "model"
+    if not model.exists():
+        model.mkdir()
+        shape = {
+            "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 64, "intermediate_size": 128,
+            "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 400,
+            "torch_dtype": "float32",
+        }  # fmt: skip
+        (model / "config.json").write_text(json.dumps(shape))
+    data = folder / f"data-{number % 5}.jsonl"
+    if not data.exists():
+        rows = [{"prompt": f"{row} of {number}", "completion": str(row)} for row in range(12)]
+        data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    labels = f"{{{LEAVES}: 'yes'}}" if rng.random() < 0.1 else "{}"
+    path = folder / f"job-{number}.yaml"
+    path.write_text(
+        f"name: chaos-{number}\nbase_model: {model}\nmethod: lora\ndataset: {{path: {data}, max_length: 64}}\n"
+        f"training: {{max_steps: {rng.randint(*plan.steps)}, save_steps: 5, per_device_train_batch_size: 1}}\n"
+        f"max_retries: 100\nlabels: {labels}\n"
+    )
+    return path
+
+
+def _unended(run: _Run) -> int:
+    """Jobs that wait or run; with the database away, more than any limit."""
+    try:
+        with run.lab.engine.connect() as connection:
+            query = "SELECT count(*) FROM jobs WHERE status IN ('queued', 'running')"
+            return int(connection.execute(text(query)).scalar_one())
+    except DBAPIError:
+        return 1 << 30
+
+
+def _look_after(run: _Run) -> None:
+    """What a person does meanwhile: let jobs go on that were held after three lost workers."""
+    while not run.stop.wait(1.0):
+        with contextlib.suppress(DBAPIError):
+            for job in run.store.jobs(statuses=[Status.QUEUED]):
+                if job.held:
+                    with contextlib.suppress(WrongState):
+                        run.store.retry(job.job_id, "chaos")
+                        run.released += 1
+
+
+def _blow(run: _Run, say: Callable[[str], None]) -> list[str]:
+    """Deal faults until all jobs are in and nearly all have ended; then heal, and wait for the rest."""
+    faults, began = script(run.plan.seed, run.plan.gap_s), time.monotonic()
+    few, said = run.plan.boxes * run.plan.cards, began
+    fault = next(faults)
+    due = began + 5.0  # the boxes are starting
+    while not run.stop.is_set():
+        now = time.monotonic()
+        if now >= due:
+            run.injector.offer(fault)
+            fault = next(faults)
+            due = now + fault.gap_s
+        run.injector.tick()
+        if now - said > 15:
+            said = now
+            say(f"{now - began:5.0f} s  {_state(run)}  faults {run.injector.done.total()}")
+        over = run.done_submitting.is_set() and _unended(run) <= few
+        if over or (run.plan.storm_s is not None and now - began > run.plan.storm_s):
+            break
+        time.sleep(0.05)
+    run.enough.set()
+    run.injector.heal_all()
+    say(f"{time.monotonic() - began:5.0f} s  calm  {_state(run)}")
+    deadline = time.monotonic() + run.plan.calm_s
+    while time.monotonic() < deadline and not run.stop.is_set():
+        run.injector.tick()
+        if run.done_submitting.is_set() and _unended(run) == 0:
+            return []
+        time.sleep(0.1)
+    return [f"after {run.plan.calm_s:.0f} s of calm: {_state(run)}"]
+
+
+def _state(run: _Run) -> str:
+    try:
+        with run.lab.engine.connect() as connection:
+            rows = connection.execute(text("SELECT status, count(*) FROM jobs GROUP BY status ORDER BY status"))
+            return ", ".join(f"{count} {status}" for status, count in rows)
+    except DBAPIError:
+        return "the database is away"
+
+
+def _after(run: _Run) -> list[str]:
+    """All jobs have ended: no trainer may remain, and nothing at all once the boxes have stopped."""
+    deadline, left = time.monotonic() + LEFT_S, []
+    while time.monotonic() < deadline:
+        left = [p for p in run.lab.processes() if _mark(p)]
+        if not left:
+            break
+        time.sleep(0.5)
+    found = [f"{_words(p)} of job {_mark(p)} remains {LEFT_S:.0f} s after the last job's end" for p in left]
+    for box in run.lab.boxes:
+        if box.runs and box.process:
+            box.process.terminate()
+    for box in run.lab.boxes:
+        if box.process is not None:
+            box.process.wait(timeout=60)
+    time.sleep(0.5)
+    return found + [f"{_words(p)} remains after the worker" for p in run.lab.processes() if not _mark(p)]
+
+
+def _mark(process: psutil.Process) -> str | None:
+    try:
+        return process.environ().get("LORACTL_JOB")
+    except (psutil.NoSuchProcess, psutil.AccessDenied):
+        return None
+
+
+def _words(process: psutil.Process) -> str:
+    try:
+        return f"process {process.pid} ({' '.join(process.cmdline())[:80]})"
+    except psutil.NoSuchProcess:
+        return f"process {process.pid}"
+
+
+def _probe(run: _Run, say: Callable[[str], None]) -> dict[str, list[float]]:
+    """In a quiet lab: a service goes down for some seconds, and comes back; how long until a new job starts?"""
+    found: dict[str, list[float]] = {}
+    rng = random.Random(run.plan.seed + 2)
+    for number in range(run.plan.probes):
+        for name, service in (("Valkey", run.lab.valkey), ("PostgreSQL", run.lab.postgres)):
+            if name == "Valkey":
+                run.lab.valkey.kill(wipe=True)
+            else:
+                run.lab.postgres.crash()
+            _pause(run, 5.0)
+            service.start()
+            back = dt.datetime.now(dt.UTC)
+            file = _job_file(run.lab.folder / "jobs", 100_000 + number, rng, run.plan)
+            numbers: list[int] = []
+            while not numbers and not run.stop.is_set():
+                numbers, _ = run.lab.submit([file])
+            run.printed += numbers
+            while _unended(run) and not run.stop.is_set():
+                _pause(run, 0.2)
+            job = run.store.attempts(numbers[0])[0]
+            found.setdefault(name, []).append((job.started_at - back).total_seconds())
+            say(f"{name} back: a new job started after {found[name][-1]:.1f} s")
+    return found
+
+
+def _pause(run: _Run, seconds: float) -> None:
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        run.injector.tick()
+        time.sleep(0.1)
+
+
+def _gather(run: _Run, stuck: list[str], left: list[str], probes: dict[str, list[float]], seconds: float) -> Outcome:
+    injector, store = run.injector, ArtifactStore(run.lab.disk.artifacts.as_uri())
+    rows = read(run.lab.engine)
+    wrong = {
+        job_id: what
+        for job_id, job in rows["jobs"].items()
+        if job["status"] == Status.SUCCEEDED and (what := examine(store, job)) is not None
+    }
+    history = History(
+        **rows,
+        printed=run.printed,
+        cancelled=dict(injector.cancelled),
+        lease_s=run.plan.lease_s,
+        trainers_killed=injector.trainers_killed,
+        torn=frozenset(injector.torn),
+        windows=tuple(injector.windows),
+        boxes=frozenset(box.name for box in run.lab.boxes),
+        artifacts=wrong,
+        left=tuple(left),
+        stuck=tuple(stuck),
+    )
+    logs = "".join(box.log.read_text(errors="replace") for box in run.lab.boxes)
+    noticed, resumed = _recoveries(history, injector)
+    return Outcome(
+        plan=run.plan,
+        broken=check(history),
+        history=history,
+        faults=injector.done,
+        seconds=seconds,
+        refused=_refused(logs),
+        noticed=noticed,
+        resumed=resumed,
+        postgres_back=_beats_after(history, injector.postgres_back),
+        probes=probes,
+        released=run.released,
+        failed_submits=run.failed_submits,
+        disk=run.lab.disk.kind,
+        log=[*injector.log, *_last_lines(logs)],
+    )
+
+
+def _refused(logs: str) -> Counter[str]:
+    """Writes that the guard turned away, as the supervisors told them."""
+    beats = len(re.findall(r"the lease of attempt \d+ was lost, its result is dropped", logs))
+    finishes = len(re.findall(r"^\S+ job \d+ \S+: lost \(", logs, re.MULTILINE))
+    return Counter({"heartbeats": beats, "finishes": finishes})
+
+
+def _last_lines(logs: str) -> list[str]:
+    return [line for line in logs.splitlines() if re.search(r"Error|Traceback|supervisor failed", line)][-60:]
+
+
+def _recoveries(history: History, injector: Injector) -> tuple[list[float], list[float]]:
+    attempts = {(a.job_id, a.attempt): a for a in history.attempts}
+    noticed, resumed = [], []
+    for loss in injector.losses:
+        lost, following = attempts.get((loss.job_id, loss.attempt)), attempts.get((loss.job_id, loss.attempt + 1))
+        if lost is None or lost.ended_at is None or lost.reason != "worker_lost" or lost.ended_at < loss.at:
+            continue
+        noticed.append((lost.ended_at - loss.at).total_seconds())
+        if following is not None:
+            resumed.append((following.started_at - lost.ended_at).total_seconds())
+    return noticed, resumed
+
+
+def _beats_after(history: History, times: list[dt.datetime]) -> list[float]:
+    """From each time to the next heartbeat of an attempt that was running then."""
+    found = []
+    for at in times:
+        beats = (
+            c.at
+            for c in history.changes
+            if c.what == "job" and c.at > at and c.old and c.new and c.old["token"] and c.old["token"] == c.new["token"]
+        )
+        first = next(beats, None)
+        if first is not None:
+            found.append((first - at).total_seconds())
+    return found

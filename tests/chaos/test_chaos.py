@@ -1,0 +1,22 @@
+"""A minute of chaos: every kind of fault at least once, and every promise kept."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from .report import table
+from .storm import Plan, storm
+
+SEED = 20260114
+
+
+@pytest.mark.timeout(400)
+def test_a_minute_of_every_fault_breaks_no_promise() -> None:
+    seed = int(os.environ.get("CHAOS_SEED") or SEED)
+    outcome = storm(Plan(jobs=60, seed=seed, boxes=2, lease_s=4.0, gap_s=0.9, backlog=12, storm_s=42))
+    breaches = "\n".join(f"promise {b.promise}: {b.what}" for b in outcome.broken)
+    assert not outcome.broken, f"CHAOS_SEED={seed}\n{breaches}\n{table(outcome)}\n" + "\n".join(outcome.log)
+    assert outcome.faults.total() > 15, table(outcome)
+    assert any(a.reason == "worker_lost" for a in outcome.history.attempts), table(outcome)

@@ -1,0 +1,219 @@
+"""The checker passes a good history, and finds each kind of breach in one that was edited by hand."""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from loractl.common.artifacts import ArtifactStore
+
+from .checker import PROMISES, check, examine
+from .history import AttemptRow, Change, History, Window
+from .trainer import TENSOR, last_link
+
+T0 = dt.datetime(2026, 1, 1, tzinfo=dt.UTC)
+LEASE_S = 6.0
+
+
+def at(seconds: float) -> dt.datetime:
+    return T0 + dt.timedelta(seconds=seconds)
+
+
+def row(status: str, attempt: int = 0, token: str | None = None, lease: float = 0, **more: Any) -> dict[str, Any]:
+    base = {"status": status, "attempt": attempt, "token": token, "checkpoint": None, "reason": None, "message": None}
+    return {**base, "lease_expires_at": at(lease).isoformat() if token else None, "adapter_uri": None, **more}
+
+
+KEPT = {"step": 5, "prefix": "jobs/1/checkpoints/1-5"}
+URI = "file:///store/jobs/1/attempt-2/adapter"
+
+
+def good() -> History:
+    """Job 1: the first attempt keeps a checkpoint and is lost, the second ends well. Job 2: cancelled in the queue."""
+    queued = row("queued")
+    first = row("running", 1, "a", lease=6)
+    beaten = row("running", 1, "a", lease=8)
+    kept = row("running", 1, "a", lease=8, checkpoint=KEPT)
+    lost = row("queued", 1, checkpoint=KEPT)
+    second = row("running", 2, "b", lease=22, checkpoint=KEPT)
+    done = row("succeeded", 2, adapter_uri=URI)
+    changes = [
+        Change(tx=1, at=at(0), what="job", job_id=1, attempt=0, new=queued),
+        Change(tx=2, at=at(0), what="job", job_id=1, attempt=1, old=queued, new=first),
+        Change(tx=2, at=at(0), what="events", job_id=1, attempt=1, kind="started"),
+        Change(tx=3, at=at(2), what="job", job_id=1, attempt=1, old=first, new=beaten),
+        Change(tx=3, at=at(2), what="metrics", job_id=1, attempt=1),
+        Change(tx=4, at=at(3), what="job", job_id=1, attempt=1, old=beaten, new=kept),
+        Change(tx=5, at=at(10), what="job", job_id=1, attempt=1, old=kept, new=lost),
+        Change(tx=5, at=at(10), what="events", job_id=1, attempt=1, kind="requeued"),
+        Change(tx=6, at=at(16), what="job", job_id=1, attempt=2, old=lost, new=second),
+        Change(tx=7, at=at(20), what="job", job_id=1, attempt=2, old=second, new={**done, "adapter_uri": None}),
+        Change(tx=7, at=at(20), what="job", job_id=1, attempt=2, old={**done, "adapter_uri": None}, new=done),
+        Change(tx=7, at=at(20), what="adapters", job_id=1, attempt=2),
+        Change(tx=8, at=at(1), what="job", job_id=2, attempt=0, new=queued),
+        Change(tx=9, at=at(2), what="job", job_id=2, attempt=0, old=queued, new=row("cancelled")),
+    ]
+    attempts = [
+        AttemptRow(job_id=1, attempt=1, token="a", node="x:0", started_at=at(0), ended_at=at(10), reason="worker_lost"),
+        AttemptRow(
+            job_id=1, attempt=2, token="b", node="y:0", started_at=at(16), ended_at=at(20), reason="ok",
+            resumed_from_step=5,
+        ),
+    ]  # fmt: skip
+    return History(
+        printed=[1, 2],
+        cancelled={2: at(2)},
+        jobs={1: done, 2: row("cancelled")},
+        attempts=attempts,
+        adapters={1: {"attempt": 2, "uri": URI}},
+        changes=changes,
+        lease_s=LEASE_S,
+    )
+
+
+def with_changes(history: History, *more: Change) -> History:
+    return replace(history, changes=[*history.changes, *more])
+
+
+def with_attempt(history: History, number: int, **values: Any) -> History:
+    attempts = [replace(a, **values) if a.attempt == number else a for a in history.attempts]
+    return replace(history, attempts=attempts)
+
+
+def with_job(history: History, job_id: int, **values: Any) -> History:
+    return replace(history, jobs={**history.jobs, job_id: {**history.jobs[job_id], **values}})
+
+
+SECOND = row("running", 2, "b")
+DONE = row("succeeded", 2, adapter_uri=URI)
+BREACHES: dict[str, tuple[int, Callable[[History], History]]] = {
+    "a printed number is gone": (1, lambda h: replace(h, printed=[1, 2, 3])),
+    "a job waits for ever": (1, lambda h: with_job(h, 2, status="queued")),
+    "the run was given up": (1, lambda h: replace(h, stuck=("3 jobs",))),
+    "a job ended twice": (
+        1,
+        lambda h: with_changes(
+            h,
+            Change(tx=20, at=at(30), what="job", job_id=1, attempt=2, old=DONE, new=row("queued", 2)),
+            Change(tx=21, at=at(31), what="job", job_id=1, attempt=3, old=row("running", 3, "c"), new=DONE),
+        ),
+    ),
+    "two attempts ended well": (2, lambda h: with_attempt(h, 1, reason="ok", resumed_from_step=5)),
+    "the files of another attempt are listed": (
+        2,
+        lambda h: with_job(h, 1, adapter_uri="file:///store/jobs/1/attempt-1/adapter"),
+    ),
+    "a cancelled job has a result": (2, lambda h: replace(h, adapters={**h.adapters, 2: {"attempt": 1, "uri": URI}})),
+    "a metric of a lost attempt": (
+        2,
+        lambda h: with_changes(
+            h,
+            Change(tx=20, at=at(17), what="job", job_id=1, attempt=2, old=SECOND, new=SECOND),
+            Change(tx=20, at=at(17), what="metrics", job_id=1, attempt=1),
+        ),
+    ),
+    "an event without the job's row": (
+        2,
+        lambda h: with_changes(h, Change(tx=20, at=at(17), what="events", job_id=1, attempt=1, kind="note")),
+    ),
+    "a checkpoint named by a lost attempt": (
+        2,
+        lambda h: with_changes(
+            h,
+            Change(
+                tx=20, at=at(17), what="job", job_id=1, attempt=2, old=row("running", 2, "b"),
+                new=row("running", 2, "b", checkpoint={"step": 9, "prefix": "jobs/1/checkpoints/1-9"}),
+            ),
+        ),
+    ),
+    "a running job was claimed": (
+        2,
+        lambda h: with_changes(
+            h,
+            Change(tx=20, at=at(17), what="job", job_id=1, attempt=3, old=SECOND, new=row("running", 3, "c")),
+        ),
+    ),
+    "a waiting job succeeded": (
+        2,
+        lambda h: with_changes(h, Change(tx=20, at=at(17), what="job", job_id=1, old=row("queued", 1), new=DONE)),
+    ),
+    "a finished job changed": (
+        3,
+        lambda h: with_changes(h, Change(tx=20, at=at(30), what="job", job_id=1, attempt=2, old=DONE, new=DONE)),
+    ),
+    "a cancelled job ran": (
+        3,
+        lambda h: replace(
+            h,
+            attempts=[
+                *h.attempts,
+                AttemptRow(
+                    job_id=2, attempt=1, token="d", node="x:0", started_at=at(5), ended_at=at(6), reason="cancelled"
+                ),
+            ],
+        ),
+    ),
+    "a cancelled job failed": (3, lambda h: with_job(h, 2, status="failed")),
+    "a lost worker was noticed late": (4, lambda h: with_attempt(h, 1, ended_at=at(40))),
+    "an attempt never ended": (4, lambda h: with_attempt(h, 1, ended_at=None, reason=None)),
+    "an attempt began anew": (4, lambda h: with_attempt(h, 2, resumed_from_step=None)),
+    "an artifact is damaged": (5, lambda h: replace(h, artifacts={1: "torn"})),
+    "a process remains": (6, lambda h: replace(h, left=("process 7",))),
+    "an attempt failed for the store": (7, lambda h: with_attempt(h, 1, reason="store_failed")),
+    "a job failed": (7, lambda h: with_job(h, 1, status="failed")),
+    "a trainer died of itself": (7, lambda h: with_attempt(h, 1, reason="host_out_of_memory")),
+}  # fmt: skip
+
+
+def test_a_good_history_is_not_complained_of() -> None:
+    assert check(good()) == []
+
+
+@pytest.mark.parametrize("name", BREACHES)
+def test_a_breach_is_found(name: str) -> None:
+    promise, edit = BREACHES[name]
+    assert promise in {breach.promise for breach in check(edit(good()))}
+
+
+def test_every_promise_can_be_found_broken() -> None:
+    assert {promise for promise, _ in BREACHES.values()} == set(PROMISES)
+
+
+def test_nobody_has_to_notice_while_the_database_or_every_box_is_away() -> None:
+    late = with_attempt(good(), 1, ended_at=at(40))
+    assert check(replace(late, windows=(Window(start=at(9), end=at(33)),))) == []
+    both = tuple(Window(start=at(9), end=at(33), box=box) for box in ("x", "y"))
+    assert check(replace(late, windows=both, boxes=frozenset({"x", "y"}))) == []
+    assert check(replace(late, windows=both[:1], boxes=frozenset({"x", "y"})))
+
+
+def test_a_checkpoint_that_the_suite_tore_need_not_be_resumed() -> None:
+    anew = with_attempt(good(), 2, resumed_from_step=None)
+    assert check(replace(anew, torn=frozenset({KEPT["prefix"]}))) == []
+
+
+def test_a_stored_result_is_whole_and_what_was_asked_for(tmp_path: Path) -> None:
+    folder, link = tmp_path / "result", last_link("spec", "data", 7)
+    header = json.dumps({TENSOR: {"dtype": "U8", "shape": [32], "data_offsets": [0, 32]}}).encode()
+    (folder / "adapter").mkdir(parents=True)
+    (folder / "adapter" / "adapter_model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + link)
+    (folder / "report.json").write_text(json.dumps({TENSOR: link.hex()}))
+    store = ArtifactStore((tmp_path / "store").as_uri())
+    store.put_result(folder, "jobs/1/attempt-1")
+    job: dict[str, Any] = {
+        "adapter_uri": f"{store.url}/jobs/1/attempt-1/adapter",
+        "spec_hash": "spec",
+        "data": {"path": {"sha256": "data"}},
+        "spec": {"training": {"max_steps": 7}},
+    }
+    assert examine(store, job) is None
+    assert "lead to" in (examine(store, {**job, "spec": {"training": {"max_steps": 8}}}) or ""), "a step is missing"
+    stored = tmp_path / "store" / "jobs" / "1" / "attempt-1" / "adapter" / "adapter_model.safetensors"
+    stored.write_bytes(stored.read_bytes()[:-1])
+    assert "does not match its manifest" in (examine(store, job) or "")

@@ -1,0 +1,127 @@
+"""A trainer without torch: loractl's own pipes, protocol, checkpoints and files, and weights that prove how they came.
+
+    LORACTL_TRAINER=tests.chaos.trainer
+
+Its weights are a chain of hashes that begins with the spec and the data and grows by one link a step. Whoever knows the
+job can tell the right end, so a step that was left out, done twice, or resumed from a torn file shows in the adapter.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from loractl.common.artifacts import sha256_of
+from loractl.common.status import Reason, Stage
+from loractl.worker.checkpoint import close_checkpoint, newest_checkpoint
+from loractl.worker.protocol import Ended, Note, Saved, StageChanged, Start, Stepped, Stop
+from loractl.worker.trainer import Orders, Tell, main
+
+STEP_S = 0.05
+
+KEPT = 2
+"""Checkpoints that stay on the disk, as with the real trainer."""
+
+LEAVES = "leaves-a-process"
+"""A job with this label starts a process in a session of its own, which does not end with the trainer."""
+
+TENSOR = "chain"
+
+
+def first_link(spec_hash: str, data_sha256: str) -> bytes:
+    return hashlib.sha256(f"{spec_hash} {data_sha256}".encode()).digest()
+
+
+def next_link(link: bytes, step: int) -> bytes:
+    return hashlib.sha256(link + step.to_bytes(8, "big")).digest()
+
+
+def last_link(spec_hash: str, data_sha256: str, steps: int) -> bytes:
+    """What the adapter of a job must hold."""
+    link = first_link(spec_hash, data_sha256)
+    for step in range(1, steps + 1):
+        link = next_link(link, step)
+    return link
+
+
+def run(order: Start, orders: Orders, tell: Tell) -> Ended:
+    """Train: a sleep and a hash a step."""
+    job, steps = order.job_id, order.spec.training.max_steps
+    assert steps is not None
+    tell(StageChanged(job_id=job, stage=Stage.PREPARING))
+    if LEAVES in order.spec.labels:
+        subprocess.Popen(["sleep", "3600"], start_new_session=True, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    data = sha256_of(Path(order.data_path))
+    belongs_to = {"spec": order.spec.spec_hash(), "method": order.method.value, "data": data}
+    step, link = 0, first_link(order.spec.spec_hash(), data)
+    folders = [Path(order.checkpoint_dir), *map(Path, order.earlier_checkpoints)]
+    found = newest_checkpoint(folders, belongs_to)
+    if found is not None:
+        step, link = found.step, bytes.fromhex((found.path / "link").read_text())
+        text = f"resumed from the checkpoint of step {step}"
+        tell(Note(job_id=job, kind="resumed", text=text, resumed_from_step=step))
+    tell(StageChanged(job_id=job, stage=Stage.TRAINING))
+    while step < steps:
+        time.sleep(STEP_S)
+        step += 1
+        link = next_link(link, step)
+        tell(Stepped(job_id=job, step=step, total_steps=steps, metrics={"loss": 1 / step}))
+        stop = _stop(orders)
+        if step % order.spec.training.save_steps == 0 or step == steps or (stop is not None and stop.save):
+            folder = _save(Path(order.checkpoint_dir), step, steps, link, belongs_to)
+            tell(Saved(job_id=job, step=step, path=str(folder)))
+        if stop is not None:
+            reason = Reason.DRAINED if stop.save else Reason.CANCELLED
+            return Ended(job_id=job, reason=reason, message="stopped when asked to")
+    tell(StageChanged(job_id=job, stage=Stage.EVALUATING))
+    _write_result(Path(order.output_dir), order, link)
+    return Ended(job_id=job, reason=Reason.OK, message=f"{steps} steps")
+
+
+def _stop(orders: Orders) -> Stop | None:
+    message = None if orders.empty() else orders.get()
+    return message if isinstance(message, Stop) else None
+
+
+def _save(folder: Path, step: int, steps: int, link: bytes, belongs_to: dict[str, str]) -> Path:
+    target = folder / f"checkpoint-{step}"
+    shutil.rmtree(target, ignore_errors=True)
+    target.mkdir(parents=True)
+    (target / "link").write_text(link.hex())
+    (target / "optimizer.bin").write_bytes(link * 512)
+    close_checkpoint(target, step=step, finished=step == steps, belongs_to=belongs_to)
+    made = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    for older in made[:-KEPT]:
+        shutil.rmtree(older)
+    return target
+
+
+def _write_result(folder: Path, order: Start, link: bytes) -> None:
+    (folder / "adapter").mkdir(parents=True)
+    header = json.dumps({TENSOR: {"dtype": "U8", "shape": [len(link)], "data_offsets": [0, len(link)]}}).encode()
+    (folder / "adapter" / "adapter_model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + link)
+    (folder / "adapter" / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
+    report = {"job_id": order.job_id, "attempt": order.attempt, TENSOR: link.hex()}
+    (folder / "report.json").write_text(json.dumps(report))
+    (folder / "report.html").write_text(f"<!doctype html><title>{order.job_id}</title>{link.hex()}\n")
+    (folder / "job.json").write_text(json.dumps(order.spec.model_dump(mode="json")))
+
+
+def read_adapter(raw: bytes) -> bytes:
+    """The tensor of a safetensors file. Raises ValueError, struct.error or KeyError when it can't be loaded."""
+    (size,) = struct.unpack("<Q", raw[:8])
+    begin, end = json.loads(raw[8 : 8 + size])[TENSOR]["data_offsets"]
+    body = raw[8 + size :]
+    if len(body) != end:
+        raise ValueError(f"{len(body)} bytes of tensors, its header names {end}")
+    return body[begin:end]
+
+
+if __name__ == "__main__":
+    sys.exit(main(run))
