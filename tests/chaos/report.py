@@ -35,8 +35,8 @@ This page is written by `make chaos`; its numbers are those of one run.
 - The faults are drawn from the seed, one each {plan.gap_s:.1f} s; which process one hits hangs on what runs at that
   moment. One that meets nothing to hit within {WAIT_S:.0f} s is dropped and not counted.
 - The history is what triggers in PostgreSQL wrote down in the transaction of each change, so that a write is seen
-  beside the token that the job's row held at that moment (`tests/chaos/history.py`, `checker.py`; `test_checker.py` shows for
-  each promise that a breach is found).
+  beside the token that the job's row held at that moment (`tests/chaos/history.py`, `checker.py`; `test_checker.py`
+  shows for each promise that a breach is found).
 
 ## What was kept
 
