@@ -16,7 +16,7 @@ import torch
 from loractl.common.spec import Method
 from loractl.common.status import Reason
 from loractl.worker.checkpoint import MARKER
-from loractl.worker.data import _load
+from loractl.worker.data import load_rows
 from loractl.worker.model import TrainingFailed, choose_precision, load_base, load_tokenizer
 
 from .test_training import Recipe
@@ -78,23 +78,24 @@ def test_a_tokenizer_as_a_pickle_is_not_read(tiny_model: Path, tmp_path: Path, m
     assert not mark.exists()
 
 
-@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"])
-def test_a_checkpoint_that_others_have_written_to_runs_nothing(
-    recipe: Recipe, tmp_path: Path, mark: Path, name: str
-) -> None:
+def test_a_checkpoint_that_others_have_written_to_runs_nothing(recipe: Recipe, tmp_path: Path, mark: Path) -> None:
     """Checkpoints come from the artifact store, to which others may write."""
     recipe("first", stop_after=5)
-    saved = list((tmp_path / "first" / "checkpoints").glob("checkpoint-*"))
-    assert saved
-    for folder in saved:
-        assert (folder / name).exists() or name == "training_args.bin"
-        torch.save(Touch(mark), folder / name)
-        marker = json.loads((folder / MARKER).read_text())
-        marker["files"][name] = (folder / name).stat().st_size
-        (folder / MARKER).write_text(json.dumps(marker))
-    with contextlib.suppress(pickle.UnpicklingError):  # weights_only: torch refuses what is no tensor
-        recipe("rest", resume="first")
-    assert not mark.exists()
+    for names in (["optimizer.pt"], ["scheduler.pt"], ["rng_state.pth", "training_args.bin"]):
+        copy = names[0]
+        shutil.copytree(tmp_path / "first", tmp_path / copy)
+        saved = list((tmp_path / copy / "checkpoints").glob("checkpoint-*"))
+        assert saved
+        for folder in saved:
+            marker = json.loads((folder / MARKER).read_text())
+            for name in names:
+                assert (folder / name).exists() or name == "training_args.bin"
+                torch.save(Touch(mark), folder / name)
+                marker["files"][name] = (folder / name).stat().st_size
+            (folder / MARKER).write_text(json.dumps(marker))
+        with pytest.raises(pickle.UnpicklingError):  # weights_only: torch refuses what is no tensor
+            recipe(f"after {copy}", resume=copy)
+        assert not mark.exists(), names
 
 
 @pytest.mark.parametrize("suffix", [".pkl", ".pickle", ".pt", ".npy"])
@@ -105,5 +106,5 @@ def test_a_hub_data_set_of_pickles_is_not_read(
     (tmp_path / "org" / "data" / f"train{suffix}").write_bytes(pickle.dumps(Touch(mark)))
     monkeypatch.chdir(tmp_path)  # as the datasets library sees a repository that has been fetched
     with pytest.raises(Exception, match=r"train|data|file"):
-        _load("org/data")
+        load_rows("org/data")
     assert not mark.exists()
