@@ -101,6 +101,7 @@ class Node:
         self._serving: set[int] = set(VRAM_CLASSES)
         self._drained = False  # by a person's order
         self._stop = threading.Event()
+        self._in_database = threading.RLock()  # the monitor's, while it reads or writes there
         self._parent = os.getppid()
         self._card = card_mark(settings, self.name)
         self._pace = min(1.0, settings.lease_s / (2 * SETTLE_S))
@@ -115,6 +116,7 @@ class Node:
         # A wake message that comes while this node stops goes back to its queue, which needs no warning.
         logging.getLogger("kombu.transport.virtual.base").setLevel(logging.ERROR)
         lock = _only_one(self.settings.runtime_dir / f"node-{self.device.uuid}.lock")
+        self.fork_between_transactions()
         self.drain.clear()
         broker = broker_url(self.settings)
         app = make_app(broker)
@@ -140,6 +142,15 @@ class Node:
         worker.start()
         self._stop.set()
         lock.close()
+
+    def fork_between_transactions(self) -> None:
+        """Let a new pool child come only while the monitor is not in the database.
+
+        SQLite counts a process's locks in its memory. A child of a process in mid-transaction takes them over with
+        nobody to give them back: for it the database is locked as long as it lives.
+        """
+        lock = self._in_database
+        os.register_at_fork(before=lock.acquire, after_in_parent=lock.release, after_in_child=lock.release)
 
     def _open_store(self) -> Store:
         return Store(_fresh_engine(self.settings), lease_s=self.settings.lease_s)
@@ -258,10 +269,12 @@ class Node:
             try:
                 if now >= next_look:
                     next_look = now + SEE_S * self._pace
-                    self._look(store, consumer)
+                    with self._in_database:
+                        self._look(store, consumer)
                 if now >= next_sweep:
                     next_sweep = now + SWEEP_S * self._pace * random.uniform(0.8, 1.2)  # noqa: S311  spreads nodes, guards nothing
-                    self._sweep(store, app)
+                    with self._in_database:
+                        self._sweep(store, app)
                 failures = 0
             except ServiceUnreachable as error:
                 log.warning("%s", error.sentence)
