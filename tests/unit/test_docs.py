@@ -59,6 +59,21 @@ def test_exit_codes_and_json_fields_are_documented() -> None:
     assert all(f"`{field}`" in text for field in JSON_FIELDS)
 
 
+def test_every_test_that_a_promise_names_exists() -> None:
+    named = re.findall(r"`([\w/]+\.py)::(\w+)`", page("reliability.md"))
+    assert len(named) > 20
+    for file, test in named:
+        assert f"\ndef {test}(" in (ROOT / "tests" / file).read_text(encoding="utf-8"), f"{file} has no {test}"
+
+
+def test_every_promise_names_a_test_and_every_test_of_the_promises_is_named() -> None:
+    promises = re.split(r"\n\*\*(?=\d\. )", page("reliability.md").partition("\n## Where they end")[0])[1:]
+    assert [promise.partition(".")[0] for promise in promises] == [str(n) for n in range(1, 9)]
+    assert all("::test_" in promise for promise in promises)
+    written = re.findall(r"\ndef (test_\w+)\(", (ROOT / "tests/acceptance/test_reliability.py").read_text("utf-8"))
+    assert written and all(f"acceptance/test_reliability.py::{test}`" in page("reliability.md") for test in written)
+
+
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_relative_links_lead_somewhere(path: Path) -> None:
     for target in links(path):

@@ -1,0 +1,348 @@
+"""What docs/reliability.md promises, on real workers: frozen, killed, drained of their services, older and newer.
+
+Where weights do not matter a quick trainer stands in for the real one: loractl's own pipes and protocol, without torch.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from redis import Redis
+from sqlalchemy import Engine, create_engine, text, update
+from sqlalchemy.orm import Session
+
+from loractl import __version__
+from loractl.common.database import make_engine, upgrade
+from loractl.common.records import Claim
+from loractl.common.settings import load_settings
+from loractl.common.status import Reason, Stage, Status
+from loractl.common.store import Store
+from loractl.common.tables import Job
+from loractl.worker import node
+from loractl.worker.devices import find_devices
+
+from ..conftest import Cli
+from ..models import write_job
+from ..unit.factories import node_state
+
+ROOT = Path(__file__).parents[2]
+
+LEASE_S = 3  # the shortest there is
+
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 64, "intermediate_size": 128,
+    "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 400,
+}  # fmt: skip
+"""A base model without weights: enough to plan by."""
+
+QUICK = """
+import os, queue, signal, time
+from pathlib import Path
+
+from loractl.common.status import Reason, Stage
+from loractl.worker.checkpoint import close_checkpoint, newest_checkpoint
+from loractl.worker.protocol import Ended, Note, Saved, StageChanged, Stepped
+from loractl.worker.trainer import main
+
+
+def run(order, orders, tell):
+    job, steps = order.job_id, order.spec.training.max_steps
+    with Path(os.environ["QUICK_STARTS"]).open("a") as starts:
+        starts.write(f"{job}.{order.attempt}\\n")
+    tell(StageChanged(job_id=job, stage=Stage.TRAINING))
+    if "kills-its-worker" in order.spec.labels:
+        os.kill(os.getppid(), signal.SIGKILL)
+
+    def save(step):
+        folder = Path(order.checkpoint_dir) / f"checkpoint-{step}"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "trainer_state.json").write_text("{}")
+        close_checkpoint(folder, step=step, finished=step == steps, belongs_to={"job": str(job)})
+        tell(Saved(job_id=job, step=step, path=str(folder)))
+
+    folders = [Path(order.checkpoint_dir), *map(Path, order.earlier_checkpoints)]
+    found = newest_checkpoint(folders, {"job": str(job)})
+    if found is not None:
+        tell(Note(job_id=job, kind="resumed", text="resumed", resumed_from_step=found.step))
+    for step in range(found.step + 1 if found else 1, steps + 1):
+        time.sleep(0.05)
+        tell(Stepped(job_id=job, step=step, total_steps=steps, metrics={"loss": 1 / step}))
+        if step % order.spec.training.save_steps == 0:
+            save(step)
+        try:
+            stop = orders.get_nowait()
+        except queue.Empty:
+            continue
+        if stop.save:
+            save(step)
+        return Ended(job_id=job, reason=Reason.DRAINED, message="stopped")
+    adapter = Path(order.output_dir) / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_model.safetensors").write_text(f"weights of attempt {order.attempt}")
+    (adapter.parent / "report.json").write_text("{}")
+    return Ended(job_id=job, reason=Reason.OK, message="trained")
+
+
+if __name__ == "__main__":
+    main(run)
+"""
+
+
+@dataclass
+class Lab:
+    """A command line, the database behind it, and the workers that a test starts; each ends with it."""
+
+    cli: Cli
+    home: Path
+    engine: Engine
+    folder: Path
+    workers: list[subprocess.Popen[str]] = field(default_factory=list)
+
+    @property
+    def store(self) -> Store:
+        return Store(self.engine)
+
+    def submit(self, *options: str, name: str = "job", steps: int = 10) -> int:
+        file = write_job(self.folder, self.folder, name=name)
+        said = self.cli("submit", file, f"--set=training.max_steps={steps}", *options).stdout
+        number = re.match(r"Job (\d+) ", said)
+        assert number is not None, said
+        return int(number[1])
+
+    def start(self, *options: str, **environment: str) -> subprocess.Popen[str]:
+        self.workers.append(self.cli.with_environment(**environment).start("worker", *options))
+        return self.workers[-1]
+
+    def until(self, job_id: int, holds: Callable[[Job], object], seconds: float = 60) -> Job:
+        deadline = time.monotonic() + seconds
+        while not holds(job := self.store.job(job_id)):
+            assert time.monotonic() < deadline, f"after {seconds} s: {job.status} {job.stage} {job.step} {job.message}"
+            time.sleep(0.1)
+        return job
+
+    def change(self, job_id: int, **values: Any) -> None:
+        with Session(self.engine) as session, session.begin():
+            session.execute(update(Job).where(Job.job_id == job_id).values(**values))
+
+    def reasons(self, job_id: int) -> list[Reason | None]:
+        return [attempt.reason for attempt in self.store.attempts(job_id)]
+
+    def starts(self) -> list[str]:
+        """JOB.ATTEMPT of each quick trainer."""
+        path = self.folder / "starts"
+        return path.read_text().split() if path.exists() else []
+
+
+@pytest.fixture
+def lab(make_cli: Callable[..., Cli], home: Path, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Lab]:
+    """On SQLite, or on the database that the test names."""
+    url = getattr(request, "param", None) and str(request.getfixturevalue(request.param))
+    engine = make_engine(url or f"sqlite:///{home / 'loractl.db'}")
+    upgrade(engine)
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    (tmp_path / "quick").mkdir()
+    (tmp_path / "quick" / "quick_trainer.py").write_text(QUICK)
+    cli = make_cli(
+        LORACTL_HOST="heron", LORACTL_TRAINER="quick_trainer", PYTHONPATH=str(tmp_path / "quick"),
+        QUICK_STARTS=str(tmp_path / "starts"), LORACTL_LEASE=f"{LEASE_S}s",
+        **({"LORACTL_DATABASE_URL": url} if url else {}),
+    )  # fmt: skip
+    found = Lab(cli, home, engine, tmp_path)
+    yield found
+    for worker in found.workers:
+        family = [*_family(worker.pid), psutil.Process(worker.pid)] if worker.poll() is None else []
+        for process in family:
+            if process.is_running():
+                process.kill()
+        worker.wait()
+    engine.dispose()
+
+
+def test_all_of_redis_can_be_wiped_at_any_moment(lab: Lab, home: Path) -> None:
+    """Before a worker reads the message, while a job runs, and with jobs behind it."""
+    jobs = [lab.submit() for _ in range(3)]
+    queue = Redis(unix_socket_path=str(home / "run" / "valkey.sock"))
+    assert queue.dbsize() > 0, "there were messages"
+    queue.flushall()
+    lab.start()
+    lab.until(jobs[0], lambda job: job.step)
+    queue.flushall()
+    for job_id in jobs:
+        lab.until(job_id, lambda job: job.status is Status.SUCCEEDED)
+    assert lab.starts() == [f"{job_id}.1" for job_id in jobs]
+    assert sorted(row["job_id"] for row in json.loads(lab.cli("status", "-a", "--json").stdout)) == jobs
+
+
+def test_a_frozen_worker_that_wakes_up_after_its_lease_is_refused_and_its_files_are_not_listed(
+    lab: Lab, home: Path, tmp_path: Path
+) -> None:
+    job_id = lab.submit("--set=training.save_steps=10", steps=80)
+    first = lab.start()
+    frozen_at = lab.until(job_id, lambda job: (job.step or 0) >= 20).step or 0
+    frozen = _family(first.pid)
+    for process in frozen:
+        process.send_signal(signal.SIGSTOP)
+    began = time.monotonic()
+    lab.start(
+        LORACTL_HOST="owl",
+        LORACTL_HOME=str(tmp_path / "owl"),
+        LORACTL_DATABASE_URL=f"sqlite:///{home / 'loractl.db'}",
+        LORACTL_REDIS_URL=f"redis+socket://{home / 'run' / 'valkey.sock'}",
+        LORACTL_ARTIFACTS_URL=(home / "artifacts").as_uri(),
+    )
+    lab.until(job_id, lambda job: job.attempt == 2 and job.step)
+    noticed = time.monotonic() - began
+    assert noticed < LEASE_S + 20, f"noticed within the lease, and a worker's start: {noticed:.0f} s"
+    resumed = lab.store.attempts(job_id)[1].resumed_from_step or 0
+    assert resumed >= frozen_at - 10, "at most one checkpoint interval is lost"
+    for process in frozen:
+        process.send_signal(signal.SIGCONT)
+    lab.until(job_id, lambda job: job.status is Status.SUCCEEDED)
+    assert lab.reasons(job_id) == [Reason.WORKER_LOST, Reason.OK]
+    (adapter,) = lab.store.adapters()
+    assert adapter.uri.endswith(f"jobs/{job_id}/attempt-2/adapter")
+    lab.cli("adapters", "pull", job_id, tmp_path / "pulled")
+    assert (tmp_path / "pulled" / "adapter_model.safetensors").read_text() == "weights of attempt 2"
+    _gone(lambda: [p for p in _family(first.pid) if "quick_trainer" in p.cmdline()])
+
+
+def test_a_job_that_kills_its_worker_three_times_is_held_with_the_reason(lab: Lab) -> None:
+    poison = lab.submit("--set=labels.kills-its-worker=always", "--set=max_retries=0", name="poison")
+    lab.start()
+    held = lab.until(poison, lambda job: job.held, seconds=90)
+    assert held.status is Status.QUEUED
+    assert lab.reasons(poison) == [Reason.WORKER_LOST] * 3
+    assert "its worker was lost 3 times; it may be what kills them" in lab.cli("status", poison).stdout
+    good = lab.submit()
+    lab.until(good, lambda job: job.status is Status.SUCCEEDED)
+    assert lab.starts().count(f"{poison}.4") == 0, "it is not tried again until a person releases it"
+
+
+def test_a_result_waits_for_the_store_in_storing_also_over_a_restart_of_the_worker(lab: Lab, home: Path) -> None:
+    job_id = lab.submit()
+    away = home / "artifacts" / "jobs"
+    away.write_text("in the place of the folder: nothing can be stored")
+    first = lab.start()
+    lab.until(job_id, lambda job: job.stage is Stage.STORING)
+    time.sleep(LEASE_S + 1)
+    waiting = lab.store.job(job_id)
+    assert (waiting.status, waiting.stage, waiting.attempt) == (Status.RUNNING, Stage.STORING, 1)
+    assert "it is tried again" in lab.cli("show", job_id).stdout
+
+    first.send_signal(signal.SIGINT)
+    assert first.wait(timeout=60) == 0
+    assert lab.store.job(job_id).status is Status.QUEUED
+    assert lab.reasons(job_id) == [Reason.DRAINED]
+    lab.start()
+    lab.until(job_id, lambda job: job.attempt == 2 and job.stage is Stage.STORING)
+    away.unlink()
+    lab.until(job_id, lambda job: job.status is Status.SUCCEEDED)
+    assert lab.starts() == [f"{job_id}.1"], "it was trained once"
+    assert "its result is taken over" in lab.cli("show", job_id).stdout
+    lab.cli("adapters", "pull", job_id, lab.folder / "pulled")
+
+
+@pytest.mark.parametrize("lab", ["postgres_url"], indirect=True)
+def test_a_database_that_is_away_for_longer_than_a_lease_costs_nothing(lab: Lab, postgres_server: str) -> None:
+    long, behind = lab.submit(steps=160), lab.submit()
+    lab.start()
+    lab.until(long, lambda job: job.step)
+    name = lab.engine.url.database
+    admin = create_engine(postgres_server.replace("postgresql://", "postgresql+psycopg://", 1)).execution_options(
+        isolation_level="AUTOCOMMIT"
+    )
+    with admin.connect() as server:
+        server.execute(text(f"ALTER DATABASE {name} ALLOW_CONNECTIONS false"))
+        server.execute(text("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = :n"), {"n": name})
+        assert lab.cli("status", code=4).stderr.startswith("Error: the database")
+        time.sleep(2 * LEASE_S)
+        server.execute(text(f"ALTER DATABASE {name} ALLOW_CONNECTIONS true"))
+    admin.dispose()
+    lab.until(long, lambda job: job.status is Status.SUCCEEDED)
+    lab.until(behind, lambda job: job.status is Status.SUCCEEDED)
+    assert lab.starts() == [f"{long}.1", f"{behind}.1"], "the training went on, and nobody took its job"
+    steps = [point.step for point in lab.store.metrics(long, "loss")]
+    assert steps == list(range(1, 161)), "what was told meanwhile is written afterwards"
+
+
+def test_client_and_worker_of_different_versions_understand_each_other_or_say_why_not(lab: Lab) -> None:
+    newer, older = lab.submit(), lab.submit()
+    spec = dict(lab.store.job(newer).spec)
+    lab.change(newer, version="99.0.0", spec={**spec, "something_new": 1})
+    added = {"preemptible", "lora_patience", "revision", "labels"}
+    lab.change(older, version=None, spec={key: value for key, value in spec.items() if key not in added})
+
+    lab.start()
+    lab.until(older, lambda job: job.status is Status.SUCCEEDED)
+    left = lab.until(newer, lambda job: job.message)
+    assert (left.status, left.attempt) == (Status.QUEUED, 0), "it is left to a newer worker"
+    assert left.message == f"written by loractl 99.0.0, a worker with {__version__} can't read it"
+    for command in ("status", "why"):
+        assert "99.0.0" in lab.cli(command, newer).stdout
+
+    lab.change(newer, spec=spec, not_before=None)
+    lab.until(newer, lambda job: job.status is Status.SUCCEEDED)
+    with lab.engine.begin() as connection:
+        connection.execute(text("UPDATE alembic_version SET version_num = '9999'"))
+    refused = lab.cli("status", code=1).stderr
+    assert "9999" in refused and "Hint: " in refused and "Traceback" not in refused
+
+
+def test_a_preemptible_job_gives_way_with_a_checkpoint_and_finishes_later(lab: Lab) -> None:
+    lab.start(LORACTL_DEVICES="sim:8GiB")
+    unsaved = "--set=training.save_steps=100000"
+    low = lab.submit("--set=preemptible=true", unsaved, name="low", steps=120)
+    lab.until(low, lambda job: (job.step or 0) >= 5)
+    high = lab.submit("--set=priority=5", name="high")
+    lab.until(high, lambda job: job.status is Status.SUCCEEDED)
+
+    given = lab.store.attempts(low)[0]
+    assert (given.reason, given.message) == (
+        Reason.PREEMPTED,
+        f"gave way to job {high}, which has a higher priority",
+    )
+    done = lab.until(low, lambda job: job.status is Status.SUCCEEDED)
+    assert (done.attempt, done.retries_used) == (2, 0)
+    assert (lab.store.attempts(low)[1].resumed_from_step or 0) >= 5
+    assert f"asked to give way to job {high} (priority 5)" in lab.cli("show", low).stdout
+
+
+def test_a_card_on_which_something_of_an_attempt_remains_is_closed_with_the_reason(
+    lab: Lab, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What no signal ends, as a process that hangs in its driver; here nothing is really left."""
+    settings = load_settings(lab.cli.environment)
+    (device,) = find_devices(settings)
+    monkeypatch.setattr(node, "end_leftovers", lambda run: [4711])
+    monkeypatch.setattr(node, "LEFT_S", 0.0)
+    job_id = lab.submit()
+    lab.store.see_node(node_state("heron:0", kind="cpu"))
+    claim = lab.store.claim("heron:0")
+    assert isinstance(claim, Claim)
+    node.Node(settings, device, node.NodeOptions())._check_left(lab.store, claim)
+    reason = f"job {job_id} left process 4711 behind; look at the card, then loractl undrain heron:0"
+    assert lab.store.drains()["heron:0"].reason == reason
+    waiting = lab.submit()
+    assert reason in " ".join(lab.cli("why", waiting).stdout.split())
+    assert lab.store.claim("heron:0") is None, "it takes nothing more until a person has looked"
+
+
+def _family(pid: int) -> list[psutil.Process]:
+    return psutil.Process(pid).children(recursive=True)
+
+
+def _gone(alive: Callable[[], list[psutil.Process]], seconds: float = 15) -> None:
+    deadline = time.monotonic() + seconds
+    while left := alive():
+        assert time.monotonic() < deadline, left
+        time.sleep(0.2)
