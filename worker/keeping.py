@@ -44,8 +44,10 @@ class CheckpointKeeper:
     def offer(self, checkpoint: Path, step: int) -> None:
         """Take a complete checkpoint's files (by hard links: no bytes are copied) and return at once."""
         aside = self._folder / f"step-{step}"
+        if aside.exists():
+            return  # the same step waits already
         try:
-            aside.mkdir(parents=True, exist_ok=True)
+            aside.mkdir(parents=True)
             for path in checkpoint.iterdir():
                 if path.is_file():
                     os.link(path, aside / path.name)
@@ -101,7 +103,7 @@ class CheckpointKeeper:
                 self._artifacts.remove_checkpoint(kept.prefix)  # the lease is lost: it is nobody's
                 return True
             before, self._kept = self._kept, kept
-            if before is not None:
+            if before is not None and before.prefix != kept.prefix:  # a step that was saved twice is one checkpoint
                 self._artifacts.remove_checkpoint(before.prefix)
         except (ArtifactError, ServiceUnreachable) as error:
             log.warning("job %s: the checkpoint of step %s is not stored yet: %s", claim.job_id, step, error.sentence)

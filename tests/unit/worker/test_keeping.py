@@ -1,0 +1,46 @@
+"""What of a training's checkpoints lies in the artifact store while it goes on."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from loractl.common.artifacts import ArtifactStore
+from loractl.common.records import Claim
+from loractl.common.store import Store
+from loractl.worker.keeping import CheckpointKeeper
+
+from ..factories import submission, take
+
+
+def test_the_newest_is_kept_the_one_before_goes_and_a_step_that_was_saved_twice_stays(
+    store: Store, tmp_path: Path
+) -> None:
+    """A step comes twice when its local files were torn and the training went back to older ones."""
+    artifacts = ArtifactStore((tmp_path / "artifacts").as_uri())
+    job_id = store.submit(submission())
+    claim = take(store)
+    assert isinstance(claim, Claim)
+    keeper = CheckpointKeeper(artifacts, store, claim, tmp_path / "keeping")
+    held = tmp_path / "artifacts" / "jobs" / str(job_id) / "checkpoints"
+    for turn, step in enumerate((5, 10, 10)):
+        saved = tmp_path / f"save-{turn}"
+        saved.mkdir()
+        (saved / "state").write_text(f"{turn}")
+        keeper.offer(saved, step)
+        _until_taken(tmp_path / "keeping" / f"step-{step}")
+        assert [path.name for path in held.iterdir()] == [f"1-{step}"]
+    for _ in range(2):
+        keeper.offer(saved, 15)  # also while the first of them still waits
+    _until_taken(tmp_path / "keeping" / "step-15")
+    keeper.close()
+    kept = store.job(job_id).checkpoint
+    assert kept is not None and kept["step"] == 15
+    assert artifacts.read_bytes(kept["prefix"], "state") == b"2"
+
+
+def _until_taken(aside: Path) -> None:
+    deadline = time.monotonic() + 20
+    while aside.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
