@@ -174,9 +174,12 @@ class Injector:
             process.kill()
             return True
         process.suspend()
-        # sometimes shorter than the lease: then nothing may come of it
-        self._heal_later(self.lab.lease_s * (0.5 + 1.5 * fault.share), lambda: _resume([process]), node)
+        self._heal_later(self._frozen_s(fault), lambda: _resume([process]), node)
         return True
+
+    def _frozen_s(self, fault: Fault) -> float:
+        """One in five wakes within its lease, and nothing may come of it; the others find another attempt at work."""
+        return self.lab.lease_s * (0.6 if fault.share < 0.2 else 1.5 + fault.share)
 
     def _kill_box(self, fault: Fault, box: Box) -> bool:
         if not self._usable(box) or not box.trainers():
@@ -214,7 +217,7 @@ class Injector:
         for process in family:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.suspend()
-        self._heal_later(self.lab.lease_s * (0.5 + 1.5 * fault.share), lambda: _resume(family), box.name, box)
+        self._heal_later(self._frozen_s(fault), lambda: _resume(family), box.name, box)
         return True
 
     def _power_cut(self, fault: Fault, box: Box) -> bool:
@@ -271,7 +274,7 @@ class Injector:
             self.postgres_back.append(_now())
 
         self.lab.postgres.crash()
-        self._heal_later(self.lab.lease_s * 1.5 * fault.share, restart, "postgres", database=True)
+        self._heal_later(self.lab.lease_s * 1.2 * fault.share, restart, "postgres", database=True)
         return True
 
     def _disturb_link(self, fault: Fault, box: Box) -> bool:
@@ -285,7 +288,7 @@ class Injector:
             link.silence("up" if "box to server" in fault.kind else "down")
         else:
             link.cut()
-        seconds = self.lab.lease_s * 2 * fault.share
+        seconds = self.lab.lease_s * 1.5 * fault.share
         self._heal_later(seconds, link.heal, name, box if name == f"{box.name} postgres" else None)
         return True
 

@@ -32,6 +32,8 @@ from .trainer import LEAVES
 BATCH = 10
 """Job files of one `loractl submit`."""
 
+LONG = 6
+
 LEFT_S = 20.0
 """A process of an attempt may outlive the attempt's end so long: a frozen supervisor has to wake, a node to sweep."""
 
@@ -47,6 +49,7 @@ class Plan:
     lease_s: float = 6.0
     gap_s: float = 2.5  # between faults
     steps: tuple[int, int] = (4, 60)  # of a job, 50 ms each
+    long_steps: tuple[int, int] = (160, 320)  # of one in LONG: a frozen supervisor wakes while its job runs elsewhere
     backlog: int = 40  # waiting jobs before submit pauses
     calm_s: float = 240.0  # after the last fault everything must have ended within so long
     storm_s: float | None = None  # a storm ends after so long, with as many jobs as came in; None: with all of them
@@ -153,10 +156,11 @@ def _job_file(folder: Path, number: int, rng: random.Random, plan: Plan) -> Path
         rows = [{"prompt": f"{row} of {number}", "completion": str(row)} for row in range(12)]
         data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     labels = f"{{{LEAVES}: 'yes'}}" if rng.random() < 0.1 else "{}"
+    steps = rng.randint(*(plan.long_steps if number % LONG == 1 else plan.steps))
     path = folder / f"job-{number}.yaml"
     path.write_text(
         f"name: chaos-{number}\nbase_model: {model}\nmethod: lora\ndataset: {{path: {data}, max_length: 64}}\n"
-        f"training: {{max_steps: {rng.randint(*plan.steps)}, save_steps: 5, per_device_train_batch_size: 1}}\n"
+        f"training: {{max_steps: {steps}, save_steps: 5, per_device_train_batch_size: 1}}\n"
         f"max_retries: 100\nlabels: {labels}\n"
     )
     return path
