@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,6 @@ from loractl.common.status import Reason
 from loractl.worker.checkpoint import MARKER
 from loractl.worker.data import load_rows
 from loractl.worker.model import TrainingFailed, choose_precision, load_base, load_tokenizer
-
-from .test_training import Recipe
-from .test_training import recipe as recipe
 
 
 class Touch:
@@ -78,7 +76,9 @@ def test_a_tokenizer_as_a_pickle_is_not_read(tiny_model: Path, tmp_path: Path, m
     assert not mark.exists()
 
 
-def test_a_checkpoint_that_others_have_written_to_runs_nothing(recipe: Recipe, tmp_path: Path, mark: Path) -> None:
+def test_a_checkpoint_that_others_have_written_to_runs_nothing(
+    recipe: Callable[..., Any], tmp_path: Path, mark: Path
+) -> None:
     """Checkpoints come from the artifact store, to which others may write."""
     recipe("first", stop_after=5)
     for names in (["optimizer.pt"], ["scheduler.pt"], ["rng_state.pth", "training_args.bin"]):
