@@ -51,6 +51,8 @@ DECK = {
 }
 """How often each comes in one deck; decks are shuffled and dealt one after the other."""
 
+FRESH_S = 30.0
+
 WAIT_S = 15.0
 """A fault that finds nothing to hit looks for it so long, then it is dropped and not counted."""
 
@@ -139,6 +141,8 @@ class Injector:
         kind, box = fault.kind, self.lab.boxes[int(fault.pick * len(self.lab.boxes))]
         if kind in ("kill a node", "kill a supervisor", "kill a trainer", "freeze a supervisor"):
             return self._hit_process(fault, box)
+        if kind == "power cut, a finished result torn":  # a short moment: whichever box comes to it
+            return any(self._power_cut(fault, box) for box in self.lab.boxes)
         if kind.startswith("power cut"):
             return self._power_cut(fault, box)
         whole = {"kill a box": self._kill_box, "stop a box in order": self._stop_box, "freeze a box": self._freeze_box}
@@ -229,7 +233,7 @@ class Injector:
             markers = list(work.glob("*/attempt-*/checkpoints/*/loractl-complete.json"))
             victims = [newest.parent / "optimizer.bin"] if (newest := _newest(markers)) else []
         elif "result" in fault.kind:
-            ready = _newest(list(work.glob("*/attempt-*/ready.json")))
+            ready = _newest([path for path in work.glob("*/attempt-*/ready.json") if _is_fresh(path)])
             victims = sorted((ready.parent / "result").rglob("*.safetensors")) if ready else []
         else:
             victims = sorted((box.home / "cache" / "datasets").glob("*.jsonl"))[:1]
@@ -366,6 +370,13 @@ def _newest(paths: list[Path]) -> Path | None:
             return 0.0
 
     return max(paths, key=changed, default=None)
+
+
+def _is_fresh(path: Path) -> bool:
+    """False for what an earlier, lost attempt has left."""
+    with contextlib.suppress(FileNotFoundError):
+        return time.time() - path.stat().st_mtime < FRESH_S
+    return False
 
 
 def _tear(path: Path, share: float) -> None:
