@@ -122,7 +122,7 @@ def plan(
     """
     stack = stack or Stack()
     run = _Run.of(shape, spec, method, lengths, stack)
-    weights = weight_bytes(shape, method, double_quant=stack.double_quant)
+    weights = weight_bytes(shape, method, double_quant=stack.double_quant, full=run.full)
     tensors = list(adapter_tensors(shape, spec))
     adapter = 4 * sum(size * count for size, count in tensors)  # peft keeps them in fp32 (autocast_adapter_dtype)
     state = sum(count * state_bytes(optimizer_name(spec, method), size) for size, count in tensors)
@@ -194,11 +194,11 @@ def traced_plan(weights: int, adapter: int, state: int, own: int, method: Method
     return Plan(method=method, parts=parts, margin_bytes=margin, notes=words)
 
 
-def weight_bytes(shape: Shape, method: Method, *, double_quant: bool = True) -> int:
-    """The base's bytes: 16 bit for LoRA; for QLoRA NF4 where bitsandbytes quantises, and fp32 for all the rest
-    (peft's prepare_model_for_kbit_training casts every 16-bit parameter)."""
+def weight_bytes(shape: Shape, method: Method, *, double_quant: bool = True, full: bool = False) -> int:
+    """The base's bytes: 16 bit for LoRA, or 32 where dtype is float32; for QLoRA NF4 where bitsandbytes quantises, and
+    fp32 for all the rest (peft's prepare_model_for_kbit_training casts every 16-bit parameter)."""
     if method is not Method.QLORA:
-        return 2 * shape.parameters
+        return (4 if full else 2) * shape.parameters
     layers = [(layer, block.count) for block in shape.blocks for layer in block.linears if layer.quantised]
     packed = sum(count * nf4_bytes(layer.weights, double_quant=double_quant) for layer, count in layers)
     return packed + 4 * shape.other_parameters
@@ -226,6 +226,13 @@ def adapter_tensors(shape: Shape, spec: JobSpec) -> Iterator[tuple[int, int]]:
     for layer, count in shape.adapted(targets):
         yield r * layer.inputs, count
         yield r * layer.outputs, count
+        if spec.lora.use_dora:
+            yield layer.outputs, count  # the magnitudes
+    for name in spec.lora.modules_to_save:
+        if _saved_part(name) is not None:
+            yield shape.embedding, 1
+        for layer, count in shape.adapted([name]):
+            yield layer.weights + (layer.outputs if layer.bias else 0), count
     for block in shape.blocks:
         if block.experts and block.experts.adapted and targets == "all-linear":
             yield block.experts.adapter_parameters(r), block.count
@@ -239,14 +246,16 @@ def optimizer_name(spec: JobSpec, method: Method) -> str:
 
 
 def state_bytes(optimizer: str, elements: int) -> int:
-    """An optimizer's state for one tensor. Paged state counts in full: it is on the card while it is used."""
-    if optimizer in ("adamw_torch", "paged_adamw_32bit"):
-        return 8 * elements  # two fp32 moments (arXiv:1412.6980)
-    if optimizer in ("adamw_8bit", "paged_adamw_8bit"):
-        if elements < SMALLEST_8BIT:
-            return 8 * elements
-        return 2 * (elements + 4 * -(-elements // BLOCK_8BIT))  # arXiv:2110.02861
-    return 0  # sgd without momentum; adafactor's row and column sums are a few kilobytes (arXiv:1804.04235)
+    """An optimizer's state for one tensor. Paged state counts in full: it is on the card while it is used.
+
+    Moments: two of Adam (arXiv:1412.6980), one of Lion (2302.06675), RMSprop and Adagrad, three of AdEMAMix
+    (2409.03137); in 8 bit each has an fp32 scale a block (2110.02861).
+    """
+    name = optimizer.removeprefix("paged_")
+    moments = {"adamw": 2, "lion": 1, "ademamix": 3, "adagrad": 1, "rmsprop": 1}.get(name.partition("_")[0], 0)
+    if name.endswith("_8bit") and elements >= SMALLEST_8BIT:
+        return moments * (elements + 4 * -(-elements // BLOCK_8BIT))
+    return 4 * moments * elements  # none of sgd without momentum; adafactor's sums are a few kilobytes (1804.04235)
 
 
 def checkpoints_activations(spec: JobSpec) -> bool:
@@ -262,6 +271,11 @@ class _Run:
     length: int
     evaluated: int  # length of the longest held-out row
     quantised: bool  # QLoRA
+    full: bool  # all in fp32, without autocast
+    saved_embedding: bool  # trained in fp32, which makes the residual stream fp32
+    saved_head: bool
+    dora: bool
+    packed: bool  # rows of several examples, kept apart by a mask
     checkpoints: bool
     dropout: bool
     r: int
@@ -272,8 +286,16 @@ class _Run:
 
     @classmethod
     def of(cls, shape: Shape, spec: JobSpec, method: Method, lengths: Lengths | None, stack: Stack) -> _Run:
+        training, full = spec.training, spec.training.dtype == "float32"
+        saved = {_saved_part(name) for name in spec.lora.modules_to_save}
+        asked = None if training.attn_implementation == "auto" else training.attn_implementation
         return cls(
             batch=micro_batch(spec, lengths),
+            full=full,
+            saved_embedding="embedding" in saved and not full,
+            saved_head="head" in saved and not full,
+            dora=spec.lora.use_dora,
+            packed=training.packing,
             length=lengths.train if lengths else spec.dataset.max_length,
             evaluated=lengths.evaluate if lengths else spec.dataset.max_length,
             quantised=method is Method.QLORA,
@@ -281,8 +303,8 @@ class _Run:
             dropout=spec.lora.lora_dropout > 0,
             r=spec.lora.r,
             targets=spec.lora.target_modules,
-            eager=(stack.attention or shape.attention) == "eager",
-            autocast=stack.autocast,
+            eager=(stack.attention or asked or shape.attention) == "eager",
+            autocast=stack.autocast and not full,
             keeps_logits=stack.keeps_logits,
         )
 
@@ -292,13 +314,13 @@ class _Run:
 
     @property
     def padded(self) -> bool:
-        """Rows of one batch differ in length, so attention needs a mask; a single row needs none."""
-        return self.batch > 1
+        """Rows of one batch differ in length, so attention needs a mask; a single row of one example needs none."""
+        return self.batch > 1 or self.packed
 
     @property
     def wide(self) -> int:
         """Bytes per element of the residual stream, which takes the norms' and embeddings' type."""
-        return 4 if self.quantised else 2
+        return 4 if self.quantised or self.full or self.saved_embedding else 2
 
     @property
     def factor_input(self) -> int:
@@ -346,7 +368,8 @@ def _block(shape: Shape, block: Block, run: _Run) -> _Cost:
     if shape.head_norms:
         norms += 4 * _q(shape) + 4 * _kv(shape)
     casts = 2 * sum(run.r * (layer.inputs + layer.outputs) for layer in adapted) if run.autocast else 0
-    copies = sum(2 * layer.weights for layer in block.linears if not layer.quantised) if run.quantised else 0
+    unpacked = run.quantised and run.autocast
+    copies = sum(2 * layer.weights for layer in block.linears if not layer.quantised) if unpacked else 0
     attention = _attention(shape, run)
     feed_forward = _mlp(shape, block, run) + _experts(block.experts, run)
     inner = _factor_bytes([layer for layer in adapted if layer.name.startswith("mlp.")], run)
@@ -354,6 +377,9 @@ def _block(shape: Shape, block: Block, run: _Run) -> _Cost:
     later = feed_forward.saved + tokens * inner
     saved = tokens * (norms + outer) + casts + copies + attention.saved + later
     around = tokens * _around(shape, run)
+    if run.dora:
+        saved += sum(_dora_bytes(layer, run) for layer in adapted)
+        around += max((_dora_working(layer, run) for layer in adapted), default=0)
     return _Cost(
         saved=saved,
         working=around + max(feed_forward.working, attention.working - later),
@@ -361,12 +387,28 @@ def _block(shape: Shape, block: Block, run: _Run) -> _Cost:
     )
 
 
+def _dora_bytes(layer: Linear, run: _Run) -> float:
+    """What DoRA's magnitudes keep of a layer: the base's output and the factors', and with dropout, where the base's
+    output is computed again, the base's weights cast once more (peft/tuners/lora/dora.py, DoraLinearLayer.forward)."""
+    size = 2 if run.autocast else 4
+    again = layer.weights * size if run.dropout and (run.autocast or run.quantised) else 0
+    return run.tokens * layer.outputs * 2 * size + again
+
+
+def _dora_working(layer: Linear, run: _Run) -> float:
+    """The norm of W + BA (an identity, BA made from it, the base's weights unpacked, and their sum), and the scaled
+    output in fp32 with its gradient."""
+    size = 2 if run.autocast else 4
+    return 4 * layer.inputs**2 + layer.weights * (size + size + run.wide) + run.tokens * layer.outputs * (4 + size)
+
+
 def _around(shape: Shape, run: _Run) -> float:
     """Bytes a token of the hidden size that are alive around the busiest layer: the norm's output, the layer's own,
     the residual between, the gradient on its way back. LayerNorm computes in fp32 under autocast."""
-    normed = 4 if shape.norm == "layer" or run.quantised else 2
+    normed = 4 if shape.norm == "layer" or run.wide == 4 else 2
     parallel = shape.norms_per_block if shape.family in ("gpt_neox", "falcon") else 1
-    return shape.hidden * ((6 if run.quantised else 8) + normed * parallel)
+    layers = 12 if run.full else 6 if run.wide == 4 else 8
+    return shape.hidden * (layers + normed * parallel)
 
 
 def _adapted(shape: Shape, block: Block, run: _Run) -> list[Linear]:
@@ -379,7 +421,7 @@ def _factor_bytes(layers: list[Linear], run: _Run) -> float:
     Where an input is in fp32 already and neither cast nor dropped out, layers that read the same one share it.
     """
     second = run.factor_input * run.r * len(layers)
-    if run.quantised and not run.autocast and not run.dropout:
+    if run.wide == 4 and not run.autocast and not run.dropout:
         return second + sum({layer.inputs: 4 * layer.inputs for layer in layers}.values())
     return second + sum(layer.inputs * (run.factor_input + (1 if run.dropout else 0)) for layer in layers)
 
@@ -387,7 +429,7 @@ def _factor_bytes(layers: list[Linear], run: _Run) -> float:
 def _norms(shape: Shape, run: _Run) -> int:
     """Norms of a block that keep an fp32 input of their own. In fp32 the residual itself is that input, and the two
     norms of a parallel block share it."""
-    parallel = shape.family in ("gpt_neox", "falcon") and run.quantised
+    parallel = shape.family in ("gpt_neox", "falcon") and run.wide == 4
     return 1 if parallel else shape.norms_per_block
 
 
@@ -396,7 +438,7 @@ def _attention(shape: Shape, run: _Run) -> _Cost:
     (FlashAttention, arXiv:2205.14135); the eager one keeps every score, and so does torch's fallback (math)."""
     q, kv, tokens = _q(shape), _kv(shape), run.tokens
     scores = run.batch * shape.heads * run.length**2
-    size = 2 if run.autocast or not run.quantised else 4
+    size = 2 if run.autocast or run.wide == 2 else 4
     gradients = tokens * size * 2 * q
     if shape.single_key:  # torch has no fused kernel for one key head and computes in fp32
         softmax = _softmax(scores, 4, copied=False)
@@ -435,7 +477,7 @@ def _mlp(shape: Shape, block: Block, run: _Run) -> _Cost:
     if not down:
         return _NOTHING
     f, tokens = max(layer.inputs for layer in down), run.tokens
-    size = run.wide if any(layer.quantised for layer in block.linears) else 2
+    size = 4 if run.full else run.wide if any(layer.quantised for layer in block.linears) else 2
     if shape.gated:
         kept = 3 * size
     elif shape.family == "gpt2":  # gelu_new is written out: the cube's input, the sum, tanh, and half the input
@@ -470,7 +512,7 @@ _NOTHING = _Cost(saved=0, working=0, forward=0)
 def _loss(shape: Shape, run: _Run) -> float:
     """The last norm, the logits and their loss, and the 16-bit copy of an fp32 head that autocast keeps."""
     logit = LOSS_BYTES + (2 if shape.softcaps else 0)
-    head = 2 * shape.embedding if run.quantised and run.autocast else 0
+    head = 2 * shape.embedding if (run.quantised or run.saved_head) and run.autocast else 0
     return run.tokens * (4 * shape.hidden + shape.vocab * logit) + head
 
 
@@ -507,7 +549,7 @@ def _notes(shape: Shape, spec: JobSpec, run: _Run, at_loss: bool) -> dict[str, s
     trained = sum(size * count for size, count in adapter_tensors(shape, spec))
     optimizer = optimizer_name(spec, method)
     rows = f"{run.batch} x {run.length} tokens"
-    weights = "bf16"
+    weights = "fp32" if run.full else "bf16"
     if run.quantised:
         weights = f"nf4, {_count(shape.other_parameters)} in fp32" if shape.linear_parameters else "fp32: no nf4 here"
     freed = "" if at_loss else ", freed before the peak"
@@ -522,6 +564,14 @@ def _notes(shape: Shape, spec: JobSpec, run: _Run, at_loss: bool) -> dict[str, s
         "context": "CUDA, cuBLAS",
         "allocator": "cached blocks that the loss can't use",
     }
+
+
+def _saved_part(name: str) -> Literal["embedding", "head"] | None:
+    """What a name in lora.modules_to_save stands for, where it is one of the model's ends."""
+    last = name.rpartition(".")[2]
+    if last in ("lm_head", "embed_out"):
+        return "head"
+    return "embedding" if last in ("embed_tokens", "wte", "embed_in", "word_embeddings") else None
 
 
 def _count(parameters: int) -> str:

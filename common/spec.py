@@ -139,6 +139,14 @@ class LoraSpec(_Section):
     lora_alpha: float = Field(32, gt=0)
     lora_dropout: float = Field(0.05, ge=0, lt=1)
     target_modules: Literal["all-linear"] | list[str] = "all-linear"
+    modules_to_save: list[Printable] = Field(default_factory=list, max_length=64)
+    """Modules that are trained in full and stored with the adapter, like embed_tokens."""
+    use_dora: bool = False
+    """Learn magnitude and direction apart (DoRA, arXiv:2402.09353)."""
+    use_rslora: bool = False
+    """Scale by lora_alpha / sqrt(r) (rsLoRA, arXiv:2312.03732)."""
+    init_lora_weights: Literal["default", "gaussian", "orthogonal", "loftq"] = "default"
+    """How A and B begin; loftq (arXiv:2310.08659) starts from what NF4 lost of the base's weights."""
 
     @field_validator("target_modules")
     @classmethod
@@ -161,18 +169,47 @@ class TrainingSpec(_Section):
     """null: on a GPU yes, on a CPU no (it costs 1.5 to 2 times the time there)."""
     warmup_steps: float = Field(0.03, ge=0, le=LARGEST)
     """A number of steps, or below 1 a share of all steps."""
-    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup", "polynomial"] = "cosine"
+    lr_scheduler_type: Literal[
+        "linear", "cosine", "cosine_with_restarts", "cosine_with_min_lr", "polynomial", "constant",
+        "constant_with_warmup", "inverse_sqrt", "warmup_stable_decay",
+    ] = "cosine"  # fmt: skip
+    lr_scheduler_kwargs: dict[Name, float | str] = Field(default_factory=dict, max_length=16)
+    """What the scheduler takes besides, like {min_lr_rate: 0.1} for cosine_with_min_lr."""
     weight_decay: float = Field(0.0, ge=0, lt=1)
     max_grad_norm: float = Field(1.0, gt=0)
-    optim: Literal["auto", "adamw_torch", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit", "sgd", "adafactor"] = (
-        "auto"
-    )
+    adam_beta1: float = Field(0.9, ge=0, lt=1)
+    adam_beta2: float = Field(0.999, ge=0, lt=1)
+    adam_epsilon: float = Field(1e-8, gt=0, lt=1)
+    label_smoothing_factor: float = Field(0.0, ge=0, lt=1)
+    neftune_noise_alpha: float | None = Field(None, gt=0)
+    """Noise on the embeddings while training (NEFTune, arXiv:2310.05914), like 5."""
+    packing: bool = False
+    """Fill every row up to dataset.max_length with several examples, of which none sees another."""
+    train_sampling_strategy: Literal["random", "sequential", "group_by_length"] = "random"
+    """The order of rows; group_by_length pads less."""
+    optim: Literal[
+        "auto", "adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit", "lion_32bit",
+        "lion_8bit", "paged_lion_32bit", "paged_lion_8bit", "ademamix", "ademamix_8bit", "paged_ademamix_32bit",
+        "paged_ademamix_8bit", "adafactor", "adagrad", "rmsprop", "sgd",
+    ] = "auto"  # fmt: skip
     """auto: paged 8-bit AdamW for QLoRA on a GPU, AdamW of torch elsewhere."""
     logging_steps: int = Field(5, ge=1, le=LARGEST)
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """Number format of base and arithmetic; auto takes what the device computes in fastest without loss."""
+    attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+    """auto: what transformers takes for the architecture."""
+    torch_compile: bool = False
+    """Compile the model: a minute or more at the start, for faster steps."""
     save_steps: int = Field(50, ge=1, le=LARGEST)
     """A checkpoint every so many steps."""
     eval_steps: int | None = Field(None, ge=1, le=LARGEST)
     """Held-out loss every so many steps; null: only before and after."""
+    early_stopping_patience: int | None = Field(None, ge=1, le=LARGEST)
+    """Stop when so many evaluations in a row (eval_steps) did not improve the held-out loss."""
+    load_best_model_at_end: bool = False
+    """Keep the adapter of the evaluation (eval_steps) with the least held-out loss, not the last one."""
+    report_to: list[Literal["tensorboard", "wandb", "mlflow"]] = Field(default_factory=list, max_length=3)
+    """Where else the curves go; the worker needs the package, and its owner's account."""
     seed: int = Field(0, ge=0, lt=2**32)
 
 
@@ -257,6 +294,13 @@ class JobSpec(_Section):
             )
         if self.training.optim.startswith("paged") and Method.QLORA not in methods:
             wrong.append("training.optim: paged optimizers are for method qlora or auto; use adamw_torch or adamw_8bit")
+        for key in ("early_stopping_patience", "load_best_model_at_end"):
+            if getattr(self.training, key) and self.training.eval_steps is None:
+                wrong.append(f"training.{key}: needs training.eval_steps: without it nothing is evaluated on the way")
+        if self.training.packing and self.training.train_sampling_strategy == "group_by_length":
+            wrong.append("training.train_sampling_strategy: packed rows are all of one length; keep one of the two")
+        if self.lora.init_lora_weights == "loftq" and methods != (Method.QLORA,):
+            wrong.append("lora.init_lora_weights: loftq makes up for what NF4 loses; it is for method: qlora")
         if wrong:
             raise ValueError("\n".join(wrong))
         return self
@@ -264,7 +308,8 @@ class JobSpec(_Section):
     def spec_hash(self) -> str:
         """sha256 over what decides the training's result: everything but name, labels, priority, limits,
         patience and retries."""
-        deciding = self.model_dump(mode="json", exclude=_UNDECIDING)
+        apart: dict[str, Any] = dict.fromkeys(_UNDECIDING, True)
+        deciding = self.model_dump(mode="json", exclude=apart | {"training": {"report_to"}})
         return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()
 
 

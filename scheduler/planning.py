@@ -62,6 +62,11 @@ def check_adapter(spec: JobSpec) -> None:
             f"it has {', '.join(names)}; or write all-linear",
         )
     fused = any(block.experts and block.experts.adapted for block in shape.blocks)
+    if targets == "all-linear" and fused and spec.lora.use_dora:
+        raise UsageError(
+            f"{spec.base_model} has fused experts, which peft can't adapt with DoRA",
+            "set lora.use_dora: false, or name the layers to adapt in lora.target_modules, like [q_proj, v_proj]",
+        )
     if targets == "all-linear" and fused and spec.lora.lora_dropout > 0:
         raise UsageError(
             f"{spec.base_model} has fused experts, which peft adapts only without dropout",
@@ -90,8 +95,15 @@ def need_key(spec: JobSpec, data: dict[str, Any]) -> str:
         include={
             "base_model": True,
             "dataset": {"path", "eval_path", "format", "max_length", "on_overflow"},
-            "lora": {"r", "target_modules"},
-            "training": {"per_device_train_batch_size", "gradient_checkpointing", "optim"},
+            "lora": {"r", "target_modules", "modules_to_save", "use_dora"},
+            "training": {
+                "per_device_train_batch_size",
+                "gradient_checkpointing",
+                "optim",
+                "packing",
+                "dtype",
+                "attn_implementation",
+            },
             "evaluation": {"per_device_eval_batch_size", "max_new_tokens", "samples"},
         },
     )

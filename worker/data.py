@@ -7,6 +7,7 @@ most. Tokenised data are cached by what decides them: content, tokenizer, templa
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import shutil
 import tempfile
@@ -39,6 +40,7 @@ class TokenRow:
     number: int
     input_ids: list[int]
     labels: list[int]
+    starts: tuple[int, ...] = ()  # of a packed row: where its second and further examples begin
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +74,12 @@ class PreparedData:
     overlap: int  # rows of eval_path left out because they are trained on
     sha256: str | None
     warnings: tuple[str, ...] = ()  # what looks wrong, and is trained on all the same
+    packed: list[TokenRow] | None = None  # the rows to train on, several examples in one
+
+    @property
+    def trained_rows(self) -> list[TokenRow]:
+        """The rows as the Trainer gets them."""
+        return self.train.rows if self.packed is None else self.packed
 
     def facts(self) -> dict[str, Any]:
         """What the report says about the data."""
@@ -146,18 +154,28 @@ def prompt_of(example: Example, tokenizer: Any) -> tuple[list[int], str, str] | 
     return None
 
 
+def inputs_of(row: TokenRow) -> dict[str, list[int]]:
+    """A row as a data set's item, for `collate`."""
+    return {"input_ids": row.input_ids, "labels": row.labels, "starts": list(row.starts)}
+
+
 def collate(rows: Sequence[dict[str, list[int]]], pad: int) -> dict[str, torch.Tensor]:
-    """Right-padded int64 tensors of shape (rows, longest row): input_ids, attention_mask, labels."""
+    """Right-padded int64 tensors of shape (rows, longest row): input_ids, labels and attention_mask; for packed rows
+    position_ids in its place, which begin anew with every example, and with the padding."""
     longest = max(len(r["input_ids"]) for r in rows)
 
     def padded(values: Callable[[dict[str, list[int]]], list[int]], fill: int) -> torch.Tensor:
         return torch.tensor([(v := values(r)) + [fill] * (longest - len(v)) for r in rows])
 
-    return {
-        "input_ids": padded(lambda r: r["input_ids"], pad),
-        "attention_mask": padded(lambda r: [1] * len(r["input_ids"]), 0),
-        "labels": padded(lambda r: r["labels"], IGNORED),
-    }
+    batch = {"input_ids": padded(lambda r: r["input_ids"], pad), "labels": padded(lambda r: r["labels"], IGNORED)}
+    if any(r.get("starts") for r in rows):
+        return batch | {"position_ids": torch.tensor([_positions(r, longest) for r in rows])}
+    return batch | {"attention_mask": padded(lambda r: [1] * len(r["input_ids"]), 0)}
+
+
+def _positions(row: dict[str, list[int]], longest: int) -> list[int]:
+    borders = sorted({0, *row.get("starts", ()), len(row["input_ids"]), longest})
+    return [place for begin, end in itertools.pairwise(borders) for place in range(end - begin)]
 
 
 def load_rows(path: str, split: str = "train") -> list[RawRow]:
@@ -266,7 +284,8 @@ def _tokenise(
         return TokenSet(rows=[TokenRow(**row) for row in raw.pop("rows")], **raw)
     tokens = _fit(examples, file, dataset, tokenizer, format)
     if folder:
-        _write_cache(folder, {**vars(tokens), "rows": [vars(row) for row in tokens.rows]})
+        rows = [{"number": r.number, "input_ids": r.input_ids, "labels": r.labels} for r in tokens.rows]
+        _write_cache(folder, {**vars(tokens), "rows": rows})
     return tokens
 
 

@@ -17,14 +17,15 @@ from loractl.common.spec import JobSpec
 
 from .data import PreparedData, dataset_hash, prepare_data
 from .model import load_tokenizer
+from .packing import packed
 
 
 def lengths_of(data: PreparedData) -> Lengths:
     """The longest row to train on and the longest one held out, in tokens."""
     return Lengths(
-        train=max(len(row.input_ids) for row in data.train.rows),
+        train=max(len(row.input_ids) for row in data.trained_rows),
         evaluate=max(len(row.input_ids) for row in data.held_out.rows),
-        rows=len(data.train.rows),
+        rows=len(data.trained_rows),
     )
 
 
@@ -39,7 +40,7 @@ def main() -> None:
     except LoractlError as error:
         sys.stdout.write(json.dumps({"error": error.sentence}))
         return
-    sys.stdout.write(json.dumps(vars(lengths_of(prepared))))
+    sys.stdout.write(json.dumps(vars(lengths_of(packed(prepared, spec)))))
 
 
 if __name__ == "__main__":

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import json
 import socket
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +20,9 @@ from loractl.common.spec import JobSpec, Method
 from loractl.common.status import Reason
 
 from .trust import Refused, check_model_settings
+
+INITIAL_WEIGHTS: dict[str, bool | str] = {"default": True, "loftq": True}
+"""peft's names where ours differ; loftq's weights come after, from the base's own files."""
 
 PLAIN_CHAT_TEMPLATE = (
     "{% for message in messages %}### {{ message['role'] | capitalize }}:\n{{ message['content'] }}"
@@ -44,11 +48,20 @@ class Precision:
     amp: Literal["bf16", "fp16"] | None  # what the Trainer's autocast computes in, over fp32 adapters
 
 
-def choose_precision(device: str) -> Precision:
+def choose_precision(device: str, dtype: str = "auto") -> Precision:
     """bf16 where the device computes in it; else fp16 with loss scaling on a card, fp32 on a processor.
 
-    Cards before Ampere and old processors only emulate bf16: slower than fp32, and no more exact.
+    Cards before Ampere and old processors only emulate bf16: slower than fp32, and no more exact. A job's own choice
+    goes first. Raises TrainingFailed(bad_spec) for float16 on a processor, whose Trainer has no loss scaling.
     """
+    if dtype == "float32":
+        return Precision(base=torch.float32, amp=None)
+    if dtype == "bfloat16":
+        return Precision(base=torch.bfloat16, amp="bf16")
+    if dtype == "float16":
+        if device != "cuda":
+            raise TrainingFailed(Reason.BAD_SPEC, "training.dtype: float16 is for GPUs; use auto or float32 on a CPU")
+        return Precision(base=torch.float16, amp="fp16")
     if device == "cuda":
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return Precision(base=torch.bfloat16, amp="bf16")
@@ -86,6 +99,7 @@ def load_base(
     revision: str | None = None,
     *,
     run_code: bool = False,
+    attention: str = "auto",
 ) -> Any:
     """The base model on its device; for qlora its linear layers in NF4 with double quantisation (arXiv:2305.14314).
 
@@ -109,9 +123,23 @@ def load_base(
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=precision.base,
         )
+    if attention != "auto":
+        options["attn_implementation"] = _available(attention)
     with _model_errors(base_model):
         options |= _source(base_model, revision, run_code=run_code)
         return AutoModelForCausalLM.from_pretrained(base_model, **options)
+
+
+def _available(attention: str) -> str:
+    """Raises TrainingFailed where flash attention is asked for and not installed."""
+    from transformers.utils import is_flash_attn_2_available
+
+    if attention == "flash_attention_2" and not is_flash_attn_2_available():
+        what = (
+            "training.attn_implementation: flash_attention_2 needs a GPU of Ampere or newer and the package flash-attn"
+        )
+        raise TrainingFailed(Reason.BAD_SPEC, f"{what}, which this worker does not have")
+    return attention
 
 
 def add_adapter(base: Any, spec: JobSpec, method: Method) -> Any:
@@ -131,21 +159,91 @@ def add_adapter(base: Any, spec: JobSpec, method: Method) -> Any:
         lora_alpha=spec.lora.lora_alpha,
         lora_dropout=spec.lora.lora_dropout,
         target_modules=targets,
+        modules_to_save=spec.lora.modules_to_save or None,
+        use_dora=spec.lora.use_dora,
+        use_rslora=spec.lora.use_rslora,
+        init_lora_weights=INITIAL_WEIGHTS.get(spec.lora.init_lora_weights, spec.lora.init_lora_weights),
     )
     try:
         model = get_peft_model(base, config)
     except ValueError as error:  # what this peft can't do with this model, like dropout on fused experts
         raise TrainingFailed(Reason.BAD_SPEC, f"peft makes no adapter for this model: {_first_line(error)}") from error
+    for parameter in model.parameters():
+        if parameter.requires_grad:  # peft leaves modules_to_save in the base's 16 bit, in which small steps are lost
+            parameter.data = parameter.data.float()
+    if spec.lora.init_lora_weights == "loftq":
+        _make_up_for_nf4(model, spec)
     model.config.use_cache = False
     return model
 
 
+def _make_up_for_nf4(model: Any, spec: JobSpec) -> None:
+    """Begin A and B as the best correction of rank r of what NF4 lost of each layer (LoftQ, arXiv:2310.08659, with one
+    step; peft's own needs CUDA). Raises TrainingFailed."""
+    from bitsandbytes.functional import dequantize_4bit
+    from peft.tuners.lora import Linear4bit
+
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, Linear4bit)]
+    if any(parameter.device.type == "meta" for parameter in model.parameters()):
+        return  # a trace, which has no weights
+    whole = _weights_of(spec)
+    for name, layer in layers:
+        key = f"{name.removeprefix('base_model.model.')}.weight"
+        if key not in whole:
+            what = f"the base's files have no {key}, so what NF4 lost of it is not known; use default"
+            raise TrainingFailed(Reason.BAD_SPEC, f"lora.init_lora_weights: {what}")
+        packed = layer.get_base_layer().weight
+        kept = dequantize_4bit(packed.data, packed.quant_state).float()
+        lost = whole[key]().to(kept.device, torch.float32) - kept
+        left, sizes, right = torch.linalg.svd(lost, full_matrices=False)
+        r, scale = spec.lora.r, layer.scaling["default"]
+        root = sizes[:r].sqrt()
+        layer.lora_A["default"].weight.data = (root[:, None] * right[:r]).contiguous()
+        layer.lora_B["default"].weight.data = (left[:, :r] * root / scale).contiguous()
+
+
+def _weights_of(spec: JobSpec) -> dict[str, Callable[[], torch.Tensor]]:
+    """The tensors of the base's safetensors files by name, each read when it is called. Raises TrainingFailed."""
+    from safetensors import safe_open
+    from transformers.utils.hub import cached_file, get_checkpoint_shard_files
+
+    with _model_errors(spec.base_model):
+        single = cached_file(
+            spec.base_model, "model.safetensors", revision=spec.revision, _raise_exceptions_for_missing_entries=False
+        )
+        if single is None:
+            index = cached_file(spec.base_model, "model.safetensors.index.json", revision=spec.revision)
+            files, _ = get_checkpoint_shard_files(spec.base_model, index, revision=spec.revision)
+        else:
+            files = [single]
+        opened = [safe_open(file, framework="pt") for file in files]
+    names = [(file, key) for file in opened for key in file.keys()]  # type: ignore[no-untyped-call]  # noqa: SIM118
+    return {key: functools.partial(file.get_tensor, key) for file, key in names}
+
+
 def load_trained(model: Any, checkpoint: Path) -> None:
     """The adapter's weights from a checkpoint of the same training."""
+    load_weights(model, checkpoint / "adapter_model.safetensors")
+
+
+def save_weights(model: Any, path: Path) -> None:
+    """The adapter's weights alone, written aside and renamed."""
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import save_file
+
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in get_peft_model_state_dict(model).items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_suffix(".part")
+    save_file(weights, aside)
+    aside.rename(path)
+
+
+def load_weights(model: Any, path: Path) -> None:
+    """The adapter's weights that `save_weights` or peft wrote. Raises OSError."""
     from peft import set_peft_model_state_dict
     from safetensors.torch import load_file
 
-    set_peft_model_state_dict(model, load_file(checkpoint / "adapter_model.safetensors"))
+    set_peft_model_state_dict(model, load_file(path))
 
 
 def keep_nf4_in_training_mode(model: Any) -> None:

@@ -15,14 +15,12 @@ import numpy as np
 import torch
 from transformers import Trainer, TrainerCallback
 
-from .data import PreparedData, TokenRow
+from loractl.common.memory import state_bytes
+
+from .data import PreparedData, TokenRow, inputs_of
 from .evaluate import in_batches, score_rows
 from .memory import in_a_sentence, is_out_of_memory
 from .model import evaluating
-
-OPTIMIZER_BYTES = {"adamw_torch": 8, "paged_adamw_32bit": 8, "adamw_8bit": 2, "paged_adamw_8bit": 2}
-"""Bytes of state per trained parameter, which the first step allocates; nearly none for other optimizers. Paged state
-counts in full: bitsandbytes does not page tensors below 100,000 elements, and most LoRA matrices are smaller."""
 
 PROCESSOR_ROOM_BYTES = 128 * 2**20
 """On a CPU, held during the probe for what its libraries keep of the first steps: 60 to 140 MiB of compiled kernels in
@@ -59,7 +57,7 @@ class Probe(TrainerCallback):
         failure = None
         with _random_numbers_kept(), _held(_bytes_to_come(trainer), args.device):
             try:
-                _try_step(trainer, longest(self._data.train.rows, args.per_device_train_batch_size))
+                _try_step(trainer, longest(self._data.trained_rows, args.per_device_train_batch_size))
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
@@ -82,7 +80,7 @@ class Probe(TrainerCallback):
             picked = [batch[i] for i in chosen]
             if in_training:
                 trainer.prediction_step(
-                    trainer.model, trainer.data_collator(_inputs(picked)), prediction_loss_only=True
+                    trainer.model, trainer.data_collator([inputs_of(row) for row in picked]), prediction_loss_only=True
                 )
             score_rows(trainer.model, self._tokenizer, picked, len(picked))
 
@@ -100,7 +98,9 @@ def longest(rows: Sequence[TokenRow], count: int) -> list[TokenRow]:
 
 def _try_step(trainer: Trainer, rows: list[TokenRow]) -> None:
     """Forward and backward through the Trainer's own step, with what is held at the same time in a real one."""
-    samples, items = trainer.get_batch_samples(iter([trainer.data_collator(_inputs(rows))]), 1, trainer.args.device)
+    samples, items = trainer.get_batch_samples(
+        iter([trainer.data_collator([inputs_of(row) for row in rows])]), 1, trainer.args.device
+    )
     trainer.current_gradient_accumulation_steps = trainer.args.gradient_accumulation_steps
     if trainer.args.gradient_accumulation_steps > 1:
         for parameter in _trained(trainer):  # the gradients of the micro-batches before this one
@@ -113,7 +113,7 @@ def _bytes_to_come(trainer: Trainer) -> int:
     room = PROCESSOR_ROOM_BYTES if trainer.args.device.type == "cpu" else 0
     if trainer.optimizer.state:
         return room
-    return room + OPTIMIZER_BYTES.get(trainer.args.optim.value, 0) * sum(p.numel() for p in _trained(trainer))
+    return room + sum(state_bytes(trainer.args.optim.value, p.numel()) for p in _trained(trainer))
 
 
 @contextlib.contextmanager
@@ -146,7 +146,3 @@ def _random_numbers_kept() -> Iterator[None]:
 
 def _trained(trainer: Trainer) -> list[Any]:
     return [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
-
-
-def _inputs(rows: Sequence[TokenRow]) -> list[dict[str, list[int]]]:
-    return [{"input_ids": row.input_ids, "labels": row.labels} for row in rows]

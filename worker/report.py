@@ -78,6 +78,8 @@ def build_report(
         "training": {
             "steps": log.steps,
             "resumed_from_step": log.first_step or None,
+            "stopped_early_at_step": log.stopped_early,
+            "kept_step": log.best[0] if log.best and spec.training.load_best_model_at_end else log.steps,
             "epochs": spec.training.num_train_epochs,
             "seconds": log.seconds,
             "tokens_per_second": log.tokens_per_second,

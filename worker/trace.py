@@ -100,9 +100,10 @@ def trace_step(config: Any, spec: JobSpec, method: Method, tokens: int) -> Trace
             }
         )
     batch = spec.training.per_device_train_batch_size
-    with FakeTensorMode(allow_non_fake_inputs=True), _masks(padded=batch > 1):
+    with FakeTensorMode(allow_non_fake_inputs=True), _masks(padded=batch > 1 or spec.training.packing):
         constants = _make_fake(model)
-        model.forward = convert_outputs_to_fp32(torch.autocast("cpu", dtype=torch.bfloat16)(model.forward))
+        if spec.training.dtype != "float32":
+            model.forward = convert_outputs_to_fp32(torch.autocast("cpu", dtype=torch.bfloat16)(model.forward))
         trained = [p for p in model.parameters() if p.requires_grad]
         live = _Live()
         live.watch([*model.parameters(), *model.buffers(), *constants])
@@ -132,14 +133,17 @@ def build(config: Any, spec: JobSpec, method: Method) -> Any:
     from transformers.integrations.bitsandbytes import replace_with_bnb_linear
     from transformers.quantizers.base import get_keys_to_not_convert
 
+    asked = spec.training.attn_implementation
+    options = {} if asked in ("auto", "flash_attention_2") else {"attn_implementation": asked}
+    dtype = torch.float32 if spec.training.dtype == "float32" else torch.bfloat16
     with torch.device("meta"):
-        base = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.bfloat16)
+        base = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype, **options)
         if method is Method.QLORA:
             quantization = BitsAndBytesConfig(
                 load_in_4bit=True,
                 bnb_4bit_quant_type="nf4",
                 bnb_4bit_use_double_quant=True,
-                bnb_4bit_compute_dtype=torch.bfloat16,
+                bnb_4bit_compute_dtype=dtype,
             )
             base = replace_with_bnb_linear(base, get_keys_to_not_convert(base), quantization)
         return add_adapter(base, spec, method)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import math
+import os
+import shutil
 import statistics
 import threading
 import time
@@ -27,7 +30,7 @@ from loractl.common.units import gib
 from .adapter import save_adapter
 from .check import warnings_about
 from .checkpoint import PROOF_TOLERANCE, Checkpoint, close_checkpoint, newest_checkpoint, withdraw
-from .data import PreparedData, collate, prepare_data
+from .data import PreparedData, collate, inputs_of, prepare_data
 from .evaluate import evaluate
 from .lengths import lengths_of
 from .memory import Gauge, hold_to, release
@@ -40,7 +43,10 @@ from .model import (
     load_base,
     load_tokenizer,
     load_trained,
+    load_weights,
+    save_weights,
 )
+from .packing import check_apart, packed
 from .probe import DoesNotFit, Probe, longest
 from .protocol import Adjusted, Ended, Note, Planned, Saved, StageChanged, Start, Stepped, Told
 from .report import build_report, write_model_card, write_report
@@ -49,6 +55,11 @@ from .trace import trace_plan
 PROOF_ROWS = 2
 PROOF_TOKENS = 256
 """What a checkpoint's proof is measured on: enough to tell another base or a damaged adapter, cheap beside a step."""
+
+
+BEST = "best.json"
+BEST_WEIGHTS = "best_adapter.safetensors"
+"""In a checkpoint: which evaluation was the best so far, and its adapter where the job asks for the best one."""
 
 
 class Stopped(Exception):
@@ -107,6 +118,7 @@ def train(run: Run) -> Ended:
     order, began = run.order, time.time()
     out = Path(order.output_dir)
 
+    check_trackers(run.spec)
     # 1. The data, before any memory is taken.
     run.stage(Stage.PREPARING)
     set_seed(run.spec.training.seed)
@@ -114,21 +126,30 @@ def train(run: Run) -> Ended:
     data = prepare_data(
         run.spec.dataset, order.data_path, order.eval_path, order.data_sha256, tokenizer, Path(order.cache_dir)
     )
-    data = replace(data, warnings=warnings_about(run.spec, data, tokenizer))
+    data = packed(replace(data, warnings=warnings_about(run.spec, data, tokenizer)), run.spec)
     _note_data(run, data)
     plan_again(run, data)
     run.check_stop()
 
     # 2. The base model, in NF4 for QLoRA, and a fresh adapter.
-    precision = choose_precision(order.device)
+    precision = choose_precision(order.device, run.spec.training.dtype)
     base = load_base(
-        run.spec.base_model, order.method, order.device, precision, run.spec.revision, run_code=order.run_code
+        run.spec.base_model,
+        order.method,
+        order.device,
+        precision,
+        run.spec.revision,
+        run_code=order.run_code,
+        attention=run.spec.training.attn_implementation,
     )
     model = add_adapter(base, run.spec, order.method)
+    if data.packed is not None:
+        check_apart(model, data.packed, tokenizer.pad_token_id)
 
     # 3. Train, from the newest checkpoint of this very training if there is one.
     log = TrainingLog(run, data, tokenizer.pad_token_id)
     arguments = fit(run, model, tokenizer, data, precision, log)
+    log.take_best(model)
     check_finite(model)
 
     # 4. Keep the adapter before anything else can fail.
@@ -157,6 +178,16 @@ def train(run: Run) -> Ended:
     write_report(report, out)
     write_model_card(report, out / "adapter")
     return Ended(job_id=order.job_id, reason=Reason.OK, message=report["verdict"]["short"], peaks=run.gauge.look())
+
+
+def check_trackers(spec: JobSpec) -> None:
+    """Refuse a training.report_to that this worker can't serve. Raises TrainingFailed(bad_spec)."""
+    for name in spec.training.report_to:
+        if importlib.util.find_spec(name) is None:
+            raise TrainingFailed(Reason.BAD_SPEC, f"training.report_to: the package {name} is not on this worker")
+    if "wandb" in spec.training.report_to and not {"WANDB_API_KEY", "WANDB_MODE"} & os.environ.keys():
+        what = "wandb needs its owner's account: WANDB_API_KEY, or WANDB_MODE=offline"
+        raise TrainingFailed(Reason.BAD_SPEC, f"training.report_to: {what} is not set on this worker")
 
 
 def plan_again(run: Run, data: PreparedData) -> None:
@@ -225,7 +256,7 @@ def fit(
             return arguments
         lighter = next_adjustment(run.order.spec, run.adjustment, on_gpu=run.on_gpu)
         if lighter is None:
-            tokens = len(longest(data.train.rows, 1)[0].input_ids)
+            tokens = len(longest(data.trained_rows, 1)[0].input_ids)
             what = f"one row of {tokens} tokens does not fit, even with gradient checkpointing"
             raise TrainingFailed(Reason.OUT_OF_MEMORY, f"{what}: {failure}")
         run.adjust(lighter)
@@ -244,20 +275,21 @@ def _fit_once(
     trainer = Trainer(
         model=model,
         args=arguments,
-        train_dataset=[{"input_ids": r.input_ids, "labels": r.labels} for r in data.train.rows],
-        eval_dataset=[{"input_ids": r.input_ids, "labels": r.labels} for r in data.held_out.rows],
+        train_dataset=[inputs_of(row) for row in data.trained_rows],
+        eval_dataset=[inputs_of(row) for row in data.held_out.rows],
         data_collator=lambda rows: collate(rows, tokenizer.pad_token_id),
     )
     # Without a limit no allocation fails on a processor: the kernel kills whom it chooses. A probe would find nothing.
     if run.on_gpu or run.order.memory_limit is not None:
         trainer.add_callback(Probe(trainer, tokenizer, data, run.spec.evaluation.max_rows, run.adjust_evaluation))
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(Path(run.order.output_dir) / "tensorboard")  # stored with the result
     trainer.add_callback(log)  # after the probe: it says that training begins
     try:
         trainer.train(resume_from_checkpoint=str(found.path) if found else None)
     except DoesNotFit as failure:
         # The model keeps the autocast that this Trainer's accelerator put around it: the next one knows it as prepared.
         return str(failure)
-    if run.stop.is_set() and trainer.state.global_step < trainer.state.max_steps:
+    if run.stop.is_set() and trainer.state.global_step < trainer.state.max_steps and log.stopped_early is None:
         raise Stopped
     return None
 
@@ -281,6 +313,14 @@ def training_arguments(order: Start, spec: JobSpec, precision: Precision) -> Tra
         activation_checkpointing_kwargs={"use_reentrant": False},
         warmup_steps=t.warmup_steps if t.warmup_steps < 1 else int(t.warmup_steps),
         lr_scheduler_type=t.lr_scheduler_type,
+        lr_scheduler_kwargs=t.lr_scheduler_kwargs or None,
+        adam_beta1=t.adam_beta1,
+        adam_beta2=t.adam_beta2,
+        adam_epsilon=t.adam_epsilon,
+        label_smoothing_factor=t.label_smoothing_factor,
+        neftune_noise_alpha=t.neftune_noise_alpha,
+        train_sampling_strategy=t.train_sampling_strategy,
+        torch_compile=t.torch_compile,
         weight_decay=t.weight_decay,
         max_grad_norm=t.max_grad_norm,
         optim=_optimizer(order),
@@ -300,7 +340,8 @@ def training_arguments(order: Start, spec: JobSpec, precision: Precision) -> Tra
         dataloader_pin_memory=on_gpu,
         remove_unused_columns=False,
         label_names=["labels"],
-        report_to=[],
+        report_to=[*t.report_to],
+        run_name=f"{order.spec.name}-{order.job_id}",
         disable_tqdm=True,
     )
 
@@ -313,6 +354,8 @@ class TrainingLog(TrainerCallback):
         self._belongs_to = belongs_to(run.order, data)
         self._proof_rows, self._pad = data.train.rows[:PROOF_ROWS], pad
         self.resumed: Checkpoint | None = None  # what this training goes on from
+        self.best: tuple[int, float] | None = None  # (step, held-out loss) of the best evaluation
+        self.stopped_early: int | None = None  # the step at which early stopping ended it
         self._epoch_tokens = data.train.tokens
         self.train_losses: list[tuple[int, float]] = []
         self.eval_losses: list[tuple[int, float]] = []
@@ -337,6 +380,8 @@ class TrainingLog(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         self.check_resumed(model)
         self._run.stage(Stage.TRAINING)
+        if self.resumed is not None:
+            self._bring_best(self.resumed.path)
         self.first_step = self.steps = state.global_step
         self.total_steps, self._first_epoch = state.max_steps, state.epoch or 0.0
         self._take_history(state.log_history)
@@ -375,9 +420,53 @@ class TrainingLog(TrainerCallback):
         if known:
             self._step(known)
 
+    def on_evaluate(
+        self, args: Any, state: Any, control: Any, model: Any = None, metrics: dict[str, float] | None = None, **_: Any
+    ) -> None:
+        """Keep the best adapter, and end a training that has stopped getting better."""
+        asked, loss = self._run.spec.training, (metrics or {}).get("eval_loss", math.nan)
+        if self.best is None or loss < self.best[1]:
+            self.best = (state.global_step, loss)
+            if asked.load_best_model_at_end:
+                save_weights(model, self._best_file)
+        since = sum(step > self.best[0] for step, _ in self.eval_losses)
+        if asked.early_stopping_patience is not None and since >= asked.early_stopping_patience:
+            self.stopped_early = state.global_step
+            control.should_training_stop = control.should_save = True
+
+    @property
+    def _best_file(self) -> Path:
+        return Path(self._run.order.checkpoint_dir) / BEST_WEIGHTS
+
+    def take_best(self, model: Any) -> None:
+        """Put the best evaluation's adapter in place of the last one, where the job asks for it; tell of it."""
+        if self.stopped_early is not None:
+            patience = self._run.spec.training.early_stopping_patience
+            self._run.note(
+                "training", f"stopped early at step {self.stopped_early}: no better in {patience} evaluations"
+            )
+        if not self._run.spec.training.load_best_model_at_end or self.best is None:
+            return
+        load_weights(model, self._best_file)
+        self._run.note("training", f"kept the adapter of step {self.best[0]}, held-out loss {self.best[1]:.4f}")
+
+    def _bring_best(self, checkpoint: Path) -> None:
+        """What was best before the checkpoint: a resume must not take a worse one for it."""
+        told = checkpoint / BEST
+        if told.exists():
+            best = json.loads(told.read_text())
+            self.best = (best["step"], best["loss"])
+        if (weights := checkpoint / BEST_WEIGHTS).exists():
+            self._best_file.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(weights, self._best_file)
+
     def on_save(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        finished = state.global_step >= state.max_steps
+        finished = state.global_step >= state.max_steps or self.stopped_early is not None
+        if self.best is not None:
+            (folder / BEST).write_text(json.dumps({"step": self.best[0], "loss": self.best[1]}))
+            if self._best_file.exists():
+                shutil.copyfile(self._best_file, folder / BEST_WEIGHTS)
         proof = self._proof(model)
         close_checkpoint(folder, step=state.global_step, finished=finished, belongs_to=self._belongs_to, proof=proof)
         self._run.note("saved", f"saved step {state.global_step}")
@@ -405,6 +494,9 @@ class TrainingLog(TrainerCallback):
         """Take the course of a finished training from its last checkpoint."""
         state = json.loads((checkpoint / "trainer_state.json").read_text())
         self.first_step = self.steps = self.total_steps = state["global_step"]
+        if self.steps < state["max_steps"]:
+            self.stopped_early = self.steps
+        self._bring_best(checkpoint)
         self._take_history(state["log_history"])
         self._step()
 
@@ -504,11 +596,12 @@ def belongs_to(order: Start, data: PreparedData) -> dict[str, str]:
     The batch is the effective one. In which pieces it is computed, and whether activations are computed twice, changes
     neither the rows of a step nor what a step learns.
     """
-    rows = hashlib.sha256(json.dumps([r.input_ids for r in data.train.rows]).encode()).hexdigest()
+    rows = hashlib.sha256(json.dumps([[r.input_ids, r.starts] for r in data.trained_rows]).encode()).hexdigest()
     asked = order.spec.model_dump(mode="json", include={"base_model", "revision", "lora", "training"})
     training = asked["training"]
     training["batch"] = training.pop("per_device_train_batch_size") * training.pop("gradient_accumulation_steps")
-    del training["gradient_checkpointing"]
+    for key in ("gradient_checkpointing", "torch_compile", "report_to"):
+        del training[key]
     parts = {
         "base_model": [asked["base_model"], asked["revision"]],
         "lora": asked["lora"],

@@ -169,6 +169,32 @@ def test_named_targets_are_planned_as_they_are_traced(method: Method, tmp_path: 
     assert planned == pytest.approx(trace.peak, rel=TOLERANCE)
 
 
+@pytest.mark.parametrize("family", ["llama", "phi3"])
+@pytest.mark.parametrize(
+    ("options", "above"),
+    [
+        ({"lora": {"use_dora": True}}, 0.05),
+        ({"lora": {"modules_to_save": ["lm_head"]}}, 0.05),
+        ({"lora": {"modules_to_save": ["embed_tokens"]}}, 0.08),  # planned as if every operator widened with it
+        ({"training": {"dtype": "float32"}}, 0.05),
+        ({"training": {"attn_implementation": "eager"}}, 0.05),
+        ({"training": {"packing": True, "per_device_train_batch_size": 1}}, 0.05),
+    ],
+    ids=lambda value: (
+        "-".join(f"{k}" for section in value.values() for k in section) if isinstance(value, dict) else ""
+    ),
+)
+@pytest.mark.parametrize(("checkpointing", "vocab"), [(True, 500), (False, 3000)])
+def test_options_are_planned_as_they_are_traced(
+    family: str, options: dict[str, Any], above: float, checkpointing: bool, vocab: int, tmp_path: Path
+) -> None:
+    asked = job(family, checkpointing=checkpointing).model_dump()
+    for section, keys in options.items():
+        asked[section] |= keys
+    planned, trace = compare(family, JobSpec.model_validate(asked), Method.LORA, tmp_path, vocab)
+    assert -0.05 <= planned / trace.peak - 1 <= above
+
+
 def test_two_cut_models_tell_what_a_deeper_one_takes(tmp_path: Path) -> None:
     sizes = config("llama", vocab=3000, layers=8)
     whole = trace_step(real(sizes, tmp_path), job("llama"), Method.QLORA, TOKENS)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,85 +15,10 @@ from loractl.worker import checkpoint
 from loractl.worker.data import IGNORED, encode, prepare_data
 from loractl.worker.evaluate import score_rows
 from loractl.worker.model import TrainingFailed, add_adapter, choose_precision, evaluating, load_base, load_tokenizer
-from loractl.worker.protocol import Ended, Note, Start, Stepped
-from loractl.worker.train import Run, Stopped, train
+from loractl.worker.protocol import Note, Stepped
 
 from ..models import write_helpdesk
-
-Recipe = Callable[..., tuple[Ended, list]]
-
-
-@pytest.fixture
-def recipe(tiny_model: Path, tmp_path: Path) -> Recipe:
-    """Run the recipe on a tiny model; keyword arguments go into the spec's training section."""
-    data = write_helpdesk(tmp_path / "data.jsonl")
-
-    def run(
-        where: str = "a",
-        *,
-        method: str = "lora",
-        stop_after: int | None = None,
-        resume: str | None = None,
-        lora: dict | None = None,
-        dataset: dict | None = None,
-        **training: object,
-    ) -> tuple[Ended, list]:
-        spec = JobSpec.model_validate(
-            {
-                "name": "tiny",
-                "base_model": str(tiny_model),
-                "method": method,
-                "dataset": {"path": str(data), "max_length": 128, **(dataset or {})},
-                "lora": {"r": 4, "lora_alpha": 8, **(lora or {})},
-                "training": {
-                    "max_steps": 8,
-                    "learning_rate": 5e-3,
-                    "per_device_train_batch_size": 4,
-                    "gradient_accumulation_steps": 1,
-                    "logging_steps": 1,
-                    "save_steps": 4,
-                    **training,
-                },
-                "evaluation": {"samples": 2, "max_new_tokens": 6},
-            }
-        )
-        folder = tmp_path / where
-        (folder / "result").mkdir(parents=True, exist_ok=True)
-        order = Start(
-            job_id=1,
-            attempt=1,
-            user="t",
-            node="n:0",
-            gpu="cpu",
-            device="cpu",
-            spec=spec,
-            method=Method(method),
-            vram_planned=None,
-            data_path=spec.dataset.path,
-            data_sha256=None,
-            eval_path=None,
-            output_dir=str(folder / "result"),
-            checkpoint_dir=str(folder / "checkpoints"),
-            earlier_checkpoints=[str(tmp_path / resume / "checkpoints")] if resume else [],
-            cache_dir=str(tmp_path / "cache"),
-        )
-        told: list = []
-        state = Run(order=order, tell=told.append)
-        if stop_after is not None:
-
-            def tell(message: object) -> None:
-                told.append(message)
-                if isinstance(message, Stepped) and message.step >= stop_after:
-                    state.save_on_stop.set()
-                    state.stop.set()
-
-            object.__setattr__(state, "tell", tell)
-        try:
-            return train(state), told
-        except Stopped:
-            return Ended(job_id=1, reason=Reason.DRAINED, message="stopped"), told
-
-    return run
+from .conftest import Recipe
 
 
 def _losses(told: list) -> list[float]:

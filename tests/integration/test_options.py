@@ -1,0 +1,339 @@
+"""Every option of the job file does something: no key is accepted and then ignored."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from loractl.common.memory import SMALLEST_8BIT, state_bytes
+from loractl.common.spec import JobSpec, Method, TrainingSpec, spec_keys
+from loractl.common.status import Reason
+from loractl.worker.data import IGNORED, TokenRow, collate, inputs_of
+from loractl.worker.model import TrainingFailed, add_adapter, choose_precision, load_base
+from loractl.worker.packing import check_apart, pack
+from loractl.worker.protocol import Note, Stepped
+
+from .conftest import Recipe
+
+OPTIMIZERS = [name for name in TrainingSpec.model_fields["optim"].annotation.__args__ if name != "auto"]
+
+
+OTHER_DTYPE = "float32" if choose_precision("cpu").amp else "bfloat16"  # not what auto takes here
+PLAIN: list[float] = []
+
+
+def losses(told: list[Any], name: str = "loss") -> list[float]:
+    return [m.metrics[name] for m in told if isinstance(m, Stepped) and name in m.metrics]
+
+
+def notes(told: list[Any], kind: str) -> list[str]:
+    return [m.text for m in told if isinstance(m, Note) and m.kind == kind]
+
+
+def adapter(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "result" / "adapter" / "adapter_model.safetensors")
+
+
+def report(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "result" / "report.json").read_text())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"training": {"neftune_noise_alpha": 5}},
+        {"training": {"label_smoothing_factor": 0.2}},
+        {"training": {"adam_beta1": 0.5}},
+        {"training": {"adam_beta2": 0.9}},
+        {"training": {"adam_epsilon": 0.01}},
+        {"training": {"weight_decay": 0.5}},
+        {"training": {"max_grad_norm": 0.01, "optim": "sgd"}},
+        {"training": {"warmup_steps": 6}},
+        {"training": {"seed": 5}},
+        {"training": {"learning_rate": 1e-4}},
+        {"training": {"train_sampling_strategy": "sequential"}},
+        {"training": {"train_sampling_strategy": "group_by_length"}},
+        {"training": {"lr_scheduler_type": "constant"}},
+        {"training": {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr_rate": 0.5}}},
+        {"training": {"lr_scheduler_type": "cosine_with_restarts", "lr_scheduler_kwargs": {"num_cycles": 3}}},
+        {"training": {"lr_scheduler_type": "inverse_sqrt"}},
+        {"training": {"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"power": 3.0}}},
+        {"training": {"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": {"num_decay_steps": 4}}},
+        {"training": {"gradient_accumulation_steps": 2}},
+        {"training": {"per_device_train_batch_size": 2}},
+        {"training": {"packing": True}},
+        {"training": {"dtype": OTHER_DTYPE}},
+        {"training": {"attn_implementation": "eager"}},
+        {"lora": {"r": 2}},
+        {"lora": {"lora_alpha": 2}},
+        {"lora": {"lora_dropout": 0.5}},
+        {"lora": {"target_modules": ["q_proj"]}},
+        {"lora": {"use_rslora": True}},
+        {"lora": {"use_dora": True}},
+        {"lora": {"modules_to_save": ["lm_head"]}},
+        {"lora": {"init_lora_weights": "gaussian"}},
+        {"lora": {"init_lora_weights": "orthogonal"}},
+        {"dataset": {"max_length": 60}},
+        {"dataset": {"test_size": 0.5}},
+    ],
+    ids=lambda options: "-".join(f"{k}={v}" for section in options.values() for k, v in section.items()),
+)
+def test_an_option_changes_what_is_learned(recipe: Recipe, tmp_path: Path, options: dict[str, Any]) -> None:
+    sections = {name: section for name, section in options.items() if name != "training"}
+    few = {"max_steps": 6, "eval_steps": None, **options.get("training", {})}
+    if not PLAIN:  # the same for every option
+        PLAIN.extend(losses(recipe("plain", max_steps=6, evaluation={"samples": 0})[1]))
+    ended, changed = recipe("changed", evaluation={"samples": 0}, **sections, **few)
+    assert ended.reason is Reason.OK
+    assert losses(changed) != PLAIN
+    resolved = json.loads((tmp_path / "changed" / "result" / "job.json").read_text())["spec"]
+    for name, section in options.items():
+        assert {key: resolved[name][key] for key in section} == section
+
+
+def test_rslora_scales_by_the_root_of_r_and_dora_stores_magnitudes(recipe: Recipe, tmp_path: Path) -> None:
+    recipe("a", max_steps=1, lora={"r": 4, "use_rslora": True, "use_dora": True}, evaluation={"samples": 0})
+    config = json.loads((tmp_path / "a" / "result" / "adapter" / "adapter_config.json").read_text())
+    assert (config["use_rslora"], config["use_dora"]) == (True, True)
+    assert any("lora_magnitude_vector" in name for name in adapter(tmp_path / "a"))
+
+
+def test_modules_to_save_are_trained_in_fp32_and_stored_in_full(
+    recipe: Recipe, tiny_model: Path, tmp_path: Path
+) -> None:
+    recipe("a", max_steps=2, lora={"modules_to_save": ["lm_head"]}, evaluation={"samples": 0}, dtype="bfloat16")
+    (stored,) = [tensor for name, tensor in adapter(tmp_path / "a").items() if "lm_head" in name]
+    base = load_base(str(tiny_model), Method.LORA, "cpu", choose_precision("cpu", "bfloat16")).lm_head.weight
+    assert stored.dtype == torch.float32 and stored.shape == base.shape
+    assert not torch.equal(stored, base.float())
+
+
+def test_loftq_starts_nearer_to_the_base_than_nf4_alone(tiny_model: Path) -> None:
+    """The logits of the quantised model with LoftQ's adapter are nearer to the whole model's."""
+    ids = torch.arange(3, 40)[None]
+    precision = choose_precision("cpu", "float32")
+    away = {}
+    with torch.no_grad():
+        whole = load_base(str(tiny_model), Method.LORA, "cpu", precision)(ids).logits
+        for start in ("default", "loftq"):
+            base = load_base(str(tiny_model), Method.QLORA, "cpu", precision)
+            model = add_adapter(base, _spec(tiny_model, lora={"r": 16, "init_lora_weights": start}), Method.QLORA)
+            away[start] = float((model(ids).logits - whole).norm() / whole.norm())
+    assert away["loftq"] < 0.8 * away["default"], away
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_every_optimizer_trains_and_holds_the_state_that_the_plan_counts(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch, optimizer: str
+) -> None:
+    """Measured on the optimizer itself at the end of a run, per trained tensor."""
+    from loractl.worker import train as module
+
+    held: list[tuple[int, int]] = []
+
+    class Looked(module.Trainer):  # the real one, looked at afterwards
+        def train(self, *args: Any, **kwargs: Any) -> Any:
+            result = super().train(*args, **kwargs)
+            inner = getattr(self.optimizer, "optimizer", self.optimizer)
+            for parameter, state in inner.state.items():
+                sizes = [t.numel() * t.element_size() for t in state.values() if torch.is_tensor(t) and t.numel() > 1]
+                held.append((parameter.numel(), sum(sizes)))
+            return result
+
+    monkeypatch.setattr(module, "Trainer", Looked)
+    ended, told = recipe(max_steps=3, optim=optimizer, lora={"r": 64}, evaluation={"samples": 0})
+    assert ended.reason is Reason.OK and len(losses(told)) == 3
+    if optimizer in ("sgd", "adafactor"):
+        assert all(size <= elements for elements, size in held), "next to nothing"
+        return
+    assert any(elements >= SMALLEST_8BIT for elements, _ in held)
+    for elements, size in held:
+        assert size == pytest.approx(state_bytes(optimizer, elements), rel=0.1, abs=2200), (elements, size)
+
+
+def test_packed_examples_fill_rows_and_none_sees_another(tiny_model: Path) -> None:
+    """The logits of every example in a packed row are those that it has alone."""
+    rows = [_row(n, length) for n, length in enumerate((11, 30, 7, 25, 18, 3, 60, 14))]
+    packs = pack(rows, 64)
+    assert sum(len(p.input_ids) for p in packs) == sum(len(r.input_ids) for r in rows)
+    assert len(packs) == 3 and max(len(p.input_ids) for p in packs) <= 64
+    model = load_base(str(tiny_model), Method.LORA, "cpu", choose_precision("cpu", "float32")).eval()
+    batch = collate([inputs_of(p) for p in packs], 0)
+    assert "attention_mask" not in batch
+    with torch.no_grad():
+        together = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
+        for place, row in enumerate(packs):
+            borders = [0, *row.starts, len(row.input_ids)]
+            for begin, end in itertools.pairwise(borders):
+                alone = model(input_ids=batch["input_ids"][place : place + 1, begin:end]).logits[0]
+                torch.testing.assert_close(together[place, begin:end], alone, rtol=1e-4, atol=1e-4)
+                assert row.labels[begin] == IGNORED, "nothing of its own precedes an example's first token"
+
+
+def test_a_model_in_which_packed_examples_see_each_other_is_refused(tiny_model: Path) -> None:
+    model = load_base(str(tiny_model), Method.LORA, "cpu", choose_precision("cpu", "float32"))
+    packs = pack([_row(1, 20), _row(2, 20)], 64)
+    check_apart(model, packs, 0)
+    forward = model.forward
+    model.forward = lambda position_ids=None, **rest: forward(**rest)  # as a model that does not look at positions
+    with pytest.raises(TrainingFailed, match="packed examples see each other") as failure:
+        check_apart(model, packs, 0)
+    assert failure.value.reason is Reason.BAD_SPEC
+
+
+def test_packing_takes_fewer_steps_for_the_same_tokens(recipe: Recipe, tmp_path: Path) -> None:
+    recipe("plain", max_steps=None, num_train_epochs=1, evaluation={"samples": 0})
+    recipe("packed", max_steps=None, num_train_epochs=1, packing=True, evaluation={"samples": 0})
+    plain, packed = report(tmp_path / "plain"), report(tmp_path / "packed")
+    assert packed["training"]["steps"] < plain["training"]["steps"]
+    assert packed["data"]["train_tokens"] == plain["data"]["train_tokens"]
+
+
+def test_early_stopping_ends_a_run_that_gets_no_better_and_the_best_adapter_is_kept(
+    recipe: Recipe, tmp_path: Path
+) -> None:
+    """A learning rate that is far too high: the held-out loss soon rises."""
+    wild = {"learning_rate": 0.5, "lr_scheduler_type": "constant", "max_grad_norm": 100.0, "warmup_steps": 0}
+    asked = {"eval_steps": 1, "max_steps": 30, "load_best_model_at_end": True, "early_stopping_patience": 3}
+    same = {"lora": {"lora_dropout": 0}, "evaluation": {"samples": 0}}  # an evaluation draws from the random numbers
+    ended, told = recipe("a", **asked, **wild, **same)
+    assert ended.reason is Reason.OK
+    course = losses(told, "eval_loss")
+    best = course.index(min(course)) + 1
+    assert len(course) == best + 3 < 30
+    found = report(tmp_path / "a")["training"]
+    assert (found["stopped_early_at_step"], found["kept_step"]) == (len(course), best)
+    assert notes(told, "training") == [
+        f"stopped early at step {len(course)}: no better in 3 evaluations",
+        f"kept the adapter of step {best}, held-out loss {min(course):.4f}",
+    ]
+    # the kept adapter is that of a run of so many steps
+    recipe("short", **wild, **same, max_steps=best)
+    kept, short = adapter(tmp_path / "a"), adapter(tmp_path / "short")
+    assert all(torch.equal(kept[name], short[name]) for name in short)
+
+
+def test_the_best_adapter_survives_a_resume(recipe: Recipe, tmp_path: Path) -> None:
+    wild = {"learning_rate": 0.5, "lr_scheduler_type": "constant", "max_grad_norm": 100.0, "warmup_steps": 0}
+    asked = {"eval_steps": 1, "max_steps": 8, "load_best_model_at_end": True, "save_steps": 2}
+    _, told = recipe("whole", **asked, **wild, evaluation={"samples": 0})
+    course = losses(told, "eval_loss")
+    recipe("first", **asked, **wild, stop_after=course.index(min(course)) + 3, evaluation={"samples": 0})
+    recipe("rest", **asked, **wild, resume="first", evaluation={"samples": 0})
+    whole, rest = adapter(tmp_path / "whole"), adapter(tmp_path / "rest")
+    assert all(torch.equal(whole[name], rest[name]) for name in whole)
+    assert report(tmp_path / "rest")["training"]["kept_step"] == course.index(min(course)) + 1
+
+
+def test_a_run_that_stopped_early_is_not_trained_on_when_it_is_taken_up(recipe: Recipe, tmp_path: Path) -> None:
+    wild = {"learning_rate": 0.5, "lr_scheduler_type": "constant", "max_grad_norm": 100.0, "warmup_steps": 0}
+    asked = {"eval_steps": 1, "max_steps": 30, "early_stopping_patience": 2}
+    recipe("first", **asked, **wild, evaluation={"samples": 0})
+    _, told = recipe("rest", **asked, **wild, resume="first", evaluation={"samples": 0})
+    assert losses(told) == []
+    steps = [report(tmp_path / name)["training"]["steps"] for name in ("first", "rest")]
+    assert steps[0] == steps[1] < 30
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_the_attention_that_is_asked_for_is_taken(tiny_model: Path, attention: str) -> None:
+    model = load_base(str(tiny_model), Method.LORA, "cpu", choose_precision("cpu"), attention=attention)
+    assert model.config._attn_implementation == attention
+
+
+def test_what_a_worker_lacks_is_named(recipe: Recipe, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(TrainingFailed, match="flash_attention_2 needs a GPU of Ampere or newer"):
+        load_base(str(tiny_model), Method.LORA, "cpu", choose_precision("cpu"), attention="flash_attention_2")
+    with pytest.raises(TrainingFailed, match="float16 is for GPUs"):
+        recipe(dtype="float16")
+    with pytest.raises(TrainingFailed, match="the package wandb is not on this worker") as failure:
+        recipe(report_to=["wandb"])
+    assert failure.value.reason is Reason.BAD_SPEC
+
+
+def test_a_compiled_model_learns_the_same(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = []
+    monkeypatch.setattr(
+        torch, "compile", lambda model, **how: compiled.append(how) or model
+    )  # the compiler takes minutes
+    _, told = recipe(torch_compile=True, max_steps=2, evaluation={"samples": 0})
+    assert len(losses(told)) == 2 and compiled
+
+
+def test_tensorboard_s_files_are_stored_with_the_result(recipe: Recipe, tmp_path: Path) -> None:
+    recipe("a", max_steps=2, report_to=["tensorboard"], evaluation={"samples": 0})
+    assert list((tmp_path / "a" / "result" / "tensorboard").glob("events.*"))
+
+
+def test_the_report_measures_what_was_asked_for(recipe: Recipe, tmp_path: Path) -> None:
+    asked = {"metrics": ["loss"], "samples": 1, "max_rows": 1, "max_new_tokens": 2, "per_device_eval_batch_size": 1}
+    recipe("a", max_steps=1, evaluation=asked, eval_steps=1)
+    recipe("b", max_steps=1, evaluation={"samples": 2, "max_new_tokens": 6})
+    few, usual = report(tmp_path / "a"), report(tmp_path / "b")
+    assert few["evaluation"]["rows"] == 1 < usual["evaluation"]["rows"]
+    assert len(few["evaluation"]["answers"]) == 1 < len(usual["evaluation"]["answers"])
+    assert "perplexity" not in {metric["name"] for metric in few["evaluation"]["metrics"]}
+    assert "perplexity" in {metric["name"] for metric in usual["evaluation"]["metrics"]}
+    assert few["training"]["per_device_eval_batch_size"] == 1
+    assert len(few["evaluation"]["answers"][0]["base"]) < len(usual["evaluation"]["answers"][0]["base"])
+
+
+def test_losses_checkpoints_and_evaluations_come_as_often_as_asked_for(recipe: Recipe) -> None:
+    _, told = recipe(max_steps=6, logging_steps=2, save_steps=3, eval_steps=3, evaluation={"samples": 0})
+    assert [m.step for m in told if isinstance(m, Stepped) and "loss" in m.metrics] == [1, 2, 4, 6]
+    assert [m.step for m in told if isinstance(m, Stepped) and "eval_loss" in m.metrics] == [3, 6]
+    assert notes(told, "saved") == ["saved step 3", "saved step 6"]
+
+
+ELSEWHERE = {
+    "name": "tests/acceptance/test_main_job.py",
+    "method": "tests/acceptance/test_placement.py",
+    "base_model": "tests/integration/test_data_check.py",
+    "labels": "tests/unit/scheduler/test_render.py",
+    "revision": "tests/integration/test_adapter_files.py",
+    "max_retries": "tests/unit/common/test_store_machine.py",
+    "priority": "tests/acceptance/test_reliability.py",
+    "preemptible": "tests/acceptance/test_reliability.py",
+    "lora_patience": "tests/unit/common/test_store_placing.py",
+    "resources.max_vram": "tests/unit/common/test_store_placing.py",
+    "resources.node_labels": "tests/unit/common/test_store_placing.py",
+    "resources.time_limit": "tests/acceptance/test_lifecycle.py",
+    "dataset.path": "tests/integration/test_hub_data.py",
+    "dataset.format": "tests/integration/test_data_check.py",
+    "dataset.columns": "tests/integration/test_data_check.py",
+    "dataset.eval_path": "tests/integration/test_data_check.py",
+    "dataset.on_overflow": "tests/integration/test_data_check.py",
+    "dataset.on_bad_row": "tests/integration/test_data_check.py",
+    "training.gradient_checkpointing": "tests/integration/test_training.py",
+}
+"""Keys whose effect another file's tests show."""
+
+
+def test_no_key_of_the_job_file_is_without_a_test_of_its_effect() -> None:
+    """A new key has to be named here with the test that fails when it is ignored."""
+    mine = Path(__file__).read_text().partition("ELSEWHERE = {")[0]
+    for key in spec_keys():
+        last = key.rpartition(".")[2]
+        if key in ELSEWHERE:
+            assert last in (Path(__file__).parents[2] / ELSEWHERE[key]).read_text(), f"{ELSEWHERE[key]}: {key}"
+        else:
+            assert re.search(rf'"{last}"|\b{last}=', mine), f"no test shows what {key} does"
+    assert not ELSEWHERE.keys() - set(spec_keys())
+
+
+def _row(number: int, length: int) -> TokenRow:
+    ids = [3 + (number * 37 + n * 11) % 250 for n in range(length)]
+    return TokenRow(number=number, input_ids=ids, labels=list(ids))
+
+
+def _spec(model: Path, **sections: Any) -> JobSpec:
+    return JobSpec.model_validate(
+        {"name": "t", "base_model": str(model), "method": "qlora", "dataset": {"path": "a/b"}, **sections}
+    )
