@@ -272,6 +272,7 @@ def _fit_once(
     found: Checkpoint | None,
 ) -> str | None:
     """Train to the end; what torch says where the longest batch does not fit, and nothing was trained."""
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(Path(run.order.output_dir) / "tensorboard")  # stored with the result
     trainer = Trainer(
         model=model,
         args=arguments,
@@ -282,7 +283,6 @@ def _fit_once(
     # Without a limit no allocation fails on a processor: the kernel kills whom it chooses. A probe would find nothing.
     if run.on_gpu or run.order.memory_limit is not None:
         trainer.add_callback(Probe(trainer, tokenizer, data, run.spec.evaluation.max_rows, run.adjust_evaluation))
-    os.environ["TENSORBOARD_LOGGING_DIR"] = str(Path(run.order.output_dir) / "tensorboard")  # stored with the result
     trainer.add_callback(log)  # after the probe: it says that training begins
     try:
         trainer.train(resume_from_checkpoint=str(found.path) if found else None)
