@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from loractl.common.status import Reason
-from loractl.worker.data import _load
+from loractl.worker.data import load_rows
 from loractl.worker.model import TrainingFailed
 
 from ..models import write_helpdesk
@@ -22,7 +22,7 @@ def test_a_card_that_names_files_of_this_box_is_refused(tmp_path: Path, monkeypa
     builder = datasets.load_dataset_builder(str(tmp_path), cache_dir=str(tmp_path / "cache"))
     monkeypatch.setattr(datasets, "load_dataset_builder", lambda path: builder)
     with pytest.raises(TrainingFailed, match=r"names a file that is not on the hub: .*train\.jsonl") as failure:
-        _load("org/data")
+        load_rows("org/data")
     assert failure.value.reason is Reason.BAD_SPEC
 
 
@@ -37,4 +37,4 @@ def test_files_of_the_hub_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
         )
 
     monkeypatch.setattr(datasets, "load_dataset_builder", builder)
-    assert [row.value for row in _load("org/data")] == [{"text": "train"}]
+    assert [row.value for row in load_rows("org/data")] == [{"text": "train"}]
