@@ -77,7 +77,7 @@ def load_spec(path: Path, overrides: Sequence[str] = ()) -> JobSpec:
 
     Raises SpecError with every problem found, each with its line.
     """
-    tree, lines = _parse_yaml(path)
+    tree, lines = read_yaml(path)
     for override in overrides:
         _apply_override(tree, override, overrides)
     try:
@@ -118,7 +118,7 @@ def _resolve_defaults(spec: JobSpec) -> JobSpec:
     return spec.model_copy(update={"dataset": dataset, "training": training, "evaluation": evaluation})
 
 
-def _parse_yaml(path: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
+def read_yaml(path: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
     """The mapping in the file, and the line (from 1) of each key path."""
     file = str(path)
 
@@ -355,4 +355,5 @@ def _resolve_paths(spec: JobSpec, folder: Path) -> JobSpec:
     dataset = spec.dataset.model_copy(
         update={"path": local(spec.dataset.path), "eval_path": local(spec.dataset.eval_path)}
     )
-    return spec.model_copy(update={"base_model": local(spec.base_model), "dataset": dataset})
+    evaluation = spec.evaluation.model_copy(update={"regression": local(spec.evaluation.regression)})
+    return spec.model_copy(update={"base_model": local(spec.base_model), "dataset": dataset, "evaluation": evaluation})

@@ -70,8 +70,11 @@ class Metric(enum.StrEnum):
 
     LOSS = "loss"
     PERPLEXITY = "perplexity"
+    TOKEN_ACCURACY = "token_accuracy"  # noqa: S105
     ROUGE = "rouge"
     EXACT_MATCH = "exact_match"
+    LABELS = "labels"  # accuracy, macro F1 and confusion, where answers are labels
+    CONTEXT = "context"  # later answers of a conversation, and what the earlier ones are worth to them
 
 
 def _printable(text: str) -> str:
@@ -223,6 +226,8 @@ class EvaluationSpec(_Section):
     max_rows: int | None = Field(None, ge=1, le=LARGEST)
     """At most so many held-out rows are scored; null: all."""
     per_device_eval_batch_size: int = Field(8, ge=1, le=2**16)
+    regression: Printable | None = Field(None, min_length=1)
+    """Rows of another kind, a file or a hub id (its split test): shows what the training made the model forget."""
 
     @model_validator(mode="after")
     def _generation_needs_samples(self, info: ValidationInfo) -> EvaluationSpec:
@@ -304,6 +309,15 @@ class JobSpec(_Section):
         if wrong:
             raise ValueError("\n".join(wrong))
         return self
+
+    def data_sets(self) -> dict[str, str]:
+        """The data sets that the job names, by what they are for: path, eval_path, regression."""
+        named = {
+            "path": self.dataset.path,
+            "eval_path": self.dataset.eval_path,
+            "regression": self.evaluation.regression,
+        }
+        return {key: text for key, text in named.items() if text is not None}
 
     def spec_hash(self) -> str:
         """sha256 over what decides the training's result: everything but name, labels, priority, limits,

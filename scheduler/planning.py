@@ -117,5 +117,4 @@ def stored_hashes(spec: JobSpec) -> dict[str, Any]:
     """The hashes that the local data sets will have once they are stored: a job like it is found by them."""
     from loractl.common.artifacts import sha256_of
 
-    found = (("path", spec.dataset.path), ("eval_path", spec.dataset.eval_path))
-    return {key: {"sha256": sha256_of(Path(text))} for key, text in found if text and Path(text).is_file()}
+    return {key: {"sha256": sha256_of(Path(text))} for key, text in spec.data_sets().items() if Path(text).is_file()}

@@ -332,6 +332,7 @@ def report_text(report: dict[str, Any], screen: Screen, answers: int) -> str:
     headers = ["MEASURE", "BASE", "TUNED", "CHANGE", "95 % INTERVAL", "READING"]
     lines += table(headers, rows, screen, right=("BASE", "TUNED", "CHANGE"))
     training, data, e = report["training"], report["data"], report["evaluation"]
+    lines += _labels_table(e.get("labels"), screen) + _turns_table(e.get("turns"), screen)
     left_out = data["too_long_rows_dropped"] + data["bad_rows_dropped"]
     speed = f", {training['tokens_per_second']:.0f} tok/s" if training["tokens_per_second"] else ""
     lines += [
@@ -356,6 +357,31 @@ def report_text(report: dict[str, Any], screen: Screen, answers: int) -> str:
             screen.dim(f"{hidden} more answers: loractl report {report['job']['job_id']} --answers {len(order)}"),
         ]
     return "\n".join(lines)
+
+
+def _labels_table(labels: dict[str, Any] | None, screen: Screen) -> list[str]:
+    """How often base and tuned named each expected label, and what tuned took it for. Empty for older reports."""
+    if labels is None:
+        return []
+    names, rows = [plain(name) for name in labels["names"]], []
+    for place, name in enumerate(names):
+        base, tuned = labels["base"][place], labels["tuned"][place]
+        if not sum(tuned):
+            continue
+        wrong = sorted(((n, names[k]) for k, n in enumerate(tuned) if n and k != place), key=lambda pair: -pair[0])
+        taken = ", ".join(f"{other} {n}" for n, other in wrong[:2])
+        rows.append([name, str(sum(tuned)), str(base[place]), screen.style(str(tuned[place]), bold=True), taken])
+    headers = ["LABEL", "ROWS", "BASE RIGHT", "TUNED RIGHT", "TUNED SAID INSTEAD"]
+    return ["", *table(headers, rows, screen, right=("ROWS", "BASE RIGHT", "TUNED RIGHT"))]
+
+
+def _turns_table(turns: list[dict[str, Any]] | None, screen: Screen) -> list[str]:
+    """The loss of the first, second, ... answers of conversations. Empty for older reports."""
+    if not turns:
+        return []
+    rows = [[str(t["turn"]), str(t["cases"]), _number(t["base"], 2), _number(t["tuned"], 2)] for t in turns]
+    headers = ["ANSWER", "CASES", "BASE LOSS", "TUNED LOSS"]
+    return ["", *table(headers, rows, screen, right=tuple(headers))]
 
 
 def _steps_taken(training: dict[str, Any]) -> str:

@@ -73,12 +73,14 @@ def check_data(spec: JobSpec) -> list[Finding]:
     from loractl.common.spec import is_hub_data
 
     dataset = spec.dataset
-    for text in (dataset.path, dataset.eval_path):
-        if text is not None and not _is_local(text) and not is_hub_data(text):
+    for text in spec.data_sets().values():
+        if not _is_local(text) and not is_hub_data(text):
             hint = "name a file (jsonl, json, csv, parquet) beside the job file, or a hub id like owner/name"
             raise DataError(text, "is no file here, and no data set of the hub", hint=hint)
-    readable = [text for text in (dataset.path, dataset.eval_path) if text and _is_local(text)]
+    readable = [text for text in spec.data_sets().values() if _is_local(text)]
     rows = {text: read_rows(Path(text)) for text in readable if not _unreadable_here(text)}
+    if (other := spec.evaluation.regression) in rows:
+        parse_examples(rows[other], detect_format(rows[other], other)[0], other, dataset.on_bad_row)
     if dataset.path not in rows:
         return []
     if dataset.eval_path is not None and dataset.eval_path not in rows:  # what is held out can't be read here
@@ -113,8 +115,8 @@ def _store_data(spec: JobSpec, settings: Settings) -> dict[str, Any]:
     from loractl.common.artifacts import open_store
 
     stored: dict[str, Any] = {}
-    for key, text in (("path", spec.dataset.path), ("eval_path", spec.dataset.eval_path)):
-        if text is not None and _is_local(text):
+    for key, text in spec.data_sets().items():
+        if _is_local(text):
             uri, digest = open_store(settings).put_dataset(Path(text))
             stored[key] = {"uri": uri, "sha256": digest}
     return stored
@@ -128,8 +130,8 @@ def _warn(job_id: int, spec: JobSpec, least: int | None, store: Store) -> None:
         click.echo(
             f"Warning: there is no {spec.base_model} on this machine; every worker needs it at that path.", err=True
         )
-    for text in (spec.dataset.path, spec.dataset.eval_path):
-        if text is not None and not _is_local(text):
+    for text in spec.data_sets().values():
+        if not _is_local(text):
             click.echo(f"Note: {text} is no file here and is taken for a data set on the hub.", err=True)
     largest = max((node.total - node.margin for node in store.nodes()), default=None)
     if least is not None and largest is not None and least > largest:

@@ -21,7 +21,7 @@ from jinja2 import TemplateError
 
 from loractl.common.artifacts import sha256_of
 from loractl.common.errors import DataError
-from loractl.common.rows import Example, RawRow, read_rows, split_data
+from loractl.common.rows import Example, RawRow, detect_format, parse_examples, read_rows, split_data
 from loractl.common.spec import DataFormat, DatasetSpec, Overflow
 from loractl.common.status import Reason
 
@@ -75,6 +75,7 @@ class PreparedData:
     sha256: str | None
     warnings: tuple[str, ...] = ()  # what looks wrong, and is trained on all the same
     packed: list[TokenRow] | None = None  # the rows to train on, several examples in one
+    regression: TokenSet | None = None  # rows of another kind, to show what was forgotten
 
     @property
     def trained_rows(self) -> list[TokenRow]:
@@ -122,6 +123,20 @@ def prepare_data(
         train_examples=split.train,
         held_out_examples=[e for e in split.held_out if e.number in kept],
     )
+
+
+def prepare_regression(
+    dataset: DatasetSpec, file: str, path: str, train: Sequence[Example], tokenizer: Any
+) -> TokenSet:
+    """The rows of evaluation.regression, those that are trained on left out. Raises DataError."""
+    rows = load_rows(path, split="test")
+    format = detect_format(rows, file)[0]
+    trained = {example.content_hash() for example in train}
+    examples = [e for e in parse_examples(rows, format, file, dataset.on_bad_row)[0] if e.content_hash() not in trained]
+    if not examples:
+        raise DataError(file, "has no row that is not trained on as well", kind="overlap")
+    tolerant = dataset.model_copy(update={"on_overflow": Overflow.TRUNCATE})
+    return _fit(examples, file, tolerant, tokenizer, format)
 
 
 def encode(example: Example, tokenizer: Any, format: DataFormat) -> tuple[list[int], list[int]]:

@@ -8,27 +8,31 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 import torch
 
+from loractl.common.rows import Example
 from loractl.common.spec import DataFormat, JobSpec, Metric
 
 from .data import IGNORED, PreparedData, TokenRow, collate, prompt_of
+from .dialogue import Answered, answers_of
+from .labels import Labels, labels_taught
 from .memory import is_out_of_memory, release
 from .model import evaluating
-
-BOOTSTRAP_SAMPLES = 10_000
-BOOTSTRAP_SEED = 7
-_DRAWS_AT_ONCE = 100  # keeps a hundred thousand rows within 80 MB
+from .stats import Array, paired_interval
 
 MIN_CASES = 8
 """Fewer cases are too few for a bootstrap interval: its ends are then little more than the rows themselves."""
 
+LABEL_SLACK = 2
+"""Tokens beyond the longest label: for its end, and to see that an answer goes on."""
+
+ROUGE = {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L"}
+
 Reading = Literal["better", "worse", "no clear change", "too few cases"]
-Array = np.ndarray[Any, np.dtype[np.float64]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +84,16 @@ class Answer:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Turns:
+    """The mean loss of the answers that stand at one place of their conversations, in nats a token."""
+
+    turn: int
+    cases: int
+    base: float
+    tuned: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class Evaluation:
     """What the report says of the comparison."""
 
@@ -87,6 +101,8 @@ class Evaluation:
     answers: list[Answer]
     rows: int
     seconds: float
+    labels: Labels | None = None
+    turns: list[Turns] = field(default_factory=list)
 
 
 def evaluate(
@@ -97,13 +113,14 @@ def evaluate(
     check_stop: Callable[[], None],
     progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> Evaluation:
-    """Score base and tuned on the held-out rows and generate `evaluation.samples` answers of each."""
+    """Score base and tuned on the held-out rows, and generate answers of each.
+
+    Answers: of the first `evaluation.samples` rows in full; where answers are labels, of every row, as long as a label.
+    """
     began = time.monotonic()
-    rows = data.held_out.rows[: spec.evaluation.max_rows]
-    examples = data.held_out_examples[: spec.evaluation.samples]
-    batch = spec.evaluation.per_device_eval_batch_size
-    prompts = [(e.number, p) for e in examples if (p := prompt_of(e, tokenizer)) is not None]
-    total, done = 2 * (len(rows) + len(prompts)), 0
+    asked = spec.evaluation
+    work = Work.of(data, spec, tokenizer)
+    total, done = 2 * work.passes, 0
 
     def tick(count: int) -> None:
         nonlocal done
@@ -111,36 +128,138 @@ def evaluate(
         done += count
         progress(done, total)
 
-    scores, texts = {}, {}
+    found: dict[str, _Found] = {}
     for name in ("base", "tuned"):
         with evaluating(model, base=name == "base"):
-            scores[name] = score_rows(model, tokenizer, rows, batch, tick)
-            ids = [prompt[0] for _, prompt in prompts]
-            texts[name] = generate(model, tokenizer, ids, batch, spec.evaluation.max_new_tokens, tick)
+
+            def score(rows: list[TokenRow]) -> RowScores:
+                return score_rows(model, tokenizer, rows, asked.per_device_eval_batch_size, tick)
+
+            def answer(prompts: list[Prompt], longest: int) -> list[tuple[str, bool]]:
+                ids = [prompt.ids for prompt in prompts]
+                return generate(model, tokenizer, ids, asked.per_device_eval_batch_size, longest, tick)
+
+            found[name] = _Found(
+                rows=score(work.rows),
+                whole=score([turn.whole for turn in work.turns]),
+                alone=score([turn.alone for turn in work.turns if turn.alone is not None]),
+                regression=score(work.regression),
+                texts=answer(work.prompts, asked.max_new_tokens),
+                labels=answer(work.labelled, work.label_tokens),
+            )
+    base, tuned = found["base"], found["tuned"]
     answers = [
         Answer(
-            row=number,
-            prompt=shown,
-            expected=expected,
-            base=base[0],
-            base_ended=base[1],
-            tuned=tuned[0],
-            tuned_ended=tuned[1],
+            row=prompt.row,
+            prompt=prompt.shown,
+            expected=prompt.expected,
+            base=of_base[0],
+            base_ended=of_base[1],
+            tuned=of_tuned[0],
+            tuned_ended=of_tuned[1],
         )
-        for (number, (_, shown, expected)), base, tuned in zip(prompts, texts["base"], texts["tuned"], strict=True)
+        for prompt, of_base, of_tuned in zip(work.prompts, base.texts, tuned.texts, strict=True)
     ]
-    metrics = _compare(scores["base"], scores["tuned"], answers, spec, data.format)
-    return Evaluation(metrics=metrics, answers=answers, rows=len(rows), seconds=time.monotonic() - began)
+    labels = None
+    if work.labelled:
+        expected = [prompt.expected for prompt in work.labelled]
+        labels = Labels.of(work.labels, expected, *([text for text, _ in one.labels] for one in (base, tuned)))
+    return Evaluation(
+        metrics=_compare(base, tuned, work, answers, labels, spec, data.format),
+        answers=answers,
+        rows=len(work.rows),
+        seconds=time.monotonic() - began,
+        labels=labels,
+        turns=_by_turn(work.turns, base.whole, tuned.whole),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """A held-out row's question, as it is given to the model and as it is shown, and the answer that is expected."""
+
+    row: int
+    ids: list[int]
+    shown: str
+    expected: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What base and tuned are both measured on."""
+
+    rows: list[TokenRow]
+    prompts: list[Prompt]
+    labels: list[str]
+    labelled: list[Prompt]
+    label_tokens: int
+    turns: list[Answered]
+    regression: list[TokenRow]
+    longest_answer: int
+
+    @classmethod
+    def of(cls, data: PreparedData, spec: JobSpec, tokenizer: Any) -> Work:
+        asked = spec.evaluation
+        examples = data.held_out_examples[: asked.max_rows]
+        labels = labels_taught(data.train_examples) if Metric.LABELS in asked.metrics else []
+        label_tokens = max((len(tokenizer(name, add_special_tokens=False).input_ids) for name in labels), default=0)
+        several = answers_of(examples, tokenizer, spec.dataset.max_length) if Metric.CONTEXT in asked.metrics else []
+        return cls(
+            rows=data.held_out.rows[: asked.max_rows],
+            prompts=_prompts(data.held_out_examples[: asked.samples], tokenizer),
+            labels=labels,
+            labelled=_prompts(examples, tokenizer) if labels else [],
+            label_tokens=label_tokens + LABEL_SLACK,
+            turns=several,
+            regression=data.regression.rows[: asked.max_rows] if data.regression else [],
+            longest_answer=asked.max_new_tokens,
+        )
+
+    @property
+    def passes(self) -> int:
+        """Rows and prompts that one model works on."""
+        return len(self.scored) + len(self.prompts) + len(self.labelled)
+
+    @property
+    def scored(self) -> list[TokenRow]:
+        """Every row that is scored."""
+        alone = [turn.alone for turn in self.turns if turn.alone is not None]
+        return [*self.rows, *(turn.whole for turn in self.turns), *alone, *self.regression]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that pass one model, answers at their longest."""
+        answers = len(self.prompts) * self.longest_answer + len(self.labelled) * self.label_tokens
+        return sum(len(row.input_ids) for row in self.scored) + answers
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Found:
+    """What one model gave."""
+
+    rows: RowScores
+    whole: RowScores
+    alone: RowScores
+    regression: RowScores
+    texts: list[tuple[str, bool]]
+    labels: list[tuple[str, bool]]
+
+
+def _prompts(examples: list[Example], tokenizer: Any) -> list[Prompt]:
+    found = [(e.number, p) for e in examples if (p := prompt_of(e, tokenizer)) is not None]
+    return [Prompt(row=number, ids=ids, shown=shown, expected=expected) for number, (ids, shown, expected) in found]
 
 
 @dataclass(frozen=True, kw_only=True)
 class RowScores:
-    """Per row: the summed loss (nats) and count of learned tokens, and the same for the end-of-sequence tokens."""
+    """Per row: the summed loss (nats) and count of learned tokens, the same for the end-of-sequence tokens, and how
+    many learned tokens were the likeliest."""
 
     loss: Array
     tokens: Array
     stop_loss: Array
     stops: Array
+    right: Array
 
 
 def score_rows(
@@ -149,7 +268,7 @@ def score_rows(
     """Cross-entropy of every learned token, in fp32, for a model in eval mode. Longest rows first, so that an
     out-of-memory comes at once."""
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i].input_ids))
-    result = np.zeros((4, len(rows)))
+    result = np.zeros((5, len(rows)))
 
     def score(chosen: list[int]) -> None:
         picked = [{"input_ids": rows[i].input_ids, "labels": rows[i].labels} for i in chosen]
@@ -159,14 +278,18 @@ def score_rows(
         learned = labels != IGNORED
         # only the learned positions are copied to fp32: logits of whole rows are the largest tensor of all
         loss = torch.zeros(labels.shape, dtype=torch.float32, device=labels.device)
-        loss[learned] = torch.nn.functional.cross_entropy(logits[learned].float(), labels[learned], reduction="none")
+        right = torch.zeros(labels.shape, dtype=torch.bool, device=labels.device)
+        here = logits[learned].float()
+        loss[learned] = torch.nn.functional.cross_entropy(here, labels[learned], reduction="none")
+        right[learned] = here.argmax(-1) == labels[learned]
         stop = learned & (labels == tokenizer.eos_token_id)
-        found = torch.stack([loss.sum(1), learned.sum(1), (loss * stop).sum(1), stop.sum(1)])
+        found = torch.stack([loss.sum(1), learned.sum(1), (loss * stop).sum(1), stop.sum(1), right.sum(1)])
         result[:, chosen] = found.double().cpu().numpy()
         tick(len(chosen))
 
     in_batches(order, batch, score)
-    return RowScores(loss=result[0], tokens=result[1], stop_loss=result[2], stops=result[3])
+    names = ("loss", "tokens", "stop_loss", "stops", "right")
+    return RowScores(**dict(zip(names, result, strict=True)))
 
 
 def generate(
@@ -230,56 +353,77 @@ def in_batches(order: list[int], batch: int, work: Callable[[list[int]], None]) 
     return batch
 
 
-def paired_interval(
-    base: Array, tuned: Array, weight: Array, transform: Callable[[Array], Array] = lambda x: x
-) -> tuple[float, float, float, float]:
-    """(base, tuned, low, high): means sum(x)/sum(weight) and the 95% percentile interval of tuned - base.
-
-    Rows are drawn with replacement, the same rows for both (Efron and Tibshirani 1993, chapter 13).
-    """
-    n, rng = len(weight), np.random.default_rng(BOOTSTRAP_SEED)
-    drawn = []
-    for _ in range(BOOTSTRAP_SAMPLES // _DRAWS_AT_ONCE):
-        draws = rng.multinomial(n, np.full(n, 1 / n), size=_DRAWS_AT_ONCE).astype(np.float64)
-        drawn.append(draws @ np.stack([weight, base, tuned], axis=1))
-    totals = np.concatenate(drawn)
-    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
-        changes = transform(totals[:, 2] / totals[:, 0]) - transform(totals[:, 1] / totals[:, 0])
-        means = [float(transform(np.array([values.sum() / weight.sum()]))[0]) for values in (base, tuned)]
-    low, high = np.nanpercentile(changes, [2.5, 97.5])
-    return means[0], means[1], float(low), float(high)
-
-
 def _compare(
-    base: RowScores, tuned: RowScores, answers: list[Answer], spec: JobSpec, format: DataFormat
+    base: _Found,
+    tuned: _Found,
+    work: Work,
+    answers: list[Answer],
+    labels: Labels | None,
+    spec: JobSpec,
+    format: DataFormat,
 ) -> list[Compared]:
-    wanted = set(spec.evaluation.metrics)
-    found = [_metric("loss", "loss", "nats", False, base.loss, tuned.loss, base.tokens)]
+    wanted, b, t = set(spec.evaluation.metrics), base.rows, tuned.rows
+    found = [_metric("loss", "loss", "nats", False, b.loss, t.loss, b.tokens)]
     if Metric.PERPLEXITY in wanted:
-        found.append(_metric("perplexity", "perplexity", "", False, base.loss, tuned.loss, base.tokens, np.exp))
-    if format is not DataFormat.TEXT and base.stops.sum() > 0:
-        found.append(
-            _metric(
-                "stop_token_loss", "loss on the stop token", "nats", False, base.stop_loss, tuned.stop_loss, base.stops
-            )
-        )
+        found.append(_metric("perplexity", "perplexity", "", False, b.loss, t.loss, b.tokens, np.exp))
+    if Metric.TOKEN_ACCURACY in wanted:
+        name = "tokens guessed right"
+        found.append(_metric("token_accuracy", name, "%", True, 100 * b.right, 100 * t.right, b.tokens))
+    if format is not DataFormat.TEXT and b.stops.sum() > 0:
+        name = "loss on the stop token"
+        found.append(_metric("stop_token_loss", name, "nats", False, b.stop_loss, t.stop_loss, b.stops))
+    if labels is not None:
+        right = [
+            [one == e for one, e in zip(said, labels.expected, strict=True)] for said in (labels.base, labels.tuned)
+        ]
+        found.append(_share("accuracy", "labels right", *right))
+        low_high = labels.macro_f1()
+        found.append(_given("macro_f1", "macro F1 of the labels", "%", True, len(labels.expected), *low_high))
     if answers:
-        ones = np.ones(len(answers))
-        if Metric.EXACT_MATCH in wanted:
-            found.append(
-                _share("exact_match", "exact match", [a.base_exact for a in answers], [a.tuned_exact for a in answers])
-            )
-        if Metric.ROUGE in wanted:
-            b, t = _rouge([a.base for a in answers], answers), _rouge([a.tuned for a in answers], answers)
-            found.append(_metric("rougeL", "ROUGE-L", "%", True, b, t, ones))
-        found.append(
-            _share(
-                "ends_by_itself",
-                "answers that end by themselves",
-                [a.base_ended for a in answers],
-                [a.tuned_ended for a in answers],
-            )
-        )
+        found += _of_answers(answers, wanted)
+    if work.turns:
+        found += _of_turns(work.turns, base, tuned)
+    if work.regression:
+        name, of = "loss on the regression set", (base.regression, tuned.regression)
+        found.append(_metric("regression_loss", name, "nats", False, of[0].loss, of[1].loss, of[0].tokens))
+    return found
+
+
+def _of_answers(answers: list[Answer], wanted: set[Metric]) -> list[Compared]:
+    found, ones = [], np.ones(len(answers))
+    if Metric.EXACT_MATCH in wanted:
+        exact = ([a.base_exact for a in answers], [a.tuned_exact for a in answers])
+        found.append(_share("exact_match", "exact match", *exact))
+    if Metric.ROUGE in wanted:
+        base, tuned = _rouge([a.base for a in answers], answers), _rouge([a.tuned for a in answers], answers)
+        for kind, label in ROUGE.items():
+            found.append(_metric(kind, label, "%", True, base[kind], tuned[kind], ones))
+    ended = ([a.base_ended for a in answers], [a.tuned_ended for a in answers])
+    return [*found, _share("ends_by_itself", "answers that end by themselves", *ended)]
+
+
+def _of_turns(turns: list[Answered], base: _Found, tuned: _Found) -> list[Compared]:
+    """Answers that come after others: their loss, and by how much it rises without what was said before."""
+    later = [n for n, turn in enumerate(turns) if turn.alone is not None]
+    if not later:
+        return []
+    weight = base.whole.tokens[later]
+    whole = base.whole.loss[later], tuned.whole.loss[later]
+    # an answer's tokens are the same with and without its context, but for what a border merges
+    alone = (one.alone.loss / one.alone.tokens * weight for one in (base, tuned))
+    gains = [without - within for without, within in zip(alone, whole, strict=True)]
+    return [
+        _metric("later_answers_loss", "loss on later answers", "nats", False, whole[0], whole[1], weight),
+        _metric("context_gain", "worth of earlier turns", "nats", True, gains[0], gains[1], weight),
+    ]
+
+
+def _by_turn(turns: list[Answered], base: RowScores, tuned: RowScores) -> list[Turns]:
+    found = []
+    for number in sorted({turn.turn for turn in turns}):
+        here = [n for n, turn in enumerate(turns) if turn.turn == number]
+        means = [float(one.loss[here].sum() / one.tokens[here].sum()) for one in (base, tuned)]
+        found.append(Turns(turn=number, cases=len(here), base=means[0], tuned=means[1]))
     return found
 
 
@@ -299,21 +443,33 @@ def _metric(
     weight: Array,
     transform: Callable[[Array], Array] = lambda x: x,
 ) -> Compared:
-    b, t, low, high = paired_interval(base, tuned, weight, transform)
     cases = int((weight > 0).sum())
+    return _given(name, label, unit, higher, cases, *paired_interval(base, tuned, weight, transform))
+
+
+def _given(
+    name: str, label: str, unit: str, higher: bool, cases: int, base: float, tuned: float, low: float, high: float
+) -> Compared:
     return Compared(
-        name=name, label=label, unit=unit, higher_is_better=higher, cases=cases, base=b, tuned=t, low=low, high=high
+        name=name,
+        label=label,
+        unit=unit,
+        higher_is_better=higher,
+        cases=cases,
+        base=base,
+        tuned=tuned,
+        low=low,
+        high=high,
     )
 
 
-def _rouge(texts: list[str], answers: list[Answer]) -> Array:
-    """ROUGE-L F1 in percent, by Google's rouge-score with stemming off."""
+def _rouge(texts: list[str], answers: list[Answer]) -> dict[str, Array]:
+    """F1 in percent of each kind of ROUGE, by Google's rouge-score with stemming off."""
     from rouge_score.rouge_scorer import RougeScorer
 
-    scorer = RougeScorer(["rougeL"])
-    return np.array(
-        [100 * scorer.score(a.expected, text)["rougeL"].fmeasure for a, text in zip(answers, texts, strict=True)]
-    )
+    scorer = RougeScorer(list(ROUGE))
+    scores = [scorer.score(a.expected, text) for a, text in zip(answers, texts, strict=True)]
+    return {kind: np.array([100 * score[kind].fmeasure for score in scores]) for kind in ROUGE}
 
 
 def _same(answer: str, expected: str) -> bool:

@@ -54,6 +54,7 @@ class Start(_Message):
     data_path: str  # a local file, or a hub id
     data_sha256: str | None
     eval_path: str | None
+    regression_path: str | None = None
     output_dir: str  # becomes the stored result
     checkpoint_dir: str
     earlier_checkpoints: list[str]  # folders of earlier attempts, newest first

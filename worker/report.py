@@ -15,7 +15,8 @@ from loractl.common.adjustment import Adjustment
 from loractl.common.artifacts import sha256_of
 from loractl.common.units import duration, gib, thousands
 
-from .evaluate import BOOTSTRAP_SAMPLES, BOOTSTRAP_SEED, Compared, Evaluation
+from .evaluate import Compared, Evaluation
+from .stats import BOOTSTRAP_SAMPLES, BOOTSTRAP_SEED
 
 if TYPE_CHECKING:
     from .data import PreparedData
@@ -114,6 +115,14 @@ def build_report(
             "answers": [
                 {**vars(a), "base_exact": a.base_exact, "tuned_exact": a.tuned_exact} for a in evaluation.answers
             ],
+            "labels": None
+            if evaluation.labels is None
+            else {
+                "names": evaluation.labels.names,
+                "base": evaluation.labels.confusion(evaluation.labels.base),
+                "tuned": evaluation.labels.confusion(evaluation.labels.tuned),
+            },
+            "turns": [vars(turn) for turn in evaluation.turns],
         },
         "seed": spec.training.seed,
         "wall_seconds": wall_seconds,

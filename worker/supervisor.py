@@ -191,15 +191,11 @@ class Supervisor:
             check_checkpoint(claim.job_id, claim.checkpoint)
         require_space(folder, bytes_to_write(spec, claim.method))
 
-        def local(key: str, wanted: str | None) -> str | None:
-            stored = claim.data.get(key)
-            if stored is None or wanted is None:
-                return wanted  # a hub id
-            return str(self._artifacts.fetch_dataset(stored["uri"], stored["sha256"], cache / "datasets"))
-
-        data_path, eval_path = local("path", spec.dataset.path), local("eval_path", spec.dataset.eval_path)
-        assert data_path is not None
-        data = [Path(path) for path in (data_path, eval_path) if path is not None and Path(path).is_file()]
+        named = spec.data_sets()  # those that are not stored are hub ids
+        for key in named.keys() & claim.data.keys():
+            stored = claim.data[key]
+            named[key] = str(self._artifacts.fetch_dataset(stored["uri"], stored["sha256"], cache / "datasets"))
+        data = [Path(path) for path in named.values() if Path(path).is_file()]
         require_space(folder, bytes_to_write(spec, claim.method, sum(path.stat().st_size for path in data)))
         earlier = sorted(folder.parent.glob("attempt-*/checkpoints"), key=lambda p: p.stat().st_mtime, reverse=True)
         earlier += self._stored_checkpoint(claim, folder.parent / "stored")
@@ -218,9 +214,10 @@ class Supervisor:
             # A plan is for a card: RAM is limited only where the box's owner says so.
             memory_limit=claim.vram_reserved if self._device.trains_on == "cuda" else self._settings.trainer_ram,
             adjustment=claim.adjustment,
-            data_path=data_path,
+            data_path=named["path"],
             data_sha256=claim.data["path"]["sha256"] if claim.data.get("path") else None,
-            eval_path=eval_path,
+            eval_path=named.get("eval_path"),
+            regression_path=named.get("regression"),
             output_dir=str(folder / "result"),
             checkpoint_dir=str(folder / "checkpoints"),
             earlier_checkpoints=[str(p) for p in earlier],

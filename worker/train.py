@@ -30,8 +30,8 @@ from loractl.common.units import gib
 from .adapter import save_adapter
 from .check import warnings_about
 from .checkpoint import PROOF_TOLERANCE, Checkpoint, close_checkpoint, newest_checkpoint, withdraw
-from .data import PreparedData, collate, inputs_of, prepare_data
-from .evaluate import evaluate
+from .data import PreparedData, collate, inputs_of, prepare_data, prepare_regression
+from .evaluate import Work, evaluate
 from .lengths import lengths_of
 from .memory import Gauge, hold_to, release
 from .model import (
@@ -126,6 +126,10 @@ def train(run: Run) -> Ended:
     data = prepare_data(
         run.spec.dataset, order.data_path, order.eval_path, order.data_sha256, tokenizer, Path(order.cache_dir)
     )
+    if order.regression_path is not None:
+        name = run.spec.evaluation.regression or order.regression_path
+        other = prepare_regression(run.spec.dataset, name, order.regression_path, data.train_examples, tokenizer)
+        data = replace(data, regression=other)
     data = packed(replace(data, warnings=warnings_about(run.spec, data, tokenizer)), run.spec)
     _note_data(run, data)
     plan_again(run, data)
@@ -147,7 +151,7 @@ def train(run: Run) -> Ended:
         check_apart(model, data.packed, tokenizer.pad_token_id)
 
     # 3. Train, from the newest checkpoint of this very training if there is one.
-    log = TrainingLog(run, data, tokenizer.pad_token_id)
+    log = TrainingLog(run, data, tokenizer)
     arguments = fit(run, model, tokenizer, data, precision, log)
     log.take_best(model)
     check_finite(model)
@@ -349,10 +353,10 @@ def training_arguments(order: Start, spec: JobSpec, precision: Precision) -> Tra
 class TrainingLog(TrainerCallback):
     """Watches a training: tells the supervisor, closes checkpoints, ends it when it diverges or must stop."""
 
-    def __init__(self, run: Run, data: PreparedData, pad: int) -> None:
+    def __init__(self, run: Run, data: PreparedData, tokenizer: Any) -> None:
         self._run = run
         self._belongs_to = belongs_to(run.order, data)
-        self._proof_rows, self._pad = data.train.rows[:PROOF_ROWS], pad
+        self._proof_rows, self._pad = data.train.rows[:PROOF_ROWS], tokenizer.pad_token_id
         self.resumed: Checkpoint | None = None  # what this training goes on from
         self.best: tuple[int, float] | None = None  # (step, held-out loss) of the best evaluation
         self.stopped_early: int | None = None  # the step at which early stopping ended it
@@ -364,7 +368,7 @@ class TrainingLog(TrainerCallback):
         self.total_steps = 0
         self.seconds = 0.0  # inside steps: evaluations and checkpoints left out
         self.tokens = 0.0
-        self._evaluation_tokens = evaluation_tokens(run.spec, data)
+        self._evaluation_tokens = 2 * Work.of(data, run.spec, tokenizer).tokens  # base and tuned
         # from one step's end to the next one's, whatever came between: evaluations and checkpoints take time too
         self._step_times: deque[float] = deque(maxlen=1000)
         self._first_epoch = 0.0
@@ -561,14 +565,6 @@ def remaining(step_times: Sequence[float], steps: int) -> tuple[float | None, fl
     z, free = 1.96, n - 1
     quantile = z + (z**3 + z) / (4 * free) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * free**2)
     return steps * mean, quantile * statistics.stdev(step_times, mean) * math.sqrt(steps + steps**2 / n)
-
-
-def evaluation_tokens(spec: JobSpec, data: PreparedData) -> int:
-    """Tokens that pass the model in the report's evaluation, by base and tuned: rows that are scored, answers at their
-    longest."""
-    rows = data.held_out.rows[: spec.evaluation.max_rows]
-    answers = min(spec.evaluation.samples, len(rows)) * spec.evaluation.max_new_tokens
-    return 2 * (sum(len(row.input_ids) for row in rows) + answers)
 
 
 def check_finite(model: Any) -> None:

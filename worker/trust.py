@@ -30,12 +30,13 @@ def check_claim(spec: JobSpec, data: dict[str, Any], settings: Settings) -> None
     `data` says which of the spec's data sets are in the artifact store; the others must be on the hub.
     """
     _check_base(spec.base_model, settings.model_roots)
-    for key, name in (("path", spec.dataset.path), ("eval_path", spec.dataset.eval_path)):
-        entry = data.get(key)
-        if name is not None and entry is None:
-            _check_hub_data(f"dataset.{key}", name)
-        elif entry is not None and not _is_stored(entry):
-            raise Refused(f"the row says of dataset.{key} no address and hash of a stored data set")
+    named = spec.data_sets()
+    for key in sorted(named.keys() | data.keys()):
+        entry, section = data.get(key), "evaluation" if key == "regression" else "dataset"
+        if entry is None:
+            _check_hub_data(f"{section}.{key}", named[key])
+        elif not _is_stored(entry):
+            raise Refused(f"the row says of {section}.{key} no address and hash of a stored data set")
 
 
 def check_checkpoint(job_id: int, checkpoint: StoredCheckpoint) -> None:

@@ -100,6 +100,15 @@ def report(**changes: Any) -> dict[str, Any]:
             "bootstrap": {"samples": 10000, "seed": 7, "interval": 0.95},
             "metrics": [metric],
             "answers": [answer],
+            "labels": {
+                "names": [EVIL, "b", "other"],
+                "base": [[1, 2, 1], [0, 3, 1], [0, 0, 0]],
+                "tuned": [[4, 0, 0], [1, 3, 0], [0, 0, 0]],
+            },
+            "turns": [
+                {"turn": 1, "cases": 8, "base": 3.5, "tuned": 1.5},
+                {"turn": 2, "cases": 5, "base": 3.1, "tuned": 1.1},
+            ],
         },
         "versions": {"loractl": "0"},
     }

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 
-from loractl.worker.evaluate import BOOTSTRAP_SEED, Compared, in_batches, paired_interval
+from loractl.worker.evaluate import Compared, in_batches
+from loractl.worker.labels import Labels
 from loractl.worker.report import verdict
+from loractl.worker.stats import BOOTSTRAP_SEED, paired_interval
+
+from .conftest import Recipe
 
 RNG = np.random.default_rng(3)
 
@@ -92,3 +100,98 @@ def test_out_of_memory_halves_the_batch_and_every_row_is_still_scored_once() -> 
     assert sizes == [8, 4, 2, 2, 2, 2, 1]
     with pytest.raises(torch.OutOfMemoryError):
         in_batches([1], 8, lambda chosen: (_ for _ in ()).throw(torch.OutOfMemoryError("full")))
+
+
+def test_labels_are_counted_as_by_hand() -> None:
+    labels = Labels.of(["a", "b"], ["a", "a", "a", "b"], ["a", "b", "I think a", "b"], ["a", " a", "a", "a"])
+    assert labels.names == ["a", "b", "other"]
+    assert labels.confusion(labels.base) == [[1, 1, 1], [0, 1, 0], [0, 0, 0]]
+    assert labels.confusion(labels.tuned) == [[3, 0, 0], [1, 0, 0], [0, 0, 0]]
+    base, tuned, low, high = labels.macro_f1()
+    assert base == pytest.approx(100 * (2 / 4 + 2 / 3) / 2)
+    assert tuned == pytest.approx(100 * (6 / 7 + 0) / 2)
+    assert low < tuned - base < high
+
+
+def test_answers_that_are_labels_are_scored_on_every_held_out_row(recipe: Recipe, tmp_path: Path) -> None:
+    recipe("a", max_steps=60, evaluation={"samples": 1})
+    found = evaluation(tmp_path / "a")
+    metrics, labels = found["metrics"], found["labels"]
+    assert set(labels["names"]) == {"queue: storage", "queue: network", "queue: gpu", "other"}
+    for who in ("base", "tuned"):
+        table = labels[who]
+        assert sum(map(sum, table)) == metrics["accuracy"]["cases"] == found["rows"] > len(found["answers"])
+        assert metrics["accuracy"][who] == pytest.approx(100 * sum(table[n][n] for n in range(4)) / found["rows"])
+    assert metrics["accuracy"]["tuned"] > metrics["accuracy"]["base"] == metrics["macro_f1"]["base"] == 0
+
+
+def test_the_base_s_token_accuracy_and_regression_loss_are_those_of_the_model(
+    recipe: Recipe, tiny_model: Path, tmp_path: Path
+) -> None:
+    other = [(f"say {n}", f"word {n % 4}") for n in range(10)]
+    trained = ("ticket 0: something with storage is broken", "queue: storage")
+    regression = str(conversations(tmp_path / "other.jsonl", [[pair] for pair in (*other, trained)]))
+    held_out = conversations(tmp_path / "held-out.jsonl", [[(f"what about {n}", "queue: gpu")] for n in range(8)])
+    dataset = {"eval_path": str(held_out)}
+    recipe("a", max_steps=40, evaluation={"samples": 0, "regression": regression}, dataset=dataset)
+    metrics = evaluation(tmp_path / "a")["metrics"]
+    scored = [alone(tiny_model, [], *pair) for pair in other]
+    assert metrics["regression_loss"]["cases"] == 10, "the row that is trained on is left out"
+    assert metrics["regression_loss"]["base"] == pytest.approx(mean(scored), rel=0.01)
+    assert metrics["regression_loss"]["tuned"] != metrics["regression_loss"]["base"]
+    assert 0 <= metrics["token_accuracy"]["base"] < metrics["token_accuracy"]["tuned"] <= 100
+
+
+def test_later_answers_are_scored_with_and_without_what_was_said_before(
+    recipe: Recipe, tiny_model: Path, tmp_path: Path
+) -> None:
+    talks = [[(f"ticket {n}", f"queue {n}"), ("and the next", f"line {n} of queue {n}")] for n in range(12)]
+    dataset = {
+        "path": str(conversations(tmp_path / "talks.jsonl", talks[:3])),
+        "eval_path": str(conversations(tmp_path / "held-out.jsonl", talks[3:])),
+    }
+    recipe("a", max_steps=2, dataset=dataset, evaluation={"samples": 1})
+    found = evaluation(tmp_path / "a")
+    rows = {turn["turn"]: turn for turn in found["turns"]}
+    assert {place: turn["cases"] for place, turn in rows.items()} == {1: 9, 2: 9}
+    first = [alone(tiny_model, [], *talk[0]) for talk in talks[3:]]
+    later = [alone(tiny_model, [talk[0]], *talk[1]) for talk in talks[3:]]
+    without = [alone(tiny_model, [], *talk[1]) for talk in talks[3:]]
+    assert rows[1]["base"] == pytest.approx(mean(first), rel=0.01)
+    assert rows[2]["base"] == found["metrics"]["later_answers_loss"]["base"] == pytest.approx(mean(later), rel=0.01)
+    gain = mean(without) - mean(later)
+    assert found["metrics"]["context_gain"]["base"] == pytest.approx(gain, abs=0.02)
+
+
+def evaluation(folder: Path) -> dict[str, Any]:
+    found = json.loads((folder / "result" / "report.json").read_text())["evaluation"]
+    return {**found, "metrics": {metric["name"]: metric for metric in found["metrics"]}}
+
+
+def conversations(path: Path, talks: list[list[tuple[str, str]]]) -> Path:
+    """One conversation a row: questions with their answers."""
+    path.write_text("".join(json.dumps({"messages": messages(talk)}) + "\n" for talk in talks))
+    return path
+
+
+def messages(talk: list[tuple[str, str]]) -> list[dict[str, str]]:
+    turns = [turn for pair in talk for turn in zip(("user", "assistant"), pair, strict=True)]
+    return [{"role": role, "content": content} for role, content in turns]
+
+
+def alone(model: Path, before: list[tuple[str, str]], question: str, answer: str) -> tuple[float, int]:
+    """(summed loss, tokens) of an answer and its end after what was said before, with transformers alone."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer, base = AutoTokenizer.from_pretrained(model), AutoModelForCausalLM.from_pretrained(model).eval()
+    asked = [*messages(before), {"role": "user", "content": question}]
+    text = tokenizer.apply_chat_template(asked, add_generation_prompt=True, tokenize=False)
+    given = tokenizer(text, add_special_tokens=False).input_ids
+    learned = tokenizer(answer + "<|im_end|>", add_special_tokens=False).input_ids
+    with torch.no_grad():
+        logits = base(torch.tensor([given + learned])).logits[0, len(given) - 1 : -1].float()
+    return float(torch.nn.functional.cross_entropy(logits, torch.tensor(learned), reduction="sum")), len(learned)
+
+
+def mean(scored: list[tuple[float, int]]) -> float:
+    return sum(loss for loss, _ in scored) / sum(tokens for _, tokens in scored)

@@ -311,6 +311,7 @@ ELSEWHERE = {
     "dataset.eval_path": "tests/integration/test_data_check.py",
     "dataset.on_overflow": "tests/integration/test_data_check.py",
     "dataset.on_bad_row": "tests/integration/test_data_check.py",
+    "evaluation.regression": "tests/integration/test_evaluation.py",
     "training.gradient_checkpointing": "tests/integration/test_training.py",
 }
 """Keys whose effect another file's tests show."""

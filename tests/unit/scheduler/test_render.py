@@ -266,6 +266,19 @@ def test_the_report_shows_the_verdict_the_table_and_what_was_repaired_first() ->
     assert text.endswith("1 more answers: loractl report 7 --answers 4")
 
 
+def test_labels_and_turns_are_tables_of_their_own() -> None:
+    value = report()
+    value["evaluation"] |= {
+        "labels": {"names": ["gpu", HOSTILE, "other"], "base": [[1, 2, 1], [0] * 3, [0] * 3],
+                   "tuned": [[2, 2, 0], [0] * 3, [0] * 3]},
+        "turns": [{"turn": 2, "cases": 5, "base": 3.125, "tuned": None}],
+    }  # fmt: skip
+    text = render.report_text(value, PLAIN, 1)
+    assert re.search(r"^LABEL +ROWS +BASE RIGHT +TUNED RIGHT +TUNED SAID INSTEAD\ngpu +4 +1 +2 +\S", text, re.M)
+    assert re.search(r"^ANSWER +CASES +BASE LOSS +TUNED LOSS\n +2 +5 +3\.12 +–", text, re.M)
+    assert all(c.isprintable() or c == "\n" for c in text)
+
+
 def test_an_answer_of_several_lines_is_indented_and_an_empty_one_is_named() -> None:
     shown = render.report_text(report([{**answer(1, False, True), "base": "", "tuned": "one\ntwo"}]), PLAIN, 1)
     assert "base (wrong): (nothing)" in shown
