@@ -36,6 +36,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "drain": ("loractl.scheduler.placing:drain", "Keep new jobs from a box or a card, with a reason."),
     "undrain": ("loractl.scheduler.placing:undrain", "Let jobs on to a drained box or card again."),
     "data": ("loractl.worker.looking:data", "Check a job's data, and look at them as the trainer sees them."),
+    "import": ("loractl.scheduler.importing:import_config", "Turn an Axolotl or LLaMA-Factory YAML into a job file."),
     "gc": ("loractl.scheduler.cleaning:gc", "Remove stored files that nobody needs any more."),
     "db": ("loractl.scheduler.changing:db", "Look after the database."),
     "completion": ("loractl.scheduler.changing:completion", "Print the line that turns on shell completion."),

@@ -1,0 +1,219 @@
+"""Configurations in Axolotl's and LLaMA-Factory's form become job files; nothing is lost without a word."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from click.testing import CliRunner
+
+from loractl.common.jobfile import load_spec
+from loractl.common.spec import DataFormat, JobSpec, Method
+from loractl.scheduler.cli import cli
+
+AXOLOTL = """
+base_model: org/small-1b
+model_type: AutoModelForCausalLM
+load_in_4bit: true
+strict: false
+chat_template: chatml
+datasets:
+  - path: tickets.jsonl
+    ds_type: json
+    type: chat_template
+    field_messages: talk
+    message_property_mappings: {role: who, content: said}
+    roles_to_train: [assistant]
+    name: part
+dataset_prepared_path: cache
+val_set_size: 0.05
+output_dir: ./outputs/tickets
+adapter: qlora
+sequence_len: 1536
+sample_packing: true
+pad_to_sequence_len: true
+lora_r: 32
+lora_alpha: 16
+lora_dropout: 0.1
+lora_target_modules: [q_proj, v_proj]
+lora_target_linear: true
+peft_use_rslora: true
+gradient_accumulation_steps: 8
+num_epochs: 2
+optimizer: paged_adamw_8bit
+lr_scheduler: one_cycle
+learning_rate: 2e-4
+bf16: auto
+tf32: true
+gradient_checkpointing: unsloth
+resume_from_checkpoint:
+logging_steps: 1
+flash_attention: true
+warmup_ratio: 0.1
+evals_per_epoch: 4
+early_stopping_patience: 3
+weight_decay: 0.01
+wandb_project: tickets
+special_tokens: {pad_token: "<|end|>"}
+unheard_of: 7
+"odd\\e[2J\\nkey: 1": 1
+"""
+
+FACTORY = """
+model_name_or_path: org/small-1b
+trust_remote_code: true
+quantization_bit: 4
+stage: sft
+do_train: true
+finetuning_type: lora
+lora_rank: 16
+lora_target: q_proj,v_proj
+dataset_dir: sets
+dataset: tickets,identity
+template: chatml
+cutoff_len: 1024
+max_samples: 1000
+overwrite_cache: true
+output_dir: saves/tickets
+report_to: none
+gradient_accumulation_steps: 4
+learning_rate: 1.0e-4
+num_train_epochs: 2.0
+max_steps: 40
+lr_scheduler_type: cosine
+warmup_ratio: 0.1
+bf16: true
+val_size: 0.1
+eval_strategy: steps
+eval_steps: 20
+neat_packing: true
+flash_attn: fa2
+loraplus_lr_ratio: 16.0
+"""
+
+
+def test_an_axolotl_file_becomes_a_job_and_every_key_is_accounted_for(tmp_path: Path) -> None:
+    (tmp_path / "tickets.jsonl").write_text("{}\n")
+    told, spec = imported(tmp_path, AXOLOTL)
+    assert told["tool"] == "Axolotl"
+    assert spec.method is Method.QLORA and spec.base_model == "org/small-1b" and spec.name == "theirs"
+    assert spec.dataset.path == str(tmp_path / "tickets.jsonl")
+    assert spec.dataset.columns == {"messages": "talk", "role": "who", "content": "said"}
+    assert (spec.dataset.max_length, spec.dataset.test_size) == (1536, 0.05)
+    assert (spec.lora.r, spec.lora.lora_alpha, spec.lora.lora_dropout) == (32, 16, 0.1)
+    assert spec.lora.target_modules == "all-linear" and spec.lora.use_rslora
+    training = spec.training
+    assert (training.num_train_epochs, training.learning_rate, training.weight_decay) == (2, 2e-4, 0.01)
+    assert (training.per_device_train_batch_size, training.gradient_accumulation_steps) == (1, 8)
+    assert told["filled_in"] == {"training.per_device_train_batch_size": 1}, "Axolotl's default, which is not ours"
+    assert training.packing and training.gradient_checkpointing and training.attn_implementation == "flash_attention_2"
+    assert (training.optim, training.report_to, training.warmup_steps) == ("paged_adamw_8bit", ["wandb"], 0.1)
+    assert told["left_out"].keys() == {
+        "chat_template", "lr_scheduler", "tf32", "evals_per_epoch", "early_stopping_patience", "special_tokens",
+        "unheard_of", "datasets[0].name", "odd\x1b[2J\nkey: 1",
+    }  # fmt: skip
+    assert "eval_steps" in told["left_out"]["early_stopping_patience"]
+    accounted(told, AXOLOTL, "resume_from_checkpoint")
+
+
+def test_a_llama_factory_file_becomes_a_job_with_its_listed_data(tmp_path: Path) -> None:
+    (tmp_path / "sets").mkdir()
+    (tmp_path / "sets" / "tickets.json").write_text("[]")
+    entry = {"file_name": "tickets.json", "columns": {"prompt": "question", "response": "output", "history": "before"}}
+    (tmp_path / "sets" / "dataset_info.json").write_text(json.dumps({"tickets": entry}))
+    told, spec = imported(tmp_path, FACTORY)
+    assert told["tool"] == "LLaMA-Factory" and spec.method is Method.QLORA
+    assert spec.dataset.path == str(tmp_path / "sets" / "tickets.json")
+    assert spec.dataset.columns == {"instruction": "question"}
+    assert (spec.lora.r, spec.lora.lora_alpha, spec.lora.lora_dropout) == (16, 32, 0)
+    assert spec.lora.target_modules == ["q_proj", "v_proj"]
+    training = spec.training
+    assert (training.max_steps, training.num_train_epochs) == (40, None), "max_steps overrules, as in transformers"
+    assert (training.per_device_train_batch_size, training.lr_scheduler_type) == (8, "cosine")
+    assert (training.dtype, training.packing, training.eval_steps) == ("bfloat16", True, 20)
+    assert told["left_out"].keys() == {
+        "trust_remote_code", "dataset: identity", "template", "max_samples", "loraplus_lr_ratio",
+        "dataset_info.json: columns.history",
+    }  # fmt: skip
+    accounted(told, FACTORY)
+
+
+def test_conversations_of_a_listed_data_set_keep_their_tags(tmp_path: Path) -> None:
+    tags = {"role_tag": "who", "content_tag": "said", "user_tag": "human", "assistant_tag": "gpt"}
+    entry = {"hf_hub_url": "org/talks", "formatting": "sharegpt", "columns": {"messages": "talk"}, "tags": tags}
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "dataset_info.json").write_text(json.dumps({"talks": entry}))
+    _, spec = imported(tmp_path, "model_name_or_path: a/b\nfinetuning_type: lora\ndataset: talks\n")
+    assert spec.dataset.path == "org/talks" and spec.method is Method.LORA
+    assert spec.dataset.columns == {"conversations": "talk", "from": "who", "value": "said"}
+    assert (spec.lora.r, spec.training.learning_rate, spec.dataset.max_length) == (8, 5e-5, 2048)
+
+
+def test_columns_and_text_of_an_axolotl_data_set_are_named(tmp_path: Path) -> None:
+    fields = "{field_instruction: q, field_output: a, format: 'Q: {instruction}'}"
+    told, spec = imported(tmp_path, f"base_model: a/b\nadapter: lora\ndatasets: [{{path: o/d, type: {fields}}}]\n")
+    assert spec.dataset.columns == {"instruction": "q", "output": "a"}
+    assert "format" in told["left_out"]["datasets[0].type"]
+    _, spec = imported(
+        tmp_path, "base_model: a/b\nadapter: lora\ndatasets: [{path: o/d, type: completion, field: body}]\n"
+    )
+    assert spec.dataset.format is DataFormat.TEXT and spec.dataset.columns == {"text": "body"}
+
+
+def test_the_job_file_is_printed_and_the_account_stands_beside_it(tmp_path: Path) -> None:
+    (tmp_path / "theirs.yaml").write_text(AXOLOTL)
+    result = CliRunner().invoke(cli, ["import", str(tmp_path / "theirs.yaml")])
+    assert result.exit_code == 0
+    job = yaml.safe_load(result.stdout)
+    assert job["training"]["learning_rate"] == 2e-4
+    assert list(job) == ["name", "base_model", "method", "dataset", "lora", "training"]
+    assert result.stdout.startswith("# From Axolotl's theirs.yaml, by loractl import. Left out: chat_template, ")
+    assert "key" not in job and "\x1b" not in result.stdout + result.stderr, "a key steers neither file nor terminal"
+    assert "Left out, so the training is not quite the same:" in result.stderr
+    assert "  lr_scheduler " in result.stderr and " dataset_prepared_path, " in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("base_model: a/b\ndatasets: [{path: o/d}]\n", "trains all weights"),
+        ("base_model: a/b\nrl: dpo\nadapter: lora\ndatasets: [{path: o/d}]\n", "has rl"),
+        ("base_model: a/b\nadapter: lora\ndatasets: []\n", "names no data set"),
+        ("model_name_or_path: a/b\nstage: dpo\n", "has stage: dpo"),
+        ("model_name_or_path: a/b\nfinetuning_type: full\ndataset: d\n", "finetuning_type: full"),
+        ("model_name_or_path: a/b\n", "names no data set"),
+        ("name: job\n", "neither Axolotl's nor LLaMA-Factory's"),
+    ],
+)
+def test_what_is_no_fine_tune_of_an_adapter_is_refused(tmp_path: Path, text: str, sentence: str) -> None:
+    (tmp_path / "theirs.yaml").write_text(text)
+    result = CliRunner().invoke(cli, ["import", str(tmp_path / "theirs.yaml"), "-o", str(tmp_path / "job.yaml")])
+    assert result.exit_code != 0 and sentence in str(result.exception)
+    assert not (tmp_path / "job.yaml").exists()
+
+
+def test_a_job_file_that_is_there_is_not_written_over(tmp_path: Path) -> None:
+    (tmp_path / "theirs.yaml").write_text(AXOLOTL)
+    (tmp_path / "job.yaml").write_text("mine")
+    result = CliRunner().invoke(cli, ["import", str(tmp_path / "theirs.yaml"), "-o", str(tmp_path / "job.yaml")])
+    assert "exists already" in str(result.exception) and (tmp_path / "job.yaml").read_text() == "mine"
+
+
+def imported(folder: Path, text: str) -> tuple[dict[str, Any], JobSpec]:
+    """What the command says of the file, and the job that its job file is."""
+    (folder / "theirs.yaml").write_text(text)
+    (folder / "jobs").mkdir(exist_ok=True)
+    target = folder / "jobs" / "job.yaml"
+    target.unlink(missing_ok=True)
+    result = CliRunner().invoke(cli, ["import", str(folder / "theirs.yaml"), "-o", str(target), "--json"])
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout), load_spec(target)
+
+
+def accounted(told: dict[str, Any], text: str, *unset: str) -> None:
+    """Every key of their file stands in one of the lists."""
+    named = {*told["carried"], *told["left_out"], *told["not_needed"]}
+    assert yaml.safe_load(text).keys() - named == set(unset)
