@@ -37,7 +37,7 @@ check: dev  ## the tests that need no model: seconds
 	$(BIN)/pytest tests/unit
 
 test: model lint  ## everything
-	$(BIN)/pytest
+	$(BIN)/pytest --durations=25
 
 CHAOS_JOBS ?= 1000
 

@@ -25,6 +25,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "show": ("loractl.scheduler.reading:show", "Show a job's history, attempts and resolved spec."),
     "logs": ("loractl.scheduler.reading:logs", "Print a job's log."),
     "report": ("loractl.scheduler.results:report", "Print a job's evaluation report: base against tuned."),
+    "compare": (
+        "loractl.scheduler.comparing:compare",
+        "Compare finished jobs: losses, memory, time, and their settings.",
+    ),
     "adapters": ("loractl.scheduler.results:adapters", "List the stored adapters, or pull one into a folder."),
     "cancel": ("loractl.scheduler.changing:cancel", "Cancel waiting or running jobs."),
     "hold": ("loractl.scheduler.changing:hold", "Keep waiting jobs from starting until loractl retry."),

@@ -1,4 +1,4 @@
-"""The picture of a simulation: how long jobs waited, and how much of the cards' memory was reserved over time."""
+"""Pictures of matplotlib; and the one of a simulation: how long jobs waited, how much memory was reserved over time."""
 
 from __future__ import annotations
 
@@ -29,15 +29,25 @@ _TICKS = ((60, "1 min"), (600, "10 min"), (3600, "1 h"), (6 * 3600, "6 h"), (864
 _BINS = 120
 
 
-def require_matplotlib() -> None:
+def require_matplotlib(command: str) -> None:
     """Raise LoractlError where matplotlib is not installed."""
     if importlib.util.find_spec("matplotlib") is None:
-        raise LoractlError("loractl sim --plot needs matplotlib", "pip install 'loractl[plot]'")
+        raise LoractlError(f"loractl {command} --plot needs matplotlib", "pip install 'loractl[plot]'")
+
+
+def save(figure: Any, path: Path) -> None:
+    """Write a figure as a PNG. Raises UsageError where the file can't be written."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    try:
+        FigureCanvasAgg(figure)
+        figure.savefig(path, format="png")
+    except OSError as error:
+        raise UsageError(f"--plot {path} can't be written: {error.strerror}", "choose another folder") from error
 
 
 def draw(done: Simulation, path: Path) -> None:
     """Write the picture as a PNG. Raises UsageError where the file can't be written."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 7.4), dpi=120, layout="constrained")
@@ -46,11 +56,7 @@ def draw(done: Simulation, path: Path) -> None:
     _draw_memory(memory, done)
     title = f"{len(done.chosen.jobs):,} jobs on {fleet_text(done)}".replace(",", "\u202f", 1)
     figure.suptitle(f"{title} (load {done.load:.2f}, contention {done.contention:g})", fontsize=11)
-    try:
-        FigureCanvasAgg(figure)
-        figure.savefig(path, format="png")
-    except OSError as error:
-        raise UsageError(f"--plot {path} can't be written: {error.strerror}", "choose another folder") from error
+    save(figure, path)
 
 
 def _draw_waits(axes: Any, done: Simulation) -> None:
@@ -68,7 +74,7 @@ def _draw_waits(axes: Any, done: Simulation) -> None:
     axes.set_yticks([0, 0.25, 0.5, 0.75, 1], ["0", "25 %", "50 %", "75 %", "100 %"])
     axes.set_title("Jobs that have started after so long a wait", loc="left", fontsize=10)
     axes.legend(loc="upper left", frameon=False)
-    _plain(axes)
+    without_box(axes)
 
 
 def _draw_memory(axes: Any, done: Simulation) -> None:
@@ -86,7 +92,7 @@ def _draw_memory(axes: Any, done: Simulation) -> None:
     axes.set_ylim(0, total * 1.12)
     axes.set_xlabel(f"{name} since the first arrival")
     axes.set_title("Memory reserved, GiB", loc="left", fontsize=10)
-    _plain(axes)
+    without_box(axes)
 
 
 def binned(out: Outcome, span: float, bins: int) -> Sequence[float]:
@@ -104,6 +110,7 @@ def binned(out: Outcome, span: float, bins: int) -> Sequence[float]:
     return [(after - before) / (span / bins) for before, after in pairwise(edges)] if span else [0.0] * bins
 
 
-def _plain(axes: Any) -> None:
+def without_box(axes: Any) -> None:
+    """Leave of the axes' frame what is read."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#dddddd", linewidth=0.7)

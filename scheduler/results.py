@@ -24,7 +24,7 @@ def report(job_id: int, answers: int, html: Path | None, as_json: bool) -> None:
     """Print a job's evaluation report: base against tuned."""
     from loractl.common.errors import UsageError
 
-    job, store, prefix = _result_of(job_id)
+    job, store, prefix = result_of(job_id)
     if html is not None:
         page = store.read_bytes(prefix, "report.html")
         try:
@@ -76,7 +76,7 @@ def adapters_pull(job_id: int, folder: Path) -> None:
 
     if folder.exists() and any(folder.iterdir()):
         raise UsageError(f"{folder} is not empty", "name a new folder")
-    job, store, prefix = _result_of(job_id)
+    job, store, prefix = result_of(job_id)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -89,7 +89,7 @@ def adapters_pull(job_id: int, folder: Path) -> None:
     )
 
 
-def _result_of(job_id: int) -> tuple[Job, ArtifactStore, str]:
+def result_of(job_id: int) -> tuple[Job, ArtifactStore, str]:
     """The job, the artifact store and the prefix of its verified result. Raises WrongState while there is none."""
     from loractl.common.artifacts import attempt_prefix, open_store
     from loractl.common.errors import WrongState

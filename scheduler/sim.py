@@ -84,7 +84,7 @@ def sim(
     if plot is not None:
         from .picture import require_matplotlib
 
-        require_matplotlib()
+        require_matplotlib("sim")
     cards, found = parse_fleet(fleet, max_jobs_per_gpu), read_trace(trace)
     chosen = choose(found, cards, bound, limit)
     if not chosen.jobs:

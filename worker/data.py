@@ -90,6 +90,7 @@ class PreparedData:
             "sha256": self.sha256,
             "train_rows": len(self.train.rows),
             "held_out_rows": len(self.held_out.rows),
+            "held_out_sha256": _hash_of(self.held_out_examples),
             "train_tokens": self.train.tokens,
             "supervised_tokens": self.train.supervised,
             "truncated_rows": self.train.truncated + self.held_out.truncated,
@@ -137,6 +138,11 @@ def prepare_regression(
         raise DataError(file, "has no row that is not trained on as well", kind="overlap")
     tolerant = dataset.model_copy(update={"on_overflow": Overflow.TRUNCATE})
     return _fit(examples, file, tolerant, tokenizer, format)
+
+
+def _hash_of(examples: Sequence[Example]) -> str:
+    """Equal for the same rows in the same order."""
+    return hashlib.sha256("".join(example.content_hash() for example in examples).encode()).hexdigest()
 
 
 def encode(example: Example, tokenizer: Any, format: DataFormat) -> tuple[list[int], list[int]]:

@@ -101,6 +101,8 @@ class Evaluation:
     answers: list[Answer]
     rows: int
     seconds: float
+    row_losses: list[tuple[int, int, float, float]]
+    """(row, learned tokens, summed loss of base, of tuned in nats): with them two jobs are compared row by row."""
     labels: Labels | None = None
     turns: list[Turns] = field(default_factory=list)
 
@@ -169,6 +171,10 @@ def evaluate(
         answers=answers,
         rows=len(work.rows),
         seconds=time.monotonic() - began,
+        row_losses=[
+            (row.number, int(tokens), round(float(b), 6), round(float(t), 6))
+            for row, tokens, b, t in zip(work.rows, base.rows.tokens, base.rows.loss, tuned.rows.loss, strict=True)
+        ],
         labels=labels,
         turns=_by_turn(work.turns, base.whole, tuned.whole),
     )

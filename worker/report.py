@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 SCHEMA = 1
 """Version of report.json's form; a reader refuses a newer one."""
 
+MOST_ROW_LOSSES = 10_000
+"""So many rows' own losses are kept, to compare jobs by: 400 KB."""
+
 MIN_POINTS_TO_SMOOTH = 40
 """A smoothed line through fewer points lags behind them and misleads."""
 
@@ -112,6 +115,7 @@ def build_report(
             "seconds": evaluation.seconds,
             "bootstrap": {"samples": BOOTSTRAP_SAMPLES, "seed": BOOTSTRAP_SEED, "interval": 0.95},
             "metrics": [_metric(m) for m in evaluation.metrics],
+            "row_losses": evaluation.row_losses[:MOST_ROW_LOSSES],
             "answers": [
                 {**vars(a), "base_exact": a.base_exact, "tuned_exact": a.tuned_exact} for a in evaluation.answers
             ],

@@ -48,6 +48,10 @@ def test_a_lora_and_a_qlora_job_go_from_submit_to_report(place: Cli, tiny_model:
     assert "succeeded" in place("status", "-a").stdout
     for job in jobs:
         _the_result_is_complete(place, job, tiny_model, tmp_path)
+    compared = json.loads(place("compare", *(j["job_id"] for j in jobs), "--json").stdout)
+    assert {j["reading"] for j in compared["jobs"]} == {"best", "too few rows"}, "the same two held-out rows"
+    assert compared["differences"].keys() == {"method"}
+    assert "SETTING" in place("compare", 1, 2).stdout
     listed = place("adapters").stdout
     assert "tiny-lora" in listed and "tiny-qlora" in listed
 

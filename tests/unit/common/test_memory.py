@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from loractl.common.architecture import Shape, shape_of
@@ -174,6 +174,8 @@ def drawn(values: dict[str, Any]) -> JobSpec:
 
 @given(values=SPECS, method=st.sampled_from(METHODS), key=st.sampled_from(["batch", "length", "r"]))
 def test_a_larger_job_never_needs_less(values: dict[str, Any], method: Method, key: str) -> None:
+    # bitsandbytes keeps the state of matrices under 4096 values in 32 bit: there one rank more takes less, truly
+    assume(key != "r" or values["optim"] not in ("auto", "adamw_8bit"))
     small, large = (plan(shape(), drawn(v), method).need_bytes for v in (values, {**values, key: values[key] + 1}))
     assert small <= large
 

@@ -1,0 +1,123 @@
+"""Jobs are compared on the same rows, in pairs, and a difference is named only where it is clear."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from loractl.scheduler.comparing import Compared, _draw, _text, differences, ranked
+from loractl.scheduler.render import Screen
+
+RNG = random.Random(5)
+SCREEN = Screen(width=140, unicode=True, color=False)
+TOKENS = [RNG.randint(5, 40) for _ in range(40)]
+BASE = [3.0 * n for n in TOKENS]
+
+
+def job(job_id: int, losses: Sequence[float], *, rows: str = "same", peak: int = 2**31, **settings: Any) -> Compared:
+    """A finished job with the summed loss of each held-out row."""
+    weights = TOKENS[: len(losses)]
+    loss = {"name": "loss", "label": "loss", "unit": "nats", "tuned": sum(losses) / sum(weights), "base": 3.0}
+    report = {
+        "job": {"job_id": job_id, "name": f"run-{job_id}"},
+        "method": "lora",
+        "wall_seconds": 90.0,
+        "data": {"held_out_sha256": rows},
+        "training": {"peak_memory_bytes": peak, "losses": [[1, 3.0], [5, 2.0]]},
+        "evaluation": {
+            "metrics": [loss],
+            "row_losses": [[n, w, b, t] for n, (w, b, t) in enumerate(zip(weights, BASE, losses, strict=False))],
+        },
+    }
+    return Compared(job_id=job_id, spec={"name": f"run-{job_id}", **settings}, report=report)
+
+
+def noisy(mean: float, spread: float, rng: random.Random = RNG, rows: int = 40) -> list[float]:
+    """Summed losses of rows whose tokens lose `mean` each."""
+    return [w * (mean + rng.gauss(0, spread)) for w in TOKENS[:rows]]
+
+
+def behind(best: Sequence[float], errors: float, seed: int) -> list[float]:
+    """Losses that are so many standard errors of their mean difference above the best one's."""
+    rng = random.Random(seed)
+    noise = [rng.gauss(0, 0.3) for _ in best]
+    mean = sum(w * x for w, x in zip(TOKENS, noise, strict=True)) / sum(TOKENS)
+    noise = [x - mean for x in noise]
+    error = math.sqrt(40 / 39 * sum((w * x) ** 2 for w, x in zip(TOKENS, noise, strict=True))) / sum(TOKENS)
+    return [loss + w * (x + errors * error) for loss, w, x in zip(best, TOKENS, noise, strict=True)]
+
+
+def test_the_best_leads_and_only_what_is_clearly_behind_is_worse() -> None:
+    best = noisy(1.0, 0.2)
+    near = behind(best, 0.5, seed=1)
+    far = [loss + 0.5 * w for loss, w in zip(best, TOKENS, strict=True)]
+    order = ranked([job(3, far), job(1, near), job(2, best)])
+    assert order[0].job_id in (1, 2) and order[2].job_id == 3
+    assert order[0].against is None
+    assert order[1].against is not None and order[1].against.reading == "no clear difference"
+    assert order[2].against is not None and order[2].against.reading == "worse"
+
+
+def test_a_constant_shift_is_measured_without_spread() -> None:
+    best = noisy(1.0, 0.3)
+    order = ranked([job(1, best), job(2, [loss + 0.25 * w for loss, w in zip(best, TOKENS, strict=True)])])
+    against = order[1].against
+    assert against is not None and against.rows == 40
+    assert (against.change, against.low, against.high) == pytest.approx((0.25, 0.25, 0.25))
+
+
+def test_equal_jobs_differ_no_oftener_than_one_time_in_twenty() -> None:
+    """The lesser of two comes first, so what is tested is the larger against it: two-sided all the same."""
+    rng, called = random.Random(11), 0
+    for _ in range(400):
+        order = ranked([job(1, noisy(1.0, 0.3, rng)), job(2, noisy(1.0, 0.3, rng))])
+        assert order[1].against is not None
+        called += order[1].against.reading == "worse"
+    assert 5 <= called <= 36, f"{called} of 400"
+
+
+def test_many_comparisons_are_corrected_together() -> None:
+    """Ten jobs, each 2.2 standard errors behind: alone each would be called worse, together none is."""
+    best = noisy(1.0, 0.2)
+    runs = [job(n + 2, behind(best, 2.2, seed=n)) for n in range(10)]
+    alone = [ranked([job(1, best), run])[1].against for run in runs]
+    together = [run.against for run in ranked([job(1, best), *runs])[1:]]
+    assert [a.reading for a in alone if a] == ["worse"] * 10
+    assert [a.reading for a in together if a] == ["no clear difference"] * 10
+
+
+def test_jobs_on_other_rows_are_not_compared_row_by_row() -> None:
+    order = ranked([job(1, noisy(1.0, 0.1)), job(2, noisy(2.0, 0.1), rows="others"), job(3, noisy(2.0, 0.1))])
+    assert [one.job_id for one in order if one.against] == [3]
+    assert "other held-out rows" in _text(order, SCREEN)
+
+
+def test_few_rows_get_no_reading_and_a_missing_loss_no_place() -> None:
+    order = ranked([job(1, noisy(1.0, 0.1, rows=5)), job(2, noisy(2.0, 0.1, rows=5))])
+    assert order[1].against is not None and order[1].against.reading == "too few rows"
+    assert "nan" not in _text(order, SCREEN)
+    lost = job(4, noisy(1.0, 0.1))
+    lost.report["evaluation"]["metrics"][0]["tuned"] = None
+    assert [one.job_id for one in ranked([lost, job(5, noisy(2.0, 0.1))])] == [5, 4]
+
+
+def test_only_settings_that_differ_are_shown() -> None:
+    jobs = [
+        job(1, noisy(1.0, 0.1), lora={"r": 8, "lora_alpha": 16}, labels={"a": "b"}),
+        job(2, noisy(2.0, 0.1), lora={"r": 32, "lora_alpha": 16}, training={"seed": 1}),
+    ]
+    assert differences(jobs) == {"lora.r": [8, 32], "training.seed": [None, 1]}
+    text = _text(ranked(jobs), SCREEN)
+    assert "lora.r" in text and "lora_alpha" not in text
+    assert "same settings" in _text(ranked([jobs[0], jobs[0]]), SCREEN)
+
+
+def test_the_picture_is_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    _draw(ranked([job(1, noisy(1.0, 0.1)), job(2, noisy(2.0, 0.1)), job(3, noisy(1.1, 0.1))]), tmp_path / "a.png")
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
