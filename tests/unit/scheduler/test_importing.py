@@ -9,10 +9,14 @@ from typing import Any
 import pytest
 import yaml
 from click.testing import CliRunner
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
+from loractl.common.errors import LoractlError
 from loractl.common.jobfile import load_spec
-from loractl.common.spec import DataFormat, JobSpec, Method
+from loractl.common.spec import AS_WRITTEN, DataFormat, JobSpec, Method
 from loractl.scheduler.cli import cli
+from loractl.scheduler.importing import import_file
 
 AXOLOTL = """
 base_model: org/small-1b
@@ -193,6 +197,51 @@ def test_what_is_no_fine_tune_of_an_adapter_is_refused(tmp_path: Path, text: str
     result = CliRunner().invoke(cli, ["import", str(tmp_path / "theirs.yaml"), "-o", str(tmp_path / "job.yaml")])
     assert result.exit_code != 0 and sentence in str(result.exception)
     assert not (tmp_path / "job.yaml").exists()
+
+
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data(), text=st.sampled_from([AXOLOTL, FACTORY]))
+def test_whatever_a_setting_holds_it_is_carried_left_out_or_refused(
+    tmp_path: Path, data: st.DataObject, text: str
+) -> None:
+    """A value of any kind at any place: a job file that is valid, or a sentence."""
+    theirs = yaml.safe_load(text)
+    place: Any = theirs
+    while True:
+        key = data.draw(st.sampled_from(list(place) if isinstance(place, dict) else range(len(place))))
+        if not isinstance(place[key], (dict, list)) or not place[key] or data.draw(st.booleans()):
+            break
+        place = place[key]
+    place[key] = data.draw(ANYTHING)
+    file = tmp_path / "theirs.yaml"
+    file.write_text(yaml.safe_dump(theirs))
+    try:
+        found = import_file(file, tmp_path)
+    except LoractlError:
+        return
+    JobSpec.model_validate(found.job, context=AS_WRITTEN)
+
+
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(entry=ANYTHING | st.fixed_dictionaries({"file_name": ANYTHING, "columns": ANYTHING, "tags": ANYTHING,
+                                               "formatting": ANYTHING | st.just("sharegpt")}))  # fmt: skip
+def test_whatever_a_listing_of_data_sets_holds_there_is_a_job_or_a_sentence(tmp_path: Path, entry: object) -> None:
+    (tmp_path / "data").mkdir(exist_ok=True)
+    (tmp_path / "data" / "dataset_info.json").write_text(json.dumps({"talks": entry}))
+    file = tmp_path / "theirs.yaml"
+    file.write_text("model_name_or_path: a/b\ndataset: talks\n")
+    try:
+        found = import_file(file, tmp_path)
+    except LoractlError:
+        return
+    JobSpec.model_validate(found.job, context=AS_WRITTEN)
 
 
 def test_a_job_file_that_is_there_is_not_written_over(tmp_path: Path) -> None:

@@ -1,0 +1,210 @@
+"""What another tool's configuration becomes: the job file's keys, and the rules for settings that differ."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+NOT_SUPERVISED = "loractl fine-tunes adapters on rows with answers"
+
+
+@dataclass
+class Imported:
+    """A job file's keys and values, and what became of each key of the other tool's file."""
+
+    tool: str
+    job: dict[str, Any] = field(default_factory=dict)
+    carried: dict[str, str] = field(default_factory=dict)  # their key -> our key
+    left_out: dict[str, str] = field(default_factory=dict)  # their key -> why; without it the training is another
+    not_needed: list[str] = field(default_factory=list)  # folders, caches, processes: nothing that is learned
+    filled_in: dict[str, Any] = field(default_factory=dict)  # our key -> the tool's default, which differs from ours
+
+    def put(self, theirs: str, ours: str, value: Any) -> None:
+        """Carry a value under our name."""
+        set_key(self.job, ours, value)
+        self.carried[theirs] = ours
+
+    def leave(self, theirs: str, why: str) -> None:
+        """Name a key that is not carried although it changes what is trained."""
+        self.left_out[theirs] = why
+
+    def skip(self, theirs: str) -> None:
+        """Name a key that loractl has no need of."""
+        self.not_needed.append(theirs)
+
+
+def carry_same(found: Imported, theirs: Mapping[str, Any], names: Mapping[str, str]) -> None:
+    """Carry the settings that only have other names here."""
+    steps = theirs.get("max_steps")
+    stops = isinstance(steps, int) and steps > 0
+    for key in (name for name in names if name in theirs):
+        # max_steps overrules the epochs where it is positive
+        if (stops and names[key] == "training.num_train_epochs") or (not stops and key == "max_steps"):
+            found.skip(key)
+        else:
+            found.put(key, names[key], theirs[key])
+
+
+def skip_all(found: Imported, theirs: Mapping[str, Any], names: set[str]) -> None:
+    """Name those of the settings that loractl has no need of."""
+    for key in sorted(names & theirs.keys()):
+        found.skip(key)
+
+
+def carry_by_rules(
+    found: Imported, theirs: dict[str, Any], rules: Mapping[str, Callable[[Imported, str, Any], None]]
+) -> None:
+    """Carry the settings whose values differ, each by its rule."""
+    for key in rules:  # in the order of the rules: a later one may overrule an earlier one
+        if key in theirs:
+            rules[key](found, key, theirs[key])
+
+
+def fill_in(found: Imported, defaults: Mapping[str, Any]) -> None:
+    """Write out what the other tool takes where its file says nothing, and loractl does not."""
+    for key, value in defaults.items():
+        if get_key(found.job, key) is None and not (
+            key == "training.num_train_epochs" and get_key(found.job, "training.max_steps")
+        ):
+            set_key(found.job, key, value)
+            found.filled_in[key] = value
+
+
+def from_here(path: Any, source: Path, folder: Path) -> str:
+    """A local path of the other tool, which takes it from where it is started, as seen from the job file's folder."""
+    text = str(path)
+    for place in (source / text, Path(text)):
+        if place.is_file():
+            return text if Path(text).is_absolute() else os.path.relpath(place, folder)
+    return text
+
+
+def choice(ours: str, values: Mapping[Any, Any], why: str) -> Callable[[Imported, str, Any], None]:
+    """A setting whose values have other names here; None: the value needs nothing."""
+
+    def rule(found: Imported, key: str, value: Any) -> None:
+        known = value.lower() if isinstance(value, str) else value
+        if not isinstance(known, (str, bool, int)) or known not in values:
+            found.leave(key, f"{short(value)}: {why}")
+        elif values[known] is None:
+            found.skip(key)
+        else:
+            found.put(key, ours, values[known])
+
+    return rule
+
+
+def only(accepted: Any, why: str) -> Callable[[Imported, str, Any], None]:
+    """A setting of which loractl does one value only."""
+
+    def rule(found: Imported, key: str, value: Any) -> None:
+        if value == accepted:
+            found.skip(key)
+        else:
+            found.leave(key, why)
+
+    return rule
+
+
+def held_out(found: Imported, key: str, value: Any) -> None:
+    """The share of rows that is held out, which may be a number of rows elsewhere."""
+    if isinstance(value, (int, float)) and 0 < value < 1:
+        found.put(key, "dataset.test_size", value)
+    elif value:
+        found.leave(key, f"{short(value)} rows: dataset.test_size is a share")
+    else:
+        found.leave(key, "0: rows are always held out, a tenth, to compare base and tuned on")
+
+
+def names_of(ours: str) -> Callable[[Imported, str, Any], None]:
+    """A list of modules, also written with commas."""
+
+    def rule(found: Imported, key: str, value: Any) -> None:
+        names = value if isinstance(value, list) else [name.strip() for name in str(value).split(",")]
+        found.put(key, ours, "all-linear" if names in (["all"], ["all-linear"]) else names)
+
+    return rule
+
+
+def truth(ours: str) -> Callable[[Imported, str, Any], None]:
+    """A switch that may also name a way of doing it."""
+    return lambda found, key, value: found.put(key, ours, bool(value))
+
+
+_OPTIMIZERS = {
+    name: name
+    for name in (
+        "adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit", "lion_32bit",
+        "lion_8bit", "paged_lion_32bit", "paged_lion_8bit", "ademamix", "ademamix_8bit", "adafactor", "adagrad",
+        "rmsprop", "sgd",
+    )
+} | {"adamw_bnb_8bit": "adamw_8bit", "adamw_hf": "adamw_torch", "paged_adamw": "paged_adamw_32bit"}  # fmt: skip
+
+
+OPTIMIZER = choice("training.optim", _OPTIMIZERS, "loractl has no such optimizer")
+
+
+BF16 = choice(
+    "training.dtype", {True: "bfloat16", "full": "bfloat16", "auto": None, False: None}, "no such number format"
+)
+
+
+FP16 = choice("training.dtype", {True: "float16", False: None}, "no such number format")
+
+
+BY_LENGTH = choice("training.train_sampling_strategy", {True: "group_by_length", False: None}, "rows come at random")
+
+
+IN_ORDER = choice("training.train_sampling_strategy", {True: "sequential", False: None}, "rows come at random")
+
+
+FRESH = only(None, "training begins with a fresh adapter")
+
+
+ONE_CARD = only(None, "a job trains on one card")
+
+
+ANSWERS = only(False, "the loss is on answers alone")
+
+
+TEMPLATE = only("tokenizer_default", "the tokenizer's own chat template is used")
+
+
+TOKENS = only(None, "the tokenizer is used as it is")
+
+
+REMOTE = only(False, "a model's own code runs only where the worker's owner allows it: LORACTL_TRUSTED_CODE")
+
+
+def short(value: Any) -> str:
+    """A value in a line of text."""
+    text = json.dumps(value, default=str, ensure_ascii=True)
+    return text if len(text) <= 40 else f"{text[:37]}..."
+
+
+def get_key(tree: Mapping[str, Any], key: str) -> Any:
+    """The value under a dotted key, or None."""
+    here: Any = tree
+    for part in key.split("."):
+        here = here.get(part) if isinstance(here, Mapping) else None
+    return here
+
+
+def set_key(tree: dict[str, Any], key: str, value: Any) -> None:
+    """Put a value under a dotted key."""
+    *parents, last = key.split(".")
+    for part in parents:
+        tree = tree.setdefault(part, {})
+    tree[last] = value
+
+
+def unset_key(tree: dict[str, Any], key: str) -> None:
+    """Take a dotted key out."""
+    *parents, last = key.split(".")
+    for part in parents:
+        tree = tree[part]
+    tree.pop(last, None)
