@@ -112,6 +112,7 @@ def evaluate(
     tokenizer: Any,
     data: PreparedData,
     spec: JobSpec,
+    compute: torch.dtype,
     check_stop: Callable[[], None],
     progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> Evaluation:
@@ -130,6 +131,9 @@ def evaluate(
         done += count
         progress(done, total)
 
+    # generate() goes past the autocast that the Trainer put around forward(), and modules_to_save are in fp32
+    mixed = bool(spec.lora.modules_to_save) and compute != torch.float32
+    whole_modules = torch.autocast(model.device.type, dtype=compute, enabled=mixed)
     found: dict[str, _Found] = {}
     for name in ("base", "tuned"):
         with evaluating(model, base=name == "base"):
@@ -139,7 +143,8 @@ def evaluate(
 
             def answer(prompts: list[Prompt], longest: int) -> list[tuple[str, bool]]:
                 ids = [prompt.ids for prompt in prompts]
-                return generate(model, tokenizer, ids, asked.per_device_eval_batch_size, longest, tick)
+                with whole_modules:
+                    return generate(model, tokenizer, ids, asked.per_device_eval_batch_size, longest, tick)
 
             found[name] = _Found(
                 rows=score(work.rows),

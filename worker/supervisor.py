@@ -6,6 +6,7 @@ the job is cancelled, over its time, drained, or no longer ours. Nothing is list
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import logging
@@ -79,8 +80,13 @@ class Drain:
         self._path = path
 
     def ask(self, how: str) -> None:
+        """Ask for a stop. A node that hears of the first Ctrl-C late must not take the second one's "now" back."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._path.write_text(how)
+        if how == "now":
+            self._path.write_text(how)
+            return
+        with contextlib.suppress(FileExistsError), self._path.open("x") as file:
+            file.write(how)
 
     def clear(self) -> None:
         self._path.unlink(missing_ok=True)

@@ -162,7 +162,7 @@ def train(run: Run) -> Ended:
 
     # 5. Base against tuned on rows that were never trained on.
     run.stage(Stage.EVALUATING)
-    evaluation = evaluate(model, tokenizer, data, run.spec, run.check_stop, log.evaluating())
+    evaluation = evaluate(model, tokenizer, data, run.spec, precision.base, run.check_stop, log.evaluating())
 
     # 6. The report, and the manifest's other files.
     report = build_report(
