@@ -36,8 +36,12 @@ lint: dev  ## ruff, mypy --strict, import rules
 check: dev  ## the tests that need no model: seconds
 	$(BIN)/pytest tests/unit
 
+# The unit tests run beside the others, which mostly wait: for a lease's end, a step, a beat.
 test: model lint  ## everything
-	$(BIN)/pytest --durations=25
+	@log=$$(mktemp); failed=0; \
+	$(BIN)/pytest tests/unit >$$log 2>&1 & unit=$$!; \
+	$(BIN)/pytest --durations=10 tests --ignore tests/unit || failed=1; \
+	wait $$unit || failed=1; cat $$log; rm -f $$log; exit $$failed
 
 CHAOS_JOBS ?= 1000
 
