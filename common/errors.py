@@ -5,6 +5,7 @@ LoractlError                    1  failed
 ├── DataError                   2  a data set is wrong (file, row, what was expected)
 ├── UsageError                  2  a command was used wrongly
 ├── JobNotFound                 3  no such job
+├── AdapterNotFound             3  no such adapter
 ├── ServiceUnreachable          4  database, Redis or artifact store can't be reached
 ├── Forbidden                   1  the database's user has no right to do that
 ├── SchemaMismatch              1  the database is older or newer than this loractl
@@ -101,6 +102,16 @@ class JobNotFound(LoractlError):
     def __init__(self, job_id: int) -> None:
         super().__init__(f"there is no job {job_id}", "loractl status -a lists all jobs")
         self.job_id = job_id
+
+
+class AdapterNotFound(LoractlError):
+    """No stored adapter has that number, name or tag."""
+
+    exit_code = ExitCode.NO_SUCH_JOB
+
+    def __init__(self, reference: str) -> None:
+        super().__init__(f"no adapter {reference} is stored", "loractl adapters lists what is stored")
+        self.reference = reference
 
 
 class ServiceUnreachable(LoractlError):

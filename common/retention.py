@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from sqlalchemy import ColumnElement, Select, and_, delete, func, or_, select, update
 from sqlalchemy.orm import Session
 
+from .naming import is_tagged
 from .status import Status
 from .tables import Adapter, Attempt, Job, LogChunk
 
@@ -44,10 +45,15 @@ def has_result() -> ColumnElement[bool]:
 
 
 def beyond_newest(keep: int) -> Select[Job]:
-    """Results beyond the `keep` newest of their user and name, oldest first."""
+    """Results beyond the `keep` newest of their user and name, oldest first; what somebody has tagged stays."""
     place = func.row_number().over(partition_by=(Job.user, Job.name), order_by=(Job.ended_at.desc(), Job.job_id.desc()))
     placed = select(Job.job_id, place.label("place")).where(has_result()).subquery()
-    return select(Job).join(placed, placed.c.job_id == Job.job_id).where(placed.c.place > keep).order_by(Job.job_id)
+    return (
+        select(Job)
+        .join(placed, placed.c.job_id == Job.job_id)
+        .where(placed.c.place > keep, ~is_tagged())
+        .order_by(Job.job_id)
+    )
 
 
 def read_over(session: Session, job_ids: Collection[int]) -> Over:
@@ -81,8 +87,8 @@ def read_needed_data(session: Session, ended_since: dt.datetime, without: Collec
 
 
 def drop_result(session: Session, job_id: int) -> bool:
-    """Forget a job's result; False when it has none."""
-    gone = update(Job).where(Job.job_id == job_id, has_result()).values(adapter_uri=None, report_uri=None)
+    """Forget a job's result; False when it has none, or somebody has tagged it."""
+    gone = update(Job).where(Job.job_id == job_id, has_result(), ~is_tagged()).values(adapter_uri=None, report_uri=None)
     if session.execute(gone.returning(Job.job_id)).first() is None:
         return False
     session.execute(delete(Adapter).where(Adapter.job_id == job_id))

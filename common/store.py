@@ -51,6 +51,7 @@ from .fleet import (
 )
 from .learning import GROWTH, Measured
 from .method import Method
+from .naming import Reference, drop_tag, find_adapter, read_tags, set_tag
 from .policy import (
     Card,
     Need,
@@ -517,12 +518,12 @@ class Store:
         """Jobs whose results are beyond the `keep` newest of their user and name."""
         return self._all(beyond_newest(keep))
 
-    def remove_result(self, job_id: int, user: str) -> bool:
-        """Forget a job's adapter and report, whose files may go then; False when it has none."""
+    def remove_result(self, job_id: int, user: str, by: str = "loractl gc") -> bool:
+        """Forget a job's adapter and report, whose files may go then; False when it has none, or it is tagged."""
         with self._write() as session:
             gone = drop_result(session, job_id)
             if gone:
-                self._event(session, job_id, None, "removed", f"adapter and report removed by {user} (loractl gc)")
+                self._event(session, job_id, None, "removed", f"adapter and report removed by {user} ({by})")
             return gone
 
     def over(self, job_ids: Collection[int]) -> Over:
@@ -648,6 +649,36 @@ class Store:
 
     def adapters(self) -> list[Adapter]:
         return self._all(select(Adapter).order_by(Adapter.job_id))
+
+    def adapter(self, reference: Reference) -> Adapter:
+        """The stored adapter that a person means. Raises JobNotFound, AdapterNotFound."""
+        with self._read() as session:
+            if reference.job_id is not None:
+                self._get(session, reference.job_id)
+            return find_adapter(session, reference)
+
+    def tags(self) -> dict[int, list[str]]:
+        """The tags of each job's adapter; the newest of a name has latest."""
+        with self._read() as session:
+            return read_tags(session)
+
+    def tag(self, reference: Reference, tag: str, user: str) -> tuple[Adapter, int | None]:
+        """Let name:tag mean this adapter; returns it, and the job whose adapter it meant before."""
+        with self._write() as session:
+            adapter = find_adapter(session, reference)
+            before = set_tag(session, adapter, tag, user, self._now_value(session))
+            if before != adapter.job_id:
+                moved = f", which job {before} had" if before is not None else ""
+                what = f"tagged {adapter.name}:{tag}{moved} by {user}"
+                self._event(session, adapter.job_id, None, "tagged", what)
+            return adapter, before
+
+    def untag(self, reference: Reference, user: str) -> int:
+        """Forget a tag; returns the job that had it. Raises AdapterNotFound."""
+        with self._write() as session:
+            job_id = drop_tag(session, reference.name or "", reference.tag)
+            self._event(session, job_id, None, "untagged", f"lost the tag {reference} by {user}")
+            return job_id
 
     # --- inside ---
 

@@ -259,3 +259,15 @@ class Adapter(Base):
     size: Mapped[Bytes]
     sha256: Mapped[str] = mapped_column(String(64))
     created_at: Mapped[Timestamp]
+
+
+class Tag(Base):
+    """A name that a person gave to an adapter among those of one job name, like prod; it moves with them."""
+
+    __tablename__ = "tags"
+
+    name: Mapped[str] = mapped_column(primary_key=True)  # of the jobs
+    tag: Mapped[str] = mapped_column(String(64), primary_key=True)
+    job_id: Mapped[JobKey] = mapped_column(index=True)
+    user: Mapped[str]  # who set it last
+    at: Mapped[Timestamp]

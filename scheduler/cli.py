@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
-import importlib
-import importlib.util
 import io
-import os
 import sys
 import traceback
-from collections.abc import Iterator
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import click
 
 from loractl import __version__
 from loractl.common.errors import ExitCode, LoractlError, SpecError
 
-COMMANDS: dict[str, tuple[str, str]] = {
+from .lazy import Commands, LazyGroup
+
+COMMANDS: Commands = {
     "submit": ("loractl.scheduler.submit:submit", "Queue the jobs of one or more job files."),
     "worker": ("loractl.worker.cli:worker", "Serve this box's devices: claim waiting jobs that fit and train them."),
     "status": ("loractl.scheduler.reading:status", "List what runs and what waits, or one job in full."),
@@ -29,7 +26,14 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "loractl.scheduler.comparing:compare",
         "Compare finished jobs: losses, memory, time, and their settings.",
     ),
-    "adapters": ("loractl.scheduler.results:adapters", "List the stored adapters, or pull one into a folder."),
+    "adapters": (
+        "loractl.scheduler.adapters:adapters",
+        "Look after the stored adapters: list, tag, pull, merge, delete.",
+    ),
+    "generate": ("loractl.worker.talking:generate", "Answer a prompt with an adapter, or with its base."),
+    "chat": ("loractl.worker.talking:chat", "Talk with an adapter; /adapter switches to another one in place."),
+    "serve": ("loractl.worker.serving:serve", "Serve a base and its adapters over an OpenAI-compatible API."),
+    "matrix": ("loractl.worker.matrix:matrix", "Score several adapters on several tasks, on one loaded base."),
     "cancel": ("loractl.scheduler.changing:cancel", "Cancel waiting or running jobs."),
     "hold": ("loractl.scheduler.changing:hold", "Keep waiting jobs from starting until loractl retry."),
     "retry": ("loractl.scheduler.changing:retry", "Queue failed, cancelled or held jobs again."),
@@ -45,62 +49,11 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "db": ("loractl.scheduler.changing:db", "Look after the database."),
     "completion": ("loractl.scheduler.changing:completion", "Print the line that turns on shell completion."),
 }
-"""Name -> (where it lives, its first line of help, so that `loractl --help` imports none of them)."""
 
 
-@contextlib.contextmanager
-def _reader_may_leave() -> Iterator[None]:
-    """A reader (head, less) that has seen enough is no failure; click would exit with 1."""
-    try:
-        yield
-    except BrokenPipeError:
-        # Python would complain once more while it closes stdout
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise click.exceptions.Exit(ExitCode.OK) from None
-
-
-class LazyGroup(click.Group):
-    """A group that imports a subcommand's module when the subcommand is used."""
-
-    def make_context(
-        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
-    ) -> click.Context:
-        with _reader_may_leave():  # --help is printed here
-            return super().make_context(info_name, args, parent, **extra)
-
-    def invoke(self, ctx: click.Context) -> Any:
-        with _reader_may_leave():
-            return super().invoke(ctx)
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(COMMANDS)
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in COMMANDS:
-            return None
-        module, _, attribute = COMMANDS[cmd_name][0].partition(":")
-        if module.startswith("loractl.worker") and importlib.util.find_spec("torch") is None:
-            raise LoractlError(f"loractl {cmd_name} needs the training stack", "pip install 'loractl[worker]'")
-        command: click.Command = getattr(importlib.import_module(module), attribute)
-        return command
-
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        with formatter.section("Commands"):
-            formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
-
-    def resolve_command(
-        self, ctx: click.Context, args: list[str]
-    ) -> tuple[str | None, click.Command | None, list[str]]:
-        import difflib
-
-        if args and args[0] not in COMMANDS and not args[0].startswith("-"):
-            close = difflib.get_close_matches(args[0], COMMANDS, n=1)
-            hint = f"did you mean loractl {close[0]}?" if close else "loractl --help lists the commands"
-            raise click.UsageError(f"there is no command {args[0]!r}\nHint: {hint}", ctx=None)
-        return super().resolve_command(ctx, args)
-
-
-@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(
+    cls=LazyGroup, lazy=COMMANDS, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
+)
 @click.version_option(__version__, prog_name="loractl")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def cli(debug: bool) -> None:

@@ -21,7 +21,7 @@ from loractl.common.status import Status
 from loractl.common.units import duration, gib, thousands
 
 if TYPE_CHECKING:
-    from loractl.common.tables import Adapter, Attempt, Event, Job, MetricPoint
+    from loractl.common.tables import Attempt, Event, Job, MetricPoint
 
     from .waiting import Start, Wait
 
@@ -286,25 +286,6 @@ def history(
         headers = ["ATTEMPT", "CARD", "METHOD", "PLAN GiB", "PEAK GiB", "STARTED", "TOOK", "ENDED AS", "RESUMED FROM"]
         lines += ["", *table(headers, rows, screen, right=("ATTEMPT", "PLAN GiB", "PEAK GiB"))]
     return "\n".join([*lines, "", screen.dim("spec:"), *map(plain, spec.rstrip().split("\n"))])
-
-
-def adapter_table(found: Sequence[Adapter], now: dt.datetime, screen: Screen) -> str:
-    """The stored adapters."""
-    if not found:
-        return "No adapter is stored yet; a job that succeeds stores one."
-    rows = [
-        [
-            str(a.job_id),
-            screen.style(fit(a.name, 24), bold=True),
-            a.method,
-            f"{a.size / 1e6:.1f}",
-            clock(a.created_at, now),
-            fit(a.base_model.rpartition("/")[2], 30),
-        ]
-        for a in found
-    ]
-    lines = table(["JOB", "NAME", "METHOD", "MB", "STORED", "BASE MODEL"], rows, screen, right=("JOB", "MB", "STORED"))
-    return "\n".join([*lines, "", screen.dim(f"Use one: loractl adapters pull {found[-1].job_id} DIR")])
 
 
 def report_text(report: dict[str, Any], screen: Screen, answers: int) -> str:

@@ -1,4 +1,4 @@
-"""Commands that read results: the evaluation report and the adapters."""
+"""The evaluation report of a finished job, and what else its result holds."""
 
 from __future__ import annotations
 
@@ -43,49 +43,6 @@ def report(job_id: int, answers: int, html: Path | None, as_json: bool) -> None:
     click.echo(render.report_text(raw, screen, answers))
     click.echo(
         "\n" + screen.dim(f"The page: loractl report {job_id} --html report.html   job by {render.plain(job.user)}")
-    )
-
-
-@click.group(invoke_without_command=True)
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-@click.pass_context
-def adapters(ctx: click.Context, as_json: bool) -> None:
-    """List the stored adapters, or pull one into a folder."""
-    if ctx.invoked_subcommand is not None:
-        return
-    from .session import open_session
-
-    _, store = open_session()
-    found = store.adapters()
-    if as_json:
-        rows = [{c.key: getattr(a, c.key) for c in a.__table__.columns} for a in found]
-        click.echo(json.dumps(rows, default=lambda value: value.isoformat()))
-        return
-    click.echo(render.adapter_table(found, store.now(), render.detect_screen()))
-
-
-@adapters.command("pull")
-@click.argument("job_id", type=int, metavar="JOB")
-@click.argument("folder", type=click.Path(path_type=Path, file_okay=False), metavar="DIR")
-def adapters_pull(job_id: int, folder: Path) -> None:
-    """Copy a job's adapter into a new folder, verified.
-
-    peft's PeftModel.from_pretrained loads it from there.
-    """
-    from loractl.common.errors import UsageError
-
-    if folder.exists() and any(folder.iterdir()):
-        raise UsageError(f"{folder} is not empty", "name a new folder")
-    job, store, prefix = result_of(job_id)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"{folder} can't be made: {error.strerror}") from error
-    files = store.pull(prefix, "adapter/", folder)
-    size = sum(file.size for file in files.values())
-    click.echo(f"The adapter of job {job_id} ({len(files)} files, {size / 1e6:.1f} MB) is in {folder}.")
-    click.echo(
-        f"Load it on {render.plain(job.base_model)}:  PeftModel.from_pretrained(base, {str(folder)!r})", err=True
     )
 
 

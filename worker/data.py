@@ -137,7 +137,7 @@ def prepare_regression(
     if not examples:
         raise DataError(file, "has no row that is not trained on as well", kind="overlap")
     tolerant = dataset.model_copy(update={"on_overflow": Overflow.TRUNCATE})
-    return _fit(examples, file, tolerant, tokenizer, format)
+    return fit_examples(examples, file, tolerant, tokenizer, format)
 
 
 def _hash_of(examples: Sequence[Example]) -> str:
@@ -168,7 +168,7 @@ def prompt_of(example: Example, tokenizer: Any) -> tuple[list[int], str, str] | 
         return tokenizer(rendered, add_special_tokens=False).input_ids, shown, example.turns[last].content
     if example.prompt:
         return (
-            _without_eos(tokenizer(example.prompt).input_ids, tokenizer),
+            without_eos(tokenizer(example.prompt).input_ids, tokenizer),
             example.prompt,
             example.text[len(example.prompt) :],
         )
@@ -273,7 +273,7 @@ def _encode_text(example: Example, tokenizer: Any, *, learn_all: bool) -> tuple[
     """Prompt and completion are tokenised as one text: a token that crosses the border counts as prompt."""
     encoded = tokenizer(example.text, return_offsets_mapping=True)
     ids, offsets = list(encoded.input_ids), list(encoded.offset_mapping)
-    trimmed = _without_eos(ids, tokenizer)
+    trimmed = without_eos(ids, tokenizer)
     labels = [
         token if a < b and (learn_all or a >= len(example.prompt)) else IGNORED
         for token, (a, b) in zip(trimmed, offsets[: len(trimmed)], strict=True)
@@ -281,7 +281,7 @@ def _encode_text(example: Example, tokenizer: Any, *, learn_all: bool) -> tuple[
     return [*trimmed, tokenizer.eos_token_id], [*labels, tokenizer.eos_token_id]
 
 
-def _without_eos(ids: Sequence[int], tokenizer: Any) -> list[int]:
+def without_eos(ids: Sequence[int], tokenizer: Any) -> list[int]:
     """Some tokenizers close every text themselves; the end is added once, later."""
     kept = list(ids)
     while len(kept) > 1 and kept[-1] == tokenizer.eos_token_id:
@@ -303,14 +303,16 @@ def _tokenise(
     if folder and (folder / "set.json").exists():
         raw = json.loads((folder / "set.json").read_text())
         return TokenSet(rows=[TokenRow(**row) for row in raw.pop("rows")], **raw)
-    tokens = _fit(examples, file, dataset, tokenizer, format)
+    tokens = fit_examples(examples, file, dataset, tokenizer, format)
     if folder:
         rows = [{"number": r.number, "input_ids": r.input_ids, "labels": r.labels} for r in tokens.rows]
         _write_cache(folder, {**vars(tokens), "rows": rows})
     return tokens
 
 
-def _fit(examples: list[Example], file: str, dataset: DatasetSpec, tokenizer: Any, format: DataFormat) -> TokenSet:
+def fit_examples(
+    examples: list[Example], file: str, dataset: DatasetSpec, tokenizer: Any, format: DataFormat
+) -> TokenSet:
     """Tokenise each example and apply on_overflow to those over max_length."""
     rows, truncated, too_long = [], 0, 0
     for example in examples:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -314,7 +314,7 @@ def generate(
     """(answer, ended by itself) for each prompt: greedy, in left-padded batches of similar length."""
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     answers: list[tuple[str, bool]] = [("", False)] * len(prompts)
-    ends = _end_ids(model, tokenizer)
+    ends = end_ids(model, tokenizer)
 
     def answer(chosen: list[int]) -> None:
         longest = len(prompts[chosen[0]])
@@ -406,7 +406,8 @@ def _of_answers(answers: list[Answer], wanted: set[Metric]) -> list[Compared]:
         exact = ([a.base_exact for a in answers], [a.tuned_exact for a in answers])
         found.append(_share("exact_match", "exact match", *exact))
     if Metric.ROUGE in wanted:
-        base, tuned = _rouge([a.base for a in answers], answers), _rouge([a.tuned for a in answers], answers)
+        expected = [a.expected for a in answers]
+        base, tuned = rouge([a.base for a in answers], expected), rouge([a.tuned for a in answers], expected)
         for kind, label in ROUGE.items():
             found.append(_metric(kind, label, "%", True, base[kind], tuned[kind], ones))
     ended = ([a.base_ended for a in answers], [a.tuned_ended for a in answers])
@@ -474,12 +475,12 @@ def _given(
     )
 
 
-def _rouge(texts: list[str], answers: list[Answer]) -> dict[str, Array]:
+def rouge(texts: Sequence[str], expected: Sequence[str]) -> dict[str, Array]:
     """F1 in percent of each kind of ROUGE, by Google's rouge-score with stemming off."""
     from rouge_score.rouge_scorer import RougeScorer
 
     scorer = RougeScorer(list(ROUGE))
-    scores = [scorer.score(a.expected, text) for a, text in zip(answers, texts, strict=True)]
+    scores = [scorer.score(e, text) for e, text in zip(expected, texts, strict=True)]
     return {kind: np.array([100 * score[kind].fmeasure for score in scores]) for kind in ROUGE}
 
 
@@ -488,7 +489,8 @@ def _same(answer: str, expected: str) -> bool:
     return " ".join(answer.split()) == " ".join(expected.split())
 
 
-def _end_ids(model: Any, tokenizer: Any) -> set[int]:
+def end_ids(model: Any, tokenizer: Any) -> set[int]:
+    """The tokens that end an answer: the tokenizer's, and those that the model is configured with."""
     configured = model.generation_config.eos_token_id
     more = configured if isinstance(configured, list) else [configured]
     return {tokenizer.eos_token_id, *(token for token in more if token is not None)}

@@ -10,14 +10,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import logging
 import os
 import queue
 import signal
 import sys
 import threading
 import traceback
-import warnings
 from collections.abc import Callable
 from typing import IO
 
@@ -25,6 +23,7 @@ from loractl.common.errors import DataError
 from loractl.common.status import Reason, Stage
 
 from .protocol import Ended, Start, Stop, Told, decode_order, encode
+from .quiet import quieten
 
 EXIT_ORPHANED = 9
 
@@ -56,7 +55,7 @@ def main(run: Recipe | None = None) -> int:
 
 def _run(order: Start, orders: Orders, tell: Tell) -> Ended:
     """Train; every way to fail becomes a reason and a sentence, with the traceback in the log."""
-    _quieten()
+    quieten()
     from .memory import hold_to
     from .model import TrainingFailed
     from .train import Run, Stopped, train
@@ -92,16 +91,6 @@ def _run(order: Start, orders: Orders, tell: Tell) -> Ended:
         if reason is Reason.TRAINER_ERROR and Stage.EVALUATING in run.stages:
             reason = Reason.EVALUATION_FAILED
         return ended(reason, message)
-
-
-def _quieten() -> None:
-    """Leave out of the job's log what sounds like a problem and is none."""
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()
-    # bitsandbytes says that an optional kernel package is missing; peft calls a name that transformers will drop in v6
-    logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)
-    warnings.filterwarnings("ignore", category=FutureWarning, message=".*is_gradient_checkpointing.*")
 
 
 def _explain(error: Exception, *, own_limit: bool) -> tuple[Reason, str]:

@@ -29,7 +29,7 @@ def check_claim(spec: JobSpec, data: dict[str, Any], settings: Settings) -> None
 
     `data` says which of the spec's data sets are in the artifact store; the others must be on the hub.
     """
-    _check_base(spec.base_model, settings.model_roots)
+    check_base(spec.base_model, settings.model_roots)
     named = spec.data_sets()
     for key in sorted(named.keys() | data.keys()):
         entry, section = data.get(key), "evaluation" if key == "regression" else "dataset"
@@ -93,7 +93,7 @@ def _lies_in(path: Path, folder: Path) -> bool:
     return folder.is_absolute() and path.resolve().is_relative_to(folder.resolve())
 
 
-def _check_base(base_model: str, roots: tuple[Path, ...]) -> None:
+def check_base(base_model: str, roots: tuple[Path, ...]) -> None:
     folder = Path(base_model)
     if not folder.is_absolute():
         if not is_hub_id(base_model):

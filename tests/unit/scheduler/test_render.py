@@ -16,6 +16,7 @@ from loractl.common.status import Reason, Stage, Status
 from loractl.common.tables import Adapter, Attempt, Event, Job, MetricPoint
 from loractl.common.units import GIB
 from loractl.scheduler import render
+from loractl.scheduler.adapters import adapter_table
 from loractl.scheduler.render import JSON_FIELDS, Screen, bar, clock, fit, sparkline, table
 from loractl.scheduler.waiting import Tier, Wait
 
@@ -248,10 +249,10 @@ def test_the_adapters_are_listed_with_the_command_that_fetches_one() -> None:
         job_id=7, attempt=1, name="helpdesk", base_model="org/model", method="lora", uri="s3://a", size=3_500_000,
         sha256="0", created_at=NOON,
     )  # fmt: skip
-    text = render.adapter_table([stored], NOON, PLAIN)
-    assert re.search(r"7  helpdesk  lora +3\.5 .* model$", text, re.M)
+    text = adapter_table([stored], {7: ["latest", "prod"]}, NOON, PLAIN)
+    assert re.search(r"7  helpdesk  latest, prod  lora +3\.5 .* model$", text, re.M)
     assert text.endswith("Use one: loractl adapters pull 7 DIR")
-    assert render.adapter_table([], NOON, PLAIN).startswith("No adapter is stored yet")
+    assert adapter_table([], {}, NOON, PLAIN).startswith("No adapter is stored yet")
 
 
 def test_the_report_shows_the_verdict_the_table_and_what_was_repaired_first() -> None:

@@ -1,0 +1,77 @@
+"""A click group whose subcommands load when they are called."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import os
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import click
+
+from loractl.common.errors import ExitCode, LoractlError
+
+Commands = dict[str, tuple[str, str]]
+"""Name -> (where it lives, its first line of help, so that a group's --help imports none of them)."""
+
+
+@contextlib.contextmanager
+def _reader_may_leave() -> Iterator[None]:
+    """A reader (head, less) that has seen enough is no failure; click would exit with 1."""
+    try:
+        yield
+    except BrokenPipeError:
+        # Python would complain once more while it closes stdout
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise click.exceptions.Exit(ExitCode.OK) from None
+
+
+class LazyGroup(click.Group):
+    """A group that imports a subcommand's module when the subcommand is used; others may be added to it as usual."""
+
+    def __init__(self, *args: Any, lazy: Commands, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._lazy = lazy
+
+    def make_context(
+        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
+    ) -> click.Context:
+        with _reader_may_leave():  # --help is printed here
+            return super().make_context(info_name, args, parent, **extra)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        with _reader_may_leave():
+            return super().invoke(ctx)
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return [*self._lazy, *super().list_commands(ctx)]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in self._lazy:
+            return super().get_command(ctx, cmd_name)
+        module, _, attribute = self._lazy[cmd_name][0].partition(":")
+        if module.startswith("loractl.worker") and importlib.util.find_spec("torch") is None:
+            path = ctx.command_path if ctx.parent else "loractl"
+            raise LoractlError(f"{path} {cmd_name} needs the training stack", "pip install 'loractl[worker]'")
+        command: click.Command = getattr(importlib.import_module(module), attribute)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            here = {name: command.get_short_help_str(90) for name, command in sorted(self.commands.items())}
+            formatter.write_dl([*here.items(), *((name, text) for name, (_, text) in self._lazy.items())])
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        import difflib
+
+        names = self.list_commands(ctx)
+        if args and args[0] not in names and not args[0].startswith("-"):
+            close, path = difflib.get_close_matches(args[0], names, n=1), ctx.command_path if ctx.parent else "loractl"
+            hint = f"did you mean {path} {close[0]}?" if close else f"{path} --help lists the commands"
+            raise click.UsageError(f"there is no command {args[0]!r}\nHint: {hint}", ctx=None)
+        return super().resolve_command(ctx, args)

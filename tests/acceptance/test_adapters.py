@@ -1,0 +1,177 @@
+"""Stored adapters by their names and tags: shown, pulled, merged, asked, and removed."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ..conftest import Cli
+from ..models import write_job
+from .conftest import ANSWERS
+
+
+def test_an_adapter_is_found_by_number_by_name_and_by_tag(trained: Cli) -> None:
+    assert trained("adapters", "tag", 1, "first").stdout == "red:first is the adapter of job 1 now.\n"
+    rows = {row["job_id"]: row["tags"] for row in json.loads(trained("adapters", "list", "--json").stdout)}
+    assert rows == {1: ["first"], 2: ["latest"], 3: ["latest"], 4: ["latest"]}
+    for text, job in (("1", 1), ("red", 4), ("red:latest", 4), ("red:first", 1), ("green", 2)):
+        assert json.loads(trained("adapters", "show", text, "--json").stdout)["job_id"] == job
+    moved = trained("adapters", "tag", "red", "first").stdout
+    assert moved == "red:first is the adapter of job 4 now; it was job 1.\n"
+    assert "tagged red:first, which job 1 had by ada" in trained("show", 4).stdout
+    assert trained("adapters", "untag", "red:first").stdout == "red:first is forgotten; it was job 4.\n"
+    assert "no adapter red:first is stored" in trained("adapters", "show", "red:first", code=3).stderr
+
+
+def test_the_lineage_names_base_data_and_versions(trained: Cli, tiny_model: Path) -> None:
+    shown = trained("adapters", "show", "blue").stdout
+    assert shown.startswith("blue (job 3)\n")
+    for expected in (
+        f"base      {tiny_model}",
+        "of ada",
+        "r 4, lora_alpha 8",
+        "sha256",
+        "held-out loss",
+        "torch 2",
+    ):
+        assert expected in shown
+    lineage = json.loads(trained("adapters", "show", "blue", "--json").stdout)
+    assert lineage["lora"]["use_dora"] is True and len(lineage["data"]["sha256"]) == 64
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (["show", "pink"], 3, "no adapter pink:latest is stored"),
+        (["show", "99"], 3, "there is no job 99"),
+        (["show", "a b"], 2, "'a b' names no adapter"),
+        (["tag", "red", "latest"], 2, "latest is always the newest adapter of a name"),
+        (["tag", "red", "a/b"], 2, "'a/b' is no tag"),
+        (["untag", "red"], 2, "'red' is not of the form NAME:TAG"),
+        (["untag", "red:latest"], 2, "latest is always"),
+        (["untag", "red:nope"], 3, "no adapter red:nope is stored"),
+        (["merge", "red", "."], 2, ". is there already"),
+        (["merg", "red"], 2, "did you mean loractl adapters merge?"),
+    ],
+)
+def test_wrong_names_are_told_in_a_sentence(trained: Cli, arguments: list[str], code: int, says: str) -> None:
+    done = trained("adapters", *arguments, code=code)
+    assert says in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_tagged_adapter_is_kept_from_delete_and_from_gc(cli: Cli, tiny_model: Path, tmp_path: Path) -> None:
+    for _ in range(3):
+        cli("submit", write_job(tmp_path, tiny_model), "--set=training.max_steps=1", "--set=evaluation.samples=0")
+    cli("worker", "--drain-when-idle", timeout=240)
+    cli("adapters", "tag", 1, "paper")
+    refused = cli("adapters", "delete", 1, "--yes", code=1).stderr
+    assert "is tagged tiny:paper" in refused and "first: loractl adapters untag tiny:paper" in refused
+    gone = json.loads(cli("gc", "--keep-last", 1, "--dry-run", "--json").stdout)["removed"]
+    assert [row["name"] for row in gone if row["kind"] == "result"] == ["jobs/2/attempt-1"], "1 is tagged, 3 the newest"
+    assert "Interrupted" in cli("adapters", "delete", 3, code=130).stderr, "nobody has said yes"
+    assert cli("adapters", "delete", 3, 2, "--yes").stdout.count("is removed.") == 2
+    assert [row["job_id"] for row in json.loads(cli("adapters", "--json").stdout)] == [1]
+    assert "loractl gc has removed it" in cli("report", 3, code=1).stderr
+    assert "removed by tester (loractl adapters delete)" in cli("show", 3).stdout
+    assert "has no result any more" in cli("adapters", "show", 3, code=1).stderr
+    cli("adapters", "untag", "tiny:paper")
+    cli("adapters", "delete", "tiny", "--yes")
+    assert json.loads(cli("adapters", "--json").stdout) == []
+
+
+def test_a_merged_model_is_proved_and_loads_with_transformers_alone(trained: Cli, tmp_path: Path) -> None:
+    done = json.loads(trained("adapters", "merge", "red", tmp_path / "red", "--json").stdout)
+    assert done["merged_difference"] < 1e-4 and done["tokens"] > 20
+    assert done["stored_agreement"] > 0.9
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "red", dtype="float32")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "red")
+    asked = [{"role": "user", "content": "what is in 7?"}]
+    ids = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    out = model.generate(**ids, max_new_tokens=48, do_sample=False)
+    answer = tokenizer.decode(out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert (
+        answer == trained("generate", "red", "what is in 7?", "--max-new-tokens", 48).stdout.strip() == ANSWERS["red"]
+    )
+    about = json.loads((tmp_path / "red" / "merge.json").read_text())
+    assert (about["job_id"], about["dtype"]) == (4, "bfloat16")
+    assert not list(tmp_path.glob(".red-*")), "nothing half-written is left"
+
+
+def test_a_merge_that_is_not_the_same_writes_nothing(
+    trained: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A base that changes between the two measurements stands for a merge that goes wrong, as one in bf16 would."""
+    from loractl.common.settings import load_settings
+    from loractl.worker import merging
+    from loractl.worker.library import Library
+
+    looked = merging._logits
+    calls: list[int] = []
+
+    def other(model: object, prompts: object) -> object:
+        calls.append(1)
+        found = looked(model, prompts)  # type: ignore[arg-type]
+        return [t + 0.01 for t in found] if len(calls) == 2 else found
+
+    monkeypatch.setattr(merging, "_logits", other)
+    library = Library(load_settings({"LORACTL_HOME": trained.environment["LORACTL_HOME"]}))
+    with pytest.raises(merging.MergeFailed, match=r"differs from base and adapter by 1\.00e-02"):
+        merging.merge_into(tmp_path, library, library.find("red"), "bfloat16")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_gguf_is_for_boxes_with_the_converter_and_its_failure_is_told(trained: Cli, tmp_path: Path) -> None:
+    missing = trained.with_environment(PATH="/nowhere")("adapters", "merge", "red", tmp_path / "a", "--gguf", code=2)
+    assert "needs llama.cpp's convert_hf_to_gguf.py" in missing.stderr
+    (tmp_path / "convert_hf_to_gguf.py").write_text("import sys\nsys.exit('Model LlamaForCausalLM is not supported')\n")
+    there = trained.with_environment(LLAMA_CPP=str(tmp_path))
+    failed = there("adapters", "merge", "red", tmp_path / "a", "--gguf", code=1)
+    assert "convert_hf_to_gguf.py failed: Model LlamaForCausalLM is not supported" in failed.stderr
+    assert not (tmp_path / "a").exists()
+    (tmp_path / "convert_hf_to_gguf.py").write_text(
+        "import pathlib, sys\nargs = sys.argv[1:]\n"
+        "assert args[1::2] == ['--outfile', '--outtype'] and args[4] == 'bf16'\n"
+        "pathlib.Path(args[2]).write_bytes(pathlib.Path(args[0], 'model.safetensors').read_bytes())\n"
+    )
+    there("adapters", "merge", "red", tmp_path / "a", "--gguf")
+    assert (tmp_path / "a" / "red-bfloat16.gguf").stat().st_size == (
+        tmp_path / "a" / "model.safetensors"
+    ).stat().st_size
+
+
+def test_generate_answers_as_the_adapter_was_taught_and_the_base_does_not(trained: Cli) -> None:
+    asked = ["what is in 3?", "what is in 9?"]
+    rows = json.loads(trained("generate", "green:latest", *asked, "--json").stdout)
+    assert [row["answer"] for row in rows] == [ANSWERS["green"]] * 2
+    assert [row["ended"] for row in rows] == ["stop", "stop"] and rows[0]["job_id"] == 2
+    base = json.loads(trained("generate", "green", asked[0], "--base", "--max-new-tokens", 8, "--json").stdout)
+    assert base[0]["answer"] != ANSWERS["green"] and base[0]["job_id"] is None
+    assert trained("generate", "blue", "what is in 1?").stdout == ANSWERS["blue"] + "\n"
+    empty = trained("generate", "green", code=2)  # standard input is empty
+    assert "the prompt is empty" in empty.stderr
+
+
+def test_chat_switches_adapters_in_place_and_lets_the_base_answer(trained: Cli) -> None:
+    lines = [
+        "what is in 5?", "/adapter green", "/reset", "what is in 5?", "/base", "/adapter pink", "/adapter", "/nope",
+        "/system be brief", "what is in 2?", "/help", "/quit", "never asked",
+    ]  # fmt: skip
+    command = [str(Path(sys.executable).with_name("loractl")), "chat", "red", "--max-new-tokens", "48"]
+    done = subprocess.run(
+        command, input="\n".join(lines), env=trained.environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    red, green, *others = done.stdout.splitlines()
+    assert (red, green) == (ANSWERS["red"], ANSWERS["green"])
+    assert others[-1] == ANSWERS["green"] and len(others) > 1 and others[0] != ANSWERS["green"]
+    for said in (
+        "green (job 2) answers now", "no adapter pink:latest is stored", "/adapter needs a name",
+        "there is no command /nope", "A new conversation.", "/base ",
+    ):  # fmt: skip
+        assert said in done.stderr

@@ -1,0 +1,215 @@
+"""loractl serve as its users meet it: through the official openai client, many at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from ..conftest import Cli
+from .conftest import ANSWERS
+
+openai = pytest.importorskip("openai")
+
+SERVED = "red=red,green=2,blue=blue:latest"
+
+
+@contextlib.contextmanager
+def serving(cli: Cli, *arguments: object) -> Iterator[str]:
+    """The address of a server that answers; afterwards it must end at once when it is told to."""
+    process = cli.start("serve", "--port", 0, *arguments)
+    said: list[str] = []
+    assert process.stdout is not None
+    try:
+        for line in process.stdout:
+            said.append(line)
+            if found := re.match(r"Serving at (http://\S+);", line):
+                reader = threading.Thread(target=said.extend, args=(process.stdout,), daemon=True)
+                reader.start()
+                yield found[1]
+                break
+        else:
+            raise AssertionError("".join(said))
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=20) == 0, "".join(said)
+        assert "Traceback" not in "".join(said), "".join(said)
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+
+
+@pytest.fixture(scope="module")
+def server(trained: Cli) -> Iterator[str]:
+    with serving(trained, "--adapters", SERVED, "--dtype", "float32", "--max-batch", 8) as url:
+        yield url
+
+
+@pytest.fixture
+def client(server: str) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=server, api_key="unused", max_retries=0) as client:
+        yield client
+
+
+def _ask(client: openai.OpenAI, model: str, text: str, **more: object) -> str:
+    asked = [{"role": "user", "content": text}]
+    done = client.chat.completions.create(model=model, messages=asked, max_tokens=48, **more)
+    return str(done.choices[0].message.content)
+
+
+def test_the_model_of_a_request_picks_the_adapter(client: openai.OpenAI) -> None:
+    assert [model.id for model in client.models.list()] == ["base", "blue", "green", "red"]
+    assert client.models.retrieve("green").job_id == 2
+    done = client.chat.completions.create(
+        model="red", messages=[{"role": "system", "content": "x"}, {"role": "user", "content": "what is in 4?"}]
+    )
+    assert done.choices[0].finish_reason == "stop" and done.model == "red"
+    assert done.usage.completion_tokens > 3 and done.usage.total_tokens > done.usage.prompt_tokens > 10
+    for name, answer in ANSWERS.items():
+        assert _ask(client, name, "what is in 5?") == answer
+    assert _ask(client, "base", "what is in 5?") not in ANSWERS.values()
+
+
+def test_concurrent_clients_on_mixed_adapters_get_the_answers_that_each_gets_alone(client: openai.OpenAI) -> None:
+    asked = [(name, f"what is in {n}?") for n in range(6) for name in (*ANSWERS, "base")]
+    alone = [_ask(client, *one) for one in asked]
+    with ThreadPoolExecutor(len(asked)) as pool:
+        together = list(pool.map(lambda one: _ask(client, *one), asked))
+    assert together == alone
+
+
+def test_a_stream_brings_the_same_text_in_pieces_with_its_usage(client: openai.OpenAI) -> None:
+    asked = {"model": "green", "messages": [{"role": "user", "content": "what is in 5?"}], "max_tokens": 48}
+    events = list(client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True}))
+    pieces = [event.choices[0].delta.content or "" for event in events if event.choices]
+    assert "".join(pieces) == ANSWERS["green"] and len(pieces) > 3
+    assert events[0].choices[0].delta.role == "assistant"
+    assert [e.choices[0].finish_reason for e in events if e.choices][-1] == "stop"
+    assert events[-1].usage.completion_tokens == client.chat.completions.create(**asked).usage.completion_tokens
+    assert len({event.id for event in events}) == 1
+    plain = list(client.chat.completions.create(**asked, stream=True))
+    assert all(event.usage is None for event in plain)
+
+
+def test_sampling_follows_temperature_and_seed_and_stops_stop(client: openai.OpenAI) -> None:
+    hot = [_ask(client, "base", "what is in 5?", temperature=1.5, seed=seed) for seed in (1, 1, 2)]
+    assert hot[0] == hot[1] != hot[2]
+    assert _ask(client, "red", "what is in 5?", stop=[" and"]) == ANSWERS["red"].partition(" and")[0]
+    cut = client.chat.completions.create(
+        model="red", messages=[{"role": "user", "content": "what is in 5?"}], max_completion_tokens=2
+    )
+    assert cut.choices[0].finish_reason == "length" and cut.usage.completion_tokens == 2
+
+
+def test_plain_completions_continue_a_text(client: openai.OpenAI) -> None:
+    done = client.completions.create(model="base", prompt="queue priority", max_tokens=5)
+    assert done.choices[0].finish_reason in ("length", "stop") and done.usage.completion_tokens <= 5
+    parts = client.completions.create(model="base", prompt="queue priority", max_tokens=5, stream=True)
+    assert "".join(event.choices[0].text for event in parts) == done.choices[0].text
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error", "says"),
+    [
+        ({"model": "pink"}, "NotFoundError", "there is no model 'pink' here"),
+        ({"model": "red", "n": 2}, "BadRequestError", "n is not supported here"),
+        ({"model": "red", "tools": [{"type": "function", "function": {"name": "f"}}]}, "BadRequestError", "tools"),
+        ({"model": "red", "response_format": {"type": "json_object"}}, "BadRequestError", "response_format"),
+        ({"model": "red", "temperature": 3}, "BadRequestError", "temperature"),
+        ({"model": "red", "messages": []}, "BadRequestError", "messages"),
+        ({"model": "red", "max_tokens": 0}, "BadRequestError", "max_tokens"),
+        (
+            {"model": "red", "messages": [{"role": "user", "content": "long " * 2000}]},
+            "BadRequestError",
+            "the prompt has",
+        ),
+        ({"model": "red", "messages": [{"role": "tool", "content": "x"}]}, "BadRequestError", "role"),
+    ],
+)
+def test_what_can_not_be_done_is_refused_in_the_apis_own_form(
+    client: openai.OpenAI, wrong: dict, error: str, says: str
+) -> None:
+    asked = {"messages": [{"role": "user", "content": "x"}], **wrong}
+    with pytest.raises(getattr(openai, error)) as refused:
+        client.chat.completions.create(**asked)
+    assert says in refused.value.message
+    assert {"message", "type", "param", "code"} <= refused.value.body.keys()
+
+
+def test_what_only_describes_the_caller_is_taken(client: openai.OpenAI) -> None:
+    assert _ask(client, "red", "what is in 5?", user="ada", n=1, frequency_penalty=0, store=False) == ANSWERS["red"]
+
+
+def test_a_caller_who_leaves_frees_the_place(server: str, client: openai.OpenAI) -> None:
+    import urllib.request
+
+    stream = client.chat.completions.create(
+        model="base", messages=[{"role": "user", "content": "x"}], max_tokens=450, stream=True
+    )
+    next(iter(stream))
+    stream.close()
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        with urllib.request.urlopen(server.removesuffix("/v1") + "/health") as answer:
+            state = json.load(answer)
+        if state == {"status": "ok", "running": 0, "waiting": 0}:
+            return
+        time.sleep(0.1)
+    raise AssertionError(state)
+
+
+def test_a_key_is_asked_for_and_required_beyond_this_machine(trained: Cli) -> None:
+    refused = trained("serve", "--adapters", "red", "--host", "0.0.0.0", code=2)
+    assert "no key is set" in refused.stderr and "set LORACTL_API_KEY" in refused.stderr
+    with serving(trained.with_environment(LORACTL_API_KEY="s3cret"), "--adapters", "red") as url:
+        with openai.OpenAI(base_url=url, api_key="other", max_retries=0) as client:
+            with pytest.raises(openai.AuthenticationError):
+                client.models.list()
+            with pytest.raises(openai.AuthenticationError):
+                _ask(client, "red", "x")
+        with openai.OpenAI(base_url=url, api_key="s3cret", max_retries=0) as client:
+            assert _ask(client, "red", "what is in 5?") == ANSWERS["red"]
+
+
+def test_without_a_list_every_stored_adapter_of_the_base_is_served_also_one_tagged_later(
+    trained: Cli, tiny_model: object
+) -> None:
+    with (
+        serving(trained, "--base", tiny_model, "--adapter-memory", "100KiB") as url,
+        openai.OpenAI(base_url=url, api_key="x", max_retries=0) as client,
+    ):
+        names = {model.id for model in client.models.list()}
+        assert {"base", "1", "2", "3", "4", "red:latest", "green:latest", "blue:latest"} <= names
+        for _ in range(2):  # 100 KiB hold two of the three: each comes back after it was evicted
+            assert {name: _ask(client, name, "what is in 5?") for name in ANSWERS} == ANSWERS
+        trained("adapters", "tag", 1, "served")
+        assert _ask(client, "red:served", "what is in 5?") == ANSWERS["red"]
+        trained("adapters", "untag", "red:served")
+        with pytest.raises(openai.NotFoundError):
+            _ask(client, "red:served", "what is in 5?")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        ([], 2, "there is nothing to serve"),
+        (["--adapters", "pink"], 3, "no adapter pink:latest is stored"),
+        (["--adapters", "a=red,a=green"], 2, "the name a is taken"),
+        (["--adapters", "base=red"], 2, "the name base is taken"),
+        (["--adapters", ","], 2, "--adapters names none"),
+        (["--adapters", "red", "--base", "/elsewhere"], 2, "not for /elsewhere"),
+        (["--adapters", "red", "--host", "example.org"], 2, "is no address"),
+        (["--adapters", "red", "--adapter-memory", "lots"], 2, "--adapter-memory: 'lots'"),
+    ],
+)
+def test_a_server_that_can_not_start_says_why(trained: Cli, arguments: list[str], code: int, says: str) -> None:
+    done: subprocess.CompletedProcess[str] = trained("serve", *arguments, code=code)
+    assert says in done.stderr and "Traceback" not in done.stderr

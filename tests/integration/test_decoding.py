@@ -1,0 +1,339 @@
+"""Answers on one resident base: rows of several adapters in one batch say what each says alone."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from loractl.common.errors import UsageError
+from loractl.common.spec import JobSpec, Method
+from loractl.worker.decoding import Ask, Engine, Limits, Said, TooLong
+from loractl.worker.library import Listed
+from loractl.worker.resident import Base, NoRoom, Resident
+
+PROMPTS = ["ticket one", "please answer the next line", "queue", "a network of storage, and one priority more", "gpu?"]
+
+
+@pytest.fixture(scope="module")
+def adapters(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Adapters with random weights: two plain ones, one of DoRA, one that replaces whole modules."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(tiny_model)
+    kinds: dict[str, dict[str, Any]] = {
+        "one": {},
+        "two": {"r": 8, "target_modules": ["q_proj", "down_proj"]},
+        "dora": {"use_dora": True},
+        "whole": {"modules_to_save": ["lm_head"], "target_modules": ["v_proj"]},
+    }
+    found = {}
+    for number, (name, options) in enumerate(kinds.items()):
+        torch.manual_seed(number)
+        config = {"r": 4, "lora_alpha": 32, "target_modules": "all-linear", "task_type": "CAUSAL_LM"} | options
+        model = get_peft_model(copy.deepcopy(base), LoraConfig(init_lora_weights=False, **config))
+        for path, parameter in model.named_parameters():
+            if "modules_to_save" in path:
+                parameter.data = parameter.data.flip(0)
+        found[name] = tmp_path_factory.mktemp("adapters") / name
+        model.save_pretrained(found[name])
+    return found
+
+
+def _listed(name: str, model: Path, folder: Path) -> Listed:
+    size = (folder / "adapter_model.safetensors").stat().st_size
+    spec = JobSpec.model_validate({"name": name, "base_model": str(model), "dataset": {"path": "x.jsonl"}})
+    number = ["one", "two", "dora", "whole"].index(name) + 1
+    return Listed(
+        job_id=number, attempt=1, name=name, method=Method.LORA, size=size, created=0, spec=spec, data={}
+    )  # fmt: skip
+
+
+class Bench:
+    """An engine, and what it said of each request."""
+
+    def __init__(self, model: Path, adapters: dict[str, Path], memory: int | None = None, **limits: Any) -> None:
+        self.resident = Resident(Base(model=str(model), revision=None, dtype="float32"), memory)
+        self.engine = Engine(self.resident, Limits(**limits))
+        self._adapters, self._model = adapters, model
+        self.said: list[list[Said]] = []
+
+    def ask(self, prompt: str, name: str | None, tokens: int = 24, **more: Any) -> Ask:
+        heard: list[Said] = []
+        self.said.append(heard)
+        ask = Ask(
+            prompt=self.resident.tokenizer(prompt).input_ids,
+            say=heard.append,
+            max_new_tokens=tokens,
+            adapter=None if name is None else _listed(name, self._model, self._adapters[name]),
+            folder=None if name is None else self._adapters[name],
+            **more,
+        )
+        self.engine.ask(ask)
+        return ask
+
+    def answers(self) -> list[str]:
+        self.engine.finish()
+        assert all(heard[-1].ended in ("stop", "length") for heard in self.said), self.said
+        return ["".join(one.text for one in heard) for heard in self.said]
+
+
+@pytest.fixture
+def bench(tiny_model: Path, adapters: dict[str, Path]) -> Callable[..., Bench]:
+    return lambda **more: Bench(tiny_model, adapters, **more)
+
+
+def _plain(model: Path, adapter: Path | None, prompts: Sequence[str], tokens: int = 24) -> list[str]:
+    """What transformers and peft alone answer, one prompt at a time."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    if adapter is not None:
+        loaded = PeftModel.from_pretrained(loaded, str(adapter))
+    loaded.eval()
+    found = []
+    for prompt in prompts:
+        ids = tokenizer(prompt, return_tensors="pt")
+        out = loaded.generate(**ids, max_new_tokens=tokens, do_sample=False)
+        found.append(str(tokenizer.decode(out[0, ids.input_ids.shape[1] :], skip_special_tokens=True)))
+    return found
+
+
+def test_a_mixed_batch_answers_as_transformers_and_peft_alone(
+    bench: Callable[..., Bench], adapters: dict[str, Path], tiny_model: Path
+) -> None:
+    names = ("one", None, "two", "whole", "dora")
+    mixed = bench()
+    for prompt in PROMPTS:
+        for name in names:
+            mixed.ask(prompt, name)
+    answers = mixed.answers()
+    for place, name in enumerate(names):
+        assert answers[place :: len(names)] == _plain(tiny_model, adapters[name] if name else None, PROMPTS), name
+    assert len(set(answers)) > 15, "adapters that say the same would prove nothing"
+    assert set(mixed.resident.loaded) == {"job1", "job2", "job3", "job4"}
+
+
+def test_requests_that_come_and_go_at_any_time_change_no_answer(bench: Callable[..., Bench]) -> None:
+    alone = bench(rows=1)
+    many = bench(rows=3)
+    lengths = [3, 17, 9, 30, 1, 12, 22, 5, 40, 8]
+    asked = [(PROMPTS[n % 5], ("one", "two", None)[n % 3], lengths[n]) for n in range(10)]
+    for prompt, name, tokens in asked:
+        alone.ask(prompt, name, tokens)
+    widths = set()
+    for prompt, name, tokens in asked:
+        many.ask(prompt, name, tokens)
+        many.engine.step()  # the next one joins a batch that is under way
+        widths.add(many.engine.running)
+    assert max(widths) == 3
+    assert many.answers() == alone.answers()
+    assert many.engine.running == many.engine.waiting == 0
+
+
+def test_a_stop_text_ends_an_answer_before_it_and_none_of_it_is_told(bench: Callable[..., Bench]) -> None:
+    free = bench()
+    free.ask(PROMPTS[1], "one", 40)
+    (text,) = free.answers()
+    stop = text[5:9]
+    held = bench()
+    held.ask(PROMPTS[1], "one", 40, stop=(stop, "never said"))
+    (cut,) = held.answers()
+    assert cut == text[: text.index(stop)] and held.said[0][-1].ended == "stop"
+
+
+def test_draws_follow_their_seed_and_not_their_neighbours(bench: Callable[..., Bench]) -> None:
+    one, other = bench(), bench()
+    for seed in (7, 7, 8):
+        one.ask(PROMPTS[0], "one", temperature=1.5, top_p=0.9, seed=seed)
+    other.ask(PROMPTS[3], "two")
+    other.ask(PROMPTS[0], "one", temperature=1.5, top_p=0.9, seed=7)
+    first, again, another = one.answers()
+    assert first == again == other.answers()[1]
+    assert first != another
+    greedy = bench()
+    greedy.ask(PROMPTS[0], "one")
+    greedy.ask(PROMPTS[0], "one", temperature=5.0, top_p=1e-9, seed=1)  # only the likeliest token is inside
+    assert len(set(greedy.answers())) == 1
+
+
+def test_a_cancelled_request_leaves_the_batch_and_the_others_go_on(bench: Callable[..., Bench]) -> None:
+    reference = bench()
+    reference.ask(PROMPTS[0], "two", 30)
+    b = bench(rows=2)
+    gone = b.ask(PROMPTS[1], "one", 400)
+    b.ask(PROMPTS[0], "two", 30)
+    never = b.ask(PROMPTS[2], "one", 400)
+    for _ in range(4):
+        b.engine.step()
+    gone.cancelled.set()
+    never.cancelled.set()
+    b.engine.finish()
+    assert [heard[-1].ended for heard in b.said] == ["cancelled", "length", "cancelled"]
+    assert "".join(one.text for one in b.said[1]) == reference.answers()[0]
+    assert b.said[0][-1].tokens < 10 and b.said[2][-1].tokens == 0
+
+
+def test_adapters_are_evicted_by_memory_but_never_in_use(bench: Callable[..., Bench]) -> None:
+    b = bench(memory=80_000)  # two of them
+    for name in ("one", "two", "one", "dora", "two"):
+        b.ask(PROMPTS[0], name, 6)
+        b.engine.finish()
+        assert len(b.resident.loaded) <= 2
+    assert set(b.resident.loaded) == {"job3", "job2"}, "the longest unused went"
+    assert b.said[0][-1] == b.said[2][-1] and b.answers()[0] == b.answers()[2], (
+        "evicted and loaded again, it is the same"
+    )
+    b.ask(PROMPTS[0], "one", 30)
+    b.ask(PROMPTS[0], "two", 30)
+    b.ask(PROMPTS[0], "dora", 4)  # waits: both others are in use
+    b.engine.step()
+    assert b.engine.running == 2 and b.engine.waiting == 1
+    b.answers()
+
+
+def test_an_adapter_that_can_never_fit_is_refused_and_others_are_answered(bench: Callable[..., Bench]) -> None:
+    b = bench(memory=10_000)
+    b.ask(PROMPTS[0], "one")
+    b.ask(PROMPTS[0], None)
+    b.engine.finish()
+    assert b.said[0][-1].ended == "error" and "may take" in (b.said[0][-1].error or "")
+    assert b.said[1][-1].ended in ("stop", "length")
+
+
+def test_the_cache_bounds_the_batch_and_a_request_beyond_it_is_refused(bench: Callable[..., Bench]) -> None:
+    a_token = 2 * 2 * 2 * 16 * 4  # layers, keys and values, heads, width of a head, fp32
+    b = bench(cache_bytes=100 * a_token)
+    assert b.engine.cache_tokens == 100
+    for _ in range(4):
+        b.ask(PROMPTS[0], "one", 30)
+    widths = set()
+    while b.engine.step():
+        widths.add(b.engine.running)
+    assert max(widths) == 2, "three would be 3 x 40 tokens"
+    with pytest.raises(TooLong, match="tokens are more than 100"):
+        b.ask(PROMPTS[0], "one", 99)
+    with pytest.raises(TooLong, match="the prompt has 200 tokens, the model takes 100"):
+        b.engine.room(200)
+
+
+def test_the_models_own_context_is_the_other_bound(bench: Callable[..., Bench]) -> None:
+    assert bench().engine.room(10) == 512 - 10
+
+
+def test_a_failure_in_a_batch_is_told_and_the_next_request_is_answered(
+    bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    b = bench()
+    b.ask(PROMPTS[0], "one")
+    b.ask(PROMPTS[1], "two")
+    b.engine.step()
+    whole = Resident.forward
+
+    def fails(self: Resident, keys: Sequence[str], **tensors: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Resident, "forward", fails)
+    b.engine.step()
+    monkeypatch.setattr(Resident, "forward", whole)
+    assert [heard[-1].error for heard in b.said] == ["the device ran out of memory"] * 2
+    del b.said[:]
+    b.ask(PROMPTS[0], "one")
+    assert b.answers()[0]
+
+
+def test_a_failing_layer_leaves_nothing_behind_in_the_model(bench: Callable[..., Bench]) -> None:
+    """peft's own hooks for adapter_names stay in the model when a forward fails, and every later one fails too."""
+    b = bench()
+    b.ask(PROMPTS[0], "one")
+    b.ask(PROMPTS[1], "two")
+    b.engine.step()
+    layer = b.resident.model.get_base_model().model.layers[1].mlp
+    hook = layer.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(RuntimeError("broken")))
+    b.engine.step()
+    hook.remove()
+    assert [heard[-1].error for heard in b.said] == ["RuntimeError: broken"] * 2
+    del b.said[:]
+    b.ask(PROMPTS[0], "one")
+    b.ask(PROMPTS[1], "two")
+    assert all(b.answers())
+
+
+def test_characters_of_several_tokens_come_whole(tiny_model: Path, bench: Callable[..., Bench]) -> None:
+    from loractl.worker.decoding import _Text
+
+    tokenizer = bench().resident.tokenizer
+    words = "naïve — 東京 🙂 done"
+    text, heard = _Text(tokenizer, ["xx"]), []
+    for token in tokenizer(words).input_ids:
+        heard.append(text.add(token)[0])
+    heard.append(text.rest())
+    assert "".join(heard) == words and len([one for one in heard if one]) > 8
+    assert not any("\N{REPLACEMENT CHARACTER}" in one for one in heard)
+
+
+def test_a_sliding_window_is_kept_and_a_model_without_keys_and_values_is_refused(
+    tmp_path: Path, tiny_model: Path
+) -> None:
+    from transformers import AutoTokenizer, MambaConfig, MambaForCausalLM, MistralConfig, MistralForCausalLM
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    torch.manual_seed(0)
+    shape = {"vocab_size": len(tokenizer), "hidden_size": 32, "num_hidden_layers": 2}
+    windowed = MistralConfig(
+        **shape, intermediate_size=64, num_attention_heads=2, num_key_value_heads=1, sliding_window=6
+    )  # fmt: skip
+    MistralForCausalLM(windowed).save_pretrained(tmp_path / "mistral")
+    MambaForCausalLM(MambaConfig(**shape, state_size=4)).save_pretrained(tmp_path / "mamba")
+    for name in ("mistral", "mamba"):
+        tokenizer.save_pretrained(tmp_path / name)
+    b = Bench(tmp_path / "mistral", {})
+    for prompt in PROMPTS:
+        b.ask(prompt, None)
+    assert b.answers() == _plain(tmp_path / "mistral", None, PROMPTS)
+    with pytest.raises(UsageError, match="can't be served"):
+        Bench(tmp_path / "mamba", {})
+
+
+def test_the_base_in_nf4_answers_in_mixed_batches_too(tiny_model: Path, adapters: dict[str, Path]) -> None:
+    b = Bench(tiny_model, adapters)
+    b.resident = Resident(Base(model=str(tiny_model), revision=None, method=Method.QLORA, dtype="float32"))
+    b.engine = Engine(b.resident, Limits())
+    asked = [(prompt, name) for prompt in PROMPTS[:2] for name in ("one", "two", None)]
+    for prompt, name in asked:
+        b.ask(prompt, name, 8)
+        b.engine.finish()
+    for prompt, name in asked:
+        b.ask(prompt, name, 8)
+    answers = b.answers()
+    assert answers[: len(asked)] == answers[len(asked) :]
+
+
+def test_asking_is_for_any_thread_and_waiting_ends_when_somebody_asks(bench: Callable[..., Bench]) -> None:
+    b = bench()
+    timer = threading.Timer(0.2, lambda: b.ask(PROMPTS[0], None, 4))
+    timer.start()
+    b.engine.wait(60)
+    assert b.engine.waiting == 1
+    b.answers()
+
+
+def test_no_room_is_for_waiting_and_too_large_for_refusing(
+    tiny_model: Path, adapters: dict[str, Path], bench: Callable[..., Bench]
+) -> None:
+    resident = bench(memory=80_000).resident
+    first = resident.hold(_listed("one", tiny_model, adapters["one"]), adapters["one"])
+    second = resident.hold(_listed("two", tiny_model, adapters["two"]), adapters["two"])
+    with pytest.raises(NoRoom):
+        resident.hold(_listed("dora", tiny_model, adapters["dora"]), adapters["dora"])
+    resident.let_go(first)
+    assert resident.hold(_listed("dora", tiny_model, adapters["dora"]), adapters["dora"]).mixes is False
+    assert set(resident.loaded) == {second.key, "job3"}

@@ -1,0 +1,273 @@
+"""The HTTP application of loractl serve: it takes requests on an event loop, and one thread decodes them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hmac
+import json
+import logging
+import threading
+from collections.abc import AsyncIterator, Callable, Mapping
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import JSONResponse, StreamingResponse
+from pydantic import ValidationError
+
+from loractl.common.errors import LoractlError, UsageError
+from loractl.common.spec import DataFormat
+
+from .conversing import prompt_for, text_prompt
+from .decoding import Ask, Engine, Said
+from .library import Library, Listed
+from .openai_api import ChatRequest, Refusal, Reply, TextRequest
+
+log = logging.getLogger("loractl.worker")
+
+DEFAULT_TOKENS = 512
+"""An answer that names no limit ends here."""
+
+MOST_WAITING = 256
+"""Requests that may wait for a place in the batch; further ones are told to come later."""
+
+MOST_BODY_BYTES = 4 * 2**20
+
+
+class Names:
+    """What a request may call the models. Given ones, or all that are stored for the base at that moment."""
+
+    def __init__(self, given: Mapping[str, Listed] | None, library: Library, base: str, revision: str | None) -> None:
+        self._given = given
+        self._library, self._base, self._revision = library, base, revision
+
+    def all(self) -> dict[str, Listed]:
+        if self._given is not None:
+            return dict(self._given)
+        return self._library.on(self._base, self._revision)
+
+    def find(self, name: str) -> Listed | None:
+        """None for the base. Raises KeyError."""
+        if name == "base":
+            return None
+        known = self.all()
+        return known[name] if name in known else known[f"{name}:latest"]
+
+
+def make_app(engine: Engine, names: Names, library: Library, *, key: str | None, temperature: float = 0.0) -> FastAPI:
+    """The application: /v1/models, /v1/chat/completions, /v1/completions and /health."""
+    desk = Desk(engine, names, library, temperature)
+    app = FastAPI(title="loractl", docs_url=None, redoc_url=None, openapi_url=None, lifespan=desk.open)
+
+    @app.exception_handler(Refusal)
+    async def refused(request: Request, refusal: Refusal) -> Response:
+        return _answered(refusal.status, refusal.body())
+
+    @app.middleware("http")
+    async def check_key(request: Request, go_on: Callable[[Any], Any]) -> Any:
+        if key is not None and request.url.path != "/health":
+            sent = request.headers.get("authorization", "").removeprefix("Bearer ").encode()
+            if not hmac.compare_digest(sent, key.encode()):
+                refusal = Refusal(401, "this server wants an API key, and got none or another", code="invalid_api_key")
+                return _answered(401, refusal.body())
+        return await go_on(request)
+
+    @app.get("/health")
+    async def health() -> dict[str, Any]:
+        return {"status": "ok", "running": engine.running, "waiting": engine.waiting}
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": await desk.models()}
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> dict[str, Any]:
+        return await desk.model(name)
+
+    @app.post("/v1/chat/completions")
+    async def chat_completions(request: Request) -> Any:
+        return await desk.chat(await _read(request, ChatRequest), request)
+
+    @app.post("/v1/completions")
+    async def completions(request: Request) -> Any:
+        return await desk.complete(await _read(request, TextRequest), request)
+
+    return app
+
+
+def _answered(status: int, body: dict[str, Any]) -> Response:
+    return JSONResponse(body, status_code=status)
+
+
+async def _read(request: Request, kind: Any) -> Any:
+    """The body as a request of its kind. Raises Refusal, which names the first thing that is wrong."""
+    raw = b""
+    async for block in request.stream():
+        raw += block
+        if len(raw) > MOST_BODY_BYTES:
+            raise Refusal(413, f"the body has more than {MOST_BODY_BYTES} bytes")
+    try:
+        return kind.model_validate_json(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        param = ".".join(str(part) for part in first["loc"]) or None
+        what = first["msg"].removeprefix("Value error, ")
+        raise Refusal(400, f"{param}: {what}" if param else what, param=param) from None
+
+
+class Desk:
+    """Takes requests on the event loop, and hands them to the one thread that decodes."""
+
+    def __init__(self, engine: Engine, names: Names, library: Library, temperature: float) -> None:
+        self._engine, self._names, self._library, self._temperature = engine, names, library, temperature
+        self._over = threading.Event()
+
+    @contextlib.asynccontextmanager
+    async def open(self, app: Any) -> AsyncIterator[None]:
+        """Decode as long as the application lives."""
+        thread = threading.Thread(target=self._decode, name="decode", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            self._over.set()
+            await asyncio.to_thread(thread.join)
+
+    def _decode(self) -> None:
+        while not self._over.is_set():
+            if not self._engine.step():
+                self._engine.wait(0.2)
+
+    async def models(self) -> list[dict[str, Any]]:
+        known = await asyncio.to_thread(self._names.all)
+        base = {"id": "base", "object": "model", "created": 0, "owned_by": "loractl"}
+        return [base, *(_card(name, listed) for name, listed in sorted(known.items()))]
+
+    async def model(self, name: str) -> dict[str, Any]:
+        listed = await self._find(name)
+        return (await self.models())[0] if listed is None else _card(name, listed)
+
+    async def chat(self, asked: ChatRequest, request: Request) -> Any:
+        listed = await self._find(asked.model)
+        messages = [message.plain() for message in asked.messages]
+        format = await self._format(listed)
+        ids = await _refusing(lambda: prompt_for(format, messages, self._tokenizer))
+        return await self._answer(asked, listed, ids, request, chat=True)
+
+    async def complete(self, asked: TextRequest, request: Request) -> Any:
+        listed = await self._find(asked.model)
+        ids = await _refusing(lambda: text_prompt(asked.text, self._tokenizer))
+        return await self._answer(asked, listed, ids, request, chat=False)
+
+    @property
+    def _tokenizer(self) -> Any:
+        return self._engine.tokenizer
+
+    async def _find(self, name: str) -> Listed | None:
+        try:
+            return await asyncio.to_thread(self._names.find, name)
+        except KeyError:
+            what = f"there is no model {name!r} here; /v1/models lists them"
+            raise Refusal(404, what, code="model_not_found", param="model") from None
+
+    async def _format(self, listed: Listed | None) -> Any:
+        if listed is None:
+            return DataFormat.MESSAGES
+        return await _refusing(lambda: self._library.format(listed))
+
+    async def _answer(
+        self, asked: ChatRequest | TextRequest, listed: Listed | None, ids: list[int], request: Request, *, chat: bool
+    ) -> Any:
+        if self._engine.waiting >= MOST_WAITING:
+            raise Refusal(503, f"{MOST_WAITING} requests wait already; try again in a while", code="overloaded")
+        room = await _refusing(lambda: self._engine.room(len(ids)))
+        said: asyncio.Queue[Said] = asyncio.Queue()
+        loop = asyncio.get_running_loop()
+        ask = await self._ask(asked, listed, ids, min(asked.limit or DEFAULT_TOKENS, room), loop, said)
+        self._engine.ask(ask)
+        reply = Reply(asked.model, len(ids), chat=chat)
+        if asked.stream:
+            events = self._events(reply, said, ask, usage=asked.usage_wanted)
+            return StreamingResponse(events, media_type="text/event-stream", headers={"cache-control": "no-cache"})
+        return await self._whole(reply, said, ask, request)
+
+    async def _ask(
+        self,
+        asked: ChatRequest | TextRequest,
+        listed: Listed | None,
+        ids: list[int],
+        limit: int,
+        loop: asyncio.AbstractEventLoop,
+        said: asyncio.Queue[Said],
+    ) -> Ask:
+        folder = None if listed is None else await _refusing(lambda: self._library.fetch(listed))
+        return Ask(
+            prompt=ids,
+            say=lambda one: _hand_over(loop, said, one),
+            max_new_tokens=limit,
+            adapter=listed,
+            folder=folder,
+            temperature=self._temperature if asked.temperature is None else asked.temperature,
+            top_p=1.0 if asked.top_p is None else asked.top_p,
+            seed=asked.seed,
+            stop=asked.stops,
+        )
+
+    async def _whole(self, reply: Any, said: asyncio.Queue[Said], ask: Ask, request: Request) -> dict[str, Any]:
+        text = ""
+        while True:
+            try:
+                one = await asyncio.wait_for(said.get(), timeout=1)
+            except TimeoutError:
+                if await request.is_disconnected():
+                    ask.cancelled.set()
+                    raise Refusal(499, "the caller has gone") from None
+                continue
+            text += one.text
+            if one.ended == "error":
+                raise Refusal(500, one.error or "the answer failed")
+            if one.ended is not None:
+                return reply.whole(text, one)
+
+    async def _events(self, reply: Any, said: asyncio.Queue[Said], ask: Ask, *, usage: bool) -> AsyncIterator[str]:
+        """Server-sent events; a caller who leaves ends the answer."""
+        try:
+            while True:
+                one = await said.get()
+                if one.ended == "error":
+                    yield _event(Refusal(500, one.error or "the answer failed").body())
+                    break
+                yield _event(reply.piece(one))
+                if one.ended is not None:
+                    if usage:
+                        yield _event(reply.last_piece(one))
+                    break
+            yield "data: [DONE]\n\n"
+        finally:
+            ask.cancelled.set()
+
+
+def _hand_over(loop: asyncio.AbstractEventLoop, said: asyncio.Queue[Said], one: Said) -> None:
+    with contextlib.suppress(RuntimeError):  # the loop has ended, and with it the caller
+        loop.call_soon_threadsafe(said.put_nowait, one)
+
+
+def _event(body: dict[str, Any]) -> str:
+    return f"data: {json.dumps(body, ensure_ascii=False)}\n\n"
+
+
+def _card(name: str, listed: Listed) -> dict[str, Any]:
+    about = {"job_id": listed.job_id, "name": listed.name, "base_model": listed.spec.base_model}
+    return {"id": name, "object": "model", "created": listed.created, "owned_by": "loractl", **about}
+
+
+async def _refusing(work: Callable[[], Any]) -> Any:
+    """Do it beside the event loop; what is wrong becomes the API's kind of error."""
+    try:
+        return await asyncio.to_thread(work)
+    except UsageError as error:
+        hint = f" ({error.hint})" if error.hint else ""
+        raise Refusal(400, f"{error.sentence}{hint}") from error
+    except LoractlError as error:
+        log.error("%s", error.sentence)
+        raise Refusal(503, error.sentence) from error
