@@ -19,7 +19,7 @@ from .settings import Settings, make_private, redacted
 if TYPE_CHECKING:
     from alembic.config import Config
 
-HEAD = "0003"
+HEAD = "0004"
 """The newest migration in migrations/versions; a test holds it equal to Alembic's own head."""
 
 SQLITE_BUSY_MS = 30_000

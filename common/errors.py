@@ -6,6 +6,7 @@ LoractlError                    1  failed
 ├── UsageError                  2  a command was used wrongly
 ├── JobNotFound                 3  no such job
 ├── AdapterNotFound             3  no such adapter
+├── SweepNotFound               3  no such sweep
 ├── ServiceUnreachable          4  database, Redis or artifact store can't be reached
 ├── Forbidden                   1  the database's user has no right to do that
 ├── SchemaMismatch              1  the database is older or newer than this loractl
@@ -112,6 +113,16 @@ class AdapterNotFound(LoractlError):
     def __init__(self, reference: str) -> None:
         super().__init__(f"no adapter {reference} is stored", "loractl adapters lists what is stored")
         self.reference = reference
+
+
+class SweepNotFound(LoractlError):
+    """There is no sweep with that number."""
+
+    exit_code = ExitCode.NO_SUCH_JOB
+
+    def __init__(self, sweep_id: int) -> None:
+        super().__init__(f"there is no sweep {sweep_id}", "loractl status -a --json names each job's sweep_id")
+        self.sweep_id = sweep_id
 
 
 class ServiceUnreachable(LoractlError):

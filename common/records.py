@@ -13,6 +13,9 @@ from .status import Stage
 if TYPE_CHECKING:
     from .spec import JobSpec  # pydantic's models take 80 ms to build, and who only reads jobs needs none
 
+HELD_OUT_LOSS = "held_out_loss"
+"""The metric in which a trainer tells the tuned model's loss of the final evaluation, nats a token."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Submission:
@@ -51,6 +54,8 @@ class Claim:
     vram_reserved: int | None = None  # bytes of the card that are the attempt's; None: no limit
     adjustment: Adjustment = field(default_factory=Adjustment)
     checkpoint: StoredCheckpoint | None = None
+    sweep_id: int | None = None  # of which the job is a member
+    rungs: tuple[float, ...] = ()  # shares of its steps at which it may be stopped as one of the sweep's losers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +87,7 @@ class Beat:
     accepted: bool  # False: the lease is lost, stop at once and write nothing
     cancel_requested: bool = False
     preempted_by: int | None = None  # a job of higher priority that needs the room
+    pruned: str | None = None  # why its sweep stops it at the rung that this beat reached
 
 
 @dataclass(frozen=True, kw_only=True)

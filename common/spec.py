@@ -99,12 +99,28 @@ def _methods(value: Any) -> Method | list[Method]:
     return [Method(name) for name in value]
 
 
+def _steps_or_share(value: Any) -> int | float:
+    """Whole steps, or below 1 a share of all steps. Not limits of a union: it would complain once for each kind."""
+    try:
+        number = float("nan") if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        raise PydanticKnownError("float_type") from None
+    if not number > 0:
+        raise PydanticKnownError("greater_than", {"gt": 0})
+    if number > LARGEST:
+        raise PydanticKnownError("less_than_equal", {"le": LARGEST})
+    if number >= 1 and not number.is_integer():
+        raise ValueError("is not a whole number; below 1 it is a share of all steps")
+    return int(number) if number >= 1 else number
+
+
 Printable = Annotated[str, AfterValidator(_printable)]
 ColumnName = Literal[
     "messages", "conversations", "role", "content", "from", "value", "system", "instruction", "input", "output",
     "prompt", "completion", "text",
 ]  # fmt: skip
 Methods = Annotated[Method | list[Method], BeforeValidator(_methods)]
+StepsOrShare = Annotated[int | float, BeforeValidator(_steps_or_share)]
 Size = Annotated[int, BeforeValidator(parse_size)]
 Duration = Annotated[float, BeforeValidator(parse_duration), Field(le=3650 * 86400)]  # dates end somewhere
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
@@ -205,8 +221,8 @@ class TrainingSpec(_Section):
     """Compile the model: a minute or more at the start, for faster steps."""
     save_steps: int = Field(50, ge=1, le=LARGEST)
     """A checkpoint every so many steps."""
-    eval_steps: int | None = Field(None, ge=1, le=LARGEST)
-    """Held-out loss every so many steps; null: only before and after."""
+    eval_steps: StepsOrShare | None = None
+    """Held-out loss every so many steps, or below 1 every such share of all steps; null: only before and after."""
     early_stopping_patience: int | None = Field(None, ge=1, le=LARGEST)
     """Stop when so many evaluations in a row (eval_steps) did not improve the held-out loss."""
     load_best_model_at_end: bool = False

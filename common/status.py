@@ -13,7 +13,7 @@ class Status(enum.StrEnum):
     RUNNING = "running"  # an attempt holds a lease on it
     SUCCEEDED = "succeeded"  # adapter and report are stored and verified
     FAILED = "failed"  # ended without a result; the reason says why
-    CANCELLED = "cancelled"  # ended because a person asked for it
+    CANCELLED = "cancelled"  # ended because a person asked for it, or a sweep that stops its losers
 
     @property
     def is_terminal(self) -> bool:
@@ -50,6 +50,7 @@ class Reason(enum.StrEnum):
     DIVERGED = "diverged"
     TIMED_OUT = "timed_out"
     CANCELLED = "cancelled"
+    PRUNED = "pruned"
     PREEMPTED = "preempted"
     DRAINED = "drained"
     WORKER_LOST = "worker_lost"
@@ -111,6 +112,12 @@ OUTCOMES: dict[Reason, Outcome] = {
     ),
     Reason.CANCELLED: Outcome(
         status=Status.CANCELLED, retryable=False, counts=False, advice="loractl retry JOB queues it again"
+    ),
+    Reason.PRUNED: Outcome(
+        status=Status.CANCELLED,
+        retryable=False,
+        counts=False,
+        advice="nothing to do: others of its sweep did better; loractl retry JOB runs it to its end",
     ),
     Reason.PREEMPTED: Outcome(status=Status.FAILED, retryable=True, counts=False, advice=_LAB),
     Reason.DRAINED: Outcome(status=Status.FAILED, retryable=True, counts=False, advice=_LAB),

@@ -36,7 +36,7 @@ from sqlalchemy.orm import Session
 from loractl import __version__
 
 from .adjustment import Adjustment
-from .errors import JobNotFound, WrongState
+from .errors import JobNotFound, SweepNotFound, WrongState
 from .fleet import (
     OCCUPANT,
     FleetView,
@@ -72,7 +72,8 @@ from .records import Beat, Claim, Left, NodeState, Progress, StoredCheckpoint, S
 from .retention import ENDED, Over, SpentLog, beyond_newest, drop_result, read_needed_data, read_over, spent_logs
 from .settings import LEASE_S
 from .status import LAB_RETRY_DELAY_S, OUTCOMES, WORKER_LOST_LIMIT, Reason, Stage, Status, retry_delay_s
-from .tables import Adapter, Attempt, DrainOrder, Event, Job, LogChunk, MetricPoint, Node, Use, UtcDateTime
+from .sweeps import NewSweep, SweepView, read_rungs, read_sweeps, read_verdict, rung_points
+from .tables import Adapter, Attempt, DrainOrder, Event, Job, LogChunk, MetricPoint, Node, Sweep, Use, UtcDateTime
 from .units import GIB, gib
 
 if TYPE_CHECKING:
@@ -110,39 +111,21 @@ class Store:
 
     def submit(self, submission: Submission) -> int:
         """Write a QUEUED job; its number is durable when this returns."""
-        spec = submission.spec
+        with self._write() as session:
+            return self._queue(session, submission, self._now_value(session))
+
+    def submit_sweep(self, sweep: NewSweep, members: Sequence[Submission]) -> int:
+        """Write all members of a sweep as QUEUED jobs, or none; returns the sweep's number."""
         with self._write() as session:
             now = self._now_value(session)
-            until = None
-            if spec.lora_patience is not None and submission.methods == (Method.LORA, Method.QLORA):
-                until = now + dt.timedelta(seconds=spec.lora_patience)
-            job = Job(
-                name=spec.name,
-                user=submission.user,
-                labels=dict(spec.labels),
-                spec=spec.model_dump(mode="json"),
-                spec_hash=spec.spec_hash(),
-                base_model=spec.base_model,
-                data=submission.data,
-                priority=spec.priority,
-                vram_lora=submission.need.lora,
-                vram_qlora=submission.need.qlora,
-                planned=vars(submission.planned),
-                methods=[method.value for method in submission.methods],
-                lora_until=until,
-                need_key=submission.need_key,
-                family=submission.family,
-                preemptible=spec.preemptible,
-                version=__version__,
-                max_retries=spec.max_retries,
-                status=Status.QUEUED,
-                submitted_at=now,
-            )
-            _line_up(job, spec.resources.node_labels, now)
-            session.add(job)
+            settings = {"varied": dict(sweep.varied), "trials": sweep.trials, "seed": sweep.seed}
+            rungs = None if sweep.rungs is None else list(sweep.rungs)
+            row = Sweep(name=sweep.name, user=sweep.user, settings=settings, rungs=rungs, created_at=now)
+            session.add(row)
             session.flush()
-            self._event(session, job.job_id, None, "queued", f"queued by {submission.user}")
-            return job.job_id
+            for member in members:
+                self._queue(session, member, now, row.sweep_id)
+            return row.sweep_id
 
     def cancel(self, job_id: int, user: str) -> Job:
         """Cancel a waiting job now, or ask a running one's trainer to stop.
@@ -150,21 +133,18 @@ class Store:
         Raises JobNotFound, WrongState when it has ended.
         """
         with self._write() as session:
-            now = self._now_value(session)
-            waiting = _change(job_id, Status.QUEUED).values(
-                status=Status.CANCELLED, reason=Reason.CANCELLED, message=f"cancelled by {user}", ended_at=now
-            )
-            if not _rows(session, waiting):
-                running = _change(job_id, Status.RUNNING).values(cancel_requested=True)
-                if not _rows(session, running):
-                    ended = self._get(session, job_id)
-                    raise WrongState(f"job {job_id} has already {_ended_as(ended)}")
-            job = self._get(session, job_id)
-            kind = "cancelled" if job.status is Status.CANCELLED else "cancel"
-            self._event(
-                session, job_id, None, kind, f"{'cancelled' if kind == 'cancelled' else 'cancel asked for'} by {user}"
-            )
-            return job
+            return self._cancel(session, job_id, user)
+
+    def cancel_sweep(self, sweep_id: int, user: str) -> list[Job]:
+        """Cancel all members of a sweep that have not ended. Raises SweepNotFound, WrongState when all have."""
+        with self._write() as session:
+            left = select(Job.job_id).where(Job.sweep_id == sweep_id, Job.status.in_([Status.QUEUED, Status.RUNNING]))
+            found = session.scalars(left.order_by(Job.job_id).with_for_update()).all()
+            if not found and session.get(Sweep, sweep_id) is None:
+                raise SweepNotFound(sweep_id)
+            if not found:
+                raise WrongState(f"all jobs of sweep {sweep_id} have ended")
+            return [self._cancel(session, job_id, user) for job_id in found]
 
     def retry(self, job_id: int, user: str) -> Job:
         """Queue a failed, cancelled or held job again, with all its retries. Raises JobNotFound, WrongState."""
@@ -316,10 +296,15 @@ class Store:
             vram_reserved=placed.reserved,
             adjustment=Adjustment(**(job.adjustment or {})),
             checkpoint=None if job.checkpoint is None else StoredCheckpoint(**job.checkpoint),
+            sweep_id=job.sweep_id,
+            rungs=read_rungs(session, job),
         )
 
     def beat(self, claim: Claim, progress: Progress) -> Beat:
-        """Extend the lease and write what is new: progress, metrics, events, log lines."""
+        """Extend the lease and write what is new: progress, metrics, events, log lines.
+
+        A member of a sweep that reaches a rung is compared in this transaction, and may be told to stop.
+        """
         values = {
             name: value
             for name in ("stage", "step", "total_steps", "loss", "tokens_per_second", *_ETA)
@@ -333,7 +318,12 @@ class Store:
             if row is None:
                 return Beat(accepted=False)
             self._record(session, claim, progress)
-            return Beat(accepted=True, cancel_requested=row.cancel_requested, preempted_by=row.preempted_by)
+            return Beat(
+                accepted=True,
+                cancel_requested=row.cancel_requested,
+                preempted_by=row.preempted_by,
+                pruned=read_verdict(session, claim, rung_points(claim, progress)),
+            )
 
     def keep_checkpoint(self, claim: Claim, checkpoint: StoredCheckpoint) -> bool:
         """Name a stored checkpoint as the one that a later attempt goes on from; False when the lease is lost."""
@@ -355,6 +345,7 @@ class Store:
             if job.token != claim.token or job.status is not Status.RUNNING:
                 return self._already_finished(session, claim, reason, job)
             self._record(session, claim, progress)  # first: what was told before the end stands before it
+            job.step, job.total_steps = progress.step or job.step, progress.total_steps or job.total_steps
             self._end_attempt(session, job, reason, message, now)
             if result is not None:
                 job.adapter_uri, job.report_uri = result.adapter_uri, result.report_uri
@@ -574,6 +565,7 @@ class Store:
         user: str | None = None,
         label: tuple[str, str] | None = None,
         ended_since: dt.datetime | None = None,
+        sweep_id: int | None = None,
         limit: int | None = None,
     ) -> list[Job]:
         """Jobs, newest first, that match every given filter."""
@@ -586,8 +578,21 @@ class Store:
             query = query.where(Job.labels[label[0]].as_string() == label[1])
         if ended_since:
             query = query.where(Job.ended_at >= ended_since)
+        if sweep_id is not None:
+            query = query.where(Job.sweep_id == sweep_id)
         with self._read() as session:
             return list(session.scalars(query.limit(limit)))
+
+    def sweep(self, sweep_id: int) -> SweepView:
+        """One sweep with its members. Raises SweepNotFound."""
+        for found in self.sweeps([sweep_id]):
+            return found
+        raise SweepNotFound(sweep_id)
+
+    def sweeps(self, sweep_ids: Collection[int]) -> list[SweepView]:
+        """Those of the sweeps that exist, with their members, by number."""
+        with self._read() as session:
+            return read_sweeps(session, sweep_ids)
 
     def attempts(self, job_id: int) -> list[Attempt]:
         return self._all(select(Attempt).where(Attempt.job_id == job_id).order_by(Attempt.attempt))
@@ -682,6 +687,57 @@ class Store:
 
     # --- inside ---
 
+    def _queue(self, session: Session, submission: Submission, now: dt.datetime, sweep_id: int | None = None) -> int:
+        spec, until = submission.spec, None
+        if spec.lora_patience is not None and submission.methods == (Method.LORA, Method.QLORA):
+            until = now + dt.timedelta(seconds=spec.lora_patience)
+        job = Job(
+            name=spec.name,
+            user=submission.user,
+            labels=dict(spec.labels),
+            spec=spec.model_dump(mode="json"),
+            spec_hash=spec.spec_hash(),
+            base_model=spec.base_model,
+            data=submission.data,
+            priority=spec.priority,
+            vram_lora=submission.need.lora,
+            vram_qlora=submission.need.qlora,
+            planned=vars(submission.planned),
+            methods=[method.value for method in submission.methods],
+            lora_until=until,
+            need_key=submission.need_key,
+            family=submission.family,
+            preemptible=spec.preemptible,
+            version=__version__,
+            max_retries=spec.max_retries,
+            status=Status.QUEUED,
+            submitted_at=now,
+            sweep_id=sweep_id,
+        )
+        _line_up(job, spec.resources.node_labels, now)
+        session.add(job)
+        session.flush()
+        of_sweep = "" if sweep_id is None else f" as a member of sweep {sweep_id}"
+        self._event(session, job.job_id, None, "queued", f"queued by {submission.user}{of_sweep}")
+        return job.job_id
+
+    def _cancel(self, session: Session, job_id: int, user: str) -> Job:
+        now = self._now_value(session)
+        waiting = _change(job_id, Status.QUEUED).values(
+            status=Status.CANCELLED, reason=Reason.CANCELLED, message=f"cancelled by {user}", ended_at=now
+        )
+        if not _rows(session, waiting):
+            running = _change(job_id, Status.RUNNING).values(cancel_requested=True)
+            if not _rows(session, running):
+                ended = self._get(session, job_id)
+                raise WrongState(f"job {job_id} has already {_ended_as(ended)}")
+        job = self._get(session, job_id)
+        kind = "cancelled" if job.status is Status.CANCELLED else "cancel"
+        self._event(
+            session, job_id, None, kind, f"{'cancelled' if kind == 'cancelled' else 'cancel asked for'} by {user}"
+        )
+        return job
+
     def _write(self) -> _Transaction:
         return _Transaction(self._engine, read_only=False)
 
@@ -731,9 +787,10 @@ class Store:
 
     def _record(self, session: Session, claim: Claim, progress: Progress) -> None:
         """Write the append-only part of a heartbeat; the caller has checked the token in this transaction."""
+        rungs = [(point.step, point.metric, point.loss) for point in rung_points(claim, progress)]
         points = [
             {"job_id": claim.job_id, "attempt": claim.attempt, "step": step, "name": name, "value": value}
-            for step, name, value in progress.metrics
+            for step, name, value in (*progress.metrics, *rungs)
             if math.isfinite(value)  # SQLite keeps a NaN as null
         ]
         if points:
@@ -809,8 +866,8 @@ class Store:
             again, message = self._need_more(session, job, gave or 0, message, now)
             job.message = message
         if not again:
-            job.status = Status.CANCELLED if job.cancel_requested and reason is not Reason.OK else outcome.status
-            job.reason = Reason.CANCELLED if job.status is Status.CANCELLED else reason
+            asked = job.cancel_requested and reason is not Reason.OK
+            job.status, job.reason = (Status.CANCELLED, Reason.CANCELLED) if asked else (outcome.status, reason)
             job.ended_at = now
             job.checkpoint = None  # its files are removed
             self._event(session, job.job_id, job.attempt, job.status.value, message)

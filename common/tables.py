@@ -130,6 +130,21 @@ class Job(Base):
     ended_at: Mapped[Timestamp | None]
     adapter_uri: Mapped[str | None] = mapped_column(Text)
     report_uri: Mapped[str | None] = mapped_column(Text)
+    sweep_id: Mapped[int | None] = mapped_column(index=True)  # of which it is a member
+
+
+class Sweep(Base):
+    """Jobs of one job file with different settings, submitted together."""
+
+    __tablename__ = "sweeps"
+    __table_args__ = ({"sqlite_autoincrement": True},)
+
+    sweep_id: Mapped[Key]
+    name: Mapped[str]
+    user: Mapped[str]
+    settings: Mapped[dict[str, Any]]  # varied: text as it was given, by key; trials and seed where points were drawn
+    rungs: Mapped[list[float] | None] = mapped_column(JSON(none_as_null=True))  # shares; null: no loser is stopped
+    created_at: Mapped[Timestamp]
 
 
 class Attempt(Base):

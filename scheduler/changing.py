@@ -3,27 +3,43 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
+if TYPE_CHECKING:
+    from loractl.common.tables import Job
+
 
 @click.command()
-@click.argument("job_ids", nargs=-1, required=True, type=int, metavar="JOB...")
-def cancel(job_ids: tuple[int, ...]) -> None:
+@click.argument("job_ids", nargs=-1, type=int, metavar="JOB...")
+@click.option("--sweep", "sweep_id", type=int, metavar="N", help="All members of a sweep that have not ended.")
+def cancel(job_ids: tuple[int, ...], sweep_id: int | None) -> None:
     """Cancel waiting or running jobs.
 
     A waiting job ends at once; a running one's trainer is asked to stop and killed if it does not within 10 s.
     """
+    from loractl.common.errors import UsageError
+
+    from .session import open_session
+
+    if bool(job_ids) == (sweep_id is not None):
+        raise UsageError("cancel takes jobs, or a sweep", "like loractl cancel 12, or loractl cancel --sweep 3")
+    settings, store = open_session()
+    if sweep_id is not None:
+        for job in store.cancel_sweep(sweep_id, settings.user):
+            _tell_cancelled(job)
+    for job_id in job_ids:
+        _tell_cancelled(store.cancel(job_id, settings.user))
+
+
+def _tell_cancelled(job: Job) -> None:
     from loractl.common.status import Status
 
     from .render import plain
-    from .session import open_session
 
-    settings, store = open_session()
-    for job_id in job_ids:
-        job = store.cancel(job_id, settings.user)
-        done = "is cancelled" if job.status is Status.CANCELLED else f"is being stopped on {plain(job.node or '')}"
-        click.echo(f"Job {job_id} {done}.")
+    done = "is cancelled" if job.status is Status.CANCELLED else f"is being stopped on {plain(job.node or '')}"
+    click.echo(f"Job {job.job_id} {done}.")
 
 
 @click.command()

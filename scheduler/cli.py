@@ -17,6 +17,10 @@ from .lazy import Commands, LazyGroup
 
 COMMANDS: Commands = {
     "submit": ("loractl.scheduler.submit:submit", "Queue the jobs of one or more job files."),
+    "sweep": (
+        "loractl.scheduler.sweep:sweep",
+        "Try settings of a job file: a group of jobs, compared, whose losers may stop early.",
+    ),
     "worker": ("loractl.worker.cli:worker", "Serve this box's devices: claim waiting jobs that fit and train them."),
     "status": ("loractl.scheduler.reading:status", "List what runs and what waits, or one job in full."),
     "show": ("loractl.scheduler.reading:show", "Show a job's history, attempts and resolved spec."),

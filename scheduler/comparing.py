@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from loractl.common.errors import UsageError
+from loractl.common.errors import UsageError, WrongState
 from loractl.common.units import duration, gib
 
 from .render import Screen, detect_screen, plain, table
@@ -66,31 +66,54 @@ class Compared:
 
 
 @click.command()
-@click.argument("job_ids", type=int, metavar="JOB...", nargs=-1, required=True)
+@click.argument("job_ids", type=int, metavar="JOB...", nargs=-1)
+@click.option("--sweep", "sweep_id", type=int, metavar="N", help="The members of a sweep, and which of them is best.")
 @click.option(
     "--plot", type=click.Path(path_type=Path, dir_okay=False), help="Draw loss curves and changes into a PNG."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def compare(job_ids: tuple[int, ...], plot: Path | None, as_json: bool) -> None:
+def compare(job_ids: tuple[int, ...], sweep_id: int | None, plot: Path | None, as_json: bool) -> None:
     """Compare finished jobs: losses, memory, time, and their settings.
 
     The one with the least held-out loss leads; those that were measured on the same rows are compared with it, row by
     row.
     """
-    if len(set(job_ids)) < 2:
+    if sweep_id is None and len(set(job_ids)) < 2:
         raise UsageError("there is nothing to compare", "name two jobs or more: loractl compare 12 13")
+    if sweep_id is not None and job_ids:
+        raise UsageError("--sweep compares the members of one sweep", f"alone: loractl compare --sweep {sweep_id}")
     if plot is not None:
         from .picture import require_matplotlib
 
         require_matplotlib("compare")
-    jobs = ranked([_read(job_id) for job_id in dict.fromkeys(job_ids)])
-    if as_json:
-        click.echo(json.dumps(_as_json(jobs)))
+    if sweep_id is not None:
+        jobs = _compare_members(sweep_id, as_json=as_json)
     else:
-        click.echo(_text(jobs, detect_screen()))
+        jobs = ranked([_read(job_id) for job_id in dict.fromkeys(job_ids)])
+        click.echo(json.dumps(_as_json(jobs)) if as_json else _text(jobs, detect_screen()))
     if plot is not None:
         _draw(jobs, plot)
         click.echo(f"The picture is in {plot}.", err=True)
+
+
+def _compare_members(sweep_id: int, *, as_json: bool) -> list[Compared]:
+    """Print the finished members of a sweep, the stopped ones and the winner. Raises WrongState without a result."""
+    from . import winner
+    from .session import open_session
+
+    view = open_session()[1].sweep(sweep_id)
+    finished = [member.job_id for member in view.members if member.has_result]
+    if not finished:
+        raise WrongState(
+            f"no member of sweep {sweep_id} has a result",
+            f"loractl status --sweep {sweep_id} shows where they stand",
+        )
+    jobs = ranked([_read(job_id) for job_id in finished])
+    if as_json:
+        click.echo(json.dumps({**_as_json(jobs), **winner.fields(view, jobs)}))
+    else:
+        click.echo(winner.text(view, jobs, detect_screen()))
+    return jobs
 
 
 def ranked(jobs: Sequence[Compared]) -> list[Compared]:
@@ -171,10 +194,10 @@ def _text(jobs: Sequence[Compared], screen: Screen) -> str:
                 str(job.job_id),
                 plain(job.report["job"]["name"])[:28],
                 job.report["method"],
-                screen.style(_number(job.loss, 3), bold=job is jobs[0]),
-                _change(job),
-                _reading(job, jobs[0]),
-                *(_number(job.metrics[name]["tuned"], 1) for name in others),
+                screen.style(number(job.loss, 3), bold=job is jobs[0]),
+                change(job),
+                reading(job, jobs[0]),
+                *(number(job.metrics[name]["tuned"], 1) for name in others),
                 gib(job.report["training"]["peak_memory_bytes"]),
                 duration(job.report["wall_seconds"]),
             ]
@@ -198,13 +221,13 @@ def _text(jobs: Sequence[Compared], screen: Screen) -> str:
     return "\n".join(lines)
 
 
-def _reading(job: Compared, best: Compared) -> str:
+def reading(job: Compared, best: Compared) -> str:
     if job is best:
         return "best" if job.rows else "least loss"
     return job.against.reading if job.against else "other held-out rows"
 
 
-def _change(job: Compared) -> str:
+def change(job: Compared) -> str:
     if job.against is None:
         return ""
     a = job.against
@@ -217,7 +240,7 @@ def _title(job: Compared, name: str) -> str:
     return str(metric["label"]).upper() + (" %" if metric["unit"] == "%" else "")
 
 
-def _number(value: float | None, digits: int) -> str:
+def number(value: float | None, digits: int) -> str:
     return "\N{EN DASH}" if value is None or not math.isfinite(value) else f"{value:.{digits}f}"
 
 
@@ -233,7 +256,7 @@ def _as_json(jobs: Sequence[Compared]) -> dict[str, Any]:
                 "job_id": job.job_id,
                 "name": job.report["job"]["name"],
                 "method": job.report["method"],
-                "reading": _reading(job, jobs[0]),
+                "reading": reading(job, jobs[0]),
                 "against_best": None
                 if job.against is None
                 else {

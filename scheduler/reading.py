@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import click
@@ -30,23 +31,36 @@ _WATCH_S = 2.0
 @click.option("--user", help="Only this person's jobs.")
 @click.option("--label", metavar="KEY=VALUE", help="Only jobs with this label.")
 @click.option("-n", "--limit", type=click.IntRange(1), default=50, show_default=True, help="At most so many with -a.")
+@click.option("--sweep", "sweep_id", type=int, metavar="N", help="The members of a sweep.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def status(
-    job_id: int | None, everything: bool, watch: bool, user: str | None, label: str | None, limit: int, as_json: bool
+    job_id: int | None,
+    everything: bool,
+    watch: bool,
+    user: str | None,
+    label: str | None,
+    limit: int,
+    sweep_id: int | None,
+    as_json: bool,
 ) -> None:
     """List what runs and what waits, or one job in full.
 
-    Without JOB and -a: running jobs, waiting jobs with the reason, and how many ended today.
+    Without JOB and -a: running jobs, waiting jobs with the reason, a line a sweep, and how many ended today.
     """
     from loractl.common.errors import UsageError
 
     from .session import open_session
 
+    if sweep_id is not None and (job_id is not None or everything or user or label):
+        raise UsageError("--sweep lists the members of one sweep", f"alone: loractl status --sweep {sweep_id}")
     if label is not None and "=" not in label:
         raise UsageError(f"--label {label} is not of the form KEY=VALUE", "like --label project=support")
     _, store = open_session()
     if watch and as_json:
         raise UsageError("--watch draws for people, --json prints once", "leave one of them out")
+    if sweep_id is not None:
+        _open_sweep(store, sweep_id, watch=watch, as_json=as_json)
+        return
     if job_id is not None and watch:
         sys.exit(follow(store, job_id))
     if job_id is not None:
@@ -72,12 +86,35 @@ def status(
     if not watch:
         click.echo(_overview(store, user, pair))
         return
-    if not sys.stdout.isatty():
-        raise UsageError("--watch without a JOB needs a terminal", "loractl status JOB --watch works in a pipe")
+    _require_terminal()
     frame = _Frame()
     while True:
         frame.draw(_overview(store, user, pair))
         time.sleep(_WATCH_S)
+
+
+def _open_sweep(store: Store, sweep_id: int, *, watch: bool, as_json: bool) -> None:
+    from . import render_sweep
+
+    view = store.sweep(sweep_id)
+    if as_json:
+        click.echo(json.dumps(render_sweep.fields(view)))
+        return
+    if watch:
+        _require_terminal()
+    frame = _Frame()
+    frame.draw(render_sweep.opened(view, render.detect_screen()))
+    while watch and not view.ended:
+        time.sleep(_WATCH_S)
+        view = store.sweep(sweep_id)
+        frame.draw(render_sweep.opened(view, render.detect_screen()))
+
+
+def _require_terminal() -> None:
+    from loractl.common.errors import UsageError
+
+    if not sys.stdout.isatty():
+        raise UsageError("--watch without a JOB needs a terminal", "loractl status JOB --watch works in a pipe")
 
 
 @click.command()
@@ -195,7 +232,16 @@ def _overview(store: Store, user: str | None, label: tuple[str, str] | None) -> 
     running = [job for job in found if job.status is Status.RUNNING]
     waiting = [job for job in found if job.status is Status.QUEUED]
     ended = store.jobs(ended_since=midnight, user=user, label=label)
-    return render.overview(running, waiting, reasons, starts, ended, now, render.detect_screen())
+    screen, sweeps = render.detect_screen(), _sweeps(store, [*found, *ended])
+    return render.overview(running, waiting, reasons, starts, ended, now, screen, sweeps)
+
+
+def _sweeps(store: Store, jobs: Sequence[Job]) -> list[str]:
+    """A line for each sweep that these jobs are members of."""
+    from .render_sweep import overview
+
+    sweep_ids = {job.sweep_id for job in jobs if job.sweep_id is not None}
+    return overview(store.sweeps(sweep_ids), render.detect_screen()) if sweep_ids else []
 
 
 def _unfinished(store: Store, user: str | None, label: tuple[str, str] | None) -> list[Job]:

@@ -56,6 +56,7 @@ JSON_FIELDS = (
     "adapter_uri",
     "report_uri",
     "labels",
+    "sweep_id",
 )
 """The same names as the tables' columns."""
 
@@ -159,13 +160,18 @@ def overview(
     ended: Sequence[Job],
     now: dt.datetime,
     screen: Screen,
+    sweeps: Sequence[str] = (),
 ) -> str:
-    """What runs, what waits and why, and how many ended today."""
+    """What runs, what waits and why, `sweeps` in the place of their members, and how many ended today."""
     lines = [screen.style(f"{len(running)} running, {len(waiting)} waiting.", bold=True) + _next_start(starts, now)]
     if not running and not waiting:
         lines[0] += " Submit one: loractl submit job.yaml"
+    running = [job for job in running if job.sweep_id is None]
+    waiting = [job for job in waiting if job.sweep_id is None]
     if running:
         lines += ["", *_running_table(running, now, screen)]
+    if sweeps:
+        lines += ["", *sweeps]
     if waiting:
         shown = waiting[:WAITING_SHOWN]
         lines += ["", *_waiting_table(shown, reasons, starts, now, screen)]
@@ -178,10 +184,14 @@ def overview(
         "",
         screen.dim(
             f"Today {good} {marks[0]} {bad} {marks[1]} (loractl status -a).  "
-            + (f"Explain a wait: loractl why {waiting[0].job_id}" if waiting else "One in full: loractl status JOB")
+            + (f"Explain a wait: loractl why {waiting[0].job_id}" if waiting else _how_to_open(bool(sweeps)))
         ),
     ]
     return "\n".join(lines)
+
+
+def _how_to_open(sweep: bool) -> str:
+    return "A sweep's jobs: loractl status --sweep SWEEP" if sweep else "One in full: loractl status JOB"
 
 
 def all_jobs(

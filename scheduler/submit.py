@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,14 +35,8 @@ def submit(job_files: tuple[Path, ...], overrides: tuple[str, ...], dry_run: boo
     from loractl.common.jobfile import load_spec
 
     specs = [load_spec(path, overrides) for path in job_files]
-    from .render import plain
-
     for spec, path in zip(specs, job_files, strict=True):
-        warnings = [finding for finding in check_data(spec) if finding.level == "warning"]
-        for finding in warnings:
-            click.echo(plain(f"Warning: {Path(spec.dataset.path).name}: {finding.sentence}."), err=True)
-        if warnings:
-            click.echo(click.style(f"See the data: loractl data check {path}", dim=True), err=True)
+        warn_of_data(spec, path)
     if dry_run:
         _print_resolved(specs, as_json)
         return
@@ -60,6 +55,17 @@ def submit(job_files: tuple[Path, ...], overrides: tuple[str, ...], dry_run: boo
         sys.exit(max(outcomes, default=ExitCode.OK))
     if not as_json:
         click.echo(click.style(f"Follow it: loractl status {submitted[-1]} --watch", dim=True), err=True)
+
+
+def warn_of_data(spec: JobSpec, path: Path) -> None:
+    """Check the job's local data; what looks wrong in them and is no error is said. Raises DataError."""
+    from .render import plain
+
+    warnings = [finding for finding in check_data(spec) if finding.level == "warning"]
+    for finding in warnings:
+        click.echo(plain(f"Warning: {Path(spec.dataset.path).name}: {finding.sentence}."), err=True)
+    if warnings:
+        click.echo(click.style(f"See the data: loractl data check {path}", dim=True), err=True)
 
 
 def check_data(spec: JobSpec) -> list[Finding]:
@@ -92,25 +98,31 @@ def check_data(spec: JobSpec) -> list[Finding]:
 
 
 def _submit(spec: JobSpec, settings: Settings, store: Store, *, quiet: bool) -> int:
-    from loractl.common.queue import wake
-
     from .planning import plan_job
 
-    submission = plan_job(spec, settings.user, _store_data(spec, settings), store)
+    submission = plan_job(spec, settings.user, store_data(spec, settings), store)
     job_id = store.submit(submission)
     if not quiet:
         click.echo(f"Job {job_id} ({spec.name}) is queued.")
     job = store.job(job_id)
-    _warn(job_id, spec, job.vram_needed, store)
-    try:
-        wake(settings, job.vram_class)
-    except ServiceUnreachable as error:
-        click.echo(f"Warning: {error.sentence}", err=True)
-        click.echo(f"Job {job_id} is safe in the database and starts when the queue is back.", err=True)
+    warn_of_need(job_id, spec, job.vram_needed, store)
+    wake_for([job.vram_class], settings, f"Job {job_id} is safe in the database and starts")
     return job_id
 
 
-def _store_data(spec: JobSpec, settings: Settings) -> dict[str, Any]:
+def wake_for(vram_classes: Iterable[int], settings: Settings, safe: str) -> None:
+    """Wake the workers; with the queue away `safe` says what that means."""
+    from loractl.common.queue import wake
+
+    try:
+        for vram_class in vram_classes:
+            wake(settings, vram_class)
+    except ServiceUnreachable as error:
+        click.echo(f"Warning: {error.sentence}", err=True)
+        click.echo(f"{safe} when the queue is back.", err=True)
+
+
+def store_data(spec: JobSpec, settings: Settings) -> dict[str, Any]:
     """Upload the local data sets, so that a worker on another box has them."""
     from loractl.common.artifacts import open_store
 
@@ -122,7 +134,7 @@ def _store_data(spec: JobSpec, settings: Settings) -> dict[str, Any]:
     return stored
 
 
-def _warn(job_id: int, spec: JobSpec, least: int | None, store: Store) -> None:
+def warn_of_need(job_id: int, spec: JobSpec, least: int | None, store: Store) -> None:
     """Say at once what would make the job wait for ever, or fail on its worker."""
     from loractl.common.units import gib
 

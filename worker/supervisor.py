@@ -34,6 +34,7 @@ from loractl.common.records import Claim, Progress, StoredResult
 from loractl.common.settings import Settings
 from loractl.common.status import Reason, Stage, Status
 from loractl.common.store import Store
+from loractl.common.sweeps import rung_points
 
 from .checkpoint import is_complete
 from .child import exit_reason, kill, read_messages, send
@@ -116,6 +117,7 @@ class _State:
     lease_lost: bool = False
     cancel_requested: bool = False
     preempted_by: int | None = None
+    pruned: str | None = None  # why its sweep stops the job
     heard: float = field(default_factory=time.monotonic)  # when the trainer last said something
     said: float = -math.inf  # when a step was last named at the terminal
     store_away: bool = False  # what is to be fetched or stored waits for the artifact store
@@ -255,8 +257,8 @@ class Supervisor:
         try:
             self._train_with_less(claim, start, folder, state, began, keeper)
         finally:
-            # of a training that is done, cancelled or no longer ours nobody will want the last one
-            over = state.lease_lost or state.cancel_requested or self._judge(state)[0] is Reason.OK
+            # of a training that is done, cancelled, pruned or no longer ours nobody will want the last one
+            over = state.lease_lost or state.cancel_requested or self._judge(state)[0] in (Reason.OK, Reason.PRUNED)
             self._close(keeper, claim, state, 0.0 if over or self._drain.wish == "now" else CHECKPOINT_GRACE_S)
 
     def _close(self, keeper: CheckpointKeeper, claim: Claim, state: _State, patience_s: float) -> None:
@@ -329,17 +331,20 @@ class Supervisor:
         began: float,
         keeper: CheckpointKeeper,
     ) -> None:
-        next_beat, stage, state.heard = 0.0, None, time.monotonic()
+        next_beat, stage, rung, state.heard = 0.0, None, 0, time.monotonic()
         limit = claim.spec.resources.time_limit
         while trainer.poll() is None and state.ended is None:
             _take_all(told, state, timeout=0.2)
             _hand_on(state, keeper)
             now = time.monotonic()
-            if now >= next_beat or state.pending.stage != stage:
-                stage, next_beat = state.pending.stage, now + self._beat_s
+            reached = _rung_reached(claim, state)
+            if now >= next_beat or state.pending.stage != stage or reached > rung:
+                stage, rung, next_beat = state.pending.stage, max(rung, reached), now + self._beat_s
                 self._beat(claim, state)
                 if state.cancel_requested:
                     self._stop(claim, trainer, state, Reason.CANCELLED, "cancelled while it ran", save=False)
+                elif state.pruned is not None:
+                    self._stop(claim, trainer, state, Reason.PRUNED, state.pruned, save=False)
                 elif state.preempted_by is not None:
                     why = f"gave way to job {state.preempted_by}, which has a higher priority"
                     self._stop(claim, trainer, state, Reason.PREEMPTED, why, save=True, grace=DRAIN_GRACE_S)
@@ -384,6 +389,7 @@ class Supervisor:
         state.log.written()
         state.lease_lost = not beat.accepted
         state.cancel_requested, state.preempted_by = beat.cancel_requested, beat.preempted_by
+        state.pruned = beat.pruned or state.pruned
 
     def _progress(self, state: _State, *, last: bool = False) -> Progress:
         """What is new since the last write that came through."""
@@ -597,6 +603,11 @@ def _say(message: Stepped, state: _State) -> None:
     state.said = now
     loss = message.metrics["loss"]
     log.info("job %s: step %s of %s, loss %.3f", message.job_id, message.step, message.total_steps, loss)
+
+
+def _rung_reached(claim: Claim, state: _State) -> int:
+    """The step of a rung that the next heartbeat tells, 0 without one: a loser's steps until then are in vain."""
+    return max((point.step for point in rung_points(claim, state.pending)), default=0)
 
 
 def _hand_on(state: _State, keeper: CheckpointKeeper) -> None:

@@ -23,6 +23,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from loractl.common.adjustment import Adjustment, adjusted, in_words, next_adjustment
 from loractl.common.memory import predict
 from loractl.common.policy import Need
+from loractl.common.records import HELD_OUT_LOSS
 from loractl.common.spec import JobSpec, Method
 from loractl.common.status import Reason, Stage
 from loractl.common.units import gib
@@ -31,7 +32,7 @@ from .adapter import save_adapter
 from .check import warnings_about
 from .checkpoint import PROOF_TOLERANCE, Checkpoint, close_checkpoint, newest_checkpoint, withdraw
 from .data import PreparedData, collate, inputs_of, prepare_data, prepare_regression
-from .evaluate import Work, evaluate
+from .evaluate import Evaluation, Work, evaluate
 from .lengths import lengths_of
 from .memory import Gauge, hold_to, release
 from .model import (
@@ -163,6 +164,7 @@ def train(run: Run) -> Ended:
     # 5. Base against tuned on rows that were never trained on.
     run.stage(Stage.EVALUATING)
     evaluation = evaluate(model, tokenizer, data, run.spec, precision.base, run.check_stop, log.evaluating())
+    log.tell_held_out(evaluation)
 
     # 6. The report, and the manifest's other files.
     report = build_report(
@@ -407,7 +409,7 @@ class TrainingLog(TrainerCallback):
         if self._run.stop.is_set():
             control.should_training_stop = True
             control.should_save = self._run.save_on_stop.is_set()
-        if time.monotonic() - self._told > 1:
+        if self._run.stop.is_set() or time.monotonic() - self._told > 1:
             self._step()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
@@ -527,6 +529,14 @@ class TrainingLog(TrainerCallback):
             )
 
         return tell
+
+    def tell_held_out(self, evaluation: Evaluation) -> None:
+        """Tell the tuned model's held-out loss: who compares the jobs of a sweep reads no report."""
+        loss = next((metric.tuned for metric in evaluation.metrics if metric.name == "loss"), math.nan)
+        if math.isfinite(loss):
+            metrics = {HELD_OUT_LOSS: loss}
+            order = self._run.order
+            self._run.tell(Stepped(job_id=order.job_id, step=self.steps, total_steps=self.total_steps, metrics=metrics))
 
     def _step(self, metrics: dict[str, float] | None = None) -> None:
         self._told = time.monotonic()

@@ -121,6 +121,26 @@ MISTAKES = [
         job=BASE,
         config=LLAMA,
     ),
+    Mistake("a sweep of one", "a setting with several values", command=["sweep", "job.yaml", "--set", "lora.r=8"]),
+    Mistake(
+        "a range without draws", "say how many: --trials", command=["sweep", "job.yaml", "--set", "lora.r=int:4..9"]
+    ),
+    Mistake(
+        "a grid that is too large",
+        "the grid has 400 points, a sweep at most 200 jobs",
+        command=[
+            "sweep",
+            "job.yaml",
+            *(f"--set={key}={','.join(map(str, range(1, 21)))}" for key in ("lora.r", "seed")),
+        ],
+    ),
+    Mistake(
+        "losses of other rows",
+        "do not have in common",
+        command=["sweep", "job.yaml", "--early-stop", "--set", "dataset.max_length=64,128"],
+    ),
+    Mistake("no such sweep", "there is no sweep 9", command=["status", "--sweep", "9"], code=3),
+    Mistake("cancel of nothing", "cancel takes jobs, or a sweep", command=["cancel"]),
     Mistake("why of no job", "there is no job 99", command=["why", "99"], code=3),
     Mistake("drain what is not there", "no worker has reported heron", command=["drain", "heron", "--reason", "fan"]),
     Mistake("drain without a reason", "Missing option '--reason'", command=["drain", "heron"]),

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from loractl.common.memory import SMALLEST_8BIT, state_bytes
+from loractl.common.records import HELD_OUT_LOSS
 from loractl.common.spec import JobSpec, Method, TrainingSpec, spec_keys
 from loractl.common.status import Reason
 from loractl.worker.data import IGNORED, TokenRow, collate, inputs_of
@@ -315,6 +316,17 @@ ELSEWHERE = {
     "training.gradient_checkpointing": "tests/integration/test_training.py",
 }
 """Keys whose effect another file's tests show."""
+
+
+def test_a_share_of_the_steps_evaluates_there_and_the_end_tells_the_tuned_model_s_loss(
+    recipe: Recipe, tmp_path: Path
+) -> None:
+    _, told = recipe(max_steps=10, eval_steps=0.25, evaluation={"samples": 0})
+    assert [m.step for m in told if isinstance(m, Stepped) and "eval_loss" in m.metrics] == [3, 6, 9, 10]
+    (held_out,) = losses(told, HELD_OUT_LOSS)
+    metrics = {metric["name"]: metric for metric in report(tmp_path / "a")["evaluation"]["metrics"]}
+    assert held_out == pytest.approx(metrics["loss"]["tuned"])
+    assert held_out == pytest.approx(losses(told, "eval_loss")[-1], abs=0.05), "the same rows, weighted otherwise"
 
 
 def test_no_key_of_the_job_file_is_without_a_test_of_its_effect() -> None:

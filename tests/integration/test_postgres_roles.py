@@ -17,6 +17,7 @@ from loractl.common.records import Claim, Progress, StoredCheckpoint
 from loractl.common.retention import SpentLog
 from loractl.common.status import Reason, Stage, Status
 from loractl.common.store import Store
+from loractl.common.sweeps import NewSweep
 from loractl.common.units import GIB
 
 from ..conftest import Cli
@@ -171,6 +172,24 @@ def test_a_worker_can_run_jobs_to_their_end_and_clean_up(person: Store, box: Sto
     assert box.forget_checkpoint(claim.job_id)
     box.forget_log(SpentLog(job_id=claim.job_id, attempt=1, size=5))
     box.forget_node("box:0")
+
+
+def test_a_sweep_is_submitted_by_one_role_and_thinned_out_by_the_other(person: Store, box: Store) -> None:
+    asked = {"training": {"max_steps": 8, "eval_steps": 0.25}}
+    sweep = NewSweep(name="a", user="ada", varied={"lora.r": "4,8"}, rungs=(0.25,))
+    with pytest.raises(Forbidden):
+        box.submit_sweep(sweep, [submission(**asked)])
+    sweep_id = person.submit_sweep(sweep, [submission(**asked), submission(**asked)])
+    told = []
+    for loss in (1.0, 2.0):
+        claim = take(box)
+        assert isinstance(claim, Claim)
+        told.append(box.beat(claim, Progress(step=2, total_steps=8, metrics=((2, "eval_loss", loss),))).pruned)
+    assert told[0] is None and told[1] is not None
+    assert box.finish(claim, Reason.PRUNED, told[1], Progress()) is Status.CANCELLED
+    person.retry(claim.job_id, "ada")
+    assert len(person.cancel_sweep(sweep_id, "ada")) == 2
+    assert person.sweep(sweep_id).members[1].rungs[0].loss == 2.0
 
 
 def test_a_worker_cannot_submit_or_change_what_was_asked(person: Store, box: Store, lab: Logins) -> None:

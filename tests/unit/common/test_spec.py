@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -345,3 +346,22 @@ def test_a_value_that_pyyaml_fails_on_is_refused(tmp_path: Path, value: str) -> 
 def test_a_number_that_neither_database_nor_calendar_holds_is_refused(tmp_path: Path, key: str) -> None:
     path = write(tmp_path, MINIMAL)
     assert "must be at most" in only(path, f"{key}=2147483648").what
+
+
+@pytest.mark.parametrize(("value", "read"), [("8", 8), ("8.0", 8), ("0.25", 0.25), ("1e-1", 0.1), ("null", None)])
+def test_eval_steps_are_steps_or_below_1_a_share(tmp_path: Path, value: str, read: float | None) -> None:
+    spec = load_spec(write(tmp_path, MINIMAL), [f"training.eval_steps={value}"])
+    assert spec.training.eval_steps == read and isinstance(spec.training.eval_steps, type(read))
+    stored = JobSpec.model_validate(spec.model_dump(mode="json"))
+    assert json.dumps(stored.model_dump(mode="json")) == json.dumps(spec.model_dump(mode="json")), "8 stays 8"
+
+
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [
+        ("0", "0 must be above 0"), ("-1", "-1 must be above 0"), ("1.5", "1.5 is not a whole number; below 1"),
+        ("many", '"many" is not a number'), ("true", "true must be above 0"), ("[1]", "[1] is not a number"),
+    ],
+)  # fmt: skip
+def test_other_eval_steps_are_refused(tmp_path: Path, value: str, says: str) -> None:
+    assert says in only(write(tmp_path, MINIMAL), f"training.eval_steps={value}").what

@@ -16,7 +16,7 @@ def test_every_reason_has_an_outcome_with_advice_for_a_person() -> None:
 def test_every_outcome_ends_the_job_and_only_one_is_a_success() -> None:
     assert all(outcome.status.is_terminal for outcome in OUTCOMES.values())
     assert [r for r, o in OUTCOMES.items() if o.status is Status.SUCCEEDED] == [Reason.OK]
-    assert [r for r, o in OUTCOMES.items() if o.status is Status.CANCELLED] == [Reason.CANCELLED]
+    assert [r for r, o in OUTCOMES.items() if o.status is Status.CANCELLED] == [Reason.CANCELLED, Reason.PRUNED]
 
 
 def test_only_what_is_tried_again_can_spend_a_retry() -> None:

@@ -117,7 +117,7 @@ class Known:
         self.holder.ended, self.holder, self.gives_way, self.not_before = reason, None, False, None
         if reason is Reason.OK:
             self.become(Status.SUCCEEDED)
-        elif self.cancel_asked or reason is Reason.CANCELLED:
+        elif self.cancel_asked or reason in (Reason.CANCELLED, Reason.PRUNED):
             self.become(Status.CANCELLED)
         elif reason in LAB:
             self.become(Status.QUEUED)
@@ -432,7 +432,7 @@ def test_no_order_of_events_breaks_a_promise(timed: Store, clock: Clock) -> None
 
 def test_the_model_has_an_opinion_on_every_reason() -> None:
     final = {Reason.BAD_SPEC, Reason.BAD_DATA, Reason.MODEL_NOT_FOUND, Reason.DIVERGED, Reason.TIMED_OUT}
-    own = {Reason.OK, Reason.CANCELLED, Reason.OUT_OF_MEMORY}
+    own = {Reason.OK, Reason.CANCELLED, Reason.PRUNED, Reason.OUT_OF_MEMORY}
     assert LAB | COUNTED | final | own == set(Reason)
     assert all(not TRANSITIONS[status] & {Status.RUNNING, Status.SUCCEEDED} for status in ENDED)
 

@@ -1,0 +1,162 @@
+"""How a sweep looks: one line among the jobs, opened a row a member, and its winner named only where that is clear."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from loractl.common.status import Reason, Stage, Status
+from loractl.common.sweeps import Member, RungPoint, SweepView
+from loractl.scheduler import render, winner
+from loractl.scheduler.comparing import ranked
+from loractl.scheduler.render import Screen
+from loractl.scheduler.render_sweep import fields, listed, opened, overview
+
+from ..factories import NOON
+from ..factories import job as row
+from .test_comparing import behind, job, noisy
+
+PLAIN = Screen(width=80, unicode=True, color=False)
+WIDE = Screen(width=120, unicode=True, color=False)
+ASCII = Screen(width=80, unicode=False, color=False)
+FIRST, SECOND = RungPoint(rung=0.25, step=8, loss=1.5), RungPoint(rung=0.5, step=16, loss=1.25)
+
+
+def member(job_id: int, rate: float, status: Status = Status.QUEUED, **changed: Any) -> Member:
+    return Member(
+        job_id=job_id, name=f"triage-{job_id}", settings={"lora.r": 8, "training.learning_rate": rate}, status=status,
+        **{"total_steps": 32, **changed},
+    )  # fmt: skip
+
+
+def done(job_id: int, loss: float, rate: float = 1e-3) -> Member:
+    return member(job_id, rate, Status.SUCCEEDED, step=32, rungs=(FIRST, SECOND), final_loss=loss, has_result=True)
+
+
+def stopped(job_id: int, step: int = 9, rate: float = 1e-5) -> Member:
+    point = replace(FIRST, loss=2.5)
+    return member(job_id, rate, Status.CANCELLED, reason=Reason.PRUNED, step=step, rungs=(point,))
+
+
+def view(*members: Member, **changed: Any) -> SweepView:
+    values = {
+        "sweep_id": 3, "name": "triage", "user": "mara", "created_at": NOON, "rungs": (0.25, 0.5),
+        "varied": {"lora.r": "8", "training.learning_rate": "1e-5,1e-3"}, "members": members,
+    }  # fmt: skip
+    return SweepView(**{**values, **changed})
+
+
+def test_a_sweep_is_one_line_with_the_best_so_far() -> None:
+    running = member(12, 1e-4, Status.RUNNING, stage=Stage.TRAINING, step=9, rungs=(FIRST,), node="heron:1")
+    head, line = overview([view(running, member(13, 3e-4), stopped(14), done(15, 0.98765))], WIDE)
+    assert head.split() == ["SWEEP", "NAME", "OWNER", "RUN", "WAIT", "STOPPED", "DONE", "BEST", "SO", "FAR"]
+    assert " ".join(line.split()) == "3 triage ×4 mara 1 1 1 1 0.988 with r 8, learning_rate 0.001"
+    assert "triage x1" in overview([view(running)], ASCII)[1]
+    assert "1.500 at 25 % with r 8, learning_rate 0.0001" in overview([view(running, stopped(14))], WIDE)[1]
+    assert overview([view(member(13, 3e-4))], PLAIN)[1].endswith("–")
+
+
+def test_what_ended_otherwise_is_counted_only_where_there_is_such() -> None:
+    head, line = overview([view(member(1, 0.1, Status.FAILED, reason=Reason.DIVERGED), done(2, 1.0))], PLAIN)
+    assert "FAILED" in head and " ".join(line.split()).startswith("3 triage ×2 mara 0 0 0 1 1")
+
+
+def test_members_stand_in_their_sweep_s_line_and_not_among_the_jobs() -> None:
+    waiting, alone = row(job_id=12, sweep_id=3), row(job_id=20, name="alone", status=Status.RUNNING)
+    text = render.overview([alone], [waiting], {}, {}, [], NOON, PLAIN, overview([view(member(12, 1e-4))], PLAIN))
+    assert text.startswith("1 running, 1 waiting.")
+    assert "alone" in text and "triage ×1" in text and "helpdesk" not in text
+    assert "loractl status --sweep" in text
+
+
+def test_an_opened_sweep_has_a_row_a_member_and_its_state_in_words() -> None:
+    text = opened(
+        view(
+            member(12, 1e-4, Status.RUNNING, stage=Stage.EVALUATING, step=32, rungs=(FIRST, SECOND), node="heron:1"),
+            member(13, 3e-4, held=True),
+            stopped(14),
+            member(15, 0.1, Status.FAILED, reason=Reason.DIVERGED),
+            member(16, 0.2, Status.CANCELLED, reason=Reason.CANCELLED),
+        ),
+        PLAIN,
+    )
+    assert text.startswith("Sweep 3 triage by mara: 5 jobs, 1 run, 1 wait, 1 stopped early, 2 ended otherwise.\n")
+    rows = {line.split()[0]: line for line in text.splitlines() if line.strip()[:2].isdigit()}
+    assert rows["12"].endswith("1.250  50 %  evaluates on heron:1")
+    assert rows["13"].endswith("held") and rows["14"].endswith("2.500  25 %  stopped at 25 %")
+    assert rows["15"].endswith("failed: diverged") and rows["16"].endswith("cancelled")
+    assert "Best so far: 12 (r 8, learning_rate 0.0001), held-out loss 1.250 at 50 %." in text
+    assert "loractl cancel --sweep 3" in text and "saved" not in text
+
+
+def test_at_its_end_the_best_and_the_saved_steps_are_told() -> None:
+    text = opened(view(done(12, 1.1), done(13, 0.9), stopped(14), stopped(15, step=18)), PLAIN)
+    assert "Best: 13 (r 8, learning_rate 0.001), held-out loss 0.900." in text
+    assert "Stopping the losers saved 37 of 128 steps (29 %)." in text
+    assert "loractl compare --sweep 3" in text
+    none = opened(view(member(1, 0.1, Status.FAILED, reason=Reason.DIVERGED)), PLAIN)
+    assert "Best" not in none and "loractl status 1" in none
+
+
+def test_hostile_text_does_not_steer_the_terminal() -> None:
+    nasty = "\x1b[2J\x9b31m"
+    hostile = view(
+        replace(done(1, 1.0), settings={f"labels.{nasty}": nasty, "lora.r": 1}, node=nasty), name=nasty, user=nasty
+    )
+    hostile = replace(hostile, varied={f"labels.{nasty}": nasty, "lora.r": "1"})
+    for text in ("\n".join(overview([hostile], PLAIN)), opened(hostile, PLAIN)):
+        assert "\x1b" not in text and "\x9b" not in text
+
+
+def test_keys_that_end_alike_are_told_in_full() -> None:
+    two = view(replace(done(1, 1.0), settings={"a.seed": 1, "b.seed": 2}), varied={"a.seed": "1", "b.seed": "2"})
+    assert "a.seed 1, b.seed 2" in opened(two, PLAIN)
+
+
+def test_the_json_of_a_sweep_holds_what_the_screen_tells() -> None:
+    found = json.loads(json.dumps(fields(view(done(12, 1.1), stopped(14)))))
+    assert (found["best_job_id"], found["saved_steps"], found["total_steps"], found["ended"]) == (12, 23, 64, True)
+    assert [found[name] for name in ("running", "waiting", "stopped", "done", "failed")] == [0, 0, 1, 1, 0]
+    assert found["members"][1]["rungs"] == [{"rung": 0.25, "step": 8, "loss": 2.5}]
+    assert found["members"][1]["reason"] == "pruned"
+
+
+@pytest.mark.parametrize(
+    ("numbers", "text"), [([12, 13, 14], "12 to 14"), ([12, 13], "12, 13"), ([1, 2, 4], "1, 2, 4")]
+)
+def test_numbers_are_told_as_a_span_where_they_are_one(numbers: list[int], text: str) -> None:
+    assert listed(numbers) == text
+
+
+def test_a_winner_is_clear_only_where_the_rows_say_so() -> None:
+    best = noisy(1.0, 0.2)
+    near = behind(best, 0.5, seed=1)
+    far = [loss + 5.0 for loss in best]
+    both = view(done(1, 1.0), done(2, 1.1), stopped(3))
+    clear = winner.sentence(both, ranked([job(1, best), job(2, far)]))
+    assert clear.startswith("Best: 1 (r 8, learning_rate 0.001), held-out loss ") and "clearly less than" in clear
+    assert "no clear difference from the runner-up 2" in winner.sentence(both, ranked([job(1, best), job(2, near)]))
+    few = ranked([job(1, noisy(1.0, 0.1, rows=5)), job(2, noisy(2.0, 0.1, rows=5))])
+    assert "too few rows" in winner.sentence(both, few)
+    assert "measured on other rows" in winner.sentence(both, ranked([job(1, best), job(2, far, rows="others")]))
+    assert "the only member with a result" in winner.sentence(both, ranked([job(1, best)]))
+    assert winner.sentence(view(done(1, 1.0), member(2, 0.1)), ranked([job(1, best)])).startswith("Best so far: 1 ")
+
+
+def test_the_comparison_lists_the_stopped_below_with_where_and_at_what_loss() -> None:
+    best = noisy(1.0, 0.2)
+    both = view(done(1, 1.0), done(2, 1.1), stopped(3), stopped(4))
+    jobs = ranked([job(1, best), job(2, [loss + 5.0 for loss in best])])
+    text = winner.text(both, jobs, PLAIN)
+    below = text.partition("Stopped early:\n")[2].splitlines()
+    assert [line.split() for line in below[1:3]] == [
+        ["3", "8", "1e-05", "25", "%", "8", "2.500"],
+        ["4", "8", "1e-05", "25", "%", "8", "2.500"],
+    ]
+    found = winner.fields(both, jobs)
+    assert (found["winner"]["job_id"], found["winner"]["runner_up"], found["winner"]["clear"]) == (1, 2, True)
+    assert [one["job_id"] for one in found["stopped"]] == [3, 4]
+    assert "Stopped early" not in winner.text(view(done(1, 1.0), done(2, 1.1)), jobs, PLAIN)
