@@ -31,6 +31,9 @@ LABELS = 20
 
 LABEL_WORDS = 5
 
+FEW_OF_A_LABEL = 8
+"""A label with fewer rows to train on is hardly learned: a random sample of them says little of the next one."""
+
 LOPSIDED = 0.9
 """Share of one label from which a model that always answers it looks good."""
 
@@ -90,11 +93,13 @@ def check_examples(train: Sequence[Example], held_out: Sequence[Example], overla
         findings.append(Finding(level="warning", kind="overlap", text=text, count=overlap))
     for check in (_answers, _texts, _borders):
         findings += check(train)
-    return findings
+    return [*findings, *_labelled(train, held_out)]
 
 
 def answer_of(example: Example) -> str:
-    """The last answer; all of a plain text."""
+    """The last answer; a text's label; all of a plain text."""
+    if example.label is not None:
+        return example.label
     if example.turns:
         return next(turn.content for turn in reversed(example.turns) if turn.role == "assistant")
     return example.text[len(example.prompt) :]
@@ -132,7 +137,7 @@ def _repeated(train: Sequence[Example], held_out: Sequence[Example]) -> Iterator
     answers: dict[str, set[str]] = defaultdict(set)
     first: dict[str, int] = {}
     for example in train:
-        if example.turns or example.prompt:
+        if _asks(example):
             question = _prompt_hash(example)
             answers[question].add(answer_of(example).strip())
             first.setdefault(question, example.number)
@@ -148,8 +153,8 @@ def _leaks(train: Sequence[Example], held_out: Sequence[Example]) -> Iterator[Fi
     text = "{n} held out begin with a conversation that is trained on"
     hint = "hold out whole conversations: dataset.eval_path"
     yield from found("warning", "overlapping conversations", text, partly, hint)
-    prompts = {_prompt_hash(e) for e in train if e.turns or e.prompt}
-    known = [e.number for e in held_out if (e.turns or e.prompt) and _prompt_hash(e) in prompts]
+    prompts = {_prompt_hash(e) for e in train if _asks(e)}
+    known = [e.number for e in held_out if _asks(e) and _prompt_hash(e) in prompts]
     known = sorted(set(known) - set(partly))
     yield from found("warning", "overlapping prompts", "{n} held out have a prompt that is trained on", known)
 
@@ -164,9 +169,7 @@ def _answers(train: Sequence[Example]) -> Iterator[Finding]:
         text = f"every answer is the same: {_quoted(next(iter(different)))}"
         yield Finding(level="warning", kind="one label only", text=text, count=len(taught))
     elif labels is not None:
-        shares = ", ".join(f"{_quoted(answer)} {100 * share:.0f} %" for answer, share in list(labels.items())[:6])
-        more = f", and {len(labels) - 6} more" if len(labels) > 6 else ""
-        text = f"the answers look like {len(labels)} labels: {shares}{more}"
+        text = f"the answers look like {len(labels)} labels: {_shares(list(labels.items()))}"
         yield Finding(level="note", kind="labels", text=text, count=len(taught))
         if max(labels.values()) >= LOPSIDED:
             text = "one label is nearly all: a model that always answers it will look good"
@@ -177,6 +180,39 @@ def _answers(train: Sequence[Example]) -> Iterator[Finding]:
         yield from found("warning", "short answers", text, short)
     echoed = [e.number for e in taught if answer_of(e).strip() == _question(e).strip()]
     yield from found("warning", "echoed prompts", "{n} whose answer is the prompt again", echoed)
+
+
+def _labelled(train: Sequence[Example], held_out: Sequence[Example]) -> Iterator[Finding]:
+    """A classifier's labels: how often each is taught, and whether the report can say anything of it."""
+    rows: dict[str, list[int]] = defaultdict(list)
+    for example in train:
+        if example.label is not None:
+            rows[example.label].append(example.number)
+    if not rows:
+        return
+    counts = sorted(((len(numbers), label) for label, numbers in rows.items()), key=lambda pair: (-pair[0], pair[1]))
+    shares = [(label, count / sum(n for n, _ in counts)) for count, label in counts]
+    text = f"{len(counts)} labels: {_shares(shares)}"
+    yield Finding(level="note", kind="labels", text=text, count=len(train))
+    if shares[0][1] >= LOPSIDED:
+        text = "one label is nearly all: a model that always answers it will look good"
+        yield Finding(level="warning", kind="lopsided labels", text=text, count=len(train))
+    rare = {label: count for count, label in counts if count < FEW_OF_A_LABEL}
+    listed = ", ".join(f"{_quoted(label)} {count}" for label, count in list(rare.items())[:6])
+    text = f"{{n}} of labels with fewer than {FEW_OF_A_LABEL} of them: {listed}{', ...' if len(rare) > 6 else ''}"
+    numbers = sorted(number for label in rare for number in rows[label])
+    yield from found("warning", "rare labels", text, numbers, "add rows of them, or join them with another label")
+    unseen = sorted(rows.keys() - {example.label for example in held_out})
+    if unseen and held_out:
+        names = ", ".join(map(_quoted, unseen[:6])) + (", ..." if len(unseen) > 6 else "")
+        text = f"{len(unseen)} of {len(rows)} labels have no row held out, so the report can't say how they do: {names}"
+        yield Finding(level="note", kind="labels not held out", text=text, count=len(unseen))
+
+
+def _shares(shares: Sequence[tuple[str, float]]) -> str:
+    """The labels with their shares, the first six of them."""
+    listed = ", ".join(f"{_quoted(label)} {100 * share:.0f} %" for label, share in shares[:6])
+    return listed + (f", and {len(shares) - 6} more" if len(shares) > 6 else "")
 
 
 def _texts(train: Sequence[Example]) -> Iterator[Finding]:
@@ -213,9 +249,15 @@ def _answered(turns: Sequence[Turn]) -> Iterator[str]:
             yield running.hexdigest()
 
 
+def _asks(example: Example) -> bool:
+    """Whether something of the row is given and not learned."""
+    return bool(example.turns or example.prompt or example.label is not None)
+
+
 def _prompt_hash(example: Example) -> str:
     if not example.turns:
-        return hashlib.sha256(example.prompt.encode()).hexdigest()
+        given = example.prompt if example.label is None else example.text
+        return hashlib.sha256(given.encode("utf-8", "surrogatepass")).hexdigest()
     last = max(n for n, turn in enumerate(example.turns) if turn.role == "assistant")
     return hashlib.sha256(json.dumps([(t.role, t.content) for t in example.turns[:last]]).encode()).hexdigest()
 

@@ -31,6 +31,7 @@ _KNOWN_AS = {
     "model": "base_model",
     "model_name_or_path": "base_model",
     "base": "base_model",
+    "task": "task_type",
     "data": "dataset",
     "datasets": "dataset",
     "rank": "lora.r",

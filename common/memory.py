@@ -14,7 +14,7 @@ from typing import Literal
 
 from .architecture import Block, Experts, Linear, Shape, read_shape
 from .policy import Need
-from .spec import JobSpec, Method
+from .spec import JobSpec, Method, TaskType
 from .units import thousands
 
 MIB = 2**20
@@ -45,6 +45,9 @@ EVALUATED_LOGIT_BYTES = 12
 BLOCK_8BIT = 256
 """Values that share one fp32 scale in bitsandbytes' 8-bit optimizers."""
 
+UNREAD_LABELS = 100
+"""A classifier's labels while its data have not been read: more than most have, and less than 10 MiB of head."""
+
 MOST = 2**24
 """Where the search for the largest length or micro-batch ends: more than any model takes."""
 
@@ -59,6 +62,7 @@ class Lengths:
     train: int
     evaluate: int
     rows: int | None = None  # to train on: a micro-batch can't hold more
+    labels: int | None = None  # of a classifier
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,8 +126,10 @@ def plan(
     """
     stack = stack or Stack()
     run = _Run.of(shape, spec, method, lengths, stack)
+    if run.labels:
+        shape = with_head(shape, run.labels)
     weights = weight_bytes(shape, method, double_quant=stack.double_quant, full=run.full)
-    tensors = list(adapter_tensors(shape, spec))
+    tensors = list(adapter_tensors(shape, spec, run.labels))
     adapter = 4 * sum(size * count for size, count in tensors)  # peft keeps them in fp32 (autocast_adapter_dtype)
     state = sum(count * state_bytes(optimizer_name(spec, method), size) for size, count in tensors)
     held = weights + 2 * adapter + state  # gradients stay from one micro-batch of a step to the next
@@ -131,7 +137,7 @@ def plan(
     blocks = [(_block(shape, block, run), block.count) for block in shape.blocks if block.text]
     stored = _stored(shape, blocks, run)
     if run.keeps_logits:
-        stored += run.tokens * shape.vocab * (2 if run.autocast else run.wide)
+        stored += run.tokens * _classes(shape, run) * (2 if run.autocast else run.wide)
     ends = _loss(shape, run)
     at_loss = stored + ends
     at_block = stored + max(cost.peak(run.checkpoints) for cost, _ in blocks)
@@ -220,9 +226,24 @@ def micro_batch(spec: JobSpec, lengths: Lengths | None) -> int:
     return min(most, lengths.rows) if lengths and lengths.rows else most
 
 
-def adapter_tensors(shape: Shape, spec: JobSpec) -> Iterator[tuple[int, int]]:
-    """(elements, how often) of every trained tensor."""
+def planned_labels(spec: JobSpec, lengths: Lengths | None) -> int | None:
+    """Labels of a classifier, as many as its data have or a guess; None for a job that learns to answer."""
+    if spec.task_type is not TaskType.SEQ_CLS:
+        return None
+    return (lengths and lengths.labels) or UNREAD_LABELS
+
+
+def with_head(shape: Shape, labels: int) -> Shape:
+    """The shape of the model as a classifier: in place of its words a head of labels, which peft keeps as it began
+    beside the one that it trains."""
+    return replace(shape, tied=True, outside=shape.outside + labels * shape.hidden)
+
+
+def adapter_tensors(shape: Shape, spec: JobSpec, labels: int | None = None) -> Iterator[tuple[int, int]]:
+    """(elements, how often) of every trained tensor; `labels` are a classifier's."""
     r, targets = spec.lora.r, spec.lora.target_modules
+    if labels:
+        yield shape.hidden * labels, 1
     for layer, count in shape.adapted(targets):
         yield r * layer.inputs, count
         yield r * layer.outputs, count
@@ -283,6 +304,7 @@ class _Run:
     eager: bool
     autocast: bool
     keeps_logits: bool
+    labels: int | None  # of a classifier
 
     @classmethod
     def of(cls, shape: Shape, spec: JobSpec, method: Method, lengths: Lengths | None, stack: Stack) -> _Run:
@@ -306,6 +328,7 @@ class _Run:
             eager=(stack.attention or asked or shape.attention) == "eager",
             autocast=stack.autocast and not full,
             keeps_logits=stack.keeps_logits,
+            labels=planned_labels(spec, lengths),
         )
 
     @property
@@ -510,7 +533,15 @@ _NOTHING = _Cost(saved=0, working=0, forward=0)
 
 
 def _loss(shape: Shape, run: _Run) -> float:
-    """The last norm, the logits and their loss, and the 16-bit copy of an fp32 head that autocast keeps."""
+    """The last norm, the logits and their loss, and the 16-bit copy of an fp32 head that autocast keeps.
+
+    A classifier's head is put on every token, of which one a row counts: what it reads, what it gives, and the
+    gradients of both (GenericForSequenceClassification.forward in transformers/modeling_layers.py).
+    """
+    if run.labels:
+        size = 2 if run.autocast else 4
+        head = size * run.labels * shape.hidden if run.autocast else 0
+        return run.tokens * (4 * shape.hidden + size * (2 * shape.hidden + 2 * run.labels)) + head
     logit = LOSS_BYTES + (2 if shape.softcaps else 0)
     head = 2 * shape.embedding if (run.quantised or run.saved_head) and run.autocast else 0
     return run.tokens * (4 * shape.hidden + shape.vocab * logit) + head
@@ -521,7 +552,12 @@ def _too_small(shape: Shape, run: _Run, ends: float) -> float:
     tensor, but never joins two for a larger one: scores that are larger than logits need memory of their own, as the
     loss needs in front of blocks that were cached while the forward pass ran."""
     keeps_scores = run.eager or shape.single_key
-    return ends if keeps_scores and run.batch * shape.heads * run.length**2 > run.tokens * shape.vocab else 0.0
+    return ends if keeps_scores and run.batch * shape.heads * run.length**2 > run.tokens * _classes(shape, run) else 0.0
+
+
+def _classes(shape: Shape, run: _Run) -> int:
+    """Logits of one token."""
+    return run.labels or shape.vocab
 
 
 def _step_bytes(optimizer: str, adapter: int, tensors: list[tuple[int, int]]) -> float:
@@ -533,9 +569,12 @@ def _step_bytes(optimizer: str, adapter: int, tensors: list[tuple[int, int]]) ->
 
 
 def _evaluation(shape: Shape, spec: JobSpec, run: _Run) -> float:
-    """Scoring one held-out row, or answering it with a cache of keys and values; gradients are gone by then."""
+    """Scoring one held-out row, or answering it with a cache of keys and values; gradients are gone by then. A
+    classifier answers nothing."""
     one = replace(run, batch=1, length=run.evaluated)
     working = max(_block(shape, block, one).forward for block in shape.blocks if block.text)
+    if run.labels:
+        return max(working, _loss(shape, one))
     head = 2 * shape.embedding if run.quantised and run.autocast else 0
     scored = run.evaluated * shape.vocab * EVALUATED_LOGIT_BYTES + head
     if spec.evaluation.samples == 0:
@@ -546,7 +585,7 @@ def _evaluation(shape: Shape, spec: JobSpec, run: _Run) -> float:
 
 def _notes(shape: Shape, spec: JobSpec, run: _Run, at_loss: bool) -> dict[str, str]:
     method = Method.QLORA if run.quantised else Method.LORA
-    trained = sum(size * count for size, count in adapter_tensors(shape, spec))
+    trained = sum(size * count for size, count in adapter_tensors(shape, spec, run.labels))
     optimizer = optimizer_name(spec, method)
     rows = f"{run.batch} x {run.length} tokens"
     weights = "fp32" if run.full else "bf16"
@@ -559,7 +598,9 @@ def _notes(shape: Shape, spec: JobSpec, run: _Run, at_loss: bool) -> dict[str, s
         "gradients": "fp32",
         "optimizer": optimizer,
         "activations": f"{rows}, {'checkpointing' if run.checkpoints else 'no checkpointing'}",
-        "logits": f"{thousands(shape.vocab)} words, fp32{freed}",
+        "logits": f"{thousands(run.labels)} labels{freed}"
+        if run.labels
+        else f"{thousands(shape.vocab)} words, fp32{freed}",
         "evaluation": f"rows of {run.evaluated} tokens, beyond what training holds",
         "context": "CUDA, cuBLAS",
         "allocator": "cached blocks that the loss can't use",

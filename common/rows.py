@@ -9,11 +9,13 @@ import csv
 import hashlib
 import io
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .classes import LONGEST, check_taught, label_name, untaught
 from .errors import DataError
 from .spec import DATA_SUFFIXES, BadRow, DataFormat, DatasetSpec
 
@@ -39,7 +41,8 @@ _COLUMNS: dict[DataFormat, tuple[str, ...]] = {
     DataFormat.PROMPT_COMPLETION: ("prompt", "completion"),
     DataFormat.TEXT: ("text",),
 }
-"""The columns that a row of each format must have; a file is tried against them in this order."""
+"""The columns that a row of each format must have; a file is tried against them in this order. Rows for a classifier
+are not among them: a text with a label beside it may as well be meant as text, so the job says it (task_type)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,19 +63,22 @@ class Turn:
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
-    """What one row teaches: a conversation, a prompt with its completion, or plain text.
+    """What one row teaches: a conversation, a prompt with its completion, plain text, or a text's label.
 
-    Exactly one of `turns` and `text` is set; `prompt` is the part of `text` that is given, not learned.
+    Exactly one of `turns` and `text` is set; `prompt` is the part of `text` that is given, not learned. With a `label`
+    all of the text is given.
     """
 
     number: int
     turns: tuple[Turn, ...] = ()
     prompt: str = ""
     text: str = ""
+    label: str | None = None
 
     def content_hash(self) -> str:
         """Equal for rows that teach the same, wherever they stand."""
-        content = [(t.role, t.content) for t in self.turns], self.prompt, self.text
+        content: list[Any] = [[(t.role, t.content) for t in self.turns], self.prompt, self.text]
+        content += [] if self.label is None else [self.label]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
@@ -138,6 +144,9 @@ def detect_format(
     """The format and the reason for it, from the first row's columns. Raises DataError."""
     first = next(iter(rows))
     columns = [key for key, value in first.value.items() if value is not None]
+    if wanted is DataFormat.CLASSIFICATION:
+        _check_labelled(first, columns, file)
+        return wanted, "what task_type: SEQ_CLS reads"
     if wanted is not DataFormat.AUTO:
         return wanted, "set by dataset.format"
     for format, needed in _COLUMNS.items():
@@ -151,6 +160,16 @@ def detect_format(
         hint=f"known columns: {forms}; name yours with dataset.columns, like {{prompt: question}}",
         kind="unknown columns",
     )
+
+
+def _check_labelled(first: RawRow, columns: list[str], file: str | Path) -> None:
+    """A classifier's rows have two columns, whatever else stands beside them. Raises DataError."""
+    if not {"text", "label"} <= first.value.keys():
+        what = (
+            f"a classifier learns from rows with text and label, and the columns are {', '.join(columns) or '(none)'}"
+        )
+        hint = "name yours with dataset.columns, like {text: review, label: mood}; answers are for task_type: CAUSAL_LM"
+        raise DataError(file, what, row=first.number, hint=hint, kind="unknown columns")
 
 
 def parse_examples(
@@ -178,6 +197,7 @@ def parse_each(rows: list[RawRow], format: DataFormat, file: str | Path) -> tupl
         DataFormat.ALPACA: _alpaca,
         DataFormat.PROMPT_COMPLETION: _prompt_completion,
         DataFormat.TEXT: _text,
+        DataFormat.CLASSIFICATION: _classification,
     }[format]
     examples, refused = [], []
     for row in rows:
@@ -209,9 +229,14 @@ def split_data(dataset: DatasetSpec, rows: list[RawRow], held_rows: list[RawRow]
     if held_rows is None:
         assert dataset.test_size is not None, "the job file's check leaves one of test_size and eval_path"
         train, held_out = split_held_out(examples, dataset.test_size, file)
+        if format is DataFormat.CLASSIFICATION:
+            check_taught(train, file)
         return Split(format=format, why=why, train=train, held_out=held_out, dropped=dropped, overlap=0)
     held_rows = map_columns(held_rows, dataset.columns, held_file)
     held_out, also_dropped = parse_examples(held_rows, format, held_file, dataset.on_bad_row)
+    if format is DataFormat.CLASSIFICATION:
+        held_out, untold = _of_known_labels(held_out, check_taught(examples, file), held_file, dataset.on_bad_row)
+        also_dropped += untold
     trained = {e.content_hash() for e in examples}
     new = [e for e in held_out if e.content_hash() not in trained]
     if not new:
@@ -223,9 +248,11 @@ def split_data(dataset: DatasetSpec, rows: list[RawRow], held_rows: list[RawRow]
 def split_held_out(examples: list[Example], test_size: float, file: str | Path) -> tuple[list[Example], list[Example]]:
     """(train, held out), by content: the same rows are held out whatever their order and the seed.
 
-    Equal rows land on the same side, so that nothing held out was trained on.
+    Equal rows land on the same side, so that nothing held out was trained on. Of labelled rows no label is held out
+    whole: a classifier could not know it.
     """
-    hashes = sorted({e.content_hash() for e in examples})
+    label_of = {e.content_hash(): e.label for e in examples}
+    hashes = sorted(label_of)
     if len(hashes) < 2:
         raise DataError(
             file,
@@ -234,9 +261,28 @@ def split_held_out(examples: list[Example], test_size: float, file: str | Path) 
             kind="too few rows",
         )
     count = min(max(1, round(test_size * len(hashes))), len(hashes) - 1)
-    held_out = set(hashes[:count])
+    held_out: set[str] = set()
+    left = Counter(label_of.values())
+    for content in hashes:
+        if len(held_out) < count and left[label_of[content]] > 1:  # a label's last row is for training
+            held_out.add(content)
+            left[label_of[content]] -= 1
+    if not held_out:
+        what = "has no label with two different rows: one to train on and one held out"
+        raise DataError(file, what, hint="or set dataset.eval_path", kind="too few rows")
     train = [e for e in examples if e.content_hash() not in held_out]
     return train, [e for e in examples if e.content_hash() in held_out]
+
+
+def _of_known_labels(
+    held_out: list[Example], labels: tuple[str, ...], file: str | Path, on_bad_row: BadRow
+) -> tuple[list[Example], list[str]]:
+    """The held-out rows whose label is taught, and a sentence for each of the others, where those are left out."""
+    refused = untaught(held_out, labels, file)
+    if refused and (on_bad_row is BadRow.ERROR or len(refused) == len(held_out)):
+        refused[0].hint = "teach it, correct it, or leave such rows out with dataset.on_bad_row: drop"
+        raise refused[0]
+    return [e for e in held_out if e.label in set(labels)], [error.sentence for error in refused]
 
 
 def _parse_jsonl(path: Path, text: str) -> list[RawRow]:
@@ -378,6 +424,18 @@ def _prompt_completion(row: RawRow, file: str | Path) -> Example:
 
 def _text(row: RawRow, file: str | Path) -> Example:
     return Example(number=row.number, text=_field(row, "text", file))
+
+
+def _classification(row: RawRow, file: str | Path) -> Example:
+    text = _field(row, "text", file)
+    if "label" not in row.value:
+        raise DataError(file, f"has no label (it has {', '.join(row.value)})", row=row.number, kind="missing column")
+    try:
+        label = label_name(row.value["label"])
+    except ValueError as error:
+        what = f"label is {error}; it must be a whole number or text of at most {LONGEST} characters"
+        raise DataError(file, what, row=row.number, kind="not a label") from None
+    return Example(number=row.number, text=text, label=label)
 
 
 def _field(row: RawRow, name: str, file: str | Path, *, kind: str = "nothing to learn") -> str:

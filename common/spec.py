@@ -39,6 +39,13 @@ LARGEST = 2**31 - 1
 """Whole numbers end here: the database counts steps in 32 bits."""
 
 
+class TaskType(enum.StrEnum):
+    """What is learned, by peft's names."""
+
+    CAUSAL_LM = "CAUSAL_LM"  # to go on with a text, as answers do
+    SEQ_CLS = "SEQ_CLS"  # to name a text's label, by a head that has nothing but labels
+
+
 class DataFormat(enum.StrEnum):
     """The shape of a data set's rows."""
 
@@ -48,6 +55,7 @@ class DataFormat(enum.StrEnum):
     ALPACA = "alpaca"  # {"instruction": ..., "input": ..., "output": ...}
     PROMPT_COMPLETION = "prompt_completion"  # {"prompt": ..., "completion": ...}
     TEXT = "text"  # {"text": ...}
+    CLASSIFICATION = "classification"  # {"text": ..., "label": ...}, for SEQ_CLS alone
 
 
 class Overflow(enum.StrEnum):
@@ -75,6 +83,10 @@ class Metric(enum.StrEnum):
     EXACT_MATCH = "exact_match"
     LABELS = "labels"  # accuracy, macro F1 and confusion, where answers are labels
     CONTEXT = "context"  # later answers of a conversation, and what the earlier ones are worth to them
+
+
+CLASSIFIED = (Metric.LOSS, Metric.LABELS)
+"""What can be measured of a classifier, which generates nothing."""
 
 
 def _printable(text: str) -> str:
@@ -117,7 +129,7 @@ def _steps_or_share(value: Any) -> int | float:
 Printable = Annotated[str, AfterValidator(_printable)]
 ColumnName = Literal[
     "messages", "conversations", "role", "content", "from", "value", "system", "instruction", "input", "output",
-    "prompt", "completion", "text",
+    "prompt", "completion", "text", "label",
 ]  # fmt: skip
 Methods = Annotated[Method | list[Method], BeforeValidator(_methods)]
 StepsOrShare = Annotated[int | float, BeforeValidator(_steps_or_share)]
@@ -280,6 +292,8 @@ class JobSpec(_Section):
     """Branch, tag or commit of a base_model on the hub; null: its main branch."""
     method: Methods = Method.AUTO
     """auto, lora or qlora; or a list, the preferred one first: [lora, qlora]."""
+    task_type: TaskType = TaskType.CAUSAL_LM
+    """CAUSAL_LM: learn to answer. SEQ_CLS: learn to classify texts, with a head of its own."""
     lora_patience: Duration | None = None
     """Wait so long for a card that holds LoRA before QLoRA will do, like 2h; null: take what fits first."""
     dataset: DatasetSpec
@@ -295,11 +309,32 @@ class JobSpec(_Section):
         default_factory=dict, max_length=32
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_the_task(cls, value: Any) -> Any:
+        """A classifier reads one format and generates nothing, where the job does not say otherwise."""
+        if not isinstance(value, dict) or value.get("task_type") != TaskType.SEQ_CLS:
+            return value
+        value = {"evaluation": {}, **value}
+        dataset, evaluation = value.get("dataset"), value["evaluation"]
+        if isinstance(dataset, dict) and dataset.get("format", DataFormat.AUTO) == DataFormat.AUTO:
+            value["dataset"] = {**dataset, "format": DataFormat.CLASSIFICATION}
+        if isinstance(evaluation, dict):
+            metrics = evaluation.get("metrics", list(CLASSIFIED))
+            told = isinstance(metrics, list) and all(metric in list(CLASSIFIED) for metric in metrics)
+            # metrics that can't be measured are answered with the task, not with the samples that they would need
+            value["evaluation"] = {"metrics": metrics, **({"samples": 0} if told else {}), **evaluation}
+        return value
+
     @model_validator(mode="after")
     def _combinations(self, info: ValidationInfo) -> JobSpec:
+        wrong = _unfit_for_the_task(self)  # "key: sentence", so that _problems can name the line
         if info.context != AS_WRITTEN:
+            if wrong:  # whoever wrote it, it can't be trained
+                raise ValueError("\n".join(wrong))
             return self
-        wrong = []  # "key: sentence", so that _problems can name the line
+        if self.task_type is TaskType.SEQ_CLS and _is_set(self.evaluation, "max_new_tokens"):
+            wrong.append("evaluation.max_new_tokens: a classifier generates no answers; leave it out")
         if self.dataset.eval_path and _is_set(self.dataset, "test_size"):
             wrong.append("dataset.test_size: dataset.eval_path says what is held out already; keep one of them")
         if self.training.max_steps is None and self.training.num_train_epochs is None:
@@ -339,6 +374,8 @@ class JobSpec(_Section):
         """sha256 over what decides the training's result: everything but name, labels, priority, limits,
         patience and retries."""
         apart: dict[str, Any] = dict.fromkeys(_UNDECIDING, True)
+        if self.task_type is TaskType.CAUSAL_LM:  # jobs that are older than the key keep their hash
+            apart["task_type"] = True
         deciding = self.model_dump(mode="json", exclude=apart | {"training": {"report_to"}})
         return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()
 
@@ -358,6 +395,33 @@ def is_hub_data(text: str) -> bool:
 def spec_keys() -> list[str]:
     """Every key of the job file as a dotted path, sections left out."""
     return [key for key in _all_keys(JobSpec) if not key.endswith(".")]
+
+
+def _unfit_for_the_task(spec: JobSpec) -> list[str]:
+    """ "key: sentence" for each key that the job's task can't do anything with."""
+    dataset, evaluation, classifier = spec.dataset, spec.evaluation, spec.task_type is TaskType.SEQ_CLS
+    if not classifier:
+        what = "is for task_type: SEQ_CLS, which learns labels; set that, or take another format"
+        return [f"dataset.format: classification {what}"] if dataset.format is DataFormat.CLASSIFICATION else []
+    wrong = []
+    if dataset.format is not DataFormat.CLASSIFICATION:
+        what = "has no labels: SEQ_CLS reads classification, rows with text and label (dataset.columns renames yours)"
+        wrong.append(f"dataset.format: {dataset.format.value} {what}")
+    if others := ", ".join(m.value for m in evaluation.metrics if m not in CLASSIFIED):
+        wrong.append(
+            f"evaluation.metrics: a classifier generates nothing: {others} can't be measured, loss and labels can"
+        )
+    if evaluation.samples and _is_set(evaluation, "samples"):
+        wrong.append("evaluation.samples: a classifier generates no answers; leave it out")
+    if evaluation.regression is not None:
+        wrong.append("evaluation.regression: a classifier's head knows nothing but its labels; leave it out")
+    if spec.training.packing:
+        wrong.append("training.packing: a classifier's row is one text with one label; set packing: false")
+    heads = {"lm_head", "embed_out", "score", "classifier"}
+    if named := ", ".join(name for name in spec.lora.modules_to_save if name.rpartition(".")[2] in heads):
+        what = "a classifier has only its own head, which is trained in full and stored as it is"
+        wrong.append(f"lora.modules_to_save: {named}: {what}; leave it out")
+    return wrong
 
 
 def _is_set(section: BaseModel, key: str) -> bool:

@@ -107,7 +107,7 @@ def adapters_pull(adapter: str, folder: Path) -> None:
 
     if folder.exists() and any(folder.iterdir()):
         raise UsageError(f"{folder} is not empty", "name a new folder")
-    row, _, files, prefix, _ = _open(adapter)
+    row, job, files, prefix, _ = _open(adapter)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -115,6 +115,9 @@ def adapters_pull(adapter: str, folder: Path) -> None:
     pulled = files.pull(prefix, "adapter/", folder)
     size = sum(file.size for file in pulled.values())
     click.echo(f"The adapter of job {row.job_id} ({len(pulled)} files, {size / 1e6:.1f} MB) is in {folder}.")
+    if job.spec.get("task_type") == "SEQ_CLS":  # its base needs the head and its labels first
+        click.echo(f"How to load the classifier: {folder}/README.md", err=True)
+        return
     click.echo(f"Load it on {plain(row.base_model)}:  PeftModel.from_pretrained(base, {str(folder)!r})", err=True)
 
 

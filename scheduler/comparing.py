@@ -51,6 +51,11 @@ class Compared:
         return {metric["name"]: metric for metric in self.report["evaluation"]["metrics"]}
 
     @property
+    def task(self) -> str:
+        """The job's task_type; jobs that are older than the key learn to answer."""
+        return str(self.spec.get("task_type", "CAUSAL_LM"))
+
+    @property
     def loss(self) -> float:
         """Held-out loss of the tuned model; infinite where it could not be measured."""
         tuned = self.metrics["loss"]["tuned"]
@@ -89,7 +94,9 @@ def compare(job_ids: tuple[int, ...], sweep_id: int | None, plot: Path | None, a
     if sweep_id is not None:
         jobs = _compare_members(sweep_id, as_json=as_json)
     else:
-        jobs = ranked([_read(job_id) for job_id in dict.fromkeys(job_ids)])
+        found = [_read(job_id) for job_id in dict.fromkeys(job_ids)]
+        _check_one_task(found)
+        jobs = ranked(found)
         click.echo(json.dumps(_as_json(jobs)) if as_json else _text(jobs, detect_screen()))
     if plot is not None:
         _draw(jobs, plot)
@@ -108,7 +115,9 @@ def _compare_members(sweep_id: int, *, as_json: bool) -> list[Compared]:
             f"no member of sweep {sweep_id} has a result",
             f"loractl status --sweep {sweep_id} shows where they stand",
         )
-    jobs = ranked([_read(job_id) for job_id in finished])
+    results = [_read(job_id) for job_id in finished]
+    _check_one_task(results)
+    jobs = ranked(results)
     if as_json:
         click.echo(json.dumps({**_as_json(jobs), **winner.fields(view, jobs)}))
     else:
@@ -184,6 +193,16 @@ def _read(job_id: int) -> Compared:
     return Compared(job_id=job_id, spec=job.spec, report=store.read_json(prefix, "report.json"))
 
 
+def _check_one_task(jobs: Sequence[Compared]) -> None:
+    """A loss of tokens and one of labels are not of one kind. Raises UsageError."""
+    tasks = {job.task: job.job_id for job in jobs}
+    if len(tasks) > 1:
+        one, other = tasks.values()
+        raise UsageError(
+            f"jobs {one} and {other} learn different tasks, so their losses can't be compared", "see task_type"
+        )
+
+
 def _text(jobs: Sequence[Compared], screen: Screen) -> str:
     others = [name for name in ("accuracy", "exact_match", "rougeL") if all(name in job.metrics for job in jobs)][:2]
     lines = table(
@@ -214,9 +233,8 @@ def _text(jobs: Sequence[Compared], screen: Screen) -> str:
         lines += ["", "The jobs have the same settings."]
     compared = [job.against for job in jobs if job.against]
     if compared:
-        note = (
-            f"Change of the held-out loss in nats a token on the same {compared[0].rows} rows, with its 95 % interval"
-        )
+        of = "row" if jobs[0].task == "SEQ_CLS" else "token"
+        note = f"Change of the held-out loss in nats a {of} on the same {compared[0].rows} rows, with its 95 % interval"
         lines += ["", screen.dim(f"{note}; readings at 5 % for all together (Holm).")]
     return "\n".join(lines)
 

@@ -14,6 +14,7 @@ from loractl.common.memory import predict
 from loractl.common.method import Method
 from loractl.common.policy import least_need, permitted_methods, within
 from loractl.common.records import Submission
+from loractl.common.spec import TaskType
 from loractl.common.units import gib
 
 if TYPE_CHECKING:
@@ -107,6 +108,8 @@ def need_key(spec: JobSpec, data: dict[str, Any]) -> str:
             "evaluation": {"per_device_eval_batch_size", "max_new_tokens", "samples"},
         },
     )
+    if spec.task_type is TaskType.SEQ_CLS:  # only there: what was measured under the key's older form still counts
+        deciding["task_type"] = spec.task_type.value
     hashes = {name: stored["sha256"] for name, stored in data.items()}
     if hashes:
         deciding["dataset"] |= {"path": hashes.get("path"), "eval_path": hashes.get("eval_path")}

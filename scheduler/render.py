@@ -323,6 +323,9 @@ def report_text(report: dict[str, Any], screen: Screen, answers: int) -> str:
     headers = ["MEASURE", "BASE", "TUNED", "CHANGE", "95 % INTERVAL", "READING"]
     lines += table(headers, rows, screen, right=("BASE", "TUNED", "CHANGE"))
     training, data, e = report["training"], report["data"], report["evaluation"]
+    if e.get("baseline"):  # a classifier's; older reports have none
+        what = "its loss is that of the labels' shares of the training rows"
+        lines += ["", f"Base: {plain(e['baseline'])}; {what}."]
     lines += _labels_table(e.get("labels"), screen) + _turns_table(e.get("turns"), screen)
     left_out = data["too_long_rows_dropped"] + data["bad_rows_dropped"]
     speed = f", {training['tokens_per_second']:.0f} tok/s" if training["tokens_per_second"] else ""

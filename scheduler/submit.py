@@ -74,9 +74,10 @@ def check_data(spec: JobSpec) -> list[Finding]:
     Raises DataError. Empty for data of the hub, and for parquet where pyarrow is missing: the trainer checks them.
     """
     from loractl.common.checks import check_examples
+    from loractl.common.classes import check_taught
     from loractl.common.errors import DataError
     from loractl.common.rows import detect_format, map_columns, parse_examples, read_rows, split_data
-    from loractl.common.spec import is_hub_data
+    from loractl.common.spec import DataFormat, is_hub_data
 
     dataset = spec.dataset
     for text in spec.data_sets().values():
@@ -92,7 +93,10 @@ def check_data(spec: JobSpec) -> list[Finding]:
     if dataset.eval_path is not None and dataset.eval_path not in rows:  # what is held out can't be read here
         mine = map_columns(rows[dataset.path], dataset.columns, dataset.path)
         format = detect_format(mine, dataset.path, dataset.format)[0]
-        return check_examples(parse_examples(mine, format, dataset.path, dataset.on_bad_row)[0], [])
+        examples = parse_examples(mine, format, dataset.path, dataset.on_bad_row)[0]
+        if format is DataFormat.CLASSIFICATION:
+            check_taught(examples, dataset.path)
+        return check_examples(examples, [])
     split = split_data(dataset, rows[dataset.path], rows[dataset.eval_path] if dataset.eval_path else None)
     return check_examples(split.train, split.held_out, split.overlap)
 

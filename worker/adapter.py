@@ -6,13 +6,16 @@ import json
 from pathlib import Path
 from typing import Any
 
-from loractl.common.spec import JobSpec
+from loractl.common.spec import JobSpec, TaskType
 from loractl.common.status import Reason
 
 from .model import TrainingFailed
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+
+LABELS = "labels.json"
+"""A classifier's labels as a list, in the order of its head: peft has no place for them."""
 
 CONFIG_KEYS = frozenset(
     {
@@ -34,6 +37,9 @@ def save_adapter(model: Any, tokenizer: Any, spec: JobSpec, folder: Path) -> Non
     model.save_pretrained(str(folder), safe_serialization=True)
     tokenizer.save_pretrained(str(folder))
     _rewrite_config(folder / CONFIG, spec)
+    if spec.task_type is TaskType.SEQ_CLS:
+        labels = [name for _, name in sorted(model.config.id2label.items())]
+        (folder / LABELS).write_text(json.dumps(labels, indent=2) + "\n", "utf-8")
     for path in list(folder.rglob("*")):
         if path.is_file() and path.suffix not in SUFFIXES:
             path.unlink()

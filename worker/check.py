@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import json
 import statistics
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from loractl.common.architecture import find_config
 from loractl.common.checks import Finding, check_examples, found, refusals
+from loractl.common.classes import labels_of, untaught
 from loractl.common.errors import DataError
-from loractl.common.rows import Example, RawRow, detect_format, map_columns, parse_each, split_data
+from loractl.common.rows import Example, detect_format, map_columns, parse_each, split_data
 from loractl.common.spec import BadRow, DataFormat, DatasetSpec, JobSpec, Overflow
 
 from .data import IGNORED, PreparedData, TokenRow, encode, load_rows, rendered
@@ -56,7 +58,8 @@ class Checked:
     train_rows: int = 0
     held_out_rows: int = 0
     lengths: Lengths | None = None  # of rows to train on, before they are cut
-    learned: Lengths | None = None
+    learned: Lengths | None = None  # None for a classifier: its row's one label is no token
+    labels: dict[str, dict[str, int]] = field(default_factory=dict)  # of a classifier: its rows to train on, held out
     histogram: list[tuple[int, int, int]] = field(default_factory=list)  # (from, to, rows)
     rows: list[TokenRow] = field(default_factory=list)  # to train on, uncut
     longest_held_out: int = 0
@@ -74,28 +77,39 @@ def check_data(spec: JobSpec, tokenizer: Any, progress: Callable[[Iterable[Any]]
         held_rows = load_rows(dataset.eval_path, split="test") if dataset.eval_path else None
         mapped = map_columns(rows, dataset.columns, dataset.path)
         checked.format, checked.why = detect_format(mapped, dataset.path, dataset.format)
-        checked.findings += _bad_rows(mapped, checked.format, dataset, dataset.path)
+        checked.findings += _bad_rows(parse_each(mapped, checked.format, dataset.path)[1], dataset)
+        asked: list[Example] = []
         if held_rows is not None and dataset.eval_path:
             mapped = map_columns(held_rows, dataset.columns, dataset.eval_path)
-            checked.findings += _bad_rows(mapped, checked.format, dataset, dataset.eval_path)
+            asked, refused = parse_each(mapped, checked.format, dataset.eval_path)
+            checked.findings += _bad_rows(refused, dataset)
         tolerant = dataset.model_copy(update={"on_bad_row": BadRow.DROP})  # bad rows are told; the rest is looked at
         split = split_data(tolerant, rows, held_rows)
     except DataError as error:
         checked.findings += refusals([error])
         return checked
     checked.train_rows, checked.held_out_rows = len(split.train), len(split.held_out)
+    if names := labels_of(split.train):
+        train, held_out = (Counter(example.label for example in side) for side in (split.train, split.held_out))
+        checked.labels = {name: {"train": train[name], "held_out": held_out[name]} for name in names}
+        checked.findings += _bad_rows(untaught(asked, names, dataset.eval_path or dataset.path), dataset)
     checked.findings += check_examples(split.train, split.held_out, split.overlap)
     checked.findings += check_template(split.train, tokenizer)
     try:
         checked.rows = [_encoded(example, tokenizer, split.format) for example in progress(split.train)]
-        held_out = [_encoded(example, tokenizer, split.format) for example in split.held_out]
+        tested = [_encoded(example, tokenizer, split.format) for example in split.held_out]
     except ValueError as error:
-        checked.findings.append(Finding(level="error", kind="chat template", text=str(error)))
+        kind = "chat template" if split.train[0].turns else "nothing to learn"
+        checked.findings.append(Finding(level="error", kind=kind, text=str(error)))
         return checked
     checked.findings += check_tokens(checked.rows, spec, tokenizer) + _cut_off(checked.rows, dataset)
     lengths = [len(row.input_ids) for row in checked.rows]
-    checked.lengths, checked.longest_held_out = Lengths.of(lengths), max(len(row.input_ids) for row in held_out)
-    checked.learned = Lengths.of([_learned(row) for row in checked.rows])
+    checked.lengths, checked.longest_held_out = Lengths.of(lengths), max(len(row.input_ids) for row in tested)
+    if names:
+        places = {name: place for place, name in enumerate(names)}
+        pairs = zip(checked.rows, split.train, strict=True)
+        checked.rows = [replace(row, label=places[str(example.label)]) for row, example in pairs]
+    checked.learned = None if checked.labels else Lengths.of([_learned(row) for row in checked.rows])
     checked.histogram = _histogram(lengths)
     return checked
 
@@ -176,8 +190,7 @@ def context_length(base_model: str) -> int | None:
     return int(found_there) if found_there else None
 
 
-def _bad_rows(rows: list[RawRow], format: DataFormat, dataset: DatasetSpec, file: str) -> list[Finding]:
-    refused = parse_each(rows, format, file)[1]
+def _bad_rows(refused: list[DataError], dataset: DatasetSpec) -> list[Finding]:
     if dataset.on_bad_row is BadRow.ERROR:
         return refusals(refused)
     numbers = [error.row for error in refused if error.row is not None]
@@ -198,7 +211,8 @@ def _cut_off(rows: Sequence[TokenRow], dataset: DatasetSpec) -> list[Finding]:
     if dataset.on_overflow is Overflow.DROP:
         text = f"{{n}} left out, with more than dataset.max_length ({most}) tokens"
         return found("warning", "too long, left out", text, numbers, hint)
-    empty = [row.number for row in long if all(label == IGNORED for label in row.labels[1:most])]
+    learned_there = dataset.format is not DataFormat.CLASSIFICATION  # a classifier learns no token
+    empty = [row.number for row in long if learned_there and all(label == IGNORED for label in row.labels[1:most])]
     text = f"{{n}} with no token to learn within dataset.max_length ({most})"
     findings = found("error", "no learned token", text, empty, hint)
     cut = [row.number for row in long if row.number not in set(empty)]

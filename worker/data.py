@@ -1,7 +1,8 @@
 """From a data set's rows to token ids and labels: the chat template, what is learned, and what is too long.
 
 Loss falls on answers only (on everything for `text`), the end-of-sequence token is learned, and there is one BOS at
-most. Tokenised data are cached by what decides them: content, tokenizer, template, format, length.
+most. For a classifier loss falls on a row's label alone, and its text is what the tokenizer makes of it. Tokenised data
+are cached by what decides them: content, tokenizer, template, format, length.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ import itertools
 import json
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ import torch
 from jinja2 import TemplateError
 
 from loractl.common.artifacts import sha256_of
+from loractl.common.classes import labels_of
 from loractl.common.errors import DataError
 from loractl.common.rows import Example, RawRow, detect_format, parse_examples, read_rows, split_data
 from loractl.common.spec import DataFormat, DatasetSpec, Overflow
@@ -35,12 +38,13 @@ _CACHE_VERSION = 2
 
 @dataclass(frozen=True, kw_only=True)
 class TokenRow:
-    """One tokenised row; `labels` equal `input_ids` where the model learns and IGNORED elsewhere."""
+    """One tokenised row; `labels` equal `input_ids` where the model learns to go on and IGNORED elsewhere."""
 
     number: int
     input_ids: list[int]
     labels: list[int]
     starts: tuple[int, ...] = ()  # of a packed row: where its second and further examples begin
+    label: int | None = None  # of a classifier's row: its place in PreparedData.label_names
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +80,7 @@ class PreparedData:
     warnings: tuple[str, ...] = ()  # what looks wrong, and is trained on all the same
     packed: list[TokenRow] | None = None  # the rows to train on, several examples in one
     regression: TokenSet | None = None  # rows of another kind, to show what was forgotten
+    label_names: tuple[str, ...] = ()  # what a classifier learns to tell apart; empty for any other job
 
     @property
     def trained_rows(self) -> list[TokenRow]:
@@ -99,7 +104,14 @@ class PreparedData:
             "overlap_rows_dropped": self.overlap,
             "bad_rows": self.dropped[:20],
             "warnings": list(self.warnings),
+            "labels": self.label_counts() or None,
         }
+
+    def label_counts(self) -> dict[str, dict[str, int]]:
+        """How many rows a classifier's label has, those to train on and those held out."""
+        train, held_out = (Counter(row.label for row in tokens.rows) for tokens in (self.train, self.held_out))
+        names = enumerate(self.label_names)
+        return {name: {"train": train[place], "held_out": held_out[place]} for place, name in names}
 
 
 def prepare_data(
@@ -110,8 +122,14 @@ def prepare_data(
     split = split_data(dataset, rows, held_rows)
     file, held_file = dataset.path, dataset.eval_path or dataset.path
     key = _cache_key(dataset, tokenizer, split.format)
+    label_names = labels_of(split.train)
     train_set = _tokenise(split.train, file, dataset, tokenizer, split.format, cache, key)
     held_set = _tokenise(split.held_out, held_file, dataset, tokenizer, split.format, cache, key)
+    if label_names:
+        train_set, held_set = (
+            _with_labels(tokens, examples, label_names)
+            for tokens, examples in ((train_set, split.train), (held_set, split.held_out))
+        )
     kept = {r.number for r in held_set.rows}
     return PreparedData(
         format=split.format,
@@ -123,7 +141,15 @@ def prepare_data(
         sha256=sha256,
         train_examples=split.train,
         held_out_examples=[e for e in split.held_out if e.number in kept],
+        label_names=label_names,
     )
+
+
+def _with_labels(tokens: TokenSet, examples: Sequence[Example], label_names: Sequence[str]) -> TokenSet:
+    """The rows with their labels' places. They are not in the cache: a label's place depends on all training rows."""
+    place = {name: n for n, name in enumerate(label_names)}
+    label_of = {e.number: place[e.label] for e in examples if e.label is not None}
+    return replace(tokens, rows=[replace(row, label=label_of[row.number]) for row in tokens.rows])
 
 
 def prepare_regression(
@@ -148,10 +174,16 @@ def _hash_of(examples: Sequence[Example]) -> str:
 def encode(example: Example, tokenizer: Any, format: DataFormat) -> tuple[list[int], list[int]]:
     """(input_ids, labels) of one example, untruncated.
 
-    Raises ValueError when the chat template does not render a conversation as a prefix of its continuation.
+    Raises ValueError when the chat template does not render a conversation as a prefix of its continuation, and for a
+    text of no token.
     """
     if example.turns:
         return _encode_chat(example, tokenizer)
+    if format is DataFormat.CLASSIFICATION:
+        ids = list(tokenizer(example.text).input_ids)
+        if not ids:
+            raise ValueError("has a text of which the model's tokenizer makes no token")
+        return ids, [IGNORED] * len(ids)
     return _encode_text(example, tokenizer, learn_all=format is DataFormat.TEXT)
 
 
@@ -177,21 +209,28 @@ def prompt_of(example: Example, tokenizer: Any) -> tuple[list[int], str, str] | 
 
 def inputs_of(row: TokenRow) -> dict[str, list[int]]:
     """A row as a data set's item, for `collate`."""
+    if row.label is not None:
+        return {"input_ids": row.input_ids, "label": [row.label]}
     return {"input_ids": row.input_ids, "labels": row.labels, "starts": list(row.starts)}
 
 
 def collate(rows: Sequence[dict[str, list[int]]], pad: int) -> dict[str, torch.Tensor]:
     """Right-padded int64 tensors of shape (rows, longest row): input_ids, labels and attention_mask; for packed rows
-    position_ids in its place, which begin anew with every example, and with the padding."""
+    position_ids in its place, which begin anew with every example, and with the padding. A classifier's labels have
+    the shape (rows,)."""
     longest = max(len(r["input_ids"]) for r in rows)
 
     def padded(values: Callable[[dict[str, list[int]]], list[int]], fill: int) -> torch.Tensor:
         return torch.tensor([(v := values(r)) + [fill] * (longest - len(v)) for r in rows])
 
+    mask = padded(lambda r: [1] * len(r["input_ids"]), 0)
+    if "label" in rows[0]:
+        labels = torch.tensor([r["label"][0] for r in rows])
+        return {"input_ids": padded(lambda r: r["input_ids"], pad), "labels": labels, "attention_mask": mask}
     batch = {"input_ids": padded(lambda r: r["input_ids"], pad), "labels": padded(lambda r: r["labels"], IGNORED)}
     if any(r.get("starts") for r in rows):
         return batch | {"position_ids": torch.tensor([_positions(r, longest) for r in rows])}
-    return batch | {"attention_mask": padded(lambda r: [1] * len(r["input_ids"]), 0)}
+    return batch | {"attention_mask": mask}
 
 
 def _positions(row: dict[str, list[int]], longest: int) -> list[int]:
@@ -332,7 +371,11 @@ def fit_examples(
                 too_long += 1
                 continue
             ids, labels, truncated = ids[: dataset.max_length], labels[: dataset.max_length], truncated + 1
-        if all(label == IGNORED for label in labels[1:]):  # the first token has no context to be predicted from
+            if format is DataFormat.CLASSIFICATION:  # as whoever uses it will cut: some tokenizers close every text
+                ids = list(tokenizer(example.text, truncation=True, max_length=dataset.max_length).input_ids)
+        if format is not DataFormat.CLASSIFICATION and all(
+            label == IGNORED for label in labels[1:]
+        ):  # the first token has no context to be predicted from
             raise DataError(
                 file,
                 f"has no token to learn within dataset.max_length ({dataset.max_length})",

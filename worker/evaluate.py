@@ -21,7 +21,7 @@ from .data import IGNORED, PreparedData, TokenRow, collate, prompt_of
 from .dialogue import Answered, answers_of
 from .labels import Labels, labels_taught
 from .memory import is_out_of_memory, release
-from .model import evaluating
+from .model import evaluating, whole_modules
 from .stats import Array, paired_interval
 
 MIN_CASES = 8
@@ -105,6 +105,7 @@ class Evaluation:
     """(row, learned tokens, summed loss of base, of tuned in nats): with them two jobs are compared row by row."""
     labels: Labels | None = None
     turns: list[Turns] = field(default_factory=list)
+    baseline: str | None = None  # what `base` is where it is not the base model
 
 
 def evaluate(
@@ -131,20 +132,16 @@ def evaluate(
         done += count
         progress(done, total)
 
-    # generate() goes past the autocast that the Trainer put around forward(), and modules_to_save are in fp32
-    mixed = bool(spec.lora.modules_to_save) and compute != torch.float32
-    whole_modules = torch.autocast(model.device.type, dtype=compute, enabled=mixed)
     found: dict[str, _Found] = {}
     for name in ("base", "tuned"):
-        with evaluating(model, base=name == "base"):
+        with evaluating(model, base=name == "base"), whole_modules(model, compute):
 
             def score(rows: list[TokenRow]) -> RowScores:
                 return score_rows(model, tokenizer, rows, asked.per_device_eval_batch_size, tick)
 
             def answer(prompts: list[Prompt], longest: int) -> list[tuple[str, bool]]:
                 ids = [prompt.ids for prompt in prompts]
-                with whole_modules:
-                    return generate(model, tokenizer, ids, asked.per_device_eval_batch_size, longest, tick)
+                return generate(model, tokenizer, ids, asked.per_device_eval_batch_size, longest, tick)
 
             found[name] = _Found(
                 rows=score(work.rows),
@@ -374,29 +371,29 @@ def _compare(
     format: DataFormat,
 ) -> list[Compared]:
     wanted, b, t = set(spec.evaluation.metrics), base.rows, tuned.rows
-    found = [_metric("loss", "loss", "nats", False, b.loss, t.loss, b.tokens)]
+    found = [measure("loss", "loss", "nats", False, b.loss, t.loss, b.tokens)]
     if Metric.PERPLEXITY in wanted:
-        found.append(_metric("perplexity", "perplexity", "", False, b.loss, t.loss, b.tokens, np.exp))
+        found.append(measure("perplexity", "perplexity", "", False, b.loss, t.loss, b.tokens, np.exp))
     if Metric.TOKEN_ACCURACY in wanted:
         name = "tokens guessed right"
-        found.append(_metric("token_accuracy", name, "%", True, 100 * b.right, 100 * t.right, b.tokens))
+        found.append(measure("token_accuracy", name, "%", True, 100 * b.right, 100 * t.right, b.tokens))
     if format is not DataFormat.TEXT and b.stops.sum() > 0:
         name = "loss on the stop token"
-        found.append(_metric("stop_token_loss", name, "nats", False, b.stop_loss, t.stop_loss, b.stops))
+        found.append(measure("stop_token_loss", name, "nats", False, b.stop_loss, t.stop_loss, b.stops))
     if labels is not None:
         right = [
             [one == e for one, e in zip(said, labels.expected, strict=True)] for said in (labels.base, labels.tuned)
         ]
-        found.append(_share("accuracy", "labels right", *right))
+        found.append(share("accuracy", "labels right", *right))
         low_high = labels.macro_f1()
-        found.append(_given("macro_f1", "macro F1 of the labels", "%", True, len(labels.expected), *low_high))
+        found.append(interval_of("macro_f1", "macro F1 of the labels", "%", True, len(labels.expected), *low_high))
     if answers:
         found += _of_answers(answers, wanted)
     if work.turns:
         found += _of_turns(work.turns, base, tuned)
     if work.regression:
         name, of = "loss on the regression set", (base.regression, tuned.regression)
-        found.append(_metric("regression_loss", name, "nats", False, of[0].loss, of[1].loss, of[0].tokens))
+        found.append(measure("regression_loss", name, "nats", False, of[0].loss, of[1].loss, of[0].tokens))
     return found
 
 
@@ -404,14 +401,14 @@ def _of_answers(answers: list[Answer], wanted: set[Metric]) -> list[Compared]:
     found, ones = [], np.ones(len(answers))
     if Metric.EXACT_MATCH in wanted:
         exact = ([a.base_exact for a in answers], [a.tuned_exact for a in answers])
-        found.append(_share("exact_match", "exact match", *exact))
+        found.append(share("exact_match", "exact match", *exact))
     if Metric.ROUGE in wanted:
         expected = [a.expected for a in answers]
         base, tuned = rouge([a.base for a in answers], expected), rouge([a.tuned for a in answers], expected)
         for kind, label in ROUGE.items():
-            found.append(_metric(kind, label, "%", True, base[kind], tuned[kind], ones))
+            found.append(measure(kind, label, "%", True, base[kind], tuned[kind], ones))
     ended = ([a.base_ended for a in answers], [a.tuned_ended for a in answers])
-    return [*found, _share("ends_by_itself", "answers that end by themselves", *ended)]
+    return [*found, share("ends_by_itself", "answers that end by themselves", *ended)]
 
 
 def _of_turns(turns: list[Answered], base: _Found, tuned: _Found) -> list[Compared]:
@@ -425,8 +422,8 @@ def _of_turns(turns: list[Answered], base: _Found, tuned: _Found) -> list[Compar
     alone = (one.alone.loss / one.alone.tokens * weight for one in (base, tuned))
     gains = [without - within for without, within in zip(alone, whole, strict=True)]
     return [
-        _metric("later_answers_loss", "loss on later answers", "nats", False, whole[0], whole[1], weight),
-        _metric("context_gain", "worth of earlier turns", "nats", True, gains[0], gains[1], weight),
+        measure("later_answers_loss", "loss on later answers", "nats", False, whole[0], whole[1], weight),
+        measure("context_gain", "worth of earlier turns", "nats", True, gains[0], gains[1], weight),
     ]
 
 
@@ -439,13 +436,14 @@ def _by_turn(turns: list[Answered], base: RowScores, tuned: RowScores) -> list[T
     return found
 
 
-def _share(name: str, label: str, base: list[bool], tuned: list[bool]) -> Compared:
-    return _metric(
+def share(name: str, label: str, base: list[bool], tuned: list[bool]) -> Compared:
+    """How many rows each does right, in percent."""
+    return measure(
         name, label, "%", True, 100 * np.array(base, float), 100 * np.array(tuned, float), np.ones(len(base))
     )
 
 
-def _metric(
+def measure(
     name: str,
     label: str,
     unit: str,
@@ -455,13 +453,15 @@ def _metric(
     weight: Array,
     transform: Callable[[Array], Array] = lambda x: x,
 ) -> Compared:
+    """A metric that is a sum over rows by a sum of weights; rows of no weight are no cases."""
     cases = int((weight > 0).sum())
-    return _given(name, label, unit, higher, cases, *paired_interval(base, tuned, weight, transform))
+    return interval_of(name, label, unit, higher, cases, *paired_interval(base, tuned, weight, transform))
 
 
-def _given(
+def interval_of(
     name: str, label: str, unit: str, higher: bool, cases: int, base: float, tuned: float, low: float, high: float
 ) -> Compared:
+    """A metric whose interval is known already."""
     return Compared(
         name=name,
         label=label,

@@ -2,7 +2,8 @@
 
     python -m loractl.worker.lengths < spec.json
 
-Prints {"train": tokens, "evaluate": tokens, "rows": number}, or {"error": sentence}.
+Prints {"train": tokens, "evaluate": tokens, "rows": number, "labels": number}, or {"error": sentence}; labels are a
+classifier's, else null.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ def lengths_of(data: PreparedData) -> Lengths:
         train=max(len(row.input_ids) for row in data.trained_rows),
         evaluate=max(len(row.input_ids) for row in data.held_out.rows),
         rows=len(data.trained_rows),
+        labels=len(data.label_names) or None,
     )
 
 

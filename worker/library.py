@@ -14,7 +14,7 @@ from loractl.common.database import connect, reachable
 from loractl.common.errors import ArtifactError, UsageError
 from loractl.common.naming import parse_reference
 from loractl.common.settings import Settings
-from loractl.common.spec import DataFormat, JobSpec, Method
+from loractl.common.spec import DataFormat, JobSpec, Method, TaskType
 from loractl.common.store import Store
 from loractl.common.tables import Adapter, Job
 
@@ -55,9 +55,15 @@ class Library:
         return self._settings
 
     def find(self, text: str) -> Listed:
-        """What a person calls an adapter. Raises UsageError, JobNotFound, AdapterNotFound, Refused."""
+        """What a person calls an adapter that writes text. Raises UsageError, JobNotFound, AdapterNotFound, Refused."""
         row = self._store.adapter(parse_reference(text))
-        return self._listed(row, self._store.job(row.job_id))
+        listed = self._listed(row, self._store.job(row.job_id))
+        if listed.spec.task_type is TaskType.SEQ_CLS:
+            raise UsageError(
+                f"{row.name} (job {row.job_id}) is a classifier, which writes no text",
+                f"loractl adapters pull {row.job_id} DIR, whose README.md says how to load it",
+            )
+        return listed
 
     def on(self, base: str, revision: str | None) -> dict[str, Listed]:
         """The stored adapters of a base by job number and by every name and tag that they have."""
@@ -66,7 +72,7 @@ class Library:
             if row.base_model != base:
                 continue
             listed = self._listed(row, self._store.job(row.job_id))
-            if listed.spec.revision != revision:
+            if listed.spec.revision != revision or listed.spec.task_type is TaskType.SEQ_CLS:
                 continue
             found[str(row.job_id)] = listed
             for tag in tags.get(row.job_id, ()):

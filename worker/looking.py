@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import textwrap
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from loractl.common.checks import Finding
 
 SHOWN_EXAMPLES = 3
+SHOWN_LABELS = 20
 BAR = 24
 COLORS = {"error": "red", "warning": "yellow", "note": None}
 
@@ -82,9 +83,11 @@ def data_show(job_file: Path, row: int | None, as_json: bool) -> None:
     facts = prepared.facts()
     if as_json:
         learned = [label != IGNORED for label in chosen.labels]
-        click.echo(json.dumps({"row": chosen.number, "input_ids": chosen.input_ids, "learned": learned, "data": facts}))
+        label = {} if chosen.label is None else {"label": prepared.label_names[chosen.label]}
+        shown = {"row": chosen.number, "input_ids": chosen.input_ids, "learned": learned, **label, "data": facts}
+        click.echo(json.dumps(shown))
         return
-    click.echo(f"Row {chosen.number} of {spec.dataset.path}: {_size(chosen)}.")
+    click.echo(f"Row {chosen.number} of {spec.dataset.path}: {_size(chosen, prepared.label_names)}.")
     click.echo(
         f"Format {prepared.format.value}: {prepared.why}. "
         f"{facts['train_rows']} rows to train on, {facts['held_out_rows']} held out.\n"
@@ -98,9 +101,11 @@ def _print(spec: JobSpec, checked: Checked, tokenizer: Any, advice: list[str]) -
         held = f", {checked.held_out_rows} held out" if checked.held_out_rows else ""
         rows = f": {checked.train_rows} rows to train on{held}" if checked.train_rows else ""
         click.echo(f"{name}{rows}. Format {checked.format.value}: {checked.why}.")
-    if checked.lengths and checked.learned:
+    if checked.lengths:
         click.echo("\nTOKENS      MIN  MEDIAN     P95     MAX")
         for label, one in (("a row", checked.lengths), ("learned", checked.learned)):
+            if one is None:
+                continue
             click.echo(f"{label:<9}{one.least:>6}{one.median:>8}{one.p95:>8}{one.most:>8}")
         click.echo()
         most = max(count for _, _, count in checked.histogram)
@@ -108,8 +113,9 @@ def _print(spec: JobSpec, checked: Checked, tokenizer: Any, advice: list[str]) -
             cut = "  cut" if low > spec.dataset.max_length else ""
             bar = "█" * max(1 if count else 0, round(BAR * count / most))
             click.echo(f"{low:>6} to {high:<6} {bar:<{BAR}} {count:>6}{cut}")
+    _print_labels(checked)
     for row in _examples(checked.rows):
-        click.echo(f"\nRow {row.number}: {_size(row)}.\n")
+        click.echo(f"\nRow {row.number}: {_size(row, list(checked.labels))}.\n")
         click.echo(textwrap.indent(_marked(row, tokenizer).rstrip("\n"), "  "))
     if checked.findings:
         click.echo()
@@ -120,6 +126,18 @@ def _print(spec: JobSpec, checked: Checked, tokenizer: Any, advice: list[str]) -
     click.echo(f"\n{told}.")
     for text in advice:
         click.echo(text)
+
+
+def _print_labels(checked: Checked) -> None:
+    """How often each of a classifier's labels is taught and held out."""
+    if not checked.labels:
+        return
+    click.echo(f"\n{'LABEL':<24}{'TO TRAIN ON':>12}{'HELD OUT':>10}")
+    most = sorted(checked.labels.items(), key=lambda item: -item[1]["train"])
+    for name, rows in most[:SHOWN_LABELS]:
+        click.echo(f"{_shown(name)[:23]:<24}{rows['train']:>12}{rows['held_out']:>10}")
+    if len(most) > SHOWN_LABELS:
+        click.echo(f"and {len(most) - SHOWN_LABELS} more")
 
 
 def _print_finding(finding: Finding) -> None:
@@ -152,7 +170,8 @@ def _largest_batch(spec: JobSpec, length: int, longest: int, checked: Checked, r
     if shape is None:
         return None
     wide = spec.model_copy(update={"dataset": spec.dataset.model_copy(update={"max_length": length})})
-    lengths = Lengths(train=longest, evaluate=checked.longest_held_out, rows=checked.train_rows)
+    labels = len(checked.labels) or None
+    lengths = Lengths(train=longest, evaluate=checked.longest_held_out, rows=checked.train_rows, labels=labels)
     effective = spec.training.per_device_train_batch_size * spec.training.gradient_accumulation_steps
     for method in permitted_methods(spec.method):
         most = largest_fit(shape, wide, method, room, lengths).micro_batch
@@ -193,7 +212,9 @@ def _examples(rows: list[TokenRow]) -> list[TokenRow]:
     return [ordered[place] for place in places][:SHOWN_EXAMPLES]
 
 
-def _size(row: TokenRow) -> str:
+def _size(row: TokenRow, label_names: Sequence[str]) -> str:
+    if row.label is not None:
+        return f"{len(row.input_ids)} tokens, label {_shown(label_names[row.label])}"
     return f"{len(row.labels)} tokens, {sum(label != IGNORED for label in row.labels)} learned"
 
 
@@ -244,6 +265,7 @@ def _as_json(checked: Checked, advice: list[str]) -> dict[str, Any]:
         "train_rows": checked.train_rows,
         "held_out_rows": checked.held_out_rows,
         "tokens": None if checked.lengths is None else vars(checked.lengths),
+        "labels": checked.labels or None,
         "learned_tokens": None if checked.learned is None else vars(checked.learned),
         "histogram": [{"from": low, "to": high, "rows": count} for low, high, count in checked.histogram],
         "findings": [vars(finding) for finding in checked.findings],

@@ -7,13 +7,19 @@ import errno
 import functools
 import json
 import socket
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GgufConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    GgufConfig,
+)
 
 from loractl.common.errors import LoractlError
 from loractl.common.spec import JobSpec, Method
@@ -23,6 +29,12 @@ from .trust import Refused, check_model_settings
 
 INITIAL_WEIGHTS: dict[str, bool | str] = {"default": True, "loftq": True}
 """peft's names where ours differ; loftq's weights come after, from the base's own files."""
+
+INITIAL_SPREAD = 0.02
+"""Standard deviation of a head's first weights where the model's config has no initializer_range: transformers' own."""
+
+HEAD = "score"
+"""What transformers calls the head of every decoder that classifies; peft trains and stores it by that name."""
 
 PLAIN_CHAT_TEMPLATE = (
     "{% for message in messages %}### {{ message['role'] | capitalize }}:\n{{ message['content'] }}"
@@ -38,6 +50,26 @@ class TrainingFailed(LoractlError):
     def __init__(self, reason: Reason, sentence: str) -> None:
         super().__init__(sentence)
         self.reason = reason
+
+
+@dataclass(frozen=True, kw_only=True)
+class Head:
+    """What a classifier's head is made of."""
+
+    labels: tuple[str, ...]
+    pad: int  # the padding token: the last token that is none decides
+    seed: int
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What transformers has to know of it, as keys of the model's config."""
+        return {**label_settings(self.labels), "pad_token_id": self.pad}
+
+
+def label_settings(labels: Sequence[str]) -> dict[str, Any]:
+    """Labels as from_pretrained of AutoModelForSequenceClassification takes them."""
+    names = dict(enumerate(labels))
+    return {"num_labels": len(names), "id2label": names, "label2id": {name: n for n, name in names.items()}}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,10 +132,12 @@ def load_base(
     *,
     run_code: bool = False,
     attention: str = "auto",
+    head: Head | None = None,
 ) -> Any:
     """The base model on its device; for qlora its linear layers in NF4 with double quantisation (arXiv:2305.14314).
 
-    Raises TrainingFailed when the model can't be found or read.
+    With `head` it has that one, with fresh weights, in place of its words. Raises TrainingFailed when the model can't
+    be found or read, or has no such head.
     """
     options: dict[str, Any] = {"dtype": precision.base, "use_safetensors": True} | _gguf_file(base_model)
     if device == "cuda":
@@ -122,12 +156,43 @@ def load_base(
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=precision.base,
+            llm_int8_skip_modules=None if head is None else [HEAD],  # None: transformers leaves out the words' head
         )
     if attention != "auto":
         options["attn_implementation"] = _available(attention)
     with _model_errors(base_model):
         options |= _source(base_model, revision, run_code=run_code)
-        return AutoModelForCausalLM.from_pretrained(base_model, **options)
+        if head is None:
+            return AutoModelForCausalLM.from_pretrained(base_model, **options)
+        _check_no_head_yet(base_model, revision)
+        model = AutoModelForSequenceClassification.from_pretrained(base_model, **options, **head.settings)
+    _begin_head(model, head)
+    return model
+
+
+def _check_no_head_yet(base_model: str, revision: str | None) -> None:
+    """A classifier's own head would be overwritten, and its labels are others. Raises TrainingFailed."""
+    made_for = _configs(base_model, revision)[0].get("architectures") or []
+    if any(str(name).endswith("ForSequenceClassification") for name in made_for):
+        what = "is a classifier already, whose head would be lost: name the model that it was made from"
+        raise TrainingFailed(Reason.BAD_SPEC, f"base_model {base_model} {what}")
+
+
+def _begin_head(model: Any, head: Head) -> None:
+    """Fresh weights, drawn on the CPU from a generator of their own: the same on every device, and with every method.
+
+    Raises TrainingFailed(bad_spec) for an encoder, whose classifiers are built otherwise.
+    """
+    layer = getattr(model, HEAD, None)
+    if not isinstance(layer, torch.nn.Linear):
+        what = f"task_type: SEQ_CLS is for decoders, and {type(model).__name__} has no head of theirs"
+        raise TrainingFailed(Reason.BAD_SPEC, what)
+    text = model.config.get_text_config()
+    text.pad_token_id = head.pad
+    drawn = torch.empty(layer.weight.shape, dtype=torch.float32)
+    spread = getattr(text, "initializer_range", INITIAL_SPREAD)
+    drawn.normal_(std=spread, generator=torch.Generator().manual_seed(head.seed))
+    layer.weight.data.copy_(drawn)
 
 
 def _available(attention: str) -> str:
@@ -143,7 +208,8 @@ def _available(attention: str) -> str:
 
 
 def add_adapter(base: Any, spec: JobSpec, method: Method) -> Any:
-    """The base with a fresh LoRA adapter; only the adapter is trainable. Raises TrainingFailed(bad_spec)."""
+    """The base with a fresh LoRA adapter; trainable are the adapter and, where the base has one, its classifying head.
+    Raises TrainingFailed(bad_spec)."""
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 
     if method is Method.QLORA:
@@ -154,7 +220,7 @@ def add_adapter(base: Any, spec: JobSpec, method: Method) -> Any:
     if isinstance(targets, list):
         _check_targets(base, targets)
     config = LoraConfig(
-        task_type="CAUSAL_LM",
+        task_type=spec.task_type.value,  # for SEQ_CLS peft itself adds the head to modules_to_save
         r=spec.lora.r,
         lora_alpha=spec.lora.lora_alpha,
         lora_dropout=spec.lora.lora_dropout,
@@ -260,6 +326,13 @@ def keep_nf4_in_training_mode(model: Any) -> None:
             module.train = lambda mode=True, module=module: module
 
 
+def whole_modules(model: Any, compute: torch.dtype) -> contextlib.AbstractContextManager[Any]:
+    """Autocast where modules are trained in full, in fp32, on a base that computes in `compute`: the Trainer's own is
+    around forward() alone, not generate(), and only of a model that it has trained in this process."""
+    mixed = bool(model.peft_config["default"].modules_to_save) and compute != torch.float32
+    return torch.autocast(model.device.type, dtype=compute, enabled=mixed)
+
+
 @contextlib.contextmanager
 def evaluating(model: Any, *, base: bool = False) -> Iterator[Any]:
     """The model in eval mode without gradients; with `base`, its adapter switched off. Training mode is restored."""
@@ -340,7 +413,8 @@ def _check_targets(base: Any, targets: list[str]) -> None:
     from transformers.pytorch_utils import Conv1D
 
     kinds = (torch.nn.Linear, Conv1D)  # GPT-2's layers are of the second
-    linear = {name.rpartition(".")[2] for name, m in base.named_modules() if isinstance(m, kinds)} - {"lm_head"}
+    heads = {"lm_head", HEAD}
+    linear = {name.rpartition(".")[2] for name, m in base.named_modules() if isinstance(m, kinds)} - heads
     if unknown := [t for t in targets if t.rpartition(".")[2] not in linear]:
         raise TrainingFailed(
             Reason.BAD_SPEC,

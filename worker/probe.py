@@ -17,6 +17,7 @@ from transformers import Trainer, TrainerCallback
 
 from loractl.common.memory import state_bytes
 
+from .classify import classify
 from .data import PreparedData, TokenRow, inputs_of
 from .evaluate import in_batches, score_rows
 from .memory import in_a_sentence, is_out_of_memory
@@ -82,7 +83,10 @@ class Probe(TrainerCallback):
                 trainer.prediction_step(
                     trainer.model, trainer.data_collator([inputs_of(row) for row in picked]), prediction_loss_only=True
                 )
-            score_rows(trainer.model, self._tokenizer, picked, len(picked))
+            if self._data.label_names:
+                classify(trainer.model, self._tokenizer.pad_token_id, picked, len(picked))
+            else:
+                score_rows(trainer.model, self._tokenizer, picked, len(picked))
 
         with evaluating(trainer.model):
             fitting = in_batches(list(range(len(batch))), wanted, work)

@@ -15,6 +15,8 @@ from loractl.common.adjustment import Adjustment
 from loractl.common.artifacts import sha256_of
 from loractl.common.units import duration, gib, thousands
 
+from .adapter import LABELS
+from .classify import BASELINE
 from .evaluate import Compared, Evaluation
 from .stats import BOOTSTRAP_SAMPLES, BOOTSTRAP_SEED
 
@@ -29,6 +31,9 @@ SCHEMA = 1
 
 MOST_ROW_LOSSES = 10_000
 """So many rows' own losses are kept, to compare jobs by: 400 KB."""
+
+CARD_LABELS = 20
+"""So many labels a model card lists; labels.json has them all."""
 
 MIN_POINTS_TO_SMOOTH = 40
 """A smoothed line through fewer points lags behind them and misleads."""
@@ -66,8 +71,9 @@ def build_report(
             "labels": dict(spec.labels),
         },
         "base_model": spec.base_model,
+        "task_type": spec.task_type.value,
         "method": order.method.value,
-        "verdict": verdict(evaluation.metrics),
+        "verdict": verdict(evaluation.metrics, "the base" if evaluation.baseline is None else BASELINE),
         "adapter": {
             "r": spec.lora.r,
             "lora_alpha": spec.lora.lora_alpha,
@@ -112,6 +118,7 @@ def build_report(
         },
         "evaluation": {
             "rows": evaluation.rows,
+            "baseline": evaluation.baseline,
             "seconds": evaluation.seconds,
             "bootstrap": {"samples": BOOTSTRAP_SAMPLES, "seed": BOOTSTRAP_SEED, "interval": 0.95},
             "metrics": [_metric(m) for m in evaluation.metrics],
@@ -138,8 +145,9 @@ def build_report(
     }
 
 
-def verdict(metrics: list[Compared]) -> dict[str, str]:
-    """What the comparison says, in a word and a sentence. The held-out loss decides; the rest is named beside it."""
+def verdict(metrics: list[Compared], base: str = "the base") -> dict[str, str]:
+    """What the comparison with `base` says, in a word and a sentence. The held-out loss decides; the rest is named
+    beside it."""
     loss = next(m for m in metrics if m.name == "loss")
     numbers = f"held-out loss {loss.base:.2f} -> {loss.tuned:.2f}"
     short = f"loss {loss.base:.2f} -> {loss.tuned:.2f}"
@@ -161,9 +169,9 @@ def verdict(metrics: list[Compared]) -> dict[str, str]:
         return {
             "reading": "worse",
             "short": f"worse, {short}",
-            "sentence": f"No measurable gain: worse than the base, {numbers}{aside}.",
+            "sentence": f"No measurable gain: worse than {base}, {numbers}{aside}.",
         }
-    return {"reading": "better", "short": f"better, {short}", "sentence": f"Better than the base: {numbers}{aside}."}
+    return {"reading": "better", "short": f"better, {short}", "sentence": f"Better than {base}: {numbers}{aside}."}
 
 
 def write_report(report: dict[str, Any], folder: Path) -> None:
@@ -176,6 +184,8 @@ def write_model_card(report: dict[str, Any], adapter: Path) -> None:
     """README.md beside the weights, in place of peft's empty form: what this adapter is and where it comes from."""
     base, data, training = report["base_model"].rpartition("/")[2], report["data"], report["training"]
     loss = next(m for m in report["evaluation"]["metrics"] if m["name"] == "loss")
+    baseline = report["evaluation"].get("baseline")
+    losses = f"{'base' if baseline is None else BASELINE} {loss['base']:.4f}, tuned {loss['tuned']:.4f}"
     lines = [
         "---",
         "library_name: peft",
@@ -184,9 +194,10 @@ def write_model_card(report: dict[str, Any], adapter: Path) -> None:
         "",
         f"A {report['method']} adapter (r {report['adapter']['r']}) for {base}, made by loractl job "
         f"{report['job']['job_id']}, attempt {report['job']['attempt']}.",
+        *(_how_to_classify(report["base_model"], list(data["labels"])) if data.get("labels") else ()),
         "",
         f"- {report['verdict']['sentence']}",
-        f"- held-out loss on {report['evaluation']['rows']} rows: base {loss['base']:.4f}, tuned {loss['tuned']:.4f}",
+        f"- held-out loss on {report['evaluation']['rows']} rows: {losses}",
         f"- {training['steps']} steps at learning rate {training['learning_rate']:g}, batch "
         f"{training['per_device_train_batch_size']} x {training['gradient_accumulation_steps']}, seed {report['seed']}",
         f"- data: {data['train_rows']} rows, sha256 {data['sha256'] or 'unknown (from the hub)'}",
@@ -194,6 +205,36 @@ def write_model_card(report: dict[str, Any], adapter: Path) -> None:
         "- " + ", ".join(f"{name} {version}" for name, version in report["versions"].items()),
     ]
     (adapter / "README.md").write_text("\n".join(lines) + "\n", "utf-8")
+
+
+def _how_to_classify(base: str, labels: list[str]) -> list[str]:
+    """How a classifier is loaded: the base gets a head of its labels and the padding token, the adapter the weights."""
+    name = base.rpartition("/")[2] if base.startswith("/") else base  # a hub id whole, of this box's folders the last
+    told = ", ".join(json.dumps(name, ensure_ascii=False) for name in labels[:CARD_LABELS])
+    more = f", and {len(labels) - CARD_LABELS} more" if len(labels) > CARD_LABELS else ""
+    return [
+        f"It classifies texts, with a head of its own: {told}{more}.",
+        "",
+        "```python",
+        "import json",
+        "from pathlib import Path",
+        "",
+        "from peft import PeftModel",
+        "from transformers import AutoModelForSequenceClassification, AutoTokenizer",
+        "",
+        f'base, adapter = {json.dumps(name)}, "."',
+        "tokenizer = AutoTokenizer.from_pretrained(adapter)",
+        f'labels = json.loads(Path(adapter, "{LABELS}").read_text())',
+        "model = AutoModelForSequenceClassification.from_pretrained(",
+        "    base,",
+        "    num_labels=len(labels),",
+        "    id2label=dict(enumerate(labels)),",
+        "    label2id={name: place for place, name in enumerate(labels)},",
+        "    pad_token_id=tokenizer.pad_token_id,",
+        ")",
+        "model = PeftModel.from_pretrained(model, adapter).eval()",
+        "```",
+    ]
 
 
 def render_html(report: dict[str, Any]) -> str:

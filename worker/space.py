@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 from loractl.common.architecture import read_shape
-from loractl.common.memory import adapter_tensors, optimizer_name, state_bytes
+from loractl.common.memory import adapter_tensors, optimizer_name, planned_labels, state_bytes
 from loractl.common.method import Method
 from loractl.common.spec import JobSpec
 from loractl.common.units import GIB
@@ -36,7 +36,7 @@ def bytes_to_write(spec: JobSpec, method: Method, data_bytes: int = 0) -> int:
     adapter = state = 0
     if shape is not None:
         optimizer = optimizer_name(spec, method)
-        for elements, count in adapter_tensors(shape, spec):
+        for elements, count in adapter_tensors(shape, spec, planned_labels(spec, None)):
             adapter += 4 * elements * count
             state += state_bytes(optimizer, elements) * count
     writes = CHECKPOINTS * (adapter + state) + adapter + 2 * FILE_LIMIT + TOKENISED * data_bytes

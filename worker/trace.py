@@ -31,12 +31,14 @@ from loractl.common.memory import (
     checkpoints_activations,
     micro_batch,
     optimizer_name,
+    planned_labels,
     state_bytes,
     traced_plan,
 )
-from loractl.common.spec import JobSpec, Method
+from loractl.common.spec import JobSpec, Method, TaskType
 
-from .model import add_adapter
+from .classify import head_loss
+from .model import HEAD, add_adapter, label_settings
 
 BLOCK = 512
 """Bytes that CUDA's caching allocator rounds a tensor up to (kMinBlockSize in c10/cuda/CUDACachingAllocator)."""
@@ -61,13 +63,15 @@ class Trace:
 
 
 def trace_plan(model: str | Path, spec: JobSpec, method: Method, lengths: Lengths | None = None) -> Plan:
-    """The plan of any causal language model that transformers builds from the config of a folder or a hub id.
+    """The plan of any decoder that transformers builds from the config of a folder or a hub id.
 
     Evaluation is not traced. Raises what transformers and peft raise for a config that they refuse.
     """
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(str(model), trust_remote_code=False)
+    classes = label_settings(list(map(str, range(planned_labels(spec, lengths) or 0))))
+    options = {**classes, "pad_token_id": 0} if spec.task_type is TaskType.SEQ_CLS else {}
+    config = AutoConfig.from_pretrained(str(model), trust_remote_code=False, **options)
     tokens = lengths.train if lengths else spec.dataset.max_length
     batch = micro_batch(spec, lengths)
     spec = spec.model_copy(update={"training": spec.training.model_copy(update={"per_device_train_batch_size": batch})})
@@ -113,11 +117,15 @@ def trace_step(config: Any, spec: JobSpec, method: Method, tokens: int) -> Trace
         live.watch(state)
         held = live.now - weights - adapter
         rows = torch.zeros((batch, tokens), dtype=torch.int64)
-        count = torch.tensor(1)
+        count, labels = torch.tensor(1), torch.zeros(batch, dtype=torch.int64)
 
         def step() -> None:
+            inputs = {"input_ids": rows, "attention_mask": torch.ones_like(rows), "num_items_in_batch": count}
             # of the output the Trainer keeps the loss alone, so that the logits are gone by the backward pass
-            loss = model(input_ids=rows, attention_mask=torch.ones_like(rows), labels=rows, num_items_in_batch=count)[0]
+            if spec.task_type is TaskType.SEQ_CLS:
+                loss = head_loss(0.0)(model(**inputs), labels, count)
+            else:
+                loss = model(**inputs, labels=rows)[0]
             torch.autograd.backward(loss)
 
         with _AsOnCuda(), live:
@@ -129,15 +137,17 @@ def trace_step(config: Any, spec: JobSpec, method: Method, tokens: int) -> Trace
 
 def build(config: Any, spec: JobSpec, method: Method) -> Any:
     """The model with its adapter on the meta device, in NF4 where bitsandbytes would put it."""
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
     from transformers.integrations.bitsandbytes import replace_with_bnb_linear
     from transformers.quantizers.base import get_keys_to_not_convert
 
     asked = spec.training.attn_implementation
     options = {} if asked in ("auto", "flash_attention_2") else {"attn_implementation": asked}
     dtype = torch.float32 if spec.training.dtype == "float32" else torch.bfloat16
+    classifier = spec.task_type is TaskType.SEQ_CLS
+    auto = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
     with torch.device("meta"):
-        base = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype, **options)
+        base = auto.from_config(copy.deepcopy(config), dtype=dtype, **options)
         if method is Method.QLORA:
             quantization = BitsAndBytesConfig(
                 load_in_4bit=True,
@@ -145,7 +155,8 @@ def build(config: Any, spec: JobSpec, method: Method) -> Any:
                 bnb_4bit_use_double_quant=True,
                 bnb_4bit_compute_dtype=dtype,
             )
-            base = replace_with_bnb_linear(base, get_keys_to_not_convert(base), quantization)
+            kept = [HEAD] if classifier else get_keys_to_not_convert(base)
+            base = replace_with_bnb_linear(base, kept, quantization)
         return add_adapter(base, spec, method)
 
 

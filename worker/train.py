@@ -31,11 +31,13 @@ from loractl.common.units import gib
 from .adapter import save_adapter
 from .check import warnings_about
 from .checkpoint import PROOF_TOLERANCE, Checkpoint, close_checkpoint, newest_checkpoint, withdraw
-from .data import PreparedData, collate, inputs_of, prepare_data, prepare_regression
+from .classify import evaluate_classifier, head_loss
+from .data import PreparedData, TokenRow, collate, inputs_of, prepare_data, prepare_regression
 from .evaluate import Evaluation, Work, evaluate
 from .lengths import lengths_of
 from .memory import Gauge, hold_to, release
 from .model import (
+    Head,
     Precision,
     TrainingFailed,
     add_adapter,
@@ -46,6 +48,7 @@ from .model import (
     load_trained,
     load_weights,
     save_weights,
+    whole_modules,
 )
 from .packing import check_apart, packed
 from .probe import DoesNotFit, Probe, longest
@@ -146,6 +149,7 @@ def train(run: Run) -> Ended:
         run.spec.revision,
         run_code=order.run_code,
         attention=run.spec.training.attn_implementation,
+        head=_head(run.spec, data, tokenizer),
     )
     model = add_adapter(base, run.spec, order.method)
     if data.packed is not None:
@@ -163,7 +167,8 @@ def train(run: Run) -> Ended:
 
     # 5. Base against tuned on rows that were never trained on.
     run.stage(Stage.EVALUATING)
-    evaluation = evaluate(model, tokenizer, data, run.spec, precision.base, run.check_stop, log.evaluating())
+    measure = evaluate_classifier if data.label_names else evaluate
+    evaluation = measure(model, tokenizer, data, run.spec, precision.base, run.check_stop, log.evaluating())
     log.tell_held_out(evaluation)
 
     # 6. The report, and the manifest's other files.
@@ -184,6 +189,13 @@ def train(run: Run) -> Ended:
     write_report(report, out)
     write_model_card(report, out / "adapter")
     return Ended(job_id=order.job_id, reason=Reason.OK, message=report["verdict"]["short"], peaks=run.gauge.look())
+
+
+def _head(spec: JobSpec, data: PreparedData, tokenizer: Any) -> Head | None:
+    """A classifier's head, for the labels of its training rows; None for a job that learns to answer."""
+    if not data.label_names:
+        return None
+    return Head(labels=data.label_names, pad=tokenizer.pad_token_id, seed=spec.training.seed)
 
 
 def check_trackers(spec: JobSpec) -> None:
@@ -285,6 +297,7 @@ def _fit_once(
         train_dataset=[inputs_of(row) for row in data.trained_rows],
         eval_dataset=[inputs_of(row) for row in data.held_out.rows],
         data_collator=lambda rows: collate(rows, tokenizer.pad_token_id),
+        compute_loss_func=head_loss(arguments.label_smoothing_factor) if data.label_names else None,
     )
     # Without a limit no allocation fails on a processor: the kernel kills whom it chooses. A probe would find nothing.
     if run.on_gpu or run.order.memory_limit is not None:
@@ -370,7 +383,8 @@ class TrainingLog(TrainerCallback):
         self.total_steps = 0
         self.seconds = 0.0  # inside steps: evaluations and checkpoints left out
         self.tokens = 0.0
-        self._evaluation_tokens = 2 * Work.of(data, run.spec, tokenizer).tokens  # base and tuned
+        models = 1 if data.label_names else 2  # base and tuned; a classifier's baseline looks at no text
+        self._evaluation_tokens = models * Work.of(data, run.spec, tokenizer).tokens
         # from one step's end to the next one's, whatever came between: evaluations and checkpoints take time too
         self._step_times: deque[float] = deque(maxlen=1000)
         self._first_epoch = 0.0
@@ -494,7 +508,9 @@ class TrainingLog(TrainerCallback):
 
     def _proof(self, model: Any) -> float:
         """The model's loss on the first rows, in eval mode: it draws no random number and changes nothing."""
-        return proof_loss(model, self._proof_rows, self._pad)
+        compute = choose_precision(self._run.order.device, self._run.spec.training.dtype).base
+        with whole_modules(model, compute):
+            return proof_loss(model, self._proof_rows, self._pad)
 
     def read_history(self, checkpoint: Path) -> None:
         """Take the course of a finished training from its last checkpoint."""
@@ -584,13 +600,15 @@ def check_finite(model: Any) -> None:
             raise TrainingFailed(Reason.DIVERGED, f"the trained weights are not finite ({name})")
 
 
-def proof_loss(model: Any, rows: Sequence[Any], pad: int) -> float:
-    """The mean loss of a model on a few rows, cut to PROOF_TOKENS, one at a time."""
+def proof_loss(model: Any, rows: Sequence[TokenRow], pad: int) -> float:
+    """The mean loss of a model on a few rows, cut to PROOF_TOKENS, one at a time: of their tokens, or their labels."""
     losses = []
     with evaluating(model):
         for row in rows:
-            batch = collate([{"input_ids": row.input_ids[:PROOF_TOKENS], "labels": row.labels[:PROOF_TOKENS]}], pad)
-            batch["labels"] = batch["input_ids"].clone()  # every token: a cut row may hold no learned one
+            kept = replace(row, input_ids=row.input_ids[:PROOF_TOKENS], labels=row.labels[:PROOF_TOKENS], starts=())
+            batch = collate([inputs_of(kept)], pad)
+            if row.label is None:
+                batch["labels"] = batch["input_ids"].clone()  # every token: a cut row may hold no learned one
             moved = {name: tensor.to(model.device) for name, tensor in batch.items()}
             losses.append(float(model(**moved).loss))
     return statistics.fmean(losses)
@@ -602,7 +620,10 @@ def belongs_to(order: Start, data: PreparedData) -> dict[str, str]:
     The batch is the effective one. In which pieces it is computed, and whether activations are computed twice, changes
     neither the rows of a step nor what a step learns.
     """
-    rows = hashlib.sha256(json.dumps([[r.input_ids, r.starts] for r in data.trained_rows]).encode()).hexdigest()
+    read: list[Any] = [[r.input_ids, r.starts] for r in data.trained_rows]
+    if data.label_names:
+        read += [data.label_names, [r.label for r in data.trained_rows]]
+    rows = hashlib.sha256(json.dumps(read).encode()).hexdigest()
     asked = order.spec.model_dump(mode="json", include={"base_model", "revision", "lora", "training"})
     training = asked["training"]
     training["batch"] = training.pop("per_device_train_batch_size") * training.pop("gradient_accumulation_steps")

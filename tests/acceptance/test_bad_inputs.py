@@ -20,6 +20,7 @@ from ..models import write_helpdesk
 
 GOOD = "name: job\nbase_model: gpt2\ndataset: {path: data.jsonl}\n"
 BASE = GOOD.replace("gpt2", "./base")
+CLASSIFIER = GOOD + "task_type: SEQ_CLS\n"
 SMALL = {
     "hidden_size": 64,
     "intermediate_size": 128,
@@ -45,6 +46,10 @@ class Mistake:
 
 def messages(*turns: dict[str, str]) -> str:
     return json.dumps({"messages": list(turns)}) + "\n"
+
+
+def labelled(*labels: object) -> str:
+    return "".join(json.dumps({"text": f"text {n}", "label": label}) + "\n" for n, label in enumerate(labels))
 
 
 MISTAKES = [
@@ -83,6 +88,21 @@ MISTAKES = [
         config=LLAMA,
     ),
     Mistake("dropout on fused experts", "set lora.lora_dropout: 0", job=BASE, config=MIXTRAL),
+    Mistake(
+        "a packed classifier",
+        "job.yaml:5: training.packing: a classifier's row is one text with one label",
+        job=CLASSIFIER + "training: {packing: true}\n",
+    ),
+    Mistake(
+        "a metric that generates, of a classifier",
+        "rouge can't be measured, loss and labels can",
+        job=CLASSIFIER + "evaluation: {metrics: [loss, rouge]}\n",
+    ),
+    Mistake(
+        "labels for a job that answers",
+        "job.yaml:3: dataset.format: classification is for task_type: SEQ_CLS",
+        job=GOOD.replace("data.jsonl", "data.jsonl, format: classification"),
+    ),
     # the data
     Mistake("neither a file nor a hub id", "no data set of the hub", job=GOOD.replace("data.jsonl", "train")),
     Mistake("no data file", "dataset.path is relative to the job file", job=GOOD.replace("data.jsonl", "none.jsonl")),
@@ -93,6 +113,9 @@ MISTAKES = [
     ),
     Mistake("an empty data file", "data.jsonl: has no rows", data=""),
     Mistake("unknown columns", "are those of no known format", data='{"question": "a", "reply": "b"}\n'),
+    Mistake("conversations for a classifier", "learns from rows with text and label", job=CLASSIFIER),
+    Mistake("one label only", "has the label 'good'", job=CLASSIFIER, data=labelled("good", "good")),
+    Mistake("a label that is none", "row 1: label is 1.5", job=CLASSIFIER, data=labelled(1.5, "good")),
     Mistake("unknown role", "the role 'bot', not one of", data=messages(HI, {"role": "bot", "content": "a"})),
     Mistake(
         "an empty answer", "the assistant's answer is empty", data=messages(HI, {"role": "assistant", "content": " "})

@@ -26,6 +26,7 @@ ROWS: list[dict[str, Any]] = [
     {"instruction": "say hi", "input": "", "output": "hi"},
     {"prompt": "a", "completion": "b"},
     {"text": "some text"},
+    {"text": "some text", "label": "some"},
 ]
 
 cells: st.SearchStrategy[Any] = st.recursive(
@@ -40,7 +41,7 @@ cells: st.SearchStrategy[Any] = st.recursive(
     max_leaves=6,
 )  # fmt: skip
 columns = st.sampled_from(
-    ["messages", "instruction", "input", "output", "prompt", "completion", "text", "conversations", "", "x"]
+    ["messages", "instruction", "input", "output", "prompt", "completion", "text", "label", "conversations", "", "x"]
 )
 rows = st.one_of(st.sampled_from(ROWS), st.dictionaries(columns, cells, max_size=4))
 tables = st.lists(st.one_of(rows, cells), max_size=5)

@@ -19,7 +19,7 @@ Recipe = Callable[..., tuple[Ended, list]]
 
 @pytest.fixture
 def recipe(tiny_model: Path, tmp_path: Path) -> Recipe:
-    """Run the recipe on a tiny model; keyword arguments go into the spec's training section."""
+    """Run the recipe on a tiny model; keyword arguments go into the spec's training section, `job` beside it."""
     data = write_helpdesk(tmp_path / "data.jsonl")
 
     def run(
@@ -31,6 +31,8 @@ def recipe(tiny_model: Path, tmp_path: Path) -> Recipe:
         lora: dict | None = None,
         dataset: dict | None = None,
         evaluation: dict | None = None,
+        job: dict | None = None,
+        memory_limit: int | None = None,
         **training: object,
     ) -> tuple[Ended, list]:
         spec = JobSpec.model_validate(
@@ -50,6 +52,7 @@ def recipe(tiny_model: Path, tmp_path: Path) -> Recipe:
                     **training,
                 },
                 "evaluation": {"samples": 2, "max_new_tokens": 6, **(evaluation or {})},
+                **(job or {}),
             }
         )
         folder = tmp_path / where
@@ -64,6 +67,7 @@ def recipe(tiny_model: Path, tmp_path: Path) -> Recipe:
             spec=spec,
             method=Method(method),
             vram_planned=None,
+            memory_limit=memory_limit,
             data_path=spec.dataset.path,
             data_sha256=None,
             eval_path=spec.dataset.eval_path,

@@ -47,6 +47,16 @@ def pairs(*rows: Row) -> list[Row]:
     return [*(pair(f"Q: {n}?\nA:", f" it is {n * n} of {n}") for n in range(40)), *rows]
 
 
+def labelled(*rows: Row, count: int = 40, labels: tuple[str, ...] = ("queue", "network")) -> list[Row]:
+    """Texts that take these labels in turn, and further rows."""
+    return [*({"text": f"ticket {n} of many", "label": labels[n % len(labels)]} for n in range(count)), *rows]
+
+
+def other_tickets(count: int = 10) -> list[Row]:
+    return [{"text": f"another {n} of many", "label": ("queue", "network")[n % 2]} for n in range(count)]
+
+
+CLASSIFIER = {"task_type": "SEQ_CLS"}
 FEW = [*pairs()[:9], pair("x", " y")]
 NO_SYSTEM = "{% for m in messages %}{% if m['role'] != 'system' %}{{ m['content'] }}<|im_end|>{% endif %}{% endfor %}"
 NO_TOOL = NO_SYSTEM.replace("system", "tool")
@@ -84,6 +94,16 @@ CASES = [
     Case("chat template", "error", good(), template=REWRITES),
     Case("too long", "error", good(), {"dataset": {"max_length": 20, "on_overflow": "error"}}),
     Case("no learned token", "error", good(), {"dataset": {"max_length": 8}}),
+    Case("unknown columns", "error", [{"sentence": "a", "mood": "b"}], CLASSIFIER, marked=(1,)),
+    Case("missing column", "error", labelled({"text": "a"}), CLASSIFIER, marked=(41,)),
+    Case("nothing to learn", "error", labelled({"text": " ", "label": "queue"}), CLASSIFIER, marked=(41,)),
+    Case("not a label", "error", labelled({"text": "a", "label": 1.5}), CLASSIFIER, marked=(41,)),
+    Case("one label only", "error", labelled(labels=("queue",)), CLASSIFIER),
+    Case(
+        "unknown label", "error", labelled(), CLASSIFIER,
+        held_out=[*other_tickets(), {"text": "a", "label": "x"}], marked=(11,),
+    ),
+    Case("too long", "error", labelled(), {**CLASSIFIER, "dataset": {"max_length": 8, "on_overflow": "error"}}),
     # what is trained on, and was hardly meant
     Case("bad rows dropped", "warning", with_(chat("a", " ")), {"dataset": {"on_bad_row": "drop"}}, marked=(41,)),
     Case("overlap", "warning", good(), held_out=[*good(12), *(chat(f"new {n}", f"one {n}") for n in range(12))]),
@@ -126,9 +146,28 @@ CASES = [
         held_out=good(60)[40:], marked=(41,),
     ),
     Case("few steps", "warning", good(), {"training": {"gradient_accumulation_steps": 40, "num_train_epochs": 1}}),
+    Case(
+        "bad rows dropped", "warning", labelled(), {**CLASSIFIER, "dataset": {"on_bad_row": "drop"}},
+        held_out=[*other_tickets(), {"text": "a", "label": "x"}], marked=(11,),
+    ),
+    Case(
+        "rare labels", "warning", labelled({"text": "a rare one", "label": "x"}), CLASSIFIER,
+        held_out=other_tickets(), marked=(41,),
+    ),
+    Case("lopsided labels", "warning", labelled(labels=("queue",) * 19 + ("network",), count=200), CLASSIFIER),
+    Case("cut rows", "warning", labelled(), {**CLASSIFIER, "dataset": {"max_length": 8}}),
+    Case(
+        "contradicting answers", "warning", labelled({"text": "ticket 0 of many", "label": "network"}), CLASSIFIER,
+        held_out=other_tickets(), marked=(1,),
+    ),
     # what is only told
     Case("few held-out rows", "note", good()),
     Case("labels", "note", [chat(f"question {n}", "no" if n % 3 == 0 else "yes") for n in range(60)]),
+    Case("labels", "note", labelled(), CLASSIFIER),
+    Case(
+        "labels not held out", "note", labelled(labels=("queue", "network", "storage")), CLASSIFIER,
+        held_out=other_tickets(),
+    ),
     Case("trailing space", "note", with_(chat("what?", "this one ")), held_out=good(60)[40:], marked=(41,)),
     Case("answers longer than generated", "note", good(), {"evaluation": {"max_new_tokens": 2}}),
 ]  # fmt: skip
@@ -148,7 +187,9 @@ def check(tiny_model: Path, tmp_path: Path) -> Check:
     return run
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c.kind}-{c.level}")
+@pytest.mark.parametrize(
+    "case", CASES, ids=lambda c: f"{c.kind}-{c.level}" + ("-classifier" if "task_type" in c.spec else "")
+)
 def test_each_kind_of_fault_is_found(case: Case, check: Check) -> None:
     checked = check(case)
     mine = [finding for finding in checked.findings if (finding.kind, finding.level) == (case.kind, case.level)]
@@ -206,6 +247,25 @@ def test_the_command_shows_lengths_rows_and_findings_and_exits_with_2_on_an_erro
     assert sum(bucket["rows"] for bucket in told["histogram"]) == told["train_rows"] == 90
     dropped = cli("data", "check", tmp_path / "job.yaml", "--set=dataset.on_bad_row=drop").stdout
     assert "1 warning." in dropped
+
+
+def test_a_classifier_s_labels_are_counted_and_its_rows_shown_with_theirs(
+    cli: Cli, tiny_model: Path, tmp_path: Path
+) -> None:
+    rows = [{"sentence": row["text"], "label": row["label"]} for row in labelled(count=60)]
+    columns = {"dataset": {"columns": {"text": "sentence"}}}
+    _job(tmp_path, Case("", "", rows, {**CLASSIFIER, **columns}), tiny_model)
+    shown = cli("data", "check", tmp_path / "job.yaml").stdout
+    assert "Format classification: what task_type: SEQ_CLS reads." in shown
+    counts = {name: (int(train), int(held)) for name, train, held in re.findall(r"^(\w+) +(\d+) +(\d+)$", shown, re.M)}
+    assert {name: sum(pair) for name, pair in counts.items()} == {"queue": 30, "network": 30}
+    assert "learned" not in shown and re.search(r"^Row \d+: \d+ tokens, label (queue|network)\.$", shown, re.M)
+    told = json.loads(cli("data", "check", tmp_path / "job.yaml", "--json").stdout)
+    assert {name: (rows["train"], rows["held_out"]) for name, rows in told["labels"].items()} == counts
+    one = json.loads(cli("data", "show", tmp_path / "job.yaml", "--json").stdout)
+    assert one["label"] == rows[one["row"] - 1]["label"] and not any(one["learned"])
+    refused = cli("submit", tmp_path / "job.yaml", "--set=dataset.columns={}", code=2).stderr
+    assert "a classifier learns from rows with text and label" in refused
 
 
 def test_submit_warns_of_what_needs_no_tokenizer_and_the_trainer_of_the_rest(

@@ -195,6 +195,37 @@ def test_options_are_planned_as_they_are_traced(
     assert -0.05 <= planned / trace.peak - 1 <= above
 
 
+CLASSIFIED = [("llama", *setting, labels) for setting in SETTINGS for labels in (3, 4000)]
+CLASSIFIED += [(family, Method.LORA, True, 500, 3) for family in ("gemma3", "gpt2", "falcon", "mixtral")]
+
+
+@pytest.mark.parametrize(("family", "method", "checkpointing", "vocab", "labels"), CLASSIFIED)
+def test_a_classifier_is_planned_as_it_is_traced(
+    family: str, method: Method, checkpointing: bool, vocab: int, labels: int, tmp_path: Path
+) -> None:
+    """Without logits of words; with thousands of labels the peak is at the head or in the optimizer's step."""
+    asked = job(family, checkpointing=checkpointing).model_dump(exclude={"evaluation"})
+    spec = JobSpec.model_validate(asked | {"task_type": "SEQ_CLS", "dataset": {"path": "org/data"}})
+    sizes = config(family, vocab=vocab)
+    read = real(sizes | {"pad_token_id": 0, "num_labels": labels}, tmp_path)
+    trace = trace_step(read, spec, method, TOKENS)
+    found = plan(shape(sizes), spec, method, Lengths(train=TOKENS, evaluate=1, labels=labels))
+    assert found.tensor_bytes == pytest.approx(trace.peak, rel=TOLERANCE)
+    assert found.parts["adapter"] == pytest.approx(trace.adapter, abs=2048)
+
+
+def test_the_plan_by_trace_of_a_classifier_is_that_of_its_shape(tmp_path: Path) -> None:
+    sizes = config("llama", vocab=3000)
+    real(sizes, tmp_path)
+    classifier = JobSpec.model_validate(
+        {"name": "t", "base_model": "org/model", "task_type": "SEQ_CLS", "dataset": {"path": "org/data"}}
+    )
+    lengths = Lengths(train=TOKENS, evaluate=TOKENS, labels=7)
+    told = trace_plan(tmp_path, classifier, Method.LORA, lengths)
+    found = plan(shape(sizes), classifier, Method.LORA, lengths)
+    assert told.tensor_bytes == pytest.approx(found.tensor_bytes, rel=TOLERANCE)
+
+
 def test_two_cut_models_tell_what_a_deeper_one_takes(tmp_path: Path) -> None:
     sizes = config("llama", vocab=3000, layers=8)
     whole = trace_step(real(sizes, tmp_path), job("llama"), Method.QLORA, TOKENS)

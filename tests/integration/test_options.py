@@ -116,6 +116,17 @@ def test_modules_to_save_are_trained_in_fp32_and_stored_in_full(
     assert not torch.equal(stored, base.float())
 
 
+def test_a_finished_training_with_modules_to_save_is_evaluated_again_in_the_base_s_arithmetic(
+    recipe: Recipe, tmp_path: Path
+) -> None:
+    asked = {"lora": {"modules_to_save": ["lm_head"]}, "evaluation": {"samples": 1}, "dtype": "bfloat16"}
+    recipe("first", max_steps=2, **asked)
+    ended, told = recipe("again", max_steps=2, resume="first", **asked)
+    assert ended.reason is Reason.OK and losses(told) == []
+    first, again = (report(tmp_path / name)["evaluation"]["metrics"][0]["tuned"] for name in ("first", "again"))
+    assert again == pytest.approx(first, abs=1e-3)
+
+
 def test_loftq_starts_nearer_to_the_base_than_nf4_alone(tiny_model: Path) -> None:
     """The logits of the quantised model with LoftQ's adapter are nearer to the whole model's."""
     ids = torch.arange(3, 40)[None]
@@ -295,6 +306,7 @@ def test_losses_checkpoints_and_evaluations_come_as_often_as_asked_for(recipe: R
 
 ELSEWHERE = {
     "name": "tests/acceptance/test_main_job.py",
+    "task_type": "tests/integration/test_classify.py",
     "method": "tests/acceptance/test_placement.py",
     "base_model": "tests/integration/test_data_check.py",
     "labels": "tests/unit/scheduler/test_render.py",

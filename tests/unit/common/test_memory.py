@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from loractl.common.architecture import Shape, shape_of
 from loractl.common.memory import (
     CONTEXT_BYTES,
     LOSS_BYTES,
+    MIB,
     Lengths,
     Stack,
     largest_fit,
@@ -219,3 +221,14 @@ def test_a_job_on_a_model_in_a_folder_is_planned_for_both_methods(tmp_path: Path
 def test_a_model_that_is_not_here_is_not_guessed_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     assert predict(job("org/model")) == Need(lora=None, qlora=None)
+
+
+def test_a_classifier_needs_no_logits_of_words_and_its_labels_hardly_show() -> None:
+    answers, classifier = job(), job(task_type="SEQ_CLS")
+    lengths = Lengths(train=512, evaluate=512, labels=2)
+    words, labels = (plan(shape(), spec, Method.LORA, lengths).parts for spec in (answers, classifier))
+    assert words["logits"] > 50 * labels["logits"] and labels["evaluation"] == 0
+    assert labels["weights"] - words["weights"] == 2 * 2 * shape().hidden, "tied: the head alone is new"
+    few, many = (replace(lengths, labels=count) for count in (2, 100))
+    grown = [plan(shape(), classifier, Method.LORA, seen).need_bytes for seen in (few, many)]
+    assert grown[0] < grown[1] < grown[0] + 2 * MIB

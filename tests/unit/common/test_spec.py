@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from pathlib import Path
 
 import pytest
 import yaml
+from pydantic import ValidationError
 
 from loractl.common.errors import SpecError, SpecProblem
 from loractl.common.jobfile import MAX_FILE_BYTES, load_spec
-from loractl.common.spec import JobSpec, Method, Metric, spec_keys
+from loractl.common.spec import DataFormat, JobSpec, Method, Metric, TaskType, spec_keys
 
+MINIMAL_TREE = {"name": "tiny", "base_model": "org/model", "dataset": {"path": "org/data"}}
 MINIMAL = "name: tiny\nbase_model: org/model\ndataset: {path: org/data}\n"
 
 
@@ -365,3 +368,50 @@ def test_eval_steps_are_steps_or_below_1_a_share(tmp_path: Path, value: str, rea
 )  # fmt: skip
 def test_other_eval_steps_are_refused(tmp_path: Path, value: str, says: str) -> None:
     assert says in only(write(tmp_path, MINIMAL), f"training.eval_steps={value}").what
+
+
+def test_a_classifier_has_defaults_of_its_own_and_any_other_job_those_it_had(tmp_path: Path) -> None:
+    spec = load_spec(write(tmp_path, MINIMAL + "task_type: SEQ_CLS\n"))
+    assert (spec.task_type, spec.dataset.format) == (TaskType.SEQ_CLS, DataFormat.CLASSIFICATION)
+    assert (spec.evaluation.metrics, spec.evaluation.samples) == ([Metric.LOSS, Metric.LABELS], 0)
+    assert JobSpec.model_validate_json(spec.model_dump_json()) == spec
+    plain = load_spec(write(tmp_path, MINIMAL))
+    assert (plain.task_type, plain.dataset.format, plain.evaluation.samples) == ("CAUSAL_LM", "auto", 16)
+    assert plain.spec_hash() != spec.spec_hash()
+
+
+def test_a_job_that_is_older_than_task_type_keeps_its_hash() -> None:
+    apart = {"name", "labels", "priority", "preemptible", "resources", "max_retries", "lora_patience", "task_type"}
+    stored = JobSpec.model_validate(MINIMAL_TREE).model_dump(mode="json")
+    deciding = {key: value for key, value in stored.items() if key not in apart}
+    del deciding["training"]["report_to"]
+    before = hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()
+    assert JobSpec.model_validate(MINIMAL_TREE).spec_hash() == before
+
+
+@pytest.mark.parametrize(
+    ("lines", "key", "says"),
+    [
+        ("dataset: {path: org/data, format: messages}", "dataset.format", "messages has no labels: SEQ_CLS reads"),
+        ("evaluation: {metrics: [loss, rouge, context]}", "evaluation.metrics", "rouge, context can't be measured"),
+        ("evaluation: {samples: 4}", "evaluation.samples", "a classifier generates no answers"),
+        ("evaluation: {max_new_tokens: 4}", "evaluation.max_new_tokens", "a classifier generates no answers"),
+        ("evaluation: {regression: org/other}", "evaluation.regression", "knows nothing but its labels"),
+        ("training: {packing: true}", "training.packing", "one text with one label; set packing: false"),
+        ("lora: {modules_to_save: [lm_head]}", "lora.modules_to_save", "lm_head: a classifier has only its own head"),
+    ],
+)
+def test_what_a_classifier_can_do_nothing_with_is_refused(tmp_path: Path, lines: str, key: str, says: str) -> None:
+    start = MINIMAL if not lines.startswith("dataset") else MINIMAL.partition("dataset")[0]
+    problem = only(write(tmp_path, f"{start}task_type: SEQ_CLS\n{lines}\n"))
+    line = 5 if start == MINIMAL else 4
+    assert (problem.key, problem.line) == (key, line) and says in problem.what
+
+
+def test_rows_with_labels_need_a_task_that_learns_them(tmp_path: Path) -> None:
+    problem = only(write(tmp_path, MINIMAL), "dataset.format=classification")
+    assert problem.key == "dataset.format" and "is for task_type: SEQ_CLS" in problem.what
+    assert load_spec(tmp_path / "job.yaml", ["dataset.format=classification", "task_type=SEQ_CLS"])
+    assert only(write(tmp_path, MINIMAL + "task_type: SEQCLS\n")).hint == "did you mean SEQ_CLS?"
+    with pytest.raises(ValidationError, match=r"training\.packing: a classifier"):  # a stored row is held to it as well
+        JobSpec.model_validate(MINIMAL_TREE | {"task_type": "SEQ_CLS", "training": {"packing": True}})

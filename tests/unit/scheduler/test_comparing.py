@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from loractl.scheduler.comparing import Compared, _draw, _text, differences, ranked
+from loractl.common.errors import UsageError
+from loractl.scheduler.comparing import Compared, _check_one_task, _draw, _text, differences, ranked
 from loractl.scheduler.render import Screen
 
 RNG = random.Random(5)
@@ -121,3 +122,13 @@ def test_the_picture_is_drawn(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     _draw(ranked([job(1, noisy(1.0, 0.1)), job(2, noisy(2.0, 0.1)), job(3, noisy(1.1, 0.1))]), tmp_path / "a.png")
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_classifiers_are_compared_by_row_and_with_no_job_of_another_task() -> None:
+    best = noisy(1.0, 0.2)
+    jobs = [job(1, best, task_type="SEQ_CLS"), job(2, noisy(1.5, 0.2), task_type="SEQ_CLS")]
+    assert "in nats a row on the same 40 rows" in _text(ranked(jobs), SCREEN)
+    assert "in nats a token on the same 40 rows" in _text(ranked([job(1, best), job(2, best)]), SCREEN)
+    _check_one_task([job(1, best), job(2, best, task_type="CAUSAL_LM")])  # one is older than the key
+    with pytest.raises(UsageError, match="jobs 1 and 3 learn different tasks"):
+        _check_one_task([jobs[0], job(3, best)])
