@@ -109,7 +109,7 @@ class Fit:
 
 def predict(spec: JobSpec, lengths: Lengths | None = None) -> Need:
     """The job's need by method; unknown where the base model is not here, or its architecture is not known."""
-    shape = read_shape(spec.base_model)
+    shape = read_shape(spec.base_model, spec.revision)
     if shape is None:
         return Need(lora=None, qlora=None)
     lora, qlora = (plan(shape, spec, method, lengths).need_bytes for method in (Method.LORA, Method.QLORA))

@@ -29,6 +29,8 @@ class Submission:
     methods: tuple[Method, ...]  # permitted ones, the preferred first
     need_key: str | None = None
     family: str | None = None
+    adjustment: Adjustment = field(default_factory=Adjustment)  # to begin with
+    purpose: str = ""  # for the history, like: to reproduce job 12
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +54,9 @@ class Claim:
     method: Method
     vram_planned: int | None
     vram_reserved: int | None = None  # bytes of the card that are the attempt's; None: no limit
+    method_why: str = ""  # of several; empty where the job permits one
     adjustment: Adjustment = field(default_factory=Adjustment)
+    changes: tuple[str, ...] = ()  # what out-of-memory has changed so far, in words
     checkpoint: StoredCheckpoint | None = None
     sweep_id: int | None = None  # of which the job is a member
     rungs: tuple[float, ...] = ()  # shares of its steps at which it may be stopped as one of the sweep's losers

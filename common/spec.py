@@ -35,6 +35,9 @@ AS_WRITTEN = "as written"
 """Validation context of a person's file: keys that contradict each other are refused. A stored spec has every key."""
 
 
+REVISION = r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,127}$"
+"""A branch, tag or commit of a repository on the hub."""
+
 LARGEST = 2**31 - 1
 """Whole numbers end here: the database counts steps in 32 bits."""
 
@@ -288,7 +291,7 @@ class JobSpec(_Section):
     name: Name
     base_model: Printable = Field(min_length=1)
     """A hub id, or a folder (relative to the job file) with safetensors or one GGUF file."""
-    revision: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,127}$")] | None = None
+    revision: Annotated[str, Field(pattern=REVISION)] | None = None
     """Branch, tag or commit of a base_model on the hub; null: its main branch."""
     method: Methods = Method.AUTO
     """auto, lora or qlora; or a list, the preferred one first: [lora, qlora]."""
@@ -387,9 +390,14 @@ def is_hub_id(text: str) -> bool:
 
 
 def is_hub_data(text: str) -> bool:
-    """Whether the text may name a data set of the hub, which has an owner: a name alone may be a reader of the datasets
-    library (json, csv, text, ...), which takes whatever files lie beside it."""
-    return is_hub_id(text) and "/" in text
+    """Whether the text may name a data set of the hub, at a revision after an @ or at its main branch.
+
+    It has an owner: a name alone may be a reader of the datasets library (json, csv, text, ...), which takes whatever
+    files lie beside it.
+    """
+    name, pinned, revision = text.partition("@")
+    known = re.fullmatch(REVISION, revision) is not None and ".." not in revision if pinned else True
+    return is_hub_id(name) and "/" in name and known
 
 
 def spec_keys() -> list[str]:

@@ -294,7 +294,9 @@ class Store:
             method=method,
             vram_planned=planned,
             vram_reserved=placed.reserved,
+            method_why=why.strip(" ()"),
             adjustment=Adjustment(**(job.adjustment or {})),
+            changes=_changes(session, job.job_id) if attempt > 1 else (),
             checkpoint=None if job.checkpoint is None else StoredCheckpoint(**job.checkpoint),
             sweep_id=job.sweep_id,
             rungs=read_rungs(session, job),
@@ -703,6 +705,7 @@ class Store:
             vram_lora=submission.need.lora,
             vram_qlora=submission.need.qlora,
             planned=vars(submission.planned),
+            adjustment=submission.adjustment.as_json() or None,
             methods=[method.value for method in submission.methods],
             lora_until=until,
             need_key=submission.need_key,
@@ -717,8 +720,9 @@ class Store:
         _line_up(job, spec.resources.node_labels, now)
         session.add(job)
         session.flush()
-        of_sweep = "" if sweep_id is None else f" as a member of sweep {sweep_id}"
-        self._event(session, job.job_id, None, "queued", f"queued by {submission.user}{of_sweep}")
+        why = f", {submission.purpose}" if submission.purpose else ""
+        why += "" if sweep_id is None else f" as a member of sweep {sweep_id}"
+        self._event(session, job.job_id, None, "queued", f"queued by {submission.user}{why}")
         return job.job_id
 
     def _cancel(self, session: Session, job_id: int, user: str) -> Job:
@@ -978,6 +982,12 @@ def _line_up(job: Job, requires: Mapping[str, str], now: dt.datetime) -> None:
     job.vram_needed = least_need(methods, Need(lora=job.vram_lora, qlora=job.vram_qlora))
     job.vram_class = vram_class(job.vram_needed)
     job.queue_key = queue_key(job.priority, job.vram_needed, requires, job.user)
+
+
+def _changes(session: Session, job_id: int) -> tuple[str, ...]:
+    """What out-of-memory has changed in a job so far, in the history's words."""
+    told = select(Event.text).where(Event.job_id == job_id, Event.kind == "memory")
+    return tuple(session.scalars(told.order_by(Event.event_id)))
 
 
 def _listed(job_ids: Sequence[int]) -> str:

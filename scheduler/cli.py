@@ -30,6 +30,10 @@ COMMANDS: Commands = {
         "loractl.scheduler.comparing:compare",
         "Compare finished jobs: losses, memory, time, and their settings.",
     ),
+    "reproduce": (
+        "loractl.scheduler.reproducing:reproduce",
+        "Run a finished job again, and check that it came out the same.",
+    ),
     "adapters": (
         "loractl.scheduler.adapters:adapters",
         "Look after the stored adapters: list, tag, pull, merge, delete.",

@@ -94,7 +94,7 @@ def compare(job_ids: tuple[int, ...], sweep_id: int | None, plot: Path | None, a
     if sweep_id is not None:
         jobs = _compare_members(sweep_id, as_json=as_json)
     else:
-        found = [_read(job_id) for job_id in dict.fromkeys(job_ids)]
+        found = [read_result(job_id) for job_id in dict.fromkeys(job_ids)]
         _check_one_task(found)
         jobs = ranked(found)
         click.echo(json.dumps(_as_json(jobs)) if as_json else _text(jobs, detect_screen()))
@@ -115,7 +115,7 @@ def _compare_members(sweep_id: int, *, as_json: bool) -> list[Compared]:
             f"no member of sweep {sweep_id} has a result",
             f"loractl status --sweep {sweep_id} shows where they stand",
         )
-    results = [_read(job_id) for job_id in finished]
+    results = [read_result(job_id) for job_id in finished]
     _check_one_task(results)
     jobs = ranked(results)
     if as_json:
@@ -170,23 +170,25 @@ def _holm(jobs: Sequence[Compared]) -> list[Compared]:
 
 def differences(jobs: Sequence[Compared]) -> dict[str, list[Any]]:
     """The settings in which the jobs differ, each with its value by job."""
-    flat = [dict(_flat(job.spec)) for job in jobs]
+    flat = [dict(flat_settings(job.spec)) for job in jobs]
     keys = dict.fromkeys(key for settings in flat for key in settings)
     values = {key: [settings.get(key) for settings in flat] for key in keys if key not in _APART}
     return {key: found for key, found in values.items() if any(value != found[0] for value in found)}
 
 
-def _flat(tree: Mapping[str, Any], before: str = "") -> list[tuple[str, Any]]:
+def flat_settings(tree: Mapping[str, Any], before: str = "") -> list[tuple[str, Any]]:
+    """A spec's settings under dotted keys."""
     found: list[tuple[str, Any]] = []
     for key, value in tree.items():
         if isinstance(value, Mapping) and key not in ("labels",):
-            found += _flat(value, f"{before}{key}.")
+            found += flat_settings(value, f"{before}{key}.")
         else:
             found.append((before + key, value))
     return found
 
 
-def _read(job_id: int) -> Compared:
+def read_result(job_id: int) -> Compared:
+    """A finished job with its report. Raises WrongState while it has none."""
     from .results import result_of
 
     job, store, prefix = result_of(job_id)

@@ -124,7 +124,7 @@ def _smaller(spec: JobSpec, methods: Sequence[Method], room: int) -> list[tuple[
     from loractl.common.architecture import read_shape
     from loractl.common.memory import largest_fit, plan
 
-    shape = read_shape(spec.base_model)
+    shape = read_shape(spec.base_model, spec.revision)
     if shape is None or room <= 0:
         return []
     found: dict[str, tuple[str, dict[Method, int]]] = {}
@@ -208,7 +208,7 @@ def _plan(job: str, overrides: tuple[str, ...], gpu: int | None, solve: bool, as
     from .planning import check_adapter, model_family, need_key, open_methods, stored_hashes
 
     spec, data, title = _spec_of(job, overrides, store)
-    shape = read_shape(spec.base_model)
+    shape = read_shape(spec.base_model, spec.revision)
     if shape is None:
         raise LoractlError(
             f"base_model {spec.base_model} can't be planned here: there is no config.json of a known architecture",

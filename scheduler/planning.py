@@ -52,7 +52,7 @@ def plan_job(spec: JobSpec, user: str, data: dict[str, Any], store: Store) -> Su
 
 def check_adapter(spec: JobSpec) -> None:
     """Refuse an adapter that peft can't put on the base, where its config.json is here. Raises UsageError."""
-    shape = read_shape(spec.base_model)
+    shape = read_shape(spec.base_model, spec.revision)
     if shape is None:
         return
     targets = spec.lora.target_modules
@@ -85,7 +85,7 @@ def open_methods(spec: JobSpec) -> tuple[Method, ...]:
 
 def model_family(spec: JobSpec) -> str | None:
     """The base's model_type; None when its config is not on this machine."""
-    shape = read_shape(spec.base_model)
+    shape = read_shape(spec.base_model, spec.revision)
     return None if shape is None else shape.family
 
 

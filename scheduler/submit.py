@@ -14,6 +14,7 @@ from loractl.common.errors import ExitCode, ServiceUnreachable
 
 if TYPE_CHECKING:
     from loractl.common.checks import Finding
+    from loractl.common.records import Submission
     from loractl.common.settings import Settings
     from loractl.common.spec import JobSpec
     from loractl.common.store import Store
@@ -104,10 +105,15 @@ def check_data(spec: JobSpec) -> list[Finding]:
 def _submit(spec: JobSpec, settings: Settings, store: Store, *, quiet: bool) -> int:
     from .planning import plan_job
 
-    submission = plan_job(spec, settings.user, store_data(spec, settings), store)
-    job_id = store.submit(submission)
+    return enqueue(plan_job(spec, settings.user, store_data(spec, settings), store), settings, store, quiet=quiet)
+
+
+def enqueue(submission: Submission, settings: Settings, store: Store, *, quiet: bool) -> int:
+    """Write the job, wake the workers, and say so."""
+    spec, job_id = submission.spec, store.submit(submission)
     if not quiet:
-        click.echo(f"Job {job_id} ({spec.name}) is queued.")
+        purpose = f", {submission.purpose}" if submission.purpose else ""
+        click.echo(f"Job {job_id} ({spec.name}) is queued{purpose}.")
     job = store.job(job_id)
     warn_of_need(job_id, spec, job.vram_needed, store)
     wake_for([job.vram_class], settings, f"Job {job_id} is safe in the database and starts")

@@ -7,6 +7,7 @@ are cached by what decides them: content, tokenizer, template, format, length.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import itertools
 import json
@@ -14,7 +15,7 @@ import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,13 @@ from jinja2 import TemplateError
 
 from loractl.common.artifacts import sha256_of
 from loractl.common.classes import labels_of
-from loractl.common.errors import DataError
+from loractl.common.errors import DataError, LoractlError
 from loractl.common.rows import Example, RawRow, detect_format, parse_examples, read_rows, split_data
 from loractl.common.spec import DataFormat, DatasetSpec, Overflow
 from loractl.common.status import Reason
 
-from .model import TrainingFailed, hub_is_away
+from .hub import Refusal, cached_if_away, chain_of, known_commit, reaching_the_hub, refusal
+from .model import TrainingFailed
 
 IGNORED = -100
 """The label that cross-entropy leaves out (torch.nn.CrossEntropyLoss's default ignore_index)."""
@@ -81,6 +83,7 @@ class PreparedData:
     packed: list[TokenRow] | None = None  # the rows to train on, several examples in one
     regression: TokenSet | None = None  # rows of another kind, to show what was forgotten
     label_names: tuple[str, ...] = ()  # what a classifier learns to tell apart; empty for any other job
+    commits: dict[str, str] = field(default_factory=dict)  # of the data sets on the hub, by what they are for
 
     @property
     def trained_rows(self) -> list[TokenRow]:
@@ -94,6 +97,8 @@ class PreparedData:
             "why": self.why,
             "sha256": self.sha256,
             "train_rows": len(self.train.rows),
+            "train_rows_sha256": _hash_of(self.train_examples),
+            "commits": dict(self.commits),
             "held_out_rows": len(self.held_out.rows),
             "held_out_sha256": _hash_of(self.held_out_examples),
             "train_tokens": self.train.tokens,
@@ -118,7 +123,9 @@ def prepare_data(
     dataset: DatasetSpec, data_path: str, eval_path: str | None, sha256: str | None, tokenizer: Any, cache: Path | None
 ) -> PreparedData:
     """Read, check, split and tokenise. Raises DataError with file, row and what was expected."""
-    rows, held_rows = load_rows(data_path), load_rows(eval_path, split="test") if eval_path else None
+    rows, commit = load_pinned(data_path, "train")
+    held_rows, held_commit = load_pinned(eval_path, "test") if eval_path else (None, None)
+    commits = {"path": commit, "eval_path": held_commit}
     split = split_data(dataset, rows, held_rows)
     file, held_file = dataset.path, dataset.eval_path or dataset.path
     key = _cache_key(dataset, tokenizer, split.format)
@@ -142,6 +149,7 @@ def prepare_data(
         train_examples=split.train,
         held_out_examples=[e for e in split.held_out if e.number in kept],
         label_names=label_names,
+        commits={key: commit for key, commit in commits.items() if commit},
     )
 
 
@@ -154,16 +162,19 @@ def _with_labels(tokens: TokenSet, examples: Sequence[Example], label_names: Seq
 
 def prepare_regression(
     dataset: DatasetSpec, file: str, path: str, train: Sequence[Example], tokenizer: Any
-) -> TokenSet:
-    """The rows of evaluation.regression, those that are trained on left out. Raises DataError."""
-    rows = load_rows(path, split="test")
+) -> tuple[TokenSet, str | None]:
+    """The rows of evaluation.regression, those that are trained on left out, and their commit on the hub.
+
+    Raises DataError.
+    """
+    rows, commit = load_pinned(path, "test")
     format = detect_format(rows, file)[0]
     trained = {example.content_hash() for example in train}
     examples = [e for e in parse_examples(rows, format, file, dataset.on_bad_row)[0] if e.content_hash() not in trained]
     if not examples:
         raise DataError(file, "has no row that is not trained on as well", kind="overlap")
     tolerant = dataset.model_copy(update={"on_overflow": Overflow.TRUNCATE})
-    return fit_examples(examples, file, tolerant, tokenizer, format)
+    return fit_examples(examples, file, tolerant, tokenizer, format), commit
 
 
 def _hash_of(examples: Sequence[Example]) -> str:
@@ -240,26 +251,55 @@ def _positions(row: dict[str, list[int]], longest: int) -> list[int]:
 
 def load_rows(path: str, split: str = "train") -> list[RawRow]:
     """The rows of a local file, or of a split of a data set on the hub. Raises DataError and TrainingFailed."""
-    if Path(path).is_absolute():
-        return read_rows(Path(path))
-    from datasets import load_dataset_builder
-    from huggingface_hub.errors import HfHubHTTPError
+    return load_pinned(path, split)[0]
 
+
+def load_pinned(path: str, split: str) -> tuple[list[RawRow], str | None]:
+    """The rows, and the commit of the data set on the hub that they are of. Raises DataError and TrainingFailed."""
+    if Path(path).is_absolute():
+        return read_rows(Path(path)), None
+    from datasets import load_dataset_builder
+    from datasets.exceptions import DatasetsError
+
+    name, _, revision = path.partition("@")
     try:
-        builder = load_dataset_builder(path)
-        _check_files_are_remote(path, builder.config.data_files)
-        builder.download_and_prepare()
+        with reaching_the_hub(), cached_if_away(name, revision or None) as away:
+            builder = load_dataset_builder(name, revision=revision or None)
+            _check_files_are_remote(path, builder.config.data_files)
+            builder.download_and_prepare()
+    except (OSError, ValueError, DatasetsError) as error:
+        raise _refused(path, error) from error
+    commit = str(builder.hash)
+    if away and commit != known_commit(name, revision or None):
+        what = f"for dataset.path {path}, and the newest in this worker's cache is another commit ({commit})"
+        raise TrainingFailed(Reason.TRAINER_ERROR, f"{Refusal.AWAY} {what}")
+    try:
         dataset = builder.as_dataset(split=split)
-    except (OSError, ValueError, HfHubHTTPError) as error:
-        if hub_is_away(error):
-            raise TrainingFailed(
-                Reason.TRAINER_ERROR, f"dataset.path {path} is no file, and the hub can't be reached to look there"
-            ) from error
-        first = str(error).strip().splitlines()
-        raise DataError(
-            path, f"is neither a file here nor a data set on the hub: {first[0] if first else error}"
-        ) from error
-    return [RawRow(number=n, value=value) for n, value in enumerate(dataset, start=1)]
+    except ValueError as error:
+        raise DataError(path, f"has no such split on the hub: {_first_line(error)}") from error
+    return [RawRow(number=n, value=value) for n, value in enumerate(dataset, start=1)], commit
+
+
+def _refused(path: str, error: BaseException) -> LoractlError:
+    """What a failed look into the hub means. Raises OSError for a full disk, which is none of the data's fault."""
+    for each in chain_of(error):
+        if isinstance(each, OSError) and each.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise each
+    answer = refusal(error)
+    if answer is Refusal.AWAY:
+        what = f"dataset.path {path} is no file, and the hub can't be reached to look there"
+        return TrainingFailed(Reason.TRAINER_ERROR, what)
+    if answer is Refusal.NO_REPOSITORY:
+        return DataError(path, f"is neither a file here nor a data set on the hub: {answer}")
+    cause = error
+    while cause.__cause__ is not None:  # datasets says "an error occurred", and its cause which one
+        cause = cause.__cause__
+    return DataError(path, f"can't be read from the hub: {answer or _first_line(cause)}")
+
+
+def _first_line(error: BaseException) -> str:
+    first: list[str] = str(error).strip().splitlines()
+    return first[0] if first else type(error).__name__
 
 
 def _check_files_are_remote(path: str, files: Mapping[str, Sequence[str]] | None) -> None:

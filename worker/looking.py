@@ -166,7 +166,7 @@ def _largest_batch(spec: JobSpec, length: int, longest: int, checked: Checked, r
     from loractl.common.policy import permitted_methods
     from loractl.common.units import gib
 
-    shape = read_shape(spec.base_model)
+    shape = read_shape(spec.base_model, spec.revision)
     if shape is None:
         return None
     wide = spec.model_copy(update={"dataset": spec.dataset.model_copy(update={"max_length": length})})

@@ -6,7 +6,6 @@ import contextlib
 import errno
 import functools
 import json
-import socket
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from loractl.common.errors import LoractlError
 from loractl.common.spec import JobSpec, Method
 from loractl.common.status import Reason
 
+from .hub import Refusal, pin, reaching_the_hub, refusal
 from .trust import Refused, check_model_settings
 
 INITIAL_WEIGHTS: dict[str, bool | str] = {"default": True, "loftq": True}
@@ -162,6 +162,7 @@ def load_base(
         options["attn_implementation"] = _available(attention)
     with _model_errors(base_model):
         options |= _source(base_model, revision, run_code=run_code)
+        options["adapter_kwargs"] = {"local_files_only": True}  # _source has looked for one
         if head is None:
             return AutoModelForCausalLM.from_pretrained(base_model, **options)
         _check_no_head_yet(base_model, revision)
@@ -172,7 +173,7 @@ def load_base(
 
 def _check_no_head_yet(base_model: str, revision: str | None) -> None:
     """A classifier's own head would be overwritten, and its labels are others. Raises TrainingFailed."""
-    made_for = _configs(base_model, revision)[0].get("architectures") or []
+    made_for = _configs(base_model, source_of(base_model, revision))[0].get("architectures") or []
     if any(str(name).endswith("ForSequenceClassification") for name in made_for):
         what = "is a classifier already, whose head would be lost: name the model that it was made from"
         raise TrainingFailed(Reason.BAD_SPEC, f"base_model {base_model} {what}")
@@ -239,6 +240,8 @@ def add_adapter(base: Any, spec: JobSpec, method: Method) -> Any:
             parameter.data = parameter.data.float()
     if spec.lora.init_lora_weights == "loftq":
         _make_up_for_nf4(model, spec)
+    # without a name: for one on the hub, peft asks it at each save whether its main branch has another vocabulary
+    model.peft_config["default"].base_model_name_or_path = ""
     model.config.use_cache = False
     return model
 
@@ -274,12 +277,11 @@ def _weights_of(spec: JobSpec) -> dict[str, Callable[[], torch.Tensor]]:
     from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
     with _model_errors(spec.base_model):
-        single = cached_file(
-            spec.base_model, "model.safetensors", revision=spec.revision, _raise_exceptions_for_missing_entries=False
-        )
+        where = source_of(spec.base_model, spec.revision)
+        single = cached_file(spec.base_model, "model.safetensors", _raise_exceptions_for_missing_entries=False, **where)
         if single is None:
-            index = cached_file(spec.base_model, "model.safetensors.index.json", revision=spec.revision)
-            files, _ = get_checkpoint_shard_files(spec.base_model, index, revision=spec.revision)
+            index = cached_file(spec.base_model, "model.safetensors.index.json", **where)
+            files, _ = get_checkpoint_shard_files(spec.base_model, index, **where)
         else:
             files = [single]
         opened = [safe_open(file, framework="pt") for file in files]
@@ -353,9 +355,10 @@ def _source(base_model: str, revision: str | None, *, run_code: bool) -> dict[st
     """
     from transformers.utils import find_adapter_config_file
 
-    if find_adapter_config_file(base_model, revision=revision) is not None:
+    where = source_of(base_model, revision)
+    if find_adapter_config_file(base_model, **where) is not None:
         raise TrainingFailed(Reason.BAD_SPEC, f"base_model {base_model} holds an adapter: name the base model itself")
-    configs = _configs(base_model, revision)
+    configs = _configs(base_model, where)
     try:
         check_model_settings(base_model, *configs)
     except Refused as refused:
@@ -363,20 +366,25 @@ def _source(base_model: str, revision: str | None, *, run_code: bool) -> dict[st
     if run_code:
         _check_code_is_its_own(base_model, configs)
     # Without an explicit False, transformers asks at the terminal whether to run a model's own code.
-    where = {} if revision is None else {"revision": revision, "code_revision": revision}
-    return {"trust_remote_code": run_code, **where}
+    code = {"code_revision": where["revision"]} if where else {}
+    return {"trust_remote_code": run_code, **where, **code}
 
 
-def _configs(base_model: str, revision: str | None) -> tuple[dict[str, Any], dict[str, Any]]:
+def source_of(base_model: str, revision: str | None) -> dict[str, Any]:
+    """transformers' options for where a model lies: none for a folder, the commit of one on the hub."""
+    return {} if Path(base_model).is_absolute() else pin(base_model, revision).options()
+
+
+def _configs(base_model: str, where: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """What config.json and tokenizer_config.json say; a GGUF file alone has neither."""
     from transformers import PreTrainedConfig
     from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
     if _gguf_file(base_model) and not (Path(base_model) / "config.json").exists():
-        return {}, get_tokenizer_config(base_model, revision=revision)
+        return {}, get_tokenizer_config(base_model, **where)
     return (
-        PreTrainedConfig.get_config_dict(base_model, revision=revision)[0],
-        get_tokenizer_config(base_model, revision=revision),
+        PreTrainedConfig.get_config_dict(base_model, **where)[0],
+        get_tokenizer_config(base_model, **where),
     )
 
 
@@ -430,15 +438,17 @@ def _model_errors(base_model: str) -> Iterator[None]:
     from safetensors import SafetensorError
 
     try:
-        yield
+        with reaching_the_hub():
+            yield
     except (OSError, HFValidationError, HfHubHTTPError, SafetensorError, KeyError, ValueError) as error:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise
-        if not Path(base_model).is_absolute() and hub_is_away(error):
-            raise TrainingFailed(
-                Reason.TRAINER_ERROR, f"the hub can't be reached for base_model {base_model}"
-            ) from error
-        if Path(base_model).is_absolute() and not Path(base_model).exists():
+        answer = None if Path(base_model).is_absolute() else refusal(error)
+        if answer is Refusal.AWAY:
+            raise TrainingFailed(Reason.TRAINER_ERROR, f"{answer} for base_model {base_model}") from error
+        if answer is not None:
+            why = str(answer)
+        elif Path(base_model).is_absolute() and not Path(base_model).exists():
             why = "there is no such folder on this worker"
         elif isinstance(error, SafetensorError):
             why = f"its weights can't be read ({error})"
@@ -450,17 +460,3 @@ def _model_errors(base_model: str) -> Iterator[None]:
 def _first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0][:300] if lines else type(error).__name__
-
-
-def hub_is_away(error: BaseException) -> bool:
-    """Whether the hub did not answer, anywhere in the chain: that passes, while a wrong name does not."""
-    from huggingface_hub.errors import HfHubHTTPError
-
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, (ConnectionError, TimeoutError, socket.gaierror)):
-            return True
-        if isinstance(seen, HfHubHTTPError) and seen.response is not None and seen.response.status_code >= 500:
-            return True
-        seen = seen.__cause__ or seen.__context__
-    return False

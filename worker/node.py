@@ -30,7 +30,6 @@ from typing import IO, Any
 from sqlalchemy import Engine
 from sqlalchemy.exc import DBAPIError
 
-from loractl import __version__
 from loractl.common.artifacts import open_store
 from loractl.common.broker import broker_url
 from loractl.common.database import connect, is_outage, make_engine
@@ -46,6 +45,7 @@ from loractl.common.units import gib
 from .devices import Device, find_devices
 from .occupancy import HIGH_WATER_S, LEFT_S, Watch, card_mark, end_leftovers, run_mark, runs_of
 from .supervisor import Drain, Supervisor
+from .versions import installed_versions
 
 log = logging.getLogger("loractl.worker")
 
@@ -311,7 +311,7 @@ class Node:
                 load=seen.load,
                 temperature=seen.temperature,
                 draining=self.drain.wish is not None and not self._drained,
-                versions={"loractl": __version__},
+                versions=installed_versions(),
                 instance=self._instance,
             )
         )

@@ -44,17 +44,22 @@ class Start(_Message):
     node: str
     gpu: str
     device: Literal["cuda", "cpu"]
+    device_name: str = ""
     spec: JobSpec
     run_code: bool = False  # the box's owner trusts the base model's own code at the spec's revision
     method: Method
+    method_why: str = ""  # of several; empty where the job permits one
     vram_planned: int | None
     vram_reserved: int | None = None  # bytes of the card that are this attempt's
     memory_limit: int | None = None  # allocations beyond so many bytes fail; None: no limit
     adjustment: Adjustment = Adjustment()  # what out-of-memory has changed in the job so far
+    changes: list[str] = Field(default_factory=list)  # the same in words
     data_path: str  # a local file, or a hub id
     data_sha256: str | None
     eval_path: str | None
+    eval_sha256: str | None = None
     regression_path: str | None = None
+    regression_sha256: str | None = None
     output_dir: str  # becomes the stored result
     checkpoint_dir: str
     earlier_checkpoints: list[str]  # folders of earlier attempts, newest first

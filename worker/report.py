@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import math
-import platform
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loractl import __version__
 from loractl.common.adjustment import Adjustment
 from loractl.common.artifacts import sha256_of
 from loractl.common.units import duration, gib, thousands
@@ -19,6 +16,7 @@ from .adapter import LABELS
 from .classify import BASELINE
 from .evaluate import Compared, Evaluation
 from .stats import BOOTSTRAP_SAMPLES, BOOTSTRAP_SEED
+from .versions import installed_versions
 
 if TYPE_CHECKING:
     from .data import PreparedData
@@ -38,12 +36,11 @@ CARD_LABELS = 20
 MIN_POINTS_TO_SMOOTH = 40
 """A smoothed line through fewer points lags behind them and misleads."""
 
-_PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets")
-
 
 def build_report(
     order: Start,
     *,
+    base: dict[str, Any],
     data: PreparedData,
     evaluation: Evaluation,
     log: TrainingLog,
@@ -51,12 +48,17 @@ def build_report(
     model: Any,
     precision: Precision,
     adjustment: Adjustment,
+    changes: list[str],
     peaks: Peaks,
     peak_kind: str,
+    threads: int,
     adapter_dir: Path,
     wall_seconds: float,
 ) -> dict[str, Any]:
-    """Everything that was measured, as plain JSON values."""
+    """Everything that was measured, and all that is needed to run it again, as plain JSON values.
+
+    `base`: what `identify` says of the base model.
+    """
     trainable, total = model.get_nb_trainable_parameters()
     spec = order.spec
     return {
@@ -68,11 +70,15 @@ def build_report(
             "attempt": order.attempt,
             "node": order.node,
             "gpu": order.gpu,
+            "device_name": order.device_name,
             "labels": dict(spec.labels),
         },
         "base_model": spec.base_model,
+        "base": base,
         "task_type": spec.task_type.value,
         "method": order.method.value,
+        "method_why": order.method_why,
+        "spec": spec.model_dump(mode="json"),
         "verdict": verdict(evaluation.metrics, "the base" if evaluation.baseline is None else BASELINE),
         "adapter": {
             "r": spec.lora.r,
@@ -84,7 +90,11 @@ def build_report(
             "bytes": sum(f.stat().st_size for f in adapter_dir.glob("*.safetensors")),
             "sha256": sha256_of(adapter_dir / "adapter_model.safetensors"),
         },
-        "data": data.facts(),
+        "data": {
+            **data.facts(),
+            "eval_sha256": order.eval_sha256,
+            "regression_sha256": order.regression_sha256,
+        },
         "training": {
             "steps": log.steps,
             "resumed_from_step": log.first_step or None,
@@ -92,18 +102,21 @@ def build_report(
             "kept_step": log.best[0] if log.best and spec.training.load_best_model_at_end else log.steps,
             "epochs": spec.training.num_train_epochs,
             "seconds": log.seconds,
+            "tokens": log.tokens_seen,
             "tokens_per_second": log.tokens_per_second,
             "peak_memory_bytes": peaks.reserved,
             "peak_memory_kind": peak_kind,
             "peak_allocated_bytes": peaks.allocated,
             "peak_process_bytes": peaks.process,
             "vram_planned": order.vram_planned,
+            "vram_reserved": order.vram_reserved,
             "learning_rate": spec.training.learning_rate,
             "optim": arguments.optim.value,
             "per_device_train_batch_size": arguments.per_device_train_batch_size,
             "gradient_accumulation_steps": arguments.gradient_accumulation_steps,
             "per_device_eval_batch_size": arguments.per_device_eval_batch_size,
             "adjustment": adjustment.as_json(),
+            "changes": changes,
             "asked": {
                 "per_device_train_batch_size": spec.training.per_device_train_batch_size,
                 "gradient_accumulation_steps": spec.training.gradient_accumulation_steps,
@@ -113,6 +126,7 @@ def build_report(
             "gradient_checkpointing": arguments.activation_checkpointing,
             "precision": str(precision.base).removeprefix("torch."),
             "device": order.device,
+            "threads": threads,
             "losses": log.train_losses,
             "eval_losses": log.eval_losses,
         },
@@ -137,11 +151,7 @@ def build_report(
         },
         "seed": spec.training.seed,
         "wall_seconds": wall_seconds,
-        "versions": {
-            "loractl": __version__,
-            "python": platform.python_version(),
-            **{name: importlib.metadata.version(name) for name in _PACKAGES},
-        },
+        "versions": installed_versions(),
     }
 
 

@@ -32,7 +32,7 @@ def bytes_to_write(spec: JobSpec, method: Method, data_bytes: int = 0) -> int:
     Checkpoints of adapter (fp32) and optimizer state, the result's adapter, the log, the data in tokenised form. Of a
     model whose config.json this box has not read yet only the least is known.
     """
-    shape = read_shape(spec.base_model)
+    shape = read_shape(spec.base_model, spec.revision)
     adapter = state = 0
     if shape is not None:
         optimizer = optimizer_name(spec, method)

@@ -121,6 +121,7 @@ class _State:
     heard: float = field(default_factory=time.monotonic)  # when the trainer last said something
     said: float = -math.inf  # when a step was last named at the terminal
     store_away: bool = False  # what is to be fetched or stored waits for the artifact store
+    changes: list[str] = field(default_factory=list)  # what this trainer said of its adjustments
     saved: list[Saved] = field(default_factory=list)  # checkpoints that are not handed on yet
     pending: Progress = field(default_factory=Progress)  # told, not yet written
     noted: queue.SimpleQueue[tuple[str, str]] = field(default_factory=queue.SimpleQueue)  # events of the work thread
@@ -203,6 +204,7 @@ class Supervisor:
         for key in named.keys() & claim.data.keys():
             stored = claim.data[key]
             named[key] = str(self._artifacts.fetch_dataset(stored["uri"], stored["sha256"], cache / "datasets"))
+        hashes = {key: stored["sha256"] for key, stored in claim.data.items()}
         data = [Path(path) for path in named.values() if Path(path).is_file()]
         require_space(folder, bytes_to_write(spec, claim.method, sum(path.stat().st_size for path in data)))
         earlier = sorted(folder.parent.glob("attempt-*/checkpoints"), key=lambda p: p.stat().st_mtime, reverse=True)
@@ -214,18 +216,23 @@ class Supervisor:
             node=self._node,
             gpu=self._device.uuid,
             device=self._device.trains_on,
+            device_name=self._device.name,
             spec=spec,
             run_code=may_run_code(spec, self._settings),
             method=claim.method,
+            method_why=claim.method_why,
             vram_planned=claim.vram_planned,
             vram_reserved=claim.vram_reserved,
             # A plan is for a card: RAM is limited only where the box's owner says so.
             memory_limit=claim.vram_reserved if self._device.trains_on == "cuda" else self._settings.trainer_ram,
             adjustment=claim.adjustment,
+            changes=list(claim.changes),
             data_path=named["path"],
-            data_sha256=claim.data["path"]["sha256"] if claim.data.get("path") else None,
+            data_sha256=hashes.get("path"),
             eval_path=named.get("eval_path"),
+            eval_sha256=hashes.get("eval_path"),
             regression_path=named.get("regression"),
+            regression_sha256=hashes.get("regression"),
             output_dir=str(folder / "result"),
             checkpoint_dir=str(folder / "checkpoints"),
             earlier_checkpoints=[str(p) for p in earlier],
@@ -283,7 +290,8 @@ class Supervisor:
             events = (*state.pending.events, ("memory", text))
             state.pending = replace(state.pending, adjustment=lighter, events=events)
             state.adjustment, state.ended = lighter, None
-            start = start.model_copy(update={"adjustment": lighter})
+            start = start.model_copy(update={"adjustment": lighter, "changes": [*start.changes, *state.changes, text]})
+            state.changes = []
 
     def _watch(
         self, claim: Claim, start: Start, folder: Path, state: _State, began: float, keeper: CheckpointKeeper
@@ -593,6 +601,8 @@ def _take_all(told: queue.SimpleQueue[Told | str], state: _State, timeout: float
             _say(message, state)
         elif isinstance(message, Adjusted):
             state.adjustment = message.adjustment
+        elif isinstance(message, Note) and message.kind == "memory":
+            state.changes.append(message.text)
         state.pending = _fold(state.pending, message)
 
 

@@ -38,7 +38,7 @@ from loractl.common.memory import (
 from loractl.common.spec import JobSpec, Method, TaskType
 
 from .classify import head_loss
-from .model import HEAD, add_adapter, label_settings
+from .model import HEAD, add_adapter, label_settings, source_of
 
 BLOCK = 512
 """Bytes that CUDA's caching allocator rounds a tensor up to (kMinBlockSize in c10/cuda/CUDACachingAllocator)."""
@@ -71,6 +71,7 @@ def trace_plan(model: str | Path, spec: JobSpec, method: Method, lengths: Length
 
     classes = label_settings(list(map(str, range(planned_labels(spec, lengths) or 0))))
     options = {**classes, "pad_token_id": 0} if spec.task_type is TaskType.SEQ_CLS else {}
+    options |= source_of(str(model), spec.revision)
     config = AutoConfig.from_pretrained(str(model), trust_remote_code=False, **options)
     tokens = lengths.train if lengths else spec.dataset.max_length
     batch = micro_batch(spec, lengths)

@@ -34,6 +34,7 @@ from .checkpoint import PROOF_TOLERANCE, Checkpoint, close_checkpoint, newest_ch
 from .classify import evaluate_classifier, head_loss
 from .data import PreparedData, TokenRow, collate, inputs_of, prepare_data, prepare_regression
 from .evaluate import Evaluation, Work, evaluate
+from .identity import identify
 from .lengths import lengths_of
 from .memory import Gauge, hold_to, release
 from .model import (
@@ -80,10 +81,12 @@ class Run:
     save_on_stop: threading.Event = field(default_factory=threading.Event)
     stages: list[Stage] = field(default_factory=list)  # those that have begun
     adjustment: Adjustment = field(init=False)  # what out-of-memory has changed so far
+    changes: list[str] = field(init=False)  # the same in words, one a step down
     gauge: Gauge = field(init=False)
 
     def __post_init__(self) -> None:
         self.adjustment = self.order.adjustment
+        self.changes = list(self.order.changes)
         self.gauge = Gauge(self.order.device, self.order.gpu)
 
     @property
@@ -104,7 +107,8 @@ class Run:
 
     def adjust(self, adjustment: Adjustment) -> None:
         """Go on with less memory."""
-        self.note("memory", in_words(self.order.spec, self.adjustment, adjustment))
+        self.changes.append(in_words(self.order.spec, self.adjustment, adjustment))
+        self.note("memory", self.changes[-1])
         self.adjustment = adjustment
         self.tell(Adjusted(job_id=self.order.job_id, adjustment=adjustment))
 
@@ -132,8 +136,10 @@ def train(run: Run) -> Ended:
     )
     if order.regression_path is not None:
         name = run.spec.evaluation.regression or order.regression_path
-        other = prepare_regression(run.spec.dataset, name, order.regression_path, data.train_examples, tokenizer)
-        data = replace(data, regression=other)
+        other, commit = prepare_regression(
+            run.spec.dataset, name, order.regression_path, data.train_examples, tokenizer
+        )
+        data = replace(data, regression=other, commits=data.commits | ({"regression": commit} if commit else {}))
     data = packed(replace(data, warnings=warnings_about(run.spec, data, tokenizer)), run.spec)
     _note_data(run, data)
     plan_again(run, data)
@@ -151,6 +157,7 @@ def train(run: Run) -> Ended:
         attention=run.spec.training.attn_implementation,
         head=_head(run.spec, data, tokenizer),
     )
+    identity = identify(run.spec.base_model, run.spec.revision, Path(order.cache_dir))
     model = add_adapter(base, run.spec, order.method)
     if data.packed is not None:
         check_apart(model, data.packed, tokenizer.pad_token_id)
@@ -174,15 +181,18 @@ def train(run: Run) -> Ended:
     # 6. The report, and the manifest's other files.
     report = build_report(
         order,
+        base=identity,
         data=data,
         evaluation=evaluation,
         log=log,
         arguments=arguments,
         adjustment=run.adjustment,
+        changes=run.changes,
         model=model,
         precision=precision,
         peaks=run.gauge.look(),
         peak_kind=run.gauge.kind,
+        threads=torch.get_num_threads(),
         adapter_dir=out / "adapter",
         wall_seconds=time.time() - began,
     )
@@ -376,6 +386,7 @@ class TrainingLog(TrainerCallback):
         self.best: tuple[int, float] | None = None  # (step, held-out loss) of the best evaluation
         self.stopped_early: int | None = None  # the step at which early stopping ended it
         self._epoch_tokens = data.train.tokens
+        self._epochs = 0.0  # passed so far, resumed ones included
         self.train_losses: list[tuple[int, float]] = []
         self.eval_losses: list[tuple[int, float]] = []
         self.first_step = 0
@@ -396,6 +407,11 @@ class TrainingLog(TrainerCallback):
     def tokens_per_second(self) -> float | None:
         """Real tokens, padding left out, per second inside training steps."""
         return self.tokens / self.seconds if self.seconds > 0 and self.tokens > 0 else None
+
+    @property
+    def tokens_seen(self) -> int:
+        """Real tokens, padding left out, that the adapter was trained on from its first step on."""
+        return round(self._epochs * self._epoch_tokens)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         self.check_resumed(model)
@@ -418,6 +434,7 @@ class TrainingLog(TrainerCallback):
         self._step_ended = now
         self.steps = state.global_step
         # the share of epochs passed counts the short last batch of each rightly
+        self._epochs = state.epoch
         self.tokens = (state.epoch - self._first_epoch) * self._epoch_tokens
         control.should_log |= state.global_step >= state.max_steps  # the last loss belongs to the curve
         if self._run.stop.is_set():
@@ -516,6 +533,7 @@ class TrainingLog(TrainerCallback):
         """Take the course of a finished training from its last checkpoint."""
         state = json.loads((checkpoint / "trainer_state.json").read_text())
         self.first_step = self.steps = self.total_steps = state["global_step"]
+        self._epochs = state["epoch"]
         if self.steps < state["max_steps"]:
             self.stopped_early = self.steps
         self._bring_best(checkpoint)

@@ -241,6 +241,7 @@ def test_a_run_that_does_not_fit_learns_the_same_in_smaller_pieces(
     assert ended.peaks is not None and (ended.peaks.reserved or 0) > 100 * MIB
     report = json.loads((tmp_path / "less" / "result" / "report.json").read_text())
     assert report["training"]["adjustment"] == taken[-1].as_json()
+    assert report["training"]["changes"] == notes(told)
     assert "16 × 1 asked: memory ran out" in (tmp_path / "less" / "result" / "report.html").read_text()
 
 
@@ -347,6 +348,7 @@ def test_a_trainer_out_of_memory_in_mid_training_is_followed_by_one_with_less(
     report = json.loads(cli("report", 1, "--json").stdout)["training"]
     assert (report["per_device_train_batch_size"], report["gradient_accumulation_steps"]) == (4, 2)
     assert apart(dict(report["losses"]), whole) < 1e-3
+    assert report["changes"] == [text for text in texts if text.startswith("out of memory")]
 
 
 def _until(cli: Cli, holds: Callable[[dict[str, Any]], bool], seconds: float) -> dict[str, Any]:

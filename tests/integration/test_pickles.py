@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 
@@ -105,6 +106,7 @@ def test_a_hub_data_set_of_pickles_is_not_read(
     (tmp_path / "org" / "data").mkdir(parents=True)
     (tmp_path / "org" / "data" / f"train{suffix}").write_bytes(pickle.dumps(Touch(mark)))
     monkeypatch.chdir(tmp_path)  # as the datasets library sees a repository that has been fetched
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # nobody is asked whether the hub has it
     with pytest.raises(Exception, match=r"train|data|file"):
         load_rows("org/data")
     assert not mark.exists()

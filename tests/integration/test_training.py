@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from pathlib import Path
@@ -40,6 +41,35 @@ def test_training_lowers_the_loss_and_leaves_adapter_report_and_resolved_job(
     assert not list(result.rglob("*.bin")), "weights are safetensors only"
     resolved = json.loads((result / "job.json").read_text())
     assert resolved["training_arguments"]["learning_rate"] == 5e-3
+
+
+def test_the_report_holds_what_is_needed_to_run_it_again(recipe: Recipe, tmp_path: Path, tiny_model: Path) -> None:
+    recipe(max_steps=None, num_train_epochs=2, per_device_train_batch_size=16, eval_steps=1)
+    report = json.loads((tmp_path / "a" / "result" / "report.json").read_text())
+    assert JobSpec.model_validate(report["spec"]).base_model == str(tiny_model)
+    assert report["base"]["commit"] is None
+    weights = hashlib.sha256((tiny_model / "model.safetensors").read_bytes()).hexdigest()
+    assert report["base"]["files"]["model.safetensors"] == weights
+    assert {"tokenizer.json", "config.json", "chat_template.jinja"} <= report["base"]["files"].keys()
+    training = report["training"]
+    assert training["tokens"] == 2 * report["data"]["train_tokens"]
+    assert training["threads"] == torch.get_num_threads()
+    assert {"torch", "transformers", "peft", "tokenizers", "loractl", "python"} <= report["versions"].keys()
+    hashes = report["data"]["train_rows_sha256"], report["data"]["held_out_sha256"]
+    assert len(set(hashes)) == 2 and all(len(one) == 64 for one in hashes)
+
+
+def test_tokens_seen_count_from_the_first_step_after_a_resume_too(recipe: Recipe, tmp_path: Path) -> None:
+    reports = []
+    recipe("whole")
+    recipe("first", stop_after=5)
+    recipe("rest", resume="first")
+    recipe("done", resume="whole")
+    for where in ("whole", "rest", "done"):
+        reports.append(json.loads((tmp_path / where / "result" / "report.json").read_text())["training"])
+    assert reports[0]["tokens"] > 0
+    assert [r["tokens"] for r in reports] == [reports[0]["tokens"]] * 3
+    assert reports[1]["resumed_from_step"] >= 5
 
 
 @pytest.mark.parametrize("method", ["lora", "qlora"])

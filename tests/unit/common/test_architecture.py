@@ -127,6 +127,25 @@ def test_a_hub_id_is_found_in_the_local_cache(tmp_path: Path, monkeypatch: pytes
     assert find_config(tmp_path) is None, "a folder without a config is no hub id"
 
 
+def test_the_cache_is_read_at_the_job_s_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    repository = tmp_path / "models--org--model"
+    for commit in ("abc", "def"):
+        (repository / "snapshots" / commit).mkdir(parents=True)
+        (repository / "snapshots" / commit / "config.json").write_text("{}")
+    (repository / "refs" / "heads").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("abc\n")
+    (repository / "refs" / "heads" / "next").write_text("def")
+
+    def commit_of(revision: str | None) -> str | None:
+        found = find_config("org/model", revision)
+        return found.parent.name if found else None
+
+    assert [commit_of(one) for one in (None, "main", "heads/next", "def")] == ["abc", "abc", "def", "def"]
+    assert commit_of("v2") is None, "what the cache has is of another revision"
+    assert commit_of("heads/../main") is None
+
+
 @pytest.mark.parametrize(
     "changed",
     [

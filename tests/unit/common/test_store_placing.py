@@ -199,6 +199,7 @@ def test_the_history_says_which_of_the_permitted_methods_was_taken_and_why(
     mine = claim(store)
     assert (mine.method, mine.vram_reserved) == (taken, (20 if taken is Method.LORA else 8) * GIB)
     assert store.events(job_id)[-1].text == f"attempt 1 started on box:0 with {taken.value}{why}"
+    assert mine.method_why == why.strip(" ()")
 
 
 def test_max_vram_leaves_out_the_method_that_needs_more(store: Store) -> None:

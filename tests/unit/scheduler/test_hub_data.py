@@ -10,7 +10,9 @@ from loractl.scheduler.submit import check_data
 from ..factories import spec
 
 
-@pytest.mark.parametrize("name", ["json", "csv", "squad", "a/b/c", "hf://datasets/a/b", "no such file"])
+@pytest.mark.parametrize(
+    "name", ["json", "csv", "squad", "a/b/c", "hf://datasets/a/b", "no such file", "data@main", "a/b@", "a/b@../c"]
+)
 def test_a_name_that_is_neither_is_refused_at_submit(name: str) -> None:
     with pytest.raises(DataError, match="no data set of the hub") as caught:
         check_data(spec(dataset={"path": name}))
@@ -21,3 +23,4 @@ def test_a_name_that_is_neither_is_refused_at_submit(name: str) -> None:
 
 def test_a_hub_id_is_left_to_the_worker() -> None:
     check_data(spec(dataset={"path": "org/data", "eval_path": "org-2/data_set.v2"}))
+    check_data(spec(dataset={"path": "org/data@refs/pr/1", "eval_path": "org/data@v1.0"}))

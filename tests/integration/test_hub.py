@@ -1,0 +1,132 @@
+"""What the loaders make of the hub's answers, through the real clients and against a hub of one's own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from http import HTTPStatus
+from pathlib import Path
+
+import pytest
+
+from ..hub import Hub
+from ..models import write_helpdesk
+
+# in a process of its own: the clients read the hub's address and their cache's place once
+LOAD = """
+import json, sys
+from loractl.common.errors import DataError
+from loractl.common.spec import Method
+from loractl.worker.data import load_pinned
+from loractl.worker.model import TrainingFailed, choose_precision, load_base, load_tokenizer
+
+def answer(what, name, revision):
+    try:
+        if what == "model":
+            load_tokenizer(name, revision)
+            base = load_base(name, Method.LORA, "cpu", choose_precision("cpu"), revision)
+            return "ok", str(base.config.hidden_size)
+        rows, commit = load_pinned(name, revision)
+        return "ok", f"{len(rows)} rows of {commit}"
+    except TrainingFailed as error:
+        return error.reason.value, error.sentence
+    except DataError as error:
+        return "bad_data", error.sentence
+
+for asked in json.load(sys.stdin):
+    print("ANSWER", json.dumps(answer(*asked)), flush=True)
+"""
+MISSING = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture
+def hub(tmp_path: Path, tiny_model: Path) -> Hub:
+    """A hub with a model and data sets."""
+    hub = Hub(tmp_path / "hub")
+    rows = write_helpdesk(tmp_path / "rows.jsonl", 12).read_text()
+    hub.commit("models", "org/tiny", tiny_model)
+    hub.commit("models", "org/gated", tiny_model)
+    hub.commit("models", "org/empty", {"README.md": "no model yet"})
+    hub.commit("datasets", "org/desk", {"train.jsonl": rows, "test.jsonl": rows.partition("\n")[0]})
+    hub.commit("datasets", "org/desk", {"train.jsonl": rows * 2}, branch="next")
+    hub.commit("datasets", "org/gated", {"train.jsonl": rows})
+    hub.commit("datasets", "org/broken", {"train.jsonl": rows + '{"messages": [\n'})
+    hub.gated = {"org/gated"}
+    return hub
+
+
+def ask(environment: Mapping[str, str], *asked: tuple[str, str, str | None]) -> list[tuple[str, str]]:
+    """Reason and sentence of each load, in one process."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    done = subprocess.run(
+        [sys.executable, "-c", LOAD],
+        input=json.dumps(asked),
+        env={**kept, **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    lines = [line.removeprefix("ANSWER ") for line in done.stdout.splitlines() if line.startswith("ANSWER ")]
+    return [(reason, sentence) for reason, sentence in map(json.loads, lines)]
+
+
+def test_each_refusal_of_the_hub_has_its_reason_and_its_sentence(hub: Hub, tmp_path: Path) -> None:
+    with hub.serving() as url:
+        answers = ask(
+            {"HF_ENDPOINT": url, "HF_HOME": str(tmp_path / "hf")},
+            ("model", "org/none", None),
+            ("model", "org/tiny", "v9"),
+            ("model", "org/tiny", MISSING),
+            ("model", "org/gated", None),
+            ("model", "org/empty", None),
+            ("data", "org/none", "train"),
+            ("data", "org/gated", "train"),
+            ("data", "org/desk@v9", "train"),
+            ("data", "org/desk@next", "test"),
+            ("data", "org/broken", "train"),
+        )
+    assert {reason for reason, _ in answers[:5]} == {"model_not_found"}
+    assert {reason for reason, _ in answers[5:]} == {"bad_data"}
+    for (_, sentence), expected in zip(
+        answers,
+        [
+            "base_model org/none can't be loaded: the hub has nothing of that name",
+            "base_model org/tiny can't be loaded: the hub has no such revision of it",
+            "base_model org/tiny can't be loaded: the hub has no such revision of it",
+            "base_model org/gated can't be loaded: it is gated: its owner must let the account",
+            "base_model org/empty can't be loaded: it has no config.json on the hub",
+            "org/none: is neither a file here nor a data set on the hub: the hub has nothing of that name",
+            "org/gated: can't be read from the hub: Dataset 'org/gated' is a gated dataset",
+            "org/desk@v9: can't be read from the hub: the hub has no such revision of it",
+            "org/desk@next: has no such split on the hub: Unknown split",
+            "org/broken: can't be read from the hub: ",
+        ],
+        strict=True,
+    ):
+        assert sentence.startswith(expected), sentence
+
+
+def test_a_hub_that_fails_is_away_and_what_is_cached_will_do(hub: Hub, tmp_path: Path) -> None:
+    asked = ("model", "org/tiny", None), ("data", "org/desk", "train"), ("data", "org/desk@next", "train")
+    main, following = (hub.find("datasets", "org/desk", name)[0] for name in ("main", "next"))
+    with hub.serving() as url:
+        here = {"HF_ENDPOINT": url, "HF_HOME": str(tmp_path / "hf")}
+        fetched = ask(here, *asked)
+        assert fetched == [("ok", "64"), ("ok", f"12 rows of {main}"), ("ok", f"24 rows of {following}")]
+        hub.fails = HTTPStatus.SERVICE_UNAVAILABLE
+        for reason, sentence in ask({**here, "HF_HOME": str(tmp_path / "fresh")}, *asked):
+            assert reason == "trainer_error" and "the hub can't be reached" in sentence
+        hub.requests.clear()
+        pinned = ("data", f"org/desk@{following}", "train")
+        cached = ask(here, *asked, pinned)
+        assert (cached[0], cached[2], cached[3]) == (fetched[0], fetched[2], fetched[2])
+        # datasets would give the newest commit that it has, which is of the other branch
+        assert cached[1][0] == "trainer_error" and f"another commit ({following})" in cached[1][1]
+        assert len(hub.requests) <= 6, "nobody waits for each of the files that a repository may have"
+    offline = ask({"HF_HOME": str(tmp_path / "fresh"), "HF_HUB_OFFLINE": "1"}, asked[0], asked[1])
+    assert [reason for reason, _ in offline] == ["model_not_found", "bad_data"]
+    assert all("HF_HUB_OFFLINE" in sentence for _, sentence in offline)
