@@ -127,7 +127,7 @@ class ArtifactStore:
             except ValueError:
                 raw = None
         try:
-            found = {_inside(name): StoredFile(**file) for name, file in raw.items()}
+            found = {_inside(name): _checked(StoredFile(**file)) for name, file in raw.items()}
         except (AttributeError, TypeError, ValueError, ArtifactError):
             raise ArtifactError(f"the manifest of {self.url}/{prefix} is damaged") from None
         return found
@@ -325,6 +325,13 @@ def remove_tree(path: Path) -> None:
 def _walk(top: Path) -> Iterator[Path]:
     for folder, _, names in os.walk(top):
         yield from (Path(folder) / name for name in names)
+
+
+def _checked(file: StoredFile) -> StoredFile:
+    """A manifest's entry, unless its hash is none: others make names of folders from it. Raises ValueError."""
+    if not isinstance(file.sha256, str) or not _SHA256.fullmatch(file.sha256) or not isinstance(file.size, int):
+        raise ValueError("no hash or no size")
+    return file
 
 
 def _inside(name: str) -> str:

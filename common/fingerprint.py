@@ -20,8 +20,7 @@ Fingerprint = dict[str, str]
 def fingerprint(folder: Path, cache: Path) -> Fingerprint:
     """Hash a model's files, which lie in `folder` itself. Raises OSError.
 
-    What was hashed before is remembered below `cache` and hashed again when the file has changed: 16 GB take about
-    15 s on one core.
+    What was hashed before is remembered below `cache` and hashed again when the file has changed.
     """
     note = cache / "bases" / f"{hashlib.sha256(str(folder.resolve()).encode()).hexdigest()}.json"
     known: dict[str, list[Any]] = json.loads(note.read_text("utf-8")) if note.exists() else {}

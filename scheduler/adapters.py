@@ -129,7 +129,7 @@ def adapters_delete(names: tuple[str, ...], yes: bool) -> None:
     from loractl.common.errors import WrongState
     from loractl.common.naming import set_by_hand
 
-    opened = [_open(name) for name in names]
+    opened = list({found[0].job_id: found for found in map(_open, names)}.values())
     for row, job, _, _, store in opened:
         if tags := set_by_hand(store.tags(), row.job_id):
             hint = f"first: loractl adapters untag {job.name}:{tags[0]}"
@@ -239,4 +239,4 @@ def _shown(row: Adapter, job: Job, names: Sequence[str], report: Mapping[str, An
         ("versions", ", ".join(f"{name} {version}" for name, version in report["versions"].items())),
     ]
     head = f"{plain(row.name)} (job {row.job_id})" + (f", tagged {', '.join(names)}" if names else "")
-    return "\n".join([head, "", *(f"{name:<9} {text}" for name, text in parts)])
+    return "\n".join([head, "", *(f"{name:<9} {plain(text)}" for name, text in parts)])

@@ -9,11 +9,11 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from transformers import DynamicCache
@@ -30,9 +30,13 @@ log = logging.getLogger("loractl.worker")
 HOST_CACHE_BYTES = 2 * 2**30
 """What keys and values may take on a processor."""
 
-DEVICE_CACHE_SHARE = 0.7
-"""Of what is free on a card once the base is loaded."""
+DEVICE_CACHE_SHARE = 0.6
+"""Of what is free on a card beside base and adapters; the rest is for the prompts that are read."""
 
+READ_TOKENS = 8192
+"""Rows times tokens of the prompts that are read in one pass."""
+
+Found = TypeVar("Found")
 Ending = Literal["stop", "length", "cancelled", "error"]
 
 
@@ -143,10 +147,19 @@ class Engine:
         name = names[self._turn % len(names)]
         self._turn += 1
         lane = self._lanes[name]
-        self._guarded(lane, lane.step)
+        self._tried(lane.step, lane.rows, lane)
         if not lane.rows:
             del self._lanes[name]
         return True
+
+    def fail_all(self, why: str) -> None:
+        """End every request with an error: for who can't step any more."""
+        for lane in self._lanes.values():
+            for row in lane.rows:
+                row.fail(why)
+        self._lanes.clear()
+        while self._waiting:
+            self._next().say(Said(ended="error", error=why))
 
     def finish(self) -> None:
         """Step until every request is answered."""
@@ -155,39 +168,55 @@ class Engine:
 
     def _admit(self) -> None:
         """Take waiting requests in their order, as far as rows, cache and adapters' memory allow."""
+        self._drop_cancelled()
         joining: dict[str, list[_Row]] = {}
-        count = 0
-        while self._waiting and self.running + count < self._rows:
+        new: list[_Row] = []
+        while self._waiting and self.running + len(new) < self._rows:
             ask = self._waiting[0]
-            if ask.cancelled.is_set():
-                self._next().say(Said(ended="cancelled"))
-                continue
-            if not self._fits(ask, [row for rows in joining.values() for row in rows]):
+            if not self._fits(ask, new):
                 break
             try:
-                held = self._hold(ask)
+                row = self._begin(ask)
             except NoRoom:
                 break  # somebody's answer will end and free an adapter
             except LoractlError as error:
                 self._next().say(Said(ended="error", error=error.sentence))
                 continue
-            row = _Row(self._next(), held, self._resident)
+            except Exception as error:
+                log.exception("a request failed before it began")
+                self._next().say(Said(ended="error", error=_sentence(error)))
+                continue
+            self._next()
+            new.append(row)
             joining.setdefault(row.lane, []).append(row)
-            count += 1
         for name, rows in joining.items():
             lane = self._lanes.setdefault(name, _Lane(self._resident, self._ends))
-            self._guarded(lane, partial(lane.join, rows), also=rows)
+            for some in _readable(rows):
+                # while its prompts are read the lane is as before: a failure there is that of the new rows alone
+                read = self._tried(partial(lane.read, some), some)
+                if read is not None:
+                    self._tried(partial(lane.join, some, read), [*lane.rows, *some], lane)
             if not lane.rows:
                 del self._lanes[name]
+
+    def _drop_cancelled(self) -> None:
+        """Those who have left must not count among those who wait."""
+        with self._lock:
+            gone = [ask for ask in self._waiting if ask.cancelled.is_set()]
+            for ask in gone:
+                self._waiting.remove(ask)
+        for ask in gone:
+            ask.say(Said(ended="cancelled"))
 
     def _next(self) -> Ask:
         with self._lock:
             return self._waiting.popleft()
 
-    def _hold(self, ask: Ask) -> Loaded | None:
-        if ask.adapter is None or ask.folder is None:
-            return None
-        return self._resident.hold(ask.adapter, ask.folder)
+    def _begin(self, ask: Ask) -> _Row:
+        held = None
+        if ask.adapter is not None and ask.folder is not None:
+            held = self._resident.hold(ask.adapter, ask.folder)
+        return _Row(ask, held, self._resident)
 
     def _fits(self, ask: Ask, joining: list[_Row]) -> bool:
         """Whether the cache holds all rows at their longest, each padded to the widest of its lane, with this one."""
@@ -197,20 +226,44 @@ class Engine:
         widest = max(ask.width, *(row.ask.width for row in rows))
         return (len(rows) + 1) * widest <= self.cache_tokens
 
-    def _guarded(self, lane: _Lane, work: Callable[[], None], also: Sequence[_Row] = ()) -> None:
-        """A failure ends the requests of its lane, with a sentence, and nothing else."""
+    def _tried(self, work: Callable[[], Found], rows: Sequence[_Row], lane: _Lane | None = None) -> Found | None:
+        """Do it; a failure ends these rows, and empties the lane, and nothing else."""
+        rows = list(rows)
         try:
-            work()
+            return work()
         except Exception as error:
-            rows = list({id(row): row for row in (*lane.rows, *also)}.values())
-            what = "the device ran out of memory" if is_out_of_memory(error) else f"{type(error).__name__}: {error}"
             log.exception("%s requests failed", len(rows))
+            why = _sentence(error)
+        except BaseException:  # a person's Ctrl-C: nothing may be left half-way
+            self._end(rows, lane, "interrupted")
+            raise
+        self._end(rows, lane, why)
+        release()  # outside of the handler: until it ends, the error's traceback holds the tensors
+        return None
+
+    def _end(self, rows: Sequence[_Row], lane: _Lane | None, why: str) -> None:
+        if lane is not None:
             lane.clear()
-            for row in rows:
-                row.fail(what)
-        else:
-            return
-        release()
+        for row in rows:
+            row.fail(why)
+
+
+def _sentence(error: Exception) -> str:
+    if isinstance(error, LoractlError):
+        return error.sentence
+    return "the device ran out of memory" if is_out_of_memory(error) else f"{type(error).__name__}: {error}"
+
+
+def _readable(rows: Sequence[_Row]) -> Iterator[list[_Row]]:
+    """Rows whose prompts are read in one pass, each padded to the longest of them."""
+    some: list[_Row] = []
+    for row in rows:
+        widest = max(len(each.ask.prompt) for each in (*some, row))
+        if some and (len(some) + 1) * widest > READ_TOKENS:
+            yield some
+            some = []
+        some.append(row)
+    yield some
 
 
 class _Lane:
@@ -226,9 +279,9 @@ class _Lane:
     def clear(self) -> None:
         self.rows, self._cache = [], None
 
-    def join(self, rows: Sequence[_Row]) -> None:
-        """Read the prompts of new rows, and take them into the batch with their first token."""
-        cache, mask, logits = self._read(rows)
+    def join(self, rows: Sequence[_Row], read: tuple[Any, torch.Tensor, torch.Tensor]) -> None:
+        """Take new rows, whose prompts are read, into the batch with their first token."""
+        cache, mask, logits = read
         if self.rows:
             self._cache, self._mask = _side_by_side((self._cache, self._mask), (cache, mask))
         else:
@@ -247,7 +300,8 @@ class _Lane:
         logits = self._forward(self.rows, last, self._mask, self._cache)
         self._say(self.rows, logits)
 
-    def _read(self, rows: Sequence[_Row]) -> tuple[Any, torch.Tensor, torch.Tensor]:
+    def read(self, rows: Sequence[_Row]) -> tuple[Any, torch.Tensor, torch.Tensor]:
+        """(cache, mask, logits of the first token) of new rows' prompts; the batch is as before."""
         longest = max(len(row.ask.prompt) for row in rows)
         pad = self._resident.tokenizer.pad_token_id
         device = self._resident.model.device
@@ -275,8 +329,12 @@ class _Lane:
     def _say(self, rows: Sequence[_Row], logits: torch.Tensor) -> None:
         likeliest = logits.argmax(-1).tolist()
         for place, row in enumerate(rows):
-            token = likeliest[place] if row.ask.temperature == 0 else row.draw(logits[place])
-            row.take(token, ended=token in self._ends)
+            try:
+                token = likeliest[place] if row.ask.temperature == 0 else row.draw(logits[place])
+                row.take(token, ended=token in self._ends)
+            except Exception as error:
+                log.exception("one request failed")  # its own fault, like logits that are no numbers: others go on
+                row.fail(_sentence(error))
         self._drop_ended()
 
     def _drop_ended(self) -> None:
@@ -324,10 +382,13 @@ class _Row:
                 self._random.seed()
             else:
                 self._random.manual_seed(self.ask.seed)
-        shares, order = torch.softmax(logits.double() / self.ask.temperature, -1).cpu().sort(descending=True)
+        # the largest one is taken off first: a tiny temperature would make infinity of it
+        shares = torch.softmax((logits - logits.max()).double() / self.ask.temperature, -1).cpu()
+        if self.ask.top_p >= 1:
+            return int(torch.multinomial(shares, 1, generator=self._random))
+        shares, order = shares.sort(descending=True)
         inside = shares.cumsum(-1) - shares < self.ask.top_p
-        drawn = torch.multinomial(shares * inside, 1, generator=self._random)
-        return int(order[drawn])
+        return int(order[torch.multinomial(shares * inside, 1, generator=self._random)])
 
     def take(self, token: int, *, ended: bool) -> None:
         """The next token; `ended`: it is one that ends an answer."""
@@ -382,9 +443,7 @@ class _Text:
         found = [place for text in self._stop if (place := self._pending.find(text)) >= 0]
         if found:
             return self._pending[: min(found)], True
-        held = max(
-            (n for text in self._stop for n in range(1, len(text)) if self._pending.endswith(text[:n])), default=0
-        )
+        held = max((_overlap(self._pending, text) for text in self._stop), default=0)
         settled = self._pending[: len(self._pending) - held]
         self._pending = self._pending[len(settled) :]
         return settled, False
@@ -400,6 +459,12 @@ class _Text:
         return text
 
 
+def _overlap(text: str, stop: str) -> int:
+    """Characters at the end of the text that begin the stop text."""
+    longest = min(len(text), len(stop) - 1)
+    return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
+
+
 def _side_by_side(left: tuple[Any, torch.Tensor], right: tuple[Any, torch.Tensor]) -> tuple[Any, torch.Tensor]:
     """Two batches as one: caches and masks, padded on the left to the wider one."""
     width = max(left[1].shape[1], right[1].shape[1])
@@ -411,6 +476,8 @@ def _side_by_side(left: tuple[Any, torch.Tensor], right: tuple[Any, torch.Tensor
             for pair in ((a.keys, b.keys), (a.values, b.values))
         )
         merged.update(keys, values, number)
+        for old in (a, b):  # layer by layer, or both batches would be held twice
+            old.keys = old.values = None
     return merged, mask
 
 
@@ -431,5 +498,5 @@ def _bytes_a_token(resident: Resident) -> int:
 
 def _cache_bytes(resident: Resident) -> int:
     if resident.base.device == "cuda":
-        return int(DEVICE_CACHE_SHARE * torch.cuda.mem_get_info()[0])
+        return int(DEVICE_CACHE_SHARE * max(0, torch.cuda.mem_get_info()[0] - resident.adapter_memory))
     return HOST_CACHE_BYTES

@@ -5,15 +5,21 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hmac
+import ipaddress
 import json
 import logging
+import math
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import ValidationError
+from sqlalchemy.exc import DBAPIError
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from loractl.common.errors import LoractlError, UsageError
 from loractl.common.spec import DataFormat
@@ -31,25 +37,37 @@ DEFAULT_TOKENS = 512
 MOST_WAITING = 256
 """Requests that may wait for a place in the batch; further ones are told to come later."""
 
+FRESH_S = 2.0
+"""A list of the stored adapters is so old at the most."""
+
 MOST_BODY_BYTES = 4 * 2**20
 
 
 class Names:
-    """What a request may call the models. Given ones, or all that are stored for the base at that moment."""
+    """What a request may call the models. Given ones, or all that are stored for the base, as of a moment ago."""
 
     def __init__(self, given: Mapping[str, Listed] | None, library: Library, base: str, revision: str | None) -> None:
         self._given = given
         self._library, self._base, self._revision = library, base, revision
+        self._stored: dict[str, Listed] = {}
+        self._looked = -math.inf
 
     def all(self) -> dict[str, Listed]:
         if self._given is not None:
             return dict(self._given)
-        return self._library.on(self._base, self._revision)
+        if time.monotonic() - self._looked > FRESH_S:
+            self._stored = self._library.on(self._base, self._revision)
+            self._looked = time.monotonic()
+        return dict(self._stored)
 
     def find(self, name: str) -> Listed | None:
         """None for the base. Raises KeyError."""
         if name == "base":
             return None
+        for tried in (name, f"{name}:latest"):
+            if tried in (known := self.all()):
+                return known[tried]
+        self._looked = -math.inf  # it may have been stored or tagged since
         known = self.all()
         return known[name] if name in known else known[f"{name}:latest"]
 
@@ -58,23 +76,24 @@ def make_app(engine: Engine, names: Names, library: Library, *, key: str | None,
     """The application: /v1/models, /v1/chat/completions, /v1/completions and /health."""
     desk = Desk(engine, names, library, temperature)
     app = FastAPI(title="loractl", docs_url=None, redoc_url=None, openapi_url=None, lifespan=desk.open)
+    app.add_middleware(Doorkeeper, key=key)
 
     @app.exception_handler(Refusal)
     async def refused(request: Request, refusal: Refusal) -> Response:
-        return _answered(refusal.status, refusal.body())
+        return _answered(refusal)
 
-    @app.middleware("http")
-    async def check_key(request: Request, go_on: Callable[[Any], Any]) -> Any:
-        if key is not None and request.url.path != "/health":
-            sent = request.headers.get("authorization", "").removeprefix("Bearer ").encode()
-            if not hmac.compare_digest(sent, key.encode()):
-                refusal = Refusal(401, "this server wants an API key, and got none or another", code="invalid_api_key")
-                return _answered(401, refusal.body())
-        return await go_on(request)
+    @app.exception_handler(HTTPException)
+    async def not_found(request: Request, error: HTTPException) -> Response:
+        return _answered(Refusal(error.status_code, f"{request.method} {request.url.path}: {error.detail}"))
+
+    @app.exception_handler(ClientDisconnect)
+    async def gone(request: Request, error: ClientDisconnect) -> Response:
+        return _answered(Refusal(499, "the caller has gone"))
 
     @app.get("/health")
-    async def health() -> dict[str, Any]:
-        return {"status": "ok", "running": engine.running, "waiting": engine.waiting}
+    async def health() -> Response:
+        state = {"status": desk.state, "running": engine.running, "waiting": engine.waiting}
+        return JSONResponse(state, status_code=200 if desk.state == "ok" else 503)
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
@@ -95,8 +114,44 @@ def make_app(engine: Engine, names: Names, library: Library, *, key: str | None,
     return app
 
 
-def _answered(status: int, body: dict[str, Any]) -> Response:
-    return JSONResponse(body, status_code=status)
+def _answered(refusal: Refusal) -> Response:
+    return JSONResponse(refusal.body(), status_code=refusal.status)
+
+
+class Doorkeeper:
+    """Lets in who has the key; without one, who speaks to this machine by its own name.
+
+    A page in somebody's browser could otherwise reach the server through a name that it makes lead here. Plain ASGI:
+    behind Starlette's own kind of middleware nobody hears of a caller who leaves.
+    """
+
+    def __init__(self, app: Any, key: str | None) -> None:
+        self._app, self._key = app, key
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "http" and (refusal := self._refusal(Request(scope))) is not None:
+            await _answered(refusal)(scope, receive, send)
+            return
+        await self._app(scope, receive, send)
+
+    def _refusal(self, request: Request) -> Refusal | None:
+        if self._key is None:
+            name = request.url.hostname or ""
+            own = name == "localhost" or _is_loopback(name)
+            return None if own else Refusal(403, f"this server answers for this machine alone, not for {name!r}")
+        if request.url.path == "/health":
+            return None
+        sent = request.headers.get("authorization", "").removeprefix("Bearer ").encode()
+        if hmac.compare_digest(sent, self._key.encode()):
+            return None
+        return Refusal(401, "this server wants an API key, and got none or another", code="invalid_api_key")
+
+
+def _is_loopback(name: str) -> bool:
+    try:
+        return ipaddress.ip_address(name.strip("[]")).is_loopback
+    except ValueError:
+        return False
 
 
 async def _read(request: Request, kind: Any) -> Any:
@@ -121,6 +176,7 @@ class Desk:
     def __init__(self, engine: Engine, names: Names, library: Library, temperature: float) -> None:
         self._engine, self._names, self._library, self._temperature = engine, names, library, temperature
         self._over = threading.Event()
+        self.state = "ok"
 
     @contextlib.asynccontextmanager
     async def open(self, app: Any) -> AsyncIterator[None]:
@@ -134,12 +190,20 @@ class Desk:
             await asyncio.to_thread(thread.join)
 
     def _decode(self) -> None:
-        while not self._over.is_set():
-            if not self._engine.step():
-                self._engine.wait(0.2)
+        """The one thread that steps; what it can't go on from is told to everybody, and to who asks for its health."""
+        try:
+            while not self._over.is_set():
+                if not self._engine.step():
+                    self._engine.wait(0.2)
+        except Exception:
+            log.exception("decoding has ended")
+            self.state = "decoding has failed: start the server anew"
+        else:
+            self.state = "the server is ending"
+        self._engine.fail_all(self.state)
 
     async def models(self) -> list[dict[str, Any]]:
-        known = await asyncio.to_thread(self._names.all)
+        known = await _refusing(self._names.all)
         base = {"id": "base", "object": "model", "created": 0, "owned_by": "loractl"}
         return [base, *(_card(name, listed) for name, listed in sorted(known.items()))]
 
@@ -165,7 +229,7 @@ class Desk:
 
     async def _find(self, name: str) -> Listed | None:
         try:
-            return await asyncio.to_thread(self._names.find, name)
+            return await _refusing(lambda: self._names.find(name))
         except KeyError:
             what = f"there is no model {name!r} here; /v1/models lists them"
             raise Refusal(404, what, code="model_not_found", param="model") from None
@@ -178,12 +242,17 @@ class Desk:
     async def _answer(
         self, asked: ChatRequest | TextRequest, listed: Listed | None, ids: list[int], request: Request, *, chat: bool
     ) -> Any:
+        if self.state != "ok":
+            raise Refusal(503, self.state)
         if self._engine.waiting >= MOST_WAITING:
             raise Refusal(503, f"{MOST_WAITING} requests wait already; try again in a while", code="overloaded")
         room = await _refusing(lambda: self._engine.room(len(ids)))
+        if asked.limit is not None and asked.limit > room:
+            what = f"{len(ids)} tokens are asked and {asked.limit} wanted; the answer may have {room} at the most"
+            raise Refusal(400, what, code="context_length_exceeded", param="max_tokens")
         said: asyncio.Queue[Said] = asyncio.Queue()
         loop = asyncio.get_running_loop()
-        ask = await self._ask(asked, listed, ids, min(asked.limit or DEFAULT_TOKENS, room), loop, said)
+        ask = await self._ask(asked, listed, ids, asked.limit or min(DEFAULT_TOKENS, room), loop, said)
         self._engine.ask(ask)
         reply = Reply(asked.model, len(ids), chat=chat)
         if asked.stream:
@@ -215,19 +284,21 @@ class Desk:
 
     async def _whole(self, reply: Any, said: asyncio.Queue[Said], ask: Ask, request: Request) -> dict[str, Any]:
         text = ""
-        while True:
-            try:
-                one = await asyncio.wait_for(said.get(), timeout=1)
-            except TimeoutError:
-                if await request.is_disconnected():
-                    ask.cancelled.set()
-                    raise Refusal(499, "the caller has gone") from None
-                continue
-            text += one.text
-            if one.ended == "error":
-                raise Refusal(500, one.error or "the answer failed")
-            if one.ended is not None:
-                return reply.whole(text, one)
+        try:
+            while True:
+                try:
+                    one = await asyncio.wait_for(said.get(), timeout=0.5)
+                except TimeoutError:
+                    if await request.is_disconnected():
+                        raise Refusal(499, "the caller has gone") from None
+                    continue
+                text += one.text
+                if one.ended in ("error", "cancelled"):
+                    raise Refusal(500, one.error or "the answer was cancelled")
+                if one.ended is not None:
+                    return dict(reply.whole(text, one))
+        finally:
+            ask.cancelled.set()  # whoever goes before the end, and however, frees the place
 
     async def _events(self, reply: Any, said: asyncio.Queue[Said], ask: Ask, *, usage: bool) -> AsyncIterator[str]:
         """Server-sent events; a caller who leaves ends the answer."""
@@ -268,6 +339,7 @@ async def _refusing(work: Callable[[], Any]) -> Any:
     except UsageError as error:
         hint = f" ({error.hint})" if error.hint else ""
         raise Refusal(400, f"{error.sentence}{hint}") from error
-    except LoractlError as error:
-        log.error("%s", error.sentence)
-        raise Refusal(503, error.sentence) from error
+    except (LoractlError, DBAPIError) as error:
+        what = error.sentence if isinstance(error, LoractlError) else "the database is away"
+        log.error("%s", what)
+        raise Refusal(503, what) from error

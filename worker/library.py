@@ -12,6 +12,7 @@ from typing import Any
 from loractl.common.artifacts import ArtifactStore, attempt_prefix, open_store, sha256_of
 from loractl.common.database import connect, reachable
 from loractl.common.errors import ArtifactError, UsageError
+from loractl.common.fingerprint import changed_files
 from loractl.common.naming import parse_reference
 from loractl.common.settings import Settings
 from loractl.common.spec import DataFormat, JobSpec, Method, TaskType
@@ -19,6 +20,7 @@ from loractl.common.store import Store
 from loractl.common.tables import Adapter, Job
 
 from .adapter import CONFIG, WEIGHTS
+from .identity import identify
 from .trust import check_base, may_run_code
 
 
@@ -49,6 +51,7 @@ class Library:
         with reachable(settings):
             self._store = Store(connect(settings))
         self._artifacts: ArtifactStore = open_store(settings)
+        self._fetched: dict[tuple[int, int], Path] = {}  # verified by this process
 
     @property
     def settings(self) -> Settings:
@@ -95,6 +98,13 @@ class Library:
 
     def fetch(self, adapter: Listed) -> Path:
         """The folder with its files on this box, as its manifest says. Raises ArtifactError, ServiceUnreachable."""
+        known = self._fetched.get((adapter.job_id, adapter.attempt))
+        if known is not None and (known / WEIGHTS).is_file() and (known / CONFIG).is_file():
+            return known
+        folder = self._fetched[adapter.job_id, adapter.attempt] = self._fetch(adapter)
+        return folder
+
+    def _fetch(self, adapter: Listed) -> Path:
         prefix = attempt_prefix(adapter.job_id, adapter.attempt)
         wanted = {
             name.removeprefix("adapter/"): file
@@ -142,6 +152,22 @@ class Library:
             return named
         folder = self._settings.cache_dir / "datasets"
         return str(self._artifacts.fetch_dataset(stored["uri"], stored["sha256"], folder))
+
+    def revision(self, adapter: Listed) -> str | None:
+        """The revision of the base to load: of a hub id whose job named none, the commit that it was trained on."""
+        if adapter.spec.revision is not None or Path(adapter.spec.base_model).is_absolute():
+            return adapter.spec.revision
+        commit = (self.report(adapter).get("base") or {}).get("commit")
+        return None if commit is None else str(commit)
+
+    def changed_base(self, adapter: Listed) -> list[str]:
+        """Files of the base on this box that are not those that the adapter was trained on; empty where its report is
+        older than their hashes."""
+        trained = (self.report(adapter).get("base") or {}).get("files")
+        if not trained:
+            return []
+        here = identify(adapter.spec.base_model, self.revision(adapter), self._settings.cache_dir)["files"]
+        return changed_files(trained, here)
 
     def may_run_code(self, adapter: Listed) -> bool:
         """Whether this box's owner trusts the base's own code."""

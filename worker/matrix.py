@@ -134,21 +134,22 @@ def measure(library: Library, asked: Asked) -> Matrix:
 
     from .library import same_base
     from .resident import Base, open_resident
-    from .talking import take_device
+    from .talking import take_device, warn_of_other_base
     from .tasks import asked_for, compare, score, task_from_file, task_of
 
     named = _named(asked.adapters, library)
     files_of = _files(asked.data)
-    model, revision = same_base(list(named.values()))
+    model, _ = same_base(list(named.values()))
     first = next(iter(named.values()))
     base = Base(
         model=model,
-        revision=revision,
+        revision=library.revision(first),
         method=Method.QLORA if asked.load_in_4bit else Method.LORA,
         device=take_device(library, asked.gpu),
         run_code=library.may_run_code(first),
     )
     resident = open_resident(base, tell=_tell)
+    warn_of_other_base(library, list(named.values()))
     tokenizer, wanted = resident.tokenizer, asked_for(asked.rows, asked.samples, asked.max_new_tokens, asked.batch)
     own = {name: task_of(name, listed, library, tokenizer, wanted) for name, listed in named.items()}
     tasks = [task for task, _ in own.values()]
@@ -184,7 +185,7 @@ def measure(library: Library, asked: Asked) -> Matrix:
         tasks=tasks,
         lines=found,
         base_memory=resident.bytes,
-        base_disk=_disk_of(model, revision),
+        base_disk=_disk_of(model, base.revision),
         base_load_seconds=resident.seconds,
         switch_seconds=_switches(resident, [one.key for one in loaded.values()]),
     )

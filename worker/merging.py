@@ -31,6 +31,9 @@ PROMPTS = (
 TOLERANCE = 1e-3
 """Largest difference of a logit, in fp32: W + scale B A is summed once instead of at every token. 4e-5 is usual."""
 
+LEAST_AGREEMENT = 0.8
+"""Share of tokens whose likeliest next token the stored files must keep: rounding moves a few, an overflow all."""
+
 CONVERTER = "convert_hf_to_gguf.py"
 """llama.cpp's own."""
 
@@ -107,14 +110,18 @@ def merge_into(folder: Path, library: Library, listed: Listed, dtype: str) -> Pr
     from .model import Precision, load_base, load_tokenizer
 
     spec, files, run_code = listed.spec, library.fetch(listed), library.may_run_code(listed)
-    tokenizer = load_tokenizer(spec.base_model, spec.revision, run_code=run_code)
+    revision = library.revision(listed)
+    tokenizer = load_tokenizer(spec.base_model, revision, run_code=run_code)
     exact = Precision(base=torch.float32, amp=None)
-    base = load_base(spec.base_model, Method.LORA, "cpu", exact, spec.revision, run_code=run_code)
+    base = load_base(spec.base_model, Method.LORA, "cpu", exact, revision, run_code=run_code)
     prompts = [tokenizer(text).input_ids for text in PROMPTS] + _own_prompts(library, listed, tokenizer)
     tuned = PeftModel.from_pretrained(base, str(files)).eval()
     before = _logits(tuned, prompts)
     merged = tuned.merge_and_unload(safe_merge=True).eval()
     after = _logits(merged, prompts)
+    if changed := library.changed_base(listed):
+        what = f"the base here is not the one that {listed.name} was trained on: {', '.join(changed)} differ"
+        raise MergeFailed(what, "get the base of that time, or train anew")
     difference = _apart(before, after)
     if not difference <= TOLERANCE:
         raise MergeFailed(
@@ -136,6 +143,11 @@ def merge_into(folder: Path, library: Library, listed: Listed, dtype: str) -> Pr
         stored_difference=_apart(before, as_stored),
         stored_agreement=same / tokens,
     )
+    if not math.isfinite(proof.stored_difference) or proof.stored_agreement < LEAST_AGREEMENT:
+        raise MergeFailed(
+            f"stored in {dtype} the model says the same for {100 * proof.stored_agreement:.0f} % of the tokens only",
+            "try --dtype float32",
+        )
     _describe(folder, listed, dtype, proof)
     return proof
 

@@ -52,7 +52,6 @@ class _StreamOptions(BaseModel):
     include_usage: bool = False
 
 
-Neutral = Any
 _UNCHANGING: dict[str, Any] = {
     "n": (1, None), "best_of": (1, None), "logprobs": (False, None, 0), "top_logprobs": (0, None), "tools": ([], None),
     "tool_choice": ("none", "auto", None), "functions": ([], None), "function_call": ("none", "auto", None),
@@ -62,6 +61,9 @@ _UNCHANGING: dict[str, Any] = {
 """What can't be done, with the values that ask for nothing."""
 
 
+StopText = Annotated[str, Field(max_length=256)]
+
+
 class _Request(BaseModel):
     model_config = ConfigDict(extra="allow")
 
@@ -69,7 +71,7 @@ class _Request(BaseModel):
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    stop: str | Annotated[list[str], Field(max_length=4)] | None = None
+    stop: StopText | Annotated[list[StopText], Field(max_length=4)] | None = None
     max_tokens: int | None = Field(None, ge=1)
     stream: bool | None = False
     stream_options: _StreamOptions | None = None

@@ -14,11 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
-from loractl.common.errors import LoractlError, UsageError
+from loractl.common.errors import ArtifactError, LoractlError, UsageError
 from loractl.common.spec import Method
 
+from .adapter import CONFIG, WEIGHTS
 from .library import Listed
+from .memory import is_out_of_memory
 from .model import Precision, choose_precision, keep_nf4_in_training_mode, load_base, load_tokenizer
 
 BASE = "__base__"
@@ -79,7 +82,7 @@ class Resident:
         self._memory = memory
         self._loaded: OrderedDict[str, Loaded] = OrderedDict()  # the longest unused first
         self._used: Counter[str] = Counter()
-        self._layers: list[Any] = []
+        self._layers: dict[str, list[Any]] = {}  # by key, those that hold the adapter
         self._takes = inspect.signature(model.forward).parameters.keys()
 
     @property
@@ -90,6 +93,11 @@ class Resident:
     def model(self) -> Any:
         """The base, or the base with its adapters."""
         return self._model
+
+    @property
+    def adapter_memory(self) -> int:
+        """Bytes that further adapters may take; 0 without a limit."""
+        return max(0, (self._memory or 0) - sum(each.size for each in self._loaded.values()))
 
     @property
     def loaded(self) -> dict[str, Loaded]:
@@ -145,31 +153,63 @@ class Resident:
         return torch.autocast(self.base.device, dtype=self.precision.base, enabled=mixed)
 
     def _load(self, key: str, folder: Path) -> Loaded:
-        from peft import PeftConfig, PeftModel
+        from peft import PeftConfig
 
+        if not all((folder / name).is_file() for name in (CONFIG, WEIGHTS)):
+            raise ArtifactError(f"the files of {key} are gone from {folder}", "ask again: they are fetched anew")
         began, before = time.monotonic(), _bytes_of(self._model)
         config = PeftConfig.from_pretrained(str(folder))
+        whole = bool(config.modules_to_save)
         try:
-            if self._layers:
-                self._model.load_adapter(str(folder), adapter_name=key, is_trainable=False)
-            else:
-                self._model = PeftModel.from_pretrained(self._model, str(folder), adapter_name=key, config=config)
-        except (ValueError, RuntimeError, KeyError) as error:
-            first = str(error).strip().splitlines()
-            raise UsageError(
-                f"the adapter of {key} does not fit this base: {first[0] if first else error!r}"
-            ) from error
+            self._put_on(key, folder, config)
+            mixes = not (config.use_dora or whole) and self._mixes(key)
+        except BaseException as error:  # whatever it was, the base must be as before
+            self._take_off(key)
+            if is_out_of_memory(error):
+                raise LoractlError(f"no memory is left for the adapter of {key}") from error
+            if not isinstance(error, (ValueError, RuntimeError, KeyError, SafetensorError)):
+                raise
+            lines = str(error).strip().splitlines() or [repr(error)]
+            raise UsageError(f"the adapter of {key} does not fit this base: {lines[0]}") from error
+        size, seconds = _bytes_of(self._model) - before, time.monotonic() - began
+        return Loaded(key=key, size=size, mixes=mixes, whole_modules=whole, seconds=seconds)
+
+    def _put_on(self, key: str, folder: Path, config: Any) -> None:
+        from peft import PeftModel
+
+        if self._loaded:
+            self._model.load_adapter(str(folder), adapter_name=key, is_trainable=False)
+        else:
+            self._model = PeftModel.from_pretrained(self._model, str(folder), adapter_name=key, config=config)
         self._model.eval()
         if self.base.method is Method.QLORA:
             keep_nf4_in_training_mode(self._model)
-        self._layers = list(_adapted_layers(self._model))
-        return Loaded(
-            key=key,
-            size=_bytes_of(self._model) - before,
-            mixes=not (config.use_dora or config.modules_to_save or getattr(config, "target_parameters", None)),
-            whole_modules=bool(config.modules_to_save),
-            seconds=time.monotonic() - began,
-        )
+        self._layers[key] = [layer for layer in _adapted_layers(self._model) if _holds(layer, key)]
+
+    def _take_off(self, key: str) -> None:
+        """After a load that failed half-way: of a first one peft leaves its layers in the base."""
+        self._layers.pop(key, None)
+        if self._loaded:
+            if key in self._model.peft_config:
+                self._model.delete_adapter(key)
+            return
+        if hasattr(self._model, "get_base_model"):
+            self._model = self._model.get_base_model()
+        _strip(self._model)
+
+    def _mixes(self, key: str) -> bool:
+        """Whether a row of the adapter and one of the base go through together: peft can't where a layer's input has
+        lost its rows, as in a mixture of experts, and where an adapter is on parameters rather than on layers."""
+        tokens = torch.full((2, 2), int(self.tokenizer.eos_token_id), device=self._model.device)
+        self.switch(key)
+        try:
+            with torch.inference_mode(), self._routed([BASE, key]):
+                self._model.get_base_model()(input_ids=tokens, use_cache=False)
+        except (ValueError, TypeError, RuntimeError, IndexError) as error:
+            if is_out_of_memory(error):
+                raise
+            return False
+        return True
 
     def _make_room(self, adapter: Listed) -> None:
         """Evict what was not used for longest until the adapter fits."""
@@ -188,10 +228,9 @@ class Resident:
 
     def evict(self, key: str) -> None:
         """Take an adapter out of memory."""
-        del self._loaded[key]
+        del self._loaded[key], self._layers[key]
         if not self._loaded:
             self._model = self._model.unload()
-            self._layers = []
             return
         if self._model.active_adapters == [key]:
             self.switch(next(iter(self._loaded)))
@@ -201,7 +240,10 @@ class Resident:
     def _routed(self, keys: Sequence[str]) -> Iterator[None]:
         """Tell every adapted layer which row is whose, as peft's own `adapter_names` does; peft 0.21 leaves its hooks
         behind when the forward fails, and every later one would fail too."""
-        hooks = [layer.register_forward_pre_hook(partial(_name_rows, keys), with_kwargs=True) for layer in self._layers]
+        layers = {id(layer): layer for key in {*keys} - {BASE} for layer in self._layers[key]}
+        hooks = [
+            layer.register_forward_pre_hook(partial(_name_rows, keys), with_kwargs=True) for layer in layers.values()
+        ]
         try:
             yield
         finally:
@@ -231,6 +273,28 @@ def _adapted_layers(model: Any) -> Iterator[Any]:
     from peft.tuners.lora import LoraLayer
 
     return (module for module in model.modules() if isinstance(module, LoraLayer))
+
+
+def _holds(layer: Any, key: str) -> bool:
+    return any(key in getattr(layer, name) for name in ("lora_A", "lora_embedding_A"))
+
+
+def _strip(model: Any) -> None:
+    """Put every layer that peft has wrapped back as it was."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    for name, module in list(model.named_modules()):
+        if isinstance(module, BaseTunerLayer):
+            plain = module.get_base_layer()
+        elif isinstance(module, AuxiliaryTrainingWrapper):
+            plain = module.original_module
+        else:
+            continue
+        above, _, last = name.rpartition(".")
+        setattr(model.get_submodule(above), last, plain)
+    if hasattr(model, "peft_config"):
+        del model.peft_config
 
 
 def _bytes_of(model: Any) -> int:

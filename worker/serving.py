@@ -130,7 +130,7 @@ def _load(library: Library, options: Options) -> tuple[Engine, Names]:
     from .decoding import Engine, Limits
     from .desk import Names
     from .resident import Base, open_resident
-    from .talking import take_device
+    from .talking import take_device, warn_of_other_base
 
     sizes = {}
     for name in ("adapter_memory", "cache_memory"):
@@ -150,6 +150,7 @@ def _load(library: Library, options: Options) -> tuple[Engine, Names]:
         run_code=trusted,
     )
     resident = open_resident(base, sizes["adapter_memory"], tell=lambda text: click.echo(text, err=True))
+    warn_of_other_base(library, list((given or {}).values()))
     engine = Engine(resident, Limits(rows=options.max_batch, cache_bytes=sizes["cache_memory"]))
     names = Names(given, library, model, revision)
     shown = ", ".join(sorted(names.all())) or "none is stored yet"
@@ -179,17 +180,19 @@ def _base_of(model: str | None, given: Mapping[str, Listed] | None, library: Lib
     from .library import same_base
     from .trust import check_base
 
+    name, _, wanted = (model or "").partition("@")
+    found = str(Path(name).absolute()) if Path(name).exists() else name
     if given:
-        base, revision = same_base(list(given.values()))
-        if model is not None and model != base and str(Path(model).absolute()) != base:
+        first = next(iter(given.values()))
+        base, _ = same_base(list(given.values()))
+        revision = library.revision(first)
+        if model is not None and (found != base or wanted not in ("", revision, first.spec.revision)):
             raise UsageError(f"the adapters are for {base}, not for {model}", "leave --base out")
-        return base, revision, library.may_run_code(next(iter(given.values())))
+        return base, revision, library.may_run_code(first)
     if model is None:
         raise UsageError("there is nothing to serve", "name --adapters or a --base")
-    name, _, revision = model.partition("@")
-    found = str(Path(name).absolute()) if Path(name).exists() else name
     check_base(found, library.settings.model_roots)
-    return found, revision or None, False
+    return found, wanted or None, f"{found}@{wanted}" in library.settings.trusted_code
 
 
 class _Server:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import sys
 import time
+import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -27,6 +29,12 @@ COMMANDS = {
     "/reset": "begin anew",
     "/quit": "end; Ctrl-D does the same, Ctrl-C stops an answer",
 }
+
+
+_STEERING = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
+"""Unicode's categories of what moves the cursor, turns the writing or ends a line."""
+
+_HARMLESS = "\n\t\u200c\u200d"
 
 
 def answering(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -233,11 +241,12 @@ class Talk:
 
         ask = self._ask(messages, say, base=base)
         self.engine.ask(ask)
+        # not by KeyboardInterrupt, which would leave a load or a batch half-way
+        before = signal.signal(signal.SIGINT, lambda *_: ask.cancelled.set())
         try:
             self.engine.finish()
-        except KeyboardInterrupt:
-            ask.cancelled.set()
-            self.engine.finish()
+        finally:
+            signal.signal(signal.SIGINT, before)
         click.echo("")
         if answer.error:
             raise LoractlError(f"no answer: {answer.error}")
@@ -283,13 +292,23 @@ def load_for(library: Library, adapter: Listed, gpu: str | None, dtype: str | No
     device, trained = take_device(library, gpu), adapter.spec.training.dtype
     base = Base(
         model=adapter.spec.base_model,
-        revision=adapter.spec.revision,
+        revision=library.revision(adapter),
         method=adapter.method,
         device=device,
         dtype=dtype or ("auto" if trained == "float16" and device == "cpu" else trained),
         run_code=library.may_run_code(adapter),
     )
-    return open_resident(base, tell=lambda text: click.echo(click.style(text, dim=True), err=True))
+    resident = open_resident(base, tell=lambda text: click.echo(click.style(text, dim=True), err=True))
+    warn_of_other_base(library, [adapter])
+    return resident
+
+
+def warn_of_other_base(library: Library, adapters: Sequence[Listed]) -> None:
+    """Say where the base on this box is not the one that an adapter was trained on."""
+    for adapter in adapters:
+        if changed := library.changed_base(adapter):
+            what = f"{adapter.name} (job {adapter.job_id}) was trained on other files of its base: {', '.join(changed)}"
+            click.echo(f"Warning: {what}.", err=True)
 
 
 def take_device(library: Library, gpu: str | None) -> str:
@@ -304,5 +323,5 @@ def take_device(library: Library, gpu: str | None) -> str:
 
 
 def _safe(text: str) -> str:
-    """An answer's text without what would steer the terminal; lines stay."""
-    return "".join(c if c.isprintable() or c in "\n\t" else "�" for c in text)
+    """An answer's text without what would steer the terminal; lines, spaces of all kinds and joiners stay."""
+    return "".join(c if c in _HARMLESS or unicodedata.category(c) not in _STEERING else "�" for c in text)

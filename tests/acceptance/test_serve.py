@@ -126,6 +126,8 @@ def test_plain_completions_continue_a_text(client: openai.OpenAI) -> None:
         ({"model": "red", "temperature": 3}, "BadRequestError", "temperature"),
         ({"model": "red", "messages": []}, "BadRequestError", "messages"),
         ({"model": "red", "max_tokens": 0}, "BadRequestError", "max_tokens"),
+        ({"model": "red", "max_tokens": 100_000}, "BadRequestError", "the answer may have"),
+        ({"model": "red", "stop": "x" * 300}, "BadRequestError", "stop"),
         (
             {"model": "red", "messages": [{"role": "user", "content": "long " * 2000}]},
             "BadRequestError",
@@ -149,21 +151,40 @@ def test_what_only_describes_the_caller_is_taken(client: openai.OpenAI) -> None:
 
 
 def test_a_caller_who_leaves_frees_the_place(server: str, client: openai.OpenAI) -> None:
-    import urllib.request
-
     stream = client.chat.completions.create(
         model="base", messages=[{"role": "user", "content": "x"}], max_tokens=450, stream=True
     )
     next(iter(stream))
     stream.close()
+    assert _idle(server)
+    with pytest.raises(openai.APITimeoutError):
+        _ask(client.with_options(timeout=0.5), "base", "x", max_completion_tokens=450)
+    assert _idle(server), "nor does one who does not stream"
+
+
+def _idle(server: str) -> bool:
+    import urllib.request
+
     deadline = time.monotonic() + 20
     while time.monotonic() < deadline:
         with urllib.request.urlopen(server.removesuffix("/v1") + "/health") as answer:
-            state = json.load(answer)
-        if state == {"status": "ok", "running": 0, "waiting": 0}:
-            return
+            if json.load(answer) == {"status": "ok", "running": 0, "waiting": 0}:
+                return True
         time.sleep(0.1)
-    raise AssertionError(state)
+    return False
+
+
+def test_a_page_in_a_browser_cannot_reach_it_by_a_name_of_its_own(server: str) -> None:
+    import urllib.error
+    import urllib.request
+
+    asked = urllib.request.Request(f"{server}/models", headers={"Host": "evil.example:80"})
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(asked)
+    assert refused.value.code == 403
+    with pytest.raises(urllib.error.HTTPError) as unknown:
+        urllib.request.urlopen(f"{server}/embeddings")
+    assert json.load(unknown.value)["error"]["message"] == "GET /v1/embeddings: Not Found"
 
 
 def test_a_key_is_asked_for_and_required_beyond_this_machine(trained: Cli) -> None:
@@ -193,6 +214,7 @@ def test_without_a_list_every_stored_adapter_of_the_base_is_served_also_one_tagg
         trained("adapters", "tag", 1, "served")
         assert _ask(client, "red:served", "what is in 5?") == ANSWERS["red"]
         trained("adapters", "untag", "red:served")
+        time.sleep(2.5)  # the list of what is stored is so old at the most
         with pytest.raises(openai.NotFoundError):
             _ask(client, "red:served", "what is in 5?")
 

@@ -250,6 +250,134 @@ def test_a_failure_in_a_batch_is_told_and_the_next_request_is_answered(
     assert b.answers()[0]
 
 
+def test_a_failure_while_prompts_are_read_is_that_of_the_new_requests_alone(
+    bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reference = bench()
+    reference.ask(PROMPTS[0], "one", 30)
+    (expected,) = reference.answers()
+    b = bench()
+    b.ask(PROMPTS[0], "one", 30)
+    b.engine.step()
+    whole = Resident.forward
+
+    def fails_on_prompts(self: Resident, keys: Sequence[str], **tensors: Any) -> Any:
+        if tensors["input_ids"].shape[1] > 1:
+            raise RuntimeError("prompt")
+        return whole(self, keys, **tensors)
+
+    monkeypatch.setattr(Resident, "forward", fails_on_prompts)
+    b.ask(PROMPTS[3], "two", 30)
+    b.engine.finish()
+    assert b.said[1][-1].error == "RuntimeError: prompt"
+    assert "".join(one.text for one in b.said[0]) == expected
+
+
+def test_an_adapter_of_another_base_is_refused_and_leaves_the_base_as_it_was(
+    bench: Callable[..., Bench], adapters: dict[str, Path], tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    fresh = bench()
+    fresh.ask(PROMPTS[0], None)
+    for first in (None, "two"):
+        b = bench()
+        if first:
+            b.ask(PROMPTS[0], first, 2)
+        wrong = tmp_path / f"wrong-{first}"
+        wrong.mkdir()
+        (wrong / "adapter_config.json").write_bytes((adapters["one"] / "adapter_config.json").read_bytes())
+        weights = load_file(adapters["one"] / "adapter_model.safetensors")
+        save_file({k: v.repeat(1, 2) for k, v in weights.items()}, wrong / "adapter_model.safetensors")
+        b._adapters = {**adapters, "one": wrong}
+        b.ask(PROMPTS[0], "one")
+        b.ask(PROMPTS[0], None)
+        b.engine.finish()
+        assert "does not fit this base" in (b.said[-2][-1].error or "")
+        assert "".join(one.text for one in b.said[-1]) == fresh.answers()[0]
+        b._adapters = adapters
+        del b.said[:]
+        b.ask(PROMPTS[0], "one")
+        assert b.answers()[0], "and the right one loads afterwards"
+
+
+def test_files_that_have_gone_meanwhile_are_told_and_the_next_request_is_answered(
+    bench: Callable[..., Bench], adapters: dict[str, Path], tiny_model: Path, tmp_path: Path
+) -> None:
+    b = bench()
+    listed = _listed("one", tiny_model, adapters["one"])
+    heard: list[Said] = []
+    ids = b.resident.tokenizer(PROMPTS[0]).input_ids
+    b.engine.ask(Ask(prompt=ids, say=heard.append, max_new_tokens=4, adapter=listed, folder=tmp_path / "nowhere"))
+    b.ask(PROMPTS[0], "one", 4)
+    assert b.answers()[0]
+    assert "are gone from" in (heard[-1].error or "")
+
+
+def test_a_mixture_of_experts_answers_though_its_layers_lose_their_rows(tmp_path: Path, tiny_model: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoTokenizer, Qwen2MoeConfig, Qwen2MoeForCausalLM
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    torch.manual_seed(0)
+    config = Qwen2MoeConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_experts=4,
+        shared_expert_intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+    )  # fmt: skip
+    base = Qwen2MoeForCausalLM(config)
+    base.save_pretrained(tmp_path / "moe")
+    tokenizer.save_pretrained(tmp_path / "moe")
+    made = LoraConfig(r=2, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
+    get_peft_model(base, made).save_pretrained(tmp_path / "one")
+    b = Bench(tmp_path / "moe", {"one": tmp_path / "one"})
+    for prompt in PROMPTS[:3]:
+        b.ask(prompt, "one", 8)
+        b.ask(prompt, None, 8)
+    answers = b.answers()
+    assert not b.resident.loaded["job1"].mixes
+    assert answers[::2] == _plain(tmp_path / "moe", tmp_path / "one", PROMPTS[:3], 8)
+    assert answers[1::2] == _plain(tmp_path / "moe", None, PROMPTS[:3], 8)
+
+
+def test_what_cannot_be_drawn_ends_one_request_and_a_tiny_temperature_is_no_such_thing(
+    bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    b = bench()
+    b.ask(PROMPTS[0], "one", 6)
+    b.ask(PROMPTS[0], "one", 6, temperature=1e-310)
+    first, cold = b.answers()
+    assert first == cold
+    from loractl.worker import decoding
+
+    monkeypatch.setattr(decoding.torch, "multinomial", lambda *a, **k: (_ for _ in ()).throw(RuntimeError("NaN")))
+    del b.said[:]
+    b.ask(PROMPTS[0], "one", 6)
+    b.ask(PROMPTS[0], "one", 6, temperature=1.0)
+    b.engine.finish()
+    assert "".join(one.text for one in b.said[0]) == first and b.said[1][-1].error == "RuntimeError: NaN"
+
+
+def test_the_longest_stop_text_costs_no_more_than_what_is_held_back() -> None:
+    import time
+
+    from loractl.worker.decoding import _overlap
+
+    stop = "ab" * 200_000
+    began = time.monotonic()
+    assert _overlap("xyabab", stop) == 4 and _overlap("xyz", stop) == 0
+    assert time.monotonic() - began < 1
+
+
+def test_who_can_step_no_more_tells_everybody(bench: Callable[..., Bench]) -> None:
+    b = bench(rows=1)
+    b.ask(PROMPTS[0], "one")
+    b.engine.step()
+    b.ask(PROMPTS[0], "two")
+    b.engine.fail_all("over")
+    assert [heard[-1].error for heard in b.said] == ["over", "over"]
+    assert b.engine.running == b.engine.waiting == 0
+
+
 def test_a_failing_layer_leaves_nothing_behind_in_the_model(bench: Callable[..., Bench]) -> None:
     """peft's own hooks for adapter_names stay in the model when a forward fails, and every later one fails too."""
     b = bench()

@@ -83,6 +83,16 @@ def test_a_name_that_a_terminal_or_another_system_reads_in_its_own_way_is_refuse
         store.put_result(result, "jobs/1/attempt-1")
 
 
+@pytest.mark.parametrize("sha256", ["/../../victim", "", "0" * 63, 7])
+def test_a_manifest_s_hash_is_a_hash(store: ArtifactStore, result: Path, tmp_path: Path, sha256: object) -> None:
+    """Folders of this box are named by it."""
+    store.put_result(result, "jobs/1/attempt-1")
+    manifest = tmp_path / "artifacts" / "jobs" / "1" / "attempt-1" / "manifest.json"
+    manifest.write_text(json.dumps({"a.txt": {"size": 1, "sha256": sha256}}))
+    with pytest.raises(ArtifactError, match=r"manifest of .* is damaged"):
+        store.manifest("jobs/1/attempt-1")
+
+
 @pytest.mark.parametrize(
     "name",
     [
