@@ -68,6 +68,7 @@ _KNOWN_AS = {
     "dora": "lora.use_dora",
     "early_stopping": "training.early_stopping_patience",
     "max_tokens": "evaluation.max_new_tokens",
+    "lm_eval_tasks": "evaluation.lm_eval",
     "tags": "labels",
 }
 """What other tools call our keys, for "did you mean"."""

@@ -16,7 +16,7 @@ from .units import parse_duration, parse_size
 
 _KEYS = (
     "database_url", "redis_url", "artifacts_url", "devices", "trainer_ram", "store_patience", "user", "host",
-    "model_roots", "trusted_code", "lease", "trainer",
+    "model_roots", "trusted_code", "lm_eval_tasks", "lease", "trainer",
 )  # fmt: skip
 
 LEASE_S = 60.0
@@ -43,6 +43,7 @@ class Settings:
     host: str  # this box's name in the names of its nodes
     model_roots: tuple[Path, ...] = ()  # a base model that is a folder lies in one of them; empty: anywhere
     trusted_code: frozenset[str] = frozenset()  # "owner/model@commit" whose own code this box may run
+    lm_eval_tasks: Path | None = None  # the owner's folder of tasks for the lm-eval harness; they may run code
     lease_s: float = LEASE_S  # how long an attempt of this box may be silent; what beats for it follows
     trainer: str = TRAINER  # the module that trains, run by `python -m`; it speaks worker/protocol.py
 
@@ -92,6 +93,7 @@ def load_settings(environ: dict[str, str] | None = None) -> Settings:
         host=_host(get("host", None) or socket.gethostname()),
         model_roots=_folders("model_roots", get("model_roots", None)),
         trusted_code=_pairs("trusted_code", get("trusted_code", None)),
+        lm_eval_tasks=_folder("lm_eval_tasks", get("lm_eval_tasks", None)),
         lease_s=_lease(get("lease", None)),
         trainer=_module("trainer", get("trainer", None) or TRAINER),
     )
@@ -104,6 +106,12 @@ def _folders(key: str, text: str | None) -> tuple[Path, ...]:
         hint = f"like /srv/models{os.pathsep}/data/models"
         raise UsageError(f"LORACTL_{key.upper()}: {wrong[0]} is no absolute path", hint)
     return tuple(Path(name) for name in names)
+
+
+def _folder(key: str, text: str | None) -> Path | None:
+    if text is not None and not Path(text).is_absolute():
+        raise UsageError(f"LORACTL_{key.upper()}: {text} is no absolute path", "like /srv/lm-eval-tasks")
+    return None if text is None else Path(text)
 
 
 def _pairs(key: str, text: str | None) -> frozenset[str]:

@@ -129,6 +129,12 @@ def _steps_or_share(value: Any) -> int | float:
     return int(number) if number >= 1 else number
 
 
+def _task_name(text: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._()+-]{0,127}", text):
+        raise ValueError("is no task's name; a job gives lm_eval names alone, never a path")
+    return text
+
+
 Printable = Annotated[str, AfterValidator(_printable)]
 ColumnName = Literal[
     "messages", "conversations", "role", "content", "from", "value", "system", "instruction", "input", "output",
@@ -139,6 +145,7 @@ StepsOrShare = Annotated[int | float, BeforeValidator(_steps_or_share)]
 Size = Annotated[int, BeforeValidator(parse_size)]
 Duration = Annotated[float, BeforeValidator(parse_duration), Field(le=3650 * 86400)]  # dates end somewhere
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
+TaskName = Annotated[str, AfterValidator(_task_name)]
 
 
 class _Section(BaseModel):
@@ -259,6 +266,10 @@ class EvaluationSpec(_Section):
     per_device_eval_batch_size: int = Field(8, ge=1, le=2**16)
     regression: Printable | None = Field(None, min_length=1)
     """Rows of another kind, a file or a hub id (its split test): shows what the training made the model forget."""
+    lm_eval: list[TaskName] = Field(default_factory=list, max_length=32)
+    """Tasks of the lm-eval harness, by name, for base and tuned; the worker needs the package lm_eval."""
+    lm_eval_limit: int | None = Field(100, ge=1, le=LARGEST)
+    """At most so many rows of each of these tasks; null: all."""
 
     @model_validator(mode="after")
     def _generation_needs_samples(self, info: ValidationInfo) -> EvaluationSpec:
@@ -356,6 +367,9 @@ class JobSpec(_Section):
         for key in ("early_stopping_patience", "load_best_model_at_end"):
             if getattr(self.training, key) and self.training.eval_steps is None:
                 wrong.append(f"training.{key}: needs training.eval_steps: without it nothing is evaluated on the way")
+        default = EvaluationSpec.model_fields["lm_eval_limit"].default  # a resolved spec has it without any task
+        if self.evaluation.lm_eval_limit != default and not self.evaluation.lm_eval:
+            wrong.append("evaluation.lm_eval_limit: evaluation.lm_eval names no task that it could limit")
         if self.training.packing and self.training.train_sampling_strategy == "group_by_length":
             wrong.append("training.train_sampling_strategy: packed rows are all of one length; keep one of the two")
         if self.lora.init_lora_weights == "loftq" and methods != (Method.QLORA,):
@@ -379,6 +393,8 @@ class JobSpec(_Section):
         apart: dict[str, Any] = dict.fromkeys(_UNDECIDING, True)
         if self.task_type is TaskType.CAUSAL_LM:  # jobs that are older than the key keep their hash
             apart["task_type"] = True
+        if not self.evaluation.lm_eval:  # these too
+            apart["evaluation"] = {"lm_eval", "lm_eval_limit"}
         deciding = self.model_dump(mode="json", exclude=apart | {"training": {"report_to"}})
         return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()
 
@@ -423,6 +439,8 @@ def _unfit_for_the_task(spec: JobSpec) -> list[str]:
         wrong.append("evaluation.samples: a classifier generates no answers; leave it out")
     if evaluation.regression is not None:
         wrong.append("evaluation.regression: a classifier's head knows nothing but its labels; leave it out")
+    if evaluation.lm_eval:
+        wrong.append("evaluation.lm_eval: a classifier goes on with no text, as these tasks ask for; leave it out")
     if spec.training.packing:
         wrong.append("training.packing: a classifier's row is one text with one label; set packing: false")
     heads = {"lm_head", "embed_out", "score", "classifier"}

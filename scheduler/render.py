@@ -327,6 +327,7 @@ def report_text(report: dict[str, Any], screen: Screen, answers: int) -> str:
         what = "its loss is that of the labels' shares of the training rows"
         lines += ["", f"Base: {plain(e['baseline'])}; {what}."]
     lines += _labels_table(e.get("labels"), screen) + _turns_table(e.get("turns"), screen)
+    lines += _harness_table(e.get("lm_eval"), screen)
     left_out = data["too_long_rows_dropped"] + data["bad_rows_dropped"]
     speed = f", {training['tokens_per_second']:.0f} tok/s" if training["tokens_per_second"] else ""
     lines += [
@@ -376,6 +377,41 @@ def _turns_table(turns: list[dict[str, Any]] | None, screen: Screen) -> list[str
     rows = [[str(t["turn"]), str(t["cases"]), _number(t["base"], 2), _number(t["tuned"], 2)] for t in turns]
     headers = ["ANSWER", "CASES", "BASE LOSS", "TUNED LOSS"]
     return ["", *table(headers, rows, screen, right=tuple(headers))]
+
+
+def _harness_table(found: dict[str, Any] | None, screen: Screen) -> list[str]:
+    """The lm-eval harness's tasks; members of a group that has an average of its own are in the page and the JSON."""
+    if not found:  # none was asked for, or an older report
+        return []
+    rows, shown = [], [m for m in found["metrics"] if m["group"] is None]
+    for m in shown:
+        low, high = (_signed(m[key], 3) for key in ("low", "high"))
+        rows.append(
+            [
+                plain(m["label"]),
+                _with_error(m["base"], m["base_stderr"]),
+                screen.style(_with_error(m["tuned"], m["tuned_stderr"]), bold=True),
+                _signed(m["change"], 3),
+                f"{low} to {high}" + (" *" if m["interval"] == "unpaired" else ""),
+                screen.style(m["reading"], fg={"better": "green", "worse": "red"}.get(m["reading"])),
+            ]
+        )
+    headers = ["TASK", "BASE", "TUNED", "CHANGE", "95 % INTERVAL", "READING"]
+    limit = "all rows" if found["limit"] is None else f"at most {thousands(found['limit'])} rows"
+    paired = "Intervals: paired bootstrap over the documents"
+    unpaired = any(m["interval"] == "unpaired" for m in shown)
+    hidden = len(found["metrics"]) - len(shown)
+    return [
+        "",
+        *table(headers, rows, screen, right=("BASE", "TUNED", "CHANGE")),
+        f"lm_eval {plain(found['version'])}, {limit} of each task; standard errors in brackets.",
+        paired + ("; * unpaired, from both standard errors." if unpaired else "."),
+        *([f"{hidden} more numbers, of the groups' members, are in the page and in --json."] if hidden else []),
+    ]
+
+
+def _with_error(value: float | None, error: float | None) -> str:
+    return _number(value, 3) + ("" if error is None else f" ({error:.3f})")
 
 
 def _steps_taken(training: dict[str, Any]) -> str:

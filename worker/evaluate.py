@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -23,6 +23,9 @@ from .labels import Labels, labels_taught
 from .memory import is_out_of_memory, release
 from .model import evaluating, whole_modules
 from .stats import Array, paired_interval
+
+if TYPE_CHECKING:
+    from .harness import Benchmarks
 
 MIN_CASES = 8
 """Fewer cases are too few for a bootstrap interval: its ends are then little more than the rows themselves."""
@@ -106,6 +109,7 @@ class Evaluation:
     labels: Labels | None = None
     turns: list[Turns] = field(default_factory=list)
     baseline: str | None = None  # what `base` is where it is not the base model
+    benchmarks: Benchmarks | None = None  # of the lm-eval harness, where the job names tasks
 
 
 def evaluate(

@@ -64,6 +64,7 @@ class Start(_Message):
     checkpoint_dir: str
     earlier_checkpoints: list[str]  # folders of earlier attempts, newest first
     cache_dir: str
+    lm_eval_tasks: str | None = None  # the box owner's folder of tasks for the lm-eval harness
 
 
 class Stop(_Message):

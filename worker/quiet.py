@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import logging
+import os
 import warnings
+
+BAR_INTERVAL_S = 10
+"""A progress bar in the job's log moves so often, at its beginning and at its end."""
 
 
 def quieten() -> None:
-    """Call it before a model is loaded."""
+    """Call it before anything is imported that draws progress bars, and before a model is loaded."""
+    # in a log each step of a bar is a line of its own: ten a second by default
+    os.environ.setdefault("TQDM_MININTERVAL", str(BAR_INTERVAL_S))
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()

@@ -20,6 +20,7 @@ from .versions import installed_versions
 
 if TYPE_CHECKING:
     from .data import PreparedData
+    from .harness import Benchmarks
     from .model import Precision
     from .protocol import Peaks, Start
     from .train import TrainingLog
@@ -148,6 +149,7 @@ def build_report(
                 "tuned": evaluation.labels.confusion(evaluation.labels.tuned),
             },
             "turns": [vars(turn) for turn in evaluation.turns],
+            "lm_eval": _benchmarks(evaluation.benchmarks),
         },
         "seed": spec.training.seed,
         "wall_seconds": wall_seconds,
@@ -319,6 +321,15 @@ def _groups(answers: list[dict[str, Any]]) -> list[tuple[str, str, list[dict[str
 
 def _metric(m: Compared) -> dict[str, Any]:
     return {**vars(m), "change": m.change, "reading": m.reading}
+
+
+def _benchmarks(found: Benchmarks | None) -> dict[str, Any] | None:
+    if found is None:
+        return None
+    metrics = [{**_metric(one.compared), **vars(one), "reading": one.reading} for one in found.scored]
+    for metric in metrics:
+        del metric["compared"]
+    return {**{key: value for key, value in vars(found).items() if key != "scored"}, "metrics": metrics}
 
 
 def _signed(value: float | None, digits: int = 2) -> str:

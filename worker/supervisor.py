@@ -219,6 +219,7 @@ class Supervisor:
             device_name=self._device.name,
             spec=spec,
             run_code=may_run_code(spec, self._settings),
+            lm_eval_tasks=str(self._settings.lm_eval_tasks) if self._settings.lm_eval_tasks else None,
             method=claim.method,
             method_why=claim.method_why,
             vram_planned=claim.vram_planned,

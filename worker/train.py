@@ -34,6 +34,7 @@ from .checkpoint import PROOF_TOLERANCE, Checkpoint, close_checkpoint, newest_ch
 from .classify import evaluate_classifier, head_loss
 from .data import PreparedData, TokenRow, collate, inputs_of, prepare_data, prepare_regression
 from .evaluate import Evaluation, Work, evaluate
+from .harness import check_package, find_tasks, score_tasks
 from .identity import identify
 from .lengths import lengths_of
 from .memory import Gauge, hold_to, release
@@ -127,6 +128,7 @@ def train(run: Run) -> Ended:
     out = Path(order.output_dir)
 
     check_trackers(run.spec)
+    check_package(run.spec)
     # 1. The data, before any memory is taken.
     run.stage(Stage.PREPARING)
     set_seed(run.spec.training.seed)
@@ -142,6 +144,7 @@ def train(run: Run) -> Ended:
         data = replace(data, regression=other, commits=data.commits | ({"regression": commit} if commit else {}))
     data = packed(replace(data, warnings=warnings_about(run.spec, data, tokenizer)), run.spec)
     _note_data(run, data)
+    tasks = find_tasks(run.spec, order.lm_eval_tasks)
     plan_again(run, data)
     run.check_stop()
 
@@ -177,6 +180,10 @@ def train(run: Run) -> Ended:
     measure = evaluate_classifier if data.label_names else evaluate
     evaluation = measure(model, tokenizer, data, run.spec, precision.base, run.check_stop, log.evaluating())
     log.tell_held_out(evaluation)
+    if tasks is not None:
+        run.note("evaluation", f"scoring base and tuned on {', '.join(run.spec.evaluation.lm_eval)} of lm_eval")
+        scored = score_tasks(model, tokenizer, run.spec, tasks, precision.base, run.check_stop)
+        evaluation = replace(evaluation, benchmarks=scored)
 
     # 6. The report, and the manifest's other files.
     report = build_report(

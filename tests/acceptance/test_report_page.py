@@ -123,6 +123,22 @@ def report(**changes: Any) -> dict[str, Any]:
                 {"turn": 1, "cases": 8, "base": 3.5, "tuned": 1.5},
                 {"turn": 2, "cases": 5, "base": 3.1, "tuned": 1.1},
             ],
+            "lm_eval": {
+                "asked": ["lab"],
+                "limit": 100,
+                "version": "0.4.13",
+                "seconds": 9.0,
+                "metrics": [
+                    {
+                        **metric,
+                        "label": "lab_queues acc",
+                        "group": "lab",
+                        "interval": "unpaired",
+                        "base_stderr": 0.04,
+                        "tuned_stderr": None,
+                    }
+                ],
+            },
         },
         "versions": {"loractl": "0"},
     }

@@ -33,6 +33,7 @@ def recipe(tiny_model: Path, tmp_path: Path) -> Recipe:
         evaluation: dict | None = None,
         job: dict | None = None,
         memory_limit: int | None = None,
+        lm_eval_tasks: Path | None = None,
         **training: object,
     ) -> tuple[Ended, list]:
         spec = JobSpec.model_validate(
@@ -76,6 +77,7 @@ def recipe(tiny_model: Path, tmp_path: Path) -> Recipe:
             checkpoint_dir=str(folder / "checkpoints"),
             earlier_checkpoints=[str(tmp_path / resume / "checkpoints")] if resume else [],
             cache_dir=str(tmp_path / "cache"),
+            lm_eval_tasks=str(lm_eval_tasks) if lm_eval_tasks else None,
         )
         told: list = []
         state = Run(order=order, tell=told.append)

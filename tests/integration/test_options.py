@@ -325,6 +325,8 @@ ELSEWHERE = {
     "dataset.on_overflow": "tests/integration/test_data_check.py",
     "dataset.on_bad_row": "tests/integration/test_data_check.py",
     "evaluation.regression": "tests/integration/test_evaluation.py",
+    "evaluation.lm_eval": "tests/integration/test_harness.py",
+    "evaluation.lm_eval_limit": "tests/integration/test_harness.py",
     "training.gradient_checkpointing": "tests/integration/test_training.py",
 }
 """Keys whose effect another file's tests show."""

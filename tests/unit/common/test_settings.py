@@ -42,7 +42,7 @@ def test_an_unknown_key_in_the_file_is_refused_with_the_known_ones(tmp_path: Pat
     with pytest.raises(UsageError, match="unknown key databse_url") as caught:
         load_settings({"LORACTL_HOME": str(tmp_path)})
     known = "database_url redis_url artifacts_url devices trainer_ram store_patience user host model_roots"
-    known += " trusted_code lease trainer"
+    known += " trusted_code lm_eval_tasks lease trainer"
     assert caught.value.hint == f"known keys: {', '.join(known.split())}"
 
 
@@ -159,6 +159,14 @@ def test_the_folders_of_base_models_are_a_list_like_path(tmp_path: Path) -> None
     assert load_settings(home).model_roots == (Path("/srv/models"),)
     with pytest.raises(UsageError, match="LORACTL_MODEL_ROOTS: models is no absolute path"):
         load_settings({**home, "LORACTL_MODEL_ROOTS": "/srv:models"})
+
+
+def test_the_folder_of_harness_tasks_is_an_absolute_path(tmp_path: Path) -> None:
+    home = {"LORACTL_HOME": str(tmp_path)}
+    assert load_settings(home).lm_eval_tasks is None
+    assert load_settings({**home, "LORACTL_LM_EVAL_TASKS": "/srv/tasks"}).lm_eval_tasks == Path("/srv/tasks")
+    with pytest.raises(UsageError, match="LORACTL_LM_EVAL_TASKS: tasks is no absolute path"):
+        load_settings({**home, "LORACTL_LM_EVAL_TASKS": "tasks"})
 
 
 def test_code_is_trusted_by_model_and_commit(tmp_path: Path) -> None:

@@ -380,11 +380,11 @@ def test_a_classifier_has_defaults_of_its_own_and_any_other_job_those_it_had(tmp
     assert plain.spec_hash() != spec.spec_hash()
 
 
-def test_a_job_that_is_older_than_task_type_keeps_its_hash() -> None:
+def test_a_job_that_is_older_than_task_type_or_lm_eval_keeps_its_hash() -> None:
     apart = {"name", "labels", "priority", "preemptible", "resources", "max_retries", "lora_patience", "task_type"}
     stored = JobSpec.model_validate(MINIMAL_TREE).model_dump(mode="json")
     deciding = {key: value for key, value in stored.items() if key not in apart}
-    del deciding["training"]["report_to"]
+    del deciding["training"]["report_to"], deciding["evaluation"]["lm_eval"], deciding["evaluation"]["lm_eval_limit"]
     before = hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()
     assert JobSpec.model_validate(MINIMAL_TREE).spec_hash() == before
 
@@ -397,6 +397,7 @@ def test_a_job_that_is_older_than_task_type_keeps_its_hash() -> None:
         ("evaluation: {samples: 4}", "evaluation.samples", "a classifier generates no answers"),
         ("evaluation: {max_new_tokens: 4}", "evaluation.max_new_tokens", "a classifier generates no answers"),
         ("evaluation: {regression: org/other}", "evaluation.regression", "knows nothing but its labels"),
+        ("evaluation: {lm_eval: [arc_easy]}", "evaluation.lm_eval", "goes on with no text"),
         ("training: {packing: true}", "training.packing", "one text with one label; set packing: false"),
         ("lora: {modules_to_save: [lm_head]}", "lora.modules_to_save", "lm_head: a classifier has only its own head"),
     ],

@@ -280,6 +280,30 @@ def test_labels_and_turns_are_tables_of_their_own() -> None:
     assert all(c.isprintable() or c == "\n" for c in text)
 
 
+def test_the_harness_s_numbers_are_a_table_that_says_which_intervals_are_not_in_pairs() -> None:
+    number = {
+        "label": "arc_easy acc", "group": None, "interval": "paired", "base": 0.25, "tuned": 0.5, "change": 0.25,
+        "base_stderr": 0.0436, "tuned_stderr": 0.05, "low": 0.125, "high": 0.375, "reading": "better",
+    }  # fmt: skip
+    average = {**number, "label": HOSTILE, "interval": "unpaired", "reading": "no clear change"}
+    unknown = {**number, "interval": "none", "base_stderr": None, "low": None, "high": None, "reading": "not known"}
+    value = report()
+    value["evaluation"]["lm_eval"] = {
+        "version": "0.4.13", "limit": 1000, "metrics": [number, average, unknown, {**number, "group": "g"}]
+    }  # fmt: skip
+    text = render.report_text(value, PLAIN, 1)
+    assert re.search(
+        r"arc_easy acc +0\.250 \(0\.044\) +0\.500 \(0\.050\) +\+0\.250 +\+0\.125 to \+0\.375 +better", text
+    )
+    assert re.search(r"\+0\.125 to \+0\.375 \* +no clear change", text)
+    assert re.search(r"arc_easy acc +0\.250 +0\.500 \(0\.050\) +\+0\.250 +– to – +not known", text)
+    assert "lm_eval 0.4.13, at most 1 000 rows of each task" in text and "; * unpaired" in text
+    assert "1 more numbers" in text
+    assert all(c.isprintable() or c == "\n" for c in text)
+    value["evaluation"]["lm_eval"] |= {"limit": None, "metrics": [number]}
+    assert "all rows of each task" in (few := render.report_text(value, PLAIN, 1)) and "unpaired" not in few
+
+
 def test_an_answer_of_several_lines_is_indented_and_an_empty_one_is_named() -> None:
     shown = render.report_text(report([{**answer(1, False, True), "base": "", "tuned": "one\ntwo"}]), PLAIN, 1)
     assert "base (wrong): (nothing)" in shown
