@@ -36,13 +36,15 @@ lint: dev  ## ruff, mypy --strict, import rules
 check: dev  ## the tests that need no model: seconds
 	$(BIN)/pytest tests/unit
 
-# Two runs beside each other: the acceptance tests mostly wait, for a lease's end, a step, a beat. Threads that have
-# nothing to do must not spin then, and in-process trainings need no second one.
+# Two runs beside each other, about equally long: many tests mostly wait, for a lease's end, a step, a beat. Threads that
+# have nothing to do must not spin then, and in-process trainings need no second one.
+BESIDE := tests/unit tests/integration tests/fuzz $(wildcard tests/acceptance/test_[rt]*.py)
+
 test: export OMP_WAIT_POLICY = passive
 test: model lint  ## everything
 	@log=$$(mktemp); failed=0; \
-	OMP_NUM_THREADS=1 $(BIN)/pytest --durations=5 tests/unit tests/integration tests/fuzz >$$log 2>&1 & beside=$$!; \
-	$(BIN)/pytest --durations=10 tests --ignore tests/unit --ignore tests/integration --ignore tests/fuzz || failed=1; \
+	OMP_NUM_THREADS=1 $(BIN)/pytest --durations=10 $(BESIDE) >$$log 2>&1 & beside=$$!; \
+	$(BIN)/pytest --durations=10 tests $(addprefix --ignore=,$(BESIDE)) || failed=1; \
 	wait $$beside || failed=1; cat $$log; rm -f $$log; exit $$failed
 
 CHAOS_JOBS ?= 1000

@@ -46,7 +46,7 @@ def test_a_cancel_stops_a_running_trainer_within_ten_seconds(
     _until(cli, 1, lambda job: job["status"] == "cancelled", seconds=15)
     took = time.monotonic() - began
     assert took < 12, f"the cancel took {took:.1f} s"
-    assert not _trainers()
+    assert not _trainers(cli)
     assert "already been cancelled" in cli("cancel", 1, code=1).stderr
 
 
@@ -81,7 +81,7 @@ def test_a_second_ctrl_c_stops_at_once_and_gives_the_job_back(
     assert process.wait(timeout=30) in (0, 130)
     job = json.loads(cli("status", 1, "--json").stdout)
     assert job["status"] == "queued"
-    assert not _trainers()
+    assert not _trainers(cli)
 
 
 def test_a_killed_node_leaves_no_trainer_behind(cli: Cli, worker: Callable, tiny_model: Path, tmp_path: Path) -> None:
@@ -93,9 +93,9 @@ def test_a_killed_node_leaves_no_trainer_behind(cli: Cli, worker: Callable, tiny
             child.send_signal(signal.SIGKILL)
     process.kill()
     deadline = time.monotonic() + 15
-    while _trainers() and time.monotonic() < deadline:
+    while _trainers(cli) and time.monotonic() < deadline:
         time.sleep(0.2)
-    assert not _trainers()
+    assert not _trainers(cli)
 
 
 def test_a_job_over_its_time_limit_fails_as_timed_out(cli: Cli, tiny_model: Path, tmp_path: Path) -> None:
@@ -137,8 +137,8 @@ def _tree(pid: int) -> list[psutil.Process]:
         return []
 
 
-def _trainers() -> list[int]:
-    """Trainer processes that this test's worker started and that still run."""
+def _trainers(cli: Cli) -> list[int]:
+    """Trainer processes of this test's home that still run; other tests have theirs at the same time."""
     found = []
     for process in psutil.process_iter(["pid", "cmdline", "status"]):
         if (
@@ -146,6 +146,6 @@ def _trainers() -> list[int]:
             and process.info["status"] != psutil.STATUS_ZOMBIE
         ):
             environment = process.environ() if process.uids().real == os.getuid() else {}
-            if environment.get("LORACTL_USER") == "tester":
+            if environment.get("LORACTL_HOME") == cli.environment["LORACTL_HOME"]:
                 found.append(process.pid)
     return found
