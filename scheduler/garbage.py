@@ -152,7 +152,7 @@ class Cleaner:
         """Entries that were not read for long, but for data that a job still needs."""
         limit = self._limit()
         needed = self._store.needed_data(limit, without)
-        for part in ("datasets", "tokenised", "bases"):
+        for part in ("datasets", "tokenised", "bases", "adapters"):
             for entry in _children(self._settings.cache_dir / part):
                 with contextlib.suppress(FileNotFoundError):  # a trainer has just put it in its place
                     used_at = dt.datetime.fromtimestamp(entry.lstat().st_mtime, dt.UTC)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -116,6 +117,7 @@ class Library:
         folder = self._settings.cache_dir / "adapters" / f"{adapter.job_id}-{wanted[WEIGHTS].sha256[:16]}"
         if folder.is_dir():
             if all((folder / name).is_file() and sha256_of(folder / name) == f.sha256 for name, f in wanted.items()):
+                os.utime(folder)  # loractl gc removes what was not used for long
                 return folder
             shutil.rmtree(folder)
         folder.parent.mkdir(parents=True, exist_ok=True)

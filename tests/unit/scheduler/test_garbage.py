@@ -211,7 +211,9 @@ def test_what_is_here_goes_when_its_job_has_ended_or_nobody_used_it_for_long(lab
         (work / name / "attempt-1" / "log.txt").write_bytes(b"x" * 1000)
     needed = lab.data("needed", waiting).rpartition("/")[2]
     entries = {}
-    for part, name in (("datasets", needed), ("datasets", "old"), ("tokenised", "old"), ("tokenised", "new")):
+    for part, name in (
+        ("datasets", needed), ("datasets", "old"), ("tokenised", "old"), ("tokenised", "new"), ("adapters", "old"),
+    ):  # fmt: skip
         entry = cache / part / name
         entry.mkdir(parents=True)
         (entry / "set.json").write_bytes(b"x" * 500)
@@ -219,7 +221,12 @@ def test_what_is_here_goes_when_its_job_has_ended_or_nobody_used_it_for_long(lab
         os.utime(entry, (lab.clock.now.timestamp() - age,) * 2)
         entries[part, name] = entry
 
-    wanted = {str(work / str(ended)), str(entries["datasets", "old"]), str(entries["tokenised", "old"])}
+    wanted = {
+        str(work / str(ended)),
+        str(entries["datasets", "old"]),
+        str(entries["tokenised", "old"]),
+        str(entries["adapters", "old"]),
+    }
     here = (Kind.WORK, Kind.CACHE)
     assert names(lab.cleaner().find(), *here) == wanted
     gone = [g for g in lab.cleaner().remove() if g.kind in here]
