@@ -42,11 +42,10 @@ def test_held_out_examples_are_not_trained_on() -> None:
 def test_the_examples_teach_the_real_model(cli: Cli) -> None:
     """A few steps of each example on SmolLM2: the held-out loss of the tuned model is clearly below the base's."""
     few = [
-        "--set=training.max_steps=4",
+        "--set=training.max_steps=5",
         "--set=training.per_device_train_batch_size=4",
         "--set=evaluation.samples=1",
-        "--set=evaluation.max_rows=8",
-        "--set=evaluation.max_new_tokens=8",
+        "--set=evaluation.max_rows=12",
         "--set=training.warmup_steps=0",
     ]
     cli("submit", *EXAMPLES, *few)
