@@ -36,9 +36,9 @@ lint: dev  ## ruff, mypy --strict, import rules
 check: dev  ## the tests that need no model: seconds
 	$(BIN)/pytest tests/unit
 
-# Two runs beside each other, about equally long: many tests mostly wait, for a lease's end, a step, a beat. Threads that
-# have nothing to do must not spin then, and in-process trainings need no second one.
-BESIDE := tests/unit tests/integration tests/fuzz $(wildcard tests/acceptance/test_[rt]*.py)
+# Two runs beside each other: the acceptance tests mostly wait, for a lease's end, a step, a beat. Threads that have
+# nothing to do must not spin then, and in-process trainings need no second one.
+BESIDE := tests/unit tests/integration tests/fuzz
 
 test: export OMP_WAIT_POLICY = passive
 test: model lint  ## everything

@@ -38,6 +38,7 @@ def test_held_out_examples_are_not_trained_on() -> None:
         assert not sides[0] & sides[1]
 
 
+@pytest.mark.timeout(600)
 @pytest.mark.skipif(not (MODEL / "model.safetensors").exists(), reason="make model gets SmolLM2-135M-Instruct")
 def test_the_examples_teach_the_real_model(cli: Cli) -> None:
     """A few steps of each example on SmolLM2: the held-out loss of the tuned model is clearly below the base's."""
@@ -49,7 +50,7 @@ def test_the_examples_teach_the_real_model(cli: Cli) -> None:
         "--set=training.warmup_steps=0",
     ]
     cli("submit", *EXAMPLES, *few)
-    cli("worker", "--drain-when-idle", timeout=400)
+    cli("worker", "--drain-when-idle", timeout=500)
     for job in json.loads(cli("status", "-a", "--json").stdout):
         assert job["status"] == "succeeded", job
         report = json.loads(cli("report", job["job_id"], "--json").stdout)
