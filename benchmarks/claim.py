@@ -25,14 +25,14 @@ from pathlib import Path
 
 from sqlalchemy import Engine, insert, text
 
-from loractl.common.database import make_engine, upgrade
-from loractl.common.method import Method
-from loractl.common.policy import Need, least_need, queue_key, vram_class
-from loractl.common.records import NodeState
-from loractl.common.spec import JobSpec
-from loractl.common.status import Status
-from loractl.common.store import Store
-from loractl.common.tables import Job
+from loractl.common.job.method import Method
+from loractl.common.job.spec import JobSpec
+from loractl.common.job.status import Status
+from loractl.common.placement.rule import Need, least_need, queue_key, vram_class
+from loractl.common.store.database import make_engine, upgrade
+from loractl.common.store.records import NodeState
+from loractl.common.store.store import Store
+from loractl.common.store.tables import Job
 from loractl.common.units import GIB
 
 sys.path.insert(0, str(Path(__file__).parents[1]))

@@ -19,9 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loractl.common.architecture import Shape, shape_of
-from loractl.common.memory import Plan, Stack, plan
-from loractl.common.spec import JobSpec, Method
+from loractl.common.job.spec import JobSpec, Method
+from loractl.common.memory.architecture import Shape, shape_of
+from loractl.common.memory.plan import Plan, Stack, plan
 from loractl.common.units import GIB
 
 SEEN = "t4-sweep"

@@ -25,7 +25,7 @@ LEASE_S = 60.0
 LEAST_LEASE_S = 3.0
 """Below that a busy machine would lose its own living attempts."""
 
-TRAINER = "loractl.worker.trainer"
+TRAINER = "loractl.worker.training.trainer"
 
 
 @dataclass(frozen=True, kw_only=True)

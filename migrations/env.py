@@ -1,8 +1,8 @@
-"""Alembic's entry: runs the migrations on the connection that loractl.common.database hands over."""
+"""Alembic's entry: runs the migrations on the connection that loractl.common.store.database hands over."""
 
 from alembic import context
 
-from loractl.common.tables import Base
+from loractl.common.store.tables import Base
 
 connection = context.config.attributes["connection"]
 context.configure(

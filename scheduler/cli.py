@@ -16,46 +16,61 @@ from loractl.common.errors import ExitCode, LoractlError, SpecError
 from .lazy import Commands, LazyGroup
 
 COMMANDS: Commands = {
-    "submit": ("loractl.scheduler.submit:submit", "Queue the jobs of one or more job files."),
+    "submit": ("loractl.scheduler.commands.submit:submit", "Queue the jobs of one or more job files."),
     "sweep": (
-        "loractl.scheduler.sweep:sweep",
+        "loractl.scheduler.commands.sweep:sweep",
         "Try settings of a job file: a group of jobs, compared, whose losers may stop early.",
     ),
-    "worker": ("loractl.worker.cli:worker", "Serve this box's devices: claim waiting jobs that fit and train them."),
-    "status": ("loractl.scheduler.reading:status", "List what runs and what waits, or one job in full."),
-    "show": ("loractl.scheduler.reading:show", "Show a job's history, attempts and resolved spec."),
-    "logs": ("loractl.scheduler.reading:logs", "Print a job's log."),
-    "report": ("loractl.scheduler.results:report", "Print a job's evaluation report: base against tuned."),
+    "worker": (
+        "loractl.worker.commands.worker:worker",
+        "Serve this box's devices: claim waiting jobs that fit and train them.",
+    ),
+    "status": ("loractl.scheduler.commands.status:status", "List what runs and what waits, or one job in full."),
+    "show": ("loractl.scheduler.commands.status:show", "Show a job's history, attempts and resolved spec."),
+    "logs": ("loractl.scheduler.commands.status:logs", "Print a job's log."),
+    "report": ("loractl.scheduler.commands.report:report", "Print a job's evaluation report: base against tuned."),
     "compare": (
-        "loractl.scheduler.comparing:compare",
+        "loractl.scheduler.commands.compare:compare",
         "Compare finished jobs: losses, memory, time, and their settings.",
     ),
     "reproduce": (
-        "loractl.scheduler.reproducing:reproduce",
+        "loractl.scheduler.commands.reproduce:reproduce",
         "Run a finished job again, and check that it came out the same.",
     ),
     "adapters": (
-        "loractl.scheduler.adapters:adapters",
+        "loractl.scheduler.commands.adapters:adapters",
         "Look after the stored adapters: list, tag, pull, merge, delete.",
     ),
-    "generate": ("loractl.worker.talking:generate", "Answer a prompt with an adapter, or with its base."),
-    "chat": ("loractl.worker.talking:chat", "Talk with an adapter; /adapter switches to another one in place."),
-    "serve": ("loractl.worker.serving:serve", "Serve a base and its adapters over an OpenAI-compatible API."),
-    "matrix": ("loractl.worker.matrix:matrix", "Score several adapters on several tasks, on one loaded base."),
-    "cancel": ("loractl.scheduler.changing:cancel", "Cancel waiting or running jobs."),
-    "hold": ("loractl.scheduler.changing:hold", "Keep waiting jobs from starting until loractl retry."),
-    "retry": ("loractl.scheduler.changing:retry", "Queue failed, cancelled or held jobs again."),
-    "why": ("loractl.scheduler.placing:why", "Explain why a job waits, card by card, and when it will start."),
-    "plan": ("loractl.scheduler.placing:plan", "Show what a job will need of a card, part by part, before it runs."),
-    "gpus": ("loractl.scheduler.placing:gpus", "List the devices of all boxes and what uses them."),
-    "sim": ("loractl.scheduler.sim:sim", "Replay a trace of jobs on a fleet under the placement rule and others."),
-    "drain": ("loractl.scheduler.placing:drain", "Keep new jobs from a box or a card, with a reason."),
-    "undrain": ("loractl.scheduler.placing:undrain", "Let jobs on to a drained box or card again."),
-    "data": ("loractl.worker.looking:data", "Check a job's data, and look at them as the trainer sees them."),
-    "import": ("loractl.scheduler.importing:import_config", "Turn an Axolotl or LLaMA-Factory YAML into a job file."),
-    "gc": ("loractl.scheduler.cleaning:gc", "Remove stored files that nobody needs any more."),
-    "db": ("loractl.scheduler.changing:db", "Look after the database."),
-    "completion": ("loractl.scheduler.changing:completion", "Print the line that turns on shell completion."),
+    "generate": ("loractl.worker.commands.chat:generate", "Answer a prompt with an adapter, or with its base."),
+    "chat": ("loractl.worker.commands.chat:chat", "Talk with an adapter; /adapter switches to another one in place."),
+    "serve": ("loractl.worker.commands.serve:serve", "Serve a base and its adapters over an OpenAI-compatible API."),
+    "matrix": ("loractl.worker.commands.matrix:matrix", "Score several adapters on several tasks, on one loaded base."),
+    "cancel": ("loractl.scheduler.commands.change:cancel", "Cancel waiting or running jobs."),
+    "hold": ("loractl.scheduler.commands.change:hold", "Keep waiting jobs from starting until loractl retry."),
+    "retry": ("loractl.scheduler.commands.change:retry", "Queue failed, cancelled or held jobs again."),
+    "why": (
+        "loractl.scheduler.commands.placement:why",
+        "Explain why a job waits, card by card, and when it will start.",
+    ),
+    "plan": (
+        "loractl.scheduler.commands.placement:plan",
+        "Show what a job will need of a card, part by part, before it runs.",
+    ),
+    "gpus": ("loractl.scheduler.commands.placement:gpus", "List the devices of all boxes and what uses them."),
+    "sim": (
+        "loractl.scheduler.commands.sim:sim",
+        "Replay a trace of jobs on a fleet under the placement rule and others.",
+    ),
+    "drain": ("loractl.scheduler.commands.placement:drain", "Keep new jobs from a box or a card, with a reason."),
+    "undrain": ("loractl.scheduler.commands.placement:undrain", "Let jobs on to a drained box or card again."),
+    "data": ("loractl.worker.commands.data:data", "Check a job's data, and look at them as the trainer sees them."),
+    "import": (
+        "loractl.scheduler.commands.import_config:import_config",
+        "Turn an Axolotl or LLaMA-Factory YAML into a job file.",
+    ),
+    "gc": ("loractl.scheduler.commands.gc:gc", "Remove stored files that nobody needs any more."),
+    "db": ("loractl.scheduler.commands.change:db", "Look after the database."),
+    "completion": ("loractl.scheduler.commands.change:completion", "Print the line that turns on shell completion."),
 }
 
 
@@ -107,7 +122,7 @@ def _unexpected(error: Exception) -> ExitCode:
     """What nobody foresaw is still one sentence; a database that vanished in mid-command is named as such."""
     from sqlalchemy.exc import DBAPIError
 
-    from loractl.common.database import is_outage
+    from loractl.common.store.database import is_outage
 
     if isinstance(error, DBAPIError) and is_outage(error):
         lines = str(error.orig).strip().splitlines()

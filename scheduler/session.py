@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from loractl.common.database import connect, reachable
 from loractl.common.settings import Settings, load_settings
-from loractl.common.store import Store
+from loractl.common.store.database import connect, reachable
+from loractl.common.store.store import Store
 
 
 def open_session() -> tuple[Settings, Store]:

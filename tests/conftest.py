@@ -16,10 +16,10 @@ import hypothesis
 import pytest
 from sqlalchemy import create_engine, text
 
-from loractl.common.broker import stop_embedded
-from loractl.common.database import make_engine, upgrade
+from loractl.common.queue.valkey import stop_embedded
 from loractl.common.settings import load_settings
-from loractl.common.store import Store
+from loractl.common.store.database import make_engine, upgrade
+from loractl.common.store.store import Store
 
 from . import services
 from .models import make_tiny_model

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
-from loractl.common.broker import server_binary
+from loractl.common.queue.valkey import server_binary
 
 
 def free_port() -> int:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from loractl.common.broker import stop_embedded
+from loractl.common.queue.valkey import stop_embedded
 from loractl.common.settings import load_settings
 
 from ..conftest import Cli

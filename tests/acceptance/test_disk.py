@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from loractl.common.database import make_engine
-from loractl.common.store import Store
-from loractl.worker.joblog import DATABASE_LIMIT, FILE_LIMIT, IS_LONG, LEFT_OUT
-from loractl.worker.occupancy import JOB_VARIABLE
+from loractl.common.store.database import make_engine
+from loractl.common.store.store import Store
+from loractl.worker.attempt.log import DATABASE_LIMIT, FILE_LIMIT, IS_LONG, LEFT_OUT
+from loractl.worker.device.occupancy import JOB_VARIABLE
 
 from ..conftest import Cli
 from ..models import write_job

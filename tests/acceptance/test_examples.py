@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from loractl.common.jobfile import load_spec
-from loractl.common.rows import detect_format, parse_examples, read_rows
+from loractl.common.data.rows import detect_format, parse_examples, read_rows
+from loractl.common.job.file import load_spec
 
 from ..conftest import Cli
 

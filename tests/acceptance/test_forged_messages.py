@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 import redis
 
-from loractl.common.database import connect
+from loractl.common.job.status import Status
 from loractl.common.settings import load_settings
-from loractl.common.status import Status
-from loractl.common.store import Store
+from loractl.common.store.database import connect
+from loractl.common.store.store import Store
 
 from .. import services
 from ..conftest import Cli

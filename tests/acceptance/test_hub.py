@@ -7,9 +7,9 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from loractl.common.database import connect
 from loractl.common.settings import load_settings
-from loractl.common.store import Store
+from loractl.common.store.database import connect
+from loractl.common.store.store import Store
 
 from ..conftest import Cli
 from ..hub import Hub

@@ -142,7 +142,7 @@ def _trainers(cli: Cli) -> list[int]:
     found = []
     for process in psutil.process_iter(["pid", "cmdline", "status"]):
         if (
-            "loractl.worker.trainer" in (process.info["cmdline"] or [])
+            "loractl.worker.training.trainer" in (process.info["cmdline"] or [])
             and process.info["status"] != psutil.STATUS_ZOMBIE
         ):
             environment = process.environ() if process.uids().real == os.getuid() else {}

@@ -6,9 +6,9 @@ import stat
 from collections.abc import Callable
 from pathlib import Path
 
-from loractl.common.broker import stop_embedded
-from loractl.common.database import make_engine, upgrade
+from loractl.common.queue.valkey import stop_embedded
 from loractl.common.settings import load_settings
+from loractl.common.store.database import make_engine, upgrade
 
 from ..conftest import Cli
 from ..models import write_helpdesk

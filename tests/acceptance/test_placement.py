@@ -15,16 +15,16 @@ from typing import TypeVar
 import psutil
 import pytest
 
-from loractl.common.architecture import read_shape
-from loractl.common.database import connect
-from loractl.common.jobfile import load_spec
-from loractl.common.memory import largest_fit, plan
-from loractl.common.method import Method
-from loractl.common.policy import Card
+from loractl.common.job.file import load_spec
+from loractl.common.job.method import Method
+from loractl.common.job.status import Status
+from loractl.common.memory.architecture import read_shape
+from loractl.common.memory.plan import largest_fit, plan
+from loractl.common.placement.rule import Card
 from loractl.common.settings import load_settings
-from loractl.common.status import Status
-from loractl.common.store import Store
-from loractl.common.tables import Job
+from loractl.common.store.database import connect
+from loractl.common.store.store import Store
+from loractl.common.store.tables import Job
 from loractl.common.units import GIB
 
 from ..conftest import Cli

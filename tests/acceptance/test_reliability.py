@@ -22,14 +22,14 @@ from sqlalchemy import Engine, create_engine, text, update
 from sqlalchemy.orm import Session
 
 from loractl import __version__
-from loractl.common.database import make_engine, upgrade
-from loractl.common.records import Claim
+from loractl.common.job.status import Reason, Stage, Status
 from loractl.common.settings import load_settings
-from loractl.common.status import Reason, Stage, Status
-from loractl.common.store import Store
-from loractl.common.tables import Job
-from loractl.worker import node
-from loractl.worker.devices import find_devices
+from loractl.common.store.database import make_engine, upgrade
+from loractl.common.store.records import Claim
+from loractl.common.store.store import Store
+from loractl.common.store.tables import Job
+from loractl.worker.device.devices import find_devices
+from loractl.worker.node.node import node
 
 from ..conftest import Cli
 from ..models import write_job
@@ -49,10 +49,10 @@ QUICK = """
 import os, queue, signal, time
 from pathlib import Path
 
-from loractl.common.status import Reason, Stage
-from loractl.worker.checkpoint import close_checkpoint, newest_checkpoint
-from loractl.worker.protocol import Ended, Note, Saved, StageChanged, Stepped
-from loractl.worker.trainer import main
+from loractl.common.job.status import Reason, Stage
+from loractl.worker.training.checkpoint import close_checkpoint, newest_checkpoint
+from loractl.worker.protocol.messages import Ended, Note, Saved, StageChanged, Stepped
+from loractl.worker.training.trainer import main
 
 
 def run(order, orders, tell):

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from loractl.common.adjustment import Adjustment
 from loractl.common.artifacts import open_store
-from loractl.common.database import connect
-from loractl.common.jobfile import load_spec
+from loractl.common.job.adjustment import Adjustment
+from loractl.common.job.file import load_spec
 from loractl.common.settings import load_settings
-from loractl.common.store import Store
-from loractl.scheduler.planning import plan_job
+from loractl.common.store.database import connect
+from loractl.common.store.store import Store
+from loractl.scheduler.submission.need import plan_job
 
 from ..conftest import Cli
 from ..models import write_job

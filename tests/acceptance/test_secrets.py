@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 from sqlalchemy import MetaData, create_engine, select
 
-from loractl.common.broker import server_binary
-from loractl.common.database import make_engine, upgrade
+from loractl.common.queue.valkey import server_binary
+from loractl.common.store.database import make_engine, upgrade
 
 from .. import services
 from ..conftest import Cli
@@ -72,7 +72,7 @@ class Lookout(threading.Thread):
         if self._home not in environment:
             return
         self.commands.add(arguments)
-        if "loractl.worker.trainer" in arguments:
+        if "loractl.worker.training.trainer" in arguments:
             self.trainer = dict(os.fsdecode(pair).split("=", 1) for pair in environment if b"=" in pair)
 
 

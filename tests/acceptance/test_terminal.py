@@ -10,11 +10,11 @@ import pytest
 from sqlalchemy import text
 
 from loractl.common.artifacts import attempt_prefix, open_store
-from loractl.common.database import connect
-from loractl.common.records import Claim, Progress, StoredResult
+from loractl.common.job.status import Reason, Stage
 from loractl.common.settings import Settings, load_settings
-from loractl.common.status import Reason, Stage
-from loractl.common.store import Store
+from loractl.common.store.database import connect
+from loractl.common.store.records import Claim, Progress, StoredResult
+from loractl.common.store.store import Store
 
 from ..conftest import Cli
 from ..unit.factories import node_state, submission, take

@@ -9,9 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from loractl.common.database import connect
 from loractl.common.settings import load_settings
-from loractl.common.store import Store
+from loractl.common.store.database import connect
+from loractl.common.store.store import Store
 
 from ..conftest import Cli
 from ..models import write_helpdesk, write_job

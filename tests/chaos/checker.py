@@ -12,7 +12,7 @@ from typing import Any
 
 from loractl.common.artifacts import ArtifactStore, attempt_prefix
 from loractl.common.errors import ArtifactError
-from loractl.common.status import TRANSITIONS, Status
+from loractl.common.job.status import TRANSITIONS, Status
 
 from .history import Change, History
 from .trainer import last_link, read_adapter

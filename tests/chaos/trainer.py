@@ -18,10 +18,10 @@ import time
 from pathlib import Path
 
 from loractl.common.artifacts import sha256_of
-from loractl.common.status import Reason, Stage
-from loractl.worker.checkpoint import close_checkpoint, newest_checkpoint
-from loractl.worker.protocol import Ended, Note, Saved, StageChanged, Start, Stepped, Stop
-from loractl.worker.trainer import Orders, Tell, main
+from loractl.common.job.status import Reason, Stage
+from loractl.worker.protocol.messages import Ended, Note, Saved, StageChanged, Start, Stepped, Stop
+from loractl.worker.training.checkpoint import close_checkpoint, newest_checkpoint
+from loractl.worker.training.trainer import Orders, Tell, main
 
 STEP_S = 0.05
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hypothesis import strategies as st
 
-from loractl.common.spec import spec_keys
+from loractl.common.job.spec import spec_keys
 
 GOOD = """name: job
 base_model: org/model

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from loractl.common.jobfile import load_spec, override_spec
-from loractl.common.spec import JobSpec
+from loractl.common.job.file import load_spec, override_spec
+from loractl.common.job.spec import JobSpec
 
 from .counting import answered, fuzz
 from .documents import GOOD, files, keys, scalars, soup, yaml_texts

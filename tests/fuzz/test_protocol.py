@@ -10,10 +10,10 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loractl.common.spec import Method
-from loractl.common.status import Reason, Stage
-from loractl.worker.child import read_messages
-from loractl.worker.protocol import (
+from loractl.common.job.spec import Method
+from loractl.common.job.status import Reason, Stage
+from loractl.worker.attempt.process import read_messages
+from loractl.worker.protocol.messages import (
     Adjusted,
     Ended,
     Note,

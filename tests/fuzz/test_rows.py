@@ -10,9 +10,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from loractl.common.records import StoredCheckpoint
 from loractl.common.settings import Settings, load_settings
-from loractl.worker.trust import check_checkpoint, check_claim, check_model_settings
+from loractl.common.store.records import StoredCheckpoint
+from loractl.worker.protocol.trust import check_checkpoint, check_claim, check_model_settings
 
 from ..unit.factories import spec
 from .counting import answered, fuzz

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from loractl.common.spec import JobSpec, Method
-from loractl.common.status import Reason
-from loractl.worker.protocol import Ended, Start, Stepped
-from loractl.worker.train import Run, Stopped, train
+from loractl.common.job.spec import JobSpec, Method
+from loractl.common.job.status import Reason
+from loractl.worker.protocol.messages import Ended, Start, Stepped
+from loractl.worker.training.recipe import Run, Stopped, train
 
 from ..models import write_helpdesk
 

@@ -15,12 +15,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from loractl.common.spec import JobSpec, Method
-from loractl.common.status import Reason
-from loractl.worker.classify import classify, row_losses
-from loractl.worker.data import TokenRow, prepare_data
-from loractl.worker.model import Head, TrainingFailed, add_adapter, choose_precision, load_base, load_tokenizer
-from loractl.worker.protocol import Ended, Note, Stepped
+from loractl.common.job.spec import JobSpec, Method
+from loractl.common.job.status import Reason
+from loractl.worker.base.model import Head, TrainingFailed, add_adapter, choose_precision, load_base, load_tokenizer
+from loractl.worker.data.tokens import TokenRow, prepare_data
+from loractl.worker.evaluation.classifier import classify, row_losses
+from loractl.worker.protocol.messages import Ended, Note, Stepped
 
 from ..conftest import Cli
 from .conftest import Recipe

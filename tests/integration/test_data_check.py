@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import yaml
 
-from loractl.common.jobfile import load_spec
-from loractl.common.spec import JobSpec
-from loractl.worker.check import Checked, check_data
-from loractl.worker.model import load_tokenizer
+from loractl.common.job.file import load_spec
+from loractl.common.job.spec import JobSpec
+from loractl.worker.base.model import load_tokenizer
+from loractl.worker.data.check import Checked, check_data
 
 from ..conftest import Cli
 from ..models import write_helpdesk

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from loractl.common.errors import UsageError
-from loractl.common.spec import JobSpec, Method
-from loractl.worker.decoding import Ask, Engine, Limits, Said, TooLong
-from loractl.worker.library import Listed
-from loractl.worker.resident import Base, NoRoom, Resident
+from loractl.common.job.spec import JobSpec, Method
+from loractl.worker.serving.adapter_pool import Base, NoRoom, Resident
+from loractl.worker.serving.decoding import Ask, Engine, Limits, Said, TooLong
+from loractl.worker.serving.library import Listed
 
 PROMPTS = ["ticket one", "please answer the next line", "queue", "a network of storage, and one priority more", "gpu?"]
 
@@ -347,7 +347,7 @@ def test_what_cannot_be_drawn_ends_one_request_and_a_tiny_temperature_is_no_such
     b.ask(PROMPTS[0], "one", 6, temperature=1e-310)
     first, cold = b.answers()
     assert first == cold
-    from loractl.worker import decoding
+    from loractl.worker.commands.serve import decoding
 
     monkeypatch.setattr(decoding.torch, "multinomial", lambda *a, **k: (_ for _ in ()).throw(RuntimeError("NaN")))
     del b.said[:]
@@ -360,7 +360,7 @@ def test_what_cannot_be_drawn_ends_one_request_and_a_tiny_temperature_is_no_such
 def test_the_longest_stop_text_costs_no_more_than_what_is_held_back() -> None:
     import time
 
-    from loractl.worker.decoding import _overlap
+    from loractl.worker.serving.decoding import _overlap
 
     stop = "ab" * 200_000
     began = time.monotonic()
@@ -396,7 +396,7 @@ def test_a_failing_layer_leaves_nothing_behind_in_the_model(bench: Callable[...,
 
 
 def test_characters_of_several_tokens_come_whole(tiny_model: Path, bench: Callable[..., Bench]) -> None:
-    from loractl.worker.decoding import _Text
+    from loractl.worker.serving.decoding import _Text
 
     tokenizer = bench().resident.tokenizer
     words = "naïve — 東京 🙂 done"

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from loractl.worker.evaluate import Compared, in_batches
-from loractl.worker.labels import Labels
-from loractl.worker.report import verdict
-from loractl.worker.stats import BOOTSTRAP_SEED, paired_interval
+from loractl.worker.evaluation.confusion import Labels
+from loractl.worker.evaluation.evaluation import Compared, in_batches
+from loractl.worker.evaluation.report import verdict
+from loractl.worker.evaluation.statistics import BOOTSTRAP_SEED, paired_interval
 
 from .conftest import Recipe
 

@@ -16,14 +16,14 @@ import torch
 from pydantic import ValidationError
 
 from loractl.common.errors import SpecError
-from loractl.common.jobfile import load_spec
-from loractl.common.spec import JobSpec, Method
-from loractl.common.status import Reason
-from loractl.scheduler.render import Screen, report_text
-from loractl.worker.harness import Scored, compare, find_tasks, score_tasks
-from loractl.worker.model import TrainingFailed, add_adapter, choose_precision, load_base, load_tokenizer
-from loractl.worker.stats import paired_interval
-from loractl.worker.train import Stopped
+from loractl.common.job.file import load_spec
+from loractl.common.job.spec import JobSpec, Method
+from loractl.common.job.status import Reason
+from loractl.scheduler.text.jobs import Screen, report_text
+from loractl.worker.base.model import TrainingFailed, add_adapter, choose_precision, load_base, load_tokenizer
+from loractl.worker.evaluation.harness import Scored, compare, find_tasks, score_tasks
+from loractl.worker.evaluation.statistics import paired_interval
+from loractl.worker.training.recipe import Stopped
 
 from ..conftest import Cli
 from ..models import write_job

@@ -19,9 +19,9 @@ from ..models import write_helpdesk
 LOAD = """
 import json, sys
 from loractl.common.errors import DataError
-from loractl.common.spec import Method
-from loractl.worker.data import load_pinned
-from loractl.worker.model import TrainingFailed, choose_precision, load_base, load_tokenizer
+from loractl.common.job.spec import Method
+from loractl.worker.data.tokens import load_pinned
+from loractl.worker.base.model import TrainingFailed, choose_precision, load_base, load_tokenizer
 
 def answer(what, name, revision):
     try:

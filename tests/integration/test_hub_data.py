@@ -10,9 +10,9 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 
-from loractl.common.status import Reason
-from loractl.worker.data import load_rows
-from loractl.worker.model import TrainingFailed
+from loractl.common.job.status import Reason
+from loractl.worker.base.model import TrainingFailed
+from loractl.worker.data.tokens import load_rows
 
 from ..models import write_helpdesk
 

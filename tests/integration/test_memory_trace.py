@@ -17,10 +17,10 @@ pytest.importorskip("torch")
 import torch
 from transformers import AutoConfig
 
-from loractl.common.architecture import Shape, shape_of
-from loractl.common.memory import Lengths, plan
-from loractl.common.spec import JobSpec, Method
-from loractl.worker.trace import Trace, build, trace_plan, trace_step
+from loractl.common.job.spec import JobSpec, Method
+from loractl.common.memory.architecture import Shape, shape_of
+from loractl.common.memory.plan import Lengths, plan
+from loractl.worker.training.traced_plan import Trace, build, trace_plan, trace_step
 
 TOLERANCE = 0.05
 TOKENS = 128
@@ -235,7 +235,7 @@ def test_two_cut_models_tell_what_a_deeper_one_takes(tmp_path: Path) -> None:
 
 
 def test_tensors_are_counted_while_they_live() -> None:
-    from loractl.worker.trace import _Live
+    from loractl.worker.training.traced_plan import _Live
 
     live = _Live()
     with live:

@@ -12,14 +12,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from loractl.common.memory import SMALLEST_8BIT, state_bytes
-from loractl.common.records import HELD_OUT_LOSS
-from loractl.common.spec import JobSpec, Method, TrainingSpec, spec_keys
-from loractl.common.status import Reason
-from loractl.worker.data import IGNORED, TokenRow, collate, inputs_of
-from loractl.worker.model import TrainingFailed, add_adapter, choose_precision, load_base
-from loractl.worker.packing import check_apart, pack
-from loractl.worker.protocol import Note, Stepped
+from loractl.common.job.spec import JobSpec, Method, TrainingSpec, spec_keys
+from loractl.common.job.status import Reason
+from loractl.common.memory.plan import SMALLEST_8BIT, state_bytes
+from loractl.common.store.records import HELD_OUT_LOSS
+from loractl.worker.base.model import TrainingFailed, add_adapter, choose_precision, load_base
+from loractl.worker.data.packing import check_apart, pack
+from loractl.worker.data.tokens import IGNORED, TokenRow, collate, inputs_of
+from loractl.worker.protocol.messages import Note, Stepped
 
 from .conftest import Recipe
 
@@ -146,7 +146,7 @@ def test_every_optimizer_trains_and_holds_the_state_that_the_plan_counts(
     recipe: Recipe, monkeypatch: pytest.MonkeyPatch, optimizer: str
 ) -> None:
     """Measured on the optimizer itself at the end of a run, per trained tensor."""
-    from loractl.worker import train as module
+    from loractl.worker.training import recipe as module
 
     held: list[tuple[int, int]] = []
 

@@ -21,16 +21,16 @@ import psutil
 import pytest
 import torch
 
-from loractl.common.adjustment import Adjustment
-from loractl.common.memory import predict
-from loractl.common.policy import Need
-from loractl.common.spec import JobSpec, Method
-from loractl.common.status import Reason
-from loractl.worker.memory import data_bytes
-from loractl.worker.model import TrainingFailed
-from loractl.worker.probe import Probe
-from loractl.worker.protocol import Adjusted, Ended, Note, Planned, Start, Stepped, Told, decode_told, encode
-from loractl.worker.train import Run, Stopped, lowered_limit, train
+from loractl.common.job.adjustment import Adjustment
+from loractl.common.job.spec import JobSpec, Method
+from loractl.common.job.status import Reason
+from loractl.common.memory.plan import predict
+from loractl.common.placement.rule import Need
+from loractl.worker.base.gauge import data_bytes
+from loractl.worker.base.model import TrainingFailed
+from loractl.worker.protocol.messages import Adjusted, Ended, Note, Planned, Start, Stepped, Told, decode_told, encode
+from loractl.worker.training.probe import Probe
+from loractl.worker.training.recipe import Run, Stopped, lowered_limit, train
 
 from ..conftest import Cli
 
@@ -136,7 +136,7 @@ def here(order: Start, *, stop_after: int | None = None) -> list[Told]:
 def in_a_trainer(order: Start) -> list[Told]:
     """Run a trainer process to its end and return what it told."""
     trainer = subprocess.Popen(
-        [sys.executable, "-m", "loractl.worker.trainer"],
+        [sys.executable, "-m", "loractl.worker.training.trainer"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -332,7 +332,7 @@ def test_a_trainer_out_of_memory_in_mid_training_is_followed_by_one_with_less(
     worker = request.getfixturevalue("worker")  # not before there is a job: it ends when it is idle
     shown = _until(cli, lambda job: (job["step"] or 0) >= 2 or job["status"] != "running", 200)
     assert shown["status"] == "running", shown
-    trainer = next(p for p in worker.children(recursive=True) if "loractl.worker.trainer" in p.cmdline())
+    trainer = next(p for p in worker.children(recursive=True) if "loractl.worker.training.trainer" in p.cmdline())
     between_steps = min(data_bytes(trainer.pid) for _ in range(200) if not time.sleep(0.01))
     hard = resource.prlimit(trainer.pid, resource.RLIMIT_DATA)[1]
     resource.prlimit(trainer.pid, resource.RLIMIT_DATA, (between_steps + 60 * MIB, hard))

@@ -15,11 +15,11 @@ import huggingface_hub
 import pytest
 import torch
 
-from loractl.common.spec import Method
-from loractl.common.status import Reason
-from loractl.worker.checkpoint import MARKER
-from loractl.worker.data import load_rows
-from loractl.worker.model import TrainingFailed, choose_precision, load_base, load_tokenizer
+from loractl.common.job.spec import Method
+from loractl.common.job.status import Reason
+from loractl.worker.base.model import TrainingFailed, choose_precision, load_base, load_tokenizer
+from loractl.worker.data.tokens import load_rows
+from loractl.worker.training.checkpoint import MARKER
 
 
 class Touch:

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from sqlalchemy import create_engine, text
 
-from loractl.common.database import HEAD, make_engine, revision, upgrade
-from loractl.common.records import Claim
-from loractl.common.status import Status
-from loractl.common.store import Store
+from loractl.common.job.status import Status
+from loractl.common.store.database import HEAD, make_engine, revision, upgrade
+from loractl.common.store.records import Claim
+from loractl.common.store.store import Store
 
 from ..unit.factories import submission, take
 

@@ -9,15 +9,15 @@ from pathlib import Path
 import pytest
 from sqlalchemy import text
 
-from loractl.common.adjustment import Adjustment
-from loractl.common.database import make_engine, upgrade
 from loractl.common.errors import Forbidden
-from loractl.common.policy import Need
-from loractl.common.records import Claim, Progress, StoredCheckpoint
-from loractl.common.retention import SpentLog
-from loractl.common.status import Reason, Stage, Status
-from loractl.common.store import Store
-from loractl.common.sweeps import NewSweep
+from loractl.common.job.adjustment import Adjustment
+from loractl.common.job.status import Reason, Stage, Status
+from loractl.common.placement.rule import Need
+from loractl.common.store.database import make_engine, upgrade
+from loractl.common.store.records import Claim, Progress, StoredCheckpoint
+from loractl.common.store.retention import SpentLog
+from loractl.common.store.store import Store
+from loractl.common.store.sweeps import NewSweep
 from loractl.common.units import GIB
 
 from ..conftest import Cli

@@ -18,21 +18,21 @@ import psutil
 import pytest
 
 from loractl.common.artifacts import ArtifactStore, open_store
-from loractl.common.database import make_engine, upgrade
-from loractl.common.policy import Need, permitted_methods
-from loractl.common.records import Claim, NodeState, Submission
+from loractl.common.job.spec import JobSpec, Method
+from loractl.common.job.status import Reason, Status
+from loractl.common.placement.rule import Need, permitted_methods
 from loractl.common.settings import load_settings
-from loractl.common.spec import JobSpec, Method
-from loractl.common.status import Reason, Status
-from loractl.common.store import Store
-from loractl.worker import supervisor
-from loractl.worker.checkpoint import MARKER, close_checkpoint
-from loractl.worker.data import prepare_data
-from loractl.worker.devices import find_devices
-from loractl.worker.model import TrainingFailed, load_tokenizer
-from loractl.worker.protocol import Note, Saved, Start, Stepped, Told
-from loractl.worker.supervisor import Drain, Supervisor
-from loractl.worker.train import Run, Stopped, _resume, belongs_to, train
+from loractl.common.store.database import make_engine, upgrade
+from loractl.common.store.records import Claim, NodeState, Submission
+from loractl.common.store.store import Store
+from loractl.worker.attempt import supervisor
+from loractl.worker.attempt.supervisor import Drain, Supervisor
+from loractl.worker.base.model import TrainingFailed, load_tokenizer
+from loractl.worker.data.tokens import prepare_data
+from loractl.worker.device.devices import find_devices
+from loractl.worker.protocol.messages import Note, Saved, Start, Stepped, Told
+from loractl.worker.training.checkpoint import MARKER, close_checkpoint
+from loractl.worker.training.recipe import Run, Stopped, _resume, belongs_to, train
 
 from ..models import make_tiny_model, write_helpdesk
 from ..unit.factories import Clock
@@ -64,7 +64,7 @@ class Kill:
 
     def strike(self) -> None:
         for child in psutil.Process().children():
-            if "loractl.worker.trainer" in child.cmdline():
+            if "loractl.worker.training.trainer" in child.cmdline():
                 child.kill()
                 self.done.set()
 

@@ -10,11 +10,11 @@ from urllib.parse import quote
 import pytest
 from sqlalchemy import make_url
 
-from loractl.common.database import connect
 from loractl.common.errors import ServiceUnreachable
-from loractl.common.queue import wake
+from loractl.common.queue.app import wake
 from loractl.common.settings import load_settings
-from loractl.common.store import Store
+from loractl.common.store.database import connect
+from loractl.common.store.store import Store
 
 from .. import services
 from ..conftest import Cli

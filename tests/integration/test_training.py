@@ -10,13 +10,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from loractl.common.spec import JobSpec, Method
-from loractl.common.status import Reason
-from loractl.worker import checkpoint
-from loractl.worker.data import IGNORED, encode, prepare_data
-from loractl.worker.evaluate import score_rows
-from loractl.worker.model import TrainingFailed, add_adapter, choose_precision, evaluating, load_base, load_tokenizer
-from loractl.worker.protocol import Note, Stepped
+from loractl.common.job.spec import JobSpec, Method
+from loractl.common.job.status import Reason
+from loractl.worker.base.model import (
+    TrainingFailed,
+    add_adapter,
+    choose_precision,
+    evaluating,
+    load_base,
+    load_tokenizer,
+)
+from loractl.worker.data.tokens import IGNORED, encode, prepare_data
+from loractl.worker.evaluation.evaluation import score_rows
+from loractl.worker.protocol.messages import Note, Stepped
+from loractl.worker.training import checkpoint
 
 from ..models import write_helpdesk
 from .conftest import Recipe

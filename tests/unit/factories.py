@@ -6,12 +6,12 @@ import datetime as dt
 from dataclasses import replace
 from typing import Any
 
-from loractl.common.policy import Need, permitted_methods, within
-from loractl.common.records import Claim, Left, NodeState, StoredResult, Submission
-from loractl.common.spec import JobSpec
-from loractl.common.status import Status
-from loractl.common.store import Store
-from loractl.common.tables import Job, Node
+from loractl.common.job.spec import JobSpec
+from loractl.common.job.status import Status
+from loractl.common.placement.rule import Need, permitted_methods, within
+from loractl.common.store.records import Claim, Left, NodeState, StoredResult, Submission
+from loractl.common.store.store import Store
+from loractl.common.store.tables import Job, Node
 from loractl.common.units import GIB
 
 NOON = dt.datetime(2026, 1, 14, 12, 0, tzinfo=dt.UTC)

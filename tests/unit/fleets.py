@@ -6,11 +6,11 @@ import datetime as dt
 from collections.abc import Iterable
 from typing import Any
 
-from loractl.common.fleet import FleetView, card_of, waiting_of
-from loractl.common.method import Method
-from loractl.common.policy import ListedLine, Need, Waiting, charge, least_need, levels_of, place, queue_key
-from loractl.common.status import Status
-from loractl.common.tables import DrainOrder, Job, Node
+from loractl.common.job.method import Method
+from loractl.common.job.status import Status
+from loractl.common.placement.rule import ListedLine, Need, Waiting, charge, least_need, levels_of, place, queue_key
+from loractl.common.store.fleet import FleetView, card_of, waiting_of
+from loractl.common.store.tables import DrainOrder, Job, Node
 from loractl.common.units import GIB
 
 from .factories import NOON, job, node

@@ -13,9 +13,9 @@ import yaml
 from pydantic import BaseModel
 
 from loractl.common.errors import ExitCode
-from loractl.common.spec import JobSpec, spec_keys
+from loractl.common.job.spec import JobSpec, spec_keys
 from loractl.scheduler.cli import COMMANDS, cli
-from loractl.scheduler.render import JSON_FIELDS
+from loractl.scheduler.text.jobs import JSON_FIELDS
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from loractl.common.database import make_engine, upgrade
-from loractl.common.store import Store
+from loractl.common.store.database import make_engine, upgrade
+from loractl.common.store.store import Store
 
 from ..factories import Clock
 

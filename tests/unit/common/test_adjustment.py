@@ -5,8 +5,8 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loractl.common.adjustment import Adjustment, adjusted, in_words, next_adjustment
-from loractl.common.spec import JobSpec
+from loractl.common.job.adjustment import Adjustment, adjusted, in_words, next_adjustment
+from loractl.common.job.spec import JobSpec
 
 
 def job(batch: int = 8, accumulation: int = 4, checkpointing: bool | None = None) -> JobSpec:

@@ -15,12 +15,12 @@ from urllib.parse import unquote
 import pytest
 import redis
 
-from loractl.common.broker import SOCKET_PATH_LIMIT, broker_url, server_binary, stop_embedded
 from loractl.common.errors import UsageError
+from loractl.common.queue.valkey import SOCKET_PATH_LIMIT, broker_url, server_binary, stop_embedded
 from loractl.common.settings import Settings, load_settings
 
 START = """
-from loractl.common.broker import broker_url
+from loractl.common.queue.valkey import broker_url
 from loractl.common.settings import load_settings
 print(broker_url(load_settings()))
 """

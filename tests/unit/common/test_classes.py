@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loractl.common.checks import FEW_OF_A_LABEL, check_examples
-from loractl.common.classes import LONGEST, labels_of
+from loractl.common.data.findings import FEW_OF_A_LABEL, check_examples
+from loractl.common.data.labels import LONGEST, labels_of
+from loractl.common.data.rows import Example, RawRow, Split, detect_format, parse_examples, split_data, split_held_out
 from loractl.common.errors import DataError
-from loractl.common.rows import Example, RawRow, Split, detect_format, parse_examples, split_data, split_held_out
-from loractl.common.spec import BadRow, DataFormat, DatasetSpec
+from loractl.common.job.spec import BadRow, DataFormat, DatasetSpec
 
 PAIRS = [("a fine film", "good"), ("a dull film", "bad"), ("a fine book", "good"), ("a dull book", "bad")]
 

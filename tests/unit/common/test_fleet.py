@@ -11,7 +11,10 @@ from hypothesis import strategies as st
 from sqlalchemy import delete
 from sqlalchemy.orm import Session
 
-from loractl.common.fleet import (
+from loractl.common.job.method import Method
+from loractl.common.job.status import Reason
+from loractl.common.placement.rule import OLDEST_FIRST_AFTER_S, ListedLine, Openings, Waiting, levels_of
+from loractl.common.store.fleet import (
     NODE_STALE_S,
     card_of,
     drained_targets,
@@ -20,12 +23,9 @@ from loractl.common.fleet import (
     read_oldest,
     waiting_of,
 )
-from loractl.common.method import Method
-from loractl.common.policy import OLDEST_FIRST_AFTER_S, ListedLine, Openings, Waiting, levels_of
-from loractl.common.records import Claim, Progress
-from loractl.common.status import Reason
-from loractl.common.store import Store
-from loractl.common.tables import Base, DrainOrder
+from loractl.common.store.records import Claim, Progress
+from loractl.common.store.store import Store
+from loractl.common.store.tables import Base, DrainOrder
 from loractl.common.units import GIB
 
 from ..factories import NOON, RESULT, Clock, node_state, submission

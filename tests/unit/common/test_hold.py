@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from loractl.common.errors import JobNotFound, WrongState
-from loractl.common.records import Claim, Progress
-from loractl.common.status import Reason, Status
-from loractl.common.store import Store
+from loractl.common.job.status import Reason, Status
+from loractl.common.store.records import Claim, Progress
+from loractl.common.store.store import Store
 
 from ..factories import PLENTY, RESULT, submission, take
 

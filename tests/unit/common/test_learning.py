@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loractl.common.learning import (
+from loractl.common.job.method import Method
+from loractl.common.memory.correction import (
     FACTOR_BOUNDS,
     GROWTH,
     LIKE_IT_SPARE,
@@ -20,8 +21,7 @@ from loractl.common.learning import (
     learned,
     peaks_like,
 )
-from loractl.common.method import Method
-from loractl.common.policy import Need
+from loractl.common.placement.rule import Need
 from loractl.common.units import GIB
 
 PLAN = Need(lora=20 * GIB, qlora=8 * GIB)

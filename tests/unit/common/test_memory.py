@@ -12,8 +12,9 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from loractl.common.architecture import Shape, shape_of
-from loractl.common.memory import (
+from loractl.common.job.spec import JobSpec, Method
+from loractl.common.memory.architecture import Shape, shape_of
+from loractl.common.memory.plan import (
     CONTEXT_BYTES,
     LOSS_BYTES,
     MIB,
@@ -25,8 +26,7 @@ from loractl.common.memory import (
     predict,
     state_bytes,
 )
-from loractl.common.policy import Need
-from loractl.common.spec import JobSpec, Method
+from loractl.common.placement.rule import Need
 from loractl.common.units import GIB
 
 SMOLLM2_135M = {

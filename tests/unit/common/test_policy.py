@@ -11,8 +11,8 @@ import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from loractl.common.method import Method
-from loractl.common.policy import (
+from loractl.common.job.method import Method
+from loractl.common.placement.rule import (
     HALF_LIFE_S,
     OLDEST_FIRST_AFTER_S,
     RESERVE_AFTER_S,

@@ -11,8 +11,8 @@ import pytest
 import redis
 
 from loractl.common.errors import ExitCode, ServiceUnreachable, UsageError
-from loractl.common.policy import VRAM_CLASSES, queue_name
-from loractl.common.queue import WAKE_TASK, make_app, wake
+from loractl.common.placement.rule import VRAM_CLASSES, queue_name
+from loractl.common.queue.app import WAKE_TASK, make_app, wake
 from loractl.common.settings import load_settings
 
 from ... import services

@@ -10,10 +10,10 @@ from sqlalchemy import update
 from sqlalchemy.orm import Session
 
 from loractl.common.errors import WrongState
-from loractl.common.records import Claim, Progress, StoredResult
-from loractl.common.status import Reason, Status
-from loractl.common.store import Store
-from loractl.common.tables import Job
+from loractl.common.job.status import Reason, Status
+from loractl.common.store.records import Claim, Progress, StoredResult
+from loractl.common.store.store import Store
+from loractl.common.store.tables import Job
 
 from ..factories import NOON, RESULT, Clock, submission, take
 

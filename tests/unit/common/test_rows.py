@@ -10,8 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loractl.common.errors import DataError
-from loractl.common.rows import (
+from loractl.common.data.rows import (
     Example,
     RawRow,
     Turn,
@@ -20,7 +19,8 @@ from loractl.common.rows import (
     read_rows,
     split_held_out,
 )
-from loractl.common.spec import BadRow, DataFormat
+from loractl.common.errors import DataError
+from loractl.common.job.spec import BadRow, DataFormat
 
 
 def message(role: Any, content: Any = "text") -> dict[str, Any]:

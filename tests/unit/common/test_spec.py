@@ -12,8 +12,8 @@ import yaml
 from pydantic import ValidationError
 
 from loractl.common.errors import SpecError, SpecProblem
-from loractl.common.jobfile import MAX_FILE_BYTES, load_spec
-from loractl.common.spec import DataFormat, JobSpec, Method, Metric, TaskType, spec_keys
+from loractl.common.job.file import MAX_FILE_BYTES, load_spec
+from loractl.common.job.spec import DataFormat, JobSpec, Method, Metric, TaskType, spec_keys
 
 MINIMAL_TREE = {"name": "tiny", "base_model": "org/model", "dataset": {"path": "org/data"}}
 MINIMAL = "name: tiny\nbase_model: org/model\ndataset: {path: org/data}\n"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loractl.common.status import OUTCOMES, TRANSITIONS, Reason, Status, retry_delay_s
+from loractl.common.job.status import OUTCOMES, TRANSITIONS, Reason, Status, retry_delay_s
 
 
 def test_every_reason_has_an_outcome_with_advice_for_a_person() -> None:

@@ -31,10 +31,10 @@ from sqlalchemy import Engine, delete, event
 from sqlalchemy.orm import Session
 
 from loractl.common.errors import WrongState
-from loractl.common.records import Claim, Progress, StoredCheckpoint, StoredResult
-from loractl.common.status import TRANSITIONS, Reason, Stage, Status
-from loractl.common.store import Store
-from loractl.common.tables import Base, Job
+from loractl.common.job.status import TRANSITIONS, Reason, Stage, Status
+from loractl.common.store.records import Claim, Progress, StoredCheckpoint, StoredResult
+from loractl.common.store.store import Store
+from loractl.common.store.tables import Base, Job
 from loractl.common.units import GIB
 
 from ..factories import NOON, Clock, node_state, submission

@@ -9,14 +9,14 @@ import pytest
 from sqlalchemy import update
 from sqlalchemy.orm import Session
 
-from loractl.common.adjustment import Adjustment
-from loractl.common.learning import GROWTH, LIKE_IT_SPARE, Measured, learned, peaks_like
-from loractl.common.method import Method
-from loractl.common.policy import Need
-from loractl.common.records import Claim, Progress
-from loractl.common.status import Reason, Status
-from loractl.common.store import OUTSIDER_SHARE, Store
-from loractl.common.tables import Attempt
+from loractl.common.job.adjustment import Adjustment
+from loractl.common.job.method import Method
+from loractl.common.job.status import Reason, Status
+from loractl.common.memory.correction import GROWTH, LIKE_IT_SPARE, Measured, learned, peaks_like
+from loractl.common.placement.rule import Need
+from loractl.common.store.records import Claim, Progress
+from loractl.common.store.store import OUTSIDER_SHARE, Store
+from loractl.common.store.tables import Attempt
 from loractl.common.units import GIB
 
 from ..factories import RESULT, node_state, submission

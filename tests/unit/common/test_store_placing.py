@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from sqlalchemy import delete, update
 from sqlalchemy.orm import Session
 
-from loractl.common.fleet import NODE_STALE_S
-from loractl.common.method import Method
-from loractl.common.policy import (
+from loractl.common.job.method import Method
+from loractl.common.job.status import Reason, Status
+from loractl.common.placement.rule import (
     RESERVE_AFTER_S,
     Card,
     ListedLine,
@@ -26,10 +26,10 @@ from loractl.common.policy import (
     levels_of,
     place,
 )
-from loractl.common.records import Claim, Left, Progress
-from loractl.common.status import Reason, Status
-from loractl.common.store import Store
-from loractl.common.tables import Base, Job
+from loractl.common.store.fleet import NODE_STALE_S
+from loractl.common.store.records import Claim, Left, Progress
+from loractl.common.store.store import Store
+from loractl.common.store.tables import Base, Job
 from loractl.common.units import GIB
 
 from ..factories import NOON, RESULT, Clock, node_state, submission

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 from loractl.common.errors import SweepNotFound, WrongState
-from loractl.common.halving import RUNGS
-from loractl.common.records import HELD_OUT_LOSS, Beat, Claim, Progress
-from loractl.common.status import Reason, Stage, Status
-from loractl.common.store import Store
-from loractl.common.sweeps import NewSweep
+from loractl.common.job.halving import RUNGS
+from loractl.common.job.status import Reason, Stage, Status
+from loractl.common.store.records import HELD_OUT_LOSS, Beat, Claim, Progress
+from loractl.common.store.store import Store
+from loractl.common.store.sweeps import NewSweep
 
 from ..factories import RESULT, Clock, submission, take
 

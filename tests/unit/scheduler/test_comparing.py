@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from loractl.common.errors import UsageError
-from loractl.scheduler.comparing import Compared, _check_one_task, _draw, _text, differences, ranked
-from loractl.scheduler.render import Screen
+from loractl.scheduler.commands.compare import Compared, _check_one_task, _draw, _text, differences, ranked
+from loractl.scheduler.text.jobs import Screen
 
 RNG = random.Random(5)
 SCREEN = Screen(width=140, unicode=True, color=False)

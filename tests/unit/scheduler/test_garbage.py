@@ -13,14 +13,14 @@ from sqlalchemy import update
 from sqlalchemy.orm import Session
 
 from loractl.common.artifacts import ArtifactStore, attempt_prefix, checkpoint_prefix
-from loractl.common.database import make_engine, upgrade
 from loractl.common.errors import ArtifactError
-from loractl.common.records import Claim, Progress, StoredCheckpoint, StoredResult
+from loractl.common.job.status import Reason
 from loractl.common.settings import Settings, load_settings
-from loractl.common.status import Reason
-from loractl.common.store import Store
-from loractl.common.tables import Job
-from loractl.scheduler.garbage import Cleaner, Garbage, Kind, Policy
+from loractl.common.store.database import make_engine, upgrade
+from loractl.common.store.records import Claim, Progress, StoredCheckpoint, StoredResult
+from loractl.common.store.store import Store
+from loractl.common.store.tables import Job
+from loractl.scheduler.upkeep.garbage import Cleaner, Garbage, Kind, Policy
 
 from ... import services
 from ..factories import Clock, submission, take

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loractl.common.errors import ExitCode, UsageError
-from loractl.scheduler.grid import points, read_grid
+from loractl.scheduler.submission.grid import points, read_grid
 
 
 def drawn(*settings: str, trials: int, seed: int = 0) -> list[dict[str, str]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from loractl.common.errors import DataError
-from loractl.scheduler.submit import check_data
+from loractl.scheduler.commands.submit import check_data
 
 from ..factories import spec
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from loractl.common.errors import UsageError
-from loractl.common.store import Store
-from loractl.scheduler.placing import _moment
-from loractl.scheduler.planning import plan_job
+from loractl.common.store.store import Store
+from loractl.scheduler.commands.placement import _moment
+from loractl.scheduler.submission.need import plan_job
 
 from ...models import make_tiny_model
 from ..factories import NOON, spec

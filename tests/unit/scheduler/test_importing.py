@@ -13,10 +13,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from loractl.common.errors import LoractlError
-from loractl.common.jobfile import load_spec
-from loractl.common.spec import AS_WRITTEN, DataFormat, JobSpec, Method
+from loractl.common.job.file import load_spec
+from loractl.common.job.spec import AS_WRITTEN, DataFormat, JobSpec, Method
 from loractl.scheduler.cli import cli
-from loractl.scheduler.importing import import_file
+from loractl.scheduler.commands.import_config import import_file
 
 AXOLOTL = """
 base_model: org/small-1b

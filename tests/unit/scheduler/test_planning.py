@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from loractl.common.errors import UsageError
-from loractl.common.memory import predict
-from loractl.common.spec import JobSpec
-from loractl.scheduler.planning import check_adapter, need_key
+from loractl.common.job.spec import JobSpec
+from loractl.common.memory.plan import predict
+from loractl.scheduler.submission.need import check_adapter, need_key
 
 from ..factories import spec
 

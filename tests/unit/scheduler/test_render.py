@@ -12,13 +12,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loractl.common.status import Reason, Stage, Status
-from loractl.common.tables import Adapter, Attempt, Event, Job, MetricPoint
+from loractl.common.job.status import Reason, Stage, Status
+from loractl.common.store.tables import Adapter, Attempt, Event, Job, MetricPoint
 from loractl.common.units import GIB
-from loractl.scheduler import render
-from loractl.scheduler.adapters import adapter_table
-from loractl.scheduler.render import JSON_FIELDS, Screen, bar, clock, fit, sparkline, table
-from loractl.scheduler.waiting import Tier, Wait
+from loractl.scheduler.answers.why import Tier, Wait
+from loractl.scheduler.commands.adapters import adapter_table
+from loractl.scheduler.text import jobs as render
+from loractl.scheduler.text.jobs import JSON_FIELDS, Screen, bar, clock, fit, sparkline, table
 
 from ..factories import NOON, job
 

@@ -9,15 +9,15 @@ from typing import Any
 import click
 import pytest
 
-from loractl.common.architecture import read_shape
-from loractl.common.fleet import NODE_STALE_S, FleetView
-from loractl.common.learning import Measured, accuracy
-from loractl.common.memory import plan as memory_plan
-from loractl.common.method import Method
+from loractl.common.job.method import Method
+from loractl.common.memory.architecture import read_shape
+from loractl.common.memory.correction import Measured, accuracy
+from loractl.common.memory.plan import plan as memory_plan
+from loractl.common.store.fleet import NODE_STALE_S, FleetView
 from loractl.common.units import GIB
-from loractl.scheduler import render_fleet
-from loractl.scheduler.render import Screen
-from loractl.scheduler.waiting import Start, Tier, Wait, card_fits, explain
+from loractl.scheduler.answers.why import Start, Tier, Wait, card_fits, explain
+from loractl.scheduler.text import fleet as render_fleet
+from loractl.scheduler.text.jobs import Screen
 
 from ..factories import spec
 from ..fleets import card, drained, fleet, in_seconds, running, waits

@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 
-from loractl.common.status import Reason, Stage, Status
-from loractl.common.sweeps import Member, RungPoint, SweepView
-from loractl.scheduler import render, winner
-from loractl.scheduler.comparing import ranked
-from loractl.scheduler.render import Screen
-from loractl.scheduler.render_sweep import fields, listed, opened, overview
+from loractl.common.job.status import Reason, Stage, Status
+from loractl.common.store.sweeps import Member, RungPoint, SweepView
+from loractl.scheduler.answers import winner
+from loractl.scheduler.commands.compare import ranked
+from loractl.scheduler.text import jobs as render
+from loractl.scheduler.text.jobs import Screen
+from loractl.scheduler.text.sweep import fields, listed, opened, overview
 
 from ..factories import NOON
 from ..factories import job as row

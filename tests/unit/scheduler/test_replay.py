@@ -11,8 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loractl.common.method import Method
-from loractl.common.policy import (
+from loractl.common.job.method import Method
+from loractl.common.placement.lines import KeptLine
+from loractl.common.placement.replay import Job, PlacementRule, Replay, Rule, replay
+from loractl.common.placement.rule import (
     OLDEST_FIRST_AFTER_S,
     RESERVE_AFTER_S,
     Card,
@@ -25,9 +27,7 @@ from loractl.common.policy import (
     decayed,
 )
 from loractl.common.units import GIB
-from loractl.scheduler.baselines import best_fit, fifo, shortest_first
-from loractl.scheduler.lines import KeptLine
-from loractl.scheduler.replay import Job, PlacementRule, Replay, Rule, replay
+from loractl.scheduler.simulation.baselines import best_fit, fifo, shortest_first
 
 START = dt.datetime(2026, 5, 1, tzinfo=dt.UTC)
 HOUR = 3600.0

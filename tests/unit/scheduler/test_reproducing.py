@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 
-from loractl.common.adjustment import Adjustment
 from loractl.common.errors import UsageError
 from loractl.common.fingerprint import fingerprint
-from loractl.common.method import Method
-from loractl.common.records import NodeState
+from loractl.common.job.adjustment import Adjustment
+from loractl.common.job.method import Method
 from loractl.common.settings import load_settings
-from loractl.common.store import Store
-from loractl.scheduler.reproducing import Repetition, plan_repetition, submission_of
+from loractl.common.store.records import NodeState
+from loractl.common.store.store import Store
+from loractl.scheduler.commands.reproduce import Repetition, plan_repetition, submission_of
 
 from ..factories import node_state, spec, submission, take
 

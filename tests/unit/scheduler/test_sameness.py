@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from loractl.scheduler import comparing
-from loractl.scheduler.comparing import Compared
-from loractl.scheduler.render import Screen
-from loractl.scheduler.reproducing import reproduce
-from loractl.scheduler.sameness import compare_results, sameness_text
+from loractl.scheduler.answers.sameness import compare_results, sameness_text
+from loractl.scheduler.commands import compare as comparing
+from loractl.scheduler.commands.compare import Compared
+from loractl.scheduler.commands.reproduce import reproduce
+from loractl.scheduler.text.jobs import Screen
 
 SCREEN = Screen(width=120, unicode=True, color=False)
 

@@ -10,15 +10,15 @@ from pathlib import Path
 import pytest
 
 from loractl.common.errors import DataError, UsageError
+from loractl.common.placement.replay import replay
 from loractl.common.units import GIB
-from loractl.scheduler.baselines import fifo
-from loractl.scheduler.outcome import Course, load_of, mean, outcome_of, quantile
-from loractl.scheduler.picture import binned, draw
-from loractl.scheduler.render import Screen
-from loractl.scheduler.render_sim import fields, span, text
-from loractl.scheduler.replay import replay
-from loractl.scheduler.sim import Simulation, simulate
-from loractl.scheduler.traces import BEGIN, TraceJob, choose, parse_fleet, read_trace, to_replay
+from loractl.scheduler.commands.sim import Simulation, simulate
+from loractl.scheduler.simulation.baselines import fifo
+from loractl.scheduler.simulation.outcome import Course, load_of, mean, outcome_of, quantile
+from loractl.scheduler.simulation.picture import binned, draw
+from loractl.scheduler.simulation.workload import BEGIN, TraceJob, choose, parse_fleet, read_trace, to_replay
+from loractl.scheduler.text.jobs import Screen
+from loractl.scheduler.text.simulation import fields, span, text
 
 from ...conftest import Cli
 

@@ -10,10 +10,10 @@ import pytest
 from click.testing import CliRunner, Result
 
 from loractl.common.errors import LoractlError, SpecError, UsageError, WrongState
-from loractl.scheduler.changing import cancel
-from loractl.scheduler.comparing import compare
-from loractl.scheduler.reading import status
-from loractl.scheduler.sweep import sweep
+from loractl.scheduler.commands.change import cancel
+from loractl.scheduler.commands.compare import compare
+from loractl.scheduler.commands.status import status
+from loractl.scheduler.commands.sweep import sweep
 
 from ...models import write_helpdesk
 

@@ -12,13 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loractl import __version__
-from loractl.common.fleet import NODE_STALE_S
-from loractl.common.method import Method
-from loractl.common.policy import RESERVE_AFTER_S
-from loractl.common.status import Reason
-from loractl.common.tables import DrainOrder, Job, Node
+from loractl.common.job.method import Method
+from loractl.common.job.status import Reason
+from loractl.common.placement.rule import RESERVE_AFTER_S
+from loractl.common.store.fleet import NODE_STALE_S
+from loractl.common.store.tables import DrainOrder, Job, Node
 from loractl.common.units import GIB
-from loractl.scheduler.waiting import (
+from loractl.scheduler.answers.why import (
     Start,
     Tier,
     ahead_of,

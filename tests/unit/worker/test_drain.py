@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from loractl.worker.supervisor import Drain
+from loractl.worker.attempt.supervisor import Drain
 
 
 def test_a_node_that_hears_of_the_first_ctrl_c_late_does_not_take_the_second_one_back(tmp_path: Path) -> None:

@@ -11,11 +11,11 @@ import pytest
 FORKS = """
 import os, sqlite3, sys, threading, time
 
-from loractl.common.database import make_engine, upgrade
+from loractl.common.store.database import make_engine, upgrade
 from loractl.common.settings import load_settings
-from loractl.common.store import Store
-from loractl.worker.devices import find_devices
-from loractl.worker.node import Node, NodeOptions
+from loractl.common.store.store import Store
+from loractl.worker.device.devices import find_devices
+from loractl.worker.node.node import Node, NodeOptions
 
 settings = load_settings()
 settings.runtime_dir.mkdir(mode=0o700)

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loractl.worker.joblog import CHUNK, IS_LONG, LEFT_OUT, LogBook, read_log
+from loractl.worker.attempt.log import CHUNK, IS_LONG, LEFT_OUT, LogBook, read_log
 
 
 def test_a_short_log_is_handed_on_whole_and_once() -> None:

@@ -6,9 +6,9 @@ import time
 from pathlib import Path
 
 from loractl.common.artifacts import ArtifactStore
-from loractl.common.records import Claim
-from loractl.common.store import Store
-from loractl.worker.keeping import CheckpointKeeper
+from loractl.common.store.records import Claim
+from loractl.common.store.store import Store
+from loractl.worker.attempt.upload import CheckpointKeeper
 
 from ..factories import submission, take
 

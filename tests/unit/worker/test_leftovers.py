@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from loractl.common.settings import load_settings
-from loractl.worker.occupancy import CARD_VARIABLE, RUN_VARIABLE, card_mark, end_leftovers, run_mark, runs_of
+from loractl.worker.device.occupancy import CARD_VARIABLE, RUN_VARIABLE, card_mark, end_leftovers, run_mark, runs_of
 
 
 @pytest.fixture

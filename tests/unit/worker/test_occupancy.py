@@ -15,9 +15,9 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from loractl.worker import occupancy
-from loractl.worker.devices import CpuDevice, Process, Snapshot
-from loractl.worker.occupancy import HIGH_WATER_S, JOB_VARIABLE, RUN_VARIABLE, Watch, end_leftovers, run_mark
+from loractl.worker.device import occupancy
+from loractl.worker.device.devices import CpuDevice, Process, Snapshot
+from loractl.worker.device.occupancy import HIGH_WATER_S, JOB_VARIABLE, RUN_VARIABLE, Watch, end_leftovers, run_mark
 
 from ...nvml import MIB, FakeCard, StandIn, build, compiler
 
@@ -26,7 +26,7 @@ GIB = 2**30
 LOOK = """
 import json, sys
 from loractl.common.settings import load_settings
-from loractl.worker.devices import find_devices
+from loractl.worker.device.devices import find_devices
 for device in find_devices(load_settings(), sys.argv[1] if len(sys.argv) > 1 else None):
     seen = device.look()
     print(json.dumps({

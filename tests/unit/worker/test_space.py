@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from loractl.common.method import Method
+from loractl.common.job.method import Method
 from loractl.common.units import GIB
-from loractl.worker.space import LEAST_BYTES, bytes_to_write, require_space
+from loractl.worker.attempt.disk import LEAST_BYTES, bytes_to_write, require_space
 
 from ..factories import spec
 

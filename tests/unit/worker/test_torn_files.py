@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 
 from loractl.common.artifacts import ArtifactStore, checkpoint_prefix
-from loractl.common.database import make_engine
-from loractl.common.method import Method
-from loractl.common.records import Claim, StoredCheckpoint
+from loractl.common.job.method import Method
 from loractl.common.settings import load_settings
-from loractl.common.store import Store
-from loractl.worker.checkpoint import MARKER, close_checkpoint, is_complete
-from loractl.worker.devices import CpuDevice
-from loractl.worker.supervisor import Drain, Supervisor, mark_ready, ready_result
+from loractl.common.store.database import make_engine
+from loractl.common.store.records import Claim, StoredCheckpoint
+from loractl.common.store.store import Store
+from loractl.worker.attempt.supervisor import Drain, Supervisor, mark_ready, ready_result
+from loractl.worker.device.devices import CpuDevice
+from loractl.worker.training.checkpoint import MARKER, close_checkpoint, is_complete
 
 from .. import factories
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from loractl.common.records import StoredCheckpoint
 from loractl.common.settings import Settings, load_settings
-from loractl.worker.trust import Refused, check_checkpoint, check_claim, may_run_code
+from loractl.common.store.records import StoredCheckpoint
+from loractl.worker.protocol.trust import Refused, check_checkpoint, check_claim, may_run_code
 
 from ..factories import spec
 

@@ -1,0 +1,362 @@
+"""A job file: how YAML becomes a JobSpec, or a list of problems each with its line and a "did you mean"."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from loractl.common.errors import SpecError, SpecProblem
+
+from .spec import AS_WRITTEN, DATA_SUFFIXES, JobSpec, Metric, spec_keys
+
+MAX_FILE_BYTES = 256 * 1024
+"""A job file is settings, not data."""
+
+MAX_NODES = 20_000
+"""Keys and values of a job file once YAML's aliases are written out: nested aliases double with every line."""
+
+MAX_DEPTH = 16
+"""Levels of nesting; the deepest key of a job has three."""
+
+MAX_DIGITS = 64
+"""Digits of a whole number: Python neither reads nor prints one of some thousand."""
+
+_KNOWN_AS = {
+    "model": "base_model",
+    "model_name_or_path": "base_model",
+    "base": "base_model",
+    "task": "task_type",
+    "data": "dataset",
+    "datasets": "dataset",
+    "rank": "lora.r",
+    "lora_r": "lora.r",
+    "alpha": "lora.lora_alpha",
+    "lora_alpha": "lora.lora_alpha",
+    "dropout": "lora.lora_dropout",
+    "lora_dropout": "lora.lora_dropout",
+    "target_modules": "lora.target_modules",
+    "lora_target": "lora.target_modules",
+    "epochs": "training.num_train_epochs",
+    "num_epochs": "training.num_train_epochs",
+    "steps": "training.max_steps",
+    "lr": "training.learning_rate",
+    "batch_size": "training.per_device_train_batch_size",
+    "micro_batch_size": "training.per_device_train_batch_size",
+    "grad_accum": "training.gradient_accumulation_steps",
+    "warmup_ratio": "training.warmup_steps",
+    "scheduler": "training.lr_scheduler_type",
+    "optimizer": "training.optim",
+    "sequence_len": "dataset.max_length",
+    "cutoff_len": "dataset.max_length",
+    "max_seq_length": "dataset.max_length",
+    "val_set_size": "dataset.test_size",
+    "vram": "resources.max_vram",
+    "timeout": "resources.time_limit",
+    "retries": "max_retries",
+    "group_by_length": "training.train_sampling_strategy",
+    "sample_packing": "training.packing",
+    "neftune_alpha": "training.neftune_noise_alpha",
+    "flash_attention": "training.attn_implementation",
+    "bf16": "training.dtype",
+    "fp16": "training.dtype",
+    "dora": "lora.use_dora",
+    "early_stopping": "training.early_stopping_patience",
+    "max_tokens": "evaluation.max_new_tokens",
+    "lm_eval_tasks": "evaluation.lm_eval",
+    "tags": "labels",
+}
+"""What other tools call our keys, for "did you mean"."""
+
+
+def load_spec(path: Path, overrides: Sequence[str] = ()) -> JobSpec:
+    """Read a job file, apply `a.b=value` overrides, and resolve its local paths against its folder.
+
+    Raises SpecError with every problem found, each with its line.
+    """
+    tree, lines = read_yaml(path)
+    for override in overrides:
+        _apply_override(tree, override, overrides)
+    try:
+        spec = JobSpec.model_validate(tree, context=AS_WRITTEN)
+    except ValidationError as error:
+        found = [p for e in error.errors() for p in _problems(e, str(path), lines, overrides)]
+        # a key that may be of two kinds fails as each of them: the last, more general one is told
+        raise SpecError(list({(p.file, p.key): p for p in found}.values())) from None
+    spec = _resolve_paths(_resolve_defaults(spec), path.absolute().parent)
+    if spec.revision is not None and Path(spec.base_model).is_absolute():
+        what = "is for a base_model on the hub; a folder has none"
+        raise SpecError([_problem(("revision",), what, None, str(path), lines, overrides)])
+    return spec
+
+
+def override_spec(tree: dict[str, Any], overrides: Sequence[str], name: str) -> JobSpec:
+    """A stored spec with `a.b=value` overrides. Raises SpecError, which calls it `name`."""
+    changed = copy.deepcopy(tree)
+    for override in overrides:
+        _apply_override(changed, override, overrides)
+    try:
+        return JobSpec.model_validate(changed)
+    except ValidationError as error:
+        found = [p for e in error.errors() for p in _problems(e, name, {}, overrides)]
+        raise SpecError(list({(p.file, p.key): p for p in found}.values())) from None
+
+
+def _resolve_defaults(spec: JobSpec) -> JobSpec:
+    """A default that another key overrules becomes null, so that the resolved job says what will be done."""
+    dataset, training, evaluation = spec.dataset, spec.training, spec.evaluation
+    if dataset.eval_path:
+        dataset = dataset.model_copy(update={"test_size": None})
+    if training.max_steps:
+        training = training.model_copy(update={"num_train_epochs": None})
+    if evaluation.samples == 0:
+        measured = [m for m in evaluation.metrics if m not in (Metric.ROUGE, Metric.EXACT_MATCH)]
+        evaluation = evaluation.model_copy(update={"metrics": measured})
+    return spec.model_copy(update={"dataset": dataset, "training": training, "evaluation": evaluation})
+
+
+def read_yaml(path: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
+    """The mapping in the file, and the line (from 1) of each key path."""
+    file = str(path)
+
+    def wrong(what: str, hint: str | None = None, line: int | None = None) -> SpecError:
+        return SpecError([SpecProblem(file=file, line=line, key="", what=what, hint=hint)])
+
+    try:
+        raw = path.read_bytes()
+        text = raw.decode("utf-8")
+    except FileNotFoundError:
+        raise wrong(
+            "no such file", "loractl submit takes the path of a job file, like examples/helpdesk-lora.yaml"
+        ) from None
+    except IsADirectoryError:
+        raise wrong("is a folder, not a job file") from None
+    except UnicodeDecodeError:
+        raise wrong("is not UTF-8 text") from None
+    except OSError as error:
+        raise wrong(f"can't be read: {error.strerror}") from None
+    if len(raw) > MAX_FILE_BYTES:
+        raise wrong(
+            f"has {len(raw)} bytes, a job file at most {MAX_FILE_BYTES}",
+            "the data belong into a file of their own: dataset.path",
+        )
+    try:
+        lines, tree = _load_yaml(text)
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else None
+        raise wrong(f"is not valid YAML: {error.problem or error}", line=line) from None
+    except yaml.YAMLError as error:
+        raise wrong(f"is not valid YAML: {error}") from None
+    if not isinstance(tree, dict):
+        raise wrong("is empty or not a mapping of keys", "start from examples/helpdesk-lora.yaml")
+    return tree, lines
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML's safe loader, with whole numbers of a length that Python can print again."""
+
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        if len(str(node.value)) > MAX_DIGITS:
+            problem = f"a number of more than {MAX_DIGITS} digits"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
+        return int(super().construct_yaml_int(node))
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
+
+
+def _load_yaml(text: str) -> tuple[dict[tuple[str, ...], int], Any]:
+    """The line (from 1) of each key path, and the value. Raises YAMLError, also beyond the limits of size and depth."""
+    try:
+        node = yaml.compose(text, Loader=_Loader)
+        if node is not None:
+            _check_extent(node)
+        return dict(_lines(node, ())), yaml.load(text, Loader=_Loader)  # noqa: S506  a safe loader
+    except RecursionError:
+        raise yaml.YAMLError(f"it is nested deeper than {MAX_DEPTH} levels") from None
+    except (ValueError, OverflowError, LookupError, AttributeError, TypeError) as error:
+        # PyYAML lets Python's own errors through, of dates and numbers that are none and of tags on the wrong kind
+        raise yaml.YAMLError(str(error) or type(error).__name__) from None
+
+
+def _check_extent(node: yaml.Node) -> None:
+    """Raises YAMLError when too much stands below `node`: a few lines of nested aliases make billions of values."""
+    size, height = _extent(node, {})
+    if size > MAX_NODES:
+        raise yaml.YAMLError(f"it has more than {MAX_NODES} keys and values, its aliases written out")
+    if height > MAX_DEPTH:
+        raise yaml.YAMLError(f"it is nested deeper than {MAX_DEPTH} levels")
+
+
+def _extent(node: yaml.Node, known: dict[int, tuple[int, int]]) -> tuple[int, int]:
+    """(number, levels) of the nodes from `node` down, every alias written out. RecursionError: one holds itself."""
+    if not isinstance(node, yaml.CollectionNode):
+        return 1, 0
+    if id(node) not in known:
+        parts = [n for pair in node.value for n in pair] if isinstance(node, yaml.MappingNode) else node.value
+        below = [_extent(part, known) for part in parts]
+        known[id(node)] = 1 + sum(size for size, _ in below), 1 + max((height for _, height in below), default=0)
+    return known[id(node)]
+
+
+def _lines(node: yaml.Node | None, path: tuple[str, ...]) -> list[tuple[tuple[str, ...], int]]:
+    found: list[tuple[tuple[str, ...], int]] = []
+    if isinstance(node, yaml.MappingNode):
+        seen = set()
+        for key, value in node.value:
+            here = (*path, str(key.value))
+            if here in seen:
+                raise yaml.MarkedYAMLError(problem=f"key {'.'.join(here)} stands twice", problem_mark=key.start_mark)
+            seen.add(here)
+            found.append((here, key.start_mark.line + 1))
+            found += _lines(value, here)
+    elif isinstance(node, yaml.SequenceNode):
+        for index, item in enumerate(node.value):
+            found.append(((*path, str(index)), item.start_mark.line + 1))
+    return found
+
+
+_RIVALS = {
+    "training.max_steps": "training.num_train_epochs",
+    "training.num_train_epochs": "training.max_steps",
+    "dataset.eval_path": "dataset.test_size",
+    "dataset.test_size": "dataset.eval_path",
+}
+"""Keys that say the same thing in two ways: an override of one takes the place of the other."""
+
+
+def _apply_override(tree: dict[str, Any], override: str, overrides: Sequence[str]) -> None:
+    key, equals, text = override.partition("=")
+    problem = SpecProblem(
+        file="--set",
+        line=None,
+        key=override,
+        what="is not of the form key=value",
+        hint="like --set training.max_steps=20",
+    )
+    if not equals or not key:
+        raise SpecError([problem])
+    try:
+        _, value = _load_yaml(text)
+    except yaml.YAMLError:
+        raise SpecError([problem]) from None
+    *sections, last = key.split(".")
+    place = tree
+    for section in sections:
+        inner = place.get(section)
+        if not isinstance(inner, dict):
+            inner = place[section] = {}
+        place = inner
+    place[last] = value
+    if (rival := _RIVALS.get(key)) and value is not None and not any(o.startswith(f"{rival}=") for o in overrides):
+        place.pop(rival.rpartition(".")[2], None)  # the override wins over what the file says
+
+
+def _problems(error: Any, file: str, lines: dict[tuple[str, ...], int], overrides: Sequence[str]) -> list[SpecProblem]:
+    """One pydantic error as problems with the file's line and a hint; all contradictions of keys are one error."""
+    path = tuple(str(part) for part in error["loc"] if not str(part).startswith(("literal[", "list[", "function-")))
+    if not path and error["type"] == "value_error":
+        pairs = [text.split(": ", 1) for text in str(error["ctx"]["error"]).splitlines()]
+        return [_problem(tuple(key.split(".")), what, None, file, lines, overrides) for key, what in pairs]
+    return [_problem(path, *_explain(error, ".".join(path)), file, lines, overrides)]
+
+
+def _problem(
+    path: tuple[str, ...], what: str, hint: str | None, file: str, lines: dict[tuple[str, ...], int],
+    overrides: Sequence[str],
+) -> SpecProblem:  # fmt: skip
+    key = ".".join(path)
+    overridden = {o.split("=")[0] for o in overrides}
+    if key in overridden or (path not in lines and any(o.startswith(f"{key}.") for o in overridden)):
+        return SpecProblem(file="--set", line=None, key=key, what=what, hint=hint)
+    line = next((lines[path[:n]] for n in range(len(path), 0, -1) if path[:n] in lines), None)
+    return SpecProblem(file=file, line=line, key=key, what=what, hint=hint)
+
+
+def _explain(error: Any, key: str) -> tuple[str, str | None]:
+    kind, context = error["type"], error.get("ctx", {})
+    given = error.get("input")
+    shown = json.dumps(given, default=str, ensure_ascii=False)
+    shown = shown if len(shown) <= 60 else shown[:57] + "..."
+    if kind == "extra_forbidden":
+        return "unknown key", _did_you_mean(key)
+    if kind == "missing":
+        return "is missing", f"add a line {key.split('.')[-1]}: ..."
+    if kind in ("enum", "literal_error"):
+        allowed = context["expected"].replace("'", "").replace(" or ", ", ")
+        close = difflib.get_close_matches(str(given), allowed.split(", "), n=1)
+        return f"{shown} is not one of {allowed}", f"did you mean {close[0]}?" if close else None
+    if kind == "value_error":
+        sentence = str(context["error"])
+        return (f"{shown} {sentence}" if sentence.startswith(("is ", "holds ")) else sentence), None
+    if kind == "string_pattern_mismatch":
+        return f"{shown} is not a name: letters, digits, '.', '_' and '-' only, at most 63", None
+    if kind.startswith(("greater_than", "less_than")):
+        limit = {
+            "greater_than": "above",
+            "greater_than_equal": "at least",
+            "less_than": "below",
+            "less_than_equal": "at most",
+        }
+        bound = next(iter(context.values()))
+        return f"{shown} must be {limit[kind]} {bound}", None
+    wanted = {
+        "int_type": "a whole number",
+        "int_parsing": "a whole number",
+        "int_from_float": "a whole number",
+        "float_type": "a number",
+        "float_parsing": "a number",
+        "string_type": "text",
+        "bool_type": "true or false",
+        "bool_parsing": "true or false",
+        "list_type": "a list; write it like [q_proj, v_proj]" if key.endswith("target_modules") else "a list",
+        "model_type": "a mapping of keys",
+        "dict_type": "a mapping",
+    }.get(kind)
+    if wanted:
+        quoted = "; write it in quotes" if wanted == "text" and isinstance(given, (int, float, bool)) else ""
+        return f"{shown} is not {wanted}{quoted}", None
+    return f"{shown}: {error['msg'][0].lower()}{error['msg'][1:]}", None
+
+
+def _did_you_mean(key: str) -> str | None:
+    *section, last = key.split(".")
+    near = ".".join(section)
+    keys = spec_keys() + sorted({k.split(".")[0] for k in spec_keys() if "." in k})
+    if (known := _KNOWN_AS.get(last)) and known != key:
+        return f"did you mean {known}?"
+    siblings = [k for k in keys if k.rpartition(".")[0] == near]
+    elsewhere = [k for k in keys if k.rpartition(".")[2] == last and k != key]
+    if elsewhere:
+        return f"did you mean {elsewhere[0]}?"
+    candidates = difflib.get_close_matches(last, [k.rpartition(".")[2] for k in siblings], n=1, cutoff=0.6)
+    if candidates:
+        return f"did you mean {'.'.join([*section, candidates[0]])}?"
+    return f"known keys here: {', '.join(k.rpartition('.')[2] for k in siblings)}" if siblings else None
+
+
+def _resolve_paths(spec: JobSpec, folder: Path) -> JobSpec:
+    """Local paths become absolute; what does not exist beside the job file stays as it is (a hub id)."""
+
+    def local(text: str | None) -> str | None:
+        if text is None:
+            return None
+        looks_local = text.startswith((".", "/", "~")) or Path(text).suffix.lower() in DATA_SUFFIXES
+        try:
+            path = (folder / Path(text).expanduser()).resolve()
+            return str(path) if looks_local or path.exists() else text
+        except (OSError, ValueError, RuntimeError):
+            # no path that this system can hold: a name too long, the home of nobody
+            return text
+
+    dataset = spec.dataset.model_copy(
+        update={"path": local(spec.dataset.path), "eval_path": local(spec.dataset.eval_path)}
+    )
+    evaluation = spec.evaluation.model_copy(update={"regression": local(spec.evaluation.regression)})
+    return spec.model_copy(update={"base_model": local(spec.base_model), "dataset": dataset, "evaluation": evaluation})

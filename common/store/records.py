@@ -1,0 +1,137 @@
+"""The values that cross the store's face: what is submitted, claimed, reported and finished."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from loractl.common.job.adjustment import Adjustment
+from loractl.common.job.method import Method
+from loractl.common.job.status import Stage
+from loractl.common.placement.rule import Need
+
+if TYPE_CHECKING:
+    from loractl.common.job.spec import (
+        JobSpec,  # pydantic's models take 80 ms to build, and who only reads jobs needs none
+    )
+
+HELD_OUT_LOSS = "held_out_loss"
+"""The metric in which a trainer tells the tuned model's loss of the final evaluation, nats a token."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Submission:
+    """What submit writes: the checked spec, where its data are, and what it is predicted to need."""
+
+    spec: JobSpec
+    user: str
+    data: dict[str, Any]
+    need: Need  # what is reserved for it, by method
+    planned: Need  # the plan alone, before what was learned from measured peaks
+    methods: tuple[Method, ...]  # permitted ones, the preferred first
+    need_key: str | None = None
+    family: str | None = None
+    adjustment: Adjustment = field(default_factory=Adjustment)  # to begin with
+    purpose: str = ""  # for the history, like: to reproduce job 12
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredCheckpoint:
+    """A checkpoint in the artifact store that a later attempt may go on from."""
+
+    step: int
+    prefix: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claim:
+    """The right to run one attempt, until the lease ends."""
+
+    job_id: int
+    attempt: int
+    token: str
+    user: str
+    spec: JobSpec
+    data: dict[str, Any]
+    method: Method
+    vram_planned: int | None
+    vram_reserved: int | None = None  # bytes of the card that are the attempt's; None: no limit
+    method_why: str = ""  # of several; empty where the job permits one
+    adjustment: Adjustment = field(default_factory=Adjustment)
+    changes: tuple[str, ...] = ()  # what out-of-memory has changed so far, in words
+    checkpoint: StoredCheckpoint | None = None
+    sweep_id: int | None = None  # of which the job is a member
+    rungs: tuple[float, ...] = ()  # shares of its steps at which it may be stopped as one of the sweep's losers
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """Where an attempt stands. A field that is None leaves what the row holds."""
+
+    stage: Stage | None = None
+    step: int | None = None
+    total_steps: int | None = None
+    loss: float | None = None
+    tokens_per_second: float | None = None
+    eta_seconds: float | None = None
+    eta_spread_seconds: float | None = None
+    need: Need | None = None  # a better plan, from the data's own lengths or a trace
+    vram_peak: int | None = None
+    vram_allocated: int | None = None
+    vram_process: int | None = None
+    resumed_from_step: int | None = None
+    adjustment: Adjustment | None = None  # of the run to what its memory allows, kept for later attempts
+    metrics: tuple[tuple[int, str, float], ...] = ()  # step, name, value
+    events: tuple[tuple[str, str], ...] = ()  # kind, text
+    log: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Beat:
+    """The database's answer to a heartbeat."""
+
+    accepted: bool  # False: the lease is lost, stop at once and write nothing
+    cancel_requested: bool = False
+    preempted_by: int | None = None  # a job of higher priority that needs the room
+    pruned: str | None = None  # why its sweep stops it at the rung that this beat reached
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredResult:
+    """Verified artifacts of a successful attempt."""
+
+    adapter_uri: str
+    report_uri: str
+    adapter_size: int
+    adapter_sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Left:
+    """No job for this card, though one would fit: the rule gives it to another card, which has not taken it yet."""
+
+    nodes: frozenset[str]  # empty: somebody else was faster, look again
+
+
+@dataclass(frozen=True, kw_only=True)
+class NodeState:
+    """What a node says of its device. Bytes."""
+
+    node: str
+    host: str
+    gpu: str
+    device_name: str
+    kind: str
+    total: int
+    outside_bytes: int = 0
+    outside: list[dict[str, Any]] = field(default_factory=list)
+    used: dict[str, int] = field(default_factory=dict)  # by job_id
+    margin: int = 0
+    max_jobs: int = 1
+    user_limit: int | None = None
+    labels: dict[str, str] = field(default_factory=dict)
+    load: int | None = None
+    temperature: int | None = None
+    versions: dict[str, str] = field(default_factory=dict)
+    instance: str | None = None
+    draining: bool = False

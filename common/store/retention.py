@@ -1,0 +1,109 @@
+"""What the rows say of files that may go: results beyond the newest, attempts that are over, data that nobody needs."""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+
+from sqlalchemy import ColumnElement, Select, and_, delete, func, or_, select, update
+from sqlalchemy.orm import Session
+
+from loractl.common.job.status import Status
+
+from .adapters import is_tagged
+from .tables import Adapter, Attempt, Job, LogChunk
+
+ENDED = tuple(status for status in Status if status.is_terminal)
+
+_IDS_AT_ONCE = 500
+"""Jobs that one statement asks for; SQLite takes 32766 parameters, PostgreSQL 65535."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Over:
+    """Of some jobs: those that the database knows, those that have ended, and attempts that left no kept result.
+
+    An ended attempt is never run again and never becomes a result, whatever its job does.
+    """
+
+    known: frozenset[int]
+    jobs: frozenset[int]
+    attempts: frozenset[tuple[int, int]]  # job_id, attempt
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpentLog:
+    """Log lines in the database that are stored with a result as well."""
+
+    job_id: int
+    attempt: int
+    size: int  # characters
+
+
+def has_result() -> ColumnElement[bool]:
+    return and_(Job.status == Status.SUCCEEDED, Job.report_uri.is_not(None))
+
+
+def beyond_newest(keep: int) -> Select[Job]:
+    """Results beyond the `keep` newest of their user and name, oldest first; what somebody has tagged stays."""
+    place = func.row_number().over(partition_by=(Job.user, Job.name), order_by=(Job.ended_at.desc(), Job.job_id.desc()))
+    placed = select(Job.job_id, place.label("place")).where(has_result()).subquery()
+    return (
+        select(Job)
+        .join(placed, placed.c.job_id == Job.job_id)
+        .where(placed.c.place > keep, ~is_tagged())
+        .order_by(Job.job_id)
+    )
+
+
+def read_over(session: Session, job_ids: Collection[int]) -> Over:
+    known: set[int] = set()
+    jobs: set[int] = set()
+    attempts: set[tuple[int, int]] = set()
+    for some in _parts(job_ids):
+        for job_id, status in session.execute(select(Job.job_id, Job.status).where(Job.job_id.in_(some))):
+            known.add(job_id)
+            if status.is_terminal:
+                jobs.add(job_id)
+        accepted = and_(has_result(), Job.attempt == Attempt.attempt)
+        over = select(Attempt.job_id, Attempt.attempt).join(Job, Job.job_id == Attempt.job_id)
+        over = over.where(Attempt.job_id.in_(some), Attempt.ended_at.is_not(None), ~accepted)
+        attempts.update((job_id, attempt) for job_id, attempt in session.execute(over))
+    return Over(known=frozenset(known), jobs=frozenset(jobs), attempts=frozenset(attempts))
+
+
+def read_needed_data(session: Session, ended_since: dt.datetime, without: Collection[int]) -> set[str]:
+    """File names of the data sets of jobs that wait, run, have a result, or ended since then and may be retried.
+
+    `without`: jobs whose results count as removed.
+    """
+    needed: set[str] = set()
+    wanted = or_(Job.status.not_in(ENDED), has_result(), Job.ended_at >= ended_since)
+    for job in session.execute(select(Job.job_id, Job.data, Job.ended_at).where(wanted)):
+        if job.job_id in without and job.ended_at is not None and job.ended_at < ended_since:
+            continue
+        needed.update(stored["uri"].rpartition("/")[2] for stored in job.data.values() if stored)
+    return needed
+
+
+def drop_result(session: Session, job_id: int) -> bool:
+    """Forget a job's result; False when it has none, or somebody has tagged it."""
+    gone = update(Job).where(Job.job_id == job_id, has_result(), ~is_tagged()).values(adapter_uri=None, report_uri=None)
+    if session.execute(gone.returning(Job.job_id)).first() is None:
+        return False
+    session.execute(delete(Adapter).where(Adapter.job_id == job_id))
+    return True
+
+
+def spent_logs() -> Select[int, int, int]:
+    """(job_id, attempt, characters) of logs whose attempt has stored the whole of it with its result."""
+    size = func.sum(func.length(LogChunk.text))
+    stored = and_(Job.job_id == LogChunk.job_id, Job.attempt == LogChunk.attempt, Job.status == Status.SUCCEEDED)
+    return select(Job.job_id, Job.attempt, size).join(LogChunk, stored).group_by(Job.job_id, Job.attempt)
+
+
+def _parts(job_ids: Collection[int]) -> Iterator[list[int]]:
+    ordered = sorted(job_ids)
+    for first in range(0, len(ordered), _IDS_AT_ONCE):
+        yield ordered[first : first + _IDS_AT_ONCE]

@@ -1,0 +1,288 @@
+"""The database's tables. The rows are the truth about every job; messages on the queue are hints."""
+
+from __future__ import annotations
+
+import datetime as dt
+from typing import Annotated, Any
+
+from sqlalchemy import JSON, BigInteger, DateTime, Dialect, ForeignKey, Index, String, Text, TypeDecorator, text
+from sqlalchemy import Enum as SqlEnum
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+from loractl.common.job.status import Reason, Stage, Status
+
+
+class UtcDateTime(TypeDecorator[dt.datetime]):
+    """An aware UTC datetime; SQLite stores none, so the zone is taken off and put back."""
+
+    impl = DateTime(timezone=True)
+    cache_ok = True
+
+    def process_bind_param(self, value: dt.datetime | None, dialect: Dialect) -> dt.datetime | None:
+        if value is None or dialect.name != "sqlite":
+            return value
+        return value.astimezone(dt.UTC).replace(tzinfo=None)
+
+    def process_result_value(self, value: dt.datetime | None, dialect: Dialect) -> dt.datetime | None:
+        if value is None:
+            return None
+        return value.replace(tzinfo=dt.UTC) if value.tzinfo is None else value.astimezone(dt.UTC)
+
+
+def _by_value(enum: type[Any]) -> SqlEnum:
+    return SqlEnum(
+        enum, values_callable=lambda e: [m.value for m in e], native_enum=False, length=24, create_constraint=False
+    )
+
+
+Timestamp = Annotated[dt.datetime, mapped_column(UtcDateTime())]
+Bytes = Annotated[int, mapped_column(BigInteger)]
+Key = Annotated[int, mapped_column(primary_key=True, autoincrement=True)]
+JobKey = Annotated[int, mapped_column(ForeignKey("jobs.job_id", ondelete="CASCADE"))]
+
+
+class Base(DeclarativeBase):
+    type_annotation_map = {dict[str, Any]: JSON, dict[str, str]: JSON, str: String(255)}  # noqa: RUF012  SQLAlchemy's own form
+
+
+def _where_queued(name: str, *columns: str, also: str = "") -> Index:
+    """An index over waiting jobs alone: ended ones, which are nearly all, cost it nothing.
+
+    It begins with the status, which is one and the same: without it SQLite takes the index on status alone, in which it
+    reads every waiting job.
+    """
+    waiting = text(f"status = 'queued'{also}")
+    return Index(name, "status", *columns, postgresql_where=waiting, sqlite_where=waiting)
+
+
+class Job(Base):
+    """One submitted job: what was asked, and where it stands."""
+
+    __tablename__ = "jobs"
+    __table_args__ = (
+        _where_queued("ix_jobs_line", "queue_key", "job_id"),
+        _where_queued("ix_jobs_line_need", "queue_key", "vram_needed"),
+        _where_queued("ix_jobs_line_user", "priority", "user", "job_id"),
+        _where_queued("ix_jobs_waiting", "job_id"),
+        _where_queued("ix_jobs_class", "vram_class"),
+        _where_queued("ix_jobs_patience", "lora_until", also=" AND lora_until IS NOT NULL"),
+        Index(
+            "ix_jobs_lease",
+            "lease_expires_at",
+            postgresql_where=text("status = 'running'"),
+            sqlite_where=text("status = 'running'"),
+        ),
+        {"sqlite_autoincrement": True},  # a number is never given twice, also after a delete
+    )
+
+    job_id: Mapped[Key]
+    name: Mapped[str]
+    user: Mapped[str] = mapped_column(index=True)
+    labels: Mapped[dict[str, str]]
+    spec: Mapped[dict[str, Any]]
+    spec_hash: Mapped[str] = mapped_column(String(64))
+    base_model: Mapped[str] = mapped_column(Text)
+    data: Mapped[dict[str, Any]]  # stored data sets: {"path": {"uri", "sha256", "rows"}, "eval_path": ...}
+    priority: Mapped[int]
+    vram_lora: Mapped[Bytes | None]  # predicted peak by method; null: can't be planned on the client
+    vram_qlora: Mapped[Bytes | None]
+    vram_needed: Mapped[Bytes | None]  # the least with which a permitted method runs; null: not known yet
+    vram_class: Mapped[int]  # GiB; the queue that wakes nodes for it
+    planned: Mapped[dict[str, Any]]  # bytes by method as predicted, before what was learned from measured peaks
+    # priority, size step, required labels, user; bytewise order in every database
+    queue_key: Mapped[str] = mapped_column(Text().with_variant(Text(collation="C"), "postgresql"))
+    methods: Mapped[list[str]] = mapped_column(JSON)  # permitted ones, the preferred first
+    lora_until: Mapped[Timestamp | None]  # until then it waits for a card that holds LoRA; null: it does not
+    need_key: Mapped[str | None] = mapped_column(String(64), index=True)  # jobs with the same one need the same memory
+    family: Mapped[str | None] = mapped_column(String(64))  # the base's model_type; null: not known on the client
+    checkpoint: Mapped[dict[str, Any] | None]  # the newest one in the artifact store: step, prefix
+    adjustment: Mapped[dict[str, Any] | None]  # what out-of-memory has changed: micro-batch, accumulation, ...
+    max_retries: Mapped[int]
+
+    status: Mapped[Status] = mapped_column(_by_value(Status), index=True)
+    reason: Mapped[Reason | None] = mapped_column(_by_value(Reason))
+    message: Mapped[str | None] = mapped_column(Text)  # why, in one sentence
+    stage: Mapped[Stage | None] = mapped_column(_by_value(Stage))
+    cancel_requested: Mapped[bool] = mapped_column(default=False)
+    preemptible: Mapped[bool] = mapped_column(default=False)
+    preempted_by: Mapped[int | None]  # the job that this running one gives way to
+    version: Mapped[str | None] = mapped_column(String(32))  # of the loractl that wrote the spec
+    held: Mapped[bool] = mapped_column(default=False)
+    not_before: Mapped[Timestamp | None]  # backoff
+    attempt: Mapped[int] = mapped_column(default=0)
+    retries_used: Mapped[int] = mapped_column(default=0)
+
+    token: Mapped[str | None] = mapped_column(String(32))  # of the attempt that holds the lease
+    vram_reserved: Mapped[Bytes | None]  # of its card, while it runs
+    lease_expires_at: Mapped[Timestamp | None]
+    node: Mapped[str | None]
+    gpu: Mapped[str | None]
+    method: Mapped[str | None] = mapped_column(String(8))
+    step: Mapped[int | None]
+    total_steps: Mapped[int | None]
+    loss: Mapped[float | None]
+    tokens_per_second: Mapped[float | None]
+    eta_seconds: Mapped[float | None]
+    eta_spread_seconds: Mapped[float | None]  # it ends within so much of the expected time, about 19 times in 20
+
+    submitted_at: Mapped[Timestamp]
+    started_at: Mapped[Timestamp | None]
+    ended_at: Mapped[Timestamp | None]
+    adapter_uri: Mapped[str | None] = mapped_column(Text)
+    report_uri: Mapped[str | None] = mapped_column(Text)
+    sweep_id: Mapped[int | None] = mapped_column(index=True)  # of which it is a member
+
+
+class Sweep(Base):
+    """Jobs of one job file with different settings, submitted together."""
+
+    __tablename__ = "sweeps"
+    __table_args__ = ({"sqlite_autoincrement": True},)
+
+    sweep_id: Mapped[Key]
+    name: Mapped[str]
+    user: Mapped[str]
+    settings: Mapped[dict[str, Any]]  # varied: text as it was given, by key; trials and seed where points were drawn
+    rungs: Mapped[list[float] | None] = mapped_column(JSON(none_as_null=True))  # shares; null: no loser is stopped
+    created_at: Mapped[Timestamp]
+
+
+class Attempt(Base):
+    """One run of a job on one device."""
+
+    __tablename__ = "attempts"
+
+    job_id: Mapped[JobKey] = mapped_column(primary_key=True)
+    attempt: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    token: Mapped[str] = mapped_column(String(32))
+    node: Mapped[str]
+    gpu: Mapped[str]
+    method: Mapped[str] = mapped_column(String(8))
+    vram_planned: Mapped[Bytes | None]
+    vram_reserved: Mapped[Bytes | None]
+    vram_peak: Mapped[Bytes | None]  # reserved by CUDA's allocator; on a CPU the process's resident set
+    vram_allocated: Mapped[Bytes | None]  # of it, by tensors
+    vram_process: Mapped[Bytes | None]  # of the device, by the whole process, context included
+    device_name: Mapped[str | None]
+    device_kind: Mapped[str | None] = mapped_column(String(8))
+    started_at: Mapped[Timestamp]
+    ended_at: Mapped[Timestamp | None]
+    reason: Mapped[Reason | None] = mapped_column(_by_value(Reason))
+    message: Mapped[str | None] = mapped_column(Text)
+    resumed_from_step: Mapped[int | None]
+
+
+class Event(Base):
+    """One line of a job's history; never changed."""
+
+    __tablename__ = "events"
+
+    event_id: Mapped[Key]
+    job_id: Mapped[JobKey] = mapped_column(index=True)
+    attempt: Mapped[int | None]
+    at: Mapped[Timestamp]
+    kind: Mapped[str] = mapped_column(String(32))
+    text: Mapped[str] = mapped_column(Text)
+
+
+class Node(Base):
+    """One device that a worker serves, as it was last seen."""
+
+    __tablename__ = "nodes"
+
+    node: Mapped[str] = mapped_column(primary_key=True)  # host:index
+    host: Mapped[str]
+    gpu: Mapped[str]  # UUID
+    device_name: Mapped[str]
+    kind: Mapped[str] = mapped_column(String(8))  # nvml, cpu, sim
+    total: Mapped[Bytes]
+    free: Mapped[Bytes]  # what a new job may take
+    reserved: Mapped[Bytes]  # by running jobs
+    outside: Mapped[list[dict[str, Any]]] = mapped_column(JSON)  # other people's processes: pid, user, name, bytes
+    outside_bytes: Mapped[Bytes]  # held by what is not ours, or was a short while ago
+    used: Mapped[dict[str, Any]]  # bytes measured now, by job
+    margin: Mapped[Bytes]  # what the box's owner keeps free
+    max_jobs: Mapped[int]
+    user_limit: Mapped[int | None]  # running jobs a user may have
+    labels: Mapped[dict[str, str]]
+    load: Mapped[int | None]  # percent
+    temperature: Mapped[int | None]  # °C
+    versions: Mapped[dict[str, str]]
+    draining: Mapped[bool] = mapped_column(default=False)
+    instance: Mapped[str | None] = mapped_column(String(64))  # of the box: two boxes may call themselves the same
+    seen_at: Mapped[Timestamp]
+
+
+class DrainOrder(Base):
+    """A person's wish that a box, or one card of it, takes no more jobs."""
+
+    __tablename__ = "drains"
+
+    target: Mapped[str] = mapped_column(primary_key=True)  # a host, or host:index
+    user: Mapped[str]
+    reason: Mapped[str] = mapped_column(Text)
+    at: Mapped[Timestamp]
+    until: Mapped[Timestamp | None]
+    now: Mapped[bool]  # running jobs are given back after a checkpoint
+
+
+class Use(Base):
+    """What a user has had of the cards, for fair share."""
+
+    __tablename__ = "uses"
+
+    user: Mapped[str] = mapped_column(primary_key=True)
+    gib_hours: Mapped[float]  # as of `at`; older use counts less (policy.HALF_LIFE_S)
+    at: Mapped[Timestamp]
+
+
+class MetricPoint(Base):
+    """One measured value at one step of an attempt."""
+
+    __tablename__ = "metrics"
+
+    job_id: Mapped[JobKey] = mapped_column(primary_key=True)
+    attempt: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    step: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    name: Mapped[str] = mapped_column(String(64), primary_key=True)
+    value: Mapped[float]
+
+
+class LogChunk(Base):
+    """Lines of a running attempt's log; the whole log is an artifact at the end."""
+
+    __tablename__ = "log_chunks"
+
+    chunk_id: Mapped[Key]
+    job_id: Mapped[JobKey] = mapped_column(index=True)
+    attempt: Mapped[int]
+    at: Mapped[Timestamp]
+    text: Mapped[str] = mapped_column(Text)
+
+
+class Adapter(Base):
+    """A stored adapter of a job that succeeded."""
+
+    __tablename__ = "adapters"
+
+    job_id: Mapped[JobKey] = mapped_column(primary_key=True)
+    attempt: Mapped[int]
+    name: Mapped[str] = mapped_column(index=True)
+    base_model: Mapped[str] = mapped_column(Text)
+    method: Mapped[str] = mapped_column(String(8))
+    uri: Mapped[str] = mapped_column(Text)
+    size: Mapped[Bytes]
+    sha256: Mapped[str] = mapped_column(String(64))
+    created_at: Mapped[Timestamp]
+
+
+class Tag(Base):
+    """A name that a person gave to an adapter among those of one job name, like prod; it moves with them."""
+
+    __tablename__ = "tags"
+
+    name: Mapped[str] = mapped_column(primary_key=True)  # of the jobs
+    tag: Mapped[str] = mapped_column(String(64), primary_key=True)
+    job_id: Mapped[JobKey] = mapped_column(index=True)
+    user: Mapped[str]  # who set it last
+    at: Mapped[Timestamp]

@@ -1,0 +1,1 @@
+"""Other tools' configurations as job files. No database."""

@@ -1,0 +1,243 @@
+"""Axolotl's configuration as a job."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from loractl.common.errors import UsageError
+
+from .translation import (
+    ANSWERS,
+    BF16,
+    BY_LENGTH,
+    FP16,
+    FRESH,
+    IN_ORDER,
+    NOT_SUPERVISED,
+    ONE_CARD,
+    OPTIMIZER,
+    REMOTE,
+    TEMPLATE,
+    TOKENS,
+    Imported,
+    carry_by_rules,
+    carry_same,
+    choice,
+    fill_in,
+    from_here,
+    get_key,
+    held_out,
+    names_of,
+    only,
+    set_key,
+    short,
+    skip_all,
+    truth,
+)
+
+_AS_HERE = {"split": "train", "roles_to_train": ["assistant"], "train_on_eos": "turn"}  # what loractl does anyway
+
+
+def from_axolotl(theirs: dict[str, Any], file: Path, folder: Path) -> Imported:
+    """The job of an Axolotl file. Raises UsageError for what is no LoRA on rows with answers."""
+    found = Imported("Axolotl")
+    for key in ("rl", "reward_model", "process_reward_model"):
+        if theirs.get(key):
+            raise UsageError(f"{file} has {key}: {NOT_SUPERVISED}, by no other objective")
+    adapter = theirs.get("adapter")
+    if adapter not in ("lora", "qlora"):
+        what = "all weights" if adapter is None else f"a {adapter} adapter"
+        raise UsageError(
+            f"{file} trains {what}: loractl trains LoRA and QLoRA",
+            "set adapter: lora or adapter: qlora, with lora_r and lora_alpha",
+        )
+    found.put("base_model", "base_model", theirs["base_model"])
+    four_bit = adapter == "qlora" or theirs.get("load_in_4bit") is True
+    found.put("adapter", "method", "qlora" if four_bit else "lora")
+    carry_same(found, theirs, _SAME)
+    skip_all(found, theirs, _NOT_NEEDED)
+    carry_by_rules(found, theirs, _RULES)
+    datasets = theirs.get("datasets") or []
+    _data(found, datasets if isinstance(datasets, list) else [datasets], file, folder)
+    tests = theirs.get("test_datasets")
+    if isinstance(tests, list) and tests and isinstance(tests[0], dict) and "path" in tests[0]:
+        found.put("test_datasets", "dataset.eval_path", from_here(tests[0]["path"], file.parent, folder))
+        found.job["dataset"].pop("test_size", None)
+    fill_in(found, _DEFAULTS)
+    return found
+
+
+def _data(found: Imported, datasets: list[Any], file: Path, folder: Path) -> None:
+    first = datasets[0] if datasets and isinstance(datasets[0], dict) else {}
+    if "path" not in first:
+        raise UsageError(f"{file} names no data set", "datasets needs an entry with a path")
+    files = first.get("data_files")
+    path = files[0] if isinstance(files, list) and files else files or first["path"]
+    found.put("datasets", "dataset.path", from_here(path, file.parent, folder))
+    if len(datasets) > 1 or (isinstance(files, list) and len(files) > 1):
+        found.leave("datasets[1:]", "a job trains on one data set: put the rows into one file")
+    kind = first.get("type", "chat_template")
+    formats = {"alpaca": "alpaca", "sharegpt": "sharegpt", "completion": "text", "chat_template": None}
+    if isinstance(kind, dict):
+        columns = {
+            ours: kind[theirs]
+            for theirs, ours in (
+                ("field_instruction", "instruction"),
+                ("field_input", "input"),
+                ("field_output", "output"),
+                ("field_system", "system"),
+            )
+            if kind.get(theirs)
+        }
+        found.put("datasets[0].type", "dataset.columns", columns)
+        rest = sorted(str(key) for key, value in kind.items() if not str(key).startswith("field_") and value)
+        if rest:
+            found.leave("datasets[0].type", f"{', '.join(rest)}: prompts are made by the model's own chat template")
+    elif isinstance(kind, str) and kind in formats:
+        if formats[kind]:
+            found.put("datasets[0].type", "dataset.format", formats[kind])
+    else:
+        found.leave("datasets[0].type", f"{short(kind)}: rows are recognised by their columns instead")
+    renamed = {"field_messages": "messages", "message_field_role": "role", "message_field_content": "content"}
+    for theirs, ours in renamed.items():
+        if first.get(theirs):
+            found.put(f"datasets[0].{theirs}", f"dataset.columns.{ours}", first[theirs])
+    if kind == "completion" and first.get("field"):
+        found.put("datasets[0].field", "dataset.columns.text", first["field"])
+    known = {"path", "type", "data_files", "ds_type", "field", *renamed}
+    mappings = first.get("message_property_mappings")
+    if isinstance(mappings, dict):
+        known.add("message_property_mappings")
+        for ours in ("role", "content"):
+            if mappings.get(ours, ours) != ours:
+                found.put(f"datasets[0].message_property_mappings.{ours}", f"dataset.columns.{ours}", mappings[ours])
+    for key in sorted(first.keys() - known, key=str):
+        if first[key] == _AS_HERE.get(key):
+            continue
+        found.leave(f"datasets[0].{key}", f"{short(first[key])}: loractl has no such setting")
+
+
+def _all_linear(found: Imported, key: str, value: Any) -> None:
+    if value is True:
+        found.put(key, "lora.target_modules", "all-linear")
+    else:
+        found.skip(key)
+
+
+def _tracker(name: str) -> Callable[[Imported, str, Any], None]:
+    def rule(found: Imported, key: str, value: Any) -> None:
+        if not value:
+            found.skip(key)
+            return
+        set_key(found.job, "training.report_to", [*(get_key(found.job, "training.report_to") or []), name])
+        found.carried[key] = "training.report_to"
+
+    return rule
+
+
+def _least_rate(found: Imported, key: str, value: Any) -> None:
+    found.put(key, "training.lr_scheduler_kwargs", {"min_lr_rate": value})
+    set_key(found.job, "training.lr_scheduler_type", "cosine_with_min_lr")
+
+
+_SAME = {
+    "revision_of_model": "revision",
+    "sequence_len": "dataset.max_length",
+    "lora_r": "lora.r",
+    "lora_alpha": "lora.lora_alpha",
+    "lora_dropout": "lora.lora_dropout",
+    "lora_modules_to_save": "lora.modules_to_save",
+    "peft_use_dora": "lora.use_dora",
+    "peft_use_rslora": "lora.use_rslora",
+    "gradient_accumulation_steps": "training.gradient_accumulation_steps",
+    "micro_batch_size": "training.per_device_train_batch_size",
+    "num_epochs": "training.num_train_epochs",
+    "max_steps": "training.max_steps",
+    "learning_rate": "training.learning_rate",
+    "lr_scheduler": "training.lr_scheduler_type",
+    "lr_scheduler_kwargs": "training.lr_scheduler_kwargs",
+    "weight_decay": "training.weight_decay",
+    "max_grad_norm": "training.max_grad_norm",
+    "adam_beta1": "training.adam_beta1",
+    "adam_beta2": "training.adam_beta2",
+    "adam_epsilon": "training.adam_epsilon",
+    "warmup_ratio": "training.warmup_steps",
+    "warmup_steps": "training.warmup_steps",
+    "label_smoothing_factor": "training.label_smoothing_factor",
+    "neftune_noise_alpha": "training.neftune_noise_alpha",
+    "noisy_embedding_alpha": "training.neftune_noise_alpha",
+    "sample_packing": "training.packing",
+    "torch_compile": "training.torch_compile",
+    "attn_implementation": "training.attn_implementation",
+    "logging_steps": "training.logging_steps",
+    "save_steps": "training.save_steps",
+    "eval_steps": "training.eval_steps",
+    "early_stopping_patience": "training.early_stopping_patience",
+    "load_best_model_at_end": "training.load_best_model_at_end",
+    "seed": "training.seed",
+    "eval_batch_size": "evaluation.per_device_eval_batch_size",
+    "eval_max_new_tokens": "evaluation.max_new_tokens",
+}
+
+
+_NOT_NEEDED = {
+    "output_dir", "dataset_prepared_path", "strict", "debug", "model_type", "tokenizer_type", "tokenizer_config",
+    "is_llama_derived_model", "is_mistral_derived_model", "load_in_4bit", "pad_to_sequence_len", "eval_sample_packing",
+    "gradient_checkpointing_kwargs", "local_rank", "saves_per_epoch", "save_total_limit", "save_safetensors",
+    "eval_table_size", "wandb_entity", "wandb_watch", "wandb_name", "wandb_run_id", "wandb_log_model", "wandb_mode",
+    "dataset_processes", "dataloader_num_workers", "dataloader_pin_memory", "hub_model_id", "val_set_seed",
+    "lora_fan_in_fan_out", "resume_from_checkpoint", "auto_resume_from_checkpoints", "plugins",
+    "include_tokens_per_second", "shuffle_merged_datasets", "do_eval", "eval_strategy", "save_strategy",
+}  # fmt: skip
+
+
+_RULES: dict[str, Callable[[Imported, str, Any], None]] = {
+    "val_set_size": held_out,
+    "lora_target_modules": names_of("lora.target_modules"),
+    "lora_target_linear": _all_linear,
+    "optimizer": OPTIMIZER,
+    "cosine_min_lr_ratio": _least_rate,
+    "bf16": BF16,
+    "bfloat16": BF16,
+    "fp16": FP16,
+    "float16": FP16,
+    "tf32": only(False, "matrix products keep torch's default precision"),
+    "gradient_checkpointing": truth("training.gradient_checkpointing"),
+    "flash_attention": choice("training.attn_implementation", {True: "flash_attention_2", False: None}, "unknown"),
+    "sdp_attention": choice("training.attn_implementation", {True: "sdpa", False: None}, "unknown"),
+    "eager_attention": choice("training.attn_implementation", {True: "eager", False: None}, "unknown"),
+    "xformers_attention": only(False, "attention is transformers' own"),
+    "group_by_length": BY_LENGTH,
+    "curriculum_sampling": IN_ORDER,
+    "peft_init_lora_weights": choice(
+        "lora.init_lora_weights",
+        {True: None, "gaussian": "gaussian", "orthogonal": "orthogonal", "loftq": "loftq"},
+        "the adapter begins as peft's default",
+    ),
+    "wandb_project": _tracker("wandb"),
+    "use_wandb": _tracker("wandb"),
+    "use_tensorboard": _tracker("tensorboard"),
+    "use_mlflow": _tracker("mlflow"),
+    "load_in_8bit": only(False, "true: the base is in 16 bit (lora) or NF4 (qlora)"),
+    "train_on_inputs": ANSWERS,
+    "chat_template": TEMPLATE,
+    "special_tokens": TOKENS,
+    "tokens": TOKENS,
+    "lora_model_dir": FRESH,
+    "deepspeed": ONE_CARD,
+    "fsdp": ONE_CARD,
+    "fsdp_config": ONE_CARD,
+    "trust_remote_code": REMOTE,
+    "evals_per_epoch": only(0, "the held-out loss is measured at the end, and every training.eval_steps"),
+}
+
+
+_DEFAULTS = {
+    "dataset.max_length": 512,
+    "lora.lora_dropout": 0.0,
+    "training.num_train_epochs": 1,
+    "training.per_device_train_batch_size": 1,
+    "training.gradient_accumulation_steps": 1,
+}

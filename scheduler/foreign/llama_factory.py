@@ -1,0 +1,215 @@
+"""LLaMA-Factory's configuration as a job."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from loractl.common.errors import UsageError
+
+from .translation import (
+    ANSWERS,
+    BF16,
+    BY_LENGTH,
+    FP16,
+    FRESH,
+    IN_ORDER,
+    NOT_SUPERVISED,
+    ONE_CARD,
+    OPTIMIZER,
+    REMOTE,
+    TEMPLATE,
+    TOKENS,
+    Imported,
+    carry_by_rules,
+    carry_same,
+    choice,
+    fill_in,
+    from_here,
+    get_key,
+    held_out,
+    names_of,
+    only,
+    short,
+    skip_all,
+    truth,
+)
+
+
+def from_llama_factory(theirs: dict[str, Any], file: Path, folder: Path) -> Imported:
+    """The job of a LLaMA-Factory file. Raises UsageError for what is no LoRA on rows with answers."""
+    found = Imported("LLaMA-Factory")
+    stage, kind = theirs.get("stage", "sft"), theirs.get("finetuning_type", "lora")
+    if stage not in ("sft", "pt"):
+        raise UsageError(f"{file} has stage: {stage}: {NOT_SUPERVISED}, by no other objective")
+    if kind != "lora":
+        raise UsageError(
+            f"{file} has finetuning_type: {kind}: loractl trains LoRA and QLoRA", "set finetuning_type: lora"
+        )
+    found.put("model_name_or_path", "base_model", theirs["model_name_or_path"])
+    bits = theirs.get("quantization_bit")
+    found.put("quantization_bit" if bits == 4 else "finetuning_type", "method", "qlora" if bits == 4 else "lora")
+    for key in ("stage", "finetuning_type"):
+        if key in theirs and key not in found.carried:
+            found.skip(key)
+    if bits not in (None, 4):
+        found.leave("quantization_bit", f"{short(bits)}: the base is in 16 bit (lora) or NF4 (qlora)")
+    carry_same(found, theirs, _SAME)
+    skip_all(found, theirs, _NOT_NEEDED)
+    carry_by_rules(found, theirs, _RULES)
+    place = file.parent / str(theirs.get("dataset_dir", "data"))
+    place = place if place.is_dir() else Path(str(theirs.get("dataset_dir", "data")))
+    if "dataset_dir" in theirs:
+        found.skip("dataset_dir")
+    if "dataset" not in theirs:
+        raise UsageError(f"{file} names no data set", "dataset is a name from dataset_info.json")
+    _data(found, "dataset", theirs["dataset"], place, folder)
+    if "eval_dataset" in theirs:
+        _data(found, "eval_dataset", theirs["eval_dataset"], place, folder)
+        found.job["dataset"].pop("test_size", None)
+    rank = get_key(found.job, "lora.r")
+    fill_in(found, {**_DEFAULTS, "lora.lora_alpha": 2 * (rank if isinstance(rank, int) else _DEFAULTS["lora.r"])})
+    return found
+
+
+def _data(found: Imported, key: str, named: Any, place: Path, folder: Path) -> None:
+    """Look the data set up in dataset_info.json, as LLaMA-Factory does."""
+    names = [str(name).strip() for name in (named if isinstance(named, list) else str(named).split(","))] or [""]
+    if len(names) > 1:
+        found.leave(f"{key}: {', '.join(names[1:])}", "a job trains on one data set: put the rows into one file")
+    ours = "dataset.path" if key == "dataset" else "dataset.eval_path"
+    listing = place / "dataset_info.json"
+    try:
+        entry = json.loads(listing.read_text(encoding="utf-8")).get(names[0], {})
+    except FileNotFoundError:
+        entry = {}
+    except (OSError, ValueError, AttributeError) as error:
+        raise UsageError(f"{listing} can't be read: {error}") from error
+    entry = entry if isinstance(entry, dict) else {}
+    local, hub = entry.get("file_name"), entry.get("hf_hub_url")
+    if isinstance(local, str) and local:
+        found.put(key, ours, from_here(local, place, folder))
+    elif isinstance(hub, str) and hub:
+        found.put(key, ours, hub)
+    else:
+        found.put(key, ours, names[0])
+        found.leave(f"{key}: {names[0]}", f"{listing} does not say which file that is: write its path into {ours}")
+    if key == "dataset":
+        _columns(found, listing.name, entry)
+
+
+def _columns(found: Imported, listing: str, entry: dict[str, Any]) -> None:
+    """What the listing calls the columns, where loractl would not call them so."""
+    columns, tags = ({} if not isinstance(part := entry.get(key), dict) else part for key in ("columns", "tags"))
+    if entry.get("formatting") == "sharegpt":
+        openai = tags.get("content_tag") == "content"
+        role, content = ("role", "content") if openai else ("from", "value")
+        theirs = {
+            "messages" if openai else "conversations": columns.get("messages", "conversations"),
+            role: tags.get("role_tag", "from"),
+            content: tags.get("content_tag", "value"),
+            "system": columns.get("system", "system"),
+        }
+        known = {"messages", "system"}
+    else:
+        ours_of = {"prompt": "instruction", "query": "input", "response": "output", "system": "system"}
+        theirs = {ours: columns.get(name, ours) for name, ours in ours_of.items()}
+        known = set(ours_of)
+    renamed = {ours: name for ours, name in theirs.items() if name and name != ours}
+    if renamed:
+        found.put(f"{listing}: columns", "dataset.columns", renamed)
+    for column in sorted(columns.keys() - known):
+        found.leave(f"{listing}: columns.{column}", "loractl's rows have no such column")
+
+
+def _trackers(found: Imported, key: str, value: Any) -> None:
+    names = value if isinstance(value, list) else [value]
+    if names in (["none"], [[]]):
+        found.skip(key)
+    else:
+        found.put(key, "training.report_to", names)
+
+
+_SAME = {
+    "model_revision": "revision",
+    "cutoff_len": "dataset.max_length",
+    "lora_rank": "lora.r",
+    "lora_alpha": "lora.lora_alpha",
+    "lora_dropout": "lora.lora_dropout",
+    "use_dora": "lora.use_dora",
+    "use_rslora": "lora.use_rslora",
+    "packing": "training.packing",
+    "neat_packing": "training.packing",
+    "neftune_noise_alpha": "training.neftune_noise_alpha",
+    "per_device_eval_batch_size": "evaluation.per_device_eval_batch_size",
+    "max_new_tokens": "evaluation.max_new_tokens",
+    "warmup_ratio": "training.warmup_steps",
+    "warmup_steps": "training.warmup_steps",
+    **{
+        key: f"training.{key}"
+        for key in (
+            "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "num_train_epochs",
+            "max_steps", "lr_scheduler_type", "lr_scheduler_kwargs", "weight_decay", "max_grad_norm", "adam_beta1",
+            "adam_beta2", "adam_epsilon", "label_smoothing_factor", "logging_steps", "save_steps", "eval_steps",
+            "load_best_model_at_end", "torch_compile", "seed",
+        )
+    },
+}  # fmt: skip
+
+
+_NOT_NEEDED = {
+    "do_train", "do_eval", "output_dir", "overwrite_output_dir", "overwrite_cache", "preprocessing_num_workers",
+    "dataloader_num_workers", "plot_loss", "save_only_model", "save_total_limit", "ddp_timeout", "save_strategy",
+    "resume_from_checkpoint", "eval_strategy", "evaluation_strategy", "run_name", "cache_dir", "tokenized_path",
+    "quantization_method", "double_quantization", "quantization_type", "report_to_project", "use_fast_tokenizer",
+    "include_num_input_tokens_seen", "ddp_find_unused_parameters", "val_on_each_dataset", "upcast_layernorm",
+}  # fmt: skip
+
+
+_RULES: dict[str, Callable[[Imported, str, Any], None]] = {
+    "val_size": held_out,
+    "lora_target": names_of("lora.target_modules"),
+    "additional_target": names_of("lora.modules_to_save"),
+    "optim": OPTIMIZER,
+    "bf16": BF16,
+    "pure_bf16": BF16,
+    "fp16": FP16,
+    "gradient_checkpointing": truth("training.gradient_checkpointing"),
+    "disable_gradient_checkpointing": lambda found, key, value: found.put(
+        key, "training.gradient_checkpointing", not value
+    ),
+    "flash_attn": choice(
+        "training.attn_implementation",
+        {"auto": None, "fa2": "flash_attention_2", "sdpa": "sdpa", "disabled": "eager"},
+        "attention is transformers' own",
+    ),
+    "group_by_length": BY_LENGTH,
+    "disable_shuffling": IN_ORDER,
+    "report_to": _trackers,
+    "template": TEMPLATE,
+    "max_samples": only(None, "every row is trained on"),
+    "train_on_prompt": ANSWERS,
+    "mask_history": only(False, "every answer of a conversation is learned"),
+    "pissa_init": only(False, "the adapter begins as peft's default"),
+    "adapter_name_or_path": FRESH,
+    "deepspeed": ONE_CARD,
+    "fsdp": ONE_CARD,
+    "trust_remote_code": REMOTE,
+    "add_tokens": TOKENS,
+    "add_special_tokens": TOKENS,
+    "resize_vocab": only(False, "the tokenizer is used as it is"),
+}
+
+
+_DEFAULTS: dict[str, Any] = {
+    "dataset.max_length": 2048,
+    "lora.r": 8,
+    "lora.lora_dropout": 0.0,
+    "training.learning_rate": 5e-5,
+    "training.per_device_train_batch_size": 8,
+    "training.gradient_accumulation_steps": 1,
+    "training.lr_scheduler_type": "linear",
+    "training.warmup_steps": 0,
+}

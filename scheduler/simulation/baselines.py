@@ -1,0 +1,88 @@
+"""Other placement rules, to compare ours with in a replay. Nothing runs a real job by them."""
+
+from __future__ import annotations
+
+import datetime as dt
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+from loractl.common.placement.lines import KeptLine
+from loractl.common.placement.replay import Job
+from loractl.common.placement.rule import Card, Occupant, Openings, Placement, Waiting, largest_gpu, suits
+
+
+class GreedyRule:
+    """Each job in its order takes the card that it fills best.
+
+    `shares`: several jobs on a card, up to its `max_jobs`, else one. `blocks`: what does not fit holds up all behind
+    it, else it is passed over. `shortest`: the order is by duration, which no real scheduler knows, else by arrival.
+    """
+
+    def __init__(self, *, shares: bool, blocks: bool, shortest: bool = False) -> None:
+        self._shares = shares
+        self._blocks = blocks
+        self._shortest = shortest
+        self._line = KeptLine()
+        self._ranks: dict[int, float] = {}
+
+    def arrived(self, job: Job) -> None:
+        rank = 0.0
+        if self._shortest:
+            rank = math.inf if job.seconds is None else job.seconds
+        self._ranks[job.waiting.job_id] = rank
+        self._line.add(job.waiting, rank)
+
+    def starts(self, cards: Sequence[Card], now: dt.datetime) -> list[Placement]:
+        at_hand = {c.node: c if self._shares else replace(c, max_jobs=1) for c in cards if c.open}
+        largest, placed = largest_gpu(cards), []
+        while len(self._line) and (openings := _openings(at_hand.values(), largest)).any:
+            job = self._line.first() if self._blocks else self._line.reader().next(openings)
+            found = None if job is None else _fill(job, at_hand.values(), largest)
+            if found is None:
+                break
+            placed.append(found)
+            occupant = Occupant(job_id=found.job.job_id, user=found.job.user, reserved=found.reserved)
+            at_hand[found.node] = at_hand[found.node].with_job(occupant)
+            self._line.remove(found.job, self._ranks.pop(found.job.job_id))
+        return placed
+
+    def ended(self, job_id: int, now: dt.datetime) -> None:
+        """Nothing depends on it."""
+
+
+def fifo() -> GreedyRule:
+    """First in, first out on whole cards: how a lab without a scheduler queues, and Slurm without its backfill."""
+    return GreedyRule(shares=False, blocks=True)
+
+
+def shortest_first() -> GreedyRule:
+    """The shortest job first on whole cards."""
+    return GreedyRule(shares=False, blocks=False, shortest=True)
+
+
+def best_fit() -> GreedyRule:
+    """Best fit on shared cards by age, without priority, share or reservation."""
+    return GreedyRule(shares=True, blocks=False)
+
+
+def _openings(cards: Iterable[Card], largest: int) -> Openings:
+    usable = [card for card in cards if card.slots and card.free]
+    return Openings(
+        gpu=max((c.free for c in usable if not c.processor), default=0),
+        processor=(largest, max((c.free for c in usable if c.processor), default=0)),
+        unknown=any(not c.running for c in usable if not c.processor or largest == 0),
+        labels=frozenset(c.labels for c in usable),
+    )
+
+
+def _fill(job: Waiting, cards: Iterable[Card], largest: int) -> Placement | None:
+    """The preferred method that some card holds now, on the card that it fills best."""
+    usable = [card for card in cards if card.slots and suits(card, job, largest)]
+    for method in job.methods:
+        size = job.need.of(method)
+        holding = [c for c in usable if (not c.running if size is None else size <= c.free)]
+        if holding:
+            card = min(holding, key=lambda c: (c.free, c.node))
+            return Placement(job=job, node=card.node, method=method, reserved=card.free if size is None else size)
+    return None

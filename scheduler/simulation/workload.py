@@ -1,0 +1,182 @@
+"""Traces of jobs as CSV files, and fleets as people write them, as values for a replay."""
+
+from __future__ import annotations
+
+import csv
+import datetime as dt
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from loractl.common.errors import DataError, UsageError
+from loractl.common.job.method import Method
+from loractl.common.placement.replay import Job
+from loractl.common.placement.rule import Card, Need, Waiting, default_max_jobs
+from loractl.common.units import GIB, parse_duration, parse_size
+
+BEGIN = dt.datetime(2000, 1, 1, tzinfo=dt.UTC)
+"""When a trace begins; only distances from it count."""
+
+OWN_COLUMNS = frozenset({"arrival", "vram", "duration", "user"})
+OPENB_COLUMNS = frozenset({"num_gpu", "gpu_milli", "qos", "creation_time", "scheduled_time", "deletion_time"})
+OPENB_CARD_BYTES = 24 * GIB
+"""openb's pods ask for thousandths of a card, whose memory it does not tell; its README stands in a 24 GB card."""
+
+_LARGEST = 2**63
+
+
+@dataclass(frozen=True, kw_only=True)
+class TraceJob:
+    """A job of a trace. Seconds and bytes."""
+
+    arrival: float
+    need: int
+    seconds: float
+    user: str
+    priority: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trace:
+    """The jobs in the order of their arrival, and what the file has beside them."""
+
+    jobs: tuple[TraceJob, ...]
+    left_out: int = 0  # rows that are no job on one card with a lifetime
+    users_are: str = "user"  # what the file's users really are
+
+
+def read_trace(path: Path) -> Trace:
+    """Read loractl's own form (arrival, vram, duration, user, and perhaps priority) or openb's list of pods.
+
+    Raises DataError with the line of what is wrong.
+    """
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file)
+            header = frozenset(reader.fieldnames or ())
+            rows = [(reader.line_num, row) for row in reader]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(path, f"can't be read as CSV: {getattr(error, 'strerror', None) or error}") from error
+    if header >= OWN_COLUMNS:
+        return _sorted(Trace(jobs=tuple(_own_job(path, line, row) for line, row in rows)))
+    if header >= OPENB_COLUMNS:
+        pods = [(line, row) for line, row in rows if _is_job(row)]
+        jobs = tuple(_pod(path, line, row) for line, row in pods)
+        return _sorted(Trace(jobs=jobs, left_out=len(rows) - len(jobs), users_are="qos class"))
+    raise DataError(
+        f"{path}:1",
+        f"its header lacks {', '.join(sorted(OWN_COLUMNS - header))}",
+        hint="the first line is arrival,vram,duration,user; openb's list of pods is read as it is",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chosen:
+    """The jobs of a trace that are replayed, and how many are not."""
+
+    trace: Trace
+    jobs: tuple[TraceJob, ...]
+    never: int  # larger than every card
+    longer: int  # run longer than was asked for
+
+
+def choose(trace: Trace, cards: Sequence[Card], longest: float, limit: int | None) -> Chosen:
+    """The first `limit` jobs that some card holds and that take at most `longest` seconds."""
+    largest = max(card.capacity for card in cards)
+    held = [job for job in trace.jobs if job.need <= largest]
+    jobs = [job for job in held if job.seconds <= longest]
+    never, longer = len(trace.jobs) - len(held), len(held) - len(jobs)
+    return Chosen(trace=trace, jobs=tuple(jobs[:limit]), never=never, longer=longer)
+
+
+def to_replay(jobs: Sequence[TraceJob], compress: float) -> list[Job]:
+    """The jobs for a replay from BEGIN on, their arrivals `compress` times as close, numbered by arrival."""
+    first = min((job.arrival for job in jobs), default=0.0)
+    return [
+        Job(
+            waiting=Waiting(
+                job_id=number,
+                user=job.user,
+                priority=job.priority,
+                since=BEGIN + dt.timedelta(seconds=(job.arrival - first) / compress),
+                methods=(Method.LORA,),  # a trace knows one need, whatever it is that ran
+                need=Need(lora=job.need, qlora=None),
+            ),
+            seconds=job.seconds,
+        )
+        for number, job in enumerate(jobs, start=1)
+    ]
+
+
+def parse_fleet(text: str, max_jobs: int | None = None) -> list[Card]:
+    """Cards of "2x12GiB,80GiB"; they are named by their number and size. Raises UsageError."""
+    sizes: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(?:(\d{1,4})\s*x\s*)?(.+?)\s*", part)
+        try:
+            if match is None:
+                raise ValueError("is empty")
+            size, count = parse_size(match[2]), int(match[1] or 1)
+            if not GIB <= size < _LARGEST or count < 1:
+                raise ValueError("is no card; write its size with a unit")
+        except ValueError as error:
+            raise UsageError(f"--fleet {text}: {part.strip()!r} {error}", "like --fleet 2x12GiB,80GiB") from error
+        sizes += [size] * count
+    return [
+        Card(node=f"sim:{n}", total=size, max_jobs=default_max_jobs(size) if max_jobs is None else max_jobs)
+        for n, size in enumerate(sizes)
+    ]
+
+
+def _sorted(trace: Trace) -> Trace:
+    jobs = tuple(sorted(trace.jobs, key=lambda job: job.arrival))
+    return Trace(jobs=jobs, left_out=trace.left_out, users_are=trace.users_are)
+
+
+def _own_job(path: Path, line: int, row: Mapping[str, str | None]) -> TraceJob:
+    def read(name: str, parse: Callable[[str], float]) -> float:
+        return _value(path, line, row, name, parse)
+
+    need = int(read("vram", parse_size))
+    if not need:
+        raise DataError(f"{path}:{line}", "vram is 0", hint="what the job needs of a card, like 20GiB")
+    return TraceJob(
+        arrival=read("arrival", parse_duration),
+        need=need,
+        seconds=read("duration", parse_duration),
+        user=(row["user"] or "").strip(),
+        priority=int(read("priority", int)) if (row.get("priority") or "").strip() else 0,
+    )
+
+
+def _is_job(row: Mapping[str, str | None]) -> bool:
+    """A pod with a part of one card, that was started and has ended."""
+    return row["num_gpu"] == "1" and bool(row["scheduled_time"]) and bool(row["deletion_time"])
+
+
+def _pod(path: Path, line: int, row: Mapping[str, str | None]) -> TraceJob:
+    def read(name: str) -> float:
+        return _value(path, line, row, name, float)
+
+    seconds = read("deletion_time") - read("scheduled_time")
+    if seconds < 0:
+        raise DataError(f"{path}:{line}", "deletion_time is before scheduled_time")
+    return TraceJob(
+        arrival=read("creation_time"),
+        need=int(read("gpu_milli") / 1000 * OPENB_CARD_BYTES),
+        seconds=seconds,
+        user=row["qos"] or "",
+    )
+
+
+def _value(path: Path, line: int, row: Mapping[str, str | None], name: str, parse: Callable[[str], float]) -> float:
+    text = (row.get(name) or "").strip()
+    try:
+        value = parse(text)
+    except ValueError as error:
+        what = str(error) if str(error).startswith("is ") else "is not a number"
+        raise DataError(f"{path}:{line}", f"{name} {text!r} {what}" if text else f"{name} is missing") from error
+    if not abs(value) < _LARGEST:  # nan is no number either
+        raise DataError(f"{path}:{line}", f"{name} {text!r} is not a number of any use")
+    return value

@@ -1,0 +1,123 @@
+"""What a job will need: its plan, corrected by what was measured, and the methods that are open to it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from loractl.common.errors import UsageError
+from loractl.common.job.method import Method
+from loractl.common.job.spec import TaskType
+from loractl.common.memory.architecture import read_shape
+from loractl.common.memory.correction import learned
+from loractl.common.memory.plan import predict
+from loractl.common.placement.rule import least_need, permitted_methods, within
+from loractl.common.store.records import Submission
+from loractl.common.units import gib
+
+if TYPE_CHECKING:
+    from loractl.common.job.spec import JobSpec
+    from loractl.common.store.store import Store
+
+
+ABSURD = 2**50
+"""Bytes that no card will have; the database's numbers end not far above."""
+
+
+def plan_job(spec: JobSpec, user: str, data: dict[str, Any], store: Store) -> Submission:
+    """Everything that submit writes of a job. Raises UsageError when its own max_vram is below every need."""
+    check_adapter(spec)
+    planned = predict(spec)
+    key, family = need_key(spec, data), model_family(spec)
+    need = learned(planned, key, store.measured(key, family))
+    methods = open_methods(spec)
+    if (least := least_need(methods, need) or 0) > ABSURD:
+        raise UsageError(
+            f"{spec.name} needs {gib(least)} GiB by its plan, which no card has",
+            "lower dataset.max_length or training.per_device_train_batch_size, or look at the base's config.json",
+        )
+    admitted = within(methods, need, spec.resources.max_vram)
+    if not admitted:
+        raise UsageError(
+            f"{spec.name} needs {gib(least_need(methods, need))} GiB by its plan, its resources.max_vram is "
+            f"{gib(spec.resources.max_vram)}",
+            "raise it, or lower dataset.max_length or training.per_device_train_batch_size",
+        )
+    return Submission(
+        spec=spec, user=user, data=data, need=need, planned=planned, methods=admitted, need_key=key, family=family
+    )
+
+
+def check_adapter(spec: JobSpec) -> None:
+    """Refuse an adapter that peft can't put on the base, where its config.json is here. Raises UsageError."""
+    shape = read_shape(spec.base_model, spec.revision)
+    if shape is None:
+        return
+    targets = spec.lora.target_modules
+    if isinstance(targets, list) and (unknown := [name for name in targets if not shape.adapted([name])]):
+        names = sorted({layer.name.rpartition(".")[2] for layer, _ in shape.adapted("all-linear")})
+        raise UsageError(
+            f"lora.target_modules: {', '.join(unknown)} is not a linear layer of {spec.base_model}",
+            f"it has {', '.join(names)}; or write all-linear",
+        )
+    fused = any(block.experts and block.experts.adapted for block in shape.blocks)
+    if targets == "all-linear" and fused and spec.lora.use_dora:
+        raise UsageError(
+            f"{spec.base_model} has fused experts, which peft can't adapt with DoRA",
+            "set lora.use_dora: false, or name the layers to adapt in lora.target_modules, like [q_proj, v_proj]",
+        )
+    if targets == "all-linear" and fused and spec.lora.lora_dropout > 0:
+        raise UsageError(
+            f"{spec.base_model} has fused experts, which peft adapts only without dropout",
+            "set lora.lora_dropout: 0, or name the layers to adapt in lora.target_modules, like [q_proj, v_proj]",
+        )
+
+
+def open_methods(spec: JobSpec) -> tuple[Method, ...]:
+    """The job's methods without QLoRA where its base is a GGUF file, which can't be quantised to NF4."""
+    methods = permitted_methods(spec.method)
+    folder = Path(spec.base_model)
+    gguf_alone = folder.is_dir() and any(folder.glob("*.gguf")) and not any(folder.glob("*.safetensors"))
+    return tuple(m for m in methods if m is not Method.QLORA) or methods if gguf_alone else methods
+
+
+def model_family(spec: JobSpec) -> str | None:
+    """The base's model_type; None when its config is not on this machine."""
+    shape = read_shape(spec.base_model, spec.revision)
+    return None if shape is None else shape.family
+
+
+def need_key(spec: JobSpec, data: dict[str, Any]) -> str:
+    """A hash of all that decides a job's memory: two jobs with one key need the same."""
+    deciding = spec.model_dump(
+        mode="json",
+        include={
+            "base_model": True,
+            "dataset": {"path", "eval_path", "format", "max_length", "on_overflow"},
+            "lora": {"r", "target_modules", "modules_to_save", "use_dora"},
+            "training": {
+                "per_device_train_batch_size",
+                "gradient_checkpointing",
+                "optim",
+                "packing",
+                "dtype",
+                "attn_implementation",
+            },
+            "evaluation": {"per_device_eval_batch_size", "max_new_tokens", "samples"},
+        },
+    )
+    if spec.task_type is TaskType.SEQ_CLS:  # only there: what was measured under the key's older form still counts
+        deciding["task_type"] = spec.task_type.value
+    hashes = {name: stored["sha256"] for name, stored in data.items()}
+    if hashes:
+        deciding["dataset"] |= {"path": hashes.get("path"), "eval_path": hashes.get("eval_path")}
+    return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()
+
+
+def stored_hashes(spec: JobSpec) -> dict[str, Any]:
+    """The hashes that the local data sets will have once they are stored: a job like it is found by them."""
+    from loractl.common.artifacts import sha256_of
+
+    return {key: {"sha256": sha256_of(Path(text))} for key, text in spec.data_sets().items() if Path(text).is_file()}

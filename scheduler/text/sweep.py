@@ -1,0 +1,226 @@
+"""How a sweep looks on a terminal and as JSON: its line among the jobs, its members, and what it saved."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from loractl.common.job.status import Stage, Status
+from loractl.common.units import thousands
+
+from .jobs import Screen, bar, fit, plain, table
+
+if TYPE_CHECKING:
+    from loractl.common.store.sweeps import Member, SweepView
+
+_DOING = {
+    Stage.PREPARING: "prepares",
+    Stage.TRAINING: "trains",
+    Stage.EVALUATING: "evaluates",
+    Stage.STORING: "is stored",
+}
+_ENDED = {Status.SUCCEEDED: "done", Status.FAILED: "failed", Status.CANCELLED: "cancelled"}
+_COLORS = {Status.SUCCEEDED: "green", Status.FAILED: "red", Status.RUNNING: "blue"}
+
+
+def overview(views: Sequence[SweepView], screen: Screen) -> list[str]:
+    """Each sweep in one line: where its members stand, and the best so far."""
+    counts = [count(view) for view in views]
+    names = ["running", "waiting", "stopped", "done"] + ["failed"] * any(one["failed"] for one in counts)
+    titles = {"running": "RUN", "waiting": "WAIT", "stopped": "STOPPED", "done": "DONE", "failed": "FAILED"}
+    headers = ["SWEEP", "NAME", "OWNER", *(titles[name] for name in names), "BEST SO FAR"]
+    times = "×" if screen.unicode else "x"
+    rows = [
+        [
+            str(view.sweep_id),
+            screen.style(f"{fit(view.name, 16)} {times}{len(view.members)}", bold=True),
+            fit(view.user, 8),
+            *(str(one[name]) for name in names),
+            "–" if view.best is None else f"{_loss_of(view, view.best)} with {_settings(view, view.best)}",
+        ]
+        for view, one in zip(views, counts, strict=True)
+    ]
+    before = sum(
+        max(len(head), *(len(click.unstyle(row[n])) for row in rows)) + 2 for n, head in enumerate(headers[:-1])
+    )
+    rows = [[*row[:-1], fit(row[-1], max(20, screen.width - before))] for row in rows]
+    return table(headers, rows, screen, right=("SWEEP", *headers[3:-1]))
+
+
+def opened(view: SweepView, screen: Screen) -> str:
+    """A sweep with a row a member; at its end the best one, and what stopping the losers saved."""
+    named = screen.style(f"Sweep {view.sweep_id} {plain(view.name)}", bold=True)
+    lines = [f"{named} by {plain(view.user)}: {len(view.members)} jobs, {_told(count(view))}."]
+    if view.rungs:
+        lines.append(f"Losers stop after {shares(view.rungs)} of their steps.")
+    headers = ["JOB", *titles(view), "PROGRESS", "LOSS", "AT", "STATE"]
+    rows = [_row(view, member, screen) for member in view.members]
+    lines += ["", *table(headers, rows, screen, right=(*number_columns(headers, rows), "LOSS", "AT"))]
+    if view.best is not None:
+        best = f"{view.best.job_id} ({_settings(view, view.best)}), held-out loss {_loss_of(view, view.best)}"
+        lines += ["", screen.style("Best: " if view.ended else "Best so far: ", bold=True) + best + "."]
+    saved, steps = view.saved_steps
+    if view.ended and view.rungs and steps:
+        part = f"{thousands(saved)} of {thousands(steps)} steps ({saved / steps * 100:.0f} %)"
+        lines.append(f"Stopping the losers saved {part}.")
+    return "\n".join([*lines, "", screen.dim(_next_command(view))])
+
+
+def points(first: str, found: Sequence[tuple[str, Mapping[str, Any]]], screen: Screen) -> list[str]:
+    """The settings of each member, under what `first` says."""
+    headers = [first, *found[0][1]]
+    rows = [[name, *map(value, settings.values())] for name, settings in found]
+    return table(headers, rows, screen, right=number_columns(headers, rows))
+
+
+def fields(view: SweepView) -> dict[str, Any]:
+    """A sweep as JSON values."""
+    saved, steps = view.saved_steps
+    best = view.best
+    return {
+        "sweep_id": view.sweep_id,
+        "name": view.name,
+        "user": view.user,
+        "created_at": view.created_at.isoformat(),
+        "varied": dict(view.varied),
+        "trials": view.trials,
+        "seed": view.seed,
+        "rungs": list(view.rungs),
+        "ended": view.ended,
+        **count(view),
+        "best_job_id": None if best is None else best.job_id,
+        "saved_steps": saved,
+        "total_steps": steps,
+        "members": [
+            {**vars(member), "settings": dict(member.settings), "rungs": [vars(point) for point in member.rungs]}
+            for member in view.members
+        ],
+    }
+
+
+def count(view: SweepView) -> dict[str, int]:
+    """How many members run, wait, were stopped early, are done, or ended otherwise."""
+    states = [
+        "running" if m.status is Status.RUNNING
+        else "waiting" if m.status is Status.QUEUED
+        else "done" if m.status is Status.SUCCEEDED
+        else "stopped" if m.pruned
+        else "failed"
+        for m in view.members
+    ]  # fmt: skip
+    return {name: states.count(name) for name in ("running", "waiting", "stopped", "done", "failed")}
+
+
+def short_keys(view: SweepView) -> dict[str, str]:
+    """The last word of each varied key, the whole key where two end alike."""
+    lasts = [key.rpartition(".")[2] for key in view.varied]
+    named = zip(view.varied, lasts, strict=True)
+    return {key: plain(last if lasts.count(last) == 1 else key) for key, last in named}
+
+
+def titles(view: SweepView) -> list[str]:
+    """The varied keys as heads of columns."""
+    return [name.upper() for name in short_keys(view).values()]
+
+
+def number_columns(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """The heads of those columns in which every cell is a number: they stand right."""
+    return [head for n, head in enumerate(headers) if all(_is_number(row[n]) for row in rows)]
+
+
+def settings_of(view: SweepView, member: Member) -> list[str]:
+    """The member's values of the varied keys, as they stand in a table."""
+    return [value(member.settings[key]) for key in view.varied]
+
+
+def shares(rungs: Sequence[float]) -> str:
+    """0.25 and 0.5 as "25 % and 50 %"."""
+    return " and ".join(f"{rung * 100:g} %" for rung in rungs)
+
+
+def listed(job_ids: Sequence[int]) -> str:
+    """12, 13, 14 as "12 to 14"; numbers with gaps one by one."""
+    if len(job_ids) > 2 and all(b == a + 1 for a, b in itertools.pairwise(job_ids)):
+        return f"{job_ids[0]} to {job_ids[-1]}"
+    return ", ".join(map(str, job_ids))
+
+
+def value(setting: Any) -> str:
+    """A setting as short as it can be read: 0.0003 rather than 0.00030000000000000003."""
+    if isinstance(setting, float):
+        return f"{setting:.4g}"
+    return plain(setting if isinstance(setting, str) else json.dumps(setting))
+
+
+def _row(view: SweepView, member: Member, screen: Screen) -> list[str]:
+    share = member.step / member.total_steps if member.step is not None and member.total_steps else None
+    point = member.rungs[-1] if member.rungs else None
+    at = "end" if member.final_loss is not None else "" if point is None else f"{point.rung * 100:g} %"
+    return [
+        str(member.job_id),
+        *settings_of(view, member),
+        screen.style(bar(share or 0.0, 10, screen), fg="blue") + (f" {share:4.0%}" if share is not None else "   – "),
+        screen.style("–" if member.loss is None else f"{member.loss:.3f}", bold=member is view.best),
+        at,
+        screen.style(_state(member), fg=_COLORS.get(member.status)),
+    ]
+
+
+def _state(member: Member) -> str:
+    if member.status is Status.QUEUED:
+        return "held" if member.held else "waits"
+    if member.status is Status.RUNNING:
+        where = f" on {plain(member.node)}" if member.node else ""
+        return (_DOING[member.stage] if member.stage is not None else "starts") + where
+    if member.pruned:
+        return f"stopped at {member.rungs[-1].rung * 100:g} %" if member.rungs else "stopped"
+    if member.status is Status.FAILED and member.reason is not None:
+        return f"failed: {member.reason.value}"
+    return _ENDED[member.status]
+
+
+def _told(counts: Mapping[str, int]) -> str:
+    words = {
+        "running": "run",
+        "waiting": "wait",
+        "stopped": "stopped early",
+        "done": "done",
+        "failed": "ended otherwise",
+    }
+    return ", ".join(f"{number} {words[name]}" for name, number in counts.items() if number)
+
+
+def _settings(view: SweepView, member: Member) -> str:
+    values = zip(short_keys(view).values(), settings_of(view, member), strict=True)
+    return ", ".join(f"{name} {text}" for name, text in values)
+
+
+def _loss_of(view: SweepView, member: Member) -> str:
+    if member.final_loss is not None:
+        return f"{member.final_loss:.3f}"
+    furthest = max(point.rung for one in view.members for point in one.rungs)
+    point = next(point for point in member.rungs if point.rung == furthest)
+    return f"{point.loss:.3f} at {point.rung * 100:g} %"
+
+
+def _next_command(view: SweepView) -> str:
+    if not view.ended:
+        waiting = [member.job_id for member in view.members if member.status is Status.QUEUED]
+        one = f"why one waits: loractl why {waiting[0]}" if waiting else f"one: loractl status {view.members[0].job_id}"
+        return f"Drop it: loractl cancel --sweep {view.sweep_id}   {one}"
+    if view.best is None or view.best.final_loss is None:
+        return f"What went wrong: loractl status {view.members[0].job_id}"
+    best = f"its report: loractl report {view.best.job_id}"
+    return f"Is it clearly the best? loractl compare --sweep {view.sweep_id}   {best}"
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

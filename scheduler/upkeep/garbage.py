@@ -1,0 +1,206 @@
+"""What nobody needs any more, in the artifact store and on this machine, and its removal.
+
+Rows go before files: a crash in between leaves files that no row names, and the next look finds them again. What
+belongs to a job that this database does not know is left alone, for another database may know it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime as dt
+import enum
+import re
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from loractl.common.artifacts import ArtifactStore, Holding, attempt_prefix, remove_tree
+from loractl.common.errors import LoractlError
+from loractl.common.settings import Settings
+from loractl.common.store.store import Store
+from loractl.common.store.tables import Job
+
+LEAST_AGE = dt.timedelta(days=1)
+"""Data and cache entries younger than that are never taken: a submit or a trainer may be just about to name them."""
+
+_JOB = re.compile(r"jobs/(\d+)/(?:attempt-(\d+)|checkpoints)", re.ASCII)
+_NUMBER = re.compile(r"[1-9]\d{0,17}", re.ASCII)
+
+
+class Kind(enum.StrEnum):
+    """What kind of thing goes, in the order of removal."""
+
+    RESULT = "result"  # adapter and report of an older run
+    ATTEMPT = "attempt"  # what an attempt stored that is nobody's result
+    CHECKPOINTS = "checkpoints"  # in the store, of an ended job
+    DATA = "data set"
+    WORK = "work folder"  # on this machine, of an ended job
+    CACHE = "cache"  # on this machine, not used for long
+    LOG = "log"  # lines in the database, stored with the result as well
+
+
+@dataclass(frozen=True, kw_only=True)
+class Garbage:
+    """One thing that nobody needs."""
+
+    kind: Kind
+    name: str  # in the store, a path on this machine, or the attempt whose log lines are meant
+    size: int  # bytes
+    why: str
+    job_id: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Policy:
+    """What a person wants to keep."""
+
+    keep_last: int | None  # results of each user and job name; None: all
+    older_than: dt.timedelta  # data sets and cache entries; at least LEAST_AGE
+
+
+class Cleaner:
+    """Finds and removes garbage."""
+
+    def __init__(self, settings: Settings, store: Store, artifacts: ArtifactStore, policy: Policy) -> None:
+        self._settings = settings
+        self._store = store
+        self._artifacts = artifacts
+        self._policy = policy
+
+    def unknown_jobs(self) -> set[int]:
+        """Jobs with files in the store that this database does not know: is it the store's only database?"""
+        found = {_job_of(held)[0] for held in self._artifacts.holdings("jobs")}
+        return found - self._store.over(found).known
+
+    def find(self) -> Iterator[Garbage]:
+        """What would go; nothing is changed."""
+        old = self._old_results()
+        gone = {job.job_id for job in old}
+        yield from self._results(old)
+        yield from self._below_jobs()
+        yield from self._data(gone)
+        yield from self._work()
+        yield from self._cache(gone)
+        yield from self._logs()
+
+    def remove(self) -> Iterator[Garbage]:
+        """Remove it and yield what has gone. Each kind is looked up just before it goes."""
+        for found in self._results(self._old_results()):
+            assert found.job_id is not None
+            if self._store.remove_result(found.job_id, self._settings.user):
+                self._artifacts.remove(found.name)
+                yield found
+        for found in self._below_jobs():
+            assert found.job_id is not None
+            # a job that was queued again meanwhile goes on from its checkpoint
+            if found.kind is Kind.ATTEMPT or self._store.forget_checkpoint(found.job_id):
+                self._artifacts.remove(found.name)
+                yield found
+        for found in self._data():
+            self._artifacts.remove(found.name)
+            yield found
+        for found in self._work():
+            if self._has_ended(found):
+                _remove_here(Path(found.name))
+                yield found
+        for found in self._cache():
+            _remove_here(Path(found.name))
+            yield found
+        for log in self._store.spent_logs():
+            self._store.forget_log(log)
+            yield _log(log.job_id, log.attempt, log.size)
+
+    def _old_results(self) -> list[Job]:
+        return [] if self._policy.keep_last is None else self._store.beyond_newest(self._policy.keep_last)
+
+    def _results(self, old: Collection[Job]) -> Iterator[Garbage]:
+        sizes = {held.name: held.size for held in self._artifacts.holdings("jobs")} if old else {}
+        for job in old:
+            name, why = attempt_prefix(job.job_id, job.attempt), f"older than {job.user}'s newest of {job.name}"
+            yield Garbage(kind=Kind.RESULT, name=name, size=sizes.get(name, 0), why=why, job_id=job.job_id)
+
+    def _below_jobs(self) -> Iterator[Garbage]:
+        """Stored attempts that are nobody's result, and checkpoints of ended jobs."""
+        held = self._artifacts.holdings("jobs")
+        over = self._store.over({_job_of(holding)[0] for holding in held})
+        for holding in held:
+            job_id, attempt = _job_of(holding)
+            if attempt is None and job_id in over.jobs:
+                kind, why = Kind.CHECKPOINTS, "the job has ended"
+            elif attempt is not None and (job_id, attempt) in over.attempts:
+                kind, why = Kind.ATTEMPT, "no result: the attempt ended otherwise, or was removed"
+            else:
+                continue
+            yield Garbage(kind=kind, name=holding.name, size=holding.size, why=why, job_id=job_id)
+
+    def _data(self, without: Collection[int] = ()) -> Iterator[Garbage]:
+        limit = self._limit()
+        held = [holding for holding in self._artifacts.holdings("datasets") if holding.changed_at < limit]
+        needed = self._store.needed_data(limit, without) if held else set()
+        for holding in held:
+            if holding.name.rpartition("/")[2] not in needed:
+                why = f"no job needs it, last submitted {holding.changed_at:%Y-%m-%d}"
+                yield Garbage(kind=Kind.DATA, name=holding.name, size=holding.size, why=why)
+
+    def _work(self) -> Iterator[Garbage]:
+        folders = {int(p.name): p for p in _children(self._settings.work_dir) if _NUMBER.fullmatch(p.name)}
+        for job_id in sorted(self._store.over(folders).jobs):
+            folder, why = folders[job_id], f"job {job_id} has ended"
+            yield Garbage(kind=Kind.WORK, name=str(folder), size=_size(folder), why=why, job_id=job_id)
+
+    def _cache(self, without: Collection[int] = ()) -> Iterator[Garbage]:
+        """Entries that were not read for long, but for data that a job still needs."""
+        limit = self._limit()
+        needed = self._store.needed_data(limit, without)
+        for part in ("datasets", "tokenised", "bases", "adapters"):
+            for entry in _children(self._settings.cache_dir / part):
+                with contextlib.suppress(FileNotFoundError):  # a trainer has just put it in its place
+                    used_at = dt.datetime.fromtimestamp(entry.lstat().st_mtime, dt.UTC)
+                    if used_at < limit and entry.name not in needed:
+                        why = f"last used {used_at:%Y-%m-%d}"
+                        yield Garbage(kind=Kind.CACHE, name=str(entry), size=_size(entry), why=why)
+
+    def _logs(self) -> Iterator[Garbage]:
+        for log in self._store.spent_logs():
+            yield _log(log.job_id, log.attempt, log.size)
+
+    def _limit(self) -> dt.datetime:
+        return self._store.now() - max(self._policy.older_than, LEAST_AGE)
+
+    def _has_ended(self, found: Garbage) -> bool:
+        """Still so at this moment: the job may have been queued again since we looked."""
+        return found.job_id is not None and found.job_id in self._store.over([found.job_id]).jobs
+
+
+def _log(job_id: int, attempt: int, size: int) -> Garbage:
+    why = "stored with the result"
+    return Garbage(kind=Kind.LOG, name=attempt_prefix(job_id, attempt), size=size, why=why, job_id=job_id)
+
+
+def _job_of(holding: Holding) -> tuple[int, int | None]:
+    """Job and attempt of what lies below jobs/; no attempt for checkpoints."""
+    match = _JOB.fullmatch(holding.name)
+    assert match is not None, holding.name
+    return int(match[1]), int(match[2]) if match[2] else None
+
+
+def _children(folder: Path) -> list[Path]:
+    return sorted(folder.iterdir()) if folder.is_dir() else []
+
+
+def _size(path: Path) -> int:
+    """Bytes of a file or of all files below a folder; links count themselves."""
+    size = 0
+    for each in path.rglob("*") if path.is_dir() and not path.is_symlink() else [path]:
+        with contextlib.suppress(FileNotFoundError):  # somebody else removes it at this moment
+            size += each.lstat().st_size if each.is_symlink() or not each.is_dir() else 0
+    return size
+
+
+def _remove_here(path: Path) -> None:
+    try:
+        remove_tree(path)
+    except OSError as error:
+        raise LoractlError(
+            f"{error.filename or path} can't be removed: {error.strerror}", "run loractl gc as the worker's own user"
+        ) from error

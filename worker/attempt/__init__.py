@@ -1,0 +1,1 @@
+"""One attempt from claim to finish, as its supervisor sees it. No torch."""

@@ -1,0 +1,57 @@
+"""Room on the disk, looked for before a run: in mid-training a full one costs what was trained since a checkpoint."""
+
+from __future__ import annotations
+
+import errno
+import shutil
+from pathlib import Path
+
+from loractl.common.job.method import Method
+from loractl.common.job.spec import JobSpec
+from loractl.common.memory.architecture import read_shape
+from loractl.common.memory.plan import adapter_tensors, optimizer_name, planned_labels, state_bytes
+from loractl.common.units import GIB
+
+from .log import FILE_LIMIT
+
+LEAST_BYTES = GIB
+"""Free bytes that any run needs: the estimate knows neither tokenizers nor what else lives on the disk."""
+
+CHECKPOINTS = 4
+"""Of a run on the disk at once: the Trainer keeps 2 (save_total_limit) and writes one more before it drops the older;
+another one may still be on its way to the artifact store."""
+
+TOKENISED = 6
+"""Bytes of tokenised JSON for a byte of data: a token of about 4 characters is written as its number in input_ids and
+again in labels, 5 to 9 characters each with comma and space; short rows have numbers of their own."""
+
+
+def bytes_to_write(spec: JobSpec, method: Method, data_bytes: int = 0) -> int:
+    """What an attempt may write into its folder and the cache, an upper bound, and never below LEAST_BYTES.
+
+    Checkpoints of adapter (fp32) and optimizer state, the result's adapter, the log, the data in tokenised form. Of a
+    model whose config.json this box has not read yet only the least is known.
+    """
+    shape = read_shape(spec.base_model, spec.revision)
+    adapter = state = 0
+    if shape is not None:
+        optimizer = optimizer_name(spec, method)
+        for elements, count in adapter_tensors(shape, spec, planned_labels(spec, None)):
+            adapter += 4 * elements * count
+            state += state_bytes(optimizer, elements) * count
+    writes = CHECKPOINTS * (adapter + state) + adapter + 2 * FILE_LIMIT + TOKENISED * data_bytes
+    return max(LEAST_BYTES, writes)
+
+
+def require_space(folder: Path, needed: int) -> None:
+    """Raises OSError (ENOSPC) with a sentence when the disk of `folder` has less than `needed` bytes free."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        sentence = f"needs {needed / GIB:.1f} GiB on {_disk(folder)}, {free / GIB:.1f} are free"
+        raise OSError(errno.ENOSPC, sentence)
+
+
+def _disk(folder: Path) -> Path:
+    """Where the folder's file system is mounted: what a person frees room on."""
+    resolved = folder.resolve()
+    return next(path for path in (resolved, *resolved.parents) if path.is_mount())

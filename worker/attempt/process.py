@@ -1,0 +1,77 @@
+"""The trainer as a child process, seen from its supervisor: its pipes, its end, and what its end means."""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import signal
+import subprocess
+from typing import IO, Any
+
+from loractl.common.job.status import Reason
+from loractl.worker.protocol.messages import Start, Stop, Told, decode_told, encode
+
+log = logging.getLogger("loractl.worker")
+
+MESSAGE_LIMIT = 1 << 20
+"""Characters of a line; no message is nearly as long."""
+
+
+def exit_reason(code: int, *, limited: bool = False) -> dict[str, Any]:
+    """Reason and sentence (`reason`, `message`) for a trainer that ended without a word.
+
+    `limited`: its RAM was held to a limit. Not every library checks what it got; some crash where torch raises.
+    """
+    if code == -signal.SIGKILL:
+        return {
+            "reason": Reason.HOST_OUT_OF_MEMORY,
+            "message": "the trainer was killed (SIGKILL), most likely by the box's out-of-memory killer",
+        }
+    if limited and code in (-signal.SIGSEGV, -signal.SIGABRT):
+        name = signal.Signals(-code).name
+        return {
+            "reason": Reason.OUT_OF_MEMORY,
+            "message": f"the trainer crashed ({name}), most likely at its limit of memory (LORACTL_TRAINER_RAM)",
+        }
+    how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
+    return {"reason": Reason.TRAINER_ERROR, "message": f"the trainer ended without a result ({how})"}
+
+
+def send(pipe: IO[str], message: Start | Stop) -> None:
+    """Write an order; a trainer that has ended is noticed elsewhere, by its exit status."""
+    try:
+        pipe.write(encode(message))
+        pipe.flush()
+    except BrokenPipeError:
+        log.warning("the trainer had ended before it could be told %s", message.type)
+
+
+def kill(trainer: subprocess.Popen[str]) -> None:
+    """End the trainer and whatever it started: closed stdin first, then its whole session."""
+    assert trainer.stdin
+    try:
+        trainer.stdin.close()
+    except BrokenPipeError:
+        log.debug("the trainer had closed its input")
+    try:
+        trainer.wait(timeout=2)
+    except subprocess.TimeoutExpired:
+        log.debug("the trainer outlived its input and is killed")
+    try:
+        os.killpg(trainer.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        log.debug("the trainer's session is empty")
+    trainer.wait()
+
+
+def read_messages(pipe: IO[str], told: queue.SimpleQueue[Told | str], job_id: int) -> None:
+    """Queue what the trainer tells of this job; a line that is no message goes to the log."""
+    while line := pipe.readline(MESSAGE_LIMIT):  # a line may never end
+        try:
+            message = decode_told(line)
+        except ValueError:
+            told.put(f"[not a message] {line}")
+            continue
+        if message.job_id == job_id:
+            told.put(message)

@@ -1,0 +1,117 @@
+"""Keeps a training's newest checkpoint in the artifact store while the training goes on, so that any box can resume."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import threading
+import time
+from pathlib import Path
+
+from sqlalchemy.exc import DBAPIError
+
+from loractl.common.artifacts import ArtifactStore, checkpoint_prefix
+from loractl.common.errors import ArtifactError, ServiceUnreachable
+from loractl.common.store.database import is_outage
+from loractl.common.store.records import Claim, StoredCheckpoint
+from loractl.common.store.store import Store
+
+log = logging.getLogger("loractl.worker")
+
+AGAIN_S = 15.0
+"""After a failed upload the newest checkpoint is tried again so much later."""
+
+
+class CheckpointKeeper:
+    """Uploads in a thread of its own; of several checkpoints that wait only the newest is kept.
+
+    A checkpoint counts once the row names it, which only the attempt that holds the lease can do.
+    """
+
+    def __init__(self, artifacts: ArtifactStore, store: Store, claim: Claim, folder: Path) -> None:
+        self._artifacts = artifacts
+        self._store = store
+        self._claim = claim
+        self._folder = folder  # copies of what is being uploaded: the trainer removes its own as newer ones come
+        self._waiting: tuple[int, Path] | None = None
+        self._kept = claim.checkpoint
+        self._changed = threading.Condition()
+        self._closing = False
+        self._thread = threading.Thread(target=self._run, name="checkpoints", daemon=True)
+        self._thread.start()
+
+    def offer(self, checkpoint: Path, step: int) -> None:
+        """Take a complete checkpoint's files (by hard links: no bytes are copied) and return at once."""
+        aside = self._folder / f"step-{step}"
+        if aside.exists():
+            return  # the same step waits already
+        try:
+            aside.mkdir(parents=True)
+            for path in checkpoint.iterdir():
+                if path.is_file():
+                    os.link(path, aside / path.name)
+        except FileNotFoundError:
+            log.warning("job %s: checkpoint %s was replaced before it could be kept", self._claim.job_id, step)
+            shutil.rmtree(aside, ignore_errors=True)
+            return
+        with self._changed:
+            replaced, self._waiting = self._waiting, (step, aside)
+            self._changed.notify()
+        if replaced is not None:
+            shutil.rmtree(replaced[1], ignore_errors=True)
+
+    def close(self) -> None:
+        """Take nothing more. What is still to be uploaded may be waited for, or left: the local one stays."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
+
+    def done(self, timeout: float) -> bool:
+        """Wait so long for the last upload; True when nothing is left to do."""
+        self._thread.join(timeout=timeout)
+        return not self._thread.is_alive()
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                while self._waiting is None and not self._closing:
+                    self._changed.wait()
+                if self._waiting is None:
+                    return
+                step, aside = self._waiting
+                self._waiting = None
+            if self._keep(step, aside):
+                shutil.rmtree(aside, ignore_errors=True)
+                continue
+            with self._changed:
+                if self._closing:
+                    return
+                if self._waiting is None:
+                    self._waiting = (step, aside)
+                else:
+                    shutil.rmtree(aside, ignore_errors=True)
+                self._changed.wait(AGAIN_S)
+
+    def _keep(self, step: int, aside: Path) -> bool:
+        """Upload, name it in the row, remove the one before. False: worth another try."""
+        claim, began = self._claim, time.monotonic()
+        kept = StoredCheckpoint(step=step, prefix=checkpoint_prefix(claim.job_id, claim.attempt, step))
+        try:
+            self._artifacts.put_result(aside, kept.prefix)
+            if not self._store.keep_checkpoint(claim, kept):
+                self._artifacts.remove_checkpoint(kept.prefix)  # the lease is lost: it is nobody's
+                return True
+            before, self._kept = self._kept, kept
+            if before is not None and before.prefix != kept.prefix:  # a step that was saved twice is one checkpoint
+                self._artifacts.remove_checkpoint(before.prefix)
+        except (ArtifactError, ServiceUnreachable) as error:
+            log.warning("job %s: the checkpoint of step %s is not stored yet: %s", claim.job_id, step, error.sentence)
+            return False
+        except DBAPIError as error:
+            if not is_outage(error):
+                raise
+            log.warning("job %s: the checkpoint of step %s waits for the database", claim.job_id, step)
+            return False
+        log.debug("job %s: the checkpoint of step %s is stored (%.1f s)", claim.job_id, step, time.monotonic() - began)
+        return True

@@ -1,0 +1,77 @@
+"""The adapter's files as they are stored: weights as safetensors, and of peft's settings those that loading needs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from loractl.common.job.spec import JobSpec, TaskType
+from loractl.common.job.status import Reason
+
+from .model import TrainingFailed
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+
+LABELS = "labels.json"
+"""A classifier's labels as a list, in the order of its head: peft has no place for them."""
+
+CONFIG_KEYS = frozenset(
+    {
+        "peft_type", "task_type", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
+        "r", "lora_alpha", "lora_dropout", "bias", "fan_in_fan_out", "use_rslora", "use_dora", "target_modules",
+        "target_parameters", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern",
+        "rank_pattern", "alpha_pattern", "lora_bias",
+    }
+)  # fmt: skip
+"""What of peft's adapter_config.json is kept. Left out: auto_mapping, which names code to import, and whatever a later
+peft adds."""
+
+SUFFIXES = frozenset({".safetensors", ".json", ".txt", ".model", ".jinja", ".md"})
+"""What may lie in an adapter's folder; a tokenizer with code of its own would leave Python files there."""
+
+
+def save_adapter(model: Any, tokenizer: Any, spec: JobSpec, folder: Path) -> None:
+    """Write the adapter and its tokenizer into `folder`, and load it once. Raises TrainingFailed when that fails."""
+    model.save_pretrained(str(folder), safe_serialization=True)
+    tokenizer.save_pretrained(str(folder))
+    _rewrite_config(folder / CONFIG, spec)
+    if spec.task_type is TaskType.SEQ_CLS:
+        labels = [name for _, name in sorted(model.config.id2label.items())]
+        (folder / LABELS).write_text(json.dumps(labels, indent=2) + "\n", "utf-8")
+    for path in list(folder.rglob("*")):
+        if path.is_file() and path.suffix not in SUFFIXES:
+            path.unlink()
+    check_adapter(model, folder)
+
+
+def check_adapter(model: Any, folder: Path) -> None:
+    """Load a saved adapter as its users will: peft reads its settings, and every tensor is what was trained, bit for
+    bit. Raises TrainingFailed."""
+    import torch
+    from peft import PeftConfig, get_peft_model_state_dict
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        settings = PeftConfig.from_pretrained(str(folder))
+        saved = load_file(folder / WEIGHTS)
+    except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
+        raise TrainingFailed(Reason.TRAINER_ERROR, f"the saved adapter does not load: {error}") from error
+    own, trained = model.peft_config["default"], get_peft_model_state_dict(model)
+    wrong = [key for key in ("peft_type", "r", "lora_alpha") if getattr(settings, key, None) != getattr(own, key)]
+    wrong += sorted(saved.keys() ^ trained.keys())
+    wrong += [name for name in saved.keys() & trained.keys() if not torch.equal(saved[name], trained[name].cpu())]
+    if wrong:
+        raise TrainingFailed(Reason.TRAINER_ERROR, f"the saved adapter is not what was trained: {wrong[0]} differs")
+
+
+def _rewrite_config(path: Path, spec: JobSpec) -> None:
+    """Keep the allowed keys; the base is what the job said, not where this box's cache has it."""
+    written = json.loads(path.read_text("utf-8"))
+    kept = {key: value for key, value in written.items() if key in CONFIG_KEYS}
+    kept |= {"base_model_name_or_path": spec.base_model, "revision": spec.revision}
+    if isinstance(targets := kept.get("target_modules"), list):
+        kept["target_modules"] = sorted(targets)
+    path.write_text(json.dumps(kept, indent=2, sort_keys=True) + "\n", "utf-8")

@@ -1,0 +1,129 @@
+"""A classifier on held-out rows: what its head answers, against always naming the most frequent label.
+
+Its base model has no head, and an untrained one answers noise, which anything beats. What a classifier has to beat is
+one that looks at no text: it always names the label that most training rows have, and it is as sure of each label as
+its share of those rows.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from loractl.common.job.spec import JobSpec, Metric
+from loractl.worker.base.model import evaluating, whole_modules
+from loractl.worker.data.tokens import PreparedData, TokenRow, collate, inputs_of
+
+from .confusion import Labels
+from .evaluation import Compared, Evaluation, in_batches, interval_of, measure, share
+from .statistics import Array
+
+BASELINE = "the most frequent label"
+
+
+def evaluate_classifier(
+    model: Any,
+    tokenizer: Any,
+    data: PreparedData,
+    spec: JobSpec,
+    compute: torch.dtype,
+    check_stop: Callable[[], None],
+    progress: Callable[[int, int], None] = lambda done, of: None,
+) -> Evaluation:
+    """Score the head on the held-out rows, beside the baseline that looks at no text."""
+    began = time.monotonic()
+    rows, done = data.held_out.rows[: spec.evaluation.max_rows], 0
+
+    def tick(count: int) -> None:
+        nonlocal done
+        check_stop()
+        done += count
+        progress(done, len(rows))
+
+    with evaluating(model), whole_modules(model, compute):
+        found = classify(model, tokenizer.pad_token_id, rows, spec.evaluation.per_device_eval_batch_size, tick)
+    expected, shares = _places(rows), _shares(data)
+    majority = int(shares.argmax())
+    losses = -np.log(shares)[expected], row_losses(found, expected)
+    labels = Labels(
+        names=list(data.label_names),
+        expected=expected.tolist(),
+        base=[majority] * len(rows),
+        tuned=found.argmax(1).tolist(),
+    )
+    wanted = Metric.LABELS in spec.evaluation.metrics
+    return Evaluation(
+        metrics=[measure("loss", "loss", "nats", False, *losses, np.ones(len(rows)))] + (_of(labels) if wanted else []),
+        answers=[],
+        rows=len(rows),
+        seconds=time.monotonic() - began,
+        row_losses=[
+            (row.number, 1, round(float(base), 6), round(float(tuned), 6))
+            for row, base, tuned in zip(rows, *losses, strict=True)
+        ],
+        labels=labels if wanted else None,
+        baseline=f"{BASELINE}, {data.label_names[majority]}",
+    )
+
+
+def classify(
+    model: Any, pad: int, rows: Sequence[TokenRow], batch: int, tick: Callable[[int], None] = lambda n: None
+) -> Array:
+    """The head's logits for each row, float64 of shape (rows, labels), for a model in eval mode. Longest rows first, so
+    that an out-of-memory comes at once."""
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i].input_ids))
+    found: dict[int, Array] = {}
+
+    def work(chosen: list[int]) -> None:
+        tensors = collate([inputs_of(rows[i]) for i in chosen], pad)
+        del tensors["labels"]
+        logits = model(**{name: t.to(model.device) for name, t in tensors.items()}, use_cache=False).logits
+        found.update(zip(chosen, logits.double().cpu().numpy(), strict=True))
+        tick(len(chosen))
+
+    in_batches(order, batch, work)
+    return np.stack([found[place] for place in range(len(rows))])
+
+
+def row_losses(logits: Array, expected: Array) -> Array:
+    """Cross-entropy of each row in nats."""
+    top = logits.max(1, keepdims=True)
+    whole = top[:, 0] + np.log(np.exp(logits - top).sum(1))
+    return np.asarray(whole - logits[np.arange(len(expected)), expected])
+
+
+def head_loss(smoothing: float) -> Callable[..., torch.Tensor]:
+    """The training loss for transformers' Trainer: the mean over the rows of a whole optimizer step, in nats.
+
+    transformers' own classification loss is the mean of each micro-batch, which the Trainer then takes for one over the
+    step: gradients would be as many times too large as it accumulates.
+    """
+
+    def loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
+        logits = outputs["logits"].float()
+        total = torch.nn.functional.cross_entropy(logits, labels, reduction="sum", label_smoothing=smoothing)
+        return total / (len(labels) if num_items_in_batch is None else num_items_in_batch)
+
+    return loss
+
+
+def _of(labels: Labels) -> list[Compared]:
+    right = [[one == e for one, e in zip(said, labels.expected, strict=True)] for said in (labels.base, labels.tuned)]
+    return [
+        share("accuracy", "labels right", *right),
+        interval_of("macro_f1", "macro F1 of the labels", "%", True, len(labels.expected), *labels.macro_f1()),
+    ]
+
+
+def _places(rows: Sequence[TokenRow]) -> Array:
+    return np.array([row.label for row in rows], dtype=np.int64)
+
+
+def _shares(data: PreparedData) -> Array:
+    """Each label's share of the training rows; none is zero."""
+    counts = np.bincount(_places(data.train.rows), minlength=len(data.label_names))
+    return np.asarray(counts / counts.sum())

@@ -1,0 +1,75 @@
+"""Answers that are labels: accuracy, macro F1 and the confusion of base and tuned.
+
+The labels are those that the training rows teach. An answer that is none of them counts as wrong, and as "other".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from loractl.common.data.findings import label_shares
+from loractl.common.data.rows import Example
+
+from .statistics import Array, draws, interval
+
+OTHER = "other"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Labels:
+    """What base and tuned answered where a label was expected; numbers are places in `names`, OTHER's is the last."""
+
+    names: list[str]
+    expected: list[int]
+    base: list[int]
+    tuned: list[int]
+
+    @classmethod
+    def of(cls, names: Sequence[str], expected: Sequence[str], base: Sequence[str], tuned: Sequence[str]) -> Labels:
+        place = {_folded(name): n for n, name in enumerate(names)}
+
+        def places(texts: Sequence[str]) -> list[int]:
+            return [place.get(_folded(text), len(names)) for text in texts]
+
+        return cls(names=[*names, OTHER], expected=places(expected), base=places(base), tuned=places(tuned))
+
+    def confusion(self, answers: Sequence[int]) -> list[list[int]]:
+        """Rows: the expected label; columns: the answered one."""
+        counts = np.zeros((len(self.names), len(self.names)), dtype=int)
+        np.add.at(counts, (np.array(self.expected), np.array(answers)), 1)
+        return [[int(value) for value in row] for row in counts]
+
+    def macro_f1(self) -> tuple[float, float, float, float]:
+        """(base, tuned, low, high) in percent: the mean of each expected label's F1, 2 tp / (answered + expected), with
+        the 95% interval of the change over paired bootstrap samples of the rows."""
+        present = sorted(set(self.expected))
+        rows = np.ones((1, len(self.expected)))
+        base, tuned = (self._f1(answers, present, rows)[0] for answers in (self.base, self.tuned))
+        sampled = draws(len(self.expected))
+        changes = np.concatenate(
+            [self._f1(self.tuned, present, some) - self._f1(self.base, present, some) for some in sampled]
+        )
+        low, high = interval(changes)
+        return float(base), float(tuned), low, high
+
+    def _f1(self, answers: Sequence[int], present: Sequence[int], rows: Array) -> Array:
+        """Macro F1 in percent for each sample; `rows` says how often each row stands in it (samples x rows)."""
+        expected = np.array(self.expected)[:, None] == np.array(present)
+        answered = np.array(answers)[:, None] == np.array(present)
+        right, there, said = rows @ (expected & answered), rows @ expected, rows @ answered
+        with np.errstate(invalid="ignore"):
+            f1 = np.where(there + said > 0, 2 * right / (there + said), np.nan)
+        return 100 * np.nanmean(f1, axis=1)
+
+
+def labels_taught(examples: Sequence[Example]) -> list[str]:
+    """The labels that training answers consist of, the most frequent first; empty where they are no labels."""
+    shares = label_shares(examples)
+    return list(shares) if shares is not None and len(shares) > 1 else []
+
+
+def _folded(text: str) -> str:
+    return " ".join(text.split())

@@ -1,0 +1,58 @@
+"""Conversations of several answers: each answer scored in its context, and once more without it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from loractl.common.data.rows import Example
+from loractl.common.job.spec import DataFormat
+from loractl.worker.data.tokens import IGNORED, TokenRow, encode
+
+MOST_TURNS = 400
+"""So many answers are scored; conversations beyond that are left out of this part, not of the others."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answered:
+    """One answer of a conversation; learned is it alone."""
+
+    turn: int  # 1 for the first answer
+    whole: TokenRow  # after all that was said before
+    alone: TokenRow | None  # after the last question alone; None for a first answer
+
+
+def answers_of(examples: Sequence[Example], tokenizer: Any, max_length: int) -> list[Answered]:
+    """The answers of the conversations that have several, in order, those of at most `max_length` tokens."""
+    found: list[Answered] = []
+    for example in examples:
+        places = [n for n, turn in enumerate(example.turns) if turn.role == "assistant"]
+        if len(places) < 2:
+            continue
+        if len(found) + len(places) > MOST_TURNS:
+            break
+        for number, place in enumerate(places, start=1):
+            whole = _only_last(replace(example, turns=example.turns[: place + 1]), tokenizer)
+            alone = _only_last(_without_context(example, place), tokenizer) if number > 1 else None
+            if len(whole.input_ids) <= max_length:
+                found.append(Answered(turn=number, whole=whole, alone=alone))
+    return found
+
+
+def _without_context(example: Example, place: int) -> Example:
+    """The answer after the user's last message, and the system's where there is one."""
+    question = max(n for n, turn in enumerate(example.turns[:place]) if turn.role == "user")
+    system = tuple(turn for turn in example.turns[:1] if turn.role == "system")
+    return replace(example, turns=(*system, *example.turns[question : place + 1]))
+
+
+def _only_last(example: Example, tokenizer: Any) -> TokenRow:
+    """The row with its last answer alone to be learned."""
+    ids, labels = encode(example, tokenizer, DataFormat.MESSAGES)
+    end = max(n for n, label in enumerate(labels) if label != IGNORED) + 1
+    begin = end
+    while begin > 0 and labels[begin - 1] != IGNORED:
+        begin -= 1
+    kept = [label if begin <= n < end else IGNORED for n, label in enumerate(labels)]
+    return TokenRow(number=example.number, input_ids=ids, labels=kept)

@@ -1,0 +1,334 @@
+"""Tasks of EleutherAI's lm-eval harness on base and tuned: the package's own, and those in the box owner's folder.
+
+https://github.com/EleutherAI/lm-evaluation-harness. The package is no dependency of loractl: a worker has it, or
+refuses the jobs that ask for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+from numbers import Real
+from pathlib import Path
+from typing import Any, Literal, TypeGuard
+
+import numpy as np
+import torch
+
+from loractl.common.job.spec import JobSpec
+from loractl.common.job.status import Reason
+from loractl.worker.base.gauge import is_out_of_memory, release
+from loractl.worker.base.hub import Refusal, refusal
+from loractl.worker.base.model import TrainingFailed, evaluating, whole_modules
+
+from .evaluation import Compared, interval_of
+from .statistics import Array, paired_interval
+
+PACKAGE = "lm_eval"
+
+KEY = "evaluation.lm_eval"
+
+BOOTSTRAP_ITERATIONS = 1000
+"""Samples for lm_eval's own standard errors of what is no mean (F1, perplexity, BLEU); for a mean it has a formula."""
+
+NORMAL_95 = 1.96
+"""Half the width of a 95% interval in standard errors, where the error is normal."""
+
+Results = dict[str, Any]
+"""What simple_evaluate returns."""
+
+Interval = Literal["paired", "unpaired", "none"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scored:
+    """One metric of one task, of base and tuned, with the standard errors that lm_eval gives."""
+
+    task: str
+    metric: str
+    filter: str  # what lm_eval took from the answer before it scored it; "none": nothing
+    group: str | None  # the group with an average of its own that the task belongs to
+    interval: Interval
+    """paired: bootstrap over the documents, the same for both. unpaired: from the two standard errors, as if each had
+    seen other documents, and so too wide. none: there is neither, or lm_eval does not say which way is better."""
+    base_stderr: float | None
+    tuned_stderr: float | None
+    compared: Compared
+
+    @property
+    def reading(self) -> str:
+        return "not known" if self.interval == "none" else self.compared.reading
+
+
+@dataclass(frozen=True, kw_only=True)
+class Benchmarks:
+    """What the report says of the tasks."""
+
+    asked: tuple[str, ...]
+    limit: int | None
+    version: str
+    batch: int  # rows at once, after what out-of-memory has halved
+    seconds: float
+    tasks: dict[str, dict[str, Any]]  # of each: its version, examples in the prompt, documents scored and in all
+    seeds: dict[str, int]
+    scored: list[Scored]
+
+
+def check_package(spec: JobSpec) -> None:
+    """Refuse an evaluation.lm_eval on a worker without the package. Raises TrainingFailed(bad_spec)."""
+    if spec.evaluation.lm_eval and importlib.util.find_spec(PACKAGE) is None:
+        raise TrainingFailed(Reason.BAD_SPEC, f"{KEY}: the package {PACKAGE} is not on this worker")
+
+
+def find_tasks(spec: JobSpec, folder: str | None) -> Any:
+    """lm_eval's TaskManager over the package's tasks and the owner's folder; None for a job that asks for no task.
+
+    Every task is set up once, its data set included: what is missing ends the job before it has trained. Raises
+    TrainingFailed.
+    """
+    names = spec.evaluation.lm_eval
+    if not names:
+        return None
+    check_package(spec)
+    manager = _manager(names, folder)
+    # lm_eval takes a name that it does not know for the path of a YAML file
+    if unknown := [name for name in names if name not in manager.all_tasks]:
+        raise TrainingFailed(Reason.BAD_SPEC, f"{KEY}: no task of {_places(folder)} is named {', '.join(unknown)}")
+    for task in _load(manager, names)["tasks"].values():
+        if getattr(task, "UNSAFE_CODE", False):
+            what = "runs what the model writes as a program, which loractl does not allow"
+            raise TrainingFailed(Reason.BAD_SPEC, f"{KEY}: {task.task_name} {what}")
+    return manager
+
+
+def score_tasks(
+    model: Any, tokenizer: Any, spec: JobSpec, manager: Any, compute: torch.dtype, check_stop: Callable[[], None]
+) -> Benchmarks:
+    """Run the job's tasks on the base, which is the model with its adapter switched off, and on the tuned model.
+
+    `manager`: what `find_tasks` returned. Raises what `check_stop` raises, before a batch; out-of-memory where one row
+    at a time does not fit; and whatever a task raises.
+    """
+    began = time.monotonic()
+    os.environ["DISABLE_MULTIPROC"] = "1"  # its bootstrap would fork this process, with model and device, once a core
+    asked, batch, found = spec.evaluation, spec.evaluation.per_device_eval_batch_size, []
+    for base in (True, False):
+        with evaluating(model, base=base), whole_modules(model, compute):
+            run = functools.partial(_run, model, tokenizer, asked.lm_eval, asked.lm_eval_limit, manager, check_stop)
+            results, batch = _halving(run, batch)
+        found.append(results)
+    config = found[1]["config"]
+    return Benchmarks(
+        asked=tuple(asked.lm_eval),
+        limit=asked.lm_eval_limit,
+        version=version(PACKAGE),
+        batch=batch,
+        seconds=time.monotonic() - began,
+        tasks={name: _task(name, found[1]) for name in found[1]["n-samples"]},
+        seeds={name: config[name] for name in ("random_seed", "numpy_seed", "torch_seed", "fewshot_seed")},
+        scored=compare(*found),
+    )
+
+
+def compare(base: Results, tuned: Results) -> list[Scored]:
+    """Every number that both runs have, task by task; a group's members carry its name where it has numbers."""
+    parents = {
+        member: group
+        for group, members in tuned.get("group_subtasks", {}).items()
+        if any(_metrics(tuned, group))
+        for member in members
+    }
+    return [
+        _scored(task, key, base, tuned, parents.get(task))
+        for task in tuned["results"]
+        for key in _metrics(tuned, task)
+        if key in base["results"][task]
+    ]
+
+
+def _manager(names: list[str], folder: str | None) -> Any:
+    """Of the owner's folder alone where that has every task; a group there may have members of the package's."""
+    if folder is not None and not Path(folder).is_dir():
+        raise TrainingFailed(Reason.BAD_SPEC, f"{KEY}: LORACTL_LM_EVAL_TASKS of this worker is no folder: {folder}")
+    if folder is not None and set(names) <= set((own := _indexed(folder, packaged=False)).all_subtasks):
+        return own
+    return _indexed(folder, packaged=True)
+
+
+@functools.cache
+def _indexed(folder: str | None, *, packaged: bool) -> Any:
+    """Reads the package's task files too, some 14,000, where `packaged`: that takes seconds."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=folder, include_defaults=packaged)
+
+
+def _places(folder: str | None) -> str:
+    own = " or of its owner's folder" if folder else ""
+    return f"lm_eval {version(PACKAGE)} on this worker{own}"
+
+
+def _load(manager: Any, names: list[str]) -> Any:
+    """All of them, which may not overlap. Raises TrainingFailed, with the name of the first that can't be loaded."""
+    try:
+        return manager.load(list(names))
+    except Exception as error:  # a task is a program of others, which may fail in any way
+        for name in names if len(names) > 1 else ():
+            _load(manager, [name])
+        raise _not_to_be_had(", ".join(names), error) from error
+
+
+def _not_to_be_had(name: str, error: Exception) -> TrainingFailed:
+    """Only a hub that is away passes by itself."""
+    answer = refusal(error)
+    said = answer or next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    reason = Reason.TRAINER_ERROR if answer is Refusal.AWAY else Reason.BAD_SPEC
+    return TrainingFailed(reason, f"{KEY}: {name} can't be set up on this worker: {said}")
+
+
+def _halving(run: Callable[[int], Results], batch: int) -> tuple[Results, int]:
+    """The results, and the rows at once that fitted. lm_eval takes the longest rows first: little is done twice."""
+    while True:
+        try:
+            return run(batch), batch
+        except Exception as error:
+            if batch == 1 or not is_out_of_memory(error):
+                raise
+        batch //= 2
+        release()  # outside of the handler: until it ends, the error's traceback holds the tensors
+
+
+def _run(
+    model: Any,
+    tokenizer: Any,
+    names: list[str],
+    limit: int | None,
+    manager: Any,
+    check_stop: Callable[[], None],
+    batch: int,
+) -> Results:
+    """One model's results, with lm_eval's own seeds, so that its other users' numbers compare; nothing is sent."""
+    import lm_eval
+
+    wrapped = _wrapped(model, tokenizer, batch, check_stop)
+    return lm_eval.simple_evaluate(
+        wrapped,
+        tasks=list(names),
+        limit=limit,
+        batch_size=batch,
+        task_manager=manager,
+        log_samples=True,
+        bootstrap_iters=BOOTSTRAP_ITERATIONS,
+    )
+
+
+def _wrapped(model: Any, tokenizer: Any, batch: int, check_stop: Callable[[], None]) -> Any:
+    """lm_eval's wrapper around a model that is loaded already; it looks before each batch whether to stop."""
+    from lm_eval.models.huggingface import HFLM
+
+    class Stoppable(HFLM):
+        def _model_call(self, *args: Any, **kwargs: Any) -> Any:
+            check_stop()
+            return super()._model_call(*args, **kwargs)
+
+        def _model_generate(self, *args: Any, **kwargs: Any) -> Any:
+            check_stop()
+            return super()._model_generate(*args, **kwargs)
+
+    with _ties_as_they_are(model):
+        return Stoppable(pretrained=model, tokenizer=tokenizer, batch_size=batch)
+
+
+@contextlib.contextmanager
+def _ties_as_they_are(model: Any) -> Iterator[None]:
+    """HFLM ties embeddings and head again, which fails where peft has put a module trained in full in their place."""
+    model.tie_weights = lambda: None
+    try:
+        yield
+    finally:
+        del model.tie_weights
+
+
+def _task(name: str, results: Results) -> dict[str, Any]:
+    counts = results["n-samples"][name]
+    return {
+        "version": str(results["versions"].get(name)),
+        "shots": results["n-shot"].get(name),
+        "documents": counts["effective"],
+        "of": counts["original"],
+    }
+
+
+def _metrics(results: Results, task: str) -> list[str]:
+    """lm_eval's keys, "metric,filter", that are numbers and no standard errors."""
+    found = results["results"].get(task, {})
+    return [key for key, value in found.items() if "," in key and "_stderr," not in key and _is_number(value)]
+
+
+def _scored(task: str, key: str, base: Results, tuned: Results, group: str | None) -> Scored:
+    metric, _, taken = key.partition(",")
+    before, after = (float(one["results"][task][key]) for one in (base, tuned))
+    errors = [_stderr(one["results"][task], metric, taken) for one in (base, tuned)]
+    higher = tuned["higher_is_better"].get(task, {}).get(metric)
+    documents = _paired(task, key, base, tuned)
+    interval: Interval = "none"
+    low = high = math.nan
+    if higher is None:
+        pass
+    elif documents is not None:
+        interval = "paired"
+        _, _, low, high = paired_interval(*documents, np.ones(len(documents[0])))
+    elif None not in errors:
+        interval = "unpaired"
+        reach = NORMAL_95 * math.hypot(*(error for error in errors if error is not None))
+        low, high = after - before - reach, after - before + reach
+    label = f"{task} {metric}" + (f" ({taken})" if taken != "none" else "")
+    counted = tuned["results"][task].get("sample_count", {}).get(key, tuned["results"][task]["sample_len"])
+    return Scored(
+        task=task,
+        metric=metric,
+        filter=taken,
+        group=group,
+        interval=interval,
+        base_stderr=errors[0],
+        tuned_stderr=errors[1],
+        compared=interval_of(f"{task}/{key}", label, "", bool(higher), counted, before, after, low, high),
+    )
+
+
+def _paired(task: str, key: str, base: Results, tuned: Results) -> tuple[Array, Array] | None:
+    """The documents' own values, where the metric is their mean; of an F1 or a perplexity it is not."""
+    both = [_of_documents(task, key, one) for one in (base, tuned)]
+    if both[0].keys() != both[1].keys() or not both[0]:
+        return None
+    arrays = [np.array([one[number] for number in both[0]]) for one in both]
+    means = [one["results"][task][key] for one in (base, tuned)]
+    if not all(np.isclose(array.mean(), mean) for array, mean in zip(arrays, means, strict=True)):
+        return None
+    return arrays[0], arrays[1]
+
+
+def _of_documents(task: str, key: str, results: Results) -> dict[int, float]:
+    """By the document's number; empty where not every document has a number."""
+    metric, _, taken = key.partition(",")
+    samples = [sample for sample in results["samples"].get(task, ()) if sample["filter"] == taken]
+    if not all(_is_number(sample.get(metric)) for sample in samples):
+        return {}
+    return {sample["doc_id"]: float(sample[metric]) for sample in samples}
+
+
+def _stderr(found: dict[str, Any], metric: str, taken: str) -> float | None:
+    """None where lm_eval has none: it then writes "N/A"."""
+    value = found.get(f"{metric}_stderr,{taken}")
+    return float(value) if _is_number(value) and math.isfinite(value) else None
+
+
+def _is_number(value: Any) -> TypeGuard[float]:
+    return isinstance(value, (Real, np.bool_))

@@ -1,0 +1,1 @@
+"""The process that serves one device: it wakes, claims and supervises. No torch."""

@@ -1,0 +1,1 @@
+"""What both sides of the pipe between supervisor and trainer know. No torch, no SQL."""

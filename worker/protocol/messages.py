@@ -1,0 +1,157 @@
+"""What supervisor and trainer say to each other: one JSON object a line, over the trainer's stdin and stdout.
+
+Every message names its job, so that one trainer may later serve several jobs on the same base model.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+
+from loractl.common.job.adjustment import Adjustment
+from loractl.common.job.spec import JobSpec, Method
+from loractl.common.job.status import Reason, Stage
+
+
+class _Message(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="ignore")  # a newer peer may say more
+
+    job_id: int
+
+
+class Peaks(BaseModel):
+    """The highest points of a trainer's memory so far, in bytes; None: not to be had."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    allocated: int | None = None  # CUDA: by tensors
+    reserved: int | None = None  # CUDA: by the allocator; on a CPU the resident set
+    process: int | None = None  # of the device by the whole process, context included
+
+    def above(self, other: Peaks) -> Peaks:
+        """The higher of each: two trainers may have run for one attempt."""
+        ours, theirs = self.model_dump(), other.model_dump()
+        return Peaks(**{name: max(filter(None, (ours[name], theirs[name])), default=None) for name in ours})
+
+
+class Start(_Message):
+    """Supervisor: train this job."""
+
+    type: Literal["start"] = "start"
+    attempt: int
+    user: str
+    node: str
+    gpu: str
+    device: Literal["cuda", "cpu"]
+    device_name: str = ""
+    spec: JobSpec
+    run_code: bool = False  # the box's owner trusts the base model's own code at the spec's revision
+    method: Method
+    method_why: str = ""  # of several; empty where the job permits one
+    vram_planned: int | None
+    vram_reserved: int | None = None  # bytes of the card that are this attempt's
+    memory_limit: int | None = None  # allocations beyond so many bytes fail; None: no limit
+    adjustment: Adjustment = Adjustment()  # what out-of-memory has changed in the job so far
+    changes: list[str] = Field(default_factory=list)  # the same in words
+    data_path: str  # a local file, or a hub id
+    data_sha256: str | None
+    eval_path: str | None
+    eval_sha256: str | None = None
+    regression_path: str | None = None
+    regression_sha256: str | None = None
+    output_dir: str  # becomes the stored result
+    checkpoint_dir: str
+    earlier_checkpoints: list[str]  # folders of earlier attempts, newest first
+    cache_dir: str
+    lm_eval_tasks: str | None = None  # the box owner's folder of tasks for the lm-eval harness
+
+
+class Stop(_Message):
+    """Supervisor: end at the next step; `save` asks for a checkpoint first."""
+
+    type: Literal["stop"] = "stop"
+    save: bool
+
+
+class StageChanged(_Message):
+    """Trainer: a stage begins."""
+
+    type: Literal["stage"] = "stage"
+    stage: Stage
+
+
+class Stepped(_Message):
+    """Trainer: an optimizer step is done (not every one is told)."""
+
+    type: Literal["step"] = "step"
+    step: int
+    total_steps: int
+    metrics: dict[str, float] = Field(default_factory=dict)
+    tokens_per_second: float | None = None
+    eta_seconds: float | None = None  # to the job's end, evaluation included
+    eta_spread_seconds: float | None = None  # half the width of a 95% interval
+    peaks: Peaks | None = None
+
+
+class Adjusted(_Message):
+    """Trainer: memory ran out and the run goes on, adjusted; the note beside it is for people."""
+
+    type: Literal["adjusted"] = "adjusted"
+    adjustment: Adjustment
+
+
+class Planned(_Message):
+    """Trainer: bytes that the job needs by method, from the lengths of its own rows."""
+
+    type: Literal["planned"] = "planned"
+    lora: int | None
+    qlora: int | None
+
+
+class Note(_Message):
+    """Trainer: a line for the job's history."""
+
+    type: Literal["note"] = "note"
+    kind: str
+    text: str
+    resumed_from_step: int | None = None
+
+
+class Saved(_Message):
+    """Trainer: a checkpoint is complete on this box's disk."""
+
+    type: Literal["saved"] = "saved"
+    step: int
+    path: str
+
+
+class Ended(_Message):
+    """Trainer: the job is over; with ok, the output folder is complete."""
+
+    type: Literal["ended"] = "ended"
+    reason: Reason
+    message: str
+    peaks: Peaks | None = None
+
+
+Order = Start | Stop
+Told = StageChanged | Stepped | Adjusted | Planned | Note | Saved | Ended
+
+_orders: TypeAdapter[Order] = TypeAdapter(Annotated[Order, Field(discriminator="type")])
+_told: TypeAdapter[Told] = TypeAdapter(Annotated[Told, Field(discriminator="type")])
+
+
+def encode(message: _Message) -> str:
+    """One line, newline included."""
+    return message.model_dump_json() + "\n"
+
+
+def decode_order(line: str) -> Order:
+    """What the supervisor sent. Raises pydantic.ValidationError (a ValueError)."""
+    return _orders.validate_json(line)
+
+
+def decode_told(line: str) -> Told:
+    """What the trainer sent. Raises pydantic.ValidationError (a ValueError)."""
+    return _told.validate_json(line)

@@ -1,0 +1,1 @@
+"""Stored adapters on a base in memory: answers, scores, merged models."""

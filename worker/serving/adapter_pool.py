@@ -1,0 +1,303 @@
+"""A base model that stays in memory, and the adapters on it, which are loaded when they are asked for and evicted when
+their memory is."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import time
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from loractl.common.errors import ArtifactError, LoractlError, UsageError
+from loractl.common.job.spec import Method
+from loractl.worker.base.adapter import CONFIG, WEIGHTS
+from loractl.worker.base.gauge import is_out_of_memory
+from loractl.worker.base.model import Precision, choose_precision, keep_nf4_in_training_mode, load_base, load_tokenizer
+
+from .library import Listed
+
+BASE = "__base__"
+"""peft's name for "no adapter" in a batch of several."""
+
+
+_OPTIONAL = {"position_ids", "logits_to_keep"}
+
+
+class NoRoom(LoractlError):
+    """The adapters in use leave no room for another one; some will end."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loaded:
+    """An adapter on the base."""
+
+    key: str  # peft's name for it
+    size: int  # bytes of its tensors
+    mixes: bool  # whether its rows can share a batch with other adapters' rows
+    whole_modules: bool  # it has modules trained in full, in fp32 over a 16-bit base
+    seconds: float  # that loading took
+
+
+@dataclass(frozen=True, kw_only=True)
+class Base:
+    """What to load, and how."""
+
+    model: str
+    revision: str | None
+    method: Method = Method.LORA  # qlora: in NF4
+    device: str = "cpu"
+    dtype: str = "auto"
+    run_code: bool = False
+
+
+class Resident:
+    """One loaded base. Not for several threads at once.
+
+    `memory`: bytes that adapters may take together; None: no limit.
+    """
+
+    def __init__(self, base: Base, memory: int | None = None) -> None:
+        began = time.monotonic()
+        self.precision: Precision = choose_precision(base.device, base.dtype)
+        self.tokenizer = load_tokenizer(base.model, base.revision, run_code=base.run_code)
+        model = load_base(
+            base.model, base.method, base.device, self.precision, base.revision, run_code=base.run_code
+        )  # fmt: skip
+        if base.method is Method.QLORA:
+            keep_nf4_in_training_mode(model)
+        model.eval()
+        model.requires_grad_(False)
+        self.base = base
+        self.bytes = _bytes_of(model)
+        self.seconds = time.monotonic() - began
+        self._model = model  # becomes a PeftModel with the first adapter
+        self._memory = memory
+        self._loaded: OrderedDict[str, Loaded] = OrderedDict()  # the longest unused first
+        self._used: Counter[str] = Counter()
+        self._layers: dict[str, list[Any]] = {}  # by key, those that hold the adapter
+        self._takes = inspect.signature(model.forward).parameters.keys()
+
+    @property
+    def config(self) -> Any:
+        return self._model.config
+
+    @property
+    def model(self) -> Any:
+        """The base, or the base with its adapters."""
+        return self._model
+
+    @property
+    def adapter_memory(self) -> int:
+        """Bytes that further adapters may take; 0 without a limit."""
+        return max(0, (self._memory or 0) - sum(each.size for each in self._loaded.values()))
+
+    @property
+    def loaded(self) -> dict[str, Loaded]:
+        """What is in memory now, by key."""
+        return dict(self._loaded)
+
+    def hold(self, adapter: Listed, folder: Path) -> Loaded:
+        """Load an adapter unless it is there, and keep it until `let_go`. Raises NoRoom, UsageError."""
+        key = f"job{adapter.job_id}"
+        if key not in self._loaded:
+            self._make_room(adapter)
+            self._loaded[key] = self._load(key, folder)
+        self._loaded.move_to_end(key)
+        self._used[key] += 1
+        return self._loaded[key]
+
+    def let_go(self, loaded: Loaded) -> None:
+        """One user less; what nobody uses may be evicted."""
+        self._used[loaded.key] -= 1
+
+    def forward(self, keys: Sequence[str], **tensors: Any) -> Any:
+        """Row i of the tensors through the base with adapter keys[i]. Several keys are for adapters that mix.
+
+        position_ids and logits_to_keep go to models that take them; those without derive places from the mask.
+        `cache` is called past_key_values by older models.
+        """
+        if "cache" in tensors and "cache" not in self._takes:
+            tensors["past_key_values"] = tensors.pop("cache")
+        tensors = {name: t for name, t in tensors.items() if name in self._takes or name not in _OPTIONAL}
+        with torch.inference_mode():
+            if not self._loaded:
+                return self._model(**tensors)
+            named = [key for key in dict.fromkeys(keys) if key != BASE]
+            if not named:
+                with self._model.disable_adapter():
+                    return self._model(**tensors)
+            self.switch(named[0])
+            if len(named) == 1 and BASE not in keys:
+                with self.arithmetic(named[0]):
+                    return self._model(**tensors)
+            with self._routed(keys):
+                return self._model.get_base_model()(**tensors)
+
+    def switch(self, key: str) -> None:
+        """Make one adapter the active one."""
+        if self._model.active_adapters != [key]:
+            self._model.set_adapter(key, inference_mode=True)
+
+    def arithmetic(self, key: str | None) -> Any:
+        """A context for a forward with one adapter: its modules trained in full are in fp32 over a 16-bit base, and
+        compute in the base's format, as they did in training."""
+        mixed = key is not None and self._loaded[key].whole_modules and self.precision.base is not torch.float32
+        return torch.autocast(self.base.device, dtype=self.precision.base, enabled=mixed)
+
+    def _load(self, key: str, folder: Path) -> Loaded:
+        from peft import PeftConfig
+
+        if not all((folder / name).is_file() for name in (CONFIG, WEIGHTS)):
+            raise ArtifactError(f"the files of {key} are gone from {folder}", "ask again: they are fetched anew")
+        began, before = time.monotonic(), _bytes_of(self._model)
+        config = PeftConfig.from_pretrained(str(folder))
+        whole = bool(config.modules_to_save)
+        try:
+            self._put_on(key, folder, config)
+            mixes = not (config.use_dora or whole) and self._mixes(key)
+        except BaseException as error:  # whatever it was, the base must be as before
+            self._take_off(key)
+            if is_out_of_memory(error):
+                raise LoractlError(f"no memory is left for the adapter of {key}") from error
+            if not isinstance(error, (ValueError, RuntimeError, KeyError, SafetensorError)):
+                raise
+            lines = str(error).strip().splitlines() or [repr(error)]
+            raise UsageError(f"the adapter of {key} does not fit this base: {lines[0]}") from error
+        size, seconds = _bytes_of(self._model) - before, time.monotonic() - began
+        return Loaded(key=key, size=size, mixes=mixes, whole_modules=whole, seconds=seconds)
+
+    def _put_on(self, key: str, folder: Path, config: Any) -> None:
+        from peft import PeftModel
+
+        if self._loaded:
+            self._model.load_adapter(str(folder), adapter_name=key, is_trainable=False)
+        else:
+            self._model = PeftModel.from_pretrained(self._model, str(folder), adapter_name=key, config=config)
+        self._model.eval()
+        if self.base.method is Method.QLORA:
+            keep_nf4_in_training_mode(self._model)
+        self._layers[key] = [layer for layer in _adapted_layers(self._model) if _holds(layer, key)]
+
+    def _take_off(self, key: str) -> None:
+        """After a load that failed half-way: of a first one peft leaves its layers in the base."""
+        self._layers.pop(key, None)
+        if self._loaded:
+            if key in self._model.peft_config:
+                self._model.delete_adapter(key)
+            return
+        if hasattr(self._model, "get_base_model"):
+            self._model = self._model.get_base_model()
+        _strip(self._model)
+
+    def _mixes(self, key: str) -> bool:
+        """Whether a row of the adapter and one of the base go through together: peft can't where a layer's input has
+        lost its rows, as in a mixture of experts, and where an adapter is on parameters rather than on layers."""
+        tokens = torch.full((2, 2), int(self.tokenizer.eos_token_id), device=self._model.device)
+        self.switch(key)
+        try:
+            with torch.inference_mode(), self._routed([BASE, key]):
+                self._model.get_base_model()(input_ids=tokens, use_cache=False)
+        except (ValueError, TypeError, RuntimeError, IndexError) as error:
+            if is_out_of_memory(error):
+                raise
+            return False
+        return True
+
+    def _make_room(self, adapter: Listed) -> None:
+        """Evict what was not used for longest until the adapter fits."""
+        if self._memory is None:
+            return
+        if adapter.size > self._memory:
+            raise UsageError(
+                f"{adapter.name} has {adapter.size / 2**20:.0f} MiB, the adapters may take {self._memory / 2**20:.0f}",
+                "raise --adapter-memory",
+            )
+        while sum(each.size for each in self._loaded.values()) + adapter.size > self._memory:
+            spare = next((key for key in self._loaded if not self._used[key]), None)
+            if spare is None:
+                raise NoRoom(f"the adapters in use leave no room for {adapter.name}")
+            self.evict(spare)
+
+    def evict(self, key: str) -> None:
+        """Take an adapter out of memory."""
+        del self._loaded[key], self._layers[key]
+        if not self._loaded:
+            self._model = self._model.unload()
+            return
+        if self._model.active_adapters == [key]:
+            self.switch(next(iter(self._loaded)))
+        self._model.delete_adapter(key)
+
+    @contextlib.contextmanager
+    def _routed(self, keys: Sequence[str]) -> Iterator[None]:
+        """Tell every adapted layer which row is whose, as peft's own `adapter_names` does; peft 0.21 leaves its hooks
+        behind when the forward fails, and every later one would fail too."""
+        layers = {id(layer): layer for key in {*keys} - {BASE} for layer in self._layers[key]}
+        hooks = [
+            layer.register_forward_pre_hook(partial(_name_rows, keys), with_kwargs=True) for layer in layers.values()
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+def open_resident(base: Base, memory: int | None = None, tell: Callable[[str], None] = lambda text: None) -> Resident:
+    """Load a base and say how long it took."""
+    resident = Resident(base, memory)
+    size = f"{resident.bytes / 2**20:.0f} MiB"
+    tell(f"{base.model.rpartition('/')[2]} is loaded in {resident.seconds:.1f} s ({size}, {_kind(resident)}).")
+    return resident
+
+
+def _kind(resident: Resident) -> str:
+    if resident.base.method is Method.QLORA:
+        return "NF4"
+    return str(resident.precision.base).removeprefix("torch.")
+
+
+def _name_rows(keys: Sequence[str], layer: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    return args, {**kwargs, "adapter_names": list(keys)}
+
+
+def _adapted_layers(model: Any) -> Iterator[Any]:
+    from peft.tuners.lora import LoraLayer
+
+    return (module for module in model.modules() if isinstance(module, LoraLayer))
+
+
+def _holds(layer: Any, key: str) -> bool:
+    return any(key in getattr(layer, name) for name in ("lora_A", "lora_embedding_A"))
+
+
+def _strip(model: Any) -> None:
+    """Put every layer that peft has wrapped back as it was."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    for name, module in list(model.named_modules()):
+        if isinstance(module, BaseTunerLayer):
+            plain = module.get_base_layer()
+        elif isinstance(module, AuxiliaryTrainingWrapper):
+            plain = module.original_module
+        else:
+            continue
+        above, _, last = name.rpartition(".")
+        setattr(model.get_submodule(above), last, plain)
+    if hasattr(model, "peft_config"):
+        del model.peft_config
+
+
+def _bytes_of(model: Any) -> int:
+    """Bytes of all its tensors; shared ones count once."""
+    tensors = {t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers())}
+    return sum(tensors.values())

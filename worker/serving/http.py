@@ -1,0 +1,345 @@
+"""The HTTP application of loractl serve: it takes requests on an event loop, and one thread decodes them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hmac
+import ipaddress
+import json
+import logging
+import math
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import JSONResponse, StreamingResponse
+from pydantic import ValidationError
+from sqlalchemy.exc import DBAPIError
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+
+from loractl.common.errors import LoractlError, UsageError
+from loractl.common.job.spec import DataFormat
+
+from .decoding import Ask, Engine, Said
+from .library import Library, Listed
+from .openai_api import ChatRequest, Refusal, Reply, TextRequest
+from .prompt import prompt_for, text_prompt
+
+log = logging.getLogger("loractl.worker")
+
+DEFAULT_TOKENS = 512
+"""An answer that names no limit ends here."""
+
+MOST_WAITING = 256
+"""Requests that may wait for a place in the batch; further ones are told to come later."""
+
+FRESH_S = 2.0
+"""A list of the stored adapters is so old at the most."""
+
+MOST_BODY_BYTES = 4 * 2**20
+
+
+class Names:
+    """What a request may call the models. Given ones, or all that are stored for the base, as of a moment ago."""
+
+    def __init__(self, given: Mapping[str, Listed] | None, library: Library, base: str, revision: str | None) -> None:
+        self._given = given
+        self._library, self._base, self._revision = library, base, revision
+        self._stored: dict[str, Listed] = {}
+        self._looked = -math.inf
+
+    def all(self) -> dict[str, Listed]:
+        if self._given is not None:
+            return dict(self._given)
+        if time.monotonic() - self._looked > FRESH_S:
+            self._stored = self._library.on(self._base, self._revision)
+            self._looked = time.monotonic()
+        return dict(self._stored)
+
+    def find(self, name: str) -> Listed | None:
+        """None for the base. Raises KeyError."""
+        if name == "base":
+            return None
+        for tried in (name, f"{name}:latest"):
+            if tried in (known := self.all()):
+                return known[tried]
+        self._looked = -math.inf  # it may have been stored or tagged since
+        known = self.all()
+        return known[name] if name in known else known[f"{name}:latest"]
+
+
+def make_app(engine: Engine, names: Names, library: Library, *, key: str | None, temperature: float = 0.0) -> FastAPI:
+    """The application: /v1/models, /v1/chat/completions, /v1/completions and /health."""
+    desk = Desk(engine, names, library, temperature)
+    app = FastAPI(title="loractl", docs_url=None, redoc_url=None, openapi_url=None, lifespan=desk.open)
+    app.add_middleware(Doorkeeper, key=key)
+
+    @app.exception_handler(Refusal)
+    async def refused(request: Request, refusal: Refusal) -> Response:
+        return _answered(refusal)
+
+    @app.exception_handler(HTTPException)
+    async def not_found(request: Request, error: HTTPException) -> Response:
+        return _answered(Refusal(error.status_code, f"{request.method} {request.url.path}: {error.detail}"))
+
+    @app.exception_handler(ClientDisconnect)
+    async def gone(request: Request, error: ClientDisconnect) -> Response:
+        return _answered(Refusal(499, "the caller has gone"))
+
+    @app.get("/health")
+    async def health() -> Response:
+        state = {"status": desk.state, "running": engine.running, "waiting": engine.waiting}
+        return JSONResponse(state, status_code=200 if desk.state == "ok" else 503)
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": await desk.models()}
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> dict[str, Any]:
+        return await desk.model(name)
+
+    @app.post("/v1/chat/completions")
+    async def chat_completions(request: Request) -> Any:
+        return await desk.chat(await _read(request, ChatRequest), request)
+
+    @app.post("/v1/completions")
+    async def completions(request: Request) -> Any:
+        return await desk.complete(await _read(request, TextRequest), request)
+
+    return app
+
+
+def _answered(refusal: Refusal) -> Response:
+    return JSONResponse(refusal.body(), status_code=refusal.status)
+
+
+class Doorkeeper:
+    """Lets in who has the key; without one, who speaks to this machine by its own name.
+
+    A page in somebody's browser could otherwise reach the server through a name that it makes lead here. Plain ASGI:
+    behind Starlette's own kind of middleware nobody hears of a caller who leaves.
+    """
+
+    def __init__(self, app: Any, key: str | None) -> None:
+        self._app, self._key = app, key
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "http" and (refusal := self._refusal(Request(scope))) is not None:
+            await _answered(refusal)(scope, receive, send)
+            return
+        await self._app(scope, receive, send)
+
+    def _refusal(self, request: Request) -> Refusal | None:
+        if self._key is None:
+            name = request.url.hostname or ""
+            own = name == "localhost" or _is_loopback(name)
+            return None if own else Refusal(403, f"this server answers for this machine alone, not for {name!r}")
+        if request.url.path == "/health":
+            return None
+        sent = request.headers.get("authorization", "").removeprefix("Bearer ").encode()
+        if hmac.compare_digest(sent, self._key.encode()):
+            return None
+        return Refusal(401, "this server wants an API key, and got none or another", code="invalid_api_key")
+
+
+def _is_loopback(name: str) -> bool:
+    try:
+        return ipaddress.ip_address(name.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+async def _read(request: Request, kind: Any) -> Any:
+    """The body as a request of its kind. Raises Refusal, which names the first thing that is wrong."""
+    raw = b""
+    async for block in request.stream():
+        raw += block
+        if len(raw) > MOST_BODY_BYTES:
+            raise Refusal(413, f"the body has more than {MOST_BODY_BYTES} bytes")
+    try:
+        return kind.model_validate_json(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        param = ".".join(str(part) for part in first["loc"]) or None
+        what = first["msg"].removeprefix("Value error, ")
+        raise Refusal(400, f"{param}: {what}" if param else what, param=param) from None
+
+
+class Desk:
+    """Takes requests on the event loop, and hands them to the one thread that decodes."""
+
+    def __init__(self, engine: Engine, names: Names, library: Library, temperature: float) -> None:
+        self._engine, self._names, self._library, self._temperature = engine, names, library, temperature
+        self._over = threading.Event()
+        self.state = "ok"
+
+    @contextlib.asynccontextmanager
+    async def open(self, app: Any) -> AsyncIterator[None]:
+        """Decode as long as the application lives."""
+        thread = threading.Thread(target=self._decode, name="decode", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            self._over.set()
+            await asyncio.to_thread(thread.join)
+
+    def _decode(self) -> None:
+        """The one thread that steps; what it can't go on from is told to everybody, and to who asks for its health."""
+        try:
+            while not self._over.is_set():
+                if not self._engine.step():
+                    self._engine.wait(0.2)
+        except Exception:
+            log.exception("decoding has ended")
+            self.state = "decoding has failed: start the server anew"
+        else:
+            self.state = "the server is ending"
+        self._engine.fail_all(self.state)
+
+    async def models(self) -> list[dict[str, Any]]:
+        known = await _refusing(self._names.all)
+        base = {"id": "base", "object": "model", "created": 0, "owned_by": "loractl"}
+        return [base, *(_card(name, listed) for name, listed in sorted(known.items()))]
+
+    async def model(self, name: str) -> dict[str, Any]:
+        listed = await self._find(name)
+        return (await self.models())[0] if listed is None else _card(name, listed)
+
+    async def chat(self, asked: ChatRequest, request: Request) -> Any:
+        listed = await self._find(asked.model)
+        messages = [message.plain() for message in asked.messages]
+        format = await self._format(listed)
+        ids = await _refusing(lambda: prompt_for(format, messages, self._tokenizer))
+        return await self._answer(asked, listed, ids, request, chat=True)
+
+    async def complete(self, asked: TextRequest, request: Request) -> Any:
+        listed = await self._find(asked.model)
+        ids = await _refusing(lambda: text_prompt(asked.text, self._tokenizer))
+        return await self._answer(asked, listed, ids, request, chat=False)
+
+    @property
+    def _tokenizer(self) -> Any:
+        return self._engine.tokenizer
+
+    async def _find(self, name: str) -> Listed | None:
+        try:
+            return await _refusing(lambda: self._names.find(name))
+        except KeyError:
+            what = f"there is no model {name!r} here; /v1/models lists them"
+            raise Refusal(404, what, code="model_not_found", param="model") from None
+
+    async def _format(self, listed: Listed | None) -> Any:
+        if listed is None:
+            return DataFormat.MESSAGES
+        return await _refusing(lambda: self._library.format(listed))
+
+    async def _answer(
+        self, asked: ChatRequest | TextRequest, listed: Listed | None, ids: list[int], request: Request, *, chat: bool
+    ) -> Any:
+        if self.state != "ok":
+            raise Refusal(503, self.state)
+        if self._engine.waiting >= MOST_WAITING:
+            raise Refusal(503, f"{MOST_WAITING} requests wait already; try again in a while", code="overloaded")
+        room = await _refusing(lambda: self._engine.room(len(ids)))
+        if asked.limit is not None and asked.limit > room:
+            what = f"{len(ids)} tokens are asked and {asked.limit} wanted; the answer may have {room} at the most"
+            raise Refusal(400, what, code="context_length_exceeded", param="max_tokens")
+        said: asyncio.Queue[Said] = asyncio.Queue()
+        loop = asyncio.get_running_loop()
+        ask = await self._ask(asked, listed, ids, asked.limit or min(DEFAULT_TOKENS, room), loop, said)
+        self._engine.ask(ask)
+        reply = Reply(asked.model, len(ids), chat=chat)
+        if asked.stream:
+            events = self._events(reply, said, ask, usage=asked.usage_wanted)
+            return StreamingResponse(events, media_type="text/event-stream", headers={"cache-control": "no-cache"})
+        return await self._whole(reply, said, ask, request)
+
+    async def _ask(
+        self,
+        asked: ChatRequest | TextRequest,
+        listed: Listed | None,
+        ids: list[int],
+        limit: int,
+        loop: asyncio.AbstractEventLoop,
+        said: asyncio.Queue[Said],
+    ) -> Ask:
+        folder = None if listed is None else await _refusing(lambda: self._library.fetch(listed))
+        return Ask(
+            prompt=ids,
+            say=lambda one: _hand_over(loop, said, one),
+            max_new_tokens=limit,
+            adapter=listed,
+            folder=folder,
+            temperature=self._temperature if asked.temperature is None else asked.temperature,
+            top_p=1.0 if asked.top_p is None else asked.top_p,
+            seed=asked.seed,
+            stop=asked.stops,
+        )
+
+    async def _whole(self, reply: Any, said: asyncio.Queue[Said], ask: Ask, request: Request) -> dict[str, Any]:
+        text = ""
+        try:
+            while True:
+                try:
+                    one = await asyncio.wait_for(said.get(), timeout=0.5)
+                except TimeoutError:
+                    if await request.is_disconnected():
+                        raise Refusal(499, "the caller has gone") from None
+                    continue
+                text += one.text
+                if one.ended in ("error", "cancelled"):
+                    raise Refusal(500, one.error or "the answer was cancelled")
+                if one.ended is not None:
+                    return dict(reply.whole(text, one))
+        finally:
+            ask.cancelled.set()  # whoever goes before the end, and however, frees the place
+
+    async def _events(self, reply: Any, said: asyncio.Queue[Said], ask: Ask, *, usage: bool) -> AsyncIterator[str]:
+        """Server-sent events; a caller who leaves ends the answer."""
+        try:
+            while True:
+                one = await said.get()
+                if one.ended == "error":
+                    yield _event(Refusal(500, one.error or "the answer failed").body())
+                    break
+                yield _event(reply.piece(one))
+                if one.ended is not None:
+                    if usage:
+                        yield _event(reply.last_piece(one))
+                    break
+            yield "data: [DONE]\n\n"
+        finally:
+            ask.cancelled.set()
+
+
+def _hand_over(loop: asyncio.AbstractEventLoop, said: asyncio.Queue[Said], one: Said) -> None:
+    with contextlib.suppress(RuntimeError):  # the loop has ended, and with it the caller
+        loop.call_soon_threadsafe(said.put_nowait, one)
+
+
+def _event(body: dict[str, Any]) -> str:
+    return f"data: {json.dumps(body, ensure_ascii=False)}\n\n"
+
+
+def _card(name: str, listed: Listed) -> dict[str, Any]:
+    about = {"job_id": listed.job_id, "name": listed.name, "base_model": listed.spec.base_model}
+    return {"id": name, "object": "model", "created": listed.created, "owned_by": "loractl", **about}
+
+
+async def _refusing(work: Callable[[], Any]) -> Any:
+    """Do it beside the event loop; what is wrong becomes the API's kind of error."""
+    try:
+        return await asyncio.to_thread(work)
+    except UsageError as error:
+        hint = f" ({error.hint})" if error.hint else ""
+        raise Refusal(400, f"{error.sentence}{hint}") from error
+    except (LoractlError, DBAPIError) as error:
+        what = error.sentence if isinstance(error, LoractlError) else "the database is away"
+        log.error("%s", what)
+        raise Refusal(503, what) from error

@@ -1,0 +1,187 @@
+"""The stored adapters as a box uses them: found by what people call them, fetched once, verified."""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from loractl.common.artifacts import ArtifactStore, attempt_prefix, open_store, sha256_of
+from loractl.common.errors import ArtifactError, UsageError
+from loractl.common.fingerprint import changed_files
+from loractl.common.job.spec import DataFormat, JobSpec, Method, TaskType
+from loractl.common.settings import Settings
+from loractl.common.store.adapters import parse_reference
+from loractl.common.store.database import connect, reachable
+from loractl.common.store.store import Store
+from loractl.common.store.tables import Adapter, Job
+from loractl.worker.base.adapter import CONFIG, WEIGHTS
+from loractl.worker.base.identity import identify
+from loractl.worker.protocol.trust import check_base, may_run_code
+
+
+@dataclass(frozen=True, kw_only=True)
+class Listed:
+    """An adapter in the store, and the job that made it."""
+
+    job_id: int
+    attempt: int
+    name: str
+    method: Method
+    size: int  # bytes of its files
+    created: int  # unix seconds
+    spec: JobSpec
+    data: dict[str, Any]  # the job's stored data sets: {"path": {"uri", "sha256"}, ...}
+
+    @property
+    def base(self) -> tuple[str, str | None]:
+        """Adapters of an equal one can be on one loaded base."""
+        return self.spec.base_model, self.spec.revision
+
+
+class Library:
+    """Finds adapters and brings them to this box."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        with reachable(settings):
+            self._store = Store(connect(settings))
+        self._artifacts: ArtifactStore = open_store(settings)
+        self._fetched: dict[tuple[int, int], Path] = {}  # verified by this process
+
+    @property
+    def settings(self) -> Settings:
+        return self._settings
+
+    def find(self, text: str) -> Listed:
+        """What a person calls an adapter that writes text. Raises UsageError, JobNotFound, AdapterNotFound, Refused."""
+        row = self._store.adapter(parse_reference(text))
+        listed = self._listed(row, self._store.job(row.job_id))
+        if listed.spec.task_type is TaskType.SEQ_CLS:
+            raise UsageError(
+                f"{row.name} (job {row.job_id}) is a classifier, which writes no text",
+                f"loractl adapters pull {row.job_id} DIR, whose README.md says how to load it",
+            )
+        return listed
+
+    def on(self, base: str, revision: str | None) -> dict[str, Listed]:
+        """The stored adapters of a base by job number and by every name and tag that they have."""
+        tags, found = self._store.tags(), {}
+        for row in self._store.adapters():
+            if row.base_model != base:
+                continue
+            listed = self._listed(row, self._store.job(row.job_id))
+            if listed.spec.revision != revision or listed.spec.task_type is TaskType.SEQ_CLS:
+                continue
+            found[str(row.job_id)] = listed
+            for tag in tags.get(row.job_id, ()):
+                found[f"{row.name}:{tag}"] = listed
+        return found
+
+    def _listed(self, row: Adapter, job: Job) -> Listed:
+        spec = JobSpec.model_validate(job.spec)
+        check_base(spec.base_model, self._settings.model_roots)
+        return Listed(
+            job_id=row.job_id,
+            attempt=row.attempt,
+            name=row.name,
+            method=Method(row.method),
+            size=row.size,
+            created=int(row.created_at.timestamp()),
+            spec=spec,
+            data=job.data,
+        )
+
+    def fetch(self, adapter: Listed) -> Path:
+        """The folder with its files on this box, as its manifest says. Raises ArtifactError, ServiceUnreachable."""
+        known = self._fetched.get((adapter.job_id, adapter.attempt))
+        if known is not None and (known / WEIGHTS).is_file() and (known / CONFIG).is_file():
+            return known
+        folder = self._fetched[adapter.job_id, adapter.attempt] = self._fetch(adapter)
+        return folder
+
+    def _fetch(self, adapter: Listed) -> Path:
+        prefix = attempt_prefix(adapter.job_id, adapter.attempt)
+        wanted = {
+            name.removeprefix("adapter/"): file
+            for name, file in self._artifacts.manifest(prefix).items()
+            if name.startswith("adapter/")
+        }
+        if not {CONFIG, WEIGHTS} <= wanted.keys():
+            raise ArtifactError(f"the result of job {adapter.job_id} holds no adapter")
+        folder = self._settings.cache_dir / "adapters" / f"{adapter.job_id}-{wanted[WEIGHTS].sha256[:16]}"
+        if folder.is_dir():
+            if all((folder / name).is_file() and sha256_of(folder / name) == f.sha256 for name, f in wanted.items()):
+                os.utime(folder)  # loractl gc removes what was not used for long
+                return folder
+            shutil.rmtree(folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".part-"))
+        try:
+            self._artifacts.pull(prefix, "adapter/", aside)
+            aside.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # else somebody else was first; the content is the same
+                raise
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+        return folder
+
+    def report(self, adapter: Listed) -> dict[str, Any]:
+        """The report of the job that made it."""
+        raw: dict[str, Any] = self._artifacts.read_json(attempt_prefix(adapter.job_id, adapter.attempt), "report.json")
+        return raw
+
+    @functools.cache  # noqa: B019  a library lives as long as its process
+    def _format(self, job_id: int, attempt: int) -> DataFormat:
+        raw = self._artifacts.read_json(attempt_prefix(job_id, attempt), "report.json")
+        return DataFormat(raw["data"]["format"])
+
+    def format(self, adapter: Listed) -> DataFormat:
+        """The shape of the rows that it was trained on: whether its prompts are conversations or plain text."""
+        return self._format(adapter.job_id, adapter.attempt)
+
+    def data_file(self, adapter: Listed, key: str) -> str | None:
+        """The path of a data set that its job read: on this box for a stored one, a hub id for others."""
+        named = adapter.spec.data_sets().get(key)
+        stored = adapter.data.get(key)
+        if stored is None:
+            return named
+        folder = self._settings.cache_dir / "datasets"
+        return str(self._artifacts.fetch_dataset(stored["uri"], stored["sha256"], folder))
+
+    def revision(self, adapter: Listed) -> str | None:
+        """The revision of the base to load: of a hub id whose job named none, the commit that it was trained on."""
+        if adapter.spec.revision is not None or Path(adapter.spec.base_model).is_absolute():
+            return adapter.spec.revision
+        commit = (self.report(adapter).get("base") or {}).get("commit")
+        return None if commit is None else str(commit)
+
+    def changed_base(self, adapter: Listed) -> list[str]:
+        """Files of the base on this box that are not those that the adapter was trained on; empty where its report is
+        older than their hashes."""
+        trained = (self.report(adapter).get("base") or {}).get("files")
+        if not trained:
+            return []
+        here = identify(adapter.spec.base_model, self.revision(adapter), self._settings.cache_dir)["files"]
+        return changed_files(trained, here)
+
+    def may_run_code(self, adapter: Listed) -> bool:
+        """Whether this box's owner trusts the base's own code."""
+        return may_run_code(adapter.spec, self._settings)
+
+
+def same_base(adapters: list[Listed]) -> tuple[str, str | None]:
+    """The base that all of them are on. Raises UsageError."""
+    first = adapters[0]
+    for other in adapters[1:]:
+        if other.base != first.base:
+            raise UsageError(
+                f"{other.name} (job {other.job_id}) is for another base than {first.name} (job {first.job_id})",
+                f"one loaded base serves one: {first.spec.base_model} or {other.spec.base_model}",
+            )
+    return first.base

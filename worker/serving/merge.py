@@ -1,0 +1,224 @@
+"""loractl adapters merge: base and adapter as one full model, proved to give the same logits."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from loractl.common.errors import LoractlError, UsageError
+
+if TYPE_CHECKING:
+    from .library import Library, Listed
+
+PROMPTS = (
+    "The capital of France is",
+    "Summarise in one sentence: the meeting moved to Thursday because the room was taken.",
+    "def mean(values):\n    return",
+    "7 + 5 * 2 =",
+)
+"""What base and adapter are compared on before and after the merge, beside the job's own kind of prompt."""
+
+TOLERANCE = 1e-3
+"""Largest difference of a logit, in fp32: W + scale B A is summed once instead of at every token. 4e-5 is usual."""
+
+LEAST_AGREEMENT = 0.8
+"""Share of tokens whose likeliest next token the stored files must keep: rounding moves a few, an overflow all."""
+
+CONVERTER = "convert_hf_to_gguf.py"
+"""llama.cpp's own."""
+
+
+class MergeFailed(LoractlError):
+    """The merged model is not the same as base and adapter: nothing is written."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Proof:
+    """How far logits over all prompts' tokens are apart."""
+
+    prompts: int
+    tokens: int
+    largest_logit: float  # for scale
+    merged_difference: float  # fp32: base and adapter against merged
+    stored_difference: float  # the files as they load, in their number format, against fp32
+    stored_agreement: float  # share of tokens whose likeliest next token is the same
+
+
+@click.command()
+@click.argument("adapter", metavar="ADAPTER")
+@click.argument("folder", type=click.Path(path_type=Path, file_okay=False), metavar="DIR")
+@click.option("--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), default="bfloat16", show_default=True)
+@click.option("--gguf", is_flag=True, help="Also write a GGUF file, by llama.cpp's converter.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def merge(adapter: str, folder: Path, dtype: str, gguf: bool, as_json: bool) -> None:
+    """Make a full model of base and adapter, and prove that it is the same.
+
+    The base is loaded in fp32, also for QLoRA. DIR, which must be new, gets safetensors, tokenizer and merge.json.
+    """
+    from loractl.common.settings import load_settings
+    from loractl.worker.base.quiet import quieten
+
+    from .library import Library
+
+    if folder.exists():
+        raise UsageError(f"{folder} is there already", "name a new folder")
+    converter = find_converter() if gguf else None
+    quieten()
+    library = Library(load_settings())
+    listed = library.find(adapter)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+    try:
+        proof = merge_into(aside, library, listed, dtype)
+        if converter is not None:
+            run_converter(converter, aside, aside / f"{listed.name}-{dtype}.gguf", dtype)
+        for path in (aside, *aside.iterdir()):
+            path.chmod(0o755 if path.is_dir() else 0o644)  # as other files here; temporary ones are their owner's alone
+        aside.rename(folder)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    if as_json:
+        click.echo(json.dumps({"folder": str(folder), **asdict(proof)}))
+        return
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    click.echo(f"{listed.name} (job {listed.job_id}) is merged into {folder} ({size / 1e6:.0f} MB, {dtype}).")
+    click.echo(
+        f"Merged in fp32, logits differ by at most {proof.merged_difference:.1e} of {proof.largest_logit:.0f} on "
+        f"{proof.tokens} tokens; as stored by {proof.stored_difference:.1e}, and the likeliest token is the same for "
+        f"{100 * proof.stored_agreement:.1f} %."
+    )
+
+
+def merge_into(folder: Path, library: Library, listed: Listed, dtype: str) -> Proof:
+    """Write the merged model into an existing empty folder. Raises MergeFailed when it is not the same."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    from loractl.common.job.spec import Method
+    from loractl.worker.base.model import Precision, load_base, load_tokenizer
+
+    spec, files, run_code = listed.spec, library.fetch(listed), library.may_run_code(listed)
+    revision = library.revision(listed)
+    tokenizer = load_tokenizer(spec.base_model, revision, run_code=run_code)
+    exact = Precision(base=torch.float32, amp=None)
+    base = load_base(spec.base_model, Method.LORA, "cpu", exact, revision, run_code=run_code)
+    prompts = [tokenizer(text).input_ids for text in PROMPTS] + _own_prompts(library, listed, tokenizer)
+    tuned = PeftModel.from_pretrained(base, str(files)).eval()
+    before = _logits(tuned, prompts)
+    merged = tuned.merge_and_unload(safe_merge=True).eval()
+    after = _logits(merged, prompts)
+    if changed := library.changed_base(listed):
+        what = f"the base here is not the one that {listed.name} was trained on: {', '.join(changed)} differ"
+        raise MergeFailed(what, "get the base of that time, or train anew")
+    difference = _apart(before, after)
+    if not difference <= TOLERANCE:
+        raise MergeFailed(
+            f"the merged model differs from base and adapter by {difference:.2e} in a logit, {TOLERANCE:g} is allowed",
+            "use base and adapter as they are: loractl adapters pull",
+        )
+    merged.to(getattr(torch, dtype)).save_pretrained(str(folder), safe_serialization=True)
+    tokenizer.save_pretrained(str(folder))
+    del merged, tuned, base
+    stored = AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype, trust_remote_code=run_code).eval()
+    as_stored = _logits(stored, prompts)
+    same = sum(int((a.argmax(-1) == b.argmax(-1)).sum()) for a, b in zip(before, as_stored, strict=True))
+    tokens = sum(len(ids) for ids in prompts)
+    proof = Proof(
+        prompts=len(prompts),
+        tokens=tokens,
+        largest_logit=max(float(t.abs().max()) for t in before),
+        merged_difference=difference,
+        stored_difference=_apart(before, as_stored),
+        stored_agreement=same / tokens,
+    )
+    if not math.isfinite(proof.stored_difference) or proof.stored_agreement < LEAST_AGREEMENT:
+        raise MergeFailed(
+            f"stored in {dtype} the model says the same for {100 * proof.stored_agreement:.0f} % of the tokens only",
+            "try --dtype float32",
+        )
+    _describe(folder, listed, dtype, proof)
+    return proof
+
+
+def _own_prompts(library: Library, listed: Listed, tokenizer: Any) -> list[list[int]]:
+    from .prompt import prompt_for
+
+    question = [{"role": "user", "content": "Can you help me with this?"}]
+    return [prompt_for(library.format(listed), question, tokenizer)]
+
+
+def _logits(model: Any, prompts: Sequence[Sequence[int]]) -> list[Any]:
+    """fp32 logits (tokens, vocabulary) of each prompt."""
+    import torch
+
+    with torch.inference_mode():
+        return [model(input_ids=torch.tensor([list(ids)])).logits[0].float() for ids in prompts]
+
+
+def _apart(some: Sequence[Any], others: Sequence[Any]) -> float:
+    """The largest difference; infinite where one is no number."""
+    apart = max(float((a - b).abs().max()) for a, b in zip(some, others, strict=True))
+    return apart if math.isfinite(apart) else math.inf
+
+
+def _describe(folder: Path, listed: Listed, dtype: str, proof: Proof) -> None:
+    spec = listed.spec
+    about = {
+        "job_id": listed.job_id,
+        "attempt": listed.attempt,
+        "name": listed.name,
+        "base_model": spec.base_model,
+        "revision": spec.revision,
+        "method": listed.method.value,
+        "dtype": dtype,
+        "proof": asdict(proof),
+    }
+    (folder / "merge.json").write_text(json.dumps(about, indent=1) + "\n", "utf-8")
+    trained = "; it was trained over the base in NF4, whose rounding the merged model does not have"
+    lines = [
+        f"# {listed.name}, merged",
+        "",
+        f"{spec.base_model} and the adapter of loractl job {listed.job_id}, attempt {listed.attempt}, merged in fp32 "
+        f"and stored in {dtype}{trained if listed.method.value == 'qlora' else ''}.",
+        "",
+        f"On {proof.tokens} tokens of {proof.prompts} prompts, logits of base with adapter, in fp32, differ by at most "
+        f"{proof.merged_difference:.1e} from those of the merged model in fp32, and by {proof.stored_difference:.1e} "
+        f"from those of these files in {dtype}.",
+    ]
+    (folder / "README.md").write_text("\n".join(lines) + "\n", "utf-8")
+
+
+def find_converter() -> Path:
+    """llama.cpp's converter, in LLAMA_CPP or on PATH. Raises UsageError."""
+    folder = os.environ.get("LLAMA_CPP")
+    beside = [Path(folder) / CONVERTER] if folder else []
+    on_path = shutil.which(CONVERTER)
+    for path in (*beside, *([Path(on_path)] if on_path else [])):
+        if path.is_file():
+            return path
+    raise UsageError(
+        f"--gguf needs llama.cpp's {CONVERTER}, which is not on PATH", "or set LLAMA_CPP to the folder that holds it"
+    )
+
+
+def run_converter(converter: Path, model: Path, target: Path, dtype: str) -> None:
+    """Write a GGUF file of a model's folder. Raises LoractlError with what the converter said last."""
+    import sys
+
+    kind = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}[dtype]
+    command = [sys.executable, str(converter), str(model), "--outfile", str(target), "--outtype", kind]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode or not target.is_file():
+        said = [line for line in (done.stderr + done.stdout).splitlines() if line.strip()]
+        raise LoractlError(f"{CONVERTER} failed: {said[-1] if said else f'exit status {done.returncode}'}")

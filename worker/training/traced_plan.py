@@ -1,0 +1,338 @@
+"""The memory plan of an architecture that is not known by name: one training step on tensors without content.
+
+The model is built on the meta device and wrapped as the recipe does it. Then its tensors are swapped for fake ones, and
+a step runs while a dispatch mode counts the bytes of live storages. It needs neither weights nor a GPU, and seconds.
+The same trace is the oracle that common/memory.py is tested against.
+
+The tensors are fake CPU ones, since a torch built for CPUs has no fake CUDA ones. Where CUDA's operators hold other
+tensors than the CPU's, theirs are put in their place (see _AsOnCuda and _Live).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.nn.functional as F  # noqa: N812  torch's own name for it
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter, tree_map
+
+from loractl.common.job.spec import JobSpec, Method, TaskType
+from loractl.common.memory.plan import (
+    Lengths,
+    Plan,
+    checkpoints_activations,
+    micro_batch,
+    optimizer_name,
+    planned_labels,
+    state_bytes,
+    traced_plan,
+)
+from loractl.worker.base.model import HEAD, add_adapter, label_settings, source_of
+from loractl.worker.evaluation.classifier import head_loss
+
+BLOCK = 512
+"""Bytes that CUDA's caching allocator rounds a tensor up to (kMinBlockSize in c10/cuda/CUDACachingAllocator)."""
+
+CUTS = (2, 4)
+"""Layers of the two cut models that are traced: every further layer costs half of their difference."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trace:
+    """Bytes of one traced training step."""
+
+    weights: int  # of the base as it is held
+    adapter: int
+    state: int  # of the optimizer
+    peak: int  # all of these, gradients, activations and the loss
+
+    @property
+    def own(self) -> int:
+        """What the step itself took: activations, logits, what an operator needs for a moment."""
+        return self.peak - self.weights - 2 * self.adapter - self.state
+
+
+def trace_plan(model: str | Path, spec: JobSpec, method: Method, lengths: Lengths | None = None) -> Plan:
+    """The plan of any decoder that transformers builds from the config of a folder or a hub id.
+
+    Evaluation is not traced. Raises what transformers and peft raise for a config that they refuse.
+    """
+    from transformers import AutoConfig
+
+    classes = label_settings(list(map(str, range(planned_labels(spec, lengths) or 0))))
+    options = {**classes, "pad_token_id": 0} if spec.task_type is TaskType.SEQ_CLS else {}
+    options |= source_of(str(model), spec.revision)
+    config = AutoConfig.from_pretrained(str(model), trust_remote_code=False, **options)
+    tokens = lengths.train if lengths else spec.dataset.max_length
+    batch = micro_batch(spec, lengths)
+    spec = spec.model_copy(update={"training": spec.training.model_copy(update={"per_device_train_batch_size": batch})})
+    layers = config.get_text_config().num_hidden_layers
+    if layers <= CUTS[1]:
+        trace = trace_step(config, spec, method, tokens)
+        return traced_plan(trace.weights, trace.adapter, trace.state, trace.own, method)
+    small, large = (trace_step(cut(config, count), spec, method, tokens) for count in CUTS)
+
+    def whole(name: str) -> int:
+        first, second = getattr(small, name), getattr(large, name)
+        return int(second + (layers - CUTS[1]) * (second - first) / (CUTS[1] - CUTS[0]))
+
+    return traced_plan(whole("weights"), whole("adapter"), whole("state"), whole("own"), method)
+
+
+def trace_step(config: Any, spec: JobSpec, method: Method, tokens: int) -> Trace:
+    """One step of the Trainer's kind on rows of `tokens` tokens, with gradients of an earlier micro-batch where the
+    job accumulates them."""
+    from accelerate.utils import convert_outputs_to_fp32
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    model = build(config, spec, method)
+    model.train()
+    if checkpoints_activations(spec):
+        model.activation_checkpointing_enable(
+            activation_checkpointing_kwargs={
+                "use_reentrant": False,
+                "context_fn": lambda: (contextlib.nullcontext(), _AsOnCuda()),  # recomputing runs outside of the mode
+            }
+        )
+    batch = spec.training.per_device_train_batch_size
+    with FakeTensorMode(allow_non_fake_inputs=True), _masks(padded=batch > 1 or spec.training.packing):
+        constants = _make_fake(model)
+        if spec.training.dtype != "float32":
+            model.forward = convert_outputs_to_fp32(torch.autocast("cpu", dtype=torch.bfloat16)(model.forward))
+        trained = [p for p in model.parameters() if p.requires_grad]
+        live = _Live()
+        live.watch([*model.parameters(), *model.buffers(), *constants])
+        adapter = sum(_rounded(p.nbytes) for p in trained)
+        weights = live.now - adapter
+        state = [torch.empty(state_bytes(optimizer_name(spec, method), p.numel()), dtype=torch.uint8) for p in trained]
+        live.watch(state)
+        held = live.now - weights - adapter
+        rows = torch.zeros((batch, tokens), dtype=torch.int64)
+        count, labels = torch.tensor(1), torch.zeros(batch, dtype=torch.int64)
+
+        def step() -> None:
+            inputs = {"input_ids": rows, "attention_mask": torch.ones_like(rows), "num_items_in_batch": count}
+            # of the output the Trainer keeps the loss alone, so that the logits are gone by the backward pass
+            if spec.task_type is TaskType.SEQ_CLS:
+                loss = head_loss(0.0)(model(**inputs), labels, count)
+            else:
+                loss = model(**inputs, labels=rows)[0]
+            torch.autograd.backward(loss)
+
+        with _AsOnCuda(), live:
+            step()  # leaves gradients
+            live.peak = live.now
+            step()
+    return Trace(weights=weights, adapter=adapter, state=held, peak=live.peak)
+
+
+def build(config: Any, spec: JobSpec, method: Method) -> Any:
+    """The model with its adapter on the meta device, in NF4 where bitsandbytes would put it."""
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
+    from transformers.integrations.bitsandbytes import replace_with_bnb_linear
+    from transformers.quantizers.base import get_keys_to_not_convert
+
+    asked = spec.training.attn_implementation
+    options = {} if asked in ("auto", "flash_attention_2") else {"attn_implementation": asked}
+    dtype = torch.float32 if spec.training.dtype == "float32" else torch.bfloat16
+    classifier = spec.task_type is TaskType.SEQ_CLS
+    auto = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
+    with torch.device("meta"):
+        base = auto.from_config(copy.deepcopy(config), dtype=dtype, **options)
+        if method is Method.QLORA:
+            quantization = BitsAndBytesConfig(
+                load_in_4bit=True,
+                bnb_4bit_quant_type="nf4",
+                bnb_4bit_use_double_quant=True,
+                bnb_4bit_compute_dtype=dtype,
+            )
+            kept = [HEAD] if classifier else get_keys_to_not_convert(base)
+            base = replace_with_bnb_linear(base, kept, quantization)
+        return add_adapter(base, spec, method)
+
+
+def cut(config: Any, layers: int) -> Any:
+    """The config of the same model with fewer layers."""
+    config = copy.deepcopy(config)
+    text = config.get_text_config()
+    text.num_hidden_layers = layers
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[:layers]
+    return config
+
+
+def _make_fake(model: Any) -> list[torch.Tensor]:
+    """Swap every tensor for a fake one of its size, tied ones for the same. NF4 layers get theirs packed; their
+    constants are returned."""
+    from bitsandbytes.nn import Linear4bit
+
+    seen: dict[int, Any] = {}
+    constants: list[torch.Tensor] = []
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            constants += _pack(module)
+        for name, parameter in module._parameters.items():
+            if parameter is None or (isinstance(module, Linear4bit) and name == "weight"):
+                continue
+            if id(parameter) not in seen:
+                fake = torch.empty(parameter.shape, dtype=parameter.dtype)
+                seen[id(parameter)] = torch.nn.Parameter(fake, requires_grad=parameter.requires_grad)
+            module._parameters[name] = seen[id(parameter)]
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+    return constants
+
+
+def _pack(layer: Any) -> list[torch.Tensor]:
+    """Give an NF4 layer what bitsandbytes' quantize_4bit leaves: packed weights and their nested scales."""
+    from bitsandbytes.functional import QuantState
+
+    weights = layer.in_features * layer.out_features
+    blocks = -(-weights // 64)
+    packed = torch.nn.Parameter(torch.empty(((weights + 1) // 2, 1), dtype=torch.uint8), requires_grad=False)
+    nested = QuantState(
+        absmax=torch.empty(-(-blocks // 256)), blocksize=256, code=torch.empty(256), dtype=torch.float32
+    )
+    state = QuantState(
+        absmax=torch.empty(blocks, dtype=torch.uint8),
+        shape=torch.Size((layer.out_features, layer.in_features)),
+        code=torch.empty(16),
+        blocksize=64,
+        quant_type="nf4",
+        dtype=torch.bfloat16,
+        offset=torch.empty(()),
+        state2=nested,
+    )
+    packed.quant_state = state
+    layer._parameters["weight"] = packed
+    return [state.absmax, state.code, state.offset, nested.absmax, nested.code]
+
+
+@contextlib.contextmanager
+def _masks(*, padded: bool) -> Iterator[None]:
+    """transformers leaves the causal mask out where no row is padded, which it can't see on a fake tensor."""
+    from transformers import masking_utils
+
+    def without(
+        mask: Any, queries: int, keys: int, *_: Any, local_attention_size: int | None = None, **__: Any
+    ) -> bool:
+        return not padded and (local_attention_size is None or keys < local_attention_size)
+
+    with mock.patch.object(masking_utils, "_ignore_causal_mask_sdpa", without):
+        yield
+
+
+class _AsOnCuda(TorchFunctionMode):
+    """Operators that keep other tensors on a CPU than on CUDA, as CUDA has them."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.dropout:
+            return _dropout(*args, **kwargs)
+        if func is F.scaled_dot_product_attention:
+            kwargs = {**kwargs, "dropout_p": 0.0}  # fused kernels keep a seed, the CPU's fallback keeps the scores
+        if func in (F.grouped_mm, torch._grouped_mm):
+            return _GroupedProduct.apply(*args[:2])
+        if func is F.softmax and kwargs.get("dtype") is torch.float32 and args[0].dtype != torch.float32:
+            return torch._softmax(args[0], kwargs["dim"], True)  # casts inside the kernel
+        if func in _FP32_UNDER_AUTOCAST and torch.is_autocast_enabled("cpu"):
+            args, kwargs = tree_map(_widened, args), tree_map(_widened, kwargs)
+        return func(*args, **kwargs)
+
+
+_FP32_UNDER_AUTOCAST = {
+    F.layer_norm,
+    F.softmax,
+    F.log_softmax,
+    F.cross_entropy,
+    F.softplus,
+    torch.softmax,
+    torch.Tensor.softmax,
+    torch.pow,
+    torch.Tensor.pow,
+    torch.Tensor.__pow__,
+    torch.rsqrt,
+    torch.exp,
+    torch.sum,
+    torch.Tensor.sum,
+    torch.cumsum,
+}
+"""CUDA's autocast runs these in fp32, the CPU's does not (pytorch.org/docs/stable/amp.html, op reference)."""
+
+
+def _widened(value: Any) -> Any:
+    return value.float() if isinstance(value, torch.Tensor) and value.dtype == torch.bfloat16 else value
+
+
+def _dropout(input: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:
+    """CUDA keeps a mask of one byte an element."""
+    return torch.native_dropout(input, p, training)[0] if training and p > 0 else input
+
+
+class _GroupedProduct(torch.autograd.Function):
+    """Experts' matrix product: its fake kernel knows bf16 alone, the real one fp32 as well."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(rows if weights.requires_grad else None, weights)
+        ctx.shape = rows.shape
+        return rows.new_empty(rows.shape[0], weights.shape[-1])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        rows, weights = ctx.saved_tensors
+        return gradient.new_empty(ctx.shape), None if rows is None else torch.empty_like(weights)
+
+
+class _Live(TorchDispatchMode):
+    """Bytes of the storages that are alive, each counted once and rounded as the allocator does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._seen: dict[int, int] = {}
+
+    def watch(self, tensors: Any) -> None:
+        for tensor in tree_iter(tensors):
+            if isinstance(tensor, torch.Tensor):
+                self._add(tensor.untyped_storage())
+
+    def _add(self, storage: Any) -> None:
+        key = storage._cdata
+        if key in self._seen:
+            return
+        self._seen[key] = _rounded(storage.nbytes())
+        self.now += self._seen[key]
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._remove, key)
+
+    def _remove(self, key: int) -> None:
+        self.now -= self._seen.pop(key, 0)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.watch(out)
+        self.peak = max(self.peak, self.now + _inside(str(func), args))
+        return out
+
+
+def _inside(operator: str, args: Any) -> int:
+    """Bytes that CUDA's kernel takes while it runs: a 16-bit copy of NF4 weights; gradient times output of a softmax
+    (aten/src/ATen/native/cuda/SoftMax.cu)."""
+    if operator.startswith("bitsandbytes.gemm_4bit"):
+        return 2 * int(args[2][0]) * int(args[2][1])
+    return 4 * int(args[0].numel()) if operator.startswith("aten._softmax_backward_data") else 0
+
+
+def _rounded(size: int) -> int:
+    return -(-size // BLOCK) * BLOCK

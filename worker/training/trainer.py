@@ -1,0 +1,144 @@
+"""The trainer process: reads orders from stdin, runs the recipe, tells what happens on stdout.
+
+    python -m loractl.worker.training.trainer
+
+It ends when its stdin closes, so a killed supervisor leaves no orphan on the device. Signals are the supervisor's
+business. Whatever a library prints goes to stderr, which becomes the job's log.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import queue
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from typing import IO
+
+from loractl.common.errors import DataError
+from loractl.common.job.status import Reason, Stage
+from loractl.worker.base.quiet import quieten
+from loractl.worker.protocol.messages import Ended, Start, Stop, Told, decode_order, encode
+
+EXIT_ORPHANED = 9
+
+Orders = queue.SimpleQueue[Start | Stop]
+Tell = Callable[[Told], None]
+Recipe = Callable[[Start, Orders, Tell], Ended]
+
+
+def main(run: Recipe | None = None) -> int:
+    """Serve one job; the exit status is 0 when its end could be told. `run`: another recipe than loractl's own."""
+    for ignored in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(ignored, signal.SIG_IGN)  # the supervisor stops us through stdin
+    commands, channel = _take_pipes()
+    orders: Orders = queue.SimpleQueue()
+    lock = threading.Lock()
+
+    def tell(message: Told) -> None:
+        with lock:
+            channel.write(encode(message))
+            channel.flush()
+
+    threading.Thread(target=_listen, args=(commands, orders), name="orders", daemon=True).start()
+    order = orders.get()
+    if not isinstance(order, Start):
+        return 1
+    tell((run or _run)(order, orders, tell))
+    return 0
+
+
+def _run(order: Start, orders: Orders, tell: Tell) -> Ended:
+    """Train; every way to fail becomes a reason and a sentence, with the traceback in the log."""
+    quieten()
+    from loractl.worker.base.gauge import hold_to
+    from loractl.worker.base.model import TrainingFailed
+
+    from .recipe import Run, Stopped, train
+
+    run = Run(order=order, tell=tell)
+
+    def obey() -> None:
+        while isinstance(message := orders.get(), Stop):
+            if message.save:
+                run.save_on_stop.set()
+            run.stop.set()
+
+    threading.Thread(target=obey, name="stop", daemon=True).start()
+
+    def ended(reason: Reason, message: str) -> Ended:
+        return Ended(job_id=order.job_id, reason=reason, message=message, peaks=run.gauge.look())
+
+    try:
+        hold_to(order.memory_limit, order.device, order.gpu)
+        return train(run)
+    except Stopped:
+        return ended(Reason.DRAINED if run.save_on_stop.is_set() else Reason.CANCELLED, "stopped when asked to")
+    except DataError as error:
+        hint = f" ({error.hint})" if error.hint else ""
+        return ended(Reason.BAD_DATA, f"{error.sentence}{hint}")
+    except TrainingFailed as error:
+        traceback.print_exc()
+        return ended(error.reason, error.sentence)
+    except Exception as error:  # noqa: BLE001  whatever it is, the job's row must say why
+        # the last place that can name the failure: the whole traceback goes to the log, the sentence to the job's row
+        traceback.print_exc()
+        reason, message = _explain(error, own_limit=order.device == "cpu" and order.memory_limit is not None)
+        if reason is Reason.TRAINER_ERROR and Stage.EVALUATING in run.stages:
+            reason = Reason.EVALUATION_FAILED
+        return ended(reason, message)
+
+
+def _explain(error: Exception, *, own_limit: bool) -> tuple[Reason, str]:
+    """The reason and the sentence for what nobody caught closer to its cause.
+
+    `own_limit`: this process's RAM is held to a limit, so that it ran out of that and not of the box's RAM.
+    """
+    import torch
+
+    from loractl.worker.base.gauge import in_a_sentence, is_card_full, is_out_of_memory
+
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    first, text = (lines[0] if lines else "no message"), str(error)
+    if is_card_full(error) or (own_limit and is_out_of_memory(error)):
+        return Reason.OUT_OF_MEMORY, in_a_sentence(error)
+    if is_out_of_memory(error):
+        return Reason.HOST_OUT_OF_MEMORY, "the box has not enough RAM for this job"
+    # torch and safetensors wrap the operating system's error in their own
+    wrapped = any(words in text for words in ("No space left on device", "os error 28", "PytorchStreamWriter failed"))
+    if wrapped or (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)):
+        return Reason.DISK_FULL, f"no space is left for {getattr(error, 'filename', None) or 'the job’s files'}"
+    accelerator = getattr(torch, "AcceleratorError", ())  # since torch 2.8
+    # these two are the program's or the build's fault: another attempt, or another card, would meet them again
+    lasting = "device-side assert" in text or "no kernel image" in text
+    if isinstance(error, accelerator) and not lasting:
+        return Reason.GPU_ERROR, first
+    return Reason.TRAINER_ERROR, f"{type(error).__name__}: {first}"
+
+
+def _listen(commands: IO[str], orders: queue.SimpleQueue[Start | Stop]) -> None:
+    """Queue what the supervisor sends; without a supervisor that can be understood, end the process."""
+    try:
+        for line in commands:
+            orders.put(decode_order(line))
+    except ValueError as error:
+        sys.stderr.write(f"the supervisor sent what this trainer can't read: {error}\n")
+    os._exit(EXIT_ORPHANED)  # not sys.exit: the main thread may sit in a CUDA call
+
+
+def _take_pipes() -> tuple[IO[str], IO[str]]:
+    """Keep the protocol's pipes for ourselves: other prints go to stderr, and nobody can wait for an answer."""
+    sys.stdout.flush()
+    commands, channel = os.fdopen(os.dup(0), encoding="utf-8"), os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.dup2(2, 1)
+    return commands, channel
+
+
+if __name__ == "__main__":
+    with contextlib.suppress(BrokenPipeError):  # the supervisor is gone, and so is anybody to tell
+        sys.exit(main())
