@@ -120,13 +120,10 @@ def main() -> NoReturn:
 
 def _unexpected(error: Exception) -> ExitCode:
     """What nobody foresaw is still one sentence; a database that vanished in mid-command is named as such."""
-    from sqlalchemy.exc import DBAPIError
+    from loractl.common.store.database import outage
 
-    from loractl.common.store.database import is_outage
-
-    if isinstance(error, DBAPIError) and is_outage(error):
-        lines = str(error.orig).strip().splitlines()
-        click.echo(f"Error: the database is unreachable: {lines[0] if lines else 'no answer'}", err=True)
+    if (why := outage(error)) is not None:
+        click.echo(f"Error: the database is unreachable: {why}", err=True)
         click.echo("Hint: check that it runs, or set LORACTL_DATABASE_URL", err=True)
         return ExitCode.UNREACHABLE
     click.echo(f"Error: {type(error).__name__}: {error}", err=True)

@@ -50,11 +50,10 @@ def next_adjustment(spec: JobSpec, adjustment: Adjustment, *, on_gpu: bool) -> A
     refuses it.
     """
     training = adjusted(spec, adjustment).training
-    batch, accumulation = training.per_device_train_batch_size, training.gradient_accumulation_steps
+    batch = training.per_device_train_batch_size
     if batch > 1:
-        effective = batch * accumulation
-        smaller = next(size for size in range(batch // 2, 0, -1) if effective % size == 0)
-        return replace(adjustment, micro_batch=smaller, accumulation=effective // smaller)
+        smaller = training.micro_batch(batch // 2)
+        return replace(adjustment, micro_batch=smaller, accumulation=training.effective_batch // smaller)
     checkpointing = on_gpu if training.gradient_checkpointing is None else training.gradient_checkpointing
     return None if checkpointing else replace(adjustment, gradient_checkpointing=True)
 

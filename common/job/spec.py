@@ -254,6 +254,16 @@ class TrainingSpec(_Section):
     """Where else the curves go; the worker needs the package, and its owner's account."""
     seed: int = Field(0, ge=0, lt=2**32)
 
+    @property
+    def effective_batch(self) -> int:
+        """Rows that one optimizer step learns from."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps
+
+    def micro_batch(self, most: int) -> int:
+        """The largest number of rows at once, up to `most`, that divides the effective batch; 0 when `most` is 0."""
+        sizes = range(min(most, self.effective_batch), 0, -1)
+        return next((rows for rows in sizes if self.effective_batch % rows == 0), 0)
+
 
 class EvaluationSpec(_Section):
     """What the report measures on the held-out rows."""

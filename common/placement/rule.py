@@ -105,9 +105,14 @@ class Card:
     user_limit: int | None = None  # jobs that one user may run in the fleet
 
     @property
+    def usable(self) -> int:
+        """What our jobs could ever take: the card without what its owner keeps free."""
+        return self.total - self.margin
+
+    @property
     def capacity(self) -> int:
         """What our jobs may take together while others keep what they hold."""
-        return max(0, self.total - self.margin - self.outside)
+        return max(0, self.usable - self.outside)
 
     @property
     def taken(self) -> int:
@@ -348,7 +353,7 @@ def _holds_now(card: Card, job: Waiting, size: int | None, fleet: _Fleet) -> boo
 
 def largest_gpu(cards: Iterable[Card]) -> int:
     """Bytes for our jobs on the largest open GPU, once everything else has left it; 0 without one."""
-    return max((c.total - c.margin for c in cards if c.open and not c.processor), default=0)
+    return max((c.usable for c in cards if c.open and not c.processor), default=0)
 
 
 def could_start(job: Waiting, card: Card, fleet: Iterable[Card]) -> bool:

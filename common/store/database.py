@@ -62,19 +62,23 @@ def reachable(settings: Settings) -> Iterator[None]:
     try:
         yield
     except DBAPIError as error:
-        if not is_outage(error):
+        if (why := outage(error)) is None:
             raise
-        why = str(error.orig).strip().splitlines()
         raise ServiceUnreachable(
-            "the database", redacted(settings.database_url), "LORACTL_DATABASE_URL", why[0] if why else "no answer"
+            "the database", redacted(settings.database_url), "LORACTL_DATABASE_URL", why
         ) from error
 
 
-def is_outage(error: DBAPIError) -> bool:
-    """True when the database is away or can't be opened, false when a statement was wrong."""
+def outage(error: BaseException) -> str | None:
+    """What the database's absence looks like, as a sentence's end; None when the error is another one."""
     from sqlalchemy.exc import InterfaceError, OperationalError
 
-    return error.connection_invalidated or isinstance(error, (OperationalError, InterfaceError))
+    if not isinstance(error, DBAPIError):
+        return None
+    if not (error.connection_invalidated or isinstance(error, (OperationalError, InterfaceError))):
+        return None
+    lines = str(error.orig).strip().splitlines()
+    return lines[0] if lines else "no answer"
 
 
 def make_engine(url: str) -> Engine:

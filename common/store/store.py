@@ -64,6 +64,7 @@ from loractl.common.placement.rule import (
     within,
 )
 from loractl.common.settings import LEASE_S
+from loractl.common.text import storable
 from loractl.common.units import GIB, gib
 
 from .adapters import Reference, drop_tag, find_adapter, read_tags, set_tag
@@ -474,7 +475,7 @@ class Store:
 
     def hold(self, job_id: int, user: str, reason: str = "") -> Job:
         """Keep a waiting job from starting until `retry`. Raises JobNotFound, WrongState."""
-        text = _storable(f"held by {user}: {reason}" if reason else f"held by {user}")
+        text = storable(f"held by {user}: {reason}" if reason else f"held by {user}")
         with self._write() as session:
             held = _change(job_id, Status.QUEUED).values(held=True, message=text)
             if not _rows(session, held):
@@ -780,7 +781,7 @@ class Store:
         return self._clock() if self._clock else dt.datetime.now(dt.UTC)
 
     def _event(self, session: Session, job_id: int, attempt: int | None, kind: str, text: str) -> None:
-        session.add(Event(job_id=job_id, attempt=attempt, at=self._now_value(session), kind=kind, text=_storable(text)))
+        session.add(Event(job_id=job_id, attempt=attempt, at=self._now_value(session), kind=kind, text=storable(text)))
 
     def _refuse(self, session: Session, job: Job, error: ValidationError, now: dt.datetime) -> None:
         """Put a job whose spec this version can't read aside, so that it does not stop the jobs behind it.
@@ -816,7 +817,7 @@ class Store:
                     job_id=claim.job_id,
                     attempt=claim.attempt,
                     at=self._now_value(session),
-                    text=_storable(progress.log),
+                    text=storable(progress.log),
                 )
             )
         if progress.adjustment is not None:
@@ -858,7 +859,7 @@ class Store:
 
     def _end_attempt(self, session: Session, job: Job, reason: Reason, message: str, now: dt.datetime) -> None:
         """Close the running attempt and decide what becomes of the job."""
-        message = _storable(message)
+        message = storable(message)
         session.execute(
             update(Attempt)
             .where(Attempt.job_id == job.job_id, Attempt.attempt == job.attempt)
@@ -922,7 +923,7 @@ class Store:
             return True, f"{message}; another program took memory of {job.node}"
         cards = session.scalars(select(Node)).all()
         gpus = [card for card in cards if card.kind != "cpu"]
-        largest = max((card.total - card.margin for card in gpus or cards), default=0)
+        largest = max((card.usable for card in gpus or cards), default=0)
         needs = {Method.LORA: job.vram_lora, Method.QLORA: job.vram_qlora}
         # a plan says nothing of a processor's RAM: the method is tried no more
         processor = node is not None and node.kind == "cpu"
@@ -976,11 +977,6 @@ def _rows(session: Session, statement: Update) -> int:
     """How many rows the update changed."""
     result = session.execute(statement.execution_options(synchronize_session=False))
     return cast(CursorResult[Any], result).rowcount
-
-
-def _storable(text: str) -> str:
-    """The text without what PostgreSQL or UTF-8 can't hold: zero bytes and lone surrogates."""
-    return text.replace("\0", "\ufffd").encode("utf-8", "replace").decode("utf-8")
 
 
 def _line_up(job: Job, requires: Mapping[str, str], now: dt.datetime) -> None:

@@ -212,6 +212,11 @@ class Node(Base):
     instance: Mapped[str | None] = mapped_column(String(64))  # of the box: two boxes may call themselves the same
     seen_at: Mapped[Timestamp]
 
+    @property
+    def usable(self) -> int:
+        """What our jobs could ever take of it: all but its owner's margin."""
+        return self.total - self.margin
+
 
 class DrainOrder(Base):
     """A person's wish that a box, or one card of it, takes no more jobs."""

@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from loractl.common.text import clean_line, minus
 from loractl.scheduler.commands.compare import Compared, differences
-from loractl.scheduler.text.jobs import Screen, plain, table
+from loractl.scheduler.text.jobs import Screen, table
 
 Report = dict[str, Any]
 
@@ -217,11 +218,11 @@ def _shown(value: Any) -> str:
         return "\N{EN DASH}"
     if isinstance(value, float):
         return f"{value:.6g}"
-    text = plain(value if isinstance(value, str) else json.dumps(value))
+    text = clean_line(value if isinstance(value, str) else json.dumps(value))
     return text[:12] if len(text) == 64 else text[:40]  # a hash by its beginning
 
 
 def _shift(pair: Pair) -> str:
     if pair.same:
         return "equal"
-    return "other" if pair.difference is None else f"{pair.difference:+.2g}".replace("-", "\N{MINUS SIGN}")
+    return "other" if pair.difference is None else minus(f"{pair.difference:+.2g}")

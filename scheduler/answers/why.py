@@ -98,10 +98,10 @@ def _never(job: Job, me: Waiting, view: FleetView) -> Wait | None:
     if not labelled:
         return never(f"no box has the label {', '.join(f'{k}={v}' for k, v in sorted(me.requires))}")
     gpus = [card for card in labelled if not card.processor] or labelled
-    largest = max(gpus, key=lambda card: card.total - card.margin)
+    largest = max(gpus, key=lambda card: card.usable)
     least = me.least
-    if least is not None and least > max(card.total - card.margin for card in labelled):
-        return never(f"needs {gib(least)}, the largest card has {gib(largest.total - largest.margin)}")
+    if least is not None and least > max(card.usable for card in labelled):
+        return never(f"needs {gib(least)}, the largest card has {gib(largest.usable)}")
     return None
 
 
@@ -403,7 +403,7 @@ def _suits(job: Job, card: Card, view: FleetView) -> bool:
 def _ever(me: Waiting, card: Card) -> bool:
     """Whether the card holds the job once everything else has left it."""
     least = me.least
-    return least is None or least <= card.total - card.margin
+    return least is None or least <= card.usable
 
 
 def _silent_s(view: FleetView, node: str) -> float:

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from loractl.common.text import clean_line
 from loractl.scheduler.lazy import Commands, LazyGroup
 from loractl.scheduler.text import jobs as render
-from loractl.scheduler.text.jobs import Screen, fit, plain
+from loractl.scheduler.text.jobs import Screen, fit
 
 if TYPE_CHECKING:
     import datetime as dt
@@ -61,7 +62,7 @@ def adapters_show(adapter: str, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(_lineage(row, job, tags, report)))
         return
-    names = [f"{plain(row.name)}:{tag}" for tag in tags if tag != LATEST]
+    names = [f"{clean_line(row.name)}:{tag}" for tag in tags if tag != LATEST]
     click.echo(_shown(row, job, names, report, store.now()))
 
 
@@ -77,7 +78,7 @@ def adapters_tag(adapter: str, tag: str) -> None:
     settings, store = open_session()
     row, before = store.tag(parse_reference(adapter), tag, settings.user)
     moved = f"; it was job {before}" if before not in (None, row.job_id) else ""
-    click.echo(f"{plain(row.name)}:{tag} is the adapter of job {row.job_id} now{moved}.")
+    click.echo(f"{clean_line(row.name)}:{tag} is the adapter of job {row.job_id} now{moved}.")
 
 
 @adapters.command("untag")
@@ -119,7 +120,7 @@ def adapters_pull(adapter: str, folder: Path) -> None:
     if job.spec.get("task_type") == "SEQ_CLS":  # its base needs the head and its labels first
         click.echo(f"How to load the classifier: {folder}/README.md", err=True)
         return
-    click.echo(f"Load it on {plain(row.base_model)}:  PeftModel.from_pretrained(base, {str(folder)!r})", err=True)
+    click.echo(f"Load it on {clean_line(row.base_model)}:  PeftModel.from_pretrained(base, {str(folder)!r})", err=True)
 
 
 @adapters.command("delete")
@@ -135,7 +136,7 @@ def adapters_delete(names: tuple[str, ...], yes: bool) -> None:
         if tags := set_by_hand(store.tags(), row.job_id):
             hint = f"first: loractl adapters untag {job.name}:{tags[0]}"
             raise WrongState(f"the adapter of job {row.job_id} is tagged {job.name}:{tags[0]}", hint)
-    what = ", ".join(f"{plain(row.name)} (job {row.job_id}, {row.size / 1e6:.1f} MB)" for row, *_ in opened)
+    what = ", ".join(f"{clean_line(row.name)} (job {row.job_id}, {row.size / 1e6:.1f} MB)" for row, *_ in opened)
     if not yes:
         click.confirm(f"Remove {what} with its report, for good?", abort=True, err=True)
     from loractl.scheduler.session import open_session
@@ -145,7 +146,7 @@ def adapters_delete(names: tuple[str, ...], yes: bool) -> None:
         if not store.remove_result(row.job_id, settings.user, "loractl adapters delete"):
             raise WrongState(f"the adapter of job {row.job_id} was removed or tagged by somebody else just now")
         files.remove(prefix)
-        click.echo(f"The adapter of job {row.job_id} ({plain(job.name)}) is removed.")
+        click.echo(f"The adapter of job {row.job_id} ({clean_line(job.name)}) is removed.")
 
 
 def _open(text: str) -> tuple[Adapter, Job, ArtifactStore, str, Store]:
@@ -226,18 +227,18 @@ def _shown(row: Adapter, job: Job, names: Sequence[str], report: Mapping[str, An
     parts = [
         (
             "made by",
-            f"job {row.job_id}, attempt {row.attempt}, of {plain(job.user)}, {render.clock(row.created_at, now)}",
+            f"job {row.job_id}, attempt {row.attempt}, of {clean_line(job.user)}, {render.clock(row.created_at, now)}",
         ),
-        ("base", f"{plain(row.base_model)}{revision}"),
+        ("base", f"{clean_line(row.base_model)}{revision}"),
         (
             "shape",
             f"{row.method}, r {adapter['r']}, lora_alpha {adapter['lora_alpha']:g}: {', '.join(adapter['modules'])}",
         ),
         ("data", f"{data['train_rows']} rows ({data['format']}), sha256 {data['sha256'] or 'unknown: from the hub'}"),
-        ("result", plain(report["verdict"]["sentence"])),
+        ("result", clean_line(report["verdict"]["sentence"])),
         ("weights", f"{row.size / 1e6:.1f} MB, sha256 {adapter['sha256']}"),
-        ("files", plain(row.uri)),
+        ("files", clean_line(row.uri)),
         ("versions", ", ".join(f"{name} {version}" for name, version in report["versions"].items())),
     ]
-    head = f"{plain(row.name)} (job {row.job_id})" + (f", tagged {', '.join(names)}" if names else "")
-    return "\n".join([head, "", *(f"{name:<9} {plain(text)}" for name, text in parts)])
+    head = f"{clean_line(row.name)} (job {row.job_id})" + (f", tagged {', '.join(names)}" if names else "")
+    return "\n".join([head, "", *(f"{name:<9} {clean_line(text)}" for name, text in parts)])

@@ -34,9 +34,9 @@ def cancel(job_ids: tuple[int, ...], sweep_id: int | None) -> None:
 
 def _tell_cancelled(job: Job) -> None:
     from loractl.common.job.status import Status
-    from loractl.scheduler.text.jobs import plain
+    from loractl.common.text import clean_line
 
-    done = "is cancelled" if job.status is Status.CANCELLED else f"is being stopped on {plain(job.node or '')}"
+    done = "is cancelled" if job.status is Status.CANCELLED else f"is being stopped on {clean_line(job.node or '')}"
     click.echo(f"Job {job.job_id} {done}.")
 
 

@@ -13,8 +13,9 @@ from typing import Any
 import click
 
 from loractl.common.errors import UsageError, WrongState
+from loractl.common.text import clean_line, signed
 from loractl.common.units import duration, gib
-from loractl.scheduler.text.jobs import Screen, detect_screen, plain, table
+from loractl.scheduler.text.jobs import Screen, detect_screen, table
 
 LEVEL = 0.05
 MIN_ROWS = 8
@@ -212,7 +213,7 @@ def _text(jobs: Sequence[Compared], screen: Screen) -> str:
         [
             [
                 str(job.job_id),
-                plain(job.report["job"]["name"])[:28],
+                clean_line(job.report["job"]["name"])[:28],
                 job.report["method"],
                 screen.style(number(job.loss, 3), bold=job is jobs[0]),
                 change(job),
@@ -228,7 +229,7 @@ def _text(jobs: Sequence[Compared], screen: Screen) -> str:
     )  # fmt: skip
     changed = differences(jobs)
     if changed:
-        rows = [[key, *(plain(_value(value)) for value in values)] for key, values in changed.items()]
+        rows = [[key, *(clean_line(_value(value)) for value in values)] for key, values in changed.items()]
         lines += ["", *table(["SETTING", *(str(job.job_id) for job in jobs)], rows, screen)]
     else:
         lines += ["", "The jobs have the same settings."]
@@ -250,8 +251,8 @@ def change(job: Compared) -> str:
     if job.against is None:
         return ""
     a = job.against
-    shown = f"{a.change:+.3f}"
-    return (shown if math.isnan(a.low) else f"{shown} ({a.low:+.3f} to {a.high:+.3f})").replace("-", "\N{MINUS SIGN}")
+    change = signed(a.change, 3)
+    return change if math.isnan(a.low) else f"{change} ({signed(a.low, 3)} to {signed(a.high, 3)})"
 
 
 def _title(job: Compared, name: str) -> str:
@@ -304,7 +305,7 @@ def _draw(jobs: Sequence[Compared], path: Path) -> None:
     for place, job in enumerate(jobs):
         style = {"color": colors[min(place, 4)], "linewidth": 2.0 if place == 0 else 1.3}
         points = [(s, v) for s, v in job.report["training"]["losses"] if v is not None]
-        named = f"{job.job_id} {plain(job.report['job']['name'])}"
+        named = f"{job.job_id} {clean_line(job.report['job']['name'])}"
         curves.plot([s for s, _ in points], [v for _, v in points], label=named, **style)
         if job.against and math.isfinite(job.against.low):
             changes.plot([job.against.low, job.against.high], [-place, -place], **style)

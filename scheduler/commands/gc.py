@@ -92,10 +92,10 @@ def _refuse_strange_store(unknown: set[int]) -> None:
 
 
 def _line(found: Garbage) -> str:
+    from loractl.common.text import clean_line
     from loractl.common.units import amount
-    from loractl.scheduler.text.jobs import plain
 
-    return f"{found.kind.value:<11}  {amount(found.size):>9}  {plain(found.name)}  ({plain(found.why)})"
+    return f"{found.kind.value:<11}  {amount(found.size):>9}  {clean_line(found.name)}  ({clean_line(found.why)})"
 
 
 def _sum(gone: list[Garbage], *, dry_run: bool) -> str:

@@ -11,6 +11,7 @@ import click
 import yaml
 
 from loractl.common.errors import UsageError
+from loractl.common.text import clean_line
 from loractl.scheduler.foreign.axolotl import from_axolotl
 from loractl.scheduler.foreign.llama_factory import from_llama_factory
 from loractl.scheduler.foreign.translation import (
@@ -19,7 +20,6 @@ from loractl.scheduler.foreign.translation import (
     short,
     unset_key,
 )
-from loractl.scheduler.text.jobs import plain
 
 _FREE = {"columns", "lr_scheduler_kwargs"}  # mappings whose keys are a person's
 
@@ -38,8 +38,8 @@ def import_config(file: Path, output: Path | None, as_json: bool) -> None:
     imported = import_file(file, output.parent if output is not None else Path())
     if as_json:
         click.echo(json.dumps(vars(imported)))
-    left = plain(", ".join(sorted(imported.left_out))) or "nothing"
-    text = f"# From {imported.tool}'s {plain(file.name)}, by loractl import. Left out: {left}.\n"
+    left = clean_line(", ".join(sorted(imported.left_out))) or "nothing"
+    text = f"# From {imported.tool}'s {clean_line(file.name)}, by loractl import. Left out: {left}.\n"
     text += yaml.safe_dump(imported.job, sort_keys=False, allow_unicode=True)
     if output is not None:
         try:
@@ -127,4 +127,4 @@ def _account(found: Imported, file: Path, output: Path | None) -> str:
     if found.not_needed:
         lines.append(f"Not needed here: {', '.join(sorted(found.not_needed))}.")
     lines.append(f"Check it with its data: loractl data check {output or 'job.yaml'}")
-    return "\n".join(map(plain, lines))
+    return "\n".join(map(clean_line, lines))

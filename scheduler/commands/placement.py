@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from loractl.common.errors import LoractlError, UsageError
+from loractl.common.text import clean_line
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -44,7 +45,7 @@ def why(job_id: int, as_json: bool) -> None:
     _, store = open_session()
     job = store.job(job_id)
     if job.status is not Status.QUEUED:
-        place = render.plain(f" on {job.node}" if job.status is Status.RUNNING else f": {job.message}")
+        place = clean_line(f" on {job.node}" if job.status is Status.RUNNING else f": {job.message}")
         click.echo(
             json.dumps({"job_id": job_id, "status": job.status.value, "word": None, "sentence": job.message})
             if as_json
@@ -134,14 +135,14 @@ def _smaller(spec: JobSpec, methods: Sequence[Method], room: int) -> list[tuple[
             changed = spec.model_copy(update={"dataset": spec.dataset.model_copy(update={"max_length": length})})
             options.append((f"dataset.max_length={length}", f"max_length {length}", changed))
         batch, now = fit.micro_batch, spec.training.per_device_train_batch_size
-        effective = now * spec.training.gradient_accumulation_steps
-        batch = next((b for b in range(min(batch or 0, now - 1), 0, -1) if effective % b == 0), None)
-        if batch is not None:
-            update = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": effective // batch}
+        batch = spec.training.micro_batch(min(batch or 0, now - 1))
+        if batch:
+            accumulation = spec.training.effective_batch // batch
+            update = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation}
             changed = spec.model_copy(update={"training": spec.training.model_copy(update=update)})
             keys = " --set ".join(f"training.{name}={value}" for name, value in update.items())
             rows = "1 row" if batch == 1 else f"{batch} rows"
-            options.append((keys, f"{rows} at once, accumulating {effective // batch}", changed))
+            options.append((keys, f"{rows} at once, accumulating {accumulation}", changed))
         for key, text, changed in options:
             found.setdefault(key, (text, {}))[1][method] = plan(shape, changed, method).need_bytes
     return [(key, text, needs) for key, (text, needs) in found.items()]
@@ -226,7 +227,7 @@ def _plan(job: str, overrides: tuple[str, ...], gpu: int | None, solve: bool, as
     if gpu is not None:
         room, which = gpu - MARGIN_BYTES, f"a card of {gpu / GIB:.0f} less what is kept free"
     else:
-        room = max((card.total - card.margin for card in store.fleet().cards.values()), default=0)
+        room = max((card.usable for card in store.fleet().cards.values()), default=0)
         which = "the largest card"
     if solve and room <= 0:
         raise UsageError("--solve needs a card to fit into", "add --gpu 24GiB, or start a worker")
@@ -320,7 +321,7 @@ def _where(
         return [("fits" if method else "never", "a card", f"{gpu / GIB:.0f}", text)], method
     rows, best = [], None
     for card in store.fleet().cards.values():
-        total = card.total - card.margin
+        total = card.usable
         method = choose_method(admitted, need, total)
         if method is None:
             rows.append(

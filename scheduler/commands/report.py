@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from loractl.common.text import clean_line
 from loractl.scheduler.text import jobs as render
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ def report(job_id: int, answers: int, html: Path | None, as_json: bool) -> None:
     screen = render.detect_screen()
     click.echo(render.report_text(raw, screen, answers))
     click.echo(
-        "\n" + screen.dim(f"The page: loractl report {job_id} --html report.html   job by {render.plain(job.user)}")
+        "\n" + screen.dim(f"The page: loractl report {job_id} --html report.html   job by {clean_line(job.user)}")
     )
 
 

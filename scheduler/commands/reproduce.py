@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from loractl.common.errors import ArtifactError, ExitCode, UsageError
-from loractl.scheduler.text.jobs import Screen, detect_screen, plain, table
+from loractl.common.text import clean_line
+from loractl.scheduler.text.jobs import Screen, detect_screen, table
 
 if TYPE_CHECKING:
     from loractl.common.artifacts import ArtifactStore
@@ -184,14 +185,15 @@ def _versions(report: dict[str, Any], online: Sequence[Node]) -> Iterator[Caveat
             if (version := node.versions.get(name, "a worker that does not say")) != then:
                 others.setdefault(version, node.node)
         if others:
-            now = ", ".join(f"{plain(version)} on {plain(node)}" for version, node in others.items())
-            yield Caveat(what=name, then=plain(then), now=now)
+            now = ", ".join(f"{clean_line(version)} on {clean_line(node)}" for version, node in others.items())
+            yield Caveat(what=name, then=clean_line(then), now=now)
 
 
 def _devices(attempts: Sequence[Attempt], online: Sequence[Node]) -> Iterator[Caveat]:
     """Devices of another model than the one that the job ran on; sums are in another order there."""
-    used = list(dict.fromkeys(plain(attempt.device_name or attempt.node) for attempt in attempts))
-    others = {plain(node.device_name): plain(node.node) for node in online if plain(node.device_name) != used[-1]}
+    used = list(dict.fromkeys(clean_line(attempt.device_name or attempt.node) for attempt in attempts))
+    named = {clean_line(node.device_name): clean_line(node.node) for node in online}
+    others = {device: node for device, node in named.items() if device != used[-1]}
     if others:
         yield Caveat(what="device", then=used[-1], now=", ".join(f"{name} on {node}" for name, node in others.items()))
     if len(used) > 1 and attempts[-1].resumed_from_step:
@@ -222,7 +224,7 @@ def _hub_data(spec: JobSpec, job: Job) -> Iterator[Caveat]:
         if key not in job.data and "@" not in text:
             section = "evaluation" if key == "regression" else "dataset"
             now = "the hub's main branch as it is today, with no revision to hold it"
-            yield Caveat(what=f"{section}.{key}", then=plain(text), now=now)
+            yield Caveat(what=f"{section}.{key}", then=clean_line(text), now=now)
 
 
 def _changes(report: dict[str, Any]) -> Iterator[Caveat]:
@@ -230,7 +232,7 @@ def _changes(report: dict[str, Any]) -> Iterator[Caveat]:
     training = report["training"]
     if training.get("changes") and training["resumed_from_step"]:
         now = f"{training['per_device_train_batch_size']} rows at once from the first step"
-        yield Caveat(what="batch", then=plain(training["changes"][-1]), now=now)
+        yield Caveat(what="batch", then=clean_line(training["changes"][-1]), now=now)
 
 
 def _queue(
@@ -255,7 +257,7 @@ def _text(repetition: Repetition, screen: Screen) -> list[str]:
     accumulated = adjustment.accumulation or spec.training.gradient_accumulation_steps
     assert not isinstance(spec.method, list)
     lines = [
-        f"Job {repetition.job_id} ({plain(spec.name)}) again: {spec.method.value}, seed {spec.training.seed}, "
+        f"Job {repetition.job_id} ({clean_line(spec.name)}) again: {spec.method.value}, seed {spec.training.seed}, "
         f"batch {micro} x {accumulated}."
     ]
     if not repetition.caveats:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from loractl.common.errors import ExitCode
+from loractl.common.text import clean_line
 from loractl.scheduler.text import jobs as render
 
 if TYPE_CHECKING:
@@ -181,7 +182,7 @@ def _last_lines(text: str, count: int) -> str:
 
 
 def _echo_log(text: str) -> None:
-    click.echo("\n".join(render.plain(line) for line in text.split("\n")), nl=False)
+    click.echo("\n".join(clean_line(line) for line in text.split("\n")), nl=False)
 
 
 def follow(store: Store, job_id: int) -> ExitCode:
@@ -273,7 +274,7 @@ def _one(store: Store, job: Job) -> str:
 
 def _line(job: Job) -> str:
     """A job's state in a line that only changes when something happened."""
-    place = f" on {render.plain(job.node or '')}, {job.stage.value}" if job.stage else ""
+    place = f" on {clean_line(job.node or '')}, {job.stage.value}" if job.stage else ""
     steps = f", step {job.step} of {job.total_steps}" if job.stage and job.total_steps else ""
     loss = f", loss {job.loss:.2f}" if job.stage and job.loss is not None else ""
     return f"job {job.job_id} {job.status.value}{place}{steps}{loss}"

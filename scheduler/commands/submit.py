@@ -60,11 +60,11 @@ def submit(job_files: tuple[Path, ...], overrides: tuple[str, ...], dry_run: boo
 
 def warn_of_data(spec: JobSpec, path: Path) -> None:
     """Check the job's local data; what looks wrong in them and is no error is said. Raises DataError."""
-    from loractl.scheduler.text.jobs import plain
+    from loractl.common.text import clean_line
 
     warnings = [finding for finding in check_data(spec) if finding.level == "warning"]
     for finding in warnings:
-        click.echo(plain(f"Warning: {Path(spec.dataset.path).name}: {finding.sentence}."), err=True)
+        click.echo(clean_line(f"Warning: {Path(spec.dataset.path).name}: {finding.sentence}."), err=True)
     if warnings:
         click.echo(click.style(f"See the data: loractl data check {path}", dim=True), err=True)
 
@@ -155,7 +155,7 @@ def warn_of_need(job_id: int, spec: JobSpec, least: int | None, store: Store) ->
     for text in spec.data_sets().values():
         if not _is_local(text):
             click.echo(f"Note: {text} is no file here and is taken for a data set on the hub.", err=True)
-    largest = max((node.total - node.margin for node in store.nodes()), default=None)
+    largest = max((node.usable for node in store.nodes()), default=None)
     if least is not None and largest is not None and least > largest:
         click.echo(
             f"Warning: job {job_id} needs {gib(least)} GiB by its plan, the largest device known has {gib(largest)}.",

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 
 import click
 
+from loractl.common.text import clean_line
 from loractl.common.units import GIB, duration, gib
 
-from .jobs import Screen, bar, clock, fit, plain, table
+from .jobs import Screen, bar, clock, fit, table
 
 if TYPE_CHECKING:
     from loractl.common.memory.correction import Accuracy
@@ -228,7 +229,7 @@ def _fitted(
     indent = taken if room >= ROOM_TO_WRAP else 4  # with little room it stands below its row
     parts = []
     for row in rows:
-        text = plain(row[-1])
+        text = clean_line(row[-1])
         below = textwrap.wrap(text, screen.width - indent, break_on_hyphens=False)
         parts.append([text] if len(text) <= room else below if indent == taken else ["", *below])
     first = [[*row[:-1], screen.style(part[0], fg=c or None)] for row, part, c in zip(rows, parts, colors, strict=True)]
@@ -246,9 +247,9 @@ def _card_name(node: str) -> str:
 
 def _wrapped(text: str, bold: str, screen: Screen) -> list[str]:
     """The text in lines that the screen holds; its first `bold` is set off, where it is not broken."""
-    text = plain(text) if screen.unicode else plain(text).translate(_ASCII)
+    text = clean_line(text) if screen.unicode else clean_line(text).translate(_ASCII)
     lines = textwrap.wrap(text, screen.width, break_on_hyphens=False) or [""]
-    bold = plain(bold)
+    bold = clean_line(bold)
     if bold:
         lines[0] = lines[0].replace(bold, screen.style(bold, bold=True), 1)
     return lines

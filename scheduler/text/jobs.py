@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from loractl.common.job.status import Status
+from loractl.common.text import clean_line, clean_text, number, signed
 from loractl.common.units import duration, gib, thousands
 
 if TYPE_CHECKING:
@@ -130,14 +131,9 @@ def table(
     return [line(headers, dimmed=True), *(line(row) for row in rows)]
 
 
-def plain(text: str) -> str:
-    """One line of what a person or a program wrote, without the control characters that would steer the terminal."""
-    return "".join(c if c.isprintable() else "�" for c in " ".join(text.splitlines()))
-
-
 def fit(text: str, width: int) -> str:
     """The plain text in at most `width` columns."""
-    text = plain(text)
+    text = clean_line(text)
     return text if len(text) <= width else text[: max(1, width - 1)] + "…"
 
 
@@ -236,21 +232,21 @@ def one_job(
     screen: Screen,
 ) -> str:
     """One job in full: where it is, its course, its history, and the next command."""
-    head = screen.style(f"{job.job_id} {plain(job.name)}", bold=True)
+    head = screen.style(f"{job.job_id} {clean_line(job.name)}", bold=True)
     lines = []
     if job.status is Status.RUNNING:
         doing = "stopping" if job.cancel_requested else job.stage.value if job.stage else "starting"
-        lines += [f"{head} on {plain(job.node or '')}, attempt {job.attempt}, {doing}", ""]
+        lines += [f"{head} on {clean_line(job.node or '')}, attempt {job.attempt}, {doing}", ""]
         share = job.step / job.total_steps if job.step is not None and job.total_steps else 0.0
         steps = f"{thousands(job.step)} of {thousands(job.total_steps)}" if job.total_steps else "loading"
         eta = f"  {duration(job.eta_seconds)} left" if job.eta_seconds else ""
         tail = f" {share:4.0%}  {steps}{eta}"
         lines += [bar(share, min(60, screen.width - len(tail)), screen) + tail, ""]
     elif job.status is Status.QUEUED and waits is not None:
-        lines += [f"{head} waits: {waits.word}, {plain(waits.sentence)}.", ""]
+        lines += [f"{head} waits: {waits.word}, {clean_line(waits.sentence)}.", ""]
     else:
         reason = f" ({job.reason.value})" if job.status is Status.FAILED and job.reason else ""
-        lines += [f"{head} {_state(job, screen)}{reason}: {plain(job.message or '')}", ""]
+        lines += [f"{head} {_state(job, screen)}{reason}: {clean_line(job.message or '')}", ""]
     if losses:
         held = f"   held out {evals[-1].value:.2f} at step {thousands(evals[-1].step)}" if evals else ""
         lines.append(f"loss    {sparkline([p.value for p in losses], 30, screen)}  {losses[-1].value:.2f}{held}")
@@ -262,10 +258,10 @@ def one_job(
         memory = ", ".join(part for part in (peak, planned) if part)
         lines.append((f"memory  {memory}   " if memory else "") + f"method {last.method}{speed}")
     if job.adapter_uri:
-        lines += [f"adapter {plain(job.adapter_uri)}", f"report  {plain(job.report_uri or '')}"]
+        lines += [f"adapter {clean_line(job.adapter_uri)}", f"report  {clean_line(job.report_uri or '')}"]
     if lines[-1]:
         lines.append("")
-    lines += [f"{clock(event.at, now)}  {plain(event.text)}" for event in reversed(events[-12:])]
+    lines += [f"{clock(event.at, now)}  {clean_line(event.text)}" for event in reversed(events[-12:])]
     lines += ["", screen.dim(_next_command(job))]
     return "\n".join(lines)
 
@@ -274,14 +270,14 @@ def history(
     job: Job, attempts: Sequence[Attempt], events: Sequence[Event], spec: str, now: dt.datetime, screen: Screen
 ) -> str:
     """The whole history, the attempts, and the spec as it was resolved."""
-    head = screen.style(f"{job.job_id} {plain(job.name)}", bold=True)
-    lines = [f"{head} by {plain(job.user)}: {_state(job, screen)}", ""]
-    lines += [f"{clock(event.at, now):>9}  {plain(event.text)}" for event in events]
+    head = screen.style(f"{job.job_id} {clean_line(job.name)}", bold=True)
+    lines = [f"{head} by {clean_line(job.user)}: {_state(job, screen)}", ""]
+    lines += [f"{clock(event.at, now):>9}  {clean_line(event.text)}" for event in events]
     if attempts:
         rows = [
             [
                 str(a.attempt),
-                plain(a.node),
+                clean_line(a.node),
                 a.method,
                 gib(a.vram_planned),
                 gib(a.vram_peak),
@@ -294,26 +290,26 @@ def history(
         ]
         headers = ["ATTEMPT", "CARD", "METHOD", "PLAN GiB", "PEAK GiB", "STARTED", "TOOK", "ENDED AS", "RESUMED FROM"]
         lines += ["", *table(headers, rows, screen, right=("ATTEMPT", "PLAN GiB", "PEAK GiB"))]
-    return "\n".join([*lines, "", screen.dim("spec:"), *map(plain, spec.rstrip().split("\n"))])
+    return "\n".join([*lines, "", screen.dim("spec:"), *map(clean_line, spec.rstrip().split("\n"))])
 
 
 def report_text(report: dict[str, Any], screen: Screen, answers: int) -> str:
     """The evaluation report for a terminal: the verdict, the table with its intervals, answers side by side."""
     lines = [
-        screen.style(f"{report['job']['job_id']} {plain(report['job']['name'])}", bold=True)
-        + f": {plain(report['verdict']['sentence'])}",
+        screen.style(f"{report['job']['job_id']} {clean_line(report['job']['name'])}", bold=True)
+        + f": {clean_line(report['verdict']['sentence'])}",
         "",
     ]
     rows = []
     for m in report["evaluation"]["metrics"]:
         digits = 1 if m["unit"] == "%" else 2
         color = {"better": "green", "worse": "red"}.get(m["reading"])
-        change, low, high = (_signed(m[key], digits) for key in ("change", "low", "high"))
+        change, low, high = (signed(m[key], digits) for key in ("change", "low", "high"))
         rows.append(
             [
                 m["label"] + (f", {m['unit']}" if m["unit"] else ""),
-                _number(m["base"], digits),
-                screen.style(_number(m["tuned"], digits), bold=True),
+                number(m["base"], digits),
+                screen.style(number(m["tuned"], digits), bold=True),
                 change,
                 f"{low} to {high}",
                 screen.style(m["reading"], fg=color),
@@ -324,7 +320,7 @@ def report_text(report: dict[str, Any], screen: Screen, answers: int) -> str:
     training, data, e = report["training"], report["data"], report["evaluation"]
     if e.get("baseline"):  # a classifier's; older reports have none
         what = "its loss is that of the labels' shares of the training rows"
-        lines += ["", f"Base: {plain(e['baseline'])}; {what}."]
+        lines += ["", f"Base: {clean_line(e['baseline'])}; {what}."]
     lines += _labels_table(e.get("labels"), screen) + _turns_table(e.get("turns"), screen)
     lines += _harness_table(e.get("lm_eval"), screen)
     left_out = data["too_long_rows_dropped"] + data["bad_rows_dropped"]
@@ -333,7 +329,7 @@ def report_text(report: dict[str, Any], screen: Screen, answers: int) -> str:
         "",
         f"{e['rows']} held-out rows. {report['method']}, {_steps_taken(training)} in "
         f"{duration(training['seconds'])}{speed}, "
-        f"peak {gib(training['peak_memory_bytes'])} GiB ({plain(training['peak_memory_kind'])}).",
+        f"peak {gib(training['peak_memory_bytes'])} GiB ({clean_line(training['peak_memory_kind'])}).",
         f"Intervals: {thousands(e['bootstrap']['samples'])} paired bootstrap samples, seed {e['bootstrap']['seed']}. "
         f"{data['truncated_rows']} rows truncated, {left_out} left out.",
     ]
@@ -357,7 +353,7 @@ def _labels_table(labels: dict[str, Any] | None, screen: Screen) -> list[str]:
     """How often base and tuned named each expected label, and what tuned took it for. Empty for older reports."""
     if labels is None:
         return []
-    names, rows = [plain(name) for name in labels["names"]], []
+    names, rows = [clean_line(name) for name in labels["names"]], []
     for place, name in enumerate(names):
         base, tuned = labels["base"][place], labels["tuned"][place]
         if not sum(tuned):
@@ -373,7 +369,7 @@ def _turns_table(turns: list[dict[str, Any]] | None, screen: Screen) -> list[str
     """The loss of the first, second, ... answers of conversations. Empty for older reports."""
     if not turns:
         return []
-    rows = [[str(t["turn"]), str(t["cases"]), _number(t["base"], 2), _number(t["tuned"], 2)] for t in turns]
+    rows = [[str(t["turn"]), str(t["cases"]), number(t["base"], 2), number(t["tuned"], 2)] for t in turns]
     headers = ["ANSWER", "CASES", "BASE LOSS", "TUNED LOSS"]
     return ["", *table(headers, rows, screen, right=tuple(headers))]
 
@@ -384,13 +380,13 @@ def _harness_table(found: dict[str, Any] | None, screen: Screen) -> list[str]:
         return []
     rows, shown = [], [m for m in found["metrics"] if m["group"] is None]
     for m in shown:
-        low, high = (_signed(m[key], 3) for key in ("low", "high"))
+        low, high = (signed(m[key], 3) for key in ("low", "high"))
         rows.append(
             [
-                plain(m["label"]),
+                clean_line(m["label"]),
                 _with_error(m["base"], m["base_stderr"]),
                 screen.style(_with_error(m["tuned"], m["tuned_stderr"]), bold=True),
-                _signed(m["change"], 3),
+                signed(m["change"], 3),
                 f"{low} to {high}" + (" *" if m["interval"] == "unpaired" else ""),
                 screen.style(m["reading"], fg={"better": "green", "worse": "red"}.get(m["reading"])),
             ]
@@ -403,14 +399,14 @@ def _harness_table(found: dict[str, Any] | None, screen: Screen) -> list[str]:
     return [
         "",
         *table(headers, rows, screen, right=("BASE", "TUNED", "CHANGE")),
-        f"lm_eval {plain(found['version'])}, {limit} of each task; standard errors in brackets.",
+        f"lm_eval {clean_line(found['version'])}, {limit} of each task; standard errors in brackets.",
         paired + ("; * unpaired, from both standard errors." if unpaired else "."),
         *([f"{hidden} more numbers, of the groups' members, are in the page and in --json."] if hidden else []),
     ]
 
 
 def _with_error(value: float | None, error: float | None) -> str:
-    return _number(value, 3) + ("" if error is None else f" ({error:.3f})")
+    return number(value, 3) + ("" if error is None else f" ({error:.3f})")
 
 
 def _steps_taken(training: dict[str, Any]) -> str:
@@ -438,7 +434,7 @@ def _running_table(running: Sequence[Job], now: dt.datetime, screen: Screen) -> 
             fit(job.node or "–", 14 if wide else 12),
             screen.style(progress, fg="blue"),
             done,
-            _number(job.loss, 2),
+            number(job.loss, 2),
         ]
         if wide:
             row.append(f"{fit(job.base_model.rpartition('/')[2], screen.width - 94)} {job.method}")
@@ -481,7 +477,7 @@ def _waiting_table(
     room = max(20, screen.width - before - last - 2)
     told = [screen.dim(f"{click.unstyle(header):<{before + room}}  {'START':>{last}}")]
     for line, job, when in zip(lines, waiting, whens, strict=True):
-        first, *rest = textwrap.wrap(plain(reasons[job.job_id].sentence), room) or [""]
+        first, *rest = textwrap.wrap(clean_line(reasons[job.job_id].sentence), room) or [""]
         gap = " " * (before - len(click.unstyle(line)))
         told.append(f"{line}{gap}{first:<{room}}  {when:>{last}}")
         told += [" " * before + part for part in rest]
@@ -520,14 +516,5 @@ def _next_command(job: Job) -> str:
 
 def _block(text: str, screen: Screen, indent: int = 0) -> str:
     """Text of several lines, indented; control characters of a model's answer must not reach the terminal."""
-    clean = "".join(c if c.isprintable() or c == "\n" else "�" for c in text)
-    first, *rest = clean.splitlines() or [""]
+    first, *rest = clean_text(text, keep="\n").splitlines() or [""]
     return "\n".join([first, *(" " * indent + line for line in rest)])
-
-
-def _number(value: float | None, digits: int) -> str:
-    return "–" if value is None else f"{value:.{digits}f}"
-
-
-def _signed(value: float | None, digits: int) -> str:
-    return "–" if value is None else f"{value:+.{digits}f}".replace("-", "−")

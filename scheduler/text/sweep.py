@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from loractl.common.job.status import Stage, Status
+from loractl.common.text import clean_line
 from loractl.common.units import thousands
 
-from .jobs import Screen, bar, fit, plain, table
+from .jobs import Screen, bar, fit, table
 
 if TYPE_CHECKING:
     from loractl.common.store.sweeps import Member, SweepView
@@ -53,8 +54,8 @@ def overview(views: Sequence[SweepView], screen: Screen) -> list[str]:
 
 def opened(view: SweepView, screen: Screen) -> str:
     """A sweep with a row a member; at its end the best one, and what stopping the losers saved."""
-    named = screen.style(f"Sweep {view.sweep_id} {plain(view.name)}", bold=True)
-    lines = [f"{named} by {plain(view.user)}: {len(view.members)} jobs, {_told(count(view))}."]
+    named = screen.style(f"Sweep {view.sweep_id} {clean_line(view.name)}", bold=True)
+    lines = [f"{named} by {clean_line(view.user)}: {len(view.members)} jobs, {_told(count(view))}."]
     if view.rungs:
         lines.append(f"Losers stop after {shares(view.rungs)} of their steps.")
     headers = ["JOB", *titles(view), "PROGRESS", "LOSS", "AT", "STATE"]
@@ -119,7 +120,7 @@ def short_keys(view: SweepView) -> dict[str, str]:
     """The last word of each varied key, the whole key where two end alike."""
     lasts = [key.rpartition(".")[2] for key in view.varied]
     named = zip(view.varied, lasts, strict=True)
-    return {key: plain(last if lasts.count(last) == 1 else key) for key, last in named}
+    return {key: clean_line(last if lasts.count(last) == 1 else key) for key, last in named}
 
 
 def titles(view: SweepView) -> list[str]:
@@ -153,7 +154,7 @@ def value(setting: Any) -> str:
     """A setting as short as it can be read: 0.0003 rather than 0.00030000000000000003."""
     if isinstance(setting, float):
         return f"{setting:.4g}"
-    return plain(setting if isinstance(setting, str) else json.dumps(setting))
+    return clean_line(setting if isinstance(setting, str) else json.dumps(setting))
 
 
 def _row(view: SweepView, member: Member, screen: Screen) -> list[str]:
@@ -174,7 +175,7 @@ def _state(member: Member) -> str:
     if member.status is Status.QUEUED:
         return "held" if member.held else "waits"
     if member.status is Status.RUNNING:
-        where = f" on {plain(member.node)}" if member.node else ""
+        where = f" on {clean_line(member.node)}" if member.node else ""
         return (_DOING[member.stage] if member.stage is not None else "starts") + where
     if member.pruned:
         return f"stopped at {member.rungs[-1].rung * 100:g} %" if member.rungs else "stopped"

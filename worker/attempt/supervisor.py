@@ -31,7 +31,7 @@ from loractl.common.job.adjustment import Adjustment, in_words, next_adjustment
 from loractl.common.job.status import Reason, Stage, Status
 from loractl.common.placement.rule import Need
 from loractl.common.settings import Settings
-from loractl.common.store.database import is_outage
+from loractl.common.store.database import outage
 from loractl.common.store.records import Claim, Progress, StoredResult
 from loractl.common.store.store import Store
 from loractl.common.store.sweeps import rung_points
@@ -409,9 +409,9 @@ class Supervisor:
         try:
             beat = self._store.beat(claim, self._progress(state))
         except DBAPIError as error:
-            if not is_outage(error):
+            if (why := outage(error)) is None:
                 raise
-            log.warning("job %s: the database is away, training goes on: %s", claim.job_id, str(error.orig).strip())
+            log.warning("job %s: the database is away, training goes on: %s", claim.job_id, why)
             return
         state.pending = Progress(stage=state.pending.stage)
         state.log.written()
@@ -560,9 +560,9 @@ class Supervisor:
             try:
                 return write()
             except DBAPIError as error:
-                if not is_outage(error) or self._drain.wish == "now":
+                if (why := outage(error)) is None or self._drain.wish == "now":
                     raise
-                log.warning("the database is away, the result waits for it: %s", str(error.orig).strip())
+                log.warning("the database is away, the result waits for it: %s", why)
                 time.sleep(delay)
                 delay = min(delay * 2, 10)
 

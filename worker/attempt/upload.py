@@ -13,7 +13,7 @@ from sqlalchemy.exc import DBAPIError
 
 from loractl.common.artifacts import ArtifactStore, checkpoint_prefix
 from loractl.common.errors import ArtifactError, ServiceUnreachable
-from loractl.common.store.database import is_outage
+from loractl.common.store.database import outage
 from loractl.common.store.records import Claim, StoredCheckpoint
 from loractl.common.store.store import Store
 
@@ -109,7 +109,7 @@ class CheckpointKeeper:
             log.warning("job %s: the checkpoint of step %s is not stored yet: %s", claim.job_id, step, error.sentence)
             return False
         except DBAPIError as error:
-            if not is_outage(error):
+            if outage(error) is None:
                 raise
             log.warning("job %s: the checkpoint of step %s waits for the database", claim.job_id, step)
             return False

@@ -14,6 +14,7 @@ import click
 from loractl.common.errors import ExitCode, UsageError
 from loractl.common.job.file import load_spec
 from loractl.common.job.spec import JobSpec
+from loractl.common.text import clean_text
 from loractl.worker.base.model import load_tokenizer
 from loractl.worker.data.check import Checked, check_data
 from loractl.worker.data.tokens import IGNORED, TokenRow, dataset_hash, prepare_data
@@ -134,14 +135,14 @@ def _print_labels(checked: Checked) -> None:
     click.echo(f"\n{'LABEL':<24}{'TO TRAIN ON':>12}{'HELD OUT':>10}")
     most = sorted(checked.labels.items(), key=lambda item: -item[1]["train"])
     for name, rows in most[:SHOWN_LABELS]:
-        click.echo(f"{_shown(name)[:23]:<24}{rows['train']:>12}{rows['held_out']:>10}")
+        click.echo(f"{clean_text(name)[:23]:<24}{rows['train']:>12}{rows['held_out']:>10}")
     if len(most) > SHOWN_LABELS:
         click.echo(f"and {len(most) - SHOWN_LABELS} more")
 
 
 def _print_finding(finding: Finding) -> None:
     level = click.style(f"{finding.level:<8}", fg=COLORS[finding.level])
-    click.echo(level + " " + _shown(f"{finding.kind}: {finding.sentence}."))
+    click.echo(level + " " + clean_text(f"{finding.kind}: {finding.sentence}."))
     if finding.hint:
         click.echo(f"         Hint: {finding.hint}.")
 
@@ -171,11 +172,11 @@ def _largest_batch(spec: JobSpec, length: int, longest: int, checked: Checked, r
     wide = spec.model_copy(update={"dataset": spec.dataset.model_copy(update={"max_length": length})})
     labels = len(checked.labels) or None
     lengths = Lengths(train=longest, evaluate=checked.longest_held_out, rows=checked.train_rows, labels=labels)
-    effective = spec.training.per_device_train_batch_size * spec.training.gradient_accumulation_steps
+    effective = spec.training.effective_batch
     for method in permitted_methods(spec.method):
         most = largest_fit(shape, wide, method, room, lengths).micro_batch
         if most:
-            size = next(n for n in range(min(most, effective), 0, -1) if effective % n == 0)
+            size = spec.training.micro_batch(most)
             return (
                 f"In {gib(room)} GiB {method.value} takes up to {most} such rows at once; with the same {effective} "
                 f"a step: per_device_train_batch_size: {size}, gradient_accumulation_steps: {effective // size}."
@@ -201,7 +202,7 @@ def _room(gpu: str | None) -> int | None:
     from loractl.common.store.store import Store
 
     cards = Store(connect(settings)).fleet().cards.values()
-    return max((card.total - card.margin for card in cards if not card.processor), default=None)
+    return max((card.usable for card in cards if not card.processor), default=None)
 
 
 def _examples(rows: list[TokenRow]) -> list[TokenRow]:
@@ -213,7 +214,7 @@ def _examples(rows: list[TokenRow]) -> list[TokenRow]:
 
 def _size(row: TokenRow, label_names: Sequence[str]) -> str:
     if row.label is not None:
-        return f"{len(row.input_ids)} tokens, label {_shown(label_names[row.label])}"
+        return f"{len(row.input_ids)} tokens, label {clean_text(label_names[row.label])}"
     return f"{len(row.labels)} tokens, {sum(label != IGNORED for label in row.labels)} learned"
 
 
@@ -222,12 +223,7 @@ def _marked(row: TokenRow, tokenizer: Any) -> str:
     learned = [label != IGNORED for label in row.labels]
     styled = sys.stdout.isatty()
     runs = _runs(row.input_ids, learned)
-    return "".join(_mark(_shown(tokenizer.decode(ids)), learn, styled) for ids, learn in runs)
-
-
-def _shown(text: str) -> str:
-    """Text of a data set without what would steer the terminal."""
-    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
+    return "".join(_mark(clean_text(tokenizer.decode(ids)), learn, styled) for ids, learn in runs)
 
 
 def _runs(ids: list[int], learned: list[bool]) -> list[tuple[list[int], bool]]:

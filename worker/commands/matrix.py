@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from loractl.common.errors import UsageError
+from loractl.common.text import signed
 
 if TYPE_CHECKING:
     from loractl.worker.serving.adapter_pool import Resident
@@ -341,7 +342,7 @@ def _number(value: float, measure: str) -> str:
 
 
 def _signed(value: float, measure: str) -> str:
-    return f"{value:+.{2 if measure == 'loss' else 1}f}".replace("-", "\N{MINUS SIGN}")
+    return signed(value, 2 if measure == "loss" else 1)
 
 
 def costs(found: Matrix) -> list[str]:

@@ -169,7 +169,7 @@ def check_tokens(rows: Sequence[TokenRow], spec: JobSpec, tokenizer: Any, *, eve
         if 20 * len(long) > len(rows):
             text = f"{{n}} with an answer longer than evaluation.max_new_tokens ({generated}): the report will cut it"
             findings += found("note", "answers longer than generated", text, long)
-    batch = spec.training.per_device_train_batch_size * spec.training.gradient_accumulation_steps
+    batch = spec.training.effective_batch
     if every and spec.training.max_steps is None:
         steps = int(-(-len(rows) // batch) * (spec.training.num_train_epochs or 1))
         if steps < FEW_STEPS:

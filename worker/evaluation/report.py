@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from loractl.common.artifacts import sha256_of
 from loractl.common.job.adjustment import Adjustment
+from loractl.common.text import signed
 from loractl.common.units import duration, gib, thousands
 from loractl.worker.base.adapter import LABELS
 from loractl.worker.device.versions import installed_versions
@@ -255,7 +256,7 @@ def render_html(report: dict[str, Any]) -> str:
     from jinja2 import Environment, StrictUndefined
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters.update(duration=duration, gib=gib, thousands=thousands, signed=_signed)
+    environment.filters.update(duration=duration, gib=gib, thousands=thousands, signed=signed)
     template = environment.from_string((files(__package__) / "report.html.jinja").read_text("utf-8"))
     return template.render(
         report=report,
@@ -331,10 +332,6 @@ def _benchmarks(found: Benchmarks | None) -> dict[str, Any] | None:
     for metric in metrics:
         del metric["compared"]
     return {**{key: value for key, value in vars(found).items() if key != "scored"}, "metrics": metrics}
-
-
-def _signed(value: float | None, digits: int = 2) -> str:
-    return "–" if value is None else f"{value:+.{digits}f}".replace("-", "\N{MINUS SIGN}")
 
 
 def _ticks(low: float, high: float) -> tuple[float, float]:

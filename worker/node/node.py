@@ -36,10 +36,11 @@ from loractl.common.placement.rule import MARGIN_BYTES, VRAM_CLASSES, default_ma
 from loractl.common.queue.app import WAKE_TASK, card_queue, make_app, wake_cards
 from loractl.common.queue.valkey import broker_url
 from loractl.common.settings import Settings, load_settings, make_private
-from loractl.common.store.database import connect, is_outage, make_engine
+from loractl.common.store.database import connect, make_engine, outage
 from loractl.common.store.fleet import NODE_STALE_S
 from loractl.common.store.records import Claim, Left, NodeState
 from loractl.common.store.store import Store
+from loractl.common.text import clean_text
 from loractl.common.units import gib
 from loractl.worker.attempt.supervisor import Drain, Supervisor
 from loractl.worker.device.devices import Device, find_devices
@@ -164,9 +165,9 @@ class Node:
             except ServiceUnreachable as error:
                 log.warning("%s: waiting for it", error.sentence)
             except DBAPIError as error:
-                if not is_outage(error):
+                if (why := outage(error)) is None:
                     raise
-                log.warning("the database is away, waiting for it: %s", str(error.orig).strip())
+                log.warning("the database is away, waiting for it: %s", why)
             time.sleep(AGAIN_S)
             if os.getppid() != self._parent:
                 sys.exit("the loractl worker process is gone")
@@ -208,9 +209,9 @@ class Node:
                 supervisor.run(claim)
                 self._check_left(store, claim)
         except DBAPIError as error:
-            if not is_outage(error):
+            if (why := outage(error)) is None:
                 raise
-            log.warning("the database is away: %s", str(error.orig).strip())
+            log.warning("the database is away: %s", why)
         finally:
             engine.dispose()
 
@@ -278,8 +279,8 @@ class Node:
             except ServiceUnreachable as error:
                 log.warning("%s", error.sentence)
             except Exception as error:
-                if isinstance(error, DBAPIError) and is_outage(error):
-                    log.warning("the database is away: %s", str(error.orig).strip())
+                if (why := outage(error)) is not None:
+                    log.warning("the database is away: %s", why)
                     next_sweep = now + SETTLE_S * self._pace
                     continue
                 # a monitor that ends in silence would leave a node that looks offline and never comes back
@@ -401,7 +402,7 @@ class _PlainFormatter(logging.Formatter):
     """Lines without control characters: a model's error may hold what would steer the terminal of the box's owner."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in super().format(record))
+        return clean_text(super().format(record))
 
 
 def main() -> None:
