@@ -6,6 +6,7 @@ Where weights do not matter a quick trainer stands in for the real one: loractl'
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -22,14 +23,18 @@ from sqlalchemy import Engine, create_engine, text, update
 from sqlalchemy.orm import Session
 
 from loractl import __version__
+from loractl.common.artifacts import open_store
 from loractl.common.job.status import Reason, Stage, Status
 from loractl.common.settings import load_settings
 from loractl.common.store.database import make_engine, upgrade
 from loractl.common.store.records import Claim
 from loractl.common.store.store import Store
 from loractl.common.store.tables import Job
+from loractl.worker.attempt.drain import Drain
+from loractl.worker.attempt.workplace import Workplace
 from loractl.worker.device.devices import find_devices
-from loractl.worker.node.node import node
+from loractl.worker.device.occupancy import Watch
+from loractl.worker.node import leftovers
 
 from ..conftest import Cli
 from ..models import write_job
@@ -49,6 +54,7 @@ QUICK = """
 import os, queue, signal, time
 from pathlib import Path
 
+from loractl.common.artifacts import open_store
 from loractl.common.job.status import Reason, Stage
 from loractl.worker.training.checkpoint import close_checkpoint, newest_checkpoint
 from loractl.worker.protocol.messages import Ended, Note, Saved, StageChanged, Stepped
@@ -323,13 +329,17 @@ def test_a_card_on_which_something_of_an_attempt_remains_is_closed_with_the_reas
     """What no signal ends, as a process that hangs in its driver; here nothing is really left."""
     settings = load_settings(lab.cli.environment)
     (device,) = find_devices(settings)
-    monkeypatch.setattr(node, "end_leftovers", lambda run: [4711])
-    monkeypatch.setattr(node, "LEFT_S", 0.0)
+    monkeypatch.setattr(leftovers, "end_leftovers", lambda run: [4711])
+    monkeypatch.setattr(leftovers, "LEFT_S", 0.0)
     job_id = lab.submit()
     lab.store.see_node(node_state("heron:0", kind="cpu"))
     claim = lab.store.claim("heron:0")
     assert isinstance(claim, Claim)
-    node.Node(settings, device, node.NodeOptions())._check_left(lab.store, claim)
+    place = Workplace(
+        settings=settings, store=lab.store, artifacts=open_store(settings), device=device, node="heron:0",
+        drain=Drain(), threads=1,
+    )  # fmt: skip
+    leftovers.close_if_left(place, Watch(device=device, node_pid=os.getpid()), claim)
     reason = f"job {job_id} left process 4711 behind; look at the card, then loractl undrain heron:0"
     assert lab.store.drains()["heron:0"].reason == reason
     waiting = lab.submit()

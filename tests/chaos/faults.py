@@ -25,12 +25,11 @@ from .history import Window
 from .lab import Box, Lab
 
 DECK = {
-    "kill a node": 3,
-    "kill a supervisor": 3,
+    "kill a node": 6,
     "kill a trainer": 3,
     "kill a box": 1,
     "stop a box in order": 1,
-    "freeze a supervisor": 3,
+    "freeze a node": 3,
     "freeze a box": 1,
     "power cut, a checkpoint torn": 2,
     "power cut, a finished result torn": 1,
@@ -79,7 +78,7 @@ def script(seed: int, gap_s: float) -> Iterator[Fault]:
 
 @dataclass(frozen=True, kw_only=True)
 class Loss:
-    """An attempt whose node, supervisor or box was hit."""
+    """An attempt whose node or box was hit."""
 
     at: dt.datetime
     kind: str
@@ -139,7 +138,7 @@ class Injector:
 
     def _inject(self, fault: Fault) -> bool:
         kind, box = fault.kind, self.lab.boxes[int(fault.pick * len(self.lab.boxes))]
-        if kind in ("kill a node", "kill a supervisor", "kill a trainer", "freeze a supervisor"):
+        if kind in ("kill a node", "kill a trainer", "freeze a node"):
             return self._hit_process(fault, box)
         if kind == "power cut, a finished result torn":  # a short moment: whichever box comes to it
             return any(self._power_cut(fault, box) for box in self.lab.boxes)
@@ -161,8 +160,8 @@ class Injector:
         return rest[kind](fault)
 
     def _hit_process(self, fault: Fault, box: Box) -> bool:
-        found = {"kill a node": box.nodes, "kill a trainer": box.trainers}.get(fault.kind, box.supervisors)()
-        if fault.kind == "kill a node":  # an idle one is no loss
+        found = box.trainers() if fault.kind == "kill a trainer" else box.nodes()
+        if fault.kind != "kill a trainer":  # an idle one is no loss
             found = {index: node for index, node in found.items() if index in box.trainers()}
         free = {i: p for i, p in found.items() if f"{box.name}:{i}" not in self._busy and box.name not in self._busy}
         if not free:
@@ -174,7 +173,7 @@ class Injector:
             self.trainers_killed += 1
             return True
         self._note_losses(fault, [node])
-        if fault.kind != "freeze a supervisor":
+        if fault.kind != "freeze a node":
             process.kill()
             return True
         process.suspend()

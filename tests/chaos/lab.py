@@ -203,7 +203,7 @@ class Box:
         return [worker, *worker.children(recursive=True)]
 
     def nodes(self) -> dict[int, psutil.Process]:
-        """Card index -> the Celery process that serves it."""
+        """Card index -> the process that serves it."""
         found: dict[int, psutil.Process] = {}
         if self.runs:
             assert self.process
@@ -212,10 +212,6 @@ class Box:
                 if "loractl.worker.node" in arguments:
                     found[int(arguments[arguments.index("--index") + 1])] = child
         return found
-
-    def supervisors(self) -> dict[int, psutil.Process]:
-        """Card index -> the pool child that supervises a job there."""
-        return {index: trainer.parent() for index, trainer in self.trainers().items() if trainer.is_running()}
 
     def trainers(self) -> dict[int, psutil.Process]:
         found: dict[int, psutil.Process] = {}

@@ -35,7 +35,7 @@ BATCH = 10
 LONG = 6
 
 LEFT_S = 20.0
-"""A process of an attempt may outlive the attempt's end so long: a frozen supervisor has to wake, a node to sweep."""
+"""A process of an attempt may outlive the attempt's end so long: a frozen node has to wake, a node to sweep."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +49,7 @@ class Plan:
     lease_s: float = 6.0
     gap_s: float = 2.5  # between faults
     steps: tuple[int, int] = (4, 60)  # of a job, 50 ms each
-    long_steps: tuple[int, int] = (160, 320)  # of one in LONG: a frozen supervisor wakes while its job runs elsewhere
+    long_steps: tuple[int, int] = (160, 320)  # of one in LONG: a frozen node wakes while its job runs elsewhere
     backlog: int = 40  # waiting jobs before submit pauses
     calm_s: float = 240.0  # after the last fault everything must have ended within so long
     storm_s: float | None = None  # a storm ends after so long, with as many jobs as came in; None: with all of them

@@ -25,8 +25,11 @@ from loractl.common.settings import load_settings
 from loractl.common.store.database import make_engine, upgrade
 from loractl.common.store.records import Claim, NodeState, Submission
 from loractl.common.store.store import Store
-from loractl.worker.attempt import supervisor
-from loractl.worker.attempt.supervisor import Drain, Supervisor
+from loractl.worker.attempt import process
+from loractl.worker.attempt.drain import Drain
+from loractl.worker.attempt.state import begin
+from loractl.worker.attempt.supervisor import supervise
+from loractl.worker.attempt.workplace import Workplace
 from loractl.worker.base.model import TrainingFailed, load_tokenizer
 from loractl.worker.data.tokens import prepare_data
 from loractl.worker.device.devices import find_devices
@@ -51,7 +54,7 @@ class Kill:
     done: threading.Event = field(default_factory=threading.Event)
 
     def watch(self, pipe: Any, told: Any, job_id: int) -> None:
-        """In place of worker.child.read_messages: passes everything on, and strikes."""
+        """In place of worker.attempt.process.read_messages: passes everything on, and strikes."""
 
         class Struck:
             def put(_, message: Told) -> None:
@@ -69,7 +72,7 @@ class Kill:
                 self.done.set()
 
 
-READ_MESSAGES = supervisor.read_messages
+READ_MESSAGES = process.read_messages
 
 
 @dataclass
@@ -112,8 +115,11 @@ class Lab:
         self.store.see_node(NodeState(node=f"{box}:0", host=box, gpu="cpu", device_name="CPU", kind="cpu", total=2**40))
         claim = self.store.claim(f"{box}:0")
         assert isinstance(claim, Claim)
-        drain = Drain(home / "run" / "drain")
-        return Supervisor(settings, self.store, self.artifacts, device, f"{box}:0", drain, THREADS).run(claim)
+        place = Workplace(
+            settings=settings, store=self.store, artifacts=self.artifacts, device=device, node=f"{box}:0",
+            drain=Drain(), threads=THREADS,
+        )  # fmt: skip
+        return supervise(place, begin(claim, settings.work_dir))
 
     def curve(self, job_id: int, name: str) -> dict[tuple[int, int], float]:
         return {(p.attempt, p.step): p.value for p in self.store.metrics(job_id, name)}
@@ -147,10 +153,10 @@ def test_three_kills_in_one_run_change_no_bit_of_it(
     assert lab.attempt("heron") is Status.SUCCEEDED
 
     for kill, box in zip(kills, ("heron", "heron", "owl"), strict=True):
-        monkeypatch.setattr(supervisor, "read_messages", kill.watch)
+        monkeypatch.setattr(process, "read_messages", kill.watch)
         assert lab.attempt(box) is Status.QUEUED
         assert kill.done.is_set()
-    monkeypatch.setattr(supervisor, "read_messages", READ_MESSAGES)
+    monkeypatch.setattr(process, "read_messages", READ_MESSAGES)
     assert lab.attempt("owl") is Status.SUCCEEDED
 
     attempts = lab.store.attempts(killed)

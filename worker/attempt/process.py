@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import queue
 import signal
 import subprocess
+import sys
+import threading
+from collections.abc import Iterator
 from typing import IO, Any
 
 from loractl.common.job.status import Reason
+from loractl.worker.device.occupancy import RUN_VARIABLE, end_leftovers
 from loractl.worker.protocol.messages import Start, Stop, Told, decode_told, encode
+
+from .log import Sink, read_log
 
 log = logging.getLogger("loractl.worker")
 
@@ -63,6 +70,41 @@ def kill(trainer: subprocess.Popen[str]) -> None:
     except ProcessLookupError:
         log.debug("the trainer's session is empty")
     trainer.wait()
+
+
+@contextlib.contextmanager
+def running(
+    module: str, environment: dict[str, str], start: Start, log_file: IO[str], book: Sink
+) -> Iterator[tuple[subprocess.Popen[str], queue.SimpleQueue[Told | str]]]:
+    """Run a trainer with its order: the process, and the queue of what it tells. On the way out nothing of it is left.
+
+    It is `python -m MODULE`. It ends with its stdin, and so with this process.
+    """
+    told: queue.SimpleQueue[Told | str] = queue.SimpleQueue()
+    trainer = subprocess.Popen(
+        [sys.executable, "-m", module],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
+        errors="replace",
+        start_new_session=True,
+        env=environment,
+    )
+    assert trainer.stdin and trainer.stdout and trainer.stderr
+    readers = [
+        threading.Thread(target=read_messages, args=(trainer.stdout, told, start.job_id), daemon=True),
+        threading.Thread(target=read_log, args=(trainer.stderr, log_file, book), daemon=True),
+    ]
+    for reader in readers:
+        reader.start()
+    try:
+        yield trainer, told
+    finally:
+        kill(trainer)
+        end_leftovers(environment[RUN_VARIABLE])  # what holds the pipes open would make the readers wait
+        for reader in readers:
+            reader.join(timeout=5)
 
 
 def read_messages(pipe: IO[str], told: queue.SimpleQueue[Told | str], job_id: int) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import threading
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -22,9 +24,6 @@ RUN_VARIABLE = "LORACTL_RUN"
 
 CARD_VARIABLE = "LORACTL_CARD"
 """And the card that it runs on, by its node's name and that node's home."""
-
-LEFT_S = 20.0
-"""A trainer's end is through when nothing of it is left on the card; the driver takes a moment."""
 
 HIGH_WATER_S = 600.0
 """What other people's processes held at most stays theirs for so long, unless the box's owner says otherwise: a
@@ -49,12 +48,17 @@ class Watch:
     device: Device
     node_pid: int  # its descendants are ours
     high_water_s: float = HIGH_WATER_S
+    _looking: threading.Lock = field(default_factory=threading.Lock)
     _ours: dict[int, str] = field(default_factory=dict)  # pid -> job, kept after its end: the driver is slower
     _idle: int | None = None  # bytes held when none of our trainers ran
     _others: list[tuple[float, int]] = field(default_factory=list)  # time, bytes of other people's processes
 
     def look(self) -> Occupancy:
-        """The device's state now."""
+        """The device's state now; any thread may look."""
+        with self._looking:
+            return self._look()
+
+    def _look(self) -> Occupancy:
         trainers = _trainers(self.node_pid)  # before the look: one that ends in between was ours
         seen = self.device.look()
         if self.device.kind == "sim" and seen.processes is None:
@@ -153,19 +157,29 @@ def _mark_on(process: psutil.Process, card: str) -> str | None:
 
 def _trainers(node_pid: int) -> dict[int, tuple[str, int]]:
     """pid -> (job, resident bytes) of the node's trainers and whatever they started."""
-    found: dict[int, tuple[str, int]] = {}
+    trainers: dict[int, tuple[str, int]] = {}
+    if not _has_children(node_pid):
+        return trainers
     try:
         children = psutil.Process(node_pid).children(recursive=True)
     except psutil.NoSuchProcess:
-        return found
+        return trainers
     for child in children:
         try:
             job = child.environ().get(JOB_VARIABLE)
             if job is not None:
-                found[child.pid] = job, int(child.memory_info().rss)
+                trainers[child.pid] = job, int(child.memory_info().rss)
         except (psutil.NoSuchProcess, psutil.AccessDenied):
             continue  # it has ended since
-    return found
+    return trainers
+
+
+def _has_children(pid: int) -> bool:
+    """Whether the process has any: an idle node is told so in a tenth of the time that a walk over all takes."""
+    try:
+        return any(path.read_text().strip() for path in Path(f"/proc/{pid}/task").glob("*/children"))
+    except OSError:
+        return True  # a kernel without that file, or a thread that ended meanwhile: walk
 
 
 def _named(process: Process) -> dict[str, Any]:

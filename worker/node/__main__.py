@@ -1,5 +1,6 @@
-"""`python -m loractl.worker.node --index N`: what the worker command starts for each device."""
+"""`python -m loractl.worker.node --index N`: what `loractl worker` starts for each device."""
 
 from loractl.worker.node.node import main
 
-main()
+if __name__ == "__main__":
+    main()

@@ -8,7 +8,7 @@ from pathlib import Path
 from loractl.common.artifacts import ArtifactStore
 from loractl.common.store.records import Claim
 from loractl.common.store.store import Store
-from loractl.worker.attempt.upload import CheckpointKeeper
+from loractl.worker.attempt.checkpoint_upload import CheckpointUpload
 
 from ..factories import submission, take
 
@@ -21,7 +21,7 @@ def test_the_newest_is_kept_the_one_before_goes_and_a_step_that_was_saved_twice_
     job_id = store.submit(submission())
     claim = take(store)
     assert isinstance(claim, Claim)
-    keeper = CheckpointKeeper(artifacts, store, claim, tmp_path / "keeping")
+    keeper = CheckpointUpload(artifacts, store, claim, tmp_path / "keeping")
     held = tmp_path / "artifacts" / "jobs" / str(job_id) / "checkpoints"
     for turn, step in enumerate((5, 10, 10)):
         saved = tmp_path / f"save-{turn}"

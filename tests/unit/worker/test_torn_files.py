@@ -12,7 +12,10 @@ from loractl.common.settings import load_settings
 from loractl.common.store.database import make_engine
 from loractl.common.store.records import Claim, StoredCheckpoint
 from loractl.common.store.store import Store
-from loractl.worker.attempt.supervisor import Drain, Supervisor, mark_ready, ready_result
+from loractl.worker.attempt.drain import Drain
+from loractl.worker.attempt.order import stored_checkpoint
+from loractl.worker.attempt.result import mark_ready, ready_result
+from loractl.worker.attempt.workplace import Workplace
 from loractl.worker.device.devices import CpuDevice
 from loractl.worker.training.checkpoint import MARKER, close_checkpoint, is_complete
 
@@ -71,7 +74,10 @@ def test_a_stored_checkpoint_is_fetched_when_the_local_one_is_torn(tmp_path: Pat
         (local / "optimizer.pt").write_bytes(bytes(50))
     assert (local / MARKER).exists() and is_complete(local) is whole
     store = Store(make_engine(settings.database_url))
-    supervisor = Supervisor(settings, store, artifacts, CpuDevice(total=1), "box:0", Drain(tmp_path / "drain"), 1)
-    fetched = supervisor._stored_checkpoint(claim(attempt=2, checkpoint=kept), settings.work_dir / "1" / "stored")
+    place = Workplace(
+        settings=settings, store=store, artifacts=artifacts, device=CpuDevice(total=1), node="box:0",
+        drain=Drain(), threads=1,
+    )  # fmt: skip
+    fetched = stored_checkpoint(place, claim(attempt=2, checkpoint=kept), settings.work_dir / "1" / "stored")
     assert bool(fetched) is not whole
     assert all(is_complete(folder / "checkpoint-5") for folder in fetched)

@@ -1,4 +1,4 @@
-"""Keeps a training's newest checkpoint in the artifact store while the training goes on, so that any box can resume."""
+"""The upload of a training's newest checkpoint while the training goes on, so that any box can resume it."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from sqlalchemy.exc import DBAPIError
 
 from loractl.common.artifacts import ArtifactStore, checkpoint_prefix
 from loractl.common.errors import ArtifactError, ServiceUnreachable
-from loractl.common.store.database import outage
 from loractl.common.store.records import Claim, StoredCheckpoint
 from loractl.common.store.store import Store
+
+from .patience import away
 
 log = logging.getLogger("loractl.worker")
 
@@ -23,7 +24,7 @@ AGAIN_S = 15.0
 """After a failed upload the newest checkpoint is tried again so much later."""
 
 
-class CheckpointKeeper:
+class CheckpointUpload:
     """Uploads in a thread of its own; of several checkpoints that wait only the newest is kept.
 
     A checkpoint counts once the row names it, which only the attempt that holds the lease can do.
@@ -105,13 +106,10 @@ class CheckpointKeeper:
             before, self._kept = self._kept, kept
             if before is not None and before.prefix != kept.prefix:  # a step that was saved twice is one checkpoint
                 self._artifacts.remove_checkpoint(before.prefix)
-        except (ArtifactError, ServiceUnreachable) as error:
-            log.warning("job %s: the checkpoint of step %s is not stored yet: %s", claim.job_id, step, error.sentence)
-            return False
-        except DBAPIError as error:
-            if outage(error) is None:
+        except (ArtifactError, ServiceUnreachable, DBAPIError) as error:
+            if (why := error.sentence if isinstance(error, ArtifactError) else away(error)) is None:
                 raise
-            log.warning("job %s: the checkpoint of step %s waits for the database", claim.job_id, step)
+            log.warning("job %s: the checkpoint of step %s is not stored yet: %s", claim.job_id, step, why)
             return False
         log.debug("job %s: the checkpoint of step %s is stored (%.1f s)", claim.job_id, step, time.monotonic() - began)
         return True

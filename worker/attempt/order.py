@@ -1,0 +1,106 @@
+"""A trainer's order: the data fetched, the checkpoints found, and what its process may see."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+
+from loractl.common.artifacts import remove_tree
+from loractl.common.errors import ArtifactError
+from loractl.common.store.records import Claim
+from loractl.worker.device.occupancy import CARD_VARIABLE, JOB_VARIABLE, RUN_VARIABLE, card_mark, run_mark
+from loractl.worker.protocol.messages import Start
+from loractl.worker.protocol.trust import check_checkpoint, check_claim, may_run_code
+from loractl.worker.training.checkpoint import is_complete
+
+from .disk import bytes_to_write, require_space
+from .state import AttemptState
+from .workplace import Workplace
+
+log = logging.getLogger("loractl.worker")
+
+ADDRESSES = ("LORACTL_DATABASE_URL", "LORACTL_REDIS_URL", "LORACTL_ARTIFACTS_URL")
+"""Variables with addresses and passwords of services; of AWS's and PostgreSQL's any may be one, or its place."""
+
+
+def prepare(place: Workplace, state: AttemptState) -> Start:
+    """Fetch the data and say what the trainer shall do."""
+    claim, folder = state.claim, state.folder
+    spec, cache = claim.spec, place.settings.cache_dir
+    check_claim(spec, claim.data, place.settings)
+    if claim.checkpoint is not None:
+        check_checkpoint(claim.job_id, claim.checkpoint)
+    require_space(folder, bytes_to_write(spec, claim.method))
+
+    named = spec.data_sets()  # those that are not stored are hub ids
+    for key in named.keys() & claim.data.keys():
+        stored = claim.data[key]
+        named[key] = str(place.artifacts.fetch_dataset(stored["uri"], stored["sha256"], cache / "datasets"))
+    hashes = {key: stored["sha256"] for key, stored in claim.data.items()}
+    data = [Path(path) for path in named.values() if Path(path).is_file()]
+    require_space(folder, bytes_to_write(spec, claim.method, sum(path.stat().st_size for path in data)))
+    earlier = sorted(folder.parent.glob("attempt-*/checkpoints"), key=lambda p: p.stat().st_mtime, reverse=True)
+    earlier += stored_checkpoint(place, claim, folder.parent / "stored")
+    return Start(
+        job_id=claim.job_id,
+        attempt=claim.attempt,
+        user=claim.user,
+        node=place.node,
+        gpu=place.device.uuid,
+        device=place.device.trains_on,
+        device_name=place.device.name,
+        spec=spec,
+        run_code=may_run_code(spec, place.settings),
+        lm_eval_tasks=str(place.settings.lm_eval_tasks) if place.settings.lm_eval_tasks else None,
+        method=claim.method,
+        method_why=claim.method_why,
+        vram_planned=claim.vram_planned,
+        vram_reserved=claim.vram_reserved,
+        # A plan is for a card: RAM is limited only where the box's owner says so.
+        memory_limit=claim.vram_reserved if place.device.trains_on == "cuda" else place.settings.trainer_ram,
+        adjustment=claim.adjustment,
+        changes=list(claim.changes),
+        data_path=named["path"],
+        data_sha256=hashes.get("path"),
+        eval_path=named.get("eval_path"),
+        eval_sha256=hashes.get("eval_path"),
+        regression_path=named.get("regression"),
+        regression_sha256=hashes.get("regression"),
+        output_dir=str(folder / "result"),
+        checkpoint_dir=str(folder / "checkpoints"),
+        earlier_checkpoints=[str(p) for p in earlier],
+        cache_dir=str(cache),
+    )
+
+
+def environment(place: Workplace, claim: Claim) -> dict[str, str]:
+    """The trainer's: its device alone, its share of the cores, and no address or password of a service."""
+    hidden = (*ADDRESSES, "AWS_", "PG")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(hidden)}
+    return {
+        **kept,
+        **place.device.environment(),
+        JOB_VARIABLE: str(claim.job_id),
+        CARD_VARIABLE: card_mark(place.settings, place.node),
+        RUN_VARIABLE: run_mark(claim.token),
+        "OMP_NUM_THREADS": str(place.threads),
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONUNBUFFERED": "1",
+    }
+
+
+def stored_checkpoint(place: Workplace, claim: Claim, folder: Path) -> list[Path]:
+    """The newest checkpoint from the artifact store, which another box may have written, unless it is here."""
+    kept = claim.checkpoint
+    here = [] if kept is None else folder.parent.glob(f"attempt-*/checkpoints/checkpoint-{kept.step}")
+    if kept is None or any(map(is_complete, here)):
+        return []
+    remove_tree(folder)
+    target = folder / "checkpoints" / f"checkpoint-{kept.step}"
+    try:
+        place.artifacts.pull(kept.prefix, "", target)
+    except ArtifactError as error:
+        log.warning("job %s: the checkpoint of step %s is lost: %s", claim.job_id, kept.step, error.sentence)
+        return []
+    return [folder / "checkpoints"]

@@ -1,0 +1,66 @@
+"""Patience with a service that is away: work is repeated until it succeeds, or until the patience ends."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+from tenacity import RetryCallState, Retrying, retry_if_exception, stop_any, stop_before_delay, wait_exponential
+from tenacity.stop import stop_base
+
+from loractl.common.errors import ServiceUnreachable
+from loractl.common.store.database import outage
+
+Answer = TypeVar("Answer")
+
+
+def away(error: BaseException) -> str | None:
+    """Which service is away, as a sentence; None for an error that another try does not mend."""
+    if isinstance(error, ServiceUnreachable):
+        return error.sentence
+    why = outage(error)
+    return None if why is None else f"the database is away: {why}"
+
+
+class _StopWhen(stop_base):
+    """Stop once this holds."""
+
+    def __init__(self, holds: Callable[[], bool]) -> None:
+        self._holds = holds
+
+    def __call__(self, retry_state: RetryCallState) -> bool:
+        return self._holds()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Patience:
+    """How long work is repeated. Seconds."""
+
+    first_s: float  # between the first two tries; doubled after each
+    most_s: float
+    total_s: float = math.inf
+    passing: Callable[[BaseException], str | None] = away
+    over: Callable[[], bool] = lambda: False  # nobody wants the answer any more
+    sleep: Callable[[float], None] = time.sleep
+
+    def repeat(self, work: Callable[[], Answer], tell: Callable[[str], None]) -> Answer:
+        """The answer of the first try that gives one; `tell` is told what each failed try met.
+
+        Raises what the last try raised: an error that does not pass, or any once the patience is over.
+        """
+        tries = Retrying(
+            retry=retry_if_exception(lambda error: self.passing(error) is not None),
+            wait=wait_exponential(multiplier=self.first_s, max=self.most_s),
+            stop=stop_any(stop_before_delay(self.total_s), _StopWhen(self.over)),
+            before_sleep=lambda state: tell(self._met(state)),
+            sleep=self.sleep,
+            reraise=True,
+        )
+        return tries(work)
+
+    def _met(self, state: RetryCallState) -> str:
+        error = state.outcome.exception() if state.outcome else None
+        return (error and self.passing(error)) or str(error)

@@ -1,0 +1,82 @@
+"""An attempt's finished result: marked ready, stored and read back, or taken over by a later attempt of this box."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+from loractl.common.artifacts import attempt_prefix, remove_tree, sha256_of
+from loractl.common.job.status import Reason
+from loractl.common.store.records import Claim, StoredResult
+from loractl.worker.protocol.messages import Ended
+
+from .state import AttemptState
+from .workplace import Workplace
+
+READY = "ready.json"
+"""Beside a result that is complete: what it answers to."""
+
+
+def take_ready(state: AttemptState) -> bool:
+    """Take over a result that an earlier attempt on this box finished and could not store."""
+    claim, folder = state.claim, state.folder
+    for earlier in sorted(folder.parent.glob("attempt-*")):
+        message = ready_result(earlier, claim)
+        if message is None or earlier == folder:
+            continue
+        for name in ("result", "log.txt"):
+            remove_tree(folder / name)
+            (earlier / name).rename(folder / name)
+        (earlier / READY).unlink()
+        state.ended = Ended(job_id=claim.job_id, reason=Reason.OK, message=message)
+        state.note("ready", f"{earlier.name} had finished and could not be stored: its result is taken over")
+        return True
+    return False
+
+
+def mark_ready(folder: Path, claim: Claim, message: str) -> None:
+    """Note that a result is complete: a later attempt on this box need not train again, should storing fail."""
+    ready = {"belongs_to": _asked(claim), "message": message, "files": _hashes(folder / "result")}
+    (folder / READY).write_text(json.dumps(ready), "utf-8")
+
+
+def ready_result(folder: Path, claim: Claim) -> str | None:
+    """What a finished result of the same job says of itself; None without one.
+
+    Its files are as they were: a box that lost its power may have kept the note and not all of them.
+    """
+    try:
+        ready = json.loads((folder / READY).read_text("utf-8"))
+        hashes = _hashes(folder / "result")
+    except (OSError, ValueError):
+        return None
+    files: dict[str, str] = ready.get("files") or {"": ""}  # an older note names none: it may be torn
+    whole = all(hashes.get(name) == digest for name, digest in files.items())
+    message: str = ready.get("message", "")
+    return message if ready.get("belongs_to") == _asked(claim) and whole else None
+
+
+def store_result(place: Workplace, state: AttemptState) -> StoredResult:
+    """Upload the result and read it back. Raises ArtifactError, ServiceUnreachable."""
+    prefix = attempt_prefix(state.claim.job_id, state.claim.attempt)
+    shutil.copy(state.folder / "log.txt", state.folder / "result" / "log.txt")
+    manifest = place.artifacts.put_result(state.folder / "result", prefix)
+    uri = f"{place.artifacts.url}/{prefix}"
+    return StoredResult(
+        adapter_uri=f"{uri}/adapter",
+        report_uri=f"{uri}/report.json",
+        adapter_size=sum(file.size for name, file in manifest.items() if name.startswith("adapter/")),
+        adapter_sha256=manifest["adapter/adapter_model.safetensors"].sha256,
+    )
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    """The sha256 of each file of a result."""
+    return {p.relative_to(folder).as_posix(): sha256_of(p) for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def _asked(claim: Claim) -> list[str]:
+    """What a result answers to: the spec, the method and the data."""
+    hashes = [stored["sha256"] for _, stored in sorted(claim.data.items())]
+    return [claim.spec.spec_hash(), claim.method.value, *hashes]

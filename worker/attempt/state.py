@@ -1,0 +1,172 @@
+"""An attempt's whole state: what was claimed, what its trainer told, and why it is to stop."""
+
+from __future__ import annotations
+
+import logging
+import math
+import queue
+import subprocess
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from loractl.common.job.adjustment import Adjustment
+from loractl.common.job.status import Reason
+from loractl.common.placement.rule import Need
+from loractl.common.store.records import Beat, Claim, Progress
+from loractl.common.store.sweeps import rung_points
+from loractl.worker.protocol.messages import (
+    Adjusted,
+    Ended,
+    Note,
+    Peaks,
+    Planned,
+    Saved,
+    StageChanged,
+    Stepped,
+    Told,
+)
+
+from .log import LogBook
+
+log = logging.getLogger("loractl.worker")
+
+SAY_EVERY_S = 10.0
+"""At a worker's terminal a job's steps are named so often; its history has them all."""
+
+
+@dataclass(kw_only=True)
+class AttemptState:
+    """One attempt from its claim on. The supervisor's thread writes it; the node's monitor reads `turned_at`."""
+
+    claim: Claim
+    folder: Path  # of this attempt alone
+    adjustment: Adjustment  # what out-of-memory has changed in the job so far
+    began: float | None = None  # when it began to train, by the monotonic clock
+    trainer: subprocess.Popen[str] | None = None
+    turned_at: float = field(default_factory=time.monotonic)  # when its supervisor last went round
+    closed: bool = False  # its row is closed; what follows is housekeeping
+    peaks: Peaks = field(default_factory=Peaks)
+    step: int = 0
+    ended: Ended | None = None
+    forced: tuple[Reason, str] | None = None  # why we stopped the trainer
+    kill_at: float | None = None
+    lease_lost: bool = False
+    cancel_requested: bool = False
+    preempted_by: int | None = None
+    pruned: str | None = None  # why its sweep stops the job
+    heard_at: float = field(default_factory=time.monotonic)  # when the trainer last said something
+    said_at: float = -math.inf  # when a step was last named at the terminal
+    store_away: bool = False  # what is to be fetched or stored waits for the artifact store
+    changes: list[str] = field(default_factory=list)  # what this trainer said of its adjustments
+    saved: list[Saved] = field(default_factory=list)  # checkpoints that are not handed on yet
+    pending: Progress = field(default_factory=Progress)  # told, not yet written
+    noted: queue.SimpleQueue[tuple[str, str]] = field(default_factory=queue.SimpleQueue)  # events of the work thread
+    log: LogBook = field(default_factory=LogBook)
+
+    def turn(self) -> None:
+        """Say that the supervisor is alive."""
+        self.turned_at = time.monotonic()
+
+    def note(self, kind: str, text: str) -> None:
+        """Add a line to the job's history with the next beat; any thread may."""
+        self.noted.put((kind, text))
+
+    def hear(self, message: Told | str) -> None:
+        """Take what the trainer told: a message, or a line that is none."""
+        self.heard_at = time.monotonic()
+        if isinstance(message, str):
+            self.log.put(message)
+            return
+        if isinstance(message, (Stepped, Ended)) and message.peaks is not None:
+            self.peaks = self.peaks.above(message.peaks)
+        if isinstance(message, Ended):
+            self.ended = message
+        elif isinstance(message, Saved):
+            self.saved.append(message)
+        else:
+            self._follow(message)
+            self.pending = _fold(self.pending, message)
+
+    def progress(self, *, last: bool = False) -> Progress:
+        """What is new since the last write that came through."""
+        while not self.noted.empty():
+            self.pending = replace(self.pending, events=(*self.pending.events, self.noted.get()))
+        return replace(
+            self.pending,
+            vram_peak=self.peaks.reserved,
+            vram_allocated=self.peaks.allocated,
+            vram_process=self.peaks.process,
+            log=self.log.take(last=last),
+        )
+
+    def beaten(self, beat: Beat) -> None:
+        """Take a beat's answer: what was pending is written."""
+        self.pending = Progress(stage=self.pending.stage)
+        self.log.written()
+        self.lease_lost = not beat.accepted
+        self.cancel_requested, self.preempted_by = beat.cancel_requested, beat.preempted_by
+        self.pruned = beat.pruned or self.pruned
+
+    def rung_reached(self) -> int:
+        """The step of a rung that the next beat tells, 0 without one: a loser's steps until then are in vain."""
+        return max((point.step for point in rung_points(self.claim, self.pending)), default=0)
+
+    def verdict(self) -> tuple[Reason, str]:
+        """The attempt's reason: what the trainer said, unless we stopped it before it was done."""
+        if self.ended is not None and (self.forced is None or self.ended.reason is Reason.OK):
+            return self.ended.reason, self.ended.message
+        if self.forced is not None:
+            return self.forced
+        return Reason.TRAINER_ERROR, "the trainer said nothing"
+
+    def _follow(self, message: Told) -> None:
+        if isinstance(message, Stepped):
+            self.step = message.step
+            self._say(message)
+        elif isinstance(message, Adjusted):
+            self.adjustment = message.adjustment
+        elif isinstance(message, Note):
+            if message.kind == "memory":
+                self.changes.append(message.text)
+            if message.kind != "saved":  # as often as the job file says
+                log.info("job %s: %s", message.job_id, message.text)
+
+    def _say(self, message: Stepped) -> None:
+        now = time.monotonic()
+        if "loss" not in message.metrics or (now - self.said_at < SAY_EVERY_S and message.step < message.total_steps):
+            return
+        self.said_at = now
+        loss = message.metrics["loss"]
+        log.info("job %s: step %s of %s, loss %.3f", message.job_id, message.step, message.total_steps, loss)
+
+
+def begin(claim: Claim, work_dir: Path) -> AttemptState:
+    """The state of an attempt that was just claimed."""
+    folder = work_dir / str(claim.job_id) / f"attempt-{claim.attempt}"
+    return AttemptState(claim=claim, folder=folder, adjustment=claim.adjustment)
+
+
+def _fold(progress: Progress, message: Told) -> Progress:
+    if isinstance(message, StageChanged):
+        return replace(progress, stage=message.stage)
+    if isinstance(message, Note):
+        events = (*progress.events, (message.kind, message.text))
+        resumed = message.resumed_from_step or progress.resumed_from_step
+        return replace(progress, events=events, resumed_from_step=resumed)
+    if isinstance(message, Adjusted):
+        return replace(progress, adjustment=message.adjustment)
+    if isinstance(message, Planned):
+        return replace(progress, need=Need(lora=message.lora, qlora=message.qlora))
+    assert isinstance(message, Stepped)
+    metrics = tuple((message.step, name, value) for name, value in message.metrics.items())
+    return replace(
+        progress,
+        step=message.step,
+        total_steps=message.total_steps,
+        metrics=progress.metrics + metrics,
+        loss=message.metrics.get("loss", progress.loss),
+        eta_seconds=message.eta_seconds,
+        eta_spread_seconds=message.eta_spread_seconds,
+        tokens_per_second=message.tokens_per_second or progress.tokens_per_second,
+    )

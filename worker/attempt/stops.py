@@ -1,0 +1,110 @@
+"""Why an attempt stops before its end: cancelled, pruned, preempted, out of time, silent, drained."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+
+from loractl.common.job.status import Reason, Stage
+from loractl.worker.protocol.messages import Stop
+
+from .process import send
+from .state import AttemptState
+from .workplace import Workplace
+
+log = logging.getLogger("loractl.worker")
+
+STOP_GRACE_S = 10.0
+"""After a cancel, a time limit or a lost lease the trainer has so long before it is killed."""
+
+DRAIN_GRACE_S = 120.0
+"""A drain waits so long for the current step and its checkpoint."""
+
+SILENCE_S = 1800.0
+"""A trainer that trains or evaluates and says nothing for so long hangs; it tells each step, at most one a second."""
+
+
+class Interrupted(Exception):
+    """Fetching or storing was left: the lease is lost, or the job is cancelled or drained."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StopWish:
+    """Why a trainer is to stop, and how."""
+
+    reason: Reason
+    message: str
+    save: bool = False  # with a checkpoint
+    grace_s: float = STOP_GRACE_S
+
+
+def wanted_stop(place: Workplace, state: AttemptState) -> StopWish | None:
+    """The most urgent wish that this attempt ends; None when nobody has one."""
+    if state.cancel_requested:
+        return StopWish(reason=Reason.CANCELLED, message="cancelled while it ran")
+    if state.pruned is not None:
+        return StopWish(reason=Reason.PRUNED, message=state.pruned)
+    if state.preempted_by is not None:
+        why = f"gave way to job {state.preempted_by}, which has a higher priority"
+        return StopWish(reason=Reason.PREEMPTED, message=why, save=True, grace_s=DRAIN_GRACE_S)
+    limit = state.claim.spec.resources.time_limit
+    if limit is not None and state.began is not None and time.monotonic() - state.began > limit:
+        why = f"ran longer than resources.time_limit ({limit:.0f} s)"
+        return StopWish(reason=Reason.TIMED_OUT, message=why, save=True)
+    if place.drain.wish is not None:
+        why = "the worker is being stopped"
+        return StopWish(reason=Reason.DRAINED, message=why, save=True, grace_s=DRAIN_GRACE_S)
+    return None
+
+
+def ask_to_stop(state: AttemptState, wish: StopWish) -> None:
+    """Tell the trainer to end, once; it is killed after the grace period. A cancel comes before any other wish."""
+    if state.forced is not None and (state.forced[0] is wish.reason or wish.reason is not Reason.CANCELLED):
+        return
+    state.forced = wish.reason, wish.message
+    state.kill_at = time.monotonic() + wish.grace_s
+    assert state.trainer is not None and state.trainer.stdin
+    send(state.trainer.stdin, Stop(job_id=state.claim.job_id, save=wish.save))
+
+
+def must_leave(place: Workplace, state: AttemptState) -> bool:
+    """Whether the trainer is to be killed now, whatever it does."""
+    now = time.monotonic()
+    if state.lease_lost:
+        return True
+    busy = state.pending.stage in (Stage.TRAINING, Stage.EVALUATING)
+    if busy and now - max(state.heard_at, state.log.heard) > SILENCE_S:
+        state.forced = Reason.TRAINER_ERROR, f"the trainer said nothing for {SILENCE_S / 60:.0f} min"
+        return True
+    if place.drain.wish == "now":
+        state.forced = Reason.DRAINED, "the worker was stopped at once"
+        return True
+    if state.kill_at is not None and now > state.kill_at:
+        log.warning("job %s: the trainer did not stop in time and is killed", state.claim.job_id)
+        return True
+    return False
+
+
+def require_wanted(place: Workplace, state: AttemptState) -> None:
+    """Leave slow work of our own when nobody wants its result. Raises Interrupted.
+
+    A training that is done is stored even while its box is drained: that is what the wait was for.
+    """
+    if state.lease_lost:
+        raise Interrupted
+    drained = place.drain.wish is not None
+    if state.ended is not None:
+        if not (state.store_away and (state.cancel_requested or drained)):
+            return
+        state.ended = None
+        if state.cancel_requested:
+            state.forced = Reason.CANCELLED, "cancelled while it waited for the artifact store"
+        else:
+            state.forced = Reason.DRAINED, "the worker was stopped while the artifact store was away"
+    elif state.cancel_requested:
+        state.forced = Reason.CANCELLED, "cancelled before it trained"
+    elif drained:
+        state.forced = Reason.DRAINED, "the worker was stopped before it trained"
+    if state.forced is not None:
+        raise Interrupted

@@ -1,0 +1,141 @@
+"""The trainers of one attempt, watched: one to the end, or another with less after out-of-memory."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import subprocess
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from loractl.common.job.adjustment import Adjustment, in_words, next_adjustment
+from loractl.common.job.status import Reason, Stage
+from loractl.worker.protocol.messages import Ended, Start, Told
+
+from .checkpoint_upload import CheckpointUpload
+from .heartbeat import beat
+from .order import environment
+from .process import exit_reason, running, send
+from .state import AttemptState
+from .stops import ask_to_stop, must_leave, wanted_stop
+from .workplace import Workplace
+
+log = logging.getLogger("loractl.worker")
+
+CHECKPOINT_GRACE_S = 60.0
+"""After a training's end its last checkpoint has so long to reach the artifact store; another box may want it."""
+
+LOOK_S = 0.2
+"""A trainer that says nothing is looked at so often."""
+
+
+def train(place: Workplace, state: AttemptState, start: Start) -> None:
+    """Run a trainer to its end; when it runs out of memory in mid-training another one, with less.
+
+    A new process, because only its memory is whole again; it goes on from the last checkpoint.
+    """
+    state.began = time.monotonic()
+    upload = CheckpointUpload(place.artifacts, place.store, state.claim, state.folder / "keeping")
+    order: Start | None = start
+    try:
+        while order is not None:
+            _run(place, state, order, upload)
+            order = _lighter(state, order)
+    finally:
+        # of a training that is done, cancelled, pruned or no longer ours nobody will want the last one
+        over = state.lease_lost or state.cancel_requested or state.verdict()[0] in (Reason.OK, Reason.PRUNED)
+        _close(place, state, upload, 0.0 if over or place.drain.wish == "now" else CHECKPOINT_GRACE_S)
+
+
+def _run(place: Workplace, state: AttemptState, start: Start, upload: CheckpointUpload) -> None:
+    """Start a trainer and stay with it until it has ended."""
+    with (
+        (state.folder / "log.txt").open("a", encoding="utf-8") as log_file,
+        running(place.settings.trainer, environment(place, state.claim), start, log_file, state.log) as (trainer, told),
+    ):
+        state.trainer = trainer
+        assert trainer.stdin
+        send(trainer.stdin, start)
+        _watch(place, state, trainer, told, upload)
+    state.trainer = None
+    _take_all(told, state)
+    _hand_on(state, upload)
+    if state.ended is None and state.forced is None and not state.lease_lost:
+        limited = start.device == "cpu" and start.memory_limit is not None
+        state.ended = Ended(job_id=start.job_id, **exit_reason(trainer.returncode, limited=limited))
+
+
+def _watch(
+    place: Workplace,
+    state: AttemptState,
+    trainer: subprocess.Popen[str],
+    told: queue.SimpleQueue[Told | str],
+    upload: CheckpointUpload,
+) -> None:
+    """Pass on what the trainer tells, and what people wish, until it has ended or has to be left."""
+    next_beat, stage, rung, state.heard_at = 0.0, None, 0, time.monotonic()
+    while trainer.poll() is None and state.ended is None:
+        _take_all(told, state, timeout=LOOK_S)
+        _hand_on(state, upload)
+        state.turn()
+        reached = state.rung_reached()
+        if time.monotonic() >= next_beat or state.pending.stage != stage or reached > rung:
+            stage, rung, next_beat = state.pending.stage, max(rung, reached), time.monotonic() + place.beat_s
+            beat(place, state)
+        if must_leave(place, state):
+            return
+        if (wish := wanted_stop(place, state)) is not None:
+            ask_to_stop(state, wish)
+
+
+def _lighter(state: AttemptState, start: Start) -> Start | None:
+    """The order of a next trainer with less, after one that ran out of memory; None when none shall follow."""
+    lighter = _next_adjustment(state, start)
+    if lighter is None:
+        return None
+    text = in_words(start.spec, state.adjustment, lighter, where=f"at step {state.step}", then="starts again")
+    log.info("job %s: %s", state.claim.job_id, text)
+    events = (*state.pending.events, ("memory", text))
+    state.pending = replace(state.pending, adjustment=lighter, events=events)
+    changes = [*start.changes, *state.changes, text]
+    state.adjustment, state.ended, state.changes = lighter, None, []
+    return start.model_copy(update={"adjustment": lighter, "changes": changes})
+
+
+def _next_adjustment(state: AttemptState, start: Start) -> Adjustment | None:
+    """What did not fit before or after the training itself would not fit with smaller pieces of its batch either:
+    before, the trainer has tried them all."""
+    if state.forced is not None or state.lease_lost or state.ended is None:
+        return None
+    if state.ended.reason is not Reason.OUT_OF_MEMORY or state.pending.stage is not Stage.TRAINING:
+        return None
+    return next_adjustment(start.spec, state.adjustment, on_gpu=start.device == "cuda")
+
+
+def _close(place: Workplace, state: AttemptState, upload: CheckpointUpload, patience_s: float) -> None:
+    """Wait so long for the last checkpoint to be stored, and keep the lease meanwhile."""
+    upload.close()
+    deadline = time.monotonic() + patience_s
+    while not upload.done(min(place.beat_s, max(0.0, deadline - time.monotonic()))):
+        if state.lease_lost or state.cancel_requested or time.monotonic() >= deadline:
+            return
+        beat(place, state)
+
+
+def _take_all(told: queue.SimpleQueue[Told | str], state: AttemptState, timeout: float = 0.0) -> None:
+    """Fold what the trainer has told since the last look into the state."""
+    while True:
+        try:
+            message = told.get(timeout=timeout) if timeout else told.get_nowait()
+        except queue.Empty:
+            return
+        timeout = 0.0
+        state.hear(message)
+
+
+def _hand_on(state: AttemptState, upload: CheckpointUpload) -> None:
+    """Pass new checkpoints on to the artifact store."""
+    for saved in state.saved:
+        upload.offer(Path(saved.path), saved.step)
+    state.saved = []

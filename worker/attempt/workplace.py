@@ -1,0 +1,35 @@
+"""What all attempts on one device share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from loractl.common.artifacts import ArtifactStore
+from loractl.common.settings import Settings
+from loractl.common.store.store import Store
+from loractl.worker.device.devices import Device
+
+from .drain import Drain
+
+BEAT_S = 5.0
+"""How often a running job's row is written, with a short lease more often; a cancel acts within this and a step."""
+
+BEATS_A_LEASE = 6
+"""At the least: a beat or two may be late."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workplace:
+    """One device with its services."""
+
+    settings: Settings
+    store: Store
+    artifacts: ArtifactStore
+    device: Device
+    node: str
+    drain: Drain
+    threads: int  # that a trainer may use
+
+    @property
+    def beat_s(self) -> float:
+        return min(BEAT_S, self.settings.lease_s / BEATS_A_LEASE)

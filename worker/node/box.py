@@ -1,0 +1,182 @@
+"""The nodes of this box as child processes: started, watched, started again, stopped."""
+
+from __future__ import annotations
+
+import json
+import logging
+import signal
+import subprocess
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from loractl.common.errors import ExitCode
+
+from .lock import served_by
+
+if TYPE_CHECKING:
+    from loractl.common.settings import Settings
+    from loractl.common.store.store import Store
+    from loractl.worker.device.devices import Device
+
+log = logging.getLogger("loractl.worker")
+
+IDLE_LOOKS = 2
+"""So many looks in a row must find nothing left before --drain-when-idle ends."""
+
+NODE_TRIES = 3
+"""A node that ends so often in a row before it serves is broken, and so is this worker; one that a job killed is not."""
+
+WATCH_S = 10.0
+"""How often the watchdog looks."""
+
+STUCK_S = 90.0
+"""A node that is silent so long, or leaves a job so long that is for it, is asked to stop, and after as long again
+killed; then it is started anew."""
+
+KILL_AFTER_S = 15.0
+"""After a second Ctrl-C the nodes have so long to give their jobs back."""
+
+
+class Box:
+    """`loractl worker`: a node for each device."""
+
+    def __init__(self, settings: Settings, store: Store, devices: list[Device], options: dict[str, Any]) -> None:
+        self._settings = settings
+        self._options = json.dumps({**options, "devices": len(devices)})
+        self._store = store
+        self._devices = devices
+        self._nodes: dict[int, subprocess.Popen[str]] = {}
+        self._stuck_since: dict[int, float] = {}
+        self._asked: set[int] = set()  # nodes that were told to stop because they are stuck
+        self._started: dict[int, float] = {}  # when the node of a device was started
+        self._failures = {device.index: 0 for device in devices}  # starts in a row that came to nothing
+
+    def run(self, drain_when_idle: bool) -> int:
+        """Serve until Ctrl-C or SIGTERM, or until nothing is left; returns the exit code."""
+
+        def terminated(*_: Any) -> None:
+            raise KeyboardInterrupt
+
+        signal.signal(signal.SIGTERM, terminated)  # systemd's stop is a first Ctrl-C
+        for device in self._devices:
+            self._start(device.index)
+        try:
+            broken = self._wait(drain_when_idle)
+            self._drain()
+        except KeyboardInterrupt:
+            click.echo("Stopping after a checkpoint; Ctrl-C again stops at once.", err=True)
+            try:
+                self._drain()
+            except KeyboardInterrupt:
+                self._stop_now()
+                return ExitCode.INTERRUPTED
+            broken = False
+        for device in self._devices:
+            self._store.forget_node(self._name(device))
+        return ExitCode.FAILED if broken else ExitCode.OK
+
+    def _start(self, index: int) -> None:
+        # A session of its own: the terminal's Ctrl-C reaches this process alone, which then decides.
+        self._started[index] = time.monotonic()
+        self._nodes[index] = subprocess.Popen(
+            [sys.executable, "-m", "loractl.worker.node", "--index", str(index), "--options", self._options],
+            start_new_session=True,
+            stdin=subprocess.PIPE,  # our orders; its end tells the node that we are gone
+            stdout=subprocess.DEVNULL,  # a node logs to stderr; here would be Celery's words at its shutdown
+            encoding="utf-8",
+        )
+
+    def _wait(self, drain_when_idle: bool) -> bool:
+        """Until nothing is left; a node that ends by itself is started again. True when one can't be."""
+        from sqlalchemy.exc import DBAPIError
+
+        largest, idle, watched = max(d.total for d in self._devices), 0, time.monotonic()
+        while idle < IDLE_LOOKS:
+            time.sleep(1)
+            if time.monotonic() - watched >= WATCH_S:
+                watched = time.monotonic()
+                self._restart_stuck()
+            if self._restart_ended():
+                return True
+            if drain_when_idle:
+                try:
+                    idle = idle + 1 if self._store.unfinished(largest) == 0 else 0
+                except DBAPIError as error:
+                    click.echo(f"The database is away: {error.orig}", err=True)
+        return False
+
+    def _restart_ended(self) -> bool:
+        """Start nodes again that ended by themselves; True when one does nothing but end."""
+        for device in self._devices:
+            index, process = device.index, self._nodes[device.index]
+            if process.poll() is None:
+                continue
+            served = served_by(self._settings, device) == process.pid
+            self._failures[index] = 0 if served else self._failures[index] + 1
+            if self._failures[index] == NODE_TRIES:
+                click.echo(f"Error: node {index} ended {NODE_TRIES} times just after its start; see above.", err=True)
+                return True
+            click.echo(f"Node {index} ended with status {process.returncode} and is started again.", err=True)
+            time.sleep(2)
+            self._start(index)
+        return False
+
+    def _restart_stuck(self) -> None:
+        """The watchdog: stop a node that is silent, or leaves what the rule gives it; then it is started again."""
+        from sqlalchemy.exc import DBAPIError
+
+        try:
+            view = self._store.fleet()
+        except DBAPIError:
+            return  # without the database no one can tell, and a node without it is not stuck
+        now = time.monotonic()
+        given = {d.placed.node for d in view.decisions if d.placed is not None}
+        for device in self._devices:
+            node, process = self._name(device), self._nodes[device.index]
+            row = view.nodes.get(node)
+            silent = row is None or (view.now - row.seen_at).total_seconds() > STUCK_S
+            if (not silent and node not in given) or process.poll() is not None:
+                self._stuck_since.pop(device.index, None)
+                continue
+            since = self._stuck_since.setdefault(device.index, now)
+            if now - since < STUCK_S or now - self._started[device.index] < 2 * STUCK_S:
+                continue
+            what = "says nothing" if silent else "leaves a job waiting that is for it"
+            click.echo(f"Node {device.index} {what} and is started anew.", err=True)
+            self._stuck_since.pop(device.index, None)
+            if device.index in self._asked:
+                process.kill()  # its trainers end with it; the next node gives their jobs back
+            else:
+                process.terminate()  # what runs is saved and given back
+            self._asked ^= {device.index}
+
+    def _drain(self) -> None:
+        for process in self._nodes.values():
+            if process.poll() is None:
+                process.terminate()
+        for process in self._nodes.values():
+            process.wait()
+
+    def _stop_now(self) -> None:
+        for process in self._nodes.values():
+            self._tell(process, "now")
+        deadline = time.monotonic() + KILL_AFTER_S
+        for process in self._nodes.values():
+            try:
+                process.wait(timeout=max(0.1, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.kill()  # its trainer ends with its stdin; the lease gives the job back
+
+    def _tell(self, process: subprocess.Popen[str], order: str) -> None:
+        assert process.stdin
+        try:
+            process.stdin.write(f"{order}\n")
+            process.stdin.flush()
+        except BrokenPipeError:
+            log.debug("the node had ended before it could be told %s", order)
+
+    def _name(self, device: Device) -> str:
+        return f"{self._settings.host}:{device.index}"

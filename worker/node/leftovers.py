@@ -1,0 +1,46 @@
+"""What attempts leave behind on a device: it is ended, or else the card is closed."""
+
+from __future__ import annotations
+
+import logging
+import time
+
+from loractl.common.store.records import Claim
+from loractl.common.units import gib
+from loractl.worker.attempt.workplace import Workplace
+from loractl.worker.device.occupancy import Watch, card_mark, end_leftovers, run_mark, runs_of
+
+log = logging.getLogger("loractl.worker")
+
+LEFT_S = 20.0
+"""A trainer's end is through when nothing of it is left on the card; the driver takes a moment."""
+
+
+def close_if_left(place: Workplace, watch: Watch, claim: Claim) -> None:
+    """After an attempt no process and no memory of it remains; else the card is closed, and the reason says why."""
+    job, deadline = str(claim.job_id), time.monotonic() + LEFT_S
+    while (alive := end_leftovers(run_mark(claim.token))) or watch.look().used.get(job):
+        if time.monotonic() > deadline:
+            held = watch.look().used.get(job, 0)
+            what = f"process {alive[0]}" if alive else f"{gib(held)} GiB of memory"
+            reason = f"job {job} left {what} behind; look at the card, then loractl undrain {place.node}"
+            log.error("%s is closed: %s", place.node, reason)
+            place.store.drain(place.node, "loractl", reason)
+            return
+        time.sleep(0.5)
+
+
+def end_all(place: Workplace) -> None:
+    """End what an earlier node of this device was killed over: nothing runs here yet."""
+    for run in runs_of(card_mark(place.settings, place.node)):
+        end_leftovers(run)
+
+
+def end_strays(place: Workplace) -> None:
+    """End processes of attempts that run no more: a trainer may have left some behind."""
+    marks = runs_of(card_mark(place.settings, place.node))  # first: who starts between the two looks has its claim
+    if not marks:
+        return
+    for run in marks - {run_mark(token) for token in place.store.tokens(place.node)}:
+        log.warning("what an attempt left behind on %s is ended", place.node)
+        end_leftovers(run)

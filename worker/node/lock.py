@@ -1,0 +1,50 @@
+"""A device's lock: one node of this box serves it at a time."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+from pathlib import Path
+
+from loractl.common.settings import Settings
+from loractl.worker.device.devices import Device
+
+log = logging.getLogger("loractl.worker")
+
+
+class DeviceLock:
+    """Held while its process lives. Waits, and says so, while another one has it.
+
+    Two nodes on one device would both claim by the same free memory.
+    """
+
+    def __init__(self, settings: Settings, device: Device) -> None:
+        path = _path(settings, device)
+        self._file = path.open("a")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            log.warning("another worker serves this device, or finishes its last job: waiting for it (%s)", path)
+            fcntl.flock(self._file, fcntl.LOCK_EX)
+
+    def say_served(self) -> None:
+        """Note in the file that this process serves the device from now on."""
+        self._file.truncate(0)
+        self._file.write(str(os.getpid()))
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def served_by(settings: Settings, device: Device) -> int | None:
+    """The number of the process that served the device last; None when none ever did."""
+    try:
+        return int(_path(settings, device).read_text())
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def _path(settings: Settings, device: Device) -> Path:
+    return settings.runtime_dir / f"node-{device.uuid}.lock"

@@ -1,0 +1,188 @@
+"""The monitor of a node: it reports the device, follows the free memory, and goes round the fleet's waiting rows."""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import signal
+import threading
+import time
+from typing import Any
+
+from sqlalchemy.exc import DBAPIError
+
+from loractl.common.errors import ServiceUnreachable
+from loractl.common.placement.rule import VRAM_CLASSES, queue_name, served_classes
+from loractl.common.store.database import outage
+from loractl.common.store.records import NodeState
+from loractl.worker.attempt.workplace import Workplace
+from loractl.worker.device.occupancy import Watch
+from loractl.worker.device.versions import installed_versions
+
+from .leftovers import end_strays
+from .options import NodeOptions
+from .slots import Slots
+
+log = logging.getLogger("loractl.worker")
+
+SEE_S = 5.0
+"""How often a node's row is written; with a short lease this, like the next two, is shorter too."""
+
+ROUND_S = 5.0
+"""How often a node looks for waiting rows and expired leases by itself: messages are hints and may be lost."""
+
+SETTLE_S = 15.0
+"""After an outage of the database living supervisors beat first, before anybody ends their attempts."""
+
+TRIES = 5
+"""After so many failures in a row the monitor ends its node, and the worker starts it again."""
+
+
+class Monitor:
+    """A thread beside the slots. `instance` is this box's own mark."""
+
+    def __init__(self, place: Workplace, watch: Watch, options: NodeOptions, *, max_jobs: int, instance: str) -> None:
+        self._place = place
+        self._watch = watch
+        self._options = options
+        self._max_jobs = max_jobs
+        self._instance = instance
+        self._pace = min(1.0, place.settings.lease_s / (2 * SETTLE_S))
+        self._versions = installed_versions()
+        self._serving: set[int] = set(VRAM_CLASSES)
+        self._drained = False  # by a person's order
+        self._consumer: Any = None  # Celery's; None when it consumes nothing (any more)
+        self._called = threading.Event()  # something has changed: do not wait for the next look
+        self._stopped = threading.Event()
+        self._pass_on = False  # a message came that no slot of this node could take
+        self._thread: threading.Thread | None = None
+
+    def start(self, consumer: Any, slots: Slots) -> None:
+        """Begin to look, once Celery consumes."""
+        self._consumer = consumer
+        self._thread = threading.Thread(target=self._run, args=(slots,), name="monitor", daemon=True)
+        self._thread.start()
+
+    def look_soon(self) -> None:
+        """What the device can take has changed."""
+        self._called.set()
+
+    def pass_on(self) -> None:
+        """A message came while no slot was idle: wake the cards that the rule gives the waiting jobs to."""
+        self._pass_on = True
+        self._called.set()
+
+    def forget_consumer(self) -> None:
+        """Celery is stopping: what it consumes is no longer ours to change."""
+        self._consumer = None
+
+    def stop(self) -> None:
+        self._stopped.set()
+        self._called.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def report(self) -> None:
+        """Write the device's row, and consume the classes that fit into what is free now."""
+        place, device = self._place, self._place.device
+        seen = self._watch.look()
+        card = place.store.see_node(
+            NodeState(
+                node=place.node,
+                host=place.settings.host,
+                gpu=device.uuid,
+                device_name=device.name,
+                kind=device.kind,
+                total=device.total,
+                outside_bytes=seen.outside or 0,  # the first look was before any job came
+                outside=seen.others,
+                used=seen.used,
+                margin=self._options.margin,
+                max_jobs=self._max_jobs,
+                user_limit=self._options.user_limit,
+                labels=self._options.labels,
+                load=seen.load,
+                temperature=seen.temperature,
+                draining=place.drain.wish is not None and not self._drained,
+                versions=self._versions,
+                instance=self._instance,
+            )
+        )
+        self._consume(set(served_classes(card.free)) if card.open and card.slots else set())
+
+    def _run(self, slots: Slots) -> None:
+        next_look, next_round, failures = 0.0, 0.0, 0
+        while not self._stopped.is_set():
+            now = time.monotonic()
+            try:
+                slots.end_stuck()
+                if now >= next_look or self._called.is_set():
+                    self._called.clear()
+                    next_look = now + SEE_S * self._pace
+                    self.report()
+                    self._obey_drain()
+                    self._wake_others(slots)
+                if now >= next_round:
+                    next_round = now + ROUND_S * self._pace * random.uniform(0.8, 1.2)  # noqa: S311  spreads nodes, guards nothing
+                    self._go_round(slots)
+                failures = 0
+            except ServiceUnreachable as error:
+                log.warning("%s", error.sentence)
+            except Exception as error:
+                if isinstance(error, DBAPIError) and (why := outage(error)) is not None:
+                    log.warning("the database is away: %s", why)
+                    next_round = now + SETTLE_S * self._pace
+                else:
+                    # a monitor that ends in silence would leave a node that looks offline and never comes back
+                    failures += 1
+                    log.exception("the monitor failed, %s of %s times", failures, TRIES)
+                    if failures >= TRIES:
+                        os.kill(os.getpid(), signal.SIGTERM)
+                        return
+                self._stopped.wait(0.25)
+            self._called.wait(max(0.05, min(next_look, next_round, now + 1.0) - time.monotonic()))
+
+    def _consume(self, wanted: set[int]) -> None:
+        consumer = self._consumer
+        if consumer is None:
+            return
+        for size in wanted - self._serving:
+            consumer.call_soon(consumer.add_task_queue, queue_name(size))
+        for size in self._serving - wanted:
+            consumer.call_soon(consumer.cancel_task_queue, queue_name(size))
+        self._serving = wanted
+
+    def _obey_drain(self) -> None:
+        """A person's order to drain at once gives running jobs back after a checkpoint; its end lets new ones in."""
+        place, orders = self._place, self._place.store.drains()
+        order = orders.get(place.node) or orders.get(place.settings.host)
+        if order is not None and order.now and place.drain.wish is None:
+            log.warning("drained by %s: %s", order.user, order.reason)
+            place.drain.ask("checkpoint")
+            self._drained = True
+        elif order is None and self._drained:
+            place.drain.clear()
+            self._drained = False
+
+    def _wake_others(self, slots: Slots) -> None:
+        """Pass a message on that came here in vain, by the same rule that the claim follows."""
+        if not self._pass_on:
+            return
+        self._pass_on = False
+        given = {d.placed.node for d in self._place.store.fleet().decisions if d.placed is not None}
+        if others := given - {self._place.node}:
+            slots.wake_others(others)
+
+    def _go_round(self, slots: Slots) -> None:
+        """End lost attempts, and look for rows whose message was lost, or came while nothing fitted."""
+        store = self._place.store
+        end_strays(self._place)
+        for job_id, _ in store.reap():
+            log.warning("job %s: its worker was lost, it waits again", job_id)
+        for job_id in store.preempt():
+            log.info("job %s gives way to one of higher priority", job_id)
+        for job_id, _ in store.end_patience():
+            log.info("job %s has waited long enough for LoRA", job_id)
+        if store.waiting_classes(self._serving):
+            slots.wake()

@@ -1,0 +1,20 @@
+"""What the box's owner says of a device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from loractl.common.placement.rule import MARGIN_BYTES
+from loractl.worker.device.occupancy import HIGH_WATER_S
+
+
+@dataclass(frozen=True, kw_only=True)
+class NodeOptions:
+    """The options of `loractl worker`, as its nodes get them."""
+
+    margin: int = MARGIN_BYTES  # bytes that stay free
+    max_jobs: int | None = None  # None: by the card's size
+    user_limit: int | None = None  # running jobs that one user may have in the fleet
+    labels: dict[str, str] = field(default_factory=dict)
+    high_water_s: float = HIGH_WATER_S  # other people's memory stays theirs for so long
+    devices: int = 1  # that share the box's cores
