@@ -27,7 +27,7 @@ IDLE_LOOKS = 2
 """So many looks in a row must find nothing left before --drain-when-idle ends."""
 
 NODE_TRIES = 3
-"""A node that ends so often in a row before it serves is broken, and so is this worker; one that a job killed is not."""
+"""A node that ends so often in a row before it serves is broken, and so is this worker; one that jobs kill is not."""
 
 WATCH_S = 10.0
 """How often the watchdog looks."""

@@ -58,9 +58,8 @@ class Monitor:
         self._pass_on = False  # a message came that no slot of this node could take
         self._thread: threading.Thread | None = None
 
-    def start(self, consumer: Any, slots: Slots) -> None:
-        """Begin to look, once Celery consumes."""
-        self._consumer = consumer
+    def start(self, slots: Slots) -> None:
+        """Begin to look. With the queue away the rows are looked at all the same."""
         self._thread = threading.Thread(target=self._run, args=(slots,), name="monitor", daemon=True)
         self._thread.start()
 
@@ -73,9 +72,9 @@ class Monitor:
         self._pass_on = True
         self._called.set()
 
-    def forget_consumer(self) -> None:
-        """Celery is stopping: what it consumes is no longer ours to change."""
-        self._consumer = None
+    def follow(self, consumer: Any) -> None:
+        """Let Celery consume what fits from now on; with None nothing, since it is stopping."""
+        self._consumer = consumer
 
     def stop(self) -> None:
         self._stopped.set()

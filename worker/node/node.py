@@ -97,9 +97,10 @@ class DeviceNode:
             if not self._slots.wake():
                 self._monitor.pass_on()
 
-        signals.worker_ready.connect(lambda sender, **_: self._monitor.start(sender, self._slots), weak=False)
+        signals.worker_ready.connect(lambda sender, **_: self._monitor.follow(sender), weak=False)
         signals.worker_shutting_down.connect(lambda **_: self._shut_down(), weak=False)
         self._slots.start()
+        self._monitor.start(self._slots)
         try:
             app.Worker(
                 pool="solo",
@@ -138,7 +139,7 @@ class DeviceNode:
         self._monitor.report()
 
     def _shut_down(self) -> None:
-        self._monitor.forget_consumer()
+        self._monitor.follow(None)
         self._place.drain.ask("checkpoint")
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from sqlalchemy.exc import DBAPIError
 
 from loractl.common.errors import ServiceUnreachable
+from loractl.common.job.status import Reason
 from loractl.common.queue.app import wake_cards
 from loractl.common.store.database import outage
 from loractl.common.store.records import Claim, Left
@@ -87,6 +88,7 @@ class Slots:
             job_id, trainer = state.claim.job_id, state.trainer
             if silent < 2 * patience and trainer is not None:
                 log.error("job %s: its supervisor is stuck, the trainer is killed", job_id)
+                state.forced = Reason.TRAINER_ERROR, f"the supervisor was stuck for {silent:.0f} s"
                 try:
                     os.killpg(trainer.pid, signal.SIGKILL)
                 except ProcessLookupError:
@@ -107,12 +109,10 @@ class Slots:
 
     def _serve(self, slot: int) -> None:
         calls = 0
-        while True:
-            with self._woken:
-                self._woken.wait_for(lambda calls=calls: self._closing or self._calls != calls)  # type: ignore[misc]
-                if self._closing:
-                    return
-                calls = self._calls
+        while not self._closing:
+            calls = self._sleep(calls)
+            if self._closing:
+                return
             try:
                 self._take_jobs(slot)
             except DBAPIError as error:
@@ -126,6 +126,12 @@ class Slots:
             finally:
                 if self._attempts.pop(slot, None) is not None:
                     self._changed()
+
+    def _sleep(self, calls: int) -> int:
+        """Wait for another call than those; returns how many there were."""
+        with self._woken:
+            self._woken.wait_for(lambda: self._closing or self._calls != calls)
+            return self._calls
 
     def _take_jobs(self, slot: int) -> None:
         """Claim and run, until nothing that waits is for this device."""

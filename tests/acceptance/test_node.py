@@ -1,0 +1,143 @@
+"""The node's process: what a message does, what happens without the queue, and a supervisor that is stuck."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from redis import Redis
+
+from loractl.common.artifacts import open_store
+from loractl.common.job.status import Reason, Status
+from loractl.common.queue.app import card_queue
+from loractl.common.queue.valkey import broker_url
+from loractl.common.settings import load_settings
+from loractl.common.store.database import connect
+from loractl.common.store.records import Claim
+from loractl.common.store.store import Store
+from loractl.common.units import GIB
+from loractl.worker.attempt.drain import Drain
+from loractl.worker.attempt.workplace import Workplace
+from loractl.worker.device.devices import SimulatedDevice
+from loractl.worker.device.occupancy import Watch
+from loractl.worker.node.monitor import Monitor
+from loractl.worker.node.options import NodeOptions
+from loractl.worker.node.slots import Slots
+
+from ..conftest import Cli
+from ..models import write_job
+from ..unit.factories import node_state, submission
+
+DEAF = """
+import time
+
+time.sleep(10**6)  # reads no order, tells nothing, and outlives its stdin
+"""
+
+QUICK = """
+from loractl.common.job.status import Reason
+from loractl.worker.protocol.messages import Ended
+from loractl.worker.training.trainer import main
+
+if __name__ == "__main__":
+    main(lambda start, orders, tell: Ended(job_id=start.job_id, reason=Reason.BAD_DATA, message="nothing is trained"))
+"""
+
+
+@pytest.fixture
+def run_with(make_cli: Callable[..., Cli], tmp_path: Path) -> Callable[..., Cli]:
+    """A command line whose trainer is the given program."""
+
+    def make(trainer: str, **more: str) -> Cli:
+        (tmp_path / "stand_in_trainer.py").write_text(trainer)
+        return make_cli(
+            LORACTL_TRAINER="stand_in_trainer",
+            PYTHONPATH=str(tmp_path),
+            LORACTL_LEASE="3s",
+            LORACTL_HOST="heron",
+            **more,
+        )
+
+    return make
+
+
+def test_a_supervisor_that_hangs_loses_its_trainer_and_the_slot_takes_the_next_job(
+    run_with: Callable[..., Cli], tmp_path: Path
+) -> None:
+    """The order is longer than a pipe holds: writing it to a trainer that never reads blocks."""
+    cli = run_with(DEAF)
+    job = write_job(tmp_path, tmp_path / "base")
+    names = ", ".join(f"a_module_with_quite_a_long_name_{n}" for n in range(4000))
+    job.write_text(job.read_text().replace("lora: {", f"lora: {{target_modules: [{names}], "))
+    cli("submit", job)
+    store = Store(connect(load_settings(cli.environment)))
+    worker = cli.start("worker")
+    try:
+        _until(lambda: [a.reason for a in store.attempts(1)][:1] == [Reason.WORKER_LOST])
+        store.hold(1, "tester") if store.job(1).status is Status.QUEUED else store.cancel(1, "tester")
+        cli("submit", job)
+        _until(lambda: bool(store.attempts(2)))
+    finally:
+        worker.send_signal(signal.SIGINT)
+        worker.send_signal(signal.SIGINT)
+        said, _ = worker.communicate(timeout=90)
+    assert "what an attempt left behind on heron:0 is ended" in said
+
+
+def test_jobs_start_without_the_queue(run_with: Callable[..., Cli], tmp_path: Path) -> None:
+    cli = run_with(QUICK, LORACTL_REDIS_URL="redis://127.0.0.1:1")  # nobody listens there
+    submitted = cli("submit", write_job(tmp_path, tmp_path / "base"), "--set=max_retries=0")
+    assert "Job 1" in submitted.stdout and "the queue" in submitted.stderr
+    store = Store(connect(load_settings(cli.environment)))
+    worker = cli.start("worker")
+    try:
+        _until(lambda: store.job(1).status is Status.FAILED)
+    finally:
+        worker.send_signal(signal.SIGINT)
+        worker.communicate(timeout=60)
+    assert store.job(1).message == "nothing is trained"
+
+
+def test_a_message_that_finds_no_idle_slot_is_passed_on_to_the_card_that_has_room(
+    home: Path, tmp_path: Path, make_cli: Callable[..., Cli]
+) -> None:
+    settings = load_settings(make_cli().environment)
+    store = Store(connect(settings))
+    for node in ("full:0", "free:0"):
+        store.see_node(node_state(node, total=8 * GIB, max_jobs=1))
+    store.submit(submission(lora=4))
+    held = store.claim("full:0")
+    if not isinstance(held, Claim):  # the rule gave it to the other card
+        held = store.claim("free:0")
+    assert isinstance(held, Claim)
+    busy, free = ("full:0", "free:0") if store.job(held.job_id).node == "full:0" else ("free:0", "full:0")
+    store.submit(submission(lora=4))
+
+    device = SimulatedDevice(index=0, uuid="SIM-0", name="sim", total=8 * GIB)
+    place = Workplace(
+        settings=settings, store=store, artifacts=open_store(settings), device=device, node=busy, drain=Drain(),
+        threads=1,
+    )  # fmt: skip
+    watch = Watch(device=device, node_pid=1)
+    monitor = Monitor(place, watch, NodeOptions(), max_jobs=1, instance="box")
+    slots = Slots(place, watch, 0, monitor.look_soon)
+    assert slots.wake() is False, "no slot is idle"
+    broker_url(settings)  # starts the embedded queue
+    queue = Redis(unix_socket_path=str(home / "run" / "valkey.sock"))
+    monitor.pass_on()
+    monitor.start(slots)
+    try:
+        _until(lambda: queue.llen(card_queue(free)) > 0)
+        assert queue.llen(card_queue(busy)) == 0
+    finally:
+        monitor.stop()
+
+
+def _until(holds: Callable[[], bool], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline, "it does not come to that"
+        time.sleep(0.2)
