@@ -448,6 +448,6 @@ def _minor(version: str) -> str:
 
 
 def _clock(at: dt.datetime, now: dt.datetime) -> str:
-    from loractl.scheduler.text.jobs import clock
+    from loractl.scheduler.text.screen import clock
 
     return clock(at, now)

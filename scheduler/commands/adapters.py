@@ -11,8 +11,8 @@ import click
 
 from loractl.common.text import clean_line
 from loractl.scheduler.lazy import Commands, LazyGroup
-from loractl.scheduler.text import jobs as render
-from loractl.scheduler.text.jobs import Screen, fit
+from loractl.scheduler.text import screen as render
+from loractl.scheduler.text.screen import Screen, fit
 
 if TYPE_CHECKING:
     import datetime as dt

@@ -40,7 +40,7 @@ def why(job_id: int, as_json: bool) -> None:
     from loractl.scheduler.answers.why import REPLAYED_JOBS, Tier, card_fits, expected_starts, explain, with_start
     from loractl.scheduler.session import open_session
     from loractl.scheduler.text import fleet as render_fleet
-    from loractl.scheduler.text import jobs as render
+    from loractl.scheduler.text import screen as render
 
     _, store = open_session()
     job = store.job(job_id)
@@ -177,7 +177,7 @@ def plan(
 def _accuracy(store: Store, as_json: bool) -> None:
     from loractl.common.memory.correction import accuracy
     from loractl.scheduler.text import fleet as render_fleet
-    from loractl.scheduler.text import jobs as render
+    from loractl.scheduler.text import screen as render
 
     found = accuracy(store.measured())
     if as_json:
@@ -204,7 +204,7 @@ def _plan(job: str, overrides: tuple[str, ...], gpu: int | None, solve: bool, as
     from loractl.common.units import GIB, gib
     from loractl.scheduler.submission.need import check_adapter, model_family, need_key, open_methods, stored_hashes
     from loractl.scheduler.text import fleet as render_fleet
-    from loractl.scheduler.text import jobs as render
+    from loractl.scheduler.text import screen as render
 
     spec, data, title = _spec_of(job, overrides, store)
     shape = read_shape(spec.base_model, spec.revision)
@@ -379,7 +379,7 @@ def gpus(used: bool, as_json: bool) -> None:
     from loractl.common.store.fleet import NODE_STALE_S
     from loractl.scheduler.session import open_session
     from loractl.scheduler.text import fleet as render_fleet
-    from loractl.scheduler.text import jobs as render
+    from loractl.scheduler.text import screen as render
 
     _, store = open_session()
     view = store.fleet()

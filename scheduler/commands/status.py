@@ -13,6 +13,7 @@ import click
 from loractl.common.errors import ExitCode
 from loractl.common.text import clean_line
 from loractl.scheduler.text import jobs as render
+from loractl.scheduler.text.screen import detect_screen
 
 if TYPE_CHECKING:
     from loractl.common.settings import Settings
@@ -79,7 +80,7 @@ def status(
     if everything:
         found = store.jobs(user=user, label=pair, limit=limit)
         chosen = bool(user or label)
-        click.echo(render.all_jobs(found, _waits(store, found)[0], store.now(), render.detect_screen(), chosen=chosen))
+        click.echo(render.all_jobs(found, _waits(store, found)[0], store.now(), detect_screen(), chosen=chosen))
         return
     if not watch:
         click.echo(_overview(store, user, pair))
@@ -101,11 +102,11 @@ def _open_sweep(store: Store, sweep_id: int, *, watch: bool, as_json: bool) -> N
     if watch:
         _require_terminal()
     frame = _Frame()
-    frame.draw(render_sweep.opened(view, render.detect_screen()))
+    frame.draw(render_sweep.opened(view, detect_screen()))
     while watch and not view.ended:
         time.sleep(_WATCH_S)
         view = store.sweep(sweep_id)
-        frame.draw(render_sweep.opened(view, render.detect_screen()))
+        frame.draw(render_sweep.opened(view, detect_screen()))
 
 
 def _require_terminal() -> None:
@@ -139,7 +140,7 @@ def show(job_id: int, as_json: bool) -> None:
         )
         return
     spec = yaml.safe_dump(job.spec, sort_keys=False, allow_unicode=True)
-    click.echo(render.history(job, attempts, events, spec, store.now(), render.detect_screen()))
+    click.echo(render.history(job, attempts, events, spec, store.now(), detect_screen()))
 
 
 @click.command()
@@ -211,7 +212,7 @@ class _Frame:
         self._lines = 0
 
     def draw(self, text: str) -> None:
-        width = render.detect_screen().width
+        width = detect_screen().width
         back = f"\x1b[{self._lines}A\r\x1b[J" if self._lines else ""
         click.echo(back + text)
         # a line that is wider than the terminal takes several rows
@@ -230,7 +231,7 @@ def _overview(store: Store, user: str | None, label: tuple[str, str] | None) -> 
     running = [job for job in found if job.status is Status.RUNNING]
     waiting = [job for job in found if job.status is Status.QUEUED]
     ended = store.jobs(ended_since=midnight, user=user, label=label)
-    screen, sweeps = render.detect_screen(), _sweeps(store, [*found, *ended])
+    screen, sweeps = detect_screen(), _sweeps(store, [*found, *ended])
     return render.overview(running, waiting, reasons, starts, ended, now, screen, sweeps)
 
 
@@ -239,7 +240,7 @@ def _sweeps(store: Store, jobs: Sequence[Job]) -> list[str]:
     from loractl.scheduler.text.sweep import overview
 
     sweep_ids = {job.sweep_id for job in jobs if job.sweep_id is not None}
-    return overview(store.sweeps(sweep_ids), render.detect_screen()) if sweep_ids else []
+    return overview(store.sweeps(sweep_ids), detect_screen()) if sweep_ids else []
 
 
 def _unfinished(store: Store, user: str | None, label: tuple[str, str] | None) -> list[Job]:
@@ -269,7 +270,7 @@ def _one(store: Store, job: Job) -> str:
     waits = _waits(store, [job])[0].get(job.job_id)
     losses, evals = store.metrics(job.job_id, "loss"), store.metrics(job.job_id, "eval_loss")
     attempts, events = store.attempts(job.job_id), store.events(job.job_id)
-    return render.one_job(job, attempts, events, losses, evals, waits, store.now(), render.detect_screen())
+    return render.one_job(job, attempts, events, losses, evals, waits, store.now(), detect_screen())
 
 
 def _line(job: Job) -> str:

@@ -12,7 +12,7 @@ import click
 from loractl.common.text import clean_line
 from loractl.common.units import GIB, duration, gib
 
-from .jobs import Screen, bar, clock, fit, table
+from .screen import Screen, bar, clock, fit, table
 
 if TYPE_CHECKING:
     from loractl.common.memory.correction import Accuracy

@@ -1,32 +1,26 @@
-"""How jobs and devices look on a terminal: functions from values to text, and the JSON of a job.
+"""How jobs look on a terminal: functions from values to text, and the JSON of a job.
 
-A sentence first, then the table, the next command last and dim. Numbers stand right, states have a word as well as a
-colour, and a pipe gets the same text without escapes.
+A sentence first, then the table, the next command last and dim.
 """
 
 from __future__ import annotations
 
 import datetime as dt
-import os
-import shutil
-import sys
 import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from loractl.common.job.status import Status
-from loractl.common.text import clean_line, clean_text, number, signed
+from loractl.common.text import clean_line, number
 from loractl.common.units import duration, gib, thousands
+
+from .screen import Screen, bar, clock, fit, sparkline, table
 
 if TYPE_CHECKING:
     from loractl.common.store.tables import Attempt, Event, Job, MetricPoint
     from loractl.scheduler.answers.why import Start, Wait
-
-_EIGHTHS = "▏▎▍▌▋▊▉█"
-_SPARKS = "▁▂▃▄▅▆▇█"
 
 _WORD_COLORS = {"never": "red", "held": "yellow", "drained": "yellow", "offline": "yellow"}
 
@@ -61,90 +55,10 @@ JSON_FIELDS = (
 """The same names as the tables' columns."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Screen:
-    """What the output can show."""
-
-    width: int
-    unicode: bool
-    color: bool
-
-    def style(self, text: str, **style: Any) -> str:
-        return click.style(text, **style) if self.color else text
-
-    def dim(self, text: str) -> str:
-        return self.style(text, dim=True)
-
-
-def detect_screen() -> Screen:
-    """The terminal's width and abilities; 80 columns and no colour in a pipe or with NO_COLOR."""
-    tty = sys.stdout.isatty()
-    width = shutil.get_terminal_size((80, 24)).columns if tty or "COLUMNS" in os.environ else 80
-    encoding = (sys.stdout.encoding or "").lower().replace("-", "")
-    return Screen(width=max(60, width), unicode=encoding.startswith("utf"), color=tty and "NO_COLOR" not in os.environ)
-
-
 def job_fields(job: Job) -> dict[str, Any]:
     """A job as JSON values, under the tables' own names."""
     values = {name: getattr(job, name) for name in JSON_FIELDS}
     return {name: value.isoformat() if isinstance(value, dt.datetime) else value for name, value in values.items()}
-
-
-def bar(share: float, width: int, screen: Screen) -> str:
-    """A progress bar of `width` columns, in eighths of a block where the terminal has them."""
-    share = min(1.0, max(0.0, share))
-    if not screen.unicode:
-        full = int(share * width)
-        return "#" * full + "." * (width - full)
-    eighths = round(share * width * 8)
-    full, rest = divmod(eighths, 8)
-    blocks = "█" * full + (_EIGHTHS[rest - 1] if rest else "")
-    return blocks + "·" * (width - len(blocks))
-
-
-def sparkline(values: Sequence[float], width: int, screen: Screen) -> str:
-    """The course of a value in `width` columns."""
-    if not values or not screen.unicode:
-        return ""
-    step = max(1, len(values) / width)
-    points = [values[int(n * step)] for n in range(min(width, len(values)))]
-    low, high = min(points), max(points)
-    span = (high - low) or 1.0
-    return "".join(_SPARKS[int((v - low) / span * 7)] for v in points)
-
-
-def table(
-    headers: Sequence[str], rows: Sequence[Sequence[str]], screen: Screen, right: Sequence[str] = ()
-) -> list[str]:
-    """Lines of a table without borders; columns named in `right` are aligned right, the last one may be cut."""
-    plain = [[click.unstyle(cell) for cell in row] for row in rows]
-    widths = [max(len(h), *(len(row[n]) for row in plain)) if rows else len(h) for n, h in enumerate(headers)]
-
-    def line(cells: Sequence[str], dimmed: bool = False) -> str:
-        parts = []
-        for n, cell in enumerate(cells):
-            gap = " " * (widths[n] - len(click.unstyle(cell)))
-            parts.append(gap + cell if headers[n] in right else cell + gap)
-        text = "  ".join(parts).rstrip()
-        return screen.dim(text) if dimmed else text
-
-    return [line(headers, dimmed=True), *(line(row) for row in rows)]
-
-
-def fit(text: str, width: int) -> str:
-    """The plain text in at most `width` columns."""
-    text = clean_line(text)
-    return text if len(text) <= width else text[: max(1, width - 1)] + "…"
-
-
-def clock(moment: dt.datetime | None, now: dt.datetime) -> str:
-    """HH:MM today, the weekday this week, else the date; local time."""
-    if moment is None:
-        return "–"
-    local, today = moment.astimezone(), now.astimezone()
-    if local.date() == today.date():
-        return local.strftime("%H:%M")
-    return local.strftime("%a %H:%M") if abs((local - today).days) < 6 else local.strftime("%d %b")
 
 
 def overview(
@@ -293,128 +207,6 @@ def history(
     return "\n".join([*lines, "", screen.dim("spec:"), *map(clean_line, spec.rstrip().split("\n"))])
 
 
-def report_text(report: dict[str, Any], screen: Screen, answers: int) -> str:
-    """The evaluation report for a terminal: the verdict, the table with its intervals, answers side by side."""
-    lines = [
-        screen.style(f"{report['job']['job_id']} {clean_line(report['job']['name'])}", bold=True)
-        + f": {clean_line(report['verdict']['sentence'])}",
-        "",
-    ]
-    rows = []
-    for m in report["evaluation"]["metrics"]:
-        digits = 1 if m["unit"] == "%" else 2
-        color = {"better": "green", "worse": "red"}.get(m["reading"])
-        change, low, high = (signed(m[key], digits) for key in ("change", "low", "high"))
-        rows.append(
-            [
-                m["label"] + (f", {m['unit']}" if m["unit"] else ""),
-                number(m["base"], digits),
-                screen.style(number(m["tuned"], digits), bold=True),
-                change,
-                f"{low} to {high}",
-                screen.style(m["reading"], fg=color),
-            ]
-        )
-    headers = ["MEASURE", "BASE", "TUNED", "CHANGE", "95 % INTERVAL", "READING"]
-    lines += table(headers, rows, screen, right=("BASE", "TUNED", "CHANGE"))
-    training, data, e = report["training"], report["data"], report["evaluation"]
-    if e.get("baseline"):  # a classifier's; older reports have none
-        what = "its loss is that of the labels' shares of the training rows"
-        lines += ["", f"Base: {clean_line(e['baseline'])}; {what}."]
-    lines += _labels_table(e.get("labels"), screen) + _turns_table(e.get("turns"), screen)
-    lines += _harness_table(e.get("lm_eval"), screen)
-    left_out = data["too_long_rows_dropped"] + data["bad_rows_dropped"]
-    speed = f", {training['tokens_per_second']:.0f} tok/s" if training["tokens_per_second"] else ""
-    lines += [
-        "",
-        f"{e['rows']} held-out rows. {report['method']}, {_steps_taken(training)} in "
-        f"{duration(training['seconds'])}{speed}, "
-        f"peak {gib(training['peak_memory_bytes'])} GiB ({clean_line(training['peak_memory_kind'])}).",
-        f"Intervals: {thousands(e['bootstrap']['samples'])} paired bootstrap samples, seed {e['bootstrap']['seed']}. "
-        f"{data['truncated_rows']} rows truncated, {left_out} left out.",
-    ]
-    # what changed comes first: repaired, broken, then the rest
-    order = sorted(e["answers"], key=lambda a: (a["base_exact"] == a["tuned_exact"], not a["tuned_exact"], a["row"]))
-    for answer in order[:answers]:
-        lines += ["", screen.style(f"Row {answer['row']}: ", bold=True) + _block(answer["prompt"], screen)]
-        for name in ("expected", "base", "tuned"):
-            right = "" if name == "expected" else (" (right)" if answer[f"{name}_exact"] else " (wrong)")
-            lines.append(screen.dim(f"  {name}{right}: ") + _block(answer[name] or "(nothing)", screen, indent=4))
-    hidden = len(order) - answers
-    if hidden > 0:
-        lines += [
-            "",
-            screen.dim(f"{hidden} more answers: loractl report {report['job']['job_id']} --answers {len(order)}"),
-        ]
-    return "\n".join(lines)
-
-
-def _labels_table(labels: dict[str, Any] | None, screen: Screen) -> list[str]:
-    """How often base and tuned named each expected label, and what tuned took it for. Empty for older reports."""
-    if labels is None:
-        return []
-    names, rows = [clean_line(name) for name in labels["names"]], []
-    for place, name in enumerate(names):
-        base, tuned = labels["base"][place], labels["tuned"][place]
-        if not sum(tuned):
-            continue
-        wrong = sorted(((n, names[k]) for k, n in enumerate(tuned) if n and k != place), key=lambda pair: -pair[0])
-        taken = ", ".join(f"{other} {n}" for n, other in wrong[:2])
-        rows.append([name, str(sum(tuned)), str(base[place]), screen.style(str(tuned[place]), bold=True), taken])
-    headers = ["LABEL", "ROWS", "BASE RIGHT", "TUNED RIGHT", "TUNED SAID INSTEAD"]
-    return ["", *table(headers, rows, screen, right=("ROWS", "BASE RIGHT", "TUNED RIGHT"))]
-
-
-def _turns_table(turns: list[dict[str, Any]] | None, screen: Screen) -> list[str]:
-    """The loss of the first, second, ... answers of conversations. Empty for older reports."""
-    if not turns:
-        return []
-    rows = [[str(t["turn"]), str(t["cases"]), number(t["base"], 2), number(t["tuned"], 2)] for t in turns]
-    headers = ["ANSWER", "CASES", "BASE LOSS", "TUNED LOSS"]
-    return ["", *table(headers, rows, screen, right=tuple(headers))]
-
-
-def _harness_table(found: dict[str, Any] | None, screen: Screen) -> list[str]:
-    """The lm-eval harness's tasks; members of a group that has an average of its own are in the page and the JSON."""
-    if not found:  # none was asked for, or an older report
-        return []
-    rows, shown = [], [m for m in found["metrics"] if m["group"] is None]
-    for m in shown:
-        low, high = (signed(m[key], 3) for key in ("low", "high"))
-        rows.append(
-            [
-                clean_line(m["label"]),
-                _with_error(m["base"], m["base_stderr"]),
-                screen.style(_with_error(m["tuned"], m["tuned_stderr"]), bold=True),
-                signed(m["change"], 3),
-                f"{low} to {high}" + (" *" if m["interval"] == "unpaired" else ""),
-                screen.style(m["reading"], fg={"better": "green", "worse": "red"}.get(m["reading"])),
-            ]
-        )
-    headers = ["TASK", "BASE", "TUNED", "CHANGE", "95 % INTERVAL", "READING"]
-    limit = "all rows" if found["limit"] is None else f"at most {thousands(found['limit'])} rows"
-    paired = "Intervals: paired bootstrap over the documents"
-    unpaired = any(m["interval"] == "unpaired" for m in shown)
-    hidden = len(found["metrics"]) - len(shown)
-    return [
-        "",
-        *table(headers, rows, screen, right=("BASE", "TUNED", "CHANGE")),
-        f"lm_eval {clean_line(found['version'])}, {limit} of each task; standard errors in brackets.",
-        paired + ("; * unpaired, from both standard errors." if unpaired else "."),
-        *([f"{hidden} more numbers, of the groups' members, are in the page and in --json."] if hidden else []),
-    ]
-
-
-def _with_error(value: float | None, error: float | None) -> str:
-    return number(value, 3) + ("" if error is None else f" ({error:.3f})")
-
-
-def _steps_taken(training: dict[str, Any]) -> str:
-    """The time beside it is this attempt's alone."""
-    steps, resumed = training["steps"], training["resumed_from_step"]
-    return f"{steps} steps" if not resumed else f"{steps} steps, the last {steps - resumed} of them"
-
-
 def _running_table(running: Sequence[Job], now: dt.datetime, screen: Screen) -> list[str]:
     wide = screen.width >= 110
     rows = []
@@ -512,9 +304,3 @@ def _next_command(job: Job) -> str:
     if job.status is Status.RUNNING:
         return f"Its log: loractl logs {job.job_id} -f   stop it: loractl cancel {job.job_id}"
     return f"Explain the wait: loractl why {job.job_id}   drop it: loractl cancel {job.job_id}"
-
-
-def _block(text: str, screen: Screen, indent: int = 0) -> str:
-    """Text of several lines, indented; control characters of a model's answer must not reach the terminal."""
-    first, *rest = clean_text(text, keep="\n").splitlines() or [""]
-    return "\n".join([first, *(" " * indent + line for line in rest)])

@@ -18,7 +18,9 @@ from loractl.common.units import GIB
 from loractl.scheduler.answers.why import Tier, Wait
 from loractl.scheduler.commands.adapters import adapter_table
 from loractl.scheduler.text import jobs as render
-from loractl.scheduler.text.jobs import JSON_FIELDS, Screen, bar, clock, fit, sparkline, table
+from loractl.scheduler.text.jobs import JSON_FIELDS
+from loractl.scheduler.text.report import report_text
+from loractl.scheduler.text.screen import Screen, bar, clock, fit, sparkline, table
 
 from ..factories import NOON, job
 
@@ -198,7 +200,7 @@ def test_escapes_are_written_only_where_there_is_colour_and_ascii_draws_no_block
         render.all_jobs([running(), job(status=Status.FAILED, reason=Reason.DIVERGED, message="m")], {}, NOON, screen),
         render.one_job(running(), [attempt()], [event("started")], losses, [], None, NOON, screen),
         render.history(running(), [attempt()], [event("started")], "name: a", NOON, screen),
-        render.report_text(report([answer(1, False, True)]), screen, 3),
+        report_text(report([answer(1, False, True)]), screen, 3),
     ]
     for text in texts:
         assert ("\x1b" in text) == screen.color
@@ -257,7 +259,7 @@ def test_the_adapters_are_listed_with_the_command_that_fetches_one() -> None:
 
 def test_the_report_shows_the_verdict_the_table_and_what_was_repaired_first() -> None:
     answers = [answer(1, True, True), answer(2, True, False), answer(3, False, True), answer(4, False, False)]
-    text = render.report_text(report(answers), PLAIN, 3)
+    text = report_text(report(answers), PLAIN, 3)
     assert text.startswith("7 helpdesk: the tuned model is better\n")
     assert re.search(r"ROUGE-L +0\.20 +0\.61 +\+0\.41 +\+0\.30 to \+0\.50 +better", text)
     assert re.search(r"exact, % +50\.0 +– +−2\.5", text)
@@ -274,7 +276,7 @@ def test_labels_and_turns_are_tables_of_their_own() -> None:
                    "tuned": [[2, 2, 0], [0] * 3, [0] * 3]},
         "turns": [{"turn": 2, "cases": 5, "base": 3.125, "tuned": None}],
     }  # fmt: skip
-    text = render.report_text(value, PLAIN, 1)
+    text = report_text(value, PLAIN, 1)
     assert re.search(r"^LABEL +ROWS +BASE RIGHT +TUNED RIGHT +TUNED SAID INSTEAD\ngpu +4 +1 +2 +\S", text, re.M)
     assert re.search(r"^ANSWER +CASES +BASE LOSS +TUNED LOSS\n +2 +5 +3\.12 +–", text, re.M)
     assert all(c.isprintable() or c == "\n" for c in text)
@@ -291,7 +293,7 @@ def test_the_harness_s_numbers_are_a_table_that_says_which_intervals_are_not_in_
     value["evaluation"]["lm_eval"] = {
         "version": "0.4.13", "limit": 1000, "metrics": [number, average, unknown, {**number, "group": "g"}]
     }  # fmt: skip
-    text = render.report_text(value, PLAIN, 1)
+    text = report_text(value, PLAIN, 1)
     assert re.search(
         r"arc_easy acc +0\.250 \(0\.044\) +0\.500 \(0\.050\) +\+0\.250 +\+0\.125 to \+0\.375 +better", text
     )
@@ -301,17 +303,17 @@ def test_the_harness_s_numbers_are_a_table_that_says_which_intervals_are_not_in_
     assert "1 more numbers" in text
     assert all(c.isprintable() or c == "\n" for c in text)
     value["evaluation"]["lm_eval"] |= {"limit": None, "metrics": [number]}
-    assert "all rows of each task" in (few := render.report_text(value, PLAIN, 1)) and "unpaired" not in few
+    assert "all rows of each task" in (few := report_text(value, PLAIN, 1)) and "unpaired" not in few
 
 
 def test_an_answer_of_several_lines_is_indented_and_an_empty_one_is_named() -> None:
-    shown = render.report_text(report([{**answer(1, False, True), "base": "", "tuned": "one\ntwo"}]), PLAIN, 1)
+    shown = report_text(report([{**answer(1, False, True), "base": "", "tuned": "one\ntwo"}]), PLAIN, 1)
     assert "base (wrong): (nothing)" in shown
     assert "tuned (right): one\n    two" in shown
 
 
 def test_control_characters_of_a_models_answer_never_reach_the_terminal() -> None:
-    shown = render.report_text(report([answer(1, False, True, HOSTILE)]), PLAIN, 1)
+    shown = report_text(report([answer(1, False, True, HOSTILE)]), PLAIN, 1)
     assert "gone" in shown
     assert all(c.isprintable() or c == "\n" for c in shown)
 
@@ -336,4 +338,4 @@ def test_control_characters_of_messages_events_and_names_never_reach_the_termina
 def test_the_time_of_a_resumed_training_names_the_steps_that_it_covers(resumed: int | None, words: str) -> None:
     value = report()
     value["training"] |= {"steps": 20, "resumed_from_step": resumed}
-    assert words in render.report_text(value, PLAIN, 0)
+    assert words in report_text(value, PLAIN, 0)

@@ -17,7 +17,7 @@ from loractl.common.store.fleet import NODE_STALE_S, FleetView
 from loractl.common.units import GIB
 from loractl.scheduler.answers.why import Start, Tier, Wait, card_fits, explain
 from loractl.scheduler.text import fleet as render_fleet
-from loractl.scheduler.text.jobs import Screen
+from loractl.scheduler.text.screen import Screen
 
 from ..factories import spec
 from ..fleets import card, drained, fleet, in_seconds, running, waits

@@ -13,7 +13,7 @@ from loractl.common.store.sweeps import Member, RungPoint, SweepView
 from loractl.scheduler.answers import winner
 from loractl.scheduler.commands.compare import ranked
 from loractl.scheduler.text import jobs as render
-from loractl.scheduler.text.jobs import Screen
+from loractl.scheduler.text.screen import Screen
 from loractl.scheduler.text.sweep import fields, listed, opened, overview
 
 from ..factories import NOON
