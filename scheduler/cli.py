@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import io
 import sys
-import traceback
 from typing import NoReturn
 
 import click
@@ -99,7 +98,7 @@ def main() -> NoReturn:
         sys.exit(cli.main(standalone_mode=False) or ExitCode.OK)
     except LoractlError as error:
         if debug:
-            traceback.print_exc()
+            sys.excepthook(type(error), error, error.__traceback__)
         _print_error(error)
         sys.exit(error.exit_code)
     except click.exceptions.Exit as done:
