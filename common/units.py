@@ -1,7 +1,8 @@
-"""Sizes and durations as people write them in a job file and read them in a table."""
+"""Sizes, durations and times as people write them in a job file and read them in a table."""
 
 from __future__ import annotations
 
+import datetime as dt
 import re
 
 GIB = 1024**3
@@ -68,6 +69,16 @@ def duration(seconds: float | None) -> str:
     if hours < 48:
         return f"{hours} h {minutes:02} min"
     return f"{hours // 24} d {hours % 24} h"
+
+
+def clock(moment: dt.datetime | None, now: dt.datetime) -> str:
+    """HH:MM today, the weekday this week, else the date; local time."""
+    if moment is None:
+        return "–"
+    local, today = moment.astimezone(), now.astimezone()
+    if local.date() == today.date():
+        return local.strftime("%H:%M")
+    return local.strftime("%a %H:%M") if abs((local - today).days) < 6 else local.strftime("%d %b")
 
 
 def thousands(number: int | None) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import io
 import sys
-import traceback
 from typing import NoReturn
 
 import click
@@ -26,8 +25,8 @@ COMMANDS: Commands = {
         "Serve this box's devices: claim waiting jobs that fit and train them.",
     ),
     "status": ("loractl.scheduler.commands.status:status", "List what runs and what waits, or one job in full."),
-    "show": ("loractl.scheduler.commands.status:show", "Show a job's history, attempts and resolved spec."),
-    "logs": ("loractl.scheduler.commands.status:logs", "Print a job's log."),
+    "show": ("loractl.scheduler.commands.show:show", "Show a job's history, attempts and resolved spec."),
+    "logs": ("loractl.scheduler.commands.logs:logs", "Print a job's log."),
     "report": ("loractl.scheduler.commands.report:report", "Print a job's evaluation report: base against tuned."),
     "compare": (
         "loractl.scheduler.commands.compare:compare",
@@ -45,32 +44,35 @@ COMMANDS: Commands = {
     "chat": ("loractl.worker.commands.chat:chat", "Talk with an adapter; /adapter switches to another one in place."),
     "serve": ("loractl.worker.commands.serve:serve", "Serve a base and its adapters over an OpenAI-compatible API."),
     "matrix": ("loractl.worker.commands.matrix:matrix", "Score several adapters on several tasks, on one loaded base."),
-    "cancel": ("loractl.scheduler.commands.change:cancel", "Cancel waiting or running jobs."),
-    "hold": ("loractl.scheduler.commands.change:hold", "Keep waiting jobs from starting until loractl retry."),
-    "retry": ("loractl.scheduler.commands.change:retry", "Queue failed, cancelled or held jobs again."),
+    "cancel": ("loractl.scheduler.commands.cancel:cancel", "Cancel waiting or running jobs."),
+    "hold": ("loractl.scheduler.commands.hold:hold", "Keep waiting jobs from starting until loractl retry."),
+    "retry": ("loractl.scheduler.commands.retry:retry", "Queue failed, cancelled or held jobs again."),
     "why": (
-        "loractl.scheduler.commands.placement:why",
+        "loractl.scheduler.commands.why:why",
         "Explain why a job waits, card by card, and when it will start.",
     ),
     "plan": (
-        "loractl.scheduler.commands.placement:plan",
+        "loractl.scheduler.commands.plan:plan",
         "Show what a job will need of a card, part by part, before it runs.",
     ),
-    "gpus": ("loractl.scheduler.commands.placement:gpus", "List the devices of all boxes and what uses them."),
+    "gpus": ("loractl.scheduler.commands.gpus:gpus", "List the devices of all boxes and what uses them."),
     "sim": (
         "loractl.scheduler.commands.sim:sim",
         "Replay a trace of jobs on a fleet under the placement rule and others.",
     ),
-    "drain": ("loractl.scheduler.commands.placement:drain", "Keep new jobs from a box or a card, with a reason."),
-    "undrain": ("loractl.scheduler.commands.placement:undrain", "Let jobs on to a drained box or card again."),
+    "drain": ("loractl.scheduler.commands.drain:drain", "Keep new jobs from a box or a card, with a reason."),
+    "undrain": ("loractl.scheduler.commands.drain:undrain", "Let jobs on to a drained box or card again."),
     "data": ("loractl.worker.commands.data:data", "Check a job's data, and look at them as the trainer sees them."),
     "import": (
         "loractl.scheduler.commands.import_config:import_config",
         "Turn an Axolotl or LLaMA-Factory YAML into a job file.",
     ),
     "gc": ("loractl.scheduler.commands.gc:gc", "Remove stored files that nobody needs any more."),
-    "db": ("loractl.scheduler.commands.change:db", "Look after the database."),
-    "completion": ("loractl.scheduler.commands.change:completion", "Print the line that turns on shell completion."),
+    "db": ("loractl.scheduler.commands.db:db", "Look after the database."),
+    "completion": (
+        "loractl.scheduler.commands.completion:completion",
+        "Print the line that turns on shell completion.",
+    ),
 }
 
 
@@ -96,7 +98,7 @@ def main() -> NoReturn:
         sys.exit(cli.main(standalone_mode=False) or ExitCode.OK)
     except LoractlError as error:
         if debug:
-            traceback.print_exc()
+            sys.excepthook(type(error), error, error.__traceback__)
         _print_error(error)
         sys.exit(error.exit_code)
     except click.exceptions.Exit as done:

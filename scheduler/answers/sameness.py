@@ -11,7 +11,7 @@ from typing import Any
 
 from loractl.common.text import clean_line, minus
 from loractl.scheduler.commands.compare import Compared, differences
-from loractl.scheduler.text.jobs import Screen, table
+from loractl.scheduler.text.screen import Screen, table
 
 Report = dict[str, Any]
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from loractl.common.units import duration
 from loractl.scheduler.commands.compare import Compared, change, number, reading
-from loractl.scheduler.text.jobs import Screen, table
+from loractl.scheduler.text.screen import Screen, table
 from loractl.scheduler.text.sweep import number_columns, settings_of, shares, short_keys, titles
 
 if TYPE_CHECKING:

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from loractl.common.text import clean_line
+from loractl.common.units import clock
 from loractl.scheduler.lazy import Commands, LazyGroup
-from loractl.scheduler.text import jobs as render
-from loractl.scheduler.text.jobs import Screen, fit
+from loractl.scheduler.text import screen as render
+from loractl.scheduler.text.screen import Screen, fit
 
 if TYPE_CHECKING:
     import datetime as dt
@@ -198,7 +199,7 @@ def adapter_table(found: Sequence[Adapter], tags: Mapping[int, Sequence[str]], n
             fit(", ".join(tags.get(a.job_id, ())), 20),
             a.method,
             f"{a.size / 1e6:.1f}",
-            render.clock(a.created_at, now),
+            clock(a.created_at, now),
             fit(a.base_model.rpartition("/")[2], 30),
         ]
         for a in found
@@ -227,7 +228,7 @@ def _shown(row: Adapter, job: Job, names: Sequence[str], report: Mapping[str, An
     parts = [
         (
             "made by",
-            f"job {row.job_id}, attempt {row.attempt}, of {clean_line(job.user)}, {render.clock(row.created_at, now)}",
+            f"job {row.job_id}, attempt {row.attempt}, of {clean_line(job.user)}, {clock(row.created_at, now)}",
         ),
         ("base", f"{clean_line(row.base_model)}{revision}"),
         (

@@ -15,7 +15,7 @@ import click
 from loractl.common.errors import UsageError, WrongState
 from loractl.common.text import clean_line, signed
 from loractl.common.units import duration, gib
-from loractl.scheduler.text.jobs import Screen, detect_screen, table
+from loractl.scheduler.text.screen import Screen, detect_screen, table
 
 LEVEL = 0.05
 MIN_ROWS = 8

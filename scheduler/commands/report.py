@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from loractl.common.text import clean_line
-from loractl.scheduler.text import jobs as render
+from loractl.scheduler.text.report import report_text
+from loractl.scheduler.text.screen import detect_screen
 
 if TYPE_CHECKING:
     from loractl.common.artifacts import ArtifactStore
@@ -40,8 +41,8 @@ def report(job_id: int, answers: int, html: Path | None, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(raw))
         return
-    screen = render.detect_screen()
-    click.echo(render.report_text(raw, screen, answers))
+    screen = detect_screen()
+    click.echo(report_text(raw, screen, answers))
     click.echo(
         "\n" + screen.dim(f"The page: loractl report {job_id} --html report.html   job by {clean_line(job.user)}")
     )

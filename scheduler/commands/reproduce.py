@@ -14,7 +14,7 @@ import click
 
 from loractl.common.errors import ArtifactError, ExitCode, UsageError
 from loractl.common.text import clean_line
-from loractl.scheduler.text.jobs import Screen, detect_screen, table
+from loractl.scheduler.text.screen import Screen, detect_screen, table
 
 if TYPE_CHECKING:
     from loractl.common.artifacts import ArtifactStore

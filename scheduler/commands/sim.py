@@ -69,7 +69,7 @@ def sim(
     from loractl.common.errors import UsageError
     from loractl.common.units import parse_duration
     from loractl.scheduler.simulation.workload import choose, parse_fleet, read_trace
-    from loractl.scheduler.text import jobs as render
+    from loractl.scheduler.text import screen as render
     from loractl.scheduler.text import simulation as render_sim
 
     if not (math.isfinite(compress) and compress > 0):

@@ -46,11 +46,11 @@ def submit(job_files: tuple[Path, ...], overrides: tuple[str, ...], dry_run: boo
     settings, store = open_session()
     submitted = [_submit(spec, settings, store, quiet=as_json) for spec in specs]
     if as_json:
-        from loractl.scheduler.text.jobs import job_fields
+        from loractl.scheduler.answers.job import job_state
 
-        click.echo(json.dumps([job_fields(store.job(job_id)) for job_id in submitted]))
+        click.echo(json.dumps([job_state(store, job_id).as_json() for job_id in submitted]))
     if wait:
-        from .status import follow
+        from .follow import follow
 
         outcomes = [follow(store, job_id) for job_id in submitted]
         sys.exit(max(outcomes, default=ExitCode.OK))

@@ -167,7 +167,7 @@ def _submissions(specs: Sequence[JobSpec], context: Settings, store: Store) -> l
 
 def _print_queued(view: SweepView, as_json: bool) -> None:
     from loractl.scheduler.text import sweep as render_sweep
-    from loractl.scheduler.text.jobs import detect_screen
+    from loractl.scheduler.text.screen import detect_screen
 
     if as_json:
         click.echo(json.dumps(render_sweep.fields(view)))
@@ -185,7 +185,7 @@ def _print_members(
 ) -> None:
     from loractl.common.store.sweeps import setting
     from loractl.scheduler.text import sweep as render_sweep
-    from loractl.scheduler.text.jobs import detect_screen
+    from loractl.scheduler.text.screen import detect_screen
 
     trees = [spec.model_dump(mode="json") for spec in specs]
     found = [

@@ -1,421 +1,78 @@
-"""How jobs and devices look on a terminal: functions from values to text, and the JSON of a job.
+"""How jobs look on a terminal: the overview, the list, one in full, and its history.
 
-A sentence first, then the table, the next command last and dim. Numbers stand right, states have a word as well as a
-colour, and a pipe gets the same text without escapes.
+A sentence first, then the table, the next command last and dim.
 """
 
 from __future__ import annotations
 
 import datetime as dt
-import os
-import shutil
-import sys
 import textwrap
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import click
 
-from loractl.common.job.status import Status
-from loractl.common.text import clean_line, clean_text, number, signed
-from loractl.common.units import duration, gib, thousands
+from loractl.common.job.status import OUTCOMES, Status
+from loractl.common.text import clean_line, number
+from loractl.common.units import clock, duration, gib, thousands
+
+from .screen import Screen, bar, fit, sparkline, table
+from .sweep import overview as sweep_lines
 
 if TYPE_CHECKING:
-    from loractl.common.store.tables import Attempt, Event, Job, MetricPoint
-    from loractl.scheduler.answers.why import Start, Wait
-
-_EIGHTHS = "▏▎▍▌▋▊▉█"
-_SPARKS = "▁▂▃▄▅▆▇█"
+    from loractl.scheduler.answers.job import JobHistory, JobInFull, JobState, PastAttempt
+    from loractl.scheduler.answers.overview import JobList, Overview
+    from loractl.scheduler.answers.wait.queue import WaitingJobs
 
 _WORD_COLORS = {"never": "red", "held": "yellow", "drained": "yellow", "offline": "yellow"}
 
 WAITING_SHOWN = 50
 """Waiting jobs that the overview lists; a person reads no more."""
 
-JSON_FIELDS = (
-    "job_id",
-    "name",
-    "user",
-    "status",
-    "reason",
-    "message",
-    "stage",
-    "method",
-    "base_model",
-    "step",
-    "total_steps",
-    "loss",
-    "eta_seconds",
-    "node",
-    "gpu",
-    "attempt",
-    "submitted_at",
-    "started_at",
-    "ended_at",
-    "adapter_uri",
-    "report_uri",
-    "labels",
-    "sweep_id",
-)
-"""The same names as the tables' columns."""
 
-
-@dataclass(frozen=True, kw_only=True)
-class Screen:
-    """What the output can show."""
-
-    width: int
-    unicode: bool
-    color: bool
-
-    def style(self, text: str, **style: Any) -> str:
-        return click.style(text, **style) if self.color else text
-
-    def dim(self, text: str) -> str:
-        return self.style(text, dim=True)
-
-
-def detect_screen() -> Screen:
-    """The terminal's width and abilities; 80 columns and no colour in a pipe or with NO_COLOR."""
-    tty = sys.stdout.isatty()
-    width = shutil.get_terminal_size((80, 24)).columns if tty or "COLUMNS" in os.environ else 80
-    encoding = (sys.stdout.encoding or "").lower().replace("-", "")
-    return Screen(width=max(60, width), unicode=encoding.startswith("utf"), color=tty and "NO_COLOR" not in os.environ)
-
-
-def job_fields(job: Job) -> dict[str, Any]:
-    """A job as JSON values, under the tables' own names."""
-    values = {name: getattr(job, name) for name in JSON_FIELDS}
-    return {name: value.isoformat() if isinstance(value, dt.datetime) else value for name, value in values.items()}
-
-
-def bar(share: float, width: int, screen: Screen) -> str:
-    """A progress bar of `width` columns, in eighths of a block where the terminal has them."""
-    share = min(1.0, max(0.0, share))
-    if not screen.unicode:
-        full = int(share * width)
-        return "#" * full + "." * (width - full)
-    eighths = round(share * width * 8)
-    full, rest = divmod(eighths, 8)
-    blocks = "█" * full + (_EIGHTHS[rest - 1] if rest else "")
-    return blocks + "·" * (width - len(blocks))
-
-
-def sparkline(values: Sequence[float], width: int, screen: Screen) -> str:
-    """The course of a value in `width` columns."""
-    if not values or not screen.unicode:
-        return ""
-    step = max(1, len(values) / width)
-    points = [values[int(n * step)] for n in range(min(width, len(values)))]
-    low, high = min(points), max(points)
-    span = (high - low) or 1.0
-    return "".join(_SPARKS[int((v - low) / span * 7)] for v in points)
-
-
-def table(
-    headers: Sequence[str], rows: Sequence[Sequence[str]], screen: Screen, right: Sequence[str] = ()
-) -> list[str]:
-    """Lines of a table without borders; columns named in `right` are aligned right, the last one may be cut."""
-    plain = [[click.unstyle(cell) for cell in row] for row in rows]
-    widths = [max(len(h), *(len(row[n]) for row in plain)) if rows else len(h) for n, h in enumerate(headers)]
-
-    def line(cells: Sequence[str], dimmed: bool = False) -> str:
-        parts = []
-        for n, cell in enumerate(cells):
-            gap = " " * (widths[n] - len(click.unstyle(cell)))
-            parts.append(gap + cell if headers[n] in right else cell + gap)
-        text = "  ".join(parts).rstrip()
-        return screen.dim(text) if dimmed else text
-
-    return [line(headers, dimmed=True), *(line(row) for row in rows)]
-
-
-def fit(text: str, width: int) -> str:
-    """The plain text in at most `width` columns."""
-    text = clean_line(text)
-    return text if len(text) <= width else text[: max(1, width - 1)] + "…"
-
-
-def clock(moment: dt.datetime | None, now: dt.datetime) -> str:
-    """HH:MM today, the weekday this week, else the date; local time."""
-    if moment is None:
-        return "–"
-    local, today = moment.astimezone(), now.astimezone()
-    if local.date() == today.date():
-        return local.strftime("%H:%M")
-    return local.strftime("%a %H:%M") if abs((local - today).days) < 6 else local.strftime("%d %b")
-
-
-def overview(
-    running: Sequence[Job],
-    waiting: Sequence[Job],
-    reasons: Mapping[int, Wait],
-    starts: Mapping[int, Start],
-    ended: Sequence[Job],
-    now: dt.datetime,
-    screen: Screen,
-    sweeps: Sequence[str] = (),
-) -> str:
-    """What runs, what waits and why, `sweeps` in the place of their members, and how many ended today."""
-    lines = [screen.style(f"{len(running)} running, {len(waiting)} waiting.", bold=True) + _next_start(starts, now)]
-    if not running and not waiting:
+def overview_text(overview: Overview, screen: Screen) -> str:
+    """What runs, what waits and why, sweeps in the place of their members, and how many ended today."""
+    counts = f"{len(overview.running)} running, {len(overview.waiting)} waiting."
+    lines = [screen.style(counts, bold=True) + _next_start(overview)]
+    if not overview.running and not overview.waiting:
         lines[0] += " Submit one: loractl submit job.yaml"
-    running = [job for job in running if job.sweep_id is None]
-    waiting = [job for job in waiting if job.sweep_id is None]
+    running = [job for job in overview.running if job.sweep_id is None]
+    waiting = [job for job in overview.waiting if job.sweep_id is None]
     if running:
-        lines += ["", *_running_table(running, now, screen)]
-    if sweeps:
-        lines += ["", *sweeps]
+        lines += ["", *_running_table(running, overview.now, screen)]
+    if overview.sweeps:
+        lines += ["", *sweep_lines(overview.sweeps, screen)]
     if waiting:
         shown = waiting[:WAITING_SHOWN]
-        lines += ["", *_waiting_table(shown, reasons, starts, now, screen)]
+        lines += ["", *_waiting_table(shown, overview.waits, overview.now, screen)]
         if len(waiting) > len(shown):
             lines.append(screen.dim(f"{thousands(len(waiting) - len(shown))} more wait (loractl status -a -n 1000)."))
-    good = sum(job.status is Status.SUCCEEDED for job in ended)
-    bad = sum(job.status is Status.FAILED for job in ended)
+    next_command = (
+        f"Explain a wait: loractl why {waiting[0].job_id}" if waiting
+        else "A sweep's jobs: loractl status --sweep SWEEP" if overview.sweeps
+        else "One in full: loractl status JOB"
+    )  # fmt: skip
+    return "\n".join([*lines, "", screen.dim(f"{_today(overview, screen)}  {next_command}")])
+
+
+def _today(overview: Overview, screen: Screen) -> str:
+    good = sum(job.status is Status.SUCCEEDED for job in overview.ended)
+    bad = sum(job.status is Status.FAILED for job in overview.ended)
     marks = ("✓", "✗") if screen.unicode else ("ok", "failed")
-    lines += [
-        "",
-        screen.dim(
-            f"Today {good} {marks[0]} {bad} {marks[1]} (loractl status -a).  "
-            + (f"Explain a wait: loractl why {waiting[0].job_id}" if waiting else _how_to_open(bool(sweeps)))
-        ),
-    ]
-    return "\n".join(lines)
+    return f"Today {good} {marks[0]} {bad} {marks[1]} (loractl status -a)."
 
 
-def _how_to_open(sweep: bool) -> str:
-    return "A sweep's jobs: loractl status --sweep SWEEP" if sweep else "One in full: loractl status JOB"
+def _next_start(overview: Overview) -> str:
+    """Which waiting job starts first, where that is known."""
+    now = overview.now
+    coming = [(start.at, job_id, start.node) for job_id, start in overview.waits.starts.items() if start.at > now]
+    if not coming:
+        return ""
+    at, job_id, node = min(coming)
+    return f" Next: {job_id} on {node} at about {clock(at, now)}."
 
 
-def all_jobs(
-    jobs: Sequence[Job],
-    waits: Mapping[int, Wait],
-    now: dt.datetime,
-    screen: Screen,
-    *,
-    chosen: bool = False,
-) -> str:
-    """Every job, newest first, with its outcome; `chosen`: a filter left others out."""
-    if not jobs:
-        return "No job matches." if chosen else "No job yet. Submit one: loractl submit job.yaml"
-    wide = screen.width >= 110
-    rows = []
-    for job in jobs:
-        result = job.message or (f"attempt {job.attempt} on {job.node}" if job.status is Status.RUNNING else "")
-        if job.status is Status.FAILED and job.reason is not None:
-            result = f"{job.reason.value}: {result}"
-        if job.job_id in waits:
-            result = f"waits: {waits[job.job_id]}"
-        row = [str(job.job_id), screen.style(fit(job.name, 24 if wide else 18), bold=True), fit(job.user, 8)]
-        row += [job.method or "–"] if wide else []
-        rows.append([*row, clock(job.ended_at, now), _state(job, screen), result])
-    headers = ["JOB", "NAME", "OWNER", *(["METHOD"] if wide else []), "ENDED", "STATUS", "RESULT"]
-    others = sum(max(len(h), *(len(click.unstyle(r[n])) for r in rows)) + 2 for n, h in enumerate(headers[:-1]))
-    rows = [[*row[:-1], fit(row[-1], max(20, screen.width - others))] for row in rows]
-    done = next((job.job_id for job in jobs if job.status is Status.SUCCEEDED and job.report_uri), None)
-    lines = table(headers, rows, screen, right=("JOB", "ENDED"))
-    if done is not None:
-        lines += ["", screen.dim(f"Its report: loractl report {done}   its adapter: loractl adapters pull {done} DIR")]
-    return "\n".join(lines)
-
-
-def one_job(
-    job: Job,
-    attempts: Sequence[Attempt],
-    events: Sequence[Event],
-    losses: Sequence[MetricPoint],
-    evals: Sequence[MetricPoint],
-    waits: Wait | None,
-    now: dt.datetime,
-    screen: Screen,
-) -> str:
-    """One job in full: where it is, its course, its history, and the next command."""
-    head = screen.style(f"{job.job_id} {clean_line(job.name)}", bold=True)
-    lines = []
-    if job.status is Status.RUNNING:
-        doing = "stopping" if job.cancel_requested else job.stage.value if job.stage else "starting"
-        lines += [f"{head} on {clean_line(job.node or '')}, attempt {job.attempt}, {doing}", ""]
-        share = job.step / job.total_steps if job.step is not None and job.total_steps else 0.0
-        steps = f"{thousands(job.step)} of {thousands(job.total_steps)}" if job.total_steps else "loading"
-        eta = f"  {duration(job.eta_seconds)} left" if job.eta_seconds else ""
-        tail = f" {share:4.0%}  {steps}{eta}"
-        lines += [bar(share, min(60, screen.width - len(tail)), screen) + tail, ""]
-    elif job.status is Status.QUEUED and waits is not None:
-        lines += [f"{head} waits: {waits.word}, {clean_line(waits.sentence)}.", ""]
-    else:
-        reason = f" ({job.reason.value})" if job.status is Status.FAILED and job.reason else ""
-        lines += [f"{head} {_state(job, screen)}{reason}: {clean_line(job.message or '')}", ""]
-    if losses:
-        held = f"   held out {evals[-1].value:.2f} at step {thousands(evals[-1].step)}" if evals else ""
-        lines.append(f"loss    {sparkline([p.value for p in losses], 30, screen)}  {losses[-1].value:.2f}{held}")
-    if attempts:
-        last = attempts[-1]
-        speed = f"   speed {job.tokens_per_second:.0f} tok/s" if job.tokens_per_second else ""
-        planned = f"planned {gib(last.vram_planned)} GiB" if last.vram_planned else ""
-        peak = f"{gib(last.vram_peak)} GiB at most" if last.vram_peak else ""
-        memory = ", ".join(part for part in (peak, planned) if part)
-        lines.append((f"memory  {memory}   " if memory else "") + f"method {last.method}{speed}")
-    if job.adapter_uri:
-        lines += [f"adapter {clean_line(job.adapter_uri)}", f"report  {clean_line(job.report_uri or '')}"]
-    if lines[-1]:
-        lines.append("")
-    lines += [f"{clock(event.at, now)}  {clean_line(event.text)}" for event in reversed(events[-12:])]
-    lines += ["", screen.dim(_next_command(job))]
-    return "\n".join(lines)
-
-
-def history(
-    job: Job, attempts: Sequence[Attempt], events: Sequence[Event], spec: str, now: dt.datetime, screen: Screen
-) -> str:
-    """The whole history, the attempts, and the spec as it was resolved."""
-    head = screen.style(f"{job.job_id} {clean_line(job.name)}", bold=True)
-    lines = [f"{head} by {clean_line(job.user)}: {_state(job, screen)}", ""]
-    lines += [f"{clock(event.at, now):>9}  {clean_line(event.text)}" for event in events]
-    if attempts:
-        rows = [
-            [
-                str(a.attempt),
-                clean_line(a.node),
-                a.method,
-                gib(a.vram_planned),
-                gib(a.vram_peak),
-                clock(a.started_at, now),
-                duration((a.ended_at - a.started_at).total_seconds()) if a.ended_at else "runs",
-                a.reason.value if a.reason else "",
-                f"step {a.resumed_from_step}" if a.resumed_from_step else "",
-            ]
-            for a in attempts
-        ]
-        headers = ["ATTEMPT", "CARD", "METHOD", "PLAN GiB", "PEAK GiB", "STARTED", "TOOK", "ENDED AS", "RESUMED FROM"]
-        lines += ["", *table(headers, rows, screen, right=("ATTEMPT", "PLAN GiB", "PEAK GiB"))]
-    return "\n".join([*lines, "", screen.dim("spec:"), *map(clean_line, spec.rstrip().split("\n"))])
-
-
-def report_text(report: dict[str, Any], screen: Screen, answers: int) -> str:
-    """The evaluation report for a terminal: the verdict, the table with its intervals, answers side by side."""
-    lines = [
-        screen.style(f"{report['job']['job_id']} {clean_line(report['job']['name'])}", bold=True)
-        + f": {clean_line(report['verdict']['sentence'])}",
-        "",
-    ]
-    rows = []
-    for m in report["evaluation"]["metrics"]:
-        digits = 1 if m["unit"] == "%" else 2
-        color = {"better": "green", "worse": "red"}.get(m["reading"])
-        change, low, high = (signed(m[key], digits) for key in ("change", "low", "high"))
-        rows.append(
-            [
-                m["label"] + (f", {m['unit']}" if m["unit"] else ""),
-                number(m["base"], digits),
-                screen.style(number(m["tuned"], digits), bold=True),
-                change,
-                f"{low} to {high}",
-                screen.style(m["reading"], fg=color),
-            ]
-        )
-    headers = ["MEASURE", "BASE", "TUNED", "CHANGE", "95 % INTERVAL", "READING"]
-    lines += table(headers, rows, screen, right=("BASE", "TUNED", "CHANGE"))
-    training, data, e = report["training"], report["data"], report["evaluation"]
-    if e.get("baseline"):  # a classifier's; older reports have none
-        what = "its loss is that of the labels' shares of the training rows"
-        lines += ["", f"Base: {clean_line(e['baseline'])}; {what}."]
-    lines += _labels_table(e.get("labels"), screen) + _turns_table(e.get("turns"), screen)
-    lines += _harness_table(e.get("lm_eval"), screen)
-    left_out = data["too_long_rows_dropped"] + data["bad_rows_dropped"]
-    speed = f", {training['tokens_per_second']:.0f} tok/s" if training["tokens_per_second"] else ""
-    lines += [
-        "",
-        f"{e['rows']} held-out rows. {report['method']}, {_steps_taken(training)} in "
-        f"{duration(training['seconds'])}{speed}, "
-        f"peak {gib(training['peak_memory_bytes'])} GiB ({clean_line(training['peak_memory_kind'])}).",
-        f"Intervals: {thousands(e['bootstrap']['samples'])} paired bootstrap samples, seed {e['bootstrap']['seed']}. "
-        f"{data['truncated_rows']} rows truncated, {left_out} left out.",
-    ]
-    # what changed comes first: repaired, broken, then the rest
-    order = sorted(e["answers"], key=lambda a: (a["base_exact"] == a["tuned_exact"], not a["tuned_exact"], a["row"]))
-    for answer in order[:answers]:
-        lines += ["", screen.style(f"Row {answer['row']}: ", bold=True) + _block(answer["prompt"], screen)]
-        for name in ("expected", "base", "tuned"):
-            right = "" if name == "expected" else (" (right)" if answer[f"{name}_exact"] else " (wrong)")
-            lines.append(screen.dim(f"  {name}{right}: ") + _block(answer[name] or "(nothing)", screen, indent=4))
-    hidden = len(order) - answers
-    if hidden > 0:
-        lines += [
-            "",
-            screen.dim(f"{hidden} more answers: loractl report {report['job']['job_id']} --answers {len(order)}"),
-        ]
-    return "\n".join(lines)
-
-
-def _labels_table(labels: dict[str, Any] | None, screen: Screen) -> list[str]:
-    """How often base and tuned named each expected label, and what tuned took it for. Empty for older reports."""
-    if labels is None:
-        return []
-    names, rows = [clean_line(name) for name in labels["names"]], []
-    for place, name in enumerate(names):
-        base, tuned = labels["base"][place], labels["tuned"][place]
-        if not sum(tuned):
-            continue
-        wrong = sorted(((n, names[k]) for k, n in enumerate(tuned) if n and k != place), key=lambda pair: -pair[0])
-        taken = ", ".join(f"{other} {n}" for n, other in wrong[:2])
-        rows.append([name, str(sum(tuned)), str(base[place]), screen.style(str(tuned[place]), bold=True), taken])
-    headers = ["LABEL", "ROWS", "BASE RIGHT", "TUNED RIGHT", "TUNED SAID INSTEAD"]
-    return ["", *table(headers, rows, screen, right=("ROWS", "BASE RIGHT", "TUNED RIGHT"))]
-
-
-def _turns_table(turns: list[dict[str, Any]] | None, screen: Screen) -> list[str]:
-    """The loss of the first, second, ... answers of conversations. Empty for older reports."""
-    if not turns:
-        return []
-    rows = [[str(t["turn"]), str(t["cases"]), number(t["base"], 2), number(t["tuned"], 2)] for t in turns]
-    headers = ["ANSWER", "CASES", "BASE LOSS", "TUNED LOSS"]
-    return ["", *table(headers, rows, screen, right=tuple(headers))]
-
-
-def _harness_table(found: dict[str, Any] | None, screen: Screen) -> list[str]:
-    """The lm-eval harness's tasks; members of a group that has an average of its own are in the page and the JSON."""
-    if not found:  # none was asked for, or an older report
-        return []
-    rows, shown = [], [m for m in found["metrics"] if m["group"] is None]
-    for m in shown:
-        low, high = (signed(m[key], 3) for key in ("low", "high"))
-        rows.append(
-            [
-                clean_line(m["label"]),
-                _with_error(m["base"], m["base_stderr"]),
-                screen.style(_with_error(m["tuned"], m["tuned_stderr"]), bold=True),
-                signed(m["change"], 3),
-                f"{low} to {high}" + (" *" if m["interval"] == "unpaired" else ""),
-                screen.style(m["reading"], fg={"better": "green", "worse": "red"}.get(m["reading"])),
-            ]
-        )
-    headers = ["TASK", "BASE", "TUNED", "CHANGE", "95 % INTERVAL", "READING"]
-    limit = "all rows" if found["limit"] is None else f"at most {thousands(found['limit'])} rows"
-    paired = "Intervals: paired bootstrap over the documents"
-    unpaired = any(m["interval"] == "unpaired" for m in shown)
-    hidden = len(found["metrics"]) - len(shown)
-    return [
-        "",
-        *table(headers, rows, screen, right=("BASE", "TUNED", "CHANGE")),
-        f"lm_eval {clean_line(found['version'])}, {limit} of each task; standard errors in brackets.",
-        paired + ("; * unpaired, from both standard errors." if unpaired else "."),
-        *([f"{hidden} more numbers, of the groups' members, are in the page and in --json."] if hidden else []),
-    ]
-
-
-def _with_error(value: float | None, error: float | None) -> str:
-    return number(value, 3) + ("" if error is None else f" ({error:.3f})")
-
-
-def _steps_taken(training: dict[str, Any]) -> str:
-    """The time beside it is this attempt's alone."""
-    steps, resumed = training["steps"], training["resumed_from_step"]
-    return f"{steps} steps" if not resumed else f"{steps} steps, the last {steps - resumed} of them"
-
-
-def _running_table(running: Sequence[Job], now: dt.datetime, screen: Screen) -> list[str]:
+def _running_table(running: Sequence[JobState], now: dt.datetime, screen: Screen) -> list[str]:
     wide = screen.width >= 110
     rows = []
     for job in running:
@@ -443,33 +100,19 @@ def _running_table(running: Sequence[Job], now: dt.datetime, screen: Screen) -> 
     return table(headers, rows, screen, right=("JOB", "LOSS"))
 
 
-def _next_start(starts: Mapping[int, Start], now: dt.datetime) -> str:
-    """Which waiting job starts first, where that is known."""
-    coming = [(start.at, job_id, start.node) for job_id, start in starts.items() if start.at > now]
-    if not coming:
-        return ""
-    at, job_id, node = min(coming)
-    return f" Next: {job_id} on {node} at about {clock(at, now)}."
-
-
-def _waiting_table(
-    waiting: Sequence[Job],
-    reasons: Mapping[int, Wait],
-    starts: Mapping[int, Start],
-    now: dt.datetime,
-    screen: Screen,
-) -> list[str]:
+def _waiting_table(waiting: Sequence[JobState], waits: WaitingJobs, now: dt.datetime, screen: Screen) -> list[str]:
     """The reason is never cut: on a narrow screen it goes over several lines."""
-    whens = [_start(reasons[job.job_id], starts.get(job.job_id), now) for job in waiting]
+    whens = [_start(job.job_id, waits, now) for job in waiting]
+    words = [waits.reasons[job.job_id].word for job in waiting]
     rows = [
         [
             str(job.job_id),
             screen.style(fit(job.name, 16 if screen.width < 110 else 24), bold=True),
             fit(job.user, 8),
             gib(job.vram_needed),
-            screen.style(f"{reasons[job.job_id].word:<8}", fg=_WORD_COLORS.get(reasons[job.job_id].word)),
+            screen.style(f"{word:<8}", fg=_WORD_COLORS.get(word)),
         ]
-        for job in waiting
+        for job, word in zip(waiting, words, strict=True)
     ]
     header, *lines = table(["JOB", "NAME", "OWNER", "GiB", "WAITS FOR"], rows, screen, right=("JOB", "GiB"))
     before = max(len(click.unstyle(line)) for line in [header, *lines]) + 1
@@ -477,34 +120,150 @@ def _waiting_table(
     room = max(20, screen.width - before - last - 2)
     told = [screen.dim(f"{click.unstyle(header):<{before + room}}  {'START':>{last}}")]
     for line, job, when in zip(lines, waiting, whens, strict=True):
-        first, *rest = textwrap.wrap(clean_line(reasons[job.job_id].sentence), room) or [""]
+        first, *rest = textwrap.wrap(clean_line(waits.reasons[job.job_id].sentence), room) or [""]
         gap = " " * (before - len(click.unstyle(line)))
         told.append(f"{line}{gap}{first:<{room}}  {when:>{last}}")
         told += [" " * before + part for part in rest]
     return told
 
 
-def _start(wait: Wait, start: Start | None, now: dt.datetime) -> str:
-    if wait.word == "never":
+def _start(job_id: int, waits: WaitingJobs, now: dt.datetime) -> str:
+    word, start = waits.reasons[job_id].word, waits.starts.get(job_id)
+    if word == "never":
         return "never"
-    if wait.word == "next":
+    if word == "next":
         return "now"
     return "–" if start is None else clock(start.at, now)
 
 
-def _state(job: Job, screen: Screen) -> str:
+def job_list_text(answer: JobList, screen: Screen) -> str:
+    """Every job, newest first, with its outcome."""
+    jobs, wide = answer.jobs, screen.width >= 110
+    if not jobs:
+        return "No job matches." if answer.chosen else "No job yet. Submit one: loractl submit job.yaml"
+    rows = [
+        [
+            str(job.job_id),
+            screen.style(fit(job.name, 24 if wide else 18), bold=True),
+            fit(job.user, 8),
+            *([job.method or "–"] if wide else []),
+            clock(job.ended_at, answer.now),
+            _state(job, screen),
+            _result(job, answer.waits),
+        ]
+        for job in jobs
+    ]
+    headers = ["JOB", "NAME", "OWNER", *(["METHOD"] if wide else []), "ENDED", "STATUS", "RESULT"]
+    others = sum(max(len(h), *(len(click.unstyle(r[n])) for r in rows)) + 2 for n, h in enumerate(headers[:-1]))
+    rows = [[*row[:-1], fit(row[-1], max(20, screen.width - others))] for row in rows]
+    done = next((job.job_id for job in jobs if job.status is Status.SUCCEEDED and job.report_uri), None)
+    lines = table(headers, rows, screen, right=("JOB", "ENDED"))
+    if done is not None:
+        lines += ["", screen.dim(f"Its report: loractl report {done}   its adapter: loractl adapters pull {done} DIR")]
+    return "\n".join(lines)
+
+
+def _result(job: JobState, waits: WaitingJobs) -> str:
+    if job.job_id in waits.reasons:
+        return f"waits: {waits.reasons[job.job_id]}"
+    result = job.message or (f"attempt {job.attempt} on {job.node}" if job.status is Status.RUNNING else "")
+    return f"{job.reason.value}: {result}" if job.status is Status.FAILED and job.reason is not None else result
+
+
+def job_text(answer: JobInFull, screen: Screen) -> str:
+    """One job in full: where it is, its course, its history, and the next command."""
+    job = answer.job
+    lines = [*_standing(answer, screen), ""]
+    if answer.losses:
+        held = ""
+        if answer.held_out:
+            step, loss = answer.held_out[-1]
+            held = f"   held out {loss:.2f} at step {thousands(step)}"
+        course = sparkline([loss for _, loss in answer.losses], 30, screen)
+        lines.append(f"loss    {course}  {answer.losses[-1][1]:.2f}{held}")
+    if answer.attempts:
+        last = answer.attempts[-1]
+        speed = f"   speed {job.tokens_per_second:.0f} tok/s" if job.tokens_per_second else ""
+        planned = f"planned {gib(last.vram_planned)} GiB" if last.vram_planned else ""
+        peak = f"{gib(last.vram_peak)} GiB at most" if last.vram_peak else ""
+        memory = ", ".join(part for part in (peak, planned) if part)
+        lines.append((f"memory  {memory}   " if memory else "") + f"method {last.method}{speed}")
+    if job.adapter_uri:
+        lines += [f"adapter {clean_line(job.adapter_uri)}", f"report  {clean_line(job.report_uri or '')}"]
+    if lines[-1]:
+        lines.append("")
+    lines += [f"{clock(event.at, answer.now)}  {clean_line(event.text)}" for event in reversed(answer.events[-12:])]
+    return "\n".join([*lines, "", screen.dim(_next_command(job))])
+
+
+def _standing(answer: JobInFull, screen: Screen) -> list[str]:
+    """Where the job is, and how far."""
+    job = answer.job
+    head = screen.style(f"{job.job_id} {clean_line(job.name)}", bold=True)
+    if job.status is Status.RUNNING:
+        doing = "stopping" if job.cancel_requested else job.stage.value if job.stage else "starting"
+        share = job.step / job.total_steps if job.step is not None and job.total_steps else 0.0
+        steps = f"{thousands(job.step)} of {thousands(job.total_steps)}" if job.total_steps else "loading"
+        eta = f"  {duration(job.eta_seconds)} left" if job.eta_seconds else ""
+        tail = f" {share:4.0%}  {steps}{eta}"
+        where = f"{head} on {clean_line(job.node or '')}, attempt {job.attempt}, {doing}"
+        return [where, "", bar(share, min(60, screen.width - len(tail)), screen) + tail]
+    if job.status is Status.QUEUED and answer.wait is not None:
+        return [f"{head} waits: {answer.wait.word}, {clean_line(answer.wait.sentence)}."]
+    reason = f" ({job.reason.value})" if job.status is Status.FAILED and job.reason else ""
+    return [f"{head} {_state(job, screen)}{reason}: {clean_line(job.message or '')}"]
+
+
+def state_line(job: JobState) -> str:
+    """A job's state in a line that only changes when something happened."""
+    place = f" on {clean_line(job.node or '')}, {job.stage.value}" if job.stage else ""
+    steps = f", step {job.step} of {job.total_steps}" if job.stage and job.total_steps else ""
+    loss = f", loss {job.loss:.2f}" if job.stage and job.loss is not None else ""
+    return f"job {job.job_id} {job.status.value}{place}{steps}{loss}"
+
+
+def history_text(answer: JobHistory, screen: Screen) -> str:
+    """The whole history, the attempts, and the spec as it was resolved."""
+    import yaml
+
+    job, now = answer.job, answer.now
+    head = screen.style(f"{job.job_id} {clean_line(job.name)}", bold=True)
+    lines = [f"{head} by {clean_line(job.user)}: {_state(job, screen)}", ""]
+    lines += [f"{clock(event.at, now):>9}  {clean_line(event.text)}" for event in answer.events]
+    if answer.attempts:
+        rows = [_attempt_row(attempt, now) for attempt in answer.attempts]
+        headers = ["ATTEMPT", "CARD", "METHOD", "PLAN GiB", "PEAK GiB", "STARTED", "TOOK", "ENDED AS", "RESUMED FROM"]
+        lines += ["", *table(headers, rows, screen, right=("ATTEMPT", "PLAN GiB", "PEAK GiB"))]
+    spec = yaml.safe_dump(dict(answer.spec), sort_keys=False, allow_unicode=True)
+    return "\n".join([*lines, "", screen.dim("spec:"), *map(clean_line, spec.rstrip().split("\n"))])
+
+
+def _attempt_row(attempt: PastAttempt, now: dt.datetime) -> list[str]:
+    took = (attempt.ended_at - attempt.started_at).total_seconds() if attempt.ended_at else None
+    return [
+        str(attempt.attempt),
+        clean_line(attempt.node),
+        attempt.method,
+        gib(attempt.vram_planned),
+        gib(attempt.vram_peak),
+        clock(attempt.started_at, now),
+        "runs" if took is None else duration(took),
+        attempt.reason.value if attempt.reason else "",
+        f"step {attempt.resumed_from_step}" if attempt.resumed_from_step else "",
+    ]
+
+
+def _state(job: JobState, screen: Screen) -> str:
     color = {Status.SUCCEEDED: "green", Status.FAILED: "red", Status.RUNNING: "blue"}.get(job.status)
     return screen.style("held" if job.held else job.status.value, fg=color)
 
 
-def _next_command(job: Job) -> str:
+def _next_command(job: JobState) -> str:
     if job.status is Status.SUCCEEDED and job.report_uri is None:
         return f"Its result was removed: loractl show {job.job_id} says who and when"
     if job.status is Status.SUCCEEDED:
         return f"Its report: loractl report {job.job_id}   its adapter: loractl adapters pull {job.job_id} DIR"
     if job.status in (Status.FAILED, Status.CANCELLED):
-        from loractl.common.job.status import OUTCOMES
-
         advice = OUTCOMES[job.reason].advice.replace("JOB", str(job.job_id)) if job.reason else ""
         return f"Next: {advice}." if advice else f"Its log: loractl logs {job.job_id}"
     if job.status is Status.RUNNING and job.cancel_requested:
@@ -512,9 +271,3 @@ def _next_command(job: Job) -> str:
     if job.status is Status.RUNNING:
         return f"Its log: loractl logs {job.job_id} -f   stop it: loractl cancel {job.job_id}"
     return f"Explain the wait: loractl why {job.job_id}   drop it: loractl cancel {job.job_id}"
-
-
-def _block(text: str, screen: Screen, indent: int = 0) -> str:
-    """Text of several lines, indented; control characters of a model's answer must not reach the terminal."""
-    first, *rest = clean_text(text, keep="\n").splitlines() or [""]
-    return "\n".join([first, *(" " * indent + line for line in rest)])

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from loractl.common.units import GIB, thousands
 from loractl.scheduler.simulation.outcome import Course, Outcome, mean, quantile
 
-from .jobs import Screen, table
+from .screen import Screen, table
 
 if TYPE_CHECKING:
     from loractl.scheduler.commands.sim import Simulation

@@ -13,7 +13,7 @@ from loractl.common.job.status import Stage, Status
 from loractl.common.text import clean_line
 from loractl.common.units import thousands
 
-from .jobs import Screen, bar, fit, table
+from .screen import Screen, bar, fit, table
 
 if TYPE_CHECKING:
     from loractl.common.store.sweeps import Member, SweepView

@@ -19,7 +19,8 @@ from loractl.common.errors import SpecError
 from loractl.common.job.file import load_spec
 from loractl.common.job.spec import JobSpec, Method
 from loractl.common.job.status import Reason
-from loractl.scheduler.text.jobs import Screen, report_text
+from loractl.scheduler.text.report import report_text
+from loractl.scheduler.text.screen import Screen
 from loractl.worker.base.model import TrainingFailed, add_adapter, choose_precision, load_base, load_tokenizer
 from loractl.worker.evaluation.harness import Scored, compare, find_tasks, score_tasks
 from loractl.worker.evaluation.statistics import paired_interval

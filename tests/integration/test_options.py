@@ -309,7 +309,7 @@ ELSEWHERE = {
     "task_type": "tests/integration/test_classify.py",
     "method": "tests/acceptance/test_placement.py",
     "base_model": "tests/integration/test_data_check.py",
-    "labels": "tests/unit/scheduler/test_render.py",
+    "labels": "tests/unit/scheduler/text/test_jobs.py",
     "revision": "tests/acceptance/test_hub.py",
     "max_retries": "tests/unit/common/test_store_machine.py",
     "priority": "tests/acceptance/test_reliability.py",

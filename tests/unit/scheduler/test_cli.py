@@ -73,6 +73,7 @@ def test_status_imports_neither_the_queue_nor_the_training_stack(cli: Cli) -> No
     loaded = imported(cli, "status")
     assert "sqlalchemy" in loaded
     assert not loaded & {"celery", "kombu", "torch", "transformers", "datasets", "fsspec", "alembic", "numpy"}
+    assert not loaded & {"pydantic", "redis", "yaml"}
 
 
 def test_the_version_is_that_of_the_package(cli: Cli) -> None:

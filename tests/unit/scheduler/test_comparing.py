@@ -12,7 +12,7 @@ import pytest
 
 from loractl.common.errors import UsageError
 from loractl.scheduler.commands.compare import Compared, _check_one_task, _draw, _text, differences, ranked
-from loractl.scheduler.text.jobs import Screen
+from loractl.scheduler.text.screen import Screen
 
 RNG = random.Random(5)
 SCREEN = Screen(width=140, unicode=True, color=False)

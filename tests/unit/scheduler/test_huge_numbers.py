@@ -8,7 +8,7 @@ import pytest
 
 from loractl.common.errors import UsageError
 from loractl.common.store.store import Store
-from loractl.scheduler.commands.placement import _moment
+from loractl.scheduler.commands.drain import end_of_drain
 from loractl.scheduler.submission.need import plan_job
 
 from ...models import make_tiny_model
@@ -18,7 +18,7 @@ from ..factories import NOON, spec
 @pytest.mark.parametrize("text", ["99999999d", "9999999999d"])
 def test_a_drain_ends_within_the_calendar(text: str) -> None:
     with pytest.raises(UsageError, match="is no duration and no time"):
-        _moment(text, NOON)
+        end_of_drain(text, NOON)
 
 
 def test_a_plan_that_no_card_could_ever_hold_is_refused_before_it_is_a_row(store: Store, tmp_path: Path) -> None:

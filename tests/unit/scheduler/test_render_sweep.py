@@ -11,9 +11,12 @@ import pytest
 from loractl.common.job.status import Reason, Stage, Status
 from loractl.common.store.sweeps import Member, RungPoint, SweepView
 from loractl.scheduler.answers import winner
+from loractl.scheduler.answers.job import state_of
+from loractl.scheduler.answers.overview import Overview
+from loractl.scheduler.answers.wait.queue import WaitingJobs
 from loractl.scheduler.commands.compare import ranked
-from loractl.scheduler.text import jobs as render
-from loractl.scheduler.text.jobs import Screen
+from loractl.scheduler.text.jobs import overview_text
+from loractl.scheduler.text.screen import Screen
 from loractl.scheduler.text.sweep import fields, listed, opened, overview
 
 from ..factories import NOON
@@ -67,7 +70,9 @@ def test_what_ended_otherwise_is_counted_only_where_there_is_such() -> None:
 
 def test_members_stand_in_their_sweep_s_line_and_not_among_the_jobs() -> None:
     waiting, alone = row(job_id=12, sweep_id=3), row(job_id=20, name="alone", status=Status.RUNNING)
-    text = render.overview([alone], [waiting], {}, {}, [], NOON, PLAIN, overview([view(member(12, 1e-4))], PLAIN))
+    jobs = {"running": (state_of(alone),), "waiting": (state_of(waiting),), "ended": ()}
+    sweeps = (view(member(12, 1e-4)),)
+    text = overview_text(Overview(**jobs, waits=WaitingJobs(), sweeps=sweeps, now=NOON), PLAIN)
     assert text.startswith("1 running, 1 waiting.")
     assert "alone" in text and "triage ×1" in text and "helpdesk" not in text
     assert "loractl status --sweep" in text

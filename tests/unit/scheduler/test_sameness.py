@@ -13,7 +13,7 @@ from loractl.scheduler.answers.sameness import compare_results, sameness_text
 from loractl.scheduler.commands import compare as comparing
 from loractl.scheduler.commands.compare import Compared
 from loractl.scheduler.commands.reproduce import reproduce
-from loractl.scheduler.text.jobs import Screen
+from loractl.scheduler.text.screen import Screen
 
 SCREEN = Screen(width=120, unicode=True, color=False)
 

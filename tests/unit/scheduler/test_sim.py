@@ -17,7 +17,7 @@ from loractl.scheduler.simulation.baselines import fifo
 from loractl.scheduler.simulation.outcome import Course, load_of, mean, outcome_of, quantile
 from loractl.scheduler.simulation.picture import binned, draw
 from loractl.scheduler.simulation.workload import BEGIN, TraceJob, choose, parse_fleet, read_trace, to_replay
-from loractl.scheduler.text.jobs import Screen
+from loractl.scheduler.text.screen import Screen
 from loractl.scheduler.text.simulation import fields, span, text
 
 from ...conftest import Cli

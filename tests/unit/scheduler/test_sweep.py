@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from loractl.common.errors import LoractlError, SpecError, UsageError, WrongState
-from loractl.scheduler.commands.change import cancel
+from loractl.scheduler.commands.cancel import cancel
 from loractl.scheduler.commands.compare import compare
 from loractl.scheduler.commands.status import status
 from loractl.scheduler.commands.sweep import sweep

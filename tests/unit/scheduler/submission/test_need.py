@@ -13,7 +13,7 @@ from loractl.common.job.spec import JobSpec
 from loractl.common.memory.plan import predict
 from loractl.scheduler.submission.need import check_adapter, need_key
 
-from ..factories import spec
+from ...factories import spec
 
 SMALL = {
     "model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,

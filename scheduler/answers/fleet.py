@@ -1,0 +1,128 @@
+"""The fleet: every device that a worker has reported, and what uses it."""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from loractl.common.placement.rule import Card
+from loractl.common.store.fleet import NODE_STALE_S, FleetView
+
+if TYPE_CHECKING:
+    from loractl.common.store.store import Store
+    from loractl.common.store.tables import DrainOrder, Node
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClosedBy:
+    """A person's order that keeps a card empty."""
+
+    user: str
+    reason: str
+    until: dt.datetime | None  # None: until loractl undrain
+
+    def as_json(self) -> dict[str, Any]:
+        """The fields under their own names."""
+        return {**vars(self), "until": None if self.until is None else self.until.isoformat()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceState:
+    """One device, as it was last seen. Sizes in bytes."""
+
+    node: str  # host:index
+    host: str
+    gpu: str  # UUID
+    device_name: str
+    kind: str  # nvml, cpu, sim
+    total: int
+    free: int  # what a new job may take
+    reserved: int  # by running jobs, as its worker saw it last
+    outside: tuple[Mapping[str, Any], ...]  # other people's processes: pid, user, name, bytes
+    outside_bytes: int  # held by what is not ours, or was a short while ago
+    used: Mapping[str, Any]  # bytes measured now, by job
+    margin: int  # what the box's owner keeps free
+    max_jobs: int
+    user_limit: int | None  # running jobs a user may have
+    labels: Mapping[str, str]
+    load: int | None  # percent
+    temperature: int | None  # °C
+    versions: Mapping[str, str]
+    draining: bool  # its worker is stopping
+    instance: str | None  # of the box: two boxes may call themselves the same
+    seen_at: dt.datetime
+
+    card: Card  # as the placement rule sees it, with the jobs that run there
+    closed_by: ClosedBy | None
+    silent_s: float | None  # for how long it has not been seen; None: it is online
+
+    def as_json(self) -> dict[str, Any]:
+        """The fields of the device up to `seen_at`, and `open`, `jobs` and `drained`.
+
+        `open`: whether it takes jobs; `jobs`: job_id, user and reserved bytes of each that runs there; `drained`: by
+        whom, why and until when, or null.
+        """
+        columns = {name: getattr(self, name) for name in DEVICE_FIELDS}
+        return {
+            **columns,
+            "outside": [dict(process) for process in self.outside],
+            "seen_at": self.seen_at.isoformat(),
+            "open": self.card.open,
+            "jobs": [{"job_id": j.job_id, "user": j.user, "reserved": j.reserved} for j in self.card.running],
+            "drained": None if self.closed_by is None else self.closed_by.as_json(),
+        }
+
+
+DEVICE_FIELDS = tuple(DeviceState.__annotations__)[:-3]
+"""The columns of a node; `free` is counted anew."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fleet:
+    """All devices at one moment, by name."""
+
+    devices: tuple[DeviceState, ...]
+    now: dt.datetime
+
+    def as_json(self) -> list[dict[str, Any]]:
+        """Each device's fields."""
+        return [device.as_json() for device in self.devices]
+
+    @property
+    def targets(self) -> frozenset[str]:
+        """What can be drained: the boxes and their cards, by name."""
+        return frozenset(name for device in self.devices for name in (device.node, device.host))
+
+    def jobs_on(self, target: str) -> list[int]:
+        """The jobs that run on a box or a card, by number."""
+        devices = [device for device in self.devices if target in (device.node, device.host)]
+        return sorted(job.job_id for device in devices for job in device.card.running)
+
+
+def fleet(store: Store) -> Fleet:
+    """Every device that was ever reported and not forgotten."""
+    return fleet_of(store.fleet())
+
+
+def fleet_of(view: FleetView) -> Fleet:
+    """The devices of a view."""
+    devices = tuple(_device(view.nodes[name], card, view) for name, card in view.cards.items())
+    return Fleet(devices=devices, now=view.now)
+
+
+def _device(node: Node, card: Card, view: FleetView) -> DeviceState:
+    columns = {name: getattr(node, name) for name in DEVICE_FIELDS}
+    silent_s = (view.now - node.seen_at).total_seconds()
+    more: dict[str, Any] = {"free": card.free, "outside": tuple(node.outside)}
+    return DeviceState(
+        **columns | more,
+        card=card,
+        closed_by=_closed_by(view.drain_of(node.node)),
+        silent_s=silent_s if silent_s > NODE_STALE_S else None,
+    )
+
+
+def _closed_by(order: DrainOrder | None) -> ClosedBy | None:
+    return None if order is None else ClosedBy(user=order.user, reason=order.reason, until=order.until)

@@ -1,0 +1,209 @@
+"""One job: what everyone may see of it, its course, and its whole history."""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from loractl.common.job.status import Reason, Stage, Status
+
+from .wait.queue import waiting_jobs
+from .wait.reasons import Wait
+
+if TYPE_CHECKING:
+    from loractl.common.store.store import Store
+    from loractl.common.store.tables import Attempt, Event, Job
+
+JSON_FIELDS = (
+    "job_id", "name", "user", "status", "reason", "message", "stage", "method", "base_model", "step", "total_steps",
+    "loss", "eta_seconds", "node", "gpu", "attempt", "submitted_at", "started_at", "ended_at", "adapter_uri",
+    "report_uri", "labels", "sweep_id",
+)  # fmt: skip
+"""What --json says of a job; the same names as the table's columns."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobState:
+    """Where a job stands."""
+
+    job_id: int
+    name: str
+    user: str
+    status: Status
+    reason: Reason | None  # how it ended, or its last attempt
+    message: str | None  # why, in one sentence
+    stage: Stage | None  # of a running one
+    method: str | None
+    base_model: str
+    step: int | None
+    total_steps: int | None
+    loss: float | None  # the last logged one
+    eta_seconds: float | None  # until it ends, as of the last beat
+    node: str | None
+    gpu: str | None
+    attempt: int  # 0: none has started
+    submitted_at: dt.datetime
+    started_at: dt.datetime | None
+    ended_at: dt.datetime | None
+    adapter_uri: str | None
+    report_uri: str | None
+    labels: Mapping[str, str]
+    sweep_id: int | None  # of which it is a member
+
+    # told to people, in no JSON
+    priority: int
+    held: bool
+    cancel_requested: bool
+    tokens_per_second: float | None
+    vram_needed: int | None  # bytes; None: not known yet
+
+    def as_json(self) -> dict[str, Any]:
+        """JSON_FIELDS, with times as ISO 8601; a status, a stage and a reason by its word."""
+        return {name: _plain(getattr(self, name)) for name in JSON_FIELDS}
+
+
+_STATE_FIELDS = tuple(JobState.__annotations__)
+
+
+def state_of(job: Job) -> JobState:
+    """What everyone may see of a row."""
+    return JobState(**{name: getattr(job, name) for name in _STATE_FIELDS})
+
+
+def job_state(store: Store, job_id: int) -> JobState:
+    """Where a job stands. Raises JobNotFound."""
+    return state_of(store.job(job_id))
+
+
+@dataclass(frozen=True, kw_only=True)
+class PastEvent:
+    """One line of a job's history."""
+
+    at: dt.datetime
+    attempt: int | None
+    kind: str
+    text: str
+
+    def as_json(self) -> dict[str, Any]:
+        """The fields under their own names."""
+        return {**vars(self), "at": self.at.isoformat()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PastAttempt:
+    """One run of a job on one device."""
+
+    job_id: int
+    attempt: int
+    node: str
+    gpu: str
+    method: str
+    vram_planned: int | None  # bytes
+    vram_reserved: int | None
+    vram_peak: int | None  # reserved by CUDA's allocator; on a CPU the process's resident set
+    vram_allocated: int | None  # of it, by tensors
+    vram_process: int | None  # of the device, by the whole process, context included
+    device_name: str | None
+    device_kind: str | None
+    started_at: dt.datetime
+    ended_at: dt.datetime | None
+    reason: Reason | None
+    message: str | None
+    resumed_from_step: int | None
+
+    def as_json(self) -> dict[str, Any]:
+        """The fields under their own names: all columns but the secret token."""
+        return {name: _plain(value) for name, value in vars(self).items()}
+
+
+_ATTEMPT_FIELDS = tuple(PastAttempt.__annotations__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobInFull:
+    """A job with its course so far."""
+
+    job: JobState
+    wait: Wait | None  # of one that waits
+    attempts: tuple[PastAttempt, ...]
+    events: tuple[PastEvent, ...]
+    losses: tuple[tuple[int, float], ...]  # step, logged training loss
+    held_out: tuple[tuple[int, float], ...]  # step, loss on held-out rows
+    now: dt.datetime
+
+    def as_json(self) -> dict[str, Any]:
+        """The job's fields; `loractl show` has the history."""
+        return self.job.as_json()
+
+
+def job_in_full(store: Store, job_id: int) -> JobInFull:
+    """A job, why it waits, and its course. Raises JobNotFound."""
+    row = store.job(job_id)
+    return JobInFull(
+        job=state_of(row),
+        wait=waiting_jobs(store, [row]).reasons.get(job_id),
+        attempts=_attempts(store, job_id),
+        events=_events(store, job_id),
+        losses=tuple((point.step, point.value) for point in store.metrics(job_id, "loss")),
+        held_out=tuple((point.step, point.value) for point in store.metrics(job_id, "eval_loss")),
+        now=store.now(),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobHistory:
+    """A job with all that is known of its past, and its spec as it was resolved."""
+
+    job: JobState
+    spec: Mapping[str, Any]
+    data: Mapping[str, Any]  # stored data sets: {"path": {"uri", "sha256"}, "eval_path": ...}
+    attempts: tuple[PastAttempt, ...]
+    events: tuple[PastEvent, ...]
+    now: dt.datetime
+
+    def as_json(self) -> dict[str, Any]:
+        """The job's fields, `spec`, `data`, `attempts` and `events`."""
+        return {
+            **self.job.as_json(),
+            "spec": dict(self.spec),
+            "data": dict(self.data),
+            "attempts": [attempt.as_json() for attempt in self.attempts],
+            "events": [event.as_json() for event in self.events],
+        }
+
+
+def job_history(store: Store, job_id: int) -> JobHistory:
+    """All that is known of a job's past. Raises JobNotFound."""
+    row = store.job(job_id)
+    return JobHistory(
+        job=state_of(row),
+        spec=row.spec,
+        data=row.data,
+        attempts=_attempts(store, job_id),
+        events=_events(store, job_id),
+        now=store.now(),
+    )
+
+
+def _attempts(store: Store, job_id: int) -> tuple[PastAttempt, ...]:
+    return tuple(map(attempt_of, store.attempts(job_id)))
+
+
+def _events(store: Store, job_id: int) -> tuple[PastEvent, ...]:
+    return tuple(map(event_of, store.events(job_id)))
+
+
+def attempt_of(row: Attempt) -> PastAttempt:
+    """What everyone may see of an attempt."""
+    return PastAttempt(**{name: getattr(row, name) for name in _ATTEMPT_FIELDS})
+
+
+def event_of(row: Event) -> PastEvent:
+    """A line of the history."""
+    return PastEvent(at=row.at, attempt=row.attempt, kind=row.kind, text=row.text)
+
+
+def _plain(value: Any) -> Any:
+    return value.isoformat() if isinstance(value, dt.datetime) else value

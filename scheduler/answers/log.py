@@ -1,0 +1,52 @@
+"""A job's log: the lines in the database, and those that are stored with its result."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from .job import JobState, state_of
+
+if TYPE_CHECKING:
+    from loractl.common.settings import Settings
+    from loractl.common.store.store import Store
+    from loractl.common.store.tables import Job
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobLog:
+    """The log of a job, or what has come since an earlier look."""
+
+    job: JobState
+    text: str
+    last: int  # the last chunk of the database that is in it; 0: none
+
+    @property
+    def removed(self) -> bool:
+        """It was stored with the result, which is gone."""
+        return self.job.status == "succeeded" and self.job.report_uri is None
+
+
+def job_log(store: Store, settings: Settings, job_id: int) -> JobLog:
+    """The whole log of all attempts. Raises JobNotFound, ArtifactError."""
+    job, chunks = store.job(job_id), store.log(job_id)
+    stored = _stored(settings, job, {chunk.attempt for chunk in chunks})
+    text = "".join(chunk.text for chunk in chunks) + stored
+    return JobLog(job=state_of(job), text=text, last=chunks[-1].chunk_id if chunks else 0)
+
+
+def log_since(store: Store, log: JobLog) -> JobLog:
+    """What a job has logged since an earlier look. The job is read first: nothing is missed at its end."""
+    job = store.job(log.job.job_id)
+    chunks = store.log(job.job_id, after=log.last)
+    text = "".join(chunk.text for chunk in chunks)
+    return JobLog(job=state_of(job), text=text, last=chunks[-1].chunk_id if chunks else log.last)
+
+
+def _stored(settings: Settings, job: Job, listed: set[int]) -> str:
+    """The log that is stored with a result, where loractl gc has removed its lines from the database."""
+    if job.report_uri is None or job.attempt in listed:
+        return ""
+    from loractl.common.artifacts import attempt_prefix, open_store
+
+    return open_store(settings).read_bytes(attempt_prefix(job.job_id, job.attempt), "log.txt").decode(errors="replace")

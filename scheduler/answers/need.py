@@ -1,0 +1,202 @@
+"""What a job will need of a card: its plan part by part, which cards hold it, and what would fit at most."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from loractl.common.errors import LoractlError, UsageError
+from loractl.common.job.method import Method
+from loractl.common.memory.architecture import Shape, read_shape
+from loractl.common.memory.correction import learned, peaks_like
+from loractl.common.memory.plan import Fit, Lengths, Plan, largest_fit, plan
+from loractl.common.placement.rule import MARGIN_BYTES, Card, Need, choose_method, within
+from loractl.common.units import GIB, gib
+from loractl.scheduler.submission.lengths import row_lengths
+from loractl.scheduler.submission.need import check_adapter, model_family, need_key, open_methods, stored_hashes
+
+if TYPE_CHECKING:
+    from loractl.common.job.spec import JobSpec
+    from loractl.common.store.store import Store
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobToPlan:
+    """A job file, or a submitted job, with changes."""
+
+    title: str
+    spec: JobSpec
+    data: Mapping[str, Any]  # its stored data sets; empty: none is stored
+
+
+@dataclass(frozen=True, kw_only=True)
+class CardRoom:
+    """Whether a card holds the job."""
+
+    word: str  # fits, tight (once others have left it), never
+    card: str
+    total_gib: str
+    how: str  # the method, or how much is missing
+
+    def as_json(self) -> dict[str, Any]:
+        """`fits`: the word; `card`; `of`: the card's size in GiB; `how`."""
+        return {"fits": self.word, "card": self.card, "of": self.total_gib, "how": self.how}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LargestFit:
+    """What fits a card at most, by method."""
+
+    room: int  # bytes
+    which: str  # card that is
+    by_method: Mapping[Method, Fit]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryNeed:
+    """What a job will need, before it runs."""
+
+    title: str
+    plans: Mapping[Method, Plan]  # of the methods that are open to it
+    reserved: Need  # the plans, corrected by what was measured
+    choice: Method | None  # on the best card; None: no card holds it
+    lengths: Lengths | None  # of the rows, where they were counted
+    planned_for: str  # what was taken for the rows' lengths, in a sentence
+    measured: tuple[int, ...]  # peaks of jobs just like it, in bytes
+    cards: tuple[CardRoom, ...]
+    largest: LargestFit | None  # where it was asked for
+
+    def as_json(self) -> dict[str, Any]:
+        """The plan by method, the choice, the lengths and the cards.
+
+        `methods`: for each open one `peak_bytes`, `margin_bytes`, `parts` (bytes by part), `reserved_bytes`, and with
+        --solve `largest` (`micro_batch` and `max_length`); `choice`: the method that the best card would take, or null;
+        `lengths`: in tokens the longest rows' `train` and `evaluate`, with `rows` and `labels`, or null; `planned_for`:
+        a sentence; `cards`: one entry a card.
+        """
+        return {
+            "methods": {method.value: self._method(method, planned) for method, planned in self.plans.items()},
+            "choice": None if self.choice is None else self.choice.value,
+            "lengths": None if self.lengths is None else vars(self.lengths),
+            "planned_for": self.planned_for,
+            "cards": [card.as_json() for card in self.cards],
+        }
+
+    def _method(self, method: Method, planned: Plan) -> dict[str, Any]:
+        return {
+            "peak_bytes": planned.peak_bytes,
+            "margin_bytes": planned.margin_bytes,
+            "parts": planned.parts,
+            "reserved_bytes": self.reserved.of(method),
+            **({} if self.largest is None else {"largest": vars(self.largest.by_method[method])}),
+        }
+
+
+def job_to_plan(store: Store, job: str, overrides: tuple[str, ...]) -> JobToPlan:
+    """The job file of that name, else the submitted job of that number. Raises SpecError, JobNotFound."""
+    from loractl.common.job.file import load_spec, override_spec
+
+    if not job.isdigit() or Path(job).exists():
+        return JobToPlan(title=Path(job).name, spec=load_spec(Path(job), overrides), data={})
+    row = store.job(int(job))
+    spec = override_spec(row.spec, overrides, f"job {job}")
+    return JobToPlan(title=f"{job} {row.name}", spec=spec, data=row.data)
+
+
+def memory_need(
+    store: Store, job: JobToPlan, card: int | None, *, solve: bool, announce: Callable[[], None] = lambda: None
+) -> MemoryNeed:
+    """What the job needs, of the fleet's cards or of one with so many bytes. `announce`: see row_lengths.
+
+    Raises LoractlError where the base can't be planned here, UsageError for a job or a question that can't be.
+    """
+    spec = job.spec
+    shape = _shape(spec)
+    check_adapter(spec)
+    counted = row_lengths(spec, announce)
+    methods = open_methods(spec)
+    plans = {method: plan(shape, spec, method, counted.lengths) for method in methods}
+    key = need_key(spec, dict(job.data) or stored_hashes(spec))
+    measured = store.measured(key, model_family(spec))
+    planned = {method: plans[method].need_bytes if method in plans else None for method in (Method.LORA, Method.QLORA)}
+    need = learned(Need(lora=planned[Method.LORA], qlora=planned[Method.QLORA]), key, measured)
+    admitted = within(methods, need, spec.resources.max_vram)
+    fleet = [] if card is not None else list(store.fleet().cards.values())
+    cards, choice = _on_one(card, admitted, need) if card is not None else _on_fleet(fleet, admitted, need)
+    return MemoryNeed(
+        title=job.title,
+        plans=plans,
+        reserved=need,
+        choice=choice,
+        lengths=counted.lengths,
+        planned_for=counted.sentence,
+        measured=tuple(peaks_like(key, choice or methods[0], measured)),
+        cards=cards,
+        largest=_largest(shape, spec, methods, counted.lengths, _room(card, fleet)) if solve else None,
+    )
+
+
+def _shape(spec: JobSpec) -> Shape:
+    shape = read_shape(spec.base_model, spec.revision)
+    if shape is None:
+        raise LoractlError(
+            f"base_model {spec.base_model} can't be planned here: there is no config.json of a known architecture",
+            "that file is enough, in a folder or in the hub's cache; without it the job gets a card of its own",
+        )
+    return shape
+
+
+def _on_one(size: int, admitted: Sequence[Method], need: Need) -> tuple[tuple[CardRoom, ...], Method | None]:
+    """Whether a card of this size holds the job, and the method that it would take."""
+    room = max(0, size - MARGIN_BYTES)
+    method = choose_method(admitted, need, room)
+    how = f"with {method.value}" if method else f"{gib(_short(admitted, need, room))} GiB short"
+    card = CardRoom(word="fits" if method else "never", card="a card", total_gib=f"{size / GIB:.0f}", how=how)
+    return (card,), method
+
+
+def _on_fleet(
+    cards: Sequence[Card], admitted: Sequence[Method], need: Need
+) -> tuple[tuple[CardRoom, ...], Method | None]:
+    """Every card, and the method that the best of them would take."""
+    methods = [choose_method(admitted, need, card.usable) for card in cards]
+    rooms = tuple(_card_room(card, method, admitted, need) for card, method in zip(cards, methods, strict=True))
+    best = min((admitted.index(method) for method in methods if method is not None), default=None)
+    return rooms, None if best is None else admitted[best]
+
+
+def _card_room(card: Card, method: Method | None, admitted: Sequence[Method], need: Need) -> CardRoom:
+    def room(word: str, how: str) -> CardRoom:
+        return CardRoom(word=word, card=card.node, total_gib=f"{card.total / GIB:.0f}", how=how)
+
+    if method is None:
+        return room("never", f"{gib(_short(admitted, need, card.usable))} GiB short")
+    size = need.of(method)
+    if size is None or size > card.capacity:
+        return room("tight", f"with {method.value}, once others have left it")
+    now = card.open and card.slots and size <= card.free
+    return room("fits", f"with {method.value}{'' if now else f', {gib(card.free)} GiB are free now'}")
+
+
+def _short(methods: Sequence[Method], need: Need, limit: int) -> int:
+    """How many bytes are missing for the method that needs least."""
+    return min((size for m in methods if (size := need.of(m)) is not None), default=limit) - limit
+
+
+def _room(card: int | None, fleet: Sequence[Card]) -> tuple[int, str]:
+    """The bytes into which the largest form is to fit, and whose they are."""
+    if card is not None:
+        return card - MARGIN_BYTES, f"a card of {card / GIB:.0f} less what is kept free"
+    return max((other.usable for other in fleet), default=0), "the largest card"
+
+
+def _largest(
+    shape: Shape, spec: JobSpec, methods: Sequence[Method], lengths: Lengths | None, space: tuple[int, str]
+) -> LargestFit:
+    room, which = space
+    if room <= 0:
+        raise UsageError("--solve needs a card to fit into", "add --gpu 24GiB, or start a worker")
+    fits = {method: largest_fit(shape, spec, method, room, lengths) for method in methods}
+    return LargestFit(room=room, which=which, by_method=fits)

@@ -1,0 +1,171 @@
+"""A card as a waiting job sees it: whether it could ever hold the job, when it has room, and who holds it."""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from loractl.common.job.method import Method
+from loractl.common.placement.rule import Card, Waiting, could_start, largest_gpu, room_at, suits
+from loractl.common.store.fleet import NODE_STALE_S, FleetView, waiting_of
+from loractl.common.units import clock, duration, gib
+
+if TYPE_CHECKING:
+    from loractl.common.store.tables import Job
+
+
+@dataclass(frozen=True, kw_only=True)
+class CardFit:
+    """One card as a job sees it."""
+
+    node: str
+    free: int
+    total: int
+    when: str  # now, a time, never, ?
+    at: dt.datetime | None
+    then: str
+
+    def as_json(self) -> dict[str, Any]:
+        """The fields under their own names; `free` and `total` in bytes, `at` as ISO 8601."""
+        return {**vars(self), "at": None if self.at is None else self.at.isoformat()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Opening:
+    """When a card will have room for a job."""
+
+    at: dt.datetime | None  # None: not known
+    after: tuple[int, ...]  # the jobs that must end
+    only_slot: bool  # the memory is free already
+
+    @property
+    def rank(self) -> tuple[bool, dt.datetime]:
+        """Openings in the order of their times, those that are not known last."""
+        return self.at is None, self.at or dt.datetime.max.replace(tzinfo=dt.UTC)
+
+
+def card_fits(job: Job, view: FleetView) -> list[CardFit]:
+    """Every card of the fleet as the job sees it."""
+    me = waiting_of(vars(job), view.now)
+    return [_fit(job, me, card, view) for card in view.cards.values()]
+
+
+def _fit(job: Job, me: Waiting, card: Card, view: FleetView) -> CardFit:
+    def fit(when: str, then: str, at: dt.datetime | None = None) -> CardFit:
+        return CardFit(node=card.node, free=card.free, total=card.total, when=when, at=at, then=then)
+
+    if not me.requires <= card.labels:
+        return fit("never", "lacks the label " + ", ".join(f"{k}={v}" for k, v in sorted(me.requires - card.labels)))
+    if not job.methods:
+        return fit("never", "its resources.max_vram is below every need")
+    if not could_ever_hold(at_last(job, me), card):
+        return fit("never", "card is smaller than the job")
+    order = view.drain_of(card.node)
+    if order is not None:
+        until = clock(order.until, view.now) if order.until else "?"
+        return fit(until, f"drained by {order.user}: {order.reason}", order.until)
+    if not card.open:
+        silent = silent_s(view, card.node)
+        return fit("?", "its worker is stopping" if silent <= NODE_STALE_S else f"not seen for {duration(silent)}")
+    if not suits_at_last(job, card, view):
+        return fit("never", "a processor is for what no GPU of the fleet can hold")
+    opening = opening_of(me, card, view)
+    if opening is None and job.lora_until is not None and not could_ever_hold(me, card):
+        until = clock(job.lora_until, view.now)
+        return fit(until, "too small for LoRA, which it waits for until then", job.lora_until)
+    if opening is None:
+        return fit("?", f"{holder(view, card)}, no end known")
+    if not opening.after:
+        return fit("now", _now(me, card, view), view.now)
+    what = f"{'has a slot' if opening.only_slot else 'fits'} when {when_they_end(opening.after)}"
+    if opening.at is None:
+        return fit("?", f"{what}, which is not known")
+    return fit(clock(opening.at, view.now), what, opening.at)
+
+
+def _now(me: Waiting, card: Card, view: FleetView) -> str:
+    """What the rule does with a card that has room."""
+    for decision in view.decisions:
+        if decision.placed is not None and decision.placed.node == card.node:
+            mine = decision.placed.job.job_id == me.job_id
+            return "about to take it" if mine else f"{decision.placed.job.job_id} goes first"
+        if decision.reserved is not None and decision.reserved.node == card.node:
+            mine = decision.reserved.job.job_id == me.job_id
+            return "kept for it" if mine else f"kept for {decision.reserved.job.job_id}"
+    return "fits"
+
+
+def opening_of(me: Waiting, card: Card, view: FleetView) -> Opening | None:
+    """When the card will have room for the job; None: never by itself."""
+    if not card.open or not suits(card, me, largest_gpu(view.cards.values())):
+        return None
+    openings = []
+    for size in {me.need.of(method) for method in me.methods} if me.least is not None else {None}:
+        room = room_at(card, size if size is not None else max(1, card.capacity), view.now)
+        if room is not None:
+            after = tuple(job.job_id for job in room.after)
+            openings.append(Opening(at=room.at, after=after, only_slot=size is not None and size <= card.free))
+    return min(openings, key=lambda opening: (*opening.rank, len(opening.after)), default=None)
+
+
+def could_start_now(me: Waiting, card: Card, view: FleetView) -> bool:
+    """Whether the card would take the job now, whoever is before it. One of unknown need gets a card of its own."""
+    alone = me.least is not None or not card.running
+    return card.open and alone and could_start(me, card, view.cards.values())
+
+
+def could_ever_hold(me: Waiting, card: Card) -> bool:
+    """Whether the card holds the job once everything else has left it."""
+    least = me.least
+    return least is None or least <= card.usable
+
+
+def suits_at_last(job: Job, card: Card, view: FleetView) -> bool:
+    """Whether the card may take the job, room aside: now, or once it has waited long enough for LoRA."""
+    me, largest = waiting_of(vars(job), view.now), largest_gpu(view.cards.values())
+    return any(suits(card, form, largest) for form in (me, at_last(job, me)))
+
+
+def at_last(job: Job, me: Waiting) -> Waiting:
+    """The job once it has waited long enough for LoRA: with all its methods."""
+    return replace(me, methods=tuple(Method(name) for name in job.methods))
+
+
+def silent_s(view: FleetView, node: str) -> float:
+    """For how long the node has not been seen."""
+    return (view.now - view.nodes[node].seen_at).total_seconds()
+
+
+def holder(view: FleetView, card: Card, *, pid: bool = False) -> str:
+    """Who holds how much of the card beside our jobs."""
+    others = _others(view, card)
+    if not others:
+        return f"something outside loractl holds {gib(card.outside)}, or did lately"
+    number = f" (pid {others[0]['pid']})" if pid and others[0].get("name") else ""
+    more = f" and {len(others) - 1} more hold" if len(others) > 1 else " holds"
+    return f"{process_name(others[0])}{number}{more} {gib(card.outside)}"
+
+
+def largest_program(view: FleetView, card: Card) -> str:
+    """The largest of other people's programs on the card, by name."""
+    others = _others(view, card)
+    return process_name(others[0]) if others else "something outside loractl"
+
+
+def _others(view: FleetView, card: Card) -> list[dict[str, Any]]:
+    """Other people's processes on the card, the largest first."""
+    return sorted(view.nodes[card.node].outside, key=lambda p: -(p.get("bytes") or 0))
+
+
+def process_name(process: Mapping[str, object]) -> str:
+    """Another person's program, for people."""
+    name, user = process.get("name") or f"pid {process['pid']}", process.get("user")
+    return f"{name} of {user}" if user else str(name)
+
+
+def when_they_end(jobs: Sequence[int]) -> str:
+    """These jobs and what they do, like "3 and 1 end"."""
+    more = f", {jobs[1]} and {len(jobs) - 2} more" if len(jobs) > 2 else f" and {jobs[1]}" if len(jobs) > 1 else ""
+    return f"{jobs[0]}{more} {'ends' if len(jobs) == 1 else 'end'}"

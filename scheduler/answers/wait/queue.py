@@ -1,0 +1,60 @@
+"""The waiting jobs: for each its reason, and its expected start where that is known."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+from loractl.common.job.status import Status
+from loractl.common.placement.rule import Waiting
+from loractl.common.store.fleet import FleetView, waiting_of
+
+from .cards import opening_of, when_they_end
+from .reasons import Wait, explain
+from .rivals import ahead_of
+from .starts import REPLAYED_JOBS, ExpectedStart, expected_starts
+
+if TYPE_CHECKING:
+    from loractl.common.store.store import Store
+    from loractl.common.store.tables import Job
+
+
+@dataclass(frozen=True, kw_only=True)
+class WaitingJobs:
+    """What is known of jobs that wait, by their numbers."""
+
+    reasons: Mapping[int, Wait] = field(default_factory=dict)
+    starts: Mapping[int, ExpectedStart] = field(default_factory=dict)  # of all ready jobs
+
+
+def waiting_jobs(store: Store, jobs: Sequence[Job]) -> WaitingJobs:
+    """Why those of the jobs wait that do, and when ready jobs start."""
+    queued = [job for job in jobs if job.status is Status.QUEUED]
+    if not queued:
+        return WaitingJobs()
+    view, ready = store.fleet(), store.ready(REPLAYED_JOBS + 1)
+    starts = expected_starts(view, ready) if view.running else {}
+    return WaitingJobs(reasons={job.job_id: reason(job, view, ready, starts) for job in queued}, starts=starts)
+
+
+def reason(job: Job, view: FleetView, ready: Sequence[Waiting], starts: Mapping[int, ExpectedStart]) -> Wait:
+    """Why the job waits. One that waits for room is told of the card on which it is expected to start.
+
+    Where that hangs on jobs which go before it and whose length is not known, these are named.
+    """
+    wait = explain(job, view)
+    if wait.word not in ("memory", "busy") or not view.running:
+        return wait
+    start = starts.get(job.job_id)
+    if start is None:
+        ahead = [other.job_id for other in ahead_of(job, view, ready)]
+        return replace(wait, sentence=f"{wait.sentence}; {_goes_first(ahead)}") if ahead else wait
+    opening = opening_of(waiting_of(vars(job), view.now), view.cards[start.node], view)
+    if opening is None or not opening.after or wait.sentence.startswith(f"{start.node} when"):
+        return wait
+    return replace(wait, sentence=f"{start.node} when {when_they_end(opening.after)}")
+
+
+def _goes_first(jobs: Sequence[int]) -> str:
+    return f"{jobs[0]} goes first" if len(jobs) == 1 else f"{jobs[0]} and {len(jobs) - 1} more go first"

@@ -1,0 +1,229 @@
+"""Why a job waits, as a word and a sentence.
+
+The highest tier that holds gives the reason: it can never start; a rule or a wish holds it; the fleet has no card open
+for it; the memory is taken. What the placement rule decides is asked of the rule itself.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from loractl import __version__
+from loractl.common.placement.rule import Card, Waiting, largest_gpu, suits
+from loractl.common.store.fleet import NODE_STALE_S, FleetView, waiting_of
+from loractl.common.units import clock, duration, gib
+
+from .cards import (
+    at_last,
+    could_ever_hold,
+    could_start_now,
+    holder,
+    opening_of,
+    silent_s,
+    suits_at_last,
+    when_they_end,
+)
+
+if TYPE_CHECKING:
+    from loractl.common.store.tables import Job
+
+AT_ONCE_S = 20.0
+"""A job that the rule places and that waits no longer than this is just about to be looked at."""
+
+
+class Tier(enum.IntEnum):
+    """Which kind of reason; the first that holds is told."""
+
+    NEVER = 1
+    POLICY = 2
+    FLEET = 3
+    CAPACITY = 4
+    NEXT = 5  # nothing is in its way
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wait:
+    """Why a job waits."""
+
+    tier: Tier
+    word: str
+    sentence: str
+
+    def __str__(self) -> str:
+        return f"{self.word}: {self.sentence}"
+
+
+def explain(job: Job, view: FleetView) -> Wait:
+    """The reason for a QUEUED job."""
+    me = waiting_of(vars(job), view.now)
+    whole = at_last(job, me)
+    return (
+        _never(job, whole, view)
+        or _held_back(job, view)
+        or _no_open_card(job, whole, view)
+        or _next(job, view)
+        or _others_first(job, me, view)
+        or _patience(job, me, view)
+        or _room(job, me, view)
+    )
+
+
+def _never(job: Job, me: Waiting, view: FleetView) -> Wait | None:
+    def never(sentence: str) -> Wait:
+        return Wait(tier=Tier.NEVER, word="never", sentence=sentence)
+
+    if not me.methods:
+        return never(f"its resources.max_vram, {gib(job.spec['resources']['max_vram'])}, is below every need")
+    if not view.cards:
+        return None
+    labelled = [card for card in view.cards.values() if me.requires <= card.labels]
+    if not labelled:
+        return never(f"no box has the label {', '.join(f'{k}={v}' for k, v in sorted(me.requires))}")
+    gpus = [card for card in labelled if not card.processor] or labelled
+    largest = max(gpus, key=lambda card: card.usable)
+    least = me.least
+    if least is not None and least > max(card.usable for card in labelled):
+        return never(f"needs {gib(least)}, the largest card has {gib(largest.usable)}")
+    return None
+
+
+def _held_back(job: Job, view: FleetView) -> Wait | None:
+    """A person's wish, a pause after a failed attempt, or a limit."""
+    if job.held:
+        return Wait(tier=Tier.POLICY, word="held", sentence=job.message or "until loractl retry")
+    if job.not_before is not None and job.not_before > view.now:
+        pause = duration((job.not_before - view.now).total_seconds())
+        if job.message is not None and job.reason is None:  # no attempt ended: a worker of an older version saw it
+            return Wait(tier=Tier.POLICY, word="version", sentence=job.message)
+        return Wait(tier=Tier.POLICY, word="retry", sentence=f"attempt {job.attempt + 1} in {pause}")
+    limit, mine = _user_limit(view), sum(running.user == job.user for running in view.running.values())
+    if limit is not None and mine >= limit:
+        return Wait(tier=Tier.POLICY, word="limit", sentence=f"{job.user} runs {mine}, the limit is {limit}")
+    return None
+
+
+def _user_limit(view: FleetView) -> int | None:
+    """Jobs that one user may run: the smallest limit of all open cards."""
+    return min((c.user_limit for c in view.cards.values() if c.open and c.user_limit is not None), default=None)
+
+
+def _no_open_card(job: Job, me: Waiting, view: FleetView) -> Wait | None:
+    """No open card could ever hold it, though a closed one could."""
+    holding = [card for card in view.cards.values() if me.requires <= card.labels and could_ever_hold(me, card)]
+    if any(card.open and suits_at_last(job, card, view) for card in holding):
+        return None
+    if not holding:
+        return _fleet("worker", "no worker is online: start loractl worker on a box")
+    online = [card for card in holding if silent_s(view, card.node) <= NODE_STALE_S]
+    for card in online:
+        order = view.drain_of(card.node)
+        if order is not None:
+            until = f" until {clock(order.until, view.now)}" if order.until else ""
+            return _fleet("drained", f"{card.node} by {order.user}{until}: {order.reason}")
+    left_out = next((card for card in online if card.open), None)
+    if left_out is not None:
+        what = "a processor, for what no GPU of the fleet can hold; no GPU with its labels is online"
+        return _fleet("worker", f"{left_out.node} is {what}")
+    if online:
+        return _fleet("stopping", f"the worker of {online[0].node} is being stopped")
+    return _all_silent(holding, view)
+
+
+def _all_silent(cards: list[Card], view: FleetView) -> Wait:
+    """The card that was seen last, and its worker's version where that is why it is silent."""
+    best = min(cards, key=lambda card: silent_s(view, card.node))
+    theirs = view.nodes[best.node].versions.get("loractl", __version__)
+    if _minor(theirs) != _minor(__version__):
+        return _fleet("version", f"{best.node} ran loractl {theirs}, this is {__version__}: upgrade its worker")
+    return _fleet("offline", f"{best.node} was last seen {duration(silent_s(view, best.node))} ago")
+
+
+def _minor(version: str) -> str:
+    return ".".join(version.split(".")[:2])
+
+
+def _fleet(word: str, sentence: str) -> Wait:
+    return Wait(tier=Tier.FLEET, word=word, sentence=sentence)
+
+
+def _next(job: Job, view: FleetView) -> Wait | None:
+    """The rule gives it a card at this moment."""
+    node = next((d.placed.node for d in view.decisions if d.placed and d.placed.job.job_id == job.job_id), None)
+    if node is None:
+        return None
+    age = (view.now - job.submitted_at).total_seconds()
+    late = "" if age <= AT_ONCE_S else f", waiting {duration(age)}"
+    return Wait(tier=Tier.NEXT, word="next", sentence=f"{node} is about to take it{late}")
+
+
+def _others_first(job: Job, me: Waiting, view: FleetView) -> Wait | None:
+    """A card has room for it, and the rule gives or keeps that card for another job."""
+    taken = {d.placed.node: d.placed.job for d in view.decisions if d.placed is not None}
+    kept_node, kept_for = _kept(view)
+    startable = [card for card in view.cards.values() if could_start_now(me, card, view)]
+    own = next((d.placed for d in view.decisions if d.placed is not None and d.placed.job.user == me.user), None)
+    if own is not None and any(card.node not in taken and card.node != kept_node for card in startable):
+        # a card is left for it, and yet the rule passed it over
+        text = f"{own.job.job_id} goes first on {own.node}, and {me.user} may run {_user_limit(view)} at a time"
+        return _capacity("limit", text)
+    for card in startable:
+        if card.node in taken:
+            return _passed_over(me, taken[card.node], card.node)
+        if card.node == kept_node and kept_for != job.job_id:
+            return _capacity("kept", f"{card.node} is kept for {kept_for}, which goes first")
+    return None
+
+
+def _kept(view: FleetView) -> tuple[str | None, int | None]:
+    """The card that the rule keeps, and the job for which it does."""
+    kept = next((d.reserved for d in view.decisions if d.reserved is not None), None)
+    return (None, None) if kept is None else (kept.node, kept.job.job_id)
+
+
+def _passed_over(me: Waiting, first: Waiting, node: str) -> Wait:
+    if first.priority > me.priority:
+        return _capacity("order", f"{first.job_id} has a higher priority on {node}")
+    if first.user != me.user and first.job_id > me.job_id:
+        return _capacity("share", f"{first.user} had less of the cards: {first.job_id} goes first on {node}")
+    return _capacity("order", f"{first.job_id} goes first on {node}")
+
+
+def _patience(job: Job, me: Waiting, view: FleetView) -> Wait | None:
+    """It waits for a card that holds LoRA, though QLoRA could start."""
+    if job.lora_until is None or job.lora_until <= view.now:
+        return None
+    until, whole = clock(job.lora_until, view.now), at_last(job, me)
+    small = next((card for card in view.cards.values() if could_start_now(whole, card, view)), None)
+    if small is not None:
+        return _capacity("patience", f"until {until} for LoRA; QLoRA would fit on {small.node} now")
+    if all(opening_of(me, card, view) is None for card in view.cards.values()):
+        return _capacity("patience", f"until {until} for LoRA, for which no card has room; then for QLoRA")
+    return None
+
+
+def _room(job: Job, me: Waiting, view: FleetView) -> Wait:
+    """The card that has room first, and whose ends that takes; without one, who holds the largest card."""
+    found = {card.node: opening for card in view.cards.values() if (opening := opening_of(me, card, view)) is not None}
+    if not found:
+        return _held_by_others(me, view)
+    kept_node, kept_for = _kept(view)
+    mine = kept_for == job.job_id
+    first = min(found, key=lambda name: (*found[name].rank, name))
+    node = kept_node if mine and kept_node in found else first
+    opening = found[node]
+    sentence = f"{node} when {when_they_end(opening.after)}{' (kept for it)' if mine else ''}"
+    return _capacity("busy" if opening.only_slot else "memory", sentence)
+
+
+def _held_by_others(me: Waiting, view: FleetView) -> Wait:
+    largest = largest_gpu(view.cards.values())
+    cards = [c for c in view.cards.values() if c.open and suits(c, me, largest) and could_ever_hold(me, c)]
+    blocked = max(cards, key=lambda card: card.capacity)
+    held = holder(view, blocked, pid=True)
+    return _capacity("memory", f"{held} on {blocked.node}, {gib(blocked.capacity)} are left")
+
+
+def _capacity(word: str, sentence: str) -> Wait:
+    return Wait(tier=Tier.CAPACITY, word=word, sentence=sentence)

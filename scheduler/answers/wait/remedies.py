@@ -1,0 +1,121 @@
+"""What would make a waiting job start now, each asked of the placement rule."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from loractl.common.job.method import Method
+from loractl.common.placement.rule import Need, Waiting, levels_of, place
+from loractl.common.store.fleet import FleetView, waiting_of
+from loractl.common.units import gib
+
+from .cards import could_start_now, largest_program
+
+if TYPE_CHECKING:
+    from loractl.common.job.spec import JobSpec
+    from loractl.common.memory.plan import Fit
+    from loractl.common.store.tables import Job
+
+
+def remedies(job: Job, view: FleetView, waiting: Sequence[Waiting]) -> tuple[str, ...]:
+    """What would make it start now, in sentences: another method, a smaller form, a card without others' programs."""
+    return (
+        *_other_method(job, view, waiting),
+        *_smaller_job(job, view, waiting),
+        *_without_programs(job, view),
+    )
+
+
+def _other_method(job: Job, view: FleetView, waiting: Sequence[Waiting]) -> Iterator[str]:
+    me = waiting_of(vars(job), view.now)
+    if Method.QLORA in me.methods or job.vram_qlora is None:
+        return
+    node = would_start(job, view, waiting, me.need, (Method.QLORA,))
+    if node is not None:
+        yield f"It would start now on {node} with method: qlora (plan {gib(job.vram_qlora)} GiB)."
+
+
+def _smaller_job(job: Job, view: FleetView, waiting: Sequence[Waiting]) -> Iterator[str]:
+    from loractl.common.job.spec import JobSpec  # pydantic's models take 80 ms to build
+
+    permitted = waiting_of(vars(job), view.now).methods
+    room = max((card.free for card in view.cards.values() if card.open and card.slots), default=0)
+    for key, text, needs in _smaller_forms(JobSpec.model_validate(job.spec), permitted, room):
+        need = Need(lora=needs.get(Method.LORA), qlora=needs.get(Method.QLORA))
+        methods = tuple(method for method in permitted if method in needs)
+        node = would_start(job, view, waiting, need, methods) if methods else None
+        if node is not None:
+            as_ = f"as {methods[0].value} " if len(permitted) > 1 and len(methods) == 1 else ""
+            plan = f"(plan {gib(min(needs[method] for method in methods))} GiB)"
+            yield f"It would start now on {node} {as_}with {text} {plan}."
+            yield f"Try: loractl plan {job.job_id} --set {key}"
+
+
+def _smaller_forms(spec: JobSpec, methods: Sequence[Method], room: int) -> list[tuple[str, str, dict[Method, int]]]:
+    """Smaller forms of the job that a card with `room` bytes would hold: key=value, words, need by method."""
+    from loractl.common.memory.architecture import read_shape
+    from loractl.common.memory.plan import largest_fit, plan
+
+    shape = read_shape(spec.base_model, spec.revision)
+    if shape is None or room <= 0:
+        return []
+    found: dict[str, tuple[str, dict[Method, int]]] = {}
+    for method in methods:
+        fit = largest_fit(shape, spec, method, room)
+        for key, text, changed in (*_shorter_rows(spec, fit), *_fewer_rows(spec, fit)):
+            found.setdefault(key, (text, {}))[1][method] = plan(shape, changed, method).need_bytes
+    return [(key, text, needs) for key, (text, needs) in found.items()]
+
+
+def _shorter_rows(spec: JobSpec, fit: Fit) -> Iterator[tuple[str, str, JobSpec]]:
+    """The job with a max_length that fits, in steps of 64 tokens."""
+    if fit.max_length is None or fit.max_length >= spec.dataset.max_length:
+        return
+    length = max(8, fit.max_length // 64 * 64) if fit.max_length >= 64 else fit.max_length
+    changed = spec.model_copy(update={"dataset": spec.dataset.model_copy(update={"max_length": length})})
+    yield f"dataset.max_length={length}", f"max_length {length}", changed
+
+
+def _fewer_rows(spec: JobSpec, fit: Fit) -> Iterator[tuple[str, str, JobSpec]]:
+    """The job with a micro-batch that fits and the same effective batch."""
+    most = min(fit.micro_batch or 0, spec.training.per_device_train_batch_size - 1)
+    batch = spec.training.micro_batch(most)
+    if not batch:
+        return
+    accumulation = spec.training.effective_batch // batch
+    update = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation}
+    changed = spec.model_copy(update={"training": spec.training.model_copy(update=update)})
+    keys = " --set ".join(f"training.{name}={value}" for name, value in update.items())
+    rows = "1 row" if batch == 1 else f"{batch} rows"
+    yield keys, f"{rows} at once, accumulating {accumulation}", changed
+
+
+def _without_programs(job: Job, view: FleetView) -> Iterator[str]:
+    outside = without_others(job, view)
+    if outside is not None:
+        yield f"It would fit now on {outside[0]} without {outside[1]}."
+
+
+def would_start(
+    job: Job, view: FleetView, waiting: Sequence[Waiting], need: Need, methods: tuple[Method, ...]
+) -> str | None:
+    """The card that would take the job now if it needed this; asked of the rule with everything else as it is."""
+    changed = replace(waiting_of(vars(job), view.now), need=need, methods=methods)
+    others = [other for other in waiting if other.job_id != job.job_id]
+    for decision in place(levels_of([*others, changed]), list(view.cards.values()), view.charges, view.now):
+        if decision.placed is not None and decision.placed.job.job_id == job.job_id:
+            return decision.placed.node
+    return None
+
+
+def without_others(job: Job, view: FleetView) -> tuple[str, str] | None:
+    """(card, whose program) where the job would fit now if other people's programs were not there."""
+    me = waiting_of(vars(job), view.now)
+    for card in view.cards.values():
+        if card.outside == 0 or could_start_now(me, card, view):
+            continue
+        if could_start_now(me, replace(card, outside=0), view) and view.nodes[card.node].outside:
+            return card.node, largest_program(view, card)
+    return None

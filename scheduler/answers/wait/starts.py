@@ -1,0 +1,69 @@
+"""When waiting jobs are expected to start: a replay of the fleet whose running jobs end as measured."""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from loractl.common.placement.rule import Card, Waiting
+from loractl.common.store.fleet import FleetView
+
+REPLAYED_JOBS = 200
+"""With more waiting jobs no expected start is given: it would hang on too many unknown durations."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpectedStart:
+    """When and where a job is expected to start."""
+
+    at: dt.datetime
+    spread_s: float  # half width, from the spread of the running jobs' measured steps
+    node: str
+
+    def as_json(self) -> dict[str, Any]:
+        """The fields under their own names, `at` as ISO 8601."""
+        return {**vars(self), "at": self.at.isoformat()}
+
+
+def expected_starts(view: FleetView, waiting: Sequence[Waiting]) -> dict[int, ExpectedStart]:
+    """When the ready jobs start, where that hangs on running jobs alone whose ends are measured.
+
+    A job that waits has no known duration: what can only start after it gets no time.
+    """
+    if len(waiting) > REPLAYED_JOBS:
+        return {}
+    cards = view.cards.values()
+    expected = _replayed(view, waiting, list(cards))
+    late = _replayed(view, waiting, [_late(card, view) for card in cards])
+    return {
+        job_id: ExpectedStart(at=at, spread_s=max(0.0, (late[job_id][0] - at).total_seconds()), node=node)
+        for job_id, (at, node) in expected.items()
+        if job_id in late
+    }
+
+
+def _replayed(
+    view: FleetView, waiting: Sequence[Waiting], cards: Sequence[Card]
+) -> Mapping[int, tuple[dt.datetime, str]]:
+    """The start and the card of each job that starts in a replay on these cards."""
+    from loractl.common.placement.replay import Job, PlacementRule, replay
+
+    running = [job for card in cards for job in card.running]
+    jobs = [Job(waiting=job, seconds=None) for job in waiting]
+    replayed = replay(jobs, cards, view.now, PlacementRule(view.charges, view.now, running))
+    return {job_id: (run.started, run.node) for job_id, run in replayed.runs.items()}
+
+
+def _late(card: Card, view: FleetView) -> Card:
+    """The card when everything takes as long as its measured spread allows."""
+
+    def later(job_id: int) -> dt.timedelta:
+        row = view.running.get(job_id)
+        return dt.timedelta(seconds=(row.eta_spread_seconds or 0.0) if row is not None else 0.0)
+
+    return replace(
+        card,
+        running=tuple(replace(j, ends=None if j.ends is None else j.ends + later(j.job_id)) for j in card.running),
+    )

@@ -1,0 +1,68 @@
+"""loractl plan: what a job will need of a card, before it runs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from loractl.common.errors import UsageError
+from loractl.scheduler.text.screen import detect_screen
+
+from .output import show
+
+if TYPE_CHECKING:
+    from loractl.common.store.store import Store
+
+
+@click.command()
+@click.argument("job", required=False, metavar="JOB.yaml|JOB")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key, like lora.r=8.")
+@click.option("--gpu", metavar="SIZE", help="Plan for a card of this size, like 24GiB, instead of the fleet's.")
+@click.option("--solve", is_flag=True, help="Find the largest micro-batch and max_length that fit.")
+@click.option("--accuracy", is_flag=True, help="Show predicted against measured peaks of the jobs that ran.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def plan(
+    job: str | None, overrides: tuple[str, ...], gpu: str | None, solve: bool, accuracy: bool, as_json: bool
+) -> None:
+    """Show what a job will need of a card, part by part, before it runs.
+
+    The base model's config.json is enough. Where its tokenizer and the training stack are there as well, the rows' own
+    lengths are counted; else every row is taken to be max_length tokens long.
+    """
+    from loractl.scheduler.session import open_session
+
+    _, store = open_session()
+    if accuracy:
+        _accuracy(store, as_json)
+        return
+    if job is None:
+        raise UsageError("plan needs a job file or a job's number", "like loractl plan job.yaml")
+    from loractl.scheduler.answers.need import job_to_plan, memory_need
+    from loractl.scheduler.text.need import need_text
+
+    def announce() -> None:
+        if not as_json:
+            click.echo("Counting tokens ...", err=True)
+
+    card = _card_size(gpu)
+    answer = memory_need(store, job_to_plan(store, job, overrides), card, solve=solve, announce=announce)
+    following = f"Its wait: loractl why {job}" if job.isdigit() else f"Submit it: loractl submit {job}"
+    show(answer, as_json, lambda: need_text(answer, following, detect_screen()))
+
+
+def _accuracy(store: Store, as_json: bool) -> None:
+    from loractl.scheduler.answers.accuracy import plan_accuracy
+    from loractl.scheduler.text.need import accuracy_text
+
+    answer = plan_accuracy(store)
+    show(answer, as_json, lambda: accuracy_text(answer, detect_screen()))
+
+
+def _card_size(text: str | None) -> int | None:
+    from loractl.common.units import parse_size
+
+    try:
+        return None if text is None else parse_size(text)
+    except ValueError as error:
+        raise UsageError(f"--gpu: {text!r} {error}") from None

@@ -1,0 +1,23 @@
+"""loractl retry: queue jobs again."""
+
+from __future__ import annotations
+
+import click
+
+
+@click.command()
+@click.argument("job_ids", nargs=-1, required=True, type=int, metavar="JOB...")
+def retry(job_ids: tuple[int, ...]) -> None:
+    """Queue failed, cancelled or held jobs again."""
+    from loractl.common.errors import ServiceUnreachable
+    from loractl.common.queue.app import wake
+    from loractl.scheduler.session import open_session
+
+    settings, store = open_session()
+    for job_id in job_ids:
+        job = store.retry(job_id, settings.user)
+        click.echo(f"Job {job_id} is queued again.")
+        try:
+            wake(settings, job.vram_class)
+        except ServiceUnreachable as error:
+            click.echo(f"Warning: {error.sentence}\nJob {job_id} starts when the queue is back.", err=True)

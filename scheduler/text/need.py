@@ -1,0 +1,98 @@
+"""How a memory plan looks on a terminal: the parts as bars, the cards that hold the job, and how well plans did."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from loractl.common.units import gib
+
+from .screen import Screen, bar, card_name, fit, joined, table, wrapped, wrapped_table
+
+if TYPE_CHECKING:
+    from loractl.common.memory.plan import Plan
+    from loractl.scheduler.answers.accuracy import PlanAccuracy
+    from loractl.scheduler.answers.need import LargestFit, MemoryNeed
+
+_COLORS = {"fits": "green", "tight": "yellow"}
+
+
+def need_text(need: MemoryNeed, next_command: str, screen: Screen) -> str:
+    """Both methods' parts as bars, which cards hold the job, and what else would fit."""
+    lines: list[str] = []
+    longest = max(size for plan in need.plans.values() for size in (*plan.parts.values(), plan.margin_bytes))
+    for method, plan in need.plans.items():
+        like = _like_it(need.measured) if method is need.choice or len(need.plans) == 1 else ""
+        size = f"{gib(plan.need_bytes)} GiB"
+        head = wrapped(f"{need.title} with {method.value} needs {size}{like}", size, screen)
+        lines += [*([""] if lines else []), *head, ""]
+        lines += _parts(plan, longest, screen)
+    lines += ["", *map(screen.dim, wrapped(need.planned_for, "", screen))]
+    if need.cards:
+        rows = [
+            [screen.style(f"{c.word:<7}", fg=_COLORS.get(c.word)), card_name(c.card), c.total_gib, c.how]
+            for c in need.cards
+        ]
+        lines += ["", *wrapped_table(["", "CARD", "OF", ""], rows, [""] * len(rows), screen, right=("OF",))]
+    if need.largest is not None:
+        lines += ["", *(line for text in _solved(need.largest) for line in wrapped(text, "", screen))]
+    return joined([*lines, "", screen.dim(next_command)], screen)
+
+
+def _like_it(measured: Sequence[int]) -> str:
+    if not measured:
+        return ""
+    return f" (measured on {len(measured)} like it: {gib(min(measured))} to {gib(max(measured))})"
+
+
+def _parts(plan: Plan, longest: int, screen: Screen) -> list[str]:
+    """A bar for each part; `longest` bytes fill it, in every plan of one screen."""
+    width = 12 if screen.width < 110 else 30
+    parts = {**plan.parts, "margin": plan.margin_bytes}
+    names = max(len(name.replace("_", " ")) for name in parts)
+    lines = []
+    for name, size in parts.items():
+        if not size:
+            continue
+        drawn = bar(size / longest, width, screen).rstrip("·.")
+        note = plan.notes.get(name, "")
+        line = f"  {name.replace('_', ' '):<{names}}  {gib(size):>6}  {drawn:<{width}}  {note}".rstrip()
+        lines.append(fit(line, screen.width))
+    return lines
+
+
+def _solved(largest: LargestFit) -> list[str]:
+    return [
+        f"Largest in {gib(largest.room)} GiB, {largest.which}:",
+        *(
+            f"  {method.value:<5}  per_device_train_batch_size {size.micro_batch or 'none'}, "
+            f"or max_length {size.max_length or 'none'}"
+            for method, size in largest.by_method.items()
+        ),
+    ]
+
+
+def accuracy_text(answer: PlanAccuracy, screen: Screen) -> str:
+    """Predicted against measured, by device model, method and family."""
+    if not answer.rows:
+        return "Nothing was measured on a GPU yet: every attempt that ends there adds to this table."
+    rows = [
+        [
+            fit(row.device_name, max(12, screen.width - 60)),
+            row.method.value,
+            fit(row.family or "–", 12),
+            str(row.count),
+            f"{row.ratio:.2f}",
+            f"{row.spread:.2f}",
+            f"{row.worst:.2f}",
+            "–" if row.factor is None else f"{row.factor:.2f}",
+        ]
+        for row in answer.rows
+    ]
+    headers = ["DEVICE", "METHOD", "FAMILY", "RUNS", "MEAN", "SPREAD", "WORST", "FACTOR"]
+    lines = table(headers, rows, screen, right=tuple(headers[3:]))
+    notes = (
+        "MEAN and WORST: measured over planned, the plan with its margin.",
+        "With three runs or more, later plans are multiplied by FACTOR.",
+    )
+    return joined([*lines, "", *map(screen.dim, notes)], screen)

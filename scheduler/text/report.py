@@ -1,0 +1,132 @@
+"""A job's evaluation report for a terminal: the verdict, base against tuned, answers side by side."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from loractl.common.text import clean_line, number, signed
+from loractl.common.units import duration, gib, thousands
+
+from .screen import Screen, block, table
+
+
+def report_text(report: dict[str, Any], screen: Screen, answers: int) -> str:
+    """The evaluation report for a terminal: the verdict, the table with its intervals, answers side by side."""
+    lines = [
+        screen.style(f"{report['job']['job_id']} {clean_line(report['job']['name'])}", bold=True)
+        + f": {clean_line(report['verdict']['sentence'])}",
+        "",
+    ]
+    rows = []
+    for m in report["evaluation"]["metrics"]:
+        digits = 1 if m["unit"] == "%" else 2
+        color = {"better": "green", "worse": "red"}.get(m["reading"])
+        change, low, high = (signed(m[key], digits) for key in ("change", "low", "high"))
+        rows.append(
+            [
+                m["label"] + (f", {m['unit']}" if m["unit"] else ""),
+                number(m["base"], digits),
+                screen.style(number(m["tuned"], digits), bold=True),
+                change,
+                f"{low} to {high}",
+                screen.style(m["reading"], fg=color),
+            ]
+        )
+    headers = ["MEASURE", "BASE", "TUNED", "CHANGE", "95 % INTERVAL", "READING"]
+    lines += table(headers, rows, screen, right=("BASE", "TUNED", "CHANGE"))
+    training, data, e = report["training"], report["data"], report["evaluation"]
+    if e.get("baseline"):  # a classifier's; older reports have none
+        what = "its loss is that of the labels' shares of the training rows"
+        lines += ["", f"Base: {clean_line(e['baseline'])}; {what}."]
+    lines += _labels_table(e.get("labels"), screen) + _turns_table(e.get("turns"), screen)
+    lines += _harness_table(e.get("lm_eval"), screen)
+    left_out = data["too_long_rows_dropped"] + data["bad_rows_dropped"]
+    speed = f", {training['tokens_per_second']:.0f} tok/s" if training["tokens_per_second"] else ""
+    lines += [
+        "",
+        f"{e['rows']} held-out rows. {report['method']}, {_steps_taken(training)} in "
+        f"{duration(training['seconds'])}{speed}, "
+        f"peak {gib(training['peak_memory_bytes'])} GiB ({clean_line(training['peak_memory_kind'])}).",
+        f"Intervals: {thousands(e['bootstrap']['samples'])} paired bootstrap samples, seed {e['bootstrap']['seed']}. "
+        f"{data['truncated_rows']} rows truncated, {left_out} left out.",
+    ]
+    # what changed comes first: repaired, broken, then the rest
+    order = sorted(e["answers"], key=lambda a: (a["base_exact"] == a["tuned_exact"], not a["tuned_exact"], a["row"]))
+    for answer in order[:answers]:
+        lines += ["", screen.style(f"Row {answer['row']}: ", bold=True) + block(answer["prompt"], screen)]
+        for name in ("expected", "base", "tuned"):
+            right = "" if name == "expected" else (" (right)" if answer[f"{name}_exact"] else " (wrong)")
+            lines.append(screen.dim(f"  {name}{right}: ") + block(answer[name] or "(nothing)", screen, indent=4))
+    hidden = len(order) - answers
+    if hidden > 0:
+        lines += [
+            "",
+            screen.dim(f"{hidden} more answers: loractl report {report['job']['job_id']} --answers {len(order)}"),
+        ]
+    return "\n".join(lines)
+
+
+def _labels_table(labels: dict[str, Any] | None, screen: Screen) -> list[str]:
+    """How often base and tuned named each expected label, and what tuned took it for. Empty for older reports."""
+    if labels is None:
+        return []
+    names, rows = [clean_line(name) for name in labels["names"]], []
+    for place, name in enumerate(names):
+        base, tuned = labels["base"][place], labels["tuned"][place]
+        if not sum(tuned):
+            continue
+        wrong = sorted(((n, names[k]) for k, n in enumerate(tuned) if n and k != place), key=lambda pair: -pair[0])
+        taken = ", ".join(f"{other} {n}" for n, other in wrong[:2])
+        rows.append([name, str(sum(tuned)), str(base[place]), screen.style(str(tuned[place]), bold=True), taken])
+    headers = ["LABEL", "ROWS", "BASE RIGHT", "TUNED RIGHT", "TUNED SAID INSTEAD"]
+    return ["", *table(headers, rows, screen, right=("ROWS", "BASE RIGHT", "TUNED RIGHT"))]
+
+
+def _turns_table(turns: list[dict[str, Any]] | None, screen: Screen) -> list[str]:
+    """The loss of the first, second, ... answers of conversations. Empty for older reports."""
+    if not turns:
+        return []
+    rows = [[str(t["turn"]), str(t["cases"]), number(t["base"], 2), number(t["tuned"], 2)] for t in turns]
+    headers = ["ANSWER", "CASES", "BASE LOSS", "TUNED LOSS"]
+    return ["", *table(headers, rows, screen, right=tuple(headers))]
+
+
+def _harness_table(found: dict[str, Any] | None, screen: Screen) -> list[str]:
+    """The lm-eval harness's tasks; members of a group that has an average of its own are in the page and the JSON."""
+    if not found:  # none was asked for, or an older report
+        return []
+    rows, shown = [], [m for m in found["metrics"] if m["group"] is None]
+    for m in shown:
+        low, high = (signed(m[key], 3) for key in ("low", "high"))
+        rows.append(
+            [
+                clean_line(m["label"]),
+                _with_error(m["base"], m["base_stderr"]),
+                screen.style(_with_error(m["tuned"], m["tuned_stderr"]), bold=True),
+                signed(m["change"], 3),
+                f"{low} to {high}" + (" *" if m["interval"] == "unpaired" else ""),
+                screen.style(m["reading"], fg={"better": "green", "worse": "red"}.get(m["reading"])),
+            ]
+        )
+    headers = ["TASK", "BASE", "TUNED", "CHANGE", "95 % INTERVAL", "READING"]
+    limit = "all rows" if found["limit"] is None else f"at most {thousands(found['limit'])} rows"
+    paired = "Intervals: paired bootstrap over the documents"
+    unpaired = any(m["interval"] == "unpaired" for m in shown)
+    hidden = len(found["metrics"]) - len(shown)
+    return [
+        "",
+        *table(headers, rows, screen, right=("BASE", "TUNED", "CHANGE")),
+        f"lm_eval {clean_line(found['version'])}, {limit} of each task; standard errors in brackets.",
+        paired + ("; * unpaired, from both standard errors." if unpaired else "."),
+        *([f"{hidden} more numbers, of the groups' members, are in the page and in --json."] if hidden else []),
+    ]
+
+
+def _with_error(value: float | None, error: float | None) -> str:
+    return number(value, 3) + ("" if error is None else f" ({error:.3f})")
+
+
+def _steps_taken(training: dict[str, Any]) -> str:
+    """The time beside it is this attempt's alone."""
+    steps, resumed = training["steps"], training["resumed_from_step"]
+    return f"{steps} steps" if not resumed else f"{steps} steps, the last {steps - resumed} of them"

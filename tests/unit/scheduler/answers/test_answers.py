@@ -1,0 +1,142 @@
+"""Every reading command prints the JSON of the answer that it asks for, and shapes none itself."""
+
+from __future__ import annotations
+
+import ast
+import json
+from collections.abc import Callable, Iterator
+from importlib import import_module
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from loractl.common.job.status import Reason, Stage
+from loractl.common.settings import load_settings
+from loractl.common.store.database import connect
+from loractl.common.store.records import Claim, Progress
+from loractl.common.store.store import Store
+from loractl.common.store.sweeps import NewSweep
+from loractl.common.units import GIB
+from loractl.scheduler.answers.accuracy import plan_accuracy
+from loractl.scheduler.answers.fleet import fleet
+from loractl.scheduler.answers.job import job_history, job_in_full
+from loractl.scheduler.answers.need import job_to_plan, memory_need
+from loractl.scheduler.answers.overview import Choice, job_list, overview
+from loractl.scheduler.answers.sweep import sweep_standing
+from loractl.scheduler.answers.why import why
+from loractl.scheduler.cli import cli
+from loractl.scheduler.commands.output import HasJson
+
+from ...factories import RESULT, Clock, node_state, submission, take
+
+ASKED: dict[str, Callable[[Store], HasJson]] = {
+    "status": lambda store: overview(store, Choice()),
+    "status --user bob": lambda store: overview(store, Choice(user="bob")),
+    "status --all --limit 3": lambda store: job_list(store, Choice(), 3),
+    "status --all --label project=support": lambda store: job_list(store, Choice(label=("project", "support")), 50),
+    "status 3": lambda store: job_in_full(store, 3),
+    "status 4": lambda store: job_in_full(store, 4),
+    "status --sweep 1": lambda store: sweep_standing(store, 1),
+    "show 2": lambda store: job_history(store, 2),
+    "why 1": lambda store: why(store, 1),
+    "why 4": lambda store: why(store, 4),
+    "gpus": fleet,
+    "plan 4": lambda store: memory_need(store, job_to_plan(store, "4", ()), None, solve=False),
+    "plan 4 --solve --gpu 24GiB": lambda store: memory_need(store, job_to_plan(store, "4", ()), 24 * GIB, solve=True),
+    "plan --accuracy": plan_accuracy,
+}
+"""A command line without --json, and its answer."""
+
+NOT_YET = ("report", "compare", "adapters", "adapters list", "adapters show", "sim")
+"""Reading commands whose answers are not asked here yet; a name leaves when ASKED has its lines."""
+
+CHANGING = ("submit", "sweep", "reproduce", "gc", "import")
+"""Commands that do something; their JSON says what they did."""
+
+CONFIG = {
+    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 2048, "intermediate_size": 8192,
+    "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256,
+}  # fmt: skip
+
+
+@pytest.fixture
+def lab(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
+    """A database with jobs of each kind, a sweep, and cards of which one is drained; its time stands."""
+    settings = load_settings({"LORACTL_HOME": str(home), "LORACTL_USER": "ada"})
+    engine = connect(settings)
+    store = Store(engine, Clock())
+    monkeypatch.setattr("loractl.scheduler.session.open_session", lambda: (settings, store))
+    _fill(store, home)
+    yield store
+    engine.dispose()
+
+
+def _fill(store: Store, home: Path) -> None:
+    base = home / "base"
+    base.mkdir()
+    (base / "config.json").write_text(json.dumps(CONFIG))
+    for name in ("ends", "fails", "runs"):
+        store.submit(submission(name=name, max_retries=0, labels={"project": "support"}))
+        claim = take(store, 8 * GIB, outside=[{"pid": 1, "user": "tomas", "name": "vllm", "bytes": GIB}])
+        assert isinstance(claim, Claim)
+        metrics = ((1, "loss", 3.0), (3, "loss", 1.5), (3, "eval_loss", 1.6))
+        told = Progress(stage=Stage.TRAINING, step=3, total_steps=30, eta_seconds=900.0, eta_spread_seconds=60.0)
+        assert store.beat(claim, told).accepted
+        assert store.beat(claim, Progress(metrics=metrics, events=(("note", "began"),), log="a line\n")).accepted
+        if name == "ends":
+            store.finish(claim, Reason.OK, "done", Progress(vram_process=3 * GIB), RESULT)
+        elif name == "fails":
+            store.finish(claim, Reason.TRAINER_ERROR, "it crashed", Progress())
+    store.submit(submission(name="waits", lora=6, qlora=5, base_model=str(base)))
+    store.submit(submission(name="larger", lora=60, qlora=50, user="bob"))
+    members = [submission(name=f"triage-{number}") for number in (1, 2)]
+    store.submit_sweep(NewSweep(name="triage", user="ada", varied={"lora.r": "8,16"}), members)
+    store.see_node(node_state("merlin:0", total=24 * GIB))
+    store.drain("merlin", "lena", "replacing a fan")
+
+
+@pytest.mark.parametrize("line", ASKED)
+def test_a_reading_command_prints_the_json_of_its_answer(line: str, lab: Store) -> None:
+    done = CliRunner().invoke(cli, [*line.split(), "--json"], catch_exceptions=False)
+    assert done.exit_code == 0
+    printed = json.loads(done.stdout)
+    assert printed, "an empty answer proves nothing"
+    assert printed == json.loads(json.dumps(ASKED[line](lab).as_json()))
+
+
+def test_no_command_with_json_is_forgotten() -> None:
+    asked = {_command_of(line) for line in ASKED}
+    listed = [*asked, *NOT_YET, *CHANGING]
+    assert len(set(listed)) == len(listed), "a command stands in two lists"
+    assert set(listed) == set(with_json(cli))
+
+
+@pytest.mark.parametrize("name", sorted({line.split()[0] for line in ASKED}))
+def test_a_reading_command_shapes_no_json(name: str) -> None:
+    command = cli.get_command(click.Context(cli), name)  # type: ignore[attr-defined]
+    source = Path(import_module(command.callback.__module__).__file__ or "").read_text(encoding="utf-8")
+    imports = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Import)]
+    assert "json" not in {alias.name for node in imports for alias in node.names}
+
+
+def with_json(group: click.Group, path: str = "") -> Iterator[str]:
+    """The scheduler's commands that have --json, as they are typed."""
+    context = click.Context(group)
+    for name in group.list_commands(context):
+        command = group.get_command(context, name)
+        assert command is not None
+        if command.callback is not None and command.callback.__module__.startswith("loractl.worker"):
+            continue
+        if any("--json" in parameter.opts for parameter in command.params):
+            yield f"{path}{name}"
+        if isinstance(command, click.Group):
+            yield from with_json(command, f"{path}{name} ")
+
+
+def _command_of(line: str) -> str:
+    """The longest beginning of the line that names a command."""
+    words = line.split()
+    names = set(with_json(cli))
+    return next(name for length in (2, 1) if (name := " ".join(words[:length])) in names)

@@ -1,0 +1,230 @@
+"""What the terminal shows: widths, ASCII, no escapes without colour, and nothing that steers the terminal."""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+
+from loractl.common.job.status import Reason, Stage, Status
+from loractl.common.store.tables import Adapter, Attempt, Event, Job
+from loractl.common.units import GIB
+from loractl.scheduler.answers.job import (
+    JSON_FIELDS,
+    JobHistory,
+    JobInFull,
+    PastAttempt,
+    PastEvent,
+    attempt_of,
+    event_of,
+    state_of,
+)
+from loractl.scheduler.answers.overview import JobList, Overview
+from loractl.scheduler.answers.wait.queue import WaitingJobs
+from loractl.scheduler.answers.wait.reasons import Tier, Wait
+from loractl.scheduler.commands.adapters import adapter_table
+from loractl.scheduler.text.jobs import history_text, job_list_text, job_text, overview_text
+from loractl.scheduler.text.screen import Screen
+
+from ...factories import NOON, job
+
+PLAIN = Screen(width=80, unicode=True, color=False)
+ASCII = Screen(width=80, unicode=False, color=False)
+COLOR = Screen(width=80, unicode=True, color=True)
+WIDE = Screen(width=120, unicode=True, color=False)
+
+HOSTILE = "\x1b[2Jgone\x07\r\x9b31m\u202etxt"
+"""Clears the screen, rings, overwrites the line, colours (one-byte CSI) and turns the reading direction round."""
+
+
+def running(**changed: Any) -> Any:
+    values = {
+        "status": Status.RUNNING, "stage": Stage.TRAINING, "node": "box:0", "method": "qlora", "attempt": 1, "step": 30,
+        "total_steps": 1584, "loss": 1.234, "eta_seconds": 600.0, "tokens_per_second": 812.4,
+    }  # fmt: skip
+    return job(**{**values, **changed})
+
+
+def largest_running() -> Any:
+    return running(
+        job_id=1234, name="a" * 63, user="somebody-long", node="a-long-host-name:12",
+        stage=Stage.EVALUATING, loss=12.345, base_model="org/" + "m" * 60,
+    )  # fmt: skip
+
+
+def attempt(**changed: Any) -> Attempt:
+    values = {
+        "job_id": 7, "attempt": 1, "token": "secret-token", "node": "box:0", "gpu": "GPU-1", "method": "qlora",
+        "vram_planned": 8 * GIB, "vram_peak": 6 * GIB, "started_at": NOON, "ended_at": NOON + dt.timedelta(minutes=5),
+        "reason": Reason.TRAINER_ERROR, "resumed_from_step": 16,
+    }  # fmt: skip
+    return Attempt(**{**values, **changed})
+
+
+def event(text: str, minute: int = 0) -> Event:
+    return Event(job_id=7, attempt=1, at=NOON + dt.timedelta(minutes=minute), kind="note", text=text)
+
+
+def wait(word: str, sentence: str) -> Wait:
+    return Wait(tier=Tier.CAPACITY, word=word, sentence=sentence)
+
+
+def overview(ran: list[Job], waiting: dict[Job, Wait], ended: list[Job], screen: Screen) -> str:
+    answer = Overview(
+        running=tuple(map(state_of, ran)),
+        waiting=tuple(map(state_of, waiting)),
+        waits=WaitingJobs(reasons={job.job_id: reason for job, reason in waiting.items()}),
+        sweeps=(),
+        ended=tuple(map(state_of, ended)),
+        now=NOON,
+    )
+    return overview_text(answer, screen)
+
+
+def listed(jobs: list[Job], now: dt.datetime, screen: Screen) -> str:
+    answer = JobList(jobs=tuple(map(state_of, jobs)), waits=WaitingJobs(), chosen=False, now=now)
+    return job_list_text(answer, screen)
+
+
+def full(row: Job, screen: Screen = PLAIN, **more: Any) -> str:
+    """`more`: attempts and events as rows, losses and held_out as points, wait."""
+    values = {"wait": None, "attempts": (), "events": (), "losses": (), "held_out": (), **more}
+    values["attempts"], values["events"] = past(values["attempts"], values["events"])
+    return job_text(JobInFull(job=state_of(row), now=NOON, **values), screen)
+
+
+def history(
+    row: Job, attempts: list[Attempt], events: list[Event], spec: dict[str, Any], screen: Screen = PLAIN
+) -> str:
+    ran, lines = past(attempts, events)
+    answer = JobHistory(job=state_of(row), spec=spec, data={}, attempts=ran, events=lines, now=NOON)
+    return history_text(answer, screen)
+
+
+def past(attempts: Iterable[Attempt], events: Iterable[Event]) -> tuple[tuple[PastAttempt, ...], tuple[PastEvent, ...]]:
+    return tuple(map(attempt_of, attempts)), tuple(map(event_of, events))
+
+
+def test_the_json_of_a_job_has_the_columns_names_and_plain_values() -> None:
+    fields = state_of(running(ended_at=NOON, labels={"a": "b"})).as_json()
+    assert tuple(fields) == JSON_FIELDS
+    loaded = json.loads(json.dumps(fields))
+    assert (loaded["status"], loaded["stage"], loaded["labels"]) == ("running", "training", {"a": "b"})
+    assert dt.datetime.fromisoformat(loaded["ended_at"]) == NOON
+    assert "token" not in fields
+
+
+def test_the_overview_tells_what_runs_what_waits_and_how_the_day_went() -> None:
+    ended = [job(status=Status.SUCCEEDED), job(status=Status.FAILED), job(status=Status.CANCELLED)]
+    text = overview([running()], {job(job_id=8): wait("busy", "box:0 runs 7")}, ended, PLAIN)
+    assert text.startswith("1 running, 1 waiting.")
+    assert re.search(r"7  helpdesk +ada +box:0 .* 2% .* 1\.23", text)
+    assert re.search(r"8  helpdesk +ada +8\.0  busy +box:0 runs 7", text)
+    assert "Today 1 ✓ 1 ✗" in text
+    assert "Today 1 ok 1 failed" in overview([], {}, ended, ASCII)
+    assert "Submit one: loractl submit job.yaml" in overview([], {}, [], PLAIN)
+
+
+@pytest.mark.parametrize("width", [80, 110, 120])
+def test_the_largest_values_stay_within_the_screen(width: int) -> None:
+    screen = Screen(width=width, unicode=True, color=False)
+    ended = job(
+        job_id=1234, name="a" * 63, user="somebody-long", status=Status.FAILED, reason=Reason.HOST_OUT_OF_MEMORY,
+        message="word " * 60, ended_at=NOON, method="qlora",
+    )  # fmt: skip
+    texts = [
+        overview([largest_running()], {}, [], screen),
+        overview([], {job(name="b" * 63, user="somebody-long"): wait("memory", "sentence " * 30)}, [], screen),
+        listed([ended], NOON + dt.timedelta(days=2), screen),
+    ]
+    assert [line for text in texts for line in text.splitlines() if len(line) > width] == []
+
+
+def test_a_wide_screen_shows_the_model_and_the_method_as_well() -> None:
+    assert "model-135M qlora" in overview([running()], {}, [], WIDE)
+    assert "model-135M" not in overview([running()], {}, [], PLAIN)
+
+
+@pytest.mark.parametrize("screen", [PLAIN, ASCII, COLOR])
+def test_escapes_are_written_only_where_there_is_colour_and_ascii_draws_no_blocks(screen: Screen) -> None:
+    losses = ((1, 3.0), (2, 1.0))
+    texts = [
+        overview([running()], {job(): wait("busy", "x")}, [], screen),
+        listed([running(), job(status=Status.FAILED, reason=Reason.DIVERGED, message="m")], NOON, screen),
+        full(running(), screen, attempts=[attempt()], events=[event("started")], losses=losses),
+        history(running(), [attempt()], [event("started")], {"name": "a"}, screen),
+    ]
+    for text in texts:
+        assert ("\x1b" in text) == screen.color
+        assert screen.unicode or not set(text) & set("█▏▎▍▌▋▊▉·▁▂▃▄▅▆▇✓✗")
+
+
+def test_a_running_job_in_full_shows_its_place_course_and_next_command() -> None:
+    text = full(
+        running(),
+        attempts=[attempt(ended_at=None)],
+        events=[event("a"), event("b", 1)],
+        losses=((1, 3.0), (30, 1.234)),
+        held_out=((20, 1.5),),
+    )
+    lines = text.splitlines()
+    assert lines[0] == "7 helpdesk on box:0, attempt 1, training"
+    assert lines[2].endswith("   2%  30 of 1 584  10 min left")
+    assert "loss    █▁  1.23   held out 1.50 at step 20" in lines
+    assert "memory  6.0 GiB at most, planned 8.0 GiB   method qlora   speed 812 tok/s" in lines
+    assert text.index("  b") < text.index("  a\n"), "the newest event first"
+    assert lines[-1] == "Its log: loractl logs 7 -f   stop it: loractl cancel 7"
+    assert max(map(len, lines)) <= 80
+
+
+def test_a_job_that_waits_failed_or_succeeded_says_why_and_what_to_do_next() -> None:
+    waits = full(job(), wait=wait("worker", "no worker is online")).splitlines()
+    assert waits[0] == "7 helpdesk waits: worker, no worker is online."
+    failed = full(job(status=Status.FAILED, reason=Reason.DISK_FULL, message="no space")).splitlines()
+    assert failed[0] == "7 helpdesk failed (disk_full): no space"
+    assert failed[-1] == "Next: free space on the worker's disk, then loractl retry 7."
+    done = full(
+        job(status=Status.SUCCEEDED, reason=Reason.OK, message="done", adapter_uri="s3://a", report_uri="s3://r")
+    ).splitlines()
+    assert "adapter s3://a" in done
+    assert done[-1] == "Its report: loractl report 7   its adapter: loractl adapters pull 7 DIR"
+
+
+def test_the_history_lists_every_attempt_with_how_it_ended_and_no_token() -> None:
+    again = attempt(attempt=2, ended_at=None, reason=None, vram_peak=None, resumed_from_step=None)
+    text = history(running(), [attempt(), again], [event("started")], {"name": "a"})
+    assert re.search(r"1  box:0  qlora +8\.0 +6\.0 .*5 min  trainer_error  step 16", text)
+    assert re.search(r"2  box:0  qlora +8\.0 +– .*runs$", text, re.M)
+    assert text.endswith("spec:\nname: a")
+    assert "secret-token" not in text
+
+
+def test_the_adapters_are_listed_with_the_command_that_fetches_one() -> None:
+    stored = Adapter(
+        job_id=7, attempt=1, name="helpdesk", base_model="org/model", method="lora", uri="s3://a", size=3_500_000,
+        sha256="0", created_at=NOON,
+    )  # fmt: skip
+    text = adapter_table([stored], {7: ["latest", "prod"]}, NOON, PLAIN)
+    assert re.search(r"7  helpdesk  latest, prod  lora +3\.5 .* model$", text, re.M)
+    assert text.endswith("Use one: loractl adapters pull 7 DIR")
+    assert adapter_table([], {}, NOON, PLAIN).startswith("No adapter is stored yet")
+
+
+def test_control_characters_of_messages_events_and_names_never_reach_the_terminal() -> None:
+    bad = f"{HOSTILE}\nsecond"
+    failed = job(status=Status.FAILED, reason=Reason.TRAINER_ERROR, message=bad, user=HOSTILE)
+    ran = running(user=HOSTILE, base_model=HOSTILE)
+    texts = [
+        full(failed, events=[event(bad)]),
+        full(job(), wait=wait("held", bad)),
+        listed([failed], NOON, PLAIN),
+        overview([ran], {failed: wait("held", bad)}, [], WIDE),
+        history(failed, [], [event(bad)], {"name": "a"}),
+    ]
+    for text in texts:
+        assert all(c.isprintable() or c == "\n" for c in text)
+    assert len(texts[2].splitlines()) == 2, "a message of two lines does not break the table"
