@@ -67,8 +67,8 @@ from loractl.common.settings import LEASE_S
 from loractl.common.text import storable
 from loractl.common.units import GIB, gib
 
-from .adapters import Reference, drop_tag, find_adapter, read_tags, set_tag
-from .fleet import (
+from .queries.adapters import Reference, drop_tag, find_adapter, read_tags, set_tag
+from .queries.lines import (
     OCCUPANT,
     FleetView,
     card_of,
@@ -80,9 +80,18 @@ from .fleet import (
     read_view,
     waiting_of,
 )
+from .queries.retention import (
+    ENDED,
+    Over,
+    SpentLog,
+    beyond_newest,
+    drop_result,
+    read_needed_data,
+    read_over,
+    spent_logs,
+)
+from .queries.sweeps import NewSweep, SweepView, read_rungs, read_sweeps, read_verdict, rung_points
 from .records import Beat, Claim, Left, NodeState, Progress, StoredCheckpoint, StoredResult, Submission
-from .retention import ENDED, Over, SpentLog, beyond_newest, drop_result, read_needed_data, read_over, spent_logs
-from .sweeps import NewSweep, SweepView, read_rungs, read_sweeps, read_verdict, rung_points
 from .tables import Adapter, Attempt, DrainOrder, Event, Job, LogChunk, MetricPoint, Node, Sweep, Use, UtcDateTime
 
 if TYPE_CHECKING:

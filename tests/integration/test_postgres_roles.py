@@ -14,10 +14,10 @@ from loractl.common.job.adjustment import Adjustment
 from loractl.common.job.status import Reason, Stage, Status
 from loractl.common.placement.rule import Need
 from loractl.common.store.database import make_engine, upgrade
+from loractl.common.store.queries.retention import SpentLog
+from loractl.common.store.queries.sweeps import NewSweep
 from loractl.common.store.records import Claim, Progress, StoredCheckpoint
-from loractl.common.store.retention import SpentLog
 from loractl.common.store.store import Store
-from loractl.common.store.sweeps import NewSweep
 from loractl.common.units import GIB
 
 from ..conftest import Cli

@@ -26,7 +26,7 @@ from loractl.common.store.database import (
 )
 from loractl.common.store.tables import Base
 
-from ...services import free_port
+from ....services import free_port
 
 
 def settings_for(url: str, home: Path) -> Settings:

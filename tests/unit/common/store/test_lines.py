@@ -14,7 +14,7 @@ from sqlalchemy.orm import Session
 from loractl.common.job.method import Method
 from loractl.common.job.status import Reason
 from loractl.common.placement.rule import OLDEST_FIRST_AFTER_S, ListedLine, Openings, Waiting, levels_of
-from loractl.common.store.fleet import (
+from loractl.common.store.queries.lines import (
     NODE_STALE_S,
     card_of,
     drained_targets,
@@ -28,8 +28,8 @@ from loractl.common.store.store import Store
 from loractl.common.store.tables import Base, DrainOrder
 from loractl.common.units import GIB
 
-from ..factories import NOON, RESULT, Clock, node_state, submission
-from ..fleets import card, drained, in_seconds, running, waits
+from ...factories import NOON, RESULT, Clock, node_state, submission
+from ...fleets import card, drained, in_seconds, running, waits
 
 YES = {"nvlink": "yes"}
 

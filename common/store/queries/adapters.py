@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session
 
 from loractl.common.errors import AdapterNotFound, UsageError
 
-from .tables import Adapter, Job, Tag
+from ..tables import Adapter, Job, Tag
 
 LATEST = "latest"
 """The tag that nobody sets: the newest adapter of a name."""

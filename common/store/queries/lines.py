@@ -30,7 +30,7 @@ from loractl.common.placement.rule import (
     waited,
 )
 
-from .tables import DrainOrder, Job, Node, Use, UtcDateTime
+from ..tables import DrainOrder, Job, Node, Use, UtcDateTime
 
 NODE_STALE_S = 60.0
 """A node that was not seen for so long counts as offline."""

@@ -14,8 +14,8 @@ from sqlalchemy.orm import Session
 from loractl.common.job.halving import judge, rung_step
 from loractl.common.job.status import Reason, Stage, Status
 
-from .records import HELD_OUT_LOSS, Claim, Progress
-from .tables import Attempt, Job, MetricPoint, Sweep
+from ..records import HELD_OUT_LOSS, Claim, Progress
+from ..tables import Attempt, Job, MetricPoint, Sweep
 
 _SWEEP_LOCK = 0x5EE9
 """Any constant: with a sweep's number it names a lock in PostgreSQL."""

@@ -19,7 +19,7 @@ from loractl.common.store.store import OUTSIDER_SHARE, Store
 from loractl.common.store.tables import Attempt
 from loractl.common.units import GIB
 
-from ..factories import RESULT, node_state, submission
+from ...factories import RESULT, node_state, submission
 
 
 def show(store: Store, node: str = "box:0", total: float = 24, **state: Any) -> None:

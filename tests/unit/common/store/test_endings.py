@@ -16,7 +16,7 @@ from loractl.common.store.store import LEASE_S, Store
 from loractl.common.store.tables import Job
 from loractl.common.units import GIB
 
-from ..factories import PLENTY, RESULT, Clock, submission, take
+from ...factories import PLENTY, RESULT, Clock, submission, take
 
 NOTHING = Progress()
 

@@ -14,7 +14,7 @@ from loractl.common.store.records import Claim, Progress
 from loractl.common.store.store import LEASE_S, Store
 from loractl.common.units import GIB
 
-from ..factories import NOON, PLENTY, RESULT, Clock, node_state, submission, take
+from ...factories import NOON, PLENTY, RESULT, Clock, node_state, submission, take
 
 NOTHING = Progress()
 

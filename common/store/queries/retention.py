@@ -11,8 +11,8 @@ from sqlalchemy.orm import Session
 
 from loractl.common.job.status import Status
 
+from ..tables import Adapter, Attempt, Job, LogChunk
 from .adapters import is_tagged
-from .tables import Adapter, Attempt, Job, LogChunk
 
 ENDED = tuple(status for status in Status if status.is_terminal)
 
