@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from loractl import __version__
 from loractl.common.job.method import Method
 from loractl.common.placement.rule import Card, Need, Waiting, could_start, largest_gpu, room_at, suits
-from loractl.common.store.queries.lines import NODE_STALE_S, FleetView, waiting_of
+from loractl.common.store.fleet import NODE_STALE_S, FleetView, waiting_of
 from loractl.common.units import duration, gib
 
 if TYPE_CHECKING:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from loractl.common.job.spec import JobSpec
     from loractl.common.memory.plan import Lengths, Plan
     from loractl.common.placement.rule import Waiting
-    from loractl.common.store.queries.lines import FleetView
+    from loractl.common.store.fleet import FleetView
     from loractl.common.store.store import Store
     from loractl.common.store.tables import Job
     from loractl.scheduler.answers.why import Wait
@@ -90,7 +90,7 @@ def _helps(job: Job, wait: Wait, view: FleetView, waiting: Sequence[Waiting]) ->
     from loractl.common.job.method import Method
     from loractl.common.job.spec import JobSpec
     from loractl.common.placement.rule import Need
-    from loractl.common.store.queries.lines import waiting_of
+    from loractl.common.store.fleet import waiting_of
     from loractl.common.units import gib
     from loractl.scheduler.answers.why import Tier, without_others, would_start
 
@@ -376,7 +376,7 @@ def _as_json(
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def gpus(used: bool, as_json: bool) -> None:
     """List the devices of all boxes and what uses them."""
-    from loractl.common.store.queries.lines import NODE_STALE_S
+    from loractl.common.store.fleet import NODE_STALE_S
     from loractl.scheduler.session import open_session
     from loractl.scheduler.text import fleet as render_fleet
     from loractl.scheduler.text import jobs as render

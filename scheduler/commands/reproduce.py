@@ -169,7 +169,7 @@ def _pinned_data(spec: JobSpec, commits: dict[str, str]) -> dict[str, Any]:
 
 
 def _online(store: Store) -> list[Node]:
-    from loractl.common.store.queries.lines import NODE_STALE_S
+    from loractl.common.store.fleet import NODE_STALE_S
 
     now = store.now()
     return [node for node in store.nodes() if (now - node.seen_at).total_seconds() <= NODE_STALE_S]

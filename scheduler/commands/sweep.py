@@ -13,8 +13,8 @@ from loractl.common.errors import SpecError, SpecProblem, UsageError
 
 if TYPE_CHECKING:
     from loractl.common.job.spec import JobSpec
+    from loractl.common.job.sweep import SweepView
     from loractl.common.settings import Settings
-    from loractl.common.store.queries.sweeps import SweepView
     from loractl.common.store.records import Submission
     from loractl.common.store.store import Store
     from loractl.scheduler.submission.grid import Grid, Point
@@ -50,7 +50,7 @@ def sweep(
     Every member is checked before any is queued, and all are queued or none. One value alone holds for all members.
     """
     from loractl.common.job.halving import RUNGS
-    from loractl.common.store.queries.sweeps import NewSweep
+    from loractl.common.job.sweep import NewSweep
     from loractl.scheduler.submission.grid import points, read_grid
 
     from .submit import warn_of_data
@@ -183,7 +183,7 @@ def _print_queued(view: SweepView, as_json: bool) -> None:
 def _print_members(
     specs: Sequence[JobSpec], grid: Grid, rungs: tuple[float, ...] | None, drawn: str, as_json: bool
 ) -> None:
-    from loractl.common.store.queries.sweeps import setting
+    from loractl.common.job.sweep import setting
     from loractl.scheduler.text import sweep as render_sweep
     from loractl.scheduler.text.jobs import detect_screen
 

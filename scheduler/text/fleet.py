@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from loractl.common.memory.correction import Accuracy
     from loractl.common.memory.plan import Plan
     from loractl.common.placement.rule import Card
-    from loractl.common.store.queries.lines import FleetView
+    from loractl.common.store.fleet import FleetView
     from loractl.common.store.tables import Job
     from loractl.scheduler.answers.why import CardFit, Start, Wait
 

@@ -9,7 +9,7 @@ from typing import Any
 from loractl.common.job.method import Method
 from loractl.common.job.status import Status
 from loractl.common.placement.rule import ListedLine, Need, Waiting, charge, least_need, levels_of, place, queue_key
-from loractl.common.store.queries.lines import FleetView, card_of, waiting_of
+from loractl.common.store.fleet import FleetView, card_of, waiting_of
 from loractl.common.store.tables import DrainOrder, Job, Node
 from loractl.common.units import GIB
 

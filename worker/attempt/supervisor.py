@@ -32,8 +32,7 @@ from loractl.common.job.status import Reason, Stage, Status
 from loractl.common.placement.rule import Need
 from loractl.common.settings import Settings
 from loractl.common.store.database import outage
-from loractl.common.store.queries.sweeps import rung_points
-from loractl.common.store.records import Claim, Progress, StoredResult
+from loractl.common.store.records import Claim, Progress, StoredResult, rung_points
 from loractl.common.store.store import Store
 from loractl.worker.device.devices import Device
 from loractl.worker.device.occupancy import (

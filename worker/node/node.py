@@ -37,7 +37,7 @@ from loractl.common.queue.app import WAKE_TASK, card_queue, make_app, wake_cards
 from loractl.common.queue.valkey import broker_url
 from loractl.common.settings import Settings, load_settings, make_private
 from loractl.common.store.database import connect, make_engine, outage
-from loractl.common.store.queries.lines import NODE_STALE_S
+from loractl.common.store.fleet import NODE_STALE_S
 from loractl.common.store.records import Claim, Left, NodeState
 from loractl.common.store.store import Store
 from loractl.common.text import clean_text

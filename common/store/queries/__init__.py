@@ -1,1 +1,1 @@
-"""What the store does inside a transaction, by theme: functions that take it first. Store alone calls them."""
+"""What the store does inside a transaction, by theme. Each function takes the transaction, or its session, first."""

@@ -1,61 +1,50 @@
-"""What people call an adapter: its job's number, the job's name for the newest of that name, or name:tag."""
+"""Stored adapters: the one that a person means, and its tags."""
 
 from __future__ import annotations
 
 import datetime as dt
-import re
-from collections.abc import Mapping
-from dataclasses import dataclass
 
 from sqlalchemy import ColumnElement, Select, exists, select
 from sqlalchemy.orm import Session
 
-from loractl.common.errors import AdapterNotFound, UsageError
+from loractl.common.errors import AdapterNotFound
+from loractl.common.job.reference import LATEST, Reference
 
 from ..tables import Adapter, Job, Tag
-
-LATEST = "latest"
-"""The tag that nobody sets: the newest adapter of a name."""
-
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
+from ..transaction import Transaction
+from .jobs import read_job
 
 
-@dataclass(frozen=True, kw_only=True)
-class Reference:
-    """An adapter as a person names it. Either a job's number, or a name and a tag."""
-
-    job_id: int | None = None
-    name: str | None = None
-    tag: str = LATEST
-
-    def __str__(self) -> str:
-        return str(self.job_id) if self.job_id is not None else f"{self.name}:{self.tag}"
+def read_adapter(tx: Transaction, reference: Reference) -> Adapter:
+    if reference.job_id is not None:
+        read_job(tx, reference.job_id)
+    return _find(tx.session, reference)
 
 
-def parse_reference(text: str) -> Reference:
-    """Read 12, support, support:latest or support:prod. Raises UsageError."""
-    if re.fullmatch(r"[1-9]\d{0,17}", text, re.ASCII):
-        return Reference(job_id=int(text))
-    name, colon, tag = text.partition(":")
-    if not _NAME.fullmatch(name) or (colon and not _NAME.fullmatch(tag)):
-        raise UsageError(f"{text!r} names no adapter", "name it by its job (12), its name (support) or name:tag")
-    return Reference(name=name, tag=tag or LATEST)
+def tag(tx: Transaction, reference: Reference, tag: str, user: str) -> tuple[Adapter, int | None]:
+    adapter = _find(tx.session, reference)
+    before = _set_tag(tx.session, adapter, tag, user, tx.now())
+    if before != adapter.job_id:
+        moved = f", which job {before} had" if before is not None else ""
+        tx.tell(adapter.job_id, None, "tagged", f"tagged {adapter.name}:{tag}{moved} by {user}")
+    return adapter, before
 
 
-def check_tag(tag: str) -> None:
-    """Raises UsageError for what can't be set as a tag."""
-    if tag == LATEST:
-        raise UsageError("latest is always the newest adapter of a name and can't be set", "choose another tag")
-    if not _NAME.fullmatch(tag):
-        raise UsageError(f"{tag!r} is no tag", "letters, digits, '.', '_' and '-' only, at most 63")
+def untag(tx: Transaction, reference: Reference, user: str) -> int:
+    row = tx.session.get(Tag, (reference.name or "", reference.tag), with_for_update=True)
+    if row is None:
+        raise AdapterNotFound(f"{reference.name or ''}:{reference.tag}")
+    tx.session.delete(row)
+    tx.tell(row.job_id, None, "untagged", f"lost the tag {reference} by {user}")
+    return row.job_id
 
 
-def find_adapter(session: Session, reference: Reference) -> Adapter:
-    """Raises AdapterNotFound, JobNotFound is the caller's to tell apart."""
-    found = session.scalars(_matching(reference).limit(1)).first()
-    if found is None:
+def _find(session: Session, reference: Reference) -> Adapter:
+    """Raises AdapterNotFound, also for a job that is not there."""
+    adapter = session.scalars(_matching(reference).limit(1)).first()
+    if adapter is None:
         raise AdapterNotFound(str(reference))
-    return found
+    return adapter
 
 
 def _matching(reference: Reference) -> Select[Adapter]:
@@ -67,7 +56,7 @@ def _matching(reference: Reference) -> Select[Adapter]:
     return named.join(Tag, Tag.job_id == Adapter.job_id).where(Tag.name == reference.name, Tag.tag == reference.tag)
 
 
-def set_tag(session: Session, adapter: Adapter, tag: str, user: str, now: dt.datetime) -> int | None:
+def _set_tag(session: Session, adapter: Adapter, tag: str, user: str, now: dt.datetime) -> int | None:
     """Move a tag to an adapter; returns the job that had it, None when it is new."""
     row = session.get(Tag, (adapter.name, tag), with_for_update=True)
     if row is None:
@@ -77,31 +66,17 @@ def set_tag(session: Session, adapter: Adapter, tag: str, user: str, now: dt.dat
     return before
 
 
-def drop_tag(session: Session, name: str, tag: str) -> int:
-    """Forget a tag; returns the job that had it. Raises AdapterNotFound."""
-    row = session.get(Tag, (name, tag), with_for_update=True)
-    if row is None:
-        raise AdapterNotFound(f"{name}:{tag}")
-    session.delete(row)
-    return row.job_id
-
-
-def read_tags(session: Session) -> dict[int, list[str]]:
+def read_tags(tx: Transaction) -> dict[int, list[str]]:
     """The tags of each tagged job, and latest for the newest adapter of each name."""
-    found: dict[int, list[str]] = {}
+    tags: dict[int, list[str]] = {}
     newest: dict[str, Adapter] = {}
-    for adapter in session.scalars(select(Adapter).order_by(Adapter.created_at, Adapter.job_id)):
+    for adapter in tx.session.scalars(select(Adapter).order_by(Adapter.created_at, Adapter.job_id)):
         newest[adapter.name] = adapter
     for adapter in newest.values():
-        found.setdefault(adapter.job_id, []).append(LATEST)
-    for tag in session.scalars(select(Tag).order_by(Tag.tag)):
-        found.setdefault(tag.job_id, []).append(tag.tag)
-    return found
-
-
-def set_by_hand(tags: Mapping[int, list[str]], job_id: int) -> list[str]:
-    """The tags of a job that a person has set."""
-    return [tag for tag in tags.get(job_id, []) if tag != LATEST]
+        tags.setdefault(adapter.job_id, []).append(LATEST)
+    for tag in tx.session.scalars(select(Tag).order_by(Tag.tag)):
+        tags.setdefault(tag.job_id, []).append(tag.tag)
+    return tags
 
 
 def is_tagged() -> ColumnElement[bool]:

@@ -1,136 +1,28 @@
-"""The fleet and its waiting lines as the placement rule sees them, read from the database by index."""
+"""The waiting lines: the ready jobs by priority, user and size, found by index and only as far as somebody asks."""
 
 from __future__ import annotations
 
 import datetime as dt
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import JSON, TextualSelect, bindparam, column, select, text
+from sqlalchemy import JSON, TextualSelect, bindparam, column, text
 from sqlalchemy.orm import Session
 
-from loractl.common.job.method import Method
-from loractl.common.job.status import Status
 from loractl.common.placement.rule import (
     OLDEST_FIRST_AFTER_S,
-    Card,
-    Decision,
     Line,
-    Need,
-    Occupant,
     Openings,
     Waiting,
-    charge,
-    decayed,
-    place,
     queue_key_range,
     size_step,
     waited,
 )
 
-from ..tables import DrainOrder, Job, Node, Use, UtcDateTime
-
-NODE_STALE_S = 60.0
-"""A node that was not seen for so long counts as offline."""
-
-
-# --- cards ---
-
-OCCUPANT = (
-    Job.job_id, Job.user, Job.node, Job.vram_reserved, Job.eta_seconds, Job.priority, Job.preemptible
-)  # fmt: skip
-"""What a card shows of a running job."""
-
-
-def read_cards(session: Session, now: dt.datetime) -> list[Card]:
-    """Every card that a node has reported, with what runs there; closed when it is offline or drained."""
-    running: dict[str, list[Any]] = {}
-    for row in session.execute(select(*OCCUPANT).where(Job.status == Status.RUNNING)):
-        running.setdefault(row.node or "", []).append(row)
-    drained = drained_targets(session, now)
-    return [card_of(node, running.get(node.node, []), now, drained) for node in session.scalars(select(Node))]
-
-
-def card_of(node: Node, running: list[Any], now: dt.datetime, drained: Mapping[str, DrainOrder]) -> Card:
-    """One node's card. `running`: rows of OCCUPANT."""
-    online = (now - node.seen_at).total_seconds() <= NODE_STALE_S
-    return Card(
-        node=node.node,
-        total=node.total,
-        outside=node.outside_bytes,
-        margin=node.margin,
-        running=tuple(
-            Occupant(
-                job_id=row.job_id,
-                user=row.user,
-                # a job of an older version has no reservation: it may take all that there is
-                reserved=node.total if row.vram_reserved is None else row.vram_reserved,
-                used=int(node.used.get(str(row.job_id), 0)),
-                priority=row.priority,
-                preemptible=row.preemptible,
-                ends=None if row.eta_seconds is None else now + dt.timedelta(seconds=row.eta_seconds),
-            )
-            for row in running
-        ),
-        max_jobs=node.max_jobs,
-        labels=frozenset(node.labels.items()),
-        open=online and not node.draining and node.node not in drained and node.host not in drained,
-        processor=node.kind == "cpu",
-        user_limit=node.user_limit,
-    )
-
-
-def drained_targets(session: Session, now: dt.datetime) -> dict[str, DrainOrder]:
-    """Host or card -> the person's order that keeps it empty now."""
-    orders = session.scalars(select(DrainOrder))
-    return {order.target: order for order in orders if order.until is None or order.until > now}
-
-
-def read_charges(session: Session, now: dt.datetime) -> dict[str, float]:
-    """GiB hours that count against each user who had or has a card."""
-    past = {use.user: decayed(use.gib_hours, (now - use.at).total_seconds()) for use in session.scalars(select(Use))}
-    running: dict[str, list[tuple[int, float]]] = {}
-    columns = (Job.user, Job.vram_reserved, Job.started_at)
-    for row in session.execute(select(*columns).where(Job.status == Status.RUNNING)):
-        seconds = 0.0 if row.started_at is None else (now - row.started_at).total_seconds()
-        running.setdefault(row.user, []).append((row.vram_reserved or 0, seconds))
-    return {user: charge(past.get(user, 0.0), running.get(user, ())) for user in past.keys() | running.keys()}
-
-
-@dataclass(frozen=True, kw_only=True)
-class FleetView:
-    """The whole fleet at one moment, and what the rule would do with it."""
-
-    now: dt.datetime
-    nodes: dict[str, Node]
-    cards: dict[str, Card]
-    drains: dict[str, DrainOrder]  # by host or card
-    running: dict[int, Job]
-    charges: dict[str, float]  # GiB hours by user
-    decisions: tuple[Decision, ...]  # what starts next, and for which job a card is kept
-
-    def drain_of(self, node: str) -> DrainOrder | None:
-        return self.drains.get(node) or self.drains.get(node.rpartition(":")[0])
-
-
-def read_view(session: Session, now: dt.datetime) -> FleetView:
-    """Everything about the fleet, read at once."""
-    cards, charges = read_cards(session, now), read_charges(session, now)
-    decisions = place(read_levels(session, now), cards, charges, now, read_oldest(session, now))
-    return FleetView(
-        now=now,
-        nodes={node.node: node for node in session.scalars(select(Node).order_by(Node.node))},
-        cards={card.node: card for card in sorted(cards, key=lambda card: card.node)},
-        drains=drained_targets(session, now),
-        running={job.job_id: job for job in session.scalars(select(Job).where(Job.status == Status.RUNNING))},
-        charges=charges,
-        decisions=tuple(decisions),
-    )
-
-
-# --- lines ---
+from ..fleet import waiting_of
+from ..queue_key import QueueKey
+from ..tables import UtcDateTime
 
 _HIGHEST = 2**31 - 1  # above every priority
 
@@ -195,36 +87,6 @@ _BY_NUMBER = _one_job("AND job_id = :job_id")
 _NEXT = _one_job(f"AND queue_key = :key AND job_id > :after AND {_FITS}")
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Key:
-    """A queue key, taken apart again."""
-
-    text: str
-    level: str
-    step: int
-    requires: frozenset[tuple[str, str]]
-    user: str
-
-    @classmethod
-    def parse(cls, text: str) -> _Key:
-        level, step, rest = text.split("|", 2)
-        labels, end = json.JSONDecoder().raw_decode(rest) if rest.startswith("{") else ({}, 0)
-        return cls(text=text, level=level, step=int(step), requires=frozenset(labels.items()), user=rest[end + 1 :])
-
-    def may_fit(self, openings: Openings) -> bool:
-        """False when no job under this key can be admitted; the steps are rounded down."""
-        if not any(self.requires <= labels for labels in openings.labels):
-            return False
-        if self.step == 0:
-            return openings.unknown
-        low, high = openings.processor
-        return self.step <= size_step(openings.gpu) or size_step(low) <= self.step <= size_step(high)
-
-    def all_fit(self, openings: Openings) -> bool:
-        """True only when every job under this key is admitted, given that some may be."""
-        return self.step == 0 or self.step < size_step(openings.gpu)
-
-
 def read_levels(session: Session, now: dt.datetime) -> Iterator[dict[str, Line]]:
     """The ready jobs' lines by priority and user, read as far as the caller asks."""
     below = _HIGHEST
@@ -244,7 +106,7 @@ def read_oldest(session: Session, now: dt.datetime) -> Line:
 class _Head:
     """Where a line stands under one key."""
 
-    key: _Key
+    key: QueueKey
     oldest: int | None  # the oldest job that was not given yet, whatever it needs; None: not known
     job: Waiting | None = None  # an admitted one that was looked up and not given yet
     given: int = 0  # jobs up to this number were given, or are not admitted any more
@@ -259,7 +121,7 @@ class _Level:
         self.now = now
         self.priority = priority
         self._read = ("}", "")  # the part of the keys that was read: nothing yet
-        self._keys: dict[str, list[tuple[_Key, int | None]]] = {}
+        self._keys: dict[str, list[tuple[QueueKey, int | None]]] = {}
 
     def heads(self, user: str, openings: Openings) -> list[_Head]:
         """The user's keys under which something may be admitted, each with its oldest ready job."""
@@ -270,7 +132,7 @@ class _Level:
             start, end = min(start, self._read[0]), max(end, self._read[1])
             self._read, self._keys = (start, end), {}
             for key_text, job_id in self.session.execute(_HEADS, {"start": start, "end": end, "now": self.now}):
-                key = _Key.parse(key_text)
+                key = QueueKey.parse(key_text)
                 self._keys.setdefault(key.user, []).append((key, job_id))
         found = self._keys.get(user, [])
         return [_Head(key=key, oldest=job_id, empty=job_id is None) for key, job_id in found]
@@ -376,18 +238,3 @@ def _bounds(openings: Openings) -> dict[str, int]:
 def _one(session: Session, statement: TextualSelect, now: dt.datetime, **values: Any) -> Waiting | None:
     row = session.execute(statement, {"now": now, **values}).mappings().first()
     return None if row is None else waiting_of(dict(row), now)
-
-
-def waiting_of(row: Mapping[str, Any], now: dt.datetime) -> Waiting:
-    """A ready job's row as the rule sees it. QLoRA is not permitted while it waits for LoRA."""
-    methods = tuple(Method(name) for name in row["methods"])
-    patient = row["lora_until"] is not None and row["lora_until"] > now
-    return Waiting(
-        job_id=row["job_id"],
-        user=row["user"],
-        priority=row["priority"],
-        since=row["submitted_at"],
-        methods=(Method.LORA,) if patient else methods,
-        need=Need(lora=row["vram_lora"], qlora=row["vram_qlora"]),
-        requires=_Key.parse(row["queue_key"]).requires,
-    )

@@ -1,129 +1,21 @@
-"""Sweeps as the database has them: what is submitted together, what its members have reached, and who is stopped."""
+"""Sweeps as the database has them: what their members have reached, and which of them is stopped."""
 
 from __future__ import annotations
 
-import datetime as dt
-import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
 
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from loractl.common.job.halving import judge, rung_step
-from loractl.common.job.status import Reason, Stage, Status
+from loractl.common.job.halving import judge
+from loractl.common.job.status import Reason, Status
+from loractl.common.job.sweep import Member, RungPoint, SweepView, metric_of, setting
 
-from ..records import HELD_OUT_LOSS, Claim, Progress
+from ..records import HELD_OUT_LOSS, Claim
 from ..tables import Attempt, Job, MetricPoint, Sweep
 
 _SWEEP_LOCK = 0x5EE9
 """Any constant: with a sweep's number it names a lock in PostgreSQL."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class NewSweep:
-    """What is written of a sweep beside its members."""
-
-    name: str
-    user: str
-    varied: Mapping[str, str]  # the values of each key, as they were given
-    rungs: tuple[float, ...] | None = None  # None: no loser is stopped
-    trials: int | None = None
-    seed: int | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class RungPoint:
-    """A member's evaluation at a rung."""
-
-    rung: float
-    step: int
-    loss: float
-
-    @property
-    def metric(self) -> str:
-        return metric_of(self.rung)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Member:
-    """One job of a sweep, as far as the sweep is concerned."""
-
-    job_id: int
-    name: str
-    settings: Mapping[str, Any]  # of the varied keys
-    status: Status
-    reason: Reason | None = None
-    stage: Stage | None = None
-    held: bool = False
-    step: int | None = None
-    total_steps: int | None = None
-    node: str | None = None
-    message: str | None = None
-    rungs: tuple[RungPoint, ...] = ()  # ascending
-    final_loss: float | None = None  # of the tuned model, once the member has succeeded
-    has_result: bool = False  # adapter and report are stored, and not removed since
-
-    @property
-    def pruned(self) -> bool:
-        return self.status is Status.CANCELLED and self.reason is Reason.PRUNED
-
-    @property
-    def loss(self) -> float | None:
-        """The held-out loss that is known last."""
-        return self.final_loss if self.final_loss is not None else self.rungs[-1].loss if self.rungs else None
-
-
-@dataclass(frozen=True, kw_only=True)
-class SweepView:
-    """A sweep at one moment."""
-
-    sweep_id: int
-    name: str
-    user: str
-    varied: Mapping[str, str]
-    created_at: dt.datetime
-    rungs: tuple[float, ...] = ()
-    trials: int | None = None
-    seed: int | None = None
-    members: Sequence[Member] = field(default_factory=tuple)
-
-    @property
-    def ended(self) -> bool:
-        return all(member.status.is_terminal for member in self.members)
-
-    @property
-    def best(self) -> Member | None:
-        """Of the members that have succeeded the one with the least final loss.
-
-        Before any has: the one with the least loss at the furthest rung that was reached. None before the first.
-        """
-        done = [(m.final_loss, m.job_id, m) for m in self.members if m.final_loss is not None]
-        if done:
-            return min(done)[-1]
-        furthest = max((m.rungs[-1].rung for m in self.members if m.rungs), default=None)
-        there = [(p.loss, m.job_id, m) for m in self.members for p in m.rungs if p.rung == furthest]
-        return min(there)[-1] if there else None
-
-    @property
-    def saved_steps(self) -> tuple[int, int]:
-        """(steps that stopped members did not take, steps of all members whose number is known)."""
-        saved = sum((m.total_steps or 0) - (m.step or 0) for m in self.members if m.pruned)
-        return saved, sum(m.total_steps or 0 for m in self.members)
-
-
-def rung_points(claim: Claim, progress: Progress) -> list[RungPoint]:
-    """The evaluations of a heartbeat that stand at a rung.
-
-    They are stored as metrics of their own: who compares or shows them later need not know how many steps there were.
-    """
-    every, total = claim.spec.training.eval_steps, progress.total_steps
-    if every is None or total is None:
-        return []
-    losses = {step: loss for step, name, loss in progress.metrics if name == "eval_loss" and math.isfinite(loss)}
-    steps = [(rung, rung_step(rung, every, total)) for rung in claim.rungs]
-    return [RungPoint(rung=rung, step=step, loss=losses[step]) for rung, step in steps if step in losses]
 
 
 def read_verdict(session: Session, claim: Claim, points: Sequence[RungPoint]) -> str | None:
@@ -137,7 +29,7 @@ def read_verdict(session: Session, claim: Claim, points: Sequence[RungPoint]) ->
         session.execute(select(func.pg_advisory_xact_lock(_SWEEP_LOCK, claim.sweep_id)))
     for point in points:
         there = _newest(session, [claim.sweep_id], [point.metric])
-        verdict = judge(point.loss, [found.value for (job_id, _), found in there.items() if job_id != claim.job_id])
+        verdict = judge(point.loss, [other.value for (job_id, _), other in there.items() if job_id != claim.job_id])
         if not verdict.goes_on:
             best = "the best" if verdict.kept == 1 else f"one of the best {verdict.kept}"
             where = f"at {point.rung * 100:g} % of its steps (step {point.step})"
@@ -149,8 +41,10 @@ def read_verdict(session: Session, claim: Claim, points: Sequence[RungPoint]) ->
 
 
 def read_rungs(session: Session, job: Job) -> tuple[float, ...]:
-    """The rungs at which a member's next attempt may be stopped. None for one that was stopped before, and that a
-    person wants to see at its end all the same."""
+    """The rungs at which a member's next attempt may be stopped.
+
+    There are none for a member that was stopped before: a person wants to see its end all the same.
+    """
     if job.sweep_id is None:
         return ()
     pruned = select(Attempt.attempt).where(Attempt.job_id == job.job_id, Attempt.reason == Reason.PRUNED).limit(1)
@@ -208,24 +102,11 @@ def _member(
     )
 
 
-def setting(spec: Mapping[str, Any], key: str) -> Any:
-    """The value of a dotted key in a spec."""
-    place: Any = spec
-    for part in key.split("."):
-        place = place.get(part) if isinstance(place, Mapping) else None
-    return place
-
-
 def _newest(
     session: Session, sweep_ids: Collection[int | None], names: Collection[str]
 ) -> dict[tuple[int, str], MetricPoint]:
     """By (job_id, name) the last point of the newest attempt that has one: a resumed attempt measures again."""
-    found = select(MetricPoint).join(Job, Job.job_id == MetricPoint.job_id)
-    found = found.where(Job.sweep_id.in_(sweep_ids), MetricPoint.name.in_(names))
-    ordered: Iterator[MetricPoint] = iter(session.scalars(found.order_by(MetricPoint.attempt, MetricPoint.step)))
+    points = select(MetricPoint).join(Job, Job.job_id == MetricPoint.job_id)
+    points = points.where(Job.sweep_id.in_(sweep_ids), MetricPoint.name.in_(names))
+    ordered: Iterator[MetricPoint] = iter(session.scalars(points.order_by(MetricPoint.attempt, MetricPoint.step)))
     return {(point.job_id, point.name): point for point in ordered}
-
-
-def metric_of(rung: float) -> str:
-    """The name under which the loss at a rung is stored, like rung_0.25."""
-    return f"rung_{rung:g}"

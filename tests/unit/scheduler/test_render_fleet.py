@@ -13,7 +13,7 @@ from loractl.common.job.method import Method
 from loractl.common.memory.architecture import read_shape
 from loractl.common.memory.correction import Measured, accuracy
 from loractl.common.memory.plan import plan as memory_plan
-from loractl.common.store.queries.lines import NODE_STALE_S, FleetView
+from loractl.common.store.fleet import NODE_STALE_S, FleetView
 from loractl.common.units import GIB
 from loractl.scheduler.answers.why import Start, Tier, Wait, card_fits, explain
 from loractl.scheduler.text import fleet as render_fleet

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from loractl.common.job.status import Reason, Stage, Status
-from loractl.common.store.queries.sweeps import Member, RungPoint, SweepView
+from loractl.common.job.sweep import Member, RungPoint, SweepView
 from loractl.scheduler.answers import winner
 from loractl.scheduler.commands.compare import ranked
 from loractl.scheduler.text import jobs as render

@@ -15,7 +15,7 @@ from loractl import __version__
 from loractl.common.job.method import Method
 from loractl.common.job.status import Reason
 from loractl.common.placement.rule import RESERVE_AFTER_S
-from loractl.common.store.queries.lines import NODE_STALE_S
+from loractl.common.store.fleet import NODE_STALE_S
 from loractl.common.store.tables import DrainOrder, Job, Node
 from loractl.common.units import GIB
 from loractl.scheduler.answers.why import (

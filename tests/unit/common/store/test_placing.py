@@ -26,7 +26,7 @@ from loractl.common.placement.rule import (
     levels_of,
     place,
 )
-from loractl.common.store.queries.lines import NODE_STALE_S
+from loractl.common.store.fleet import NODE_STALE_S
 from loractl.common.store.records import Claim, Left, Progress
 from loractl.common.store.store import Store
 from loractl.common.store.tables import Base, Job

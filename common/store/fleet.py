@@ -1,0 +1,83 @@
+"""The fleet's rows as the placement rule sees them: cards with what runs there, and waiting jobs."""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from loractl.common.job.method import Method
+from loractl.common.placement.rule import Card, Decision, Need, Occupant, Waiting
+
+from .queue_key import QueueKey
+from .tables import DrainOrder, Job, Node
+
+NODE_STALE_S = 60.0
+"""A node that was not seen for so long counts as offline."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FleetView:
+    """The whole fleet at one moment, and what the rule would do with it."""
+
+    now: dt.datetime
+    nodes: dict[str, Node]
+    cards: dict[str, Card]
+    drains: dict[str, DrainOrder]  # by host or card
+    running: dict[int, Job]
+    charges: dict[str, float]  # GiB hours by user
+    decisions: tuple[Decision, ...]  # what starts next, and for which job a card is kept
+
+    def drain_of(self, node: str) -> DrainOrder | None:
+        return self.drains.get(node) or self.drains.get(node.rpartition(":")[0])
+
+
+OCCUPANT = (
+    Job.job_id, Job.user, Job.node, Job.vram_reserved, Job.eta_seconds, Job.priority, Job.preemptible
+)  # fmt: skip
+"""What a card shows of a running job."""
+
+
+def card_of(node: Node, running: list[Any], now: dt.datetime, drained: Mapping[str, DrainOrder]) -> Card:
+    """One node's card. `running`: rows with the columns OCCUPANT."""
+    online = (now - node.seen_at).total_seconds() <= NODE_STALE_S
+    return Card(
+        node=node.node,
+        total=node.total,
+        outside=node.outside_bytes,
+        margin=node.margin,
+        running=tuple(
+            Occupant(
+                job_id=row.job_id,
+                user=row.user,
+                # a job of an older version has no reservation: it may take all that there is
+                reserved=node.total if row.vram_reserved is None else row.vram_reserved,
+                used=int(node.used.get(str(row.job_id), 0)),
+                priority=row.priority,
+                preemptible=row.preemptible,
+                ends=None if row.eta_seconds is None else now + dt.timedelta(seconds=row.eta_seconds),
+            )
+            for row in running
+        ),
+        max_jobs=node.max_jobs,
+        labels=frozenset(node.labels.items()),
+        open=online and not node.draining and node.node not in drained and node.host not in drained,
+        processor=node.kind == "cpu",
+        user_limit=node.user_limit,
+    )
+
+
+def waiting_of(row: Mapping[str, Any], now: dt.datetime) -> Waiting:
+    """A ready job's row as the rule sees it. QLoRA is not permitted while it waits for LoRA."""
+    methods = tuple(Method(name) for name in row["methods"])
+    patient = row["lora_until"] is not None and row["lora_until"] > now
+    return Waiting(
+        job_id=row["job_id"],
+        user=row["user"],
+        priority=row["priority"],
+        since=row["submitted_at"],
+        methods=(Method.LORA,) if patient else methods,
+        need=Need(lora=row["vram_lora"], qlora=row["vram_qlora"]),
+        requires=QueueKey.parse(row["queue_key"]).requires,
+    )
