@@ -17,7 +17,8 @@ from loractl.common.job.method import Method
 from loractl.common.job.status import Reason, Stage, Status
 from loractl.common.placement.rule import Card, Need, Placement, could_start, permitted_methods, place
 
-from ..attempt_row import begun, change
+from ..attempt_columns import begun
+from ..guard import become, move
 from ..records import Claim, Left, StoredCheckpoint
 from ..tables import Attempt, Event, Job, Node
 from ..transaction import Transaction
@@ -113,32 +114,32 @@ def _begin(tx: Transaction, job: Job, placed: Placement, node: Node, lease_s: fl
     )
     same = ("attempt", "token", "node", "gpu", "method", "vram_reserved", "started_at")
     columns = {**begun(), **{name: getattr(attempt, name) for name in same}}
-    columns |= {"status": Status.RUNNING, "stage": Stage.PREPARING, "lease_expires_at": tx.now_in(lease_s)}
-    if not tx.change(change(job.job_id, Status.QUEUED).values(**columns)):
+    columns |= {"stage": Stage.PREPARING, "lease_expires_at": tx.now_in(lease_s)}
+    if not tx.change(move(job.job_id, Status.QUEUED, Status.RUNNING).values(**columns)):
         raise AssertionError(f"job {job.job_id} was locked and yet changed")
     tx.session.add(attempt)
     return attempt
 
 
-def _start(tx: Transaction, job: Job, spec: JobSpec, begun: Attempt) -> Claim:
+def _start(tx: Transaction, job: Job, spec: JobSpec, attempt: Attempt) -> Claim:
     """Tell the history of the attempt, and give it what it needs to know."""
-    method = Method(begun.method)
+    method = Method(attempt.method)
     why = _why_method(spec.method, method, Need(lora=job.vram_lora, qlora=job.vram_qlora))
-    text = f"attempt {begun.attempt} started on {begun.node} with {method.value}{why}"
-    tx.tell(job.job_id, begun.attempt, "started", text)
+    text = f"attempt {attempt.attempt} started on {attempt.node} with {method.value}{why}"
+    tx.tell(job.job_id, attempt.attempt, "started", text)
     return Claim(
         job_id=job.job_id,
-        attempt=begun.attempt,
-        token=begun.token,
+        attempt=attempt.attempt,
+        token=attempt.token,
         user=job.user,
         spec=spec,
         data=job.data,
         method=method,
-        vram_planned=begun.vram_planned,
-        vram_reserved=begun.vram_reserved,
+        vram_planned=attempt.vram_planned,
+        vram_reserved=attempt.vram_reserved,
         method_why=why.strip(" ()"),
         adjustment=Adjustment(**(job.adjustment or {})),
-        changes=_changes(tx, job.job_id) if begun.attempt > 1 else (),
+        changes=_changes(tx, job.job_id) if attempt.attempt > 1 else (),
         checkpoint=None if job.checkpoint is None else StoredCheckpoint(**job.checkpoint),
         sweep_id=job.sweep_id,
         rungs=read_rungs(tx.session, job),
@@ -175,7 +176,8 @@ def _refuse(tx: Transaction, job: Job, error: ValidationError, now: dt.datetime)
         job.message = f"written by loractl {job.version}, a worker with {__version__} can't read it"
         tx.tell(job.job_id, None, "version", f"{what}; left to a worker with {job.version}")
         return
-    job.status, job.reason, job.message, job.ended_at = Status.FAILED, Reason.BAD_SPEC, what, now
+    become(job, Status.FAILED)
+    job.reason, job.message, job.ended_at = Reason.BAD_SPEC, what, now
     tx.tell(job.job_id, None, job.status.value, what)
 
 

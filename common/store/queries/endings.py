@@ -18,7 +18,8 @@ from loractl.common.placement.rule import decayed
 from loractl.common.text import storable
 from loractl.common.units import GIB
 
-from ..attempt_row import ended
+from ..attempt_columns import ended
+from ..guard import become
 from ..records import Claim, Progress, StoredResult
 from ..tables import Adapter, Attempt, Event, Job, Use
 from ..transaction import Transaction
@@ -85,7 +86,8 @@ def _end_attempt(tx: Transaction, job: Job, reason: Reason, message: str, now: d
 
 def _end_job(tx: Transaction, job: Job, reason: Reason, message: str, now: dt.datetime) -> None:
     asked = job.cancel_requested and reason is not Reason.OK
-    job.status, job.reason = (Status.CANCELLED, Reason.CANCELLED) if asked else (OUTCOMES[reason].status, reason)
+    become(job, Status.CANCELLED if asked else OUTCOMES[reason].status)
+    job.reason = Reason.CANCELLED if asked else reason
     job.ended_at = now
     job.checkpoint = None  # its files are removed
     tx.tell(job.job_id, job.attempt, job.status.value, message)
@@ -93,7 +95,7 @@ def _end_job(tx: Transaction, job: Job, reason: Reason, message: str, now: dt.da
 
 def _requeue(tx: Transaction, job: Job, reason: Reason, message: str, now: dt.datetime) -> None:
     """Let the job wait for its next attempt, which it is spared while it may be what kills its workers."""
-    job.status = Status.QUEUED
+    become(job, Status.QUEUED)
     text = f"attempt {job.attempt} ended ({reason.value}): {message}"
     if OUTCOMES[reason].counts:
         job.retries_used += 1

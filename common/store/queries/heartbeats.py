@@ -8,7 +8,8 @@ from sqlalchemy import insert, update
 
 from loractl.common.text import storable
 
-from ..attempt_row import EXPECTED, REACHED, mine
+from ..attempt_columns import EXPECTED, REACHED
+from ..guard import mine
 from ..records import Beat, Claim, Progress, StoredCheckpoint, rung_points
 from ..tables import Attempt, Job, LogChunk, MetricPoint
 from ..transaction import Transaction

@@ -8,24 +8,24 @@ from loractl.common.errors import SweepNotFound, WrongState
 from loractl.common.job.status import Reason, Status
 from loractl.common.text import storable
 
-from ..attempt_row import change, retried
+from ..attempt_columns import retried
+from ..guard import change, may_come_back, move
 from ..tables import Job, Sweep
 from ..transaction import Transaction
 from .jobs import read_job
 
 
 def cancel(tx: Transaction, job_id: int, user: str) -> Job:
-    waiting = change(job_id, Status.QUEUED).values(
-        status=Status.CANCELLED, reason=Reason.CANCELLED, message=f"cancelled by {user}", ended_at=tx.now()
-    )
-    if not tx.change(waiting):
+    said = f"cancelled by {user}"
+    waiting = move(job_id, Status.QUEUED, Status.CANCELLED)
+    if not tx.change(waiting.values(reason=Reason.CANCELLED, message=said, ended_at=tx.now())):
         running = change(job_id, Status.RUNNING).values(cancel_requested=True)
         if not tx.change(running):
             ended = read_job(tx, job_id)
             raise WrongState(f"job {job_id} has already {_ended_as(ended)}")
     job = read_job(tx, job_id)
     if job.status is Status.CANCELLED:
-        tx.tell(job_id, None, "cancelled", f"cancelled by {user}")
+        tx.tell(job_id, None, "cancelled", said)
     else:
         tx.tell(job_id, None, "cancel", f"cancel asked for by {user}")
     return job
@@ -54,7 +54,7 @@ def retry(tx: Transaction, job_id: int, user: str) -> Job:
     again = (
         update(Job)
         .where(Job.job_id == job_id)
-        .where(or_(Job.status.in_([Status.FAILED, Status.CANCELLED]), (Job.status == Status.QUEUED) & Job.held))
+        .where(or_(may_come_back(), (Job.status == Status.QUEUED) & Job.held))
         .values(status=Status.QUEUED, **retried())
     )
     if not tx.change(again):

@@ -1,15 +1,11 @@
-"""The part of a job's row that is an attempt's: who may write it, and what is cleared when."""
+"""The columns of a job's row that are an attempt's: which its beginning, its end and a person's retry clear.
+
+Every nullable column of the job that an attempt writes and that its successor must not see stands in one of the groups.
+"""
 
 from __future__ import annotations
 
 from typing import Any
-
-from sqlalchemy import Update, update
-
-from loractl.common.job.status import Status
-
-from .records import Claim
-from .tables import Job
 
 RIGHT = ("token", "lease_expires_at", "vram_reserved", "stage", "preempted_by")
 """What makes an attempt the job's running one."""
@@ -25,15 +21,6 @@ VERDICT = ("reason", "message", "not_before")
 
 LIFE = {"cancel_requested": False, "held": False, "retries_used": 0, "ended_at": None}
 """What only a person's retry takes back."""
-
-
-def change(job_id: int, expected: Status) -> Update:
-    return update(Job).where(Job.job_id == job_id, Job.status == expected)
-
-
-def mine(claim: Claim) -> Update:
-    """The guard of every write of an attempt."""
-    return change(claim.job_id, Status.RUNNING).where(Job.token == claim.token)
 
 
 def begun() -> dict[str, Any]:
