@@ -236,6 +236,8 @@ def test_a_retried_job_shows_nothing_of_the_attempt_before(timed: Store, reason:
     job_id = timed.submit(submission(max_retries=0))
     mine = claim(timed)
     timed.beat(mine, TOLD)
+    told = timed.job(job_id)
+    assert {name: getattr(told, name) for name in TOLD_COLUMNS} == {name: getattr(TOLD, name) for name in TOLD_COLUMNS}
     end(timed, reason, mine)
     for row in (timed.job(job_id), timed.retry(job_id, "ada")):
         assert (row.token, row.lease_expires_at, row.vram_reserved, row.stage) == (None,) * 4, "no attempt has it"
