@@ -11,7 +11,8 @@ import pytest
 FORKS = """
 import os, sqlite3, sys, threading, time
 
-from loractl.common.store.database import make_engine, upgrade
+from loractl.common.store.database import make_engine
+from loractl.common.store.schema import upgrade
 from loractl.common.settings import load_settings
 from loractl.common.store.store import Store
 from loractl.worker.device.devices import find_devices
