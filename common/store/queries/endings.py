@@ -94,7 +94,7 @@ def _end_job(tx: Transaction, job: Job, reason: Reason, message: str, now: dt.da
 
 
 def _requeue(tx: Transaction, job: Job, reason: Reason, message: str, now: dt.datetime) -> None:
-    """Let the job wait for its next attempt, which it is spared while it may be what kills its workers."""
+    """Let the job wait for its next attempt; hold it when it may be what kills its workers."""
     become(job, Status.QUEUED)
     text = f"attempt {job.attempt} ended ({reason.value}): {message}"
     if OUTCOMES[reason].counts:

@@ -134,8 +134,8 @@ class _Level:
             for key_text, job_id in self.session.execute(_HEADS, {"start": start, "end": end, "now": self.now}):
                 key = QueueKey.parse(key_text)
                 self._keys.setdefault(key.user, []).append((key, job_id))
-        found = self._keys.get(user, [])
-        return [_Head(key=key, oldest=job_id, empty=job_id is None) for key, job_id in found]
+        mine = self._keys.get(user, [])
+        return [_Head(key=key, oldest=job_id, empty=job_id is None) for key, job_id in mine]
 
     def one(self, statement: TextualSelect, **values: Any) -> Waiting | None:
         return _one(self.session, statement, self.now, **values)
