@@ -29,8 +29,8 @@ inside = threading.Event()
 
 
 def monitor():
-    with node._in_database, Store(engine)._write() as session:
-        session.connection()
+    with node._in_database, Store(engine)._write() as transaction:
+        transaction.session.connection()
         inside.set()
         time.sleep(0.5)
 
