@@ -29,8 +29,9 @@ from loractl.common.job.method import Method
 from loractl.common.job.spec import JobSpec
 from loractl.common.job.status import Status
 from loractl.common.placement.rule import Need, least_need, queue_key, vram_class
-from loractl.common.store.database import make_engine, upgrade
+from loractl.common.store.database import make_engine
 from loractl.common.store.records import NodeState
+from loractl.common.store.schema import upgrade
 from loractl.common.store.store import Store
 from loractl.common.store.tables import Job
 from loractl.common.units import GIB

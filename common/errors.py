@@ -13,7 +13,8 @@ LoractlError                    1  failed
 ├── ArtifactError               1  an artifact can't be written or does not match its manifest
 └── WrongState                  1  the job's state does not allow that
 
-They are caught at two places only: the command line (`loractl.scheduler.cli.main`) and the worker's task.
+The command line (`loractl.scheduler.cli.main`) prints one that reaches it, and exits with its code. A supervisor ends
+the attempt with a reason instead, a server answers with the sentence. Other code catches one only where it can go on.
 """
 
 from __future__ import annotations

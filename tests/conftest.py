@@ -18,7 +18,8 @@ from sqlalchemy import create_engine, text
 
 from loractl.common.queue.valkey import stop_embedded
 from loractl.common.settings import load_settings
-from loractl.common.store.database import make_engine, upgrade
+from loractl.common.store.database import make_engine
+from loractl.common.store.schema import upgrade
 from loractl.common.store.store import Store
 
 from . import services

@@ -20,7 +20,7 @@ class Status(enum.StrEnum):
         return self in (Status.SUCCEEDED, Status.FAILED, Status.CANCELLED)
 
 
-TRANSITIONS: dict[Status, frozenset[Status]] = {
+TRANSITIONS: dict[Status, frozenset[Status]] = {  # the store writes no other step
     Status.QUEUED: frozenset({Status.RUNNING, Status.CANCELLED, Status.FAILED}),  # FAILED: a spec no worker can read
     Status.RUNNING: frozenset({Status.QUEUED, Status.SUCCEEDED, Status.FAILED, Status.CANCELLED}),
     Status.SUCCEEDED: frozenset(),

@@ -1,4 +1,4 @@
-"""Connections to SQLite or PostgreSQL, and the schema's migrations."""
+"""Connections to SQLite or PostgreSQL."""
 
 from __future__ import annotations
 
@@ -6,21 +6,16 @@ import contextlib
 import sqlite3
 import time
 from collections.abc import Iterator
-from importlib.resources import as_file, files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from sqlalchemy import Connection, Engine, ExceptionContext, create_engine, event, text
+from sqlalchemy import Connection, Engine, ExceptionContext, create_engine, event
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
 
 from loractl.common.errors import Forbidden, LoractlError, SchemaMismatch, ServiceUnreachable, UsageError
 from loractl.common.settings import Settings, make_private, redacted
 
-if TYPE_CHECKING:
-    from alembic.config import Config
-
-HEAD = "0004"
-"""The newest migration in migrations/versions; a test holds it equal to Alembic's own head."""
+from .schema import HEAD, revision, upgrade
 
 SQLITE_BUSY_MS = 30_000
 _POSTGRES_OPTIONS = {
@@ -34,7 +29,6 @@ _POSTGRES_OPTIONS = {
     "options": "-c statement_timeout=20000 -c lock_timeout=10000 -c idle_in_transaction_session_timeout=60000",
 }
 _INSUFFICIENT_PRIVILEGE = "42501"
-_MIGRATION_LOCK = 0x10AC71  # any constant: names loractl's advisory lock in PostgreSQL
 
 
 def connect(settings: Settings, *, check_schema: bool = True) -> Engine:
@@ -47,12 +41,12 @@ def connect(settings: Settings, *, check_schema: bool = True) -> Engine:
     if not check_schema:
         return engine
     with reachable(settings):
-        found = revision(engine)
-        if found != HEAD and settings.embedded_database and (found is None or found < HEAD):
+        current = revision(engine)
+        if current != HEAD and settings.embedded_database and (current is None or current < HEAD):
             upgrade(engine)
-            found = HEAD
-    if found != HEAD:
-        raise SchemaMismatch(found, HEAD)
+            current = HEAD
+    if current != HEAD:
+        raise SchemaMismatch(current, HEAD)
     return engine
 
 
@@ -137,47 +131,6 @@ def _write_ahead(connection: sqlite3.Connection) -> None:
             if "locked" not in str(error) or time.monotonic() > deadline:
                 raise
             time.sleep(0.02)
-
-
-def revision(engine: Engine) -> str | None:
-    """The schema's revision, None for a database without loractl's tables."""
-    with engine.connect().execution_options(read_only=True) as connection:
-        if not engine.dialect.has_table(connection, "alembic_version"):
-            return None
-        found = connection.execute(text("SELECT version_num FROM alembic_version")).scalar()
-        return None if found is None else str(found)
-
-
-def upgrade(engine: Engine) -> tuple[str | None, str]:
-    """Migrate to HEAD; returns the revision before and after. Several processes may call it at once.
-
-    Raises SchemaMismatch when the database is newer than this loractl.
-    """
-    from alembic import command
-
-    before = revision(engine)
-    if before is not None and before > HEAD:
-        raise SchemaMismatch(before, HEAD)
-    with engine.begin() as connection, alembic_config(connection) as config:
-        if engine.dialect.name == "postgresql":
-            for patience in ("statement_timeout", "lock_timeout"):
-                connection.execute(text(f"SET LOCAL {patience} = 0"))  # a migration takes what it takes
-            connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _MIGRATION_LOCK})
-        command.upgrade(config, "head")
-    return before, HEAD
-
-
-@contextlib.contextmanager
-def alembic_config(connection: Connection | None) -> Iterator[Config]:
-    """Alembic's configuration without an ini file; the scripts come from the installed package."""
-    from alembic.config import Config
-
-    with as_file(files("loractl.migrations")) as folder:
-        config = Config()
-        config.set_main_option("script_location", str(folder))
-        config.set_main_option("path_separator", "os")
-        config.attributes["connection"] = connection
-        yield config
 
 
 def _private_file(path: Path) -> None:

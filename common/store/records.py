@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from loractl.common.job.adjustment import Adjustment
+from loractl.common.job.halving import rung_step
 from loractl.common.job.method import Method
 from loractl.common.job.status import Stage
+from loractl.common.job.sweep import RungPoint
 from loractl.common.placement.rule import Need
 
 if TYPE_CHECKING:
@@ -135,3 +138,34 @@ class NodeState:
     versions: dict[str, str] = field(default_factory=dict)
     instance: str | None = None
     draining: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Over:
+    """Of some jobs: those that the database knows, those that have ended, and attempts that left no kept result.
+
+    An ended attempt is never run again and never becomes a result, whatever its job does.
+    """
+
+    known: frozenset[int]
+    jobs: frozenset[int]
+    attempts: frozenset[tuple[int, int]]  # job_id, attempt
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpentLog:
+    """Log lines in the database that are stored with a result as well."""
+
+    job_id: int
+    attempt: int
+    size: int  # characters
+
+
+def rung_points(claim: Claim, progress: Progress) -> list[RungPoint]:
+    """The evaluations of a heartbeat that stand at a rung of the claim's sweep."""
+    every, total = claim.spec.training.eval_steps, progress.total_steps
+    if every is None or total is None:
+        return []
+    losses = {step: loss for step, name, loss in progress.metrics if name == "eval_loss" and math.isfinite(loss)}
+    steps = [(rung, rung_step(rung, every, total)) for rung in claim.rungs]
+    return [RungPoint(rung=rung, step=step, loss=losses[step]) for rung, step in steps if step in losses]

@@ -12,8 +12,8 @@ from .job import JobState, state_of
 from .wait.queue import WaitingJobs, waiting_jobs
 
 if TYPE_CHECKING:
+    from loractl.common.job.sweep import SweepView
     from loractl.common.store.store import Store
-    from loractl.common.store.sweeps import SweepView
     from loractl.common.store.tables import Job
 
 

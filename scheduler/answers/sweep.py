@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from loractl.common.job.sweep import SweepView
     from loractl.common.store.store import Store
-    from loractl.common.store.sweeps import SweepView
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ from loractl.scheduler.text.screen import Screen, table
 from loractl.scheduler.text.sweep import number_columns, settings_of, shares, short_keys, titles
 
 if TYPE_CHECKING:
-    from loractl.common.store.sweeps import SweepView
+    from loractl.common.job.sweep import SweepView
 
 
 def text(view: SweepView, jobs: Sequence[Compared], screen: Screen) -> str:

@@ -55,7 +55,7 @@ def adapters_list(as_json: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def adapters_show(adapter: str, as_json: bool) -> None:
     """Show where an adapter comes from: base, data, job, versions."""
-    from loractl.common.store.adapters import LATEST
+    from loractl.common.job.reference import LATEST
 
     row, job, files, prefix, store = _open(adapter)
     tags = store.tags().get(row.job_id, [])
@@ -72,7 +72,7 @@ def adapters_show(adapter: str, as_json: bool) -> None:
 @click.argument("tag", metavar="TAG")
 def adapters_tag(adapter: str, tag: str) -> None:
     """Let NAME:TAG mean this adapter; loractl gc keeps it."""
-    from loractl.common.store.adapters import check_tag, parse_reference
+    from loractl.common.job.reference import check_tag, parse_reference
     from loractl.scheduler.session import open_session
 
     check_tag(tag)
@@ -87,7 +87,7 @@ def adapters_tag(adapter: str, tag: str) -> None:
 def adapters_untag(name: str) -> None:
     """Forget a tag; the adapter stays."""
     from loractl.common.errors import UsageError
-    from loractl.common.store.adapters import check_tag, parse_reference
+    from loractl.common.job.reference import check_tag, parse_reference
     from loractl.scheduler.session import open_session
 
     reference = parse_reference(name)
@@ -130,7 +130,7 @@ def adapters_pull(adapter: str, folder: Path) -> None:
 def adapters_delete(names: tuple[str, ...], yes: bool) -> None:
     """Remove adapters for good, with their reports; a tagged one is refused."""
     from loractl.common.errors import WrongState
-    from loractl.common.store.adapters import set_by_hand
+    from loractl.common.job.reference import set_by_hand
 
     opened = list({found[0].job_id: found for found in map(_open, names)}.values())
     for row, job, _, _, store in opened:
@@ -154,7 +154,7 @@ def _open(text: str) -> tuple[Adapter, Job, ArtifactStore, str, Store]:
     """The adapter that a person means, its job, and where its files are. Raises WrongState, naming why none is left."""
     from loractl.common.artifacts import attempt_prefix, open_store
     from loractl.common.errors import AdapterNotFound
-    from loractl.common.store.adapters import parse_reference
+    from loractl.common.job.reference import parse_reference
     from loractl.scheduler.session import open_session
 
     from .report import result_of

@@ -16,7 +16,8 @@ def db() -> None:
 def db_upgrade() -> None:
     """Bring the database's tables to this loractl's form. The embedded SQLite does it by itself."""
     from loractl.common.settings import load_settings, redacted
-    from loractl.common.store.database import connect, reachable, upgrade
+    from loractl.common.store.database import connect, reachable
+    from loractl.common.store.schema import upgrade
 
     settings = load_settings()
     with reachable(settings):

@@ -13,10 +13,10 @@ from loractl.common.errors import SpecError, SpecProblem, UsageError
 
 if TYPE_CHECKING:
     from loractl.common.job.spec import JobSpec
+    from loractl.common.job.sweep import SweepView
     from loractl.common.settings import Settings
     from loractl.common.store.records import Submission
     from loractl.common.store.store import Store
-    from loractl.common.store.sweeps import SweepView
     from loractl.scheduler.submission.grid import Grid, Point
 
 _NAME_LENGTH = 63
@@ -50,7 +50,7 @@ def sweep(
     Every member is checked before any is queued, and all are queued or none. One value alone holds for all members.
     """
     from loractl.common.job.halving import RUNGS
-    from loractl.common.store.sweeps import NewSweep
+    from loractl.common.job.sweep import NewSweep
     from loractl.scheduler.submission.grid import points, read_grid
 
     from .submit import warn_of_data
@@ -183,7 +183,7 @@ def _print_queued(view: SweepView, as_json: bool) -> None:
 def _print_members(
     specs: Sequence[JobSpec], grid: Grid, rungs: tuple[float, ...] | None, drawn: str, as_json: bool
 ) -> None:
-    from loractl.common.store.sweeps import setting
+    from loractl.common.job.sweep import setting
     from loractl.scheduler.text import sweep as render_sweep
     from loractl.scheduler.text.screen import detect_screen
 

@@ -16,7 +16,7 @@ from loractl.common.units import thousands
 from .screen import Screen, bar, fit, table
 
 if TYPE_CHECKING:
-    from loractl.common.store.sweeps import Member, SweepView
+    from loractl.common.job.sweep import Member, SweepView
 
 _DOING = {
     Stage.PREPARING: "prepares",

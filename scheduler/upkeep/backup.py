@@ -16,7 +16,8 @@ from pathlib import Path
 from loractl.common.artifacts import open_store
 from loractl.common.errors import LoractlError, SchemaMismatch, UsageError, WrongState
 from loractl.common.settings import Settings, make_private
-from loractl.common.store.database import HEAD, SQLITE_BUSY_MS
+from loractl.common.store.database import SQLITE_BUSY_MS
+from loractl.common.store.schema import HEAD
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from loractl.common.queue.valkey import stop_embedded
 from loractl.common.settings import load_settings
-from loractl.common.store.database import make_engine, upgrade
+from loractl.common.store.database import make_engine
+from loractl.common.store.schema import upgrade
 
 from ..conftest import Cli
 from ..models import write_helpdesk

@@ -26,8 +26,9 @@ from loractl import __version__
 from loractl.common.artifacts import open_store
 from loractl.common.job.status import Reason, Stage, Status
 from loractl.common.settings import load_settings
-from loractl.common.store.database import make_engine, upgrade
+from loractl.common.store.database import make_engine
 from loractl.common.store.records import Claim
+from loractl.common.store.schema import upgrade
 from loractl.common.store.store import Store
 from loractl.common.store.tables import Job
 from loractl.worker.attempt.drain import Drain

@@ -18,7 +18,8 @@ import pytest
 from sqlalchemy import MetaData, create_engine, select
 
 from loractl.common.queue.valkey import server_binary
-from loractl.common.store.database import make_engine, upgrade
+from loractl.common.store.database import make_engine
+from loractl.common.store.schema import upgrade
 
 from .. import services
 from ..conftest import Cli

@@ -287,7 +287,7 @@ class Lab:
 @contextlib.contextmanager
 def lab(boxes: int, cards: int, lease_s: float) -> Iterator[Lab]:
     """Start it; on the way out nothing of it remains."""
-    from loractl.common.store.database import upgrade
+    from loractl.common.store.schema import upgrade
 
     with contextlib.ExitStack() as stack:
         folder = Path(tempfile.mkdtemp(prefix="lora-chaos-"))

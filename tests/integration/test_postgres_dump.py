@@ -10,8 +10,9 @@ import pytest
 from sqlalchemy import create_engine, text
 
 from loractl.common.job.status import Status
-from loractl.common.store.database import HEAD, make_engine, revision, upgrade
+from loractl.common.store.database import make_engine
 from loractl.common.store.records import Claim
+from loractl.common.store.schema import HEAD, revision, upgrade
 from loractl.common.store.store import Store
 
 from ..unit.factories import submission, take

@@ -12,12 +12,12 @@ from sqlalchemy import text
 from loractl.common.errors import Forbidden
 from loractl.common.job.adjustment import Adjustment
 from loractl.common.job.status import Reason, Stage, Status
+from loractl.common.job.sweep import NewSweep
 from loractl.common.placement.rule import Need
-from loractl.common.store.database import make_engine, upgrade
-from loractl.common.store.records import Claim, Progress, StoredCheckpoint
-from loractl.common.store.retention import SpentLog
+from loractl.common.store.database import make_engine
+from loractl.common.store.records import Claim, Progress, SpentLog, StoredCheckpoint
+from loractl.common.store.schema import upgrade
 from loractl.common.store.store import Store
-from loractl.common.store.sweeps import NewSweep
 from loractl.common.units import GIB
 
 from ..conftest import Cli

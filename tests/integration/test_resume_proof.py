@@ -22,8 +22,9 @@ from loractl.common.job.spec import JobSpec, Method
 from loractl.common.job.status import Reason, Status
 from loractl.common.placement.rule import Need, permitted_methods
 from loractl.common.settings import load_settings
-from loractl.common.store.database import make_engine, upgrade
+from loractl.common.store.database import make_engine
 from loractl.common.store.records import Claim, NodeState, Submission
+from loractl.common.store.schema import upgrade
 from loractl.common.store.store import Store
 from loractl.worker.attempt import process
 from loractl.worker.attempt.drain import Drain

@@ -13,8 +13,7 @@ from pathlib import Path
 from loractl.common.job.adjustment import Adjustment
 from loractl.common.job.status import Reason
 from loractl.common.placement.rule import Need
-from loractl.common.store.records import Beat, Claim, Progress
-from loractl.common.store.sweeps import rung_points
+from loractl.common.store.records import Beat, Claim, Progress, rung_points
 from loractl.worker.protocol.messages import (
     Adjusted,
     Ended,

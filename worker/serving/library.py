@@ -13,9 +13,9 @@ from typing import Any
 from loractl.common.artifacts import ArtifactStore, attempt_prefix, open_store, sha256_of
 from loractl.common.errors import ArtifactError, UsageError
 from loractl.common.fingerprint import changed_files
+from loractl.common.job.reference import parse_reference
 from loractl.common.job.spec import DataFormat, JobSpec, Method, TaskType
 from loractl.common.settings import Settings
-from loractl.common.store.adapters import parse_reference
 from loractl.common.store.database import connect, reachable
 from loractl.common.store.store import Store
 from loractl.common.store.tables import Adapter, Job

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from loractl.common.store.database import make_engine, upgrade
+from loractl.common.store.database import make_engine
+from loractl.common.store.schema import upgrade
 from loractl.common.store.store import Store
 
 from ..factories import Clock

@@ -16,8 +16,9 @@ from loractl.common.artifacts import ArtifactStore, attempt_prefix, checkpoint_p
 from loractl.common.errors import ArtifactError
 from loractl.common.job.status import Reason
 from loractl.common.settings import Settings, load_settings
-from loractl.common.store.database import make_engine, upgrade
+from loractl.common.store.database import make_engine
 from loractl.common.store.records import Claim, Progress, StoredCheckpoint, StoredResult
+from loractl.common.store.schema import upgrade
 from loractl.common.store.store import Store
 from loractl.common.store.tables import Job
 from loractl.scheduler.upkeep.garbage import Cleaner, Garbage, Kind, Policy

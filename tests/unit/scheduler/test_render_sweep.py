@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from loractl.common.job.status import Reason, Stage, Status
-from loractl.common.store.sweeps import Member, RungPoint, SweepView
+from loractl.common.job.sweep import Member, RungPoint, SweepView
 from loractl.scheduler.answers import winner
 from loractl.scheduler.answers.job import state_of
 from loractl.scheduler.answers.overview import Overview

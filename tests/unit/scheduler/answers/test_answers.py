@@ -13,11 +13,11 @@ import pytest
 from click.testing import CliRunner
 
 from loractl.common.job.status import Reason, Stage
+from loractl.common.job.sweep import NewSweep
 from loractl.common.settings import load_settings
 from loractl.common.store.database import connect
 from loractl.common.store.records import Claim, Progress
 from loractl.common.store.store import Store
-from loractl.common.store.sweeps import NewSweep
 from loractl.common.units import GIB
 from loractl.scheduler.answers.accuracy import plan_accuracy
 from loractl.scheduler.answers.fleet import fleet

@@ -15,7 +15,7 @@ from loractl.common.store.records import Claim, Progress, StoredResult
 from loractl.common.store.store import Store
 from loractl.common.store.tables import Job
 
-from ..factories import NOON, RESULT, Clock, submission, take
+from ...factories import NOON, RESULT, Clock, submission, take
 
 DAY = dt.timedelta(days=1)
 

@@ -9,7 +9,7 @@ from loractl.common.job.status import Reason, Status
 from loractl.common.store.records import Claim, Progress
 from loractl.common.store.store import Store
 
-from ..factories import PLENTY, RESULT, submission, take
+from ...factories import PLENTY, RESULT, submission, take
 
 
 def test_a_held_job_is_not_claimed_and_says_who_holds_it_and_why(store: Store) -> None:

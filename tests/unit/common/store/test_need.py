@@ -14,12 +14,13 @@ from loractl.common.job.method import Method
 from loractl.common.job.status import Reason, Status
 from loractl.common.memory.correction import GROWTH, LIKE_IT_SPARE, Measured, learned, peaks_like
 from loractl.common.placement.rule import Need
+from loractl.common.store.queries.need import OUTSIDER_SHARE
 from loractl.common.store.records import Claim, Progress
-from loractl.common.store.store import OUTSIDER_SHARE, Store
+from loractl.common.store.store import Store
 from loractl.common.store.tables import Attempt
 from loractl.common.units import GIB
 
-from ..factories import RESULT, node_state, submission
+from ...factories import RESULT, node_state, submission
 
 
 def show(store: Store, node: str = "box:0", total: float = 24, **state: Any) -> None:

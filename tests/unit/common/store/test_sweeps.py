@@ -12,11 +12,11 @@ import pytest
 from loractl.common.errors import SweepNotFound, WrongState
 from loractl.common.job.halving import RUNGS
 from loractl.common.job.status import Reason, Stage, Status
+from loractl.common.job.sweep import NewSweep
 from loractl.common.store.records import HELD_OUT_LOSS, Beat, Claim, Progress
 from loractl.common.store.store import Store
-from loractl.common.store.sweeps import NewSweep
 
-from ..factories import RESULT, Clock, submission, take
+from ...factories import RESULT, Clock, submission, take
 
 RATES = (1e-4, 3e-4, 1e-3, 3e-3)
 

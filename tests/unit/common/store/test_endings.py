@@ -9,14 +9,16 @@ from sqlalchemy import update
 from sqlalchemy.orm import Session
 
 from loractl.common.errors import WrongState
-from loractl.common.job.status import LAB_RETRY_DELAY_S, OUTCOMES, TRANSITIONS, WORKER_LOST_LIMIT, Reason, Status
+from loractl.common.job.status import LAB_RETRY_DELAY_S, OUTCOMES, TRANSITIONS, WORKER_LOST_LIMIT, Reason, Stage, Status
 from loractl.common.placement.rule import VRAM_CLASSES
+from loractl.common.settings import LEASE_S
+from loractl.common.store.attempt_columns import begun, ended, retried
 from loractl.common.store.records import Claim, Left, Progress
-from loractl.common.store.store import LEASE_S, Store
+from loractl.common.store.store import Store
 from loractl.common.store.tables import Job
 from loractl.common.units import GIB
 
-from ..factories import PLENTY, RESULT, Clock, submission, take
+from ...factories import PLENTY, RESULT, Clock, submission, take
 
 NOTHING = Progress()
 
@@ -215,6 +217,48 @@ def test_lost_workers_are_counted_since_the_retry_also_when_the_clock_was_set_ba
         assert not timed.job(job_id).held
         lose(timed, clock)
     assert timed.job(job_id).held, "three losses after the retry, though before it by the clock"
+
+
+TOLD = Progress(
+    stage=Stage.TRAINING,
+    step=3,
+    total_steps=9,
+    loss=2.5,
+    tokens_per_second=80.0,
+    eta_seconds=60.0,
+    eta_spread_seconds=9.0,
+)
+TOLD_COLUMNS = [name for name in vars(TOLD) if getattr(TOLD, name) not in (None, (), "")]
+
+
+@pytest.mark.parametrize("reason", [Reason.TRAINER_ERROR, Reason.DIVERGED, Reason.CANCELLED, Reason.PRUNED])
+def test_a_retried_job_shows_nothing_of_the_attempt_before(timed: Store, reason: Reason) -> None:
+    job_id = timed.submit(submission(max_retries=0))
+    mine = claim(timed)
+    timed.beat(mine, TOLD)
+    told = timed.job(job_id)
+    assert {name: getattr(told, name) for name in TOLD_COLUMNS} == {name: getattr(TOLD, name) for name in TOLD_COLUMNS}
+    end(timed, reason, mine)
+    for row in (timed.job(job_id), timed.retry(job_id, "ada")):
+        assert (row.token, row.lease_expires_at, row.vram_reserved, row.stage) == (None,) * 4, "no attempt has it"
+        assert (row.eta_seconds, row.eta_spread_seconds, row.preempted_by) == (None,) * 3, "nothing is expected of it"
+    assert {name: getattr(row, name) for name in TOLD_COLUMNS} == dict.fromkeys(TOLD_COLUMNS)
+    assert (row.reason, row.message, row.not_before, row.ended_at) == (None,) * 4
+
+
+def test_every_column_that_an_attempt_writes_is_cleared_when_it_begins_or_ends(timed: Store) -> None:
+    job_id = timed.submit(submission(max_retries=0))
+    before = columns(timed.job(job_id))
+    mine = claim(timed)
+    timed.beat(mine, TOLD)
+    written = {name for name, value in columns(timed.job(job_id)).items() if value != before[name]}
+    lasting = {"status", "attempt", "node", "gpu", "method", "started_at"}  # the next attempt writes them anew
+    assert written - lasting <= begun().keys() | ended().keys()
+    assert begun().keys() - ended().keys() <= retried().keys(), "a retry clears what the end leaves to be read"
+
+
+def columns(row: Job) -> dict[str, object]:
+    return {column.name: getattr(row, column.name) for column in Job.__table__.columns}
 
 
 def test_a_cancelled_job_can_be_retried_and_runs_to_its_end(store: Store) -> None:

@@ -32,7 +32,7 @@ from loractl.common.store.store import Store
 from loractl.common.store.tables import Base, Job
 from loractl.common.units import GIB
 
-from ..factories import NOON, RESULT, Clock, node_state, submission
+from ...factories import NOON, RESULT, Clock, node_state, submission
 
 NOTHING = Progress()
 HOUR = 3600.0

@@ -14,22 +14,16 @@ from sqlalchemy.orm import Session
 from loractl.common.job.method import Method
 from loractl.common.job.status import Reason
 from loractl.common.placement.rule import OLDEST_FIRST_AFTER_S, ListedLine, Openings, Waiting, levels_of
-from loractl.common.store.fleet import (
-    NODE_STALE_S,
-    card_of,
-    drained_targets,
-    read_charges,
-    read_levels,
-    read_oldest,
-    waiting_of,
-)
+from loractl.common.store.fleet import NODE_STALE_S, card_of, waiting_of
+from loractl.common.store.queries.lines import read_levels, read_oldest
+from loractl.common.store.queries.nodes import drained_targets, read_charges
 from loractl.common.store.records import Claim, Progress
 from loractl.common.store.store import Store
 from loractl.common.store.tables import Base, DrainOrder
 from loractl.common.units import GIB
 
-from ..factories import NOON, RESULT, Clock, node_state, submission
-from ..fleets import card, drained, in_seconds, running, waits
+from ...factories import NOON, RESULT, Clock, node_state, submission
+from ...fleets import card, drained, in_seconds, running, waits
 
 YES = {"nvlink": "yes"}
 

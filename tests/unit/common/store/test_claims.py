@@ -10,11 +10,12 @@ import pytest
 from loractl.common.errors import JobNotFound
 from loractl.common.job.spec import Method
 from loractl.common.job.status import Reason, Stage, Status
+from loractl.common.settings import LEASE_S
 from loractl.common.store.records import Claim, Progress
-from loractl.common.store.store import LEASE_S, Store
+from loractl.common.store.store import Store
 from loractl.common.units import GIB
 
-from ..factories import NOON, PLENTY, RESULT, Clock, node_state, submission, take
+from ...factories import NOON, PLENTY, RESULT, Clock, node_state, submission, take
 
 NOTHING = Progress()
 

@@ -15,18 +15,11 @@ from sqlalchemy import Engine, inspect, text
 
 from loractl.common.errors import ExitCode, SchemaMismatch, ServiceUnreachable, UsageError
 from loractl.common.settings import Settings, load_settings
-from loractl.common.store.database import (
-    HEAD,
-    alembic_config,
-    connect,
-    make_engine,
-    reachable,
-    revision,
-    upgrade,
-)
+from loractl.common.store.database import connect, make_engine, reachable
+from loractl.common.store.schema import HEAD, alembic_config, revision, upgrade
 from loractl.common.store.tables import Base
 
-from ...services import free_port
+from ....services import free_port
 
 
 def settings_for(url: str, home: Path) -> Settings:
@@ -105,7 +98,10 @@ def test_a_downgrade_removes_every_table_again(database_url: str) -> None:
 
 def test_four_upgrades_at_once_leave_one_schema_and_no_error(database_url: str) -> None:
     """Four processes, as four commands on a new home are: Alembic itself is not made for threads."""
-    program = "import sys; from loractl.common.store.database import *; upgrade(make_engine(sys.argv[1]))"
+    program = (
+        "import sys; from loractl.common.store.database import make_engine; "
+        "from loractl.common.store.schema import upgrade; upgrade(make_engine(sys.argv[1]))"
+    )
     command = [sys.executable, "-c", program, database_url]
     at_once = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(4)]
     assert [(process.communicate(timeout=60)[1], process.returncode) for process in at_once] == [("", 0)] * 4

@@ -1,0 +1,49 @@
+"""What people call an adapter: its job's number, the job's name for the newest of that name, or name:tag."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from loractl.common.errors import UsageError
+
+LATEST = "latest"
+"""The tag that nobody sets: the newest adapter of a name."""
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reference:
+    """An adapter as a person names it. Either a job's number, or a name and a tag."""
+
+    job_id: int | None = None
+    name: str | None = None
+    tag: str = LATEST
+
+    def __str__(self) -> str:
+        return str(self.job_id) if self.job_id is not None else f"{self.name}:{self.tag}"
+
+
+def parse_reference(text: str) -> Reference:
+    """Read 12, support, support:latest or support:prod. Raises UsageError."""
+    if re.fullmatch(r"[1-9]\d{0,17}", text, re.ASCII):
+        return Reference(job_id=int(text))
+    name, colon, tag = text.partition(":")
+    if not _NAME.fullmatch(name) or (colon and not _NAME.fullmatch(tag)):
+        raise UsageError(f"{text!r} names no adapter", "name it by its job (12), its name (support) or name:tag")
+    return Reference(name=name, tag=tag or LATEST)
+
+
+def check_tag(tag: str) -> None:
+    """Raises UsageError for what can't be set as a tag."""
+    if tag == LATEST:
+        raise UsageError("latest is always the newest adapter of a name and can't be set", "choose another tag")
+    if not _NAME.fullmatch(tag):
+        raise UsageError(f"{tag!r} is no tag", "letters, digits, '.', '_' and '-' only, at most 63")
+
+
+def set_by_hand(tags: Mapping[int, list[str]], job_id: int) -> list[str]:
+    """The tags of a job's adapter that a person has set."""
+    return [tag for tag in tags.get(job_id, []) if tag != LATEST]

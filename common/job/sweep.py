@@ -1,0 +1,115 @@
+"""A sweep: what is submitted together, what its members have reached, and what stopping the losers has saved."""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from .status import Reason, Stage, Status
+
+
+@dataclass(frozen=True, kw_only=True)
+class NewSweep:
+    """What is written of a sweep beside its members."""
+
+    name: str
+    user: str
+    varied: Mapping[str, str]  # the values of each key, as they were given
+    rungs: tuple[float, ...] | None = None  # None: no loser is stopped
+    trials: int | None = None
+    seed: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RungPoint:
+    """A member's evaluation at a rung."""
+
+    rung: float
+    step: int
+    loss: float
+
+    @property
+    def metric(self) -> str:
+        return metric_of(self.rung)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Member:
+    """One job of a sweep, as far as the sweep is concerned."""
+
+    job_id: int
+    name: str
+    settings: Mapping[str, Any]  # of the varied keys
+    status: Status
+    reason: Reason | None = None
+    stage: Stage | None = None
+    held: bool = False
+    step: int | None = None
+    total_steps: int | None = None
+    node: str | None = None
+    message: str | None = None
+    rungs: tuple[RungPoint, ...] = ()  # ascending
+    final_loss: float | None = None  # of the tuned model, once the member has succeeded
+    has_result: bool = False  # adapter and report are stored, and not removed since
+
+    @property
+    def pruned(self) -> bool:
+        return self.status is Status.CANCELLED and self.reason is Reason.PRUNED
+
+    @property
+    def loss(self) -> float | None:
+        """The held-out loss that is known last."""
+        return self.final_loss if self.final_loss is not None else self.rungs[-1].loss if self.rungs else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepView:
+    """A sweep at one moment."""
+
+    sweep_id: int
+    name: str
+    user: str
+    varied: Mapping[str, str]
+    created_at: dt.datetime
+    rungs: tuple[float, ...] = ()
+    trials: int | None = None
+    seed: int | None = None
+    members: Sequence[Member] = field(default_factory=tuple)
+
+    @property
+    def ended(self) -> bool:
+        return all(member.status.is_terminal for member in self.members)
+
+    @property
+    def best(self) -> Member | None:
+        """Of the members that have succeeded the one with the least final loss.
+
+        Before any has: the one with the least loss at the furthest rung that was reached. None before the first.
+        """
+        done = [(m.final_loss, m.job_id, m) for m in self.members if m.final_loss is not None]
+        if done:
+            return min(done)[-1]
+        furthest = max((m.rungs[-1].rung for m in self.members if m.rungs), default=None)
+        there = [(p.loss, m.job_id, m) for m in self.members for p in m.rungs if p.rung == furthest]
+        return min(there)[-1] if there else None
+
+    @property
+    def saved_steps(self) -> tuple[int, int]:
+        """(steps that stopped members did not take, steps of all members whose number is known)."""
+        saved = sum((m.total_steps or 0) - (m.step or 0) for m in self.members if m.pruned)
+        return saved, sum(m.total_steps or 0 for m in self.members)
+
+
+def metric_of(rung: float) -> str:
+    """The name under which the loss at a rung is stored, like rung_0.25."""
+    return f"rung_{rung:g}"
+
+
+def setting(spec: Mapping[str, Any], key: str) -> Any:
+    """The value of a dotted key in a spec."""
+    place: Any = spec
+    for part in key.split("."):
+        place = place.get(part) if isinstance(place, Mapping) else None
+    return place

@@ -1,0 +1,84 @@
+"""Stored adapters: the one that a person means, and its tags."""
+
+from __future__ import annotations
+
+import datetime as dt
+
+from sqlalchemy import ColumnElement, Select, exists, select
+from sqlalchemy.orm import Session
+
+from loractl.common.errors import AdapterNotFound
+from loractl.common.job.reference import LATEST, Reference
+
+from ..tables import Adapter, Job, Tag
+from ..transaction import Transaction
+from .jobs import read_job
+
+
+def read_adapter(tx: Transaction, reference: Reference) -> Adapter:
+    if reference.job_id is not None:
+        read_job(tx, reference.job_id)
+    return _find(tx.session, reference)
+
+
+def tag(tx: Transaction, reference: Reference, tag: str, user: str) -> tuple[Adapter, int | None]:
+    adapter = _find(tx.session, reference)
+    before = _set_tag(tx.session, adapter, tag, user, tx.now())
+    if before != adapter.job_id:
+        moved = f", which job {before} had" if before is not None else ""
+        tx.tell(adapter.job_id, None, "tagged", f"tagged {adapter.name}:{tag}{moved} by {user}")
+    return adapter, before
+
+
+def untag(tx: Transaction, reference: Reference, user: str) -> int:
+    row = tx.session.get(Tag, (reference.name or "", reference.tag), with_for_update=True)
+    if row is None:
+        raise AdapterNotFound(f"{reference.name or ''}:{reference.tag}")
+    tx.session.delete(row)
+    tx.tell(row.job_id, None, "untagged", f"lost the tag {reference} by {user}")
+    return row.job_id
+
+
+def _find(session: Session, reference: Reference) -> Adapter:
+    """Raises AdapterNotFound, also for a job that is not there."""
+    adapter = session.scalars(_matching(reference).limit(1)).first()
+    if adapter is None:
+        raise AdapterNotFound(str(reference))
+    return adapter
+
+
+def _matching(reference: Reference) -> Select[Adapter]:
+    if reference.job_id is not None:
+        return select(Adapter).where(Adapter.job_id == reference.job_id)
+    named = select(Adapter).where(Adapter.name == reference.name)
+    if reference.tag == LATEST:
+        return named.order_by(Adapter.created_at.desc(), Adapter.job_id.desc())
+    return named.join(Tag, Tag.job_id == Adapter.job_id).where(Tag.name == reference.name, Tag.tag == reference.tag)
+
+
+def _set_tag(session: Session, adapter: Adapter, tag: str, user: str, now: dt.datetime) -> int | None:
+    """Move a tag to an adapter; returns the job that had it, None when it is new."""
+    row = session.get(Tag, (adapter.name, tag), with_for_update=True)
+    if row is None:
+        session.add(Tag(name=adapter.name, tag=tag, job_id=adapter.job_id, user=user, at=now))
+        return None
+    before, row.job_id, row.user, row.at = row.job_id, adapter.job_id, user, now
+    return before
+
+
+def read_tags(tx: Transaction) -> dict[int, list[str]]:
+    """The tags of each tagged job, and latest for the newest adapter of each name."""
+    tags: dict[int, list[str]] = {}
+    newest: dict[str, Adapter] = {}
+    for adapter in tx.session.scalars(select(Adapter).order_by(Adapter.created_at, Adapter.job_id)):
+        newest[adapter.name] = adapter
+    for adapter in newest.values():
+        tags.setdefault(adapter.job_id, []).append(LATEST)
+    for tag in tx.session.scalars(select(Tag).order_by(Tag.tag)):
+        tags.setdefault(tag.job_id, []).append(tag.tag)
+    return tags
+
+
+def is_tagged() -> ColumnElement[bool]:
+    """Whether somebody has tagged a job's adapter: then its files are kept."""
+    return exists().where(Tag.job_id == Job.job_id)

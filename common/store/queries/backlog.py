@@ -1,0 +1,71 @@
+"""The backlog: in which line a waiting job stands, and which could start now."""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections.abc import Iterable, Mapping
+
+from sqlalchemy import ColumnElement, func, or_, select
+from sqlalchemy import text as sql
+
+from loractl.common.job.method import Method
+from loractl.common.job.status import Status
+from loractl.common.placement.rule import Need, Waiting, least_need, queue_key, vram_class
+
+from ..fleet import waiting_of
+from ..tables import Job
+from ..transaction import Transaction
+
+
+def line_up(job: Job, requires: Mapping[str, str], now: dt.datetime) -> None:
+    """Write what the claim looks a waiting job up by, from its needs, methods and patience."""
+    patient = job.lora_until is not None and job.lora_until > now
+    methods = (Method.LORA,) if patient else tuple(Method(name) for name in job.methods)
+    job.vram_needed = least_need(methods, Need(lora=job.vram_lora, qlora=job.vram_qlora))
+    job.vram_class = vram_class(job.vram_needed)
+    job.queue_key = queue_key(job.priority, job.vram_needed, requires, job.user)
+
+
+def node_labels(job: Job) -> dict[str, str]:
+    """Labels that the job's node must have."""
+    labels: dict[str, str] = job.spec.get("resources", {}).get("node_labels", {})
+    return labels
+
+
+def end_patience(tx: Transaction) -> list[tuple[int, int]]:
+    now = tx.now()
+    over = select(Job).where(sql("status = 'queued'"), Job.lora_until.is_not(None), Job.lora_until <= now)
+    changed = []
+    for job in tx.session.scalars(over.limit(100).with_for_update(skip_locked=True)):
+        job.lora_until = None
+        line_up(job, node_labels(job), now)
+        tx.tell(job.job_id, None, "patience", "waited long enough for LoRA: QLoRA will do now")
+        changed.append((job.job_id, job.vram_class))
+    return changed
+
+
+def waiting_classes(tx: Transaction, classes: Iterable[int]) -> set[int]:
+    ready_job = select(Job.job_id).where(*_is_ready(tx.now())).limit(1)
+    return {size for size in classes if tx.session.scalar(ready_job.where(Job.vram_class == size)) is not None}
+
+
+def ready(tx: Transaction, limit: int) -> list[Waiting]:
+    now = tx.now()
+    by_age = select(Job).where(*_is_ready(now)).order_by(Job.priority.desc(), Job.job_id)
+    return [waiting_of(vars(job), now) for job in tx.session.scalars(by_age.limit(limit))]
+
+
+def unfinished(tx: Transaction, largest: int) -> int:
+    waits = (Job.status == Status.QUEUED) & ~Job.held & or_(Job.vram_needed.is_(None), Job.vram_needed <= largest)
+    query = select(func.count()).select_from(Job).where(or_(waits, Job.status == Status.RUNNING))
+    return tx.session.scalar(query) or 0
+
+
+def _is_ready(now: dt.datetime) -> tuple[ColumnElement[bool], ...]:
+    """What makes a job claimable, whatever it needs."""
+    return (
+        Job.status == Status.QUEUED,
+        ~Job.held,
+        ~Job.cancel_requested,
+        or_(Job.not_before.is_(None), Job.not_before <= now),
+    )

@@ -1,0 +1,187 @@
+"""The claim: the placement rule's answer for one card becomes an attempt with a token, a lease and its memory."""
+
+from __future__ import annotations
+
+import datetime as dt
+import re
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from sqlalchemy import select
+
+from loractl import __version__
+from loractl.common.job.adjustment import Adjustment
+from loractl.common.job.method import Method
+from loractl.common.job.status import Reason, Stage, Status
+from loractl.common.placement.rule import Card, Need, Placement, could_start, permitted_methods, place
+
+from ..attempt_columns import begun
+from ..guard import become, move
+from ..records import Claim, Left, StoredCheckpoint
+from ..tables import Attempt, Event, Job, Node
+from ..transaction import Transaction
+from .lines import read_levels, read_oldest
+from .nodes import read_cards, read_charges
+from .sweeps import read_rungs
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
+
+    from loractl.common.job.spec import JobSpec
+
+NEWER_WORKER_DELAY_S = 60.0
+"""A job that only a newer worker can read is looked at again after so long."""
+
+
+def claim(
+    tx: Transaction,
+    node: str,
+    lease_s: float,
+    outside: int | None,
+    used: Mapping[str, int],
+    distrusted: frozenset[str],
+) -> Claim | Left | None:
+    # Two slots of one card must not both reserve the same bytes.
+    row = tx.session.scalars(select(Node).where(Node.node == node).with_for_update()).first()
+    if row is None:
+        return None
+    now = tx.now()  # with the lock: a start stands after the end that made room for it
+    cards = [replace(c, max_jobs=0) if c.node in distrusted - {node} else c for c in read_cards(tx.session, now)]
+    mine = next(card for card in cards if card.node == node)
+    if outside is not None:
+        mine = _as_measured(mine, outside, used)
+        cards = [mine if card.node == node else card for card in cards]
+    if not mine.open or not mine.slots or not mine.free:
+        return None
+    given = _given(tx, mine, cards, now)
+    return _take(tx, given, row, lease_s, now) if isinstance(given, Placement) else given
+
+
+def _as_measured(card: Card, outside: int, used: Mapping[str, int]) -> Card:
+    """The card as its device shows it at this moment."""
+    live = tuple(replace(job, used=used.get(str(job.job_id), job.used)) for job in card.running)
+    return replace(card, outside=max(card.outside, outside), running=live)
+
+
+def _given(tx: Transaction, mine: Card, cards: Sequence[Card], now: dt.datetime) -> Placement | Left | None:
+    """What the rule gives this card. Left: it gives all that fits here to other cards."""
+    charges, oldest = read_charges(tx.session, now), read_oldest(tx.session, now)
+    left: set[str] = set()
+    for decision in place(read_levels(tx.session, now), cards, charges, now, oldest):
+        placed = decision.placed
+        if placed is None:
+            continue
+        if placed.node == mine.node:
+            return placed
+        if could_start(placed.job, mine, cards):
+            left.add(placed.node)
+    return Left(nodes=frozenset(left)) if left else None
+
+
+def _take(tx: Transaction, placed: Placement, node: Node, lease_s: float, now: dt.datetime) -> Claim | Left:
+    from pydantic import ValidationError
+
+    from loractl.common.job.spec import JobSpec
+
+    job = tx.session.get(Job, placed.job.job_id, with_for_update={"skip_locked": True}, populate_existing=True)
+    if job is None or job.status is not Status.QUEUED:
+        return Left(nodes=frozenset())  # another node's claim was faster
+    try:
+        spec = JobSpec.model_validate(job.spec)
+    except ValidationError as error:
+        _refuse(tx, job, error, now)
+        return Left(nodes=frozenset())
+    return _start(tx, job, spec, _begin(tx, job, placed, node, lease_s, now))
+
+
+def _begin(tx: Transaction, job: Job, placed: Placement, node: Node, lease_s: float, now: dt.datetime) -> Attempt:
+    """Write the attempt, in its own row and in the job's."""
+    attempt = Attempt(
+        job_id=job.job_id,
+        attempt=job.attempt + 1,
+        token=uuid.uuid4().hex,
+        node=node.node,
+        gpu=node.gpu,
+        device_name=node.device_name,
+        device_kind=node.kind,
+        method=placed.method.value,
+        # Plans are for GPUs: on a processor none is noted beside what is measured there.
+        vram_planned=None if node.kind == "cpu" else job.planned.get(placed.method.value),
+        vram_reserved=placed.reserved,
+        started_at=now,
+    )
+    same = ("attempt", "token", "node", "gpu", "method", "vram_reserved", "started_at")
+    columns = {**begun(), **{name: getattr(attempt, name) for name in same}}
+    columns |= {"stage": Stage.PREPARING, "lease_expires_at": tx.now_in(lease_s)}
+    if not tx.change(move(job.job_id, Status.QUEUED, Status.RUNNING).values(**columns)):
+        raise AssertionError(f"job {job.job_id} was locked and yet changed")
+    tx.session.add(attempt)
+    return attempt
+
+
+def _start(tx: Transaction, job: Job, spec: JobSpec, attempt: Attempt) -> Claim:
+    """Tell the history of the attempt, and give it what it needs to know."""
+    method = Method(attempt.method)
+    why = _why_method(spec.method, method, Need(lora=job.vram_lora, qlora=job.vram_qlora))
+    text = f"attempt {attempt.attempt} started on {attempt.node} with {method.value}{why}"
+    tx.tell(job.job_id, attempt.attempt, "started", text)
+    return Claim(
+        job_id=job.job_id,
+        attempt=attempt.attempt,
+        token=attempt.token,
+        user=job.user,
+        spec=spec,
+        data=job.data,
+        method=method,
+        vram_planned=attempt.vram_planned,
+        vram_reserved=attempt.vram_reserved,
+        method_why=why.strip(" ()"),
+        adjustment=Adjustment(**(job.adjustment or {})),
+        changes=_changes(tx, job.job_id) if attempt.attempt > 1 else (),
+        checkpoint=None if job.checkpoint is None else StoredCheckpoint(**job.checkpoint),
+        sweep_id=job.sweep_id,
+        rungs=read_rungs(tx.session, job),
+    )
+
+
+def _why_method(wanted: Method | Sequence[Method], taken: Method, need: Need) -> str:
+    """Why this of several methods was taken, for the history."""
+    preferred, *others = permitted_methods(wanted)
+    if not others:
+        return ""
+    name = "auto" if wanted is Method.AUTO else "of several"
+    if taken is not preferred:
+        return f" ({name}: {preferred.value} does not fit)"
+    known = need.of(taken) is not None
+    return f" ({name}: it fits)" if known else f" ({name}: {taken.value} unless a plan says that it does not fit)"
+
+
+def _changes(tx: Transaction, job_id: int) -> tuple[str, ...]:
+    """What out-of-memory has changed in a job so far, in the history's words."""
+    told = select(Event.text).where(Event.job_id == job_id, Event.kind == "memory")
+    return tuple(tx.session.scalars(told.order_by(Event.event_id)))
+
+
+def _refuse(tx: Transaction, job: Job, error: ValidationError, now: dt.datetime) -> None:
+    """Put a job whose spec this version can't read aside, so that it does not stop the jobs behind it.
+
+    One that a newer client wrote is left to a newer worker; another one fails.
+    """
+    first = error.errors()[0]
+    what = f"this worker's loractl does not understand {'.'.join(map(str, first['loc']))}: {first['msg']}"
+    if job.version is not None and _release(job.version) > _release(__version__):
+        job.not_before = now + dt.timedelta(seconds=NEWER_WORKER_DELAY_S)
+        job.message = f"written by loractl {job.version}, a worker with {__version__} can't read it"
+        tx.tell(job.job_id, None, "version", f"{what}; left to a worker with {job.version}")
+        return
+    become(job, Status.FAILED)
+    job.reason, job.message, job.ended_at = Reason.BAD_SPEC, what, now
+    tx.tell(job.job_id, None, job.status.value, what)
+
+
+def _release(version: str) -> tuple[int, ...]:
+    """0.2.1 as (0, 2, 1), without what follows the numbers."""
+    numbers = re.match(r"\d+(\.\d+)*", version)
+    return tuple(map(int, numbers[0].split("."))) if numbers else ()

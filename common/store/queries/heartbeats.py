@@ -1,0 +1,75 @@
+"""Heartbeats: what a running attempt tells of itself while it holds the lease."""
+
+from __future__ import annotations
+
+import math
+
+from sqlalchemy import insert, update
+
+from loractl.common.text import storable
+
+from ..attempt_columns import EXPECTED, REACHED
+from ..guard import mine
+from ..records import Beat, Claim, Progress, StoredCheckpoint, rung_points
+from ..tables import Attempt, Job, LogChunk, MetricPoint
+from ..transaction import Transaction
+from .need import plan_again
+from .sweeps import read_verdict
+
+_MEASURED = ("vram_peak", "vram_allocated", "vram_process", "resumed_from_step")
+"""What the attempt's own row has of it."""
+
+
+def beat(tx: Transaction, claim: Claim, progress: Progress, lease_s: float) -> Beat:
+    values = {
+        name: value
+        for name in ("stage", *REACHED, *EXPECTED)
+        if (value := getattr(progress, name)) is not None and (not isinstance(value, float) or math.isfinite(value))
+    }
+    wishes = (Job.cancel_requested, Job.preempted_by)
+    alive = mine(claim).values(lease_expires_at=tx.now_in(lease_s), **values).returning(*wishes)
+    row = tx.session.execute(alive).first()
+    if row is None:
+        return Beat(accepted=False)
+    record(tx, claim, progress)
+    return Beat(
+        accepted=True,
+        cancel_requested=row.cancel_requested,
+        preempted_by=row.preempted_by,
+        pruned=read_verdict(tx.session, claim, rung_points(claim, progress)),
+    )
+
+
+def keep_checkpoint(tx: Transaction, claim: Claim, checkpoint: StoredCheckpoint) -> bool:
+    return tx.change(mine(claim).values(checkpoint=vars(checkpoint))) == 1
+
+
+def record(tx: Transaction, claim: Claim, progress: Progress) -> None:
+    """Write the append-only part of a heartbeat; the caller has checked the token in this transaction."""
+    _record_metrics(tx, claim, progress)
+    for kind, text in progress.events:
+        tx.tell(claim.job_id, claim.attempt, kind, text)
+    if progress.log:
+        lines = {"at": tx.now(), "text": storable(progress.log)}
+        tx.session.execute(insert(LogChunk).values(job_id=claim.job_id, attempt=claim.attempt, **lines))
+    if progress.adjustment is not None:
+        change = mine(claim).values(adjustment=progress.adjustment.as_json())
+        tx.session.execute(change.execution_options(synchronize_session="fetch"))
+    if progress.need is not None:
+        plan_again(tx, claim, progress.need)
+    measured = {name: value for name in _MEASURED if (value := getattr(progress, name)) is not None}
+    if measured:
+        own = (Attempt.job_id == claim.job_id) & (Attempt.attempt == claim.attempt)
+        tx.session.execute(update(Attempt).where(own).values(**measured))
+
+
+def _record_metrics(tx: Transaction, claim: Claim, progress: Progress) -> None:
+    """Evaluations at a rung are metrics of their own, so that later readers need not know how many steps there were."""
+    rungs = [(point.step, point.metric, point.loss) for point in rung_points(claim, progress)]
+    points = [
+        {"job_id": claim.job_id, "attempt": claim.attempt, "step": step, "name": name, "value": value}
+        for step, name, value in (*progress.metrics, *rungs)
+        if math.isfinite(value)  # SQLite keeps a NaN as null
+    ]
+    if points:
+        tx.add_new(MetricPoint, points)

@@ -1,0 +1,240 @@
+"""The waiting lines: the ready jobs by priority, user and size, found by index and only as far as somebody asks."""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import JSON, TextualSelect, bindparam, column, text
+from sqlalchemy.orm import Session
+
+from loractl.common.placement.rule import (
+    OLDEST_FIRST_AFTER_S,
+    Line,
+    Openings,
+    Waiting,
+    queue_key_range,
+    size_step,
+    waited,
+)
+
+from ..fleet import waiting_of
+from ..queue_key import QueueKey
+from ..tables import UtcDateTime
+
+_HIGHEST = 2**31 - 1  # above every priority
+
+# Literal conditions: a partial index is only used where the planner can see that its condition holds.
+_READY = "status = 'queued' AND NOT held AND NOT cancel_requested AND (not_before IS NULL OR not_before <= :now)"
+_COLUMNS = 'job_id, "user", priority, submitted_at, methods, vram_lora, vram_qlora, lora_until, queue_key'
+_FITS = (
+    "(vram_needed <= :gpu OR (vram_needed > :low AND vram_needed <= :high) OR (vram_needed IS NULL AND :unknown = 1))"
+)
+_NEXT_PRIORITY = text("SELECT max(priority) FROM jobs WHERE status = 'queued' AND priority < :below")
+_USERS = (
+    # a loose scan: from each user straight to the next, however many jobs wait between them
+    "WITH RECURSIVE users(u) AS ("
+    """ SELECT min("user") FROM jobs WHERE status = 'queued' AND priority = :priority"""
+    " UNION ALL"
+    """ SELECT (SELECT min("user") FROM jobs WHERE status = 'queued' AND priority = :priority AND "user" > users.u)"""
+    " FROM users WHERE users.u IS NOT NULL"
+    ") "
+)
+_KEYS = (
+    "WITH RECURSIVE keys(k) AS ("
+    " SELECT min(queue_key) FROM jobs WHERE status = 'queued' AND queue_key >= :start"
+    " UNION ALL"
+    " SELECT (SELECT min(queue_key) FROM jobs WHERE status = 'queued' AND queue_key > keys.k) FROM keys"
+    " WHERE keys.k < :end"
+    ") "
+)
+_HEADS = text(
+    f"{_KEYS} SELECT k,"  # noqa: S608  no input
+    f" (SELECT job_id FROM jobs WHERE {_READY} AND queue_key = keys.k ORDER BY job_id LIMIT 1)"
+    " FROM keys WHERE k < :end"
+).bindparams(bindparam("now", type_=UtcDateTime()))
+_LEAST = text(
+    "SELECT vram_needed FROM jobs WHERE status = 'queued' AND queue_key = :key AND vram_needed IS NOT NULL"
+    " ORDER BY vram_needed LIMIT 1"
+)
+
+
+def _typed(statement: str) -> TextualSelect:
+    """A statement that gives _COLUMNS."""
+    typed: dict[str, Any] = {"methods": JSON(), "submitted_at": UtcDateTime(), "lora_until": UtcDateTime()}
+    plain = ("job_id", "user", "priority", "vram_lora", "vram_qlora", "queue_key")
+    bound = text(statement).bindparams(bindparam("now", type_=UtcDateTime()))
+    return bound.columns(*(column(name) for name in plain), **typed)
+
+
+def _one_job(condition: str) -> TextualSelect:
+    """The oldest ready job that meets the condition."""
+    return _typed(f"SELECT {_COLUMNS} FROM jobs WHERE {_READY} {condition} ORDER BY job_id LIMIT 1")  # noqa: S608  no input
+
+
+_OF_USER = 'AND priority = :priority AND "user" = '
+_FIRST_BY_USER = _typed(
+    f"{_USERS} SELECT {_COLUMNS} FROM jobs WHERE job_id IN"  # noqa: S608  no input
+    f" (SELECT (SELECT job_id FROM jobs WHERE {_READY} {_OF_USER} users.u ORDER BY job_id LIMIT 1)"
+    " FROM users WHERE users.u IS NOT NULL)"
+)
+_NEXT_OF_USER = _one_job(f"{_OF_USER} :user AND job_id > :after")
+_OLDEST = _one_job("")
+_OLDEST_FITTING = _one_job(f"AND job_id > :after AND {_FITS}")
+_BY_NUMBER = _one_job("AND job_id = :job_id")
+_NEXT = _one_job(f"AND queue_key = :key AND job_id > :after AND {_FITS}")
+
+
+def read_levels(session: Session, now: dt.datetime) -> Iterator[dict[str, Line]]:
+    """The ready jobs' lines by priority and user, read as far as the caller asks."""
+    below = _HIGHEST
+    while (priority := session.execute(_NEXT_PRIORITY, {"below": below}).scalar()) is not None:
+        level = _Level(session, now, priority)
+        rows = session.execute(_FIRST_BY_USER, {"now": now, "priority": priority}).mappings().all()
+        yield {row["user"]: _StoredLine(level, row["user"], waiting_of(dict(row), now)) for row in rows}
+        below = priority
+
+
+def read_oldest(session: Session, now: dt.datetime) -> Line:
+    """All ready jobs by age, as far as the caller asks."""
+    return _OldestLine(session, now)
+
+
+@dataclass(kw_only=True)
+class _Head:
+    """Where a line stands under one key."""
+
+    key: QueueKey
+    oldest: int | None  # the oldest job that was not given yet, whatever it needs; None: not known
+    job: Waiting | None = None  # an admitted one that was looked up and not given yet
+    given: int = 0  # jobs up to this number were given, or are not admitted any more
+    empty: bool = False
+
+
+class _Level:
+    """One priority's ready jobs. Their keys are read when a line first needs them, as far as something could fit."""
+
+    def __init__(self, session: Session, now: dt.datetime, priority: int) -> None:
+        self.session = session
+        self.now = now
+        self.priority = priority
+        self._read = ("}", "")  # the part of the keys that was read: nothing yet
+        self._keys: dict[str, list[tuple[QueueKey, int | None]]] = {}
+
+    def heads(self, user: str, openings: Openings) -> list[_Head]:
+        """The user's keys under which something may be admitted, each with its oldest ready job."""
+        low, high = openings.processor
+        largest = max(size_step(openings.gpu), size_step(high) if high > low else 0)
+        start, end = queue_key_range(self.priority, 0 if openings.unknown else 1, largest)
+        if start < self._read[0] or end > self._read[1]:  # a line may ask for more than another one did before
+            start, end = min(start, self._read[0]), max(end, self._read[1])
+            self._read, self._keys = (start, end), {}
+            for key_text, job_id in self.session.execute(_HEADS, {"start": start, "end": end, "now": self.now}):
+                key = QueueKey.parse(key_text)
+                self._keys.setdefault(key.user, []).append((key, job_id))
+        mine = self._keys.get(user, [])
+        return [_Head(key=key, oldest=job_id, empty=job_id is None) for key, job_id in mine]
+
+    def one(self, statement: TextualSelect, **values: Any) -> Waiting | None:
+        return _one(self.session, statement, self.now, **values)
+
+
+class _StoredLine:
+    """A user's line in the database.
+
+    It goes from one job to the next by age while they are admitted. Behind one that is not there may be many more like
+    it: from there on the jobs are found by their keys, and those merged by age. Openings only shrink while the rule
+    runs, so what did not fit before need not be looked at again.
+    """
+
+    def __init__(self, level: _Level, user: str, first: Waiting) -> None:
+        self._level = level
+        self._user = user
+        self._first = first
+        self._last: Waiting | None = None  # the last that was looked at by age
+        self._heads: list[_Head] | None = None  # None: by age alone so far
+
+    def next(self, openings: Openings) -> Waiting | None:
+        if self._heads is None:
+            if self._last is None or openings.admit(self._last.least, self._last.requires):
+                job = self._by_age()
+                if job is None or openings.admit(job.least, job.requires):
+                    return job
+            self._heads = self._level.heads(self._user, openings)
+            for head in self._heads:
+                head.given = 0 if self._last is None else self._last.job_id
+        return self._by_key(self._heads, openings)
+
+    def _by_age(self) -> Waiting | None:
+        job: Waiting | None = self._first
+        if self._last is not None:
+            after = self._last.job_id
+            job = self._level.one(_NEXT_OF_USER, priority=self._level.priority, user=self._user, after=after)
+        self._last = job or self._last
+        return job
+
+    def _by_key(self, heads: list[_Head], openings: Openings) -> Waiting | None:
+        ages = []
+        for head in heads:
+            if not head.empty and head.key.may_fit(openings) and (age := self._age(head, openings)) is not None:
+                ages.append((age, head))
+        for age, head in sorted(ages, key=lambda pair: pair[0]):
+            job = head.job or self._level.one(_BY_NUMBER, job_id=age)
+            head.job, head.oldest, head.given = None, None, age
+            if job is not None:
+                return job  # else it started or was held this moment
+        return None
+
+    def _age(self, head: _Head, openings: Openings) -> int | None:
+        """The number of the oldest admitted job under the key."""
+        if head.oldest is not None and head.oldest > head.given and head.key.all_fit(openings):
+            return head.oldest
+        if head.job is None or not openings.admit(head.job.least, head.job.requires):
+            head.job = self._search(head, openings)
+            head.oldest, head.empty = None, head.job is None
+        return None if head.job is None else head.job.job_id
+
+    def _search(self, head: _Head, openings: Openings) -> Waiting | None:
+        """The oldest job under the key that fits and was not given yet."""
+        low, high = openings.processor
+        if head.key.step > 0:
+            # the step that the opening ends in may hold many jobs that are a little too large
+            least = self._level.session.execute(_LEAST, {"key": head.key.text}).scalar()
+            if least is None or (least > openings.gpu and (high <= low or least > high)):
+                return None
+        return self._level.one(_NEXT, key=head.key.text, after=head.given, **_bounds(openings))
+
+
+class _OldestLine:
+    """All ready jobs by age. It begins to look among them once the first has waited OLDEST_FIRST_AFTER_S."""
+
+    def __init__(self, session: Session, now: dt.datetime) -> None:
+        self._session = session
+        self._now = now
+        self._given = 0
+
+    def next(self, openings: Openings) -> Waiting | None:
+        if self._given == 0:
+            first = _one(self._session, _OLDEST, self._now)
+            if first is None or waited(first, self._now) < OLDEST_FIRST_AFTER_S:
+                return None  # nothing of that age waits: the usual case costs one row
+        while True:
+            bounds = _bounds(openings)
+            job = _one(self._session, _OLDEST_FITTING, self._now, after=self._given, **bounds)
+            if job is None:
+                return None
+            self._given = job.job_id
+            if openings.admit(job.least, job.requires):
+                return job
+
+
+def _bounds(openings: Openings) -> dict[str, int]:
+    low, high = openings.processor
+    return {"gpu": openings.gpu, "low": low, "high": high, "unknown": int(openings.unknown)}
+
+
+def _one(session: Session, statement: TextualSelect, now: dt.datetime, **values: Any) -> Waiting | None:
+    row = session.execute(statement, {"now": now, **values}).mappings().first()
+    return None if row is None else waiting_of(dict(row), now)

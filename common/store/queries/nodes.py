@@ -1,0 +1,93 @@
+"""The nodes: what they say of their devices, which of them a person drains, and the whole fleet at one moment."""
+
+from __future__ import annotations
+
+import datetime as dt
+from typing import Any
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from loractl.common.job.status import Status
+from loractl.common.placement.rule import Card, charge, decayed, place
+
+from ..fleet import OCCUPANT, FleetView, card_of
+from ..records import NodeState
+from ..tables import DrainOrder, Job, Node, Use
+from ..transaction import Transaction
+from .lines import read_levels, read_oldest
+
+
+def see(tx: Transaction, state: NodeState) -> Card:
+    now = tx.now()
+    mine = (Job.status == Status.RUNNING) & (Job.node == state.node)
+    running = tx.session.execute(select(*OCCUPANT).where(mine)).all()
+    card = card_of(Node(**vars(state), seen_at=now), list(running), now, drained_targets(tx.session, now))
+    reserved = sum(job.reserved for job in card.running)
+    tx.put(Node, "node", {**vars(state), "seen_at": now, "free": card.free, "reserved": reserved})
+    return card
+
+
+def forget(tx: Transaction, node: str) -> None:
+    if (row := tx.session.get(Node, node)) is not None:
+        tx.session.delete(row)
+
+
+def read_tokens(tx: Transaction, node: str) -> set[str]:
+    running = select(Job.token).where(Job.status == Status.RUNNING, Job.node == node)
+    return {token for token in tx.session.scalars(running) if token is not None}
+
+
+def drain(
+    tx: Transaction, target: str, user: str, reason: str, until: dt.datetime | None = None, at_once: bool = False
+) -> None:
+    order = {"target": target, "user": user, "reason": reason, "at": tx.now(), "until": until, "now": at_once}
+    tx.put(DrainOrder, "target", order)
+
+
+def end_drain(tx: Transaction, target: str) -> bool:
+    row = tx.session.get(DrainOrder, target)
+    if row is not None:
+        tx.session.delete(row)
+    return row is not None
+
+
+def read_cards(session: Session, now: dt.datetime) -> list[Card]:
+    """Every card that a node has reported, with what runs there; closed when it is offline or drained."""
+    running: dict[str, list[Any]] = {}
+    for row in session.execute(select(*OCCUPANT).where(Job.status == Status.RUNNING)):
+        running.setdefault(row.node or "", []).append(row)
+    drained = drained_targets(session, now)
+    return [card_of(node, running.get(node.node, []), now, drained) for node in session.scalars(select(Node))]
+
+
+def drained_targets(session: Session, now: dt.datetime) -> dict[str, DrainOrder]:
+    """Host or card -> the person's order that keeps it empty now."""
+    orders = session.scalars(select(DrainOrder))
+    return {order.target: order for order in orders if order.until is None or order.until > now}
+
+
+def read_charges(session: Session, now: dt.datetime) -> dict[str, float]:
+    """GiB hours that count against each user who had or has a card."""
+    past = {use.user: decayed(use.gib_hours, (now - use.at).total_seconds()) for use in session.scalars(select(Use))}
+    running: dict[str, list[tuple[int, float]]] = {}
+    columns = (Job.user, Job.vram_reserved, Job.started_at)
+    for row in session.execute(select(*columns).where(Job.status == Status.RUNNING)):
+        seconds = 0.0 if row.started_at is None else (now - row.started_at).total_seconds()
+        running.setdefault(row.user, []).append((row.vram_reserved or 0, seconds))
+    return {user: charge(past.get(user, 0.0), running.get(user, ())) for user in past.keys() | running.keys()}
+
+
+def read_view(session: Session, now: dt.datetime) -> FleetView:
+    """Everything about the fleet, read at once."""
+    cards, charges = read_cards(session, now), read_charges(session, now)
+    decisions = place(read_levels(session, now), cards, charges, now, read_oldest(session, now))
+    return FleetView(
+        now=now,
+        nodes={node.node: node for node in session.scalars(select(Node).order_by(Node.node))},
+        cards={card.node: card for card in sorted(cards, key=lambda card: card.node)},
+        drains=drained_targets(session, now),
+        running={job.job_id: job for job in session.scalars(select(Job).where(Job.status == Status.RUNNING))},
+        charges=charges,
+        decisions=tuple(decisions),
+    )

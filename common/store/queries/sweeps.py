@@ -1,0 +1,112 @@
+"""Sweeps as the database has them: what their members have reached, and which of them is stopped."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+
+from sqlalchemy import func, select
+from sqlalchemy.orm import Session
+
+from loractl.common.job.halving import judge
+from loractl.common.job.status import Reason, Status
+from loractl.common.job.sweep import Member, RungPoint, SweepView, metric_of, setting
+
+from ..records import HELD_OUT_LOSS, Claim
+from ..tables import Attempt, Job, MetricPoint, Sweep
+
+_SWEEP_LOCK = 0x5EE9
+"""Any constant: with a sweep's number it names a lock in PostgreSQL."""
+
+
+def read_verdict(session: Session, claim: Claim, points: Sequence[RungPoint]) -> str | None:
+    """Why a member that has just reached these rungs is stopped; None when it goes on.
+
+    Of two members that reach a rung at the same moment one comes after the other: in SQLite by itself.
+    """
+    if not points:
+        return None
+    if session.get_bind().dialect.name == "postgresql":  # a worker's role may not lock the row, which it can't change
+        session.execute(select(func.pg_advisory_xact_lock(_SWEEP_LOCK, claim.sweep_id)))
+    for point in points:
+        there = _newest(session, [claim.sweep_id], [point.metric])
+        verdict = judge(point.loss, [other.value for (job_id, _), other in there.items() if job_id != claim.job_id])
+        if not verdict.goes_on:
+            best = "the best" if verdict.kept == 1 else f"one of the best {verdict.kept}"
+            where = f"at {point.rung * 100:g} % of its steps (step {point.step})"
+            return (
+                f"stopped {where}: held-out loss {point.loss:.4f} is not {best} of {verdict.reached} there; "
+                f"{verdict.bar:.4f} or less would have gone on"
+            )
+    return None
+
+
+def read_rungs(session: Session, job: Job) -> tuple[float, ...]:
+    """The rungs at which a member's next attempt may be stopped.
+
+    There are none for a member that was stopped before: a person wants to see its end all the same.
+    """
+    if job.sweep_id is None:
+        return ()
+    pruned = select(Attempt.attempt).where(Attempt.job_id == job.job_id, Attempt.reason == Reason.PRUNED).limit(1)
+    if session.scalar(pruned) is not None:
+        return ()
+    return tuple(session.scalar(select(Sweep.rungs).where(Sweep.sweep_id == job.sweep_id)) or ())
+
+
+def read_sweeps(session: Session, sweep_ids: Collection[int]) -> list[SweepView]:
+    """Those of the sweeps that exist, with all their members, by number."""
+    rows = session.scalars(select(Sweep).where(Sweep.sweep_id.in_(sweep_ids)).order_by(Sweep.sweep_id)).all()
+    jobs = session.scalars(select(Job).where(Job.sweep_id.in_(sweep_ids)).order_by(Job.job_id)).all()
+    names = {metric_of(rung) for row in rows for rung in row.rungs or ()}
+    points = _newest(session, sweep_ids, [*names, HELD_OUT_LOSS])
+    views = []
+    for row in rows:
+        varied = row.settings["varied"]
+        mine = [job for job in jobs if job.sweep_id == row.sweep_id]
+        views.append(
+            SweepView(
+                sweep_id=row.sweep_id,
+                name=row.name,
+                user=row.user,
+                varied=varied,
+                created_at=row.created_at,
+                rungs=tuple(row.rungs or ()),
+                trials=row.settings.get("trials"),
+                seed=row.settings.get("seed"),
+                members=[_member(job, varied, row.rungs or (), points) for job in mine],
+            )
+        )
+    return views
+
+
+def _member(
+    job: Job, varied: Collection[str], rungs: Collection[float], points: Mapping[tuple[int, str], MetricPoint]
+) -> Member:
+    reached = [(rung, points.get((job.job_id, metric_of(rung)))) for rung in sorted(rungs)]
+    final = points.get((job.job_id, HELD_OUT_LOSS))
+    return Member(
+        job_id=job.job_id,
+        name=job.name,
+        settings={key: setting(job.spec, key) for key in varied},
+        status=job.status,
+        reason=job.reason,
+        stage=job.stage,
+        held=job.held,
+        step=job.step,
+        total_steps=job.total_steps,
+        node=job.node,
+        message=job.message,
+        rungs=tuple(RungPoint(rung=rung, step=p.step, loss=p.value) for rung, p in reached if p is not None),
+        final_loss=final.value if final is not None and job.status is Status.SUCCEEDED else None,
+        has_result=job.report_uri is not None,
+    )
+
+
+def _newest(
+    session: Session, sweep_ids: Collection[int | None], names: Collection[str]
+) -> dict[tuple[int, str], MetricPoint]:
+    """By (job_id, name) the last point of the newest attempt that has one: a resumed attempt measures again."""
+    points = select(MetricPoint).join(Job, Job.job_id == MetricPoint.job_id)
+    points = points.where(Job.sweep_id.in_(sweep_ids), MetricPoint.name.in_(names))
+    ordered: Iterator[MetricPoint] = iter(session.scalars(points.order_by(MetricPoint.attempt, MetricPoint.step)))
+    return {(point.job_id, point.name): point for point in ordered}

@@ -1,0 +1,68 @@
+"""Wishes: what a person asks of a job that is there. Cancel it, hold it, or queue it again."""
+
+from __future__ import annotations
+
+from sqlalchemy import or_, select, update
+
+from loractl.common.errors import SweepNotFound, WrongState
+from loractl.common.job.status import Reason, Status
+from loractl.common.text import storable
+
+from ..attempt_columns import retried
+from ..guard import change, may_come_back, move
+from ..tables import Job, Sweep
+from ..transaction import Transaction
+from .jobs import read_job
+
+
+def cancel(tx: Transaction, job_id: int, user: str) -> Job:
+    said = f"cancelled by {user}"
+    waiting = move(job_id, Status.QUEUED, Status.CANCELLED)
+    if not tx.change(waiting.values(reason=Reason.CANCELLED, message=said, ended_at=tx.now())):
+        running = change(job_id, Status.RUNNING).values(cancel_requested=True)
+        if not tx.change(running):
+            ended = read_job(tx, job_id)
+            raise WrongState(f"job {job_id} has already {_ended_as(ended)}")
+    job = read_job(tx, job_id)
+    if job.status is Status.CANCELLED:
+        tx.tell(job_id, None, "cancelled", said)
+    else:
+        tx.tell(job_id, None, "cancel", f"cancel asked for by {user}")
+    return job
+
+
+def cancel_sweep(tx: Transaction, sweep_id: int, user: str) -> list[Job]:
+    left = select(Job.job_id).where(Job.sweep_id == sweep_id, Job.status.in_([Status.QUEUED, Status.RUNNING]))
+    job_ids = tx.session.scalars(left.order_by(Job.job_id).with_for_update()).all()
+    if not job_ids and tx.session.get(Sweep, sweep_id) is None:
+        raise SweepNotFound(sweep_id)
+    if not job_ids:
+        raise WrongState(f"all jobs of sweep {sweep_id} have ended")
+    return [cancel(tx, job_id, user) for job_id in job_ids]
+
+
+def hold(tx: Transaction, job_id: int, user: str, reason: str) -> Job:
+    text = storable(f"held by {user}: {reason}" if reason else f"held by {user}")
+    if not tx.change(change(job_id, Status.QUEUED).values(held=True, message=text)):
+        job = read_job(tx, job_id)
+        raise WrongState(f"job {job_id} is {job.status.value}: only a waiting job can be held")
+    tx.tell(job_id, None, "held", text)
+    return read_job(tx, job_id)
+
+
+def retry(tx: Transaction, job_id: int, user: str) -> Job:
+    again = (
+        update(Job)
+        .where(Job.job_id == job_id)
+        .where(or_(may_come_back(), (Job.status == Status.QUEUED) & Job.held))
+        .values(status=Status.QUEUED, **retried())
+    )
+    if not tx.change(again):
+        job = read_job(tx, job_id)
+        raise WrongState(f"job {job_id} is {job.status.value}: only a failed, cancelled or held job can be retried")
+    tx.tell(job_id, None, "retry", f"queued again by {user}")
+    return read_job(tx, job_id)
+
+
+def _ended_as(job: Job) -> str:
+    return {Status.SUCCEEDED: "succeeded", Status.FAILED: "failed"}.get(job.status, "been cancelled")

@@ -1,0 +1,61 @@
+"""The schema's revision, and its migration to the newest."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from importlib.resources import as_file, files
+from typing import TYPE_CHECKING
+
+from sqlalchemy import Connection, Engine, text
+
+from loractl.common.errors import SchemaMismatch
+
+if TYPE_CHECKING:
+    from alembic.config import Config
+
+HEAD = "0004"
+"""The newest migration in migrations/versions; a test holds it equal to Alembic's own head."""
+
+_MIGRATION_LOCK = 0x10AC71  # any constant: names loractl's advisory lock in PostgreSQL
+
+
+def revision(engine: Engine) -> str | None:
+    """The schema's revision, None for a database without loractl's tables."""
+    with engine.connect().execution_options(read_only=True) as connection:
+        if not engine.dialect.has_table(connection, "alembic_version"):
+            return None
+        number = connection.execute(text("SELECT version_num FROM alembic_version")).scalar()
+        return None if number is None else str(number)
+
+
+def upgrade(engine: Engine) -> tuple[str | None, str]:
+    """Migrate to HEAD; returns the revision before and after. Several processes may call it at once.
+
+    Raises SchemaMismatch when the database is newer than this loractl.
+    """
+    from alembic import command
+
+    before = revision(engine)
+    if before is not None and before > HEAD:
+        raise SchemaMismatch(before, HEAD)
+    with engine.begin() as connection, alembic_config(connection) as config:
+        if engine.dialect.name == "postgresql":
+            for patience in ("statement_timeout", "lock_timeout"):
+                connection.execute(text(f"SET LOCAL {patience} = 0"))  # a migration takes what it takes
+            connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _MIGRATION_LOCK})
+        command.upgrade(config, "head")
+    return before, HEAD
+
+
+@contextlib.contextmanager
+def alembic_config(connection: Connection | None) -> Iterator[Config]:
+    """Alembic's configuration without an ini file; the scripts come from the installed package."""
+    from alembic.config import Config
+
+    with as_file(files("loractl.migrations")) as folder:
+        config = Config()
+        config.set_main_option("script_location", str(folder))
+        config.set_main_option("path_separator", "os")
+        config.attributes["connection"] = connection
+        yield config

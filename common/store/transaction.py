@@ -1,0 +1,81 @@
+"""One transaction: what the queries get of the session, the clock, and what differs between SQLite and PostgreSQL."""
+
+from __future__ import annotations
+
+import datetime as dt
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
+
+from sqlalchemy import ColumnElement, CursorResult, DateTime, Engine, Update, bindparam, func, select
+from sqlalchemy.orm import Session
+
+from loractl.common.text import storable
+
+from .tables import Base, Event, UtcDateTime
+
+
+class Transaction:
+    """Committed at the end, rolled back on an error; its rows stay readable afterwards.
+
+    `clock` is for tests. Without it the time is PostgreSQL's, or, with SQLite (one machine), the system's.
+    """
+
+    def __init__(self, engine: Engine, *, clock: Callable[[], dt.datetime] | None, read_only: bool) -> None:
+        self._dialect = engine.dialect.name
+        self._clock = clock
+        self.session = Session(engine.execution_options(read_only=read_only), expire_on_commit=False)
+
+    def __enter__(self) -> Transaction:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is None:
+                self.session.commit()
+        finally:
+            self.session.close()
+
+    def now(self) -> dt.datetime:
+        """The time that every timestamp follows."""
+        if self._asks_database:
+            now: dt.datetime = self.session.execute(select(func.clock_timestamp())).scalar_one()
+            return now.astimezone(dt.UTC)
+        return self._clock() if self._clock else dt.datetime.now(dt.UTC)
+
+    def now_in(self, seconds: float) -> ColumnElement[dt.datetime]:
+        """The time so many seconds from now, as a value of a statement."""
+        if self._asks_database:
+            return func.clock_timestamp(type_=DateTime(timezone=True)) + dt.timedelta(seconds=seconds)
+        later = self.now() + dt.timedelta(seconds=seconds)
+        return bindparam(None, later, type_=UtcDateTime(), unique=True)
+
+    def tell(self, job_id: int, attempt: int | None, kind: str, text: str) -> None:
+        """Write a line of the job's history."""
+        self.session.add(Event(job_id=job_id, attempt=attempt, at=self.now(), kind=kind, text=storable(text)))
+
+    def change(self, statement: Update) -> int:
+        """Run a guarded update; returns how many rows it changed."""
+        result = self.session.execute(statement.execution_options(synchronize_session=False))
+        return cast(CursorResult[Any], result).rowcount
+
+    def put(self, table: type[Base], key: str, row: Mapping[str, Any]) -> None:
+        """Write a row, over the one with its key if there is one."""
+        changed = {name: value for name, value in row.items() if name != key}
+        statement = self._insert(table).values(**row)
+        self.session.execute(statement.on_conflict_do_update(index_elements=[key], set_=changed))
+
+    def add_new(self, table: type[Base], rows: Sequence[Mapping[str, Any]]) -> None:
+        """Write those of the rows that are not there yet.
+
+        A row a statement: one statement for all has more parameters than a database takes after an outage.
+        """
+        self.session.execute(self._insert(table).on_conflict_do_nothing(), rows)
+
+    @property
+    def _asks_database(self) -> bool:
+        return self._clock is None and self._dialect == "postgresql"
+
+    def _insert(self, table: type[Base]) -> Any:
+        """An INSERT that may say ON CONFLICT, which has the same form in both dialects."""
+        return importlib.import_module(f"sqlalchemy.dialects.{self._dialect}").insert(table)
