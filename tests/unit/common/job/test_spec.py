@@ -273,7 +273,7 @@ def test_a_file_without_keys_points_at_an_example(tmp_path: Path, text: str) -> 
     problem = only(write(tmp_path, text))
     assert problem.what == "is empty or not a mapping of keys"
     assert problem.hint == "start from examples/helpdesk-lora.yaml"
-    assert (Path(__file__).parents[3] / "examples" / "helpdesk-lora.yaml").exists()
+    assert (Path(__file__).parents[4] / "examples" / "helpdesk-lora.yaml").exists()
 
 
 def test_a_file_that_cannot_be_a_job_is_refused_in_a_sentence(tmp_path: Path) -> None:
