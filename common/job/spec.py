@@ -6,7 +6,6 @@ Keys are the libraries' own names (peft's LoraConfig, transformers' TrainingArgu
 from __future__ import annotations
 
 import enum
-import hashlib
 import json
 import re
 from typing import Annotated, Any, Literal, get_args
@@ -304,9 +303,6 @@ class ResourcesSpec(_Section):
     """Labels that the box must have (loractl worker --label KEY=VALUE), like nvlink: "yes"."""
 
 
-_UNDECIDING = {"name", "labels", "priority", "preemptible", "resources", "max_retries", "lora_patience"}
-
-
 class JobSpec(_Section):
     """One fine-tune, complete and checked."""
 
@@ -397,17 +393,6 @@ class JobSpec(_Section):
             "regression": self.evaluation.regression,
         }
         return {key: text for key, text in named.items() if text is not None}
-
-    def spec_hash(self) -> str:
-        """sha256 over what decides the training's result: everything but name, labels, priority, limits,
-        patience and retries."""
-        apart: dict[str, Any] = dict.fromkeys(_UNDECIDING, True)
-        if self.task_type is TaskType.CAUSAL_LM:  # jobs that are older than the key keep their hash
-            apart["task_type"] = True
-        if not self.evaluation.lm_eval:  # these too
-            apart["evaluation"] = {"lm_eval", "lm_eval_limit"}
-        deciding = self.model_dump(mode="json", exclude=apart | {"training": {"report_to"}})
-        return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()
 
 
 def is_hub_id(text: str) -> bool:

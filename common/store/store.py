@@ -699,6 +699,8 @@ class Store:
     # --- inside ---
 
     def _queue(self, session: Session, submission: Submission, now: dt.datetime, sweep_id: int | None = None) -> int:
+        from loractl.common.job.identity import spec_digest
+
         spec, until = submission.spec, None
         if spec.lora_patience is not None and submission.methods == (Method.LORA, Method.QLORA):
             until = now + dt.timedelta(seconds=spec.lora_patience)
@@ -707,7 +709,7 @@ class Store:
             user=submission.user,
             labels=dict(spec.labels),
             spec=spec.model_dump(mode="json"),
-            spec_hash=spec.spec_hash(),
+            spec_hash=spec_digest(spec),
             base_model=spec.base_model,
             data=submission.data,
             priority=spec.priority,

@@ -28,6 +28,7 @@ from sqlalchemy.exc import DBAPIError
 from loractl.common.artifacts import ArtifactStore, attempt_prefix, remove_tree, sha256_of
 from loractl.common.errors import ArtifactError, LoractlError, ServiceUnreachable
 from loractl.common.job.adjustment import Adjustment, in_words, next_adjustment
+from loractl.common.job.identity import spec_digest
 from loractl.common.job.status import Reason, Stage, Status
 from loractl.common.placement.rule import Need
 from loractl.common.settings import Settings
@@ -677,7 +678,7 @@ def _hashes(folder: Path) -> dict[str, str]:
 def _asked(claim: Claim) -> list[str]:
     """What a result answers to: the spec, the method and the data."""
     hashes = [stored["sha256"] for _, stored in sorted(claim.data.items())]
-    return [claim.spec.spec_hash(), claim.method.value, *hashes]
+    return [spec_digest(claim.spec), claim.method.value, *hashes]
 
 
 def _lighter(start: Start, state: _State) -> Adjustment | None:
