@@ -57,7 +57,7 @@ def import_file(file: Path, folder: Path) -> Imported:
 
     Raises SpecError for what is no YAML mapping, UsageError for another tool's file and for what is no LoRA on rows.
     """
-    from loractl.common.job.file import read_yaml
+    from loractl.common.job.document import read_yaml
 
     theirs = {str(key): value for key, value in read_yaml(file)[0].items() if value is not None}
     if "model_name_or_path" in theirs:
@@ -79,7 +79,8 @@ def _drop_what_is_refused(found: Imported) -> None:
     from pydantic import ValidationError
 
     from loractl.common.errors import SpecError, SpecProblem
-    from loractl.common.job.spec import AS_WRITTEN, JobSpec
+    from loractl.common.job.sections import AS_WRITTEN
+    from loractl.common.job.spec import JobSpec
 
     while True:
         try:

@@ -18,7 +18,8 @@ from pydantic import ValidationError
 from loractl.common.errors import SpecError
 from loractl.common.job.file import load_spec
 from loractl.common.job.identity import spec_digest
-from loractl.common.job.spec import JobSpec, Method
+from loractl.common.job.method import Method
+from loractl.common.job.spec import JobSpec
 from loractl.common.job.status import Reason
 from loractl.scheduler.text.jobs import Screen, report_text
 from loractl.worker.base.model import TrainingFailed, add_adapter, choose_precision, load_base, load_tokenizer

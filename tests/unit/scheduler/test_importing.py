@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 
 from loractl.common.errors import LoractlError
 from loractl.common.job.file import load_spec
-from loractl.common.job.spec import AS_WRITTEN, DataFormat, JobSpec, Method
+from loractl.common.job.method import Method
+from loractl.common.job.sections import AS_WRITTEN, DataFormat
+from loractl.common.job.spec import JobSpec
 from loractl.scheduler.cli import cli
 from loractl.scheduler.commands.import_config import import_file
 

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from loractl.common.job.identity import FROM_THE_START, UNDECIDING, spec_digest, training_digests
 from loractl.common.job.method import Method
-from loractl.common.job.spec import JobSpec, LoraSpec, TrainingSpec, spec_keys
+from loractl.common.job.sections import LoraSpec, TrainingSpec
+from loractl.common.job.spec import JobSpec, spec_keys
 
 MINIMAL: dict[str, Any] = {"name": "tiny", "base_model": "org/model", "dataset": {"path": "org/data"}}
 

@@ -11,9 +11,12 @@ import yaml
 from pydantic import ValidationError
 
 from loractl.common.errors import SpecError, SpecProblem
-from loractl.common.job.file import MAX_FILE_BYTES, load_spec
+from loractl.common.job.document import MAX_FILE_BYTES
+from loractl.common.job.file import load_spec
 from loractl.common.job.identity import spec_digest
-from loractl.common.job.spec import DataFormat, JobSpec, Method, Metric, TaskType, spec_keys
+from loractl.common.job.method import Method
+from loractl.common.job.sections import DataFormat, Metric, TaskType
+from loractl.common.job.spec import JobSpec, spec_keys
 
 MINIMAL_TREE = {"name": "tiny", "base_model": "org/model", "dataset": {"path": "org/data"}}
 MINIMAL = "name: tiny\nbase_model: org/model\ndataset: {path: org/data}\n"
