@@ -22,8 +22,8 @@ from loractl.common.store.store import Store
 from loractl.common.store.tables import Job
 from loractl.scheduler.upkeep.garbage import Cleaner, Garbage, Kind, Policy
 
-from ... import services
-from ..factories import Clock, submission, take
+from .... import services
+from ...factories import Clock, submission, take
 
 MONTH = dt.timedelta(days=30)
 
