@@ -66,6 +66,7 @@ class ArtifactStore:
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
         self._fs, self._root = _filesystem(self.url)
+        self._in_folder = "file" in ([self._fs.protocol] if isinstance(self._fs.protocol, str) else self._fs.protocol)
 
     def put_dataset(self, path: Path) -> tuple[str, str]:
         """Upload a data set under its content hash, once. Returns (uri, sha256)."""
@@ -81,7 +82,7 @@ class ArtifactStore:
     def fetch_dataset(self, uri: str, sha256: str, folder: Path) -> Path:
         """Download a data set into `folder` unless it is there; its content must match the hash.
 
-        Raises ArtifactError, also for what put_dataset can't have stored: whoever writes a row could name anything.
+        Raises ArtifactError, also for what put_dataset can't have stored: a row that another wrote could name anything.
         """
         name = uri.removeprefix(self.url + "/")
         if not re.fullmatch(rf"datasets/{re.escape(sha256)}\.[a-z]{{1,8}}", name) or not _SHA256.fullmatch(sha256):
@@ -127,10 +128,10 @@ class ArtifactStore:
             except ValueError:
                 raw = None
         try:
-            found = {_inside(name): _checked(StoredFile(**file)) for name, file in raw.items()}
+            manifest = {_inside(name): _checked(StoredFile(**file)) for name, file in raw.items()}
         except (AttributeError, TypeError, ValueError, ArtifactError):
             raise ArtifactError(f"the manifest of {self.url}/{prefix} is damaged") from None
-        return found
+        return manifest
 
     def verify(self, prefix: str, expected: Manifest | None = None) -> Manifest:
         """Read every file below `prefix` back and compare it with its manifest. Raises ArtifactError."""
@@ -174,14 +175,14 @@ class ArtifactStore:
 
     def holdings(self, part: str) -> list[Holding]:
         """Everything below `part` ("jobs" or "datasets") whose name was made here."""
-        found: dict[str, list[tuple[int, dt.datetime]]] = {}
+        files_of: dict[str, list[tuple[int, dt.datetime]]] = {}
         with self._errors(f"listing {part}"):
             for name, size, changed_at in self._files(part):
                 if match := _HOLDING.fullmatch(name):
-                    found.setdefault(match[1], []).append((size, changed_at))
+                    files_of.setdefault(match[1], []).append((size, changed_at))
         return [
             Holding(name=name, size=sum(size for size, _ in files), changed_at=max(at for _, at in files))
-            for name, files in sorted(found.items())
+            for name, files in sorted(files_of.items())
         ]
 
     def remove(self, name: str) -> None:
@@ -193,7 +194,7 @@ class ArtifactStore:
         with self._errors(f"removing {name}"):
             files = [file for file, _, _ in self._files(name)] or [name]
             manifests = [file for file in files if file.endswith(f"/{MANIFEST}")]
-            if "file" not in self._protocols():
+            if not self._in_folder:
                 for some in (manifests, [file for file in files if file not in manifests]):
                     if some:
                         self._fs.rm([self._at(file) for file in some])
@@ -213,12 +214,12 @@ class ArtifactStore:
             names = sorted((name for name, _, _ in self._files(prefix)), key=lambda name: not name.endswith(MANIFEST))
             for name in names:
                 self._fs.rm_file(self._at(name))
-            if "file" in self._protocols():
+            if self._in_folder:
                 remove_tree(Path(self._at(prefix)))
 
     def _files(self, part: str) -> Iterator[tuple[str, int, dt.datetime]]:
         """(name, bytes, last change) of each file below `part`; links are not followed out of the store."""
-        if "file" not in self._protocols():
+        if not self._in_folder:
             for path, info in self._fs.find(self._at(part), detail=True).items():
                 yield path.removeprefix(f"{self._root}/"), info["size"], info["LastModified"].astimezone(dt.UTC)
             return
@@ -231,7 +232,7 @@ class ArtifactStore:
 
     def _refresh(self, path: Path, name: str) -> None:
         """Give an equal data set that is there already the date of today."""
-        if "file" in self._protocols():
+        if self._in_folder:
             with contextlib.suppress(PermissionError):  # another person's, whose date only they can change
                 os.utime(self._at(name))
                 return
@@ -245,7 +246,7 @@ class ArtifactStore:
     def _put(self, path: Path, name: str) -> None:
         """Write aside and rename where renaming is atomic (a folder); S3 shows an object only when it is complete."""
         target = self._at(name)
-        if "file" not in self._protocols():
+        if not self._in_folder:
             self._fs.put_file(str(path), target)
             return
         self._fs.makedirs(Path(target).parent.as_posix(), exist_ok=True)
@@ -271,10 +272,6 @@ class ArtifactStore:
             while block := stream.read(_BLOCK):
                 digest.update(block)
         return digest.hexdigest()
-
-    def _protocols(self) -> tuple[str, ...]:
-        protocol = self._fs.protocol
-        return (protocol,) if isinstance(protocol, str) else tuple(protocol)
 
     @contextlib.contextmanager
     def _errors(self, doing: str) -> Iterator[None]:

@@ -148,7 +148,7 @@ def _repeated(train: Sequence[Example], held_out: Sequence[Example]) -> Iterator
 
 
 def _leaks(train: Sequence[Example], held_out: Sequence[Example]) -> Iterator[Finding]:
-    """Held-out rows of which the model has seen a part: they measure memory."""
+    """Held-out rows that the model has seen in part: they measure its memory."""
     trained = {part for example in train for part in _answered(example.turns)}
     partly = [e.number for e in held_out if any(part in trained for part in _answered(e.turns))]
     text = "{n} held out begin with a conversation that is trained on"

@@ -249,7 +249,7 @@ def _resolve_paths(spec: JobSpec, folder: Path) -> JobSpec:
             path = (folder / Path(text).expanduser()).resolve()
             return str(path) if looks_local or path.exists() else text
         except (OSError, ValueError, RuntimeError):
-            # no path that this system can hold: a name too long, the home of nobody
+            # no path that this system can hold: a name too long, the home of no user
             return text
 
     dataset = spec.dataset.model_copy(

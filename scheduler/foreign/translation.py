@@ -99,7 +99,7 @@ def choice(ours: str, values: Mapping[Any, Any], why: str) -> Callable[[Draft, s
 
 
 def only(accepted: Any, why: str) -> Callable[[Draft, str, Any], None]:
-    """A setting of which loractl does one value only."""
+    """A setting that loractl takes with one value only."""
 
     def rule(draft: Draft, key: str, value: Any) -> None:
         if value == accepted:

@@ -1,4 +1,4 @@
-"""What nobody needs any more, in the artifact store and on this machine, and its removal.
+"""What no job and no person needs any more, in the artifact store and on this machine, and its removal.
 
 Rows go before files: a crash in between leaves files that no row names, and the next look finds them again. What
 belongs to a job that this database does not know is left alone, for another database may know it.
@@ -36,7 +36,7 @@ class Kind(enum.StrEnum):
     """What kind of thing goes, in the order of removal."""
 
     RESULT = "result"  # adapter and report of an older run
-    ATTEMPT = "attempt"  # what an attempt stored that is nobody's result
+    ATTEMPT = "attempt"  # what an attempt stored that is no result
     CHECKPOINTS = "checkpoints"  # in the store, of an ended job
     DATA = "data set"
     WORK = "work folder"  # on this machine, of an ended job
@@ -46,7 +46,7 @@ class Kind(enum.StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Garbage:
-    """One thing that nobody needs."""
+    """One thing that is not needed any more."""
 
     kind: Kind
     name: str  # in the store, a path on this machine, or the attempt whose log lines are meant
@@ -163,7 +163,7 @@ class Cleaner:
             yield Garbage(kind=Kind.RESULT, name=name, size=sizes.get(name, 0), why=why, job_id=job.job_id)
 
     def _below_jobs(self) -> Iterator[Garbage]:
-        """Stored attempts that are nobody's result, and checkpoints of ended jobs."""
+        """Stored attempts that are no result, and checkpoints of ended jobs."""
         held = self._artifacts.holdings("jobs")
         over = self._store.over({_job_of(holding)[0] for holding in held})
         for holding in held:
