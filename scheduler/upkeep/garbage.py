@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loractl.common.artifacts import ArtifactStore, Holding, attempt_prefix, remove_tree
+from loractl.common.artifacts import ArtifactStore, Holding, attempt_prefix
 from loractl.common.errors import LoractlError, UsageError
+from loractl.common.files import remove_tree
 from loractl.common.settings import Settings
 from loractl.common.store.store import Store
 from loractl.common.store.tables import Job

@@ -25,8 +25,9 @@ from typing import Any, TypeVar
 
 from sqlalchemy.exc import DBAPIError
 
-from loractl.common.artifacts import ArtifactStore, attempt_prefix, remove_tree, sha256_of
+from loractl.common.artifacts import ArtifactStore, attempt_prefix, sha256_of
 from loractl.common.errors import ArtifactError, LoractlError, ServiceUnreachable
+from loractl.common.files import remove_tree
 from loractl.common.job.adjustment import Adjustment, in_words, next_adjustment
 from loractl.common.job.identity import spec_digest
 from loractl.common.job.status import Reason, Stage, Status
