@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loractl.common.job.spec import JobSpec, Method
+from loractl.common.job.method import Method
+from loractl.common.job.spec import JobSpec
 from loractl.common.memory.architecture import Shape, shape_of
 from loractl.common.memory.plan import Plan, Stack, plan
 from loractl.common.units import GIB

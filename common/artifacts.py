@@ -1,4 +1,4 @@
-"""The artifact store: data sets by content hash and results by attempt, in a folder or on S3 (fsspec).
+"""The artifact store: data sets by content hash, and what jobs store by attempt.
 
 A result is written under jobs/<id>/attempt-<n>/ and closed by manifest.json, which names every file with its size and
 sha256. Whatever has no manifest does not exist. Names are made here, never from what a person typed.
@@ -12,24 +12,17 @@ import hashlib
 import json
 import os
 import re
-import shutil
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote
 
-from .errors import ArtifactError, ServiceUnreachable, UsageError
+from .errors import ArtifactError, ServiceUnreachable
+from .files import open_files
 from .settings import Settings, redacted
 
 MANIFEST = "manifest.json"
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_BLOCK = 1 << 20
-
-FRESH_S = 3600.0
-"""A data set that was stored longer ago is dated anew by the next submit: loractl gc goes by that date, and must not
-take what a job that is just being submitted will name."""
 
 _HOLDING = re.compile(
     r"(jobs/[1-9]\d{0,17}/(?:attempt-[1-9]\d{0,8}|checkpoints)|datasets/[0-9a-f]{64}(?:\.\w{1,16})?(?:\.part-\d+)?)"
@@ -65,23 +58,23 @@ class ArtifactStore:
 
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
-        self._fs, self._root = _filesystem(self.url)
+        self._files = open_files(self.url)
 
     def put_dataset(self, path: Path) -> tuple[str, str]:
         """Upload a data set under its content hash, once. Returns (uri, sha256)."""
         digest = sha256_of(path)
         name = f"datasets/{digest}{path.suffix.lower()}"
         with self._errors(f"storing {path.name}"):
-            if not self._fs.exists(self._at(name)) or self._hash(name) != digest:
-                self._put(path, name)
+            if not self._files.exists(name) or self._files.hash(name) != digest:
+                self._files.put(path, name)
             else:
-                self._refresh(path, name)
+                self._files.refresh(path, name)
         return f"{self.url}/{name}", digest
 
     def fetch_dataset(self, uri: str, sha256: str, folder: Path) -> Path:
         """Download a data set into `folder` unless it is there; its content must match the hash.
 
-        Raises ArtifactError, also for what put_dataset can't have stored: whoever writes a row could name anything.
+        Raises ArtifactError, also for what put_dataset can't have stored: a row that another wrote could name anything.
         """
         name = uri.removeprefix(self.url + "/")
         if not re.fullmatch(rf"datasets/{re.escape(sha256)}\.[a-z]{{1,8}}", name) or not _SHA256.fullmatch(sha256):
@@ -92,7 +85,7 @@ class ArtifactStore:
             return target
         folder.mkdir(parents=True, exist_ok=True)
         with self._errors(f"fetching {uri}"):
-            self._get(name, target)
+            self._files.get(name, target)
         if sha256_of(target) != sha256:
             target.unlink()
             raise ArtifactError(f"{uri} does not have the content that was submitted", "submit the job again")
@@ -111,9 +104,9 @@ class ArtifactStore:
         manifest = {name: StoredFile(size=p.stat().st_size, sha256=sha256_of(p)) for name, p in files.items()}
         with self._errors(f"storing {prefix}"):
             for name, path in files.items():
-                self._put(path, f"{prefix}/{name}")
+                self._files.put(path, f"{prefix}/{name}")
             text = json.dumps({name: vars(file) for name, file in manifest.items()}, indent=1)
-            self._fs.pipe_file(self._at(f"{prefix}/{MANIFEST}"), text.encode())
+            self._files.write(f"{prefix}/{MANIFEST}", text.encode())
         self.verify(prefix, manifest)
         return manifest
 
@@ -121,16 +114,16 @@ class ArtifactStore:
         """The manifest that closes `prefix`. Raises ArtifactError when there is none."""
         with self._errors(f"reading {prefix}"):
             try:
-                raw = json.loads(self._fs.cat_file(self._at(f"{prefix}/{MANIFEST}")))
+                raw = json.loads(self._files.read(f"{prefix}/{MANIFEST}"))
             except FileNotFoundError:
                 raise ArtifactError(f"{self.url}/{prefix} has no manifest: nothing was stored there") from None
             except ValueError:
                 raw = None
         try:
-            found = {_inside(name): _checked(StoredFile(**file)) for name, file in raw.items()}
+            manifest = {_inside(name): _checked(StoredFile(**file)) for name, file in raw.items()}
         except (AttributeError, TypeError, ValueError, ArtifactError):
             raise ArtifactError(f"the manifest of {self.url}/{prefix} is damaged") from None
-        return found
+        return manifest
 
     def verify(self, prefix: str, expected: Manifest | None = None) -> Manifest:
         """Read every file below `prefix` back and compare it with its manifest. Raises ArtifactError."""
@@ -139,7 +132,7 @@ class ArtifactStore:
             raise ArtifactError(f"the manifest of {prefix} reads back differently")
         with self._errors(f"verifying {prefix}"):
             for name, file in manifest.items():
-                if self._hash(f"{prefix}/{name}") != file.sha256:
+                if self._files.hash(f"{prefix}/{name}") != file.sha256:
                     raise ArtifactError(f"{self.url}/{prefix}/{name} does not match its manifest")
         return manifest
 
@@ -152,7 +145,7 @@ class ArtifactStore:
             path = target / name.removeprefix(part)
             path.parent.mkdir(parents=True, exist_ok=True)
             with self._errors(f"fetching {name}"):
-                self._get(f"{prefix}/{name}", path)
+                self._files.get(f"{prefix}/{name}", path)
             if sha256_of(path) != file.sha256:
                 raise ArtifactError(f"{self.url}/{prefix}/{name} does not match its manifest")
         return {name.removeprefix(part): file for name, file in wanted.items()}
@@ -167,21 +160,21 @@ class ArtifactStore:
         if file is None:
             raise ArtifactError(f"{self.url}/{prefix} has no {name}")
         with self._errors(f"reading {name}"):
-            raw: bytes = self._fs.cat_file(self._at(f"{prefix}/{name}"))
+            raw = self._files.read(f"{prefix}/{name}")
         if hashlib.sha256(raw).hexdigest() != file.sha256:
             raise ArtifactError(f"{self.url}/{prefix}/{name} does not match its manifest")
         return raw
 
     def holdings(self, part: str) -> list[Holding]:
         """Everything below `part` ("jobs" or "datasets") whose name was made here."""
-        found: dict[str, list[tuple[int, dt.datetime]]] = {}
+        files_of: dict[str, list[tuple[int, dt.datetime]]] = {}
         with self._errors(f"listing {part}"):
-            for name, size, changed_at in self._files(part):
+            for name, size, changed_at in self._files.below(part):
                 if match := _HOLDING.fullmatch(name):
-                    found.setdefault(match[1], []).append((size, changed_at))
+                    files_of.setdefault(match[1], []).append((size, changed_at))
         return [
             Holding(name=name, size=sum(size for size, _ in files), changed_at=max(at for _, at in files))
-            for name, files in sorted(found.items())
+            for name, files in sorted(files_of.items())
         ]
 
     def remove(self, name: str) -> None:
@@ -191,90 +184,16 @@ class ArtifactStore:
         if match is None or match[1] != name:
             raise ValueError(f"{name} is not a name of this store")
         with self._errors(f"removing {name}"):
-            files = [file for file, _, _ in self._files(name)] or [name]
-            manifests = [file for file in files if file.endswith(f"/{MANIFEST}")]
-            if "file" not in self._protocols():
-                for some in (manifests, [file for file in files if file not in manifests]):
-                    if some:
-                        self._fs.rm([self._at(file) for file in some])
-                return
-            for file in manifests:
-                Path(self._at(file)).unlink(missing_ok=True)
-            remove_tree(Path(self._at(name)))
+            self._files.remove(name, _is_manifest)
             if name.startswith("jobs/"):
-                with contextlib.suppress(OSError):  # other attempts are left
-                    Path(self._at(name)).parent.rmdir()
+                self._files.prune(name.rpartition("/")[0])
 
     def remove_checkpoint(self, prefix: str) -> None:
         """Remove one checkpoint of a job, its manifest first. Raises ValueError for a name that was not made here."""
         if not re.fullmatch(r"jobs/[1-9]\d{0,17}/checkpoints/[1-9]\d{0,8}-\d{1,12}", prefix, re.ASCII):
             raise ValueError(f"{prefix} is not the name of a checkpoint")
         with self._errors(f"removing {prefix}"):
-            names = sorted((name for name, _, _ in self._files(prefix)), key=lambda name: not name.endswith(MANIFEST))
-            for name in names:
-                self._fs.rm_file(self._at(name))
-            if "file" in self._protocols():
-                remove_tree(Path(self._at(prefix)))
-
-    def _files(self, part: str) -> Iterator[tuple[str, int, dt.datetime]]:
-        """(name, bytes, last change) of each file below `part`; links are not followed out of the store."""
-        if "file" not in self._protocols():
-            for path, info in self._fs.find(self._at(part), detail=True).items():
-                yield path.removeprefix(f"{self._root}/"), info["size"], info["LastModified"].astimezone(dt.UTC)
-            return
-        top = Path(self._at(part))
-        for path in [top] if top.is_symlink() or top.is_file() else _walk(top):
-            with contextlib.suppress(FileNotFoundError):  # was just removed by somebody else
-                facts = path.lstat()
-                changed_at = dt.datetime.fromtimestamp(facts.st_mtime, dt.UTC)
-                yield path.relative_to(self._root).as_posix(), facts.st_size, changed_at
-
-    def _refresh(self, path: Path, name: str) -> None:
-        """Give an equal data set that is there already the date of today."""
-        if "file" in self._protocols():
-            with contextlib.suppress(PermissionError):  # another person's, whose date only they can change
-                os.utime(self._at(name))
-                return
-        elif dt.datetime.now(dt.UTC) - self._fs.modified(self._at(name)) < dt.timedelta(seconds=FRESH_S):
-            return
-        self._put(path, name)
-
-    def _at(self, name: str) -> str:
-        return f"{self._root}/{name}"
-
-    def _put(self, path: Path, name: str) -> None:
-        """Write aside and rename where renaming is atomic (a folder); S3 shows an object only when it is complete."""
-        target = self._at(name)
-        if "file" not in self._protocols():
-            self._fs.put_file(str(path), target)
-            return
-        self._fs.makedirs(Path(target).parent.as_posix(), exist_ok=True)
-        aside = f"{target}.part-{os.getpid()}"
-        try:
-            self._fs.put_file(str(path), aside)
-            Path(aside).replace(target)
-        finally:
-            Path(aside).unlink(missing_ok=True)
-
-    def _get(self, name: str, path: Path) -> None:
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".part-", delete=False) as aside:
-            part = Path(aside.name)
-        try:
-            self._fs.get_file(self._at(name), str(part))
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)
-
-    def _hash(self, name: str) -> str:
-        digest = hashlib.sha256()
-        with self._fs.open(self._at(name), "rb") as stream:
-            while block := stream.read(_BLOCK):
-                digest.update(block)
-        return digest.hexdigest()
-
-    def _protocols(self) -> tuple[str, ...]:
-        protocol = self._fs.protocol
-        return (protocol,) if isinstance(protocol, str) else tuple(protocol)
+            self._files.remove(prefix, _is_manifest)
 
     @contextlib.contextmanager
     def _errors(self, doing: str) -> Iterator[None]:
@@ -313,18 +232,8 @@ def checkpoint_prefix(job_id: int, attempt: int, step: int) -> str:
     return f"jobs/{job_id}/checkpoints/{attempt}-{step}"
 
 
-def remove_tree(path: Path) -> None:
-    """Remove a file or a folder with all below it; a link goes itself, what it leads to stays."""
-    with contextlib.suppress(FileNotFoundError):  # somebody else was faster
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
-
-
-def _walk(top: Path) -> Iterator[Path]:
-    for folder, _, names in os.walk(top):
-        yield from (Path(folder) / name for name in names)
+def _is_manifest(name: str) -> bool:
+    return name.endswith(f"/{MANIFEST}")
 
 
 def _checked(file: StoredFile) -> StoredFile:
@@ -349,30 +258,3 @@ def sha256_of(path: Path) -> str:
     """Hex sha256 of a file's content."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _filesystem(url: str) -> tuple[Any, str]:
-    import fsspec
-
-    options: dict[str, Any] = {}
-    if url.startswith("s3://"):
-        # Other people write here too: a cached listing would hide their files.
-        options = {
-            "use_listings_cache": False,
-            "skip_instance_cache": True,
-            "config_kwargs": {"connect_timeout": 5, "read_timeout": 30, "retries": {"max_attempts": 3}},
-        }
-        if endpoint := os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL"):
-            options["endpoint_url"] = endpoint
-    if url.startswith("file://"):
-        url = unquote(url)  # fsspec takes "mein%20Labor" for a folder's name
-    try:
-        filesystem, root = fsspec.url_to_fs(url, **options)
-    except ImportError as error:
-        raise UsageError(f"the driver for {redacted(url)} is not installed", "pip install 'loractl[s3]'") from error
-    except ValueError as error:
-        raise UsageError(
-            f"LORACTL_ARTIFACTS_URL is not a URL that can be opened: {redacted(url)}",
-            "like file:///srv/loractl or s3://bucket/loractl",
-        ) from error
-    return filesystem, root.rstrip("/")

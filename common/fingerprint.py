@@ -24,20 +24,20 @@ def fingerprint(folder: Path, cache: Path) -> Fingerprint:
     """
     note = cache / "bases" / f"{hashlib.sha256(str(folder.resolve()).encode()).hexdigest()}.json"
     known: dict[str, list[Any]] = json.loads(note.read_text("utf-8")) if note.exists() else {}
-    found: dict[str, list[Any]] = {}
+    hashes: dict[str, list[Any]] = {}
     for path in sorted(folder.iterdir()):
         if path.suffix in SUFFIXES and path.is_file():
             facts = path.stat()
             # a copy of another model's weights may keep size and date; the time of the inode's change it can't choose
             seen = [facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns, facts.st_ino]
             *before, hashed = known.get(path.name, [""])
-            found[path.name] = [*seen, hashed if before == seen else sha256_of(path)]
-    if found != known:
+            hashes[path.name] = [*seen, hashed if before == seen else sha256_of(path)]
+    if hashes != known:
         note.parent.mkdir(parents=True, exist_ok=True)
         aside = note.with_suffix(f".part-{os.getpid()}")  # two trainers may hash the same base at once
-        aside.write_text(json.dumps(found), "utf-8")
+        aside.write_text(json.dumps(hashes), "utf-8")
         aside.replace(note)
-    return {name: hashed for name, (*_, hashed) in found.items()}
+    return {name: hashed for name, (*_, hashed) in hashes.items()}
 
 
 def digest(files: Fingerprint) -> str:

@@ -233,7 +233,7 @@ def _config_file(path: Path) -> dict[str, str]:
     unknown = sorted(set(values) - set(_KEYS))
     if unknown:
         raise UsageError(f"{path}: unknown key {unknown[0]}", f"known keys: {', '.join(_KEYS)}")
-    found = {key: str(value) for key, value in values.items()}
-    if any(map(_holds_password, found.values())) and path.stat().st_mode & 0o077:
+    texts = {key: str(value) for key, value in values.items()}
+    if any(map(_holds_password, texts.values())) and path.stat().st_mode & 0o077:
         raise UsageError(f"{path} holds a password, and others can read it", f"chmod 600 {path}")
-    return found
+    return texts

@@ -15,7 +15,7 @@ from typing import Literal
 
 from loractl.common.errors import DataError
 
-from .rows import Example, Turn
+from .example import Example, Turn
 
 Level = Literal["error", "warning", "note"]
 
@@ -25,7 +25,7 @@ FEW_TRAINED = 20
 """Fewer rows than these are learned by heart rather than from."""
 
 FEW_HELD_OUT = 8
-"""Below this the report gives no interval (worker/evaluate.py, MIN_CASES)."""
+"""Below this the report gives no interval (MIN_CASES in worker/evaluation)."""
 
 LABELS = 20
 """At most so many different answers, each short and each given by several rows, are taken for labels."""
@@ -64,7 +64,7 @@ class Finding:
         return f"{self.text} (row{'s' if self.count > 1 else ''} {', '.join(map(str, self.rows))}{more})"
 
 
-def found(level: Level, kind: str, text: str, rows: Sequence[int], hint: str | None = None) -> list[Finding]:
+def about_rows(level: Level, kind: str, text: str, rows: Sequence[int], hint: str | None = None) -> list[Finding]:
     """A finding about these rows; none where there are none. `{n}` in the text is their number."""
     if not rows:
         return []
@@ -134,7 +134,7 @@ def _repeated(train: Sequence[Example], held_out: Sequence[Example]) -> Iterator
         if content in seen:
             repeated.append(example.number)
         seen.add(content)
-    yield from found("warning", "duplicate rows", "{n} to train on stand there already", repeated)
+    yield from about_rows("warning", "duplicate rows", "{n} to train on stand there already", repeated)
     answers: dict[str, set[str]] = defaultdict(set)
     first: dict[str, int] = {}
     for example in train:
@@ -144,20 +144,20 @@ def _repeated(train: Sequence[Example], held_out: Sequence[Example]) -> Iterator
             first.setdefault(question, example.number)
     differing = sorted(first[question] for question, given in answers.items() if len(given) > 1)
     text = "one prompt, several answers: {n} whose prompt stands again with another answer"
-    yield from found("warning", "contradicting answers", text, differing)
+    yield from about_rows("warning", "contradicting answers", text, differing)
 
 
 def _leaks(train: Sequence[Example], held_out: Sequence[Example]) -> Iterator[Finding]:
-    """Held-out rows of which the model has seen a part: they measure memory."""
+    """Held-out rows that the model has seen in part: they measure its memory."""
     trained = {part for example in train for part in _answered(example.turns)}
     partly = [e.number for e in held_out if any(part in trained for part in _answered(e.turns))]
     text = "{n} held out begin with a conversation that is trained on"
     hint = "hold out whole conversations: dataset.eval_path"
-    yield from found("warning", "overlapping conversations", text, partly, hint)
+    yield from about_rows("warning", "overlapping conversations", text, partly, hint)
     prompts = {_prompt_hash(e) for e in train if _asks(e)}
     known = [e.number for e in held_out if _asks(e) and _prompt_hash(e) in prompts]
     known = sorted(set(known) - set(partly))
-    yield from found("warning", "overlapping prompts", "{n} held out have a prompt that is trained on", known)
+    yield from about_rows("warning", "overlapping prompts", "{n} held out have a prompt that is trained on", known)
 
 
 def _answers(train: Sequence[Example]) -> Iterator[Finding]:
@@ -178,9 +178,9 @@ def _answers(train: Sequence[Example]) -> Iterator[Finding]:
     else:
         short = [e.number for e in taught if len(answer_of(e).strip()) <= SHORT_CHARACTERS]
         text = f"{{n}} with an answer of at most {SHORT_CHARACTERS} characters, among longer ones"
-        yield from found("warning", "short answers", text, short)
+        yield from about_rows("warning", "short answers", text, short)
     echoed = [e.number for e in taught if answer_of(e).strip() == _question(e).strip()]
-    yield from found("warning", "echoed prompts", "{n} whose answer is the prompt again", echoed)
+    yield from about_rows("warning", "echoed prompts", "{n} whose answer is the prompt again", echoed)
 
 
 def _labelled(train: Sequence[Example], held_out: Sequence[Example]) -> Iterator[Finding]:
@@ -202,7 +202,7 @@ def _labelled(train: Sequence[Example], held_out: Sequence[Example]) -> Iterator
     listed = ", ".join(f"{_quoted(label)} {count}" for label, count in list(rare.items())[:6])
     text = f"{{n}} of labels with fewer than {FEW_OF_A_LABEL} of them: {listed}{', ...' if len(rare) > 6 else ''}"
     numbers = sorted(number for label in rare for number in rows[label])
-    yield from found("warning", "rare labels", text, numbers, "add rows of them, or join them with another label")
+    yield from about_rows("warning", "rare labels", text, numbers, "add rows of them, or join them with another label")
     unseen = sorted(rows.keys() - {example.label for example in held_out})
     if unseen and held_out:
         names = ", ".join(map(_quoted, unseen[:6])) + (", ..." if len(unseen) > 6 else "")
@@ -222,13 +222,13 @@ def _texts(train: Sequence[Example]) -> Iterator[Finding]:
 
     damaged = where(lambda text: any(mark in text for mark in _MOJIBAKE))
     hint = "the file was read in a wrong encoding before it came here"
-    yield from found("warning", "damaged text", "{n} with characters of a wrong encoding", damaged, hint)
+    yield from about_rows("warning", "damaged text", "{n} with characters of a wrong encoding", damaged, hint)
     hidden = where(lambda text: any(ord(c) < 32 and c not in "\n\r\t" for c in text))
-    yield from found("warning", "control characters", "{n} with control characters", hidden)
+    yield from about_rows("warning", "control characters", "{n} with control characters", hidden)
     blank = [e.number for e in train if any(t.role == "user" and not t.content.strip() for t in e.turns)]
-    yield from found("warning", "empty questions", "{n} with an empty user message", blank)
+    yield from about_rows("warning", "empty questions", "{n} with an empty user message", blank)
     padded = [e.number for e in train if (e.turns or e.prompt) and answer_of(e).rstrip() != answer_of(e)]
-    yield from found("note", "trailing space", "{n} with an answer that ends in space, which is learned", padded)
+    yield from about_rows("note", "trailing space", "{n} with an answer that ends in space, which is learned", padded)
 
 
 def _borders(train: Sequence[Example]) -> Iterator[Finding]:
@@ -236,9 +236,9 @@ def _borders(train: Sequence[Example]) -> Iterator[Finding]:
     pairs = [(e.number, e.prompt, e.text[len(e.prompt) :]) for e in train if e.prompt]
     spaced = [number for number, prompt, answer in pairs if prompt[-1] == " " and not answer[0].isspace()]
     hint = "most tokenizers put a word's space before it: let the prompt end without, and the completion begin with one"
-    yield from found("warning", "space before the answer", "{n} whose prompt ends in a space", spaced, hint)
+    yield from about_rows("warning", "space before the answer", "{n} whose prompt ends in a space", spaced, hint)
     glued = [number for number, prompt, answer in pairs if prompt[-1].isalnum() and answer[0].isalnum()]
-    yield from found("warning", "words run together", "{n} whose prompt and completion join to one word", glued)
+    yield from about_rows("warning", "words run together", "{n} whose prompt and completion join to one word", glued)
 
 
 def _answered(turns: Sequence[Turn]) -> Iterator[str]:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from loractl.common.errors import DataError
 
-if TYPE_CHECKING:
-    from .rows import Example
+from .example import Example
 
 LONGEST = 256
 """Characters of a label; a longer one is a text that got into the wrong column."""

@@ -9,24 +9,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
+from yaml import YAMLError
 
 from loractl.common.errors import SpecError, SpecProblem
 
-from .spec import AS_WRITTEN, DATA_SUFFIXES, JobSpec, Metric, spec_keys
-
-MAX_FILE_BYTES = 256 * 1024
-"""A job file is settings, not data."""
-
-MAX_NODES = 20_000
-"""Keys and values of a job file once YAML's aliases are written out: nested aliases double with every line."""
-
-MAX_DEPTH = 16
-"""Levels of nesting; the deepest key of a job has three."""
-
-MAX_DIGITS = 64
-"""Digits of a whole number: Python neither reads nor prints one of some thousand."""
+from .document import load_yaml, read_yaml
+from .sections import AS_WRITTEN, DATA_SUFFIXES, Metric
+from .spec import JobSpec, spec_keys
 
 _KNOWN_AS = {
     "model": "base_model",
@@ -86,9 +76,7 @@ def load_spec(path: Path, overrides: Sequence[str] = ()) -> JobSpec:
     try:
         spec = JobSpec.model_validate(tree, context=AS_WRITTEN)
     except ValidationError as error:
-        found = [p for e in error.errors() for p in _problems(e, str(path), lines, overrides)]
-        # a key that may be of two kinds fails as each of them: the last, more general one is told
-        raise SpecError(list({(p.file, p.key): p for p in found}.values())) from None
+        raise _refusal(error, str(path), lines, overrides) from None
     spec = _resolve_paths(_resolve_defaults(spec), path.absolute().parent)
     if spec.revision is not None and Path(spec.base_model).is_absolute():
         what = "is for a base_model on the hub; a folder has none"
@@ -104,8 +92,7 @@ def override_spec(tree: dict[str, Any], overrides: Sequence[str], name: str) -> 
     try:
         return JobSpec.model_validate(changed)
     except ValidationError as error:
-        found = [p for e in error.errors() for p in _problems(e, name, {}, overrides)]
-        raise SpecError(list({(p.file, p.key): p for p in found}.values())) from None
+        raise _refusal(error, name, {}, overrides) from None
 
 
 def _resolve_defaults(spec: JobSpec) -> JobSpec:
@@ -119,107 +106,6 @@ def _resolve_defaults(spec: JobSpec) -> JobSpec:
         measured = [m for m in evaluation.metrics if m not in (Metric.ROUGE, Metric.EXACT_MATCH)]
         evaluation = evaluation.model_copy(update={"metrics": measured})
     return spec.model_copy(update={"dataset": dataset, "training": training, "evaluation": evaluation})
-
-
-def read_yaml(path: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
-    """The mapping in the file, and the line (from 1) of each key path."""
-    file = str(path)
-
-    def wrong(what: str, hint: str | None = None, line: int | None = None) -> SpecError:
-        return SpecError([SpecProblem(file=file, line=line, key="", what=what, hint=hint)])
-
-    try:
-        raw = path.read_bytes()
-        text = raw.decode("utf-8")
-    except FileNotFoundError:
-        raise wrong(
-            "no such file", "loractl submit takes the path of a job file, like examples/helpdesk-lora.yaml"
-        ) from None
-    except IsADirectoryError:
-        raise wrong("is a folder, not a job file") from None
-    except UnicodeDecodeError:
-        raise wrong("is not UTF-8 text") from None
-    except OSError as error:
-        raise wrong(f"can't be read: {error.strerror}") from None
-    if len(raw) > MAX_FILE_BYTES:
-        raise wrong(
-            f"has {len(raw)} bytes, a job file at most {MAX_FILE_BYTES}",
-            "the data belong into a file of their own: dataset.path",
-        )
-    try:
-        lines, tree = _load_yaml(text)
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else None
-        raise wrong(f"is not valid YAML: {error.problem or error}", line=line) from None
-    except yaml.YAMLError as error:
-        raise wrong(f"is not valid YAML: {error}") from None
-    if not isinstance(tree, dict):
-        raise wrong("is empty or not a mapping of keys", "start from examples/helpdesk-lora.yaml")
-    return tree, lines
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML's safe loader, with whole numbers of a length that Python can print again."""
-
-    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
-        if len(str(node.value)) > MAX_DIGITS:
-            problem = f"a number of more than {MAX_DIGITS} digits"
-            raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
-        return int(super().construct_yaml_int(node))
-
-
-_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
-
-
-def _load_yaml(text: str) -> tuple[dict[tuple[str, ...], int], Any]:
-    """The line (from 1) of each key path, and the value. Raises YAMLError, also beyond the limits of size and depth."""
-    try:
-        node = yaml.compose(text, Loader=_Loader)
-        if node is not None:
-            _check_extent(node)
-        return dict(_lines(node, ())), yaml.load(text, Loader=_Loader)  # noqa: S506  a safe loader
-    except RecursionError:
-        raise yaml.YAMLError(f"it is nested deeper than {MAX_DEPTH} levels") from None
-    except (ValueError, OverflowError, LookupError, AttributeError, TypeError) as error:
-        # PyYAML lets Python's own errors through, of dates and numbers that are none and of tags on the wrong kind
-        raise yaml.YAMLError(str(error) or type(error).__name__) from None
-
-
-def _check_extent(node: yaml.Node) -> None:
-    """Raises YAMLError when too much stands below `node`: a few lines of nested aliases make billions of values."""
-    size, height = _extent(node, {})
-    if size > MAX_NODES:
-        raise yaml.YAMLError(f"it has more than {MAX_NODES} keys and values, its aliases written out")
-    if height > MAX_DEPTH:
-        raise yaml.YAMLError(f"it is nested deeper than {MAX_DEPTH} levels")
-
-
-def _extent(node: yaml.Node, known: dict[int, tuple[int, int]]) -> tuple[int, int]:
-    """(number, levels) of the nodes from `node` down, every alias written out. RecursionError: one holds itself."""
-    if not isinstance(node, yaml.CollectionNode):
-        return 1, 0
-    if id(node) not in known:
-        parts = [n for pair in node.value for n in pair] if isinstance(node, yaml.MappingNode) else node.value
-        below = [_extent(part, known) for part in parts]
-        known[id(node)] = 1 + sum(size for size, _ in below), 1 + max((height for _, height in below), default=0)
-    return known[id(node)]
-
-
-def _lines(node: yaml.Node | None, path: tuple[str, ...]) -> list[tuple[tuple[str, ...], int]]:
-    found: list[tuple[tuple[str, ...], int]] = []
-    if isinstance(node, yaml.MappingNode):
-        seen = set()
-        for key, value in node.value:
-            here = (*path, str(key.value))
-            if here in seen:
-                raise yaml.MarkedYAMLError(problem=f"key {'.'.join(here)} stands twice", problem_mark=key.start_mark)
-            seen.add(here)
-            found.append((here, key.start_mark.line + 1))
-            found += _lines(value, here)
-    elif isinstance(node, yaml.SequenceNode):
-        for index, item in enumerate(node.value):
-            found.append(((*path, str(index)), item.start_mark.line + 1))
-    return found
 
 
 _RIVALS = {
@@ -243,8 +129,8 @@ def _apply_override(tree: dict[str, Any], override: str, overrides: Sequence[str
     if not equals or not key:
         raise SpecError([problem])
     try:
-        _, value = _load_yaml(text)
-    except yaml.YAMLError:
+        _, value = load_yaml(text)
+    except YAMLError:
         raise SpecError([problem]) from None
     *sections, last = key.split(".")
     place = tree
@@ -256,6 +142,14 @@ def _apply_override(tree: dict[str, Any], override: str, overrides: Sequence[str
     place[last] = value
     if (rival := _RIVALS.get(key)) and value is not None and not any(o.startswith(f"{rival}=") for o in overrides):
         place.pop(rival.rpartition(".")[2], None)  # the override wins over what the file says
+
+
+def _refusal(
+    error: ValidationError, file: str, lines: dict[tuple[str, ...], int], overrides: Sequence[str]
+) -> SpecError:
+    """All that pydantic refuses. A key that may be of two kinds fails as each: the last, more general one is told."""
+    told = [problem for each in error.errors() for problem in _problems(each, file, lines, overrides)]
+    return SpecError(list({(problem.file, problem.key): problem for problem in told}.values()))
 
 
 def _problems(error: Any, file: str, lines: dict[tuple[str, ...], int], overrides: Sequence[str]) -> list[SpecProblem]:
@@ -279,6 +173,28 @@ def _problem(
     return SpecProblem(file=file, line=line, key=key, what=what, hint=hint)
 
 
+_LIMITS = {
+    "greater_than": "above",
+    "greater_than_equal": "at least",
+    "less_than": "below",
+    "less_than_equal": "at most",
+}
+_WANTED = {
+    "int_type": "a whole number",
+    "int_parsing": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "float_parsing": "a number",
+    "string_type": "text",
+    "bool_type": "true or false",
+    "bool_parsing": "true or false",
+    "list_type": "a list",
+    "model_type": "a mapping of keys",
+    "dict_type": "a mapping",
+}
+"""What pydantic's kinds of errors say about a value, in words."""
+
+
 def _explain(error: Any, key: str) -> tuple[str, str | None]:
     kind, context = error["type"], error.get("ctx", {})
     given = error.get("input")
@@ -297,29 +213,10 @@ def _explain(error: Any, key: str) -> tuple[str, str | None]:
         return (f"{shown} {sentence}" if sentence.startswith(("is ", "holds ")) else sentence), None
     if kind == "string_pattern_mismatch":
         return f"{shown} is not a name: letters, digits, '.', '_' and '-' only, at most 63", None
-    if kind.startswith(("greater_than", "less_than")):
-        limit = {
-            "greater_than": "above",
-            "greater_than_equal": "at least",
-            "less_than": "below",
-            "less_than_equal": "at most",
-        }
-        bound = next(iter(context.values()))
-        return f"{shown} must be {limit[kind]} {bound}", None
-    wanted = {
-        "int_type": "a whole number",
-        "int_parsing": "a whole number",
-        "int_from_float": "a whole number",
-        "float_type": "a number",
-        "float_parsing": "a number",
-        "string_type": "text",
-        "bool_type": "true or false",
-        "bool_parsing": "true or false",
-        "list_type": "a list; write it like [q_proj, v_proj]" if key.endswith("target_modules") else "a list",
-        "model_type": "a mapping of keys",
-        "dict_type": "a mapping",
-    }.get(kind)
-    if wanted:
+    if kind in _LIMITS:
+        return f"{shown} must be {_LIMITS[kind]} {next(iter(context.values()))}", None
+    if wanted := _WANTED.get(kind):
+        wanted += "; write it like [q_proj, v_proj]" if kind == "list_type" and key.endswith("target_modules") else ""
         quoted = "; write it in quotes" if wanted == "text" and isinstance(given, (int, float, bool)) else ""
         return f"{shown} is not {wanted}{quoted}", None
     return f"{shown}: {error['msg'][0].lower()}{error['msg'][1:]}", None
@@ -352,7 +249,7 @@ def _resolve_paths(spec: JobSpec, folder: Path) -> JobSpec:
             path = (folder / Path(text).expanduser()).resolve()
             return str(path) if looks_local or path.exists() else text
         except (OSError, ValueError, RuntimeError):
-            # no path that this system can hold: a name too long, the home of nobody
+            # no path that this system can hold: a name too long, the home of no user
             return text
 
     dataset = spec.dataset.model_copy(

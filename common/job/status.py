@@ -62,7 +62,7 @@ class Reason(enum.StrEnum):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Outcome:
+class Meaning:
     """What a reason means for the job."""
 
     status: Status  # the job's status when it is not tried again
@@ -73,72 +73,72 @@ class Outcome:
 
 _LAB = "nothing to do: the lab caused it, the job is tried again without spending its retries"
 
-OUTCOMES: dict[Reason, Outcome] = {
-    Reason.OK: Outcome(
+OUTCOMES: dict[Reason, Meaning] = {
+    Reason.OK: Meaning(
         status=Status.SUCCEEDED, retryable=False, counts=False, advice="loractl report JOB shows the result"
     ),
-    Reason.BAD_SPEC: Outcome(
+    Reason.BAD_SPEC: Meaning(
         status=Status.FAILED, retryable=False, counts=False, advice="correct the job file and submit it again"
     ),
-    Reason.BAD_DATA: Outcome(
+    Reason.BAD_DATA: Meaning(
         status=Status.FAILED,
         retryable=False,
         counts=False,
         advice="correct the data, or dataset.path, and submit the job again",
     ),
-    Reason.MODEL_NOT_FOUND: Outcome(
+    Reason.MODEL_NOT_FOUND: Meaning(
         status=Status.FAILED,
         retryable=False,
         counts=False,
         advice="check base_model: a hub id, or a folder that the worker can read (safetensors or GGUF)",
     ),
-    Reason.OUT_OF_MEMORY: Outcome(
+    Reason.OUT_OF_MEMORY: Meaning(
         status=Status.FAILED,
         retryable=True,  # while a permitted method or a larger card is left: Store decides
         counts=False,
         advice="lower dataset.max_length or lora.r, permit method: qlora, or wait for a larger card",
     ),
-    Reason.HOST_OUT_OF_MEMORY: Outcome(
+    Reason.HOST_OUT_OF_MEMORY: Meaning(
         status=Status.FAILED, retryable=True, counts=True, advice="the box ran out of RAM: submit to a larger one"
     ),
-    Reason.DIVERGED: Outcome(
+    Reason.DIVERGED: Meaning(
         status=Status.FAILED, retryable=False, counts=False, advice="lower training.learning_rate and submit again"
     ),
-    Reason.TIMED_OUT: Outcome(
+    Reason.TIMED_OUT: Meaning(
         status=Status.FAILED,
         retryable=False,
         counts=False,
         advice="raise resources.time_limit and submit again",
     ),
-    Reason.CANCELLED: Outcome(
+    Reason.CANCELLED: Meaning(
         status=Status.CANCELLED, retryable=False, counts=False, advice="loractl retry JOB queues it again"
     ),
-    Reason.PRUNED: Outcome(
+    Reason.PRUNED: Meaning(
         status=Status.CANCELLED,
         retryable=False,
         counts=False,
         advice="nothing to do: others of its sweep did better; loractl retry JOB runs it to its end",
     ),
-    Reason.PREEMPTED: Outcome(status=Status.FAILED, retryable=True, counts=False, advice=_LAB),
-    Reason.DRAINED: Outcome(status=Status.FAILED, retryable=True, counts=False, advice=_LAB),
-    Reason.WORKER_LOST: Outcome(status=Status.FAILED, retryable=True, counts=False, advice=_LAB),
-    Reason.GPU_ERROR: Outcome(status=Status.FAILED, retryable=True, counts=False, advice=_LAB),
-    Reason.DISK_FULL: Outcome(
+    Reason.PREEMPTED: Meaning(status=Status.FAILED, retryable=True, counts=False, advice=_LAB),
+    Reason.DRAINED: Meaning(status=Status.FAILED, retryable=True, counts=False, advice=_LAB),
+    Reason.WORKER_LOST: Meaning(status=Status.FAILED, retryable=True, counts=False, advice=_LAB),
+    Reason.GPU_ERROR: Meaning(status=Status.FAILED, retryable=True, counts=False, advice=_LAB),
+    Reason.DISK_FULL: Meaning(
         status=Status.FAILED,
         retryable=True,
         counts=True,
         advice="free space on the worker's disk, then loractl retry JOB",
     ),
-    Reason.STORE_FAILED: Outcome(
+    Reason.STORE_FAILED: Meaning(
         status=Status.FAILED,
         retryable=True,
         counts=True,
         advice="check the artifact store (LORACTL_ARTIFACTS_URL), then loractl retry JOB",
     ),
-    Reason.EVALUATION_FAILED: Outcome(
+    Reason.EVALUATION_FAILED: Meaning(
         status=Status.FAILED, retryable=True, counts=True, advice="loractl logs JOB shows what failed"
     ),
-    Reason.TRAINER_ERROR: Outcome(
+    Reason.TRAINER_ERROR: Meaning(
         status=Status.FAILED, retryable=True, counts=True, advice="loractl logs JOB shows what failed"
     ),
 }

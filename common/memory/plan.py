@@ -12,7 +12,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from loractl.common.job.spec import JobSpec, Method, TaskType
+from loractl.common.job.method import Method
+from loractl.common.job.sections import TaskType
+from loractl.common.job.spec import JobSpec
 from loractl.common.placement.rule import Need
 from loractl.common.units import thousands
 

@@ -75,10 +75,13 @@ def check_data(spec: JobSpec) -> list[Finding]:
     Raises DataError. Empty for data of the hub, and for parquet where pyarrow is missing: the trainer checks them.
     """
     from loractl.common.data.findings import check_examples
+    from loractl.common.data.formats import detect_format, map_columns, parse_examples
     from loractl.common.data.labels import check_taught
-    from loractl.common.data.rows import detect_format, map_columns, parse_examples, read_rows, split_data
+    from loractl.common.data.rows import read_rows
+    from loractl.common.data.split import split_data
     from loractl.common.errors import DataError
-    from loractl.common.job.spec import DataFormat, is_hub_data
+    from loractl.common.job.hub_name import is_hub_data
+    from loractl.common.job.sections import DataFormat
 
     dataset = spec.dataset
     for text in spec.data_sets().values():

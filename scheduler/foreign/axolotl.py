@@ -21,7 +21,7 @@ from .translation import (
     REMOTE,
     TEMPLATE,
     TOKENS,
-    Imported,
+    Draft,
     carry_by_rules,
     carry_same,
     choice,
@@ -35,14 +35,16 @@ from .translation import (
     short,
     skip_all,
     truth,
+    unset_key,
 )
 
 _AS_HERE = {"split": "train", "roles_to_train": ["assistant"], "train_on_eos": "turn"}  # what loractl does anyway
+_FORMATS = {"alpaca": "alpaca", "sharegpt": "sharegpt", "completion": "text", "chat_template": None}
 
 
-def from_axolotl(theirs: dict[str, Any], file: Path, folder: Path) -> Imported:
+def from_axolotl(theirs: dict[str, Any], file: Path, folder: Path) -> Draft:
     """The job of an Axolotl file. Raises UsageError for what is no LoRA on rows with answers."""
-    found = Imported("Axolotl")
+    draft = Draft("Axolotl")
     for key in ("rl", "reward_model", "process_reward_model"):
         if theirs.get(key):
             raise UsageError(f"{file} has {key}: {NOT_SUPERVISED}, by no other objective")
@@ -53,93 +55,93 @@ def from_axolotl(theirs: dict[str, Any], file: Path, folder: Path) -> Imported:
             f"{file} trains {what}: loractl trains LoRA and QLoRA",
             "set adapter: lora or adapter: qlora, with lora_r and lora_alpha",
         )
-    found.put("base_model", "base_model", theirs["base_model"])
+    draft.put("base_model", "base_model", theirs["base_model"])
     four_bit = adapter == "qlora" or theirs.get("load_in_4bit") is True
-    found.put("adapter", "method", "qlora" if four_bit else "lora")
-    carry_same(found, theirs, _SAME)
-    skip_all(found, theirs, _NOT_NEEDED)
-    carry_by_rules(found, theirs, _RULES)
+    draft.put("adapter", "method", "qlora" if four_bit else "lora")
+    carry_same(draft, theirs, _SAME)
+    skip_all(draft, theirs, _NOT_NEEDED)
+    carry_by_rules(draft, theirs, _RULES)
     datasets = theirs.get("datasets") or []
-    _data(found, datasets if isinstance(datasets, list) else [datasets], file, folder)
+    _data(draft, datasets if isinstance(datasets, list) else [datasets], file, folder)
     tests = theirs.get("test_datasets")
     if isinstance(tests, list) and tests and isinstance(tests[0], dict) and "path" in tests[0]:
-        found.put("test_datasets", "dataset.eval_path", from_here(tests[0]["path"], file.parent, folder))
-        found.job["dataset"].pop("test_size", None)
-    fill_in(found, _DEFAULTS)
-    return found
+        draft.put("test_datasets", "dataset.eval_path", from_here(tests[0]["path"], file.parent, folder))
+        unset_key(draft.job, "dataset.test_size")
+    fill_in(draft, _DEFAULTS)
+    return draft
 
 
-def _data(found: Imported, datasets: list[Any], file: Path, folder: Path) -> None:
+def _data(draft: Draft, datasets: list[Any], file: Path, folder: Path) -> None:
     first = datasets[0] if datasets and isinstance(datasets[0], dict) else {}
     if "path" not in first:
         raise UsageError(f"{file} names no data set", "datasets needs an entry with a path")
     files = first.get("data_files")
     path = files[0] if isinstance(files, list) and files else files or first["path"]
-    found.put("datasets", "dataset.path", from_here(path, file.parent, folder))
+    draft.put("datasets", "dataset.path", from_here(path, file.parent, folder))
     if len(datasets) > 1 or (isinstance(files, list) and len(files) > 1):
-        found.leave("datasets[1:]", "a job trains on one data set: put the rows into one file")
-    kind = first.get("type", "chat_template")
-    formats = {"alpaca": "alpaca", "sharegpt": "sharegpt", "completion": "text", "chat_template": None}
+        draft.leave("datasets[1:]", "a job trains on one data set: put the rows into one file")
+    _format(draft, first)
+    known = {"path", "data_files", "ds_type", *_columns(draft, first)}
+    for key in sorted(first.keys() - known, key=str):
+        if first[key] != _AS_HERE.get(key):
+            draft.leave(f"datasets[0].{key}", f"{short(first[key])}: loractl has no such setting")
+
+
+def _format(draft: Draft, first: dict[str, Any]) -> None:
+    """What kind of rows the data set has: a format by name, or names of columns with a template."""
+    kind, key = first.get("type", "chat_template"), "datasets[0].type"
     if isinstance(kind, dict):
-        columns = {
-            ours: kind[theirs]
-            for theirs, ours in (
-                ("field_instruction", "instruction"),
-                ("field_input", "input"),
-                ("field_output", "output"),
-                ("field_system", "system"),
-            )
-            if kind.get(theirs)
-        }
-        found.put("datasets[0].type", "dataset.columns", columns)
-        rest = sorted(str(key) for key, value in kind.items() if not str(key).startswith("field_") and value)
+        fields = ("instruction", "input", "output", "system")
+        draft.put(key, "dataset.columns", {ours: name for ours in fields if (name := kind.get(f"field_{ours}"))})
+        rest = sorted(str(name) for name, value in kind.items() if not str(name).startswith("field_") and value)
         if rest:
-            found.leave("datasets[0].type", f"{', '.join(rest)}: prompts are made by the model's own chat template")
-    elif isinstance(kind, str) and kind in formats:
-        if formats[kind]:
-            found.put("datasets[0].type", "dataset.format", formats[kind])
+            draft.leave(key, f"{', '.join(rest)}: prompts are made by the model's own chat template")
+    elif isinstance(kind, str) and kind in _FORMATS:
+        if _FORMATS[kind]:
+            draft.put(key, "dataset.format", _FORMATS[kind])
     else:
-        found.leave("datasets[0].type", f"{short(kind)}: rows are recognised by their columns instead")
+        draft.leave(key, f"{short(kind)}: rows are recognised by their columns instead")
+
+
+def _columns(draft: Draft, first: dict[str, Any]) -> set[str]:
+    """Carry the columns' names. Returns the keys that were looked at."""
     renamed = {"field_messages": "messages", "message_field_role": "role", "message_field_content": "content"}
     for theirs, ours in renamed.items():
         if first.get(theirs):
-            found.put(f"datasets[0].{theirs}", f"dataset.columns.{ours}", first[theirs])
-    if kind == "completion" and first.get("field"):
-        found.put("datasets[0].field", "dataset.columns.text", first["field"])
-    known = {"path", "type", "data_files", "ds_type", "field", *renamed}
+            draft.put(f"datasets[0].{theirs}", f"dataset.columns.{ours}", first[theirs])
+    if first.get("type") == "completion" and first.get("field"):
+        draft.put("datasets[0].field", "dataset.columns.text", first["field"])
+    known = {"type", "field", *renamed}
     mappings = first.get("message_property_mappings")
     if isinstance(mappings, dict):
         known.add("message_property_mappings")
         for ours in ("role", "content"):
             if mappings.get(ours, ours) != ours:
-                found.put(f"datasets[0].message_property_mappings.{ours}", f"dataset.columns.{ours}", mappings[ours])
-    for key in sorted(first.keys() - known, key=str):
-        if first[key] == _AS_HERE.get(key):
-            continue
-        found.leave(f"datasets[0].{key}", f"{short(first[key])}: loractl has no such setting")
+                draft.put(f"datasets[0].message_property_mappings.{ours}", f"dataset.columns.{ours}", mappings[ours])
+    return known
 
 
-def _all_linear(found: Imported, key: str, value: Any) -> None:
+def _all_linear(draft: Draft, key: str, value: Any) -> None:
     if value is True:
-        found.put(key, "lora.target_modules", "all-linear")
+        draft.put(key, "lora.target_modules", "all-linear")
     else:
-        found.skip(key)
+        draft.skip(key)
 
 
-def _tracker(name: str) -> Callable[[Imported, str, Any], None]:
-    def rule(found: Imported, key: str, value: Any) -> None:
+def _tracker(name: str) -> Callable[[Draft, str, Any], None]:
+    def rule(draft: Draft, key: str, value: Any) -> None:
         if not value:
-            found.skip(key)
+            draft.skip(key)
             return
-        set_key(found.job, "training.report_to", [*(get_key(found.job, "training.report_to") or []), name])
-        found.carried[key] = "training.report_to"
+        set_key(draft.job, "training.report_to", [*(get_key(draft.job, "training.report_to") or []), name])
+        draft.carried[key] = "training.report_to"
 
     return rule
 
 
-def _least_rate(found: Imported, key: str, value: Any) -> None:
-    found.put(key, "training.lr_scheduler_kwargs", {"min_lr_rate": value})
-    set_key(found.job, "training.lr_scheduler_type", "cosine_with_min_lr")
+def _least_rate(draft: Draft, key: str, value: Any) -> None:
+    draft.put(key, "training.lr_scheduler_kwargs", {"min_lr_rate": value})
+    set_key(draft.job, "training.lr_scheduler_type", "cosine_with_min_lr")
 
 
 _SAME = {
@@ -193,7 +195,7 @@ _NOT_NEEDED = {
 }  # fmt: skip
 
 
-_RULES: dict[str, Callable[[Imported, str, Any], None]] = {
+_RULES: dict[str, Callable[[Draft, str, Any], None]] = {
     "val_set_size": held_out,
     "lora_target_modules": names_of("lora.target_modules"),
     "lora_target_linear": _all_linear,

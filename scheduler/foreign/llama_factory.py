@@ -22,7 +22,7 @@ from .translation import (
     REMOTE,
     TEMPLATE,
     TOKENS,
-    Imported,
+    Draft,
     carry_by_rules,
     carry_same,
     choice,
@@ -35,12 +35,13 @@ from .translation import (
     short,
     skip_all,
     truth,
+    unset_key,
 )
 
 
-def from_llama_factory(theirs: dict[str, Any], file: Path, folder: Path) -> Imported:
+def from_llama_factory(theirs: dict[str, Any], file: Path, folder: Path) -> Draft:
     """The job of a LLaMA-Factory file. Raises UsageError for what is no LoRA on rows with answers."""
-    found = Imported("LLaMA-Factory")
+    draft = Draft("LLaMA-Factory")
     stage, kind = theirs.get("stage", "sft"), theirs.get("finetuning_type", "lora")
     if stage not in ("sft", "pt"):
         raise UsageError(f"{file} has stage: {stage}: {NOT_SUPERVISED}, by no other objective")
@@ -48,59 +49,64 @@ def from_llama_factory(theirs: dict[str, Any], file: Path, folder: Path) -> Impo
         raise UsageError(
             f"{file} has finetuning_type: {kind}: loractl trains LoRA and QLoRA", "set finetuning_type: lora"
         )
-    found.put("model_name_or_path", "base_model", theirs["model_name_or_path"])
+    draft.put("model_name_or_path", "base_model", theirs["model_name_or_path"])
     bits = theirs.get("quantization_bit")
-    found.put("quantization_bit" if bits == 4 else "finetuning_type", "method", "qlora" if bits == 4 else "lora")
+    draft.put("quantization_bit" if bits == 4 else "finetuning_type", "method", "qlora" if bits == 4 else "lora")
     for key in ("stage", "finetuning_type"):
-        if key in theirs and key not in found.carried:
-            found.skip(key)
+        if key in theirs and key not in draft.carried:
+            draft.skip(key)
     if bits not in (None, 4):
-        found.leave("quantization_bit", f"{short(bits)}: the base is in 16 bit (lora) or NF4 (qlora)")
-    carry_same(found, theirs, _SAME)
-    skip_all(found, theirs, _NOT_NEEDED)
-    carry_by_rules(found, theirs, _RULES)
+        draft.leave("quantization_bit", f"{short(bits)}: the base is in 16 bit (lora) or NF4 (qlora)")
+    carry_same(draft, theirs, _SAME)
+    skip_all(draft, theirs, _NOT_NEEDED)
+    carry_by_rules(draft, theirs, _RULES)
     place = file.parent / str(theirs.get("dataset_dir", "data"))
     place = place if place.is_dir() else Path(str(theirs.get("dataset_dir", "data")))
     if "dataset_dir" in theirs:
-        found.skip("dataset_dir")
+        draft.skip("dataset_dir")
     if "dataset" not in theirs:
         raise UsageError(f"{file} names no data set", "dataset is a name from dataset_info.json")
-    _data(found, "dataset", theirs["dataset"], place, folder)
+    _data(draft, "dataset", theirs["dataset"], place, folder)
     if "eval_dataset" in theirs:
-        _data(found, "eval_dataset", theirs["eval_dataset"], place, folder)
-        found.job["dataset"].pop("test_size", None)
-    rank = get_key(found.job, "lora.r")
-    fill_in(found, {**_DEFAULTS, "lora.lora_alpha": 2 * (rank if isinstance(rank, int) else _DEFAULTS["lora.r"])})
-    return found
+        _data(draft, "eval_dataset", theirs["eval_dataset"], place, folder)
+        unset_key(draft.job, "dataset.test_size")
+    rank = get_key(draft.job, "lora.r")
+    fill_in(draft, {**_DEFAULTS, "lora.lora_alpha": 2 * (rank if isinstance(rank, int) else _DEFAULTS["lora.r"])})
+    return draft
 
 
-def _data(found: Imported, key: str, named: Any, place: Path, folder: Path) -> None:
+def _data(draft: Draft, key: str, named: Any, place: Path, folder: Path) -> None:
     """Look the data set up in dataset_info.json, as LLaMA-Factory does."""
     names = [str(name).strip() for name in (named if isinstance(named, list) else str(named).split(","))] or [""]
     if len(names) > 1:
-        found.leave(f"{key}: {', '.join(names[1:])}", "a job trains on one data set: put the rows into one file")
+        draft.leave(f"{key}: {', '.join(names[1:])}", "a job trains on one data set: put the rows into one file")
     ours = "dataset.path" if key == "dataset" else "dataset.eval_path"
     listing = place / "dataset_info.json"
-    try:
-        entry = json.loads(listing.read_text(encoding="utf-8")).get(names[0], {})
-    except FileNotFoundError:
-        entry = {}
-    except (OSError, ValueError, AttributeError) as error:
-        raise UsageError(f"{listing} can't be read: {error}") from error
-    entry = entry if isinstance(entry, dict) else {}
+    entry = _listed(listing, names[0])
     local, hub = entry.get("file_name"), entry.get("hf_hub_url")
     if isinstance(local, str) and local:
-        found.put(key, ours, from_here(local, place, folder))
+        draft.put(key, ours, from_here(local, place, folder))
     elif isinstance(hub, str) and hub:
-        found.put(key, ours, hub)
+        draft.put(key, ours, hub)
     else:
-        found.put(key, ours, names[0])
-        found.leave(f"{key}: {names[0]}", f"{listing} does not say which file that is: write its path into {ours}")
+        draft.put(key, ours, names[0])
+        draft.leave(f"{key}: {names[0]}", f"{listing} does not say which file that is: write its path into {ours}")
     if key == "dataset":
-        _columns(found, listing.name, entry)
+        _columns(draft, listing.name, entry)
 
 
-def _columns(found: Imported, listing: str, entry: dict[str, Any]) -> None:
+def _listed(listing: Path, name: str) -> dict[str, Any]:
+    """What dataset_info.json says of a data set; nothing where it does not name it, or is not there."""
+    try:
+        entry = json.loads(listing.read_text(encoding="utf-8")).get(name, {})
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, AttributeError) as error:
+        raise UsageError(f"{listing} can't be read: {error}") from error
+    return entry if isinstance(entry, dict) else {}
+
+
+def _columns(draft: Draft, listing: str, entry: dict[str, Any]) -> None:
     """What the listing calls the columns, where loractl would not call them so."""
     columns, tags = ({} if not isinstance(part := entry.get(key), dict) else part for key in ("columns", "tags"))
     if entry.get("formatting") == "sharegpt":
@@ -119,17 +125,17 @@ def _columns(found: Imported, listing: str, entry: dict[str, Any]) -> None:
         known = set(ours_of)
     renamed = {ours: name for ours, name in theirs.items() if name and name != ours}
     if renamed:
-        found.put(f"{listing}: columns", "dataset.columns", renamed)
+        draft.put(f"{listing}: columns", "dataset.columns", renamed)
     for column in sorted(columns.keys() - known):
-        found.leave(f"{listing}: columns.{column}", "loractl's rows have no such column")
+        draft.leave(f"{listing}: columns.{column}", "loractl's rows have no such column")
 
 
-def _trackers(found: Imported, key: str, value: Any) -> None:
+def _trackers(draft: Draft, key: str, value: Any) -> None:
     names = value if isinstance(value, list) else [value]
     if names in (["none"], [[]]):
-        found.skip(key)
+        draft.skip(key)
     else:
-        found.put(key, "training.report_to", names)
+        draft.put(key, "training.report_to", names)
 
 
 _SAME = {
@@ -168,7 +174,7 @@ _NOT_NEEDED = {
 }  # fmt: skip
 
 
-_RULES: dict[str, Callable[[Imported, str, Any], None]] = {
+_RULES: dict[str, Callable[[Draft, str, Any], None]] = {
     "val_size": held_out,
     "lora_target": names_of("lora.target_modules"),
     "additional_target": names_of("lora.modules_to_save"),
@@ -177,7 +183,7 @@ _RULES: dict[str, Callable[[Imported, str, Any], None]] = {
     "pure_bf16": BF16,
     "fp16": FP16,
     "gradient_checkpointing": truth("training.gradient_checkpointing"),
-    "disable_gradient_checkpointing": lambda found, key, value: found.put(
+    "disable_gradient_checkpointing": lambda draft, key, value: draft.put(
         key, "training.gradient_checkpointing", not value
     ),
     "flash_attn": choice(

@@ -1,4 +1,4 @@
-"""What another tool's configuration becomes: the job file's keys, and the rules for settings that differ."""
+"""How another tool's settings become keys of a job file: a draft of it, and the rules for settings that differ."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ NOT_SUPERVISED = "loractl fine-tunes adapters on rows with answers"
 
 
 @dataclass
-class Imported:
-    """A job file's keys and values, and what became of each key of the other tool's file."""
+class Draft:
+    """A job file in the making, and what became of each key of the other tool's file so far."""
 
     tool: str
     job: dict[str, Any] = field(default_factory=dict)
-    carried: dict[str, str] = field(default_factory=dict)  # their key -> our key
-    left_out: dict[str, str] = field(default_factory=dict)  # their key -> why; without it the training is another
-    not_needed: list[str] = field(default_factory=list)  # folders, caches, processes: nothing that is learned
-    filled_in: dict[str, Any] = field(default_factory=dict)  # our key -> the tool's default, which differs from ours
+    carried: dict[str, str] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
+    not_needed: list[str] = field(default_factory=list)
+    filled_in: dict[str, Any] = field(default_factory=dict)
 
     def put(self, theirs: str, ours: str, value: Any) -> None:
         """Carry a value under our name."""
@@ -37,41 +37,41 @@ class Imported:
         self.not_needed.append(theirs)
 
 
-def carry_same(found: Imported, theirs: Mapping[str, Any], names: Mapping[str, str]) -> None:
+def carry_same(draft: Draft, theirs: Mapping[str, Any], names: Mapping[str, str]) -> None:
     """Carry the settings that only have other names here."""
     steps = theirs.get("max_steps")
     stops = isinstance(steps, int) and steps > 0
     for key in (name for name in names if name in theirs):
         # max_steps overrules the epochs where it is positive
         if (stops and names[key] == "training.num_train_epochs") or (not stops and key == "max_steps"):
-            found.skip(key)
+            draft.skip(key)
         else:
-            found.put(key, names[key], theirs[key])
+            draft.put(key, names[key], theirs[key])
 
 
-def skip_all(found: Imported, theirs: Mapping[str, Any], names: set[str]) -> None:
+def skip_all(draft: Draft, theirs: Mapping[str, Any], names: set[str]) -> None:
     """Name those of the settings that loractl has no need of."""
     for key in sorted(names & theirs.keys()):
-        found.skip(key)
+        draft.skip(key)
 
 
 def carry_by_rules(
-    found: Imported, theirs: dict[str, Any], rules: Mapping[str, Callable[[Imported, str, Any], None]]
+    draft: Draft, theirs: dict[str, Any], rules: Mapping[str, Callable[[Draft, str, Any], None]]
 ) -> None:
     """Carry the settings whose values differ, each by its rule."""
     for key in rules:  # in the order of the rules: a later one may overrule an earlier one
         if key in theirs:
-            rules[key](found, key, theirs[key])
+            rules[key](draft, key, theirs[key])
 
 
-def fill_in(found: Imported, defaults: Mapping[str, Any]) -> None:
+def fill_in(draft: Draft, defaults: Mapping[str, Any]) -> None:
     """Write out what the other tool takes where its file says nothing, and loractl does not."""
     for key, value in defaults.items():
-        if get_key(found.job, key) is None and not (
-            key == "training.num_train_epochs" and get_key(found.job, "training.max_steps")
+        if get_key(draft.job, key) is None and not (
+            key == "training.num_train_epochs" and get_key(draft.job, "training.max_steps")
         ):
-            set_key(found.job, key, value)
-            found.filled_in[key] = value
+            set_key(draft.job, key, value)
+            draft.filled_in[key] = value
 
 
 def from_here(path: Any, source: Path, folder: Path) -> str:
@@ -83,56 +83,56 @@ def from_here(path: Any, source: Path, folder: Path) -> str:
     return text
 
 
-def choice(ours: str, values: Mapping[Any, Any], why: str) -> Callable[[Imported, str, Any], None]:
+def choice(ours: str, values: Mapping[Any, Any], why: str) -> Callable[[Draft, str, Any], None]:
     """A setting whose values have other names here; None: the value needs nothing."""
 
-    def rule(found: Imported, key: str, value: Any) -> None:
+    def rule(draft: Draft, key: str, value: Any) -> None:
         known = value.lower() if isinstance(value, str) else value
         if not isinstance(known, (str, bool, int)) or known not in values:
-            found.leave(key, f"{short(value)}: {why}")
+            draft.leave(key, f"{short(value)}: {why}")
         elif values[known] is None:
-            found.skip(key)
+            draft.skip(key)
         else:
-            found.put(key, ours, values[known])
+            draft.put(key, ours, values[known])
 
     return rule
 
 
-def only(accepted: Any, why: str) -> Callable[[Imported, str, Any], None]:
-    """A setting of which loractl does one value only."""
+def only(accepted: Any, why: str) -> Callable[[Draft, str, Any], None]:
+    """A setting that loractl takes with one value only."""
 
-    def rule(found: Imported, key: str, value: Any) -> None:
+    def rule(draft: Draft, key: str, value: Any) -> None:
         if value == accepted:
-            found.skip(key)
+            draft.skip(key)
         else:
-            found.leave(key, why)
+            draft.leave(key, why)
 
     return rule
 
 
-def held_out(found: Imported, key: str, value: Any) -> None:
+def held_out(draft: Draft, key: str, value: Any) -> None:
     """The share of rows that is held out, which may be a number of rows elsewhere."""
     if isinstance(value, (int, float)) and 0 < value < 1:
-        found.put(key, "dataset.test_size", value)
+        draft.put(key, "dataset.test_size", value)
     elif value:
-        found.leave(key, f"{short(value)} rows: dataset.test_size is a share")
+        draft.leave(key, f"{short(value)} rows: dataset.test_size is a share")
     else:
-        found.leave(key, "0: rows are always held out, a tenth, to compare base and tuned on")
+        draft.leave(key, "0: rows are always held out, a tenth, to compare base and tuned on")
 
 
-def names_of(ours: str) -> Callable[[Imported, str, Any], None]:
+def names_of(ours: str) -> Callable[[Draft, str, Any], None]:
     """A list of modules, also written with commas."""
 
-    def rule(found: Imported, key: str, value: Any) -> None:
+    def rule(draft: Draft, key: str, value: Any) -> None:
         names = value if isinstance(value, list) else [name.strip() for name in str(value).split(",")]
-        found.put(key, ours, "all-linear" if names in (["all"], ["all-linear"]) else names)
+        draft.put(key, ours, "all-linear" if names in (["all"], ["all-linear"]) else names)
 
     return rule
 
 
-def truth(ours: str) -> Callable[[Imported, str, Any], None]:
+def truth(ours: str) -> Callable[[Draft, str, Any], None]:
     """A switch that may also name a way of doing it."""
-    return lambda found, key, value: found.put(key, ours, bool(value))
+    return lambda draft, key, value: draft.put(key, ours, bool(value))
 
 
 _OPTIMIZERS = {

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from loractl.common.errors import UsageError
 from loractl.common.job.method import Method
-from loractl.common.job.spec import TaskType
+from loractl.common.job.sections import TaskType
 from loractl.common.memory.architecture import read_shape
 from loractl.common.memory.correction import learned
 from loractl.common.memory.plan import predict

@@ -100,14 +100,14 @@ def _check_backup(file: Path) -> Contents:
     try:
         with _opened(file) as backup:
             whole = backup.execute("PRAGMA quick_check(1)").fetchone()[0] == "ok"
-            found = backup.execute("SELECT version_num FROM alembic_version").fetchone()
+            revision = backup.execute("SELECT version_num FROM alembic_version").fetchone()
             contents = _contents(backup)
     except sqlite3.Error:
-        whole, found = False, None
-    if not whole or found is None:
+        whole, revision = False, None
+    if not whole or revision is None:
         raise UsageError(f"{file} is no backup of loractl, or is damaged", "loractl db backup FILE makes one")
-    if found[0] > HEAD:
-        raise SchemaMismatch(found[0], HEAD)
+    if revision[0] > HEAD:
+        raise SchemaMismatch(revision[0], HEAD)
     return contents
 
 

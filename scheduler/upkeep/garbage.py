@@ -1,4 +1,4 @@
-"""What nobody needs any more, in the artifact store and on this machine, and its removal.
+"""What no job and no person needs any more, in the artifact store and on this machine, and its removal.
 
 Rows go before files: a crash in between leaves files that no row names, and the next look finds them again. What
 belongs to a job that this database does not know is left alone, for another database may know it.
@@ -13,15 +13,21 @@ import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from loractl.common.artifacts import ArtifactStore, Holding, attempt_prefix, remove_tree
-from loractl.common.errors import LoractlError
+from loractl.common.artifacts import ArtifactStore, Holding, attempt_prefix
+from loractl.common.errors import LoractlError, UsageError
+from loractl.common.files import remove_tree
 from loractl.common.settings import Settings
 from loractl.common.store.store import Store
 from loractl.common.store.tables import Job
+from loractl.common.units import parse_duration
 
 LEAST_AGE = dt.timedelta(days=1)
 """Data and cache entries younger than that are never taken: a submit or a trainer may be just about to name them."""
+
+LONGEST_S = 100 * 365 * 86400.0
+"""What is longer means the same, and would lead out of the calendar."""
 
 _JOB = re.compile(r"jobs/(\d+)/(?:attempt-(\d+)|checkpoints)", re.ASCII)
 _NUMBER = re.compile(r"[1-9]\d{0,17}", re.ASCII)
@@ -31,7 +37,7 @@ class Kind(enum.StrEnum):
     """What kind of thing goes, in the order of removal."""
 
     RESULT = "result"  # adapter and report of an older run
-    ATTEMPT = "attempt"  # what an attempt stored that is nobody's result
+    ATTEMPT = "attempt"  # what an attempt stored that is no result
     CHECKPOINTS = "checkpoints"  # in the store, of an ended job
     DATA = "data set"
     WORK = "work folder"  # on this machine, of an ended job
@@ -41,7 +47,7 @@ class Kind(enum.StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Garbage:
-    """One thing that nobody needs."""
+    """One thing that is not needed any more."""
 
     kind: Kind
     name: str  # in the store, a path on this machine, or the attempt whose log lines are meant
@@ -51,11 +57,41 @@ class Garbage:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Cleared:
+    """What one run has removed, or would remove."""
+
+    dry_run: bool
+    removed: tuple[Garbage, ...]
+
+    @property
+    def size(self) -> int:
+        """Bytes of files; log lines are left out, for a database keeps their room for new rows."""
+        return sum(each.size for each in self.removed if each.kind is not Kind.LOG)
+
+    def as_json(self) -> dict[str, Any]:
+        rows = [{"kind": g.kind.value, "name": g.name, "size": g.size, "why": g.why} for g in self.removed]
+        return {"dry_run": self.dry_run, "bytes": self.size, "removed": rows}
+
+
+@dataclass(frozen=True, kw_only=True)
 class Policy:
     """What a person wants to keep."""
 
     keep_last: int | None  # results of each user and job name; None: all
     older_than: dt.timedelta  # data sets and cache entries; at least LEAST_AGE
+
+
+def parse_age(text: str) -> dt.timedelta:
+    """What --older-than says. Raises UsageError, also below LEAST_AGE."""
+    try:
+        age = dt.timedelta(seconds=min(parse_duration(text), LONGEST_S))
+    except ValueError:
+        raise UsageError(f"--older-than {text!r} is not a duration", "write it like 30d or 36h") from None
+    if age < LEAST_AGE:
+        raise UsageError(
+            f"--older-than {text} is too short: a submit may be just about to name what it stored", "at least 1d"
+        )
+    return age
 
 
 class Cleaner:
@@ -67,10 +103,18 @@ class Cleaner:
         self._artifacts = artifacts
         self._policy = policy
 
-    def unknown_jobs(self) -> set[int]:
-        """Jobs with files in the store that this database does not know: is it the store's only database?"""
-        found = {_job_of(held)[0] for held in self._artifacts.holdings("jobs")}
-        return found - self._store.over(found).known
+    def check_own_store(self) -> None:
+        """Raises UsageError where the store has files of jobs that this database does not know.
+
+        Two databases number their jobs alike: one must not judge what the other one's jobs have stored.
+        """
+        stored = {_job_of(held)[0] for held in self._artifacts.holdings("jobs")}
+        if unknown := sorted(stored - self._store.over(stored).known):
+            numbers = ", ".join(map(str, unknown[:5])) + (", ..." if len(unknown) > 5 else "")
+            raise UsageError(
+                f"the artifact store has files of jobs that this database does not know: {numbers}",
+                "check LORACTL_DATABASE_URL and LORACTL_ARTIFACTS_URL; if no other database uses that store: --force",
+            )
 
     def find(self) -> Iterator[Garbage]:
         """What would go; nothing is changed."""
@@ -85,27 +129,27 @@ class Cleaner:
 
     def remove(self) -> Iterator[Garbage]:
         """Remove it and yield what has gone. Each kind is looked up just before it goes."""
-        for found in self._results(self._old_results()):
-            assert found.job_id is not None
-            if self._store.remove_result(found.job_id, self._settings.user):
-                self._artifacts.remove(found.name)
-                yield found
-        for found in self._below_jobs():
-            assert found.job_id is not None
+        for garbage in self._results(self._old_results()):
+            assert garbage.job_id is not None
+            if self._store.remove_result(garbage.job_id, self._settings.user):
+                self._artifacts.remove(garbage.name)
+                yield garbage
+        for garbage in self._below_jobs():
+            assert garbage.job_id is not None
             # a job that was queued again meanwhile goes on from its checkpoint
-            if found.kind is Kind.ATTEMPT or self._store.forget_checkpoint(found.job_id):
-                self._artifacts.remove(found.name)
-                yield found
-        for found in self._data():
-            self._artifacts.remove(found.name)
-            yield found
-        for found in self._work():
-            if self._has_ended(found):
-                _remove_here(Path(found.name))
-                yield found
-        for found in self._cache():
-            _remove_here(Path(found.name))
-            yield found
+            if garbage.kind is Kind.ATTEMPT or self._store.forget_checkpoint(garbage.job_id):
+                self._artifacts.remove(garbage.name)
+                yield garbage
+        for garbage in self._data():
+            self._artifacts.remove(garbage.name)
+            yield garbage
+        for garbage in self._work():
+            if self._has_ended(garbage):
+                _remove_here(Path(garbage.name))
+                yield garbage
+        for garbage in self._cache():
+            _remove_here(Path(garbage.name))
+            yield garbage
         for log in self._store.spent_logs():
             self._store.forget_log(log)
             yield _log(log.job_id, log.attempt, log.size)
@@ -120,7 +164,7 @@ class Cleaner:
             yield Garbage(kind=Kind.RESULT, name=name, size=sizes.get(name, 0), why=why, job_id=job.job_id)
 
     def _below_jobs(self) -> Iterator[Garbage]:
-        """Stored attempts that are nobody's result, and checkpoints of ended jobs."""
+        """Stored attempts that are no result, and checkpoints of ended jobs."""
         held = self._artifacts.holdings("jobs")
         over = self._store.over({_job_of(holding)[0] for holding in held})
         for holding in held:
@@ -167,9 +211,9 @@ class Cleaner:
     def _limit(self) -> dt.datetime:
         return self._store.now() - max(self._policy.older_than, LEAST_AGE)
 
-    def _has_ended(self, found: Garbage) -> bool:
+    def _has_ended(self, garbage: Garbage) -> bool:
         """Still so at this moment: the job may have been queued again since we looked."""
-        return found.job_id is not None and found.job_id in self._store.over([found.job_id]).jobs
+        return garbage.job_id is not None and garbage.job_id in self._store.over([garbage.job_id]).jobs
 
 
 def _log(job_id: int, attempt: int, size: int) -> Garbage:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from loractl.common.data.rows import detect_format, parse_examples, read_rows
+from loractl.common.data.formats import detect_format, parse_examples
+from loractl.common.data.rows import read_rows
 from loractl.common.job.file import load_spec
 
 from ..conftest import Cli

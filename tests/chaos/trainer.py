@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 
 from loractl.common.artifacts import sha256_of
+from loractl.common.job.identity import spec_digest
 from loractl.common.job.status import Reason, Stage
 from loractl.worker.protocol.messages import Ended, Note, Saved, StageChanged, Start, Stepped, Stop
 from loractl.worker.training.checkpoint import close_checkpoint, newest_checkpoint
@@ -58,8 +59,8 @@ def run(order: Start, orders: Orders, tell: Tell) -> Ended:
     if LEAVES in order.spec.labels:
         subprocess.Popen(["sleep", "3600"], start_new_session=True, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     data = sha256_of(Path(order.data_path))
-    belongs_to = {"spec": order.spec.spec_hash(), "method": order.method.value, "data": data}
-    step, link = 0, first_link(order.spec.spec_hash(), data)
+    belongs_to = {"spec": spec_digest(order.spec), "method": order.method.value, "data": data}
+    step, link = 0, first_link(spec_digest(order.spec), data)
     folders = [Path(order.checkpoint_dir), *map(Path, order.earlier_checkpoints)]
     found = newest_checkpoint(folders, belongs_to)
     if found is not None:

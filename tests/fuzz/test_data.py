@@ -12,8 +12,10 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from loractl.common.data.rows import detect_format, parse_examples, read_rows, split_held_out
-from loractl.common.job.spec import BadRow, DataFormat
+from loractl.common.data.formats import detect_format, parse_examples
+from loractl.common.data.rows import read_rows
+from loractl.common.data.split import split_held_out
+from loractl.common.job.sections import BadRow, DataFormat
 
 from .counting import answered, fuzz
 

@@ -10,7 +10,7 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loractl.common.job.spec import Method
+from loractl.common.job.method import Method
 from loractl.common.job.status import Reason, Stage
 from loractl.worker.attempt.process import read_messages
 from loractl.worker.protocol.messages import (

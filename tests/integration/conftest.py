@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from loractl.common.job.spec import JobSpec, Method
+from loractl.common.job.method import Method
+from loractl.common.job.spec import JobSpec
 from loractl.common.job.status import Reason
 from loractl.worker.protocol.messages import Ended, Start, Stepped
 from loractl.worker.training.recipe import Run, Stopped, train

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from loractl.common.job.spec import JobSpec, Method
+from loractl.common.job.method import Method
+from loractl.common.job.spec import JobSpec
 from loractl.common.job.status import Reason
 from loractl.worker.base.adapter import CONFIG_KEYS, save_adapter
 from loractl.worker.base.model import TrainingFailed, add_adapter, choose_precision, load_base, load_tokenizer

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from loractl.common.job.spec import JobSpec, Method
+from loractl.common.job.method import Method
+from loractl.common.job.spec import JobSpec
 from loractl.worker.base.adapter import CONFIG, WEIGHTS, check_adapter, save_adapter
 from loractl.worker.base.model import TrainingFailed, add_adapter, choose_precision, load_base, load_tokenizer
 

@@ -15,7 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from loractl.common.job.spec import JobSpec, Method
+from loractl.common.job.method import Method
+from loractl.common.job.spec import JobSpec
 from loractl.common.job.status import Reason
 from loractl.worker.base.model import Head, TrainingFailed, add_adapter, choose_precision, load_base, load_tokenizer
 from loractl.worker.data.tokens import TokenRow, prepare_data

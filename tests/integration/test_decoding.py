@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from loractl.common.errors import UsageError
-from loractl.common.job.spec import JobSpec, Method
+from loractl.common.job.method import Method
+from loractl.common.job.spec import JobSpec
 from loractl.worker.serving.adapter_pool import Base, NoRoom, Resident
 from loractl.worker.serving.decoding import Ask, Engine, Limits, Said, TooLong
 from loractl.worker.serving.library import Listed

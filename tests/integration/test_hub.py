@@ -19,7 +19,7 @@ from ..models import write_helpdesk
 LOAD = """
 import json, sys
 from loractl.common.errors import DataError
-from loractl.common.job.spec import Method
+from loractl.common.job.method import Method
 from loractl.worker.data.tokens import load_pinned
 from loractl.worker.base.model import TrainingFailed, choose_precision, load_base, load_tokenizer
 

@@ -17,7 +17,8 @@ pytest.importorskip("torch")
 import torch
 from transformers import AutoConfig
 
-from loractl.common.job.spec import JobSpec, Method
+from loractl.common.job.method import Method
+from loractl.common.job.spec import JobSpec
 from loractl.common.memory.architecture import Shape, shape_of
 from loractl.common.memory.plan import Lengths, plan
 from loractl.worker.training.traced_plan import Trace, build, trace_plan, trace_step

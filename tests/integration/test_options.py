@@ -12,7 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from loractl.common.job.spec import JobSpec, Method, TrainingSpec, spec_keys
+from loractl.common.job.method import Method
+from loractl.common.job.sections import TrainingSpec
+from loractl.common.job.spec import JobSpec, spec_keys
 from loractl.common.job.status import Reason
 from loractl.common.memory.plan import SMALLEST_8BIT, state_bytes
 from loractl.common.store.records import HELD_OUT_LOSS

@@ -22,7 +22,8 @@ import pytest
 import torch
 
 from loractl.common.job.adjustment import Adjustment
-from loractl.common.job.spec import JobSpec, Method
+from loractl.common.job.method import Method
+from loractl.common.job.spec import JobSpec
 from loractl.common.job.status import Reason
 from loractl.common.memory.plan import predict
 from loractl.common.placement.rule import Need

@@ -15,7 +15,7 @@ import huggingface_hub
 import pytest
 import torch
 
-from loractl.common.job.spec import Method
+from loractl.common.job.method import Method
 from loractl.common.job.status import Reason
 from loractl.worker.base.model import TrainingFailed, choose_precision, load_base, load_tokenizer
 from loractl.worker.data.tokens import load_rows

@@ -18,7 +18,8 @@ import psutil
 import pytest
 
 from loractl.common.artifacts import ArtifactStore, open_store
-from loractl.common.job.spec import JobSpec, Method
+from loractl.common.job.method import Method
+from loractl.common.job.spec import JobSpec
 from loractl.common.job.status import Reason, Status
 from loractl.common.placement.rule import Need, permitted_methods
 from loractl.common.settings import load_settings

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from loractl.common.job.spec import JobSpec, Method
+from loractl.common.job.method import Method
+from loractl.common.job.spec import JobSpec
 from loractl.common.job.status import Reason
 from loractl.worker.base.model import (
     TrainingFailed,

@@ -6,8 +6,8 @@ import logging
 import os
 from pathlib import Path
 
-from loractl.common.artifacts import remove_tree
 from loractl.common.errors import ArtifactError
+from loractl.common.files import remove_tree
 from loractl.common.store.records import Claim
 from loractl.worker.device.occupancy import CARD_VARIABLE, JOB_VARIABLE, RUN_VARIABLE, card_mark, run_mark
 from loractl.worker.protocol.messages import Start

@@ -6,7 +6,9 @@ import json
 import shutil
 from pathlib import Path
 
-from loractl.common.artifacts import attempt_prefix, remove_tree, sha256_of
+from loractl.common.artifacts import attempt_prefix, sha256_of
+from loractl.common.files import remove_tree
+from loractl.common.job.identity import spec_digest
 from loractl.common.job.status import Reason
 from loractl.common.store.records import Claim, StoredResult
 from loractl.worker.protocol.messages import Ended
@@ -79,4 +81,4 @@ def _hashes(folder: Path) -> dict[str, str]:
 def _asked(claim: Claim) -> list[str]:
     """What a result answers to: the spec, the method and the data."""
     hashes = [stored["sha256"] for _, stored in sorted(claim.data.items())]
-    return [claim.spec.spec_hash(), claim.method.value, *hashes]
+    return [spec_digest(claim.spec), claim.method.value, *hashes]

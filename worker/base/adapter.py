@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from loractl.common.job.spec import JobSpec, TaskType
+from loractl.common.job.sections import TaskType
+from loractl.common.job.spec import JobSpec
 from loractl.common.job.status import Reason
 
 from .model import TrainingFailed

@@ -21,7 +21,8 @@ from transformers import (
 )
 
 from loractl.common.errors import LoractlError
-from loractl.common.job.spec import JobSpec, Method
+from loractl.common.job.method import Method
+from loractl.common.job.spec import JobSpec
 from loractl.common.job.status import Reason
 from loractl.worker.protocol.trust import Refused, check_model_settings
 

@@ -130,7 +130,7 @@ class Asked:
 
 def measure(library: Library, asked: Asked) -> Matrix:
     """Load the base once, and score it and every adapter on every task. Raises LoractlError."""
-    from loractl.common.job.spec import Method
+    from loractl.common.job.method import Method
     from loractl.worker.serving.adapter_pool import Base, open_resident
     from loractl.worker.serving.library import same_base
     from loractl.worker.serving.scores import asked_for, compare, score, task_from_file, task_of

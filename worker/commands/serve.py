@@ -123,7 +123,7 @@ class Options:
 
 def _load(library: Library, options: Options) -> tuple[Engine, Names]:
     """Check every name before the base is loaded, for that takes long."""
-    from loractl.common.job.spec import Method
+    from loractl.common.job.method import Method
     from loractl.common.units import parse_size
     from loractl.worker.serving.adapter_pool import Base, open_resident
     from loractl.worker.serving.decoding import Engine, Limits

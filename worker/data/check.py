@@ -14,11 +14,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from loractl.common.data.findings import Finding, check_examples, found, refusals
+from loractl.common.data.example import Example
+from loractl.common.data.findings import Finding, about_rows, check_examples, refusals
+from loractl.common.data.formats import detect_format, map_columns, parse_each
 from loractl.common.data.labels import labels_of, untaught
-from loractl.common.data.rows import Example, detect_format, map_columns, parse_each, split_data
+from loractl.common.data.split import split_data
 from loractl.common.errors import DataError
-from loractl.common.job.spec import BadRow, DataFormat, DatasetSpec, JobSpec, Overflow
+from loractl.common.job.sections import BadRow, DataFormat, DatasetSpec, Overflow
+from loractl.common.job.spec import JobSpec
 from loractl.common.memory.architecture import find_config
 
 from .tokens import IGNORED, PreparedData, TokenRow, encode, load_rows, rendered
@@ -128,7 +131,7 @@ def check_template(examples: Sequence[Example], tokenizer: Any) -> list[Finding]
     marks = [mark for mark in tokenizer.all_special_tokens if len(mark) > 2]
     marked = [e.number for e in examples if any(m in part for m in marks for part in _said(e))]
     hint = "the tokenizer ends or begins a message there; take them out of the text"
-    findings = found("warning", "special tokens in text", "{n} with a special token within the text", marked, hint)
+    findings = about_rows("warning", "special tokens in text", "{n} with a special token within the text", marked, hint)
     dropped: dict[str, list[int]] = {}
     for example in examples:
         if not example.turns:
@@ -141,7 +144,7 @@ def check_template(examples: Sequence[Example], tokenizer: Any) -> list[Finding]
             dropped.setdefault(role, []).append(example.number)
     for role, numbers in dropped.items():
         text = f"{{n}} whose {role} message the model's chat template leaves out or changes"
-        findings += found("warning", f"dropped {role} message", text, numbers)
+        findings += about_rows("warning", f"dropped {role} message", text, numbers)
     return findings
 
 
@@ -150,25 +153,27 @@ def check_tokens(rows: Sequence[TokenRow], spec: JobSpec, tokenizer: Any, *, eve
     bos, eos, unknown = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id
     doubled = [r.number for r in rows if bos is not None and r.input_ids[:2] == [bos, bos] and bos != eos]
     hint = "take it out of the text: the tokenizer puts one there"
-    findings = found("warning", "doubled BOS", "{n} beginning with two BOS tokens", doubled, hint)
+    findings = about_rows("warning", "doubled BOS", "{n} beginning with two BOS tokens", doubled, hint)
     most = spec.dataset.max_length
     open_ended = [r.number for r in rows if _learned(r) and eos not in r.labels[:most]]
     text = "{n} where no end-of-sequence token is learned: the model will not know where to stop"
-    findings += found("warning", "EOS is not learned", text, open_ended)
+    findings += about_rows("warning", "EOS is not learned", text, open_ended)
     if unknown is not None and unknown not in (bos, eos, tokenizer.pad_token_id):
         strange = [r.number for r in rows if unknown in r.input_ids]
-        findings += found("warning", "unknown tokens", "{n} with characters that the tokenizer does not know", strange)
+        findings += about_rows(
+            "warning", "unknown tokens", "{n} with characters that the tokenizer does not know", strange
+        )
     room = context_length(spec.base_model)
     if room is not None and spec.dataset.max_length > room:
         beyond = [r.number for r in rows if len(r.input_ids) > room]
         text = f"{{n}} of more tokens than the model's {room} positions"
-        findings += found("warning", "beyond the context", text, beyond, f"dataset.max_length: {room}")
+        findings += about_rows("warning", "beyond the context", text, beyond, f"dataset.max_length: {room}")
     generated = spec.evaluation.max_new_tokens
     if spec.evaluation.samples and any(IGNORED in r.labels for r in rows):
         long = [r.number for r in rows if _last_answer(r) > generated]
         if 20 * len(long) > len(rows):
             text = f"{{n}} with an answer longer than evaluation.max_new_tokens ({generated}): the report will cut it"
-            findings += found("note", "answers longer than generated", text, long)
+            findings += about_rows("note", "answers longer than generated", text, long)
     batch = spec.training.effective_batch
     if every and spec.training.max_steps is None:
         steps = int(-(-len(rows) // batch) * (spec.training.num_train_epochs or 1))
@@ -195,7 +200,7 @@ def _bad_rows(refused: list[DataError], dataset: DatasetSpec) -> list[Finding]:
         return refusals(refused)
     numbers = [error.row for error in refused if error.row is not None]
     text = f"{{n}} left out, as dataset.on_bad_row says; the first: {refused[0].what}" if refused else ""
-    return found("warning", "bad rows dropped", text, numbers)
+    return about_rows("warning", "bad rows dropped", text, numbers)
 
 
 def _cut_off(rows: Sequence[TokenRow], dataset: DatasetSpec) -> list[Finding]:
@@ -207,18 +212,18 @@ def _cut_off(rows: Sequence[TokenRow], dataset: DatasetSpec) -> list[Finding]:
     hint = f"dataset.max_length: {longest} would hold them all"
     if dataset.on_overflow is Overflow.ERROR:
         text = f"{{n}} of more than dataset.max_length ({most}) tokens"
-        return found("error", "too long", text, numbers, hint)
+        return about_rows("error", "too long", text, numbers, hint)
     if dataset.on_overflow is Overflow.DROP:
         text = f"{{n}} left out, with more than dataset.max_length ({most}) tokens"
-        return found("warning", "too long, left out", text, numbers, hint)
+        return about_rows("warning", "too long, left out", text, numbers, hint)
     learned_there = dataset.format is not DataFormat.CLASSIFICATION  # a classifier learns no token
     empty = [row.number for row in long if learned_there and all(label == IGNORED for label in row.labels[1:most])]
     text = f"{{n}} with no token to learn within dataset.max_length ({most})"
-    findings = found("error", "no learned token", text, empty, hint)
+    findings = about_rows("error", "no learned token", text, empty, hint)
     cut = [row.number for row in long if row.number not in set(empty)]
     share = 100 * sum(len(row.input_ids) - most for row in long) / max(1, sum(len(r.input_ids) for r in rows))
     text = f"{{n}} cut at dataset.max_length ({most}), which takes {share:.0f} % of all tokens"
-    return findings + found("warning", "cut rows", text, cut, hint)
+    return findings + about_rows("warning", "cut rows", text, cut, hint)
 
 
 def _encoded(example: Example, tokenizer: Any, format: DataFormat) -> TokenRow:

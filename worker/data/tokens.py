@@ -23,10 +23,13 @@ import torch
 from jinja2 import TemplateError
 
 from loractl.common.artifacts import sha256_of
+from loractl.common.data.example import Example
+from loractl.common.data.formats import detect_format, parse_examples
 from loractl.common.data.labels import labels_of
-from loractl.common.data.rows import Example, RawRow, detect_format, parse_examples, read_rows, split_data
+from loractl.common.data.rows import RawRow, read_rows
+from loractl.common.data.split import split_data
 from loractl.common.errors import DataError, LoractlError
-from loractl.common.job.spec import DataFormat, DatasetSpec, Overflow
+from loractl.common.job.sections import DataFormat, DatasetSpec, Overflow
 from loractl.common.job.status import Reason
 from loractl.worker.base.hub import Refusal, cached_if_away, chain_of, known_commit, reaching_the_hub, refusal
 from loractl.worker.base.model import TrainingFailed

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from loractl.common.job.spec import JobSpec, Metric
+from loractl.common.job.sections import Metric
+from loractl.common.job.spec import JobSpec
 from loractl.worker.base.model import evaluating, whole_modules
 from loractl.worker.data.tokens import PreparedData, TokenRow, collate, inputs_of
 

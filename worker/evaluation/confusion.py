@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from loractl.common.data.example import Example
 from loractl.common.data.findings import label_shares
-from loractl.common.data.rows import Example
 
 from .statistics import Array, draws, interval
 

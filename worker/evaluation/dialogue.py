@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from loractl.common.data.rows import Example
-from loractl.common.job.spec import DataFormat
+from loractl.common.data.example import Example
+from loractl.common.job.sections import DataFormat
 from loractl.worker.data.tokens import IGNORED, TokenRow, encode
 
 MOST_TURNS = 400

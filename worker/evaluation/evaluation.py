@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 
-from loractl.common.data.rows import Example
-from loractl.common.job.spec import DataFormat, JobSpec, Metric
+from loractl.common.data.example import Example
+from loractl.common.job.sections import DataFormat, Metric
+from loractl.common.job.spec import JobSpec
 from loractl.worker.base.gauge import is_out_of_memory, release
 from loractl.worker.base.model import evaluating, whole_modules
 from loractl.worker.data.tokens import IGNORED, PreparedData, TokenRow, collate, prompt_of

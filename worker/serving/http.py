@@ -22,7 +22,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from loractl.common.errors import LoractlError, UsageError
-from loractl.common.job.spec import DataFormat
+from loractl.common.job.sections import DataFormat
 
 from .decoding import Ask, Engine, Said
 from .library import Library, Listed

@@ -13,8 +13,10 @@ from typing import Any
 from loractl.common.artifacts import ArtifactStore, attempt_prefix, open_store, sha256_of
 from loractl.common.errors import ArtifactError, UsageError
 from loractl.common.fingerprint import changed_files
+from loractl.common.job.method import Method
 from loractl.common.job.reference import parse_reference
-from loractl.common.job.spec import DataFormat, JobSpec, Method, TaskType
+from loractl.common.job.sections import DataFormat, TaskType
+from loractl.common.job.spec import JobSpec
 from loractl.common.settings import Settings
 from loractl.common.store.database import connect, reachable
 from loractl.common.store.store import Store

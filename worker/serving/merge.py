@@ -105,7 +105,7 @@ def merge_into(folder: Path, library: Library, listed: Listed, dtype: str) -> Pr
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    from loractl.common.job.spec import Method
+    from loractl.common.job.method import Method
     from loractl.worker.base.model import Precision, load_base, load_tokenizer
 
     spec, files, run_code = listed.spec, library.fetch(listed), library.may_run_code(listed)

@@ -9,7 +9,7 @@ from typing import Any
 from jinja2 import TemplateError
 
 from loractl.common.errors import UsageError
-from loractl.common.job.spec import DataFormat
+from loractl.common.job.sections import DataFormat
 from loractl.worker.data.tokens import without_eos
 
 PLAIN = frozenset({DataFormat.TEXT, DataFormat.PROMPT_COMPLETION})

@@ -8,9 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from loractl.common.data.rows import detect_format, parse_examples, read_rows
+from loractl.common.data.formats import detect_format, parse_examples
+from loractl.common.data.rows import read_rows
 from loractl.common.errors import UsageError
-from loractl.common.job.spec import DatasetSpec, EvaluationSpec, JobSpec, Method, Metric, Overflow
+from loractl.common.job.method import Method
+from loractl.common.job.sections import DatasetSpec, EvaluationSpec, Metric, Overflow
+from loractl.common.job.spec import JobSpec
 from loractl.worker.base.model import evaluating
 from loractl.worker.data.tokens import PreparedData, TokenSet, fit_examples, prepare_data
 from loractl.worker.evaluation.confusion import Labels

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import json
 import math
@@ -21,7 +20,9 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from loractl.common.job.adjustment import Adjustment, adjusted, in_words, next_adjustment
-from loractl.common.job.spec import JobSpec, Method
+from loractl.common.job.identity import training_digests
+from loractl.common.job.method import Method
+from loractl.common.job.spec import JobSpec
 from loractl.common.job.status import Reason, Stage
 from loractl.common.memory.plan import predict
 from loractl.common.placement.rule import Need
@@ -640,28 +641,11 @@ def proof_loss(model: Any, rows: Sequence[TokenRow], pad: int) -> float:
 
 
 def belongs_to(order: Start, data: PreparedData) -> dict[str, str]:
-    """What a checkpoint belongs to: with another batch size, data or method a resume would run, and be wrong.
-
-    The batch is the effective one. In which pieces it is computed, and whether activations are computed twice, changes
-    neither the rows of a step nor what a step learns.
-    """
+    """What a checkpoint of this order belongs to, by name."""
     read: list[Any] = [[r.input_ids, r.starts] for r in data.trained_rows]
     if data.label_names:
         read += [data.label_names, [r.label for r in data.trained_rows]]
-    rows = hashlib.sha256(json.dumps(read).encode()).hexdigest()
-    asked = order.spec.model_dump(mode="json", include={"base_model", "revision", "lora", "training"})
-    training = asked["training"]
-    training["batch"] = training.pop("per_device_train_batch_size") * training.pop("gradient_accumulation_steps")
-    for key in ("gradient_checkpointing", "torch_compile", "report_to"):
-        del training[key]
-    parts = {
-        "base_model": [asked["base_model"], asked["revision"]],
-        "lora": asked["lora"],
-        "training": training,
-        "method": order.method.value,
-        "data": rows,
-    }
-    return {name: hashlib.sha256(json.dumps(part, sort_keys=True).encode()).hexdigest() for name, part in parts.items()}
+    return training_digests(order.spec, order.method, read)
 
 
 def _resume(run: Run, data: PreparedData) -> Checkpoint | None:

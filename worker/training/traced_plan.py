@@ -25,7 +25,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map
 
-from loractl.common.job.spec import JobSpec, Method, TaskType
+from loractl.common.job.method import Method
+from loractl.common.job.sections import TaskType
+from loractl.common.job.spec import JobSpec
 from loractl.common.memory.plan import (
     Lengths,
     Plan,

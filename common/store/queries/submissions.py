@@ -44,6 +44,8 @@ def _queue(tx: Transaction, submission: Submission, now: dt.datetime, sweep_id: 
 
 
 def _row(submission: Submission, now: dt.datetime, sweep_id: int | None) -> Job:
+    from loractl.common.job.identity import spec_digest
+
     spec, until = submission.spec, None
     if spec.lora_patience is not None and submission.methods == (Method.LORA, Method.QLORA):
         until = now + dt.timedelta(seconds=spec.lora_patience)
@@ -52,7 +54,7 @@ def _row(submission: Submission, now: dt.datetime, sweep_id: int | None) -> Job:
         user=submission.user,
         labels=dict(spec.labels),
         spec=spec.model_dump(mode="json"),
-        spec_hash=spec.spec_hash(),
+        spec_hash=spec_digest(spec),
         base_model=spec.base_model,
         data=submission.data,
         priority=spec.priority,

@@ -16,6 +16,7 @@ import pytest
 
 from loractl.common.artifacts import MANIFEST, ArtifactStore, attempt_prefix, open_store, sha256_of
 from loractl.common.errors import ArtifactError, LoractlError, ServiceUnreachable, UsageError
+from loractl.common.files import open_files
 from loractl.common.settings import load_settings
 
 from ... import services
@@ -32,10 +33,10 @@ class Place:
 
     def write(self, name: str, content: bytes) -> None:
         (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
-        self.store._fs.pipe_file(f"{self.store._root}/{name}", content)
+        open_files(self.store.url).write(name, content)
 
     def remove(self, name: str) -> None:
-        self.store._fs.rm_file(f"{self.store._root}/{name}")
+        open_files(self.store.url).remove(name, lambda name: False)
 
 
 @pytest.fixture(params=["file", "s3"])

@@ -12,7 +12,8 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from loractl.common.job.spec import JobSpec, Method
+from loractl.common.job.method import Method
+from loractl.common.job.spec import JobSpec
 from loractl.common.memory.architecture import Shape, shape_of
 from loractl.common.memory.plan import (
     CONTEXT_BYTES,

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
 from loractl.common.artifacts import ArtifactStore, checkpoint_prefix
+from loractl.common.job.identity import training_digests
 from loractl.common.job.method import Method
 from loractl.common.settings import load_settings
 from loractl.common.store.database import make_engine
@@ -17,7 +19,7 @@ from loractl.worker.attempt.order import stored_checkpoint
 from loractl.worker.attempt.result import mark_ready, ready_result
 from loractl.worker.attempt.workplace import Workplace
 from loractl.worker.device.devices import CpuDevice
-from loractl.worker.training.checkpoint import MARKER, close_checkpoint, is_complete
+from loractl.worker.training.checkpoint import MARKER, close_checkpoint, is_complete, newest_checkpoint
 
 from .. import factories
 
@@ -81,3 +83,24 @@ def test_a_stored_checkpoint_is_fetched_when_the_local_one_is_torn(tmp_path: Pat
     fetched = stored_checkpoint(place, claim(attempt=2, checkpoint=kept), settings.work_dir / "1" / "stored")
     assert bool(fetched) is not whole
     assert all(is_complete(folder / "checkpoint-5") for folder in fetched)
+
+
+def test_what_82e4d97_finished_or_saved_is_taken_up(finished: Path, tmp_path: Path) -> None:
+    """Literally what that version wrote: an upgrade in the middle of a job loses nothing."""
+    note = finished / "ready.json"
+    asked = ["bdd90f4c1885ad4e5c7c43b00d66cad0a50e5c2a95ac2569176107b866ddc1d4", "lora"]
+    note.write_text(json.dumps({**json.loads(note.read_text()), "belongs_to": asked}))
+    assert ready_result(finished, claim(attempt=2)) == "6 steps"
+    saved = {
+        "base_model": "a61be99b886dec9acfcbc5a23ce0755abc4586ff0827e1a9bf564696f2ac20d3",
+        "lora": "ade5d30e1cc9ed78f106552968754205ff8096764873d1f4400605e9da64b743",
+        "training": "72aa59a87daef9815ee2cd0add0dccba25d9b5e514f56a4280061a037b2d78a0",
+        "method": "513a7768777572ee4836e3c13975a149196ea13e7c727be25e9f0254cf4b635e",
+        "data": "ba047fca367ceac379559fade687fe16271db7b3f8a9d68542ee55fd7a6dadb0",
+    }
+    (folder := tmp_path / "checkpoints" / "checkpoint-5").mkdir(parents=True)
+    close_checkpoint(folder, step=5, finished=False, belongs_to=saved)
+    now = training_digests(factories.spec(), Method.LORA, [[[1, 2, 3], []], [[4, 5], [0]]])
+    assert newest_checkpoint([folder.parent], now) is not None
+    changed = training_digests(factories.spec(lora={"r": 8}), Method.LORA, [[[1, 2, 3], []], [[4, 5], [0]]])
+    assert newest_checkpoint([folder.parent], changed) is None

@@ -8,7 +8,7 @@ import threading
 import pytest
 
 from loractl.common.errors import JobNotFound
-from loractl.common.job.spec import Method
+from loractl.common.job.method import Method
 from loractl.common.job.status import Reason, Stage, Status
 from loractl.common.settings import LEASE_S
 from loractl.common.store.records import Claim, Progress

@@ -14,9 +14,11 @@ from hypothesis import strategies as st
 
 from loractl.common.errors import LoractlError
 from loractl.common.job.file import load_spec
-from loractl.common.job.spec import AS_WRITTEN, DataFormat, JobSpec, Method
+from loractl.common.job.method import Method
+from loractl.common.job.sections import AS_WRITTEN, DataFormat
+from loractl.common.job.spec import JobSpec
 from loractl.scheduler.cli import cli
-from loractl.scheduler.commands.import_config import import_file
+from loractl.scheduler.foreign.configuration import import_file
 
 AXOLOTL = """
 base_model: org/small-1b
@@ -223,10 +225,10 @@ def test_whatever_a_setting_holds_it_is_carried_left_out_or_refused(
     file = tmp_path / "theirs.yaml"
     file.write_text(yaml.safe_dump(theirs))
     try:
-        found = import_file(file, tmp_path)
+        made = import_file(file, tmp_path)
     except LoractlError:
         return
-    JobSpec.model_validate(found.job, context=AS_WRITTEN)
+    JobSpec.model_validate(made.job, context=AS_WRITTEN)
 
 
 @settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -238,10 +240,10 @@ def test_whatever_a_listing_of_data_sets_holds_there_is_a_job_or_a_sentence(tmp_
     file = tmp_path / "theirs.yaml"
     file.write_text("model_name_or_path: a/b\ndataset: talks\n")
     try:
-        found = import_file(file, tmp_path)
+        made = import_file(file, tmp_path)
     except LoractlError:
         return
-    JobSpec.model_validate(found.job, context=AS_WRITTEN)
+    JobSpec.model_validate(made.job, context=AS_WRITTEN)
 
 
 def test_a_job_file_that_is_there_is_not_written_over(tmp_path: Path) -> None:

@@ -10,11 +10,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from loractl.common.data.example import Example
 from loractl.common.data.findings import FEW_OF_A_LABEL, check_examples
+from loractl.common.data.formats import detect_format, parse_examples
 from loractl.common.data.labels import LONGEST, labels_of
-from loractl.common.data.rows import Example, RawRow, Split, detect_format, parse_examples, split_data, split_held_out
+from loractl.common.data.rows import RawRow
+from loractl.common.data.split import Split, split_data, split_held_out
 from loractl.common.errors import DataError
-from loractl.common.job.spec import BadRow, DataFormat, DatasetSpec
+from loractl.common.job.sections import BadRow, DataFormat, DatasetSpec
 
 PAIRS = [("a fine film", "good"), ("a dull film", "bad"), ("a fine book", "good"), ("a dull book", "bad")]
 

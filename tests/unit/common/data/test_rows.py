@@ -10,17 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loractl.common.data.rows import (
-    Example,
-    RawRow,
-    Turn,
-    detect_format,
-    parse_examples,
-    read_rows,
-    split_held_out,
-)
+from loractl.common.data.example import Example, Turn
+from loractl.common.data.formats import detect_format, parse_examples
+from loractl.common.data.rows import RawRow, read_rows
+from loractl.common.data.split import split_held_out
 from loractl.common.errors import DataError
-from loractl.common.job.spec import BadRow, DataFormat
+from loractl.common.job.sections import BadRow, DataFormat
 
 
 def message(role: Any, content: Any = "text") -> dict[str, Any]:

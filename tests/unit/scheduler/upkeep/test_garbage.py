@@ -13,7 +13,7 @@ from sqlalchemy import update
 from sqlalchemy.orm import Session
 
 from loractl.common.artifacts import ArtifactStore, attempt_prefix, checkpoint_prefix
-from loractl.common.errors import ArtifactError
+from loractl.common.errors import ArtifactError, UsageError
 from loractl.common.job.status import Reason
 from loractl.common.settings import Settings, load_settings
 from loractl.common.store.database import make_engine
@@ -21,10 +21,10 @@ from loractl.common.store.records import Claim, Progress, StoredCheckpoint, Stor
 from loractl.common.store.schema import upgrade
 from loractl.common.store.store import Store
 from loractl.common.store.tables import Job
-from loractl.scheduler.upkeep.garbage import Cleaner, Garbage, Kind, Policy
+from loractl.scheduler.upkeep.garbage import Cleaner, Cleared, Garbage, Kind, Policy
 
-from ... import services
-from ..factories import Clock, submission, take
+from .... import services
+from ...factories import Clock, submission, take
 
 MONTH = dt.timedelta(days=30)
 
@@ -257,6 +257,20 @@ def test_a_job_that_is_retried_after_gc_names_no_checkpoint_that_is_gone(lab: La
 
 def test_files_of_jobs_that_the_database_does_not_know_are_named_and_left(lab: Lab) -> None:
     lab.stores("jobs/77/attempt-1")
-    assert lab.cleaner().unknown_jobs() == {77}
+    with pytest.raises(UsageError, match=r"this database does not know: 77$"):
+        lab.cleaner().check_own_store()
     assert list(lab.cleaner().remove()) == []
     assert lab.held() == {"jobs/77/attempt-1"}
+
+
+def test_what_went_is_one_value_for_a_program() -> None:
+    data = Garbage(kind=Kind.DATA, name="datasets/a.csv", size=100, why="no job needs it")
+    log = Garbage(kind=Kind.LOG, name="jobs/1/attempt-1", size=7, why="stored with the result", job_id=1)
+    assert Cleared(dry_run=True, removed=(data, log)).as_json() == {
+        "dry_run": True,
+        "bytes": 100,
+        "removed": [
+            {"kind": "data set", "name": "datasets/a.csv", "size": 100, "why": "no job needs it"},
+            {"kind": "log", "name": "jobs/1/attempt-1", "size": 7, "why": "stored with the result"},
+        ],
+    }

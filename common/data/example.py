@@ -1,0 +1,37 @@
+"""What one row teaches, whatever its format."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Turn:
+    """One message of a conversation."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    """What one row teaches: a conversation, a prompt with its completion, plain text, or a text's label.
+
+    Exactly one of `turns` and `text` is set; `prompt` is the part of `text` that is given, not learned. With a `label`
+    all of the text is given.
+    """
+
+    number: int
+    turns: tuple[Turn, ...] = ()
+    prompt: str = ""
+    text: str = ""
+    label: str | None = None
+
+    def content_hash(self) -> str:
+        """Equal for rows that teach the same, wherever they stand."""
+        content: list[Any] = [[(t.role, t.content) for t in self.turns], self.prompt, self.text]
+        content += [] if self.label is None else [self.label]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()

@@ -1,0 +1,123 @@
+"""A YAML document that a person wrote: its mapping, with the line of each key, within limits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from loractl.common.errors import SpecError, SpecProblem
+
+MAX_FILE_BYTES = 256 * 1024
+"""A job file is settings, not data."""
+
+MAX_NODES = 20_000
+"""Keys and values of a job file once YAML's aliases are written out: nested aliases double with every line."""
+
+MAX_DEPTH = 16
+"""Levels of nesting; the deepest key of a job has three."""
+
+MAX_DIGITS = 64
+"""Digits of a whole number: Python neither reads nor prints one of some thousand."""
+
+
+def read_yaml(path: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
+    """The mapping in the file, and the line (from 1) of each key path."""
+    file = str(path)
+
+    def wrong(what: str, hint: str | None = None, line: int | None = None) -> SpecError:
+        return SpecError([SpecProblem(file=file, line=line, key="", what=what, hint=hint)])
+
+    try:
+        raw = path.read_bytes()
+        text = raw.decode("utf-8")
+    except FileNotFoundError:
+        raise wrong(
+            "no such file", "loractl submit takes the path of a job file, like examples/helpdesk-lora.yaml"
+        ) from None
+    except IsADirectoryError:
+        raise wrong("is a folder, not a job file") from None
+    except UnicodeDecodeError:
+        raise wrong("is not UTF-8 text") from None
+    except OSError as error:
+        raise wrong(f"can't be read: {error.strerror}") from None
+    if len(raw) > MAX_FILE_BYTES:
+        raise wrong(
+            f"has {len(raw)} bytes, a job file at most {MAX_FILE_BYTES}",
+            "the data belong into a file of their own: dataset.path",
+        )
+    try:
+        lines, tree = load_yaml(text)
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else None
+        raise wrong(f"is not valid YAML: {error.problem or error}", line=line) from None
+    except yaml.YAMLError as error:
+        raise wrong(f"is not valid YAML: {error}") from None
+    if not isinstance(tree, dict):
+        raise wrong("is empty or not a mapping of keys", "start from examples/helpdesk-lora.yaml")
+    return tree, lines
+
+
+def load_yaml(text: str) -> tuple[dict[tuple[str, ...], int], Any]:
+    """The line (from 1) of each key path, and the value. Raises YAMLError, also beyond the limits of size and depth."""
+    try:
+        node = yaml.compose(text, Loader=_Loader)
+        if node is not None:
+            _check_extent(node)
+        return dict(_lines(node, ())), yaml.load(text, Loader=_Loader)  # noqa: S506  a safe loader
+    except RecursionError:
+        raise yaml.YAMLError(f"it is nested deeper than {MAX_DEPTH} levels") from None
+    except (ValueError, OverflowError, LookupError, AttributeError, TypeError) as error:
+        # PyYAML lets Python's own errors through, of dates and numbers that are none and of tags on the wrong kind
+        raise yaml.YAMLError(str(error) or type(error).__name__) from None
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML's safe loader, with whole numbers of a length that Python can print again."""
+
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        if len(str(node.value)) > MAX_DIGITS:
+            problem = f"a number of more than {MAX_DIGITS} digits"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
+        return int(super().construct_yaml_int(node))
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
+
+
+def _check_extent(node: yaml.Node) -> None:
+    """Raises YAMLError when too much stands below `node`: a few lines of nested aliases make billions of values."""
+    size, height = _extent(node, {})
+    if size > MAX_NODES:
+        raise yaml.YAMLError(f"it has more than {MAX_NODES} keys and values, its aliases written out")
+    if height > MAX_DEPTH:
+        raise yaml.YAMLError(f"it is nested deeper than {MAX_DEPTH} levels")
+
+
+def _extent(node: yaml.Node, known: dict[int, tuple[int, int]]) -> tuple[int, int]:
+    """(number, levels) of the nodes from `node` down, every alias written out. RecursionError: one holds itself."""
+    if not isinstance(node, yaml.CollectionNode):
+        return 1, 0
+    if id(node) not in known:
+        parts = [n for pair in node.value for n in pair] if isinstance(node, yaml.MappingNode) else node.value
+        below = [_extent(part, known) for part in parts]
+        known[id(node)] = 1 + sum(size for size, _ in below), 1 + max((height for _, height in below), default=0)
+    return known[id(node)]
+
+
+def _lines(node: yaml.Node | None, path: tuple[str, ...]) -> list[tuple[tuple[str, ...], int]]:
+    lines: list[tuple[tuple[str, ...], int]] = []
+    if isinstance(node, yaml.MappingNode):
+        seen = set()
+        for key, value in node.value:
+            here = (*path, str(key.value))
+            if here in seen:
+                raise yaml.MarkedYAMLError(problem=f"key {'.'.join(here)} stands twice", problem_mark=key.start_mark)
+            seen.add(here)
+            lines.append((here, key.start_mark.line + 1))
+            lines += _lines(value, here)
+    elif isinstance(node, yaml.SequenceNode):
+        for index, item in enumerate(node.value):
+            lines.append(((*path, str(index)), item.start_mark.line + 1))
+    return lines

@@ -1,0 +1,25 @@
+"""Names on the hub, told by their form: a model or a data set, never a path."""
+
+from __future__ import annotations
+
+import re
+
+REVISION = r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,127}$"
+"""A branch, tag or commit of a repository on the hub."""
+
+
+def is_hub_id(text: str) -> bool:
+    """Whether the text may name a repository of the hub: owner/name, or a name alone. No path passes for one."""
+    part = r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?"
+    return re.fullmatch(rf"(?:{part}/)?{part}", text) is not None and ".." not in text
+
+
+def is_hub_data(text: str) -> bool:
+    """Whether the text may name a data set of the hub, at a revision after an @ or at its main branch.
+
+    It has an owner: a name alone may be a reader of the datasets library (json, csv, text, ...), which takes whatever
+    files lie beside it.
+    """
+    name, pinned, revision = text.partition("@")
+    known = re.fullmatch(REVISION, revision) is not None and ".." not in revision if pinned else True
+    return is_hub_id(name) and "/" in name and known

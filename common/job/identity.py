@@ -1,0 +1,97 @@
+"""What decides a training's result, as digests: by them a stored checkpoint or a finished result is known again.
+
+A key that the job file had from the start is hashed with its value. A key that came later is hashed only where it says
+something else than its default, and its default means what happened before there was the key. So a new key refuses
+nothing that is stored, and a value that changes the arithmetic does, whether the user or a changed default says it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+from pydantic import BaseModel
+
+from .method import Method
+from .spec import JobSpec
+
+FROM_THE_START = {
+    "": ("base_model", "revision", "method"),
+    "dataset": (
+        "path", "format", "columns", "eval_path", "test_size", "max_length", "on_overflow", "on_bad_row",
+    ),
+    "lora": (
+        "r", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save", "use_dora", "use_rslora",
+        "init_lora_weights",
+    ),
+    "training": (
+        "num_train_epochs", "max_steps", "learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps",
+        "gradient_checkpointing", "warmup_steps", "lr_scheduler_type", "lr_scheduler_kwargs", "weight_decay",
+        "max_grad_norm", "adam_beta1", "adam_beta2", "adam_epsilon", "label_smoothing_factor", "neftune_noise_alpha",
+        "packing", "train_sampling_strategy", "optim", "logging_steps", "dtype", "attn_implementation", "torch_compile",
+        "save_steps", "eval_steps", "early_stopping_patience", "load_best_model_at_end", "seed",
+    ),
+    "evaluation": (
+        "metrics", "samples", "max_new_tokens", "max_rows", "per_device_eval_batch_size", "regression", "lm_eval_limit",
+    ),
+}  # fmt: skip
+"""Keys that are hashed even at their default, by section. Add none: what is stored was hashed without it."""
+
+UNDECIDING = frozenset(
+    {"name", "labels", "priority", "preemptible", "resources", "max_retries", "lora_patience", "training.report_to"}
+)
+"""Keys and sections that say when and where a job runs and who is told, not what comes out."""
+
+_RECOMPUTED = frozenset({"gradient_checkpointing", "torch_compile"})
+"""Keys of `training` that change how a step is computed, not what it learns: a resume may change them."""
+
+_BATCH = frozenset({"per_device_train_batch_size", "gradient_accumulation_steps"})
+"""Keys of `training` whose product counts for a resume: in which pieces a step is computed does not."""
+
+
+def spec_digest(spec: JobSpec) -> str:
+    """sha256 over what decides the result: a finished result of the same digest, method and data is taken over."""
+    return _digest(_deciding(spec))
+
+
+def training_digests(spec: JobSpec, method: Method, rows: Any) -> dict[str, str]:
+    """What a checkpoint belongs to, by name: with another batch, method or data a resume would run, and be wrong.
+
+    `rows`: what is read of the data in training, as JSON takes it. How rows became tokens is in it, and so are the
+    labels of a classifier; hence neither `dataset` nor `task_type` is a part of its own.
+    """
+    said = _deciding(spec)
+    training = {key: value for key, value in said.pop("training").items() if key not in _RECOMPUTED | _BATCH}
+    parts = {
+        "base_model": [said.pop("base_model"), said.pop("revision")],
+        "lora": said.pop("lora"),
+        "training": training | {"batch": spec.training.effective_batch},
+        "method": method.value,
+        "data": _digest(rows),
+    }
+    told_otherwise = {"method", "dataset", "task_type", "evaluation"}
+    if later := {key: value for key, value in said.items() if key not in told_otherwise}:
+        parts["job"] = later
+    return {name: _digest(part) for name, part in parts.items()}
+
+
+def _deciding(section: BaseModel, name: str = "") -> dict[str, Any]:
+    """The values of a section (of the whole job: "") that count, as they stand in JSON."""
+    written = section.model_dump(mode="json")
+    kept: dict[str, Any] = {}
+    for key, field in type(section).model_fields.items():
+        value, path = getattr(section, key), f"{name}.{key}".lstrip(".")
+        if path in UNDECIDING:
+            continue
+        if isinstance(value, BaseModel):
+            kept |= {key: inner} if (inner := _deciding(value, path)) else {}
+        elif key in FROM_THE_START.get(name, ()) or value != field.get_default(call_default_factory=True):
+            kept[key] = written[key]
+    if name == "evaluation" and "lm_eval" not in kept:
+        kept.pop("lm_eval_limit", None)  # it limits nothing
+    return kept
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

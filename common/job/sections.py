@@ -1,0 +1,299 @@
+"""The sections of the job file: their keys, with types, limits and defaults.
+
+Keys are the libraries' own names (peft's LoraConfig, transformers' TrainingArguments), so that nothing is translated.
+"""
+
+from __future__ import annotations
+
+import enum
+import json
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticKnownError
+
+from loractl.common.units import parse_duration, parse_size
+
+from .method import Method
+
+DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+"""Endings of the data files that loractl reads."""
+
+
+AS_WRITTEN = "as written"
+"""Validation context of a person's file: keys that contradict each other are refused. A stored spec has every key."""
+
+
+LARGEST = 2**31 - 1
+"""Whole numbers end here: the database counts steps in 32 bits."""
+
+
+class TaskType(enum.StrEnum):
+    """What is learned, by peft's names."""
+
+    CAUSAL_LM = "CAUSAL_LM"  # to go on with a text, as answers do
+    SEQ_CLS = "SEQ_CLS"  # to name a text's label, by a head that has nothing but labels
+
+
+class DataFormat(enum.StrEnum):
+    """The shape of a data set's rows."""
+
+    AUTO = "auto"
+    MESSAGES = "messages"  # {"messages": [{"role": ..., "content": ...}, ...]}
+    SHAREGPT = "sharegpt"  # {"conversations": [{"from": ..., "value": ...}, ...]}
+    ALPACA = "alpaca"  # {"instruction": ..., "input": ..., "output": ...}
+    PROMPT_COMPLETION = "prompt_completion"  # {"prompt": ..., "completion": ...}
+    TEXT = "text"  # {"text": ...}
+    CLASSIFICATION = "classification"  # {"text": ..., "label": ...}, for SEQ_CLS alone
+
+
+class Overflow(enum.StrEnum):
+    """What happens to a row that is longer than max_length."""
+
+    TRUNCATE = "truncate"
+    DROP = "drop"
+    ERROR = "error"
+
+
+class BadRow(enum.StrEnum):
+    """What happens to a row that can't be learned from: an empty answer, a wrong role, a missing column."""
+
+    ERROR = "error"
+    DROP = "drop"
+
+
+class Metric(enum.StrEnum):
+    """What the report measures on held-out rows, for the base and the tuned model."""
+
+    LOSS = "loss"
+    PERPLEXITY = "perplexity"
+    TOKEN_ACCURACY = "token_accuracy"  # noqa: S105
+    ROUGE = "rouge"
+    EXACT_MATCH = "exact_match"
+    LABELS = "labels"  # accuracy, macro F1 and confusion, where answers are labels
+    CONTEXT = "context"  # later answers of a conversation, and what the earlier ones are worth to them
+
+
+CLASSIFIED = (Metric.LOSS, Metric.LABELS)
+"""What can be measured of a classifier, which generates nothing."""
+
+
+def _printable(text: str) -> str:
+    if not text.isprintable():
+        raise ValueError("holds control characters")
+    return text
+
+
+def _methods(value: Any) -> Method | list[Method]:
+    """One method, or a list of fixed ones. Not a union for pydantic: it would complain once for each kind."""
+    if not isinstance(value, list):
+        if value not in list(Method):
+            raise PydanticKnownError("enum", {"expected": ", ".join(Method)})
+        return Method(value)
+    for name in value:
+        if name not in (Method.LORA, Method.QLORA):
+            raise ValueError(f"{json.dumps(name, default=str)} is not one of lora, qlora")
+    if not value:
+        raise ValueError("is empty; write auto, lora, qlora, or a list like [lora, qlora]")
+    if len(set(value)) < len(value):
+        raise ValueError("names the same method twice")
+    return [Method(name) for name in value]
+
+
+def _steps_or_share(value: Any) -> int | float:
+    """Whole steps, or below 1 a share of all steps. Not limits of a union: it would complain once for each kind."""
+    try:
+        number = float("nan") if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        raise PydanticKnownError("float_type") from None
+    if not number > 0:
+        raise PydanticKnownError("greater_than", {"gt": 0})
+    if number > LARGEST:
+        raise PydanticKnownError("less_than_equal", {"le": LARGEST})
+    if number >= 1 and not number.is_integer():
+        raise ValueError("is not a whole number; below 1 it is a share of all steps")
+    return int(number) if number >= 1 else number
+
+
+def _task_name(text: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._()+-]{0,127}", text):
+        raise ValueError("is no task's name; a job gives lm_eval names alone, never a path")
+    return text
+
+
+Printable = Annotated[str, AfterValidator(_printable)]
+ColumnName = Literal[
+    "messages", "conversations", "role", "content", "from", "value", "system", "instruction", "input", "output",
+    "prompt", "completion", "text", "label",
+]  # fmt: skip
+Methods = Annotated[Method | list[Method], BeforeValidator(_methods)]
+StepsOrShare = Annotated[int | float, BeforeValidator(_steps_or_share)]
+Size = Annotated[int, BeforeValidator(parse_size)]
+Duration = Annotated[float, BeforeValidator(parse_duration), Field(le=3650 * 86400)]  # dates end somewhere
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
+TaskName = Annotated[str, AfterValidator(_task_name)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+class DatasetSpec(Section):
+    """The rows to train on and the rows held out."""
+
+    path: Printable = Field(min_length=1)
+    """A file (jsonl, json, csv, parquet; relative to the job file) or a hub id (its split train)."""
+    format: DataFormat = DataFormat.AUTO
+    """The rows' shape; auto looks at the columns and says why."""
+    columns: dict[ColumnName, Annotated[Printable, Field(min_length=1)]] = Field(default_factory=dict)
+    """What the columns are called in the data where they have other names, like prompt: question."""
+    eval_path: Printable | None = None
+    """A file or hub id (its split test) with the held-out rows; without it test_size rows are split off."""
+    test_size: float | None = Field(0.1, gt=0, lt=1)
+    """Share of rows held out before training."""
+    max_length: int = Field(1024, ge=8, le=2**20)
+    """Longest row in tokens."""
+    on_overflow: Overflow = Overflow.TRUNCATE
+    """What happens to longer rows; they are always counted."""
+    on_bad_row: BadRow = BadRow.ERROR
+    """What happens to a row that can't be learned from; dropped rows are counted in the report."""
+
+
+class LoraSpec(Section):
+    """The adapter: W + (lora_alpha / r) B A (LoRA, arXiv:2106.09685)."""
+
+    r: int = Field(16, ge=1, le=1024)
+    lora_alpha: float = Field(32, gt=0)
+    lora_dropout: float = Field(0.05, ge=0, lt=1)
+    target_modules: Literal["all-linear"] | list[str] = "all-linear"
+    modules_to_save: list[Printable] = Field(default_factory=list, max_length=64)
+    """Modules that are trained in full and stored with the adapter, like embed_tokens."""
+    use_dora: bool = False
+    """Learn magnitude and direction apart (DoRA, arXiv:2402.09353)."""
+    use_rslora: bool = False
+    """Scale by lora_alpha / sqrt(r) (rsLoRA, arXiv:2312.03732)."""
+    init_lora_weights: Literal["default", "gaussian", "orthogonal", "loftq"] = "default"
+    """How A and B begin; loftq (arXiv:2310.08659) starts from what NF4 lost of the base's weights."""
+
+    @field_validator("target_modules")
+    @classmethod
+    def _not_empty(cls, value: str | list[str]) -> str | list[str]:
+        if value == []:
+            raise ValueError("is empty; write all-linear or name at least one module")
+        return value
+
+
+class TrainingSpec(Section):
+    """The optimisation; names and meaning are those of transformers.TrainingArguments."""
+
+    num_train_epochs: float | None = Field(3, gt=0, le=10_000)
+    max_steps: int | None = Field(None, ge=1, le=LARGEST)
+    """Optimizer steps; overrides num_train_epochs."""
+    learning_rate: float = Field(2e-4, gt=0, lt=1)
+    per_device_train_batch_size: int = Field(4, ge=1, le=2**16)
+    gradient_accumulation_steps: int = Field(4, ge=1, le=2**16)
+    gradient_checkpointing: bool | None = None
+    """null: on a GPU yes, on a CPU no (it costs 1.5 to 2 times the time there)."""
+    warmup_steps: float = Field(0.03, ge=0, le=LARGEST)
+    """A number of steps, or below 1 a share of all steps."""
+    lr_scheduler_type: Literal[
+        "linear", "cosine", "cosine_with_restarts", "cosine_with_min_lr", "polynomial", "constant",
+        "constant_with_warmup", "inverse_sqrt", "warmup_stable_decay",
+    ] = "cosine"  # fmt: skip
+    lr_scheduler_kwargs: dict[Name, float | str] = Field(default_factory=dict, max_length=16)
+    """What the scheduler takes besides, like {min_lr_rate: 0.1} for cosine_with_min_lr."""
+    weight_decay: float = Field(0.0, ge=0, lt=1)
+    max_grad_norm: float = Field(1.0, gt=0)
+    adam_beta1: float = Field(0.9, ge=0, lt=1)
+    adam_beta2: float = Field(0.999, ge=0, lt=1)
+    adam_epsilon: float = Field(1e-8, gt=0, lt=1)
+    label_smoothing_factor: float = Field(0.0, ge=0, lt=1)
+    neftune_noise_alpha: float | None = Field(None, gt=0)
+    """Noise on the embeddings while training (NEFTune, arXiv:2310.05914), like 5."""
+    packing: bool = False
+    """Fill every row up to dataset.max_length with several examples that can't see each other."""
+    train_sampling_strategy: Literal["random", "sequential", "group_by_length"] = "random"
+    """The order of rows; group_by_length pads less."""
+    optim: Literal[
+        "auto", "adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit", "lion_32bit",
+        "lion_8bit", "paged_lion_32bit", "paged_lion_8bit", "ademamix", "ademamix_8bit", "paged_ademamix_32bit",
+        "paged_ademamix_8bit", "adafactor", "adagrad", "rmsprop", "sgd",
+    ] = "auto"  # fmt: skip
+    """auto: paged 8-bit AdamW for QLoRA on a GPU, AdamW of torch elsewhere."""
+    logging_steps: int = Field(5, ge=1, le=LARGEST)
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """Number format of base and arithmetic; auto takes what the device computes in fastest without loss."""
+    attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+    """auto: what transformers takes for the architecture."""
+    torch_compile: bool = False
+    """Compile the model: a minute or more at the start, for faster steps."""
+    save_steps: int = Field(50, ge=1, le=LARGEST)
+    """A checkpoint every so many steps."""
+    eval_steps: StepsOrShare | None = None
+    """Held-out loss every so many steps, or below 1 every such share of all steps; null: only before and after."""
+    early_stopping_patience: int | None = Field(None, ge=1, le=LARGEST)
+    """Stop when so many evaluations in a row (eval_steps) did not improve the held-out loss."""
+    load_best_model_at_end: bool = False
+    """Keep the adapter of the evaluation (eval_steps) with the least held-out loss, not the last one."""
+    report_to: list[Literal["tensorboard", "wandb", "mlflow"]] = Field(default_factory=list, max_length=3)
+    """Where else the curves go; the worker needs the package, and its owner's account."""
+    seed: int = Field(0, ge=0, lt=2**32)
+
+    @property
+    def effective_batch(self) -> int:
+        """Rows that one optimizer step learns from."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps
+
+    def micro_batch(self, most: int) -> int:
+        """The largest number of rows at once, up to `most`, that divides the effective batch; 0 when `most` is 0."""
+        sizes = range(min(most, self.effective_batch), 0, -1)
+        return next((rows for rows in sizes if self.effective_batch % rows == 0), 0)
+
+
+class EvaluationSpec(Section):
+    """What the report measures on the held-out rows."""
+
+    metrics: list[Metric] = Field(default_factory=lambda: list(Metric), min_length=1)
+    samples: int = Field(16, ge=0, le=10_000)
+    """Held-out rows to generate answers for, base and tuned side by side; 0: none."""
+    max_new_tokens: int = Field(128, ge=1, le=8192)
+    max_rows: int | None = Field(None, ge=1, le=LARGEST)
+    """At most so many held-out rows are scored; null: all."""
+    per_device_eval_batch_size: int = Field(8, ge=1, le=2**16)
+    regression: Printable | None = Field(None, min_length=1)
+    """Rows of another kind, a file or a hub id (its split test): shows what the training made the model forget."""
+    lm_eval: list[TaskName] = Field(default_factory=list, max_length=32)
+    """Tasks of the lm-eval harness, by name, for base and tuned; the worker needs the package lm_eval."""
+    lm_eval_limit: int | None = Field(100, ge=1, le=LARGEST)
+    """At most so many rows of each of these tasks; null: all."""
+
+    @model_validator(mode="after")
+    def _generation_needs_samples(self, info: ValidationInfo) -> EvaluationSpec:
+        generated = {Metric.ROUGE, Metric.EXACT_MATCH} & set(self.metrics)
+        if info.context == AS_WRITTEN and self.samples == 0 and generated and "metrics" in self.model_fields_set:
+            names = ", ".join(sorted(generated))
+            raise ValueError(f"samples is 0, so {names} can't be measured; set samples or drop them from metrics")
+        return self
+
+
+class ResourcesSpec(Section):
+    """Limits on what the job may take."""
+
+    max_vram: Size | None = None
+    """At most this much device memory, like 20GiB: auto then prefers QLoRA where LoRA would need more."""
+    time_limit: Duration | None = None
+    """At most this long, like 2h, for an attempt."""
+    node_labels: dict[Annotated[Printable, Field(max_length=64)], Annotated[Printable, Field(max_length=256)]] = Field(
+        default_factory=dict, max_length=8
+    )
+    """Labels that the box must have (loractl worker --label KEY=VALUE), like nvlink: "yes"."""

@@ -1,0 +1,100 @@
+"""Another tool's configuration file, read whole: the job that it becomes, and what became of each of its settings."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from loractl.common.errors import SpecError, SpecProblem, UsageError
+from loractl.common.job.document import read_yaml
+from loractl.common.job.sections import AS_WRITTEN
+from loractl.common.job.spec import JobSpec
+
+from .axolotl import from_axolotl
+from .llama_factory import from_llama_factory
+from .translation import Draft, get_key, short, unset_key
+
+_FREE = {"columns", "lr_scheduler_kwargs"}  # mappings whose keys are a person's
+
+
+@dataclass(frozen=True, kw_only=True)
+class Imported:
+    """A job from another tool's file, with an account of each setting of that file."""
+
+    tool: str
+    job: dict[str, Any]  # what a job file says: the values that the other file sets, as the spec reads them
+    carried: dict[str, str]  # their key -> our key
+    left_out: dict[str, str]  # their key -> why; without it the training is another
+    not_needed: tuple[str, ...]  # folders, caches, processes: nothing that is learned
+    filled_in: dict[str, Any]  # our key -> the tool's default, which differs from ours
+
+    def as_json(self) -> dict[str, Any]:
+        return {**vars(self), "not_needed": list(self.not_needed)}
+
+
+def import_file(file: Path, folder: Path) -> Imported:
+    """Read another tool's file for a job file in `folder`: local paths are written as seen from there.
+
+    Raises SpecError for what is no YAML mapping, UsageError for another tool's file and for what is no LoRA on rows.
+    """
+    theirs = {str(key): value for key, value in read_yaml(file)[0].items() if value is not None}
+    if "model_name_or_path" in theirs:
+        draft = from_llama_factory(theirs, file, folder)
+    elif "base_model" in theirs and ("datasets" in theirs or "micro_batch_size" in theirs):
+        draft = from_axolotl(theirs, file, folder)
+    else:
+        hint = "Axolotl's files have base_model and datasets, LLaMA-Factory's model_name_or_path and dataset"
+        raise UsageError(f"{file} is neither Axolotl's nor LLaMA-Factory's", hint)
+    for key in theirs.keys() - draft.carried.keys() - draft.left_out.keys() - set(draft.not_needed):
+        draft.leave(key, "loractl has no such setting")
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", file.stem).strip("._-")[:63] or "imported"
+    draft.job = {"name": name, **draft.job}
+    spec = _without_what_is_refused(draft)
+    return Imported(
+        tool=draft.tool,
+        job=_in_order(spec.model_dump(mode="json"), draft.job),
+        carried=draft.carried,
+        left_out=draft.left_out,
+        not_needed=tuple(draft.not_needed),
+        filled_in=draft.filled_in,
+    )
+
+
+def _without_what_is_refused(draft: Draft) -> JobSpec:
+    """The job, without each value that a job file does not take. Raises SpecError where it needs that value."""
+    while True:
+        try:
+            return JobSpec.model_validate(draft.job, context=AS_WRITTEN)
+        except ValidationError as error:
+            key, what = _first_refusal(error)
+        names = [theirs for theirs, ours in draft.carried.items() if key == ours or key.startswith(f"{ours}.")]
+        if not names or key in ("base_model", "dataset.path"):
+            raise SpecError([SpecProblem(file=f"the job from {draft.tool}", line=None, key=key, what=what)])
+        for name in names:
+            ours = draft.carried.pop(name)
+            draft.leave(name, f"{short(get_key(draft.job, ours))}: {what[0].lower()}{what[1:]}")
+            unset_key(draft.job, ours)
+
+
+def _first_refusal(error: ValidationError) -> tuple[str, str]:
+    """The key that is refused, and why."""
+    told = error.errors()[0]
+    key, what = ".".join(str(part) for part in told["loc"] if not isinstance(part, int)), told["msg"]
+    if told["type"] == "literal_error":
+        what = "is none of those that loractl has"
+    if not key:  # what two keys together do not do: "key: sentence", a line each
+        key, _, what = what.removeprefix("Value error, ").partition("\n")[0].partition(": ")
+    return key, what
+
+
+def _in_order(resolved: dict[str, Any], written: dict[str, Any]) -> dict[str, Any]:
+    """The values that are written, as the spec reads them and in its order."""
+    return {
+        key: _in_order(value, written[key]) if isinstance(value, dict) and key not in _FREE else value
+        for key, value in resolved.items()
+        if key in written
+    }
