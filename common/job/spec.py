@@ -23,10 +23,10 @@ from pydantic import (
 )
 from pydantic_core import PydanticKnownError
 
-from loractl.common.placement.rule import permitted_methods
 from loractl.common.units import parse_duration, parse_size
 
 from .method import Method as Method
+from .need import permitted_methods
 
 DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 """Endings of the data files that loractl reads."""

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from loractl.common.job.method import Method
-from loractl.common.placement.rule import Need
+from loractl.common.job.need import Need
 
 MIN_MEASURED = 3
 """Fewer attempts teach nothing of a family."""

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from loractl.common.job.need import Need
 from loractl.common.job.spec import JobSpec, Method, TaskType
-from loractl.common.placement.rule import Need
 from loractl.common.units import thousands
 
 from .architecture import Block, Experts, Linear, Shape, read_shape

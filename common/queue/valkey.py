@@ -11,15 +11,18 @@ import hashlib
 import ipaddress
 import os
 import shutil
-import socket
 import subprocess
 import tempfile
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import SplitResult, parse_qsl, quote, urlsplit
 
 from loractl.common.errors import ServiceUnreachable, UsageError
 from loractl.common.settings import Settings, make_private
+
+if TYPE_CHECKING:
+    from redis import Redis
 
 SOCKET_PATH_LIMIT = 107
 """Bytes that fit into sockaddr_un.sun_path on Linux, without the closing zero."""
@@ -47,11 +50,7 @@ def stop_embedded(settings: Settings) -> bool:
     path = _socket_path(settings)
     if settings.redis_url is not None or not _answers(path):
         return False
-    with socket.socket(socket.AF_UNIX) as connection:
-        connection.settimeout(_START_TIMEOUT_S)
-        connection.connect(str(path))
-        connection.sendall(b"SHUTDOWN\r\n")
-        connection.recv(64)  # closes without an answer when it has gone
+    _client(path, timeout_s=_START_TIMEOUT_S).shutdown()
     return True
 
 
@@ -115,14 +114,28 @@ def _socket_path(settings: Settings) -> Path:
 
 
 def _answers(path: Path) -> bool:
+    """Whether a server listens there and has read its file."""
+    from redis.exceptions import RedisError
+
     try:
-        with socket.socket(socket.AF_UNIX) as connection:
-            connection.settimeout(2)
-            connection.connect(str(path))
-            connection.sendall(b"PING\r\n")
-            return connection.recv(16).startswith(b"+PONG")
-    except OSError:
+        return path.exists() and bool(_client(path, timeout_s=2.0).ping())
+    except (OSError, RedisError):
         return False
+
+
+def _client(path: Path, timeout_s: float) -> Redis:
+    """A client that tries once: redis-py by itself would try again for seconds where nothing listens."""
+    from redis import Redis
+    from redis.backoff import NoBackoff
+    from redis.retry import Retry
+
+    return Redis(
+        unix_socket_path=str(path),
+        socket_timeout=timeout_s,
+        socket_connect_timeout=timeout_s,
+        retry=Retry(NoBackoff(), 0),
+        single_connection_client=True,
+    )
 
 
 def _start(settings: Settings, path: Path) -> None:

@@ -12,23 +12,13 @@ from sqlalchemy import JSON, TextualSelect, bindparam, column, select, text
 from sqlalchemy.orm import Session
 
 from loractl.common.job.method import Method
+from loractl.common.job.need import Need
 from loractl.common.job.status import Status
-from loractl.common.placement.rule import (
-    OLDEST_FIRST_AFTER_S,
-    Card,
-    Decision,
-    Line,
-    Need,
-    Occupant,
-    Openings,
-    Waiting,
-    charge,
-    decayed,
-    place,
-    queue_key_range,
-    size_step,
-    waited,
-)
+from loractl.common.placement.cards import Card, Occupant
+from loractl.common.placement.keys import queue_key_range
+from loractl.common.placement.lines import Line, Openings, Waiting, waited
+from loractl.common.placement.rule import OLDEST_FIRST_AFTER_S, Decision, place
+from loractl.common.placement.shares import charge, decayed
 
 from .tables import DrainOrder, Job, Node, Use, UtcDateTime
 
@@ -212,17 +202,12 @@ class _Key:
         return cls(text=text, level=level, step=int(step), requires=frozenset(labels.items()), user=rest[end + 1 :])
 
     def may_fit(self, openings: Openings) -> bool:
-        """False when no job under this key can be admitted; the steps are rounded down."""
-        if not any(self.requires <= labels for labels in openings.labels):
-            return False
-        if self.step == 0:
-            return openings.unknown
-        low, high = openings.processor
-        return self.step <= size_step(openings.gpu) or size_step(low) <= self.step <= size_step(high)
+        """False when no job under this key can be admitted."""
+        return openings.may_admit(self.step, self.requires)
 
     def all_fit(self, openings: Openings) -> bool:
         """True only when every job under this key is admitted, given that some may be."""
-        return self.step == 0 or self.step < size_step(openings.gpu)
+        return openings.admit_all(self.step)
 
 
 def read_levels(session: Session, now: dt.datetime) -> Iterator[dict[str, Line]]:
@@ -263,9 +248,7 @@ class _Level:
 
     def heads(self, user: str, openings: Openings) -> list[_Head]:
         """The user's keys under which something may be admitted, each with its oldest ready job."""
-        low, high = openings.processor
-        largest = max(size_step(openings.gpu), size_step(high) if high > low else 0)
-        start, end = queue_key_range(self.priority, 0 if openings.unknown else 1, largest)
+        start, end = queue_key_range(self.priority, *openings.steps)
         if start < self._read[0] or end > self._read[1]:  # a line may ask for more than another one did before
             start, end = min(start, self._read[0]), max(end, self._read[1])
             self._read, self._keys = (start, end), {}

@@ -37,6 +37,7 @@ from loractl import __version__
 from loractl.common.errors import JobNotFound, SweepNotFound, WrongState
 from loractl.common.job.adjustment import Adjustment
 from loractl.common.job.method import Method
+from loractl.common.job.need import Need, least_need, permitted_methods, within
 from loractl.common.job.status import (
     LAB_RETRY_DELAY_S,
     OUTCOMES,
@@ -47,22 +48,13 @@ from loractl.common.job.status import (
     retry_delay_s,
 )
 from loractl.common.memory.correction import GROWTH, Measured
-from loractl.common.placement.rule import (
-    Card,
-    Need,
-    Openings,
-    Placement,
-    Waiting,
-    could_start,
-    decayed,
-    give_way,
-    least_need,
-    permitted_methods,
-    place,
-    queue_key,
-    vram_class,
-    within,
-)
+from loractl.common.placement.cards import Card, could_start
+from loractl.common.placement.keys import queue_key
+from loractl.common.placement.lines import Openings, Waiting
+from loractl.common.placement.preemption import give_way
+from loractl.common.placement.rule import Placement, place
+from loractl.common.placement.shares import decayed
+from loractl.common.placement.sizes import vram_class
 from loractl.common.settings import LEASE_S
 from loractl.common.text import storable
 from loractl.common.units import GIB, gib

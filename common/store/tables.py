@@ -237,7 +237,7 @@ class Use(Base):
     __tablename__ = "uses"
 
     user: Mapped[str] = mapped_column(primary_key=True)
-    gib_hours: Mapped[float]  # as of `at`; older use counts less (policy.HALF_LIFE_S)
+    gib_hours: Mapped[float]  # as of `at`; older use counts less (HALF_LIFE_S)
     at: Mapped[Timestamp]
 
 

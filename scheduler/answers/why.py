@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from loractl import __version__
 from loractl.common.job.method import Method
-from loractl.common.placement.rule import Card, Need, Waiting, could_start, largest_gpu, room_at, suits
+from loractl.common.job.need import Need
+from loractl.common.placement.cards import Card, could_start, largest_gpu, room_at, suits
+from loractl.common.placement.lines import Waiting
 from loractl.common.store.fleet import NODE_STALE_S, FleetView, waiting_of
 from loractl.common.units import duration, gib
 
@@ -281,12 +283,11 @@ def expected_starts(view: FleetView, waiting: Sequence[Waiting]) -> dict[int, St
 
     A job that waits has no known duration: what can only start after it gets no time.
     """
-    from loractl.common.placement.replay import Job as Replayed
-    from loractl.common.placement.replay import PlacementRule, replay
+    from loractl.common.placement.replay import PlacementRule, ReplayedJob, replay
 
     if len(waiting) > REPLAYED_JOBS:
         return {}
-    jobs = [Replayed(waiting=job, seconds=None) for job in waiting]
+    jobs = [ReplayedJob(waiting=job, seconds=None) for job in waiting]
 
     def run(cards: Sequence[Card]) -> Mapping[int, tuple[dt.datetime, str]]:
         running = [job for card in cards for job in card.running]
@@ -367,7 +368,8 @@ def would_start(
     job: Job, view: FleetView, waiting: Sequence[Waiting], need: Need, methods: tuple[Method, ...]
 ) -> str | None:
     """The card that would take the job now if it needed this; asked of the rule with everything else as it is."""
-    from loractl.common.placement.rule import levels_of, place
+    from loractl.common.placement.lines import levels_of
+    from loractl.common.placement.rule import place
 
     changed = replace(waiting_of(vars(job), view.now), need=need, methods=methods)
     others = [other for other in waiting if other.job_id != job.job_id]

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from loractl.common.job.method import Method
     from loractl.common.job.spec import JobSpec
     from loractl.common.memory.plan import Lengths, Plan
-    from loractl.common.placement.rule import Waiting
+    from loractl.common.placement.lines import Waiting
     from loractl.common.store.fleet import FleetView
     from loractl.common.store.store import Store
     from loractl.common.store.tables import Job
@@ -88,8 +88,8 @@ def _ahead(job: Job, view: FleetView, waiting: Sequence[Waiting]) -> str:
 def _helps(job: Job, wait: Wait, view: FleetView, waiting: Sequence[Waiting]) -> list[str]:
     """What would make it start now; each was asked of the rule."""
     from loractl.common.job.method import Method
+    from loractl.common.job.need import Need
     from loractl.common.job.spec import JobSpec
-    from loractl.common.placement.rule import Need
     from loractl.common.store.fleet import waiting_of
     from loractl.common.units import gib
     from loractl.scheduler.answers.why import Tier, without_others, would_start
@@ -196,11 +196,12 @@ def _card_size(text: str | None) -> int | None:
 
 
 def _plan(job: str, overrides: tuple[str, ...], gpu: int | None, solve: bool, as_json: bool, store: Store) -> None:
+    from loractl.common.job.need import Need
     from loractl.common.memory.architecture import read_shape
     from loractl.common.memory.correction import learned, peaks_like
     from loractl.common.memory.plan import largest_fit
     from loractl.common.memory.plan import plan as memory_plan
-    from loractl.common.placement.rule import MARGIN_BYTES, Need
+    from loractl.common.placement.cards import MARGIN_BYTES
     from loractl.common.units import GIB, gib
     from loractl.scheduler.submission.need import check_adapter, model_family, need_key, open_methods, stored_hashes
     from loractl.scheduler.text import fleet as render_fleet
@@ -310,7 +311,8 @@ def _where(
     spec: JobSpec, methods: Sequence[Method], need: Any, gpu: int | None, store: Store
 ) -> tuple[list[tuple[str, str, str, str]], Method | None]:
     """A line for each card (word, card, GiB, what), and the method that the rule would take on the best one."""
-    from loractl.common.placement.rule import MARGIN_BYTES, choose_method, within
+    from loractl.common.job.need import choose_method, within
+    from loractl.common.placement.cards import MARGIN_BYTES
     from loractl.common.units import GIB, gib
 
     admitted = within(methods, need, spec.resources.max_vram)

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
+    from loractl.common.placement.cards import Card
     from loractl.common.placement.replay import Rule
-    from loractl.common.placement.rule import Card
     from loractl.scheduler.simulation.outcome import Outcome
     from loractl.scheduler.simulation.workload import Chosen
 

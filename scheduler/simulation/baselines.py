@@ -7,9 +7,10 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
-from loractl.common.placement.lines import KeptLine
-from loractl.common.placement.replay import Job
-from loractl.common.placement.rule import Card, Occupant, Openings, Placement, Waiting, largest_gpu, suits
+from loractl.common.placement.cards import Card, Occupant, largest_gpu, suits
+from loractl.common.placement.lines import KeptLine, Openings, Waiting
+from loractl.common.placement.replay import ReplayedJob
+from loractl.common.placement.rule import Placement
 
 
 class GreedyRule:
@@ -26,7 +27,7 @@ class GreedyRule:
         self._line = KeptLine()
         self._ranks: dict[int, float] = {}
 
-    def arrived(self, job: Job) -> None:
+    def arrived(self, job: ReplayedJob) -> None:
         rank = 0.0
         if self._shortest:
             rank = math.inf if job.seconds is None else job.seconds

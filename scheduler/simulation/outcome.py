@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from loractl.common.placement.replay import Job, Replay
-from loractl.common.placement.rule import Card, vram_class
+from loractl.common.placement.cards import Card
+from loractl.common.placement.replay import Replay, ReplayedJob
+from loractl.common.placement.sizes import vram_class
 
 from .workload import BEGIN
 
@@ -52,7 +53,7 @@ class Outcome:
         return classes
 
 
-def outcome_of(jobs: Sequence[Job], cards: Sequence[Card], replayed: Replay) -> Outcome:
+def outcome_of(jobs: Sequence[ReplayedJob], cards: Sequence[Card], replayed: Replay) -> Outcome:
     """Measure a replay from BEGIN on in which every job came to its end."""
     courses, last = [], BEGIN
     for job in jobs:
@@ -84,7 +85,7 @@ def quantile(values: Sequence[float], share: float) -> float:
     return ordered[max(0, math.ceil(share * len(ordered)) - 1)] if ordered else 0.0
 
 
-def load_of(jobs: Sequence[Job], cards: Sequence[Card]) -> float:
+def load_of(jobs: Sequence[ReplayedJob], cards: Sequence[Card]) -> float:
     """How busy the jobs would keep the cards, were each alone on one; above 1 whole cards can't keep up.
 
     Of the middle nine tenths of arrivals, which leaves a trace's long ends out. The cards that bind decide: all of

@@ -11,8 +11,10 @@ from pathlib import Path
 
 from loractl.common.errors import DataError, UsageError
 from loractl.common.job.method import Method
-from loractl.common.placement.replay import Job
-from loractl.common.placement.rule import Card, Need, Waiting, default_max_jobs
+from loractl.common.job.need import Need
+from loractl.common.placement.cards import Card, default_max_jobs
+from loractl.common.placement.lines import Waiting
+from loractl.common.placement.replay import ReplayedJob
 from loractl.common.units import GIB, parse_duration, parse_size
 
 BEGIN = dt.datetime(2000, 1, 1, tzinfo=dt.UTC)
@@ -90,11 +92,11 @@ def choose(trace: Trace, cards: Sequence[Card], longest: float, limit: int | Non
     return Chosen(trace=trace, jobs=tuple(jobs[:limit]), never=never, longer=longer)
 
 
-def to_replay(jobs: Sequence[TraceJob], compress: float) -> list[Job]:
+def to_replay(jobs: Sequence[TraceJob], compress: float) -> list[ReplayedJob]:
     """The jobs for a replay from BEGIN on, their arrivals `compress` times as close, numbered by arrival."""
     first = min((job.arrival for job in jobs), default=0.0)
     return [
-        Job(
+        ReplayedJob(
             waiting=Waiting(
                 job_id=number,
                 user=job.user,

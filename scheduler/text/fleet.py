@@ -17,7 +17,7 @@ from .jobs import Screen, bar, clock, fit, table
 if TYPE_CHECKING:
     from loractl.common.memory.correction import Accuracy
     from loractl.common.memory.plan import Plan
-    from loractl.common.placement.rule import Card
+    from loractl.common.placement.cards import Card
     from loractl.common.store.fleet import FleetView
     from loractl.common.store.tables import Job
     from loractl.scheduler.answers.why import CardFit, Start, Wait

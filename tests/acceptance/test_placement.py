@@ -20,7 +20,7 @@ from loractl.common.job.method import Method
 from loractl.common.job.status import Status
 from loractl.common.memory.architecture import read_shape
 from loractl.common.memory.plan import largest_fit, plan
-from loractl.common.placement.rule import Card
+from loractl.common.placement.cards import Card
 from loractl.common.settings import load_settings
 from loractl.common.store.database import connect
 from loractl.common.store.store import Store

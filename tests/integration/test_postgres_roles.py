@@ -11,8 +11,8 @@ from sqlalchemy import text
 
 from loractl.common.errors import Forbidden
 from loractl.common.job.adjustment import Adjustment
+from loractl.common.job.need import Need
 from loractl.common.job.status import Reason, Stage, Status
-from loractl.common.placement.rule import Need
 from loractl.common.store.database import make_engine, upgrade
 from loractl.common.store.records import Claim, Progress, StoredCheckpoint
 from loractl.common.store.retention import SpentLog

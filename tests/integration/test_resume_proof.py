@@ -18,9 +18,9 @@ import psutil
 import pytest
 
 from loractl.common.artifacts import ArtifactStore, open_store
+from loractl.common.job.need import Need, permitted_methods
 from loractl.common.job.spec import JobSpec, Method
 from loractl.common.job.status import Reason, Status
-from loractl.common.placement.rule import Need, permitted_methods
 from loractl.common.settings import load_settings
 from loractl.common.store.database import make_engine, upgrade
 from loractl.common.store.records import Claim, NodeState, Submission

@@ -28,8 +28,8 @@ from sqlalchemy.exc import DBAPIError
 from loractl.common.artifacts import ArtifactStore, attempt_prefix, remove_tree, sha256_of
 from loractl.common.errors import ArtifactError, LoractlError, ServiceUnreachable
 from loractl.common.job.adjustment import Adjustment, in_words, next_adjustment
+from loractl.common.job.need import Need
 from loractl.common.job.status import Reason, Stage, Status
-from loractl.common.placement.rule import Need
 from loractl.common.settings import Settings
 from loractl.common.store.database import outage
 from loractl.common.store.records import Claim, Progress, StoredResult

@@ -32,8 +32,10 @@ from sqlalchemy.exc import DBAPIError
 
 from loractl.common.artifacts import open_store
 from loractl.common.errors import LoractlError, ServiceUnreachable
-from loractl.common.placement.rule import MARGIN_BYTES, VRAM_CLASSES, default_max_jobs, queue_name, served_classes
-from loractl.common.queue.app import WAKE_TASK, card_queue, make_app, wake_cards
+from loractl.common.placement.cards import MARGIN_BYTES, default_max_jobs
+from loractl.common.placement.sizes import VRAM_CLASSES, served_classes
+from loractl.common.queue.app import make_app
+from loractl.common.queue.hints import WAKE_TASK, card_queue, queue_name, wake_cards
 from loractl.common.queue.valkey import broker_url
 from loractl.common.settings import Settings, load_settings, make_private
 from loractl.common.store.database import connect, make_engine, outage

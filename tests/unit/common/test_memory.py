@@ -12,6 +12,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from loractl.common.job.need import Need
 from loractl.common.job.spec import JobSpec, Method
 from loractl.common.memory.architecture import Shape, shape_of
 from loractl.common.memory.plan import (
@@ -26,7 +27,6 @@ from loractl.common.memory.plan import (
     predict,
     state_bytes,
 )
-from loractl.common.placement.rule import Need
 from loractl.common.units import GIB
 
 SMOLLM2_135M = {

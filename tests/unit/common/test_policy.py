@@ -12,38 +12,23 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from loractl.common.job.method import Method
-from loractl.common.placement.rule import (
-    HALF_LIFE_S,
-    OLDEST_FIRST_AFTER_S,
-    RESERVE_AFTER_S,
+from loractl.common.job.need import Need, choose_method, least_need, permitted_methods, within
+from loractl.common.placement.cards import (
     SHARED_FROM_BYTES,
-    START_CHARGE_S,
-    VRAM_CLASSES,
     Card,
-    Decision,
-    ListedLine,
-    Need,
     Occupant,
-    Waiting,
-    charge,
-    choose_method,
     could_start,
-    decayed,
     default_max_jobs,
     largest_gpu,
-    least_need,
-    levels_of,
-    permitted_methods,
-    place,
-    queue_key,
-    queue_name,
     room_at,
-    served_classes,
-    size_step,
     suits,
-    vram_class,
-    within,
 )
+from loractl.common.placement.keys import queue_key
+from loractl.common.placement.lines import ListedLine, Waiting, levels_of
+from loractl.common.placement.rule import OLDEST_FIRST_AFTER_S, RESERVE_AFTER_S, Decision, place
+from loractl.common.placement.shares import HALF_LIFE_S, START_CHARGE_S, charge, decayed
+from loractl.common.placement.sizes import VRAM_CLASSES, served_classes, size_step, vram_class
+from loractl.common.queue.hints import queue_name
 from loractl.common.units import GIB
 
 NOW = dt.datetime(2026, 5, 1, 12, tzinfo=dt.UTC)

@@ -10,7 +10,7 @@ from sqlalchemy.orm import Session
 
 from loractl.common.errors import WrongState
 from loractl.common.job.status import LAB_RETRY_DELAY_S, OUTCOMES, TRANSITIONS, WORKER_LOST_LIMIT, Reason, Status
-from loractl.common.placement.rule import VRAM_CLASSES
+from loractl.common.placement.sizes import VRAM_CLASSES
 from loractl.common.store.records import Claim, Left, Progress
 from loractl.common.store.store import LEASE_S, Store
 from loractl.common.store.tables import Job
