@@ -156,9 +156,9 @@ def _in_order(level: Mapping[str, Line], fleet: _Fleet, now: dt.datetime) -> Ite
 
 def _try(job: Waiting, fleet: _Fleet, now: dt.datetime) -> Iterator[Decision]:
     """Start the job on the best card, or keep a card for it when it has waited long enough."""
-    found = _best(job, fleet)
-    if found is not None:
-        method, card, size = found
+    best = _best(job, fleet)
+    if best is not None:
+        method, card, size = best
         started = Occupant(job_id=job.job_id, user=job.user, reserved=size)
         fleet.cards[card.node] = card.with_job(started)
         kept = fleet.kept
@@ -200,8 +200,8 @@ def _holds_now(card: Card, job: Waiting, size: int | None, fleet: _Fleet) -> boo
 def _keep(job: Waiting, fleet: _Fleet, now: dt.datetime) -> Reservation | None:
     """Keep the card on which the job can start first: by expected ends, then by what is missing."""
 
-    def rank(found: tuple[int, int, Card, Room]) -> tuple[bool, dt.datetime, int, int, int, str]:
-        index, size, card, room = found
+    def rank(option: tuple[int, int, Card, Room]) -> tuple[bool, dt.datetime, int, int, int, str]:
+        index, size, card, room = option
         return room.at is None, room.at or now, size - card.free, index, card.capacity, card.node
 
     best = min(_rooms(job, fleet, now), key=rank, default=None)

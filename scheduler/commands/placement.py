@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
     from loractl.common.job.method import Method
     from loractl.common.job.spec import JobSpec
-    from loractl.common.memory.plan import Lengths, Plan
+    from loractl.common.memory.plan import Plan
+    from loractl.common.memory.step import Lengths
     from loractl.common.placement.lines import Waiting
     from loractl.common.store.fleet import FleetView
     from loractl.common.store.store import Store
@@ -120,8 +121,9 @@ def _helps(job: Job, wait: Wait, view: FleetView, waiting: Sequence[Waiting]) ->
 
 def _smaller(spec: JobSpec, methods: Sequence[Method], room: int) -> list[tuple[str, str, dict[Method, int]]]:
     """Smaller forms of the job that a card with `room` bytes would hold: key=value, words, need by method."""
-    from loractl.common.memory.architecture import read_shape
-    from loractl.common.memory.plan import largest_fit, plan
+    from loractl.common.memory.config import read_shape
+    from loractl.common.memory.fit import largest_fit
+    from loractl.common.memory.plan import plan
 
     shape = read_shape(spec.base_model, spec.revision)
     if shape is None or room <= 0:
@@ -197,9 +199,9 @@ def _card_size(text: str | None) -> int | None:
 
 def _plan(job: str, overrides: tuple[str, ...], gpu: int | None, solve: bool, as_json: bool, store: Store) -> None:
     from loractl.common.job.need import Need
-    from loractl.common.memory.architecture import read_shape
+    from loractl.common.memory.config import read_shape
     from loractl.common.memory.correction import learned, peaks_like
-    from loractl.common.memory.plan import largest_fit
+    from loractl.common.memory.fit import largest_fit
     from loractl.common.memory.plan import plan as memory_plan
     from loractl.common.placement.cards import MARGIN_BYTES
     from loractl.common.units import GIB, gib
@@ -277,7 +279,7 @@ def _spec_of(job: str, overrides: tuple[str, ...], store: Store) -> tuple[JobSpe
 
 def _lengths(spec: JobSpec, *, quiet: bool) -> tuple[Lengths | None, str]:
     """The rows' own lengths where they can be counted here, and a sentence on what was taken."""
-    from loractl.common.memory.plan import Lengths
+    from loractl.common.memory.step import Lengths
 
     longest = f"Planned for rows of max_length, {spec.dataset.max_length} tokens"
     folder = Path(spec.base_model)

@@ -39,13 +39,13 @@ class GreedyRule:
         largest, placed = largest_gpu(cards), []
         while len(self._line) and (openings := _openings(at_hand.values(), largest)).any:
             job = self._line.first() if self._blocks else self._line.reader().next(openings)
-            found = None if job is None else _fill(job, at_hand.values(), largest)
-            if found is None:
+            placement = None if job is None else _fill(job, at_hand.values(), largest)
+            if placement is None:
                 break
-            placed.append(found)
-            occupant = Occupant(job_id=found.job.job_id, user=found.job.user, reserved=found.reserved)
-            at_hand[found.node] = at_hand[found.node].with_job(occupant)
-            self._line.remove(found.job, self._ranks.pop(found.job.job_id))
+            placed.append(placement)
+            occupant = Occupant(job_id=placement.job.job_id, user=placement.job.user, reserved=placement.reserved)
+            at_hand[placement.node] = at_hand[placement.node].with_job(occupant)
+            self._line.remove(placement.job, self._ranks.pop(placement.job.job_id))
         return placed
 
     def ended(self, job_id: int, now: dt.datetime) -> None:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from loractl.common.job.spec import JobSpec, Method, TrainingSpec, spec_keys
 from loractl.common.job.status import Reason
-from loractl.common.memory.plan import SMALLEST_8BIT, state_bytes
+from loractl.common.memory.optimizer import SMALLEST_8BIT, state_bytes
 from loractl.common.store.records import HELD_OUT_LOSS
 from loractl.worker.base.model import TrainingFailed, add_adapter, choose_precision, load_base
 from loractl.worker.data.packing import check_apart, pack

@@ -162,8 +162,9 @@ def _advice(spec: JobSpec, checked: Checked, room: int | None) -> list[str]:
 
 def _largest_batch(spec: JobSpec, length: int, longest: int, checked: Checked, room: int) -> str | None:
     from loractl.common.job.need import permitted_methods
-    from loractl.common.memory.architecture import read_shape
-    from loractl.common.memory.plan import Lengths, largest_fit
+    from loractl.common.memory.config import read_shape
+    from loractl.common.memory.fit import largest_fit
+    from loractl.common.memory.step import Lengths
     from loractl.common.units import gib
 
     shape = read_shape(spec.base_model, spec.revision)

@@ -19,7 +19,7 @@ from loractl.common.data.labels import labels_of, untaught
 from loractl.common.data.rows import Example, detect_format, map_columns, parse_each, split_data
 from loractl.common.errors import DataError
 from loractl.common.job.spec import BadRow, DataFormat, DatasetSpec, JobSpec, Overflow
-from loractl.common.memory.architecture import find_config
+from loractl.common.memory.config import find_config
 
 from .tokens import IGNORED, PreparedData, TokenRow, encode, load_rows, rendered
 

@@ -14,19 +14,14 @@ from hypothesis import strategies as st
 
 from loractl.common.job.need import Need
 from loractl.common.job.spec import JobSpec, Method
-from loractl.common.memory.architecture import Shape, shape_of
-from loractl.common.memory.plan import (
-    CONTEXT_BYTES,
-    LOSS_BYTES,
-    MIB,
-    Lengths,
-    Stack,
-    largest_fit,
-    nf4_bytes,
-    plan,
-    predict,
-    state_bytes,
-)
+from loractl.common.memory.families import shape_of
+from loractl.common.memory.fit import largest_fit
+from loractl.common.memory.logits import LOSS_BYTES
+from loractl.common.memory.optimizer import state_bytes
+from loractl.common.memory.plan import CONTEXT_BYTES, MIB, plan, predict
+from loractl.common.memory.shape import Shape
+from loractl.common.memory.step import Lengths, Stack
+from loractl.common.memory.weights import nf4_bytes
 from loractl.common.units import GIB
 
 SMOLLM2_135M = {

@@ -10,7 +10,7 @@ import click
 import pytest
 
 from loractl.common.job.method import Method
-from loractl.common.memory.architecture import read_shape
+from loractl.common.memory.config import read_shape
 from loractl.common.memory.correction import Measured, accuracy
 from loractl.common.memory.plan import plan as memory_plan
 from loractl.common.store.fleet import NODE_STALE_S, FleetView
