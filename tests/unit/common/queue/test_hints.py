@@ -16,7 +16,7 @@ from loractl.common.queue.app import make_app
 from loractl.common.queue.hints import WAKE_TASK, queue_name, wake
 from loractl.common.settings import load_settings
 
-from ... import services
+from .... import services
 
 
 @pytest.mark.timeout(30)

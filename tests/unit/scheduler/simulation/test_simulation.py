@@ -19,7 +19,7 @@ from loractl.scheduler.simulation.workload import BEGIN, TraceJob, choose, parse
 from loractl.scheduler.text.jobs import Screen
 from loractl.scheduler.text.simulation import span, text
 
-from ...conftest import Cli
+from ....conftest import Cli
 
 OWN = """arrival,vram,duration,user,priority
 0,20GiB,2h,ada,
