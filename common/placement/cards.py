@@ -87,7 +87,7 @@ def largest_gpu(cards: Iterable[Card]) -> int:
 
 
 def could_start(job: Waiting, card: Card, fleet: Iterable[Card]) -> bool:
-    """Whether the card alone would hold the job now, whoever is before it."""
+    """Whether the card would hold the job now, no matter which jobs go before it."""
     fits = not card.running if job.least is None else job.least <= card.free
     return fits and card.free > 0 and card.slots > 0 and suits(card, job, largest_gpu(fleet))
 
@@ -113,7 +113,7 @@ class Room:
 
 
 def room_at(card: Card, size: int, now: dt.datetime) -> Room | None:
-    """When `size` bytes and a slot will be free, if nothing else starts; None: never while others hold what they do."""
+    """When `size` bytes and a slot will be free if nothing else starts; None: never, while others hold so much."""
     if size > card.capacity or card.max_jobs < 1:
         return None
     staying = sorted(card.running, key=lambda j: (j.ends is None, j.ends or now, -j.reserved, j.job_id))

@@ -1,4 +1,4 @@
-"""The queue key: a text that says all that the rule looks at in a waiting job but its age."""
+"""The queue key: a text of all that the rule looks at in a waiting job, except its age."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from .sizes import size_step
 
 
 def queue_key(priority: int, least: int | None, requires: Mapping[str, str], user: str) -> str:
-    """The line in which a job waits: jobs with one key differ in nothing that the rule looks at but their age.
+    """The line in which a job waits. For the rule, jobs with the same key differ only in their age.
 
-    Sorts by priority, the highest first, then by the size's step, so that one index answers what could fit.
+    Keys sort by priority, the highest first, then by the size's step, so that one index answers what could fit.
     """
     labels = json.dumps(requires, sort_keys=True, ensure_ascii=True) if requires else ""
     return f"{10_000 - priority:05d}|{size_step(least):03d}|{labels}|{user}"
 
 
 def queue_key_range(priority: int, first_step: int, last_step: int) -> tuple[str, str]:
-    """Between what two texts, the first one included, the keys of these steps stand."""
+    """The two texts between which the keys of these steps stand; the first one is included."""
     level = f"{10_000 - priority:05d}"
     return f"{level}|{first_step:03d}|", f"{level}|{last_step:03d}}}"  # } is the next character after the separator

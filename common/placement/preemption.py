@@ -9,7 +9,7 @@ from .lines import Waiting
 
 
 def give_way(job: Waiting, cards: Sequence[Card]) -> tuple[str, tuple[int, ...]] | None:
-    """The card and the running jobs that would have to stop there for a job of higher priority; None: none would help.
+    """A card, and the running jobs that would have to stop there for a job of higher priority; None: no stop helps.
 
     As few as possible, of the lowest priority, and of those the ones that hold least.
     """

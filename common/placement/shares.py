@@ -7,14 +7,14 @@ from collections.abc import Iterable
 from loractl.common.units import GIB
 
 START_CHARGE_S = 3600.0
-"""A started job counts at once as if it had run for so long: a user's second job comes after another one's first."""
+"""A job that starts counts at once as if it had run for so long: a second job comes after another user's first."""
 
 HALF_LIFE_S = 24 * 3600.0
 """Use counts half against a user after so long."""
 
 
 def decayed(amount: float, seconds: float) -> float:
-    """A use of `amount` so many seconds later; HALF_LIFE_S halves it."""
+    """What a use of `amount` counts so many seconds later; after HALF_LIFE_S it is half."""
     return float(amount * 0.5 ** (max(0.0, seconds) / HALF_LIFE_S))
 
 

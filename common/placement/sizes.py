@@ -1,4 +1,4 @@
-"""Sizes of needs: the VRAM classes of the queues, and finer steps by which waiting jobs are sorted."""
+"""Sizes of needs: coarse VRAM classes for the queues, fine steps for the order of waiting jobs."""
 
 from __future__ import annotations
 

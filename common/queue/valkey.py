@@ -78,7 +78,7 @@ def _refuse_open_redis(url: str) -> None:
 
 
 def _with_certificate(url: str) -> str:
-    """The URL, for rediss:// with the demand of a valid certificate: kombu would take any, and so anybody's server."""
+    """The URL. A rediss:// one demands a valid certificate: by itself kombu would take any, so any server would do."""
     parts = urlsplit(url)
     if parts.scheme != "rediss":
         return url
@@ -108,7 +108,7 @@ def _socket_path(settings: Settings) -> Path:
     short = hashlib.sha256(os.fsencode(settings.home)).hexdigest()[:16]
     folder = Path(tempfile.gettempdir()) / f"loractl-{os.getuid()}-{short}"
     if os.path.lexists(folder) and (folder.is_symlink() or folder.stat().st_uid != os.getuid()):
-        # everybody may make a folder there, with a server of their own in it
+        # anybody may make a folder there and run a server of their own in it
         raise UsageError(f"{folder} belongs to somebody else", "set LORACTL_HOME to a shorter path of your own")
     return folder / "valkey.sock"
 
