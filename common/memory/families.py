@@ -7,6 +7,7 @@ device in tests/integration/test_memory_trace.py. A config of another kind gives
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from .shape import Block, Experts, Linear, Shape
@@ -162,9 +163,9 @@ def _falcon(config: Config) -> Shape:
     shared = 1 if config.get("multi_query", True) else heads
     kv_heads = int(config.get("num_kv_heads") or heads) if new else shared
     ffn = int(config.get("ffn_hidden_size") or 4 * hidden)
-    linears = _fused_block(
-        "self_attention", hidden, (heads + 2 * kv_heads) * head_dim, ffn, bias, mlp_bias=bias, quantised=False
-    )
+    qkv = (heads + 2 * kv_heads) * head_dim
+    block = _fused_block("self_attention", hidden, qkv, ffn, bias, mlp_bias=bias)
+    linears = tuple(replace(layer, quantised=False) for layer in block)
     two = int(config.get("num_ln_in_parallel_attn") or 2) == 2 if new else not parallel
     return Shape(
         family="falcon",
@@ -251,9 +252,7 @@ def _gated_mlp(hidden: int, ffn: int, bias: bool, path: str = "mlp") -> tuple[Li
     )
 
 
-def _fused_block(
-    path: str, hidden: int, qkv: int, ffn: int, bias: bool, *, mlp_bias: bool, quantised: bool = True
-) -> tuple[Linear, ...]:
+def _fused_block(path: str, hidden: int, qkv: int, ffn: int, bias: bool, *, mlp_bias: bool) -> tuple[Linear, ...]:
     """GPT-NeoX's and Falcon's four layers."""
     sizes = (
         (f"{path}.query_key_value", hidden, qkv, bias),
@@ -261,7 +260,7 @@ def _fused_block(
         ("mlp.dense_h_to_4h", hidden, ffn, mlp_bias),
         ("mlp.dense_4h_to_h", ffn, hidden, mlp_bias),
     )
-    return tuple(Linear(name=n, inputs=i, outputs=o, bias=b, quantised=quantised) for n, i, o, b in sizes)
+    return tuple(Linear(name=n, inputs=i, outputs=o, bias=b) for n, i, o, b in sizes)
 
 
 _EXPERTS = {"mixtral", "qwen2_moe", "qwen3_moe"}
