@@ -21,8 +21,10 @@ from typing import Any
 
 from loractl.common.job.method import Method
 from loractl.common.job.spec import JobSpec
-from loractl.common.memory.architecture import Shape, shape_of
-from loractl.common.memory.plan import Plan, Stack, plan
+from loractl.common.memory.families import shape_of
+from loractl.common.memory.plan import Plan, plan
+from loractl.common.memory.shape import Shape
+from loractl.common.memory.step import Stack
 from loractl.common.units import GIB
 
 SEEN = "t4-sweep"

@@ -1,1 +1,1 @@
-"""What the client and the worker agree on: spec, status, tables, store, queue, artifacts, memory plan, policy."""
+"""What the client and the worker agree on: spec, status, tables, store, queue, artifacts, memory plan, placement."""

@@ -33,8 +33,8 @@ class Verdict:
 def judge(loss: float, others: Collection[float]) -> Verdict:
     """Whether a member with this held-out loss at a rung goes on; `others`: of the members that were there before.
 
-    Among the best 1/ETA of all of them, at least one; ties go on. So who is best at every rung is never stopped, in
-    whatever order the members come.
+    Among the best 1/ETA of all of them, at least one; ties go on. A member that is best at every rung is
+    never stopped, whatever the order in which the members come.
     """
     losses = sorted([loss, *others])
     kept = max(1, len(losses) // ETA)

@@ -7,10 +7,9 @@ from typing import Annotated, Any, get_args
 
 from pydantic import BaseModel, Field, ValidationInfo, model_validator
 
-from loractl.common.placement.rule import permitted_methods
-
 from .hub_name import REVISION
 from .method import Method
+from .need import permitted_methods
 from .sections import (
     AS_WRITTEN,
     CLASSIFIED,

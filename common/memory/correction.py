@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from loractl.common.job.method import Method
-from loractl.common.placement.rule import Need
+from loractl.common.job.need import Need
 
 MIN_MEASURED = 3
 """Fewer attempts teach nothing of a family."""
@@ -63,20 +63,21 @@ class Accuracy:
 def accuracy(attempts: Iterable[Measured]) -> list[Accuracy]:
     """Predicted against measured, by device model, method and family."""
     ratios: dict[tuple[str, Method, str | None], list[float]] = {}
-    for one in attempts:
-        if one.planned and one.peak and not one.out_of_memory:
-            ratios.setdefault((one.device_name, one.method, one.family), []).append(one.peak / one.planned)
+    for attempt in attempts:
+        if attempt.planned and attempt.peak and not attempt.out_of_memory:
+            family = attempt.device_name, attempt.method, attempt.family
+            ratios.setdefault(family, []).append(attempt.peak / attempt.planned)
     return [
         Accuracy(
             device_name=device,
             method=method,
             family=family,
-            count=len(found),
-            ratio=statistics.fmean(found),
-            spread=statistics.stdev(found) if len(found) > 1 else 0.0,
-            worst=max(found),
+            count=len(measured),
+            ratio=statistics.fmean(measured),
+            spread=statistics.stdev(measured) if len(measured) > 1 else 0.0,
+            worst=max(measured),
         )
-        for (device, method, family), found in sorted(ratios.items(), key=lambda item: tuple(map(str, item[0])))
+        for (device, method, family), measured in sorted(ratios.items(), key=lambda item: tuple(map(str, item[0])))
     ]
 
 
@@ -104,5 +105,5 @@ def _learned(planned: int | None, method: Method, need_key: str, attempts: Seque
         return max(int(max(like_it) * LIKE_IT_SPARE), *too_little, 0)
     if planned is None:
         return max(too_little, default=None)
-    factors = [one.factor for one in accuracy(same) if one.factor is not None]
+    factors = [entry.factor for entry in accuracy(same) if entry.factor is not None]
     return max(int(planned * max(factors, default=1.0)), *too_little, 0)

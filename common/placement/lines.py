@@ -1,12 +1,117 @@
-"""Waiting jobs kept in order between the events of a replay, so that each event reads only what could start then."""
+"""Lines of waiting jobs, of which the rule reads only what could start now."""
 
 from __future__ import annotations
 
 import bisect
+import datetime as dt
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
 
-from loractl.common.placement.rule import Openings, Waiting, size_step
+from loractl.common.job.method import Method
+from loractl.common.job.need import Need, least_need
+
+from .sizes import size_step
+
+
+@dataclass(frozen=True, kw_only=True)
+class Waiting:
+    """A job that could start now, were there room."""
+
+    job_id: int
+    user: str
+    priority: int
+    since: dt.datetime
+    methods: tuple[Method, ...]  # permitted at this moment, the preferred one first
+    need: Need
+    requires: frozenset[tuple[str, str]] = frozenset()  # labels that its node must have
+
+    @property
+    def least(self) -> int | None:
+        """Bytes with which some permitted method runs; None when one of them is not known."""
+        return least_need(self.methods, self.need)
+
+
+def waited(job: Waiting, now: dt.datetime) -> float:
+    """Seconds since the job began to wait."""
+    return (now - job.since).total_seconds()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Openings:
+    """What could start somewhere now: bounds that a line may use to leave out jobs without reading them."""
+
+    gpu: int  # bytes of the largest opening on a GPU; 0: none
+    processor: tuple[int, int]  # a job that needs more than the first and at most the second may start on a CPU
+    unknown: bool  # a job whose need is not known may start
+    labels: frozenset[frozenset[tuple[str, str]]]  # of each card with an opening
+
+    @property
+    def any(self) -> bool:
+        return self.gpu > 0 or self.processor[1] > self.processor[0]
+
+    @property
+    def steps(self) -> tuple[int, int]:
+        """Between which size steps, both included, everything stands that may be admitted; step 0: a need not known."""
+        low, high = self.processor
+        return 0 if self.unknown else 1, max(size_step(self.gpu), size_step(high) if high > low else 0)
+
+    def may_admit(self, step: int, requires: frozenset[tuple[str, str]]) -> bool:
+        """False when no job of this step and these labels is admitted. Steps are rounded down."""
+        if not self._has(requires):
+            return False
+        if step == 0:
+            return self.unknown
+        low, high = self.processor
+        return step <= size_step(self.gpu) or size_step(low) <= step <= size_step(high)
+
+    def admit_all(self, step: int) -> bool:
+        """True only when every job of this step is admitted, given that some may be."""
+        return step == 0 or step < size_step(self.gpu)
+
+    def admit(self, least: int | None, requires: frozenset[tuple[str, str]]) -> bool:
+        if not self._has(requires):
+            return False
+        if least is None:
+            return self.unknown
+        return least <= self.gpu or self.processor[0] < least <= self.processor[1]
+
+    def _has(self, requires: frozenset[tuple[str, str]]) -> bool:
+        return any(requires <= labels for labels in self.labels)
+
+
+class Line(Protocol):
+    """Ready jobs, oldest first: one user's of one priority, or all of them."""
+
+    def next(self, openings: Openings) -> Waiting | None:
+        """The oldest that the openings admit and that was not given yet. Each call's openings lie within the last's."""
+        ...
+
+
+class ListedLine:
+    """A line that is at hand as a list."""
+
+    def __init__(self, jobs: Iterable[Waiting]) -> None:
+        self._jobs = list(jobs)
+
+    def next(self, openings: Openings) -> Waiting | None:
+        for index, job in enumerate(self._jobs):
+            if openings.admit(job.least, job.requires):
+                return self._jobs.pop(index)
+        return None
+
+
+def levels_of(jobs: Iterable[Waiting]) -> Iterator[dict[str, Line]]:
+    """The lines of a list of jobs, by priority (the highest first) and user."""
+    by_level: dict[int, dict[str, list[Waiting]]] = {}
+    for job in sorted(jobs, key=lambda j: j.job_id):
+        by_level.setdefault(job.priority, {}).setdefault(job.user, []).append(job)
+    for priority in sorted(by_level, reverse=True):
+        yield {user: ListedLine(line) for user, line in by_level[priority].items()}
+
 
 Order = tuple[float, int]  # what comes first, then the job's number
+
 _Shelf = tuple[int, frozenset[tuple[str, str]]]  # size step, required labels
 
 
@@ -42,12 +147,12 @@ class KeptLine:
             del self._shelves[_shelf(job)]
 
     def reader(self) -> LineReader:
-        """A `policy.Line` over what waits now. It must not be read on after a change."""
+        """A line over what waits now. Once the line has changed, it must not be read any more."""
         return LineReader(self._shelves)
 
 
 class LineReader:
-    """One pass over a line, see `policy.Line`."""
+    """One pass over a kept line, see `Line`."""
 
     def __init__(self, shelves: dict[_Shelf, list[tuple[Order, Waiting]]]) -> None:
         self._shelves = shelves
@@ -56,7 +161,7 @@ class LineReader:
     def next(self, openings: Openings) -> Waiting | None:
         best: tuple[Order, Waiting, _Shelf] | None = None
         for shelf, entries in self._shelves.items():
-            if not _may_fit(shelf, openings):
+            if not openings.may_admit(*shelf):
                 continue
             place = self._read.get(shelf, 0)
             while place < len(entries):
@@ -75,12 +180,3 @@ class LineReader:
 
 def _shelf(job: Waiting) -> _Shelf:
     return size_step(job.least), job.requires
-
-
-def _may_fit(shelf: _Shelf, openings: Openings) -> bool:
-    """False when nothing on the shelf can be admitted; steps are rounded down."""
-    step, _ = shelf
-    if step == 0:
-        return openings.unknown
-    low, high = openings.processor
-    return step <= size_step(openings.gpu) or size_step(low) <= step <= size_step(high)

@@ -13,14 +13,16 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from loractl.common.job.method import Method
-from loractl.common.placement.rule import Card, Line, Occupant, Placement, Waiting, charge, decayed, place
 from loractl.common.units import GIB
 
-from .lines import KeptLine
+from .cards import Card, Occupant
+from .lines import KeptLine, Line, Waiting
+from .rule import Placement, place
+from .shares import charge, decayed
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
+class ReplayedJob:
     """A job to replay; it arrives at `waiting.since`."""
 
     waiting: Waiting
@@ -28,7 +30,7 @@ class Job:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run:
+class ReplayedRun:
     """When and where a job ran."""
 
     node: str
@@ -42,14 +44,14 @@ class Run:
 class Replay:
     """What became of the jobs; one that never started has no run."""
 
-    runs: dict[int, Run]
+    runs: dict[int, ReplayedRun]
     reserved: list[tuple[dt.datetime, int]]  # bytes on all cards from each moment on
 
 
 class Rule(Protocol):
     """What decides which of the jobs that wait start."""
 
-    def arrived(self, job: Job) -> None:
+    def arrived(self, job: ReplayedJob) -> None:
         """The job waits from now on."""
         ...
 
@@ -63,7 +65,7 @@ class Rule(Protocol):
 
 
 def replay(
-    jobs: Iterable[Job],
+    jobs: Iterable[ReplayedJob],
     cards: Sequence[Card],
     now: dt.datetime,
     rule: Rule | None = None,
@@ -122,7 +124,7 @@ class _Clock:
         self._began = now
         self.cards = {card.node: card for card in cards}
         self._contention = contention
-        self.runs: dict[int, Run] = {}
+        self.runs: dict[int, ReplayedRun] = {}
         self.reserved: list[tuple[dt.datetime, int]] = [
             (now, sum(job.reserved for card in cards for job in card.running))
         ]
@@ -165,7 +167,7 @@ class _Clock:
     def start(self, placed: Placement, seconds: float | None) -> None:
         job, now = placed.job, self.at(self._moment)
         card = self.cards[placed.node]
-        self.runs[job.job_id] = Run(
+        self.runs[job.job_id] = ReplayedRun(
             node=card.node, method=placed.method, reserved=placed.reserved, started=now, ended=None
         )
         self._jobs[job.job_id] = _Running(node=card.node, left=seconds, since=self._moment)
@@ -176,7 +178,7 @@ class _Clock:
         self._set(card, (*card.running, occupant))
 
     def _set(self, card: Card, running: tuple[Occupant, ...]) -> None:
-        """Change what runs on the card, and with it everybody's speed there."""
+        """Change what runs on the card, and with it the speed of all jobs there."""
         speed = self._speed(len(running))
         paced = []
         for occupant in running:
@@ -208,7 +210,7 @@ class _Clock:
 
 
 class PlacementRule:
-    """The rule of `policy.place`, with each user's charge as the database would keep it.
+    """The rule of `place`, with each user's charge as the database would keep it.
 
     `charges`: GiB hours by user at `since`, what runs there included; without them nobody has used anything yet.
     """
@@ -227,7 +229,7 @@ class PlacementRule:
             self._past = {user: (amount, since) for user, amount in (charges or {}).items()}
             self._running = {job.job_id: (job.user, job.reserved, since, False) for job in running}
 
-    def arrived(self, job: Job) -> None:
+    def arrived(self, job: ReplayedJob) -> None:
         waiting = job.waiting
         self._levels.setdefault(waiting.priority, {}).setdefault(waiting.user, KeptLine()).add(waiting)
         self._all.add(waiting)
@@ -237,9 +239,9 @@ class PlacementRule:
             return []
         decisions = place(self._read_levels(), cards, self.charges(now), now, self._all.reader())
         placed = [decision.placed for decision in decisions if decision.placed is not None]
-        for one in placed:
-            job = one.job
-            self._running[job.job_id] = (job.user, one.reserved, now, True)
+        for placement in placed:
+            job = placement.job
+            self._running[job.job_id] = (job.user, placement.reserved, now, True)
             self._drop(job)
         return placed
 

@@ -1,26 +1,22 @@
-"""The Celery app: wake-up messages, one queue a VRAM class. A message is a hint; the database decides."""
+"""The Celery app of a node: one queue a VRAM class. A message is a hint; the database decides."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
-from loractl.common.errors import ServiceUnreachable
-from loractl.common.placement.rule import VRAM_CLASSES, queue_name
-from loractl.common.settings import Settings, redacted
+from celery import Celery
+from celery.app.amqp import AMQP
+from kombu import Exchange, Queue
 
-from .valkey import broker_url
+from loractl.common.placement.sizes import VRAM_CLASSES
 
-WAKE_TASK = "loractl.wake"
+from .hints import EXCHANGE, TRANSPORT_OPTIONS, HintConnection, queue_name
 
 
 def make_app(url: str) -> Any:
     """A Celery app with the options under which nothing stalls or runs twice (measured: docs/architecture.md)."""
-    from celery import Celery
-    from kombu import Exchange, Queue
-
-    app = Celery("loractl", broker=url, amqp="loractl.common.queue.hints:Amqp", set_as_current=False)
-    exchange = Exchange("loractl", type="direct")
+    app = Celery("loractl", broker=url, amqp=HintAmqp, set_as_current=False)
+    exchange = Exchange(EXCHANGE, type="direct")
     app.conf.update(
         task_queues=[Queue(queue_name(c), exchange, routing_key=queue_name(c)) for c in VRAM_CLASSES],
         task_default_exchange="loractl",
@@ -37,43 +33,12 @@ def make_app(url: str) -> Any:
         worker_hijack_root_logger=False,
         broker_connection_retry_on_startup=True,
         broker_connection_max_retries=None,
-        broker_transport_options={
-            "socket_timeout": 5,  # a half-open connection otherwise wedges the node for minutes
-            "socket_connect_timeout": 2,
-            "health_check_interval": 10,
-            "queue_order_strategy": "priority",
-        },
+        broker_transport_options=TRANSPORT_OPTIONS,
     )
     return app
 
 
-def card_queue(node: str) -> str:
-    """The queue of one card alone."""
-    return f"card.{node}"
+class HintAmqp(AMQP):
+    """What Celery calls the part of an app that connects."""
 
-
-def wake(settings: Settings, size_class: int) -> None:
-    """Tell nodes that a job of this class waits. Raises ServiceUnreachable when the queue is away."""
-    _send(settings, [(size_class, queue_name(size_class))])
-
-
-def wake_cards(settings: Settings, nodes: Iterable[str]) -> None:
-    """Tell these cards to look for a job. Raises ServiceUnreachable when the queue is away."""
-    _send(settings, [(0, card_queue(node)) for node in nodes])
-
-
-def _send(settings: Settings, messages: list[tuple[int, str]]) -> None:
-    from kombu.exceptions import KombuError
-    from redis.exceptions import RedisError
-
-    url = broker_url(settings)
-    app = make_app(url)
-    try:
-        with app.connection_for_write() as connection:
-            connection.ensure_connection(max_retries=1, interval_start=0, timeout=3)
-            for size_class, queue in messages:
-                app.send_task(WAKE_TASK, (size_class,), queue=queue, retry=False, connection=connection)
-    except (OSError, KombuError, RedisError) as error:
-        raise ServiceUnreachable(
-            "the queue", redacted(url), "LORACTL_REDIS_URL", str(error) or type(error).__name__
-        ) from error
+    Connection = HintConnection

@@ -1,39 +1,76 @@
-"""Celery's way to the queue's server, on which nothing counts of a message but that it came.
+"""Hints: messages that tell a node to look for a job. Nothing in a message counts but that it came.
 
 Whoever can write to the queue could otherwise give a task time limits that kill a training, callbacks, an id that
-steers a terminal, or a form on which Celery ends: all of that would be read before the task is.
+steers a terminal, or a form on which Celery ends: all of that would be read before the task is. So what comes out of
+the queue is thrown away, and a hint of our own is delivered in its place.
 """
 
 from __future__ import annotations
 
-import base64
 import json
 import logging
 import uuid
+from base64 import b64encode
+from collections.abc import Iterable
 from typing import Any
 
-from celery.app.amqp import AMQP
 from kombu import Connection
+from kombu.exceptions import KombuError
 from kombu.transport import redis
+from redis.exceptions import RedisError
 
-from .app import WAKE_TASK
+from loractl.common.errors import ServiceUnreachable
+from loractl.common.settings import Settings, redacted
+
+from .valkey import broker_url
+
+WAKE_TASK = "loractl.wake"
+
+EXCHANGE = "loractl"
+
+TRANSPORT_OPTIONS = {
+    "socket_timeout": 5,  # a half-open connection otherwise wedges the node for minutes
+    "socket_connect_timeout": 2,
+    "health_check_interval": 10,
+    "queue_order_strategy": "priority",
+}
 
 log = logging.getLogger("loractl.worker")
 
-_NO_JSON = (ValueError, TypeError, AttributeError, LookupError, RecursionError)
-"""What kombu's reading of a message raises on what is none, of which it makes dates and numbers too."""
+_NOT_JSON = (ValueError, TypeError, AttributeError, LookupError, RecursionError)
+"""What kombu raises when it reads something that is no message. It makes dates and numbers of its parts, too."""
+
+
+def queue_name(size_class: int) -> str:
+    """The queue of a class, like vram.24."""
+    return f"vram.{size_class}"
+
+
+def card_queue(node: str) -> str:
+    """The queue of one card alone."""
+    return f"card.{node}"
+
+
+def wake(settings: Settings, size_class: int) -> None:
+    """Tell nodes that a job of this class waits. Raises ServiceUnreachable when the queue is away."""
+    _send(settings, [(size_class, queue_name(size_class))])
+
+
+def wake_cards(settings: Settings, nodes: Iterable[str]) -> None:
+    """Tell these cards to look for a job. Raises ServiceUnreachable when the queue is away."""
+    _send(settings, [(0, card_queue(node)) for node in nodes])
 
 
 class Transport(redis.Transport):
-    """Redis as a transport of hints: what lies in a list is thrown away, and a wake-up of our own is delivered."""
+    """Redis as a transport of hints."""
 
     def _deliver(self, message: Any, queue: str) -> None:
-        super()._deliver(_wake_up(queue), queue)
+        super()._deliver(_hint(queue), queue)
 
     def on_readable(self, fileno: int) -> None:
         try:
             super().on_readable(fileno)
-        except _NO_JSON as error:  # it is off the list already
+        except _NOT_JSON as error:  # it is off the list already
             log.warning("something on the queue is no message and is thrown away: %s", type(error).__name__)
 
 
@@ -44,23 +81,36 @@ class HintConnection(Connection):
         return Transport
 
 
-class Amqp(AMQP):
-    """What Celery calls the part of an app that connects."""
+def _send(settings: Settings, hints: list[tuple[int, str]]) -> None:
+    """Send hints, each a class and its queue. Not by Celery, which takes as long again to import."""
+    url = broker_url(settings)
+    try:
+        with HintConnection(url, transport_options=TRANSPORT_OPTIONS) as connection:
+            connection.ensure_connection(max_retries=1, interval_start=0, timeout=3)
+            producer = connection.Producer(serializer="json")
+            for size_class, queue in hints:
+                producer.publish([[size_class], {}, {}], routing_key=queue, headers=_headers(uuid.uuid4().hex))
+    except (OSError, KombuError, RedisError) as error:
+        raise ServiceUnreachable(
+            "the queue", redacted(url), "LORACTL_REDIS_URL", str(error) or type(error).__name__
+        ) from error
 
-    Connection = HintConnection
 
-
-def _wake_up(queue: str) -> dict[str, Any]:
-    """A message as Celery itself would write it."""
+def _hint(queue: str) -> dict[str, Any]:
+    """A message as it comes from the queue when Celery itself has written it."""
     name = uuid.uuid4().hex
     return {
-        "body": base64.b64encode(json.dumps([[0], {}, {}]).encode()).decode(),
+        "body": b64encode(json.dumps([[0], {}, {}]).encode()).decode(),
         "content-type": "application/json",
         "content-encoding": "utf-8",
-        "headers": {"task": WAKE_TASK, "id": name},
+        "headers": _headers(name),
         "properties": {
             "body_encoding": "base64",
             "delivery_tag": name,
-            "delivery_info": {"exchange": "loractl", "routing_key": queue},
+            "delivery_info": {"exchange": EXCHANGE, "routing_key": queue},
         },
     }
+
+
+def _headers(name: str) -> dict[str, str]:
+    return {"task": WAKE_TASK, "id": name}

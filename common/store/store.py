@@ -17,7 +17,8 @@ from loractl.common.job.reference import Reference
 from loractl.common.job.status import Reason, Status
 from loractl.common.job.sweep import NewSweep, SweepView
 from loractl.common.memory.correction import Measured
-from loractl.common.placement.rule import Card, Waiting
+from loractl.common.placement.cards import Card
+from loractl.common.placement.lines import Waiting
 from loractl.common.settings import LEASE_S
 
 from .fleet import FleetView

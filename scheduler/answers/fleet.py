@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from loractl.common.placement.rule import Card
+from loractl.common.placement.cards import Card
 from loractl.common.store.fleet import NODE_STALE_S, FleetView
 
 if TYPE_CHECKING:

@@ -9,10 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from loractl.common.errors import LoractlError, UsageError
 from loractl.common.job.method import Method
-from loractl.common.memory.architecture import Shape, read_shape
+from loractl.common.job.need import Need, choose_method, within
+from loractl.common.memory.config import read_shape
 from loractl.common.memory.correction import learned, peaks_like
-from loractl.common.memory.plan import Fit, Lengths, Plan, largest_fit, plan
-from loractl.common.placement.rule import MARGIN_BYTES, Card, Need, choose_method, within
+from loractl.common.memory.fit import Fit, largest_fit
+from loractl.common.memory.plan import Plan, plan
+from loractl.common.memory.shape import Shape
+from loractl.common.memory.step import Lengths
+from loractl.common.placement.cards import MARGIN_BYTES, Card
 from loractl.common.units import GIB, gib
 from loractl.scheduler.submission.lengths import row_lengths
 from loractl.scheduler.submission.need import check_adapter, model_family, need_key, open_methods, stored_hashes

@@ -18,7 +18,7 @@ from .wait.rivals import ahead_of, rivals
 from .wait.starts import REPLAYED_JOBS, ExpectedStart, expected_starts
 
 if TYPE_CHECKING:
-    from loractl.common.placement.rule import Waiting
+    from loractl.common.placement.lines import Waiting
     from loractl.common.store.fleet import FleetView
     from loractl.common.store.store import Store
     from loractl.common.store.tables import Job

@@ -88,7 +88,7 @@ def compare(job_ids: tuple[int, ...], sweep_id: int | None, plot: Path | None, a
     if sweep_id is not None and job_ids:
         raise UsageError("--sweep compares the members of one sweep", f"alone: loractl compare --sweep {sweep_id}")
     if plot is not None:
-        from loractl.scheduler.simulation.picture import require_matplotlib
+        from loractl.scheduler.figure import require_matplotlib
 
         require_matplotlib("compare")
     if sweep_id is not None:
@@ -297,7 +297,7 @@ def _draw(jobs: Sequence[Compared], path: Path) -> None:
     """Training losses of the jobs over their steps, and each one's change against the best."""
     from matplotlib.figure import Figure
 
-    from loractl.scheduler.simulation.picture import save, without_box
+    from loractl.scheduler.figure import save, without_box
 
     figure = Figure(figsize=(9, 4.2 + 0.35 * len(jobs)), dpi=120, layout="constrained")
     curves, changes = figure.subplots(2, 1, height_ratios=(10, 2 + len(jobs)))

@@ -10,7 +10,7 @@ import click
 def retry(job_ids: tuple[int, ...]) -> None:
     """Queue failed, cancelled or held jobs again."""
     from loractl.common.errors import ServiceUnreachable
-    from loractl.common.queue.app import wake
+    from loractl.common.queue.hints import wake
     from loractl.scheduler.session import open_session
 
     settings, store = open_session()

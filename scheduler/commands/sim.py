@@ -5,34 +5,15 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
-if TYPE_CHECKING:
-    from loractl.common.placement.replay import Rule
-    from loractl.common.placement.rule import Card
-    from loractl.scheduler.simulation.outcome import Outcome
-    from loractl.scheduler.simulation.workload import Chosen
+from loractl.common.errors import UsageError
 
 CONTENTION = 0.5
 """Two jobs on a card run at two thirds of their speed each: between cards that are shared for nothing (0) and jobs
 that take turns (1). Small fine-tunes leave a large card idle between kernels, large ones don't."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Simulation:
-    """What was replayed, and what came of it under each rule."""
-
-    chosen: Chosen
-    cards: tuple[Card, ...]
-    compress: float
-    contention: float
-    load: float  # see outcome.load_of
-    outcomes: Mapping[str, Outcome]  # by rule; ours is "loractl"
 
 
 @click.command()
@@ -66,60 +47,38 @@ def sim(
 
     TRACE is a CSV with the columns arrival, vram, duration and user, and perhaps priority, or openb's list of pods.
     """
-    from loractl.common.errors import UsageError
-    from loractl.common.units import parse_duration
+    from loractl.scheduler.figure import require_matplotlib
+    from loractl.scheduler.simulation.outcome import RULES, simulate
     from loractl.scheduler.simulation.workload import choose, parse_fleet, read_trace
-    from loractl.scheduler.text import screen as render
-    from loractl.scheduler.text import simulation as render_sim
+    from loractl.scheduler.text.screen import detect_screen
+    from loractl.scheduler.text.simulation import text
+
+    bound = _checked(compress, contention, longest)
+    if plot is not None:
+        require_matplotlib("sim")
+    cards = parse_fleet(fleet, max_jobs_per_gpu)
+    chosen = choose(read_trace(trace), cards, bound, limit)
+    if not chosen.jobs:
+        raise UsageError(f"{trace} has no job that this fleet and these options leave", "larger cards: --fleet 80GiB")
+    with click.progressbar(RULES, label="Replaying", file=sys.stderr, hidden=not sys.stderr.isatty()) as rules:
+        done = simulate(chosen, cards, compress, contention, rules)
+    if plot is not None:
+        from loractl.scheduler.simulation.picture import draw
+
+        draw(done, plot)
+        click.echo(f"The picture is in {plot}.", err=True)
+    click.echo(json.dumps(done.as_json()) if as_json else text(done, detect_screen()))
+
+
+def _checked(compress: float, contention: float, longest: str | None) -> float:
+    """The seconds that --longest means. Raises UsageError for numbers that make no sense."""
+    from loractl.common.units import parse_duration
 
     if not (math.isfinite(compress) and compress > 0):
         raise UsageError(f"--compress {compress:g} is not above 0", "2 lets the jobs arrive twice as fast")
     if not math.isfinite(contention):
         raise UsageError(f"--contention {contention:g} is not a number", "0: sharing is free; 1: jobs take turns")
     try:
-        bound = math.inf if longest is None else parse_duration(longest)
+        return math.inf if longest is None else parse_duration(longest)
     except ValueError as error:
         raise UsageError(f"--longest {longest} {error}", "like --longest 1d") from error
-    if plot is not None:
-        from loractl.scheduler.simulation.picture import require_matplotlib
-
-        require_matplotlib("sim")
-    cards, found = parse_fleet(fleet, max_jobs_per_gpu), read_trace(trace)
-    chosen = choose(found, cards, bound, limit)
-    if not chosen.jobs:
-        raise UsageError(f"{trace} has no job that this fleet and these options leave", "larger cards: --fleet 80GiB")
-    done = simulate(chosen, cards, compress, contention)
-    if plot is not None:
-        from loractl.scheduler.simulation.picture import draw
-
-        draw(done, plot)
-        click.echo(f"The picture is in {plot}.", err=True)
-    click.echo(json.dumps(render_sim.fields(done)) if as_json else render_sim.text(done, render.detect_screen()))
-
-
-def simulate(chosen: Chosen, cards: Sequence[Card], compress: float, contention: float) -> Simulation:
-    """Replay the chosen jobs under each rule."""
-    from loractl.common.placement.replay import PlacementRule, replay
-    from loractl.scheduler.simulation.baselines import best_fit, fifo, shortest_first
-    from loractl.scheduler.simulation.outcome import load_of, outcome_of
-    from loractl.scheduler.simulation.workload import BEGIN, to_replay
-
-    rules: dict[str, Callable[[], Rule]] = {
-        "loractl": PlacementRule,
-        "fifo": fifo,
-        "shortest_first": shortest_first,
-        "best_fit": best_fit,
-    }
-    jobs, outcomes = to_replay(chosen.jobs, compress), {}
-    with click.progressbar(rules, label="Replaying", file=sys.stderr, hidden=not sys.stderr.isatty()) as names:
-        for name in names:
-            replayed = replay(jobs, cards, BEGIN, rules[name](), contention=contention)
-            outcomes[name] = outcome_of(jobs, cards, replayed)
-    return Simulation(
-        chosen=chosen,
-        cards=tuple(cards),
-        compress=compress,
-        contention=contention,
-        load=load_of(jobs, cards),
-        outcomes=outcomes,
-    )

@@ -125,7 +125,7 @@ def enqueue(submission: Submission, settings: Settings, store: Store, *, quiet: 
 
 def wake_for(vram_classes: Iterable[int], settings: Settings, safe: str) -> None:
     """Wake the workers; with the queue away `safe` says what that means."""
-    from loractl.common.queue.app import wake
+    from loractl.common.queue.hints import wake
 
     try:
         for vram_class in vram_classes:

@@ -7,9 +7,10 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
-from loractl.common.placement.lines import KeptLine
-from loractl.common.placement.replay import Job
-from loractl.common.placement.rule import Card, Occupant, Openings, Placement, Waiting, largest_gpu, suits
+from loractl.common.placement.cards import Card, Occupant, largest_gpu, suits
+from loractl.common.placement.lines import KeptLine, Openings, Waiting
+from loractl.common.placement.replay import ReplayedJob
+from loractl.common.placement.rule import Placement
 
 
 class GreedyRule:
@@ -26,7 +27,7 @@ class GreedyRule:
         self._line = KeptLine()
         self._ranks: dict[int, float] = {}
 
-    def arrived(self, job: Job) -> None:
+    def arrived(self, job: ReplayedJob) -> None:
         rank = 0.0
         if self._shortest:
             rank = math.inf if job.seconds is None else job.seconds
@@ -38,13 +39,13 @@ class GreedyRule:
         largest, placed = largest_gpu(cards), []
         while len(self._line) and (openings := _openings(at_hand.values(), largest)).any:
             job = self._line.first() if self._blocks else self._line.reader().next(openings)
-            found = None if job is None else _fill(job, at_hand.values(), largest)
-            if found is None:
+            placement = None if job is None else _fill(job, at_hand.values(), largest)
+            if placement is None:
                 break
-            placed.append(found)
-            occupant = Occupant(job_id=found.job.job_id, user=found.job.user, reserved=found.reserved)
-            at_hand[found.node] = at_hand[found.node].with_job(occupant)
-            self._line.remove(found.job, self._ranks.pop(found.job.job_id))
+            placed.append(placement)
+            occupant = Occupant(job_id=placement.job.job_id, user=placement.job.user, reserved=placement.reserved)
+            at_hand[placement.node] = at_hand[placement.node].with_job(occupant)
+            self._line.remove(placement.job, self._ranks.pop(placement.job.job_id))
         return placed
 
     def ended(self, job_id: int, now: dt.datetime) -> None:

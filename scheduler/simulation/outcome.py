@@ -1,16 +1,30 @@
-"""What a replay came to: how long jobs took and waited, by what they needed, and how full the cards were."""
+"""The outcome of a simulation: how long jobs took and waited under each rule, and how full the cards were."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
-from loractl.common.placement.replay import Job, Replay
-from loractl.common.placement.rule import Card, vram_class
+from loractl.common.placement.cards import Card
+from loractl.common.placement.replay import PlacementRule, Replay, ReplayedJob, Rule, replay
+from loractl.common.placement.sizes import vram_class
 
-from .workload import BEGIN
+from .baselines import best_fit, fifo, shortest_first
+from .workload import BEGIN, Chosen, to_replay
+
+RULES: dict[str, Callable[[], Rule]] = {
+    "loractl": PlacementRule,
+    "fifo": fifo,
+    "shortest_first": shortest_first,
+    "best_fit": best_fit,
+}
+"""The rules that are compared, ours first."""
+
+TITLES = {"loractl": "loractl", "fifo": "fifo", "shortest_first": "shortest first*", "best_fit": "best fit"}
+"""What a person sees of a rule. The star says that it knows what no real scheduler knows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +37,7 @@ class Course:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Outcome:
+class RuleOutcome:
     """One rule's replay of a trace."""
 
     courses: tuple[Course, ...]
@@ -51,8 +65,74 @@ class Outcome:
             classes.setdefault(vram_class(course.need), []).append(course)
         return classes
 
+    def as_json(self) -> dict[str, Any]:
+        took, waits = [c.took for c in self.courses], waits_of(self.courses)
+        return {
+            "mean_jct_s": mean(took),
+            "p99_jct_s": quantile(took, 0.99),
+            "mean_wait_s": mean(waits),
+            "p99_wait_s": quantile(waits, 0.99),
+            "largest_tenth_p99_wait_s": quantile(waits_of(self.largest_tenth), 0.99),
+            "makespan_s": self.makespan,
+            "vram_utilisation": self.utilisation,
+            "waits_by_class": {
+                str(size): {
+                    "jobs": len(courses),
+                    "mean_wait_s": mean(waits_of(courses)),
+                    "p99_wait_s": quantile(waits_of(courses), 0.99),
+                }
+                for size, courses in self.by_class().items()
+            },
+        }
 
-def outcome_of(jobs: Sequence[Job], cards: Sequence[Card], replayed: Replay) -> Outcome:
+
+@dataclass(frozen=True, kw_only=True)
+class Simulation:
+    """What was replayed, and what came of it under each rule."""
+
+    chosen: Chosen
+    cards: tuple[Card, ...]
+    compress: float
+    contention: float
+    load: float  # see load_of
+    outcomes: Mapping[str, RuleOutcome]  # by rule; ours is "loractl"
+
+    def as_json(self) -> dict[str, Any]:
+        """The simulation as JSON values. Seconds and bytes."""
+        workload = self.chosen.workload
+        return {
+            "jobs": len(self.chosen.jobs),
+            "never": self.chosen.never,
+            "longer": self.chosen.longer,
+            "left_out": workload.left_out,
+            "users_are": workload.users_are,
+            "fleet": [{"vram": card.total, "max_jobs": card.max_jobs} for card in self.cards],
+            "compress": self.compress,
+            "contention": self.contention,
+            "load": self.load if math.isfinite(self.load) else None,
+            "policies": {name: outcome.as_json() for name, outcome in self.outcomes.items()},
+        }
+
+
+def simulate(
+    chosen: Chosen, cards: Sequence[Card], compress: float, contention: float, rules: Iterable[str] = tuple(RULES)
+) -> Simulation:
+    """Replay the chosen jobs under each rule."""
+    jobs, outcomes = to_replay(chosen.jobs, compress), {}
+    for name in rules:
+        replayed = replay(jobs, cards, BEGIN, RULES[name](), contention=contention)
+        outcomes[name] = outcome_of(jobs, cards, replayed)
+    return Simulation(
+        chosen=chosen,
+        cards=tuple(cards),
+        compress=compress,
+        contention=contention,
+        load=load_of(jobs, cards),
+        outcomes=outcomes,
+    )
+
+
+def outcome_of(jobs: Sequence[ReplayedJob], cards: Sequence[Card], replayed: Replay) -> RuleOutcome:
     """Measure a replay from BEGIN on in which every job came to its end."""
     courses, last = [], BEGIN
     for job in jobs:
@@ -66,12 +146,16 @@ def outcome_of(jobs: Sequence[Job], cards: Sequence[Card], replayed: Replay) -> 
                 took=(run.ended - since).total_seconds(),
             )
         )
-    return Outcome(
+    return RuleOutcome(
         courses=tuple(courses),
         makespan=(last - BEGIN).total_seconds(),
         reserved=tuple(((at - BEGIN).total_seconds(), size) for at, size in replayed.reserved),
         total=sum(card.total for card in cards),
     )
+
+
+def waits_of(courses: Sequence[Course]) -> list[float]:
+    return [course.wait for course in courses]
 
 
 def mean(values: Sequence[float]) -> float:
@@ -84,7 +168,7 @@ def quantile(values: Sequence[float], share: float) -> float:
     return ordered[max(0, math.ceil(share * len(ordered)) - 1)] if ordered else 0.0
 
 
-def load_of(jobs: Sequence[Job], cards: Sequence[Card]) -> float:
+def load_of(jobs: Sequence[ReplayedJob], cards: Sequence[Card]) -> float:
     """How busy the jobs would keep the cards, were each alone on one; above 1 whole cards can't keep up.
 
     Of the middle nine tenths of arrivals, which leaves a trace's long ends out. The cards that bind decide: all of

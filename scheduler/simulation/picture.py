@@ -1,22 +1,18 @@
-"""Pictures of matplotlib; and the one of a simulation: how long jobs waited, how much memory was reserved over time."""
+"""The picture of a simulation: above how long jobs waited, below how much memory was reserved."""
 
 from __future__ import annotations
 
 import bisect
-import importlib.util
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from loractl.common.errors import LoractlError, UsageError
 from loractl.common.units import GIB
-from loractl.scheduler.text.simulation import TITLES, fleet_text
+from loractl.scheduler.figure import save, without_box
 
-if TYPE_CHECKING:
-    from loractl.scheduler.commands.sim import Simulation
-
-    from .outcome import Outcome
+from .outcome import TITLES, RuleOutcome, Simulation
+from .workload import fleet_text
 
 # Told apart by shade, width and dash, so that a print in grey is as good.
 _STYLES: dict[str, dict[str, Any]] = {
@@ -29,23 +25,6 @@ _TICKS = ((60, "1 min"), (600, "10 min"), (3600, "1 h"), (6 * 3600, "6 h"), (864
 _BINS = 120
 
 
-def require_matplotlib(command: str) -> None:
-    """Raise LoractlError where matplotlib is not installed."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise LoractlError(f"loractl {command} --plot needs matplotlib", "pip install 'loractl[plot]'")
-
-
-def save(figure: Any, path: Path) -> None:
-    """Write a figure as a PNG. Raises UsageError where the file can't be written."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    try:
-        FigureCanvasAgg(figure)
-        figure.savefig(path, format="png")
-    except OSError as error:
-        raise UsageError(f"--plot {path} can't be written: {error.strerror}", "choose another folder") from error
-
-
 def draw(done: Simulation, path: Path) -> None:
     """Write the picture as a PNG. Raises UsageError where the file can't be written."""
     from matplotlib.figure import Figure
@@ -54,7 +33,7 @@ def draw(done: Simulation, path: Path) -> None:
     waits, memory = figure.subplots(2, 1)
     _draw_waits(waits, done)
     _draw_memory(memory, done)
-    title = f"{len(done.chosen.jobs):,} jobs on {fleet_text(done)}".replace(",", "\u202f", 1)
+    title = f"{len(done.chosen.jobs):,} jobs on {fleet_text(done.cards)}".replace(",", "\u202f", 1)
     figure.suptitle(f"{title} (load {done.load:.2f}, contention {done.contention:g})", fontsize=11)
     save(figure, path)
 
@@ -67,8 +46,8 @@ def _draw_waits(axes: Any, done: Simulation) -> None:
         axes.step([max(wait, 1.0) for wait in waits], shares, where="post", label=TITLES[name], **_STYLES[name])
     axes.set_xscale("log")
     axes.set_xlim(10, None)
-    ticks = [(at, text) for at, text in _TICKS if at <= max(60.0, *axes.get_xlim())]
-    axes.set_xticks([at for at, _ in ticks], [text for _, text in ticks])
+    ticks = [(at, label) for at, label in _TICKS if at <= max(60.0, *axes.get_xlim())]
+    axes.set_xticks([at for at, _ in ticks], [label for _, label in ticks])
     axes.minorticks_off()
     axes.set_ylim(0, 1.02)
     axes.set_yticks([0, 0.25, 0.5, 0.75, 1], ["0", "25 %", "50 %", "75 %", "100 %"])
@@ -95,7 +74,7 @@ def _draw_memory(axes: Any, done: Simulation) -> None:
     without_box(axes)
 
 
-def binned(out: Outcome, span: float, bins: int) -> Sequence[float]:
+def binned(out: RuleOutcome, span: float, bins: int) -> Sequence[float]:
     """Mean bytes reserved in each of `bins` equal parts of `span` seconds."""
     times = [at for at, _ in out.reserved]
     areas = [0.0]  # byte seconds up to each of the times
@@ -108,9 +87,3 @@ def binned(out: Outcome, span: float, bins: int) -> Sequence[float]:
 
     edges = [area(span * n / bins) for n in range(bins + 1)]
     return [(after - before) / (span / bins) for before, after in pairwise(edges)] if span else [0.0] * bins
-
-
-def without_box(axes: Any) -> None:
-    """Leave of the axes' frame what is read."""
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", color="#dddddd", linewidth=0.7)

@@ -1,18 +1,21 @@
-"""Traces of jobs as CSV files, and fleets as people write them, as values for a replay."""
+"""Workloads: the jobs of a trace and the cards of a fleet, read from what people write."""
 
 from __future__ import annotations
 
 import csv
 import datetime as dt
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from loractl.common.errors import DataError, UsageError
 from loractl.common.job.method import Method
-from loractl.common.placement.replay import Job
-from loractl.common.placement.rule import Card, Need, Waiting, default_max_jobs
+from loractl.common.job.need import Need
+from loractl.common.placement.cards import Card, default_max_jobs, largest_gpu
+from loractl.common.placement.lines import Waiting
+from loractl.common.placement.replay import ReplayedJob
 from loractl.common.units import GIB, parse_duration, parse_size
 
 BEGIN = dt.datetime(2000, 1, 1, tzinfo=dt.UTC)
@@ -38,15 +41,15 @@ class TraceJob:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Trace:
-    """The jobs in the order of their arrival, and what the file has beside them."""
+class Workload:
+    """The jobs of a trace in the order of their arrival, and what its file has beside them."""
 
     jobs: tuple[TraceJob, ...]
     left_out: int = 0  # rows that are no job on one card with a lifetime
     users_are: str = "user"  # what the file's users really are
 
 
-def read_trace(path: Path) -> Trace:
+def read_trace(path: Path) -> Workload:
     """Read loractl's own form (arrival, vram, duration, user, and perhaps priority) or openb's list of pods.
 
     Raises DataError with the line of what is wrong.
@@ -59,11 +62,11 @@ def read_trace(path: Path) -> Trace:
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(path, f"can't be read as CSV: {getattr(error, 'strerror', None) or error}") from error
     if header >= OWN_COLUMNS:
-        return _sorted(Trace(jobs=tuple(_own_job(path, line, row) for line, row in rows)))
+        return _sorted(Workload(jobs=tuple(_own_job(path, line, row) for line, row in rows)))
     if header >= OPENB_COLUMNS:
         pods = [(line, row) for line, row in rows if _is_job(row)]
         jobs = tuple(_pod(path, line, row) for line, row in pods)
-        return _sorted(Trace(jobs=jobs, left_out=len(rows) - len(jobs), users_are="qos class"))
+        return _sorted(Workload(jobs=jobs, left_out=len(rows) - len(jobs), users_are="qos class"))
     raise DataError(
         f"{path}:1",
         f"its header lacks {', '.join(sorted(OWN_COLUMNS - header))}",
@@ -73,28 +76,28 @@ def read_trace(path: Path) -> Trace:
 
 @dataclass(frozen=True, kw_only=True)
 class Chosen:
-    """The jobs of a trace that are replayed, and how many are not."""
+    """The jobs of a workload that are replayed, and how many are not."""
 
-    trace: Trace
+    workload: Workload
     jobs: tuple[TraceJob, ...]
     never: int  # larger than every card
     longer: int  # run longer than was asked for
 
 
-def choose(trace: Trace, cards: Sequence[Card], longest: float, limit: int | None) -> Chosen:
+def choose(workload: Workload, cards: Sequence[Card], longest: float, limit: int | None) -> Chosen:
     """The first `limit` jobs that some card holds and that take at most `longest` seconds."""
-    largest = max(card.capacity for card in cards)
-    held = [job for job in trace.jobs if job.need <= largest]
+    largest = largest_gpu(cards)
+    held = [job for job in workload.jobs if job.need <= largest]
     jobs = [job for job in held if job.seconds <= longest]
-    never, longer = len(trace.jobs) - len(held), len(held) - len(jobs)
-    return Chosen(trace=trace, jobs=tuple(jobs[:limit]), never=never, longer=longer)
+    never, longer = len(workload.jobs) - len(held), len(held) - len(jobs)
+    return Chosen(workload=workload, jobs=tuple(jobs[:limit]), never=never, longer=longer)
 
 
-def to_replay(jobs: Sequence[TraceJob], compress: float) -> list[Job]:
+def to_replay(jobs: Sequence[TraceJob], compress: float) -> list[ReplayedJob]:
     """The jobs for a replay from BEGIN on, their arrivals `compress` times as close, numbered by arrival."""
     first = min((job.arrival for job in jobs), default=0.0)
     return [
-        Job(
+        ReplayedJob(
             waiting=Waiting(
                 job_id=number,
                 user=job.user,
@@ -129,9 +132,16 @@ def parse_fleet(text: str, max_jobs: int | None = None) -> list[Card]:
     ]
 
 
-def _sorted(trace: Trace) -> Trace:
-    jobs = tuple(sorted(trace.jobs, key=lambda job: job.arrival))
-    return Trace(jobs=jobs, left_out=trace.left_out, users_are=trace.users_are)
+def fleet_text(cards: Sequence[Card]) -> str:
+    """The fleet as a person would write it: 2x12, 80 GiB."""
+    counts = Counter(card.total for card in cards)
+    sizes = (f"{count}x{size / GIB:g}" if count > 1 else f"{size / GIB:g}" for size, count in sorted(counts.items()))
+    return f"{', '.join(sizes)} GiB"
+
+
+def _sorted(workload: Workload) -> Workload:
+    jobs = tuple(sorted(workload.jobs, key=lambda job: job.arrival))
+    return replace(workload, jobs=jobs)
 
 
 def _own_job(path: Path, line: int, row: Mapping[str, str | None]) -> TraceJob:

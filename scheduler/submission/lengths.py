@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loractl.common.memory.plan import Lengths
+from loractl.common.memory.step import Lengths
 
 if TYPE_CHECKING:
     from loractl.common.job.spec import JobSpec

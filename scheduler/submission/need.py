@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from loractl.common.errors import UsageError
 from loractl.common.job.method import Method
+from loractl.common.job.need import least_need, permitted_methods, within
 from loractl.common.job.sections import TaskType
-from loractl.common.memory.architecture import read_shape
+from loractl.common.memory.config import read_shape
 from loractl.common.memory.correction import learned
 from loractl.common.memory.plan import predict
-from loractl.common.placement.rule import least_need, permitted_methods, within
 from loractl.common.store.records import Submission
 from loractl.common.units import gib
 

@@ -12,7 +12,7 @@ from .screen import Screen, card_name, fit, joined, wrapped_table
 if TYPE_CHECKING:
     import datetime as dt
 
-    from loractl.common.placement.rule import Card
+    from loractl.common.placement.cards import Card
     from loractl.scheduler.answers.fleet import DeviceState, Fleet
 
 

@@ -1,26 +1,14 @@
-"""How a simulation looks on a terminal and as JSON."""
+"""How a simulation looks on a terminal."""
 
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
 
-from loractl.common.units import GIB, thousands
-from loractl.scheduler.simulation.outcome import Course, Outcome, mean, quantile
+from loractl.common.units import thousands
+from loractl.scheduler.simulation.outcome import TITLES, RuleOutcome, Simulation, mean, quantile, waits_of
+from loractl.scheduler.simulation.workload import fleet_text
 
 from .screen import Screen, table
-
-if TYPE_CHECKING:
-    from loractl.scheduler.commands.sim import Simulation
-
-TITLES = {
-    "loractl": "loractl",
-    "fifo": "fifo",
-    "shortest_first": "shortest first*",
-    "best_fit": "best fit",
-}
 
 
 def text(done: Simulation, screen: Screen) -> str:
@@ -44,22 +32,6 @@ def text(done: Simulation, screen: Screen) -> str:
     return "\n".join([*lines, *(screen.dim(note) for note in notes)])
 
 
-def fields(done: Simulation) -> dict[str, Any]:
-    """The simulation as JSON values. Seconds and bytes."""
-    return {
-        "jobs": len(done.chosen.jobs),
-        "never": done.chosen.never,
-        "longer": done.chosen.longer,
-        "left_out": done.chosen.trace.left_out,
-        "users_are": done.chosen.trace.users_are,
-        "fleet": [{"vram": card.total, "max_jobs": card.max_jobs} for card in done.cards],
-        "compress": done.compress,
-        "contention": done.contention,
-        "load": done.load if math.isfinite(done.load) else None,
-        "policies": {name: _measures(out) for name, out in done.outcomes.items()},
-    }
-
-
 def span(seconds: float) -> str:
     """A time in one number, so that a column of them can be compared: 45 s, 12 min, 11.0 h, 3.2 d."""
     for below, size, unit in ((90, 1, "s"), (5400, 60, "min"), (48 * 3600, 3600, "h")):
@@ -68,42 +40,35 @@ def span(seconds: float) -> str:
     return f"{seconds / 86400:.1f} d"
 
 
-def fleet_text(done: Simulation) -> str:
-    """The fleet as a person would write it: 2x12, 80 GiB."""
-    counts = Counter(card.total for card in done.cards)
-    sizes = (f"{count}x{size / GIB:g}" if count > 1 else f"{size / GIB:g}" for size, count in sorted(counts.items()))
-    return f"{', '.join(sizes)} GiB"
-
-
 def _what(done: Simulation) -> list[str]:
-    chosen, trace = done.chosen, done.chosen.trace
+    chosen, workload = done.chosen, done.chosen.workload
     users = len({job.user for job in chosen.jobs})
     people = f"{users} user{'' if users == 1 else 's'}"
-    if trace.users_are != "user":
-        people += f" (its {trace.users_are}, for want of users)"
+    if workload.users_are != "user":
+        people += f" (its {workload.users_are}, for want of users)"
     load = f"load {done.load:.2f}" if math.isfinite(done.load) else "all at once"
     lines = [
         f"{thousands(len(chosen.jobs))} jobs of {people},",
-        f"on {fleet_text(done)}; {load}, contention {done.contention:g}.",
+        f"on {fleet_text(done.cards)}; {load}, contention {done.contention:g}.",
     ]
     if chosen.never:
         lines.append(f"Larger than every card, and not replayed: {thousands(chosen.never)}.")
     if chosen.longer:
         lines.append(f"Longer than --longest, and not replayed: {thousands(chosen.longer)}.")
-    if trace.left_out:
-        lines.append(f"No job on one card with a lifetime, and not read: {thousands(trace.left_out)} rows.")
+    if workload.left_out:
+        lines.append(f"No job on one card with a lifetime, and not read: {thousands(workload.left_out)} rows.")
     return lines
 
 
-def _row(name: str, out: Outcome) -> list[str]:
-    took, waits = [c.took for c in out.courses], [c.wait for c in out.courses]
+def _row(name: str, out: RuleOutcome) -> list[str]:
+    took, waits = [c.took for c in out.courses], waits_of(out.courses)
     return [
         TITLES[name],
         span(mean(took)),
         span(quantile(took, 0.99)),
         span(mean(waits)),
         span(quantile(waits, 0.99)),
-        span(quantile([c.wait for c in out.largest_tenth], 0.99)),
+        span(quantile(waits_of(out.largest_tenth), 0.99)),
         span(out.makespan),
         f"{out.utilisation:.0%}",
     ]
@@ -117,33 +82,8 @@ def _by_class(done: Simulation, screen: Screen) -> list[str]:
         [
             f"{'≤' if screen.unicode else 'to'} {size} GiB",
             thousands(len(courses)),
-            *(span(mean(_waits(found[size]))) for found in classes.values()),
+            *(span(mean(waits_of(courses[size]))) for courses in classes.values()),
         ]
         for size, courses in classes["loractl"].items()
     ]
     return table(headers, rows, screen, right=headers[1:])
-
-
-def _waits(courses: Sequence[Course]) -> list[float]:
-    return [course.wait for course in courses]
-
-
-def _measures(out: Outcome) -> dict[str, Any]:
-    took, waits = [c.took for c in out.courses], _waits(out.courses)
-    return {
-        "mean_jct_s": mean(took),
-        "p99_jct_s": quantile(took, 0.99),
-        "mean_wait_s": mean(waits),
-        "p99_wait_s": quantile(waits, 0.99),
-        "largest_tenth_p99_wait_s": quantile(_waits(out.largest_tenth), 0.99),
-        "makespan_s": out.makespan,
-        "vram_utilisation": out.utilisation,
-        "waits_by_class": {
-            str(size): {
-                "jobs": len(courses),
-                "mean_wait_s": mean(_waits(courses)),
-                "p99_wait_s": quantile(_waits(courses), 0.99),
-            }
-            for size, courses in out.by_class().items()
-        },
-    }

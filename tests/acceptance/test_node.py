@@ -12,7 +12,7 @@ from redis import Redis
 
 from loractl.common.artifacts import open_store
 from loractl.common.job.status import Reason, Status
-from loractl.common.queue.app import card_queue
+from loractl.common.queue.hints import card_queue
 from loractl.common.queue.valkey import broker_url
 from loractl.common.settings import load_settings
 from loractl.common.store.database import connect

@@ -18,9 +18,10 @@ import pytest
 from loractl.common.job.file import load_spec
 from loractl.common.job.method import Method
 from loractl.common.job.status import Status
-from loractl.common.memory.architecture import read_shape
-from loractl.common.memory.plan import largest_fit, plan
-from loractl.common.placement.rule import Card
+from loractl.common.memory.config import read_shape
+from loractl.common.memory.fit import largest_fit
+from loractl.common.memory.plan import plan
+from loractl.common.placement.cards import Card
 from loractl.common.settings import load_settings
 from loractl.common.store.database import connect
 from loractl.common.store.store import Store

@@ -19,8 +19,10 @@ from transformers import AutoConfig
 
 from loractl.common.job.method import Method
 from loractl.common.job.spec import JobSpec
-from loractl.common.memory.architecture import Shape, shape_of
-from loractl.common.memory.plan import Lengths, plan
+from loractl.common.memory.families import shape_of
+from loractl.common.memory.plan import plan
+from loractl.common.memory.shape import Shape
+from loractl.common.memory.step import Lengths
 from loractl.worker.training.traced_plan import Trace, build, trace_plan, trace_step
 
 TOLERANCE = 0.05

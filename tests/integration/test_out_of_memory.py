@@ -23,10 +23,10 @@ import torch
 
 from loractl.common.job.adjustment import Adjustment
 from loractl.common.job.method import Method
+from loractl.common.job.need import Need
 from loractl.common.job.spec import JobSpec
 from loractl.common.job.status import Reason
 from loractl.common.memory.plan import predict
-from loractl.common.placement.rule import Need
 from loractl.worker.base.gauge import data_bytes
 from loractl.worker.base.model import TrainingFailed
 from loractl.worker.protocol.messages import Adjusted, Ended, Note, Planned, Start, Stepped, Told, decode_told, encode

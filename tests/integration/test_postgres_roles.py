@@ -11,9 +11,9 @@ from sqlalchemy import text
 
 from loractl.common.errors import Forbidden
 from loractl.common.job.adjustment import Adjustment
+from loractl.common.job.need import Need
 from loractl.common.job.status import Reason, Stage, Status
 from loractl.common.job.sweep import NewSweep
-from loractl.common.placement.rule import Need
 from loractl.common.store.database import make_engine
 from loractl.common.store.records import Claim, Progress, SpentLog, StoredCheckpoint
 from loractl.common.store.schema import upgrade

@@ -19,9 +19,9 @@ import pytest
 
 from loractl.common.artifacts import ArtifactStore, open_store
 from loractl.common.job.method import Method
+from loractl.common.job.need import Need, permitted_methods
 from loractl.common.job.spec import JobSpec
 from loractl.common.job.status import Reason, Status
-from loractl.common.placement.rule import Need, permitted_methods
 from loractl.common.settings import load_settings
 from loractl.common.store.database import make_engine
 from loractl.common.store.records import Claim, NodeState, Submission

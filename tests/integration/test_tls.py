@@ -11,7 +11,7 @@ import pytest
 from sqlalchemy import make_url
 
 from loractl.common.errors import ServiceUnreachable
-from loractl.common.queue.app import wake
+from loractl.common.queue.hints import wake
 from loractl.common.settings import load_settings
 from loractl.common.store.database import connect
 from loractl.common.store.store import Store

@@ -6,9 +6,9 @@ import datetime as dt
 from dataclasses import replace
 from typing import Any
 
+from loractl.common.job.need import Need, permitted_methods, within
 from loractl.common.job.spec import JobSpec
 from loractl.common.job.status import Status
-from loractl.common.placement.rule import Need, permitted_methods, within
 from loractl.common.store.records import Claim, Left, NodeState, StoredResult, Submission
 from loractl.common.store.store import Store
 from loractl.common.store.tables import Job, Node

@@ -7,8 +7,12 @@ from collections.abc import Iterable
 from typing import Any
 
 from loractl.common.job.method import Method
+from loractl.common.job.need import Need, least_need
 from loractl.common.job.status import Status
-from loractl.common.placement.rule import ListedLine, Need, Waiting, charge, least_need, levels_of, place, queue_key
+from loractl.common.placement.keys import queue_key
+from loractl.common.placement.lines import ListedLine, Waiting, levels_of
+from loractl.common.placement.rule import place
+from loractl.common.placement.shares import charge
 from loractl.common.store.fleet import FleetView, card_of, waiting_of
 from loractl.common.store.tables import DrainOrder, Job, Node
 from loractl.common.units import GIB

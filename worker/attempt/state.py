@@ -11,8 +11,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from loractl.common.job.adjustment import Adjustment
+from loractl.common.job.need import Need
 from loractl.common.job.status import Reason
-from loractl.common.placement.rule import Need
 from loractl.common.store.records import Beat, Claim, Progress, rung_points
 from loractl.worker.protocol.messages import (
     Adjusted,

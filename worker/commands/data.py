@@ -161,9 +161,10 @@ def _advice(spec: JobSpec, checked: Checked, room: int | None) -> list[str]:
 
 
 def _largest_batch(spec: JobSpec, length: int, longest: int, checked: Checked, room: int) -> str | None:
-    from loractl.common.memory.architecture import read_shape
-    from loractl.common.memory.plan import Lengths, largest_fit
-    from loractl.common.placement.rule import permitted_methods
+    from loractl.common.job.need import permitted_methods
+    from loractl.common.memory.config import read_shape
+    from loractl.common.memory.fit import largest_fit
+    from loractl.common.memory.step import Lengths
     from loractl.common.units import gib
 
     shape = read_shape(spec.base_model, spec.revision)
@@ -186,7 +187,7 @@ def _largest_batch(spec: JobSpec, length: int, longest: int, checked: Checked, r
 
 def _room(gpu: str | None) -> int | None:
     """Bytes of the card to recommend for: the given one, or the largest that has reported here."""
-    from loractl.common.placement.rule import MARGIN_BYTES
+    from loractl.common.placement.cards import MARGIN_BYTES
     from loractl.common.settings import load_settings
     from loractl.common.units import parse_size
 

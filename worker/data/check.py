@@ -22,7 +22,7 @@ from loractl.common.data.split import split_data
 from loractl.common.errors import DataError
 from loractl.common.job.sections import BadRow, DataFormat, DatasetSpec, Overflow
 from loractl.common.job.spec import JobSpec
-from loractl.common.memory.architecture import find_config
+from loractl.common.memory.config import find_config
 
 from .tokens import IGNORED, PreparedData, TokenRow, encode, load_rows, rendered
 

@@ -13,7 +13,7 @@ import sys
 
 from loractl.common.errors import LoractlError
 from loractl.common.job.spec import JobSpec
-from loractl.common.memory.plan import Lengths
+from loractl.common.memory.step import Lengths
 from loractl.common.settings import load_settings
 from loractl.worker.base.model import load_tokenizer
 

@@ -13,7 +13,8 @@ from typing import Any
 from sqlalchemy.exc import DBAPIError
 
 from loractl.common.errors import ServiceUnreachable
-from loractl.common.placement.rule import VRAM_CLASSES, queue_name, served_classes
+from loractl.common.placement.sizes import VRAM_CLASSES, served_classes
+from loractl.common.queue.hints import queue_name
 from loractl.common.store.database import outage
 from loractl.common.store.records import NodeState
 from loractl.worker.attempt.workplace import Workplace

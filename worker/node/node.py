@@ -24,8 +24,10 @@ from typing import IO
 
 from loractl.common.artifacts import open_store
 from loractl.common.errors import LoractlError
-from loractl.common.placement.rule import VRAM_CLASSES, default_max_jobs, queue_name
-from loractl.common.queue.app import WAKE_TASK, card_queue, make_app
+from loractl.common.placement.cards import default_max_jobs
+from loractl.common.placement.sizes import VRAM_CLASSES
+from loractl.common.queue.app import make_app
+from loractl.common.queue.hints import WAKE_TASK, card_queue, queue_name
 from loractl.common.queue.valkey import broker_url
 from loractl.common.settings import Settings, load_settings, make_private
 from loractl.common.store.database import connect, make_engine

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from loractl.common.placement.rule import MARGIN_BYTES
+from loractl.common.placement.cards import MARGIN_BYTES
 from loractl.worker.device.occupancy import HIGH_WATER_S
 
 

@@ -25,8 +25,6 @@ from .library import Library, Listed
 
 LOSS, ACCURACY, ROUGE_L = "loss", "accuracy", "rougeL"
 
-UNITS = {LOSS: "nats", ACCURACY: "%", ROUGE_L: "%"}
-
 
 @dataclass(frozen=True, kw_only=True)
 class Task:

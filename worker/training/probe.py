@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from transformers import Trainer, TrainerCallback
 
-from loractl.common.memory.plan import state_bytes
+from loractl.common.memory.optimizer import state_bytes
 from loractl.worker.base.gauge import in_a_sentence, is_out_of_memory
 from loractl.worker.base.model import evaluating
 from loractl.worker.data.tokens import PreparedData, TokenRow, inputs_of

@@ -22,10 +22,10 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from loractl.common.job.adjustment import Adjustment, adjusted, in_words, next_adjustment
 from loractl.common.job.identity import training_digests
 from loractl.common.job.method import Method
+from loractl.common.job.need import Need
 from loractl.common.job.spec import JobSpec
 from loractl.common.job.status import Reason, Stage
 from loractl.common.memory.plan import predict
-from loractl.common.placement.rule import Need
 from loractl.common.store.records import HELD_OUT_LOSS
 from loractl.common.units import gib
 from loractl.worker.base.adapter import save_adapter

@@ -28,16 +28,9 @@ from torch.utils._pytree import tree_iter, tree_map
 from loractl.common.job.method import Method
 from loractl.common.job.sections import TaskType
 from loractl.common.job.spec import JobSpec
-from loractl.common.memory.plan import (
-    Lengths,
-    Plan,
-    checkpoints_activations,
-    micro_batch,
-    optimizer_name,
-    planned_labels,
-    state_bytes,
-    traced_plan,
-)
+from loractl.common.memory.optimizer import optimizer_name, state_bytes
+from loractl.common.memory.plan import Plan, traced_plan
+from loractl.common.memory.step import Lengths, checkpoints_activations, micro_batch, planned_labels
 from loractl.worker.base.model import HEAD, add_adapter, label_settings, source_of
 from loractl.worker.evaluation.classifier import head_loss
 

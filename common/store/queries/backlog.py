@@ -9,8 +9,11 @@ from sqlalchemy import ColumnElement, func, or_, select
 from sqlalchemy import text as sql
 
 from loractl.common.job.method import Method
+from loractl.common.job.need import Need, least_need
 from loractl.common.job.status import Status
-from loractl.common.placement.rule import Need, Waiting, least_need, queue_key, vram_class
+from loractl.common.placement.keys import queue_key
+from loractl.common.placement.lines import Waiting
+from loractl.common.placement.sizes import vram_class
 
 from ..fleet import waiting_of
 from ..tables import Job

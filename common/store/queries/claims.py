@@ -14,8 +14,10 @@ from sqlalchemy import select
 from loractl import __version__
 from loractl.common.job.adjustment import Adjustment
 from loractl.common.job.method import Method
+from loractl.common.job.need import Need, permitted_methods
 from loractl.common.job.status import Reason, Stage, Status
-from loractl.common.placement.rule import Card, Need, Placement, could_start, permitted_methods, place
+from loractl.common.placement.cards import Card, could_start
+from loractl.common.placement.rule import Placement, place
 
 from ..attempt_columns import begun
 from ..guard import become, move

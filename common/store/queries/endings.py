@@ -14,7 +14,7 @@ from loractl.common.job.status import (
     Status,
     retry_delay_s,
 )
-from loractl.common.placement.rule import decayed
+from loractl.common.placement.shares import decayed
 from loractl.common.text import storable
 from loractl.common.units import GIB
 

@@ -10,18 +10,11 @@ from typing import Any
 from sqlalchemy import JSON, TextualSelect, bindparam, column, text
 from sqlalchemy.orm import Session
 
-from loractl.common.placement.rule import (
-    OLDEST_FIRST_AFTER_S,
-    Line,
-    Openings,
-    Waiting,
-    queue_key_range,
-    size_step,
-    waited,
-)
+from loractl.common.placement.keys import QueueKey, queue_key_range
+from loractl.common.placement.lines import Line, Openings, Waiting, waited
+from loractl.common.placement.rule import OLDEST_FIRST_AFTER_S
 
 from ..fleet import waiting_of
-from ..queue_key import QueueKey
 from ..tables import UtcDateTime
 
 _HIGHEST = 2**31 - 1  # above every priority
@@ -125,9 +118,7 @@ class _Level:
 
     def heads(self, user: str, openings: Openings) -> list[_Head]:
         """The user's keys under which something may be admitted, each with its oldest ready job."""
-        low, high = openings.processor
-        largest = max(size_step(openings.gpu), size_step(high) if high > low else 0)
-        start, end = queue_key_range(self.priority, 0 if openings.unknown else 1, largest)
+        start, end = queue_key_range(self.priority, *openings.steps)
         if start < self._read[0] or end > self._read[1]:  # a line may ask for more than another one did before
             start, end = min(start, self._read[0]), max(end, self._read[1])
             self._read, self._keys = (start, end), {}

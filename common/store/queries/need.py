@@ -7,8 +7,8 @@ import datetime as dt
 from sqlalchemy import select, update
 
 from loractl.common.job.method import Method
+from loractl.common.job.need import Need, within
 from loractl.common.memory.correction import GROWTH
-from loractl.common.placement.rule import Need, within
 from loractl.common.units import gib
 
 from ..records import Claim

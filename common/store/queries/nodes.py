@@ -9,7 +9,9 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from loractl.common.job.status import Status
-from loractl.common.placement.rule import Card, charge, decayed, place
+from loractl.common.placement.cards import Card
+from loractl.common.placement.rule import place
+from loractl.common.placement.shares import charge, decayed
 
 from ..fleet import OCCUPANT, FleetView, card_of
 from ..records import NodeState

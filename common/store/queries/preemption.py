@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from sqlalchemy import select, update
 
 from loractl.common.job.status import Status
-from loractl.common.placement.rule import Openings, give_way, place
+from loractl.common.placement.lines import Openings
+from loractl.common.placement.preemption import give_way
+from loractl.common.placement.rule import place
 
 from ..tables import Job
 from ..transaction import Transaction

@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from loractl.common.job.method import Method
-from loractl.common.placement.rule import Card, Waiting, could_start, largest_gpu, room_at, suits
+from loractl.common.placement.cards import Card, could_start, largest_gpu, room_at, suits
+from loractl.common.placement.lines import Waiting
 from loractl.common.store.fleet import NODE_STALE_S, FleetView, waiting_of
 from loractl.common.units import clock, duration, gib
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from loractl.common.job.status import Status
-from loractl.common.placement.rule import Waiting
+from loractl.common.placement.lines import Waiting
 from loractl.common.store.fleet import FleetView, waiting_of
 
 from .cards import opening_of, when_they_end

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from loractl import __version__
-from loractl.common.placement.rule import Card, Waiting, largest_gpu, suits
+from loractl.common.placement.cards import Card, largest_gpu, suits
+from loractl.common.placement.lines import Waiting
 from loractl.common.store.fleet import NODE_STALE_S, FleetView, waiting_of
 from loractl.common.units import clock, duration, gib
 

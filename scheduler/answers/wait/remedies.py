@@ -7,7 +7,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from loractl.common.job.method import Method
-from loractl.common.placement.rule import Need, Waiting, levels_of, place
+from loractl.common.job.need import Need
+from loractl.common.placement.lines import Waiting, levels_of
+from loractl.common.placement.rule import place
 from loractl.common.store.fleet import FleetView, waiting_of
 from loractl.common.units import gib
 
@@ -15,7 +17,7 @@ from .cards import could_start_now, largest_program
 
 if TYPE_CHECKING:
     from loractl.common.job.spec import JobSpec
-    from loractl.common.memory.plan import Fit
+    from loractl.common.memory.fit import Fit
     from loractl.common.store.tables import Job
 
 
@@ -55,8 +57,9 @@ def _smaller_job(job: Job, view: FleetView, waiting: Sequence[Waiting]) -> Itera
 
 def _smaller_forms(spec: JobSpec, methods: Sequence[Method], room: int) -> list[tuple[str, str, dict[Method, int]]]:
     """Smaller forms of the job that a card with `room` bytes would hold: key=value, words, need by method."""
-    from loractl.common.memory.architecture import read_shape
-    from loractl.common.memory.plan import largest_fit, plan
+    from loractl.common.memory.config import read_shape
+    from loractl.common.memory.fit import largest_fit
+    from loractl.common.memory.plan import plan
 
     shape = read_shape(spec.base_model, spec.revision)
     if shape is None or room <= 0:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from loractl.common.placement.rule import Card, Waiting, largest_gpu, suits
+from loractl.common.placement.cards import Card, largest_gpu, suits
+from loractl.common.placement.lines import Waiting
 from loractl.common.store.fleet import FleetView, waiting_of
 
 from .cards import could_ever_hold

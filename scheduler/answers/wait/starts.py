@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from loractl.common.placement.rule import Card, Waiting
+from loractl.common.placement.cards import Card
+from loractl.common.placement.lines import Waiting
 from loractl.common.store.fleet import FleetView
 
 REPLAYED_JOBS = 200
@@ -48,10 +49,10 @@ def _replayed(
     view: FleetView, waiting: Sequence[Waiting], cards: Sequence[Card]
 ) -> Mapping[int, tuple[dt.datetime, str]]:
     """The start and the card of each job that starts in a replay on these cards."""
-    from loractl.common.placement.replay import Job, PlacementRule, replay
+    from loractl.common.placement.replay import PlacementRule, ReplayedJob, replay
 
     running = [job for card in cards for job in card.running]
-    jobs = [Job(waiting=job, seconds=None) for job in waiting]
+    jobs = [ReplayedJob(waiting=job, seconds=None) for job in waiting]
     replayed = replay(jobs, cards, view.now, PlacementRule(view.charges, view.now, running))
     return {job_id: (run.started, run.node) for job_id, run in replayed.runs.items()}
 

@@ -10,7 +10,7 @@ from sqlalchemy.orm import Session
 
 from loractl.common.errors import WrongState
 from loractl.common.job.status import LAB_RETRY_DELAY_S, OUTCOMES, TRANSITIONS, WORKER_LOST_LIMIT, Reason, Stage, Status
-from loractl.common.placement.rule import VRAM_CLASSES
+from loractl.common.placement.sizes import VRAM_CLASSES
 from loractl.common.settings import LEASE_S
 from loractl.common.store.attempt_columns import begun, ended, retried
 from loractl.common.store.records import Claim, Left, Progress

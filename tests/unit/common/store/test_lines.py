@@ -13,7 +13,8 @@ from sqlalchemy.orm import Session
 
 from loractl.common.job.method import Method
 from loractl.common.job.status import Reason
-from loractl.common.placement.rule import OLDEST_FIRST_AFTER_S, ListedLine, Openings, Waiting, levels_of
+from loractl.common.placement.lines import ListedLine, Openings, Waiting, levels_of
+from loractl.common.placement.rule import OLDEST_FIRST_AFTER_S
 from loractl.common.store.fleet import NODE_STALE_S, card_of, waiting_of
 from loractl.common.store.queries.lines import read_levels, read_oldest
 from loractl.common.store.queries.nodes import drained_targets, read_charges

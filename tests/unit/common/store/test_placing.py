@@ -14,18 +14,12 @@ from sqlalchemy import delete, update
 from sqlalchemy.orm import Session
 
 from loractl.common.job.method import Method
+from loractl.common.job.need import Need
 from loractl.common.job.status import Reason, Status
-from loractl.common.placement.rule import (
-    RESERVE_AFTER_S,
-    Card,
-    ListedLine,
-    Need,
-    Occupant,
-    Waiting,
-    charge,
-    levels_of,
-    place,
-)
+from loractl.common.placement.cards import Card, Occupant
+from loractl.common.placement.lines import ListedLine, Waiting, levels_of
+from loractl.common.placement.rule import RESERVE_AFTER_S, place
+from loractl.common.placement.shares import charge
 from loractl.common.store.fleet import NODE_STALE_S
 from loractl.common.store.records import Claim, Left, Progress
 from loractl.common.store.store import Store

@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 
 from loractl.common.job.method import Method
-from loractl.common.memory.architecture import read_shape
+from loractl.common.job.need import Need
+from loractl.common.memory.config import read_shape
 from loractl.common.memory.correction import Measured, accuracy
-from loractl.common.memory.plan import Fit, Plan
+from loractl.common.memory.fit import Fit
+from loractl.common.memory.plan import Plan
 from loractl.common.memory.plan import plan as memory_plan
-from loractl.common.placement.rule import Need
 from loractl.common.units import GIB
 from loractl.scheduler.answers.accuracy import PlanAccuracy
 from loractl.scheduler.answers.need import CardRoom, LargestFit, MemoryNeed

@@ -11,11 +11,12 @@ import pytest
 import redis
 
 from loractl.common.errors import ExitCode, ServiceUnreachable, UsageError
-from loractl.common.placement.rule import VRAM_CLASSES, queue_name
-from loractl.common.queue.app import WAKE_TASK, make_app, wake
+from loractl.common.placement.sizes import VRAM_CLASSES
+from loractl.common.queue.app import make_app
+from loractl.common.queue.hints import WAKE_TASK, queue_name, wake
 from loractl.common.settings import load_settings
 
-from ... import services
+from .... import services
 
 
 @pytest.mark.timeout(30)

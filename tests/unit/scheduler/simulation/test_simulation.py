@@ -12,15 +12,14 @@ import pytest
 from loractl.common.errors import DataError, UsageError
 from loractl.common.placement.replay import replay
 from loractl.common.units import GIB
-from loractl.scheduler.commands.sim import Simulation, simulate
 from loractl.scheduler.simulation.baselines import fifo
-from loractl.scheduler.simulation.outcome import Course, load_of, mean, outcome_of, quantile
+from loractl.scheduler.simulation.outcome import Course, Simulation, load_of, mean, outcome_of, quantile, simulate
 from loractl.scheduler.simulation.picture import binned, draw
 from loractl.scheduler.simulation.workload import BEGIN, TraceJob, choose, parse_fleet, read_trace, to_replay
 from loractl.scheduler.text.screen import Screen
-from loractl.scheduler.text.simulation import fields, span, text
+from loractl.scheduler.text.simulation import span, text
 
-from ...conftest import Cli
+from ....conftest import Cli
 
 OWN = """arrival,vram,duration,user,priority
 0,20GiB,2h,ada,
@@ -191,7 +190,7 @@ def test_times_are_one_number_each() -> None:
 
 
 def test_the_json_names_every_rule_and_measure(own: Path) -> None:
-    value = json.loads(json.dumps(fields(simulated(own, longest=6000))))
+    value = json.loads(json.dumps(simulated(own, longest=6000).as_json()))
     assert list(value["policies"]) == ["loractl", "fifo", "shortest_first", "best_fit"]
     assert (value["jobs"], value["never"], value["longer"]) == (2, 1, 1)
     assert value["fleet"] == [{"vram": 24 * GIB, "max_jobs": 1}, {"vram": 80 * GIB, "max_jobs": 4}]

@@ -12,20 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loractl.common.job.method import Method
-from loractl.common.placement.lines import KeptLine
-from loractl.common.placement.replay import Job, PlacementRule, Replay, Rule, replay
-from loractl.common.placement.rule import (
-    OLDEST_FIRST_AFTER_S,
-    RESERVE_AFTER_S,
-    Card,
-    ListedLine,
-    Need,
-    Occupant,
-    Openings,
-    Waiting,
-    charge,
-    decayed,
-)
+from loractl.common.job.need import Need
+from loractl.common.placement.cards import Card, Occupant
+from loractl.common.placement.lines import KeptLine, ListedLine, Openings, Waiting
+from loractl.common.placement.replay import PlacementRule, Replay, ReplayedJob, Rule, replay
+from loractl.common.placement.rule import OLDEST_FIRST_AFTER_S, RESERVE_AFTER_S
+from loractl.common.placement.shares import charge, decayed
 from loractl.common.units import GIB
 from loractl.scheduler.simulation.baselines import best_fit, fifo, shortest_first
 
@@ -40,7 +32,7 @@ def at(seconds: float) -> dt.datetime:
 
 def a_job(
     job_id: int, arrival: float, gib: float, seconds: float | None, *, user: str = "ada", priority: int = 0
-) -> Job:
+) -> ReplayedJob:
     waiting = Waiting(
         job_id=job_id,
         user=user,
@@ -49,7 +41,7 @@ def a_job(
         methods=(Method.LORA,),
         need=Need(lora=int(gib * GIB), qlora=None),
     )
-    return Job(waiting=waiting, seconds=seconds)
+    return ReplayedJob(waiting=waiting, seconds=seconds)
 
 
 def a_card(gib: float = 80, node: str = "a:0", max_jobs: int = 4, running: Sequence[Occupant] = ()) -> Card:
@@ -159,13 +151,13 @@ def test_shortest_first_and_best_fit_pass_over_what_does_not_fit() -> None:
 # --- nothing starves ---
 
 
-def small_jobs(users: str, seconds: float, each_s: float, priority: int = 0) -> Iterable[Job]:
+def small_jobs(users: str, seconds: float, each_s: float, priority: int = 0) -> Iterable[ReplayedJob]:
     """A stream that more than fills two 80 GiB cards for four days."""
     for n in range(2, int(4 * 24 * HOUR / each_s)):
         yield a_job(n + 10, n * each_s, 20, seconds, user=users[n % len(users)], priority=priority)
 
 
-def wait_of(large: Job, stream: Iterable[Job], rule: Rule) -> float | None:
+def wait_of(large: ReplayedJob, stream: Iterable[ReplayedJob], rule: Rule) -> float | None:
     cards = [a_card(80), a_card(80, "a:1")]
     done = replay([large, *stream], cards, START, rule, until=large.waiting.job_id)
     run = done.runs.get(large.waiting.job_id)

@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 
-from loractl.common.memory.architecture import Shape, find_config, read_shape, shape_of
+from loractl.common.memory.config import find_config, read_shape
+from loractl.common.memory.families import shape_of
+from loractl.common.memory.shape import Shape
 
 LLAMA = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size")
 

@@ -13,21 +13,16 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from loractl.common.job.method import Method
+from loractl.common.job.need import Need
 from loractl.common.job.spec import JobSpec
-from loractl.common.memory.architecture import Shape, shape_of
-from loractl.common.memory.plan import (
-    CONTEXT_BYTES,
-    LOSS_BYTES,
-    MIB,
-    Lengths,
-    Stack,
-    largest_fit,
-    nf4_bytes,
-    plan,
-    predict,
-    state_bytes,
-)
-from loractl.common.placement.rule import Need
+from loractl.common.memory.families import shape_of
+from loractl.common.memory.fit import largest_fit
+from loractl.common.memory.logits import LOSS_BYTES
+from loractl.common.memory.optimizer import state_bytes
+from loractl.common.memory.plan import CONTEXT_BYTES, MIB, plan, predict
+from loractl.common.memory.shape import Shape
+from loractl.common.memory.step import Lengths, Stack
+from loractl.common.memory.weights import nf4_bytes
 from loractl.common.units import GIB
 
 SMOLLM2_135M = {

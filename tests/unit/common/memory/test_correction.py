@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loractl.common.job.method import Method
+from loractl.common.job.need import Need
 from loractl.common.memory.correction import (
     FACTOR_BOUNDS,
     GROWTH,
@@ -21,7 +22,6 @@ from loractl.common.memory.correction import (
     learned,
     peaks_like,
 )
-from loractl.common.placement.rule import Need
 from loractl.common.units import GIB
 
 PLAN = Need(lora=20 * GIB, qlora=8 * GIB)

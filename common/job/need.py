@@ -1,0 +1,49 @@
+"""What a job needs of a card, by the method with which it is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .method import Method
+
+
+@dataclass(frozen=True, kw_only=True)
+class Need:
+    """Predicted peak in bytes by method; None where it can't be predicted before the model is there."""
+
+    lora: int | None
+    qlora: int | None
+
+    def of(self, method: Method) -> int | None:
+        return self.qlora if method is Method.QLORA else self.lora
+
+
+def permitted_methods(wanted: Method | Sequence[Method]) -> tuple[Method, ...]:
+    """The methods that a job may run with, the preferred one first."""
+    if isinstance(wanted, Method):
+        return (Method.LORA, Method.QLORA) if wanted is Method.AUTO else (wanted,)
+    return tuple(wanted)
+
+
+def choose_method(methods: Sequence[Method], need: Need, limit: int) -> Method | None:
+    """The preferred method that runs in `limit` bytes; a need that is not known counts as fitting. None: none fits."""
+    for method in methods:
+        size = need.of(method)
+        if size is None or size <= limit:
+            return method
+    return None
+
+
+def within(methods: Sequence[Method], need: Need, max_vram: int | None) -> tuple[Method, ...]:
+    """The methods that the job's own limit admits; a need that is not known yet counts as admitted."""
+    if max_vram is None:
+        return tuple(methods)
+    sizes = [(method, need.of(method)) for method in methods]
+    return tuple(method for method, size in sizes if size is None or size <= max_vram)
+
+
+def least_need(methods: Sequence[Method], need: Need) -> int | None:
+    """Bytes with which some permitted method runs; None when one of them is not known."""
+    sizes = [need.of(method) for method in methods]
+    return None if None in sizes else min((size for size in sizes if size is not None), default=None)

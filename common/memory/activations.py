@@ -1,0 +1,199 @@
+"""Activations: the bytes that each part of a transformer block keeps for the backward pass and works with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from .shape import Block, Experts, Linear, Shape
+from .step import Step
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """Bytes of one transformer block."""
+
+    saved: float  # kept from its forward to its backward pass
+    working: float  # on top of that where it is worst
+    forward: float  # the working set of a forward pass that keeps nothing
+
+    def __add__(self, other: Cost) -> Cost:
+        """Two parts that run one after the other."""
+        return Cost(
+            saved=self.saved + other.saved,
+            working=max(self.working, other.working),
+            forward=max(self.forward, other.forward),
+        )
+
+    def peak(self, recomputed: bool) -> float:
+        return self.working + (self.saved if recomputed else 0)
+
+
+def stored_bytes(shape: Shape, blocks: list[tuple[Cost, int]], step: Step) -> float:
+    """What the forward pass leaves for the backward pass: the blocks' inputs, or all that they keep."""
+    mask = 0
+    if step.eager or step.padded or shape.alibi:  # one for all blocks
+        mask = (
+            step.batch * step.length**2 * (step.wide * shape.heads if shape.alibi else step.wide if step.eager else 1)
+        )
+    if step.checkpoints:
+        return mask + shape.layers * step.tokens * shape.hidden * step.wide
+    return mask + sum(count * cost.saved for cost, count in blocks)
+
+
+def block_cost(shape: Shape, block: Block, step: Step) -> Cost:
+    """One block's activations, part by part as its operators keep them.
+
+    Its backward pass begins with the MLP, so what the MLP kept is gone when attention's turn comes.
+    """
+    tokens, adapted = step.tokens, _adapted(shape, block, step)
+    norms = 4 * shape.hidden * _norms(shape, step)
+    if shape.head_norms:
+        norms += 4 * _query_width(shape) + 4 * key_width(shape)
+    casts = 2 * sum(step.r * (layer.inputs + layer.outputs) for layer in adapted) if step.autocast else 0
+    unpacked = step.quantised and step.autocast
+    copies = sum(2 * layer.weights for layer in block.linears if not layer.quantised) if unpacked else 0
+    attention = _attention(shape, step)
+    feed_forward = _mlp(shape, block, step) + _experts(block.experts, step)
+    inner = _factor_bytes([layer for layer in adapted if layer.name.startswith("mlp.")], step)
+    outer = _factor_bytes([layer for layer in adapted if not layer.name.startswith("mlp.")], step)
+    later = feed_forward.saved + tokens * inner
+    saved = tokens * (norms + outer) + casts + copies + attention.saved + later
+    around = tokens * _around(shape, step)
+    if step.dora:
+        saved += sum(_dora_bytes(layer, step) for layer in adapted)
+        around += max((_dora_working(layer, step) for layer in adapted), default=0)
+    return Cost(
+        saved=saved,
+        working=around + max(feed_forward.working, attention.working - later),
+        forward=around + max(feed_forward.forward, attention.forward),
+    )
+
+
+def _dora_bytes(layer: Linear, step: Step) -> float:
+    """What DoRA's magnitudes keep of a layer: the base's output and the factors', and with dropout, where the base's
+    output is computed again, the base's weights cast once more (peft/tuners/lora/dora.py, DoraLinearLayer.forward)."""
+    size = 2 if step.autocast else 4
+    again = layer.weights * size if step.dropout and (step.autocast or step.quantised) else 0
+    return step.tokens * layer.outputs * 2 * size + again
+
+
+def _dora_working(layer: Linear, step: Step) -> float:
+    """The norm of W + BA (an identity, BA made from it, the base's weights unpacked, and their sum), and the scaled
+    output in fp32 with its gradient."""
+    size = 2 if step.autocast else 4
+    return 4 * layer.inputs**2 + layer.weights * (size + size + step.wide) + step.tokens * layer.outputs * (4 + size)
+
+
+def _around(shape: Shape, step: Step) -> float:
+    """Bytes a token of the hidden size that are alive around the busiest layer: the norm's output, the layer's own,
+    the residual between, the gradient on its way back. LayerNorm computes in fp32 under autocast."""
+    normed = 4 if shape.norm == "layer" or step.wide == 4 else 2
+    parallel = shape.norms_per_block if shape.family in ("gpt_neox", "falcon") else 1
+    layers = 12 if step.full else 6 if step.wide == 4 else 8
+    return shape.hidden * (layers + normed * parallel)
+
+
+def _adapted(shape: Shape, block: Block, step: Step) -> list[Linear]:
+    return [layer for layer, _ in replace(shape, blocks=(block,)).adapted(step.targets)]
+
+
+def _factor_bytes(layers: list[Linear], step: Step) -> float:
+    """Bytes a token that LoRA layers keep: the first factor's input, dropout's mask, the second factor's input.
+
+    Where an input is in fp32 already and neither cast nor dropped out, layers that read the same one share it.
+    """
+    second = step.factor_input * step.r * len(layers)
+    if step.wide == 4 and not step.autocast and not step.dropout:
+        return second + sum({layer.inputs: 4 * layer.inputs for layer in layers}.values())
+    return second + sum(layer.inputs * (step.factor_input + (1 if step.dropout else 0)) for layer in layers)
+
+
+def _norms(shape: Shape, step: Step) -> int:
+    """Norms of a block that keep an fp32 input of their own. In fp32 the residual itself is that input, and the two
+    norms of a parallel block share it."""
+    parallel = shape.family in ("gpt_neox", "falcon") and step.wide == 4
+    return 1 if parallel else shape.norms_per_block
+
+
+def _attention(shape: Shape, step: Step) -> Cost:
+    """Queries, keys, values and what the kernel keeps of them, and its output. Fused kernels keep a log-sum a head
+    (FlashAttention, arXiv:2205.14135); the eager one keeps every score, and so does torch's fallback (math)."""
+    q, kv, tokens = _query_width(shape), key_width(shape), step.tokens
+    scores = step.batch * shape.heads * step.length**2
+    size = 2 if step.autocast or step.wide == 2 else 4
+    gradients = tokens * size * 2 * q
+    if shape.single_key:  # torch has no fused kernel for one key head and computes in fp32
+        softmax = _softmax(scores, 4, copied=False)
+        keys = q if step.batch > 1 else kv  # spread over the heads by a view, which a batch of several rows copies
+        saved = softmax.saved + tokens * 4 * (q + 2 * keys)
+        return replace(softmax, saved=saved, working=softmax.working + 2 * gradients)
+    repeated = step.padded or step.eager or shape.family == "falcon"  # keys and values, once for every head
+    k = v = q if repeated else kv
+    if shape.fused_qkv and not step.quantised and (kv == q or not repeated):
+        v = q + 2 * kv  # a view, which keeps all of the fused layer's output
+    kept = tokens * size * (q + k + v)
+    if step.eager:
+        softmax = _softmax(scores, step.wide, copied=size == 2)
+        capped = size * scores if shape.softcaps else 0
+        return replace(softmax, saved=softmax.saved + kept + capped, working=softmax.working + gradients)
+    mask = step.batch * step.length**2 * size if step.padded else 0
+    if shape.alibi and step.quantised:
+        mask = scores * size  # the shared fp32 mask, cast in every block
+    saved = kept + tokens * (size * q + 4 * shape.heads) + mask
+    return Cost(saved=saved, working=2 * gradients + 2 * mask, forward=gradients + 2 * mask)
+
+
+def _softmax(scores: int, size: int, *, copied: bool) -> Cost:
+    """Scores of `size` bytes that are kept: their softmax in fp32, and its 16-bit copy for the product with the values.
+
+    CUDA's backward pass holds the gradient, gradient times output, and the result beside the output; the copy is gone
+    by then (aten/src/ATen/native/cuda/SoftMax.cu, softmax_backward_cuda_out).
+    """
+    copy = 2 if copied else 0
+    return Cost(saved=scores * (4 + copy), working=scores * (4 + 4 + size - copy), forward=scores * (4 + size))
+
+
+def _mlp(shape: Shape, block: Block, step: Step) -> Cost:
+    """A dense MLP: gate, up and the activated gate, or the input of an activation alone."""
+    down = [layer for layer in block.linears if layer.name.startswith("mlp.") and layer.outputs == shape.hidden]
+    if not down:
+        return NOTHING
+    f, tokens = max(layer.inputs for layer in down), step.tokens
+    size = 4 if step.full else step.wide if any(layer.quantised for layer in block.linears) else 2
+    if shape.gated:
+        kept = 3 * size
+    elif shape.family == "gpt2":  # gelu_new is written out: the cube's input, the sum, tanh, and half the input
+        kept = 16 if step.quantised else 14
+    else:
+        kept = size
+    working = size  # the down layer's input
+    if any(layer in down for layer in _adapted(shape, block, step)):
+        working += 4 if size == 2 and step.autocast else 0  # peft's fp32 copy of it
+        working += 4 if step.dropout and step.autocast else 0
+    else:
+        working = max(working, 2 * size)  # the gradients of both factors of the product
+    return Cost(saved=tokens * kept * f, working=tokens * working * f, forward=tokens * (kept + working) * f)
+
+
+def _experts(experts: Experts | None, step: Step) -> Cost:
+    """Fused experts: a token's row once for each chosen expert; adapted ones add a merged copy of all weights, and
+    the gradient of the down projection's share of it (peft's ParamWrapper)."""
+    if experts is None:
+        return NOTHING
+    adapted = experts.adapted and step.targets == "all-linear"
+    rows, size, h, f = step.tokens * experts.chosen, step.wide, experts.hidden, experts.ffn
+    saved = rows * size * (3 * f + h + (f + h if adapted else 0))
+    merged = size * experts.weights if adapted else 0
+    working = rows * size * (f + h) + merged / 3
+    return Cost(saved=saved + merged, working=working, forward=rows * size * (4 * f + 2 * h) + merged)
+
+
+NOTHING = Cost(saved=0, working=0, forward=0)
+
+
+def _query_width(shape: Shape) -> int:
+    return shape.heads * shape.head_dim
+
+
+def key_width(shape: Shape) -> int:
+    return shape.kv_heads * shape.head_dim

@@ -1,0 +1,48 @@
+"""A model's config.json on this machine: in a folder, or in the hub's cache."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from .families import shape_of
+from .shape import Shape
+
+
+def read_shape(model: str | Path, revision: str | None = None) -> Shape | None:
+    """The shape of a model in a folder, or of a hub id whose config.json the local cache holds; None if unknown."""
+    path = find_config(model, revision)
+    if path is None:
+        return None
+    try:
+        return shape_of(json.loads(path.read_text("utf-8")))
+    except (OSError, ValueError):
+        return None
+
+
+def find_config(model: str | Path, revision: str | None = None) -> Path | None:
+    """config.json of a folder, or of a hub id at a revision (None: main, else the newest) in the local cache."""
+    folder = Path(model)
+    if (folder / "config.json").is_file():
+        return folder / "config.json"
+    if folder.is_absolute() or folder.exists():
+        return None
+    home = Path(os.environ.get("HF_HOME") or Path("~/.cache/huggingface").expanduser())
+    cache = Path(os.environ.get("HF_HUB_CACHE") or home / "hub")
+    repository = cache / f"models--{str(model).replace('/', '--')}"
+    try:
+        if (pinned := repository / "snapshots" / _commit_of(repository, revision or "main") / "config.json").is_file():
+            return pinned
+        if revision is not None:
+            return None  # what the cache has is of another revision
+        configs = list(repository.glob("snapshots/*/config.json"))
+        return max(configs, key=lambda path: path.stat().st_mtime, default=None)
+    except (OSError, ValueError):
+        return None
+
+
+def _commit_of(repository: Path, revision: str) -> str:
+    """What a branch or tag meant when it was last asked for; a commit is its own name."""
+    ref = repository / "refs" / revision
+    return ref.read_text("utf-8").strip() if ".." not in revision and ref.is_file() else revision

@@ -1,0 +1,63 @@
+"""Logits: the bytes of a loss on them, in a step of training or when a held-out row is evaluated."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from loractl.common.job.spec import JobSpec
+
+from .activations import block_cost, key_width
+from .shape import Shape
+from .step import Step
+
+LOSS_BYTES = 12
+"""Bytes per logit where the loss is at its peak: the log-softmax kept in fp32, its gradient, and the logits' gradient
+(transformers' ForCausalLMLoss casts logits to fp32; the 16-bit ones are freed before the backward pass)."""
+
+EVALUATED_LOGIT_BYTES = 12
+"""Bytes per held-out logit: the fp32 copy that accelerate makes, the learned positions' copy, their log-softmax
+(worker/evaluation/evaluation.py)."""
+
+
+def loss_bytes(shape: Shape, step: Step) -> float:
+    """The last norm, the logits and their loss, and the 16-bit copy of an fp32 head that autocast keeps.
+
+    A classifier's head is put on every token, of which one a row counts: what it reads, what it gives, and the
+    gradients of both (GenericForSequenceClassification.forward in transformers/modeling_layers.py).
+    """
+    if step.labels:
+        size = 2 if step.autocast else 4
+        head = size * step.labels * shape.hidden if step.autocast else 0
+        return step.tokens * (4 * shape.hidden + size * (2 * shape.hidden + 2 * step.labels)) + head
+    logit = LOSS_BYTES + (2 if shape.softcaps else 0)
+    head = 2 * shape.embedding if (step.quantised or step.saved_head) and step.autocast else 0
+    return step.tokens * (4 * shape.hidden + shape.vocab * logit) + head
+
+
+def evaluation_bytes(shape: Shape, spec: JobSpec, step: Step) -> float:
+    """Scoring one held-out row, or answering it with a cache of keys and values; gradients are gone by then. A
+    classifier answers nothing."""
+    row = replace(step, batch=1, length=step.evaluated)
+    working = max(block_cost(shape, block, row).forward for block in shape.blocks if block.text)
+    if step.labels:
+        return max(working, loss_bytes(shape, row))
+    head = 2 * shape.embedding if step.quantised and step.autocast else 0
+    scored = step.evaluated * shape.vocab * EVALUATED_LOGIT_BYTES + head
+    if spec.evaluation.samples == 0:
+        return max(scored, working)
+    tokens = step.evaluated + spec.evaluation.max_new_tokens
+    cached = tokens * 2 * key_width(shape) * step.wide  # autocast is off there
+    return max(scored, working + (shape.layers + 1) * cached)
+
+
+def stranded_bytes(shape: Shape, step: Step, ends: float) -> float:
+    """What the loss leaves cached that the backward pass can't use. The allocator splits a free block for a smaller
+    tensor, but never joins two for a larger one: scores that are larger than logits need memory of their own, as the
+    loss needs in front of blocks that were cached while the forward pass ran."""
+    scores = step.batch * shape.heads * step.length**2 if step.eager or shape.single_key else 0
+    return ends if scores > step.tokens * classes(shape, step) else 0.0
+
+
+def classes(shape: Shape, step: Step) -> int:
+    """Logits of one token."""
+    return step.labels or shape.vocab

@@ -1,0 +1,121 @@
+"""A training step: the numbers of one job that decide what its activations take."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from loractl.common.job.method import Method
+from loractl.common.job.sections import TaskType
+from loractl.common.job.spec import JobSpec
+
+from .shape import Shape
+from .weights import saved_part
+
+UNREAD_LABELS = 100
+"""A classifier's labels while its data have not been read: more than most have, and less than 10 MiB of head."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lengths:
+    """The longest rows in tokens after tokenising: of those to train on, and of those held out."""
+
+    train: int
+    evaluate: int
+    rows: int | None = None  # to train on: a micro-batch can't hold more
+    labels: int | None = None  # of a classifier
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stack:
+    """How a training runs where no key of the spec says so. The defaults are those of this project's worker."""
+
+    attention: Literal["sdpa", "eager"] | None = None  # None: what transformers takes for the architecture
+    autocast: bool = True  # False: a loop without it, which computes adapters in fp32
+    keeps_logits: bool = False  # True: a loop that holds the model's output during the backward pass
+    double_quant: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """The numbers of a job that the formulas of the plan look at."""
+
+    batch: int
+    length: int
+    evaluated: int  # length of the longest held-out row
+    quantised: bool  # QLoRA
+    full: bool  # all in fp32, without autocast
+    saved_embedding: bool  # trained in fp32, which makes the residual stream fp32
+    saved_head: bool
+    dora: bool
+    packed: bool  # rows of several examples, kept apart by a mask
+    checkpoints: bool
+    dropout: bool
+    r: int
+    targets: Literal["all-linear"] | list[str]
+    eager: bool
+    autocast: bool
+    keeps_logits: bool
+    labels: int | None  # of a classifier
+
+    @classmethod
+    def of(cls, shape: Shape, spec: JobSpec, method: Method, lengths: Lengths | None, stack: Stack) -> Step:
+        training, full = spec.training, spec.training.dtype == "float32"
+        saved = {saved_part(name) for name in spec.lora.modules_to_save}
+        asked = None if training.attn_implementation == "auto" else training.attn_implementation
+        return cls(
+            batch=micro_batch(spec, lengths),
+            full=full,
+            saved_embedding="embedding" in saved and not full,
+            saved_head="head" in saved and not full,
+            dora=spec.lora.use_dora,
+            packed=training.packing,
+            length=lengths.train if lengths else spec.dataset.max_length,
+            evaluated=lengths.evaluate if lengths else spec.dataset.max_length,
+            quantised=method is Method.QLORA,
+            checkpoints=checkpoints_activations(spec),
+            dropout=spec.lora.lora_dropout > 0,
+            r=spec.lora.r,
+            targets=spec.lora.target_modules,
+            eager=(stack.attention or asked or shape.attention) == "eager",
+            autocast=stack.autocast and not full,
+            keeps_logits=stack.keeps_logits,
+            labels=planned_labels(spec, lengths),
+        )
+
+    @property
+    def tokens(self) -> int:
+        return self.batch * self.length
+
+    @property
+    def padded(self) -> bool:
+        """Rows of one batch differ in length, so attention needs a mask; a single row of one example needs none."""
+        return self.batch > 1 or self.packed
+
+    @property
+    def wide(self) -> int:
+        """Bytes per element of the residual stream, which takes the norms' and embeddings' type."""
+        return 4 if self.quantised or self.full or self.saved_embedding else 2
+
+    @property
+    def factor_input(self) -> int:
+        """Bytes per element of what a LoRA layer's first factor keeps: autocast's 16-bit copy, else fp32."""
+        return 2 if self.autocast else 4
+
+
+def micro_batch(spec: JobSpec, lengths: Lengths | None) -> int:
+    """Rows of one forward pass: the spec's number, or all there are."""
+    most = spec.training.per_device_train_batch_size
+    return min(most, lengths.rows) if lengths and lengths.rows else most
+
+
+def planned_labels(spec: JobSpec, lengths: Lengths | None) -> int | None:
+    """Labels of a classifier, as many as its data have or a guess; None for a job that learns to answer."""
+    if spec.task_type is not TaskType.SEQ_CLS:
+        return None
+    return (lengths and lengths.labels) or UNREAD_LABELS
+
+
+def checkpoints_activations(spec: JobSpec) -> bool:
+    """Whether blocks are recomputed in the backward pass; on a GPU they are unless the job refuses."""
+    return spec.training.gradient_checkpointing is not False

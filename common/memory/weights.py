@@ -1,0 +1,66 @@
+"""Weights: the base's as the method stores them, and those that the adapter trains."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Literal
+
+from loractl.common.job.method import Method
+from loractl.common.job.spec import JobSpec
+
+from .shape import Shape
+
+
+def weight_bytes(shape: Shape, method: Method, *, double_quant: bool = True, full: bool = False) -> int:
+    """The base's bytes: 16 bit for LoRA, or 32 where dtype is float32; for QLoRA NF4 where bitsandbytes quantises, and
+    fp32 for all the rest (peft's prepare_model_for_kbit_training casts every 16-bit parameter)."""
+    if method is not Method.QLORA:
+        return (4 if full else 2) * shape.parameters
+    layers = [(layer, block.count) for block in shape.blocks for layer in block.linears if layer.quantised]
+    packed = sum(count * nf4_bytes(layer.weights, double_quant=double_quant) for layer, count in layers)
+    return packed + 4 * shape.other_parameters
+
+
+def nf4_bytes(weights: int, *, double_quant: bool = True) -> int:
+    """Bytes of one NF4 layer: 4 bit a weight; per 64 weights a scale, in 8 bit with an fp32 one per 256 of those
+    (QLoRA, arXiv:2305.14314, section 3); the tables of both codes and the offset."""
+    blocks = -(-weights // 64)
+    packed = -(-weights // 2)
+    if not double_quant:
+        return packed + 4 * blocks + 16 * 4
+    return packed + blocks + 4 * -(-blocks // 256) + (16 + 256) * 4 + 4
+
+
+def with_head(shape: Shape, labels: int) -> Shape:
+    """The shape of the model as a classifier: in place of its words a head of labels, which peft keeps as it began
+    beside the one that it trains."""
+    return replace(shape, tied=True, outside=shape.outside + labels * shape.hidden)
+
+
+def adapter_tensors(shape: Shape, spec: JobSpec, labels: int | None = None) -> Iterator[tuple[int, int]]:
+    """(elements, how often) of every trained tensor; `labels` are a classifier's."""
+    r, targets = spec.lora.r, spec.lora.target_modules
+    if labels:
+        yield shape.hidden * labels, 1
+    for layer, count in shape.adapted(targets):
+        yield r * layer.inputs, count
+        yield r * layer.outputs, count
+        if spec.lora.use_dora:
+            yield layer.outputs, count  # the magnitudes
+    for name in spec.lora.modules_to_save:
+        if saved_part(name) is not None:
+            yield shape.embedding, 1
+        for layer, count in shape.adapted([name]):
+            yield layer.weights + (layer.outputs if layer.bias else 0), count
+    for block in shape.blocks:
+        if block.experts and block.experts.adapted and targets == "all-linear":
+            yield block.experts.adapter_parameters(r), block.count
+
+
+def saved_part(name: str) -> Literal["embedding", "head"] | None:
+    """What a name in lora.modules_to_save stands for, where it is one of the model's ends."""
+    last = name.rpartition(".")[2]
+    if last in ("lm_head", "embed_out"):
+        return "head"
+    return "embedding" if last in ("embed_tokens", "wte", "embed_in", "word_embeddings") else None

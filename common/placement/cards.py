@@ -1,0 +1,130 @@
+"""Cards as the placement sees them: what they have free, when they will have more, and which jobs suit them."""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from loractl.common.units import GIB
+
+from .lines import Waiting
+
+MARGIN_BYTES = GIB // 2
+"""Left free on every device unless its owner says otherwise (`worker --reserve`): what a desktop or a driver may take
+between the look and the allocation."""
+
+SHARED_FROM_BYTES = 40 * GIB
+"""Cards below this run one job unless their owner says otherwise: a small card has no room for two."""
+
+SHARED_JOBS = 4
+"""Jobs that may share a larger card unless its owner says otherwise; they also share its compute."""
+
+
+def default_max_jobs(total: int) -> int:
+    """Jobs that may share a card of `total` bytes."""
+    return SHARED_JOBS if total >= SHARED_FROM_BYTES else 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Occupant:
+    """A running job's share of its card."""
+
+    job_id: int
+    user: str
+    reserved: int
+    used: int = 0  # bytes measured now; more than reserved when the plan was too small
+    priority: int = 0
+    preemptible: bool = False  # gives way to a job of higher priority
+    ends: dt.datetime | None = None  # expected; None: not known
+
+
+@dataclass(frozen=True, kw_only=True)
+class Card:
+    """One device as the placement sees it. Bytes."""
+
+    node: str
+    total: int
+    outside: int = 0  # held by what is not ours, or was a short while ago
+    margin: int = 0  # what its owner keeps free
+    running: tuple[Occupant, ...] = ()
+    max_jobs: int = 1
+    labels: frozenset[tuple[str, str]] = frozenset()
+    open: bool = True  # online and not draining
+    processor: bool = False  # a CPU: the last resort
+    user_limit: int | None = None  # jobs that one user may run in the fleet
+
+    @property
+    def usable(self) -> int:
+        """What our jobs could ever take: the card without what its owner keeps free."""
+        return self.total - self.margin
+
+    @property
+    def capacity(self) -> int:
+        """What our jobs may take together while others keep what they hold."""
+        return max(0, self.usable - self.outside)
+
+    @property
+    def taken(self) -> int:
+        """Reserved but not yet allocated counts as used, and so does what was allocated beyond it."""
+        return sum(max(job.reserved, job.used) for job in self.running)
+
+    @property
+    def free(self) -> int:
+        return max(0, self.capacity - self.taken)
+
+    @property
+    def slots(self) -> int:
+        return max(0, self.max_jobs - len(self.running))
+
+    def with_job(self, job: Occupant) -> Card:
+        return replace(self, running=(*self.running, job))
+
+
+def largest_gpu(cards: Iterable[Card]) -> int:
+    """Bytes for our jobs on the largest open GPU, once everything else has left it; 0 without one."""
+    return max((c.usable for c in cards if c.open and not c.processor), default=0)
+
+
+def could_start(job: Waiting, card: Card, fleet: Iterable[Card]) -> bool:
+    """Whether the card would hold the job now, no matter which jobs go before it."""
+    fits = not card.running if job.least is None else job.least <= card.free
+    return fits and card.free > 0 and card.slots > 0 and suits(card, job, largest_gpu(fleet))
+
+
+def suits(card: Card, job: Waiting, largest: int) -> bool:
+    """Whether the job may run on this card, room aside. A processor only takes what no GPU of the fleet could hold."""
+    if not job.requires <= card.labels:
+        return False
+    if not card.processor:
+        return True
+    least = job.least
+    return largest == 0 or (least is not None and least > largest)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Room:
+    """When a card will have room for a size."""
+
+    at: dt.datetime | None  # None: an end on which it depends is not known
+    after: tuple[Occupant, ...]  # what must end first
+    spare: int  # bytes left then beside the size
+    spare_slots: int
+
+
+def room_at(card: Card, size: int, now: dt.datetime) -> Room | None:
+    """When `size` bytes and a slot will be free if nothing else starts; None: never, while others hold so much."""
+    if size > card.capacity or card.max_jobs < 1:
+        return None
+    staying = sorted(card.running, key=lambda j: (j.ends is None, j.ends or now, -j.reserved, j.job_id))
+    gone: list[Occupant] = []
+
+    def free() -> int:
+        return card.capacity - sum(max(j.reserved, j.used) for j in staying)
+
+    while free() < size or len(staying) >= card.max_jobs:
+        gone.append(staying.pop(0))
+    ends = [job.ends for job in gone]
+    at = None if any(end is None for end in ends) else max((end for end in ends if end is not None), default=now)
+    slots = card.max_jobs - len(staying) - 1
+    return Room(at=at if at is None else max(at, now), after=tuple(gone), spare=free() - size, spare_slots=slots)

@@ -1,0 +1,37 @@
+"""Preemption: which running jobs would have to stop for one of higher priority."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from .cards import Card, Occupant, largest_gpu, suits
+from .lines import Waiting
+
+
+def give_way(job: Waiting, cards: Sequence[Card]) -> tuple[str, tuple[int, ...]] | None:
+    """A card, and the running jobs that would have to stop there for a job of higher priority; None: no stop helps.
+
+    As few as possible, of the lowest priority, and of those the ones that hold least.
+    """
+    largest, options = largest_gpu(cards), []
+    for card in (c for c in cards if c.open and suits(c, job, largest)):
+        willing = [j for j in card.running if j.preemptible and j.priority < job.priority]
+        for method in job.methods:
+            size = job.need.of(method)
+            going = None if size is None else _fewest(card, size, willing)
+            if going:
+                cost = max(j.priority for j in going), sum(j.reserved for j in going)
+                options.append((len(going), *cost, card.node, tuple(j.job_id for j in going)))
+    return min(options)[3:] if options else None
+
+
+def _fewest(card: Card, size: int, willing: Sequence[Occupant]) -> list[Occupant] | None:
+    """The fewest of the willing whose end makes room for `size` bytes and a slot."""
+    for count in range(1, len(willing) + 1):
+        # with the largest of them: if these are too small, no other so many are enough
+        going = sorted(willing, key=lambda j: -max(j.reserved, j.used))[:count]
+        freed = sum(max(j.reserved, j.used) for j in going)
+        if card.capacity - card.taken + freed >= size and card.slots + count > 0:
+            single = [j for j in willing if card.free + max(j.reserved, j.used) >= size] if count == 1 else []
+            return [min(single, key=lambda j: (j.priority, j.reserved))] if single else going
+    return None

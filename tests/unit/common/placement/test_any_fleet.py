@@ -1,0 +1,137 @@
+"""What must hold of the placement rule on any fleet."""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections.abc import Sequence
+
+from hypothesis import assume, given
+
+from loractl.common.placement.cards import (
+    Card,
+    Occupant,
+    could_start,
+    largest_gpu,
+    room_at,
+    suits,
+)
+from loractl.common.placement.lines import ListedLine, Waiting, levels_of
+from loractl.common.placement.rule import RESERVE_AFTER_S, Decision, place
+
+from .scenes import NOW, Scene, many, order, scenes, started
+
+
+def after(cards: Sequence[Card], decisions: Sequence[Decision]) -> dict[str, Card]:
+    """The cards with what has started."""
+    left = {card.node: card for card in cards}
+    for d in decisions:
+        if d.placed is not None:
+            job = d.placed.job
+            occupant = Occupant(job_id=job.job_id, user=job.user, reserved=d.placed.reserved)
+            left[d.placed.node] = left[d.placed.node].with_job(occupant)
+    return left
+
+
+@given(scenes())
+def test_no_card_is_ever_promised_twice(scene: Scene) -> None:
+    decisions = scene.decide()
+    before = {card.node: card for card in scene.cards}
+    assert len(order(decisions)) == len(set(order(decisions)))
+    for node, card in after(scene.cards, decisions).items():
+        if card.running != before[node].running:
+            assert card.open
+            assert card.outside + card.margin + card.taken <= card.total
+            assert len(card.running) <= card.max_jobs
+
+
+@given(scenes())
+def test_each_job_runs_as_it_may(scene: Scene) -> None:
+    by_node, largest = {card.node: card for card in scene.cards}, largest_gpu(scene.cards)
+    for d in scene.decide():
+        if d.placed is None:
+            continue
+        job, card, size = d.placed.job, by_node[d.placed.node], d.placed.job.need.of(d.placed.method)
+        assert d.placed.method in job.methods
+        assert d.placed.reserved == size or size is None
+        assert job.requires <= card.labels
+        assert not card.processor or largest == 0 or (job.least is not None and job.least > largest)
+        assert job.least is not None or not card.running
+
+
+@given(scenes())
+def test_no_user_passes_the_limit(scene: Scene) -> None:
+    limits = [card.user_limit for card in scene.cards if card.open and card.user_limit is not None]
+    assume(limits)
+    decisions = scene.decide()
+    users = [job.user for card in after(scene.cards, decisions).values() for job in card.running]
+    newly = {d.placed.job.user for d in decisions if d.placed is not None}
+    assert all(users.count(user) <= min(limits) for user in newly)
+
+
+@many
+@given(scenes())
+def test_no_card_idles_while_a_job_that_it_should_take_waits(scene: Scene) -> None:
+    decisions = scene.decide()
+    left = after(scene.cards, decisions)
+    kept = {d.reserved.node for d in decisions if d.reserved is not None}
+    limit = min((c.user_limit for c in scene.cards if c.open and c.user_limit is not None), default=99)
+    users = [job.user for card in left.values() for job in card.running]
+    for job in scene.jobs:
+        if job.job_id in started(decisions) or users.count(job.user) >= limit:
+            continue
+        for card in left.values():
+            assert card.node in kept or not card.open or not could_start(job, card, scene.cards), (job, card)
+
+
+@many
+@given(scenes())
+def test_what_starts_on_a_kept_card_does_not_delay_the_job_for_which_it_is_kept(scene: Scene) -> None:
+    decisions = scene.decide()
+    numbers = [n for n, d in enumerate(decisions) if d.reserved is not None]
+    assert len(numbers) <= 1
+    for number in numbers:
+        kept = decisions[number].reserved
+        assert kept is not None
+        assert (NOW - kept.job.since).total_seconds() >= RESERVE_AFTER_S
+        before, then = (after(scene.cards, part)[kept.node] for part in (decisions[:number], decisions))
+        assert could_wait(kept.job, before), "it is kept where the job can start"
+        for size in sizes_on(kept.job, before):
+            then_room, room = room_at(then, size, NOW), room_at(before, size, NOW)
+            if room is None or room.spare != kept.spare:
+                continue  # not the method for which it is kept
+            assert then_room is not None
+            assert then_room.at == room.at
+
+
+@many
+@given(scenes())
+def test_a_kept_card_is_the_one_with_the_earliest_room(scene: Scene) -> None:
+    decisions = scene.decide()
+    for number, d in enumerate(decisions):
+        if d.reserved is None:
+            continue
+        left, job = after(scene.cards, decisions[:number]), d.reserved.job
+        far = NOW + dt.timedelta(days=999)
+        at = {
+            node: [room.at or far for size in sizes_on(job, card) if (room := room_at(card, size, NOW)) is not None]
+            for node, card in left.items()
+            if card.open and suits(card, job, largest_gpu(scene.cards))
+        }
+        assert min(at[d.reserved.node]) == min(moment for moments in at.values() for moment in moments)
+
+
+def sizes_on(job: Waiting, card: Card) -> list[int]:
+    """Bytes with which the job could run there, by method."""
+    needs = [job.need.of(method) for method in job.methods]
+    return [max(1, card.capacity) if need is None or job.least is None else need for need in needs]
+
+
+def could_wait(job: Waiting, card: Card) -> bool:
+    return any(room_at(card, size, NOW) is not None for size in sizes_on(job, card))
+
+
+@given(scenes())
+def test_a_caller_that_stops_early_has_seen_the_same_decisions(scene: Scene) -> None:
+    whole = scene.decide()
+    lazily = place(levels_of(scene.jobs), scene.cards, scene.charges, NOW, ListedLine(scene.jobs))
+    assert next(lazily, None) == (whole[0] if whole else None)

@@ -1,0 +1,135 @@
+"""The placement rule against a plain reference."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from hypothesis import given
+
+from loractl.common.job.method import Method
+from loractl.common.placement.cards import (
+    Card,
+    Occupant,
+)
+from loractl.common.placement.lines import Waiting
+from loractl.common.placement.rule import OLDEST_FIRST_AFTER_S, RESERVE_AFTER_S
+from loractl.common.placement.shares import START_CHARGE_S
+from loractl.common.units import GIB
+
+from .scenes import NOW, Scene, many, scenes
+
+
+@dataclass
+class Reference:
+    """The rule once more without laziness: every job is tried in its order."""
+
+    cards: dict[str, Card]
+    charges: dict[str, float]
+    placed: list[tuple[int, str, Method, int]]
+    kept: tuple[int, str, int, int] | None = None
+
+    def run(self, jobs: Sequence[Waiting]) -> None:
+        tried: set[int] = set()
+        ages = [job for job in sorted(jobs, key=lambda job: job.job_id) if self.age(job) >= OLDEST_FIRST_AFTER_S]
+        for job in ages:
+            if not self.at_limit(job.user) and self.rooms(job):
+                self.attempt(job)
+                tried.add(job.job_id)
+                break
+        for priority in sorted({job.priority for job in jobs}, reverse=True):
+            while heads := self.heads([j for j in jobs if j.priority == priority and j.job_id not in tried]):
+                job = min(heads, key=lambda j: (self.charges.get(j.user, 0.0), j.job_id))
+                self.attempt(job)
+                tried.add(job.job_id)
+
+    def heads(self, jobs: Sequence[Waiting]) -> list[Waiting]:
+        users = {job.user for job in jobs if not self.at_limit(job.user)}
+        return [min((j for j in jobs if j.user == user), key=lambda j: j.job_id) for user in users]
+
+    def age(self, job: Waiting) -> float:
+        return (NOW - job.since).total_seconds()
+
+    def at_limit(self, user: str) -> bool:
+        limits = [c.user_limit for c in self.cards.values() if c.open and c.user_limit is not None]
+        count = sum(j.user == user for c in self.cards.values() for j in c.running)
+        return bool(limits) and count >= min(limits)
+
+    def allowed(self, job: Waiting) -> list[Card]:
+        open_ = [c for c in self.cards.values() if c.open]
+        largest = max((c.total - c.margin for c in open_ if not c.processor), default=0)
+        least = None if None in self.needs(job) else min(n for n in self.needs(job) if n is not None)
+        beyond = largest == 0 or (least is not None and least > largest)
+        return [c for c in open_ if job.requires <= c.labels and (beyond or not c.processor)]
+
+    def needs(self, job: Waiting) -> list[int | None]:
+        return [job.need.of(method) for method in job.methods]
+
+    def attempt(self, job: Waiting) -> None:
+        for method in job.methods:
+            need, options = job.need.of(method), []
+            for card in self.allowed(job):
+                free = card.total - card.margin - card.outside - sum(max(j.reserved, j.used) for j in card.running)
+                slots = card.max_jobs - len(card.running)
+                if self.kept is not None and self.kept[1] == card.node:
+                    room, slots = min(free, self.kept[2]), min(slots, self.kept[3])
+                    alone = False
+                else:
+                    room, alone = free, not card.running
+                if slots > 0 and room > 0 and (alone or None not in self.needs(job)) and (need or 0) <= room:
+                    options.append((bool(card.running), free, card.node))
+            if options:
+                _, free, node = min(options)
+                self.start(job, node, method, free if need is None else need)
+                return
+        rooms = self.rooms(job)
+        if self.kept is None and self.age(job) >= RESERVE_AFTER_S and rooms:
+            *_, node, spare, slots = min(rooms)
+            self.kept = (job.job_id, node, spare, slots)
+
+    def start(self, job: Waiting, node: str, method: Method, size: int) -> None:
+        self.cards[node] = self.cards[node].with_job(Occupant(job_id=job.job_id, user=job.user, reserved=size))
+        self.placed.append((job.job_id, node, method, size))
+        self.charges[job.user] = self.charges.get(job.user, 0.0) + size / GIB * START_CHARGE_S / 3600
+        if self.kept is not None and self.kept[1] == node:
+            number, _, spare, slots = self.kept
+            self.kept = (number, node, spare - size, slots - 1)
+
+    def rooms(self, job: Waiting) -> list[tuple[float, int, int, int, str, int, int]]:
+        found = []
+        for card in self.allowed(job):
+            for index, need in enumerate(self.needs(job)):
+                size = max(1, card.capacity) if need is None or None in self.needs(job) else need
+                if (room := first_room(card, size)) is not None:
+                    at, spare, slots = room
+                    found.append((at, size - card.free, index, card.capacity, card.node, spare, slots))
+        return found
+
+
+def first_room(card: Card, size: int) -> tuple[float, int, int] | None:
+    """Seconds until there is room, and what is left beside it: by trying each number of jobs that may end first."""
+    leaving = sorted(
+        card.running, key=lambda j: (float("inf") if j.ends is None else j.ends.timestamp(), -j.reserved, j.job_id)
+    )
+    for gone in range(len(leaving) + 1):
+        stay = leaving[gone:]
+        spare = card.total - card.margin - card.outside - sum(max(j.reserved, j.used) for j in stay) - size
+        slots = card.max_jobs - len(stay) - 1
+        if spare >= 0 and slots >= 0 and card.capacity >= size:
+            ends = [float("inf") if j.ends is None else (j.ends - NOW).total_seconds() for j in leaving[:gone]]
+            return max([0.0, *ends]), spare, slots
+    return None
+
+
+@many
+@given(scenes())
+def test_the_rule_equals_the_plain_reference(scene: Scene) -> None:
+    decisions = scene.decide()
+    plain = Reference(cards={c.node: c for c in scene.cards}, charges=dict(scene.charges), placed=[])
+    plain.run(scene.jobs)
+    got = [(d.placed.job.job_id, d.placed.node, d.placed.method, d.placed.reserved) for d in decisions if d.placed]
+    assert got == plain.placed
+    kept = [(d.reserved.job.job_id, d.reserved.node) for d in decisions if d.reserved is not None]
+    if kept:  # with no room left anywhere nothing need be kept
+        assert plain.kept is not None
+        assert kept == [plain.kept[:2]]

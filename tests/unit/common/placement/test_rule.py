@@ -1,0 +1,129 @@
+"""The placement rule, by examples."""
+
+from __future__ import annotations
+
+import datetime as dt
+from dataclasses import replace
+
+from loractl.common.job.method import Method
+from loractl.common.job.need import Need
+from loractl.common.placement.rule import OLDEST_FIRST_AFTER_S, RESERVE_AFTER_S
+from loractl.common.units import GIB
+
+from .scenes import AUTO, LABELS, NOW, a_card, a_job, decide, order, running, started
+
+
+def test_auto_takes_lora_where_some_card_has_room_for_it_and_else_qlora() -> None:
+    job = a_job(1, methods=AUTO, need=Need(lora=20 * GIB, qlora=8 * GIB))
+    small, large = a_card("a:0", 12), a_card("a:1", 24)
+    (first,) = decide([job], [small, large])
+    assert first.placed is not None
+    assert (first.placed.node, first.placed.method, first.placed.reserved) == ("a:1", Method.LORA, 20 * GIB)
+    (second,) = decide([job], [small, replace(large, running=(running(9, 20),))])
+    assert second.placed is not None
+    assert (second.placed.node, second.placed.method, second.placed.reserved) == ("a:0", Method.QLORA, 8 * GIB)
+
+
+def test_a_job_may_prefer_qlora() -> None:
+    job = a_job(1, methods=(Method.QLORA, Method.LORA), need=Need(lora=20 * GIB, qlora=8 * GIB))
+    (decision,) = decide([job], [a_card(gib=80)])
+    assert decision.placed is not None
+    assert decision.placed.method is Method.QLORA
+
+
+def test_priority_goes_before_share_and_share_before_age() -> None:
+    jobs = [
+        a_job(1, user="ada"),
+        a_job(2, user="bob"),
+        a_job(3, user="cyd", priority=1),
+    ]
+    cards = [a_card(f"a:{n}", 8) for n in range(3)]
+    assert order(decide(jobs, cards, {"ada": 5.0, "bob": 1.0, "cyd": 9.0})) == [3, 2, 1]
+    assert order(decide(jobs, cards)) == [3, 1, 2]
+
+
+def test_a_second_job_of_one_user_comes_after_the_first_one_of_another() -> None:
+    jobs = [a_job(1, user="ada"), a_job(2, user="ada"), a_job(3, user="bob")]
+    assert order(decide(jobs, [a_card(f"a:{n}", 8) for n in range(2)])) == [1, 3]
+
+
+def test_small_jobs_go_to_small_idle_cards_and_to_a_shared_one_last() -> None:
+    shared = a_card("a:0", 80, max_jobs=4, running=(running(9, 60),))
+    cards = [shared, a_card("a:1", 48, max_jobs=4), a_card("a:2", 12)]
+    assert started(decide([a_job(n) for n in (1, 2, 3)], cards)) == {1: "a:2", 2: "a:1", 3: "a:0"}
+
+
+def test_a_card_is_kept_for_the_first_that_waited_half_an_hour_where_it_can_start_first() -> None:
+    soon = a_card("a:0", 80, max_jobs=4, running=(running(8, 60, 600),))
+    late = a_card("a:1", 80, max_jobs=4, running=(running(9, 60, 6000),))
+    large, small = a_job(1, 70, age_s=RESERVE_AFTER_S), a_job(2, 15, user="bob")
+    kept, placed = decide([large, small], [soon, late])
+    assert kept.reserved is not None
+    assert (kept.reserved.job.job_id, kept.reserved.node, kept.reserved.spare) == (1, "a:0", 10 * GIB)
+    assert placed.placed is not None
+    assert placed.placed.node == "a:1"
+    young = replace(large, since=NOW - dt.timedelta(seconds=RESERVE_AFTER_S - 1))
+    assert [d.reserved for d in decide([young, small], [soon, late])] == [None]
+
+
+def test_what_the_kept_job_leaves_over_may_be_used() -> None:
+    card = a_card("a:0", 80, max_jobs=4, running=(running(8, 60, 600),))
+    jobs = [a_job(1, 70, age_s=RESERVE_AFTER_S), a_job(2, 11, user="bob"), a_job(3, 10, user="cyd"), a_job(4, 1)]
+    assert started(decide(jobs, [card])) == {3: "a:0"}
+
+
+def test_the_oldest_that_could_run_goes_first_after_a_day_whatever_its_priority_and_share() -> None:
+    """One that no card could ever hold does not stand in its way."""
+    day = OLDEST_FIRST_AFTER_S
+    jobs = [a_job(1, 200, age_s=day + 2), a_job(2, age_s=day, user="bob"), a_job(3, user="cyd", priority=5)]
+    assert started(decide(jobs, [a_card(gib=8)], {"bob": 99.0})) == {2: "a:0"}
+    jobs[1] = a_job(2, age_s=day - 1, user="bob")
+    assert started(decide(jobs, [a_card(gib=8)], {"bob": 99.0})) == {3: "a:0"}
+
+
+def test_the_oldest_of_a_user_at_the_limit_is_passed_over() -> None:
+    day = OLDEST_FIRST_AFTER_S
+    card = a_card(gib=80, max_jobs=2, user_limit=1, running=(running(9, 8, user="ada"),))
+    jobs = [a_job(1, age_s=day + 1), a_job(2, age_s=day, user="bob"), a_job(3, user="cyd", priority=5)]
+    assert started(decide(jobs, [card])) == {2: "a:0"}
+
+
+def test_a_job_that_could_never_run_keeps_its_user_from_no_reservation() -> None:
+    card = a_card("a:0", 80, max_jobs=4, running=(running(8, 60, 600),))
+    jobs = [a_job(1, 200, age_s=9000), a_job(2, 80, age_s=RESERVE_AFTER_S), a_job(3, 15, user="bob")]
+    decisions = decide(jobs, [card], {"bob": 9.0})
+    assert [d.reserved.job.job_id for d in decisions if d.reserved is not None] == [2]
+    assert started(decisions) == {}
+
+
+def test_a_job_of_unknown_need_gets_a_whole_empty_card() -> None:
+    shared = a_card("a:0", 80, max_jobs=4, running=(running(9, 1),))
+    assert started(decide([a_job(1, None)], [shared])) == {}
+    (decision,) = decide([a_job(1, None)], [shared, a_card("a:1", 24, margin=GIB, outside=2 * GIB)])
+    assert decision.placed is not None
+    assert (decision.placed.node, decision.placed.reserved) == ("a:1", 21 * GIB)
+
+
+def test_a_processor_takes_what_no_gpu_could_ever_hold_or_all_where_there_is_none() -> None:
+    processor = a_card("a:cpu", 64, processor=True)
+    busy = a_card("a:0", 24, running=(running(9, 24),))
+    assert started(decide([a_job(1, 24)], [processor, busy])) == {}
+    assert started(decide([a_job(1, 25)], [processor, busy])) == {1: "a:cpu"}
+    assert started(decide([a_job(1, 24)], [processor])) == {1: "a:cpu"}
+    assert started(decide([a_job(1, None)], [processor, busy])) == {}
+    assert started(decide([a_job(1, None)], [processor])) == {1: "a:cpu"}
+
+
+def test_labels_of_a_job_must_all_be_the_nodes() -> None:
+    job = a_job(1, requires=LABELS)
+    assert started(decide([job], [a_card("a:0"), a_card("a:1", 80, labels=LABELS | {("room", "2")})])) == {1: "a:1"}
+    assert started(decide([job], [a_card("a:0")])) == {}
+
+
+def test_a_user_runs_no_more_than_the_limit() -> None:
+    cards = [a_card("a:0", 8, user_limit=2, running=(running(9, 8, user="ada"),)), a_card("a:1"), a_card("a:2")]
+    assert started(decide([a_job(1), a_job(2), a_job(3, user="bob")], cards)) == {1: "a:1", 3: "a:2"}
+
+
+def test_a_closed_card_takes_nothing() -> None:
+    assert decide([a_job(1)], [a_card(open=False)]) == ()
