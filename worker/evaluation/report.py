@@ -13,7 +13,7 @@ from loractl.common.job.adjustment import Adjustment
 from loractl.common.text import signed
 from loractl.common.units import duration, gib, thousands
 from loractl.worker.base.adapter import LABELS
-from loractl.worker.device.versions import installed_versions
+from loractl.worker.protocol.versions import installed_versions
 
 from .classifier import BASELINE
 from .evaluation import Compared, Evaluation

@@ -45,7 +45,7 @@ from loractl.common.units import gib
 from loractl.worker.attempt.supervisor import Drain, Supervisor
 from loractl.worker.device.devices import Device, find_devices
 from loractl.worker.device.occupancy import HIGH_WATER_S, LEFT_S, Watch, card_mark, end_leftovers, run_mark, runs_of
-from loractl.worker.device.versions import installed_versions
+from loractl.worker.protocol.versions import installed_versions
 
 log = logging.getLogger("loractl.worker")
 
