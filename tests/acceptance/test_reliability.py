@@ -50,7 +50,8 @@ import os, queue, signal, time
 from pathlib import Path
 
 from loractl.common.job.status import Reason, Stage
-from loractl.worker.training.checkpoint import close_checkpoint, newest_checkpoint
+from loractl.worker.protocol.marker import close_checkpoint
+from loractl.worker.training.checkpoint import newest_checkpoint
 from loractl.worker.protocol.messages import Ended, Note, Saved, StageChanged, Stepped
 from loractl.worker.training.trainer import main
 

@@ -30,8 +30,8 @@ from loractl.worker.attempt.supervisor import Drain, Supervisor
 from loractl.worker.base.model import TrainingFailed, load_tokenizer
 from loractl.worker.data.tokens import prepare_data
 from loractl.worker.device.devices import find_devices
+from loractl.worker.protocol.marker import MARKER, close_checkpoint
 from loractl.worker.protocol.messages import Note, Saved, Start, Stepped, Told
-from loractl.worker.training.checkpoint import MARKER, close_checkpoint
 from loractl.worker.training.recipe import Run, Stopped, _resume, belongs_to, train
 
 from ..models import make_tiny_model, write_helpdesk

@@ -44,6 +44,7 @@ from loractl.worker.device.occupancy import (
     end_leftovers,
     run_mark,
 )
+from loractl.worker.protocol.marker import is_complete
 from loractl.worker.protocol.messages import (
     Adjusted,
     Ended,
@@ -58,7 +59,6 @@ from loractl.worker.protocol.messages import (
     Told,
 )
 from loractl.worker.protocol.trust import Refused, check_checkpoint, check_claim, may_run_code
-from loractl.worker.training.checkpoint import is_complete
 
 from .disk import bytes_to_write, require_space
 from .log import LogBook, read_log

@@ -52,9 +52,10 @@ from loractl.worker.evaluation.classifier import evaluate_classifier, head_loss
 from loractl.worker.evaluation.evaluation import Evaluation, Work, evaluate
 from loractl.worker.evaluation.harness import check_package, find_tasks, score_tasks
 from loractl.worker.evaluation.report import build_report, write_model_card, write_report
+from loractl.worker.protocol.marker import close_checkpoint
 from loractl.worker.protocol.messages import Adjusted, Ended, Note, Planned, Saved, StageChanged, Start, Stepped, Told
 
-from .checkpoint import PROOF_TOLERANCE, Checkpoint, close_checkpoint, newest_checkpoint, withdraw
+from .checkpoint import Checkpoint, newest_checkpoint, withdraw
 from .probe import DoesNotFit, Probe, longest
 from .traced_plan import trace_plan
 
@@ -62,6 +63,9 @@ PROOF_ROWS = 2
 PROOF_TOKENS = 256
 """What a checkpoint's proof is measured on: enough to tell another base or a damaged adapter, cheap beside a step."""
 
+PROOF_TOLERANCE = 0.01
+"""Share by which the resumed model's loss on the proof rows may differ: other cards and precisions round differently,
+another base or a damaged adapter is far beyond."""
 
 BEST = "best.json"
 BEST_WEIGHTS = "best_adapter.safetensors"

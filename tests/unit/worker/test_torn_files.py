@@ -14,7 +14,7 @@ from loractl.common.store.records import Claim, StoredCheckpoint
 from loractl.common.store.store import Store
 from loractl.worker.attempt.supervisor import Drain, Supervisor, mark_ready, ready_result
 from loractl.worker.device.devices import CpuDevice
-from loractl.worker.training.checkpoint import MARKER, close_checkpoint, is_complete
+from loractl.worker.protocol.marker import MARKER, close_checkpoint, is_complete
 
 from .. import factories
 
