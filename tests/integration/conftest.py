@@ -10,7 +10,8 @@ import pytest
 from loractl.common.job.spec import JobSpec, Method
 from loractl.common.job.status import Reason
 from loractl.worker.protocol.messages import Ended, Start, Stepped
-from loractl.worker.training.recipe import Run, Stopped, train
+from loractl.worker.training.recipe import train
+from loractl.worker.training.run import Run, Stopped
 
 from ..models import write_helpdesk
 

@@ -21,7 +21,7 @@ from loractl.worker.base.model import (
     load_tokenizer,
 )
 from loractl.worker.data.tokens import IGNORED, encode, prepare_data
-from loractl.worker.evaluation.evaluation import score_rows
+from loractl.worker.evaluation.losses import score_rows
 from loractl.worker.protocol.marker import close_checkpoint
 from loractl.worker.protocol.messages import Note, Stepped
 from loractl.worker.training.checkpoint import newest_checkpoint
