@@ -22,7 +22,7 @@ MOST_TURNS = 400
 
 @dataclass(frozen=True, kw_only=True)
 class Answered:
-    """One answer of a conversation; learned is it alone."""
+    """One answer of a conversation, as rows in which only this answer is learned."""
 
     turn: int  # 1 for the first answer
     whole: TokenRow  # after all that was said before

@@ -23,6 +23,14 @@ def check_trackers(spec: JobSpec) -> None:
         raise TrainingFailed(Reason.BAD_SPEC, f"training.report_to: {what} is not set on this worker")
 
 
+SAME_NAME = (
+    "learning_rate", "lr_scheduler_type", "weight_decay", "max_grad_norm", "adam_beta1", "adam_beta2", "adam_epsilon",
+    "per_device_train_batch_size", "gradient_accumulation_steps", "train_sampling_strategy", "label_smoothing_factor",
+    "neftune_noise_alpha", "torch_compile", "seed", "logging_steps", "save_steps", "eval_steps",
+)  # fmt: skip
+"""Keys of the spec's training section that transformers takes as they are."""
+
+
 def training_arguments(order: Start, spec: JobSpec, precision: Precision) -> TrainingArguments:
     """transformers' arguments for a job: the spec's keys under their own names, and what the device decides.
 
@@ -31,41 +39,25 @@ def training_arguments(order: Start, spec: JobSpec, precision: Precision) -> Tra
     t = spec.training
     on_gpu = order.device == "cuda"
     return TrainingArguments(
+        **{name: getattr(t, name) for name in SAME_NAME},
         output_dir=order.checkpoint_dir,
         num_train_epochs=t.num_train_epochs or 1,  # not looked at when max_steps is set
         max_steps=t.max_steps or -1,
-        learning_rate=t.learning_rate,
-        per_device_train_batch_size=t.per_device_train_batch_size,
         per_device_eval_batch_size=spec.evaluation.per_device_eval_batch_size,
-        gradient_accumulation_steps=t.gradient_accumulation_steps,
         activation_checkpointing=on_gpu if t.gradient_checkpointing is None else t.gradient_checkpointing,
         activation_checkpointing_kwargs={"use_reentrant": False},
         warmup_steps=t.warmup_steps if t.warmup_steps < 1 else int(t.warmup_steps),
-        lr_scheduler_type=t.lr_scheduler_type,
         lr_scheduler_kwargs=t.lr_scheduler_kwargs or None,
-        adam_beta1=t.adam_beta1,
-        adam_beta2=t.adam_beta2,
-        adam_epsilon=t.adam_epsilon,
-        label_smoothing_factor=t.label_smoothing_factor,
-        neftune_noise_alpha=t.neftune_noise_alpha,
-        train_sampling_strategy=t.train_sampling_strategy,
-        torch_compile=t.torch_compile,
-        weight_decay=t.weight_decay,
-        max_grad_norm=t.max_grad_norm,
         optim=_optimizer(order),
         bf16=precision.amp == "bf16",
         fp16=precision.amp == "fp16",
         use_cpu=not on_gpu,
-        seed=t.seed,
         data_seed=t.seed,
-        logging_steps=t.logging_steps,
         logging_first_step=True,
         logging_nan_inf_filter=False,  # the filter would show the last good loss in place of a NaN
         save_strategy="steps",
-        save_steps=t.save_steps,
         save_total_limit=2,
         eval_strategy="steps" if t.eval_steps else "no",
-        eval_steps=t.eval_steps,
         dataloader_pin_memory=on_gpu,
         remove_unused_columns=False,
         label_names=["labels"],

@@ -124,7 +124,7 @@ def _fit_once(
         data_collator=lambda rows: collate(rows, pad),
         compute_loss_func=head_loss(arguments.label_smoothing_factor) if data.label_names else None,
     )
-    # Without a limit no allocation fails on a processor: the kernel kills whom it chooses. A probe would find nothing.
+    # Without a limit no allocation fails on a processor: the kernel kills a process, and a probe would see nothing.
     if run.on_gpu or run.order.memory_limit is not None:
         probe = Probe(trainer, learner.tokenizer, data, run.spec.evaluation.max_rows, run.adjust_evaluation)
         trainer.add_callback(probe)

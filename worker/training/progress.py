@@ -95,7 +95,7 @@ class Teller(TrainerCallback):
         return tell
 
     def tell_held_out(self, evaluation: Evaluation) -> None:
-        """Tell the tuned model's held-out loss: who compares the jobs of a sweep reads no report."""
+        """Tell the tuned model's held-out loss: the jobs of a sweep are compared by it, without their reports."""
         loss = next((metric.tuned for metric in evaluation.metrics if metric.name == "loss"), math.nan)
         if math.isfinite(loss):
             job_id, steps, of = self._run.order.job_id, self._recorder.steps, self._recorder.total_steps
