@@ -57,7 +57,8 @@ from pathlib import Path
 
 from loractl.common.artifacts import open_store
 from loractl.common.job.status import Reason, Stage
-from loractl.worker.training.checkpoint import close_checkpoint, newest_checkpoint
+from loractl.worker.protocol.marker import close_checkpoint
+from loractl.worker.training.checkpoint import newest_checkpoint
 from loractl.worker.protocol.messages import Ended, Note, Saved, StageChanged, Stepped
 from loractl.worker.training.trainer import main
 

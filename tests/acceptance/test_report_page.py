@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from loractl.worker.evaluation.report import render_html
+from loractl.worker.evaluation.page import render_html
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 EVIL = "<script>document.title='owned'</script><img src=http://127.0.0.1:9/x onerror=document.title='owned'>"

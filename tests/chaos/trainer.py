@@ -20,8 +20,9 @@ from pathlib import Path
 from loractl.common.artifacts import sha256_of
 from loractl.common.job.identity import spec_digest
 from loractl.common.job.status import Reason, Stage
+from loractl.worker.protocol.marker import close_checkpoint
 from loractl.worker.protocol.messages import Ended, Note, Saved, StageChanged, Start, Stepped, Stop
-from loractl.worker.training.checkpoint import close_checkpoint, newest_checkpoint
+from loractl.worker.training.checkpoint import newest_checkpoint
 from loractl.worker.training.trainer import Orders, Tell, main
 
 STEP_S = 0.05

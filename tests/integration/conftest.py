@@ -11,7 +11,8 @@ from loractl.common.job.method import Method
 from loractl.common.job.spec import JobSpec
 from loractl.common.job.status import Reason
 from loractl.worker.protocol.messages import Ended, Start, Stepped
-from loractl.worker.training.recipe import Run, Stopped, train
+from loractl.worker.training.recipe import train
+from loractl.worker.training.run import Run, Stopped
 
 from ..models import write_helpdesk
 

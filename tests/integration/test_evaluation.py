@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 
+from loractl.worker.base.batches import in_batches
+from loractl.worker.evaluation.comparison import Compared
 from loractl.worker.evaluation.confusion import Labels
-from loractl.worker.evaluation.evaluation import Compared, in_batches
 from loractl.worker.evaluation.report import verdict
 from loractl.worker.evaluation.statistics import BOOTSTRAP_SEED, paired_interval
 

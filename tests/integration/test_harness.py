@@ -26,7 +26,7 @@ from loractl.scheduler.text.screen import Screen
 from loractl.worker.base.model import TrainingFailed, add_adapter, choose_precision, load_base, load_tokenizer
 from loractl.worker.evaluation.harness import Scored, compare, find_tasks, score_tasks
 from loractl.worker.evaluation.statistics import paired_interval
-from loractl.worker.training.recipe import Stopped
+from loractl.worker.training.run import Stopped
 
 from ..conftest import Cli
 from ..models import write_job

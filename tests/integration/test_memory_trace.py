@@ -238,9 +238,9 @@ def test_two_cut_models_tell_what_a_deeper_one_takes(tmp_path: Path) -> None:
 
 
 def test_tensors_are_counted_while_they_live() -> None:
-    from loractl.worker.training.traced_plan import _Live
+    from loractl.worker.training.traced_plan import LiveBytes
 
-    live = _Live()
+    live = LiveBytes()
     with live:
         first = torch.empty(1024)
         view = first[:10]

@@ -148,7 +148,7 @@ def test_every_optimizer_trains_and_holds_the_state_that_the_plan_counts(
     recipe: Recipe, monkeypatch: pytest.MonkeyPatch, optimizer: str
 ) -> None:
     """Measured on the optimizer itself at the end of a run, per trained tensor."""
-    from loractl.worker.training import recipe as module
+    from loractl.worker.training import loop as module
 
     held: list[tuple[int, int]] = []
 

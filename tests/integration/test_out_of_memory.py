@@ -30,8 +30,10 @@ from loractl.common.memory.plan import predict
 from loractl.worker.base.gauge import data_bytes
 from loractl.worker.base.model import TrainingFailed
 from loractl.worker.protocol.messages import Adjusted, Ended, Note, Planned, Start, Stepped, Told, decode_told, encode
+from loractl.worker.training.need import lowered_limit
 from loractl.worker.training.probe import Probe
-from loractl.worker.training.recipe import Run, Stopped, lowered_limit, train
+from loractl.worker.training.recipe import train
+from loractl.worker.training.run import Run, Stopped
 
 from ..conftest import Cli
 

@@ -19,7 +19,7 @@ from loractl.common.job.method import Method
 from loractl.common.job.status import Reason
 from loractl.worker.base.model import TrainingFailed, choose_precision, load_base, load_tokenizer
 from loractl.worker.data.tokens import load_rows
-from loractl.worker.training.checkpoint import MARKER
+from loractl.worker.protocol.marker import MARKER
 
 
 class Touch:

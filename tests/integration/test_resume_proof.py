@@ -35,9 +35,11 @@ from loractl.worker.attempt.workplace import Workplace
 from loractl.worker.base.model import TrainingFailed, load_tokenizer
 from loractl.worker.data.tokens import prepare_data
 from loractl.worker.device.devices import find_devices
+from loractl.worker.protocol.marker import MARKER, close_checkpoint
 from loractl.worker.protocol.messages import Note, Saved, Start, Stepped, Told
-from loractl.worker.training.checkpoint import MARKER, close_checkpoint
-from loractl.worker.training.recipe import Run, Stopped, _resume, belongs_to, train
+from loractl.worker.training.recipe import train
+from loractl.worker.training.resume import belongs_to, checkpoint_to_resume
+from loractl.worker.training.run import Run, Stopped
 
 from ..models import make_tiny_model, write_helpdesk
 from ..unit.factories import Clock
@@ -208,11 +210,11 @@ def test_a_checkpoint_of_something_else_is_refused_and_the_history_says_what_dif
     close_checkpoint(saved, step=4, finished=False, belongs_to=belongs_to(before.order, _data(rows, tiny_model)))
 
     again, told = _run(tmp_path / "again", tiny_model, earlier=saved.parent)
-    assert _resume(again, _data(rows, tiny_model)) is not None, "of the same job it is taken up"
+    assert checkpoint_to_resume(again, _data(rows, tiny_model)) is not None, "of the same job it is taken up"
     again, told = _run(tmp_path / "changed", tiny_model, earlier=saved.parent, **keys)
     if changed == "data":
         rows = write_helpdesk(tmp_path / "other.jsonl", 30)
-    assert _resume(again, _data(rows, tiny_model)) is None
+    assert checkpoint_to_resume(again, _data(rows, tiny_model)) is None
     assert [(m.kind, m.text) for m in told if isinstance(m, Note)] == [
         ("refused", f"the checkpoint of step 4 is not resumed: {differs} differ")
     ]
@@ -232,7 +234,7 @@ def test_another_base_under_the_same_name_is_noticed_and_its_checkpoint_not_trie
         train(second)
     assert not (saved / MARKER).exists()
     third, _ = _run(tmp_path / "third", model, data=rows, earlier=saved.parent)
-    assert _resume(third, _data(rows, model)) is None
+    assert checkpoint_to_resume(third, _data(rows, model)) is None
 
 
 def _change_weights(model: Path) -> None:

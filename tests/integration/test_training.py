@@ -22,9 +22,10 @@ from loractl.worker.base.model import (
     load_tokenizer,
 )
 from loractl.worker.data.tokens import IGNORED, encode, prepare_data
-from loractl.worker.evaluation.evaluation import score_rows
+from loractl.worker.evaluation.losses import score_rows
+from loractl.worker.protocol.marker import close_checkpoint
 from loractl.worker.protocol.messages import Note, Stepped
-from loractl.worker.training import checkpoint
+from loractl.worker.training.checkpoint import newest_checkpoint
 
 from ..models import write_helpdesk
 from .conftest import Recipe
@@ -177,11 +178,11 @@ def test_a_checkpoint_without_its_marker_does_not_exist(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoint-3"
     folder.mkdir()
     (folder / "adapter_model.safetensors").write_bytes(b"weights")
-    assert checkpoint.newest_checkpoint([tmp_path], {"data": "x"}) is None
-    checkpoint.close_checkpoint(folder, step=3, finished=False, belongs_to={"data": "x"})
-    found = checkpoint.newest_checkpoint([tmp_path], {"data": "x"})
+    assert newest_checkpoint([tmp_path], {"data": "x"}) is None
+    close_checkpoint(folder, step=3, finished=False, belongs_to={"data": "x"})
+    found = newest_checkpoint([tmp_path], {"data": "x"})
     assert found is not None and found.step == 3
-    assert checkpoint.newest_checkpoint([tmp_path], {"data": "another"}) is None
+    assert newest_checkpoint([tmp_path], {"data": "another"}) is None
 
 
 def test_an_exploding_learning_rate_ends_as_diverged(recipe: Recipe) -> None:

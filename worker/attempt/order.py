@@ -10,9 +10,9 @@ from loractl.common.errors import ArtifactError
 from loractl.common.files import remove_tree
 from loractl.common.store.records import Claim
 from loractl.worker.device.occupancy import CARD_VARIABLE, JOB_VARIABLE, RUN_VARIABLE, card_mark, run_mark
+from loractl.worker.protocol.marker import is_complete
 from loractl.worker.protocol.messages import Start
 from loractl.worker.protocol.trust import check_checkpoint, check_claim, may_run_code
-from loractl.worker.training.checkpoint import is_complete
 
 from .disk import bytes_to_write, require_space
 from .state import AttemptState

@@ -139,8 +139,8 @@ def _nvml_process_bytes(gpu: str) -> int | None:
     try:
         pynvml.nvmlInit()
         handle = pynvml.nvmlDeviceGetHandleByUUID(gpu)
-        found = [p.usedGpuMemory for p in pynvml.nvmlDeviceGetComputeRunningProcesses(handle) if p.pid == os.getpid()]
+        used = [p.usedGpuMemory for p in pynvml.nvmlDeviceGetComputeRunningProcesses(handle) if p.pid == os.getpid()]
     except pynvml.NVMLError as error:
         log.debug("NVML does not tell this process's memory: %s", error)
         return None
-    return int(found[0]) if found and found[0] else None
+    return int(used[0]) if used and used[0] else None

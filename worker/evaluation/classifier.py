@@ -16,49 +16,44 @@ import torch
 
 from loractl.common.job.sections import Metric
 from loractl.common.job.spec import JobSpec
+from loractl.worker.base.batches import in_batches
+from loractl.worker.base.learner import Learner
 from loractl.worker.base.model import evaluating, whole_modules
 from loractl.worker.data.tokens import PreparedData, TokenRow, collate, inputs_of
 
-from .confusion import Labels
-from .evaluation import Compared, Evaluation, in_batches, interval_of, measure, share
+from .confusion import Labels, label_metrics
+from .evaluation import Evaluation, counter
+from .losses import LOSS
 from .statistics import Array
 
 BASELINE = "the most frequent label"
 
 
 def evaluate_classifier(
-    model: Any,
-    tokenizer: Any,
+    learner: Learner,
     data: PreparedData,
     spec: JobSpec,
-    compute: torch.dtype,
     check_stop: Callable[[], None],
     progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> Evaluation:
     """Score the head on the held-out rows, beside the baseline that looks at no text."""
     began = time.monotonic()
-    rows, done = data.held_out.rows[: spec.evaluation.max_rows], 0
-
-    def tick(count: int) -> None:
-        nonlocal done
-        check_stop()
-        done += count
-        progress(done, len(rows))
-
-    with evaluating(model), whole_modules(model, compute):
-        found = classify(model, tokenizer.pad_token_id, rows, spec.evaluation.per_device_eval_batch_size, tick)
+    model, pad, batch = learner.model, learner.tokenizer.pad_token_id, spec.evaluation.per_device_eval_batch_size
+    rows = data.held_out.rows[: spec.evaluation.max_rows]
+    with evaluating(model), whole_modules(model, learner.precision.base):
+        logits = classify(model, pad, rows, batch, counter(len(rows), check_stop, progress))
     expected, shares = _places(rows), _shares(data)
     majority = int(shares.argmax())
-    losses = -np.log(shares)[expected], row_losses(found, expected)
+    losses = -np.log(shares)[expected], row_losses(logits, expected)
     labels = Labels(
         names=list(data.label_names),
         expected=expected.tolist(),
         base=[majority] * len(rows),
-        tuned=found.argmax(1).tolist(),
+        tuned=logits.argmax(1).tolist(),
     )
     wanted = Metric.LABELS in spec.evaluation.metrics
     return Evaluation(
-        metrics=[measure("loss", "loss", "nats", False, *losses, np.ones(len(rows)))] + (_of(labels) if wanted else []),
+        metrics=[LOSS.compare(*losses, np.ones(len(rows)))] + (label_metrics(labels) if wanted else []),
         answers=[],
         rows=len(rows),
         seconds=time.monotonic() - began,
@@ -77,17 +72,17 @@ def classify(
     """The head's logits for each row, float64 of shape (rows, labels), for a model in eval mode. Longest rows first, so
     that an out-of-memory comes at once."""
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i].input_ids))
-    found: dict[int, Array] = {}
+    answered: dict[int, Array] = {}
 
     def work(chosen: list[int]) -> None:
         tensors = collate([inputs_of(rows[i]) for i in chosen], pad)
         del tensors["labels"]
         logits = model(**{name: t.to(model.device) for name, t in tensors.items()}, use_cache=False).logits
-        found.update(zip(chosen, logits.double().cpu().numpy(), strict=True))
+        answered.update(zip(chosen, logits.double().cpu().numpy(), strict=True))
         tick(len(chosen))
 
     in_batches(order, batch, work)
-    return np.stack([found[place] for place in range(len(rows))])
+    return np.stack([answered[place] for place in range(len(rows))])
 
 
 def row_losses(logits: Array, expected: Array) -> Array:
@@ -110,14 +105,6 @@ def head_loss(smoothing: float) -> Callable[..., torch.Tensor]:
         return total / (len(labels) if num_items_in_batch is None else num_items_in_batch)
 
     return loss
-
-
-def _of(labels: Labels) -> list[Compared]:
-    right = [[one == e for one, e in zip(said, labels.expected, strict=True)] for said in (labels.base, labels.tuned)]
-    return [
-        share("accuracy", "labels right", *right),
-        interval_of("macro_f1", "macro F1 of the labels", "%", True, len(labels.expected), *labels.macro_f1()),
-    ]
 
 
 def _places(rows: Sequence[TokenRow]) -> Array:

@@ -13,9 +13,12 @@ import numpy as np
 from loractl.common.data.example import Example
 from loractl.common.data.findings import label_shares
 
+from .comparison import Compared, compare_shares, percent
 from .statistics import Array, draws, interval
 
 OTHER = "other"
+
+MACRO_F1 = percent("macro_f1", "macro F1 of the labels")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +66,17 @@ class Labels:
         with np.errstate(invalid="ignore"):
             f1 = np.where(there + said > 0, 2 * right / (there + said), np.nan)
         return 100 * np.nanmean(f1, axis=1)
+
+
+def label_metrics(labels: Labels) -> list[Compared]:
+    """Accuracy and macro F1."""
+    right = [
+        [answer == e for answer, e in zip(said, labels.expected, strict=True)] for said in (labels.base, labels.tuned)
+    ]
+    return [
+        compare_shares("accuracy", "labels right", *right),
+        MACRO_F1.compared(len(labels.expected), *labels.macro_f1()),
+    ]
 
 
 def labels_taught(examples: Sequence[Example]) -> list[str]:

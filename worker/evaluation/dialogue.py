@@ -10,34 +10,50 @@ from loractl.common.data.example import Example
 from loractl.common.job.sections import DataFormat
 from loractl.worker.data.tokens import IGNORED, TokenRow, encode
 
+from .comparison import Compared, Measure
+from .losses import RowScores
+
+LATER_ANSWERS_LOSS = Measure(name="later_answers_loss", label="loss on later answers")
+CONTEXT_GAIN = Measure(name="context_gain", label="worth of earlier turns", higher_is_better=True)
+
 MOST_TURNS = 400
 """So many answers are scored; conversations beyond that are left out of this part, not of the others."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Answered:
-    """One answer of a conversation; learned is it alone."""
+    """One answer of a conversation, as rows in which only this answer is learned."""
 
     turn: int  # 1 for the first answer
     whole: TokenRow  # after all that was said before
     alone: TokenRow | None  # after the last question alone; None for a first answer
 
 
+@dataclass(frozen=True, kw_only=True)
+class Turns:
+    """The mean loss of the answers that stand at one place of their conversations, in nats a token."""
+
+    turn: int
+    cases: int
+    base: float
+    tuned: float
+
+
 def answers_of(examples: Sequence[Example], tokenizer: Any, max_length: int) -> list[Answered]:
     """The answers of the conversations that have several, in order, those of at most `max_length` tokens."""
-    found: list[Answered] = []
+    answers: list[Answered] = []
     for example in examples:
         places = [n for n, turn in enumerate(example.turns) if turn.role == "assistant"]
         if len(places) < 2:
             continue
-        if len(found) + len(places) > MOST_TURNS:
+        if len(answers) + len(places) > MOST_TURNS:
             break
         for number, place in enumerate(places, start=1):
             whole = _only_last(replace(example, turns=example.turns[: place + 1]), tokenizer)
             alone = _only_last(_without_context(example, place), tokenizer) if number > 1 else None
             if len(whole.input_ids) <= max_length:
-                found.append(Answered(turn=number, whole=whole, alone=alone))
-    return found
+                answers.append(Answered(turn=number, whole=whole, alone=alone))
+    return answers
 
 
 def _without_context(example: Example, place: int) -> Example:
@@ -56,3 +72,33 @@ def _only_last(example: Example, tokenizer: Any) -> TokenRow:
         begin -= 1
     kept = [label if begin <= n < end else IGNORED for n, label in enumerate(labels)]
     return TokenRow(number=example.number, input_ids=ids, labels=kept)
+
+
+def turn_metrics(
+    turns: Sequence[Answered], whole: tuple[RowScores, RowScores], alone: tuple[RowScores, RowScores]
+) -> list[Compared]:
+    """Answers that come after others: their loss, and by how much it rises without what was said before.
+
+    `whole`, `alone`: the scores of base and of tuned, with and without the context.
+    """
+    later = [n for n, turn in enumerate(turns) if turn.alone is not None]
+    if not later:
+        return []
+    weight = whole[0].tokens[later]
+    base, tuned = (scores.loss[later] for scores in whole)
+    # an answer's tokens are the same with and without its context, but for what a border merges
+    base_alone, tuned_alone = (scores.loss / scores.tokens * weight for scores in alone)
+    return [
+        LATER_ANSWERS_LOSS.compare(base, tuned, weight),
+        CONTEXT_GAIN.compare(base_alone - base, tuned_alone - tuned, weight),
+    ]
+
+
+def by_turn(turns: Sequence[Answered], base: RowScores, tuned: RowScores) -> list[Turns]:
+    """The mean loss at each place of a conversation, base beside tuned."""
+    means = []
+    for number in sorted({turn.turn for turn in turns}):
+        here = [n for n, turn in enumerate(turns) if turn.turn == number]
+        both = [float(scores.loss[here].sum() / scores.tokens[here].sum()) for scores in (base, tuned)]
+        means.append(Turns(turn=number, cases=len(here), base=both[0], tuned=both[1]))
+    return means

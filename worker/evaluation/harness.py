@@ -22,13 +22,14 @@ from typing import Any, Literal, TypeGuard
 import numpy as np
 import torch
 
+from loractl.common.job.sections import EvaluationSpec
 from loractl.common.job.spec import JobSpec
 from loractl.common.job.status import Reason
 from loractl.worker.base.gauge import is_out_of_memory, release
 from loractl.worker.base.hub import Refusal, refusal
 from loractl.worker.base.model import TrainingFailed, evaluating, whole_modules
 
-from .evaluation import Compared, interval_of
+from .comparison import Compared, Measure
 from .statistics import Array, paired_interval
 
 PACKAGE = "lm_eval"
@@ -118,22 +119,25 @@ def score_tasks(
     """
     began = time.monotonic()
     os.environ["DISABLE_MULTIPROC"] = "1"  # its bootstrap would fork this process, with model and device, once a core
-    asked, batch, found = spec.evaluation, spec.evaluation.per_device_eval_batch_size, []
+    asked, batch, both = spec.evaluation, spec.evaluation.per_device_eval_batch_size, []
+
+    def run(rows: int) -> Results:
+        return _results(_wrapped(model, tokenizer, rows, check_stop), asked, manager, rows)
+
     for base in (True, False):
         with evaluating(model, base=base), whole_modules(model, compute):
-            run = functools.partial(_run, model, tokenizer, asked.lm_eval, asked.lm_eval_limit, manager, check_stop)
             results, batch = _halving(run, batch)
-        found.append(results)
-    config = found[1]["config"]
+        both.append(results)
+    config = both[1]["config"]
     return Benchmarks(
         asked=tuple(asked.lm_eval),
         limit=asked.lm_eval_limit,
         version=version(PACKAGE),
         batch=batch,
         seconds=time.monotonic() - began,
-        tasks={name: _task(name, found[1]) for name in found[1]["n-samples"]},
+        tasks={name: _task(name, both[1]) for name in both[1]["n-samples"]},
         seeds={name: config[name] for name in ("random_seed", "numpy_seed", "torch_seed", "fewshot_seed")},
-        scored=compare(*found),
+        scored=compare(*both),
     )
 
 
@@ -205,23 +209,14 @@ def _halving(run: Callable[[int], Results], batch: int) -> tuple[Results, int]:
         release()  # outside of the handler: until it ends, the error's traceback holds the tensors
 
 
-def _run(
-    model: Any,
-    tokenizer: Any,
-    names: list[str],
-    limit: int | None,
-    manager: Any,
-    check_stop: Callable[[], None],
-    batch: int,
-) -> Results:
+def _results(wrapped: Any, asked: EvaluationSpec, manager: Any, batch: int) -> Results:
     """One model's results, with lm_eval's own seeds, so that its other users' numbers compare; nothing is sent."""
     import lm_eval
 
-    wrapped = _wrapped(model, tokenizer, batch, check_stop)
     return lm_eval.simple_evaluate(
         wrapped,
-        tasks=list(names),
-        limit=limit,
+        tasks=list(asked.lm_eval),
+        limit=asked.lm_eval_limit,
         batch_size=batch,
         task_manager=manager,
         log_samples=True,
@@ -268,28 +263,26 @@ def _task(name: str, results: Results) -> dict[str, Any]:
 
 def _metrics(results: Results, task: str) -> list[str]:
     """lm_eval's keys, "metric,filter", that are numbers and no standard errors."""
-    found = results["results"].get(task, {})
-    return [key for key, value in found.items() if "," in key and "_stderr," not in key and _is_number(value)]
+    values = results["results"].get(task, {})
+    return [key for key, value in values.items() if "," in key and "_stderr," not in key and _is_number(value)]
 
 
 def _scored(task: str, key: str, base: Results, tuned: Results, group: str | None) -> Scored:
     metric, _, taken = key.partition(",")
-    before, after = (float(one["results"][task][key]) for one in (base, tuned))
-    errors = [_stderr(one["results"][task], metric, taken) for one in (base, tuned)]
+    before, after = (float(results["results"][task][key]) for results in (base, tuned))
+    errors = [_stderr(results["results"][task], metric, taken) for results in (base, tuned)]
     higher = tuned["higher_is_better"].get(task, {}).get(metric)
-    documents = _paired(task, key, base, tuned)
     interval: Interval = "none"
     low = high = math.nan
-    if higher is None:
-        pass
-    elif documents is not None:
+    if higher is not None and (documents := _paired(task, key, base, tuned)) is not None:
         interval = "paired"
         _, _, low, high = paired_interval(*documents, np.ones(len(documents[0])))
-    elif None not in errors:
+    elif higher is not None and None not in errors:
         interval = "unpaired"
         reach = NORMAL_95 * math.hypot(*(error for error in errors if error is not None))
         low, high = after - before - reach, after - before + reach
     label = f"{task} {metric}" + (f" ({taken})" if taken != "none" else "")
+    measure = Measure(name=f"{task}/{key}", label=label, unit="", higher_is_better=bool(higher))
     counted = tuned["results"][task].get("sample_count", {}).get(key, tuned["results"][task]["sample_len"])
     return Scored(
         task=task,
@@ -299,17 +292,17 @@ def _scored(task: str, key: str, base: Results, tuned: Results, group: str | Non
         interval=interval,
         base_stderr=errors[0],
         tuned_stderr=errors[1],
-        compared=interval_of(f"{task}/{key}", label, "", bool(higher), counted, before, after, low, high),
+        compared=measure.compared(counted, before, after, low, high),
     )
 
 
 def _paired(task: str, key: str, base: Results, tuned: Results) -> tuple[Array, Array] | None:
     """The documents' own values, where the metric is their mean; of an F1 or a perplexity it is not."""
-    both = [_of_documents(task, key, one) for one in (base, tuned)]
+    both = [_of_documents(task, key, results) for results in (base, tuned)]
     if both[0].keys() != both[1].keys() or not both[0]:
         return None
-    arrays = [np.array([one[number] for number in both[0]]) for one in both]
-    means = [one["results"][task][key] for one in (base, tuned)]
+    arrays = [np.array([values[number] for number in both[0]]) for values in both]
+    means = [results["results"][task][key] for results in (base, tuned)]
     if not all(np.isclose(array.mean(), mean) for array, mean in zip(arrays, means, strict=True)):
         return None
     return arrays[0], arrays[1]
@@ -324,9 +317,9 @@ def _of_documents(task: str, key: str, results: Results) -> dict[int, float]:
     return {sample["doc_id"]: float(sample[metric]) for sample in samples}
 
 
-def _stderr(found: dict[str, Any], metric: str, taken: str) -> float | None:
+def _stderr(values: dict[str, Any], metric: str, taken: str) -> float | None:
     """None where lm_eval has none: it then writes "N/A"."""
-    value = found.get(f"{metric}_stderr,{taken}")
+    value = values.get(f"{metric}_stderr,{taken}")
     return float(value) if _is_number(value) and math.isfinite(value) else None
 
 

@@ -19,7 +19,7 @@ from loractl.common.store.database import outage
 from loractl.common.store.records import NodeState
 from loractl.worker.attempt.workplace import Workplace
 from loractl.worker.device.occupancy import Watch
-from loractl.worker.device.versions import installed_versions
+from loractl.worker.protocol.versions import installed_versions
 
 from .leftovers import end_strays
 from .options import NodeOptions

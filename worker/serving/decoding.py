@@ -20,7 +20,7 @@ from transformers import DynamicCache
 
 from loractl.common.errors import LoractlError, UsageError
 from loractl.worker.base.gauge import is_out_of_memory, release
-from loractl.worker.evaluation.evaluation import end_ids
+from loractl.worker.evaluation.generation import end_ids
 
 from .adapter_pool import BASE, Loaded, NoRoom, Resident
 from .library import Listed

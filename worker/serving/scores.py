@@ -16,8 +16,11 @@ from loractl.common.job.sections import DatasetSpec, EvaluationSpec, Metric, Ove
 from loractl.common.job.spec import JobSpec
 from loractl.worker.base.model import evaluating
 from loractl.worker.data.tokens import PreparedData, TokenSet, fit_examples, prepare_data
+from loractl.worker.evaluation.answers import rouge
 from loractl.worker.evaluation.confusion import Labels
-from loractl.worker.evaluation.evaluation import Work, generate, rouge, score_rows
+from loractl.worker.evaluation.evaluation import Work
+from loractl.worker.evaluation.generation import generate
+from loractl.worker.evaluation.losses import score_rows
 from loractl.worker.evaluation.statistics import Array, paired_interval
 
 from .adapter_pool import Resident

@@ -16,11 +16,12 @@ import torch
 from transformers import Trainer, TrainerCallback
 
 from loractl.common.memory.optimizer import state_bytes
+from loractl.worker.base.batches import in_batches
 from loractl.worker.base.gauge import in_a_sentence, is_out_of_memory
 from loractl.worker.base.model import evaluating
 from loractl.worker.data.tokens import PreparedData, TokenRow, inputs_of
 from loractl.worker.evaluation.classifier import classify
-from loractl.worker.evaluation.evaluation import in_batches, score_rows
+from loractl.worker.evaluation.losses import score_rows
 
 PROCESSOR_ROOM_BYTES = 128 * 2**20
 """On a CPU, held during the probe for what its libraries keep of the first steps: 60 to 140 MiB of compiled kernels in

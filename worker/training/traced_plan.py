@@ -2,10 +2,10 @@
 
 The model is built on the meta device and wrapped as the recipe does it. Then its tensors are swapped for fake ones, and
 a step runs while a dispatch mode counts the bytes of live storages. It needs neither weights nor a GPU, and seconds.
-The same trace is the oracle that common/memory.py is tested against.
+The same trace is the oracle that common/memory/plan.py is tested against.
 
 The tensors are fake CPU ones, since a torch built for CPUs has no fake CUDA ones. Where CUDA's operators hold other
-tensors than the CPU's, theirs are put in their place (see _AsOnCuda and _Live).
+tensors than the CPU's, theirs are put in their place (see _AsOnCuda and LiveBytes).
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 import torch.nn.functional as F  # noqa: N812  torch's own name for it
@@ -104,7 +103,7 @@ def trace_step(config: Any, spec: JobSpec, method: Method, tokens: int) -> Trace
         if spec.training.dtype != "float32":
             model.forward = convert_outputs_to_fp32(torch.autocast("cpu", dtype=torch.bfloat16)(model.forward))
         trained = [p for p in model.parameters() if p.requires_grad]
-        live = _Live()
+        live = LiveBytes()
         live.watch([*model.parameters(), *model.buffers(), *constants])
         adapter = sum(_rounded(p.nbytes) for p in trained)
         weights = live.now - adapter
@@ -223,8 +222,12 @@ def _masks(*, padded: bool) -> Iterator[None]:
     ) -> bool:
         return not padded and (local_attention_size is None or keys < local_attention_size)
 
-    with mock.patch.object(masking_utils, "_ignore_causal_mask_sdpa", without):
+    kept = masking_utils._ignore_causal_mask_sdpa
+    masking_utils._ignore_causal_mask_sdpa = without
+    try:
         yield
+    finally:
+        masking_utils._ignore_causal_mask_sdpa = kept
 
 
 class _AsOnCuda(TorchFunctionMode):
@@ -289,7 +292,7 @@ class _GroupedProduct(torch.autograd.Function):
         return gradient.new_empty(ctx.shape), None if rows is None else torch.empty_like(weights)
 
 
-class _Live(TorchDispatchMode):
+class LiveBytes(TorchDispatchMode):
     """Bytes of the storages that are alive, each counted once and rounded as the allocator does."""
 
     def __init__(self) -> None:

@@ -58,7 +58,8 @@ def _run(order: Start, orders: Orders, tell: Tell) -> Ended:
     from loractl.worker.base.gauge import hold_to
     from loractl.worker.base.model import TrainingFailed
 
-    from .recipe import Run, Stopped, train
+    from .recipe import train
+    from .run import Run, Stopped
 
     run = Run(order=order, tell=tell)
 

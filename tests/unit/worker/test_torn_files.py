@@ -19,7 +19,8 @@ from loractl.worker.attempt.order import stored_checkpoint
 from loractl.worker.attempt.result import mark_ready, ready_result
 from loractl.worker.attempt.workplace import Workplace
 from loractl.worker.device.devices import CpuDevice
-from loractl.worker.training.checkpoint import MARKER, close_checkpoint, is_complete, newest_checkpoint
+from loractl.worker.protocol.marker import MARKER, close_checkpoint, is_complete
+from loractl.worker.training.checkpoint import newest_checkpoint
 
 from .. import factories
 

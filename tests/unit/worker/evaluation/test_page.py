@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from loractl.worker.evaluation.report import render_html
+from loractl.worker.evaluation.page import render_html
 
-from ...acceptance.test_report_page import report
+from ....acceptance.test_report_page import report
 
 EVIL = "\"'><script>alert(1)</script><img src=x onerror=alert(1)></style></title><svg/onload=alert(1)>{{7*7}}"
 WORDS = ("method", "reading")

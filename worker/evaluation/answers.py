@@ -1,0 +1,103 @@
+"""Answers to held-out prompts, those of base and tuned side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from loractl.common.data.example import Example
+from loractl.common.job.sections import Metric
+from loractl.worker.data.tokens import prompt_of
+
+from .comparison import Compared, compare_shares, percent
+from .statistics import Array
+
+ROUGE = {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """A held-out row's question, as it is given to the model and as it is shown, and the answer that is expected."""
+
+    row: int
+    ids: list[int]
+    shown: str
+    expected: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """One held-out row, answered by base and tuned."""
+
+    row: int
+    prompt: str
+    expected: str
+    base: str
+    tuned: str
+    base_ended: bool  # stopped by itself rather than at max_new_tokens
+    tuned_ended: bool
+
+    @property
+    def base_exact(self) -> bool:
+        return _same(self.base, self.expected)
+
+    @property
+    def tuned_exact(self) -> bool:
+        return _same(self.tuned, self.expected)
+
+
+def prompts_of(examples: Sequence[Example], tokenizer: Any) -> list[Prompt]:
+    """The prompts of the examples that have one: plain text has none."""
+    prompts = [(e.number, p) for e in examples if (p := prompt_of(e, tokenizer)) is not None]
+    return [Prompt(row=number, ids=ids, shown=shown, expected=expected) for number, (ids, shown, expected) in prompts]
+
+
+def side_by_side(
+    prompts: Sequence[Prompt], base: Sequence[tuple[str, bool]], tuned: Sequence[tuple[str, bool]]
+) -> list[Answer]:
+    """What `generate` gave of base and of tuned, prompt by prompt."""
+    return [
+        Answer(
+            row=prompt.row,
+            prompt=prompt.shown,
+            expected=prompt.expected,
+            base=of_base[0],
+            base_ended=of_base[1],
+            tuned=of_tuned[0],
+            tuned_ended=of_tuned[1],
+        )
+        for prompt, of_base, of_tuned in zip(prompts, base, tuned, strict=True)
+    ]
+
+
+def answer_metrics(answers: Sequence[Answer], wanted: set[Metric]) -> list[Compared]:
+    """Exact match and ROUGE where the job asks for them, and how many answers end by themselves."""
+    if not answers:
+        return []
+    metrics = []
+    if Metric.EXACT_MATCH in wanted:
+        exact = ([a.base_exact for a in answers], [a.tuned_exact for a in answers])
+        metrics.append(compare_shares("exact_match", "exact match", *exact))
+    if Metric.ROUGE in wanted:
+        expected, weight = [a.expected for a in answers], np.ones(len(answers))
+        base, tuned = rouge([a.base for a in answers], expected), rouge([a.tuned for a in answers], expected)
+        metrics += [percent(kind, label).compare(base[kind], tuned[kind], weight) for kind, label in ROUGE.items()]
+    ended = ([a.base_ended for a in answers], [a.tuned_ended for a in answers])
+    return [*metrics, compare_shares("ends_by_itself", "answers that end by themselves", *ended)]
+
+
+def rouge(texts: Sequence[str], expected: Sequence[str]) -> dict[str, Array]:
+    """F1 in percent of each kind of ROUGE, by Google's rouge-score with stemming off."""
+    from rouge_score.rouge_scorer import RougeScorer
+
+    scorer = RougeScorer(list(ROUGE))
+    scores = [scorer.score(e, text) for e, text in zip(expected, texts, strict=True)]
+    return {kind: np.array([100 * score[kind].fmeasure for score in scores]) for kind in ROUGE}
+
+
+def _same(answer: str, expected: str) -> bool:
+    """Exact match: equal after whitespace is folded."""
+    return " ".join(answer.split()) == " ".join(expected.split())

@@ -1,0 +1,75 @@
+"""One metric of base and tuned, and how sure the difference is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from .statistics import Array, paired_interval
+
+MIN_CASES = 8
+"""Fewer cases are too few for a bootstrap interval: its ends are then little more than the rows themselves."""
+
+Reading = Literal["better", "worse", "no clear change", "too few cases"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compared:
+    """One metric of base and tuned, with a 95% interval of the change from paired bootstrap samples."""
+
+    name: str
+    label: str
+    unit: str  # nats, %, ...
+    higher_is_better: bool
+    cases: int
+    base: float
+    tuned: float
+    low: float
+    high: float
+
+    @property
+    def change(self) -> float:
+        return self.tuned - self.base
+
+    @property
+    def reading(self) -> Reading:
+        if self.cases < MIN_CASES:
+            return "too few cases"
+        if not all(map(math.isfinite, (self.change, self.low, self.high))) or self.low <= 0 <= self.high:
+            return "no clear change"
+        return "better" if (self.change > 0) == self.higher_is_better else "worse"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measure:
+    """What is measured: a name for programs, a label for people, the unit, and which way is better."""
+
+    name: str
+    label: str
+    unit: str = "nats"
+    higher_is_better: bool = False
+
+    def compare(
+        self, base: Array, tuned: Array, weight: Array, transform: Callable[[Array], Array] = lambda x: x
+    ) -> Compared:
+        """A sum over rows by a sum of weights; rows of no weight are no cases."""
+        return self.compared(int((weight > 0).sum()), *paired_interval(base, tuned, weight, transform))
+
+    def compared(self, cases: int, base: float, tuned: float, low: float, high: float) -> Compared:
+        """With an interval that is known already."""
+        return Compared(**vars(self), cases=cases, base=base, tuned=tuned, low=low, high=high)
+
+
+def percent(name: str, label: str) -> Measure:
+    """A measure in percent, of which more is better."""
+    return Measure(name=name, label=label, unit="%", higher_is_better=True)
+
+
+def compare_shares(name: str, label: str, base: list[bool], tuned: list[bool]) -> Compared:
+    """How many rows each does right, in percent."""
+    before, after = (100 * np.array(right, float) for right in (base, tuned))
+    return percent(name, label).compare(before, after, np.ones(len(base)))

@@ -1,0 +1,57 @@
+"""Generated text, in batches, for the evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from loractl.worker.base.batches import in_batches
+
+
+def generate(
+    model: Any,
+    tokenizer: Any,
+    prompts: list[list[int]],
+    batch: int,
+    max_new_tokens: int,
+    tick: Callable[[int], None] = lambda n: None,
+) -> list[tuple[str, bool]]:
+    """(answer, ended by itself) for each prompt: greedy, in left-padded batches of similar length."""
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    answers: list[tuple[str, bool]] = [("", False)] * len(prompts)
+    ends = end_ids(model, tokenizer)
+
+    def answer(chosen: list[int]) -> None:
+        longest = len(prompts[chosen[0]])
+        ids = torch.tensor([[tokenizer.pad_token_id] * (longest - len(prompts[i])) + prompts[i] for i in chosen])
+        mask = torch.tensor([[0] * (longest - len(prompts[i])) + [1] * len(prompts[i]) for i in chosen])
+        out = model.generate(
+            input_ids=ids.to(model.device),
+            attention_mask=mask.to(model.device),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+            repetition_penalty=1.0,
+            use_cache=True,
+            eos_token_id=sorted(ends),
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        for place, tokens in zip(chosen, out[:, longest:].tolist(), strict=True):
+            end = next((n for n, token in enumerate(tokens) if token in ends), None)
+            text = tokenizer.decode(tokens[:end], skip_special_tokens=True).strip()
+            answers[place] = (text, end is not None)
+        tick(len(chosen))
+
+    in_batches(order, batch, answer)
+    return answers
+
+
+def end_ids(model: Any, tokenizer: Any) -> set[int]:
+    """The tokens that end an answer: the tokenizer's, and those that the model is configured with."""
+    configured = model.generation_config.eos_token_id
+    more = configured if isinstance(configured, list) else [configured]
+    return {tokenizer.eos_token_id, *(token for token in more if token is not None)}

@@ -1,0 +1,81 @@
+"""The loss of held-out rows, token by token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from loractl.common.job.sections import Metric
+from loractl.worker.base.batches import in_batches
+from loractl.worker.data.tokens import IGNORED, TokenRow, collate
+
+from .comparison import Compared, Measure, percent
+from .statistics import Array
+
+LOSS = Measure(name="loss", label="loss")
+PERPLEXITY = Measure(name="perplexity", label="perplexity", unit="")
+TOKEN_ACCURACY = percent("token_accuracy", "tokens guessed right")
+STOP_TOKEN_LOSS = Measure(name="stop_token_loss", label="loss on the stop token")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowScores:
+    """Per row: the summed loss (nats) and count of learned tokens, the same for the end-of-sequence tokens, and how
+    many learned tokens were the likeliest."""
+
+    loss: Array
+    tokens: Array
+    stop_loss: Array
+    stops: Array
+    right: Array
+
+
+def score_rows(
+    model: Any, tokenizer: Any, rows: list[TokenRow], batch: int, tick: Callable[[int], None] = lambda n: None
+) -> RowScores:
+    """Cross-entropy of every learned token, in fp32, for a model in eval mode. Longest rows first, so that an
+    out-of-memory comes at once."""
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i].input_ids))
+    result = np.zeros((5, len(rows)))
+
+    def score(chosen: list[int]) -> None:
+        sums = _sums(model, tokenizer, [rows[i] for i in chosen])
+        result[:, chosen] = sums.double().cpu().numpy()
+        tick(len(chosen))
+
+    in_batches(order, batch, score)
+    names = ("loss", "tokens", "stop_loss", "stops", "right")
+    return RowScores(**dict(zip(names, result, strict=True)))
+
+
+def _sums(model: Any, tokenizer: Any, rows: list[TokenRow]) -> torch.Tensor:
+    """The five numbers of each row of a batch, of shape (5, rows)."""
+    picked = [{"input_ids": row.input_ids, "labels": row.labels} for row in rows]
+    tensors = {k: v.to(model.device) for k, v in collate(picked, tokenizer.pad_token_id).items()}
+    labels = tensors.pop("labels")[:, 1:]
+    logits = model(**tensors, use_cache=False).logits[:, :-1]
+    learned = labels != IGNORED
+    # only the learned positions are copied to fp32: logits of whole rows are the largest tensor of all
+    loss = torch.zeros(labels.shape, dtype=torch.float32, device=labels.device)
+    right = torch.zeros(labels.shape, dtype=torch.bool, device=labels.device)
+    here = logits[learned].float()
+    loss[learned] = torch.nn.functional.cross_entropy(here, labels[learned], reduction="none")
+    right[learned] = here.argmax(-1) == labels[learned]
+    stop = learned & (labels == tokenizer.eos_token_id)
+    return torch.stack([loss.sum(1), learned.sum(1), (loss * stop).sum(1), stop.sum(1), right.sum(1)])
+
+
+def loss_metrics(base: RowScores, tuned: RowScores, wanted: set[Metric], *, stops: bool) -> list[Compared]:
+    """The loss, and what the job asks for beside it; `stops`: whether rows have an end that can be learned."""
+    metrics = [LOSS.compare(base.loss, tuned.loss, base.tokens)]
+    if Metric.PERPLEXITY in wanted:
+        metrics.append(PERPLEXITY.compare(base.loss, tuned.loss, base.tokens, np.exp))
+    if Metric.TOKEN_ACCURACY in wanted:
+        metrics.append(TOKEN_ACCURACY.compare(100 * base.right, 100 * tuned.right, base.tokens))
+    if stops and base.stops.sum() > 0:
+        metrics.append(STOP_TOKEN_LOSS.compare(base.stop_loss, tuned.stop_loss, base.stops))
+    return metrics

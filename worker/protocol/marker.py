@@ -1,0 +1,52 @@
+"""The marker that closes a checkpoint: a folder without one, or with other files than it names, is torn."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+MARKER = "loractl-complete.json"
+"""Written last: file sizes, step and what the checkpoint belongs to."""
+
+
+def close_checkpoint(
+    folder: Path, *, step: int, finished: bool, belongs_to: dict[str, str], proof: float | None = None
+) -> None:
+    """Write the marker, once every file is on the disk.
+
+    `belongs_to`: what a resume must share, by name: base, lora, training (the effective batch included), method, data.
+    """
+    files = {p.name: p.stat().st_size for p in sorted(folder.iterdir()) if p.is_file()}
+    for name in files:
+        with (folder / name).open("rb") as stream:
+            os.fsync(stream.fileno())
+    aside = folder / f".{MARKER}"
+    with aside.open("w") as stream:
+        marker = {"step": step, "finished": finished, "belongs_to": belongs_to, "proof": proof, "files": files}
+        json.dump(marker, stream)
+        stream.flush()
+        os.fsync(stream.fileno())
+    aside.rename(folder / MARKER)
+
+
+def read_marker(folder: Path) -> dict[str, Any] | None:
+    """What a complete checkpoint's marker says; None for a torn one."""
+    try:
+        marker = json.loads((folder / MARKER).read_text())
+        complete = all((folder / name).stat().st_size == size for name, size in marker["files"].items())
+        checked = {**marker, "belongs_to": dict(marker["belongs_to"]), "step": int(marker["step"])}
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return checked if complete else None
+
+
+def is_complete(folder: Path) -> bool:
+    """True when the checkpoint's marker is there and every file has the size that it names."""
+    return read_marker(folder) is not None
+
+
+def remove_marker(folder: Path) -> None:
+    """From now on the checkpoint is torn."""
+    (folder / MARKER).unlink(missing_ok=True)

@@ -1,0 +1,75 @@
+"""transformers' training arguments, from a job's spec."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+from transformers import TrainingArguments
+
+from loractl.common.job.method import Method
+from loractl.common.job.spec import JobSpec
+from loractl.common.job.status import Reason
+from loractl.worker.base.model import Precision, TrainingFailed
+from loractl.worker.protocol.messages import Start
+
+
+def check_trackers(spec: JobSpec) -> None:
+    """Refuse a training.report_to that this worker can't serve. Raises TrainingFailed(bad_spec)."""
+    for name in spec.training.report_to:
+        if importlib.util.find_spec(name) is None:
+            raise TrainingFailed(Reason.BAD_SPEC, f"training.report_to: the package {name} is not on this worker")
+    if "wandb" in spec.training.report_to and not {"WANDB_API_KEY", "WANDB_MODE"} & os.environ.keys():
+        what = "wandb needs its owner's account: WANDB_API_KEY, or WANDB_MODE=offline"
+        raise TrainingFailed(Reason.BAD_SPEC, f"training.report_to: {what} is not set on this worker")
+
+
+SAME_NAME = (
+    "learning_rate", "lr_scheduler_type", "weight_decay", "max_grad_norm", "adam_beta1", "adam_beta2", "adam_epsilon",
+    "per_device_train_batch_size", "gradient_accumulation_steps", "train_sampling_strategy", "label_smoothing_factor",
+    "neftune_noise_alpha", "torch_compile", "seed", "logging_steps", "save_steps", "eval_steps",
+)  # fmt: skip
+"""Keys of the spec's training section that transformers takes as they are."""
+
+
+def training_arguments(order: Start, spec: JobSpec, precision: Precision) -> TrainingArguments:
+    """transformers' arguments for a job: the spec's keys under their own names, and what the device decides.
+
+    `spec` is the order's, adjusted to the memory that there is.
+    """
+    t = spec.training
+    on_gpu = order.device == "cuda"
+    return TrainingArguments(
+        **{name: getattr(t, name) for name in SAME_NAME},
+        output_dir=order.checkpoint_dir,
+        num_train_epochs=t.num_train_epochs or 1,  # not looked at when max_steps is set
+        max_steps=t.max_steps or -1,
+        per_device_eval_batch_size=spec.evaluation.per_device_eval_batch_size,
+        activation_checkpointing=on_gpu if t.gradient_checkpointing is None else t.gradient_checkpointing,
+        activation_checkpointing_kwargs={"use_reentrant": False},
+        warmup_steps=t.warmup_steps if t.warmup_steps < 1 else int(t.warmup_steps),
+        lr_scheduler_kwargs=t.lr_scheduler_kwargs or None,
+        optim=_optimizer(order),
+        bf16=precision.amp == "bf16",
+        fp16=precision.amp == "fp16",
+        use_cpu=not on_gpu,
+        data_seed=t.seed,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,  # the filter would show the last good loss in place of a NaN
+        save_strategy="steps",
+        save_total_limit=2,
+        eval_strategy="steps" if t.eval_steps else "no",
+        dataloader_pin_memory=on_gpu,
+        remove_unused_columns=False,
+        label_names=["labels"],
+        report_to=[*t.report_to],
+        run_name=f"{order.spec.name}-{order.job_id}",
+        disable_tqdm=True,
+    )
+
+
+def _optimizer(order: Start) -> str:
+    """auto: paged 8-bit AdamW where it helps, that is where memory is scarce; on a CPU there is nothing to page."""
+    if order.spec.training.optim != "auto":
+        return order.spec.training.optim
+    return "paged_adamw_8bit" if order.method is Method.QLORA and order.device == "cuda" else "adamw_torch"

@@ -1,0 +1,94 @@
+"""The best evaluation in mid-training: its adapter is kept, and a training that gets no better is ended."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from loractl.worker.base.model import load_weights, save_weights
+
+from .checkpoint import Checkpoint
+from .recorder import Recorder
+from .run import Run
+
+BEST = "best.json"
+BEST_WEIGHTS = "best_adapter.safetensors"
+"""In a checkpoint: which evaluation was the best so far, and its adapter where the job asks for the best one."""
+
+
+class BestKeeper(TrainerCallback):
+    """Knows the best evaluation so far, and holds its adapter on the disk where the job asks for the best one."""
+
+    def __init__(self, run: Run, recorder: Recorder, checkpoint: Checkpoint | None) -> None:
+        self._run = run
+        self._recorder = recorder
+        self._checkpoint = checkpoint  # that the training goes on from
+        self._file = Path(run.order.checkpoint_dir) / BEST_WEIGHTS
+        self._best: tuple[int, float] | None = None  # (step, held-out loss)
+        self.stopped_early: int | None = None  # the step at which early stopping ended the training
+
+    @property
+    def kept_step(self) -> int:
+        """The step of the adapter that the training leaves."""
+        if self._best is not None and self._run.spec.training.load_best_model_at_end:
+            return self._best[0]
+        return self._recorder.steps
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self._checkpoint is not None:
+            self._bring(self._checkpoint.path)
+
+    def on_evaluate(
+        self, args: Any, state: Any, control: Any, model: Any = None, metrics: dict[str, float] | None = None, **_: Any
+    ) -> None:
+        """Keep the best adapter, and end a training that has stopped getting better."""
+        asked, loss = self._run.spec.training, (metrics or {}).get("eval_loss", math.nan)
+        if self._best is None or loss < self._best[1]:
+            self._best = (state.global_step, loss)
+            if asked.load_best_model_at_end:
+                save_weights(model, self._file)
+        since = sum(step > self._best[0] for step, _ in self._recorder.eval_losses)
+        if asked.early_stopping_patience is not None and since >= asked.early_stopping_patience:
+            self.stopped_early = state.global_step
+            control.should_training_stop = control.should_save = True
+
+    def take(self, model: Any) -> None:
+        """Put the best evaluation's adapter in place of the last one, where the job asks for it; tell of it."""
+        asked = self._run.spec.training
+        if self.stopped_early is not None:
+            text = (
+                f"stopped early at step {self.stopped_early}: no better in {asked.early_stopping_patience} evaluations"
+            )
+            self._run.note("training", text)
+        if not asked.load_best_model_at_end or self._best is None:
+            return
+        load_weights(model, self._file)
+        self._run.note("training", f"kept the adapter of step {self._best[0]}, held-out loss {self._best[1]:.4f}")
+
+    def store(self, folder: Path) -> None:
+        """Leave in a checkpoint what is the best so far."""
+        if self._best is None:
+            return
+        (folder / BEST).write_text(json.dumps({"step": self._best[0], "loss": self._best[1]}))
+        if self._file.exists():
+            shutil.copyfile(self._file, folder / BEST_WEIGHTS)
+
+    def read_finished(self, folder: Path, state: dict[str, Any]) -> None:
+        """Take it from the last checkpoint of a finished training; `state`: its trainer_state.json."""
+        if state["global_step"] < state["max_steps"]:
+            self.stopped_early = state["global_step"]
+        self._bring(folder)
+
+    def _bring(self, folder: Path) -> None:
+        """What was best before the checkpoint: a resume must not take a worse one for it."""
+        if (told := folder / BEST).exists():
+            best = json.loads(told.read_text())
+            self._best = (best["step"], best["loss"])
+        if (weights := folder / BEST_WEIGHTS).exists():
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(weights, self._file)

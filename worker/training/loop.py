@@ -1,0 +1,141 @@
+"""The training itself: transformers' Trainer, begun anew with smaller batches where the first do not fit."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from loractl.common.job.adjustment import next_adjustment
+from loractl.common.job.status import Reason, Stage
+from loractl.worker.base.gauge import release
+from loractl.worker.base.learner import Learner
+from loractl.worker.base.model import TrainingFailed, load_trained
+from loractl.worker.data.tokens import PreparedData, collate, inputs_of
+from loractl.worker.evaluation.classifier import head_loss
+from loractl.worker.evaluation.evaluation import Work
+
+from .arguments import training_arguments
+from .best import BestKeeper
+from .checkpoint import Checkpoint
+from .closer import CheckpointCloser
+from .probe import DoesNotFit, Probe, longest
+from .progress import Teller
+from .recorder import Recorder
+from .resume import ResumeCheck, ResumeProof, belongs_to
+from .run import Run, Stopped
+
+
+@dataclass(frozen=True, kw_only=True)
+class Callbacks:
+    """Those that look on at a training, each with a task of its own."""
+
+    checkpoint: Checkpoint | None  # that the training goes on from
+    proof: ResumeProof
+    recorder: Recorder
+    best: BestKeeper
+    teller: Teller
+    in_order: tuple[TrainerCallback, ...]
+
+    @classmethod
+    def of(cls, run: Run, learner: Learner, data: PreparedData, checkpoint: Checkpoint | None) -> Callbacks:
+        models = 1 if data.label_names else 2  # base and tuned; a classifier's baseline looks at no text
+        tokens = models * Work.of(data, run.spec, learner.tokenizer).tokens
+        proof, recorder = ResumeProof.of(learner, data), Recorder(data.train.tokens)
+        best = BestKeeper(run, recorder, checkpoint)
+        teller = Teller(run, recorder, tokens)
+        closer = CheckpointCloser(run, belongs_to(run.order, data), proof, best)
+        # the check and the brake come before what must not see a wrong model or a loss that is no number
+        order = (ResumeCheck(proof, checkpoint), Brake(run), recorder, best, closer, teller)
+        return cls(checkpoint=checkpoint, proof=proof, recorder=recorder, best=best, teller=teller, in_order=order)
+
+
+class Brake(TrainerCallback):
+    """Ends a training before its last step: when it diverges, and when the supervisor asks for it."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+        for name in ("loss", "grad_norm", "eval_loss"):
+            if logs and name in logs and not math.isfinite(logs[name]):
+                raise TrainingFailed(Reason.DIVERGED, f"{name} became {logs[name]} at step {state.global_step}")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self._run.stop.is_set():
+            control.should_training_stop = True
+            control.should_save = self._run.save_on_stop.is_set()
+
+
+def fit(run: Run, learner: Learner, data: PreparedData, callbacks: Callbacks) -> TrainingArguments:
+    """Train the model's adapter; batches that do not fit are made smaller before the first step.
+
+    Returns the arguments that it was trained with. Raises TrainingFailed, Stopped, and out-of-memory in mid-training as
+    it comes: the supervisor then starts a new process, whose memory is whole, from the last checkpoint.
+    """
+    checkpoint = callbacks.checkpoint
+    if checkpoint is not None and checkpoint.finished:
+        _take_finished(run, learner, callbacks, checkpoint)
+        return training_arguments(run.order, run.spec, learner.precision)
+    while True:
+        arguments = training_arguments(run.order, run.spec, learner.precision)
+        failure = _fit_once(run, learner, data, arguments, callbacks)
+        release()  # of what did not fit, or of optimizer and gradients, which the evaluation needs no more
+        if failure is None:
+            return arguments
+        lighter = next_adjustment(run.order.spec, run.adjustment, on_gpu=run.on_gpu)
+        if lighter is None:
+            tokens = len(longest(data.trained_rows, 1)[0].input_ids)
+            what = f"one row of {tokens} tokens does not fit, even with gradient checkpointing"
+            raise TrainingFailed(Reason.OUT_OF_MEMORY, f"{what}: {failure}")
+        run.adjust(lighter)
+
+
+def _take_finished(run: Run, learner: Learner, callbacks: Callbacks, checkpoint: Checkpoint) -> None:
+    """Take adapter and course from the checkpoint of the last step.
+
+    The Trainer would take one step more before it saw that none is left.
+    """
+    run.stage(Stage.TRAINING)
+    load_trained(learner.model, checkpoint.path)
+    callbacks.proof.check(learner.model, checkpoint)
+    state = json.loads((checkpoint.path / "trainer_state.json").read_text())
+    callbacks.recorder.read_finished(state)
+    callbacks.best.read_finished(checkpoint.path, state)
+    callbacks.teller.tell()
+
+
+def _fit_once(
+    run: Run, learner: Learner, data: PreparedData, arguments: TrainingArguments, callbacks: Callbacks
+) -> str | None:
+    """Train to the end; what torch says where the longest batch does not fit, and nothing was trained."""
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(Path(run.order.output_dir) / "tensorboard")  # stored with the result
+    pad, checkpoint = learner.tokenizer.pad_token_id, callbacks.checkpoint
+    trainer = Trainer(
+        model=learner.model,
+        args=arguments,
+        train_dataset=[inputs_of(row) for row in data.trained_rows],
+        eval_dataset=[inputs_of(row) for row in data.held_out.rows],
+        data_collator=lambda rows: collate(rows, pad),
+        compute_loss_func=head_loss(arguments.label_smoothing_factor) if data.label_names else None,
+    )
+    # Without a limit no allocation fails on a processor: the kernel kills a process, and a probe would see nothing.
+    if run.on_gpu or run.order.memory_limit is not None:
+        probe = Probe(trainer, learner.tokenizer, data, run.spec.evaluation.max_rows, run.adjust_evaluation)
+        trainer.add_callback(probe)
+    for callback in callbacks.in_order:  # after the probe: they say that training begins
+        trainer.add_callback(callback)
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
+    except DoesNotFit as failure:
+        # The model keeps the autocast that this Trainer's accelerator put around it: the next one knows it as prepared.
+        return str(failure)
+    state = trainer.state
+    if run.stop.is_set() and state.global_step < state.max_steps and callbacks.best.stopped_early is None:
+        raise Stopped
+    return None

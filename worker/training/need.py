@@ -1,0 +1,61 @@
+"""What a job needs, told again once the lengths of its own rows are known."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from loractl.common.job.need import Need
+from loractl.common.job.status import Reason
+from loractl.common.memory.plan import predict
+from loractl.common.units import gib
+from loractl.worker.base.gauge import hold_to
+from loractl.worker.base.model import TrainingFailed
+from loractl.worker.data.lengths import lengths_of
+from loractl.worker.data.tokens import PreparedData
+from loractl.worker.protocol.messages import Planned, Start
+
+from .run import Run
+from .traced_plan import trace_plan
+
+
+def tell_need(run: Run, data: PreparedData) -> None:
+    """Tell what the job needs for the lengths of its own rows, which submit could not know.
+
+    An architecture that the plan does not know is traced, where memory is a card's. Raises
+    TrainingFailed(out_of_memory) when the trace needs more than the card gives: no weight is loaded yet.
+    """
+    order, spec = run.order, run.spec
+    lengths = lengths_of(data)
+    need = predict(spec, lengths)
+    given = order.vram_reserved
+    if need.of(order.method) is not None or given is None or order.gpu == "cpu":
+        _tell(run, need)
+        return
+    try:
+        traced = trace_plan(spec.base_model, spec, order.method, lengths).need_bytes
+    except Exception as error:  # noqa: BLE001  a trace is a help; what is wrong with the model, its loading says better
+        run.note("plan", f"no plan by trace: {str(error).strip().splitlines()[0] if str(error).strip() else error!r}")
+        return
+    _tell(run, replace(need, **{order.method.value: traced}))
+    if traced > given:
+        raise TrainingFailed(
+            Reason.OUT_OF_MEMORY, f"its plan by trace is {gib(traced)} GiB, the card gives {gib(given)} GiB"
+        )
+
+
+def _tell(run: Run, need: Need) -> None:
+    run.tell(Planned(job_id=run.order.job_id, lora=need.lora, qlora=need.qlora))
+    if run.on_gpu:
+        hold_to(lowered_limit(run.order, need), "cuda", run.order.gpu)
+
+
+def lowered_limit(order: Start, need: Need) -> int | None:
+    """Bytes of the card that are still this attempt's, once its need is known better: the rest goes to other jobs.
+
+    The reservation is the plan times what was learned from measured peaks, and stays so.
+    """
+    size, given = need.of(order.method), order.memory_limit
+    if size is None or given is None:
+        return given
+    learned = order.vram_reserved / order.vram_planned if order.vram_reserved and order.vram_planned else 1.0
+    return min(given, int(size * learned))

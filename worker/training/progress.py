@@ -1,0 +1,120 @@
+"""Tells the supervisor how far a training is, and how long the rest will take."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from transformers import TrainerCallback
+
+from loractl.common.job.status import Stage
+from loractl.common.store.records import HELD_OUT_LOSS
+from loractl.worker.evaluation.evaluation import Evaluation
+from loractl.worker.protocol.messages import Stepped
+
+from .recorder import Recorder
+from .run import Run
+
+TOLD_EVERY_S = 1.0
+"""Steps are told no more often, but for those that have a loss."""
+
+
+class Teller(TrainerCallback):
+    """Tells of steps and losses, and says when the job will be done."""
+
+    def __init__(self, run: Run, recorder: Recorder, evaluation_tokens: int) -> None:
+        self._run = run
+        self._recorder = recorder
+        self._evaluation_tokens = evaluation_tokens  # that the evaluation passes through the model
+        # from one step's end to the next one's, whatever came between: evaluations and checkpoints take time too
+        self._step_times: deque[float] = deque(maxlen=1000)
+        self._step_ended = 0.0
+        self._told = 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._run.stage(Stage.TRAINING)
+        self._step_ended = time.monotonic()
+        self.tell()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        now = time.monotonic()
+        self._step_times.append(now - self._step_ended)
+        self._step_ended = now
+        if self._run.stop.is_set() or now - self._told > TOLD_EVERY_S:
+            self.tell()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+        told = ("loss", "eval_loss", "learning_rate", "grad_norm")
+        known = {name: float(logs[name]) for name in told if name in logs} if logs else {}
+        if known:
+            self.tell(known)
+
+    def tell(self, metrics: dict[str, float] | None = None) -> None:
+        """Tell the step that the training has reached."""
+        self._told = time.monotonic()
+        recorder = self._recorder
+        left, spread = remaining(self._step_times, recorder.total_steps - recorder.steps)
+        if left is not None and recorder.tokens_per_second:
+            # A token that is trained on costs a forward and a backward, in LoRA about as much again (no gradients of
+            # the base's weights): read as two that are evaluated. Measured once the evaluation runs.
+            left += self._evaluation_tokens / (2 * recorder.tokens_per_second)
+        self._run.tell(
+            Stepped(
+                job_id=self._run.order.job_id,
+                step=recorder.steps,
+                total_steps=recorder.total_steps,
+                metrics=metrics or {},
+                tokens_per_second=recorder.tokens_per_second,
+                eta_seconds=left,
+                eta_spread_seconds=spread,
+                peaks=self._run.gauge.look(),
+            )
+        )
+
+    def evaluating(self) -> Callable[[int, int], None]:
+        """A progress function for the evaluation: tells how long the rest will take."""
+        began = time.monotonic()
+
+        def tell(done: int, of: int) -> None:
+            left = (time.monotonic() - began) * (of - done) / max(1, done)
+            self._run.tell(
+                Stepped(
+                    job_id=self._run.order.job_id,
+                    step=self._recorder.steps,
+                    total_steps=self._recorder.total_steps,
+                    eta_seconds=left,
+                    eta_spread_seconds=left,  # scoring says little about generating, which comes after it
+                    peaks=self._run.gauge.look(),
+                )
+            )
+
+        return tell
+
+    def tell_held_out(self, evaluation: Evaluation) -> None:
+        """Tell the tuned model's held-out loss: the jobs of a sweep are compared by it, without their reports."""
+        loss = next((metric.tuned for metric in evaluation.metrics if metric.name == "loss"), math.nan)
+        if math.isfinite(loss):
+            job_id, steps, of = self._run.order.job_id, self._recorder.steps, self._recorder.total_steps
+            self._run.tell(Stepped(job_id=job_id, step=steps, total_steps=of, metrics={HELD_OUT_LOSS: loss}))
+
+
+def remaining(step_times: Sequence[float], steps: int) -> tuple[float | None, float | None]:
+    """Seconds that so many more steps will take, and half the width of a 95% interval of them.
+
+    The sum of `steps` new times varies by their own spread and by that of the mean of the n measured ones: its variance
+    is s² (steps + steps² / n). The quantile is Student's, expanded around the normal one (Abramowitz and Stegun 1964,
+    26.7.5). None before a first step, and for the interval before a third.
+    """
+    n = len(step_times)
+    if n == 0:
+        return None, None
+    mean = statistics.fmean(step_times)
+    if n < 3:
+        return steps * mean, None
+    z, free = 1.96, n - 1
+    quantile = z + (z**3 + z) / (4 * free) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * free**2)
+    return steps * mean, quantile * statistics.stdev(step_times, mean) * math.sqrt(steps + steps**2 / n)

@@ -1,0 +1,67 @@
+"""One run of the recipe: its order, where to tell, and whether to stop."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+from loractl.common.job.adjustment import Adjustment, adjusted, in_words
+from loractl.common.job.spec import JobSpec
+from loractl.common.job.status import Stage
+from loractl.worker.base.gauge import Gauge
+from loractl.worker.protocol.messages import Adjusted, Note, StageChanged, Start, Told
+
+
+class Stopped(Exception):
+    """The supervisor asked for an end."""
+
+
+@dataclass(kw_only=True)
+class Run:
+    """What a step of the recipe may look at: the order, where to tell, and whether to stop."""
+
+    order: Start
+    tell: Callable[[Told], None]
+    stop: threading.Event = field(default_factory=threading.Event)
+    save_on_stop: threading.Event = field(default_factory=threading.Event)
+    stages: list[Stage] = field(default_factory=list)  # those that have begun
+    adjustment: Adjustment = field(init=False)  # what out-of-memory has changed so far
+    changes: list[str] = field(init=False)  # the same in words, one a step down
+    gauge: Gauge = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.adjustment = self.order.adjustment
+        self.changes = list(self.order.changes)
+        self.gauge = Gauge(self.order.device, self.order.gpu)
+
+    @property
+    def spec(self) -> JobSpec:
+        """The job as it runs: what it asks for, adjusted to the memory that there is."""
+        return adjusted(self.order.spec, self.adjustment)
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.order.device == "cuda"
+
+    def stage(self, stage: Stage) -> None:
+        self.stages.append(stage)
+        self.tell(StageChanged(job_id=self.order.job_id, stage=stage))
+
+    def note(self, kind: str, text: str, resumed_from_step: int | None = None) -> None:
+        self.tell(Note(job_id=self.order.job_id, kind=kind, text=text, resumed_from_step=resumed_from_step))
+
+    def adjust(self, adjustment: Adjustment) -> None:
+        """Go on with less memory."""
+        self.changes.append(in_words(self.order.spec, self.adjustment, adjustment))
+        self.note("memory", self.changes[-1])
+        self.adjustment = adjustment
+        self.tell(Adjusted(job_id=self.order.job_id, adjustment=adjustment))
+
+    def adjust_evaluation(self, batch: int) -> None:
+        """Evaluate fewer rows at once."""
+        self.adjust(replace(self.adjustment, eval_batch=batch))
+
+    def check_stop(self) -> None:
+        if self.stop.is_set():
+            raise Stopped
