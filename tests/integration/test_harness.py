@@ -20,7 +20,10 @@ from loractl.common.job.file import load_spec
 from loractl.common.job.spec import JobSpec, Method
 from loractl.common.job.status import Reason
 from loractl.scheduler.text.jobs import Screen, report_text
-from loractl.worker.base.model import TrainingFailed, add_adapter, choose_precision, load_base, load_tokenizer
+from loractl.worker.base.arithmetic import choose_precision
+from loractl.worker.base.failure import TrainingFailed
+from loractl.worker.base.lora import add_adapter
+from loractl.worker.base.model import load_base, load_tokenizer
 from loractl.worker.evaluation.harness import Scored, compare, find_tasks, score_tasks
 from loractl.worker.evaluation.statistics import paired_interval
 from loractl.worker.training.recipe import Stopped

@@ -20,8 +20,10 @@ LOAD = """
 import json, sys
 from loractl.common.errors import DataError
 from loractl.common.job.spec import Method
+from loractl.worker.base.arithmetic import choose_precision
+from loractl.worker.base.failure import TrainingFailed
+from loractl.worker.base.model import load_base, load_tokenizer
 from loractl.worker.data.tokens import load_pinned
-from loractl.worker.base.model import TrainingFailed, choose_precision, load_base, load_tokenizer
 
 def answer(what, name, revision):
     try:

@@ -26,8 +26,8 @@ from loractl.common.job.spec import JobSpec, Method
 from loractl.common.job.status import Reason
 from loractl.common.memory.plan import predict
 from loractl.common.placement.rule import Need
+from loractl.worker.base.failure import TrainingFailed
 from loractl.worker.base.gauge import data_bytes
-from loractl.worker.base.model import TrainingFailed
 from loractl.worker.protocol.messages import Adjusted, Ended, Note, Planned, Start, Stepped, Told, decode_told, encode
 from loractl.worker.training.probe import Probe
 from loractl.worker.training.recipe import Run, Stopped, lowered_limit, train

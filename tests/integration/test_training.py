@@ -12,14 +12,10 @@ import torch
 
 from loractl.common.job.spec import JobSpec, Method
 from loractl.common.job.status import Reason
-from loractl.worker.base.model import (
-    TrainingFailed,
-    add_adapter,
-    choose_precision,
-    evaluating,
-    load_base,
-    load_tokenizer,
-)
+from loractl.worker.base.arithmetic import choose_precision, evaluating
+from loractl.worker.base.failure import TrainingFailed
+from loractl.worker.base.lora import add_adapter
+from loractl.worker.base.model import load_base, load_tokenizer
 from loractl.worker.data.tokens import IGNORED, encode, prepare_data
 from loractl.worker.evaluation.evaluation import score_rows
 from loractl.worker.protocol.messages import Note, Stepped

@@ -108,7 +108,7 @@ def in_a_sentence(error: BaseException) -> str:
 
 
 def release() -> None:
-    """Give back what nobody holds any more; call it where no traceback holds the tensors of what failed."""
+    """Give back memory that is free now; call it where no traceback holds the tensors of what failed."""
     gc.collect()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
@@ -139,8 +139,8 @@ def _nvml_process_bytes(gpu: str) -> int | None:
     try:
         pynvml.nvmlInit()
         handle = pynvml.nvmlDeviceGetHandleByUUID(gpu)
-        found = [p.usedGpuMemory for p in pynvml.nvmlDeviceGetComputeRunningProcesses(handle) if p.pid == os.getpid()]
+        held = [p.usedGpuMemory for p in pynvml.nvmlDeviceGetComputeRunningProcesses(handle) if p.pid == os.getpid()]
     except pynvml.NVMLError as error:
         log.debug("NVML does not tell this process's memory: %s", error)
         return None
-    return int(found[0]) if found and found[0] else None
+    return int(held[0]) if held and held[0] else None

@@ -14,7 +14,8 @@ from typing import Any
 
 from loractl.common.job.spec import JobSpec
 from loractl.common.job.status import Reason
-from loractl.worker.base.model import TrainingFailed, evaluating
+from loractl.worker.base.arithmetic import evaluating
+from loractl.worker.base.failure import TrainingFailed
 
 from .tokens import IGNORED, PreparedData, TokenRow, collate, inputs_of
 

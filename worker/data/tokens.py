@@ -28,8 +28,8 @@ from loractl.common.data.rows import Example, RawRow, detect_format, parse_examp
 from loractl.common.errors import DataError, LoractlError
 from loractl.common.job.spec import DataFormat, DatasetSpec, Overflow
 from loractl.common.job.status import Reason
+from loractl.worker.base.failure import TrainingFailed
 from loractl.worker.base.hub import Refusal, cached_if_away, chain_of, known_commit, reaching_the_hub, refusal
-from loractl.worker.base.model import TrainingFailed
 
 IGNORED = -100
 """The label that cross-entropy leaves out (torch.nn.CrossEntropyLoss's default ignore_index)."""

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from loractl.common.job.spec import JobSpec, Metric
-from loractl.worker.base.model import evaluating, whole_modules
+from loractl.worker.base.arithmetic import evaluating, whole_modules
 from loractl.worker.data.tokens import PreparedData, TokenRow, collate, inputs_of
 
 from .confusion import Labels

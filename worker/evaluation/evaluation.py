@@ -16,8 +16,8 @@ import torch
 
 from loractl.common.data.rows import Example
 from loractl.common.job.spec import DataFormat, JobSpec, Metric
+from loractl.worker.base.arithmetic import evaluating, whole_modules
 from loractl.worker.base.gauge import is_out_of_memory, release
-from loractl.worker.base.model import evaluating, whole_modules
 from loractl.worker.data.tokens import IGNORED, PreparedData, TokenRow, collate, prompt_of
 
 from .confusion import Labels, labels_taught

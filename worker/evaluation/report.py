@@ -20,7 +20,7 @@ from .evaluation import Compared, Evaluation
 from .statistics import BOOTSTRAP_SAMPLES, BOOTSTRAP_SEED
 
 if TYPE_CHECKING:
-    from loractl.worker.base.model import Precision
+    from loractl.worker.base.arithmetic import Precision
     from loractl.worker.data.tokens import PreparedData
     from loractl.worker.protocol.messages import Peaks, Start
     from loractl.worker.training.recipe import TrainingLog

@@ -19,8 +19,9 @@ from safetensors import SafetensorError
 from loractl.common.errors import ArtifactError, LoractlError, UsageError
 from loractl.common.job.spec import Method
 from loractl.worker.base.adapter import CONFIG, WEIGHTS
+from loractl.worker.base.arithmetic import Precision, choose_precision, keep_nf4_in_training_mode
 from loractl.worker.base.gauge import is_out_of_memory
-from loractl.worker.base.model import Precision, choose_precision, keep_nf4_in_training_mode, load_base, load_tokenizer
+from loractl.worker.base.model import load_base, load_tokenizer
 
 from .library import Listed
 

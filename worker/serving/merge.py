@@ -106,7 +106,8 @@ def merge_into(folder: Path, library: Library, listed: Listed, dtype: str) -> Pr
     from transformers import AutoModelForCausalLM
 
     from loractl.common.job.spec import Method
-    from loractl.worker.base.model import Precision, load_base, load_tokenizer
+    from loractl.worker.base.arithmetic import Precision
+    from loractl.worker.base.model import load_base, load_tokenizer
 
     spec, files, run_code = listed.spec, library.fetch(listed), library.may_run_code(listed)
     revision = library.revision(listed)

@@ -27,23 +27,14 @@ from loractl.common.memory.plan import predict
 from loractl.common.placement.rule import Need
 from loractl.common.store.records import HELD_OUT_LOSS
 from loractl.common.units import gib
-from loractl.worker.base.adapter import save_adapter
+from loractl.worker.base.adapter import load_trained, load_weights, save_adapter, save_weights
+from loractl.worker.base.arithmetic import Precision, choose_precision, evaluating, whole_modules
+from loractl.worker.base.failure import TrainingFailed
 from loractl.worker.base.gauge import Gauge, hold_to, release
+from loractl.worker.base.head import Head
 from loractl.worker.base.identity import identify
-from loractl.worker.base.model import (
-    Head,
-    Precision,
-    TrainingFailed,
-    add_adapter,
-    choose_precision,
-    evaluating,
-    load_base,
-    load_tokenizer,
-    load_trained,
-    load_weights,
-    save_weights,
-    whole_modules,
-)
+from loractl.worker.base.lora import add_adapter
+from loractl.worker.base.model import load_base, load_tokenizer
 from loractl.worker.data.check import warnings_about
 from loractl.worker.data.lengths import lengths_of
 from loractl.worker.data.packing import check_apart, packed

@@ -36,7 +36,9 @@ from loractl.common.memory.plan import (
     state_bytes,
     traced_plan,
 )
-from loractl.worker.base.model import HEAD, add_adapter, label_settings, source_of
+from loractl.worker.base.head import HEAD, label_settings
+from loractl.worker.base.lora import add_adapter
+from loractl.worker.base.source import source_of
 from loractl.worker.evaluation.classifier import head_loss
 
 BLOCK = 512
