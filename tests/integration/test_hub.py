@@ -23,7 +23,7 @@ from loractl.common.job.spec import Method
 from loractl.worker.base.arithmetic import choose_precision
 from loractl.worker.base.failure import TrainingFailed
 from loractl.worker.base.model import load_base, load_tokenizer
-from loractl.worker.data.tokens import load_pinned
+from loractl.worker.data.origin import load_pinned
 
 def answer(what, name, revision):
     try:

@@ -12,7 +12,7 @@ import pytest
 
 from loractl.common.job.status import Reason
 from loractl.worker.base.failure import TrainingFailed
-from loractl.worker.data.tokens import load_rows
+from loractl.worker.data.origin import load_rows
 
 from ..models import write_helpdesk
 

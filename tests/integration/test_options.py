@@ -20,8 +20,9 @@ from loractl.worker.base.arithmetic import choose_precision
 from loractl.worker.base.failure import TrainingFailed
 from loractl.worker.base.lora import add_adapter
 from loractl.worker.base.model import load_base
+from loractl.worker.data.batch import collate, inputs_of
 from loractl.worker.data.packing import check_apart, pack
-from loractl.worker.data.tokens import IGNORED, TokenRow, collate, inputs_of
+from loractl.worker.data.tokens import IGNORED, TokenRow
 from loractl.worker.protocol.messages import Note, Stepped
 
 from .conftest import Recipe

@@ -20,7 +20,7 @@ from loractl.common.job.status import Reason
 from loractl.worker.base.arithmetic import choose_precision
 from loractl.worker.base.failure import TrainingFailed
 from loractl.worker.base.model import load_base, load_tokenizer
-from loractl.worker.data.tokens import load_rows
+from loractl.worker.data.origin import load_rows
 from loractl.worker.training.checkpoint import MARKER
 
 

@@ -29,7 +29,7 @@ from loractl.worker.attempt import supervisor
 from loractl.worker.attempt.supervisor import Drain, Supervisor
 from loractl.worker.base.failure import TrainingFailed
 from loractl.worker.base.model import load_tokenizer
-from loractl.worker.data.tokens import prepare_data
+from loractl.worker.data.prepared import prepare_data
 from loractl.worker.device.devices import find_devices
 from loractl.worker.protocol.messages import Note, Saved, Start, Stepped, Told
 from loractl.worker.training.checkpoint import MARKER, close_checkpoint

@@ -16,7 +16,8 @@ from loractl.worker.base.arithmetic import choose_precision, evaluating
 from loractl.worker.base.failure import TrainingFailed
 from loractl.worker.base.lora import add_adapter
 from loractl.worker.base.model import load_base, load_tokenizer
-from loractl.worker.data.tokens import IGNORED, encode, prepare_data
+from loractl.worker.data.prepared import prepare_data
+from loractl.worker.data.tokens import IGNORED, encode
 from loractl.worker.evaluation.evaluation import score_rows
 from loractl.worker.protocol.messages import Note, Stepped
 from loractl.worker.training import checkpoint

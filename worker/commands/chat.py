@@ -255,8 +255,8 @@ class Talk:
         return answer
 
     def _ask(self, messages: Sequence[dict[str, str]], say: Callable[[Said], None], *, base: bool) -> Ask:
+        from loractl.worker.data.prompt import prompt_for
         from loractl.worker.serving.decoding import Ask
-        from loractl.worker.serving.prompt import prompt_for
 
         style = self.style
         ids = prompt_for(self.library.format(self.adapter), messages, self.resident.tokenizer)

@@ -17,7 +17,9 @@ from loractl.common.job.spec import JobSpec
 from loractl.common.text import clean_text
 from loractl.worker.base.model import load_tokenizer
 from loractl.worker.data.check import Checked, check_data
-from loractl.worker.data.tokens import IGNORED, TokenRow, dataset_hash, prepare_data
+from loractl.worker.data.origin import dataset_hash
+from loractl.worker.data.prepared import prepare_data
+from loractl.worker.data.tokens import IGNORED, TokenRow
 
 if TYPE_CHECKING:
     from loractl.common.data.findings import Finding

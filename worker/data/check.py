@@ -21,7 +21,9 @@ from loractl.common.errors import DataError
 from loractl.common.job.spec import BadRow, DataFormat, DatasetSpec, JobSpec, Overflow
 from loractl.common.memory.architecture import find_config
 
-from .tokens import IGNORED, PreparedData, TokenRow, encode, load_rows, rendered
+from .origin import load_rows
+from .prepared import PreparedData
+from .tokens import IGNORED, TokenRow, encode, rendered
 
 SAMPLED_ROWS = 200
 """So many rows a trainer looks at for what the template makes of them: it makes the same of all."""

@@ -17,7 +17,9 @@ from loractl.common.job.status import Reason
 from loractl.worker.base.arithmetic import evaluating
 from loractl.worker.base.failure import TrainingFailed
 
-from .tokens import IGNORED, PreparedData, TokenRow, collate, inputs_of
+from .batch import collate, inputs_of
+from .prepared import PreparedData
+from .tokens import IGNORED, TokenRow
 
 APART_TOLERANCE = 0.01
 """Share of the largest logit that rounding may move; another example in sight moves far more."""

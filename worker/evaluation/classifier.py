@@ -16,7 +16,9 @@ import torch
 
 from loractl.common.job.spec import JobSpec, Metric
 from loractl.worker.base.arithmetic import evaluating, whole_modules
-from loractl.worker.data.tokens import PreparedData, TokenRow, collate, inputs_of
+from loractl.worker.data.batch import collate, inputs_of
+from loractl.worker.data.prepared import PreparedData
+from loractl.worker.data.tokens import TokenRow
 
 from .confusion import Labels
 from .evaluation import Compared, Evaluation, in_batches, interval_of, measure, share

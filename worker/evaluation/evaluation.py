@@ -18,7 +18,9 @@ from loractl.common.data.rows import Example
 from loractl.common.job.spec import DataFormat, JobSpec, Metric
 from loractl.worker.base.arithmetic import evaluating, whole_modules
 from loractl.worker.base.gauge import is_out_of_memory, release
-from loractl.worker.data.tokens import IGNORED, PreparedData, TokenRow, collate, prompt_of
+from loractl.worker.data.batch import collate
+from loractl.worker.data.prepared import PreparedData
+from loractl.worker.data.tokens import IGNORED, TokenRow, prompt_of
 
 from .confusion import Labels, labels_taught
 from .dialogue import Answered, answers_of

@@ -21,7 +21,7 @@ from .statistics import BOOTSTRAP_SAMPLES, BOOTSTRAP_SEED
 
 if TYPE_CHECKING:
     from loractl.worker.base.arithmetic import Precision
-    from loractl.worker.data.tokens import PreparedData
+    from loractl.worker.data.prepared import PreparedData
     from loractl.worker.protocol.messages import Peaks, Start
     from loractl.worker.training.recipe import TrainingLog
 

@@ -23,11 +23,11 @@ from starlette.requests import ClientDisconnect
 
 from loractl.common.errors import LoractlError, UsageError
 from loractl.common.job.spec import DataFormat
+from loractl.worker.data.prompt import prompt_for, text_prompt
 
 from .decoding import Ask, Engine, Said
 from .library import Library, Listed
 from .openai_api import ChatRequest, Refusal, Reply, TextRequest
-from .prompt import prompt_for, text_prompt
 
 log = logging.getLogger("loractl.worker")
 

@@ -153,7 +153,7 @@ def merge_into(folder: Path, library: Library, listed: Listed, dtype: str) -> Pr
 
 
 def _own_prompts(library: Library, listed: Listed, tokenizer: Any) -> list[list[int]]:
-    from .prompt import prompt_for
+    from loractl.worker.data.prompt import prompt_for
 
     question = [{"role": "user", "content": "Can you help me with this?"}]
     return [prompt_for(library.format(listed), question, tokenizer)]

@@ -12,7 +12,8 @@ from loractl.common.data.rows import detect_format, parse_examples, read_rows
 from loractl.common.errors import UsageError
 from loractl.common.job.spec import DatasetSpec, EvaluationSpec, JobSpec, Method, Metric, Overflow
 from loractl.worker.base.arithmetic import evaluating
-from loractl.worker.data.tokens import PreparedData, TokenSet, fit_examples, prepare_data
+from loractl.worker.data.prepared import PreparedData, prepare_data
+from loractl.worker.data.token_set import TokenSet, fit_examples
 from loractl.worker.evaluation.confusion import Labels
 from loractl.worker.evaluation.evaluation import Work, generate, rouge, score_rows
 from loractl.worker.evaluation.statistics import Array, paired_interval

@@ -35,10 +35,12 @@ from loractl.worker.base.head import Head
 from loractl.worker.base.identity import identify
 from loractl.worker.base.lora import add_adapter
 from loractl.worker.base.model import load_base, load_tokenizer
+from loractl.worker.data.batch import collate, inputs_of
 from loractl.worker.data.check import warnings_about
 from loractl.worker.data.lengths import lengths_of
 from loractl.worker.data.packing import check_apart, packed
-from loractl.worker.data.tokens import PreparedData, TokenRow, collate, inputs_of, prepare_data, prepare_regression
+from loractl.worker.data.prepared import PreparedData, prepare_data, prepare_regression
+from loractl.worker.data.tokens import TokenRow
 from loractl.worker.evaluation.classifier import evaluate_classifier, head_loss
 from loractl.worker.evaluation.evaluation import Evaluation, Work, evaluate
 from loractl.worker.evaluation.harness import check_package, find_tasks, score_tasks
