@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import os
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -18,12 +19,13 @@ from safetensors import SafetensorError
 
 from loractl.common.errors import ArtifactError, LoractlError, UsageError
 from loractl.common.job.spec import Method
+from loractl.common.settings import Settings
 from loractl.worker.base.adapter import CONFIG, WEIGHTS
 from loractl.worker.base.arithmetic import Precision, choose_precision, keep_nf4_in_training_mode
 from loractl.worker.base.gauge import is_out_of_memory
 from loractl.worker.base.model import load_base, load_tokenizer
 
-from .library import Listed
+from .library import Library, Listed
 
 BASE = "__base__"
 """peft's name for "no adapter" in a batch of several."""
@@ -48,7 +50,7 @@ class Loaded:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Base:
+class BaseChoice:
     """What to load, and how."""
 
     model: str
@@ -59,19 +61,17 @@ class Base:
     run_code: bool = False
 
 
-class Resident:
+class AdapterPool:
     """One loaded base. Not for several threads at once.
 
     `memory`: bytes that adapters may take together; None: no limit.
     """
 
-    def __init__(self, base: Base, memory: int | None = None) -> None:
+    def __init__(self, base: BaseChoice, memory: int | None = None) -> None:
         began = time.monotonic()
         self.precision: Precision = choose_precision(base.device, base.dtype)
         self.tokenizer = load_tokenizer(base.model, base.revision, run_code=base.run_code)
-        model = load_base(
-            base.model, base.method, base.device, self.precision, base.revision, run_code=base.run_code
-        )  # fmt: skip
+        model = load_base(base.model, base.method, base.device, self.precision, base.revision, run_code=base.run_code)
         if base.method is Method.QLORA:
             keep_nf4_in_training_mode(model)
         model.eval()
@@ -94,6 +94,13 @@ class Resident:
     def model(self) -> Any:
         """The base, or the base with its adapters."""
         return self._model
+
+    @property
+    def number_format(self) -> str:
+        """Of the base's weights, for people."""
+        if self.base.method is Method.QLORA:
+            return "NF4"
+        return str(self.precision.base).removeprefix("torch.")
 
     @property
     def adapter_memory(self) -> int:
@@ -252,18 +259,32 @@ class Resident:
                 hook.remove()
 
 
-def open_resident(base: Base, memory: int | None = None, tell: Callable[[str], None] = lambda text: None) -> Resident:
-    """Load a base and say how long it took."""
-    resident = Resident(base, memory)
-    size = f"{resident.bytes / 2**20:.0f} MiB"
-    tell(f"{base.model.rpartition('/')[2]} is loaded in {resident.seconds:.1f} s ({size}, {_kind(resident)}).")
-    return resident
+def open_pool(
+    base: BaseChoice,
+    library: Library,
+    adapters: Sequence[Listed],
+    tell: Callable[[str], None],
+    warn: Callable[[str], None],
+    memory: int | None = None,
+) -> AdapterPool:
+    """Load a base, say how long it took, and warn of adapters that were trained on other files of it."""
+    pool = AdapterPool(base, memory)
+    size = f"{pool.bytes / 2**20:.0f} MiB"
+    tell(f"{base.model.rpartition('/')[2]} is loaded in {pool.seconds:.1f} s ({size}, {pool.number_format}).")
+    for sentence in library.warnings_about(adapters):
+        warn(sentence)
+    return pool
 
 
-def _kind(resident: Resident) -> str:
-    if resident.base.method is Method.QLORA:
-        return "NF4"
-    return str(resident.precision.base).removeprefix("torch.")
+def take_device(settings: Settings, gpu: str | None) -> str:
+    """cuda or cpu; this process sees no other card from here on."""
+    from loractl.worker.base.quiet import quieten
+    from loractl.worker.device.devices import find_devices
+
+    quieten()
+    device = find_devices(settings, gpu)[0]
+    os.environ.update(device.environment())
+    return device.trains_on
 
 
 def _name_rows(keys: Sequence[str], layer: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

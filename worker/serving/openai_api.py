@@ -12,12 +12,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from .decoding import Said
+from .request import Said
 
 Ended = Literal["stop", "length"]
 
 
-class Refusal(Exception):
+class ApiError(Exception):
     """An answer with an HTTP status, in the API's form."""
 
     def __init__(self, status: int, message: str, *, code: str | None = None, param: str | None = None) -> None:

@@ -18,7 +18,7 @@ from loractl.worker.evaluation.confusion import Labels
 from loractl.worker.evaluation.evaluation import Work, generate, rouge, score_rows
 from loractl.worker.evaluation.statistics import Array, paired_interval
 
-from .adapter_pool import Resident
+from .adapter_pool import AdapterPool
 from .library import Library, Listed
 
 LOSS, ACCURACY, ROUGE_L = "loss", "accuracy", "rougeL"
@@ -110,13 +110,13 @@ def asked_for(rows: int, samples: int, max_new_tokens: int, batch: int) -> Evalu
     )
 
 
-def score(resident: Resident, key: str | None, task: Task, asked: EvaluationSpec) -> Scores:
+def score(pool: AdapterPool, key: str | None, task: Task, asked: EvaluationSpec) -> Scores:
     """An adapter that is loaded, or with None the base, on a task."""
-    model, tokenizer, batch, work = resident.model, resident.tokenizer, asked.per_device_eval_batch_size, task.work
+    model, tokenizer, batch, work = pool.model, pool.tokenizer, asked.per_device_eval_batch_size, task.work
     if key is not None:
-        resident.switch(key)
+        pool.switch(key)
     prompts, longest = (work.labelled, work.label_tokens) if work.labelled else (work.prompts, work.longest_answer)
-    with evaluating(model, base=key is None), resident.arithmetic(key):
+    with evaluating(model, base=key is None), pool.arithmetic(key):
         rows = score_rows(model, tokenizer, work.rows, batch)
         texts = [text for text, _ in generate(model, tokenizer, [p.ids for p in prompts], batch, longest)]
     expected = [prompt.expected for prompt in prompts]
