@@ -64,9 +64,25 @@ def load_base(
     With `head` it has that one, with fresh weights, in place of its words. Raises TrainingFailed when the model can't
     be found or read, or has no such head.
     """
-    options: dict[str, Any] = {"dtype": precision.base, "use_safetensors": True} | gguf_file_of(base_model)
+    options = _format_options(base_model, method, precision, head)
     if device == "cuda":
         options["device_map"] = {"": 0}
+    if attention != "auto":
+        options["attn_implementation"] = _available(attention)
+    with model_errors(base_model):
+        options |= loading_options(base_model, revision, run_code=run_code)
+        options["adapter_kwargs"] = {"local_files_only": True}  # loading_options has looked for one
+        if head is None:
+            return AutoModelForCausalLM.from_pretrained(base_model, **options)
+        check_no_head_yet(base_model, revision)
+        model = AutoModelForSequenceClassification.from_pretrained(base_model, **options, **head.settings)
+    begin_head(model, head)
+    return model
+
+
+def _format_options(base_model: str, method: Method, precision: Precision, head: Head | None) -> dict[str, Any]:
+    """from_pretrained's options for the formats of files and weights. Raises TrainingFailed for a GGUF file in NF4."""
+    options: dict[str, Any] = {"dtype": precision.base, "use_safetensors": True} | gguf_file_of(base_model)
     if "gguf_file" in options:
         if method is Method.QLORA:
             raise TrainingFailed(
@@ -83,17 +99,7 @@ def load_base(
             bnb_4bit_compute_dtype=precision.base,
             llm_int8_skip_modules=None if head is None else [HEAD],  # None: transformers leaves out the words' head
         )
-    if attention != "auto":
-        options["attn_implementation"] = _available(attention)
-    with model_errors(base_model):
-        options |= loading_options(base_model, revision, run_code=run_code)
-        options["adapter_kwargs"] = {"local_files_only": True}  # loading_options has looked for one
-        if head is None:
-            return AutoModelForCausalLM.from_pretrained(base_model, **options)
-        check_no_head_yet(base_model, revision)
-        model = AutoModelForSequenceClassification.from_pretrained(base_model, **options, **head.settings)
-    begin_head(model, head)
-    return model
+    return options
 
 
 def _available(attention: str) -> str:
