@@ -1,4 +1,4 @@
-"""The hub: which commit a revision means now, whether it answers at all, and what it means when it refuses."""
+"""The hub: which commit a revision means now, and why the hub refuses."""
 
 from __future__ import annotations
 
@@ -108,8 +108,7 @@ def known_commit(name: str, revision: str | None) -> str | None:
 
 @contextlib.contextmanager
 def reaching_the_hub() -> Iterator[None]:
-    """Give what the client's own transport raises (httpx, or httpx2 since huggingface_hub 2) the name that Python has
-    for it. Raises ConnectionError."""
+    """Raise ConnectionError for an error of the client's transport: httpx, or httpx2 since huggingface_hub 2."""
     try:
         yield
     except Exception as error:

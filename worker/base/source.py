@@ -57,7 +57,7 @@ def configs_of(base_model: str, where: dict[str, Any]) -> tuple[dict[str, Any], 
 
 
 def _check_code_is_its_own(base_model: str, configs: Iterable[dict[str, Any]]) -> None:
-    """Code that a config takes from another repository is not what the box's owner has read. Raises TrainingFailed."""
+    """Refuse code from another repository: the box's owner has not read it. Raises TrainingFailed."""
     for config in configs:
         if "--" in json.dumps(config.get("auto_map", {})):
             what = f"base_model {base_model} runs code of another repository, which nobody has allowed"

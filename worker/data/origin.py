@@ -53,7 +53,7 @@ def _check_files_are_remote(path: str, files: Mapping[str, Sequence[str]] | None
 
 
 def _refused(path: str, error: BaseException) -> LoractlError:
-    """What a failed look into the hub means. Raises OSError for a full disk, which is none of the data's fault."""
+    """What a failed read from the hub means. Raises OSError for a full disk, which is not the data's fault."""
     for each in chain_of(error):
         if isinstance(each, OSError) and each.errno in (errno.ENOSPC, errno.EDQUOT):
             raise each

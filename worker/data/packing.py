@@ -1,4 +1,4 @@
-"""Packing: rows of several examples, so that little of a batch is padding, and no example sees another.
+"""Packing: rows of several examples that can't see each other, so that little of a batch is padding.
 
 transformers keeps packed examples apart where position ids begin anew and no attention mask is given
 (masking_utils.find_packed_sequence_indices). An architecture with an attention of its own may not: `check_apart` asks

@@ -1,5 +1,4 @@
-"""A base model that stays in memory, and the adapters on it, which are loaded when they are asked for and evicted when
-their memory is."""
+"""A base model that stays in memory, with adapters that are loaded on demand and evicted when room is needed."""
 
 from __future__ import annotations
 
@@ -123,7 +122,7 @@ class AdapterPool:
         return self._loaded[key]
 
     def let_go(self, loaded: Loaded) -> None:
-        """One user less; what nobody uses may be evicted."""
+        """One user less. An adapter without users may be evicted."""
         self._used[loaded.key] -= 1
 
     def forward(self, keys: Sequence[str], **tensors: Any) -> Any:
@@ -220,7 +219,7 @@ class AdapterPool:
         return True
 
     def _make_room(self, adapter: Listed) -> None:
-        """Evict what was not used for longest until the adapter fits."""
+        """Evict the adapters that were unused longest, until this one fits."""
         if self._memory is None:
             return
         if adapter.size > self._memory:

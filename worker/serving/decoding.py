@@ -120,7 +120,7 @@ class Engine:
         return True
 
     def fail_all(self, why: str) -> None:
-        """End every request with an error: for who can't step any more."""
+        """End every request with an error, when the stepping thread can't go on."""
         for lane in self._lanes.values():
             for row in lane.rows:
                 row.fail(why)
@@ -145,7 +145,7 @@ class Engine:
             try:
                 row = self._begin(ask)
             except NoRoom:
-                break  # somebody's answer will end and free an adapter
+                break  # an answer will end and free an adapter
             except LoractlError as error:
                 self._next().say(Said(ended="error", error=error.sentence))
                 continue
@@ -167,7 +167,7 @@ class Engine:
                 del self._lanes[name]
 
     def _drop_cancelled(self) -> None:
-        """Those who have left must not count among those who wait."""
+        """Requests whose callers have left must not count as waiting."""
         with self._lock:
             gone = [ask for ask in self._waiting if ask.cancelled.is_set()]
             for ask in gone:

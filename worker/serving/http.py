@@ -39,13 +39,13 @@ MOST_WAITING = 256
 """Requests that may wait for a place in the batch; further ones are told to come later."""
 
 FRESH_S = 2.0
-"""A list of the stored adapters is so old at the most."""
+"""The list of stored adapters is read again when it is older than this."""
 
 MOST_BODY_BYTES = 4 * 2**20
 
 
 class Names:
-    """What a request may call the models. Given ones, or all that are stored for the base, as of a moment ago."""
+    """The names that a request may give: those of --adapters, or of all stored adapters of the base."""
 
     def __init__(self, given: Mapping[str, Listed] | None, library: Library, base: str, revision: str | None) -> None:
         self._given = given
@@ -120,10 +120,10 @@ def _answered(error: ApiError) -> Response:
 
 
 class AccessControl:
-    """Lets in who has the key; without one, who speaks to this machine by its own name.
+    """Lets in callers who have the key. Without a key it lets in callers who address this machine by its own name.
 
-    A page in somebody's browser could otherwise reach the server through a name that it makes lead here. Plain ASGI:
-    behind Starlette's own kind of middleware nobody hears of a caller who leaves.
+    Otherwise a page in a browser could reach the server through a name that it points here. This is plain ASGI: behind
+    Starlette's own kind of middleware a handler is not told that a caller has left.
     """
 
     def __init__(self, app: Any, key: str | None) -> None:
@@ -191,7 +191,7 @@ class Service:
             await asyncio.to_thread(thread.join)
 
     def _decode(self) -> None:
-        """The one thread that steps; what it can't go on from is told to everybody, and to who asks for its health."""
+        """The one thread that steps. When it fails, all callers are told, and /health says so."""
         try:
             while not self._over.is_set():
                 if not self._engine.step():
@@ -299,7 +299,7 @@ class Service:
                 if piece.ended is not None:
                     return dict(reply.whole(text, piece))
         finally:
-            ask.cancelled.set()  # whoever goes before the end, and however, frees the place
+            ask.cancelled.set()  # a caller who leaves early frees the place
 
     async def _events(self, reply: Any, said: asyncio.Queue[Said], ask: Ask, *, usage: bool) -> AsyncIterator[str]:
         """Server-sent events; a caller who leaves ends the answer."""
@@ -334,7 +334,7 @@ def _card(name: str, listed: Listed) -> dict[str, Any]:
 
 
 async def _refusing(work: Callable[[], Any]) -> Any:
-    """Do it beside the event loop; what is wrong becomes the API's kind of error."""
+    """Do it beside the event loop; an error becomes an ApiError."""
     try:
         return await asyncio.to_thread(work)
     except UsageError as error:

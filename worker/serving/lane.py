@@ -67,7 +67,7 @@ class Lane:
         return cache, marks, self._forward(rows, torch.tensor(ids, device=device), marks, cache)
 
     def _forward(self, rows: Sequence[Row], ids: torch.Tensor, mask: torch.Tensor, cache: Any) -> torch.Tensor:
-        """fp32 logits of the last column, shape (rows, vocabulary)."""
+        """fp32 logits of the last column, of shape (rows, vocabulary)."""
         places = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         out = self._pool.forward(
             [row.key for row in rows],
