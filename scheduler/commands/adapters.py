@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 COMMANDS: Commands = {
     "merge": (
-        "loractl.worker.serving.merge:merge",
+        "loractl.worker.commands.merge:merge",
         "Make a full model of base and adapter, and prove that it is the same.",
     ),
 }

@@ -16,7 +16,10 @@ from loractl.common.job.method import Method
 from loractl.common.job.spec import JobSpec
 from loractl.common.job.status import Reason
 from loractl.worker.base.adapter import CONFIG_KEYS, save_adapter
-from loractl.worker.base.model import TrainingFailed, add_adapter, choose_precision, load_base, load_tokenizer
+from loractl.worker.base.arithmetic import choose_precision
+from loractl.worker.base.failure import TrainingFailed
+from loractl.worker.base.lora import add_adapter
+from loractl.worker.base.model import load_base, load_tokenizer
 
 COMMIT = "0123456789abcdef" * 2 + "01234567"
 
@@ -180,7 +183,8 @@ def _in_the_cache(home: Path, name: str, reference: str, mark: Path) -> None:
 def _load(home: Path, arguments: str) -> str:
     """What a process says that loads a tokenizer."""
     code = (
-        "from loractl.worker.base.model import TrainingFailed, load_tokenizer\n"
+        "from loractl.worker.base.failure import TrainingFailed\n"
+        "from loractl.worker.base.model import load_tokenizer\n"
         f"try: load_tokenizer({arguments})\n"
         "except TrainingFailed as error: print(error.reason.name, error.sentence)\n"
         "except Exception as error: print(repr(error))\n"

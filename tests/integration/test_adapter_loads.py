@@ -11,7 +11,10 @@ from safetensors.torch import load_file, save_file
 from loractl.common.job.method import Method
 from loractl.common.job.spec import JobSpec
 from loractl.worker.base.adapter import CONFIG, WEIGHTS, check_adapter, save_adapter
-from loractl.worker.base.model import TrainingFailed, add_adapter, choose_precision, load_base, load_tokenizer
+from loractl.worker.base.arithmetic import choose_precision
+from loractl.worker.base.failure import TrainingFailed
+from loractl.worker.base.lora import add_adapter
+from loractl.worker.base.model import load_base, load_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -18,8 +18,13 @@ from safetensors.torch import load_file
 from loractl.common.job.method import Method
 from loractl.common.job.spec import JobSpec
 from loractl.common.job.status import Reason
-from loractl.worker.base.model import Head, TrainingFailed, add_adapter, choose_precision, load_base, load_tokenizer
-from loractl.worker.data.tokens import TokenRow, prepare_data
+from loractl.worker.base.arithmetic import choose_precision
+from loractl.worker.base.failure import TrainingFailed
+from loractl.worker.base.head import Head
+from loractl.worker.base.lora import add_adapter
+from loractl.worker.base.model import load_base, load_tokenizer
+from loractl.worker.data.prepared import prepare_data
+from loractl.worker.data.tokens import TokenRow
 from loractl.worker.evaluation.classifier import classify, row_losses
 from loractl.worker.protocol.messages import Ended, Note, Stepped
 

@@ -1,4 +1,4 @@
-"""Answers on one resident base: rows of several adapters in one batch say what each says alone."""
+"""Answers on one base in memory: rows of several adapters in one batch say what each says alone."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ import torch
 from loractl.common.errors import UsageError
 from loractl.common.job.method import Method
 from loractl.common.job.spec import JobSpec
-from loractl.worker.serving.adapter_pool import Base, NoRoom, Resident
-from loractl.worker.serving.decoding import Ask, Engine, Limits, Said, TooLong
+from loractl.worker.serving.adapter_pool import AdapterPool, BaseChoice, NoRoom
+from loractl.worker.serving.decoding import Engine, Limits, TooLong
 from loractl.worker.serving.library import Listed
+from loractl.worker.serving.request import Ask, Said
 
 PROMPTS = ["ticket one", "please answer the next line", "queue", "a network of storage, and one priority more", "gpu?"]
 
@@ -60,8 +61,8 @@ class Bench:
     """An engine, and what it said of each request."""
 
     def __init__(self, model: Path, adapters: dict[str, Path], memory: int | None = None, **limits: Any) -> None:
-        self.resident = Resident(Base(model=str(model), revision=None, dtype="float32"), memory)
-        self.engine = Engine(self.resident, Limits(**limits))
+        self.pool = AdapterPool(BaseChoice(model=str(model), revision=None, dtype="float32"), memory)
+        self.engine = Engine(self.pool, Limits(**limits))
         self._adapters, self._model = adapters, model
         self.said: list[list[Said]] = []
 
@@ -69,7 +70,7 @@ class Bench:
         heard: list[Said] = []
         self.said.append(heard)
         ask = Ask(
-            prompt=self.resident.tokenizer(prompt).input_ids,
+            prompt=self.pool.tokenizer(prompt).input_ids,
             say=heard.append,
             max_new_tokens=tokens,
             adapter=None if name is None else _listed(name, self._model, self._adapters[name]),
@@ -120,7 +121,7 @@ def test_a_mixed_batch_answers_as_transformers_and_peft_alone(
     for place, name in enumerate(names):
         assert answers[place :: len(names)] == _plain(tiny_model, adapters[name] if name else None, PROMPTS), name
     assert len(set(answers)) > 15, "adapters that say the same would prove nothing"
-    assert set(mixed.resident.loaded) == {"job1", "job2", "job3", "job4"}
+    assert set(mixed.pool.loaded) == {"job1", "job2", "job3", "job4"}
 
 
 def test_requests_that_come_and_go_at_any_time_change_no_answer(bench: Callable[..., Bench]) -> None:
@@ -188,8 +189,8 @@ def test_adapters_are_evicted_by_memory_but_never_in_use(bench: Callable[..., Be
     for name in ("one", "two", "one", "dora", "two"):
         b.ask(PROMPTS[0], name, 6)
         b.engine.finish()
-        assert len(b.resident.loaded) <= 2
-    assert set(b.resident.loaded) == {"job3", "job2"}, "the longest unused went"
+        assert len(b.pool.loaded) <= 2
+    assert set(b.pool.loaded) == {"job3", "job2"}, "the longest unused went"
     assert b.said[0][-1] == b.said[2][-1] and b.answers()[0] == b.answers()[2], (
         "evicted and loaded again, it is the same"
     )
@@ -237,14 +238,14 @@ def test_a_failure_in_a_batch_is_told_and_the_next_request_is_answered(
     b.ask(PROMPTS[0], "one")
     b.ask(PROMPTS[1], "two")
     b.engine.step()
-    whole = Resident.forward
+    whole = AdapterPool.forward
 
-    def fails(self: Resident, keys: Sequence[str], **tensors: Any) -> Any:
+    def fails(self: AdapterPool, keys: Sequence[str], **tensors: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(Resident, "forward", fails)
+    monkeypatch.setattr(AdapterPool, "forward", fails)
     b.engine.step()
-    monkeypatch.setattr(Resident, "forward", whole)
+    monkeypatch.setattr(AdapterPool, "forward", whole)
     assert [heard[-1].error for heard in b.said] == ["the device ran out of memory"] * 2
     del b.said[:]
     b.ask(PROMPTS[0], "one")
@@ -260,14 +261,14 @@ def test_a_failure_while_prompts_are_read_is_that_of_the_new_requests_alone(
     b = bench()
     b.ask(PROMPTS[0], "one", 30)
     b.engine.step()
-    whole = Resident.forward
+    whole = AdapterPool.forward
 
-    def fails_on_prompts(self: Resident, keys: Sequence[str], **tensors: Any) -> Any:
+    def fails_on_prompts(self: AdapterPool, keys: Sequence[str], **tensors: Any) -> Any:
         if tensors["input_ids"].shape[1] > 1:
             raise RuntimeError("prompt")
         return whole(self, keys, **tensors)
 
-    monkeypatch.setattr(Resident, "forward", fails_on_prompts)
+    monkeypatch.setattr(AdapterPool, "forward", fails_on_prompts)
     b.ask(PROMPTS[3], "two", 30)
     b.engine.finish()
     assert b.said[1][-1].error == "RuntimeError: prompt"
@@ -308,7 +309,7 @@ def test_files_that_have_gone_meanwhile_are_told_and_the_next_request_is_answere
     b = bench()
     listed = _listed("one", tiny_model, adapters["one"])
     heard: list[Said] = []
-    ids = b.resident.tokenizer(PROMPTS[0]).input_ids
+    ids = b.pool.tokenizer(PROMPTS[0]).input_ids
     b.engine.ask(Ask(prompt=ids, say=heard.append, max_new_tokens=4, adapter=listed, folder=tmp_path / "nowhere"))
     b.ask(PROMPTS[0], "one", 4)
     assert b.answers()[0]
@@ -335,7 +336,7 @@ def test_a_mixture_of_experts_answers_though_its_layers_lose_their_rows(tmp_path
         b.ask(prompt, "one", 8)
         b.ask(prompt, None, 8)
     answers = b.answers()
-    assert not b.resident.loaded["job1"].mixes
+    assert not b.pool.loaded["job1"].mixes
     assert answers[::2] == _plain(tmp_path / "moe", tmp_path / "one", PROMPTS[:3], 8)
     assert answers[1::2] == _plain(tmp_path / "moe", None, PROMPTS[:3], 8)
 
@@ -348,9 +349,7 @@ def test_what_cannot_be_drawn_ends_one_request_and_a_tiny_temperature_is_no_such
     b.ask(PROMPTS[0], "one", 6, temperature=1e-310)
     first, cold = b.answers()
     assert first == cold
-    from loractl.worker.commands.serve import decoding
-
-    monkeypatch.setattr(decoding.torch, "multinomial", lambda *a, **k: (_ for _ in ()).throw(RuntimeError("NaN")))
+    monkeypatch.setattr(torch, "multinomial", lambda *a, **k: (_ for _ in ()).throw(RuntimeError("NaN")))
     del b.said[:]
     b.ask(PROMPTS[0], "one", 6)
     b.ask(PROMPTS[0], "one", 6, temperature=1.0)
@@ -361,11 +360,11 @@ def test_what_cannot_be_drawn_ends_one_request_and_a_tiny_temperature_is_no_such
 def test_the_longest_stop_text_costs_no_more_than_what_is_held_back() -> None:
     import time
 
-    from loractl.worker.serving.decoding import _overlap
+    from loractl.worker.serving.request import overlap
 
     stop = "ab" * 200_000
     began = time.monotonic()
-    assert _overlap("xyabab", stop) == 4 and _overlap("xyz", stop) == 0
+    assert overlap("xyabab", stop) == 4 and overlap("xyz", stop) == 0
     assert time.monotonic() - began < 1
 
 
@@ -385,7 +384,7 @@ def test_a_failing_layer_leaves_nothing_behind_in_the_model(bench: Callable[...,
     b.ask(PROMPTS[0], "one")
     b.ask(PROMPTS[1], "two")
     b.engine.step()
-    layer = b.resident.model.get_base_model().model.layers[1].mlp
+    layer = b.pool.model.get_base_model().model.layers[1].mlp
     hook = layer.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(RuntimeError("broken")))
     b.engine.step()
     hook.remove()
@@ -397,11 +396,11 @@ def test_a_failing_layer_leaves_nothing_behind_in_the_model(bench: Callable[...,
 
 
 def test_characters_of_several_tokens_come_whole(tiny_model: Path, bench: Callable[..., Bench]) -> None:
-    from loractl.worker.serving.decoding import _Text
+    from loractl.worker.serving.request import TextStream
 
-    tokenizer = bench().resident.tokenizer
+    tokenizer = bench().pool.tokenizer
     words = "naïve — 東京 🙂 done"
-    text, heard = _Text(tokenizer, ["xx"]), []
+    text, heard = TextStream(tokenizer, ["xx"]), []
     for token in tokenizer(words).input_ids:
         heard.append(text.add(token)[0])
     heard.append(text.rest())
@@ -434,8 +433,8 @@ def test_a_sliding_window_is_kept_and_a_model_without_keys_and_values_is_refused
 
 def test_the_base_in_nf4_answers_in_mixed_batches_too(tiny_model: Path, adapters: dict[str, Path]) -> None:
     b = Bench(tiny_model, adapters)
-    b.resident = Resident(Base(model=str(tiny_model), revision=None, method=Method.QLORA, dtype="float32"))
-    b.engine = Engine(b.resident, Limits())
+    b.pool = AdapterPool(BaseChoice(model=str(tiny_model), revision=None, method=Method.QLORA, dtype="float32"))
+    b.engine = Engine(b.pool, Limits())
     asked = [(prompt, name) for prompt in PROMPTS[:2] for name in ("one", "two", None)]
     for prompt, name in asked:
         b.ask(prompt, name, 8)
@@ -458,11 +457,11 @@ def test_asking_is_for_any_thread_and_waiting_ends_when_somebody_asks(bench: Cal
 def test_no_room_is_for_waiting_and_too_large_for_refusing(
     tiny_model: Path, adapters: dict[str, Path], bench: Callable[..., Bench]
 ) -> None:
-    resident = bench(memory=80_000).resident
-    first = resident.hold(_listed("one", tiny_model, adapters["one"]), adapters["one"])
-    second = resident.hold(_listed("two", tiny_model, adapters["two"]), adapters["two"])
+    pool = bench(memory=80_000).pool
+    first = pool.hold(_listed("one", tiny_model, adapters["one"]), adapters["one"])
+    second = pool.hold(_listed("two", tiny_model, adapters["two"]), adapters["two"])
     with pytest.raises(NoRoom):
-        resident.hold(_listed("dora", tiny_model, adapters["dora"]), adapters["dora"])
-    resident.let_go(first)
-    assert resident.hold(_listed("dora", tiny_model, adapters["dora"]), adapters["dora"]).mixes is False
-    assert set(resident.loaded) == {second.key, "job3"}
+        pool.hold(_listed("dora", tiny_model, adapters["dora"]), adapters["dora"])
+    pool.let_go(first)
+    assert pool.hold(_listed("dora", tiny_model, adapters["dora"]), adapters["dora"]).mixes is False
+    assert set(pool.loaded) == {second.key, "job3"}

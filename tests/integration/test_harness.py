@@ -23,7 +23,10 @@ from loractl.common.job.spec import JobSpec
 from loractl.common.job.status import Reason
 from loractl.scheduler.text.report import report_text
 from loractl.scheduler.text.screen import Screen
-from loractl.worker.base.model import TrainingFailed, add_adapter, choose_precision, load_base, load_tokenizer
+from loractl.worker.base.arithmetic import choose_precision
+from loractl.worker.base.failure import TrainingFailed
+from loractl.worker.base.lora import add_adapter
+from loractl.worker.base.model import load_base, load_tokenizer
 from loractl.worker.evaluation.harness import Scored, compare, find_tasks, score_tasks
 from loractl.worker.evaluation.statistics import paired_interval
 from loractl.worker.training.run import Stopped

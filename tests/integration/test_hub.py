@@ -22,6 +22,12 @@ from loractl.common.errors import DataError
 from loractl.common.job.method import Method
 from loractl.worker.data.tokens import load_pinned
 from loractl.worker.base.model import TrainingFailed, choose_precision, load_base, load_tokenizer
+from loractl.common.job.method import Method
+from loractl.worker.base.arithmetic import choose_precision
+from loractl.worker.base.failure import TrainingFailed
+from loractl.worker.base.model import load_base, load_tokenizer
+from loractl.worker.data.origin import load_pinned
+
 
 def answer(what, name, revision):
     try:

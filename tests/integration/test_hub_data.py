@@ -11,8 +11,8 @@ import huggingface_hub
 import pytest
 
 from loractl.common.job.status import Reason
-from loractl.worker.base.model import TrainingFailed
-from loractl.worker.data.tokens import load_rows
+from loractl.worker.base.failure import TrainingFailed
+from loractl.worker.data.origin import load_rows
 
 from ..models import write_helpdesk
 

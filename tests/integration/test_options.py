@@ -18,9 +18,13 @@ from loractl.common.job.spec import JobSpec, spec_keys
 from loractl.common.job.status import Reason
 from loractl.common.memory.optimizer import SMALLEST_8BIT, state_bytes
 from loractl.common.store.records import HELD_OUT_LOSS
-from loractl.worker.base.model import TrainingFailed, add_adapter, choose_precision, load_base
+from loractl.worker.base.arithmetic import choose_precision
+from loractl.worker.base.failure import TrainingFailed
+from loractl.worker.base.lora import add_adapter
+from loractl.worker.base.model import load_base
+from loractl.worker.data.batch import collate, inputs_of
 from loractl.worker.data.packing import check_apart, pack
-from loractl.worker.data.tokens import IGNORED, TokenRow, collate, inputs_of
+from loractl.worker.data.tokens import IGNORED, TokenRow
 from loractl.worker.protocol.messages import Note, Stepped
 
 from .conftest import Recipe

@@ -27,8 +27,8 @@ from loractl.common.job.need import Need
 from loractl.common.job.spec import JobSpec
 from loractl.common.job.status import Reason
 from loractl.common.memory.plan import predict
+from loractl.worker.base.failure import TrainingFailed
 from loractl.worker.base.gauge import data_bytes
-from loractl.worker.base.model import TrainingFailed
 from loractl.worker.protocol.messages import Adjusted, Ended, Note, Planned, Start, Stepped, Told, decode_told, encode
 from loractl.worker.training.need import lowered_limit
 from loractl.worker.training.probe import Probe

@@ -17,8 +17,10 @@ import torch
 
 from loractl.common.job.method import Method
 from loractl.common.job.status import Reason
-from loractl.worker.base.model import TrainingFailed, choose_precision, load_base, load_tokenizer
-from loractl.worker.data.tokens import load_rows
+from loractl.worker.base.arithmetic import choose_precision
+from loractl.worker.base.failure import TrainingFailed
+from loractl.worker.base.model import load_base, load_tokenizer
+from loractl.worker.data.origin import load_rows
 from loractl.worker.protocol.marker import MARKER
 
 

@@ -32,8 +32,9 @@ from loractl.worker.attempt.drain import Drain
 from loractl.worker.attempt.state import begin
 from loractl.worker.attempt.supervisor import supervise
 from loractl.worker.attempt.workplace import Workplace
-from loractl.worker.base.model import TrainingFailed, load_tokenizer
-from loractl.worker.data.tokens import prepare_data
+from loractl.worker.base.failure import TrainingFailed
+from loractl.worker.base.model import load_tokenizer
+from loractl.worker.data.prepared import prepare_data
 from loractl.worker.device.devices import find_devices
 from loractl.worker.protocol.marker import MARKER, close_checkpoint
 from loractl.worker.protocol.messages import Note, Saved, Start, Stepped, Told

@@ -13,15 +13,12 @@ import torch
 from loractl.common.job.method import Method
 from loractl.common.job.spec import JobSpec
 from loractl.common.job.status import Reason
-from loractl.worker.base.model import (
-    TrainingFailed,
-    add_adapter,
-    choose_precision,
-    evaluating,
-    load_base,
-    load_tokenizer,
-)
-from loractl.worker.data.tokens import IGNORED, encode, prepare_data
+from loractl.worker.base.arithmetic import choose_precision, evaluating
+from loractl.worker.base.failure import TrainingFailed
+from loractl.worker.base.lora import add_adapter
+from loractl.worker.base.model import load_base, load_tokenizer
+from loractl.worker.data.prepared import prepare_data
+from loractl.worker.data.tokens import IGNORED, encode
 from loractl.worker.evaluation.losses import score_rows
 from loractl.worker.protocol.marker import close_checkpoint
 from loractl.worker.protocol.messages import Note, Stepped

@@ -10,7 +10,7 @@ from loractl.common.job.sections import TaskType
 from loractl.common.job.spec import JobSpec
 from loractl.common.job.status import Reason
 
-from .model import TrainingFailed
+from .failure import TrainingFailed
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -76,3 +76,28 @@ def _rewrite_config(path: Path, spec: JobSpec) -> None:
     if isinstance(targets := kept.get("target_modules"), list):
         kept["target_modules"] = sorted(targets)
     path.write_text(json.dumps(kept, indent=2, sort_keys=True) + "\n", "utf-8")
+
+
+def load_trained(model: Any, checkpoint: Path) -> None:
+    """The adapter's weights from a checkpoint of the same training."""
+    load_weights(model, checkpoint / WEIGHTS)
+
+
+def load_weights(model: Any, path: Path) -> None:
+    """The adapter's weights that `save_weights` or peft wrote. Raises OSError."""
+    from peft import set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    set_peft_model_state_dict(model, load_file(path))
+
+
+def save_weights(model: Any, path: Path) -> None:
+    """The adapter's weights alone, written aside and renamed."""
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import save_file
+
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in get_peft_model_state_dict(model).items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_suffix(".part")
+    save_file(weights, aside)
+    aside.rename(path)

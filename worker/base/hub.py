@@ -1,4 +1,4 @@
-"""The hub: which commit a revision means now, whether it answers at all, and what it means when it refuses."""
+"""The hub: which commit a revision means now, and why the hub refuses."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 ANSWER_TIMEOUT_S = 10.0
-"""A hub that has not said so long which commit a revision means is away."""
+"""A hub that takes longer than this to name a commit is away."""
 
 
 CONFIG = "config.json"
@@ -65,10 +65,10 @@ def pin(base_model: str, revision: str | None) -> Pinned:
     except RemoteEntryNotFoundError as error:
         raise FileNotFoundError(f"it has no {CONFIG} on the hub") from error
     except OSError as error:
-        found = try_to_load_from_cache(base_model, CONFIG, revision=revision)
-        if refusal(error) not in (Refusal.AWAY, Refusal.OFFLINE) or not isinstance(found, str):
+        cached = try_to_load_from_cache(base_model, CONFIG, revision=revision)
+        if refusal(error) not in (Refusal.AWAY, Refusal.OFFLINE) or not isinstance(cached, str):
             raise
-        return Pinned(folder=Path(found).parent, cached=True)
+        return Pinned(folder=Path(cached).parent, cached=True)
     return Pinned(folder=Path(config).parent, cached=False)
 
 
@@ -108,8 +108,7 @@ def known_commit(name: str, revision: str | None) -> str | None:
 
 @contextlib.contextmanager
 def reaching_the_hub() -> Iterator[None]:
-    """Give what the client's own transport raises (httpx, or httpx2 since huggingface_hub 2) the name that Python has
-    for it. Raises ConnectionError."""
+    """Raise ConnectionError for an error of the client's transport: httpx, or httpx2 since huggingface_hub 2."""
     try:
         yield
     except Exception as error:
@@ -122,8 +121,8 @@ def refusal(error: BaseException) -> Refusal | None:
     """What of an error comes from the hub, anywhere in its chain. Only AWAY passes by itself."""
     from huggingface_hub import is_offline_mode
 
-    found = next((found for each in chain_of(error) if (found := _refusal_of(each)) is not None), None)
-    return Refusal.OFFLINE if found is Refusal.AWAY and is_offline_mode() else found
+    why = next((why for each in chain_of(error) if (why := _refusal_of(each)) is not None), None)
+    return Refusal.OFFLINE if why is Refusal.AWAY and is_offline_mode() else why
 
 
 def _refusal_of(error: BaseException) -> Refusal | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from .model import Precision
+from .arithmetic import Precision
 
 
 @dataclass(frozen=True, kw_only=True)

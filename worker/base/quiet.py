@@ -1,4 +1,4 @@
-"""What the training stack prints that sounds like a problem and is none."""
+"""Silences messages of the training stack that sound like problems but aren't."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import warnings
 
 BAR_INTERVAL_S = 10
-"""A progress bar in the job's log moves so often, at its beginning and at its end."""
+"""Seconds between two lines of a progress bar in the job's log."""
 
 
 def quieten() -> None:

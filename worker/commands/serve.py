@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import ipaddress
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from loractl.common.errors import LoractlError, UsageError
 
-if TYPE_CHECKING:
-    from loractl.worker.serving.decoding import Engine
-    from loractl.worker.serving.http import Names
-    from loractl.worker.serving.library import Library, Listed
+from .terminal import warn
 
 KEY_VARIABLE = "LORACTL_API_KEY"
 
@@ -61,25 +55,19 @@ def serve(**options: Any) -> None:
     itself is served as base. Requests for different adapters share one batch. Set LORACTL_API_KEY to ask for a key;
     beyond this machine's own address one is required.
     """
+    key = os.environ.get(KEY_VARIABLE) or None
+    host, port, temperature = (options.pop(name) for name in ("host", "port", "temperature"))
     _require_fastapi()
-    import uvicorn
-
+    _check_exposure(host, key)
+    sizes = {name: _size(options, name) for name in ("adapter_memory", "cache_memory")}
     from loractl.common.settings import load_settings
     from loractl.worker.serving.http import make_app
     from loractl.worker.serving.library import Library
+    from loractl.worker.serving.server import ServeOptions, listen, load_served
 
-    key = os.environ.get(KEY_VARIABLE) or None
-    _check_exposure(options["host"], key)
     library = Library(load_settings())
-    engine, names = _load(library, Options(**{k: options[k] for k in Options.__dataclass_fields__}))
-    config = uvicorn.Config(
-        make_app(engine, names, library, key=key, temperature=options["temperature"]),
-        host=options["host"],
-        port=options["port"],
-        log_level="warning",
-        timeout_graceful_shutdown=5,
-    )
-    _Server(config).run()
+    engine, names = load_served(library, ServeOptions(**{**options, **sizes}), _tell, warn)
+    listen(make_app(engine, names, library, key=key, temperature=temperature), host, port, _tell)
 
 
 def _require_fastapi() -> None:
@@ -107,110 +95,16 @@ def _check_exposure(host: str, key: str | None) -> None:
         )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """What is loaded, and how."""
-
-    base: str | None
-    adapters: str | None
-    max_batch: int
-    adapter_memory: str
-    cache_memory: str | None
-    load_in_4bit: bool
-    dtype: str
-    gpu: str | None
-
-
-def _load(library: Library, options: Options) -> tuple[Engine, Names]:
-    """Check every name before the base is loaded, for that takes long."""
-    from loractl.common.job.method import Method
+def _size(options: dict[str, Any], name: str) -> int | None:
+    """Bytes of a size that may be left out. Raises UsageError."""
     from loractl.common.units import parse_size
-    from loractl.worker.serving.adapter_pool import Base, open_resident
-    from loractl.worker.serving.decoding import Engine, Limits
-    from loractl.worker.serving.http import Names
 
-    from .chat import take_device, warn_of_other_base
-
-    sizes = {}
-    for name in ("adapter_memory", "cache_memory"):
-        text = getattr(options, name)
-        try:
-            sizes[name] = None if text is None else parse_size(text)
-        except ValueError as error:
-            raise UsageError(f"--{name.replace('_', '-')}: {text!r} {error}") from None
-    given = _given(options.adapters, library)
-    model, revision, trusted = _base_of(options.base, given, library)
-    base = Base(
-        model=model,
-        revision=revision,
-        method=Method.QLORA if options.load_in_4bit else Method.LORA,
-        device=take_device(library, options.gpu),
-        dtype=options.dtype,
-        run_code=trusted,
-    )
-    resident = open_resident(base, sizes["adapter_memory"], tell=lambda text: click.echo(text, err=True))
-    warn_of_other_base(library, list((given or {}).values()))
-    engine = Engine(resident, Limits(rows=options.max_batch, cache_bytes=sizes["cache_memory"]))
-    names = Names(given, library, model, revision)
-    shown = ", ".join(sorted(names.all())) or "none is stored yet"
-    click.echo(f"Models: base; adapters: {shown}.", err=True)
-    return engine, names
+    text = options[name]
+    try:
+        return None if text is None else parse_size(text)
+    except ValueError as error:
+        raise UsageError(f"--{name.replace('_', '-')}: {text!r} {error}") from None
 
 
-def _given(text: str | None, library: Library) -> dict[str, Listed] | None:
-    """--adapters a=12,b=support:prod or 12,support. Raises UsageError, AdapterNotFound."""
-    if text is None:
-        return None
-    found: dict[str, Listed] = {}
-    for part in (part.strip() for part in text.split(",") if part.strip()):
-        name, equals, reference = part.partition("=")
-        if name == "base" or name in found:
-            raise UsageError(f"--adapters: the name {name} is taken", "give each adapter a name of its own")
-        found[name] = library.find(reference if equals else name)
-    if not found:
-        raise UsageError("--adapters names none", "like --adapters support=12,notebook=notebook:prod")
-    return found
-
-
-def _base_of(model: str | None, given: Mapping[str, Listed] | None, library: Library) -> tuple[str, str | None, bool]:
-    """(base, revision, whether its own code may run). Raises UsageError where adapters are for another base."""
-    from pathlib import Path
-
-    from loractl.worker.protocol.trust import check_base
-    from loractl.worker.serving.library import same_base
-
-    name, _, wanted = (model or "").partition("@")
-    found = str(Path(name).absolute()) if Path(name).exists() else name
-    if given:
-        first = next(iter(given.values()))
-        base, _ = same_base(list(given.values()))
-        revision = library.revision(first)
-        if model is not None and (found != base or wanted not in ("", revision, first.spec.revision)):
-            raise UsageError(f"the adapters are for {base}, not for {model}", "leave --base out")
-        return base, revision, library.may_run_code(first)
-    if model is None:
-        raise UsageError("there is nothing to serve", "name --adapters or a --base")
-    check_base(found, library.settings.model_roots)
-    return found, wanted or None, f"{found}@{wanted}" in library.settings.trusted_code
-
-
-class _Server:
-    """uvicorn, which says where it listens once it does."""
-
-    def __init__(self, config: Any) -> None:
-        import uvicorn
-
-        class Telling(uvicorn.Server):
-            async def startup(self, sockets: Any = None) -> None:
-                await super().startup(sockets)
-                for server in self.servers:
-                    for socket in server.sockets:
-                        host, port = socket.getsockname()[:2]
-                        shown = f"[{host}]" if ":" in host else host
-                        click.echo(f"Serving at http://{shown}:{port}/v1; Ctrl-C ends it.", err=True)
-
-        self._server = Telling(config)
-
-    def run(self) -> None:
-        with contextlib.suppress(KeyboardInterrupt):
-            self._server.run()
+def _tell(text: str) -> None:
+    click.echo(text, err=True)

@@ -17,8 +17,9 @@ from loractl.common.memory.step import Lengths
 from loractl.common.settings import load_settings
 from loractl.worker.base.model import load_tokenizer
 
+from .origin import dataset_hash
 from .packing import packed
-from .tokens import PreparedData, dataset_hash, prepare_data
+from .prepared import PreparedData, prepare_data
 
 
 def lengths_of(data: PreparedData) -> Lengths:

@@ -1,4 +1,4 @@
-"""Packing: rows of several examples, so that little of a batch is padding, and no example sees another.
+"""Packing: rows of several examples that can't see each other, so that little of a batch is padding.
 
 transformers keeps packed examples apart where position ids begin anew and no attention mask is given
 (masking_utils.find_packed_sequence_indices). An architecture with an attention of its own may not: `check_apart` asks
@@ -14,9 +14,12 @@ from typing import Any
 
 from loractl.common.job.spec import JobSpec
 from loractl.common.job.status import Reason
-from loractl.worker.base.model import TrainingFailed, evaluating
+from loractl.worker.base.arithmetic import evaluating
+from loractl.worker.base.failure import TrainingFailed
 
-from .tokens import IGNORED, PreparedData, TokenRow, collate, inputs_of
+from .batch import collate, inputs_of
+from .prepared import PreparedData
+from .tokens import IGNORED, TokenRow
 
 APART_TOLERANCE = 0.01
 """Share of the largest logit that rounding may move; another example in sight moves far more."""

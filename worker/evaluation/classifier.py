@@ -16,10 +16,12 @@ import torch
 
 from loractl.common.job.sections import Metric
 from loractl.common.job.spec import JobSpec
+from loractl.worker.base.arithmetic import evaluating, whole_modules
 from loractl.worker.base.batches import in_batches
 from loractl.worker.base.learner import Learner
-from loractl.worker.base.model import evaluating, whole_modules
-from loractl.worker.data.tokens import PreparedData, TokenRow, collate, inputs_of
+from loractl.worker.data.batch import collate, inputs_of
+from loractl.worker.data.prepared import PreparedData
+from loractl.worker.data.tokens import TokenRow
 
 from .confusion import Labels, label_metrics
 from .evaluation import Evaluation, counter

@@ -12,9 +12,10 @@ from typing import Any
 
 from loractl.common.job.sections import DataFormat, Metric
 from loractl.common.job.spec import JobSpec
+from loractl.worker.base.arithmetic import evaluating, whole_modules
 from loractl.worker.base.learner import Learner
-from loractl.worker.base.model import evaluating, whole_modules
-from loractl.worker.data.tokens import PreparedData, TokenRow
+from loractl.worker.data.prepared import PreparedData
+from loractl.worker.data.tokens import TokenRow
 
 from .answers import Answer, Prompt, answer_metrics, prompts_of, side_by_side
 from .comparison import Compared, Measure

@@ -25,9 +25,10 @@ import torch
 from loractl.common.job.sections import EvaluationSpec
 from loractl.common.job.spec import JobSpec
 from loractl.common.job.status import Reason
+from loractl.worker.base.arithmetic import evaluating, whole_modules
+from loractl.worker.base.failure import TrainingFailed
 from loractl.worker.base.gauge import is_out_of_memory, release
 from loractl.worker.base.hub import Refusal, refusal
-from loractl.worker.base.model import TrainingFailed, evaluating, whole_modules
 
 from .comparison import Compared, Measure
 from .statistics import Array, paired_interval

@@ -11,7 +11,8 @@ import torch
 
 from loractl.common.job.sections import Metric
 from loractl.worker.base.batches import in_batches
-from loractl.worker.data.tokens import IGNORED, TokenRow, collate
+from loractl.worker.data.batch import collate
+from loractl.worker.data.tokens import IGNORED, TokenRow
 
 from .comparison import Compared, Measure, percent
 from .statistics import Array

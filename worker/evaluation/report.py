@@ -9,7 +9,7 @@ from typing import Any
 
 from loractl.common.artifacts import sha256_of
 from loractl.worker.base.learner import Learner
-from loractl.worker.data.tokens import PreparedData
+from loractl.worker.data.prepared import PreparedData
 from loractl.worker.protocol.messages import Start
 from loractl.worker.protocol.versions import installed_versions
 

@@ -1,10 +1,10 @@
-"""A base model that stays in memory, and the adapters on it, which are loaded when they are asked for and evicted when
-their memory is."""
+"""A base model that stays in memory, with adapters that are loaded on demand and evicted when room is needed."""
 
 from __future__ import annotations
 
 import contextlib
 import inspect
+import os
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -18,11 +18,13 @@ from safetensors import SafetensorError
 
 from loractl.common.errors import ArtifactError, LoractlError, UsageError
 from loractl.common.job.method import Method
+from loractl.common.settings import Settings
 from loractl.worker.base.adapter import CONFIG, WEIGHTS
+from loractl.worker.base.arithmetic import Precision, choose_precision, keep_nf4_in_training_mode
 from loractl.worker.base.gauge import is_out_of_memory
-from loractl.worker.base.model import Precision, choose_precision, keep_nf4_in_training_mode, load_base, load_tokenizer
+from loractl.worker.base.model import load_base, load_tokenizer
 
-from .library import Listed
+from .library import Library, Listed
 
 BASE = "__base__"
 """peft's name for "no adapter" in a batch of several."""
@@ -47,7 +49,7 @@ class Loaded:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Base:
+class BaseChoice:
     """What to load, and how."""
 
     model: str
@@ -58,19 +60,17 @@ class Base:
     run_code: bool = False
 
 
-class Resident:
+class AdapterPool:
     """One loaded base. Not for several threads at once.
 
     `memory`: bytes that adapters may take together; None: no limit.
     """
 
-    def __init__(self, base: Base, memory: int | None = None) -> None:
+    def __init__(self, base: BaseChoice, memory: int | None = None) -> None:
         began = time.monotonic()
         self.precision: Precision = choose_precision(base.device, base.dtype)
         self.tokenizer = load_tokenizer(base.model, base.revision, run_code=base.run_code)
-        model = load_base(
-            base.model, base.method, base.device, self.precision, base.revision, run_code=base.run_code
-        )  # fmt: skip
+        model = load_base(base.model, base.method, base.device, self.precision, base.revision, run_code=base.run_code)
         if base.method is Method.QLORA:
             keep_nf4_in_training_mode(model)
         model.eval()
@@ -95,6 +95,13 @@ class Resident:
         return self._model
 
     @property
+    def number_format(self) -> str:
+        """Of the base's weights, for people."""
+        if self.base.method is Method.QLORA:
+            return "NF4"
+        return str(self.precision.base).removeprefix("torch.")
+
+    @property
     def adapter_memory(self) -> int:
         """Bytes that further adapters may take; 0 without a limit."""
         return max(0, (self._memory or 0) - sum(each.size for each in self._loaded.values()))
@@ -115,7 +122,7 @@ class Resident:
         return self._loaded[key]
 
     def let_go(self, loaded: Loaded) -> None:
-        """One user less; what nobody uses may be evicted."""
+        """One user less. An adapter without users may be evicted."""
         self._used[loaded.key] -= 1
 
     def forward(self, keys: Sequence[str], **tensors: Any) -> Any:
@@ -212,7 +219,7 @@ class Resident:
         return True
 
     def _make_room(self, adapter: Listed) -> None:
-        """Evict what was not used for longest until the adapter fits."""
+        """Evict the adapters that were unused longest, until this one fits."""
         if self._memory is None:
             return
         if adapter.size > self._memory:
@@ -251,18 +258,32 @@ class Resident:
                 hook.remove()
 
 
-def open_resident(base: Base, memory: int | None = None, tell: Callable[[str], None] = lambda text: None) -> Resident:
-    """Load a base and say how long it took."""
-    resident = Resident(base, memory)
-    size = f"{resident.bytes / 2**20:.0f} MiB"
-    tell(f"{base.model.rpartition('/')[2]} is loaded in {resident.seconds:.1f} s ({size}, {_kind(resident)}).")
-    return resident
+def open_pool(
+    base: BaseChoice,
+    library: Library,
+    adapters: Sequence[Listed],
+    tell: Callable[[str], None],
+    warn: Callable[[str], None],
+    memory: int | None = None,
+) -> AdapterPool:
+    """Load a base, say how long it took, and warn of adapters that were trained on other files of it."""
+    pool = AdapterPool(base, memory)
+    size = f"{pool.bytes / 2**20:.0f} MiB"
+    tell(f"{base.model.rpartition('/')[2]} is loaded in {pool.seconds:.1f} s ({size}, {pool.number_format}).")
+    for sentence in library.warnings_about(adapters):
+        warn(sentence)
+    return pool
 
 
-def _kind(resident: Resident) -> str:
-    if resident.base.method is Method.QLORA:
-        return "NF4"
-    return str(resident.precision.base).removeprefix("torch.")
+def take_device(settings: Settings, gpu: str | None) -> str:
+    """cuda or cpu; this process sees no other card from here on."""
+    from loractl.worker.base.quiet import quieten
+    from loractl.worker.device.devices import find_devices
+
+    quieten()
+    device = find_devices(settings, gpu)[0]
+    os.environ.update(device.environment())
+    return device.trains_on
 
 
 def _name_rows(keys: Sequence[str], layer: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

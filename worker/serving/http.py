@@ -23,11 +23,12 @@ from starlette.requests import ClientDisconnect
 
 from loractl.common.errors import LoractlError, UsageError
 from loractl.common.job.sections import DataFormat
+from loractl.worker.data.prompt import prompt_for, text_prompt
 
-from .decoding import Ask, Engine, Said
+from .decoding import Engine
 from .library import Library, Listed
-from .openai_api import ChatRequest, Refusal, Reply, TextRequest
-from .prompt import prompt_for, text_prompt
+from .openai_api import ApiError, ChatRequest, Reply, TextRequest
+from .request import Ask, Said
 
 log = logging.getLogger("loractl.worker")
 
@@ -38,13 +39,13 @@ MOST_WAITING = 256
 """Requests that may wait for a place in the batch; further ones are told to come later."""
 
 FRESH_S = 2.0
-"""A list of the stored adapters is so old at the most."""
+"""The list of stored adapters is read again when it is older than this."""
 
 MOST_BODY_BYTES = 4 * 2**20
 
 
 class Names:
-    """What a request may call the models. Given ones, or all that are stored for the base, as of a moment ago."""
+    """The names that a request may give: those of --adapters, or of all stored adapters of the base."""
 
     def __init__(self, given: Mapping[str, Listed] | None, library: Library, base: str, revision: str | None) -> None:
         self._given = given
@@ -74,77 +75,77 @@ class Names:
 
 def make_app(engine: Engine, names: Names, library: Library, *, key: str | None, temperature: float = 0.0) -> FastAPI:
     """The application: /v1/models, /v1/chat/completions, /v1/completions and /health."""
-    desk = Desk(engine, names, library, temperature)
-    app = FastAPI(title="loractl", docs_url=None, redoc_url=None, openapi_url=None, lifespan=desk.open)
-    app.add_middleware(Doorkeeper, key=key)
+    service = Service(engine, names, library, temperature)
+    app = FastAPI(title="loractl", docs_url=None, redoc_url=None, openapi_url=None, lifespan=service.open)
+    app.add_middleware(AccessControl, key=key)
 
-    @app.exception_handler(Refusal)
-    async def refused(request: Request, refusal: Refusal) -> Response:
-        return _answered(refusal)
+    @app.exception_handler(ApiError)
+    async def refused(request: Request, error: ApiError) -> Response:
+        return _answered(error)
 
     @app.exception_handler(HTTPException)
     async def not_found(request: Request, error: HTTPException) -> Response:
-        return _answered(Refusal(error.status_code, f"{request.method} {request.url.path}: {error.detail}"))
+        return _answered(ApiError(error.status_code, f"{request.method} {request.url.path}: {error.detail}"))
 
     @app.exception_handler(ClientDisconnect)
     async def gone(request: Request, error: ClientDisconnect) -> Response:
-        return _answered(Refusal(499, "the caller has gone"))
+        return _answered(ApiError(499, "the caller has gone"))
 
     @app.get("/health")
     async def health() -> Response:
-        state = {"status": desk.state, "running": engine.running, "waiting": engine.waiting}
-        return JSONResponse(state, status_code=200 if desk.state == "ok" else 503)
+        state = {"status": service.state, "running": engine.running, "waiting": engine.waiting}
+        return JSONResponse(state, status_code=200 if service.state == "ok" else 503)
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        return {"object": "list", "data": await desk.models()}
+        return {"object": "list", "data": await service.models()}
 
     @app.get("/v1/models/{name:path}")
     async def model(name: str) -> dict[str, Any]:
-        return await desk.model(name)
+        return await service.model(name)
 
     @app.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Any:
-        return await desk.chat(await _read(request, ChatRequest), request)
+        return await service.chat(await _read(request, ChatRequest), request)
 
     @app.post("/v1/completions")
     async def completions(request: Request) -> Any:
-        return await desk.complete(await _read(request, TextRequest), request)
+        return await service.complete(await _read(request, TextRequest), request)
 
     return app
 
 
-def _answered(refusal: Refusal) -> Response:
-    return JSONResponse(refusal.body(), status_code=refusal.status)
+def _answered(error: ApiError) -> Response:
+    return JSONResponse(error.body(), status_code=error.status)
 
 
-class Doorkeeper:
-    """Lets in who has the key; without one, who speaks to this machine by its own name.
+class AccessControl:
+    """Lets in callers who have the key. Without a key it lets in callers who address this machine by its own name.
 
-    A page in somebody's browser could otherwise reach the server through a name that it makes lead here. Plain ASGI:
-    behind Starlette's own kind of middleware nobody hears of a caller who leaves.
+    Otherwise a page in a browser could reach the server through a name that it points here. This is plain ASGI: behind
+    Starlette's own kind of middleware a handler is not told that a caller has left.
     """
 
     def __init__(self, app: Any, key: str | None) -> None:
         self._app, self._key = app, key
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] == "http" and (refusal := self._refusal(Request(scope))) is not None:
-            await _answered(refusal)(scope, receive, send)
+        if scope["type"] == "http" and (error := self._error(Request(scope))) is not None:
+            await _answered(error)(scope, receive, send)
             return
         await self._app(scope, receive, send)
 
-    def _refusal(self, request: Request) -> Refusal | None:
+    def _error(self, request: Request) -> ApiError | None:
         if self._key is None:
             name = request.url.hostname or ""
             own = name == "localhost" or _is_loopback(name)
-            return None if own else Refusal(403, f"this server answers for this machine alone, not for {name!r}")
+            return None if own else ApiError(403, f"this server answers for this machine alone, not for {name!r}")
         if request.url.path == "/health":
             return None
         sent = request.headers.get("authorization", "").removeprefix("Bearer ").encode()
         if hmac.compare_digest(sent, self._key.encode()):
             return None
-        return Refusal(401, "this server wants an API key, and got none or another", code="invalid_api_key")
+        return ApiError(401, "this server wants an API key, and got none or another", code="invalid_api_key")
 
 
 def _is_loopback(name: str) -> bool:
@@ -155,22 +156,22 @@ def _is_loopback(name: str) -> bool:
 
 
 async def _read(request: Request, kind: Any) -> Any:
-    """The body as a request of its kind. Raises Refusal, which names the first thing that is wrong."""
+    """The body as a request of its kind. Raises ApiError, which names the first thing that is wrong."""
     raw = b""
     async for block in request.stream():
         raw += block
         if len(raw) > MOST_BODY_BYTES:
-            raise Refusal(413, f"the body has more than {MOST_BODY_BYTES} bytes")
+            raise ApiError(413, f"the body has more than {MOST_BODY_BYTES} bytes")
     try:
         return kind.model_validate_json(raw)
     except ValidationError as error:
         first = error.errors()[0]
         param = ".".join(str(part) for part in first["loc"]) or None
         what = first["msg"].removeprefix("Value error, ")
-        raise Refusal(400, f"{param}: {what}" if param else what, param=param) from None
+        raise ApiError(400, f"{param}: {what}" if param else what, param=param) from None
 
 
-class Desk:
+class Service:
     """Takes requests on the event loop, and hands them to the one thread that decodes."""
 
     def __init__(self, engine: Engine, names: Names, library: Library, temperature: float) -> None:
@@ -190,7 +191,7 @@ class Desk:
             await asyncio.to_thread(thread.join)
 
     def _decode(self) -> None:
-        """The one thread that steps; what it can't go on from is told to everybody, and to who asks for its health."""
+        """The one thread that steps. When it fails, all callers are told, and /health says so."""
         try:
             while not self._over.is_set():
                 if not self._engine.step():
@@ -232,7 +233,7 @@ class Desk:
             return await _refusing(lambda: self._names.find(name))
         except KeyError:
             what = f"there is no model {name!r} here; /v1/models lists them"
-            raise Refusal(404, what, code="model_not_found", param="model") from None
+            raise ApiError(404, what, code="model_not_found", param="model") from None
 
     async def _format(self, listed: Listed | None) -> Any:
         if listed is None:
@@ -243,13 +244,13 @@ class Desk:
         self, asked: ChatRequest | TextRequest, listed: Listed | None, ids: list[int], request: Request, *, chat: bool
     ) -> Any:
         if self.state != "ok":
-            raise Refusal(503, self.state)
+            raise ApiError(503, self.state)
         if self._engine.waiting >= MOST_WAITING:
-            raise Refusal(503, f"{MOST_WAITING} requests wait already; try again in a while", code="overloaded")
+            raise ApiError(503, f"{MOST_WAITING} requests wait already; try again in a while", code="overloaded")
         room = await _refusing(lambda: self._engine.room(len(ids)))
         if asked.limit is not None and asked.limit > room:
             what = f"{len(ids)} tokens are asked and {asked.limit} wanted; the answer may have {room} at the most"
-            raise Refusal(400, what, code="context_length_exceeded", param="max_tokens")
+            raise ApiError(400, what, code="context_length_exceeded", param="max_tokens")
         said: asyncio.Queue[Said] = asyncio.Queue()
         loop = asyncio.get_running_loop()
         ask = await self._ask(asked, listed, ids, asked.limit or min(DEFAULT_TOKENS, room), loop, said)
@@ -272,7 +273,7 @@ class Desk:
         folder = None if listed is None else await _refusing(lambda: self._library.fetch(listed))
         return Ask(
             prompt=ids,
-            say=lambda one: _hand_over(loop, said, one),
+            say=lambda piece: _hand_over(loop, said, piece),
             max_new_tokens=limit,
             adapter=listed,
             folder=folder,
@@ -287,40 +288,40 @@ class Desk:
         try:
             while True:
                 try:
-                    one = await asyncio.wait_for(said.get(), timeout=0.5)
+                    piece = await asyncio.wait_for(said.get(), timeout=0.5)
                 except TimeoutError:
                     if await request.is_disconnected():
-                        raise Refusal(499, "the caller has gone") from None
+                        raise ApiError(499, "the caller has gone") from None
                     continue
-                text += one.text
-                if one.ended in ("error", "cancelled"):
-                    raise Refusal(500, one.error or "the answer was cancelled")
-                if one.ended is not None:
-                    return dict(reply.whole(text, one))
+                text += piece.text
+                if piece.ended in ("error", "cancelled"):
+                    raise ApiError(500, piece.error or "the answer was cancelled")
+                if piece.ended is not None:
+                    return dict(reply.whole(text, piece))
         finally:
-            ask.cancelled.set()  # whoever goes before the end, and however, frees the place
+            ask.cancelled.set()  # a caller who leaves early frees the place
 
     async def _events(self, reply: Any, said: asyncio.Queue[Said], ask: Ask, *, usage: bool) -> AsyncIterator[str]:
         """Server-sent events; a caller who leaves ends the answer."""
         try:
             while True:
-                one = await said.get()
-                if one.ended == "error":
-                    yield _event(Refusal(500, one.error or "the answer failed").body())
+                piece = await said.get()
+                if piece.ended == "error":
+                    yield _event(ApiError(500, piece.error or "the answer failed").body())
                     break
-                yield _event(reply.piece(one))
-                if one.ended is not None:
+                yield _event(reply.piece(piece))
+                if piece.ended is not None:
                     if usage:
-                        yield _event(reply.last_piece(one))
+                        yield _event(reply.last_piece(piece))
                     break
             yield "data: [DONE]\n\n"
         finally:
             ask.cancelled.set()
 
 
-def _hand_over(loop: asyncio.AbstractEventLoop, said: asyncio.Queue[Said], one: Said) -> None:
+def _hand_over(loop: asyncio.AbstractEventLoop, said: asyncio.Queue[Said], piece: Said) -> None:
     with contextlib.suppress(RuntimeError):  # the loop has ended, and with it the caller
-        loop.call_soon_threadsafe(said.put_nowait, one)
+        loop.call_soon_threadsafe(said.put_nowait, piece)
 
 
 def _event(body: dict[str, Any]) -> str:
@@ -333,13 +334,13 @@ def _card(name: str, listed: Listed) -> dict[str, Any]:
 
 
 async def _refusing(work: Callable[[], Any]) -> Any:
-    """Do it beside the event loop; what is wrong becomes the API's kind of error."""
+    """Do it beside the event loop; an error becomes an ApiError."""
     try:
         return await asyncio.to_thread(work)
     except UsageError as error:
         hint = f" ({error.hint})" if error.hint else ""
-        raise Refusal(400, f"{error.sentence}{hint}") from error
+        raise ApiError(400, f"{error.sentence}{hint}") from error
     except (LoractlError, DBAPIError) as error:
         what = error.sentence if isinstance(error, LoractlError) else "the database is away"
         log.error("%s", what)
-        raise Refusal(503, what) from error
+        raise ApiError(503, what) from error

@@ -6,6 +6,7 @@ import functools
 import os
 import shutil
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,17 +73,17 @@ class Library:
 
     def on(self, base: str, revision: str | None) -> dict[str, Listed]:
         """The stored adapters of a base by job number and by every name and tag that they have."""
-        tags, found = self._store.tags(), {}
+        tags, known = self._store.tags(), {}
         for row in self._store.adapters():
             if row.base_model != base:
                 continue
             listed = self._listed(row, self._store.job(row.job_id))
             if listed.spec.revision != revision or listed.spec.task_type is TaskType.SEQ_CLS:
                 continue
-            found[str(row.job_id)] = listed
+            known[str(row.job_id)] = listed
             for tag in tags.get(row.job_id, ()):
-                found[f"{row.name}:{tag}"] = listed
-        return found
+                known[f"{row.name}:{tag}"] = listed
+        return known
 
     def _listed(self, row: Adapter, job: Job) -> Listed:
         spec = JobSpec.model_validate(job.spec)
@@ -171,6 +172,14 @@ class Library:
             return []
         here = identify(adapter.spec.base_model, self.revision(adapter), self._settings.cache_dir)["files"]
         return changed_files(trained, here)
+
+    def warnings_about(self, adapters: Sequence[Listed]) -> list[str]:
+        """A sentence for each adapter that was trained on other files of its base than this box has."""
+        changed = [(adapter, files) for adapter in adapters if (files := self.changed_base(adapter))]
+        return [
+            f"{adapter.name} (job {adapter.job_id}) was trained on other files of its base: {', '.join(files)}"
+            for adapter, files in changed
+        ]
 
     def may_run_code(self, adapter: Listed) -> bool:
         """Whether this box's owner trusts the base's own code."""

@@ -1,4 +1,4 @@
-"""loractl adapters merge: base and adapter as one full model, proved to give the same logits."""
+"""Base and adapter as one full model, proved to give the same logits."""
 
 from __future__ import annotations
 
@@ -7,18 +7,17 @@ import math
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import click
+from typing import Any
 
 from loractl.common.errors import LoractlError, UsageError
+from loractl.worker.data.prompt import prompt_for
 
-if TYPE_CHECKING:
-    from .library import Library, Listed
+from .library import Library, Listed
 
 PROMPTS = (
     "The capital of France is",
@@ -54,28 +53,37 @@ class Proof:
     stored_agreement: float  # share of tokens whose likeliest next token is the same
 
 
-@click.command()
-@click.argument("adapter", metavar="ADAPTER")
-@click.argument("folder", type=click.Path(path_type=Path, file_okay=False), metavar="DIR")
-@click.option("--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), default="bfloat16", show_default=True)
-@click.option("--gguf", is_flag=True, help="Also write a GGUF file, by llama.cpp's converter.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def merge(adapter: str, folder: Path, dtype: str, gguf: bool, as_json: bool) -> None:
-    """Make a full model of base and adapter, and prove that it is the same.
+@dataclass(frozen=True, kw_only=True)
+class Merged:
+    """A full model that was written."""
 
-    The base is loaded in fp32, also for QLoRA. DIR, which must be new, gets safetensors, tokenizer and merge.json.
+    folder: Path
+    size: int  # bytes of its files
+    adapter: Listed
+    dtype: str
+    proof: Proof
+
+    @property
+    def sentences(self) -> str:
+        """What was written and how well it was proved, for people."""
+        proof, adapter = self.proof, self.adapter
+        return (
+            f"{adapter.name} (job {adapter.job_id}) is merged into {self.folder} "
+            f"({self.size / 1e6:.0f} MB, {self.dtype}).\n"
+            f"Merged in fp32, logits differ by at most {proof.merged_difference:.1e} of {proof.largest_logit:.0f} on "
+            f"{proof.tokens} tokens; as stored by {proof.stored_difference:.1e}, and the likeliest token is the same "
+            f"for {100 * proof.stored_agreement:.1f} %."
+        )
+
+    def as_json(self) -> dict[str, Any]:
+        return {"folder": str(self.folder), **asdict(self.proof)}
+
+
+def merge_adapter(library: Library, listed: Listed, folder: Path, dtype: str, converter: Path | None) -> Merged:
+    """Write the merged model into a new folder, all of it or nothing; with a converter a GGUF file too.
+
+    Raises MergeFailed when it is not the same, LoractlError when the converter fails.
     """
-    from loractl.common.settings import load_settings
-    from loractl.worker.base.quiet import quieten
-
-    from .library import Library
-
-    if folder.exists():
-        raise UsageError(f"{folder} is there already", "name a new folder")
-    converter = find_converter() if gguf else None
-    quieten()
-    library = Library(load_settings())
-    listed = library.find(adapter)
     folder.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
     try:
@@ -87,16 +95,8 @@ def merge(adapter: str, folder: Path, dtype: str, gguf: bool, as_json: bool) -> 
         aside.rename(folder)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-    if as_json:
-        click.echo(json.dumps({"folder": str(folder), **asdict(proof)}))
-        return
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    click.echo(f"{listed.name} (job {listed.job_id}) is merged into {folder} ({size / 1e6:.0f} MB, {dtype}).")
-    click.echo(
-        f"Merged in fp32, logits differ by at most {proof.merged_difference:.1e} of {proof.largest_logit:.0f} on "
-        f"{proof.tokens} tokens; as stored by {proof.stored_difference:.1e}, and the likeliest token is the same for "
-        f"{100 * proof.stored_agreement:.1f} %."
-    )
+    return Merged(folder=folder, size=size, adapter=listed, dtype=dtype, proof=proof)
 
 
 def merge_into(folder: Path, library: Library, listed: Listed, dtype: str) -> Proof:
@@ -106,7 +106,8 @@ def merge_into(folder: Path, library: Library, listed: Listed, dtype: str) -> Pr
     from transformers import AutoModelForCausalLM
 
     from loractl.common.job.method import Method
-    from loractl.worker.base.model import Precision, load_base, load_tokenizer
+    from loractl.worker.base.arithmetic import Precision
+    from loractl.worker.base.model import load_base, load_tokenizer
 
     spec, files, run_code = listed.spec, library.fetch(listed), library.may_run_code(listed)
     revision = library.revision(listed)
@@ -122,11 +123,7 @@ def merge_into(folder: Path, library: Library, listed: Listed, dtype: str) -> Pr
         what = f"the base here is not the one that {listed.name} was trained on: {', '.join(changed)} differ"
         raise MergeFailed(what, "get the base of that time, or train anew")
     difference = _apart(before, after)
-    if not difference <= TOLERANCE:
-        raise MergeFailed(
-            f"the merged model differs from base and adapter by {difference:.2e} in a logit, {TOLERANCE:g} is allowed",
-            "use base and adapter as they are: loractl adapters pull",
-        )
+    _check_same(difference)
     merged.to(getattr(torch, dtype)).save_pretrained(str(folder), safe_serialization=True)
     tokenizer.save_pretrained(str(folder))
     del merged, tuned, base
@@ -142,18 +139,12 @@ def merge_into(folder: Path, library: Library, listed: Listed, dtype: str) -> Pr
         stored_difference=_apart(before, as_stored),
         stored_agreement=same / tokens,
     )
-    if not math.isfinite(proof.stored_difference) or proof.stored_agreement < LEAST_AGREEMENT:
-        raise MergeFailed(
-            f"stored in {dtype} the model says the same for {100 * proof.stored_agreement:.0f} % of the tokens only",
-            "try --dtype float32",
-        )
+    _check_stored(proof, dtype)
     _describe(folder, listed, dtype, proof)
     return proof
 
 
 def _own_prompts(library: Library, listed: Listed, tokenizer: Any) -> list[list[int]]:
-    from .prompt import prompt_for
-
     question = [{"role": "user", "content": "Can you help me with this?"}]
     return [prompt_for(library.format(listed), question, tokenizer)]
 
@@ -170,6 +161,22 @@ def _apart(some: Sequence[Any], others: Sequence[Any]) -> float:
     """The largest difference; infinite where one is no number."""
     apart = max(float((a - b).abs().max()) for a, b in zip(some, others, strict=True))
     return apart if math.isfinite(apart) else math.inf
+
+
+def _check_same(difference: float) -> None:
+    if not difference <= TOLERANCE:
+        raise MergeFailed(
+            f"the merged model differs from base and adapter by {difference:.2e} in a logit, {TOLERANCE:g} is allowed",
+            "use base and adapter as they are: loractl adapters pull",
+        )
+
+
+def _check_stored(proof: Proof, dtype: str) -> None:
+    if not math.isfinite(proof.stored_difference) or proof.stored_agreement < LEAST_AGREEMENT:
+        raise MergeFailed(
+            f"stored in {dtype} the model says the same for {100 * proof.stored_agreement:.0f} % of the tokens only",
+            "try --dtype float32",
+        )
 
 
 def _describe(folder: Path, listed: Listed, dtype: str, proof: Proof) -> None:
@@ -214,8 +221,6 @@ def find_converter() -> Path:
 
 def run_converter(converter: Path, model: Path, target: Path, dtype: str) -> None:
     """Write a GGUF file of a model's folder. Raises LoractlError with what the converter said last."""
-    import sys
-
     kind = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}[dtype]
     command = [sys.executable, str(converter), str(model), "--outfile", str(target), "--outtype", kind]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

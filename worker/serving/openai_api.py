@@ -1,7 +1,7 @@
 """The part of OpenAI's HTTP API that a base and its adapters can answer: requests read strictly, answers in its form.
 
-Form: https://platform.openai.com/docs/api-reference/chat. What would change an answer and can't be done is refused, not
-left out silently; what only describes the caller (user, metadata, ...) is taken and not looked at.
+Form: https://platform.openai.com/docs/api-reference/chat. A key that would change an answer and isn't supported is
+refused, never left out silently. A key that only describes the caller (user, metadata, ...) is ignored.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from .decoding import Said
+from .request import Said
 
 Ended = Literal["stop", "length"]
 
 
-class Refusal(Exception):
+class ApiError(Exception):
     """An answer with an HTTP status, in the API's form."""
 
     def __init__(self, status: int, message: str, *, code: str | None = None, param: str | None = None) -> None:
@@ -154,7 +154,7 @@ class Reply:
         return {**self._head("chat.completion.chunk" if self._chat else "text_completion"), "choices": [choice]}
 
     def last_piece(self, last: Said) -> dict[str, Any]:
-        """The event with the usage, for who asked for it."""
+        """The event with the usage, for callers who asked for it."""
         kind = "chat.completion.chunk" if self._chat else "text_completion"
         return {**self._head(kind), "choices": [], "usage": self.usage(last)}
 

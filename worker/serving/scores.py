@@ -14,8 +14,9 @@ from loractl.common.errors import UsageError
 from loractl.common.job.method import Method
 from loractl.common.job.sections import DatasetSpec, EvaluationSpec, Metric, Overflow
 from loractl.common.job.spec import JobSpec
-from loractl.worker.base.model import evaluating
-from loractl.worker.data.tokens import PreparedData, TokenSet, fit_examples, prepare_data
+from loractl.worker.base.arithmetic import evaluating
+from loractl.worker.data.prepared import PreparedData, prepare_data
+from loractl.worker.data.token_set import TokenSet, fit_examples
 from loractl.worker.evaluation.answers import rouge
 from loractl.worker.evaluation.confusion import Labels
 from loractl.worker.evaluation.evaluation import Work
@@ -23,10 +24,12 @@ from loractl.worker.evaluation.generation import generate
 from loractl.worker.evaluation.losses import score_rows
 from loractl.worker.evaluation.statistics import Array, paired_interval
 
-from .adapter_pool import Resident
+from .adapter_pool import AdapterPool
 from .library import Library, Listed
 
 LOSS, ACCURACY, ROUGE_L = "loss", "accuracy", "rougeL"
+
+UNITS = {LOSS: "nats", ACCURACY: "%", ROUGE_L: "%"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,13 +116,13 @@ def asked_for(rows: int, samples: int, max_new_tokens: int, batch: int) -> Evalu
     )
 
 
-def score(resident: Resident, key: str | None, task: Task, asked: EvaluationSpec) -> Scores:
+def score(pool: AdapterPool, key: str | None, task: Task, asked: EvaluationSpec) -> Scores:
     """An adapter that is loaded, or with None the base, on a task."""
-    model, tokenizer, batch, work = resident.model, resident.tokenizer, asked.per_device_eval_batch_size, task.work
+    model, tokenizer, batch, work = pool.model, pool.tokenizer, asked.per_device_eval_batch_size, task.work
     if key is not None:
-        resident.switch(key)
+        pool.switch(key)
     prompts, longest = (work.labelled, work.label_tokens) if work.labelled else (work.prompts, work.longest_answer)
-    with evaluating(model, base=key is None), resident.arithmetic(key):
+    with evaluating(model, base=key is None), pool.arithmetic(key):
         rows = score_rows(model, tokenizer, work.rows, batch)
         texts = [text for text, _ in generate(model, tokenizer, [p.ids for p in prompts], batch, longest)]
     expected = [prompt.expected for prompt in prompts]

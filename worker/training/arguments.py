@@ -10,7 +10,8 @@ from transformers import TrainingArguments
 from loractl.common.job.method import Method
 from loractl.common.job.spec import JobSpec
 from loractl.common.job.status import Reason
-from loractl.worker.base.model import Precision, TrainingFailed
+from loractl.worker.base.arithmetic import Precision
+from loractl.worker.base.failure import TrainingFailed
 from loractl.worker.protocol.messages import Start
 
 

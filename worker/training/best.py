@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from loractl.worker.base.model import load_weights, save_weights
+from loractl.worker.base.adapter import load_weights, save_weights
 
 from .checkpoint import Checkpoint
 from .recorder import Recorder

@@ -13,10 +13,12 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from loractl.common.job.adjustment import next_adjustment
 from loractl.common.job.status import Reason, Stage
+from loractl.worker.base.adapter import load_trained
+from loractl.worker.base.failure import TrainingFailed
 from loractl.worker.base.gauge import release
 from loractl.worker.base.learner import Learner
-from loractl.worker.base.model import TrainingFailed, load_trained
-from loractl.worker.data.tokens import PreparedData, collate, inputs_of
+from loractl.worker.data.batch import collate, inputs_of
+from loractl.worker.data.prepared import PreparedData
 from loractl.worker.evaluation.classifier import head_loss
 from loractl.worker.evaluation.evaluation import Work
 

@@ -8,10 +8,10 @@ from loractl.common.job.need import Need
 from loractl.common.job.status import Reason
 from loractl.common.memory.plan import predict
 from loractl.common.units import gib
+from loractl.worker.base.failure import TrainingFailed
 from loractl.worker.base.gauge import hold_to
-from loractl.worker.base.model import TrainingFailed
 from loractl.worker.data.lengths import lengths_of
-from loractl.worker.data.tokens import PreparedData
+from loractl.worker.data.prepared import PreparedData
 from loractl.worker.protocol.messages import Planned, Start
 
 from .run import Run

@@ -16,10 +16,12 @@ import torch
 from transformers import Trainer, TrainerCallback
 
 from loractl.common.memory.optimizer import state_bytes
+from loractl.worker.base.arithmetic import evaluating
 from loractl.worker.base.batches import in_batches
 from loractl.worker.base.gauge import in_a_sentence, is_out_of_memory
-from loractl.worker.base.model import evaluating
-from loractl.worker.data.tokens import PreparedData, TokenRow, inputs_of
+from loractl.worker.data.batch import inputs_of
+from loractl.worker.data.prepared import PreparedData
+from loractl.worker.data.tokens import TokenRow
 from loractl.worker.evaluation.classifier import classify
 from loractl.worker.evaluation.losses import score_rows
 

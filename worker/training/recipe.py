@@ -14,12 +14,16 @@ from transformers import TrainingArguments, set_seed
 from loractl.common.job.spec import JobSpec
 from loractl.common.job.status import Reason, Stage
 from loractl.worker.base.adapter import save_adapter
+from loractl.worker.base.arithmetic import choose_precision
+from loractl.worker.base.failure import TrainingFailed
+from loractl.worker.base.head import Head
 from loractl.worker.base.identity import identify
 from loractl.worker.base.learner import Learner
-from loractl.worker.base.model import Head, TrainingFailed, add_adapter, choose_precision, load_base, load_tokenizer
+from loractl.worker.base.lora import add_adapter
+from loractl.worker.base.model import load_base, load_tokenizer
 from loractl.worker.data.check import warnings_about
 from loractl.worker.data.packing import check_apart, packed
-from loractl.worker.data.tokens import PreparedData, prepare_data, prepare_regression
+from loractl.worker.data.prepared import PreparedData, prepare_data, prepare_regression
 from loractl.worker.evaluation.card import write_model_card
 from loractl.worker.evaluation.classifier import evaluate_classifier
 from loractl.worker.evaluation.course import TrainingCourse

@@ -13,9 +13,12 @@ from transformers import TrainerCallback
 
 from loractl.common.job.identity import training_digests
 from loractl.common.job.status import Reason
+from loractl.worker.base.arithmetic import evaluating, whole_modules
+from loractl.worker.base.failure import TrainingFailed
 from loractl.worker.base.learner import Learner
-from loractl.worker.base.model import TrainingFailed, evaluating, whole_modules
-from loractl.worker.data.tokens import PreparedData, TokenRow, collate, inputs_of
+from loractl.worker.data.batch import collate, inputs_of
+from loractl.worker.data.prepared import PreparedData
+from loractl.worker.data.tokens import TokenRow
 from loractl.worker.protocol.messages import Start
 
 from .checkpoint import Checkpoint, newest_checkpoint, withdraw

@@ -30,7 +30,9 @@ from loractl.common.job.spec import JobSpec
 from loractl.common.memory.optimizer import optimizer_name, state_bytes
 from loractl.common.memory.plan import Plan, traced_plan
 from loractl.common.memory.step import Lengths, checkpoints_activations, micro_batch, planned_labels
-from loractl.worker.base.model import HEAD, add_adapter, label_settings, source_of
+from loractl.worker.base.head import HEAD, label_settings
+from loractl.worker.base.lora import add_adapter
+from loractl.worker.base.source import source_of
 from loractl.worker.evaluation.classifier import head_loss
 
 BLOCK = 512

@@ -55,8 +55,8 @@ def main(run: Recipe | None = None) -> int:
 def _run(order: Start, orders: Orders, tell: Tell) -> Ended:
     """Train; every way to fail becomes a reason and a sentence, with the traceback in the log."""
     quieten()
+    from loractl.worker.base.failure import TrainingFailed
     from loractl.worker.base.gauge import hold_to
-    from loractl.worker.base.model import TrainingFailed
 
     from .recipe import train
     from .run import Run, Stopped

@@ -10,7 +10,8 @@ from jinja2 import TemplateError
 
 from loractl.common.errors import UsageError
 from loractl.common.job.sections import DataFormat
-from loractl.worker.data.tokens import without_eos
+
+from .tokens import without_eos
 
 PLAIN = frozenset({DataFormat.TEXT, DataFormat.PROMPT_COMPLETION})
 """Rows of these formats never saw the chat template, so their adapters' prompts do not either."""

@@ -1,0 +1,78 @@
+"""The matrix as programs and people read it."""
+
+from __future__ import annotations
+
+import json
+import math
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from loractl.worker.serving.matrix import Matrix, MatrixRow, reading
+from loractl.worker.serving.matrix_view import matrix_page, matrix_text
+from loractl.worker.serving.scores import ACCURACY, LOSS, Cell, Task
+
+
+def cell(change: float, spread: float = 0.1, cases: int = 20) -> Cell:
+    return Cell(base=1.0, value=1.0 + change, low=change - spread, high=change + spread, cases=cases)
+
+
+def row(name: str, change: float, trained_on: int = 0) -> MatrixRow:
+    cells = {"mail": {LOSS: cell(-change), ACCURACY: cell(10 * change)}}
+    return MatrixRow(
+        name=name, job_id=4, method="lora", cells=cells, trained_on={"mail": trained_on}, load_seconds=0.5,
+        memory=2**20, disk=3_000_000,
+    )  # fmt: skip
+
+
+def matrix(*rows: MatrixRow, switches: tuple[float, ...] = (0.001, 0.003)) -> Matrix:
+    work = cast(Any, SimpleNamespace(rows=[0] * 20, labelled=True))
+    return Matrix(
+        base_model="/models/tiny", precision="NF4", tasks=[Task(name="mail", work=work, hashes=())], rows=list(rows),
+        base_memory=10 * 2**20, base_disk=20_000_000, base_load_seconds=1.0, switch_seconds=list(switches),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("of", "measure", "says"),
+    [
+        (cell(-1), LOSS, "better"),
+        (cell(-1), ACCURACY, "worse"),
+        (cell(0.05), LOSS, "no clear change"),
+        (cell(-1, spread=math.nan), LOSS, "no clear change"),
+        (cell(-1, cases=7), LOSS, "too few rows"),
+    ],
+)
+def test_a_cell_is_read_by_its_interval(of: Cell, measure: str, says: str) -> None:
+    assert reading(of, measure) == says
+
+
+def test_the_json_names_what_was_measured_and_what_is_no_number_is_null() -> None:
+    value = matrix(row("red", math.nan, trained_on=3), row("green", 1.0), switches=())
+    shown = json.loads(json.dumps(value.as_json(), allow_nan=False))
+    assert shown["tasks"] == [{"name": "mail", "rows": 20, "measure": "accuracy"}]
+    assert [adapter["name"] for adapter in shown["adapters"]] == ["red", "green"]
+    assert shown["adapters"][0]["rows_trained_on"] == {"mail": 3}
+    assert shown["adapters"][0]["tasks"]["mail"]["loss"]["value"] is None
+    assert shown["adapters"][1]["tasks"]["mail"]["accuracy"] == {
+        "base": 1.0, "value": 11.0, "low": 9.9, "high": 10.1, "cases": 20, "change": 10.0, "reading": "better",
+    }  # fmt: skip
+    assert shown["memory_bytes"] == {"base": 10 * 2**20, "one_base": 12 * 2**20, "copies": 20 * 2**20}
+    assert shown["disk_bytes"] == {"base": 20_000_000, "adapters": 6_000_000}
+    assert shown["switch_seconds"] == {"median": None, "count": 0}
+
+
+def test_the_tables_mark_what_is_better_and_what_was_trained_on() -> None:
+    lines = matrix_text(matrix(row("red", 1.0), row("green", -1.0, trained_on=2))).splitlines()
+    assert lines[0] == "2 adapters on tiny (NF4), 1 tasks."
+    assert lines[5].split() == ["red", "11.0", "+10.0", "better"]
+    assert lines[6].split() == ["green", "-9.0", "−10.0", "worse", "*"]
+    assert "* trained on rows of this task: no measure of what it has learned." in lines
+    assert lines[-1] == "Loading: the base 1.00 s, an adapter 0.50 s, a switch 2.0 ms (median of 2)."
+
+
+def test_the_page_escapes_names_and_fetches_nothing() -> None:
+    page = matrix_page(matrix(row("<b>red</b>", 1.0)))
+    assert "&lt;b&gt;red&lt;/b&gt;" in page and "<b>red</b></b>" not in page
+    assert "<script" not in page and "http" not in page.replace("http-equiv", "")

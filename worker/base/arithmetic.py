@@ -1,0 +1,79 @@
+"""How a model computes: the number formats of a run, NF4 layers that stay sound, and evaluation without gradients."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from loractl.common.job.status import Reason
+
+from .failure import TrainingFailed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Precision:
+    """The number formats of a run."""
+
+    base: torch.dtype  # of unquantised base weights, and NF4's compute type
+    amp: Literal["bf16", "fp16"] | None  # what the Trainer's autocast computes in, over fp32 adapters
+
+
+def choose_precision(device: str, dtype: str = "auto") -> Precision:
+    """bf16 where the device computes in it; else fp16 with loss scaling on a card, fp32 on a processor.
+
+    Cards before Ampere and old processors only emulate bf16: slower than fp32, and no more exact. A job's own choice
+    goes first. Raises TrainingFailed(bad_spec) for float16 on a processor, whose Trainer has no loss scaling.
+    """
+    if dtype == "float32":
+        return Precision(base=torch.float32, amp=None)
+    if dtype == "bfloat16":
+        return Precision(base=torch.bfloat16, amp="bf16")
+    if dtype == "float16":
+        if device != "cuda":
+            raise TrainingFailed(Reason.BAD_SPEC, "training.dtype: float16 is for GPUs; use auto or float32 on a CPU")
+        return Precision(base=torch.float16, amp="fp16")
+    if device == "cuda":
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return Precision(base=torch.bfloat16, amp="bf16")
+        return Precision(base=torch.float16, amp="fp16")
+    if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported():
+        return Precision(base=torch.bfloat16, amp="bf16")
+    return Precision(base=torch.float32, amp=None)
+
+
+def whole_modules(model: Any, compute: torch.dtype) -> contextlib.AbstractContextManager[Any]:
+    """Autocast where modules are trained in full, in fp32, on a base that computes in `compute`: the Trainer's own is
+    around forward() alone, not generate(), and only of a model that it has trained in this process."""
+    mixed = bool(model.peft_config["default"].modules_to_save) and compute != torch.float32
+    return torch.autocast(model.device.type, dtype=compute, enabled=mixed)
+
+
+def keep_nf4_in_training_mode(model: Any) -> None:
+    """Make eval() leave every NF4 layer in training mode; such a layer holds no dropout, so nothing else changes.
+
+    bitsandbytes 0.50 on a CPU repacks a layer's weights for inference on its first forward in eval mode. From then on
+    the gradients through it are wrong, without an error: training after a mid-run evaluation is ruined silently.
+    """
+    from bitsandbytes.nn import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.train(True)
+            module.train = lambda mode=True, module=module: module
+
+
+@contextlib.contextmanager
+def evaluating(model: Any, *, base: bool = False) -> Iterator[Any]:
+    """The model in eval mode without gradients; with `base`, its adapter switched off. Training mode is restored."""
+    was_training = model.training
+    model.eval()
+    adapter_off = model.disable_adapter() if base else contextlib.nullcontext()
+    try:
+        with torch.no_grad(), adapter_off:
+            yield model
+    finally:
+        model.train(was_training)

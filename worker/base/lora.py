@@ -1,0 +1,116 @@
+"""A fresh LoRA adapter on a loaded base."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from loractl.common.job.method import Method
+from loractl.common.job.spec import JobSpec
+from loractl.common.job.status import Reason
+
+from .arithmetic import keep_nf4_in_training_mode
+from .failure import TrainingFailed
+from .head import HEAD
+from .source import first_line, model_errors, source_of
+
+INITIAL_WEIGHTS: dict[str, bool | str] = {"default": True, "loftq": True}
+"""peft's names where ours differ; loftq's weights come after, from the base's own files."""
+
+
+def add_adapter(base: Any, spec: JobSpec, method: Method) -> Any:
+    """The base with a fresh LoRA adapter; trainable are the adapter and, where the base has one, its classifying head.
+    Raises TrainingFailed(bad_spec)."""
+    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+
+    if method is Method.QLORA:
+        # Checkpointing is the Trainer's business: its non-reentrant kind needs no hook on the inputs.
+        base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
+        keep_nf4_in_training_mode(base)
+    targets = spec.lora.target_modules
+    if isinstance(targets, list):
+        _check_targets(base, targets)
+    config = LoraConfig(
+        task_type=spec.task_type.value,  # for SEQ_CLS peft itself adds the head to modules_to_save
+        r=spec.lora.r,
+        lora_alpha=spec.lora.lora_alpha,
+        lora_dropout=spec.lora.lora_dropout,
+        target_modules=targets,
+        modules_to_save=spec.lora.modules_to_save or None,
+        use_dora=spec.lora.use_dora,
+        use_rslora=spec.lora.use_rslora,
+        init_lora_weights=INITIAL_WEIGHTS.get(spec.lora.init_lora_weights, spec.lora.init_lora_weights),
+    )
+    try:
+        model = get_peft_model(base, config)
+    except ValueError as error:  # what this peft can't do with this model, like dropout on fused experts
+        raise TrainingFailed(Reason.BAD_SPEC, f"peft makes no adapter for this model: {first_line(error)}") from error
+    for parameter in model.parameters():
+        if parameter.requires_grad:  # peft leaves modules_to_save in the base's 16 bit, in which small steps are lost
+            parameter.data = parameter.data.float()
+    if spec.lora.init_lora_weights == "loftq":
+        _make_up_for_nf4(model, spec)
+    # without a name: for one on the hub, peft asks it at each save whether its main branch has another vocabulary
+    model.peft_config["default"].base_model_name_or_path = ""
+    model.config.use_cache = False
+    return model
+
+
+def _check_targets(base: Any, targets: list[str]) -> None:
+    from transformers.pytorch_utils import Conv1D
+
+    kinds = (torch.nn.Linear, Conv1D)  # GPT-2's layers are of the second
+    heads = {"lm_head", HEAD}
+    linear = {name.rpartition(".")[2] for name, m in base.named_modules() if isinstance(m, kinds)} - heads
+    if unknown := [t for t in targets if t.rpartition(".")[2] not in linear]:
+        raise TrainingFailed(
+            Reason.BAD_SPEC,
+            f"lora.target_modules: {', '.join(unknown)} is not a linear layer of this model; "
+            f"it has {', '.join(sorted(linear))}",
+        )
+
+
+def _make_up_for_nf4(model: Any, spec: JobSpec) -> None:
+    """Begin A and B as the best correction of rank r of what NF4 lost of each layer (LoftQ, arXiv:2310.08659, with one
+    step; peft's own needs CUDA). Raises TrainingFailed."""
+    from bitsandbytes.functional import dequantize_4bit
+    from peft.tuners.lora import Linear4bit
+
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, Linear4bit)]
+    if any(parameter.device.type == "meta" for parameter in model.parameters()):
+        return  # a trace, which has no weights
+    whole = _weights_of(spec)
+    for name, layer in layers:
+        key = f"{name.removeprefix('base_model.model.')}.weight"
+        if key not in whole:
+            what = f"the base's files have no {key}, so what NF4 lost of it is not known; use default"
+            raise TrainingFailed(Reason.BAD_SPEC, f"lora.init_lora_weights: {what}")
+        packed = layer.get_base_layer().weight
+        kept = dequantize_4bit(packed.data, packed.quant_state).float()
+        lost = whole[key]().to(kept.device, torch.float32) - kept
+        left, sizes, right = torch.linalg.svd(lost, full_matrices=False)
+        r, scale = spec.lora.r, layer.scaling["default"]
+        root = sizes[:r].sqrt()
+        layer.lora_A["default"].weight.data = (root[:, None] * right[:r]).contiguous()
+        layer.lora_B["default"].weight.data = (left[:, :r] * root / scale).contiguous()
+
+
+def _weights_of(spec: JobSpec) -> dict[str, Callable[[], torch.Tensor]]:
+    """The tensors of the base's safetensors files by name, each read when it is called. Raises TrainingFailed."""
+    from safetensors import safe_open
+    from transformers.utils.hub import cached_file, get_checkpoint_shard_files
+
+    with model_errors(spec.base_model):
+        where = source_of(spec.base_model, spec.revision)
+        single = cached_file(spec.base_model, "model.safetensors", _raise_exceptions_for_missing_entries=False, **where)
+        if single is None:
+            index = cached_file(spec.base_model, "model.safetensors.index.json", **where)
+            files, _ = get_checkpoint_shard_files(spec.base_model, index, **where)
+        else:
+            files = [single]
+        opened = [safe_open(file, framework="pt") for file in files]
+    names = [(file, key) for file in opened for key in file.keys()]  # type: ignore[no-untyped-call]  # noqa: SIM118
+    return {key: functools.partial(file.get_tensor, key) for file, key in names}

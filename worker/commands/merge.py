@@ -1,0 +1,35 @@
+"""loractl adapters merge: base and adapter as one full model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from loractl.common.errors import UsageError
+
+
+@click.command()
+@click.argument("adapter", metavar="ADAPTER")
+@click.argument("folder", type=click.Path(path_type=Path, file_okay=False), metavar="DIR")
+@click.option("--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), default="bfloat16", show_default=True)
+@click.option("--gguf", is_flag=True, help="Also write a GGUF file, by llama.cpp's converter.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def merge(adapter: str, folder: Path, dtype: str, gguf: bool, as_json: bool) -> None:
+    """Make a full model of base and adapter, and prove that it is the same.
+
+    The base is loaded in fp32, also for QLoRA. DIR, which must be new, gets safetensors, tokenizer and merge.json.
+    """
+    from loractl.common.settings import load_settings
+    from loractl.worker.base.quiet import quieten
+    from loractl.worker.serving.library import Library
+    from loractl.worker.serving.merge import find_converter, merge_adapter
+
+    if folder.exists():
+        raise UsageError(f"{folder} is there already", "name a new folder")
+    converter = find_converter() if gguf else None
+    quieten()
+    library = Library(load_settings())
+    merged = merge_adapter(library, library.find(adapter), folder, dtype, converter)
+    click.echo(json.dumps(merged.as_json()) if as_json else merged.sentences)

@@ -1,0 +1,54 @@
+"""The terminal's side of the commands that answer: their options, their notes, and text that can't steer it."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from loractl.common.text import REPLACEMENT
+
+_STEERING = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
+"""Unicode's categories of what moves the cursor, turns the writing or ends a line."""
+
+_HARMLESS = "\n\t\u200c\u200d"
+
+
+def answering(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Options that every answering command has."""
+    options = (
+        click.option("--system", metavar="TEXT", help="A system message before the conversation."),
+        click.option(
+            "--max-new-tokens", type=click.IntRange(1), default=256, show_default=True, metavar="N",
+            help="An answer ends there at the latest.",
+        ),
+        click.option(
+            "--temperature", type=click.FloatRange(0), default=0.0, show_default=True, metavar="T",
+            help="0 takes the likeliest token, as the report does.",
+        ),
+        click.option(
+            "--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, show_default=True, metavar="P",
+            help="Draw among the likeliest tokens that make up this share.",
+        ),
+        click.option("--seed", type=click.IntRange(0), metavar="S", help="Draw the same answer again."),
+        click.option("--gpu", metavar="CARD", help="Use this card, by index or UUID; else the first, or the CPU."),
+    )  # fmt: skip
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def tell(text: str) -> None:
+    """A note beside the command's result."""
+    click.echo(click.style(text, dim=True), err=True)
+
+
+def warn(sentence: str) -> None:
+    click.echo(f"Warning: {sentence}.", err=True)
+
+
+def clean_answer(text: str) -> str:
+    """An answer's text without what would steer the terminal; lines, spaces of all kinds and joiners stay."""
+    return "".join(c if c in _HARMLESS or unicodedata.category(c) not in _STEERING else REPLACEMENT for c in text)

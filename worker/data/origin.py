@@ -1,0 +1,79 @@
+"""Where a job's rows come from: a file of this box, or a data set on the hub."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from loractl.common.artifacts import sha256_of
+from loractl.common.data.rows import RawRow, read_rows
+from loractl.common.errors import DataError, LoractlError
+from loractl.common.job.status import Reason
+from loractl.worker.base.failure import TrainingFailed
+from loractl.worker.base.hub import Refusal, cached_if_away, chain_of, known_commit, reaching_the_hub, refusal
+
+
+def load_rows(path: str, split: str = "train") -> list[RawRow]:
+    """The rows of a local file, or of a split of a data set on the hub. Raises DataError and TrainingFailed."""
+    return load_pinned(path, split)[0]
+
+
+def load_pinned(path: str, split: str) -> tuple[list[RawRow], str | None]:
+    """The rows, and the commit of the data set on the hub that they are of. Raises DataError and TrainingFailed."""
+    if Path(path).is_absolute():
+        return read_rows(Path(path)), None
+    from datasets import load_dataset_builder
+    from datasets.exceptions import DatasetsError
+
+    name, _, revision = path.partition("@")
+    try:
+        with reaching_the_hub(), cached_if_away(name, revision or None) as away:
+            builder = load_dataset_builder(name, revision=revision or None)
+            _check_files_are_remote(path, builder.config.data_files)
+            builder.download_and_prepare()
+    except (OSError, ValueError, DatasetsError) as error:
+        raise _refused(path, error) from error
+    commit = str(builder.hash)
+    if away and commit != known_commit(name, revision or None):
+        what = f"for dataset.path {path}, and the newest in this worker's cache is another commit ({commit})"
+        raise TrainingFailed(Reason.TRAINER_ERROR, f"{Refusal.AWAY} {what}")
+    try:
+        dataset = builder.as_dataset(split=split)
+    except ValueError as error:
+        raise DataError(path, f"has no such split on the hub: {_first_line(error)}") from error
+    return [RawRow(number=n, value=value) for n, value in enumerate(dataset, start=1)], commit
+
+
+def _check_files_are_remote(path: str, files: Mapping[str, Sequence[str]] | None) -> None:
+    """A data set's own card lists its files, and could list files of this box. Raises TrainingFailed."""
+    for name in (name for part in (files or {}).values() for name in part):
+        if not str(name).startswith("hf://"):
+            raise TrainingFailed(Reason.BAD_SPEC, f"the data set {path} names a file that is not on the hub: {name}")
+
+
+def _refused(path: str, error: BaseException) -> LoractlError:
+    """What a failed read from the hub means. Raises OSError for a full disk, which is not the data's fault."""
+    for each in chain_of(error):
+        if isinstance(each, OSError) and each.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise each
+    answer = refusal(error)
+    if answer is Refusal.AWAY:
+        what = f"dataset.path {path} is no file, and the hub can't be reached to look there"
+        return TrainingFailed(Reason.TRAINER_ERROR, what)
+    if answer is Refusal.NO_REPOSITORY:
+        return DataError(path, f"is neither a file here nor a data set on the hub: {answer}")
+    cause = error
+    while cause.__cause__ is not None:  # datasets says "an error occurred", and its cause which one
+        cause = cause.__cause__
+    return DataError(path, f"can't be read from the hub: {answer or _first_line(cause)}")
+
+
+def _first_line(error: BaseException) -> str:
+    first: list[str] = str(error).strip().splitlines()
+    return first[0] if first else type(error).__name__
+
+
+def dataset_hash(path: str) -> str | None:
+    """sha256 of a local data file; None for a hub id."""
+    return sha256_of(Path(path)) if Path(path).exists() else None

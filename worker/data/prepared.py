@@ -1,0 +1,136 @@
+"""A job's data as the recipe takes them: read, checked, split, tokenised."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from loractl.common.data.example import Example
+from loractl.common.data.formats import detect_format, parse_examples
+from loractl.common.data.labels import labels_of
+from loractl.common.data.split import split_data
+from loractl.common.errors import DataError
+from loractl.common.job.sections import DataFormat, DatasetSpec, Overflow
+
+from .origin import load_pinned
+from .token_set import Tokeniser, TokenSet, fit_examples
+from .tokens import TokenRow
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreparedData:
+    """Everything that the recipe and the evaluation need to know about the data."""
+
+    format: DataFormat
+    why: str
+    train: TokenSet
+    held_out: TokenSet
+    train_examples: list[Example]
+    held_out_examples: list[Example]  # the same rows, in the same order, as held_out.rows
+    dropped: list[str]  # a sentence for each row that on_bad_row: drop left out
+    overlap: int  # rows of eval_path left out because they are trained on
+    sha256: str | None
+    warnings: tuple[str, ...] = ()  # what looks wrong, and is trained on all the same
+    packed: list[TokenRow] | None = None  # the rows to train on, several examples in one
+    regression: TokenSet | None = None  # rows of another kind, to show what was forgotten
+    label_names: tuple[str, ...] = ()  # what a classifier learns to tell apart; empty for any other job
+    commits: dict[str, str] = field(default_factory=dict)  # of the data sets on the hub, by what they are for
+
+    @property
+    def trained_rows(self) -> list[TokenRow]:
+        """The rows as the Trainer gets them."""
+        return self.train.rows if self.packed is None else self.packed
+
+    def facts(self) -> dict[str, Any]:
+        """What the report says about the data."""
+        return {
+            "format": self.format.value,
+            "why": self.why,
+            "sha256": self.sha256,
+            "train_rows": len(self.train.rows),
+            "train_rows_sha256": _hash_of(self.train_examples),
+            "commits": dict(self.commits),
+            "held_out_rows": len(self.held_out.rows),
+            "held_out_sha256": _hash_of(self.held_out_examples),
+            "train_tokens": self.train.tokens,
+            "supervised_tokens": self.train.supervised,
+            "truncated_rows": self.train.truncated + self.held_out.truncated,
+            "too_long_rows_dropped": self.train.too_long + self.held_out.too_long,
+            "bad_rows_dropped": len(self.dropped),
+            "overlap_rows_dropped": self.overlap,
+            "bad_rows": self.dropped[:20],
+            "warnings": list(self.warnings),
+            "labels": self.label_counts() or None,
+        }
+
+    def label_counts(self) -> dict[str, dict[str, int]]:
+        """How many rows a classifier's label has, those to train on and those held out."""
+        train, held_out = (Counter(row.label for row in tokens.rows) for tokens in (self.train, self.held_out))
+        names = enumerate(self.label_names)
+        return {name: {"train": train[place], "held_out": held_out[place]} for place, name in names}
+
+
+def prepare_data(
+    dataset: DatasetSpec, data_path: str, eval_path: str | None, sha256: str | None, tokenizer: Any, cache: Path | None
+) -> PreparedData:
+    """Read, check, split and tokenise. Raises DataError with file, row and what was expected."""
+    rows, commit = load_pinned(data_path, "train")
+    held_rows, held_commit = load_pinned(eval_path, "test") if eval_path else (None, None)
+    commits = {"path": commit, "eval_path": held_commit}
+    split = split_data(dataset, rows, held_rows)
+    label_names = labels_of(split.train)
+    tokeniser = Tokeniser(dataset=dataset, tokenizer=tokenizer, format=split.format, cache=cache)
+    train_set = tokeniser.tokenise(split.train, dataset.path)
+    held_set = tokeniser.tokenise(split.held_out, dataset.eval_path or dataset.path)
+    if label_names:
+        train_set, held_set = (
+            _with_labels(tokens, examples, label_names)
+            for tokens, examples in ((train_set, split.train), (held_set, split.held_out))
+        )
+    kept = {r.number for r in held_set.rows}
+    return PreparedData(
+        format=split.format,
+        why=split.why,
+        train=train_set,
+        held_out=held_set,
+        dropped=split.dropped,
+        overlap=split.overlap,
+        sha256=sha256,
+        train_examples=split.train,
+        held_out_examples=[e for e in split.held_out if e.number in kept],
+        label_names=label_names,
+        commits={key: commit for key, commit in commits.items() if commit},
+    )
+
+
+def prepare_regression(
+    dataset: DatasetSpec, file: str, path: str, train: Sequence[Example], tokenizer: Any
+) -> tuple[TokenSet, str | None]:
+    """The rows of evaluation.regression, those that are trained on left out, and their commit on the hub.
+
+    Raises DataError.
+    """
+    rows, commit = load_pinned(path, "test")
+    format = detect_format(rows, file)[0]
+    trained = {example.content_hash() for example in train}
+    examples = [e for e in parse_examples(rows, format, file, dataset.on_bad_row)[0] if e.content_hash() not in trained]
+    if not examples:
+        raise DataError(file, "has no row that is not trained on as well", kind="overlap")
+    tolerant = dataset.model_copy(update={"on_overflow": Overflow.TRUNCATE})
+    return fit_examples(examples, file, tolerant, tokenizer, format), commit
+
+
+def _with_labels(tokens: TokenSet, examples: Sequence[Example], label_names: Sequence[str]) -> TokenSet:
+    """The rows with their labels' places. They are not in the cache: a label's place depends on all training rows."""
+    place = {name: n for n, name in enumerate(label_names)}
+    label_of = {e.number: place[e.label] for e in examples if e.label is not None}
+    return replace(tokens, rows=[replace(row, label=label_of[row.number]) for row in tokens.rows])
+
+
+def _hash_of(examples: Sequence[Example]) -> str:
+    """Equal for the same rows in the same order."""
+    return hashlib.sha256("".join(example.content_hash() for example in examples).encode()).hexdigest()

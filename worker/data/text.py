@@ -1,0 +1,132 @@
+"""A check of data, or one row of them, as text for a terminal."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from loractl.common.data.findings import Finding
+from loractl.common.job.sections import DatasetSpec
+from loractl.common.job.spec import JobSpec
+from loractl.common.text import clean_text
+
+from .check import Checked
+from .tokens import IGNORED, TokenRow
+from .trained_row import TrainedRow
+
+SHOWN_EXAMPLES = 3
+
+SHOWN_LABELS = 20
+
+BAR = 24
+
+COLORS = {"error": "red", "warning": "yellow", "note": None}
+
+
+def check_text(spec: JobSpec, checked: Checked, tokenizer: Any, *, styled: bool) -> str:
+    """The whole check. `styled`: a terminal shows it, so that learned tokens need no brackets."""
+    lines = [*_head(spec.dataset, checked), *_lengths(checked, spec.dataset.max_length), *_labels(checked)]
+    for row in _examples(checked.rows):
+        lines += [f"\nRow {row.number}: {_size(row, list(checked.labels))}.\n"]
+        lines += [textwrap.indent(_marked(row, tokenizer, styled).rstrip("\n"), "  ")]
+    if checked.findings:
+        lines.append("")
+    for finding in sorted(checked.findings, key=lambda finding: list(COLORS).index(finding.level)):
+        lines += _finding(finding)
+    counts = [(n, word) for word in ("error", "warning") if (n := sum(f.level == word for f in checked.findings))]
+    told = ", ".join(f"{n} {word}{'s' if n > 1 else ''}" for n, word in counts) or "Nothing wrong was found"
+    return "\n".join([*lines, f"\n{told}.", *checked.advice])
+
+
+def row_text(dataset: DatasetSpec, shown: TrainedRow, tokenizer: Any, *, styled: bool) -> str:
+    """One row to train on, what is learned of it marked."""
+    data = shown.data
+    lines = [
+        f"Row {shown.row.number} of {dataset.path}: {_size(shown.row, data.label_names)}.",
+        f"Format {data.format.value}: {data.why}. "
+        f"{len(data.train.rows)} rows to train on, {len(data.held_out.rows)} held out.\n",
+        _marked(shown.row, tokenizer, styled),
+    ]
+    return "\n".join(lines)
+
+
+def _head(dataset: DatasetSpec, checked: Checked) -> list[str]:
+    if checked.format is None:
+        return []
+    held = f", {checked.held_out_rows} held out" if checked.held_out_rows else ""
+    rows = f": {checked.train_rows} rows to train on{held}" if checked.train_rows else ""
+    return [f"{Path(dataset.path).name}{rows}. Format {checked.format.value}: {checked.why}."]
+
+
+def _lengths(checked: Checked, max_length: int) -> list[str]:
+    """The quantiles, and a histogram that shows what max_length cuts."""
+    if checked.lengths is None:
+        return []
+    lines = ["\nTOKENS      MIN  MEDIAN     P95     MAX"]
+    for label, of in (("a row", checked.lengths), ("learned", checked.learned)):
+        if of is not None:
+            lines.append(f"{label:<9}{of.least:>6}{of.median:>8}{of.p95:>8}{of.most:>8}")
+    lines.append("")
+    most = max(count for _, _, count in checked.histogram)
+    for low, high, count in checked.histogram:
+        cut = "  cut" if low > max_length else ""
+        bar = "█" * max(1 if count else 0, round(BAR * count / most))
+        lines.append(f"{low:>6} to {high:<6} {bar:<{BAR}} {count:>6}{cut}")
+    return lines
+
+
+def _labels(checked: Checked) -> list[str]:
+    """How often each of a classifier's labels is taught and held out."""
+    if not checked.labels:
+        return []
+    lines = [f"\n{'LABEL':<24}{'TO TRAIN ON':>12}{'HELD OUT':>10}"]
+    most = sorted(checked.labels.items(), key=lambda item: -item[1]["train"])
+    lines += [
+        f"{clean_text(name)[:23]:<24}{rows['train']:>12}{rows['held_out']:>10}" for name, rows in most[:SHOWN_LABELS]
+    ]
+    return [*lines, f"and {len(most) - SHOWN_LABELS} more"] if len(most) > SHOWN_LABELS else lines
+
+
+def _finding(finding: Finding) -> list[str]:
+    level = click.style(f"{finding.level:<8}", fg=COLORS[finding.level])
+    lines = [level + " " + clean_text(f"{finding.kind}: {finding.sentence}.")]
+    return [*lines, f"         Hint: {finding.hint}."] if finding.hint else lines
+
+
+def _examples(rows: list[TokenRow]) -> list[TokenRow]:
+    """A short, a middling and a long row."""
+    ordered = sorted(rows, key=lambda row: len(row.input_ids))
+    places = sorted({0, len(ordered) // 2, len(ordered) - 1}) if ordered else []
+    return [ordered[place] for place in places][:SHOWN_EXAMPLES]
+
+
+def _size(row: TokenRow, label_names: Sequence[str]) -> str:
+    if row.label is not None:
+        return f"{len(row.input_ids)} tokens, label {clean_text(label_names[row.label])}"
+    return f"{len(row.labels)} tokens, {sum(label != IGNORED for label in row.labels)} learned"
+
+
+def _marked(row: TokenRow, tokenizer: Any, styled: bool) -> str:
+    """The row's text; without colours the learned parts stand in brackets, so that a pipe tells the same."""
+    runs = _runs(row.input_ids, [label != IGNORED for label in row.labels])
+    return "".join(_mark(clean_text(tokenizer.decode(ids)), learn, styled) for ids, learn in runs)
+
+
+def _runs(ids: list[int], learned: list[bool]) -> list[tuple[list[int], bool]]:
+    """Neighbouring tokens of one kind, joined: a character may take several tokens."""
+    joined: list[tuple[list[int], bool]] = []
+    for token, learn in zip(ids, learned, strict=True):
+        if not joined or joined[-1][1] != learn:
+            joined.append(([], learn))
+        joined[-1][0].append(token)
+    return joined
+
+
+def _mark(text: str, learn: bool, styled: bool) -> str:
+    if styled:
+        return click.style(text, dim=not learn, bold=learn)
+    return f"[[{text}]]" if learn else text

@@ -1,0 +1,182 @@
+"""Answers for one person: single prompts, or a conversation that goes on, with an adapter on a loaded base."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from loractl.common.errors import LoractlError, UsageError
+from loractl.worker.data.prompt import prompt_for
+
+from .adapter_pool import AdapterPool, BaseChoice, open_pool, take_device
+from .decoding import Engine
+from .library import Library, Listed, same_base
+from .request import Ask, Said
+
+Messages = list[dict[str, str]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Style:
+    """How answers are drawn, and on which card."""
+
+    system: str | None
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    seed: int | None
+    gpu: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Completion:
+    """The answer to a single prompt."""
+
+    prompt: str
+    job_id: int | None  # whose adapter answered; None: the base
+    text: str
+    ended: str | None
+    tokens: int
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "job_id": self.job_id,
+            "prompt": self.prompt,
+            "answer": self.text,
+            "ended": self.ended,
+            "tokens": self.tokens,
+        }
+
+
+@dataclass(kw_only=True)
+class PartialAnswer:
+    """What was answered so far."""
+
+    text: str = ""
+    tokens: int = 0
+    ended: str | None = None
+    error: str | None = None
+
+    def take(self, said: Said) -> None:
+        self.text += said.text
+        self.tokens, self.ended, self.error = said.tokens, said.ended, said.error
+
+    def check(self) -> None:
+        """Raises LoractlError where the answer failed."""
+        if self.error:
+            raise LoractlError(f"no answer: {self.error}")
+
+
+def open_conversation(
+    library: Library, name: str, style: Style, tell: Callable[[str], None], warn: Callable[[str], None]
+) -> Conversation:
+    """Load the base of an adapter as its job did: in its number format, in NF4 for QLoRA. Raises LoractlError."""
+    adapter = library.find(name)
+    device, trained = take_device(library.settings, style.gpu), adapter.spec.training.dtype
+    base = BaseChoice(
+        model=adapter.spec.base_model,
+        revision=library.revision(adapter),
+        method=adapter.method,
+        device=device,
+        dtype="auto" if trained == "float16" and device == "cpu" else trained,
+        run_code=library.may_run_code(adapter),
+    )
+    pool = open_pool(base, library, [adapter], tell, warn)
+    return Conversation(library=library, pool=pool, engine=Engine(pool), adapter=adapter, style=style)
+
+
+@dataclass(kw_only=True)
+class Conversation:
+    """A conversation with an adapter on a loaded base."""
+
+    library: Library
+    pool: AdapterPool
+    engine: Engine
+    adapter: Listed
+    style: Style
+    messages: Messages = field(default_factory=list)
+
+    def complete(self, prompts: Sequence[str], *, base: bool) -> list[Completion]:
+        """Answers to single prompts, all at once; `base`: by the base alone. Raises LoractlError when one fails."""
+        answers = [PartialAnswer() for _ in prompts]
+        for prompt, answer in zip(prompts, answers, strict=True):
+            self.engine.ask(self._ask(_asking(self._opening(), prompt), answer.take, base=base))
+        self.engine.finish()
+        for answer in answers:
+            answer.check()
+        job_id = None if base else self.adapter.job_id
+        return [
+            Completion(prompt=prompt, job_id=job_id, text=answer.text, ended=answer.ended, tokens=answer.tokens)
+            for prompt, answer in zip(prompts, answers, strict=True)
+        ]
+
+    def turn(self, text: str, say: Callable[[str], None]) -> PartialAnswer:
+        """One question, answered as it comes; a stopped answer stays in the conversation as far as it came."""
+        messages = _asking(self.messages or self._opening(), text)
+        answer = self._spoken(messages, say, base=False)
+        if not answer.error:
+            self.messages = [*messages, {"role": "assistant", "content": answer.text}]
+        return answer
+
+    def turn_of_base(self, say: Callable[[str], None]) -> PartialAnswer:
+        """The base alone answers the last question, to compare. Raises UsageError where there is none."""
+        if not self.messages or self.messages[-1]["role"] != "assistant":
+            raise UsageError("there is no question yet", "ask one first")
+        return self._spoken(self.messages[:-1], say, base=True)
+
+    def begin_anew(self, system: str = "") -> None:
+        """Forget what was said, and put a system message first where there is one."""
+        self.messages = [{"role": "system", "content": system}] if system else []
+
+    def switch(self, name: str) -> float:
+        """Go on with another adapter of the same base; seconds that it took. Raises LoractlError."""
+        other = self.library.find(name)
+        same_base([self.adapter, other])
+        began = time.monotonic()
+        held = self.pool.hold(other, self.library.fetch(other))
+        self.pool.switch(held.key)
+        self.pool.let_go(held)
+        self.adapter = other
+        return time.monotonic() - began
+
+    def _opening(self) -> Messages:
+        return [{"role": "system", "content": self.style.system}] if self.style.system else []
+
+    def _spoken(self, messages: Messages, say: Callable[[str], None], *, base: bool) -> PartialAnswer:
+        """The answer, token by token. Ctrl-C stops it."""
+        answer = PartialAnswer()
+
+        def hear(said: Said) -> None:
+            answer.take(said)
+            say(said.text)
+
+        ask = self._ask(messages, hear, base=base)
+        self.engine.ask(ask)
+        # not by KeyboardInterrupt, which would leave a load or a batch half-way
+        before = signal.signal(signal.SIGINT, lambda *_: ask.cancelled.set())
+        try:
+            self.engine.finish()
+        finally:
+            signal.signal(signal.SIGINT, before)
+        return answer
+
+    def _ask(self, messages: Messages, say: Callable[[Said], None], *, base: bool) -> Ask:
+        style = self.style
+        ids = prompt_for(self.library.format(self.adapter), messages, self.pool.tokenizer)
+        return Ask(
+            prompt=ids,
+            say=say,
+            max_new_tokens=min(style.max_new_tokens, self.engine.room(len(ids))),
+            adapter=None if base else self.adapter,
+            folder=None if base else self.library.fetch(self.adapter),
+            temperature=style.temperature,
+            top_p=style.top_p,
+            seed=style.seed,
+        )
+
+
+def _asking(messages: Messages, text: str) -> Messages:
+    return [*messages, {"role": "user", "content": text}]
