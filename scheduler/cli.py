@@ -38,7 +38,7 @@ COMMANDS: Commands = {
         "Run a finished job again, and check that it came out the same.",
     ),
     "adapters": (
-        "loractl.scheduler.commands.adapters:adapters",
+        "loractl.scheduler.commands.adapters.group:adapters",
         "Look after the stored adapters: list, tag, pull, merge, delete.",
     ),
     "generate": ("loractl.worker.commands.chat:generate", "Answer a prompt with an adapter, or with its base."),

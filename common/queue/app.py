@@ -13,6 +13,13 @@ from .valkey import broker_url
 
 WAKE_TASK = "loractl.wake"
 
+TRANSPORT_OPTIONS = {
+    "socket_timeout": 5,  # a half-open connection otherwise wedges the node for minutes
+    "socket_connect_timeout": 2,
+    "health_check_interval": 10,
+    "queue_order_strategy": "priority",
+}
+
 
 def make_app(url: str) -> Any:
     """A Celery app with the options under which nothing stalls or runs twice (measured: docs/architecture.md)."""
@@ -37,12 +44,7 @@ def make_app(url: str) -> Any:
         worker_hijack_root_logger=False,
         broker_connection_retry_on_startup=True,
         broker_connection_max_retries=None,
-        broker_transport_options={
-            "socket_timeout": 5,  # a half-open connection otherwise wedges the node for minutes
-            "socket_connect_timeout": 2,
-            "health_check_interval": 10,
-            "queue_order_strategy": "priority",
-        },
+        broker_transport_options=TRANSPORT_OPTIONS,
     )
     return app
 

@@ -92,11 +92,12 @@ def status(
 
 
 def _open_sweep(store: Store, sweep_id: int, *, watch: bool, as_json: bool) -> None:
+    from loractl.scheduler.answers.sweep import SweepStanding
     from loractl.scheduler.text import sweep as render_sweep
 
     view = store.sweep(sweep_id)
     if as_json:
-        click.echo(json.dumps(render_sweep.fields(view)))
+        click.echo(json.dumps(SweepStanding(sweep=view).as_json()))
         return
     if watch:
         _require_terminal()

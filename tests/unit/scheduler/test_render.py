@@ -13,11 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loractl.common.job.status import Reason, Stage, Status
-from loractl.common.store.tables import Adapter, Attempt, Event, Job, MetricPoint
+from loractl.common.store.tables import Attempt, Event, Job, MetricPoint
 from loractl.common.units import GIB
+from loractl.scheduler.answers.adapters import AdapterList, StoredAdapter
 from loractl.scheduler.answers.why import Tier, Wait
-from loractl.scheduler.commands.adapters import adapter_table
 from loractl.scheduler.text import jobs as render
+from loractl.scheduler.text.adapters import adapters_text
 from loractl.scheduler.text.jobs import JSON_FIELDS, Screen, bar, clock, fit, sparkline, table
 
 from ..factories import NOON, job
@@ -245,14 +246,14 @@ def test_the_history_lists_every_attempt_with_how_it_ended_and_no_token() -> Non
 
 
 def test_the_adapters_are_listed_with_the_command_that_fetches_one() -> None:
-    stored = Adapter(
+    stored = StoredAdapter(
         job_id=7, attempt=1, name="helpdesk", base_model="org/model", method="lora", uri="s3://a", size=3_500_000,
-        sha256="0", created_at=NOON,
+        sha256="0", created_at=NOON, tags=("latest", "prod"),
     )  # fmt: skip
-    text = adapter_table([stored], {7: ["latest", "prod"]}, NOON, PLAIN)
+    text = adapters_text(AdapterList(adapters=(stored,), now=NOON), PLAIN)
     assert re.search(r"7  helpdesk  latest, prod  lora +3\.5 .* model$", text, re.M)
     assert text.endswith("Use one: loractl adapters pull 7 DIR")
-    assert adapter_table([], {}, NOON, PLAIN).startswith("No adapter is stored yet")
+    assert adapters_text(AdapterList(adapters=(), now=NOON), PLAIN).startswith("No adapter is stored yet")
 
 
 def test_the_report_shows_the_verdict_the_table_and_what_was_repaired_first() -> None:
