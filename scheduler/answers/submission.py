@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from loractl.common.errors import UsageError
 from loractl.common.job.halving import RUNGS
-from loractl.common.store.sweeps import setting
+from loractl.common.store.sweeps import NewSweep, setting
 from loractl.scheduler.submission.grid import read_grid
 from loractl.scheduler.submission.members import member_specs, numbered
 
@@ -55,6 +55,12 @@ class SweepDraft:
         """Each member's name and its values of the varied keys."""
         trees = [spec.model_dump(mode="json") for spec in self.specs]
         return [(tree["name"], {key: setting(tree, key) for key in self.varied}) for tree in trees]
+
+    def new_sweep(self, user: str) -> NewSweep:
+        """What is written of the sweep beside its members."""
+        return NewSweep(
+            name=self.name, user=user, varied=self.varied, rungs=self.rungs, trials=self.trials, seed=self.seed
+        )
 
     def as_json(self) -> dict[str, Any]:
         """`varied`; `rungs`, null without early stops; `members`: each with `name`, `settings` and resolved `spec`."""

@@ -53,7 +53,6 @@ def sweep(
 
 
 def _queue(draft: SweepDraft, as_json: bool) -> None:
-    from loractl.common.store.sweeps import NewSweep
     from loractl.scheduler.answers.sweep import SweepStanding
     from loractl.scheduler.session import open_stores
     from loractl.scheduler.submission.intake import enqueue_sweep
@@ -62,9 +61,8 @@ def _queue(draft: SweepDraft, as_json: bool) -> None:
     from loractl.scheduler.text.sweep import queued_text
 
     settings, store, artifacts = open_stores()
-    drawn = {"trials": draft.trials, "seed": draft.seed}
-    new = NewSweep(name=draft.name, user=settings.user, varied=draft.varied, rungs=draft.rungs, **drawn)
-    entry = enqueue_sweep(new, submissions(draft.specs, settings.user, store, artifacts), settings, store)
+    members = submissions(draft.specs, settings.user, store, artifacts)
+    entry = enqueue_sweep(draft.new_sweep(settings.user), members, settings, store)
     show(SweepStanding(sweep=entry.sweep), as_json, lambda: queued_text(entry.sweep, detect_screen()))
     warn(entry.warnings)
     if not as_json:
