@@ -10,7 +10,7 @@ import uuid
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from kombu import Connection
+from kombu import Connection, Producer
 from kombu.exceptions import KombuError
 from redis.exceptions import RedisError
 
@@ -50,7 +50,9 @@ def open_bell(settings: Settings) -> Iterator[Bell]:
             with _reachable(url):
                 connection = held.enter_context(Connection(url, transport_options=TRANSPORT_OPTIONS))
                 connection.ensure_connection(max_retries=1, interval_start=0, timeout=3)
-                producer = connection.Producer(serializer="json")
+                channel = connection.default_channel
+                channel.client.ping()  # kombu closes what it has connected with: the hint would connect again
+                producer = Producer(channel, serializer="json")
         except ServiceUnreachable as error:
             away = error
         yield Bell(url, producer, away)
