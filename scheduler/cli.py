@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import io
 import sys
@@ -89,6 +90,7 @@ def cli(debug: bool) -> None:
 def main() -> NoReturn:
     """The console script: exit codes are those of loractl.common.errors.ExitCode."""
     gc.set_threshold(100_000)  # importing makes many objects and no garbage: an eighth of a command's time
+    atexit.register(gc.freeze)  # at its end Python looks for garbage in all of them: a quarter of submit's time
     debug = "--debug" in sys.argv
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a dash that the terminal's encoding lacks must not end a command
