@@ -11,18 +11,10 @@ import json
 import logging
 import uuid
 from base64 import b64encode
-from collections.abc import Iterable
 from typing import Any
 
 from kombu import Connection
-from kombu.exceptions import KombuError
 from kombu.transport import redis
-from redis.exceptions import RedisError
-
-from loractl.common.errors import ServiceUnreachable
-from loractl.common.settings import Settings, redacted
-
-from .valkey import broker_url
 
 WAKE_TASK = "loractl.wake"
 
@@ -51,16 +43,6 @@ def card_queue(node: str) -> str:
     return f"card.{node}"
 
 
-def wake(settings: Settings, size_class: int) -> None:
-    """Tell nodes that a job of this class waits. Raises ServiceUnreachable when the queue is away."""
-    _send(settings, [(size_class, queue_name(size_class))])
-
-
-def wake_cards(settings: Settings, nodes: Iterable[str]) -> None:
-    """Tell these cards to look for a job. Raises ServiceUnreachable when the queue is away."""
-    _send(settings, [(0, card_queue(node)) for node in nodes])
-
-
 class Transport(redis.Transport):
     """Redis as a transport of hints."""
 
@@ -81,36 +63,22 @@ class HintConnection(Connection):
         return Transport
 
 
-def _send(settings: Settings, hints: list[tuple[int, str]]) -> None:
-    """Send hints, each a class and its queue. Not by Celery, which takes as long again to import."""
-    url = broker_url(settings)
-    try:
-        with HintConnection(url, transport_options=TRANSPORT_OPTIONS) as connection:
-            connection.ensure_connection(max_retries=1, interval_start=0, timeout=3)
-            producer = connection.Producer(serializer="json")
-            for size_class, queue in hints:
-                producer.publish([[size_class], {}, {}], routing_key=queue, headers=_headers(uuid.uuid4().hex))
-    except (OSError, KombuError, RedisError) as error:
-        raise ServiceUnreachable(
-            "the queue", redacted(url), "LORACTL_REDIS_URL", str(error) or type(error).__name__
-        ) from error
+def wake_headers() -> dict[str, str]:
+    """What makes a message Celery's task: its name, and a number of its own."""
+    return {"task": WAKE_TASK, "id": uuid.uuid4().hex}
 
 
 def _hint(queue: str) -> dict[str, Any]:
     """A message as it comes from the queue when Celery itself has written it."""
-    name = uuid.uuid4().hex
+    headers = wake_headers()
     return {
         "body": b64encode(json.dumps([[0], {}, {}]).encode()).decode(),
         "content-type": "application/json",
         "content-encoding": "utf-8",
-        "headers": _headers(name),
+        "headers": headers,
         "properties": {
             "body_encoding": "base64",
-            "delivery_tag": name,
+            "delivery_tag": headers["id"],
             "delivery_info": {"exchange": EXCHANGE, "routing_key": queue},
         },
     }
-
-
-def _headers(name: str) -> dict[str, str]:
-    return {"task": WAKE_TASK, "id": name}

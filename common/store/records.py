@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from loractl.common.job.adjustment import Adjustment
 from loractl.common.job.halving import rung_step
 from loractl.common.job.method import Method
-from loractl.common.job.need import Need
+from loractl.common.job.need import Need, least_need
 from loractl.common.job.status import Stage
 from loractl.common.job.sweep import RungPoint
 
@@ -36,6 +36,12 @@ class Submission:
     family: str | None = None
     adjustment: Adjustment = field(default_factory=Adjustment)  # to begin with
     purpose: str = ""  # for the history, like: to reproduce job 12
+
+    @property
+    def first_need(self) -> int | None:
+        """Bytes that it waits for at first: LoRA's while the job is patient. None: not known."""
+        patient = bool(self.spec.lora_patience) and self.methods == (Method.LORA, Method.QLORA)
+        return least_need((Method.LORA,) if patient else self.methods, self.need)
 
 
 @dataclass(frozen=True, kw_only=True)

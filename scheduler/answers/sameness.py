@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from loractl.common.text import clean_line, minus
-from loractl.scheduler.commands.compare import Compared, differences
-from loractl.scheduler.text.screen import Screen, table
+from .comparison import FinishedJob, differences, finished_job
+
+if TYPE_CHECKING:
+    from loractl.common.artifacts import ArtifactStore
+    from loractl.common.store.store import Store
 
 Report = dict[str, Any]
 
@@ -57,6 +58,10 @@ class Pair:
         numbers = isinstance(self.first, (int, float)) and isinstance(self.second, (int, float))
         return self.second - self.first if numbers else None
 
+    def as_json(self) -> dict[str, Any]:
+        """`what`, `first`, `second`, `same` and `difference` (null for what is no number)."""
+        return {**vars(self), "same": self.same, "difference": self.difference}
+
 
 @dataclass(frozen=True, kw_only=True)
 class RowLosses:
@@ -87,21 +92,29 @@ class Sameness:
         return self.weights.same and rows and all(loss.same for loss in self.losses)
 
     def as_json(self) -> dict[str, Any]:
-        def fields(pair: Pair) -> dict[str, Any]:
-            return {**vars(pair), "same": pair.same, "difference": pair.difference}
+        """The comparison as JSON values.
 
+        `jobs`: both numbers; `same`; `adapter_sha256` and each of `losses` and `ran_with`: a pair (see Pair);
+        `row_losses`: see RowLosses, null where other rows were measured; `parted_at_step`: null where the training
+        losses are equal.
+        """
         return {
             "jobs": [self.first, self.second],
             "same": self.same,
-            "adapter_sha256": fields(self.weights),
-            "losses": [fields(pair) for pair in self.losses],
+            "adapter_sha256": self.weights.as_json(),
+            "losses": [pair.as_json() for pair in self.losses],
             "row_losses": None if self.row_losses is None else vars(self.row_losses),
             "parted_at_step": self.parted_at,
-            "ran_with": [fields(pair) for pair in self.ran_with],
+            "ran_with": [pair.as_json() for pair in self.ran_with],
         }
 
 
-def compare_results(first: Compared, second: Compared) -> Sameness:
+def sameness(store: Store, artifacts: ArtifactStore, first: int, second: int) -> Sameness:
+    """Compare two finished jobs. Raises JobNotFound, WrongState for one without a result."""
+    return compare_results(finished_job(store, artifacts, first), finished_job(store, artifacts, second))
+
+
+def compare_results(first: FinishedJob, second: FinishedJob) -> Sameness:
     """Compare two finished jobs by their reports and settings."""
     mine, theirs = first.report, second.report
     ran_with = (*_ran_with(mine, theirs), *_settings(first, second))
@@ -114,34 +127,6 @@ def compare_results(first: Compared, second: Compared) -> Sameness:
         parted_at=_parted_at(mine["training"]["losses"], theirs["training"]["losses"]),
         ran_with=tuple(pair for pair in ran_with if not pair.same),
     )
-
-
-def sameness_text(found: Sameness, screen: Screen) -> str:
-    """The verdict in a sentence; where it is no, by how much, from which step on, and what was not the same before."""
-    if found.same:
-        rows = found.row_losses.rows if found.row_losses else 0
-        return (
-            f"{found.second} came out the same as {found.first}: the adapters are equal bit for bit "
-            f"(sha256 {found.weights.first[:12]}), and so are the losses on {rows} held-out rows."
-        )
-    numbers = [str(found.first), str(found.second)]
-    apart = [found.weights, *(loss for loss in found.losses if not loss.same)]
-    measured = [[p.what, _shown(p.first), _shown(p.second), _shift(p)] for p in apart]
-    but = ": the adapters are equal, what was measured on them is not" if found.weights.same else ""
-    lines = [
-        f"{found.second} did not come out the same as {found.first}{but}.",
-        "",
-        *table(["MEASURED", *numbers, "DIFFERENCE"], measured, screen),
-        "",
-        f"{len(found.losses) + 1 - len(apart)} of {len(found.losses)} numbers are equal. "
-        + _rows_sentence(found.row_losses),
-    ]
-    if found.parted_at is not None:
-        lines.append(f"The training losses part at step {found.parted_at}.")
-    if not found.ran_with:
-        return "\n".join([*lines, "Nothing that the reports tell of the two runs differs."])
-    ran_with = [[pair.what, _shown(pair.first), _shown(pair.second)] for pair in found.ran_with]
-    return "\n".join([*lines, "", *table(["RAN WITH", *numbers], ran_with, screen)])
 
 
 def _losses(first: Report, second: Report) -> Iterator[Pair]:
@@ -187,7 +172,7 @@ def _ran_with(first: Report, second: Report) -> Iterator[Pair]:
         yield Pair(what=name, first=first["versions"].get(name), second=second["versions"].get(name))
 
 
-def _settings(first: Compared, second: Compared) -> Iterator[Pair]:
+def _settings(first: FinishedJob, second: FinishedJob) -> Iterator[Pair]:
     for key, (mine, theirs) in differences([first, second]).items():
         if key.partition(".")[0] not in _APART and key not in _TOLD_BY_THE_RUN:
             yield Pair(what=key, first=mine, second=theirs)
@@ -199,30 +184,3 @@ def _read(read: Callable[[Report], Any], report: Report) -> Any:
         return read(report)
     except KeyError:
         return None
-
-
-def _rows_sentence(losses: RowLosses | None) -> str:
-    if losses is None:
-        return "They were measured on other held-out rows."
-    if losses.row is None:
-        return f"The losses of all {losses.rows} held-out rows are equal."
-    largest = "not finite" if losses.largest is None else f"{losses.largest:.2g} nats"
-    return (
-        f"Of {losses.rows} held-out rows {losses.equal} have equal losses; the largest difference is {largest}, "
-        f"of row {losses.row}."
-    )
-
-
-def _shown(value: Any) -> str:
-    if value is None:
-        return "\N{EN DASH}"
-    if isinstance(value, float):
-        return f"{value:.6g}"
-    text = clean_line(value if isinstance(value, str) else json.dumps(value))
-    return text[:12] if len(text) == 64 else text[:40]  # a hash by its beginning
-
-
-def _shift(pair: Pair) -> str:
-    if pair.same:
-        return "equal"
-    return "other" if pair.difference is None else minus(f"{pair.difference:+.2g}")

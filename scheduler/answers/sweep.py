@@ -1,12 +1,20 @@
-"""A sweep: where its members stand."""
+"""A sweep: where its members stand, and which of the finished ones is best."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from loractl.common.errors import WrongState
+from loractl.common.job.status import Status
+from loractl.common.text import clean_line, number
+
+from .comparison import Comparison, FinishedJob, comparison
+
 if TYPE_CHECKING:
-    from loractl.common.job.sweep import SweepView
+    from loractl.common.artifacts import ArtifactStore
+    from loractl.common.job.sweep import Member, SweepView
     from loractl.common.store.store import Store
 
 
@@ -17,12 +25,158 @@ class SweepStanding:
     sweep: SweepView
 
     def as_json(self) -> dict[str, Any]:
-        """The sweep as JSON values."""
-        from loractl.scheduler.text.sweep import fields
+        """The sweep as JSON values.
 
-        return fields(self.sweep)
+        `sweep_id`, `name`, `user`, `created_at`; `varied`: the values of each key as they were given; `trials` and
+        `seed` of the draw, null without one; `rungs`: the shares of the steps after which losers stop; `ended`;
+        how many members are `running`, `waiting`, `stopped`, `done`, `failed`; `best_job_id`, null before the first
+        loss; `saved_steps` of `total_steps`; `members`: each with its fields, `settings` and `rungs` it has reached.
+        """
+        sweep, best = self.sweep, self.sweep.best
+        saved, steps = sweep.saved_steps
+        return {
+            "sweep_id": sweep.sweep_id,
+            "name": sweep.name,
+            "user": sweep.user,
+            "created_at": sweep.created_at.isoformat(),
+            "varied": dict(sweep.varied),
+            "trials": sweep.trials,
+            "seed": sweep.seed,
+            "rungs": list(sweep.rungs),
+            "ended": sweep.ended,
+            **count(sweep),
+            "best_job_id": None if best is None else best.job_id,
+            "saved_steps": saved,
+            "total_steps": steps,
+            "members": [_as_member(member) for member in sweep.members],
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepComparison:
+    """A sweep with its finished members compared."""
+
+    sweep: SweepView
+    comparison: Comparison
+
+    @property
+    def runner_up(self) -> FinishedJob | None:
+        """The second best; None where only one member has a result."""
+        return self.comparison.jobs[1] if len(self.comparison.jobs) > 1 else None
+
+    @property
+    def clear(self) -> bool:
+        """Whether the best one's loss is clearly less than the runner-up's."""
+        return self.runner_up is not None and self.comparison.reading(self.runner_up) == "worse"
+
+    @property
+    def stopped(self) -> tuple[Member, ...]:
+        """The members that were stopped early."""
+        return tuple(member for member in self.sweep.members if member.pruned)
+
+    @property
+    def sentence(self) -> str:
+        """Who has the least held-out loss, and whether that is a clear difference from the next one."""
+        best, next_one = self.comparison.best, self.runner_up
+        member = next(member for member in self.sweep.members if member.job_id == best.job_id)
+        so_far = "" if self.sweep.ended else " so far"
+        loss = number(best.measured_loss, 3)
+        head = f"Best{so_far}: {best.job_id} ({named_settings(self.sweep, member)}), held-out loss {loss}"
+        if next_one is None:
+            return f"{head}, the only member with a result."
+        if self.clear:
+            return f"{head}, clearly less than the runner-up {next_one.job_id}."
+        why = {
+            "no clear difference": "no clear difference from",
+            "too few rows": "on too few rows to tell it from",
+        }.get(self.comparison.reading(next_one), "measured on other rows than")
+        return f"{head}; {why} the runner-up {next_one.job_id} ({number(next_one.measured_loss, 3)})."
+
+    def as_json(self) -> dict[str, Any]:
+        """What a comparison has (`jobs`, `differences`), and beside it:
+
+        `sweep_id`, `ended`; `winner`: the best one's `job_id`, the `runner_up` (null without one), whether the
+        difference is `clear`, and the `sentence` that says so; `stopped`: each member that was stopped early with
+        `job_id`, `settings`, `step`, `total_steps` and `rungs`.
+        """
+        return {
+            **self.comparison.as_json(),
+            "sweep_id": self.sweep.sweep_id,
+            "ended": self.sweep.ended,
+            "winner": {
+                "job_id": self.comparison.best.job_id,
+                "runner_up": None if self.runner_up is None else self.runner_up.job_id,
+                "clear": self.clear,
+                "sentence": self.sentence,
+            },
+            "stopped": [_as_stopped(member) for member in self.stopped],
+        }
 
 
 def sweep_standing(store: Store, sweep_id: int) -> SweepStanding:
-    """Where a sweep's members stand. Raises SweepNotFound."""
+    """Raises SweepNotFound."""
     return SweepStanding(sweep=store.sweep(sweep_id))
+
+
+def sweep_comparison(store: Store, artifacts: ArtifactStore, sweep_id: int) -> SweepComparison:
+    """Compare the finished members of a sweep. Raises SweepNotFound; WrongState where no member has a result."""
+    sweep = store.sweep(sweep_id)
+    finished = [member.job_id for member in sweep.members if member.has_result]
+    if not finished:
+        raise WrongState(
+            f"no member of sweep {sweep_id} has a result",
+            f"loractl status --sweep {sweep_id} shows where they stand",
+        )
+    return SweepComparison(sweep=sweep, comparison=comparison(store, artifacts, finished))
+
+
+def count(sweep: SweepView) -> dict[str, int]:
+    """How many members run, wait, were stopped early, are done, or ended otherwise."""
+    states = [
+        "running" if m.status is Status.RUNNING
+        else "waiting" if m.status is Status.QUEUED
+        else "done" if m.status is Status.SUCCEEDED
+        else "stopped" if m.pruned
+        else "failed"
+        for m in sweep.members
+    ]  # fmt: skip
+    return {name: states.count(name) for name in ("running", "waiting", "stopped", "done", "failed")}
+
+
+def named_settings(sweep: SweepView, member: Member) -> str:
+    """The member's values of the varied keys in a phrase, like "r 8, learning_rate 0.0003"."""
+    settings = zip(short_keys(sweep), settings_of(sweep, member), strict=True)
+    return ", ".join(f"{name} {text}" for name, text in settings)
+
+
+def short_keys(sweep: SweepView) -> list[str]:
+    """The last word of each varied key, the whole key where two end alike."""
+    lasts = [key.rpartition(".")[2] for key in sweep.varied]
+    named = zip(sweep.varied, lasts, strict=True)
+    return [clean_line(last if lasts.count(last) == 1 else key) for key, last in named]
+
+
+def settings_of(sweep: SweepView, member: Member) -> list[str]:
+    """The member's values of the varied keys, as short as they can be read."""
+    return [short_setting(member.settings[key]) for key in sweep.varied]
+
+
+def short_setting(value: Any) -> str:
+    """A setting as short as it can be read: 0.0003 rather than 0.00030000000000000003."""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return clean_line(value if isinstance(value, str) else json.dumps(value))
+
+
+def _as_member(member: Member) -> dict[str, Any]:
+    return {**vars(member), "settings": dict(member.settings), "rungs": [vars(point) for point in member.rungs]}
+
+
+def _as_stopped(member: Member) -> dict[str, Any]:
+    return {
+        "job_id": member.job_id,
+        "settings": dict(member.settings),
+        "step": member.step,
+        "total_steps": member.total_steps,
+        "rungs": [vars(point) for point in member.rungs],
+    }

@@ -1,54 +1,14 @@
-"""loractl reproduce: a finished job once more, from what its row, its report and the artifact store hold."""
+"""loractl reproduce: a finished job once more, and whether it came out the same."""
 
 from __future__ import annotations
 
-import json
 import sys
-import tempfile
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
 
 import click
 
-from loractl.common.errors import ArtifactError, ExitCode, UsageError
-from loractl.common.text import clean_line
-from loractl.scheduler.text.screen import Screen, detect_screen, table
-
-if TYPE_CHECKING:
-    from loractl.common.artifacts import ArtifactStore
-    from loractl.common.job.adjustment import Adjustment
-    from loractl.common.job.spec import JobSpec
-    from loractl.common.settings import Settings
-    from loractl.common.store.records import Submission
-    from loractl.common.store.store import Store
-    from loractl.common.store.tables import Attempt, Job, Node
-
-LABEL = "reproduces"
-"""The label of a repetition, with the number of the job that it repeats."""
-
-MOST_LABELS = 32
-
-
-@dataclass(frozen=True, kw_only=True)
-class Caveat:
-    """Something that can't be the same as it was, or that can't be known to be."""
-
-    what: str
-    then: str
-    now: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Repetition:
-    """How a finished job runs again."""
-
-    job_id: int  # of the one that is repeated
-    spec: JobSpec
-    adjustment: Adjustment
-    data: dict[str, Any]
-    caveats: tuple[Caveat, ...]
+from .output import show
+from .warnings import hint, warn
 
 
 @click.command()
@@ -62,226 +22,49 @@ def reproduce(job_id: int, other: int | None, dry_run: bool, as_json: bool) -> N
     Everything comes from the job's row, its report and the artifact store. With --check the exit status is 0 when both
     came out the same, else 1.
     """
-    if other is not None:
-        if dry_run:
-            raise UsageError("--check queues nothing, with --dry-run or without", "leave out one of them")
-        sys.exit(_check(job_id, other, as_json=as_json))
-    from loractl.scheduler.session import open_session
+    from loractl.common.errors import UsageError
 
-    from .report import result_of
-
-    job, artifacts, prefix = result_of(job_id)
-    settings, store = open_session()
-    with tempfile.TemporaryDirectory(prefix="loractl-") as folder:
-        files = fetch_data(job, artifacts, Path(folder))
-        repetition = plan_repetition(job, artifacts.read_json(prefix, "report.json"), store, settings)
-        submission = submission_of(repetition, settings, store)
-        if not as_json:
-            click.echo("\n".join(_text(repetition, detect_screen())))
-        new = None if dry_run else _queue(submission, files, artifacts, settings, store, quiet=as_json)
-    if as_json:
-        click.echo(json.dumps(_as_json(repetition, new)))
-    elif new is not None:
-        click.echo(click.style(f"When it has ended: loractl reproduce {job_id} --check {new}", dim=True), err=True)
-
-
-def fetch_data(job: Job, artifacts: ArtifactStore, folder: Path) -> list[Path]:
-    """The job's data sets as they were submitted, from the store. Raises ArtifactError, ServiceUnreachable."""
-    files = []
-    for key, stored in job.data.items():
-        try:
-            files.append(artifacts.fetch_dataset(stored["uri"], stored["sha256"], folder))
-        except ArtifactError as error:
-            section = "evaluation" if key == "regression" else "dataset"
-            raise ArtifactError(
-                f"job {job.job_id} can't run again on the same data: {section}.{key} (sha256 {stored['sha256'][:12]}) "
-                f"is not to be had from the artifact store: {error.sentence}",
-                "loractl gc removes what no job needs; put the file back by submitting a job file that names it",
-            ) from error
-    return files
-
-
-def plan_repetition(job: Job, report: dict[str, Any], store: Store, settings: Settings) -> Repetition:
-    """The same resolved spec, method and pieces of the batch, and what can't be the same.
-
-    Raises SpecError for a spec that this version can't read, UsageError where no label is left.
-    """
-    from loractl.common.job.adjustment import Adjustment
-
-    spec, online = _same_spec(job, report), _online(store)
-    caveats = (
-        *_versions(report, online),
-        *_devices(store.attempts(job.job_id), online),
-        *_base(spec, report, settings.cache_dir),
-        *_hub_data(spec, job),
-        *_changes(report),
-    )
-    adjustment = Adjustment(**report["training"].get("adjustment", {}))
-    return Repetition(job_id=job.job_id, spec=spec, adjustment=adjustment, data=job.data, caveats=caveats)
-
-
-def submission_of(repetition: Repetition, settings: Settings, store: Store) -> Submission:
-    """What is written of the new job; its need is planned for the pieces in which the batch is computed."""
-    from loractl.common.job.adjustment import adjusted
-    from loractl.scheduler.submission.need import plan_job
-
-    runs = adjusted(repetition.spec, repetition.adjustment)
-    planned = plan_job(runs, settings.user, repetition.data, store)
-    purpose = f"to reproduce job {repetition.job_id}"
-    return replace(planned, spec=repetition.spec, adjustment=repetition.adjustment, purpose=purpose)
-
-
-def _same_spec(job: Job, report: dict[str, Any]) -> JobSpec:
-    """The job's spec with what was left to the worker fixed to what it took: method, number format, optimizer, and the
-    commits of what is on the hub."""
-    from loractl.common.job.file import override_spec
-    from loractl.common.job.method import Method
-
-    spec, training = override_spec(job.spec, (), f"job {job.job_id}"), report["training"]
-    taken = {"dtype": training["precision"], "optim": training["optim"]}
-    left = {key: value for key, value in taken.items() if getattr(spec.training, key) == "auto"}
-    labels = {**spec.labels, LABEL: str(job.job_id)}
-    if len(labels) > MOST_LABELS:
-        raise UsageError(
-            f"job {job.job_id} has {MOST_LABELS} labels, so that none is left for {LABEL}",
-            f"take what is stored and submit it yourself: loractl show {job.job_id}",
-        )
-    return spec.model_copy(
-        update={
-            **_pinned_data(spec, report["data"].get("commits", {})),
-            "method": Method(report["method"]),
-            "lora_patience": None,
-            "revision": report.get("base", {}).get("commit") or spec.revision,
-            "training": spec.training.model_copy(update=left),
-            "labels": labels,
-        }
-    )
-
-
-def _pinned_data(spec: JobSpec, commits: dict[str, str]) -> dict[str, Any]:
-    """The sections that name data of the hub, each at the commit that was read."""
-    named = {key: f"{spec.data_sets()[key].partition('@')[0]}@{commit}" for key, commit in commits.items()}
-    evaluation = {"regression": named.pop("regression")} if "regression" in named else {}
-    return {
-        "dataset": spec.dataset.model_copy(update=named),
-        "evaluation": spec.evaluation.model_copy(update=evaluation),
-    }
-
-
-def _online(store: Store) -> list[Node]:
-    from loractl.common.store.fleet import NODE_STALE_S
-
-    now = store.now()
-    return [node for node in store.nodes() if (now - node.seen_at).total_seconds() <= NODE_STALE_S]
-
-
-def _versions(report: dict[str, Any], online: Sequence[Node]) -> Iterator[Caveat]:
-    """Packages that the workers have in another version than the report names."""
-    if not online:
-        yield Caveat(what="versions and device", then="in its report", now="unknown: no worker is online")
-    for name, then in report["versions"].items():
-        others: dict[str, str] = {}  # version -> the first node that has it
-        for node in online:
-            if (version := node.versions.get(name, "a worker that does not say")) != then:
-                others.setdefault(version, node.node)
-        if others:
-            now = ", ".join(f"{clean_line(version)} on {clean_line(node)}" for version, node in others.items())
-            yield Caveat(what=name, then=clean_line(then), now=now)
-
-
-def _devices(attempts: Sequence[Attempt], online: Sequence[Node]) -> Iterator[Caveat]:
-    """Devices of another model than the one that the job ran on; sums are in another order there."""
-    used = list(dict.fromkeys(clean_line(attempt.device_name or attempt.node) for attempt in attempts))
-    named = {clean_line(node.device_name): clean_line(node.node) for node in online}
-    others = {device: node for device, node in named.items() if device != used[-1]}
-    if others:
-        yield Caveat(what="device", then=used[-1], now=", ".join(f"{name} on {node}" for name, node in others.items()))
-    if len(used) > 1 and attempts[-1].resumed_from_step:
-        yield Caveat(what="device", then=" and then ".join(used), now="one attempt on one device")
-
-
-def _base(spec: JobSpec, report: dict[str, Any], cache: Path) -> Iterator[Caveat]:
-    """A base model whose files have changed, or can't be looked at from here."""
-    from loractl.common.fingerprint import changed_files, fingerprint
-
-    base, folder = report.get("base"), Path(spec.base_model)
-    if not folder.is_absolute():
-        if base is None:  # a report of an earlier version
-            now = f"revision {spec.revision or 'main'} as it is today"
-            yield Caveat(what="base model", then="its commit is not in the report", now=now)
+    if other is None:
+        _repeat(job_id, dry_run=dry_run, as_json=as_json)
         return
-    if base is None:
-        yield Caveat(what="base model", then="its hash is not in the report", now=str(folder))
-    elif not folder.is_dir():
-        yield Caveat(what="base model", then=f"sha256 {base['sha256'][:12]}", now="not on this machine: --check tells")
-    elif changed := changed_files(base["files"], fingerprint(folder, cache)):
-        yield Caveat(what="base model", then=f"sha256 {base['sha256'][:12]}", now=f"{', '.join(changed)} changed")
+    if dry_run:
+        raise UsageError("--check queues nothing, with --dry-run or without", "leave out one of them")
+    _check(job_id, other, as_json=as_json)
 
 
-def _hub_data(spec: JobSpec, job: Job) -> Iterator[Caveat]:
-    """Data of the hub whose commit is not known: its main branch may have moved."""
-    for key, text in spec.data_sets().items():
-        if key not in job.data and "@" not in text:
-            section = "evaluation" if key == "regression" else "dataset"
-            now = "the hub's main branch as it is today, with no revision to hold it"
-            yield Caveat(what=f"{section}.{key}", then=clean_line(text), now=now)
+def _repeat(job_id: int, *, dry_run: bool, as_json: bool) -> None:
+    from loractl.scheduler.answers.reproduction import repetition, submission_of
+    from loractl.scheduler.session import open_stores
+    from loractl.scheduler.submission.data import data_at_hand
+    from loractl.scheduler.submission.intake import enqueue
+    from loractl.scheduler.text.reproduction import repetition_text
+    from loractl.scheduler.text.screen import detect_screen
+
+    settings, store, artifacts = open_stores()
+    answer = repetition(store, artifacts, settings, job_id)
+    with data_at_hand(job_id, answer.data, artifacts) as files:
+        submission = submission_of(answer, settings, store)
+        if dry_run or not as_json:
+            show(answer, as_json, lambda: repetition_text(answer, detect_screen()))
+        if dry_run:
+            return
+        for file in files:
+            artifacts.put_dataset(file)  # dated anew, so that loractl gc leaves it alone
+        entry = enqueue(submission, settings, store)
+    show(replace(answer, new=entry.job_id), as_json, lambda: entry.sentence)
+    warn(entry.warnings)
+    if not as_json:
+        hint(f"When it has ended: loractl reproduce {job_id} --check {entry.job_id}")
 
 
-def _changes(report: dict[str, Any]) -> Iterator[Caveat]:
-    """A change in mid-training: the repetition takes the last pieces of the batch from its first step on."""
-    training = report["training"]
-    if training.get("changes") and training["resumed_from_step"]:
-        now = f"{training['per_device_train_batch_size']} rows at once from the first step"
-        yield Caveat(what="batch", then=clean_line(training["changes"][-1]), now=now)
+def _check(job_id: int, other: int, *, as_json: bool) -> None:
+    from loractl.common.errors import ExitCode
+    from loractl.scheduler.answers.sameness import sameness
+    from loractl.scheduler.session import open_stores
+    from loractl.scheduler.text.reproduction import sameness_text
+    from loractl.scheduler.text.screen import detect_screen
 
-
-def _queue(
-    submission: Submission,
-    files: Sequence[Path],
-    artifacts: ArtifactStore,
-    settings: Settings,
-    store: Store,
-    *,
-    quiet: bool,
-) -> int:
-    from .submit import enqueue
-
-    for file in files:
-        artifacts.put_dataset(file)  # dated anew, so that loractl gc leaves it alone
-    return enqueue(submission, settings, store, quiet=quiet)
-
-
-def _text(repetition: Repetition, screen: Screen) -> list[str]:
-    spec, adjustment = repetition.spec, repetition.adjustment
-    micro = adjustment.micro_batch or spec.training.per_device_train_batch_size
-    accumulated = adjustment.accumulation or spec.training.gradient_accumulation_steps
-    assert not isinstance(spec.method, list)
-    lines = [
-        f"Job {repetition.job_id} ({clean_line(spec.name)}) again: {spec.method.value}, seed {spec.training.seed}, "
-        f"batch {micro} x {accumulated}."
-    ]
-    if not repetition.caveats:
-        return [*lines, "Nothing is known that would make it come out otherwise."]
-    rows = [[caveat.what, caveat.then, caveat.now] for caveat in repetition.caveats]
-    return [*lines, "Not the same, or not known to be:", *table(["WHAT", "THEN", "NOW"], rows, screen)]
-
-
-def _as_json(repetition: Repetition, new: int | None) -> dict[str, Any]:
-    return {
-        "job_id": new,
-        LABEL: repetition.job_id,
-        "different": [vars(caveat) for caveat in repetition.caveats],
-        "adjustment": repetition.adjustment.as_json(),
-        "spec": repetition.spec.model_dump(mode="json"),
-        "data": repetition.data,
-    }
-
-
-def _check(job_id: int, other: int, *, as_json: bool) -> ExitCode:
-    from loractl.scheduler.answers.sameness import compare_results, sameness_text
-
-    from .compare import read_result
-
-    found = compare_results(read_result(job_id), read_result(other))
-    click.echo(json.dumps(found.as_json()) if as_json else sameness_text(found, detect_screen()))
-    return ExitCode.OK if found.same else ExitCode.FAILED
+    _, store, artifacts = open_stores()
+    answer = sameness(store, artifacts, job_id, other)
+    show(answer, as_json, lambda: sameness_text(answer, detect_screen()))
+    sys.exit(ExitCode.OK if answer.same else ExitCode.FAILED)

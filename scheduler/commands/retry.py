@@ -10,14 +10,15 @@ import click
 def retry(job_ids: tuple[int, ...]) -> None:
     """Queue failed, cancelled or held jobs again."""
     from loractl.common.errors import ServiceUnreachable
-    from loractl.common.queue.hints import wake
+    from loractl.common.queue.sender import open_sender
     from loractl.scheduler.session import open_session
 
     settings, store = open_session()
-    for job_id in job_ids:
-        job = store.retry(job_id, settings.user)
-        click.echo(f"Job {job_id} is queued again.")
-        try:
-            wake(settings, job.vram_class)
-        except ServiceUnreachable as error:
-            click.echo(f"Warning: {error.sentence}\nJob {job_id} starts when the queue is back.", err=True)
+    with open_sender(settings) as sender:
+        for job_id in job_ids:
+            job = store.retry(job_id, settings.user)
+            click.echo(f"Job {job_id} is queued again.")
+            try:
+                sender.wake([job.vram_class])
+            except ServiceUnreachable as error:
+                click.echo(f"Warning: {error.sentence}\nJob {job_id} starts all the same, a little later.", err=True)

@@ -1,9 +1,8 @@
-"""How a sweep looks on a terminal and as JSON: its line among the jobs, its members, and what it saved."""
+"""How sweeps look on a terminal: each as a line among the jobs, or opened with a row a member."""
 
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -12,11 +11,13 @@ import click
 from loractl.common.job.status import Stage, Status
 from loractl.common.text import clean_line
 from loractl.common.units import thousands
+from loractl.scheduler.answers.sweep import count, named_settings, settings_of, short_keys, short_setting
 
 from .screen import Screen, bar, fit, table
 
 if TYPE_CHECKING:
     from loractl.common.job.sweep import Member, SweepView
+    from loractl.scheduler.answers.submission import SweepDraft
 
 _DOING = {
     Stage.PREPARING: "prepares",
@@ -31,7 +32,7 @@ _COLORS = {Status.SUCCEEDED: "green", Status.FAILED: "red", Status.RUNNING: "blu
 def overview(views: Sequence[SweepView], screen: Screen) -> list[str]:
     """Each sweep in one line: where its members stand, and the best so far."""
     counts = [count(view) for view in views]
-    names = ["running", "waiting", "stopped", "done"] + ["failed"] * any(one["failed"] for one in counts)
+    names = ["running", "waiting", "stopped", "done"] + ["failed"] * any(each["failed"] for each in counts)
     titles = {"running": "RUN", "waiting": "WAIT", "stopped": "STOPPED", "done": "DONE", "failed": "FAILED"}
     headers = ["SWEEP", "NAME", "OWNER", *(titles[name] for name in names), "BEST SO FAR"]
     times = "×" if screen.unicode else "x"
@@ -40,10 +41,10 @@ def overview(views: Sequence[SweepView], screen: Screen) -> list[str]:
             str(view.sweep_id),
             screen.style(f"{fit(view.name, 16)} {times}{len(view.members)}", bold=True),
             fit(view.user, 8),
-            *(str(one[name]) for name in names),
-            "–" if view.best is None else f"{_loss_of(view, view.best)} with {_settings(view, view.best)}",
+            *(str(each[name]) for name in names),
+            "–" if view.best is None else f"{_loss_of(view, view.best)} with {named_settings(view, view.best)}",
         ]
-        for view, one in zip(views, counts, strict=True)
+        for view, each in zip(views, counts, strict=True)
     ]
     before = sum(
         max(len(head), *(len(click.unstyle(row[n])) for row in rows)) + 2 for n, head in enumerate(headers[:-1])
@@ -62,7 +63,7 @@ def opened(view: SweepView, screen: Screen) -> str:
     rows = [_row(view, member, screen) for member in view.members]
     lines += ["", *table(headers, rows, screen, right=(*number_columns(headers, rows), "LOSS", "AT"))]
     if view.best is not None:
-        best = f"{view.best.job_id} ({_settings(view, view.best)}), held-out loss {_loss_of(view, view.best)}"
+        best = f"{view.best.job_id} ({named_settings(view, view.best)}), held-out loss {_loss_of(view, view.best)}"
         lines += ["", screen.style("Best: " if view.ended else "Best so far: ", bold=True) + best + "."]
     saved, steps = view.saved_steps
     if view.ended and view.rungs and steps:
@@ -71,71 +72,33 @@ def opened(view: SweepView, screen: Screen) -> str:
     return "\n".join([*lines, "", screen.dim(_next_command(view))])
 
 
-def points(first: str, found: Sequence[tuple[str, Mapping[str, Any]]], screen: Screen) -> list[str]:
-    """The settings of each member, under what `first` says."""
-    headers = [first, *found[0][1]]
-    rows = [[name, *map(value, settings.values())] for name, settings in found]
-    return table(headers, rows, screen, right=number_columns(headers, rows))
+def queued_text(view: SweepView, screen: Screen) -> str:
+    """That the members are queued, and which points were drawn."""
+    jobs = listed([member.job_id for member in view.members])
+    losers = f"; losers stop after {shares(view.rungs)} of their steps" if view.rungs else ""
+    lines = [f"Sweep {view.sweep_id}: {len(view.members)} jobs ({jobs}) are queued{losers}."]
+    if view.trials is not None:
+        members = [(str(member.job_id), member.settings) for member in view.members]
+        lines += ["", f"Drawn with seed {view.seed}:", *_points("JOB", members, screen)]
+    return "\n".join(lines)
 
 
-def fields(view: SweepView) -> dict[str, Any]:
-    """A sweep as JSON values."""
-    saved, steps = view.saved_steps
-    best = view.best
-    return {
-        "sweep_id": view.sweep_id,
-        "name": view.name,
-        "user": view.user,
-        "created_at": view.created_at.isoformat(),
-        "varied": dict(view.varied),
-        "trials": view.trials,
-        "seed": view.seed,
-        "rungs": list(view.rungs),
-        "ended": view.ended,
-        **count(view),
-        "best_job_id": None if best is None else best.job_id,
-        "saved_steps": saved,
-        "total_steps": steps,
-        "members": [
-            {**vars(member), "settings": dict(member.settings), "rungs": [vars(point) for point in member.rungs]}
-            for member in view.members
-        ],
-    }
-
-
-def count(view: SweepView) -> dict[str, int]:
-    """How many members run, wait, were stopped early, are done, or ended otherwise."""
-    states = [
-        "running" if m.status is Status.RUNNING
-        else "waiting" if m.status is Status.QUEUED
-        else "done" if m.status is Status.SUCCEEDED
-        else "stopped" if m.pruned
-        else "failed"
-        for m in view.members
-    ]  # fmt: skip
-    return {name: states.count(name) for name in ("running", "waiting", "stopped", "done", "failed")}
-
-
-def short_keys(view: SweepView) -> dict[str, str]:
-    """The last word of each varied key, the whole key where two end alike."""
-    lasts = [key.rpartition(".")[2] for key in view.varied]
-    named = zip(view.varied, lasts, strict=True)
-    return {key: clean_line(last if lasts.count(last) == 1 else key) for key, last in named}
+def draft_text(answer: SweepDraft, screen: Screen) -> str:
+    """The members that would be queued."""
+    drawn = "" if answer.trials is None else f", drawn with seed {answer.seed}"
+    losers = f" Losers would stop after {shares(answer.rungs)} of their steps." if answer.rungs else ""
+    lines = [*_points("NAME", answer.points, screen), ""]
+    return "\n".join([*lines, f"{len(answer.specs)} jobs{drawn}; none is queued.{losers}"])
 
 
 def titles(view: SweepView) -> list[str]:
     """The varied keys as heads of columns."""
-    return [name.upper() for name in short_keys(view).values()]
+    return [name.upper() for name in short_keys(view)]
 
 
 def number_columns(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """The heads of those columns in which every cell is a number: they stand right."""
     return [head for n, head in enumerate(headers) if all(_is_number(row[n]) for row in rows)]
-
-
-def settings_of(view: SweepView, member: Member) -> list[str]:
-    """The member's values of the varied keys, as they stand in a table."""
-    return [value(member.settings[key]) for key in view.varied]
 
 
 def shares(rungs: Sequence[float]) -> str:
@@ -150,11 +113,11 @@ def listed(job_ids: Sequence[int]) -> str:
     return ", ".join(map(str, job_ids))
 
 
-def value(setting: Any) -> str:
-    """A setting as short as it can be read: 0.0003 rather than 0.00030000000000000003."""
-    if isinstance(setting, float):
-        return f"{setting:.4g}"
-    return clean_line(setting if isinstance(setting, str) else json.dumps(setting))
+def _points(first: str, members: Sequence[tuple[str, Mapping[str, Any]]], screen: Screen) -> list[str]:
+    """The settings of each member, under what `first` says."""
+    headers = [first, *members[0][1]]
+    rows = [[name, *map(short_setting, settings.values())] for name, settings in members]
+    return table(headers, rows, screen, right=number_columns(headers, rows))
 
 
 def _row(view: SweepView, member: Member, screen: Screen) -> list[str]:
@@ -195,15 +158,10 @@ def _told(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{number} {words[name]}" for name, number in counts.items() if number)
 
 
-def _settings(view: SweepView, member: Member) -> str:
-    values = zip(short_keys(view).values(), settings_of(view, member), strict=True)
-    return ", ".join(f"{name} {text}" for name, text in values)
-
-
 def _loss_of(view: SweepView, member: Member) -> str:
     if member.final_loss is not None:
         return f"{member.final_loss:.3f}"
-    furthest = max(point.rung for one in view.members for point in one.rungs)
+    furthest = max(point.rung for other in view.members for point in other.rungs)
     point = next(point for point in member.rungs if point.rung == furthest)
     return f"{point.loss:.3f} at {point.rung * 100:g} %"
 
@@ -211,8 +169,9 @@ def _loss_of(view: SweepView, member: Member) -> str:
 def _next_command(view: SweepView) -> str:
     if not view.ended:
         waiting = [member.job_id for member in view.members if member.status is Status.QUEUED]
-        one = f"why one waits: loractl why {waiting[0]}" if waiting else f"one: loractl status {view.members[0].job_id}"
-        return f"Drop it: loractl cancel --sweep {view.sweep_id}   {one}"
+        first = view.members[0].job_id
+        member = f"why one waits: loractl why {waiting[0]}" if waiting else f"one: loractl status {first}"
+        return f"Drop it: loractl cancel --sweep {view.sweep_id}   {member}"
     if view.best is None or view.best.final_loss is None:
         return f"What went wrong: loractl status {view.members[0].job_id}"
     best = f"its report: loractl report {view.best.job_id}"

@@ -13,7 +13,7 @@ from sqlalchemy.exc import DBAPIError
 
 from loractl.common.errors import ServiceUnreachable
 from loractl.common.job.status import Reason
-from loractl.common.queue.hints import wake_cards
+from loractl.common.queue.sender import wake_cards
 from loractl.common.store.database import outage
 from loractl.common.store.records import Claim, Left
 from loractl.worker.attempt.state import AttemptState, begin

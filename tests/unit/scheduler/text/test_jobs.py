@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from loractl.common.job.status import Reason, Stage, Status
-from loractl.common.store.tables import Adapter, Attempt, Event, Job
+from loractl.common.store.tables import Attempt, Event, Job
 from loractl.common.units import GIB
+from loractl.scheduler.answers.adapters import AdapterList, StoredAdapter
 from loractl.scheduler.answers.job import (
     JSON_FIELDS,
     JobHistory,
@@ -26,7 +27,7 @@ from loractl.scheduler.answers.job import (
 from loractl.scheduler.answers.overview import JobList, Overview
 from loractl.scheduler.answers.wait.queue import WaitingJobs
 from loractl.scheduler.answers.wait.reasons import Tier, Wait
-from loractl.scheduler.commands.adapters import adapter_table
+from loractl.scheduler.text.adapters import adapters_text
 from loractl.scheduler.text.jobs import history_text, job_list_text, job_text, overview_text
 from loractl.scheduler.text.screen import Screen
 
@@ -204,14 +205,14 @@ def test_the_history_lists_every_attempt_with_how_it_ended_and_no_token() -> Non
 
 
 def test_the_adapters_are_listed_with_the_command_that_fetches_one() -> None:
-    stored = Adapter(
+    stored = StoredAdapter(
         job_id=7, attempt=1, name="helpdesk", base_model="org/model", method="lora", uri="s3://a", size=3_500_000,
-        sha256="0", created_at=NOON,
+        sha256="0", created_at=NOON, tags=("latest", "prod"),
     )  # fmt: skip
-    text = adapter_table([stored], {7: ["latest", "prod"]}, NOON, PLAIN)
+    text = adapters_text(AdapterList(adapters=(stored,), now=NOON), PLAIN)
     assert re.search(r"7  helpdesk  latest, prod  lora +3\.5 .* model$", text, re.M)
     assert text.endswith("Use one: loractl adapters pull 7 DIR")
-    assert adapter_table([], {}, NOON, PLAIN).startswith("No adapter is stored yet")
+    assert adapters_text(AdapterList(adapters=(), now=NOON), PLAIN).startswith("No adapter is stored yet")
 
 
 def test_control_characters_of_messages_events_and_names_never_reach_the_terminal() -> None:

@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 
 from loractl.common.errors import UsageError
-from loractl.scheduler.commands.compare import Compared, _check_one_task, _draw, _text, differences, ranked
+from loractl.scheduler.answers.comparison import FinishedJob, compared, differences
+from loractl.scheduler.text.comparison import comparison_text
+from loractl.scheduler.text.curves import draw_comparison
 from loractl.scheduler.text.screen import Screen
 
 RNG = random.Random(5)
@@ -20,7 +22,7 @@ TOKENS = [RNG.randint(5, 40) for _ in range(40)]
 BASE = [3.0 * n for n in TOKENS]
 
 
-def job(job_id: int, losses: Sequence[float], *, rows: str = "same", peak: int = 2**31, **settings: Any) -> Compared:
+def job(job_id: int, losses: Sequence[float], *, rows: str = "same", peak: int = 2**31, **settings: Any) -> FinishedJob:
     """A finished job with the summed loss of each held-out row."""
     weights = TOKENS[: len(losses)]
     loss = {"name": "loss", "label": "loss", "unit": "nats", "tuned": sum(losses) / sum(weights), "base": 3.0}
@@ -35,7 +37,7 @@ def job(job_id: int, losses: Sequence[float], *, rows: str = "same", peak: int =
             "row_losses": [[n, w, b, t] for n, (w, b, t) in enumerate(zip(weights, BASE, losses, strict=False))],
         },
     }
-    return Compared(job_id=job_id, spec={"name": f"run-{job_id}", **settings}, report=report)
+    return FinishedJob(job_id=job_id, spec={"name": f"run-{job_id}", **settings}, report=report)
 
 
 def noisy(mean: float, spread: float, rng: random.Random = RNG, rows: int = 40) -> list[float]:
@@ -57,17 +59,17 @@ def test_the_best_leads_and_only_what_is_clearly_behind_is_worse() -> None:
     best = noisy(1.0, 0.2)
     near = behind(best, 0.5, seed=1)
     far = [loss + 0.5 * w for loss, w in zip(best, TOKENS, strict=True)]
-    order = ranked([job(3, far), job(1, near), job(2, best)])
-    assert order[0].job_id in (1, 2) and order[2].job_id == 3
-    assert order[0].against is None
-    assert order[1].against is not None and order[1].against.reading == "no clear difference"
-    assert order[2].against is not None and order[2].against.reading == "worse"
+    order = compared([job(3, far), job(1, near), job(2, best)])
+    assert order.jobs[0].job_id in (1, 2) and order.jobs[2].job_id == 3
+    assert order.jobs[0].against is None
+    assert order.jobs[1].against is not None and order.jobs[1].against.reading == "no clear difference"
+    assert order.jobs[2].against is not None and order.jobs[2].against.reading == "worse"
 
 
 def test_a_constant_shift_is_measured_without_spread() -> None:
     best = noisy(1.0, 0.3)
-    order = ranked([job(1, best), job(2, [loss + 0.25 * w for loss, w in zip(best, TOKENS, strict=True)])])
-    against = order[1].against
+    order = compared([job(1, best), job(2, [loss + 0.25 * w for loss, w in zip(best, TOKENS, strict=True)])])
+    against = order.jobs[1].against
     assert against is not None and against.rows == 40
     assert (against.change, against.low, against.high) == pytest.approx((0.25, 0.25, 0.25))
 
@@ -76,9 +78,9 @@ def test_equal_jobs_differ_no_oftener_than_one_time_in_twenty() -> None:
     """The lesser of two comes first, so what is tested is the larger against it: two-sided all the same."""
     rng, called = random.Random(11), 0
     for _ in range(400):
-        order = ranked([job(1, noisy(1.0, 0.3, rng)), job(2, noisy(1.0, 0.3, rng))])
-        assert order[1].against is not None
-        called += order[1].against.reading == "worse"
+        order = compared([job(1, noisy(1.0, 0.3, rng)), job(2, noisy(1.0, 0.3, rng))])
+        assert order.jobs[1].against is not None
+        called += order.jobs[1].against.reading == "worse"
     assert 5 <= called <= 36, f"{called} of 400"
 
 
@@ -86,25 +88,25 @@ def test_many_comparisons_are_corrected_together() -> None:
     """Ten jobs, each 2.2 standard errors behind: alone each would be called worse, together none is."""
     best = noisy(1.0, 0.2)
     runs = [job(n + 2, behind(best, 2.2, seed=n)) for n in range(10)]
-    alone = [ranked([job(1, best), run])[1].against for run in runs]
-    together = [run.against for run in ranked([job(1, best), *runs])[1:]]
+    alone = [compared([job(1, best), run]).jobs[1].against for run in runs]
+    together = [run.against for run in compared([job(1, best), *runs]).jobs[1:]]
     assert [a.reading for a in alone if a] == ["worse"] * 10
     assert [a.reading for a in together if a] == ["no clear difference"] * 10
 
 
 def test_jobs_on_other_rows_are_not_compared_row_by_row() -> None:
-    order = ranked([job(1, noisy(1.0, 0.1)), job(2, noisy(2.0, 0.1), rows="others"), job(3, noisy(2.0, 0.1))])
-    assert [one.job_id for one in order if one.against] == [3]
-    assert "other held-out rows" in _text(order, SCREEN)
+    order = compared([job(1, noisy(1.0, 0.1)), job(2, noisy(2.0, 0.1), rows="others"), job(3, noisy(2.0, 0.1))])
+    assert [one.job_id for one in order.jobs if one.against] == [3]
+    assert "other held-out rows" in comparison_text(order, SCREEN)
 
 
 def test_few_rows_get_no_reading_and_a_missing_loss_no_place() -> None:
-    order = ranked([job(1, noisy(1.0, 0.1, rows=5)), job(2, noisy(2.0, 0.1, rows=5))])
-    assert order[1].against is not None and order[1].against.reading == "too few rows"
-    assert "nan" not in _text(order, SCREEN)
+    order = compared([job(1, noisy(1.0, 0.1, rows=5)), job(2, noisy(2.0, 0.1, rows=5))])
+    assert order.jobs[1].against is not None and order.jobs[1].against.reading == "too few rows"
+    assert "nan" not in comparison_text(order, SCREEN)
     lost = job(4, noisy(1.0, 0.1))
     lost.report["evaluation"]["metrics"][0]["tuned"] = None
-    assert [one.job_id for one in ranked([lost, job(5, noisy(2.0, 0.1))])] == [5, 4]
+    assert [one.job_id for one in compared([lost, job(5, noisy(2.0, 0.1))]).jobs] == [5, 4]
 
 
 def test_only_settings_that_differ_are_shown() -> None:
@@ -113,22 +115,24 @@ def test_only_settings_that_differ_are_shown() -> None:
         job(2, noisy(2.0, 0.1), lora={"r": 32, "lora_alpha": 16}, training={"seed": 1}),
     ]
     assert differences(jobs) == {"lora.r": [8, 32], "training.seed": [None, 1]}
-    text = _text(ranked(jobs), SCREEN)
+    text = comparison_text(compared(jobs), SCREEN)
     assert "lora.r" in text and "lora_alpha" not in text
-    assert "same settings" in _text(ranked([jobs[0], jobs[0]]), SCREEN)
+    assert "same settings" in comparison_text(compared([jobs[0], jobs[0]]), SCREEN)
 
 
 def test_the_picture_is_drawn(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    _draw(ranked([job(1, noisy(1.0, 0.1)), job(2, noisy(2.0, 0.1)), job(3, noisy(1.1, 0.1))]), tmp_path / "a.png")
+    draw_comparison(
+        compared([job(1, noisy(1.0, 0.1)), job(2, noisy(2.0, 0.1)), job(3, noisy(1.1, 0.1))]), tmp_path / "a.png"
+    )
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_classifiers_are_compared_by_row_and_with_no_job_of_another_task() -> None:
     best = noisy(1.0, 0.2)
     jobs = [job(1, best, task_type="SEQ_CLS"), job(2, noisy(1.5, 0.2), task_type="SEQ_CLS")]
-    assert "in nats a row on the same 40 rows" in _text(ranked(jobs), SCREEN)
-    assert "in nats a token on the same 40 rows" in _text(ranked([job(1, best), job(2, best)]), SCREEN)
-    _check_one_task([job(1, best), job(2, best, task_type="CAUSAL_LM")])  # one is older than the key
+    assert "in nats a row on the same 40 rows" in comparison_text(compared(jobs), SCREEN)
+    assert "in nats a token on the same 40 rows" in comparison_text(compared([job(1, best), job(2, best)]), SCREEN)
+    compared([job(1, best), job(2, best, task_type="CAUSAL_LM")])  # one is older than the key
     with pytest.raises(UsageError, match="jobs 1 and 3 learn different tasks"):
-        _check_one_task([jobs[0], job(3, best)])
+        compared([jobs[0], job(3, best)])

@@ -15,9 +15,9 @@ from loractl.common.job.method import Method
 from loractl.common.settings import load_settings
 from loractl.common.store.records import NodeState
 from loractl.common.store.store import Store
-from loractl.scheduler.commands.reproduce import Repetition, plan_repetition, submission_of
+from loractl.scheduler.answers.reproduction import Repetition, plan_repetition, submission_of
 
-from ..factories import node_state, spec, submission, take
+from ...factories import node_state, spec, submission, take
 
 VERSIONS = {"loractl": "0.9", "torch": "2.13.0"}
 

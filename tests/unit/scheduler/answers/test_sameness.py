@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import copy
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner
 
-from loractl.scheduler.answers.sameness import compare_results, sameness_text
-from loractl.scheduler.commands import compare as comparing
-from loractl.scheduler.commands.compare import Compared
+from loractl.scheduler.answers import sameness
+from loractl.scheduler.answers.comparison import FinishedJob
+from loractl.scheduler.answers.sameness import compare_results
 from loractl.scheduler.commands.reproduce import reproduce
+from loractl.scheduler.text.reproduction import sameness_text
 from loractl.scheduler.text.screen import Screen
 
 SCREEN = Screen(width=120, unicode=True, color=False)
 
 
-def job(job_id: int, **changed: Any) -> Compared:
+def job(job_id: int, **changed: Any) -> FinishedJob:
     """A finished job; `changed` names places in its report, like training__device."""
     report: dict[str, Any] = {
         "job": {"job_id": job_id, "device_name": "NVIDIA A40"},
@@ -45,7 +47,7 @@ def job(job_id: int, **changed: Any) -> Compared:
         for key in path:
             inner = inner[key]
         inner[last] = value
-    return Compared(job_id=job_id, spec={"name": f"run-{job_id}", **settings}, report=report)
+    return FinishedJob(job_id=job_id, spec={"name": f"run-{job_id}", **settings}, report=report)
 
 
 def test_equal_jobs_are_the_same_in_one_sentence() -> None:
@@ -58,10 +60,11 @@ def test_equal_jobs_are_the_same_in_one_sentence() -> None:
 
 
 @pytest.mark.parametrize(("hashed", "code"), [("a", 0), ("f", 1)])
-def test_the_exit_status_tells_a_script(hashed: str, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_exit_status_tells_a_script(hashed: str, code: int, monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
     finished = {1: job(1), 2: job(2, adapter__sha256=hashed * 64)}
-    monkeypatch.setattr(comparing, "read_result", finished.__getitem__)
-    assert CliRunner().invoke(reproduce, ["1", "--check", "2"]).exit_code == code
+    monkeypatch.setattr(sameness, "finished_job", lambda store, artifacts, job_id: finished[job_id])
+    runner = CliRunner(env={"LORACTL_HOME": str(home)})
+    assert runner.invoke(reproduce, ["1", "--check", "2"]).exit_code == code
 
 
 def test_a_different_adapter_is_measured_by_what_it_does() -> None:

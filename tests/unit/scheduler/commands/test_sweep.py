@@ -15,7 +15,7 @@ from loractl.scheduler.commands.compare import compare
 from loractl.scheduler.commands.status import status
 from loractl.scheduler.commands.sweep import sweep
 
-from ...models import write_helpdesk
+from ....models import write_helpdesk
 
 LLAMA = {
     "model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from loractl.common.errors import DataError
-from loractl.scheduler.commands.submit import check_data
+from loractl.scheduler.submission.data import check_data
 
-from ..factories import spec
+from ...factories import spec
 
 
 @pytest.mark.parametrize(

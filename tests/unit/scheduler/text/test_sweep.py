@@ -10,18 +10,19 @@ import pytest
 
 from loractl.common.job.status import Reason, Stage, Status
 from loractl.common.job.sweep import Member, RungPoint, SweepView
-from loractl.scheduler.answers import winner
+from loractl.scheduler.answers.comparison import FinishedJob, compared
 from loractl.scheduler.answers.job import state_of
 from loractl.scheduler.answers.overview import Overview
+from loractl.scheduler.answers.sweep import SweepComparison, SweepStanding
 from loractl.scheduler.answers.wait.queue import WaitingJobs
-from loractl.scheduler.commands.compare import ranked
+from loractl.scheduler.text.comparison import sweep_comparison_text
 from loractl.scheduler.text.jobs import overview_text
 from loractl.scheduler.text.screen import Screen
-from loractl.scheduler.text.sweep import fields, listed, opened, overview
+from loractl.scheduler.text.sweep import listed, opened, overview
 
-from ..factories import NOON
-from ..factories import job as row
-from .test_comparing import behind, job, noisy
+from ...factories import NOON
+from ...factories import job as row
+from ..answers.test_comparison import behind, job, noisy
 
 PLAIN = Screen(width=80, unicode=True, color=False)
 WIDE = Screen(width=120, unicode=True, color=False)
@@ -123,7 +124,7 @@ def test_keys_that_end_alike_are_told_in_full() -> None:
 
 
 def test_the_json_of_a_sweep_holds_what_the_screen_tells() -> None:
-    found = json.loads(json.dumps(fields(view(done(12, 1.1), stopped(14)))))
+    found = json.loads(json.dumps(SweepStanding(sweep=view(done(12, 1.1), stopped(14))).as_json()))
     assert (found["best_job_id"], found["saved_steps"], found["total_steps"], found["ended"]) == (12, 23, 64, True)
     assert [found[name] for name in ("running", "waiting", "stopped", "done", "failed")] == [0, 0, 1, 1, 0]
     assert found["members"][1]["rungs"] == [{"rung": 0.25, "step": 8, "loss": 2.5}]
@@ -137,32 +138,36 @@ def test_numbers_are_told_as_a_span_where_they_are_one(numbers: list[int], text:
     assert listed(numbers) == text
 
 
+def judged(sweep: SweepView, *jobs: FinishedJob) -> SweepComparison:
+    return SweepComparison(sweep=sweep, comparison=compared(jobs))
+
+
 def test_a_winner_is_clear_only_where_the_rows_say_so() -> None:
     best = noisy(1.0, 0.2)
     near = behind(best, 0.5, seed=1)
     far = [loss + 5.0 for loss in best]
     both = view(done(1, 1.0), done(2, 1.1), stopped(3))
-    clear = winner.sentence(both, ranked([job(1, best), job(2, far)]))
+    clear = judged(both, job(1, best), job(2, far)).sentence
     assert clear.startswith("Best: 1 (r 8, learning_rate 0.001), held-out loss ") and "clearly less than" in clear
-    assert "no clear difference from the runner-up 2" in winner.sentence(both, ranked([job(1, best), job(2, near)]))
-    few = ranked([job(1, noisy(1.0, 0.1, rows=5)), job(2, noisy(2.0, 0.1, rows=5))])
-    assert "too few rows" in winner.sentence(both, few)
-    assert "measured on other rows" in winner.sentence(both, ranked([job(1, best), job(2, far, rows="others")]))
-    assert "the only member with a result" in winner.sentence(both, ranked([job(1, best)]))
-    assert winner.sentence(view(done(1, 1.0), member(2, 0.1)), ranked([job(1, best)])).startswith("Best so far: 1 ")
+    assert "no clear difference from the runner-up 2" in judged(both, job(1, best), job(2, near)).sentence
+    few = judged(both, job(1, noisy(1.0, 0.1, rows=5)), job(2, noisy(2.0, 0.1, rows=5)))
+    assert "too few rows" in few.sentence
+    assert "measured on other rows" in judged(both, job(1, best), job(2, far, rows="others")).sentence
+    assert "the only member with a result" in judged(both, job(1, best)).sentence
+    assert judged(view(done(1, 1.0), member(2, 0.1)), job(1, best)).sentence.startswith("Best so far: 1 ")
 
 
 def test_the_comparison_lists_the_stopped_below_with_where_and_at_what_loss() -> None:
     best = noisy(1.0, 0.2)
-    both = view(done(1, 1.0), done(2, 1.1), stopped(3), stopped(4))
-    jobs = ranked([job(1, best), job(2, [loss + 5.0 for loss in best])])
-    text = winner.text(both, jobs, PLAIN)
-    below = text.partition("Stopped early:\n")[2].splitlines()
+    jobs = job(1, best), job(2, [loss + 5.0 for loss in best])
+    answer = judged(view(done(1, 1.0), done(2, 1.1), stopped(3), stopped(4)), *jobs)
+    below = sweep_comparison_text(answer, PLAIN).partition("Stopped early:\n")[2].splitlines()
     assert [line.split() for line in below[1:3]] == [
         ["3", "8", "1e-05", "25", "%", "8", "2.500"],
         ["4", "8", "1e-05", "25", "%", "8", "2.500"],
     ]
-    found = winner.fields(both, jobs)
-    assert (found["winner"]["job_id"], found["winner"]["runner_up"], found["winner"]["clear"]) == (1, 2, True)
-    assert [one["job_id"] for one in found["stopped"]] == [3, 4]
-    assert "Stopped early" not in winner.text(view(done(1, 1.0), done(2, 1.1)), jobs, PLAIN)
+    told = json.loads(json.dumps(answer.as_json()))
+    assert told["winner"] == {"job_id": 1, "runner_up": 2, "clear": True, "sentence": answer.sentence}
+    assert [member["job_id"] for member in told["stopped"]] == [3, 4]
+    assert [finished["job_id"] for finished in told["jobs"]] == [1, 2] and told["differences"] == {}
+    assert "Stopped early" not in sweep_comparison_text(judged(view(done(1, 1.0), done(2, 1.1)), *jobs), PLAIN)

@@ -1,0 +1,122 @@
+"""The stored adapters: what people call them, and where each comes from."""
+
+from __future__ import annotations
+
+import datetime as dt
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from loractl.common.artifacts import attempt_prefix
+from loractl.common.errors import AdapterNotFound
+from loractl.common.job.reference import LATEST, parse_reference
+
+from .report import result_of
+
+if TYPE_CHECKING:
+    from loractl.common.artifacts import ArtifactStore
+    from loractl.common.store.store import Store
+    from loractl.common.store.tables import Adapter, Job
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredAdapter:
+    """One adapter with its tags."""
+
+    job_id: int
+    attempt: int
+    name: str
+    base_model: str
+    method: str
+    uri: str
+    size: int  # bytes
+    sha256: str
+    created_at: dt.datetime
+    tags: tuple[str, ...]
+
+    @property
+    def tags_set(self) -> tuple[str, ...]:
+        """The tags that a person has set."""
+        return tuple(tag for tag in self.tags if tag != LATEST)
+
+    @property
+    def prefix(self) -> str:
+        """Where its files are in the artifact store."""
+        return attempt_prefix(self.job_id, self.attempt)
+
+    def as_json(self) -> dict[str, Any]:
+        """The columns of the table adapters, and `tags`."""
+        return {**vars(self), "created_at": self.created_at.isoformat(), "tags": list(self.tags)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterList:
+    """All stored adapters."""
+
+    adapters: tuple[StoredAdapter, ...]
+    now: dt.datetime
+
+    def as_json(self) -> list[dict[str, Any]]:
+        """Each as StoredAdapter has it."""
+        return [adapter.as_json() for adapter in self.adapters]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lineage:
+    """Where an adapter comes from."""
+
+    adapter: StoredAdapter
+    user: str
+    spec: dict[str, Any]
+    report: dict[str, Any]
+    now: dt.datetime
+
+    def as_json(self) -> dict[str, Any]:
+        """What StoredAdapter has, and beside it:
+
+        `user`; `revision` and `lora` of the job's spec; `data`: its `format`, `sha256`, `train_rows` and
+        `held_out_rows`; the report's `verdict` and `versions`.
+        """
+        data = self.report["data"]
+        return {
+            **self.adapter.as_json(),
+            "user": self.user,
+            "revision": self.spec.get("revision"),
+            "lora": self.spec["lora"],
+            "data": {key: data[key] for key in ("format", "sha256", "train_rows", "held_out_rows")},
+            "verdict": self.report["verdict"],
+            "versions": self.report["versions"],
+        }
+
+
+def adapter_list(store: Store) -> AdapterList:
+    """All stored adapters, the oldest first."""
+    tags = store.tags()
+    adapters = tuple(_stored(row, tags.get(row.job_id, [])) for row in store.adapters())
+    return AdapterList(adapters=adapters, now=store.now())
+
+
+def lineage(store: Store, artifacts: ArtifactStore, text: str) -> Lineage:
+    """Where the adapter that a person means comes from. Raises as `stored_adapter` does, ArtifactError."""
+    adapter, job = stored_adapter(store, text)
+    report = artifacts.read_json(adapter.prefix, "report.json")
+    return Lineage(adapter=adapter, user=job.user, spec=job.spec, report=report, now=store.now())
+
+
+def stored_adapter(store: Store, text: str) -> tuple[StoredAdapter, Job]:
+    """The adapter that a person means, and its job.
+
+    Raises UsageError for what names none, AdapterNotFound; for a job's number WrongState, which says what became of it.
+    """
+    reference = parse_reference(text)
+    try:
+        row = store.adapter(reference)
+    except AdapterNotFound:
+        if reference.job_id is not None:
+            result_of(store, reference.job_id)
+        raise
+    return _stored(row, store.tags().get(row.job_id, [])), store.job(row.job_id)
+
+
+def _stored(row: Adapter, tags: list[str]) -> StoredAdapter:
+    columns = {column.key: getattr(row, column.key) for column in row.__table__.columns}
+    return StoredAdapter(**columns, tags=tuple(tags))

@@ -1,0 +1,208 @@
+"""Finished jobs side by side, row by row where they were measured on the same held-out rows."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from loractl.common.errors import UsageError
+
+from .report import result_of
+
+if TYPE_CHECKING:
+    from loractl.common.artifacts import ArtifactStore
+    from loractl.common.store.store import Store
+
+LEVEL = 0.05
+MIN_ROWS = 8
+"""Fewer rows are too few for an interval."""
+
+_APART = {"name", "labels", "priority"}  # settings that decide nothing of the result
+
+
+@dataclass(frozen=True, kw_only=True)
+class Against:
+    """How a job's held-out loss differs from the best one's: nats a token, with its 95% interval."""
+
+    change: float
+    low: float
+    high: float
+    p: float  # two-sided
+    rows: int
+    reading: str = ""
+
+    def as_json(self) -> dict[str, Any]:
+        """`change`, `low`, `high`, `p`, `rows` and `reading`; null for what could not be computed."""
+        unknown = {key for key, value in vars(self).items() if isinstance(value, float) and not math.isfinite(value)}
+        return {key: None if key in unknown else value for key, value in vars(self).items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinishedJob:
+    """A job that has succeeded, by its settings and its report."""
+
+    job_id: int
+    spec: dict[str, Any]
+    report: dict[str, Any]
+    against: Against | None = None  # None for the best one, and where the held-out rows are others
+
+    @property
+    def metrics(self) -> dict[str, dict[str, Any]]:
+        """The report's metrics by name."""
+        return {metric["name"]: metric for metric in self.report["evaluation"]["metrics"]}
+
+    @property
+    def task(self) -> str:
+        """The job's task_type; jobs that are older than the key learn to answer."""
+        return str(self.spec.get("task_type", "CAUSAL_LM"))
+
+    @property
+    def measured_loss(self) -> float | None:
+        """Held-out loss of the tuned model; None where it could not be measured."""
+        tuned = self.metrics["loss"]["tuned"]
+        return float(tuned) if tuned is not None and math.isfinite(tuned) else None
+
+    @property
+    def loss(self) -> float:
+        """The measured loss, infinite without one: such a job comes last."""
+        return math.inf if self.measured_loss is None else self.measured_loss
+
+    @property
+    def rows(self) -> tuple[Any, ...] | None:
+        """Equal for jobs that were measured on the same tokens. None for a report that does not say."""
+        losses = self.report["evaluation"].get("row_losses")
+        if not losses:
+            return None
+        return self.report["data"].get("held_out_sha256"), *((row, tokens) for row, tokens, *_ in losses)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """Finished jobs, the one with the least held-out loss first."""
+
+    jobs: tuple[FinishedJob, ...]
+
+    @property
+    def best(self) -> FinishedJob:
+        return self.jobs[0]
+
+    @property
+    def differences(self) -> dict[str, list[Any]]:
+        """The settings in which the jobs differ, each with its value by job."""
+        return differences(self.jobs)
+
+    def reading(self, job: FinishedJob) -> str:
+        """What the job's loss says against the best one's."""
+        if job is self.best:
+            return "best" if job.rows else "least loss"
+        return job.against.reading if job.against else "other held-out rows"
+
+    def as_json(self) -> dict[str, Any]:
+        """The comparison as JSON values.
+
+        `jobs`: the best first, each with `job_id`, `name`, `method`, `reading`, `against_best` (see Against; null
+        without a comparison), the report's `metrics`, `peak_memory_bytes` and `wall_seconds`.
+        `differences`: the settings in which they differ, each with its values in the order of `jobs`.
+        """
+        return {"jobs": [self._job(job) for job in self.jobs], "differences": self.differences}
+
+    def _job(self, job: FinishedJob) -> dict[str, Any]:
+        return {
+            "job_id": job.job_id,
+            "name": job.report["job"]["name"],
+            "method": job.report["method"],
+            "reading": self.reading(job),
+            "against_best": None if job.against is None else job.against.as_json(),
+            "metrics": job.report["evaluation"]["metrics"],
+            "peak_memory_bytes": job.report["training"]["peak_memory_bytes"],
+            "wall_seconds": job.report["wall_seconds"],
+        }
+
+
+def comparison(store: Store, artifacts: ArtifactStore, job_ids: Iterable[int]) -> Comparison:
+    """Compare finished jobs. Raises JobNotFound, WrongState without a result, UsageError for different tasks."""
+    return compared([finished_job(store, artifacts, job_id) for job_id in job_ids])
+
+
+def finished_job(store: Store, artifacts: ArtifactStore, job_id: int) -> FinishedJob:
+    """A finished job with its report. Raises JobNotFound; WrongState while it has none."""
+    result = result_of(store, job_id)
+    content = artifacts.read_json(result.prefix, "report.json")
+    return FinishedJob(job_id=job_id, spec=result.job.spec, report=content)
+
+
+def compared(jobs: Sequence[FinishedJob]) -> Comparison:
+    """The best first, by held-out loss; those on the same rows as the best are compared with it, Holm-corrected.
+
+    Raises UsageError for jobs of different tasks.
+    """
+    _check_one_task(jobs)
+    order = sorted(jobs, key=lambda job: (job.loss, job.job_id))
+    best = order[0]
+    measured = [
+        replace(job, against=_difference(best, job)) if job is not best and job.rows and job.rows == best.rows else job
+        for job in order
+    ]
+    return Comparison(jobs=tuple(_holm(measured)))
+
+
+def differences(jobs: Sequence[FinishedJob]) -> dict[str, list[Any]]:
+    """The settings in which the jobs differ, each with its value by job."""
+    flat = [dict(_flat_settings(job.spec)) for job in jobs]
+    keys = dict.fromkeys(key for settings in flat for key in settings)
+    by_key = {key: [settings.get(key) for settings in flat] for key in keys if key not in _APART}
+    return {key: values for key, values in by_key.items() if any(value != values[0] for value in values)}
+
+
+def _check_one_task(jobs: Sequence[FinishedJob]) -> None:
+    """A loss of tokens and one of labels are not of one kind. Raises UsageError."""
+    tasks = {job.task: job.job_id for job in jobs}
+    if len(tasks) > 1:
+        first, second = tasks.values()
+        raise UsageError(
+            f"jobs {first} and {second} learn different tasks, so their losses can't be compared", "see task_type"
+        )
+
+
+def _difference(best: FinishedJob, other: FinishedJob) -> Against:
+    """The change of the mean loss of a token, a ratio over rows, with its linearised variance (Cochran 1977, 6.9)."""
+    mine, theirs = (job.report["evaluation"]["row_losses"] for job in (best, other))
+    pairs = [(a[1], b[3] - a[3]) for a, b in zip(mine, theirs, strict=True) if None not in (a[3], b[3])]
+    n, tokens = len(pairs), sum(weight for weight, _ in pairs)
+    if not tokens:
+        return Against(change=math.nan, low=math.nan, high=math.nan, p=1.0, rows=n)
+    change = sum(loss for _, loss in pairs) / tokens
+    if n < MIN_ROWS:
+        return Against(change=change, low=math.nan, high=math.nan, p=1.0, rows=n)
+    spread = math.sqrt(n / (n - 1) * math.fsum((loss - change * weight) ** 2 for weight, loss in pairs)) / tokens
+    normal = statistics.NormalDist()
+    reach = normal.inv_cdf(1 - LEVEL / 2) * spread
+    p = 2 * (1 - normal.cdf(abs(change) / spread)) if spread > 0 else float(change == 0)
+    return Against(change=change, low=change - reach, high=change + reach, p=p, rows=n)
+
+
+def _holm(jobs: Sequence[FinishedJob]) -> list[FinishedJob]:
+    """Each comparison's reading, at 5% for all of them together (Holm 1979)."""
+    tested = sorted((job for job in jobs if job.against), key=lambda job: job.against.p if job.against else 0.0)
+    readings: dict[int, str] = {}
+    holds = True
+    for place, job in enumerate(tested):
+        assert job.against is not None
+        holds = holds and job.against.p <= LEVEL / (len(tested) - place)
+        few = job.against.rows < MIN_ROWS
+        readings[job.job_id] = "too few rows" if few else "worse" if holds else "no clear difference"
+    return [
+        replace(job, against=replace(job.against, reading=readings[job.job_id])) if job.against else job for job in jobs
+    ]
+
+
+def _flat_settings(tree: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
+    """A spec's settings under dotted keys."""
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and key != "labels":
+            yield from _flat_settings(value, f"{before}{key}.")
+        else:
+            yield before + key, value

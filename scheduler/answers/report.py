@@ -1,0 +1,63 @@
+"""The evaluation report of a finished job, and what else its result holds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from loractl.common.artifacts import attempt_prefix
+from loractl.common.errors import WrongState
+from loractl.common.job.status import Status
+
+if TYPE_CHECKING:
+    from loractl.common.artifacts import ArtifactStore
+    from loractl.common.store.store import Store
+    from loractl.common.store.tables import Job
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobResult:
+    """A job that has succeeded, and where its files are."""
+
+    job: Job
+    prefix: str  # in the artifact store
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationReport:
+    """What the trainer measured of base and tuned model."""
+
+    job_id: int
+    user: str
+    content: dict[str, Any]  # of report.json
+
+    def as_json(self) -> dict[str, Any]:
+        """report.json as the trainer wrote it; docs/instructions.md explains what it says."""
+        return self.content
+
+
+def report(store: Store, artifacts: ArtifactStore, job_id: int) -> EvaluationReport:
+    """The report of a finished job. Raises JobNotFound, WrongState, ArtifactError."""
+    result = result_of(store, job_id)
+    content = artifacts.read_json(result.prefix, "report.json")
+    return EvaluationReport(job_id=job_id, user=result.job.user, content=content)
+
+
+def report_page(store: Store, artifacts: ArtifactStore, job_id: int) -> bytes:
+    """The report as an HTML page. Raises JobNotFound, WrongState, ArtifactError."""
+    return artifacts.read_bytes(result_of(store, job_id).prefix, "report.html")
+
+
+def result_of(store: Store, job_id: int) -> JobResult:
+    """The job and the place of its verified result. Raises JobNotFound; WrongState while there is no result."""
+    job = store.job(job_id)
+    if job.status is not Status.SUCCEEDED:
+        ended = {Status.FAILED: "it has failed", Status.CANCELLED: "it was cancelled"}
+        state = ended.get(job.status, f"it is {job.status.value}")
+        raise WrongState(f"job {job_id} has no result: {state}", f"loractl status {job_id} shows where it stands")
+    if job.report_uri is None:
+        raise WrongState(
+            f"job {job_id} has no result any more: loractl gc has removed it",
+            f"loractl show {job_id} says who and when",
+        )
+    return JobResult(job=job, prefix=attempt_prefix(job_id, job.attempt))

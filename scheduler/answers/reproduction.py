@@ -1,0 +1,200 @@
+"""How a finished job runs again, from what its row and its report hold, and what can't be the same."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from loractl.common.errors import UsageError
+from loractl.common.job.adjustment import Adjustment, adjusted
+from loractl.common.text import clean_line
+from loractl.scheduler.submission.need import plan_job
+
+from .report import result_of
+
+if TYPE_CHECKING:
+    from loractl.common.artifacts import ArtifactStore
+    from loractl.common.job.spec import JobSpec
+    from loractl.common.settings import Settings
+    from loractl.common.store.records import Submission
+    from loractl.common.store.store import Store
+    from loractl.common.store.tables import Attempt, Job, Node
+
+LABEL = "reproduces"
+"""The label of a repetition, with the number of the job that it repeats."""
+
+MOST_LABELS = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class Caveat:
+    """Something that can't be the same as it was, or that can't be known to be."""
+
+    what: str
+    then: str
+    now: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Repetition:
+    """How a finished job runs again."""
+
+    job_id: int  # of the one that is repeated
+    spec: JobSpec
+    adjustment: Adjustment
+    data: dict[str, Any]
+    caveats: tuple[Caveat, ...]
+    new: int | None = None  # the new job, once it is queued
+
+    def as_json(self) -> dict[str, Any]:
+        """The repetition as JSON values.
+
+        `job_id`: of the new job, null when none was queued; `reproduces`: of the one that is repeated; `different`:
+        each thing that can't be the same, or not known to be, with `what`, `then`, `now`; the `adjustment`, `spec` and
+        `data` that it runs with.
+        """
+        return {
+            "job_id": self.new,
+            LABEL: self.job_id,
+            "different": [vars(caveat) for caveat in self.caveats],
+            "adjustment": self.adjustment.as_json(),
+            "spec": self.spec.model_dump(mode="json"),
+            "data": self.data,
+        }
+
+
+def repetition(store: Store, artifacts: ArtifactStore, settings: Settings, job_id: int) -> Repetition:
+    """How a finished job would run again. Raises JobNotFound, WrongState without a result, and as plan_repetition."""
+    result = result_of(store, job_id)
+    return plan_repetition(result.job, artifacts.read_json(result.prefix, "report.json"), store, settings)
+
+
+def plan_repetition(job: Job, report: dict[str, Any], store: Store, settings: Settings) -> Repetition:
+    """The same resolved spec, method and pieces of the batch, and what can't be the same.
+
+    Raises SpecError for a spec that this version can't read, UsageError where no label is left.
+    """
+    spec, online = _same_spec(job, report), _online(store)
+    caveats = (
+        *_versions(report, online),
+        *_devices(store.attempts(job.job_id), online),
+        *_base(spec, report, settings.cache_dir),
+        *_hub_data(spec, job),
+        *_changes(report),
+    )
+    adjustment = Adjustment(**report["training"].get("adjustment", {}))
+    return Repetition(job_id=job.job_id, spec=spec, adjustment=adjustment, data=job.data, caveats=caveats)
+
+
+def submission_of(repetition: Repetition, settings: Settings, store: Store) -> Submission:
+    """What is written of the new job; its need is planned for the pieces in which the batch is computed."""
+    runs = adjusted(repetition.spec, repetition.adjustment)
+    planned = plan_job(runs, settings.user, repetition.data, store)
+    purpose = f"to reproduce job {repetition.job_id}"
+    return replace(planned, spec=repetition.spec, adjustment=repetition.adjustment, purpose=purpose)
+
+
+def _same_spec(job: Job, report: dict[str, Any]) -> JobSpec:
+    """The job's spec with what was left to the worker fixed to what it took: method, number format, optimizer, and the
+    commits of what is on the hub."""
+    from loractl.common.job.file import override_spec
+    from loractl.common.job.method import Method
+
+    spec, training = override_spec(job.spec, (), f"job {job.job_id}"), report["training"]
+    taken = {"dtype": training["precision"], "optim": training["optim"]}
+    left = {key: value for key, value in taken.items() if getattr(spec.training, key) == "auto"}
+    labels = {**spec.labels, LABEL: str(job.job_id)}
+    if len(labels) > MOST_LABELS:
+        raise UsageError(
+            f"job {job.job_id} has {MOST_LABELS} labels, so that none is left for {LABEL}",
+            f"take what is stored and submit it yourself: loractl show {job.job_id}",
+        )
+    return spec.model_copy(
+        update={
+            **_pinned_data(spec, report["data"].get("commits", {})),
+            "method": Method(report["method"]),
+            "lora_patience": None,
+            "revision": report.get("base", {}).get("commit") or spec.revision,
+            "training": spec.training.model_copy(update=left),
+            "labels": labels,
+        }
+    )
+
+
+def _pinned_data(spec: JobSpec, commits: dict[str, str]) -> dict[str, Any]:
+    """The sections that name data of the hub, each at the commit that was read."""
+    named = {key: f"{spec.data_sets()[key].partition('@')[0]}@{commit}" for key, commit in commits.items()}
+    evaluation = {"regression": named.pop("regression")} if "regression" in named else {}
+    return {
+        "dataset": spec.dataset.model_copy(update=named),
+        "evaluation": spec.evaluation.model_copy(update=evaluation),
+    }
+
+
+def _online(store: Store) -> list[Node]:
+    from loractl.common.store.fleet import NODE_STALE_S
+
+    now = store.now()
+    return [node for node in store.nodes() if (now - node.seen_at).total_seconds() <= NODE_STALE_S]
+
+
+def _versions(report: dict[str, Any], online: Sequence[Node]) -> Iterator[Caveat]:
+    """Packages that the workers have in another version than the report names."""
+    if not online:
+        yield Caveat(what="versions and device", then="in its report", now="unknown: no worker is online")
+    for name, then in report["versions"].items():
+        others: dict[str, str] = {}  # version -> the first node that has it
+        for node in online:
+            if (version := node.versions.get(name, "a worker that does not say")) != then:
+                others.setdefault(version, node.node)
+        if others:
+            now = ", ".join(f"{clean_line(version)} on {clean_line(node)}" for version, node in others.items())
+            yield Caveat(what=name, then=clean_line(then), now=now)
+
+
+def _devices(attempts: Sequence[Attempt], online: Sequence[Node]) -> Iterator[Caveat]:
+    """Devices of another model than the one that the job ran on; sums are in another order there."""
+    used = list(dict.fromkeys(clean_line(attempt.device_name or attempt.node) for attempt in attempts))
+    named = {clean_line(node.device_name): clean_line(node.node) for node in online}
+    others = {device: node for device, node in named.items() if device != used[-1]}
+    if others:
+        yield Caveat(what="device", then=used[-1], now=", ".join(f"{name} on {node}" for name, node in others.items()))
+    if len(used) > 1 and attempts[-1].resumed_from_step:
+        yield Caveat(what="device", then=" and then ".join(used), now="one attempt on one device")
+
+
+def _base(spec: JobSpec, report: dict[str, Any], cache: Path) -> Iterator[Caveat]:
+    """A base model whose files have changed, or can't be looked at from here."""
+    from loractl.common.fingerprint import changed_files, fingerprint
+
+    base, folder = report.get("base"), Path(spec.base_model)
+    if not folder.is_absolute():
+        if base is None:  # a report of an earlier version
+            now = f"revision {spec.revision or 'main'} as it is today"
+            yield Caveat(what="base model", then="its commit is not in the report", now=now)
+        return
+    if base is None:
+        yield Caveat(what="base model", then="its hash is not in the report", now=str(folder))
+    elif not folder.is_dir():
+        yield Caveat(what="base model", then=f"sha256 {base['sha256'][:12]}", now="not on this machine: --check tells")
+    elif changed := changed_files(base["files"], fingerprint(folder, cache)):
+        yield Caveat(what="base model", then=f"sha256 {base['sha256'][:12]}", now=f"{', '.join(changed)} changed")
+
+
+def _hub_data(spec: JobSpec, job: Job) -> Iterator[Caveat]:
+    """Data of the hub whose commit is not known: its main branch may have moved."""
+    for key, text in spec.data_sets().items():
+        if key not in job.data and "@" not in text:
+            section = "evaluation" if key == "regression" else "dataset"
+            now = "the hub's main branch as it is today, with no revision to hold it"
+            yield Caveat(what=f"{section}.{key}", then=clean_line(text), now=now)
+
+
+def _changes(report: dict[str, Any]) -> Iterator[Caveat]:
+    """A change in mid-training: the repetition takes the last pieces of the batch from its first step on."""
+    training = report["training"]
+    if training.get("changes") and training["resumed_from_step"]:
+        now = f"{training['per_device_train_batch_size']} rows at once from the first step"
+        yield Caveat(what="batch", then=clean_line(training["changes"][-1]), now=now)

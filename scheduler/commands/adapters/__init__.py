@@ -1,0 +1,1 @@
+"""loractl adapters: one module a subcommand."""

@@ -1,0 +1,32 @@
+"""loractl adapters delete."""
+
+from __future__ import annotations
+
+import click
+
+
+@click.command()
+@click.argument("names", nargs=-1, required=True, metavar="ADAPTER...")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+def delete(names: tuple[str, ...], yes: bool) -> None:
+    """Remove adapters for good, with their reports; a tagged one is refused."""
+    from loractl.common.errors import WrongState
+    from loractl.common.text import clean_line
+    from loractl.scheduler.answers.adapters import stored_adapter
+    from loractl.scheduler.session import open_stores
+
+    settings, store, artifacts = open_stores()
+    adapters = {adapter.job_id: adapter for adapter, _ in (stored_adapter(store, name) for name in names)}.values()
+    for adapter in adapters:
+        if adapter.tags_set:
+            named = f"{adapter.name}:{adapter.tags_set[0]}"
+            hint = f"first: loractl adapters untag {named}"
+            raise WrongState(f"the adapter of job {adapter.job_id} is tagged {named}", hint)
+    what = ", ".join(f"{clean_line(a.name)} (job {a.job_id}, {a.size / 1e6:.1f} MB)" for a in adapters)
+    if not yes:
+        click.confirm(f"Remove {what} with its report, for good?", abort=True, err=True)
+    for adapter in adapters:
+        if not store.remove_result(adapter.job_id, settings.user, "loractl adapters delete"):
+            raise WrongState(f"the adapter of job {adapter.job_id} was removed or tagged by somebody else just now")
+        artifacts.remove(adapter.prefix)
+        click.echo(f"The adapter of job {adapter.job_id} ({clean_line(adapter.name)}) is removed.")

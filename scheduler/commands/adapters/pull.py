@@ -1,0 +1,38 @@
+"""loractl adapters pull."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+
+@click.command()
+@click.argument("adapter", metavar="ADAPTER")
+@click.argument("folder", type=click.Path(path_type=Path, file_okay=False), metavar="DIR")
+def pull(adapter: str, folder: Path) -> None:
+    """Copy an adapter into a new folder, verified.
+
+    peft's PeftModel.from_pretrained loads it from there.
+    """
+    from loractl.common.errors import UsageError
+    from loractl.common.text import clean_line
+    from loractl.scheduler.answers.adapters import stored_adapter
+    from loractl.scheduler.session import open_stores
+
+    if folder.exists() and any(folder.iterdir()):
+        raise UsageError(f"{folder} is not empty", "name a new folder")
+    _, store, artifacts = open_stores()
+    stored, job = stored_adapter(store, adapter)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"{folder} can't be made: {error.strerror}") from error
+    files = artifacts.pull(stored.prefix, "adapter/", folder)
+    size = sum(file.size for file in files.values())
+    click.echo(f"The adapter of job {stored.job_id} ({len(files)} files, {size / 1e6:.1f} MB) is in {folder}.")
+    if job.spec.get("task_type") == "SEQ_CLS":  # its base needs the head and its labels first
+        click.echo(f"How to load the classifier: {folder}/README.md", err=True)
+        return
+    base = clean_line(stored.base_model)
+    click.echo(f"Load it on {base}:  PeftModel.from_pretrained(base, {str(folder)!r})", err=True)

@@ -1,0 +1,34 @@
+"""What a command that queues jobs says on stderr beside its answer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from loractl.common.job.spec import JobSpec
+
+
+def warn(lines: Iterable[str]) -> None:
+    """Print the lines on stderr."""
+    for line in lines:
+        click.echo(line, err=True)
+
+
+def hint(text: str) -> None:
+    """Print the next command on stderr, dim."""
+    click.echo(click.style(text, dim=True), err=True)
+
+
+def warn_of_data(spec: JobSpec, path: Path) -> None:
+    """Check the job's local data, and say what looks wrong in them and is no error. Raises DataError."""
+    from loractl.common.text import clean_line
+    from loractl.scheduler.submission.data import check_data
+
+    warnings = [finding for finding in check_data(spec) if finding.level == "warning"]
+    warn(clean_line(f"Warning: {Path(spec.dataset.path).name}: {finding.sentence}.") for finding in warnings)
+    if warnings:
+        hint(f"See the data: loractl data check {path}")

@@ -1,0 +1,100 @@
+"""A job's local data: refused where a trainer would refuse them, stored for every box, fetched to run again."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from loractl.common.errors import ArtifactError, DataError
+
+if TYPE_CHECKING:
+    from loractl.common.artifacts import ArtifactStore
+    from loractl.common.data.findings import Finding
+    from loractl.common.job.spec import JobSpec
+
+
+def check_data(spec: JobSpec) -> list[Finding]:
+    """Refuse local data that the trainer would refuse, as far as no tokenizer is needed, and say what looks wrong.
+
+    Raises DataError. Empty for data of the hub, and for parquet where pyarrow is missing: the trainer checks them.
+    """
+    from loractl.common.data.findings import check_examples
+    from loractl.common.data.formats import detect_format, map_columns, parse_examples
+    from loractl.common.data.labels import check_taught
+    from loractl.common.data.rows import read_rows
+    from loractl.common.data.split import split_data
+    from loractl.common.job.sections import DataFormat
+
+    _refuse_unknown_names(spec)
+    dataset = spec.dataset
+    readable = [text for text in spec.data_sets().values() if is_local(text)]
+    rows = {text: read_rows(Path(text)) for text in readable if not _unreadable_here(text)}
+    if (other := spec.evaluation.regression) in rows:
+        parse_examples(rows[other], detect_format(rows[other], other)[0], other, dataset.on_bad_row)
+    if dataset.path not in rows:
+        return []
+    if dataset.eval_path is not None and dataset.eval_path not in rows:  # what is held out can't be read here
+        mine = map_columns(rows[dataset.path], dataset.columns, dataset.path)
+        format = detect_format(mine, dataset.path, dataset.format)[0]
+        examples = parse_examples(mine, format, dataset.path, dataset.on_bad_row)[0]
+        if format is DataFormat.CLASSIFICATION:
+            check_taught(examples, dataset.path)
+        return check_examples(examples, [])
+    split = split_data(dataset, rows[dataset.path], rows[dataset.eval_path] if dataset.eval_path else None)
+    return check_examples(split.train, split.held_out, split.overlap)
+
+
+def store_data(spec: JobSpec, artifacts: ArtifactStore) -> dict[str, Any]:
+    """Upload the local data sets, so that a worker on another box has them."""
+    stored: dict[str, Any] = {}
+    for key, text in spec.data_sets().items():
+        if is_local(text):
+            uri, digest = artifacts.put_dataset(Path(text))
+            stored[key] = {"uri": uri, "sha256": digest}
+    return stored
+
+
+@contextlib.contextmanager
+def data_at_hand(job_id: int, data: Mapping[str, Any], artifacts: ArtifactStore) -> Iterator[list[Path]]:
+    """A job's data sets as they were submitted, in a folder that goes afterwards.
+
+    Raises ArtifactError for one that is gone, ServiceUnreachable.
+    """
+    with tempfile.TemporaryDirectory(prefix="loractl-") as folder:
+        yield [_fetched(job_id, key, stored, artifacts, Path(folder)) for key, stored in data.items()]
+
+
+def is_local(text: str) -> bool:
+    """Whether a job's data set is a file. load_spec has made every local path absolute; the rest are hub ids."""
+    return Path(text).is_absolute()
+
+
+def _refuse_unknown_names(spec: JobSpec) -> None:
+    """Raises DataError for what is neither a file nor a name that the hub can have."""
+    from loractl.common.job.hub_name import is_hub_data
+
+    for text in spec.data_sets().values():
+        if not is_local(text) and not is_hub_data(text):
+            hint = "name a file (jsonl, json, csv, parquet) beside the job file, or a hub id like owner/name"
+            raise DataError(text, "is no file here, and no data set of the hub", hint=hint)
+
+
+def _unreadable_here(text: str) -> bool:
+    """Parquet needs pyarrow, which the light client does not have: the trainer checks it."""
+    return text.lower().endswith(".parquet") and importlib.util.find_spec("pyarrow") is None and Path(text).exists()
+
+
+def _fetched(job_id: int, key: str, stored: Mapping[str, Any], artifacts: ArtifactStore, folder: Path) -> Path:
+    try:
+        return artifacts.fetch_dataset(stored["uri"], stored["sha256"], folder)
+    except ArtifactError as error:
+        section = "evaluation" if key == "regression" else "dataset"
+        raise ArtifactError(
+            f"job {job_id} can't run again on the same data: {section}.{key} (sha256 {stored['sha256'][:12]}) "
+            f"is not to be had from the artifact store: {error.sentence}",
+            "loractl gc removes what no job needs; put the file back by submitting a job file that names it",
+        ) from error

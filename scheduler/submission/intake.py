@@ -1,0 +1,94 @@
+"""How a checked job gets into the queue: its row is committed, and the nodes are woken at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from loractl.common.errors import ServiceUnreachable
+from loractl.common.placement.sizes import vram_class
+from loractl.common.queue.sender import HintSender, open_sender
+from loractl.common.units import gib
+
+from .data import is_local, store_data
+from .need import plan_job
+
+if TYPE_CHECKING:
+    from loractl.common.artifacts import ArtifactStore
+    from loractl.common.job.spec import JobSpec
+    from loractl.common.job.sweep import NewSweep, SweepView
+    from loractl.common.settings import Settings
+    from loractl.common.store.records import Submission
+    from loractl.common.store.store import Store
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """A job that has just been queued."""
+
+    job_id: int
+    sentence: str  # that it is queued
+    warnings: tuple[str, ...]  # what could keep it waiting
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepEntry:
+    """A sweep whose members have just been queued."""
+
+    sweep: SweepView
+    warnings: tuple[str, ...]
+
+
+def submit_job(spec: JobSpec, settings: Settings, store: Store, artifacts: ArtifactStore) -> Entry:
+    """Store the job's data, plan its need and queue it. Raises UsageError, ArtifactError, ServiceUnreachable."""
+    return enqueue(plan_job(spec, settings.user, store_data(spec, artifacts), store), settings, store)
+
+
+def enqueue(submission: Submission, settings: Settings, store: Store) -> Entry:
+    """Write the job and wake the nodes."""
+    size_class = vram_class(submission.first_need)
+    with open_sender(settings) as sender:
+        job_id = store.submit(submission)
+        away = _ring(sender, [size_class], f"Job {job_id}")
+    purpose = f", {submission.purpose}" if submission.purpose else ""
+    sentence = f"Job {job_id} ({submission.spec.name}) is queued{purpose}."
+    return Entry(job_id=job_id, sentence=sentence, warnings=(*_doubts(job_id, submission, store), *away))
+
+
+def enqueue_sweep(new: NewSweep, members: Sequence[Submission], settings: Settings, store: Store) -> SweepEntry:
+    """Write all members or none, and wake the nodes. Of the doubts only the largest member's are told."""
+    classes = sorted({vram_class(member.first_need) for member in members})
+    with open_sender(settings) as sender:
+        sweep_id = store.submit_sweep(new, members)
+        away = _ring(sender, classes, f"Sweep {sweep_id}")
+    sweep = store.sweep(sweep_id)
+    pairs = zip(sweep.members, members, strict=True)
+    largest, submission = max(pairs, key=lambda pair: pair[1].first_need or 0)
+    return SweepEntry(sweep=sweep, warnings=(*_doubts(largest.job_id, submission, store), *away))
+
+
+def _ring(sender: HintSender, size_classes: Iterable[int], what: str) -> list[str]:
+    """Wake the nodes; with the queue away, what that means."""
+    try:
+        sender.wake(size_classes)
+    except ServiceUnreachable as error:
+        return [f"Warning: {error.sentence}", f"{what} is safe in the database and starts when the queue is back."]
+    return []
+
+
+def _doubts(job_id: int, submission: Submission, store: Store) -> list[str]:
+    """What would make the job wait without end, or fail on its worker."""
+    spec, doubts = submission.spec, []
+    if Path(spec.base_model).is_absolute() and not Path(spec.base_model).exists():
+        doubts.append(f"Warning: there is no {spec.base_model} on this machine; every worker needs it at that path.")
+    for text in spec.data_sets().values():
+        if not is_local(text):
+            doubts.append(f"Note: {text} is no file here and is taken for a data set on the hub.")
+    least, largest = submission.first_need, max((node.usable for node in store.nodes()), default=None)
+    if least is not None and largest is not None and least > largest:
+        doubts.append(
+            f"Warning: job {job_id} needs {gib(least)} GiB by its plan, the largest device known has {gib(largest)}."
+        )
+    return doubts

@@ -1,0 +1,56 @@
+"""How the stored adapters look: all of them in a table, or one with where it comes from."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from loractl.common.text import clean_line
+from loractl.common.units import clock
+
+from .screen import Screen, fit, table
+
+if TYPE_CHECKING:
+    from loractl.scheduler.answers.adapters import AdapterList, Lineage
+
+
+def adapters_text(answer: AdapterList, screen: Screen) -> str:
+    """The stored adapters, and how one is used."""
+    if not answer.adapters:
+        return "No adapter is stored yet; a job that succeeds stores one."
+    rows = [
+        [
+            str(adapter.job_id),
+            screen.style(fit(adapter.name, 24), bold=True),
+            fit(", ".join(adapter.tags), 20),
+            adapter.method,
+            f"{adapter.size / 1e6:.1f}",
+            clock(adapter.created_at, answer.now),
+            fit(adapter.base_model.rpartition("/")[2], 30),
+        ]
+        for adapter in answer.adapters
+    ]
+    head = ["JOB", "NAME", "TAGS", "METHOD", "MB", "STORED", "BASE MODEL"]
+    lines = table(head, rows, screen, right=("JOB", "MB", "STORED"))
+    return "\n".join([*lines, "", screen.dim(f"Use one: loractl adapters pull {answer.adapters[-1].job_id} DIR")])
+
+
+def lineage_text(answer: Lineage) -> str:
+    """One adapter: who made it, of which base and data, and with what result."""
+    adapter, of = answer.adapter, answer.report["adapter"]
+    data = answer.report["data"]
+    made = f"job {adapter.job_id}, attempt {adapter.attempt}, of {clean_line(answer.user)}"
+    revision = f", revision {answer.spec['revision']}" if answer.spec.get("revision") else ""
+    shape = f"{adapter.method}, r {of['r']}, lora_alpha {of['lora_alpha']:g}: {', '.join(of['modules'])}"
+    parts = {
+        "made by": f"{made}, {clock(adapter.created_at, answer.now)}",
+        "base": f"{clean_line(adapter.base_model)}{revision}",
+        "shape": shape,
+        "data": f"{data['train_rows']} rows ({data['format']}), sha256 {data['sha256'] or 'unknown: from the hub'}",
+        "result": clean_line(answer.report["verdict"]["sentence"]),
+        "weights": f"{adapter.size / 1e6:.1f} MB, sha256 {of['sha256']}",
+        "files": clean_line(adapter.uri),
+        "versions": ", ".join(f"{name} {version}" for name, version in answer.report["versions"].items()),
+    }
+    names = [f"{clean_line(adapter.name)}:{tag}" for tag in adapter.tags_set]
+    head = f"{clean_line(adapter.name)} (job {adapter.job_id})" + (f", tagged {', '.join(names)}" if names else "")
+    return "\n".join([head, "", *(f"{name:<9} {clean_line(text)}" for name, text in parts.items())])
