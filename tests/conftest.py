@@ -47,6 +47,7 @@ FIRST = (
 FOLDERS = ("chaos", "acceptance", "integration", "fuzz", "unit", "gpu")
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Order the tests, keep those that share a lab of trained adapters in one process, and leave the long ones out."""
     for item in items:

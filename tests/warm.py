@@ -150,6 +150,8 @@ def _answer(connection: socket.socket, status: int) -> None:
 
 def _child(pipes: list[int], argv: list[str], folder: str, environment: dict[str, str]) -> None:
     """Become the process that was asked for; never returns."""
+    import io
+
     status = 1
     try:
         os.setsid()
@@ -160,8 +162,8 @@ def _child(pipes: list[int], argv: list[str], folder: str, environment: dict[str
         os.environ.clear()
         os.environ.update(environment)
         sys.stdin = open(0, closefd=False)  # noqa: SIM115  the server's own were made for other files
-        sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
-        sys.stdout.reconfigure(write_through="PYTHONUNBUFFERED" in environment)
+        unbuffered = "PYTHONUNBUFFERED" in environment
+        sys.stdout = io.TextIOWrapper(open(1, "wb", 0 if unbuffered else -1, closefd=False), write_through=unbuffered)
         sys.stderr = open(2, "w", closefd=False, errors="backslashreplace", buffering=1)  # noqa: SIM115
         status = _run(argv, environment)
     finally:
@@ -181,6 +183,7 @@ def _run(argv: list[str], environment: dict[str, str]) -> int:
     threads = environment.get("OMP_NUM_THREADS")
     torch.set_num_threads(int(threads) if threads else os.cpu_count() or 1)
     sys.argv = ["loractl", *argv]
+    sys.modules["__main__"].__package__ = None  # click takes the program's name from it
     try:
         if argv:
             from loractl.scheduler.cli import main as command

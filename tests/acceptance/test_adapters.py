@@ -108,7 +108,7 @@ def test_a_merge_that_is_not_the_same_writes_nothing(
 ) -> None:
     """A base that changes between the two measurements stands for a merge that goes wrong, as one in bf16 would."""
     from loractl.common.settings import load_settings
-    from loractl.worker.commands.serve import merge as merging
+    from loractl.worker.serving import merge as merging
     from loractl.worker.serving.library import Library
 
     looked = merging._logits

@@ -347,7 +347,7 @@ def test_what_cannot_be_drawn_ends_one_request_and_a_tiny_temperature_is_no_such
     b.ask(PROMPTS[0], "one", 6, temperature=1e-310)
     first, cold = b.answers()
     assert first == cold
-    from loractl.worker.commands.serve import decoding
+    from loractl.worker.serving import decoding
 
     monkeypatch.setattr(decoding.torch, "multinomial", lambda *a, **k: (_ for _ in ()).throw(RuntimeError("NaN")))
     del b.said[:]
