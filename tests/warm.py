@@ -163,7 +163,8 @@ def _child(pipes: list[int], argv: list[str], folder: str, environment: dict[str
         os.environ.update(environment)
         sys.stdin = open(0, closefd=False)  # noqa: SIM115  the server's own were made for other files
         unbuffered = "PYTHONUNBUFFERED" in environment
-        sys.stdout = io.TextIOWrapper(open(1, "wb", 0 if unbuffered else -1, closefd=False), write_through=unbuffered)
+        out = io.FileIO(1, "w", closefd=False)
+        sys.stdout = io.TextIOWrapper(out if unbuffered else io.BufferedWriter(out), write_through=unbuffered)
         sys.stderr = open(2, "w", closefd=False, errors="backslashreplace", buffering=1)  # noqa: SIM115
         status = _run(argv, environment)
     finally:
