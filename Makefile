@@ -37,9 +37,10 @@ check: dev  ## the tests that need no model: seconds
 	$(BIN)/pytest tests/unit
 
 # Processes beside each other. More of them than cores: many tests wait, for a lease's end, a step, a beat. Threads that
-# have nothing to do must not spin then, and a small training needs no second one.
+# have nothing to do must not spin then, and a small training needs no second one. A file stays in one process: its
+# tests share a server or trained adapters.
 TEST_PROCESSES ?= 3
-PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/pytest -n $(TEST_PROCESSES) --dist loadgroup --no-loadscope-reorder
+PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
 test: model lint  ## everything that proves a promise
 	$(PYTEST) --durations=10

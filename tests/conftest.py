@@ -47,12 +47,8 @@ FIRST = (
 FOLDERS = ("chaos", "acceptance", "integration", "fuzz", "unit", "gpu")
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Order the tests, keep those that share a lab of trained adapters in one process, and leave the long ones out."""
-    for item in items:
-        if "trained" in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.xdist_group("trained"))
+    """Order the tests, and leave the long ones out."""
     items.sort(key=_turn)
     if not LONG:
         left_out = [item for item in items if item.get_closest_marker("long")]
@@ -61,8 +57,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _turn(item: pytest.Item) -> tuple[int, int]:
-    group = item.get_closest_marker("xdist_group") is not None
-    first = 0 if group else FIRST.index(item.path.name) + 1 if item.path.name in FIRST else len(FIRST) + 1
+    first = FIRST.index(item.path.name) if item.path.name in FIRST else len(FIRST)
     return first, FOLDERS.index(item.path.relative_to(ROOT / "tests").parts[0])
 
 
