@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 MODEL := models/SmolLM2-135M-Instruct
 
-.PHONY: help dev model demo test lint check chaos clean
+.PHONY: help dev model demo test test-long lint check chaos clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -36,16 +36,17 @@ lint: dev  ## ruff, mypy --strict, import rules
 check: dev  ## the tests that need no model: seconds
 	$(BIN)/pytest tests/unit
 
-# Two runs beside each other: the acceptance tests mostly wait, for a lease's end, a step, a beat. Threads that have
-# nothing to do must not spin then, and in-process trainings need no second one.
-BESIDE := tests/unit tests/integration tests/fuzz
+# Processes beside each other. More of them than cores: many tests wait, for a lease's end, a step, a beat. Threads that
+# have nothing to do must not spin then, and a small training needs no second one. A file stays in one process: its
+# tests share a server or trained adapters.
+TEST_PROCESSES ?= 3
+PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
-test: export OMP_WAIT_POLICY = passive
-test: model lint  ## everything
-	@log=$$(mktemp); failed=0; \
-	OMP_NUM_THREADS=1 $(BIN)/pytest --durations=10 $(BESIDE) >$$log 2>&1 & beside=$$!; \
-	$(BIN)/pytest --durations=10 tests $(addprefix --ignore=,$(BESIDE)) || failed=1; \
-	wait $$beside || failed=1; cat $$log; rm -f $$log; exit $$failed
+test: model lint  ## everything that proves a promise
+	$(PYTEST) --durations=10
+
+test-long: model  ## what make test leaves out: tests marked long, and many more examples of each property
+	TESTS=long FUZZ_EXAMPLES=5000 STORE_EXAMPLES=2000 $(PYTEST) --timeout=3600
 
 CHAOS_JOBS ?= 1000
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,15 +24,42 @@ from loractl.common.store.database import make_engine
 from loractl.common.store.schema import upgrade
 from loractl.common.store.store import Store
 
-from . import services
+from . import services, warm
 from .models import make_tiny_model
 
+ROOT = Path(__file__).parents[1]
+
 _numbers = itertools.count()
+
+LONG = os.environ.get("TESTS") == "long"
+"""make test-long: the tests marked `long`, and more examples of every property."""
 
 # A property is no timed test: on a busy machine any example may take long.
 # CI must not fail by chance: what is new is looked for where somebody sees it and can mend it
 hypothesis.settings.register_profile("loractl", deadline=None, derandomize=os.environ.get("CI") == "true")
 hypothesis.settings.load_profile("loractl")
+
+
+FIRST = (
+    "test_chaos.py", "test_examples.py", "test_sweep.py", "test_reliability.py", "test_secrets.py", "test_lifecycle.py",
+)  # fmt: skip
+"""What takes long begins early, so that the processes of a run end together; then the folders, the short tests last."""
+
+FOLDERS = ("chaos", "acceptance", "integration", "fuzz", "unit", "gpu")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Order the tests, and leave the long ones out."""
+    items.sort(key=_turn)
+    if not LONG:
+        left_out = [item for item in items if item.get_closest_marker("long")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if not item.get_closest_marker("long")]
+
+
+def _turn(item: pytest.Item) -> tuple[int, int]:
+    first = FIRST.index(item.path.name) if item.path.name in FIRST else len(FIRST)
+    return first, FOLDERS.index(item.path.relative_to(ROOT / "tests").parts[0])
 
 
 @pytest.fixture(scope="session")
@@ -46,15 +75,28 @@ def postgres_server() -> Iterator[str]:
 @pytest.fixture
 def postgres_url(postgres_server: str) -> Iterator[str]:
     """A fresh, empty database."""
-    name = f"test_{os.getpid()}_{next(_numbers)}"
-    admin = create_engine(_psycopg(postgres_server), isolation_level="AUTOCOMMIT")
-    with admin.connect() as connection:
-        connection.execute(text(f"CREATE DATABASE {name}"))
-    base, _, query = postgres_server.partition("?")
-    yield _psycopg(base.rpartition("/")[0] + f"/{name}" + (f"?{query}" if query else ""))
-    with admin.connect() as connection:
-        connection.execute(text(f"DROP DATABASE {name} WITH (FORCE)"))
-    admin.dispose()
+    with _database(postgres_server) as url:
+        yield url
+
+
+@pytest.fixture(scope="session")
+def postgres_template(postgres_server: str) -> Iterator[str]:
+    """The name of an upgraded database that others are copied from: a copy takes a tenth of the migrations' time."""
+    with _database(postgres_server) as url:
+        engine = make_engine(url)
+        upgrade(engine)
+        engine.dispose()
+        yield str(engine.url.database)
+
+
+@pytest.fixture(scope="session")
+def sqlite_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The file of an upgraded database, to be copied."""
+    file = tmp_path_factory.mktemp("template") / "loractl.db"
+    engine = make_engine(f"sqlite:///{file}")
+    upgrade(engine)
+    engine.dispose()
+    return file
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
@@ -65,11 +107,23 @@ def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return str(request.getfixturevalue("postgres_url"))
 
 
+@pytest.fixture(params=["sqlite", "postgresql"])
+def upgraded_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """An upgraded database of each kind."""
+    if request.param == "sqlite":
+        file = tmp_path / "test.db"
+        shutil.copy(request.getfixturevalue("sqlite_template"), file)
+        yield f"sqlite:///{file}"
+        return
+    template = request.getfixturevalue("postgres_template")
+    with _database(request.getfixturevalue("postgres_server"), template) as url:
+        yield url
+
+
 @pytest.fixture
-def store(database_url: str) -> Iterator[Store]:
+def store(upgraded_url: str) -> Iterator[Store]:
     """A store on an upgraded database of each kind."""
-    engine = make_engine(database_url)
-    upgrade(engine)
+    engine = make_engine(upgraded_url)
     yield Store(engine)
     engine.dispose()
 
@@ -98,12 +152,15 @@ class Cli:
 
     def __call__(self, *args: object, code: int | None = 0, timeout: float = 120) -> subprocess.CompletedProcess[str]:
         """Run it; with `code`, its exit status must be that."""
-        command = [str(Path(sys.executable).with_name("loractl")), *map(str, args)]
+        if warm.SOCKET in self.environment:
+            command = [sys.executable, "-S", "-E", str(warm.__file__), *map(str, args)]
+        else:
+            command = [str(Path(sys.executable).with_name("loractl")), *map(str, args)]
         done = subprocess.run(
             command, env=self.environment, capture_output=True, text=True, timeout=timeout, stdin=subprocess.DEVNULL
         )
         if code is not None:
-            assert done.returncode == code, f"{command[1:]}: {done.returncode}\n{done.stdout}\n{done.stderr}"
+            assert done.returncode == code, f"{args}: {done.returncode}\n{done.stdout}\n{done.stderr}"
         return done
 
     def start(self, *args: object) -> subprocess.Popen[str]:
@@ -131,14 +188,36 @@ def home() -> Iterator[Path]:
     shutil.rmtree(folder, ignore_errors=True)
 
 
+@pytest.fixture(scope="session")
+def warm_start() -> Iterator[dict[str, str]]:
+    """What commands and workers need in their environment so that they, and trainers, begin with torch loaded."""
+    folder = Path(tempfile.mkdtemp(prefix="warm-"))
+    own = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    with (folder / "log").open("w") as log:
+        server = subprocess.Popen(
+            [sys.executable, "-m", warm.__name__, "--serve", str(folder / "socket")],
+            env={**_inherited(), **own}, stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True,
+        )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while not (folder / "socket").exists():
+        assert server.poll() is None and time.monotonic() < deadline, (folder / "log").read_text()
+        time.sleep(0.1)
+    yield {warm.SOCKET: str(folder / "socket"), "LORACTL_TRAINER": warm.__name__, "PYTHONPATH": str(ROOT)}
+    assert server.stdin
+    server.stdin.close()
+    server.wait(timeout=60)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
 @pytest.fixture
-def make_cli(home: Path) -> Callable[..., Cli]:
+def make_cli(home: Path, request: pytest.FixtureRequest) -> Callable[..., Cli]:
     """A factory of command lines on `home`; LORACTL_* of the machine are not inherited."""
+    cold = request.node.get_closest_marker("cold") is not None
+    start = {} if cold else request.getfixturevalue("warm_start")
 
     def make(**more: str) -> Cli:
-        kept = {k: v for k, v in os.environ.items() if not k.startswith(("LORACTL_", "AWS_"))}
         base = {"LORACTL_HOME": str(home), "LORACTL_USER": "tester", "HF_HUB_OFFLINE": "1", "LORACTL_DEVICES": "cpu"}
-        return Cli({**kept, **base, **more})
+        return Cli({**_inherited(), **base, **start, **more})
 
     return make
 
@@ -146,6 +225,24 @@ def make_cli(home: Path) -> Callable[..., Cli]:
 @pytest.fixture
 def cli(make_cli: Callable[..., Cli]) -> Cli:
     return make_cli()
+
+
+def _inherited() -> dict[str, str]:
+    return {k: v for k, v in os.environ.items() if not k.startswith(("LORACTL_", "AWS_"))}
+
+
+@contextlib.contextmanager
+def _database(server: str, template: str = "template1") -> Iterator[str]:
+    """The URL of a database of its own, a copy of the template."""
+    name = f"test_{os.getpid()}_{next(_numbers)}"
+    admin = create_engine(_psycopg(server), isolation_level="AUTOCOMMIT")
+    with admin.connect() as connection:
+        connection.execute(text(f"CREATE DATABASE {name} TEMPLATE {template}"))
+    base, _, query = server.partition("?")
+    yield _psycopg(base.rpartition("/")[0] + f"/{name}" + (f"?{query}" if query else ""))
+    with admin.connect() as connection:
+        connection.execute(text(f"DROP DATABASE {name} WITH (FORCE)"))
+    admin.dispose()
 
 
 def _psycopg(url: str) -> str:

@@ -14,7 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
+from loractl.common.queue.sender import open_sender
 from loractl.common.queue.valkey import server_binary
+from loractl.common.settings import Settings
 
 
 def free_port() -> int:
@@ -114,3 +116,9 @@ def s3(folder: Path) -> Iterator[S3]:
     }
     with running(command, port):
         yield S3(url="s3://loractl/lab", environment=environment, folder=folder)
+
+
+def wake(settings: Settings, size_class: int) -> None:
+    """Send a node the hint that submit sends."""
+    with open_sender(settings) as sender:
+        sender.wake([size_class])

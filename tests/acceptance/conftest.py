@@ -22,13 +22,13 @@ ANSWERS = {"red": "crimson and scarlet", "green": "moss and fern", "blue": "sky 
 
 
 @pytest.fixture(scope="session")
-def trained(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cli]:
+def trained(tiny_model: Path, warm_start: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cli]:
     """Jobs 1 to 4: red and green of LoRA, blue of DoRA, and another red, each on the same tiny base."""
     folder = tmp_path_factory.mktemp("colours")
     home = Path(tempfile.mkdtemp(prefix="loractl-"))
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("LORACTL_", "AWS_"))}
     own = {"LORACTL_HOME": str(home), "LORACTL_USER": "ada", "HF_HUB_OFFLINE": "1", "LORACTL_DEVICES": "cpu"}
-    cli = Cli({**kept, **own})
+    cli = Cli({**kept, **own, **warm_start})
     for name in ("red", "green", "blue", "red"):
         rows = [
             {

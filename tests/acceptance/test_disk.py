@@ -53,6 +53,7 @@ def test_a_disk_without_room_ends_the_attempt_before_it_trains(
     assert json.loads(cli("status", 1, "--json").stdout)["status"] == "succeeded"
 
 
+@pytest.mark.cold
 def test_a_trainer_that_prints_without_end_fills_neither_disk_nor_database(
     cli: Cli, home: Path, tiny_model: Path, tmp_path: Path
 ) -> None:

@@ -35,6 +35,7 @@ def worker(cli: Cli) -> Iterator[Callable[..., subprocess.Popen[str]]]:
         process.wait()
 
 
+@pytest.mark.cold
 def test_a_cancel_stops_a_running_trainer_within_ten_seconds(
     cli: Cli, worker: Callable, tiny_model: Path, tmp_path: Path
 ) -> None:
@@ -68,6 +69,7 @@ def test_ctrl_c_saves_a_checkpoint_and_the_next_worker_goes_on_from_it(
     assert done["step"] == 400
 
 
+@pytest.mark.cold
 def test_a_second_ctrl_c_stops_at_once_and_gives_the_job_back(
     cli: Cli, worker: Callable, tiny_model: Path, tmp_path: Path
 ) -> None:
@@ -84,6 +86,7 @@ def test_a_second_ctrl_c_stops_at_once_and_gives_the_job_back(
     assert not _trainers(cli)
 
 
+@pytest.mark.cold
 def test_a_killed_node_leaves_no_trainer_behind(cli: Cli, worker: Callable, tiny_model: Path, tmp_path: Path) -> None:
     cli("submit", write_job(tmp_path, tiny_model), LONG)
     process = worker()

@@ -38,6 +38,7 @@ def worker(cli: Cli) -> Iterator[None]:
     process.communicate(timeout=60)
 
 
+@pytest.mark.cold  # another process has another hash seed
 def test_a_job_that_memory_had_changed_is_reproduced_bit_for_bit(
     cli: Cli, home: Path, worker: None, base: Path, tmp_path: Path
 ) -> None:

@@ -26,6 +26,8 @@ from ..conftest import Cli
 from ..models import write_job
 from ..roles import logins
 
+pytestmark = pytest.mark.cold  # arguments and environments of real processes
+
 NAMES = ("HF_TOKEN", "PGPASSWORD", "AWS_SECRET_ACCESS_KEY", "AWS_ACCESS_KEY_ID", "database", "valkey")
 """Each gets a value that occurs nowhere else."""
 

@@ -10,7 +10,7 @@ from ..conftest import Cli
 from ..models import make_tiny_model, write_helpdesk
 
 STEPS = 40
-RATES = "3e-3,3e-4,1e-4,3e-5,1e-5,3e-6,1e-6,1e-7"
+RATES = "3e-3,1e-4,3e-6,1e-7"
 """Far apart, so that the loss at a quarter of the steps says which is better."""
 
 
@@ -23,14 +23,14 @@ def test_losers_stop_and_the_winner_is_that_of_all_members_run_to_their_end(
     cli("worker", "--drain-when-idle", timeout=280)
     early = json.loads(cli("status", "--sweep", 1, "--json").stdout)
     stopped = [member for member in early["members"] if member["reason"] == "pruned"]
-    assert early["ended"] and early["stopped"] == len(stopped) >= 3
-    assert early["stopped"] + early["done"] == 8
+    assert early["ended"] and early["stopped"] == len(stopped) >= 2
+    assert early["stopped"] + early["done"] == 4
     for member in stopped:
         assert member["status"] == "cancelled" and member["step"] < member["total_steps"] == STEPS
         assert member["rungs"] and member["final_loss"] is None
         assert "or less would have gone on" in member["message"]
     assert early["saved_steps"] == sum(STEPS - member["step"] for member in stopped) > 0
-    assert early["total_steps"] == 8 * STEPS
+    assert early["total_steps"] == 4 * STEPS
     told = cli("compare", "--sweep", 1).stdout
     assert told.startswith(f"Best: {early['best_job_id']} (learning_rate 0.003), held-out loss ")
     assert "Stopped early:" in told and "STOPPED AT" in told
@@ -38,7 +38,7 @@ def test_losers_stop_and_the_winner_is_that_of_all_members_run_to_their_end(
     cli("retry", *(member["job_id"] for member in stopped))
     cli("worker", "--drain-when-idle", timeout=280)
     full = json.loads(cli("status", "--sweep", 1, "--json").stdout)
-    assert (full["done"], full["stopped"], full["saved_steps"]) == (8, 0, 0), "a retried member is not stopped again"
+    assert (full["done"], full["stopped"], full["saved_steps"]) == (4, 0, 0), "a retried member is not stopped again"
     assert full["best_job_id"] == early["best_job_id"]
     rungs = {member["job_id"]: member["rungs"] for member in early["members"]}
     assert all(member["rungs"] == rungs[member["job_id"]] for member in full["members"])

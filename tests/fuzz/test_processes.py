@@ -22,6 +22,8 @@ from .counting import INPUTS
 from .documents import FRAGMENTS, GOOD
 from .test_protocol import START
 
+pytestmark = pytest.mark.cold
+
 PROCESSES = 24
 AT_ONCE = 3
 SECONDS = 60.0

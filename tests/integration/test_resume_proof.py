@@ -1,7 +1,8 @@
 """A training that is killed three times, at steps that chance picks, ends as one that nobody touched: bit for bit.
 
 Real trainer processes under the real supervisor, with SIGKILL; the third attempt runs on another box, which knows no
-more than what the artifact store and the database hold. RESUME_SEED=7 repeats a run.
+more than what the artifact store and the database hold. The last one starts cold, with a hash seed of its own.
+RESUME_SEED=7 repeats a run.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from loractl.common.job.method import Method
 from loractl.common.job.need import Need, permitted_methods
 from loractl.common.job.spec import JobSpec
 from loractl.common.job.status import Reason, Status
-from loractl.common.settings import load_settings
+from loractl.common.settings import TRAINER, load_settings
 from loractl.common.store.database import make_engine
 from loractl.common.store.records import Claim, NodeState, Submission
 from loractl.common.store.schema import upgrade
@@ -42,6 +43,7 @@ from loractl.worker.training.recipe import train
 from loractl.worker.training.resume import belongs_to, checkpoint_to_resume
 from loractl.worker.training.run import Run, Stopped
 
+from .. import warm
 from ..models import make_tiny_model, write_helpdesk
 from ..unit.factories import Clock
 
@@ -72,12 +74,13 @@ class Kill:
 
     def strike(self) -> None:
         for child in psutil.Process().children():
-            if "loractl.worker.training.trainer" in child.cmdline():
+            if warm.__name__ in child.cmdline() or TRAINER in child.cmdline():
                 child.kill()
                 self.done.set()
 
 
 READ_MESSAGES = process.read_messages
+WARM = {"LORACTL_TRAINER": warm.__name__}
 
 
 @dataclass
@@ -114,7 +117,7 @@ class Lab:
     def attempt(self, box: str) -> Status | None:
         """Claim and run on a box."""
         home = self.folder / box
-        settings = load_settings({"LORACTL_HOME": str(home), "LORACTL_ARTIFACTS_URL": self.artifacts.url})
+        settings = load_settings({"LORACTL_HOME": str(home), "LORACTL_ARTIFACTS_URL": self.artifacts.url, **WARM})
         (device,) = find_devices(load_settings({"LORACTL_HOME": str(home), "LORACTL_DEVICES": "cpu"}))
         self.clock.forward(3600)  # whatever it waits for is over
         self.store.see_node(NodeState(node=f"{box}:0", host=box, gpu="cpu", device_name="CPU", kind="cpu", total=2**40))
@@ -150,8 +153,15 @@ def lab(tmp_path: Path) -> Any:
 
 @pytest.mark.parametrize("method", ["lora", "qlora"])
 def test_three_kills_in_one_run_change_no_bit_of_it(
-    lab: Lab, tiny_model: Path, method: str, monkeypatch: pytest.MonkeyPatch, record_property: Any
+    lab: Lab,
+    tiny_model: Path,
+    method: str,
+    warm_start: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+    record_property: Any,
 ) -> None:
+    for name, value in {**warm_start, "HF_HUB_OFFLINE": "1"}.items():
+        monkeypatch.setenv(name, value)
     chance = random.Random(f"{SEED} {method}")
     kills = [Kill(step, chance.uniform(0, 0.03)) for step in sorted(chance.sample(range(2, STEPS - 2), 3))]
     whole, killed = lab.submit(tiny_model, method), lab.submit(tiny_model, method)
@@ -162,6 +172,7 @@ def test_three_kills_in_one_run_change_no_bit_of_it(
         assert lab.attempt(box) is Status.QUEUED
         assert kill.done.is_set()
     monkeypatch.setattr(process, "read_messages", READ_MESSAGES)
+    monkeypatch.delenv(warm.SOCKET)
     assert lab.attempt("owl") is Status.SUCCEEDED
 
     attempts = lab.store.attempts(killed)

@@ -11,7 +11,6 @@ import pytest
 from sqlalchemy import make_url
 
 from loractl.common.errors import ServiceUnreachable
-from loractl.common.queue.hints import wake
 from loractl.common.settings import load_settings
 from loractl.common.store.database import connect
 from loractl.common.store.store import Store
@@ -19,6 +18,7 @@ from loractl.common.store.store import Store
 from .. import services
 from ..conftest import Cli
 from ..models import write_helpdesk
+from ..services import wake
 from ..tls import make_authority, terminator
 
 pytestmark = pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl makes the certificates")

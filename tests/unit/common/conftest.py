@@ -7,7 +7,6 @@ from collections.abc import Iterator
 import pytest
 
 from loractl.common.store.database import make_engine
-from loractl.common.store.schema import upgrade
 from loractl.common.store.store import Store
 
 from ..factories import Clock
@@ -19,9 +18,8 @@ def clock() -> Clock:
 
 
 @pytest.fixture
-def timed(database_url: str, clock: Clock) -> Iterator[Store]:
+def timed(upgraded_url: str, clock: Clock) -> Iterator[Store]:
     """A store on an upgraded database of each kind whose time is `clock`."""
-    engine = make_engine(database_url)
-    upgrade(engine)
+    engine = make_engine(upgraded_url)
     yield Store(engine, clock)
     engine.dispose()

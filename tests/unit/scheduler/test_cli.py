@@ -16,6 +16,8 @@ from loractl.scheduler.cli import COMMANDS, cli
 
 from ...conftest import Cli
 
+pytestmark = pytest.mark.cold  # what a command imports is the subject
+
 IMPORTS = """
 import sys
 from loractl.scheduler.cli import main

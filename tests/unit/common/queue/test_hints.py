@@ -13,10 +13,11 @@ import redis
 from loractl.common.errors import ExitCode, ServiceUnreachable, UsageError
 from loractl.common.placement.sizes import VRAM_CLASSES
 from loractl.common.queue.app import make_app
-from loractl.common.queue.hints import WAKE_TASK, queue_name, wake
+from loractl.common.queue.hints import WAKE_TASK, queue_name
 from loractl.common.settings import load_settings
 
 from .... import services
+from ....services import wake
 
 
 @pytest.mark.timeout(30)
