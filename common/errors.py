@@ -152,8 +152,8 @@ class Forbidden(LoractlError):
 class SchemaMismatch(LoractlError):
     """The database's schema is not the one that this loractl knows."""
 
-    def __init__(self, found: str | None, wanted: str) -> None:
-        older = "has no loractl tables yet" if found is None else f"is at revision {found}"
+    def __init__(self, revision: str | None, wanted: str) -> None:
+        older = "has no loractl tables yet" if revision is None else f"is at revision {revision}"
         super().__init__(
             f"the database {older}, this loractl needs revision {wanted}",
             "run loractl db upgrade; if the database is the newer one, upgrade loractl instead",

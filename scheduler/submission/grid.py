@@ -131,12 +131,12 @@ def _all_points(grid: Grid) -> Iterator[Point]:
 def _drawn(grid: Grid, trials: int, seed: int) -> list[Point]:
     """Different points; the first n of a seed are the same for every number of trials."""
     rng = random.Random(seed)  # noqa: S311  no secret hangs on it
-    found: dict[tuple[str, ...], Point] = {}
+    points: dict[tuple[str, ...], Point] = {}
     for _ in range(trials * _TRIES_A_POINT):
         point = {axis.key: axis.draw(rng) for axis in grid.axes}
-        found.setdefault(tuple(point.values()), point)
-        if len(found) == trials:
-            return list(found.values())
+        points.setdefault(tuple(point.values()), point)
+        if len(points) == trials:
+            return list(points.values())
     raise UsageError(f"the ranges are too narrow for {trials} different points", "widen them, or draw fewer")
 
 
@@ -149,7 +149,7 @@ def _axis(key: str, text: str) -> Values | Range | None:
         return None
     if "" in texts:
         raise UsageError(f"--set {key}={text} has an empty value", _EXAMPLE)
-    if twice := next((one for n, one in enumerate(texts) if one in texts[:n]), None):
+    if twice := next((text for n, text in enumerate(texts) if text in texts[:n]), None):
         raise UsageError(f"--set {key} has the value {twice} twice", "leave one of them out")
     return Values(key=key, texts=tuple(texts))
 

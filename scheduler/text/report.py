@@ -91,11 +91,11 @@ def _turns_table(turns: list[dict[str, Any]] | None, screen: Screen) -> list[str
     return ["", *table(headers, rows, screen, right=tuple(headers))]
 
 
-def _harness_table(found: dict[str, Any] | None, screen: Screen) -> list[str]:
+def _harness_table(harness: dict[str, Any] | None, screen: Screen) -> list[str]:
     """The lm-eval harness's tasks; members of a group that has an average of its own are in the page and the JSON."""
-    if not found:  # none was asked for, or an older report
+    if not harness:  # none was asked for, or an older report
         return []
-    rows, shown = [], [m for m in found["metrics"] if m["group"] is None]
+    rows, shown = [], [m for m in harness["metrics"] if m["group"] is None]
     for m in shown:
         low, high = (signed(m[key], 3) for key in ("low", "high"))
         rows.append(
@@ -109,14 +109,14 @@ def _harness_table(found: dict[str, Any] | None, screen: Screen) -> list[str]:
             ]
         )
     headers = ["TASK", "BASE", "TUNED", "CHANGE", "95 % INTERVAL", "READING"]
-    limit = "all rows" if found["limit"] is None else f"at most {thousands(found['limit'])} rows"
+    limit = "all rows" if harness["limit"] is None else f"at most {thousands(harness['limit'])} rows"
     paired = "Intervals: paired bootstrap over the documents"
     unpaired = any(m["interval"] == "unpaired" for m in shown)
-    hidden = len(found["metrics"]) - len(shown)
+    hidden = len(harness["metrics"]) - len(shown)
     return [
         "",
         *table(headers, rows, screen, right=("BASE", "TUNED", "CHANGE")),
-        f"lm_eval {clean_line(found['version'])}, {limit} of each task; standard errors in brackets.",
+        f"lm_eval {clean_line(harness['version'])}, {limit} of each task; standard errors in brackets.",
         paired + ("; * unpaired, from both standard errors." if unpaired else "."),
         *([f"{hidden} more numbers, of the groups' members, are in the page and in --json."] if hidden else []),
     ]

@@ -152,11 +152,13 @@ def _chosen(devices: list[Device], only: str | None) -> list[Device]:
         return devices
     chosen: list[Device] = []
     for name in (part.strip() for part in only.split(",")):
-        found = [d for d in devices if name and (str(d.index) == name or d.uuid.startswith(name))]
-        if len(found) != 1:
+        matching = [d for d in devices if name and (str(d.index) == name or d.uuid.startswith(name))]
+        if len(matching) != 1:
             there = ", ".join(f"{d.index} ({d.uuid})" for d in devices)
-            raise UsageError(f"--gpus: {name!r} is {'not one' if found else 'no'} card of this box", f"it has {there}")
-        chosen += [d for d in found if d not in chosen]
+            raise UsageError(
+                f"--gpus: {name!r} is {'not one' if matching else 'no'} card of this box", f"it has {there}"
+            )
+        chosen += [d for d in matching if d not in chosen]
     return chosen
 
 

@@ -206,14 +206,16 @@ def _patience(job: Job, me: Waiting, view: FleetView) -> Wait | None:
 
 def _room(job: Job, me: Waiting, view: FleetView) -> Wait:
     """The card that has room first, and whose ends that takes; without one, who holds the largest card."""
-    found = {card.node: opening for card in view.cards.values() if (opening := opening_of(me, card, view)) is not None}
-    if not found:
+    openings = {
+        card.node: opening for card in view.cards.values() if (opening := opening_of(me, card, view)) is not None
+    }
+    if not openings:
         return _held_by_others(me, view)
     kept_node, kept_for = _kept(view)
     mine = kept_for == job.job_id
-    first = min(found, key=lambda name: (*found[name].rank, name))
-    node = kept_node if mine and kept_node in found else first
-    opening = found[node]
+    first = min(openings, key=lambda name: (*openings[name].rank, name))
+    node = kept_node if mine and kept_node in openings else first
+    opening = openings[node]
     sentence = f"{node} when {when_they_end(opening.after)}{' (kept for it)' if mine else ''}"
     return _capacity("busy" if opening.only_slot else "memory", sentence)
 

@@ -64,12 +64,12 @@ def _smaller_forms(spec: JobSpec, methods: Sequence[Method], room: int) -> list[
     shape = read_shape(spec.base_model, spec.revision)
     if shape is None or room <= 0:
         return []
-    found: dict[str, tuple[str, dict[Method, int]]] = {}
+    smaller: dict[str, tuple[str, dict[Method, int]]] = {}
     for method in methods:
         fit = largest_fit(shape, spec, method, room)
         for key, text, changed in (*_shorter_rows(spec, fit), *_fewer_rows(spec, fit)):
-            found.setdefault(key, (text, {}))[1][method] = plan(shape, changed, method).need_bytes
-    return [(key, text, needs) for key, (text, needs) in found.items()]
+            smaller.setdefault(key, (text, {}))[1][method] = plan(shape, changed, method).need_bytes
+    return [(key, text, needs) for key, (text, needs) in smaller.items()]
 
 
 def _shorter_rows(spec: JobSpec, fit: Fit) -> Iterator[tuple[str, str, JobSpec]]:
