@@ -1,1 +1,1 @@
-"""What the client and the worker agree on: spec, status, tables, store, queue, artifacts, memory plan, placement."""
+"""What the client and the worker share: jobs, data, memory plan, placement, store, queue. Imports neither of them."""

@@ -1,7 +1,7 @@
 """The artifact store: data sets by content hash, and what jobs store by attempt.
 
 A result is written under jobs/<id>/attempt-<n>/ and closed by manifest.json, which names every file with its size and
-sha256. Whatever has no manifest does not exist. Names are made here, never from what a person typed.
+sha256. What has no manifest does not count as stored. Names are made here, never from what a person typed.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _HOLDING = re.compile(
     r"(?:/.*)?",
     re.ASCII | re.DOTALL,
 )
-"""The names that are made here. Nothing else is listed, and nothing else removed."""
+"""The names that are made here. Nothing else is listed or removed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +74,7 @@ class ArtifactStore:
     def fetch_dataset(self, uri: str, sha256: str, folder: Path) -> Path:
         """Download a data set into `folder` unless it is there; its content must match the hash.
 
-        Raises ArtifactError, also for what put_dataset can't have stored: a row that another wrote could name anything.
+        Raises ArtifactError, also for a name that put_dataset can't have made: others may have written the row.
         """
         name = uri.removeprefix(self.url + "/")
         if not re.fullmatch(rf"datasets/{re.escape(sha256)}\.[a-z]{{1,8}}", name) or not _SHA256.fullmatch(sha256):
@@ -137,7 +137,7 @@ class ArtifactStore:
         return manifest
 
     def pull(self, prefix: str, part: str, target: Path) -> Manifest:
-        """Copy the files of `prefix` whose name begins with `part` into `target`, verified; names without `part`."""
+        """Copy the files of `prefix` that begin with `part` into `target`, verified, under the rest of their names."""
         wanted = {name: file for name, file in self.manifest(prefix).items() if name.startswith(part)}
         if not wanted:
             raise ArtifactError(f"{self.url}/{prefix} has no {part}")
@@ -166,7 +166,7 @@ class ArtifactStore:
         return raw
 
     def holdings(self, part: str) -> list[Holding]:
-        """Everything below `part` ("jobs" or "datasets") whose name was made here."""
+        """Everything below `part` ("jobs" or "datasets") that has a name of this store."""
         files_of: dict[str, list[tuple[int, dt.datetime]]] = {}
         with self._errors(f"listing {part}"):
             for name, size, changed_at in self._files.below(part):
@@ -178,7 +178,7 @@ class ArtifactStore:
         ]
 
     def remove(self, name: str) -> None:
-        """Remove a holding; manifests first, so that what is left after a crash is no result. Raises ValueError for a
+        """Remove a holding, manifests first: what a crash leaves then counts as no result. Raises ValueError for a
         name that was not made here."""
         match = _HOLDING.fullmatch(name)
         if match is None or match[1] != name:
@@ -204,7 +204,7 @@ class ArtifactStore:
         except FileNotFoundError as error:
             raise ArtifactError(f"{doing}: not found in {redacted(self.url)}") from error
         except OSError as error:
-            # s3fs and fsspec report the service's answers as OSError; no errno means that none came.
+            # s3fs and fsspec report the service's answers as OSError; without an errno the service did not answer.
             why = error.strerror or str(error) or type(error).__name__
             raise ArtifactError(
                 f"{doing} in {redacted(self.url)}: {why}", "check LORACTL_ARTIFACTS_URL and its free space"
@@ -237,7 +237,7 @@ def _is_manifest(name: str) -> bool:
 
 
 def _checked(file: StoredFile) -> StoredFile:
-    """A manifest's entry, unless its hash is none: others make names of folders from it. Raises ValueError."""
+    """A manifest's entry. Raises ValueError when its hash is not a hash: other code names folders after it."""
     if not isinstance(file.sha256, str) or not _SHA256.fullmatch(file.sha256) or not isinstance(file.size, int):
         raise ValueError("no hash or no size")
     return file

@@ -13,8 +13,8 @@ LoractlError                    1  failed
 ├── ArtifactError               1  an artifact can't be written or does not match its manifest
 └── WrongState                  1  the job's state does not allow that
 
-The command line (`loractl.scheduler.cli.main`) prints one that reaches it, and exits with its code. A supervisor ends
-the attempt with a reason instead, a server answers with the sentence. Other code catches one only where it can go on.
+The command line (`loractl.scheduler.cli.main`) prints one that reaches it, and exits with its code. A supervisor
+ends the attempt with a reason instead; a server answers with the sentence. Other code catches one only to go on.
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ class ServiceUnreachable(LoractlError):
 
 
 class Forbidden(LoractlError):
-    """The database lets its user do some things only: a role to submit, a role to work (docs/deploy.md)."""
+    """The database's user has no right to do that: one role submits, another one works (docs/deploy.md)."""
 
     def __init__(self, user: str | None, why: str) -> None:
         super().__init__(

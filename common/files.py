@@ -17,14 +17,14 @@ from .errors import UsageError
 from .settings import redacted
 
 FRESH_S = 3600.0
-"""What was stored longer ago is dated anew by the next submit: loractl gc goes by that date, and must not take what a
-job that is just being submitted will name."""
+"""The next submit gives a file that is older than this today's date. loractl gc goes by the date, and must not take
+what a job names that is just being submitted."""
 
 _BLOCK = 1 << 20
 
 
 class Bucket:
-    """Objects on S3, or wherever else fsspec leads. Another reader sees an object only when it is complete."""
+    """Objects on S3 or any other store that fsspec knows. A reader sees an object only when it is complete."""
 
     def __init__(self, filesystem: Any, root: str) -> None:
         self._fs = filesystem
@@ -87,7 +87,7 @@ class Bucket:
 
 
 class Folder(Bucket):
-    """Files in a folder, which others may share: links in it are not followed out of it."""
+    """Files in a folder that others may share: a link is not followed out of it."""
 
     def put(self, path: Path, name: str) -> None:
         """Copy a file: written aside and renamed, so that it is seen only when it is complete."""
@@ -103,7 +103,7 @@ class Folder(Bucket):
     def refresh(self, path: Path, name: str) -> None:
         try:
             os.utime(self._at(name))
-        except PermissionError:  # another person's, whose date only they can change
+        except PermissionError:  # another person's file: only they can change its date
             self.put(path, name)
 
     def below(self, part: str) -> Iterator[tuple[str, int, dt.datetime]]:
@@ -154,7 +154,7 @@ def open_files(url: str) -> Bucket:
 
 
 def remove_tree(path: Path) -> None:
-    """Remove a file or a folder with all below it; a link goes itself, what it leads to stays."""
+    """Remove a file, or a folder with all below it. Of a link only the link itself goes."""
     with contextlib.suppress(FileNotFoundError):  # somebody else was faster
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)

@@ -18,9 +18,9 @@ Fingerprint = dict[str, str]
 
 
 def fingerprint(folder: Path, cache: Path) -> Fingerprint:
-    """Hash a model's files, which lie in `folder` itself. Raises OSError.
+    """Hash a model's files, directly in `folder`. Raises OSError.
 
-    What was hashed before is remembered below `cache` and hashed again when the file has changed.
+    Hashes are remembered below `cache`. A file is hashed again when it has changed.
     """
     note = cache / "bases" / f"{hashlib.sha256(str(folder.resolve()).encode()).hexdigest()}.json"
     known: dict[str, list[Any]] = json.loads(note.read_text("utf-8")) if note.exists() else {}
@@ -28,7 +28,7 @@ def fingerprint(folder: Path, cache: Path) -> Fingerprint:
     for path in sorted(folder.iterdir()):
         if path.suffix in SUFFIXES and path.is_file():
             facts = path.stat()
-            # a copy of another model's weights may keep size and date; the time of the inode's change it can't choose
+            # a copy of another model's weights may keep size and date; it can't choose the time of the inode's change
             seen = [facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns, facts.st_ino]
             *before, hashed = known.get(path.name, [""])
             hashes[path.name] = [*seen, hashed if before == seen else sha256_of(path)]
@@ -46,7 +46,7 @@ def digest(files: Fingerprint) -> str:
 
 
 def changed_files(then: Fingerprint, now: Fingerprint) -> list[str]:
-    """Files whose content is another one; of those that only one side has, the weights.
+    """Files that differ; of those that only one side has, the weights.
 
     A box of the hub's cache has only the files that somebody asked for there.
     """

@@ -41,10 +41,10 @@ class Settings:
     trainer_ram: int | None = None  # bytes that a training on the CPU may take; None: no limit
     user: str
     host: str  # this box's name in the names of its nodes
-    model_roots: tuple[Path, ...] = ()  # a base model that is a folder lies in one of them; empty: anywhere
-    trusted_code: frozenset[str] = frozenset()  # "owner/model@commit" whose own code this box may run
+    model_roots: tuple[Path, ...] = ()  # a base model's folder must lie in one of them; empty: anywhere
+    trusted_code: frozenset[str] = frozenset()  # "owner/model@commit": models with code that this box may run
     lm_eval_tasks: Path | None = None  # the owner's folder of tasks for the lm-eval harness; they may run code
-    lease_s: float = LEASE_S  # how long an attempt of this box may be silent; what beats for it follows
+    lease_s: float = LEASE_S  # how long an attempt of this box may be silent; its heartbeats follow from it
     trainer: str = TRAINER  # the module that trains, run by `python -m`; it speaks worker/protocol.py
 
     @property
@@ -70,8 +70,8 @@ class Settings:
 def load_settings(environ: dict[str, str] | None = None) -> Settings:
     """Read LORACTL_* from the environment, then `config.toml` in LORACTL_HOME, then defaults.
 
-    Raises UsageError when config.toml can't be read, has an unknown key, or shows a password to others, and for a value
-    that is none.
+    Raises UsageError when config.toml can't be read, has an unknown key, or shows a password to others, and for a wrong
+    value.
     """
     env = dict(os.environ) if environ is None else environ
     home = Path(env.get("LORACTL_HOME") or "~/.loractl").expanduser().absolute()
@@ -170,7 +170,7 @@ def _host(name: str) -> str:
 
 def redacted(url: str) -> str:
     """The URL without its user's password, fit for a message or a log."""
-    # Not urlsplit: it fails on the very URLs that messages complain of (a bad port, a raw # or / in a password).
+    # Not urlsplit: it fails on just those URLs that messages complain about (a bad port, a raw # or / in a password).
     hidden = re.sub(r"^([\w+.-]+://[^:/@]*):.*@", r"\1:***@", url)
     return re.sub(r"([?&]\w*password=)[^&]*", r"\1***", hidden)
 

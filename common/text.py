@@ -1,4 +1,4 @@
-"""Text that is safe to show and to store: without what steers a terminal, without what a database can't hold."""
+"""Text that is safe to show and to store: nothing in it steers a terminal, and a database can hold all of it."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""A data set before any tokenizer: rows, labels, findings. No tokenizer, no database."""
+"""A data set before it is tokenised: rows, formats, labels, findings. No tokenizer, no database."""

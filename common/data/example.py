@@ -1,4 +1,4 @@
-"""What one row teaches, whatever its format."""
+"""What one row teaches, in any format."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Example:
     label: str | None = None
 
     def content_hash(self) -> str:
-        """Equal for rows that teach the same, wherever they stand."""
+        """Equal for rows that teach the same, in any place."""
         content: list[Any] = [[(t.role, t.content) for t in self.turns], self.prompt, self.text]
         content += [] if self.label is None else [self.label]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()

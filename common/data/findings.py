@@ -1,7 +1,7 @@
 """What may be wrong with training data: findings that need no tokenizer, for submit and for the worker alike.
 
-An error is what the trainer refuses. A warning is learned from all the same, and probably not what was meant; a note
-only tells. docs/data.md lists every kind.
+The trainer refuses an error. It learns from rows with a warning, though they are probably not what was meant. A note
+only informs. docs/data.md lists every kind.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ FEW_HELD_OUT = 8
 """Below this the report gives no interval (MIN_CASES in worker/evaluation)."""
 
 LABELS = 20
-"""At most so many different answers, each short and each given by several rows, are taken for labels."""
+"""At most so many different answers count as labels, if each is short and several rows give it."""
 
 LABEL_WORDS = 5
 
 FEW_OF_A_LABEL = 8
-"""A label with fewer rows to train on is hardly learned: a random sample of them says little of the next one."""
+"""A label with fewer rows to train on is hardly learned: so few rows say little about the next one."""
 
 LOPSIDED = 0.9
-"""Share of one label from which a model that always answers it looks good."""
+"""From this share of one label on, a model that always gives this label looks good."""
 
 SHORT_CHARACTERS = 2
 
@@ -46,7 +46,7 @@ _MOJIBAKE = ("\ufffd", "Ã©", "Ã¨", "Ã¼", "Ã¶", "Ã¤", "Ã±", "â€™
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """One thing about a data set, with the number of rows it holds for and the first of them."""
+    """One finding about a data set, with the number of its rows and the first of them."""
 
     level: Level
     kind: str
@@ -73,7 +73,7 @@ def about_rows(level: Level, kind: str, text: str, rows: Sequence[int], hint: st
 
 
 def refusals(errors: Iterable[DataError]) -> list[Finding]:
-    """The trainer's refusals, those of one kind as one finding that quotes the first."""
+    """The trainer's refusals: one finding a kind, which quotes the first."""
     kinds: dict[str, list[DataError]] = defaultdict(list)
     for error in errors:
         kinds[error.kind].append(error)
@@ -184,7 +184,7 @@ def _answers(train: Sequence[Example]) -> Iterator[Finding]:
 
 
 def _labelled(train: Sequence[Example], held_out: Sequence[Example]) -> Iterator[Finding]:
-    """A classifier's labels: how often each is taught, and whether the report can say anything of it."""
+    """A classifier's labels: how often each is taught, and whether the report can say anything about it."""
     rows: dict[str, list[int]] = defaultdict(list)
     for example in train:
         if example.label is not None:
@@ -251,7 +251,7 @@ def _answered(turns: Sequence[Turn]) -> Iterator[str]:
 
 
 def _asks(example: Example) -> bool:
-    """Whether something of the row is given and not learned."""
+    """Whether a part of the row is given and not learned."""
     return bool(example.turns or example.prompt or example.label is not None)
 
 

@@ -1,6 +1,6 @@
 """The formats of rows: which one a data set has, and what each of its rows teaches.
 
-Without torch, so that submit refuses bad data before a job waits for it; the trainer runs the very same checks.
+It needs no torch, so submit refuses bad data before a job waits. The trainer runs the same checks.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def detect_format(
 
 
 def _check_labelled(first: RawRow, columns: list[str], file: str | Path) -> None:
-    """A classifier's rows have two columns, whatever else stands beside them. Raises DataError."""
+    """A classifier's rows have two columns, and may have others. Raises DataError."""
     if not {"text", "label"} <= first.value.keys():
         what = (
             f"a classifier learns from rows with text and label, and the columns are {', '.join(columns) or '(none)'}"
@@ -115,7 +115,8 @@ def parse_examples(
 ) -> tuple[list[Example], list[str]]:
     """Every row as an Example, and a sentence for each row that was dropped.
 
-    Raises DataError for the first row that can't be learned from, or, where those are dropped, when none is left.
+    Raises DataError for the first row that can't be learned from. Where such rows are dropped, it raises when no row
+    is left.
     """
     examples, refused = parse_each(rows, format, file)
     if refused and on_bad_row is BadRow.ERROR:

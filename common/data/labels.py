@@ -16,7 +16,7 @@ LONGEST = 256
 
 
 def label_name(value: Any) -> str:
-    """A label as text, its spaces folded: what a row says, or a whole number. Raises ValueError, saying what it is."""
+    """A label as text with its spaces folded: text or a whole number. Raises ValueError that says what else it is."""
     if isinstance(value, bool) or not isinstance(value, (str, int)):
         kinds = {bool: "true or false", dict: "an object", list: "a list", type(None): "missing or null"}
         raise ValueError(kinds.get(type(value), repr(value)))
@@ -33,7 +33,7 @@ def label_name(value: Any) -> str:
 def labels_of(train: Sequence[Example]) -> tuple[str, ...]:
     """The labels that training rows teach, sorted: by size where all are whole numbers, else as text.
 
-    A label's place in it is its number in the model's head, the same for the same rows in any order.
+    A label's place is its number in the model's head. The same rows in another order give the same places.
     """
     names = {example.label for example in train if example.label is not None}
     if all(re.fullmatch(r"-?[0-9]{1,18}", name) for name in names):
@@ -42,7 +42,7 @@ def labels_of(train: Sequence[Example]) -> tuple[str, ...]:
 
 
 def check_taught(train: Sequence[Example], file: str | Path) -> tuple[str, ...]:
-    """The labels that are taught. Raises DataError where there is one only: a head that always says it is right."""
+    """The labels that are taught. Raises DataError where there is only one: a head that always says it is right."""
     labels = labels_of(train)
     if len(labels) < 2:
         what = f"every row to train on has the label {labels[0]!r}" if labels else "no row to train on has a label"
@@ -52,7 +52,7 @@ def check_taught(train: Sequence[Example], file: str | Path) -> tuple[str, ...]:
 
 
 def untaught(held_out: Sequence[Example], labels: Sequence[str], file: str | Path) -> list[DataError]:
-    """A sentence for each held-out row whose label the head does not have."""
+    """A sentence for each held-out row with a label that the head does not have."""
     known = set(labels)
     shown = ", ".join(labels[:8]) + (", ..." if len(labels) > 8 else "")
     return [

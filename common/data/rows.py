@@ -16,7 +16,7 @@ from loractl.common.job.sections import DATA_SUFFIXES
 
 @dataclass(frozen=True, kw_only=True)
 class RawRow:
-    """One row as it stands in the file; `number` is its line in jsonl, else its place, from 1."""
+    """One row as the file has it; `number` is its line in jsonl, else its place, from 1."""
 
     number: int
     value: Mapping[str, Any]

@@ -1,4 +1,4 @@
-"""The split of a data set: what a job trains on, and what it holds out to measure itself by."""
+"""The split of a data set: what a job trains on, and what it holds out to measure the result."""
 
 from __future__ import annotations
 
@@ -53,10 +53,10 @@ def split_data(dataset: DatasetSpec, rows: list[RawRow], held_rows: list[RawRow]
 
 
 def split_held_out(examples: list[Example], test_size: float, file: str | Path) -> tuple[list[Example], list[Example]]:
-    """(train, held out), by content: the same rows are held out whatever their order and the seed.
+    """(train, held out), by content: the same rows are held out in any order and with any seed.
 
-    Equal rows land on the same side, so that nothing held out was trained on. Of labelled rows no label is held out
-    whole: a classifier could not know it.
+    Equal rows land on the same side, so that no held-out row was trained on. Each label keeps a row to train on:
+    without one a classifier could not know it.
     """
     label_of = {e.content_hash(): e.label for e in examples}
     hashes = sorted(label_of)
@@ -84,7 +84,7 @@ def split_held_out(examples: list[Example], test_size: float, file: str | Path) 
 def _of_known_labels(
     held_out: list[Example], labels: tuple[str, ...], file: str | Path, on_bad_row: BadRow
 ) -> tuple[list[Example], list[str]]:
-    """The held-out rows whose label is taught, and a sentence for each of the others, where those are left out."""
+    """The held-out rows with a label that is taught, and a sentence for each other row, where those are left out."""
     refused = untaught(held_out, labels, file)
     if refused and (on_bad_row is BadRow.ERROR or len(refused) == len(held_out)):
         refused[0].hint = "teach it, correct it, or leave such rows out with dataset.on_bad_row: drop"

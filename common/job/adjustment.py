@@ -1,4 +1,4 @@
-"""How a run is adjusted to the memory that there is: the same effective batch in smaller pieces, then checkpointing."""
+"""How a run is made to fit the memory: the same effective batch in smaller pieces, then gradient checkpointing."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def adjusted(spec: JobSpec, adjustment: Adjustment) -> JobSpec:
 
 
 def next_adjustment(spec: JobSpec, adjustment: Adjustment, *, on_gpu: bool) -> Adjustment | None:
-    """The next step down after out-of-memory; None when only another method or a larger card is left.
+    """The next step down after out-of-memory; None when only another method or a larger card can help.
 
     Half the micro-batch (the largest divisor of the effective batch up to half) with the accumulation that keeps the
     effective batch, down to one row; then gradient checkpointing, which is on from the start on a GPU unless the job

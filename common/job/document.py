@@ -19,7 +19,7 @@ MAX_DEPTH = 16
 """Levels of nesting; the deepest key of a job has three."""
 
 MAX_DIGITS = 64
-"""Digits of a whole number: Python neither reads nor prints one of some thousand."""
+"""Digits of a whole number: Python does not read or print thousands of them."""
 
 
 def read_yaml(path: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
@@ -69,12 +69,12 @@ def load_yaml(text: str) -> tuple[dict[tuple[str, ...], int], Any]:
     except RecursionError:
         raise yaml.YAMLError(f"it is nested deeper than {MAX_DEPTH} levels") from None
     except (ValueError, OverflowError, LookupError, AttributeError, TypeError) as error:
-        # PyYAML lets Python's own errors through, of dates and numbers that are none and of tags on the wrong kind
+        # PyYAML lets Python's own errors through: for a wrong date or number, and for a tag on the wrong kind
         raise yaml.YAMLError(str(error) or type(error).__name__) from None
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML's safe loader, with whole numbers of a length that Python can print again."""
+    """YAML's safe loader. It refuses whole numbers that are too long for Python to print."""
 
     def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
         if len(str(node.value)) > MAX_DIGITS:
@@ -96,7 +96,7 @@ def _check_extent(node: yaml.Node) -> None:
 
 
 def _extent(node: yaml.Node, known: dict[int, tuple[int, int]]) -> tuple[int, int]:
-    """(number, levels) of the nodes from `node` down, every alias written out. RecursionError: one holds itself."""
+    """(number, levels) of the nodes from `node` down, every alias written out. RecursionError: a node holds itself."""
     if not isinstance(node, yaml.CollectionNode):
         return 1, 0
     if id(node) not in known:

@@ -1,4 +1,4 @@
-"""A job file: how YAML becomes a JobSpec, or a list of problems each with its line and a "did you mean"."""
+"""A job file: its YAML becomes a JobSpec, or a list of problems, each with its line and a "did you mean"."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ def _apply_override(tree: dict[str, Any], override: str, overrides: Sequence[str
 def _refusal(
     error: ValidationError, file: str, lines: dict[tuple[str, ...], int], overrides: Sequence[str]
 ) -> SpecError:
-    """All that pydantic refuses. A key that may be of two kinds fails as each: the last, more general one is told."""
+    """All that pydantic refuses. A key of two possible kinds fails for each: the last, more general failure is told."""
     told = [problem for each in error.errors() for problem in _problems(each, file, lines, overrides)]
     return SpecError(list({(problem.file, problem.key): problem for problem in told}.values()))
 
@@ -192,7 +192,7 @@ _WANTED = {
     "model_type": "a mapping of keys",
     "dict_type": "a mapping",
 }
-"""What pydantic's kinds of errors say about a value, in words."""
+"""What a value should be, in words, by pydantic's kind of error."""
 
 
 def _explain(error: Any, key: str) -> tuple[str, str | None]:
@@ -249,7 +249,7 @@ def _resolve_paths(spec: JobSpec, folder: Path) -> JobSpec:
             path = (folder / Path(text).expanduser()).resolve()
             return str(path) if looks_local or path.exists() else text
         except (OSError, ValueError, RuntimeError):
-            # no path that this system can hold: a name too long, the home of no user
+            # not a path of this system: the name is too long, or ~name is not a user
             return text
 
     dataset = spec.dataset.model_copy(

@@ -1,7 +1,7 @@
 """Which members of a sweep go on at a rung: asynchronous successive halving in its stopping form.
 
-The rule is ASHA's (Li et al. 2020, arXiv:1810.05934), with every member started at once and stopped where the paper's
-would not be promoted: nothing waits and nothing is paused. A rung is a share of a member's own steps. Pure.
+The rule is ASHA's (Li et al. 2020, arXiv:1810.05934), with one change: every member starts at once and is stopped where
+the paper would not promote it. No member waits or is paused. A rung is a share of a member's own steps. Pure.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ ETA = 2
 """At a rung the best 1/ETA go on."""
 
 _SLACK = 1e-9
-"""A share that is written in decimals, like 0.05, is no exact part of a rung in binary."""
+"""A decimal share like 0.05 is not exact in binary, so it may miss a rung by rounding."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,10 +31,10 @@ class Verdict:
 
 
 def judge(loss: float, others: Collection[float]) -> Verdict:
-    """Whether a member with this held-out loss at a rung goes on; `others`: of the members that were there before.
+    """Whether a member with this held-out loss at a rung goes on; `others`: losses of earlier members.
 
     Among the best 1/ETA of all of them, at least one; ties go on. A member that is best at every rung is
-    never stopped, whatever the order in which the members come.
+    never stopped, in whatever order the members come.
     """
     losses = sorted([loss, *others])
     kept = max(1, len(losses) // ETA)
@@ -55,7 +55,7 @@ def rung_step(rung: float, eval_steps: float, total_steps: int) -> int | None:
 
 
 def meets_rungs(eval_steps: float, max_steps: int | None) -> bool:
-    """Whether evaluations fall on the rungs, but for rounding up to whole steps. `max_steps`: None where not known."""
+    """Whether evaluations fall on the rungs, apart from rounding up to whole steps. `max_steps`: None if unknown."""
     if eval_steps >= 1:
         return max_steps is not None and all(rung * max_steps % eval_steps == 0 for rung in RUNGS)
     return all(abs(rung / eval_steps - round(rung / eval_steps)) < _SLACK and eval_steps <= rung for rung in RUNGS)

@@ -9,7 +9,7 @@ REVISION = r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,127}$"
 
 
 def is_hub_id(text: str) -> bool:
-    """Whether the text may name a repository of the hub: owner/name, or a name alone. No path passes for one."""
+    """Whether the text may name a repository of the hub: owner/name, or a name alone. A path may not."""
     part = r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?"
     return re.fullmatch(rf"(?:{part}/)?{part}", text) is not None and ".." not in text
 
@@ -17,8 +17,8 @@ def is_hub_id(text: str) -> bool:
 def is_hub_data(text: str) -> bool:
     """Whether the text may name a data set of the hub, at a revision after an @ or at its main branch.
 
-    It has an owner: a name alone may be a reader of the datasets library (json, csv, text, ...), which takes whatever
-    files lie beside it.
+    It needs an owner: a name alone may be a reader of the datasets library (json, csv, text, ...), and that takes any
+    files that lie beside it.
     """
     name, pinned, revision = text.partition("@")
     known = re.fullmatch(REVISION, revision) is not None and ".." not in revision if pinned else True

@@ -1,7 +1,7 @@
-"""What decides a training's result, as digests: by them a stored checkpoint or a finished result is known again.
+"""Digests of what decides a training's result. They tell whether a stored checkpoint or result belongs to a job.
 
-A key that the job file had from the start is hashed with its value. A key that came later is hashed only where it says
-something else than its default, and its default means what happened before there was the key. So a new key refuses
+A key that the job file had from the start is hashed with its value. A key that came later is hashed only where it
+differs from its default, and its default means what happened before the key existed. So a new key refuses
 nothing that is stored, and a value that changes the arithmetic does, whether the user or a changed default says it.
 """
 
@@ -47,19 +47,19 @@ _RECOMPUTED = frozenset({"gradient_checkpointing", "torch_compile"})
 """Keys of `training` that change how a step is computed, not what it learns: a resume may change them."""
 
 _BATCH = frozenset({"per_device_train_batch_size", "gradient_accumulation_steps"})
-"""Keys of `training` whose product counts for a resume: in which pieces a step is computed does not."""
+"""Keys of `training` that count for a resume by their product: the pieces in which a step is computed do not."""
 
 
 def spec_digest(spec: JobSpec) -> str:
-    """sha256 over what decides the result: a finished result of the same digest, method and data is taken over."""
+    """sha256 of what decides the result. A finished result with the same digest, method and data is taken over."""
     return _digest(_deciding(spec))
 
 
 def training_digests(spec: JobSpec, method: Method, rows: Any) -> dict[str, str]:
-    """What a checkpoint belongs to, by name: with another batch, method or data a resume would run, and be wrong.
+    """What a checkpoint belongs to, by name. With another batch, method or data a resume would run but be wrong.
 
-    `rows`: what is read of the data in training, as JSON takes it. How rows became tokens is in it, and so are the
-    labels of a classifier; hence neither `dataset` nor `task_type` is a part of its own.
+    `rows`: what is read of the data in training, as JSON takes it. It shows how rows became tokens, and a
+    classifier's labels, so `dataset` and `task_type` are not parts of their own.
     """
     said = _deciding(spec)
     training = {key: value for key, value in said.pop("training").items() if key not in _RECOMPUTED | _BATCH}

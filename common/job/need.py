@@ -27,7 +27,7 @@ def permitted_methods(wanted: Method | Sequence[Method]) -> tuple[Method, ...]:
 
 
 def choose_method(methods: Sequence[Method], need: Need, limit: int) -> Method | None:
-    """The preferred method that runs in `limit` bytes; a need that is not known counts as fitting. None: none fits."""
+    """The preferred method that runs in `limit` bytes; an unknown need counts as fitting. None: no method fits."""
     for method in methods:
         size = need.of(method)
         if size is None or size <= limit:
@@ -36,7 +36,7 @@ def choose_method(methods: Sequence[Method], need: Need, limit: int) -> Method |
 
 
 def within(methods: Sequence[Method], need: Need, max_vram: int | None) -> tuple[Method, ...]:
-    """The methods that the job's own limit admits; a need that is not known yet counts as admitted."""
+    """The methods that the job's own limit admits. It admits a need that is not known yet."""
     if max_vram is None:
         return tuple(methods)
     sizes = [(method, need.of(method)) for method in methods]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from loractl.common.errors import UsageError
 
 LATEST = "latest"
-"""The tag that nobody sets: the newest adapter of a name."""
+"""The tag that moves by itself to the newest adapter of a name. A person can't set it."""
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 

@@ -39,7 +39,7 @@ LARGEST = 2**31 - 1
 
 
 class TaskType(enum.StrEnum):
-    """What is learned, by peft's names."""
+    """What the model learns to do, by peft's names."""
 
     CAUSAL_LM = "CAUSAL_LM"  # to go on with a text, as answers do
     SEQ_CLS = "SEQ_CLS"  # to name a text's label, by a head that has nothing but labels
@@ -211,7 +211,7 @@ class TrainingSpec(Section):
         "constant_with_warmup", "inverse_sqrt", "warmup_stable_decay",
     ] = "cosine"  # fmt: skip
     lr_scheduler_kwargs: dict[Name, float | str] = Field(default_factory=dict, max_length=16)
-    """What the scheduler takes besides, like {min_lr_rate: 0.1} for cosine_with_min_lr."""
+    """More arguments of the scheduler, like {min_lr_rate: 0.1} for cosine_with_min_lr."""
     weight_decay: float = Field(0.0, ge=0, lt=1)
     max_grad_norm: float = Field(1.0, gt=0)
     adam_beta1: float = Field(0.9, ge=0, lt=1)
@@ -240,13 +240,13 @@ class TrainingSpec(Section):
     save_steps: int = Field(50, ge=1, le=LARGEST)
     """A checkpoint every so many steps."""
     eval_steps: StepsOrShare | None = None
-    """Held-out loss every so many steps, or below 1 every such share of all steps; null: only before and after."""
+    """Held-out loss every so many steps, or below 1 after each such share of all steps; null: only before and after."""
     early_stopping_patience: int | None = Field(None, ge=1, le=LARGEST)
     """Stop when so many evaluations in a row (eval_steps) did not improve the held-out loss."""
     load_best_model_at_end: bool = False
     """Keep the adapter of the evaluation (eval_steps) with the least held-out loss, not the last one."""
     report_to: list[Literal["tensorboard", "wandb", "mlflow"]] = Field(default_factory=list, max_length=3)
-    """Where else the curves go; the worker needs the package, and its owner's account."""
+    """Other places for the curves. The worker needs the package and an account."""
     seed: int = Field(0, ge=0, lt=2**32)
 
     @property

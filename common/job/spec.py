@@ -58,7 +58,7 @@ class JobSpec(Section):
     @model_validator(mode="before")
     @classmethod
     def _defaults_of_the_task(cls, value: Any) -> Any:
-        """A classifier reads one format and generates nothing, where the job does not say otherwise."""
+        """Defaults of a classifier: it reads one format and generates nothing."""
         if not isinstance(value, dict) or value.get("task_type") != TaskType.SEQ_CLS:
             return value
         value = {"evaluation": {}, **value}
@@ -74,7 +74,7 @@ class JobSpec(Section):
 
     @model_validator(mode="after")
     def _combinations(self, info: ValidationInfo) -> JobSpec:
-        wrong = _unfit_for_the_task(self)  # whoever wrote it, it can't be trained
+        wrong = _unfit_for_the_task(self)  # also in a stored spec: it can't be trained
         if info.context == AS_WRITTEN:
             wrong += [*_said_twice_or_never(self), *_without_what_they_need(self)]
         if wrong:
@@ -97,7 +97,7 @@ def spec_keys() -> list[str]:
 
 
 def _unfit_for_the_task(spec: JobSpec) -> list[str]:
-    """ "key: sentence" for each key that the job's task can't do anything with."""
+    """ "key: sentence" for each key that means nothing for the job's task."""
     dataset, evaluation, classifier = spec.dataset, spec.evaluation, spec.task_type is TaskType.SEQ_CLS
     if not classifier:
         what = "is for task_type: SEQ_CLS, which learns labels; set that, or take another format"
@@ -126,7 +126,7 @@ def _unfit_for_the_task(spec: JobSpec) -> list[str]:
 
 
 def _said_twice_or_never(spec: JobSpec) -> Iterator[str]:
-    """ "key: sentence" for what two keys say in two ways, or none of them says."""
+    """ "key: sentence" for what two keys both say, or for what neither says."""
     dataset, training = spec.dataset, spec.training
     if spec.task_type is TaskType.SEQ_CLS and _is_set(spec.evaluation, "max_new_tokens"):
         yield "evaluation.max_new_tokens: a classifier generates no answers; leave it out"
@@ -141,7 +141,7 @@ def _said_twice_or_never(spec: JobSpec) -> Iterator[str]:
 
 
 def _without_what_they_need(spec: JobSpec) -> Iterator[str]:
-    """ "key: sentence" for each key that does nothing, or can't, beside what the others say."""
+    """ "key: sentence" for each key that has no effect, or can't have one, beside the other keys."""
     training, methods = spec.training, permitted_methods(spec.method)
     if spec.lora_patience is not None and methods != (Method.LORA, Method.QLORA):
         yield "lora_patience: is for method auto or [lora, qlora]; with another there is nothing to wait for"

@@ -13,14 +13,14 @@ class Status(enum.StrEnum):
     RUNNING = "running"  # an attempt holds a lease on it
     SUCCEEDED = "succeeded"  # adapter and report are stored and verified
     FAILED = "failed"  # ended without a result; the reason says why
-    CANCELLED = "cancelled"  # ended because a person asked for it, or a sweep that stops its losers
+    CANCELLED = "cancelled"  # ended because a person asked for it, or because its sweep stops its losers
 
     @property
     def is_terminal(self) -> bool:
         return self in (Status.SUCCEEDED, Status.FAILED, Status.CANCELLED)
 
 
-TRANSITIONS: dict[Status, frozenset[Status]] = {  # the store writes no other step
+TRANSITIONS: dict[Status, frozenset[Status]] = {  # the store makes no other change
     Status.QUEUED: frozenset({Status.RUNNING, Status.CANCELLED, Status.FAILED}),  # FAILED: a spec no worker can read
     Status.RUNNING: frozenset({Status.QUEUED, Status.SUCCEEDED, Status.FAILED, Status.CANCELLED}),
     Status.SUCCEEDED: frozenset(),
@@ -144,7 +144,7 @@ OUTCOMES: dict[Reason, Meaning] = {
 }
 
 WORKER_LOST_LIMIT = 3
-"""A job whose worker was lost, or whose card failed, this often is held: it may be what kills them."""
+"""A job that loses its worker or meets a failing card this often is held: it may be the cause."""
 
 LAB_RETRY_DELAY_S = 10.0
 """Seconds before a job that met a failing card is tried again; the card may need them, and so may the log."""

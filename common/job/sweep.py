@@ -1,4 +1,4 @@
-"""A sweep: what is submitted together, what its members have reached, and what stopping the losers has saved."""
+"""A sweep: jobs that were submitted together, how far each has come, and what stopping the losers has saved."""
 
 from __future__ import annotations
 
@@ -84,9 +84,9 @@ class SweepView:
 
     @property
     def best(self) -> Member | None:
-        """Of the members that have succeeded the one with the least final loss.
+        """The member with the least final loss of those that have succeeded.
 
-        Before any has: the one with the least loss at the furthest rung that was reached. None before the first.
+        Before the first success: the one with the least loss at the furthest rung reached. None before the first rung.
         """
         done = [(m.final_loss, m.job_id, m) for m in self.members if m.final_loss is not None]
         if done:
@@ -97,7 +97,7 @@ class SweepView:
 
     @property
     def saved_steps(self) -> tuple[int, int]:
-        """(steps that stopped members did not take, steps of all members whose number is known)."""
+        """(steps that stopped members did not take, steps of all members); only members with a known number count."""
         saved = sum((m.total_steps or 0) - (m.step or 0) for m in self.members if m.pruned)
         return saved, sum(m.total_steps or 0 for m in self.members)
 

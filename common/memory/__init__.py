@@ -1,1 +1,1 @@
-"""The memory plan: bytes from a model's shape and a job alone. Pure."""
+"""The memory plan: device bytes from a model's config.json and a job. No torch, no SQL; runs nothing on a device."""

@@ -35,7 +35,7 @@ def find_config(model: str | Path, revision: str | None = None) -> Path | None:
         if (pinned := repository / "snapshots" / _commit_of(repository, revision or "main") / "config.json").is_file():
             return pinned
         if revision is not None:
-            return None  # what the cache has is of another revision
+            return None  # the cache has another revision
         configs = list(repository.glob("snapshots/*/config.json"))
         return max(configs, key=lambda path: path.stat().st_mtime, default=None)
     except (OSError, ValueError):

@@ -10,13 +10,13 @@ from loractl.common.job.method import Method
 from loractl.common.job.need import Need
 
 MIN_MEASURED = 3
-"""Fewer attempts teach nothing of a family."""
+"""Fewer attempts teach nothing about a family."""
 
 FACTOR_BOUNDS = (0.7, 1.5)
 """A learned factor stays within these; beyond them the plan is wrong and should be mended, not scaled."""
 
 LIKE_IT_SPARE = 1.05
-"""On the peak of a job just like it: what the allocator's fragmentation differs by between runs."""
+"""Added to the peak of a job just like it: fragmentation differs between runs by so much."""
 
 GROWTH = 1.25
 """A reservation that was too small grows by this: a quarter reaches the next size of card in one or two tries."""
@@ -99,7 +99,7 @@ def peaks_like(need_key: str, method: Method, attempts: Iterable[Measured]) -> l
 def _learned(planned: int | None, method: Method, need_key: str, attempts: Sequence[Measured]) -> int | None:
     same = [a for a in attempts if a.method is method]
     like_it = peaks_like(need_key, method, same)
-    # what was too little once is too little again, whatever the plan says
+    # what was too little once is too little again, even if the plan says less
     too_little = [int(a.reserved * GROWTH) for a in same if a.need_key == need_key and a.out_of_memory and a.reserved]
     if like_it:
         return max(int(max(like_it) * LIKE_IT_SPARE), *too_little, 0)

@@ -266,7 +266,7 @@ def _fused_block(path: str, hidden: int, qkv: int, ffn: int, bias: bool, *, mlp_
 _EXPERTS = {"mixtral", "qwen2_moe", "qwen3_moe"}
 
 _TIED = {"gemma", "gemma2", "gemma3", "gemma3_text", "gpt2", "falcon", "smollm3"}
-"""Families whose config class ties head and embedding where config.json does not say."""
+"""Families that tie head and embedding where config.json does not say: their config class does so."""
 
 _GEMMA3_TEXT = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "vocab_size": 262208}
 

@@ -27,7 +27,7 @@ class Fit:
 def largest_fit(shape: Shape, spec: JobSpec, method: Method, limit: int, lengths: Lengths | None = None) -> Fit:
     """The largest micro-batch at the job's length, and the largest max_length at its micro-batch, in `limit` bytes.
 
-    A max_length beyond the longest row changes nothing, so it is sought as if rows of any length were there.
+    A max_length beyond the longest row changes nothing, so the search takes rows of any length.
     """
 
     def batch_fits(size: int) -> bool:

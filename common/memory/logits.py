@@ -22,8 +22,8 @@ EVALUATED_LOGIT_BYTES = 12
 def loss_bytes(shape: Shape, step: Step) -> float:
     """The last norm, the logits and their loss, and the 16-bit copy of an fp32 head that autocast keeps.
 
-    A classifier's head is put on every token, of which one a row counts: what it reads, what it gives, and the
-    gradients of both (GenericForSequenceClassification.forward in transformers/modeling_layers.py).
+    A classifier's head runs on every token, though only one a row counts. Its input, its output and the gradients of
+    both take memory (GenericForSequenceClassification.forward in transformers/modeling_layers.py).
     """
     if step.labels:
         size = 2 if step.autocast else 4

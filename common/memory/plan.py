@@ -2,7 +2,7 @@
 
 It follows the recipe as it runs (worker/base/model.py, worker/training/recipe.py): transformers' Trainer under bf16
 autocast, peft's LoRA layers, bitsandbytes' NF4. What each operator keeps for the backward pass was read from a traced
-step (worker/training/traced_plan.py). The plan is tested against such steps, too; no number is fitted to measured runs.
+step (worker/training/traced_plan.py). The plan is tested against such steps, too. Its numbers are not fitted to runs.
 docs/memory-plan.md has the formulas in one place.
 """
 
@@ -113,7 +113,7 @@ def plan(
 class _Peak:
     """Bytes at the worst moment of a step, beside weights, adapter, gradients and the optimizer's state."""
 
-    training: float  # all of them
+    training: float  # all parts together
     logits: float  # the loss's part; 0 where it is freed before the peak
     update: float  # the optimizer's own part, where its step is the peak
     unusable: float  # cached by the allocator on top, without use

@@ -1,1 +1,1 @@
-"""The placement rule and its replay: from values to a decision. Pure: no SQL, no clock."""
+"""The placement rule and its replay: values in, a decision out. Pure: no SQL, no clock, no file."""

@@ -11,8 +11,8 @@ from loractl.common.units import GIB
 from .lines import Waiting
 
 MARGIN_BYTES = GIB // 2
-"""Left free on every device unless its owner says otherwise (`worker --reserve`): what a desktop or a driver may take
-between the look and the allocation."""
+"""Left free on every device unless its owner says otherwise (`worker --reserve`): a desktop or a driver may take so
+much between the look and the allocation."""
 
 SHARED_FROM_BYTES = 40 * GIB
 """Cards below this run one job unless their owner says otherwise: a small card has no room for two."""
@@ -45,7 +45,7 @@ class Card:
 
     node: str
     total: int
-    outside: int = 0  # held by what is not ours, or was a short while ago
+    outside: int = 0  # held by programs that are not ours, now or a short while ago
     margin: int = 0  # what its owner keeps free
     running: tuple[Occupant, ...] = ()
     max_jobs: int = 1
@@ -56,7 +56,7 @@ class Card:
 
     @property
     def usable(self) -> int:
-        """What our jobs could ever take: the card without what its owner keeps free."""
+        """The most that our jobs could ever take: the card without what its owner keeps free."""
         return self.total - self.margin
 
     @property
@@ -93,7 +93,7 @@ def could_start(job: Waiting, card: Card, fleet: Iterable[Card]) -> bool:
 
 
 def suits(card: Card, job: Waiting, largest: int) -> bool:
-    """Whether the job may run on this card, room aside. A processor only takes what no GPU of the fleet could hold."""
+    """Whether the job may run on this card; its room is not asked. A processor takes only what no GPU could hold."""
     if not job.requires <= card.labels:
         return False
     if not card.processor:
@@ -113,7 +113,7 @@ class Room:
 
 
 def room_at(card: Card, size: int, now: dt.datetime) -> Room | None:
-    """When `size` bytes and a slot will be free if nothing else starts; None: never, while others hold so much."""
+    """When `size` bytes and a slot will be free if no other job starts; None: never, while others hold so much."""
     if size > card.capacity or card.max_jobs < 1:
         return None
     staying = sorted(card.running, key=lambda j: (j.ends is None, j.ends or now, -j.reserved, j.job_id))

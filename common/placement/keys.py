@@ -1,4 +1,4 @@
-"""The queue key: a text of all that the rule looks at in a waiting job, except its age."""
+"""The queue key: a text with everything that the rule reads of a waiting job, except its age."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ def queue_key(priority: int, least: int | None, requires: Mapping[str, str], use
 
 
 def queue_key_range(priority: int, first_step: int, last_step: int) -> tuple[str, str]:
-    """The two texts between which the keys of these steps stand; the first one is included."""
+    """The range of these steps' keys: first text included, last one not."""
     level = f"{10_000 - priority:05d}"
     return f"{level}|{first_step:03d}|", f"{level}|{last_step:03d}}}"  # } is the next character after the separator
 
 
 @dataclass(frozen=True, kw_only=True)
 class QueueKey:
-    """What `queue_key` put together, taken apart again."""
+    """The parts of a key that `queue_key` made."""
 
     text: str
     level: str

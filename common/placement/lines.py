@@ -1,4 +1,4 @@
-"""Lines of waiting jobs, of which the rule reads only what could start now."""
+"""Lines of waiting jobs. The rule reads only those jobs that could start now."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .sizes import size_step
 
 @dataclass(frozen=True, kw_only=True)
 class Waiting:
-    """A job that could start now, were there room."""
+    """A job that could start now if a card had room."""
 
     job_id: int
     user: str
@@ -52,7 +52,7 @@ class Openings:
 
     @property
     def steps(self) -> tuple[int, int]:
-        """Between which size steps, both included, everything stands that may be admitted; step 0: a need not known."""
+        """The size steps that may be admitted, as ranges with both ends included; step 0: a need not known."""
         low, high = self.processor
         return 0 if self.unknown else 1, max(size_step(self.gpu), size_step(high) if high > low else 0)
 
@@ -84,12 +84,12 @@ class Line(Protocol):
     """Ready jobs, oldest first: one user's of one priority, or all of them."""
 
     def next(self, openings: Openings) -> Waiting | None:
-        """The oldest that the openings admit and that was not given yet. Each call's openings lie within the last's."""
+        """The oldest admitted job that was not given yet. Each call's openings must lie within the last call's."""
         ...
 
 
 class ListedLine:
-    """A line that is at hand as a list."""
+    """A line over a list."""
 
     def __init__(self, jobs: Iterable[Waiting]) -> None:
         self._jobs = list(jobs)
@@ -116,7 +116,7 @@ _Shelf = tuple[int, frozenset[tuple[str, str]]]  # size step, required labels
 
 
 class KeptLine:
-    """Jobs in one order, on a shelf for each step of need: an opening rules out whole shelves unread."""
+    """Jobs in one order, on a shelf for each step of need. An opening rules out whole shelves before they are read."""
 
     def __init__(self) -> None:
         self._order: list[Order] = []
@@ -130,7 +130,7 @@ class KeptLine:
         return self._jobs[self._order[0]] if self._order else None
 
     def add(self, job: Waiting, rank: float = 0.0) -> None:
-        """Put the job where its rank, and then its number, places it."""
+        """Put the job in its place, by rank, then by number."""
         order = (rank, job.job_id)
         bisect.insort(self._order, order)
         bisect.insort(self._shelves.setdefault(_shelf(job), []), (order, job), key=lambda entry: entry[0])

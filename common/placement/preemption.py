@@ -11,7 +11,7 @@ from .lines import Waiting
 def give_way(job: Waiting, cards: Sequence[Card]) -> tuple[str, tuple[int, ...]] | None:
     """A card, and the running jobs that would have to stop there for a job of higher priority; None: no stop helps.
 
-    As few as possible, of the lowest priority, and of those the ones that hold least.
+    As few jobs as possible; first those of the lowest priority, then those that hold least.
     """
     largest, options = largest_gpu(cards), []
     for card in (c for c in cards if c.open and suits(c, job, largest)):
@@ -26,9 +26,9 @@ def give_way(job: Waiting, cards: Sequence[Card]) -> tuple[str, tuple[int, ...]]
 
 
 def _fewest(card: Card, size: int, willing: Sequence[Occupant]) -> list[Occupant] | None:
-    """The fewest of the willing whose end makes room for `size` bytes and a slot."""
+    """The smallest group of willing jobs that leaves room for `size` bytes and a slot when it ends."""
     for count in range(1, len(willing) + 1):
-        # with the largest of them: if these are too small, no other so many are enough
+        # try the largest: if these are too small, any other group of this size is, too
         going = sorted(willing, key=lambda j: -max(j.reserved, j.used))[:count]
         freed = sum(max(j.reserved, j.used) for j in going)
         if card.capacity - card.taken + freed >= size and card.slots + count > 0:

@@ -1,4 +1,4 @@
-"""A replay of jobs over cards on a virtual clock: who starts when and where, under the placement rule or another one.
+"""A replay of jobs over cards on a virtual clock: when and where each starts, under the placement rule or another.
 
 `loractl sim` replays a trace with it, `loractl why` the jobs that wait now. Nothing here reads a clock, a file or a
 database.
@@ -49,18 +49,18 @@ class Replay:
 
 
 class Rule(Protocol):
-    """What decides which of the jobs that wait start."""
+    """Decides which waiting jobs start."""
 
     def arrived(self, job: ReplayedJob) -> None:
-        """The job waits from now on."""
+        """The job begins to wait."""
         ...
 
     def starts(self, cards: Sequence[Card], now: dt.datetime) -> Iterable[Placement]:
-        """Jobs that start now; they wait no more."""
+        """Jobs that start now, and so leave the queue."""
         ...
 
     def ended(self, job_id: int, now: dt.datetime) -> None:
-        """A job that this rule started, or that ran from the beginning, has left its card."""
+        """A job has left its card: this rule started it, or it ran from the beginning."""
         ...
 
 
@@ -76,7 +76,7 @@ def replay(
     """Replay from `now` on, with the jobs that run on the cards already, until nothing more happens.
 
     `rule`: PlacementRule() without one. `contention`: each of k jobs on a card runs at 1 / (1 + contention (k - 1)) of
-    its speed; at 0 they don't feel each other, at 1 they take turns. `until`: stop once this job has started.
+    its speed; at 0 they don't slow each other, at 1 they take turns. `until`: stop once this job has started.
     """
     clock = _Clock(now=now, cards=cards, contention=contention)
     rule = PlacementRule() if rule is None else rule
@@ -134,7 +134,7 @@ class _Clock:
         for card in cards:
             speed = self._speed(len(card.running))
             for job in card.running:
-                # its expected end was measured beside the others: what it would be alone follows from that
+                # its expected end was measured while others shared the card: its time alone follows from that
                 left = None if job.ends is None else max(0.0, (job.ends - now).total_seconds()) * speed
                 self._jobs[job.job_id] = _Running(node=card.node, left=left, since=0.0, speed=speed)
                 self._expect(job.job_id)
@@ -212,7 +212,7 @@ class _Clock:
 class PlacementRule:
     """The rule of `place`, with each user's charge as the database would keep it.
 
-    `charges`: GiB hours by user at `since`, what runs there included; without them nobody has used anything yet.
+    `charges`: GiB hours by user at `since`, what runs there included; without them no user has used anything yet.
     """
 
     def __init__(
@@ -260,7 +260,7 @@ class PlacementRule:
             seconds = (now - since).total_seconds()
             if here:
                 running.setdefault(user, []).append((size, seconds))
-            else:  # what it had before is in the charges that were given
+            else:  # its earlier use is in the given charges
                 known[user] = known.get(user, 0.0) + size / GIB * seconds / 3600
         users = self._past.keys() | running.keys() | known.keys()
         return {u: charge(self._decayed(u, now) + known.get(u, 0.0), running.get(u, ())) for u in users}

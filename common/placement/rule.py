@@ -1,10 +1,10 @@
-"""The placement rule: which waiting job starts now, on which card, with which method, and what is reserved for it.
+"""The placement rule: which waiting job starts now, on which card, with which method and how much memory.
 
 Pure functions of values. The claim, `loractl why` and the simulator all ask `place`, so that there is one rule.
 
 The order of trying is: the oldest job that the fleet could hold, once it has waited a day; then priority, the user's
-fair share, age. A job that can't start is passed over, but the first one that has waited past RESERVE_AFTER_S gets a
-card kept for it: nothing that would delay it starts there any more.
+fair share, age. A job that can't start is passed over. But a card is kept for the first one that has waited past
+RESERVE_AFTER_S: from then on no job that would delay it starts there.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from .lines import Line, Openings, Waiting, waited
 from .shares import START_CHARGE_S
 
 RESERVE_AFTER_S = 30 * 60.0
-"""A job that is first in the order and has waited so long without fitting gets a card kept for it."""
+"""A card is kept for the first job in the order once it has waited so long without fitting."""
 
 OLDEST_FIRST_AFTER_S = 24 * 3600.0
-"""The oldest job that could run goes before every priority and share once it has waited so long: nothing starves."""
+"""The oldest job that could run goes before every priority and share once it has waited so long: no job starves."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,7 +140,7 @@ def _in_order(level: Mapping[str, Line], fleet: _Fleet, now: dt.datetime) -> Ite
     def read(user: str, last: Waiting | None) -> None:
         if fleet.at_limit(user):
             return
-        # Until a card is kept, whoever has waited long enough for one must be seen, though it does not fit now.
+        # Until a card is kept, a job that has waited long enough for one must be seen, though it does not fit now.
         keeps = fleet.kept is None and (last is None or waited(last, now) >= RESERVE_AFTER_S)
         job = level[user].next(fleet.ever if keeps else fleet.openings())
         if job is not None:
@@ -174,10 +174,10 @@ def _try(job: Waiting, fleet: _Fleet, now: dt.datetime) -> Iterator[Decision]:
 
 
 def _best(job: Waiting, fleet: _Fleet) -> tuple[Method, Card, int] | None:
-    """The preferred method that some card holds now, and of those cards the one that it fills best.
+    """The preferred method that some card holds now, and the card that it fills best.
 
-    An idle card goes before a shared one, whose compute is shared too; among idle ones large cards are left to large
-    jobs.
+    An idle card goes before a shared one, where jobs share the compute too. Among idle ones large cards are left to
+    large jobs.
     """
     for method in job.methods:
         size = job.need.of(method)
@@ -212,7 +212,7 @@ def _keep(job: Waiting, fleet: _Fleet, now: dt.datetime) -> Reservation | None:
 
 
 def _rooms(job: Waiting, fleet: _Fleet, now: dt.datetime) -> Iterator[tuple[int, int, Card, Room]]:
-    """Where and when the job could start: the place of the method among its methods, bytes, card and room."""
+    """Where and when the job could start: the method's place in its list, bytes, card and room."""
     for card in fleet.cards.values():
         if not card.open or not suits(card, job, fleet.largest):
             continue

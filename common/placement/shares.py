@@ -1,4 +1,4 @@
-"""The fair share: how much of the cards a user has had of late."""
+"""The fair share: how much of the cards a user has had lately."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from collections.abc import Iterable
 from loractl.common.units import GIB
 
 START_CHARGE_S = 3600.0
-"""A job that starts counts at once as if it had run for so long: a second job comes after another user's first."""
+"""A job counts as if it had run for so long as soon as it starts: a second job comes after another user's first."""
 
 HALF_LIFE_S = 24 * 3600.0
 """Use counts half against a user after so long."""
 
 
 def decayed(amount: float, seconds: float) -> float:
-    """What a use of `amount` counts so many seconds later; after HALF_LIFE_S it is half."""
+    """How much a use of `amount` still counts after `seconds`; after HALF_LIFE_S it is half."""
     return float(amount * 0.5 ** (max(0.0, seconds) / HALF_LIFE_S))
 
 

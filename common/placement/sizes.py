@@ -18,7 +18,7 @@ def vram_class(size: int | None) -> int:
 
 
 def served_classes(free: int) -> tuple[int, ...]:
-    """Classes that can hold a job which fits into `free` bytes: those whose lower bound is below it."""
+    """Classes of the jobs that fit into `free` bytes: those with a lower bound below it."""
     lower = (0, *VRAM_CLASSES[:-1])
     return tuple(c for c, bound in zip(VRAM_CLASSES, lower, strict=True) if bound * GIB < free)
 

@@ -14,7 +14,7 @@ from .hints import EXCHANGE, TRANSPORT_OPTIONS, HintConnection, queue_name
 
 
 def make_app(url: str) -> Any:
-    """A Celery app with the options under which nothing stalls or runs twice (measured: docs/architecture.md)."""
+    """A Celery app with options that keep hints from stalling or running twice (measured: docs/architecture.md)."""
     app = Celery("loractl", broker=url, amqp=HintAmqp, set_as_current=False)
     exchange = Exchange(EXCHANGE, type="direct")
     app.conf.update(
@@ -29,7 +29,7 @@ def make_app(url: str) -> Any:
         worker_disable_prefetch=True,  # a busy node must not hoard a message that another could use
         worker_cancel_long_running_tasks_on_connection_loss=False,  # trainings outlive the broker
         worker_send_task_events=False,
-        worker_enable_remote_control=False,  # nobody may steer a node through Redis
+        worker_enable_remote_control=False,  # no one may steer a node through Redis
         worker_hijack_root_logger=False,
         broker_connection_retry_on_startup=True,
         broker_connection_max_retries=None,

@@ -1,7 +1,7 @@
-"""Hints: messages that tell a node to look for a job. Nothing in a message counts but that it came.
+"""Hints: messages that tell a node to look for a job. A message is only a hint: its content is never read.
 
-Whoever can write to the queue could otherwise give a task time limits that kill a training, callbacks, an id that
-steers a terminal, or a form on which Celery ends: all of that would be read before the task is. So what comes out of
+Otherwise anyone who can write to the queue could give a task time limits that kill a training, callbacks, an id that
+steers a terminal, or a form that ends Celery. All of that would be read before the task runs. So what comes out of
 the queue is thrown away, and a hint of our own is delivered in its place.
 """
 
@@ -30,7 +30,7 @@ TRANSPORT_OPTIONS = {
 log = logging.getLogger("loractl.worker")
 
 _NOT_JSON = (ValueError, TypeError, AttributeError, LookupError, RecursionError)
-"""What kombu raises when it reads something that is no message. It makes dates and numbers of its parts, too."""
+"""What kombu raises when it reads something that is not a message. It also parses dates and numbers in it."""
 
 
 def queue_name(size_class: int) -> str:
@@ -39,7 +39,7 @@ def queue_name(size_class: int) -> str:
 
 
 def card_queue(node: str) -> str:
-    """The queue of one card alone."""
+    """The queue of a single card."""
     return f"card.{node}"
 
 
@@ -57,7 +57,7 @@ class Transport(redis.Transport):
 
 
 class HintConnection(Connection):
-    """A connection whose transport is ours, whatever form of Redis the URL names."""
+    """A connection with our transport, for every form of Redis that the URL may name."""
 
     def get_transport_cls(self) -> type[Transport]:
         return Transport
@@ -69,7 +69,7 @@ def wake_headers() -> dict[str, str]:
 
 
 def _hint(queue: str) -> dict[str, Any]:
-    """A message as it comes from the queue when Celery itself has written it."""
+    """A message in the form in which Celery writes it to the queue."""
     headers = wake_headers()
     return {
         "body": b64encode(json.dumps([[0], {}, {}]).encode()).decode(),

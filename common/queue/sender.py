@@ -1,4 +1,4 @@
-"""An open way to the queue: what a command imports and connects to is ready before its row is committed.
+"""An open connection to the queue, so that a command imports and connects before it commits its row.
 
 Nodes wait for the hint, so nothing slow may stand between the commit and the hint. Hints are sent by kombu alone, since
 Celery takes as long again to import.
@@ -46,7 +46,7 @@ class HintSender:
 
 @contextlib.contextmanager
 def open_sender(settings: Settings) -> Iterator[HintSender]:
-    """Connect to the queue. One that is away stops no one before the first hint. Raises UsageError."""
+    """Connect to the queue. If it is away, only the first hint says so. Raises UsageError."""
     with contextlib.ExitStack() as held:
         url, producer, away = "", None, None
         try:

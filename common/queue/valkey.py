@@ -1,4 +1,4 @@
-"""The embedded Valkey: on one machine, the queue's server is started when it is first needed and kept running.
+"""The embedded Valkey: on one machine, the first command that needs the queue starts its server, and it stays.
 
 It runs detached on a unix socket that only its owner can open, with its append-only file on, and outlives the command
 that started it.
@@ -33,8 +33,8 @@ _START_TIMEOUT_S = 10.0
 def broker_url(settings: Settings, *, start: bool = True) -> str:
     """The queue's URL for kombu; starts the embedded Valkey when no LORACTL_REDIS_URL is set.
 
-    Raises ServiceUnreachable when it does not come up, UsageError when there is no server binary, or for a Redis that
-    others can reach, or pass themselves off as.
+    Raises ServiceUnreachable when it does not come up, UsageError without a server binary, or for a Redis that
+    others can reach or could impersonate.
     """
     if settings.redis_url is not None:
         _refuse_open_redis(settings.redis_url)
@@ -68,7 +68,7 @@ def server_binary() -> Path:
 
 
 def _refuse_open_redis(url: str) -> None:
-    """Whoever reaches a Redis can wake nodes and read the queue: beyond this machine it must ask for a password."""
+    """Anyone who reaches a Redis can wake nodes and read the queue: beyond this machine it must ask for a password."""
     parts = urlsplit(url)
     if not _is_local(parts) and not parts.password:
         raise UsageError(
@@ -78,7 +78,7 @@ def _refuse_open_redis(url: str) -> None:
 
 
 def _with_certificate(url: str) -> str:
-    """The URL. A rediss:// one demands a valid certificate: by itself kombu would take any, so any server would do."""
+    """The URL. For rediss:// it demands a valid certificate: kombu by default takes any and trusts any server."""
     parts = urlsplit(url)
     if parts.scheme != "rediss":
         return url
@@ -108,7 +108,7 @@ def _socket_path(settings: Settings) -> Path:
     short = hashlib.sha256(os.fsencode(settings.home)).hexdigest()[:16]
     folder = Path(tempfile.gettempdir()) / f"loractl-{os.getuid()}-{short}"
     if os.path.lexists(folder) and (folder.is_symlink() or folder.stat().st_uid != os.getuid()):
-        # anybody may make a folder there and run a server of their own in it
+        # anyone may make a folder there and run their own server in it
         raise UsageError(f"{folder} belongs to somebody else", "set LORACTL_HOME to a shorter path of your own")
     return folder / "valkey.sock"
 

@@ -1,1 +1,1 @@
-"""The only room with queries. Its face is Store; values cross it as records and rows."""
+"""The jobs' database, and the only room with queries. Others call Store alone; records and rows go in and out."""

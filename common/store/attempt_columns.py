@@ -1,6 +1,6 @@
-"""The columns of a job's row that are an attempt's: which its beginning, its end and a person's retry clear.
+"""The columns of a job's row that belong to an attempt, in groups: its start, its end and a retry clear some of them.
 
-Every nullable column of the job that an attempt writes and that its successor must not see stands in one of the groups.
+A nullable column that an attempt writes and the next attempt must not see belongs into one of the groups.
 """
 
 from __future__ import annotations
@@ -8,10 +8,10 @@ from __future__ import annotations
 from typing import Any
 
 RIGHT = ("token", "lease_expires_at", "vram_reserved", "stage", "preempted_by")
-"""What makes an attempt the job's running one."""
+"""Their values say which attempt runs."""
 
 EXPECTED = ("eta_seconds", "eta_spread_seconds")
-"""When it ends. Nothing expects that of an attempt that has ended."""
+"""When it will end. An ended attempt has no expected end."""
 
 REACHED = ("step", "total_steps", "loss", "tokens_per_second")
 """How far it came. A person reads it until the next attempt begins."""
@@ -20,21 +20,21 @@ VERDICT = ("reason", "message", "not_before")
 """How the last attempt ended, and how long the next one waits for it."""
 
 LIFE = {"cancel_requested": False, "held": False, "retries_used": 0, "ended_at": None}
-"""What only a person's retry takes back."""
+"""Cleared by a person's retry alone."""
 
 
 def begun() -> dict[str, Any]:
-    """What an attempt that begins clears, before it writes its right."""
+    """Cleared when an attempt begins, before it writes its own values."""
     return dict.fromkeys((*EXPECTED, *REACHED, *VERDICT))
 
 
 def ended() -> dict[str, Any]:
-    """What an attempt that ends clears, before it writes its verdict."""
+    """Cleared when an attempt ends, before it writes how."""
     return dict.fromkeys((*RIGHT, *EXPECTED))
 
 
 def retried() -> dict[str, Any]:
-    """What a person's retry clears. RIGHT and EXPECTED are not in it: every end has cleared them.
+    """Cleared by a person's retry. RIGHT and EXPECTED are not in it: every end has cleared them.
 
     PostgreSQL's role that submits may write no other columns (docs/deploy.md).
     """

@@ -120,8 +120,8 @@ def _say_what_is_forbidden(context: ExceptionContext) -> None:
 
 
 def _write_ahead(connection: sqlite3.Connection) -> None:
-    """Switch to WAL. The switch itself does not wait for its lock, whatever busy_timeout says: several commands that
-    meet at a new file have to try again."""
+    """Switch to WAL. The switch does not wait for its lock, even with busy_timeout. So several commands that open
+    a new file at the same time have to try again."""
     deadline = time.monotonic() + SQLITE_BUSY_MS / 1000
     while True:
         try:

@@ -54,7 +54,7 @@ def card_of(node: Node, running: list[Any], now: dt.datetime, drained: Mapping[s
             Occupant(
                 job_id=row.job_id,
                 user=row.user,
-                # a job of an older version has no reservation: it may take all that there is
+                # a job of an older version has no reservation: it may take the whole card
                 reserved=node.total if row.vram_reserved is None else row.vram_reserved,
                 used=int(node.used.get(str(row.job_id), 0)),
                 priority=row.priority,

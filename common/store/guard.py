@@ -33,7 +33,7 @@ def become(job: Job, after: Status) -> None:
 
 
 def may_come_back() -> ColumnElement[bool]:
-    """Whether the job has ended so that a person may queue it again."""
+    """Whether the job has ended in a way that lets a person queue it again."""
     ended = [status for status, after in TRANSITIONS.items() if status.is_terminal and Status.QUEUED in after]
     return Job.status.in_(ended)
 

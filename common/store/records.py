@@ -15,11 +15,11 @@ from loractl.common.job.sweep import RungPoint
 
 if TYPE_CHECKING:
     from loractl.common.job.spec import (
-        JobSpec,  # pydantic's models take 80 ms to build, and who only reads jobs needs none
+        JobSpec,  # pydantic's models take 80 ms to build, and a command that only reads jobs needs none
     )
 
 HELD_OUT_LOSS = "held_out_loss"
-"""The metric in which a trainer tells the tuned model's loss of the final evaluation, nats a token."""
+"""The metric with the tuned model's loss in the final evaluation, in nats a token."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +39,7 @@ class Submission:
 
     @property
     def first_need(self) -> int | None:
-        """Bytes that it waits for at first: LoRA's while the job is patient. None: not known."""
+        """Bytes that it waits for at first: LoRA's need while the job has patience for it. None: not known."""
         patient = bool(self.spec.lora_patience) and self.methods == (Method.LORA, Method.QLORA)
         return least_need((Method.LORA,) if patient else self.methods, self.need)
 
@@ -65,17 +65,17 @@ class Claim:
     method: Method
     vram_planned: int | None
     vram_reserved: int | None = None  # bytes of the card that are the attempt's; None: no limit
-    method_why: str = ""  # of several; empty where the job permits one
+    method_why: str = ""  # why this one of several; empty where the job permits only one
     adjustment: Adjustment = field(default_factory=Adjustment)
     changes: tuple[str, ...] = ()  # what out-of-memory has changed so far, in words
     checkpoint: StoredCheckpoint | None = None
-    sweep_id: int | None = None  # of which the job is a member
+    sweep_id: int | None = None  # the sweep that the job belongs to
     rungs: tuple[float, ...] = ()  # shares of its steps at which it may be stopped as one of the sweep's losers
 
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """Where an attempt stands. A field that is None leaves what the row holds."""
+    """Where an attempt stands. A field that is None leaves the row's value as it is."""
 
     stage: Stage | None = None
     step: int | None = None
@@ -117,9 +117,9 @@ class StoredResult:
 
 @dataclass(frozen=True, kw_only=True)
 class Left:
-    """No job for this card, though one would fit: the rule gives it to another card, which has not taken it yet."""
+    """No job for this card: one would fit, but the rule gives it to another card that has not taken it yet."""
 
-    nodes: frozenset[str]  # empty: somebody else was faster, look again
+    nodes: frozenset[str]  # empty: another node was faster, look again
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,7 +150,7 @@ class NodeState:
 class Over:
     """Of some jobs: those that the database knows, those that have ended, and attempts that left no kept result.
 
-    An ended attempt is never run again and never becomes a result, whatever its job does.
+    An ended attempt is never run again and never becomes a result, even if its job goes on.
     """
 
     known: frozenset[int]

@@ -1,4 +1,4 @@
-"""The face of the jobs' database: a verb a method, a transaction a verb; what each does stands in queries/.
+"""The face of the jobs' database: a method for each verb, in one transaction. The work is done in queries/.
 
 Status changes are guarded updates: they name the state that they expect and, once a job runs, the token of the
 attempt that may change it. Zero rows means that another process was there first.
@@ -115,7 +115,7 @@ class Store:
             return nodes.end_drain(tx, target)
 
     def tag(self, reference: Reference, tag: str, user: str) -> tuple[Adapter, int | None]:
-        """Let name:tag mean this adapter; returns it, and the job whose adapter it meant before."""
+        """Let name:tag mean this adapter; returns it, and the job of the adapter that the tag named before."""
         with self._write() as tx:
             return adapters.tag(tx, reference, tag, user)
 
@@ -169,17 +169,17 @@ class Store:
             return endings.finish(tx, claim, reason, message, progress, result)
 
     def reap(self) -> list[tuple[int, int]]:
-        """End every attempt whose lease is over as worker_lost; returns (job_id, vram_class) of what waits again."""
+        """End attempts with an expired lease as worker_lost; returns (job_id, vram_class) of jobs that wait again."""
         with self._write() as tx:
             return endings.reap(tx, self._lease_s)
 
     def give_back(self, node: str) -> list[int]:
-        """End what runs on a node as worker_lost at once: for a node that starts, with nothing of an earlier one."""
+        """End what runs on a node as worker_lost at once. A node calls it when it starts: it has no attempts yet."""
         with self._write() as tx:
             return endings.give_back(tx, node)
 
     def preempt(self) -> tuple[int, ...]:
-        """Ask running jobs to give way to a waiting one of higher priority that nothing else helps; returns theirs."""
+        """Ask running jobs to give way to one of higher priority when nothing else helps; returns the jobs asked."""
         with self._write() as tx:
             return preemption.preempt(tx)
 
@@ -189,7 +189,7 @@ class Store:
             return backlog.end_patience(tx)
 
     def see_node(self, state: NodeState) -> Card:
-        """Write a device's row; its last sight is now. Returns the card with what runs on it."""
+        """Write a device's row, last seen now. Returns the card with what runs on it."""
         with self._write() as tx:
             return nodes.see(tx, state)
 
@@ -204,7 +204,7 @@ class Store:
             return nodes.read_tokens(tx, node)
 
     def waiting_classes(self, classes: Iterable[int]) -> set[int]:
-        """Those of the given VRAM classes in which a job could be claimed now."""
+        """The given VRAM classes that have a job to claim now."""
         with self._read() as tx:
             return backlog.waiting_classes(tx, classes)
 
@@ -220,7 +220,7 @@ class Store:
         return self._all(retention.beyond_newest(keep))
 
     def remove_result(self, job_id: int, user: str, by: str = "loractl gc") -> bool:
-        """Forget a job's adapter and report, whose files may go then; False when it has none, or it is tagged."""
+        """Forget a job's adapter and report: their files may go then. False when it has none, or it is tagged."""
         with self._write() as tx:
             return retention.remove_result(tx, job_id, user, by)
 
@@ -230,7 +230,7 @@ class Store:
             return retention.read_over(tx, job_ids)
 
     def forget_checkpoint(self, job_id: int) -> bool:
-        """Let an ended job name no stored checkpoint, whose files may go then; False when it has not ended."""
+        """Forget an ended job's stored checkpoint: its files may go then. False when the job has not ended."""
         with self._write() as tx:
             return retention.forget_checkpoint(tx, job_id)
 

@@ -48,7 +48,7 @@ class Base(DeclarativeBase):
 def _where_queued(name: str, *columns: str, also: str = "") -> Index:
     """An index over waiting jobs alone: ended ones, which are nearly all, cost it nothing.
 
-    It begins with the status, which is one and the same: without it SQLite takes the index on status alone, in which it
+    It begins with the status, though that is always the same. Without it SQLite takes the index on status alone and
     reads every waiting job.
     """
     waiting = text(f"status = 'queued'{also}")
@@ -123,14 +123,14 @@ class Job(Base):
     loss: Mapped[float | None]
     tokens_per_second: Mapped[float | None]
     eta_seconds: Mapped[float | None]
-    eta_spread_seconds: Mapped[float | None]  # it ends within so much of the expected time, about 19 times in 20
+    eta_spread_seconds: Mapped[float | None]  # half width of the range in which it ends, about 19 times in 20
 
     submitted_at: Mapped[Timestamp]
     started_at: Mapped[Timestamp | None]
     ended_at: Mapped[Timestamp | None]
     adapter_uri: Mapped[str | None] = mapped_column(Text)
     report_uri: Mapped[str | None] = mapped_column(Text)
-    sweep_id: Mapped[int | None] = mapped_column(index=True)  # of which it is a member
+    sweep_id: Mapped[int | None] = mapped_column(index=True)  # the sweep that it belongs to
 
 
 class Sweep(Base):
@@ -199,7 +199,7 @@ class Node(Base):
     free: Mapped[Bytes]  # what a new job may take
     reserved: Mapped[Bytes]  # by running jobs
     outside: Mapped[list[dict[str, Any]]] = mapped_column(JSON)  # other people's processes: pid, user, name, bytes
-    outside_bytes: Mapped[Bytes]  # held by what is not ours, or was a short while ago
+    outside_bytes: Mapped[Bytes]  # held by programs that are not ours, now or a short while ago
     used: Mapped[dict[str, Any]]  # bytes measured now, by job
     margin: Mapped[Bytes]  # what the box's owner keeps free
     max_jobs: Mapped[int]

@@ -1,4 +1,4 @@
-"""One transaction: what the queries get of the session, the clock, and what differs between SQLite and PostgreSQL."""
+"""One transaction, as the queries use it: the session, the clock, and the differences of SQLite and PostgreSQL."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ from ..transaction import Transaction
 
 
 def line_up(job: Job, requires: Mapping[str, str], now: dt.datetime) -> None:
-    """Write what the claim looks a waiting job up by, from its needs, methods and patience."""
+    """Write the columns by which the claim finds a waiting job, from its needs, methods and patience."""
     patient = job.lora_until is not None and job.lora_until > now
     methods = (Method.LORA,) if patient else tuple(Method(name) for name in job.methods)
     job.vram_needed = least_need(methods, Need(lora=job.vram_lora, qlora=job.vram_qlora))
@@ -65,7 +65,7 @@ def unfinished(tx: Transaction, largest: int) -> int:
 
 
 def _is_ready(now: dt.datetime) -> tuple[ColumnElement[bool], ...]:
-    """What makes a job claimable, whatever it needs."""
+    """The conditions for a claim, apart from the job's need."""
     return (
         Job.status == Status.QUEUED,
         ~Job.held,

@@ -49,7 +49,7 @@ def claim(
     row = tx.session.scalars(select(Node).where(Node.node == node).with_for_update()).first()
     if row is None:
         return None
-    now = tx.now()  # with the lock: a start stands after the end that made room for it
+    now = tx.now()  # under the lock: a start is later than the end that made room for it
     cards = [replace(c, max_jobs=0) if c.node in distrusted - {node} else c for c in read_cards(tx.session, now)]
     mine = next(card for card in cards if card.node == node)
     if outside is not None:
@@ -68,7 +68,7 @@ def _as_measured(card: Card, outside: int, used: Mapping[str, int]) -> Card:
 
 
 def _given(tx: Transaction, mine: Card, cards: Sequence[Card], now: dt.datetime) -> Placement | Left | None:
-    """What the rule gives this card. Left: it gives all that fits here to other cards."""
+    """What the rule gives this card. Left: it gives every job that fits here to other cards."""
     charges, oldest = read_charges(tx.session, now), read_oldest(tx.session, now)
     left: set[str] = set()
     for decision in place(read_levels(tx.session, now), cards, charges, now, oldest):
@@ -167,9 +167,9 @@ def _changes(tx: Transaction, job_id: int) -> tuple[str, ...]:
 
 
 def _refuse(tx: Transaction, job: Job, error: ValidationError, now: dt.datetime) -> None:
-    """Put a job whose spec this version can't read aside, so that it does not stop the jobs behind it.
+    """Put a job aside when this version can't read its spec, so that it does not stop the jobs behind it.
 
-    One that a newer client wrote is left to a newer worker; another one fails.
+    If a newer client wrote it, a newer worker may run it. Otherwise it fails.
     """
     first = error.errors()[0]
     what = f"this worker's loractl does not understand {'.'.join(map(str, first['loc']))}: {first['msg']}"

@@ -94,7 +94,7 @@ def _end_job(tx: Transaction, job: Job, reason: Reason, message: str, now: dt.da
 
 
 def _requeue(tx: Transaction, job: Job, reason: Reason, message: str, now: dt.datetime) -> None:
-    """Let the job wait for its next attempt; hold it when it may be what kills its workers."""
+    """Let the job wait for its next attempt. Hold it when it may be the cause of its workers' loss."""
     become(job, Status.QUEUED)
     text = f"attempt {job.attempt} ended ({reason.value}): {message}"
     if OUTCOMES[reason].counts:
@@ -114,8 +114,8 @@ def _requeue(tx: Transaction, job: Job, reason: Reason, message: str, now: dt.da
 
 
 def _times_ended(tx: Transaction, job_id: int, reason: Reason) -> int:
-    """Attempts that ended so since a person last queued the job again: by the order of its history, since a clock
-    may be set back."""
+    """Attempts that ended this way since a person last queued the job again. The history's order counts: a clock may be
+    set back."""
     retried = select(func.max(Event.event_id)).where(Event.job_id == job_id, Event.kind == "retry")
     began = func.coalesce(retried.scalar_subquery(), 0)
     since = select(Event.attempt).where(Event.job_id == job_id, Event.kind == "started", Event.event_id > began)
@@ -124,7 +124,7 @@ def _times_ended(tx: Transaction, job_id: int, reason: Reason) -> int:
 
 
 def _charge(tx: Transaction, job: Job, now: dt.datetime) -> None:
-    """Add what the attempt had of its card to its user's use."""
+    """Charge the attempt's part of its card to its user."""
     if job.started_at is None or not job.vram_reserved:
         return
     had = job.vram_reserved / GIB * (now - job.started_at).total_seconds() / 3600
@@ -151,7 +151,7 @@ def _keep_result(tx: Transaction, job: Job, claim: Claim, result: StoredResult, 
 
 
 def _already_finished(tx: Transaction, claim: Claim, reason: Reason, job: Job) -> Status | None:
-    """A commit whose answer was lost may have been our own: then the attempt's row says so."""
+    """Our own commit may have landed though its answer was lost: then the attempt's row says so."""
     attempt = tx.session.get(Attempt, (claim.job_id, claim.attempt))
     own = attempt is not None and attempt.token == claim.token and attempt.reason is reason
     return job.status if own else None

@@ -17,7 +17,7 @@ from .need import plan_again
 from .sweeps import read_verdict
 
 _MEASURED = ("vram_peak", "vram_allocated", "vram_process", "resumed_from_step")
-"""What the attempt's own row has of it."""
+"""The part of it that the attempt's own row keeps."""
 
 
 def beat(tx: Transaction, claim: Claim, progress: Progress, lease_s: float) -> Beat:
@@ -64,7 +64,7 @@ def record(tx: Transaction, claim: Claim, progress: Progress) -> None:
 
 
 def _record_metrics(tx: Transaction, claim: Claim, progress: Progress) -> None:
-    """Evaluations at a rung are metrics of their own, so that later readers need not know how many steps there were."""
+    """Evaluations at a rung have their own metric names, so that a reader need not know the number of steps."""
     rungs = [(point.step, point.metric, point.loss) for point in rung_points(claim, progress)]
     points = [
         {"job_id": claim.job_id, "attempt": claim.attempt, "step": step, "name": name, "value": value}

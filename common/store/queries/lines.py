@@ -1,4 +1,4 @@
-"""The waiting lines: the ready jobs by priority, user and size, found by index and only as far as somebody asks."""
+"""The waiting lines: the ready jobs by priority, user and size, read by index and only as far as the caller asks."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _FITS = (
 )
 _NEXT_PRIORITY = text("SELECT max(priority) FROM jobs WHERE status = 'queued' AND priority < :below")
 _USERS = (
-    # a loose scan: from each user straight to the next, however many jobs wait between them
+    # a loose scan: from each user straight to the next, past any number of jobs between them
     "WITH RECURSIVE users(u) AS ("
     """ SELECT min("user") FROM jobs WHERE status = 'queued' AND priority = :priority"""
     " UNION ALL"
@@ -100,7 +100,7 @@ class _Head:
     """Where a line stands under one key."""
 
     key: QueueKey
-    oldest: int | None  # the oldest job that was not given yet, whatever it needs; None: not known
+    oldest: int | None  # the oldest job of any need that was not given yet; None: not known
     job: Waiting | None = None  # an admitted one that was looked up and not given yet
     given: int = 0  # jobs up to this number were given, or are not admitted any more
     empty: bool = False
@@ -135,9 +135,9 @@ class _Level:
 class _StoredLine:
     """A user's line in the database.
 
-    It goes from one job to the next by age while they are admitted. Behind one that is not there may be many more like
-    it: from there on the jobs are found by their keys, and those merged by age. Openings only shrink while the rule
-    runs, so what did not fit before need not be looked at again.
+    It goes from one job to the next by age while they are admitted. A job that is not admitted may have many more like
+    it behind it. From there on the line goes by keys, and merges their jobs by age. Openings only shrink while the rule
+    runs, so it need not look again at what did not fit.
     """
 
     def __init__(self, level: _Level, user: str, first: Waiting) -> None:
@@ -191,7 +191,7 @@ class _StoredLine:
         """The oldest job under the key that fits and was not given yet."""
         low, high = openings.processor
         if head.key.step > 0:
-            # the step that the opening ends in may hold many jobs that are a little too large
+            # the opening ends inside this step, where many jobs may be a little too large
             least = self._level.session.execute(_LEAST, {"key": head.key.text}).scalar()
             if least is None or (least > openings.gpu and (high <= low or least > high)):
                 return None
@@ -199,7 +199,7 @@ class _StoredLine:
 
 
 class _OldestLine:
-    """All ready jobs by age. It begins to look among them once the first has waited OLDEST_FIRST_AFTER_S."""
+    """All ready jobs by age. It reads only the first one until that has waited OLDEST_FIRST_AFTER_S."""
 
     def __init__(self, session: Session, now: dt.datetime) -> None:
         self._session = session
@@ -210,7 +210,7 @@ class _OldestLine:
         if self._given == 0:
             first = _one(self._session, _OLDEST, self._now)
             if first is None or waited(first, self._now) < OLDEST_FIRST_AFTER_S:
-                return None  # nothing of that age waits: the usual case costs one row
+                return None  # no job has waited so long: the usual case costs one row
         while True:
             bounds = _bounds(openings)
             job = _one(self._session, _OLDEST_FITTING, self._now, after=self._given, **bounds)

@@ -1,4 +1,4 @@
-"""A job's need as its attempts teach it: a better plan makes it less, running out of memory makes it more."""
+"""A job's need as its attempts change it: a better plan lowers it, running out of memory raises it."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from .backlog import line_up, node_labels
 from .jobs import read_job
 
 OUTSIDER_SHARE = 0.85
-"""An attempt that ran out of memory below this share of its reservation met somebody else's memory, not its own."""
+"""An attempt that ran out of memory below this share of its reservation lacked what another program had taken."""
 
 
 def plan_again(tx: Transaction, claim: Claim, planned: Need) -> None:
-    """Take a better plan: for later attempts, and what this one reserves beyond it goes back to the card."""
+    """Take a better plan for later attempts. What this one reserves beyond it goes back to the card."""
     job = read_job(tx, claim.job_id)
     old, new = job.planned, vars(planned)
     known = {"lora": job.vram_lora, "qlora": job.vram_qlora}
@@ -45,7 +45,7 @@ def plan_again(tx: Transaction, claim: Claim, planned: Need) -> None:
 def need_more(tx: Transaction, job: Job, gave: int, message: str, now: dt.datetime) -> tuple[bool, str]:
     """After out-of-memory: raise what the job needs beyond the `gave` bytes that it had. False when no card has more.
 
-    The message is the given one with what follows from it.
+    Returns the given message with the consequence added.
     """
     attempt = tx.session.get(Attempt, (job.job_id, job.attempt), populate_existing=True)
     method = Method(job.method or Method.LORA.value)
@@ -55,7 +55,7 @@ def need_more(tx: Transaction, job: Job, gave: int, message: str, now: dt.dateti
         return True, f"{message}; another program took memory of {job.node}"
     largest = _largest(tx)
     node = tx.session.get(Node, job.node)
-    # A plan says nothing of a processor's RAM: the method is tried no more.
+    # A plan says nothing about a processor's RAM, so the method is not tried again.
     more = largest + 1 if node is not None and node.kind == "cpu" else int(gave * GROWTH)
     needs = {Method.LORA: job.vram_lora, Method.QLORA: job.vram_qlora}
     needs[method] = max(needs[method] or 0, more, int(peak * 1.05))

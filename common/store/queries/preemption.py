@@ -1,4 +1,4 @@
-"""Preemption: running jobs are asked to give way to a waiting one of higher priority that nothing else helps."""
+"""Preemption: running jobs give way to a waiting one of higher priority when nothing else makes room for it."""
 
 from __future__ import annotations
 

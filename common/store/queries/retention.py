@@ -1,4 +1,4 @@
-"""What the rows say of files that may go: results beyond the newest, attempts that are over, data that nobody needs."""
+"""Which files may go, by the rows: results beyond the newest, attempts that are over, data that no job needs."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from .adapters import is_tagged
 ENDED = tuple(status for status in Status if status.is_terminal)
 
 _IDS_AT_ONCE = 500
-"""Jobs that one statement asks for; SQLite takes 32766 parameters, PostgreSQL 65535."""
+"""The most jobs that one statement names; SQLite takes 32766 parameters, PostgreSQL 65535."""
 
 
 def beyond_newest(keep: int) -> Select[Job]:
-    """Results beyond the `keep` newest of their user and name, oldest first; what somebody has tagged stays."""
+    """Results beyond the `keep` newest of their user and name, oldest first; tagged ones stay."""
     place = func.row_number().over(partition_by=(Job.user, Job.name), order_by=(Job.ended_at.desc(), Job.job_id.desc()))
     placed = select(Job.job_id, place.label("place")).where(_has_result()).subquery()
     return (
@@ -51,7 +51,7 @@ def read_over(tx: Transaction, job_ids: Collection[int]) -> Over:
 def read_needed_data(tx: Transaction, ended_since: dt.datetime, without: Collection[int]) -> set[str]:
     """File names of the data sets of jobs that wait, run, have a result, or ended since then and may be retried.
 
-    `without`: jobs whose results count as removed.
+    `without`: jobs with results that count as removed.
     """
     needed: set[str] = set()
     wanted = or_(Job.status.not_in(ENDED), _has_result(), Job.ended_at >= ended_since)
@@ -75,7 +75,7 @@ def forget_checkpoint(tx: Transaction, job_id: int) -> bool:
 
 
 def read_spent_logs(tx: Transaction) -> list[SpentLog]:
-    """Logs whose attempt has stored the whole of it with its result."""
+    """Logs that are stored in full with their attempt's result."""
     size = func.sum(func.length(LogChunk.text))
     stored = and_(Job.job_id == LogChunk.job_id, Job.attempt == LogChunk.attempt, Job.status == Status.SUCCEEDED)
     spent = select(Job.job_id, Job.attempt, size).join(LogChunk, stored).group_by(Job.job_id, Job.attempt)

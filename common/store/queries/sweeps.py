@@ -21,7 +21,7 @@ _SWEEP_LOCK = 0x5EE9
 def read_verdict(session: Session, claim: Claim, points: Sequence[RungPoint]) -> str | None:
     """Why a member that has just reached these rungs is stopped; None when it goes on.
 
-    Of two members that reach a rung at the same moment one comes after the other: in SQLite by itself.
+    Two members that reach a rung at the same moment are compared one after the other; SQLite does that by itself.
     """
     if not points:
         return None
@@ -43,7 +43,7 @@ def read_verdict(session: Session, claim: Claim, points: Sequence[RungPoint]) ->
 def read_rungs(session: Session, job: Job) -> tuple[float, ...]:
     """The rungs at which a member's next attempt may be stopped.
 
-    There are none for a member that was stopped before: a person wants to see its end all the same.
+    None for a member that was stopped before: a person has queued it again to see its end.
     """
     if job.sweep_id is None:
         return ()

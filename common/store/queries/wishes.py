@@ -1,4 +1,4 @@
-"""Wishes: what a person asks of a job that is there. Cancel it, hold it, or queue it again."""
+"""Wishes: a person cancels, holds or retries a job that was submitted before."""
 
 from __future__ import annotations
 
