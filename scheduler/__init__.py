@@ -1,1 +1,1 @@
-"""What a person touches: the commands that submit, list and explain jobs. No training stack, so it starts fast."""
+"""The client: it submits, lists and explains jobs. It imports no training stack and nothing of the worker."""

@@ -19,7 +19,7 @@ COMMANDS: Commands = {
     "submit": ("loractl.scheduler.commands.submit:submit", "Queue the jobs of one or more job files."),
     "sweep": (
         "loractl.scheduler.commands.sweep:sweep",
-        "Try settings of a job file: a group of jobs, compared, whose losers may stop early.",
+        "Try settings of a job file in a group of jobs; losers may stop early.",
     ),
     "worker": (
         "loractl.worker.commands.worker:worker",
@@ -68,7 +68,7 @@ COMMANDS: Commands = {
         "loractl.scheduler.commands.import_config:import_config",
         "Turn an Axolotl or LLaMA-Factory YAML into a job file.",
     ),
-    "gc": ("loractl.scheduler.commands.gc:gc", "Remove stored files that nobody needs any more."),
+    "gc": ("loractl.scheduler.commands.gc:gc", "Remove stored files that no one needs any more."),
     "db": ("loractl.scheduler.commands.db:db", "Look after the database."),
     "completion": (
         "loractl.scheduler.commands.completion:completion",
@@ -123,7 +123,7 @@ def main() -> NoReturn:
 
 
 def _unexpected(error: Exception) -> ExitCode:
-    """What nobody foresaw is still one sentence; a database that vanished in mid-command is named as such."""
+    """An unexpected error is still one sentence. A database that went away during the command is named."""
     from loractl.common.store.database import outage
 
     if (why := outage(error)) is not None:

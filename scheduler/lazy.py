@@ -1,4 +1,4 @@
-"""A click group whose subcommands load when they are called."""
+"""A click group that loads a subcommand when it is called."""
 
 from __future__ import annotations
 

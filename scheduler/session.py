@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def open_session() -> tuple[Settings, Store]:
-    """Settings and a store whose database answered just now. Raises ServiceUnreachable, SchemaMismatch."""
+    """The settings, and a store with a database that has just answered. Raises ServiceUnreachable, SchemaMismatch."""
     settings = load_settings()
     with reachable(settings):
         return settings, Store(connect(settings))

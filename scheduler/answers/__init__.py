@@ -1,1 +1,1 @@
-"""What a person may ask, as frozen values, each with one as_json. Commands, --json and pages read these alone."""
+"""Answers to a person's questions: frozen values that hold their own JSON (as_json). No text is drawn here."""

@@ -25,5 +25,5 @@ class PlanAccuracy:
 
 
 def plan_accuracy(store: Store) -> PlanAccuracy:
-    """What every measured attempt says of the plans."""
+    """What all measured attempts say about the plans."""
     return PlanAccuracy(rows=tuple(accuracy(store.measured())))

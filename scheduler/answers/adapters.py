@@ -105,7 +105,7 @@ def lineage(store: Store, artifacts: ArtifactStore, text: str) -> Lineage:
 def stored_adapter(store: Store, text: str) -> tuple[StoredAdapter, Job]:
     """The adapter that a person means, and its job.
 
-    Raises UsageError for what names none, AdapterNotFound; for a job's number WrongState, which says what became of it.
+    Raises UsageError for a text that is not a name, AdapterNotFound; WrongState for a job without one, with the reason.
     """
     reference = parse_reference(text)
     try:

@@ -20,7 +20,7 @@ LEVEL = 0.05
 MIN_ROWS = 8
 """Fewer rows are too few for an interval."""
 
-_APART = {"name", "labels", "priority"}  # settings that decide nothing of the result
+_APART = {"name", "labels", "priority"}  # settings that have no effect on the result
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,12 +42,12 @@ class Against:
 
 @dataclass(frozen=True, kw_only=True)
 class FinishedJob:
-    """A job that has succeeded, by its settings and its report."""
+    """A job that has succeeded, with its settings and its report."""
 
     job_id: int
     spec: dict[str, Any]
     report: dict[str, Any]
-    against: Against | None = None  # None for the best one, and where the held-out rows are others
+    against: Against | None = None  # None for the best job, and where the held-out rows differ
 
     @property
     def metrics(self) -> dict[str, dict[str, Any]]:
@@ -95,7 +95,7 @@ class Comparison:
         return differences(self.jobs)
 
     def reading(self, job: FinishedJob) -> str:
-        """What the job's loss says against the best one's."""
+        """How the job's loss compares with the best one's."""
         if job is self.best:
             return "best" if job.rows else "least loss"
         return job.against.reading if job.against else "other held-out rows"
@@ -158,7 +158,7 @@ def differences(jobs: Sequence[FinishedJob]) -> dict[str, list[Any]]:
 
 
 def _check_one_task(jobs: Sequence[FinishedJob]) -> None:
-    """A loss of tokens and one of labels are not of one kind. Raises UsageError."""
+    """Refuse jobs of different tasks: a loss of tokens and one of labels can't be compared. Raises UsageError."""
     tasks = {job.task: job.job_id for job in jobs}
     if len(tasks) > 1:
         first, second = tasks.values()

@@ -41,7 +41,7 @@ class DeviceState:
     free: int  # what a new job may take
     reserved: int  # by running jobs, as its worker saw it last
     outside: tuple[Mapping[str, Any], ...]  # other people's processes: pid, user, name, bytes
-    outside_bytes: int  # held by what is not ours, or was a short while ago
+    outside_bytes: int  # held by programs that are not ours, now or a short while ago
     used: Mapping[str, Any]  # bytes measured now, by job
     margin: int  # what the box's owner keeps free
     max_jobs: int
@@ -102,7 +102,7 @@ class Fleet:
 
 
 def fleet(store: Store) -> Fleet:
-    """Every device that was ever reported and not forgotten."""
+    """Every device that a worker has reported, unless its row was removed."""
     return fleet_of(store.fleet())
 
 

@@ -21,7 +21,7 @@ JSON_FIELDS = (
     "loss", "eta_seconds", "node", "gpu", "attempt", "submitted_at", "started_at", "ended_at", "adapter_uri",
     "report_uri", "labels", "sweep_id",
 )  # fmt: skip
-"""What --json says of a job; the same names as the table's columns."""
+"""What --json says about a job; the same names as the table's columns."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,9 +50,9 @@ class JobState:
     adapter_uri: str | None
     report_uri: str | None
     labels: Mapping[str, str]
-    sweep_id: int | None  # of which it is a member
+    sweep_id: int | None  # the sweep that it belongs to
 
-    # told to people, in no JSON
+    # shown to people, not in the JSON
     priority: int
     held: bool
     cancel_requested: bool
@@ -154,7 +154,7 @@ def job_in_full(store: Store, job_id: int) -> JobInFull:
 
 @dataclass(frozen=True, kw_only=True)
 class JobHistory:
-    """A job with all that is known of its past, and its spec as it was resolved."""
+    """A job with its whole past, and its resolved spec."""
 
     job: JobState
     spec: Mapping[str, Any]
@@ -175,7 +175,7 @@ class JobHistory:
 
 
 def job_history(store: Store, job_id: int) -> JobHistory:
-    """All that is known of a job's past. Raises JobNotFound."""
+    """A job's whole past. Raises JobNotFound."""
     row = store.job(job_id)
     return JobHistory(
         job=state_of(row),

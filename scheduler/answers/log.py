@@ -23,7 +23,7 @@ class JobLog:
 
     @property
     def removed(self) -> bool:
-        """It was stored with the result, which is gone."""
+        """It was stored with the result, and that was removed."""
         return self.job.status == "succeeded" and self.job.report_uri is None
 
 

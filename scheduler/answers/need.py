@@ -1,4 +1,4 @@
-"""What a job will need of a card: its plan part by part, which cards hold it, and what would fit at most."""
+"""What a job will need of a card: its plan part by part, the cards that hold it, and the largest form that fits."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def memory_need(
 ) -> MemoryNeed:
     """What the job needs, of the fleet's cards or of one with so many bytes. `announce`: see row_lengths.
 
-    Raises LoractlError where the base can't be planned here, UsageError for a job or a question that can't be.
+    Raises LoractlError where the base can't be planned here, UsageError for a job or a question that makes no sense.
     """
     spec = job.spec
     shape = _shape(spec)
@@ -190,7 +190,7 @@ def _short(methods: Sequence[Method], need: Need, limit: int) -> int:
 
 
 def _room(card: int | None, fleet: Sequence[Card]) -> tuple[int, str]:
-    """The bytes into which the largest form is to fit, and whose they are."""
+    """The bytes that the largest form must fit into, and the card that has them."""
     if card is not None:
         return card - MARGIN_BYTES, f"a card of {card / GIB:.0f} less what is kept free"
     return max((other.usable for other in fleet), default=0), "the largest card"

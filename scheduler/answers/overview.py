@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """Which jobs are asked for; nothing set: all."""
+    """A filter for jobs; with nothing set it takes all."""
 
     user: str | None = None
     label: tuple[str, str] | None = None  # key, value
@@ -36,7 +36,7 @@ class Overview:
     running: tuple[JobState, ...]  # the oldest first
     waiting: tuple[JobState, ...]  # by priority, then the oldest first
     waits: WaitingJobs
-    sweeps: tuple[SweepView, ...]  # of which these jobs and those that ended today are members
+    sweeps: tuple[SweepView, ...]  # the sweeps of these jobs and of those that ended today
     ended: tuple[JobState, ...]  # today, by the clock of this machine
     now: dt.datetime
 
@@ -78,7 +78,7 @@ def overview(store: Store, choice: Choice) -> Overview:
 
 
 def job_list(store: Store, choice: Choice, limit: int) -> JobList:
-    """The newest jobs, whatever their state."""
+    """The newest jobs, in any state."""
     rows = store.jobs(user=choice.user, label=choice.label, limit=limit)
     jobs = tuple(map(state_of, rows))
     return JobList(jobs=jobs, waits=waiting_jobs(store, rows), chosen=choice.is_set, now=store.now())

@@ -1,4 +1,4 @@
-"""How a finished job runs again, from what its row and its report hold, and what can't be the same."""
+"""How a finished job runs again, by its row and its report, and what can't be the same."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ MOST_LABELS = 32
 
 @dataclass(frozen=True, kw_only=True)
 class Caveat:
-    """Something that can't be the same as it was, or that can't be known to be."""
+    """Something that can't be the same as before, or may not be."""
 
     what: str
     then: str
@@ -89,7 +89,7 @@ def plan_repetition(job: Job, report: dict[str, Any], store: Store, settings: Se
 
 
 def submission_of(repetition: Repetition, settings: Settings, store: Store) -> Submission:
-    """What is written of the new job; its need is planned for the pieces in which the batch is computed."""
+    """What is written for the new job. Its need is planned for the pieces of the batch that the old run ended with."""
     runs = adjusted(repetition.spec, repetition.adjustment)
     planned = plan_job(runs, settings.user, repetition.data, store)
     purpose = f"to reproduce job {repetition.job_id}"
@@ -97,8 +97,8 @@ def submission_of(repetition: Repetition, settings: Settings, store: Store) -> S
 
 
 def _same_spec(job: Job, report: dict[str, Any]) -> JobSpec:
-    """The job's spec with what was left to the worker fixed to what it took: method, number format, optimizer, and the
-    commits of what is on the hub."""
+    """The job's spec with the worker's own choices fixed: method, number format, optimizer, and the commits of what is
+    on the hub."""
     from loractl.common.job.file import override_spec
     from loractl.common.job.method import Method
 
@@ -166,7 +166,7 @@ def _devices(attempts: Sequence[Attempt], online: Sequence[Node]) -> Iterator[Ca
 
 
 def _base(spec: JobSpec, report: dict[str, Any], cache: Path) -> Iterator[Caveat]:
-    """A base model whose files have changed, or can't be looked at from here."""
+    """A base model with files that have changed, or that can't be checked from here."""
     from loractl.common.fingerprint import changed_files, fingerprint
 
     base, folder = report.get("base"), Path(spec.base_model)
@@ -184,7 +184,7 @@ def _base(spec: JobSpec, report: dict[str, Any], cache: Path) -> Iterator[Caveat
 
 
 def _hub_data(spec: JobSpec, job: Job) -> Iterator[Caveat]:
-    """Data of the hub whose commit is not known: its main branch may have moved."""
+    """Data of the hub without a known commit: the main branch may have moved."""
     for key, text in spec.data_sets().items():
         if key not in job.data and "@" not in text:
             section = "evaluation" if key == "regression" else "dataset"

@@ -21,7 +21,7 @@ _TOLD_BY_THE_RUN = (
     "method", "revision", "training.dtype", "training.optim", "dataset.path", "dataset.eval_path",
     "evaluation.regression",
 )  # fmt: skip
-"""Settings that a repetition fixes to what was taken: of both runs the report says it under `_RAN_WITH`."""
+"""Settings that a repetition fixes to the values taken. The reports of both runs have them under `_RAN_WITH`."""
 
 _RAN_WITH: dict[str, Callable[[Report], Any]] = {
     "method": lambda report: report["method"],
@@ -54,12 +54,12 @@ class Pair:
 
     @property
     def difference(self) -> float | None:
-        """The second minus the first; None for what is no number."""
+        """The second minus the first; None for values that are not numbers."""
         numbers = isinstance(self.first, (int, float)) and isinstance(self.second, (int, float))
         return self.second - self.first if numbers else None
 
     def as_json(self) -> dict[str, Any]:
-        """`what`, `first`, `second`, `same` and `difference` (null for what is no number)."""
+        """`what`, `first`, `second`, `same` and `difference` (null for values that are not numbers)."""
         return {**vars(self), "same": self.same, "difference": self.difference}
 
 
@@ -75,19 +75,19 @@ class RowLosses:
 
 @dataclass(frozen=True, kw_only=True)
 class Sameness:
-    """What the reports of two jobs say of their sameness."""
+    """Whether two jobs came out the same, by their reports."""
 
     first: int  # job numbers
     second: int
     weights: Pair
     losses: tuple[Pair, ...]
     row_losses: RowLosses | None  # None: measured on other rows
-    parted_at: int | None  # the first step whose logged training loss differs
+    parted_at: int | None  # the first step with a different logged training loss
     ran_with: tuple[Pair, ...]  # only what differs
 
     @property
     def same(self) -> bool:
-        """The same weights, and the same measured on them."""
+        """The same weights, and the same losses measured on them."""
         rows = self.row_losses is not None and self.row_losses.equal == self.row_losses.rows
         return self.weights.same and rows and all(loss.same for loss in self.losses)
 
@@ -154,7 +154,7 @@ def _row_losses(first: Report, second: Report) -> RowLosses | None:
 
 
 def _distance(first: float | None, second: float | None) -> float:
-    """Infinite where one of the two was not finite, which JSON has as null."""
+    """Infinite where one of the two was not finite; JSON shows that as null."""
     return math.inf if first is None or second is None else abs(second - first)
 
 
@@ -179,7 +179,7 @@ def _settings(first: FinishedJob, second: FinishedJob) -> Iterator[Pair]:
 
 
 def _read(read: Callable[[Report], Any], report: Report) -> Any:
-    """None for what a report of an earlier version does not say."""
+    """None for a value that an earlier version's report does not have."""
     try:
         return read(report)
     except KeyError:

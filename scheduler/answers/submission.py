@@ -59,7 +59,7 @@ class SweepDraft:
         return [(tree["name"], {key: setting(tree, key) for key in self.varied}) for tree in trees]
 
     def new_sweep(self, user: str) -> NewSweep:
-        """What is written of the sweep beside its members."""
+        """The sweep's own row, beside its members."""
         return NewSweep(
             name=self.name, user=user, varied=self.varied, rungs=self.rungs, trials=self.trials, seed=self.seed
         )

@@ -76,7 +76,7 @@ class SweepComparison:
 
     @property
     def sentence(self) -> str:
-        """Who has the least held-out loss, and whether that is a clear difference from the next one."""
+        """The member with the least held-out loss, and whether the difference from the next one is clear."""
         best, next_one = self.comparison.best, self.runner_up
         member = next(member for member in self.sweep.members if member.job_id == best.job_id)
         so_far = "" if self.sweep.ended else " so far"
@@ -150,19 +150,19 @@ def named_settings(sweep: SweepView, member: Member) -> str:
 
 
 def short_keys(sweep: SweepView) -> list[str]:
-    """The last word of each varied key, the whole key where two end alike."""
+    """The last word of each varied key, or the whole key where two have the same last word."""
     lasts = [key.rpartition(".")[2] for key in sweep.varied]
     named = zip(sweep.varied, lasts, strict=True)
     return [clean_line(last if lasts.count(last) == 1 else key) for key, last in named]
 
 
 def settings_of(sweep: SweepView, member: Member) -> list[str]:
-    """The member's values of the varied keys, as short as they can be read."""
+    """The member's values of the varied keys, written short."""
     return [short_setting(member.settings[key]) for key in sweep.varied]
 
 
 def short_setting(value: Any) -> str:
-    """A setting as short as it can be read: 0.0003 rather than 0.00030000000000000003."""
+    """A setting, written short: 0.0003 rather than 0.00030000000000000003."""
     if isinstance(value, float):
         return f"{value:.4g}"
     return clean_line(value if isinstance(value, str) else json.dumps(value))

@@ -45,7 +45,7 @@ class Ahead:
     """Who goes before a job."""
 
     jobs: tuple[tuple[int, str], ...]  # number and owner, the first to start first
-    of: int | None  # jobs that could take the same cards, this one among them; None: more than were read
+    of: int | None  # jobs that could take the same cards, this one included; None: more than were read
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +57,7 @@ class Why:
     start: ExpectedStart | None  # None: not known
     cards: tuple[CardFit, ...]
     ahead: Ahead
-    remedies: tuple[str, ...]  # sentences; empty where none helps, or none was looked for
+    remedies: tuple[str, ...]  # sentences; empty where nothing helps, or nothing was tried
     now: dt.datetime
 
     def as_json(self) -> dict[str, Any]:
@@ -78,7 +78,7 @@ class Why:
 
 
 def why(store: Store, job_id: int, *, with_remedies: bool = True) -> Why | NotWaiting:
-    """Why a job waits. Raises JobNotFound. Remedies take a while: the job is planned in smaller forms."""
+    """Why a job waits. Raises JobNotFound. Remedies take time: the job is planned in smaller forms."""
     job = store.job(job_id)
     if job.status is not Status.QUEUED:
         return NotWaiting(job=state_of(job))

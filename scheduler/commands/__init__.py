@@ -1,1 +1,1 @@
-"""One module a command: parse, ask, print. No query, no shape of JSON."""
+"""The client's commands, one a module: each parses, asks and prints. No query; the answer shapes its own JSON."""

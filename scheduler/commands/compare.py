@@ -19,8 +19,8 @@ from .output import show
 def compare(job_ids: tuple[int, ...], sweep_id: int | None, plot: Path | None, as_json: bool) -> None:
     """Compare finished jobs: losses, memory, time, and their settings.
 
-    The one with the least held-out loss leads; those that were measured on the same rows are compared with it, row by
-    row.
+    The job with the least held-out loss comes first. Jobs that were measured on the same rows are compared with it, row
+    by row.
     """
     from loractl.common.errors import UsageError
     from loractl.scheduler.answers.comparison import comparison

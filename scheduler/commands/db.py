@@ -1,4 +1,4 @@
-"""loractl db: the database's form, its backups, and the embedded services."""
+"""loractl db: care for the database: its form, its backups, its embedded services."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command that removes what nobody needs any more."""
+"""loractl gc: remove stored files that no one needs any more."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ import click
     default="30d",
     show_default=True,
     metavar="DURATION",
-    help="Take data sets and cache entries that nobody has used for so long.",
+    help="Take data sets and cache entries that were not used for so long.",
 )
 @click.option("--dry-run", is_flag=True, help="Say what would go and change nothing.")
 @click.option("--force", is_flag=True, help="Go on where the store has files of jobs that this database does not know.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def gc(keep_last: int | None, older_than: str, dry_run: bool, force: bool, as_json: bool) -> None:
-    """Remove stored files that nobody needs any more.
+    """Remove stored files that no one needs any more.
 
     In the artifact store: what attempts left that are no result, checkpoints of ended jobs, data that no job needs.
     On this machine: work folders of ended jobs and old cache entries. Results go only with --keep-last.

@@ -16,5 +16,5 @@ class HasJson(Protocol):
 
 
 def show(answer: HasJson, as_json: bool, text: Callable[[], str]) -> None:
-    """Print the answer's JSON, or the text that is drawn of it."""
+    """Print the answer's JSON, or its text."""
     click.echo(json.dumps(answer.as_json()) if as_json else text())

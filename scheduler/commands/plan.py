@@ -27,8 +27,8 @@ def plan(
 ) -> None:
     """Show what a job will need of a card, part by part, before it runs.
 
-    The base model's config.json is enough. Where its tokenizer and the training stack are there as well, the rows' own
-    lengths are counted; else every row is taken to be max_length tokens long.
+    The base model's config.json is enough. With its tokenizer and the training stack as well, the rows' own lengths
+    are counted; else every row is taken to be max_length tokens long.
     """
     from loractl.scheduler.session import open_session
 

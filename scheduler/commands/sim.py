@@ -1,4 +1,4 @@
-"""The command that replays a trace of jobs on a fleet of one's choice, under our placement rule and others."""
+"""loractl sim: replay a trace of jobs on a given fleet, under our placement rule and others."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""loractl sweep: one job file with different settings, as a group of jobs of which losers may be stopped."""
+"""loractl sweep: one job file with different settings, as a group of jobs. Losers may be stopped early."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def sweep(
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    """Try settings of a job file: a group of jobs, compared, whose losers may stop early.
+    """Try settings of a job file in a group of jobs; losers may stop early.
 
     Every member is checked before any is queued, and all are queued or none. One value alone holds for all members.
     """

@@ -1,4 +1,4 @@
-"""What a command that queues jobs says on stderr beside its answer."""
+"""Warnings that a command prints on stderr when it queues jobs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def hint(text: str) -> None:
 
 
 def warn_of_data(spec: JobSpec, path: Path) -> None:
-    """Check the job's local data, and say what looks wrong in them and is no error. Raises DataError."""
+    """Check the job's local data, and print warnings about what looks wrong in them. Raises DataError."""
     from loractl.common.text import clean_line
     from loractl.scheduler.submission.data import check_data
 

@@ -1,1 +1,1 @@
-"""Other tools' configurations as job files. No database."""
+"""Other tools' configurations, turned into job files. No database, no queue."""

@@ -43,7 +43,7 @@ _FORMATS = {"alpaca": "alpaca", "sharegpt": "sharegpt", "completion": "text", "c
 
 
 def from_axolotl(theirs: dict[str, Any], file: Path, folder: Path) -> Draft:
-    """The job of an Axolotl file. Raises UsageError for what is no LoRA on rows with answers."""
+    """The job of an Axolotl file. Raises UsageError unless it trains LoRA on rows with answers."""
     draft = Draft("Axolotl")
     for key in ("rl", "reward_model", "process_reward_model"):
         if theirs.get(key):

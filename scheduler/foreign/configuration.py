@@ -1,4 +1,4 @@
-"""Another tool's configuration file, read whole: the job that it becomes, and what became of each of its settings."""
+"""Another tool's configuration file as a job, with an account of each of its settings."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .axolotl import from_axolotl
 from .llama_factory import from_llama_factory
 from .translation import Draft, get_key, short, unset_key
 
-_FREE = {"columns", "lr_scheduler_kwargs"}  # mappings whose keys are a person's
+_FREE = {"columns", "lr_scheduler_kwargs"}  # mappings with keys that a person chooses
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +39,7 @@ class Imported:
 def import_file(file: Path, folder: Path) -> Imported:
     """Read another tool's file for a job file in `folder`: local paths are written as seen from there.
 
-    Raises SpecError for what is no YAML mapping, UsageError for another tool's file and for what is no LoRA on rows.
+    Raises SpecError unless it is a YAML mapping, UsageError for another tool's file or one that trains no LoRA on rows.
     """
     theirs = {str(key): value for key, value in read_yaml(file)[0].items() if value is not None}
     if "model_name_or_path" in theirs:
@@ -65,7 +65,7 @@ def import_file(file: Path, folder: Path) -> Imported:
 
 
 def _without_what_is_refused(draft: Draft) -> JobSpec:
-    """The job, without each value that a job file does not take. Raises SpecError where it needs that value."""
+    """The job without the values that a job file does not take. Raises SpecError where it needs one of them."""
     while True:
         try:
             return JobSpec.model_validate(draft.job, context=AS_WRITTEN)

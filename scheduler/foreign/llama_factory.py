@@ -40,7 +40,7 @@ from .translation import (
 
 
 def from_llama_factory(theirs: dict[str, Any], file: Path, folder: Path) -> Draft:
-    """The job of a LLaMA-Factory file. Raises UsageError for what is no LoRA on rows with answers."""
+    """The job of a LLaMA-Factory file. Raises UsageError unless it trains LoRA on rows with answers."""
     draft = Draft("LLaMA-Factory")
     stage, kind = theirs.get("stage", "sft"), theirs.get("finetuning_type", "lora")
     if stage not in ("sft", "pt"):
@@ -107,7 +107,7 @@ def _listed(listing: Path, name: str) -> dict[str, Any]:
 
 
 def _columns(draft: Draft, listing: str, entry: dict[str, Any]) -> None:
-    """What the listing calls the columns, where loractl would not call them so."""
+    """The listing's names of columns, where they differ from loractl's."""
     columns, tags = ({} if not isinstance(part := entry.get(key), dict) else part for key in ("columns", "tags"))
     if entry.get("formatting") == "sharegpt":
         openai = tags.get("content_tag") == "content"

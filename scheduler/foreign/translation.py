@@ -1,4 +1,4 @@
-"""How another tool's settings become keys of a job file: a draft of it, and the rules for settings that differ."""
+"""How another tool's settings become keys of a job file: a draft, filled by rules."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Draft:
         self.left_out[theirs] = why
 
     def skip(self, theirs: str) -> None:
-        """Name a key that loractl has no need of."""
+        """Name a key that loractl does not need."""
         self.not_needed.append(theirs)
 
 
@@ -50,7 +50,7 @@ def carry_same(draft: Draft, theirs: Mapping[str, Any], names: Mapping[str, str]
 
 
 def skip_all(draft: Draft, theirs: Mapping[str, Any], names: set[str]) -> None:
-    """Name those of the settings that loractl has no need of."""
+    """Name the settings that loractl does not need."""
     for key in sorted(names & theirs.keys()):
         draft.skip(key)
 
@@ -58,14 +58,14 @@ def skip_all(draft: Draft, theirs: Mapping[str, Any], names: set[str]) -> None:
 def carry_by_rules(
     draft: Draft, theirs: dict[str, Any], rules: Mapping[str, Callable[[Draft, str, Any], None]]
 ) -> None:
-    """Carry the settings whose values differ, each by its rule."""
+    """Carry the settings that have other values here, each by its rule."""
     for key in rules:  # in the order of the rules: a later one may overrule an earlier one
         if key in theirs:
             rules[key](draft, key, theirs[key])
 
 
 def fill_in(draft: Draft, defaults: Mapping[str, Any]) -> None:
-    """Write out what the other tool takes where its file says nothing, and loractl does not."""
+    """Write out the other tool's defaults where loractl's differ."""
     for key, value in defaults.items():
         if get_key(draft.job, key) is None and not (
             key == "training.num_train_epochs" and get_key(draft.job, "training.max_steps")
@@ -75,7 +75,7 @@ def fill_in(draft: Draft, defaults: Mapping[str, Any]) -> None:
 
 
 def from_here(path: Any, source: Path, folder: Path) -> str:
-    """A local path of the other tool, which takes it from where it is started, as seen from the job file's folder."""
+    """A local path as seen from the job file's folder. The other tool takes it from the folder where it is started."""
     text = str(path)
     for place in (source / text, Path(text)):
         if place.is_file():
@@ -84,7 +84,7 @@ def from_here(path: Any, source: Path, folder: Path) -> str:
 
 
 def choice(ours: str, values: Mapping[Any, Any], why: str) -> Callable[[Draft, str, Any], None]:
-    """A setting whose values have other names here; None: the value needs nothing."""
+    """A setting that has other values here; None: the value needs no key."""
 
     def rule(draft: Draft, key: str, value: Any) -> None:
         known = value.lower() if isinstance(value, str) else value

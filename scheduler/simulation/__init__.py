@@ -1,1 +1,1 @@
-"""Traces of jobs replayed on a fleet under our rule and others. No database."""
+"""Replays of job traces on a fleet, under our placement rule and others. No database, no queue."""

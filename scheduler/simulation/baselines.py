@@ -1,4 +1,4 @@
-"""Other placement rules, to compare ours with in a replay. Nothing runs a real job by them."""
+"""Other placement rules, to compare with ours in a replay. No real job is placed by them."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ RULES: dict[str, Callable[[], Rule]] = {
 """The rules that are compared, ours first."""
 
 TITLES = {"loractl": "loractl", "fifo": "fifo", "shortest_first": "shortest first*", "best_fit": "best fit"}
-"""What a person sees of a rule. The star says that it knows what no real scheduler knows."""
+"""A rule's name for people. A star marks a rule that knows what no real scheduler knows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +88,7 @@ class RuleOutcome:
 
 @dataclass(frozen=True, kw_only=True)
 class Simulation:
-    """What was replayed, and what came of it under each rule."""
+    """What was replayed, and its outcome under each rule."""
 
     chosen: Chosen
     cards: tuple[Card, ...]

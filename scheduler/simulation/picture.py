@@ -14,7 +14,7 @@ from loractl.scheduler.figure import save, without_box
 from .outcome import TITLES, RuleOutcome, Simulation
 from .workload import fleet_text
 
-# Told apart by shade, width and dash, so that a print in grey is as good.
+# Lines differ in shade, width and dash, so that a grey print can be read too.
 _STYLES: dict[str, dict[str, Any]] = {
     "loractl": {"color": "#0b3d91", "linewidth": 2.6, "linestyle": "-", "zorder": 5},
     "fifo": {"color": "#b5541c", "linewidth": 1.6, "linestyle": "-"},

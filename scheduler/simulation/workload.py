@@ -24,7 +24,7 @@ BEGIN = dt.datetime(2000, 1, 1, tzinfo=dt.UTC)
 OWN_COLUMNS = frozenset({"arrival", "vram", "duration", "user"})
 OPENB_COLUMNS = frozenset({"num_gpu", "gpu_milli", "qos", "creation_time", "scheduled_time", "deletion_time"})
 OPENB_CARD_BYTES = 24 * GIB
-"""openb's pods ask for thousandths of a card, whose memory it does not tell; its README stands in a 24 GB card."""
+"""openb's pods ask for thousandths of a card and don't say its memory. As its README does, we take a 24 GB card."""
 
 _LARGEST = 2**63
 
@@ -42,10 +42,10 @@ class TraceJob:
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """The jobs of a trace in the order of their arrival, and what its file has beside them."""
+    """The jobs of a trace in the order of their arrival, and what else its file says."""
 
     jobs: tuple[TraceJob, ...]
-    left_out: int = 0  # rows that are no job on one card with a lifetime
+    left_out: int = 0  # rows that are not a job on one card with a lifetime
     users_are: str = "user"  # what the file's users really are
 
 
@@ -103,7 +103,7 @@ def to_replay(jobs: Sequence[TraceJob], compress: float) -> list[ReplayedJob]:
                 user=job.user,
                 priority=job.priority,
                 since=BEGIN + dt.timedelta(seconds=(job.arrival - first) / compress),
-                methods=(Method.LORA,),  # a trace knows one need, whatever it is that ran
+                methods=(Method.LORA,),  # a trace has one need, for any method
                 need=Need(lora=job.need, qlora=None),
             ),
             seconds=job.seconds,

@@ -1,1 +1,1 @@
-"""What happens to a job before it is queued: its need, its points in a sweep."""
+"""A job on its way into the queue: its data, its need, a sweep's members. It prints nothing: commands do."""

@@ -1,4 +1,4 @@
-"""A job's local data: refused where a trainer would refuse them, stored for every box, fetched to run again."""
+"""A job's local data sets: checked as a trainer would, stored for every box, fetched for a repetition."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def is_local(text: str) -> bool:
 
 
 def _refuse_unknown_names(spec: JobSpec) -> None:
-    """Raises DataError for what is neither a file nor a name that the hub can have."""
+    """Raises DataError for a text that is not a file and can't be a name on the hub."""
     from loractl.common.job.hub_name import is_hub_data
 
     for text in spec.data_sets().values():

@@ -108,7 +108,7 @@ def points(grid: Grid, trials: int | None, seed: int) -> list[Point]:
     if trials is None:
         for axis in grid.axes:
             if isinstance(axis, Range):
-                raise UsageError(f"--set {axis.key} is a range, of which points are drawn", "say how many: --trials 20")
+                raise UsageError(f"--set {axis.key} is a range, so its points are drawn", "say how many: --trials 20")
         if size > MAX_MEMBERS:
             raise UsageError(
                 f"the grid has {size:.0f} points, a sweep at most {MAX_MEMBERS} jobs",

@@ -35,7 +35,7 @@ class Entry:
 
 @dataclass(frozen=True, kw_only=True)
 class SweepEntry:
-    """A sweep whose members have just been queued."""
+    """A sweep that has just been queued."""
 
     sweep: SweepView
     warnings: tuple[str, ...]
@@ -58,7 +58,7 @@ def enqueue(submission: Submission, settings: Settings, store: Store) -> Entry:
 
 
 def enqueue_sweep(new: NewSweep, members: Sequence[Submission], settings: Settings, store: Store) -> SweepEntry:
-    """Write all members or none, and wake the nodes. Of the doubts only the largest member's are told."""
+    """Write all members or none, and wake the nodes. Of the warnings only those about the largest member are told."""
     classes = sorted({vram_class(member.first_need) for member in members})
     with open_sender(settings) as sender:
         sweep_id = store.submit_sweep(new, members)
@@ -70,7 +70,7 @@ def enqueue_sweep(new: NewSweep, members: Sequence[Submission], settings: Settin
 
 
 def _ring(sender: HintSender, size_classes: Iterable[int], what: str) -> list[str]:
-    """Wake the nodes; with the queue away, what that means."""
+    """Wake the nodes. Returns warnings if the queue is away."""
     try:
         sender.wake(size_classes)
     except ServiceUnreachable as error:

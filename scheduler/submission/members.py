@@ -1,4 +1,4 @@
-"""The members of a sweep: one job for each point, refused where they could not be compared."""
+"""The members of a sweep: a job for each point. Points that can't be compared are refused."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 _NAME_LENGTH = 63
 
 _OTHER_LOSSES = ("base_model", "revision", "dataset", "evaluation", "training.label_smoothing_factor")
-"""Keys and sections whose change makes held-out losses that can't be compared."""
+"""Keys and sections that change what the held-out loss measures, so that losses can't be compared."""
 
 
 def member_specs(path: Path, grid: Grid, *, trials: int | None, seed: int, early_stop: bool) -> list[JobSpec]:
@@ -57,7 +57,7 @@ def with_different_data(specs: Sequence[JobSpec]) -> list[JobSpec]:
 
 
 def submissions(specs: Sequence[JobSpec], user: str, store: Store, artifacts: ArtifactStore) -> list[Submission]:
-    """What is written of each member; a data set that several of them name is uploaded once."""
+    """What is written for each member. A data set that several members name is uploaded once."""
     stored: dict[str, dict[str, Any]] = {}
     members = []
     for spec in specs:

@@ -90,7 +90,7 @@ def model_family(spec: JobSpec) -> str | None:
 
 
 def need_key(spec: JobSpec, data: dict[str, Any]) -> str:
-    """A hash of all that decides a job's memory: two jobs with one key need the same."""
+    """A hash of all that decides a job's memory: jobs with the same key need the same."""
     deciding = spec.model_dump(
         mode="json",
         include={

@@ -1,1 +1,1 @@
-"""Answers as text for a terminal: functions from a value and a width to a string."""
+"""Answers drawn as text for a terminal: an answer and a screen go in, a string comes out. Nothing is asked here."""

@@ -35,7 +35,7 @@ def adapters_text(answer: AdapterList, screen: Screen) -> str:
 
 
 def lineage_text(answer: Lineage) -> str:
-    """One adapter: who made it, of which base and data, and with what result."""
+    """One adapter: who made it, from which base and data, and with what result."""
     adapter, of = answer.adapter, answer.report["adapter"]
     data = answer.report["data"]
     made = f"job {adapter.job_id}, attempt {adapter.attempt}, of {clean_line(answer.user)}"

@@ -48,7 +48,7 @@ def _row(device: DeviceState, now: dt.datetime, screen: Screen, *, used: bool) -
 
 
 def _memory_bar(card: Card, width: int, screen: Screen) -> str:
-    """Others first, then each job's part, then what is free; rounded so that nothing that is held vanishes."""
+    """Others first, then each job's part, then what is free; rounded so that every held part is visible."""
     blocks = ("▒", "█", "▓", "·", "─") if screen.unicode else ("x", "#", "=", ".", "-")
     if not card.open and not card.running:
         return blocks[4] * width

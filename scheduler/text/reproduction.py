@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def repetition_text(repetition: Repetition, screen: Screen) -> str:
-    """How the job runs again, and what is known that could make it come out otherwise."""
+    """How the job runs again, and what could make it come out otherwise."""
     spec, adjustment = repetition.spec, repetition.adjustment
     micro = adjustment.micro_batch or spec.training.per_device_train_batch_size
     accumulated = adjustment.accumulation or spec.training.gradient_accumulation_steps
@@ -31,7 +31,7 @@ def repetition_text(repetition: Repetition, screen: Screen) -> str:
 
 
 def sameness_text(answer: Sameness, screen: Screen) -> str:
-    """The verdict in a sentence; where it is no, by how much, from which step on, and what was not the same before."""
+    """The verdict in a sentence. If not the same: by how much, from which step on, and what differed before."""
     if answer.same:
         rows = answer.row_losses.rows if answer.row_losses else 0
         return (

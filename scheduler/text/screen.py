@@ -1,6 +1,6 @@
 """What a terminal can show, and the pieces that are drawn on it: tables, bars, text that fits.
 
-Numbers stand right, states have a word as well as a colour, and a pipe gets the same text without escapes.
+Numbers are aligned right, states have a word as well as a colour, and a pipe gets the same text without escapes.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def wrapped_table(
     screen: Screen,
     right: Sequence[str],
 ) -> list[str]:
-    """A table whose last column goes over several lines where the screen is narrow, and is coloured."""
+    """A table with a coloured last column, which goes over several lines where the screen is narrow."""
     plain_rows = [[click.unstyle(cell) for cell in row] for row in rows]
     taken = sum(max([len(h), *(len(row[n]) for row in plain_rows)]) + 2 for n, h in enumerate(headers[:-1]))
     room = screen.width - taken
@@ -131,7 +131,7 @@ def wrapped_table(
 
 
 def wrapped(text: str, bold: str, screen: Screen) -> list[str]:
-    """The text in lines that the screen holds; its first `bold` is set off, where it is not broken."""
+    """The text in lines that fit the screen; its first `bold` is shown bold, unless a line breaks it."""
     text = clean_line(text) if screen.unicode else clean_line(text).translate(_ASCII)
     lines = textwrap.wrap(text, screen.width, break_on_hyphens=False) or [""]
     bold = clean_line(bold)

@@ -73,7 +73,7 @@ def opened(view: SweepView, screen: Screen) -> str:
 
 
 def queued_text(view: SweepView, screen: Screen) -> str:
-    """That the members are queued, and which points were drawn."""
+    """A sentence that the members are queued, and the points that were drawn."""
     jobs = listed([member.job_id for member in view.members])
     losers = f"; losers stop after {shares(view.rungs)} of their steps" if view.rungs else ""
     lines = [f"Sweep {view.sweep_id}: {len(view.members)} jobs ({jobs}) are queued{losers}."]

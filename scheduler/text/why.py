@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def why_text(answer: Why | NotWaiting, screen: Screen) -> str:
-    """Why a job waits, or that it does not."""
+    """Why a job waits, or a sentence that it does not."""
     if isinstance(answer, NotWaiting):
         return _not_waiting(answer)
     job, wait = answer.job, answer.wait

@@ -1,1 +1,1 @@
-"""What keeps an installation healthy: garbage, backup."""
+"""Care for an installation: backups, and the removal of garbage. It prints nothing."""

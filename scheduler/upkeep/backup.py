@@ -1,7 +1,7 @@
 """A copy of the embedded database in one file, made while workers run, and the way back.
 
-SQLite's own online backup copies a consistent state: readers and writers go on. What the rows name, the artifacts, is
-copied by any tool; the queue needs none, for the row is the truth and a message only a hint.
+SQLite's own online backup copies a consistent state: readers and writers go on. Any tool
+can copy the artifacts that the rows name. The queue needs no backup: the row is the truth, a message is only a hint.
 """
 
 from __future__ import annotations
@@ -75,10 +75,10 @@ def restore(settings: Settings, file: Path, *, force: bool) -> Contents:
 
 
 def _wake_up(database: sqlite3.Connection, last_number: int) -> None:
-    """Make the rows true again: no worker is alive, and a number that was given is never given twice."""
+    """Correct the rows: no worker is alive, and a job's number is never given twice."""
     with database:
         database.execute("DELETE FROM nodes")
-        # The first worker finds those leases over, and their jobs go on.
+        # The first worker sees that these leases are over, and the jobs go on.
         database.execute("UPDATE jobs SET lease_expires_at = started_at WHERE status = 'running'")
         database.execute("DELETE FROM sqlite_sequence WHERE name = 'jobs'")
         database.execute("INSERT INTO sqlite_sequence (name, seq) VALUES ('jobs', ?)", (last_number,))
@@ -94,7 +94,7 @@ def _embedded_path(settings: Settings) -> Path:
 
 
 def _check_backup(file: Path) -> Contents:
-    """What the backup holds. Raises UsageError when it is none, SchemaMismatch when a newer loractl wrote it."""
+    """What the backup holds. Raises UsageError for another file, SchemaMismatch when a newer loractl wrote it."""
     if not file.is_file():
         raise UsageError(f"{file}: no such file", "loractl db backup FILE makes one")
     try:

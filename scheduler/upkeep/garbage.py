@@ -1,7 +1,7 @@
-"""What no job and no person needs any more, in the artifact store and on this machine, and its removal.
+"""Garbage: files in the artifact store and on this machine that no job and no person needs, found and removed.
 
-Rows go before files: a crash in between leaves files that no row names, and the next look finds them again. What
-belongs to a job that this database does not know is left alone, for another database may know it.
+Rows go before files: a crash in between leaves files that no row names, and the next run finds them again. Files of
+a job that this database does not know are left alone: another database may know it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ LEAST_AGE = dt.timedelta(days=1)
 """Data and cache entries younger than that are never taken: a submit or a trainer may be just about to name them."""
 
 LONGEST_S = 100 * 365 * 86400.0
-"""What is longer means the same, and would lead out of the calendar."""
+"""A longer time means the same, and would be out of the calendar's range."""
 
 _JOB = re.compile(r"jobs/(\d+)/(?:attempt-(\d+)|checkpoints)", re.ASCII)
 _NUMBER = re.compile(r"[1-9]\d{0,17}", re.ASCII)
@@ -37,7 +37,7 @@ class Kind(enum.StrEnum):
     """What kind of thing goes, in the order of removal."""
 
     RESULT = "result"  # adapter and report of an older run
-    ATTEMPT = "attempt"  # what an attempt stored that is no result
+    ATTEMPT = "attempt"  # what an attempt stored, but not a result
     CHECKPOINTS = "checkpoints"  # in the store, of an ended job
     DATA = "data set"
     WORK = "work folder"  # on this machine, of an ended job
@@ -50,7 +50,7 @@ class Garbage:
     """One thing that is not needed any more."""
 
     kind: Kind
-    name: str  # in the store, a path on this machine, or the attempt whose log lines are meant
+    name: str  # in the store, a path on this machine, or the attempt that logged the lines
     size: int  # bytes
     why: str
     job_id: int | None = None
@@ -106,7 +106,7 @@ class Cleaner:
     def check_own_store(self) -> None:
         """Raises UsageError where the store has files of jobs that this database does not know.
 
-        Two databases number their jobs alike: one must not judge what the other one's jobs have stored.
+        Two databases use the same job numbers: one must not judge what the other one's jobs have stored.
         """
         stored = {_job_of(held)[0] for held in self._artifacts.holdings("jobs")}
         if unknown := sorted(stored - self._store.over(stored).known):
@@ -164,7 +164,7 @@ class Cleaner:
             yield Garbage(kind=Kind.RESULT, name=name, size=sizes.get(name, 0), why=why, job_id=job.job_id)
 
     def _below_jobs(self) -> Iterator[Garbage]:
-        """Stored attempts that are no result, and checkpoints of ended jobs."""
+        """Stored attempts without a kept result, and checkpoints of ended jobs."""
         held = self._artifacts.holdings("jobs")
         over = self._store.over({_job_of(holding)[0] for holding in held})
         for holding in held:
@@ -193,7 +193,7 @@ class Cleaner:
             yield Garbage(kind=Kind.WORK, name=str(folder), size=_size(folder), why=why, job_id=job_id)
 
     def _cache(self, without: Collection[int] = ()) -> Iterator[Garbage]:
-        """Entries that were not read for long, but for data that a job still needs."""
+        """Entries that were not read for long, except data that a job still needs."""
         limit = self._limit()
         needed = self._store.needed_data(limit, without)
         for part in ("datasets", "tokenised", "bases", "adapters"):
@@ -212,7 +212,7 @@ class Cleaner:
         return self._store.now() - max(self._policy.older_than, LEAST_AGE)
 
     def _has_ended(self, garbage: Garbage) -> bool:
-        """Still so at this moment: the job may have been queued again since we looked."""
+        """Whether it is still garbage: the job may have been queued again since we looked."""
         return garbage.job_id is not None and garbage.job_id in self._store.over([garbage.job_id]).jobs
 
 

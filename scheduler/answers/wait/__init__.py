@@ -1,1 +1,1 @@
-"""Why a job waits and when it will start. Pure: from rows and cards, by asking the placement rule."""
+"""Why a job waits and when it starts, by asking the placement rule. No query and no clock: rows and cards are given."""

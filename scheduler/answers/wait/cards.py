@@ -43,7 +43,7 @@ class Opening:
 
     @property
     def rank(self) -> tuple[bool, dt.datetime]:
-        """Openings in the order of their times, those that are not known last."""
+        """Orders openings by time; unknown times come last."""
         return self.at is None, self.at or dt.datetime.max.replace(tzinfo=dt.UTC)
 
 
@@ -112,7 +112,7 @@ def opening_of(me: Waiting, card: Card, view: FleetView) -> Opening | None:
 
 
 def could_start_now(me: Waiting, card: Card, view: FleetView) -> bool:
-    """Whether the card would take the job now, whoever is before it. One of unknown need gets a card of its own."""
+    """Whether the card would take the job now if it were first. A job of unknown need gets a card of its own."""
     alone = me.least is not None or not card.running
     return card.open and alone and could_start(me, card, view.cards.values())
 
@@ -124,7 +124,7 @@ def could_ever_hold(me: Waiting, card: Card) -> bool:
 
 
 def suits_at_last(job: Job, card: Card, view: FleetView) -> bool:
-    """Whether the card may take the job, room aside: now, or once it has waited long enough for LoRA."""
+    """Whether the card may take the job, now or once it has waited long enough for LoRA. Its room is not asked."""
     me, largest = waiting_of(vars(job), view.now), largest_gpu(view.cards.values())
     return any(suits(card, form, largest) for form in (me, at_last(job, me)))
 
@@ -140,7 +140,7 @@ def silent_s(view: FleetView, node: str) -> float:
 
 
 def holder(view: FleetView, card: Card, *, pid: bool = False) -> str:
-    """Who holds how much of the card beside our jobs."""
+    """Who else holds memory of the card, and how much."""
     others = _others(view, card)
     if not others:
         return f"something outside loractl holds {gib(card.outside)}, or did lately"

@@ -22,14 +22,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class WaitingJobs:
-    """What is known of jobs that wait, by their numbers."""
+    """What is known about waiting jobs, by their numbers."""
 
     reasons: Mapping[int, Wait] = field(default_factory=dict)
     starts: Mapping[int, ExpectedStart] = field(default_factory=dict)  # of all ready jobs
 
 
 def waiting_jobs(store: Store, jobs: Sequence[Job]) -> WaitingJobs:
-    """Why those of the jobs wait that do, and when ready jobs start."""
+    """For the waiting ones among the jobs: why they wait. For the ready ones: when they start."""
     queued = [job for job in jobs if job.status is Status.QUEUED]
     if not queued:
         return WaitingJobs()
@@ -39,9 +39,9 @@ def waiting_jobs(store: Store, jobs: Sequence[Job]) -> WaitingJobs:
 
 
 def reason(job: Job, view: FleetView, ready: Sequence[Waiting], starts: Mapping[int, ExpectedStart]) -> Wait:
-    """Why the job waits. One that waits for room is told of the card on which it is expected to start.
+    """Why the job waits. If it waits for room, the card on which it is expected to start is named.
 
-    Where that hangs on jobs which go before it and whose length is not known, these are named.
+    If jobs of unknown length go before it, they are named instead.
     """
     wait = explain(job, view)
     if wait.word not in ("memory", "busy") or not view.running:

@@ -1,7 +1,7 @@
 """Why a job waits, as a word and a sentence.
 
-The highest tier that holds gives the reason: it can never start; a rule or a wish holds it; the fleet has no card open
-for it; the memory is taken. What the placement rule decides is asked of the rule itself.
+The first tier that applies gives the reason: it can never start; a rule or a wish holds it; the fleet has no card open
+for it; the memory is taken. The placement rule itself says what it decides.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ if TYPE_CHECKING:
     from loractl.common.store.tables import Job
 
 AT_ONCE_S = 20.0
-"""A job that the rule places and that waits no longer than this is just about to be looked at."""
+"""A job that the rule places and that has waited no longer than this will be taken in a moment."""
 
 
 class Tier(enum.IntEnum):
-    """Which kind of reason; the first that holds is told."""
+    """The kinds of reasons; the first that applies is told."""
 
     NEVER = 1
     POLICY = 2
@@ -133,7 +133,7 @@ def _no_open_card(job: Job, me: Waiting, view: FleetView) -> Wait | None:
 
 
 def _all_silent(cards: list[Card], view: FleetView) -> Wait:
-    """The card that was seen last, and its worker's version where that is why it is silent."""
+    """The card that was seen last, and its worker's version if that explains the silence."""
     best = min(cards, key=lambda card: silent_s(view, card.node))
     theirs = view.nodes[best.node].versions.get("loractl", __version__)
     if _minor(theirs) != _minor(__version__):
@@ -166,7 +166,7 @@ def _others_first(job: Job, me: Waiting, view: FleetView) -> Wait | None:
     startable = [card for card in view.cards.values() if could_start_now(me, card, view)]
     own = next((d.placed for d in view.decisions if d.placed is not None and d.placed.job.user == me.user), None)
     if own is not None and any(card.node not in taken and card.node != kept_node for card in startable):
-        # a card is left for it, and yet the rule passed it over
+        # it has a card with room, but the rule passed it over
         text = f"{own.job.job_id} goes first on {own.node}, and {me.user} may run {_user_limit(view)} at a time"
         return _capacity("limit", text)
     for card in startable:
@@ -205,7 +205,7 @@ def _patience(job: Job, me: Waiting, view: FleetView) -> Wait | None:
 
 
 def _room(job: Job, me: Waiting, view: FleetView) -> Wait:
-    """The card that has room first, and whose ends that takes; without one, who holds the largest card."""
+    """The card that has room first, and the jobs that must end for it. Without one: who holds the largest card."""
     openings = {
         card.node: opening for card in view.cards.values() if (opening := opening_of(me, card, view)) is not None
     }

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def remedies(job: Job, view: FleetView, waiting: Sequence[Waiting]) -> tuple[str, ...]:
-    """What would make it start now, in sentences: another method, a smaller form, a card without others' programs."""
+    """What would make it start now, in sentences: another method, a smaller form, or no other programs on a card."""
     return (
         *_other_method(job, view, waiting),
         *_smaller_job(job, view, waiting),
@@ -114,7 +114,7 @@ def would_start(
 
 
 def without_others(job: Job, view: FleetView) -> tuple[str, str] | None:
-    """(card, whose program) where the job would fit now if other people's programs were not there."""
+    """(card, program) where the job would fit now if other people's programs were not there."""
     me = waiting_of(vars(job), view.now)
     for card in view.cards.values():
         if card.outside == 0 or could_start_now(me, card, view):

@@ -1,4 +1,4 @@
-"""The other waiting jobs that could take a card which suits a job, and those of them that go before it."""
+"""The rivals of a waiting job: others that could take a card that suits it, and which of them go first."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""When waiting jobs are expected to start: a replay of the fleet whose running jobs end as measured."""
+"""When waiting jobs are expected to start: a replay of the fleet in which running jobs end as measured."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from loractl.common.placement.lines import Waiting
 from loractl.common.store.fleet import FleetView
 
 REPLAYED_JOBS = 200
-"""With more waiting jobs no expected start is given: it would hang on too many unknown durations."""
+"""With more waiting jobs no expected start is given: it would depend on too many unknown durations."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,9 +29,9 @@ class ExpectedStart:
 
 
 def expected_starts(view: FleetView, waiting: Sequence[Waiting]) -> dict[int, ExpectedStart]:
-    """When the ready jobs start, where that hangs on running jobs alone whose ends are measured.
+    """When the ready jobs start, where that depends only on running jobs with a measured end.
 
-    A job that waits has no known duration: what can only start after it gets no time.
+    The duration of a waiting job is not known: a job that can only start after it gets no time.
     """
     if len(waiting) > REPLAYED_JOBS:
         return {}

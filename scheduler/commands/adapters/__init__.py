@@ -1,1 +1,1 @@
-"""loractl adapters: one module a subcommand."""
+"""loractl adapters, one subcommand a module: each parses, asks and prints. No query."""
