@@ -1,1 +1,1 @@
-"""What needs a GPU box: devices, the node, the supervisor and the trainer."""
+"""What runs on a GPU box: devices, the node, the supervisor, the trainer, the server. Imports nothing of scheduler."""

@@ -1,1 +1,1 @@
-"""One attempt from claim to finish, as its supervisor sees it. No torch."""
+"""One attempt from claim to finish, as its supervisor sees it. No torch, at any depth; SQL only through Store."""

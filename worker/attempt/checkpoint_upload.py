@@ -21,13 +21,13 @@ from .patience import away
 log = logging.getLogger("loractl.worker")
 
 AGAIN_S = 15.0
-"""After a failed upload the newest checkpoint is tried again so much later."""
+"""Seconds before a failed upload is tried again."""
 
 
 class CheckpointUpload:
     """Uploads in a thread of its own; of several checkpoints that wait only the newest is kept.
 
-    A checkpoint counts once the row names it, which only the attempt that holds the lease can do.
+    A checkpoint counts once the row names it. Only the attempt that holds the lease can write that.
     """
 
     def __init__(self, artifacts: ArtifactStore, store: Store, claim: Claim, folder: Path) -> None:
@@ -63,13 +63,13 @@ class CheckpointUpload:
             shutil.rmtree(replaced[1], ignore_errors=True)
 
     def close(self) -> None:
-        """Take nothing more. What is still to be uploaded may be waited for, or left: the local one stays."""
+        """Take no more checkpoints. The caller may wait for the rest, or leave it: the local checkpoint stays."""
         with self._changed:
             self._closing = True
             self._changed.notify()
 
     def done(self, timeout: float) -> bool:
-        """Wait so long for the last upload; True when nothing is left to do."""
+        """Wait so long for the last upload; True when all is done."""
         self._thread.join(timeout=timeout)
         return not self._thread.is_alive()
 
@@ -101,7 +101,7 @@ class CheckpointUpload:
         try:
             self._artifacts.put_result(aside, kept.prefix)
             if not self._store.keep_checkpoint(claim, kept):
-                self._artifacts.remove_checkpoint(kept.prefix)  # the lease is lost: it is nobody's
+                self._artifacts.remove_checkpoint(kept.prefix)  # the lease is lost: no row will name it
                 return True
             before, self._kept = self._kept, kept
             if before is not None and before.prefix != kept.prefix:  # a step that was saved twice is one checkpoint

@@ -1,4 +1,4 @@
-"""Room on the disk, looked for before a run: in mid-training a full one costs what was trained since a checkpoint."""
+"""The check for disk space before a run: if the disk fills up later, the steps since the last checkpoint are lost."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from loractl.common.units import GIB
 from .log import FILE_LIMIT
 
 LEAST_BYTES = GIB
-"""Free bytes that any run needs: the estimate knows neither tokenizers nor what else lives on the disk."""
+"""Free bytes that any run needs: the estimate leaves out tokenizers and other users of the disk."""
 
 CHECKPOINTS = 4
-"""Of a run on the disk at once: the Trainer keeps 2 (save_total_limit) and writes one more before it drops the older;
-another one may still be on its way to the artifact store."""
+"""Checkpoints of a run on the disk at once: the Trainer keeps 2 (save_total_limit) and writes one more before it drops
+the older one; another one may still be on its way to the artifact store."""
 
 TOKENISED = 6
 """Bytes of tokenised JSON for a byte of data: a token of about 4 characters is written as its number in input_ids and
@@ -31,8 +31,8 @@ again in labels, 5 to 9 characters each with comma and space; short rows have nu
 def bytes_to_write(spec: JobSpec, method: Method, data_bytes: int = 0) -> int:
     """What an attempt may write into its folder and the cache, an upper bound, and never below LEAST_BYTES.
 
-    Checkpoints of adapter (fp32) and optimizer state, the result's adapter, the log, the data in tokenised form. Of a
-    model whose config.json this box has not read yet only the least is known.
+    Checkpoints of adapter (fp32) and optimizer state, the result's adapter, the log, the data in tokenised form. For
+    a model without a config.json on this box only the least is known.
     """
     shape = read_shape(spec.base_model, spec.revision)
     adapter = state = 0
@@ -54,6 +54,6 @@ def require_space(folder: Path, needed: int) -> None:
 
 
 def _disk(folder: Path) -> Path:
-    """Where the folder's file system is mounted: what a person frees room on."""
+    """Where the folder's file system is mounted: there a person must free space."""
     resolved = folder.resolve()
     return next(path for path in (resolved, *resolved.parents) if path.is_mount())

@@ -1,4 +1,4 @@
-"""The wish that a node stops its jobs: after a checkpoint, or now."""
+"""A request that a node stops its jobs: after a checkpoint, or now."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Drain:
         self._wish: Wish | None = None
 
     def ask(self, how: Wish) -> None:
-        """Ask for a stop. Whoever hears of the first Ctrl-C late must not take the second one's "now" back."""
+        """Ask for a stop. A first Ctrl-C that arrives late must not take back the second one's "now"."""
         with self._lock:
             if self._wish is None or how == "now":
                 self._wish = how

@@ -36,9 +36,9 @@ def beat(place: Workplace, state: AttemptState) -> None:
 
 
 def while_beating(place: Workplace, state: AttemptState, work: Callable[[], Answer]) -> Answer:
-    """Do slow work on our own side (fetching, uploading) in a thread, while the heartbeat goes on.
+    """Do our own slow work (fetching, uploading) in a thread, while the heartbeat goes on.
 
-    Raises what the work raises, and Interrupted when nobody wants its result any more.
+    Raises what the work raises, and Interrupted when its result is no longer wanted.
     """
     outcome: queue.SimpleQueue[Any] = queue.SimpleQueue()
 

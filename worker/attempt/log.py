@@ -1,4 +1,4 @@
-"""A job's log, bounded wherever it is kept: in the supervisor's memory, in its file, and in the database."""
+"""A job's log, with a limit in each place: in the supervisor's memory, in its file and in the database."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ class LogBook:
         self._new: deque[str] = deque()  # not yet taken; at most CHUNK characters, the newest
         self._size = 0
         self._cut = False  # older lines had to go from _new
-        self._taken = ""  # handed out, and perhaps not written
-        self._room = limit - CHUNK  # the last lines have theirs
+        self._taken = ""  # handed out, perhaps not written yet
+        self._room = limit - CHUNK  # the rest is kept free for the last lines
         self._full = False
         self.heard = time.monotonic()  # when the last line came
 
@@ -55,9 +55,9 @@ class LogBook:
                 self._cut = True
 
     def take(self, *, last: bool = False) -> str:
-        """What is to be written now: again what was taken before, unless `written` was called, and what is new.
+        """The text to write now: new lines, after those taken before unless `written` was called.
 
-        Once the limit is reached there is nothing but, with `last`, the last lines.
+        Once the limit is reached it is empty; with `last` it is the last lines.
         """
         with self._lock:
             if self._full and not last:
@@ -83,7 +83,7 @@ class LogBook:
 def read_log(pipe: IO[str], file: IO[str], told: Sink, limit: int = FILE_LIMIT) -> None:
     """Keep what the trainer prints, at most `limit` characters of it with what the file holds already.
 
-    With the disk or the file full the pipe is still emptied, or the trainer would wait for ever to write.
+    With a full disk or file the pipe is still read: otherwise the trainer would wait forever to write.
     """
     room, whole = limit - file.tell(), True
     while line := pipe.readline(CHUNK):  # a line may never end

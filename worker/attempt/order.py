@@ -21,11 +21,11 @@ from .workplace import Workplace
 log = logging.getLogger("loractl.worker")
 
 ADDRESSES = ("LORACTL_DATABASE_URL", "LORACTL_REDIS_URL", "LORACTL_ARTIFACTS_URL")
-"""Variables with addresses and passwords of services; of AWS's and PostgreSQL's any may be one, or its place."""
+"""Variables with addresses and passwords of services. Any of AWS's and PostgreSQL's may hold one or point to it."""
 
 
 def prepare(place: Workplace, state: AttemptState) -> Start:
-    """Fetch the data and say what the trainer shall do."""
+    """Fetch the data and write the trainer's order."""
     claim, folder = state.claim, state.folder
     spec, cache = claim.spec, place.settings.cache_dir
     check_claim(spec, claim.data, place.settings)
@@ -75,7 +75,7 @@ def prepare(place: Workplace, state: AttemptState) -> Start:
 
 
 def environment(place: Workplace, claim: Claim) -> dict[str, str]:
-    """The trainer's: its device alone, its share of the cores, and no address or password of a service."""
+    """The trainer's environment: its device alone, its share of the cores, and no address or password of a service."""
     hidden = (*ADDRESSES, "AWS_", "PG")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(hidden)}
     return {
@@ -91,7 +91,7 @@ def environment(place: Workplace, claim: Claim) -> dict[str, str]:
 
 
 def stored_checkpoint(place: Workplace, claim: Claim, folder: Path) -> list[Path]:
-    """The newest checkpoint from the artifact store, which another box may have written, unless it is here."""
+    """Fetch the newest checkpoint from the artifact store, unless it is here. Another box may have written it."""
     kept = claim.checkpoint
     here = [] if kept is None else folder.parent.glob(f"attempt-*/checkpoints/checkpoint-{kept.step}")
     if kept is None or any(map(is_complete, here)):

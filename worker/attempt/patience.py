@@ -18,7 +18,7 @@ Answer = TypeVar("Answer")
 
 
 def away(error: BaseException) -> str | None:
-    """Which service is away, as a sentence; None for an error that another try does not mend."""
+    """Which service is away, as a sentence; None for an error that another try can't help."""
     if isinstance(error, ServiceUnreachable):
         return error.sentence
     why = outage(error)
@@ -43,13 +43,13 @@ class Patience:
     most_s: float
     total_s: float = math.inf
     passing: Callable[[BaseException], str | None] = away
-    over: Callable[[], bool] = lambda: False  # nobody wants the answer any more
+    over: Callable[[], bool] = lambda: False  # whether the answer is no longer wanted
     sleep: Callable[[float], None] = time.sleep
 
     def repeat(self, work: Callable[[], Answer], tell: Callable[[str], None]) -> Answer:
         """The answer of the first try that gives one; `tell` is told what each failed try met.
 
-        Raises what the last try raised: an error that does not pass, or any once the patience is over.
+        Raises what the last try raised: an error that more tries can't help, or any error once the patience is over.
         """
         tries = Retrying(
             retry=retry_if_exception(lambda error: self.passing(error) is not None),

@@ -1,4 +1,4 @@
-"""The trainer as a child process, seen from its supervisor: its pipes, its end, and what its end means."""
+"""The trainer as a child process, seen from its supervisor: its pipes, its end, the reason that its end gives."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def send(pipe: IO[str], message: Start | Stop) -> None:
 
 
 def kill(trainer: subprocess.Popen[str]) -> None:
-    """End the trainer and whatever it started: closed stdin first, then its whole session."""
+    """End the trainer and all that it started: close its stdin first, then kill its whole session."""
     assert trainer.stdin
     try:
         trainer.stdin.close()
@@ -76,7 +76,7 @@ def kill(trainer: subprocess.Popen[str]) -> None:
 def running(
     module: str, environment: dict[str, str], start: Start, log_file: IO[str], book: Sink
 ) -> Iterator[tuple[subprocess.Popen[str], queue.SimpleQueue[Told | str]]]:
-    """Run a trainer with its order: the process, and the queue of what it tells. On the way out nothing of it is left.
+    """Run a trainer with its order: the process, and the queue of what it tells. On exit all its processes end.
 
     It is `python -m MODULE`. It ends with its stdin, and so with this process.
     """
@@ -102,13 +102,13 @@ def running(
         yield trainer, told
     finally:
         kill(trainer)
-        end_leftovers(environment[RUN_VARIABLE])  # what holds the pipes open would make the readers wait
+        end_leftovers(environment[RUN_VARIABLE])  # a process that holds the pipes open would make the readers wait
         for reader in readers:
             reader.join(timeout=5)
 
 
 def read_messages(pipe: IO[str], told: queue.SimpleQueue[Told | str], job_id: int) -> None:
-    """Queue what the trainer tells of this job; a line that is no message goes to the log."""
+    """Queue what the trainer tells of this job; a line that is not a message goes to the log."""
     while line := pipe.readline(MESSAGE_LIMIT):  # a line may never end
         try:
             message = decode_told(line)

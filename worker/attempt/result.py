@@ -17,7 +17,7 @@ from .state import AttemptState
 from .workplace import Workplace
 
 READY = "ready.json"
-"""Beside a result that is complete: what it answers to."""
+"""A note beside a complete result: the spec, method and data that it is for."""
 
 
 def take_ready(state: AttemptState) -> bool:
@@ -38,22 +38,22 @@ def take_ready(state: AttemptState) -> bool:
 
 
 def mark_ready(folder: Path, claim: Claim, message: str) -> None:
-    """Note that a result is complete: a later attempt on this box need not train again, should storing fail."""
+    """Note that a result is complete: if storing fails, a later attempt on this box need not train again."""
     ready = {"belongs_to": _asked(claim), "message": message, "files": _hashes(folder / "result")}
     (folder / READY).write_text(json.dumps(ready), "utf-8")
 
 
 def ready_result(folder: Path, claim: Claim) -> str | None:
-    """What a finished result of the same job says of itself; None without one.
+    """The note beside a finished result of the same job; None without one.
 
-    Its files are as they were: a box that lost its power may have kept the note and not all of them.
+    Its files are compared with the note: after a power loss a box may have the note but not all files.
     """
     try:
         ready = json.loads((folder / READY).read_text("utf-8"))
         hashes = _hashes(folder / "result")
     except (OSError, ValueError):
         return None
-    files: dict[str, str] = ready.get("files") or {"": ""}  # an older note names none: it may be torn
+    files: dict[str, str] = ready.get("files") or {"": ""}  # an older note names no files: the result may be torn
     whole = all(hashes.get(name) == digest for name, digest in files.items())
     message: str = ready.get("message", "")
     return message if ready.get("belongs_to") == _asked(claim) and whole else None
@@ -79,6 +79,6 @@ def _hashes(folder: Path) -> dict[str, str]:
 
 
 def _asked(claim: Claim) -> list[str]:
-    """What a result answers to: the spec, the method and the data."""
+    """What a result is for: the spec, the method and the data."""
     hashes = [stored["sha256"] for _, stored in sorted(claim.data.items())]
     return [spec_digest(claim.spec), claim.method.value, *hashes]

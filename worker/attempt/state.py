@@ -1,4 +1,4 @@
-"""An attempt's whole state: what was claimed, what its trainer told, and why it is to stop."""
+"""An attempt's whole state: what was claimed, what its trainer told, why it must stop."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from .log import LogBook
 log = logging.getLogger("loractl.worker")
 
 SAY_EVERY_S = 10.0
-"""At a worker's terminal a job's steps are named so often; its history has them all."""
+"""Seconds between two lines about a job's steps at a worker's terminal; its history has them all."""
 
 
 @dataclass(kw_only=True)
@@ -43,7 +43,7 @@ class AttemptState:
     adjustment: Adjustment  # what out-of-memory has changed in the job so far
     began: float | None = None  # when it began to train, by the monotonic clock
     trainer: subprocess.Popen[str] | None = None
-    turned_at: float = field(default_factory=time.monotonic)  # when its supervisor last went round
+    turned_at: float = field(default_factory=time.monotonic)  # when its supervisor last passed through its loop
     closed: bool = False  # its row is closed; what follows is housekeeping
     peaks: Peaks = field(default_factory=Peaks)
     step: int = 0
@@ -72,7 +72,7 @@ class AttemptState:
         self.noted.put((kind, text))
 
     def hear(self, message: Told | str) -> None:
-        """Take what the trainer told: a message, or a line that is none."""
+        """Take what the trainer told: a message, or another line."""
         self.heard_at = time.monotonic()
         if isinstance(message, str):
             self.log.put(message)
@@ -88,7 +88,7 @@ class AttemptState:
             self.pending = _fold(self.pending, message)
 
     def progress(self, *, last: bool = False) -> Progress:
-        """What is new since the last write that came through."""
+        """What is new since the last successful write."""
         while not self.noted.empty():
             self.pending = replace(self.pending, events=(*self.pending.events, self.noted.get()))
         return replace(
@@ -108,7 +108,7 @@ class AttemptState:
         self.pruned = beat.pruned or self.pruned
 
     def rung_reached(self) -> int:
-        """The step of a rung that the next beat tells, 0 without one: a loser's steps until then are in vain."""
+        """The step of a rung that the next beat tells, 0 without one. A loser trains in vain until that beat."""
         return max((point.step for point in rung_points(self.claim, self.pending)), default=0)
 
     def verdict(self) -> tuple[Reason, str]:

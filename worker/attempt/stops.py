@@ -16,22 +16,22 @@ from .workplace import Workplace
 log = logging.getLogger("loractl.worker")
 
 STOP_GRACE_S = 10.0
-"""After a cancel, a time limit or a lost lease the trainer has so long before it is killed."""
+"""Seconds that a trainer has to stop after a cancel, a time limit or a lost lease, before it is killed."""
 
 DRAIN_GRACE_S = 120.0
-"""A drain waits so long for the current step and its checkpoint."""
+"""Seconds that a drain waits for the current step and its checkpoint."""
 
 SILENCE_S = 1800.0
-"""A trainer that trains or evaluates and says nothing for so long hangs; it tells each step, at most one a second."""
+"""A trainer hangs if it says nothing for so long while it trains or evaluates. It tells a step a second at most."""
 
 
 class Interrupted(Exception):
-    """Fetching or storing was left: the lease is lost, or the job is cancelled or drained."""
+    """Fetching or storing was given up: the lease is lost, or the job is cancelled or drained."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StopWish:
-    """Why a trainer is to stop, and how."""
+    """Why a trainer must stop, and how."""
 
     reason: Reason
     message: str
@@ -40,7 +40,7 @@ class StopWish:
 
 
 def wanted_stop(place: Workplace, state: AttemptState) -> StopWish | None:
-    """The most urgent wish that this attempt ends; None when nobody has one."""
+    """The most urgent wish to end this attempt; None without one."""
     if state.cancel_requested:
         return StopWish(reason=Reason.CANCELLED, message="cancelled while it ran")
     if state.pruned is not None:
@@ -69,7 +69,7 @@ def ask_to_stop(state: AttemptState, wish: StopWish) -> None:
 
 
 def must_leave(place: Workplace, state: AttemptState) -> bool:
-    """Whether the trainer is to be killed now, whatever it does."""
+    """Whether the trainer must be killed now, whatever it is doing."""
     now = time.monotonic()
     if state.lease_lost:
         return True
@@ -87,7 +87,7 @@ def must_leave(place: Workplace, state: AttemptState) -> bool:
 
 
 def require_wanted(place: Workplace, state: AttemptState) -> None:
-    """Leave slow work of our own when nobody wants its result. Raises Interrupted.
+    """Give up our own slow work when its result is no longer wanted. Raises Interrupted.
 
     A training that is done is stored even while its box is drained: that is what the wait was for.
     """

@@ -2,7 +2,7 @@
 
 The supervisor is a thread of its node's process and holds the claim. It beats every few seconds, passes on what the
 trainer tells, and stops the trainer when the job is cancelled, over its time, drained, or no longer ours. A result is
-listed only when the last guarded write won.
+listed only when the last guarded write succeeded.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def supervise(place: Workplace, state: AttemptState) -> Status | None:
 
 
 def _carry_out(place: Workplace, state: AttemptState) -> tuple[Reason, str, StoredResult | None]:
-    """All that comes before the last write; whatever fails becomes a reason and a sentence."""
+    """All work before the last write. Any failure becomes a reason and a sentence."""
     try:
         shutil.rmtree(state.folder, ignore_errors=True)
         (state.folder / "result").mkdir(parents=True)
@@ -69,7 +69,7 @@ def _carry_out(place: Workplace, state: AttemptState) -> tuple[Reason, str, Stor
     except (LoractlError, OSError) as error:
         return *_explain(error), None
     except Exception as error:
-        # our own fault, and still the job must say at once why it ended
+        # our own fault, but the job must still say at once why it ended
         log.exception("job %s: the supervisor failed", state.claim.job_id)
         return Reason.TRAINER_ERROR, f"the supervisor failed: {error!r}", None
 
@@ -77,7 +77,7 @@ def _carry_out(place: Workplace, state: AttemptState) -> tuple[Reason, str, Stor
 def _with_patience(
     place: Workplace, state: AttemptState, work: Callable[[], Answer], passing: Callable[[BaseException], str | None]
 ) -> Answer:
-    """Fetch or store, again and again while the artifact store is away: that is nobody's fault but the lab's.
+    """Fetch or store, and try again while the artifact store is away: that is not the job's fault.
 
     The job shows the stage that it is in, and the reason stands in its history.
     """
@@ -101,7 +101,7 @@ def _with_patience(
 
 
 def _not_stored(error: BaseException) -> str | None:
-    """While storing, also what was read back and differs is tried again."""
+    """While storing, a file that reads back differently is tried again too."""
     return error.sentence if isinstance(error, ArtifactError) else away(error)
 
 
@@ -132,7 +132,7 @@ def _clean(place: Workplace, state: AttemptState, status: Status | None) -> None
 
 
 def _explain(error: Exception) -> tuple[Reason, str]:
-    """The reason for what failed on our own side, outside the trainer."""
+    """The reason for a failure on our own side, outside the trainer."""
     if isinstance(error, OSError):
         reason = Reason.DISK_FULL if error.errno in (errno.ENOSPC, errno.EDQUOT) else Reason.TRAINER_ERROR
         return reason, f"{error.strerror or error}: {error.filename or ''}".strip(": ")

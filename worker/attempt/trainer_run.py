@@ -24,16 +24,16 @@ from .workplace import Workplace
 log = logging.getLogger("loractl.worker")
 
 CHECKPOINT_GRACE_S = 60.0
-"""After a training's end its last checkpoint has so long to reach the artifact store; another box may want it."""
+"""Seconds that the last checkpoint has to reach the artifact store after a training's end: another box may need it."""
 
 LOOK_S = 0.2
-"""A trainer that says nothing is looked at so often."""
+"""Seconds between two looks at a trainer that says nothing."""
 
 
 def train(place: Workplace, state: AttemptState, start: Start) -> None:
-    """Run a trainer to its end; when it runs out of memory in mid-training another one, with less.
+    """Run a trainer to its end. If it runs out of memory in mid-training, run another one that needs less.
 
-    A new process, because only its memory is whole again; it goes on from the last checkpoint.
+    Only a new process has unbroken memory again; it goes on from the last checkpoint.
     """
     state.began = time.monotonic()
     upload = CheckpointUpload(place.artifacts, place.store, state.claim, state.folder / "keeping")
@@ -43,7 +43,7 @@ def train(place: Workplace, state: AttemptState, start: Start) -> None:
             _run(place, state, order, upload)
             order = _lighter(state, order)
     finally:
-        # of a training that is done, cancelled, pruned or no longer ours nobody will want the last one
+        # no one needs the last one of a training that is done, cancelled, pruned or no longer ours
         over = state.lease_lost or state.cancel_requested or state.verdict()[0] in (Reason.OK, Reason.PRUNED)
         _close(place, state, upload, 0.0 if over or place.drain.wish == "now" else CHECKPOINT_GRACE_S)
 
@@ -73,7 +73,7 @@ def _watch(
     told: queue.SimpleQueue[Told | str],
     upload: CheckpointUpload,
 ) -> None:
-    """Pass on what the trainer tells, and what people wish, until it has ended or has to be left."""
+    """Pass on what the trainer tells and what people wish, until it has ended or must be given up."""
     next_beat, stage, rung, state.heard_at = 0.0, None, 0, time.monotonic()
     while trainer.poll() is None and state.ended is None:
         _take_all(told, state, timeout=LOOK_S)
@@ -90,7 +90,7 @@ def _watch(
 
 
 def _lighter(state: AttemptState, start: Start) -> Start | None:
-    """The order of a next trainer with less, after one that ran out of memory; None when none shall follow."""
+    """The order of a next trainer that needs less, after out-of-memory; None when no other one may help."""
     lighter = _next_adjustment(state, start)
     if lighter is None:
         return None
@@ -104,7 +104,7 @@ def _lighter(state: AttemptState, start: Start) -> Start | None:
 
 
 def _next_adjustment(state: AttemptState, start: Start) -> Adjustment | None:
-    """What did not fit before or after the training itself would not fit with smaller pieces of its batch either:
+    """Whether smaller pieces of the batch may help. Out of memory before or after the training itself they do not:
     before, the trainer has tried them all."""
     if state.forced is not None or state.lease_lost or state.ended is None:
         return None

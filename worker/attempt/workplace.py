@@ -12,10 +12,10 @@ from loractl.worker.device.devices import Device
 from .drain import Drain
 
 BEAT_S = 5.0
-"""How often a running job's row is written, with a short lease more often; a cancel acts within this and a step."""
+"""How often a running job's row is written; more often with a short lease. A cancel acts within this and a step."""
 
 BEATS_A_LEASE = 6
-"""At the least: a beat or two may be late."""
+"""The least number of beats in a lease: one or two may be late."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,1 +1,1 @@
-"""The base model and its adapter: found, checked, loaded, held to their memory. No SQL, no Celery."""
+"""The base model and its adapter: found, checked, loaded, held to their memory. No SQLAlchemy, no Celery."""

@@ -1,4 +1,4 @@
-"""The adapter's files as they are stored: weights as safetensors, and of peft's settings those that loading needs."""
+"""The adapter's files as they are stored: weights as safetensors, with the peft settings that loading needs."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ CONFIG_KEYS = frozenset(
         "rank_pattern", "alpha_pattern", "lora_bias",
     }
 )  # fmt: skip
-"""What of peft's adapter_config.json is kept. Left out: auto_mapping, which names code to import, and whatever a later
-peft adds."""
+"""The keys of peft's adapter_config.json that are kept. Left out: auto_mapping, which names code to import, and any
+keys that a later peft adds."""
 
 SUFFIXES = frozenset({".safetensors", ".json", ".txt", ".model", ".jinja", ".md"})
 """What may lie in an adapter's folder; a tokenizer with code of its own would leave Python files there."""
@@ -48,7 +48,7 @@ def save_adapter(model: Any, tokenizer: Any, spec: JobSpec, folder: Path) -> Non
 
 
 def check_adapter(model: Any, folder: Path) -> None:
-    """Load a saved adapter as its users will: peft reads its settings, and every tensor is what was trained, bit for
+    """Load a saved adapter as its users will: peft reads its settings. Every tensor must equal the trained one, bit for
     bit. Raises TrainingFailed."""
     import torch
     from peft import PeftConfig, get_peft_model_state_dict

@@ -26,7 +26,7 @@ def choose_precision(device: str, dtype: str = "auto") -> Precision:
     """bf16 where the device computes in it; else fp16 with loss scaling on a card, fp32 on a processor.
 
     Cards before Ampere and old processors only emulate bf16: slower than fp32, and no more exact. A job's own choice
-    goes first. Raises TrainingFailed(bad_spec) for float16 on a processor, whose Trainer has no loss scaling.
+    goes first. Raises TrainingFailed(bad_spec) for float16 on a processor, where the Trainer has no loss scaling.
     """
     if dtype == "float32":
         return Precision(base=torch.float32, amp=None)

@@ -10,7 +10,7 @@ from .gauge import is_out_of_memory, release
 def in_batches(order: list[int], batch: int, work: Callable[[list[int]], None]) -> int:
     """Do the work on `batch` items at a time; out of memory halves the batch, down to one. Returns the last size.
 
-    A training must not be lost because its evaluation takes larger batches than it did itself.
+    A training must not be lost because its evaluation takes larger batches than the training did.
     """
     start = 0
     while start < len(order):

@@ -7,7 +7,7 @@ from loractl.common.job.status import Reason
 
 
 class TrainingFailed(LoractlError):
-    """The attempt can't go on, for a reason that the job's row will show."""
+    """The attempt can't go on. The job's row will show the reason."""
 
     def __init__(self, reason: Reason, sentence: str) -> None:
         super().__init__(sentence)

@@ -23,7 +23,7 @@ CONTEXT_BYTES = 500 * 2**20
 _M_MMAP_THRESHOLD, _MMAP_BYTES = -3, 2**17  # mallopt's name for it, in glibc's malloc.h
 
 _CARD_IS_FULL = re.compile("CUDA error: out of memory|CUBLAS_STATUS_ALLOC_FAILED")
-"""What the driver and cuBLAS say, whose errors torch does not raise as its own OutOfMemoryError."""
+"""What the driver and cuBLAS say: torch does not raise their errors as its own OutOfMemoryError."""
 
 _PROCESSOR_IS_FULL = re.compile(
     "can't allocate memory|std::bad_alloc|can't start new thread"
@@ -46,11 +46,11 @@ class Gauge:
         return "CUDA memory reserved" if self._device == "cuda" else "resident set of the process"
 
     def look(self) -> Peaks:
-        """The highest so far: on CUDA of the allocator, on a CPU of the process's resident set."""
+        """The peak so far: on CUDA of the allocator, on a CPU of the process's resident set."""
         if self._device == "cpu":
-            resident = _proc_status("VmHWM")  # not ru_maxrss, which a process inherits from the one that started it
+            resident = _proc_status("VmHWM")  # not ru_maxrss: a process inherits it from its parent
             return Peaks(reserved=resident, process=resident)
-        # NVML keeps no peak of a process: it is what the looks have seen
+        # NVML keeps no peak of a process: this is the highest value seen
         self._process = max(self._process, _nvml_process_bytes(self._gpu) or 0)
         return Peaks(
             allocated=torch.cuda.max_memory_allocated(),
@@ -62,8 +62,8 @@ class Gauge:
 def hold_to(limit: int | None, device: Literal["cuda", "cpu"], gpu: str) -> None:
     """Make allocations beyond `limit` bytes fail in this process; None leaves them alone. Call it after the imports.
 
-    On CUDA the limit holds the context too, which the allocator does not see and which is therefore taken off. On a CPU
-    it is what model and training may take beside the libraries, whose tables lie in writable memory as well.
+    On CUDA the limit includes the context. The allocator does not see that, so it is subtracted. On a CPU the limit is
+    what model and training may take beside the libraries: their tables lie in writable memory as well.
     """
     if limit is None:
         return
@@ -79,7 +79,7 @@ def hold_to(limit: int | None, device: Literal["cuda", "cpu"], gpu: str) -> None
     # Threads are started first: OpenMP ends the process when it gets no stack for one.
     warm = torch.ones(512, 512, requires_grad=True)
     (warm @ warm).sum().backward()
-    # Every tensor a mapping of its own, gone when it is freed: in glibc's heap a hole is not given back, and the
+    # Every tensor gets its own mapping, which goes when it is freed: glibc's heap does not give holes back, and the
     # smaller batch would find no more room than the larger one.
     _libc_call("mallopt", _M_MMAP_THRESHOLD, _MMAP_BYTES)
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)
@@ -108,7 +108,7 @@ def in_a_sentence(error: BaseException) -> str:
 
 
 def release() -> None:
-    """Give back what nobody holds any more; call it where no traceback holds the tensors of what failed."""
+    """Give back memory that is no longer used. Call it where no traceback holds the tensors of the failure."""
     gc.collect()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
@@ -116,7 +116,7 @@ def release() -> None:
 
 
 def data_bytes(pid: int | Literal["self"] = "self") -> int:
-    """Writable private memory of a process, which is what RLIMIT_DATA counts."""
+    """Writable private memory of a process: RLIMIT_DATA counts that."""
     return _proc_status("VmData", pid)
 
 

@@ -25,12 +25,12 @@ class Head:
     """What a classifier's head is made of."""
 
     labels: tuple[str, ...]
-    pad: int  # the padding token: the last token that is none decides
+    pad: int  # the padding token: the last token before the padding decides
     seed: int
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What transformers has to know of it, as keys of the model's config."""
+        """What transformers must know about it, as keys of the model's config."""
         return {**label_settings(self.labels), "pad_token_id": self.pad}
 
 
@@ -41,7 +41,7 @@ def label_settings(labels: Sequence[str]) -> dict[str, Any]:
 
 
 def check_no_head_yet(base_model: str, revision: str | None) -> None:
-    """A classifier's own head would be overwritten, and its labels are others. Raises TrainingFailed."""
+    """Refuse a classifier: its own head would be overwritten, and its labels differ. Raises TrainingFailed."""
     made_for = configs_of(base_model, source_of(base_model, revision))[0].get("architectures") or []
     if any(str(name).endswith("ForSequenceClassification") for name in made_for):
         what = "is a classifier already, whose head would be lost: name the model that it was made from"
@@ -51,7 +51,7 @@ def check_no_head_yet(base_model: str, revision: str | None) -> None:
 def begin_head(model: Any, head: Head) -> None:
     """Fresh weights, drawn on the CPU from a generator of their own: the same on every device, and with every method.
 
-    Raises TrainingFailed(bad_spec) for an encoder, whose classifiers are built otherwise.
+    Raises TrainingFailed(bad_spec) for an encoder: its classifiers are built in another way.
     """
     layer = getattr(model, HEAD, None)
     if not isinstance(layer, torch.nn.Linear):

@@ -1,4 +1,4 @@
-"""The hub: which commit a revision means now, and why the hub refuses."""
+"""The hub, as a worker asks it: which commit a revision means now, or why the hub refuses."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ class Refusal(enum.StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Pinned:
-    """A model on the hub at one commit, so that its tokenizer and its weights are of the same."""
+    """A model on the hub at one commit, so that its tokenizer and its weights match."""
 
     folder: Path  # of its files in the cache
-    cached: bool  # the hub is away, and what this box has of that commit must do
+    cached: bool  # the hub is away: only the files that this box has are there
 
     @property
     def commit(self) -> str:
@@ -44,16 +44,16 @@ class Pinned:
     def options(self) -> dict[str, Any]:
         """For transformers' from_pretrained and its relatives.
 
-        Without `local_files_only` each file that the model does not have would be asked for six times over 23 s.
+        Without `local_files_only` transformers would ask six times in 23 s for each file that the model does not have.
         """
         return {"revision": self.commit, "local_files_only": self.cached}
 
 
 @functools.cache
 def pin(base_model: str, revision: str | None) -> Pinned:
-    """Ask the hub once in a process which commit the revision (None: main) means; where it is away, the cache.
+    """Ask the hub once in a process which commit the revision (None: main) means; where it is away, ask the cache.
 
-    Raises OSError where neither knows: `refusal` reads it.
+    Raises OSError where neither knows it; `refusal` explains that error.
     """
     from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import RemoteEntryNotFoundError
@@ -74,9 +74,9 @@ def pin(base_model: str, revision: str | None) -> Pinned:
 
 @contextlib.contextmanager
 def cached_if_away(name: str, revision: str | None) -> Iterator[bool]:
-    """Let datasets read its cache at once where the hub is away: it would ask six times over 23 s for each data set.
+    """Let datasets read its cache at once where the hub is away. Else it asks six times in 23 s for each data set.
 
-    Yields whether it is away; then the library takes the newest commit that it has, whichever was asked for. Raises
+    Yields whether it is away; then the library takes the newest commit that it has, asked for or not. Raises
     OSError where the hub refuses the data set.
     """
     import datasets
@@ -118,7 +118,7 @@ def reaching_the_hub() -> Iterator[None]:
 
 
 def refusal(error: BaseException) -> Refusal | None:
-    """What of an error comes from the hub, anywhere in its chain. Only AWAY passes by itself."""
+    """The hub's refusal in an error or in its causes. Only AWAY passes by itself."""
     from huggingface_hub import is_offline_mode
 
     why = next((why for each in chain_of(error) if (why := _refusal_of(each)) is not None), None)

@@ -1,4 +1,4 @@
-"""The model that learns, beside what it is never without."""
+"""The model that learns, with its tokenizer and its number formats."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ def add_adapter(base: Any, spec: JobSpec, method: Method) -> Any:
     except ValueError as error:  # what this peft can't do with this model, like dropout on fused experts
         raise TrainingFailed(Reason.BAD_SPEC, f"peft makes no adapter for this model: {first_line(error)}") from error
     for parameter in model.parameters():
-        if parameter.requires_grad:  # peft leaves modules_to_save in the base's 16 bit, in which small steps are lost
+        if parameter.requires_grad:  # peft leaves modules_to_save in the base's 16 bit, where small steps are lost
             parameter.data = parameter.data.float()
     if spec.lora.init_lora_weights == "loftq":
         _make_up_for_nf4(model, spec)
@@ -62,7 +62,7 @@ def add_adapter(base: Any, spec: JobSpec, method: Method) -> Any:
 def _check_targets(base: Any, targets: list[str]) -> None:
     from transformers.pytorch_utils import Conv1D
 
-    kinds = (torch.nn.Linear, Conv1D)  # GPT-2's layers are of the second
+    kinds = (torch.nn.Linear, Conv1D)  # GPT-2's layers are of the second kind
     heads = {"lm_head", HEAD}
     linear = {name.rpartition(".")[2] for name, m in base.named_modules() if isinstance(m, kinds)} - heads
     if unknown := [t for t in targets if t.rpartition(".")[2] not in linear]:
@@ -81,7 +81,7 @@ def _make_up_for_nf4(model: Any, spec: JobSpec) -> None:
 
     layers = [(name, module) for name, module in model.named_modules() if isinstance(module, Linear4bit)]
     if any(parameter.device.type == "meta" for parameter in model.parameters()):
-        return  # a trace, which has no weights
+        return  # a trace: it has no weights
     whole = _weights_of(spec)
     for name, layer in layers:
         key = f"{name.removeprefix('base_model.model.')}.weight"

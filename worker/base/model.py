@@ -61,8 +61,8 @@ def load_base(
 ) -> Any:
     """The base model on its device; for qlora its linear layers in NF4 with double quantisation (arXiv:2305.14314).
 
-    With `head` it has that one, with fresh weights, in place of its words. Raises TrainingFailed when the model can't
-    be found or read, or has no such head.
+    With `head` it has that head with fresh weights, in place of its words. Raises TrainingFailed when the model can't
+    be found or read, or can't have a head.
     """
     options = _format_options(base_model, method, precision, head)
     if device == "cuda":
@@ -103,7 +103,7 @@ def _format_options(base_model: str, method: Method, precision: Precision, head:
 
 
 def _available(attention: str) -> str:
-    """Raises TrainingFailed where flash attention is asked for and not installed."""
+    """Raises TrainingFailed where the job asks for flash attention and it is not installed."""
     from transformers.utils import is_flash_attn_2_available
 
     if attention == "flash_attention_2" and not is_flash_attn_2_available():

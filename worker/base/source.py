@@ -17,14 +17,14 @@ from .hub import Refusal, pin, reaching_the_hub, refusal
 
 
 def source_of(base_model: str, revision: str | None) -> dict[str, Any]:
-    """transformers' options for where a model lies: none for a folder, the commit of one on the hub."""
+    """transformers' options for a model's place: none for a folder, a commit for a model on the hub."""
     return {} if Path(base_model).is_absolute() else pin(base_model, revision).options()
 
 
 def loading_options(base_model: str, revision: str | None, *, run_code: bool) -> dict[str, Any]:
-    """From where, and whether with its own code, a model may be loaded. Raises TrainingFailed.
+    """Where a model is loaded from, and whether its own code may run. Raises TrainingFailed.
 
-    An adapter is refused: transformers would load the base that its config names instead, from wherever that is.
+    An adapter is refused: transformers would load the base that its config names instead, from any place.
     """
     from transformers.utils import find_adapter_config_file
 
@@ -65,7 +65,7 @@ def _check_code_is_its_own(base_model: str, configs: Iterable[dict[str, Any]]) -
 
 
 def check_folder(base_model: str) -> None:
-    """A folder without a model is named as such: transformers would speak of a tokenizer's backend."""
+    """Say that a folder holds no model: transformers would complain about a tokenizer's backend."""
     folder = Path(base_model)
     if folder.is_dir() and not (folder / "config.json").exists() and not list(folder.glob("*.gguf")):
         raise TrainingFailed(

@@ -1,4 +1,4 @@
-"""loractl data: a job's rows as its tokenizer and chat template make them, and what looks wrong in them."""
+"""loractl data: look at a job's rows as its tokenizer and chat template make them, and at what is wrong in them."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def data() -> None:
 def data_check(job_file: Path, overrides: tuple[str, ...], gpu: str | None, as_json: bool) -> None:
     """Find what is wrong with a job's data before a GPU is touched.
 
-    Through the model's own tokenizer and chat template: lengths, what max_length cuts, three examples with the tokens
-    that are only given dimmed, and findings. Exits with 2 when the trainer would refuse the data.
+    It uses the model's own tokenizer and chat template, and shows lengths, what max_length cuts, findings, and three
+    examples. In these, tokens that are not learned are dimmed. Exits with 2 when the trainer would refuse the data.
     """
     spec = load_spec(job_file, overrides)
     room = _room(gpu)
@@ -58,7 +58,7 @@ def data_check(job_file: Path, overrides: tuple[str, ...], gpu: str | None, as_j
 def data_show(job_file: Path, row: int | None, as_json: bool) -> None:
     """Show one training example, its learned tokens marked.
 
-    On a terminal what is only given is dimmed; elsewhere what is learned stands in [[brackets]].
+    On a terminal, tokens that are not learned are dimmed. Elsewhere learned tokens stand in [[brackets]].
     """
     spec = load_spec(job_file)
     tokenizer = load_tokenizer(spec.base_model, spec.revision)
@@ -91,7 +91,7 @@ def _room(gpu: str | None) -> int | None:
 
 
 def _counted(items: Iterable[Any]) -> Iterator[Any]:
-    """The items, with a progress bar on a terminal where they are many."""
+    """The items, with a progress bar on a terminal if there are many."""
     known = list(items)
     if len(known) < 2000 or not sys.stderr.isatty():
         yield from known

@@ -1,4 +1,4 @@
-"""The terminal's side of the commands that answer: their options, their notes, and text that can't steer it."""
+"""The terminal's side of the commands that answer: their options, their notes, their safe text."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import click
 from loractl.common.text import REPLACEMENT
 
 _STEERING = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
-"""Unicode's categories of what moves the cursor, turns the writing or ends a line."""
+"""Unicode's categories of characters that move the cursor, turn the direction of writing or end a line."""
 
 _HARMLESS = "\n\t\u200c\u200d"
 
@@ -50,5 +50,5 @@ def warn(sentence: str) -> None:
 
 
 def clean_answer(text: str) -> str:
-    """An answer's text without what would steer the terminal; lines, spaces of all kinds and joiners stay."""
+    """An answer's text without characters that steer the terminal. Lines, all kinds of spaces and joiners stay."""
     return "".join(c if c in _HARMLESS or unicodedata.category(c) not in _STEERING else REPLACEMENT for c in text)

@@ -19,7 +19,7 @@ def inputs_of(row: TokenRow) -> dict[str, list[int]]:
 
 def collate(rows: Sequence[dict[str, list[int]]], pad: int) -> dict[str, torch.Tensor]:
     """Right-padded int64 tensors of shape (rows, longest row): input_ids, labels and attention_mask; for packed rows
-    position_ids in its place, which begin anew with every example, and with the padding. A classifier's labels have
+    position_ids instead of the mask: they restart with every example, and with the padding. A classifier's labels have
     the shape (rows,)."""
     longest = max(len(r["input_ids"]) for r in rows)
 

@@ -1,4 +1,4 @@
-"""The check of a job's data: counts, and what looks wrong once its tokenizer and chat template have made them.
+"""The check of a job's data: its counts, and findings about what the tokenizer and the chat template make of it.
 
 `loractl data check` looks at every row. The trainer looks at a sample before it takes any memory.
 """
@@ -26,7 +26,7 @@ from .token_findings import check_length, check_template, check_tokens, learned_
 from .tokens import TokenRow, encode
 
 SAMPLED_ROWS = 200
-"""So many rows a trainer looks at for what the template makes of them: it makes the same of all."""
+"""Rows that a trainer checks after the template: the template treats all rows alike, so a sample is enough."""
 
 BUCKETS = 10
 
@@ -49,7 +49,7 @@ class Quantiles:
 
 @dataclass(frozen=True, kw_only=True)
 class Checked:
-    """What a check of a job's data showed. Without `rows` it did not come as far as the tokenizer."""
+    """The result of a check of a job's data. Without `rows` it ended before the tokenizer."""
 
     findings: list[Finding] = field(default_factory=list)
     format: DataFormat | None = None
@@ -57,7 +57,7 @@ class Checked:
     train_rows: int = 0
     held_out_rows: int = 0
     lengths: Quantiles | None = None  # of rows to train on, before they are cut
-    learned: Quantiles | None = None  # None for a classifier: its row's one label is no token
+    learned: Quantiles | None = None  # None for a classifier: its row's label is not a token
     labels: dict[str, dict[str, int]] = field(default_factory=dict)  # of a classifier: its rows to train on, held out
     histogram: list[tuple[int, int, int]] = field(default_factory=list)  # (from, to, rows)
     rows: list[TokenRow] = field(default_factory=list)  # to train on, uncut
@@ -86,13 +86,13 @@ class Checked:
 
 
 def check_data(spec: JobSpec, tokenizer: Any, progress: Callable[[Iterable[Any]], Iterable[Any]] = iter) -> Checked:
-    """Everything that can be found in a job's data; never raises DataError."""
+    """All findings about a job's data; never raises DataError."""
     checked, split = _look_at_rows(spec.dataset)
     return checked if split is None else _look_at_tokens(checked, split, spec, tokenizer, progress)
 
 
 def warnings_about(spec: JobSpec, data: PreparedData, tokenizer: Any) -> tuple[str, ...]:
-    """A sentence on each thing that looks wrong in data that are prepared; of rows alike a sample is looked at."""
+    """A sentence for each finding in prepared data. Where the template treats rows alike, only a sample is read."""
     sample = data.train_examples[:SAMPLED_ROWS]
     rows = [_encoded(example, tokenizer, data.format) for example in sample]
     findings = check_examples(data.train_examples, data.held_out_examples)
@@ -101,7 +101,7 @@ def warnings_about(spec: JobSpec, data: PreparedData, tokenizer: Any) -> tuple[s
 
 
 def _look_at_rows(dataset: DatasetSpec) -> tuple[Checked, Split | None]:
-    """What shows without a tokenizer; no split where the data can't be read or split."""
+    """Findings without a tokenizer; no split where the data can't be read or split."""
     checked, findings = Checked(), list[Finding]()
     try:
         rows = load_rows(dataset.path)
@@ -129,7 +129,7 @@ def _look_at_rows(dataset: DatasetSpec) -> tuple[Checked, Split | None]:
 def _look_at_tokens(
     checked: Checked, split: Split, spec: JobSpec, tokenizer: Any, progress: Callable[[Iterable[Any]], Iterable[Any]]
 ) -> Checked:
-    """The check with what the tokenizer and the chat template make of the rows."""
+    """The check of the rows after the tokenizer and the chat template."""
     findings, rows = [*checked.findings, *check_template(split.train, tokenizer)], list[TokenRow]()
     try:
         rows = [_encoded(example, tokenizer, split.format) for example in progress(split.train)]

@@ -20,7 +20,7 @@ def load_rows(path: str, split: str = "train") -> list[RawRow]:
 
 
 def load_pinned(path: str, split: str) -> tuple[list[RawRow], str | None]:
-    """The rows, and the commit of the data set on the hub that they are of. Raises DataError and TrainingFailed."""
+    """The rows, and their commit if they are from the hub. Raises DataError and TrainingFailed."""
     if Path(path).is_absolute():
         return read_rows(Path(path)), None
     from datasets import load_dataset_builder
@@ -46,7 +46,7 @@ def load_pinned(path: str, split: str) -> tuple[list[RawRow], str | None]:
 
 
 def _check_files_are_remote(path: str, files: Mapping[str, Sequence[str]] | None) -> None:
-    """A data set's own card lists its files, and could list files of this box. Raises TrainingFailed."""
+    """Refuse a data set with a card that lists files of this box. Raises TrainingFailed."""
     for name in (name for part in (files or {}).values() for name in part):
         if not str(name).startswith("hf://"):
             raise TrainingFailed(Reason.BAD_SPEC, f"the data set {path} names a file that is not on the hub: {name}")

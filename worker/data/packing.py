@@ -1,7 +1,7 @@
 """Packing: rows of several examples that can't see each other, so that little of a batch is padding.
 
 transformers keeps packed examples apart where position ids begin anew and no attention mask is given
-(masking_utils.find_packed_sequence_indices). An architecture with an attention of its own may not: `check_apart` asks
+(masking_utils.find_packed_sequence_indices). An architecture with its own attention may not: `check_apart` tests
 the model itself.
 """
 
@@ -32,7 +32,7 @@ def packed(data: PreparedData, spec: JobSpec) -> PreparedData:
 
 def pack(rows: Sequence[TokenRow], max_length: int) -> list[TokenRow]:
     """Rows of at most `max_length` tokens, each made of whole examples: the longest first, each into the fullest row
-    that has room (best fit decreasing). The first token of an example is never learned: nothing of its own precedes it.
+    that has room (best fit decreasing). The first token of an example is never learned: no token precedes it.
     """
     bins: list[list[TokenRow]] = []
     room: list[tuple[int, int]] = []  # (free tokens, bin), sorted

@@ -34,7 +34,7 @@ class PreparedData:
     dropped: list[str]  # a sentence for each row that on_bad_row: drop left out
     overlap: int  # rows of eval_path left out because they are trained on
     sha256: str | None
-    warnings: tuple[str, ...] = ()  # what looks wrong, and is trained on all the same
+    warnings: tuple[str, ...] = ()  # what looks wrong but is trained on
     packed: list[TokenRow] | None = None  # the rows to train on, several examples in one
     regression: TokenSet | None = None  # rows of another kind, to show what was forgotten
     label_names: tuple[str, ...] = ()  # what a classifier learns to tell apart; empty for any other job
@@ -110,7 +110,7 @@ def prepare_data(
 def prepare_regression(
     dataset: DatasetSpec, file: str, path: str, train: Sequence[Example], tokenizer: Any
 ) -> tuple[TokenSet, str | None]:
-    """The rows of evaluation.regression, those that are trained on left out, and their commit on the hub.
+    """The rows of evaluation.regression without those that are trained on, and their commit on the hub.
 
     Raises DataError.
     """

@@ -1,4 +1,4 @@
-"""From messages to a prompt's token ids: by the chat template for adapters of conversations, as they stand for those of
+"""From messages to a prompt's token ids: by the chat template where the adapter was trained on conversations, else as
 plain text."""
 
 from __future__ import annotations

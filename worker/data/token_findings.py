@@ -1,4 +1,4 @@
-"""What looks wrong in a job's data once the tokenizer and the chat template have made them: one finding a kind.
+"""Findings about a job's data after the tokenizer and the chat template: one finding a kind.
 
 common/data/findings.py has what the rows show without a tokenizer.
 """

@@ -69,7 +69,7 @@ class Tokeniser:
 
     @functools.cached_property
     def _key(self) -> str:
-        """Changes with whatever changes the tokens of the same content."""
+        """A key that changes with everything that changes the tokens of the same content."""
         tokenizer, dataset = self.tokenizer, self.dataset
         backend = getattr(tokenizer, "backend_tokenizer", None)
         vocabulary = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
@@ -107,7 +107,7 @@ def fit_examples(
                 too_long += 1
                 continue
             ids, labels, truncated = ids[: dataset.max_length], labels[: dataset.max_length], truncated + 1
-            if format is DataFormat.CLASSIFICATION:  # as whoever uses it will cut: some tokenizers close every text
+            if format is DataFormat.CLASSIFICATION:  # cut as its users will cut it: some tokenizers close every text
                 ids = list(tokenizer(example.text, truncation=True, max_length=dataset.max_length).input_ids)
         if format is not DataFormat.CLASSIFICATION and all(
             label == IGNORED for label in labels[1:]

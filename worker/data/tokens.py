@@ -34,7 +34,7 @@ def encode(example: Example, tokenizer: Any, format: DataFormat) -> tuple[list[i
     """(input_ids, labels) of one example, untruncated.
 
     Raises ValueError when the chat template does not render a conversation as a prefix of its continuation, and for a
-    text of no token.
+    text without a token.
     """
     if example.turns:
         return _encode_chat(example, tokenizer)

@@ -15,7 +15,7 @@ from .tokens import IGNORED, TokenRow
 
 @dataclass(frozen=True, kw_only=True)
 class TrainedRow:
-    """A row to train on, beside the data that it is of."""
+    """A row to train on, with the data that it belongs to."""
 
     row: TokenRow
     data: PreparedData

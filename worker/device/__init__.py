@@ -1,1 +1,1 @@
-"""The devices of this box, who holds their memory, and what is installed here. No torch."""
+"""The devices of this box, and who holds their memory. No torch, at any depth."""

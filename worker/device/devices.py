@@ -59,7 +59,7 @@ class Device(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class CpuDevice:
-    """The processor; its memory is the box's RAM, or what the container is allowed of it."""
+    """The processor; its memory is the box's RAM, or the container's part of it."""
 
     index: int = 0
     uuid: str = "cpu"
@@ -106,7 +106,7 @@ class NvmlDevice:
     index: int
     uuid: str
     name: str
-    kind: Literal["nvml", "sim"] = "nvml"  # sim: it is there for placement alone, what is measured is not its memory
+    kind: Literal["nvml", "sim"] = "nvml"  # sim: for placement alone, its memory is not measured
     trains_on: Literal["cuda", "cpu"] = "cuda"
     total: int
 
@@ -211,7 +211,7 @@ def _processes(handle: Any) -> tuple[Process, ...]:
 
 
 def _optional(query: Any) -> Any:
-    """Some cards do not answer some questions; that is no reason to lose the card."""
+    """None where a card does not answer a question: the card is used all the same."""
     import pynvml
 
     try:

@@ -17,24 +17,24 @@ from loractl.common.settings import Settings
 from .devices import Device, Process, Snapshot
 
 JOB_VARIABLE = "LORACTL_JOB"
-"""In the environment of a trainer and of all that it starts: the job that it works for."""
+"""The variable with the job's number, for a trainer and all that it starts."""
 
 RUN_VARIABLE = "LORACTL_RUN"
-"""Beside it: a number that no other attempt has, of this or another loractl on the box."""
+"""The variable with a number that no other attempt has, of this or another loractl on the box."""
 
 CARD_VARIABLE = "LORACTL_CARD"
-"""And the card that it runs on, by its node's name and that node's home."""
+"""The variable with the card that it runs on, by its node's name and home."""
 
 HIGH_WATER_S = 600.0
-"""What other people's processes held at most stays theirs for so long, unless the box's owner says otherwise: a
-notebook that lets go comes back."""
+"""The most that other people's processes held stays theirs for so long, unless the box's owner says otherwise: a
+notebook that frees memory comes back."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Occupancy:
     """A device's memory at one moment. Bytes."""
 
-    outside: int | None  # held by what is not ours, or was a short while ago; None: this process can't tell
+    outside: int | None  # held by programs that are not ours, now or a short while ago; None: this process can't tell
     others: list[dict[str, Any]]  # other people's processes: pid, user, name, bytes
     used: dict[str, int]  # by our jobs
     load: int | None = None  # percent
@@ -91,10 +91,10 @@ class Watch:
         )
 
     def _look_from_container(self, seen: Snapshot, jobs: list[str]) -> Occupancy:
-        """The driver counts processes by the host's numbers, and ours have others, or it lists none at all.
+        """The driver may list the host's process numbers, which differ from ours, or none at all.
 
-        What is held beyond what was held before our jobs came is theirs. Somebody else's memory that came since is
-        taken for ours until they end: it still counts as used, though not beside what they reserve.
+        Memory beyond what was held before our jobs came counts as our jobs'. Others' new memory is taken for ours
+        until our jobs end: it counts as used, but inside what our jobs reserve.
         """
         held = self.device.total - seen.free
         ours = 0 if self._idle is None else max(0, held - self._idle)
@@ -107,7 +107,7 @@ class Watch:
         )
 
     def _rest_of_high_water(self, now_held: int) -> int:
-        """What others held lately beyond what they hold now."""
+        """Bytes that others held lately beyond what they hold now."""
         now = time.monotonic()
         self._others = [(at, held) for at, held in self._others if now - at < self.high_water_s]
         self._others.append((now, now_held))
@@ -115,7 +115,7 @@ class Watch:
 
 
 def run_mark(token: str) -> str:
-    """An attempt's number in its processes' environment: made from its token, which nobody may read there."""
+    """An attempt's number in its processes' environment: made from its token, which must stay secret."""
     return hashlib.sha256(token.encode()).hexdigest()[:16]
 
 
@@ -130,7 +130,7 @@ def runs_of(card: str) -> set[str]:
 
 
 def end_leftovers(run: str) -> list[int]:
-    """Kill whatever an attempt started and left behind, also out of its session; returns what is still there."""
+    """Kill all that an attempt started and left behind, also outside its session; returns what is still there."""
     left = [p for p in psutil.process_iter() if _runs_for(p, run)]
     for process in left:
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -156,7 +156,7 @@ def _mark_on(process: psutil.Process, card: str) -> str | None:
 
 
 def _trainers(node_pid: int) -> dict[int, tuple[str, int]]:
-    """pid -> (job, resident bytes) of the node's trainers and whatever they started."""
+    """pid -> (job, resident bytes) of the node's trainers and all that they started."""
     trainers: dict[int, tuple[str, int]] = {}
     if not _has_children(node_pid):
         return trainers
@@ -175,7 +175,7 @@ def _trainers(node_pid: int) -> dict[int, tuple[str, int]]:
 
 
 def _has_children(pid: int) -> bool:
-    """Whether the process has any: an idle node is told so in a tenth of the time that a walk over all takes."""
+    """Whether the process has children. For an idle node this is ten times as fast as a walk over all."""
     try:
         return any(path.read_text().strip() for path in Path(f"/proc/{pid}/task").glob("*/children"))
     except OSError:
@@ -183,7 +183,7 @@ def _has_children(pid: int) -> bool:
 
 
 def _named(process: Process) -> dict[str, Any]:
-    """A process for people: whose it is and what it runs. Only its program's name, never its arguments."""
+    """A process for people: its user and its program's name, never its arguments."""
     try:
         info = psutil.Process(process.pid)
         user, name = info.username(), info.name()

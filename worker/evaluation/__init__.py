@@ -1,1 +1,1 @@
-"""Base against tuned: measured, with intervals, as a report. No SQL, no Celery."""
+"""Base against tuned: measured, with intervals, as a report. No SQLAlchemy, no Celery."""

@@ -58,7 +58,7 @@ def prompts_of(examples: Sequence[Example], tokenizer: Any) -> list[Prompt]:
 def side_by_side(
     prompts: Sequence[Prompt], base: Sequence[tuple[str, bool]], tuned: Sequence[tuple[str, bool]]
 ) -> list[Answer]:
-    """What `generate` gave of base and of tuned, prompt by prompt."""
+    """The answers of base and tuned, prompt by prompt."""
     return [
         Answer(
             row=prompt.row,

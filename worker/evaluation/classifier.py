@@ -1,8 +1,8 @@
 """A classifier on held-out rows: what its head answers, against always naming the most frequent label.
 
-Its base model has no head, and an untrained one answers noise, which anything beats. What a classifier has to beat is
-one that looks at no text: it always names the label that most training rows have, and it is as sure of each label as
-its share of those rows.
+Its base model has no head, and an untrained head answers noise, which is easy to beat. So the baseline is a classifier
+that reads no text: it always names the most frequent label of the training rows, and is as sure of each label as its
+share of those rows.
 """
 
 from __future__ import annotations

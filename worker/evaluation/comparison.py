@@ -56,7 +56,7 @@ class Measure:
     def compare(
         self, base: Array, tuned: Array, weight: Array, transform: Callable[[Array], Array] = lambda x: x
     ) -> Compared:
-        """A sum over rows by a sum of weights; rows of no weight are no cases."""
+        """A sum over rows divided by a sum of weights; rows without weight are not cases."""
         return self.compared(int((weight > 0).sum()), *paired_interval(base, tuned, weight, transform))
 
     def compared(self, cases: int, base: float, tuned: float, low: float, high: float) -> Compared:
@@ -65,7 +65,7 @@ class Measure:
 
 
 def percent(name: str, label: str) -> Measure:
-    """A measure in percent, of which more is better."""
+    """A measure in percent; more is better."""
     return Measure(name=name, label=label, unit="%", higher_is_better=True)
 
 

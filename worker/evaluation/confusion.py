@@ -1,6 +1,6 @@
 """Answers that are labels: accuracy, macro F1 and the confusion of base and tuned.
 
-The labels are those that the training rows teach. An answer that is none of them counts as wrong, and as "other".
+The labels are those that the training rows teach. Any other answer counts as wrong, and as "other".
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def label_metrics(labels: Labels) -> list[Compared]:
 
 
 def labels_taught(examples: Sequence[Example]) -> list[str]:
-    """The labels that training answers consist of, the most frequent first; empty where they are no labels."""
+    """The labels that training answers consist of, the most frequent first; empty where they are not labels."""
     shares = label_shares(examples)
     return list(shares) if shares is not None and len(shares) > 1 else []
 

@@ -31,7 +31,7 @@ class Answered:
 
 @dataclass(frozen=True, kw_only=True)
 class Turns:
-    """The mean loss of the answers that stand at one place of their conversations, in nats a token."""
+    """The mean loss of the answers at the same place of their conversations, in nats a token."""
 
     turn: int
     cases: int
@@ -86,7 +86,7 @@ def turn_metrics(
         return []
     weight = whole[0].tokens[later]
     base, tuned = (scores.loss[later] for scores in whole)
-    # an answer's tokens are the same with and without its context, but for what a border merges
+    # an answer's tokens are the same with and without its context, except where tokens merge at its border
     base_alone, tuned_alone = (scores.loss / scores.tokens * weight for scores in alone)
     return [
         LATER_ANSWERS_LOSS.compare(base, tuned, weight),

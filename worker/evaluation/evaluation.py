@@ -33,7 +33,7 @@ REGRESSION_LOSS = Measure(name="regression_loss", label="loss on the regression 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """What the report says of the comparison."""
+    """What the report says about the comparison."""
 
     metrics: list[Compared]
     answers: list[Answer]
@@ -43,7 +43,7 @@ class Evaluation:
     """(row, learned tokens, summed loss of base, of tuned in nats): with them two jobs are compared row by row."""
     labels: Labels | None = None
     turns: list[Turns] = field(default_factory=list)
-    baseline: str | None = None  # what `base` is where it is not the base model
+    baseline: str | None = None  # the name of `base` where it is not the base model
     benchmarks: Benchmarks | None = None  # of the lm-eval harness, where the job names tasks
 
 
@@ -87,7 +87,7 @@ def evaluate(
 
 
 def counter(total: int, check_stop: Callable[[], None], progress: Callable[[int, int], None]) -> Callable[[int], None]:
-    """A function to call after so many rows more: it looks whether to stop, and says how far the work is."""
+    """A function to call after more rows: it checks for a stop, and tells how far the work is."""
     done = 0
 
     def tick(count: int) -> None:

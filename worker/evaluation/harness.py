@@ -1,7 +1,7 @@
 """Tasks of EleutherAI's lm-eval harness on base and tuned: the package's own, and those in the box owner's folder.
 
-https://github.com/EleutherAI/lm-evaluation-harness. The package is no dependency of loractl: a worker has it, or
-refuses the jobs that ask for it.
+https://github.com/EleutherAI/lm-evaluation-harness. The package is not a dependency of loractl: a worker
+without it refuses the jobs that ask for it.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ PACKAGE = "lm_eval"
 KEY = "evaluation.lm_eval"
 
 BOOTSTRAP_ITERATIONS = 1000
-"""Samples for lm_eval's own standard errors of what is no mean (F1, perplexity, BLEU); for a mean it has a formula."""
+"""Samples for lm_eval's own standard errors of F1, perplexity and BLEU; for a mean it has a formula."""
 
 NORMAL_95 = 1.96
 """Half the width of a 95% interval in standard errors, where the error is normal."""
@@ -59,7 +59,7 @@ class Scored:
     group: str | None  # the group with an average of its own that the task belongs to
     interval: Interval
     """paired: bootstrap over the documents, the same for both. unpaired: from the two standard errors, as if each had
-    seen other documents, and so too wide. none: there is neither, or lm_eval does not say which way is better."""
+    seen other documents, so it is too wide. none: neither exists, or lm_eval does not say which way is better."""
     base_stderr: float | None
     tuned_stderr: float | None
     compared: Compared
@@ -92,7 +92,7 @@ def check_package(spec: JobSpec) -> None:
 def find_tasks(spec: JobSpec, folder: str | None) -> Any:
     """lm_eval's TaskManager over the package's tasks and the owner's folder; None for a job that asks for no task.
 
-    Every task is set up once, its data set included: what is missing ends the job before it has trained. Raises
+    Every task is set up once, its data set included: if one is missing, the job ends before it has trained. Raises
     TrainingFailed.
     """
     names = spec.evaluation.lm_eval
@@ -116,7 +116,7 @@ def score_tasks(
     """Run the job's tasks on the base, which is the model with its adapter switched off, and on the tuned model.
 
     `manager`: what `find_tasks` returned. Raises what `check_stop` raises, before a batch; out-of-memory where one row
-    at a time does not fit; and whatever a task raises.
+    at a time does not fit; and any error of a task.
     """
     began = time.monotonic()
     os.environ["DISABLE_MULTIPROC"] = "1"  # its bootstrap would fork this process, with model and device, once a core
@@ -184,14 +184,14 @@ def _load(manager: Any, names: list[str]) -> Any:
     """All of them, which may not overlap. Raises TrainingFailed, with the name of the first that can't be loaded."""
     try:
         return manager.load(list(names))
-    except Exception as error:  # a task is a program of others, which may fail in any way
+    except Exception as error:  # a task is other people's program and may fail in any way
         for name in names if len(names) > 1 else ():
             _load(manager, [name])
         raise _not_to_be_had(", ".join(names), error) from error
 
 
 def _not_to_be_had(name: str, error: Exception) -> TrainingFailed:
-    """Only a hub that is away passes by itself."""
+    """The failure of a task's set-up; only a hub that is away passes by itself."""
     answer = refusal(error)
     said = answer or next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     reason = Reason.TRAINER_ERROR if answer is Refusal.AWAY else Reason.BAD_SPEC
@@ -263,7 +263,7 @@ def _task(name: str, results: Results) -> dict[str, Any]:
 
 
 def _metrics(results: Results, task: str) -> list[str]:
-    """lm_eval's keys, "metric,filter", that are numbers and no standard errors."""
+    """lm_eval's keys, "metric,filter", of numbers that are not standard errors."""
     values = results["results"].get(task, {})
     return [key for key, value in values.items() if "," in key and "_stderr," not in key and _is_number(value)]
 

@@ -35,7 +35,7 @@ def build_report(
     evaluation: Evaluation,
     course: TrainingCourse,
 ) -> dict[str, Any]:
-    """Everything that was measured, and all that is needed to run it again, as plain JSON values.
+    """All that was measured and all that a repetition needs, as plain JSON values.
 
     `base`: what `identify` says of the base model.
     """
@@ -197,7 +197,7 @@ def _benchmarks(benchmarks: Benchmarks | None) -> dict[str, Any] | None:
 
 
 def _finite(value: Any) -> Any:
-    """JSON knows no NaN: a number that could not be had is null."""
+    """JSON has no NaN: a number that could not be measured is null."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):

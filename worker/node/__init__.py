@@ -1,1 +1,1 @@
-"""The process that serves one device: it wakes, claims and supervises. No torch."""
+"""The process that serves one device: it wakes, claims, supervises. No torch, at any depth; SQL only through Store."""

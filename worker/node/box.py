@@ -24,17 +24,17 @@ if TYPE_CHECKING:
 log = logging.getLogger("loractl.worker")
 
 IDLE_LOOKS = 2
-"""So many looks in a row must find nothing left before --drain-when-idle ends."""
+"""--drain-when-idle ends after so many looks in a row without a job left."""
 
 NODE_TRIES = 3
-"""A node that ends so often in a row before it serves is broken, and so is this worker; one that jobs kill is not."""
+"""A worker ends when a node fails so often in a row before it serves. A node that jobs kill does not count."""
 
 WATCH_S = 10.0
 """How often the watchdog looks."""
 
 STUCK_S = 90.0
-"""A node that is silent so long, or leaves a job so long that is for it, is asked to stop, and after as long again
-killed; then it is started anew."""
+"""A node that is silent for so long, or leaves a job of its own waiting for so long, is asked to stop. After as long
+again it is killed. Then it is started again."""
 
 KILL_AFTER_S = 15.0
 """After a second Ctrl-C the nodes have so long to give their jobs back."""
@@ -52,10 +52,10 @@ class Box:
         self._stuck_since: dict[int, float] = {}
         self._asked: set[int] = set()  # nodes that were told to stop because they are stuck
         self._started: dict[int, float] = {}  # when the node of a device was started
-        self._failures = {device.index: 0 for device in devices}  # starts in a row that came to nothing
+        self._failures = {device.index: 0 for device in devices}  # failed starts in a row
 
     def run(self, drain_when_idle: bool) -> int:
-        """Serve until Ctrl-C or SIGTERM, or until nothing is left; returns the exit code."""
+        """Serve until Ctrl-C or SIGTERM, or until no job is left; returns the exit code."""
 
         def terminated(*_: Any) -> None:
             raise KeyboardInterrupt
@@ -90,7 +90,7 @@ class Box:
         )
 
     def _wait(self, drain_when_idle: bool) -> bool:
-        """Until nothing is left; a node that ends by itself is started again. True when one can't be."""
+        """Watch until no job is left; start a node that ends by itself again. True when a node can't be started."""
         from sqlalchemy.exc import DBAPIError
 
         largest, idle, watched = max(d.total for d in self._devices), 0, time.monotonic()
@@ -109,7 +109,7 @@ class Box:
         return False
 
     def _restart_ended(self) -> bool:
-        """Start nodes again that ended by themselves; True when one does nothing but end."""
+        """Start nodes again that ended by themselves; True when a node ends at every start."""
         for device in self._devices:
             index, process = device.index, self._nodes[device.index]
             if process.poll() is None:
@@ -131,7 +131,7 @@ class Box:
         try:
             view = self._store.fleet()
         except DBAPIError:
-            return  # without the database no one can tell, and a node without it is not stuck
+            return  # without the database this can't be told; a node that has none is not stuck
         now = time.monotonic()
         given = {d.placed.node for d in view.decisions if d.placed is not None}
         for device in self._devices:

@@ -1,4 +1,4 @@
-"""What attempts leave behind on a device: it is ended, or else the card is closed."""
+"""Processes that attempts leave behind on a device: they are ended, or the card is closed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from loractl.worker.device.occupancy import Watch, card_mark, end_leftovers, run
 log = logging.getLogger("loractl.worker")
 
 LEFT_S = 20.0
-"""A trainer's end is through when nothing of it is left on the card; the driver takes a moment."""
+"""Seconds that a trainer's memory may stay on the card after its end: the driver takes a moment."""
 
 
 def close_if_left(place: Workplace, watch: Watch, claim: Claim) -> None:
@@ -31,14 +31,14 @@ def close_if_left(place: Workplace, watch: Watch, claim: Claim) -> None:
 
 
 def end_all(place: Workplace) -> None:
-    """End what an earlier node of this device was killed over: nothing runs here yet."""
+    """End what an earlier, killed node of this device left running: this node runs nothing yet."""
     for run in runs_of(card_mark(place.settings, place.node)):
         end_leftovers(run)
 
 
 def end_strays(place: Workplace) -> None:
-    """End processes of attempts that run no more: a trainer may have left some behind."""
-    marks = runs_of(card_mark(place.settings, place.node))  # first: who starts between the two looks has its claim
+    """End processes of attempts that no longer run: a trainer may have left some behind."""
+    marks = runs_of(card_mark(place.settings, place.node))  # first: an attempt that starts in between has its claim
     if not marks:
         return
     for run in marks - {run_mark(token) for token in place.store.tokens(place.node)}:

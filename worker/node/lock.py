@@ -14,7 +14,7 @@ log = logging.getLogger("loractl.worker")
 
 
 class DeviceLock:
-    """Held while its process lives. Waits, and says so, while another one has it.
+    """Take the lock; it is held while this process lives. Waits, with a log line, while another process has it.
 
     Two nodes on one device would both claim by the same free memory.
     """
@@ -39,7 +39,7 @@ class DeviceLock:
 
 
 def served_by(settings: Settings, device: Device) -> int | None:
-    """The number of the process that served the device last; None when none ever did."""
+    """The number of the last process that served the device; None before the first."""
     try:
         return int(_path(settings, device).read_text())
     except (FileNotFoundError, ValueError):

@@ -1,4 +1,4 @@
-"""The monitor of a node: it reports the device, follows the free memory, and goes round the fleet's waiting rows."""
+"""The monitor of a node: a round of reports and looks, so that no job depends on a message alone."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ ROUND_S = 5.0
 """How often a node looks for waiting rows and expired leases by itself: messages are hints and may be lost."""
 
 SETTLE_S = 15.0
-"""After an outage of the database living supervisors beat first, before anybody ends their attempts."""
+"""Seconds after an outage of the database in which living supervisors beat, before their attempts may be ended."""
 
 TRIES = 5
 """After so many failures in a row the monitor ends its node, and the worker starts it again."""
@@ -60,7 +60,7 @@ class Monitor:
         self._thread: threading.Thread | None = None
 
     def start(self, slots: Slots) -> None:
-        """Begin to look. With the queue away the rows are looked at all the same."""
+        """Begin the rounds. They read the rows even while the queue is away."""
         self._thread = threading.Thread(target=self._run, args=(slots,), name="monitor", daemon=True)
         self._thread.start()
 
@@ -134,7 +134,7 @@ class Monitor:
                     log.warning("the database is away: %s", why)
                     next_round = now + SETTLE_S * self._pace
                 else:
-                    # a monitor that ends in silence would leave a node that looks offline and never comes back
+                    # if the monitor ended silently, the node would look offline and never come back
                     failures += 1
                     log.exception("the monitor failed, %s of %s times", failures, TRIES)
                     if failures >= TRIES:
@@ -166,7 +166,7 @@ class Monitor:
             self._drained = False
 
     def _wake_others(self, slots: Slots) -> None:
-        """Pass a message on that came here in vain, by the same rule that the claim follows."""
+        """Pass on a message that no slot here could take, by the claim's own rule."""
         if not self._pass_on:
             return
         self._pass_on = False
@@ -175,7 +175,7 @@ class Monitor:
             slots.wake_others(others)
 
     def _go_round(self, slots: Slots) -> None:
-        """End lost attempts, and look for rows whose message was lost, or came while nothing fitted."""
+        """End lost attempts, and look for jobs with a lost message or one that came while nothing fitted."""
         store = self._place.store
         end_strays(self._place)
         for job_id, _ in store.reap():

@@ -49,14 +49,14 @@ from .slots import Slots
 log = logging.getLogger("loractl.worker")
 
 AGAIN_S = 2.0
-"""A node that finds no database when it starts tries again so much later."""
+"""Seconds before a node tries again that found no database at its start."""
 
 
 class DeviceNode:
     """One device, its queues, its slots and its monitor."""
 
     def __init__(self, settings: Settings, device: Device, options: NodeOptions, drain: Drain) -> None:
-        # a plan says nothing of a processor's memory, so it is not shared
+        # a plan says nothing about a processor's memory, so it is not shared
         max_jobs = options.max_jobs or (1 if device.kind == "cpu" else default_max_jobs(device.total))
         self._settings = settings
         self._place = Workplace(
@@ -95,7 +95,7 @@ class DeviceNode:
         lock.say_served()
 
         @app.task(name=WAKE_TASK, ignore_result=True)
-        def wake(size_class: int) -> None:  # what the message says is a hint: the claim looks at what is free now
+        def wake(size_class: int) -> None:  # the message is only a hint: the claim looks at what is free now
             if not self._slots.wake():
                 self._monitor.pass_on()
 
@@ -146,7 +146,7 @@ class DeviceNode:
 
 
 def obey(orders: IO[str], drain: Drain) -> None:
-    """Do what the worker says, in a thread, until it is gone: then stop as after SIGTERM."""
+    """Follow the worker's orders, in a thread. When the worker is gone, stop as after SIGTERM."""
 
     def listen() -> None:
         for line in orders:

@@ -1,4 +1,4 @@
-"""What the box's owner says of a device."""
+"""The options of the box's owner for a device."""
 
 from __future__ import annotations
 

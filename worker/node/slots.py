@@ -26,14 +26,14 @@ from .leftovers import close_if_left
 log = logging.getLogger("loractl.worker")
 
 HOLD_BACK_S = 10.0
-"""A job is left so long to the card that the rule gives it to; then that card is taken for stuck."""
+"""Seconds for which a job is left to the card that the rule gives it to; after that the card counts as stuck."""
 
 STUCK_LEAST_S = 20.0
-"""A supervisor may be silent so long, whatever the lease: ending a trainer and all that it started takes a while."""
+"""A supervisor may be silent so long with any lease: ending a trainer and all that it started takes a while."""
 
 
 LOOK_MOST_S = 2.0
-"""Between two looks at a supervisor at most so much counts as its silence."""
+"""The most that counts as a supervisor's silence between two looks at it."""
 
 
 class Slots:
@@ -47,7 +47,7 @@ class Slots:
         self._watch = watch
         self._changed = changed
         self._woken = threading.Condition()
-        self._calls = 0  # how often somebody woke the slots
+        self._calls = 0  # how often the slots were woken
         self._closing = False
         self._claiming = threading.Lock()  # two slots would reserve the same bytes twice and lose one
         self._left: dict[str, float] = {}  # node -> since when a job is left to it
@@ -78,7 +78,7 @@ class Slots:
     def end_stuck(self) -> None:
         """Kill the trainer of a supervisor that has not turned for a lease; end this process when that frees nothing.
 
-        Its lease is over then, so somebody else may run the job. The worker starts another node, which gives the jobs
+        Its lease is over then, so another node may run the job. The worker starts another node, which gives the jobs
         of this one back.
         """
         patience = max(self._place.settings.lease_s, STUCK_LEAST_S)
@@ -121,20 +121,20 @@ class Slots:
                 else:
                     log.warning("the database is away: %s", why)
             except Exception:
-                # a slot that ended in silence would leave a node that looks well and takes no jobs
+                # if a slot ended silently, the node would look well but take no jobs
                 log.exception("slot %s failed; it looks again when it is woken", slot)
             finally:
                 if self._attempts.pop(slot, None) is not None:
                     self._changed()
 
     def _sleep(self, calls: int) -> int:
-        """Wait for another call than those; returns how many there were."""
+        """Wait until there are more calls than these; returns their number."""
         with self._woken:
             self._woken.wait_for(lambda: self._closing or self._calls != calls)
             return self._calls
 
     def _take_jobs(self, slot: int) -> None:
-        """Claim and run, until nothing that waits is for this device."""
+        """Claim and run until no waiting job is for this device."""
         while self._place.drain.wish is None and (claim := self._claim()) is not None:
             state = self._attempts[slot] = begin(claim, self._place.settings.work_dir)
             self._changed()

@@ -1,1 +1,1 @@
-"""What both sides of the pipe between supervisor and trainer know. No torch, no SQL."""
+"""What supervisor and trainer both know: messages, marker, versions, limits of trust. No torch, no SQL."""

@@ -32,7 +32,7 @@ def close_checkpoint(
 
 
 def read_marker(folder: Path) -> dict[str, Any] | None:
-    """What a complete checkpoint's marker says; None for a torn one."""
+    """The marker of a complete checkpoint; None for a torn one."""
     try:
         marker = json.loads((folder / MARKER).read_text())
         complete = all((folder / name).stat().st_size == size for name, size in marker["files"].items())
@@ -48,5 +48,5 @@ def is_complete(folder: Path) -> bool:
 
 
 def remove_marker(folder: Path) -> None:
-    """From now on the checkpoint is torn."""
+    """Remove the marker: from now on the checkpoint counts as torn."""
     (folder / MARKER).unlink(missing_ok=True)

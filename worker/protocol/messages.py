@@ -22,7 +22,7 @@ class _Message(BaseModel):
 
 
 class Peaks(BaseModel):
-    """The highest points of a trainer's memory so far, in bytes; None: not to be had."""
+    """The highest points of a trainer's memory so far, in bytes; None: not measured."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
@@ -49,7 +49,7 @@ class Start(_Message):
     spec: JobSpec
     run_code: bool = False  # the box's owner trusts the base model's own code at the spec's revision
     method: Method
-    method_why: str = ""  # of several; empty where the job permits one
+    method_why: str = ""  # why this one of several; empty where the job permits only one
     vram_planned: int | None
     vram_reserved: int | None = None  # bytes of the card that are this attempt's
     memory_limit: int | None = None  # allocations beyond so many bytes fail; None: no limit

@@ -1,6 +1,6 @@
 """What a job may make this box read and run: its base model's folder, its data, a model's own code.
 
-Whoever can write rows can write any spec into one, so nothing that a client has checked is relied on here.
+Anyone who can write rows can write any spec into one, so the worker does not rely on a client's checks.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _KERNEL_KEY = "attn_implementation"
 
 
 class Refused(LoractlError):
-    """The job asks for what this box's owner did not allow, or for what no job may ask."""
+    """The job asks for something that this box's owner, or loractl itself, does not allow."""
 
 
 def check_claim(spec: JobSpec, data: dict[str, Any], settings: Settings) -> None:
@@ -41,14 +41,14 @@ def check_claim(spec: JobSpec, data: dict[str, Any], settings: Settings) -> None
 
 
 def check_checkpoint(job_id: int, checkpoint: StoredCheckpoint) -> None:
-    """Raises Refused for a checkpoint that no attempt of this job can have stored: its name becomes a folder here."""
+    """Raises Refused for a checkpoint that this job can't have stored: its name becomes a folder here."""
     made = re.fullmatch(rf"jobs/{job_id}/checkpoints/[1-9]\d{{0,8}}-(\d{{1,12}})", str(checkpoint.prefix), re.ASCII)
     if not isinstance(checkpoint.step, int) or made is None or made[1] != str(checkpoint.step):
         raise Refused("the row names a checkpoint that is none of this job")
 
 
 def _is_stored(entry: Any) -> bool:
-    """Whether this names a stored data set; the store itself takes no address but its own."""
+    """Whether this names a stored data set; the store itself takes only its own addresses."""
     return isinstance(entry, dict) and all(isinstance(entry.get(key), str) for key in ("uri", "sha256"))
 
 

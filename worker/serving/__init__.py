@@ -1,1 +1,1 @@
-"""Stored adapters on a base in memory: answers, scores, merged models."""
+"""Stored adapters on a base in memory: answers, scores, merged models. It trains nothing and claims no job."""

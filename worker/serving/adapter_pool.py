@@ -34,7 +34,7 @@ _OPTIONAL = {"position_ids", "logits_to_keep"}
 
 
 class NoRoom(LoractlError):
-    """The adapters in use leave no room for another one; some will end."""
+    """The adapters in use leave no room for another one now; there will be room when answers end."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,7 +170,7 @@ class AdapterPool:
         try:
             self._put_on(key, folder, config)
             mixes = not (config.use_dora or whole) and self._mixes(key)
-        except BaseException as error:  # whatever it was, the base must be as before
+        except BaseException as error:  # after any error the base must be as before
             self._take_off(key)
             if is_out_of_memory(error):
                 raise LoractlError(f"no memory is left for the adapter of {key}") from error
@@ -194,7 +194,7 @@ class AdapterPool:
         self._layers[key] = [layer for layer in _adapted_layers(self._model) if _holds(layer, key)]
 
     def _take_off(self, key: str) -> None:
-        """After a load that failed half-way: of a first one peft leaves its layers in the base."""
+        """Clean up after a load that failed half-way: peft leaves its layers in the base when it is the first."""
         self._layers.pop(key, None)
         if self._loaded:
             if key in self._model.peft_config:
@@ -205,8 +205,8 @@ class AdapterPool:
         _strip(self._model)
 
     def _mixes(self, key: str) -> bool:
-        """Whether a row of the adapter and one of the base go through together: peft can't where a layer's input has
-        lost its rows, as in a mixture of experts, and where an adapter is on parameters rather than on layers."""
+        """Whether rows of the adapter and of the base can share a batch. With peft they can't where a layer's input
+        has lost its rows, as in a mixture of experts, or where an adapter is on parameters rather than on layers."""
         tokens = torch.full((2, 2), int(self.tokenizer.eos_token_id), device=self._model.device)
         self.switch(key)
         try:
@@ -245,8 +245,8 @@ class AdapterPool:
 
     @contextlib.contextmanager
     def _routed(self, keys: Sequence[str]) -> Iterator[None]:
-        """Tell every adapted layer which row is whose, as peft's own `adapter_names` does; peft 0.21 leaves its hooks
-        behind when the forward fails, and every later one would fail too."""
+        """Tell every adapted layer which adapter each row uses, as peft's own `adapter_names` does. But peft 0.21
+        leaves its hooks behind when the forward fails, and every later one would fail too."""
         layers = {id(layer): layer for key in {*keys} - {BASE} for layer in self._layers[key]}
         hooks = [
             layer.register_forward_pre_hook(partial(_name_rows, keys), with_kwargs=True) for layer in layers.values()

@@ -36,7 +36,7 @@ class Completion:
     """The answer to a single prompt."""
 
     prompt: str
-    job_id: int | None  # whose adapter answered; None: the base
+    job_id: int | None  # the job of the adapter that answered; None: the base
     text: str
     ended: str | None
     tokens: int

@@ -30,7 +30,7 @@ HOST_CACHE_BYTES = 2 * 2**30
 """What keys and values may take on a processor."""
 
 DEVICE_CACHE_SHARE = 0.6
-"""Of what is free on a card beside base and adapters; the rest is for the prompts that are read."""
+"""Share of a card's free memory, beside base and adapters. The rest is for the prompts that are read."""
 
 READ_TOKENS = 8192
 """Rows times tokens of the prompts that are read in one pass."""
@@ -159,7 +159,7 @@ class Engine:
         for name, rows in joining.items():
             lane = self._lanes.setdefault(name, Lane(self._pool, self._ends))
             for some in _readable(rows):
-                # while its prompts are read the lane is as before: a failure there is that of the new rows alone
+                # the lane does not change while prompts are read: a failure there ends the new rows alone
                 read = self._tried(partial(lane.read, some), some)
                 if read is not None:
                     self._tried(partial(lane.join, some, read), [*lane.rows, *some], lane)
@@ -167,7 +167,7 @@ class Engine:
                 del self._lanes[name]
 
     def _drop_cancelled(self) -> None:
-        """Requests whose callers have left must not count as waiting."""
+        """Drop requests of callers who have left: they must not count as waiting."""
         with self._lock:
             gone = [ask for ask in self._waiting if ask.cancelled.is_set()]
             for ask in gone:
@@ -194,7 +194,7 @@ class Engine:
         return (len(rows) + 1) * widest <= self.cache_tokens
 
     def _tried(self, work: Callable[[], Result], rows: Sequence[Row], lane: Lane | None = None) -> Result | None:
-        """Do it; a failure ends these rows, and empties the lane, and nothing else."""
+        """Do the work; a failure ends only these rows and empties the lane."""
         rows = list(rows)
         try:
             return work()
@@ -216,7 +216,7 @@ class Engine:
 
 
 def _readable(rows: Sequence[Row]) -> Iterator[list[Row]]:
-    """Rows whose prompts are read in one pass, each padded to the longest of them."""
+    """Groups of rows for one pass over their prompts, each padded to the longest of its group."""
     some: list[Row] = []
     for row in rows:
         widest = max(len(each.ask.prompt) for each in (*some, row))

@@ -68,7 +68,7 @@ class Names:
         for tried in (name, f"{name}:latest"):
             if tried in (known := self.all()):
                 return known[tried]
-        self._looked = -math.inf  # it may have been stored or tagged since
+        self._looked = -math.inf  # the name may have been stored or tagged since
         known = self.all()
         return known[name] if name in known else known[f"{name}:latest"]
 

@@ -35,7 +35,7 @@ class Lane:
         self.rows, self._cache = [], None
 
     def join(self, rows: Sequence[Row], read: tuple[Any, torch.Tensor, torch.Tensor]) -> None:
-        """Take new rows, whose prompts are read, into the batch with their first token."""
+        """Take new rows into the batch, with their prompts read and their first token."""
         cache, mask, logits = read
         if self.rows:
             self._cache, self._mask = _side_by_side((self._cache, self._mask), (cache, mask))
@@ -88,7 +88,7 @@ class Lane:
                 token = likeliest[place] if row.ask.temperature == 0 else row.draw(logits[place])
                 row.take(token, ended=token in self._ends)
             except Exception as error:
-                log.exception("one request failed")  # its own fault, like logits that are no numbers: others go on
+                log.exception("one request failed")  # its own fault, like a logit that is not a number: others go on
                 row.fail(failure_sentence(error))
         self._drop_ended()
 

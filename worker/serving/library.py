@@ -42,7 +42,7 @@ class Listed:
 
     @property
     def base(self) -> tuple[str, str | None]:
-        """Adapters of an equal one can be on one loaded base."""
+        """Adapters with the same value can be on one loaded base."""
         return self.spec.base_model, self.spec.revision
 
 
@@ -128,7 +128,7 @@ class Library:
             self._artifacts.pull(prefix, "adapter/", aside)
             aside.rename(folder)
         except OSError:
-            if not folder.is_dir():  # else somebody else was first; the content is the same
+            if not folder.is_dir():  # else another process was first; the content is the same
                 raise
         finally:
             shutil.rmtree(aside, ignore_errors=True)
@@ -158,7 +158,7 @@ class Library:
         return str(self._artifacts.fetch_dataset(stored["uri"], stored["sha256"], folder))
 
     def revision(self, adapter: Listed) -> str | None:
-        """The revision of the base to load: of a hub id whose job named none, the commit that it was trained on."""
+        """The revision of the base to load; where the job named none for a hub id, the commit of its training."""
         if adapter.spec.revision is not None or Path(adapter.spec.base_model).is_absolute():
             return adapter.spec.revision
         commit = (self.report(adapter).get("base") or {}).get("commit")

@@ -94,7 +94,7 @@ class Matrix:
         return statistics.median(self.switch_seconds) if self.switch_seconds else None
 
     def as_json(self) -> dict[str, Any]:
-        """All of it for programs; what is no number is null."""
+        """All of it for programs; a value that is not a number is null."""
         return {
             "base_model": self.base_model,
             "precision": self.precision,
@@ -234,7 +234,7 @@ def _switches(pool: AdapterPool, keys: Sequence[str]) -> list[float]:
         began = time.perf_counter()
         pool.switch(keys[number % len(keys)])
         took.append(time.perf_counter() - began)
-    return took[1:]  # the first may have been no switch
+    return took[1:]  # the first may not have been a switch
 
 
 def _cell(cell: Cell, measure: str) -> dict[str, Any]:

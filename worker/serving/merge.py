@@ -31,7 +31,8 @@ TOLERANCE = 1e-3
 """Largest difference of a logit, in fp32: W + scale B A is summed once instead of at every token. 4e-5 is usual."""
 
 LEAST_AGREEMENT = 0.8
-"""Share of tokens whose likeliest next token the stored files must keep: rounding moves a few, an overflow all."""
+"""Share of tokens for which the stored files must give the same likeliest next token. Rounding moves a few of them, an
+overflow all."""
 
 CONVERTER = "convert_hf_to_gguf.py"
 """llama.cpp's own."""
@@ -50,7 +51,7 @@ class Proof:
     largest_logit: float  # for scale
     merged_difference: float  # fp32: base and adapter against merged
     stored_difference: float  # the files as they load, in their number format, against fp32
-    stored_agreement: float  # share of tokens whose likeliest next token is the same
+    stored_agreement: float  # share of tokens with the same likeliest next token
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,7 +159,7 @@ def _logits(model: Any, prompts: Sequence[Sequence[int]]) -> list[Any]:
 
 
 def _apart(some: Sequence[Any], others: Sequence[Any]) -> float:
-    """The largest difference; infinite where one is no number."""
+    """The largest difference; infinite where a value is not a number."""
     apart = max(float((a - b).abs().max()) for a, b in zip(some, others, strict=True))
     return apart if math.isfinite(apart) else math.inf
 

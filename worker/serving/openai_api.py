@@ -58,7 +58,7 @@ _UNCHANGING: dict[str, Any] = {
     "response_format": ({"type": "text"}, None), "presence_penalty": (0, None), "frequency_penalty": (0, None),
     "logit_bias": ({}, None), "echo": (False, None), "suffix": (None, ""), "modalities": (["text"], None),
 }  # fmt: skip
-"""What can't be done, with the values that ask for nothing."""
+"""Keys that are not supported, with the values that ask for nothing and are let through."""
 
 
 StopText = Annotated[str, Field(max_length=256)]

@@ -71,7 +71,7 @@ class Row:
                 self._random.seed()
             else:
                 self._random.manual_seed(self.ask.seed)
-        # the largest one is taken off first: a tiny temperature would make infinity of it
+        # the largest one is subtracted first: with a tiny temperature it would become infinite
         shares = torch.softmax((logits - logits.max()).double() / self.ask.temperature, -1).cpu()
         if self.ask.top_p >= 1:
             return int(torch.multinomial(shares, 1, generator=self._random))

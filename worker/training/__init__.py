@@ -1,1 +1,1 @@
-"""The recipe, in a process of its own: from a Start to an adapter. No SQL, no Celery."""
+"""The recipe, in its own process: from a Start message to an adapter. No SQLAlchemy, no Celery."""

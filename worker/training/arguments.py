@@ -36,7 +36,7 @@ SAME_NAME = (
 def training_arguments(order: Start, spec: JobSpec, precision: Precision) -> TrainingArguments:
     """transformers' arguments for a job: the spec's keys under their own names, and what the device decides.
 
-    `spec` is the order's, adjusted to the memory that there is.
+    `spec` is the order's, adjusted to the memory.
     """
     t = spec.training
     on_gpu = order.device == "cuda"

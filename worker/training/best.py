@@ -1,4 +1,4 @@
-"""The best evaluation in mid-training: its adapter is kept, and a training that gets no better is ended."""
+"""The best evaluation in mid-training: its adapter is kept, and early stopping counts from it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .run import Run
 
 BEST = "best.json"
 BEST_WEIGHTS = "best_adapter.safetensors"
-"""In a checkpoint: which evaluation was the best so far, and its adapter where the job asks for the best one."""
+"""Names in a checkpoint: the best evaluation so far, and its adapter where the job asks for the best one."""
 
 
 class BestKeeper(TrainerCallback):

@@ -1,4 +1,4 @@
-"""Complete checkpoints: the newest one of this very training is found, and one that does not resume is withdrawn."""
+"""Complete checkpoints on the disk: the newest one of this very training, by its marker."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def newest_checkpoint(
 
 
 def withdraw(checkpoint: Checkpoint) -> None:
-    """Take the marker off a checkpoint that does not hold what it says: it is torn from now on."""
+    """Remove the marker of a checkpoint that does not hold what it says: from now on it counts as torn."""
     remove_marker(checkpoint.path)
 
 

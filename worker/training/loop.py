@@ -35,7 +35,7 @@ from .run import Run, Stopped
 
 @dataclass(frozen=True, kw_only=True)
 class Callbacks:
-    """Those that look on at a training, each with a task of its own."""
+    """The callbacks of a training, each with its own task."""
 
     checkpoint: Checkpoint | None  # that the training goes on from
     proof: ResumeProof
@@ -52,7 +52,7 @@ class Callbacks:
         best = BestKeeper(run, recorder, checkpoint)
         teller = Teller(run, recorder, tokens)
         closer = CheckpointCloser(run, belongs_to(run.order, data), proof, best)
-        # the check and the brake come before what must not see a wrong model or a loss that is no number
+        # the check and the brake come first: the others must not see a wrong model or a loss that is not a number
         order = (ResumeCheck(proof, checkpoint), Brake(run), recorder, best, closer, teller)
         return cls(checkpoint=checkpoint, proof=proof, recorder=recorder, best=best, teller=teller, in_order=order)
 
@@ -78,7 +78,7 @@ def fit(run: Run, learner: Learner, data: PreparedData, callbacks: Callbacks) ->
     """Train the model's adapter; batches that do not fit are made smaller before the first step.
 
     Returns the arguments that it was trained with. Raises TrainingFailed, Stopped, and out-of-memory in mid-training as
-    it comes: the supervisor then starts a new process, whose memory is whole, from the last checkpoint.
+    it comes: the supervisor then starts a new process, with unbroken memory, from the last checkpoint.
     """
     checkpoint = callbacks.checkpoint
     if checkpoint is not None and checkpoint.finished:
@@ -115,7 +115,7 @@ def _take_finished(run: Run, learner: Learner, callbacks: Callbacks, checkpoint:
 def _fit_once(
     run: Run, learner: Learner, data: PreparedData, arguments: TrainingArguments, callbacks: Callbacks
 ) -> str | None:
-    """Train to the end; what torch says where the longest batch does not fit, and nothing was trained."""
+    """Train to the end. Returns torch's words where the longest batch does not fit; then nothing was trained."""
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(Path(run.order.output_dir) / "tensorboard")  # stored with the result
     pad, checkpoint = learner.tokenizer.pad_token_id, callbacks.checkpoint
     trainer = Trainer(

@@ -50,7 +50,7 @@ def _tell(run: Run, need: Need) -> None:
 
 
 def lowered_limit(order: Start, need: Need) -> int | None:
-    """Bytes of the card that are still this attempt's, once its need is known better: the rest goes to other jobs.
+    """Bytes of the card that this attempt keeps once its need is known better: the rest goes to other jobs.
 
     The reservation is the plan times what was learned from measured peaks, and stays so.
     """

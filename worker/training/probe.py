@@ -26,8 +26,8 @@ from loractl.worker.evaluation.classifier import classify
 from loractl.worker.evaluation.losses import score_rows
 
 PROCESSOR_ROOM_BYTES = 128 * 2**20
-"""On a CPU, held during the probe for what its libraries keep of the first steps: 60 to 140 MiB of compiled kernels in
-oneDNN's cache were seen, which a first step does not hold yet."""
+"""Held during the probe on a CPU, in place of what libraries keep after some steps: 60 to 140 MiB of compiled kernels
+in oneDNN's cache were seen. A first step does not hold them yet."""
 
 
 class DoesNotFit(Exception):

@@ -20,7 +20,7 @@ from .recorder import Recorder
 from .run import Run
 
 TOLD_EVERY_S = 1.0
-"""Steps are told no more often, but for those that have a loss."""
+"""Seconds between two steps that are told; a step with a loss is always told."""
 
 
 class Teller(TrainerCallback):
@@ -30,7 +30,7 @@ class Teller(TrainerCallback):
         self._run = run
         self._recorder = recorder
         self._evaluation_tokens = evaluation_tokens  # that the evaluation passes through the model
-        # from one step's end to the next one's, whatever came between: evaluations and checkpoints take time too
+        # from one step's end to the next one's: evaluations and checkpoints between them take time too
         self._step_times: deque[float] = deque(maxlen=1000)
         self._step_ended = 0.0
         self._told = 0.0

@@ -60,7 +60,7 @@ def belongs_to(order: Start, data: PreparedData) -> dict[str, str]:
 
 @dataclass(frozen=True, kw_only=True)
 class ResumeProof:
-    """A model's loss on a few rows. A checkpoint records it, and whoever goes on from the checkpoint compares."""
+    """A model's loss on a few rows. A checkpoint records it, and a resume from the checkpoint compares it."""
 
     rows: Sequence[TokenRow]
     pad: int

@@ -1,4 +1,4 @@
-"""One run of the recipe: its order, where to tell, and whether to stop."""
+"""One run of the recipe: its order, its messages to the supervisor, its stop."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Run:
 
     @property
     def spec(self) -> JobSpec:
-        """The job as it runs: what it asks for, adjusted to the memory that there is."""
+        """The job as it runs: its spec, adjusted to the memory."""
         return adjusted(self.order.spec, self.adjustment)
 
     @property

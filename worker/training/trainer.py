@@ -3,7 +3,7 @@
     python -m loractl.worker.training.trainer
 
 It ends when its stdin closes, so a killed supervisor leaves no orphan on the device. Signals are the supervisor's
-business. Whatever a library prints goes to stderr, which becomes the job's log.
+business. All that a library prints goes to stderr, which becomes the job's log.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def _run(order: Start, orders: Orders, tell: Tell) -> Ended:
     except TrainingFailed as error:
         traceback.print_exc()
         return ended(error.reason, error.sentence)
-    except Exception as error:  # noqa: BLE001  whatever it is, the job's row must say why
+    except Exception as error:  # noqa: BLE001  after any error the job's row must say why
         # the last place that can name the failure: the whole traceback goes to the log, the sentence to the job's row
         traceback.print_exc()
         reason, message = _explain(error, own_limit=order.device == "cpu" and order.memory_limit is not None)
@@ -95,7 +95,7 @@ def _run(order: Start, orders: Orders, tell: Tell) -> Ended:
 
 
 def _explain(error: Exception, *, own_limit: bool) -> tuple[Reason, str]:
-    """The reason and the sentence for what nobody caught closer to its cause.
+    """The reason and the sentence for an error that was not caught closer to its cause.
 
     `own_limit`: this process's RAM is held to a limit, so that it ran out of that and not of the box's RAM.
     """
@@ -132,7 +132,7 @@ def _listen(commands: IO[str], orders: queue.SimpleQueue[Start | Stop]) -> None:
 
 
 def _take_pipes() -> tuple[IO[str], IO[str]]:
-    """Keep the protocol's pipes for ourselves: other prints go to stderr, and nobody can wait for an answer."""
+    """Keep the protocol's pipes for ourselves: other prints go to stderr, and no library can wait for an answer."""
     sys.stdout.flush()
     commands, channel = os.fdopen(os.dup(0), encoding="utf-8"), os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
@@ -141,5 +141,5 @@ def _take_pipes() -> tuple[IO[str], IO[str]]:
 
 
 if __name__ == "__main__":
-    with contextlib.suppress(BrokenPipeError):  # the supervisor is gone, and so is anybody to tell
+    with contextlib.suppress(BrokenPipeError):  # the supervisor is gone: no one is left to tell
         sys.exit(main())
