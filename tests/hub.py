@@ -92,7 +92,7 @@ class Hub:
         return commit, repository / commit
 
     def check_access(self, name: str) -> None:
-        """Of a gated repository everybody may read the facts, nobody here the files."""
+        """Anyone may read the facts of a gated repository, but no one here its files."""
         if name in self.gated:
             raise Missing("GatedRepo", HTTPStatus.UNAUTHORIZED)
 

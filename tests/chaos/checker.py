@@ -181,7 +181,7 @@ def _noticed(history: History) -> Iterator[Broken]:
 
 
 def _away(history: History, start: dt.datetime, end: dt.datetime) -> float:
-    """Seconds between two times in which nobody could notice: the database was away, or every box was.
+    """Seconds between two times in which no node could notice: the database was away, or every box was.
 
     Each outage lasts a lease longer: living supervisors are let to beat first, and a box has to start.
     """

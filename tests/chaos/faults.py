@@ -348,7 +348,7 @@ class Injector:
         heapq.heappush(self._heals, (time.monotonic() + seconds, next(self._numbers), end))
 
     def _note_losses(self, fault: Fault, cards: list[str]) -> None:
-        """Remember what ran there; with the database away nobody can tell, and then it is not timed."""
+        """Remember what ran there. With the database away that is not known, and then it is not timed."""
         query = "SELECT job_id, attempt FROM jobs WHERE status = 'running' AND node = ANY(:nodes)"
         with contextlib.suppress(DBAPIError), self.lab.engine.connect() as connection:
             for job_id, attempt in connection.execute(text(query), {"nodes": cards}):

@@ -59,7 +59,7 @@ def wide_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    """44 conversations of 200 to 450 tokens, of which 4 are held out; their answers have different lengths."""
+    """44 conversations of 200 to 450 tokens, 4 of them held out; their answers have different lengths."""
     path = tmp_path / "data.jsonl"
     with path.open("w") as stream:
         for n in range(44):

@@ -1,4 +1,4 @@
-"""A training that is killed three times, at steps that chance picks, ends as one that nobody touched: bit for bit.
+"""A training that is killed three times, at random steps, ends as one that was not killed: bit for bit.
 
 Real trainer processes under the real supervisor, with SIGKILL; the third attempt runs on another box, which knows no
 more than what the artifact store and the database hold. The last one starts cold, with a hash seed of its own.
@@ -265,7 +265,7 @@ def _run(
     stop_after: int | None = None,
     **keys: Any,
 ) -> tuple[Run, list[Told]]:
-    """An order on the CPU that nobody has begun, and what it will tell."""
+    """An order on the CPU that has not begun, and what it will tell."""
     settings: dict[str, Any] = {
         "name": "tiny", "base_model": str(model), "method": "lora", "dataset": {"path": str(data or "x.jsonl")},
         "lora": {"r": 4},

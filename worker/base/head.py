@@ -44,7 +44,7 @@ def check_no_head_yet(base_model: str, revision: str | None) -> None:
     """Refuse a classifier: its own head would be overwritten, and its labels differ. Raises TrainingFailed."""
     made_for = configs_of(base_model, source_of(base_model, revision))[0].get("architectures") or []
     if any(str(name).endswith("ForSequenceClassification") for name in made_for):
-        what = "is a classifier already, whose head would be lost: name the model that it was made from"
+        what = "is a classifier already, and its head would be lost: name the model that it was made from"
         raise TrainingFailed(Reason.BAD_SPEC, f"base_model {base_model} {what}")
 
 

@@ -41,7 +41,7 @@ def encode(example: Example, tokenizer: Any, format: DataFormat) -> tuple[list[i
     if format is DataFormat.CLASSIFICATION:
         ids = list(tokenizer(example.text).input_ids)
         if not ids:
-            raise ValueError("has a text of which the model's tokenizer makes no token")
+            raise ValueError("has a text that the model's tokenizer turns into no token")
         return ids, [IGNORED] * len(ids)
     return _encode_text(example, tokenizer, learn_all=format is DataFormat.TEXT)
 

@@ -67,7 +67,7 @@ class Library:
         if listed.spec.task_type is TaskType.SEQ_CLS:
             raise UsageError(
                 f"{row.name} (job {row.job_id}) is a classifier, which writes no text",
-                f"loractl adapters pull {row.job_id} DIR, whose README.md says how to load it",
+                f"loractl adapters pull {row.job_id} DIR: its README.md says how to load it",
             )
         return listed
 

@@ -193,7 +193,7 @@ def _describe(folder: Path, listed: Listed, dtype: str, proof: Proof) -> None:
         "proof": asdict(proof),
     }
     (folder / "merge.json").write_text(json.dumps(about, indent=1) + "\n", "utf-8")
-    trained = "; it was trained over the base in NF4, whose rounding the merged model does not have"
+    trained = "; it was trained over the base in NF4, and the merged model does not have that rounding"
     lines = [
         f"# {listed.name}, merged",
         "",

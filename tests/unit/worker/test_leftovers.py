@@ -16,7 +16,7 @@ from loractl.worker.device.occupancy import CARD_VARIABLE, RUN_VARIABLE, card_ma
 
 @pytest.fixture
 def sleeper() -> Iterator[subprocess.Popen[bytes]]:
-    """As a data loader's process may be: in a session of its own, with nobody left above it."""
+    """As a data loader's process may be: in its own session, without a parent left."""
     environment = {**os.environ, CARD_VARIABLE: "card", RUN_VARIABLE: run_mark("token")}
     process = subprocess.Popen(["sleep", "60"], env=environment, start_new_session=True)
     yield process

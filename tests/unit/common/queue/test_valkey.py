@@ -185,7 +185,7 @@ def test_a_server_that_does_not_start_is_an_error_that_names_its_log(
 def test_a_folder_of_somebody_else_s_in_the_place_of_a_short_socket_is_refused(
     far_settings: Settings, tmp_path: Path
 ) -> None:
-    """In /tmp anybody could make one, with a server of their own listening in it."""
+    """In /tmp anyone could make one, with their own server listening in it."""
     folder = Path(socket_of(broker_url(far_settings, start=False))).parent
     (tmp_path / "theirs").mkdir()
     folder.symlink_to(tmp_path / "theirs")

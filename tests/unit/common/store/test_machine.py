@@ -381,7 +381,7 @@ class Life(RuleBasedStateMachine):
         assert [r.ended_at is None for r in rows] == [run is job.holder for run in job.runs]
 
     def teardown(self) -> None:
-        """Whatever has happened, everything that nobody cancelled still comes to an end."""
+        """After any events, every job that was not cancelled still comes to an end."""
         for job in self.known.values():
             if job.holder is not None:
                 self.finish(job.holder, Reason.OK)

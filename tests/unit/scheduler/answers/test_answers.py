@@ -63,7 +63,7 @@ CONFIG = {
 
 @pytest.fixture
 def lab(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
-    """A database with jobs of each kind, a sweep, and cards of which one is drained; its time stands."""
+    """A database with jobs of each kind, a sweep, and cards, one of them drained; its clock stands still."""
     settings = load_settings({"LORACTL_HOME": str(home), "LORACTL_USER": "ada"})
     engine = connect(settings)
     store = Store(engine, Clock())

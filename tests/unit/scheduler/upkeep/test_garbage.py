@@ -52,7 +52,7 @@ class Lab:
     folder: Path
 
     def run(self, reason: Reason, name: str = "a") -> int:
-        """A job of which one attempt has stored a file of 1000 bytes and ended."""
+        """A job with one ended attempt that has stored a file of 1000 bytes."""
         self.clock.forward(60)
         job_id = self.store.submit(submission(name=name, max_retries=3))
         self.attempt(reason)
