@@ -111,7 +111,7 @@ class ArtifactStore:
         return manifest
 
     def manifest(self, prefix: str) -> Manifest:
-        """The manifest that closes `prefix`. Raises ArtifactError when there is none."""
+        """The manifest that closes `prefix`. Raises ArtifactError without one."""
         with self._errors(f"reading {prefix}"):
             try:
                 raw = json.loads(self._files.read(f"{prefix}/{MANIFEST}"))

@@ -65,7 +65,7 @@ class Finding:
 
 
 def about_rows(level: Level, kind: str, text: str, rows: Sequence[int], hint: str | None = None) -> list[Finding]:
-    """A finding about these rows; none where there are none. `{n}` in the text is their number."""
+    """A finding about these rows; no finding without rows. `{n}` in the text is their number."""
     if not rows:
         return []
     text = text.replace("{n}", "1 row" if len(rows) == 1 else f"{len(rows)} rows")

@@ -39,7 +39,7 @@ _COLUMNS: dict[DataFormat, tuple[str, ...]] = {
     DataFormat.TEXT: ("text",),
 }
 """The columns that a row of each format must have; a file is tried against them in this order. Rows for a classifier
-are not among them: a text with a label beside it may as well be meant as text, so the job says it (task_type)."""
+are not among them: a text with a label may be meant as plain text too, so the job says it (task_type)."""
 
 
 def map_columns(rows: list[RawRow], columns: Mapping[Any, str], file: str | Path) -> list[RawRow]:

@@ -1,4 +1,4 @@
-"""The rows of a data file, as they stand in it: jsonl, json, csv or parquet."""
+"""The rows of a data file, unchanged: jsonl, json, csv or parquet."""
 
 from __future__ import annotations
 

@@ -239,7 +239,7 @@ def _did_you_mean(key: str) -> str | None:
 
 
 def _resolve_paths(spec: JobSpec, folder: Path) -> JobSpec:
-    """Local paths become absolute; what does not exist beside the job file stays as it is (a hub id)."""
+    """Local paths become absolute; a name without a file beside the job file stays as it is (a hub id)."""
 
     def local(text: str | None) -> str | None:
         if text is None:

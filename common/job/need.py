@@ -1,4 +1,4 @@
-"""What a job needs of a card, by the method with which it is trained."""
+"""What a job needs of a card, by training method."""
 
 from __future__ import annotations
 
@@ -44,6 +44,6 @@ def within(methods: Sequence[Method], need: Need, max_vram: int | None) -> tuple
 
 
 def least_need(methods: Sequence[Method], need: Need) -> int | None:
-    """Bytes with which some permitted method runs; None when one of them is not known."""
+    """The least bytes that a permitted method needs; None when one need is not known."""
     sizes = [need.of(method) for method in methods]
     return None if None in sizes else min((size for size in sizes if size is not None), default=None)

@@ -12,7 +12,7 @@ from .status import Reason, Stage, Status
 
 @dataclass(frozen=True, kw_only=True)
 class NewSweep:
-    """What is written of a sweep beside its members."""
+    """The sweep's own row, beside its members."""
 
     name: str
     user: str

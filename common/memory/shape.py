@@ -56,7 +56,7 @@ class Experts:
 
 @dataclass(frozen=True, kw_only=True)
 class Block:
-    """A transformer block and how often it stands in the model."""
+    """A transformer block and how often the model has it."""
 
     count: int
     linears: tuple[Linear, ...]
@@ -135,7 +135,7 @@ class Shape:
         return self.linear_parameters + self.other_parameters
 
     def adapted(self, targets: Literal["all-linear"] | Iterable[str]) -> list[tuple[Linear, int]]:
-        """The linear layers that an adapter reaches, each with how often it stands in the model.
+        """The linear layers that an adapter reaches, each with how often the model has it.
 
         A target names a layer when it is its path or the path's end (peft's check_target_module_exists).
         """

@@ -106,7 +106,7 @@ def suits(card: Card, job: Waiting, largest: int) -> bool:
 class Room:
     """When a card will have room for a size."""
 
-    at: dt.datetime | None  # None: an end on which it depends is not known
+    at: dt.datetime | None  # None: it depends on an end that is not known
     after: tuple[Occupant, ...]  # what must end first
     spare: int  # bytes left then beside the size
     spare_slots: int

@@ -28,7 +28,7 @@ class Waiting:
 
     @property
     def least(self) -> int | None:
-        """Bytes with which some permitted method runs; None when one of them is not known."""
+        """The least bytes that a permitted method needs; None when one need is not known."""
         return least_need(self.methods, self.need)
 
 

@@ -1,6 +1,6 @@
 """The placement rule: which waiting job starts now, on which card, with which method and how much memory.
 
-Pure functions of values. The claim, `loractl why` and the simulator all ask `place`, so that there is one rule.
+Pure functions of values. The claim, `loractl why` and the simulator all ask `place`, so they share one rule.
 
 The order of trying is: the oldest job that the fleet could hold, once it has waited a day; then priority, the user's
 fair share, age. A job that can't start is passed over. But a card is kept for the first one that has waited past
@@ -126,7 +126,7 @@ def place(
 
 
 def _first_by_age(oldest: Line, fleet: _Fleet, now: dt.datetime) -> Waiting | None:
-    """The oldest job that the fleet could hold and whose user may start one, if it has waited long enough."""
+    """The oldest job that the fleet could hold and that its user may start, if it has waited long enough."""
     while (job := oldest.next(fleet.ever)) is not None and waited(job, now) >= OLDEST_FIRST_AFTER_S:
         if not fleet.at_limit(job.user) and any(_rooms(job, fleet, now)):
             return job
@@ -198,7 +198,7 @@ def _holds_now(card: Card, job: Waiting, size: int | None, fleet: _Fleet) -> boo
 
 
 def _keep(job: Waiting, fleet: _Fleet, now: dt.datetime) -> Reservation | None:
-    """Keep the card on which the job can start first: by expected ends, then by what is missing."""
+    """Keep the card where the job can start first: by expected ends, then by missing bytes."""
 
     def rank(option: tuple[int, int, Card, Room]) -> tuple[bool, dt.datetime, int, int, int, str]:
         index, size, card, room = option

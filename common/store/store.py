@@ -216,7 +216,7 @@ class Store:
     # --- what loractl gc does ---
 
     def beyond_newest(self, keep: int) -> list[Job]:
-        """Jobs whose results are beyond the `keep` newest of their user and name."""
+        """Jobs with results beyond the `keep` newest of their user and name."""
         return self._all(retention.beyond_newest(keep))
 
     def remove_result(self, job_id: int, user: str, by: str = "loractl gc") -> bool:

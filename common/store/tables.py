@@ -86,7 +86,7 @@ class Job(Base):
     priority: Mapped[int]
     vram_lora: Mapped[Bytes | None]  # predicted peak by method; null: can't be planned on the client
     vram_qlora: Mapped[Bytes | None]
-    vram_needed: Mapped[Bytes | None]  # the least with which a permitted method runs; null: not known yet
+    vram_needed: Mapped[Bytes | None]  # the least that a permitted method needs; null: not known yet
     vram_class: Mapped[int]  # GiB; the queue that wakes nodes for it
     planned: Mapped[dict[str, Any]]  # bytes by method as predicted, before what was learned from measured peaks
     # priority, size step, required labels, user; bytewise order in every database

@@ -76,7 +76,7 @@ class DeviceState:
 
 
 DEVICE_FIELDS = tuple(DeviceState.__annotations__)[:-3]
-"""The columns of a node; `free` is counted anew."""
+"""The columns of a node; `free` is counted again."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""loractl reproduce: a finished job once more, and whether it came out the same."""
+"""loractl reproduce: run a finished job again, and check that it came out the same."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def _repeat(job_id: int, *, dry_run: bool, as_json: bool) -> None:
         if dry_run:
             return
         for file in files:
-            artifacts.put_dataset(file)  # dated anew, so that loractl gc leaves it alone
+            artifacts.put_dataset(file)  # gets today's date, so that loractl gc leaves it alone
         entry = enqueue(submission, settings, store)
     show(replace(answer, new=entry.job_id), as_json, lambda: entry.sentence)
     warn(entry.warnings)

@@ -21,4 +21,4 @@ def retry(job_ids: tuple[int, ...]) -> None:
             try:
                 sender.wake([job.vram_class])
             except ServiceUnreachable as error:
-                click.echo(f"Warning: {error.sentence}\nJob {job_id} starts all the same, a little later.", err=True)
+                click.echo(f"Warning: {error.sentence}\nJob {job_id} still starts, a little later.", err=True)

@@ -85,7 +85,7 @@ def _first_refusal(error: ValidationError) -> tuple[str, str]:
     told = error.errors()[0]
     key, what = ".".join(str(part) for part in told["loc"] if not isinstance(part, int)), told["msg"]
     if told["type"] == "literal_error":
-        what = "is none of those that loractl has"
+        what = "is not one that loractl has"
     if not key:  # what two keys together do not do: "key: sentence", a line each
         key, _, what = what.removeprefix("Value error, ").partition("\n")[0].partition(": ")
     return key, what

@@ -127,6 +127,6 @@ def _with_error(value: float | None, error: float | None) -> str:
 
 
 def _steps_taken(training: dict[str, Any]) -> str:
-    """The time beside it is this attempt's alone."""
+    """The number of steps. The time shown beside it is this attempt's alone."""
     steps, resumed = training["steps"], training["resumed_from_step"]
     return f"{steps} steps" if not resumed else f"{steps} steps, the last {steps - resumed} of them"

@@ -56,7 +56,7 @@ class AttemptState:
     pruned: str | None = None  # why its sweep stops the job
     heard_at: float = field(default_factory=time.monotonic)  # when the trainer last said something
     said_at: float = -math.inf  # when a step was last named at the terminal
-    store_away: bool = False  # what is to be fetched or stored waits for the artifact store
+    store_away: bool = False  # fetching or storing waits for the artifact store
     changes: list[str] = field(default_factory=list)  # what this trainer said of its adjustments
     saved: list[Saved] = field(default_factory=list)  # checkpoints that are not handed on yet
     pending: Progress = field(default_factory=Progress)  # told, not yet written

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 COMMANDS = {
     "/adapter NAME": "go on with another adapter of the same base; the conversation stays",
     "/base": "let the base alone answer the last question, to compare",
-    "/system TEXT": "begin anew with a system message",
+    "/system TEXT": "start over with a system message",
     "/reset": "begin anew",
     "/quit": "end; Ctrl-D does the same, Ctrl-C stops an answer",
 }

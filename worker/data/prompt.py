@@ -30,7 +30,7 @@ def chat_prompt(messages: Sequence[Message], tokenizer: Any) -> list[int]:
 
 
 def text_prompt(text: str, tokenizer: Any) -> list[int]:
-    """Token ids of a text that is to be continued. Raises UsageError for an empty one that has none."""
+    """Token ids of a text to continue. Raises UsageError for an empty text without tokens."""
     ids = without_eos(tokenizer(text).input_ids, tokenizer)
     if not ids:
         raise UsageError("the prompt is empty")

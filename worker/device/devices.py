@@ -53,7 +53,7 @@ class Device(Protocol):
         ...
 
     def environment(self) -> dict[str, str]:
-        """Environment variables under which a trainer sees this device alone."""
+        """Environment variables that show a trainer this device alone."""
         ...
 
 

@@ -38,7 +38,7 @@ def evaluate_classifier(
     check_stop: Callable[[], None],
     progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> Evaluation:
-    """Score the head on the held-out rows, beside the baseline that looks at no text."""
+    """Score the head on the held-out rows, beside the baseline that reads no text."""
     began = time.monotonic()
     model, pad, batch = learner.model, learner.tokenizer.pad_token_id, spec.evaluation.per_device_eval_batch_size
     rows = data.held_out.rows[: spec.evaluation.max_rows]

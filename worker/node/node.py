@@ -115,7 +115,7 @@ class DeviceNode:
                 queues=[card_queue(self._place.node), *(queue_name(c) for c in VRAM_CLASSES)],
             ).start()
         finally:
-            self._shut_down()  # once more: Celery may also end by an error
+            self._shut_down()  # again: Celery may also end by an error
             self._slots.close()
             self._monitor.stop()
             lock.close()

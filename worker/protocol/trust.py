@@ -18,7 +18,7 @@ from loractl.common.settings import Settings
 from loractl.common.store.records import StoredCheckpoint
 
 _KERNEL_KEY = "attn_implementation"
-"""Part of the keys by which a model's config names its attention, some of them internal ones."""
+"""A part of each key that names the attention in a model's config; some of these keys are internal."""
 
 
 class Refused(LoractlError):

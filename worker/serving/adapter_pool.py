@@ -163,7 +163,7 @@ class AdapterPool:
         from peft import PeftConfig
 
         if not all((folder / name).is_file() for name in (CONFIG, WEIGHTS)):
-            raise ArtifactError(f"the files of {key} are gone from {folder}", "ask again: they are fetched anew")
+            raise ArtifactError(f"the files of {key} are gone from {folder}", "ask again: they are then fetched again")
         began, before = time.monotonic(), _bytes_of(self._model)
         config = PeftConfig.from_pretrained(str(folder))
         whole = bool(config.modules_to_save)

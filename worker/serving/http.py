@@ -198,7 +198,7 @@ class Service:
                     self._engine.wait(0.2)
         except Exception:
             log.exception("decoding has ended")
-            self.state = "decoding has failed: start the server anew"
+            self.state = "decoding has failed: start the server again"
         else:
             self.state = "the server is ending"
         self._engine.fail_all(self.state)
@@ -334,7 +334,7 @@ def _card(name: str, listed: Listed) -> dict[str, Any]:
 
 
 async def _refusing(work: Callable[[], Any]) -> Any:
-    """Do it beside the event loop; an error becomes an ApiError."""
+    """Run the call in a thread beside the event loop; an error becomes an ApiError."""
     try:
         return await asyncio.to_thread(work)
     except UsageError as error:

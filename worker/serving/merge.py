@@ -122,7 +122,7 @@ def merge_into(folder: Path, library: Library, listed: Listed, dtype: str) -> Pr
     after = _logits(merged, prompts)
     if changed := library.changed_base(listed):
         what = f"the base here is not the one that {listed.name} was trained on: {', '.join(changed)} differ"
-        raise MergeFailed(what, "get the base of that time, or train anew")
+        raise MergeFailed(what, "get the base of that time, or train again")
     difference = _apart(before, after)
     _check_same(difference)
     merged.to(getattr(torch, dtype)).save_pretrained(str(folder), safe_serialization=True)

@@ -1,4 +1,4 @@
-"""The training itself: transformers' Trainer, begun anew with smaller batches where the first do not fit."""
+"""The training itself: transformers' Trainer, started again with smaller batches where the first do not fit."""
 
 from __future__ import annotations
 

@@ -109,7 +109,7 @@ def _begin(tx: Transaction, job: Job, placed: Placement, node: Node, lease_s: fl
         device_name=node.device_name,
         device_kind=node.kind,
         method=placed.method.value,
-        # Plans are for GPUs: on a processor none is noted beside what is measured there.
+        # Plans are for GPUs: on a processor no plan is noted.
         vram_planned=None if node.kind == "cpu" else job.planned.get(placed.method.value),
         vram_reserved=placed.reserved,
         started_at=now,

@@ -34,7 +34,7 @@ def finish(
     job = tx.session.scalars(select(Job).where(Job.job_id == claim.job_id).with_for_update()).one()
     if job.token != claim.token or job.status is not Status.RUNNING:
         return _already_finished(tx, claim, reason, job)
-    record(tx, claim, progress)  # first: what was told before the end stands before it
+    record(tx, claim, progress)  # first: the history has what was told before the end
     job.step, job.total_steps = progress.step or job.step, progress.total_steps or job.total_steps
     _end_attempt(tx, job, reason, message, now)
     if result is not None:

@@ -97,7 +97,7 @@ def read_oldest(session: Session, now: dt.datetime) -> Line:
 
 @dataclass(kw_only=True)
 class _Head:
-    """Where a line stands under one key."""
+    """A line's position under one key."""
 
     key: QueueKey
     oldest: int | None  # the oldest job of any need that was not given yet; None: not known
