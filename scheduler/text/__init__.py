@@ -1,1 +1,1 @@
-"""Answers drawn as text for a terminal: an answer and a screen go in, a string comes out. Nothing is asked here."""
+"""Answers drawn for people, as text for a terminal or as a picture. No query, no JSON: all that is shown is given."""
