@@ -1,6 +1,6 @@
-"""Hints: messages that tell a node to look for a job. Nothing in a message counts but that it came.
+"""Hints: messages that tell a node to look for a job. What a message says is ignored.
 
-Whoever can write to the queue could otherwise give a task time limits that kill a training, callbacks, an id that
+A person who can write to the queue could otherwise give a task time limits that kill a training, callbacks, an id that
 steers a terminal, or a form on which Celery ends: all of that would be read before the task is. So what comes out of
 the queue is thrown away, and a hint of our own is delivered in its place.
 """
