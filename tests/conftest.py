@@ -63,7 +63,14 @@ def _turn(item: pytest.Item) -> tuple[int, int]:
 
 
 @pytest.fixture(scope="session")
-def postgres_server() -> Iterator[str]:
+def real_services() -> None:
+    """For tests that start a server. `make check` starts none, so that it ends in seconds."""
+    if os.environ.get("SERVICES") == "none":
+        pytest.skip("it starts a service: make test")
+
+
+@pytest.fixture(scope="session")
+def postgres_server(real_services: None) -> Iterator[str]:
     folder = Path(tempfile.mkdtemp(prefix="loractl-pg-"))
     try:
         with services.postgres(folder / "data") as url:
@@ -129,7 +136,7 @@ def store(upgraded_url: str) -> Iterator[Store]:
 
 
 @pytest.fixture(scope="session")
-def s3_server() -> Iterator[services.S3]:
+def s3_server(real_services: None) -> Iterator[services.S3]:
     folder = Path(tempfile.mkdtemp(prefix="loractl-s3-"))
     try:
         with services.s3(folder) as server:

@@ -1,4 +1,4 @@
-"""Hints: messages that tell a node to look for a job. A message is only a hint: its content is never read.
+"""Hints: messages that tell a node to look for a job. What a message says is ignored.
 
 Otherwise anyone who can write to the queue could give a task time limits that kill a training, callbacks, an id that
 steers a terminal, or a form that ends Celery. All of that would be read before the task runs. So what comes out of

@@ -17,6 +17,9 @@ from loractl.common.settings import Settings, make_private, redacted
 
 from .schema import HEAD, revision, upgrade
 
+DatabaseError = DBAPIError
+"""What a database driver raises, by the name under which other rooms catch it."""
+
 SQLITE_BUSY_MS = 30_000
 _POSTGRES_OPTIONS = {
     # A half-open connection (a host that vanished) would otherwise block a heartbeat for the kernel's 15 minutes.

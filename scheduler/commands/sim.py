@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 from pathlib import Path
@@ -10,6 +9,8 @@ from pathlib import Path
 import click
 
 from loractl.common.errors import UsageError
+
+from .output import show
 
 CONTENTION = 0.5
 """Two jobs on a card run at two thirds of their speed each: between cards that are shared for nothing (0) and jobs
@@ -67,7 +68,7 @@ def sim(
 
         draw(done, plot)
         click.echo(f"The picture is in {plot}.", err=True)
-    click.echo(json.dumps(done.as_json()) if as_json else text(done, detect_screen()))
+    show(done, as_json, lambda: text(done, detect_screen()))
 
 
 def _checked(compress: float, contention: float, longest: str | None) -> float:

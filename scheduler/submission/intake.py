@@ -74,7 +74,7 @@ def _ring(sender: HintSender, size_classes: Iterable[int], what: str) -> list[st
     try:
         sender.wake(size_classes)
     except ServiceUnreachable as error:
-        return [f"Warning: {error.sentence}", f"{what} is safe in the database and starts when the queue is back."]
+        return [f"Warning: {error.sentence}", f"{what} is safe in the database; workers find it there within seconds."]
     return []
 
 

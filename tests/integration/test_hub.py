@@ -20,12 +20,16 @@ LOAD = """
 import json, sys
 from loractl.common.errors import DataError
 from loractl.common.job.method import Method
-from loractl.worker.data.tokens import load_pinned
-from loractl.worker.base.model import TrainingFailed, choose_precision, load_base, load_tokenizer
+from loractl.worker.data.origin import load_pinned
+from loractl.worker.base.failure import TrainingFailed
+from loractl.worker.base.arithmetic import choose_precision
+from loractl.worker.base.model import load_base
+from loractl.worker.base.model import load_tokenizer
 from loractl.common.job.method import Method
 from loractl.worker.base.arithmetic import choose_precision
 from loractl.worker.base.failure import TrainingFailed
-from loractl.worker.base.model import load_base, load_tokenizer
+from loractl.worker.base.model import load_base
+from loractl.worker.base.model import load_tokenizer
 from loractl.worker.data.origin import load_pinned
 
 

@@ -7,6 +7,7 @@ RESUME_SEED=7 repeats a run.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import threading
@@ -74,9 +75,10 @@ class Kill:
 
     def strike(self) -> None:
         for child in psutil.Process().children():
-            if warm.__name__ in child.cmdline() or TRAINER in child.cmdline():
-                child.kill()
-                self.done.set()
+            with contextlib.suppress(psutil.NoSuchProcess):  # one that has ended has no command line
+                if warm.__name__ in child.cmdline() or TRAINER in child.cmdline():
+                    child.kill()
+                    self.done.set()
 
 
 READ_MESSAGES = process.read_messages

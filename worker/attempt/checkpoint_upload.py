@@ -9,10 +9,9 @@ import threading
 import time
 from pathlib import Path
 
-from sqlalchemy.exc import DBAPIError
-
 from loractl.common.artifacts import ArtifactStore, checkpoint_prefix
 from loractl.common.errors import ArtifactError, ServiceUnreachable
+from loractl.common.store.database import DatabaseError
 from loractl.common.store.records import Claim, StoredCheckpoint
 from loractl.common.store.store import Store
 
@@ -106,7 +105,7 @@ class CheckpointUpload:
             before, self._kept = self._kept, kept
             if before is not None and before.prefix != kept.prefix:  # a step that was saved twice is one checkpoint
                 self._artifacts.remove_checkpoint(before.prefix)
-        except (ArtifactError, ServiceUnreachable, DBAPIError) as error:
+        except (ArtifactError, ServiceUnreachable, DatabaseError) as error:
             if (why := error.sentence if isinstance(error, ArtifactError) else away(error)) is None:
                 raise
             log.warning("job %s: the checkpoint of step %s is not stored yet: %s", claim.job_id, step, why)

@@ -8,9 +8,7 @@ import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from sqlalchemy.exc import DBAPIError
-
-from loractl.common.store.database import outage
+from loractl.common.store.database import DatabaseError, outage
 
 from .state import AttemptState
 from .stops import require_wanted
@@ -25,7 +23,7 @@ def beat(place: Workplace, state: AttemptState) -> None:
     state.turn()
     try:
         answer = place.store.beat(state.claim, state.progress())
-    except DBAPIError as error:
+    except DatabaseError as error:
         if (why := outage(error)) is None:
             raise
         log.warning("job %s: the database is away, training goes on: %s", state.claim.job_id, why)

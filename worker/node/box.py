@@ -91,7 +91,7 @@ class Box:
 
     def _wait(self, drain_when_idle: bool) -> bool:
         """Watch until no job is left; start a node that ends by itself again. True when a node can't be started."""
-        from sqlalchemy.exc import DBAPIError
+        from loractl.common.store.database import DatabaseError
 
         largest, idle, watched = max(d.total for d in self._devices), 0, time.monotonic()
         while idle < IDLE_LOOKS:
@@ -104,7 +104,7 @@ class Box:
             if drain_when_idle:
                 try:
                     idle = idle + 1 if self._store.unfinished(largest) == 0 else 0
-                except DBAPIError as error:
+                except DatabaseError as error:
                     click.echo(f"The database is away: {error.orig}", err=True)
         return False
 
@@ -126,11 +126,11 @@ class Box:
 
     def _restart_stuck(self) -> None:
         """The watchdog: stop a node that is silent, or leaves what the rule gives it; then it is started again."""
-        from sqlalchemy.exc import DBAPIError
+        from loractl.common.store.database import DatabaseError
 
         try:
             view = self._store.fleet()
-        except DBAPIError:
+        except DatabaseError:
             return  # without the database this can't be told; a node that has none is not stuck
         now = time.monotonic()
         given = {d.placed.node for d in view.decisions if d.placed is not None}

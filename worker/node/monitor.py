@@ -10,8 +10,6 @@ import threading
 import time
 from typing import Any
 
-from sqlalchemy.exc import DBAPIError
-
 from loractl.common.errors import ServiceUnreachable
 from loractl.common.placement.sizes import VRAM_CLASSES, served_classes
 from loractl.common.queue.hints import queue_name
@@ -130,7 +128,7 @@ class Monitor:
             except ServiceUnreachable as error:
                 log.warning("%s", error.sentence)
             except Exception as error:
-                if isinstance(error, DBAPIError) and (why := outage(error)) is not None:
+                if (why := outage(error)) is not None:
                     log.warning("the database is away: %s", why)
                     next_round = now + SETTLE_S * self._pace
                 else:

@@ -9,8 +9,6 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 
-from sqlalchemy.exc import DBAPIError
-
 from loractl.common.errors import ServiceUnreachable
 from loractl.common.job.status import Reason
 from loractl.common.queue.sender import wake_cards
@@ -115,14 +113,12 @@ class Slots:
                 return
             try:
                 self._take_jobs(slot)
-            except DBAPIError as error:
+            except Exception as error:
+                # a slot that ended in silence would leave a node that looks well and takes no jobs
                 if (why := outage(error)) is None:
                     log.exception("slot %s failed; it looks again when it is woken", slot)
                 else:
                     log.warning("the database is away: %s", why)
-            except Exception:
-                # if a slot ended silently, the node would look well but take no jobs
-                log.exception("slot %s failed; it looks again when it is woken", slot)
             finally:
                 if self._attempts.pop(slot, None) is not None:
                     self._changed()

@@ -17,12 +17,12 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import ValidationError
-from sqlalchemy.exc import DBAPIError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from loractl.common.errors import LoractlError, UsageError
 from loractl.common.job.sections import DataFormat
+from loractl.common.store.database import DatabaseError
 from loractl.worker.data.prompt import prompt_for, text_prompt
 
 from .decoding import Engine
@@ -340,7 +340,7 @@ async def _refusing(work: Callable[[], Any]) -> Any:
     except UsageError as error:
         hint = f" ({error.hint})" if error.hint else ""
         raise ApiError(400, f"{error.sentence}{hint}") from error
-    except (LoractlError, DBAPIError) as error:
+    except (LoractlError, DatabaseError) as error:
         what = error.sentence if isinstance(error, LoractlError) else "the database is away"
         log.error("%s", what)
         raise ApiError(503, what) from error

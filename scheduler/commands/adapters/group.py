@@ -23,7 +23,7 @@ COMMANDS: Commands = {
     ),
     "untag": ("loractl.scheduler.commands.adapters.tag:untag", "Forget a tag; the adapter stays."),
     "merge": (
-        "loractl.worker.serving.merge:merge",
+        "loractl.worker.commands.merge:merge",
         "Make a full model of base and adapter, and prove that it is the same.",
     ),
 }

@@ -19,6 +19,8 @@ from loractl.common.settings import load_settings
 from .... import services
 from ....services import wake
 
+pytestmark = pytest.mark.usefixtures("real_services")
+
 
 @pytest.mark.timeout(30)
 def test_a_queue_where_nothing_listens_is_named_within_five_seconds_without_its_password(tmp_path: Path) -> None:

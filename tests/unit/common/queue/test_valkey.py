@@ -19,6 +19,8 @@ from loractl.common.errors import UsageError
 from loractl.common.queue.valkey import SOCKET_PATH_LIMIT, broker_url, server_binary, stop_embedded
 from loractl.common.settings import Settings, load_settings
 
+pytestmark = pytest.mark.usefixtures("real_services")
+
 START = """
 from loractl.common.queue.valkey import broker_url
 from loractl.common.settings import load_settings

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import math
 from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
@@ -12,6 +13,8 @@ import click
 import pytest
 from click.testing import CliRunner
 
+from loractl.common.artifacts import ArtifactStore, attempt_prefix, open_store
+from loractl.common.job.reference import parse_reference
 from loractl.common.job.status import Reason, Stage
 from loractl.common.job.sweep import NewSweep
 from loractl.common.settings import load_settings
@@ -20,16 +23,23 @@ from loractl.common.store.records import Claim, Progress
 from loractl.common.store.store import Store
 from loractl.common.units import GIB
 from loractl.scheduler.answers.accuracy import plan_accuracy
+from loractl.scheduler.answers.adapters import adapter_list, lineage
+from loractl.scheduler.answers.comparison import comparison
 from loractl.scheduler.answers.fleet import fleet
 from loractl.scheduler.answers.job import job_history, job_in_full
 from loractl.scheduler.answers.need import job_to_plan, memory_need
 from loractl.scheduler.answers.overview import Choice, job_list, overview
+from loractl.scheduler.answers.report import report
 from loractl.scheduler.answers.sweep import sweep_standing
 from loractl.scheduler.answers.why import why
 from loractl.scheduler.cli import cli
 from loractl.scheduler.commands.output import HasJson
+from loractl.scheduler.commands.sim import CONTENTION
+from loractl.scheduler.simulation.outcome import simulate
+from loractl.scheduler.simulation.workload import choose, parse_fleet, read_trace
 
 from ...factories import RESULT, Clock, node_state, submission, take
+from .test_comparison import job
 
 ASKED: dict[str, Callable[[Store], HasJson]] = {
     "status": lambda store: overview(store, Choice()),
@@ -37,20 +47,29 @@ ASKED: dict[str, Callable[[Store], HasJson]] = {
     "status --all --limit 3": lambda store: job_list(store, Choice(), 3),
     "status --all --label project=support": lambda store: job_list(store, Choice(label=("project", "support")), 50),
     "status 3": lambda store: job_in_full(store, 3),
-    "status 4": lambda store: job_in_full(store, 4),
+    "status 5": lambda store: job_in_full(store, 5),
     "status --sweep 1": lambda store: sweep_standing(store, 1),
     "show 2": lambda store: job_history(store, 2),
     "why 1": lambda store: why(store, 1),
-    "why 4": lambda store: why(store, 4),
+    "why 5": lambda store: why(store, 5),
     "gpus": fleet,
-    "plan 4": lambda store: memory_need(store, job_to_plan(store, "4", ()), None, solve=False),
-    "plan 4 --solve --gpu 24GiB": lambda store: memory_need(store, job_to_plan(store, "4", ()), 24 * GIB, solve=True),
+    "plan 5": lambda store: memory_need(store, job_to_plan(store, "5", ()), None, solve=False),
+    "plan 5 --solve --gpu 24GiB": lambda store: memory_need(store, job_to_plan(store, "5", ()), 24 * GIB, solve=True),
     "plan --accuracy": plan_accuracy,
 }
 """A command line without --json, and its answer."""
 
-NOT_YET = ("report", "compare", "adapters", "adapters list", "adapters show", "sim")
-"""Reading commands whose answers are not asked here yet; a name leaves when ASKED has its lines."""
+OF_RESULTS: dict[str, Callable[[Store, ArtifactStore], HasJson]] = {
+    "report 1": lambda store, artifacts: report(store, artifacts, 1),
+    "compare 1 4": lambda store, artifacts: comparison(store, artifacts, (1, 4)),
+    "adapters": lambda store, _: adapter_list(store),
+    "adapters list": lambda store, _: adapter_list(store),
+    "adapters show ends:prod": lambda store, artifacts: lineage(store, artifacts, "ends:prod"),
+}
+"""The same for what is read from the artifact store, too."""
+
+ELSEWHERE = ("sim",)
+"""It reads a file and no store: test_a_simulation_prints_its_own_json."""
 
 CHANGING = ("submit", "sweep", "reproduce", "gc", "import")
 """Commands that do something; their JSON says what they did."""
@@ -77,7 +96,7 @@ def _fill(store: Store, home: Path) -> None:
     base = home / "base"
     base.mkdir()
     (base / "config.json").write_text(json.dumps(CONFIG))
-    for name in ("ends", "fails", "runs"):
+    for number, name in enumerate(("ends", "fails", "runs", "ends-too"), start=1):
         store.submit(submission(name=name, max_retries=0, labels={"project": "support"}))
         claim = take(store, 8 * GIB, outside=[{"pid": 1, "user": "tomas", "name": "vllm", "bytes": GIB}])
         assert isinstance(claim, Claim)
@@ -85,16 +104,30 @@ def _fill(store: Store, home: Path) -> None:
         told = Progress(stage=Stage.TRAINING, step=3, total_steps=30, eta_seconds=900.0, eta_spread_seconds=60.0)
         assert store.beat(claim, told).accepted
         assert store.beat(claim, Progress(metrics=metrics, events=(("note", "began"),), log="a line\n")).accepted
-        if name == "ends":
+        if name.startswith("ends"):
             store.finish(claim, Reason.OK, "done", Progress(vram_process=3 * GIB), RESULT)
+            _store_result(home, number)
         elif name == "fails":
             store.finish(claim, Reason.TRAINER_ERROR, "it crashed", Progress())
     store.submit(submission(name="waits", lora=6, qlora=5, base_model=str(base)))
     store.submit(submission(name="larger", lora=60, qlora=50, user="bob"))
     members = [submission(name=f"triage-{number}") for number in (1, 2)]
     store.submit_sweep(NewSweep(name="triage", user="ada", varied={"lora.r": "8,16"}), members)
+    store.tag(parse_reference("1"), "prod", "ada")
     store.see_node(node_state("merlin:0", total=24 * GIB))
     store.drain("merlin", "lena", "replacing a fan")
+
+
+def _store_result(home: Path, job_id: int) -> None:
+    """An adapter's file and a report, where the job's attempt has them."""
+    report = job(job_id, [1.2 * job_id + n / 40 for n in range(40)]).report
+    report["data"] |= {"format": "messages", "sha256": "d" * 64, "train_rows": 36, "held_out_rows": 40}
+    report |= {"verdict": {"reading": "better", "sentence": "Better than the base"}, "versions": {"torch": "2.13"}}
+    folder = home / f"result-{job_id}"
+    (folder / "adapter").mkdir(parents=True)
+    (folder / "adapter" / "adapter_model.safetensors").write_bytes(b"weights")
+    (folder / "report.json").write_text(json.dumps(report))
+    open_store(load_settings({"LORACTL_HOME": str(home)})).put_result(folder, attempt_prefix(job_id, 1))
 
 
 @pytest.mark.parametrize("line", ASKED)
@@ -108,12 +141,31 @@ def test_a_reading_command_prints_the_json_of_its_answer(line: str, lab: Store) 
 
 def test_no_command_with_json_is_forgotten() -> None:
     asked = {_command_of(line) for line in ASKED}
-    listed = [*asked, *NOT_YET, *CHANGING]
+    listed = [*asked, *{_command_of(line) for line in OF_RESULTS}, *ELSEWHERE, *CHANGING]
     assert len(set(listed)) == len(listed), "a command stands in two lists"
     assert set(listed) == set(with_json(cli))
 
 
-@pytest.mark.parametrize("name", sorted({line.split()[0] for line in ASKED}))
+@pytest.mark.parametrize("line", OF_RESULTS)
+def test_a_command_that_reads_results_prints_the_json_of_its_answer(line: str, lab: Store, home: Path) -> None:
+    artifacts = open_store(load_settings({"LORACTL_HOME": str(home)}))
+    done = CliRunner().invoke(cli, [*line.split(), "--json"], catch_exceptions=False)
+    assert done.exit_code == 0
+    printed = json.loads(done.stdout)
+    assert printed, "an empty answer proves nothing"
+    assert printed == json.loads(json.dumps(OF_RESULTS[line](lab, artifacts).as_json()))
+
+
+def test_a_simulation_prints_its_own_json(tmp_path: Path) -> None:
+    trace = tmp_path / "own.csv"
+    trace.write_text("arrival,vram,duration,user\n0,20GiB,2h,ada\n1h,70GiB,90m,cyd\n")
+    done = CliRunner().invoke(cli, ["sim", str(trace), "--fleet", "24GiB,80GiB", "--json"], catch_exceptions=False)
+    cards = parse_fleet("24GiB,80GiB")
+    answer = simulate(choose(read_trace(trace), cards, math.inf, None), cards, 1.0, CONTENTION)
+    assert json.loads(done.stdout) == json.loads(json.dumps(answer.as_json()))
+
+
+@pytest.mark.parametrize("name", sorted({line.split()[0] for line in (*ASKED, *OF_RESULTS, *ELSEWHERE)}))
 def test_a_reading_command_shapes_no_json(name: str) -> None:
     command = cli.get_command(click.Context(cli), name)  # type: ignore[attr-defined]
     source = Path(import_module(command.callback.__module__).__file__ or "").read_text(encoding="utf-8")

@@ -50,4 +50,4 @@ def test_with_the_queue_away_the_job_is_in_the_database_all_the_same(store: Stor
     assert store.job(entry.job_id).queue_key is not None
     *_, away, safe = entry.warnings
     assert away.startswith("Warning: the queue is unreachable at redis://:***@127.0.0.1:")
-    assert safe == f"Job {entry.job_id} is safe in the database and starts when the queue is back."
+    assert safe == f"Job {entry.job_id} is safe in the database; workers find it there within seconds."
