@@ -23,6 +23,7 @@ from loractl.worker.attempt.drain import Drain
 from loractl.worker.attempt.workplace import Workplace
 from loractl.worker.device.devices import SimulatedDevice
 from loractl.worker.device.occupancy import Watch
+from loractl.worker.node.device_row import DeviceRow
 from loractl.worker.node.monitor import Monitor
 from loractl.worker.node.options import NodeOptions
 from loractl.worker.node.slots import Slots
@@ -122,7 +123,8 @@ def test_a_message_that_finds_no_idle_slot_is_passed_on_to_the_card_that_has_roo
         threads=1,
     )  # fmt: skip
     watch = Watch(device=device, node_pid=1)
-    monitor = Monitor(place, watch, NodeOptions(), max_jobs=1, instance="box")
+    row = DeviceRow(place, watch, NodeOptions(), max_jobs=1, instance="box")
+    monitor = Monitor(place, row)
     slots = Slots(place, watch, 0, monitor.look_soon)
     assert slots.wake() is False, "no slot is idle"
     broker_url(settings)  # starts the embedded queue

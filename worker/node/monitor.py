@@ -14,13 +14,10 @@ from loractl.common.errors import ServiceUnreachable
 from loractl.common.placement.sizes import VRAM_CLASSES, served_classes
 from loractl.common.queue.hints import queue_name
 from loractl.common.store.database import outage
-from loractl.common.store.records import NodeState
 from loractl.worker.attempt.workplace import Workplace
-from loractl.worker.device.occupancy import Watch
-from loractl.worker.protocol.versions import installed_versions
 
+from .device_row import DeviceRow
 from .leftovers import end_strays
-from .options import NodeOptions
 from .slots import Slots
 
 log = logging.getLogger("loractl.worker")
@@ -39,16 +36,12 @@ TRIES = 5
 
 
 class Monitor:
-    """A thread beside the slots. `instance` is this box's own mark."""
+    """A thread beside the slots that goes round."""
 
-    def __init__(self, place: Workplace, watch: Watch, options: NodeOptions, *, max_jobs: int, instance: str) -> None:
+    def __init__(self, place: Workplace, row: DeviceRow) -> None:
         self._place = place
-        self._watch = watch
-        self._options = options
-        self._max_jobs = max_jobs
-        self._instance = instance
+        self._row = row
         self._pace = min(1.0, place.settings.lease_s / (2 * SETTLE_S))
-        self._versions = installed_versions()
         self._serving: set[int] = set(VRAM_CLASSES)
         self._drained = False  # by a person's order
         self._consumer: Any = None  # Celery's; None when it consumes nothing (any more)
@@ -83,30 +76,8 @@ class Monitor:
 
     def report(self) -> None:
         """Write the device's row, and consume the classes that fit into what is free now."""
-        place, device = self._place, self._place.device
-        seen = self._watch.look()
-        card = place.store.see_node(
-            NodeState(
-                node=place.node,
-                host=place.settings.host,
-                gpu=device.uuid,
-                device_name=device.name,
-                kind=device.kind,
-                total=device.total,
-                outside_bytes=seen.outside or 0,  # the first look was before any job came
-                outside=seen.others,
-                used=seen.used,
-                margin=self._options.margin,
-                max_jobs=self._max_jobs,
-                user_limit=self._options.user_limit,
-                labels=self._options.labels,
-                load=seen.load,
-                temperature=seen.temperature,
-                draining=place.drain.wish is not None and not self._drained,
-                versions=self._versions,
-                instance=self._instance,
-            )
-        )
+        by_itself = self._place.drain.wish is not None and not self._drained
+        card = self._row.write(draining=by_itself)
         self._consume(set(served_classes(card.free)) if card.open and card.slots else set())
 
     def _run(self, slots: Slots) -> None:

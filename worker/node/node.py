@@ -40,6 +40,7 @@ from loractl.worker.attempt.workplace import Workplace
 from loractl.worker.device.devices import Device, find_devices
 from loractl.worker.device.occupancy import Watch
 
+from .device_row import DeviceRow
 from .leftovers import end_all
 from .lock import DeviceLock
 from .monitor import Monitor
@@ -70,7 +71,8 @@ class DeviceNode:
         )
         self._instance = _instance(settings.runtime_dir / "instance")
         watch = Watch(device=device, node_pid=os.getpid(), high_water_s=options.high_water_s)
-        self._monitor = Monitor(self._place, watch, options, max_jobs=max_jobs, instance=self._instance)
+        row = DeviceRow(self._place, watch, options, max_jobs=max_jobs, instance=self._instance)
+        self._monitor = Monitor(self._place, row)
         self._slots = Slots(self._place, watch, max_jobs, self._monitor.look_soon)
 
     def serve(self) -> None:
