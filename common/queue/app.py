@@ -33,6 +33,8 @@ def make_app(url: str) -> Any:
         worker_hijack_root_logger=False,
         broker_connection_retry_on_startup=True,
         broker_connection_max_retries=None,
+        # A server that answers with an error (no replicas, a full disk) is away, and no reason to end.
+        broker_channel_error_retry=True,
         broker_transport_options=TRANSPORT_OPTIONS,
     )
     return app

@@ -21,6 +21,9 @@ DatabaseError = DBAPIError
 """What a database driver raises, by the name under which other rooms catch it."""
 
 SQLITE_BUSY_MS = 30_000
+POOL_SIZE, CONNECTIONS = 3, 13
+"""PostgreSQL connections that a process keeps open, and that it may have unless it says otherwise."""
+
 _POSTGRES_OPTIONS = {
     # A half-open connection (a host that vanished) would otherwise block a heartbeat for the kernel's 15 minutes.
     "connect_timeout": 5,
@@ -69,7 +72,10 @@ def reachable(settings: Settings) -> Iterator[None]:
 def outage(error: BaseException) -> str | None:
     """What the database's absence looks like, as a sentence's end; None when the error is another one."""
     from sqlalchemy.exc import InterfaceError, OperationalError
+    from sqlalchemy.exc import TimeoutError as NoConnectionFree
 
+    if isinstance(error, NoConnectionFree):
+        return "all connections of this process are in use"
     if not isinstance(error, DBAPIError):
         return None
     if not (error.connection_invalidated or isinstance(error, (OperationalError, InterfaceError))):
@@ -78,15 +84,19 @@ def outage(error: BaseException) -> str | None:
     return lines[0] if lines else "no answer"
 
 
-def make_engine(url: str) -> Engine:
+def make_engine(url: str, *, connections: int = CONNECTIONS) -> Engine:
     """An engine with the settings that both dialects need for many small guarded transactions.
 
+    `connections`: at most so many at a time to PostgreSQL; a few are kept open.
     SQLite: WAL, and BEGIN IMMEDIATE for writers: with plain BEGIN, four writers fail with "database is locked".
     PostgreSQL: what the user's role forbids raises Forbidden.
     """
     try:
         if not url.startswith("sqlite"):
-            engine = create_engine(url, pool_pre_ping=True, pool_size=3, connect_args=_POSTGRES_OPTIONS)
+            more = max(0, connections - POOL_SIZE)
+            engine = create_engine(
+                url, pool_pre_ping=True, pool_size=POOL_SIZE, max_overflow=more, connect_args=_POSTGRES_OPTIONS
+            )
             event.listen(engine, "handle_error", _say_what_is_forbidden)
             return engine
         _private_file(Path(url.removeprefix("sqlite:///")))

@@ -48,6 +48,22 @@ if __name__ == "__main__":
 """
 
 
+SLOW = """
+from loractl.common.job.status import Reason
+from loractl.worker.protocol.messages import Ended
+from loractl.worker.training.trainer import main
+
+
+def run(start, orders, tell):
+    orders.get()
+    return Ended(job_id=start.job_id, reason=Reason.DRAINED, message="stopped")
+
+
+if __name__ == "__main__":
+    main(run)
+"""
+
+
 @pytest.fixture
 def run_with(make_cli: Callable[..., Cli], tmp_path: Path) -> Callable[..., Cli]:
     """A command line whose trainer is the given program."""
@@ -102,6 +118,30 @@ def test_jobs_start_without_the_queue(run_with: Callable[..., Cli], tmp_path: Pa
     assert store.job(1).message == "nothing is trained"
 
 
+def test_a_queue_that_answers_with_errors_stops_no_job_and_is_used_again(
+    run_with: Callable[..., Cli], home: Path, tmp_path: Path
+) -> None:
+    """As after a failover to a replica, or on a full disk: Celery would end by itself."""
+    cli = run_with(SLOW)
+    store = Store(connect(load_settings(cli.environment)))
+    worker = cli.start("worker")
+    try:
+        cli("submit", write_job(tmp_path, tmp_path / "base"), "--set=max_retries=0")
+        _until(lambda: store.job(1).status is Status.RUNNING)
+        queue = Redis(unix_socket_path=str(home / "run" / "valkey.sock"))
+        queue.config_set("min-replicas-to-write", 1)
+        time.sleep(5)
+        assert store.job(1).status is Status.RUNNING and store.job(1).attempt == 1
+        queue.config_set("min-replicas-to-write", 0)
+        cli("cancel", 1)
+        cli("submit", write_job(tmp_path, tmp_path / "base"), "--set=max_retries=0")
+        _until(lambda: store.job(2).status is Status.RUNNING)
+    finally:
+        worker.send_signal(signal.SIGINT)
+        said, _ = worker.communicate(timeout=90)
+    assert "is started again" not in said
+
+
 def test_a_message_that_finds_no_idle_slot_is_passed_on_to_the_card_that_has_room(
     home: Path, tmp_path: Path, make_cli: Callable[..., Cli]
 ) -> None:
@@ -125,11 +165,10 @@ def test_a_message_that_finds_no_idle_slot_is_passed_on_to_the_card_that_has_roo
     watch = Watch(device=device, node_pid=1)
     row = DeviceRow(place, watch, NodeOptions(), max_jobs=1, instance="box")
     monitor = Monitor(place, row)
-    slots = Slots(place, watch, 0, monitor.look_soon)
-    assert slots.wake() is False, "no slot is idle"
+    slots = Slots(place, watch, 0, changed=monitor.look_soon, overheard=monitor.pass_on)
     broker_url(settings)  # starts the embedded queue
     queue = Redis(unix_socket_path=str(home / "run" / "valkey.sock"))
-    monitor.pass_on()
+    slots.wake()  # no slot is idle
     monitor.start(slots)
     try:
         _until(lambda: queue.llen(card_queue(free)) > 0)

@@ -1,4 +1,4 @@
-"""A request that a node stops its jobs: after a checkpoint, or now."""
+"""The wish that a node stops its jobs: after a checkpoint, or now."""
 
 from __future__ import annotations
 
@@ -9,22 +9,36 @@ Wish = Literal["checkpoint", "now"]
 
 
 class Drain:
-    """What was asked of this node. Any thread may ask, and all of them look."""
+    """What was asked of this node. Any thread may ask, and all of them look.
+
+    The worker's wish ends this process and is never taken back. A person's order ends by another order.
+    """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._wish: Wish | None = None
+        self._lock = threading.RLock()  # a signal handler asks, in whatever the main thread does at that moment
+        self._asked: Wish | None = None
+        self._ordered = False
 
     def ask(self, how: Wish) -> None:
-        """Ask for a stop. A first Ctrl-C that arrives late must not take back the second one's "now"."""
+        """The worker stops. A late first Ctrl-C must not take back the second one's "now"."""
         with self._lock:
-            if self._wish is None or how == "now":
-                self._wish = how
+            if self._asked is None or how == "now":
+                self._asked = how
 
-    def clear(self) -> None:
-        with self._lock:
-            self._wish = None
+    def order(self, holds: bool) -> None:
+        """A person drains this device at once, or lets jobs on to it again."""
+        self._ordered = holds
+
+    @property
+    def asked(self) -> Wish | None:
+        """What the worker wishes, whatever people have ordered."""
+        return self._asked
+
+    @property
+    def ordered(self) -> bool:
+        return self._ordered
 
     @property
     def wish(self) -> Wish | None:
-        return self._wish
+        """What the attempts here have to obey."""
+        return self._asked or ("checkpoint" if self._ordered else None)

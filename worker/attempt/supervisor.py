@@ -56,13 +56,13 @@ def _carry_out(place: Workplace, state: AttemptState) -> tuple[Reason, str, Stor
     try:
         shutil.rmtree(state.folder, ignore_errors=True)
         (state.folder / "result").mkdir(parents=True)
-        if not take_ready(state):
+        if not while_beating(place, state, lambda: take_ready(state)):
             train(place, state, _with_patience(place, state, lambda: prepare(place, state), away))
         reason, message = state.verdict()
         if reason is not Reason.OK:
             return reason, message, None
         state.pending = replace(state.pending, stage=Stage.STORING)
-        mark_ready(state.folder, state.claim, message)
+        while_beating(place, state, lambda: mark_ready(state.folder, state.claim, message))
         return reason, message, _with_patience(place, state, lambda: store_result(place, state), _not_stored)
     except Interrupted:
         return *state.verdict(), None
@@ -86,7 +86,7 @@ def _with_patience(
         most_s=30.0,
         total_s=place.settings.store_patience_s,
         passing=passing,
-        over=lambda: state.lease_lost,
+        over=lambda: state.lease_lost or state.closed,
     )
 
     def tell(why: str) -> None:

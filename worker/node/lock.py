@@ -22,6 +22,7 @@ class DeviceLock:
     def __init__(self, settings: Settings, device: Device) -> None:
         path = _path(settings, device)
         self._file = path.open("a")
+        self._said = False
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -29,10 +30,12 @@ class DeviceLock:
             fcntl.flock(self._file, fcntl.LOCK_EX)
 
     def say_served(self) -> None:
-        """Note in the file that this process serves the device from now on."""
-        self._file.truncate(0)
-        self._file.write(str(os.getpid()))
-        self._file.flush()
+        """Note in the file that this process serves the device: it is no node that ends before it does anything."""
+        if not self._said:
+            self._said = True
+            self._file.truncate(0)
+            self._file.write(str(os.getpid()))
+            self._file.flush()
 
     def close(self) -> None:
         self._file.close()

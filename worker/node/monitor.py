@@ -8,6 +8,7 @@ import random
 import signal
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 from loractl.common.errors import ServiceUnreachable
@@ -16,9 +17,11 @@ from loractl.common.queue.hints import queue_name
 from loractl.common.store.database import outage
 from loractl.worker.attempt.workplace import Workplace
 
+from .claimer import wake_others
 from .device_row import DeviceRow
 from .leftovers import end_strays
 from .slots import Slots
+from .stuck import StuckSupervisors
 
 log = logging.getLogger("loractl.worker")
 
@@ -31,19 +34,24 @@ ROUND_S = 5.0
 SETTLE_S = 15.0
 """Seconds after an outage of the database in which living supervisors beat, before their attempts may be ended."""
 
+STOP_S = 5.0
+"""A stopping node waits so long for its monitor."""
+
 TRIES = 5
 """After so many failures in a row the monitor ends its node, and the worker starts it again."""
 
 
 class Monitor:
-    """A thread beside the slots that goes round."""
+    """A thread beside the slots that goes round. What fails again and again ends the node."""
 
     def __init__(self, place: Workplace, row: DeviceRow) -> None:
         self._place = place
         self._row = row
+        self._stuck = StuckSupervisors(place)
         self._pace = min(1.0, place.settings.lease_s / (2 * SETTLE_S))
-        self._serving: set[int] = set(VRAM_CLASSES)
-        self._drained = False  # by a person's order
+        self._failures: dict[str, int] = {}  # in a row, by what failed
+        self._serving: set[int] = set(VRAM_CLASSES)  # classes that fit into what is free
+        self._consumed: set[int] = set(VRAM_CLASSES)  # those whose queues Celery consumes
         self._consumer: Any = None  # Celery's; None when it consumes nothing (any more)
         self._called = threading.Event()  # something has changed: do not wait for the next look
         self._stopped = threading.Event()
@@ -72,76 +80,79 @@ class Monitor:
         self._stopped.set()
         self._called.set()
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join(timeout=STOP_S)  # a driver that hangs must not keep a node from ending
 
     def report(self) -> None:
         """Write the device's row, and consume the classes that fit into what is free now."""
-        by_itself = self._place.drain.wish is not None and not self._drained
-        card = self._row.write(draining=by_itself)
-        self._consume(set(served_classes(card.free)) if card.open and card.slots else set())
+        card = self._row.write(draining=self._place.drain.asked is not None)
+        self._serving = set(served_classes(card.free)) if card.open and card.slots else set()
+        if (consumer := self._consumer) is not None:
+            consumer.call_soon(self._consume, consumer)
+
+    def _consume(self, consumer: Any) -> None:
+        """In Celery's thread: what piled up there meanwhile is one change."""
+        wanted = self._serving
+        for size in wanted - self._consumed:
+            consumer.add_task_queue(queue_name(size))
+        for size in self._consumed - wanted:
+            consumer.cancel_task_queue(queue_name(size))
+        self._consumed = wanted
 
     def _run(self, slots: Slots) -> None:
-        next_look, next_round, failures = 0.0, 0.0, 0
+        next_look, next_round = 0.0, 0.0
         while not self._stopped.is_set():
             now = time.monotonic()
-            try:
-                slots.end_stuck()
-                if now >= next_look or self._called.is_set():
-                    self._called.clear()
-                    next_look = now + SEE_S * self._pace
-                    self.report()
-                    self._obey_drain()
-                    self._wake_others(slots)
-                if now >= next_round:
-                    next_round = now + ROUND_S * self._pace * random.uniform(0.8, 1.2)  # noqa: S311  spreads nodes, guards nothing
-                    self._go_round(slots)
-                failures = 0
-            except ServiceUnreachable as error:
-                log.warning("%s", error.sentence)
-            except Exception as error:
-                if (why := outage(error)) is not None:
-                    log.warning("the database is away: %s", why)
-                    next_round = now + SETTLE_S * self._pace
-                else:
-                    # if the monitor ended silently, the node would look offline and never come back
-                    failures += 1
-                    log.exception("the monitor failed, %s of %s times", failures, TRIES)
-                    if failures >= TRIES:
-                        os.kill(os.getpid(), signal.SIGTERM)
-                        return
-                self._stopped.wait(0.25)
+            self._stuck.end(slots.attempts)
+            if now >= next_look or self._called.is_set():
+                self._called.clear()
+                next_look = now + SEE_S * self._pace
+                if self._worked("the look", self._look) is False:
+                    next_round = time.monotonic() + SETTLE_S * self._pace
+            if now >= next_round:
+                next_round = now + ROUND_S * self._pace * random.uniform(0.8, 1.2)  # noqa: S311  spreads nodes, guards nothing
+                if self._worked("the round", lambda: self._go_round(slots)) is False:
+                    next_round = time.monotonic() + SETTLE_S * self._pace
             self._called.wait(max(0.05, min(next_look, next_round, now + 1.0) - time.monotonic()))
 
-    def _consume(self, wanted: set[int]) -> None:
-        consumer = self._consumer
-        if consumer is None:
-            return
-        for size in wanted - self._serving:
-            consumer.call_soon(consumer.add_task_queue, queue_name(size))
-        for size in self._serving - wanted:
-            consumer.call_soon(consumer.cancel_task_queue, queue_name(size))
-        self._serving = wanted
+    def _worked(self, what: str, work: Callable[[], None]) -> bool:
+        """Do a part of the round. False when the database was away; a part that always fails ends the node."""
+        try:
+            work()
+        except ServiceUnreachable as error:
+            log.warning("%s", error.sentence)
+        except Exception as error:
+            if (why := outage(error)) is not None:
+                log.warning("the database is away: %s", why)
+                return False
+            # if the monitor ended silently, the node would look offline and never come back
+            self._failures[what] = self._failures.get(what, 0) + 1
+            log.exception("%s failed, %s of %s times", what, self._failures[what], TRIES)
+            if self._failures[what] >= TRIES:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return True
+        self._failures[what] = 0
+        return True
+
+    def _look(self) -> None:
+        self.report()
+        self._obey_drain()
+        if self._pass_on:
+            self._pass_on = False
+            self._wake_others()
 
     def _obey_drain(self) -> None:
         """A person's order to drain at once gives running jobs back after a checkpoint; its end lets new ones in."""
         place, orders = self._place, self._place.store.drains()
         order = orders.get(place.node) or orders.get(place.settings.host)
-        if order is not None and order.now and place.drain.wish is None:
+        at_once = order is not None and order.now
+        if order is not None and at_once and not place.drain.ordered:
             log.warning("drained by %s: %s", order.user, order.reason)
-            place.drain.ask("checkpoint")
-            self._drained = True
-        elif order is None and self._drained:
-            place.drain.clear()
-            self._drained = False
+        place.drain.order(at_once)
 
-    def _wake_others(self, slots: Slots) -> None:
+    def _wake_others(self) -> None:
         """Pass on a message that no slot here could take, by the claim's own rule."""
-        if not self._pass_on:
-            return
-        self._pass_on = False
         given = {d.placed.node for d in self._place.store.fleet().decisions if d.placed is not None}
-        if others := given - {self._place.node}:
-            slots.wake_others(others)
+        wake_others(self._place, given - {self._place.node})
 
     def _go_round(self, slots: Slots) -> None:
         """End lost attempts, and look for jobs with a lost message or one that came while nothing fitted."""
@@ -153,5 +164,5 @@ class Monitor:
             log.info("job %s gives way to one of higher priority", job_id)
         for job_id, _ in store.end_patience():
             log.info("job %s has waited long enough for LoRA", job_id)
-        if store.waiting_classes(self._serving):
+        if self._place.drain.wish is None and store.waiting_classes(self._serving):
             slots.wake()

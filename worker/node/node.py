@@ -17,10 +17,11 @@ import os
 import signal
 import sys
 import threading
+import time
 import uuid
 import warnings
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from loractl.common.artifacts import open_store
 from loractl.common.errors import LoractlError
@@ -30,7 +31,7 @@ from loractl.common.queue.app import make_app
 from loractl.common.queue.hints import WAKE_TASK, card_queue, queue_name
 from loractl.common.queue.valkey import broker_url
 from loractl.common.settings import Settings, load_settings, make_private
-from loractl.common.store.database import connect, make_engine
+from loractl.common.store.database import CONNECTIONS, connect, make_engine
 from loractl.common.store.fleet import NODE_STALE_S
 from loractl.common.store.store import Store
 from loractl.common.text import clean_text
@@ -62,7 +63,11 @@ class DeviceNode:
         self._settings = settings
         self._place = Workplace(
             settings=settings,
-            store=Store(make_engine(settings.database_url), lease_s=settings.lease_s),
+            # a slot and its upload each, and the monitor
+            store=Store(
+                make_engine(settings.database_url, connections=max(CONNECTIONS, 2 * max_jobs + 2)),
+                lease_s=settings.lease_s,
+            ),
             artifacts=open_store(settings),
             device=device,
             node=f"{settings.host}:{device.index}",
@@ -73,7 +78,7 @@ class DeviceNode:
         watch = Watch(device=device, node_pid=os.getpid(), high_water_s=options.high_water_s)
         row = DeviceRow(self._place, watch, options, max_jobs=max_jobs, instance=self._instance)
         self._monitor = Monitor(self._place, row)
-        self._slots = Slots(self._place, watch, max_jobs, self._monitor.look_soon)
+        self._slots = Slots(self._place, watch, max_jobs, changed=self._changed, overheard=self._monitor.pass_on)
 
     def serve(self) -> None:
         """Consume until told to stop, and wait for what runs. Blocks."""
@@ -87,25 +92,34 @@ class DeviceNode:
         warnings.filterwarnings("ignore", category=SecurityWarning)
         # A wake message that comes while this node stops goes back to its queue, which needs no warning.
         logging.getLogger("kombu.transport.virtual.base").setLevel(logging.ERROR)
-        lock = DeviceLock(self._settings, self._place.device)
+        self._lock = DeviceLock(self._settings, self._place.device)
         app = make_app(broker_url(self._settings))
         # the database may be away for long, and other cards of the box go on meanwhile
         Patience(first_s=AGAIN_S, most_s=AGAIN_S).repeat(
             self._take_over, lambda why: log.warning("%s: waiting for it", why)
         )
 
-        lock.say_served()
-
         @app.task(name=WAKE_TASK, ignore_result=True)
         def wake(size_class: int) -> None:  # the message is only a hint: the claim looks at what is free now
-            if not self._slots.wake():
-                self._monitor.pass_on()
+            self._slots.wake()
 
-        signals.worker_ready.connect(lambda sender, **_: self._monitor.follow(sender), weak=False)
+        signals.worker_ready.connect(lambda sender, **_: self._ready(sender), weak=False)
         signals.worker_shutting_down.connect(lambda **_: self._shut_down(), weak=False)
+        # until Celery has its own: what is claimed meanwhile must be given back, too
+        signal.signal(signal.SIGTERM, lambda *_: self._shut_down())
         self._slots.start()
         self._monitor.start(self._slots)
         try:
+            self._consume(app)
+        finally:
+            self._shut_down()
+            self._slots.close()
+            self._monitor.stop()
+            self._lock.close()
+
+    def _consume(self, app: Any) -> None:
+        """Let Celery consume until this node is to stop. Should Celery end by itself, what runs here goes on."""
+        while self._place.drain.asked is None:
             app.Worker(
                 pool="solo",
                 hostname=f"loractl@{self._place.node}",
@@ -116,11 +130,19 @@ class DeviceNode:
                 quiet=True,
                 queues=[card_queue(self._place.node), *(queue_name(c) for c in VRAM_CLASSES)],
             ).start()
-        finally:
-            self._shut_down()  # again: Celery may also end by an error
-            self._slots.close()
-            self._monitor.stop()
-            lock.close()
+            self._monitor.follow(None)
+            if self._place.drain.asked is None:
+                log.warning("Celery ended by itself and is started again")
+                time.sleep(AGAIN_S)
+
+    def _ready(self, consumer: Any) -> None:
+        self._lock.say_served()
+        self._monitor.follow(consumer)
+
+    def _changed(self) -> None:
+        """A job came or went here: this node is no broken one, and its card has another room."""
+        self._lock.say_served()
+        self._monitor.look_soon()
 
     def _take_over(self) -> None:
         """Write the device's row, which a claim needs, and give back what an earlier node of this device left running.
@@ -143,6 +165,10 @@ class DeviceNode:
         self._monitor.report()
 
     def _shut_down(self) -> None:
+        """In a signal handler, too. Celery looks at its own flag while it starts."""
+        from celery.worker import state
+
+        state.should_stop = 0
         self._monitor.follow(None)
         self._place.drain.ask("checkpoint")
 

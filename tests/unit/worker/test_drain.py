@@ -11,8 +11,16 @@ def test_a_node_that_hears_of_the_first_ctrl_c_late_does_not_take_the_second_one
     drain.ask("now")
     drain.ask("checkpoint")
     assert drain.wish == "now"
-    drain.clear()
+
+
+def test_the_end_of_a_person_s_order_does_not_take_the_worker_s_stop_back() -> None:
+    drain = Drain()
+    drain.order(True)
+    assert (drain.wish, drain.asked) == ("checkpoint", None)
     drain.ask("checkpoint")
+    drain.order(False)
     assert drain.wish == "checkpoint"
-    drain.ask("now")
-    assert drain.wish == "now"
+    other = Drain()
+    other.order(True)
+    other.order(False)
+    assert other.wish is None

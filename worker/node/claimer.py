@@ -1,0 +1,65 @@
+"""The claims of a node: what the placement rule gives its card, and what it leaves to others."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Collection
+
+from loractl.common.errors import ServiceUnreachable
+from loractl.common.queue.sender import wake_cards
+from loractl.common.store.records import Claim, Left
+from loractl.worker.attempt.workplace import Workplace
+from loractl.worker.device.occupancy import Watch
+
+log = logging.getLogger("loractl.worker")
+
+HOLD_BACK_S = 10.0
+"""Seconds for which a job is left to the card that the rule gives it to; after that the card counts as stuck."""
+
+AGAIN_S = 0.05
+"""After another node's claim was faster."""
+
+
+class Claimer:
+    """Claims for the slots of one device, one at a time: two at once would both count on the same bytes."""
+
+    def __init__(self, place: Workplace, watch: Watch) -> None:
+        self._place = place
+        self._watch = watch
+        self._claiming = threading.Lock()
+        self._left: dict[str, float] = {}  # node -> since when a job is left to it
+
+    def claim(self) -> Claim | None:
+        """What the rule gives this card now. What it gives another card that does not take it, after a while."""
+        others: Collection[str] = ()
+        with self._claiming:
+            while self._place.drain.wish is None:
+                claim = self._try()
+                if not isinstance(claim, Left):
+                    self._left = {}
+                    return claim
+                if others := claim.nodes:
+                    break
+                time.sleep(AGAIN_S)
+        wake_others(self._place, others)  # outside the lock: the queue may be away
+        return None
+
+    def _try(self) -> Claim | Left | None:
+        seen, now = self._watch.look(), time.monotonic()
+        distrusted = frozenset(node for node, since in self._left.items() if now - since > HOLD_BACK_S)
+        claim = self._place.store.claim(self._place.node, seen.outside, seen.used, distrusted)
+        if isinstance(claim, Left):
+            self._left = {node: self._left.get(node, now) for node in claim.nodes}
+        return claim
+
+
+def wake_others(place: Workplace, nodes: Collection[str]) -> None:
+    """A hint to other cards; without it they look by themselves a few seconds later."""
+    if not nodes:
+        return
+    try:
+        wake_cards(place.settings, nodes)
+    except ServiceUnreachable as error:
+        log.warning("%s", error.sentence)

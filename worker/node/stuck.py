@@ -1,0 +1,79 @@
+"""Supervisors that no longer turn: their trainers are killed, or else their node ends."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import time
+from collections.abc import Iterator, Mapping
+
+from loractl.common.job.status import Reason
+from loractl.worker.attempt.state import AttemptState
+from loractl.worker.attempt.stops import DRAIN_GRACE_S
+from loractl.worker.attempt.workplace import Workplace
+
+log = logging.getLogger("loractl.worker")
+
+STUCK_LEAST_S = 20.0
+"""A supervisor may be silent so long with any lease: ending a trainer and all that it started takes a while."""
+
+LOOK_MOST_S = 2.0
+"""The most that counts as a supervisor's silence between two looks at it: a node that was frozen catches up."""
+
+
+class StuckSupervisors:
+    """Looks at the supervisors of one node again and again.
+
+    A supervisor that has not turned for a lease loses its trainer: its lease is over, so the job may run elsewhere. One
+    that still hangs after another lease can't be ended, since it is a thread. Then the node takes no more jobs, lets
+    the other attempts save, and ends. The worker starts another node, which gives the stuck job back.
+    """
+
+    def __init__(self, place: Workplace) -> None:
+        self._place = place
+        self._patience = max(place.settings.lease_s, STUCK_LEAST_S)
+        self._silent: dict[int, tuple[float, float]] = {}  # slot -> its last turn, and the seconds looked on since
+        self._killed: set[str] = set()  # tokens of attempts whose trainer was killed for it
+        self._looked_at = time.monotonic()
+
+    def end(self, attempts: Mapping[int, AttemptState]) -> None:
+        """Do what the longest silences ask for. `attempts`: slot -> what is supervised there."""
+        silences = list(self._silences(attempts))
+        stuck = [(state, silent) for state, silent in silences if silent >= self._patience]
+        for state, silent in stuck:
+            if state.claim.token not in self._killed:
+                self._killed.add(state.claim.token)
+                _kill_trainer(state, silent)
+        longest = max((silent for _, silent in stuck), default=0.0)
+        if longest < 2 * self._patience:
+            return
+        if self._place.drain.asked is None:
+            log.error("a supervisor of %s is stuck: the node saves its other jobs, then starts again", self._place.node)
+            self._place.drain.ask("checkpoint")
+        others = [state for state, silent in silences if silent < self._patience and not state.closed]
+        if not others or longest > 2 * self._patience + DRAIN_GRACE_S:
+            os._exit(1)  # the trainers end with their stdin
+
+    def _silences(self, attempts: Mapping[int, AttemptState]) -> Iterator[tuple[AttemptState, float]]:
+        """How long each supervisor has not turned, by the time that this process itself ran."""
+        now = time.monotonic()
+        ran, self._looked_at = min(now - self._looked_at, LOOK_MOST_S), now
+        for slot, state in attempts.items():
+            turned_at, silent = self._silent.get(slot, (0.0, 0.0))
+            silent = 0.0 if state.closed or state.turned_at != turned_at else silent + ran
+            self._silent[slot] = state.turned_at, silent
+            yield state, silent
+
+
+def _kill_trainer(state: AttemptState, silent: float) -> None:
+    trainer = state.trainer
+    if trainer is None or trainer.poll() is not None:
+        return
+    log.error("job %s: its supervisor is stuck, the trainer is killed", state.claim.job_id)
+    if state.forced is None:
+        state.forced = Reason.TRAINER_ERROR, f"the supervisor was stuck for {silent:.0f} s"
+    try:
+        os.killpg(trainer.pid, signal.SIGKILL)
+    except OSError as error:
+        log.warning("job %s: its trainer could not be killed: %s", state.claim.job_id, error)
