@@ -5,10 +5,12 @@ Where weights do not matter a quick trainer stands in for the real one: loractl'
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import signal
+import sqlite3
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -197,9 +199,7 @@ def test_a_frozen_worker_that_wakes_up_after_its_lease_is_refused_and_its_files_
     job_id = lab.submit("--set=training.save_steps=10", steps=80)
     first = lab.start()
     frozen_at = lab.until(job_id, lambda job: (job.step or 0) >= 20).step or 0
-    frozen = _family(first.pid)
-    for process in frozen:
-        process.send_signal(signal.SIGSTOP)
+    frozen = _freeze(first.pid, home / "loractl.db")
     began = time.monotonic()
     lab.start(
         LORACTL_HOST="owl",
@@ -347,6 +347,22 @@ def test_a_card_on_which_something_of_an_attempt_remains_is_closed_with_the_reas
     waiting = lab.submit()
     assert reason in " ".join(lab.cli("why", waiting).stdout.split())
     assert lab.store.claim("heron:0") is None, "it takes nothing more until a person has looked"
+
+
+def _freeze(pid: int, database: Path) -> list[psutil.Process]:
+    """Stop all below a worker, but not in mid-transaction: SQLite has nobody who would take its lock away."""
+    while True:
+        family = _family(pid)
+        for process in family:
+            process.send_signal(signal.SIGSTOP)
+        try:
+            with contextlib.closing(sqlite3.connect(database, timeout=0.5, isolation_level=None)) as connection:
+                connection.execute("BEGIN IMMEDIATE")
+            return family
+        except sqlite3.OperationalError:
+            for process in family:
+                process.send_signal(signal.SIGCONT)
+            time.sleep(0.1)
 
 
 def _family(pid: int) -> list[psutil.Process]:
