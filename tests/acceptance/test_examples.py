@@ -43,10 +43,9 @@ def test_every_example_runs_to_its_report(cli: Cli, tiny_model: Path) -> None:
     """On a base without knowledge: what the files ask for is all there. What they teach: the tests below."""
     few = [
         f"--set=base_model={tiny_model}",
+        "--set=dataset.max_length=1024",  # its tokens are bytes
         "--set=training.max_steps=2",
         "--set=training.gradient_accumulation_steps=1",
-        "--set=dataset.max_length=256",
-        "--set=dataset.on_overflow=truncate",
         "--set=evaluation.samples=1",
         "--set=evaluation.max_new_tokens=4",
         "--set=evaluation.max_rows=8",

@@ -54,7 +54,7 @@ class Lookout(threading.Thread):
         self._over = threading.Event()
 
     def run(self) -> None:
-        while not self._over.wait(0.02):
+        while not self._over.wait(0.1):
             self.looks += 1
             for process in Path("/proc").iterdir():
                 if process.name.isdecimal():

@@ -20,7 +20,7 @@ Answer = TypeVar("Answer")
 INPUTS: Counter[str] = Counter()
 """Target -> inputs so far; the terminal summary prints it."""
 
-EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "200"))
+EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "80"))
 
 CPU_SECONDS = 20.0
 """No input of at most 256 KiB may keep a processor busy for longer, on a slow machine."""

@@ -34,6 +34,9 @@ ROUND_S = 5.0
 SETTLE_S = 15.0
 """Seconds after an outage of the database in which living supervisors beat, before their attempts may be ended."""
 
+FIRST_ROUND_S = 2.0
+"""On a box of several cards the rule sees all of them by then; before, the first node up would take every job."""
+
 STOP_S = 5.0
 """A stopping node waits so long for its monitor."""
 
@@ -44,11 +47,12 @@ TRIES = 5
 class Monitor:
     """A thread beside the slots that goes round. What fails again and again ends the node."""
 
-    def __init__(self, place: Workplace, row: DeviceRow) -> None:
+    def __init__(self, place: Workplace, row: DeviceRow, *, devices: int = 1) -> None:
         self._place = place
         self._row = row
         self._stuck = StuckSupervisors(place)
         self._pace = min(1.0, place.settings.lease_s / (2 * SETTLE_S))
+        self._first_round_s = FIRST_ROUND_S if devices > 1 else 0.0
         self._failures: dict[str, int] = {}  # in a row, by what failed
         self._serving: set[int] = set(VRAM_CLASSES)  # classes that fit into what is free
         self._consumed: set[int] = set(VRAM_CLASSES)  # those whose queues Celery consumes
@@ -99,7 +103,7 @@ class Monitor:
         self._consumed = wanted
 
     def _run(self, slots: Slots) -> None:
-        next_look, next_round = 0.0, 0.0
+        next_look, next_round = 0.0, time.monotonic() + self._first_round_s
         while not self._stopped.is_set():
             now = time.monotonic()
             self._stuck.end(slots.attempts)

@@ -77,7 +77,7 @@ class DeviceNode:
         self._instance = _instance(settings.runtime_dir / "instance")
         watch = Watch(device=device, node_pid=os.getpid(), high_water_s=options.high_water_s)
         row = DeviceRow(self._place, watch, options, max_jobs=max_jobs, instance=self._instance)
-        self._monitor = Monitor(self._place, row)
+        self._monitor = Monitor(self._place, row, devices=options.devices)
         self._slots = Slots(self._place, watch, max_jobs, changed=self._changed, overheard=self._monitor.pass_on)
 
     def serve(self) -> None:

@@ -39,7 +39,7 @@ from loractl.common.units import GIB
 
 from ...factories import NOON, Clock, node_state, submission
 
-EXAMPLES = int(os.environ.get("STORE_EXAMPLES", "60"))
+EXAMPLES = int(os.environ.get("STORE_EXAMPLES", "25"))
 
 machine = settings(
     max_examples=EXAMPLES,
