@@ -1,6 +1,6 @@
 """How long a claim takes with many jobs waiting, on SQLite (a file) and on PostgreSQL.
 
-    .venv/bin/python benchmarks/claim.py [rows ...]
+    .venv/bin/python -m benchmarks.claim [rows ...]
 
 Each mix fills a database, claims again and again, and gives every claimed job back, so that as many wait each time.
 Prints p50 and p95 in ms, this machine's, and for comparison the p50 of a transaction that only asks for 1 ("trip"): on

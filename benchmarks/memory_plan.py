@@ -1,4 +1,4 @@
-"""Score the memory plan on published runs: python benchmarks/memory_plan.py PATH/measured.csv [--architectures PATH].
+"""Score the memory plan on published runs: python -m benchmarks.memory_plan PATH/measured.csv [--architectures PATH].
 
 Headline: LoRA and NF4 QLoRA on one GPU by transformers' Trainer or a plain loop with peft, rows of quality A and B
 whose batch, length, checkpointing and optimizer are stated. What other stacks measured (Unsloth, torchtune, litgpt,

@@ -2,9 +2,9 @@
 
     python -m benchmarks.queue [--jobs 12] [--postgresql]
 
-Real processes: `loractl worker` with one simulated card, `loractl submit` for each job, a trainer that ends at once.
-The row's own times are compared: `submitted_at` is written in submit's transaction, `started_at` in the claim's, after
-it has the card's lock.
+Real processes: `loractl worker` with one simulated card, and a trainer that ends at once. Each job is submitted twice:
+by `loractl submit`, and by the same functions in this process, where the moment of the commit can be noted. The claim's
+time is the row's `started_at`, taken with the card's lock.
 """
 
 from __future__ import annotations
@@ -18,8 +18,19 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from loractl.common.job.status import Status
+
+if TYPE_CHECKING:
+    from loractl.common.settings import Settings
+    from loractl.common.store.records import Submission
+    from loractl.common.store.store import Store
+    from loractl.common.store.tables import Job
+
+COMMIT, ROW, PROCESS = "commit to claim", "row begun to claim, with the commit", "loractl submit as a process"
 
 JOB = """
 name: queue-{n}
@@ -55,43 +66,83 @@ def main() -> None:
         }
         if asked.postgresql:
             environment["LORACTL_DATABASE_URL"] = stack.enter_context(_postgresql(folder))
-        waits, whole = _measure(folder, environment, asked.jobs)
+        times = _measure(folder, environment, asked.jobs)
     where = "PostgreSQL" if asked.postgresql else "SQLite"
     print(f"{asked.jobs} jobs on {where}, one idle node; ms           p50    min    max")
-    for what, values in (("commit to claim", waits), ("loractl submit as a process", whole)):
+    for what, values in times.items():
         print(f"{what:<52}{statistics.median(values):6.1f} {min(values):6.1f} {max(values):6.1f}")
 
 
-def _measure(folder: Path, environment: dict[str, str], jobs: int) -> tuple[list[float], list[float]]:
-    """Wait from submit's time to the claim's, and whole `loractl submit` processes; milliseconds."""
-    from loractl.common.job.status import Status
+def _measure(folder: Path, environment: dict[str, str], jobs: int) -> dict[str, list[float]]:
+    """Milliseconds of each job, by what they were measured between."""
     from loractl.common.settings import load_settings
-    from loractl.common.store.database import connect
+    from loractl.common.store.database import connect, make_engine
+    from loractl.common.store.schema import upgrade
     from loractl.common.store.store import Store
 
-    store = Store(connect(load_settings(environment)))
+    settings = load_settings(environment)
+    if not settings.embedded_database:
+        upgrade(make_engine(settings.database_url))
+    store = Store(connect(settings))
     worker = subprocess.Popen([_command(), "worker"], env=environment, stderr=subprocess.DEVNULL)
     try:
         _until(lambda: bool(store.nodes()))
         time.sleep(3)
-        waits, whole = [], []
+        times: dict[str, list[float]] = {}
         for n in range(jobs + 1):
-            file = folder / f"job-{n}.yaml"
-            file.write_text(JOB.format(n=n, folder=folder))
-            began = time.perf_counter()
-            subprocess.run([_command(), "submit", str(file)], env=environment, check=True, capture_output=True)
-            took = time.perf_counter() - began
-            _until(lambda number=n + 1: store.job(number).status is Status.FAILED)
-            time.sleep(0.5)  # the node is idle again
+            whole = _by_command(folder, environment, n)
+            job = _ended(store)
+            started = store.attempts(job.job_id)[0].started_at
+            committed = _in_this_process(settings, store, folder / f"job-{n}.yaml")
+            claimed = store.attempts(_ended(store).job_id)[0].started_at.timestamp()
             if n == 0:
                 continue  # the first one warms files and caches
-            job, attempt = store.job(n + 1), store.attempts(n + 1)[0]
-            waits.append((attempt.started_at - job.submitted_at).total_seconds() * 1000)
-            whole.append(took * 1000)
-        return waits, whole
+            row = (started - job.submitted_at).total_seconds()
+            for what, seconds in ((COMMIT, claimed - committed), (ROW, row), (PROCESS, whole)):
+                times.setdefault(what, []).append(seconds * 1000)
+        return times
     finally:
         worker.send_signal(signal.SIGINT)
         worker.wait(timeout=60)
+
+
+def _by_command(folder: Path, environment: dict[str, str], n: int) -> float:
+    """Submit a job as a person does; seconds."""
+    file = folder / f"job-{n}.yaml"
+    file.write_text(JOB.format(n=n, folder=folder))
+    began = time.perf_counter()
+    subprocess.run([_command(), "submit", str(file)], env=environment, check=True, capture_output=True)
+    return time.perf_counter() - began
+
+
+def _in_this_process(settings: Settings, store: Store, file: Path) -> float:
+    """Submit a job here, with all imports done; the time at which its row was committed."""
+    from loractl.common.artifacts import open_store
+    from loractl.common.job.file import load_spec
+    from loractl.scheduler.submission.intake import submit_job
+
+    committed = []
+    submit = store.submit
+
+    def noted(submission: Submission) -> int:
+        job_id = submit(submission)
+        committed.append(time.time())
+        return job_id
+
+    store.submit = noted  # type: ignore[method-assign]
+    try:
+        submit_job(load_spec(file), settings, store, open_store(settings))
+    finally:
+        store.submit = submit  # type: ignore[method-assign]
+    return committed[0]
+
+
+def _ended(store: Store) -> Job:
+    """The newest job, once the node has ended it and is idle again."""
+    newest = store.jobs(limit=1)[0].job_id
+    _until(lambda: store.job(newest).status is Status.FAILED)
+    time.sleep(0.5)
+    return store.job(newest)
 
 
 @contextlib.contextmanager
@@ -106,9 +157,9 @@ def _command() -> str:
     return str(Path(sys.executable).with_name("loractl"))
 
 
-def _until(holds: object, seconds: float = 60) -> None:
+def _until(holds: Callable[[], bool], seconds: float = 60) -> None:
     deadline = time.monotonic() + seconds
-    while not holds():  # type: ignore[operator]
+    while not holds():
         if time.monotonic() > deadline:
             raise TimeoutError("the worker does not get on")
         time.sleep(0.1)

@@ -1,6 +1,6 @@
 """How long the commands take that people type all day, as whole processes, and what they import.
 
-    .venv/bin/python benchmarks/startup.py [runs]
+    .venv/bin/python -m benchmarks.startup [runs]
 
 Prints medians in ms and ratios to `python -c "import click"` in the same run: absolute times belong to the machine.
 """

@@ -114,7 +114,7 @@ def test_two_simulated_cards_run_two_jobs_at_once(
 ) -> None:
     cli = make_cli(LORACTL_DEVICES="sim:8GiB,24GiB")
     for n in range(2):
-        cli("submit", write_job(tmp_path, tiny_model, name=f"job-{n}"), "--set=training.max_steps=40")
+        cli("submit", write_job(tmp_path, tiny_model, name=f"job-{n}"), "--set=training.max_steps=200")
     cli("worker", "--drain-when-idle", timeout=180)
     shown = [json.loads(cli("show", n, "--json").stdout) for n in (1, 2)]
     assert [job["status"] for job in shown] == ["succeeded", "succeeded"]

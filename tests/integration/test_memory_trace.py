@@ -78,6 +78,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
 ALIKE = {"llama-biases", "mistral", "qwen2", "gemma", "gemma3", "smollm3", "granite"}
 """Their blocks are those of a family that is traced; their parameters are counted all the same."""
 
+RARE = {"gemma2", "gpt_neox", "falcon", "falcon-grouped", "falcon-alibi", "qwen2_moe", "qwen3_moe", "olmo2"}
+"""Traced in `make test-long`; `make test` counts their parameters and compares a family of each kind of block."""
+
+TRACED = [
+    pytest.param(family, marks=pytest.mark.long) if family in RARE else family
+    for family in FAMILIES
+    if family not in ALIKE
+]
+
 SETTINGS = [
     (method, checkpointing, vocab)
     for method in (Method.LORA, Method.QLORA)
@@ -150,7 +159,7 @@ def test_quantised_weights_are_those_that_bitsandbytes_replaces(family: str, tmp
 
 
 @pytest.mark.parametrize(("method", "checkpointing", "vocab"), SETTINGS)
-@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in ALIKE])
+@pytest.mark.parametrize("family", TRACED)
 def test_the_plan_is_what_a_step_takes(
     family: str, method: Method, checkpointing: bool, vocab: int, tmp_path: Path
 ) -> None:
