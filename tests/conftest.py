@@ -7,6 +7,7 @@ import gc
 import itertools
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -34,6 +35,10 @@ _numbers = itertools.count()
 
 LONG = os.environ.get("TESTS") == "long"
 """make test-long: the tests marked `long`, and more examples of every property."""
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # a run in the background of a script: the workers that tests start with Ctrl-C in mind would inherit that
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # A property is no timed test: on a busy machine any example may take long.
 # CI must not fail by chance: what is new is looked for where somebody sees it and can mend it
