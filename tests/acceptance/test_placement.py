@@ -126,6 +126,7 @@ def second_home(tmp_path: Path) -> Path:
     return tmp_path / "second"
 
 
+@pytest.mark.cold  # the larger job has to hold its card until the other card is up: a warm trainer ends it in a second
 def test_a_small_card_gets_qlora_and_a_job_too_large_waits_for_a_larger_card(
     lab: Lab, second_home: Path, tmp_path: Path
 ) -> None:
