@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sqlalchemy import Connection, Engine, ExceptionContext, create_engine, event
-from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
+from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlchemyError
 
 from loractl.common.errors import Forbidden, LoractlError, SchemaMismatch, ServiceUnreachable, UsageError
 from loractl.common.settings import Settings, make_private, redacted
@@ -19,6 +19,9 @@ from .schema import HEAD, revision, upgrade
 
 DatabaseError = DBAPIError
 """What a database driver raises, by the name under which other rooms catch it."""
+
+REFUSALS = (SQLAlchemyError, Forbidden, OverflowError, UnicodeError)
+"""All that a verb of the store may raise because of the database: it is away (see `outage`), or it refuses values."""
 
 SQLITE_BUSY_MS = 30_000
 POOL_SIZE, CONNECTIONS = 3, 13
@@ -35,6 +38,13 @@ _POSTGRES_OPTIONS = {
     "options": "-c statement_timeout=20000 -c lock_timeout=10000 -c idle_in_transaction_session_timeout=60000",
 }
 _INSUFFICIENT_PRIVILEGE = "42501"
+_READ_ONLY = "25006"  # a standby, or a primary that a failover has stepped down
+_PASSING = (_READ_ONLY, "40", "53", "55P03", "57")
+"""SQLSTATEs, and classes of them, that another try may help: the server's state, not the statement, is the cause.
+
+Rolled back (a deadlock), short of resources, a lock that was not free, stopped by an operator or a time limit.
+"""
+_TOO_LARGE = "54"  # a limit of the server that this very statement is beyond
 
 
 def connect(settings: Settings, *, check_schema: bool = True) -> Engine:
@@ -71,17 +81,24 @@ def reachable(settings: Settings) -> Iterator[None]:
 
 def outage(error: BaseException) -> str | None:
     """What the database's absence looks like, as a sentence's end; None when the error is another one."""
-    from sqlalchemy.exc import InterfaceError, OperationalError
+    from sqlalchemy.exc import InterfaceError, InternalError, OperationalError
     from sqlalchemy.exc import TimeoutError as NoConnectionFree
 
     if isinstance(error, NoConnectionFree):
         return "all connections of this process are in use"
     if not isinstance(error, DBAPIError):
         return None
-    if not (error.connection_invalidated or isinstance(error, (OperationalError, InterfaceError))):
+    state = getattr(error.orig, "sqlstate", None) or ""
+    passing = isinstance(error, (OperationalError, InterfaceError, InternalError)) or state.startswith(_PASSING)
+    if not (error.connection_invalidated or passing) or state.startswith(_TOO_LARGE):
         return None
-    lines = str(error.orig).strip().splitlines()
-    return lines[0] if lines else "no answer"
+    return told_by(error) or "no answer"
+
+
+def told_by(error: BaseException) -> str:
+    """The first line of what the database, or its driver, said; without the statement and its values."""
+    told = error.sentence if isinstance(error, LoractlError) else str(getattr(error, "orig", None) or error)
+    return next(iter(told.strip().splitlines()), "")
 
 
 def make_engine(url: str, *, connections: int = CONNECTIONS) -> Engine:
@@ -89,7 +106,8 @@ def make_engine(url: str, *, connections: int = CONNECTIONS) -> Engine:
 
     `connections`: at most so many at a time to PostgreSQL; a few are kept open.
     SQLite: WAL, and BEGIN IMMEDIATE for writers: with plain BEGIN, four writers fail with "database is locked".
-    PostgreSQL: what the user's role forbids raises Forbidden.
+    PostgreSQL: what the user's role forbids raises Forbidden. Connections to a server that only reads are given up:
+    after a failover another one may write.
     """
     try:
         if not url.startswith("sqlite"):
@@ -97,7 +115,7 @@ def make_engine(url: str, *, connections: int = CONNECTIONS) -> Engine:
             engine = create_engine(
                 url, pool_pre_ping=True, pool_size=POOL_SIZE, max_overflow=more, connect_args=_POSTGRES_OPTIONS
             )
-            event.listen(engine, "handle_error", _say_what_is_forbidden)
+            event.listen(engine, "handle_error", _look_at_error)
             return engine
         _private_file(Path(url.removeprefix("sqlite:///")))
         engine = create_engine(url, connect_args={"timeout": SQLITE_BUSY_MS / 1000})
@@ -125,8 +143,11 @@ def make_engine(url: str, *, connections: int = CONNECTIONS) -> Engine:
     return engine
 
 
-def _say_what_is_forbidden(context: ExceptionContext) -> None:
-    if getattr(context.original_exception, "sqlstate", None) != _INSUFFICIENT_PRIVILEGE:
+def _look_at_error(context: ExceptionContext) -> None:
+    state = getattr(context.original_exception, "sqlstate", None)
+    if state == _READ_ONLY:
+        context.is_disconnect = True  # the pool lets go of all its connections
+    if state != _INSUFFICIENT_PRIVILEGE:
         return
     user = None if context.engine is None else context.engine.url.username
     raise Forbidden(user, str(context.original_exception).splitlines()[0]) from context.original_exception

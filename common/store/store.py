@@ -188,6 +188,11 @@ class Store:
         with self._write() as tx:
             return backlog.end_patience(tx)
 
+    def takes_writes(self) -> bool:
+        """Whether the database can be written to: a standby, or a primary that a failover has stepped down, can't."""
+        with self._write() as tx:
+            return tx.may_write()
+
     def see_node(self, state: NodeState) -> Card:
         """Write a device's row, last seen now. Returns the card with what runs on it."""
         with self._write() as tx:

@@ -50,6 +50,12 @@ class Transaction:
         later = self.now() + dt.timedelta(seconds=seconds)
         return bindparam(None, later, type_=UtcDateTime(), unique=True)
 
+    def may_write(self) -> bool:
+        """Whether the database takes writes. SQLite has locked itself for them by then."""
+        if self._dialect != "postgresql":
+            return self.session.scalar(select(1)) == 1
+        return self.session.scalar(select(func.current_setting("transaction_read_only"))) == "off"
+
     def tell(self, job_id: int, attempt: int | None, kind: str, text: str) -> None:
         """Write a line of the job's history."""
         self.session.add(Event(job_id=job_id, attempt=attempt, at=self.now(), kind=kind, text=storable(text)))

@@ -21,7 +21,7 @@ from typing import Any
 import psutil
 import pytest
 from redis import Redis
-from sqlalchemy import Engine, create_engine, text, update
+from sqlalchemy import Connection, Engine, create_engine, text, update
 from sqlalchemy.orm import Session
 
 from loractl import __version__
@@ -261,8 +261,11 @@ def test_a_result_waits_for_the_store_in_storing_also_over_a_restart_of_the_work
 
 
 @pytest.mark.parametrize("lab", ["postgres_url"], indirect=True)
-def test_a_database_that_is_away_for_longer_than_a_lease_costs_nothing(lab: Lab, postgres_server: str) -> None:
-    long, behind = lab.submit(steps=160), lab.submit()
+def test_a_database_that_is_away_or_only_reads_for_longer_than_a_lease_costs_nothing(
+    lab: Lab, postgres_server: str
+) -> None:
+    """First nothing answers; then a failover has left a server that refuses every write."""
+    long, behind = lab.submit(steps=220), lab.submit()
     lab.start()
     lab.until(long, lambda job: job.step)
     name = lab.engine.url.database
@@ -270,17 +273,48 @@ def test_a_database_that_is_away_for_longer_than_a_lease_costs_nothing(lab: Lab,
         isolation_level="AUTOCOMMIT"
     )
     with admin.connect() as server:
-        server.execute(text(f"ALTER DATABASE {name} ALLOW_CONNECTIONS false"))
-        server.execute(text("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = :n"), {"n": name})
-        assert lab.cli("status", code=4).stderr.startswith("Error: the database")
-        time.sleep(2 * LEASE_S)
-        server.execute(text(f"ALTER DATABASE {name} ALLOW_CONNECTIONS true"))
+        for change, back in (
+            ("ALLOW_CONNECTIONS false", "ALLOW_CONNECTIONS true"),
+            ("SET default_transaction_read_only = on", "RESET default_transaction_read_only"),
+        ):
+            _reconnect(server, f"ALTER DATABASE {name} {change}", str(name))
+            told = lab.cli("submit", lab.folder / "job.yaml", code=4).stderr
+            assert told.startswith("Error: the database")
+            time.sleep(1.4 * LEASE_S)
+            _reconnect(server, f"ALTER DATABASE {name} {back}", str(name))
+            beaten = lab.store.job(long).lease_expires_at
+            lab.until(long, lambda job, before=beaten: job.lease_expires_at != before)
     admin.dispose()
     lab.until(long, lambda job: job.status is Status.SUCCEEDED)
     lab.until(behind, lambda job: job.status is Status.SUCCEEDED)
     assert lab.starts() == [f"{long}.1", f"{behind}.1"], "the training went on, and nobody took its job"
     steps = [point.step for point in lab.store.metrics(long, "loss")]
-    assert steps == list(range(1, 161)), "what was told meanwhile is written afterwards"
+    assert steps == list(range(1, 221)), "what was told meanwhile is written afterwards"
+
+
+def test_what_the_database_refuses_is_left_out_and_ends_no_training(lab: Lab) -> None:
+    with lab.engine.begin() as connection:
+        for table, when in (("metrics", "NEW.step = 4"), ("adapters", "1")):
+            connection.exec_driver_sql(
+                f"CREATE TRIGGER no_{table} BEFORE INSERT ON {table} WHEN {when} "
+                f"BEGIN SELECT RAISE(ABORT, '{table} are full'); END"
+            )
+    job_id = lab.submit("--set=max_retries=0", steps=20)
+    lab.start()
+    failed = lab.until(job_id, lambda job: job.status.is_terminal)
+    assert (failed.status, failed.reason) == (Status.FAILED, Reason.TRAINER_ERROR)
+    kept = "its result is kept on this box, where the next attempt takes it over"
+    assert failed.message == f"the database refused its end: adapters are full; {kept}"
+    told = [event.text for event in lab.store.events(job_id) if event.kind == "database"]
+    assert len(told) == 1 and told[0].endswith("which is left out: metrics are full")
+    steps = [point.step for point in lab.store.metrics(job_id, "loss")]
+    assert 4 not in steps and steps[-1] == 20, "the beats went on"
+
+    with lab.engine.begin() as connection:
+        connection.exec_driver_sql("DROP TRIGGER no_adapters")
+    lab.cli("retry", job_id)
+    lab.until(job_id, lambda job: job.status is Status.SUCCEEDED)
+    assert lab.starts() == [f"{job_id}.1"], "it was trained once"
 
 
 def test_client_and_worker_of_different_versions_understand_each_other_or_say_why_not(lab: Lab) -> None:
@@ -347,6 +381,12 @@ def test_a_card_on_which_something_of_an_attempt_remains_is_closed_with_the_reas
     waiting = lab.submit()
     assert reason in " ".join(lab.cli("why", waiting).stdout.split())
     assert lab.store.claim("heron:0") is None, "it takes nothing more until a person has looked"
+
+
+def _reconnect(server: Connection, change: str, name: str) -> None:
+    """Change a database, and end what is connected to it."""
+    server.execute(text(change))
+    server.execute(text("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = :n"), {"n": name})
 
 
 def _freeze(pid: int, database: Path) -> list[psutil.Process]:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from loractl.common.artifacts import ArtifactStore, checkpoint_prefix
 from loractl.common.errors import ArtifactError, ServiceUnreachable
-from loractl.common.store.database import DatabaseError
+from loractl.common.store.database import REFUSALS, told_by
 from loractl.common.store.records import Claim, StoredCheckpoint
 from loractl.common.store.store import Store
 
@@ -105,9 +105,8 @@ class CheckpointUpload:
             before, self._kept = self._kept, kept
             if before is not None and before.prefix != kept.prefix:  # a step that was saved twice is one checkpoint
                 self._artifacts.remove_checkpoint(before.prefix)
-        except (ArtifactError, ServiceUnreachable, DatabaseError) as error:
-            if (why := error.sentence if isinstance(error, ArtifactError) else away(error)) is None:
-                raise
+        except (ArtifactError, ServiceUnreachable, *REFUSALS) as error:
+            why = away(error) or told_by(error)
             log.warning("job %s: the checkpoint of step %s is not stored yet: %s", claim.job_id, step, why)
             return False
         log.debug("job %s: the checkpoint of step %s is stored (%.1f s)", claim.job_id, step, time.monotonic() - began)

@@ -8,7 +8,8 @@ import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from loractl.common.store.database import DatabaseError, outage
+from loractl.common.store.database import REFUSALS, outage, told_by
+from loractl.common.store.records import Beat
 
 from .state import AttemptState
 from .stops import require_wanted
@@ -19,18 +20,33 @@ Answer = TypeVar("Answer")
 
 
 def beat(place: Workplace, state: AttemptState) -> None:
-    """One heartbeat. With the database away the training goes on: the lease decides."""
+    """One heartbeat. No error of the database ends a training: the lease decides."""
     state.turn()
+    answer: Beat | None
     try:
         answer = place.store.beat(state.claim, state.progress())
-    except DatabaseError as error:
-        if (why := outage(error)) is None:
-            raise
-        log.warning("job %s: the database is away, training goes on: %s", state.claim.job_id, why)
-        return
+    except REFUSALS as error:
+        answer = _beat_alone(place, state, error)
     finally:
         state.turn()
-    state.beaten(answer)
+    if answer is not None:
+        state.beaten(answer)
+
+
+def _beat_alone(place: Workplace, state: AttemptState, error: BaseException) -> Beat | None:
+    """After an outage nothing: what is new is told with a later beat. Else the beat without what the database refused.
+
+    None: the lease was not extended.
+    """
+    if (why := outage(error)) is None:
+        log.warning("job %s: the database refused a beat: %s", state.claim.job_id, told_by(error))
+        state.turn()
+        try:
+            return place.store.beat(state.claim, state.bare_progress(told_by(error)))
+        except REFUSALS as again:
+            why = outage(again) or told_by(again)
+    log.warning("job %s: the database takes no beat, training goes on: %s", state.claim.job_id, why)
+    return None
 
 
 def while_beating(place: Workplace, state: AttemptState, work: Callable[[], Answer]) -> Answer:

@@ -56,6 +56,8 @@ class AttemptState:
     pruned: str | None = None  # why its sweep stops the job
     heard_at: float = field(default_factory=time.monotonic)  # when the trainer last said something
     said_at: float = -math.inf  # when a step was last named at the terminal
+    result_refused: bool = False  # the row does not name the result: its files are kept
+    refused: str | None = None  # what the database last said against a write, in the history already
     store_away: bool = False  # fetching or storing waits for the artifact store
     changes: list[str] = field(default_factory=list)  # what this trainer said of its adjustments
     saved: list[Saved] = field(default_factory=list)  # checkpoints that are not handed on yet
@@ -98,6 +100,12 @@ class AttemptState:
             vram_process=self.peaks.process,
             log=self.log.take(last=last),
         )
+
+    def bare_progress(self, why: str) -> Progress:
+        """The stage alone, in the place of what the database refused, and once for each cause a line that says so."""
+        new, self.refused = why != self.refused, why
+        text = f"the database refused what was told at step {self.step}, which is left out: {why}"
+        return Progress(stage=self.pending.stage, events=(("database", text),) if new else ())
 
     def beaten(self, beat: Beat) -> None:
         """Take a beat's answer: what was pending is written."""

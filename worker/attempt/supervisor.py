@@ -16,7 +16,8 @@ from typing import TypeVar
 
 from loractl.common.errors import ArtifactError, LoractlError, ServiceUnreachable
 from loractl.common.job.status import Reason, Stage, Status
-from loractl.common.store.records import StoredResult
+from loractl.common.store.database import REFUSALS, outage, told_by
+from loractl.common.store.records import Progress, StoredResult
 from loractl.worker.protocol.trust import Refused
 
 from .heartbeat import while_beating
@@ -42,13 +43,52 @@ def supervise(place: Workplace, state: AttemptState) -> Status | None:
         log.warning("job %s: the lease of attempt %s was lost, its result is dropped", claim.job_id, claim.attempt)
         shutil.rmtree(state.folder / "result", ignore_errors=True)  # the next attempt may go on from its checkpoints
         return None
-    last = state.progress(last=True)
-    status = _insist(place, state, lambda: place.store.finish(claim, reason, message, last, result))
+    status = _finish(place, state, reason, message, result)
     state.closed = True
     named = status.value if status else "lost"
     log.info("job %s %s: %s (%s) %s", claim.job_id, claim.spec.name, named, reason.value, message)
-    _clean(place, state, status)
+    if not state.result_refused:
+        _clean(place, state, status)
     return status
+
+
+def _finish(
+    place: Workplace, state: AttemptState, reason: Reason, message: str, result: StoredResult | None
+) -> Status | None:
+    """The last write. What the database refuses is left out: what was told at last, then the result.
+
+    A result that the row can't name is kept on this box, and the attempt ends as trainer_error.
+    """
+
+    def write(reason: Reason, message: str, last: Progress, result: StoredResult | None) -> Status | None:
+        return _insist(place, state, lambda: place.store.finish(state.claim, reason, message, last, result))
+
+    last = state.progress(last=True)
+    try:
+        return write(reason, message, last, result)
+    except REFUSALS as error:
+        why = _refused(state, error)
+    bare = state.bare_progress(why)
+    try:
+        return write(reason, message, bare, result)
+    except REFUSALS as error:
+        why = _refused(state, error)
+    state.result_refused = result is not None
+    kept = "; its result is kept on this box, where the next attempt takes it over" if result is not None else ""
+    message = f"the database refused its end: {why}{kept}"
+    try:
+        return write(Reason.TRAINER_ERROR, message, last, None)
+    except REFUSALS as error:
+        _refused(state, error)
+    return write(Reason.TRAINER_ERROR, message, bare, None)
+
+
+def _refused(state: AttemptState, error: BaseException) -> str:
+    """What the database has against the last write. Raises the error when it is away: then nothing was refused."""
+    if outage(error) is not None:
+        raise error
+    log.error("job %s: the database refused its last write: %s", state.claim.job_id, told_by(error))
+    return told_by(error)
 
 
 def _carry_out(place: Workplace, state: AttemptState) -> tuple[Reason, str, StoredResult | None]:

@@ -91,7 +91,7 @@ class Box:
 
     def _wait(self, drain_when_idle: bool) -> bool:
         """Watch until no job is left; start a node that ends by itself again. True when a node can't be started."""
-        from loractl.common.store.database import DatabaseError
+        from loractl.common.store.database import REFUSALS, told_by
 
         largest, idle, watched = max(d.total for d in self._devices), 0, time.monotonic()
         while idle < IDLE_LOOKS:
@@ -104,8 +104,8 @@ class Box:
             if drain_when_idle:
                 try:
                     idle = idle + 1 if self._store.unfinished(largest) == 0 else 0
-                except DatabaseError as error:
-                    click.echo(f"The database is away: {error.orig}", err=True)
+                except REFUSALS as error:
+                    click.echo(f"The database does not answer: {told_by(error)}", err=True)
         return False
 
     def _restart_ended(self) -> bool:
@@ -126,12 +126,15 @@ class Box:
 
     def _restart_stuck(self) -> None:
         """The watchdog: stop a node that is silent, or leaves what the rule gives it; then it is started again."""
-        from loractl.common.store.database import DatabaseError
+        from loractl.common.store.database import REFUSALS
 
         try:
-            view = self._store.fleet()
-        except DatabaseError:
-            return  # without the database this can't be told; a node that has none is not stuck
+            view = self._store.fleet() if self._store.takes_writes() else None
+        except REFUSALS:
+            view = None
+        if view is None:
+            self._stuck_since.clear()  # this can't be told then: a node that can't write its row is not stuck
+            return
         now = time.monotonic()
         given = {d.placed.node for d in view.decisions if d.placed is not None}
         for device in self._devices:

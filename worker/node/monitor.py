@@ -14,7 +14,7 @@ from typing import Any
 from loractl.common.errors import ServiceUnreachable
 from loractl.common.placement.sizes import VRAM_CLASSES, served_classes
 from loractl.common.queue.hints import queue_name
-from loractl.common.store.database import outage
+from loractl.common.store.database import REFUSALS, outage, told_by
 from loractl.worker.attempt.workplace import Workplace
 
 from .claimer import wake_others
@@ -119,15 +119,20 @@ class Monitor:
             self._called.wait(max(0.05, min(next_look, next_round, now + 1.0) - time.monotonic()))
 
     def _worked(self, what: str, work: Callable[[], None]) -> bool:
-        """Do a part of the round. False when the database was away; a part that always fails ends the node."""
+        """Do a part of the round. False when the database was away; a part that always fails ends the node.
+
+        What the database refuses ends nothing: a new node would be refused too, and what runs here would stop for it.
+        """
         try:
             work()
         except ServiceUnreachable as error:
             log.warning("%s", error.sentence)
-        except Exception as error:
+        except REFUSALS as error:
             if (why := outage(error)) is not None:
                 log.warning("the database is away: %s", why)
                 return False
+            log.exception("%s failed: the database refuses it: %s", what, told_by(error))
+        except Exception:
             # if the monitor ended silently, the node would look offline and never come back
             self._failures[what] = self._failures.get(what, 0) + 1
             log.exception("%s failed, %s of %s times", what, self._failures[what], TRIES)

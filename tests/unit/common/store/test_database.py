@@ -15,8 +15,9 @@ from sqlalchemy import Engine, inspect, text
 
 from loractl.common.errors import ExitCode, SchemaMismatch, ServiceUnreachable, UsageError
 from loractl.common.settings import Settings, load_settings
-from loractl.common.store.database import connect, make_engine, reachable
+from loractl.common.store.database import DatabaseError, connect, make_engine, outage, reachable, told_by
 from loractl.common.store.schema import HEAD, alembic_config, revision, upgrade
+from loractl.common.store.store import Store
 from loractl.common.store.tables import Base
 
 from ....services import free_port
@@ -184,3 +185,47 @@ def test_an_address_that_is_no_database_shows_the_right_form(url: str) -> None:
         make_engine(url)
     assert "hunter2" not in caught.value.sentence
     assert caught.value.hint == "like postgresql://user@host/loractl"
+
+
+@pytest.mark.parametrize(
+    ("state", "passes"),
+    [
+        ("25006", True), ("XX000", True), ("40001", True), ("40P01", True), ("53100", True), ("53300", True),
+        ("55P03", True), ("57014", True), ("57P01", True), ("22001", False), ("23514", False), ("42883", False),
+        ("54000", False), ("0A000", False),
+    ],
+)  # fmt: skip
+def test_what_the_server_s_state_causes_is_an_outage_and_what_a_statement_causes_is_none(
+    postgres_url: str, state: str, passes: bool
+) -> None:
+    engine = make_engine(postgres_url)
+    with pytest.raises(DatabaseError) as raised, engine.connect() as connection:
+        connection.execute(text(f"DO $$ BEGIN RAISE EXCEPTION 'so it is' USING ERRCODE = '{state}'; END $$"))
+    assert outage(raised.value) == ("so it is" if passes else None)
+    assert told_by(raised.value) == "so it is"
+    engine.dispose()
+
+
+def test_a_connection_to_a_server_that_only_reads_is_given_up(postgres_url: str) -> None:
+    """After a failover the old primary still answers on connections of before: only a new one finds the new primary."""
+    engine = make_engine(postgres_url)
+    with engine.connect() as connection:
+        before = connection.execute(text("SELECT pg_backend_pid()")).scalar()
+    with pytest.raises(DatabaseError, match="read-only transaction") as raised, engine.begin() as connection:
+        connection.execute(text("SET TRANSACTION READ ONLY"))
+        connection.execute(text("CREATE TABLE a (b int)"))
+    assert outage(raised.value) == "cannot execute CREATE TABLE in a read-only transaction"
+    with engine.connect() as connection:
+        assert connection.execute(text("SELECT pg_backend_pid()")).scalar() != before
+    engine.dispose()
+
+
+def test_a_server_that_only_reads_is_told_from_one_that_writes(upgraded_url: str) -> None:
+    engine = make_engine(upgraded_url)
+    assert Store(engine).takes_writes()
+    if engine.dialect.name == "postgresql":
+        with engine.begin() as connection:
+            connection.execute(text(f"ALTER DATABASE {engine.url.database} SET default_transaction_read_only = on"))
+        engine.dispose()
+        assert not Store(engine).takes_writes(), "so that a node which can't write its row is not called stuck"
+    engine.dispose()
