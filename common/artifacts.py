@@ -32,6 +32,10 @@ _HOLDING = re.compile(
 """The names that are made here. Nothing else is listed or removed."""
 
 
+_CHECKPOINT = re.compile(r"(jobs/[1-9]\d{0,17}/checkpoints/([1-9]\d{0,8})-\d{1,12})/", re.ASCII)
+"""Where a job's checkpoint lies, and the attempt that wrote it."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class StoredFile:
     """One file of a manifest."""
@@ -190,10 +194,22 @@ class ArtifactStore:
 
     def remove_checkpoint(self, prefix: str) -> None:
         """Remove one checkpoint of a job, its manifest first. Raises ValueError for a name that was not made here."""
-        if not re.fullmatch(r"jobs/[1-9]\d{0,17}/checkpoints/[1-9]\d{0,8}-\d{1,12}", prefix, re.ASCII):
+        match = _CHECKPOINT.match(f"{prefix}/")
+        if match is None or match[1] != prefix:
             raise ValueError(f"{prefix} is not the name of a checkpoint")
         with self._errors(f"removing {prefix}"):
             self._files.remove(prefix, _is_manifest)
+
+    def remove_checkpoints(self, job_id: int, attempt: int) -> None:
+        """Remove the checkpoints of a job's attempts up to this one, manifests first."""
+        with self._errors(f"removing the checkpoints of job {job_id}"):
+            names = [name for name, _, _ in self._files.below(f"jobs/{job_id}/checkpoints")]
+        prefixes = {match[1]: int(match[2]) for name in names if (match := _CHECKPOINT.match(name))}
+        for prefix in sorted(prefix for prefix, number in prefixes.items() if number <= attempt):
+            self.remove_checkpoint(prefix)
+        with self._errors(f"removing the checkpoints of job {job_id}"):
+            self._files.prune(f"jobs/{job_id}/checkpoints")
+            self._files.prune(f"jobs/{job_id}")
 
     @contextlib.contextmanager
     def _errors(self, doing: str) -> Iterator[None]:

@@ -143,6 +143,13 @@ OUTCOMES: dict[Reason, Meaning] = {
     ),
 }
 
+KEEPING = frozenset(
+    reason
+    for reason, meaning in OUTCOMES.items()
+    if meaning.status is Status.FAILED and (meaning.retryable or reason is Reason.TIMED_OUT)
+)
+"""A job that failed so keeps its finished result and its checkpoints until loractl gc: a retry goes on from them."""
+
 WORKER_LOST_LIMIT = 3
 """A job that loses its worker or meets a failing card this often is held: it may be the cause."""
 

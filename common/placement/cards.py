@@ -55,6 +55,10 @@ class Card:
     user_limit: int | None = None  # jobs that one user may run in the fleet
 
     @property
+    def host(self) -> str:
+        return self.node.rpartition(":")[0]
+
+    @property
     def usable(self) -> int:
         """The most that our jobs could ever take: the card without what its owner keeps free."""
         return self.total - self.margin
@@ -94,7 +98,7 @@ def could_start(job: Waiting, card: Card, fleet: Iterable[Card]) -> bool:
 
 def suits(card: Card, job: Waiting, largest: int) -> bool:
     """Whether the job may run on this card; its room is not asked. A processor takes only what no GPU could hold."""
-    if not job.requires <= card.labels:
+    if not job.requires <= card.labels or job.only_host not in (None, card.host):
         return False
     if not card.processor:
         return True

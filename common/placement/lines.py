@@ -13,6 +13,9 @@ from loractl.common.job.need import Need, least_need
 
 from .sizes import size_step
 
+RESULT_FIRST_S = 600.0
+"""A job whose finished result lies on a box waits so long for that box alone: elsewhere it would be trained again."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Waiting:
@@ -25,6 +28,7 @@ class Waiting:
     methods: tuple[Method, ...]  # permitted at this moment, the preferred one first
     need: Need
     requires: frozenset[tuple[str, str]] = frozenset()  # labels that its node must have
+    only_host: str | None = None  # the box that has its finished result, while no other box may take it
 
     @property
     def least(self) -> int | None:

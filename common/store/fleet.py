@@ -83,4 +83,5 @@ def waiting_of(row: Mapping[str, Any], now: dt.datetime) -> Waiting:
         methods=(Method.LORA,) if patient else methods,
         need=Need(lora=row["vram_lora"], qlora=row["vram_qlora"]),
         requires=QueueKey.parse(row["queue_key"]).requires,
+        only_host=row["result_host"] if row["result_until"] is not None and row["result_until"] > now else None,
     )

@@ -69,6 +69,7 @@ class Claim:
     adjustment: Adjustment = field(default_factory=Adjustment)
     changes: tuple[str, ...] = ()  # what out-of-memory has changed so far, in words
     checkpoint: StoredCheckpoint | None = None
+    result_host: str | None = None  # the box that is said to hold its finished result
     sweep_id: int | None = None  # the sweep that the job belongs to
     rungs: tuple[float, ...] = ()  # shares of its steps at which it may be stopped as one of the sweep's losers
 
@@ -90,6 +91,7 @@ class Progress:
     vram_process: int | None = None
     resumed_from_step: int | None = None
     adjustment: Adjustment | None = None  # of the run to what its memory allows, kept for later attempts
+    result_host: str | None = None  # the box that holds a finished result; empty: none does
     metrics: tuple[tuple[int, str, float], ...] = ()  # step, name, value
     events: tuple[tuple[str, str], ...] = ()  # kind, text
     log: str = ""
@@ -148,7 +150,7 @@ class NodeState:
 
 @dataclass(frozen=True, kw_only=True)
 class Over:
-    """Of some jobs: those that the database knows, those that have ended, and attempts that left no kept result.
+    """Of some jobs: those that the database knows, those that need no files, and attempts that left no kept result.
 
     An ended attempt is never run again and never becomes a result, even if its job goes on.
     """

@@ -229,15 +229,23 @@ class Store:
         with self._write() as tx:
             return retention.remove_result(tx, job_id, user, by)
 
-    def over(self, job_ids: Collection[int]) -> Over:
-        """Which of these jobs, and which of their attempts, need no files any more."""
+    def over(self, job_ids: Collection[int], kept_since: dt.datetime | None = None) -> Over:
+        """Which of these jobs, and which of their attempts, need no files any more.
+
+        A job that failed since then keeps what a retry goes on from.
+        """
         with self._read() as tx:
-            return retention.read_over(tx, job_ids)
+            return retention.read_over(tx, job_ids, kept_since)
 
     def forget_checkpoint(self, job_id: int) -> bool:
         """Forget an ended job's stored checkpoint: its files may go then. False when the job has not ended."""
         with self._write() as tx:
             return retention.forget_checkpoint(tx, job_id)
+
+    def forget_finished(self, job_id: int, host: str) -> bool:
+        """Forget what an ended job has left on a box: it may go then. False when the job has not ended."""
+        with self._write() as tx:
+            return retention.forget_finished(tx, job_id, host)
 
     def needed_data(self, ended_since: dt.datetime, without: Collection[int] = ()) -> set[str]:
         """Names of the stored data sets that a job may still read."""

@@ -96,6 +96,8 @@ class Job(Base):
     need_key: Mapped[str | None] = mapped_column(String(64), index=True)  # jobs with the same one need the same memory
     family: Mapped[str | None] = mapped_column(String(64))  # the base's model_type; null: not known on the client
     checkpoint: Mapped[dict[str, Any] | None]  # the newest one in the artifact store: step, prefix
+    result_host: Mapped[str | None]  # the box that holds a finished result which is not stored yet
+    result_until: Mapped[Timestamp | None]  # until then only that box may take the job
     adjustment: Mapped[dict[str, Any] | None]  # what out-of-memory has changed: micro-batch, accumulation, ...
     max_retries: Mapped[int]
 

@@ -19,7 +19,8 @@ import click
     default="30d",
     show_default=True,
     metavar="DURATION",
-    help="Take data sets and cache entries that were not used for so long.",
+    help="Take data sets and cache entries that were not used for so long, and what a retry of jobs that failed so"
+    " long ago would go on from.",
 )
 @click.option("--dry-run", is_flag=True, help="Say what would go and change nothing.")
 @click.option("--force", is_flag=True, help="Go on where the store has files of jobs that this database does not know.")

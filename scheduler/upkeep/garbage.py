@@ -78,7 +78,7 @@ class Policy:
     """What a person wants to keep."""
 
     keep_last: int | None  # results of each user and job name; None: all
-    older_than: dt.timedelta  # data sets and cache entries; at least LEAST_AGE
+    older_than: dt.timedelta  # data sets, cache entries and what failed jobs left; at least LEAST_AGE
 
 
 def parse_age(text: str) -> dt.timedelta:
@@ -144,7 +144,8 @@ class Cleaner:
             self._artifacts.remove(garbage.name)
             yield garbage
         for garbage in self._work():
-            if self._has_ended(garbage):
+            # a job that was queued again since we looked goes on from there
+            if garbage.job_id is not None and self._store.forget_finished(garbage.job_id, self._settings.host):
                 _remove_here(Path(garbage.name))
                 yield garbage
         for garbage in self._cache():
@@ -166,7 +167,7 @@ class Cleaner:
     def _below_jobs(self) -> Iterator[Garbage]:
         """Stored attempts without a kept result, and checkpoints of ended jobs."""
         held = self._artifacts.holdings("jobs")
-        over = self._store.over({_job_of(holding)[0] for holding in held})
+        over = self._store.over({_job_of(holding)[0] for holding in held}, self._limit())
         for holding in held:
             job_id, attempt = _job_of(holding)
             if attempt is None and job_id in over.jobs:
@@ -188,7 +189,7 @@ class Cleaner:
 
     def _work(self) -> Iterator[Garbage]:
         folders = {int(p.name): p for p in _children(self._settings.work_dir) if _NUMBER.fullmatch(p.name)}
-        for job_id in sorted(self._store.over(folders).jobs):
+        for job_id in sorted(self._store.over(folders, self._limit()).jobs):
             folder, why = folders[job_id], f"job {job_id} has ended"
             yield Garbage(kind=Kind.WORK, name=str(folder), size=_size(folder), why=why, job_id=job_id)
 
@@ -210,10 +211,6 @@ class Cleaner:
 
     def _limit(self) -> dt.datetime:
         return self._store.now() - max(self._policy.older_than, LEAST_AGE)
-
-    def _has_ended(self, garbage: Garbage) -> bool:
-        """Whether it is still garbage: the job may have been queued again since we looked."""
-        return garbage.job_id is not None and garbage.job_id in self._store.over([garbage.job_id]).jobs
 
 
 def _log(job_id: int, attempt: int, size: int) -> Garbage:

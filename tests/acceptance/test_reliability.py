@@ -260,6 +260,38 @@ def test_a_result_waits_for_the_store_in_storing_also_over_a_restart_of_the_work
     lab.cli("adapters", "pull", job_id, lab.folder / "pulled")
 
 
+def test_a_finished_training_outlives_an_outage_that_is_longer_than_all_patience(lab: Lab, home: Path) -> None:
+    job_id = lab.submit("--set=max_retries=0", "--set=training.save_steps=4")
+    away = home / "artifacts" / "jobs"
+    away.write_text("in the place of the folder: nothing can be stored")
+    lab.start(LORACTL_STORE_PATIENCE="1s")
+    failed = lab.until(job_id, lambda job: job.status is Status.FAILED)
+    assert (failed.reason, failed.result_host) == (Reason.STORE_FAILED, "heron")
+    history = " ".join(lab.cli("show", job_id).stdout.split())
+    assert "its finished result stays on heron for loractl retry, until loractl gc takes it" in history
+
+    work = home / "work" / str(job_id)
+    away.unlink()
+    gc = json.loads(lab.cli("gc", "--json").stdout)
+    assert gc["removed"] == [] and work.is_dir(), "it has not failed 30 days ago"
+    held = sorted(path.name for path in work.glob("attempt-*/*"))
+    assert held == ["checkpoints", "log.txt", "ready.json", "result"]
+    assert len(list(work.glob("attempt-*/checkpoints/*"))) <= 2, "what stays is bounded"
+
+    other = {"LORACTL_HOST": "owl", "LORACTL_HOME": str(lab.folder / "owl")}
+    lab.start(
+        **other, LORACTL_DATABASE_URL=str(lab.engine.url), LORACTL_ARTIFACTS_URL=(home / "artifacts").as_uri(),
+        LORACTL_REDIS_URL=f"redis+socket://{home / 'run' / 'valkey.sock'}",
+    )  # fmt: skip
+    _until(lambda: any(node.host == "owl" for node in lab.store.nodes()))
+    lab.cli("retry", job_id)
+    lab.until(job_id, lambda job: job.status is Status.SUCCEEDED)
+    assert lab.starts() == [f"{job_id}.1"], "it was trained once"
+    assert [attempt.node for attempt in lab.store.attempts(job_id)] == ["heron:0"] * 2
+    assert not work.exists() and lab.store.job(job_id).result_host is None
+    lab.cli("adapters", "pull", job_id, lab.folder / "pulled")
+
+
 @pytest.mark.parametrize("lab", ["postgres_url"], indirect=True)
 def test_a_database_that_is_away_or_only_reads_for_longer_than_a_lease_costs_nothing(
     lab: Lab, postgres_server: str
@@ -407,6 +439,13 @@ def _freeze(pid: int, database: Path) -> list[psutil.Process]:
 
 def _family(pid: int) -> list[psutil.Process]:
     return psutil.Process(pid).children(recursive=True)
+
+
+def _until(holds: Callable[[], object], seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 def _gone(alive: Callable[[], list[psutil.Process]], seconds: float = 15) -> None:

@@ -108,6 +108,7 @@ HISTORY = {
     "token": "'mine'",
     "attempt": "3",
     "adapter_uri": "'x'",
+    "result_host": "'heron'",
     "adjustment": "'{\"micro_batch\": 1}'",
     "checkpoint": '\'{"step": "../../x", "prefix": "jobs/1/attempt-1"}\'',
 }

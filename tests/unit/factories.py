@@ -74,6 +74,7 @@ def job(**changed: Any) -> Job:
         "job_id": 7, "name": "helpdesk", "user": "ada", "labels": {}, "spec": {}, "spec_hash": "0" * 64,
         "base_model": "org/model-135M", "data": {}, "priority": 0, "vram_lora": None, "vram_qlora": None,
         "vram_needed": 8 * GIB, "vram_class": 8, "methods": ["lora", "qlora"], "lora_until": None,
+        "result_host": None, "result_until": None,
         "vram_reserved": None, "eta_spread_seconds": None, "planned": {}, "adjustment": None,
         "max_retries": 2, "status": Status.QUEUED, "cancel_requested": False,
         "held": False, "attempt": 0, "retries_used": 0, "submitted_at": NOON, "reason": None, "message": None,

@@ -102,10 +102,11 @@ class AttemptState:
         )
 
     def bare_progress(self, why: str) -> Progress:
-        """The stage alone, in the place of what the database refused, and once for each cause a line that says so."""
+        """The stage and the result's box alone, in place of what the database refused; once for each cause a line."""
         new, self.refused = why != self.refused, why
         text = f"the database refused what was told at step {self.step}, which is left out: {why}"
-        return Progress(stage=self.pending.stage, events=(("database", text),) if new else ())
+        events = (("database", text),) if new else ()
+        return Progress(stage=self.pending.stage, result_host=self.pending.result_host, events=events)
 
     def beaten(self, beat: Beat) -> None:
         """Take a beat's answer: what was pending is written."""

@@ -15,7 +15,7 @@ from dataclasses import replace
 from typing import TypeVar
 
 from loractl.common.errors import ArtifactError, LoractlError, ServiceUnreachable
-from loractl.common.job.status import Reason, Stage, Status
+from loractl.common.job.status import KEEPING, Reason, Stage, Status
 from loractl.common.store.database import REFUSALS, outage, told_by
 from loractl.common.store.records import Progress, StoredResult
 from loractl.worker.protocol.trust import Refused
@@ -23,6 +23,7 @@ from loractl.worker.protocol.trust import Refused
 from .heartbeat import while_beating
 from .order import prepare
 from .patience import Patience, away
+from .remains import clean
 from .result import READY, mark_ready, store_result, take_ready
 from .state import AttemptState
 from .stops import Interrupted
@@ -41,14 +42,16 @@ def supervise(place: Workplace, state: AttemptState) -> Status | None:
     if state.lease_lost:
         state.closed = True
         log.warning("job %s: the lease of attempt %s was lost, its result is dropped", claim.job_id, claim.attempt)
-        shutil.rmtree(state.folder / "result", ignore_errors=True)  # the next attempt may go on from its checkpoints
+        clean(place, state, None)  # the next attempt may go on from its checkpoints
         return None
+    if reason in KEEPING and not state.cancel_requested and (state.folder / READY).exists():
+        state.note("kept", f"{place.settings.host} keeps the finished result: an attempt there stores it")
     status = _finish(place, state, reason, message, result)
     state.closed = True
     named = status.value if status else "lost"
     log.info("job %s %s: %s (%s) %s", claim.job_id, claim.spec.name, named, reason.value, message)
     if not state.result_refused:
-        _clean(place, state, status)
+        clean(place, state, status)
     return status
 
 
@@ -93,16 +96,20 @@ def _refused(state: AttemptState, error: BaseException) -> str:
 
 def _carry_out(place: Workplace, state: AttemptState) -> tuple[Reason, str, StoredResult | None]:
     """All work before the last write. Any failure becomes a reason and a sentence."""
+    claim = state.claim
     try:
         shutil.rmtree(state.folder, ignore_errors=True)
         (state.folder / "result").mkdir(parents=True)
         if not while_beating(place, state, lambda: take_ready(state)):
+            if claim.result_host == place.settings.host:
+                state.pending = replace(state.pending, result_host="")  # it is torn, or somebody removed it
             train(place, state, _with_patience(place, state, lambda: prepare(place, state), away))
         reason, message = state.verdict()
         if reason is not Reason.OK:
             return reason, message, None
         state.pending = replace(state.pending, stage=Stage.STORING)
         while_beating(place, state, lambda: mark_ready(state.folder, state.claim, message))
+        state.pending = replace(state.pending, result_host=place.settings.host)
         return reason, message, _with_patience(place, state, lambda: store_result(place, state), _not_stored)
     except Interrupted:
         return *state.verdict(), None
@@ -154,21 +161,6 @@ def _insist(place: Workplace, state: AttemptState, write: Callable[[], Answer]) 
 
     state.turn()
     return Patience(first_s=0.5, most_s=10.0, over=lambda: place.drain.wish == "now").repeat(write, tell)
-
-
-def _clean(place: Workplace, state: AttemptState, status: Status | None) -> None:
-    """Keep checkpoints for a next attempt, which may run by now; drop everything once the job is over."""
-    folder, job_id = state.folder, state.claim.job_id
-    if status is not None and status.is_terminal:
-        shutil.rmtree(folder.parent, ignore_errors=True)
-        try:
-            place.artifacts.remove(f"jobs/{job_id}/checkpoints")
-        except (ArtifactError, ServiceUnreachable) as error:
-            log.warning("job %s: its checkpoints stay for loractl gc: %s", job_id, error.sentence)
-        return
-    shutil.rmtree(folder / "keeping", ignore_errors=True)
-    if not (folder / READY).exists():
-        shutil.rmtree(folder / "result", ignore_errors=True)
 
 
 def _explain(error: Exception) -> tuple[Reason, str]:

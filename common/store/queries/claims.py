@@ -143,6 +143,7 @@ def _start(tx: Transaction, job: Job, spec: JobSpec, attempt: Attempt) -> Claim:
         adjustment=Adjustment(**(job.adjustment or {})),
         changes=_changes(tx, job.job_id) if attempt.attempt > 1 else (),
         checkpoint=None if job.checkpoint is None else StoredCheckpoint(**job.checkpoint),
+        result_host=job.result_host,
         sweep_id=job.sweep_id,
         rungs=read_rungs(tx.session, job),
     )

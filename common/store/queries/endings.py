@@ -7,6 +7,7 @@ import datetime as dt
 from sqlalchemy import func, select, update
 
 from loractl.common.job.status import (
+    KEEPING,
     LAB_RETRY_DELAY_S,
     OUTCOMES,
     WORKER_LOST_LIMIT,
@@ -14,6 +15,7 @@ from loractl.common.job.status import (
     Status,
     retry_delay_s,
 )
+from loractl.common.placement.lines import RESULT_FIRST_S
 from loractl.common.placement.shares import decayed
 from loractl.common.text import storable
 from loractl.common.units import GIB
@@ -89,8 +91,23 @@ def _end_job(tx: Transaction, job: Job, reason: Reason, message: str, now: dt.da
     become(job, Status.CANCELLED if asked else OUTCOMES[reason].status)
     job.reason = Reason.CANCELLED if asked else reason
     job.ended_at = now
-    job.checkpoint = None  # its files are removed
+    if job.reason in KEEPING:
+        message += _kept(job)
+    else:
+        job.checkpoint = job.result_host = None  # the files are removed
+    job.result_until = None
     tx.tell(job.job_id, job.attempt, job.status.value, message)
+
+
+def _kept(job: Job) -> str:
+    """What a failed job leaves, for the history."""
+    if job.result_host is not None:
+        what = f"its finished result stays on {job.result_host}"
+    elif job.checkpoint is not None:
+        what = f"its checkpoint of step {job.checkpoint['step']} stays in the artifact store"
+    else:
+        return ""
+    return f"; {what} for loractl retry, until loractl gc takes it"
 
 
 def _requeue(tx: Transaction, job: Job, reason: Reason, message: str, now: dt.datetime) -> None:
@@ -110,6 +127,8 @@ def _requeue(tx: Transaction, job: Job, reason: Reason, message: str, now: dt.da
             text += "; held, loractl retry releases it"
         elif reason is Reason.GPU_ERROR:
             job.not_before = now + dt.timedelta(seconds=LAB_RETRY_DELAY_S)
+    if job.result_host is not None:
+        job.result_until = (job.not_before or now) + dt.timedelta(seconds=RESULT_FIRST_S)
     tx.tell(job.job_id, job.attempt, "held" if job.held else "requeued", text)
 
 

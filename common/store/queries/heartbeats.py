@@ -55,6 +55,9 @@ def record(tx: Transaction, claim: Claim, progress: Progress) -> None:
     if progress.adjustment is not None:
         change = mine(claim).values(adjustment=progress.adjustment.as_json())
         tx.session.execute(change.execution_options(synchronize_session="fetch"))
+    if progress.result_host is not None:
+        change = mine(claim).values(result_host=progress.result_host or None)
+        tx.session.execute(change.execution_options(synchronize_session="fetch"))
     if progress.need is not None:
         plan_again(tx, claim, progress.need)
     measured = {name: value for name in _MEASURED if (value := getattr(progress, name)) is not None}

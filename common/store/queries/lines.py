@@ -21,7 +21,10 @@ _HIGHEST = 2**31 - 1  # above every priority
 
 # Literal conditions: a partial index is only used where the planner can see that its condition holds.
 _READY = "status = 'queued' AND NOT held AND NOT cancel_requested AND (not_before IS NULL OR not_before <= :now)"
-_COLUMNS = 'job_id, "user", priority, submitted_at, methods, vram_lora, vram_qlora, lora_until, queue_key'
+_COLUMNS = (
+    'job_id, "user", priority, submitted_at, methods, vram_lora, vram_qlora, lora_until, queue_key, result_host,'
+    " result_until"
+)
 _FITS = (
     "(vram_needed <= :gpu OR (vram_needed > :low AND vram_needed <= :high) OR (vram_needed IS NULL AND :unknown = 1))"
 )
@@ -56,8 +59,9 @@ _LEAST = text(
 
 def _typed(statement: str) -> TextualSelect:
     """A statement that gives _COLUMNS."""
-    typed: dict[str, Any] = {"methods": JSON(), "submitted_at": UtcDateTime(), "lora_until": UtcDateTime()}
-    plain = ("job_id", "user", "priority", "vram_lora", "vram_qlora", "queue_key")
+    typed: dict[str, Any] = dict.fromkeys(("submitted_at", "lora_until", "result_until"), UtcDateTime())
+    typed["methods"] = JSON()
+    plain = ("job_id", "user", "priority", "vram_lora", "vram_qlora", "queue_key", "result_host")
     bound = text(statement).bindparams(bindparam("now", type_=UtcDateTime()))
     return bound.columns(*(column(name) for name in plain), **typed)
 

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator
 
 from sqlalchemy import ColumnElement, Select, and_, delete, func, or_, select, update
 
-from loractl.common.job.status import Status
+from loractl.common.job.status import KEEPING, Status
 
 from ..records import Over, SpentLog
 from ..tables import Adapter, Attempt, Job, LogChunk
@@ -32,15 +32,17 @@ def beyond_newest(keep: int) -> Select[Job]:
     )
 
 
-def read_over(tx: Transaction, job_ids: Collection[int]) -> Over:
+def read_over(tx: Transaction, job_ids: Collection[int], kept_since: dt.datetime | None) -> Over:
     known: set[int] = set()
     jobs: set[int] = set()
     attempts: set[tuple[int, int]] = set()
     for some in _parts(job_ids):
-        for job_id, status in tx.session.execute(select(Job.job_id, Job.status).where(Job.job_id.in_(some))):
-            known.add(job_id)
-            if status.is_terminal:
-                jobs.add(job_id)
+        columns = (Job.job_id, Job.status, Job.reason, Job.ended_at)
+        for job in tx.session.execute(select(*columns).where(Job.job_id.in_(some))):
+            known.add(job.job_id)
+            keeps = kept_since is not None and job.reason in KEEPING and (job.ended_at or kept_since) >= kept_since
+            if job.status.is_terminal and not keeps:
+                jobs.add(job.job_id)
         accepted = and_(_has_result(), Job.attempt == Attempt.attempt)
         over = select(Attempt.job_id, Attempt.attempt).join(Job, Job.job_id == Attempt.job_id)
         over = over.where(Attempt.job_id.in_(some), Attempt.ended_at.is_not(None), ~accepted)
@@ -72,6 +74,12 @@ def remove_result(tx: Transaction, job_id: int, user: str, by: str) -> bool:
 def forget_checkpoint(tx: Transaction, job_id: int) -> bool:
     ended_job = update(Job).where(Job.job_id == job_id, Job.status.in_(ENDED))
     return tx.change(ended_job.values(checkpoint=None)) == 1
+
+
+def forget_finished(tx: Transaction, job_id: int, host: str) -> bool:
+    ended_job = update(Job).where(Job.job_id == job_id, Job.status.in_(ENDED))
+    tx.change(ended_job.where(Job.result_host == host).values(result_host=None))
+    return tx.change(ended_job.values(result_until=None)) == 1
 
 
 def read_spent_logs(tx: Transaction) -> list[SpentLog]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from sqlalchemy import or_, select, update
+from sqlalchemy import case, or_, select, update
 
 from loractl.common.errors import SweepNotFound, WrongState
 from loractl.common.job.status import Reason, Status
+from loractl.common.placement.lines import RESULT_FIRST_S
 from loractl.common.text import storable
 
 from ..attempt_columns import retried
@@ -56,6 +57,7 @@ def retry(tx: Transaction, job_id: int, user: str) -> Job:
         .where(Job.job_id == job_id)
         .where(or_(may_come_back(), (Job.status == Status.QUEUED) & Job.held))
         .values(status=Status.QUEUED, **retried())
+        .values(result_until=case((Job.result_host.is_not(None), tx.now_in(RESULT_FIRST_S))))
     )
     if not tx.change(again):
         job = read_job(tx, job_id)

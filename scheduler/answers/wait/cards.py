@@ -63,6 +63,9 @@ def _fit(job: Job, me: Waiting, card: Card, view: FleetView) -> CardFit:
         return fit("never", "its resources.max_vram is below every need")
     if not could_ever_hold(at_last(job, me), card):
         return fit("never", "card is smaller than the job")
+    if me.only_host not in (None, card.host) and job.result_until is not None:
+        text = f"until then {me.only_host} alone may take it: it has the finished result"
+        return fit(clock(job.result_until, view.now), text, job.result_until)
     order = view.drain_of(card.node)
     if order is not None:
         until = clock(order.until, view.now) if order.until else "?"

@@ -63,6 +63,7 @@ def explain(job: Job, view: FleetView) -> Wait:
     return (
         _never(job, whole, view)
         or _held_back(job, view)
+        or _result_elsewhere(job, me, view)
         or _no_open_card(job, whole, view)
         or _next(job, view)
         or _others_first(job, me, view)
@@ -103,6 +104,25 @@ def _held_back(job: Job, view: FleetView) -> Wait | None:
     if limit is not None and mine >= limit:
         return Wait(tier=Tier.POLICY, word="limit", sentence=f"{job.user} runs {mine}, the limit is {limit}")
     return None
+
+
+def _result_elsewhere(job: Job, me: Waiting, view: FleetView) -> Wait | None:
+    """Its finished result lies on a box that can't take it at this moment."""
+    if me.only_host is None or job.result_until is None or _next(job, view) is not None:
+        return None
+    cards = [card for card in view.cards.values() if card.host == me.only_host]
+    order = next((order for card in cards if (order := view.drain_of(card.node)) is not None), None)
+    silent = min((silent_s(view, card.node) for card in cards), default=None)
+    if silent is None:
+        state = "which has no worker now"
+    elif silent > NODE_STALE_S:
+        state = f"last seen {duration(silent)} ago"
+    elif order is not None:
+        state = f"drained by {order.user}"
+    else:
+        state = "busy now" if any(card.open for card in cards) else "whose worker is being stopped"
+    text = f"{me.only_host}, {state}, has its finished result and alone may take it until "
+    return Wait(tier=Tier.POLICY, word="result", sentence=text + clock(job.result_until, view.now))
 
 
 def _user_limit(view: FleetView) -> int | None:

@@ -95,7 +95,7 @@ def scenes(draw: st.DrawFn) -> Scene:
 def random_card(rng: random.Random, number: int, limit: int | None) -> Card:
     """One that is mostly open and partly taken."""
     return Card(
-        node=f"n:{number}",
+        node=f"{'nm'[number % 2]}:{number}",
         total=rng.choice((80, 80, 48, 24, 8)) * GIB,
         outside=rng.choice((0, 0, 0, 5, 30)) * GIB,
         margin=rng.choice((0, 1)) * GIB,
@@ -128,4 +128,5 @@ def random_job(rng: random.Random, number: int, age_s: float) -> Waiting:
         methods=rng.choice((AUTO[:1], AUTO, AUTO[::-1])),
         need=Need(lora=need and need * GIB, qlora=smaller and smaller * GIB),
         requires=rng.choice((frozenset(), frozenset(), LABELS)),
+        only_host=rng.choice((None, None, None, None, "n", "m")),
     )

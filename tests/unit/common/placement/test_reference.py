@@ -60,7 +60,8 @@ class Reference:
         largest = max((c.total - c.margin for c in open_ if not c.processor), default=0)
         least = None if None in self.needs(job) else min(n for n in self.needs(job) if n is not None)
         beyond = largest == 0 or (least is not None and least > largest)
-        return [c for c in open_ if job.requires <= c.labels and (beyond or not c.processor)]
+        mine = [c for c in open_ if job.only_host is None or c.node.startswith(f"{job.only_host}:")]
+        return [c for c in mine if job.requires <= c.labels and (beyond or not c.processor)]
 
     def needs(self, job: Waiting) -> list[int | None]:
         return [job.need.of(method) for method in job.methods]

@@ -127,3 +127,13 @@ def test_a_user_runs_no_more_than_the_limit() -> None:
 
 def test_a_closed_card_takes_nothing() -> None:
     assert decide([a_job(1)], [a_card(open=False)]) == ()
+
+
+def test_a_job_whose_finished_result_lies_on_a_box_is_that_box_s_alone() -> None:
+    owl, heron = a_card("owl:0", 24), a_card("heron:1", 80)
+    job = a_job(1, age_s=RESERVE_AFTER_S, only_host="heron")
+    assert started(decide([job, a_job(2, user="bob")], [owl, heron])) == {1: "heron:1", 2: "owl:0"}
+    assert started(decide([job], [owl, replace(heron, open=False)])) == {}
+    kept, other = decide([job, a_job(2, user="bob")], [owl, replace(heron, running=(running(9, 80, 600),))])
+    assert kept.reserved is not None and kept.reserved.node == "heron:1"
+    assert other.placed is not None and other.placed.node == "owl:0", "the other box is not kept from others"

@@ -9,11 +9,20 @@ from sqlalchemy import update
 from sqlalchemy.orm import Session
 
 from loractl.common.errors import WrongState
-from loractl.common.job.status import LAB_RETRY_DELAY_S, OUTCOMES, TRANSITIONS, WORKER_LOST_LIMIT, Reason, Stage, Status
+from loractl.common.job.status import (
+    LAB_RETRY_DELAY_S,
+    OUTCOMES,
+    TRANSITIONS,
+    WORKER_LOST_LIMIT,
+    Reason,
+    Stage,
+    Status,
+)
+from loractl.common.placement.lines import RESULT_FIRST_S
 from loractl.common.placement.sizes import VRAM_CLASSES
 from loractl.common.settings import LEASE_S
 from loractl.common.store.attempt_columns import begun, ended, retried
-from loractl.common.store.records import Claim, Left, Progress
+from loractl.common.store.records import Claim, Left, Progress, StoredCheckpoint
 from loractl.common.store.store import Store
 from loractl.common.store.tables import Job
 from loractl.common.units import GIB
@@ -316,3 +325,61 @@ def test_a_spec_that_this_version_cannot_read_fails_and_does_not_block_the_next(
     assert row.status in TRANSITIONS[Status.QUEUED]
     assert "this worker's loractl does not understand" in (row.message or "")
     assert claim(timed).job_id == good
+
+
+@pytest.mark.parametrize("reason", [Reason.STORE_FAILED, Reason.DRAINED, Reason.WORKER_LOST])
+def test_the_box_that_holds_a_finished_result_takes_the_retry_alone_for_ten_minutes(
+    timed: Store, clock: Clock, reason: Reason
+) -> None:
+    job_id = timed.submit(submission(max_retries=1))
+    mine = take(timed, node="heron:0")
+    assert isinstance(mine, Claim)
+    timed.beat(mine, Progress(result_host="heron"))
+    if reason is Reason.WORKER_LOST:
+        clock.forward(LEASE_S + 1)
+        timed.reap()
+    else:
+        assert timed.finish(mine, reason, "why", NOTHING) is Status.QUEUED
+    wait = timed.job(job_id).not_before
+    clock.forward(0 if wait is None else (wait - clock.now).total_seconds())
+    assert not isinstance(take(timed, node="owl:0"), Claim)
+    clock.forward(RESULT_FIRST_S - 1)
+    assert not isinstance(take(timed, node="owl:0"), Claim)
+    again = take(timed, node="heron:0")
+    assert isinstance(again, Claim) and again.result_host == "heron"
+    timed.beat(again, Progress(result_host=""))
+    assert timed.job(job_id).result_host is None, "nothing was there"
+
+
+def test_after_ten_minutes_any_box_takes_it(timed: Store, clock: Clock) -> None:
+    job_id = timed.submit(submission())
+    mine = take(timed, node="heron:0")
+    assert isinstance(mine, Claim)
+    timed.finish(mine, Reason.DRAINED, "why", Progress(result_host="heron"))
+    clock.forward(RESULT_FIRST_S)
+    other = take(timed, node="owl:0")
+    assert isinstance(other, Claim)
+    assert timed.job(job_id).result_host == "heron", "it is there still, should this attempt fail"
+    end(timed, Reason.OK, other)
+    assert timed.job(job_id).result_host is None
+
+
+@pytest.mark.parametrize("reason", [Reason.STORE_FAILED, Reason.TIMED_OUT, Reason.DIVERGED, Reason.CANCELLED])
+def test_a_failed_job_keeps_what_a_retry_goes_on_from_and_says_so(timed: Store, clock: Clock, reason: Reason) -> None:
+    job_id = timed.submit(submission(max_retries=0))
+    mine = claim(timed)
+    stored = StoredCheckpoint(step=5, prefix=f"jobs/{job_id}/checkpoints/1-5")
+    assert timed.keep_checkpoint(mine, stored)
+    timed.beat(mine, Progress(result_host="box"))
+    keeps = reason in (Reason.STORE_FAILED, Reason.TIMED_OUT)
+    assert end(timed, reason, mine) is (Status.CANCELLED if reason is Reason.CANCELLED else Status.FAILED)
+    row, told = timed.job(job_id), timed.events(job_id)[-1].text
+    assert (row.checkpoint, row.result_host) == ((vars(stored), "box") if keeps else (None, None))
+    assert ("its finished result stays on box for loractl retry, until loractl gc takes it" in told) is keeps
+    if not keeps:
+        return
+    clock.forward(7200)
+    timed.retry(job_id, "ada")
+    assert not isinstance(take(timed, node="owl:0"), Claim)
+    again = take(timed)
+    assert isinstance(again, Claim) and again.checkpoint == stored

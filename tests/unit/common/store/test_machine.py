@@ -59,6 +59,7 @@ COUNTED = frozenset(
         Reason.TRAINER_ERROR,
     }
 )  # fmt: skip
+KEEP = COUNTED | {Reason.OUT_OF_MEMORY, Reason.TIMED_OUT}  # a job that failed so keeps its checkpoint
 ENDED = (Status.SUCCEEDED, Status.FAILED, Status.CANCELLED)
 
 MOST_JOBS = 4  # few jobs meet more of what can happen to a job
@@ -134,7 +135,7 @@ class Known:
             self.become(told or Status.QUEUED)
         else:
             self.become(Status.FAILED)
-        if self.status in ENDED:
+        if self.status in ENDED and (self.status is not Status.FAILED or reason not in KEEP):
             self.checkpoint = None
 
     def may_start(self, now: dt.datetime) -> bool:

@@ -100,6 +100,34 @@ def test_a_job_behind_the_last_one_that_its_user_may_run_says_so() -> None:
     assert told(waits(8, user="bob"), *nodes, waiting=[waits(7)])[0] == "next"
 
 
+def test_a_job_whose_result_lies_on_a_box_names_it_and_until_when() -> None:
+    until = {"result_host": "heron", "result_until": in_seconds(300)}
+    mine, other = card("heron:0"), card("owl:0", 48)
+    assert told(waits(**until), mine, other) == ("next", "heron:0 is about to take it")
+    text = r"heron, {}, has its finished result and alone may take it until .*\d"
+
+    def state(*nodes: Any, **more: Any) -> str:
+        word, sentence = told(waits(**until), *nodes, **more)
+        assert word == "result"
+        matched = re.fullmatch(text.format("(.*)"), sentence)
+        assert matched is not None, sentence
+        return matched[1]
+
+    assert state(mine, other, ran=[running(1, "heron:0", 20)]) == "busy now"
+    assert state(other) == "which has no worker now"
+    assert state(mine, other, drains=[drained("heron")]) == "drained by lena"
+    assert state(card("heron:0", seen_at=TWO_HOURS_AGO), other) == "last seen 2 h 00 min ago"
+    assert state(card("heron:0", draining=True), other) == "whose worker is being stopped"
+    over = waits(result_host="heron", result_until=NOON)
+    assert told(over, card("heron:0", draining=True), other) == ("next", "owl:0 is about to take it")
+    view = fleet([mine, other], waiting=[waits(**until)])
+    then = {fit.node: fit.then for fit in card_fits(waits(**until), view)}
+    assert then == {
+        "heron:0": "about to take it",
+        "owl:0": "until then heron alone may take it: it has the finished result",
+    }
+
+
 # --- fleet ---
 
 

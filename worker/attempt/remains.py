@@ -1,0 +1,78 @@
+"""What an ended attempt leaves on its box and in the artifact store: kept for a next one within bounds, or removed."""
+
+from __future__ import annotations
+
+import logging
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from loractl.common.errors import ArtifactError, LoractlError, ServiceUnreachable
+from loractl.common.job.status import KEEPING, Status
+from loractl.common.store.database import DatabaseError
+
+from .result import READY
+from .state import AttemptState
+from .workplace import Workplace
+
+log = logging.getLogger("loractl.worker")
+
+CHECKPOINTS_KEPT = 2
+"""The newest checkpoints of a job that stay on a box, of all its attempts there: one of them may be torn."""
+
+
+def clean(place: Workplace, state: AttemptState, status: Status | None) -> None:
+    """Remove what no next attempt of the job can use. A next one may run by now: its files are not touched."""
+    job_id = state.claim.job_id
+    if status is not None and status.is_terminal:
+        try:
+            over = _is_over(place, state)
+        except (DatabaseError, LoractlError) as error:
+            log.warning("job %s: its files stay for loractl gc: %s", job_id, error)
+            return
+        if over:
+            _remove(place, state)
+            return
+    shutil.rmtree(state.folder / "keeping", ignore_errors=True)
+    if not (state.folder / READY).exists():
+        shutil.rmtree(state.folder / "result", ignore_errors=True)
+    _thin_out(state)
+
+
+def _is_over(place: Workplace, state: AttemptState) -> bool:
+    """Whether the job needs its files no more, by its row of this moment: a person may have queued it again."""
+    job = place.store.job(state.claim.job_id)
+    return job.status.is_terminal and job.attempt == state.claim.attempt and job.reason not in KEEPING
+
+
+def _remove(place: Workplace, state: AttemptState) -> None:
+    """All that this attempt and earlier ones have left."""
+    job_id, attempt = state.claim.job_id, state.claim.attempt
+    for folder in [*_own(state), state.folder.parent / "stored"]:
+        shutil.rmtree(folder, ignore_errors=True)
+    if not any(state.folder.parent.iterdir()):
+        state.folder.parent.rmdir()
+    try:
+        place.artifacts.remove_checkpoints(job_id, attempt)
+    except (ArtifactError, ServiceUnreachable) as error:
+        log.warning("job %s: its checkpoints stay for loractl gc: %s", job_id, error.sentence)
+
+
+def _thin_out(state: AttemptState) -> None:
+    """Of several attempts on this box only the newest checkpoints stay, and what was finished."""
+    found = [path for folder in _own(state) for path in folder.glob("checkpoints/checkpoint-*")]
+    by_age = sorted(found, key=lambda path: path.stat().st_mtime)
+    for checkpoint in by_age[:-CHECKPOINTS_KEPT]:
+        shutil.rmtree(checkpoint, ignore_errors=True)
+    for folder in _own(state):
+        if not (folder / READY).exists() and not any(folder.glob("checkpoints/checkpoint-*")):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _own(state: AttemptState) -> Iterator[Path]:
+    """The folders of this attempt and of earlier ones on this box."""
+    for folder in sorted(state.folder.parent.glob("attempt-*")):
+        number = re.fullmatch(r"attempt-(\d+)", folder.name, re.ASCII)
+        if number is not None and int(number[1]) <= state.claim.attempt:
+            yield folder
