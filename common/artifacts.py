@@ -1,7 +1,9 @@
 """The artifact store: data sets by content hash, and what jobs store by attempt.
 
 A result is written under jobs/<id>/attempt-<n>/ and closed by manifest.json, which names every file with its size and
-sha256. What has no manifest does not count as stored. Names are made here, never from what a person typed.
+sha256. What has no manifest does not count as stored. The hash of the manifest stands in the job's row: whoever reads a
+result or a checkpoint names it (Binding), so that files which somebody has put in their place are refused. Names are
+made here, never from what a person typed.
 """
 
 from __future__ import annotations
@@ -10,10 +12,11 @@ import contextlib
 import datetime as dt
 import hashlib
 import json
+import logging
 import os
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +24,12 @@ from .errors import ArtifactError, ServiceUnreachable
 from .files import open_files
 from .settings import Settings, redacted
 
+log = logging.getLogger("loractl")
+
 MANIFEST = "manifest.json"
+WEIGHTS = "adapter/adapter_model.safetensors"
+"""The adapter's weights in a result."""
+
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 _HOLDING = re.compile(
@@ -57,12 +65,28 @@ Manifest = dict[str, StoredFile]
 """Relative path -> file."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Binding:
+    """A result or a checkpoint as its row has it.
+
+    Rows of earlier versions don't have the manifest's hash: what they name is not bound, and readers say so. Of such a
+    result the weights are known all the same.
+    """
+
+    prefix: str  # where it is in the store
+    manifest_sha256: str | None  # of manifest.json; None: not bound
+    weights_sha256: str | None = None  # of WEIGHTS, for a result that is not bound
+
+
 class ArtifactStore:
     """Files under one URL, file:// or s3://."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, tell: Callable[[str], None] | None = None) -> None:
+        """`tell` takes a sentence for people, once for each result that is read and not bound to its row."""
         self.url = url.rstrip("/")
         self._files = open_files(self.url)
+        self._tell = log.warning if tell is None else tell
+        self._told: set[str] = set()
 
     def put_dataset(self, path: Path) -> tuple[str, str]:
         """Upload a data set under its content hash, once. Returns (uri, sha256)."""
@@ -109,40 +133,45 @@ class ArtifactStore:
         with self._errors(f"storing {prefix}"):
             for name, path in files.items():
                 self._files.put(path, f"{prefix}/{name}")
-            text = json.dumps({name: vars(file) for name, file in manifest.items()}, indent=1)
-            self._files.write(f"{prefix}/{MANIFEST}", text.encode())
-        self.verify(prefix, manifest)
+            self._files.write(f"{prefix}/{MANIFEST}", _closing(manifest))
+        self.verify(Binding(prefix=prefix, manifest_sha256=manifest_sha256(manifest)))
         return manifest
 
-    def manifest(self, prefix: str) -> Manifest:
-        """The manifest that closes `prefix`. Raises ArtifactError without one."""
-        with self._errors(f"reading {prefix}"):
-            try:
-                raw = json.loads(self._files.read(f"{prefix}/{MANIFEST}"))
-            except FileNotFoundError:
-                raise ArtifactError(f"{self.url}/{prefix} has no manifest: nothing was stored there") from None
-            except ValueError:
-                raw = None
-        try:
-            manifest = {_inside(name): _checked(StoredFile(**file)) for name, file in raw.items()}
-        except (AttributeError, TypeError, ValueError, ArtifactError):
-            raise ArtifactError(f"the manifest of {self.url}/{prefix} is damaged") from None
+    def manifest(self, stored: Binding) -> Manifest:
+        """The manifest that closes a result or a checkpoint. Raises ArtifactError without one, or for another one."""
+        raw = self._closed_by(stored.prefix)
+        if stored.manifest_sha256 is not None and hashlib.sha256(raw).hexdigest() != stored.manifest_sha256:
+            raise self._replaced(stored.prefix, "its manifest is not the one")
+        manifest = self._parsed(stored.prefix, raw)
+        weights = manifest.get(WEIGHTS)
+        if stored.weights_sha256 is not None and (weights is None or weights.sha256 != stored.weights_sha256):
+            raise self._replaced(stored.prefix, "its weights are not those")
+        if stored.manifest_sha256 is None:
+            self._say_not_bound(stored.prefix)
         return manifest
 
-    def verify(self, prefix: str, expected: Manifest | None = None) -> Manifest:
-        """Read every file below `prefix` back and compare it with its manifest. Raises ArtifactError."""
-        manifest = self.manifest(prefix)
-        if expected is not None and manifest != expected:
-            raise ArtifactError(f"the manifest of {prefix} reads back differently")
+    def verify(self, stored: Binding) -> Manifest:
+        """Read every file of it back and compare it with its manifest. Raises ArtifactError."""
+        prefix, manifest = stored.prefix, self.manifest(stored)
         with self._errors(f"verifying {prefix}"):
             for name, file in manifest.items():
                 if self._files.hash(f"{prefix}/{name}") != file.sha256:
                     raise ArtifactError(f"{self.url}/{prefix}/{name} does not match its manifest")
         return manifest
 
-    def pull(self, prefix: str, part: str, target: Path) -> Manifest:
-        """Copy the files of `prefix` that begin with `part` into `target`, verified, under the rest of their names."""
-        wanted = {name: file for name, file in self.manifest(prefix).items() if name.startswith(part)}
+    def bound(self, stored: Binding) -> Binding:
+        """A result with the hash of the manifest that it has now, when all its files match that. Raises ArtifactError.
+
+        Only its weights are compared with its row: whoever binds it trusts the other files as they are.
+        """
+        now = replace(stored, manifest_sha256=hashlib.sha256(self._closed_by(stored.prefix)).hexdigest())
+        self.verify(now)
+        return now
+
+    def pull(self, stored: Binding, part: str, target: Path) -> Manifest:
+        """Copy its files that begin with `part` into `target`, verified, under the rest of their names."""
+        prefix = stored.prefix
+        wanted = {name: file for name, file in self.manifest(stored).items() if name.startswith(part)}
         if not wanted:
             raise ArtifactError(f"{self.url}/{prefix} has no {part}")
         for name, file in wanted.items():
@@ -151,16 +180,17 @@ class ArtifactStore:
             with self._errors(f"fetching {name}"):
                 self._files.get(f"{prefix}/{name}", path)
             if sha256_of(path) != file.sha256:
+                path.unlink()
                 raise ArtifactError(f"{self.url}/{prefix}/{name} does not match its manifest")
         return {name.removeprefix(part): file for name, file in wanted.items()}
 
-    def read_json(self, prefix: str, name: str) -> Any:
+    def read_json(self, stored: Binding, name: str) -> Any:
         """A JSON file of a result, checked against the manifest."""
-        return json.loads(self.read_bytes(prefix, name))
+        return json.loads(self.read_bytes(stored, name))
 
-    def read_bytes(self, prefix: str, name: str) -> bytes:
+    def read_bytes(self, stored: Binding, name: str) -> bytes:
         """A small file of a result, checked against the manifest."""
-        file = self.manifest(prefix).get(name)
+        prefix, file = stored.prefix, self.manifest(stored).get(name)
         if file is None:
             raise ArtifactError(f"{self.url}/{prefix} has no {name}")
         with self._errors(f"reading {name}"):
@@ -211,6 +241,34 @@ class ArtifactStore:
             self._files.prune(f"jobs/{job_id}/checkpoints")
             self._files.prune(f"jobs/{job_id}")
 
+    def _closed_by(self, prefix: str) -> bytes:
+        """The manifest's own bytes. Raises ArtifactError without one."""
+        with self._errors(f"reading {prefix}"):
+            try:
+                return self._files.read(f"{prefix}/{MANIFEST}")
+            except FileNotFoundError:
+                raise ArtifactError(f"{self.url}/{prefix} has no manifest: nothing was stored there") from None
+
+    def _parsed(self, prefix: str, raw: bytes) -> Manifest:
+        try:
+            return {_inside(name): _checked(StoredFile(**file)) for name, file in json.loads(raw).items()}
+        except (AttributeError, TypeError, ValueError, RecursionError, ArtifactError):
+            raise ArtifactError(f"the manifest of {self.url}/{prefix} is damaged") from None
+
+    def _replaced(self, prefix: str, what: str) -> ArtifactError:
+        return ArtifactError(
+            f"{self.url}/{prefix} was changed after it was stored: {what} that its row names",
+            "somebody has written to the artifact store; bring the files back from a backup, or run the job again",
+        )
+
+    def _say_not_bound(self, prefix: str) -> None:
+        if prefix not in self._told:
+            self._told.add(prefix)
+            self._tell(
+                f"{prefix} is not bound to its row: an earlier version stored it, and its files may have been replaced "
+                "since; loractl adapters bind ends that"
+            )
+
     @contextlib.contextmanager
     def _errors(self, doing: str) -> Iterator[None]:
         try:
@@ -233,9 +291,9 @@ class ArtifactStore:
             ) from error
 
 
-def open_store(settings: Settings) -> ArtifactStore:
-    """The artifact store of this installation."""
-    return ArtifactStore(settings.artifacts_url)
+def open_store(settings: Settings, tell: Callable[[str], None] | None = None) -> ArtifactStore:
+    """The artifact store of this installation; `tell` as ArtifactStore takes it."""
+    return ArtifactStore(settings.artifacts_url, tell)
 
 
 def attempt_prefix(job_id: int, attempt: int) -> str:
@@ -246,6 +304,16 @@ def attempt_prefix(job_id: int, attempt: int) -> str:
 def checkpoint_prefix(job_id: int, attempt: int, step: int) -> str:
     """Where an attempt's checkpoint of a step goes."""
     return f"jobs/{job_id}/checkpoints/{attempt}-{step}"
+
+
+def manifest_sha256(manifest: Manifest) -> str:
+    """The hash of the file that `put_result` closes a result with."""
+    return hashlib.sha256(_closing(manifest)).hexdigest()
+
+
+def _closing(manifest: Manifest) -> bytes:
+    """manifest.json."""
+    return json.dumps({name: vars(file) for name, file in manifest.items()}, indent=1).encode()
 
 
 def _is_manifest(name: str) -> bool:

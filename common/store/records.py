@@ -50,6 +50,7 @@ class StoredCheckpoint:
 
     step: int
     prefix: str
+    manifest_sha256: str | None = None  # None: an earlier version has stored it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +116,7 @@ class StoredResult:
     report_uri: str
     adapter_size: int
     adapter_sha256: str
+    manifest_sha256: str
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -124,6 +124,15 @@ class Store:
         with self._write() as tx:
             return adapters.untag(tx, reference, user)
 
+    def not_bound(self) -> list[Job]:
+        """Jobs whose results an earlier version stored: their rows don't have the hash of the manifest."""
+        return self._all(retention.not_bound())
+
+    def bind_result(self, job_id: int, manifest_sha256: str, user: str) -> bool:
+        """Write the hash of a result's manifest into its row; False when it has none to bind, or has a hash already."""
+        with self._write() as tx:
+            return retention.bind_result(tx, job_id, manifest_sha256, user)
+
     # --- what a node does ---
 
     def claim(

@@ -132,6 +132,7 @@ class Job(Base):
     ended_at: Mapped[Timestamp | None]
     adapter_uri: Mapped[str | None] = mapped_column(Text)
     report_uri: Mapped[str | None] = mapped_column(Text)
+    manifest_sha256: Mapped[str | None] = mapped_column(String(64))  # of its result; null: of an earlier version
     sweep_id: Mapped[int | None] = mapped_column(index=True)  # the sweep that it belongs to
 
 

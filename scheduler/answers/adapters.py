@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import datetime as dt
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from loractl.common.artifacts import attempt_prefix
+from loractl.common.binding import result_binding
 from loractl.common.errors import AdapterNotFound
 from loractl.common.job.reference import LATEST, parse_reference
 
@@ -69,17 +71,19 @@ class Lineage:
     spec: dict[str, Any]
     report: dict[str, Any]
     now: dt.datetime
+    bound: bool  # whether its row has the hash of its manifest
 
     def as_json(self) -> dict[str, Any]:
         """What StoredAdapter has, and beside it:
 
-        `user`; `revision` and `lora` of the job's spec; `data`: its `format`, `sha256`, `train_rows` and
+        `user`; `bound`; `revision` and `lora` of the job's spec; `data`: its `format`, `sha256`, `train_rows` and
         `held_out_rows`; the report's `verdict` and `versions`.
         """
         data = self.report["data"]
         return {
             **self.adapter.as_json(),
             "user": self.user,
+            "bound": self.bound,
             "revision": self.spec.get("revision"),
             "lora": self.spec["lora"],
             "data": {key: data[key] for key in ("format", "sha256", "train_rows", "held_out_rows")},
@@ -98,8 +102,10 @@ def adapter_list(store: Store) -> AdapterList:
 def lineage(store: Store, artifacts: ArtifactStore, text: str) -> Lineage:
     """Where the adapter that a person means comes from. Raises as `stored_adapter` does, ArtifactError."""
     adapter, job = stored_adapter(store, text)
-    report = artifacts.read_json(adapter.prefix, "report.json")
-    return Lineage(adapter=adapter, user=job.user, spec=job.spec, report=report, now=store.now())
+    stored = result_binding(store, job)
+    report = artifacts.read_json(stored, "report.json")
+    bound = stored.manifest_sha256 is not None
+    return Lineage(adapter=adapter, user=job.user, spec=job.spec, report=report, now=store.now(), bound=bound)
 
 
 def stored_adapter(store: Store, text: str) -> tuple[StoredAdapter, Job]:
@@ -115,6 +121,21 @@ def stored_adapter(store: Store, text: str) -> tuple[StoredAdapter, Job]:
             result_of(store, reference.job_id)
         raise
     return _stored(row, store.tags().get(row.job_id, [])), store.job(row.job_id)
+
+
+def results_to_bind(store: Store, names: Sequence[str]) -> list[int]:
+    """The jobs whose results are not bound yet: of the named adapters, or all. Raises as `stored_adapter` does."""
+    if not names:
+        return [job.job_id for job in store.not_bound()]
+    jobs = {job.job_id: job for _, job in (stored_adapter(store, name) for name in names)}.values()
+    return [job.job_id for job in jobs if job.manifest_sha256 is None]
+
+
+def bind_result(store: Store, artifacts: ArtifactStore, user: str, job_id: int) -> None:
+    """Bind a result to its row as it is now. Raises ArtifactError when it does not match its manifest or its row."""
+    stored = artifacts.bound(result_binding(store, store.job(job_id)))
+    assert stored.manifest_sha256 is not None
+    store.bind_result(job_id, stored.manifest_sha256, user)
 
 
 def _stored(row: Adapter, tags: list[str]) -> StoredAdapter:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from .job import JobState, state_of
 
 if TYPE_CHECKING:
-    from loractl.common.settings import Settings
+    from loractl.common.artifacts import ArtifactStore
     from loractl.common.store.store import Store
     from loractl.common.store.tables import Job
 
@@ -27,10 +28,10 @@ class JobLog:
         return self.job.status == "succeeded" and self.job.report_uri is None
 
 
-def job_log(store: Store, settings: Settings, job_id: int) -> JobLog:
-    """The whole log of all attempts. Raises JobNotFound, ArtifactError."""
+def job_log(store: Store, open_artifacts: Callable[[], ArtifactStore], job_id: int) -> JobLog:
+    """The whole log of all attempts; the store is opened where it is needed. Raises JobNotFound, ArtifactError."""
     job, chunks = store.job(job_id), store.log(job_id)
-    stored = _stored(settings, job, {chunk.attempt for chunk in chunks})
+    stored = _stored(store, open_artifacts, job, {chunk.attempt for chunk in chunks})
     text = "".join(chunk.text for chunk in chunks) + stored
     return JobLog(job=state_of(job), text=text, last=chunks[-1].chunk_id if chunks else 0)
 
@@ -43,10 +44,10 @@ def log_since(store: Store, log: JobLog) -> JobLog:
     return JobLog(job=state_of(job), text=text, last=chunks[-1].chunk_id if chunks else log.last)
 
 
-def _stored(settings: Settings, job: Job, listed: set[int]) -> str:
+def _stored(store: Store, open_artifacts: Callable[[], ArtifactStore], job: Job, listed: set[int]) -> str:
     """The log that is stored with a result, where loractl gc has removed its lines from the database."""
     if job.report_uri is None or job.attempt in listed:
         return ""
-    from loractl.common.artifacts import attempt_prefix, open_store
+    from loractl.common.binding import result_binding
 
-    return open_store(settings).read_bytes(attempt_prefix(job.job_id, job.attempt), "log.txt").decode(errors="replace")
+    return open_artifacts().read_bytes(result_binding(store, job), "log.txt").decode(errors="replace")

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from loractl.common.artifacts import attempt_prefix
+from loractl.common.binding import result_binding
 from loractl.common.errors import WrongState
 from loractl.common.job.status import Status
 
 if TYPE_CHECKING:
-    from loractl.common.artifacts import ArtifactStore
+    from loractl.common.artifacts import ArtifactStore, Binding
     from loractl.common.store.store import Store
     from loractl.common.store.tables import Job
 
@@ -20,7 +20,7 @@ class JobResult:
     """A job that has succeeded, and where its files are."""
 
     job: Job
-    prefix: str  # in the artifact store
+    stored: Binding
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,13 +39,13 @@ class EvaluationReport:
 def report(store: Store, artifacts: ArtifactStore, job_id: int) -> EvaluationReport:
     """The report of a finished job. Raises JobNotFound, WrongState, ArtifactError."""
     result = result_of(store, job_id)
-    content = artifacts.read_json(result.prefix, "report.json")
+    content = artifacts.read_json(result.stored, "report.json")
     return EvaluationReport(job_id=job_id, user=result.job.user, content=content)
 
 
 def report_page(store: Store, artifacts: ArtifactStore, job_id: int) -> bytes:
     """The report as an HTML page. Raises JobNotFound, WrongState, ArtifactError."""
-    return artifacts.read_bytes(result_of(store, job_id).prefix, "report.html")
+    return artifacts.read_bytes(result_of(store, job_id).stored, "report.html")
 
 
 def result_of(store: Store, job_id: int) -> JobResult:
@@ -60,4 +60,4 @@ def result_of(store: Store, job_id: int) -> JobResult:
             f"job {job_id} has no result any more: loractl gc has removed it",
             f"loractl show {job_id} says who and when",
         )
-    return JobResult(job=job, prefix=attempt_prefix(job_id, job.attempt))
+    return JobResult(job=job, stored=result_binding(store, job))

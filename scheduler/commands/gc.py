@@ -31,14 +31,13 @@ def gc(keep_last: int | None, older_than: str, dry_run: bool, force: bool, as_js
     In the artifact store: what attempts left that are no result, checkpoints of ended jobs, data that no job needs.
     On this machine: work folders of ended jobs and old cache entries. Results go only with --keep-last.
     """
-    from loractl.common.artifacts import open_store
-    from loractl.scheduler.session import open_session
+    from loractl.scheduler.session import open_artifacts, open_session
     from loractl.scheduler.text.garbage import line, total
     from loractl.scheduler.upkeep.garbage import Cleaner, Cleared, Policy, parse_age
 
     policy = Policy(keep_last=keep_last, older_than=parse_age(older_than))
     settings, store = open_session()
-    cleaner = Cleaner(settings, store, open_store(settings), policy)
+    cleaner = Cleaner(settings, store, open_artifacts(settings), policy)
     if not force:
         cleaner.check_own_store()
     gone = []

@@ -18,10 +18,10 @@ POLL_S = 1.0
 def logs(job_id: int, following: bool, tail: int | None) -> None:
     """Print a job's log."""
     from loractl.scheduler.answers.log import job_log, log_since
-    from loractl.scheduler.session import open_session
+    from loractl.scheduler.session import open_artifacts, open_session
 
     settings, store = open_session()
-    log = job_log(store, settings, job_id)
+    log = job_log(store, lambda: open_artifacts(settings), job_id)
     _print(log.text if tail is None else _last_lines(log.text, tail))
     empty = not log.text
     while following and not log.job.status.is_terminal:

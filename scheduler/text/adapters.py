@@ -48,7 +48,7 @@ def lineage_text(answer: Lineage) -> str:
         "data": f"{data['train_rows']} rows ({data['format']}), sha256 {data['sha256'] or 'unknown: from the hub'}",
         "result": clean_line(answer.report["verdict"]["sentence"]),
         "weights": f"{adapter.size / 1e6:.1f} MB, sha256 {of['sha256']}",
-        "files": clean_line(adapter.uri),
+        "files": clean_line(adapter.uri) + ("" if answer.bound else ", not bound to its row: loractl adapters bind"),
         "versions": ", ".join(f"{name} {version}" for name, version in answer.report["versions"].items()),
     }
     names = [f"{clean_line(adapter.name)}:{tag}" for tag in adapter.tags_set]

@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from loractl.common.artifacts import ArtifactStore, Holding, attempt_prefix
-from loractl.common.errors import LoractlError, UsageError
+from loractl.common.binding import result_binding
+from loractl.common.errors import AdapterNotFound, ArtifactError, LoractlError, UsageError
 from loractl.common.files import remove_tree
 from loractl.common.settings import Settings
+from loractl.common.store.records import SpentLog
 from loractl.common.store.store import Store
 from loractl.common.store.tables import Job
 from loractl.common.units import parse_duration
@@ -152,8 +154,9 @@ class Cleaner:
             _remove_here(Path(garbage.name))
             yield garbage
         for log in self._store.spent_logs():
-            self._store.forget_log(log)
-            yield _log(log.job_id, log.attempt, log.size)
+            if self._is_stored(log):
+                self._store.forget_log(log)
+                yield _log(log.job_id, log.attempt, log.size)
 
     def _old_results(self) -> list[Job]:
         return [] if self._policy.keep_last is None else self._store.beyond_newest(self._policy.keep_last)
@@ -208,6 +211,14 @@ class Cleaner:
     def _logs(self) -> Iterator[Garbage]:
         for log in self._store.spent_logs():
             yield _log(log.job_id, log.attempt, log.size)
+
+    def _is_stored(self, log: SpentLog) -> bool:
+        """Whether the log can be read from the store. The lines stay where somebody has changed the result there."""
+        try:
+            self._artifacts.read_bytes(result_binding(self._store, self._store.job(log.job_id)), "log.txt")
+        except (ArtifactError, AdapterNotFound):
+            return False
+        return True
 
     def _limit(self) -> dt.datetime:
         return self._store.now() - max(self._policy.older_than, LEAST_AGE)

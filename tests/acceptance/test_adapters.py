@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -175,3 +177,28 @@ def test_chat_switches_adapters_in_place_and_lets_the_base_answer(trained: Cli) 
         "there is no command /nope", "A new conversation.", "/base ",
     ):  # fmt: skip
         assert said in done.stderr
+
+
+@pytest.fixture
+def replaced(trained: Cli) -> Iterator[Cli]:
+    """The store, in which somebody has put the whole result of green in the place of job 4's."""
+    jobs = Path(trained.environment["LORACTL_HOME"]) / "artifacts" / "jobs"
+    own, aside = jobs / "4" / "attempt-1", jobs / "4" / "kept-by-the-test"
+    own.rename(aside)
+    shutil.copytree(jobs / "2" / "attempt-1", own)
+    yield trained
+    shutil.rmtree(own)
+    aside.rename(own)
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["generate 4 hello", "chat 4", "serve --adapters red=4 --port 0", "matrix --adapters 4,2", "adapters merge 4 NEW"],
+)
+def test_no_model_answers_with_an_adapter_that_is_not_the_one_of_its_row(
+    replaced: Cli, line: str, tmp_path: Path
+) -> None:
+    done = replaced(*(str(tmp_path / "new") if word == "NEW" else word for word in line.split()), code=1)
+    assert "Error: " in done.stderr and "was changed after it was stored: its manifest is not the one" in done.stderr
+    assert "Traceback" not in done.stderr and "is loaded" not in done.stderr
+    assert not (tmp_path / "new").exists()

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from sqlalchemy import text
 
-from loractl.common.artifacts import attempt_prefix, open_store
+from loractl.common.artifacts import WEIGHTS, attempt_prefix, manifest_sha256, open_store
 from loractl.common.job.status import Reason, Stage
 from loractl.common.settings import Settings, load_settings
 from loractl.common.store.database import connect
@@ -92,6 +92,9 @@ def _result(settings: Settings, claim: Claim, folder: Path) -> StoredResult:
         answer |= {"prompt": EVIL, "expected": EVIL, "base": EVIL, "tuned": EVIL}
     (result / "report.json").write_text(json.dumps(value))
     store, prefix = open_store(settings), attempt_prefix(claim.job_id, claim.attempt)
-    store.put_result(result, prefix)
+    manifest = store.put_result(result, prefix)
     uri = f"{store.url}/{prefix}"
-    return StoredResult(adapter_uri=f"{uri}/adapter/{EVIL}", report_uri=uri, adapter_size=1, adapter_sha256="a" * 64)
+    return StoredResult(
+        adapter_uri=f"{uri}/adapter/{EVIL}", report_uri=uri, adapter_size=1, adapter_sha256=manifest[WEIGHTS].sha256,
+        manifest_sha256=manifest_sha256(manifest),
+    )  # fmt: skip

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from loractl.common.artifacts import ArtifactStore, attempt_prefix
+from loractl.common.artifacts import WEIGHTS, ArtifactStore, Binding, attempt_prefix
 from loractl.common.errors import ArtifactError
 from loractl.common.job.status import TRANSITIONS, Status
 
@@ -55,11 +55,12 @@ def examine(store: ArtifactStore, job: dict[str, Any]) -> str | None:
     """What is wrong with the stored result of a job that succeeded; None when it is whole and what was asked for."""
     uri = job["adapter_uri"] or ""
     prefix = uri.removeprefix(store.url + "/").removesuffix("/adapter")
+    stored = Binding(prefix=prefix, manifest_sha256=job["manifest_sha256"])
     link = last_link(job["spec_hash"], job["data"]["path"]["sha256"], job["spec"]["training"]["max_steps"])
     try:
-        store.verify(prefix)
-        adapter = read_adapter(store.read_bytes(prefix, "adapter/adapter_model.safetensors"))
-        report = store.read_json(prefix, "report.json")
+        store.verify(stored)
+        adapter = read_adapter(store.read_bytes(stored, WEIGHTS))
+        report = store.read_json(stored, "report.json")
     except (ArtifactError, ValueError, KeyError, struct.error, json.JSONDecodeError) as error:
         return f"its artifacts can't be used: {error}"
     if adapter != link or report["chain"] != link.hex():

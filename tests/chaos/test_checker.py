@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from loractl.common.artifacts import ArtifactStore
+from loractl.common.artifacts import ArtifactStore, manifest_sha256
 
 from .checker import PROMISES, check, examine
 from .history import AttemptRow, Change, History, Window
@@ -205,9 +205,10 @@ def test_a_stored_result_is_whole_and_what_was_asked_for(tmp_path: Path) -> None
     (folder / "adapter" / "adapter_model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + link)
     (folder / "report.json").write_text(json.dumps({TENSOR: link.hex()}))
     store = ArtifactStore((tmp_path / "store").as_uri())
-    store.put_result(folder, "jobs/1/attempt-1")
+    manifest = store.put_result(folder, "jobs/1/attempt-1")
     job: dict[str, Any] = {
         "adapter_uri": f"{store.url}/jobs/1/attempt-1/adapter",
+        "manifest_sha256": manifest_sha256(manifest),
         "spec_hash": "spec",
         "data": {"path": {"sha256": "data"}},
         "spec": {"training": {"max_steps": 7}},

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from loractl.common.artifacts import Binding, attempt_prefix
 from loractl.common.errors import UsageError
 from loractl.common.job.method import Method
 from loractl.common.job.spec import JobSpec
@@ -53,7 +54,8 @@ def _listed(name: str, model: Path, folder: Path) -> Listed:
     spec = JobSpec.model_validate({"name": name, "base_model": str(model), "dataset": {"path": "x.jsonl"}})
     number = ["one", "two", "dora", "whole"].index(name) + 1
     return Listed(
-        job_id=number, attempt=1, name=name, method=Method.LORA, size=size, created=0, spec=spec, data={}
+        job_id=number, attempt=1, name=name, method=Method.LORA, size=size, created=0, spec=spec, data={},
+        stored=Binding(prefix=attempt_prefix(number, 1), manifest_sha256=None),
     )  # fmt: skip
 
 

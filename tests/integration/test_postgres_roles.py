@@ -90,6 +90,7 @@ BY_HAND = [
     "UPDATE jobs SET token = 'mine'",
     "UPDATE jobs SET checkpoint = '{}'",
     "UPDATE jobs SET adapter_uri = 'x'",
+    "UPDATE jobs SET manifest_sha256 = 'x'",
     "UPDATE jobs SET spec = '{}'",
     "INSERT INTO attempts SELECT * FROM attempts",
     "INSERT INTO nodes SELECT * FROM nodes",
@@ -109,6 +110,7 @@ HISTORY = {
     "attempt": "3",
     "adapter_uri": "'x'",
     "result_host": "'heron'",
+    "manifest_sha256": "'x'",
     "adjustment": "'{\"micro_batch\": 1}'",
     "checkpoint": '\'{"step": "../../x", "prefix": "jobs/1/attempt-1"}\'',
 }
@@ -169,6 +171,7 @@ def test_a_worker_can_run_jobs_to_their_end_and_clean_up(person: Store, box: Sto
         verb()
     box.drain("box", "loractl", "left something behind", until=box.now() + dt.timedelta(hours=1))
     assert box.end_drain("box")
+    assert not box.bind_result(claim.job_id, "c" * 64, "heron"), "it is bound"
     assert box.remove_result(claim.job_id, "heron")
     assert box.forget_checkpoint(claim.job_id)
     box.forget_log(SpentLog(job_id=claim.job_id, attempt=1, size=5))

@@ -19,7 +19,8 @@ from typing import Any
 import psutil
 import pytest
 
-from loractl.common.artifacts import ArtifactStore, open_store
+from loractl.common.artifacts import WEIGHTS, ArtifactStore, open_store
+from loractl.common.binding import result_binding
 from loractl.common.job.method import Method
 from loractl.common.job.need import Need, permitted_methods
 from loractl.common.job.spec import JobSpec
@@ -138,9 +139,9 @@ class Lab:
         import torch
         from safetensors.torch import load
 
-        (uri,) = (a.uri for a in self.store.adapters() if a.job_id == job_id)
-        prefix = uri.removeprefix(self.artifacts.url + "/").removesuffix("/adapter")
-        weights = load(self.artifacts.read_bytes(prefix, "adapter/adapter_model.safetensors"))
+        stored = result_binding(self.store, self.store.job(job_id))
+        assert stored.manifest_sha256 is not None
+        weights = load(self.artifacts.read_bytes(stored, WEIGHTS))
         return {name: tensor.contiguous().view(torch.uint8).numpy().tobytes() for name, tensor in weights.items()}
 
 

@@ -22,6 +22,7 @@ RESULT = StoredResult(
     report_uri="file:///lab/jobs/1/report",
     adapter_size=4096,
     adapter_sha256="a" * 64,
+    manifest_sha256="b" * 64,
 )
 
 
@@ -81,6 +82,7 @@ def job(**changed: Any) -> Job:
         "stage": None, "not_before": None, "token": None, "lease_expires_at": None, "node": None, "gpu": None,
         "method": None, "step": None, "total_steps": None, "loss": None, "tokens_per_second": None, "eta_seconds": None,
         "started_at": None, "ended_at": None, "adapter_uri": None, "report_uri": None,
+        "manifest_sha256": None,
     }  # fmt: skip
     return Job(**{**row, **changed})
 

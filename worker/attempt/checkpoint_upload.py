@@ -7,9 +7,10 @@ import os
 import shutil
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
-from loractl.common.artifacts import ArtifactStore, checkpoint_prefix
+from loractl.common.artifacts import ArtifactStore, checkpoint_prefix, manifest_sha256
 from loractl.common.errors import ArtifactError, ServiceUnreachable
 from loractl.common.store.database import REFUSALS, told_by
 from loractl.common.store.records import Claim, StoredCheckpoint
@@ -98,7 +99,8 @@ class CheckpointUpload:
         claim, began = self._claim, time.monotonic()
         kept = StoredCheckpoint(step=step, prefix=checkpoint_prefix(claim.job_id, claim.attempt, step))
         try:
-            self._artifacts.put_result(aside, kept.prefix)
+            manifest = self._artifacts.put_result(aside, kept.prefix)
+            kept = replace(kept, manifest_sha256=manifest_sha256(manifest))
             if not self._store.keep_checkpoint(claim, kept):
                 self._artifacts.remove_checkpoint(kept.prefix)  # the lease is lost: no row will name it
                 return True

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 
+from loractl.common.binding import checkpoint_binding
 from loractl.common.errors import ArtifactError
 from loractl.common.files import remove_tree
 from loractl.common.store.records import Claim
@@ -41,7 +43,7 @@ def prepare(place: Workplace, state: AttemptState) -> Start:
     data = [Path(path) for path in named.values() if Path(path).is_file()]
     require_space(folder, bytes_to_write(spec, claim.method, sum(path.stat().st_size for path in data)))
     earlier = sorted(folder.parent.glob("attempt-*/checkpoints"), key=lambda p: p.stat().st_mtime, reverse=True)
-    earlier += stored_checkpoint(place, claim, folder.parent / "stored")
+    earlier += stored_checkpoint(place, claim, folder.parent / "stored", state.note)
     return Start(
         job_id=claim.job_id,
         attempt=claim.attempt,
@@ -90,8 +92,11 @@ def environment(place: Workplace, claim: Claim) -> dict[str, str]:
     }
 
 
-def stored_checkpoint(place: Workplace, claim: Claim, folder: Path) -> list[Path]:
-    """Fetch the newest checkpoint from the artifact store, unless it is here. Another box may have written it."""
+def stored_checkpoint(place: Workplace, claim: Claim, folder: Path, note: Callable[[str, str], None]) -> list[Path]:
+    """Fetch the newest checkpoint from the artifact store, unless it is here. Another box may have written it.
+
+    One that is not as its row says is refused, and the history is told (`note`).
+    """
     kept = claim.checkpoint
     here = [] if kept is None else folder.parent.glob(f"attempt-*/checkpoints/checkpoint-{kept.step}")
     if kept is None or any(map(is_complete, here)):
@@ -99,8 +104,11 @@ def stored_checkpoint(place: Workplace, claim: Claim, folder: Path) -> list[Path
     remove_tree(folder)
     target = folder / "checkpoints" / f"checkpoint-{kept.step}"
     try:
-        place.artifacts.pull(kept.prefix, "", target)
+        place.artifacts.pull(checkpoint_binding(kept), "", target)
     except ArtifactError as error:
         log.warning("job %s: the checkpoint of step %s is lost: %s", claim.job_id, kept.step, error.sentence)
+        note("refused", f"the stored checkpoint of step {kept.step} is not resumed: {error.sentence}")
         return []
+    if kept.manifest_sha256 is None:
+        note("data", f"the stored checkpoint of step {kept.step} is not bound to its row: an earlier version stored it")
     return [folder / "checkpoints"]

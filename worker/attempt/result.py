@@ -6,7 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
-from loractl.common.artifacts import attempt_prefix, sha256_of
+from loractl.common.artifacts import WEIGHTS, attempt_prefix, manifest_sha256, sha256_of
 from loractl.common.files import remove_tree
 from loractl.common.job.identity import spec_digest
 from loractl.common.job.status import Reason
@@ -69,7 +69,8 @@ def store_result(place: Workplace, state: AttemptState) -> StoredResult:
         adapter_uri=f"{uri}/adapter",
         report_uri=f"{uri}/report.json",
         adapter_size=sum(file.size for name, file in manifest.items() if name.startswith("adapter/")),
-        adapter_sha256=manifest["adapter/adapter_model.safetensors"].sha256,
+        adapter_sha256=manifest[WEIGHTS].sha256,
+        manifest_sha256=manifest_sha256(manifest),
     )
 
 

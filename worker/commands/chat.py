@@ -37,7 +37,7 @@ def chat(adapter: str, **style: Any) -> None:
     from loractl.worker.serving.conversation import Style, open_conversation
     from loractl.worker.serving.library import Library
 
-    conversation = open_conversation(Library(load_settings()), adapter, Style(**style), tell, warn)
+    conversation = open_conversation(Library(load_settings(), warn), adapter, Style(**style), tell, warn)
     if sys.stdin.isatty():
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  arrow keys and history for input()

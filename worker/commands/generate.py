@@ -31,7 +31,7 @@ def generate(adapter: str, prompts: tuple[str, ...], base: bool, as_json: bool, 
     from loractl.worker.serving.conversation import Style, open_conversation
     from loractl.worker.serving.library import Library
 
-    conversation = open_conversation(Library(load_settings()), adapter, Style(**style), tell, warn)
+    conversation = open_conversation(Library(load_settings(), warn), adapter, Style(**style), tell, warn)
     answers = conversation.complete(texts, base=base)
     if as_json:
         click.echo(json.dumps([answer.as_json() for answer in answers]))

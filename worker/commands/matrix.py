@@ -53,7 +53,7 @@ def matrix(html: Path | None, as_json: bool, **options: Any) -> None:
     from loractl.worker.serving.matrix import MatrixOptions, measure
     from loractl.worker.serving.matrix_view import matrix_page, matrix_text
 
-    measured = measure(Library(load_settings()), MatrixOptions(**options), tell, warn)
+    measured = measure(Library(load_settings(), warn), MatrixOptions(**options), tell, warn)
     if html is not None:
         html.write_text(matrix_page(measured), "utf-8")
         click.echo(f"The heat map is in {html}.", err=True)

@@ -9,6 +9,8 @@ import click
 
 from loractl.common.errors import UsageError
 
+from .terminal import warn
+
 
 @click.command()
 @click.argument("adapter", metavar="ADAPTER")
@@ -30,6 +32,6 @@ def merge(adapter: str, folder: Path, dtype: str, gguf: bool, as_json: bool) -> 
         raise UsageError(f"{folder} is there already", "name a new folder")
     converter = find_converter() if gguf else None
     quieten()
-    library = Library(load_settings())
+    library = Library(load_settings(), warn)
     merged = merge_adapter(library, library.find(adapter), folder, dtype, converter)
     click.echo(json.dumps(merged.as_json()) if as_json else merged.sentences)

@@ -65,7 +65,7 @@ def serve(**options: Any) -> None:
     from loractl.worker.serving.library import Library
     from loractl.worker.serving.server import ServeOptions, listen, load_served
 
-    library = Library(load_settings())
+    library = Library(load_settings(), warn)
     engine, names = load_served(library, ServeOptions(**{**options, **sizes}), _tell, warn)
     listen(make_app(engine, names, library, key=key, temperature=temperature), host, port, _tell)
 

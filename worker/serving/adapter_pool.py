@@ -267,10 +267,11 @@ def open_pool(
     memory: int | None = None,
 ) -> AdapterPool:
     """Load a base, say how long it took, and warn of adapters that were trained on other files of it."""
+    changed = library.warnings_about(adapters)  # first: a result that was tampered with is refused before a base loads
     pool = AdapterPool(base, memory)
     size = f"{pool.bytes / 2**20:.0f} MiB"
     tell(f"{base.model.rpartition('/')[2]} is loaded in {pool.seconds:.1f} s ({size}, {pool.number_format}).")
-    for sentence in library.warnings_about(adapters):
+    for sentence in changed:
         warn(sentence)
     return pool
 

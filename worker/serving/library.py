@@ -6,12 +6,12 @@ import functools
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loractl.common.artifacts import ArtifactStore, attempt_prefix, open_store, sha256_of
+from loractl.common.artifacts import ArtifactStore, Binding, attempt_prefix, open_store, sha256_of
 from loractl.common.errors import ArtifactError, UsageError
 from loractl.common.fingerprint import changed_files
 from loractl.common.job.method import Method
@@ -39,6 +39,7 @@ class Listed:
     created: int  # unix seconds
     spec: JobSpec
     data: dict[str, Any]  # the job's stored data sets: {"path": {"uri", "sha256"}, ...}
+    stored: Binding
 
     @property
     def base(self) -> tuple[str, str | None]:
@@ -49,11 +50,12 @@ class Listed:
 class Library:
     """Finds adapters and brings them to this box."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, tell: Callable[[str], None] | None = None) -> None:
+        """`tell` takes a sentence about a result that is not bound to its row; else it is logged."""
         self._settings = settings
         with reachable(settings):
             self._store = Store(connect(settings))
-        self._artifacts: ArtifactStore = open_store(settings)
+        self._artifacts: ArtifactStore = open_store(settings, tell)
         self._fetched: dict[tuple[int, int], Path] = {}  # verified by this process
 
     @property
@@ -97,6 +99,11 @@ class Library:
             created=int(row.created_at.timestamp()),
             spec=spec,
             data=job.data,
+            stored=Binding(
+                prefix=attempt_prefix(row.job_id, row.attempt),
+                manifest_sha256=job.manifest_sha256,
+                weights_sha256=row.sha256,
+            ),
         )
 
     def fetch(self, adapter: Listed) -> Path:
@@ -108,10 +115,9 @@ class Library:
         return folder
 
     def _fetch(self, adapter: Listed) -> Path:
-        prefix = attempt_prefix(adapter.job_id, adapter.attempt)
         wanted = {
             name.removeprefix("adapter/"): file
-            for name, file in self._artifacts.manifest(prefix).items()
+            for name, file in self._artifacts.manifest(adapter.stored).items()
             if name.startswith("adapter/")
         }
         if not {CONFIG, WEIGHTS} <= wanted.keys():
@@ -125,7 +131,7 @@ class Library:
         folder.parent.mkdir(parents=True, exist_ok=True)
         aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".part-"))
         try:
-            self._artifacts.pull(prefix, "adapter/", aside)
+            self._artifacts.pull(adapter.stored, "adapter/", aside)
             aside.rename(folder)
         except OSError:
             if not folder.is_dir():  # else another process was first; the content is the same
@@ -136,17 +142,17 @@ class Library:
 
     def report(self, adapter: Listed) -> dict[str, Any]:
         """The report of the job that made it."""
-        raw: dict[str, Any] = self._artifacts.read_json(attempt_prefix(adapter.job_id, adapter.attempt), "report.json")
+        raw: dict[str, Any] = self._artifacts.read_json(adapter.stored, "report.json")
         return raw
 
     @functools.cache  # noqa: B019  a library lives as long as its process
-    def _format(self, job_id: int, attempt: int) -> DataFormat:
-        raw = self._artifacts.read_json(attempt_prefix(job_id, attempt), "report.json")
+    def _format(self, stored: Binding) -> DataFormat:
+        raw = self._artifacts.read_json(stored, "report.json")
         return DataFormat(raw["data"]["format"])
 
     def format(self, adapter: Listed) -> DataFormat:
         """The shape of the rows that it was trained on: whether its prompts are conversations or plain text."""
-        return self._format(adapter.job_id, adapter.attempt)
+        return self._format(adapter.stored)
 
     def data_file(self, adapter: Listed, key: str) -> str | None:
         """The path of a data set that its job read: on this box for a stored one, a hub id for others."""

@@ -154,6 +154,7 @@ def _charge(tx: Transaction, job: Job, now: dt.datetime) -> None:
 
 def _keep_result(tx: Transaction, job: Job, claim: Claim, result: StoredResult, now: dt.datetime) -> None:
     job.adapter_uri, job.report_uri = result.adapter_uri, result.report_uri
+    job.manifest_sha256 = result.manifest_sha256
     tx.session.add(
         Adapter(
             job_id=job.job_id,

@@ -71,6 +71,18 @@ def remove_result(tx: Transaction, job_id: int, user: str, by: str) -> bool:
     return gone
 
 
+def not_bound() -> Select[Job]:
+    return select(Job).where(_has_result(), Job.manifest_sha256.is_(None)).order_by(Job.job_id)
+
+
+def bind_result(tx: Transaction, job_id: int, manifest_sha256: str, user: str) -> bool:
+    free = update(Job).where(Job.job_id == job_id, _has_result(), Job.manifest_sha256.is_(None))
+    bound = tx.change(free.values(manifest_sha256=manifest_sha256)) == 1
+    if bound:
+        tx.tell(job_id, None, "bound", f"its stored result was bound to its row by {user}")
+    return bound
+
+
 def forget_checkpoint(tx: Transaction, job_id: int) -> bool:
     ended_job = update(Job).where(Job.job_id == job_id, Job.status.in_(ENDED))
     return tx.change(ended_job.values(checkpoint=None)) == 1
@@ -103,9 +115,8 @@ def _has_result() -> ColumnElement[bool]:
 
 def _drop_result(tx: Transaction, job_id: int) -> bool:
     """Forget a job's result; False when it has none, or somebody has tagged it."""
-    gone = (
-        update(Job).where(Job.job_id == job_id, _has_result(), ~is_tagged()).values(adapter_uri=None, report_uri=None)
-    )
+    none = {"adapter_uri": None, "report_uri": None, "manifest_sha256": None}
+    gone = update(Job).where(Job.job_id == job_id, _has_result(), ~is_tagged()).values(**none)
     if tx.session.execute(gone.returning(Job.job_id)).first() is None:
         return False
     tx.session.execute(delete(Adapter).where(Adapter.job_id == job_id))

@@ -22,6 +22,10 @@ COMMANDS: Commands = {
         "Let NAME:TAG mean this adapter; loractl gc keeps it.",
     ),
     "untag": ("loractl.scheduler.commands.adapters.tag:untag", "Forget a tag; the adapter stays."),
+    "bind": (
+        "loractl.scheduler.commands.adapters.bind:bind",
+        "Bind results that an earlier version stored to their rows.",
+    ),
     "merge": (
         "loractl.worker.commands.merge:merge",
         "Make a full model of base and adapter, and prove that it is the same.",

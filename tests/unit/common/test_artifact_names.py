@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from loractl.common.artifacts import ArtifactStore
+from loractl.common.artifacts import ArtifactStore, Binding
 from loractl.common.errors import ArtifactError
 
+HERE = Binding(prefix="jobs/1/attempt-1", manifest_sha256=None)
 DATA = b'{"text": "a"}\n'
 DIGEST = hashlib.sha256(DATA).hexdigest()
 
@@ -90,7 +91,7 @@ def test_a_manifest_s_hash_is_a_hash(store: ArtifactStore, result: Path, tmp_pat
     manifest = tmp_path / "artifacts" / "jobs" / "1" / "attempt-1" / "manifest.json"
     manifest.write_text(json.dumps({"a.txt": {"size": 1, "sha256": sha256}}))
     with pytest.raises(ArtifactError, match=r"manifest of .* is damaged"):
-        store.manifest("jobs/1/attempt-1")
+        store.manifest(HERE)
 
 
 @pytest.mark.parametrize(
@@ -112,7 +113,7 @@ def test_a_forged_manifest_leads_nowhere(store: ArtifactStore, result: Path, tmp
     forged = {"size": 1, "sha256": hashlib.sha256(b"w").hexdigest()}
     manifest.write_text(json.dumps({name: forged, **json.loads(manifest.read_text())}))
     with pytest.raises(ArtifactError, match=r"manifest of .* is damaged"):
-        store.pull("jobs/1/attempt-1", "adapter/", tmp_path / "pulled")
+        store.pull(HERE, "adapter/", tmp_path / "pulled")
     assert not (tmp_path / "pulled").exists() and not (tmp_path / "evil").exists()
 
 
@@ -123,7 +124,7 @@ def test_pull_writes_through_no_link(store: ArtifactStore, result: Path, tmp_pat
     outside.write_text("mine")
     target.mkdir()
     (target / "weights").symlink_to(outside)
-    store.pull("jobs/1/attempt-1", "adapter/", target)
+    store.pull(HERE, "adapter/", target)
     assert outside.read_text() == "mine"
     assert (target / "weights").read_bytes() == b"w" and not (target / "weights").is_symlink()
 

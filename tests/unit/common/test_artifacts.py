@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from loractl.common.artifacts import MANIFEST, ArtifactStore, attempt_prefix, open_store, sha256_of
+from loractl.common.artifacts import MANIFEST, ArtifactStore, Binding, attempt_prefix, open_store, sha256_of
 from loractl.common.errors import ArtifactError, LoractlError, ServiceUnreachable, UsageError
 from loractl.common.files import open_files
 from loractl.common.settings import load_settings
@@ -22,6 +22,7 @@ from loractl.common.settings import load_settings
 from ... import services
 
 PREFIX = attempt_prefix(7, 2)
+HERE = Binding(prefix=PREFIX, manifest_sha256=None)
 
 
 @dataclass(frozen=True)
@@ -77,10 +78,10 @@ def test_a_result_is_stored_verified_and_read_back(place: Place, result: Path, t
     manifest = place.store.put_result(result, PREFIX)
     assert set(manifest) == {"adapter/adapter_config.json", "adapter/adapter_model.safetensors", "report.json"}
     assert manifest["report.json"].size == 11
-    assert place.store.manifest(PREFIX) == place.store.verify(PREFIX) == manifest
-    assert place.store.read_json(PREFIX, "report.json") == {"rows": 3}
+    assert place.store.manifest(HERE) == place.store.verify(HERE) == manifest
+    assert place.store.read_json(HERE, "report.json") == {"rows": 3}
 
-    pulled = place.store.pull(PREFIX, "adapter/", tmp_path / "pulled")
+    pulled = place.store.pull(HERE, "adapter/", tmp_path / "pulled")
     assert set(pulled) == {"adapter_config.json", "adapter_model.safetensors"}
     for name in pulled:
         assert (tmp_path / "pulled" / name).read_bytes() == (result / "adapter" / name).read_bytes()
@@ -90,18 +91,18 @@ def test_a_result_is_stored_verified_and_read_back(place: Place, result: Path, t
 def test_a_second_store_of_another_process_sees_a_result_at_once(place: Place, result: Path) -> None:
     other = ArtifactStore(place.store.url)
     with pytest.raises(ArtifactError, match="has no manifest: nothing was stored there"):
-        other.manifest(PREFIX)
+        other.manifest(HERE)
     place.store.put_result(result, PREFIX)
-    assert "report.json" in other.manifest(PREFIX)
+    assert "report.json" in other.manifest(HERE)
 
 
 def test_a_result_without_its_manifest_does_not_exist(place: Place, result: Path, tmp_path: Path) -> None:
     place.store.put_result(result, PREFIX)
     place.remove(f"{PREFIX}/{MANIFEST}")
     for read in (
-        lambda: place.store.verify(PREFIX),
-        lambda: place.store.pull(PREFIX, "adapter/", tmp_path / "pulled"),
-        lambda: place.store.read_json(PREFIX, "report.json"),
+        lambda: place.store.verify(HERE),
+        lambda: place.store.pull(HERE, "adapter/", tmp_path / "pulled"),
+        lambda: place.store.read_json(HERE, "report.json"),
     ):
         with pytest.raises(ArtifactError, match=f"{PREFIX} has no manifest"):
             read()
@@ -111,22 +112,22 @@ def test_a_changed_file_is_detected_by_everyone_who_reads_it(place: Place, resul
     place.store.put_result(result, PREFIX)
     place.write(f"{PREFIX}/report.json", b'{"rows": 4}')
     with pytest.raises(ArtifactError, match=r"report\.json does not match its manifest"):
-        place.store.verify(PREFIX)
+        place.store.verify(HERE)
     with pytest.raises(ArtifactError, match=r"report\.json does not match its manifest"):
-        place.store.read_json(PREFIX, "report.json")
+        place.store.read_json(HERE, "report.json")
     weights = (result / "adapter" / "adapter_model.safetensors").read_bytes()
     place.write(f"{PREFIX}/adapter/adapter_model.safetensors", weights[:-1] + bytes([weights[-1] ^ 1]))
     with pytest.raises(ArtifactError, match=r"adapter_model\.safetensors does not match its manifest"):
-        place.store.pull(PREFIX, "adapter/", tmp_path / "pulled")
+        place.store.pull(HERE, "adapter/", tmp_path / "pulled")
 
 
 def test_a_removed_file_is_detected(place: Place, result: Path, tmp_path: Path) -> None:
     place.store.put_result(result, PREFIX)
     place.remove(f"{PREFIX}/report.json")
     with pytest.raises(ArtifactError, match=f"verifying {PREFIX}: not found in"):
-        place.store.verify(PREFIX)
+        place.store.verify(HERE)
     with pytest.raises(ArtifactError, match=r"reading report\.json: not found in"):
-        place.store.read_json(PREFIX, "report.json")
+        place.store.read_json(HERE, "report.json")
 
 
 @pytest.mark.parametrize(
@@ -145,23 +146,23 @@ def test_a_damaged_or_forged_manifest_is_refused(place: Place, result: Path, tmp
     place.store.put_result(result, PREFIX)
     place.write(f"{PREFIX}/{MANIFEST}", content)
     with pytest.raises(ArtifactError, match=r"the manifest of .* is damaged"):
-        place.store.pull(PREFIX, "adapter/", tmp_path / "deep" / "pulled")
+        place.store.pull(HERE, "adapter/", tmp_path / "deep" / "pulled")
     assert not (tmp_path / "evil").exists()
 
 
 def test_what_a_result_does_not_hold_is_named(place: Place, result: Path, tmp_path: Path) -> None:
     place.store.put_result(result, PREFIX)
     with pytest.raises(ArtifactError, match=r"has no report\.html"):
-        place.store.read_bytes(PREFIX, "report.html")
+        place.store.read_bytes(HERE, "report.html")
     with pytest.raises(ArtifactError, match="has no merged/"):
-        place.store.pull(PREFIX, "merged/", tmp_path / "pulled")
+        place.store.pull(HERE, "merged/", tmp_path / "pulled")
 
 
 def test_storing_the_same_attempt_again_replaces_it(place: Place, result: Path) -> None:
     place.store.put_result(result, PREFIX)
     (result / "report.json").write_text('{"rows": 5}')
     place.store.put_result(result, PREFIX)
-    assert place.store.read_json(PREFIX, "report.json") == {"rows": 5}
+    assert place.store.read_json(HERE, "report.json") == {"rows": 5}
 
 
 def test_a_data_set_is_stored_once_under_its_content(place: Place, tmp_path: Path) -> None:
@@ -202,8 +203,8 @@ def test_what_is_removed_is_gone_and_its_neighbours_are_not(place: Place, result
         place.store.put_result(result, attempt_prefix(7, attempt))
     place.store.remove("jobs/7/attempt-1")
     with pytest.raises(ArtifactError, match="has no manifest"):
-        place.store.verify("jobs/7/attempt-1")
-    place.store.verify("jobs/7/attempt-10")
+        place.store.verify(Binding(prefix="jobs/7/attempt-1", manifest_sha256=None))
+    place.store.verify(Binding(prefix="jobs/7/attempt-10", manifest_sha256=None))
     assert [h.name for h in place.store.holdings("jobs")] == ["jobs/7/attempt-10"]
     place.store.remove("jobs/7/attempt-1")  # twice is once: two people may clean up at the same time
     place.store.remove("jobs/7/attempt-10")
@@ -220,7 +221,7 @@ def test_a_name_that_was_not_made_by_the_store_is_never_removed(place: Place, re
     place.store.put_result(result, attempt_prefix(7, 1))
     with pytest.raises(ValueError, match="is not a name of this store"):
         place.store.remove(name)
-    place.store.verify(attempt_prefix(7, 1))
+    place.store.verify(Binding(prefix=attempt_prefix(7, 1), manifest_sha256=None))
 
 
 def test_a_link_in_the_store_is_removed_and_what_it_leads_to_is_not(tmp_path: Path) -> None:
@@ -292,7 +293,7 @@ def test_a_full_store_is_an_error_that_names_the_space_and_leaves_no_manifest(re
             store.put_result(result, PREFIX)
         assert caught.value.hint == "check LORACTL_ARTIFACTS_URL and its free space"
         with pytest.raises(ArtifactError, match="has no manifest"):
-            store.manifest(PREFIX)
+            store.manifest(HERE)
         assert not list((tmp_path / "full").rglob("*.part-*")), "what was half written is gone"
 
 
@@ -300,7 +301,7 @@ def test_a_full_disk_here_is_an_error_when_an_adapter_is_pulled(result: Path, tm
     store = ArtifactStore((tmp_path / "artifacts").as_uri())
     store.put_result(result, PREFIX)
     with small_disk(tmp_path / "full", "64k"), pytest.raises(ArtifactError, match="No space left on device"):
-        store.pull(PREFIX, "adapter/", tmp_path / "full" / "pulled")
+        store.pull(HERE, "adapter/", tmp_path / "full" / "pulled")
 
 
 @pytest.mark.timeout(90)
@@ -310,7 +311,7 @@ def test_an_s3_that_does_not_answer_is_a_sentence(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret-hunter2")
     store = ArtifactStore("s3://loractl/lab")
     with pytest.raises(ServiceUnreachable) as caught:
-        store.manifest(PREFIX)
+        store.manifest(HERE)
     assert caught.value.sentence.startswith("the artifact store is unreachable at s3://loractl/lab: ")
     assert caught.value.hint == "check that it runs, or set LORACTL_ARTIFACTS_URL"
     assert "hunter2" not in caught.value.sentence

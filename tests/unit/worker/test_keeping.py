@@ -6,7 +6,8 @@ import time
 from pathlib import Path
 
 from loractl.common.artifacts import ArtifactStore
-from loractl.common.store.records import Claim
+from loractl.common.binding import checkpoint_binding
+from loractl.common.store.records import Claim, StoredCheckpoint
 from loractl.common.store.store import Store
 from loractl.worker.attempt.checkpoint_upload import CheckpointUpload
 
@@ -36,7 +37,7 @@ def test_the_newest_is_kept_the_one_before_goes_and_a_step_that_was_saved_twice_
     keeper.close()
     kept = store.job(job_id).checkpoint
     assert kept is not None and kept["step"] == 15
-    assert artifacts.read_bytes(kept["prefix"], "state") == b"2"
+    assert artifacts.read_bytes(checkpoint_binding(StoredCheckpoint(**kept)), "state") == b"2"
 
 
 def _until_taken(aside: Path) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from loractl.common.artifacts import ArtifactStore, checkpoint_prefix
+from loractl.common.artifacts import ArtifactStore, checkpoint_prefix, manifest_sha256
 from loractl.common.job.identity import training_digests
 from loractl.common.job.method import Method
 from loractl.common.settings import load_settings
@@ -66,24 +67,48 @@ def checkpoint(folder: Path, step: int = 5) -> Path:
     return folder
 
 
+def workplace(home: Path) -> Workplace:
+    settings = load_settings({"LORACTL_HOME": str(home)})
+    return Workplace(
+        settings=settings, store=Store(make_engine(settings.database_url)), device=CpuDevice(total=1), node="box:0",
+        artifacts=ArtifactStore(settings.artifacts_url), drain=Drain(), threads=1,
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("whole", [True, False])
 def test_a_stored_checkpoint_is_fetched_when_the_local_one_is_torn(tmp_path: Path, whole: bool) -> None:
-    settings = load_settings({"LORACTL_HOME": str(tmp_path)})
-    artifacts = ArtifactStore(settings.artifacts_url)
+    place = workplace(tmp_path)
+    settings, artifacts = place.settings, place.artifacts
     local = checkpoint(settings.work_dir / "1" / "attempt-1" / "checkpoints" / "checkpoint-5")
     kept = StoredCheckpoint(step=5, prefix=checkpoint_prefix(1, 1, 5))
     artifacts.put_result(local, kept.prefix)
     if not whole:
         (local / "optimizer.pt").write_bytes(bytes(50))
     assert (local / MARKER).exists() and is_complete(local) is whole
-    store = Store(make_engine(settings.database_url))
-    place = Workplace(
-        settings=settings, store=store, artifacts=artifacts, device=CpuDevice(total=1), node="box:0",
-        drain=Drain(), threads=1,
-    )  # fmt: skip
-    fetched = stored_checkpoint(place, claim(attempt=2, checkpoint=kept), settings.work_dir / "1" / "stored")
+    fetched = stored_checkpoint(place, claim(attempt=2, checkpoint=kept), settings.work_dir / "1" / "stored", print)
     assert bool(fetched) is not whole
     assert all(is_complete(folder / "checkpoint-5") for folder in fetched)
+
+
+def test_a_stored_checkpoint_that_somebody_has_replaced_is_not_resumed_and_the_history_says_so(tmp_path: Path) -> None:
+    place, told = workplace(tmp_path), []
+    saved = place.artifacts.put_result(checkpoint(tmp_path / "saved"), checkpoint_prefix(1, 1, 5))
+    kept = StoredCheckpoint(step=5, prefix=checkpoint_prefix(1, 1, 5), manifest_sha256=manifest_sha256(saved))
+    folder = place.settings.work_dir / "1" / "stored"
+
+    def fetch(named: StoredCheckpoint) -> list[Path]:
+        told.clear()
+        return stored_checkpoint(place, claim(2, named), folder, lambda kind, text: told.append(f"{kind}: {text}"))
+
+    assert fetch(kept) and told == []
+    (tmp_path / "saved" / "optimizer.pt").write_bytes(bytes(99))
+    close_checkpoint(tmp_path / "saved", step=5, finished=False, belongs_to={})
+    place.artifacts.put_result(tmp_path / "saved", kept.prefix)
+    assert fetch(kept) == [] and not (folder / "checkpoints" / "checkpoint-5").exists()
+    assert told[0].startswith("refused: the stored checkpoint of step 5 is not resumed: ")
+    assert "was changed after it was stored" in told[0]
+    assert fetch(replace(kept, manifest_sha256=None)), "a row of an earlier version does not know"
+    assert told == ["data: the stored checkpoint of step 5 is not bound to its row: an earlier version stored it"]
 
 
 def test_what_82e4d97_finished_or_saved_is_taken_up(finished: Path, tmp_path: Path) -> None:

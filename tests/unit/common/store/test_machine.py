@@ -12,7 +12,7 @@ from __future__ import annotations
 import datetime as dt
 import itertools
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from hypothesis import HealthCheck, settings
@@ -37,7 +37,7 @@ from loractl.common.store.store import Store
 from loractl.common.store.tables import Base, Job
 from loractl.common.units import GIB
 
-from ...factories import NOON, Clock, node_state, submission
+from ...factories import NOON, RESULT, Clock, node_state, submission
 
 EXAMPLES = int(os.environ.get("STORE_EXAMPLES", "25"))
 
@@ -264,7 +264,7 @@ class Life(RuleBasedStateMachine):
         result = None
         if reason is Reason.OK:
             uri = f"file:///lab/jobs/{job.job_id}/attempt-{run.claim.attempt}/{number}"
-            result = StoredResult(adapter_uri=uri, report_uri=f"{uri}.json", adapter_size=1, adapter_sha256="a" * 64)
+            result = replace(RESULT, adapter_uri=uri, report_uri=f"{uri}.json")
         before = job.status
         answer = self.store.finish(run.claim, reason, f"because of {reason.value}", told(number), result)
         self.written(job, number, mine)

@@ -6,6 +6,7 @@ import ast
 import json
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from loractl.common.artifacts import ArtifactStore, attempt_prefix, open_store
+from loractl.common.artifacts import ArtifactStore, attempt_prefix, manifest_sha256, open_store
 from loractl.common.job.reference import parse_reference
 from loractl.common.job.status import Reason, Stage
 from loractl.common.job.sweep import NewSweep
@@ -105,8 +106,8 @@ def _fill(store: Store, home: Path) -> None:
         assert store.beat(claim, told).accepted
         assert store.beat(claim, Progress(metrics=metrics, events=(("note", "began"),), log="a line\n")).accepted
         if name.startswith("ends"):
-            store.finish(claim, Reason.OK, "done", Progress(vram_process=3 * GIB), RESULT)
-            _store_result(home, number)
+            result = replace(RESULT, manifest_sha256=_store_result(home, number))
+            store.finish(claim, Reason.OK, "done", Progress(vram_process=3 * GIB), result)
         elif name == "fails":
             store.finish(claim, Reason.TRAINER_ERROR, "it crashed", Progress())
     store.submit(submission(name="waits", lora=6, qlora=5, base_model=str(base)))
@@ -118,8 +119,8 @@ def _fill(store: Store, home: Path) -> None:
     store.drain("merlin", "lena", "replacing a fan")
 
 
-def _store_result(home: Path, job_id: int) -> None:
-    """An adapter's file and a report, where the job's attempt has them."""
+def _store_result(home: Path, job_id: int) -> str:
+    """An adapter's file and a report, where the job's attempt has them. Returns their manifest's hash."""
     report = job(job_id, [1.2 * job_id + n / 40 for n in range(40)]).report
     report["data"] |= {"format": "messages", "sha256": "d" * 64, "train_rows": 36, "held_out_rows": 40}
     report |= {"verdict": {"reading": "better", "sentence": "Better than the base"}, "versions": {"torch": "2.13"}}
@@ -127,7 +128,8 @@ def _store_result(home: Path, job_id: int) -> None:
     (folder / "adapter").mkdir(parents=True)
     (folder / "adapter" / "adapter_model.safetensors").write_bytes(b"weights")
     (folder / "report.json").write_text(json.dumps(report))
-    open_store(load_settings({"LORACTL_HOME": str(home)})).put_result(folder, attempt_prefix(job_id, 1))
+    store = open_store(load_settings({"LORACTL_HOME": str(home)}))
+    return manifest_sha256(store.put_result(folder, attempt_prefix(job_id, 1)))
 
 
 @pytest.mark.parametrize("line", ASKED)

@@ -12,7 +12,8 @@ import pytest
 from sqlalchemy import update
 from sqlalchemy.orm import Session
 
-from loractl.common.artifacts import ArtifactStore, attempt_prefix, checkpoint_prefix
+from loractl.common.artifacts import ArtifactStore, Manifest, attempt_prefix, checkpoint_prefix, manifest_sha256
+from loractl.common.binding import result_binding
 from loractl.common.errors import ArtifactError, UsageError
 from loractl.common.job.status import Reason
 from loractl.common.settings import Settings, load_settings
@@ -63,7 +64,7 @@ class Lab:
         claim = take(self.store)
         assert isinstance(claim, Claim)
         prefix = attempt_prefix(claim.job_id, claim.attempt)
-        self.stores(prefix)
+        manifest = self.stores(prefix)
         if reason is not None:
             uri = f"{self.artifacts.url}/{prefix}"
             result = StoredResult(
@@ -71,15 +72,17 @@ class Lab:
                 report_uri=f"{uri}/report.json",
                 adapter_size=1000,
                 adapter_sha256="0" * 64,
+                manifest_sha256=manifest_sha256(manifest),
             )
             self.store.finish(claim, reason, "done", Progress(log="x" * 500), result if reason is Reason.OK else None)
         return claim
 
-    def stores(self, prefix: str) -> None:
+    def stores(self, prefix: str) -> Manifest:
         source = self.folder / "source" / prefix.replace("/", "-")
         source.mkdir(parents=True, exist_ok=True)
-        (source / "weights").write_bytes(b"x" * 1000)
-        self.artifacts.put_result(source, prefix)
+        (source / "weights").write_bytes(b"x" * 500)
+        (source / "log.txt").write_bytes(b"x" * 500)
+        return self.artifacts.put_result(source, prefix)
 
     def data(self, content: str, job_id: int | None = None) -> str:
         """A stored data set, named by a job."""
@@ -103,7 +106,7 @@ class Lab:
         """Every result that a row names is whole."""
         for job in self.store.jobs():
             if job.report_uri is not None:
-                self.artifacts.verify(attempt_prefix(job.job_id, job.attempt))
+                self.artifacts.verify(result_binding(self.store, job))
         assert {a.job_id for a in self.store.adapters()} == {j.job_id for j in self.store.jobs() if j.report_uri}
 
 
@@ -261,6 +264,16 @@ def test_files_of_jobs_that_the_database_does_not_know_are_named_and_left(lab: L
         lab.cleaner().check_own_store()
     assert list(lab.cleaner().remove()) == []
     assert lab.held() == {"jobs/77/attempt-1"}
+
+
+def test_log_lines_stay_while_the_stored_log_is_not_the_one_that_its_row_binds(lab: Lab) -> None:
+    job_id = lab.run(Reason.OK)
+    lab.run(Reason.OK, "b")
+    forged = lab.folder / "source" / attempt_prefix(job_id, 1).replace("/", "-") / "log.txt"
+    forged.write_bytes(b"nothing happened")
+    lab.artifacts.put_result(forged.parent, attempt_prefix(job_id, 1))
+    assert [g.job_id for g in lab.cleaner().remove() if g.kind is Kind.LOG] == [job_id + 1]
+    assert lab.store.log(job_id)[0].text.startswith("xxx")
 
 
 def test_what_went_is_one_value_for_a_program() -> None:
