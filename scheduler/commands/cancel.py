@@ -11,10 +11,13 @@ import click
 def cancel(job_ids: tuple[int, ...], sweep_id: int | None) -> None:
     """Cancel waiting or running jobs.
 
-    A waiting job ends at once; a running one's trainer is asked to stop and killed if it does not within 10 s.
+    A waiting job ends at once; a running one's trainer is asked to stop and killed if it does not within 10 s. Of
+    several jobs, those that can't be cancelled are named, and the others are.
     """
     from loractl.common.errors import UsageError
     from loractl.scheduler.session import open_session
+
+    from .several import for_each
 
     if bool(job_ids) == (sweep_id is not None):
         raise UsageError("cancel takes jobs, or a sweep", "like loractl cancel 12, or loractl cancel --sweep 3")
@@ -22,9 +25,12 @@ def cancel(job_ids: tuple[int, ...], sweep_id: int | None) -> None:
     if sweep_id is not None:
         for job in store.cancel_sweep(sweep_id, settings.user):
             _tell(job.job_id, job.node, waited=job.status == "cancelled")
-    for job_id in job_ids:
+
+    def end(job_id: int) -> None:
         job = store.cancel(job_id, settings.user)
         _tell(job_id, job.node, waited=job.status == "cancelled")
+
+    for_each(job_ids, end)
 
 
 def _tell(job_id: int, node: str | None, *, waited: bool) -> None:

@@ -12,7 +12,12 @@ def hold(job_ids: tuple[int, ...], reason: str) -> None:
     """Keep waiting jobs from starting until loractl retry."""
     from loractl.scheduler.session import open_session
 
+    from .several import for_each
+
     settings, store = open_session()
-    for job_id in job_ids:
+
+    def keep(job_id: int) -> None:
         store.hold(job_id, settings.user, " ".join(reason.split()))
         click.echo(f"Job {job_id} is held; loractl retry {job_id} releases it.")
+
+    for_each(job_ids, keep)

@@ -13,12 +13,17 @@ def retry(job_ids: tuple[int, ...]) -> None:
     from loractl.common.queue.sender import open_sender
     from loractl.scheduler.session import open_session
 
+    from .several import for_each
+
     settings, store = open_session()
     with open_sender(settings) as sender:
-        for job_id in job_ids:
+
+        def queue(job_id: int) -> None:
             job = store.retry(job_id, settings.user)
             click.echo(f"Job {job_id} is queued again.")
             try:
                 sender.wake([job.vram_class])
             except ServiceUnreachable as error:
                 click.echo(f"Warning: {error.sentence}\nJob {job_id} still starts, a little later.", err=True)
+
+        for_each(job_ids, queue)

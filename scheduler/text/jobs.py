@@ -255,7 +255,7 @@ def _attempt_row(attempt: PastAttempt, now: dt.datetime) -> list[str]:
 
 def _state(job: JobState, screen: Screen) -> str:
     color = {Status.SUCCEEDED: "green", Status.FAILED: "red", Status.RUNNING: "blue"}.get(job.status)
-    return screen.style("held" if job.held else job.status.value, fg=color)
+    return screen.style("held" if job.held and job.status is Status.QUEUED else job.status.value, fg=color)
 
 
 def _next_command(job: JobState) -> str:

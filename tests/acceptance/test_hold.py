@@ -19,3 +19,22 @@ def test_a_job_is_held_with_a_reason_that_others_read_and_released_by_retry(cli:
     assert "is queued again" in cli("retry", 1).stdout
     assert "held" not in cli("status").stdout
     assert "there is no job 9" in cli("hold", 9, code=3).stderr
+
+
+def test_of_several_jobs_what_can_be_done_is_done_and_what_cannot_is_named(cli: Cli, tmp_path: Path) -> None:
+    write_helpdesk(tmp_path / "data.jsonl")
+    (tmp_path / "job.yaml").write_text("name: job\nbase_model: gpt2\ndataset: {path: data.jsonl}\n")
+    cli("submit", *[tmp_path / "job.yaml"] * 3)
+    cli("cancel", 2)
+    told = cli("hold", 1, 2, 3, code=1)
+    assert told.stderr == "Error: job 2 is cancelled: only a waiting job can be held\n"
+    told = cli("cancel", 1, 2, 999, 10**20, 3, code=1)
+    assert told.stdout == "Job 1 is cancelled.\nJob 3 is cancelled.\n"
+    refused = ["Error: job 2 has already been cancelled", "Error: there is no job 999"]
+    assert told.stderr.splitlines() == [*refused, f"Error: there is no job {10**20}"]
+    listed = cli("status", "-a").stdout
+    assert "held" not in listed and listed.count("cancelled") >= 3
+    told = cli("retry", 999, 1, 3, 1, code=1)
+    assert told.stdout == "Job 1 is queued again.\nJob 3 is queued again.\n"
+    assert told.stderr == "Error: there is no job 999\n"
+    assert cli("retry", 1, code=1).stderr.startswith("Error: job 1 is queued: only a failed")

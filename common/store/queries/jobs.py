@@ -16,10 +16,13 @@ from loractl.common.memory.correction import Measured
 from ..tables import Attempt, Event, Job, LogChunk, MetricPoint
 from ..transaction import Transaction
 
+_LARGEST = 2**31 - 1  # number of a job; a larger one no database takes
 
-def read_job(tx: Transaction, job_id: int) -> Job:
-    """One job as it is now. Raises JobNotFound."""
-    job = tx.session.get(Job, job_id, populate_existing=True)
+
+def read_job(tx: Transaction, job_id: int, *, lock: bool = False) -> Job:
+    """One job as it is now; with `lock`, as it stays until the transaction ends. Raises JobNotFound."""
+    known = 0 < job_id <= _LARGEST
+    job = tx.session.get(Job, job_id, populate_existing=True, with_for_update=lock or None) if known else None
     if job is None:
         raise JobNotFound(job_id)
     return job

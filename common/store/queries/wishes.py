@@ -1,4 +1,7 @@
-"""Wishes: a person cancels, holds or retries a job that was submitted before."""
+"""Wishes: a person cancels, holds or retries a job that was submitted before.
+
+Each locks the row first: an attempt that ends at this moment does so before the wish, or after it.
+"""
 
 from __future__ import annotations
 
@@ -17,19 +20,18 @@ from .jobs import read_job
 
 
 def cancel(tx: Transaction, job_id: int, user: str) -> Job:
+    job = read_job(tx, job_id, lock=True)
     said = f"cancelled by {user}"
-    waiting = move(job_id, Status.QUEUED, Status.CANCELLED)
-    if not tx.change(waiting.values(reason=Reason.CANCELLED, message=said, ended_at=tx.now())):
-        running = change(job_id, Status.RUNNING).values(cancel_requested=True)
-        if not tx.change(running):
-            ended = read_job(tx, job_id)
-            raise WrongState(f"job {job_id} has already {_ended_as(ended)}")
-    job = read_job(tx, job_id)
-    if job.status is Status.CANCELLED:
+    if job.status is Status.QUEUED:
+        over = {"reason": Reason.CANCELLED, "message": said, "held": False, "ended_at": tx.now()}
+        tx.change(move(job_id, Status.QUEUED, Status.CANCELLED).values(**over))
         tx.tell(job_id, None, "cancelled", said)
-    else:
+    elif job.status is Status.RUNNING:
+        tx.change(change(job_id, Status.RUNNING).values(cancel_requested=True))
         tx.tell(job_id, None, "cancel", f"cancel asked for by {user}")
-    return job
+    else:
+        raise WrongState(f"job {job_id} has already {_ended_as(job)}")
+    return read_job(tx, job_id)
 
 
 def cancel_sweep(tx: Transaction, sweep_id: int, user: str) -> list[Job]:
@@ -44,14 +46,15 @@ def cancel_sweep(tx: Transaction, sweep_id: int, user: str) -> list[Job]:
 
 def hold(tx: Transaction, job_id: int, user: str, reason: str) -> Job:
     text = storable(f"held by {user}: {reason}" if reason else f"held by {user}")
+    job = read_job(tx, job_id, lock=True)
     if not tx.change(change(job_id, Status.QUEUED).values(held=True, message=text)):
-        job = read_job(tx, job_id)
         raise WrongState(f"job {job_id} is {job.status.value}: only a waiting job can be held")
     tx.tell(job_id, None, "held", text)
     return read_job(tx, job_id)
 
 
 def retry(tx: Transaction, job_id: int, user: str) -> Job:
+    job = read_job(tx, job_id, lock=True)
     again = (
         update(Job)
         .where(Job.job_id == job_id)
@@ -60,7 +63,6 @@ def retry(tx: Transaction, job_id: int, user: str) -> Job:
         .values(result_until=case((Job.result_host.is_not(None), tx.now_in(RESULT_FIRST_S))))
     )
     if not tx.change(again):
-        job = read_job(tx, job_id)
         raise WrongState(f"job {job_id} is {job.status.value}: only a failed, cancelled or held job can be retried")
     tx.tell(job_id, None, "retry", f"queued again by {user}")
     return read_job(tx, job_id)

@@ -198,6 +198,7 @@ class Life(RuleBasedStateMachine):
         row = self.store.cancel(job.job_id, "bob")
         if job.status is Status.QUEUED:
             job.become(Status.CANCELLED)
+            job.held = False
         else:
             job.cancel_asked = True
         assert row.status is job.status

@@ -1,13 +1,21 @@
-"""A held job waits where it is until a person releases it."""
+"""What a person wishes of a job: held where it is, cancelled, queued again."""
 
 from __future__ import annotations
 
+import threading
+import time
+from collections.abc import Callable
+
 import pytest
+from sqlalchemy import Engine, text, update
+from sqlalchemy.orm import Session
 
 from loractl.common.errors import JobNotFound, WrongState
 from loractl.common.job.status import Reason, Status
+from loractl.common.store.database import make_engine
 from loractl.common.store.records import Claim, Progress
 from loractl.common.store.store import Store
+from loractl.common.store.tables import Job
 
 from ...factories import PLENTY, RESULT, submission, take
 
@@ -44,3 +52,67 @@ def test_only_a_waiting_job_can_be_held(store: Store) -> None:
     with pytest.raises(WrongState, match="is succeeded"):
         store.hold(job_id, "bob")
     assert not store.job(job_id).held
+
+
+def test_a_held_job_that_is_cancelled_is_cancelled_and_not_held(store: Store) -> None:
+    job_id = store.submit(submission())
+    store.hold(job_id, "bob")
+    over = store.cancel(job_id, "ada")
+    assert (over.status, over.held, over.reason) == (Status.CANCELLED, False, Reason.CANCELLED)
+    assert over.ended_at is not None
+
+
+@pytest.mark.parametrize(
+    ("wish", "after"),
+    [(Store.cancel, Status.CANCELLED), (Store.hold, Status.QUEUED)],
+    ids=["cancel", "hold"],
+)
+def test_a_wish_that_meets_the_end_of_an_attempt_is_true(
+    upgraded_url: str, wish: Callable[[Store, int, str], Job], after: Status
+) -> None:
+    """The attempt gives its job back while the wish comes: it then holds for the job that waits."""
+    engine = make_engine(upgraded_url)
+    store = Store(engine)
+    job_id = store.submit(submission())
+    assert isinstance(take(store), Claim)
+    done: list[Job | Exception] = []
+
+    def wish_it() -> None:
+        try:
+            done.append(wish(store, job_id, "ada"))
+        except WrongState as error:
+            done.append(error)
+
+    thread = threading.Thread(target=wish_it)
+    with Session(engine) as attempt, attempt.begin():
+        given = update(Job).where(Job.job_id == job_id)
+        attempt.execute(given.values(status=Status.QUEUED, token=None, lease_expires_at=None))
+        thread.start()
+        if engine.dialect.name == "postgresql":
+            _until_it_waits(engine)
+        else:
+            time.sleep(0.1)  # BEGIN IMMEDIATE lets no one in
+    thread.join(timeout=30)
+    (job,) = done
+    assert isinstance(job, Job), job
+    assert (job.status, store.job(job_id).status) == (after, after)
+    assert take(store) is None, "it does not run again"
+    engine.dispose()
+
+
+def test_a_number_that_no_job_can_have_is_not_found(store: Store) -> None:
+    for job_id in (-1, 0, 2**31, 10**30):
+        with pytest.raises(JobNotFound):
+            store.cancel(job_id, "ada")
+
+
+def _until_it_waits(engine: Engine) -> None:
+    waits = text(
+        "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+    )
+    deadline = time.monotonic() + 20
+    with engine.connect() as connection:
+        while not connection.execute(waits).scalar():
+            assert time.monotonic() < deadline, "nothing waits for the row"
+            connection.rollback()
+            time.sleep(0.02)
