@@ -26,7 +26,11 @@ from .weights import adapter_tensors, weight_bytes, with_head
 MIB = 2**20
 
 CONTEXT_BYTES = 500 * MIB
-"""A CUDA context with its kernels and cuBLAS workspaces: 0.15 GiB (T4) to 0.5 GiB (A100, H100); the upper end."""
+"""A CUDA context with its kernels: 0.15 GiB (T4) to 0.5 GiB (A100, H100); the upper end."""
+
+WORKSPACE_BYTES = 2 * 32 * MIB
+"""cuBLAS's workspaces, which torch's allocator holds: one for the forward pass's thread and one for the backward
+pass's. 32 MiB each on Hopper, 8 on others (aten/src/ATen/cuda/CublasHandlePool.cpp); the upper end."""
 
 MARGIN_SHARE = 0.05
 """Share of what the training allocates that is kept free on top: for fragmentation that the allocator's part does not
@@ -102,7 +106,7 @@ def plan(
         "logits": peak.logits,
         "evaluation": max(0, evaluation_bytes(shape, spec, step) - adapter - peak.training),
         "context": CONTEXT_BYTES,
-        "allocator": peak.unusable + SEGMENT_BYTES,
+        "allocator": peak.unusable + SEGMENT_BYTES + WORKSPACE_BYTES,
     }
     parts = {name: int(size) for name, size in sizes.items()}
     margin = int(MARGIN_SHARE * (held + peak.training))
@@ -150,7 +154,7 @@ def traced_plan(weights: int, adapter: int, state: int, own: int, method: Method
         "logits": 0,
         "evaluation": 0,
         "context": CONTEXT_BYTES,
-        "allocator": int(TRACED_SLACK * own) + SEGMENT_BYTES,
+        "allocator": int(TRACED_SLACK * own) + SEGMENT_BYTES + WORKSPACE_BYTES,
     }
     words = dict.fromkeys(parts, "traced") | {"logits": "within activations", "evaluation": "not planned"}
     margin = int(MARGIN_SHARE * (weights + 2 * adapter + state + own))
@@ -176,8 +180,8 @@ def _notes(shape: Shape, spec: JobSpec, step: Step, at_loss: bool) -> dict[str, 
         if step.labels
         else f"{thousands(shape.vocab)} words, fp32{freed}",
         "evaluation": f"rows of {step.evaluated} tokens, beyond what training holds",
-        "context": "CUDA, cuBLAS",
-        "allocator": "cached blocks that the loss can't use",
+        "context": "CUDA and its kernels",
+        "allocator": "cuBLAS workspaces, and cached blocks that the loss can't use",
     }
 
 

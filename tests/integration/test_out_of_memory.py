@@ -27,8 +27,10 @@ from loractl.common.job.need import Need
 from loractl.common.job.spec import JobSpec
 from loractl.common.job.status import Reason
 from loractl.common.memory.plan import predict
+from loractl.worker.base.arithmetic import choose_precision
 from loractl.worker.base.failure import TrainingFailed
-from loractl.worker.base.gauge import data_bytes
+from loractl.worker.base.gauge import data_bytes, is_out_of_memory
+from loractl.worker.base.model import load_base
 from loractl.worker.protocol.messages import Adjusted, Ended, Note, Planned, Start, Stepped, Told, decode_told, encode
 from loractl.worker.training.need import lowered_limit
 from loractl.worker.training.probe import Probe
@@ -363,3 +365,17 @@ def _until(cli: Cli, holds: Callable[[dict[str, Any]], bool], seconds: float) ->
             return job
         assert time.monotonic() < deadline, f"after {seconds} s: {job}"
         time.sleep(0.1)
+
+
+def test_what_does_not_fit_while_it_becomes_nf4_is_out_of_memory(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers collects what fails in its conversion, and raises a sentence that does not say what it was."""
+
+    def too_large(*_: Any, **__: Any) -> torch.Tensor:
+        return torch.empty(2**50, dtype=torch.uint8)  # an allocation that really fails
+
+    monkeypatch.setattr("bitsandbytes.functional.quantize_4bit", too_large)
+    with pytest.raises(RuntimeError) as failure:
+        load_base(str(tiny_model), Method.QLORA, "cpu", choose_precision("cpu"))
+    assert is_out_of_memory(failure.value), failure.value

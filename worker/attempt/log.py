@@ -18,6 +18,9 @@ DATABASE_LIMIT = 2 * MIB
 CHUNK = 64 * 1024
 """Characters that one heartbeat carries, and of the last lines."""
 
+END_LINES = 40
+"""The last lines that tell why a process ended: an abort's backtrace stands below its cause."""
+
 LEFT_OUT = "[lines are left out here]\n"
 IS_LONG = (
     f"[over {DATABASE_LIMIT // MIB} MiB of log: the last lines follow at the end, all of it goes with the result]\n"
@@ -42,11 +45,13 @@ class LogBook:
         self._room = limit - CHUNK  # the rest is kept free for the last lines
         self._full = False
         self.heard = time.monotonic()  # when the last line came
+        self._end: deque[str] = deque(maxlen=END_LINES)
 
     def put(self, text: str) -> None:
         """Add what the trainer printed."""
         with self._lock:
             self.heard = time.monotonic()
+            self._end.append(text[:1000])
             self._new.append(text[-CHUNK:])
             self._size += len(self._new[-1])
             self._cut |= len(text) > CHUNK
@@ -72,6 +77,11 @@ class LogBook:
                 self._new, self._size = deque([rest[-CHUNK:]]), min(len(rest), CHUNK)
             self._taken = text
             return text
+
+    def end(self) -> list[str]:
+        """The last lines, each with its beginning."""
+        with self._lock:
+            return list(self._end)
 
     def written(self) -> None:
         """The text that was taken has reached the database."""

@@ -80,6 +80,9 @@ def environment(place: Workplace, claim: Claim) -> dict[str, str]:
     """The trainer's environment: its device alone, its share of the cores, and no address or password of a service."""
     hidden = (*ADDRESSES, "AWS_", "PG")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(hidden)}
+    owner_s_own = kept.keys() & {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}
+    if place.device.trains_on == "cuda" and not owner_s_own:
+        kept["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"  # blocks grow in place, so fewer are left unusable
     return {
         **kept,
         **place.device.environment(),

@@ -10,38 +10,51 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import IO, Any
 
 from loractl.common.job.status import Reason
 from loractl.worker.device.occupancy import RUN_VARIABLE, end_leftovers
+from loractl.worker.protocol.card_error import last_card_error
 from loractl.worker.protocol.messages import Start, Stop, Told, decode_told, encode
 
 from .log import Sink, read_log
 
 log = logging.getLogger("loractl.worker")
 
+KILL_S = 5.0
+"""Seconds within which a killed process ends, unless it waits in the kernel."""
+
 MESSAGE_LIMIT = 1 << 20
 """Characters of a line; no message is nearly as long."""
 
 
-def exit_reason(code: int, *, limited: bool = False) -> dict[str, Any]:
+def exit_reason(
+    code: int | None, printed: Sequence[str] = (), *, limited: bool = False, on_card: bool = False
+) -> dict[str, Any]:
     """Reason and sentence (`reason`, `message`) for a trainer that ended without a word.
 
-    `limited`: its RAM was held to a limit. Not every library checks what it got; some crash where torch raises.
+    `code`: None for one that even SIGKILL does not end. `printed`: its last lines; some libraries end the process after
+    a line on standard error. `limited`: its RAM was held to a limit. Not every library checks what it got; some crash
+    where torch raises.
     """
+    if code is None:
+        reason, where = (Reason.GPU_ERROR, "the card's driver") if on_card else (Reason.TRAINER_ERROR, "a disk")
+        return {"reason": reason, "message": f"the trainer can't be ended: it waits in the kernel, as for {where}"}
     if code == -signal.SIGKILL:
         return {
             "reason": Reason.HOST_OUT_OF_MEMORY,
             "message": "the trainer was killed (SIGKILL), most likely by the box's out-of-memory killer",
         }
+    how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
+    if (said := last_card_error(printed)) is not None:
+        return {"reason": said[0], "message": f"the trainer ended ({how}) after it printed: {said[1]}"}
     if limited and code in (-signal.SIGSEGV, -signal.SIGABRT):
         name = signal.Signals(-code).name
         return {
             "reason": Reason.OUT_OF_MEMORY,
             "message": f"the trainer crashed ({name}), most likely at its limit of memory (LORACTL_TRAINER_RAM)",
         }
-    how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
     return {"reason": Reason.TRAINER_ERROR, "message": f"the trainer ended without a result ({how})"}
 
 
@@ -55,7 +68,11 @@ def send(pipe: IO[str], message: Start | Stop) -> None:
 
 
 def kill(trainer: subprocess.Popen[str]) -> None:
-    """End the trainer and all that it started: close its stdin first, then kill its whole session."""
+    """End the trainer and all that it started: close its stdin first, then kill its whole session.
+
+    A process that waits in the kernel (state D: a lost card, a hard NFS mount) outlives SIGKILL. It is left, with its
+    `returncode` None: the supervisor must go on, and what remains on the card closes it.
+    """
     assert trainer.stdin
     try:
         trainer.stdin.close()
@@ -69,7 +86,10 @@ def kill(trainer: subprocess.Popen[str]) -> None:
         os.killpg(trainer.pid, signal.SIGKILL)
     except ProcessLookupError:
         log.debug("the trainer's session is empty")
-    trainer.wait()
+    try:
+        trainer.wait(timeout=KILL_S)
+    except subprocess.TimeoutExpired:
+        log.error("process %s, a trainer, was killed and does not end: it waits in the kernel", trainer.pid)
 
 
 @contextlib.contextmanager

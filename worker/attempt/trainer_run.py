@@ -62,8 +62,10 @@ def _run(place: Workplace, state: AttemptState, start: Start, upload: Checkpoint
     _take_all(told, state)
     _hand_on(state, upload)
     if state.ended is None and state.forced is None and not state.lease_lost:
-        limited = start.device == "cpu" and start.memory_limit is not None
-        state.ended = Ended(job_id=start.job_id, **exit_reason(trainer.returncode, limited=limited))
+        on_card = start.device == "cuda"
+        limited = not on_card and start.memory_limit is not None
+        why = exit_reason(trainer.returncode, state.log.end(), limited=limited, on_card=on_card)
+        state.ended = Ended(job_id=start.job_id, **why)
 
 
 def _watch(

@@ -22,11 +22,17 @@ class Precision:
     amp: Literal["bf16", "fp16"] | None  # what the Trainer's autocast computes in, over fp32 adapters
 
 
-def choose_precision(device: str, dtype: str = "auto") -> Precision:
+OVERFLOWS_FP16 = ("gemma2", "gemma3", "gemma3n")
+"""Families whose activations exceed float16's 65,504: they were trained in bfloat16 (transformers' Gemma 2 and 3
+pages)."""
+
+
+def choose_precision(device: str, dtype: str = "auto", family: str = "") -> Precision:
     """bf16 where the device computes in it; else fp16 with loss scaling on a card, fp32 on a processor.
 
     Cards before Ampere and old processors only emulate bf16: slower than fp32, and no more exact. A job's own choice
-    goes first. Raises TrainingFailed(bad_spec) for float16 on a processor, where the Trainer has no loss scaling.
+    goes first. `family`: the model's `model_type`; one that overflows fp16 takes fp32 where there is no bf16. Raises
+    TrainingFailed(bad_spec) for float16 on a processor, where the Trainer has no loss scaling.
     """
     if dtype == "float32":
         return Precision(base=torch.float32, amp=None)
@@ -39,6 +45,8 @@ def choose_precision(device: str, dtype: str = "auto") -> Precision:
     if device == "cuda":
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return Precision(base=torch.bfloat16, amp="bf16")
+        if family.startswith(OVERFLOWS_FP16):
+            return Precision(base=torch.float32, amp=None)
         return Precision(base=torch.float16, amp="fp16")
     if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported():
         return Precision(base=torch.bfloat16, amp="bf16")

@@ -8,22 +8,26 @@ import logging
 import os
 import re
 import resource
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
 import torch
 
+from loractl.common.job.status import Reason
+from loractl.common.memory.plan import CONTEXT_BYTES, SEGMENT_BYTES, WORKSPACE_BYTES
+from loractl.worker.protocol.card_error import card_error, may_be_full
 from loractl.worker.protocol.messages import Peaks
 
 log = logging.getLogger("loractl.worker")
 
-CONTEXT_BYTES = 500 * 2**20
-"""A CUDA context with its libraries, where NVML does not tell: 0.15 to 0.5 GiB by card; the upper end."""
+LEAST_BYTES = WORKSPACE_BYTES + SEGMENT_BYTES
+"""Any computation on a card takes so much of torch's allocator: what is learned from other jobs may not go below."""
 
 _M_MMAP_THRESHOLD, _MMAP_BYTES = -3, 2**17  # mallopt's name for it, in glibc's malloc.h
 
-_CARD_IS_FULL = re.compile("CUDA error: out of memory|CUBLAS_STATUS_ALLOC_FAILED")
-"""What the driver and cuBLAS say: torch does not raise their errors as its own OutOfMemoryError."""
+HANDLE_BYTES = 128 * 2**20
+"""What cuBLAS, cuDNN or cuSOLVER may take of the card for a handle, from the driver and not from torch's allocator."""
 
 _PROCESSOR_IS_FULL = re.compile(
     "can't allocate memory|std::bad_alloc|can't start new thread"
@@ -62,7 +66,7 @@ class Gauge:
 def hold_to(limit: int | None, device: Literal["cuda", "cpu"], gpu: str) -> None:
     """Make allocations beyond `limit` bytes fail in this process; None leaves them alone. Call it after the imports.
 
-    On CUDA the limit includes the context. The allocator does not see that, so it is subtracted. On a CPU the limit is
+    On CUDA the limit includes the context, which the allocator does not see (`allocator_room`). On a CPU the limit is
     what model and training may take beside the libraries: their tables lie in writable memory as well.
     """
     if limit is None:
@@ -71,8 +75,8 @@ def hold_to(limit: int | None, device: Literal["cuda", "cpu"], gpu: str) -> None
         torch.ones(16, 16, device="cuda").mm(torch.ones(16, 16, device="cuda"))  # brings up the context and cuBLAS
         total = torch.cuda.get_device_properties(0).total_memory
         used = _nvml_process_bytes(gpu)
-        context = CONTEXT_BYTES if used is None else max(0, used - torch.cuda.memory_reserved())
-        torch.cuda.set_per_process_memory_fraction(min(1.0, max(0.0, (limit - context) / total)))
+        context = None if used is None else max(0, used - torch.cuda.memory_reserved())
+        torch.cuda.set_per_process_memory_fraction(min(1.0, allocator_room(limit, context) / total))
         return
     # oneDNN keeps what it compiled for 1,024 shapes, 50 MB for each length of a batch: it would grow into the limit.
     os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] = "32"
@@ -86,11 +90,23 @@ def hold_to(limit: int | None, device: Literal["cuda", "cpu"], gpu: str) -> None
     resource.setrlimit(resource.RLIMIT_DATA, (data_bytes() + limit, hard))
 
 
+def allocator_room(limit: int, context: int | None) -> int:
+    """Bytes that torch's allocator may take of a process's `limit`, whose CUDA context was measured (None: it wasn't).
+
+    A context that is larger than planned must not eat the plan of the tensors: on a large card it would leave a tiny
+    job nothing. The process then exceeds its limit by the difference, about 0.1 GiB.
+    """
+    return max(LEAST_BYTES, limit - min(CONTEXT_BYTES, CONTEXT_BYTES if context is None else context))
+
+
 def is_card_full(error: BaseException) -> bool:
-    """Whether an allocation on the card failed."""
+    """Whether an allocation on the card failed. torch raises those of CUDA's libraries and of the driver as others."""
     if isinstance(error, torch.OutOfMemoryError):
         return True
-    return isinstance(error, RuntimeError) and _CARD_IS_FULL.search(str(error)) is not None
+    if not isinstance(error, RuntimeError):
+        return False
+    said = card_error(str(error))
+    return (said is not None and said[0] is Reason.OUT_OF_MEMORY) or (may_be_full(str(error)) and _no_room_for_handle())
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -100,11 +116,24 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and _PROCESSOR_IS_FULL.search(str(error)) is not None
 
 
+def memory_or_card(lines: Iterable[str]) -> str | None:
+    """The first of some printed lines that says that memory ran out, or that the card failed."""
+    return next((x for x in lines if card_error(x) is not None or _PROCESSOR_IS_FULL.search(x)), None)
+
+
 def in_a_sentence(error: BaseException) -> str:
     """What an out-of-memory error asked for, without the library's line numbers."""
     if asked := re.search(r"tried to allocate (\d+) bytes", str(error)):
         return f"no room for {int(asked[1]) / 2**20:.1f} MiB more"
     return next((line.strip() for line in str(error).splitlines() if line.strip()), "no room for more")
+
+
+def _no_room_for_handle() -> bool:
+    try:
+        free, _ = torch.cuda.mem_get_info()
+    except (RuntimeError, AssertionError):  # no context: it was not for want of room
+        return False
+    return free < HANDLE_BYTES
 
 
 def release() -> None:

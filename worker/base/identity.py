@@ -2,17 +2,44 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
-from loractl.common.fingerprint import digest, fingerprint
+from loractl.common.fingerprint import Fingerprint, digest, fingerprint
 
 from .hub import pin
 
 
 def identify(base_model: str, revision: str | None, cache: Path) -> dict[str, Any]:
-    """What the report says about the base model once it is loaded: `commit` (None for a folder), `files` and one sha256
-    for all of them."""
-    pinned = None if Path(base_model).is_absolute() else pin(base_model, revision)
-    files = fingerprint(Path(base_model) if pinned is None else pinned.folder, cache)
-    return {"commit": None if pinned is None else pinned.commit, "sha256": digest(files), "files": files}
+    """The identity of a base model, waited for."""
+    return BaseIdentity(base_model, revision, cache).wait()
+
+
+class BaseIdentity:
+    """Hashes a base model's files while it is loaded and trained: a card must not wait minutes for a sum of 140 GB."""
+
+    def __init__(self, base_model: str, revision: str | None, cache: Path) -> None:
+        pinned = None if Path(base_model).is_absolute() else pin(base_model, revision)
+        self._commit = None if pinned is None else pinned.commit
+        self._folder = Path(base_model) if pinned is None else pinned.folder
+        self._cache = cache
+        self._files: Fingerprint = {}
+        self._error: OSError | None = None
+        # it dies with the process: a job that fails must not wait for it
+        self._thread = threading.Thread(target=self._hash, name="identity", daemon=True)
+        self._thread.start()
+
+    def wait(self) -> dict[str, Any]:
+        """What the report says about the base model: `commit` (None for a folder), `files` and one sha256 for all of
+        them. Raises OSError."""
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+        return {"commit": self._commit, "sha256": digest(self._files), "files": self._files}
+
+    def _hash(self) -> None:
+        try:
+            self._files = fingerprint(self._folder, self._cache)
+        except OSError as error:
+            self._error = error

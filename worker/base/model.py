@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
+from collections.abc import Iterator
 from typing import Any
 
 from transformers import (
@@ -17,6 +20,7 @@ from loractl.common.job.status import Reason
 
 from .arithmetic import Precision
 from .failure import TrainingFailed
+from .gauge import memory_or_card
 from .head import HEAD, Head, begin_head, check_no_head_yet
 from .source import check_folder, gguf_file_of, loading_options, model_errors
 
@@ -69,7 +73,7 @@ def load_base(
         options["device_map"] = {"": 0}
     if attention != "auto":
         options["attn_implementation"] = _available(attention)
-    with model_errors(base_model):
+    with model_errors(base_model), _conversion_errors():
         options |= loading_options(base_model, revision, run_code=run_code)
         options["adapter_kwargs"] = {"local_files_only": True}  # loading_options has looked for one
         if head is None:
@@ -78,6 +82,28 @@ def load_base(
         model = AutoModelForSequenceClassification.from_pretrained(base_model, **options, **head.settings)
     begin_head(model, head)
     return model
+
+
+@contextlib.contextmanager
+def _conversion_errors() -> Iterator[None]:
+    """Raise transformers' "issues during automatic conversion" with the words of a card or memory that failed.
+
+    It catches what fails while a weight is brought into NF4, goes on with the next one, and at the end logs all and
+    raises a sentence that does not say what happened.
+    """
+    report: list[str] = []
+    listener = logging.Handler()
+    listener.emit = lambda record: report.extend(record.getMessage().splitlines())  # type: ignore[method-assign]
+    logger = logging.getLogger("transformers.modeling_utils")
+    logger.addHandler(listener)
+    try:
+        yield
+    except RuntimeError as error:
+        if "automatic conversion of the weights" not in str(error) or not (cause := memory_or_card(report)):
+            raise
+        raise RuntimeError(cause) from error
+    finally:
+        logger.removeHandler(listener)
 
 
 def _format_options(base_model: str, method: Method, precision: Precision, head: Head | None) -> dict[str, Any]:

@@ -56,6 +56,12 @@ def configs_of(base_model: str, where: dict[str, Any]) -> tuple[dict[str, Any], 
     )
 
 
+def family_of(base_model: str, revision: str | None) -> str:
+    """The model's `model_type`, like gemma2; empty where only a GGUF file tells. Raises TrainingFailed."""
+    with model_errors(base_model):
+        return str(configs_of(base_model, source_of(base_model, revision))[0].get("model_type", ""))
+
+
 def _check_code_is_its_own(base_model: str, configs: Iterable[dict[str, Any]]) -> None:
     """Refuse code from another repository: the box's owner has not read it. Raises TrainingFailed."""
     for config in configs:

@@ -46,6 +46,9 @@ def worker(
 
     Ctrl-C stops after a checkpoint and gives the jobs back; a second one stops at once.
     """
+    from loractl.worker.node.secrecy import hide_environment
+
+    hide_environment()  # before the other imports, which take a second
     from loractl.common.artifacts import open_store
     from loractl.common.queue.valkey import broker_url
     from loractl.common.settings import load_settings

@@ -37,7 +37,7 @@ def build_report(
 ) -> dict[str, Any]:
     """All that was measured and all that a repetition needs, as plain JSON values.
 
-    `base`: what `identify` says of the base model.
+    `base`: what `BaseIdentity` says of the base model.
     """
     spec = order.spec
     return {

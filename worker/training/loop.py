@@ -57,14 +57,39 @@ class Callbacks:
         return cls(checkpoint=checkpoint, proof=proof, recorder=recorder, best=best, teller=teller, in_order=order)
 
 
+SKIPS = 20
+"""Steps in a row that the loss scaler may skip. It begins at 2^16 and halves: one that is still too large after so many
+is below 1, so the gradients themselves overflow."""
+
+
 class Brake(TrainerCallback):
-    """Ends a training before its last step: when it diverges, and when the supervisor asks for it."""
+    """Ends a training before its last step: when it diverges, and when the supervisor asks for it.
+
+    In float16 a gradient that is not finite is no divergence: the loss scaler skips that step and lowers its scale.
+    """
 
     def __init__(self, run: Run) -> None:
         self._run = run
+        self._skipped = 0  # in a row
+        self._said = False
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
+        if not getattr(optimizer, "step_was_skipped", False):
+            self._skipped = 0
+            return
+        self._skipped += 1
+        if not self._said:
+            self._said = True
+            what = (
+                f"float16: step {state.global_step + 1} changed nothing, the loss scale was too high for its gradients"
+            )
+            self._run.note("precision", f"{what}; it is halved until they fit")
+        if self._skipped >= SKIPS:
+            what = f"the gradients overflowed float16 in {SKIPS} steps in a row up to step {state.global_step + 1}"
+            raise TrainingFailed(Reason.DIVERGED, f"{what}; training.dtype: float32 has the range")
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
-        for name in ("loss", "grad_norm", "eval_loss"):
+        for name in ("loss", "eval_loss") if args.fp16 else ("loss", "grad_norm", "eval_loss"):
             if logs and name in logs and not math.isfinite(logs[name]):
                 raise TrainingFailed(Reason.DIVERGED, f"{name} became {logs[name]} at step {state.global_step}")
 

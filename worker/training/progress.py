@@ -50,6 +50,7 @@ class Teller(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
         told = ("loss", "eval_loss", "learning_rate", "grad_norm")
         known = {name: float(logs[name]) for name in told if name in logs} if logs else {}
+        known = {name: value for name, value in known.items() if math.isfinite(value)}  # a skipped step's gradient
         if known:
             self.tell(known)
 

@@ -14,13 +14,14 @@ from transformers import TrainingArguments, set_seed
 from loractl.common.job.spec import JobSpec
 from loractl.common.job.status import Reason, Stage
 from loractl.worker.base.adapter import save_adapter
-from loractl.worker.base.arithmetic import choose_precision
+from loractl.worker.base.arithmetic import OVERFLOWS_FP16, Precision, choose_precision
 from loractl.worker.base.failure import TrainingFailed
 from loractl.worker.base.head import Head
-from loractl.worker.base.identity import identify
+from loractl.worker.base.identity import BaseIdentity
 from loractl.worker.base.learner import Learner
 from loractl.worker.base.lora import add_adapter
 from loractl.worker.base.model import load_base, load_tokenizer
+from loractl.worker.base.source import family_of
 from loractl.worker.data.check import warnings_about
 from loractl.worker.data.packing import check_apart, packed
 from loractl.worker.data.prepared import PreparedData, prepare_data, prepare_regression
@@ -75,7 +76,7 @@ def train(run: Run) -> Ended:
 
     # 6. The report, and the manifest's other files.
     course = _course(run, callbacks, arguments, time.time() - began)
-    report = build_report(order, identity, learner, data, evaluation, course)
+    report = build_report(order, identity.wait(), learner, data, evaluation, course)
     write_report(report, out)
     write_page(report, out)
     write_model_card(report, out / "adapter")
@@ -114,10 +115,13 @@ def _note_data(run: Run, data: PreparedData) -> None:
         run.note("warning", f"data: {warning}")
 
 
-def _load(run: Run, data: PreparedData, tokenizer: Any) -> tuple[Learner, dict[str, Any]]:
-    """The base model with a fresh adapter, and what identifies the base. Raises TrainingFailed."""
+def _load(run: Run, data: PreparedData, tokenizer: Any) -> tuple[Learner, BaseIdentity]:
+    """The base model with a fresh adapter, and what identifies the base once it is hashed. Raises TrainingFailed."""
     order, spec = run.order, run.spec
-    precision = choose_precision(order.device, spec.training.dtype)
+    precision = choose_precision(order.device, spec.training.dtype, family := family_of(spec.base_model, spec.revision))
+    if said := _about_fp16(spec, precision, family, on_gpu=run.on_gpu):
+        run.note("precision", said)
+    identity = BaseIdentity(spec.base_model, spec.revision, Path(order.cache_dir))
     base = load_base(
         spec.base_model,
         order.method,
@@ -128,11 +132,21 @@ def _load(run: Run, data: PreparedData, tokenizer: Any) -> tuple[Learner, dict[s
         attention=spec.training.attn_implementation,
         head=_head(spec, data, tokenizer),
     )
-    identity = identify(spec.base_model, spec.revision, Path(order.cache_dir))
     model = add_adapter(base, spec, order.method)
     if data.packed is not None:
         check_apart(model, data.packed, tokenizer.pad_token_id)
     return Learner(model=model, tokenizer=tokenizer, precision=precision), identity
+
+
+def _about_fp16(spec: JobSpec, precision: Precision, family: str, *, on_gpu: bool) -> str | None:
+    """What a person should know where float16 and the model do not go together; None where nothing is to be said."""
+    if not on_gpu or not family.startswith(OVERFLOWS_FP16):
+        return None
+    if precision.amp == "fp16":
+        return f"training.dtype: {family} overflows float16; float32, or a card with bfloat16, is safer"
+    if precision.amp is None and spec.training.dtype == "auto":
+        return f"{family} overflows float16, and this card has no bfloat16: it trains in float32"
+    return None
 
 
 def _head(spec: JobSpec, data: PreparedData, tokenizer: Any) -> Head | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import gc
 import os
 import queue
 import signal
@@ -22,6 +23,7 @@ from typing import IO
 from loractl.common.errors import DataError
 from loractl.common.job.status import Reason, Stage
 from loractl.worker.base.quiet import quieten
+from loractl.worker.protocol.card_error import card_error
 from loractl.worker.protocol.messages import Ended, Start, Stop, Told, decode_order, encode
 
 EXIT_ORPHANED = 9
@@ -54,6 +56,7 @@ def main(run: Recipe | None = None) -> int:
 
 def _run(order: Start, orders: Orders, tell: Tell) -> Ended:
     """Train; every way to fail becomes a reason and a sentence, with the traceback in the log."""
+    gc.disable()  # the imports make a million objects that stay to the end: looking through them costs 1.5 s of CPU
     quieten()
     from loractl.worker.base.failure import TrainingFailed
     from loractl.worker.base.gauge import hold_to
@@ -61,6 +64,8 @@ def _run(order: Start, orders: Orders, tell: Tell) -> Ended:
     from .recipe import train
     from .run import Run, Stopped
 
+    gc.freeze()
+    gc.enable()
     run = Run(order=order, tell=tell)
 
     def obey() -> None:
@@ -99,8 +104,6 @@ def _explain(error: Exception, *, own_limit: bool) -> tuple[Reason, str]:
 
     `own_limit`: this process's RAM is held to a limit, so that it ran out of that and not of the box's RAM.
     """
-    import torch
-
     from loractl.worker.base.gauge import in_a_sentence, is_card_full, is_out_of_memory
 
     lines = [line for line in str(error).splitlines() if line.strip()]
@@ -113,11 +116,8 @@ def _explain(error: Exception, *, own_limit: bool) -> tuple[Reason, str]:
     wrapped = any(words in text for words in ("No space left on device", "os error 28", "PytorchStreamWriter failed"))
     if wrapped or (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)):
         return Reason.DISK_FULL, f"no space is left for {getattr(error, 'filename', None) or 'the job’s files'}"
-    accelerator = getattr(torch, "AcceleratorError", ())  # since torch 2.8
-    # these two are the program's or the build's fault: another attempt, or another card, would meet them again
-    lasting = "device-side assert" in text or "no kernel image" in text
-    if isinstance(error, accelerator) and not lasting:
-        return Reason.GPU_ERROR, first
+    if (said := card_error(text)) is not None:
+        return said
     return Reason.TRAINER_ERROR, f"{type(error).__name__}: {first}"
 
 

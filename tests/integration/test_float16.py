@@ -1,0 +1,100 @@
+"""float16 without a card: the loss scaler's skipped steps, and the models that must not compute in it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+
+from loractl.common.job.status import Reason
+from loractl.worker.base.arithmetic import choose_precision
+from loractl.worker.base.failure import TrainingFailed
+from loractl.worker.base.source import family_of
+from loractl.worker.protocol.messages import Note, Stepped, Told
+from loractl.worker.training.loop import SKIPS, Brake
+from loractl.worker.training.progress import Teller
+from loractl.worker.training.recorder import Recorder
+from loractl.worker.training.run import Run
+
+from .test_out_of_memory import make_order
+
+
+class Training:
+    """accelerate's optimizer and torch's scaler as the Trainer drives them in fp16, with gradients of any size."""
+
+    def __init__(self, tmp_path: Path) -> None:
+        Accelerator(cpu=True)
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.scaler = torch.amp.GradScaler("cpu")
+        self.optimizer = AcceleratedOptimizer(torch.optim.SGD([self.weight], lr=0.1), scaler=self.scaler)
+        self.told: list[Told] = []
+        (tmp_path / "data.jsonl").write_text("")
+        run = Run(order=make_order(tmp_path, tmp_path, tmp_path / "data.jsonl"), tell=self.told.append)
+        self.args, self.state = SimpleNamespace(fp16=True), SimpleNamespace(global_step=0)
+        self.callbacks = (Brake(run), Teller(run, Recorder(1), 0))
+
+    def step(self, gradient: float, loss: float = 2.0) -> None:
+        self.scaler.scale(self.weight.sum()).backward()
+        assert self.weight.grad is not None
+        self.weight.grad = (self.weight.grad * gradient).half().float()  # the gradient as fp16 holds it, or infinity
+        self.scaler.unscale_(self.optimizer.optimizer)
+        norm = float(self.weight.grad.norm())
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        for callback in self.callbacks:
+            callback.on_optimizer_step(self.args, self.state, None, optimizer=self.optimizer)
+        self.state.global_step += 1
+        for callback in self.callbacks:
+            callback.on_log(self.args, self.state, None, logs={"loss": loss, "grad_norm": norm})
+
+
+def test_the_scaler_s_first_skips_are_no_divergence(tmp_path: Path) -> None:
+    training = Training(tmp_path)
+    for _ in range(8):  # 2^16 x 16 overflows; 2^11 x 16 fits
+        training.step(16.0)
+    assert float(training.weight) == pytest.approx(-0.1 * 16 * 3), "five steps were skipped, three counted"
+    notes = [m.text for m in training.told if isinstance(m, Note)]
+    assert len(notes) == 1 and notes[0].startswith("float16: step 1 changed nothing")
+    steps = [m.metrics for m in training.told if isinstance(m, Stepped)]
+    assert ["grad_norm" in metrics for metrics in steps] == [False] * 5 + [True] * 3, "infinity is not told"
+
+
+def test_gradients_that_overflow_at_any_scale_are_a_divergence(tmp_path: Path) -> None:
+    training = Training(tmp_path)
+    with pytest.raises(TrainingFailed, match="overflowed float16 in 20 steps in a row up to step 20") as failure:
+        for _ in range(SKIPS + 1):
+            training.step(1e9)
+    assert failure.value.reason is Reason.DIVERGED
+
+
+def test_a_loss_that_is_not_finite_is_a_divergence_in_fp16_too(tmp_path: Path) -> None:
+    with pytest.raises(TrainingFailed, match="loss became nan"):
+        Training(tmp_path).step(1.0, loss=float("nan"))
+
+
+@pytest.mark.parametrize(("family", "taken"), [("llama", torch.float16), ("gemma", torch.float16)])
+@pytest.mark.parametrize("bf16", [False, True])
+def test_other_models_take_float16_on_an_old_card(
+    family: str, taken: torch.dtype, bf16: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: bf16)
+    assert choose_precision("cuda", "auto", family).base is (torch.bfloat16 if bf16 else taken)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3", "gemma3_text"])
+def test_gemma_2_and_3_train_in_float32_on_a_card_without_bfloat16(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": family}))
+    assert family_of(str(tmp_path), None) == family
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)
+    precision = choose_precision("cuda", "auto", family)
+    assert (precision.base, precision.amp) == (torch.float32, None)
+    assert choose_precision("cuda", "float16", family).amp == "fp16", "a job's own choice goes first"
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
+    assert choose_precision("cuda", "auto", family).amp == "bf16"

@@ -1,0 +1,22 @@
+"""Keeps the environment of worker and nodes, which holds passwords, from other processes of the same user."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+
+log = logging.getLogger("loractl.worker")
+
+_PR_SET_DUMPABLE = 4  # linux/prctl.h
+
+
+def hide_environment() -> None:
+    """Make /proc/PID/environ and the memory of this process readable by root alone.
+
+    The trainers run as the same user, and what a base model or a metric brings with it runs in them. What a process
+    starts is not hidden by that: each does it first. It leaves no core dump any more.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0) != 0:
+        log.warning("other processes of this user can read this one's environment: %s", os.strerror(ctypes.get_errno()))

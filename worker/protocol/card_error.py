@@ -1,0 +1,59 @@
+"""What the words of CUDA's libraries mean: the card is full, the card or its driver fails, or the program is wrong.
+
+torch raises most of them as a plain RuntimeError, some libraries print them and end the process. So their words are all
+that both sides of the pipe have. They are those of torch 2.13 (c10/cuda, ATen/cuda/Exceptions.h), Triton's driver and
+bitsandbytes 0.50 (csrc/common.cuh).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from loractl.common.job.status import Reason
+
+_FROM_A_CARD = re.compile(
+    r"CUDA error: |CUDA driver error: |Triton Error \[CUDA\]: |CUDA out of memory"
+    r"|\bcu(?:DNN|solver|sparse|dss|FFT|rand)(?: Frontend)? error: |\b(?:CUBLAS|CUDNN|CUSOLVER|CUSPARSE|CUDSS)_STATUS_"
+    # bitsandbytes: the first is printed before exit(1), the others raise
+    r"|^Error .+ at line \d+ in file |CUBLAS ERROR: Status|BLAS Lt API failed with status"
+    r"|bitsandbytes native library functionality but it's not available"
+    # no context comes up
+    r"|NVIDIA driver on your system|No CUDA GPUs are available|CUDA driver initialization failed|CUDA unknown error"
+    r"|Unexpected error from cudaGetDeviceCount|Torch not compiled with CUDA enabled|libcudart functions unavailable"
+    r"|cuda driver can't be loaded|NVML_SUCCESS == r INTERNAL ASSERT"
+)
+
+_FULL = re.compile(
+    r"out of memory|_STATUS_ALLOC_FAILED|DEVICE_ALLOCATION_FAILED|insufficient resources when calling `cusparseCreate"
+)
+
+_PROGRAM = re.compile(
+    r"device-side assert triggered|no kernel image|invalid argument|invalid configuration argument"
+    r"|invalid device function|too many resources requested|misaligned address|invalid resource handle"
+    r"|operation not supported|_STATUS_(?:INVALID_VALUE|NOT_SUPPORTED|BAD_PARAM|ARCH_MISMATCH)"
+)
+"""The program's or the build's fault: another attempt, or another card of the kind, would meet it again."""
+
+_NO_HANDLE = re.compile(r"_STATUS_(?:NOT_INITIALIZED|INTERNAL_ERROR)[^`]*`(?:cublas(?:Lt)?|cudnn|cusolverDn)Create\(")
+
+
+def card_error(text: str) -> tuple[Reason, str] | None:
+    """OUT_OF_MEMORY or GPU_ERROR, and the line that says so; None without one, and for a program's fault.
+
+    Only that line counts: torch's advice below it speaks of "device-side assertions" whatever had happened.
+    """
+    line = next((line.strip() for line in text.splitlines() if _FROM_A_CARD.search(line)), None)
+    if line is None or _PROGRAM.search(line):
+        return None
+    return Reason.OUT_OF_MEMORY if _FULL.search(line) else Reason.GPU_ERROR, line[:300]
+
+
+def may_be_full(text: str) -> bool:
+    """Whether a library could not make its handle. It says the same of a full card and of a broken one."""
+    return _NO_HANDLE.search(text) is not None
+
+
+def last_card_error(lines: Sequence[str]) -> tuple[Reason, str] | None:
+    """What the last of some printed lines that names a card's error means; None where no line does."""
+    return next((said for line in reversed(lines) if (said := card_error(line)) is not None), None)
