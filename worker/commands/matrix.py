@@ -37,7 +37,7 @@ from .terminal import tell, warn
 )
 @click.option("--batch", type=click.IntRange(1), default=16, show_default=True, metavar="N", help="Rows at a time.")
 @click.option("--load-in-4bit", is_flag=True, help="The base in NF4, as QLoRA trains it.")
-@click.option("--gpu", metavar="CARD", help="Use this card, by index or UUID; else the first, or the CPU.")
+@click.option("--gpu", metavar="CARD", help="Use this card, by index or UUID; else the freest, or the CPU.")
 @click.option("--html", type=click.Path(path_type=Path, dir_okay=False), help="Write the heat map into this file.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def matrix(html: Path | None, as_json: bool, **options: Any) -> None:

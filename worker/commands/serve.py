@@ -47,7 +47,7 @@ KEY_VARIABLE = "LORACTL_API_KEY"
     show_default=True,
     help="Number format; auto as in training.",
 )
-@click.option("--gpu", metavar="CARD", help="Use this card, by index or UUID; else the first, or the CPU.")
+@click.option("--gpu", metavar="CARD", help="Use this card, by index or UUID; else the freest, or the CPU.")
 def serve(**options: Any) -> None:
     """Serve a base and its adapters over an OpenAI-compatible API.
 

@@ -33,7 +33,7 @@ def answering(command: Callable[..., Any]) -> Callable[..., Any]:
             help="Draw among the likeliest tokens that make up this share.",
         ),
         click.option("--seed", type=click.IntRange(0), metavar="S", help="Draw the same answer again."),
-        click.option("--gpu", metavar="CARD", help="Use this card, by index or UUID; else the first, or the CPU."),
+        click.option("--gpu", metavar="CARD", help="Use this card, by index or UUID; else the freest, or the CPU."),
     )  # fmt: skip
     for option in reversed(options):
         command = option(command)

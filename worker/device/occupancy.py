@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import threading
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import psutil
 from loractl.common.settings import Settings
 
 from .devices import Device, Process, Snapshot
+from .reservations import unused_reservations
 
 JOB_VARIABLE = "LORACTL_JOB"
 """The variable with the job's number, for a trainer and all that it starts."""
@@ -48,6 +50,7 @@ class Watch:
     device: Device
     node_pid: int  # its descendants are ours
     high_water_s: float = HIGH_WATER_S
+    home: Path | None = None  # LORACTL_HOME, where processes that are no jobs reserve; None: they do not
     _looking: threading.Lock = field(default_factory=threading.Lock)
     _ours: dict[int, str] = field(default_factory=dict)  # pid -> job, kept after its end: the driver is slower
     _idle: int | None = None  # bytes held when none of our trainers ran
@@ -62,7 +65,7 @@ class Watch:
         trainers = _trainers(self.node_pid)  # before the look: one that ends in between was ours
         seen = self.device.look()
         if self.device.kind == "sim" and seen.processes is None:
-            return Occupancy(outside=0, others=[], used={})
+            return Occupancy(outside=self._reserved(None, 0), others=[], used={})
         self._ours |= {pid: job for pid, (job, _) in trainers.items()}
         used: dict[str, int] = {}
         others: list[Process] = []
@@ -83,7 +86,9 @@ class Watch:
             self._idle = self.device.total - seen.free
         outside = max(0, self.device.total - seen.free - sum(used.values()))
         return Occupancy(
-            outside=outside + self._rest_of_high_water(sum(p.bytes or 0 for p in others)),
+            outside=outside
+            + self._rest_of_high_water(sum(p.bytes or 0 for p in others))
+            + self._reserved(seen.processes, outside),
             others=[_named(p) for p in others],
             used=used,
             load=seen.load,
@@ -99,12 +104,16 @@ class Watch:
         held = self.device.total - seen.free
         ours = 0 if self._idle is None else max(0, held - self._idle)
         return Occupancy(
-            outside=None if self._idle is None else held - ours,
+            outside=None if self._idle is None else held - ours + self._reserved(None, held - ours),
             others=[],
             used={job: ours // len(jobs) for job in jobs} if self._idle is not None else {},
             load=seen.load,
             temperature=seen.temperature,
         )
+
+    def _reserved(self, processes: Iterable[Process] | None, outside: int) -> int:
+        """Bytes that `serve` and its like have reserved and do not hold yet."""
+        return 0 if self.home is None else unused_reservations(self.home, self.device.uuid, processes, outside)
 
     def _rest_of_high_water(self, now_held: int) -> int:
         """Bytes that others held lately beyond what they hold now."""

@@ -75,7 +75,7 @@ class DeviceNode:
             threads=max(1, (os.cpu_count() or 1) // (options.devices * max_jobs)),
         )
         self._instance = _instance(settings.runtime_dir / "instance")
-        watch = Watch(device=device, node_pid=os.getpid(), high_water_s=options.high_water_s)
+        watch = Watch(device=device, node_pid=os.getpid(), high_water_s=options.high_water_s, home=settings.home)
         row = DeviceRow(self._place, watch, options, max_jobs=max_jobs, instance=self._instance)
         self._monitor = Monitor(self._place, row, devices=options.devices)
         self._slots = Slots(self._place, watch, max_jobs, changed=self._changed, overheard=self._monitor.pass_on)

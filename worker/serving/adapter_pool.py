@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import os
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -18,11 +17,11 @@ from safetensors import SafetensorError
 
 from loractl.common.errors import ArtifactError, LoractlError, UsageError
 from loractl.common.job.method import Method
-from loractl.common.settings import Settings
 from loractl.worker.base.adapter import CONFIG, WEIGHTS
 from loractl.worker.base.arithmetic import Precision, choose_precision, keep_nf4_in_training_mode
 from loractl.worker.base.gauge import is_out_of_memory
 from loractl.worker.base.model import load_base, load_tokenizer
+from loractl.worker.base.source import family_of
 
 from .library import Library, Listed
 
@@ -68,7 +67,7 @@ class AdapterPool:
 
     def __init__(self, base: BaseChoice, memory: int | None = None) -> None:
         began = time.monotonic()
-        self.precision: Precision = choose_precision(base.device, base.dtype)
+        self.precision: Precision = choose_precision(base.device, base.dtype, family_of(base.model, base.revision))
         self.tokenizer = load_tokenizer(base.model, base.revision, run_code=base.run_code)
         model = load_base(base.model, base.method, base.device, self.precision, base.revision, run_code=base.run_code)
         if base.method is Method.QLORA:
@@ -274,17 +273,6 @@ def open_pool(
     for sentence in changed:
         warn(sentence)
     return pool
-
-
-def take_device(settings: Settings, gpu: str | None) -> str:
-    """cuda or cpu; this process sees no other card from here on."""
-    from loractl.worker.base.quiet import quieten
-    from loractl.worker.device.devices import find_devices
-
-    quieten()
-    device = find_devices(settings, gpu)[0]
-    os.environ.update(device.environment())
-    return device.trains_on
 
 
 def _name_rows(keys: Sequence[str], layer: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

@@ -11,12 +11,16 @@ from typing import Any
 from loractl.common.errors import LoractlError, UsageError
 from loractl.worker.data.prompt import prompt_for
 
-from .adapter_pool import AdapterPool, BaseChoice, open_pool, take_device
+from .adapter_pool import AdapterPool, BaseChoice, open_pool
+from .card import Footprint, take_card
 from .decoding import Engine
 from .library import Library, Listed, same_base
 from .request import Ask, Said
 
 Messages = list[dict[str, str]]
+
+OTHER_ADAPTERS_BYTES = 2**30
+"""What adapters that a conversation switches to may take."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,10 +79,12 @@ def open_conversation(
 ) -> Conversation:
     """Load the base of an adapter as its job did: in its number format, in NF4 for QLoRA. Raises LoractlError."""
     adapter = library.find(name)
-    device, trained = take_device(library.settings, style.gpu), adapter.spec.training.dtype
+    model, revision, trained = adapter.spec.base_model, library.revision(adapter), adapter.spec.training.dtype
+    footprint = Footprint.of(model, revision, adapter.method, trained, adapter.size + OTHER_ADAPTERS_BYTES)
+    device = take_card(library.settings, library.store, style.gpu, footprint)
     base = BaseChoice(
-        model=adapter.spec.base_model,
-        revision=library.revision(adapter),
+        model=model,
+        revision=revision,
         method=adapter.method,
         device=device,
         dtype="auto" if trained == "float16" and device == "cpu" else trained,

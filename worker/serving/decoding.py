@@ -229,5 +229,7 @@ def _readable(rows: Sequence[Row]) -> Iterator[list[Row]]:
 
 def _cache_bytes(pool: AdapterPool) -> int:
     if pool.base.device == "cuda":
-        return int(DEVICE_CACHE_SHARE * max(0, torch.cuda.mem_get_info()[0] - pool.adapter_memory))
+        free, total = torch.cuda.mem_get_info()
+        own = int(torch.cuda.get_per_process_memory_fraction() * total) - torch.cuda.memory_reserved()
+        return int(DEVICE_CACHE_SHARE * max(0, min(free, own) - pool.adapter_memory))
     return HOST_CACHE_BYTES

@@ -62,6 +62,10 @@ class Library:
     def settings(self) -> Settings:
         return self._settings
 
+    @property
+    def store(self) -> Store:
+        return self._store
+
     def find(self, text: str) -> Listed:
         """What a person calls an adapter that writes text. Raises UsageError, JobNotFound, AdapterNotFound, Refused."""
         row = self._store.adapter(parse_reference(text))

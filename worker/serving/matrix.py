@@ -13,7 +13,8 @@ from typing import Any
 from loractl.common.errors import UsageError
 from loractl.common.job.method import Method
 
-from .adapter_pool import AdapterPool, BaseChoice, open_pool, take_device
+from .adapter_pool import AdapterPool, BaseChoice, open_pool
+from .card import Footprint, take_card
 from .library import Library, Listed, same_base
 from .scores import LOSS, Cell, Scores, Task, asked_for, compare, score, task_from_file, task_of
 
@@ -185,11 +186,13 @@ def _open(
     warn: Callable[[str], None],
 ) -> AdapterPool:
     model, _ = same_base(adapters)
+    method = Method.QLORA if options.load_in_4bit else Method.LORA
+    footprint = Footprint.of(model, library.revision(adapters[0]), method, "auto", sum(a.size for a in adapters))
     base = BaseChoice(
         model=model,
         revision=library.revision(adapters[0]),
-        method=Method.QLORA if options.load_in_4bit else Method.LORA,
-        device=take_device(library.settings, options.gpu),
+        method=method,
+        device=take_card(library.settings, library.store, options.gpu, footprint),
         run_code=library.may_run_code(adapters[0]),
     )
     return open_pool(base, library, adapters, tell, warn)

@@ -14,7 +14,8 @@ from loractl.common.errors import UsageError
 from loractl.common.job.method import Method
 from loractl.worker.protocol.trust import check_base
 
-from .adapter_pool import BaseChoice, open_pool, take_device
+from .adapter_pool import BaseChoice, open_pool
+from .card import Footprint, take_card
 from .decoding import Engine, Limits
 from .http import Names
 from .library import Library, Listed, same_base
@@ -40,11 +41,13 @@ def load_served(
     """Check every name before the base is loaded, for that takes long. Raises LoractlError."""
     given = _given(options.adapters, library)
     model, revision, trusted = _base_of(options.base, given, library)
+    method = Method.QLORA if options.load_in_4bit else Method.LORA
+    footprint = Footprint.of(model, revision, method, options.dtype, options.adapter_memory, options.cache_memory)
     base = BaseChoice(
         model=model,
         revision=revision,
-        method=Method.QLORA if options.load_in_4bit else Method.LORA,
-        device=take_device(library.settings, options.gpu),
+        method=method,
+        device=take_card(library.settings, library.store, options.gpu, footprint),
         dtype=options.dtype,
         run_code=trusted,
     )

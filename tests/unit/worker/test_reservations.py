@@ -1,0 +1,141 @@
+"""What a serving process has reserved of a card is seen by the card's node, until that process ends."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+from loractl.common.errors import LoractlError
+from loractl.common.settings import Settings, load_settings
+from loractl.common.store.records import NodeState
+from loractl.common.store.store import Store
+from loractl.worker.device.devices import Process, Snapshot
+from loractl.worker.device.occupancy import Watch
+from loractl.worker.device.reservations import reserve, unused_reservations
+from loractl.worker.serving import card
+from loractl.worker.serving.card import Footprint, take_card
+
+GIB = 2**30
+
+RESERVE = """
+import sys, time
+from pathlib import Path
+from loractl.worker.device.reservations import reserve
+kept = reserve(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))
+print("reserved", flush=True)
+time.sleep(60)
+"""
+
+
+@contextmanager
+def serving(home: Path, uuid: str, size: int) -> Iterator[subprocess.Popen[str]]:
+    """A process that has reserved, as `serve` does."""
+    arguments = [sys.executable, "-c", RESERVE, str(home), uuid, str(size)]
+    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout and process.stdout.readline() == "reserved\n"
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shown:
+    """A card of 80 GiB that shows what it is told to."""
+
+    processes: tuple[Process, ...] | None = ()
+    held: int = 0
+    index: int = 0
+    uuid: str = "GPU-a"
+    name: str = "a card"
+    kind: Literal["nvml"] = "nvml"
+    trains_on: Literal["cuda"] = "cuda"
+    total: int = 80 * GIB
+
+    def look(self) -> Snapshot:
+        return Snapshot(free=self.total - self.held, processes=self.processes)
+
+    def environment(self) -> dict[str, str]:
+        return {}
+
+
+def outside(home: Path, shown: Shown) -> int | None:
+    return Watch(device=shown, node_pid=os.getpid(), home=home).look().outside
+
+
+def test_what_serve_reserved_counts_before_it_is_allocated_and_once(tmp_path: Path) -> None:
+    with serving(tmp_path, "GPU-a", 20 * GIB) as process:
+        assert outside(tmp_path, Shown()) == 20 * GIB
+        half = Shown(processes=(Process(pid=process.pid, bytes=12 * GIB),), held=12 * GIB)
+        assert outside(tmp_path, half) == 20 * GIB
+        more = Shown(processes=(Process(pid=process.pid, bytes=21 * GIB),), held=21 * GIB)
+        assert outside(tmp_path, more) == 21 * GIB, "what it really holds, where that is more"
+        assert outside(tmp_path, Shown(processes=None, held=12 * GIB)) == 20 * GIB, "a driver that lists no processes"
+        assert unused_reservations(tmp_path, "GPU-b", (), 0) == 0, "another card"
+    assert outside(tmp_path, Shown()) == 0, "killed: nothing is left of it"
+    assert not list((tmp_path / "cards" / "GPU-a").iterdir())
+
+
+def test_a_reservation_is_given_back(tmp_path: Path) -> None:
+    reserve(tmp_path, "GPU-a", GIB).close()
+    assert unused_reservations(tmp_path, "GPU-a", (), 0) == 0
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    cards = {"LORACTL_DEVICES": "sim:8GiB,24GiB", "LORACTL_HOST": "heron", "CUDA_VISIBLE_DEVICES": ""}
+    return load_settings({"LORACTL_HOME": str(tmp_path / "home"), **cards})
+
+
+def report(store: Store, index: int, total: int, held: int = 0) -> None:
+    store.see_node(
+        NodeState(
+            node=f"heron:{index}", host="heron", gpu=f"SIM-{index}", device_name="s", kind="sim", total=total,
+            outside_bytes=held, outside=[], used={}, margin=GIB // 2, max_jobs=1, user_limit=None, labels={},
+            load=None, temperature=None, draining=False, versions={}, instance="i",
+        )
+    )  # fmt: skip
+
+
+SIX = Footprint(base=5 * GIB, adapters=GIB // 4, cache=GIB // 8)
+
+
+def test_the_freest_card_is_taken_and_reserved(
+    store: Store, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(card, "_held", [])
+    report(store, 0, 8 * GIB)
+    report(store, 1, 24 * GIB, held=20 * GIB)
+    assert take_card(settings, store, None, SIX) == "cpu"  # simulated cards compute there
+    assert [kept.bytes for kept in card._held] == [SIX.least]
+    assert unused_reservations(settings.home, "SIM-0", None, 0) == SIX.least
+    assert unused_reservations(settings.home, "SIM-1", None, 0) == 0, "the larger one is full"
+
+
+def test_no_room_is_refused_with_a_sentence(store: Store, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(card, "_held", [])
+    report(store, 0, 8 * GIB, held=3 * GIB)
+    with serving(settings.home, "SIM-1", 20 * GIB):
+        with pytest.raises(LoractlError) as refused:
+            take_card(settings, store, None, SIX)
+        assert refused.value.sentence == ("this takes 5.9 GiB, and the freest card (0) has 4.5 free beside its jobs")
+        with pytest.raises(LoractlError, match=r"card 1 has 4\.0 free beside its jobs"):
+            take_card(settings, store, "1", SIX)
+    assert card._held == []
+
+
+def test_without_a_size_for_the_cache_jobs_keep_a_part(settings: Settings) -> None:
+    free = 24 * GIB
+    some = Footprint(base=5 * GIB, adapters=GIB, cache=None)
+    assert some.least < some.within(free) < free - 6 * GIB
+    assert Footprint(base=None, adapters=0, cache=None).within(free) == free

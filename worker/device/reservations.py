@@ -1,0 +1,78 @@
+"""What processes of this box that are no jobs (`generate`, `chat`, `serve`) have reserved of a card.
+
+Each has a file under LORACTL_HOME, which it keeps locked. The lock goes with its process, however that ends. A node
+reads the files whenever it looks at its card, so a claim can't give away what is reserved and not yet allocated.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from .devices import Process
+
+
+@dataclass(frozen=True, kw_only=True)
+class CardShare:
+    """A process's share of a card. It holds while the file is open."""
+
+    pid: int
+    bytes: int
+    file: IO[str]
+    path: Path
+
+    def close(self) -> None:
+        """Give it back before the process ends."""
+        self.path.unlink(missing_ok=True)
+        self.file.close()
+
+
+def reserve(home: Path, uuid: str, size: int) -> CardShare:
+    """Reserve `size` bytes of a card for this process. Raises OSError."""
+    folder = _folder(home, uuid)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{os.getpid()}.json"
+    aside = path.with_suffix(".part")
+    file = aside.open("w", encoding="utf-8")
+    fcntl.flock(file, fcntl.LOCK_EX)
+    json.dump({"pid": os.getpid(), "bytes": size}, file)
+    file.flush()
+    aside.replace(path)  # it appears locked and whole; the lock is the file's, whatever its name
+    return CardShare(pid=os.getpid(), bytes=size, file=file, path=path)
+
+
+def unused_reservations(home: Path, uuid: str, processes: Iterable[Process] | None, outside: int) -> int:
+    """Bytes that are reserved and not yet held by their processes.
+
+    `processes`: what the driver tells of those on the card; None where it does not tell whose memory is whose. Then
+    `outside`, which others than our jobs hold, counts as theirs.
+    """
+    reserved = list(_living(home, uuid))
+    if processes is None:
+        return max(0, sum(size for _, size in reserved) - outside)
+    held = {process.pid: process.bytes or 0 for process in processes}
+    return sum(max(0, size - held.get(pid, 0)) for pid, size in reserved)
+
+
+def _living(home: Path, uuid: str) -> Iterator[tuple[int, int]]:
+    for path in _folder(home, uuid).glob("*.json"):
+        try:
+            with path.open(encoding="utf-8") as file:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    kept = json.load(file)
+                    yield int(kept["pid"]), int(kept["bytes"])
+                else:
+                    path.unlink(missing_ok=True)  # its process has ended
+        except FileNotFoundError:
+            continue  # it ended in between
+
+
+def _folder(home: Path, uuid: str) -> Path:
+    return home / "cards" / uuid

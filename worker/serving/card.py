@@ -1,0 +1,130 @@
+"""The card of a serving process: the freest one with room, reserved beside the jobs, and never exceeded."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from loractl.common.errors import LoractlError
+from loractl.common.job.method import Method
+from loractl.common.memory.config import read_shape
+from loractl.common.memory.plan import CONTEXT_BYTES, MIB, SEGMENT_BYTES, WORKSPACE_BYTES
+from loractl.common.memory.weights import weight_bytes
+from loractl.common.settings import Settings
+from loractl.common.store.store import Store
+from loractl.common.units import gib
+from loractl.worker.device.devices import Device, find_devices
+from loractl.worker.device.reservations import CardShare, reserve, unused_reservations
+
+LEAST_CACHE_BYTES = 512 * MIB
+"""Keys and values of a few answers, and the prompts that are read: without so much there is no serving."""
+
+CACHE_SHARE = 0.6
+"""Share of what a card has free beside base and adapters that keys and values take where no size is asked for. The rest
+stays for jobs."""
+
+TRIES = 5
+"""A job may start between the look at a card and the reservation; then it is looked again."""
+
+_held: list[CardShare] = []
+"""They hold as long as their files are open: until this process ends."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Footprint:
+    """What a serving process will hold of its card. Bytes."""
+
+    base: int | None  # None: the model is not known here, so all that is free is taken
+    adapters: int
+    cache: int | None  # None: by what is free
+
+    @classmethod
+    def of(
+        cls, model: str, revision: str | None, method: Method, dtype: str, adapters: int, cache: int | None = None
+    ) -> Footprint:
+        """Of a base in this number format, with adapters of so many bytes."""
+        shape = read_shape(model, revision)
+        base = None if shape is None else weight_bytes(shape, method, full=dtype == "float32")
+        if base is None and Path(model).is_dir():
+            base = sum(
+                file.stat().st_size for file in Path(model).iterdir() if file.suffix in (".safetensors", ".gguf")
+            )
+        return cls(base=base, adapters=adapters, cache=cache)
+
+    @property
+    def least(self) -> int:
+        """What must be free."""
+        fixed = (self.base or 0) + self.adapters + CONTEXT_BYTES + WORKSPACE_BYTES + SEGMENT_BYTES
+        return fixed + (LEAST_CACHE_BYTES if self.cache is None else self.cache)
+
+    def within(self, free: int) -> int:
+        """What is reserved on a card with so much free."""
+        if self.base is None:
+            return free
+        return self.least if self.cache is not None else self.least + int(CACHE_SHARE * (free - self.least))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Offer:
+    """A card, and what a process that is no job may take of it."""
+
+    device: Device
+    free: int  # bytes
+    taken: int  # reserved for jobs, or used by them
+
+
+def take_card(settings: Settings, store: Store, gpu: str | None, footprint: Footprint) -> str:
+    """cuda or cpu. On a card this process has its reservation from here on, can't allocate beyond it, and sees no other
+    card. Raises LoractlError where no card has room: jobs go before."""
+    from loractl.worker.base.quiet import quieten
+
+    quieten()
+    devices = find_devices(settings, gpu)
+    cards = [device for device in devices if device.kind != "cpu"]
+    if not cards:
+        os.environ.update(devices[0].environment())
+        return devices[0].trains_on
+    device, size = _reserved(settings, store, cards, footprint)
+    os.environ.update(device.environment())
+    if device.trains_on == "cuda":
+        from loractl.worker.base.gauge import hold_to
+
+        hold_to(size, "cuda", device.uuid)
+    return device.trains_on
+
+
+def _reserved(settings: Settings, store: Store, cards: Sequence[Device], footprint: Footprint) -> tuple[Device, int]:
+    """The card with the most room, reserved, and the bytes. Raises LoractlError."""
+    for _ in range(TRIES):
+        best = max(_offers(settings, store, cards), key=lambda offer: offer.free)
+        if footprint.least > best.free:
+            where = f"card {best.device.index}" if len(cards) == 1 else f"the freest card ({best.device.index})"
+            raise LoractlError(
+                f"this takes {gib(footprint.least)} GiB, and {where} has {gib(best.free)} free beside its jobs",
+                "wait for a job to end (loractl gpus), take another card (--gpu), or LORACTL_DEVICES=cpu",
+            )
+        reservation = reserve(settings.home, best.device.uuid, footprint.within(best.free))
+        again = next(iter(_offers(settings, store, [best.device])))
+        if again.taken <= best.taken:
+            _held.append(reservation)
+            return best.device, reservation.bytes
+        reservation.close()  # a job started in between: it goes before
+    raise LoractlError("jobs start on this box faster than a card can be taken", "try again")
+
+
+def _offers(settings: Settings, store: Store, cards: Sequence[Device]) -> list[_Offer]:
+    """What the ledger and the driver leave of each card."""
+    view = store.fleet()
+    known = {node.gpu: view.cards[node.node] for node in view.nodes.values() if node.host == settings.host}
+    offers = []
+    for device in cards:
+        seen, card = device.look(), known.get(device.uuid)
+        others = unused_reservations(settings.home, device.uuid, seen.processes, device.total - seen.free)
+        free, taken = seen.free - others, 0
+        if card is not None:
+            # what the node saw a few seconds ago may lack a reservation, what the driver shows lacks the jobs' unused
+            free, taken = min(free, card.free, card.usable - card.taken - others), card.taken
+        offers.append(_Offer(device=device, free=max(0, free), taken=taken))
+    return offers
