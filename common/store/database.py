@@ -24,6 +24,10 @@ REFUSALS = (SQLAlchemyError, Forbidden, OverflowError, UnicodeError)
 """All that a verb of the store may raise because of the database: it is away (see `outage`), or it refuses values."""
 
 SQLITE_BUSY_MS = 30_000
+NODE_IDLE_S = 8
+"""PostgreSQL ends a transaction of a node that says nothing for so long: a frozen box must not hold the fleet's round
+or a row. A transaction of ours waits for nothing but the database."""
+
 POOL_SIZE, CONNECTIONS = 3, 13
 """PostgreSQL connections that a process keeps open, and that it may have unless it says otherwise."""
 
@@ -34,9 +38,8 @@ _POSTGRES_OPTIONS = {
     "keepalives_interval": 5,
     "keepalives_count": 2,
     "tcp_user_timeout": 15_000,  # ms
-    # A server that answers pings and nothing else must not hold a heartbeat until its lease is over.
-    "options": "-c statement_timeout=20000 -c lock_timeout=10000 -c idle_in_transaction_session_timeout=60000",
 }
+_IDLE_S = 60  # a command may read 100,000 rows and look at them
 _INSUFFICIENT_PRIVILEGE = "42501"
 _READ_ONLY = "25006"  # a standby, or a primary that a failover has stepped down
 _PASSING = (_READ_ONLY, "40", "53", "55P03", "57")
@@ -101,10 +104,11 @@ def told_by(error: BaseException) -> str:
     return next(iter(told.strip().splitlines()), "")
 
 
-def make_engine(url: str, *, connections: int = CONNECTIONS) -> Engine:
+def make_engine(url: str, *, connections: int = CONNECTIONS, idle_s: int = _IDLE_S) -> Engine:
     """An engine with the settings that both dialects need for many small guarded transactions.
 
-    `connections`: at most so many at a time to PostgreSQL; a few are kept open.
+    `connections`: at most so many at a time to PostgreSQL; a few are kept open. `idle_s`: PostgreSQL ends a transaction
+    that says nothing for so long.
     SQLite: WAL, and BEGIN IMMEDIATE for writers: with plain BEGIN, four writers fail with "database is locked".
     PostgreSQL: what the user's role forbids raises Forbidden. Connections to a server that only reads are given up:
     after a failover another one may write.
@@ -113,7 +117,7 @@ def make_engine(url: str, *, connections: int = CONNECTIONS) -> Engine:
         if not url.startswith("sqlite"):
             more = max(0, connections - POOL_SIZE)
             engine = create_engine(
-                url, pool_pre_ping=True, pool_size=POOL_SIZE, max_overflow=more, connect_args=_POSTGRES_OPTIONS
+                url, pool_pre_ping=True, pool_size=POOL_SIZE, max_overflow=more, connect_args=_postgres_options(idle_s)
             )
             event.listen(engine, "handle_error", _look_at_error)
             return engine
@@ -141,6 +145,12 @@ def make_engine(url: str, *, connections: int = CONNECTIONS) -> Engine:
         connection.exec_driver_sql("BEGIN" if read_only else "BEGIN IMMEDIATE")
 
     return engine
+
+
+def _postgres_options(idle_s: int) -> dict[str, Any]:
+    # A server that answers pings and nothing else must not hold a heartbeat until its lease is over.
+    limits = {"statement": 20_000, "lock": 10_000, "idle_in_transaction_session": 1000 * idle_s}
+    return {**_POSTGRES_OPTIONS, "options": " ".join(f"-c {name}_timeout={ms}" for name, ms in limits.items())}
 
 
 def _look_at_error(context: ExceptionContext) -> None:

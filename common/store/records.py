@@ -127,6 +127,13 @@ class Left:
 
 
 @dataclass(frozen=True, kw_only=True)
+class FleetTurn:
+    """A node's turn to do what concerns the whole fleet."""
+
+    settling: bool  # the database was away: living workers come first, no lease is ended yet
+
+
+@dataclass(frozen=True, kw_only=True)
 class NodeState:
     """What a node says of its device. Bytes."""
 

@@ -27,6 +27,7 @@ from .queries import (
     backlog,
     claims,
     endings,
+    fleet_rounds,
     heartbeats,
     jobs,
     nodes,
@@ -39,6 +40,7 @@ from .queries import (
 from .records import (
     Beat,
     Claim,
+    FleetTurn,
     Left,
     NodeState,
     Over,
@@ -177,10 +179,30 @@ class Store:
         with self._write() as tx:
             return endings.finish(tx, claim, reason, message, progress, result)
 
-    def reap(self) -> list[tuple[int, int]]:
-        """End attempts with an expired lease as worker_lost; returns (job_id, vram_class) of jobs that wait again."""
+    def take_turn(self, node: str, every_s: float, settle_s: float) -> FleetTurn | None:
+        """The node's turn to do what concerns the whole fleet: reap, preempt, end_patience.
+
+        None when another does so now, or did within `every_s`. After an outage of the database living workers have
+        `settle_s` before a turn may end leases.
+        """
+        with self._read() as tx:
+            if not fleet_rounds.is_due(tx, every_s):
+                return None
         with self._write() as tx:
-            return endings.reap(tx, self._lease_s)
+            return fleet_rounds.take_turn(tx, node, self._lease_s, every_s, settle_s)
+
+    def reap(self) -> list[tuple[int, int]]:
+        """End attempts with an expired lease as worker_lost; returns (job_id, vram_class) of jobs that wait again.
+
+        Does nothing while another node does so. A transaction ends a few of them.
+        """
+        lost: list[Job] = []
+        while True:
+            with self._write() as tx:
+                some = endings.reap(tx, self._lease_s)
+            lost += some
+            if len(some) < endings.REAPED:
+                return [(job.job_id, job.vram_class) for job in lost if job.status is Status.QUEUED and not job.held]
 
     def give_back(self, node: str) -> list[int]:
         """End what runs on a node as worker_lost at once. A node calls it when it starts: it has no attempts yet."""
@@ -331,8 +353,10 @@ class Store:
         with self._read() as tx:
             return nodes.read_view(tx.session, tx.now())
 
-    def nodes(self) -> list[Node]:
-        return self._all(select(Node).order_by(Node.node))
+    def nodes(self, host: str | None = None) -> list[Node]:
+        """All nodes, or those of a box."""
+        every = select(Node).order_by(Node.node)
+        return self._all(every if host is None else every.where(Node.host == host))
 
     def drains(self) -> dict[str, DrainOrder]:
         """Host or card -> the order that holds for it now."""

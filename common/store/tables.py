@@ -221,6 +221,17 @@ class Node(Base):
         return self.total - self.margin
 
 
+class FleetRound(Base):
+    """What one node at a time does for the whole fleet, and when it was last done."""
+
+    __tablename__ = "fleet_rounds"
+
+    name: Mapped[str] = mapped_column(primary_key=True)
+    node: Mapped[str]  # that did it last
+    at: Mapped[Timestamp]
+    settled_at: Mapped[Timestamp]  # until then no lease is ended: living workers had no database for a while
+
+
 class DrainOrder(Base):
     """A person's wish that a box, or one card of it, takes no more jobs."""
 

@@ -14,6 +14,9 @@ from loractl.common.text import storable
 
 from .tables import Base, Event, UtcDateTime
 
+_FLEET_LOCK = 0x10AC72
+"""Any constant: PostgreSQL's advisory lock of who goes round for the fleet."""
+
 
 class Transaction:
     """Committed at the end, rolled back on an error; its rows stay readable afterwards.
@@ -59,6 +62,15 @@ class Transaction:
     def tell(self, job_id: int, attempt: int | None, kind: str, text: str) -> None:
         """Write a line of the job's history."""
         self.session.add(Event(job_id=job_id, attempt=attempt, at=self.now(), kind=kind, text=storable(text)))
+
+    def is_alone(self) -> bool:
+        """Whether this transaction, and no other, may do until its end what concerns the whole fleet. Does not wait.
+
+        On SQLite a writer is alone in any case.
+        """
+        if self._dialect != "postgresql":
+            return True
+        return bool(self.session.scalar(select(func.pg_try_advisory_xact_lock(_FLEET_LOCK))))
 
     def change(self, statement: Update) -> int:
         """Run a guarded update; returns how many rows it changed."""

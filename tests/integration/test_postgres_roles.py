@@ -167,6 +167,7 @@ def test_a_worker_can_run_jobs_to_their_end_and_clean_up(person: Store, box: Sto
     box.finish(second, Reason.OUT_OF_MEMORY, "out of memory", Progress())
     assert isinstance(take(box), Claim)
     box.give_back("box:0")
+    assert box.take_turn("box:0", 5, 15) is not None
     for verb in (box.reap, box.end_patience, box.preempt, box.fleet, box.spent_logs):
         verb()
     box.drain("box", "loractl", "left something behind", until=box.now() + dt.timedelta(hours=1))

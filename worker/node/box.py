@@ -8,17 +8,20 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from loractl.common.errors import ExitCode
+from loractl.common.placement.sizes import served_classes
 
 from .lock import served_by
 
 if TYPE_CHECKING:
     from loractl.common.settings import Settings
     from loractl.common.store.store import Store
+    from loractl.common.store.tables import Node
     from loractl.worker.device.devices import Device
 
 log = logging.getLogger("loractl.worker")
@@ -129,18 +132,19 @@ class Box:
         from loractl.common.store.database import REFUSALS
 
         try:
-            view = self._store.fleet() if self._store.takes_writes() else None
+            if not self._store.takes_writes():
+                self._stuck_since.clear()  # a node that can't write its row is not stuck
+                return
+            rows, asked_at = {row.node: row for row in self._store.nodes(self._settings.host)}, self._store.now()
+            given = self._given(rows.values())
         except REFUSALS:
-            view = None
-        if view is None:
-            self._stuck_since.clear()  # this can't be told then: a node that can't write its row is not stuck
+            self._stuck_since.clear()  # this can't be told then
             return
         now = time.monotonic()
-        given = {d.placed.node for d in view.decisions if d.placed is not None}
         for device in self._devices:
             node, process = self._name(device), self._nodes[device.index]
-            row = view.nodes.get(node)
-            silent = row is None or (view.now - row.seen_at).total_seconds() > STUCK_S
+            row = rows.get(node)
+            silent = row is None or (asked_at - row.seen_at).total_seconds() > STUCK_S
             if (not silent and node not in given) or process.poll() is not None:
                 self._stuck_since.pop(device.index, None)
                 continue
@@ -155,6 +159,13 @@ class Box:
             else:
                 process.terminate()  # what runs is saved and given back
             self._asked ^= {device.index}
+
+    def _given(self, rows: Iterable[Node]) -> set[str]:
+        """The nodes to which the rule gives a waiting job; it is asked only where one waits that may fit this box."""
+        fitting = {size for row in rows for size in served_classes(row.free)}
+        if not self._store.waiting_classes(fitting):
+            return set()
+        return {d.placed.node for d in self._store.fleet().decisions if d.placed is not None}
 
     def _drain(self) -> None:
         for process in self._nodes.values():

@@ -31,6 +31,9 @@ SEE_S = 5.0
 ROUND_S = 5.0
 """How often a node looks for waiting rows and expired leases by itself: messages are hints and may be lost."""
 
+FLEET_ROUND_S = 3.5
+"""The least time between two rounds for the fleet, which one node at a time makes: each node's own round may be one."""
+
 SETTLE_S = 15.0
 """Seconds after an outage of the database in which living supervisors beat, before their attempts may be ended."""
 
@@ -110,16 +113,15 @@ class Monitor:
             if now >= next_look or self._called.is_set():
                 self._called.clear()
                 next_look = now + SEE_S * self._pace
-                if self._worked("the look", self._look) is False:
-                    next_round = time.monotonic() + SETTLE_S * self._pace
+                self._try("the look", self._look)
             if now >= next_round:
                 next_round = now + ROUND_S * self._pace * random.uniform(0.8, 1.2)  # noqa: S311  spreads nodes, guards nothing
-                if self._worked("the round", lambda: self._go_round(slots)) is False:
-                    next_round = time.monotonic() + SETTLE_S * self._pace
+                self._try("the round", lambda: self._go_round(slots))
+                self._try("the fleet's round", self._tend_fleet)
             self._called.wait(max(0.05, min(next_look, next_round, now + 1.0) - time.monotonic()))
 
-    def _worked(self, what: str, work: Callable[[], None]) -> bool:
-        """Do a part of the round. False when the database was away; a part that always fails ends the node.
+    def _try(self, what: str, work: Callable[[], None]) -> None:
+        """Do a part of the round. One that fails again and again, with its services there, ends the node.
 
         What the database refuses ends nothing: a new node would be refused too, and what runs here would stop for it.
         """
@@ -130,17 +132,16 @@ class Monitor:
         except REFUSALS as error:
             if (why := outage(error)) is not None:
                 log.warning("the database is away: %s", why)
-                return False
-            log.exception("%s failed: the database refuses it: %s", what, told_by(error))
+            else:
+                log.exception("%s failed: the database refuses it: %s", what, told_by(error))
         except Exception:
             # if the monitor ended silently, the node would look offline and never come back
             self._failures[what] = self._failures.get(what, 0) + 1
             log.exception("%s failed, %s of %s times", what, self._failures[what], TRIES)
             if self._failures[what] >= TRIES:
                 os.kill(os.getpid(), signal.SIGTERM)
-            return True
+            return
         self._failures[what] = 0
-        return True
 
     def _look(self) -> None:
         self.report()
@@ -164,14 +165,20 @@ class Monitor:
         wake_others(self._place, given - {self._place.node})
 
     def _go_round(self, slots: Slots) -> None:
-        """End lost attempts, and look for jobs with a lost message or one that came while nothing fitted."""
-        store = self._place.store
+        """Look for jobs with a lost message or one that came while nothing fitted."""
         end_strays(self._place)
-        for job_id, _ in store.reap():
+        if self._place.drain.wish is None and self._place.store.waiting_classes(self._serving):
+            slots.wake()
+
+    def _tend_fleet(self) -> None:
+        """What concerns all jobs, unless another node sees to it: ending lost attempts, giving way, patience."""
+        store, pace = self._place.store, self._pace
+        turn = store.take_turn(self._place.node, FLEET_ROUND_S * pace, SETTLE_S * pace)
+        if turn is None:
+            return
+        for job_id, _ in () if turn.settling else store.reap():
             log.warning("job %s: its worker was lost, it waits again", job_id)
         for job_id in store.preempt():
             log.info("job %s gives way to one of higher priority", job_id)
         for job_id, _ in store.end_patience():
             log.info("job %s has waited long enough for LoRA", job_id)
-        if self._place.drain.wish is None and store.waiting_classes(self._serving):
-            slots.wake()

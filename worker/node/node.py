@@ -31,7 +31,7 @@ from loractl.common.queue.app import make_app
 from loractl.common.queue.hints import WAKE_TASK, card_queue, queue_name
 from loractl.common.queue.valkey import broker_url
 from loractl.common.settings import Settings, load_settings, make_private
-from loractl.common.store.database import CONNECTIONS, connect, make_engine
+from loractl.common.store.database import CONNECTIONS, NODE_IDLE_S, connect, make_engine
 from loractl.common.store.fleet import NODE_STALE_S
 from loractl.common.store.store import Store
 from loractl.common.text import clean_text
@@ -65,7 +65,7 @@ class DeviceNode:
             settings=settings,
             # a slot and its upload each, and the monitor
             store=Store(
-                make_engine(settings.database_url, connections=max(CONNECTIONS, 2 * max_jobs + 2)),
+                make_engine(settings.database_url, connections=max(CONNECTIONS, 2 * max_jobs + 2), idle_s=NODE_IDLE_S),
                 lease_s=settings.lease_s,
             ),
             artifacts=open_store(settings),

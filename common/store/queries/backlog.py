@@ -36,10 +36,13 @@ def node_labels(job: Job) -> dict[str, str]:
 
 
 def end_patience(tx: Transaction) -> list[tuple[int, int]]:
+    if not tx.is_alone():
+        return []
     now = tx.now()
     over = select(Job).where(sql("status = 'queued'"), Job.lora_until.is_not(None), Job.lora_until <= now)
+    first = over.order_by(Job.lora_until, Job.job_id).limit(100).with_for_update(skip_locked=True)
     changed = []
-    for job in tx.session.scalars(over.limit(100).with_for_update(skip_locked=True)):
+    for job in tx.session.scalars(first):
         job.lora_until = None
         line_up(job, node_labels(job), now)
         tx.tell(job.job_id, None, "patience", "waited long enough for LoRA: QLoRA will do now")
@@ -48,8 +51,11 @@ def end_patience(tx: Transaction) -> list[tuple[int, int]]:
 
 
 def waiting_classes(tx: Transaction, classes: Iterable[int]) -> set[int]:
-    ready_job = select(Job.job_id).where(*_is_ready(tx.now())).limit(1)
-    return {size for size in classes if tx.session.scalar(ready_job.where(Job.vram_class == size)) is not None}
+    sizes, ready_job = list(classes), select(Job.job_id).where(*_is_ready(tx.now()))
+    if not sizes:
+        return set()
+    waits = tx.session.execute(select(*(ready_job.where(Job.vram_class == size).exists() for size in sizes))).one()
+    return {size for size, found in zip(sizes, waits, strict=True) if found}
 
 
 def ready(tx: Transaction, limit: int) -> list[Waiting]:

@@ -28,6 +28,9 @@ from ..transaction import Transaction
 from .heartbeats import record
 from .need import need_more
 
+REAPED = 50
+"""Attempts that one transaction ends at most, so that heartbeats need not wait for it."""
+
 
 def finish(
     tx: Transaction, claim: Claim, reason: Reason, message: str, progress: Progress, result: StoredResult | None
@@ -44,24 +47,31 @@ def finish(
     return job.status
 
 
-def reap(tx: Transaction, lease_s: float) -> list[tuple[int, int]]:
+def reap(tx: Transaction, lease_s: float) -> list[Job]:
+    """End the oldest expired leases, at most REAPED of them, unless another node does so now; returns their jobs."""
+    if not tx.is_alone():
+        return []
     now = tx.now()
-    lost = select(Job).where(Job.status == Status.RUNNING, Job.lease_expires_at < now)
-    requeued = []
-    for job in tx.session.scalars(lost.with_for_update(skip_locked=True)):
+    over = select(Job).where(Job.status == Status.RUNNING, Job.lease_expires_at < now)
+    oldest = over.order_by(Job.lease_expires_at, Job.job_id).limit(REAPED).with_for_update(skip_locked=True)
+    lost = sorted(tx.session.scalars(oldest), key=_turn)
+    for job in lost:
         _end_attempt(tx, job, Reason.WORKER_LOST, f"{job.node} was silent for {lease_s:.0f} s", now)
-        if job.status is Status.QUEUED and not job.held:
-            requeued.append((job.job_id, job.vram_class))
-    return requeued
+    return lost
 
 
 def give_back(tx: Transaction, node: str) -> list[int]:
     now = tx.now()
     running = select(Job).where(Job.status == Status.RUNNING, Job.node == node)
-    lost = list(tx.session.scalars(running.with_for_update(skip_locked=True)))
+    lost = sorted(tx.session.scalars(running.with_for_update(skip_locked=True)), key=_turn)
     for job in lost:
         _end_attempt(tx, job, Reason.WORKER_LOST, f"{node} was started anew", now)
     return [job.job_id for job in lost]
+
+
+def _turn(job: Job) -> tuple[str, int]:
+    """All who end several attempts at once charge their users in one order: else two could wait for each other."""
+    return job.user, job.job_id
 
 
 def _end_attempt(tx: Transaction, job: Job, reason: Reason, message: str, now: dt.datetime) -> None:

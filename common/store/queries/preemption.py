@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sqlalchemy import select, update
+from sqlalchemy import func, select, update
 
 from loractl.common.job.status import Status
 from loractl.common.placement.lines import Openings
@@ -18,11 +18,9 @@ from .nodes import read_cards, read_charges
 
 
 def preempt(tx: Transaction) -> tuple[int, ...]:
+    if not tx.is_alone() or not _may_help(tx):
+        return ()
     now = tx.now()
-    willing = select(Job.preempted_by).where(Job.status == Status.RUNNING, Job.preemptible)
-    asked = tx.session.scalars(willing.with_for_update()).all()
-    if not asked or any(by is not None for by in asked):
-        return ()  # no job is willing, or one is on the way out already
     cards, charges = read_cards(tx.session, now), read_charges(tx.session, now)
     decisions = list(place(read_levels(tx.session, now), cards, charges, now, read_oldest(tx.session, now)))
     starting = {d.placed.job.job_id for d in decisions if d.placed is not None}
@@ -32,17 +30,31 @@ def preempt(tx: Transaction) -> tuple[int, ...]:
         way = give_way(job, cards) if job is not None and job.job_id not in starting else None
         if job is not None and way is not None:
             node, going = way
-            _ask(tx, job.job_id, job.priority, node, going)
-            return going
+            return going if _ask(tx, job.job_id, job.priority, node, going) else ()
     return ()
 
 
-def _ask(tx: Transaction, job_id: int, priority: int, node: str, going: Sequence[int]) -> None:
-    """Ask those that run on the node to give way to the job."""
+def _may_help(tx: Transaction) -> bool:
+    """Whether a running job is willing to give way, none is on the way out already, and one waits that is worth it."""
+    willing = select(Job.priority, Job.preempted_by).where(Job.status == Status.RUNNING, Job.preemptible)
+    running = tx.session.execute(willing).all()
+    if not running or any(row.preempted_by is not None for row in running):
+        return False
+    highest = tx.session.scalar(select(func.max(Job.priority)).where(Job.status == Status.QUEUED))
+    return highest is not None and highest > min(row.priority for row in running)
+
+
+def _ask(tx: Transaction, job_id: int, priority: int, node: str, going: Sequence[int]) -> bool:
+    """Ask those that run on the node to give way to the job. False when one of them is ending at this moment."""
+    still = select(Job.job_id).where(Job.job_id.in_(going), Job.status == Status.RUNNING, Job.node == node)
+    locked = tx.session.scalars(still.order_by(Job.job_id).with_for_update(skip_locked=True)).all()
+    if len(locked) < len(going):
+        return False
     tx.session.execute(update(Job).where(Job.job_id.in_(going)).values(preempted_by=job_id))
     for going_id in going:
         tx.tell(going_id, None, "preempt", f"asked to give way to job {job_id} (priority {priority})")
     tx.tell(job_id, None, "preempt", f"takes the room of {_listed(going)} on {node}")
+    return True
 
 
 def _listed(job_ids: Sequence[int]) -> str:

@@ -1,0 +1,82 @@
+"""Several boxes, one database: an outage, equal names."""
+
+from __future__ import annotations
+
+import datetime as dt
+import signal
+import time
+from collections.abc import Callable, Iterator
+
+import psutil
+import pytest
+from sqlalchemy import create_engine, make_url, select, text
+
+from loractl.common.job.status import Status
+from loractl.common.store.database import make_engine
+from loractl.common.store.records import Claim, Progress
+from loractl.common.store.store import Store
+from loractl.common.store.tables import FleetRound
+from loractl.common.units import GIB
+
+from ..conftest import Cli
+from ..unit.factories import node_state, submission
+
+LEASE_S = 6
+
+
+@pytest.fixture
+def fleet_url(postgres_server: str, postgres_template: str) -> Iterator[str]:
+    from ..conftest import _database
+
+    with _database(postgres_server, postgres_template) as url:
+        yield url
+
+
+@pytest.mark.cold
+def test_a_node_that_starts_in_an_outage_of_the_database_takes_no_living_job_over(
+    make_cli: Callable[..., Cli], fleet_url: str, postgres_server: str
+) -> None:
+    cli = make_cli(LORACTL_DATABASE_URL=fleet_url, LORACTL_HOST="owl", LORACTL_LEASE=f"{LEASE_S}s")
+    engine = make_engine(fleet_url)
+    store = Store(engine, lease_s=LEASE_S)
+    worker = cli.start("worker")
+    admin = create_engine(make_url(postgres_server).set(drivername="postgresql+psycopg"), isolation_level="AUTOCOMMIT")
+    try:
+        _until(lambda: _turn_at(store) is not None)
+        store.see_node(node_state("heron:0", total=8 * GIB))
+        store.drain("owl", "ada", "the job is heron's")
+        store.submit(submission(lora=4))
+        claim = store.claim("heron:0")
+        assert isinstance(claim, Claim)
+        with admin.connect() as server:
+            server.execute(text(f"ALTER DATABASE {engine.url.database} ALLOW_CONNECTIONS false"))
+            server.execute(
+                text("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = :name"),
+                {"name": engine.url.database},
+            )
+            (node,) = [p for p in psutil.Process(worker.pid).children() if "loractl.worker.node" in p.cmdline()]
+            node.kill()  # the worker starts it again
+            time.sleep(LEASE_S + 1)
+            server.execute(text(f"ALTER DATABASE {engine.url.database} ALLOW_CONNECTIONS true"))
+        back = store.now()
+        _until(lambda: (_turn_at(store) or back) > back)
+        assert store.job(claim.job_id).attempt == 1 and store.beat(claim, Progress(step=1)).accepted
+        _until(lambda: store.job(claim.job_id).status is Status.QUEUED, seconds=3 * LEASE_S + 20)
+    finally:
+        worker.send_signal(signal.SIGINT)
+        worker.communicate(timeout=60)
+        admin.dispose()
+        engine.dispose()
+
+
+def _turn_at(store: Store) -> dt.datetime | None:
+    """When a node last took its turn for the fleet."""
+    with store._read() as tx:
+        return tx.session.scalar(select(FleetRound.at))
+
+
+def _until(holds: Callable[[], bool], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline, "it does not come to that"
+        time.sleep(0.05)
