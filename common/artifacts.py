@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import ArtifactError, ServiceUnreachable
-from .files import open_files
+from .files import Doing, nothing_told, open_files
 from .settings import Settings, redacted
 
 log = logging.getLogger("loractl")
@@ -79,12 +79,12 @@ class Binding:
 
 
 class ArtifactStore:
-    """Files under one URL, file:// or s3://."""
+    """Files under one URL, file:// or s3://. `doing` is told what is being done, for each block that is moved."""
 
-    def __init__(self, url: str, tell: Callable[[str], None] | None = None) -> None:
+    def __init__(self, url: str, tell: Callable[[str], None] | None = None, doing: Doing = nothing_told) -> None:
         """`tell` takes a sentence for people, once for each result that is read and not bound to its row."""
         self.url = url.rstrip("/")
-        self._files = open_files(self.url)
+        self._files = open_files(self.url, doing)
         self._tell = log.warning if tell is None else tell
         self._told: set[str] = set()
 

@@ -137,6 +137,7 @@ class ServiceUnreachable(LoractlError):
     def __init__(self, service: str, address: str, setting: str, why: str) -> None:
         super().__init__(f"{service} is unreachable at {address}: {why}", f"check that it runs, or set {setting}")
         self.service = service
+        self.facts = service, address, setting, why
 
 
 class Forbidden(LoractlError):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import datetime as dt
+import errno
 import hashlib
 import os
+import secrets
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -22,42 +24,55 @@ what a job names that is just being submitted."""
 
 _BLOCK = 1 << 20
 
+Doing = Callable[[str], None]
+"""Is told what is being done, at its start and for each block that was moved."""
+
+
+def nothing_told(what: str) -> None:
+    """For a caller who does not ask."""
+
 
 class Bucket:
     """Objects on S3 or any other store that fsspec knows. A reader sees an object only when it is complete."""
 
-    def __init__(self, filesystem: Any, root: str) -> None:
+    def __init__(self, filesystem: Any, root: str, doing: Doing = nothing_told) -> None:
         self._fs = filesystem
         self._root = root
+        self._doing = doing
 
     def exists(self, name: str) -> bool:
+        self._doing(f"looking for {name}")
         return bool(self._fs.exists(self._at(name)))
 
     def read(self, name: str) -> bytes:
+        self._doing(f"reading {name}")
         content: bytes = self._fs.cat_file(self._at(name))
         return content
 
     def write(self, name: str, content: bytes) -> None:
+        self._doing(f"writing {name}")
         self._fs.pipe_file(self._at(name), content)
 
     def hash(self, name: str) -> str:
         """Hex sha256 of a file's content, read back in blocks."""
-        digest = hashlib.sha256()
+        digest, what = hashlib.sha256(), f"reading {name} back"
+        self._doing(what)
         with self._fs.open(self._at(name), "rb") as stream:
             while block := stream.read(_BLOCK):
                 digest.update(block)
+                self._doing(what)
         return digest.hexdigest()
 
     def put(self, path: Path, name: str) -> None:
         """Upload a file."""
-        self._fs.put_file(str(path), self._at(name))
+        self._fs.put_file(str(path), self._at(name), callback=self._moving(f"writing {name}"))
 
     def get(self, name: str, path: Path) -> None:
         """Download a file: written aside and renamed."""
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".part-", delete=False) as aside:
             part = Path(aside.name)
         try:
-            self._fs.get_file(self._at(name), str(part))
+            self._load(name, part)
             part.replace(path)
         finally:
             part.unlink(missing_ok=True)
@@ -69,6 +84,7 @@ class Bucket:
 
     def below(self, part: str) -> Iterator[tuple[str, int, dt.datetime]]:
         """(name, bytes, last change) of each file below `part`, or of `part` itself."""
+        self._doing(f"listing {part}")
         for path, info in self._fs.find(self._at(part), detail=True).items():
             yield path.removeprefix(f"{self._root}/"), info["size"], info["LastModified"].astimezone(dt.UTC)
 
@@ -77,28 +93,40 @@ class Bucket:
         names = [name for name, _, _ in self.below(part)]
         for some in ([name for name in names if first(name)], [name for name in names if not first(name)]):
             if some:
+                self._doing(f"removing {part}")
                 self._fs.rm([self._at(name) for name in some])
 
     def prune(self, part: str) -> None:
         """Remove an empty folder; a bucket has none."""
+
+    def _load(self, name: str, path: Path) -> None:
+        self._fs.get_file(self._at(name), str(path), callback=self._moving(f"reading {name}"))
+
+    def _moving(self, what: str) -> Any:
+        """What fsspec calls for each part that it has moved."""
+        from fsspec.callbacks import Callback
+
+        self._doing(what)
+        return Callback(hooks={"moved": lambda size, value, **_: self._doing(what)})
 
     def _at(self, name: str) -> str:
         return f"{self._root}/{name}"
 
 
 class Folder(Bucket):
-    """Files in a folder that others may share: a link is not followed out of it."""
+    """Files in a folder that others may share: a link is not followed out of it.
+
+    A file is written aside and renamed, so that it is seen only when it is complete. It and its folder are on the disk
+    when it counts as written: a power loss takes nothing back.
+    """
+
+    def write(self, name: str, content: bytes) -> None:
+        self._write(name, [content])
 
     def put(self, path: Path, name: str) -> None:
-        """Copy a file: written aside and renamed, so that it is seen only when it is complete."""
-        target = Path(self._at(name))
-        target.parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(f"{target}.part-{os.getpid()}")
-        try:
-            self._fs.put_file(str(path), str(aside))
-            aside.replace(target)
-        finally:
-            aside.unlink(missing_ok=True)
+        """Copy a file."""
+        with path.open("rb") as stream:
+            self._write(name, iter(lambda: stream.read(_BLOCK), b""))
 
     def refresh(self, path: Path, name: str) -> None:
         try:
@@ -107,6 +135,7 @@ class Folder(Bucket):
             self.put(path, name)
 
     def below(self, part: str) -> Iterator[tuple[str, int, dt.datetime]]:
+        self._doing(f"listing {part}")
         top = Path(self._at(part))
         for path in [top] if top.is_symlink() or top.is_file() else _walk(top):
             with contextlib.suppress(FileNotFoundError):  # was just removed by somebody else
@@ -119,12 +148,37 @@ class Folder(Bucket):
             Path(self._at(name)).unlink(missing_ok=True)
         remove_tree(Path(self._at(part)))
 
+    def _write(self, name: str, blocks: Iterable[bytes]) -> None:
+        target, what = Path(self._at(name)), f"writing {name}"
+        self._doing(what)
+        _make_folder(target.parent)
+        aside = Path(f"{target}.part-{secrets.randbelow(10**12)}")
+        try:
+            with aside.open("wb") as stream:
+                for block in blocks:
+                    stream.write(block)
+                    self._doing(what)
+                stream.flush()
+                os.fsync(stream.fileno())
+            aside.replace(target)
+        finally:
+            aside.unlink(missing_ok=True)
+        _sync_folder(target.parent)
+
+    def _load(self, name: str, path: Path) -> None:
+        what = f"reading {name}"
+        self._doing(what)
+        with Path(self._at(name)).open("rb") as stream, path.open("wb") as target:
+            while block := stream.read(_BLOCK):
+                target.write(block)
+                self._doing(what)
+
     def prune(self, part: str) -> None:
         with contextlib.suppress(OSError):  # other files are left
             Path(self._at(part)).rmdir()
 
 
-def open_files(url: str) -> Bucket:
+def open_files(url: str, doing: Doing = nothing_told) -> Bucket:
     """The files below a URL. Raises UsageError for one that can't be opened."""
     import fsspec
 
@@ -150,7 +204,7 @@ def open_files(url: str) -> Bucket:
             "like file:///srv/loractl or s3://bucket/loractl",
         ) from error
     kinds = [filesystem.protocol] if isinstance(filesystem.protocol, str) else filesystem.protocol
-    return (Folder if "file" in kinds else Bucket)(filesystem, root.rstrip("/"))
+    return (Folder if "file" in kinds else Bucket)(filesystem, root.rstrip("/"), doing)
 
 
 def remove_tree(path: Path) -> None:
@@ -160,6 +214,27 @@ def remove_tree(path: Path) -> None:
             shutil.rmtree(path)
         else:
             path.unlink()
+
+
+def _make_folder(path: Path) -> None:
+    """Create a folder and those above it that are missing; each is on the disk then."""
+    if path.is_dir():
+        return
+    _make_folder(path.parent)
+    path.mkdir(exist_ok=True)
+    _sync_folder(path.parent)
+
+
+def _sync_folder(path: Path) -> None:
+    """Write the folder's names to the disk."""
+    folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(folder)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # some file systems can't do that to a folder, and need not
+            raise
+    finally:
+        os.close(folder)
 
 
 def _walk(top: Path) -> Iterator[Path]:

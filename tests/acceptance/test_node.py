@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 from redis import Redis
 
-from loractl.common.artifacts import open_store
 from loractl.common.job.status import Reason, Status
 from loractl.common.queue.hints import card_queue
 from loractl.common.queue.valkey import broker_url
@@ -27,6 +26,7 @@ from loractl.worker.node.device_row import DeviceRow
 from loractl.worker.node.monitor import Monitor
 from loractl.worker.node.options import NodeOptions
 from loractl.worker.node.slots import Slots
+from loractl.worker.storage.client import StoreClient
 
 from ..conftest import Cli
 from ..models import write_job
@@ -159,8 +159,8 @@ def test_a_message_that_finds_no_idle_slot_is_passed_on_to_the_card_that_has_roo
 
     device = SimulatedDevice(index=0, uuid="SIM-0", name="sim", total=8 * GIB)
     place = Workplace(
-        settings=settings, store=store, artifacts=open_store(settings), device=device, node=busy, drain=Drain(),
-        threads=1,
+        settings=settings, store=store, artifacts=StoreClient(settings.artifacts_url), device=device, node=busy,
+        drain=Drain(), threads=1,
     )  # fmt: skip
     watch = Watch(device=device, node_pid=1)
     row = DeviceRow(place, watch, NodeOptions(), max_jobs=1, instance="box")

@@ -25,7 +25,6 @@ from sqlalchemy import Connection, Engine, create_engine, text, update
 from sqlalchemy.orm import Session
 
 from loractl import __version__
-from loractl.common.artifacts import open_store
 from loractl.common.job.status import Reason, Stage, Status
 from loractl.common.settings import load_settings
 from loractl.common.store.database import make_engine
@@ -38,6 +37,7 @@ from loractl.worker.attempt.workplace import Workplace
 from loractl.worker.device.devices import find_devices
 from loractl.worker.device.occupancy import Watch
 from loractl.worker.node import leftovers
+from loractl.worker.storage.client import StoreClient
 
 from ..conftest import Cli
 from ..models import write_job
@@ -57,7 +57,6 @@ QUICK = """
 import os, queue, signal, time
 from pathlib import Path
 
-from loractl.common.artifacts import open_store
 from loractl.common.job.status import Reason, Stage
 from loractl.worker.protocol.marker import close_checkpoint
 from loractl.worker.training.checkpoint import newest_checkpoint
@@ -288,7 +287,8 @@ def test_a_finished_training_outlives_an_outage_that_is_longer_than_all_patience
     lab.until(job_id, lambda job: job.status is Status.SUCCEEDED)
     assert lab.starts() == [f"{job_id}.1"], "it was trained once"
     assert [attempt.node for attempt in lab.store.attempts(job_id)] == ["heron:0"] * 2
-    assert not work.exists() and lab.store.job(job_id).result_host is None
+    assert lab.store.job(job_id).result_host is None
+    _until(lambda: not work.exists())
     lab.cli("adapters", "pull", job_id, lab.folder / "pulled")
 
 
@@ -404,8 +404,8 @@ def test_a_card_on_which_something_of_an_attempt_remains_is_closed_with_the_reas
     claim = lab.store.claim("heron:0")
     assert isinstance(claim, Claim)
     place = Workplace(
-        settings=settings, store=lab.store, artifacts=open_store(settings), device=device, node="heron:0",
-        drain=Drain(), threads=1,
+        settings=settings, store=lab.store, artifacts=StoreClient(settings.artifacts_url), device=device,
+        node="heron:0", drain=Drain(), threads=1,
     )  # fmt: skip
     leftovers.close_if_left(place, Watch(device=device, node_pid=os.getpid()), claim)
     reason = f"job {job_id} left process 4711 behind; look at the card, then loractl undrain heron:0"

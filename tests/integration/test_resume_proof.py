@@ -41,6 +41,7 @@ from loractl.worker.data.prepared import prepare_data
 from loractl.worker.device.devices import find_devices
 from loractl.worker.protocol.marker import MARKER, close_checkpoint
 from loractl.worker.protocol.messages import Note, Saved, Start, Stepped, Told
+from loractl.worker.storage.client import StoreClient
 from loractl.worker.training.recipe import train
 from loractl.worker.training.resume import belongs_to, checkpoint_to_resume
 from loractl.worker.training.run import Run, Stopped
@@ -127,8 +128,8 @@ class Lab:
         claim = self.store.claim(f"{box}:0")
         assert isinstance(claim, Claim)
         place = Workplace(
-            settings=settings, store=self.store, artifacts=self.artifacts, device=device, node=f"{box}:0",
-            drain=Drain(), threads=THREADS,
+            settings=settings, store=self.store, artifacts=StoreClient(self.artifacts.url), device=device,
+            node=f"{box}:0", drain=Drain(), threads=THREADS,
         )  # fmt: skip
         return supervise(place, begin(claim, settings.work_dir))
 

@@ -10,11 +10,12 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from loractl.common.artifacts import ArtifactStore, checkpoint_prefix, manifest_sha256
+from loractl.common.artifacts import checkpoint_prefix, manifest_sha256
 from loractl.common.errors import ArtifactError, ServiceUnreachable
 from loractl.common.store.database import REFUSALS, told_by
 from loractl.common.store.records import Claim, StoredCheckpoint
 from loractl.common.store.store import Store
+from loractl.worker.storage.client import StoreClient
 
 from .patience import away
 
@@ -30,8 +31,12 @@ class CheckpointUpload:
     A checkpoint counts once the row names it. Only the attempt that holds the lease can write that.
     """
 
-    def __init__(self, artifacts: ArtifactStore, store: Store, claim: Claim, folder: Path) -> None:
-        self._artifacts = artifacts
+    def __init__(self, artifacts: StoreClient, store: Store, claim: Claim, folder: Path) -> None:
+        self._told = artifacts.watch.silent
+        self._artifacts = artifacts.watched(
+            replace(artifacts.watch, silent=self._fall_silent, going_on=lambda: self._set_silent(False))
+        )
+        self.silent = False  # the store has had a call of ours for long and says nothing
         self._store = store
         self._claim = claim
         self._folder = folder  # copies of what is being uploaded: the trainer removes its own as newer ones come
@@ -73,6 +78,14 @@ class CheckpointUpload:
         self._thread.join(timeout=timeout)
         return not self._thread.is_alive()
 
+    def _fall_silent(self, doing: str) -> None:
+        if not self.silent:
+            self._told(doing)
+        self._set_silent(True)
+
+    def _set_silent(self, silent: bool) -> None:
+        self.silent = silent
+
     def _run(self) -> None:
         while True:
             with self._changed:
@@ -111,5 +124,6 @@ class CheckpointUpload:
             why = away(error) or told_by(error)
             log.warning("job %s: the checkpoint of step %s is not stored yet: %s", claim.job_id, step, why)
             return False
+        self.silent = False
         log.debug("job %s: the checkpoint of step %s is stored (%.1f s)", claim.job_id, step, time.monotonic() - began)
         return True

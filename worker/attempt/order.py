@@ -107,7 +107,7 @@ def stored_checkpoint(place: Workplace, claim: Claim, folder: Path, note: Callab
     remove_tree(folder)
     target = folder / "checkpoints" / f"checkpoint-{kept.step}"
     try:
-        place.artifacts.pull(checkpoint_binding(kept), "", target)
+        place.artifacts.pull(checkpoint_binding(kept), target)
     except ArtifactError as error:
         log.warning("job %s: the checkpoint of step %s is lost: %s", claim.job_id, kept.step, error.sentence)
         note("refused", f"the stored checkpoint of step {kept.step} is not resumed: {error.sentence}")

@@ -11,6 +11,7 @@ from pathlib import Path
 from loractl.common.errors import ArtifactError, LoractlError, ServiceUnreachable
 from loractl.common.job.status import KEEPING, Status
 from loractl.common.store.database import DatabaseError
+from loractl.worker.storage.client import CallWatch
 
 from .result import READY
 from .state import AttemptState
@@ -20,6 +21,10 @@ log = logging.getLogger("loractl.worker")
 
 CHECKPOINTS_KEPT = 2
 """The newest checkpoints of a job that stay on a box, of all its attempts there: one of them may be torn."""
+
+
+REMOVAL_S = 10.0
+"""A store that says nothing for so long is left: the slot is for the next job, and loractl gc removes the rest."""
 
 
 def clean(place: Workplace, state: AttemptState, status: Status | None) -> None:
@@ -54,7 +59,7 @@ def _remove(place: Workplace, state: AttemptState) -> None:
     if not any(state.folder.parent.iterdir()):
         state.folder.parent.rmdir()
     try:
-        place.artifacts.remove_checkpoints(job_id, attempt)
+        place.artifacts.watched(CallWatch(deadline_s=REMOVAL_S)).remove_checkpoints(job_id, attempt)
     except (ArtifactError, ServiceUnreachable) as error:
         log.warning("job %s: its checkpoints stay for loractl gc: %s", job_id, error.sentence)
 

@@ -19,6 +19,7 @@ from loractl.common.job.status import KEEPING, Reason, Stage, Status
 from loractl.common.store.database import REFUSALS, outage, told_by
 from loractl.common.store.records import Progress, StoredResult
 from loractl.worker.protocol.trust import Refused
+from loractl.worker.storage.client import CallWatch
 
 from .heartbeat import while_beating
 from .order import prepare
@@ -37,6 +38,7 @@ Answer = TypeVar("Answer")
 def supervise(place: Workplace, state: AttemptState) -> Status | None:
     """Run one attempt to its end; returns the job's status, None when the lease was lost on the way."""
     claim = state.claim
+    place = replace(place, artifacts=place.artifacts.watched(_watch(place, state)))
     log.info("job %s %s: attempt %s with %s", claim.job_id, claim.spec.name, claim.attempt, claim.method.value)
     reason, message, result = _carry_out(place, state)
     if state.lease_lost:
@@ -103,14 +105,14 @@ def _carry_out(place: Workplace, state: AttemptState) -> tuple[Reason, str, Stor
         if not while_beating(place, state, lambda: take_ready(state)):
             if claim.result_host == place.settings.host:
                 state.pending = replace(state.pending, result_host="")  # it is torn, or somebody removed it
-            train(place, state, _with_patience(place, state, lambda: prepare(place, state), away))
+            train(place, state, _with_patience(place, state, prepare, away))
         reason, message = state.verdict()
         if reason is not Reason.OK:
             return reason, message, None
         state.pending = replace(state.pending, stage=Stage.STORING)
         while_beating(place, state, lambda: mark_ready(state.folder, state.claim, message))
         state.pending = replace(state.pending, result_host=place.settings.host)
-        return reason, message, _with_patience(place, state, lambda: store_result(place, state), _not_stored)
+        return reason, message, _with_patience(place, state, store_result, _not_stored)
     except Interrupted:
         return *state.verdict(), None
     except (LoractlError, OSError) as error:
@@ -121,10 +123,22 @@ def _carry_out(place: Workplace, state: AttemptState) -> tuple[Reason, str, Stor
         return Reason.TRAINER_ERROR, f"the supervisor failed: {error!r}", None
 
 
+def _watch(place: Workplace, state: AttemptState) -> CallWatch:
+    """How this attempt waits for the artifact store: its history says for what, and its end leaves the call."""
+    return CallWatch(
+        slow_s=place.slow_s,
+        silent=lambda doing: state.note("store", f"waits for the artifact store: {doing}"),
+        over=lambda: state.lease_lost or state.closed,
+    )
+
+
 def _with_patience(
-    place: Workplace, state: AttemptState, work: Callable[[], Answer], passing: Callable[[BaseException], str | None]
+    place: Workplace,
+    state: AttemptState,
+    work: Callable[[Workplace, AttemptState], Answer],
+    passing: Callable[[BaseException], str | None],
 ) -> Answer:
-    """Fetch or store, and try again while the artifact store is away: that is not the job's fault.
+    """Fetch or store, and try again while the artifact store is away or hangs: that is not the job's fault.
 
     The job shows the stage that it is in, and the reason stands in its history.
     """
@@ -138,11 +152,22 @@ def _with_patience(
 
     def tell(why: str) -> None:
         if not state.store_away:
-            log.warning("job %s: %s; tried again until it works", state.claim.job_id, why)
-            state.note("store", f"{why}; it is tried again")
+            log.warning("job %s: %s", state.claim.job_id, why)
+            state.note("store", why)
         state.store_away = True
 
-    answer = while_beating(place, state, lambda: patience.repeat(work, tell))
+    def answers() -> None:
+        state.store_away = False
+
+    watch = replace(
+        _watch(place, state), silent=lambda doing: tell(f"waits for the artifact store: {doing}"), going_on=answers
+    )
+    waiting = replace(place, artifacts=place.artifacts.watched(watch))
+    answer = while_beating(
+        place,
+        state,
+        lambda: patience.repeat(lambda: work(waiting, state), lambda why: tell(f"{why}; it is tried again")),
+    )
     state.store_away = False
     return answer
 

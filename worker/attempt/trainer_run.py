@@ -120,7 +120,7 @@ def _close(place: Workplace, state: AttemptState, upload: CheckpointUpload, pati
     upload.close()
     deadline = time.monotonic() + patience_s
     while not upload.done(min(place.beat_s, max(0.0, deadline - time.monotonic()))):
-        if state.lease_lost or state.cancel_requested or time.monotonic() >= deadline:
+        if state.lease_lost or state.cancel_requested or upload.silent or time.monotonic() >= deadline:
             return
         beat(place, state)
 

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from loractl.common.artifacts import ArtifactStore
 from loractl.common.settings import Settings
 from loractl.common.store.store import Store
 from loractl.worker.device.devices import Device
+from loractl.worker.storage.client import StoreClient
 
 from .drain import Drain
 
 BEAT_S = 5.0
 """How often a running job's row is written; more often with a short lease. A cancel acts within this and a step."""
+
+SLOW_S = 30.0
+"""The store may say nothing for so long before a job's history says that it waits for it; less with a short lease."""
 
 BEATS_A_LEASE = 6
 """The least number of beats in a lease: one or two may be late."""
@@ -24,11 +27,16 @@ class Workplace:
 
     settings: Settings
     store: Store
-    artifacts: ArtifactStore
+    artifacts: StoreClient
     device: Device
     node: str
     drain: Drain
     threads: int  # that a trainer may use
+
+    @property
+    def slow_s(self) -> float:
+        """A call of the artifact store without an answer for so long is told, and may be left."""
+        return min(SLOW_S, self.settings.lease_s / 2)
 
     @property
     def beat_s(self) -> float:

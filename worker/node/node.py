@@ -23,7 +23,6 @@ import warnings
 from pathlib import Path
 from typing import IO, Any
 
-from loractl.common.artifacts import open_store
 from loractl.common.errors import LoractlError
 from loractl.common.placement.cards import default_max_jobs
 from loractl.common.placement.sizes import VRAM_CLASSES
@@ -40,6 +39,7 @@ from loractl.worker.attempt.patience import Patience
 from loractl.worker.attempt.workplace import Workplace
 from loractl.worker.device.devices import Device, find_devices
 from loractl.worker.device.occupancy import Watch
+from loractl.worker.storage.client import StoreClient
 
 from .device_row import DeviceRow
 from .leftovers import end_all
@@ -68,7 +68,7 @@ class DeviceNode:
                 make_engine(settings.database_url, connections=max(CONNECTIONS, 2 * max_jobs + 2), idle_s=NODE_IDLE_S),
                 lease_s=settings.lease_s,
             ),
-            artifacts=open_store(settings),
+            artifacts=StoreClient(settings.artifacts_url),
             device=device,
             node=f"{settings.host}:{device.index}",
             drain=drain,

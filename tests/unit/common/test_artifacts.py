@@ -286,6 +286,35 @@ def test_a_home_with_spaces_and_umlauts_holds_its_artifacts_itself(tmp_path: Pat
     assert store.fetch_dataset(uri, digest, tmp_path / "cache").read_text() == "{}\n"
 
 
+def test_a_file_of_a_folder_is_on_the_disk_before_it_has_its_name(
+    result: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the kernel is asked for, in order: a power loss can't be had in a test."""
+    at = str((tmp_path / "artifacts").resolve())
+    asked: list[tuple[str, str]] = []
+    sync, rename = os.fsync, Path.replace
+
+    def fsync(descriptor: int) -> None:
+        asked.append(("sync", str(Path(f"/proc/self/fd/{descriptor}").readlink()).removeprefix(f"{at}/")))
+        sync(descriptor)
+
+    def replace(path: Path, target: Path) -> Path:
+        asked.append(("rename", str(target).removeprefix(f"{at}/")))
+        return rename(path, target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(Path, "replace", replace)
+    ArtifactStore(f"file://{at}").put_result(result, PREFIX)
+    renamed = [name for what, name in asked if what == "rename"]
+    assert len(renamed) == 4 and renamed[-1] == f"{PREFIX}/{MANIFEST}"
+    for name in renamed:
+        turn = asked.index(("rename", name))
+        assert asked[turn - 1][0] == "sync" and asked[turn - 1][1].startswith(f"{name}.part-")
+        assert asked[turn + 1] == ("sync", name.rpartition("/")[0])
+    synced = {name for what, name in asked if what == "sync"}
+    assert {at, "jobs", "jobs/7", PREFIX} <= synced, "new folders have their names, too"
+
+
 def test_a_full_store_is_an_error_that_names_the_space_and_leaves_no_manifest(result: Path, tmp_path: Path) -> None:
     with small_disk(tmp_path / "full", "64k"):
         store = ArtifactStore((tmp_path / "full" / "artifacts").as_uri())

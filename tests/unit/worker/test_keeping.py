@@ -10,6 +10,7 @@ from loractl.common.binding import checkpoint_binding
 from loractl.common.store.records import Claim, StoredCheckpoint
 from loractl.common.store.store import Store
 from loractl.worker.attempt.checkpoint_upload import CheckpointUpload
+from loractl.worker.storage.client import StoreClient
 
 from ..factories import submission, take
 
@@ -22,7 +23,7 @@ def test_the_newest_is_kept_the_one_before_goes_and_a_step_that_was_saved_twice_
     job_id = store.submit(submission())
     claim = take(store)
     assert isinstance(claim, Claim)
-    keeper = CheckpointUpload(artifacts, store, claim, tmp_path / "keeping")
+    keeper = CheckpointUpload(StoreClient(artifacts.url), store, claim, tmp_path / "keeping")
     held = tmp_path / "artifacts" / "jobs" / str(job_id) / "checkpoints"
     for turn, step in enumerate((5, 10, 10)):
         saved = tmp_path / f"save-{turn}"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from loractl.common.artifacts import ArtifactStore, checkpoint_prefix
+from loractl.common.artifacts import checkpoint_prefix
 from loractl.common.job.status import Reason, Status
 from loractl.common.settings import load_settings
 from loractl.common.store.records import Claim, Progress, StoredCheckpoint
@@ -18,6 +18,7 @@ from loractl.worker.attempt.result import READY
 from loractl.worker.attempt.state import AttemptState, begin
 from loractl.worker.attempt.workplace import Workplace
 from loractl.worker.device.devices import CpuDevice
+from loractl.worker.storage.client import StoreClient
 
 from ..factories import submission, take
 
@@ -58,7 +59,7 @@ class Bench:
 def bench(store: Store, tmp_path: Path) -> Bench:
     settings = load_settings({"LORACTL_HOME": str(tmp_path)})
     place = Workplace(
-        settings=settings, store=store, artifacts=ArtifactStore(settings.artifacts_url),
+        settings=settings, store=store, artifacts=StoreClient(settings.artifacts_url),
         device=CpuDevice(total=1), node="box:0", drain=Drain(), threads=1,
     )  # fmt: skip
     store.submit(submission(max_retries=0))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from loractl.common.artifacts import ArtifactStore, checkpoint_prefix, manifest_sha256
+from loractl.common.artifacts import checkpoint_prefix, manifest_sha256
 from loractl.common.job.identity import training_digests
 from loractl.common.job.method import Method
 from loractl.common.settings import load_settings
@@ -21,6 +21,7 @@ from loractl.worker.attempt.result import mark_ready, ready_result
 from loractl.worker.attempt.workplace import Workplace
 from loractl.worker.device.devices import CpuDevice
 from loractl.worker.protocol.marker import MARKER, close_checkpoint, is_complete
+from loractl.worker.storage.client import StoreClient
 from loractl.worker.training.checkpoint import newest_checkpoint
 
 from .. import factories
@@ -71,7 +72,7 @@ def workplace(home: Path) -> Workplace:
     settings = load_settings({"LORACTL_HOME": str(home)})
     return Workplace(
         settings=settings, store=Store(make_engine(settings.database_url)), device=CpuDevice(total=1), node="box:0",
-        artifacts=ArtifactStore(settings.artifacts_url), drain=Drain(), threads=1,
+        artifacts=StoreClient(settings.artifacts_url), drain=Drain(), threads=1,
     )  # fmt: skip
 
 

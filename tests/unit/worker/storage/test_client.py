@@ -1,0 +1,135 @@
+"""The artifact store as a node reaches it: what answers, what fails, and what hangs.
+
+A named pipe stands where a data set was: who opens it waits, as on a network disk whose server is gone.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from loractl.common.artifacts import ArtifactStore, Binding, manifest_sha256
+from loractl.common.errors import ArtifactError, ServiceUnreachable
+from loractl.worker.storage.client import CallWatch, StoreClient
+
+
+@pytest.fixture
+def artifacts(tmp_path: Path) -> ArtifactStore:
+    return ArtifactStore((tmp_path / "artifacts").as_uri())
+
+
+def stored(artifacts: ArtifactStore, folder: Path, text: str) -> tuple[str, str]:
+    data = folder / f"{text}.jsonl"
+    data.write_text(text)
+    return artifacts.put_dataset(data)
+
+
+def hang(uri: str) -> Path:
+    path = Path(uri.removeprefix("file://"))
+    path.unlink()
+    os.mkfifo(path)
+    return path
+
+
+def processes() -> list[psutil.Process]:
+    """Those below this one that make calls of a store."""
+    return [p for p in psutil.Process().children(recursive=True) if "loractl.worker.storage.process" in _command(p)]
+
+
+def _command(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:  # it ends at this moment
+        return []
+
+
+def until(holds: Callable[[], object], seconds: float = 20) -> None:
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_a_call_has_the_store_s_answer_or_its_error(artifacts: ArtifactStore, tmp_path: Path) -> None:
+    client = StoreClient(artifacts.url)
+    uri, digest = stored(artifacts, tmp_path, "rows")
+    assert client.fetch_dataset(uri, digest, tmp_path / "cache").read_text() == "rows"
+    (tmp_path / "result").mkdir()
+    (tmp_path / "result" / "weights").write_bytes(b"w" * 5000)
+    prefix = "jobs/1/checkpoints/1-5"
+    manifest = client.put_result(tmp_path / "result", prefix)
+    bound = Binding(prefix=prefix, manifest_sha256=manifest_sha256(manifest))
+    assert manifest == artifacts.manifest(bound)
+    client.pull(bound, tmp_path / "pulled")
+    assert (tmp_path / "pulled" / "weights").read_bytes() == b"w" * 5000
+    client.remove_checkpoints(1, 1)
+    with pytest.raises(ArtifactError, match="has no manifest: nothing was stored there"):
+        client.pull(bound, tmp_path / "again")
+    with pytest.raises(ArtifactError) as wrong:
+        client.fetch_dataset("file:///etc/passwd", digest, tmp_path / "cache")
+    assert wrong.value.hint == "submit the job again"
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    with pytest.raises(NotADirectoryError):
+        client.fetch_dataset(uri, digest, blocked / "cache")
+    assert len(processes()) == 1, "one process for all calls"
+
+
+def test_a_call_that_hangs_is_told_and_has_a_deadline(artifacts: ArtifactStore, tmp_path: Path) -> None:
+    uri, digest = stored(artifacts, tmp_path, "rows")
+    other = stored(artifacts, tmp_path, "others")
+    pipe, told = hang(uri), []
+    client = StoreClient(artifacts.url, CallWatch(deadline_s=1.0, slow_s=0.2, silent=told.append))
+    name = pipe.relative_to(tmp_path / "artifacts")
+    with pytest.raises(
+        ServiceUnreachable, match=rf"the artifact store is unreachable at .*: reading {name} had no answer"
+    ):
+        client.fetch_dataset(uri, digest, tmp_path / "cache")
+    assert len(told) == 1 and told[0].startswith(f"reading {name} has had no answer for ")
+    assert client.fetch_dataset(*other, tmp_path / "cache").read_text() == "others", "another process goes on"
+
+
+def test_a_call_is_left_when_it_is_no_longer_wanted_and_holds_up_no_other(
+    artifacts: ArtifactStore, tmp_path: Path
+) -> None:
+    uri, digest = stored(artifacts, tmp_path, "rows")
+    other = stored(artifacts, tmp_path, "others")
+    hang(uri)
+    unwanted, ended = threading.Event(), threading.Event()
+    client = StoreClient(artifacts.url)
+    waits = client.watched(CallWatch(over=unwanted.is_set))
+
+    def fetch() -> None:
+        with pytest.raises(ServiceUnreachable):
+            waits.fetch_dataset(uri, digest, tmp_path / "cache")
+        ended.set()
+
+    threading.Thread(target=fetch, daemon=True).start()
+    assert client.fetch_dataset(*other, tmp_path / "cache").read_text() == "others"
+    assert not ended.is_set()
+    unwanted.set()
+    assert ended.wait(5)
+
+
+def test_a_process_that_hangs_ends_with_its_node(artifacts: ArtifactStore, tmp_path: Path) -> None:
+    uri, digest = stored(artifacts, tmp_path, "rows")
+    hang(uri)
+    node = (
+        "import sys; from pathlib import Path; from loractl.worker.storage.client import StoreClient\n"
+        f"StoreClient({artifacts.url!r}).fetch_dataset({uri!r}, {digest!r}, Path(sys.argv[1]))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", node, str(tmp_path / "cache")])
+    until(lambda: any((tmp_path / "cache").glob(".part-*")))  # it is about to read
+    (child,) = [p for p in psutil.Process(process.pid).children() if "loractl.worker.storage.process" in _command(p)]
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    until(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE)
