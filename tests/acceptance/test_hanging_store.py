@@ -55,18 +55,18 @@ def test_cancel_drain_time_limit_and_sigterm_act_while_s3_passes_nothing_on(
 ) -> None:
     link, environment = s3
     lab.cli = lab.cli.with_environment(**environment)
-    cancelled, drained = lab.submit("--set=priority=2"), lab.submit("--set=priority=1")
+    cancelled, drained = lab.submit("--set=priority=2", steps=60), lab.submit("--set=priority=1")
     limited = lab.submit("--set=resources.time_limit=3s", "--set=training.save_steps=4", steps=4000)
     worker = lab.start()
     lab.until(cancelled, lambda job: job.step)
     link.silence("up")
 
     lab.until(cancelled, lambda job: job.stage is Stage.STORING)
-    waits_for(lab, cancelled, f"writing jobs/{cancelled}/attempt-1/", attempt=1)
+    waits_for(lab, cancelled, f"writing jobs/{cancelled}/", attempt=1)
     lab.cli("cancel", cancelled)
     lab.until(cancelled, lambda job: job.status is Status.CANCELLED, STOP_S)
 
-    waits_for(lab, drained, f"writing jobs/{drained}/attempt-1/", attempt=1)
+    waits_for(lab, drained, f"writing jobs/{drained}/", attempt=1)
     lab.cli("drain", "heron", "--now", "--reason", "a new disk")
     lab.until(drained, lambda job: job.status is Status.QUEUED, STOP_S)
     lab.cli("hold", drained)
@@ -77,7 +77,7 @@ def test_cancel_drain_time_limit_and_sigterm_act_while_s3_passes_nothing_on(
     assert done.reason is Reason.TIMED_OUT
 
     lab.cli("retry", drained)
-    waits_for(lab, drained, f"writing jobs/{drained}/attempt-2/", attempt=2)
+    waits_for(lab, drained, f"writing jobs/{drained}/", attempt=2)
     _ends(worker)
     assert lab.reasons(drained) == [Reason.DRAINED] * 2
 

@@ -46,6 +46,7 @@ DECK = {
     "silence Valkey, box to server": 1,
     "silence Valkey, server to box": 1,
     "fill the store's disk": 2,
+    "hang a box's calls of the store": 2,
     "cancel a job": 3,
 }
 """How often each comes in one deck; decks are shuffled and dealt one after the other."""
@@ -104,6 +105,7 @@ class Injector:
     _waiting: list[tuple[float, Fault]] = field(default_factory=list)
     _numbers: Iterator[int] = field(default_factory=itertools.count)
     _busy: set[str] = field(default_factory=set)  # what a fault holds at this moment
+    _hanging: dict[str, list[psutil.Process]] = field(default_factory=dict)  # box -> its stopped calls of the store
 
     def offer(self, fault: Fault) -> None:
         self._waiting.append((time.monotonic() + WAIT_S, fault))
@@ -124,6 +126,8 @@ class Injector:
             if hit or time.monotonic() > until:
                 self._waiting.remove(waiting)
         for box in self.lab.boxes:
+            if box.name in self._hanging:
+                self._hang(box)
             if box.wanted and not box.runs:
                 box.start()
 
@@ -144,7 +148,10 @@ class Injector:
             return any(self._power_cut(fault, box) for box in self.lab.boxes)
         if kind.startswith("power cut"):
             return self._power_cut(fault, box)
-        whole = {"kill a box": self._kill_box, "stop a box in order": self._stop_box, "freeze a box": self._freeze_box}
+        whole = {
+            "kill a box": self._kill_box, "stop a box in order": self._stop_box, "freeze a box": self._freeze_box,
+            "hang a box's calls of the store": self._hang_calls,
+        }  # fmt: skip
         if kind in whole:
             return whole[kind](fault, box)
         if "off" in kind or "silence" in kind:
@@ -301,6 +308,29 @@ class Injector:
         self.lab.disk.fill()
         self._heal_later(self.lab.lease_s * fault.share, self.lab.disk.free, "store")
         return True
+
+    def _hang_calls(self, fault: Fault, box: Box) -> bool:
+        """Each process of the box that makes calls of the store stands still, also those that come: no call has an
+        answer or an error, as on a hard NFS mount without its server."""
+        name = f"{box.name} store"
+        if name in self._busy or not self._usable(box) or not box.store_calls():
+            return False
+        self._hanging[box.name] = []
+
+        def wake() -> None:
+            _resume(self._hanging.pop(box.name))
+
+        self._hang(box)
+        self._heal_later(self.lab.lease_s * (0.5 + 1.5 * fault.share), wake, name)
+        return True
+
+    def _hang(self, box: Box) -> None:
+        stands = self._hanging[box.name]
+        for process in box.store_calls():
+            if process not in stands:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.suspend()
+                    stands.append(process)
 
     def _cancel(self, fault: Fault) -> bool:
         """Of a waiting or running job; a job in its last moments may still end well."""

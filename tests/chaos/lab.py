@@ -27,6 +27,7 @@ from .proxy import Link, Proxy
 REPO = Path(__file__).parents[2]
 LORACTL = str(Path(sys.executable).with_name("loractl"))
 TRAINER = "tests.chaos.trainer"
+STORE_CALLS = "loractl.worker.storage.process"
 STORE_BYTES = 192 << 20
 
 
@@ -220,6 +221,14 @@ class Box:
                 for below in node.children(recursive=True):
                     if TRAINER in _arguments(below):
                         found[index] = below
+        return found
+
+    def store_calls(self) -> list[psutil.Process]:
+        """The processes that make its nodes' calls of the artifact store."""
+        found = []
+        for node in self.nodes().values():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                found += [child for child in node.children() if STORE_CALLS in _arguments(child)]
         return found
 
     def kill(self) -> None:
