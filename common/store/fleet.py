@@ -44,7 +44,6 @@ OCCUPANT = (
 
 def card_of(node: Node, running: list[Any], now: dt.datetime, drained: Mapping[str, DrainOrder]) -> Card:
     """One node's card. `running`: rows with the columns OCCUPANT."""
-    online = (now - node.seen_at).total_seconds() <= NODE_STALE_S
     return Card(
         node=node.node,
         total=node.total,
@@ -65,10 +64,17 @@ def card_of(node: Node, running: list[Any], now: dt.datetime, drained: Mapping[s
         ),
         max_jobs=node.max_jobs,
         labels=frozenset(node.labels.items()),
-        open=online and not node.draining and node.node not in drained and node.host not in drained,
+        open=_is_open(node, now, drained),
         processor=node.kind == "cpu",
         user_limit=node.user_limit,
     )
+
+
+def _is_open(node: Node, now: dt.datetime, drained: Mapping[str, DrainOrder]) -> bool:
+    """Whether the node is online, works, and is kept empty by nobody."""
+    online = (now - node.seen_at).total_seconds() <= NODE_STALE_S
+    works = node.fault is None and not node.draining
+    return online and works and node.node not in drained and node.host not in drained
 
 
 def waiting_of(row: Mapping[str, Any], now: dt.datetime) -> Waiting:

@@ -155,6 +155,8 @@ class NodeState:
     versions: dict[str, str] = field(default_factory=dict)
     instance: str | None = None
     draining: bool = False
+    fault: str | None = None  # why nothing can run on it, with the next step
+    self_test: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -212,6 +212,8 @@ class Node(Base):
     temperature: Mapped[int | None]  # °C
     versions: Mapped[dict[str, str]]
     draining: Mapped[bool] = mapped_column(default=False)
+    fault: Mapped[str | None] = mapped_column(Text)  # why nothing can run on it, with the next step
+    self_test: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))  # what it showed; null: no test
     instance: Mapped[str | None] = mapped_column(String(64))  # of the box: two boxes may call themselves the same
     seen_at: Mapped[Timestamp]
 

@@ -51,6 +51,8 @@ class DeviceState:
     temperature: int | None  # °C
     versions: Mapping[str, str]
     draining: bool  # its worker is stopping
+    fault: str | None  # why nothing can run on it, with the next step
+    self_test: Mapping[str, Any] | None  # what it showed before it served; null: it had none
     instance: str | None  # of the box: two boxes may call themselves the same
     seen_at: dt.datetime
 

@@ -41,7 +41,7 @@ def _row(device: DeviceState, now: dt.datetime, screen: Screen, *, used: bool) -
         _memory_bar(card, 36 if wide else 20, screen),
         gib(card.free) if card.open else "–",
         *([gib(held) if held else "–"] if used else []),
-        f"{card.total / GIB:.0f}",
+        f"{card.total / GIB:.0f}" if card.total else "?",
         "–" if device.load is None or device.silent_s is not None else f"{device.load}%",
         _obstacle(device, now) or _users(device),
     ]
@@ -50,7 +50,7 @@ def _row(device: DeviceState, now: dt.datetime, screen: Screen, *, used: bool) -
 def _memory_bar(card: Card, width: int, screen: Screen) -> str:
     """Others first, then each job's part, then what is free; rounded so that every held part is visible."""
     blocks = ("▒", "█", "▓", "·", "─") if screen.unicode else ("x", "#", "=", ".", "-")
-    if not card.open and not card.running:
+    if not card.total or (not card.open and not card.running):
         return blocks[4] * width
     parts = [(blocks[0], card.outside)]
     parts += [(blocks[1 + n % 2], max(job.reserved, job.used)) for n, job in enumerate(card.running)]
@@ -63,6 +63,8 @@ def _obstacle(device: DeviceState, now: dt.datetime) -> str | None:
     """Why the card takes no jobs; None where it does."""
     if device.silent_s is not None:
         return f"not seen for {duration(device.silent_s)}"
+    if device.fault is not None:
+        return f"closed: {device.fault}"
     if (order := device.closed_by) is not None:
         until = f" until {clock(order.until, now)}" if order.until else ""
         return f"drained by {order.user}{until}: {order.reason}"

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from loractl.scheduler.answers.overview import JobList, Overview
     from loractl.scheduler.answers.wait.queue import WaitingJobs
 
-_WORD_COLORS = {"never": "red", "held": "yellow", "drained": "yellow", "offline": "yellow"}
+_WORD_COLORS = {"never": "red", "held": "yellow", "drained": "yellow", "closed": "yellow", "offline": "yellow"}
 
 WAITING_SHOWN = 50
 """Waiting jobs that the overview lists; a person reads no more."""

@@ -21,11 +21,17 @@ class FakeCard:
     load: int = 0
     temperature: int = 30
     name: str = "NVIDIA Stand-in"
-    processes: tuple[tuple[int, int | None], ...] = ()  # pid, MiB; None: the driver does not tell
+    processes: tuple[tuple[int, int | None], ...] | None = ()  # pid, MiB; None: the driver does not tell
+    mode: int = 0  # of computing: 2 prohibited, 3 exclusive process
+    lost: bool = False  # it has fallen off the bus
+    slices: tuple[FakeCard, ...] | None = None  # None: it is not in MIG mode
 
-    def lines(self) -> list[str]:
-        first = f"card {self.uuid} {self.total} {self.held} {self.load} {self.temperature} {self.name}"
-        return [first, *(f"process {pid} {'-' if mib is None else mib}" for pid, mib in self.processes)]
+    def lines(self, kind: str = "card") -> list[str]:
+        first = f"{kind} {self.uuid} {self.total} {self.held} {self.load} {self.temperature} {self.name}"
+        processes = [f"process {pid} {'-' if mib is None else mib}" for pid, mib in self.processes or ()]
+        more = ["unlisted"] * (self.processes is None) + ["lost"] * self.lost + ["mig"] * (self.slices is not None)
+        slices = [line for part in self.slices or () for line in part.lines("slice")]
+        return [first, f"mode {self.mode}", *processes, *more, *slices]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,9 +41,9 @@ class StandIn:
     folder: Path  # of libnvidia-ml.so.1
     file: Path
 
-    def show(self, *cards: FakeCard) -> None:
-        """From now on these are the box's cards."""
-        text = "\n".join(line for card in cards for line in card.lines()) + "\n"
+    def show(self, *cards: FakeCard, init: int = 0) -> None:
+        """From now on these are the box's cards. `init`: the result code of nvmlInit, 18 where the versions differ."""
+        text = "\n".join([f"init {init}", *(line for card in cards for line in card.lines())]) + "\n"
         new = self.file.with_suffix(".new")
         new.write_text(text)
         new.replace(self.file)  # never half a file for who reads it now

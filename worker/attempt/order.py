@@ -78,21 +78,23 @@ def prepare(place: Workplace, state: AttemptState) -> Start:
 
 def environment(place: Workplace, claim: Claim) -> dict[str, str]:
     """The trainer's environment: its device alone, its share of the cores, and no address or password of a service."""
+    return {
+        **bare_environment(place, str(claim.job_id)),
+        CARD_VARIABLE: card_mark(place.settings, place.node),
+        RUN_VARIABLE: run_mark(claim.token),
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONUNBUFFERED": "1",
+    }
+
+
+def bare_environment(place: Workplace, name: str) -> dict[str, str]:
+    """The environment of a process on the device that is counted as ours, under this name in place of a job's."""
     hidden = (*ADDRESSES, "AWS_", "PG")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(hidden)}
     owner_s_own = kept.keys() & {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}
     if place.device.trains_on == "cuda" and not owner_s_own:
         kept["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"  # blocks grow in place, so fewer are left unusable
-    return {
-        **kept,
-        **place.device.environment(),
-        JOB_VARIABLE: str(claim.job_id),
-        CARD_VARIABLE: card_mark(place.settings, place.node),
-        RUN_VARIABLE: run_mark(claim.token),
-        "OMP_NUM_THREADS": str(place.threads),
-        "TOKENIZERS_PARALLELISM": "false",
-        "PYTHONUNBUFFERED": "1",
-    }
+    return {**kept, **place.device.environment(), JOB_VARIABLE: name, "OMP_NUM_THREADS": str(place.threads)}
 
 
 def stored_checkpoint(place: Workplace, claim: Claim, folder: Path, note: Callable[[str, str], None]) -> list[Path]:

@@ -43,6 +43,7 @@ class AttemptState:
     adjustment: Adjustment  # what out-of-memory has changed in the job so far
     began: float | None = None  # when it began to train, by the monotonic clock
     trainer: subprocess.Popen[str] | None = None
+    pids: frozenset[int] = frozenset()  # of all trainers that ran for it
     turned_at: float = field(default_factory=time.monotonic)  # when its supervisor last passed through its loop
     closed: bool = False  # its row is closed; what follows is housekeeping
     peaks: Peaks = field(default_factory=Peaks)

@@ -54,7 +54,7 @@ def _run(place: Workplace, state: AttemptState, start: Start, upload: Checkpoint
         (state.folder / "log.txt").open("a", encoding="utf-8") as log_file,
         running(place.settings.trainer, environment(place, state.claim), start, log_file, state.log) as (trainer, told),
     ):
-        state.trainer = trainer
+        state.trainer, state.pids = trainer, state.pids | {trainer.pid}
         assert trainer.stdin
         send(trainer.stdin, start)
         _watch(place, state, trainer, told, upload)

@@ -9,6 +9,7 @@ import os
 import re
 import resource
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -55,11 +56,13 @@ class Gauge:
             resident = _proc_status("VmHWM")  # not ru_maxrss: a process inherits it from its parent
             return Peaks(reserved=resident, process=resident)
         # NVML keeps no peak of a process: this is the highest value seen
-        self._process = max(self._process, _nvml_process_bytes(self._gpu) or 0)
+        now = nvml_process(self._gpu).bytes
+        self._process = max(self._process, now or 0)
         return Peaks(
             allocated=torch.cuda.max_memory_allocated(),
             reserved=torch.cuda.max_memory_reserved(),
             process=self._process or None,
+            held=torch.cuda.memory_reserved() + CONTEXT_BYTES if now is None else now,
         )
 
 
@@ -74,7 +77,7 @@ def hold_to(limit: int | None, device: Literal["cuda", "cpu"], gpu: str) -> None
     if device == "cuda":
         torch.ones(16, 16, device="cuda").mm(torch.ones(16, 16, device="cuda"))  # brings up the context and cuBLAS
         total = torch.cuda.get_device_properties(0).total_memory
-        used = _nvml_process_bytes(gpu)
+        used = nvml_process(gpu).bytes
         context = None if used is None else max(0, used - torch.cuda.memory_reserved())
         torch.cuda.set_per_process_memory_fraction(min(1.0, allocator_room(limit, context) / total))
         return
@@ -161,8 +164,16 @@ def _libc_call(name: str, *arguments: int) -> None:
         function(*arguments)
 
 
-def _nvml_process_bytes(gpu: str) -> int | None:
-    """Bytes of the card that this process holds, context included; None where NVML does not tell (in a container)."""
+@dataclass(frozen=True, kw_only=True)
+class ListedProcess:
+    """This process, as NVML shows it."""
+
+    listed: bool  # False in a container with numbers of its own, and where the driver lists none
+    bytes: int | None  # of the card, context included; None: NVML does not tell
+
+
+def nvml_process(gpu: str) -> ListedProcess:
+    """What NVML shows of this process on the card with that UUID."""
     import pynvml
 
     try:
@@ -171,5 +182,5 @@ def _nvml_process_bytes(gpu: str) -> int | None:
         used = [p.usedGpuMemory for p in pynvml.nvmlDeviceGetComputeRunningProcesses(handle) if p.pid == os.getpid()]
     except pynvml.NVMLError as error:
         log.debug("NVML does not tell this process's memory: %s", error)
-        return None
-    return int(used[0]) if used and used[0] else None
+        return ListedProcess(listed=False, bytes=None)
+    return ListedProcess(listed=bool(used), bytes=int(used[0]) if used and used[0] else None)

@@ -55,7 +55,7 @@ def worker(
     from loractl.common.store.database import connect
     from loractl.common.store.store import Store
     from loractl.common.units import gib
-    from loractl.worker.device.devices import find_devices
+    from loractl.worker.device.devices import find_devices, order_of_numbers
     from loractl.worker.node.box import Box
 
     settings = load_settings()
@@ -71,7 +71,11 @@ def worker(
     broker_url(settings)
     devices = find_devices(settings, gpus)
     for device in devices:
-        click.echo(f"Serving {device.name}, {gib(device.total)} GiB.", err=True)
+        size = f"{gib(device.total)} GiB" if device.total else "closed"
+        named = f" ({settings.host}:{device.number}, {device.uuid})" if device.kind == "nvml" else ""
+        click.echo(f"Serving {device.name}{named}, {size}.", err=True)
+    if devices[0].kind != "cpu" and (order := order_of_numbers()) is not None:
+        click.echo(order, err=True)
     click.echo("Ctrl-C stops after a checkpoint and gives running jobs back.", err=True)
     sys.exit(Box(settings, store, devices, options).run(drain_when_idle))
 

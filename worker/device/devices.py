@@ -3,38 +3,26 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 from loractl.common.errors import UsageError
 from loractl.common.settings import Settings
 from loractl.common.units import parse_size
 
-
-@dataclass(frozen=True, kw_only=True)
-class Process:
-    """A process that holds memory of a device."""
-
-    pid: int
-    bytes: int | None  # None: the driver does not say
-
-
-@dataclass(frozen=True, kw_only=True)
-class Snapshot:
-    """What a device shows at one moment."""
-
-    free: int  # bytes
-    load: int | None = None  # percent
-    temperature: int | None = None  # °C
-    processes: tuple[Process, ...] | None = None  # None: it does not tell
+from .nvidia import NvmlDevice, missing_card, nvidia_cards
+from .snapshot import Snapshot
 
 
 class Device(Protocol):
     """One device."""
 
     @property
-    def index(self) -> int: ...
+    def number(self) -> str:
+        """Its number on the box, like 0; a MIG slice's is like 0.1."""
+        ...
+
     @property
     def uuid(self) -> str: ...
     @property
@@ -61,12 +49,15 @@ class Device(Protocol):
 class CpuDevice:
     """The processor; its memory is the box's RAM, or the container's part of it."""
 
-    index: int = 0
     uuid: str = "cpu"
     name: str = "CPU"
     kind: Literal["cpu"] = "cpu"
     trains_on: Literal["cpu"] = "cpu"
     total: int
+
+    @property
+    def number(self) -> str:
+        return "0"
 
     def look(self) -> Snapshot:
         import psutil
@@ -92,6 +83,10 @@ class SimulatedDevice:
     trains_on: Literal["cpu"] = "cpu"
     total: int
 
+    @property
+    def number(self) -> str:
+        return str(self.index)
+
     def look(self) -> Snapshot:
         return Snapshot(free=self.total)
 
@@ -99,65 +94,88 @@ class SimulatedDevice:
         return {"CUDA_VISIBLE_DEVICES": ""}
 
 
-@dataclass(frozen=True, kw_only=True)
-class NvmlDevice:
-    """An NVIDIA card, always named by its UUID: indexes change with CUDA_DEVICE_ORDER and reboots."""
-
-    index: int
-    uuid: str
-    name: str
-    kind: Literal["nvml", "sim"] = "nvml"  # sim: for placement alone, its memory is not measured
-    trains_on: Literal["cuda", "cpu"] = "cuda"
-    total: int
-
-    def look(self) -> Snapshot:
-        import pynvml
-
-        handle = pynvml.nvmlDeviceGetHandleByUUID(self.uuid)
-        memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
-        return Snapshot(
-            free=int(memory.free),
-            load=_optional(lambda: int(pynvml.nvmlDeviceGetUtilizationRates(handle).gpu)),
-            temperature=_optional(lambda: int(pynvml.nvmlDeviceGetTemperature(handle, pynvml.NVML_TEMPERATURE_GPU))),
-            processes=_optional(lambda: _processes(handle)),
-        )
-
-    def environment(self) -> dict[str, str]:
-        return {"CUDA_VISIBLE_DEVICES": self.uuid if self.trains_on == "cuda" else ""}
-
-
 def find_devices(settings: Settings, only: str | None = None) -> list[Device]:
-    """The devices that LORACTL_DEVICES names, else NVML's, else the CPU.
+    """The devices that LORACTL_DEVICES names, else the NVIDIA cards, else the CPU.
 
     cpu, nvml, sim:8GiB,24GiB (cards that exist for placement alone; training runs on the CPU), or nvml:cpu (NVML's
-    cards for placement, training on the CPU: for trying out). `only`: indexes or UUIDs, like "0,2".
-    Raises UsageError when it can't be understood, or names cards that are not there.
+    cards for placement, training on the CPU: for trying out). Of NVIDIA cards those that CUDA_VISIBLE_DEVICES shows.
+    `only`: numbers or UUIDs, like "0,2". Raises UsageError when it can't be understood, or names what is not there.
     """
+    wanted, devices = _all_devices(settings)
+    if wanted.startswith("nvml") and not devices:
+        raise UsageError("NVML finds no NVIDIA card on this box", "check nvidia-smi, or set LORACTL_DEVICES=cpu")
+    if not wanted.startswith("sim:") and any(isinstance(device, NvmlDevice) for device in devices):
+        visible = _visible(devices)
+        if not visible and wanted.startswith("nvml"):
+            raise UsageError("CUDA_VISIBLE_DEVICES shows no NVIDIA card of this box", "unset it, or name cards by UUID")
+        devices = visible or [_cpu()]
+    return _chosen(devices, only.split(","), "--gpus") if only is not None else devices
+
+
+def find_device(settings: Settings, number: str) -> Device:
+    """The device with this number; an NVIDIA card that is there no more comes back with that as its fault.
+
+    For a node: its worker has chosen the cards when it started.
+    """
+    _, devices = _all_devices(settings)
+    return next((device for device in devices if device.number == number), None) or missing_card(number)
+
+
+def order_of_numbers() -> str | None:
+    """How the numbers in CUDA_VISIBLE_DEVICES are understood; None where it has none."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    if not any(name.strip().isdigit() for name in visible.split(",")):
+        return None
+    return f"CUDA_VISIBLE_DEVICES={visible} is read as nvidia-smi counts, in PCI order; UUIDs are safer."
+
+
+def _all_devices(settings: Settings) -> tuple[str, list[Device]]:
+    """What is wanted, and all devices of that kind; the CPU where anything is wanted and no NVIDIA card is there."""
     wanted = settings.devices or "auto"
     if wanted.startswith("sim:"):
-        return _chosen(_simulated(wanted.removeprefix("sim:")), only)
+        return wanted, _simulated(wanted.removeprefix("sim:"))
     if wanted not in ("auto", "cpu", "nvml", "nvml:cpu"):
         raise UsageError(f"LORACTL_DEVICES={wanted} is not known", "use cpu, nvml, or sim:8GiB,24GiB")
-    cards = [] if wanted == "cpu" else _nvml_cards(on_cpu=wanted == "nvml:cpu")
-    if cards:
-        return _chosen(list(cards), only)
-    if wanted.startswith("nvml"):
-        raise UsageError("NVML finds no NVIDIA card on this box", "check nvidia-smi, or set LORACTL_DEVICES=cpu")
-    return _chosen([_cpu()], only)
+    cards: list[Device] = [] if wanted == "cpu" else list(nvidia_cards(on_cpu=wanted == "nvml:cpu"))
+    return wanted, cards if cards or wanted.startswith("nvml") else [_cpu()]
 
 
-def _chosen(devices: list[Device], only: str | None) -> list[Device]:
-    """The devices that a person named by index or by the beginning of a UUID."""
-    if only is None:
-        return devices
+def _visible(cards: list[Device]) -> list[Device]:
+    """The cards that CUDA_VISIBLE_DEVICES shows, all without it.
+
+    Its numbers count in PCI order: NVML does not know which card CUDA takes for the fastest.
+    """
+    value = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = [name.strip() for name in (value or "").split(",") if name.strip()]
+    if value is None:
+        return cards
+    if not names or names[0] in ("-1", "NoDevFiles"):
+        return []  # CUDA's own ways to say none
+    if any(name.isdigit() for name in names) and os.environ.get("CUDA_DEVICE_ORDER") == "FASTEST_FIRST":
+        uuids = ",".join(card.uuid for card in cards)
+        raise UsageError(
+            f"CUDA_VISIBLE_DEVICES={value} counts the fastest card first (CUDA_DEVICE_ORDER), which the driver's list"
+            " does not say",
+            f"name cards by UUID, like CUDA_VISIBLE_DEVICES={uuids}, or set CUDA_DEVICE_ORDER=PCI_BUS_ID",
+        )
+    chosen = _chosen(cards, names, "CUDA_VISIBLE_DEVICES")
+    return sorted(chosen, key=cards.index)
+
+
+def _chosen(devices: list[Device], names: list[str], source: str) -> list[Device]:
+    """The devices that a person named: by number, by the beginning of a UUID, all slices of a card by its number.
+
+    A UUID that no card has may be that of a card which can't be read.
+    """
     chosen: list[Device] = []
-    for name in (part.strip() for part in only.split(",")):
-        matching = [d for d in devices if name and (str(d.index) == name or d.uuid.startswith(name))]
-        if len(matching) != 1:
-            there = ", ".join(f"{d.index} ({d.uuid})" for d in devices)
-            raise UsageError(
-                f"--gpus: {name!r} is {'not one' if matching else 'no'} card of this box", f"it has {there}"
-            )
+    for name in (part.strip() for part in names):
+        exact = [d for d in devices if name and (d.number == name or d.uuid.startswith(name))]
+        matching = exact or [d for d in devices if name and d.number.startswith(f"{name}.")]
+        if not matching and name.startswith(("GPU-", "MIG-")):
+            matching = [d for d in devices if isinstance(d, NvmlDevice) and d.unread is not None]
+        if len(exact) > 1 or not matching:
+            there, how = ", ".join(f"{d.number} ({d.uuid})" for d in devices), "not one" if exact else "no"
+            raise UsageError(f"{source}: {name!r} is {how} card of this box", f"it has {there}")
         chosen += [d for d in matching if d not in chosen]
     return chosen
 
@@ -179,45 +197,6 @@ def _simulated(sizes: str) -> list[Device]:
             raise UsageError(f"LORACTL_DEVICES: {size!r} {error}", "like sim:8GiB,24GiB") from None
         devices.append(SimulatedDevice(index=index, uuid=f"SIM-{index}", name=f"simulated {size.strip()}", total=total))
     return devices
-
-
-def _nvml_cards(*, on_cpu: bool) -> list[NvmlDevice]:
-    """Every card that NVML shows and CUDA_VISIBLE_DEVICES allows; none without a driver."""
-    import pynvml
-
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError:
-        return []  # no driver, no library: this box has no NVIDIA card
-    cards = []
-    for index in range(pynvml.nvmlDeviceGetCount()):
-        handle = pynvml.nvmlDeviceGetHandleByIndex(index)
-        uuid = pynvml.nvmlDeviceGetUUID(handle)
-        total = int(pynvml.nvmlDeviceGetMemoryInfo(handle).total)
-        card = NvmlDevice(index=index, uuid=uuid, name=pynvml.nvmlDeviceGetName(handle), total=total)
-        cards.append(replace(card, kind="sim", trains_on="cpu") if on_cpu else card)
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is None:
-        return cards
-    allowed = [v.strip() for v in visible.split(",") if v.strip()]
-    return [c for c in cards if str(c.index) in allowed or any(a and c.uuid.startswith(a) for a in allowed)]
-
-
-def _processes(handle: Any) -> tuple[Process, ...]:
-    import pynvml
-
-    running = pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
-    return tuple(Process(pid=p.pid, bytes=p.usedGpuMemory) for p in running)
-
-
-def _optional(query: Any) -> Any:
-    """None where a card does not answer a question: the card is used all the same."""
-    import pynvml
-
-    try:
-        return query()
-    except (pynvml.NVMLError_NotSupported, pynvml.NVMLError_NoPermission, pynvml.NVMLError_FunctionNotFound):
-        return None
 
 
 def _reclaimable() -> int:

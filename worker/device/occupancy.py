@@ -6,8 +6,8 @@ import contextlib
 import hashlib
 import threading
 import time
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,9 @@ import psutil
 
 from loractl.common.settings import Settings
 
-from .devices import Device, Process, Snapshot
+from .devices import Device
 from .reservations import unused_reservations
+from .snapshot import Process, Snapshot
 
 JOB_VARIABLE = "LORACTL_JOB"
 """The variable with the job's number, for a trainer and all that it starts."""
@@ -33,6 +34,15 @@ notebook that frees memory comes back."""
 
 
 @dataclass(frozen=True, kw_only=True)
+class OwnTrainer:
+    """What this node knows of the trainers of one attempt."""
+
+    job: str
+    pids: frozenset[int]  # of all that it has started for the attempt, ended ones too
+    held: int | None = None  # bytes of the device that the running one says it holds; None: it has said nothing yet
+
+
+@dataclass(frozen=True, kw_only=True)
 class Occupancy:
     """A device's memory at one moment. Bytes."""
 
@@ -41,6 +51,8 @@ class Occupancy:
     used: dict[str, int]  # by our jobs
     load: int | None = None  # percent
     temperature: int | None = None  # °C
+    fault: str | None = None  # why nothing can run on the device, with the next step
+    self_test: dict[str, Any] | None = None  # what the device could do before it served; None: it had no test
 
 
 @dataclass(kw_only=True)
@@ -51,62 +63,99 @@ class Watch:
     node_pid: int  # its descendants are ours
     high_water_s: float = HIGH_WATER_S
     home: Path | None = None  # LORACTL_HOME, where processes that are no jobs reserve; None: they do not
+    own: Callable[[], Collection[OwnTrainer]] = tuple  # the trainers of the node's attempts
+    sees_us: bool | None = None  # whether the driver lists this box's processes under our numbers; None: not known
+    fault: str | None = None  # why the device may not serve, by its self-test
+    self_test: dict[str, Any] | None = None  # what the self-test showed
     _looking: threading.Lock = field(default_factory=threading.Lock)
-    _ours: dict[int, str] = field(default_factory=dict)  # pid -> job, kept after its end: the driver is slower
+    _ours: dict[int, str] = field(default_factory=dict)  # pid -> job, kept while the driver lists it: it is slower
     _idle: int | None = None  # bytes held when none of our trainers ran
     _others: list[tuple[float, int]] = field(default_factory=list)  # time, bytes of other people's processes
 
     def look(self) -> Occupancy:
         """The device's state now; any thread may look."""
         with self._looking:
-            return self._look()
+            seen = self._look()
+            return replace(seen, fault=seen.fault or self.fault, self_test=self.self_test)
+
+    def fault_of_device(self) -> str | None:
+        """What the device itself has for a fault now, whatever its self-test said."""
+        with self._looking:
+            return self.device.look().fault
 
     def _look(self) -> Occupancy:
-        trainers = _trainers(self.node_pid)  # before the look: one that ends in between was ours
+        trainers, own = _trainers(self.node_pid), self.own()  # before the look: one that ends in between was ours
         seen = self.device.look()
+        if seen.fault is not None:
+            return Occupancy(outside=0, others=[], used={}, fault=seen.fault)
         if self.device.kind == "sim" and seen.processes is None:
             return Occupancy(outside=self._reserved(None, 0), others=[], used={})
-        self._ours |= {pid: job for pid, (job, _) in trainers.items()}
-        used: dict[str, int] = {}
-        others: list[Process] = []
-        if seen.processes is None:  # a CPU, or a driver that does not tell
-            if self.device.kind == "cpu":
-                for job, resident in trainers.values():
-                    used[job] = used.get(job, 0) + resident
-        elif trainers and not any(p.pid in self._ours or psutil.pid_exists(p.pid) for p in seen.processes):
-            return self._look_from_container(seen, sorted({job for job, _ in trainers.values()}))
-        else:
-            for process in seen.processes:
-                owner = self._ours.get(process.pid)
-                if owner is None:
-                    others.append(process)
-                else:
-                    used[owner] = used.get(owner, 0) + (process.bytes or 0)
-        if not trainers:
-            self._idle = self.device.total - seen.free
-        outside = max(0, self.device.total - seen.free - sum(used.values()))
+        # told by the supervisors too: a trainer that came and went between two looks may have left memory
+        told = {pid: attempt.job for attempt in own for pid in attempt.pids}
+        self._keep(told | {pid: job for pid, (job, _) in trainers.items()}, seen)
+        if self.device.kind == "cpu":
+            return self._account(seen, _sums(trainers.values()), [])
+        if self._is_told_by_process(seen, trainers):
+            listed = seen.processes or ()
+            mine = [(self._ours[p.pid], p.bytes or 0) for p in listed if p.pid in self._ours]
+            return self._account(seen, _sums(mine), [p for p in listed if p.pid not in self._ours], bool(trainers))
+        return self._by_word(seen, {job for job, _ in trainers.values()}, own)
+
+    def _keep(self, ours: Mapping[int, str], seen: Snapshot) -> None:
+        """Remember our processes while they run or the driver lists them: a number is given again after that."""
+        listed = {process.pid for process in seen.processes or ()}
+        self._ours = {pid: job for pid, job in self._ours.items() if pid in listed} | dict(ours)
+
+    def _is_told_by_process(self, seen: Snapshot, trainers: Mapping[int, Any]) -> bool:
+        """Whether the driver says how many bytes our processes hold.
+
+        WSL and some containers list no processes, or no bytes; other containers list numbers of the host. Without a
+        trainer there is nothing of ours that could be missed.
+        """
+        if not trainers or seen.processes is None:
+            return not trainers
+        mine = [process for process in seen.processes if process.pid in self._ours]
+        if mine:
+            return any(process.bytes is not None for process in mine)
+        if self.sees_us is not None:
+            return self.sees_us  # the self-test's own process was found, or was not
+        return any(psutil.pid_exists(process.pid) for process in seen.processes)
+
+    def _account(self, seen: Snapshot, used: dict[str, int], others: list[Process], running: bool = False) -> Occupancy:
+        """What is held and not ours is others'."""
+        held = self.device.total - seen.free
+        if not running:
+            self._idle = held
+        # under numbers of another namespace a trainer of ours that just ended looks like a stranger
+        named = [] if self.sees_us is False else others
+        outside = max(0, held - sum(used.values()))
+        kept = self._rest_of_high_water(sum(p.bytes or 0 for p in named))
+        told = None if self.sees_us is False else seen.processes
         return Occupancy(
-            outside=outside
-            + self._rest_of_high_water(sum(p.bytes or 0 for p in others))
-            + self._reserved(seen.processes, outside),
-            others=[_named(p) for p in others],
+            outside=outside + kept + self._reserved(told, outside),
+            others=[_named(p) for p in named],
             used=used,
             load=seen.load,
             temperature=seen.temperature,
         )
 
-    def _look_from_container(self, seen: Snapshot, jobs: list[str]) -> Occupancy:
-        """The driver may list the host's process numbers, which differ from ours, or none at all.
+    def _by_word(self, seen: Snapshot, jobs: set[str], own: Collection[OwnTrainer]) -> Occupancy:
+        """Where the driver does not tell: our trainers hold what they say.
 
-        Memory beyond what was held before our jobs came counts as our jobs'. Others' new memory is taken for ours
-        until our jobs end: it counts as used, but inside what our jobs reserve.
+        Until each has said it, memory beyond what was held before our jobs came counts as theirs.
         """
         held = self.device.total - seen.free
-        ours = 0 if self._idle is None else max(0, held - self._idle)
+        used = {trainer.job: trainer.held for trainer in own if trainer.held is not None and trainer.job in jobs}
+        silent = sorted(jobs - set(used))
+        if silent and self._idle is None:
+            return Occupancy(outside=None, others=[], used=used, load=seen.load, temperature=seen.temperature)
+        rest = max(0, held - (self._idle or 0) - sum(used.values()))
+        used |= {job: rest // len(silent) for job in silent}
+        outside = max(0, held - sum(used.values()))
         return Occupancy(
-            outside=None if self._idle is None else held - ours + self._reserved(None, held - ours),
+            outside=outside + self._reserved(None, outside),
             others=[],
-            used={job: ours // len(jobs) for job in jobs} if self._idle is not None else {},
+            used=used,
             load=seen.load,
             temperature=seen.temperature,
         )
@@ -189,6 +238,14 @@ def _has_children(pid: int) -> bool:
         return any(path.read_text().strip() for path in Path(f"/proc/{pid}/task").glob("*/children"))
     except OSError:
         return True  # a kernel without that file, or a thread that ended meanwhile: walk
+
+
+def _sums(held: Collection[tuple[str, int]]) -> dict[str, int]:
+    """Bytes by job."""
+    used: dict[str, int] = {}
+    for job, size in held:
+        used[job] = used.get(job, 0) + size
+    return used
 
 
 def _named(process: Process) -> dict[str, Any]:

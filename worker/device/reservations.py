@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from .devices import Process
+from .snapshot import Process
 
 
 @dataclass(frozen=True, kw_only=True)

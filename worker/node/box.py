@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import click
 
 from loractl.common.errors import ExitCode
 from loractl.common.placement.sizes import served_classes
+from loractl.worker.device.devices import find_device
 
 from .lock import served_by
 
@@ -39,6 +41,9 @@ STUCK_S = 90.0
 """A node that is silent for so long, or leaves a job of its own waiting for so long, is asked to stop. After as long
 again it is killed. Then it is started again."""
 
+FIND_AGAIN_S = 15.0
+"""How often cards that can't be read are looked for again."""
+
 KILL_AFTER_S = 15.0
 """After a second Ctrl-C the nodes have so long to give their jobs back."""
 
@@ -51,11 +56,17 @@ class Box:
         self._options = json.dumps({**options, "devices": len(devices)})
         self._store = store
         self._devices = devices
-        self._nodes: dict[int, subprocess.Popen[str]] = {}
-        self._stuck_since: dict[int, float] = {}
-        self._asked: set[int] = set()  # nodes that were told to stop because they are stuck
-        self._started: dict[int, float] = {}  # when the node of a device was started
-        self._failures = {device.index: 0 for device in devices}  # failed starts in a row
+        self._nodes: dict[str, subprocess.Popen[str]] = {}
+        self._stuck_since: dict[str, float] = {}
+        self._asked: set[str] = set()  # nodes that were told to stop because they are stuck
+        self._started: dict[str, float] = {}  # when the node of a device was started
+        # a node of a GPU never serves the processor, though the driver may go meanwhile
+        kinds = {"auto": "cpu" if devices[0].kind == "cpu" else "nvml"}
+        wanted = settings.devices or "auto"
+        self._environment = {**os.environ, "LORACTL_DEVICES": kinds.get(wanted, wanted)}
+        self._given_up: set[str] = set()  # devices whose nodes end at every start
+        self._looked_at = time.monotonic()  # for cards that could not be read
+        self._failures = {device.number: 0 for device in devices}  # failed starts in a row
 
     def run(self, drain_when_idle: bool) -> int:
         """Serve until Ctrl-C or SIGTERM, or until no job is left; returns the exit code."""
@@ -65,7 +76,7 @@ class Box:
 
         signal.signal(signal.SIGTERM, terminated)  # systemd's stop is a first Ctrl-C
         for device in self._devices:
-            self._start(device.index)
+            self._start(device.number)
         try:
             broken = self._wait(drain_when_idle)
             self._drain()
@@ -81,11 +92,12 @@ class Box:
             self._store.forget_node(self._name(device))
         return ExitCode.FAILED if broken else ExitCode.OK
 
-    def _start(self, index: int) -> None:
+    def _start(self, number: str) -> None:
         # A session of its own: the terminal's Ctrl-C reaches this process alone, which then decides.
-        self._started[index] = time.monotonic()
-        self._nodes[index] = subprocess.Popen(
-            [sys.executable, "-m", "loractl.worker.node", "--index", str(index), "--options", self._options],
+        self._started[number] = time.monotonic()
+        self._nodes[number] = subprocess.Popen(
+            [sys.executable, "-m", "loractl.worker.node", "--index", number, "--options", self._options],
+            env=self._environment,
             start_new_session=True,
             stdin=subprocess.PIPE,  # our orders; its end tells the node that we are gone
             stdout=subprocess.DEVNULL,  # a node logs to stderr; here would be Celery's words at its shutdown
@@ -96,7 +108,7 @@ class Box:
         """Watch until no job is left; start a node that ends by itself again. True when a node can't be started."""
         from loractl.common.store.database import REFUSALS, told_by
 
-        largest, idle, watched = max(d.total for d in self._devices), 0, time.monotonic()
+        idle, watched = 0, time.monotonic()
         while idle < IDLE_LOOKS:
             time.sleep(1)
             if time.monotonic() - watched >= WATCH_S:
@@ -104,7 +116,9 @@ class Box:
                 self._restart_stuck()
             if self._restart_ended():
                 return True
+            self._find_again()
             if drain_when_idle:
+                largest = max(d.total for d in self._devices)
                 try:
                     idle = idle + 1 if self._store.unfinished(largest) == 0 else 0
                 except REFUSALS as error:
@@ -112,20 +126,41 @@ class Box:
         return False
 
     def _restart_ended(self) -> bool:
-        """Start nodes again that ended by themselves; True when a node ends at every start."""
+        """Start nodes again that ended by themselves; True when each ends at every start.
+
+        One that does is left alone: it must not end the nodes of other cards.
+        """
         for device in self._devices:
-            index, process = device.index, self._nodes[device.index]
-            if process.poll() is None:
+            number, process = device.number, self._nodes[device.number]
+            if process.poll() is None or number in self._given_up:
                 continue
             served = served_by(self._settings, device) == process.pid
-            self._failures[index] = 0 if served else self._failures[index] + 1
-            if self._failures[index] == NODE_TRIES:
-                click.echo(f"Error: node {index} ended {NODE_TRIES} times just after its start; see above.", err=True)
-                return True
-            click.echo(f"Node {index} ended with status {process.returncode} and is started again.", err=True)
+            self._failures[number] = 0 if served else self._failures[number] + 1
+            if self._failures[number] == NODE_TRIES:
+                click.echo(f"Error: node {number} ended {NODE_TRIES} times just after its start; see above.", err=True)
+                self._given_up.add(number)
+                if len(self._given_up) == len(self._devices):
+                    return True
+                continue
+            click.echo(f"Node {number} ended with status {process.returncode} and is started again.", err=True)
             time.sleep(2)
-            self._start(index)
+            self._start(number)
         return False
+
+    def _find_again(self) -> None:
+        """Look again for cards that could not be read when the worker started: their nodes know neither UUID nor size.
+
+        A node that is asked to stop has no jobs, and is started again with what is there then.
+        """
+        if time.monotonic() - self._looked_at < FIND_AGAIN_S:
+            return
+        self._looked_at = time.monotonic()
+        for place, device in enumerate(self._devices):
+            if device.total == 0:
+                found = find_device(self._settings, device.number)
+                if found.kind == device.kind and found.total:
+                    self._devices[place] = found
+                    self._nodes[device.number].terminate()
 
     def _restart_stuck(self) -> None:
         """The watchdog: stop a node that is silent, or leaves what the rule gives it; then it is started again."""
@@ -142,23 +177,23 @@ class Box:
             return
         now = time.monotonic()
         for device in self._devices:
-            node, process = self._name(device), self._nodes[device.index]
+            node, process = self._name(device), self._nodes[device.number]
             row = rows.get(node)
             silent = row is None or (asked_at - row.seen_at).total_seconds() > STUCK_S
             if (not silent and node not in given) or process.poll() is not None:
-                self._stuck_since.pop(device.index, None)
+                self._stuck_since.pop(device.number, None)
                 continue
-            since = self._stuck_since.setdefault(device.index, now)
-            if now - since < STUCK_S or now - self._started[device.index] < 2 * STUCK_S:
+            since = self._stuck_since.setdefault(device.number, now)
+            if now - since < STUCK_S or now - self._started[device.number] < 2 * STUCK_S:
                 continue
             what = "says nothing" if silent else "leaves a job waiting that is for it"
-            click.echo(f"Node {device.index} {what} and is started anew.", err=True)
-            self._stuck_since.pop(device.index, None)
-            if device.index in self._asked:
+            click.echo(f"Node {device.number} {what} and is started anew.", err=True)
+            self._stuck_since.pop(device.number, None)
+            if device.number in self._asked:
                 process.kill()  # its trainers end with it; the next node gives their jobs back
             else:
                 process.terminate()  # what runs is saved and given back
-            self._asked ^= {device.index}
+            self._asked ^= {device.number}
 
     def _given(self, rows: Iterable[Node]) -> set[str]:
         """The nodes to which the rule gives a waiting job; it is asked only where one waits that may fit this box."""
@@ -193,4 +228,4 @@ class Box:
             log.debug("the node had ended before it could be told %s", order)
 
     def _name(self, device: Device) -> str:
-        return f"{self._settings.host}:{device.index}"
+        return f"{self._settings.host}:{device.number}"

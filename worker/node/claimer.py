@@ -48,6 +48,8 @@ class Claimer:
 
     def _try(self) -> Claim | Left | None:
         seen, now = self._watch.look(), time.monotonic()
+        if seen.fault is not None:
+            return None  # its row says so with the next look
         distrusted = frozenset(node for node, since in self._left.items() if now - since > HOLD_BACK_S)
         claim = self._place.store.claim(self._place.node, seen.outside, seen.used, distrusted)
         if isinstance(claim, Left):

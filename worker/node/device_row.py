@@ -47,6 +47,8 @@ class DeviceRow:
                 load=seen.load,
                 temperature=seen.temperature,
                 draining=draining,
+                fault=seen.fault,
+                self_test=seen.self_test,
                 versions=self._versions,
                 instance=self._instance,
             )

@@ -37,7 +37,7 @@ from loractl.common.text import clean_text
 from loractl.worker.attempt.drain import Drain
 from loractl.worker.attempt.patience import Patience
 from loractl.worker.attempt.workplace import Workplace
-from loractl.worker.device.devices import Device, find_devices
+from loractl.worker.device.devices import Device, find_device
 from loractl.worker.device.occupancy import Watch
 from loractl.worker.storage.client import StoreClient
 
@@ -46,6 +46,7 @@ from .leftovers import end_all
 from .lock import DeviceLock
 from .monitor import Monitor
 from .options import NodeOptions
+from .self_test import SelfTest
 from .slots import Slots
 
 log = logging.getLogger("loractl.worker")
@@ -70,13 +71,14 @@ class DeviceNode:
             ),
             artifacts=StoreClient(settings.artifacts_url),
             device=device,
-            node=f"{settings.host}:{device.index}",
+            node=f"{settings.host}:{device.number}",
             drain=drain,
             threads=max(1, (os.cpu_count() or 1) // (options.devices * max_jobs)),
         )
         self._instance = _instance(settings.runtime_dir / "instance")
         watch = Watch(device=device, node_pid=os.getpid(), high_water_s=options.high_water_s, home=settings.home)
         row = DeviceRow(self._place, watch, options, max_jobs=max_jobs, instance=self._instance)
+        self._self_test = SelfTest(self._place, watch, lambda: self._monitor.look_soon())
         self._monitor = Monitor(self._place, row, devices=options.devices)
         self._slots = Slots(self._place, watch, max_jobs, changed=self._changed, overheard=self._monitor.pass_on)
 
@@ -109,12 +111,14 @@ class DeviceNode:
         signal.signal(signal.SIGTERM, lambda *_: self._shut_down())
         self._slots.start()
         self._monitor.start(self._slots)
+        self._self_test.start()
         try:
             self._consume(app)
         finally:
             self._shut_down()
             self._slots.close()
             self._monitor.stop()
+            self._self_test.stop()
             self._lock.close()
 
     def _consume(self, app: Any) -> None:
@@ -156,7 +160,7 @@ class DeviceNode:
         if before is not None and before.instance not in (None, self._instance):
             if (store.now() - before.seen_at).total_seconds() < NODE_STALE_S:
                 raise LoractlError(
-                    f"another box calls itself {self._settings.host} and serves its device {place.device.index}",
+                    f"another box calls itself {self._settings.host} and serves its device {place.device.number}",
                     "give each its own name: LORACTL_HOST=...",
                 )
         elif before is not None:  # the lock says that no process of that node is alive
@@ -204,7 +208,7 @@ class _CleanFormatter(logging.Formatter):
 def main() -> None:
     """Serve the device with the given index."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--index", type=int, required=True)
+    parser.add_argument("--index", required=True, help="the device's number, like 0, or 0.1")
     parser.add_argument("--options", type=json.loads, default={}, help="NodeOptions as JSON")
     arguments = parser.parse_args()
     handler = logging.StreamHandler()
@@ -216,8 +220,8 @@ def main() -> None:
     settings = load_settings()
     for folder in (settings.runtime_dir, settings.work_dir, settings.cache_dir):
         make_private(folder)  # logs, data sets, checkpoints
-    device = next(d for d in find_devices(settings) if d.index == arguments.index)
     try:
+        device = find_device(settings, arguments.index)
         DeviceNode(settings, device, NodeOptions(**arguments.options), drain).serve()
     except LoractlError as error:
         log.error("%s\nHint: %s", error.sentence, error.hint)

@@ -10,7 +10,7 @@ from loractl.common.store.database import outage
 from loractl.worker.attempt.state import AttemptState, begin
 from loractl.worker.attempt.supervisor import supervise
 from loractl.worker.attempt.workplace import Workplace
-from loractl.worker.device.occupancy import Watch
+from loractl.worker.device.occupancy import OwnTrainer, Watch
 
 from .claimer import Claimer
 from .leftovers import close_if_left
@@ -38,6 +38,7 @@ class Slots:
         self._changed = changed
         self._overheard = overheard
         self._claimer = Claimer(place, watch)
+        watch.own = self._own_trainers
         self._woken = threading.Condition()
         self._calls = 0  # how often the slots were woken
         self._idle = 0  # slots that sleep
@@ -53,6 +54,17 @@ class Slots:
     def attempts(self) -> dict[int, AttemptState]:
         """Slot -> what is supervised there at this moment."""
         return self._attempts.copy()
+
+    def _own_trainers(self) -> list[OwnTrainer]:
+        """What supervisors know of their trainers: numbers, and the memory that each says it holds."""
+        return [
+            OwnTrainer(
+                job=str(state.claim.job_id),
+                pids=state.pids,
+                held=None if state.trainer is None else state.peaks.held,
+            )
+            for state in self.attempts.values()
+        ]
 
     def wake(self) -> None:
         """Let idle slots look for a job; returns at once. Where none is idle, the message is for others."""

@@ -22,18 +22,20 @@ class _Message(BaseModel):
 
 
 class Peaks(BaseModel):
-    """The highest points of a trainer's memory so far, in bytes; None: not measured."""
+    """The highest points of a trainer's memory so far, and what it holds now, in bytes; None: not measured."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
     allocated: int | None = None  # CUDA: by tensors
     reserved: int | None = None  # CUDA: by the allocator; on a CPU the resident set
     process: int | None = None  # of the device by the whole process, context included
+    held: int | None = None  # CUDA: of the device by the whole process at this moment, no peak
 
-    def above(self, other: Peaks) -> Peaks:
-        """The higher of each: two trainers may have run for one attempt."""
-        ours, theirs = self.model_dump(), other.model_dump()
-        return Peaks(**{name: max(filter(None, (ours[name], theirs[name])), default=None) for name in ours})
+    def above(self, newer: Peaks) -> Peaks:
+        """The higher of each peak: two trainers may have run for one attempt."""
+        ours, theirs = self.model_dump(), newer.model_dump()
+        peaks = {name: max(filter(None, (ours[name], theirs[name])), default=None) for name in ours}
+        return Peaks(**{**peaks, "held": newer.held})
 
 
 class Start(_Message):

@@ -86,7 +86,7 @@ def take_card(settings: Settings, store: Store, gpu: str | None, footprint: Foot
     if not cards:
         os.environ.update(devices[0].environment())
         return devices[0].trains_on
-    device, size = _reserved(settings, store, cards, footprint)
+    device, size = _reserved(settings, store, _working(cards), footprint)
     os.environ.update(device.environment())
     if device.trains_on == "cuda":
         from loractl.worker.base.gauge import hold_to
@@ -95,12 +95,21 @@ def take_card(settings: Settings, store: Store, gpu: str | None, footprint: Foot
     return device.trains_on
 
 
+def _working(cards: Sequence[Device]) -> list[Device]:
+    """The cards without a fault. Raises LoractlError where there is none: no base of GPUs is loaded on a processor."""
+    faults = {device.number: device.look().fault for device in cards}
+    working = [device for device in cards if faults[device.number] is None]
+    if not working:
+        raise LoractlError(f"card {cards[0].number} can't be used: {faults[cards[0].number]}", "loractl gpus shows all")
+    return working
+
+
 def _reserved(settings: Settings, store: Store, cards: Sequence[Device], footprint: Footprint) -> tuple[Device, int]:
     """The card with the most room, reserved, and the bytes. Raises LoractlError."""
     for _ in range(TRIES):
         best = max(_offers(settings, store, cards), key=lambda offer: offer.free)
         if footprint.least > best.free:
-            where = f"card {best.device.index}" if len(cards) == 1 else f"the freest card ({best.device.index})"
+            where = f"card {best.device.number}" if len(cards) == 1 else f"the freest card ({best.device.number})"
             raise LoractlError(
                 f"this takes {gib(footprint.least)} GiB, and {where} has {gib(best.free)} free beside its jobs",
                 "wait for a job to end (loractl gpus), take another card (--gpu), or LORACTL_DEVICES=cpu",

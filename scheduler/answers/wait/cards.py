@@ -61,7 +61,8 @@ def _fit(job: Job, me: Waiting, card: Card, view: FleetView) -> CardFit:
         return fit("never", "lacks the label " + ", ".join(f"{k}={v}" for k, v in sorted(me.requires - card.labels)))
     if not job.methods:
         return fit("never", "its resources.max_vram is below every need")
-    if not could_ever_hold(at_last(job, me), card):
+    fault = view.nodes[card.node].fault
+    if card.total and not could_ever_hold(at_last(job, me), card):
         return fit("never", "card is smaller than the job")
     if me.only_host not in (None, card.host) and job.result_until is not None:
         text = f"until then {me.only_host} alone may take it: it has the finished result"
@@ -72,6 +73,8 @@ def _fit(job: Job, me: Waiting, card: Card, view: FleetView) -> CardFit:
         return fit(until, f"drained by {order.user}: {order.reason}", order.until)
     if not card.open:
         silent = silent_s(view, card.node)
+        if fault is not None and silent <= NODE_STALE_S:
+            return fit("?", f"closed: {fault}")
         return fit("?", "its worker is stopping" if silent <= NODE_STALE_S else f"not seen for {duration(silent)}")
     if not suits_at_last(job, card, view):
         return fit("never", "a processor is for what no GPU of the fleet can hold")

@@ -83,6 +83,8 @@ def _never(job: Job, me: Waiting, view: FleetView) -> Wait | None:
     labelled = [card for card in view.cards.values() if me.requires <= card.labels]
     if not labelled:
         return never(f"no box has the label {', '.join(f'{k}={v}' for k, v in sorted(me.requires))}")
+    if not all(card.total for card in labelled):
+        return None  # one that can't be read now may be large enough
     gpus = [card for card in labelled if not card.processor] or labelled
     largest = max(gpus, key=lambda card: card.usable)
     least = me.least
@@ -132,7 +134,8 @@ def _user_limit(view: FleetView) -> int | None:
 
 def _no_open_card(job: Job, me: Waiting, view: FleetView) -> Wait | None:
     """No open card could ever hold it, though a closed one could."""
-    holding = [card for card in view.cards.values() if me.requires <= card.labels and could_ever_hold(me, card)]
+    labelled = [card for card in view.cards.values() if me.requires <= card.labels]
+    holding = [card for card in labelled if could_ever_hold(me, card) or not card.total]
     if any(card.open and suits_at_last(job, card, view) for card in holding):
         return None
     if not holding:
@@ -143,6 +146,9 @@ def _no_open_card(job: Job, me: Waiting, view: FleetView) -> Wait | None:
         if order is not None:
             until = f" until {clock(order.until, view.now)}" if order.until else ""
             return _fleet("drained", f"{card.node} by {order.user}{until}: {order.reason}")
+    for card in online:
+        if (fault := view.nodes[card.node].fault) is not None:
+            return _fleet("closed", f"{card.node}: {fault}")
     left_out = next((card for card in online if card.open), None)
     if left_out is not None:
         what = "a processor, for what no GPU of the fleet can hold; no GPU with its labels is online"

@@ -1,8 +1,7 @@
-"""Who holds a device's memory, and which cards a box has: through the real nvidia-ml-py on a stand-in library."""
+"""Who holds a device's memory."""
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -16,94 +15,22 @@ import psutil
 import pytest
 
 from loractl.worker.device import occupancy
-from loractl.worker.device.devices import CpuDevice, Process, Snapshot
-from loractl.worker.device.occupancy import HIGH_WATER_S, JOB_VARIABLE, RUN_VARIABLE, Watch, end_leftovers, run_mark
-
-from ...nvml import MIB, FakeCard, StandIn, build, compiler
+from loractl.worker.device.devices import CpuDevice
+from loractl.worker.device.occupancy import (
+    HIGH_WATER_S,
+    JOB_VARIABLE,
+    RUN_VARIABLE,
+    OwnTrainer,
+    Watch,
+    end_leftovers,
+    run_mark,
+)
+from loractl.worker.device.snapshot import Process, Snapshot
 
 GIB = 2**30
 
-LOOK = """
-import json, sys
-from loractl.common.settings import load_settings
-from loractl.worker.device.devices import find_devices
-for device in find_devices(load_settings(), sys.argv[1] if len(sys.argv) > 1 else None):
-    seen = device.look()
-    print(json.dumps({
-        "index": device.index, "uuid": device.uuid, "name": device.name, "total": device.total, "free": seen.free,
-        "kind": device.kind, "load": seen.load, "temperature": seen.temperature, "sees": device.environment(),
-        "processes": None if seen.processes is None else [[p.pid, p.bytes] for p in seen.processes],
-    }))
-"""
-
-CARDS = (
-    FakeCard(
-        uuid="GPU-aaaa", total=24576, held=300, load=55, temperature=61, name="NVIDIA A10", processes=((7, 1000),)
-    ),
-    FakeCard(uuid="GPU-bbbb", total=81920, name="NVIDIA A100 80GB", processes=((8, None), (9, 4096), (10, 1))),
-)
-
-
-@pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> StandIn:
-    if compiler() is None:
-        pytest.skip("no C compiler for the NVML stand-in")
-    return build(tmp_path_factory.mktemp("nvml"))
-
-
-def look(library: StandIn, *only: str, code: int = 0, **environment: str) -> list[dict]:
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("LORACTL_", "CUDA_"))}
-    done = subprocess.run(
-        [sys.executable, "-c", LOOK, *only],
-        env={**kept, **library.environment(), "LORACTL_HOME": str(library.folder), **environment},
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert done.returncode == code, done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines()] if code == 0 else [{"error": done.stderr}]
-
-
-def test_cards_are_seen_through_nvml_with_their_processes(library: StandIn) -> None:
-    library.show(*CARDS)
-    small, large = look(library)
-    assert small == {
-        "index": 0, "uuid": "GPU-aaaa", "name": "NVIDIA A10", "total": 24 * GIB, "free": (24576 - 1300) * MIB,
-        "kind": "nvml", "load": 55, "temperature": 61, "sees": {"CUDA_VISIBLE_DEVICES": "GPU-aaaa"},
-        "processes": [[7, 1000 * MIB]],
-    }  # fmt: skip
-    assert large["processes"] == [[8, None], [9, 4096 * MIB], [10, MIB]], "the driver does not tell of 8"
-    assert large["free"] == (81920 - 4097) * MIB
-    library.show(CARDS[0])
-    assert [card["uuid"] for card in look(library)] == ["GPU-aaaa"], "the file is read at every call"
-
-
-def test_a_box_serves_the_cards_that_its_owner_or_its_scheduler_names(library: StandIn) -> None:
-    library.show(*CARDS)
-    for only in ("1", "GPU-b"):
-        assert [card["uuid"] for card in look(library, only)] == ["GPU-bbbb"]
-    assert [card["index"] for card in look(library, "1,0")] == [1, 0]
-    assert [card["uuid"] for card in look(library, CUDA_VISIBLE_DEVICES="1")] == ["GPU-bbbb"]
-    assert [card["index"] for card in look(library, CUDA_VISIBLE_DEVICES="GPU-bbbb")] == [1], "its index stays"
-    assert "no card of this box" in look(library, "2", code=1)[0]["error"]
-    assert "not one card" in look(library, "GPU", code=1)[0]["error"]
-    hidden = look(library, "0", code=1, CUDA_VISIBLE_DEVICES="1")[0]["error"]
-    assert "no card of this box" in hidden, "what a scheduler hides can't be asked for"
-
-
-def test_the_stand_in_of_a_card_for_trials_trains_on_the_processor(library: StandIn) -> None:
-    library.show(*CARDS)
-    card = look(library, "0", LORACTL_DEVICES="nvml:cpu")[0]
-    assert (card["kind"], card["sees"]) == ("sim", {"CUDA_VISIBLE_DEVICES": ""})
-
-
-def test_without_a_driver_there_is_no_card(library: StandIn) -> None:
-    library.file.unlink(missing_ok=True)
-    assert [card["kind"] for card in look(library)] == ["cpu"]
-    assert "NVML finds no NVIDIA card" in look(library, code=1, LORACTL_DEVICES="nvml")[0]["error"]
-
-
-# --- whose memory it is ---
+NOBODY = 2**22 + 1
+"""Beyond any process number of this machine."""
 
 
 @dataclass(kw_only=True)
@@ -163,6 +90,58 @@ def test_a_trainer_that_the_driver_lists_after_its_end_is_still_ours() -> None:
     assert (seen.used, seen.outside, seen.others) == ({"12": 10 * GIB}, 0, [])
 
 
+def test_a_number_that_is_given_again_after_a_trainer_s_end_is_not_ours() -> None:
+    shown = Shown()
+    watch = Watch(device=shown, node_pid=os.getpid())
+    with program(**{JOB_VARIABLE: "12"}) as trainer:
+        mine = (Process(pid=trainer.pid, bytes=10 * GIB),)
+        shown.processes = mine
+        watch.look()
+    shown.processes = ()
+    watch.look()
+    shown.processes = mine
+    assert watch.look().outside == 10 * GIB
+
+
+def test_memory_of_a_trainer_that_came_and_went_between_two_looks_is_seen() -> None:
+    shown = Shown(processes=(Process(pid=NOBODY, bytes=10 * GIB),))
+    watch = Watch(device=shown, node_pid=os.getpid())
+    assert watch.look().used == {}, "without being told, it is some stranger's"
+    watch.own = lambda: [OwnTrainer(job="12", pids=frozenset({NOBODY}))]
+    assert watch.look().used == {"12": 10 * GIB}
+
+
+@pytest.mark.parametrize(
+    "listed", [None, (), "without bytes", "of the host"], ids=["WSL", "nothing", "no bytes", "foreign numbers"]
+)
+def test_where_the_driver_does_not_tell_our_trainers_hold_what_they_say(listed: object) -> None:
+    """Others' memory that came meanwhile is seen, which the memory before our job alone could not tell."""
+    shown = Shown(processes=None, held=4 * GIB)
+    watch = Watch(device=shown, node_pid=os.getpid())
+    assert watch.look().outside == 4 * GIB
+    with program(**{JOB_VARIABLE: "12"}) as trainer, program() as somebody:
+        mine = [OwnTrainer(job="12", pids=frozenset({trainer.pid}))]
+        watch.own = lambda: mine
+        if listed == "without bytes":
+            listed = (Process(pid=trainer.pid, bytes=None), Process(pid=somebody.pid, bytes=None))
+        elif listed == "of the host":  # one of them is by chance a number of ours
+            listed, watch.sees_us = (Process(pid=somebody.pid, bytes=9 * GIB), Process(pid=NOBODY, bytes=GIB)), False
+        shown.processes, known = listed, sum(p.bytes or 0 for p in listed or ())
+        shown.held = 20 * GIB - known
+        seen = watch.look()
+        assert (seen.outside, seen.used) == (4 * GIB, {"12": 16 * GIB}), "before its first word all that is new"
+        mine = [OwnTrainer(job="12", pids=frozenset({trainer.pid}), held=6 * GIB)]
+        seen = watch.look()
+        assert (seen.outside, seen.used) == (14 * GIB, {"12": 6 * GIB})
+    if watch.sees_us is False:
+        seen = watch.look()
+        assert (seen.outside, seen.others) == (20 * GIB, []), (
+            "what the driver still lists of ours is held by nobody else"
+        )
+        shown.processes, shown.held = (), 4 * GIB
+        assert watch.look().outside == 4 * GIB
+
+
 def test_a_process_of_another_container_has_no_name_and_counts_all_the_same() -> None:
     pid = next(pid for pid in range(2**22 - 1, 1, -1) if not psutil.pid_exists(pid))
     seen = Watch(device=Shown(processes=(Process(pid=pid, bytes=GIB),)), node_pid=os.getpid()).look()
@@ -198,6 +177,12 @@ def test_a_driver_that_does_not_list_processes_still_tells_what_is_free() -> Non
     assert (seen.outside, seen.others, seen.used) == (30 * GIB, [], {})
 
 
+def test_a_card_with_a_fault_has_nothing_to_give_and_says_why() -> None:
+    device = SimpleNamespace(kind="nvml", total=GIB, look=lambda: Snapshot(free=0, fault="it is lost"))
+    seen = Watch(device=device, node_pid=os.getpid()).look()
+    assert (seen.fault, seen.used, seen.others) == ("it is lost", {}, [])
+
+
 def test_a_card_that_exists_for_placement_alone_has_nothing_of_others() -> None:
     seen = Watch(device=Shown(processes=None, held=30 * GIB, kind="sim"), node_pid=os.getpid()).look()
     assert (seen.outside, seen.used) == (0, {})
@@ -214,7 +199,6 @@ def test_in_a_container_the_drivers_numbers_are_not_ours_and_our_memory_is_still
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """NVML counts by the host's process numbers there, or lists nothing: the look before our job tells what is ours."""
-    nobody = 2**22 + 1  # beyond any process number of this machine
     shown = {"free": 20 * GIB, "processes": ()}
     device = SimpleNamespace(kind="nvml", total=24 * GIB, look=lambda: Snapshot(**shown))
     job = subprocess.Popen(
@@ -225,7 +209,7 @@ def test_in_a_container_the_drivers_numbers_are_not_ours_and_our_memory_is_still
         monkeypatch.setattr(occupancy, "_trainers", lambda pid: {})
         assert watch.look().outside == 4 * GIB
         monkeypatch.undo()
-        for listed in ((), (Process(pid=nobody, bytes=9 * GIB),)):
+        for listed in ((), (Process(pid=NOBODY, bytes=9 * GIB),)):
             shown |= {"free": 11 * GIB, "processes": listed}
             seen = watch.look()
             assert (seen.outside, seen.used) == (4 * GIB, {"7": 9 * GIB})

@@ -17,9 +17,9 @@ from loractl.common.errors import LoractlError
 from loractl.common.settings import Settings, load_settings
 from loractl.common.store.records import NodeState
 from loractl.common.store.store import Store
-from loractl.worker.device.devices import Process, Snapshot
 from loractl.worker.device.occupancy import Watch
 from loractl.worker.device.reservations import reserve, unused_reservations
+from loractl.worker.device.snapshot import Process, Snapshot
 from loractl.worker.serving import card
 from loractl.worker.serving.card import Footprint, take_card
 

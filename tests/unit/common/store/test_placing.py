@@ -26,7 +26,7 @@ from loractl.common.store.store import Store
 from loractl.common.store.tables import Base, Job
 from loractl.common.units import GIB
 
-from ...factories import NOON, RESULT, Clock, node_state, submission
+from ...factories import NOON, RESULT, Clock, node_state, submission, take
 
 NOTHING = Progress()
 HOUR = 3600.0
@@ -55,6 +55,13 @@ def gib_of(size: int | None) -> float:
 
 
 # --- bytes ---
+
+
+def test_a_card_with_a_fault_takes_nothing_until_it_works_again(store: Store) -> None:
+    store.submit(submission())
+    assert take(store, fault="it is lost") is None
+    assert store.fleet().cards["box:0"].open is False
+    assert isinstance(take(store), Claim)
 
 
 def test_slots_that_claim_at_once_never_reserve_the_same_bytes(store: Store) -> None:

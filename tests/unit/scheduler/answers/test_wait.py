@@ -131,6 +131,21 @@ def test_a_job_whose_result_lies_on_a_box_names_it_and_until_when() -> None:
 # --- fleet ---
 
 
+def test_a_card_that_is_closed_by_a_fault_is_named_with_it() -> None:
+    lost = "the driver has lost it: reset it"
+    assert told(waits(), card(fault=lost)) == ("closed", f"box:0: {lost}")
+    assert told(waits(), card(fault=lost), card("b:0"))[0] == "next", "another takes it"
+    (fit,) = card_fits(waits(), fleet([card(fault=lost)]))
+    assert (fit.when, fit.then) == ("?", f"closed: {lost}")
+
+
+def test_a_card_that_can_t_be_read_may_be_large_enough() -> None:
+    unread, small = card(total=0, fault="reboot the box"), card("b:0", 4)
+    for nodes in ((unread,), (unread, small)):
+        assert told(waits(lora=60, qlora=50), *nodes) == ("closed", "box:0: reboot the box")
+    assert {fit.when for fit in card_fits(waits(lora=60, qlora=50), fleet([unread, small]))} == {"?", "never"}
+
+
 def test_a_drained_card_is_named_with_who_why_and_until_when() -> None:
     order = drained("box:0", until=in_seconds(3600))
     word, sentence = told(waits(), card(), drains=[order])

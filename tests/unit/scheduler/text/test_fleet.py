@@ -63,6 +63,13 @@ def test_who_holds_little_is_seen_all_the_same() -> None:
     assert "box:0  ▒█··················" in devices(fleet_of(view), PIPE)
 
 
+def test_a_card_that_closed_itself_says_why_and_what_to_do() -> None:
+    view = fleet([card(fault="it is lost: reset it"), card("box:1", 0, fault="reboot the box")])
+    rows = devices(fleet_of(view), PIPE).splitlines()
+    assert rows[1] == "box:0  ────────────────────     –  24     –  closed: it is lost: reset it"
+    assert rows[2] == "box:1  ────────────────────     –   ?     –  closed: reboot the box"
+
+
 def test_an_empty_fleet_says_what_to_do() -> None:
     assert devices(fleet_of(fleet([])), PIPE).endswith("loractl worker")
 

@@ -1,0 +1,101 @@
+"""A card's self-test: in a process of its own before the card serves, and again while it fails."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Sequence
+
+from loractl.worker.attempt.order import bare_environment
+from loractl.worker.attempt.workplace import Workplace
+from loractl.worker.device.occupancy import Watch
+from loractl.worker.protocol.self_test import SelfTestReport, read_report
+
+log = logging.getLogger("loractl.worker")
+
+SELF_TEST = "loractl.worker.base.self_test"
+
+AGAIN_S = 60.0
+"""Seconds between two looks at a card's faults; one that failed is tested again then."""
+
+LONGEST_S = 180.0
+"""Importing torch from a slow disk takes a minute; a test that takes longer than this hangs in the driver."""
+
+NAME = "self-test"
+"""Under this in place of a job's number its memory is ours: it must not be held for a stranger's that may come back."""
+
+
+class SelfTest:
+    """Keeps a card of CUDA closed until its self-test has passed, at the start and after every fault.
+
+    `changed` is called when the card has opened or closed.
+    """
+
+    def __init__(self, place: Workplace, watch: Watch, changed: Callable[[], None], module: str = SELF_TEST) -> None:
+        self._place = place
+        self._watch = watch
+        self._changed = changed
+        self._command = [sys.executable, "-m", module, place.device.trains_on, place.device.uuid]
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="self-test", daemon=True)
+        if place.device.trains_on == "cuda":
+            watch.fault = "its self-test has not ended yet"
+
+    def start(self) -> None:
+        """Test in a thread; a processor and a simulated card need no test."""
+        if self._watch.fault is not None:
+            self._thread.start()
+
+    def stop(self) -> None:
+        """Let the thread end; a test that runs ends by itself."""
+        self._stopped.set()
+
+    def _run(self) -> None:
+        while not self._stopped.is_set():
+            before = self._watch.fault
+            if self._watch.fault_of_device() is not None:
+                self._watch.fault = before or "its self-test is due, since it had a fault"
+            elif before is not None:
+                self._test()
+                if self._watch.fault != before:
+                    self._changed()
+            self._stopped.wait(AGAIN_S)
+
+    def _test(self) -> None:
+        report = self_test(self._command, bare_environment(self._place, NAME))
+        if report.fault is not None and report.fault != self._watch.fault:
+            log.error("%s is closed: %s", self._place.node, report.fault)
+        self._watch.self_test = report.model_dump()
+        self._watch.sees_us = report.sees_us
+        self._watch.fault = report.fault
+
+
+def self_test(command: Sequence[str], environment: dict[str, str], longest_s: float = LONGEST_S) -> SelfTestReport:
+    """Run a self-test and read its report; a process that gives none is a fault, too."""
+    process = subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+        env=environment,
+        start_new_session=True,
+    )
+    try:
+        output, errors = process.communicate(timeout=longest_s)
+    except subprocess.TimeoutExpired:
+        process.kill()  # not waited for: a process that hangs in the driver can't be ended
+        hung = f"its self-test did not end within {longest_s:.0f} s: the driver hangs; look at dmesg, reboot the box"
+        return SelfTestReport(fault=hung)
+    return read_report(output) or SelfTestReport(fault=_end_without_report(process.returncode, errors))
+
+
+def _end_without_report(code: int, errors: str) -> str:
+    """bitsandbytes ends a process by exit(1) where a kernel fails, and says why on its last line."""
+    how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
+    last = next((line.strip() for line in reversed(errors.splitlines()) if line.strip()), "nothing was said")
+    return f"its self-test ended with {how}: {last[:300]}"

@@ -1,0 +1,32 @@
+"""What a card's self-test says to its node: one JSON object on a line of its own."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict
+
+
+class SelfTestReport(BaseModel):
+    """What a card could do before it served. Bytes; None: not known, or not reached."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    fault: str | None  # why it can't train, with the next step; None: it can
+    torch: str | None = None
+    cuda: str | None = None  # that torch was built for
+    driver: str | None = None
+    capability: str | None = None  # like 9.0
+    context: int | None = None  # of the device, by the process beside the allocator
+    workspaces: int | None = None  # that cuBLAS took from the allocator
+    process: int | None = None  # of the device by the whole process, as NVML tells it
+    sees_us: bool | None = None  # whether NVML lists this box's processes under their own numbers
+    seconds: float | None = None
+
+
+def read_report(output: str) -> SelfTestReport | None:
+    """The report in what the test printed; None without one. Libraries print there too."""
+    for line in reversed(output.splitlines()):
+        try:
+            return SelfTestReport.model_validate_json(line)
+        except ValueError:
+            continue
+    return None
