@@ -105,6 +105,32 @@ class ListedLine:
         return None
 
 
+class SubstitutedLine:
+    """A line in which one job stands in another form: at its own place by age, but with other needs or methods."""
+
+    def __init__(self, line: Line, changed: Waiting) -> None:
+        self._line = line
+        self._number = changed.job_id
+        self._changed: Waiting | None = changed  # None: it was given
+        self._read: Waiting | None = None  # from the line, and not given yet
+
+    def next(self, openings: Openings) -> Waiting | None:
+        other, self._read = self._read, None
+        if other is None or not openings.admit(other.least, other.requires):
+            other = self._other(openings)
+        changed = self._changed
+        if changed is None or not openings.admit(changed.least, changed.requires):
+            return other
+        if other is not None and other.job_id < changed.job_id:
+            return other
+        self._changed, self._read = None, other
+        return changed
+
+    def _other(self, openings: Openings) -> Waiting | None:
+        job = self._line.next(openings)
+        return self._line.next(openings) if job is not None and job.job_id == self._number else job
+
+
 def levels_of(jobs: Iterable[Waiting]) -> Iterator[dict[str, Line]]:
     """The lines of a list of jobs, by priority (the highest first) and user."""
     by_level: dict[int, dict[str, list[Waiting]]] = {}

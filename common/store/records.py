@@ -160,6 +160,26 @@ class NodeState:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Choice:
+    """A filter for jobs; with nothing set it takes all."""
+
+    user: str | None = None
+    label: tuple[str, str] | None = None  # key, value
+
+    @property
+    def is_set(self) -> bool:
+        return bool(self.user or self.label)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Page:
+    """A part of a list."""
+
+    limit: int = 50
+    after: int | None = None  # the last job of the part before it; None: from the start
+
+
+@dataclass(frozen=True, kw_only=True)
 class Over:
     """Of some jobs: those that the database knows, those that need no files, and attempts that left no kept result.
 

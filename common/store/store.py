@@ -22,6 +22,7 @@ from loractl.common.placement.lines import Waiting
 from loractl.common.settings import LEASE_S
 
 from .fleet import FleetView
+from .glance import Glance
 from .queries import (
     adapters,
     backlog,
@@ -30,6 +31,7 @@ from .queries import (
     fleet_rounds,
     heartbeats,
     jobs,
+    lines,
     nodes,
     preemption,
     retention,
@@ -39,11 +41,13 @@ from .queries import (
 )
 from .records import (
     Beat,
+    Choice,
     Claim,
     FleetTurn,
     Left,
     NodeState,
     Over,
+    Page,
     Progress,
     SpentLog,
     StoredCheckpoint,
@@ -318,6 +322,20 @@ class Store:
         """Jobs, newest first, that match every given filter."""
         return self._all(jobs.matching(statuses, user, label, ended_since, sweep_id).limit(limit))
 
+    def newest(self, choice: Choice, page: Page) -> list[Job]:
+        """The page's jobs in any state, the newest first, and one more where there is one."""
+        return self._all(jobs.newest(choice, page))
+
+    def glance(
+        self, choice: Choice, page: Page, ended_since: dt.datetime, *, alone: bool = False, most_sweeps: int = 20
+    ) -> Glance:
+        """What runs, a page of what waits, and numbers for the rest.
+
+        `alone`: the page has no members of sweeps. Raises JobNotFound for a page after a job that does not exist.
+        """
+        with self._read() as tx:
+            return jobs.read_glance(tx, choice, page, ended_since, alone, most_sweeps)
+
     def attempts(self, job_id: int) -> list[Attempt]:
         return self._all(jobs.attempts(job_id))
 
@@ -364,22 +382,32 @@ class Store:
             return nodes.drained_targets(tx.session, tx.now())
 
     def ready(self, limit: int) -> list[Waiting]:
-        """The jobs that could be claimed now, by priority and age; at most so many."""
+        """The first jobs that could be claimed now, in the order in which the rule tries them; at most so many."""
         with self._read() as tx:
-            return backlog.ready(tx, limit)
+            now = tx.now()
+            return lines.read_order(tx.session, now, nodes.read_charges(tx.session, now), limit)
+
+    def would_start(self, changed: Waiting) -> str | None:
+        """The card that the rule would give a waiting job now if it had this form; None: no card."""
+        with self._read() as tx:
+            return nodes.read_start(tx.session, tx.now(), changed)
 
     def adapters(self) -> list[Adapter]:
         return self._all(select(Adapter).order_by(Adapter.job_id))
+
+    def newest_adapters(self, page: Page) -> list[Adapter]:
+        """The page's adapters, the newest job first, and one more where there is one."""
+        return self._all(adapters.newest_adapters(page))
 
     def adapter(self, reference: Reference) -> Adapter:
         """The stored adapter that a person means. Raises JobNotFound, AdapterNotFound."""
         with self._read() as tx:
             return adapters.read_adapter(tx, reference)
 
-    def tags(self) -> dict[int, list[str]]:
-        """The tags of each job's adapter; the newest of a name has latest."""
+    def tags(self, job_ids: Collection[int] | None = None) -> dict[int, list[str]]:
+        """The tags of each job's adapter, or of these jobs; the newest of a name has latest."""
         with self._read() as tx:
-            return adapters.read_tags(tx)
+            return adapters.read_tags(tx, job_ids)
 
     # --- inside ---
 

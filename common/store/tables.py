@@ -64,6 +64,7 @@ class Job(Base):
         _where_queued("ix_jobs_line_need", "queue_key", "vram_needed"),
         _where_queued("ix_jobs_line_user", "priority", "user", "job_id"),
         _where_queued("ix_jobs_waiting", "job_id"),
+        _where_queued("ix_jobs_order", "priority", "job_id"),
         _where_queued("ix_jobs_class", "vram_class"),
         _where_queued("ix_jobs_patience", "lora_until", also=" AND lora_until IS NOT NULL"),
         Index(
@@ -71,6 +72,14 @@ class Job(Base):
             "lease_expires_at",
             postgresql_where=text("status = 'running'"),
             sqlite_where=text("status = 'running'"),
+        ),
+        Index("ix_jobs_sweep", "sweep_id", "status", "ended_at"),
+        Index(
+            "ix_jobs_ended",
+            "ended_at",
+            "status",
+            postgresql_where=text("ended_at IS NOT NULL"),
+            sqlite_where=text("ended_at IS NOT NULL"),
         ),
         {"sqlite_autoincrement": True},  # a number is never given twice, also after a delete
     )
@@ -133,7 +142,7 @@ class Job(Base):
     adapter_uri: Mapped[str | None] = mapped_column(Text)
     report_uri: Mapped[str | None] = mapped_column(Text)
     manifest_sha256: Mapped[str | None] = mapped_column(String(64))  # of its result; null: of an earlier version
-    sweep_id: Mapped[int | None] = mapped_column(index=True)  # the sweep that it belongs to
+    sweep_id: Mapped[int | None]  # the sweep that it belongs to
 
 
 class Sweep(Base):
@@ -285,10 +294,11 @@ class Adapter(Base):
     """A stored adapter of a job that succeeded."""
 
     __tablename__ = "adapters"
+    __table_args__ = (Index("ix_adapters_newest", "name", "created_at", "job_id"),)
 
     job_id: Mapped[JobKey] = mapped_column(primary_key=True)
     attempt: Mapped[int]
-    name: Mapped[str] = mapped_column(index=True)
+    name: Mapped[str]
     base_model: Mapped[str] = mapped_column(Text)
     method: Mapped[str] = mapped_column(String(8))
     uri: Mapped[str] = mapped_column(Text)

@@ -16,6 +16,7 @@ from .report import result_of
 
 if TYPE_CHECKING:
     from loractl.common.artifacts import ArtifactStore
+    from loractl.common.store.records import Page
     from loractl.common.store.store import Store
     from loractl.common.store.tables import Adapter, Job
 
@@ -52,9 +53,10 @@ class StoredAdapter:
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterList:
-    """All stored adapters."""
+    """A page of the stored adapters, the oldest first."""
 
     adapters: tuple[StoredAdapter, ...]
+    after: int | None  # the job after which a page of older ones goes on; None: there are none
     now: dt.datetime
 
     def as_json(self) -> list[dict[str, Any]]:
@@ -92,11 +94,16 @@ class Lineage:
         }
 
 
-def adapter_list(store: Store) -> AdapterList:
-    """All stored adapters, the oldest first."""
-    tags = store.tags()
-    adapters = tuple(_stored(row, tags.get(row.job_id, [])) for row in store.adapters())
-    return AdapterList(adapters=adapters, now=store.now())
+def adapter_list(store: Store, page: Page) -> AdapterList:
+    """A page of the stored adapters; the first page has the newest ones."""
+    found = store.newest_adapters(page)
+    rows = found[: page.limit][::-1]
+    tags = store.tags([row.job_id for row in rows])
+    return AdapterList(
+        adapters=tuple(_stored(row, tags.get(row.job_id, [])) for row in rows),
+        after=rows[0].job_id if len(found) > len(rows) else None,
+        now=store.now(),
+    )
 
 
 def lineage(store: Store, artifacts: ArtifactStore, text: str) -> Lineage:
@@ -120,7 +127,7 @@ def stored_adapter(store: Store, text: str) -> tuple[StoredAdapter, Job]:
         if reference.job_id is not None:
             result_of(store, reference.job_id)
         raise
-    return _stored(row, store.tags().get(row.job_id, [])), store.job(row.job_id)
+    return _stored(row, store.tags([row.job_id]).get(row.job_id, [])), store.job(row.job_id)
 
 
 def results_to_bind(store: Store, names: Sequence[str]) -> list[int]:

@@ -3,45 +3,41 @@
 from __future__ import annotations
 
 import datetime as dt
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
-
-from loractl.common.job.status import Status
 
 from .job import JobState, state_of
 from .wait.queue import WaitingJobs, waiting_jobs
 
 if TYPE_CHECKING:
+    from loractl.common.job.status import Status
     from loractl.common.job.sweep import SweepView
+    from loractl.common.store.records import Choice, Page
     from loractl.common.store.store import Store
-    from loractl.common.store.tables import Job
 
 
-@dataclass(frozen=True, kw_only=True)
-class Choice:
-    """A filter for jobs; with nothing set it takes all."""
-
-    user: str | None = None
-    label: tuple[str, str] | None = None  # key, value
-
-    @property
-    def is_set(self) -> bool:
-        return bool(self.user or self.label)
+SWEEPS_SHOWN = 20
+"""Sweeps that an overview lists; a person reads no more."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Overview:
     """What runs, what waits and why, and how the day went."""
 
-    running: tuple[JobState, ...]  # the oldest first
-    waiting: tuple[JobState, ...]  # by priority, then the oldest first
+    running: tuple[JobState, ...]  # the oldest first; none on a later page
+    waiting: tuple[JobState, ...]  # a page of them, by priority, then the oldest first
     waits: WaitingJobs
-    sweeps: tuple[SweepView, ...]  # the sweeps of these jobs and of those that ended today
-    ended: tuple[JobState, ...]  # today, by the clock of this machine
+    running_count: int
+    waiting_count: int  # all that wait
+    sweeps: tuple[SweepView, ...]  # the newest of these jobs and of those that ended today
+    sweep_count: int  # all such sweeps
+    ended: Mapping[Status, int]  # today, by the clock of this machine
+    after: int | None  # the job after which the next page goes on; None: this is the last
     now: dt.datetime
 
     def as_json(self) -> list[dict[str, Any]]:
-        """The running jobs, then those that wait: each with its fields, and with why it waits as its `message`."""
+        """The running jobs, then the waiting ones: each with its fields, and with why it waits as its `message`."""
         return _listed((*self.running, *self.waiting), self.waits)
 
 
@@ -52,6 +48,7 @@ class JobList:
     jobs: tuple[JobState, ...]
     waits: WaitingJobs
     chosen: bool  # a filter left others out
+    after: int | None  # the job after which the next page goes on; None: this is the last
     now: dt.datetime
 
     def as_json(self) -> list[dict[str, Any]]:
@@ -59,34 +56,37 @@ class JobList:
         return _listed(self.jobs, self.waits)
 
 
-def overview(store: Store, choice: Choice) -> Overview:
-    """What runs and what waits."""
+def overview(store: Store, choice: Choice, page: Page, *, alone: bool = False) -> Overview:
+    """What runs, and a page of what waits. `alone`: no members of sweeps on the page. Raises JobNotFound."""
     now = store.now()
     midnight = now.astimezone().replace(hour=0, minute=0, second=0, microsecond=0).astimezone(dt.UTC)
-    running = store.jobs(statuses=[Status.RUNNING], user=choice.user, label=choice.label)[::-1]
-    queued = store.jobs(statuses=[Status.QUEUED], user=choice.user, label=choice.label)
-    queued.sort(key=lambda job: (-job.priority, job.job_id))
-    ended = store.jobs(ended_since=midnight, user=choice.user, label=choice.label)
+    seen = store.glance(choice, page, midnight, alone=alone, most_sweeps=SWEEPS_SHOWN)
+    first = page.after is None
     return Overview(
-        running=tuple(map(state_of, running)),
-        waiting=tuple(map(state_of, queued)),
-        waits=waiting_jobs(store, queued),
-        sweeps=_sweeps(store, [*running, *queued, *ended]),
-        ended=tuple(map(state_of, ended)),
+        running=tuple(map(state_of, seen.running)) if first else (),
+        waiting=tuple(map(state_of, seen.waiting)),
+        waits=waiting_jobs(store, seen.waiting),
+        running_count=len(seen.running),
+        waiting_count=seen.waiting_count,
+        sweeps=tuple(store.sweeps(seen.sweep_ids)) if first and seen.sweep_ids else (),
+        sweep_count=seen.sweep_count,
+        ended=seen.ended,
+        after=seen.waiting[-1].job_id if seen.more_wait else None,
         now=now,
     )
 
 
-def job_list(store: Store, choice: Choice, limit: int) -> JobList:
-    """The newest jobs, in any state."""
-    rows = store.jobs(user=choice.user, label=choice.label, limit=limit)
-    jobs = tuple(map(state_of, rows))
-    return JobList(jobs=jobs, waits=waiting_jobs(store, rows), chosen=choice.is_set, now=store.now())
-
-
-def _sweeps(store: Store, jobs: list[Job]) -> tuple[SweepView, ...]:
-    sweep_ids = {job.sweep_id for job in jobs if job.sweep_id is not None}
-    return tuple(store.sweeps(sweep_ids)) if sweep_ids else ()
+def job_list(store: Store, choice: Choice, page: Page) -> JobList:
+    """A page of the jobs, in any state, the newest first."""
+    found = store.newest(choice, page)
+    rows = found[: page.limit]
+    return JobList(
+        jobs=tuple(map(state_of, rows)),
+        waits=waiting_jobs(store, rows),
+        chosen=choice.is_set,
+        after=rows[-1].job_id if len(found) > len(rows) else None,
+        now=store.now(),
+    )
 
 
 def _listed(jobs: tuple[JobState, ...], waits: WaitingJobs) -> list[dict[str, Any]]:

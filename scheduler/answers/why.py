@@ -14,7 +14,7 @@ from .wait.cards import CardFit, card_fits
 from .wait.queue import reason
 from .wait.reasons import Tier, Wait
 from .wait.remedies import remedies
-from .wait.rivals import ahead_of, rivals
+from .wait.rivals import ahead_of, reaches, rivals
 from .wait.starts import REPLAYED_JOBS, ExpectedStart, expected_starts
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ class Ahead:
     """Who goes before a job."""
 
     jobs: tuple[tuple[int, str], ...]  # number and owner, the first to start first
+    complete: bool  # False: more than these, so many wait
     of: int | None  # jobs that could take the same cards, this one included; None: more than were read
 
 
@@ -92,11 +93,12 @@ def why(store: Store, job_id: int, *, with_remedies: bool = True) -> Why | NotWa
         start=starts.get(job_id),
         cards=tuple(card_fits(job, view)),
         ahead=_ahead(job, view, waiting),
-        remedies=() if helpless else remedies(job, view, waiting),
+        remedies=() if helpless else remedies(job, view, store.would_start),
         now=view.now,
     )
 
 
 def _ahead(job: Job, view: FleetView, waiting: Sequence[Waiting]) -> Ahead:
     jobs = tuple((other.job_id, other.user) for other in ahead_of(job, view, waiting))
-    return Ahead(jobs=jobs, of=len(rivals(job, view, waiting)) + 1 if len(waiting) <= REPLAYED_JOBS else None)
+    of = len(rivals(job, view, waiting)) + 1 if len(waiting) <= REPLAYED_JOBS else None
+    return Ahead(jobs=jobs, complete=reaches(job, waiting), of=of)

@@ -10,11 +10,11 @@ import click
 from loractl.common.errors import UsageError
 from loractl.scheduler.text.screen import detect_screen
 
-from .output import show
+from .output import paged, show, show_page
 
 if TYPE_CHECKING:
+    from loractl.common.store.records import Choice, Page
     from loractl.common.store.store import Store
-    from loractl.scheduler.answers.overview import Choice
 
 
 @click.command()
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 @click.option("--watch", is_flag=True, help="Redraw until the job has ended; its outcome is the exit status.")
 @click.option("--user", help="Only this person's jobs.")
 @click.option("--label", metavar="KEY=VALUE", help="Only jobs with this label.")
-@click.option("-n", "--limit", type=click.IntRange(1), default=50, show_default=True, help="At most so many with -a.")
+@paged("jobs that wait, or of all with -a")
 @click.option("--sweep", "sweep_id", type=int, metavar="N", help="The members of a sweep.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def status(
@@ -33,6 +33,7 @@ def status(
     user: str | None,
     label: str | None,
     limit: int,
+    after: int | None,
     sweep_id: int | None,
     as_json: bool,
 ) -> None:
@@ -40,26 +41,33 @@ def status(
 
     Without JOB and -a: running jobs, waiting jobs with the reason, a line a sweep, and how many ended today.
     """
-    from loractl.scheduler.answers.overview import Choice
+    from loractl.common.store.records import Choice, Page
     from loractl.scheduler.session import open_session
 
-    if sweep_id is not None and (job_id is not None or everything or user or label):
-        raise UsageError("--sweep lists the members of one sweep", f"alone: loractl status --sweep {sweep_id}")
-    if label is not None and "=" not in label:
-        raise UsageError(f"--label {label} is not of the form KEY=VALUE", "like --label project=support")
-    _, store = open_session()
     if watch and as_json:
         raise UsageError("--watch draws for people, --json prints once", "leave one of them out")
-    key, _, value = (label or "").partition("=")
-    choice = Choice(user=user, label=(key, value) if label else None)
+    if sweep_id is not None and (job_id is not None or everything or user or label or after):
+        raise UsageError("--sweep lists the members of one sweep", f"alone: loractl status --sweep {sweep_id}")
+    choice, page = Choice(user=user, label=_pair(label)), Page(limit=limit, after=after)
+    _, store = open_session()
     if sweep_id is not None:
         _sweep(store, sweep_id, watch=watch, as_json=as_json)
     elif job_id is not None:
         _job(store, job_id, watch=watch, as_json=as_json)
     elif everything:
-        _all(store, choice, limit, as_json=as_json)
+        _all(store, choice, page, as_json=as_json)
     else:
-        _overview(store, choice, watch=watch, as_json=as_json)
+        _overview(store, choice, page, watch=watch, as_json=as_json)
+
+
+def _pair(label: str | None) -> tuple[str, str] | None:
+    """The key and the value of --label. Raises UsageError."""
+    if label is None:
+        return None
+    key, equals, value = label.partition("=")
+    if not equals:
+        raise UsageError(f"--label {label} is not of the form KEY=VALUE", "like --label project=support")
+    return key, value
 
 
 def _job(store: Store, job_id: int, *, watch: bool, as_json: bool) -> None:
@@ -74,23 +82,23 @@ def _job(store: Store, job_id: int, *, watch: bool, as_json: bool) -> None:
     show(answer, as_json, lambda: job_text(answer, detect_screen()))
 
 
-def _all(store: Store, choice: Choice, limit: int, *, as_json: bool) -> None:
+def _all(store: Store, choice: Choice, page: Page, *, as_json: bool) -> None:
     from loractl.scheduler.answers.overview import job_list
     from loractl.scheduler.text.jobs import job_list_text
 
-    answer = job_list(store, choice, limit)
-    show(answer, as_json, lambda: job_list_text(answer, detect_screen()))
+    answer = job_list(store, choice, page)
+    show_page(answer, as_json, lambda: job_list_text(answer, detect_screen()))
 
 
-def _overview(store: Store, choice: Choice, *, watch: bool, as_json: bool) -> None:
+def _overview(store: Store, choice: Choice, page: Page, *, watch: bool, as_json: bool) -> None:
     from loractl.scheduler.answers.overview import overview
     from loractl.scheduler.text.jobs import overview_text
     from loractl.scheduler.text.live import redraw
 
     if watch:
-        redraw(lambda: (overview_text(overview(store, choice), detect_screen()), True))
-    answer = overview(store, choice)
-    show(answer, as_json, lambda: overview_text(answer, detect_screen()))
+        redraw(lambda: (overview_text(overview(store, choice, page, alone=True), detect_screen()), True))
+    answer = overview(store, choice, page, alone=not as_json)
+    show_page(answer, as_json, lambda: overview_text(answer, detect_screen()))
 
 
 def _sweep(store: Store, sweep_id: int, *, watch: bool, as_json: bool) -> None:

@@ -31,6 +31,8 @@ def adapters_text(answer: AdapterList, screen: Screen) -> str:
     ]
     head = ["JOB", "NAME", "TAGS", "METHOD", "MB", "STORED", "BASE MODEL"]
     lines = table(head, rows, screen, right=("JOB", "MB", "STORED"))
+    if answer.after is not None:
+        lines.append(screen.dim(f"Older ones: the same command with --after {answer.after}"))
     return "\n".join([*lines, "", screen.dim(f"Use one: loractl adapters pull {answer.adapters[-1].job_id} DIR")])
 
 

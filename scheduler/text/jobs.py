@@ -26,15 +26,12 @@ if TYPE_CHECKING:
 
 _WORD_COLORS = {"never": "red", "held": "yellow", "drained": "yellow", "closed": "yellow", "offline": "yellow"}
 
-WAITING_SHOWN = 50
-"""Waiting jobs that the overview lists; a person reads no more."""
-
 
 def overview_text(overview: Overview, screen: Screen) -> str:
     """What runs, what waits and why, sweeps in the place of their members, and how many ended today."""
-    counts = f"{len(overview.running)} running, {len(overview.waiting)} waiting."
+    counts = f"{thousands(overview.running_count)} running, {thousands(overview.waiting_count)} waiting."
     lines = [screen.style(counts, bold=True) + _next_start(overview)]
-    if not overview.running and not overview.waiting:
+    if not overview.running_count and not overview.waiting_count:
         lines[0] += " Submit one: loractl submit job.yaml"
     running = [job for job in overview.running if job.sweep_id is None]
     waiting = [job for job in overview.waiting if job.sweep_id is None]
@@ -42,11 +39,12 @@ def overview_text(overview: Overview, screen: Screen) -> str:
         lines += ["", *_running_table(running, overview.now, screen)]
     if overview.sweeps:
         lines += ["", *sweep_lines(overview.sweeps, screen)]
+        if overview.sweep_count > len(overview.sweeps):
+            older = thousands(overview.sweep_count - len(overview.sweeps))
+            lines.append(screen.dim(f"{older} older ones (loractl status --sweep SWEEP)."))
     if waiting:
-        shown = waiting[:WAITING_SHOWN]
-        lines += ["", *_waiting_table(shown, overview.waits, overview.now, screen)]
-        if len(waiting) > len(shown):
-            lines.append(screen.dim(f"{thousands(len(waiting) - len(shown))} more wait (loractl status -a -n 1000)."))
+        lines += ["", *_waiting_table(waiting, overview.waits, overview.now, screen)]
+    lines += _more(overview.after, screen)
     next_command = (
         f"Explain a wait: loractl why {waiting[0].job_id}" if waiting
         else "A sweep's jobs: loractl status --sweep SWEEP" if overview.sweeps
@@ -56,10 +54,13 @@ def overview_text(overview: Overview, screen: Screen) -> str:
 
 
 def _today(overview: Overview, screen: Screen) -> str:
-    good = sum(job.status is Status.SUCCEEDED for job in overview.ended)
-    bad = sum(job.status is Status.FAILED for job in overview.ended)
+    good, bad = (thousands(overview.ended.get(status, 0)) for status in (Status.SUCCEEDED, Status.FAILED))
     marks = ("✓", "✗") if screen.unicode else ("ok", "failed")
     return f"Today {good} {marks[0]} {bad} {marks[1]} (loractl status -a)."
+
+
+def _more(after: int | None, screen: Screen) -> list[str]:
+    return [] if after is None else [screen.dim(f"More: the same command with --after {after}")]
 
 
 def _next_start(overview: Overview) -> str:
@@ -157,7 +158,7 @@ def job_list_text(answer: JobList, screen: Screen) -> str:
     others = sum(max(len(h), *(len(click.unstyle(r[n])) for r in rows)) + 2 for n, h in enumerate(headers[:-1]))
     rows = [[*row[:-1], fit(row[-1], max(20, screen.width - others))] for row in rows]
     done = next((job.job_id for job in jobs if job.status is Status.SUCCEEDED and job.report_uri), None)
-    lines = table(headers, rows, screen, right=("JOB", "ENDED"))
+    lines = table(headers, rows, screen, right=("JOB", "ENDED")) + _more(answer.after, screen)
     if done is not None:
         lines += ["", screen.dim(f"Its report: loractl report {done}   its adapter: loractl adapters pull {done} DIR")]
     return "\n".join(lines)

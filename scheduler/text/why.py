@@ -74,8 +74,10 @@ def _cards(answer: Why, screen: Screen) -> list[str]:
 
 def _ahead(ahead: Ahead) -> str:
     if not ahead.jobs:
-        return "Nothing is ahead of it."
+        return "Nothing is ahead of it." if ahead.complete else "Too many jobs wait to say which are ahead of it."
     named = ", ".join(f"{job_id} ({user})" for job_id, user in ahead.jobs[:3])
+    if not ahead.complete:
+        return f"Ahead of it: {named} and at least {len(ahead.jobs[3:])} more."
     more = f" and {len(ahead.jobs) - 3} more" if len(ahead.jobs) > 3 else ""
     total = f"more than {REPLAYED_JOBS}" if ahead.of is None else f"{ahead.of}"
     return f"Ahead of it: {named}{more}. Position {len(ahead.jobs) + 1} of {total}."

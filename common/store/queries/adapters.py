@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import datetime as dt
+from collections.abc import Collection
 
 from sqlalchemy import ColumnElement, Select, exists, select
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, aliased
 
 from loractl.common.errors import AdapterNotFound
 from loractl.common.job.reference import LATEST, Reference
 
+from ..records import Page
 from ..tables import Adapter, Job, Tag
 from ..transaction import Transaction
 from .jobs import read_job
@@ -66,17 +68,29 @@ def _set_tag(session: Session, adapter: Adapter, tag: str, user: str, now: dt.da
     return before
 
 
-def read_tags(tx: Transaction) -> dict[int, list[str]]:
-    """The tags of each tagged job, and latest for the newest adapter of each name."""
-    tags: dict[int, list[str]] = {}
-    newest: dict[str, Adapter] = {}
-    for adapter in tx.session.scalars(select(Adapter).order_by(Adapter.created_at, Adapter.job_id)):
-        newest[adapter.name] = adapter
-    for adapter in newest.values():
-        tags.setdefault(adapter.job_id, []).append(LATEST)
-    for tag in tx.session.scalars(select(Tag).order_by(Tag.tag)):
+def newest_adapters(page: Page) -> Select[Adapter]:
+    """The page's adapters, the newest job first, and one more where there is one."""
+    query = select(Adapter).order_by(Adapter.job_id.desc()).limit(page.limit + 1)
+    return query if page.after is None else query.where(Adapter.job_id < page.after)
+
+
+def read_tags(tx: Transaction, job_ids: Collection[int] | None) -> dict[int, list[str]]:
+    """The tags of each tagged job, and latest for the newest adapter of each name. None: of all jobs."""
+    newest, given = select(Adapter.job_id).where(_is_newest()), select(Tag).order_by(Tag.tag)
+    if job_ids is not None:
+        newest, given = newest.where(Adapter.job_id.in_(job_ids)), given.where(Tag.job_id.in_(job_ids))
+    tags = {job_id: [LATEST] for job_id in tx.session.scalars(newest)}
+    for tag in tx.session.scalars(given):
         tags.setdefault(tag.job_id, []).append(tag.tag)
     return tags
+
+
+def _is_newest() -> ColumnElement[bool]:
+    """Whether an adapter is the newest of its name."""
+    other = aliased(Adapter)
+    of_name = select(other.job_id).where(other.name == Adapter.name).correlate(Adapter)
+    newest = of_name.order_by(other.created_at.desc(), other.job_id.desc()).limit(1)
+    return Adapter.job_id == newest.scalar_subquery()
 
 
 def is_tagged() -> ColumnElement[bool]:

@@ -12,10 +12,8 @@ from loractl.common.job.method import Method
 from loractl.common.job.need import Need, least_need
 from loractl.common.job.status import Status
 from loractl.common.placement.keys import queue_key
-from loractl.common.placement.lines import Waiting
 from loractl.common.placement.sizes import vram_class
 
-from ..fleet import waiting_of
 from ..tables import Job
 from ..transaction import Transaction
 
@@ -56,12 +54,6 @@ def waiting_classes(tx: Transaction, classes: Iterable[int]) -> set[int]:
         return set()
     waits = tx.session.execute(select(*(ready_job.where(Job.vram_class == size).exists() for size in sizes))).one()
     return {size for size, found in zip(sizes, waits, strict=True) if found}
-
-
-def ready(tx: Transaction, limit: int) -> list[Waiting]:
-    now = tx.now()
-    by_age = select(Job).where(*_is_ready(now)).order_by(Job.priority.desc(), Job.job_id)
-    return [waiting_of(vars(job), now) for job in tx.session.scalars(by_age.limit(limit))]
 
 
 def unfinished(tx: Transaction, largest: int) -> int:

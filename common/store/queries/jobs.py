@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
-from sqlalchemy import Select, or_, select
+from sqlalchemy import ColumnElement, Select, exists, func, or_, select
 from sqlalchemy import text as sql
 
 from loractl.common.errors import JobNotFound
@@ -13,10 +13,13 @@ from loractl.common.job.method import Method
 from loractl.common.job.status import Reason, Status
 from loractl.common.memory.correction import Measured
 
-from ..tables import Attempt, Event, Job, LogChunk, MetricPoint
+from ..glance import Glance
+from ..records import Choice, Page
+from ..tables import Attempt, Event, Job, LogChunk, MetricPoint, Sweep
 from ..transaction import Transaction
 
 _LARGEST = 2**31 - 1  # number of a job; a larger one no database takes
+_QUEUED = sql("status = 'queued'")  # literal: a partial index is only used where the planner sees its condition
 
 
 def read_job(tx: Transaction, job_id: int, *, lock: bool = False) -> Job:
@@ -36,18 +39,85 @@ def matching(
     sweep_id: int | None,
 ) -> Select[Job]:
     """Jobs that match every filter that is given, newest first."""
-    query = select(Job).order_by(Job.job_id.desc())
+    query = select(Job).where(*_chosen(Choice(user=user, label=label))).order_by(Job.job_id.desc())
     if statuses:
         query = query.where(Job.status.in_(statuses))
-    if user:
-        query = query.where(Job.user == user)
-    if label:
-        query = query.where(Job.labels[label[0]].as_string() == label[1])
     if ended_since:
         query = query.where(Job.ended_at >= ended_since)
     if sweep_id is not None:
         query = query.where(Job.sweep_id == sweep_id)
     return query
+
+
+def newest(choice: Choice, page: Page) -> Select[Job]:
+    """The page's jobs in any state, the newest first, and one more where there is one."""
+    query = select(Job).where(*_chosen(choice)).order_by(Job.job_id.desc()).limit(page.limit + 1)
+    return query if page.after is None else query.where(Job.job_id < page.after)
+
+
+def read_glance(
+    tx: Transaction, choice: Choice, page: Page, ended_since: dt.datetime, alone: bool, most_sweeps: int
+) -> Glance:
+    chosen = _chosen(choice)
+    waiting = _read_waiting(tx, choice, page, alone)
+    count = select(func.count()).select_from(Job).where(_QUEUED, *chosen)
+    # no GROUP BY: SQLite would walk over all jobs by their status for it
+    outcomes = (Status.SUCCEEDED, Status.FAILED)
+    ended = select(*(func.count().filter(Job.status == status) for status in outcomes)).select_from(Job)
+    numbers = tx.session.execute(ended.where(Job.ended_at >= ended_since, *chosen)).one()
+    running = select(Job).where(Job.status == Status.RUNNING, *chosen).order_by(Job.job_id)
+    sweep_count, sweep_ids = _read_live_sweeps(tx, choice, ended_since, most_sweeps)
+    return Glance(
+        running=list(tx.session.scalars(running)),
+        waiting=waiting[: page.limit],
+        more_wait=len(waiting) > page.limit,
+        waiting_count=tx.session.scalar(count) or 0,
+        ended=dict(zip(outcomes, numbers, strict=True)),
+        sweep_ids=sweep_ids,
+        sweep_count=sweep_count,
+    )
+
+
+def _read_waiting(tx: Transaction, choice: Choice, page: Page, alone: bool) -> list[Job]:
+    """The page's waiting jobs and one more where there is one: a priority at a time, as an index has them."""
+    last = None if page.after is None else read_job(tx, page.after)
+    found: list[Job] = []
+    for priority in _levels(tx, None if last is None else last.priority):
+        query = select(Job).where(_QUEUED, Job.priority == priority, *_chosen(choice)).order_by(Job.job_id)
+        if last is not None and last.priority == priority:
+            query = query.where(Job.job_id > last.job_id)
+        if alone:
+            query = query.where(Job.sweep_id.is_(None))
+        found += tx.session.scalars(query.limit(page.limit + 1 - len(found)))
+        if len(found) > page.limit:
+            break
+    return found
+
+
+def _levels(tx: Transaction, highest: int | None) -> Iterator[int]:
+    """The priorities of waiting jobs, from the highest down."""
+    level = select(func.max(Job.priority)).where(_QUEUED)
+    priority = tx.session.scalar(level if highest is None else level.where(Job.priority <= highest))
+    while priority is not None:
+        yield priority
+        priority = tx.session.scalar(level.where(Job.priority < priority))
+
+
+def _read_live_sweeps(tx: Transaction, choice: Choice, ended_since: dt.datetime, most: int) -> tuple[int, list[int]]:
+    """How many sweeps have a job that runs, waits or ended since then; and the newest of them by number."""
+    alive = or_(Job.status.in_([Status.QUEUED, Status.RUNNING]), Job.ended_at >= ended_since)
+    live = exists().where(Job.sweep_id == Sweep.sweep_id, alive, *_chosen(choice))
+    newest = tx.session.scalars(select(Sweep.sweep_id).where(live).order_by(Sweep.sweep_id.desc())).all()
+    return len(newest), sorted(newest[:most])
+
+
+def _chosen(choice: Choice) -> list[ColumnElement[bool]]:
+    conditions = []
+    if choice.user:
+        conditions.append(Job.user == choice.user)
+    if choice.label:
+        conditions.append(Job.labels[choice.label[0]].as_string() == choice.label[1])
+    return conditions
 
 
 def attempts(job_id: int) -> Select[Attempt]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Iterator
+import heapq
+import itertools
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,13 +13,14 @@ from sqlalchemy import JSON, TextualSelect, bindparam, column, text
 from sqlalchemy.orm import Session
 
 from loractl.common.placement.keys import QueueKey, queue_key_range
-from loractl.common.placement.lines import Line, Openings, Waiting, waited
+from loractl.common.placement.lines import Line, ListedLine, Openings, SubstitutedLine, Waiting, waited
 from loractl.common.placement.rule import OLDEST_FIRST_AFTER_S
 
 from ..fleet import waiting_of
 from ..tables import UtcDateTime
 
 _HIGHEST = 2**31 - 1  # above every priority
+_AT_ONCE = 32  # of a user's jobs in one query, where many are read
 
 # Literal conditions: a partial index is only used where the planner can see that its condition holds.
 _READY = "status = 'queued' AND NOT held AND NOT cancel_requested AND (not_before IS NULL OR not_before <= :now)"
@@ -66,9 +69,9 @@ def _typed(statement: str) -> TextualSelect:
     return bound.columns(*(column(name) for name in plain), **typed)
 
 
-def _one_job(condition: str) -> TextualSelect:
-    """The oldest ready job that meets the condition."""
-    return _typed(f"SELECT {_COLUMNS} FROM jobs WHERE {_READY} {condition} ORDER BY job_id LIMIT 1")  # noqa: S608  no input
+def _oldest(condition: str, limit: int = 1) -> TextualSelect:
+    """The oldest ready jobs that meet the condition."""
+    return _typed(f"SELECT {_COLUMNS} FROM jobs WHERE {_READY} {condition} ORDER BY job_id LIMIT {limit}")  # noqa: S608  no input
 
 
 _OF_USER = 'AND priority = :priority AND "user" = '
@@ -77,26 +80,75 @@ _FIRST_BY_USER = _typed(
     f" (SELECT (SELECT job_id FROM jobs WHERE {_READY} {_OF_USER} users.u ORDER BY job_id LIMIT 1)"
     " FROM users WHERE users.u IS NOT NULL)"
 )
-_NEXT_OF_USER = _one_job(f"{_OF_USER} :user AND job_id > :after")
-_OLDEST = _one_job("")
-_OLDEST_FITTING = _one_job(f"AND job_id > :after AND {_FITS}")
-_BY_NUMBER = _one_job("AND job_id = :job_id")
-_NEXT = _one_job(f"AND queue_key = :key AND job_id > :after AND {_FITS}")
+_NEXT_OF_USER = _oldest(f"{_OF_USER} :user AND job_id > :after")
+_SOME_OF_USER = _oldest(f"{_OF_USER} :user AND job_id > :after", _AT_ONCE)
+_OLDEST = _oldest("")
+_OLDEST_FITTING = _oldest(f"AND job_id > :after AND {_FITS}")
+_BY_NUMBER = _oldest("AND job_id = :job_id")
+_NEXT = _oldest(f"AND queue_key = :key AND job_id > :after AND {_FITS}")
 
 
-def read_levels(session: Session, now: dt.datetime) -> Iterator[dict[str, Line]]:
-    """The ready jobs' lines by priority and user, read as far as the caller asks."""
-    below = _HIGHEST
-    while (priority := session.execute(_NEXT_PRIORITY, {"below": below}).scalar()) is not None:
+def read_levels(session: Session, now: dt.datetime, changed: Waiting | None = None) -> Iterator[dict[str, Line]]:
+    """The ready jobs' lines by priority and user, read as far as the caller asks.
+
+    `changed`: a job that stands there in another form than its row has.
+    """
+    for priority in _priorities(session):
         level = _Level(session, now, priority)
-        rows = session.execute(_FIRST_BY_USER, {"now": now, "priority": priority}).mappings().all()
-        yield {row["user"]: _StoredLine(level, row["user"], waiting_of(dict(row), now)) for row in rows}
-        below = priority
+        lines: dict[str, Line] = {
+            user: _StoredLine(level, user, first) for user, first in _first_by_user(session, now, priority).items()
+        }
+        if changed is not None and changed.priority == priority:
+            lines[changed.user] = SubstitutedLine(lines.get(changed.user, ListedLine(())), changed)
+        yield lines
+
+
+def read_order(session: Session, now: dt.datetime, charges: Mapping[str, float], limit: int) -> list[Waiting]:
+    """The first ready jobs in the order in which the rule tries them: by priority, their user's share, age."""
+
+    def turn(job: Waiting) -> tuple[float, int]:
+        return charges.get(job.user, 0.0), job.job_id
+
+    found: list[Waiting] = []
+    for priority in _priorities(session):
+        heads = _first_by_user(session, now, priority).values()
+        level = heapq.merge(*(_from(session, now, first) for first in heads), key=turn)
+        found += itertools.islice(level, limit - len(found))
+        if len(found) == limit:
+            break
+    return found
 
 
 def read_oldest(session: Session, now: dt.datetime) -> Line:
     """All ready jobs by age, as far as the caller asks."""
     return _OldestLine(session, now)
+
+
+def _priorities(session: Session) -> Iterator[int]:
+    """Of waiting jobs, from the highest down."""
+    below = _HIGHEST
+    while (priority := session.execute(_NEXT_PRIORITY, {"below": below}).scalar()) is not None:
+        yield priority
+        below = priority
+
+
+def _first_by_user(session: Session, now: dt.datetime, priority: int) -> dict[str, Waiting]:
+    """Each user's oldest ready job of the priority."""
+    rows = session.execute(_FIRST_BY_USER, {"now": now, "priority": priority}).mappings().all()
+    return {row["user"]: waiting_of(dict(row), now) for row in rows}
+
+
+def _from(session: Session, now: dt.datetime, first: Waiting) -> Iterator[Waiting]:
+    """A user's ready jobs of one priority by age, from the first of them on."""
+    yield first
+    last = first
+    while True:
+        wanted = {"now": now, "priority": first.priority, "user": first.user, "after": last.job_id}
+        some = [waiting_of(dict(row), now) for row in session.execute(_SOME_OF_USER, wanted).mappings()]
+        yield from some
+        if len(some) < _AT_ONCE:
+            return
+        last = some[-1]
 
 
 @dataclass(kw_only=True)

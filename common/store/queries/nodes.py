@@ -10,6 +10,7 @@ from sqlalchemy.orm import Session
 
 from loractl.common.job.status import Status
 from loractl.common.placement.cards import Card
+from loractl.common.placement.lines import SubstitutedLine, Waiting
 from loractl.common.placement.rule import place
 from loractl.common.placement.shares import charge, decayed
 
@@ -93,3 +94,12 @@ def read_view(session: Session, now: dt.datetime) -> FleetView:
         charges=charges,
         decisions=tuple(decisions),
     )
+
+
+def read_start(session: Session, now: dt.datetime, changed: Waiting) -> str | None:
+    """The card that the rule would give a waiting job in another form now, all else as it is."""
+    levels, oldest = read_levels(session, now, changed), SubstitutedLine(read_oldest(session, now), changed)
+    for decision in place(levels, read_cards(session, now), read_charges(session, now), now, oldest):
+        if decision.placed is not None and decision.placed.job.job_id == changed.job_id:
+            return decision.placed.node
+    return None

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any
 
-from sqlalchemy import func, select
+from sqlalchemy import Row, func, select
 from sqlalchemy.orm import Session
 
 from loractl.common.job.halving import judge
@@ -56,13 +57,13 @@ def read_rungs(session: Session, job: Job) -> tuple[float, ...]:
 def read_sweeps(session: Session, sweep_ids: Collection[int]) -> list[SweepView]:
     """Those of the sweeps that exist, with all their members, by number."""
     rows = session.scalars(select(Sweep).where(Sweep.sweep_id.in_(sweep_ids)).order_by(Sweep.sweep_id)).all()
-    jobs = session.scalars(select(Job).where(Job.sweep_id.in_(sweep_ids)).order_by(Job.job_id)).all()
     names = {metric_of(rung) for row in rows for rung in row.rungs or ()}
     points = _newest(session, sweep_ids, [*names, HELD_OUT_LOSS])
     views = []
     for row in rows:
         varied = row.settings["varied"]
-        mine = [job for job in jobs if job.sweep_id == row.sweep_id]
+        # a sweep at a time: a member is small, but its row has the whole spec
+        mine = session.execute(select(*_OF_MEMBER).where(Job.sweep_id == row.sweep_id).order_by(Job.job_id))
         views.append(
             SweepView(
                 sweep_id=row.sweep_id,
@@ -79,8 +80,14 @@ def read_sweeps(session: Session, sweep_ids: Collection[int]) -> list[SweepView]
     return views
 
 
+_OF_MEMBER = (
+    Job.job_id, Job.name, Job.spec, Job.status, Job.reason, Job.stage, Job.held, Job.step, Job.total_steps, Job.node,
+    Job.message, Job.report_uri,
+)  # fmt: skip
+
+
 def _member(
-    job: Job, varied: Collection[str], rungs: Collection[float], points: Mapping[tuple[int, str], MetricPoint]
+    job: Row[Any], varied: Collection[str], rungs: Collection[float], points: Mapping[tuple[int, str], MetricPoint]
 ) -> Member:
     reached = [(rung, points.get((job.job_id, metric_of(rung)))) for rung in sorted(rungs)]
     final = points.get((job.job_id, HELD_OUT_LOSS))

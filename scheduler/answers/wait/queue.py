@@ -12,7 +12,7 @@ from loractl.common.store.fleet import FleetView, waiting_of
 
 from .cards import opening_of, when_they_end
 from .reasons import Wait, explain
-from .rivals import ahead_of
+from .rivals import ahead_of, reaches
 from .starts import REPLAYED_JOBS, ExpectedStart, expected_starts
 
 if TYPE_CHECKING:
@@ -49,12 +49,14 @@ def reason(job: Job, view: FleetView, ready: Sequence[Waiting], starts: Mapping[
     start = starts.get(job.job_id)
     if start is None:
         ahead = [other.job_id for other in ahead_of(job, view, ready)]
-        return replace(wait, sentence=f"{wait.sentence}; {_goes_first(ahead)}") if ahead else wait
+        return replace(wait, sentence=f"{wait.sentence}; {_goes_first(ahead, job, ready)}") if ahead else wait
     opening = opening_of(waiting_of(vars(job), view.now), view.cards[start.node], view)
     if opening is None or not opening.after or wait.sentence.startswith(f"{start.node} when"):
         return wait
     return replace(wait, sentence=f"{start.node} when {when_they_end(opening.after)}")
 
 
-def _goes_first(jobs: Sequence[int]) -> str:
-    return f"{jobs[0]} goes first" if len(jobs) == 1 else f"{jobs[0]} and {len(jobs) - 1} more go first"
+def _goes_first(ahead: Sequence[int], job: Job, ready: Sequence[Waiting]) -> str:
+    if not reaches(job, ready):
+        return f"{ahead[0]} and at least {len(ahead) - 1} more go first"
+    return f"{ahead[0]} goes first" if len(ahead) == 1 else f"{ahead[0]} and {len(ahead) - 1} more go first"

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from loractl.common.job.method import Method
 from loractl.common.job.need import Need
-from loractl.common.placement.lines import Waiting, levels_of
-from loractl.common.placement.rule import place
+from loractl.common.placement.lines import Waiting
 from loractl.common.store.fleet import FleetView, waiting_of
 from loractl.common.units import gib
 
@@ -21,33 +20,38 @@ if TYPE_CHECKING:
     from loractl.common.store.tables import Job
 
 
-def remedies(job: Job, view: FleetView, waiting: Sequence[Waiting]) -> tuple[str, ...]:
+Rule = Callable[[Waiting], str | None]
+"""The card that the placement rule would give a waiting job in another form, all else as it is; None: no card."""
+
+
+def remedies(job: Job, view: FleetView, rule: Rule) -> tuple[str, ...]:
     """What would make it start now, in sentences: another method, a smaller form, or no other programs on a card."""
     return (
-        *_other_method(job, view, waiting),
-        *_smaller_job(job, view, waiting),
+        *_other_method(job, view, rule),
+        *_smaller_job(job, view, rule),
         *_without_programs(job, view),
     )
 
 
-def _other_method(job: Job, view: FleetView, waiting: Sequence[Waiting]) -> Iterator[str]:
+def _other_method(job: Job, view: FleetView, rule: Rule) -> Iterator[str]:
     me = waiting_of(vars(job), view.now)
     if Method.QLORA in me.methods or job.vram_qlora is None:
         return
-    node = would_start(job, view, waiting, me.need, (Method.QLORA,))
+    node = rule(replace(me, methods=(Method.QLORA,)))
     if node is not None:
         yield f"It would start now on {node} with method: qlora (plan {gib(job.vram_qlora)} GiB)."
 
 
-def _smaller_job(job: Job, view: FleetView, waiting: Sequence[Waiting]) -> Iterator[str]:
+def _smaller_job(job: Job, view: FleetView, rule: Rule) -> Iterator[str]:
     from loractl.common.job.spec import JobSpec  # pydantic's models take 80 ms to build
 
-    permitted = waiting_of(vars(job), view.now).methods
+    me = waiting_of(vars(job), view.now)
+    permitted = me.methods
     room = max((card.free for card in view.cards.values() if card.open and card.slots), default=0)
     for key, text, needs in _smaller_forms(JobSpec.model_validate(job.spec), permitted, room):
         need = Need(lora=needs.get(Method.LORA), qlora=needs.get(Method.QLORA))
         methods = tuple(method for method in permitted if method in needs)
-        node = would_start(job, view, waiting, need, methods) if methods else None
+        node = rule(replace(me, need=need, methods=methods)) if methods else None
         if node is not None:
             as_ = f"as {methods[0].value} " if len(permitted) > 1 and len(methods) == 1 else ""
             plan = f"(plan {gib(min(needs[method] for method in methods))} GiB)"
@@ -99,18 +103,6 @@ def _without_programs(job: Job, view: FleetView) -> Iterator[str]:
     outside = without_others(job, view)
     if outside is not None:
         yield f"It would fit now on {outside[0]} without {outside[1]}."
-
-
-def would_start(
-    job: Job, view: FleetView, waiting: Sequence[Waiting], need: Need, methods: tuple[Method, ...]
-) -> str | None:
-    """The card that would take the job now if it needed this; asked of the rule with everything else as it is."""
-    changed = replace(waiting_of(vars(job), view.now), need=need, methods=methods)
-    others = [other for other in waiting if other.job_id != job.job_id]
-    for decision in place(levels_of([*others, changed]), list(view.cards.values()), view.charges, view.now):
-        if decision.placed is not None and decision.placed.job.job_id == job.job_id:
-            return decision.placed.node
-    return None
 
 
 def without_others(job: Job, view: FleetView) -> tuple[str, str] | None:

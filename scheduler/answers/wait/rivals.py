@@ -10,13 +10,14 @@ from loractl.common.placement.lines import Waiting
 from loractl.common.store.fleet import FleetView, waiting_of
 
 from .cards import could_ever_hold
+from .starts import REPLAYED_JOBS
 
 if TYPE_CHECKING:
     from loractl.common.store.tables import Job
 
 
 def ahead_of(job: Job, view: FleetView, waiting: Sequence[Waiting]) -> list[Waiting]:
-    """Ready jobs that the rule tries before it and that could take a card which suits it."""
+    """Those of the ready jobs that the rule tries before it and that could take a card which suits it, in its order."""
     me = waiting_of(vars(job), view.now)
 
     def before(other: Waiting) -> bool:
@@ -29,6 +30,11 @@ def ahead_of(job: Job, view: FleetView, waiting: Sequence[Waiting]) -> list[Wait
 
     first = [other for other in rivals(job, view, waiting) if before(other)]
     return sorted(first, key=lambda o: (-o.priority, view.charges.get(o.user, 0.0), o.job_id))
+
+
+def reaches(job: Job, waiting: Sequence[Waiting]) -> bool:
+    """Whether the beginning of the rule's order that was read holds all that go before the job."""
+    return len(waiting) <= REPLAYED_JOBS or any(other.job_id == job.job_id for other in waiting)
 
 
 def rivals(job: Job, view: FleetView, waiting: Sequence[Waiting]) -> list[Waiting]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from loractl.scheduler.commands.output import paged
 from loractl.scheduler.lazy import Commands, LazyGroup
 
 COMMANDS: Commands = {
@@ -34,9 +35,10 @@ COMMANDS: Commands = {
 
 
 @click.group(cls=LazyGroup, lazy=COMMANDS, invoke_without_command=True)
+@paged("adapters, the newest")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.pass_context
-def adapters(ctx: click.Context, as_json: bool) -> None:
+def adapters(ctx: click.Context, limit: int, after: int | None, as_json: bool) -> None:
     """Look after the stored adapters: list, tag, pull, merge, delete.
 
     ADAPTER is a job's number (12), a job's name for the newest of that name (support, the same as support:latest), or a
@@ -45,4 +47,4 @@ def adapters(ctx: click.Context, as_json: bool) -> None:
     if ctx.invoked_subcommand is None:
         from .list import print_adapters
 
-        print_adapters(as_json)
+        print_adapters(limit, after, as_json)

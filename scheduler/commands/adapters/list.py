@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import click
 
-from loractl.scheduler.commands.output import show
+from loractl.scheduler.commands.output import paged, show_page
 
 
 @click.command("list")
+@paged("adapters, the newest")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def list_adapters(as_json: bool) -> None:
+def list_adapters(limit: int, after: int | None, as_json: bool) -> None:
     """List them with their tags."""
-    print_adapters(as_json)
+    print_adapters(limit, after, as_json)
 
 
-def print_adapters(as_json: bool) -> None:
-    """Print the stored adapters, as JSON or as a table."""
+def print_adapters(limit: int, after: int | None, as_json: bool) -> None:
+    """Print a page of the stored adapters, as JSON or as a table."""
+    from loractl.common.store.records import Page
     from loractl.scheduler.answers.adapters import adapter_list
     from loractl.scheduler.session import open_session
     from loractl.scheduler.text.adapters import adapters_text
     from loractl.scheduler.text.screen import detect_screen
 
     _, store = open_session()
-    answer = adapter_list(store)
-    show(answer, as_json, lambda: adapters_text(answer, detect_screen()))
+    answer = adapter_list(store, Page(limit=limit, after=after))
+    show_page(answer, as_json, lambda: adapters_text(answer, detect_screen()))

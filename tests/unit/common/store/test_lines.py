@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,11 +13,12 @@ from sqlalchemy import delete
 from sqlalchemy.orm import Session
 
 from loractl.common.job.method import Method
+from loractl.common.job.need import Need
 from loractl.common.job.status import Reason
 from loractl.common.placement.lines import ListedLine, Openings, Waiting, levels_of
 from loractl.common.placement.rule import OLDEST_FIRST_AFTER_S
 from loractl.common.store.fleet import NODE_STALE_S, card_of, waiting_of
-from loractl.common.store.queries.lines import read_levels, read_oldest
+from loractl.common.store.queries.lines import read_levels, read_oldest, read_order
 from loractl.common.store.queries.nodes import drained_targets, read_charges
 from loractl.common.store.records import Claim, Progress
 from loractl.common.store.store import Store
@@ -185,6 +187,39 @@ def test_lines_in_the_database_give_what_lines_in_a_list_give(
             for user in plain:
                 assert _all(stored[user], openings, each) == _all(plain[user], openings, each)
         assert _all(read_oldest(session, NOON), openings, each) == _all(ListedLine(listed), openings, each)
+
+
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@given(
+    queue=st.lists(rows, max_size=14),
+    openings=shrinking(),
+    each=st.integers(0, 3),
+    form=st.tuples(st.integers(0, 13), st.integers(1, 40)),
+    charges=st.dictionaries(st.sampled_from(["ada", "bob", "cyd"]), st.floats(0, 3)),
+)
+def test_the_rules_order_and_a_job_in_another_form_are_those_of_a_list(
+    queue: list[dict[str, Any]], openings: list[Openings], each: int, form: tuple[int, int],
+    charges: dict[str, float], timed: Store,
+) -> None:  # fmt: skip
+    with Session(timed._engine) as session, session.begin():
+        for table in reversed(Base.metadata.sorted_tables):
+            session.execute(delete(table))
+    for row in queue:
+        keys = {key: value for key, value in row.items() if key != "labels"}
+        timed.submit(submission(**keys, resources={"node_labels": row["labels"]}))
+    listed = [waiting_of(vars(job), NOON) for job in sorted(timed.jobs(), key=lambda j: j.job_id)]
+    in_order = sorted(listed, key=lambda job: (-job.priority, charges.get(job.user, 0.0), job.job_id))
+    with Session(timed._engine) as session:
+        assert read_order(session, NOON, charges, 10) == in_order[:10]
+        if not listed:
+            return
+        place, size = form
+        changed = replace(listed[place % len(listed)], need=Need(lora=size * GIB, qlora=size * GIB))
+        others = [job for job in listed if job.job_id != changed.job_id]
+        plain = levels_of(sorted([*others, changed], key=lambda job: job.job_id))
+        for stored_level, plain_level in zip(read_levels(session, NOON, changed), plain, strict=True):
+            for user in plain_level:
+                assert _all(stored_level[user], openings, each) == _all(plain_level[user], openings, each)
 
 
 def test_before_a_day_has_passed_no_job_goes_first_for_its_age(timed: Store, clock: Clock) -> None:

@@ -20,7 +20,7 @@ from loractl.common.job.status import Reason, Stage
 from loractl.common.job.sweep import NewSweep
 from loractl.common.settings import load_settings
 from loractl.common.store.database import connect
-from loractl.common.store.records import Claim, Progress
+from loractl.common.store.records import Choice, Claim, Page, Progress
 from loractl.common.store.store import Store
 from loractl.common.units import GIB
 from loractl.scheduler.answers.accuracy import plan_accuracy
@@ -29,7 +29,7 @@ from loractl.scheduler.answers.comparison import comparison
 from loractl.scheduler.answers.fleet import fleet
 from loractl.scheduler.answers.job import job_history, job_in_full
 from loractl.scheduler.answers.need import job_to_plan, memory_need
-from loractl.scheduler.answers.overview import Choice, job_list, overview
+from loractl.scheduler.answers.overview import job_list, overview
 from loractl.scheduler.answers.report import report
 from loractl.scheduler.answers.sweep import sweep_standing
 from loractl.scheduler.answers.why import why
@@ -43,10 +43,12 @@ from ...factories import RESULT, Clock, node_state, submission, take
 from .test_comparison import job
 
 ASKED: dict[str, Callable[[Store], HasJson]] = {
-    "status": lambda store: overview(store, Choice()),
-    "status --user bob": lambda store: overview(store, Choice(user="bob")),
-    "status --all --limit 3": lambda store: job_list(store, Choice(), 3),
-    "status --all --label project=support": lambda store: job_list(store, Choice(label=("project", "support")), 50),
+    "status": lambda store: overview(store, Choice(), Page()),
+    "status --user bob": lambda store: overview(store, Choice(user="bob"), Page()),
+    "status --limit 1 --after 5": lambda store: overview(store, Choice(), Page(limit=1, after=5)),
+    "status --all --limit 3": lambda store: job_list(store, Choice(), Page(limit=3)),
+    "status --all --after 4": lambda store: job_list(store, Choice(), Page(after=4)),
+    "status --all --label project=support": lambda store: job_list(store, Choice(label=("project", "support")), Page()),
     "status 3": lambda store: job_in_full(store, 3),
     "status 5": lambda store: job_in_full(store, 5),
     "status --sweep 1": lambda store: sweep_standing(store, 1),
@@ -63,8 +65,8 @@ ASKED: dict[str, Callable[[Store], HasJson]] = {
 OF_RESULTS: dict[str, Callable[[Store, ArtifactStore], HasJson]] = {
     "report 1": lambda store, artifacts: report(store, artifacts, 1),
     "compare 1 4": lambda store, artifacts: comparison(store, artifacts, (1, 4)),
-    "adapters": lambda store, _: adapter_list(store),
-    "adapters list": lambda store, _: adapter_list(store),
+    "adapters": lambda store, _: adapter_list(store, Page()),
+    "adapters list --limit 1": lambda store, _: adapter_list(store, Page(limit=1)),
     "adapters show ends:prod": lambda store, artifacts: lineage(store, artifacts, "ends:prod"),
 }
 """The same for what is read from the artifact store, too."""

@@ -16,10 +16,11 @@ from loractl.common.store.fleet import NODE_STALE_S
 from loractl.common.store.tables import Job
 from loractl.common.units import GIB
 from loractl.scheduler.answers.wait.cards import card_fits, process_name
+from loractl.scheduler.answers.wait.queue import reason
 from loractl.scheduler.answers.wait.reasons import Tier, explain
-from loractl.scheduler.answers.wait.remedies import without_others, would_start
+from loractl.scheduler.answers.wait.remedies import without_others
 from loractl.scheduler.answers.wait.rivals import ahead_of
-from loractl.scheduler.answers.wait.starts import ExpectedStart, expected_starts
+from loractl.scheduler.answers.wait.starts import REPLAYED_JOBS, ExpectedStart, expected_starts
 
 from ...factories import NOON
 from ...fleets import card, drained, fleet, in_seconds, ready, running, waits
@@ -402,14 +403,12 @@ def test_who_is_ahead_follows_the_rule_and_leaves_out_whom_no_card_of_mine_could
     assert [other.job_id for other in ahead_of(mine, view, ready(waiting))] == [9, 10, 3]
 
 
-def test_what_would_help_is_asked_of_the_rule() -> None:
-    mine = waits(7, lora=40, qlora=8, methods=LORA_ONLY)
-    view = fleet([card("a:0"), card("b:0", 48)], [running(1, "b:0", 20)], [mine])
-    need = ready([mine])[0].need
-    assert would_start(mine, view, ready([mine]), need, (Method.QLORA,)) == "a:0"
-    assert would_start(mine, view, ready([mine]), need, LORA_ONLY) is None
-    first = waits(3, lora=20, qlora=20)
-    assert would_start(mine, view, ready([first, mine]), need, (Method.QLORA,)) is None, "the other one takes the card"
+def test_a_job_behind_the_beginning_of_the_order_is_told_what_is_sure() -> None:
+    mine = waits(999, lora=8, qlora=8)
+    before = [waits(number, lora=8, qlora=8) for number in range(10, 10 + REPLAYED_JOBS + 1)]
+    view = fleet([card()], [running(1, "box:0", 20)], [*before, mine])
+    assert reason(mine, view, ready(before), {}).sentence.endswith("; 10 and at least 200 more go first")
+    assert reason(mine, view, ready([*before[:3], mine]), {}).sentence.endswith("; 10 and 2 more go first")
 
 
 def test_a_program_in_the_way_is_named_only_when_it_alone_is() -> None:

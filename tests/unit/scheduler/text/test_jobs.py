@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
@@ -79,15 +80,19 @@ def overview(ran: list[Job], waiting: dict[Job, Wait], ended: list[Job], screen:
         running=tuple(map(state_of, ran)),
         waiting=tuple(map(state_of, waiting)),
         waits=WaitingJobs(reasons={job.job_id: reason for job, reason in waiting.items()}),
+        running_count=len(ran),
+        waiting_count=len(waiting),
         sweeps=(),
-        ended=tuple(map(state_of, ended)),
+        sweep_count=0,
+        ended=Counter(row.status for row in ended),
+        after=None,
         now=NOON,
     )
     return overview_text(answer, screen)
 
 
 def listed(jobs: list[Job], now: dt.datetime, screen: Screen) -> str:
-    answer = JobList(jobs=tuple(map(state_of, jobs)), waits=WaitingJobs(), chosen=False, now=now)
+    answer = JobList(jobs=tuple(map(state_of, jobs)), waits=WaitingJobs(), chosen=False, after=None, now=now)
     return job_list_text(answer, screen)
 
 
@@ -209,10 +214,10 @@ def test_the_adapters_are_listed_with_the_command_that_fetches_one() -> None:
         job_id=7, attempt=1, name="helpdesk", base_model="org/model", method="lora", uri="s3://a", size=3_500_000,
         sha256="0", created_at=NOON, tags=("latest", "prod"),
     )  # fmt: skip
-    text = adapters_text(AdapterList(adapters=(stored,), now=NOON), PLAIN)
+    text = adapters_text(AdapterList(adapters=(stored,), after=None, now=NOON), PLAIN)
     assert re.search(r"7  helpdesk  latest, prod  lora +3\.5 .* model$", text, re.M)
     assert text.endswith("Use one: loractl adapters pull 7 DIR")
-    assert adapters_text(AdapterList(adapters=(), now=NOON), PLAIN).startswith("No adapter is stored yet")
+    assert adapters_text(AdapterList(adapters=(), after=None, now=NOON), PLAIN).startswith("No adapter is stored yet")
 
 
 def test_control_characters_of_messages_events_and_names_never_reach_the_terminal() -> None:

@@ -71,9 +71,16 @@ def test_what_ended_otherwise_is_counted_only_where_there_is_such() -> None:
 
 def test_members_stand_in_their_sweep_s_line_and_not_among_the_jobs() -> None:
     waiting, alone = row(job_id=12, sweep_id=3), row(job_id=20, name="alone", status=Status.RUNNING)
-    jobs = {"running": (state_of(alone),), "waiting": (state_of(waiting),), "ended": ()}
+    jobs = {
+        "running": (state_of(alone),),
+        "waiting": (state_of(waiting),),
+        "ended": {},
+        "after": None,
+        "sweep_count": 1,
+    }
     sweeps = (view(member(12, 1e-4)),)
-    text = overview_text(Overview(**jobs, waits=WaitingJobs(), sweeps=sweeps, now=NOON), PLAIN)
+    counts = {"running_count": 1, "waiting_count": 1}
+    text = overview_text(Overview(**jobs, **counts, waits=WaitingJobs(), sweeps=sweeps, now=NOON), PLAIN)
     assert text.startswith("1 running, 1 waiting.")
     assert "alone" in text and "triage ×1" in text and "helpdesk" not in text
     assert "loractl status --sweep" in text

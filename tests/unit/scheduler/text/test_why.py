@@ -25,7 +25,7 @@ def why(view: FleetView, screen: Screen, job: Any, start: ExpectedStart | None =
         wait=wait or explain(job, view),
         start=start,
         cards=tuple(card_fits(job, view)),
-        ahead=Ahead(jobs=((1486, "priya"),), of=9),
+        ahead=Ahead(jobs=((1486, "priya"),), complete=True, of=9),
         remedies=(
             "It would start now on heron:3 with max_length 1536.  Try: loractl plan 1485 --set dataset.max_length=1536",
             "It would fit now on heron:3 without vllm of tomás.",
