@@ -68,7 +68,7 @@ COMMANDS: Commands = {
         "loractl.scheduler.commands.import_config:import_config",
         "Turn an Axolotl or LLaMA-Factory YAML into a job file.",
     ),
-    "gc": ("loractl.scheduler.commands.gc:gc", "Remove stored files that no one needs any more."),
+    "gc": ("loractl.scheduler.commands.gc:gc", "Remove stored files and rows that no one needs any more."),
     "db": ("loractl.scheduler.commands.db:db", "Look after the database."),
     "completion": (
         "loractl.scheduler.commands.completion:completion",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -189,6 +190,18 @@ class Over:
     known: frozenset[int]
     jobs: frozenset[int]
     attempts: frozenset[tuple[int, int]]  # job_id, attempt
+
+
+@dataclass(frozen=True, kw_only=True)
+class PastJob:
+    """A job that ended long ago. Sizes in the database, in bytes, roughly."""
+
+    job_id: int
+    name: str
+    user: str
+    ended_at: dt.datetime
+    points_size: int  # values of single steps
+    size: int  # all of it
 
 
 @dataclass(frozen=True, kw_only=True)

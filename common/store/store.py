@@ -7,10 +7,9 @@ attempt that may change it. Zero rows means that another process was there first
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import TypeVar
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
-from sqlalchemy import Engine, Select, select
+from sqlalchemy import select
 
 from loractl.common.errors import SweepNotFound
 from loractl.common.job.reference import Reference
@@ -19,7 +18,6 @@ from loractl.common.job.sweep import NewSweep, SweepView
 from loractl.common.memory.correction import Measured
 from loractl.common.placement.cards import Card
 from loractl.common.placement.lines import Waiting
-from loractl.common.settings import LEASE_S
 
 from .fleet import FleetView
 from .glance import Glance
@@ -46,32 +44,18 @@ from .records import (
     FleetTurn,
     Left,
     NodeState,
-    Over,
     Page,
     Progress,
-    SpentLog,
     StoredCheckpoint,
     StoredResult,
     Submission,
 )
+from .retention import RetentionStore
 from .tables import Adapter, Attempt, DrainOrder, Event, Job, LogChunk, MetricPoint, Node
-from .transaction import Transaction
-
-Row = TypeVar("Row")
 
 
-class Store:
-    """The jobs' database. `clock` is for tests; without it leases follow the database's own clock.
-
-    `lease_s`: how long an attempt that this store claims or beats for may be silent.
-    """
-
-    def __init__(
-        self, engine: Engine, clock: Callable[[], dt.datetime] | None = None, lease_s: float = LEASE_S
-    ) -> None:
-        self._engine = engine
-        self._lease_s = lease_s
-        self._clock = clock
+class Store(RetentionStore):
+    """The jobs' database."""
 
     # --- what a person does ---
 
@@ -253,50 +237,6 @@ class Store:
         with self._read() as tx:
             return backlog.unfinished(tx, largest)
 
-    # --- what loractl gc does ---
-
-    def beyond_newest(self, keep: int) -> list[Job]:
-        """Jobs with results beyond the `keep` newest of their user and name."""
-        return self._all(retention.beyond_newest(keep))
-
-    def remove_result(self, job_id: int, user: str, by: str = "loractl gc") -> bool:
-        """Forget a job's adapter and report: their files may go then. False when it has none, or it is tagged."""
-        with self._write() as tx:
-            return retention.remove_result(tx, job_id, user, by)
-
-    def over(self, job_ids: Collection[int], kept_since: dt.datetime | None = None) -> Over:
-        """Which of these jobs, and which of their attempts, need no files any more.
-
-        A job that failed since then keeps what a retry goes on from.
-        """
-        with self._read() as tx:
-            return retention.read_over(tx, job_ids, kept_since)
-
-    def forget_checkpoint(self, job_id: int) -> bool:
-        """Forget an ended job's stored checkpoint: its files may go then. False when the job has not ended."""
-        with self._write() as tx:
-            return retention.forget_checkpoint(tx, job_id)
-
-    def forget_finished(self, job_id: int, host: str) -> bool:
-        """Forget what an ended job has left on a box: it may go then. False when the job has not ended."""
-        with self._write() as tx:
-            return retention.forget_finished(tx, job_id, host)
-
-    def needed_data(self, ended_since: dt.datetime, without: Collection[int] = ()) -> set[str]:
-        """Names of the stored data sets that a job may still read."""
-        with self._read() as tx:
-            return retention.read_needed_data(tx, ended_since, without)
-
-    def spent_logs(self) -> list[SpentLog]:
-        """Logs that are stored with their job's result, too."""
-        with self._read() as tx:
-            return retention.read_spent_logs(tx)
-
-    def forget_log(self, log: SpentLog) -> None:
-        """Remove an attempt's log lines."""
-        with self._write() as tx:
-            retention.forget_log(tx, log)
-
     # --- what a person reads ---
 
     def now(self) -> dt.datetime:
@@ -408,15 +348,3 @@ class Store:
         """The tags of each job's adapter, or of these jobs; the newest of a name has latest."""
         with self._read() as tx:
             return adapters.read_tags(tx, job_ids)
-
-    # --- inside ---
-
-    def _write(self) -> Transaction:
-        return Transaction(self._engine, clock=self._clock, read_only=False)
-
-    def _read(self) -> Transaction:
-        return Transaction(self._engine, clock=self._clock, read_only=True)
-
-    def _all(self, query: Select[Row]) -> list[Row]:
-        with self._read() as tx:
-            return list(tx.session.scalars(query))

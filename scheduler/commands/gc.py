@@ -1,4 +1,4 @@
-"""loractl gc: remove stored files that no one needs any more."""
+"""loractl gc: remove stored files and rows that no one needs any more."""
 
 from __future__ import annotations
 
@@ -19,23 +19,25 @@ import click
     default="30d",
     show_default=True,
     metavar="DURATION",
-    help="Take data sets and cache entries that were not used for so long, and what a retry of jobs that failed so"
-    " long ago would go on from.",
+    help="Take data sets and cache entries that were not used for so long, what a retry of jobs that failed so long"
+    " ago would go on from, and with --jobs the rows of jobs.",
 )
+@click.option("--jobs", is_flag=True, help="Take the rows of ended jobs as well; a job that keeps its result stays.")
 @click.option("--dry-run", is_flag=True, help="Say what would go and change nothing.")
 @click.option("--force", is_flag=True, help="Go on where the store has files of jobs that this database does not know.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def gc(keep_last: int | None, older_than: str, dry_run: bool, force: bool, as_json: bool) -> None:
-    """Remove stored files that no one needs any more.
+def gc(keep_last: int | None, older_than: str, jobs: bool, dry_run: bool, force: bool, as_json: bool) -> None:
+    """Remove stored files and rows that no one needs any more.
 
     In the artifact store: what attempts left that are no result, checkpoints of ended jobs, data that no job needs.
-    On this machine: work folders of ended jobs and old cache entries. Results go only with --keep-last.
+    On this machine: work folders of ended jobs and old cache entries. Results go only with --keep-last,
+    rows of ended jobs only with --jobs.
     """
     from loractl.scheduler.session import open_artifacts, open_session
     from loractl.scheduler.text.garbage import line, total
     from loractl.scheduler.upkeep.garbage import Cleaner, Cleared, Policy, parse_age
 
-    policy = Policy(keep_last=keep_last, older_than=parse_age(older_than))
+    policy = Policy(keep_last=keep_last, older_than=parse_age(older_than), past_jobs=jobs)
     settings, store = open_session()
     cleaner = Cleaner(settings, store, open_artifacts(settings), policy)
     if not force:

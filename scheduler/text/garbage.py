@@ -16,12 +16,12 @@ def line(garbage: Garbage) -> str:
 
 
 def total(cleared: Cleared) -> str:
-    """One sentence for all of it; log lines stand apart from files."""
+    """One sentence for all of it; what is in the database stands apart from files."""
     verb = "Would free" if cleared.dry_run else "Freed"
     if not cleared.removed:
         return f"{verb} nothing: everything that is stored is needed."
     counts = Counter(garbage.kind for garbage in cleared.removed)
-    logs = sum(garbage.size for garbage in cleared.removed if garbage.kind is Kind.LOG)
+    rows = sum(garbage.size for garbage in cleared.removed if not garbage.kind.is_file)
     parts = ", ".join(f"{kind.value} {counts[kind]}" for kind in Kind if counts[kind])
-    lines = f", and {amount(logs)} of log lines in the database" if logs else ""
-    return f"{verb} {amount(cleared.size)}{lines} ({parts})."
+    stored = f", and about {amount(rows)} of rows in the database" if rows else ""
+    return f"{verb} {amount(cleared.size)}{stored} ({parts})."

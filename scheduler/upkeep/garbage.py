@@ -1,4 +1,4 @@
-"""Garbage: files in the artifact store and on this machine that no job and no person needs, found and removed.
+"""Garbage: files in the artifact store and on this machine, and rows, that no job and no person needs.
 
 Rows go before files: a crash in between leaves files that no row names, and the next run finds them again. Files of
 a job that this database does not know are left alone: another database may know it.
@@ -10,7 +10,7 @@ import contextlib
 import datetime as dt
 import enum
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,13 +20,16 @@ from loractl.common.binding import result_binding
 from loractl.common.errors import AdapterNotFound, ArtifactError, LoractlError, UsageError
 from loractl.common.files import remove_tree
 from loractl.common.settings import Settings
-from loractl.common.store.records import SpentLog
+from loractl.common.store.records import PastJob, SpentLog
 from loractl.common.store.store import Store
 from loractl.common.store.tables import Job
 from loractl.common.units import parse_duration
 
 LEAST_AGE = dt.timedelta(days=1)
 """Data and cache entries younger than that are never taken: a submit or a trainer may be just about to name them."""
+
+JOBS_AT_ONCE = 200
+"""Jobs that go in one transaction: many, since each costs a write to the disk; few, since others wait meanwhile."""
 
 LONGEST_S = 100 * 365 * 86400.0
 """A longer time means the same, and would be out of the calendar's range."""
@@ -45,6 +48,13 @@ class Kind(enum.StrEnum):
     WORK = "work folder"  # on this machine, of an ended job
     CACHE = "cache"  # on this machine, not used for long
     LOG = "log"  # lines in the database, stored with the result as well
+    COURSE = "course"  # values of single steps in the database, of a job that keeps its result
+    JOB = "job"  # all rows of a job without a result
+
+    @property
+    def is_file(self) -> bool:
+        """False: it is in the database, which keeps its room for new rows."""
+        return self not in (Kind.LOG, Kind.COURSE, Kind.JOB)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,8 +77,8 @@ class Cleared:
 
     @property
     def size(self) -> int:
-        """Bytes of files; log lines are left out, for a database keeps their room for new rows."""
-        return sum(each.size for each in self.removed if each.kind is not Kind.LOG)
+        """Bytes of files; rows are left out, for a database keeps their room for new ones."""
+        return sum(each.size for each in self.removed if each.kind.is_file)
 
     def as_json(self) -> dict[str, Any]:
         rows = [{"kind": g.kind.value, "name": g.name, "size": g.size, "why": g.why} for g in self.removed]
@@ -80,7 +90,8 @@ class Policy:
     """What a person wants to keep."""
 
     keep_last: int | None  # results of each user and job name; None: all
-    older_than: dt.timedelta  # data sets, cache entries and what failed jobs left; at least LEAST_AGE
+    older_than: dt.timedelta  # data sets, cache entries, what failed jobs left, past jobs; at least LEAST_AGE
+    past_jobs: bool = False  # rows of jobs that ended so long ago go, too
 
 
 def parse_age(text: str) -> dt.timedelta:
@@ -128,6 +139,9 @@ class Cleaner:
         yield from self._work()
         yield from self._cache(gone)
         yield from self._logs()
+        if self._policy.past_jobs:
+            yield from (_course(job) for job in self._store.courses(self._limit()) if job.job_id not in gone)
+            yield from (_past(job) for job in self._store.past_jobs(self._limit(), gone))
 
     def remove(self) -> Iterator[Garbage]:
         """Remove it and yield what has gone. Each kind is looked up just before it goes."""
@@ -157,6 +171,20 @@ class Cleaner:
             if self._is_stored(log):
                 self._store.forget_log(log)
                 yield _log(log.job_id, log.attempt, log.size)
+        if self._policy.past_jobs:
+            yield from self._forget_past()
+
+    def _forget_past(self) -> Iterator[Garbage]:
+        """Rows of jobs that ended long ago. A job that has files in the store stays: no one could judge them."""
+        limit = self._limit()
+        for courses in _batches(self._store.courses(limit)):
+            self._store.forget_courses([job.job_id for job in courses])
+            yield from map(_course, courses)
+        held = {_job_of(holding)[0] for holding in self._artifacts.holdings("jobs")}
+        past = [job for job in self._store.past_jobs(limit) if job.job_id not in held]
+        for jobs in _batches(past):
+            gone = self._store.forget_jobs([job.job_id for job in jobs], limit)
+            yield from (_past(job) for job in jobs if job.job_id in gone)
 
     def _old_results(self) -> list[Job]:
         return [] if self._policy.keep_last is None else self._store.beyond_newest(self._policy.keep_last)
@@ -227,6 +255,24 @@ class Cleaner:
 def _log(job_id: int, attempt: int, size: int) -> Garbage:
     why = "stored with the result"
     return Garbage(kind=Kind.LOG, name=attempt_prefix(job_id, attempt), size=size, why=why, job_id=job_id)
+
+
+def _course(job: PastJob) -> Garbage:
+    why = f"ended {job.ended_at:%Y-%m-%d}; its report has the course"
+    return Garbage(kind=Kind.COURSE, name=_numbered(job), size=job.points_size, why=why, job_id=job.job_id)
+
+
+def _past(job: PastJob) -> Garbage:
+    why = f"ended {job.ended_at:%Y-%m-%d} and has no result"
+    return Garbage(kind=Kind.JOB, name=_numbered(job), size=job.size, why=why, job_id=job.job_id)
+
+
+def _batches(jobs: Sequence[PastJob]) -> Iterator[Sequence[PastJob]]:
+    return (jobs[first : first + JOBS_AT_ONCE] for first in range(0, len(jobs), JOBS_AT_ONCE))
+
+
+def _numbered(job: PastJob) -> str:
+    return f"{job.job_id} {job.name} of {job.user}"
 
 
 def _job_of(holding: Holding) -> tuple[int, int | None]:

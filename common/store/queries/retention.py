@@ -1,16 +1,17 @@
-"""Which files may go, by the rows: results beyond the newest, attempts that are over, data that no job needs."""
+"""What may go, by the rows: results beyond the newest, attempts that are over, data that no job needs, past jobs."""
 
 from __future__ import annotations
 
 import datetime as dt
 from collections.abc import Collection, Iterator
 
-from sqlalchemy import ColumnElement, Select, and_, delete, func, or_, select, update
+from sqlalchemy import ColumnElement, Select, and_, delete, exists, func, or_, select, update
+from sqlalchemy.orm import aliased
 
 from loractl.common.job.status import KEEPING, Status
 
-from ..records import Over, SpentLog
-from ..tables import Adapter, Attempt, Job, LogChunk
+from ..records import HELD_OUT_LOSS, Over, PastJob, SpentLog
+from ..tables import Adapter, Attempt, Base, Event, Job, LogChunk, MetricPoint, Sweep
 from ..transaction import Transaction
 from .adapters import is_tagged
 
@@ -18,6 +19,26 @@ ENDED = tuple(status for status in Status if status.is_terminal)
 
 _IDS_AT_ONCE = 500
 """The most jobs that one statement names; SQLite takes 32766 parameters, PostgreSQL 65535."""
+
+
+_POINT_BYTES = 100
+_ROW_BYTES = 2_000
+"""About what a metric's point, and a job with its attempts, take in the database, indexes included."""
+
+
+def _total(amount: ColumnElement[int], of: type[Base]) -> ColumnElement[int]:
+    own = select(func.coalesce(amount, 0)).select_from(of).where(of.__table__.c.job_id == Job.job_id)
+    return own.correlate(Job).scalar_subquery()
+
+
+_PAST = (
+    Job.job_id, Job.name, Job.user, Job.ended_at,
+    _total(func.count() * _POINT_BYTES, MetricPoint).label("points_size"),
+    (
+        _total(func.sum(func.length(LogChunk.text)), LogChunk) + _total(func.sum(func.length(Event.text)), Event)
+        + _total(func.count() * _POINT_BYTES, MetricPoint) + _ROW_BYTES
+    ).label("size"),
+)  # fmt: skip
 
 
 def beyond_newest(keep: int) -> Select[Job]:
@@ -107,6 +128,56 @@ def read_spent_logs(tx: Transaction) -> list[SpentLog]:
 def forget_log(tx: Transaction, log: SpentLog) -> None:
     own = (LogChunk.job_id == log.job_id) & (LogChunk.attempt == log.attempt)
     tx.session.execute(delete(LogChunk).where(own))
+
+
+def read_past(tx: Transaction, ended_before: dt.datetime, without: Collection[int]) -> list[PastJob]:
+    """Ended jobs without a result. `without`: jobs with results that count as removed."""
+    found: dict[int, PastJob] = {}
+    for some in (None, *_parts(without)):
+        given = _may_go(ended_before) if some is None else _is_past(ended_before) & Job.job_id.in_(some)
+        for row in tx.session.execute(select(*_PAST).where(given)):
+            found[row.job_id] = PastJob(**row._mapping)
+    return [found[job_id] for job_id in sorted(found)]
+
+
+def forget_jobs(tx: Transaction, job_ids: Collection[int], ended_before: dt.datetime) -> set[int]:
+    gone: set[int] = set()
+    for some in _parts(job_ids):
+        # what hangs on a job goes with it, by its foreign key
+        forgotten = delete(Job).where(Job.job_id.in_(some), _may_go(ended_before)).returning(Job.job_id)
+        gone.update(tx.session.scalars(forgotten.execution_options(synchronize_session=False)))
+    member = exists().where(Job.sweep_id == Sweep.sweep_id)
+    tx.session.execute(delete(Sweep).where(~member), execution_options={"synchronize_session": False})
+    return gone
+
+
+def read_courses(tx: Transaction, ended_before: dt.datetime) -> list[PastJob]:
+    """Ended jobs that keep their result and have values of single steps, which the report has as well."""
+    has_points = exists().where(MetricPoint.job_id == Job.job_id, _of_one_step())
+    query = select(*_PAST).where(_is_past(ended_before), _has_result(), has_points).order_by(Job.job_id)
+    return [PastJob(**row._mapping) for row in tx.session.execute(query)]
+
+
+def forget_courses(tx: Transaction, job_ids: Collection[int]) -> None:
+    for some in _parts(job_ids):
+        points = delete(MetricPoint).where(MetricPoint.job_id.in_(some), _of_one_step())
+        tx.session.execute(points, execution_options={"synchronize_session": False})
+
+
+def _is_past(ended_before: dt.datetime) -> ColumnElement[bool]:
+    """An ended job that no member of its sweep is compared with any more."""
+    other = aliased(Job)
+    goes_on = exists().where(other.sweep_id == Job.sweep_id, other.status.not_in(ENDED)).correlate(Job)
+    return and_(Job.status.in_(ENDED), Job.ended_at < ended_before, ~goes_on)
+
+
+def _may_go(ended_before: dt.datetime) -> ColumnElement[bool]:
+    return and_(_is_past(ended_before), ~_has_result(), ~is_tagged())
+
+
+def _of_one_step() -> ColumnElement[bool]:
+    """Not what a sweep's members are compared by."""
+    return and_(MetricPoint.name != HELD_OUT_LOSS, ~MetricPoint.name.startswith("rung_", autoescape=True))
 
 
 def _has_result() -> ColumnElement[bool]:

@@ -11,6 +11,7 @@ from sqlalchemy.orm import Session
 
 from loractl.common.errors import WrongState
 from loractl.common.job.status import Reason, Status
+from loractl.common.job.sweep import NewSweep
 from loractl.common.store.records import Claim, Progress, StoredResult
 from loractl.common.store.store import Store
 from loractl.common.store.tables import Job
@@ -149,3 +150,45 @@ def test_the_log_of_a_result_is_spent_and_other_logs_are_kept(timed: Store, cloc
         "why the first attempt failed is stored nowhere else"
     )
     assert timed.log(failed) == []
+
+
+def test_values_of_single_steps_go_and_those_that_sweeps_are_judged_by_stay(timed: Store, clock: Clock) -> None:
+    job_id = timed.submit(submission())
+    points = ((1, "loss", 3.0), (1, "grad_norm", 1.0), (4, "rung_0.25", 2.0), (9, "held_out_loss", 1.5))
+    taken = claim(timed)
+    timed.beat(taken, Progress(metrics=points))
+    timed.finish(taken, Reason.OK, "done", Progress(), RESULT)
+    assert timed.courses(clock.now) == [], "it ended this moment"
+    clock.forward(1)
+    (course,) = timed.courses(clock.now)
+    assert (course.job_id, course.points_size) == (job_id, 400)
+    timed.forget_courses([job_id])
+    left = [name for _, name, _ in points if timed.metrics(job_id, name)]
+    assert left == ["rung_0.25", "held_out_loss"] and timed.courses(clock.now) == []
+
+
+def test_no_member_goes_while_its_sweep_goes_on_and_an_empty_sweep_goes(timed: Store, clock: Clock) -> None:
+    sweep = NewSweep(name="grid", user="ada", varied={"lora.r": "8,16"}, rungs=(0.25,))
+    sweep_id = timed.submit_sweep(sweep, [submission(), submission()])
+    first = claim(timed)
+    timed.finish(first, Reason.DIVERGED, "no", Progress())
+    clock.forward(86400)
+    second = claim(timed)
+    assert timed.past_jobs(clock.now) == [], "the one that runs is compared with it"
+    assert timed.forget_jobs([first.job_id], clock.now) == set()
+    timed.finish(second, Reason.DIVERGED, "no", Progress())
+    clock.forward(1)
+    assert [job.job_id for job in timed.past_jobs(clock.now)] == [first.job_id, second.job_id]
+    assert timed.forget_jobs([first.job_id], clock.now) == {first.job_id}
+    assert [member.job_id for member in timed.sweep(sweep_id).members] == [second.job_id]
+    assert timed.forget_jobs([second.job_id], clock.now) == {second.job_id}
+    assert timed.sweeps([sweep_id]) == []
+
+
+def test_a_job_that_was_queued_again_or_has_a_result_is_not_forgotten(timed: Store, clock: Clock) -> None:
+    again, kept = ended(timed, Reason.DIVERGED), ended(timed)
+    clock.forward(1)
+    assert [job.job_id for job in timed.past_jobs(clock.now)] == [again]
+    assert [job.job_id for job in timed.past_jobs(clock.now, without=[kept])] == [again, kept]
+    timed.retry(again, "ada")
+    assert timed.forget_jobs([again, kept, 99], clock.now) == set()

@@ -9,19 +9,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from sqlalchemy import update
+from sqlalchemy import func, select, update
 from sqlalchemy.orm import Session
 
 from loractl.common.artifacts import ArtifactStore, Manifest, attempt_prefix, checkpoint_prefix, manifest_sha256
 from loractl.common.binding import result_binding
 from loractl.common.errors import ArtifactError, UsageError
+from loractl.common.job.reference import parse_reference
 from loractl.common.job.status import Reason
 from loractl.common.settings import Settings, load_settings
 from loractl.common.store.database import make_engine
 from loractl.common.store.records import Claim, Progress, StoredCheckpoint, StoredResult
 from loractl.common.store.schema import upgrade
 from loractl.common.store.store import Store
-from loractl.common.store.tables import Job
+from loractl.common.store.tables import Attempt, Event, Job, LogChunk, MetricPoint
 from loractl.scheduler.upkeep.garbage import Cleaner, Cleared, Garbage, Kind, Policy
 
 from .... import services
@@ -95,8 +96,10 @@ class Lab:
                 session.execute(update(Job).where(Job.job_id == job_id).values(data=data))
         return f"datasets/{digest}.jsonl"
 
-    def cleaner(self, keep_last: int | None = None, artifacts: ArtifactStore | None = None) -> Cleaner:
-        policy = Policy(keep_last=keep_last, older_than=MONTH)
+    def cleaner(
+        self, keep_last: int | None = None, artifacts: ArtifactStore | None = None, past_jobs: bool = False
+    ) -> Cleaner:
+        policy = Policy(keep_last=keep_last, older_than=MONTH, past_jobs=past_jobs)
         return Cleaner(self.settings, self.store, artifacts or self.artifacts, policy)
 
     def held(self) -> set[str]:
@@ -274,6 +277,51 @@ def test_log_lines_stay_while_the_stored_log_is_not_the_one_that_its_row_binds(l
     lab.artifacts.put_result(forged.parent, attempt_prefix(job_id, 1))
     assert [g.job_id for g in lab.cleaner().remove() if g.kind is Kind.LOG] == [job_id + 1]
     assert lab.store.log(job_id)[0].text.startswith("xxx")
+
+
+def test_old_jobs_without_a_result_go_with_all_their_rows_when_asked(lab: Lab) -> None:
+    kept, failed, tagged = lab.run(Reason.OK), lab.run(Reason.DIVERGED), lab.run(Reason.OK)
+    lab.store.tag(parse_reference(str(tagged)), "prod", "ada")
+    cancelled = lab.store.submit(submission(lora=200, qlora=200))
+    lab.store.cancel(cancelled, "ada")
+    waiting = lab.store.submit(submission(lora=200, qlora=200))
+    lab.clock.forward(MONTH.total_seconds() + 86400)
+    fresh = lab.run(Reason.DIVERGED)
+    rows = (Kind.JOB, Kind.COURSE)
+    assert names(lab.cleaner().find(), *rows) == names(lab.cleaner().remove(), *rows) == set(), "nobody asked"
+    wanted = {f"{failed} a of ada", f"{cancelled} tiny of ada"}
+    found = list(lab.cleaner(past_jobs=True).find())
+    assert names(iter(found), *rows) == wanted
+    assert min(garbage.size for garbage in found if garbage.kind is Kind.JOB) >= 2000
+    assert len(lab.store.jobs()) == 6, "a dry run changes nothing"
+    assert names(lab.cleaner(past_jobs=True).remove(), *rows) == wanted
+    assert sorted(job.job_id for job in lab.store.jobs()) == [kept, tagged, waiting, fresh]
+    with Session(lab.store._engine) as session:
+        for table in (Attempt, Event, LogChunk, MetricPoint):
+            left = select(func.count()).select_from(table).where(table.job_id.in_([failed, cancelled]))
+            assert session.scalar(left) == 0
+    assert lab.store.submit(submission()) > fresh, "a number is never given twice"
+    lab.cleaner().check_own_store()
+    lab.rows_lead_somewhere()
+
+
+def test_a_job_with_files_in_the_store_keeps_its_row(lab: Lab) -> None:
+    failed = lab.run(Reason.DIVERGED)
+    lab.clock.forward(MONTH.total_seconds() + 86400)
+    breaks = BreaksOff(lab.artifacts.url)
+    with pytest.raises(ArtifactError):
+        list(lab.cleaner(artifacts=breaks, past_jobs=True).remove())
+    assert lab.store.job(failed), "else no one could say whose files those are"
+    assert names(lab.cleaner(past_jobs=True).remove(), Kind.JOB) == {f"{failed} a of ada"}
+    assert lab.store.jobs() == [] and lab.held() == set()
+
+
+def test_a_dry_run_counts_the_jobs_whose_results_would_go_as_well(lab: Lab) -> None:
+    old = lab.run(Reason.OK)
+    lab.clock.forward(MONTH.total_seconds() + 86400)
+    lab.run(Reason.OK)
+    both = lab.cleaner(keep_last=1, past_jobs=True)
+    assert names(both.find(), Kind.JOB) == names(both.remove(), Kind.JOB) == {f"{old} a of ada"}
 
 
 def test_what_went_is_one_value_for_a_program() -> None:
