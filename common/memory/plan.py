@@ -181,7 +181,7 @@ def _notes(shape: Shape, spec: JobSpec, step: Step, at_loss: bool) -> dict[str, 
         else f"{thousands(shape.vocab)} words, fp32{freed}",
         "evaluation": f"rows of {step.evaluated} tokens, beyond what training holds",
         "context": "CUDA and its kernels",
-        "allocator": "cuBLAS workspaces, and cached blocks that the loss can't use",
+        "allocator": "cuBLAS, and cached blocks that the loss can't use",
     }
 
 

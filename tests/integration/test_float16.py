@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 
+from loractl.common.job.spec import JobSpec
 from loractl.common.job.status import Reason
 from loractl.worker.base.arithmetic import choose_precision
 from loractl.worker.base.failure import TrainingFailed
@@ -18,6 +19,7 @@ from loractl.worker.base.source import family_of
 from loractl.worker.protocol.messages import Note, Stepped, Told
 from loractl.worker.training.loop import SKIPS, Brake
 from loractl.worker.training.progress import Teller
+from loractl.worker.training.recipe import _about_fp16
 from loractl.worker.training.recorder import Recorder
 from loractl.worker.training.run import Run
 
@@ -98,3 +100,22 @@ def test_gemma_2_and_3_train_in_float32_on_a_card_without_bfloat16(
     assert choose_precision("cuda", "float16", family).amp == "fp16", "a job's own choice goes first"
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
     assert choose_precision("cuda", "auto", family).amp == "bf16"
+
+
+def test_the_history_says_what_float16_means_for_such_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "data.jsonl").write_text("")
+    spec = make_order(tmp_path / "a", tmp_path, tmp_path / "data.jsonl").spec
+    own = make_order(tmp_path / "b", tmp_path, tmp_path / "data.jsonl", dtype="float16").spec
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)
+
+    def said(spec: JobSpec, family: str) -> str | None:
+        precision = choose_precision("cuda", spec.training.dtype, family)
+        return _about_fp16(spec, precision, family, on_gpu=True)
+
+    assert said(spec, "gemma2") == "gemma2 overflows float16, and this card has no bfloat16: it trains in float32"
+    assert said(own, "gemma3_text") == (
+        "training.dtype: gemma3_text overflows float16; float32, or a card with bfloat16, is safer"
+    )
+    assert said(spec, "llama") is None
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
+    assert said(spec, "gemma2") is None

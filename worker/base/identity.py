@@ -25,7 +25,7 @@ class BaseIdentity:
         self._folder = Path(base_model) if pinned is None else pinned.folder
         self._cache = cache
         self._files: Fingerprint = {}
-        self._error: OSError | None = None
+        self._error: Exception | None = None
         # it dies with the process: a job that fails must not wait for it
         self._thread = threading.Thread(target=self._hash, name="identity", daemon=True)
         self._thread.start()
@@ -41,5 +41,5 @@ class BaseIdentity:
     def _hash(self) -> None:
         try:
             self._files = fingerprint(self._folder, self._cache)
-        except OSError as error:
+        except Exception as error:  # noqa: BLE001  raised again where it is waited for
             self._error = error

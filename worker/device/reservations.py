@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from loractl.common.settings import make_private
+
 from .snapshot import Process
 
 
@@ -35,7 +37,7 @@ class CardShare:
 def reserve(home: Path, uuid: str, size: int) -> CardShare:
     """Reserve `size` bytes of a card for this process. Raises OSError."""
     folder = _folder(home, uuid)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_private(folder)
     path = folder / f"{os.getpid()}.json"
     aside = path.with_suffix(".part")
     file = aside.open("w", encoding="utf-8")

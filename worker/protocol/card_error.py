@@ -55,5 +55,6 @@ def may_be_full(text: str) -> bool:
 
 
 def last_card_error(lines: Sequence[str]) -> tuple[Reason, str] | None:
-    """What the last of some printed lines that names a card's error means; None where no line does."""
-    return next((said for line in reversed(lines) if (said := card_error(line)) is not None), None)
+    """What the last of some printed lines that names a card means, a program's fault included; None without one."""
+    line = next((line.strip() for line in reversed(lines) if _FROM_A_CARD.search(line)), None)
+    return None if line is None else card_error(line) or (Reason.TRAINER_ERROR, line[:300])

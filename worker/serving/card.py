@@ -114,7 +114,11 @@ def _reserved(settings: Settings, store: Store, cards: Sequence[Device], footpri
                 f"this takes {gib(footprint.least)} GiB, and {where} has {gib(best.free)} free beside its jobs",
                 "wait for a job to end (loractl gpus), take another card (--gpu), or LORACTL_DEVICES=cpu",
             )
-        reservation = reserve(settings.home, best.device.uuid, footprint.within(best.free))
+        try:
+            reservation = reserve(settings.home, best.device.uuid, footprint.within(best.free))
+        except OSError as error:
+            what = f"{error.filename or settings.home}: {error.strerror}"
+            raise LoractlError(f"a card can't be reserved: {what}", "check LORACTL_HOME") from error
         again = next(iter(_offers(settings, store, [best.device])))
         if again.taken <= best.taken:
             _held.append(reservation)

@@ -115,12 +115,25 @@ def test_a_trainer_that_meets_it_says_so(
     assert (ended.reason, ended.message.endswith(text.splitlines()[0])) == (reason, True)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card here")
+def test_a_box_without_the_card_that_its_order_names_is_a_gpu_error(tmp_path: Path) -> None:
+    """As with a torch that is built for processors: nothing is stood in."""
+    (tmp_path / "data.jsonl").write_text("")
+    order = make_order(tmp_path, tmp_path, tmp_path / "data.jsonl")
+    order = order.model_copy(update={"device": "cuda", "gpu": "GPU-a", "memory_limit": 2**30})
+    ended = trainer._run(order, queue.SimpleQueue(), lambda _: None)
+    assert ended.reason is Reason.GPU_ERROR, ended.message
+
+
 def test_a_process_that_a_library_ends_has_the_reason_of_its_last_words(tmp_path: Path) -> None:
     told = end_of(tmp_path, f"print({BITSANDBYTES.format('out of memory')!r}, file=sys.stderr); os._exit(1)")
     assert told == {
         "reason": Reason.OUT_OF_MEMORY,
         "message": f"the trainer ended (exit status 1) after it printed: {BITSANDBYTES.format('out of memory')}",
     }
+    words = BITSANDBYTES.format("no kernel image is available for execution on the device")
+    told = end_of(tmp_path, f"print({words!r}, file=sys.stderr); os._exit(1)")
+    assert told["reason"] is Reason.TRAINER_ERROR and str(told["message"]).endswith(words)
     what = "terminate called after throwing an instance of 'c10::AcceleratorError'\n  what():  CUDA error: unspecified"
     assert end_of(tmp_path, f"print({what!r}, file=sys.stderr); os.abort()")["reason"] is Reason.GPU_ERROR
     assert end_of(tmp_path, "raise SystemExit('no such thing')")["reason"] is Reason.TRAINER_ERROR

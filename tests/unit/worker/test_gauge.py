@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
 from loractl.common.job.method import Method
 from loractl.common.job.spec import JobSpec
 from loractl.common.memory.families import shape_of
 from loractl.common.memory.plan import CONTEXT_BYTES, WORKSPACE_BYTES, plan
+from loractl.worker.attempt.order import environment
 from loractl.worker.base.gauge import LEAST_BYTES, allocator_room
+from loractl.worker.device.devices import CpuDevice, NvmlDevice
 
-MIB = 2**20
+MIB, GIB = 2**20, 2**30
 TINY = {
     "model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 512,
     "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,
@@ -39,3 +43,21 @@ def test_a_tiny_job_keeps_its_plan_on_every_card(method: Method, context: int | 
 
 def test_what_is_learned_from_other_jobs_leaves_room_for_a_computation() -> None:
     assert allocator_room(400 * MIB, None) == LEAST_BYTES > WORKSPACE_BYTES
+
+
+@pytest.mark.parametrize("own", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", None])
+def test_a_trainer_on_a_card_has_blocks_that_grow(own: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    if own is not None:
+        monkeypatch.setenv(own, "backend:native")
+    claim = SimpleNamespace(job_id=1, token="t")
+    card, processor = NvmlDevice(index=0, uuid="GPU-a", name="a card", total=GIB), CpuDevice(total=GIB)
+    seen = [
+        environment(SimpleNamespace(device=device, settings=SimpleNamespace(home="/h"), node="n:0", threads=1), claim)  # type: ignore[arg-type]
+        for device in (card, processor)
+    ]
+    assert seen[0].get("PYTORCH_ALLOC_CONF") == {
+        None: "expandable_segments:True", "PYTORCH_ALLOC_CONF": "backend:native", "PYTORCH_CUDA_ALLOC_CONF": None
+    }[own]  # fmt: skip
+    assert "expandable_segments:True" not in seen[1].values()

@@ -15,13 +15,15 @@ import pytest
 
 from loractl.common.errors import LoractlError
 from loractl.common.settings import Settings, load_settings
-from loractl.common.store.records import NodeState
+from loractl.common.store.records import Claim, Left, NodeState
 from loractl.common.store.store import Store
 from loractl.worker.device.occupancy import Watch
 from loractl.worker.device.reservations import reserve, unused_reservations
 from loractl.worker.device.snapshot import Process, Snapshot
 from loractl.worker.serving import card
 from loractl.worker.serving.card import Footprint, take_card
+
+from ..factories import node_state, submission
 
 GIB = 2**30
 
@@ -139,3 +141,19 @@ def test_without_a_size_for_the_cache_jobs_keep_a_part(settings: Settings) -> No
     some = Footprint(base=5 * GIB, adapters=GIB, cache=None)
     assert some.least < some.within(free) < free - 6 * GIB
     assert Footprint(base=None, adapters=0, cache=None).within(free) == free
+
+
+def test_a_job_waits_for_what_serve_has_reserved_and_starts_when_it_ends(store: Store, tmp_path: Path) -> None:
+    """The node's own look at its card, and the claim that follows from it."""
+    store.submit(submission(lora=70, qlora=None, method="lora"))
+    state = node_state("box:0", total=80 * GIB, outside_bytes=0, used={}, margin=0, max_jobs=4)
+    store.see_node(state)
+    watch = Watch(device=Shown(), node_pid=os.getpid(), home=tmp_path)
+
+    def claim() -> Claim | Left | None:
+        seen = watch.look()
+        return store.claim("box:0", seen.outside, seen.used)
+
+    with serving(tmp_path, "GPU-a", 20 * GIB):
+        assert claim() is None
+    assert isinstance(claim(), Claim)

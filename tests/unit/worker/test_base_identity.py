@@ -1,0 +1,26 @@
+"""A base is hashed beside the training, and what goes wrong there is not lost."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from loractl.common.artifacts import sha256_of
+from loractl.worker.base.identity import BaseIdentity, identify
+
+
+def test_the_hashes_are_those_of_the_files_and_are_remembered(tmp_path: Path) -> None:
+    base, cache = tmp_path / "base", tmp_path / "cache"
+    base.mkdir()
+    (base / "model.safetensors").write_bytes(os.urandom(1 << 20))
+    found = identify(str(base), None, cache)
+    assert found["files"] == {"model.safetensors": sha256_of(base / "model.safetensors")}
+    assert found["commit"] is None and found == BaseIdentity(str(base), None, cache).wait()
+
+
+def test_a_folder_that_goes_away_is_told_to_whoever_waits(tmp_path: Path) -> None:
+    identity = BaseIdentity(str(tmp_path / "gone"), None, tmp_path / "cache")
+    with pytest.raises(FileNotFoundError):
+        identity.wait()
