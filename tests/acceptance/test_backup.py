@@ -13,7 +13,7 @@ import pytest
 
 from ..conftest import Cli
 from ..models import write_helpdesk, write_job
-from .test_lifecycle import _until
+from ..waiting import until_job
 
 
 def job_file(folder: Path) -> Path:
@@ -35,7 +35,7 @@ def test_a_home_that_was_lost_in_mid_run_is_restored_and_all_its_jobs_end_well(
         cli("submit", job, f"--set=training.max_steps={steps}", "--set=training.save_steps=20")
     worker = cli.start("worker")
     try:
-        _until(cli, 1, lambda job: (job["step"] or 0) >= 2)
+        until_job(cli, 1, lambda job: (job.step or 0) >= 2)
         assert "2 jobs are in" in cli("db", "backup", tmp_path / "backup.db").stdout
         assert "a worker serves this home" in cli("db", "restore", tmp_path / "backup.db", "--force", code=1).stderr
         assert json.loads(cli("status", 1, "--json").stdout)["status"] == "running", "the copy disturbed nobody"

@@ -15,6 +15,7 @@ import pytest
 
 from ..conftest import Cli
 from ..models import write_job
+from ..waiting import until_job
 
 LONG = "--set=training.max_steps=100000"
 
@@ -41,10 +42,10 @@ def test_a_cancel_stops_a_running_trainer_within_ten_seconds(
 ) -> None:
     cli("submit", write_job(tmp_path, tiny_model), LONG)
     worker()
-    _until(cli, 1, lambda job: (job["step"] or 0) >= 5)
+    until_job(cli, 1, lambda job: (job.step or 0) >= 5)
     began = time.monotonic()
     cli("cancel", 1)
-    _until(cli, 1, lambda job: job["status"] == "cancelled", seconds=15)
+    until_job(cli, 1, lambda job: job.status == "cancelled", seconds=15)
     took = time.monotonic() - began
     assert took < 12, f"the cancel took {took:.1f} s"
     assert not _trainers(cli)
@@ -56,7 +57,7 @@ def test_ctrl_c_saves_a_checkpoint_and_the_next_worker_goes_on_from_it(
 ) -> None:
     cli("submit", write_job(tmp_path, tiny_model), "--set=training.max_steps=400", "--set=training.save_steps=100000")
     first = worker()
-    _until(cli, 1, lambda job: (job["step"] or 0) >= 5)
+    until_job(cli, 1, lambda job: (job.step or 0) >= 5)
     first.send_signal(signal.SIGINT)
     assert first.wait(timeout=90) == 0
     given_back = json.loads(cli("show", 1, "--json").stdout)
@@ -75,7 +76,7 @@ def test_a_second_ctrl_c_stops_at_once_and_gives_the_job_back(
 ) -> None:
     cli("submit", write_job(tmp_path, tiny_model), LONG)
     process = worker()
-    _until(cli, 1, lambda job: job["stage"] == "preparing")
+    until_job(cli, 1, lambda job: job.stage == "preparing")
     process.send_signal(signal.SIGINT)
     assert process.stdout is not None
     assert any("Ctrl-C again stops at once" in line for line in process.stdout), "what a person reads before the second"
@@ -90,7 +91,7 @@ def test_a_second_ctrl_c_stops_at_once_and_gives_the_job_back(
 def test_a_killed_node_leaves_no_trainer_behind(cli: Cli, worker: Callable, tiny_model: Path, tmp_path: Path) -> None:
     cli("submit", write_job(tmp_path, tiny_model), LONG)
     process = worker()
-    _until(cli, 1, lambda job: (job["step"] or 0) >= 2)
+    until_job(cli, 1, lambda job: (job.step or 0) >= 2)
     for child in _tree(process.pid):
         if child.status() != psutil.STATUS_ZOMBIE and "loractl.worker.node" in child.cmdline():
             child.send_signal(signal.SIGKILL)
@@ -119,18 +120,6 @@ def test_two_simulated_cards_run_two_jobs_at_once(
     shown = [json.loads(cli("show", n, "--json").stdout) for n in (1, 2)]
     assert [job["status"] for job in shown] == ["succeeded", "succeeded"]
     assert {job["gpu"] for job in shown} == {"SIM-0", "SIM-1"}
-
-
-def _until(cli: Cli, job_id: int, holds: Callable[[dict], bool], seconds: float = 60) -> dict:
-    """The job, once `holds` is true of it."""
-    deadline = time.monotonic() + seconds
-    while True:
-        job = json.loads(cli("status", job_id, "--json").stdout)
-        if holds(job):
-            return job
-        assert job["status"] != "failed", job
-        assert time.monotonic() < deadline, f"after {seconds} s: {job}"
-        time.sleep(0.2)
 
 
 def _tree(pid: int) -> list[psutil.Process]:

@@ -38,6 +38,7 @@ from loractl.worker.training.recipe import train
 from loractl.worker.training.run import Run, Stopped
 
 from ..conftest import Cli
+from ..waiting import until_job
 
 MIB, GIB = 2**20, 2**30
 LIMIT = 450 * MIB
@@ -336,14 +337,13 @@ def test_a_trainer_out_of_memory_in_mid_training_is_followed_by_one_with_less(
     cli = make_cli()
     cli("submit", tmp_path / "job.json")
     worker = request.getfixturevalue("worker")  # not before there is a job: it ends when it is idle
-    shown = _until(cli, lambda job: (job["step"] or 0) >= 2 or job["status"] != "running", 200)
-    assert shown["status"] == "running", shown
+    until_job(cli, 1, lambda job: (job.step or 0) >= 2, 200)
     trainer = next(p for p in worker.children(recursive=True) if "loractl.worker.training.trainer" in p.cmdline())
     between_steps = min(data_bytes(trainer.pid) for _ in range(200) if not time.sleep(0.01))
     hard = resource.prlimit(trainer.pid, resource.RLIMIT_DATA)[1]
     resource.prlimit(trainer.pid, resource.RLIMIT_DATA, (between_steps + 60 * MIB, hard))
 
-    _until(cli, lambda job: job["status"] not in ("queued", "running"), 200)
+    until_job(cli, 1, lambda job: job.status == "succeeded", 200)
     job = json.loads(cli("show", 1, "--json").stdout)
     texts = [event["text"] for event in job["events"]]
     assert job["status"] == "succeeded", texts
@@ -355,16 +355,6 @@ def test_a_trainer_out_of_memory_in_mid_training_is_followed_by_one_with_less(
     assert (report["per_device_train_batch_size"], report["gradient_accumulation_steps"]) == (4, 2)
     assert apart(dict(report["losses"]), whole) < 1e-3
     assert report["changes"] == [text for text in texts if text.startswith("out of memory")]
-
-
-def _until(cli: Cli, holds: Callable[[dict[str, Any]], bool], seconds: float) -> dict[str, Any]:
-    deadline = time.monotonic() + seconds
-    while True:
-        job: dict[str, Any] = json.loads(cli("status", 1, "--json").stdout)
-        if job["status"] != "queued" and holds(job):
-            return job
-        assert time.monotonic() < deadline, f"after {seconds} s: {job}"
-        time.sleep(0.1)
 
 
 def test_what_does_not_fit_while_it_becomes_nf4_is_out_of_memory(

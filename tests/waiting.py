@@ -1,0 +1,27 @@
+"""Waiting for what processes do, by looks into the store: a command takes half a second of a processor each time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from loractl.common.settings import load_settings
+from loractl.common.store.database import connect
+from loractl.common.store.store import Store
+from loractl.common.store.tables import Job
+
+from .conftest import Cli
+
+
+def until_job(cli: Cli, job_id: int, holds: Callable[[Job], object], seconds: float = 60) -> Job:
+    """The job once `holds` is true of it; not when it has failed before, or after so many seconds."""
+    engine = connect(load_settings(cli.environment))
+    store, deadline = Store(engine), time.monotonic() + seconds
+    try:
+        while not holds(job := store.job(job_id)):
+            told = f"{job.status} {job.stage} {job.step} {job.reason} {job.message}"
+            assert job.status != "failed" and time.monotonic() < deadline, f"after {seconds} s: {told}"
+            time.sleep(0.05)
+        return job
+    finally:
+        engine.dispose()
