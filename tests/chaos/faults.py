@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime as dt
+import glob
 import heapq
 import itertools
 import random
@@ -236,13 +237,13 @@ class Injector:
         if not self._usable(box):
             return False
         if "checkpoint" in fault.kind:
-            markers = list(work.glob("*/attempt-*/checkpoints/*/loractl-complete.json"))
+            markers = _found(work, "*/attempt-*/checkpoints/*/loractl-complete.json")
             victims = [newest.parent / "optimizer.bin"] if (newest := _newest(markers)) else []
         elif "result" in fault.kind:
-            ready = _newest([path for path in work.glob("*/attempt-*/ready.json") if _is_fresh(path)])
-            victims = sorted((ready.parent / "result").rglob("*.safetensors")) if ready else []
+            ready = _newest([path for path in _found(work, "*/attempt-*/ready.json") if _is_fresh(path)])
+            victims = _found(ready.parent / "result", "**/*.safetensors") if ready else []
         else:
-            victims = sorted((box.home / "cache" / "datasets").glob("*.jsonl"))[:1]
+            victims = _found(box.home / "cache" / "datasets", "*.jsonl")[:1]
         if not victims:
             return False
         self._note_losses(fault, self._cards(box))
@@ -258,7 +259,7 @@ class Injector:
         return torn
 
     def _tear_stored(self, fault: Fault) -> bool:
-        manifest = _newest(list(self.lab.disk.artifacts.glob("jobs/*/checkpoints/*/manifest.json")))
+        manifest = _newest(_found(self.lab.disk.artifacts, "jobs/*/checkpoints/*/manifest.json"))
         if manifest is None:
             return False
         folder = manifest.parent
@@ -389,6 +390,11 @@ def _resume(processes: list[psutil.Process]) -> None:
     for process in processes:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.resume()
+
+
+def _found(folder: Path, pattern: str) -> list[Path]:
+    """What matches, in order. Folders may vanish meanwhile: `Path.glob` raises then, `glob` doesn't."""
+    return [folder / name for name in sorted(glob.glob(pattern, root_dir=folder, recursive=True))]  # noqa: PTH207
 
 
 def _newest(paths: list[Path]) -> Path | None:
