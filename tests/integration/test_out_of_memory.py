@@ -234,7 +234,7 @@ def test_a_checkpoint_of_another_effective_batch_is_not_taken_up(tiny_model: Pat
 def test_a_run_that_does_not_fit_learns_the_same_in_smaller_pieces(
     wide_model: Path, data: Path, tmp_path: Path
 ) -> None:
-    batch = {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 1}
+    batch = {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 1, "max_steps": 2}
     whole = losses(here(make_order(tmp_path / "whole", wide_model, data, **batch)))
     told = in_a_trainer(make_order(tmp_path / "less", wide_model, data, limit=LIMIT, **batch))
     ended = told[-1]
@@ -330,7 +330,7 @@ def test_a_trainer_out_of_memory_in_mid_training_is_followed_by_one_with_less(
     tmp_path: Path,
 ) -> None:
     """What another process on the box does to a run, here by a limit that is lowered under the running trainer."""
-    batch = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "max_steps": 8}
+    batch = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "max_steps": 5}
     order = make_order(tmp_path / "whole", wide_model, data, **batch)
     whole = losses(here(order))
     (tmp_path / "job.json").write_text(order.spec.model_dump_json(exclude_unset=True))
