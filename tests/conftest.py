@@ -208,9 +208,9 @@ def home() -> Iterator[Path]:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-@pytest.fixture(scope="session")
-def warm_start() -> Iterator[dict[str, str]]:
-    """What commands and workers need in their environment so that they, and trainers, begin with torch loaded."""
+@contextlib.contextmanager
+def _warm_server() -> Iterator[Path]:
+    """The socket of a server that begins to load; it is there when the file is."""
     folder = Path(tempfile.mkdtemp(prefix="warm-"))
     own = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     with (folder / "log").open("w") as log:
@@ -218,15 +218,44 @@ def warm_start() -> Iterator[dict[str, str]]:
             [sys.executable, "-m", warm.__name__, "--serve", str(folder / "socket")],
             env={**_inherited(), **own}, stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True,
         )  # fmt: skip
-    deadline = time.monotonic() + 120
-    while not (folder / "socket").exists():
-        assert server.poll() is None and time.monotonic() < deadline, (folder / "log").read_text()
-        time.sleep(0.1)
-    yield {warm.SOCKET: str(folder / "socket"), "LORACTL_TRAINER": warm.__name__, "PYTHONPATH": str(ROOT)}
-    assert server.stdin
-    server.stdin.close()
-    server.wait(timeout=60)
-    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        yield folder / "socket"
+    finally:
+        assert server.stdin
+        server.stdin.close()
+        server.wait(timeout=60)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+SHARED_SERVER = "WARM_SERVER_OF_THE_RUN"
+"""In the environment of xdist's processes: where the one server of the run listens."""
+
+_run = contextlib.ExitStack()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Load the training stack once for all processes of a run, while they collect."""
+    many = getattr(config.option, "numprocesses", None) and not hasattr(config, "workerinput")
+    if many and os.environ.get("SERVICES") != "none":
+        os.environ[SHARED_SERVER] = str(_run.enter_context(_warm_server()))
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """End the server of the run; in xdist's processes there is none."""
+    _run.close()
+
+
+@pytest.fixture(scope="session")
+def warm_start() -> Iterator[dict[str, str]]:
+    """What commands and workers need in their environment so that they, and trainers, begin with torch loaded."""
+    with contextlib.ExitStack() as own:
+        shared = os.environ.get(SHARED_SERVER)
+        listening = Path(shared) if shared else own.enter_context(_warm_server())
+        deadline = time.monotonic() + 120
+        while not listening.exists():
+            assert time.monotonic() < deadline, (listening.parent / "log").read_text()
+            time.sleep(0.1)
+        yield {warm.SOCKET: str(listening), "LORACTL_TRAINER": warm.__name__, "PYTHONPATH": str(ROOT)}
 
 
 @pytest.fixture

@@ -147,7 +147,7 @@ def in_a_trainer(order: Start) -> list[Told]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "2"},
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert trainer.stdin and trainer.stdout and trainer.stderr
     trainer.stdin.write(encode(order))
