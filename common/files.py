@@ -10,7 +10,7 @@ import os
 import secrets
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -24,6 +24,9 @@ what a job names that is just being submitted."""
 
 _BLOCK = 1 << 20
 
+_AS_DATA = {"ContentType": "application/octet-stream", "ContentDisposition": "attachment"}
+"""For S3: a browser that follows a link to an object saves it. A report.html would be shown as a page of the store."""
+
 Doing = Callable[[str], None]
 """Is told what is being done, at its start and for each block that was moved."""
 
@@ -35,10 +38,14 @@ def nothing_told(what: str) -> None:
 class Bucket:
     """Objects on S3 or any other store that fsspec knows. A reader sees an object only when it is complete."""
 
-    def __init__(self, filesystem: Any, root: str, doing: Doing = nothing_told) -> None:
+    def __init__(
+        self, filesystem: Any, root: str, doing: Doing = nothing_told, headers: Mapping[str, str] | None = None
+    ) -> None:
+        """`headers`: what the store tells a browser of each object that is put there."""
         self._fs = filesystem
         self._root = root
         self._doing = doing
+        self._headers = headers or {}
 
     def exists(self, name: str) -> bool:
         self._doing(f"looking for {name}")
@@ -51,7 +58,7 @@ class Bucket:
 
     def write(self, name: str, content: bytes) -> None:
         self._doing(f"writing {name}")
-        self._fs.pipe_file(self._at(name), content)
+        self._fs.pipe_file(self._at(name), content, **self._headers)
 
     def hash(self, name: str) -> str:
         """Hex sha256 of a file's content, read back in blocks."""
@@ -65,7 +72,8 @@ class Bucket:
 
     def put(self, path: Path, name: str) -> None:
         """Upload a file."""
-        self._fs.put_file(str(path), self._at(name), callback=self._moving(f"writing {name}"))
+        moving = self._moving(f"writing {name}")
+        self._fs.put_file(str(path), self._at(name), callback=moving, **self._headers)
 
     def get(self, name: str, path: Path) -> None:
         """Download a file: written aside and renamed."""
@@ -183,7 +191,9 @@ def open_files(url: str, doing: Doing = nothing_told) -> Bucket:
     import fsspec
 
     options: dict[str, Any] = {}
+    headers: dict[str, str] = {}
     if url.startswith("s3://"):
+        headers = _AS_DATA
         # Other people write here too: a cached listing would hide their files.
         options = {
             "use_listings_cache": False,
@@ -204,7 +214,7 @@ def open_files(url: str, doing: Doing = nothing_told) -> Bucket:
             "like file:///srv/loractl or s3://bucket/loractl",
         ) from error
     kinds = [filesystem.protocol] if isinstance(filesystem.protocol, str) else filesystem.protocol
-    return (Folder if "file" in kinds else Bucket)(filesystem, root.rstrip("/"), doing)
+    return (Folder if "file" in kinds else Bucket)(filesystem, root.rstrip("/"), doing, headers)
 
 
 def remove_tree(path: Path) -> None:

@@ -9,6 +9,8 @@ from loractl.common.binding import result_binding
 from loractl.common.errors import WrongState
 from loractl.common.job.status import Status
 
+from .page import guarded
+
 if TYPE_CHECKING:
     from loractl.common.artifacts import ArtifactStore, Binding
     from loractl.common.store.store import Store
@@ -44,8 +46,8 @@ def report(store: Store, artifacts: ArtifactStore, job_id: int) -> EvaluationRep
 
 
 def report_page(store: Store, artifacts: ArtifactStore, job_id: int) -> bytes:
-    """The report as an HTML page. Raises JobNotFound, WrongState, ArtifactError."""
-    return artifacts.read_bytes(result_of(store, job_id).stored, "report.html")
+    """The report as an HTML page in which nothing runs. Raises JobNotFound, WrongState, ArtifactError."""
+    return guarded(artifacts.read_bytes(result_of(store, job_id).stored, "report.html"), job_id)
 
 
 def result_of(store: Store, job_id: int) -> JobResult:

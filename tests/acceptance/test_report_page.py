@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from loractl.common.errors import ArtifactError, ExitCode
+from loractl.scheduler.answers.page import POLICY, guarded
 from loractl.worker.evaluation.page import render_html
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -156,6 +158,49 @@ def test_the_page_stands_alone_in_a_browser(tmp_path: Path) -> None:
     picture = tmp_path / "page.png"
     _chromium(tmp_path, f"--screenshot={picture}", "--window-size=1200,1500", page.as_uri())
     assert picture.stat().st_size > 20_000, "the page is not blank"
+
+
+FORGED = (
+    "<script>document.title='owned'</script>",
+    "<img src=x onerror=\"document.title='owned'\">",
+    "<svg onload=\"document.title='owned'\"></svg>",
+    "<iframe srcdoc=\"<script>top.document.title='owned'</script>\"></iframe>",
+    "<base href='http://127.0.0.1:9/'><link rel=stylesheet href=x.css><script src=x.js></script>",
+    "<meta http-equiv=refresh content=\"0;url=javascript:document.title='owned'\">",
+    "<svg><style><img src=x onerror=\"document.title='owned'\"></style></svg>",
+    "<!--[if IE]><script>document.title='owned'</script><![endif]-->",
+    "<?php echo 1 ?>",
+    "<a href=\"javascript:document.title='owned'\">report</a>",
+    "<form action=http://127.0.0.1:9/><input name=q></form>",
+    "<object data=x></object>",
+    "<p style='color:red' onclick=alert(1)>x</p>",
+)
+"""What somebody may put into a page that is stored."""
+
+
+@pytest.mark.parametrize("part", FORGED)
+def test_a_forged_page_is_refused(part: str) -> None:
+    for page in (part, render_html(report()).replace("<body>", f"<body>{part}"), f"<html><head>{part}"):
+        with pytest.raises(ArtifactError, match=r"the page of job 7 is none of loractl's: it holds ") as refused:
+            guarded(page.encode(), 7)
+        assert refused.value.exit_code is ExitCode.FAILED
+    with pytest.raises(ArtifactError, match="no text in UTF-8"):
+        guarded(part.encode("utf-16"), 7)
+
+
+def test_a_page_of_loractl_is_handed_out_whole_behind_a_policy() -> None:
+    page = render_html(report())
+    given = guarded(page.encode(), 7).decode()
+    assert given.endswith(page) and given.index(POLICY) < given.index(page)
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")
+def test_in_a_forged_page_behind_the_policy_nothing_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The policy alone holds it, should the check ever miss something."""
+    page = tmp_path / "report.html"
+    monkeypatch.setattr("loractl.scheduler.answers.page._PageReader.feed", lambda self, text: None)
+    page.write_bytes(guarded(f"<html><head><title>report</title></head><body>{''.join(FORGED)}".encode(), 7))
+    assert "<title>report</title>" in _chromium(tmp_path, "--dump-dom", "--virtual-time-budget=2000", page.as_uri())
 
 
 def test_the_page_asks_for_nothing_from_elsewhere() -> None:

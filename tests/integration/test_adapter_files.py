@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from loractl.common.adapter_config import CONFIG, allowed, check_adapter_config
 from loractl.common.job.method import Method
 from loractl.common.job.spec import JobSpec
 from loractl.common.job.status import Reason
-from loractl.worker.base.adapter import CONFIG_KEYS, save_adapter
+from loractl.worker.base.adapter import save_adapter
 from loractl.worker.base.arithmetic import choose_precision
 from loractl.worker.base.failure import TrainingFailed
 from loractl.worker.base.lora import add_adapter
@@ -42,7 +43,8 @@ def test_a_stored_adapter_has_the_allowed_settings_alone_and_peft_loads_it(
     save_adapter(tuned, tokenizer, spec, tmp_path / "adapter")
 
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
-    assert set(config) <= CONFIG_KEYS and "auto_mapping" not in config
+    check_adapter_config(tmp_path / "adapter" / CONFIG)
+    assert config == allowed(config) and "auto_mapping" not in config
     assert (config["base_model_name_or_path"], config["revision"]) == (str(tiny_model), None)
     assert config["inference_mode"] is True
     assert [p.name for p in (tmp_path / "adapter").glob("*.safetensors")] == ["adapter_model.safetensors"]

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
 
+from loractl.common.adapter_config import CONFIG
 from loractl.common.job.method import Method
 from loractl.common.job.spec import JobSpec
-from loractl.worker.base.adapter import CONFIG, WEIGHTS, check_adapter, save_adapter
+from loractl.worker.base.adapter import WEIGHTS, check_adapter, save_adapter
 from loractl.worker.base.arithmetic import choose_precision
 from loractl.worker.base.failure import TrainingFailed
 from loractl.worker.base.lora import add_adapter
@@ -46,6 +48,12 @@ def _torn(folder: Path) -> None:
     (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:-10])
 
 
+def _an_expression(folder: Path) -> None:
+    """peft would look for it in each module's name, for hours."""
+    settings = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps({**settings, "target_modules": r"(\w+\.?)*!"}))
+
+
 def _no_settings(folder: Path) -> None:
     (folder / CONFIG).write_text("{}")
 
@@ -56,6 +64,7 @@ def _no_settings(folder: Path) -> None:
         (_one_bit, "is not what was trained: base_model"),
         (_one_tensor_less, "is not what was trained: base_model"),
         (_torn, "does not load"),
+        (_an_expression, "target_modules is not a list of at most 20000 names of modules"),
         (_no_settings, "is not what was trained: peft_type"),
         (lambda folder: (folder / WEIGHTS).unlink(), "does not load"),
     ],

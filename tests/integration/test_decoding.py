@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import json
+import shutil
 import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from loractl.common.adapter_config import CONFIG, allowed
 from loractl.common.artifacts import Binding, attempt_prefix
 from loractl.common.errors import UsageError
 from loractl.common.job.method import Method
@@ -46,7 +50,14 @@ def adapters(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
                 parameter.data = parameter.data.flip(0)
         found[name] = tmp_path_factory.mktemp("adapters") / name
         model.save_pretrained(found[name])
+        _as_stored(found[name])
     return found
+
+
+def _as_stored(folder: Path) -> None:
+    """Leave of peft's settings what a job stores."""
+    settings = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps(allowed(settings)))
 
 
 def _listed(name: str, model: Path, folder: Path) -> Listed:
@@ -305,6 +316,23 @@ def test_an_adapter_of_another_base_is_refused_and_leaves_the_base_as_it_was(
         assert b.answers()[0], "and the right one loads afterwards"
 
 
+def test_a_hostile_configuration_holds_nobody_up(
+    bench: Callable[..., Bench], adapters: dict[str, Path], tmp_path: Path
+) -> None:
+    """As an expression it takes peft's matching longer than the machine will last."""
+    hostile = tmp_path / "hostile"
+    shutil.copytree(adapters["one"], hostile)
+    settings = json.loads((hostile / CONFIG).read_text())
+    (hostile / CONFIG).write_text(json.dumps({**settings, "target_modules": r"(\w+\.?)*!"}))
+    b = bench()
+    b._adapters = {**adapters, "one": hostile}
+    b.ask(PROMPTS[0], "one")
+    began = time.process_time()
+    b.engine.finish()
+    assert time.process_time() - began < 0.5
+    assert "target_modules is not a list of at most 20000 names of modules" in (b.said[0][-1].error or "")
+
+
 def test_files_that_have_gone_meanwhile_are_told_and_the_next_request_is_answered(
     bench: Callable[..., Bench], adapters: dict[str, Path], tiny_model: Path, tmp_path: Path
 ) -> None:
@@ -333,6 +361,7 @@ def test_a_mixture_of_experts_answers_though_its_layers_lose_their_rows(tmp_path
     tokenizer.save_pretrained(tmp_path / "moe")
     made = LoraConfig(r=2, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
     get_peft_model(base, made).save_pretrained(tmp_path / "one")
+    _as_stored(tmp_path / "one")
     b = Bench(tmp_path / "moe", {"one": tmp_path / "one"})
     for prompt in PROMPTS[:3]:
         b.ask(prompt, "one", 8)

@@ -6,28 +6,18 @@ import json
 from pathlib import Path
 from typing import Any
 
+from loractl.common.adapter_config import CONFIG, allowed, check_adapter_config
+from loractl.common.errors import ArtifactError
 from loractl.common.job.sections import TaskType
 from loractl.common.job.spec import JobSpec
 from loractl.common.job.status import Reason
 
 from .failure import TrainingFailed
 
-CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 
 LABELS = "labels.json"
 """A classifier's labels as a list, in the order of its head: peft has no place for them."""
-
-CONFIG_KEYS = frozenset(
-    {
-        "peft_type", "task_type", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
-        "r", "lora_alpha", "lora_dropout", "bias", "fan_in_fan_out", "use_rslora", "use_dora", "target_modules",
-        "target_parameters", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern",
-        "rank_pattern", "alpha_pattern", "lora_bias",
-    }
-)  # fmt: skip
-"""The keys of peft's adapter_config.json that are kept. Left out: auto_mapping, which names code to import, and any
-keys that a later peft adds."""
 
 SUFFIXES = frozenset({".safetensors", ".json", ".txt", ".model", ".jinja", ".md"})
 """What may lie in an adapter's folder; a tokenizer with code of its own would leave Python files there."""
@@ -56,9 +46,10 @@ def check_adapter(model: Any, folder: Path) -> None:
     from safetensors.torch import load_file
 
     try:
+        check_adapter_config(folder / CONFIG)
         settings = PeftConfig.from_pretrained(str(folder))
         saved = load_file(folder / WEIGHTS)
-    except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
+    except (ArtifactError, OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
         raise TrainingFailed(Reason.TRAINER_ERROR, f"the saved adapter does not load: {error}") from error
     own, trained = model.peft_config["default"], get_peft_model_state_dict(model)
     wrong = [key for key in ("peft_type", "r", "lora_alpha") if getattr(settings, key, None) != getattr(own, key)]
@@ -71,8 +62,7 @@ def check_adapter(model: Any, folder: Path) -> None:
 def _rewrite_config(path: Path, spec: JobSpec) -> None:
     """Keep the allowed keys; the base is what the job said, not where this box's cache has it."""
     written = json.loads(path.read_text("utf-8"))
-    kept = {key: value for key, value in written.items() if key in CONFIG_KEYS}
-    kept |= {"base_model_name_or_path": spec.base_model, "revision": spec.revision}
+    kept = allowed(written) | {"base_model_name_or_path": spec.base_model, "revision": spec.revision}
     if isinstance(targets := kept.get("target_modules"), list):
         kept["target_modules"] = sorted(targets)
     path.write_text(json.dumps(kept, indent=2, sort_keys=True) + "\n", "utf-8")

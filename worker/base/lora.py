@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from loractl.common.adapter_config import is_module_name
 from loractl.common.job.method import Method
 from loractl.common.job.spec import JobSpec
 from loractl.common.job.status import Reason
@@ -33,6 +34,8 @@ def add_adapter(base: Any, spec: JobSpec, method: Method) -> Any:
     targets = spec.lora.target_modules
     if isinstance(targets, list):
         _check_targets(base, targets)
+    if wrong := [name for name in spec.lora.modules_to_save if not is_module_name(name)]:  # peft's own are expressions
+        raise TrainingFailed(Reason.BAD_SPEC, f"lora.modules_to_save: {wrong[0]!r} is no name of a module")
     config = LoraConfig(
         task_type=spec.task_type.value,  # for SEQ_CLS peft itself adds the head to modules_to_save
         r=spec.lora.r,

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
+from loractl.common.adapter_config import CONFIG, check_adapter_config
 from loractl.common.errors import ArtifactError, LoractlError, UsageError
 from loractl.common.job.method import Method
-from loractl.worker.base.adapter import CONFIG, WEIGHTS
+from loractl.worker.base.adapter import WEIGHTS
 from loractl.worker.base.arithmetic import Precision, choose_precision, keep_nf4_in_training_mode
 from loractl.worker.base.gauge import is_out_of_memory
 from loractl.worker.base.model import load_base, load_tokenizer
@@ -163,6 +164,7 @@ class AdapterPool:
 
         if not all((folder / name).is_file() for name in (CONFIG, WEIGHTS)):
             raise ArtifactError(f"the files of {key} are gone from {folder}", "ask again: they are then fetched again")
+        check_adapter_config(folder / CONFIG)
         began, before = time.monotonic(), _bytes_of(self._model)
         config = PeftConfig.from_pretrained(str(folder))
         whole = bool(config.modules_to_save)

@@ -76,6 +76,11 @@ class Engine:
         return self._cache_bytes // max(1, self._token_bytes)
 
     @property
+    def longest(self) -> int:
+        """Tokens that a prompt and its answer may have together."""
+        return min(self.context, self.cache_tokens)
+
+    @property
     def running(self) -> int:
         return sum(len(lane.rows) for lane in self._lanes.values())
 
@@ -85,16 +90,16 @@ class Engine:
 
     def room(self, prompt: int) -> int:
         """Tokens that an answer to so long a prompt may have. Raises TooLong."""
-        left = min(self.context, self.cache_tokens) - prompt
+        left = self.longest - prompt
         if left < 1:
-            limit = min(self.context, self.cache_tokens)
+            limit = self.longest
             raise TooLong(f"the prompt has {prompt} tokens, the model takes {limit} with its answer", "shorten it")
         return left
 
     def ask(self, ask: Ask) -> None:
         """Queue a request. Raises TooLong."""
         if ask.max_new_tokens > self.room(len(ask.prompt)):
-            raise TooLong(f"{ask.width} tokens are more than {min(self.context, self.cache_tokens)}", "ask for fewer")
+            raise TooLong(f"{ask.width} tokens are more than {self.longest}", "ask for fewer")
         with self._lock:
             self._waiting.append(ask)
             self._lock.notify_all()

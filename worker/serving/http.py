@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hmac
-import ipaddress
 import json
 import logging
 import math
@@ -25,6 +23,7 @@ from loractl.common.job.sections import DataFormat
 from loractl.common.store.database import DatabaseError
 from loractl.worker.data.prompt import prompt_for, text_prompt
 
+from .access import AccessControl, answered
 from .decoding import Engine
 from .library import Library, Listed
 from .openai_api import ApiError, ChatRequest, Reply, TextRequest
@@ -42,6 +41,13 @@ FRESH_S = 2.0
 """The list of stored adapters is read again when it is older than this."""
 
 MOST_BODY_BYTES = 4 * 2**20
+
+BODY_S = 30.0
+"""Seconds in which a body must have arrived: a slow one holds a connection and its memory."""
+
+LETTERS_A_TOKEN = 16
+"""A prompt with more letters for each token that fits is refused unread. Text has 3 to 5; a long run of spaces or
+dashes may be a single token, but no prompt consists of those."""
 
 
 class Names:
@@ -81,15 +87,15 @@ def make_app(engine: Engine, names: Names, library: Library, *, key: str | None,
 
     @app.exception_handler(ApiError)
     async def refused(request: Request, error: ApiError) -> Response:
-        return _answered(error)
+        return answered(error)
 
     @app.exception_handler(HTTPException)
     async def not_found(request: Request, error: HTTPException) -> Response:
-        return _answered(ApiError(error.status_code, f"{request.method} {request.url.path}: {error.detail}"))
+        return answered(ApiError(error.status_code, f"{request.method} {request.url.path}: {error.detail}"))
 
     @app.exception_handler(ClientDisconnect)
     async def gone(request: Request, error: ClientDisconnect) -> Response:
-        return _answered(ApiError(499, "the caller has gone"))
+        return answered(ApiError(499, "the caller has gone"))
 
     @app.get("/health")
     async def health() -> Response:
@@ -115,55 +121,19 @@ def make_app(engine: Engine, names: Names, library: Library, *, key: str | None,
     return app
 
 
-def _answered(error: ApiError) -> Response:
-    return JSONResponse(error.body(), status_code=error.status)
-
-
-class AccessControl:
-    """Lets in callers who have the key. Without a key it lets in callers who address this machine by its own name.
-
-    Otherwise a page in a browser could reach the server through a name that it points here. This is plain ASGI: behind
-    Starlette's own kind of middleware a handler is not told that a caller has left.
-    """
-
-    def __init__(self, app: Any, key: str | None) -> None:
-        self._app, self._key = app, key
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] == "http" and (error := self._error(Request(scope))) is not None:
-            await _answered(error)(scope, receive, send)
-            return
-        await self._app(scope, receive, send)
-
-    def _error(self, request: Request) -> ApiError | None:
-        if self._key is None:
-            name = request.url.hostname or ""
-            own = name == "localhost" or _is_loopback(name)
-            return None if own else ApiError(403, f"this server answers for this machine alone, not for {name!r}")
-        if request.url.path == "/health":
-            return None
-        sent = request.headers.get("authorization", "").removeprefix("Bearer ").encode()
-        if hmac.compare_digest(sent, self._key.encode()):
-            return None
-        return ApiError(401, "this server wants an API key, and got none or another", code="invalid_api_key")
-
-
-def _is_loopback(name: str) -> bool:
-    try:
-        return ipaddress.ip_address(name.strip("[]")).is_loopback
-    except ValueError:
-        return False
-
-
 async def _read(request: Request, kind: Any) -> Any:
     """The body as a request of its kind. Raises ApiError, which names the first thing that is wrong."""
-    raw = b""
-    async for block in request.stream():
-        raw += block
-        if len(raw) > MOST_BODY_BYTES:
-            raise ApiError(413, f"the body has more than {MOST_BODY_BYTES} bytes")
+    raw = bytearray()
     try:
-        return kind.model_validate_json(raw)
+        async with asyncio.timeout(BODY_S):
+            async for block in request.stream():
+                raw += block
+                if len(raw) > MOST_BODY_BYTES:
+                    raise ApiError(413, f"the body has more than {MOST_BODY_BYTES} bytes")
+    except TimeoutError:
+        raise ApiError(408, f"the body did not arrive within {BODY_S:g} s") from None
+    try:
+        return kind.model_validate_json(bytes(raw))
     except ValidationError as error:
         first = error.errors()[0]
         param = ".".join(str(part) for part in first["loc"]) or None
@@ -215,18 +185,27 @@ class Service:
     async def chat(self, asked: ChatRequest, request: Request) -> Any:
         listed = await self._find(asked.model)
         messages = [message.plain() for message in asked.messages]
+        self._check_length(sum(len(message["content"]) for message in messages), len(messages), "messages")
         format = await self._format(listed)
         ids = await _refusing(lambda: prompt_for(format, messages, self._tokenizer))
         return await self._answer(asked, listed, ids, request, chat=True)
 
     async def complete(self, asked: TextRequest, request: Request) -> Any:
         listed = await self._find(asked.model)
+        self._check_length(len(asked.text), 1, "prompt")
         ids = await _refusing(lambda: text_prompt(asked.text, self._tokenizer))
         return await self._answer(asked, listed, ids, request, chat=False)
 
     @property
     def _tokenizer(self) -> Any:
         return self._engine.tokenizer
+
+    def _check_length(self, letters: int, messages: int, param: str) -> None:
+        """Refuse what can't fit before it is tokenised, which takes long. Raises ApiError."""
+        room = self._engine.longest
+        if letters > LETTERS_A_TOKEN * room or messages > room:
+            what = f"the prompt has {letters} letters in {messages} messages, the model takes {room} tokens in all"
+            raise ApiError(400, what, code="context_length_exceeded", param=param)
 
     async def _find(self, name: str) -> Listed | None:
         try:

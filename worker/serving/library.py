@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from loractl.common.adapter_config import CONFIG
 from loractl.common.artifacts import ArtifactStore, Binding, attempt_prefix, open_store, sha256_of
 from loractl.common.errors import ArtifactError, UsageError
 from loractl.common.fingerprint import changed_files
@@ -22,7 +23,7 @@ from loractl.common.settings import Settings
 from loractl.common.store.database import connect, reachable
 from loractl.common.store.store import Store
 from loractl.common.store.tables import Adapter, Job
-from loractl.worker.base.adapter import CONFIG, WEIGHTS
+from loractl.worker.base.adapter import WEIGHTS
 from loractl.worker.base.identity import identify
 from loractl.worker.protocol.trust import check_base, may_run_code
 

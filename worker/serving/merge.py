@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from loractl.common.adapter_config import CONFIG, check_adapter_config
 from loractl.common.errors import LoractlError, UsageError
 from loractl.worker.data.prompt import prompt_for
 
@@ -111,6 +112,7 @@ def merge_into(folder: Path, library: Library, listed: Listed, dtype: str) -> Pr
     from loractl.worker.base.model import load_base, load_tokenizer
 
     spec, files, run_code = listed.spec, library.fetch(listed), library.may_run_code(listed)
+    check_adapter_config(files / CONFIG)
     revision = library.revision(listed)
     tokenizer = load_tokenizer(spec.base_model, revision, run_code=run_code)
     exact = Precision(base=torch.float32, amp=None)

@@ -67,7 +67,7 @@ StopText = Annotated[str, Field(max_length=256)]
 class _Request(BaseModel):
     model_config = ConfigDict(extra="allow")
 
-    model: str
+    model: str = Field(max_length=256)
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)

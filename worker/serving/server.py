@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from loractl.common.errors import UsageError
 from loractl.common.job.method import Method
@@ -19,6 +21,9 @@ from .card import Footprint, take_card
 from .decoding import Engine, Limits
 from .http import Names
 from .library import Library, Listed, same_base
+
+HEADERS_S = 10.0
+"""Seconds in which the lines of a request must have arrived."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,9 +66,15 @@ def load_served(
 
 def listen(app: Any, host: str, port: int, tell: Callable[[str], None]) -> None:
     """Serve until Ctrl-C or SIGTERM."""
-    config = uvicorn.Config(app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=5)
     with contextlib.suppress(KeyboardInterrupt):
-        _Server(config, tell).run()
+        _Server(configure(app, host, port), tell).run()
+
+
+def configure(app: Any, host: str, port: int) -> uvicorn.Config:
+    """How uvicorn serves the application."""
+    return uvicorn.Config(
+        app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=5, http=Connection, ws="none"
+    )
 
 
 def _given(text: str | None, library: Library) -> dict[str, Listed] | None:
@@ -96,6 +107,46 @@ def _base_of(model: str | None, given: Mapping[str, Listed] | None, library: Lib
         raise UsageError("there is nothing to serve", "name --adapters or a --base")
     check_base(place, library.settings.model_roots)
     return place, wanted or None, f"{place}@{wanted}" in library.settings.trusted_code
+
+
+class Connection(H11Protocol):
+    """A caller's connection, which ends when the lines of a request don't arrive in time.
+
+    uvicorn itself waits for them forever: a few hundred callers who send a byte now and then would hold all of a
+    process's connections. What still comes after an answer must be the next request.
+    """
+
+    _late: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self._late = self.loop.call_later(HEADERS_S, self._give_up)
+
+    def data_received(self, data: bytes) -> None:
+        if self._late is None and self._idle:
+            self._late = self.loop.call_later(HEADERS_S, self._give_up)
+        super().data_received(data)
+        if not self._idle:
+            self._in_time()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._in_time()
+        super().connection_lost(exc)
+
+    @property
+    def _idle(self) -> bool:
+        """No request has come whole, or the last one is answered."""
+        return self.cycle is None or self.cycle.response_complete
+
+    def _in_time(self) -> None:
+        if self._late is not None:
+            self._late.cancel()
+            self._late = None
+
+    def _give_up(self) -> None:
+        self._late = None
+        if self._idle and not self.transport.is_closing():
+            self.transport.close()
 
 
 class _Server(uvicorn.Server):

@@ -15,6 +15,7 @@ def pull(adapter: str, folder: Path) -> None:
 
     peft's PeftModel.from_pretrained loads it from there.
     """
+    from loractl.common.adapter_config import CONFIG, check_adapter_config
     from loractl.common.binding import result_binding
     from loractl.common.errors import UsageError
     from loractl.common.text import clean_line
@@ -25,11 +26,13 @@ def pull(adapter: str, folder: Path) -> None:
         raise UsageError(f"{folder} is not empty", "name a new folder")
     _, store, artifacts = open_stores()
     stored, job = stored_adapter(store, adapter)
+    files_of = result_binding(store, job)
+    check_adapter_config(artifacts.read_bytes(files_of, f"adapter/{CONFIG}"))
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"{folder} can't be made: {error.strerror}") from error
-    files = artifacts.pull(result_binding(store, job), "adapter/", folder)
+    files = artifacts.pull(files_of, "adapter/", folder)
     size = sum(file.size for file in files.values())
     click.echo(f"The adapter of job {stored.job_id} ({len(files)} files, {size / 1e6:.1f} MB) is in {folder}.")
     if job.spec.get("task_type") == "SEQ_CLS":  # its base needs the head and its labels first

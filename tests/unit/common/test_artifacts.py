@@ -346,6 +346,19 @@ def test_an_s3_that_does_not_answer_is_a_sentence(monkeypatch: pytest.MonkeyPatc
     assert "hunter2" not in caught.value.sentence
 
 
+def test_a_browser_saves_what_it_gets_from_s3(
+    s3_server: services.S3, monkeypatch: pytest.MonkeyPatch, result: Path
+) -> None:
+    for name, value in s3_server.environment.items():
+        monkeypatch.setenv(name, value)
+    (result / "report.html").write_text("<script>alert(1)</script>")
+    store = ArtifactStore(f"{s3_server.url}/served")
+    store.put_result(result, PREFIX)
+    for name in ("report.html", "report.json", MANIFEST):
+        head = store._files._fs.call_s3("head_object", Bucket="loractl", Key=f"lab/served/{PREFIX}/{name}")
+        assert head["ContentType"] == "application/octet-stream", name
+
+
 def test_wrong_keys_are_a_sentence(s3_server: services.S3, monkeypatch: pytest.MonkeyPatch, result: Path) -> None:
     for name, value in {**s3_server.environment, "AWS_SECRET_ACCESS_KEY": "wrong"}.items():
         monkeypatch.setenv(name, value)

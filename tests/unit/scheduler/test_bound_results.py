@@ -65,14 +65,19 @@ class Lab:
             connection.execute(text("UPDATE jobs SET manifest_sha256 = NULL"))
 
 
-def stores(settings: Settings, folder: Path, job_id: int, weights: bytes, sentence: str) -> tuple[str, str]:
+PAGE = "<!doctype html><title>report</title>"
+
+
+def stores(
+    settings: Settings, folder: Path, job_id: int, weights: bytes, sentence: str, page: str = PAGE
+) -> tuple[str, str]:
     """Store a result; returns the hash of its manifest and of its weights."""
     (folder / "adapter").mkdir(parents=True)
     (folder / "adapter" / "adapter_model.safetensors").write_bytes(weights)
     (folder / "adapter" / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 4}))
     (folder / "log.txt").write_text("step 1\n")
     (folder / "report.json").write_text(json.dumps(report(job_id, sentence)))
-    (folder / "report.html").write_text("<!doctype html><title>report</title>")
+    (folder / "report.html").write_text(page)
     manifest = ArtifactStore(settings.artifacts_url).put_result(folder, attempt_prefix(job_id, 1))
     return manifest_sha256(manifest), manifest[WEIGHTS].sha256
 
@@ -165,6 +170,16 @@ def test_a_result_with_other_weights_is_not_bound_and_the_others_are(lab: Lab) -
     assert "Error: job 1 is not bound: " in done.stderr and "its weights are not those" in done.stderr
     assert done.stdout == "The result of job 2 is bound to its row.\n"
     assert [job.job_id for job in lab.store.not_bound()] == [1]
+
+
+def test_a_page_with_a_script_is_not_written_even_where_nothing_binds_it(lab: Lab) -> None:
+    lab.forget_binding()
+    page = "<!doctype html><title>report</title><script>document.title = 'owned'</script>"
+    stores(lab.settings, lab.folder / "forged", 1, b"trained", "Better", page)
+    done = lab.ask("report 1 --html {new}")
+    assert isinstance(done.exception, ArtifactError) and done.exception.exit_code is ExitCode.FAILED
+    assert done.exception.sentence == "the page of job 1 is none of loractl's: it holds <script>"
+    assert not list(lab.folder.glob("new-*"))
 
 
 @pytest.mark.parametrize("lab", ["folder"], indirect=True)

@@ -1,0 +1,169 @@
+"""What loractl serve refuses before it costs anything: other sites' pages, slow callers, prompts that can't fit."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import uvicorn
+
+from loractl.common.settings import load_settings
+from loractl.common.store.database import connect
+from loractl.worker.serving import http, server
+from loractl.worker.serving.adapter_pool import AdapterPool, BaseChoice
+from loractl.worker.serving.decoding import Engine
+from loractl.worker.serving.http import Names, make_app
+from loractl.worker.serving.library import Library
+
+JSON = {"Content-Type": "application/json"}
+ASKED = {"model": "base", "messages": [{"role": "user", "content": "queue"}], "max_tokens": 2}
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_model: Path) -> Engine:
+    return Engine(AdapterPool(BaseChoice(model=str(tiny_model), revision=None, dtype="float32")))
+
+
+@pytest.fixture
+def serve(engine: Engine, tiny_model: Path, home: Path) -> Iterator[Callable[..., int]]:
+    """Starts the real server in this process; returns its port."""
+    settings = load_settings({"LORACTL_HOME": str(home)})
+    connect(settings).dispose()
+    library = Library(settings)
+    with contextlib.ExitStack() as servers:
+
+        def start(key: str | None = None) -> int:
+            app = make_app(engine, Names({}, library, str(tiny_model), None), library, key=key)
+            config = server.configure(app, "127.0.0.1", 0)
+            running = uvicorn.Server(config)
+            thread = threading.Thread(target=running.run, daemon=True)
+            thread.start()
+            servers.callback(thread.join)
+            servers.callback(setattr, running, "should_exit", True)
+            until(lambda: running.started)
+            return int(running.servers[0].sockets[0].getsockname()[1])
+
+        yield start
+
+
+def until(true: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 20
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def ask(port: int, body: Any = ASKED, path: str = "/v1/chat/completions", **headers: str) -> tuple[int, str]:
+    """(status, message) of an answer; headers with _ for -."""
+    raw = body if isinstance(body, bytes) else json.dumps(body).encode()
+    lines = {"Host": f"127.0.0.1:{port}", **JSON, **{name.replace("_", "-"): text for name, text in headers.items()}}
+    head = "".join(f"{name}: {text}\r\n" for name, text in lines.items() if text)
+    method = "GET" if body is None else "POST"
+    request = f"{method} {path} HTTP/1.1\r\n{head}Content-Length: {len(raw)}\r\nConnection: close\r\n\r\n".encode()
+    with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
+        connection.sendall(request + raw)
+        answer = b"".join(iter(lambda: connection.recv(65536), b""))
+    text = answer.partition(b"\r\n\r\n")[2].decode()
+    value = json.loads(text)
+    return int(answer.split()[1]), value["error"]["message"] if "error" in value else text
+
+
+@pytest.mark.parametrize("key", [None, "secret"])
+def test_a_page_of_another_site_is_not_answered(serve: Callable[..., int], key: str | None) -> None:
+    port = serve(key)
+    own = {"Authorization": f"Bearer {key}"} if key else {}
+    assert ask(port, **own)[0] == 200, "a program"
+    assert ask(port, **own, Origin=f"http://127.0.0.1:{port}", Sec_Fetch_Site="same-origin")[0] == 200, "its own page"
+    for simple in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x", ""):
+        assert ask(port, **own, Content_Type=simple) == (415, "the body must be JSON: content-type application/json")
+    for origin in (
+        "http://evil.example",
+        "null",
+        f"http://127.0.0.1:{port + 1}",
+        "http://[",
+        f"http://127.0.0.1:{port}.evil.example",
+    ):
+        status, message = ask(port, **own, Origin=origin)
+        assert (status, "a page of another site" in message) == (403, True), origin
+    for site in ("cross-site", "same-site"):
+        assert ask(port, **own, Sec_Fetch_Site=site)[0] == 403
+        assert ask(port, b"", "/v1/models", **own, Sec_Fetch_Site=site)[0] == 403
+    assert ask(port, **own, Content_Type="Application/JSON; charset=utf-8")[0] == 200
+
+
+def test_slow_callers_are_cut_off_and_others_are_answered_meanwhile(
+    serve: Callable[..., int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "HEADERS_S", 0.4)
+    monkeypatch.setattr(http, "BODY_S", 0.4)
+    port = serve()
+    line = b"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+    begun = line + b"Content-Length: 4000\r\n\r\n{"
+    slow = {
+        "silent": b"", "a line": b"POST /v1/ch", "headers": line, "body": begun,
+        "answered": begun.replace(b"/v1/chat/completions", b"/nowhere"),
+    }  # fmt: skip
+    with contextlib.ExitStack() as stack:
+        callers = {name: stack.enter_context(socket.create_connection(("127.0.0.1", port))) for name in slow}
+        for name, caller in callers.items():
+            caller.sendall(slow[name])
+        assert ask(port)[0] == 200
+        ended: dict[str, bytes] = {}
+        deadline = time.monotonic() + 20
+        while len(ended) < len(callers):
+            assert time.monotonic() < deadline, f"only {list(ended)} were cut off"
+            for name, caller in callers.items():
+                if name not in ended and _dripped(caller, name) is not None:
+                    ended[name] = b""
+            time.sleep(0.05)
+    assert ask(port)[0] == 200
+
+
+def _dripped(caller: socket.socket, name: str) -> bytes | None:
+    """Send another byte, as slow callers do; b"" once the server has closed the connection."""
+    try:
+        if name != "silent":
+            caller.sendall(b"x")
+        caller.settimeout(0.01)
+        return None if caller.recv(65536) else b""
+    except TimeoutError:
+        return None
+    except OSError:
+        return b""
+
+
+def test_a_body_that_does_not_come_is_answered(serve: Callable[..., int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http, "BODY_S", 0.2)
+    port = serve()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nContent-Type: application/json\r\n"
+    with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
+        connection.sendall(f"{head}Content-Length: 99\r\n\r\n{{".encode())
+        answer = connection.recv(65536)
+    assert answer.startswith(b"HTTP/1.1 408 ") and b"the body did not arrive within 0.2 s" in answer
+
+
+def test_a_prompt_that_can_not_fit_is_refused_before_it_is_tokenised(
+    serve: Callable[..., int], engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    port, read = serve(), []
+    monkeypatch.setattr(http, "prompt_for", lambda *given: read.append("chat"))
+    monkeypatch.setattr(http, "text_prompt", lambda *given: read.append("text"))
+    room = engine.longest
+    assert room == 512
+    long = "x" * (room * http.LETTERS_A_TOKEN + 1)
+    for messages in ([long], [long[:5000], long[5000:]], ["x"] * (room + 1)):
+        asked = {"model": "base", "messages": [{"role": "user", "content": text} for text in messages]}
+        status, message = ask(port, asked)
+        assert (status, f"{sum(map(len, messages))} letters in {len(messages)} messages" in message) == (400, True)
+    assert ask(port, {"model": "base", "prompt": long}, "/v1/completions")[0] == 400
+    assert read == []
+    assert ask(port, {"model": "x" * 257, "prompt": "x"}, "/v1/completions") == (
+        400, "model: String should have at most 256 characters",
+    )  # fmt: skip

@@ -1,0 +1,85 @@
+"""Who may ask: callers with the key, or of this machine alone, and never a page of somebody else's site."""
+
+from __future__ import annotations
+
+import hmac
+import ipaddress
+from typing import Any
+from urllib.parse import urlsplit
+
+from fastapi import Request, Response
+from fastapi.responses import JSONResponse
+
+from .openai_api import ApiError
+
+
+def answered(error: ApiError) -> Response:
+    """The error as an answer."""
+    return JSONResponse(error.body(), status_code=error.status)
+
+
+class AccessControl:
+    """Lets in callers who have the key. Without a key it lets in callers who address this machine by its own name.
+
+    Otherwise a page in a browser could reach the server through a name that it points here. A browser also sends what a
+    page of another site asks for, and a plain form needs no leave for that: such requests are known by their Origin,
+    and by a body that does not say that it is JSON. This is plain ASGI: behind Starlette's own kind of middleware a
+    handler is not told that a caller has left.
+    """
+
+    def __init__(self, app: Any, key: str | None) -> None:
+        self._app, self._key = app, key
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "http" and (error := self._error(Request(scope))) is not None:
+            await answered(error)(scope, receive, send)
+            return
+        await self._app(scope, receive, send)
+
+    def _error(self, request: Request) -> ApiError | None:
+        return self._of_caller(request) or _of_page(request) or _of_content(request)
+
+    def _of_caller(self, request: Request) -> ApiError | None:
+        if self._key is None:
+            name = request.url.hostname or ""
+            own = name == "localhost" or _is_loopback(name)
+            return None if own else ApiError(403, f"this server answers for this machine alone, not for {name!r}")
+        if request.url.path == "/health":
+            return None
+        sent = request.headers.get("authorization", "").removeprefix("Bearer ").encode()
+        if hmac.compare_digest(sent, self._key.encode()):
+            return None
+        return ApiError(401, "this server wants an API key, and got none or another", code="invalid_api_key")
+
+
+def _of_page(request: Request) -> ApiError | None:
+    """A browser says which site a page is of that asks; programs say nothing."""
+    host = request.headers.get("host", "").lower()
+    others = [origin for origin in request.headers.getlist("origin") if _authority(origin) != host]
+    if others or request.headers.get("sec-fetch-site", "none") not in ("none", "same-origin"):
+        named = f" ({others[0][:100]!r})" if others else ""
+        return ApiError(403, f"a page of another site{named} asks, and this server answers none", code="cross_site")
+    return None
+
+
+def _of_content(request: Request) -> ApiError | None:
+    """A form of any site can send text, but not JSON without asking first."""
+    if request.method not in ("POST", "PUT", "PATCH"):
+        return None
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    return None if kind == "application/json" else ApiError(415, "the body must be JSON: content-type application/json")
+
+
+def _authority(origin: str) -> str | None:
+    """Host and port of an Origin, as Host has them. None for what is none, like null."""
+    try:
+        return urlsplit(origin).netloc.lower() or None
+    except ValueError:
+        return None
+
+
+def _is_loopback(name: str) -> bool:
+    try:
+        return ipaddress.ip_address(name.strip("[]")).is_loopback
+    except ValueError:
+        return False
