@@ -235,3 +235,12 @@ def test_without_a_list_every_stored_adapter_of_the_base_is_served_also_one_tagg
 def test_a_server_that_can_not_start_says_why(trained: Cli, arguments: list[str], code: int, says: str) -> None:
     done: subprocess.CompletedProcess[str] = trained("serve", *arguments, code=code)
     assert says in done.stderr and "Traceback" not in done.stderr
+
+
+def test_where_no_card_has_room_serve_and_generate_refuse_with_a_sentence(trained: Cli) -> None:
+    small = trained.with_environment(LORACTL_DEVICES="sim:1GiB")
+    for command in (("serve", "--adapters", "red", "--port", 0), ("generate", "red", "hello")):
+        refused = small(*command, code=1).stderr
+        assert re.search(r"Error: this takes \d\.\d GiB, and card 0 has 1\.0 free beside its jobs\n", refused), refused
+        assert "Hint: wait for a job to end (loractl gpus)" in refused
+    assert trained.with_environment(LORACTL_DEVICES="sim:1GiB,8GiB")("generate", "red", "hello").stdout.strip()

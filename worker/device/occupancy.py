@@ -16,7 +16,7 @@ import psutil
 from loractl.common.settings import Settings
 
 from .devices import Device
-from .reservations import unused_reservations
+from .reservations import reserved_by_process, unused_reservations
 from .snapshot import Process, Snapshot
 
 JOB_VARIABLE = "LORACTL_JOB"
@@ -129,7 +129,9 @@ class Watch:
         # under numbers of another namespace a trainer of ours that just ended looks like a stranger
         named = [] if self.sees_us is False else others
         outside = max(0, held - sum(used.values()))
-        kept = self._rest_of_high_water(sum(p.bytes or 0 for p in named))
+        # what `serve` and its like held is free when they end: it was reserved, so it does not come back unasked
+        reserving = {} if self.home is None else reserved_by_process(self.home, self.device.uuid)
+        kept = self._rest_of_high_water(sum(p.bytes or 0 for p in named if p.pid not in reserving))
         told = None if self.sees_us is False else seen.processes
         return Occupancy(
             outside=outside + kept + self._reserved(told, outside),

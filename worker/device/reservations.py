@@ -54,11 +54,16 @@ def unused_reservations(home: Path, uuid: str, processes: Iterable[Process] | No
     `processes`: what the driver tells of those on the card; None where it does not tell whose memory is whose. Then
     `outside`, which others than our jobs hold, counts as theirs.
     """
-    reserved = list(_living(home, uuid))
+    reserved = reserved_by_process(home, uuid)
     if processes is None:
-        return max(0, sum(size for _, size in reserved) - outside)
+        return max(0, sum(reserved.values()) - outside)
     held = {process.pid: process.bytes or 0 for process in processes}
-    return sum(max(0, size - held.get(pid, 0)) for pid, size in reserved)
+    return sum(max(0, size - held.get(pid, 0)) for pid, size in reserved.items())
+
+
+def reserved_by_process(home: Path, uuid: str) -> dict[int, int]:
+    """pid -> bytes, of the processes that live."""
+    return dict(_living(home, uuid))
 
 
 def _living(home: Path, uuid: str) -> Iterator[tuple[int, int]]:

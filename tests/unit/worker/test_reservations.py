@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 
@@ -70,6 +70,15 @@ class Shown:
         return {}
 
 
+class Changing:
+    """A card that shows what it is told to at the moment."""
+
+    now = Shown()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.now, name)
+
+
 def outside(home: Path, shown: Shown) -> int | None:
     return Watch(device=shown, node_pid=os.getpid(), home=home).look().outside
 
@@ -85,6 +94,18 @@ def test_what_serve_reserved_counts_before_it_is_allocated_and_once(tmp_path: Pa
         assert unused_reservations(tmp_path, "GPU-b", (), 0) == 0, "another card"
     assert outside(tmp_path, Shown()) == 0, "killed: nothing is left of it"
     assert not list((tmp_path / "cards" / "GPU-a").iterdir())
+
+
+def test_what_serve_held_is_free_as_soon_as_it_ends(tmp_path: Path) -> None:
+    """Other people's memory is kept for a while, in case it comes back. What was reserved is not."""
+    shown = Changing()
+    watch = Watch(device=shown, node_pid=os.getpid(), home=tmp_path)
+    with serving(tmp_path, "GPU-a", 20 * GIB) as process:
+        notebook = Process(pid=1, bytes=3 * GIB)
+        shown.now = Shown(processes=(Process(pid=process.pid, bytes=18 * GIB), notebook), held=21 * GIB)
+        assert watch.look().outside == 23 * GIB
+    shown.now = Shown()
+    assert watch.look().outside == 3 * GIB, "the notebook's alone"
 
 
 def test_a_reservation_is_given_back(tmp_path: Path) -> None:
