@@ -5,7 +5,7 @@ It needs no torch, so submit refuses bad data before a job waits. The trainer ru
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from loractl.common.errors import DataError
 from loractl.common.job.sections import BadRow, DataFormat
 
 from .example import Example, Turn
+from .examples import Examples
 from .labels import LONGEST, label_name
 from .rows import RawRow, kind_of
 
@@ -42,7 +43,7 @@ _COLUMNS: dict[DataFormat, tuple[str, ...]] = {
 are not among them: a text with a label may be meant as plain text too, so the job says it (task_type)."""
 
 
-def map_columns(rows: list[RawRow], columns: Mapping[Any, str], file: str | Path) -> list[RawRow]:
+def map_columns(rows: Iterable[RawRow], columns: Mapping[Any, str], file: str | Path) -> Iterable[RawRow]:
     """The rows under loractl's own column names: `columns` says what each is called in the data.
 
     Raises DataError when the first row has no such column.
@@ -51,15 +52,27 @@ def map_columns(rows: list[RawRow], columns: Mapping[Any, str], file: str | Path
         return rows
     outer = {ours: theirs for ours, theirs in columns.items() if ours not in INNER_COLUMNS}
     inner = {ours: theirs for ours, theirs in columns.items() if ours in INNER_COLUMNS}
-    missing = [theirs for theirs in outer.values() if theirs not in rows[0].value]
+    first = next(iter(rows))
+    missing = [theirs for theirs in outer.values() if theirs not in first.value]
     if missing:
         raise DataError(
             file,
-            f"has no column {', '.join(missing)} that dataset.columns names; it has {', '.join(rows[0].value)}",
-            row=rows[0].number,
+            f"has no column {', '.join(missing)} that dataset.columns names; it has {', '.join(first.value)}",
+            row=first.number,
             kind="unknown columns",
         )
-    return [RawRow(number=row.number, value=_renamed(row.value, outer, inner)) for row in rows]
+    return _Mapped(rows, outer, inner)
+
+
+class _Mapped:
+    """Rows with other names of their columns."""
+
+    def __init__(self, rows: Iterable[RawRow], outer: Mapping[str, str], inner: Mapping[str, str]) -> None:
+        self._rows, self._outer, self._inner = rows, outer, inner
+
+    def __iter__(self) -> Iterator[RawRow]:
+        for row in self._rows:
+            yield RawRow(number=row.number, value=_renamed(row.value, self._outer, self._inner))
 
 
 def _renamed(value: Mapping[str, Any], outer: Mapping[str, str], inner: Mapping[str, str]) -> dict[str, Any]:
@@ -111,8 +124,8 @@ def _check_labelled(first: RawRow, columns: list[str], file: str | Path) -> None
 
 
 def parse_examples(
-    rows: list[RawRow], format: DataFormat, file: str | Path, on_bad_row: BadRow = BadRow.ERROR
-) -> tuple[list[Example], list[str]]:
+    rows: Iterable[RawRow], format: DataFormat, file: str | Path, on_bad_row: BadRow = BadRow.ERROR
+) -> tuple[Examples, list[str]]:
     """Every row as an Example, and a sentence for each row that was dropped.
 
     Raises DataError for the first row that can't be learned from. Where such rows are dropped, it raises when no row
@@ -128,7 +141,7 @@ def parse_examples(
     return examples, dropped
 
 
-def parse_each(rows: list[RawRow], format: DataFormat, file: str | Path) -> tuple[list[Example], list[DataError]]:
+def parse_each(rows: Iterable[RawRow], format: DataFormat, file: str | Path) -> tuple[Examples, list[DataError]]:
     """Every row that can be learned from as an Example, and why each of the others can't."""
     parse = {
         DataFormat.MESSAGES: _messages,
@@ -138,10 +151,10 @@ def parse_each(rows: list[RawRow], format: DataFormat, file: str | Path) -> tupl
         DataFormat.TEXT: _text,
         DataFormat.CLASSIFICATION: _classification,
     }[format]
-    examples, refused = [], []
+    examples, refused = Examples(), []
     for row in rows:
         try:
-            examples.append(parse(row, file))
+            examples.add(parse(row, file))
         except DataError as error:
             refused.append(error)
     return examples, refused

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
-import io
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from loractl.common.errors import DataError
 from loractl.common.job.sections import DATA_SUFFIXES
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class RawRow:
     """One row as the file has it; `number` is its line in jsonl, else its place, from 1."""
 
@@ -22,35 +23,83 @@ class RawRow:
     value: Mapping[str, Any]
 
 
-def read_rows(path: Path) -> list[RawRow]:
-    """Read a jsonl, json, csv or parquet file. Raises DataError with the row that can't be read."""
-    suffix = path.suffix.lower()
-    if suffix not in DATA_SUFFIXES:
-        raise DataError(path, f"has none of the endings {', '.join(DATA_SUFFIXES)}")
-    try:
+Told = Callable[[int, int], None]
+"""Called while a file is read: bytes read, bytes of the file."""
+
+
+class DataFile:
+    """A jsonl, json, csv or parquet file. Its rows are read anew each time, one after the other.
+
+    Only a .json array is in memory as a whole. Reading raises DataError with the row that can't be read.
+    """
+
+    def __init__(self, path: Path, told: Told | None = None) -> None:
+        self._path = path
+        self._told = told
+
+    def __iter__(self) -> Iterator[RawRow]:
+        rows = iter(self._rows())
+        try:
+            first = next(rows, None)
+            if first is None:
+                raise DataError(self._path, "has no rows", kind="too few rows")
+            yield first
+            yield from rows
+        except FileNotFoundError:
+            raise DataError(self._path, "no such file", hint="dataset.path is relative to the job file") from None
+        except UnicodeDecodeError:
+            what = f"is not UTF-8 (byte {_bad_byte(self._path)})"
+            raise DataError(self._path, what, hint="convert it with iconv -t utf-8", kind="not UTF-8") from None
+        except OSError as error:
+            raise DataError(self._path, f"can't be read: {error.strerror}") from None
+
+    def _rows(self) -> Iterator[RawRow]:
+        path, suffix = self._path, self._path.suffix.lower()
+        if suffix not in DATA_SUFFIXES:
+            raise DataError(path, f"has none of the endings {', '.join(DATA_SUFFIXES)}")
         if suffix == ".parquet":
-            return _read_parquet(path)
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise DataError(path, "no such file", hint="dataset.path is relative to the job file") from None
-    except UnicodeDecodeError as error:
-        what = f"is not UTF-8 (byte {error.start})"
-        raise DataError(path, what, hint="convert it with iconv -t utf-8", kind="not UTF-8") from None
-    except OSError as error:
-        raise DataError(path, f"can't be read: {error.strerror}") from None
-    rows = {".jsonl": _parse_jsonl, ".json": _parse_json, ".csv": _parse_csv}[suffix](path, text)
-    if not rows:
-        raise DataError(path, "has no rows", kind="too few rows")
-    return rows
+            yield from _read_parquet(path)
+        elif suffix == ".json":
+            yield from _parse_json(path, path.read_text(encoding="utf-8-sig"))
+        else:
+            with path.open(encoding="utf-8-sig") as file:
+                yield from (
+                    _parse_jsonl(path, self._lines(file)) if suffix == ".jsonl" else _parse_csv(path, self._lines(file))
+                )
+
+    def _lines(self, file: IO[str]) -> Iterator[str]:
+        size = os.fstat(file.fileno()).st_size
+        for number, line in enumerate(file):
+            if self._told is not None and number % 1000 == 0:
+                self._told(os.lseek(file.fileno(), 0, os.SEEK_CUR), size)
+            yield line
 
 
-def _parse_jsonl(path: Path, text: str) -> list[RawRow]:
-    rows = []
-    for number, line in enumerate(text.split("\n"), start=1):  # splitlines() would split a row at U+2028
+def read_rows(path: Path) -> list[RawRow]:
+    """All rows of a jsonl, json, csv or parquet file. Raises DataError with the row that can't be read."""
+    return list(DataFile(path))
+
+
+def _bad_byte(path: Path) -> int:
+    """The place of the first byte that is not UTF-8."""
+    decoder, before = codecs.getincrementaldecoder("utf-8")(), 0
+    with path.open("rb") as file:
+        while True:
+            block = file.read(2**20)
+            kept = len(decoder.getstate()[0])
+            try:
+                decoder.decode(block, final=not block)
+            except UnicodeDecodeError as error:
+                return before - kept + error.start
+            before += len(block)
+
+
+def _parse_jsonl(path: Path, lines: Iterable[str]) -> Iterator[RawRow]:
+    for number, line in enumerate(lines, start=1):  # splitlines() would split a row at U+2028
         if not line.strip():
             continue
         try:
-            value = json.loads(line)
+            value = json.loads(line.rstrip("\n"))
         except (ValueError, RecursionError) as error:  # ValueError: also a number of 4300 digits
             where = f" (column {error.colno}: {error.msg.lower()})" if isinstance(error, json.JSONDecodeError) else ""
             hint = (
@@ -59,8 +108,7 @@ def _parse_jsonl(path: Path, text: str) -> list[RawRow]:
                 else None
             )
             raise DataError(path, f"is not valid JSON{where}", row=number, hint=hint, kind="broken JSON") from None
-        rows.append(_row(path, number, value))
-    return rows
+        yield _row(path, number, value)
 
 
 def _parse_json(path: Path, text: str) -> list[RawRow]:
@@ -75,9 +123,9 @@ def _parse_json(path: Path, text: str) -> list[RawRow]:
     return [_row(path, number, item) for number, item in enumerate(value, start=1)]
 
 
-def _parse_csv(path: Path, text: str) -> list[RawRow]:
-    reader = csv.DictReader(io.StringIO(text, newline="\n"), strict=True)
-    rows = []
+def _parse_csv(path: Path, lines: Iterable[str]) -> Iterator[RawRow]:
+    reader = csv.DictReader(lines, strict=True)
+    number = 0
     try:
         for number, value in enumerate(reader, start=1):
             if None in value or None in value.values():
@@ -87,13 +135,12 @@ def _parse_csv(path: Path, text: str) -> list[RawRow]:
                     row=number,
                     kind="broken CSV",
                 )
-            rows.append(RawRow(number=number, value=value))
+            yield RawRow(number=number, value=value)
     except csv.Error as error:
-        raise DataError(path, f"is not valid CSV: {error}", row=len(rows) + 1, kind="broken CSV") from None
-    return rows
+        raise DataError(path, f"is not valid CSV: {error}", row=number + 1, kind="broken CSV") from None
 
 
-def _read_parquet(path: Path) -> list[RawRow]:
+def _read_parquet(path: Path) -> Iterator[RawRow]:
     try:
         import pyarrow.parquet as parquet  # comes with datasets
     except ImportError:
@@ -103,12 +150,12 @@ def _read_parquet(path: Path) -> list[RawRow]:
     import pyarrow
 
     try:
-        table = parquet.read_table(path)
+        with parquet.ParquetFile(path) as file:
+            values = (value for batch in file.iter_batches(batch_size=1000) for value in batch.to_pylist())
+            for number, value in enumerate(values, start=1):
+                yield RawRow(number=number, value=value)
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(path, f"is not valid parquet: {str(error).splitlines()[0]}") from None
-    if table.num_rows == 0:
-        raise DataError(path, "has no rows", kind="too few rows")
-    return [RawRow(number=n, value=value) for n, value in enumerate(table.to_pylist(), start=1)]
 
 
 def _row(path: Path, number: int, value: Any) -> RawRow:

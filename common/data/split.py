@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+from array import array
 from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +13,7 @@ from loractl.common.errors import DataError
 from loractl.common.job.sections import BadRow, DataFormat, DatasetSpec
 
 from .example import Example
+from .examples import Examples
 from .formats import detect_format, map_columns, parse_examples
 from .labels import check_taught, untaught
 from .rows import RawRow
@@ -21,13 +25,13 @@ class Split:
 
     format: DataFormat
     why: str
-    train: list[Example]
-    held_out: list[Example]
+    train: Examples
+    held_out: Examples
     dropped: list[str]  # a sentence for each row that on_bad_row: drop left out
     overlap: int  # rows of the held-out file left out because they are trained on
 
 
-def split_data(dataset: DatasetSpec, rows: list[RawRow], held_rows: list[RawRow] | None) -> Split:
+def split_data(dataset: DatasetSpec, rows: Iterable[RawRow], held_rows: Iterable[RawRow] | None) -> Split:
     """The examples of a data set's rows, and of those of its eval_path where there is one. Raises DataError."""
     file, held_file = dataset.path, dataset.eval_path or dataset.path
     rows = map_columns(rows, dataset.columns, file)
@@ -44,22 +48,23 @@ def split_data(dataset: DatasetSpec, rows: list[RawRow], held_rows: list[RawRow]
     if format is DataFormat.CLASSIFICATION:
         held_out, untold = _of_known_labels(held_out, check_taught(examples, file), held_file, dataset.on_bad_row)
         also_dropped += untold
-    trained = {e.content_hash() for e in examples}
-    new = [e for e in held_out if e.content_hash() not in trained]
+    trained = frozenset(examples.digests)
+    new = held_out.part(place for place, digest in enumerate(held_out.digests) if digest not in trained)
     if not new:
         raise DataError(held_file, "has no row that is not trained on as well", kind="overlap")
     overlap = len(held_out) - len(new)
     return Split(format=format, why=why, train=examples, held_out=new, dropped=dropped + also_dropped, overlap=overlap)
 
 
-def split_held_out(examples: list[Example], test_size: float, file: str | Path) -> tuple[list[Example], list[Example]]:
+def split_held_out(examples: Sequence[Example], test_size: float, file: str | Path) -> tuple[Examples, Examples]:
     """(train, held out), by content: the same rows are held out in any order and with any seed.
 
     Equal rows land on the same side, so that no held-out row was trained on. Each label keeps a row to train on:
     without one a classifier could not know it.
     """
-    label_of = {e.content_hash(): e.label for e in examples}
-    hashes = sorted(label_of)
+    rows = examples if isinstance(examples, Examples) else Examples(examples)
+    label_of = {} if rows and rows[0].label is None else dict(zip(rows.digests, (e.label for e in rows), strict=True))
+    hashes = [digest for digest, _ in itertools.groupby(sorted(rows.digests))]
     if len(hashes) < 2:
         raise DataError(
             file,
@@ -68,25 +73,29 @@ def split_held_out(examples: list[Example], test_size: float, file: str | Path) 
             kind="too few rows",
         )
     count = min(max(1, round(test_size * len(hashes))), len(hashes) - 1)
-    held_out: set[str] = set()
-    left = Counter(label_of.values())
+    held_out: set[int] = set()
+    left: Counter[str | None] = Counter(label_of.values()) if label_of else Counter({None: len(hashes)})
     for content in hashes:
-        if len(held_out) < count and left[label_of[content]] > 1:  # a label's last row is for training
+        if len(held_out) < count and left[label_of.get(content)] > 1:  # a label's last row is for training
             held_out.add(content)
-            left[label_of[content]] -= 1
+            left[label_of.get(content)] -= 1
     if not held_out:
         what = "has no label with two different rows: one to train on and one held out"
         raise DataError(file, what, hint="or set dataset.eval_path", kind="too few rows")
-    train = [e for e in examples if e.content_hash() not in held_out]
-    return train, [e for e in examples if e.content_hash() in held_out]
+    sides: tuple[array[int], array[int]] = array("Q"), array("Q")
+    for place, content in enumerate(rows.digests):
+        sides[content in held_out].append(place)
+    return rows.part(sides[0]), rows.part(sides[1])
 
 
 def _of_known_labels(
-    held_out: list[Example], labels: tuple[str, ...], file: str | Path, on_bad_row: BadRow
-) -> tuple[list[Example], list[str]]:
+    held_out: Examples, labels: tuple[str, ...], file: str | Path, on_bad_row: BadRow
+) -> tuple[Examples, list[str]]:
     """The held-out rows with a label that is taught, and a sentence for each other row, where those are left out."""
     refused = untaught(held_out, labels, file)
     if refused and (on_bad_row is BadRow.ERROR or len(refused) == len(held_out)):
         refused[0].hint = "teach it, correct it, or leave such rows out with dataset.on_bad_row: drop"
         raise refused[0]
-    return [e for e in held_out if e.label in set(labels)], [error.sentence for error in refused]
+    known = set(labels)
+    taught = held_out.part(place for place, e in enumerate(held_out) if e.label in known)
+    return taught, [error.sentence for error in refused]

@@ -25,10 +25,12 @@ def hint(text: str) -> None:
 
 def warn_of_data(spec: JobSpec, path: Path) -> None:
     """Check the job's local data, and print warnings about what looks wrong in them. Raises DataError."""
+    from loractl.common.progress import progress_bar
     from loractl.common.text import clean_line
     from loractl.scheduler.submission.data import check_data
 
-    warnings = [finding for finding in check_data(spec) if finding.level == "warning"]
+    with progress_bar() as report:
+        warnings = [finding for finding in check_data(spec, report) if finding.level == "warning"]
     warn(clean_line(f"Warning: {Path(spec.dataset.path).name}: {finding.sentence}.") for finding in warnings)
     if warnings:
         hint(f"See the data: loractl data check {path}")

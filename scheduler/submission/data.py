@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
+import functools
 import importlib.util
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -15,27 +17,32 @@ if TYPE_CHECKING:
     from loractl.common.artifacts import ArtifactStore
     from loractl.common.data.findings import Finding
     from loractl.common.job.spec import JobSpec
+    from loractl.common.progress import Report
 
 
-def check_data(spec: JobSpec) -> list[Finding]:
+def check_data(spec: JobSpec, report: Report = lambda what, done, total: None) -> list[Finding]:
     """Refuse local data that the trainer would refuse, as far as no tokenizer is needed, and say what looks wrong.
 
-    Raises DataError. Empty for data of the hub, and for parquet where pyarrow is missing: the trainer checks them.
+    `report` hears how far it is. Raises DataError. Empty for data of the hub, and for parquet where pyarrow is missing:
+    the trainer checks them.
     """
-    from loractl.common.data.findings import check_examples
     from loractl.common.data.formats import detect_format, map_columns, parse_examples
+    from loractl.common.data.inspection import check_examples
     from loractl.common.data.labels import check_taught
-    from loractl.common.data.rows import read_rows
+    from loractl.common.data.rows import DataFile
     from loractl.common.data.split import split_data
     from loractl.common.job.sections import DataFormat
 
     _refuse_unknown_names(spec)
     dataset = spec.dataset
     readable = [text for text in spec.data_sets().values() if is_local(text)]
-    rows = {text: read_rows(Path(text)) for text in readable if not _unreadable_here(text)}
+    read, looked = functools.partial(report, "Reading the data"), functools.partial(report, "Looking at the rows")
+    rows = {text: DataFile(Path(text), read) for text in readable if not _unreadable_here(text)}
     if (other := spec.evaluation.regression) in rows:
         parse_examples(rows[other], detect_format(rows[other], other)[0], other, dataset.on_bad_row)
     if dataset.path not in rows:
+        for file in rows.values():
+            collections.deque(file, maxlen=0)  # only whether it can be read: what it is for is not known here
         return []
     if dataset.eval_path is not None and dataset.eval_path not in rows:  # what is held out can't be read here
         mine = map_columns(rows[dataset.path], dataset.columns, dataset.path)
@@ -43,9 +50,9 @@ def check_data(spec: JobSpec) -> list[Finding]:
         examples = parse_examples(mine, format, dataset.path, dataset.on_bad_row)[0]
         if format is DataFormat.CLASSIFICATION:
             check_taught(examples, dataset.path)
-        return check_examples(examples, [])
+        return check_examples(examples, [], told=looked)
     split = split_data(dataset, rows[dataset.path], rows[dataset.eval_path] if dataset.eval_path else None)
-    return check_examples(split.train, split.held_out, split.overlap)
+    return check_examples(split.train, split.held_out, split.overlap, looked)
 
 
 def store_data(spec: JobSpec, artifacts: ArtifactStore) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import tracemalloc
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -218,6 +219,28 @@ def test_good_data_give_no_finding_but_how_few_are_held_out(check: Check) -> Non
     checked = check(Case("", "", good(120)))
     assert checked.findings == []
     assert (checked.train_rows, checked.held_out_rows) == (108, 12)
+
+
+def test_more_rows_take_hardly_more_memory(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("loractl.common.data.examples.IN_MEMORY", 50_000)
+    tokenizer = load_tokenizer(str(tiny_model))
+
+    def peak(count: int) -> int:
+        rows = [pair(f"Question {n}: {'word ' * 100}", f" answer {n} {'more ' * 100}.") for n in range(count)]
+        spec = _job(tmp_path, Case("", "", rows), tiny_model)
+        del rows
+        tracemalloc.start()
+        try:
+            checked = check_data(spec, tokenizer)
+            most = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+        assert checked.train_rows == count * 0.9 and len(checked.rows) == 3
+        return most
+
+    peak(10)  # what is imported on the way
+    few, many = peak(200), peak(800)
+    assert many < 1.5 * few, f"200 rows took {few} bytes, 800 rows {many}"
 
 
 def test_a_template_that_refuses_a_role_is_quoted(check: Check) -> None:

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import click
 
 from loractl.common.errors import ExitCode, UsageError
 from loractl.common.job.file import load_spec
+from loractl.common.progress import progress_bar
 from loractl.worker.base.model import load_tokenizer
 from loractl.worker.data.advice import advice_for
 from loractl.worker.data.check import check_data
@@ -41,7 +40,8 @@ def data_check(job_file: Path, overrides: tuple[str, ...], gpu: str | None, as_j
     spec = load_spec(job_file, overrides)
     room = _room(gpu)
     tokenizer = load_tokenizer(spec.base_model, spec.revision)
-    checked = check_data(spec, tokenizer, _counted)
+    with progress_bar() as report:
+        checked = check_data(spec, tokenizer, report)
     checked = replace(checked, advice=advice_for(spec, checked, room))
     if as_json:
         click.echo(json.dumps(checked.as_json()))
@@ -88,13 +88,3 @@ def _room(gpu: str | None) -> int | None:
 
     cards = Store(connect(settings)).fleet().cards.values()
     return max((card.usable for card in cards if not card.processor), default=None)
-
-
-def _counted(items: Iterable[Any]) -> Iterator[Any]:
-    """The items, with a progress bar on a terminal if there are many."""
-    known = list(items)
-    if len(known) < 2000 or not sys.stderr.isatty():
-        yield from known
-        return
-    with click.progressbar(known, label="Tokenising", file=sys.stderr) as bar:
-        yield from bar

@@ -5,24 +5,27 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from loractl.common.data.example import Example
-from loractl.common.data.findings import Finding, about_rows, check_examples, refusals
+from loractl.common.data.findings import Finding, about_rows, refusals
 from loractl.common.data.formats import detect_format, map_columns, parse_each
+from loractl.common.data.inspection import check_examples
 from loractl.common.data.labels import labels_of, untaught
 from loractl.common.data.split import Split, split_data
 from loractl.common.errors import DataError
 from loractl.common.job.sections import BadRow, DataFormat, DatasetSpec
 from loractl.common.job.spec import JobSpec
+from loractl.common.progress import Report
 
 from .origin import load_rows
 from .prepared import PreparedData
-from .token_findings import check_length, check_template, check_tokens, learned_tokens
+from .token_findings import TemplateLook, TokenLook
 from .tokens import TokenRow, encode
 
 SAMPLED_ROWS = 200
@@ -60,7 +63,7 @@ class Checked:
     learned: Quantiles | None = None  # None for a classifier: its row's label is not a token
     labels: dict[str, dict[str, int]] = field(default_factory=dict)  # of a classifier: its rows to train on, held out
     histogram: list[tuple[int, int, int]] = field(default_factory=list)  # (from, to, rows)
-    rows: list[TokenRow] = field(default_factory=list)  # to train on, uncut
+    rows: list[TokenRow] = field(default_factory=list)  # a short, a middling and a long one to train on, uncut
     longest_held_out: int = 0
     advice: list[str] = field(default_factory=list)  # sentences on max_length and batch size
 
@@ -85,32 +88,35 @@ class Checked:
         }
 
 
-def check_data(spec: JobSpec, tokenizer: Any, progress: Callable[[Iterable[Any]], Iterable[Any]] = iter) -> Checked:
-    """All findings about a job's data; never raises DataError."""
-    checked, split = _look_at_rows(spec.dataset)
-    return checked if split is None else _look_at_tokens(checked, split, spec, tokenizer, progress)
+def check_data(spec: JobSpec, tokenizer: Any, report: Report = lambda what, done, total: None) -> Checked:
+    """All findings about a job's data; never raises DataError. `report` hears how far it is."""
+    checked, split = _look_at_rows(spec.dataset, report)
+    return checked if split is None else _look_at_tokens(checked, split, spec, tokenizer, report)
 
 
 def warnings_about(spec: JobSpec, data: PreparedData, tokenizer: Any) -> tuple[str, ...]:
     """A sentence for each finding in prepared data. Where the template treats rows alike, only a sample is read."""
-    sample = data.train_examples[:SAMPLED_ROWS]
-    rows = [_encoded(example, tokenizer, data.format) for example in sample]
+    template, tokens = TemplateLook(tokenizer), TokenLook(spec, tokenizer)
+    for example in data.train_examples[:SAMPLED_ROWS]:
+        template.see(example)
+        tokens.see(_encoded(example, tokenizer, data.format))
     findings = check_examples(data.train_examples, data.held_out_examples)
-    findings += check_template(sample, tokenizer) + check_tokens(rows, spec, tokenizer, every=False)
+    findings += template.findings() + tokens.findings(every=False)
     return tuple(finding.sentence for finding in findings if finding.level == "warning")
 
 
-def _look_at_rows(dataset: DatasetSpec) -> tuple[Checked, Split | None]:
+def _look_at_rows(dataset: DatasetSpec, report: Report) -> tuple[Checked, Split | None]:
     """Findings without a tokenizer; no split where the data can't be read or split."""
     checked, findings = Checked(), list[Finding]()
     try:
-        rows = load_rows(dataset.path)
-        held_rows = load_rows(dataset.eval_path, split="test") if dataset.eval_path else None
+        read = functools.partial(report, "Reading the data")
+        rows = load_rows(dataset.path, told=read)
+        held_rows = load_rows(dataset.eval_path, "test", read) if dataset.eval_path else None
         mapped = map_columns(rows, dataset.columns, dataset.path)
         format, why = detect_format(mapped, dataset.path, dataset.format)
         checked = replace(checked, format=format, why=why)
         findings += _bad_rows(parse_each(mapped, format, dataset.path)[1], dataset)
-        asked: list[Example] = []
+        asked: Sequence[Example] = []
         if held_rows is not None and dataset.eval_path:
             mapped = map_columns(held_rows, dataset.columns, dataset.eval_path)
             asked, refused = parse_each(mapped, format, dataset.eval_path)
@@ -121,37 +127,48 @@ def _look_at_rows(dataset: DatasetSpec) -> tuple[Checked, Split | None]:
         return replace(checked, findings=[*findings, *refusals([error])]), None
     if names := labels_of(split.train):
         findings += _bad_rows(untaught(asked, names, dataset.eval_path or dataset.path), dataset)
-    findings += check_examples(split.train, split.held_out, split.overlap)
+    looked = functools.partial(report, "Looking at the rows")
+    findings += check_examples(split.train, split.held_out, split.overlap, looked)
     checked = replace(checked, train_rows=len(split.train), held_out_rows=len(split.held_out))
     return replace(checked, findings=findings, labels=_label_counts(names, split)), split
 
 
-def _look_at_tokens(
-    checked: Checked, split: Split, spec: JobSpec, tokenizer: Any, progress: Callable[[Iterable[Any]], Iterable[Any]]
-) -> Checked:
+def _look_at_tokens(checked: Checked, split: Split, spec: JobSpec, tokenizer: Any, report: Report) -> Checked:
     """The check of the rows after the tokenizer and the chat template."""
-    findings, rows = [*checked.findings, *check_template(split.train, tokenizer)], list[TokenRow]()
+    template, tokens, longest_held_out = TemplateLook(tokenizer), TokenLook(spec, tokenizer), 0
+    findings, total = [*checked.findings], len(split.train) + len(split.held_out)
     try:
-        rows = [_encoded(example, tokenizer, split.format) for example in progress(split.train)]
-        tested = [_encoded(example, tokenizer, split.format) for example in split.held_out]
+        for count, example in enumerate(split.train):
+            template.see(example)
+            tokens.see(_encoded(example, tokenizer, split.format))
+            report("Tokenising", count, total)
+        for count, example in enumerate(split.held_out, start=len(split.train)):
+            longest_held_out = max(longest_held_out, len(_encoded(example, tokenizer, split.format).input_ids))
+            report("Tokenising", count, total)
     except ValueError as error:
         kind = "chat template" if split.train[0].turns else "nothing to learn"
-        findings.append(Finding(level="error", kind=kind, text=str(error)))
-        return replace(checked, findings=findings, rows=rows)
-    findings += check_tokens(rows, spec, tokenizer) + check_length(rows, spec.dataset)
-    lengths = [len(row.input_ids) for row in rows]
-    if checked.labels:
-        places = {name: place for place, name in enumerate(checked.labels)}
-        rows = [replace(row, label=places[str(e.label)]) for row, e in zip(rows, split.train, strict=True)]
+        findings += [*template.findings(), Finding(level="error", kind=kind, text=str(error))]
+        return replace(checked, findings=findings, rows=_shown(tokens, split, tokenizer, checked.labels))
+    findings += template.findings() + tokens.findings() + tokens.length_findings()
     return replace(
         checked,
         findings=findings,
-        rows=rows,
-        lengths=Quantiles.of(lengths),
-        learned=None if checked.labels else Quantiles.of([learned_tokens(row) for row in rows]),
-        histogram=_histogram(lengths),
-        longest_held_out=max(len(row.input_ids) for row in tested),
+        rows=_shown(tokens, split, tokenizer, checked.labels),
+        lengths=Quantiles.of(tokens.lengths),
+        learned=None if checked.labels else Quantiles.of(tokens.learned),
+        histogram=_histogram(tokens.lengths),
+        longest_held_out=longest_held_out,
     )
+
+
+def _shown(tokens: TokenLook, split: Split, tokenizer: Any, labels: Collection[str]) -> list[TokenRow]:
+    """A short, a middling and a long row."""
+    ordered = sorted(range(len(tokens.lengths)), key=tokens.lengths.__getitem__)
+    places = sorted({0, len(ordered) // 2, len(ordered) - 1}) if ordered else []
+    examples = [split.train[ordered[place]] for place in places]
+    rows = [_encoded(example, tokenizer, split.format) for example in examples]
+    place_of = {name: place for place, name in enumerate(labels)}
+    return [replace(row, label=place_of.get(str(e.label))) for row, e in zip(rows, examples, strict=True)]
 
 
 def _label_counts(names: Sequence[str], split: Split) -> dict[str, dict[str, int]]:

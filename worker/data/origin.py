@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from loractl.common.artifacts import sha256_of
-from loractl.common.data.rows import RawRow, read_rows
+from loractl.common.data.rows import DataFile, RawRow, Told
 from loractl.common.errors import DataError, LoractlError
 from loractl.common.job.status import Reason
 from loractl.worker.base.failure import TrainingFailed
 from loractl.worker.base.hub import Refusal, cached_if_away, chain_of, known_commit, reaching_the_hub, refusal
 
 
-def load_rows(path: str, split: str = "train") -> list[RawRow]:
-    """The rows of a local file, or of a split of a data set on the hub. Raises DataError and TrainingFailed."""
-    return load_pinned(path, split)[0]
+def load_rows(path: str, split: str = "train", told: Told | None = None) -> Iterable[RawRow]:
+    """The rows of a local file, or of a split of a data set on the hub; they can be read again.
+
+    `told` hears how much of a file was read. Raises DataError and TrainingFailed, the first also while it is read.
+    """
+    return load_pinned(path, split, told)[0]
 
 
-def load_pinned(path: str, split: str) -> tuple[list[RawRow], str | None]:
-    """The rows, and their commit if they are from the hub. Raises DataError and TrainingFailed."""
+def load_pinned(path: str, split: str, told: Told | None = None) -> tuple[Iterable[RawRow], str | None]:
+    """The rows, and their commit if they are from the hub. Raises as load_rows."""
     if Path(path).is_absolute():
-        return read_rows(Path(path)), None
+        return DataFile(Path(path), told), None
     from datasets import load_dataset_builder
     from datasets.exceptions import DatasetsError
 
@@ -42,7 +46,17 @@ def load_pinned(path: str, split: str) -> tuple[list[RawRow], str | None]:
         dataset = builder.as_dataset(split=split)
     except ValueError as error:
         raise DataError(path, f"has no such split on the hub: {_first_line(error)}") from error
-    return [RawRow(number=n, value=value) for n, value in enumerate(dataset, start=1)], commit
+    return _HubRows(dataset), commit
+
+
+class _HubRows:
+    """The rows of a data set of the hub, which lies in a file of its library."""
+
+    def __init__(self, dataset: Iterable[Mapping[str, Any]]) -> None:
+        self._dataset = dataset
+
+    def __iter__(self) -> Iterator[RawRow]:
+        return (RawRow(number=n, value=value) for n, value in enumerate(self._dataset, start=1))
 
 
 def _check_files_are_remote(path: str, files: Mapping[str, Sequence[str]] | None) -> None:

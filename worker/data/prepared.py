@@ -29,8 +29,8 @@ class PreparedData:
     why: str
     train: TokenSet
     held_out: TokenSet
-    train_examples: list[Example]
-    held_out_examples: list[Example]  # the same rows, in the same order, as held_out.rows
+    train_examples: Sequence[Example]
+    held_out_examples: Sequence[Example]  # the same rows, in the same order, as held_out.rows
     dropped: list[str]  # a sentence for each row that on_bad_row: drop left out
     overlap: int  # rows of eval_path left out because they are trained on
     sha256: str | None

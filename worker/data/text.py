@@ -18,8 +18,6 @@ from .check import Checked
 from .tokens import IGNORED, TokenRow
 from .trained_row import TrainedRow
 
-SHOWN_EXAMPLES = 3
-
 SHOWN_LABELS = 20
 
 BAR = 24
@@ -30,7 +28,7 @@ COLORS = {"error": "red", "warning": "yellow", "note": None}
 def check_text(spec: JobSpec, checked: Checked, tokenizer: Any, *, styled: bool) -> str:
     """The whole check. `styled`: a terminal shows it, so that learned tokens need no brackets."""
     lines = [*_head(spec.dataset, checked), *_lengths(checked, spec.dataset.max_length), *_labels(checked)]
-    for row in _examples(checked.rows):
+    for row in checked.rows:
         lines += [f"\nRow {row.number}: {_size(row, list(checked.labels))}.\n"]
         lines += [textwrap.indent(_marked(row, tokenizer, styled).rstrip("\n"), "  ")]
     if checked.findings:
@@ -95,13 +93,6 @@ def _finding(finding: Finding) -> list[str]:
     level = click.style(f"{finding.level:<8}", fg=COLORS[finding.level])
     lines = [level + " " + clean_text(f"{finding.kind}: {finding.sentence}.")]
     return [*lines, f"         Hint: {finding.hint}."] if finding.hint else lines
-
-
-def _examples(rows: list[TokenRow]) -> list[TokenRow]:
-    """A short, a middling and a long row."""
-    ordered = sorted(rows, key=lambda row: len(row.input_ids))
-    places = sorted({0, len(ordered) // 2, len(ordered) - 1}) if ordered else []
-    return [ordered[place] for place in places][:SHOWN_EXAMPLES]
 
 
 def _size(row: TokenRow, label_names: Sequence[str]) -> str:

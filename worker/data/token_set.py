@@ -10,6 +10,7 @@ import hashlib
 import json
 import shutil
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,7 @@ class Tokeniser:
     format: DataFormat
     cache: Path | None  # None: nothing is kept
 
-    def tokenise(self, examples: list[Example], file: str) -> TokenSet:
+    def tokenise(self, examples: Sequence[Example], file: str) -> TokenSet:
         """The examples' token set, from the cache where it is there. Raises DataError."""
         folder = self._folder(examples)
         if folder and (folder / "set.json").exists():
@@ -61,7 +62,7 @@ class Tokeniser:
             _write_cache(folder, {**vars(tokens), "rows": rows})
         return tokens
 
-    def _folder(self, examples: list[Example]) -> Path | None:
+    def _folder(self, examples: Sequence[Example]) -> Path | None:
         if self.cache is None:
             return None
         content = hashlib.sha256("".join(f"{e.number}:{e.content_hash()} " for e in examples).encode()).hexdigest()
@@ -86,7 +87,7 @@ class Tokeniser:
 
 
 def fit_examples(
-    examples: list[Example], file: str, dataset: DatasetSpec, tokenizer: Any, format: DataFormat
+    examples: Sequence[Example], file: str, dataset: DatasetSpec, tokenizer: Any, format: DataFormat
 ) -> TokenSet:
     """Tokenise each example and apply on_overflow to those over max_length."""
     rows, truncated, too_long = [], 0, 0

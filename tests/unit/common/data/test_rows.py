@@ -274,7 +274,7 @@ def test_the_split_depends_on_content_alone_and_parts_no_equal_rows(
 ) -> None:
     examples = texts(*names)
     train, held_out = split_held_out(examples, test_size, "d")
-    assert sorted(e.number for e in train + held_out) == [e.number for e in examples]
+    assert sorted(e.number for e in (*train, *held_out)) == [e.number for e in examples]
     assert train
     assert held_out
     assert not {e.text for e in train} & {e.text for e in held_out}

@@ -1,0 +1,112 @@
+"""Many examples in little memory: beyond a number they lie in a file, and only their digests stay here."""
+
+from __future__ import annotations
+
+import marshal
+import tempfile
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from typing import IO, Any, overload
+
+from .example import Example, Turn
+
+IN_A_BLOCK = 128
+
+IN_MEMORY = 8_000_000
+"""Characters that are kept in memory; with more, all blocks lie in a file."""
+
+
+class Examples(Sequence[Example]):
+    """Examples in their order. They are added one by one, then read; a part shares the file of the whole."""
+
+    def __init__(self, examples: Iterable[Example] = ()) -> None:
+        self.digests = array("Q")
+        self._newest: list[Example] = []  # not yet in a block
+        self._blocks = _Blocks()
+        self._places: array[int] | None = None  # of a part's examples in the blocks; None: all of them
+        self._characters = 0  # of the newest
+        self._spilled = False
+        for example in examples:
+            self.add(example)
+
+    def add(self, example: Example) -> None:
+        self.digests.append(example.digest())
+        self._newest.append(example)
+        self._characters += len(example.text) + sum(len(turn.content) for turn in example.turns)
+        self._spilled = self._spilled or self._characters > IN_MEMORY
+        while self._spilled and len(self._newest) >= IN_A_BLOCK:
+            self._blocks.write(self._newest[:IN_A_BLOCK])
+            self._newest = self._newest[IN_A_BLOCK:]
+
+    def part(self, places: Iterable[int]) -> Examples:
+        """Those at these places, which ascend. Nothing may be added afterwards, to this one or to the part."""
+        part, wanted = Examples(), array("Q", places)
+        part.digests = array("Q", (self.digests[place] for place in wanted))
+        part._newest, part._blocks, part._spilled = self._newest, self._blocks, self._spilled
+        part._places = wanted if self._places is None else array("Q", (self._places[place] for place in wanted))
+        return part
+
+    def __len__(self) -> int:
+        return len(self.digests)
+
+    def __iter__(self) -> Iterator[Example]:
+        if self._places is None:
+            for number in range(self._blocks.count):
+                yield from self._blocks.read(number)
+            yield from self._newest
+            return
+        yield from map(self._at, self._places)
+
+    @overload
+    def __getitem__(self, place: int) -> Example: ...
+
+    @overload
+    def __getitem__(self, place: slice) -> list[Example]: ...
+
+    def __getitem__(self, place: int | slice) -> Example | list[Example]:
+        if isinstance(place, slice):
+            return [self[one] for one in range(*place.indices(len(self)))]
+        if not -len(self) <= place < len(self):
+            raise IndexError(place)
+        place %= len(self)
+        return self._at(place if self._places is None else self._places[place])
+
+    def _at(self, place: int) -> Example:
+        block, within = divmod(place, IN_A_BLOCK)
+        if block < self._blocks.count:
+            return self._blocks.read(block)[within]
+        return self._newest[place - self._blocks.count * IN_A_BLOCK]
+
+
+class _Blocks:
+    """Blocks of IN_A_BLOCK examples in a file that goes with its last reader; the one that was read last is kept."""
+
+    def __init__(self) -> None:
+        self._file: IO[bytes] | None = None
+        self._ends = array("Q", [0])
+        self._last: tuple[int, list[Example]] = (-1, [])
+
+    @property
+    def count(self) -> int:
+        return len(self._ends) - 1
+
+    def write(self, examples: Sequence[Example]) -> None:
+        if self._file is None:
+            self._file = tempfile.TemporaryFile(prefix="loractl-rows-")  # noqa: SIM115  it is read as long as we live
+        plain = [(e.number, [(t.role, t.content) for t in e.turns], e.prompt, e.text, e.label) for e in examples]
+        self._file.seek(self._ends[-1])
+        self._file.write(marshal.dumps(plain))
+        self._ends.append(self._file.tell())
+
+    def read(self, number: int) -> list[Example]:
+        if self._last[0] != number:
+            assert self._file is not None
+            self._file.seek(self._ends[number])
+            plain = marshal.loads(self._file.read(self._ends[number + 1] - self._ends[number]))  # noqa: S302  our own
+            self._last = number, [_example(*fields) for fields in plain]
+        return self._last[1]
+
+
+def _example(number: int, turns: list[tuple[str, str]], prompt: str, text: str, label: str | None) -> Example:
+    said: tuple[Any, ...] = tuple(Turn(role=role, content=content) for role, content in turns)
+    return Example(number=number, turns=said, prompt=prompt, text=text, label=label)

@@ -1,0 +1,321 @@
+"""A look at every row to train on: each finding that needs no tokenizer, in one pass and in little memory."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import re
+from array import array
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+from .example import Example, Turn
+from .findings import LABELS, Finding, about_rows, answer_of, shares_of
+from .rows import Told
+
+FEW_TRAINED = 20
+"""Fewer rows than these are learned by heart rather than from."""
+
+FEW_HELD_OUT = 8
+"""Below this the report gives no interval (MIN_CASES in worker/evaluation)."""
+
+FEW_OF_A_LABEL = 8
+"""A label with fewer rows to train on is hardly learned: so few rows say little about the next one."""
+
+LOPSIDED = 0.9
+"""From this share of one label on, a model that always gives this label looks good."""
+
+SHORT_CHARACTERS = 2
+
+_MOJIBAKE = ("\ufffd", "Ã©", "Ã¨", "Ã¼", "Ã¶", "Ã¤", "Ã±", "â€™", "â€œ", "â€“")
+"""UTF-8 that was once read as Latin-1, and what a decoder writes in place of what it can't read."""
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f]")
+
+
+def check_examples(
+    train: Sequence[Example], held_out: Sequence[Example], overlap: int = 0, told: Told | None = None
+) -> list[Finding]:
+    """What the rows themselves show. `overlap`: held-out rows that were left out because they are trained on.
+
+    `told` hears how many rows were looked at. Each row is looked at once, and of it only digests are kept.
+    """
+    leaks, labelled = _Leaks(held_out), _Labelled(held_out)
+    first, then = (_Repeated(), leaks), (_Answers(), _Texts(), _Borders(), labelled)
+    for count, example in enumerate(train):
+        question = _prompt_hash(example) if _asks(example) else None
+        for look in (*first, *then):
+            look.see(example, question)
+        if told is not None and count % 1000 == 0:
+            told(count, len(train))
+    findings = [*_counts(train, held_out), *(finding for look in first for finding in look.findings())]
+    if overlap:
+        text = f"{overlap} row{'s' if overlap > 1 else ''} of the held-out file left out, because they are trained on"
+        findings.append(Finding(level="warning", kind="overlap", text=text, count=overlap))
+    return findings + [finding for look in then for finding in look.findings()]
+
+
+class _Look(Protocol):
+    """Looks at each row to train on, and tells afterwards what it has found. A question is a digest, see _asks."""
+
+    def see(self, example: Example, question: int | None) -> None: ...
+
+    def findings(self) -> Iterator[Finding]: ...
+
+
+def _counts(train: Sequence[Example], held_out: Sequence[Example]) -> Iterator[Finding]:
+    if len(train) < FEW_TRAINED:
+        text = f"only {len(train)} row{'' if len(train) == 1 else 's'} to train on"
+        yield Finding(level="warning", kind="few rows", text=text, count=len(train))
+    if len(held_out) < FEW_HELD_OUT:
+        text = f"only {len(held_out)} held out: too few for an interval around what the report measures"
+        hint = f"hold out {FEW_HELD_OUT} or more: dataset.test_size or dataset.eval_path"
+        yield Finding(level="note", kind="few held-out rows", text=text, count=len(held_out), hint=hint)
+
+
+class _Repeated:
+    """Rows that stand there twice, and prompts with several answers."""
+
+    def __init__(self) -> None:
+        self._rows = array("Q")  # digest after digest
+        self._numbers = array("q")
+        self._questions, self._answers, self._asked = array("Q"), array("Q"), array("q")
+
+    def see(self, example: Example, question: int | None) -> None:
+        self._rows.append(example.digest())
+        self._numbers.append(example.number)
+        if question is not None:
+            self._questions.append(question)
+            self._answers.append(_digest(answer_of(example).strip()))
+            self._asked.append(example.number)
+
+    def findings(self) -> Iterator[Finding]:
+        again = sorted(place for places in _equal(self._rows) for place in places[1:])
+        repeated = [self._numbers[place] for place in again]
+        yield from about_rows("warning", "duplicate rows", "{n} to train on stand there already", repeated)
+        differing = sorted(
+            self._asked[places[0]]
+            for places in _equal(self._questions)
+            if len({self._answers[place] for place in places}) > 1
+        )
+        text = "one prompt, several answers: {n} whose prompt stands again with another answer"
+        yield from about_rows("warning", "contradicting answers", text, differing)
+
+
+class _Leaks:
+    """Held-out rows that the model has seen in part: they measure its memory."""
+
+    def __init__(self, held_out: Sequence[Example]) -> None:
+        self._held_out = held_out
+        self._parts = {part for example in held_out for part in _answered(example.turns)}
+        self._prompts = {_prompt_hash(example) for example in held_out if _asks(example)}
+        self._trained_parts: set[int] = set()  # of those
+        self._trained_prompts: set[int] = set()
+
+    def see(self, example: Example, question: int | None) -> None:
+        self._trained_parts.update(part for part in _answered(example.turns) if part in self._parts)
+        if question in self._prompts:
+            self._trained_prompts.add(question)
+
+    def findings(self) -> Iterator[Finding]:
+        partly, known = [], []
+        for example in self._held_out:
+            if any(part in self._trained_parts for part in _answered(example.turns)):
+                partly.append(example.number)
+            elif _asks(example) and _prompt_hash(example) in self._trained_prompts:
+                known.append(example.number)
+        text = "{n} held out begin with a conversation that is trained on"
+        hint = "hold out whole conversations: dataset.eval_path"
+        yield from about_rows("warning", "overlapping conversations", text, partly, hint)
+        known = sorted(set(known) - set(partly))
+        yield from about_rows("warning", "overlapping prompts", "{n} held out have a prompt that is trained on", known)
+
+
+class _Answers:
+    """What the answers are like: one word again and again, or hardly there."""
+
+    def __init__(self) -> None:
+        self._counted: Counter[str] = Counter()  # until there are more than labels
+        self._taught = 0
+        self._short, self._echoed = array("q"), array("q")
+
+    def see(self, example: Example, question: int | None) -> None:
+        if not (example.turns or example.prompt):
+            return
+        self._taught += 1
+        answer = answer_of(example).strip()
+        if len(self._counted) <= LABELS:
+            self._counted[answer] += 1
+        if len(answer) <= SHORT_CHARACTERS:
+            self._short.append(example.number)
+        if answer == _question(example).strip():
+            self._echoed.append(example.number)
+
+    def findings(self) -> Iterator[Finding]:
+        if not self._taught:
+            return
+        labels = shares_of(self._counted)
+        if len(self._counted) == 1 and self._taught > 1:
+            text = f"every answer is the same: {_quoted(next(iter(self._counted)))}"
+            yield Finding(level="warning", kind="one label only", text=text, count=self._taught)
+        elif labels is not None:
+            text = f"the answers look like {len(labels)} labels: {_shares(list(labels.items()))}"
+            yield Finding(level="note", kind="labels", text=text, count=self._taught)
+            if max(labels.values()) >= LOPSIDED:
+                text = "one label is nearly all: a model that always answers it will look good"
+                yield Finding(level="warning", kind="lopsided labels", text=text, count=self._taught)
+        else:
+            text = f"{{n}} with an answer of at most {SHORT_CHARACTERS} characters, among longer ones"
+            yield from about_rows("warning", "short answers", text, self._short)
+        yield from about_rows("warning", "echoed prompts", "{n} whose answer is the prompt again", self._echoed)
+
+
+class _Labelled:
+    """A classifier's labels: how often each is taught, and whether the report can say anything about it."""
+
+    def __init__(self, held_out: Sequence[Example]) -> None:
+        self._held_out = held_out
+        self._rows: dict[str, array[int]] = defaultdict(lambda: array("q"))
+
+    def see(self, example: Example, question: int | None) -> None:
+        if example.label is not None:
+            self._rows[example.label].append(example.number)
+
+    def findings(self) -> Iterator[Finding]:
+        rows = self._rows
+        if not rows:
+            return
+        pairs = ((len(numbers), label) for label, numbers in rows.items())
+        counts = sorted(pairs, key=lambda pair: (-pair[0], pair[1]))
+        total = sum(n for n, _ in counts)
+        shares = [(label, count / total) for count, label in counts]
+        text = f"{len(counts)} labels: {_shares(shares)}"
+        yield Finding(level="note", kind="labels", text=text, count=total)
+        if shares[0][1] >= LOPSIDED:
+            text = "one label is nearly all: a model that always answers it will look good"
+            yield Finding(level="warning", kind="lopsided labels", text=text, count=total)
+        rare = {label: count for count, label in counts if count < FEW_OF_A_LABEL}
+        listed = ", ".join(f"{_quoted(label)} {count}" for label, count in list(rare.items())[:6])
+        text = f"{{n}} of labels with fewer than {FEW_OF_A_LABEL} of them: {listed}{', ...' if len(rare) > 6 else ''}"
+        numbers = sorted(number for label in rare for number in rows[label])
+        hint = "add rows of them, or join them with another label"
+        yield from about_rows("warning", "rare labels", text, numbers, hint)
+        unseen = sorted(rows.keys() - {example.label for example in self._held_out})
+        if unseen and self._held_out:
+            names = ", ".join(map(_quoted, unseen[:6])) + (", ..." if len(unseen) > 6 else "")
+            what = f"{len(unseen)} of {len(rows)} labels have no row held out"
+            text = f"{what}, so the report can't say how they do: {names}"
+            yield Finding(level="note", kind="labels not held out", text=text, count=len(unseen))
+
+
+def _shares(shares: Sequence[tuple[str, float]]) -> str:
+    """The labels with their shares, the first six of them."""
+    listed = ", ".join(f"{_quoted(label)} {100 * share:.0f} %" for label, share in shares[:6])
+    return listed + (f", and {len(shares) - 6} more" if len(shares) > 6 else "")
+
+
+class _Texts:
+    """Text that was harmed on its way, or is not there."""
+
+    def __init__(self) -> None:
+        self._damaged, self._hidden, self._blank, self._padded = (array("q") for _ in range(4))
+
+    def see(self, example: Example, question: int | None) -> None:
+        for part in _parts(example):
+            if any(mark in part for mark in _MOJIBAKE):
+                self._damaged.append(example.number)
+                break
+        if any(map(_CONTROL.search, _parts(example))):
+            self._hidden.append(example.number)
+        if any(turn.role == "user" and not turn.content.strip() for turn in example.turns):
+            self._blank.append(example.number)
+        if (example.turns or example.prompt) and answer_of(example)[-1:].isspace():
+            self._padded.append(example.number)
+
+    def findings(self) -> Iterator[Finding]:
+        hint = "the file was read in a wrong encoding before it came here"
+        text = "{n} with characters of a wrong encoding"
+        yield from about_rows("warning", "damaged text", text, self._damaged, hint)
+        yield from about_rows("warning", "control characters", "{n} with control characters", self._hidden)
+        yield from about_rows("warning", "empty questions", "{n} with an empty user message", self._blank)
+        text = "{n} with an answer that ends in space, which is learned"
+        yield from about_rows("note", "trailing space", text, self._padded)
+
+
+class _Borders:
+    """Prompt and completion are joined as they are."""
+
+    def __init__(self) -> None:
+        self._spaced, self._glued = array("q"), array("q")
+
+    def see(self, example: Example, question: int | None) -> None:
+        if not example.prompt:
+            return
+        last, first = example.prompt[-1], example.text[len(example.prompt)]
+        if last == " " and not first.isspace():
+            self._spaced.append(example.number)
+        if last.isalnum() and first.isalnum():
+            self._glued.append(example.number)
+
+    def findings(self) -> Iterator[Finding]:
+        text = "{n} whose prompt ends in a space"
+        hint = "most tokenizers put a word's space before it"
+        hint += ": let the prompt end without, and the completion begin with one"
+        yield from about_rows("warning", "space before the answer", text, self._spaced, hint)
+        text = "{n} whose prompt and completion join to one word"
+        yield from about_rows("warning", "words run together", text, self._glued)
+
+
+def _equal(digests: array[int]) -> Iterator[list[int]]:
+    """The places of each digest that stands several times, ascending."""
+    order = sorted(range(len(digests)), key=digests.__getitem__)
+    for _, places in itertools.groupby(order, key=digests.__getitem__):
+        if len(same := list(places)) > 1:
+            yield same
+
+
+def _digest(text: str) -> int:
+    """64 bits of a text's hash."""
+    return _short(hashlib.sha256(text.encode("utf-8", "surrogatepass")))
+
+
+def _short(running: hashlib._Hash) -> int:
+    return int.from_bytes(running.digest()[:8], "big")
+
+
+def _answered(turns: Sequence[Turn]) -> Iterator[int]:
+    """A hash for each beginning of a conversation that ends in an answer."""
+    running = hashlib.sha256()
+    for turn in turns:
+        running.update(json.dumps([turn.role, turn.content]).encode())
+        if turn.role == "assistant":
+            yield _short(running)
+
+
+def _asks(example: Example) -> bool:
+    """Whether a part of the row is given and not learned."""
+    return bool(example.turns or example.prompt or example.label is not None)
+
+
+def _prompt_hash(example: Example) -> int:
+    if not example.turns:
+        return _digest(example.prompt if example.label is None else example.text)
+    last = max(n for n, turn in enumerate(example.turns) if turn.role == "assistant")
+    return _digest(json.dumps([(t.role, t.content) for t in example.turns[:last]]))
+
+
+def _question(example: Example) -> str:
+    users = [turn.content for turn in example.turns if turn.role == "user"]
+    return users[-1] if users else example.prompt
+
+
+def _parts(example: Example) -> Iterator[str]:
+    yield from (turn.content for turn in example.turns)
+    yield example.text
+
+
+def _quoted(text: str) -> str:
+    text = " ".join(text.split())
+    return f"“{text[:40]}{'…' if len(text) > 40 else ''}”"
