@@ -17,7 +17,10 @@ def identify(base_model: str, revision: str | None, cache: Path) -> dict[str, An
 
 
 class BaseIdentity:
-    """Hashes a base model's files while it is loaded and trained: a card must not wait minutes for a sum of 140 GB."""
+    """Hashes a base model's files beside its training: a card must not wait minutes for a sum of 140 GB.
+
+    Begin it when the base is loaded: until then its files may still be on their way from the hub.
+    """
 
     def __init__(self, base_model: str, revision: str | None, cache: Path) -> None:
         pinned = None if Path(base_model).is_absolute() else pin(base_model, revision)

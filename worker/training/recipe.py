@@ -121,7 +121,6 @@ def _load(run: Run, data: PreparedData, tokenizer: Any) -> tuple[Learner, BaseId
     precision = choose_precision(order.device, spec.training.dtype, family := family_of(spec.base_model, spec.revision))
     if said := _about_fp16(spec, precision, family, on_gpu=run.on_gpu):
         run.note("precision", said)
-    identity = BaseIdentity(spec.base_model, spec.revision, Path(order.cache_dir))
     base = load_base(
         spec.base_model,
         order.method,
@@ -132,6 +131,8 @@ def _load(run: Run, data: PreparedData, tokenizer: Any) -> tuple[Learner, BaseId
         attention=spec.training.attn_implementation,
         head=_head(spec, data, tokenizer),
     )
+    # once all files are here: loading may have fetched them from the hub
+    identity = BaseIdentity(spec.base_model, spec.revision, Path(order.cache_dir))
     model = add_adapter(base, spec, order.method)
     if data.packed is not None:
         check_apart(model, data.packed, tokenizer.pad_token_id)
