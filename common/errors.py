@@ -9,6 +9,7 @@ LoractlError                    1  failed
 ├── SweepNotFound               3  no such sweep
 ├── ServiceUnreachable          4  database, Redis or artifact store can't be reached
 ├── Forbidden                   1  the database's user has no right to do that
+├── NameTaken                   1  another box has this one's name
 ├── SchemaMismatch              1  the database is older or newer than this loractl
 ├── ArtifactError               1  an artifact can't be written or does not match its manifest
 └── WrongState                  1  the job's state does not allow that
@@ -147,6 +148,17 @@ class Forbidden(LoractlError):
         super().__init__(
             f"the database does not let {user or 'this user'} do that: {why}",
             "each role may do its own part: docs/deploy.md; LORACTL_DATABASE_URL names the user",
+        )
+
+
+class NameTaken(LoractlError):
+    """Another living box calls itself as this one does: each would give back the other's jobs."""
+
+    def __init__(self, node: str) -> None:
+        host, _, index = node.rpartition(":")
+        super().__init__(
+            f"another box calls itself {host} and serves its device {index}",
+            "give each its own name: LORACTL_HOST=...; of a copied LORACTL_HOME delete run/instance",
         )
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from sqlalchemy import Connection, Engine, ExceptionContext, create_engine, event
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlchemyError
 
+from loractl.common.disks import network_disk
 from loractl.common.errors import Forbidden, LoractlError, SchemaMismatch, ServiceUnreachable, UsageError
 from loractl.common.settings import Settings, make_private, redacted
 
@@ -122,6 +123,7 @@ def make_engine(url: str, *, connections: int = CONNECTIONS, idle_s: int = _IDLE
             event.listen(engine, "handle_error", _look_at_error)
             return engine
         _private_file(Path(url.removeprefix("sqlite:///")))
+        _refuse_network_disk(Path(url.removeprefix("sqlite:///")).parent)
         engine = create_engine(url, connect_args={"timeout": SQLITE_BUSY_MS / 1000})
     except (ArgumentError, NoSuchModuleError) as error:
         raise UsageError(
@@ -175,6 +177,15 @@ def _write_ahead(connection: sqlite3.Connection) -> None:
             if "locked" not in str(error) or time.monotonic() > deadline:
                 raise
             time.sleep(0.02)
+
+
+def _refuse_network_disk(folder: Path) -> None:
+    """Two boxes on one SQLite file would not see each other's locks, and could run one job twice."""
+    if (kind := network_disk(folder)) is not None:
+        raise UsageError(
+            f"{folder} is on a network disk ({kind}), where SQLite can't lock its file",
+            "set LORACTL_HOME to a disk of this machine; several boxes need PostgreSQL: LORACTL_DATABASE_URL",
+        )
 
 
 def _private_file(path: Path) -> None:

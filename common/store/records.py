@@ -135,6 +135,23 @@ class FleetTurn:
 
 
 @dataclass(frozen=True, kw_only=True)
+class BoxIdentity:
+    """What tells a box from another one with the same name; None: not known, as of an older version."""
+
+    instance: str | None = None  # drawn once in its LORACTL_HOME
+    machine: str | None = None
+    boot: str | None = None  # of the machine since its last start, and of this very home
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arrival:
+    """What a node met that is about to serve its device."""
+
+    given_back: tuple[int, ...] = ()  # jobs that an earlier node of this very boot left running
+    seen_at: dt.datetime | None = None  # a node of another boot of this machine was seen then: it may be alive
+
+
+@dataclass(frozen=True, kw_only=True)
 class NodeState:
     """What a node says of its device. Bytes."""
 
@@ -155,6 +172,8 @@ class NodeState:
     temperature: int | None = None
     versions: dict[str, str] = field(default_factory=dict)
     instance: str | None = None
+    machine: str | None = None
+    boot: str | None = None
     draining: bool = False
     fault: str | None = None  # why nothing can run on it, with the next step
     self_test: dict[str, Any] | None = None

@@ -38,7 +38,9 @@ from .queries import (
     wishes,
 )
 from .records import (
+    Arrival,
     Beat,
+    BoxIdentity,
     Choice,
     Claim,
     FleetTurn,
@@ -184,13 +186,7 @@ class Store(RetentionStore):
 
         Does nothing while another node does so. A transaction ends a few of them.
         """
-        lost: list[Job] = []
-        while True:
-            with self._write() as tx:
-                some = endings.reap(tx, self._lease_s)
-            lost += some
-            if len(some) < endings.REAPED:
-                return [(job.job_id, job.vram_class) for job in lost if job.status is Status.QUEUED and not job.held]
+        return endings.reap_all(self._write, self._lease_s)
 
     def give_back(self, node: str) -> list[int]:
         """End what runs on a node as worker_lost at once. A node calls it when it starts: it has no attempts yet."""
@@ -212,15 +208,23 @@ class Store(RetentionStore):
         with self._write() as tx:
             return tx.may_write()
 
+    def arrive(self, state: NodeState) -> Arrival:
+        """A node is about to serve: write its row, give back what its predecessor left. Raises NameTaken.
+
+        With `seen_at` in the answer nothing was done yet.
+        """
+        with self._write() as tx:
+            return nodes.arrive(tx, state)
+
     def see_node(self, state: NodeState) -> Card:
-        """Write a device's row, last seen now. Returns the card with what runs on it."""
+        """Write a device's row, last seen now. Returns the card with what runs on it. Raises NameTaken."""
         with self._write() as tx:
             return nodes.see(tx, state)
 
-    def forget_node(self, node: str) -> None:
-        """Remove the row of a node that has stopped in order."""
+    def forget_node(self, node: str, box: BoxIdentity | None = None) -> None:
+        """Remove the row of a node that has stopped in order, unless another box has its name."""
         with self._write() as tx:
-            nodes.forget(tx, node)
+            nodes.forget(tx, node, box)
 
     def tokens(self, node: str) -> set[str]:
         """The tokens of the attempts that run on a node."""

@@ -224,6 +224,8 @@ class Node(Base):
     fault: Mapped[str | None] = mapped_column(Text)  # why nothing can run on it, with the next step
     self_test: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))  # what it showed; null: no test
     instance: Mapped[str | None] = mapped_column(String(64))  # of the box: two boxes may call themselves the same
+    machine: Mapped[str | None] = mapped_column(String(64))  # a home may be copied to another machine
+    boot: Mapped[str | None] = mapped_column(String(64))  # a whole machine may be copied
     seen_at: Mapped[Timestamp]
 
     @property

@@ -77,11 +77,12 @@ class Transaction:
         result = self.session.execute(statement.execution_options(synchronize_session=False))
         return cast(CursorResult[Any], result).rowcount
 
-    def put(self, table: type[Base], key: str, row: Mapping[str, Any]) -> None:
-        """Write a row, over the one with its key if there is one."""
+    def put(self, table: type[Base], key: str, row: Mapping[str, Any], over: ColumnElement[bool] | None = None) -> bool:
+        """Write a row, over the one with its key if there is one. False when that one is not like `over`."""
         changed = {name: value for name, value in row.items() if name != key}
         statement = self._insert(table).values(**row)
-        self.session.execute(statement.on_conflict_do_update(index_elements=[key], set_=changed))
+        write = statement.on_conflict_do_update(index_elements=[key], set_=changed, where=over)
+        return self.session.execute(write.returning(getattr(table, key))).first() is not None
 
     def add_new(self, table: type[Base], rows: Sequence[Mapping[str, Any]]) -> None:
         """Write those of the rows that are not there yet.

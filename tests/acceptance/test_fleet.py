@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import datetime as dt
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import psutil
 import pytest
@@ -22,6 +24,21 @@ from ..conftest import Cli
 from ..unit.factories import node_state, submission
 
 LEASE_S = 6
+
+SLOW = """
+from loractl.common.job.status import Reason
+from loractl.worker.protocol.messages import Ended
+from loractl.worker.training.trainer import main
+
+
+def run(start, orders, tell):
+    orders.get()
+    return Ended(job_id=start.job_id, reason=Reason.DRAINED, message="stopped")
+
+
+if __name__ == "__main__":
+    main(run)
+"""
 
 
 @pytest.fixture
@@ -66,6 +83,39 @@ def test_a_node_that_starts_in_an_outage_of_the_database_takes_no_living_job_ove
         worker.send_signal(signal.SIGINT)
         worker.communicate(timeout=60)
         admin.dispose()
+        engine.dispose()
+
+
+@pytest.mark.cold
+def test_a_copied_home_with_an_equal_name_takes_no_running_job(
+    make_cli: Callable[..., Cli], home: Path, tmp_path: Path, upgraded_url: str
+) -> None:
+    (tmp_path / "slow_trainer.py").write_text(SLOW)
+    shared = {
+        "LORACTL_DATABASE_URL": upgraded_url, "LORACTL_HOST": "heron", "LORACTL_LEASE": f"{LEASE_S}s",
+        "LORACTL_TRAINER": "slow_trainer", "PYTHONPATH": str(tmp_path), "LORACTL_REDIS_URL": "redis://127.0.0.1:1",
+    }  # fmt: skip
+    engine = make_engine(upgraded_url)
+    store = Store(engine)
+    job_id = store.submit(submission())
+    workers = [make_cli(**shared).start("worker")]
+    try:
+        _until(lambda: store.job(job_id).status is Status.RUNNING)
+        shutil.copytree(home / "run", tmp_path / "copy" / "run")
+        workers.append(make_cli(**shared, LORACTL_HOME=str(tmp_path / "copy")).start("worker"))
+        assert workers[1].stdout is not None
+        said = ""
+        while "another box calls itself heron and serves its device 0" not in said:
+            line = workers[1].stdout.readline()
+            assert line, said
+            said += line
+        job = store.job(job_id)
+        assert (job.status, job.attempt) == (Status.RUNNING, 1)
+        assert [attempt.reason for attempt in store.attempts(job_id)] == [None]
+    finally:
+        for worker in reversed(workers):
+            worker.send_signal(signal.SIGINT)
+            worker.communicate(timeout=60)
         engine.dispose()
 
 

@@ -15,7 +15,7 @@ from loractl.common.queue.hints import card_queue
 from loractl.common.queue.valkey import broker_url
 from loractl.common.settings import load_settings
 from loractl.common.store.database import connect
-from loractl.common.store.records import Claim
+from loractl.common.store.records import BoxIdentity, Claim
 from loractl.common.store.store import Store
 from loractl.common.units import GIB
 from loractl.worker.attempt.drain import Drain
@@ -163,7 +163,7 @@ def test_a_message_that_finds_no_idle_slot_is_passed_on_to_the_card_that_has_roo
         drain=Drain(), threads=1,
     )  # fmt: skip
     watch = Watch(device=device, node_pid=1)
-    row = DeviceRow(place, watch, NodeOptions(), max_jobs=1, instance="box")
+    row = DeviceRow(place, watch, NodeOptions(), max_jobs=1, box=BoxIdentity())
     monitor = Monitor(place, row)
     slots = Slots(place, watch, 0, changed=monitor.look_soon, overheard=monitor.pass_on)
     broker_url(settings)  # starts the embedded queue

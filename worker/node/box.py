@@ -18,6 +18,7 @@ from loractl.common.errors import ExitCode
 from loractl.common.placement.sizes import served_classes
 from loractl.worker.device.devices import find_device
 
+from .box_identity import read_identity
 from .lock import served_by
 
 if TYPE_CHECKING:
@@ -88,8 +89,9 @@ class Box:
                 self._stop_now()
                 return ExitCode.INTERRUPTED
             broken = False
+        identity = read_identity(self._settings)
         for device in self._devices:
-            self._store.forget_node(self._name(device))
+            self._store.forget_node(self._name(device), identity)
         return ExitCode.FAILED if broken else ExitCode.OK
 
     def _start(self, number: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from loractl.common.placement.cards import Card
-from loractl.common.store.records import NodeState
+from loractl.common.store.records import Arrival, BoxIdentity, NodeState
 from loractl.worker.attempt.workplace import Workplace
 from loractl.worker.device.occupancy import Watch
 from loractl.worker.protocol.versions import installed_versions
@@ -14,42 +14,49 @@ from .options import NodeOptions
 class DeviceRow:
     """The node's account of its device: what it is, what holds it now, what its owner allows.
 
-    `instance` is this box's own mark.
+    `box` tells it from another one with its name.
     """
 
-    def __init__(self, place: Workplace, watch: Watch, options: NodeOptions, *, max_jobs: int, instance: str) -> None:
+    def __init__(
+        self, place: Workplace, watch: Watch, options: NodeOptions, *, max_jobs: int, box: BoxIdentity
+    ) -> None:
         self._place = place
         self._watch = watch
         self._options = options
         self._max_jobs = max_jobs
-        self._instance = instance
+        self._box = box
         self._versions = installed_versions()
 
+    def arrive(self) -> Arrival:
+        """Write the row of a node that is about to serve, unless another one has its name. Raises NameTaken."""
+        return self._place.store.arrive(self._state(draining=False))
+
     def write(self, *, draining: bool) -> Card:
-        """Look at the device and write its row; returns the card with what runs on it."""
+        """Look at the device and write its row; returns the card with what runs on it. Raises NameTaken."""
+        return self._place.store.see_node(self._state(draining=draining))
+
+    def _state(self, *, draining: bool) -> NodeState:
         place, device = self._place, self._place.device
         seen = self._watch.look()
-        return place.store.see_node(
-            NodeState(
-                node=place.node,
-                host=place.settings.host,
-                gpu=device.uuid,
-                device_name=device.name,
-                kind=device.kind,
-                total=device.total,
-                outside_bytes=seen.outside or 0,  # the first look was before any job came
-                outside=seen.others,
-                used=seen.used,
-                margin=self._options.margin,
-                max_jobs=self._max_jobs,
-                user_limit=self._options.user_limit,
-                labels=self._options.labels,
-                load=seen.load,
-                temperature=seen.temperature,
-                draining=draining,
-                fault=seen.fault,
-                self_test=seen.self_test,
-                versions=self._versions,
-                instance=self._instance,
-            )
+        return NodeState(
+            node=place.node,
+            host=place.settings.host,
+            gpu=device.uuid,
+            device_name=device.name,
+            kind=device.kind,
+            total=device.total,
+            outside_bytes=seen.outside or 0,  # the first look was before any job came
+            outside=seen.others,
+            used=seen.used,
+            margin=self._options.margin,
+            max_jobs=self._max_jobs,
+            user_limit=self._options.user_limit,
+            labels=self._options.labels,
+            load=seen.load,
+            temperature=seen.temperature,
+            draining=draining,
+            fault=seen.fault,
+            self_test=seen.self_test,
+            versions=self._versions,
+            **vars(self._box),
         )

@@ -10,7 +10,6 @@ the worker is gone.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import logging
 import os
@@ -18,12 +17,10 @@ import signal
 import sys
 import threading
 import time
-import uuid
 import warnings
-from pathlib import Path
 from typing import IO, Any
 
-from loractl.common.errors import LoractlError
+from loractl.common.errors import LoractlError, NameTaken
 from loractl.common.placement.cards import default_max_jobs
 from loractl.common.placement.sizes import VRAM_CLASSES
 from loractl.common.queue.app import make_app
@@ -31,7 +28,6 @@ from loractl.common.queue.hints import WAKE_TASK, card_queue, queue_name
 from loractl.common.queue.valkey import broker_url
 from loractl.common.settings import Settings, load_settings, make_private
 from loractl.common.store.database import CONNECTIONS, NODE_IDLE_S, connect, make_engine
-from loractl.common.store.fleet import NODE_STALE_S
 from loractl.common.store.store import Store
 from loractl.common.text import clean_text
 from loractl.worker.attempt.drain import Drain
@@ -41,6 +37,7 @@ from loractl.worker.device.devices import Device, find_device
 from loractl.worker.device.occupancy import Watch
 from loractl.worker.storage.client import StoreClient
 
+from .box_identity import read_identity
 from .device_row import DeviceRow
 from .leftovers import end_all
 from .lock import DeviceLock
@@ -75,11 +72,10 @@ class DeviceNode:
             drain=drain,
             threads=max(1, (os.cpu_count() or 1) // (options.devices * max_jobs)),
         )
-        self._instance = _instance(settings.runtime_dir / "instance")
         watch = Watch(device=device, node_pid=os.getpid(), high_water_s=options.high_water_s, home=settings.home)
-        row = DeviceRow(self._place, watch, options, max_jobs=max_jobs, instance=self._instance)
+        self._row = DeviceRow(self._place, watch, options, max_jobs=max_jobs, box=read_identity(settings))
         self._self_test = SelfTest(self._place, watch, lambda: self._monitor.look_soon())
-        self._monitor = Monitor(self._place, row, devices=options.devices)
+        self._monitor = Monitor(self._place, self._row, devices=options.devices)
         self._slots = Slots(self._place, watch, max_jobs, changed=self._changed, overheard=self._monitor.pass_on)
 
     def serve(self) -> None:
@@ -151,21 +147,19 @@ class DeviceNode:
     def _take_over(self) -> None:
         """Write the device's row, which a claim needs, and give back what an earlier node of this device left running.
 
-        Raises LoractlError when another box has the same name: each would give back the other's jobs.
+        The lock says that no process of that node is alive, but only on this machine. Raises NameTaken.
         """
-        place, store = self._place, self._place.store
-        end_all(place)
+        end_all(self._place)
         connect(self._settings).dispose()  # its schema is ours
-        before = next((row for row in store.nodes() if row.node == place.node), None)
-        if before is not None and before.instance not in (None, self._instance):
-            if (store.now() - before.seen_at).total_seconds() < NODE_STALE_S:
-                raise LoractlError(
-                    f"another box calls itself {self._settings.host} and serves its device {place.device.number}",
-                    "give each its own name: LORACTL_HOST=...",
-                )
-        elif before is not None:  # the lock says that no process of that node is alive
-            for job_id in store.give_back(place.node):
-                log.warning("job %s: an earlier worker of this device left it, it waits again", job_id)
+        first = arrival = self._row.arrive()
+        while arrival.seen_at is not None:  # until it has been silent for so long that its row is nobody's
+            if arrival.seen_at != first.seen_at:
+                raise NameTaken(self._place.node)
+            log.warning("%s was just served, before this machine's last start or on a copy of it", self._place.node)
+            time.sleep(AGAIN_S)
+            arrival = self._row.arrive()
+        for job_id in arrival.given_back:
+            log.warning("job %s: an earlier worker of this device left it, it waits again", job_id)
         self._monitor.report()
 
     def _shut_down(self) -> None:
@@ -189,13 +183,6 @@ def obey(orders: IO[str], drain: Drain) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=listen, name="orders", daemon=True).start()
-
-
-def _instance(path: Path) -> str:
-    """This box's own mark, made once: names of boxes may be equal, as those of containers are."""
-    with contextlib.suppress(FileExistsError), path.open("x") as file:
-        file.write(uuid.uuid4().hex)
-    return path.read_text()
 
 
 class _CleanFormatter(logging.Formatter):

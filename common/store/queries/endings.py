@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+from collections.abc import Callable
 
 from sqlalchemy import func, select, update
 
@@ -58,6 +59,17 @@ def reap(tx: Transaction, lease_s: float) -> list[Job]:
     for job in lost:
         _end_attempt(tx, job, Reason.WORKER_LOST, f"{job.node} was silent for {lease_s:.0f} s", now)
     return lost
+
+
+def reap_all(begin: Callable[[], Transaction], lease_s: float) -> list[tuple[int, int]]:
+    """End all expired leases, a few in a transaction; (job_id, vram_class) of jobs that wait again."""
+    lost: list[Job] = []
+    while True:
+        with begin() as tx:
+            some = reap(tx, lease_s)
+        lost += some
+        if len(some) < REAPED:
+            return [(job.job_id, job.vram_class) for job in lost if job.status is Status.QUEUED and not job.held]
 
 
 def give_back(tx: Transaction, node: str) -> list[int]:

@@ -5,20 +5,44 @@ from __future__ import annotations
 import datetime as dt
 from typing import Any
 
-from sqlalchemy import select
+from sqlalchemy import and_, or_, select
 from sqlalchemy.orm import Session
 
+from loractl.common.errors import NameTaken
 from loractl.common.job.status import Status
 from loractl.common.placement.cards import Card
 from loractl.common.placement.lines import SubstitutedLine, Waiting
 from loractl.common.placement.rule import place
 from loractl.common.placement.shares import charge, decayed
 
-from ..fleet import OCCUPANT, FleetView, card_of
-from ..records import NodeState
+from ..fleet import NODE_STALE_S, OCCUPANT, FleetView, card_of
+from ..records import Arrival, BoxIdentity, NodeState
 from ..tables import DrainOrder, Job, Node, Use
 from ..transaction import Transaction
+from .endings import give_back
 from .lines import read_levels, read_oldest
+
+
+def arrive(tx: Transaction, state: NodeState) -> Arrival:
+    now, me = tx.now(), _identity(state)
+    # first, so that of two new ones with one name the second waits here, and then finds the first
+    tx.add_new(Node, [{**vars(state), "seen_at": now, "free": 0, "reserved": 0}])
+    row = tx.session.scalars(select(Node).where(Node.node == state.node).with_for_update()).one()
+    it = _identity(row)
+    if it == me:
+        return Arrival(given_back=tuple(give_back(tx, state.node)))
+    if (now - row.seen_at).total_seconds() > NODE_STALE_S:
+        for name, value in vars(me).items():
+            setattr(row, name, value)
+        row.seen_at = now
+        return Arrival()  # what the other one ran has its lease
+    if it.instance != me.instance or it.machine not in (None, me.machine):
+        raise NameTaken(state.node)
+    return Arrival(seen_at=row.seen_at)
+
+
+def _identity(node: NodeState | Node) -> BoxIdentity:
+    return BoxIdentity(instance=node.instance, machine=node.machine, boot=node.boot)
 
 
 def see(tx: Transaction, state: NodeState) -> Card:
@@ -27,12 +51,17 @@ def see(tx: Transaction, state: NodeState) -> Card:
     running = tx.session.execute(select(*OCCUPANT).where(mine)).all()
     card = card_of(Node(**vars(state), seen_at=now), list(running), now, drained_targets(tx.session, now))
     reserved = sum(job.reserved for job in card.running)
-    tx.put(Node, "node", {**vars(state), "seen_at": now, "free": card.free, "reserved": reserved})
+    row = {**vars(state), "seen_at": now, "free": card.free, "reserved": reserved}
+    stale = Node.seen_at < now - dt.timedelta(seconds=NODE_STALE_S)
+    own = and_(*(getattr(Node, name) == value for name, value in vars(_identity(state)).items()))
+    if not tx.put(Node, "node", row, over=None if state.instance is None else or_(own, stale, Node.instance.is_(None))):
+        raise NameTaken(state.node)
     return card
 
 
-def forget(tx: Transaction, node: str) -> None:
-    if (row := tx.session.get(Node, node)) is not None:
+def forget(tx: Transaction, node: str, box: BoxIdentity | None) -> None:
+    row = tx.session.get(Node, node)
+    if row is not None and (box is None or _identity(row) == box):
         tx.session.delete(row)
 
 

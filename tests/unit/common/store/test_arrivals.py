@@ -1,0 +1,109 @@
+"""Who may serve a device under a name: the box that did, and no copy of it while it lives."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+from loractl.common.errors import NameTaken
+from loractl.common.job.status import Reason, Status
+from loractl.common.settings import LEASE_S
+from loractl.common.store.fleet import NODE_STALE_S
+from loractl.common.store.records import BoxIdentity, Claim, NodeState, Progress
+from loractl.common.store.store import Store
+
+from ...factories import Clock, node_state, submission
+
+HERON = {"instance": "a home", "machine": "a machine", "boot": "its boot"}
+
+COPIES = {
+    "an equal name": {"instance": "another home"},
+    "a copied home": {"machine": "another machine", "boot": "of its own"},
+    "a home of before on another machine": {"instance": "another home", "machine": None, "boot": None},
+}
+
+
+def heron(**changed: str | None) -> NodeState:
+    return node_state("heron:0", **{**HERON, **changed})
+
+
+def run(store: Store) -> Claim:
+    """A job that runs on heron's card."""
+    store.arrive(heron())
+    store.see_node(heron())
+    store.submit(submission())
+    claim = store.claim("heron:0")
+    assert isinstance(claim, Claim)
+    return claim
+
+
+def test_the_same_boot_of_the_same_box_gives_back_what_it_left_at_once(timed: Store) -> None:
+    claim = run(timed)
+    assert timed.arrive(heron()).given_back == (claim.job_id,)
+    assert timed.attempts(claim.job_id)[0].reason is Reason.WORKER_LOST
+
+
+@pytest.mark.parametrize("copy", COPIES)
+def test_a_copy_of_a_living_box_is_refused_and_takes_nothing(timed: Store, clock: Clock, copy: str) -> None:
+    claim = run(timed)
+    clock.forward(NODE_STALE_S)
+    with pytest.raises(NameTaken, match="another box calls itself heron and serves its device 0"):
+        timed.arrive(heron(**COPIES[copy]))
+    with pytest.raises(NameTaken):
+        timed.see_node(heron(**COPIES[copy]))
+    timed.forget_node("heron:0", BoxIdentity(**{**HERON, **COPIES[copy]}))
+    assert [node.node for node in timed.nodes()] == ["heron:0"], "a refused box that ends leaves the other's row"
+    assert timed.beat(claim, Progress()).accepted
+
+
+def test_after_another_boot_of_the_machine_jobs_go_back_with_their_lease(timed: Store, clock: Clock) -> None:
+    claim = run(timed)
+    seen = clock.now
+    clock.forward(NODE_STALE_S - 1)
+    assert timed.beat(claim, Progress()).accepted, "the machine was copied, and the first one lives"
+    again = timed.arrive(heron(boot="the next"))
+    assert (again.seen_at, again.given_back) == (seen, ())
+    clock.forward(2)
+    assert timed.arrive(heron(boot="the next")).seen_at is None, "its row is nobody's now"
+    timed.see_node(heron(boot="the next"))
+    assert timed.reap() == [] and timed.job(claim.job_id).status is Status.RUNNING
+    clock.forward(LEASE_S)
+    assert [job_id for job_id, _ in timed.reap()] == [claim.job_id]
+
+
+def test_a_box_that_was_silent_for_long_does_not_take_its_name_back(timed: Store, clock: Clock) -> None:
+    run(timed)
+    clock.forward(NODE_STALE_S + 1)
+    successor = heron(instance="another home")
+    timed.arrive(successor)
+    timed.see_node(successor)
+    with pytest.raises(NameTaken):
+        timed.see_node(heron())
+
+
+def test_a_row_of_an_older_version_is_taken_over_when_it_is_nobodys(timed: Store, clock: Clock) -> None:
+    timed.see_node(heron(machine=None, boot=None))
+    assert timed.arrive(heron()).seen_at == clock.now
+    clock.forward(NODE_STALE_S + 1)
+    assert timed.arrive(heron()).seen_at is None
+
+
+def test_of_boxes_that_start_together_with_one_name_one_serves(store: Store) -> None:
+    served, refused, start = [], [], threading.Barrier(6)
+
+    def arrive(number: int) -> None:
+        start.wait()
+        try:
+            store.arrive(heron(instance=f"home {number}"))
+            served.append(number)
+        except NameTaken:
+            refused.append(number)
+
+    threads = [threading.Thread(target=arrive, args=(number,)) for number in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (len(served), len(refused)) == (1, 5)
+    assert store.nodes()[0].instance == f"home {served[0]}"
