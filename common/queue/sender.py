@@ -39,7 +39,7 @@ class HintSender:
     def _send(self, hints: Iterable[tuple[int, str]]) -> None:
         if self._away is not None:
             raise self._away
-        with _reachable(self._url):
+        with reachable(self._url):
             for size_class, queue in hints:
                 self._producer.publish([[size_class], {}, {}], routing_key=queue, headers=wake_headers())
 
@@ -51,7 +51,7 @@ def open_sender(settings: Settings) -> Iterator[HintSender]:
         url, producer, away = "", None, None
         try:
             url = broker_url(settings)
-            with _reachable(url):
+            with reachable(url):
                 connection = held.enter_context(HintConnection(url, transport_options=TRANSPORT_OPTIONS))
                 connection.ensure_connection(max_retries=1, interval_start=0, timeout=3)
                 channel = connection.default_channel
@@ -69,7 +69,8 @@ def wake_cards(settings: Settings, nodes: Iterable[str]) -> None:
 
 
 @contextlib.contextmanager
-def _reachable(url: str) -> Iterator[None]:
+def reachable(url: str) -> Iterator[None]:
+    """Turn what the queue's libraries raise into ServiceUnreachable with a sentence."""
     try:
         yield
     except (OSError, KombuError, RedisError) as error:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from redis import Redis
+from sqlalchemy import event
 
 from loractl.common.job.status import Reason, Status
 from loractl.common.queue.hints import card_queue
@@ -140,6 +142,39 @@ def test_a_queue_that_answers_with_errors_stops_no_job_and_is_used_again(
         worker.send_signal(signal.SIGINT)
         said, _ = worker.communicate(timeout=90)
     assert "is started again" not in said
+
+
+def test_a_node_that_is_flooded_with_messages_asks_the_database_only_so_often(
+    home: Path, make_cli: Callable[..., Cli]
+) -> None:
+    settings = load_settings(make_cli().environment)
+    engine = connect(settings)
+    store = Store(engine)
+    device = SimulatedDevice(index=0, uuid="SIM-0", name="sim", total=8 * GIB)
+    place = Workplace(
+        settings=settings, store=store, artifacts=StoreClient(settings.artifacts_url), device=device, node="heron:0",
+        drain=Drain(), threads=1,
+
+    )  # fmt: skip
+    watch = Watch(device=device, node_pid=1)
+    monitor = Monitor(place, DeviceRow(place, watch, NodeOptions(), max_jobs=1, box=BoxIdentity()))
+    slots = Slots(place, watch, 1, changed=monitor.look_soon, overheard=monitor.pass_on)
+    monitor.report()
+    asked: list[str] = []
+    event.listen(engine, "begin", lambda _: asked.append(threading.current_thread().name))
+    slots.start()
+    monitor.start(slots)
+    try:
+        over = time.monotonic() + 1.0
+        while time.monotonic() < over:
+            slots.wake()
+            monitor.pass_on()
+            time.sleep(0.0005)
+    finally:
+        monitor.stop()
+        slots.close()
+    assert 1 <= asked.count("slot 0") <= 21
+    assert asked.count("monitor") <= 40, "five looks, and a round"
 
 
 def test_a_message_that_finds_no_idle_slot_is_passed_on_to_the_card_that_has_room(

@@ -13,7 +13,8 @@ from typing import Any
 
 from loractl.common.errors import ServiceUnreachable
 from loractl.common.placement.sizes import VRAM_CLASSES, served_classes
-from loractl.common.queue.hints import queue_name
+from loractl.common.queue.hint_queues import HintQueues
+from loractl.common.queue.hints import card_queue, queue_name
 from loractl.common.store.database import REFUSALS, outage, told_by
 from loractl.worker.attempt.workplace import Workplace
 
@@ -40,6 +41,9 @@ SETTLE_S = 15.0
 FIRST_ROUND_S = 2.0
 """On a box of several cards the rule sees all of them by then; before, the first node up would take every job."""
 
+CALM_S = 0.2
+"""The least time between two looks, however many messages call for one."""
+
 STOP_S = 5.0
 """A stopping node waits so long for its monitor."""
 
@@ -53,6 +57,7 @@ class Monitor:
     def __init__(self, place: Workplace, row: DeviceRow, *, devices: int = 1) -> None:
         self._place = place
         self._row = row
+        self._queues = HintQueues(place.settings)
         self._stuck = StuckSupervisors(place)
         self._pace = min(1.0, place.settings.lease_s / (2 * SETTLE_S))
         self._first_round_s = FIRST_ROUND_S if devices > 1 else 0.0
@@ -106,19 +111,21 @@ class Monitor:
         self._consumed = wanted
 
     def _run(self, slots: Slots) -> None:
-        next_look, next_round = 0.0, time.monotonic() + self._first_round_s
+        looked, next_look, next_round = 0.0, 0.0, time.monotonic() + self._first_round_s
         while not self._stopped.is_set():
             now = time.monotonic()
             self._stuck.end(slots.attempts)
-            if now >= next_look or self._called.is_set():
+            if now >= next_look or (self._called.is_set() and now >= looked + CALM_S):
                 self._called.clear()
-                next_look = now + SEE_S * self._pace
+                looked, next_look = now, now + SEE_S * self._pace
                 self._try("the look", self._look)
             if now >= next_round:
                 next_round = now + ROUND_S * self._pace * random.uniform(0.8, 1.2)  # noqa: S311  spreads nodes, guards nothing
                 self._try("the round", lambda: self._go_round(slots))
                 self._try("the fleet's round", self._tend_fleet)
-            self._called.wait(max(0.05, min(next_look, next_round, now + 1.0) - time.monotonic()))
+                self._try("the queue", self._trim_queues)
+            if self._called.wait(max(0.05, min(next_look, next_round, now + 1.0) - time.monotonic())):
+                self._stopped.wait(max(0.0, looked + CALM_S - time.monotonic()))
 
     def _try(self, what: str, work: Callable[[], None]) -> None:
         """Do a part of the round. One that fails again and again, with its services there, ends the node.
@@ -169,6 +176,15 @@ class Monitor:
         end_strays(self._place)
         if self._place.drain.wish is None and self._place.store.waiting_classes(self._serving):
             slots.wake()
+
+    def _trim_queues(self) -> None:
+        """Messages are hints, and a node looks by itself: nobody can keep it busy with more than it could need."""
+        queues = (card_queue(self._place.node), *map(queue_name, VRAM_CLASSES))
+        try:
+            if thrown := self._queues.trim(queues):
+                log.warning("%s messages too many were on the queue and are thrown away", thrown)
+        except ServiceUnreachable as error:
+            log.debug("%s", error.sentence)  # Celery says so, too
 
     def _tend_fleet(self) -> None:
         """What concerns all jobs, unless another node sees to it: ending lost attempts, giving way, patience."""

@@ -17,6 +17,9 @@ from .leftovers import close_if_left
 
 log = logging.getLogger("loractl.worker")
 
+CALM_S = 0.05
+"""Seconds that a slot rests after a claim that found nothing: who fills the queue must not fill the database, too."""
+
 
 class Slots:
     """Claims what the rule gives this device, and supervises it.
@@ -103,6 +106,7 @@ class Slots:
         """Wait for another call than those; returns how many there were."""
         with self._woken:
             self._idle += 1
+            self._woken.wait_for(lambda: self._closing, timeout=CALM_S)
             self._woken.wait_for(lambda: self._closing or self._calls != calls)
             self._idle -= 1
             return self._calls

@@ -13,6 +13,7 @@ import redis
 from loractl.common.errors import ExitCode, ServiceUnreachable, UsageError
 from loractl.common.placement.sizes import VRAM_CLASSES
 from loractl.common.queue.app import make_app
+from loractl.common.queue.hint_queues import MOST_HINTS, HintQueues
 from loractl.common.queue.hints import WAKE_TASK, queue_name
 from loractl.common.settings import load_settings
 
@@ -77,3 +78,20 @@ def test_the_app_has_the_options_under_which_no_training_is_started_twice_or_ste
     assert not conf.task_acks_late
     assert not conf.worker_enable_remote_control
     assert conf.worker_prefetch_multiplier == 1
+
+
+def test_a_queue_that_somebody_filled_is_trimmed_and_others_are_left(tmp_path: Path) -> None:
+    with services.valkey(tmp_path, "p") as url:
+        client = redis.Redis.from_url(url)
+        for name, count in (("vram.8", 1000), ("vram.8\x06\x163", 400), ("vram.12", MOST_HINTS), ("else", 1000)):
+            client.lpush(name, *range(count))
+        client.set("vram.16", "not a queue")
+        queues = HintQueues(load_settings({"LORACTL_HOME": str(tmp_path), "LORACTL_REDIS_URL": url}))
+        assert queues.trim(["vram.8", "vram.12", "vram.16"]) == 1400 - 2 * MOST_HINTS
+        assert client.llen("vram.8") == client.llen("vram.8\x06\x163") == client.llen("vram.12") == MOST_HINTS
+        assert client.llen("else") == 1000 and client.get("vram.16") == b"not a queue"
+        assert client.lindex("vram.8", 0) == b"999", "the newest stay"
+        assert queues.trim(["vram.8"]) == 0
+        client.connection_pool.disconnect()
+    with pytest.raises(ServiceUnreachable):
+        queues.trim(["vram.8"])
