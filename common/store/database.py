@@ -11,6 +11,7 @@ from typing import Any
 
 from sqlalchemy import Connection, Engine, ExceptionContext, create_engine, event
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlchemyError
+from sqlalchemy.pool import NullPool
 
 from loractl.common.disks import network_disk
 from loractl.common.errors import Forbidden, LoractlError, SchemaMismatch, ServiceUnreachable, UsageError
@@ -29,7 +30,7 @@ NODE_IDLE_S = 8
 """PostgreSQL ends a transaction of a node that says nothing for so long: a frozen box must not hold the fleet's round
 or a row. A transaction of ours waits for nothing but the database."""
 
-POOL_SIZE, CONNECTIONS = 3, 13
+KEPT, CONNECTIONS = 3, 13
 """PostgreSQL connections that a process keeps open, and that it may have unless it says otherwise."""
 
 _POSTGRES_OPTIONS = {
@@ -105,21 +106,18 @@ def told_by(error: BaseException) -> str:
     return next(iter(told.strip().splitlines()), "")
 
 
-def make_engine(url: str, *, connections: int = CONNECTIONS, idle_s: int = _IDLE_S) -> Engine:
+def make_engine(url: str, *, connections: int = CONNECTIONS, kept: int = KEPT, idle_s: int = _IDLE_S) -> Engine:
     """An engine with the settings that both dialects need for many small guarded transactions.
 
-    `connections`: at most so many at a time to PostgreSQL; a few are kept open. `idle_s`: PostgreSQL ends a transaction
-    that says nothing for so long.
+    `connections`: at most so many at a time to PostgreSQL; `kept`: so many of them stay open. `idle_s`: PostgreSQL ends
+    a transaction that says nothing for so long.
     SQLite: WAL, and BEGIN IMMEDIATE for writers: with plain BEGIN, four writers fail with "database is locked".
     PostgreSQL: what the user's role forbids raises Forbidden. Connections to a server that only reads are given up:
     after a failover another one may write.
     """
     try:
         if not url.startswith("sqlite"):
-            more = max(0, connections - POOL_SIZE)
-            engine = create_engine(
-                url, pool_pre_ping=True, pool_size=POOL_SIZE, max_overflow=more, connect_args=_postgres_options(idle_s)
-            )
+            engine = create_engine(url, connect_args=_postgres_options(idle_s), **_pool(connections, kept))
             event.listen(engine, "handle_error", _look_at_error)
             return engine
         _private_file(Path(url.removeprefix("sqlite:///")))
@@ -147,6 +145,12 @@ def make_engine(url: str, *, connections: int = CONNECTIONS, idle_s: int = _IDLE
         connection.exec_driver_sql("BEGIN" if read_only else "BEGIN IMMEDIATE")
 
     return engine
+
+
+def _pool(connections: int, kept: int) -> dict[str, Any]:
+    if not kept:
+        return {"poolclass": NullPool}
+    return {"pool_pre_ping": True, "pool_size": kept, "max_overflow": max(0, connections - kept)}
 
 
 def _postgres_options(idle_s: int) -> dict[str, Any]:

@@ -52,7 +52,7 @@ def worker(
     from loractl.common.artifacts import open_store
     from loractl.common.queue.valkey import broker_url
     from loractl.common.settings import load_settings
-    from loractl.common.store.database import connect
+    from loractl.common.store.database import connect, make_engine
     from loractl.common.store.store import Store
     from loractl.common.units import gib
     from loractl.worker.device.devices import find_devices, order_of_numbers
@@ -66,7 +66,8 @@ def worker(
         "user_limit": max_jobs_per_user,
         "labels": _labels(labels),
     }
-    store = Store(connect(settings))
+    connect(settings).dispose()  # its schema is ours
+    store = Store(make_engine(settings.database_url, kept=0))  # it looks every ten seconds
     open_store(settings)
     broker_url(settings)
     devices = find_devices(settings, gpus)

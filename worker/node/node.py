@@ -61,9 +61,11 @@ class DeviceNode:
         self._settings = settings
         self._place = Workplace(
             settings=settings,
-            # a slot and its upload each, and the monitor
+            # a slot and its upload each, and the monitor; they take turns, so that one stays open
             store=Store(
-                make_engine(settings.database_url, connections=max(CONNECTIONS, 2 * max_jobs + 2), idle_s=NODE_IDLE_S),
+                make_engine(
+                    settings.database_url, connections=max(CONNECTIONS, 2 * max_jobs + 2), kept=1, idle_s=NODE_IDLE_S
+                ),
                 lease_s=settings.lease_s,
             ),
             artifacts=StoreClient(settings.artifacts_url),
