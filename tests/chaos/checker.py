@@ -27,8 +27,8 @@ PROMISES = {
     7: "while database, queue or store are away nothing fails for it",
 }
 
-NOTICE_SLACK_S = 8.0
-"""Beyond the lease: a sweep, and a busy machine."""
+NOTICE_SLACK_S = 12.0
+"""Beyond the lease: a node that is frozen in the middle of its round for the fleet (8 s), a round, a busy machine."""
 
 HARMLESS = frozenset({"ok", "worker_lost", "drained", "cancelled", "host_out_of_memory"})
 """Why attempts may end here. The last is what a killed trainer looks like; there are no more of it than were killed."""

@@ -39,6 +39,8 @@ DECK = {
     "kill Valkey": 1,
     "kill and wipe Valkey": 2,
     "crash PostgreSQL": 2,
+    "start nodes in an outage of PostgreSQL": 2,
+    "make PostgreSQL read-only": 2,
     "cut a box off PostgreSQL": 2,
     "cut a box off Valkey": 1,
     "cut submit off PostgreSQL": 1,
@@ -152,6 +154,7 @@ class Injector:
         whole = {
             "kill a box": self._kill_box, "stop a box in order": self._stop_box, "freeze a box": self._freeze_box,
             "hang a box's calls of the store": self._hang_calls,
+            "start nodes in an outage of PostgreSQL": self._start_in_outage,
         }  # fmt: skip
         if kind in whole:
             return whole[kind](fault, box)
@@ -161,6 +164,7 @@ class Injector:
             "kill Valkey": self._kill_valkey,
             "kill and wipe Valkey": self._kill_valkey,
             "crash PostgreSQL": self._crash_postgres,
+            "make PostgreSQL read-only": self._forbid_writes,
             "fill the store's disk": self._fill,
             "cancel a job": self._cancel,
             "tear a stored checkpoint": self._tear_stored,
@@ -279,13 +283,34 @@ class Injector:
     def _crash_postgres(self, fault: Fault) -> bool:
         if "postgres" in self._busy:
             return False
+        self._crash_postgres_for(self.lab.lease_s * 1.2 * fault.share)
+        return True
 
+    def _crash_postgres_for(self, seconds: float) -> None:
         def restart() -> None:
             self.lab.postgres.start()
             self.postgres_back.append(_now())
 
         self.lab.postgres.crash()
-        self._heal_later(self.lab.lease_s * 1.2 * fault.share, restart, "postgres", database=True)
+        self._heal_later(seconds, restart, "postgres", database=True)
+
+    def _start_in_outage(self, fault: Fault, box: Box) -> bool:
+        """The nodes of a box start while living jobs of the others can't beat for longer than a lease."""
+        if "postgres" in self._busy or not self._usable(box):
+            return False
+        self._note_losses(fault, self._cards(box))
+        self._crash_postgres_for(self.lab.lease_s * 1.4)
+        for node in box.nodes().values():
+            node.kill()  # the worker starts it again
+        return True
+
+    def _forbid_writes(self, fault: Fault) -> bool:
+        """As after a failover: the server answers, and refuses every write."""
+        if "postgres" in self._busy:
+            return False
+        self.lab.postgres.forbid_writes()
+        seconds = self.lab.lease_s * (0.5 + fault.share)
+        self._heal_later(seconds, self.lab.postgres.permit_writes, "postgres", database=True)
         return True
 
     def _disturb_link(self, fault: Fault, box: Box) -> bool:

@@ -73,6 +73,23 @@ class Postgres:
         _kill(family)
         self._process.wait()
 
+    def forbid_writes(self) -> None:
+        """As a primary that a failover has stepped down; whoever was connected is put out."""
+        self._set_read_only("on")
+
+    def permit_writes(self) -> None:
+        self._set_read_only("off")
+
+    def _set_read_only(self, value: str) -> None:
+        engine = create_engine(self.url, isolation_level="AUTOCOMMIT")
+        with engine.connect() as connection:
+            connection.execute(text(f"ALTER SYSTEM SET default_transaction_read_only = {value}"))
+            connection.execute(text("SELECT pg_reload_conf()"))
+            if value == "on":
+                others = "pid != pg_backend_pid() AND backend_type = 'client backend'"
+                connection.execute(text(f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE {others}"))
+        engine.dispose()
+
     def stop(self) -> None:
         if self._process is not None and self._process.poll() is None:
             self._process.send_signal(signal.SIGINT)  # fast shutdown
