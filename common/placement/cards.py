@@ -92,8 +92,13 @@ def largest_gpu(cards: Iterable[Card]) -> int:
 
 def could_start(job: Waiting, card: Card, fleet: Iterable[Card]) -> bool:
     """Whether the card would hold the job now, no matter which jobs go before it."""
+    return holds_now(job, card, largest_gpu(fleet))
+
+
+def holds_now(job: Waiting, card: Card, largest: int) -> bool:
+    """The same, with the bytes of the fleet's largest GPU, see largest_gpu."""
     fits = not card.running if job.least is None else job.least <= card.free
-    return fits and card.free > 0 and card.slots > 0 and suits(card, job, largest_gpu(fleet))
+    return fits and card.free > 0 and card.slots > 0 and suits(card, job, largest)
 
 
 def suits(card: Card, job: Waiting, largest: int) -> bool:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import datetime as dt
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from loractl.common.job.method import Method
 from loractl.common.job.need import Need
-from loractl.common.placement.cards import Card, Occupant
+from loractl.common.placement.cards import Card, Occupant, largest_gpu
 from loractl.common.placement.keys import QueueKey
 from loractl.common.placement.lines import Waiting
 from loractl.common.placement.rule import Decision
@@ -31,6 +32,11 @@ class FleetView:
     running: dict[int, Job]
     charges: dict[str, float]  # GiB hours by user
     decisions: tuple[Decision, ...]  # what starts next, and for which job a card is kept
+
+    @functools.cached_property
+    def largest(self) -> int:
+        """See largest_gpu. It is asked for each card and each job that waits."""
+        return largest_gpu(self.cards.values())
 
     def drain_of(self, node: str) -> DrainOrder | None:
         return self.drains.get(node) or self.drains.get(node.rpartition(":")[0])

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from loractl.common.job.method import Method
-from loractl.common.placement.cards import Card, could_start, largest_gpu, room_at, suits
+from loractl.common.placement.cards import Card, holds_now, room_at, suits
 from loractl.common.placement.lines import Waiting
 from loractl.common.store.fleet import NODE_STALE_S, FleetView, waiting_of
 from loractl.common.units import clock, duration, gib
@@ -106,7 +106,7 @@ def _now(me: Waiting, card: Card, view: FleetView) -> str:
 
 def opening_of(me: Waiting, card: Card, view: FleetView) -> Opening | None:
     """When the card will have room for the job; None: never by itself."""
-    if not card.open or not suits(card, me, largest_gpu(view.cards.values())):
+    if not card.open or not suits(card, me, view.largest):
         return None
     openings = []
     for size in {me.need.of(method) for method in me.methods} if me.least is not None else {None}:
@@ -120,7 +120,7 @@ def opening_of(me: Waiting, card: Card, view: FleetView) -> Opening | None:
 def could_start_now(me: Waiting, card: Card, view: FleetView) -> bool:
     """Whether the card would take the job now if it were first. A job of unknown need gets a card of its own."""
     alone = me.least is not None or not card.running
-    return card.open and alone and could_start(me, card, view.cards.values())
+    return card.open and alone and holds_now(me, card, view.largest)
 
 
 def could_ever_hold(me: Waiting, card: Card) -> bool:
@@ -131,7 +131,7 @@ def could_ever_hold(me: Waiting, card: Card) -> bool:
 
 def suits_at_last(job: Job, card: Card, view: FleetView) -> bool:
     """Whether the card may take the job, now or once it has waited long enough for LoRA. Its room is not asked."""
-    me, largest = waiting_of(vars(job), view.now), largest_gpu(view.cards.values())
+    me, largest = waiting_of(vars(job), view.now), view.largest
     return any(suits(card, form, largest) for form in (me, at_last(job, me)))
 
 

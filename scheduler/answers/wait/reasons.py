@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from loractl import __version__
-from loractl.common.placement.cards import Card, largest_gpu, suits
+from loractl.common.placement.cards import Card, suits
 from loractl.common.placement.lines import Waiting
 from loractl.common.store.fleet import NODE_STALE_S, FleetView, waiting_of
 from loractl.common.units import clock, duration, gib
@@ -247,7 +247,7 @@ def _room(job: Job, me: Waiting, view: FleetView) -> Wait:
 
 
 def _held_by_others(me: Waiting, view: FleetView) -> Wait:
-    largest = largest_gpu(view.cards.values())
+    largest = view.largest
     cards = [c for c in view.cards.values() if c.open and suits(c, me, largest) and could_ever_hold(me, c)]
     blocked = max(cards, key=lambda card: card.capacity)
     held = holder(view, blocked, pid=True)
