@@ -161,7 +161,7 @@ class Cleaner:
             yield garbage
         for garbage in self._work():
             # a job that was queued again since we looked goes on from there
-            if garbage.job_id is not None and self._store.forget_finished(garbage.job_id, self._settings.host):
+            if garbage.job_id is not None and self._store.forget_finished(garbage.job_id, *self._here()):
                 _remove_here(Path(garbage.name))
                 yield garbage
         for garbage in self._cache():
@@ -247,6 +247,9 @@ class Cleaner:
         except (ArtifactError, AdapterNotFound):
             return False
         return True
+
+    def _here(self) -> tuple[str, str]:
+        return self._settings.host, f"loractl gc by {self._settings.user}"
 
     def _limit(self) -> dt.datetime:
         return self._store.now() - max(self._policy.older_than, LEAST_AGE)
