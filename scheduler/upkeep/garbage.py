@@ -241,9 +241,13 @@ class Cleaner:
             yield _log(log.job_id, log.attempt, log.size)
 
     def _is_stored(self, log: SpentLog) -> bool:
-        """Whether the log can be read from the store. The lines stay where somebody has changed the result there."""
+        """Whether the log can be read from the store, or was removed with its result. The lines stay where somebody has
+        changed the result there."""
+        job = self._store.job(log.job_id)
+        if job.report_uri is None:
+            return True
         try:
-            self._artifacts.read_bytes(result_binding(self._store, self._store.job(log.job_id)), "log.txt")
+            self._artifacts.read_bytes(result_binding(self._store, job), "log.txt")
         except (ArtifactError, AdapterNotFound):
             return False
         return True
