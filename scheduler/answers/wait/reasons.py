@@ -7,10 +7,11 @@ for it; the memory is taken. The placement rule itself says what it decides.
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from loractl import __version__
+from loractl.common.job.status import OUTCOMES
 from loractl.common.placement.cards import Card, suits
 from loractl.common.placement.lines import Waiting
 from loractl.common.store.fleet import NODE_STALE_S, FleetView, waiting_of
@@ -18,6 +19,7 @@ from loractl.common.units import clock, duration, gib
 
 from .cards import (
     at_last,
+    avoidance_of,
     could_ever_hold,
     could_start_now,
     holder,
@@ -68,6 +70,7 @@ def explain(job: Job, view: FleetView) -> Wait:
         or _next(job, view)
         or _others_first(job, me, view)
         or _patience(job, me, view)
+        or _avoids(job, me, view)
         or _room(job, me, view)
     )
 
@@ -101,7 +104,9 @@ def _held_back(job: Job, view: FleetView) -> Wait | None:
         pause = duration((job.not_before - view.now).total_seconds())
         if job.message is not None and job.reason is None:  # no attempt ended: a worker of an older version saw it
             return Wait(tier=Tier.POLICY, word="version", sentence=job.message)
-        return Wait(tier=Tier.POLICY, word="retry", sentence=f"attempt {job.attempt + 1} in {pause}")
+        blames = job.reason is not None and OUTCOMES[job.reason].blames is not None
+        after = f": {job.node} failed it ({job.reason})" if blames else ""
+        return Wait(tier=Tier.POLICY, word="retry", sentence=f"attempt {job.attempt + 1} in {pause}{after}")
     limit, mine = _user_limit(view), sum(running.user == job.user for running in view.running.values())
     if limit is not None and mine >= limit:
         return Wait(tier=Tier.POLICY, word="limit", sentence=f"{job.user} runs {mine}, the limit is {limit}")
@@ -227,6 +232,17 @@ def _patience(job: Job, me: Waiting, view: FleetView) -> Wait | None:
         return _capacity("patience", f"until {until} for LoRA; QLoRA would fit on {small.node} now")
     if all(opening_of(me, card, view) is None for card in view.cards.values()):
         return _capacity("patience", f"until {until} for LoRA, for which no card has room; then for QLoRA")
+    return None
+
+
+def _avoids(job: Job, me: Waiting, view: FleetView) -> Wait | None:
+    """A card has room for it and failed it: it waits for another one."""
+    forgets, cards = replace(me, avoids=frozenset()), view.cards.values()
+    for card in cards:
+        if card.open and not could_start_now(me, card, view) and could_start_now(forgets, card, view):
+            why = avoidance_of(job, card, view)
+            until = clock(why.until, view.now)
+            return _capacity("avoids", f"{card.node} failed it ({why.reason}): until {until} for another card")
     return None
 
 
