@@ -90,7 +90,7 @@ def measure(engine: Engine, command: str, runs: int) -> Figure:
         loractl = str(Path(sys.executable).with_name("loractl"))
         watched = [sys.executable, "-S", "-E", "-c", WATCH, loractl, *command.split()]
         for _ in range(runs):
-            done = subprocess.run(watched, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+            done = subprocess.run(watched, env=environment, capture_output=True, text=True, check=True)
             took, busy, most = done.stdout.split()
             seconds.append(float(took))
             processor.append(float(busy))
