@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 MODEL := models/SmolLM2-135M-Instruct
 
-.PHONY: help dev model demo test test-long lint check chaos clean
+.PHONY: help dev model demo test test-long lint check chaos gpu clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -52,6 +52,9 @@ CHAOS_JOBS ?= 1000
 
 chaos: dev  ## CHAOS_JOBS jobs (1000) under faults drawn from CHAOS_SEED; writes docs/chaos.md
 	CHAOS_JOBS=$(CHAOS_JOBS) CHAOS_SEED=$(CHAOS_SEED) $(BIN)/python -m tests.chaos docs/chaos.md
+
+gpu: dev  ## on one large NVIDIA card, 8 minutes at most: what only a card can show; writes docs/gpu.md
+	$(BIN)/python -m tests.gpu docs/gpu.md
 
 clean:  ## remove what make made, .venv and the model included
 	rm -rf .venv .demo .demo-adapters models build dist

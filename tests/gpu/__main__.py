@@ -1,0 +1,64 @@
+"""make gpu: the experiments on this machine's first card, in 8 minutes at most; writes docs/gpu.md.
+
+python -m tests.gpu docs/gpu.md
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import os
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from loractl.common.queue.valkey import stop_embedded
+from loractl.common.settings import load_settings
+
+from .experiments import EXPERIMENTS
+from .page import page
+from .rig import Figure, Rig, make_rig
+
+BUDGET_S = 8 * 60.0
+
+
+def main() -> int:
+    import torch
+
+    if not torch.cuda.is_available():
+        print("make gpu needs an NVIDIA card and a torch with CUDA; nothing was run, docs/gpu.md stays as it is")
+        return 1
+    began, folder = time.monotonic(), Path(tempfile.mkdtemp(prefix="loractl-gpu-"))
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("LORACTL_", "AWS_"))}
+    rig = make_rig(folder, kept, device="cuda", small=False, budget_s=BUDGET_S)
+    try:
+        figures = run(rig)
+    finally:
+        stop_embedded(load_settings(rig.cli.environment))
+        shutil.rmtree(folder, ignore_errors=True)
+    when = f"{dt.datetime.now(dt.UTC):%Y-%m-%d %H:%M} UTC, torch {torch.__version__}"
+    text = page(figures, torch.cuda.get_device_name(), when, time.monotonic() - began)
+    Path(sys.argv[1]).write_text(text)
+    print(text)
+    return 0 if all(part and all(figure.ok for figure in part) for part in figures.values()) else 1
+
+
+def run(rig: Rig) -> dict[str, list[Figure]]:
+    """All experiments while there is time. What one raises is its last line; the next one goes on."""
+    figures: dict[str, list[Figure]] = {name: [] for name in EXPERIMENTS}
+    for name, experiment in EXPERIMENTS.items():
+        if time.monotonic() > rig.deadline:
+            break
+        began = time.monotonic()
+        try:
+            for figure in experiment(rig):
+                figures[name].append(figure)
+        except Exception as error:  # noqa: BLE001  an hour of a card is dear: the other experiments go on
+            figures[name].append(Figure(what="it ended with an error", value=repr(error), ok=False))
+        print(f"{name}: {time.monotonic() - began:.0f} s", *figures[name], sep="\n  ", flush=True)
+    return figures
+
+
+if __name__ == "__main__":
+    sys.exit(main())
