@@ -12,7 +12,7 @@ from typing import Any
 
 from loractl.common.artifacts import WEIGHTS, ArtifactStore, Binding, attempt_prefix
 from loractl.common.errors import ArtifactError
-from loractl.common.job.status import TRANSITIONS, Status
+from loractl.common.job.status import OUTCOMES, TRANSITIONS, Reason, Status
 
 from .history import Change, History
 from .trainer import last_link, read_adapter
@@ -25,13 +25,15 @@ PROMISES = {
     5: "succeeded means: adapter and report are stored, match their hashes and can be loaded",
     6: "no process remains after an attempt",
     7: "while database, queue or store are away nothing fails for it",
+    8: "no job fails for good for the lab's fault, a bad box included",
 }
 
 NOTICE_SLACK_S = 12.0
 """Beyond the lease: a node that is frozen in the middle of its round for the fleet (8 s), a round, a busy machine."""
 
-HARMLESS = frozenset({"ok", "worker_lost", "drained", "cancelled", "host_out_of_memory"})
-"""Why attempts may end here. The last is what a killed trainer looks like; there are no more of it than were killed."""
+HARMLESS = frozenset({"ok", "worker_lost", "drained", "cancelled", "host_out_of_memory", "gpu_error"})
+"""Why attempts may end here. host_out_of_memory is what a killed trainer looks like; there are no more of it than were
+killed. gpu_error is what the cards of a bad box say."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,9 +220,12 @@ def _nothing_failed(history: History) -> Iterator[Broken]:
         if attempt.reason is not None and attempt.reason not in HARMLESS:
             what = f"attempt {attempt.attempt} of job {attempt.job_id} ended as {attempt.reason}"
             yield Broken(promise=7, what=what)
+        if attempt.reason == "gpu_error" and attempt.node.partition(":")[0] not in history.bad:
+            yield Broken(promise=8, what=f"attempt {attempt.attempt} of job {attempt.job_id} met a bad card too many")
     for job_id, job in history.jobs.items():
         if job["status"] == Status.FAILED:
-            yield Broken(promise=7, what=f"job {job_id} failed: {job['reason']} {job['message']}")
+            lab = job["reason"] is not None and OUTCOMES[Reason(job["reason"])].blames is not None
+            yield Broken(promise=8 if lab else 7, what=f"job {job_id} failed: {job['reason']} {job['message']}")
     killed = Counter(a.reason for a in history.attempts)["host_out_of_memory"]
     if killed > history.trainers_killed:
         what = f"{killed} trainers seemed to be killed, {history.trainers_killed} were"

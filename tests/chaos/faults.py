@@ -24,6 +24,7 @@ from loractl.common.store.store import Store
 
 from .history import Window
 from .lab import Box, Lab
+from .trainer import BAD_CARDS
 
 DECK = {
     "kill a node": 6,
@@ -50,6 +51,7 @@ DECK = {
     "silence Valkey, server to box": 1,
     "fill the store's disk": 2,
     "hang a box's calls of the store": 2,
+    "a box that is bad for good": 1,
     "cancel a job": 3,
 }
 """How often each comes in one deck; decks are shuffled and dealt one after the other."""
@@ -104,6 +106,8 @@ class Injector:
     trainers_killed: int = 0
     postgres_back: list[dt.datetime] = field(default_factory=list)
     log: list[str] = field(default_factory=list)
+    bad: set[str] = field(default_factory=set)  # boxes whose cards fail every job
+    went_bad: set[str] = field(default_factory=set)  # also those that were mended since
     _heals: list[tuple[float, int, Callable[[], None]]] = field(default_factory=list)
     _waiting: list[tuple[float, Fault]] = field(default_factory=list)
     _numbers: Iterator[int] = field(default_factory=itertools.count)
@@ -137,6 +141,8 @@ class Injector:
     def heal_all(self) -> None:
         """End every fault now."""
         self._waiting.clear()
+        for name in list(self.bad):
+            self.repair(name)
         while self._heals:
             heapq.heappop(self._heals)[2]()
             time.sleep(0.05)  # a box that stops in order is looked at again
@@ -155,6 +161,7 @@ class Injector:
             "kill a box": self._kill_box, "stop a box in order": self._stop_box, "freeze a box": self._freeze_box,
             "hang a box's calls of the store": self._hang_calls,
             "start nodes in an outage of PostgreSQL": self._start_in_outage,
+            "a box that is bad for good": self._go_bad,
         }  # fmt: skip
         if kind in whole:
             return whole[kind](fault, box)
@@ -334,6 +341,32 @@ class Injector:
         self.lab.disk.fill()
         self._heal_later(self.lab.lease_s * fault.share, self.lab.disk.free, "store")
         return True
+
+    def _go_bad(self, fault: Fault, box: Box) -> bool:
+        """From now on each card of the box fails every job at once, so that it is always idle. A person mends it when
+        loractl has drained it, or when the storm is over."""
+        if self.bad or not box.runs:
+            return False
+        (box.home / BAD_CARDS).touch()
+        self.bad.add(box.name)
+        self.went_bad.add(box.name)
+        return True
+
+    def mend(self) -> int:
+        """What a person does: look at what loractl has drained, mend that box, open it again. Returns how many."""
+        with contextlib.suppress(DBAPIError):
+            targets = [target for target, order in self.store.drains().items() if order.user == "loractl"]
+            for target in targets:
+                self.repair(target.partition(":")[0])
+                self.store.end_drain(target)
+            return len(targets)
+        return 0
+
+    def repair(self, name: str) -> None:
+        for box in self.lab.boxes:
+            if box.name == name:
+                (box.home / BAD_CARDS).unlink(missing_ok=True)
+        self.bad.discard(name)
 
     def _hang_calls(self, fault: Fault, box: Box) -> bool:
         """Each process of the box that makes calls of the store stands still, also those that come: no call has an

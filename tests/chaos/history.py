@@ -95,6 +95,7 @@ class History:
     torn: frozenset[str] = frozenset()  # stored checkpoints that the suite damaged
     windows: tuple[Window, ...] = ()
     boxes: frozenset[str] = frozenset()
+    bad: frozenset[str] = frozenset()  # boxes whose cards failed every job for a time
     artifacts: dict[int, str] = field(default_factory=dict)  # succeeded job -> what is wrong with its artifacts
     left: tuple[str, ...] = ()  # processes of an attempt that outlived it
     stuck: tuple[str, ...] = ()  # what had not ended when the run was given up

@@ -287,13 +287,14 @@ class Lab:
     lease_s: float
     stopped: list[str] = field(default_factory=list)  # how the boxes ended
 
-    def submit(self, files: list[Path]) -> tuple[list[int], str]:
+    def submit(self, files: list[Path], user: str) -> tuple[list[int], str]:
         """`loractl submit`: the numbers that it printed, and what it complained of."""
         command = [LORACTL, "submit", *map(str, files)]
         try:
             done = subprocess.run(
-                command, env=self.environment, cwd=REPO, capture_output=True, text=True, timeout=60, check=False
-            )
+                command, env={**self.environment, "LORACTL_USER": user}, cwd=REPO, capture_output=True, text=True,
+                timeout=60, check=False,
+            )  # fmt: skip
             printed, complaint = done.stdout, done.stderr if done.returncode else ""
         except subprocess.TimeoutExpired as error:
             printed, complaint = (error.stdout or b"").decode(), "no end within 60 s"

@@ -32,7 +32,13 @@ from .trainer import LEAVES
 BATCH = 10
 """Job files of one `loractl submit`."""
 
+USERS = ("ada", "bob", "cyd")
+"""What fails the jobs of one user alone may be the user's own fault."""
+
 LONG = 6
+
+MAX_RETRIES = 2
+"""What the lab does to a job must not spend them. A trainer that is killed does."""
 
 LEFT_S = 20.0
 """A process of an attempt may outlive the attempt's end so long: a frozen node has to wake, a node to sweep."""
@@ -71,6 +77,7 @@ class Outcome:
     postgres_back: list[float]  # s from PostgreSQL's answer to the next heartbeat
     probes: dict[str, list[float]]
     released: int  # held jobs that a person let go on
+    mended: int  # cards and boxes that loractl drained and a person opened again
     failed_submits: int
     disk: str
     log: list[str]
@@ -87,6 +94,7 @@ class _Run:
     enough: threading.Event = field(default_factory=threading.Event)  # no more jobs
     stop: threading.Event = field(default_factory=threading.Event)
     released: int = 0
+    mended: int = 0
     failed_submits: int = 0
     trouble: list[BaseException] = field(default_factory=list)
 
@@ -131,7 +139,7 @@ def _submit_all(run: _Run) -> None:
             time.sleep(0.5)
             continue
         batch = files[: rng.randint(1, BATCH)]
-        numbers, complaint = run.lab.submit(batch)
+        numbers, complaint = run.lab.submit(batch, rng.choice(USERS))
         run.printed += numbers
         files = files[len(numbers) :]  # they are queued in order
         if complaint:
@@ -161,7 +169,7 @@ def _job_file(folder: Path, number: int, rng: random.Random, plan: Plan) -> Path
     path.write_text(
         f"name: chaos-{number}\nbase_model: {model}\nmethod: lora\ndataset: {{path: {data}, max_length: 64}}\n"
         f"training: {{max_steps: {steps}, save_steps: 5, per_device_train_batch_size: 1}}\n"
-        f"max_retries: 100\nlabels: {labels}\n"
+        f"max_retries: {MAX_RETRIES}\nlabels: {labels}\n"
     )
     return path
 
@@ -177,8 +185,9 @@ def _unended(run: _Run) -> int:
 
 
 def _look_after(run: _Run) -> None:
-    """What a person does meanwhile: let jobs go on that were held after three lost workers."""
+    """What a person does meanwhile: mend boxes that were drained, and let jobs go on that were held."""
     while not run.stop.wait(1.0):
+        run.mended += run.injector.mend()
         with contextlib.suppress(DBAPIError):
             for job in run.store.jobs(statuses=[Status.QUEUED]):
                 if job.held:
@@ -277,7 +286,7 @@ def _probe(run: _Run, say: Callable[[str], None]) -> dict[str, list[float]]:
             file = _job_file(run.lab.folder / "jobs", 100_000 + number, rng, run.plan)
             numbers: list[int] = []
             while not numbers and not run.stop.is_set():
-                numbers, _ = run.lab.submit([file])
+                numbers, _ = run.lab.submit([file], USERS[0])
             run.printed += numbers
             while _unended(run) and not run.stop.is_set():
                 _pause(run, 0.2)
@@ -311,6 +320,7 @@ def _gather(run: _Run, stuck: list[str], left: list[str], probes: dict[str, list
         torn=frozenset(injector.torn),
         windows=tuple(injector.windows),
         boxes=frozenset(box.name for box in run.lab.boxes),
+        bad=frozenset(injector.went_bad),
         artifacts=wrong,
         left=tuple(left),
         stuck=tuple(stuck),
@@ -329,6 +339,7 @@ def _gather(run: _Run, stuck: list[str], left: list[str], probes: dict[str, list
         postgres_back=_beats_after(history, injector.postgres_back),
         probes=probes,
         released=run.released,
+        mended=run.mended,
         failed_submits=run.failed_submits,
         disk=run.lab.disk.kind,
         log=[*injector.log, *_last_lines(logs)],

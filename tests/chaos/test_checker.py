@@ -167,6 +167,8 @@ BREACHES: dict[str, tuple[int, Callable[[History], History]]] = {
     "a process remains": (6, lambda h: replace(h, left=("process 7",))),
     "an attempt failed for the store": (7, lambda h: with_attempt(h, 1, reason="store_failed")),
     "a job failed": (7, lambda h: with_job(h, 1, status="failed")),
+    "a job failed for the lab": (8, lambda h: with_job(h, 1, status="failed", reason="gpu_error")),
+    "a good card failed": (8, lambda h: with_attempt(h, 1, reason="gpu_error")),
     "a trainer died of itself": (7, lambda h: with_attempt(h, 1, reason="host_out_of_memory")),
 }  # fmt: skip
 

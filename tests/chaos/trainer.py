@@ -33,6 +33,9 @@ KEPT = 2
 LEAVES = "leaves-a-process"
 """A job with this label starts a process in a session of its own, which does not end with the trainer."""
 
+BAD_CARDS = "bad-cards"
+"""A box with a file of this name in its home has cards that fail every job at once."""
+
 TENSOR = "chain"
 
 
@@ -57,6 +60,8 @@ def run(order: Start, orders: Orders, tell: Tell) -> Ended:
     job, steps = order.job_id, order.spec.training.max_steps
     assert steps is not None
     tell(StageChanged(job_id=job, stage=Stage.PREPARING))
+    if any((folder / BAD_CARDS).exists() for folder in Path(order.checkpoint_dir).parents):
+        return Ended(job_id=job, reason=Reason.GPU_ERROR, message="CUDA error: the card has fallen off the bus")
     if LEAVES in order.spec.labels:
         subprocess.Popen(["sleep", "3600"], start_new_session=True, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     data = sha256_of(Path(order.data_path))
