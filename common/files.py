@@ -198,6 +198,8 @@ def open_files(url: str, doing: Doing = nothing_told) -> Bucket:
         options = {
             "use_listings_cache": False,
             "skip_instance_cache": True,
+            # Parts of 50 MB on their way at once. With its ten a slow line would show no sign of life for long.
+            "max_concurrency": 2,
             "config_kwargs": {"connect_timeout": 5, "read_timeout": 30, "retries": {"max_attempts": 3}},
         }
         if endpoint := os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL"):

@@ -61,6 +61,13 @@ class Reason(enum.StrEnum):
     TRAINER_ERROR = "trainer_error"
 
 
+class Blamed(enum.StrEnum):
+    """What of the lab failed with the job, where it was no user's own fault."""
+
+    CARD = "card"
+    BOX = "box"  # all of its cards share what failed: the disk, the way to the store
+
+
 @dataclass(frozen=True, kw_only=True)
 class Meaning:
     """What a reason means for the job."""
@@ -69,6 +76,7 @@ class Meaning:
     retryable: bool  # may another attempt help?
     counts: bool  # does another attempt spend one of the user's max_retries?
     advice: str  # the next step for a person
+    blames: Blamed | None = None  # a retry avoids it, and it is closed when it fails the jobs of others too
 
 
 _LAB = "nothing to do: the lab caused it, the job is tried again without spending its retries"
@@ -121,19 +129,21 @@ OUTCOMES: dict[Reason, Meaning] = {
     ),
     Reason.PREEMPTED: Meaning(status=Status.FAILED, retryable=True, counts=False, advice=_LAB),
     Reason.DRAINED: Meaning(status=Status.FAILED, retryable=True, counts=False, advice=_LAB),
-    Reason.WORKER_LOST: Meaning(status=Status.FAILED, retryable=True, counts=False, advice=_LAB),
-    Reason.GPU_ERROR: Meaning(status=Status.FAILED, retryable=True, counts=False, advice=_LAB),
+    Reason.WORKER_LOST: Meaning(status=Status.FAILED, retryable=True, counts=False, advice=_LAB, blames=Blamed.CARD),
+    Reason.GPU_ERROR: Meaning(status=Status.FAILED, retryable=True, counts=False, advice=_LAB, blames=Blamed.CARD),
     Reason.DISK_FULL: Meaning(
         status=Status.FAILED,
         retryable=True,
-        counts=True,
+        counts=False,
         advice="free space on the worker's disk, then loractl retry JOB",
+        blames=Blamed.BOX,
     ),
     Reason.STORE_FAILED: Meaning(
         status=Status.FAILED,
         retryable=True,
-        counts=True,
+        counts=False,
         advice="check the artifact store (LORACTL_ARTIFACTS_URL), then loractl retry JOB",
+        blames=Blamed.BOX,
     ),
     Reason.EVALUATION_FAILED: Meaning(
         status=Status.FAILED, retryable=True, counts=True, advice="loractl logs JOB shows what failed"
@@ -150,11 +160,12 @@ KEEPING = frozenset(
 )
 """A job that failed so keeps its finished result and its checkpoints until loractl gc: a retry goes on from them."""
 
-WORKER_LOST_LIMIT = 3
-"""A job that loses its worker or meets a failing card this often is held: it may be the cause."""
+LAB_FAILURE_LIMIT = 3
+"""A job that the lab fails so often in a row, without a further checkpoint in between, is held: it may be the cause."""
 
 LAB_RETRY_DELAY_S = 10.0
-"""Seconds before a job that met a failing card is tried again; the card may need them, and so may the log."""
+"""Seconds before a job that met a failing card, disk or store is tried again; they may need them, and so may the log.
+After a lost worker it is tried again at once."""
 
 
 def retry_delay_s(attempt: int) -> float:

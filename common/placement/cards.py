@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 
 from loractl.common.units import GIB
@@ -56,6 +56,7 @@ class Card:
 
     @property
     def host(self) -> str:
+        """The box in which it is."""
         return self.node.rpartition(":")[0]
 
     @property
@@ -90,10 +91,20 @@ def largest_gpu(cards: Iterable[Card]) -> int:
     return max((c.usable for c in cards if c.open and not c.processor), default=0)
 
 
-def could_start(job: Waiting, card: Card, fleet: Iterable[Card]) -> bool:
+def could_start(job: Waiting, card: Card, fleet: Collection[Card]) -> bool:
     """Whether the card would hold the job now, no matter which jobs go before it."""
+    return holds_now(job, card, largest_gpu(fleet)) and not avoided(card, job, fleet)
+
+
+def holds_now(job: Waiting, card: Card, largest: int) -> bool:
+    """The same, whatever it avoids, with the bytes of the fleet's largest GPU, see largest_gpu."""
     fits = not card.running if job.least is None else job.least <= card.free
-    return fits and card.free > 0 and card.slots > 0 and suits(card, job, largest_gpu(fleet))
+    return fits and card.free > 0 and card.slots > 0 and suits(card, job, largest)
+
+
+def takes(card: Card, job: Waiting, fleet: Collection[Card], largest: int) -> bool:
+    """Whether the rule may give the job to this card at all; its room is not asked."""
+    return suits(card, job, largest) and not avoided(card, job, fleet)
 
 
 def suits(card: Card, job: Waiting, largest: int) -> bool:
@@ -104,6 +115,27 @@ def suits(card: Card, job: Waiting, largest: int) -> bool:
         return True
     least = job.least
     return largest == 0 or (least is not None and least > largest)
+
+
+def avoided(card: Card, job: Waiting, fleet: Collection[Card]) -> bool:
+    """Whether the job keeps off a card that failed it: only while another one could hold it, so it never waits for
+    nothing."""
+    if not failed(card, job):
+        return False
+    largest = largest_gpu(fleet)
+    return any(_could_hold(other, job, largest) for other in fleet if not failed(other, job))
+
+
+def failed(card: Card, job: Waiting) -> bool:
+    """Whether the card or its box failed the job a short while ago."""
+    return card.node in job.avoids or card.host in job.avoids
+
+
+def _could_hold(card: Card, job: Waiting, largest: int) -> bool:
+    """Whether an open card will hold the job once our other jobs have left it."""
+    if not card.open or card.max_jobs < 1 or card.capacity <= 0 or not suits(card, job, largest):
+        return False
+    return job.least is None or job.least <= card.capacity
 
 
 @dataclass(frozen=True, kw_only=True)

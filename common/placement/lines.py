@@ -29,6 +29,7 @@ class Waiting:
     need: Need
     requires: frozenset[tuple[str, str]] = frozenset()  # labels that its node must have
     only_host: str | None = None  # the box that has its finished result, while no other box may take it
+    avoids: frozenset[str] = frozenset()  # cards and boxes that failed it a short while ago
 
     @property
     def least(self) -> int | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .cards import Card, Occupant, largest_gpu, suits
+from .cards import Card, Occupant, largest_gpu, takes
 from .lines import Waiting
 
 
@@ -14,7 +14,7 @@ def give_way(job: Waiting, cards: Sequence[Card]) -> tuple[str, tuple[int, ...]]
     As few jobs as possible; first those of the lowest priority, then those that hold least.
     """
     largest, options = largest_gpu(cards), []
-    for card in (c for c in cards if c.open and suits(c, job, largest)):
+    for card in (c for c in cards if c.open and takes(c, job, cards, largest)):
         willing = [j for j in card.running if j.preemptible and j.priority < job.priority]
         for method in job.methods:
             size = job.need.of(method)

@@ -4,7 +4,8 @@ Pure functions of values. The claim, `loractl why` and the simulator all ask `pl
 
 The order of trying is: the oldest job that the fleet could hold, once it has waited a day; then priority, the user's
 fair share, age. A job that can't start is passed over. But a card is kept for the first one that has waited past
-RESERVE_AFTER_S: from then on no job that would delay it starts there.
+RESERVE_AFTER_S: from then on no job that would delay it starts there. A job keeps off a card that failed it while
+another one could hold it.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from loractl.common.job.method import Method
 from loractl.common.units import GIB
 
-from .cards import Card, Occupant, Room, largest_gpu, room_at, suits
+from .cards import Card, Occupant, Room, largest_gpu, room_at, takes
 from .lines import Line, Openings, Waiting, waited
 from .shares import START_CHARGE_S
 
@@ -94,6 +95,10 @@ class _Fleet:
             unknown=any(not c.processor or self.largest == 0 for c in whole),
             labels=frozenset(c.labels for c, _ in rooms),
         )
+
+    def takes(self, card: Card, job: Waiting) -> bool:
+        """Whether the job may run there at all, see `cards.takes`."""
+        return takes(card, job, self.cards.values(), self.largest)
 
     def at_limit(self, user: str) -> bool:
         return self.user_limit is not None and self.running.get(user, 0) >= self.user_limit
@@ -190,7 +195,7 @@ def _best(job: Waiting, fleet: _Fleet) -> tuple[Method, Card, int] | None:
 
 def _holds_now(card: Card, job: Waiting, size: int | None, fleet: _Fleet) -> bool:
     room = fleet.room(card)
-    if room <= 0 or not suits(card, job, fleet.largest):
+    if room <= 0 or not fleet.takes(card, job):
         return False
     if job.least is None and card.running:
         return False  # not predictable: it gets a card of its own until the worker has planned it
@@ -214,7 +219,7 @@ def _keep(job: Waiting, fleet: _Fleet, now: dt.datetime) -> Reservation | None:
 def _rooms(job: Waiting, fleet: _Fleet, now: dt.datetime) -> Iterator[tuple[int, int, Card, Room]]:
     """Where and when the job could start: the method's place in its list, bytes, card and room."""
     for card in fleet.cards.values():
-        if not card.open or not suits(card, job, fleet.largest):
+        if not card.open or not fleet.takes(card, job):
             continue
         for index, method in enumerate(job.methods):
             size = job.need.of(method)

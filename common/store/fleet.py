@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import datetime as dt
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from loractl.common.job.method import Method
 from loractl.common.job.need import Need
-from loractl.common.placement.cards import Card, Occupant
+from loractl.common.placement.cards import Card, Occupant, largest_gpu
+from loractl.common.placement.closure import CardFailure
 from loractl.common.placement.keys import QueueKey
 from loractl.common.placement.lines import Waiting
 from loractl.common.placement.rule import Decision
@@ -31,6 +33,12 @@ class FleetView:
     running: dict[int, Job]
     charges: dict[str, float]  # GiB hours by user
     decisions: tuple[Decision, ...]  # what starts next, and for which job a card is kept
+    failures: tuple[CardFailure, ...] = ()  # of a day, on cards that have ended no attempt well since
+
+    @functools.cached_property
+    def largest(self) -> int:
+        """See largest_gpu. It is asked for each card and each job that waits."""
+        return largest_gpu(self.cards.values())
 
     def drain_of(self, node: str) -> DrainOrder | None:
         return self.drains.get(node) or self.drains.get(node.rpartition(":")[0])
@@ -90,4 +98,22 @@ def waiting_of(row: Mapping[str, Any], now: dt.datetime) -> Waiting:
         need=Need(lora=row["vram_lora"], qlora=row["vram_qlora"]),
         requires=QueueKey.parse(row["queue_key"]).requires,
         only_host=row["result_host"] if row["result_until"] is not None and row["result_until"] > now else None,
+        avoids=frozenset(avoided_by(row["avoids"], now)),
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Avoidance:
+    """Why a job keeps off a card or a box, and until when."""
+
+    reason: str
+    until: dt.datetime
+
+
+def avoided_by(column: Mapping[str, Any] | None, now: dt.datetime) -> dict[str, Avoidance]:
+    """What a job's row says of the cards and boxes that failed it, as far as it holds now."""
+    found = {
+        name: Avoidance(reason=str(entry["reason"]), until=dt.datetime.fromisoformat(entry["until"]))
+        for name, entry in (column or {}).items()
+    }
+    return {name: avoidance for name, avoidance in found.items() if avoidance.until > now}

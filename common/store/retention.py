@@ -53,10 +53,10 @@ class RetentionStore:
         with self._write() as tx:
             return retention.forget_checkpoint(tx, job_id)
 
-    def forget_finished(self, job_id: int, host: str) -> bool:
+    def forget_finished(self, job_id: int, host: str, why: str) -> bool:
         """Forget what an ended job has left on a box: it may go then. False when the job has not ended."""
         with self._write() as tx:
-            return retention.forget_finished(tx, job_id, host)
+            return retention.forget_finished(tx, job_id, host, why)
 
     def needed_data(self, ended_since: dt.datetime, without: Collection[int] = ()) -> set[str]:
         """Names of the stored data sets that a job may still read."""

@@ -214,7 +214,7 @@ class Store(RetentionStore):
         With `seen_at` in the answer nothing was done yet.
         """
         with self._write() as tx:
-            return nodes.arrive(tx, state)
+            return nodes.arrive(tx, state, endings.give_back)
 
     def see_node(self, state: NodeState) -> Card:
         """Write a device's row, last seen now. Returns the card with what runs on it. Raises NameTaken."""

@@ -122,6 +122,10 @@ class Job(Base):
     not_before: Mapped[Timestamp | None]  # backoff
     attempt: Mapped[int] = mapped_column(default=0)
     retries_used: Mapped[int] = mapped_column(default=0)
+    lab_failures: Mapped[int] = mapped_column(default=0, server_default="0")  # in a row, without a further checkpoint
+    lab_step: Mapped[int | None]  # the step that a next attempt could go on from when the last of them happened
+    # cards and boxes that failed it: {name: {"reason", "until"}}
+    avoids: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
 
     token: Mapped[str | None] = mapped_column(String(32))  # of the attempt that holds the lease
     vram_reserved: Mapped[Bytes | None]  # of its card, while it runs
@@ -182,6 +186,21 @@ class Attempt(Base):
     reason: Mapped[Reason | None] = mapped_column(_by_value(Reason))
     message: Mapped[str | None] = mapped_column(Text)
     resumed_from_step: Mapped[int | None]
+
+
+class LabFailure(Base):
+    """A failure of the lab's on a card that has ended no attempt well since."""
+
+    __tablename__ = "lab_failures"
+
+    job_id: Mapped[JobKey] = mapped_column(primary_key=True)
+    attempt: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    node: Mapped[str]
+    reason: Mapped[Reason] = mapped_column(_by_value(Reason))
+    user: Mapped[str]
+    sweep_id: Mapped[int | None]
+    at: Mapped[Timestamp]
+    message: Mapped[str] = mapped_column(Text)
 
 
 class Event(Base):

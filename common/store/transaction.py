@@ -63,14 +63,16 @@ class Transaction:
         """Write a line of the job's history."""
         self.session.add(Event(job_id=job_id, attempt=attempt, at=self.now(), kind=kind, text=storable(text)))
 
-    def is_alone(self) -> bool:
+    def is_alone(self, lock: int = _FLEET_LOCK) -> bool:
         """Whether this transaction, and no other, may do until its end what concerns the whole fleet. Does not wait.
+
+        `lock`: names what is done; PostgreSQL has one number space for them.
 
         On SQLite a writer is alone in any case.
         """
         if self._dialect != "postgresql":
             return True
-        return bool(self.session.scalar(select(func.pg_try_advisory_xact_lock(_FLEET_LOCK))))
+        return bool(self.session.scalar(select(func.pg_try_advisory_xact_lock(lock))))
 
     def change(self, statement: Update) -> int:
         """Run a guarded update; returns how many rows it changed."""

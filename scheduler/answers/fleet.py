@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -59,12 +60,13 @@ class DeviceState:
     card: Card  # as the placement rule sees it, with the jobs that run there
     closed_by: ClosedBy | None
     silent_s: float | None  # for how long it has not been seen; None: it is online
+    failures: Mapping[str, int]  # of the lab's there since it last ended an attempt well, by reason, at most a day old
 
     def as_json(self) -> dict[str, Any]:
-        """The fields of the device up to `seen_at`, and `open`, `jobs` and `drained`.
+        """The fields of the device up to `seen_at`, and `open`, `jobs`, `drained` and `failures`.
 
         `open`: whether it takes jobs; `jobs`: job_id, user and reserved bytes of each that runs there; `drained`: by
-        whom, why and until when, or null.
+        whom, why and until when, or null; `failures`: how many attempts failed there for the lab, by reason.
         """
         columns = {name: getattr(self, name) for name in DEVICE_FIELDS}
         return {
@@ -74,10 +76,11 @@ class DeviceState:
             "open": self.card.open,
             "jobs": [{"job_id": j.job_id, "user": j.user, "reserved": j.reserved} for j in self.card.running],
             "drained": None if self.closed_by is None else self.closed_by.as_json(),
+            "failures": dict(self.failures),
         }
 
 
-DEVICE_FIELDS = tuple(DeviceState.__annotations__)[:-3]
+DEVICE_FIELDS = tuple(DeviceState.__annotations__)[:-4]
 """The columns of a node; `free` is counted again."""
 
 
@@ -123,6 +126,7 @@ def _device(node: Node, card: Card, view: FleetView) -> DeviceState:
         card=card,
         closed_by=_closed_by(view.drain_of(node.node)),
         silent_s=silent_s if silent_s > NODE_STALE_S else None,
+        failures=Counter(failure.reason.value for failure in view.failures if failure.node == node.node),
     )
 
 

@@ -76,4 +76,5 @@ def _users(device: DeviceState) -> str:
     others = [process_name(process) for process in device.outside]
     if len(others) > 2:
         others = [*others[:2], f"{len(others) - 2} more"]
-    return ", ".join([*jobs, *others]) or "–"
+    failures = ", ".join(f"{count} {reason}" for reason, count in sorted(device.failures.items()))
+    return ", ".join([*jobs, *others, *([f"failed lately: {failures}"] if failures else [])]) or "–"

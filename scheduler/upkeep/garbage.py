@@ -161,7 +161,7 @@ class Cleaner:
             yield garbage
         for garbage in self._work():
             # a job that was queued again since we looked goes on from there
-            if garbage.job_id is not None and self._store.forget_finished(garbage.job_id, self._settings.host):
+            if garbage.job_id is not None and self._store.forget_finished(garbage.job_id, *self._here()):
                 _remove_here(Path(garbage.name))
                 yield garbage
         for garbage in self._cache():
@@ -241,12 +241,19 @@ class Cleaner:
             yield _log(log.job_id, log.attempt, log.size)
 
     def _is_stored(self, log: SpentLog) -> bool:
-        """Whether the log can be read from the store. The lines stay where somebody has changed the result there."""
+        """Whether the log can be read from the store, or was removed with its result. The lines stay where somebody has
+        changed the result there."""
+        job = self._store.job(log.job_id)
+        if job.report_uri is None:
+            return True
         try:
-            self._artifacts.read_bytes(result_binding(self._store, self._store.job(log.job_id)), "log.txt")
+            self._artifacts.read_bytes(result_binding(self._store, job), "log.txt")
         except (ArtifactError, AdapterNotFound):
             return False
         return True
+
+    def _here(self) -> tuple[str, str]:
+        return self._settings.host, f"loractl gc by {self._settings.user}"
 
     def _limit(self) -> dt.datetime:
         return self._store.now() - max(self._policy.older_than, LEAST_AGE)

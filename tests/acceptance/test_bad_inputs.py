@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import subprocess
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -239,7 +241,7 @@ def test_an_unreachable_artifact_store_queues_nothing(make_cli: Callable[..., Cl
 def test_a_full_artifact_store_keeps_the_job_and_says_so(
     make_cli: Callable[..., Cli], tiny_model: Path, tmp_path: Path
 ) -> None:
-    """A 300 KiB store takes the data set and not the adapter: the job fails as store_failed, its row says why."""
+    """A 300 KiB store takes the data set and not the adapter: the job waits again as store_failed, its row says why."""
     store = tmp_path / "store"
     store.mkdir()
     mounted = subprocess.run(
@@ -252,10 +254,14 @@ def test_a_full_artifact_store_keeps_the_job_and_says_so(
 
         cli = make_cli(LORACTL_ARTIFACTS_URL=store.as_uri(), LORACTL_STORE_PATIENCE="3s")
         cli("submit", write_job(tmp_path, tiny_model), "--set=lora.r=64", "--set=max_retries=0")
-        cli("worker", "--drain-when-idle", timeout=120)
-        job = json.loads(cli("status", 1, "--json").stdout)
-        assert (job["status"], job["reason"]) == ("failed", "store_failed")
-        assert "No space left on device" in job["message"]
+        worker = cli.start("worker")
+        while not (job := json.loads(cli("status", 1, "--json").stdout))["reason"]:
+            assert worker.poll() is None
+            time.sleep(0.2)
+        worker.send_signal(signal.SIGINT)
+        worker.communicate(timeout=60)
+        assert (job["status"], job["reason"]) == ("queued", "store_failed"), "though it has no retry to spend"
+        assert "No space left on device" in cli("show", 1).stdout
         assert job["adapter_uri"] is None
     finally:
         subprocess.run(["umount", str(store)], check=True)

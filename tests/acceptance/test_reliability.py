@@ -121,9 +121,11 @@ class Lab:
     def store(self) -> Store:
         return Store(self.engine)
 
-    def submit(self, *options: str, name: str = "job", steps: int = 10) -> int:
+    def submit(self, *options: str, name: str = "job", steps: int = 10, user: str = "ada") -> int:
         file = write_job(self.folder, self.folder, name=name)
-        said = self.cli("submit", file, f"--set=training.max_steps={steps}", *options).stdout
+        said = self.cli.with_environment(LORACTL_USER=user)(
+            "submit", file, f"--set=training.max_steps={steps}", *options
+        ).stdout
         number = re.match(r"Job (\d+) ", said)
         assert number is not None, said
         return int(number[1])
@@ -131,6 +133,17 @@ class Lab:
     def start(self, *options: str, **environment: str) -> subprocess.Popen[str]:
         self.workers.append(self.cli.with_environment(**environment).start("worker", *options))
         return self.workers[-1]
+
+    def start_box(self, name: str, **environment: str) -> subprocess.Popen[str]:
+        """A box of its own, with one card."""
+        return self.start(
+            LORACTL_HOST=name,
+            LORACTL_HOME=str(self.folder / name),
+            LORACTL_DATABASE_URL=f"sqlite:///{self.home / 'loractl.db'}",
+            LORACTL_REDIS_URL=f"redis+socket://{self.home / 'run' / 'valkey.sock'}",
+            LORACTL_ARTIFACTS_URL=(self.home / "artifacts").as_uri(),
+            **{"LORACTL_DEVICES": "sim:8GiB", **environment},
+        )
 
     def until(self, job_id: int, holds: Callable[[Job], object], seconds: float = 60) -> Job:
         deadline = time.monotonic() + seconds
@@ -200,13 +213,7 @@ def test_a_frozen_worker_that_wakes_up_after_its_lease_is_refused_and_its_files_
     frozen_at = lab.until(job_id, lambda job: (job.step or 0) >= 20).step or 0
     frozen = _freeze(first.pid, home / "loractl.db")
     began = time.monotonic()
-    lab.start(
-        LORACTL_HOST="owl",
-        LORACTL_HOME=str(tmp_path / "owl"),
-        LORACTL_DATABASE_URL=f"sqlite:///{home / 'loractl.db'}",
-        LORACTL_REDIS_URL=f"redis+socket://{home / 'run' / 'valkey.sock'}",
-        LORACTL_ARTIFACTS_URL=(home / "artifacts").as_uri(),
-    )
+    lab.start_box("owl", LORACTL_DEVICES="cpu")
     lab.until(job_id, lambda job: job.attempt == 2 and job.step)
     noticed = time.monotonic() - began
     assert noticed < LEASE_S + 20, f"noticed within the lease, and a worker's start: {noticed:.0f} s"
@@ -229,10 +236,69 @@ def test_a_job_that_kills_its_worker_three_times_is_held_with_the_reason(lab: La
     held = lab.until(poison, lambda job: job.held, seconds=90)
     assert held.status is Status.QUEUED
     assert lab.reasons(poison) == [Reason.WORKER_LOST] * 3
-    assert "its worker was lost 3 times; it may be what kills them" in lab.cli("status", poison).stdout
+    assert "its worker was lost 3 times in a row; it may be what kills them" in lab.cli("status", poison).stdout
     good = lab.submit()
     lab.until(good, lambda job: job.status is Status.SUCCEEDED)
     assert lab.starts().count(f"{poison}.4") == 0, "it is not tried again until a person releases it"
+
+
+BAD_CARD = """
+from loractl.common.job.status import Reason
+from loractl.worker.protocol.messages import Ended
+from loractl.worker.training.trainer import main
+
+
+def run(order, orders, tell):
+    return Ended(job_id=order.job_id, reason=Reason.GPU_ERROR, message="CUDA error: the card has fallen off the bus")
+
+
+if __name__ == "__main__":
+    main(run)
+"""
+
+
+def test_a_card_that_fails_every_job_fails_no_job_for_good_and_is_closed(lab: Lab, tmp_path: Path) -> None:
+    """It is always idle, so that the rule would choose it again and again."""
+    (tmp_path / "quick" / "bad_card.py").write_text(BAD_CARD)
+    lab.start_box("owl", LORACTL_TRAINER="bad_card")
+    lab.start(LORACTL_DEVICES="sim:8GiB")
+    _until(lambda: len(lab.store.nodes()) == 2)
+    jobs = [lab.submit("--set=max_retries=0", user=user) for user in ("ada", "bob", "cyd", "dan")]
+    for job_id in jobs:
+        lab.until(job_id, lambda job: job.status is Status.SUCCEEDED)
+        assert lab.store.attempts(job_id)[-1].node == "heron:0"
+    (order,) = lab.store.drains().values()
+    assert (order.target, order.user) == ("owl:0", "loractl")
+    said = " ".join(lab.cli.with_environment(COLUMNS="300")("gpus").stdout.split())
+    assert "drained by loractl: gpu_error in jobs" in said
+    assert "the last: CUDA error: the card has fallen off the bus; look at it, then loractl undrain owl:0" in said
+
+
+def test_a_box_with_a_full_disk_fails_no_job_for_good_and_is_closed(lab: Lab, tmp_path: Path) -> None:
+    work = tmp_path / "owl" / "work"
+    work.mkdir(parents=True)
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "none", str(work)], capture_output=True).returncode:
+        pytest.skip("a small disk needs the right to mount a tmpfs")
+    try:
+        owl = lab.start_box("owl")
+        healthy = lab.start(LORACTL_DEVICES="sim:8GiB")
+        _until(lambda: len(lab.store.nodes()) == 2)
+        jobs = [lab.submit("--set=max_retries=0", steps=20) for _ in range(6)]
+        _until(lambda: "owl" in lab.store.drains())
+        for job_id in jobs:
+            done = lab.until(job_id, lambda job: job.status is Status.SUCCEEDED)
+            assert done.retries_used == 0
+        healthy.send_signal(signal.SIGINT)
+        healthy.wait(timeout=60)
+        last = lab.submit()
+        said = " ".join(lab.cli.with_environment(COLUMNS="300")("why", last).stdout.split())
+        assert "Reason: drained, owl:0 by loractl: disk_full in jobs" in said
+        assert said.count("then loractl undrain owl") > 0
+    finally:
+        subprocess.run(["umount", "-l", str(work)], check=True)
+    lab.cli("undrain", "owl")
+    lab.until(last, lambda job: job.status is Status.SUCCEEDED)
+    assert owl.poll() is None
 
 
 def test_a_result_waits_for_the_store_in_storing_also_over_a_restart_of_the_worker(lab: Lab, home: Path) -> None:
@@ -264,10 +330,14 @@ def test_a_finished_training_outlives_an_outage_that_is_longer_than_all_patience
     away = home / "artifacts" / "jobs"
     away.write_text("in the place of the folder: nothing can be stored")
     lab.start(LORACTL_STORE_PATIENCE="1s")
-    failed = lab.until(job_id, lambda job: job.status is Status.FAILED)
+    for _ in range(2):
+        lab.until(job_id, lambda job: job.not_before)
+        lab.change(job_id, not_before=None)  # rather than wait
+    failed = lab.until(job_id, lambda job: job.held)
     assert (failed.reason, failed.result_host) == (Reason.STORE_FAILED, "heron")
+    assert "the artifact store failed it 3 times in a row" in (failed.message or "")
     history = " ".join(lab.cli("show", job_id).stdout.split())
-    assert "its finished result stays on heron for loractl retry, until loractl gc takes it" in history
+    assert "loractl retry releases it; its finished result stays on heron" in history
 
     work = home / "work" / str(job_id)
     away.unlink()
@@ -286,7 +356,7 @@ def test_a_finished_training_outlives_an_outage_that_is_longer_than_all_patience
     lab.cli("retry", job_id)
     lab.until(job_id, lambda job: job.status is Status.SUCCEEDED)
     assert lab.starts() == [f"{job_id}.1"], "it was trained once"
-    assert [attempt.node for attempt in lab.store.attempts(job_id)] == ["heron:0"] * 2
+    assert [attempt.node for attempt in lab.store.attempts(job_id)] == ["heron:0"] * 4
     assert lab.store.job(job_id).result_host is None
     _until(lambda: not work.exists())
     lab.cli("adapters", "pull", job_id, lab.folder / "pulled")
@@ -441,7 +511,7 @@ def _family(pid: int) -> list[psutil.Process]:
     return psutil.Process(pid).children(recursive=True)
 
 
-def _until(holds: Callable[[], object], seconds: float = 30) -> None:
+def _until(holds: Callable[[], object], seconds: float = 60) -> None:
     deadline = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < deadline

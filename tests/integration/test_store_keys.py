@@ -26,7 +26,7 @@ from loractl.common.errors import ArtifactError
 from ..services import free_port, running
 
 PAGE = Path(__file__).parents[2] / "docs" / "deploy.md"
-NAMES = ("ada", "heron", "gc")
+NAMES = ("ada", "heron", "cleaner")
 SECRET = "test-secret-0123456789"
 
 
@@ -175,4 +175,4 @@ def test_each_key_can_do_its_own_part_and_no_more(stores: dict[str, ArtifactStor
     gc.remove(result)
     gc.remove(f"datasets/{digest}.jsonl")
     assert gc.holdings("jobs") == gc.holdings("datasets") == []
-    assert {("s3:PutObject", "ada"), ("s3:PutObject", "heron"), ("s3:DeleteObject", "gc")} <= Gate.asked
+    assert {("s3:PutObject", "ada"), ("s3:PutObject", "heron"), ("s3:DeleteObject", "cleaner")} <= Gate.asked

@@ -78,10 +78,10 @@ def job(**changed: Any) -> Job:
         "result_host": None, "result_until": None,
         "vram_reserved": None, "eta_spread_seconds": None, "planned": {}, "adjustment": None,
         "max_retries": 2, "status": Status.QUEUED, "cancel_requested": False,
-        "held": False, "attempt": 0, "retries_used": 0, "submitted_at": NOON, "reason": None, "message": None,
-        "stage": None, "not_before": None, "token": None, "lease_expires_at": None, "node": None, "gpu": None,
-        "method": None, "step": None, "total_steps": None, "loss": None, "tokens_per_second": None, "eta_seconds": None,
-        "started_at": None, "ended_at": None, "adapter_uri": None, "report_uri": None,
+        "held": False, "attempt": 0, "retries_used": 0, "submitted_at": NOON, "avoids": None, "reason": None,
+        "message": None, "stage": None, "not_before": None, "token": None, "lease_expires_at": None, "node": None,
+        "gpu": None, "method": None, "step": None, "total_steps": None, "loss": None, "tokens_per_second": None,
+        "eta_seconds": None, "started_at": None, "ended_at": None, "adapter_uri": None, "report_uri": None,
         "manifest_sha256": None,
     }  # fmt: skip
     return Job(**{**row, **changed})

@@ -17,6 +17,7 @@ from loractl.worker.protocol.messages import Start
 from loractl.worker.protocol.trust import check_checkpoint, check_claim, may_run_code
 
 from .disk import bytes_to_write, require_space
+from .remains import make_room
 from .state import AttemptState
 from .workplace import Workplace
 
@@ -33,7 +34,7 @@ def prepare(place: Workplace, state: AttemptState) -> Start:
     check_claim(spec, claim.data, place.settings)
     if claim.checkpoint is not None:
         check_checkpoint(claim.job_id, claim.checkpoint)
-    require_space(folder, bytes_to_write(spec, claim.method))
+    _require_space(place, folder, bytes_to_write(spec, claim.method))
 
     named = spec.data_sets()  # those that are not stored are hub ids
     for key in named.keys() & claim.data.keys():
@@ -41,7 +42,7 @@ def prepare(place: Workplace, state: AttemptState) -> Start:
         named[key] = str(place.artifacts.fetch_dataset(stored["uri"], stored["sha256"], cache / "datasets"))
     hashes = {key: stored["sha256"] for key, stored in claim.data.items()}
     data = [Path(path) for path in named.values() if Path(path).is_file()]
-    require_space(folder, bytes_to_write(spec, claim.method, sum(path.stat().st_size for path in data)))
+    _require_space(place, folder, bytes_to_write(spec, claim.method, sum(path.stat().st_size for path in data)))
     earlier = sorted(folder.parent.glob("attempt-*/checkpoints"), key=lambda p: p.stat().st_mtime, reverse=True)
     earlier += stored_checkpoint(place, claim, folder.parent / "stored", state.note)
     return Start(
@@ -74,6 +75,12 @@ def prepare(place: Workplace, state: AttemptState) -> Start:
         earlier_checkpoints=[str(p) for p in earlier],
         cache_dir=str(cache),
     )
+
+
+def _require_space(place: Workplace, folder: Path, needed: int) -> None:
+    """Raises OSError (ENOSPC) when so many bytes are not free, even without what ended jobs left on this box."""
+    make_room(place, folder, needed)
+    require_space(folder, needed)
 
 
 def environment(place: Workplace, claim: Claim) -> dict[str, str]:

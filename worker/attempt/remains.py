@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from loractl.common.errors import ArtifactError, LoractlError, ServiceUnreachable
+from loractl.common.files import remove_tree
 from loractl.common.job.status import KEEPING, Status
 from loractl.common.store.database import DatabaseError
 from loractl.worker.storage.client import CallWatch
@@ -43,6 +44,26 @@ def clean(place: Workplace, state: AttemptState, status: Status | None) -> None:
     if not (state.folder / READY).exists():
         shutil.rmtree(state.folder / "result", ignore_errors=True)
     _thin_out(state)
+
+
+def make_room(place: Workplace, folder: Path, needed: int) -> None:
+    """Where the disk of `folder` has less than so many bytes, remove what ended jobs left on this box, oldest first.
+
+    An attempt that can run comes before one that may be retried. The history of the job that loses its files says so.
+    """
+    host, work = place.settings.host, place.settings.work_dir
+    if shutil.disk_usage(folder).free >= needed:
+        return
+    found = {int(path.name): path for path in work.iterdir() if re.fullmatch(r"[1-9]\d{0,17}", path.name, re.ASCII)}
+    ended = place.store.over(found).jobs
+    for job_id in sorted(ended, key=lambda job_id: found[job_id].stat().st_mtime):
+        left = list(found[job_id].iterdir())  # before we ask: an attempt that begins after that has a folder of its own
+        if place.store.forget_finished(job_id, host, "its disk was needed for another job"):
+            log.warning("job %s: what it left here is removed, the disk is needed", job_id)
+            for path in left:
+                remove_tree(path)
+        if shutil.disk_usage(folder).free >= needed:
+            return
 
 
 def _is_over(place: Workplace, state: AttemptState) -> bool:

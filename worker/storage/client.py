@@ -25,7 +25,7 @@ log = logging.getLogger("loractl.worker")
 
 DEADLINE_S = 300.0
 """A call that moves nothing for so long is given up: its process is killed, and another one tries again. S3's client
-moves parts of 50 MB, which take a slow line minutes."""
+moves two parts of 50 MB at once, so a line must carry 340 kB/s."""
 
 LOOK_S = 0.2
 """Seconds between two looks at whether a call is still wanted."""

@@ -5,13 +5,14 @@ from __future__ import annotations
 import datetime as dt
 from collections.abc import Callable
 
-from sqlalchemy import func, select, update
+from sqlalchemy import select, update
 
 from loractl.common.job.status import (
     KEEPING,
+    LAB_FAILURE_LIMIT,
     LAB_RETRY_DELAY_S,
     OUTCOMES,
-    WORKER_LOST_LIMIT,
+    Blamed,
     Reason,
     Status,
     retry_delay_s,
@@ -24,13 +25,24 @@ from loractl.common.units import GIB
 from ..attempt_columns import ended
 from ..guard import become
 from ..records import Claim, Progress, StoredResult
-from ..tables import Adapter, Attempt, Event, Job, Use
+from ..tables import Adapter, Attempt, Job, Use
 from ..transaction import Transaction
 from .heartbeats import record
 from .need import need_more
+from .nodes import note_failure, note_success
+
+AVOIDED_S = 1800.0
+"""A job avoids what failed it for so long at most: then it takes the card rather than wait for a busy one."""
 
 REAPED = 50
 """Attempts that one transaction ends at most, so that heartbeats need not wait for it."""
+
+_HELD = {
+    Reason.WORKER_LOST: "its worker was lost {} times in a row; it may be what kills them",
+    Reason.GPU_ERROR: "its card failed {} times in a row; it may be what makes them fail",
+    Reason.DISK_FULL: "the disk of its box was full {} times in a row",
+    Reason.STORE_FAILED: "the artifact store failed it {} times in a row",
+}
 
 
 def finish(
@@ -97,6 +109,13 @@ def _end_attempt(tx: Transaction, job: Job, reason: Reason, message: str, now: d
         setattr(job, name, value)
     job.reason, job.message = reason, message
     outcome = OUTCOMES[reason]
+    if outcome.blames is not None:
+        _count_in_a_row(tx, job)
+        note_failure(tx, job, reason, message, now)
+    elif reason is Reason.OK:
+        note_success(tx, job.node or "")
+    elif outcome.counts:
+        job.lab_failures = 0
     may = outcome.retryable and not job.cancel_requested
     again = may and (not outcome.counts or job.retries_used < job.max_retries)
     if reason is Reason.OUT_OF_MEMORY and again:
@@ -141,27 +160,49 @@ def _requeue(tx: Transaction, job: Job, reason: Reason, message: str, now: dt.da
         delay = retry_delay_s(job.retries_used)
         job.not_before = now + dt.timedelta(seconds=delay)
         text += f"; tried again in {delay:.0f} s, retry {job.retries_used} of {job.max_retries}"
-    elif reason in (Reason.WORKER_LOST, Reason.GPU_ERROR):
-        if _times_ended(tx, job.job_id, reason) >= WORKER_LOST_LIMIT:
-            job.held = True
-            what = "its worker was lost" if reason is Reason.WORKER_LOST else "its card failed"
-            job.message = f"held: {what} {WORKER_LOST_LIMIT} times; it may be what kills them"
+    elif OUTCOMES[reason].blames is not None:
+        _avoid(job, reason, now)
+        held = _why_held(tx, job, message)
+        if held is not None:
+            job.held, job.message = True, held
             text += "; held, loractl retry releases it"
-        elif reason is Reason.GPU_ERROR:
+            text += f"; its finished result stays on {job.result_host}" if job.result_host is not None else ""
+        elif reason is not Reason.WORKER_LOST:
             job.not_before = now + dt.timedelta(seconds=LAB_RETRY_DELAY_S)
     if job.result_host is not None:
         job.result_until = (job.not_before or now) + dt.timedelta(seconds=RESULT_FIRST_S)
     tx.tell(job.job_id, job.attempt, "held" if job.held else "requeued", text)
 
 
-def _times_ended(tx: Transaction, job_id: int, reason: Reason) -> int:
-    """Attempts that ended this way since a person last queued the job again. The history's order counts: a clock may be
-    set back."""
-    retried = select(func.max(Event.event_id)).where(Event.job_id == job_id, Event.kind == "retry")
-    began = func.coalesce(retried.scalar_subquery(), 0)
-    since = select(Event.attempt).where(Event.job_id == job_id, Event.kind == "started", Event.event_id > began)
-    so = (Attempt.job_id == job_id) & (Attempt.reason == reason) & Attempt.attempt.in_(since)
-    return tx.session.scalar(select(func.count()).select_from(Attempt).where(so)) or 0
+def _avoid(job: Job, reason: Reason, now: dt.datetime) -> None:
+    """Let the job's next attempts keep off what failed this one. A box that has its finished result may still take it:
+    the rule gives it to that one alone."""
+    node = job.node or ""
+    blamed = node if OUTCOMES[reason].blames is Blamed.CARD else node.rpartition(":")[0]
+    until = now + dt.timedelta(seconds=AVOIDED_S)
+    job.avoids = {**(job.avoids or {}), blamed: {"reason": reason.value, "until": until.isoformat()}}
+
+
+def _count_in_a_row(tx: Transaction, job: Job) -> None:
+    """One more failure in a row. A further checkpoint since the last one begins a new row."""
+    attempt = tx.session.get(Attempt, (job.job_id, job.attempt), populate_existing=True)
+    resumed = 0 if attempt is None else attempt.resumed_from_step or 0
+    reached = max(resumed, (job.checkpoint or {}).get("step") or 0)
+    further = job.lab_step is not None and reached > job.lab_step
+    job.lab_failures = 1 if further else job.lab_failures + 1
+    job.lab_step = max(reached, job.lab_step or 0)
+
+
+def _why_held(tx: Transaction, job: Job, message: str) -> str | None:
+    """Why the job is held: the lab failed it so often in a row that it may be the cause. None: it is not."""
+    if job.lab_failures < LAB_FAILURE_LIMIT:
+        return None
+    blamed = [reason for reason, meaning in OUTCOMES.items() if meaning.blames is not None]
+    ended = select(Attempt.reason).where(Attempt.job_id == job.job_id, Attempt.reason.in_(blamed))
+    last = tx.session.scalars(ended.order_by(Attempt.attempt.desc()).limit(job.lab_failures)).all()
+    same = {reason for reason in last if reason is not None}
+    text = _HELD[same.pop()] if len(same) == 1 else "the lab failed it {} times in a row"
+    return f"held: {text.format(job.lab_failures)}; the last on {job.node}: {message}"
 
 
 def _charge(tx: Transaction, job: Job, now: dt.datetime) -> None:

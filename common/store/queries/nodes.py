@@ -1,29 +1,33 @@
-"""The nodes: what they say of their devices, which of them a person drains, and the whole fleet at one moment."""
+"""The nodes: what they say of their devices, which are drained and why, and the whole fleet at one moment."""
 
 from __future__ import annotations
 
 import datetime as dt
+from collections.abc import Callable
 from typing import Any
 
-from sqlalchemy import and_, or_, select
+from sqlalchemy import and_, delete, or_, select
 from sqlalchemy.orm import Session
 
 from loractl.common.errors import NameTaken
-from loractl.common.job.status import Status
+from loractl.common.job.status import OUTCOMES, Blamed, Reason, Status
 from loractl.common.placement.cards import Card
+from loractl.common.placement.closure import REMEMBERED_S, CardFailure, closure
 from loractl.common.placement.lines import SubstitutedLine, Waiting
 from loractl.common.placement.rule import place
 from loractl.common.placement.shares import charge, decayed
 
 from ..fleet import NODE_STALE_S, OCCUPANT, FleetView, card_of
 from ..records import Arrival, BoxIdentity, NodeState
-from ..tables import DrainOrder, Job, Node, Use
+from ..tables import DrainOrder, Job, LabFailure, Node, Use
 from ..transaction import Transaction
-from .endings import give_back
 from .lines import read_levels, read_oldest
 
+_CLOSING_LOCK = 0x10AC73  # any constant: names an advisory lock in PostgreSQL
 
-def arrive(tx: Transaction, state: NodeState) -> Arrival:
+
+def arrive(tx: Transaction, state: NodeState, give_back: Callable[[Transaction, str], list[int]]) -> Arrival:
+    """`give_back`: ends what an earlier process of the node has left running; returns the jobs."""
     now, me = tx.now(), _identity(state)
     # first, so that of two new ones with one name the second waits here, and then finds the first
     tx.add_new(Node, [{**vars(state), "seen_at": now, "free": 0, "reserved": 0}])
@@ -78,6 +82,7 @@ def drain(
 
 
 def end_drain(tx: Transaction, target: str) -> bool:
+    _forget_failures(tx, target)
     row = tx.session.get(DrainOrder, target)
     if row is not None:
         tx.session.delete(row)
@@ -97,6 +102,32 @@ def drained_targets(session: Session, now: dt.datetime) -> dict[str, DrainOrder]
     """Host or card -> the person's order that keeps it empty now."""
     orders = session.scalars(select(DrainOrder))
     return {order.target: order for order in orders if order.until is None or order.until > now}
+
+
+def note_failure(tx: Transaction, job: Job, reason: Reason, message: str, now: dt.datetime) -> None:
+    """Write down that the lab failed a job on its node, and drain that node where it fails the jobs of others too."""
+    node = job.node or ""
+    row = {"job_id": job.job_id, "attempt": job.attempt, "node": node, "reason": reason, "at": now, "message": message}
+    tx.session.add(LabFailure(**row, user=job.user, sweep_id=job.sweep_id))
+    tx.session.flush()
+    _close(tx, job, node, now)
+
+
+def note_success(tx: Transaction, node: str) -> None:
+    """An attempt has ended well: what failed before on this card, and what its box shares, works."""
+    shared = [reason for reason, meaning in OUTCOMES.items() if meaning.blames is Blamed.BOX]
+    of_box = LabFailure.node.startswith(node.rpartition(":")[0] + ":", autoescape=True) & LabFailure.reason.in_(shared)
+    tx.session.execute(delete(LabFailure).where(or_(LabFailure.node == node, of_box)))
+
+
+def read_failures(session: Session, now: dt.datetime) -> list[CardFailure]:
+    """Those of a day, of cards that have ended no attempt well since."""
+    recent = select(LabFailure).where(LabFailure.at > now - dt.timedelta(seconds=REMEMBERED_S))
+    names = ("node", "reason", "user", "job_id", "sweep_id", "at", "message")
+    return [
+        CardFailure(**{name: getattr(row, name) for name in names})
+        for row in session.scalars(recent.order_by(LabFailure.at, LabFailure.job_id))
+    ]
 
 
 def read_charges(session: Session, now: dt.datetime) -> dict[str, float]:
@@ -122,6 +153,7 @@ def read_view(session: Session, now: dt.datetime) -> FleetView:
         running={job.job_id: job for job in session.scalars(select(Job).where(Job.status == Status.RUNNING))},
         charges=charges,
         decisions=tuple(decisions),
+        failures=tuple(read_failures(session, now)),
     )
 
 
@@ -132,3 +164,33 @@ def read_start(session: Session, now: dt.datetime, changed: Waiting) -> str | No
         if decision.placed is not None and decision.placed.job.job_id == changed.job_id:
             return decision.placed.node
     return None
+
+
+def _close(tx: Transaction, job: Job, node: str, now: dt.datetime) -> None:
+    """Drain what the failures blame, as a person would, unless it is the last that takes jobs."""
+    if closure(node, read_failures(tx.session, now)) is None:
+        return
+    if not tx.is_alone(_CLOSING_LOCK):  # else two could each leave the other's card as the last one
+        return  # the next failure will do
+    found = closure(node, read_failures(tx.session, now))
+    cards, drained = read_cards(tx.session, now), drained_targets(tx.session, now)
+    if found is None or found.target in drained or found.target.rpartition(":")[0] in drained:
+        return
+    bad = [card for card in cards if found.target in (card.node, card.host)]
+    if not _leaves_one(bad, cards):
+        return
+    drain(tx, found.target, "loractl", found.reason)
+    _forget_failures(tx, found.target)
+    tx.tell(job.job_id, job.attempt, "closed", f"{found.target} takes no more jobs: {found.reason}")
+
+
+def _leaves_one(bad: list[Card], cards: list[Card]) -> bool:
+    """Whether a card stays open without them; in place of GPUs no processor is one."""
+    only_gpus = any(not card.processor for card in bad)
+    return any(card.open and card not in bad and not (only_gpus and card.processor) for card in cards)
+
+
+def _forget_failures(tx: Transaction, target: str) -> None:
+    """Count the failures of a card or a box from here on."""
+    of_box = LabFailure.node.startswith(f"{target}:", autoescape=True)
+    tx.session.execute(delete(LabFailure).where(or_(LabFailure.node == target, of_box)))

@@ -109,10 +109,13 @@ def forget_checkpoint(tx: Transaction, job_id: int) -> bool:
     return tx.change(ended_job.values(checkpoint=None)) == 1
 
 
-def forget_finished(tx: Transaction, job_id: int, host: str) -> bool:
+def forget_finished(tx: Transaction, job_id: int, host: str, why: str) -> bool:
     ended_job = update(Job).where(Job.job_id == job_id, Job.status.in_(ENDED))
+    if not tx.change(ended_job.values(result_until=None)):
+        return False
     tx.change(ended_job.where(Job.result_host == host).values(result_host=None))
-    return tx.change(ended_job.values(result_until=None)) == 1
+    tx.tell(job_id, None, "removed", f"what it left on {host} is removed: {why}")
+    return True
 
 
 def read_spent_logs(tx: Transaction) -> list[SpentLog]:

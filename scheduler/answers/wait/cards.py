@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from loractl.common.job.method import Method
-from loractl.common.placement.cards import Card, could_start, largest_gpu, room_at, suits
+from loractl.common.placement.cards import Card, avoided, holds_now, room_at, suits, takes
 from loractl.common.placement.lines import Waiting
-from loractl.common.store.fleet import NODE_STALE_S, FleetView, waiting_of
+from loractl.common.store.fleet import NODE_STALE_S, Avoidance, FleetView, avoided_by, waiting_of
 from loractl.common.units import clock, duration, gib
 
 if TYPE_CHECKING:
@@ -78,6 +78,9 @@ def _fit(job: Job, me: Waiting, card: Card, view: FleetView) -> CardFit:
         return fit("?", "its worker is stopping" if silent <= NODE_STALE_S else f"not seen for {duration(silent)}")
     if not suits_at_last(job, card, view):
         return fit("never", "a processor is for what no GPU of the fleet can hold")
+    if avoided(card, me, view.cards.values()):
+        why = avoidance_of(job, card, view)
+        return fit(clock(why.until, view.now), f"failed it ({why.reason}), avoided until then", why.until)
     opening = opening_of(me, card, view)
     if opening is None and job.lora_until is not None and not could_ever_hold(me, card):
         until = clock(job.lora_until, view.now)
@@ -106,7 +109,7 @@ def _now(me: Waiting, card: Card, view: FleetView) -> str:
 
 def opening_of(me: Waiting, card: Card, view: FleetView) -> Opening | None:
     """When the card will have room for the job; None: never by itself."""
-    if not card.open or not suits(card, me, largest_gpu(view.cards.values())):
+    if not card.open or not takes(card, me, view.cards.values(), view.largest):
         return None
     openings = []
     for size in {me.need.of(method) for method in me.methods} if me.least is not None else {None}:
@@ -120,7 +123,8 @@ def opening_of(me: Waiting, card: Card, view: FleetView) -> Opening | None:
 def could_start_now(me: Waiting, card: Card, view: FleetView) -> bool:
     """Whether the card would take the job now if it were first. A job of unknown need gets a card of its own."""
     alone = me.least is not None or not card.running
-    return card.open and alone and could_start(me, card, view.cards.values())
+    held = card.open and alone and holds_now(me, card, view.largest)
+    return held and not avoided(card, me, view.cards.values())
 
 
 def could_ever_hold(me: Waiting, card: Card) -> bool:
@@ -129,9 +133,15 @@ def could_ever_hold(me: Waiting, card: Card) -> bool:
     return least is None or least <= card.usable
 
 
+def avoidance_of(job: Job, card: Card, view: FleetView) -> Avoidance:
+    """Why the job keeps off a card that failed it, or whose box did."""
+    found = avoided_by(job.avoids, view.now)
+    return found[card.node] if card.node in found else found[card.host]
+
+
 def suits_at_last(job: Job, card: Card, view: FleetView) -> bool:
     """Whether the card may take the job, now or once it has waited long enough for LoRA. Its room is not asked."""
-    me, largest = waiting_of(vars(job), view.now), largest_gpu(view.cards.values())
+    me, largest = waiting_of(vars(job), view.now), view.largest
     return any(suits(card, form, largest) for form in (me, at_last(job, me)))
 
 

@@ -7,17 +7,19 @@ for it; the memory is taken. The placement rule itself says what it decides.
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from loractl import __version__
-from loractl.common.placement.cards import Card, largest_gpu, suits
+from loractl.common.job.status import OUTCOMES
+from loractl.common.placement.cards import Card, suits
 from loractl.common.placement.lines import Waiting
 from loractl.common.store.fleet import NODE_STALE_S, FleetView, waiting_of
 from loractl.common.units import clock, duration, gib
 
 from .cards import (
     at_last,
+    avoidance_of,
     could_ever_hold,
     could_start_now,
     holder,
@@ -68,6 +70,7 @@ def explain(job: Job, view: FleetView) -> Wait:
         or _next(job, view)
         or _others_first(job, me, view)
         or _patience(job, me, view)
+        or _avoids(job, me, view)
         or _room(job, me, view)
     )
 
@@ -101,7 +104,9 @@ def _held_back(job: Job, view: FleetView) -> Wait | None:
         pause = duration((job.not_before - view.now).total_seconds())
         if job.message is not None and job.reason is None:  # no attempt ended: a worker of an older version saw it
             return Wait(tier=Tier.POLICY, word="version", sentence=job.message)
-        return Wait(tier=Tier.POLICY, word="retry", sentence=f"attempt {job.attempt + 1} in {pause}")
+        blames = job.reason is not None and OUTCOMES[job.reason].blames is not None
+        after = f": {job.node} failed it ({job.reason})" if blames else ""
+        return Wait(tier=Tier.POLICY, word="retry", sentence=f"attempt {job.attempt + 1} in {pause}{after}")
     limit, mine = _user_limit(view), sum(running.user == job.user for running in view.running.values())
     if limit is not None and mine >= limit:
         return Wait(tier=Tier.POLICY, word="limit", sentence=f"{job.user} runs {mine}, the limit is {limit}")
@@ -230,6 +235,17 @@ def _patience(job: Job, me: Waiting, view: FleetView) -> Wait | None:
     return None
 
 
+def _avoids(job: Job, me: Waiting, view: FleetView) -> Wait | None:
+    """A card has room for it and failed it: it waits for another one."""
+    forgets, cards = replace(me, avoids=frozenset()), view.cards.values()
+    for card in cards:
+        if card.open and not could_start_now(me, card, view) and could_start_now(forgets, card, view):
+            why = avoidance_of(job, card, view)
+            until = clock(why.until, view.now)
+            return _capacity("avoids", f"{card.node} failed it ({why.reason}): until {until} for another card")
+    return None
+
+
 def _room(job: Job, me: Waiting, view: FleetView) -> Wait:
     """The card that has room first, and the jobs that must end for it. Without one: who holds the largest card."""
     openings = {
@@ -247,7 +263,7 @@ def _room(job: Job, me: Waiting, view: FleetView) -> Wait:
 
 
 def _held_by_others(me: Waiting, view: FleetView) -> Wait:
-    largest = largest_gpu(view.cards.values())
+    largest = view.largest
     cards = [c for c in view.cards.values() if c.open and suits(c, me, largest) and could_ever_hold(me, c)]
     blocked = max(cards, key=lambda card: card.capacity)
     held = holder(view, blocked, pid=True)

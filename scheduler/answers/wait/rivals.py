@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from loractl.common.placement.cards import Card, largest_gpu, suits
+from loractl.common.placement.cards import Card, takes
 from loractl.common.placement.lines import Waiting
 from loractl.common.store.fleet import FleetView, waiting_of
 
@@ -39,10 +39,10 @@ def reaches(job: Job, waiting: Sequence[Waiting]) -> bool:
 
 def rivals(job: Job, view: FleetView, waiting: Sequence[Waiting]) -> list[Waiting]:
     """Other ready jobs that could take a card which suits this one."""
-    me, largest = waiting_of(vars(job), view.now), largest_gpu(view.cards.values())
+    me, fleet = waiting_of(vars(job), view.now), view.cards.values()
 
     def may_take(other: Waiting, card: Card) -> bool:
-        return suits(card, other, largest) and could_ever_hold(other, card)
+        return takes(card, other, fleet, view.largest) and could_ever_hold(other, card)
 
     cards = [card for card in view.cards.values() if card.open and may_take(me, card)]
     return [o for o in waiting if o.job_id != me.job_id and any(may_take(o, card) for card in cards)]

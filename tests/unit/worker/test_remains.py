@@ -13,7 +13,7 @@ from loractl.common.settings import load_settings
 from loractl.common.store.records import Claim, Progress, StoredCheckpoint
 from loractl.common.store.store import Store
 from loractl.worker.attempt.drain import Drain
-from loractl.worker.attempt.remains import clean
+from loractl.worker.attempt.remains import clean, make_room
 from loractl.worker.attempt.result import READY
 from loractl.worker.attempt.state import AttemptState, begin
 from loractl.worker.attempt.workplace import Workplace
@@ -95,3 +95,18 @@ def test_what_a_failed_job_leaves_is_bounded(bench: Bench) -> None:
     kept = [f"1/attempt-2/checkpoints/checkpoint-{step}" for step in (10, 15)]
     assert bench.local() == [*kept, "1/attempt-2/result/adapter"]
     assert bench.place.store.job(1).checkpoint is not None and "2-15" in bench.stored()
+
+
+def test_what_ended_jobs_left_makes_room_for_the_next_job_and_their_histories_say_so(bench: Bench) -> None:
+    first = bench.attempt()
+    clean(bench.place, first, bench.end(first, Reason.STORE_FAILED))
+    waiting = bench.place.store.submit(submission())
+    second = bench.attempt()
+    clean(bench.place, second, bench.end(second, Reason.DRAINED))
+    make_room(bench.place, bench.folder, 1)
+    assert bench.local(), "there is room"
+    make_room(bench.place, bench.folder, 1 << 60)
+    assert bench.local() == []
+    assert list(bench.place.settings.work_dir.glob(f"{waiting}/*/*/*")), "what a waiting job goes on from stays"
+    text = f"what it left on {bench.place.settings.host} is removed: its disk was needed for another job"
+    assert [event.text for event in bench.place.store.events(1)][-1] == text

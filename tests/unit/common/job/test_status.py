@@ -26,7 +26,9 @@ def test_only_what_is_tried_again_can_spend_a_retry() -> None:
 def test_what_the_lab_caused_spends_no_retry() -> None:
     free = {r for r, o in OUTCOMES.items() if o.retryable and not o.counts}
     # out of memory is the plan's fault; the store tries again while a method or a larger card is left
-    assert free == {Reason.PREEMPTED, Reason.DRAINED, Reason.WORKER_LOST, Reason.GPU_ERROR, Reason.OUT_OF_MEMORY}
+    failures = {r for r, o in OUTCOMES.items() if o.blames is not None}
+    assert failures == {Reason.WORKER_LOST, Reason.GPU_ERROR, Reason.DISK_FULL, Reason.STORE_FAILED}
+    assert free == failures | {Reason.PREEMPTED, Reason.DRAINED, Reason.OUT_OF_MEMORY}
 
 
 def test_the_transitions_are_closed_and_every_outcome_can_be_reached_from_running() -> None:

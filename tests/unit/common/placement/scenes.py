@@ -129,4 +129,5 @@ def random_job(rng: random.Random, number: int, age_s: float) -> Waiting:
         need=Need(lora=need and need * GIB, qlora=smaller and smaller * GIB),
         requires=rng.choice((frozenset(), frozenset(), LABELS)),
         only_host=rng.choice((None, None, None, None, "n", "m")),
+        avoids=rng.choice((frozenset(), frozenset(), frozenset({"n:0"}), frozenset({"n:0", "n:1"}), frozenset({"n"}))),
     )

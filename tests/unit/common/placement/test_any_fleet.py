@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 from collections.abc import Sequence
+from dataclasses import replace
 
 from hypothesis import assume, given
 
@@ -13,12 +14,12 @@ from loractl.common.placement.cards import (
     could_start,
     largest_gpu,
     room_at,
-    suits,
+    takes,
 )
 from loractl.common.placement.lines import ListedLine, Waiting, levels_of
 from loractl.common.placement.rule import RESERVE_AFTER_S, Decision, place
 
-from .scenes import NOW, Scene, many, order, scenes, started
+from .scenes import NOW, Scene, decide, many, order, scenes, started
 
 
 def after(cards: Sequence[Card], decisions: Sequence[Decision]) -> dict[str, Card]:
@@ -115,9 +116,36 @@ def test_a_kept_card_is_the_one_with_the_earliest_room(scene: Scene) -> None:
         at = {
             node: [room.at or far for size in sizes_on(job, card) if (room := room_at(card, size, NOW)) is not None]
             for node, card in left.items()
-            if card.open and suits(card, job, largest_gpu(scene.cards))
+            if card.open and takes(card, job, scene.cards, largest_gpu(scene.cards))
         }
         assert min(at[d.reserved.node]) == min(moment for moments in at.values() for moment in moments)
+
+
+@many
+@given(scenes())
+def test_no_job_starts_where_it_failed_while_another_card_could_hold_it(scene: Scene) -> None:
+    cards = {card.node: card for card in scene.cards}
+    for d in scene.decide():
+        if d.placed is None:
+            continue
+        job, blamed = d.placed.job, d.placed.job.avoids
+        if not blamed & {d.placed.node, cards[d.placed.node].host}:
+            continue
+        sound = [card for card in scene.cards if not blamed & {card.node, card.host}]
+        idle = [replace(card, running=(), user_limit=None) for card in sound if card.open]
+        largest = largest_gpu(scene.cards)
+        fits = [c for c in idle if could_start(replace(job, avoids=frozenset()), c, idle)]
+        assert not [c for c in fits if not c.processor or largest == 0 or (job.least or 0) > largest]
+
+
+@many
+@given(scenes())
+def test_what_a_job_avoids_never_makes_it_wait_for_nothing(scene: Scene) -> None:
+    """On the fleet without anything else that we run, a job starts if it would start with no such memory."""
+    idle = [replace(card, running=()) for card in scene.cards]
+    for job in scene.jobs:
+        forgets = replace(job, avoids=frozenset())
+        assert bool(started(decide([job], idle))) == bool(started(decide([forgets], idle)))
 
 
 def sizes_on(job: Waiting, card: Card) -> list[int]:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from loractl.common.placement.cards import (
     SHARED_FROM_BYTES,
+    Occupant,
     could_start,
     default_max_jobs,
     room_at,
@@ -41,7 +42,8 @@ def test_room_is_there_when_those_that_must_end_first_have_and_not_before(scene:
 def test_could_start_is_what_the_rule_would_do_with_that_job_and_card_alone(scene: Scene) -> None:
     for job in scene.jobs:
         for card in scene.cards:
-            alone = [replace(c, user_limit=None, max_jobs=c.max_jobs * (c.node == card.node)) for c in scene.cards]
+            full = [c.with_job(Occupant(job_id=9, user="z", reserved=c.total)) for c in scene.cards if c is not card]
+            alone = [replace(c, user_limit=None) for c in (card, *full)]
             assert (card.open and could_start(job, card, scene.cards)) == bool(started(decide([job], alone)))
 
 

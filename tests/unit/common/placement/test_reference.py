@@ -61,7 +61,10 @@ class Reference:
         least = None if None in self.needs(job) else min(n for n in self.needs(job) if n is not None)
         beyond = largest == 0 or (least is not None and least > largest)
         mine = [c for c in open_ if job.only_host is None or c.node.startswith(f"{job.only_host}:")]
-        return [c for c in mine if job.requires <= c.labels and (beyond or not c.processor)]
+        suited = [c for c in mine if job.requires <= c.labels and (beyond or not c.processor)]
+        sound = [c for c in suited if c.node not in job.avoids and c.node.split(":")[0] not in job.avoids]
+        room = {c.node: c.total - c.margin - c.outside for c in sound if c.max_jobs > 0}
+        return sound if any(size > 0 and (least is None or least <= size) for size in room.values()) else suited
 
     def needs(self, job: Waiting) -> list[int | None]:
         return [job.need.of(method) for method in job.methods]

@@ -188,6 +188,18 @@ def test_a_large_job_starts_a_day_later_at_worst(case: str) -> None:
     assert found <= OLDEST_FIRST_AFTER_S + 2 * HOUR
 
 
+@pytest.mark.parametrize("sound", [80, 40])
+def test_a_large_job_that_avoids_a_card_starts_too(sound: float) -> None:
+    """On the other one, which is never empty by itself; where that is too small, on the card that failed it."""
+    large = a_job(11, 2 * HOUR, 80, HOUR, user="eve")
+    large = replace(large, waiting=replace(large.waiting, avoids=frozenset({"a:0"})))
+    cards = [a_card(80), a_card(sound, "b:0")]
+    stream = small_jobs("abcd", HOUR, HOUR / 7)
+    run = replay([large, *stream], cards, START, PlacementRule(), until=11).runs[11]
+    assert run.node == ("b:0" if sound == 80 else "a:0")
+    assert (run.started - large.waiting.since).total_seconds() <= RESERVE_AFTER_S + HOUR / 7 + HOUR
+
+
 def test_a_job_that_no_card_could_hold_delays_nobody() -> None:
     impossible = a_job(1, 0, 500, HOUR, user="eve")
     large = a_job(11, 2 * HOUR, 80, HOUR, user="eve")

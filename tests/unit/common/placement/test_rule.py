@@ -137,3 +137,41 @@ def test_a_job_whose_finished_result_lies_on_a_box_is_that_box_s_alone() -> None
     kept, other = decide([job, a_job(2, user="bob")], [owl, replace(heron, running=(running(9, 80, 600),))])
     assert kept.reserved is not None and kept.reserved.node == "heron:1"
     assert other.placed is not None and other.placed.node == "owl:0", "the other box is not kept from others"
+
+
+def test_a_job_keeps_off_the_card_that_failed_it_while_another_could_hold_it() -> None:
+    bad, good = a_card("a:0", 12), a_card("b:0", 24)
+    job = a_job(1, avoids=frozenset({"a:0"}))
+    assert started(decide([job], [bad, good])) == {1: "b:0"}, "not on the one that it would fill best"
+    assert started(decide([a_job(2), job], [bad, good])) == {1: "b:0", 2: "a:0"}, "another job may have that"
+    busy = replace(good, running=(running(9, 24),))
+    assert started(decide([job], [bad, busy])) == {}, "it waits for the other, which can hold it later"
+
+
+def test_a_job_takes_the_card_that_failed_it_where_no_other_could_hold_it() -> None:
+    bad, good = a_card("a:0", 80), a_card("b:0", 24)
+    job = a_job(1, 40, avoids=frozenset({"a:0"}))
+    for others in (
+        [],
+        [good],
+        [replace(good, total=80 * GIB, open=False)],
+        [replace(good, total=80 * GIB, max_jobs=0)],
+    ):
+        assert started(decide([job], [bad, *others])) == {1: "a:0"}
+    lent = replace(good, total=80 * GIB, outside=41 * GIB)
+    assert started(decide([job], [bad, lent])) == {1: "a:0"}, "other people's programs may stay for ever"
+
+
+def test_a_box_that_failed_a_job_is_avoided_with_all_its_cards() -> None:
+    cards = [a_card("a:0", 8), a_card("a:1", 8), a_card("b:0", 80)]
+    assert started(decide([a_job(1, avoids=frozenset({"a"}))], cards)) == {1: "b:0"}
+
+
+def test_a_kept_card_is_none_that_failed_the_job() -> None:
+    soon, late = (
+        a_card(f"{box}:0", 80, running=(running(n, 60, ends),)) for box, n, ends in (("a", 8, 60), ("b", 9, 600))
+    )
+    job = a_job(1, 70, age_s=RESERVE_AFTER_S, avoids=frozenset({"a"}))
+    (kept,) = decide([job], [soon, late, a_card("c:0", 8)])
+    assert kept.reserved is not None
+    assert kept.reserved.node == "b:0"

@@ -52,11 +52,11 @@ machine = settings(
 
 # Written down again, not taken from the code: the model must be able to disagree with it.
 LEASE_S, HELD_AFTER, CARD_PAUSE_S = 60, 3, 10
-LAB = frozenset({Reason.WORKER_LOST, Reason.DRAINED, Reason.PREEMPTED, Reason.GPU_ERROR})
+FAILS = frozenset({Reason.WORKER_LOST, Reason.GPU_ERROR, Reason.DISK_FULL, Reason.STORE_FAILED})
+LAB = FAILS | {Reason.DRAINED, Reason.PREEMPTED}
 COUNTED = frozenset(
     {
-        Reason.HOST_OUT_OF_MEMORY, Reason.DISK_FULL, Reason.STORE_FAILED, Reason.EVALUATION_FAILED,
-        Reason.TRAINER_ERROR,
+        Reason.HOST_OUT_OF_MEMORY, Reason.EVALUATION_FAILED, Reason.TRAINER_ERROR,
     }
 )  # fmt: skip
 KEEP = COUNTED | {Reason.OUT_OF_MEMORY, Reason.TIMED_OUT}  # a job that failed so keeps its checkpoint
@@ -97,7 +97,8 @@ class Known:
     gives_way: bool = False
     checkpoint: StoredCheckpoint | None = None
     retries: int = 0
-    lost: dict[Reason, int] = field(default_factory=dict)  # since a person last queued it
+    failures: int = 0  # of the lab's, in a row without a further checkpoint
+    reached: int | None = None  # the checkpoint at the last of them
     published: Run | None = None
     final: dict[str, Any] | None = None  # the row of a job that has ended
 
@@ -122,12 +123,13 @@ class Known:
             self.become(Status.CANCELLED)
         elif reason in LAB:
             self.become(Status.QUEUED)
-            self.lost[reason] = self.lost.get(reason, 0) + 1
-            self.held = reason in (Reason.WORKER_LOST, Reason.GPU_ERROR) and self.lost[reason] >= HELD_AFTER
-            if reason is Reason.GPU_ERROR and not self.held:
-                self.not_before = now + dt.timedelta(seconds=CARD_PAUSE_S)
+            if reason in FAILS:
+                self.fail_by_the_lab()
+                if reason is not Reason.WORKER_LOST and not self.held:
+                    self.not_before = now + dt.timedelta(seconds=CARD_PAUSE_S)
         elif reason in COUNTED and self.retries < self.max_retries:
             self.become(Status.QUEUED)
+            self.failures = 0
             self.retries += 1
             self.not_before = now + dt.timedelta(seconds=min(600, 10 * 2 ** (self.retries - 1)))
         elif reason is Reason.OUT_OF_MEMORY:
@@ -137,6 +139,12 @@ class Known:
             self.become(Status.FAILED)
         if self.status in ENDED and (self.status is not Status.FAILED or reason not in KEEP):
             self.checkpoint = None
+
+    def fail_by_the_lab(self) -> None:
+        step = self.checkpoint.step if self.checkpoint else 0
+        self.failures = 1 if self.reached is not None and step > self.reached else self.failures + 1
+        self.reached = step
+        self.held = self.failures >= HELD_AFTER
 
     def may_start(self, now: dt.datetime) -> bool:
         waits = self.not_before is not None and self.not_before > now
@@ -217,7 +225,7 @@ class Life(RuleBasedStateMachine):
         assert self.store.retry(job.job_id, "bob").status is Status.QUEUED
         job.become(Status.QUEUED)
         job.held, job.cancel_asked, job.not_before = False, False, None
-        job.retries, job.lost, job.final = 0, {}, None
+        job.retries, job.failures, job.reached, job.final = 0, 0, None, None
 
     def gc_forgets_the_checkpoint(self, job: Known) -> None:
         assert self.store.forget_checkpoint(job.job_id) == (job.status in ENDED)

@@ -129,6 +129,30 @@ def test_a_job_whose_result_lies_on_a_box_names_it_and_until_when() -> None:
     }
 
 
+def failed(name: str) -> dict[str, dict[str, str]]:
+    """What a job's row says after a gpu_error."""
+    return {name: {"reason": "gpu_error", "until": in_seconds(600).isoformat()}}
+
+
+def test_a_card_that_failed_it_is_named_with_the_reason_and_until_when() -> None:
+    nodes, ran = (card("a:0"), card("b:0")), [running(1, "b:0", 24)]
+    for name in ("a:0", "a"):
+        word, sentence = told(waits(avoids=failed(name)), *nodes, ran=ran)
+        assert word == "avoids"
+        assert re.fullmatch(r"a:0 failed it \(gpu_error\): until .*\d for another card", sentence)
+        found = fits(waits(avoids=failed(name)), *nodes, ran=ran)
+        assert found["a:0"][1] == "failed it (gpu_error), avoided until then"
+        assert found["b:0"] == ("?", "fits when 1 ends, which is not known")
+    assert told(waits(avoids=failed("a:0")), card("a:0"), card("b:0", 2))[0] == "next", "the other is too small"
+    over = {"a:0": {"reason": "gpu_error", "until": NOON.isoformat()}}
+    assert told(waits(avoids=over), *nodes, ran=ran)[0] == "next"
+
+
+def test_a_pause_after_a_failure_of_the_lab_says_where_and_how() -> None:
+    job = waits(attempt=1, not_before=in_seconds(9), reason=Reason.DISK_FULL, message="full", node="a:0")
+    assert told(job, card()) == ("retry", "attempt 2 in 9 s: a:0 failed it (disk_full)")
+
+
 # --- fleet ---
 
 

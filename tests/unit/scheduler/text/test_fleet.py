@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from loractl.common.job.status import Reason
+from loractl.common.placement.closure import CardFailure
 from loractl.common.store.tables import Node
 from loractl.common.units import GIB
 from loractl.scheduler.answers.fleet import DEVICE_FIELDS, fleet_of
 from loractl.scheduler.text.fleet import devices
 from loractl.scheduler.text.screen import Screen
 
+from ...factories import NOON
 from ...fleets import card, fleet, running
 from .screens import ASCII, PIPE, WIDE, crowded, lab, seemly, shown
 
@@ -78,4 +82,19 @@ def test_a_device_as_json_has_all_that_its_node_told() -> None:
     columns = [column.key for column in Node.__table__.columns]
     assert list(DEVICE_FIELDS) == columns
     (told,) = fleet_of(fleet([card()])).as_json()
-    assert list(told) == [*columns, "open", "jobs", "drained"]
+    assert list(told) == [*columns, "open", "jobs", "drained", "failures"]
+    assert told["failures"] == {}
+
+
+def test_failures_of_the_lab_are_counted_until_a_job_ends_well_there() -> None:
+    view = fleet([card("a:0"), card("b:0")], [running(1, "a:0", 8)])
+    reasons = (Reason.GPU_ERROR, Reason.WORKER_LOST, Reason.WORKER_LOST)
+    failures = tuple(
+        CardFailure(node="a:0", reason=reason, user="ada", job_id=n, sweep_id=None, at=NOON, message="")
+        for n, reason in enumerate(reasons)
+    )
+    found = fleet_of(replace(view, failures=failures))
+    rows = {line.split()[0]: line for line in devices(found, WIDE).splitlines()[1:3]}
+    assert rows["a:0"].endswith("ada 1, failed lately: 1 gpu_error, 2 worker_lost")
+    assert rows["b:0"].endswith("–")
+    assert [device["failures"] for device in found.as_json()] == [{"gpu_error": 1, "worker_lost": 2}, {}]

@@ -1,0 +1,110 @@
+"""Closures: which card or box fails the jobs of several people, and so is to take no more of them."""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from loractl.common.job.status import OUTCOMES, Blamed, Reason
+
+GPU_ERRORS = 2
+"""A card is closed after so many gpu_errors in a row."""
+
+OTHER_FAILURES = 3
+"""A card or a box is closed after so many of the lab's other failures in a row."""
+
+REMEMBERED_S = 24 * 3600.0
+"""A failure that is older says nothing about a card any more."""
+
+ONE_LOSS_S = 60.0
+"""Workers that are lost within so long were lost for one cause: a power cut ends every job of a box."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CardFailure:
+    """An attempt that ended by a failure of the lab's."""
+
+    node: str
+    reason: Reason
+    user: str
+    job_id: int
+    sweep_id: int | None
+    at: dt.datetime
+    message: str
+
+    @property
+    def host(self) -> str:
+        return self.node.rpartition(":")[0]
+
+    @property
+    def origin(self) -> tuple[str, str, int]:
+        """All jobs of one sweep count as one: they may be the cause themselves."""
+        return (self.user, "job", self.job_id) if self.sweep_id is None else (self.user, "sweep", self.sweep_id)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Closure:
+    """A card or a box that is to take no more jobs."""
+
+    target: str  # host:index, or a host
+    reason: str  # for people
+
+
+def closure(node: str, failures: Sequence[CardFailure]) -> Closure | None:
+    """Whether the failures say that this card, or its box, is bad.
+
+    `failures`: those on all cards that have ended no attempt well since, at most REMEMBERED_S old.
+    """
+    host = node.rpartition(":")[0]
+    errors = [f for f in failures if f.node == node and f.reason is Reason.GPU_ERROR]
+    others = [f for f in failures if f.host == host and f.reason is not Reason.GPU_ERROR]
+    here = [f for f in others if f.node == node and OUTCOMES[f.reason].blames is Blamed.CARD]
+    for target, found, limit in (
+        (node, errors, GPU_ERRORS),
+        (node, here, OTHER_FAILURES),
+        (host, others, OTHER_FAILURES),
+    ):
+        counted = _independent(found)
+        if len(counted) >= limit and not _follows_the_jobs(target, counted, failures):
+            return Closure(target=target, reason=_reason(target, counted))
+    return None
+
+
+def _independent(failures: Iterable[CardFailure]) -> list[CardFailure]:
+    """One for each origin, and of workers that were lost together one."""
+    counted: list[CardFailure] = []
+    seen: set[tuple[str, str, int]] = set()
+    lost: dt.datetime | None = None  # when the last worker was lost that others may have been lost with
+    for failure in sorted(failures, key=lambda f: (f.at, f.job_id)):
+        together = False
+        if failure.reason is Reason.WORKER_LOST:
+            together = lost is not None and (failure.at - lost).total_seconds() <= ONE_LOSS_S
+            lost = lost if together else failure.at
+        if failure.origin not in seen and not together:
+            counted.append(failure)
+        seen.add(failure.origin)
+    return counted
+
+
+def _follows_the_jobs(target: str, counted: Sequence[CardFailure], failures: Sequence[CardFailure]) -> bool:
+    """Whether the same happens elsewhere too, so that it is no fault of this card or box.
+
+    It is one user's own when only his jobs fail, and they fail in the same way elsewhere; and the store's when it fails
+    several boxes.
+    """
+    reasons, users = {f.reason for f in counted}, {f.user for f in counted}
+    elsewhere = [f for f in failures if target not in (f.node, f.host) and f.reason in reasons]
+    if reasons == {Reason.STORE_FAILED}:
+        return bool(elsewhere)
+    return len(users) == 1 and any(f.user in users for f in elsewhere)
+
+
+def _reason(target: str, counted: Sequence[CardFailure]) -> str:
+    """For people: what happened to whom, and the way back. One line."""
+    names = sorted({f.reason.value for f in counted})
+    what = names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+    jobs = [str(f.job_id) for f in counted]
+    who = f"{', '.join(jobs[:-1])} and {jobs[-1]}"
+    said = " ".join(counted[-1].message.split())
+    return f"{what} in jobs {who}, the last: {said[:90]}; look at it, then loractl undrain {target}"
