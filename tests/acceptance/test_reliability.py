@@ -98,6 +98,7 @@ def run(order, orders, tell):
     adapter = Path(order.output_dir) / "adapter"
     adapter.mkdir()
     (adapter / "adapter_model.safetensors").write_text(f"weights of attempt {order.attempt}")
+    (adapter / "adapter_config.json").write_text("{}")
     (adapter.parent / "report.json").write_text("{}")
     return Ended(job_id=job, reason=Reason.OK, message="trained")
 
