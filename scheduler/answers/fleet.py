@@ -55,6 +55,8 @@ class DeviceState:
     fault: str | None  # why nothing can run on it, with the next step
     self_test: Mapping[str, Any] | None  # what it showed before it served; null: it had none
     instance: str | None  # of the box: two boxes may call themselves the same
+    machine: str | None  # its machine-id, of which a home may be a copy
+    boot: str | None  # its boot id, of which a whole machine may be a copy
     seen_at: dt.datetime
 
     card: Card  # as the placement rule sees it, with the jobs that run there
