@@ -170,4 +170,4 @@ After a lost worker it is tried again at once."""
 
 def retry_delay_s(attempt: int) -> float:
     """Seconds to wait before attempt + 1, after a failure that counts: 10, 20, 40, ... at most 600."""
-    return float(min(600, 10 * 2 ** (attempt - 1)))
+    return float(min(600, 10 * 2 ** min(attempt - 1, 6)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import datetime as dt
 import sqlite3
 import time
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from loractl.common.errors import Forbidden, LoractlError, SchemaMismatch, Servi
 from loractl.common.settings import Settings, make_private, redacted
 
 from .schema import HEAD, revision, upgrade
+from .tables import FAR_OFF, LONG_AGO
 
 DatabaseError = DBAPIError
 """What a database driver raises, by the name under which other rooms catch it."""
@@ -119,6 +121,7 @@ def make_engine(url: str, *, connections: int = CONNECTIONS, kept: int = KEPT, i
         if not url.startswith("sqlite"):
             engine = create_engine(url, connect_args=_postgres_options(idle_s), **_pool(connections, kept))
             event.listen(engine, "handle_error", _look_at_error)
+            event.listen(engine, "connect", _read_every_time)
             return engine
         _private_file(Path(url.removeprefix("sqlite:///")))
         _refuse_network_disk(Path(url.removeprefix("sqlite:///")).parent)
@@ -157,6 +160,23 @@ def _postgres_options(idle_s: int) -> dict[str, Any]:
     # A server that answers pings and nothing else must not hold a heartbeat until its lease is over.
     limits = {"statement": 20_000, "lock": 10_000, "idle_in_transaction_session": 1000 * idle_s}
     return {**_POSTGRES_OPTIONS, "options": " ".join(f"-c {name}_timeout={ms}" for name, ms in limits.items())}
+
+
+def _read_every_time(connection: Any, _: Any) -> None:
+    """Read infinity, and years that Python's calendar lacks, as times far off: such a row must not stop the others."""
+    from psycopg import DataError
+    from psycopg.types.datetime import TimestamptzLoader
+
+    class Times(TimestamptzLoader):  # type: ignore[misc]  # psycopg ships no types here
+        def load(self, data: Any) -> dt.datetime:
+            try:
+                found: dt.datetime = super().load(data)
+            except DataError:
+                before = bytes(data).startswith(b"-") or bytes(data).endswith(b"BC")
+                return LONG_AGO if before else FAR_OFF
+            return found
+
+    connection.adapters.register_loader("timestamptz", Times)
 
 
 def _look_at_error(context: ExceptionContext) -> None:

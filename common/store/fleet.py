@@ -85,10 +85,18 @@ def _is_open(node: Node, now: dt.datetime, drained: Mapping[str, DrainOrder]) ->
     return online and works and node.node not in drained and node.host not in drained
 
 
+NOWHERE = frozenset({("", "a row that can't be read")})
+"""The label that an unreadable row asks for. No box has it, since a label has a name."""
+
+
 def waiting_of(row: Mapping[str, Any], now: dt.datetime) -> Waiting:
-    """A ready job's row as the rule sees it. QLoRA is not permitted while it waits for LoRA."""
-    methods = tuple(Method(name) for name in row["methods"])
-    patient = row["lora_until"] is not None and row["lora_until"] > now
+    """A ready job's row as the rule sees it. QLoRA is not permitted while it waits for LoRA.
+
+    An unreadable row fits nowhere: it must not stop the others.
+    """
+    why = unreadable(row)
+    methods = () if why else tuple(Method(name) for name in row["methods"])
+    patient = not why and row["lora_until"] is not None and row["lora_until"] > now
     return Waiting(
         job_id=row["job_id"],
         user=row["user"],
@@ -96,10 +104,24 @@ def waiting_of(row: Mapping[str, Any], now: dt.datetime) -> Waiting:
         since=row["submitted_at"],
         methods=(Method.LORA,) if patient else methods,
         need=Need(lora=row["vram_lora"], qlora=row["vram_qlora"]),
-        requires=QueueKey.parse(row["queue_key"]).requires,
+        requires=NOWHERE if why else QueueKey.parse(row["queue_key"]).requires,
         only_host=row["result_host"] if row["result_until"] is not None and row["result_until"] > now else None,
         avoids=frozenset(avoided_by(row["avoids"], now)),
     )
+
+
+def unreadable(row: Mapping[str, Any]) -> str:
+    """What of a waiting job's row this version can't read, for people; empty: it reads all that the rule asks."""
+    methods = row["methods"]
+    if not isinstance(methods, list) or not set(map(str, methods)) <= set(Method):
+        return f"methods: {str(methods)[:60]}"
+    try:
+        QueueKey.parse(row["queue_key"])
+    except (AttributeError, TypeError, ValueError):
+        return f"queue_key: {str(row['queue_key'])[:60]}"
+    if not 2000 <= row["submitted_at"].year < 9000:
+        return "submitted_at: no time of our calendar"
+    return ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,8 +134,12 @@ class Avoidance:
 
 def avoided_by(column: Mapping[str, Any] | None, now: dt.datetime) -> dict[str, Avoidance]:
     """What a job's row says of the cards and boxes that failed it, as far as it holds now."""
-    found = {
-        name: Avoidance(reason=str(entry["reason"]), until=dt.datetime.fromisoformat(entry["until"]))
-        for name, entry in (column or {}).items()
-    }
-    return {name: avoidance for name, avoidance in found.items() if avoidance.until > now}
+    found = {}
+    for name, entry in column.items() if isinstance(column, dict) else ():
+        try:
+            avoidance = Avoidance(reason=str(entry["reason"]), until=dt.datetime.fromisoformat(entry["until"]))
+            if avoidance.until > now:
+                found[name] = avoidance
+        except (KeyError, TypeError, ValueError):  # no worker wrote that entry: it keeps the job off no card
+            continue
+    return found

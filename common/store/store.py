@@ -19,6 +19,7 @@ from loractl.common.memory.correction import Measured
 from loractl.common.placement.cards import Card
 from loractl.common.placement.lines import Waiting
 
+from . import aside
 from .fleet import FleetView
 from .glance import Glance
 from .queries import (
@@ -192,6 +193,11 @@ class Store(RetentionStore):
         """End what runs on a node as worker_lost at once. A node calls it when it starts: it has no attempts yet."""
         with self._write() as tx:
             return endings.give_back(tx, node)
+
+    def set_aside_unreadable(self) -> list[int]:
+        """End waiting jobs whose rows this version can't read, or leave them to a newer worker; returns the jobs."""
+        with self._write() as tx:
+            return aside.set_aside_unreadable(tx)
 
     def preempt(self) -> tuple[int, ...]:
         """Ask running jobs to give way to one of higher priority when nothing else helps; returns the jobs asked."""

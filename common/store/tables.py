@@ -3,20 +3,49 @@
 from __future__ import annotations
 
 import datetime as dt
-from typing import Annotated, Any
+import enum
+from collections.abc import Callable
+from typing import Annotated, Any, TypeVar
 
 from sqlalchemy import JSON, BigInteger, DateTime, Dialect, ForeignKey, Index, String, Text, TypeDecorator, text
-from sqlalchemy import Enum as SqlEnum
+from sqlalchemy.dialects import sqlite
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from sqlalchemy.types import TypeEngine
 
 from loractl.common.job.status import Reason, Stage, Status
 
+LONG_AGO, FAR_OFF = dt.datetime(2, 1, 1, tzinfo=dt.UTC), dt.datetime(9998, 12, 31, tzinfo=dt.UTC)
+"""The first and the last time that a row may tell: within them every time zone has a calendar."""
+
+
+class _SqliteTimes(sqlite.DATETIME):
+    """SQLite's text as a time. PostgreSQL's are read by the driver (`database`)."""
+
+    def result_processor(self, dialect: Dialect, coltype: object) -> Callable[[Any], dt.datetime | None]:
+        read: Any = super().result_processor(dialect, coltype)
+
+        def as_time(value: Any) -> dt.datetime | None:
+            try:
+                found: dt.datetime | None = read(value)
+            except (TypeError, ValueError):
+                return LONG_AGO.replace(tzinfo=None)
+            return found
+
+        return as_time
+
 
 class UtcDateTime(TypeDecorator[dt.datetime]):
-    """An aware UTC datetime; SQLite stores none, so the zone is taken off and put back."""
+    """An aware UTC datetime; SQLite stores none, so the zone is taken off and put back.
+
+    What is no time is read as LONG_AGO: one row must not keep all others from being read.
+    """
 
     impl = DateTime(timezone=True)
     cache_ok = True
+
+    def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
+        own: TypeEngine[Any] = _SqliteTimes() if dialect.name == "sqlite" else self.impl_instance  # type: ignore[no-untyped-call]  # its base has no types
+        return dialect.type_descriptor(own)
 
     def process_bind_param(self, value: dt.datetime | None, dialect: Dialect) -> dt.datetime | None:
         if value is None or dialect.name != "sqlite":
@@ -29,10 +58,34 @@ class UtcDateTime(TypeDecorator[dt.datetime]):
         return value.replace(tzinfo=dt.UTC) if value.tzinfo is None else value.astimezone(dt.UTC)
 
 
-def _by_value(enum: type[Any]) -> SqlEnum:
-    return SqlEnum(
-        enum, values_callable=lambda e: [m.value for m in e], native_enum=False, length=24, create_constraint=False
-    )
+_Word = TypeVar("_Word", bound=enum.StrEnum)
+
+
+class Words(TypeDecorator[_Word]):
+    """A word of the enum, by value. One that only a newer version knows is read as a member that has no name here."""
+
+    impl = String(24)
+    cache_ok = True
+
+    def __init__(self, words: type[_Word]) -> None:
+        super().__init__()
+        self.words = words
+
+    def process_bind_param(self, value: _Word | None, dialect: Dialect) -> str | None:
+        return None if value is None else str(value)
+
+    def process_result_value(self, value: str | None, dialect: Dialect) -> _Word | None:
+        return None if value is None else word(self.words, value)
+
+
+def word(words: type[_Word], text: str) -> _Word:
+    """The enum's member; for an unknown text one that equals none of the others, and prints as that text."""
+    try:
+        return words(text)
+    except ValueError:
+        member = str.__new__(words, text)
+        member._name_ = member._value_ = text
+        return member
 
 
 Timestamp = Annotated[dt.datetime, mapped_column(UtcDateTime())]
@@ -110,10 +163,10 @@ class Job(Base):
     adjustment: Mapped[dict[str, Any] | None]  # what out-of-memory has changed: micro-batch, accumulation, ...
     max_retries: Mapped[int]
 
-    status: Mapped[Status] = mapped_column(_by_value(Status), index=True)
-    reason: Mapped[Reason | None] = mapped_column(_by_value(Reason))
+    status: Mapped[Status] = mapped_column(Words(Status), index=True)
+    reason: Mapped[Reason | None] = mapped_column(Words(Reason))
     message: Mapped[str | None] = mapped_column(Text)  # why, in one sentence
-    stage: Mapped[Stage | None] = mapped_column(_by_value(Stage))
+    stage: Mapped[Stage | None] = mapped_column(Words(Stage))
     cancel_requested: Mapped[bool] = mapped_column(default=False)
     preemptible: Mapped[bool] = mapped_column(default=False)
     preempted_by: Mapped[int | None]  # the job that this running one gives way to
@@ -183,7 +236,7 @@ class Attempt(Base):
     device_kind: Mapped[str | None] = mapped_column(String(8))
     started_at: Mapped[Timestamp]
     ended_at: Mapped[Timestamp | None]
-    reason: Mapped[Reason | None] = mapped_column(_by_value(Reason))
+    reason: Mapped[Reason | None] = mapped_column(Words(Reason))
     message: Mapped[str | None] = mapped_column(Text)
     resumed_from_step: Mapped[int | None]
 
@@ -196,7 +249,7 @@ class LabFailure(Base):
     job_id: Mapped[JobKey] = mapped_column(primary_key=True)
     attempt: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
     node: Mapped[str]
-    reason: Mapped[Reason] = mapped_column(_by_value(Reason))
+    reason: Mapped[Reason] = mapped_column(Words(Reason))
     user: Mapped[str]
     sweep_id: Mapped[int | None]
     at: Mapped[Timestamp]

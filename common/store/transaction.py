@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import importlib
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
@@ -12,7 +13,10 @@ from sqlalchemy.orm import Session
 
 from loractl.common.text import storable
 
+from .database import outage
 from .tables import Base, Event, UtcDateTime
+
+log = logging.getLogger("loractl.common.store")
 
 _FLEET_LOCK = 0x10AC72
 """Any constant: PostgreSQL's advisory lock of who goes round for the fleet."""
@@ -78,6 +82,21 @@ class Transaction:
         """Run a guarded update; returns how many rows it changed."""
         result = self.session.execute(statement.execution_options(synchronize_session=False))
         return cast(CursorResult[Any], result).rowcount
+
+    def apart(self, job_id: int, work: Callable[[], None]) -> bool:
+        """Do what concerns one job alone. If that fails it is undone, and the rest of the transaction goes on.
+
+        False then: its row is not what this version can read. Raises when the database is away.
+        """
+        try:
+            with self.session.begin_nested():
+                work()
+        except Exception as error:
+            if outage(error) is not None:
+                raise
+            log.exception("job %s: its row can't be read", job_id)
+            return False
+        return True
 
     def put(self, table: type[Base], key: str, row: Mapping[str, Any], over: ColumnElement[bool] | None = None) -> bool:
         """Write a row, over the one with its key if there is one. False when that one is not like `over`."""

@@ -179,12 +179,17 @@ def job_history(store: Store, job_id: int) -> JobHistory:
     row = store.job(job_id)
     return JobHistory(
         job=state_of(row),
-        spec=row.spec,
-        data=row.data,
+        spec=_mapping(row.spec),
+        data=_mapping(row.data),
         attempts=_attempts(store, job_id),
         events=_events(store, job_id),
         now=store.now(),
     )
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    """A column's object; an empty one for a row that has none there, which nobody's submit has written."""
+    return value if isinstance(value, dict) else {}
 
 
 def _attempts(store: Store, job_id: int) -> tuple[PastAttempt, ...]:

@@ -265,7 +265,8 @@ def _next_command(job: JobState) -> str:
     if job.status is Status.SUCCEEDED:
         return f"Its report: loractl report {job.job_id}   its adapter: loractl adapters pull {job.job_id} DIR"
     if job.status in (Status.FAILED, Status.CANCELLED):
-        advice = OUTCOMES[job.reason].advice.replace("JOB", str(job.job_id)) if job.reason else ""
+        known = OUTCOMES.get(job.reason) if job.reason else None  # a newer version has more reasons
+        advice = known.advice.replace("JOB", str(job.job_id)) if known else ""
         return f"Next: {advice}." if advice else f"Its log: loractl logs {job.job_id}"
     if job.status is Status.RUNNING and job.cancel_requested:
         return f"A cancel was asked for. Its log: loractl logs {job.job_id} -f"

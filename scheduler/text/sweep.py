@@ -139,7 +139,7 @@ def _state(member: Member) -> str:
         return "held" if member.held else "waits"
     if member.status is Status.RUNNING:
         where = f" on {clean_line(member.node)}" if member.node else ""
-        return (_DOING[member.stage] if member.stage is not None else "starts") + where
+        return (_DOING.get(member.stage, member.stage.value) if member.stage is not None else "starts") + where
     if member.pruned:
         return f"stopped at {member.rungs[-1].rung * 100:g} %" if member.rungs else "stopped"
     if member.status is Status.FAILED and member.reason is not None:

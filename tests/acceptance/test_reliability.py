@@ -421,7 +421,8 @@ def test_what_the_database_refuses_is_left_out_and_ends_no_training(lab: Lab) ->
 
 
 def test_client_and_worker_of_different_versions_understand_each_other_or_say_why_not(lab: Lab) -> None:
-    newer, older = lab.submit(), lab.submit()
+    poison, newer, older = lab.submit(), lab.submit(), lab.submit()
+    lab.change(poison, methods=["x"])
     spec = dict(lab.store.job(newer).spec)
     lab.change(newer, version="99.0.0", spec={**spec, "something_new": 1})
     added = {"preemptible", "lora_patience", "revision", "labels"}
@@ -432,6 +433,7 @@ def test_client_and_worker_of_different_versions_understand_each_other_or_say_wh
     left = lab.until(newer, lambda job: job.message)
     assert (left.status, left.attempt) == (Status.QUEUED, 0), "it is left to a newer worker"
     assert left.message == f"written by loractl 99.0.0, a worker with {__version__} can't read it"
+    assert lab.until(poison, lambda job: job.status.is_terminal).reason is Reason.BAD_SPEC, "nobody's submit wrote it"
     for command in ("status", "why"):
         assert "99.0.0" in lab.cli(command, newer).stdout
 

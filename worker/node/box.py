@@ -115,7 +115,10 @@ class Box:
             time.sleep(1)
             if time.monotonic() - watched >= WATCH_S:
                 watched = time.monotonic()
-                self._restart_stuck()
+                try:
+                    self._restart_stuck()
+                except Exception:
+                    log.exception("the watchdog failed, it looks again")  # its end would end every node of the box
             if self._restart_ended():
                 return True
             self._find_again()

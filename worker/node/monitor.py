@@ -47,6 +47,9 @@ CALM_S = 0.2
 STOP_S = 5.0
 """A stopping node waits so long for its monitor."""
 
+ASIDE_S = 60.0
+"""How often a node whose turn it is looks for rows that can't be read; until then they fit nowhere."""
+
 TRIES = 5
 """After so many failures in a row the monitor ends its node, and the worker starts it again."""
 
@@ -61,6 +64,7 @@ class Monitor:
         self._stuck = StuckSupervisors(place)
         self._pace = min(1.0, place.settings.lease_s / (2 * SETTLE_S))
         self._first_round_s = FIRST_ROUND_S if devices > 1 else 0.0
+        self._next_aside = 0.0  # when this node next looks for rows that can't be read
         self._failures: dict[str, int] = {}  # in a row, by what failed
         self._serving: set[int] = set(VRAM_CLASSES)  # classes that fit into what is free
         self._consumed: set[int] = set(VRAM_CLASSES)  # those whose queues Celery consumes
@@ -114,7 +118,7 @@ class Monitor:
         looked, next_look, next_round = 0.0, 0.0, time.monotonic() + self._first_round_s
         while not self._stopped.is_set():
             now = time.monotonic()
-            self._stuck.end(slots.attempts)
+            self._try("the look at the supervisors", lambda: self._stuck.end(slots.attempts))
             if now >= next_look or (self._called.is_set() and now >= looked + CALM_S):
                 self._called.clear()
                 looked, next_look = now, now + SEE_S * self._pace
@@ -122,13 +126,13 @@ class Monitor:
             if now >= next_round:
                 next_round = now + ROUND_S * self._pace * random.uniform(0.8, 1.2)  # noqa: S311  spreads nodes, guards nothing
                 self._try("the round", lambda: self._go_round(slots))
-                self._try("the fleet's round", self._tend_fleet)
+                self._try("the fleet's round", self._tend_fleet, vital=False)
                 self._try("the queue", self._trim_queues)
             if self._called.wait(max(0.05, min(next_look, next_round, now + 1.0) - time.monotonic())):
                 self._stopped.wait(max(0.0, looked + CALM_S - time.monotonic()))
 
-    def _try(self, what: str, work: Callable[[], None]) -> None:
-        """Do a part of the round. One that fails again and again, with its services there, ends the node.
+    def _try(self, what: str, work: Callable[[], None], *, vital: bool = True) -> None:
+        """Do a part of the round. A vital one that fails again and again, with its services there, ends the node.
 
         What the database refuses ends nothing: a new node would be refused too, and what runs here would stop for it.
         """
@@ -145,7 +149,7 @@ class Monitor:
             # if the monitor ended silently, the node would look offline and never come back
             self._failures[what] = self._failures.get(what, 0) + 1
             log.exception("%s failed, %s of %s times", what, self._failures[what], TRIES)
-            if self._failures[what] >= TRIES:
+            if vital and self._failures[what] >= TRIES:
                 os.kill(os.getpid(), signal.SIGTERM)
             return
         self._failures[what] = 0
@@ -194,6 +198,10 @@ class Monitor:
             return
         for job_id, _ in () if turn.settling else store.reap():
             log.warning("job %s: its worker was lost, it waits again", job_id)
+        if time.monotonic() >= self._next_aside:  # it reads all that waits
+            self._next_aside = time.monotonic() + ASIDE_S * pace
+            for job_id in store.set_aside_unreadable():
+                log.warning("job %s: its row can't be read, it is set aside", job_id)
         for job_id in store.preempt():
             log.info("job %s gives way to one of higher priority", job_id)
         for job_id, _ in store.end_patience():

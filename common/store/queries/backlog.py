@@ -28,9 +28,10 @@ def line_up(job: Job, requires: Mapping[str, str], now: dt.datetime) -> None:
 
 
 def node_labels(job: Job) -> dict[str, str]:
-    """Labels that the job's node must have."""
-    labels: dict[str, str] = job.spec.get("resources", {}).get("node_labels", {})
-    return labels
+    """Labels that the job's node must have; none where the spec is none, which no node takes."""
+    resources = job.spec.get("resources") if isinstance(job.spec, dict) else None
+    labels = resources.get("node_labels") if isinstance(resources, dict) else None
+    return labels if isinstance(labels, dict) else {}
 
 
 def end_patience(tx: Transaction) -> list[tuple[int, int]]:
@@ -42,10 +43,15 @@ def end_patience(tx: Transaction) -> list[tuple[int, int]]:
     changed = []
     for job in tx.session.scalars(first):
         job.lora_until = None
-        line_up(job, node_labels(job), now)
-        tx.tell(job.job_id, None, "patience", "waited long enough for LoRA: QLoRA will do now")
-        changed.append((job.job_id, job.vram_class))
+        tx.session.flush()  # also where the rest can't be done: such a row is looked at once
+        if tx.apart(job.job_id, lambda job=job: _end_patience(tx, job, now)):  # type: ignore[misc]
+            changed.append((job.job_id, job.vram_class))
     return changed
+
+
+def _end_patience(tx: Transaction, job: Job, now: dt.datetime) -> None:
+    line_up(job, node_labels(job), now)
+    tx.tell(job.job_id, None, "patience", "waited long enough for LoRA: QLoRA will do now")
 
 
 def waiting_classes(tx: Transaction, classes: Iterable[int]) -> set[int]:

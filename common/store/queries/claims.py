@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import datetime as dt
-import re
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from sqlalchemy import select
 
-from loractl import __version__
 from loractl.common.job.adjustment import Adjustment
 from loractl.common.job.method import Method
 from loractl.common.job.need import Need, permitted_methods
-from loractl.common.job.status import Reason, Stage, Status
+from loractl.common.job.status import Stage, Status
 from loractl.common.placement.cards import Card, could_start
 from loractl.common.placement.rule import Placement, place
 
+from ..aside import set_aside
 from ..attempt_columns import begun
-from ..guard import become, move
+from ..guard import move
 from ..records import Claim, Left, StoredCheckpoint
 from ..tables import Attempt, Event, Job, Node
 from ..transaction import Transaction
@@ -29,12 +28,7 @@ from .nodes import read_cards, read_charges
 from .sweeps import read_rungs
 
 if TYPE_CHECKING:
-    from pydantic import ValidationError
-
     from loractl.common.job.spec import JobSpec
-
-NEWER_WORKER_DELAY_S = 60.0
-"""A job that only a newer worker can read is looked at again after so long."""
 
 
 def claim(
@@ -83,19 +77,47 @@ def _given(tx: Transaction, mine: Card, cards: Sequence[Card], now: dt.datetime)
 
 
 def _take(tx: Transaction, placed: Placement, node: Node, lease_s: float, now: dt.datetime) -> Claim | Left:
+    job = tx.session.get(Job, placed.job.job_id, with_for_update={"skip_locked": True}, populate_existing=True)
+    if job is None or job.status is not Status.QUEUED:
+        return Left(nodes=frozenset())  # another node's claim was faster
+    asked = _read(job)
+    if isinstance(asked, str):
+        set_aside(tx, job, asked, now)
+        return Left(nodes=frozenset())
+    return _start(tx, job, asked, _begin(tx, job, placed, node, lease_s, now))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Asked:
+    """What a row asks of its attempt, checked."""
+
+    spec: JobSpec
+    adjustment: Adjustment
+    checkpoint: StoredCheckpoint | None
+
+
+def _read(job: Job) -> _Asked | str:
+    """What the row asks; or what of it this version can't read, in words."""
     from pydantic import ValidationError
 
     from loractl.common.job.spec import JobSpec
 
-    job = tx.session.get(Job, placed.job.job_id, with_for_update={"skip_locked": True}, populate_existing=True)
-    if job is None or job.status is not Status.QUEUED:
-        return Left(nodes=frozenset())  # another node's claim was faster
     try:
         spec = JobSpec.model_validate(job.spec)
     except ValidationError as error:
-        _refuse(tx, job, error, now)
-        return Left(nodes=frozenset())
-    return _start(tx, job, spec, _begin(tx, job, placed, node, lease_s, now))
+        first = error.errors()[0]
+        return f"{'.'.join(map(str, first['loc'])) or 'the spec'}: {first['msg']}"
+    for name, value in (("data", job.data), ("planned", job.planned)):
+        if not isinstance(value, dict):
+            return f"{name}: {str(value)[:60]}"
+    try:
+        return _Asked(
+            spec=spec,
+            adjustment=Adjustment(**(job.adjustment or {})),
+            checkpoint=None if job.checkpoint is None else StoredCheckpoint(**job.checkpoint),
+        )
+    except TypeError as error:
+        return f"adjustment or checkpoint: {error}"
 
 
 def _begin(tx: Transaction, job: Job, placed: Placement, node: Node, lease_s: float, now: dt.datetime) -> Attempt:
@@ -123,10 +145,10 @@ def _begin(tx: Transaction, job: Job, placed: Placement, node: Node, lease_s: fl
     return attempt
 
 
-def _start(tx: Transaction, job: Job, spec: JobSpec, attempt: Attempt) -> Claim:
+def _start(tx: Transaction, job: Job, asked: _Asked, attempt: Attempt) -> Claim:
     """Tell the history of the attempt, and give it what it needs to know."""
     method = Method(attempt.method)
-    why = _why_method(spec.method, method, Need(lora=job.vram_lora, qlora=job.vram_qlora))
+    why = _why_method(asked.spec.method, method, Need(lora=job.vram_lora, qlora=job.vram_qlora))
     text = f"attempt {attempt.attempt} started on {attempt.node} with {method.value}{why}"
     tx.tell(job.job_id, attempt.attempt, "started", text)
     return Claim(
@@ -134,15 +156,15 @@ def _start(tx: Transaction, job: Job, spec: JobSpec, attempt: Attempt) -> Claim:
         attempt=attempt.attempt,
         token=attempt.token,
         user=job.user,
-        spec=spec,
+        spec=asked.spec,
         data=job.data,
         method=method,
         vram_planned=attempt.vram_planned,
         vram_reserved=attempt.vram_reserved,
         method_why=why.strip(" ()"),
-        adjustment=Adjustment(**(job.adjustment or {})),
+        adjustment=asked.adjustment,
         changes=_changes(tx, job.job_id) if attempt.attempt > 1 else (),
-        checkpoint=None if job.checkpoint is None else StoredCheckpoint(**job.checkpoint),
+        checkpoint=asked.checkpoint,
         result_host=job.result_host,
         sweep_id=job.sweep_id,
         rungs=read_rungs(tx.session, job),
@@ -165,26 +187,3 @@ def _changes(tx: Transaction, job_id: int) -> tuple[str, ...]:
     """What out-of-memory has changed in a job so far, in the history's words."""
     told = select(Event.text).where(Event.job_id == job_id, Event.kind == "memory")
     return tuple(tx.session.scalars(told.order_by(Event.event_id)))
-
-
-def _refuse(tx: Transaction, job: Job, error: ValidationError, now: dt.datetime) -> None:
-    """Put a job aside when this version can't read its spec, so that it does not stop the jobs behind it.
-
-    If a newer client wrote it, a newer worker may run it. Otherwise it fails.
-    """
-    first = error.errors()[0]
-    what = f"this worker's loractl does not understand {'.'.join(map(str, first['loc']))}: {first['msg']}"
-    if job.version is not None and _release(job.version) > _release(__version__):
-        job.not_before = now + dt.timedelta(seconds=NEWER_WORKER_DELAY_S)
-        job.message = f"written by loractl {job.version}, a worker with {__version__} can't read it"
-        tx.tell(job.job_id, None, "version", f"{what}; left to a worker with {job.version}")
-        return
-    become(job, Status.FAILED)
-    job.reason, job.message, job.ended_at = Reason.BAD_SPEC, what, now
-    tx.tell(job.job_id, None, job.status.value, what)
-
-
-def _release(version: str) -> tuple[int, ...]:
-    """0.2.1 as (0, 2, 1), without what follows the numbers."""
-    numbers = re.match(r"\d+(\.\d+)*", version)
-    return tuple(map(int, numbers[0].split("."))) if numbers else ()

@@ -23,7 +23,7 @@ from loractl.common.text import storable
 from loractl.common.units import GIB
 
 from ..attempt_columns import ended
-from ..guard import become
+from ..guard import become, move
 from ..records import Claim, Progress, StoredResult
 from ..tables import Adapter, Attempt, Job, Use
 from ..transaction import Transaction
@@ -69,7 +69,7 @@ def reap(tx: Transaction, lease_s: float) -> list[Job]:
     oldest = over.order_by(Job.lease_expires_at, Job.job_id).limit(REAPED).with_for_update(skip_locked=True)
     lost = sorted(tx.session.scalars(oldest), key=_turn)
     for job in lost:
-        _end_attempt(tx, job, Reason.WORKER_LOST, f"{job.node} was silent for {lease_s:.0f} s", now)
+        _end_lost(tx, job, f"{job.node} was silent for {lease_s:.0f} s", now)
     return lost
 
 
@@ -89,13 +89,27 @@ def give_back(tx: Transaction, node: str) -> list[int]:
     running = select(Job).where(Job.status == Status.RUNNING, Job.node == node)
     lost = sorted(tx.session.scalars(running.with_for_update(skip_locked=True)), key=_turn)
     for job in lost:
-        _end_attempt(tx, job, Reason.WORKER_LOST, f"{node} was started anew", now)
+        _end_lost(tx, job, f"{node} was started anew", now)
     return [job.job_id for job in lost]
 
 
 def _turn(job: Job) -> tuple[str, int]:
     """All who end several attempts at once charge their users in one order: else two could wait for each other."""
     return job.user, job.job_id
+
+
+def _end_lost(tx: Transaction, job: Job, message: str, now: dt.datetime) -> None:
+    """End a lost attempt. A job that can't be ended in order fails: it must not keep the others from being ended."""
+    job_id, attempt = job.job_id, job.attempt
+    if tx.apart(job_id, lambda: _end_attempt(tx, job, Reason.WORKER_LOST, message, now)):
+        return
+    text = f"{message}; its row can't be read by this version"
+    over = {**ended(), "reason": Reason.BAD_SPEC, "message": text, "ended_at": now}
+    tx.change(move(job_id, Status.RUNNING, Status.FAILED).values(**over))
+    own = (Attempt.job_id == job_id) & (Attempt.attempt == attempt)
+    tx.session.execute(update(Attempt).where(own).values(ended_at=now, reason=Reason.WORKER_LOST, message=message))
+    tx.session.refresh(job)
+    tx.tell(job_id, attempt, Status.FAILED.value, text)
 
 
 def _end_attempt(tx: Transaction, job: Job, reason: Reason, message: str, now: dt.datetime) -> None:

@@ -19,7 +19,7 @@ from loractl.common.placement.rule import OLDEST_FIRST_AFTER_S
 from ..fleet import waiting_of
 from ..tables import UtcDateTime
 
-_HIGHEST = 2**31 - 1  # above every priority
+_HIGHEST = 2**31  # above every priority that a row can have
 _AT_ONCE = 32  # of a user's jobs in one query, where many are read
 
 # Literal conditions: a partial index is only used where the planner can see that its condition holds.

@@ -81,7 +81,9 @@ def read_needed_data(tx: Transaction, ended_since: dt.datetime, without: Collect
     for job in tx.session.execute(select(Job.job_id, Job.data, Job.ended_at).where(wanted)):
         if job.job_id in without and job.ended_at is not None and job.ended_at < ended_since:
             continue
-        needed.update(stored["uri"].rpartition("/")[2] for stored in job.data.values() if stored)
+        stored = job.data.values() if isinstance(job.data, dict) else ()
+        uris = [one["uri"] for one in stored if isinstance(one, dict) and isinstance(one.get("uri"), str)]
+        needed.update(uri.rpartition("/")[2] for uri in uris)
     return needed
 
 

@@ -61,7 +61,8 @@ def read_sweeps(session: Session, sweep_ids: Collection[int]) -> list[SweepView]
     points = _newest(session, sweep_ids, [*names, HELD_OUT_LOSS])
     views = []
     for row in rows:
-        varied = row.settings["varied"]
+        settings = row.settings if isinstance(row.settings, dict) else {}
+        varied = settings.get("varied") or {}
         # a sweep at a time: a member is small, but its row has the whole spec
         mine = session.execute(select(*_OF_MEMBER).where(Job.sweep_id == row.sweep_id).order_by(Job.job_id))
         views.append(
@@ -72,8 +73,8 @@ def read_sweeps(session: Session, sweep_ids: Collection[int]) -> list[SweepView]
                 varied=varied,
                 created_at=row.created_at,
                 rungs=tuple(row.rungs or ()),
-                trials=row.settings.get("trials"),
-                seed=row.settings.get("seed"),
+                trials=settings.get("trials"),
+                seed=settings.get("seed"),
                 members=[_member(job, varied, row.rungs or (), points) for job in mine],
             )
         )

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from loractl.common.job.method import Method
 from loractl.common.placement.cards import Card, avoided, holds_now, room_at, suits, takes
 from loractl.common.placement.lines import Waiting
-from loractl.common.store.fleet import NODE_STALE_S, Avoidance, FleetView, avoided_by, waiting_of
+from loractl.common.store.fleet import NODE_STALE_S, Avoidance, FleetView, avoided_by, unreadable, waiting_of
 from loractl.common.units import clock, duration, gib
 
 if TYPE_CHECKING:
@@ -147,7 +147,7 @@ def suits_at_last(job: Job, card: Card, view: FleetView) -> bool:
 
 def at_last(job: Job, me: Waiting) -> Waiting:
     """The job once it has waited long enough for LoRA: with all its methods."""
-    return replace(me, methods=tuple(Method(name) for name in job.methods))
+    return me if unreadable(vars(job)) else replace(me, methods=tuple(Method(name) for name in job.methods))
 
 
 def silent_s(view: FleetView, node: str) -> float:

@@ -14,7 +14,7 @@ from loractl import __version__
 from loractl.common.job.status import OUTCOMES
 from loractl.common.placement.cards import Card, suits
 from loractl.common.placement.lines import Waiting
-from loractl.common.store.fleet import NODE_STALE_S, FleetView, waiting_of
+from loractl.common.store.fleet import NODE_STALE_S, FleetView, unreadable, waiting_of
 from loractl.common.units import clock, duration, gib
 
 from .cards import (
@@ -60,6 +60,9 @@ class Wait:
 
 def explain(job: Job, view: FleetView) -> Wait:
     """The reason for a QUEUED job."""
+    if what := unreadable(vars(job)):
+        sentence = f"its row can't be read, a worker sets it aside: {what}"
+        return _held_back(job, view) or Wait(tier=Tier.NEVER, word="never", sentence=sentence)
     me = waiting_of(vars(job), view.now)
     whole = at_last(job, me)
     return (
@@ -80,7 +83,10 @@ def _never(job: Job, me: Waiting, view: FleetView) -> Wait | None:
         return Wait(tier=Tier.NEVER, word="never", sentence=sentence)
 
     if not me.methods:
-        return never(f"its resources.max_vram, {gib(job.spec['resources']['max_vram'])}, is below every need")
+        resources = job.spec.get("resources") if isinstance(job.spec, dict) else None
+        limit = resources.get("max_vram") if isinstance(resources, dict) else None
+        size = f", {gib(limit)}," if isinstance(limit, int) else ""
+        return never(f"its resources.max_vram{size} is below every need")
     if not view.cards:
         return None
     labelled = [card for card in view.cards.values() if me.requires <= card.labels]

@@ -1,0 +1,156 @@
+"""Rows that nobody's submit wrote, or that a newer version wrote: they stop no other job, and nobody who looks."""
+
+from __future__ import annotations
+
+import pytest
+from sqlalchemy import text
+from sqlalchemy.orm import Session
+
+from loractl.common.job.status import Reason, Status, retry_delay_s
+from loractl.common.store.database import make_engine
+from loractl.common.store.records import Choice, Claim, Left, Page
+from loractl.common.store.store import Store
+from loractl.common.store.tables import Job
+from loractl.scheduler.answers.job import job_history, job_in_full
+from loractl.scheduler.answers.overview import job_list, overview
+from loractl.scheduler.text.jobs import history_text, job_list_text, job_text, overview_text
+
+from ...factories import NOON, Clock, submission, take
+from ...scheduler.text.screens import WIDE
+
+POISON = {
+    "methods": ["'[\"x\"]'", "'null'", "'5'", "'{}'", "'[[\"lora\"]]'"],
+    "queue_key": ["'garbage'", "''", "'10000|abc||ada'", "'10000|001|{\"a|ada'", "'10000|001|{5}|ada'"],
+    "submitted_at": ["'infinity'", "'-infinity'", "'0044-03-15 BC'", "'0001-01-01 00:00:00'"],
+    "spec": ["'null'", "'[]'", "'{}'", "'7'"],
+    "data": ["'null'", "'[1]'"],
+    "planned": ["'null'", "'3'"],
+    "adjustment": ["'{\"x\": 1}'", "'4'"],
+    "checkpoint": ["'{\"x\": 1}'", "'[]'"],
+}
+"""Values in SQL, by column."""
+
+HARMLESS = {
+    "labels": ["'null'", "'[]'"], "lora_until": ["'infinity'"], "priority": ["2147483647", "-2147483648"],
+    "version": ["'99999999999999999999'"], "vram_needed": ["-5"],
+}  # fmt: skip
+"""Values that nobody need mind."""
+
+
+def poisoned(upgraded_url: str, values: dict[str, list[str]]) -> tuple[Store, dict[int, str]]:
+    """A store with a waiting job for each value, by number, and one more behind them."""
+    engine = make_engine(upgraded_url)
+    store, rows = Store(engine), {}
+    for column, texts in values.items():
+        for value in texts:
+            job_id = store.submit(submission(lora=1, qlora=1))
+            with engine.begin() as connection:
+                statement = f"UPDATE jobs SET {column} = {value} WHERE job_id = {job_id}"
+                connection.execute(text(statement.replace(":", "\\:")))
+            rows[job_id] = f"{column} = {value}"
+    return store, rows
+
+
+def show_all(store: Store, job_ids: list[int]) -> str:
+    """What people see of everything."""
+    screen = WIDE
+    told = [overview_text(overview(store, Choice(), Page()), screen)]
+    told.append(job_list_text(job_list(store, Choice(), Page(limit=100)), screen))
+    for job_id in job_ids:
+        told += [job_text(job_in_full(store, job_id), screen), history_text(job_history(store, job_id), screen)]
+    return "\n".join(told)
+
+
+def test_no_row_stops_the_claims_and_what_cannot_be_read_is_set_aside_with_an_event(upgraded_url: str) -> None:
+    store, rows = poisoned(upgraded_url, POISON)
+    good = store.submit(submission())
+    show_all(store, list(rows))
+    store.fleet()
+    store.set_aside_unreadable()
+    claim: Claim | Left | None = Left(nodes=frozenset())
+    while isinstance(claim, Left):
+        claim = take(store)
+    assert isinstance(claim, Claim) and claim.job_id == good
+    for job_id, what in rows.items():
+        row = store.job(job_id)
+        assert (row.status, row.reason) == (Status.FAILED, Reason.BAD_SPEC), f"{what}: {row.status} {row.message}"
+        assert row.message is not None and row.message.startswith("this worker's loractl does not understand"), what
+        assert store.events(job_id)[-1].text == row.message
+    show_all(store, list(rows))
+    store.needed_data(NOON)
+
+
+def test_what_a_row_says_besides_stops_nobody(upgraded_url: str) -> None:
+    store, rows = poisoned(upgraded_url, HARMLESS)
+    show_all(store, list(rows))
+    for _ in rows:
+        take(store)
+    assert store.set_aside_unreadable() == []
+    show_all(store, list(rows))
+
+
+def test_a_row_of_a_newer_version_waits_for_a_newer_worker_and_says_so_once(upgraded_url: str) -> None:
+    engine, clock = make_engine(upgraded_url), Clock()
+    store = Store(engine, clock)
+    jobs = [store.submit(submission()) for _ in range(2)]
+    with Session(engine) as session, session.begin():
+        session.get_one(Job, jobs[0]).methods = ["full"]
+        session.get_one(Job, jobs[1]).spec = {"new": 1}
+        for job_id in jobs:
+            session.get_one(Job, job_id).version = "99.0.0"
+    for _ in range(3):
+        store.set_aside_unreadable()
+        while isinstance(take(store), Left):
+            pass
+        clock.forward(61)
+    for job_id in jobs:
+        row = store.job(job_id)
+        assert row.status is Status.QUEUED and row.message is not None and "99.0.0" in row.message
+        assert [event.kind for event in store.events(job_id)] == ["queued", "version"]
+
+
+@pytest.mark.parametrize("column", ["status", "reason", "stage", "method"])
+def test_a_word_of_a_newer_version_is_shown_as_it_is(upgraded_url: str, column: str) -> None:
+    engine = make_engine(upgraded_url)
+    store = Store(engine)
+    new, good = store.submit(submission()), store.submit(submission())
+    known = {"status": "failed", "reason": "worker_lost", "stage": "training", "method": "lora"}
+    if column == "stage":
+        known["status"] = "running"
+    with engine.begin() as connection:
+        for name, value in (known | {column: "sublimating"[:8]}).items():
+            connection.execute(text(f"UPDATE jobs SET {name} = '{value}' WHERE job_id = {new}"))
+    assert "sublimat" in show_all(store, [new])
+    row = store.job(new)
+    assert str(getattr(row, column)) == "sublimat"
+    assert store.fleet() is not None and store.unfinished(2**40) >= 1
+    assert isinstance(take(store), Claim)
+    assert store.job(good).status is Status.RUNNING
+    if column == "status":
+        assert store.over([new]).jobs == frozenset(), "gc takes nothing of a job in a state that it does not know"
+
+
+def test_a_running_job_that_cannot_be_ended_in_order_keeps_no_other_from_being_ended(upgraded_url: str) -> None:
+    engine, clock = make_engine(upgraded_url), Clock()
+    store = Store(engine, clock)
+    bad, *others = [store.submit(submission(user=user)) for user in ("eve", "ada", "bob")]
+    for _ in range(3):
+        assert isinstance(take(store), Claim)
+    refuse = {
+        "postgresql": """ALTER TABLE uses ADD CHECK ("user" <> 'eve')""",
+        "sqlite": "CREATE TRIGGER no BEFORE INSERT ON uses WHEN NEW.user = 'eve' BEGIN SELECT RAISE(ABORT, ''); END",
+    }
+    with engine.begin() as connection:
+        connection.exec_driver_sql(refuse[engine.dialect.name])
+        connection.execute(text(f"UPDATE jobs SET retries_used = 2000000000 WHERE job_id = {others[0]}"))
+    clock.forward(3600)
+    store.reap()
+    row = store.job(bad)
+    assert (row.status, row.reason, row.token, row.vram_reserved) == (Status.FAILED, Reason.BAD_SPEC, None, None)
+    assert row.message == "box:0 was silent for 60 s; its row can't be read by this version"
+    assert store.attempts(bad)[0].reason is Reason.WORKER_LOST
+    assert [store.job(job_id).status for job_id in others] == [Status.QUEUED] * 2
+
+
+def test_the_pause_before_a_retry_is_known_for_any_number_of_retries() -> None:
+    assert [retry_delay_s(n) for n in (1, 2, 7, 2_000_000_000)] == [10, 20, 600, 600]
