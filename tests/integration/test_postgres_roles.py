@@ -7,14 +7,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from sqlalchemy import text
+from sqlalchemy import make_url, text
 
 from loractl.common.errors import Forbidden
 from loractl.common.job.adjustment import Adjustment
 from loractl.common.job.need import Need
 from loractl.common.job.status import Reason, Stage, Status
 from loractl.common.job.sweep import NewSweep
-from loractl.common.store.database import make_engine
+from loractl.common.store.database import DatabaseError, make_engine
 from loractl.common.store.records import Claim, Progress, SpentLog, StoredCheckpoint
 from loractl.common.store.schema import upgrade
 from loractl.common.store.store import Store
@@ -88,6 +88,13 @@ BY_HAND = [
     "UPDATE jobs SET status = 'cancelled' WHERE status = 'running'",
     "UPDATE jobs SET status = 'queued' WHERE status = 'running'",
     "UPDATE jobs SET token = 'mine'",
+    "UPDATE jobs SET retries_used = 2000000000",
+    "UPDATE jobs SET not_before = 'infinity'",
+    "UPDATE jobs SET ended_at = '-infinity'",
+    "UPDATE jobs SET lease_expires_at = 'infinity'",
+    "UPDATE jobs SET queue_key = 'garbage'",
+    "UPDATE jobs SET methods = '5'",
+    "INSERT INTO events (job_id, attempt, at, kind, text) VALUES (1, 1, now(), 'started', 'forged')",
     "UPDATE jobs SET checkpoint = '{}'",
     "UPDATE jobs SET adapter_uri = 'x'",
     "UPDATE jobs SET manifest_sha256 = 'x'",
@@ -115,6 +122,18 @@ HISTORY = {
     "checkpoint": '\'{"step": "../../x", "prefix": "jobs/1/attempt-1"}\'',
 }
 """Columns that no new row has set."""
+
+UNREADABLE = {
+    "methods": ["'[\"x\"]'", "'null'", "'\"lora\"'", "'{}'"],
+    "queue_key": ["'garbage'", "''", "'10000|001|{5}|ada'", "'00000|001||ada'", "'10000|001||eve'"],
+    "submitted_at": ["'infinity'", "'-infinity'", "'2001-01-01'"],
+    "lora_until": ["'infinity'"],
+    "not_before": ["'infinity'"],
+    "ended_at": ["now()"],
+    "priority": ["2000"],
+    "job_id": ["4711", "1"],
+}
+"""Values by column that would stop the workers, or that only the database gives."""
 
 
 def test_by_hand_who_submits_cannot_do_more(person: Store, box: Store, lab: Logins) -> None:
@@ -146,7 +165,30 @@ def test_a_new_row_has_no_history(person: Store, lab: Logins) -> None:
         with pytest.raises(Forbidden):
             copy({**columns, f'"{name}"': value})
             pytest.fail(f"a new row with {name} was let through")
+    for name, values in UNREADABLE.items():
+        for value in values:
+            with pytest.raises((Forbidden, DatabaseError)):
+                copy({**columns, f'"{name}"': value})
+                pytest.fail(f"a new row with {name} = {value} was let through")
     engine.dispose()
+    assert [job.job_id for job in person.jobs()] == [2, 1]
+
+
+def test_who_did_it_is_the_login_whatever_the_client_claims(person: Store, box: Store, lab: Logins) -> None:
+    login = make_url(lab.person).username
+    job_id = person.submit(submission(user="bob", resources={"node_labels": {"nvlink": "yes"}}))
+    job = person.job(job_id)
+    assert job.user == login and job.queue_key.endswith(f'|{{"nvlink": "yes"}}|{login}')
+    person.hold(job_id, "bob", "mine")
+    assert person.job(job_id).message == f"held by bob: mine (login {login})"
+    person.retry(job_id, "bob")
+    person.cancel(job_id, "bob")
+    assert person.job(job_id).message == f"cancelled by bob (login {login})"
+    told = [event.text for event in person.events(job_id)]
+    assert len(told) == 4 and all(text.endswith(f" (login {login})") for text in told)
+    person.retry(job_id, str(login))
+    assert person.events(job_id)[-1].text == f"queued again by {login}"
+    assert isinstance(take(box, labels={"nvlink": "yes"}), Claim)
 
 
 def test_a_worker_can_run_jobs_to_their_end_and_clean_up(person: Store, box: Store) -> None:
