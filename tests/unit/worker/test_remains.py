@@ -99,7 +99,7 @@ def test_what_a_failed_job_leaves_is_bounded(bench: Bench) -> None:
 
 def test_what_ended_jobs_left_makes_room_for_the_next_job_and_their_histories_say_so(bench: Bench) -> None:
     first = bench.attempt()
-    clean(bench.place, first, bench.end(first, Reason.STORE_FAILED))
+    clean(bench.place, first, bench.end(first, Reason.TIMED_OUT))
     waiting = bench.place.store.submit(submission())
     second = bench.attempt()
     clean(bench.place, second, bench.end(second, Reason.DRAINED))
