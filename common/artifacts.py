@@ -78,6 +78,12 @@ class Binding:
     weights_sha256: str | None = None  # of WEIGHTS, for a result that is not bound
 
 
+def names_dataset(url: str, uri: str, sha256: str) -> bool:
+    """Whether put_dataset of the store at `url` can have given these. Others may have written them into a row."""
+    name = uri.removeprefix(url.rstrip("/") + "/")
+    return bool(_SHA256.fullmatch(sha256) and re.fullmatch(rf"datasets/{sha256}\.[a-z]{{1,8}}", name))
+
+
 class ArtifactStore:
     """Files under one URL, file:// or s3://. `doing` is told what is being done, for each block that is moved."""
 
@@ -105,7 +111,7 @@ class ArtifactStore:
         Raises ArtifactError, also for a name that put_dataset can't have made: others may have written the row.
         """
         name = uri.removeprefix(self.url + "/")
-        if not re.fullmatch(rf"datasets/{re.escape(sha256)}\.[a-z]{{1,8}}", name) or not _SHA256.fullmatch(sha256):
+        if not names_dataset(self.url, uri, sha256):
             raise ArtifactError(f"{uri!r} is no data set of this store", "submit the job again")
         target = folder / Path(name).name
         if target.exists() and sha256_of(target) == sha256:

@@ -40,7 +40,7 @@ def answer(what, name, revision):
             base = load_base(name, Method.LORA, "cpu", choose_precision("cpu"), revision)
             return "ok", str(base.config.hidden_size)
         rows, commit = load_pinned(name, revision)
-        return "ok", f"{len(rows)} rows of {commit}"
+        return "ok", f"{sum(1 for _ in rows)} rows of {commit}"
     except TrainingFailed as error:
         return error.reason.value, error.sentence
     except DataError as error:

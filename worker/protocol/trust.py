@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from loractl.common.artifacts import names_dataset
 from loractl.common.errors import LoractlError
 from loractl.common.job.hub_name import is_hub_data, is_hub_id
 from loractl.common.job.spec import JobSpec
@@ -38,6 +39,9 @@ def check_claim(spec: JobSpec, data: dict[str, Any], settings: Settings) -> None
             _check_hub_data(f"{section}.{key}", named[key])
         elif not _is_stored(entry):
             raise Refused(f"the row says of {section}.{key} no address and hash of a stored data set")
+        elif not names_dataset(settings.artifacts_url, entry["uri"], entry["sha256"]):
+            # no failure of the store: such rows must not let it be taken for broken, and cards be closed
+            raise Refused(f"{section}.{key}: {entry['uri']!r} is no data set of this store")
 
 
 def check_checkpoint(job_id: int, checkpoint: StoredCheckpoint) -> None:
@@ -48,7 +52,7 @@ def check_checkpoint(job_id: int, checkpoint: StoredCheckpoint) -> None:
 
 
 def _is_stored(entry: Any) -> bool:
-    """Whether this names a stored data set; the store itself takes only its own addresses."""
+    """Whether this has the form of a stored data set."""
     return isinstance(entry, dict) and all(isinstance(entry.get(key), str) for key in ("uri", "sha256"))
 
 

@@ -118,7 +118,15 @@ def test_a_name_that_exists_beside_the_worker_is_no_hub_id(
 def test_data_that_are_not_stored_are_on_the_hub_under_an_owner(settings: Settings, name: str) -> None:
     with pytest.raises(Refused, match="no hub id of the form owner/name"):
         check(settings, path=name)
-    check(settings, path=name, data={"path": {"uri": "...", "sha256": "..."}})  # the store says what that is
+    sha256 = "ab" * 32
+    check(
+        settings,
+        path=name,
+        data={"path": {"uri": f"{settings.artifacts_url}/datasets/{sha256}.jsonl", "sha256": sha256}},
+    )
+    for uri in (f"file:///etc/datasets/{sha256}.jsonl", f"{settings.artifacts_url}/datasets/../{sha256}.jsonl"):
+        with pytest.raises(Refused, match="is no data set of this store"):
+            check(settings, path=name, data={"path": {"uri": uri, "sha256": sha256}})
 
 
 @pytest.mark.parametrize("entry", ["x", 1, [], {}, {"uri": "x"}, {"uri": 1, "sha256": "x"}])
