@@ -153,6 +153,17 @@ class Lab:
             time.sleep(0.1)
         return job
 
+    def submit_until_drained(self, target: str, seconds: float = 150) -> list[int]:
+        """Jobs of four users at a time, until a card or box is closed; all of them succeed. Returns their numbers."""
+        jobs, deadline = list[int](), time.monotonic() + seconds
+        while target not in self.store.drains():
+            assert time.monotonic() < deadline, f"{len(jobs)} jobs, and {target} is not closed"
+            new = [self.submit("--set=max_retries=0", user=user) for user in ("ada", "bob", "cyd", "dan")]
+            for job_id in new:
+                self.until(job_id, lambda job: job.status is Status.SUCCEEDED, seconds)
+            jobs += new
+        return jobs
+
     def change(self, job_id: int, **values: Any) -> None:
         with Session(self.engine) as session, session.begin():
             session.execute(update(Job).where(Job.job_id == job_id).values(**values))
@@ -264,9 +275,7 @@ def test_a_card_that_fails_every_job_fails_no_job_for_good_and_is_closed(lab: La
     lab.start_box("owl", LORACTL_TRAINER="bad_card")
     lab.start(LORACTL_DEVICES="sim:8GiB")
     _until(lambda: len(lab.store.nodes()) == 2)
-    jobs = [lab.submit("--set=max_retries=0", user=user) for user in ("ada", "bob", "cyd", "dan")]
-    for job_id in jobs:
-        lab.until(job_id, lambda job: job.status is Status.SUCCEEDED)
+    for job_id in lab.submit_until_drained("owl:0"):
         assert lab.store.attempts(job_id)[-1].node == "heron:0"
     (order,) = lab.store.drains().values()
     assert (order.target, order.user) == ("owl:0", "loractl")
@@ -284,11 +293,8 @@ def test_a_box_with_a_full_disk_fails_no_job_for_good_and_is_closed(lab: Lab, tm
         owl = lab.start_box("owl")
         healthy = lab.start(LORACTL_DEVICES="sim:8GiB")
         _until(lambda: len(lab.store.nodes()) == 2)
-        jobs = [lab.submit("--set=max_retries=0", steps=20) for _ in range(6)]
-        _until(lambda: "owl" in lab.store.drains())
-        for job_id in jobs:
-            done = lab.until(job_id, lambda job: job.status is Status.SUCCEEDED)
-            assert done.retries_used == 0
+        for job_id in lab.submit_until_drained("owl"):
+            assert lab.store.job(job_id).retries_used == 0
         healthy.send_signal(signal.SIGINT)
         healthy.wait(timeout=60)
         last = lab.submit()
