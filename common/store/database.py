@@ -88,11 +88,19 @@ def reachable(settings: Settings) -> Iterator[None]:
 
 def outage(error: BaseException) -> str | None:
     """What the database's absence looks like, as a sentence's end; None when the error is another one."""
-    from sqlalchemy.exc import InterfaceError, InternalError, OperationalError
+    from sqlalchemy.exc import (
+        InterfaceError,
+        InternalError,
+        OperationalError,
+        PendingRollbackError,
+        ResourceClosedError,
+    )
     from sqlalchemy.exc import TimeoutError as NoConnectionFree
 
     if isinstance(error, NoConnectionFree):
         return "all connections of this process are in use"
+    if isinstance(error, (PendingRollbackError, ResourceClosedError)):  # what a lost connection leaves behind
+        return "the connection was lost in the middle of a transaction"
     if not isinstance(error, DBAPIError):
         return None
     state = getattr(error.orig, "sqlstate", None) or ""

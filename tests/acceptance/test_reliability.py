@@ -398,7 +398,8 @@ def test_a_database_that_is_away_or_only_reads_for_longer_than_a_lease_costs_not
     lab.until(behind, lambda job: job.status is Status.SUCCEEDED)
     assert lab.starts() == [f"{long}.1", f"{behind}.1"], "the training went on, and nobody took its job"
     steps = [point.step for point in lab.store.metrics(long, "loss")]
-    assert steps == list(range(1, 221)), "what was told meanwhile is written afterwards"
+    history = [event.text for event in lab.store.events(long)]
+    assert steps == list(range(1, 221)), f"what was told meanwhile is written afterwards: {history}"
 
 
 def test_what_the_database_refuses_is_left_out_and_ends_no_training(lab: Lab) -> None:
