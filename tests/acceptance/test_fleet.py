@@ -22,23 +22,9 @@ from loractl.common.units import GIB
 
 from ..conftest import Cli
 from ..unit.factories import node_state, submission
+from .test_node import SLOW
 
 LEASE_S = 6
-
-SLOW = """
-from loractl.common.job.status import Reason
-from loractl.worker.protocol.messages import Ended
-from loractl.worker.training.trainer import main
-
-
-def run(start, orders, tell):
-    orders.get()
-    return Ended(job_id=start.job_id, reason=Reason.DRAINED, message="stopped")
-
-
-if __name__ == "__main__":
-    main(run)
-"""
 
 
 @pytest.fixture
