@@ -220,7 +220,7 @@ def test_early_stopping_ends_a_run_that_gets_no_better_and_the_best_adapter_is_k
     """A learning rate that is far too high: the held-out loss soon rises."""
     wild = {"learning_rate": 0.5, "lr_scheduler_type": "constant", "max_grad_norm": 100.0, "warmup_steps": 0}
     asked = {"eval_steps": 1, "max_steps": 30, "load_best_model_at_end": True, "early_stopping_patience": 3}
-    same = {"lora": {"lora_dropout": 0}, "evaluation": {"samples": 0}}  # an evaluation draws from the random numbers
+    same = {"lora": {"lora_dropout": 0.1}, "evaluation": {"samples": 0}}
     ended, told = recipe("a", **asked, **wild, **same)
     assert ended.reason is Reason.OK
     course = losses(told, "eval_loss")
@@ -236,6 +236,19 @@ def test_early_stopping_ends_a_run_that_gets_no_better_and_the_best_adapter_is_k
     recipe("short", **wild, **same, max_steps=best)
     kept, short = adapter(tmp_path / "a"), adapter(tmp_path / "short")
     assert all(torch.equal(kept[name], short[name]) for name in short)
+
+
+@pytest.mark.parametrize("asked", [{"method": "lora"}, {"method": "qlora", "packing": True}], ids=["lora", "qlora"])
+def test_evaluating_in_mid_training_changes_no_bit_of_it(recipe: Recipe, tmp_path: Path, asked: dict) -> None:
+    """Dropout of the steps after an evaluation is that of a training without one: a sweep with --early-stop, which
+    sets eval_steps, trains as one without."""
+    same = {"lora": {"lora_dropout": 0.2}, "evaluation": {"samples": 0}, "neftune_noise_alpha": 5, **asked}
+    _, plain = recipe("plain", **same)
+    _, told = recipe("evaluated", eval_steps=0.25, **same)
+    assert len(losses(told, "eval_loss")) == 4 and not losses(plain, "eval_loss")
+    assert losses(told) == losses(plain)
+    files = [tmp_path / name / "result" / "adapter" / "adapter_model.safetensors" for name in ("plain", "evaluated")]
+    assert files[0].read_bytes() == files[1].read_bytes()
 
 
 def test_the_best_adapter_survives_a_resume(recipe: Recipe, tmp_path: Path) -> None:

@@ -1,12 +1,14 @@
-"""How a model computes: the number formats of a run, NF4 layers that stay sound, and evaluation without gradients."""
+"""How a model computes: the number formats of a run, NF4 layers that stay sound, and evaluation that leaves no trace."""
 
 from __future__ import annotations
 
 import contextlib
+import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
 from loractl.common.job.status import Reason
@@ -85,3 +87,19 @@ def evaluating(model: Any, *, base: bool = False) -> Iterator[Any]:
             yield model
     finally:
         model.train(was_training)
+
+
+@contextlib.contextmanager
+def random_streams_kept() -> Iterator[None]:
+    """Put every generator back to where it was: dropout must not depend on whether something was tried or measured in
+    between. A DataLoader draws a number for each pass, also where it shuffles nothing."""
+    python, numbers, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numbers)
+        torch.set_rng_state(cpu)
+        if cuda:
+            torch.cuda.set_rng_state_all(cuda)

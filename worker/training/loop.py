@@ -14,6 +14,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from loractl.common.job.adjustment import next_adjustment
 from loractl.common.job.status import Reason, Stage
 from loractl.worker.base.adapter import load_trained
+from loractl.worker.base.arithmetic import random_streams_kept
 from loractl.worker.base.failure import TrainingFailed
 from loractl.worker.base.gauge import release
 from loractl.worker.base.learner import Learner
@@ -99,6 +100,15 @@ class Brake(TrainerCallback):
             control.should_save = self._run.save_on_stop.is_set()
 
 
+class TracelessTrainer(Trainer):
+    """transformers' Trainer, but an evaluation in mid-training changes nothing of the steps after it."""
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        with random_streams_kept():
+            measured: dict[str, float] = super().evaluate(*args, **kwargs)
+        return measured
+
+
 def fit(run: Run, learner: Learner, data: PreparedData, callbacks: Callbacks) -> TrainingArguments:
     """Train the model's adapter; batches that do not fit are made smaller before the first step.
 
@@ -143,7 +153,7 @@ def _fit_once(
     """Train to the end. Returns torch's words where the longest batch does not fit; then nothing was trained."""
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(Path(run.order.output_dir) / "tensorboard")  # stored with the result
     pad, checkpoint = learner.tokenizer.pad_token_id, callbacks.checkpoint
-    trainer = Trainer(
+    trainer = TracelessTrainer(
         model=learner.model,
         args=arguments,
         train_dataset=[inputs_of(row) for row in data.trained_rows],

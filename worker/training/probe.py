@@ -7,16 +7,14 @@ them. It leaves no trace: weights, optimizer, gradients and random numbers are a
 from __future__ import annotations
 
 import contextlib
-import random
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import Trainer, TrainerCallback
 
 from loractl.common.memory.optimizer import state_bytes
-from loractl.worker.base.arithmetic import evaluating
+from loractl.worker.base.arithmetic import evaluating, random_streams_kept
 from loractl.worker.base.batches import in_batches
 from loractl.worker.base.gauge import in_a_sentence, is_out_of_memory
 from loractl.worker.data.batch import inputs_of
@@ -58,7 +56,7 @@ class Probe(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         trainer = self._trainer
         failure = None
-        with _random_numbers_kept(), _held(_bytes_to_come(trainer), args.device):
+        with random_streams_kept(), _held(_bytes_to_come(trainer), args.device):
             try:
                 _try_step(trainer, longest(self._data.trained_rows, args.per_device_train_batch_size))
             except Exception as error:
@@ -133,21 +131,6 @@ def _held(size: int, device: torch.device) -> Iterator[None]:
         raise DoesNotFit(in_a_sentence(error)) from None
     yield
     del block
-
-
-@contextlib.contextmanager
-def _random_numbers_kept() -> Iterator[None]:
-    """Put every generator back to where it was: dropout must not depend on whether there was a probe."""
-    python, numbers, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-    try:
-        yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numbers)
-        torch.set_rng_state(cpu)
-        if cuda:
-            torch.cuda.set_rng_state_all(cuda)
 
 
 def _trained(trainer: Trainer) -> list[Any]:
