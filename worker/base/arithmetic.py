@@ -1,4 +1,4 @@
-"""How a model computes: the number formats of a run, NF4 layers that stay sound, and evaluation that leaves no trace."""
+"""How a model computes: the number formats of a run, sound NF4 layers, and evaluation that leaves no trace."""
 
 from __future__ import annotations
 
