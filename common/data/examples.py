@@ -21,6 +21,7 @@ class Examples(Sequence[Example]):
 
     def __init__(self, examples: Iterable[Example] = ()) -> None:
         self.digests = array("Q")
+        self.likenesses = array("Q")
         self._newest: list[Example] = []  # not yet in a block
         self._blocks = _Blocks()
         self._places: array[int] | None = None  # of a part's examples in the blocks; None: all of them
@@ -31,6 +32,7 @@ class Examples(Sequence[Example]):
 
     def add(self, example: Example) -> None:
         self.digests.append(example.digest())
+        self.likenesses.append(example.likeness())
         self._newest.append(example)
         self._characters += len(example.text) + sum(len(turn.content) for turn in example.turns)
         self._spilled = self._spilled or self._characters > IN_MEMORY
@@ -42,6 +44,7 @@ class Examples(Sequence[Example]):
         """Those at these places, which ascend. Nothing may be added afterwards, to this one or to the part."""
         part, wanted = Examples(), array("Q", places)
         part.digests = array("Q", (self.digests[place] for place in wanted))
+        part.likenesses = array("Q", (self.likenesses[place] for place in wanted))
         part._newest, part._blocks, part._spilled = self._newest, self._blocks, self._spilled
         part._places = wanted if self._places is None else array("Q", (self._places[place] for place in wanted))
         return part

@@ -36,9 +36,9 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f]")
 
 
 def check_examples(
-    train: Sequence[Example], held_out: Sequence[Example], overlap: int = 0, told: Told | None = None
+    train: Sequence[Example], held_out: Sequence[Example], left_out: LeftOut | None = None, told: Told | None = None
 ) -> list[Finding]:
-    """What the rows themselves show. `overlap`: held-out rows that were left out because they are trained on.
+    """What the rows themselves show. `left_out`: the held-out rows that would measure nothing.
 
     `told` hears how many rows were looked at. Each row is looked at once, and of it only digests are kept.
     """
@@ -51,10 +51,34 @@ def check_examples(
         if told is not None and count % 1000 == 0:
             told(count, len(train))
     findings = [*_counts(train, held_out), *(finding for look in first for finding in look.findings())]
-    if overlap:
-        text = f"{overlap} row{'s' if overlap > 1 else ''} of the held-out file left out, because they are trained on"
-        findings.append(Finding(level="warning", kind="overlap", text=text, count=overlap))
+    findings += _held_back(left_out) if left_out is not None else []
     return findings + [finding for look in then for finding in look.findings()]
+
+
+class LeftOut(Protocol):
+    """What a split says of the held-out rows that it left out, see Split."""
+
+    @property
+    def overlap(self) -> int: ...
+
+    @property
+    def near(self) -> int: ...
+
+    @property
+    def repeated(self) -> int: ...
+
+
+def _held_back(left_out: LeftOut) -> Iterator[Finding]:
+    overlap, near, repeated = left_out.overlap, left_out.near, left_out.repeated
+    if overlap:
+        rows = f"{overlap} row{'s' if overlap > 1 else ''}"
+        text = f"{rows} of the held-out file left out, because they are trained on"
+        text += f", {near} of them in another case or with other spaces" if near else ""
+        yield Finding(level="warning", kind="overlap", text=text, count=overlap)
+    if repeated:
+        rows = f"{repeated} row{'s' if repeated > 1 else ''}"
+        text = f"{rows} held out stand there already, but for case and spaces: each row counts once"
+        yield Finding(level="warning", kind="repeated held-out rows", text=text, count=repeated)
 
 
 class _Look(Protocol):

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
-from array import array
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +27,8 @@ class Split:
     held_out: Examples
     dropped: list[str]  # a sentence for each row that on_bad_row: drop left out
     overlap: int  # rows of the held-out file left out because they are trained on
+    near: int  # of those, the ones that differ from what is trained on in case or spaces
+    repeated: int  # held-out rows left out because they stand there already, but for case and spaces
 
 
 def split_data(dataset: DatasetSpec, rows: Iterable[RawRow], held_rows: Iterable[RawRow] | None) -> Split:
@@ -42,50 +42,86 @@ def split_data(dataset: DatasetSpec, rows: Iterable[RawRow], held_rows: Iterable
         train, held_out = split_held_out(examples, dataset.test_size, file)
         if format is DataFormat.CLASSIFICATION:
             check_taught(train, file)
-        return Split(format=format, why=why, train=train, held_out=held_out, dropped=dropped, overlap=0)
+        return Split(
+            format=format,
+            why=why,
+            train=train,
+            held_out=held_out,
+            dropped=dropped,
+            overlap=0,
+            near=0,
+            repeated=len(examples) - len(train) - len(held_out),
+        )
     held_rows = map_columns(held_rows, dataset.columns, held_file)
     held_out, also_dropped = parse_examples(held_rows, format, held_file, dataset.on_bad_row)
     if format is DataFormat.CLASSIFICATION:
         held_out, untold = _of_known_labels(held_out, check_taught(examples, file), held_file, dataset.on_bad_row)
         also_dropped += untold
-    trained = frozenset(examples.digests)
-    new = held_out.part(place for place, digest in enumerate(held_out.digests) if digest not in trained)
+    new = distinct(held_out, trained := frozenset(examples.likenesses))
     if not new:
         raise DataError(held_file, "has no row that is not trained on as well", kind="overlap")
-    overlap = len(held_out) - len(new)
-    return Split(format=format, why=why, train=examples, held_out=new, dropped=dropped + also_dropped, overlap=overlap)
+    overlap, known = sum(one in trained for one in held_out.likenesses), frozenset(examples.digests)
+    return Split(
+        format=format,
+        why=why,
+        train=examples,
+        held_out=new,
+        dropped=dropped + also_dropped,
+        overlap=overlap,
+        near=overlap - sum(digest in known for digest in held_out.digests),
+        repeated=len(held_out) - len(new) - overlap,
+    )
+
+
+def distinct(rows: Examples, trained: Collection[int] = frozenset()) -> Examples:
+    """The first of all rows that are alike, without those like a row that is trained on (its likeness is in `trained`).
+
+    A row that counted twice would make an interval look surer than it is, and a row that the model knows by heart
+    would make a gain.
+    """
+    return rows.part(_firsts(rows.likenesses, trained))
+
+
+def _firsts(likenesses: Iterable[int], without: Collection[int]) -> Iterator[int]:
+    seen: set[int] = set()
+    for place, one in enumerate(likenesses):
+        if one not in without and one not in seen:
+            seen.add(one)
+            yield place
 
 
 def split_held_out(examples: Sequence[Example], test_size: float, file: str | Path) -> tuple[Examples, Examples]:
     """(train, held out), by content: the same rows are held out in any order and with any seed.
 
-    Equal rows land on the same side, so that no held-out row was trained on. Each label keeps a row to train on:
-    without one a classifier could not know it.
+    Rows that are alike land on the same side, so that no held-out row was trained on, and the held-out side keeps one
+    of them. Each label keeps a row to train on: without one a classifier could not know it.
     """
     rows = examples if isinstance(examples, Examples) else Examples(examples)
-    label_of = {} if rows and rows[0].label is None else dict(zip(rows.digests, (e.label for e in rows), strict=True))
-    hashes = [digest for digest, _ in itertools.groupby(sorted(rows.digests))]
-    if len(hashes) < 2:
+    labelled = bool(rows) and rows[0].label is not None
+    label_of = dict(zip(rows.likenesses, (e.label for e in rows), strict=True)) if labelled else {}
+    different = len(label_of) or len(set(rows.likenesses))
+    if different < 2:
         raise DataError(
             file,
             "needs at least two different rows: one to train on and one held out",
             hint="or set dataset.eval_path",
             kind="too few rows",
         )
-    count = min(max(1, round(test_size * len(hashes))), len(hashes) - 1)
-    held_out: set[int] = set()
-    left: Counter[str | None] = Counter(label_of.values()) if label_of else Counter({None: len(hashes)})
-    for content in hashes:
-        if len(held_out) < count and left[label_of.get(content)] > 1:  # a label's last row is for training
-            held_out.add(content)
-            left[label_of.get(content)] -= 1
+    count = min(max(1, round(test_size * different)), different - 1)
+    held_out: dict[int, int] = {}  # likeness: the place of the row that stands for it
+    left: Counter[str | None] = Counter(label_of.values()) if labelled else Counter({None: different})
+    for place in sorted(range(len(rows)), key=rows.digests.__getitem__):
+        one = rows.likenesses[place]
+        if len(held_out) == count:
+            break
+        if one not in held_out and left[label_of.get(one)] > 1:  # a label's last row is for training
+            held_out[one] = place
+            left[label_of.get(one)] -= 1
     if not held_out:
         what = "has no label with two different rows: one to train on and one held out"
         raise DataError(file, what, hint="or set dataset.eval_path", kind="too few rows")
-    sides: tuple[array[int], array[int]] = array("Q"), array("Q")
-    for place, content in enumerate(rows.digests):
-        sides[content in held_out].append(place)
-    return rows.part(sides[0]), rows.part(sides[1])
+    train = rows.part(place for place, one in enumerate(rows.likenesses) if one not in held_out)
+    return train, rows.part(sorted(held_out.values()))
 
 
 def _of_known_labels(

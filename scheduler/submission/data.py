@@ -52,7 +52,7 @@ def check_data(spec: JobSpec, report: Report = lambda what, done, total: None) -
             check_taught(examples, dataset.path)
         return check_examples(examples, [], told=looked)
     split = split_data(dataset, rows[dataset.path], rows[dataset.eval_path] if dataset.eval_path else None)
-    return check_examples(split.train, split.held_out, split.overlap, looked)
+    return check_examples(split.train, split.held_out, split, looked)
 
 
 def store_data(spec: JobSpec, artifacts: ArtifactStore) -> dict[str, Any]:

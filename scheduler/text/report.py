@@ -40,7 +40,7 @@ def report_text(report: dict[str, Any], screen: Screen, answers: int) -> str:
         lines += ["", f"Base: {clean_line(e['baseline'])}; {what}."]
     lines += _labels_table(e.get("labels"), screen) + _turns_table(e.get("turns"), screen)
     lines += _harness_table(e.get("lm_eval"), screen)
-    left_out = data["too_long_rows_dropped"] + data["bad_rows_dropped"]
+    left_out = sum(data.get(f"{why}_rows_dropped", 0) for why in ("too_long", "bad", "overlap", "repeated"))
     speed = f", {training['tokens_per_second']:.0f} tok/s" if training["tokens_per_second"] else ""
     lines += [
         "",

@@ -108,6 +108,7 @@ CASES = [
     # what is trained on, and was hardly meant
     Case("bad rows dropped", "warning", with_(chat("a", " ")), {"dataset": {"on_bad_row": "drop"}}, marked=(41,)),
     Case("overlap", "warning", good(), held_out=[*good(12), *(chat(f"new {n}", f"one {n}") for n in range(12))]),
+    Case("repeated held-out rows", "warning", good(), held_out=[*good(60)[40:], good(60)[50]]),
     Case("duplicate rows", "warning", with_(chat("queue 0", "queue queue is number 0")), held_out=good(60)[40:]),
     Case("contradicting answers", "warning", with_(chat("queue 0", "something else")), held_out=good(60)[40:]),
     Case(

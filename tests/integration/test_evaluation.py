@@ -164,6 +164,19 @@ def test_later_answers_are_scored_with_and_without_what_was_said_before(
     assert found["metrics"]["context_gain"]["base"] == pytest.approx(gain, abs=0.02)
 
 
+def test_three_held_out_rows_six_times_are_three_and_a_conversation_is_one_case(recipe: Recipe, tmp_path: Path) -> None:
+    talks = [[(f"what about {n}", "queue: gpu"), ("and then", f"line {n}"), ("and", f"end {n}")] for n in range(3)]
+    louder = [[(question.upper(), answer) for question, answer in talk] for talk in talks]
+    held_out = conversations(tmp_path / "held-out.jsonl", 6 * talks + louder)
+    recipe("a", max_steps=30, evaluation={"samples": 18}, dataset={"eval_path": str(held_out)})
+    report = json.loads((tmp_path / "a" / "result" / "report.json").read_text())
+    found = evaluation(tmp_path / "a")
+    assert report["data"]["held_out_rows"] == found["rows"] == 3 and report["data"]["repeated_rows_dropped"] == 18
+    assert {name: metric["cases"] for name, metric in found["metrics"].items()} == dict.fromkeys(found["metrics"], 3)
+    assert {metric["reading"] for metric in found["metrics"].values()} == {"too few cases"}
+    assert report["verdict"]["sentence"].startswith("Too few held-out rows (3)")
+
+
 def evaluation(folder: Path) -> dict[str, Any]:
     found = json.loads((folder / "result" / "report.json").read_text())["evaluation"]
     return {**found, "metrics": {metric["name"]: metric for metric in found["metrics"]}}

@@ -128,7 +128,7 @@ def _look_at_rows(dataset: DatasetSpec, report: Report) -> tuple[Checked, Split 
     if names := labels_of(split.train):
         findings += _bad_rows(untaught(asked, names, dataset.eval_path or dataset.path), dataset)
     looked = functools.partial(report, "Looking at the rows")
-    findings += check_examples(split.train, split.held_out, split.overlap, looked)
+    findings += check_examples(split.train, split.held_out, split, looked)
     checked = replace(checked, train_rows=len(split.train), held_out_rows=len(split.held_out))
     return replace(checked, findings=findings, labels=_label_counts(names, split)), split
 

@@ -12,7 +12,7 @@ from typing import Any
 from loractl.common.data.example import Example
 from loractl.common.data.formats import detect_format, parse_examples
 from loractl.common.data.labels import labels_of
-from loractl.common.data.split import split_data
+from loractl.common.data.split import distinct, split_data
 from loractl.common.errors import DataError
 from loractl.common.job.sections import DataFormat, DatasetSpec, Overflow
 
@@ -34,6 +34,7 @@ class PreparedData:
     dropped: list[str]  # a sentence for each row that on_bad_row: drop left out
     overlap: int  # rows of eval_path left out because they are trained on
     sha256: str | None
+    repeated: int = 0  # held-out rows left out because they stand there already
     warnings: tuple[str, ...] = ()  # what looks wrong but is trained on
     packed: list[TokenRow] | None = None  # the rows to train on, several examples in one
     regression: TokenSet | None = None  # rows of another kind, to show what was forgotten
@@ -62,6 +63,7 @@ class PreparedData:
             "too_long_rows_dropped": self.train.too_long + self.held_out.too_long,
             "bad_rows_dropped": len(self.dropped),
             "overlap_rows_dropped": self.overlap,
+            "repeated_rows_dropped": self.repeated,
             "bad_rows": self.dropped[:20],
             "warnings": list(self.warnings),
             "labels": self.label_counts() or None,
@@ -99,6 +101,7 @@ def prepare_data(
         held_out=held_set,
         dropped=split.dropped,
         overlap=split.overlap,
+        repeated=split.repeated,
         sha256=sha256,
         train_examples=split.train,
         held_out_examples=[e for e in split.held_out if e.number in kept],
@@ -110,14 +113,14 @@ def prepare_data(
 def prepare_regression(
     dataset: DatasetSpec, file: str, path: str, train: Sequence[Example], tokenizer: Any
 ) -> tuple[TokenSet, str | None]:
-    """The rows of evaluation.regression without those that are trained on, and their commit on the hub.
+    """The distinct rows of evaluation.regression, of which none is like a row to train on, and their commit on the hub.
 
     Raises DataError.
     """
     rows, commit = load_pinned(path, "test")
     format = detect_format(rows, file)[0]
-    trained = {example.content_hash() for example in train}
-    examples = [e for e in parse_examples(rows, format, file, dataset.on_bad_row)[0] if e.content_hash() not in trained]
+    trained = {example.likeness() for example in train}
+    examples = distinct(parse_examples(rows, format, file, dataset.on_bad_row)[0], trained)
     if not examples:
         raise DataError(file, "has no row that is not trained on as well", kind="overlap")
     tolerant = dataset.model_copy(update={"on_overflow": Overflow.TRUNCATE})

@@ -6,12 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+
 from loractl.common.data.example import Example
 from loractl.common.job.sections import DataFormat
 from loractl.worker.data.tokens import IGNORED, TokenRow, encode
 
 from .comparison import Compared, Measure
 from .losses import RowScores
+from .statistics import Array
 
 LATER_ANSWERS_LOSS = Measure(name="later_answers_loss", label="loss on later answers")
 CONTEXT_GAIN = Measure(name="context_gain", label="worth of earlier turns", higher_is_better=True)
@@ -79,19 +82,26 @@ def turn_metrics(
 ) -> list[Compared]:
     """Answers that come after others: their loss, and by how much it rises without what was said before.
 
-    `whole`, `alone`: the scores of base and of tuned, with and without the context.
+    `whole`, `alone`: the scores of base and of tuned, with and without the context. A case is a conversation: its
+    answers go together, so they are drawn together.
     """
     later = [n for n, turn in enumerate(turns) if turn.alone is not None]
     if not later:
         return []
-    weight = whole[0].tokens[later]
-    base, tuned = (scores.loss[later] for scores in whole)
+    of = np.unique([turns[n].whole.number for n in later], return_inverse=True)[1]
+    tokens = whole[0].tokens[later]
     # an answer's tokens are the same with and without its context, except where tokens merge at its border
-    base_alone, tuned_alone = (scores.loss / scores.tokens * weight for scores in alone)
+    losses = [scores.loss[later] for scores in whole] + [scores.loss / scores.tokens * tokens for scores in alone]
+    weight, base, tuned, base_alone, tuned_alone = (_summed(of, values) for values in (tokens, *losses))
     return [
         LATER_ANSWERS_LOSS.compare(base, tuned, weight),
         CONTEXT_GAIN.compare(base_alone - base, tuned_alone - tuned, weight),
     ]
+
+
+def _summed(of: Any, values: Array) -> Array:
+    """The sum of each conversation's values; `of` has the conversation of each value."""
+    return np.asarray(np.bincount(of, weights=values), dtype=np.float64)
 
 
 def by_turn(turns: Sequence[Answered], base: RowScores, tuned: RowScores) -> list[Turns]:

@@ -140,7 +140,7 @@ def measure(
                 job_id=listed.job_id,
                 method=listed.method.value,
                 cells=_cells(tasks, bases, scores),
-                trained_on={task.name: sum(row in own[name][1] for row in task.hashes) for task in tasks},
+                trained_on={task.name: sum(row in own[name][1] for row in task.likenesses) for task in tasks},
                 load_seconds=loaded[name].seconds,
                 memory=loaded[name].size,
                 disk=_bytes_below(folders[name]),

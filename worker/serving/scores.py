@@ -10,6 +10,7 @@ import numpy as np
 
 from loractl.common.data.formats import detect_format, parse_examples
 from loractl.common.data.rows import read_rows
+from loractl.common.data.split import distinct
 from loractl.common.errors import UsageError
 from loractl.common.job.method import Method
 from loractl.common.job.sections import DatasetSpec, EvaluationSpec, Metric, Overflow
@@ -38,7 +39,7 @@ class Task:
 
     name: str
     work: Work
-    hashes: tuple[str, ...]  # of the rows' content
+    likenesses: tuple[int, ...]  # of the rows, see Example
 
     @property
     def measure(self) -> str:
@@ -72,24 +73,24 @@ class Cell:
 
 def task_of(
     name: str, adapter: Listed, library: Library, tokenizer: Any, asked: EvaluationSpec
-) -> tuple[Task, set[str]]:
-    """The rows that an adapter's job held out; beside them the content of those that it trained on."""
+) -> tuple[Task, set[int]]:
+    """The rows that an adapter's job held out; beside them the likenesses of those that it trained on."""
     dataset = adapter.spec.dataset
     path, held_path = library.data_file(adapter, "path"), library.data_file(adapter, "eval_path")
     assert path is not None
     cache = library.settings.cache_dir
     data = prepare_data(dataset, path, held_path, None, tokenizer, cache)
     spec = adapter.spec.model_copy(update={"evaluation": asked})
-    return _task(name, data, spec, tokenizer), {e.content_hash() for e in data.train_examples}
+    return _task(name, data, spec, tokenizer), {e.likeness() for e in data.train_examples}
 
 
 def task_from_file(name: str, path: Path, tokenizer: Any, asked: EvaluationSpec) -> Task:
-    """All rows of a file. Raises DataError, UsageError."""
+    """All distinct rows of a file. Raises DataError, UsageError."""
     if not path.is_file():
         raise UsageError(f"--data: there is no file {path}", "like --data faq=faq.jsonl")
     rows = read_rows(path)
     format, why = detect_format(rows, path)
-    examples, _ = parse_examples(rows, format, path)
+    examples = distinct(parse_examples(rows, format, path)[0])
     dataset = DatasetSpec(path=str(path), on_overflow=Overflow.TRUNCATE)
     tokens = fit_examples(examples, str(path), dataset, tokenizer, format)
     data = PreparedData(
@@ -102,7 +103,7 @@ def task_from_file(name: str, path: Path, tokenizer: Any, asked: EvaluationSpec)
 
 def _task(name: str, data: PreparedData, spec: JobSpec, tokenizer: Any) -> Task:
     used = data.held_out_examples[: spec.evaluation.max_rows]
-    return Task(name=name, work=Work.of(data, spec, tokenizer), hashes=tuple(e.content_hash() for e in used))
+    return Task(name=name, work=Work.of(data, spec, tokenizer), likenesses=tuple(e.likeness() for e in used))
 
 
 def asked_for(rows: int, samples: int, max_new_tokens: int, batch: int) -> EvaluationSpec:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,11 @@ from hypothesis import strategies as st
 
 from loractl.common.data.example import Example, Turn
 from loractl.common.data.formats import detect_format, parse_examples
+from loractl.common.data.inspection import check_examples
 from loractl.common.data.rows import RawRow, read_rows
-from loractl.common.data.split import split_held_out
+from loractl.common.data.split import split_data, split_held_out
 from loractl.common.errors import DataError
-from loractl.common.job.sections import BadRow, DataFormat
+from loractl.common.job.sections import BadRow, DataFormat, DatasetSpec
 
 
 def message(role: Any, content: Any = "text") -> dict[str, Any]:
@@ -264,19 +266,66 @@ def test_the_content_decides_the_hash_and_the_place_does_not() -> None:
     assert len({e.content_hash() for e in parts}) == len(parts)
 
 
+def likenesses(names: Iterable[str]) -> set[int]:
+    return {Example(number=1, text=name).likeness() for name in names}
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "alike"),
+    [
+        ("How do I print?", "how do i PRINT?", True),
+        ("How do I print?", " How  do I print ?\n", True),
+        ("print it", "printit", True),
+        ("1 23", "12 3", False),
+        ("1 2", "1  2", True),
+        ("print it", "print its", False),
+        ("ab", "a b c", False),
+    ],
+)
+def test_rows_that_differ_in_case_or_spaces_are_alike(one: str, other: str, alike: bool) -> None:
+    def asked(text: str) -> Example:
+        return Example(number=1, turns=(Turn(role="user", content=text), Turn(role="assistant", content="so")))
+
+    for make in (asked, lambda text: Example(number=1, text=text)):
+        assert (make(one).likeness() == make(other).likeness()) == alike
+    labels = {Example(number=1, text="a", label=label).likeness() for label in ("yes", "Yes", None)}
+    assert len(labels) == 3, "a label is what it is"
+
+
+def test_held_out_rows_count_once_and_near_copies_of_what_is_trained_on_are_left_out() -> None:
+    def raw(*names: str) -> list[RawRow]:
+        return [RawRow(number=n, value={"text": name}) for n, name in enumerate(names, start=1)]
+
+    dataset = DatasetSpec(path="d.jsonl", eval_path="h.jsonl")
+    trained = [f"row {n} of all" for n in range(30)]
+    copies = [*(name.upper() for name in trained[:5]), *(f" {name}" for name in trained[5:8]), trained[8]]
+    split = split_data(dataset, raw(*trained), raw(*copies, *["new a", "new b", "New A"] * 6))
+    assert [e.text for e in split.held_out] == ["new a", "new b"]
+    assert (split.overlap, split.near, split.repeated) == (9, 8, 16)
+    told = {f.kind: f.text for f in check_examples(split.train, split.held_out, split)}
+    assert told["overlap"].startswith("9 rows of the held-out file") and "8 of them in another case" in told["overlap"]
+    assert told["repeated held-out rows"].startswith("16 rows held out stand there already")
+    with pytest.raises(DataError, match="no row that is not trained on"):
+        split_data(dataset, raw(*trained), raw(*copies))
+    own = split_data(DatasetSpec(path="d.jsonl", test_size=0.5), raw(*["a b", "A b", "c", "c", "d", "e"]), None)
+    assert len(own.held_out) == 2 and len(own.train) + len(own.held_out) + own.repeated == 6
+
+
 @given(
-    st.lists(st.text(max_size=4), min_size=2, max_size=30).filter(lambda names: len(set(names)) > 1),
+    st.lists(st.text("abAB 12.", max_size=4), min_size=2, max_size=30).filter(lambda names: len(likenesses(names)) > 1),
     st.floats(0.01, 0.99),
     st.randoms(use_true_random=False),
 )
-def test_the_split_depends_on_content_alone_and_parts_no_equal_rows(
+def test_the_split_depends_on_content_alone_and_parts_no_rows_that_are_alike(
     names: list[str], test_size: float, random: Any
 ) -> None:
     examples = texts(*names)
     train, held_out = split_held_out(examples, test_size, "d")
-    assert sorted(e.number for e in (*train, *held_out)) == [e.number for e in examples]
     assert train
     assert held_out
-    assert not {e.text for e in train} & {e.text for e in held_out}
+    trained, held = likenesses(e.text for e in train), likenesses(e.text for e in held_out)
+    assert not trained & held and trained | held == likenesses(names)
+    assert len(held_out) == len(held), "each row counts once"
+    assert {e.number for e in train} == {e.number for e in examples if likenesses([e.text]) <= trained}
     shuffled = random.sample(examples, len(examples))
     assert {e.text for e in split_held_out(shuffled, test_size, "d")[1]} == {e.text for e in held_out}

@@ -29,7 +29,8 @@ def row(name: str, change: float, trained_on: int = 0) -> MatrixRow:
 def matrix(*rows: MatrixRow, switches: tuple[float, ...] = (0.001, 0.003)) -> Matrix:
     work = cast(Any, SimpleNamespace(rows=[0] * 20, labelled=True))
     return Matrix(
-        base_model="/models/tiny", precision="NF4", tasks=[Task(name="mail", work=work, hashes=())], rows=list(rows),
+        base_model="/models/tiny", precision="NF4", rows=list(rows),
+        tasks=[Task(name="mail", work=work, likenesses=())],
         base_memory=10 * 2**20, base_disk=20_000_000, base_load_seconds=1.0, switch_seconds=list(switches),
     )  # fmt: skip
 
