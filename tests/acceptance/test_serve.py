@@ -5,16 +5,19 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import shutil
 import signal
 import subprocess
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
 from ..conftest import Cli
+from ..models import write_job
 from .conftest import ANSWERS
 
 openai = pytest.importorskip("openai")
@@ -23,10 +26,10 @@ SERVED = "red=red,green=2,blue=blue:latest"
 
 
 @contextlib.contextmanager
-def serving(cli: Cli, *arguments: object) -> Iterator[str]:
+def serving(cli: Cli, *arguments: object, said: list[str] | None = None) -> Iterator[str]:
     """The address of a server that answers; afterwards it must end at once when it is told to."""
     process = cli.start("serve", "--port", 0, *arguments)
-    said: list[str] = []
+    said = [] if said is None else said
     assert process.stdout is not None
     try:
         for line in process.stdout:
@@ -59,9 +62,9 @@ def client(server: str) -> Iterator[openai.OpenAI]:
         yield client
 
 
-def _ask(client: openai.OpenAI, model: str, text: str, **more: object) -> str:
+def _ask(client: openai.OpenAI, model: str, text: str, most: int = 48, **more: object) -> str:
     asked = [{"role": "user", "content": text}]
-    done = client.chat.completions.create(model=model, messages=asked, max_tokens=48, **more)
+    done = client.chat.completions.create(model=model, messages=asked, max_tokens=most, **more)
     return str(done.choices[0].message.content)
 
 
@@ -244,3 +247,59 @@ def test_where_no_card_has_room_serve_and_generate_refuse_with_a_sentence(traine
         assert re.search(r"Error: this takes \d\.\d GiB, and card 0 has 1\.0 free beside its jobs\n", refused), refused
         assert "Hint: wait for a job to end (loractl gpus)" in refused
     assert trained.with_environment(LORACTL_DEVICES="sim:1GiB,8GiB")("generate", "red", "hello").stdout.strip()
+
+
+@pytest.fixture(scope="module")
+def two_kinds(trained: Cli, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """The jobs of two adapters on a base of their own: one trained over NF4, one not. Both have learned half."""
+    folder = tmp_path_factory.mktemp("kinds")
+    base = shutil.copytree(tiny_model, folder / "base")
+    rows = [{"instruction": f"what is in {n}?", "input": "", "output": ANSWERS["red"]} for n in range(40)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for method in ("qlora", "lora"):
+        job = write_job(folder, base, name=f"kind-{method}", method=method, data="rows.jsonl")
+        wanted = (
+            "training.max_steps=12",
+            "training.save_steps=60",
+            "evaluation.samples=4",
+            "evaluation.metrics=[loss]",
+        )
+        trained("submit", job, *(f"--set={one}" for one in wanted))
+    trained("worker", "--drain-when-idle", timeout=300)
+    listed = {each["name"]: str(each["job_id"]) for each in json.loads(trained("adapters", "list", "--json").stdout)}
+    return listed["kind-qlora"], listed["kind-lora"]
+
+
+def test_answers_come_in_the_arithmetic_of_training_and_another_one_is_named(
+    trained: Cli, two_kinds: tuple[str, str]
+) -> None:
+    """Of two adapters on one base one must give way: the second. In NF4 the first one's answers are its report's."""
+    nf4, plain = two_kinds
+    answers = json.loads(trained("report", nf4, "--json").stdout)["evaluation"]["answers"]
+    asked, wanted = [each["prompt"] for each in answers], [each["tuned"] for each in answers]
+    assert len(asked) == 4
+    said: list[str] = []
+    with (
+        serving(trained, "--adapters", f"{nf4},{plain}", said=said) as url,
+        openai.OpenAI(base_url=url, api_key="x") as client,
+    ):
+        facts = {model.id: (model.trained_in, model.as_trained) for model in list(client.models.list())[1:]}
+        assert facts == {nf4: ("NF4", True), plain: ("dtype auto", False)}
+        assert {model.served_in for model in client.models.list()} == {"NF4"}
+        assert [_ask(client, nf4, text, most=8).strip() for text in asked] == wanted
+    assert [line for line in said if line.startswith("Warning: ")] == [
+        "Warning: trained on a base in dtype auto, and answer here on one in NF4: "
+        f"kind-lora (job {plain}); not all of their answers will be those of their reports.\n"
+    ]
+    done = trained("generate", nf4, "--max-new-tokens", 8, "--json", *asked)
+    assert [each["answer"].strip() for each in json.loads(done.stdout)] == wanted and "Warning" not in done.stderr
+
+
+def test_a_matrix_says_which_adapters_were_trained_in_another_arithmetic(
+    trained: Cli, two_kinds: tuple[str, str]
+) -> None:
+    nf4, plain = two_kinds
+    done = trained("matrix", "--adapters", f"{nf4},{plain}", "--samples", 0, "--no-load-in-4bit")
+    assert "Trained on a base in another arithmetic than " in done.stdout and f": {nf4}.\n" in done.stdout
+    assert "Warning: trained on a base in NF4, and answer here on one in " in done.stderr
+    assert f": kind-qlora (job {nf4}); not all" in done.stderr

@@ -62,6 +62,16 @@ def whole_modules(model: Any, compute: torch.dtype) -> contextlib.AbstractContex
     return torch.autocast(model.device.type, dtype=compute, enabled=mixed)
 
 
+def settle_nf4(base: Any) -> Any:
+    """A base in NF4 as QLoRA trains and evaluates it: all that is not quantised in fp32, and layers that stay sound."""
+    from peft import prepare_model_for_kbit_training
+
+    # Checkpointing is the Trainer's business: its non-reentrant kind needs no hook on the inputs.
+    base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
+    keep_nf4_in_training_mode(base)
+    return base
+
+
 def keep_nf4_in_training_mode(model: Any) -> None:
     """Make eval() leave every NF4 layer in training mode; such a layer holds no dropout, so nothing else changes.
 

@@ -13,7 +13,7 @@ from loractl.common.job.method import Method
 from loractl.common.job.spec import JobSpec
 from loractl.common.job.status import Reason
 
-from .arithmetic import keep_nf4_in_training_mode
+from .arithmetic import settle_nf4
 from .failure import TrainingFailed
 from .head import HEAD
 from .source import first_line, model_errors, source_of
@@ -25,12 +25,10 @@ INITIAL_WEIGHTS: dict[str, bool | str] = {"default": True, "loftq": True}
 def add_adapter(base: Any, spec: JobSpec, method: Method) -> Any:
     """The base with a fresh LoRA adapter; trainable are the adapter and, where the base has one, its classifying head.
     Raises TrainingFailed(bad_spec)."""
-    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+    from peft import LoraConfig, get_peft_model
 
     if method is Method.QLORA:
-        # Checkpointing is the Trainer's business: its non-reentrant kind needs no hook on the inputs.
-        base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
-        keep_nf4_in_training_mode(base)
+        base = settle_nf4(base)
     targets = spec.lora.target_modules
     if isinstance(targets, list):
         _check_targets(base, targets)

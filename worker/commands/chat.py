@@ -95,6 +95,9 @@ def _switch(conversation: Conversation, name: str) -> None:
     took = conversation.switch(name)
     adapter = conversation.adapter
     tell(f"{adapter.name} (job {adapter.job_id}) answers now, after {took:.2f} s.")
+    from loractl.worker.serving.adapter_pool import warn_of_arithmetic
+
+    warn_of_arithmetic(conversation.pool, [adapter], warn)
 
 
 def _say(text: str) -> None:

@@ -36,7 +36,11 @@ from .terminal import tell, warn
     help="An answer ends there at the latest.",
 )
 @click.option("--batch", type=click.IntRange(1), default=16, show_default=True, metavar="N", help="Rows at a time.")
-@click.option("--load-in-4bit", is_flag=True, help="The base in NF4, as QLoRA trains it.")
+@click.option(
+    "--load-in-4bit/--no-load-in-4bit",
+    default=None,
+    help="The base in NF4, or not; else as most of the adapters were trained.",
+)
 @click.option("--gpu", metavar="CARD", help="Use this card, by index or UUID; else the freest, or the CPU.")
 @click.option("--html", type=click.Path(path_type=Path, dir_okay=False), help="Write the heat map into this file.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")

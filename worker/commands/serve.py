@@ -39,7 +39,11 @@ KEY_VARIABLE = "LORACTL_API_KEY"
     metavar="T",
     help="For requests that name none.",
 )
-@click.option("--load-in-4bit", is_flag=True, help="The base in NF4, as QLoRA trains it.")
+@click.option(
+    "--load-in-4bit/--no-load-in-4bit",
+    default=None,
+    help="The base in NF4, or not; else as most of the adapters were trained.",
+)
 @click.option(
     "--dtype",
     type=click.Choice(["auto", "bfloat16", "float16", "float32"]),

@@ -19,7 +19,7 @@ from loractl.common.adapter_config import CONFIG, check_adapter_config
 from loractl.common.errors import ArtifactError, LoractlError, UsageError
 from loractl.common.job.method import Method
 from loractl.worker.base.adapter import WEIGHTS
-from loractl.worker.base.arithmetic import Precision, choose_precision, keep_nf4_in_training_mode
+from loractl.worker.base.arithmetic import Precision, choose_precision, keep_nf4_in_training_mode, settle_nf4
 from loractl.worker.base.gauge import is_out_of_memory
 from loractl.worker.base.model import load_base, load_tokenizer
 from loractl.worker.base.source import family_of
@@ -29,6 +29,9 @@ from .library import Library, Listed
 BASE = "__base__"
 """peft's name for "no adapter" in a batch of several."""
 
+
+NAMED = 5
+"""So many adapters are named in a warning."""
 
 _OPTIONAL = {"position_ids", "logits_to_keep"}
 
@@ -68,11 +71,12 @@ class AdapterPool:
 
     def __init__(self, base: BaseChoice, memory: int | None = None) -> None:
         began = time.monotonic()
-        self.precision: Precision = choose_precision(base.device, base.dtype, family_of(base.model, base.revision))
+        self._family = family_of(base.model, base.revision)
+        self.precision: Precision = choose_precision(base.device, base.dtype, self._family)
         self.tokenizer = load_tokenizer(base.model, base.revision, run_code=base.run_code)
         model = load_base(base.model, base.method, base.device, self.precision, base.revision, run_code=base.run_code)
         if base.method is Method.QLORA:
-            keep_nf4_in_training_mode(model)
+            model = settle_nf4(model)
         model.eval()
         model.requires_grad_(False)
         self.base = base
@@ -100,6 +104,12 @@ class AdapterPool:
         if self.base.method is Method.QLORA:
             return "NF4"
         return str(self.precision.base).removeprefix("torch.")
+
+    def as_trained(self, adapter: Listed) -> bool:
+        """Whether the base computes here as a training of the adapter would on this device."""
+        own = adapter.arithmetic
+        precision = choose_precision(self.base.device, own.on(self.base.device).dtype, self._family)
+        return own.method is self.base.method and precision.base is self.precision.base
 
     @property
     def adapter_memory(self) -> int:
@@ -267,14 +277,29 @@ def open_pool(
     warn: Callable[[str], None],
     memory: int | None = None,
 ) -> AdapterPool:
-    """Load a base, say how long it took, and warn of adapters that were trained on other files of it."""
+    """Load a base, say how long it took, and warn of adapters that were trained on other files of it, or in another
+    arithmetic."""
     changed = library.warnings_about(adapters)  # first: a result that was tampered with is refused before a base loads
     pool = AdapterPool(base, memory)
     size = f"{pool.bytes / 2**20:.0f} MiB"
     tell(f"{base.model.rpartition('/')[2]} is loaded in {pool.seconds:.1f} s ({size}, {pool.number_format}).")
     for sentence in changed:
         warn(sentence)
+    warn_of_arithmetic(pool, adapters, warn)
     return pool
+
+
+def warn_of_arithmetic(pool: AdapterPool, adapters: Sequence[Listed], warn: Callable[[str], None]) -> None:
+    """Name the adapters whose base computes otherwise here than in their training, one sentence for each arithmetic."""
+    found: dict[str, dict[int, str]] = {}
+    for each in adapters:
+        if not pool.as_trained(each):
+            found.setdefault(str(each.arithmetic), {})[each.job_id] = f"{each.name} (job {each.job_id})"
+    for trained, names in found.items():
+        first, more = list(names.values())[:NAMED], max(0, len(names) - NAMED)
+        who = ", ".join(first) + (f" and {more} more" if more else "")
+        what = f"trained on a base in {trained}, and answer here on one in {pool.number_format}"
+        warn(f"{what}: {who}; not all of their answers will be those of their reports")
 
 
 def _name_rows(keys: Sequence[str], layer: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

@@ -79,15 +79,15 @@ def open_conversation(
 ) -> Conversation:
     """Load the base of an adapter as its job did: in its number format, in NF4 for QLoRA. Raises LoractlError."""
     adapter = library.find(name)
-    model, revision, trained = adapter.spec.base_model, library.revision(adapter), adapter.spec.training.dtype
-    footprint = Footprint.of(model, revision, adapter.method, trained, adapter.size + OTHER_ADAPTERS_BYTES)
+    model, revision, trained = adapter.spec.base_model, library.revision(adapter), adapter.arithmetic
+    footprint = Footprint.of(model, revision, trained.method, trained.dtype, adapter.size + OTHER_ADAPTERS_BYTES)
     device = take_card(library.settings, library.store, style.gpu, footprint)
     base = BaseChoice(
         model=model,
         revision=revision,
-        method=adapter.method,
+        method=trained.method,
         device=device,
-        dtype="auto" if trained == "float16" and device == "cpu" else trained,
+        dtype=trained.on(device).dtype,
         run_code=library.may_run_code(adapter),
     )
     pool = open_pool(base, library, [adapter], tell, warn)

@@ -22,6 +22,7 @@ from loractl.worker.evaluation.generation import end_ids
 
 from .adapter_pool import AdapterPool, NoRoom
 from .lane import Lane, bytes_a_token, failure_sentence
+from .library import Listed
 from .request import Ask, Row, Said
 
 log = logging.getLogger("loractl.worker")
@@ -69,6 +70,13 @@ class Engine:
     @property
     def tokenizer(self) -> Any:
         return self._pool.tokenizer
+
+    def arithmetic(self, adapter: Listed | None) -> dict[str, Any]:
+        """In what the base computes here and, with an adapter, in what it was trained, and whether that is the same."""
+        here = {"served_in": self._pool.number_format}
+        if adapter is None:
+            return here
+        return {**here, "trained_in": str(adapter.arithmetic), "as_trained": self._pool.as_trained(adapter)}
 
     @property
     def cache_tokens(self) -> int:

@@ -175,12 +175,17 @@ class Service:
 
     async def models(self) -> list[dict[str, Any]]:
         known = await _refusing(self._names.all)
-        base = {"id": "base", "object": "model", "created": 0, "owned_by": "loractl"}
-        return [base, *(_card(name, listed) for name, listed in sorted(known.items()))]
+        base = {"id": "base", "object": "model", "created": 0, "owned_by": "loractl", **self._engine.arithmetic(None)}
+        return [base, *(self._card(name, listed) for name, listed in sorted(known.items()))]
 
     async def model(self, name: str) -> dict[str, Any]:
         listed = await self._find(name)
-        return (await self.models())[0] if listed is None else _card(name, listed)
+        return (await self.models())[0] if listed is None else self._card(name, listed)
+
+    def _card(self, name: str, listed: Listed) -> dict[str, Any]:
+        about = {"job_id": listed.job_id, "name": listed.name, "base_model": listed.spec.base_model}
+        own = {"id": name, "object": "model", "created": listed.created, "owned_by": "loractl"}
+        return {**own, **about, **self._engine.arithmetic(listed)}
 
     async def chat(self, asked: ChatRequest, request: Request) -> Any:
         listed = await self._find(asked.model)
@@ -305,11 +310,6 @@ def _hand_over(loop: asyncio.AbstractEventLoop, said: asyncio.Queue[Said], piece
 
 def _event(body: dict[str, Any]) -> str:
     return f"data: {json.dumps(body, ensure_ascii=False)}\n\n"
-
-
-def _card(name: str, listed: Listed) -> dict[str, Any]:
-    about = {"job_id": listed.job_id, "name": listed.name, "base_model": listed.spec.base_model}
-    return {"id": name, "object": "model", "created": listed.created, "owned_by": "loractl", **about}
 
 
 async def _refusing(work: Callable[[], Any]) -> Any:

@@ -6,8 +6,9 @@ import functools
 import os
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,23 @@ from loractl.worker.protocol.trust import check_base, may_run_code
 
 
 @dataclass(frozen=True, kw_only=True)
+class Arithmetic:
+    """How the base computes: in NF4 or not, and the number format that a job asks for."""
+
+    method: Method = Method.LORA
+    dtype: str = "auto"  # training.dtype: that of NF4's products, or of the whole base
+
+    def __str__(self) -> str:
+        if self.method is Method.QLORA:
+            return "NF4" if self.dtype == "auto" else f"NF4 with {self.dtype}"
+        return f"dtype {self.dtype}"
+
+    def on(self, device: str) -> Arithmetic:
+        """On a processor, which has no float16, its own format takes that one's place."""
+        return replace(self, dtype="auto") if (self.dtype, device) == ("float16", "cpu") else self
+
+
+@dataclass(frozen=True, kw_only=True)
 class Listed:
     """An adapter in the store, and the job that made it."""
 
@@ -46,6 +64,11 @@ class Listed:
     def base(self) -> tuple[str, str | None]:
         """Adapters with the same value can be on one loaded base."""
         return self.spec.base_model, self.spec.revision
+
+    @property
+    def arithmetic(self) -> Arithmetic:
+        """That of its training, and so of its report."""
+        return Arithmetic(method=self.method, dtype=self.spec.training.dtype)
 
 
 class Library:
@@ -195,6 +218,16 @@ class Library:
     def may_run_code(self, adapter: Listed) -> bool:
         """Whether this box's owner trusts the base's own code."""
         return may_run_code(adapter.spec, self._settings)
+
+
+def usual_arithmetic(adapters: Sequence[Listed], *, in_4bit: bool | None = None, dtype: str = "auto") -> Arithmetic:
+    """That in which most of the adapters were trained, of equally many that of the first; what a person asked for goes
+    before (`in_4bit`, and a `dtype` other than auto)."""
+    counted = Counter(adapter.arithmetic for adapter in adapters).most_common(1)
+    usual = counted[0][0] if counted else Arithmetic()
+    if in_4bit is not None:
+        usual = replace(usual, method=Method.QLORA if in_4bit else Method.LORA)
+    return usual if dtype == "auto" else replace(usual, dtype=dtype)
 
 
 def same_base(adapters: list[Listed]) -> tuple[str, str | None]:

@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from loractl.common.errors import UsageError
-from loractl.common.job.method import Method
 
 from .adapter_pool import AdapterPool, BaseChoice, open_pool
 from .card import Footprint, take_card
-from .library import Library, Listed, same_base
+from .library import Library, Listed, same_base, usual_arithmetic
 from .scores import LOSS, Cell, Scores, Task, asked_for, compare, score, task_from_file, task_of
 
 SWITCHES = 60
@@ -35,7 +34,7 @@ class MatrixOptions:
     samples: int = 32
     max_new_tokens: int = 64
     batch: int = 16
-    load_in_4bit: bool = False
+    load_in_4bit: bool | None = None  # None: as the adapters were trained
     gpu: str | None = None
 
 
@@ -51,12 +50,14 @@ class MatrixRow:
     load_seconds: float
     memory: int
     disk: int
+    as_trained: bool  # the base computes as it did in training
 
     def as_json(self) -> dict[str, Any]:
         return {
             "name": self.name,
             "job_id": self.job_id,
             "method": self.method,
+            "as_trained": self.as_trained,
             "load_seconds": self.load_seconds,
             "memory_bytes": self.memory,
             "disk_bytes": self.disk,
@@ -144,6 +145,7 @@ def measure(
                 load_seconds=loaded[name].seconds,
                 memory=loaded[name].size,
                 disk=_bytes_below(folders[name]),
+                as_trained=pool.as_trained(listed),
             )
         )
     return Matrix(
@@ -186,13 +188,16 @@ def _open(
     warn: Callable[[str], None],
 ) -> AdapterPool:
     model, _ = same_base(adapters)
-    method = Method.QLORA if options.load_in_4bit else Method.LORA
-    footprint = Footprint.of(model, library.revision(adapters[0]), method, "auto", sum(a.size for a in adapters))
+    usual = usual_arithmetic(adapters, in_4bit=options.load_in_4bit)
+    revision, memory = library.revision(adapters[0]), sum(adapter.size for adapter in adapters)
+    footprint = Footprint.of(model, revision, usual.method, usual.dtype, memory)
+    device = take_card(library.settings, library.store, options.gpu, footprint)
     base = BaseChoice(
         model=model,
-        revision=library.revision(adapters[0]),
-        method=method,
-        device=take_card(library.settings, library.store, options.gpu, footprint),
+        revision=revision,
+        method=usual.method,
+        device=device,
+        dtype=usual.on(device).dtype,
         run_code=library.may_run_code(adapters[0]),
     )
     return open_pool(base, library, adapters, tell, warn)

@@ -23,6 +23,8 @@ def matrix_text(matrix: Matrix) -> str:
     text += _table(matrix, answers)
     if set(answers.values()) != {LOSS}:
         text += ["", *_table(matrix, dict.fromkeys(answers, LOSS))]
+    if others := [row.name for row in matrix.rows if not row.as_trained]:
+        text += ["", f"Trained on a base in another arithmetic than {matrix.precision}: {', '.join(others)}."]
     if any(count for row in matrix.rows for count in row.trained_on.values()):
         text += ["", "* trained on rows of this task: no measure of what it has learned."]
     return "\n".join([*text, "", *costs(matrix)])

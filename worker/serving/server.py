@@ -13,14 +13,13 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from loractl.common.errors import UsageError
-from loractl.common.job.method import Method
 from loractl.worker.protocol.trust import check_base
 
-from .adapter_pool import BaseChoice, open_pool
+from .adapter_pool import BaseChoice, open_pool, warn_of_arithmetic
 from .card import Footprint, take_card
 from .decoding import Engine, Limits
 from .http import Names
-from .library import Library, Listed, same_base
+from .library import Library, Listed, same_base, usual_arithmetic
 
 HEADERS_S = 10.0
 """Seconds in which the lines of a request must have arrived."""
@@ -35,7 +34,7 @@ class ServeOptions:
     max_batch: int
     adapter_memory: int
     cache_memory: int | None  # None: by what is free
-    load_in_4bit: bool
+    load_in_4bit: bool | None  # None: as the adapters were trained
     dtype: str
     gpu: str | None
 
@@ -46,19 +45,23 @@ def load_served(
     """Check every name before the base is loaded, for that takes long. Raises LoractlError."""
     given = _given(options.adapters, library)
     model, revision, trusted = _base_of(options.base, given, library)
-    method = Method.QLORA if options.load_in_4bit else Method.LORA
-    footprint = Footprint.of(model, revision, method, options.dtype, options.adapter_memory, options.cache_memory)
+    names = Names(given, library, model, revision)
+    served = list(names.all().values())
+    usual = usual_arithmetic(served, in_4bit=options.load_in_4bit, dtype=options.dtype)
+    footprint = Footprint.of(model, revision, usual.method, usual.dtype, options.adapter_memory, options.cache_memory)
+    device = take_card(library.settings, library.store, options.gpu, footprint)
     base = BaseChoice(
         model=model,
         revision=revision,
-        method=method,
-        device=take_card(library.settings, library.store, options.gpu, footprint),
-        dtype=options.dtype,
+        method=usual.method,
+        device=device,
+        dtype=options.dtype if options.dtype != "auto" else usual.on(device).dtype,
         run_code=trusted,
     )
     pool = open_pool(base, library, list((given or {}).values()), tell, warn, options.adapter_memory)
+    if given is None:
+        warn_of_arithmetic(pool, served, warn)
     engine = Engine(pool, Limits(rows=options.max_batch, cache_bytes=options.cache_memory))
-    names = Names(given, library, model, revision)
     shown = ", ".join(sorted(names.all())) or "none is stored yet"
     tell(f"Models: base; adapters: {shown}.")
     return engine, names

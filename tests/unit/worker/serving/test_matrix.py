@@ -22,7 +22,7 @@ def row(name: str, change: float, trained_on: int = 0) -> MatrixRow:
     cells = {"mail": {LOSS: cell(-change), ACCURACY: cell(10 * change)}}
     return MatrixRow(
         name=name, job_id=4, method="lora", cells=cells, trained_on={"mail": trained_on}, load_seconds=0.5,
-        memory=2**20, disk=3_000_000,
+        memory=2**20, disk=3_000_000, as_trained=True,
     )  # fmt: skip
 
 
