@@ -15,13 +15,17 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Discriminator,
     Field,
+    Tag,
     ValidationInfo,
     field_validator,
     model_validator,
 )
 from pydantic_core import PydanticKnownError
 
+from loractl.common.adapter_config import is_module_name
+from loractl.common.module_pattern import ModulePattern
 from loractl.common.units import parse_duration, parse_size
 
 from .method import Method
@@ -125,6 +129,15 @@ def _steps_or_share(value: Any) -> int | float:
     return int(number) if number >= 1 else number
 
 
+def _expression(text: str) -> str:
+    if text == "all-linear":
+        return text
+    if all(is_module_name(name.strip()) for name in text.split(",")) or not text:  # names without their brackets
+        raise PydanticKnownError("list_type")
+    ModulePattern(text=text).check()
+    return text
+
+
 def _task_name(text: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._()+-]{0,127}", text):
         raise ValueError("is no task's name; a job gives lm_eval names alone, never a path")
@@ -136,6 +149,12 @@ ColumnName = Literal[
     "messages", "conversations", "role", "content", "from", "value", "system", "instruction", "input", "output",
     "prompt", "completion", "text", "label",
 ]  # fmt: skip
+Targets = Annotated[
+    Annotated[str, AfterValidator(_expression), Tag("function-expression")] | Annotated[list[str], Tag("list[name]")],
+    Discriminator(lambda value: "function-expression" if isinstance(value, str) else "list[name]"),
+]
+"""all-linear, a regular expression over whole names, or names. The tags are told to nobody (`common/job/file.py`)."""
+
 Methods = Annotated[Method | list[Method], BeforeValidator(_methods)]
 StepsOrShare = Annotated[int | float, BeforeValidator(_steps_or_share)]
 Size = Annotated[int, BeforeValidator(parse_size)]
@@ -175,7 +194,8 @@ class LoraSpec(Section):
     r: int = Field(16, ge=1, le=1024)
     lora_alpha: float = Field(32, gt=0)
     lora_dropout: float = Field(0.05, ge=0, lt=1)
-    target_modules: Literal["all-linear"] | list[str] = "all-linear"
+    target_modules: Targets = "all-linear"
+    """all-linear, names or ends of names, or a regular expression that matches whole names."""
     modules_to_save: list[Printable] = Field(default_factory=list, max_length=64)
     """Modules that are trained in full and stored with the adapter, like embed_tokens."""
     use_dora: bool = False

@@ -83,9 +83,10 @@ def _feed_forward(
         shared = _gated_mlp(hidden, int(config["shared_expert_intermediate_size"]), False, "mlp.shared_expert")
         sparse += (*shared, Linear(name="mlp.shared_expert_gate", inputs=hidden, outputs=1))
     step, only = int(config.get("decoder_sparse_step") or 1), set(config.get("mlp_only_layers") or [])
-    count = sum(1 for n in range(layers) if n not in only and (n + 1) % step == 0)
-    blocks = [Block(count=count, linears=sparse, norms=norms, experts=experts)] if count else []
-    return blocks + ([Block(count=layers - count, linears=dense, norms=norms)] if count < layers else [])
+    mixed = tuple(n for n in range(layers) if n not in only and (n + 1) % step == 0)
+    plain = tuple(n for n in range(layers) if n not in mixed)
+    blocks = [Block(count=len(mixed), linears=sparse, norms=norms, experts=experts, numbers=mixed)] if mixed else []
+    return blocks + ([Block(count=len(plain), linears=dense, norms=norms, numbers=plain)] if plain else [])
 
 
 def _phi3(config: Config) -> Shape:
@@ -129,7 +130,7 @@ def _gpt2(config: Config) -> Shape:
         head_dim=hidden // heads,
         vocab=int(config["vocab_size"]),
         tied=_tied(config),
-        blocks=(Block(count=layers, linears=linears, norms=4 * hidden),),
+        blocks=(Block(count=layers, linears=linears, norms=4 * hidden, path="transformer.h.{}"),),
         outside=2 * hidden + int(config["n_positions"]) * hidden,
         norm="layer",
         gated=False,
@@ -148,7 +149,7 @@ def _gpt_neox(config: Config) -> Shape:
         head_dim=hidden // heads,
         vocab=int(config["vocab_size"]),
         tied=_tied(config),
-        blocks=(Block(count=layers, linears=linears, norms=4 * hidden),),
+        blocks=(Block(count=layers, linears=linears, norms=4 * hidden, path="gpt_neox.layers.{}"),),
         outside=2 * hidden,
         norm="layer",
         gated=False,
@@ -175,7 +176,7 @@ def _falcon(config: Config) -> Shape:
         head_dim=head_dim,
         vocab=int(config["vocab_size"]),
         tied=_tied(config),
-        blocks=(Block(count=layers, linears=linears, norms=(4 if two else 2) * hidden),),
+        blocks=(Block(count=layers, linears=linears, norms=(4 if two else 2) * hidden, path="transformer.h.{}"),),
         outside=2 * hidden,
         norm="layer",
         norms_per_block=2 if two else 1,
@@ -201,15 +202,15 @@ def _gemma3(config: Config) -> Shape:
         Linear(name="mlp.fc2", inputs=ffn, outputs=hidden, bias=True),
     )
     attention.append(Linear(name="self_attn.out_proj", inputs=hidden, outputs=hidden, bias=True))
-    tower = [
-        Block(count=int(vision["num_hidden_layers"]), linears=(*attention, *mlp), norms=4 * hidden, text=False),
-    ]
+    count, layers = int(vision["num_hidden_layers"]), "model.vision_tower.encoder.layers.{}"
+    tower = [Block(count=count, linears=(*attention, *mlp), norms=4 * hidden, text=False, path=layers)]
     ends = int(vision["num_channels"]) * patch**2 * hidden + hidden  # patch embedding
     ends += (int(vision["image_size"]) // patch) ** 2 * hidden + 2 * hidden  # positions, last norm
     ends += hidden * text.hidden + hidden  # projector and its norm
     if vision["vision_use_head"]:  # pooling by attention: a probe, fused q, k, v, and an MLP
         pooled = Linear(name="attention.out_proj", inputs=hidden, outputs=hidden, bias=True, quantised=False)
-        tower.append(Block(count=1, linears=(pooled, *mlp), norms=2 * hidden, text=False))
+        head = "model.vision_tower.head"
+        tower.append(Block(count=1, linears=(pooled, *mlp), norms=2 * hidden, text=False, path=head))
         ends += hidden + 3 * hidden * hidden + 3 * hidden
     return Shape(
         family="gemma3",
@@ -219,7 +220,7 @@ def _gemma3(config: Config) -> Shape:
         head_dim=text.head_dim,
         vocab=text.vocab,
         tied=_tied(config),
-        blocks=(*text.blocks, *tower),
+        blocks=(*(replace(block, path="model.language_model.layers.{}") for block in text.blocks), *tower),
         outside=text.outside + ends,
         norms_per_block=text.norms_per_block,
         head_norms=True,

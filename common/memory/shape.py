@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
+
+from loractl.common.module_pattern import ModulePattern
 
 ROUTER_FACTOR = 1
 """peft gives an expert layer's router the job's own rank."""
@@ -63,6 +66,12 @@ class Block:
     norms: int  # parameters of its norms
     experts: Experts | None = None
     text: bool = True  # False: a vision tower, which holds weights and adapters but sees no token
+    path: str = "model.layers.{}"  # its name in the model, with a place for its number
+    numbers: tuple[int, ...] | None = None  # of each such block; None: from 0 on
+
+    def names(self, layer: Linear) -> list[str]:
+        """A layer's whole names in the model, as many as there are such blocks."""
+        return [f"{self.path.format(n)}.{layer.name}" for n in self.numbers or range(self.count)]
 
     @property
     def quantisable(self) -> int:
@@ -134,25 +143,43 @@ class Shape:
     def parameters(self) -> int:
         return self.linear_parameters + self.other_parameters
 
-    def adapted(self, targets: Literal["all-linear"] | Iterable[str]) -> list[tuple[Linear, int]]:
-        """The linear layers that an adapter reaches, each with how often the model has it.
+    def adapted(self, targets: str | Iterable[str]) -> list[tuple[Linear, int]]:
+        """The linear layers that an adapter reaches, each with how often it does.
 
-        A target names a layer when it is its path or the path's end (peft's check_target_module_exists).
+        A target names a layer when it is its path or the path's end (peft's check_target_module_exists). A text other
+        than all-linear is an expression over whole names.
         """
         every = [(layer, block.count) for block in self.blocks for layer in block.linears]
         if targets == "all-linear":
             return every
+        if isinstance(targets, str):
+            each = ((layer, _matched(targets, block, layer)) for block in self.blocks for layer in block.linears)
+            return [(layer, count) for layer, count in each if count]
         wanted = tuple(targets)
         return [(layer, count) for layer, count in every if any(_names(target, layer.name) for target in wanted)]
 
-    def adapter_parameters(self, r: int, targets: Literal["all-linear"] | Iterable[str]) -> int:
+    def adapter_parameters(self, r: int, targets: str | Iterable[str]) -> int:
         """Trained parameters of a LoRA adapter: r (in + out) a layer (arXiv:2106.09685, section 4.1)."""
-        targets = targets if targets == "all-linear" else tuple(targets)
+        targets = targets if isinstance(targets, str) else tuple(targets)
         dense = sum(count * r * (layer.inputs + layer.outputs) for layer, count in self.adapted(targets))
         if targets != "all-linear":
             return dense
         fused = [(b.experts, b.count) for b in self.blocks if b.experts and b.experts.adapted]
         return dense + sum(count * experts.adapter_parameters(r) for experts, count in fused)
+
+
+MOST_STEPS = 100_000
+"""Of an expression over the names of one kind of layer. With 20 kinds that is 3 s at most."""
+
+
+@functools.lru_cache(maxsize=512)
+def _matched(pattern: str, block: Block, layer: Linear) -> int:
+    """How many of these blocks' layers match. All of them where that takes too long to say: plans err on the high side,
+    and check_adapter and the worker refuse such an expression."""
+    try:
+        return len(ModulePattern(text=pattern).matches(block.names(layer), most_steps=MOST_STEPS))
+    except ValueError:
+        return block.count
 
 
 def _names(target: str, name: str) -> bool:

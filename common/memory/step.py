@@ -52,7 +52,7 @@ class Step:
     checkpoints: bool
     dropout: bool
     r: int
-    targets: Literal["all-linear"] | list[str]
+    targets: str | list[str]
     eager: bool
     autocast: bool
     keeps_logits: bool

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from loractl.common.adapter_config import is_module_name
+
 NOT_SUPERVISED = "loractl fine-tunes adapters on rows with answers"
 
 
@@ -121,10 +123,13 @@ def held_out(draft: Draft, key: str, value: Any) -> None:
 
 
 def names_of(ours: str) -> Callable[[Draft, str, Any], None]:
-    """A list of modules, also written with commas."""
+    """A list of modules, also written with commas; or a regular expression, which is carried as it stands."""
 
     def rule(draft: Draft, key: str, value: Any) -> None:
         names = value if isinstance(value, list) else [name.strip() for name in str(value).split(",")]
+        if isinstance(value, str) and not all(map(is_module_name, names)):
+            draft.put(key, ours, value)
+            return
         draft.put(key, ours, "all-linear" if names in (["all"], ["all-linear"]) else names)
 
     return rule

@@ -14,11 +14,13 @@ from loractl.common.job.sections import TaskType
 from loractl.common.memory.config import read_shape
 from loractl.common.memory.correction import learned
 from loractl.common.memory.plan import predict
+from loractl.common.module_pattern import ModulePattern
 from loractl.common.store.records import Submission
 from loractl.common.units import gib
 
 if TYPE_CHECKING:
     from loractl.common.job.spec import JobSpec
+    from loractl.common.memory.shape import Shape
     from loractl.common.store.store import Store
 
 
@@ -56,7 +58,9 @@ def check_adapter(spec: JobSpec) -> None:
     if shape is None:
         return
     targets = spec.lora.target_modules
-    if isinstance(targets, list) and (unknown := [name for name in targets if not shape.adapted([name])]):
+    if isinstance(targets, str) and targets != "all-linear":
+        _check_expression(targets, shape, spec.base_model)
+    elif isinstance(targets, list) and (unknown := [name for name in targets if not shape.adapted([name])]):
         names = sorted({layer.name.rpartition(".")[2] for layer, _ in shape.adapted("all-linear")})
         raise UsageError(
             f"lora.target_modules: {', '.join(unknown)} is not a linear layer of {spec.base_model}",
@@ -72,6 +76,21 @@ def check_adapter(spec: JobSpec) -> None:
         raise UsageError(
             f"{spec.base_model} has fused experts, which peft adapts only without dropout",
             "set lora.lora_dropout: 0, or name the layers to adapt in lora.target_modules, like [q_proj, v_proj]",
+        )
+
+
+def _check_expression(pattern: str, shape: Shape, base: str) -> None:
+    """Refuse an expression that takes too long, or reaches no layer. Raises UsageError."""
+    names = [name for block in shape.blocks for layer in block.linears for name in block.names(layer)]
+    try:
+        found = ModulePattern(text=pattern).matches(names)
+    except ValueError as error:
+        raise UsageError(f"lora.target_modules: {pattern} {error}") from error
+    if not found:
+        raise UsageError(
+            f"lora.target_modules: {pattern} matches no linear layer of {base}",
+            f"it matches whole names, like {', '.join(dict.fromkeys(names[:: max(1, len(names) // 2)]))}; "
+            "or write all-linear",
         )
 
 

@@ -89,6 +89,12 @@ MISTAKES = [
         job=BASE + "lora: {target_modules: [q_proj, c_attn]}\n",
         config=LLAMA,
     ),
+    Mistake(
+        "an expression that matches nothing",
+        "Hint: it matches whole names, like model.layers.0.self_attn.q_proj, model.layers.1.self_attn.q_proj",
+        job=BASE + "lora: {target_modules: '.*c_attn'}\n",
+        config=LLAMA,
+    ),
     Mistake("dropout on fused experts", "set lora.lora_dropout: 0", job=BASE, config=MIXTRAL),
     Mistake(
         "a packed classifier",

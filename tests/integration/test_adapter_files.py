@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,7 +27,7 @@ from loractl.worker.base.model import load_base, load_tokenizer
 COMMIT = "0123456789abcdef" * 2 + "01234567"
 
 
-@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj"]])
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj"], r".*\.1\.(?:mlp|self_attn)\.(q|up)_proj"])
 def test_a_stored_adapter_has_the_allowed_settings_alone_and_peft_loads_it(
     tiny_model: Path, tmp_path: Path, targets: object
 ) -> None:
@@ -58,6 +60,55 @@ def test_a_stored_adapter_has_the_allowed_settings_alone_and_peft_loads_it(
         base = load_base(str(tiny_model), Method.LORA, "cpu", precision).eval()(input_ids=ids).logits
     assert torch.equal(found, expected)
     assert not torch.equal(found, base)
+
+
+@pytest.mark.parametrize(
+    ("expression", "stored"),
+    [
+        (r"model.layers.[\d]+.(mlp|cross_attn|self_attn).(up|down|gate|q|k|v|o)_proj",
+         ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]),
+        (r"^(?!.*mlp).*(q|v)_proj$", ["q_proj", "v_proj"]),
+        (r"model\.layers\.1\.self_attn\.[qk]_proj",
+         ["model.layers.1.self_attn.k_proj", "model.layers.1.self_attn.q_proj"]),
+    ],
+)  # fmt: skip
+def test_an_expression_adapts_what_peft_would_adapt_and_names_alone_are_stored(
+    tiny_model: Path, tmp_path: Path, expression: str, stored: list[str]
+) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    def base() -> Any:
+        return load_base(str(tiny_model), Method.LORA, "cpu", choose_precision("cpu"))
+
+    spec = _spec(tiny_model, lora={"r": 4, "target_modules": expression})
+    tuned = add_adapter(base(), spec, Method.LORA)
+    plain = get_peft_model(base(), LoraConfig(r=4, target_modules=expression, task_type="CAUSAL_LM"))
+    assert _trained(tuned) == _trained(plain) != set()
+    save_adapter(tuned, load_tokenizer(str(tiny_model)), spec, tmp_path / "adapter")
+    assert json.loads((tmp_path / "adapter" / CONFIG).read_text())["target_modules"] == stored
+
+
+@pytest.mark.parametrize(
+    ("expression", "what"),
+    [
+        (r".*\.c_attn", "matches no linear layer of this model; it matches whole names, like model.layers.0.mlp."),
+        ("q_pro.", "matches no linear layer"),
+        (r".*(q_proj|lm_head)", "matches lm_head too, which is no linear layer of its blocks"),
+        (r".*mlp.*", r"matches model.layers.0.mlp too"),
+        ("((.*)*){9999}!" * 40, "takes too long to match"),
+    ],
+)
+def test_an_expression_that_reaches_no_layer_or_more_than_layers_is_refused(
+    tiny_model: Path, expression: str, what: str
+) -> None:
+    base = load_base(str(tiny_model), Method.LORA, "cpu", choose_precision("cpu"))
+    with pytest.raises(TrainingFailed, match=re.escape(what)) as failure:
+        add_adapter(base, _spec(tiny_model, lora={"target_modules": expression}), Method.LORA)
+    assert failure.value.reason is Reason.BAD_SPEC
+
+
+def _trained(model: Any) -> set[str]:
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def test_a_list_of_targets_reaches_layers_that_are_no_linear(tmp_path: Path) -> None:

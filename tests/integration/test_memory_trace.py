@@ -158,6 +158,29 @@ def test_parameters_and_adapters_are_counted_as_the_libraries_make_them(family: 
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_layers_have_the_names_that_the_libraries_give_them(family: str, tmp_path: Path) -> None:
+    from transformers.pytorch_utils import Conv1D
+
+    sizes = config(family, vocab=512)
+    built = build(real(sizes, tmp_path), job(family), Method.LORA).get_base_model()
+    kinds = (torch.nn.Linear, Conv1D)
+    made = {name.removesuffix(".base_layer") for name, module in built.named_modules() if isinstance(module, kinds)}
+    named = [name for block in shape(sizes).blocks for layer in block.linears for name in block.names(layer)]
+    assert set(named) == {name for name in made if name != "lm_head" and ".lora_" not in name}
+    assert len(set(named)) == len(named)
+
+
+def test_an_expression_is_planned_for_the_layers_that_it_matches() -> None:
+    counted = shape(config("gemma3"))
+    text = r"model\.language_model\.layers\.\d+\.(mlp|self_attn)\.(up|down|gate|q|k|v|o)_proj"
+    of_text = sum(layer.weights * count for layer, count in counted.adapted(text))
+    assert of_text == sum(block.count * block.quantisable for block in counted.blocks if block.text)
+    [(layer, count)] = counted.adapted(r".*layers\.(0|2)\..*q_proj")[:1]
+    assert (layer.name, count) == ("self_attn.q_proj", 2)
+    assert counted.adapter_parameters(8, r".*\.1\..*gate_proj") == 8 * (256 + 704)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_quantised_weights_are_those_that_bitsandbytes_replaces(family: str, tmp_path: Path) -> None:
     from bitsandbytes.nn import Linear4bit
 

@@ -12,6 +12,7 @@ from loractl.common.adapter_config import is_module_name
 from loractl.common.job.method import Method
 from loractl.common.job.spec import JobSpec
 from loractl.common.job.status import Reason
+from loractl.common.module_pattern import ModulePattern
 
 from .arithmetic import settle_nf4
 from .failure import TrainingFailed
@@ -32,6 +33,8 @@ def add_adapter(base: Any, spec: JobSpec, method: Method) -> Any:
     targets = spec.lora.target_modules
     if isinstance(targets, list):
         _check_targets(base, targets)
+    elif targets != "all-linear":
+        targets = _names_of(base, targets)
     if wrong := [name for name in spec.lora.modules_to_save if not is_module_name(name)]:  # peft's own are expressions
         raise TrainingFailed(Reason.BAD_SPEC, f"lora.modules_to_save: {wrong[0]!r} is no name of a module")
     config = LoraConfig(
@@ -60,12 +63,45 @@ def add_adapter(base: Any, spec: JobSpec, method: Method) -> Any:
     return model
 
 
-def _check_targets(base: Any, targets: list[str]) -> None:
+def _names_of(base: Any, pattern: str) -> list[str]:
+    """The names of the layers that an expression matches, for peft to find and to store: the ends of paths where they
+    say the same. Raises TrainingFailed(bad_spec)."""
+    linear = set(_linear(base))
+    try:
+        found = ModulePattern(text=pattern).matches(name for name, _ in base.named_modules())
+    except ValueError as error:
+        raise TrainingFailed(Reason.BAD_SPEC, f"lora.target_modules: {pattern} {error}") from error
+    if other := [name for name in found if name not in linear]:
+        what = f"{pattern} matches {other[0]} too, which is no linear layer of its blocks"
+        raise TrainingFailed(Reason.BAD_SPEC, f"lora.target_modules: {what}")
+    if not found:
+        some = sorted(linear)[:: max(1, len(linear) // 2)]
+        what = f"{pattern} matches no linear layer of this model; it matches whole names, like {', '.join(some)}"
+        raise TrainingFailed(Reason.BAD_SPEC, f"lora.target_modules: {what}")
+    for names in ({name.rpartition(".")[2] for name in found}, set(found)):
+        if [name for name, _ in base.named_modules() if not names.isdisjoint(_ends(name))] == found:
+            return sorted(names)
+    what = f"{pattern} matches a layer whose name is the end of another's, which it does not match"
+    raise TrainingFailed(Reason.BAD_SPEC, f"lora.target_modules: {what}")
+
+
+def _ends(name: str) -> list[str]:
+    """A module's name, and the ends of its path by which peft would know it too."""
+    parts = name.split(".")
+    return [".".join(parts[start:]) for start in range(len(parts))]
+
+
+def _linear(base: Any) -> list[str]:
+    """The whole names of the layers that take an adapter."""
     from transformers.pytorch_utils import Conv1D
 
     kinds = (torch.nn.Linear, Conv1D)  # GPT-2's layers are of the second kind
-    heads = {"lm_head", HEAD}
-    linear = {name.rpartition(".")[2] for name, m in base.named_modules() if isinstance(m, kinds)} - heads
+    named = [name for name, module in base.named_modules() if isinstance(module, kinds)]
+    return [name for name in named if name.rpartition(".")[2] not in ("lm_head", HEAD)]
+
+
+def _check_targets(base: Any, targets: list[str]) -> None:
+    linear = {name.rpartition(".")[2] for name in _linear(base)}
     if unknown := [t for t in targets if t.rpartition(".")[2] not in linear]:
         raise TrainingFailed(
             Reason.BAD_SPEC,

@@ -169,6 +169,15 @@ def test_columns_and_text_of_an_axolotl_data_set_are_named(tmp_path: Path) -> No
     assert spec.dataset.format is DataFormat.TEXT and spec.dataset.columns == {"text": "body"}
 
 
+def test_an_expression_for_modules_is_carried_as_it_stands(tmp_path: Path) -> None:
+    expression = r"model.language_model.layers.[\d]+.(mlp|cross_attn|self_attn).(up|down|gate|q|k|v|o)_proj{1,2}"
+    theirs = f"base_model: a/b\nadapter: lora\ndatasets: [{{path: o/d}}]\nlora_target_modules: '{expression}'\n"
+    told, spec = imported(tmp_path, theirs)
+    assert spec.lora.target_modules == expression and "lora_target_modules" in told["carried"]
+    told, spec = imported(tmp_path, theirs.replace("model.language", "(?<=model).language"))
+    assert spec.lora.target_modules == "all-linear" and "a kind of bracket" in told["left_out"]["lora_target_modules"]
+
+
 def test_the_job_file_is_printed_and_the_account_stands_beside_it(tmp_path: Path) -> None:
     (tmp_path / "theirs.yaml").write_text(AXOLOTL)
     result = CliRunner().invoke(cli, ["import", str(tmp_path / "theirs.yaml")])

@@ -43,6 +43,17 @@ def test_a_classifier_needs_less_than_a_job_that_learns_words(base: str) -> None
     assert words.qlora is not None and labels.qlora is not None and labels.qlora < words.qlora / 1.2
 
 
+def test_an_expression_is_checked_where_the_base_is_at_hand_and_planned(base: str) -> None:
+    some = spec(base_model=base, lora={"target_modules": r".*\.1\..*(q|v)_proj"})
+    check_adapter(some)
+    planned, whole = predict(some).lora, predict(spec(base_model=base)).lora
+    assert planned is not None and whole is not None and planned < whole
+    with pytest.raises(UsageError, match="c_attn matches no linear layer of") as refused:
+        check_adapter(spec(base_model=base, lora={"target_modules": r".*\.c_attn"}))
+    assert "like model.layers.0.self_attn.q_proj" in str(refused.value.hint)
+    check_adapter(spec(base_model="org/not-here", lora={"target_modules": r".*\.c_attn"}))  # the worker will say
+
+
 @pytest.mark.parametrize("layer", ["score", "lm_head"])
 def test_a_head_gets_no_adapter(base: str, layer: str) -> None:
     with pytest.raises(UsageError, match=f"lora.target_modules: {layer} is not a linear layer"):
