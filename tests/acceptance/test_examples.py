@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,38 @@ def test_every_example_runs_to_its_report(cli: Cli, tiny_model: Path) -> None:
     jobs = json.loads(cli("status", "-a", "--json").stdout)
     assert [(job["status"], job["message"]) for job in jobs if job["status"] != "succeeded"] == []
     assert len(jobs) == len(EXAMPLES)
+
+
+def test_the_demo_reports_what_succeeded_and_its_lines_work_when_typed(cli: Cli, tiny_model: Path, home: Path) -> None:
+    root, here = MODEL.parents[1], cli.with_environment(LORACTL_HOME=str(home / "demo"))
+    asked = (
+        f"base_model={tiny_model}",
+        "dataset.max_length=1024",
+        "training.max_steps=3",
+        "evaluation.samples=1",
+        "evaluation.max_rows=4",
+    )
+    demo = subprocess.Popen(
+        [root / "examples" / "demo.sh", *(f"--set={text}" for text in (*asked, "evaluation.max_new_tokens=4"))],
+        env=here.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    assert demo.stdout is not None
+    for line in demo.stdout:  # the worker starts: the first job is queued, and takes a second at the least
+        if line.startswith("$ loractl worker"):
+            here("cancel", 1)
+            break
+    said = demo.stdout.read()
+    assert demo.wait(timeout=10) == 1
+    assert "No result yet of job 1: loractl logs JOB says why, loractl retry JOB and loractl worker go on." in said
+    assert "$ loractl report 2 --answers 3\n2 instructions-qlora: " in said and "report 1" not in said
+    assert "job 2 running on" in said, "its progress is shown"
+    assert (home / "demo-adapters" / "2" / "adapter_model.safetensors").exists()
+    typed = next(line for line in said.splitlines() if line.strip().startswith("export LORACTL_HOME="))
+    shown = subprocess.run(
+        ["bash", "-c", f"{typed}\nloractl status 2"], env={"PATH": "/usr/bin:/bin"}, capture_output=True, text=True,
+        check=True,
+    )  # fmt: skip
+    assert "instructions-qlora" in shown.stdout
 
 
 @pytest.mark.timeout(600)
