@@ -47,6 +47,7 @@ COMMANDS: Commands = {
     "matrix": ("loractl.worker.commands.matrix:matrix", "Score several adapters on several tasks, on one loaded base."),
     "cancel": ("loractl.scheduler.commands.cancel:cancel", "Cancel waiting or running jobs."),
     "hold": ("loractl.scheduler.commands.hold:hold", "Keep waiting jobs from starting until loractl retry."),
+    "edit": ("loractl.scheduler.commands.edit:edit", "Change what is asked of a job that waits or runs."),
     "retry": ("loractl.scheduler.commands.retry:retry", "Queue failed, cancelled or held jobs again."),
     "why": (
         "loractl.scheduler.commands.why:why",

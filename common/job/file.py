@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import difflib
 import json
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +82,23 @@ def load_spec(path: Path, overrides: Sequence[str] = ()) -> JobSpec:
         what = "is for a base_model on the hub; a folder has none"
         raise SpecError([_problem(("revision",), what, None, str(path), lines, overrides)])
     return spec
+
+
+def amended_spec(tree: dict[str, Any], overrides: Sequence[str], name: str, folder: Path) -> JobSpec:
+    """A stored spec with overrides that are checked as a job file's are; paths in them are relative to `folder`.
+
+    Raises SpecError, which calls the spec `name`.
+    """
+    stored = override_spec(tree, (), name)
+    changed = stored.model_dump(mode="json", exclude_defaults=True)  # only what was asked for can contradict it
+    for override in overrides:
+        _apply_override(changed, override, overrides)
+    try:
+        spec = JobSpec.model_validate(changed, context=AS_WRITTEN)
+    except ValidationError as error:
+        raise _refusal(error, name, {}, overrides) from None
+    known = {stored.base_model, *stored.data_sets().values()}  # as they were found when it was submitted
+    return _resolve_paths(_resolve_defaults(spec), folder, known)
 
 
 def override_spec(tree: dict[str, Any], overrides: Sequence[str], name: str) -> JobSpec:
@@ -238,12 +255,12 @@ def _did_you_mean(key: str) -> str | None:
     return f"known keys here: {', '.join(k.rpartition('.')[2] for k in siblings)}" if siblings else None
 
 
-def _resolve_paths(spec: JobSpec, folder: Path) -> JobSpec:
+def _resolve_paths(spec: JobSpec, folder: Path, known: Container[str] = ()) -> JobSpec:
     """Local paths become absolute; a name without a file beside the job file stays as it is (a hub id)."""
 
     def local(text: str | None) -> str | None:
-        if text is None:
-            return None
+        if text is None or text in known:
+            return text
         looks_local = text.startswith((".", "/", "~")) or Path(text).suffix.lower() in DATA_SUFFIXES
         try:
             path = (folder / Path(text).expanduser()).resolve()

@@ -43,10 +43,10 @@ UNDECIDING = frozenset(
 )
 """Keys and sections that say when and where a job runs and who is told, not what comes out."""
 
-_RECOMPUTED = frozenset({"gradient_checkpointing", "torch_compile"})
+RECOMPUTED = frozenset({"gradient_checkpointing", "torch_compile"})
 """Keys of `training` that change how a step is computed, not what it learns: a resume may change them."""
 
-_BATCH = frozenset({"per_device_train_batch_size", "gradient_accumulation_steps"})
+BATCH = frozenset({"per_device_train_batch_size", "gradient_accumulation_steps"})
 """Keys of `training` that count for a resume by their product: the pieces in which a step is computed do not."""
 
 
@@ -62,7 +62,7 @@ def training_digests(spec: JobSpec, method: Method, rows: Any) -> dict[str, str]
     classifier's labels, so `dataset` and `task_type` are not parts of their own.
     """
     said = _deciding(spec)
-    training = {key: value for key, value in said.pop("training").items() if key not in _RECOMPUTED | _BATCH}
+    training = {key: value for key, value in said.pop("training").items() if key not in RECOMPUTED | BATCH}
     parts = {
         "base_model": [said.pop("base_model"), said.pop("revision")],
         "lora": said.pop("lora"),
@@ -74,6 +74,16 @@ def training_digests(spec: JobSpec, method: Method, rows: Any) -> dict[str, str]
     if later := {key: value for key, value in said.items() if key not in told_otherwise}:
         parts["job"] = later
     return {name: _digest(part) for name, part in parts.items()}
+
+
+def changed_parts(before: JobSpec, after: JobSpec, method: Method) -> set[str]:
+    """The parts of the job file whose change makes a checkpoint of `before` useless for `after`: sections, or keys.
+
+    Rows are not read here: every key that says how rows are read counts as a change of them.
+    """
+    old, new = (training_digests(spec, method, None) for spec in (before, after))
+    parts = {name for name in old.keys() | new.keys() if old.get(name) != new.get(name)}
+    return parts | {key for key in ("dataset", "task_type") if getattr(before, key) != getattr(after, key)}
 
 
 def _deciding(section: BaseModel, name: str = "") -> dict[str, Any]:

@@ -116,7 +116,7 @@ OUTCOMES: dict[Reason, Meaning] = {
         status=Status.FAILED,
         retryable=False,
         counts=False,
-        advice="raise resources.time_limit and submit again",
+        advice="loractl retry JOB --set resources.time_limit=2h goes on from its checkpoint",
     ),
     Reason.CANCELLED: Meaning(
         status=Status.CANCELLED, retryable=False, counts=False, advice="loractl retry JOB queues it again"

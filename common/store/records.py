@@ -11,7 +11,7 @@ from loractl.common.job.adjustment import Adjustment
 from loractl.common.job.halving import rung_step
 from loractl.common.job.method import Method
 from loractl.common.job.need import Need, least_need
-from loractl.common.job.status import Stage
+from loractl.common.job.status import Stage, Status
 from loractl.common.job.sweep import RungPoint
 
 if TYPE_CHECKING:
@@ -43,6 +43,17 @@ class Submission:
         """Bytes that it waits for at first: LoRA's need while the job has patience for it. None: not known."""
         patient = bool(self.spec.lora_patience) and self.methods == (Method.LORA, Method.QLORA)
         return least_need((Method.LORA,) if patient else self.methods, self.need)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Amendment:
+    """What edit, and retry with changes, write of a job that was submitted before."""
+
+    job_id: int
+    seen: tuple[Status, int, dict[str, Any]]  # status, attempt and spec as they were when the change was checked
+    submission: Submission  # its spec, data and need from now on
+    planned_anew: bool  # False: what decides its memory is as before, and so is what was learned of it
+    text: str  # each key with both values, for the history
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +118,7 @@ class Beat:
     cancel_requested: bool = False
     preempted_by: int | None = None  # a job of higher priority that needs the room
     pruned: str | None = None  # why its sweep stops it at the rung that this beat reached
+    time_limit: float | None = None  # seconds of an attempt, as the job's spec has it now
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -39,6 +39,7 @@ from .queries import (
     wishes,
 )
 from .records import (
+    Amendment,
     Arrival,
     Beat,
     BoxIdentity,
@@ -90,10 +91,18 @@ class Store(RetentionStore):
         with self._write() as tx:
             return wishes.hold(tx, job_id, user, reason)
 
-    def retry(self, job_id: int, user: str) -> Job:
-        """Queue a failed, cancelled or held job again, with all its retries. Raises JobNotFound, WrongState."""
+    def retry(self, job_id: int, user: str, amendment: Amendment | None = None) -> Job:
+        """Queue a failed, cancelled or held job again, with all its retries, and what is to change of it.
+
+        Raises JobNotFound, WrongState.
+        """
         with self._write() as tx:
-            return wishes.retry(tx, job_id, user)
+            return wishes.retry(tx, job_id, user, amendment)
+
+    def edit(self, amendment: Amendment, user: str) -> Job:
+        """Change what is asked of a job. Raises JobNotFound, WrongState when it is no more as it was looked at."""
+        with self._write() as tx:
+            return submissions.amend(tx, amendment, user)
 
     def drain(
         self, target: str, user: str, reason: str, *, until: dt.datetime | None = None, at_once: bool = False

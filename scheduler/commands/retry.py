@@ -7,23 +7,27 @@ import click
 
 @click.command()
 @click.argument("job_ids", nargs=-1, required=True, type=int, metavar="JOB...")
-def retry(job_ids: tuple[int, ...]) -> None:
-    """Queue failed, cancelled or held jobs again."""
-    from loractl.common.errors import ServiceUnreachable
+@click.option(
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE",
+    help="A key's new value, like resources.time_limit=2h; what leaves the job's checkpoint valid.",
+)  # fmt: skip
+def retry(job_ids: tuple[int, ...], overrides: tuple[str, ...]) -> None:
+    """Queue failed, cancelled or held jobs again. They go on from their checkpoints."""
     from loractl.common.queue.sender import open_sender
     from loractl.scheduler.session import open_session
+    from loractl.scheduler.submission.edit import amendment
+    from loractl.scheduler.submission.intake import wake_for
 
     from .several import for_each
+    from .warnings import warn
 
     settings, store = open_session()
     with open_sender(settings) as sender:
 
         def queue(job_id: int) -> None:
-            job = store.retry(job_id, settings.user)
-            click.echo(f"Job {job_id} is queued again.")
-            try:
-                sender.wake([job.vram_class])
-            except ServiceUnreachable as error:
-                click.echo(f"Warning: {error.sentence}\nJob {job_id} still starts, a little later.", err=True)
+            changed = amendment(store, job_id, overrides) if overrides else None
+            job = store.retry(job_id, settings.user, changed)
+            click.echo(f"Job {job_id} is queued again{f': {changed.text}' if changed else ''}.")
+            warn(wake_for(job, sender))
 
         for_each(job_ids, queue)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loractl.common.errors import ServiceUnreachable
+from loractl.common.job.status import Status
 from loractl.common.placement.sizes import vram_class
 from loractl.common.queue.sender import HintSender, open_sender
 from loractl.common.units import gib
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from loractl.common.settings import Settings
     from loractl.common.store.records import Submission
     from loractl.common.store.store import Store
+    from loractl.common.store.tables import Job
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +69,11 @@ def enqueue_sweep(new: NewSweep, members: Sequence[Submission], settings: Settin
     pairs = zip(sweep.members, members, strict=True)
     largest, submission = max(pairs, key=lambda pair: pair[1].first_need or 0)
     return SweepEntry(sweep=sweep, warnings=(*_doubts(largest.job_id, submission, store), *away))
+
+
+def wake_for(job: Job, sender: HintSender) -> list[str]:
+    """Wake the nodes for a job that waits. Returns warnings if the queue is away."""
+    return _ring(sender, [job.vram_class], f"Job {job.job_id}") if job.status is Status.QUEUED else []
 
 
 def _ring(sender: HintSender, size_classes: Iterable[int], what: str) -> list[str]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loractl.common.errors import UsageError
 from loractl.common.job.method import Method
-from loractl.common.job.need import least_need, permitted_methods, within
+from loractl.common.job.need import Need, least_need, permitted_methods, within
 from loractl.common.job.sections import TaskType
 from loractl.common.memory.config import read_shape
 from loractl.common.memory.correction import learned
@@ -40,6 +41,14 @@ def plan_job(spec: JobSpec, user: str, data: dict[str, Any], store: Store) -> Su
             f"{spec.name} needs {gib(least)} GiB by its plan, which no card has",
             "lower dataset.max_length or training.per_device_train_batch_size, or look at the base's config.json",
         )
+    admitted = admit(spec, methods, need)
+    return Submission(
+        spec=spec, user=user, data=data, need=need, planned=planned, methods=admitted, need_key=key, family=family
+    )
+
+
+def admit(spec: JobSpec, methods: Sequence[Method], need: Need) -> tuple[Method, ...]:
+    """The methods that the job's own max_vram leaves. Raises UsageError when it leaves none."""
     admitted = within(methods, need, spec.resources.max_vram)
     if not admitted:
         raise UsageError(
@@ -47,9 +56,7 @@ def plan_job(spec: JobSpec, user: str, data: dict[str, Any], store: Store) -> Su
             f"{gib(spec.resources.max_vram)}",
             "raise it, or lower dataset.max_length or training.per_device_train_batch_size",
         )
-    return Submission(
-        spec=spec, user=user, data=data, need=need, planned=planned, methods=admitted, need_key=key, family=family
-    )
+    return admitted
 
 
 def check_adapter(spec: JobSpec) -> None:

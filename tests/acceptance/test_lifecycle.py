@@ -102,12 +102,26 @@ def test_a_killed_node_leaves_no_trainer_behind(cli: Cli, worker: Callable, tiny
     assert not _trainers(cli)
 
 
-def test_a_job_over_its_time_limit_fails_as_timed_out(cli: Cli, tiny_model: Path, tmp_path: Path) -> None:
-    cli("submit", write_job(tmp_path, tiny_model), LONG, "--set=resources.time_limit=12s", "--set=max_retries=0")
-    cli("worker", "--drain-when-idle", timeout=120)
-    job = json.loads(cli("status", 1, "--json").stdout)
-    assert (job["status"], job["reason"]) == ("failed", "timed_out")
-    assert "raise resources.time_limit" in cli("status", 1).stdout
+def test_a_job_over_its_time_limit_keeps_a_checkpoint_and_a_retry_with_more_goes_on_from_it(
+    cli: Cli, worker: Callable, tiny_model: Path, tmp_path: Path
+) -> None:
+    job = write_job(tmp_path, tiny_model)
+    cli("submit", job, LONG, "--set=training.save_steps=100000", "--set=resources.time_limit=1h")
+    worker()
+    until_job(cli, 1, lambda job: (job.step or 0) >= 5)
+    told = cli("edit", 1, "--set=resources.time_limit=1s", "--set=labels.team=a").stdout
+    assert told == 'Job 1 is changed: resources.time_limit 60 min -> 1 s, labels {} -> {"team": "a"}.\n'
+    until_job(cli, 1, lambda job: job.status == "failed", seconds=60)
+    over = json.loads(cli("status", 1, "--json").stdout)
+    assert (over["reason"], over["labels"]) == ("timed_out", {"team": "a"})
+    assert "loractl retry 1 --set resources.time_limit=2h goes on" in cli("status", 1).stdout
+    refused = cli("retry", 1, "--set=training.learning_rate=0.1", code=2).stderr
+    assert "loractl submit --like 1 --set training.learning_rate=..." in refused
+
+    cli("retry", 1, "--set=resources.time_limit=2h")
+    until_job(cli, 1, lambda job: job.attempt == 2 and (job.step or 0) > over["step"], seconds=60)
+    second = json.loads(cli("show", 1, "--json").stdout)["attempts"][1]
+    assert second["resumed_from_step"] >= over["step"], "no step was taken again"
 
 
 def test_two_simulated_cards_run_two_jobs_at_once(

@@ -55,6 +55,7 @@ class AttemptState:
     cancel_requested: bool = False
     preempted_by: int | None = None
     pruned: str | None = None  # why its sweep stops the job
+    time_limit: float | None = None  # seconds, as the last beat brought it: an edit reaches a job that runs
     heard_at: float = field(default_factory=time.monotonic)  # when the trainer last said something
     said_at: float = -math.inf  # when a step was last named at the terminal
     result_refused: bool = False  # the row does not name the result: its files are kept
@@ -116,6 +117,7 @@ class AttemptState:
         self.lease_lost = not beat.accepted
         self.cancel_requested, self.preempted_by = beat.cancel_requested, beat.preempted_by
         self.pruned = beat.pruned or self.pruned
+        self.time_limit = beat.time_limit if beat.accepted else self.time_limit
 
     def rung_reached(self) -> int:
         """The step of a rung that the next beat tells, 0 without one. A loser trains in vain until that beat."""
@@ -153,7 +155,8 @@ class AttemptState:
 def begin(claim: Claim, work_dir: Path) -> AttemptState:
     """The state of an attempt that was just claimed."""
     folder = work_dir / str(claim.job_id) / f"attempt-{claim.attempt}"
-    return AttemptState(claim=claim, folder=folder, adjustment=claim.adjustment)
+    limit = claim.spec.resources.time_limit
+    return AttemptState(claim=claim, folder=folder, adjustment=claim.adjustment, time_limit=limit)
 
 
 def _fold(progress: Progress, message: Told) -> Progress:

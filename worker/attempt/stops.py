@@ -16,10 +16,10 @@ from .workplace import Workplace
 log = logging.getLogger("loractl.worker")
 
 STOP_GRACE_S = 10.0
-"""Seconds that a trainer has to stop after a cancel, a time limit or a lost lease, before it is killed."""
+"""Seconds that a trainer has to stop after a cancel, or as one of its sweep's losers, before it is killed."""
 
 DRAIN_GRACE_S = 120.0
-"""Seconds that a drain waits for the current step and its checkpoint."""
+"""Seconds that a drain, a job of higher priority or a time limit waits for the current step and its checkpoint."""
 
 SILENCE_S = 1800.0
 """A trainer hangs if it says nothing for so long while it trains or evaluates. It tells a step a second at most."""
@@ -48,10 +48,10 @@ def wanted_stop(place: Workplace, state: AttemptState) -> StopWish | None:
     if state.preempted_by is not None:
         why = f"gave way to job {state.preempted_by}, which has a higher priority"
         return StopWish(reason=Reason.PREEMPTED, message=why, save=True, grace_s=DRAIN_GRACE_S)
-    limit = state.claim.spec.resources.time_limit
+    limit = state.time_limit
     if limit is not None and state.began is not None and time.monotonic() - state.began > limit:
         why = f"ran longer than resources.time_limit ({limit:.0f} s)"
-        return StopWish(reason=Reason.TIMED_OUT, message=why, save=True)
+        return StopWish(reason=Reason.TIMED_OUT, message=why, save=True, grace_s=DRAIN_GRACE_S)
     if place.drain.wish is not None:
         why = "the worker is being stopped"
         return StopWish(reason=Reason.DRAINED, message=why, save=True, grace_s=DRAIN_GRACE_S)

@@ -26,7 +26,8 @@ def beat(tx: Transaction, claim: Claim, progress: Progress, lease_s: float) -> B
         for name in ("stage", *REACHED, *EXPECTED)
         if (value := getattr(progress, name)) is not None and (not isinstance(value, float) or math.isfinite(value))
     }
-    wishes = (Job.cancel_requested, Job.preempted_by)
+    limit = Job.spec[("resources", "time_limit")].as_string()  # not the whole spec at each beat
+    wishes = (Job.cancel_requested, Job.preempted_by, limit.label("time_limit"))
     alive = mine(claim).values(lease_expires_at=tx.now_in(lease_s), **values).returning(*wishes)
     row = tx.session.execute(alive).first()
     if row is None:
@@ -37,7 +38,13 @@ def beat(tx: Transaction, claim: Claim, progress: Progress, lease_s: float) -> B
         cancel_requested=row.cancel_requested,
         preempted_by=row.preempted_by,
         pruned=read_verdict(tx.session, claim, rung_points(claim, progress)),
+        time_limit=_seconds(row.time_limit),
     )
+
+
+def _seconds(limit: str | float | None) -> float | None:
+    """SQLite gives a number as it is, PostgreSQL its text."""
+    return None if limit is None else float(limit)
 
 
 def keep_checkpoint(tx: Transaction, claim: Claim, checkpoint: StoredCheckpoint) -> bool:

@@ -1,19 +1,23 @@
-"""Submission: new jobs, alone or as the members of a sweep."""
+"""Submission: new jobs, alone or as the members of a sweep, and what is asked otherwise of them later."""
 
 from __future__ import annotations
 
 import datetime as dt
 from collections.abc import Sequence
+from typing import Any
 
 from loractl import __version__
+from loractl.common.errors import WrongState
 from loractl.common.job.method import Method
 from loractl.common.job.status import Status
 from loractl.common.job.sweep import NewSweep
+from loractl.common.text import storable
 
-from ..records import Submission
+from ..records import Amendment, Submission
 from ..tables import Job, Sweep
 from ..transaction import Transaction
 from .backlog import line_up
+from .jobs import read_job
 
 
 def submit(tx: Transaction, submission: Submission) -> int:
@@ -32,6 +36,25 @@ def submit_sweep(tx: Transaction, sweep: NewSweep, members: Sequence[Submission]
     return row.sweep_id
 
 
+def amend(tx: Transaction, amendment: Amendment, user: str) -> Job:
+    job = read_job(tx, amendment.job_id, lock=True)
+    if (job.status, job.attempt, job.spec) != amendment.seen:
+        raise WrongState(f"job {job.job_id} has changed meanwhile; say it again")
+    now, submission = tx.now(), amendment.submission
+    for name, value in _asked(submission).items():
+        setattr(job, name, value)
+    if job.status is not Status.RUNNING:
+        job.lora_until = _lora_until(submission, now)
+    if amendment.planned_anew:
+        job.adjustment = None  # it was made for another batch
+        for name, value in _planned(submission).items():
+            setattr(job, name, value)
+    line_up(job, submission.spec.resources.node_labels, now)
+    tx.tell(job.job_id, None, "edited", storable(f"edited by {user}: {amendment.text}"))
+    tx.session.flush()
+    return job
+
+
 def _queue(tx: Transaction, submission: Submission, now: dt.datetime, sweep_id: int | None = None) -> int:
     job = _row(submission, now, sweep_id)
     line_up(job, submission.spec.resources.node_labels, now)
@@ -44,32 +67,51 @@ def _queue(tx: Transaction, submission: Submission, now: dt.datetime, sweep_id: 
 
 
 def _row(submission: Submission, now: dt.datetime, sweep_id: int | None) -> Job:
-    from loractl.common.job.identity import spec_digest
-
-    spec, until = submission.spec, None
-    if spec.lora_patience is not None and submission.methods == (Method.LORA, Method.QLORA):
-        until = now + dt.timedelta(seconds=spec.lora_patience)
     return Job(
-        name=spec.name,
+        **_asked(submission),
+        **_planned(submission),
         user=submission.user,
-        labels=dict(spec.labels),
-        spec=spec.model_dump(mode="json"),
-        spec_hash=spec_digest(spec),
-        base_model=spec.base_model,
+        base_model=submission.spec.base_model,
         data=submission.data,
-        priority=spec.priority,
-        vram_lora=submission.need.lora,
-        vram_qlora=submission.need.qlora,
-        planned=vars(submission.planned),
         adjustment=submission.adjustment.as_json() or None,
-        methods=[method.value for method in submission.methods],
-        lora_until=until,
-        need_key=submission.need_key,
-        family=submission.family,
-        preemptible=spec.preemptible,
-        version=__version__,
-        max_retries=spec.max_retries,
+        lora_until=_lora_until(submission, now),
         status=Status.QUEUED,
         submitted_at=now,
         sweep_id=sweep_id,
     )
+
+
+def _asked(submission: Submission) -> dict[str, Any]:
+    """The columns that say what is asked for, apart from its data."""
+    from loractl.common.job.identity import spec_digest
+
+    spec = submission.spec
+    return {
+        "name": spec.name,
+        "labels": dict(spec.labels),
+        "spec": spec.model_dump(mode="json"),
+        "spec_hash": spec_digest(spec),
+        "priority": spec.priority,
+        "methods": [method.value for method in submission.methods],
+        "preemptible": spec.preemptible,
+        "version": __version__,
+        "max_retries": spec.max_retries,
+    }
+
+
+def _planned(submission: Submission) -> dict[str, Any]:
+    """The columns that say what it needs."""
+    return {
+        "vram_lora": submission.need.lora,
+        "vram_qlora": submission.need.qlora,
+        "planned": vars(submission.planned),
+        "need_key": submission.need_key,
+        "family": submission.family,
+    }
+
+
+def _lora_until(submission: Submission, now: dt.datetime) -> dt.datetime | None:
+    patience = submission.spec.lora_patience
+    if patience is None or submission.methods != (Method.LORA, Method.QLORA):
+        return None
+    return now + dt.timedelta(seconds=patience)

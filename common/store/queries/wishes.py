@@ -14,9 +14,11 @@ from loractl.common.text import storable
 
 from ..attempt_columns import retried
 from ..guard import change, may_come_back, move
+from ..records import Amendment
 from ..tables import Job, Sweep
 from ..transaction import Transaction
 from .jobs import read_job
+from .submissions import amend
 
 
 def cancel(tx: Transaction, job_id: int, user: str) -> Job:
@@ -53,8 +55,8 @@ def hold(tx: Transaction, job_id: int, user: str, reason: str) -> Job:
     return read_job(tx, job_id)
 
 
-def retry(tx: Transaction, job_id: int, user: str) -> Job:
-    job = read_job(tx, job_id, lock=True)
+def retry(tx: Transaction, job_id: int, user: str, amendment: Amendment | None = None) -> Job:
+    job = read_job(tx, job_id, lock=True) if amendment is None else amend(tx, amendment, user)
     again = (
         update(Job)
         .where(Job.job_id == job_id)

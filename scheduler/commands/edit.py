@@ -1,0 +1,37 @@
+"""loractl edit: change what is asked of a job that waits or runs."""
+
+from __future__ import annotations
+
+import click
+
+
+@click.command()
+@click.argument("job_ids", nargs=-1, required=True, type=int, metavar="JOB...")
+@click.option(
+    "--set", "overrides", multiple=True, required=True, metavar="KEY=VALUE", help="A key's new value, like priority=5."
+)
+def edit(job_ids: tuple[int, ...], overrides: tuple[str, ...]) -> None:
+    """Change what is asked of a job that waits or runs.
+
+    Before a job begins all may change but its base and its data; while it runs priority, labels and
+    resources.time_limit. A job that has begun and waits again takes what leaves its checkpoint valid.
+    """
+    from loractl.common.queue.sender import open_sender
+    from loractl.scheduler.session import open_session
+    from loractl.scheduler.submission.edit import amendment, require_unended
+    from loractl.scheduler.submission.intake import wake_for
+
+    from .several import for_each
+    from .warnings import warn
+
+    settings, store = open_session()
+    with open_sender(settings) as sender:
+
+        def change(job_id: int) -> None:
+            require_unended(store, job_id)
+            changed = amendment(store, job_id, overrides)
+            job = store.edit(changed, settings.user)
+            click.echo(f"Job {job_id} is changed: {changed.text}.")
+            warn(wake_for(job, sender))
+
+        for_each(job_ids, change)

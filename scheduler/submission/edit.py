@@ -1,0 +1,84 @@
+"""A change of what is asked of a submitted job: checked, and planned again where it changes the job's memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from loractl.common.errors import WrongState
+from loractl.common.job.amendment import Amended, Standing, changes
+from loractl.common.job.file import amended_spec, override_spec
+from loractl.common.job.method import Method
+from loractl.common.job.need import Need
+from loractl.common.job.status import Status
+from loractl.common.store.records import Amendment, Submission
+
+from .need import admit, need_key, open_methods, plan_job
+
+if TYPE_CHECKING:
+    from loractl.common.job.spec import JobSpec
+    from loractl.common.store.store import Store
+    from loractl.common.store.tables import Job
+
+
+def amendment(store: Store, job_id: int, overrides: Sequence[str]) -> Amendment:
+    """What `KEY=VALUE` overrides change of a job, for Store.edit and Store.retry.
+
+    Raises JobNotFound, SpecError, UsageError for a change that would make another training of it, WrongState when it
+    has its result.
+    """
+    job = store.job(job_id)
+    if job.status is Status.SUCCEEDED:
+        raise WrongState(
+            f"job {job_id} has succeeded: nothing of it changes any more",
+            f"queue another: loractl submit --like {job_id} --set KEY=VALUE",
+        )
+    name = f"job {job_id}"
+    before, after = override_spec(job.spec, (), name), amended_spec(job.spec, overrides, name, Path.cwd())
+    Amended(
+        job_id=job_id,
+        standing=_standing(job),
+        taken=Method(job.method) if job.method else None,
+        in_sweep=job.sweep_id is not None,
+        before=before,
+        after=after,
+    ).require_allowed()
+    anew = need_key(before, job.data) != need_key(after, job.data)
+    submission = plan_job(after, job.user, job.data, store) if anew else _as_known(job, before, after)
+    text = ", ".join(map(str, changes(before, after)))
+    seen = job.status, job.attempt, job.spec
+    return Amendment(job_id=job_id, seen=seen, submission=submission, planned_anew=anew, text=text)
+
+
+def require_unended(store: Store, job_id: int) -> None:
+    """Raises WrongState for a job that has ended: a change alone would not run it."""
+    job = store.job(job_id)
+    if job.status in (Status.FAILED, Status.CANCELLED):
+        raise WrongState(
+            f"job {job_id} is {job.status.value}: it does not wait",
+            f"loractl retry {job_id} --set KEY=VALUE queues it again with the change",
+        )
+
+
+def _standing(job: Job) -> Standing:
+    if job.status is Status.RUNNING:
+        return Standing.RUNNING
+    return Standing.NEW if job.attempt == 0 else Standing.BEGUN
+
+
+def _as_known(job: Job, before: JobSpec, after: JobSpec) -> Submission:
+    """What decides its memory is as before: its need is too, with all that its attempts have taught."""
+    need, methods = Need(lora=job.vram_lora, qlora=job.vram_qlora), tuple(Method(name) for name in job.methods)
+    if (before.method, before.resources.max_vram) != (after.method, after.resources.max_vram):
+        methods = admit(after, open_methods(after), need)
+    return Submission(
+        spec=after,
+        user=job.user,
+        data=job.data,
+        need=need,
+        planned=need,
+        methods=methods,
+        need_key=job.need_key,
+        family=job.family,
+    )
