@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from loractl.common.errors import DataError
@@ -88,6 +88,33 @@ def _firsts(likenesses: Iterable[int], without: Collection[int]) -> Iterator[int
         if one not in without and one not in seen:
             seen.add(one)
             yield place
+
+
+def fitting(split: Split, dataset: DatasetSpec, train: Collection[int], held_out: Collection[int]) -> Split:
+    """The split of the rows of these numbers alone: on_overflow: drop leaves out the others, which are too long.
+
+    Raises DataError where nothing is left to train on or held out, or of a classifier not two labels.
+    """
+    if len(train) == len(split.train) and len(held_out) == len(split.held_out):
+        return split
+    file, held_file = dataset.path, dataset.eval_path or dataset.path
+    trained = split.train.part(place for place, e in enumerate(split.train) if e.number in train)
+    held = split.held_out.part(place for place, e in enumerate(split.held_out) if e.number in held_out)
+    for side, name, of in ((trained, "to train on", file), (held, "held out", held_file)):
+        if not side:
+            raise no_row_fits(of, dataset.max_length, f" {name}")
+    dropped = split.dropped
+    if split.format is DataFormat.CLASSIFICATION:
+        held, untold = _of_known_labels(held, check_taught(trained, file), held_file, dataset.on_bad_row)
+        dropped = dropped + untold
+    return replace(split, train=trained, held_out=held, dropped=dropped)
+
+
+def no_row_fits(file: str | Path, max_length: int, side: str = "") -> DataError:
+    """The refusal of a file, or of one side of its split, of which every row is too long."""
+    return DataError(
+        file, f"has no row{side} of at most {max_length} tokens", hint="raise dataset.max_length", kind="too long"
+    )
 
 
 def split_held_out(examples: Sequence[Example], test_size: float, file: str | Path) -> tuple[Examples, Examples]:

@@ -67,6 +67,7 @@ class MemoryNeed:
     reserved: Need  # the plans, corrected by what was measured
     choice: Method | None  # on the best card; None: no card holds it
     lengths: Lengths | None  # of the rows, where they were counted
+    rows: Mapping[str, int] | None = None  # how many are used, where they were counted
     planned_for: str  # what was taken for the rows' lengths, in a sentence
     measured: tuple[int, ...]  # peaks of jobs just like it, in bytes
     cards: tuple[CardRoom, ...]
@@ -77,13 +78,15 @@ class MemoryNeed:
 
         `methods`: for each open one `peak_bytes`, `margin_bytes`, `parts` (bytes by part), `reserved_bytes`, and with
         --solve `largest` (`micro_batch` and `max_length`); `choice`: the method that the best card would take, or null;
-        `lengths`: in tokens the longest rows' `train` and `evaluate`, with `rows` and `labels`, or null; `planned_for`:
-        a sentence; `cards`: one entry a card.
+        `lengths`: in tokens the longest rows' `train` and `evaluate`, with `rows` and `labels`, or null; `rows`: how
+        many are used, `train` and `held_out`, and `left_out` as too long, or null; `planned_for`: a sentence; `cards`:
+        one entry a card.
         """
         return {
             "methods": {method.value: self._method(method, planned) for method, planned in self.plans.items()},
             "choice": None if self.choice is None else self.choice.value,
             "lengths": None if self.lengths is None else vars(self.lengths),
+            "rows": None if self.rows is None else dict(self.rows),
             "planned_for": self.planned_for,
             "cards": [card.as_json() for card in self.cards],
         }
@@ -135,6 +138,7 @@ def memory_need(
         reserved=need,
         choice=choice,
         lengths=counted.lengths,
+        rows=counted.rows,
         planned_for=counted.sentence,
         measured=tuple(peaks_like(key, choice or methods[0], measured)),
         cards=cards,

@@ -27,10 +27,12 @@ def warn_of_data(spec: JobSpec, path: Path) -> None:
     """Check the job's local data, and print warnings about what looks wrong in them. Raises DataError."""
     from loractl.common.progress import progress_bar
     from loractl.common.text import clean_line
-    from loractl.scheduler.submission.data import check_data
+    from loractl.scheduler.submission.data import check_used_data
 
     with progress_bar() as report:
-        warnings = [finding for finding in check_data(spec, report) if finding.level == "warning"]
+        findings, note = check_used_data(spec, report)
+    warnings = [finding for finding in findings if finding.level == "warning"]
+    warn([note] if note else [])
     warn(clean_line(f"Warning: {Path(spec.dataset.path).name}: {finding.sentence}.") for finding in warnings)
     if warnings:
         hint(f"See the data: loractl data check {path}")

@@ -55,6 +55,28 @@ def check_data(spec: JobSpec, report: Report = lambda what, done, total: None) -
     return check_examples(split.train, split.held_out, split, looked)
 
 
+def check_used_data(spec: JobSpec, report: Report = lambda what, done, total: None) -> tuple[list[Finding], str | None]:
+    """As check_data, of the rows alone that on_overflow: drop leaves; a sentence where they can't be told here.
+
+    Raises DataError, also where nothing is left.
+    """
+    from loractl.common.job.sections import Overflow
+
+    from .lengths import used_findings
+
+    findings = check_data(spec, report)
+    if spec.dataset.on_overflow is not Overflow.DROP:
+        return findings, None
+    report("Counting tokens", 0, 1)
+    if (used := used_findings(spec)) is None:
+        longer = f"rows of more than {spec.dataset.max_length} tokens"
+        return findings, f"Note: {longer} will be left out; without a tokenizer here, warnings count them as well."
+    for finding in used:
+        if finding.level == "error":
+            raise DataError(spec.dataset.path, finding.sentence, hint=finding.hint, kind=finding.kind)
+    return used, None
+
+
 def store_data(spec: JobSpec, artifacts: ArtifactStore) -> dict[str, Any]:
     """Upload the local data sets, so that a worker on another box has them."""
     stored: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""The lengths of a job's rows, counted by its own tokenizer in a process of the training stack."""
+"""What a job's own tokenizer says of its rows, in a process of the training stack: their lengths, and findings."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import importlib.util
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from loractl.common.memory.step import Lengths
 
 if TYPE_CHECKING:
+    from loractl.common.data.findings import Finding
     from loractl.common.job.spec import JobSpec
 
 LENGTHS_TIMEOUT_S = 300
@@ -25,6 +26,7 @@ class RowLengths:
     """What is known of the rows' lengths."""
 
     lengths: Lengths | None  # None: every row is taken to be max_length tokens long
+    rows: Mapping[str, int] | None  # that are used: `train`, `held_out`; and `left_out`, the ones that are too long
     sentence: str  # what a plan was made for
 
 
@@ -33,14 +35,29 @@ def row_lengths(spec: JobSpec, announce: Callable[[], None] = lambda: None) -> R
     obstacle = _obstacle(spec)
     if obstacle is None:
         announce()
-        counted = _count(spec)
+        counted = _ask_tokenizer(spec)
         if "error" not in counted:
-            lengths = Lengths(**counted)
+            lengths, rows = Lengths(**counted["lengths"]), counted["rows"]
             longest = f"Longest row: {lengths.train} tokens, held out {lengths.evaluate}"
-            return RowLengths(lengths=lengths, sentence=f"{longest}; max_length is {spec.dataset.max_length}.")
+            used = f"{rows['train']} rows to train on, {rows['held_out']} held out"
+            used += f", {rows['left_out']} too long and left out" if rows["left_out"] else ""
+            sentence = f"{longest}; max_length is {spec.dataset.max_length}. {used}."
+            return RowLengths(lengths=lengths, rows=rows, sentence=sentence)
         obstacle = counted["error"]
     planned = f"Planned for rows of max_length, {spec.dataset.max_length} tokens"
-    return RowLengths(lengths=None, sentence=f"{planned}: {obstacle}.")
+    return RowLengths(lengths=None, rows=None, sentence=f"{planned}: {obstacle}.")
+
+
+def used_findings(spec: JobSpec) -> list[Finding] | None:
+    """The findings about the rows that are used, where the tokenizer is here to tell which these are; else None."""
+    from loractl.common.data.findings import Finding
+
+    if _obstacle(spec) is not None:
+        return None
+    told = _ask_tokenizer(spec, "--check")
+    if "error" in told:
+        return None
+    return [Finding(**{**finding, "rows": tuple(finding["rows"])}) for finding in told["findings"]]
 
 
 def _obstacle(spec: JobSpec) -> str | None:
@@ -55,16 +72,19 @@ def _obstacle(spec: JobSpec) -> str | None:
     return None
 
 
-def _count(spec: JobSpec) -> dict[str, Any]:
-    """The fields of Lengths, or an `error`."""
-    done = subprocess.run(
-        [sys.executable, "-m", "loractl.worker.data.lengths"],
-        input=spec.model_dump_json(),
-        capture_output=True,
-        text=True,
-        timeout=LENGTHS_TIMEOUT_S,
-        check=False,
-    )
+def _ask_tokenizer(spec: JobSpec, *options: str) -> dict[str, Any]:
+    """What worker/data/lengths.py prints, or an `error`."""
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "loractl.worker.data.lengths", *options],
+            input=spec.model_dump_json(),
+            capture_output=True,
+            text=True,
+            timeout=LENGTHS_TIMEOUT_S,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return {"error": f"the count took more than {LENGTHS_TIMEOUT_S} s"}
     told: dict[str, Any] = (
         json.loads(done.stdout) if done.returncode == 0 and done.stdout else {"error": "the count failed"}
     )

@@ -13,10 +13,12 @@ from typing import Any
 import pytest
 import yaml
 
+from loractl.common.errors import DataError
 from loractl.common.job.file import load_spec
 from loractl.common.job.spec import JobSpec
 from loractl.worker.base.model import load_tokenizer
 from loractl.worker.data.check import Checked, check_data
+from loractl.worker.data.prepared import prepare_data
 
 from ..conftest import Cli
 from ..models import write_helpdesk
@@ -142,7 +144,15 @@ CASES = [
     Case("doubled BOS", "warning", pairs(pair("<|im_start|><|im_start|>A:", " it is"))),
     Case("EOS is not learned", "warning", good(), {"dataset": {"max_length": 32}}),
     Case("cut rows", "warning", good(), {"dataset": {"max_length": 32}}),
-    Case("too long, left out", "warning", good(), {"dataset": {"max_length": 34, "on_overflow": "drop"}}),
+    Case(
+        "too long, left out", "warning", with_(chat("a", "queue " * 90)),
+        {"dataset": {"max_length": 64, "on_overflow": "drop"}}, held_out=good(60)[40:], marked=(41,),
+    ),
+    Case("too long", "error", good(), {"dataset": {"max_length": 20, "on_overflow": "drop"}}),
+    Case(
+        "too long", "error", good(), {"dataset": {"max_length": 64, "on_overflow": "error"}},
+        held_out=[*good(60)[40:], chat("a", "queue " * 90)], marked=(21,),
+    ),
     Case(
         "beyond the context", "warning", with_(chat("a", "queue " * 600)), {"dataset": {"max_length": 2048}},
         held_out=good(60)[40:], marked=(41,),
@@ -311,6 +321,50 @@ def test_submit_warns_of_what_needs_no_tokenizer_and_the_trainer_of_the_rest(
     assert any("special token within the text (row 42)" in text for text in history)
     warnings = json.loads(cli("report", 1, "--json").stdout)["data"]["warnings"]
     assert history == [f"data: {text}" for text in warnings]
+
+
+def test_rows_that_are_too_long_and_left_out_are_counted_nowhere(cli: Cli, tiny_model: Path, tmp_path: Path) -> None:
+    """Check, plan, submit, the job's history and its report count the rows that are used, and warn of those alone."""
+    long = [chat("queue 0", f"line {n} " * 60) for n in range(30)]  # one prompt, several answers
+    _job(tmp_path, Case("", "", [*good(30), *long], {"dataset": {"max_length": 64, "on_overflow": "drop"}}), tiny_model)
+    job = tmp_path / "job.yaml"
+    checked = cli("data", "check", job).stdout
+    told = json.loads(cli("data", "check", job, "--json").stdout)
+    used = (told["train_rows"], told["held_out_rows"])
+    assert sum(used) == 30 and told["too_long_rows_dropped"] == 30 and 0 < used[1] < 6
+    counted = f"{used[0]} rows to train on, {used[1]} held out"
+    assert f"data.jsonl: {counted}; 30 too long are left out." in checked and re.search(
+        r"█ +\d+  left out$", checked, re.M
+    )
+    left_out = "too long, left out: 30 rows left out, with more than dataset.max_length (64) tokens"
+    assert left_out in checked and "several answers" not in checked
+    planned = cli("plan", job, "--gpu", "24GiB").stdout
+    assert f"{counted}, 30 too long and left out." in " ".join(planned.split())
+    said = cli("submit", job, "--set=training.max_steps=1", "--set=evaluation.samples=0").stderr
+    assert "30 rows left out" in said and "several answers" not in said
+    alone = cli("submit", job, "--set=dataset.max_length=20", code=2).stderr
+    assert "has no row to train on of at most 20 tokens" in alone
+    cli("worker", "--drain-when-idle", timeout=120)
+    history = [event["text"] for event in json.loads(cli("show", 1, "--json").stdout)["events"]]
+    assert any(text.startswith(f"data: {counted};") for text in history)
+    data = json.loads(cli("report", 1, "--json").stdout)["data"]
+    assert (data["train_rows"], data["held_out_rows"], data["too_long_rows_dropped"]) == (*used, 30)
+    assert not [text for text in data["warnings"] if "several answers" in text]
+
+
+def test_a_classifier_whose_label_has_only_long_rows_does_not_learn_it(tiny_model: Path, tmp_path: Path) -> None:
+    rows = [*labelled(), *({"text": f"long {n} " * 60, "label": "storage"} for n in range(6))]
+    dropping = {"dataset": {"max_length": 64, "on_overflow": "drop"}}
+    spec = _job(tmp_path, Case("", "", rows, {**CLASSIFIER, **dropping}, held_out=other_tickets()), tiny_model)
+    tokenizer = load_tokenizer(str(tiny_model))
+    data = prepare_data(spec.dataset, spec.dataset.path, spec.dataset.eval_path, None, tokenizer, None)
+    assert data.label_names == ("network", "queue") == tuple(check_data(spec, tokenizer).labels)
+    assert {name: counts["train"] for name, counts in data.label_counts().items()} == {"network": 20, "queue": 20}
+    other = [*other_tickets(), {"text": "a short one", "label": "storage"}]
+    spec = _job(tmp_path, Case("", "", rows, {**CLASSIFIER, **dropping}, held_out=other), tiny_model)
+    with pytest.raises(DataError, match="row 11"):
+        prepare_data(spec.dataset, spec.dataset.path, spec.dataset.eval_path, None, tokenizer, None)
+    assert [finding.kind for finding in check_data(spec, tokenizer).errors] == ["unknown label"]
 
 
 def test_sharegpt_and_columns_of_other_names_are_the_same_conversations(tiny_model: Path, tmp_path: Path) -> None:

@@ -29,7 +29,8 @@ def _largest_batch(spec: JobSpec, length: int, longest: int, checked: Checked, r
         return None
     wide = spec.model_copy(update={"dataset": spec.dataset.model_copy(update={"max_length": length})})
     labels = len(checked.labels) or None
-    lengths = Lengths(train=longest, evaluate=checked.longest_held_out, rows=checked.train_rows, labels=labels)
+    rows = checked.train_rows + checked.left_out  # at this length all of them are used
+    lengths = Lengths(train=longest, evaluate=checked.longest_held_out, rows=rows, labels=labels)
     effective = spec.training.effective_batch
     for method in permitted_methods(spec.method):
         most = largest_fit(shape, wide, method, room, lengths).micro_batch

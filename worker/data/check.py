@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import statistics
+from array import array
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,7 +18,7 @@ from loractl.common.data.findings import Finding, about_rows, refusals
 from loractl.common.data.formats import detect_format, map_columns, parse_each
 from loractl.common.data.inspection import check_examples
 from loractl.common.data.labels import labels_of, untaught
-from loractl.common.data.split import Split, split_data
+from loractl.common.data.split import Split, fitting, split_data
 from loractl.common.errors import DataError
 from loractl.common.job.sections import BadRow, DataFormat, DatasetSpec
 from loractl.common.job.spec import JobSpec
@@ -57,9 +58,10 @@ class Checked:
     findings: list[Finding] = field(default_factory=list)
     format: DataFormat | None = None
     why: str = ""
-    train_rows: int = 0
+    train_rows: int = 0  # those that are used, as for all of this
     held_out_rows: int = 0
-    lengths: Quantiles | None = None  # of rows to train on, before they are cut
+    left_out: int = 0  # rows of more than max_length tokens that on_overflow: drop leaves out
+    lengths: Quantiles | None = None  # of rows to train on, before they are cut or left out
     learned: Quantiles | None = None  # None for a classifier: its row's label is not a token
     labels: dict[str, dict[str, int]] = field(default_factory=dict)  # of a classifier: its rows to train on, held out
     histogram: list[tuple[int, int, int]] = field(default_factory=list)  # (from, to, rows)
@@ -79,6 +81,7 @@ class Checked:
             "why": self.why,
             "train_rows": self.train_rows,
             "held_out_rows": self.held_out_rows,
+            "too_long_rows_dropped": self.left_out,
             "tokens": None if self.lengths is None else vars(self.lengths),
             "labels": self.labels or None,
             "learned_tokens": None if self.learned is None else vars(self.learned),
@@ -91,7 +94,7 @@ class Checked:
 def check_data(spec: JobSpec, tokenizer: Any, report: Report = lambda what, done, total: None) -> Checked:
     """All findings about a job's data; never raises DataError. `report` hears how far it is."""
     checked, split = _look_at_rows(spec.dataset, report)
-    return checked if split is None else _look_at_tokens(checked, split, spec, tokenizer, report)
+    return checked if split is None else _look(checked, split, spec, tokenizer, report)
 
 
 def warnings_about(spec: JobSpec, data: PreparedData, tokenizer: Any) -> tuple[str, ...]:
@@ -127,45 +130,69 @@ def _look_at_rows(dataset: DatasetSpec, report: Report) -> tuple[Checked, Split 
         return replace(checked, findings=[*findings, *refusals([error])]), None
     if names := labels_of(split.train):
         findings += _bad_rows(untaught(asked, names, dataset.eval_path or dataset.path), dataset)
-    looked = functools.partial(report, "Looking at the rows")
-    findings += check_examples(split.train, split.held_out, split, looked)
-    checked = replace(checked, train_rows=len(split.train), held_out_rows=len(split.held_out))
-    return replace(checked, findings=findings, labels=_label_counts(names, split)), split
+    return replace(checked, findings=findings), split
 
 
-def _look_at_tokens(checked: Checked, split: Split, spec: JobSpec, tokenizer: Any, report: Report) -> Checked:
-    """The check of the rows after the tokenizer and the chat template."""
-    template, tokens, longest_held_out = TemplateLook(tokenizer), TokenLook(spec, tokenizer), 0
-    findings, total = [*checked.findings], len(split.train) + len(split.held_out)
+def _look(checked: Checked, split: Split, spec: JobSpec, tokenizer: Any, report: Report) -> Checked:
+    """The check of the rows that are used, before and after the tokenizer and the chat template."""
+    template, trained, held = TemplateLook(tokenizer), TokenLook(spec, tokenizer), TokenLook(spec, tokenizer)
+    refused: list[Finding] = []
     try:
-        for count, example in enumerate(split.train):
-            template.see(example)
-            tokens.see(_encoded(example, tokenizer, split.format))
-            report("Tokenising", count, total)
-        for count, example in enumerate(split.held_out, start=len(split.train)):
-            longest_held_out = max(longest_held_out, len(_encoded(example, tokenizer, split.format).input_ids))
-            report("Tokenising", count, total)
+        _tokenise(split, tokenizer, template, (trained, held), report)
     except ValueError as error:
         kind = "chat template" if split.train[0].turns else "nothing to learn"
-        findings += [*template.findings(), Finding(level="error", kind=kind, text=str(error))]
-        return replace(checked, findings=findings, rows=_shown(tokens, split, tokenizer, checked.labels))
-    findings += template.findings() + tokens.findings() + tokens.length_findings()
+        refused = [Finding(level="error", kind=kind, text=str(error))]
+    else:
+        checked = replace(
+            checked,
+            lengths=Quantiles.of(trained.lengths),
+            learned=Quantiles.of(trained.learned) if trained.learned else None,
+            histogram=_histogram(trained.lengths),
+            longest_held_out=max(held.lengths),
+        )
+        try:
+            split = fitting(split, spec.dataset, set(trained.numbers), set(held.numbers))
+        except DataError as error:
+            return replace(checked, findings=[*checked.findings, *trained.length_findings(held), *refusals([error])])
+        refused = trained.findings() + trained.length_findings(held)
+    names = labels_of(split.train)
+    looked = functools.partial(report, "Looking at the rows")
+    findings = check_examples(split.train, split.held_out, split, looked) + template.findings() + refused
     return replace(
         checked,
-        findings=findings,
-        rows=_shown(tokens, split, tokenizer, checked.labels),
-        lengths=Quantiles.of(tokens.lengths),
-        learned=None if checked.labels else Quantiles.of(tokens.learned),
-        histogram=_histogram(tokens.lengths),
-        longest_held_out=longest_held_out,
+        findings=[*checked.findings, *findings],
+        rows=_shown(trained, split, tokenizer, names),
+        labels=_label_counts(names, split),
+        learned=None if names else checked.learned,
+        train_rows=len(split.train),
+        held_out_rows=len(split.held_out),
+        left_out=len(trained.lengths) + len(held.lengths) - len(trained.numbers) - len(held.numbers),
     )
 
 
+def _tokenise(
+    split: Split, tokenizer: Any, template: TemplateLook, looks: tuple[TokenLook, TokenLook], report: Report
+) -> None:
+    """Let the looks see the rows to train on and those held out. Raises ValueError, see encode."""
+    total, done = len(split.train) + len(split.held_out), 0
+    for look, examples in zip(looks, (split.train, split.held_out), strict=True):
+        for example in examples:
+            look.see(_encoded(example, tokenizer, split.format))
+            if look is looks[0] and look.numbers[-1:] == array("q", [example.number]):  # it is used
+                template.see(example)
+            report("Tokenising", done, total)
+            done += 1
+
+
 def _shown(tokens: TokenLook, split: Split, tokenizer: Any, labels: Collection[str]) -> list[TokenRow]:
-    """A short, a middling and a long row."""
-    ordered = sorted(range(len(tokens.lengths)), key=tokens.lengths.__getitem__)
+    """A short, a middling and a long row of those that are used."""
+    most = max(tokens.lengths, default=0) if len(tokens.numbers) == len(tokens.lengths) else tokens.max_length
+    lengths = [length for length in tokens.lengths if length <= most]
+    ordered = sorted(range(len(lengths)), key=lengths.__getitem__)
     places = sorted({0, len(ordered) // 2, len(ordered) - 1}) if ordered else []
-    examples = [split.train[ordered[place]] for place in places]
+    wanted = [tokens.numbers[ordered[place]] for place in places]
+    found = {example.number: example for example in split.train if example.number in wanted}
+    examples = [found[number] for number in wanted]
     rows = [_encoded(example, tokenizer, split.format) for example in examples]
     place_of = {name: place for place, name in enumerate(labels)}
     return [replace(row, label=place_of.get(str(e.label))) for row, e in zip(rows, examples, strict=True)]

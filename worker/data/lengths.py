@@ -1,15 +1,18 @@
-"""The longest rows of a job's local data after tokenising, for a plan on a machine that has the training stack.
+"""What a tokenizer says of a job's local data, for a plan or a submit on a machine that has the training stack.
 
     python -m loractl.worker.data.lengths < spec.json
+    python -m loractl.worker.data.lengths --check < spec.json
 
-Prints {"train": tokens, "evaluate": tokens, "rows": number, "labels": number}, or {"error": sentence}; labels are a
-classifier's, else null.
+Prints {"lengths": {"train": tokens, "evaluate": tokens, "rows": number, "labels": number}, "rows": {"train": number,
+"held_out": number, "left_out": number}}, where labels are a classifier's, else null, and rows are those that are used;
+with --check {"findings": [...]} of the rows that are used. Or {"error": sentence}.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from typing import Any
 
 from loractl.common.errors import LoractlError
 from loractl.common.job.spec import JobSpec
@@ -17,6 +20,7 @@ from loractl.common.memory.step import Lengths
 from loractl.common.settings import load_settings
 from loractl.worker.base.model import load_tokenizer
 
+from .check import check_data
 from .origin import dataset_hash
 from .packing import packed
 from .prepared import PreparedData, prepare_data
@@ -35,15 +39,28 @@ def lengths_of(data: PreparedData) -> Lengths:
 def main() -> None:
     """Serve one spec."""
     spec = JobSpec.model_validate_json(sys.stdin.read())
-    data = spec.dataset
     try:
-        tokenizer = load_tokenizer(spec.base_model, spec.revision)
-        cache = load_settings().cache_dir
-        prepared = prepare_data(data, data.path, data.eval_path, dataset_hash(data.path), tokenizer, cache)
+        told = _findings(spec) if "--check" in sys.argv[1:] else _counts(spec)
     except LoractlError as error:
-        sys.stdout.write(json.dumps({"error": error.sentence}))
-        return
-    sys.stdout.write(json.dumps(vars(lengths_of(packed(prepared, spec)))))
+        told = {"error": error.sentence}
+    sys.stdout.write(json.dumps(told))
+
+
+def _findings(spec: JobSpec) -> dict[str, Any]:
+    tokenizer = load_tokenizer(spec.base_model, spec.revision)
+    return {"findings": [vars(finding) for finding in check_data(spec, tokenizer).findings]}
+
+
+def _counts(spec: JobSpec) -> dict[str, Any]:
+    data, cache = spec.dataset, load_settings().cache_dir
+    tokenizer = load_tokenizer(spec.base_model, spec.revision)
+    prepared = prepare_data(data, data.path, data.eval_path, dataset_hash(data.path), tokenizer, cache)
+    rows = {
+        "train": len(prepared.train.rows),
+        "held_out": len(prepared.held_out.rows),
+        "left_out": prepared.train.too_long + prepared.held_out.too_long,
+    }
+    return {"lengths": vars(lengths_of(packed(prepared, spec))), "rows": rows}
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from typing import Any
 from loractl.common.data.example import Example
 from loractl.common.data.formats import detect_format, parse_examples
 from loractl.common.data.labels import labels_of
-from loractl.common.data.split import distinct, split_data
+from loractl.common.data.split import distinct, fitting, split_data
 from loractl.common.errors import DataError
 from loractl.common.job.sections import DataFormat, DatasetSpec, Overflow
 
@@ -29,8 +29,8 @@ class PreparedData:
     why: str
     train: TokenSet
     held_out: TokenSet
-    train_examples: Sequence[Example]
-    held_out_examples: Sequence[Example]  # the same rows, in the same order, as held_out.rows
+    train_examples: Sequence[Example]  # the same rows, in the same order, as train.rows
+    held_out_examples: Sequence[Example]  # and those of held_out.rows
     dropped: list[str]  # a sentence for each row that on_bad_row: drop left out
     overlap: int  # rows of eval_path left out because they are trained on
     sha256: str | None
@@ -84,16 +84,18 @@ def prepare_data(
     held_rows, held_commit = load_pinned(eval_path, "test") if eval_path else (None, None)
     commits = {"path": commit, "eval_path": held_commit}
     split = split_data(dataset, rows, held_rows)
-    label_names = labels_of(split.train)
     tokeniser = Tokeniser(dataset=dataset, tokenizer=tokenizer, format=split.format, cache=cache)
     train_set = tokeniser.tokenise(split.train, dataset.path)
     held_set = tokeniser.tokenise(split.held_out, dataset.eval_path or dataset.path)
+    split = fitting(split, dataset, *({row.number for row in tokens.rows} for tokens in (train_set, held_set)))
+    kept = {example.number for example in split.held_out}
+    held_set = replace(held_set, rows=[row for row in held_set.rows if row.number in kept])
+    label_names = labels_of(split.train)
     if label_names:
         train_set, held_set = (
             _with_labels(tokens, examples, label_names)
             for tokens, examples in ((train_set, split.train), (held_set, split.held_out))
         )
-    kept = {r.number for r in held_set.rows}
     return PreparedData(
         format=split.format,
         why=split.why,
@@ -104,7 +106,7 @@ def prepare_data(
         repeated=split.repeated,
         sha256=sha256,
         train_examples=split.train,
-        held_out_examples=[e for e in split.held_out if e.number in kept],
+        held_out_examples=split.held_out,
         label_names=label_names,
         commits={key: commit for key, commit in commits.items() if commit},
     )

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from loractl.common.data.findings import Finding
-from loractl.common.job.sections import DatasetSpec
+from loractl.common.job.sections import DatasetSpec, Overflow
 from loractl.common.job.spec import JobSpec
 from loractl.common.text import clean_text
 
@@ -27,7 +27,7 @@ COLORS = {"error": "red", "warning": "yellow", "note": None}
 
 def check_text(spec: JobSpec, checked: Checked, tokenizer: Any, *, styled: bool) -> str:
     """The whole check. `styled`: a terminal shows it, so that learned tokens need no brackets."""
-    lines = [*_head(spec.dataset, checked), *_lengths(checked, spec.dataset.max_length), *_labels(checked)]
+    lines = [*_head(spec.dataset, checked), *_lengths(checked, spec.dataset), *_labels(checked)]
     for row in checked.rows:
         lines += [f"\nRow {row.number}: {_size(row, list(checked.labels))}.\n"]
         lines += [textwrap.indent(_marked(row, tokenizer, styled).rstrip("\n"), "  ")]
@@ -56,12 +56,13 @@ def _head(dataset: DatasetSpec, checked: Checked) -> list[str]:
     if checked.format is None:
         return []
     held = f", {checked.held_out_rows} held out" if checked.held_out_rows else ""
+    held += f"; {checked.left_out} too long are left out" if checked.left_out else ""
     rows = f": {checked.train_rows} rows to train on{held}" if checked.train_rows else ""
     return [f"{Path(dataset.path).name}{rows}. Format {checked.format.value}: {checked.why}."]
 
 
-def _lengths(checked: Checked, max_length: int) -> list[str]:
-    """The quantiles, and a histogram that shows what max_length cuts."""
+def _lengths(checked: Checked, dataset: DatasetSpec) -> list[str]:
+    """The quantiles, and a histogram that shows what max_length cuts or leaves out."""
     if checked.lengths is None:
         return []
     lines = ["\nTOKENS      MIN  MEDIAN     P95     MAX"]
@@ -70,8 +71,10 @@ def _lengths(checked: Checked, max_length: int) -> list[str]:
             lines.append(f"{label:<9}{of.least:>6}{of.median:>8}{of.p95:>8}{of.most:>8}")
     lines.append("")
     most = max(count for _, _, count in checked.histogram)
+    words = {Overflow.DROP: "left out", Overflow.ERROR: "too long", Overflow.TRUNCATE: "cut"}
+    word = words[dataset.on_overflow]
     for low, high, count in checked.histogram:
-        cut = "  cut" if low > max_length else ""
+        cut = f"  {word}" if low > dataset.max_length else ""
         bar = "█" * max(1 if count else 0, round(BAR * count / most))
         lines.append(f"{low:>6} to {high:<6} {bar:<{BAR}} {count:>6}{cut}")
     return lines

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import json
 from array import array
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from loractl.common.data.example import Example
-from loractl.common.data.findings import Finding, about_rows
+from loractl.common.data.findings import SHOWN_ROWS, Finding, Level, about_rows
 from loractl.common.job.sections import DataFormat, Overflow
 from loractl.common.job.spec import JobSpec
 from loractl.common.memory.config import find_config
@@ -58,8 +60,10 @@ class TokenLook:
 
     def __init__(self, spec: JobSpec, tokenizer: Any) -> None:
         self._spec, self._tokenizer = spec, tokenizer
+        self.max_length = spec.dataset.max_length
         self._room = context_length(spec.base_model)
-        self.lengths, self.learned = array("L"), array("L")  # tokens of each row, and those that are learned
+        self.lengths = array("L")  # tokens of each row, before it is cut or left out
+        self.numbers, self.learned = array("q"), array("L")  # the rows that are used, and their learned tokens
         self._doubled, self._open_ended, self._strange = array("q"), array("q"), array("q")
         self._beyond, self._long_answers = array("q"), array("q")
         self._too_long, self._empty = array("q"), array("q")
@@ -68,8 +72,13 @@ class TokenLook:
     def see(self, row: TokenRow) -> None:
         ids, labels, most, tokenizer = row.input_ids, row.labels, self._spec.dataset.max_length, self._tokenizer
         bos, eos, unknown = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id
-        learned = learned_tokens(row)
         self.lengths.append(len(ids))
+        if len(ids) > most:
+            self._too_long.append(row.number)
+            if self._spec.dataset.on_overflow is Overflow.DROP:
+                return
+        learned = learned_tokens(row)
+        self.numbers.append(row.number)
         self.learned.append(learned)
         self._given = self._given or learned < len(labels)
         seen = {
@@ -78,7 +87,6 @@ class TokenLook:
             "strange": (self._strange, unknown not in (None, bos, eos, tokenizer.pad_token_id) and unknown in ids),
             "beyond": (self._beyond, self._room is not None and len(ids) > self._room),
             "long": (self._long_answers, _last_answer(row) > self._spec.evaluation.max_new_tokens),
-            "too long": (self._too_long, len(ids) > most),
             "empty": (self._empty, len(ids) > most and all(label == IGNORED for label in labels[1:most])),
         }
         for numbers, is_so in seen.values():
@@ -92,11 +100,11 @@ class TokenLook:
             text = f"{{n}} of more tokens than the model's {self._room} positions"
             hint = f"dataset.max_length: {self._room}"
             findings += about_rows("warning", "beyond the context", text, self._beyond, hint)
-        if spec.evaluation.samples and self._given and 20 * len(self._long_answers) > len(self.lengths):
+        if spec.evaluation.samples and self._given and 20 * len(self._long_answers) > len(self.numbers):
             generated = spec.evaluation.max_new_tokens
             text = f"{{n}} with an answer longer than evaluation.max_new_tokens ({generated}): the report will cut it"
             findings += about_rows("note", "answers longer than generated", text, self._long_answers)
-        return findings + (_few_steps(len(self.lengths), spec) if every else [])
+        return findings + (_few_steps(len(self.numbers), spec) if every else [])
 
     def _marks(self) -> list[Finding]:
         """The tokenizer's own marks: where a row begins, where it ends, and what is unknown."""
@@ -108,26 +116,36 @@ class TokenLook:
         text = "{n} with characters that the tokenizer does not know"
         return findings + about_rows("warning", "unknown tokens", text, self._strange)
 
-    def length_findings(self) -> list[Finding]:
-        """What dataset.max_length does to the rows."""
-        dataset = self._spec.dataset
-        most, numbers = dataset.max_length, self._too_long
-        hint = f"dataset.max_length: {max(self.lengths, default=0)} would hold them all"
+    def length_findings(self, held_out: TokenLook) -> list[Finding]:
+        """What dataset.max_length does to the rows, and to those of another look, which are held out."""
+        dataset, lengths = self._spec.dataset, [*self.lengths, *held_out.lengths]
+        most, too_long = dataset.max_length, (self._too_long, held_out._too_long)
+        hint = f"dataset.max_length: {max(lengths, default=0)} would hold them all"
         if dataset.on_overflow is Overflow.ERROR:
             text = f"{{n}} of more than dataset.max_length ({most}) tokens"
-            return about_rows("error", "too long", text, numbers, hint)
+            return _about_both("error", "too long", text, too_long, hint)
         if dataset.on_overflow is Overflow.DROP:
             text = f"{{n}} left out, with more than dataset.max_length ({most}) tokens"
-            return about_rows("warning", "too long, left out", text, numbers, hint)
+            return _about_both("warning", "too long, left out", text, too_long, hint)
         # a classifier learns no token
-        empty = array("q") if dataset.format is DataFormat.CLASSIFICATION else self._empty
+        none = dataset.format is DataFormat.CLASSIFICATION
+        empty = (array("q"), array("q")) if none else (self._empty, held_out._empty)
         text = f"{{n}} with no token to learn within dataset.max_length ({most})"
-        findings = about_rows("error", "no learned token", text, empty, hint)
-        untaught = set(empty)
-        cut = [number for number in numbers if number not in untaught]
-        share = 100 * sum(length - most for length in self.lengths if length > most) / max(1, sum(self.lengths))
+        findings = _about_both("error", "no learned token", text, empty, hint)
+        cut = [sorted(set(numbers) - set(untaught)) for numbers, untaught in zip(too_long, empty, strict=True)]
+        share = 100 * sum(length - most for length in lengths if length > most) / max(1, sum(lengths))
         text = f"{{n}} cut at dataset.max_length ({most}), which takes {share:.0f} % of all tokens"
-        return findings + about_rows("warning", "cut rows", text, cut, hint)
+        return findings + _about_both("warning", "cut rows", text, cut, hint)
+
+
+def _about_both(
+    level: Level, kind: str, text: str, sides: Sequence[Sequence[int]], hint: str | None = None
+) -> list[Finding]:
+    """A finding about rows to train on and rows held out; it lists the first of those to train on, where there are."""
+    trained, held_out = sides
+    text += f", {len(held_out)} of them held out" if held_out else ""
+    found = about_rows(level, kind, text, [*trained, *held_out], hint)
+    return [replace(finding, rows=tuple((trained or held_out)[:SHOWN_ROWS])) for finding in found]
 
 
 def _few_steps(rows: int, spec: JobSpec) -> list[Finding]:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from loractl.common.data.example import Example
+from loractl.common.data.split import no_row_fits
 from loractl.common.errors import DataError
 from loractl.common.job.sections import DataFormat, DatasetSpec, Overflow
 
@@ -121,7 +122,7 @@ def fit_examples(
             )
         rows.append(TokenRow(number=example.number, input_ids=ids, labels=labels))
     if not rows:
-        raise DataError(file, f"has no row of at most {dataset.max_length} tokens", hint="raise dataset.max_length")
+        raise no_row_fits(file, dataset.max_length)
     return TokenSet(rows=rows, truncated=truncated, too_long=too_long)
 
 
