@@ -85,7 +85,7 @@ class Amended:
     def _refusal(self, keys: Sequence[str], why: str) -> UsageError:
         return UsageError(
             f"{', '.join(keys)} can't change once job {self.job_id} {why}: it would be another training",
-            f"queue that as a job of its own: loractl submit --like {self.job_id} --set {keys[0]}=...",
+            f"queue that as a job of its own: loractl submit JOB.yaml --set {keys[0]}=...",
         )
 
     def _of_another_training(self, keys: Sequence[str]) -> Iterator[str]:

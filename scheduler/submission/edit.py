@@ -32,7 +32,7 @@ def amendment(store: Store, job_id: int, overrides: Sequence[str]) -> Amendment:
     if job.status is Status.SUCCEEDED:
         raise WrongState(
             f"job {job_id} has succeeded: nothing of it changes any more",
-            f"queue another: loractl submit --like {job_id} --set KEY=VALUE",
+            "queue another: loractl submit JOB.yaml --set KEY=VALUE",
         )
     name = f"job {job_id}"
     before, after = override_spec(job.spec, (), name), amended_spec(job.spec, overrides, name, Path.cwd())

@@ -91,7 +91,7 @@ MISTAKES = [
     ),
     Mistake(
         "an expression that matches nothing",
-        "Hint: it matches whole names, like model.layers.0.self_attn.q_proj, model.layers.1.self_attn.q_proj",
+        "Hint: it matches whole names, like model.layers.0.self_attn.q_proj, model.layers.1.self_attn.o_proj",
         job=BASE + "lora: {target_modules: '.*c_attn'}\n",
         config=LLAMA,
     ),

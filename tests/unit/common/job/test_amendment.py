@@ -83,7 +83,7 @@ def test_a_job_that_has_begun_keeps_the_method_of_its_checkpoint() -> None:
     assert change(["method=lora"], Standing.BEGUN).method is Method.LORA
     with pytest.raises(UsageError, match="method can't change once job 3 has begun: it would be another") as no:
         change(["method=qlora"], Standing.BEGUN)
-    assert no.value.hint == "queue that as a job of its own: loractl submit --like 3 --set method=..."
+    assert no.value.hint == "queue that as a job of its own: loractl submit JOB.yaml --set method=..."
 
 
 def test_what_is_refused_names_every_key_and_what_is_left() -> None:
