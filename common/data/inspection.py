@@ -11,6 +11,8 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
+from loractl.common.verdict import MIN_CASES
+
 from .example import Example, Turn
 from .findings import LABELS, Finding, about_rows, answer_of, shares_of
 from .rows import Told
@@ -18,8 +20,8 @@ from .rows import Told
 FEW_TRAINED = 20
 """Fewer rows than these are learned by heart rather than from."""
 
-FEW_HELD_OUT = 8
-"""Below this the report gives no interval (MIN_CASES in worker/evaluation)."""
+FEW_HELD_OUT = MIN_CASES
+"""Below this the report gives no interval."""
 
 FEW_OF_A_LABEL = 8
 """A label with fewer rows to train on is hardly learned: so few rows say little about the next one."""

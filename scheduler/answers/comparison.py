@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from loractl.common.errors import UsageError
+from loractl.common.verdict import MIN_CASES, noticeable
 
 from .report import result_of
 
@@ -17,9 +18,6 @@ if TYPE_CHECKING:
     from loractl.common.store.store import Store
 
 LEVEL = 0.05
-MIN_ROWS = 8
-"""Fewer rows are too few for an interval."""
-
 _APART = {"name", "labels", "priority"}  # settings that have no effect on the result
 
 
@@ -175,7 +173,7 @@ def _difference(best: FinishedJob, other: FinishedJob) -> Against:
     if not tokens:
         return Against(change=math.nan, low=math.nan, high=math.nan, p=1.0, rows=n)
     change = sum(loss for _, loss in pairs) / tokens
-    if n < MIN_ROWS:
+    if n < MIN_CASES:
         return Against(change=change, low=math.nan, high=math.nan, p=1.0, rows=n)
     spread = math.sqrt(n / (n - 1) * math.fsum((loss - change * weight) ** 2 for weight, loss in pairs)) / tokens
     normal = statistics.NormalDist()
@@ -192,11 +190,19 @@ def _holm(jobs: Sequence[FinishedJob]) -> list[FinishedJob]:
     for place, job in enumerate(tested):
         assert job.against is not None
         holds = holds and job.against.p <= LEVEL / (len(tested) - place)
-        few = job.against.rows < MIN_ROWS
-        readings[job.job_id] = "too few rows" if few else "worse" if holds else "no clear difference"
+        readings[job.job_id] = _reading(job.against, clear=holds)
     return [
         replace(job, against=replace(job.against, reading=readings[job.job_id])) if job.against else job for job in jobs
     ]
+
+
+def _reading(against: Against, *, clear: bool) -> str:
+    """In the words of a difference, by the rule of a change (common/verdict.py); Holm says what is clear."""
+    if against.rows < MIN_CASES:
+        return "too few rows"
+    if not clear:
+        return "no clear difference"
+    return "no practical difference" if abs(against.change) < noticeable("nats", math.nan) else "worse"
 
 
 def _flat_settings(tree: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:

@@ -88,6 +88,7 @@ class SweepComparison:
             return f"{head}, clearly less than the runner-up {next_one.job_id}."
         why = {
             "no clear difference": "no clear difference from",
+            "no practical difference": "no practical difference from",
             "too few rows": "on too few rows to tell it from",
         }.get(self.comparison.reading(next_one), "measured on other rows than")
         return f"{head}; {why} the runner-up {next_one.job_id} ({number(next_one.measured_loss, 3)})."

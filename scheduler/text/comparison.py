@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from loractl.common.text import clean_line, number, signed
 from loractl.common.units import duration, gib
+from loractl.common.verdict import decimals
 from loractl.scheduler.answers.sweep import settings_of
 
 from .screen import Screen, table
@@ -61,8 +62,9 @@ def _judged(answer: Comparison, job: FinishedJob, screen: Screen) -> list[str]:
 def _change(job: FinishedJob) -> str:
     if (against := job.against) is None:
         return ""
-    change = signed(against.change, 3)
-    return change if math.isnan(against.low) else f"{change} ({signed(against.low, 3)} to {signed(against.high, 3)})"
+    digits = decimals(against.change, against.low, against.high, least=3)
+    change, low, high = (signed(value, digits) for value in (against.change, against.low, against.high))
+    return change if math.isnan(against.low) else f"{change} ({low} to {high})"
 
 
 def _title(job: FinishedJob, name: str) -> str:

@@ -6,6 +6,7 @@ from typing import Any
 
 from loractl.common.text import clean_line, number, signed
 from loractl.common.units import duration, gib, thousands
+from loractl.common.verdict import written
 
 from .screen import Screen, block, table
 
@@ -15,21 +16,21 @@ def report_text(report: dict[str, Any], screen: Screen, answers: int) -> str:
     lines = [
         screen.style(f"{report['job']['job_id']} {clean_line(report['job']['name'])}", bold=True)
         + f": {clean_line(report['verdict']['sentence'])}",
+        *(clean_line(aside) for aside in [report["verdict"].get("aside")] if aside),
         "",
     ]
     rows = []
     for m in report["evaluation"]["metrics"]:
-        digits = 1 if m["unit"] == "%" else 2
-        color = {"better": "green", "worse": "red"}.get(m["reading"])
-        change, low, high = (signed(m[key], digits) for key in ("change", "low", "high"))
+        shown = written(m)
+        color = {"better": "green", "worse": "red"}.get(shown.reading)
         rows.append(
             [
                 m["label"] + (f", {m['unit']}" if m["unit"] else ""),
-                number(m["base"], digits),
-                screen.style(number(m["tuned"], digits), bold=True),
-                change,
-                f"{low} to {high}",
-                screen.style(m["reading"], fg=color),
+                shown.base,
+                screen.style(shown.tuned, bold=True),
+                shown.change,
+                shown.interval,
+                screen.style(shown.reading, fg=color),
             ]
         )
     headers = ["MEASURE", "BASE", "TUNED", "CHANGE", "95 % INTERVAL", "READING"]

@@ -210,7 +210,9 @@ def test_the_page_asks_for_nothing_from_elsewhere() -> None:
     assert "default-src 'none'" in page
 
 
-@pytest.mark.parametrize(("reading", "word"), [("worse", "✗ Worse"), ("no_measurable_gain", "No measurable gain")])
+@pytest.mark.parametrize(
+    ("reading", "word"), [("worse", "✗ Worse"), ("no_measurable_gain", "No measurable gain"), ("newer", "Newer")]
+)
 def test_the_page_says_it_when_there_is_no_gain(reading: str, word: str) -> None:
     assert word in render_html(report(verdict={"reading": reading, "short": "", "sentence": "s"}))
 

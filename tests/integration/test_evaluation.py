@@ -55,7 +55,7 @@ def test_a_model_that_did_not_change_has_an_interval_of_nothing() -> None:
 
 def test_few_rows_are_too_few_however_large_the_change() -> None:
     said = verdict([compared(np.full(3, 50.0), np.full(3, 10.0), np.full(3, 10.0))])
-    assert said["reading"] == "no_measurable_gain" and "Too few held-out rows (3)" in said["sentence"]
+    assert said["reading"] == "too_few_rows" and "Too few held-out rows (3)" in said["sentence"]
 
 
 def test_rows_weigh_by_their_tokens() -> None:
@@ -78,7 +78,7 @@ def test_a_gain_in_loss_names_what_got_worse() -> None:
     tokens, base = np.full(40, 10.0), RNG.normal(30, 3, 40)
     better = compared(base, base - 5, tokens)
     worse = compared(np.full(40, 100.0), np.zeros(40), np.ones(40), name="exact match", higher=True)
-    assert "worse on exact match" in verdict([better, worse])["sentence"]
+    assert verdict([better, worse])["aside"] == "Worse on exact match."
 
 
 def test_a_number_that_is_not_finite_is_never_called_better() -> None:

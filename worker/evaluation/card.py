@@ -31,6 +31,7 @@ def write_model_card(report: dict[str, Any], adapter: Path) -> None:
         *(_how_to_classify(report["base_model"], list(data["labels"])) if data.get("labels") else ()),
         "",
         f"- {report['verdict']['sentence']}",
+        *(f"- {aside}" for aside in [report["verdict"].get("aside")] if aside),
         f"- held-out loss on {report['evaluation']['rows']} rows: {losses}",
         f"- {training['steps']} steps at learning rate {training['learning_rate']:g}, batch "
         f"{training['per_device_train_batch_size']} x {training['gradient_accumulation_steps']}, seed {report['seed']}",

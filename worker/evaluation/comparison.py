@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any
 
 import numpy as np
 
+from loractl.common.verdict import Change, Reading
+
 from .statistics import Array, paired_interval
-
-MIN_CASES = 8
-"""Fewer cases are too few for a bootstrap interval: its ends are then little more than the rows themselves."""
-
-Reading = Literal["better", "worse", "no clear change", "too few cases"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +20,7 @@ class Compared:
     name: str
     label: str
     unit: str  # nats, %, ...
-    higher_is_better: bool
+    higher_is_better: bool | None  # None: it only describes
     cases: int
     base: float
     tuned: float
@@ -37,11 +33,19 @@ class Compared:
 
     @property
     def reading(self) -> Reading:
-        if self.cases < MIN_CASES:
-            return "too few cases"
-        if not all(map(math.isfinite, (self.change, self.low, self.high))) or self.low <= 0 <= self.high:
-            return "no clear change"
-        return "better" if (self.change > 0) == self.higher_is_better else "worse"
+        return Change(
+            base=self.base,
+            change=self.change,
+            low=self.low,
+            high=self.high,
+            cases=self.cases,
+            unit=self.unit,
+            higher_is_better=self.higher_is_better,
+        ).reading
+
+    def as_json(self) -> dict[str, Any]:
+        """The metric as report.json holds it."""
+        return {**vars(self), "change": self.change, "reading": self.reading}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +55,7 @@ class Measure:
     name: str
     label: str
     unit: str = "nats"
-    higher_is_better: bool = False
+    higher_is_better: bool | None = False  # None: it only describes
 
     def compare(
         self, base: Array, tuned: Array, weight: Array, transform: Callable[[Array], Array] = lambda x: x

@@ -17,7 +17,7 @@ from .losses import RowScores
 from .statistics import Array
 
 LATER_ANSWERS_LOSS = Measure(name="later_answers_loss", label="loss on later answers")
-CONTEXT_GAIN = Measure(name="context_gain", label="worth of earlier turns", higher_is_better=True)
+CONTEXT_GAIN = Measure(name="context_gain", label="worth of earlier turns", higher_is_better=None)
 
 MOST_TURNS = 400
 """So many answers are scored; conversations beyond that are left out of this part, not of the others."""

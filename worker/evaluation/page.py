@@ -9,6 +9,7 @@ from typing import Any
 
 from loractl.common.text import signed
 from loractl.common.units import duration, gib, thousands
+from loractl.common.verdict import badge, written
 
 MIN_POINTS_TO_SMOOTH = 40
 """A smoothed line through fewer points lags behind them and misleads."""
@@ -24,13 +25,14 @@ def render_html(report: dict[str, Any]) -> str:
     from jinja2 import Environment, StrictUndefined
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters.update(duration=duration, gib=gib, thousands=thousands, signed=signed)
+    environment.filters.update(duration=duration, gib=gib, thousands=thousands, signed=signed, written=written)
     template = environment.from_string((files(__package__) / "report.html.jinja").read_text("utf-8"))
     return template.render(
         report=report,
         chart=loss_chart(report["training"]),
         forest=_forest(report["evaluation"]["metrics"]),
         groups=_groups(report["evaluation"]["answers"]),
+        badge=badge(report["verdict"]["reading"]),
     )
 
 

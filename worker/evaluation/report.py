@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from loractl.common.artifacts import sha256_of
+from loractl.common.verdict import report_verdict
 from loractl.worker.base.learner import Learner
 from loractl.worker.data.prepared import PreparedData
 from loractl.worker.protocol.messages import Start
@@ -65,32 +66,10 @@ def build_report(
 
 
 def verdict(metrics: list[Compared], base: str = "the base") -> dict[str, str]:
-    """What the comparison with `base` says, in a word and a sentence. The held-out loss decides; the rest is named
-    beside it."""
+    """What the comparison with `base` says: `reading`, `short`, `sentence`, and `aside`, what got worse beside it."""
     loss = next(m for m in metrics if m.name == "loss")
-    numbers = f"held-out loss {loss.base:.2f} -> {loss.tuned:.2f}"
-    short = f"loss {loss.base:.2f} -> {loss.tuned:.2f}"
     worse = [m.label for m in metrics if m.reading == "worse" and m.name not in ("loss", "perplexity")]
-    aside = f"; worse on {' and '.join(worse)}" if worse else ""
-    if loss.reading == "too few cases":
-        return {
-            "reading": "no_measurable_gain",
-            "short": f"too few held-out rows to say, {short}",
-            "sentence": f"Too few held-out rows ({loss.cases}) to say whether it is better: {numbers}.",
-        }
-    if loss.reading == "no clear change":
-        return {
-            "reading": "no_measurable_gain",
-            "short": f"no measurable gain, {short}",
-            "sentence": f"No measurable gain: {numbers}, and the interval of the change holds zero{aside}.",
-        }
-    if loss.reading == "worse":
-        return {
-            "reading": "worse",
-            "short": f"worse, {short}",
-            "sentence": f"No measurable gain: worse than {base}, {numbers}{aside}.",
-        }
-    return {"reading": "better", "short": f"better, {short}", "sentence": f"Better than {base}: {numbers}{aside}."}
+    return dict(vars(report_verdict(loss.as_json(), worse, base)))
 
 
 def write_report(report: dict[str, Any], folder: Path) -> None:
@@ -172,7 +151,7 @@ def _evaluation(evaluation: Evaluation) -> dict[str, Any]:
         "baseline": evaluation.baseline,
         "seconds": evaluation.seconds,
         "bootstrap": {"samples": BOOTSTRAP_SAMPLES, "seed": BOOTSTRAP_SEED, "interval": 0.95},
-        "metrics": [_metric(m) for m in evaluation.metrics],
+        "metrics": [m.as_json() for m in evaluation.metrics],
         "row_losses": evaluation.row_losses[:MOST_ROW_LOSSES],
         "answers": [{**vars(a), "base_exact": a.base_exact, "tuned_exact": a.tuned_exact} for a in evaluation.answers],
         "labels": None
@@ -183,14 +162,10 @@ def _evaluation(evaluation: Evaluation) -> dict[str, Any]:
     }
 
 
-def _metric(m: Compared) -> dict[str, Any]:
-    return {**vars(m), "change": m.change, "reading": m.reading}
-
-
 def _benchmarks(benchmarks: Benchmarks | None) -> dict[str, Any] | None:
     if benchmarks is None:
         return None
-    metrics = [{**_metric(s.compared), **vars(s), "reading": s.reading} for s in benchmarks.scored]
+    metrics = [{**s.compared.as_json(), **vars(s), "reading": s.reading} for s in benchmarks.scored]
     for metric in metrics:
         del metric["compared"]
     return {**{key: value for key, value in vars(benchmarks).items() if key != "scored"}, "metrics": metrics}

@@ -11,17 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from loractl.common.errors import UsageError
+from loractl.common.verdict import Change
 
 from .adapter_pool import AdapterPool, BaseChoice, open_pool
 from .card import Footprint, take_card
 from .library import Library, Listed, same_base, usual_arithmetic
-from .scores import LOSS, Cell, Scores, Task, asked_for, compare, score, task_from_file, task_of
+from .scores import LOSS, UNITS, Cell, Scores, Task, asked_for, compare, score, task_from_file, task_of
 
 SWITCHES = 60
 """So many switches are timed."""
-
-MIN_CASES = 8
-"""Fewer rows are too few for an interval."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,12 +108,17 @@ class Matrix:
 
 
 def reading(cell: Cell, measure: str) -> str:
-    """better, worse, no clear change, or too few rows: by whether the interval of the change leaves out zero."""
-    if cell.cases < MIN_CASES:
-        return "too few rows"
-    if not all(map(math.isfinite, (cell.low, cell.high))) or cell.low <= 0 <= cell.high:
-        return "no clear change"
-    return "better" if (cell.change > 0) == (measure != LOSS) else "worse"
+    """The reading of the change against the base, as a report has it, and "too few rows" where it has too few cases."""
+    change = Change(
+        base=cell.base,
+        change=cell.change,
+        low=cell.low,
+        high=cell.high,
+        cases=cell.cases,
+        unit=UNITS[measure],
+        higher_is_better=measure != LOSS,
+    )
+    return "too few rows" if change.reading == "too few cases" else change.reading
 
 
 def measure(

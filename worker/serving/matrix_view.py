@@ -79,7 +79,7 @@ def _table(matrix: Matrix, measures: Mapping[str, str]) -> list[str]:
 
 def _shown(row: MatrixRow, task: str, measure: str) -> str:
     cell = row.cells[task][measure]
-    mark = {"better": "better", "worse": "worse", "no clear change": "", "too few rows": "few"}[reading(cell, measure)]
+    mark = {"better": "better", "worse": "worse", "too few rows": "few"}.get(reading(cell, measure), "")
     star = "*" if row.trained_on[task] else ""
     return f"{_number(cell.value, measure)} {_signed(cell.change, measure)} {mark:<6}{star or ' '}"
 

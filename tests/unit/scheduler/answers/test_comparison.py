@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,19 @@ def test_a_constant_shift_is_measured_without_spread() -> None:
     against = order.jobs[1].against
     assert against is not None and against.rows == 40
     assert (against.change, against.low, against.high) == pytest.approx((0.25, 0.25, 0.25))
+
+
+def test_a_difference_that_nobody_would_notice_is_no_practical_one_and_is_written_with_its_digits() -> None:
+    best, rng = noisy(16.5, 0.3), random.Random(3)
+    near = [loss + w * (0.002 + rng.gauss(0, 0.0004)) for loss, w in zip(best, TOKENS, strict=True)]
+    order = compared([job(1, best), job(2, near)])
+    against = order.jobs[1].against
+    assert against is not None and against.low > 0 and against.reading == "no practical difference"
+    text = comparison_text(order, SCREEN)
+    row = next(line for line in text.splitlines() if line.lstrip().startswith("2 "))
+    shown = re.search(r"\+0\.00\d+ \(\+(0\.00\d+) to \+(0\.00\d+)\) +no practical difference", row)
+    assert shown and shown[1] != shown[2]
+    assert order.as_json()["jobs"][1]["reading"] == "no practical difference"
 
 
 def test_equal_jobs_differ_no_oftener_than_one_time_in_twenty() -> None:

@@ -1,0 +1,162 @@
+"""What a measured change says and how it is written: one rule, and one set of words for all who show it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from .text import number, signed
+
+MIN_CASES = 8
+"""Fewer cases are too few for an interval: its ends are then little more than the rows themselves."""
+
+DESCRIPTIONS = frozenset({"context_gain"})
+"""Names of measures that only describe: neither way is better. Older reports read them as better or worse."""
+
+Reading = Literal[
+    "better", "worse", "no practical change", "no clear change", "too few cases", "a description", "not known"
+]
+
+BADGES = {
+    "better": "✓ Better",
+    "worse": "✗ Worse",
+    "no_practical_change": "– No practical change",
+    "no_measurable_gain": "– No measurable gain",
+    "too_few_rows": "– Too few held-out rows to say",
+}
+"""The badge of each reading that a report's verdict can have."""
+
+MOST_DECIMALS = 6
+
+
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """A change of a measure with its 95% interval, in the measure's unit; NaN where it is not known."""
+
+    base: float
+    change: float
+    low: float
+    high: float
+    cases: int
+    unit: str = "nats"
+    higher_is_better: bool | None = False  # None: it only describes
+
+    @property
+    def slight(self) -> bool:
+        """Whether no one would notice a change of this size."""
+        return abs(self.change) < noticeable(self.unit, self.base)
+
+    @property
+    def reading(self) -> Reading:
+        if self.higher_is_better is None:
+            return "a description"
+        if self.cases < MIN_CASES:
+            return "too few cases"
+        if not all(map(math.isfinite, (self.change, self.low, self.high))) or self.low <= 0 <= self.high:
+            return "no clear change"
+        if self.slight:
+            return "no practical change"
+        return "better" if (self.change > 0) == self.higher_is_better else "worse"
+
+
+def noticeable(unit: str, base: float) -> float:
+    """The least change that someone may notice: 0.01 nats, which is a hundredth of the perplexity; 0.1 %; of a share
+    from 0 to 1 a thousandth, and of any other number a hundredth of the base's."""
+    if unit in ("nats", "%"):
+        return {"nats": 0.01, "%": 0.1}[unit]
+    return 0.001 if not math.isfinite(base) or abs(base) <= 1 else abs(base) / 100
+
+
+@dataclass(frozen=True, kw_only=True)
+class Written:
+    """A metric of a report for people. All numbers have as many decimals as the interval bears."""
+
+    base: str
+    tuned: str
+    change: str
+    low: str
+    high: str
+    reading: str
+
+    @property
+    def interval(self) -> str:
+        return self.low if self.low == self.high == "–" else f"{self.low} to {self.high}"
+
+
+def written(metric: Mapping[str, Any]) -> Written:
+    """A metric as report.json holds it. Too few cases have no interval, whatever was computed."""
+    described = metric.get("name") in DESCRIPTIONS
+    reading = "a description" if described else str(metric["reading"])
+    values = {key: _finite(metric[key]) for key in ("base", "tuned", "change", "low", "high")}
+    digits = decimals(values["change"], values["low"], values["high"], least=1 if metric["unit"] == "%" else 2)
+    few = reading == "too few cases" or metric.get("cases", MIN_CASES) < MIN_CASES
+    return Written(
+        base=number(values["base"], digits),
+        tuned=number(values["tuned"], digits),
+        change=signed(values["change"], digits),
+        low=signed(None if few else values["low"], digits),
+        high=signed(None if few else values["high"], digits),
+        reading=reading,
+    )
+
+
+def decimals(change: float | None, low: float | None, high: float | None, least: int = 2) -> int:
+    """As many decimals as show the width of the interval, or of the change where the interval has none."""
+    width = 0.0 if low is None or high is None else high - low
+    size = width if width > 0 else abs(change or 0.0)
+    if not math.isfinite(size) or size <= 0:
+        return least
+    return min(MOST_DECIMALS, max(least, -math.floor(math.log10(size))))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportVerdict:
+    """What a report says as a whole. Its badge, its line in `status` and its sentence follow from the reading."""
+
+    reading: str  # a key of BADGES
+    short: str  # for a job's line
+    sentence: str
+    aside: str  # what is worse beside the held-out loss; empty where nothing is
+
+    @property
+    def badge(self) -> str:
+        return BADGES[self.reading]
+
+
+def report_verdict(loss: Mapping[str, Any], worse: list[str], base: str = "the base") -> ReportVerdict:
+    """What the held-out loss says against `base`; it alone decides. `loss`: a metric of report.json; `worse`: the
+    labels of what got worse, which is said beside it."""
+    shown = written(loss)
+    numbers = f"loss {shown.base} -> {shown.tuned}"
+    reading, short, sentence = {
+        "too few cases": (
+            "too_few_rows",
+            "too few held-out rows to say",
+            f"Too few held-out rows ({loss['cases']}) to say whether it is better: held-out {numbers}.",
+        ),
+        "no clear change": (
+            "no_measurable_gain",
+            "no measurable gain",
+            f"No measurable gain: held-out {numbers}, and the interval of the change holds zero.",
+        ),
+        "no practical change": (
+            "no_practical_change",
+            "no practical change",
+            f"No practical change: held-out {numbers}, less than anyone would notice.",
+        ),
+        "worse": ("worse", "worse", f"Worse than {base}: held-out {numbers}."),
+        "better": ("better", "better", f"Better than {base}: held-out {numbers}."),
+    }[shown.reading]
+    aside = f"Worse on {' and '.join(worse)}." if worse and reading != "too_few_rows" else ""
+    return ReportVerdict(reading=reading, short=f"{short}, {numbers}", sentence=sentence, aside=aside)
+
+
+def badge(reading: str) -> str:
+    """The badge of a verdict's reading; a newer version's is shown as it is."""
+    return BADGES.get(reading, reading.replace("_", " ").capitalize())
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None

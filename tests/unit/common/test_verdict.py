@@ -1,0 +1,126 @@
+"""One verdict: every face of a report and of a comparison says the same of the same numbers."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+import pytest
+
+from loractl.common.verdict import BADGES, Change, decimals, noticeable, written
+from loractl.scheduler.text.report import report_text
+from loractl.scheduler.text.screen import Screen
+from loractl.worker.evaluation.comparison import Compared
+from loractl.worker.evaluation.dialogue import CONTEXT_GAIN
+from loractl.worker.evaluation.page import render_html
+from loractl.worker.evaluation.report import verdict
+
+from ...acceptance.test_report_page import report
+
+SCREEN = Screen(width=140, unicode=True, color=False)
+
+
+def loss(base: float, tuned: float, spread: float, cases: int = 40) -> Compared:
+    change = tuned - base
+    return Compared(
+        name="loss", label="loss", unit="nats", higher_is_better=False, cases=cases, base=base, tuned=tuned,
+        low=change - spread, high=change + spread,
+    )  # fmt: skip
+
+
+FACES = [
+    # measured, the verdict's reading, the metric's, the words that every face has, those that none may have
+    (loss(3.5, 1.25, 0.3), "better", "better", "Better", ("Worse", "Too few", "No ")),
+    (loss(1.25, 3.5, 0.3), "worse", "worse", "Worse", ("Better", "Too few", "No ")),
+    (loss(3.5, 3.4, 0.3), "no_measurable_gain", "no clear change", "No measurable gain", ("Better", "Worse", "Too")),
+    (loss(3.5, 1.25, 0.1, cases=3), "too_few_rows", "too few cases", "Too few", ("Better", "Worse", "No measurable")),
+    (
+        loss(16.5512, 16.5491, 0.0004), "no_practical_change", "no practical change", "No practical change",
+        ("Better", "Worse", "Too few", "No measurable"),
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("metric", "reading", "of_metric", "words", "others"), FACES, ids=[face[1] for face in FACES])
+def test_text_badge_page_status_and_json_say_the_same(
+    metric: Compared, reading: str, of_metric: str, words: str, others: tuple[str, ...]
+) -> None:
+    said = verdict([metric])
+    assert (said["reading"], metric.reading, metric.as_json()["reading"]) == (reading, of_metric, of_metric)
+    value = report(verdict=said)
+    value["evaluation"] |= {"metrics": [metric.as_json()], "lm_eval": None, "turns": []}
+    page, text = render_html(value), report_text({**value, "verdict": said}, SCREEN, 0)
+    badge = re.search(r'<span class="pill[^"]*" id="badge">([^<]*)</span>', page)
+    headline = re.search(r'id="verdict">([^<]*)</p>', page)
+    pill = re.search(r'<span class="pill[^"]*">. ([^<]*)</span></td>', page)
+    assert badge and headline and pill
+    assert badge[1] == BADGES[reading] and pill[1] == of_metric.capitalize()
+    for face in (badge[1], headline[1], text.splitlines()[0], said["sentence"], said["short"]):
+        assert words.lower() in face.lower(), face
+        assert not [
+            other for other in others if other.lower() in face.lower().replace("to say whether it is better", "")
+        ]
+    row = next(line for line in text.splitlines() if line.startswith("loss, nats"))
+    assert row.endswith(of_metric)
+    shown = written(metric.as_json())
+    for number in (shown.base, shown.tuned):
+        assert number in said["sentence"] and number in said["short"] and number in row and f">{number}<" in page
+    assert f"<small>{shown.interval}</small>" in page and f"{shown.interval}  " in row
+
+
+def test_a_change_that_nobody_would_notice_is_written_with_its_digits() -> None:
+    said = verdict([loss(16.5512, 16.5491, 0.0004)])
+    assert said["sentence"] == ("No practical change: held-out loss 16.5512 -> 16.5491, less than anyone would notice.")
+    shown = written(loss(16.5512, 16.5491, 0.0004).as_json())
+    assert (shown.change, shown.interval) == ("−0.0021", "−0.0025 to −0.0017")
+    few = written(loss(3.0, 2.0, 0.1, cases=7).as_json())
+    assert (few.change, few.interval) == ("−1.00", "–"), "too few cases have no interval"
+
+
+@pytest.mark.parametrize(
+    ("change", "low", "high", "digits"),
+    [
+        (-0.17, -0.18, -0.16, 2), (-2.0, -3.0, -1.0, 2), (-0.0021, -0.0025, -0.0017, 4), (1e-4, 1e-4, 1e-4, 4),
+        (0.001, -0.25, 0.25, 2), (0.0, 0.0, 0.0, 2), (None, None, None, 2), (math.nan, math.nan, math.nan, 2),
+        (1e-12, 1e-12, 1e-12, 6),
+    ],
+)  # fmt: skip
+def test_the_digits_follow_the_interval(
+    change: float | None, low: float | None, high: float | None, digits: int
+) -> None:
+    assert decimals(change, low, high) == digits
+
+
+@pytest.mark.parametrize(
+    ("unit", "base", "least"), [("nats", 3.0, 0.01), ("%", 50.0, 0.1), ("", 0.5, 0.001), ("", 88.0, 0.88)]
+)
+def test_what_anyone_would_notice_depends_on_the_unit(unit: str, base: float, least: float) -> None:
+    assert noticeable(unit, base) == pytest.approx(least)
+    for factor, reading in ((0.9, "no practical change"), (1.1, "worse")):
+        change = factor * least
+        measured = Change(base=base, change=change, low=change / 2, high=change * 2, cases=40, unit=unit)
+        assert measured.reading == reading
+    unclear = Change(base=base, change=least / 9, low=-least / 9, high=least / 3, cases=40, unit=unit)
+    assert unclear.reading == "no clear change", "zero is possible"
+
+
+def test_a_description_is_neither_better_nor_worse_and_the_headline_is_about_the_verdict() -> None:
+    worth = CONTEXT_GAIN.compared(40, 2.84, 1.2, -1.9, -1.4)
+    forgotten = Compared(
+        **{**vars(loss(2.0, 2.6, 0.1)), "name": "regression_loss", "label": "loss on the regression set"}
+    )
+    said = verdict([loss(3.5, 1.25, 0.3), worth, forgotten])
+    assert said["sentence"] == "Better than the base: held-out loss 3.50 -> 1.25."
+    assert said["aside"] == "Worse on loss on the regression set."
+    assert worth.reading == "a description" and worth.as_json()["higher_is_better"] is None
+    value: dict[str, Any] = report(verdict=said)
+    older = {**worth.as_json(), "higher_is_better": True, "reading": "worse"}
+    for metric in (worth.as_json(), older):
+        value["evaluation"] |= {"metrics": [loss(3.5, 1.25, 0.3).as_json(), metric], "lm_eval": None}
+        page, text = render_html(value), report_text(value, SCREEN, 0)
+        assert "neither way is better" in page and "– A description" in page
+        assert '<p class="lede" id="aside">Worse on loss on the regression set.</p>' in page
+        lines = text.splitlines()
+        assert lines[0].endswith(said["sentence"]) and lines[1] == said["aside"]
+        assert next(line for line in lines if "worth of earlier turns" in line).endswith("a description")
