@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 from .families import shape_of
 from .shape import Shape
@@ -19,6 +20,26 @@ def read_shape(model: str | Path, revision: str | None = None) -> Shape | None:
         return shape_of(json.loads(path.read_text("utf-8")))
     except (OSError, ValueError):
         return None
+
+
+def foreign_format(model: str | Path, revision: str | None = None) -> str | None:
+    """How the weights of a model were quantised by others, like gptq; see format_of. None where no config is here."""
+    path = find_config(model, revision)
+    try:
+        return None if path is None else format_of(json.loads(path.read_text("utf-8")))
+    except (OSError, ValueError):
+        return None
+
+
+def format_of(config: Any) -> str | None:
+    """The format of weights that config.json names and that no adapter is trained on here; None for 16 bits and NF4."""
+    settings = config.get("quantization_config") if isinstance(config, dict) else None
+    method = settings.get("quant_method") if isinstance(settings, dict) else None
+    return None if method in (None, "bitsandbytes") else str(method)[:40]
+
+
+HOW_TO_NAME_IT = "name the model that it was made from: method: qlora brings its 16-bit weights to NF4 by itself"
+"""What to do about a base in a foreign format."""
 
 
 def find_config(model: str | Path, revision: str | None = None) -> Path | None:

@@ -120,8 +120,8 @@ def memory_need(
     Raises LoractlError where the base can't be planned here, UsageError for a job or a question that makes no sense.
     """
     spec = job.spec
-    shape = _shape(spec)
     check_adapter(spec)
+    shape = _shape(spec)
     counted = row_lengths(spec, announce)
     methods = open_methods(spec)
     plans = {method: plan(shape, spec, method, counted.lengths) for method in methods}

@@ -13,6 +13,7 @@ from .output import show
 
 if TYPE_CHECKING:
     from loractl.common.store.store import Store
+    from loractl.scheduler.answers.need import MemoryNeed
 
 
 @click.command()
@@ -47,8 +48,18 @@ def plan(
 
     card = _card_size(gpu)
     answer = memory_need(store, job_to_plan(store, job, overrides), card, solve=solve, announce=announce)
-    following = f"Its wait: loractl why {job}" if job.isdigit() else f"Submit it: loractl submit {job}"
-    show(answer, as_json, lambda: need_text(answer, following, detect_screen()))
+    show(answer, as_json, lambda: need_text(answer, _following(job, answer, solve=solve), detect_screen()))
+
+
+def _following(job: str, answer: MemoryNeed, *, solve: bool) -> str:
+    """The next command. No one should submit what no card of the lab holds."""
+    if job.isdigit():
+        return f"Its wait: loractl why {job}"
+    if answer.choice is not None or not answer.cards:
+        return f"Submit it: loractl submit {job}"
+    if solve:
+        return "No card holds it as it is: shorter rows, fewer at once, or a smaller base"
+    return f"No card holds it as it is. What would fit: loractl plan {job} --solve"
 
 
 def _accuracy(store: Store, as_json: bool) -> None:

@@ -12,7 +12,7 @@ from loractl.common.errors import UsageError
 from loractl.common.job.method import Method
 from loractl.common.job.need import Need, least_need, permitted_methods, within
 from loractl.common.job.sections import TaskType
-from loractl.common.memory.config import read_shape
+from loractl.common.memory.config import HOW_TO_NAME_IT, foreign_format, read_shape
 from loractl.common.memory.correction import learned
 from loractl.common.memory.plan import predict
 from loractl.common.module_pattern import ModulePattern
@@ -60,7 +60,14 @@ def admit(spec: JobSpec, methods: Sequence[Method], need: Need) -> tuple[Method,
 
 
 def check_adapter(spec: JobSpec) -> None:
-    """Refuse an adapter that peft can't put on the base, where its config.json is here. Raises UsageError."""
+    """Refuse a base in a foreign format, and an adapter that peft can't put on the base, where its config.json is here.
+
+    Raises UsageError.
+    """
+    if (format := foreign_format(spec.base_model, spec.revision)) is not None:
+        raise UsageError(
+            f"base_model {spec.base_model} is quantised with {format}, which can't be trained on", HOW_TO_NAME_IT
+        )
     shape = read_shape(spec.base_model, spec.revision)
     if shape is None:
         return

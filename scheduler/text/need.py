@@ -10,6 +10,7 @@ from loractl.common.units import gib
 from .screen import Screen, bar, card_name, fit, joined, table, wrapped, wrapped_table
 
 if TYPE_CHECKING:
+    from loractl.common.memory.fit import Fit
     from loractl.common.memory.plan import Plan
     from loractl.scheduler.answers.accuracy import PlanAccuracy
     from loractl.scheduler.answers.need import LargestFit, MemoryNeed
@@ -64,12 +65,22 @@ def _parts(plan: Plan, longest: int, screen: Screen) -> list[str]:
 def _solved(largest: LargestFit) -> list[str]:
     return [
         f"Largest in {gib(largest.room)} GiB, {largest.which}:",
-        *(
-            f"  {method.value:<5}  per_device_train_batch_size {size.micro_batch or 'none'}, "
-            f"or max_length {size.max_length or 'none'}"
-            for method, size in largest.by_method.items()
-        ),
+        *(f"  {method.value:<5}  {_forms(size)}" for method, size in largest.by_method.items()),
     ]
+
+
+def _forms(size: Fit) -> str:
+    """The two ways to fit, each with the job's other key as it is."""
+    ways = []
+    if size.micro_batch:
+        ways.append(f"per_device_train_batch_size {size.micro_batch}")
+    if size.max_length:
+        ways.append(f"max_length {size.max_length}")
+    if not ways:
+        return "nothing fits, not even with one row at once or with rows of 8 tokens"
+    if not size.micro_batch:
+        return f"{ways[0]}; not one row of this job's length"
+    return ", or ".join(ways) if size.max_length else f"{ways[0]}; at the job's batch size no length"
 
 
 def accuracy_text(answer: PlanAccuracy, screen: Screen) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from loractl.common.job.status import Reason
+from loractl.common.memory.config import HOW_TO_NAME_IT, format_of
 from loractl.worker.protocol.trust import Refused, check_model_settings
 
 from .failure import TrainingFailed
@@ -36,6 +37,9 @@ def loading_options(base_model: str, revision: str | None, *, run_code: bool) ->
         check_model_settings(base_model, *configs)
     except Refused as refused:
         raise TrainingFailed(Reason.BAD_SPEC, refused.sentence) from refused
+    if (format := format_of(configs[0])) is not None:
+        what = f"base_model {base_model} is quantised with {format}, which can't be trained on"
+        raise TrainingFailed(Reason.BAD_SPEC, f"{what}: {HOW_TO_NAME_IT}")
     if run_code:
         _check_code_is_its_own(base_model, configs)
     # Without an explicit False, transformers asks at the terminal whether to run a model's own code.

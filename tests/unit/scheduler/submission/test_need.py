@@ -11,8 +11,12 @@ import pytest
 from loractl.common.errors import UsageError
 from loractl.common.job.spec import JobSpec
 from loractl.common.memory.plan import predict
+from loractl.scheduler.answers.need import JobToPlan, memory_need
 from loractl.scheduler.submission.need import check_adapter, need_key
+from loractl.worker.base.failure import TrainingFailed
+from loractl.worker.base.model import load_tokenizer
 
+from ....conftest import Cli
 from ...factories import spec
 
 SMALL = {
@@ -58,3 +62,37 @@ def test_an_expression_is_checked_where_the_base_is_at_hand_and_planned(base: st
 def test_a_head_gets_no_adapter(base: str, layer: str) -> None:
     with pytest.raises(UsageError, match=f"lora.target_modules: {layer} is not a linear layer"):
         check_adapter(classifier(base, lora={"target_modules": ["q_proj", layer]}))
+
+
+@pytest.mark.parametrize("format", ["gptq", "awq", "fp8", "compressed-tensors"])
+def test_a_base_that_others_have_quantised_is_refused_and_not_planned_as_16_bits(format: str, tmp_path: Path) -> None:
+    foreign = {**SMALL, "quantization_config": {"bits": 4, "quant_method": format}}
+    (tmp_path / "config.json").write_text(json.dumps(foreign))
+    said = f"is quantised with {format}, which can't be trained on"
+    job = spec(base_model=str(tmp_path))
+    with pytest.raises(UsageError, match=said) as refused:
+        check_adapter(job)
+    assert "name the model that it was made from" in str(refused.value.hint)
+    with pytest.raises(UsageError, match=said):
+        memory_need(None, JobToPlan(title="t", spec=job, data={}), None, solve=False)  # type: ignore[arg-type]
+    with pytest.raises(TrainingFailed, match=said):
+        load_tokenizer(str(tmp_path))
+
+
+def test_nf4_weights_are_no_foreign_format(tmp_path: Path) -> None:
+    own = {**SMALL, "quantization_config": {"load_in_4bit": True, "quant_method": "bitsandbytes"}}
+    (tmp_path / "config.json").write_text(json.dumps(own))
+    check_adapter(spec(base_model=str(tmp_path)))
+
+
+def test_a_plan_that_no_card_holds_does_not_say_submit_it_nor_none(base: str, tmp_path: Path, cli: Cli) -> None:
+    (tmp_path / "d.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
+    job = tmp_path / "job.yaml"
+    job.write_text(f"name: t\nbase_model: {base}\nmethod: lora\ndataset: {{path: d.jsonl, max_length: 4096}}\n")
+    fits = cli("plan", job, "--gpu", "80GiB").stdout
+    assert f"Submit it: loractl submit {job}" in fits
+    never = cli("plan", job, "--gpu", "1GiB").stdout
+    assert "never" in never and "Submit it" not in never
+    assert f"No card holds it as it is. What would fit: loractl plan {job} --solve" in " ".join(never.split())
+    solved = cli("plan", job, "--gpu", "1GiB", "--solve").stdout
+    assert "none" not in solved and "Submit it" not in solved and "No card holds it as it is: shorter rows" in solved

@@ -90,6 +90,19 @@ def test_a_plan_shows_both_methods_part_by_part(plans: dict[Method, Plan]) -> No
     assert [line.split()[0] for line in lines if "kestrel:0" in line or "merlin:0" in line] == ["fits", "never"]
 
 
+def test_what_does_not_fit_is_said_in_words(plans: dict[Method, Plan]) -> None:
+    def solved(**size: int | None) -> str:
+        fits = {Method.LORA: Fit(**{"micro_batch": None, "max_length": None, **size})}
+        largest = LargestFit(room=GIB, which="the largest card", by_method=fits)
+        lines = need_text(need(plans, largest=largest), "x", PIPE).splitlines()
+        return next(line for line in lines if line.startswith("  lora "))
+
+    assert solved(micro_batch=4, max_length=512).endswith("per_device_train_batch_size 4, or max_length 512")
+    assert solved(max_length=96).endswith("max_length 96; not one row of this job's length")
+    assert solved(micro_batch=4).endswith("per_device_train_batch_size 4; at the job's batch size no length")
+    assert solved().endswith("nothing fits, not even with one row at once or with rows of 8 tokens")
+
+
 @shown
 def test_the_table_of_accuracy_fits_any_screen(screen: Screen) -> None:
     runs = [
