@@ -29,25 +29,34 @@ def render_html(report: dict[str, Any]) -> str:
     template = environment.from_string((files(__package__) / "report.html.jinja").read_text("utf-8"))
     return template.render(
         report=report,
-        chart=loss_chart(report["training"]),
+        charts=[
+            ("broad", loss_chart(report["training"], width=920, height=290)),
+            ("narrow", loss_chart(report["training"], width=380, height=260)),
+        ],
         forest=_forest(report["evaluation"]["metrics"]),
         groups=_groups(report["evaluation"]["answers"]),
         badge=badge(report["verdict"]["reading"]),
     )
 
 
-def loss_chart(training: dict[str, Any]) -> dict[str, Any]:
-    """Coordinates of the loss curve in a 920 x 270 picture, and its axes' labels."""
+LEFT, RIGHT, TOP, BOTTOM = 46, 78, 26, 42
+"""Room around the curves for the axes' labels and the last values, in units of the picture."""
+
+
+def loss_chart(training: dict[str, Any], *, width: int, height: int) -> dict[str, Any]:
+    """Coordinates of the loss curves in a picture of that size, and its axes' labels."""
     points = [(s, v) for s, v in training["losses"] if math.isfinite(v)]
     evals = [(s, v) for s, v in training["eval_losses"] if math.isfinite(v)]
     if not points:
         return {"raw": "", "smooth": "", "evals": [], "x": [], "y": [], "last": None}
+    columns = 4 if width > 500 else 2
     values = [v for _, v in points + evals]
     low, high = _ticks(min(values), max(values))
     last_step = max(s for s, _ in points + evals)
 
     def at(step: float, value: float) -> tuple[float, float]:
-        return round(40 + 800 * step / max(1, last_step), 1), round(14 + 220 * (high - value) / (high - low), 1)
+        across, down = width - LEFT - RIGHT, height - TOP - BOTTOM
+        return round(LEFT + across * step / max(1, last_step), 1), round(TOP + down * (high - value) / (high - low), 1)
 
     def path(line: list[tuple[int, float]]) -> str:
         return "M" + "L".join(f"{x} {y}" for x, y in (at(s, v) for s, v in line))
@@ -62,10 +71,25 @@ def loss_chart(training: dict[str, Any]) -> dict[str, Any]:
         "smooth": path(smooth) if smooth else "",
         "line": path(evals) if len(evals) > 1 else "",
         "evals": [(*at(s, v), s, v) for s, v in evals],
-        "x": [(at(last_step * n / 4, low)[0], thousands(round(last_step * n / 4))) for n in range(5)],
+        "width": width,
+        "height": height,
+        "bottom": height - BOTTOM,
+        "right": width - RIGHT,
+        "x": [
+            (at(last_step * n / columns, low)[0], thousands(round(last_step * n / columns))) for n in range(columns + 1)
+        ],
         "y": [(at(0, v)[1], f"{v:.2f}") for v in grid],
         "last": (*at(*points[-1]), f"{points[-1][1]:.2f}"),
+        "held": _beside(at(*evals[-1]), at(*points[-1]), evals[-1][1]) if evals else None,
     }
+
+
+def _beside(held: tuple[float, float], last: tuple[float, float], value: float) -> tuple[float, float, str]:
+    """Where the held-out loss is written: at its last point, but not over the training loss."""
+    x, y = max(held[0], last[0]), held[1]
+    if abs(y - last[1]) < 26:
+        y = last[1] + (26 if y >= last[1] else -26)
+    return x, y, f"{value:.2f}"
 
 
 def _forest(metrics: list[dict[str, Any]]) -> dict[str, dict[str, float]]:

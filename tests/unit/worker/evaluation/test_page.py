@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from typing import Any
@@ -53,3 +54,16 @@ def test_no_text_of_a_report_becomes_markup(path: tuple[Any, ...]) -> None:
 
 def test_the_page_forbids_scripts_even_if_one_got_in() -> None:
     assert "default-src 'none'" in render_html(report()) and "script-src" not in render_html(report())
+
+
+def test_the_loss_chart_is_legible_on_a_phone_and_names_its_axes_and_the_held_out_curve() -> None:
+    value = copy.deepcopy(report())
+    value["training"]["losses"] = [[step, 3 / step + 0.5] for step in range(1, 31)]
+    value["training"]["eval_losses"] = [[step, 3 / step + 0.53] for step in range(10, 31, 10)]
+    page = render_html(value)
+    narrow = re.search(r'<svg class="narrow" viewBox="0 0 (\d+) (\d+)".*?</svg>', page, re.S)
+    assert narrow and int(narrow[1]) <= 400, "its letters are as large as they say on 400 px"
+    assert ">step<" in narrow[0] and ">loss<" in narrow[0] and ">held out<" in narrow[0] and 'class="held"' in narrow[0]
+    places = [(float(x), float(y)) for x, y in re.findall(r'<text class="strong" x="([\d.]+)" y="([\d.]+)"', narrow[0])]
+    assert len(places) == 2 and abs(places[0][1] - places[1][1]) >= 26, "the last values don't lie on each other"
+    assert all(x < 400 - 30 for x, _ in places)
