@@ -8,6 +8,7 @@ LoractlError                    1  failed
 ├── AdapterNotFound             3  no such adapter
 ├── SweepNotFound               3  no such sweep
 ├── ServiceUnreachable          4  database, Redis or artifact store can't be reached
+│   └── ServiceRefused          4  it answers, and refuses the user or the password
 ├── Forbidden                   1  the database's user has no right to do that
 ├── NameTaken                   1  another box has this one's name
 ├── SchemaMismatch              1  the database is older or newer than this loractl
@@ -101,13 +102,12 @@ class DataError(LoractlError):
 
 
 class JobNotFound(LoractlError):
-    """There is no job with that number."""
+    """There is no job with that number, name, or in that range."""
 
     exit_code = ExitCode.NO_SUCH_JOB
 
-    def __init__(self, job_id: int) -> None:
-        super().__init__(f"there is no job {job_id}", "loractl status -a lists all jobs")
-        self.job_id = job_id
+    def __init__(self, job: int | str) -> None:
+        super().__init__(f"there is no job {job}", "loractl status -a lists all jobs")
 
 
 class AdapterNotFound(LoractlError):
@@ -139,6 +139,15 @@ class ServiceUnreachable(LoractlError):
         super().__init__(f"{service} is unreachable at {address}: {why}", f"check that it runs, or set {setting}")
         self.service = service
         self.facts = service, address, setting, why
+
+
+class ServiceRefused(ServiceUnreachable):
+    """A service answered, and let this user not in."""
+
+    def __init__(self, service: str, address: str, setting: str, why: str) -> None:
+        super().__init__(service, address, setting, why)
+        self.sentence = f"{service} at {address} does not let this user in: {why}"
+        self.hint = f"check user and password in {setting}; special characters stand there as %XX"
 
 
 class Forbidden(LoractlError):

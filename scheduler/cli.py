@@ -125,12 +125,13 @@ def main() -> NoReturn:
 
 def _unexpected(error: Exception) -> ExitCode:
     """An unexpected error is still one sentence. A database that went away during the command is named."""
-    from loractl.common.store.database import outage
+    from loractl.common.settings import load_settings
+    from loractl.common.store.database import outage, unreachable
 
     if (why := outage(error)) is not None:
-        click.echo(f"Error: the database is unreachable: {why}", err=True)
-        click.echo("Hint: check that it runs, or set LORACTL_DATABASE_URL", err=True)
-        return ExitCode.UNREACHABLE
+        known = unreachable(load_settings(), why)
+        _print_error(known)
+        return known.exit_code
     click.echo(f"Error: {type(error).__name__}: {error}", err=True)
     click.echo("Hint: this is a fault of loractl; loractl --debug ... shows where", err=True)
     return ExitCode.FAILED

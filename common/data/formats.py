@@ -236,7 +236,10 @@ def _classification(row: RawRow, file: str | Path) -> Example:
         label = label_name(row.value["label"])
     except ValueError as error:
         what = f"label is {error}; it must be a whole number or text of at most {LONGEST} characters"
-        raise DataError(file, what, row=row.number, kind="not a label") from None
+        hint = (
+            'write it as text, like "true" and "false", or as 1 and 0' if isinstance(row.value["label"], bool) else None
+        )
+        raise DataError(file, what, row=row.number, hint=hint, kind="not a label") from None
     return Example(number=row.number, text=text, label=label)
 
 

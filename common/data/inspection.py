@@ -291,7 +291,9 @@ class _Borders:
         hint += ": let the prompt end without, and the completion begin with one"
         yield from about_rows("warning", "space before the answer", text, self._spaced, hint)
         text = "{n} whose prompt and completion join to one word"
-        yield from about_rows("warning", "words run together", text, self._glued)
+        hint = "nothing is put between them: begin the completion with a space, or use instruction and output instead, "
+        hint += "like dataset.columns: {instruction: question, output: answer}"
+        yield from about_rows("warning", "words run together", text, self._glued, hint)
 
 
 def _equal(digests: array[int]) -> Iterator[list[int]]:

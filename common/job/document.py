@@ -51,6 +51,8 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
         lines, tree = load_yaml(text)
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else None
+        if "'\\t'" in str(error.problem):
+            raise wrong("a tab stands there", "YAML wants spaces: indent with two of them", line=line) from None
         raise wrong(f"is not valid YAML: {error.problem or error}", line=line) from None
     except yaml.YAMLError as error:
         raise wrong(f"is not valid YAML: {error}") from None

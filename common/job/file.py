@@ -65,6 +65,20 @@ _KNOWN_AS = {
 """What other tools call our keys, for "did you mean"."""
 
 
+_NOT_HERE = {
+    "gpus": "a job trains on one card, which the workers choose: leave it out",
+    "num_gpus": "a job trains on one card, which the workers choose: leave it out",
+    "load_in_4bit": "write method: qlora, which holds the base in 4 bits (NF4)",
+    "load_in_8bit": "write method: qlora, which holds the base in 4 bits (NF4); 8 bits are not offered",
+    "quantization": "write method: qlora, which holds the base in 4 bits (NF4)",
+    "quantization_bit": "write method: qlora, which holds the base in 4 bits (NF4)",
+}
+"""Keys of other tools that no key of ours stands for, with what to write instead."""
+
+_FULL_TRAINING = ("full", "full_finetune", "fft", "freeze", "sft")
+"""What other tools call a training of all weights."""
+
+
 def load_spec(path: Path, overrides: Sequence[str] = ()) -> JobSpec:
     """Read a job file, apply `a.b=value` overrides, and resolve its local paths against its folder.
 
@@ -223,6 +237,8 @@ def _explain(error: Any, key: str) -> tuple[str, str | None]:
         return "is missing", f"add a line {key.split('.')[-1]}: ..."
     if kind in ("enum", "literal_error"):
         allowed = context["expected"].replace("'", "").replace(" or ", ", ")
+        if key.split(".")[0] == "method" and str(given).lower() in _FULL_TRAINING:
+            return f"{shown} is not one of {allowed}", "loractl trains adapters alone, never all weights: lora or qlora"
         close = difflib.get_close_matches(str(given), allowed.split(", "), n=1)
         return f"{shown} is not one of {allowed}", f"did you mean {close[0]}?" if close else None
     if kind == "value_error":
@@ -243,6 +259,8 @@ def _did_you_mean(key: str) -> str | None:
     *section, last = key.split(".")
     near = ".".join(section)
     keys = spec_keys() + sorted({k.split(".")[0] for k in spec_keys() if "." in k})
+    if last in _NOT_HERE:
+        return _NOT_HERE[last]
     if (known := _KNOWN_AS.get(last)) and known != key:
         return f"did you mean {known}?"
     siblings = [k for k in keys if k.rpartition(".")[0] == near]

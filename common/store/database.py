@@ -15,7 +15,14 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlch
 from sqlalchemy.pool import NullPool
 
 from loractl.common.disks import network_disk
-from loractl.common.errors import Forbidden, LoractlError, SchemaMismatch, ServiceUnreachable, UsageError
+from loractl.common.errors import (
+    Forbidden,
+    LoractlError,
+    SchemaMismatch,
+    ServiceRefused,
+    ServiceUnreachable,
+    UsageError,
+)
 from loractl.common.settings import Settings, make_private, redacted
 
 from .schema import HEAD, revision, upgrade
@@ -81,9 +88,21 @@ def reachable(settings: Settings) -> Iterator[None]:
     except DBAPIError as error:
         if (why := outage(error)) is None:
             raise
-        raise ServiceUnreachable(
-            "the database", redacted(settings.database_url), "LORACTL_DATABASE_URL", why
-        ) from error
+        raise unreachable(settings, why) from error
+
+
+_FULL = ("database or disk is full", "No space left on device")
+_UNKNOWN_LOGIN = ("password authentication failed", "no password supplied", "role ", "no pg_hba.conf entry")
+
+
+def unreachable(settings: Settings, why: str) -> LoractlError:
+    """An outage as an error for people: a full disk and a wrong password are not a server that does not run."""
+    address = redacted(settings.database_url)
+    if any(words in why for words in _FULL):
+        return LoractlError(f"the disk of the database is full: {address}", "free space there; nothing is lost")
+    if any(words in why for words in _UNKNOWN_LOGIN):
+        return ServiceRefused("the database", address, "LORACTL_DATABASE_URL", why.rpartition("FATAL:")[2].strip())
+    return ServiceUnreachable("the database", address, "LORACTL_DATABASE_URL", why)
 
 
 def outage(error: BaseException) -> str | None:
@@ -125,6 +144,9 @@ def make_engine(url: str, *, connections: int = CONNECTIONS, kept: int = KEPT, i
     PostgreSQL: what the user's role forbids raises Forbidden. Connections to a server that only reads are given up:
     after a failover another one may write.
     """
+    if not url.startswith(("sqlite:", "postgresql")) and "://" in url:
+        what = f"LORACTL_DATABASE_URL: {url.partition(':')[0]} is no database that loractl works with"
+        raise UsageError(what, "PostgreSQL, like postgresql://user@host/loractl; without it SQLite in LORACTL_HOME")
     try:
         if not url.startswith("sqlite"):
             engine = create_engine(url, connect_args=_postgres_options(idle_s), **_pool(connections, kept))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from .named import Setting
 from .output import show
 from .warnings import hint, warn, warn_of_data
 
@@ -18,7 +19,12 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("job_files", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option(
-    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key, like training.max_steps=20."
+    "--set",
+    "overrides",
+    multiple=True,
+    type=Setting(),
+    metavar="KEY=VALUE",
+    help="Override a key, like training.max_steps=20.",
 )
 @click.option("--dry-run", is_flag=True, help="Print the resolved job and queue nothing.")
 @click.option("--wait", is_flag=True, help="Follow the job; exit 0 when it succeeded, 1 when not.")
@@ -61,7 +67,13 @@ def _queue(drafts: JobDrafts, *, wait: bool, as_json: bool) -> None:
     if wait:
         from .follow import follow
 
-        sys.exit(max((follow(store, job_id) for job_id in queued), default=ExitCode.OK))
+        try:
+            sys.exit(max((follow(store, job_id) for job_id in queued), default=ExitCode.OK))
+        except KeyboardInterrupt:
+            job = queued[-1]
+            many = f"Job {job} goes on" if len(queued) == 1 else f"Jobs {queued[0]} to {job} go on"
+            click.echo(f"\n{many}: loractl status {job} --watch; stop it: loractl cancel {job}", err=True)
+            raise click.exceptions.Exit(ExitCode.INTERRUPTED) from None
     if not as_json:
         hint(f"Follow it: loractl status {queued[-1]} --watch")
 

@@ -111,6 +111,12 @@ MISTAKES = [
         "job.yaml:3: dataset.format: classification is for task_type: SEQ_CLS",
         job=GOOD.replace("data.jsonl", "data.jsonl, format: classification"),
     ),
+    Mistake("tabs", "job.yaml:4: a tab stands there", job=GOOD + "training:\n\tmax_steps: 3\n"),
+    Mistake("a full fine-tune", "trains adapters alone, never all weights", job=GOOD + "method: full\n"),
+    Mistake(
+        "bits of another tool", "write method: qlora, which holds the base in 4 bits", job=GOOD + "load_in_4bit: true\n"
+    ),
+    Mistake("several cards", "a job trains on one card", job=GOOD + "resources: {gpus: 2}\n"),
     # the data
     Mistake("neither a file nor a hub id", "no data set of the hub", job=GOOD.replace("data.jsonl", "train")),
     Mistake("no data file", "dataset.path is relative to the job file", job=GOOD.replace("data.jsonl", "none.jsonl")),
@@ -124,6 +130,12 @@ MISTAKES = [
     Mistake("conversations for a classifier", "learns from rows with text and label", job=CLASSIFIER),
     Mistake("one label only", "has the label 'good'", job=CLASSIFIER, data=labelled("good", "good")),
     Mistake("a label that is none", "row 1: label is 1.5", job=CLASSIFIER, data=labelled(1.5, "good")),
+    Mistake(
+        "true and false as labels",
+        'write it as text, like "true" and "false"',
+        job=CLASSIFIER,
+        data=labelled(True, False),
+    ),
     Mistake("unknown role", "the role 'bot', not one of", data=messages(HI, {"role": "bot", "content": "a"})),
     Mistake(
         "an empty answer", "the assistant's answer is empty", data=messages(HI, {"role": "assistant", "content": " "})
@@ -141,7 +153,8 @@ MISTAKES = [
     Mistake("an age below a day", "--older-than 1h is too short", command=["gc", "--older-than", "1h"]),
     Mistake("no such backup", "none.db: no such file", command=["db", "restore", "none.db"]),
     Mistake("an unknown command", "did you mean loractl status?", command=["statsu"]),
-    Mistake("not a number", "'abc' is not a valid integer", command=["show", "abc"]),
+    Mistake("not a number", "there is no job abc", command=["show", "abc"], code=3),
+    Mistake("a range that ends before it begins", "the smaller number first", command=["cancel", "9-3"]),
     Mistake("no config to plan from", "there is no config.json", command=["plan", "job.yaml"], code=1),
     Mistake("nothing to plan", "plan needs a job file or a job's number", command=["plan"]),
     Mistake("a card of no size", "--gpu: 'lots' is not a size", command=["plan", "job.yaml", "--gpu", "lots"]),
@@ -171,7 +184,7 @@ MISTAKES = [
         command=["sweep", "job.yaml", "--early-stop", "--set", "dataset.max_length=64,128"],
     ),
     Mistake("no such sweep", "there is no sweep 9", command=["status", "--sweep", "9"], code=3),
-    Mistake("cancel of nothing", "cancel takes jobs, or a sweep", command=["cancel"]),
+    Mistake("cancel of nothing", "cancel takes jobs, or a sweep, or a person's jobs", command=["cancel"]),
     Mistake("why of no job", "there is no job 99", command=["why", "99"], code=3),
     Mistake("drain what is not there", "no worker has reported heron", command=["drain", "heron", "--reason", "fan"]),
     Mistake("drain without a reason", "Missing option '--reason'", command=["drain", "heron"]),
@@ -218,6 +231,21 @@ def test_services_that_are_away_are_named_and_exit_with_4(make_cli: Callable[...
         cli("status", code=None), "the database is unreachable at postgresql+psycopg://lab:***@127.0.0.1", 4
     )
     assert "LORACTL_DATABASE_URL" in told and "hunter2" not in told
+
+
+def test_a_database_of_another_kind_or_with_another_password_is_not_called_unreachable(
+    make_cli: Callable[..., Cli], postgres_server: str
+) -> None:
+    _answered(
+        make_cli(LORACTL_DATABASE_URL="mysql://lab@host/loractl")("status", code=None),
+        "LORACTL_DATABASE_URL: mysql is no database that loractl works with", 2,
+    )  # fmt: skip
+    nobody = re.sub(r"//[^@/]*@", "//nobody:secret@", postgres_server)
+    _answered(make_cli(LORACTL_DATABASE_URL=nobody)("status", code=None), "does not let this user in", 4)
+
+
+def test_a_card_without_a_unit_and_a_worker_that_is_refused_are_failures(make_cli: Callable[..., Cli]) -> None:
+    _answered(make_cli(LORACTL_DEVICES="sim:8")("worker", code=None), "write the unit: sim:8GiB", 2)
 
 
 def test_an_empty_database_says_which_command_fills_it(make_cli: Callable[..., Cli], postgres_url: str) -> None:

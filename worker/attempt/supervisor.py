@@ -51,7 +51,8 @@ def supervise(place: Workplace, state: AttemptState) -> Status | None:
     status = _finish(place, state, reason, message, result)
     state.closed = True
     named = status.value if status else "lost"
-    log.info("job %s %s: %s (%s) %s", claim.job_id, claim.spec.name, named, reason.value, message)
+    because = "" if reason.value in (named, Reason.OK.value) else f" ({reason.value})"
+    log.info("job %s %s: %s%s: %s", claim.job_id, claim.spec.name, named, because, message)
     if not state.result_refused:
         clean(place, state, status)
     return status

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from transformers import (
@@ -40,6 +41,7 @@ def load_tokenizer(base_model: str, revision: str | None = None, *, run_code: bo
     check_folder(base_model)
     with model_errors(base_model):
         options = loading_options(base_model, revision, run_code=run_code) | gguf_file_of(base_model)
+        _check_tokenizer(base_model)
         tokenizer = AutoTokenizer.from_pretrained(base_model, **options)
     if tokenizer.eos_token is None:
         raise TrainingFailed(Reason.MODEL_NOT_FOUND, f"the tokenizer of {base_model} has no end-of-sequence token")
@@ -50,6 +52,19 @@ def load_tokenizer(base_model: str, revision: str | None = None, *, run_code: bo
         usual_bos = tokenizer.bos_token is not None and tokenizer("a").input_ids[0] == tokenizer.bos_token_id
         tokenizer.chat_template = ("{{ bos_token }}" if usual_bos else "") + PLAIN_CHAT_TEMPLATE
     return tokenizer
+
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "*.tiktoken")
+
+
+def _check_tokenizer(base_model: str) -> None:
+    """Say that a folder has no tokenizer: transformers would write of backends. Raises TrainingFailed."""
+    folder = Path(base_model)
+    if not folder.is_absolute() or not folder.is_dir() or list(folder.glob("*.gguf")) or list(folder.glob("*.py")):
+        return
+    if not any(list(folder.glob(name)) for name in _TOKENIZER_FILES):
+        what = f"base_model {base_model} has no tokenizer: no tokenizer.json, tokenizer.model or vocab.json"
+        raise TrainingFailed(Reason.MODEL_NOT_FOUND, what)
 
 
 def load_base(

@@ -79,16 +79,16 @@ class Box:
         for device in self._devices:
             self._start(device.number)
         try:
-            broken = self._wait(drain_when_idle)
+            broken = self._wait(drain_when_idle) or self._serves_nothing()
             self._drain()
         except KeyboardInterrupt:
+            broken = self._serves_nothing()
             click.echo("Stopping after a checkpoint; Ctrl-C again stops at once.", err=True)
             try:
                 self._drain()
             except KeyboardInterrupt:
                 self._stop_now()
                 return ExitCode.INTERRUPTED
-            broken = False
         identity = read_identity(self._settings)
         for device in self._devices:
             self._store.forget_node(self._name(device), identity)
@@ -129,6 +129,15 @@ class Box:
                 except REFUSALS as error:
                     click.echo(f"The database does not answer: {told_by(error)}", err=True)
         return False
+
+    def _serves_nothing(self) -> bool:
+        """Whether the node of every device was refused when it started last, as for a name that another box has."""
+
+        def refused(number: str) -> bool:
+            return self._failures[number] > 0 or self._nodes[number].poll() not in (None, 0)
+
+        served = {device.number: served_by(self._settings, device) for device in self._devices}
+        return all(refused(number) and pid != self._nodes[number].pid for number, pid in served.items())
 
     def _restart_ended(self) -> bool:
         """Start nodes again that ended by themselves; True when each ends at every start.
