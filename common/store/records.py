@@ -197,10 +197,11 @@ class Choice:
 
     user: str | None = None
     label: tuple[str, str] | None = None  # key, value
+    name: str | None = None
 
     @property
     def is_set(self) -> bool:
-        return bool(self.user or self.label)
+        return bool(self.user or self.label or self.name)
 
 
 @dataclass(frozen=True, kw_only=True)

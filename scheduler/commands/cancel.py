@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import click
+
+from .named import JobName, jobs_named
+
+if TYPE_CHECKING:
+    from loractl.common.store.store import Store
 
 
 @click.command()
-@click.argument("job_ids", nargs=-1, type=int, metavar="JOB...")
+@click.argument("jobs", nargs=-1, type=JobName(), metavar="JOB...")
 @click.option("--sweep", "sweep_id", type=int, metavar="N", help="All members of a sweep that have not ended.")
-def cancel(job_ids: tuple[int, ...], sweep_id: int | None) -> None:
+@click.option("--user", help="All of this person's jobs that have not ended; me is yourself.")
+@click.option("--queued", is_flag=True, help="With --user: only those that wait.")
+def cancel(jobs: tuple[str, ...], sweep_id: int | None, user: str | None, queued: bool) -> None:
     """Cancel waiting or running jobs.
+
+    JOB is a number, a range like 3-9, the name of one job, or name:tag.
 
     A waiting job ends at once; a running one's trainer is asked to stop and killed if it does not within 10 s. Of
     several jobs, those that can't be cancelled are named, and the others are.
@@ -19,9 +30,15 @@ def cancel(job_ids: tuple[int, ...], sweep_id: int | None) -> None:
 
     from .several import for_each
 
-    if bool(job_ids) == (sweep_id is not None):
-        raise UsageError("cancel takes jobs, or a sweep", "like loractl cancel 12, or loractl cancel --sweep 3")
+    if [bool(jobs), sweep_id is not None, user is not None].count(True) != 1 or (queued and user is None):
+        hint = "like loractl cancel 12, loractl cancel --sweep 3, or loractl cancel --user me --queued"
+        raise UsageError("cancel takes jobs, or a sweep, or a person's jobs", hint)
     settings, store = open_session()
+    job_ids = jobs_named(store, jobs)
+    if user is not None:
+        job_ids = _unfinished(store, settings.user if user == "me" else user, queued=queued)
+        if not job_ids:
+            click.echo("No such job waits." if queued else "No such job waits or runs.")
     if sweep_id is not None:
         for job in store.cancel_sweep(sweep_id, settings.user):
             _tell(job.job_id, job.node, waited=job.status == "cancelled")
@@ -31,6 +48,13 @@ def cancel(job_ids: tuple[int, ...], sweep_id: int | None) -> None:
         _tell(job_id, job.node, waited=job.status == "cancelled")
 
     for_each(job_ids, end)
+
+
+def _unfinished(store: Store, user: str, *, queued: bool) -> list[int]:
+    from loractl.common.job.status import Status
+
+    statuses = (Status.QUEUED,) if queued else (Status.QUEUED, Status.RUNNING)
+    return sorted(job.job_id for job in store.jobs(statuses=statuses, user=user))
 
 
 def _tell(job_id: int, node: str | None, *, waited: bool) -> None:

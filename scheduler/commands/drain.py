@@ -9,9 +9,11 @@ import click
 
 from loractl.common.errors import UsageError
 
+from .named import Target
+
 
 @click.command()
-@click.argument("target", metavar="HOST|CARD")
+@click.argument("target", type=Target(), metavar="HOST|CARD")
 @click.option("--reason", required=True, help="What a person who waits will read.")
 @click.option("--until", metavar="WHEN", help="End by itself: after a duration like 2d, or at 2026-12-24 or ...T18:00.")
 @click.option("--now", "at_once", is_flag=True, help="Give running jobs back after a checkpoint, too.")
@@ -38,7 +40,7 @@ def drain(target: str, reason: str, until: str | None, at_once: bool) -> None:
 
 
 @click.command()
-@click.argument("target", metavar="HOST|CARD")
+@click.argument("target", type=Target(), metavar="HOST|CARD")
 def undrain(target: str) -> None:
     """Let jobs on to a drained box or card again."""
     from loractl.scheduler.session import open_session

@@ -34,8 +34,9 @@ def _redraw(store: Store, job_id: int) -> JobState:
     live = LiveText()
     while True:
         answer = job_in_full(store, job_id)
-        live.draw(job_text(answer, detect_screen()))
-        if _is_over(answer.job):
+        over = _is_over(answer.job)
+        live.draw(job_text(answer, detect_screen()), last=over)
+        if over:
             return answer.job
         time.sleep(REDRAW_S)
 

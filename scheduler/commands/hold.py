@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import click
 
+from .named import JobName, jobs_named
+
 
 @click.command()
-@click.argument("job_ids", nargs=-1, required=True, type=int, metavar="JOB...")
+@click.argument("jobs", nargs=-1, required=True, type=JobName(), metavar="JOB...")
 @click.option("--reason", default="", metavar="TEXT", help="Why; status shows it to the others.")
-def hold(job_ids: tuple[int, ...], reason: str) -> None:
+def hold(jobs: tuple[str, ...], reason: str) -> None:
     """Keep waiting jobs from starting until loractl retry."""
     from loractl.scheduler.session import open_session
 
@@ -20,4 +22,4 @@ def hold(job_ids: tuple[int, ...], reason: str) -> None:
         store.hold(job_id, settings.user, " ".join(reason.split()))
         click.echo(f"Job {job_id} is held; loractl retry {job_id} releases it.")
 
-    for_each(job_ids, keep)
+    for_each(jobs_named(store, jobs), keep)

@@ -8,19 +8,22 @@ import click
 
 from loractl.common.text import clean_line
 
+from .named import JobName, job_named
+
 POLL_S = 1.0
 
 
 @click.command()
-@click.argument("job_id", type=int, metavar="JOB")
+@click.argument("job", type=JobName(), metavar="JOB")
 @click.option("-f", "--follow", "following", is_flag=True, help="Go on until the job has ended.")
 @click.option("--tail", type=click.IntRange(0), metavar="N", help="Only the last N lines, and what follows with -f.")
-def logs(job_id: int, following: bool, tail: int | None) -> None:
+def logs(job: str, following: bool, tail: int | None) -> None:
     """Print a job's log."""
     from loractl.scheduler.answers.log import job_log, log_since
     from loractl.scheduler.session import open_artifacts, open_session
 
     settings, store = open_session()
+    job_id = job_named(store, job)
     log = job_log(store, lambda: open_artifacts(settings), job_id)
     _print(log.text if tail is None else _last_lines(log.text, tail))
     empty = not log.text

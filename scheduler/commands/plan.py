@@ -9,6 +9,7 @@ import click
 from loractl.common.errors import UsageError
 from loractl.scheduler.text.screen import detect_screen
 
+from .named import Setting
 from .output import show
 
 if TYPE_CHECKING:
@@ -18,7 +19,9 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("job", required=False, metavar="JOB.yaml|JOB")
-@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key, like lora.r=8.")
+@click.option(
+    "--set", "overrides", multiple=True, type=Setting(), metavar="KEY=VALUE", help="Override a key, like lora.r=8."
+)
 @click.option("--gpu", metavar="SIZE", help="Plan for a card of this size, like 24GiB, instead of the fleet's.")
 @click.option("--solve", is_flag=True, help="Find the largest micro-batch and max_length that fit.")
 @click.option("--accuracy", is_flag=True, help="Show predicted against measured peaks of the jobs that ran.")

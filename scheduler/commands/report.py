@@ -6,15 +6,16 @@ from pathlib import Path
 
 import click
 
+from .named import JobName, job_named
 from .output import show
 
 
 @click.command()
-@click.argument("job_id", type=int, metavar="JOB")
+@click.argument("job", type=JobName(), metavar="JOB")
 @click.option("--answers", type=click.IntRange(0), default=3, show_default=True, help="So many answers side by side.")
 @click.option("--html", type=click.Path(path_type=Path, dir_okay=False), help="Write the page into this file.")
 @click.option("--json", "as_json", is_flag=True, help="Print report.json.")
-def report(job_id: int, answers: int, html: Path | None, as_json: bool) -> None:
+def report(job: str, answers: int, html: Path | None, as_json: bool) -> None:
     """Print a job's evaluation report: base against tuned."""
     from loractl.common.text import clean_line
     from loractl.scheduler.answers import report as asked
@@ -23,6 +24,7 @@ def report(job_id: int, answers: int, html: Path | None, as_json: bool) -> None:
     from loractl.scheduler.text.screen import detect_screen
 
     _, store, artifacts = open_stores()
+    job_id = job_named(store, job)
     if html is not None:
         _write(html, asked.report_page(store, artifacts, job_id))
         click.echo(f"The report of job {job_id} is in {html}.")

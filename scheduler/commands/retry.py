@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import click
 
+from .named import JobName, Setting, jobs_named
+
 
 @click.command()
-@click.argument("job_ids", nargs=-1, required=True, type=int, metavar="JOB...")
+@click.argument("jobs", nargs=-1, required=True, type=JobName(), metavar="JOB...")
 @click.option(
-    "--set", "overrides", multiple=True, metavar="KEY=VALUE",
+    "--set", "overrides", multiple=True, type=Setting(), metavar="KEY=VALUE",
     help="A key's new value, like resources.time_limit=2h; what leaves the job's checkpoint valid.",
 )  # fmt: skip
-def retry(job_ids: tuple[int, ...], overrides: tuple[str, ...]) -> None:
+def retry(jobs: tuple[str, ...], overrides: tuple[str, ...]) -> None:
     """Queue failed, cancelled or held jobs again. They go on from their checkpoints."""
     from loractl.common.queue.sender import open_sender
     from loractl.scheduler.session import open_session
@@ -30,4 +32,4 @@ def retry(job_ids: tuple[int, ...], overrides: tuple[str, ...]) -> None:
             click.echo(f"Job {job_id} is queued again{f': {changed.text}' if changed else ''}.")
             warn(wake_for(job, sender))
 
-        for_each(job_ids, queue)
+        for_each(jobs_named(store, jobs), queue)

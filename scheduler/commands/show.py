@@ -7,17 +7,19 @@ import click
 from loractl.scheduler.text.screen import detect_screen
 
 from . import output
+from .named import JobName, job_named
 
 
 @click.command()
-@click.argument("job_id", type=int, metavar="JOB")
+@click.argument("job", type=JobName(), metavar="JOB")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def show(job_id: int, as_json: bool) -> None:
+def show(job: str, as_json: bool) -> None:
     """Show a job's history, attempts and resolved spec."""
     from loractl.scheduler.answers.job import job_history
     from loractl.scheduler.session import open_session
     from loractl.scheduler.text.jobs import history_text
 
     _, store = open_session()
+    job_id = job_named(store, job)
     answer = job_history(store, job_id)
     output.show(answer, as_json, lambda: history_text(answer, detect_screen()))

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from .named import Setting
 from .output import show
 from .warnings import hint, warn, warn_of_data
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("job_file", type=click.Path(path_type=Path))
 @click.option(
-    "--set", "settings", multiple=True, metavar="KEY=VALUES",
+    "--set", "settings", multiple=True, type=Setting(), metavar="KEY=VALUES",
     help="Values to try, like lora.r=8,16,32, or a range to draw from: log:1e-5..1e-3, uniform:0..0.1, int:4..64.",
 )  # fmt: skip
 @click.option("--early-stop", is_flag=True, help="Stop members that lose at 25 % and at 50 % of their steps.")

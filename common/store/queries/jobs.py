@@ -66,7 +66,7 @@ def read_glance(
     ended = select(*(func.count().filter(Job.status == status) for status in outcomes)).select_from(Job)
     numbers = tx.session.execute(ended.where(Job.ended_at >= ended_since, *chosen)).one()
     running = select(Job).where(Job.status == Status.RUNNING, *chosen).order_by(Job.job_id)
-    sweep_count, sweep_ids = _read_live_sweeps(tx, choice, ended_since, most_sweeps)
+    sweep_count, sweep_ids = _read_live_sweeps(tx, choice, most_sweeps)
     return Glance(
         running=list(tx.session.scalars(running)),
         waiting=waiting[: page.limit],
@@ -103,9 +103,9 @@ def _levels(tx: Transaction, highest: int | None) -> Iterator[int]:
         priority = tx.session.scalar(level.where(Job.priority < priority))
 
 
-def _read_live_sweeps(tx: Transaction, choice: Choice, ended_since: dt.datetime, most: int) -> tuple[int, list[int]]:
-    """How many sweeps have a job that runs, waits or ended since then; and the newest of them by number."""
-    alive = or_(Job.status.in_([Status.QUEUED, Status.RUNNING]), Job.ended_at >= ended_since)
+def _read_live_sweeps(tx: Transaction, choice: Choice, most: int) -> tuple[int, list[int]]:
+    """How many sweeps have a job that runs or waits; and the newest of them by number."""
+    alive = Job.status.in_([Status.QUEUED, Status.RUNNING])
     live = exists().where(Job.sweep_id == Sweep.sweep_id, alive, *_chosen(choice))
     newest = tx.session.scalars(select(Sweep.sweep_id).where(live).order_by(Sweep.sweep_id.desc())).all()
     return len(newest), sorted(newest[:most])
@@ -115,6 +115,8 @@ def _chosen(choice: Choice) -> list[ColumnElement[bool]]:
     conditions = []
     if choice.user:
         conditions.append(Job.user == choice.user)
+    if choice.name:
+        conditions.append(Job.name == choice.name)
     if choice.label:
         conditions.append(Job.labels[choice.label[0]].as_string() == choice.label[1])
     return conditions

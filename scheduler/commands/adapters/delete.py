@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import click
 
+from ..named import AdapterName
+
 
 @click.command()
-@click.argument("names", nargs=-1, required=True, metavar="ADAPTER...")
+@click.argument("names", nargs=-1, required=True, type=AdapterName(), metavar="ADAPTER...")
 @click.option("--yes", is_flag=True, help="Do not ask.")
 def delete(names: tuple[str, ...], yes: bool) -> None:
     """Remove adapters for good, with their reports; a tagged one is refused."""

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import click
 
+from ..named import AdapterName
+
 
 @click.command()
-@click.argument("adapter", metavar="ADAPTER")
+@click.argument("adapter", type=AdapterName(), metavar="ADAPTER")
 @click.argument("folder", type=click.Path(path_type=Path, file_okay=False), metavar="DIR")
 def pull(adapter: str, folder: Path) -> None:
     """Copy an adapter into a new folder, verified.

@@ -6,9 +6,11 @@ import click
 
 from loractl.scheduler.commands.output import show
 
+from ..named import AdapterName
+
 
 @click.command("show")
-@click.argument("adapter", metavar="ADAPTER")
+@click.argument("adapter", type=AdapterName(), metavar="ADAPTER")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def show_adapter(adapter: str, as_json: bool) -> None:
     """Show where an adapter comes from: base, data, job, versions."""

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import click
 
+from ..named import AdapterName
+
 
 @click.command()
-@click.argument("adapter", metavar="ADAPTER")
+@click.argument("adapter", type=AdapterName(), metavar="ADAPTER")
 @click.argument("name", metavar="TAG")
 def tag(adapter: str, name: str) -> None:
     """Let NAME:TAG mean this adapter; loractl gc keeps it."""

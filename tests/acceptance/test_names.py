@@ -1,0 +1,79 @@
+"""Jobs by name, tag and range, where a number could stand; and what the shell completes."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from loractl.common.job.reference import parse_reference
+from loractl.common.job.status import Reason
+from loractl.common.settings import load_settings
+from loractl.common.store.database import connect
+from loractl.common.store.records import Claim, Progress
+from loractl.common.store.store import Store
+
+from ..conftest import Cli
+from ..unit.factories import RESULT, submission, take
+
+
+@pytest.fixture
+def lab(cli: Cli, home: Path) -> Cli:
+    """Job 1 (tickets) has succeeded and is tagged prod; 2 to 5 wait, 3 and 4 under one name, 5 is bob's."""
+    engine = connect(load_settings(cli.environment))
+    store = Store(engine)
+    user = load_settings(cli.environment).user
+    for name in ("tickets", "alone", "twice", "twice"):
+        store.submit(replace(submission(name=name), user=user))
+    store.submit(replace(submission(name="other"), user="bob"))
+    claim = take(store)
+    assert isinstance(claim, Claim) and claim.job_id == 1
+    store.finish(claim, Reason.OK, "better", Progress(), RESULT)
+    store.tag(parse_reference("1"), "prod", user)
+    engine.dispose()
+    return cli
+
+
+def _statuses(cli: Cli) -> dict[int, str]:
+    return {job["job_id"]: job["status"] for job in json.loads(cli("status", "-a", "--json").stdout)}
+
+
+def test_a_job_is_named_by_its_name_or_tag_and_what_is_ambiguous_is_listed(lab: Cli) -> None:
+    assert json.loads(lab("status", "alone", "--json").stdout)["job_id"] == 2
+    assert json.loads(lab("show", "tickets:prod", "--json").stdout)["job_id"] == 1
+    assert json.loads(lab("why", "alone", "--json").stdout)["job_id"] == 2
+    several = lab("status", "twice", code=2).stderr
+    assert "several jobs are named twice: 4 (queued), 3 (queued)" in several
+    assert "there is no job nobody" in lab("logs", "nobody", code=3).stderr
+
+
+def test_ranges_and_a_persons_waiting_jobs_are_cancelled(lab: Cli) -> None:
+    assert "Job 2 is held" in lab("hold", "2-2").stdout
+    lab("cancel", "--user", "me", "--queued")
+    assert _statuses(lab) == {1: "succeeded", 2: "cancelled", 3: "cancelled", 4: "cancelled", 5: "queued"}
+    lab("retry", "2-4")
+    lab("cancel", "4-9")
+    assert _statuses(lab) == {1: "succeeded", 2: "queued", 3: "queued", 4: "cancelled", 5: "cancelled"}
+    assert "the range 9-4 ends before it begins" in lab("cancel", "9-4", code=2).stderr
+    assert "there is no job 50-60" in lab("cancel", "50-60", code=3).stderr
+    lab("cancel", "3", "--user", "me", code=2)
+
+
+@pytest.mark.parametrize(
+    ("shell", "line", "offered"),
+    [
+        ("bash", "loractl status ", {"1", "5", "alone", "tickets:prod"}),
+        ("zsh", "loractl cancel al", {"alone"}),
+        ("fish", "loractl submit --set training.max_s", {"training.max_steps="}),
+        ("bash", "loractl drain ", {"box", "box:0"}),
+        ("bash", "loractl adapters pull tick", {"tickets", "tickets:prod"}),
+    ],
+)
+def test_the_shell_completes_jobs_names_tags_boxes_and_keys(lab: Cli, shell: str, line: str, offered: set[str]) -> None:
+    words = line.split(" ")
+    place = words[-1] if shell == "fish" else str(len(words) - 1)  # fish says the word itself
+    asked = {"_LORACTL_COMPLETE": f"{shell}_complete", "COMP_WORDS": line, "COMP_CWORD": place}
+    told, _ = lab.with_environment(**asked).start().communicate(timeout=60)
+    assert all(word in told for word in offered) and "Traceback" not in told, told
