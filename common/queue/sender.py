@@ -62,6 +62,18 @@ def open_sender(settings: Settings) -> Iterator[HintSender]:
         yield HintSender(url, producer, away)
 
 
+def queue_away(settings: Settings) -> str | None:
+    """That the queue does not answer, as a sentence; None where it does, and for the one that a worker here starts."""
+    if settings.redis_url is None:
+        return None
+    try:
+        with open_sender(settings) as sender:
+            sender.wake(())
+    except ServiceUnreachable as error:
+        return error.sentence
+    return None
+
+
 def wake_cards(settings: Settings, nodes: Iterable[str]) -> None:
     """Tell these cards to look for a job. Raises ServiceUnreachable when the queue is away."""
     with open_sender(settings) as sender:

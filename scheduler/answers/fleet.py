@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from loractl.common.placement.cards import Card
-from loractl.common.store.fleet import NODE_STALE_S, FleetView
+from loractl.common.store.fleet import FleetView
+
+from .wait.cards import SILENT_S
 
 if TYPE_CHECKING:
     from loractl.common.store.store import Store
@@ -127,7 +129,7 @@ def _device(node: Node, card: Card, view: FleetView) -> DeviceState:
         **columns | more,
         card=card,
         closed_by=_closed_by(view.drain_of(node.node)),
-        silent_s=silent_s if silent_s > NODE_STALE_S else None,
+        silent_s=silent_s if silent_s > SILENT_S else None,
         failures=Counter(failure.reason.value for failure in view.failures if failure.node == node.node),
     )
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from loractl.common.job.status import Reason, Stage, Status
 
+from .wait.cards import trouble_of
 from .wait.queue import waiting_jobs
 from .wait.reasons import Wait
 
@@ -132,6 +133,7 @@ class JobInFull:
     losses: tuple[tuple[int, float], ...]  # step, logged training loss
     held_out: tuple[tuple[int, float], ...]  # step, loss on held-out rows
     now: dt.datetime
+    trouble: str | None = None  # what is wrong with the card of a running one, in a few words
 
     def as_json(self) -> dict[str, Any]:
         """The job's fields; `loractl show` has the history."""
@@ -141,9 +143,12 @@ class JobInFull:
 def job_in_full(store: Store, job_id: int) -> JobInFull:
     """A job, why it waits, and its course. Raises JobNotFound."""
     row = store.job(job_id)
+    view = store.fleet() if row.status in (Status.QUEUED, Status.RUNNING) else None
+    runs = row.status is Status.RUNNING and view is not None and row.node in view.nodes
     return JobInFull(
         job=state_of(row),
-        wait=waiting_jobs(store, [row]).reasons.get(job_id),
+        wait=waiting_jobs(store, [row], view).reasons.get(job_id),
+        trouble=trouble_of(view, row.node) if runs and view is not None and row.node is not None else None,
         attempts=_attempts(store, job_id),
         events=_events(store, job_id),
         losses=tuple((point.step, point.value) for point in store.metrics(job_id, "loss")),

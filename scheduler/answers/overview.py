@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import datetime as dt
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from .job import JobState, state_of
-from .wait.queue import WaitingJobs, waiting_jobs
+from .wait.cards import closed_cards, trouble_of
+from .wait.queue import WaitingJobs, waiting_jobs, without_queue
+from .wait.reasons import Tier
 
 if TYPE_CHECKING:
     from loractl.common.job.status import Status
     from loractl.common.job.sweep import SweepView
+    from loractl.common.settings import Settings
     from loractl.common.store.records import Choice, Page
     from loractl.common.store.store import Store
 
@@ -30,11 +33,13 @@ class Overview:
     waits: WaitingJobs
     running_count: int
     waiting_count: int  # all that wait
-    sweeps: tuple[SweepView, ...]  # the newest of these jobs and of those that ended today
+    sweeps: tuple[SweepView, ...]  # the newest of these jobs
     sweep_count: int  # all such sweeps
     ended: Mapping[Status, int]  # today, by the clock of this machine
     after: int | None  # the job after which the next page goes on; None: this is the last
     now: dt.datetime
+    closed: tuple[str, ...] = ()  # boxes and cards that are silent or drained, each in a few words
+    nodes: Mapping[str, str] = field(default_factory=dict)  # what is wrong with a card on which jobs run, by name
 
     def as_json(self) -> list[dict[str, Any]]:
         """The running jobs, then the waiting ones: each with its fields, and with why it waits as its `message`."""
@@ -61,11 +66,12 @@ def overview(store: Store, choice: Choice, page: Page, *, alone: bool = False) -
     now = store.now()
     midnight = now.astimezone().replace(hour=0, minute=0, second=0, microsecond=0).astimezone(dt.UTC)
     seen = store.glance(choice, page, midnight, alone=alone, most_sweeps=SWEEPS_SHOWN)
-    first = page.after is None
+    first, view = page.after is None, store.fleet()
+    places = {job.node for job in seen.running if job.node in view.nodes}
     return Overview(
         running=tuple(map(state_of, seen.running)) if first else (),
         waiting=tuple(map(state_of, seen.waiting)),
-        waits=waiting_jobs(store, seen.waiting),
+        waits=waiting_jobs(store, seen.waiting, view),
         running_count=len(seen.running),
         waiting_count=seen.waiting_count,
         sweeps=tuple(store.sweeps(seen.sweep_ids)) if first and seen.sweep_ids else (),
@@ -73,7 +79,19 @@ def overview(store: Store, choice: Choice, page: Page, *, alone: bool = False) -
         ended=seen.ended,
         after=seen.waiting[-1].job_id if seen.more_wait else None,
         now=now,
+        closed=tuple(closed_cards(view)),
+        nodes={name: said for name in places if name and (said := trouble_of(view, name))},
     )
+
+
+def told_of_queue(answer: Overview, settings: Settings) -> Overview:
+    """The same with the queue as the reason of what a card is about to take, where the queue is away."""
+    if all(wait.tier is not Tier.NEXT for wait in answer.waits.reasons.values()):
+        return answer
+    from loractl.common.queue.sender import queue_away
+
+    away = queue_away(settings)
+    return answer if away is None else replace(answer, waits=without_queue(answer.waits, away))
 
 
 def job_list(store: Store, choice: Choice, page: Page) -> JobList:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import datetime as dt
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import click
@@ -16,41 +17,85 @@ from loractl.common.job.status import OUTCOMES, Status
 from loractl.common.text import clean_line, number
 from loractl.common.units import clock, duration, gib, thousands
 
-from .screen import Screen, bar, fit, sparkline, table
+from .screen import Screen, bar, fit, sparkline, table, wrapped, wrapped_table
 from .sweep import overview as sweep_lines
 
 if TYPE_CHECKING:
     from loractl.scheduler.answers.job import JobHistory, JobInFull, JobState, PastAttempt
     from loractl.scheduler.answers.overview import JobList, Overview
     from loractl.scheduler.answers.wait.queue import WaitingJobs
+    from loractl.scheduler.answers.wait.reasons import Wait
 
 _WORD_COLORS = {"never": "red", "held": "yellow", "drained": "yellow", "closed": "yellow", "offline": "yellow"}
 
 
 def overview_text(overview: Overview, screen: Screen) -> str:
     """What runs, what waits and why, sweeps in the place of their members, and how many ended today."""
-    counts = f"{thousands(overview.running_count)} running, {thousands(overview.waiting_count)} waiting."
-    lines = [screen.style(counts, bold=True) + _next_start(overview)]
-    if not overview.running_count and not overview.waiting_count:
-        lines[0] += " Submit one: loractl submit job.yaml"
+    counts = f"{thousands(overview.running_count)} running, {thousands(overview.waiting_count)} waiting"
+    sentence = ", ".join([counts, *overview.closed]) + "."
+    advice = "" if overview.running_count or overview.waiting_count else " Submit one: loractl submit job.yaml"
+    head = wrapped(sentence + _next_start(overview) + advice, sentence, screen)
     running = [job for job in overview.running if job.sweep_id is None]
     waiting = [job for job in overview.waiting if job.sweep_id is None]
-    if running:
-        lines += ["", *_running_table(running, overview.now, screen)]
-    if overview.sweeps:
-        lines += ["", *sweep_lines(overview.sweeps, screen)]
-        if overview.sweep_count > len(overview.sweeps):
-            older = thousands(overview.sweep_count - len(overview.sweeps))
-            lines.append(screen.dim(f"{older} older ones (loractl status --sweep SWEEP)."))
-    if waiting:
-        lines += ["", *_waiting_table(waiting, overview.waits, overview.now, screen)]
-    lines += _more(overview.after, screen)
+    older = overview.sweep_count - len(overview.sweeps)
+    blocks = [
+        _Block.of(_running_table(running, overview, screen)) if running else None,
+        _Block.of(sweep_lines(overview.sweeps, screen), older) if overview.sweeps else None,
+        _waiting_block(waiting, overview, screen) if waiting else None,
+    ]
+    lines = head + _in_room([block for block in blocks if block is not None], len(head) + 2, screen)
     next_command = (
         f"Explain a wait: loractl why {waiting[0].job_id}" if waiting
         else "A sweep's jobs: loractl status --sweep SWEEP" if overview.sweeps
         else "One in full: loractl status JOB"
     )  # fmt: skip
     return "\n".join([*lines, "", screen.dim(f"{_today(overview, screen)}  {next_command}")])
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Block:
+    """A table of the overview, which a small terminal cuts at a row."""
+
+    header: str
+    rows: tuple[tuple[str, ...], ...]  # each of one line or more
+    more: int  # rows that are not here
+    following: Callable[[int], str]  # the command that goes on behind so many rows
+
+    @classmethod
+    def of(cls, lines: Sequence[str], more: int = 0) -> _Block:
+        """A table whose rows are known by their lines: what begins with a blank belongs to the row above it."""
+        rows: list[tuple[str, ...]] = []
+        for line in lines[1:]:
+            goes_on = bool(rows) and line.startswith(" " * 20)
+            rows = [*rows[:-1], (*rows[-1], line)] if goes_on else [*rows, (line,)]
+        return cls(header=lines[0], rows=tuple(rows), more=more, following=lambda shown: "")
+
+    def in_lines(self, room: int | None, screen: Screen) -> list[str]:
+        """In so many lines, with how many rows are left out; None: all rows."""
+        shown = len(self.rows)
+        if room is not None and sum(map(len, self.rows)) + bool(self.more) > room:
+            shown, room = 0, room - 1
+            while shown < len(self.rows) and (room := room - len(self.rows[shown])) >= 0:
+                shown += 1
+        left, command = len(self.rows) - shown + self.more, self.following(shown)
+        more = [screen.dim(f"+{thousands(left)} more{f': {command}' if command else ''}")] if left else []
+        return [self.header, *(line for row in self.rows[:shown] for line in row), *more]
+
+
+PROMPT_LINES = 2
+"""Lines of a terminal that the command and the next prompt take."""
+
+
+def _in_room(blocks: Sequence[_Block], taken: int, screen: Screen) -> list[str]:
+    """The tables below each other. A terminal's lines go to the first ones first; a later one keeps a line a table."""
+    lines: list[str] = []
+    for place, block in enumerate(blocks):
+        room = None
+        if screen.height is not None:
+            later = 3 * (len(blocks) - place - 1)
+            room = max(1, screen.height - PROMPT_LINES - taken - len(lines) - later - 2)
+        lines += ["", *block.in_lines(room, screen)]
+    return lines
 
 
 def _today(overview: Overview, screen: Screen) -> str:
@@ -73,14 +118,15 @@ def _next_start(overview: Overview) -> str:
     return f" Next: {job_id} on {node} at about {clock(at, now)}."
 
 
-def _running_table(running: Sequence[JobState], now: dt.datetime, screen: Screen) -> list[str]:
-    wide = screen.width >= 110
+def _running_table(running: Sequence[JobState], overview: Overview, screen: Screen) -> list[str]:
+    wide, now = screen.width >= 110, overview.now
     rows = []
     for job in running:
         share = job.step / job.total_steps if job.step is not None and job.total_steps else None
         progress = bar(share or 0.0, 12 if wide else 10, screen) + (f" {share:4.0%}" if share is not None else "   – ")
         training = job.stage is not None and job.stage.value == "training"
-        done = (
+        trouble = overview.nodes.get(job.node or "")
+        done = trouble or (
             clock(now + dt.timedelta(seconds=job.eta_seconds), now)
             if training and job.eta_seconds
             else (job.stage.value if job.stage else "–")
@@ -101,8 +147,26 @@ def _running_table(running: Sequence[JobState], now: dt.datetime, screen: Screen
     return table(headers, rows, screen, right=("JOB", "LOSS"))
 
 
-def _waiting_table(waiting: Sequence[JobState], waits: WaitingJobs, now: dt.datetime, screen: Screen) -> list[str]:
-    """The reason is never cut: on a narrow screen it goes over several lines."""
+def _waiting_block(waiting: Sequence[JobState], overview: Overview, screen: Screen) -> _Block:
+    """What waits on this page. The command that goes on names the last job that is shown."""
+    header, *rows = _waiting_table(waiting, overview.waits, overview.now, screen)
+    members = sum(member.status is Status.QUEUED for view in overview.sweeps for member in view.members)
+    left = 0 if overview.after is None else max(1, overview.waiting_count - members - len(waiting))
+    return _Block(
+        header=header[0],
+        rows=tuple(map(tuple, rows)),
+        more=left,
+        following=lambda shown: f"the same command with --after {waiting[shown - 1].job_id}" if shown else "",
+    )
+
+
+def _waiting_table(
+    waiting: Sequence[JobState], waits: WaitingJobs, now: dt.datetime, screen: Screen
+) -> list[list[str]]:
+    """The lines of the header and of each job. The reason is never cut: on a narrow screen it goes over several lines.
+
+    One that several jobs share is told once.
+    """
     whens = [_start(job.job_id, waits, now) for job in waiting]
     words = [waits.reasons[job.job_id].word for job in waiting]
     rows = [
@@ -119,12 +183,15 @@ def _waiting_table(waiting: Sequence[JobState], waits: WaitingJobs, now: dt.date
     before = max(len(click.unstyle(line)) for line in [header, *lines]) + 1
     last = max(5, *map(len, whens))
     room = max(20, screen.width - before - last - 2)
-    told = [screen.dim(f"{click.unstyle(header):<{before + room}}  {'START':>{last}}")]
+    told = [[screen.dim(f"{click.unstyle(header):<{before + room}}  {'START':>{last}}")]]
+    first_with: dict[Wait, int] = {}
     for line, job, when in zip(lines, waiting, whens, strict=True):
-        first, *rest = textwrap.wrap(clean_line(waits.reasons[job.job_id].sentence), room) or [""]
+        wait = waits.reasons[job.job_id]
+        shared = first_with.setdefault(wait, job.job_id)
+        sentence = clean_line(wait.sentence) if shared == job.job_id else f"as {shared}"
+        first, *rest = textwrap.wrap(sentence, room) or [""]
         gap = " " * (before - len(click.unstyle(line)))
-        told.append(f"{line}{gap}{first:<{room}}  {when:>{last}}")
-        told += [" " * before + part for part in rest]
+        told.append([f"{line}{gap}{first:<{room}}  {when:>{last}}", *(" " * before + part for part in rest)])
     return told
 
 
@@ -155,10 +222,8 @@ def job_list_text(answer: JobList, screen: Screen) -> str:
         for job in jobs
     ]
     headers = ["JOB", "NAME", "OWNER", *(["METHOD"] if wide else []), "ENDED", "STATUS", "RESULT"]
-    others = sum(max(len(h), *(len(click.unstyle(r[n])) for r in rows)) + 2 for n, h in enumerate(headers[:-1]))
-    rows = [[*row[:-1], fit(row[-1], max(20, screen.width - others))] for row in rows]
     done = next((job.job_id for job in jobs if job.status is Status.SUCCEEDED and job.report_uri), None)
-    lines = table(headers, rows, screen, right=("JOB", "ENDED")) + _more(answer.after, screen)
+    lines = wrapped_table(headers, rows, [""] * len(rows), screen, right=("JOB", "ENDED")) + _more(answer.after, screen)
     if done is not None:
         lines += ["", screen.dim(f"Its report: loractl report {done}   its adapter: loractl adapters pull {done} DIR")]
     return "\n".join(lines)
@@ -207,7 +272,8 @@ def _standing(answer: JobInFull, screen: Screen) -> list[str]:
         steps = f"{thousands(job.step)} of {thousands(job.total_steps)}" if job.total_steps else "loading"
         eta = f"  {duration(job.eta_seconds)} left" if job.eta_seconds else ""
         tail = f" {share:4.0%}  {steps}{eta}"
-        where = f"{head} on {clean_line(job.node or '')}, attempt {job.attempt}, {doing}"
+        trouble = f"; its card is {clean_line(answer.trouble)}" if answer.trouble else ""
+        where = f"{head} on {clean_line(job.node or '')}, attempt {job.attempt}, {doing}{trouble}"
         return [where, "", bar(share, min(60, screen.width - len(tail)), screen) + tail]
     if job.status is Status.QUEUED and answer.wait is not None:
         return [f"{head} waits: {answer.wait.word}, {clean_line(answer.wait.sentence)}."]

@@ -10,7 +10,7 @@ import click
 
 from loractl.common.errors import UsageError
 
-from .screen import detect_screen
+from .screen import Screen, detect_screen
 
 REDRAW_S = 2.0
 
@@ -21,12 +21,35 @@ class LiveText:
     def __init__(self) -> None:
         self._lines = 0
 
-    def draw(self, text: str) -> None:
-        width = detect_screen().width
+    def draw(self, text: str, *, last: bool = False) -> None:
+        """Draw it over the one before. What no terminal can draw over, what has scrolled off its top, is left out, but
+        not of the last one."""
+        screen = detect_screen()
+        shown = text if last or screen.height is None else in_height(text, screen, screen.height - 1)
         back = f"\x1b[{self._lines}A\r\x1b[J" if self._lines else ""
-        click.echo(back + text)
-        # a line that is wider than the terminal takes several rows
-        self._lines = sum(max(1, -(-len(click.unstyle(line)) // width)) for line in text.split("\n"))
+        click.echo(back + shown)
+        self._lines = sum(_rows(line, screen) for line in shown.split("\n"))
+
+
+def in_height(text: str, screen: Screen, height: int) -> str:
+    """The text in so many rows: its beginning, how many lines are left out, and its last line, the next command."""
+    lines = text.split("\n")
+    if sum(_rows(line, screen) for line in lines) <= height:
+        return text
+    *body, end = lines
+    kept: list[str] = []
+    room = height - 1 - _rows(end, screen)
+    for line in body:
+        room -= _rows(line, screen)
+        if room < 0:
+            break
+        kept.append(line)
+    return "\n".join([*kept, screen.dim(f"+{len(body) - len(kept)} more lines"), end])
+
+
+def _rows(line: str, screen: Screen) -> int:
+    """A line that is wider than the terminal takes several rows."""
+    return max(1, -(-len(click.unstyle(line)) // screen.width))
 
 
 def redraw(draw: Callable[[], tuple[str, bool]]) -> None:
@@ -39,6 +62,6 @@ def redraw(draw: Callable[[], tuple[str, bool]]) -> None:
     live, goes_on = LiveText(), True
     while goes_on:
         text, goes_on = draw()
-        live.draw(text)
+        live.draw(text, last=not goes_on)
         if goes_on:
             time.sleep(REDRAW_S)

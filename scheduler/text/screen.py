@@ -36,6 +36,7 @@ class Screen:
     width: int
     unicode: bool
     color: bool
+    height: int | None = None  # lines; None: no terminal, or one that may scroll
 
     def style(self, text: str, **style: Any) -> str:
         return click.style(text, **style) if self.color else text
@@ -45,11 +46,17 @@ class Screen:
 
 
 def detect_screen() -> Screen:
-    """The terminal's width and abilities; 80 columns and no colour in a pipe or with NO_COLOR."""
+    """The terminal's size and abilities; 80 columns, no height and no colour in a pipe; no colour with NO_COLOR."""
     tty = sys.stdout.isatty()
-    width = shutil.get_terminal_size((80, 24)).columns if tty or "COLUMNS" in os.environ else 80
+    size = shutil.get_terminal_size((80, 24))
+    width = size.columns if tty or "COLUMNS" in os.environ else 80
     encoding = (sys.stdout.encoding or "").lower().replace("-", "")
-    return Screen(width=max(60, width), unicode=encoding.startswith("utf"), color=tty and "NO_COLOR" not in os.environ)
+    return Screen(
+        width=max(60, width),
+        unicode=encoding.startswith("utf"),
+        color=tty and "NO_COLOR" not in os.environ,
+        height=size.lines if tty else None,
+    )
 
 
 def bar(share: float, width: int, screen: Screen) -> str:

@@ -6,14 +6,12 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import click
-
 from loractl.common.job.status import Stage, Status
 from loractl.common.text import clean_line
 from loractl.common.units import thousands
 from loractl.scheduler.answers.sweep import count, named_settings, settings_of, short_keys, short_setting
 
-from .screen import Screen, bar, fit, table
+from .screen import Screen, bar, fit, table, wrapped_table
 
 if TYPE_CHECKING:
     from loractl.common.job.sweep import Member, SweepView
@@ -46,11 +44,7 @@ def overview(views: Sequence[SweepView], screen: Screen) -> list[str]:
         ]
         for view, each in zip(views, counts, strict=True)
     ]
-    before = sum(
-        max(len(head), *(len(click.unstyle(row[n])) for row in rows)) + 2 for n, head in enumerate(headers[:-1])
-    )
-    rows = [[*row[:-1], fit(row[-1], max(20, screen.width - before))] for row in rows]
-    return table(headers, rows, screen, right=("SWEEP", *headers[3:-1]))
+    return wrapped_table(headers, rows, [""] * len(rows), screen, right=("SWEEP", *headers[3:-1]))
 
 
 def opened(view: SweepView, screen: Screen) -> str:

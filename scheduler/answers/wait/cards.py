@@ -11,6 +11,7 @@ from loractl.common.job.method import Method
 from loractl.common.placement.cards import Card, avoided, holds_now, room_at, suits, takes
 from loractl.common.placement.lines import Waiting
 from loractl.common.store.fleet import NODE_STALE_S, Avoidance, FleetView, avoided_by, unreadable, waiting_of
+from loractl.common.text import clean_line
 from loractl.common.units import clock, duration, gib
 
 if TYPE_CHECKING:
@@ -148,6 +149,37 @@ def suits_at_last(job: Job, card: Card, view: FleetView) -> bool:
 def at_last(job: Job, me: Waiting) -> Waiting:
     """The job once it has waited long enough for LoRA: with all its methods."""
     return me if unreadable(vars(job)) else replace(me, methods=tuple(Method(name) for name in job.methods))
+
+
+SILENT_S = 15.0
+"""A node writes its row every 5 s. After so long without it a person is told, before it counts as offline."""
+
+FORGOTTEN_S = 3600.0
+"""A box that has been silent for longer is no news."""
+
+
+def trouble_of(view: FleetView, node: str) -> str | None:
+    """What is wrong with a card at this moment, in a few words; None where nothing is."""
+    silent = silent_s(view, node)
+    if silent > SILENT_S:
+        return f"silent for {duration(silent)}"
+    if (order := view.drain_of(node)) is not None:
+        return f"drained by {order.user}"
+    return "being stopped" if view.nodes[node].draining else None
+
+
+def closed_cards(view: FleetView) -> list[str]:
+    """The cards that are silent or drained, each in a few words; a box once where all its cards are."""
+    troubles = {
+        name: said for name in view.cards if silent_s(view, name) < FORGOTTEN_S and (said := trouble_of(view, name))
+    }
+    told: dict[str, str] = {}
+    for name, said in troubles.items():
+        host = view.cards[name].host
+        cards = [other for other, card in view.cards.items() if card.host == host]
+        whole = all(other in troubles for other in cards)
+        told.setdefault(host if whole else name, said)
+    return [f"{clean_line(name)} {clean_line(said)}" for name, said in told.items()]
 
 
 def silent_s(view: FleetView, node: str) -> float:

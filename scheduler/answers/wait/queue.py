@@ -11,7 +11,7 @@ from loractl.common.placement.lines import Waiting
 from loractl.common.store.fleet import FleetView, waiting_of
 
 from .cards import opening_of, when_they_end
-from .reasons import Wait, explain
+from .reasons import Tier, Wait, explain
 from .rivals import ahead_of, reaches
 from .starts import REPLAYED_JOBS, ExpectedStart, expected_starts
 
@@ -28,14 +28,27 @@ class WaitingJobs:
     starts: Mapping[int, ExpectedStart] = field(default_factory=dict)  # of all ready jobs
 
 
-def waiting_jobs(store: Store, jobs: Sequence[Job]) -> WaitingJobs:
-    """For the waiting ones among the jobs: why they wait. For the ready ones: when they start."""
+def waiting_jobs(store: Store, jobs: Sequence[Job], view: FleetView | None = None) -> WaitingJobs:
+    """For the waiting ones among the jobs: why they wait. For the ready ones: when they start.
+
+    `view`: the fleet where it was read already.
+    """
     queued = [job for job in jobs if job.status is Status.QUEUED]
     if not queued:
         return WaitingJobs()
-    view, ready = store.fleet(), store.ready(REPLAYED_JOBS + 1)
+    view, ready = view or store.fleet(), store.ready(REPLAYED_JOBS + 1)
     starts = expected_starts(view, ready) if view.running else {}
     return WaitingJobs(reasons={job.job_id: reason(job, view, ready, starts) for job in queued}, starts=starts)
+
+
+def without_queue(waits: WaitingJobs, away: str) -> WaitingJobs:
+    """The same while the queue is away (`away`: a sentence): a job that a card is about to take waits for that."""
+    told = {
+        job_id: replace(wait, word="queue", sentence=f"{away}; {wait.sentence}, by its own look")
+        for job_id, wait in waits.reasons.items()
+        if wait.tier is Tier.NEXT
+    }
+    return replace(waits, reasons={**waits.reasons, **told})
 
 
 def reason(job: Job, view: FleetView, ready: Sequence[Waiting], starts: Mapping[int, ExpectedStart]) -> Wait:

@@ -18,6 +18,7 @@ from loractl.common.store.fleet import NODE_STALE_S, FleetView, unreadable, wait
 from loractl.common.units import clock, duration, gib
 
 from .cards import (
+    SILENT_S,
     at_last,
     avoidance_of,
     could_ever_hold,
@@ -191,6 +192,8 @@ def _next(job: Job, view: FleetView) -> Wait | None:
     node = next((d.placed.node for d in view.decisions if d.placed and d.placed.job.job_id == job.job_id), None)
     if node is None:
         return None
+    if (silent := silent_s(view, node)) > SILENT_S:
+        return _fleet("offline", f"{node} would take it and has been silent for {duration(silent)}")
     age = (view.now - job.submitted_at).total_seconds()
     late = "" if age <= AT_ONCE_S else f", waiting {duration(age)}"
     return Wait(tier=Tier.NEXT, word="next", sentence=f"{node} is about to take it{late}")

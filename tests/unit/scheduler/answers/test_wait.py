@@ -15,8 +15,8 @@ from loractl.common.placement.rule import RESERVE_AFTER_S
 from loractl.common.store.fleet import NODE_STALE_S
 from loractl.common.store.tables import Job
 from loractl.common.units import GIB
-from loractl.scheduler.answers.wait.cards import card_fits, process_name
-from loractl.scheduler.answers.wait.queue import reason
+from loractl.scheduler.answers.wait.cards import card_fits, closed_cards, process_name, trouble_of
+from loractl.scheduler.answers.wait.queue import WaitingJobs, reason, without_queue
 from loractl.scheduler.answers.wait.reasons import Tier, explain
 from loractl.scheduler.answers.wait.remedies import without_others
 from loractl.scheduler.answers.wait.rivals import ahead_of
@@ -191,6 +191,29 @@ def test_a_silent_box_was_seen_so_long_ago() -> None:
 
 def test_a_stopping_worker_takes_nothing_more() -> None:
     assert told(waits(), card(draining=True)) == ("stopping", "the worker of box:0 is being stopped")
+
+
+def test_a_box_that_is_silent_or_drained_is_told_at_once() -> None:
+    silent = card("heron:0", seen_at=in_seconds(-20)), card("heron:1", seen_at=in_seconds(-20))
+    view = fleet([*silent, card("crane:0"), card("crane:1"), card("owl:0", draining=True)], drains=[drained("crane:1")])
+    assert closed_cards(view) == ["crane:1 drained by lena", "heron silent for 20 s", "owl being stopped"]
+    assert told(waits(), card(seen_at=in_seconds(-20))) == (
+        "offline",
+        "box:0 would take it and has been silent for 20 s",
+    )
+    assert trouble_of(view, "crane:0") is None and closed_cards(fleet([card(seen_at=in_seconds(-14))])) == []
+    assert closed_cards(fleet([card(seen_at=in_seconds(-4000))])) == [], "a box that is long gone is no news"
+
+
+def test_while_the_queue_is_away_that_is_the_reason_of_what_a_card_is_about_to_take() -> None:
+    job, full = waits(), waits(8, 500)
+    view = fleet([card()], waiting=[job, full])
+    waits_for = WaitingJobs(reasons={job.job_id: explain(job, view), full.job_id: explain(full, view)})
+    told_so = without_queue(waits_for, "the queue is unreachable at redis://lab").reasons
+    assert told_so[7].word == "queue" and told_so[7].sentence.startswith(
+        "the queue is unreachable at redis://lab; box:0"
+    )
+    assert told_so[8] == waits_for.reasons[8]
 
 
 def test_a_silent_box_of_another_version_is_to_be_upgraded() -> None:

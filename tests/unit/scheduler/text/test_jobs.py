@@ -7,6 +7,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -30,6 +31,7 @@ from loractl.scheduler.answers.wait.queue import WaitingJobs
 from loractl.scheduler.answers.wait.reasons import Tier, Wait
 from loractl.scheduler.text.adapters import adapters_text
 from loractl.scheduler.text.jobs import history_text, job_list_text, job_text, overview_text
+from loractl.scheduler.text.live import in_height
 from loractl.scheduler.text.screen import Screen
 
 from ...factories import NOON, job
@@ -75,7 +77,7 @@ def wait(word: str, sentence: str) -> Wait:
     return Wait(tier=Tier.CAPACITY, word=word, sentence=sentence)
 
 
-def overview(ran: list[Job], waiting: dict[Job, Wait], ended: list[Job], screen: Screen) -> str:
+def overview(ran: list[Job], waiting: dict[Job, Wait], ended: list[Job], screen: Screen, **more: Any) -> str:
     answer = Overview(
         running=tuple(map(state_of, ran)),
         waiting=tuple(map(state_of, waiting)),
@@ -88,7 +90,7 @@ def overview(ran: list[Job], waiting: dict[Job, Wait], ended: list[Job], screen:
         after=None,
         now=NOON,
     )
-    return overview_text(answer, screen)
+    return overview_text(replace(answer, **more), screen)
 
 
 def listed(jobs: list[Job], now: dt.datetime, screen: Screen) -> str:
@@ -153,6 +155,52 @@ def test_the_largest_values_stay_within_the_screen(width: int) -> None:
 def test_a_wide_screen_shows_the_model_and_the_method_as_well() -> None:
     assert "model-135M qlora" in overview([running()], {}, [], WIDE)
     assert "model-135M" not in overview([running()], {}, [], PLAIN)
+
+
+@pytest.mark.parametrize("height", [24, 14, 9])
+def test_a_small_window_has_what_runs_first_and_then_how_many_more_wait(height: int) -> None:
+    screen = replace(PLAIN, height=height)
+    ran = [running(job_id=number) for number in range(1, 4)]
+    waiting = {job(job_id=number): wait("memory", f"box:0 when {number} ends") for number in range(11, 41)}
+    text = overview(ran, waiting, [], screen)
+    lines = text.splitlines()
+    assert lines[0] == "3 running, 30 waiting." and lines[-1].startswith("Today")
+    shown = [int(line.split()[0]) for line in lines if re.match(r" *\d+  helpdesk", line)]
+    there = [number for number in shown if number < 11]
+    assert there == [1, 2, 3][: len(there)]
+    more = re.search(r"^\+(\d+) more(: the same command with --after (\d+))?$", lines[-3])
+    assert more and int(more[1]) + len(shown) - len(there) == 30
+    assert (more[3] is None) == (shown == there) and (more[3] is None or int(more[3]) == shown[-1])
+    assert height < 14 or (len(lines) <= height - 2 and len(there) == 3), "the prompts stand in the window, too"
+    assert len(overview(ran, waiting, [], PLAIN).splitlines()) == 40, "a pipe has all of them"
+
+
+def test_a_reason_that_several_jobs_share_is_told_once() -> None:
+    same, other = wait("offline", "heron was last seen 3 min ago, and so on " * 3), wait("held", "by ada")
+    text = overview([], {job(job_id=8): same, job(job_id=9): other, job(job_id=10): same}, [], PLAIN)
+    assert text.count("seen") == 3 and re.search(r"10  helpdesk .* offline +as 8 ", text)
+
+
+def test_what_is_wrong_with_a_box_stands_in_the_first_line_and_beside_its_job() -> None:
+    text = overview([running()], {}, [], PLAIN, closed=("box silent for 20 s",), nodes={"box:0": "silent for 20 s"})
+    assert text.startswith("1 running, 0 waiting, box silent for 20 s.")
+    assert re.search(r"7  helpdesk .*2%  silent for 20 s  1\.23", text)
+    assert full(running(), trouble="silent for 20 s").splitlines()[0].endswith("training; its card is silent for 20 s")
+
+
+def test_a_result_is_told_whole_in_80_columns() -> None:
+    message = "base_model x can't be loaded: the hub has nothing of that name, or does not show it to this worker"
+    failed = job(status=Status.FAILED, reason=Reason.MODEL_NOT_FOUND, message=message, ended_at=NOON)
+    text = listed([failed], NOON, PLAIN)
+    assert message in " ".join(line.strip() for line in text.splitlines()) and "…" not in text
+
+
+def test_what_is_redrawn_keeps_its_top_and_its_last_line_in_the_window() -> None:
+    text = full(running(), events=[event(f"line {n}", n) for n in range(12)])
+    shown = in_height(text, PLAIN, 10).splitlines()
+    assert len(shown) == 10 and shown[0] == text.splitlines()[0] and shown[-1] == text.splitlines()[-1]
+    assert shown[-2] == f"+{len(text.splitlines()) - 9} more lines"
+    assert in_height(text, PLAIN, 100) == text
 
 
 @pytest.mark.parametrize("screen", [PLAIN, ASCII, COLOR])
