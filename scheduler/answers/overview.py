@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from .job import JobState, state_of
-from .wait.cards import closed_cards, trouble_of
+from .wait.cards import closed_cards, interruption_of
 from .wait.queue import WaitingJobs, waiting_jobs, without_queue
 from .wait.reasons import Tier
 
@@ -80,7 +80,7 @@ def overview(store: Store, choice: Choice, page: Page, *, alone: bool = False) -
         after=seen.waiting[-1].job_id if seen.more_wait else None,
         now=now,
         closed=tuple(closed_cards(view)),
-        nodes={name: said for name in places if name and (said := trouble_of(view, name))},
+        nodes={name: said for name in places if name and (said := interruption_of(view, name))},
     )
 
 

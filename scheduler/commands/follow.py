@@ -24,9 +24,14 @@ POLL_S = 1.0
 def follow(store: Store, job_id: int) -> ExitCode:
     """Watch a job until it has ended or is held: redrawn on a terminal, a line a change elsewhere.
 
-    Ctrl-C leaves the job alone.
+    Ctrl-C leaves the job alone, says so, and raises click's Exit.
     """
-    job = _redraw(store, job_id) if sys.stdout.isatty() else _tell_changes(store, job_id)
+    try:
+        job = _redraw(store, job_id) if sys.stdout.isatty() else _tell_changes(store, job_id)
+    except KeyboardInterrupt:
+        again = f"loractl status {job_id} --watch; stop it: loractl cancel {job_id}"
+        click.echo(f"\nJob {job_id} goes on: {again}", err=True)
+        raise click.exceptions.Exit(ExitCode.INTERRUPTED) from None
     return ExitCode.OK if job.status is Status.SUCCEEDED else ExitCode.FAILED
 
 

@@ -67,13 +67,7 @@ def _queue(drafts: JobDrafts, *, wait: bool, as_json: bool) -> None:
     if wait:
         from .follow import follow
 
-        try:
-            sys.exit(max((follow(store, job_id) for job_id in queued), default=ExitCode.OK))
-        except KeyboardInterrupt:
-            job = queued[-1]
-            many = f"Job {job} goes on" if len(queued) == 1 else f"Jobs {queued[0]} to {job} go on"
-            click.echo(f"\n{many}: loractl status {job} --watch; stop it: loractl cancel {job}", err=True)
-            raise click.exceptions.Exit(ExitCode.INTERRUPTED) from None
+        sys.exit(max((follow(store, job_id) for job_id in queued), default=ExitCode.OK))
     if not as_json:
         hint(f"Follow it: loractl status {queued[-1]} --watch")
 

@@ -248,6 +248,19 @@ def test_a_card_without_a_unit_and_a_worker_that_is_refused_are_failures(make_cl
     _answered(make_cli(LORACTL_DEVICES="sim:8")("worker", code=None), "write the unit: sim:8GiB", 2)
 
 
+def test_ctrl_c_in_wait_says_that_the_job_goes_on(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "job.yaml").write_text(GOOD)
+    write_helpdesk(tmp_path / "data.jsonl")
+    waiting = cli.start("submit", tmp_path / "job.yaml", "--wait")
+    assert waiting.stdout
+    while "job 1 queued" not in (line := waiting.stdout.readline()):
+        assert line, "it ended before it waited"
+    waiting.send_signal(signal.SIGINT)
+    told, _ = waiting.communicate(timeout=60)
+    assert "Job 1 goes on: loractl status 1 --watch; stop it: loractl cancel 1" in told and waiting.returncode == 130
+    assert json.loads(cli("status", 1, "--json").stdout)["status"] == "queued"
+
+
 def test_an_empty_database_says_which_command_fills_it(make_cli: Callable[..., Cli], postgres_url: str) -> None:
     cli = make_cli(LORACTL_DATABASE_URL=postgres_url)
     _answered(cli("status", code=None), "run loractl db upgrade", 1)

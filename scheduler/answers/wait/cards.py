@@ -160,11 +160,15 @@ FORGOTTEN_S = 3600.0
 
 def trouble_of(view: FleetView, node: str) -> str | None:
     """What is wrong with a card at this moment, in a few words; None where nothing is."""
+    order = view.drain_of(node)
+    return interruption_of(view, node) or (None if order is None else f"drained by {order.user}")
+
+
+def interruption_of(view: FleetView, node: str) -> str | None:
+    """The same of what ends a job that runs there before its time: on a drained card it runs to its end."""
     silent = silent_s(view, node)
     if silent > SILENT_S:
         return f"silent for {duration(silent)}"
-    if (order := view.drain_of(node)) is not None:
-        return f"drained by {order.user}"
     return "being stopped" if view.nodes[node].draining else None
 
 
