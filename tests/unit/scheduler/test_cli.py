@@ -105,7 +105,7 @@ def test_an_unknown_command_gets_a_hint_and_exit_code_2(cli: Cli, typed: str, hi
         (("status", "--watch"), ExitCode.USAGE, "Error: --watch without a JOB needs a terminal\n"),
         (("submit", "absent.yaml"), ExitCode.USAGE, "Error: absent.yaml: no such file\n"),
         (("status", "--colour"), ExitCode.USAGE, "Error: No such option"),
-        (("status", "seven"), ExitCode.USAGE, "Error: "),
+        (("status", "seven"), ExitCode.NO_SUCH_JOB, "Error: there is no job seven\n"),
     ],
 )
 def test_a_mistake_is_a_sentence_with_an_exit_code_and_no_traceback(

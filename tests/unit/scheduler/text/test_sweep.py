@@ -65,7 +65,8 @@ def test_a_sweep_is_one_line_with_the_best_so_far() -> None:
 
 
 def test_what_ended_otherwise_is_counted_only_where_there_is_such() -> None:
-    head, line = overview([view(member(1, 0.1, Status.FAILED, reason=Reason.DIVERGED), done(2, 1.0))], PLAIN)
+    head, line, best = overview([view(member(1, 0.1, Status.FAILED, reason=Reason.DIVERGED), done(2, 1.0))], PLAIN)
+    assert "with r 8" in best, "what is best is told whole, below its row where there is no room beside it"
     assert "FAILED" in head and " ".join(line.split()).startswith("3 triage ×2 mara 0 0 0 1 1")
 
 
