@@ -15,7 +15,7 @@ from loractl.common.placement.rule import RESERVE_AFTER_S
 from loractl.common.store.fleet import NODE_STALE_S
 from loractl.common.store.tables import Job
 from loractl.common.units import GIB
-from loractl.scheduler.answers.wait.cards import card_fits, closed_cards, process_name, trouble_of
+from loractl.scheduler.answers.wait.cards import SILENT_S, card_fits, closed_cards, process_name, trouble_of
 from loractl.scheduler.answers.wait.queue import WaitingJobs, reason, without_queue
 from loractl.scheduler.answers.wait.reasons import Tier, explain
 from loractl.scheduler.answers.wait.remedies import without_others
@@ -186,7 +186,7 @@ def test_a_drained_card_is_named_with_who_why_and_until_when() -> None:
 def test_a_silent_box_was_seen_so_long_ago() -> None:
     silent = card(seen_at=in_seconds(-NODE_STALE_S - 540))
     assert told(waits(), silent) == ("offline", "box:0 was last seen 10 min ago")
-    assert told(waits(), card(seen_at=in_seconds(-NODE_STALE_S)))[0] == "next", "a minute is not silent"
+    assert told(waits(), card(seen_at=in_seconds(-SILENT_S)))[0] == "next", "a late look is not silence"
 
 
 def test_a_stopping_worker_takes_nothing_more() -> None:
