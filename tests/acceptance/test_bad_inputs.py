@@ -111,7 +111,7 @@ MISTAKES = [
         "job.yaml:3: dataset.format: classification is for task_type: SEQ_CLS",
         job=GOOD.replace("data.jsonl", "data.jsonl, format: classification"),
     ),
-    Mistake("tabs", "job.yaml:4: a tab stands there", job=GOOD + "training:\n\tmax_steps: 3\n"),
+    Mistake("tabs", "job.yaml:5: a tab stands there", job=GOOD + "training:\n\tmax_steps: 3\n"),
     Mistake("a full fine-tune", "trains adapters alone, never all weights", job=GOOD + "method: full\n"),
     Mistake(
         "bits of another tool", "write method: qlora, which holds the base in 4 bits", job=GOOD + "load_in_4bit: true\n"
