@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import click
 
+from .named import JobName, Setting, jobs_named
+
 
 @click.command()
-@click.argument("job_ids", nargs=-1, required=True, type=int, metavar="JOB...")
+@click.argument("jobs", nargs=-1, required=True, type=JobName(), metavar="JOB...")
 @click.option(
-    "--set", "overrides", multiple=True, required=True, metavar="KEY=VALUE", help="A key's new value, like priority=5."
+    "--set",
+    "overrides",
+    multiple=True,
+    required=True,
+    type=Setting(),
+    metavar="KEY=VALUE",
+    help="A key's new value, like priority=5.",
 )
-def edit(job_ids: tuple[int, ...], overrides: tuple[str, ...]) -> None:
+def edit(jobs: tuple[str, ...], overrides: tuple[str, ...]) -> None:
     """Change what is asked of a job that waits or runs.
 
     Before a job begins all may change but its base and its data; while it runs priority, labels and
@@ -34,4 +42,4 @@ def edit(job_ids: tuple[int, ...], overrides: tuple[str, ...]) -> None:
             click.echo(f"Job {job_id} is changed: {changed.text}.")
             warn(wake_for(job, sender))
 
-        for_each(job_ids, change)
+        for_each(jobs_named(store, jobs), change)
