@@ -39,6 +39,12 @@ def allowed(settings: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in settings.items() if key in _FORMS}
 
 
+def portable_name(base_model: str) -> str:
+    """What files that people pass on call a base: a hub id as it is, of a folder its last part. Where the folder lies
+    on one box means nothing on another, and tells of that box."""
+    return base_model.rstrip("/").rpartition("/")[2] if base_model.startswith("/") else base_model
+
+
 def check_adapter_config(content: bytes | Path) -> None:
     """Raises ArtifactError, which names the first key that is not as loractl writes it."""
     try:

@@ -85,7 +85,9 @@ def test_a_tagged_adapter_is_kept_from_delete_and_from_gc(cli: Cli, tiny_model: 
     assert json.loads(cli("adapters", "--json").stdout) == []
 
 
-def test_a_merged_model_is_proved_and_loads_with_transformers_alone(trained: Cli, tmp_path: Path) -> None:
+def test_a_merged_model_is_proved_and_loads_with_transformers_alone(
+    trained: Cli, tiny_model: Path, tmp_path: Path
+) -> None:
     done = json.loads(trained("adapters", "merge", "red", tmp_path / "red", "--json").stdout)
     assert done["merged_difference"] < 1e-4 and done["tokens"] > 20
     assert done["stored_agreement"] > 0.9
@@ -101,7 +103,9 @@ def test_a_merged_model_is_proved_and_loads_with_transformers_alone(trained: Cli
         answer == trained("generate", "red", "what is in 7?", "--max-new-tokens", 48).stdout.strip() == ANSWERS["red"]
     )
     about = json.loads((tmp_path / "red" / "merge.json").read_text())
-    assert (about["job_id"], about["dtype"]) == (4, "bfloat16")
+    assert (about["job_id"], about["dtype"], about["base_model"]) == (4, "bfloat16", tiny_model.name)
+    files = [path for path in (tmp_path / "red").rglob("*") if path.is_file()]
+    assert not [path.name for path in files if str(tiny_model).encode() in path.read_bytes()], "paths of this box"
     assert not list(tmp_path.glob(".red-*")), "nothing half-written is left"
 
 

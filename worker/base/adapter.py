@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from loractl.common.adapter_config import CONFIG, allowed, check_adapter_config
+from loractl.common.adapter_config import CONFIG, allowed, check_adapter_config, portable_name
 from loractl.common.errors import ArtifactError
 from loractl.common.job.sections import TaskType
 from loractl.common.job.spec import JobSpec
@@ -32,7 +32,8 @@ def save_adapter(model: Any, tokenizer: Any, spec: JobSpec, folder: Path) -> Non
         labels = [name for _, name in sorted(model.config.id2label.items())]
         (folder / LABELS).write_text(json.dumps(labels, indent=2) + "\n", "utf-8")
     for path in list(folder.rglob("*")):
-        if path.is_file() and path.suffix not in SUFFIXES:
+        # peft's README.md is an empty form that names the base's place on this box; the model card is written later
+        if path.is_file() and (path.suffix not in SUFFIXES or path.name == "README.md"):
             path.unlink()
     check_adapter(model, folder)
 
@@ -60,9 +61,9 @@ def check_adapter(model: Any, folder: Path) -> None:
 
 
 def _rewrite_config(path: Path, spec: JobSpec) -> None:
-    """Keep the allowed keys; the base is what the job said, not where this box's cache has it."""
+    """Keep the allowed keys; the base is what the job said, not where this box has it."""
     written = json.loads(path.read_text("utf-8"))
-    kept = allowed(written) | {"base_model_name_or_path": spec.base_model, "revision": spec.revision}
+    kept = allowed(written) | {"base_model_name_or_path": portable_name(spec.base_model), "revision": spec.revision}
     if isinstance(targets := kept.get("target_modules"), list):
         kept["target_modules"] = sorted(targets)
     path.write_text(json.dumps(kept, indent=2, sort_keys=True) + "\n", "utf-8")

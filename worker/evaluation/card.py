@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from loractl.common.adapter_config import portable_name
 from loractl.worker.base.adapter import LABELS
 
 from .classifier import BASELINE
@@ -44,7 +45,7 @@ def write_model_card(report: dict[str, Any], adapter: Path) -> None:
 
 def _how_to_classify(base: str, labels: list[str]) -> list[str]:
     """How a classifier is loaded: the base gets a head of its labels and the padding token, the adapter the weights."""
-    name = base.rpartition("/")[2] if base.startswith("/") else base  # a hub id as it is, of a folder the last part
+    name = portable_name(base)
     told = ", ".join(json.dumps(name, ensure_ascii=False) for name in labels[:CARD_LABELS])
     more = f", and {len(labels) - CARD_LABELS} more" if len(labels) > CARD_LABELS else ""
     return [

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from loractl.common.adapter_config import CONFIG, check_adapter_config
+from loractl.common.adapter_config import CONFIG, check_adapter_config, portable_name
 from loractl.common.errors import LoractlError, UsageError
 from loractl.worker.data.prompt import prompt_for
 
@@ -188,7 +188,7 @@ def _describe(folder: Path, listed: Listed, dtype: str, proof: Proof) -> None:
         "job_id": listed.job_id,
         "attempt": listed.attempt,
         "name": listed.name,
-        "base_model": spec.base_model,
+        "base_model": portable_name(spec.base_model),
         "revision": spec.revision,
         "method": listed.method.value,
         "dtype": dtype,
@@ -199,8 +199,8 @@ def _describe(folder: Path, listed: Listed, dtype: str, proof: Proof) -> None:
     lines = [
         f"# {listed.name}, merged",
         "",
-        f"{spec.base_model} and the adapter of loractl job {listed.job_id}, attempt {listed.attempt}, merged in fp32 "
-        f"and stored in {dtype}{trained if listed.method.value == 'qlora' else ''}.",
+        f"{about['base_model']} and the adapter of loractl job {listed.job_id}, attempt {listed.attempt}, merged in "
+        f"fp32 and stored in {dtype}{trained if listed.method.value == 'qlora' else ''}.",
         "",
         f"On {proof.tokens} tokens of {proof.prompts} prompts, logits of base with adapter, in fp32, differ by at most "
         f"{proof.merged_difference:.1e} from those of the merged model in fp32, and by {proof.stored_difference:.1e} "
