@@ -105,7 +105,9 @@ def _factor_bytes(layers: list[Linear], step: Step) -> float:
     second = step.factor_input * step.r * len(layers)
     if step.wide == 4 and not step.autocast and not step.dropout:
         return second + sum({layer.inputs: 4 * layer.inputs for layer in layers}.values())
-    return second + sum(layer.inputs * (step.factor_input + (1 if step.dropout else 0)) for layer in layers)
+    return second + sum(
+        layer.inputs * (step.factor_input + (step.mask_bytes if step.dropout else 0)) for layer in layers
+    )
 
 
 def _norms(shape: Shape, step: Step) -> int:

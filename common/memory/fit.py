@@ -10,7 +10,7 @@ from loractl.common.job.spec import JobSpec
 
 from .plan import plan
 from .shape import Shape
-from .step import Lengths
+from .step import Lengths, Stack
 
 MOST = 2**24
 """Where the search for the largest length or micro-batch ends: more than any model takes."""
@@ -24,7 +24,15 @@ class Fit:
     max_length: int | None
 
 
-def largest_fit(shape: Shape, spec: JobSpec, method: Method, limit: int, lengths: Lengths | None = None) -> Fit:
+def largest_fit(
+    shape: Shape,
+    spec: JobSpec,
+    method: Method,
+    limit: int,
+    lengths: Lengths | None = None,
+    *,
+    stack: Stack | None = None,
+) -> Fit:
     """The largest micro-batch at the job's length, and the largest max_length at its micro-batch, in `limit` bytes.
 
     A max_length beyond the longest row changes nothing, so the search takes rows of any length.
@@ -32,11 +40,14 @@ def largest_fit(shape: Shape, spec: JobSpec, method: Method, limit: int, lengths
 
     def batch_fits(size: int) -> bool:
         training = spec.training.model_copy(update={"per_device_train_batch_size": size})
-        return plan(shape, spec.model_copy(update={"training": training}), method, lengths).need_bytes <= limit
+        return (
+            plan(shape, spec.model_copy(update={"training": training}), method, lengths, stack=stack).need_bytes
+            <= limit
+        )
 
     def length_fits(size: int) -> bool:
         dataset = spec.dataset.model_copy(update={"max_length": size})
-        return plan(shape, spec.model_copy(update={"dataset": dataset}), method).need_bytes <= limit
+        return plan(shape, spec.model_copy(update={"dataset": dataset}), method, stack=stack).need_bytes <= limit
 
     most = lengths.rows if lengths and lengths.rows else MOST
     return Fit(micro_batch=_largest(batch_fits, 1, most), max_length=_largest(length_fits, 8, MOST))

@@ -12,11 +12,12 @@ SMALLEST_8BIT = 4096
 """Tensors with fewer elements keep 32-bit state in them (bitsandbytes, min_8bit_size)."""
 
 
-def optimizer_name(spec: JobSpec, method: Method) -> str:
-    """The optimizer that the worker takes for a job on a GPU."""
+def optimizer_name(spec: JobSpec, method: Method, *, on_gpu: bool = True) -> str:
+    """The optimizer that the worker takes for a job: where none is asked for, paged 8-bit AdamW where memory is scarce;
+    on a processor there is nothing to page."""
     if spec.training.optim != "auto":
         return spec.training.optim
-    return "paged_adamw_8bit" if method is Method.QLORA else "adamw_torch"
+    return "paged_adamw_8bit" if method is Method.QLORA and on_gpu else "adamw_torch"
 
 
 def state_bytes(optimizer: str, elements: int) -> int:

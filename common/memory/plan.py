@@ -28,6 +28,10 @@ MIB = 2**20
 CONTEXT_BYTES = 500 * MIB
 """A CUDA context with its kernels: 0.15 GiB (T4) to 0.5 GiB (A100, H100); the upper end."""
 
+PROCESSOR_BYTES = 620 * MIB
+"""What a trainer on a processor holds beside its tensors: Python, torch and the other libraries (534 MiB once they are
+imported), and the kernels that oneDNN compiles. Measured on x86."""
+
 WORKSPACE_BYTES = 2 * 32 * MIB
 """cuBLAS's workspaces, which torch's allocator holds: one for the forward pass's thread and one for the backward
 pass's. 32 MiB each on Hopper, 8 on others (aten/src/ATen/cuda/CublasHandlePool.cpp); the upper end."""
@@ -60,7 +64,7 @@ class Plan:
 
     @property
     def tensor_bytes(self) -> int:
-        """What the training allocates: without the CUDA context and what the allocator can't use."""
+        """What the training allocates: without the context and what the allocator can't use."""
         return self.peak_bytes - self.parts["context"] - self.parts["allocator"]
 
     @property
@@ -81,7 +85,9 @@ def predict(spec: JobSpec, lengths: Lengths | None = None) -> Need:
 def plan(
     shape: Shape, spec: JobSpec, method: Method, lengths: Lengths | None = None, *, stack: Stack | None = None
 ) -> Plan:
-    """The plan of a job on a GPU. Without `lengths` every row is taken to be dataset.max_length tokens long.
+    """The plan of a job on a GPU, or where `stack` says so on a processor.
+
+    Without `lengths` every row is taken to be dataset.max_length tokens long.
 
     The peak is the largest of four moments: the loss, the backward pass through one block, the optimizer's step, and
     the evaluation of one held-out row (larger batches of it are halved where they don't fit).
@@ -93,7 +99,7 @@ def plan(
     weights = weight_bytes(shape, method, double_quant=stack.double_quant, full=step.full)
     tensors = list(adapter_tensors(shape, spec, step.labels))
     adapter = 4 * sum(size * count for size, count in tensors)  # peft keeps them in fp32 (autocast_adapter_dtype)
-    optimizer = optimizer_name(spec, method)
+    optimizer = optimizer_name(spec, method, on_gpu=stack.on_gpu)
     state = sum(count * state_bytes(optimizer, size) for size, count in tensors)
     held = weights + 2 * adapter + state  # gradients stay from one micro-batch of a step to the next
     peak = _peak(shape, step, update_bytes(optimizer, adapter, tensors))
@@ -105,12 +111,14 @@ def plan(
         "activations": peak.training - peak.logits - peak.update,
         "logits": peak.logits,
         "evaluation": max(0, evaluation_bytes(shape, spec, step) - adapter - peak.training),
-        "context": CONTEXT_BYTES,
-        "allocator": peak.unusable + SEGMENT_BYTES + WORKSPACE_BYTES,
+        "context": CONTEXT_BYTES if stack.on_gpu else PROCESSOR_BYTES,
+        "allocator": peak.unusable + SEGMENT_BYTES + WORKSPACE_BYTES if stack.on_gpu else 0,
     }
     parts = {name: int(size) for name, size in sizes.items()}
     margin = int(MARGIN_SHARE * (held + peak.training))
-    return Plan(method=method, parts=parts, margin_bytes=margin, notes=_notes(shape, spec, step, peak.logits > 0))
+    return Plan(
+        method=method, parts=parts, margin_bytes=margin, notes=_notes(shape, spec, step, stack, peak.logits > 0)
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,10 +169,10 @@ def traced_plan(weights: int, adapter: int, state: int, own: int, method: Method
     return Plan(method=method, parts=parts, margin_bytes=margin, notes=words)
 
 
-def _notes(shape: Shape, spec: JobSpec, step: Step, at_loss: bool) -> dict[str, str]:
+def _notes(shape: Shape, spec: JobSpec, step: Step, stack: Stack, at_loss: bool) -> dict[str, str]:
     method = Method.QLORA if step.quantised else Method.LORA
     trained = sum(size * count for size, count in adapter_tensors(shape, spec, step.labels))
-    optimizer = optimizer_name(spec, method)
+    optimizer = optimizer_name(spec, method, on_gpu=stack.on_gpu)
     rows = f"{step.batch} x {step.length} tokens"
     weights = "fp32" if step.full else "bf16"
     if step.quantised:
@@ -180,7 +188,7 @@ def _notes(shape: Shape, spec: JobSpec, step: Step, at_loss: bool) -> dict[str, 
         if step.labels
         else f"{thousands(shape.vocab)} words, fp32{freed}",
         "evaluation": f"rows of {step.evaluated} tokens, beyond what training holds",
-        "context": "CUDA and its kernels",
+        "context": "CUDA and its kernels" if stack.on_gpu else "Python, torch and its kernels",
         "allocator": "cuBLAS, and cached blocks that the loss can't use",
     }
 

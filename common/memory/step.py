@@ -12,6 +12,9 @@ from loractl.common.job.spec import JobSpec
 from .shape import Shape
 from .weights import saved_part
 
+PROCESSOR_MASK_BYTES = 4
+"""torch has no fused dropout on a processor: the mask is a tensor of the input's own type, fp32 under peft."""
+
 UNREAD_LABELS = 100
 """A classifier's labels while its data have not been read: more than most have, and less than 10 MiB of head."""
 
@@ -30,6 +33,7 @@ class Lengths:
 class Stack:
     """How a training runs where no key of the spec says so. The defaults are those of this project's worker."""
 
+    on_gpu: bool = True  # False: a processor, where the worker recomputes nothing unless the job asks for it
     attention: Literal["sdpa", "eager"] | None = None  # None: what transformers takes for the architecture
     autocast: bool = True  # False: a loop without it, which computes adapters in fp32
     keeps_logits: bool = False  # True: a loop that holds the model's output during the backward pass
@@ -51,6 +55,7 @@ class Step:
     packed: bool  # rows of several examples, kept apart by a mask
     checkpoints: bool
     dropout: bool
+    mask_bytes: int  # of dropout's mask, an element
     r: int
     targets: str | list[str]
     eager: bool
@@ -73,8 +78,9 @@ class Step:
             length=lengths.train if lengths else spec.dataset.max_length,
             evaluated=lengths.evaluate if lengths else spec.dataset.max_length,
             quantised=method is Method.QLORA,
-            checkpoints=checkpoints_activations(spec),
+            checkpoints=checkpoints_activations(spec, on_gpu=stack.on_gpu),
             dropout=spec.lora.lora_dropout > 0,
+            mask_bytes=1 if stack.on_gpu else PROCESSOR_MASK_BYTES,
             r=spec.lora.r,
             targets=spec.lora.target_modules,
             eager=(stack.attention or asked or shape.attention) == "eager",
@@ -116,6 +122,8 @@ def planned_labels(spec: JobSpec, lengths: Lengths | None) -> int | None:
     return (lengths and lengths.labels) or UNREAD_LABELS
 
 
-def checkpoints_activations(spec: JobSpec) -> bool:
-    """Whether blocks are recomputed in the backward pass; on a GPU they are unless the job refuses."""
-    return spec.training.gradient_checkpointing is not False
+def checkpoints_activations(spec: JobSpec, *, on_gpu: bool = True) -> bool:
+    """Whether blocks are recomputed in the backward pass, for the plan and for the training itself: on a GPU they are
+    unless the job refuses, on a processor, where memory is not what is scarce, only where it asks for it."""
+    asked = spec.training.gradient_checkpointing
+    return on_gpu if asked is None else asked

@@ -15,7 +15,7 @@ from loractl.common.memory.correction import learned, peaks_like
 from loractl.common.memory.fit import Fit, largest_fit
 from loractl.common.memory.plan import Plan, plan
 from loractl.common.memory.shape import Shape
-from loractl.common.memory.step import Lengths
+from loractl.common.memory.step import Lengths, Stack
 from loractl.common.placement.cards import MARGIN_BYTES, Card
 from loractl.common.units import GIB, gib
 from loractl.scheduler.submission.lengths import row_lengths
@@ -71,6 +71,7 @@ class MemoryNeed:
     planned_for: str  # what was taken for the rows' lengths, in a sentence
     measured: tuple[int, ...]  # peaks of jobs just like it, in bytes
     cards: tuple[CardRoom, ...]
+    on_gpu: bool = True  # False: planned for a processor, since the fleet has nothing else
     largest: LargestFit | None  # where it was asked for
 
     def as_json(self) -> dict[str, Any]:
@@ -79,8 +80,8 @@ class MemoryNeed:
         `methods`: for each open one `peak_bytes`, `margin_bytes`, `parts` (bytes by part), `reserved_bytes`, and with
         --solve `largest` (`micro_batch` and `max_length`); `choice`: the method that the best card would take, or null;
         `lengths`: in tokens the longest rows' `train` and `evaluate`, with `rows` and `labels`, or null; `rows`: how
-        many are used, `train` and `held_out`, and `left_out` as too long, or null; `planned_for`: a sentence; `cards`:
-        one entry a card.
+        many are used, `train` and `held_out`, and `left_out` as too long, or null; `planned_for`: a sentence; `device`: gpu or cpu;
+        `cards`: one entry a card.
         """
         return {
             "methods": {method.value: self._method(method, planned) for method, planned in self.plans.items()},
@@ -88,6 +89,7 @@ class MemoryNeed:
             "lengths": None if self.lengths is None else vars(self.lengths),
             "rows": None if self.rows is None else dict(self.rows),
             "planned_for": self.planned_for,
+            "device": "gpu" if self.on_gpu else "cpu",
             "cards": [card.as_json() for card in self.cards],
         }
 
@@ -124,13 +126,14 @@ def memory_need(
     shape = _shape(spec)
     counted = row_lengths(spec, announce)
     methods = open_methods(spec)
-    plans = {method: plan(shape, spec, method, counted.lengths) for method in methods}
+    fleet = [] if card is not None else list(store.fleet().cards.values())
+    stack = Stack(on_gpu=not fleet or not all(each.processor for each in fleet))
+    plans = {method: plan(shape, spec, method, counted.lengths, stack=stack) for method in methods}
     key = need_key(spec, dict(job.data) or stored_hashes(spec))
-    measured = store.measured(key, model_family(spec))
+    measured = store.measured(key, model_family(spec)) if stack.on_gpu else []  # peaks of cards alone
     planned = {method: plans[method].need_bytes if method in plans else None for method in (Method.LORA, Method.QLORA)}
     need = learned(Need(lora=planned[Method.LORA], qlora=planned[Method.QLORA]), key, measured)
     admitted = within(methods, need, spec.resources.max_vram)
-    fleet = [] if card is not None else list(store.fleet().cards.values())
     cards, choice = _on_one(card, admitted, need) if card is not None else _on_fleet(fleet, admitted, need)
     return MemoryNeed(
         title=job.title,
@@ -142,7 +145,8 @@ def memory_need(
         planned_for=counted.sentence,
         measured=tuple(peaks_like(key, choice or methods[0], measured)),
         cards=cards,
-        largest=_largest(shape, spec, methods, counted.lengths, _room(card, fleet)) if solve else None,
+        on_gpu=stack.on_gpu,
+        largest=_largest(shape, spec, methods, counted.lengths, _room(card, fleet), stack) if solve else None,
     )
 
 
@@ -201,10 +205,15 @@ def _room(card: int | None, fleet: Sequence[Card]) -> tuple[int, str]:
 
 
 def _largest(
-    shape: Shape, spec: JobSpec, methods: Sequence[Method], lengths: Lengths | None, space: tuple[int, str]
+    shape: Shape,
+    spec: JobSpec,
+    methods: Sequence[Method],
+    lengths: Lengths | None,
+    space: tuple[int, str],
+    stack: Stack,
 ) -> LargestFit:
     room, which = space
     if room <= 0:
         raise UsageError("--solve needs a card to fit into", "add --gpu 24GiB, or start a worker")
-    fits = {method: largest_fit(shape, spec, method, room, lengths) for method in methods}
+    fits = {method: largest_fit(shape, spec, method, room, lengths, stack=stack) for method in methods}
     return LargestFit(room=room, which=which, by_method=fits)

@@ -248,18 +248,27 @@ def job_text(answer: JobInFull, screen: Screen) -> str:
         course = sparkline([loss for _, loss in answer.losses], 30, screen)
         lines.append(f"loss    {course}  {answer.losses[-1][1]:.2f}{held}")
     if answer.attempts:
-        last = answer.attempts[-1]
-        speed = f"   speed {job.tokens_per_second:.0f} tok/s" if job.tokens_per_second else ""
-        planned = f"planned {gib(last.vram_planned)} GiB" if last.vram_planned else ""
-        peak = f"{gib(last.vram_peak)} GiB at most" if last.vram_peak else ""
-        memory = ", ".join(part for part in (peak, planned) if part)
-        lines.append((f"memory  {memory}   " if memory else "") + f"method {last.method}{speed}")
+        lines += _memory(answer.attempts[-1], job.tokens_per_second)
     if job.adapter_uri:
         lines += [f"adapter {clean_line(job.adapter_uri)}", f"report  {clean_line(job.report_uri or '')}"]
     if lines[-1]:
         lines.append("")
     lines += [f"{clock(event.at, answer.now)}  {clean_line(event.text)}" for event in reversed(answer.events[-12:])]
     return "\n".join([*lines, "", screen.dim(_next_command(job))])
+
+
+def _memory(last: PastAttempt, tokens_per_second: float | None) -> list[str]:
+    """The last attempt's peak and plan, its method and speed. On a processor the peak is all that the process holds,
+    libraries included, and the plan is one for a card: the two are no measure of each other."""
+    how = f"method {last.method}" + (f"   speed {tokens_per_second:.0f} tok/s" if tokens_per_second else "")
+    planned = f"{gib(last.vram_planned)} GiB" if last.vram_planned else ""
+    if last.device_kind == "cpu":
+        peak = f"{gib(last.vram_peak)} GiB of RAM at most, the whole process" if last.vram_peak else ""
+        memory = "; ".join(part for part in (peak, f"a GPU is planned to need {planned}" if planned else "") if part)
+        return [*([f"memory  {memory}"] if memory else []), how]
+    peak = f"{gib(last.vram_peak)} GiB at most" if last.vram_peak else ""
+    memory = ", ".join(part for part in (peak, f"planned {planned}" if planned else "") if part)
+    return [(f"memory  {memory}   " if memory else "") + how]
 
 
 def _standing(answer: JobInFull, screen: Screen) -> list[str]:

@@ -29,6 +29,9 @@ def need_text(need: MemoryNeed, next_command: str, screen: Screen) -> str:
         lines += [*([""] if lines else []), *head, ""]
         lines += _parts(plan, longest, screen)
     lines += ["", *map(screen.dim, wrapped(need.planned_for, "", screen))]
+    if not need.on_gpu:
+        about = "Planned for a processor, since the fleet has no GPU: the resident memory of the whole process."
+        lines += map(screen.dim, wrapped(about, "", screen))
     if need.cards:
         rows = [
             [screen.style(f"{c.word:<7}", fg=_COLORS.get(c.word)), card_name(c.card), c.total_gib, c.how]

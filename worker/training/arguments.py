@@ -7,9 +7,10 @@ import os
 
 from transformers import TrainingArguments
 
-from loractl.common.job.method import Method
 from loractl.common.job.spec import JobSpec
 from loractl.common.job.status import Reason
+from loractl.common.memory.optimizer import optimizer_name
+from loractl.common.memory.step import checkpoints_activations
 from loractl.worker.base.arithmetic import Precision
 from loractl.worker.base.failure import TrainingFailed
 from loractl.worker.protocol.messages import Start
@@ -46,11 +47,11 @@ def training_arguments(order: Start, spec: JobSpec, precision: Precision) -> Tra
         num_train_epochs=t.num_train_epochs or 1,  # not looked at when max_steps is set
         max_steps=t.max_steps or -1,
         per_device_eval_batch_size=spec.evaluation.per_device_eval_batch_size,
-        activation_checkpointing=on_gpu if t.gradient_checkpointing is None else t.gradient_checkpointing,
+        activation_checkpointing=checkpoints_activations(spec, on_gpu=on_gpu),
         activation_checkpointing_kwargs={"use_reentrant": False},
         warmup_steps=t.warmup_steps if t.warmup_steps < 1 else int(t.warmup_steps),
         lr_scheduler_kwargs=t.lr_scheduler_kwargs or None,
-        optim=_optimizer(order),
+        optim=optimizer_name(order.spec, order.method, on_gpu=on_gpu),
         bf16=precision.amp == "bf16",
         fp16=precision.amp == "fp16",
         use_cpu=not on_gpu,
@@ -67,10 +68,3 @@ def training_arguments(order: Start, spec: JobSpec, precision: Precision) -> Tra
         run_name=f"{order.spec.name}-{order.job_id}",
         disable_tqdm=True,
     )
-
-
-def _optimizer(order: Start) -> str:
-    """auto: paged 8-bit AdamW where it helps, that is where memory is scarce; on a CPU there is nothing to page."""
-    if order.spec.training.optim != "auto":
-        return order.spec.training.optim
-    return "paged_adamw_8bit" if order.method is Method.QLORA and order.device == "cuda" else "adamw_torch"
