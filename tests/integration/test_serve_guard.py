@@ -7,6 +7,8 @@ import json
 import socket
 import threading
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -98,6 +100,69 @@ def test_a_page_of_another_site_is_not_answered(serve: Callable[..., int], key: 
     assert ask(port, **own, Content_Type="Application/JSON; charset=utf-8")[0] == 200
 
 
+MESSAGES = ASKED["messages"]
+TOOL = {"type": "function", "function": {"name": "f"}}
+SCHEMA = {"type": "json_schema", "json_schema": {"name": "a", "schema": {}}}
+IMAGE = {"type": "image_url", "image_url": {"url": "http://x"}}
+
+
+@pytest.mark.parametrize(
+    ("changed", "says", "param", "code"),
+    [
+        ({"top_k": 5}, "top_k is not known here", "top_k", "unknown_parameter"),
+        ({"min_p": 0.1}, "min_p is not known here", "min_p", "unknown_parameter"),
+        ({"repetition_penalty": 1.1}, "is not known here", "repetition_penalty", "unknown_parameter"),
+        ({"guided_json": {}}, "is not known here", "guided_json", "unknown_parameter"),
+        ({"chat_template_kwargs": {}}, "is not known here", "chat_template_kwargs", "unknown_parameter"),
+        ({"temprature": 1}, "did you mean temperature?", "temprature", "unknown_parameter"),
+        ({"n": 2}, "n is not supported here", "n", "unsupported_parameter"),
+        ({"tools": [TOOL]}, "no answer calls one", "tools", "unsupported_parameter"),
+        ({"response_format": SCHEMA}, "ask for JSON in the prompt", "response_format", "unsupported_parameter"),
+        ({"temperature": 3}, "temperature must be at most 2", "temperature", "invalid_value"),
+        ({"temperature": "hot"}, "temperature must be a number", "temperature", "invalid_type"),
+        ({"max_tokens": 0}, "max_tokens must be at least 1", "max_tokens", "invalid_value"),
+        ({"max_tokens": 10_000}, "the answer may have", "max_tokens", "context_length_exceeded"),
+        ({"max_completion_tokens": 9999}, "may have", "max_completion_tokens", "context_length_exceeded"),
+        ({"messages": []}, "messages needs at least 1", "messages", "invalid_value"),
+        ({"messages": "hello"}, "messages must be a list", "messages", "invalid_type"),
+        ({"messages": None}, "messages must be a list", "messages", "invalid_type"),
+        ({"messages": [{"role": "user"}]}, "is missing", "messages[0].content", "missing_required_parameter"),
+        ({"messages": [{"role": "x", "content": ""}]}, "must be one of", "messages[0].role", "invalid_value"),
+        ({"messages": [{"role": "user", "content": [IMAGE]}]}, "text alone", "messages[0].content", "invalid_value"),
+        ({"messages": [{**MESSAGES[0], "tool_calls": [TOOL]}]}, "tool_calls", "messages", "unsupported_parameter"),
+        ({"messages": [{"role": "user", "content": "a " * 600}]}, "tokens", "messages", "context_length_exceeded"),
+        ({"stop": ["x"] * 5}, "stop has more than 4 parts", "stop", "invalid_value"),
+        ({"model": "pink"}, "there is no model 'pink' here", "model", "model_not_found"),
+    ],
+)
+def test_what_is_refused_names_the_key_and_has_a_code(
+    serve: Callable[..., int], changed: dict[str, Any], says: str, param: str, code: str
+) -> None:
+    error = _error(serve(), {**ASKED, **changed})
+    assert says in error["message"] and "Input should" not in error["message"], error
+    assert (error["param"], error["code"], error["type"]) == (param, code, "invalid_request_error")
+
+
+def test_what_changes_no_answer_is_taken_and_a_body_that_is_no_json_is_said(serve: Callable[..., int]) -> None:
+    port = serve()
+    describing = {"user": "ada", "store": False, "metadata": {"a": "b"}, "parallel_tool_calls": True, "n": 1}
+    assert ask(port, {**ASKED, **describing})[0] == 200
+    tool = [*MESSAGES, {"role": "assistant", "content": "a", "tool_calls": None}]
+    tool.append({"role": "tool", "content": "4", "tool_call_id": "1"})
+    assert ask(port, {**ASKED, "messages": tool})[0] == 200, "trained on messages, which have the role tool"
+    assert "the body is no JSON" in ask(port, b"{")[1]
+    error = _error(port, {"model": "base"}, "/v1/completions")
+    assert (error["message"], error["param"]) == ("prompt is missing", "prompt")
+
+
+def _error(port: int, body: Any, path: str = "/v1/chat/completions") -> dict[str, Any]:
+    asked = urllib.request.Request(f"http://127.0.0.1:{port}{path}", json.dumps(body).encode(), JSON)
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(asked, timeout=20)
+    found: dict[str, Any] = json.load(refused.value)["error"]
+    return found
+
+
 def test_slow_callers_are_cut_off_and_others_are_answered_meanwhile(
     serve: Callable[..., int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -165,5 +230,5 @@ def test_a_prompt_that_can_not_fit_is_refused_before_it_is_tokenised(
     assert ask(port, {"model": "base", "prompt": long}, "/v1/completions")[0] == 400
     assert read == []
     assert ask(port, {"model": "x" * 257, "prompt": "x"}, "/v1/completions") == (
-        400, "model: String should have at most 256 characters",
+        400, "model has more than 256 letters",
     )  # fmt: skip

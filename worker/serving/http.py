@@ -24,9 +24,9 @@ from loractl.common.store.database import DatabaseError
 from loractl.worker.data.prompt import prompt_for, text_prompt
 
 from .access import AccessControl, answered
-from .decoding import Engine
+from .decoding import Engine, TooLong
 from .library import Library, Listed
-from .openai_api import ApiError, ChatRequest, Reply, TextRequest
+from .openai_api import ApiError, ChatRequest, Reply, TextRequest, refusal
 from .request import Ask, Said
 
 log = logging.getLogger("loractl.worker")
@@ -135,10 +135,7 @@ async def _read(request: Request, kind: Any) -> Any:
     try:
         return kind.model_validate_json(bytes(raw))
     except ValidationError as error:
-        first = error.errors()[0]
-        param = ".".join(str(part) for part in first["loc"]) or None
-        what = first["msg"].removeprefix("Value error, ")
-        raise ApiError(400, f"{param}: {what}" if param else what, param=param) from None
+        raise refusal(error) from None
 
 
 class Service:
@@ -192,13 +189,18 @@ class Service:
         messages = [message.plain() for message in asked.messages]
         self._check_length(sum(len(message["content"]) for message in messages), len(messages), "messages")
         format = await self._format(listed)
-        ids = await _refusing(lambda: prompt_for(format, messages, self._tokenizer))
+        if format not in (DataFormat.MESSAGES, DataFormat.SHAREGPT) and any(
+            message["role"] == "tool" for message in messages
+        ):
+            what = f"role tool is not known to {asked.model}: it was trained on {format.value} rows, which have none"
+            raise ApiError(400, what, param="messages")
+        ids = await _refusing(lambda: prompt_for(format, messages, self._tokenizer), "messages")
         return await self._answer(asked, listed, ids, request, chat=True)
 
     async def complete(self, asked: TextRequest, request: Request) -> Any:
         listed = await self._find(asked.model)
         self._check_length(len(asked.text), 1, "prompt")
-        ids = await _refusing(lambda: text_prompt(asked.text, self._tokenizer))
+        ids = await _refusing(lambda: text_prompt(asked.text, self._tokenizer), "prompt")
         return await self._answer(asked, listed, ids, request, chat=False)
 
     @property
@@ -231,10 +233,10 @@ class Service:
             raise ApiError(503, self.state)
         if self._engine.waiting >= MOST_WAITING:
             raise ApiError(503, f"{MOST_WAITING} requests wait already; try again in a while", code="overloaded")
-        room = await _refusing(lambda: self._engine.room(len(ids)))
+        room = await _refusing(lambda: self._engine.room(len(ids)), "messages" if chat else "prompt")
         if asked.limit is not None and asked.limit > room:
             what = f"{len(ids)} tokens are asked and {asked.limit} wanted; the answer may have {room} at the most"
-            raise ApiError(400, what, code="context_length_exceeded", param="max_tokens")
+            raise ApiError(400, what, code="context_length_exceeded", param=asked.limit_key)
         said: asyncio.Queue[Said] = asyncio.Queue()
         loop = asyncio.get_running_loop()
         ask = await self._ask(asked, listed, ids, asked.limit or min(DEFAULT_TOKENS, room), loop, said)
@@ -312,13 +314,15 @@ def _event(body: dict[str, Any]) -> str:
     return f"data: {json.dumps(body, ensure_ascii=False)}\n\n"
 
 
-async def _refusing(work: Callable[[], Any]) -> Any:
-    """Run the call in a thread beside the event loop; an error becomes an ApiError."""
+async def _refusing(work: Callable[[], Any], param: str | None = None) -> Any:
+    """Run the call in a thread beside the event loop; an error becomes an ApiError, about `param` of the request."""
     try:
         return await asyncio.to_thread(work)
+    except TooLong as error:
+        raise ApiError(400, error.sentence, code="context_length_exceeded", param=param) from error
     except UsageError as error:
         hint = f" ({error.hint})" if error.hint else ""
-        raise ApiError(400, f"{error.sentence}{hint}") from error
+        raise ApiError(400, f"{error.sentence}{hint}", param=param) from error
     except (LoractlError, DatabaseError) as error:
         what = error.sentence if isinstance(error, LoractlError) else "the database is away"
         log.error("%s", what)

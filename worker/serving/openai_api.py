@@ -1,20 +1,30 @@
 """The part of OpenAI's HTTP API that a base and its adapters can answer: requests read strictly, answers in its form.
 
 Form: https://platform.openai.com/docs/api-reference/chat. A key that would change an answer and isn't supported is
-refused, never left out silently. A key that only describes the caller (user, metadata, ...) is ignored.
+refused, never left out silently, and so is a key that is not known. A key that only describes the caller (user,
+metadata, ...) is ignored.
 """
 
 from __future__ import annotations
 
+import difflib
 import time
 import uuid
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from .request import Said
 
 Ended = Literal["stop", "length"]
+
+
+_CODES = {
+    400: "invalid_value", 401: "invalid_api_key", 403: "forbidden", 404: "not_found", 405: "method_not_allowed",
+    408: "request_timeout", 413: "request_too_large", 415: "unsupported_media_type", 499: "client_closed_request",
+    503: "server_unavailable",
+}  # fmt: skip
+"""By status, where an error has no closer code."""
 
 
 class ApiError(Exception):
@@ -22,7 +32,8 @@ class ApiError(Exception):
 
     def __init__(self, status: int, message: str, *, code: str | None = None, param: str | None = None) -> None:
         super().__init__(message)
-        self.status, self.message, self.code, self.param = status, message, code, param
+        self.status, self.message, self.param = status, message, param
+        self.code = code or _CODES.get(status, "server_error")
 
     def body(self) -> dict[str, Any]:
         """{"error": {...}} as OpenAI's clients expect it."""
@@ -38,9 +49,34 @@ class _Part(BaseModel):
 class Message(BaseModel):
     """One message; its content is text, or parts that are all text."""
 
-    role: Literal["system", "developer", "user", "assistant"]
+    model_config = ConfigDict(extra="allow")
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[_Part]
     name: str | None = None
+    tool_call_id: str | None = None  # chat templates of plain messages have no place for it
+
+    @field_validator("content", mode="before")
+    @classmethod
+    def _text_alone(cls, value: Any) -> Any:
+        """A plain sentence in place of one for each kind that content may be of."""
+        if isinstance(value, str):
+            return value
+        if not isinstance(value, list):
+            raise ValueError("must be text, or a list of parts that are text")
+        for part in value:
+            if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+                kind = part.get("type") if isinstance(part, dict) else part
+                raise ValueError(f"holds a part of the kind {str(kind)[:40]!r}; the models here read text alone")
+        return value
+
+    @model_validator(mode="after")
+    def _nothing_else(self) -> Message:
+        for key, value in (self.model_extra or {}).items():
+            if value not in (None, [], {}, ""):
+                what = f"{key[:64]} of a message is not supported here: a message is its role and its text"
+                raise ApiError(400, what, code="unsupported_parameter", param="messages")
+        return self
 
     def plain(self) -> dict[str, str]:
         """As chat templates take it."""
@@ -60,6 +96,18 @@ _UNCHANGING: dict[str, Any] = {
 }  # fmt: skip
 """Keys that are not supported, with the values that ask for nothing and are let through."""
 
+_DESCRIBING = frozenset({
+    "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
+    "parallel_tool_calls", "prediction",
+})  # fmt: skip
+"""Keys that describe the caller, or how fast an answer should come: they change no answer, and are ignored."""
+
+
+_REASONS = {
+    "response_format": "response_format is not supported here: no answer is held to a form; ask for JSON in the prompt,"
+    " and check what comes",
+    "tools": "tools is not supported here: no answer calls one; role tool is read where training had it",
+}
 
 StopText = Annotated[str, Field(max_length=256)]
 
@@ -89,9 +137,19 @@ class _Request(BaseModel):
     @model_validator(mode="after")
     def _no_more_than_can_be_done(self) -> _Request:
         for key, value in (self.model_extra or {}).items():
-            if key in _UNCHANGING and value not in _UNCHANGING[key]:
-                raise ValueError(f"{key} is not supported here")
+            if key in _UNCHANGING:
+                if value not in _UNCHANGING[key]:
+                    what = _REASONS.get(key, f"{key} is not supported here")
+                    raise ApiError(400, what, code="unsupported_parameter", param=key)
+            elif key not in _DESCRIBING:
+                raise self._unknown(key)
         return self
+
+    def _unknown(self, key: str) -> ApiError:
+        known = {*type(self).model_fields, *_UNCHANGING, *_DESCRIBING}
+        close = difflib.get_close_matches(key, known, 1, 0.75)
+        meant = f"; did you mean {close[0]}?" if close else ": it would change nothing, so it is refused"
+        return ApiError(400, f"{key[:64]} is not known here{meant}", code="unknown_parameter", param=key[:64])
 
 
 class ChatRequest(_Request):
@@ -103,6 +161,10 @@ class ChatRequest(_Request):
     @property
     def limit(self) -> int | None:
         return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def limit_key(self) -> str:
+        return "max_completion_tokens" if self.max_completion_tokens else "max_tokens"
 
 
 class TextRequest(_Request):
@@ -124,6 +186,57 @@ class TextRequest(_Request):
     @property
     def limit(self) -> int | None:
         return self.max_tokens
+
+    @property
+    def limit_key(self) -> str:
+        return "max_tokens"
+
+
+def refusal(error: ValidationError) -> ApiError:
+    """The first thing that is wrong with a body, in plain words, with the key that it is about."""
+    found = error.errors(include_url=False)
+    about = _path(found[0]["loc"])
+    # of a value that may be of several kinds, what is wrong with the kind that it is of says more
+    first = next((e for e in found if _path(e["loc"]) == about and not e["type"].endswith("_type")), found[0])
+    param = _path(first["loc"])
+    kind, facts = first["type"], first.get("ctx", {})
+    if kind == "json_invalid":
+        return ApiError(400, f"the body is no JSON: {facts.get('error', 'it ends too soon')}", code="invalid_json")
+    if kind == "missing":
+        return ApiError(400, f"{param} is missing", code="missing_required_parameter", param=param)
+    if kind in _WORDS:
+        words = _WORDS[kind].format(**facts)
+    elif kind == "value_error":
+        words = str(facts.get("error"))
+    else:
+        words = f"is not what it should be ({first['msg']})"
+    code = "invalid_type" if kind.endswith(("_type", "_parsing")) else "invalid_value"
+    return ApiError(400, f"{param or 'the body'} {words}", code=code, param=param)
+
+
+_WORDS = {
+    "string_type": "must be text", "list_type": "must be a list", "int_type": "must be a whole number",
+    "int_parsing": "must be a whole number", "int_from_float": "must be a whole number",
+    "float_type": "must be a number", "float_parsing": "must be a number", "bool_type": "must be true or false",
+    "bool_parsing": "must be true or false", "model_type": "must be an object", "dict_type": "must be an object",
+    "model_attributes_type": "must be an object", "finite_number": "must be a finite number",
+    "literal_error": "must be one of {expected}", "greater_than": "must be above {gt}",
+    "greater_than_equal": "must be at least {ge}", "less_than": "must be below {lt}",
+    "less_than_equal": "must be at most {le}", "string_too_long": "has more than {max_length} letters",
+    "too_long": "has more than {max_length} parts", "too_short": "needs at least {min_length}",
+}  # fmt: skip
+"""pydantic's kinds of errors as what follows the key's name."""
+
+
+def _path(places: tuple[int | str, ...]) -> str | None:
+    """messages[0].role; without what pydantic adds of the kinds that a value may be of."""
+    path = ""
+    for place in places:
+        if isinstance(place, int):
+            path += f"[{place}]"
+        elif place.isidentifier() and place not in ("str", "int", "list"):
+            path += f".{place}" if path else place
+    return path or None
 
 
 class Reply:
