@@ -27,7 +27,7 @@ SHAREGPT_ROLES = {
     "observation": "tool",
     "function_response": "tool",
 }
-"""Names that ShareGPT's descendants give to roles; those of ROLES are taken as they are."""
+"""Names that ShareGPT's descendants give to roles, in any conversation; those of ROLES are taken as they are."""
 
 INNER_COLUMNS = ("role", "content", "from", "value")
 """Keys of a message, not of a row."""
@@ -185,10 +185,10 @@ def _conversation(row: RawRow, file: str | Path, column: str, speaker: str, said
         if not isinstance(message, dict):
             raise wrong(f"{where} is {kind_of(message)}, not an object with {speaker} and {said}", "not text")
         named, content = message.get(speaker), message.get(said)
-        role = SHAREGPT_ROLES.get(named, named) if column == "conversations" and isinstance(named, str) else named
+        role = SHAREGPT_ROLES.get(named, named) if isinstance(named, str) else named
         if role not in ROLES:
-            known = ROLES if column == "messages" else (*ROLES, *SHAREGPT_ROLES)
-            raise wrong(f"{where} has the role {named!r}, not one of {', '.join(known)}", "unknown role")
+            known = ", ".join((*ROLES, *SHAREGPT_ROLES))
+            raise wrong(f"{where} has the role {named!r}, not one of {known}", "unknown role")
         if not isinstance(content, str):
             raise wrong(f"{where}: {said} is {kind_of(content)}, not text", "not text")
         if role == "system" and turns:

@@ -25,20 +25,35 @@ from .translation import (
     carry_by_rules,
     carry_same,
     choice,
+    evaluate_each,
     fill_in,
     from_here,
     get_key,
     held_out,
     names_of,
     only,
+    refuse_pictures,
     set_key,
     short,
     skip_all,
+    tell_held_out,
     truth,
     unset_key,
 )
 
+_ROLES = {"user": {"human", "user"}, "assistant": {"gpt", "chatgpt", "assistant"}, "system": {"system"},
+          "tool": {"tool", "observation", "function_response"}}  # fmt: skip
+"""Names of roles that loractl's rows may have, by the role that they mean."""
+
 _AS_HERE = {"split": "train", "roles_to_train": ["assistant"], "train_on_eos": "turn"}  # what loractl does anyway
+_PROMPTS = {
+    "alpaca": 'alpaca: Axolotl writes "Below is an instruction that describes a task" around each row, loractl the '
+    "model's own chat template",
+    "sharegpt": "sharegpt: Axolotl takes the template that the file names, loractl the model's own",
+    "completion": "completion: Axolotl cuts a long text into several rows, loractl keeps its first sequence_len tokens",
+}
+"""What else a type of rows means there."""
+
 _FORMATS = {"alpaca": "alpaca", "sharegpt": "sharegpt", "completion": "text", "chat_template": None}
 
 
@@ -55,6 +70,7 @@ def from_axolotl(theirs: dict[str, Any], file: Path, folder: Path) -> Draft:
             f"{file} trains {what}: loractl trains LoRA and QLoRA",
             "set adapter: lora or adapter: qlora, with lora_r and lora_alpha",
         )
+    refuse_pictures(theirs, {"processor_type", "image_size", "image_resize_algorithm", "is_multimodal"}, file)
     draft.put("base_model", "base_model", theirs["base_model"])
     four_bit = adapter == "qlora" or theirs.get("load_in_4bit") is True
     draft.put("adapter", "method", "qlora" if four_bit else "lora")
@@ -67,8 +83,37 @@ def from_axolotl(theirs: dict[str, Any], file: Path, folder: Path) -> Draft:
     if isinstance(tests, list) and tests and isinstance(tests[0], dict) and "path" in tests[0]:
         draft.put("test_datasets", "dataset.eval_path", from_here(tests[0]["path"], file.parent, folder))
         unset_key(draft.job, "dataset.test_size")
+    tell_held_out(draft, theirs, "val_set_size")
+    _evaluations(draft, theirs)
+    _number_format(draft, theirs)
     fill_in(draft, _DEFAULTS)
     return draft
+
+
+def _evaluations(draft: Draft, theirs: dict[str, Any]) -> None:
+    """How often the held-out loss is measured on the way. Without held-out rows Axolotl never measures it."""
+    strategy = theirs.get("eval_strategy")
+    each = 1 if strategy == "epoch" else theirs.get("evals_per_epoch")
+    key = "eval_strategy" if strategy == "epoch" else "evals_per_epoch"
+    never = strategy in ("no", False) or not (theirs.get("val_set_size") or theirs.get("test_datasets"))
+    if never and "training.eval_steps" in draft.carried.values():
+        unset_key(draft.job, "training.eval_steps")
+        del draft.carried["eval_steps"]
+        draft.skip("eval_steps")
+    if never or not each:
+        for name in ("evals_per_epoch", "eval_strategy"):
+            if name in theirs and name not in draft.carried:
+                draft.skip(name)
+        return
+    evaluate_each(draft, key, each)
+
+
+def _number_format(draft: Draft, theirs: dict[str, Any]) -> None:
+    """Axolotl computes in fp32 where bf16 is switched off and fp16 is not switched on."""
+    off = [key for key in ("bf16", "bfloat16") if theirs.get(key) is False]
+    if off and get_key(draft.job, "training.dtype") is None:
+        draft.not_needed.remove(off[0])
+        draft.put(off[0], "training.dtype", "float32")
 
 
 def _data(draft: Draft, datasets: list[Any], file: Path, folder: Path) -> None:
@@ -83,8 +128,18 @@ def _data(draft: Draft, datasets: list[Any], file: Path, folder: Path) -> None:
     _format(draft, first)
     known = {"path", "data_files", "ds_type", *_columns(draft, first)}
     for key in sorted(first.keys() - known, key=str):
-        if first[key] != _AS_HERE.get(key):
+        if key == "roles" and _known_roles(first[key]):
+            draft.skip("datasets[0].roles")
+        elif first[key] != _AS_HERE.get(key):
             draft.leave(f"datasets[0].{key}", f"{short(first[key])}: loractl has no such setting")
+
+
+def _known_roles(roles: Any) -> bool:
+    """Whether rows with these names of roles are read here as they are there."""
+    return isinstance(roles, dict) and all(
+        isinstance(names, list) and all(isinstance(name, str) and name in _ROLES.get(role, ()) for name in names)
+        for role, names in roles.items()
+    )
 
 
 def _format(draft: Draft, first: dict[str, Any]) -> None:
@@ -99,6 +154,10 @@ def _format(draft: Draft, first: dict[str, Any]) -> None:
     elif isinstance(kind, str) and kind in _FORMATS:
         if _FORMATS[kind]:
             draft.put(key, "dataset.format", _FORMATS[kind])
+        if kind == "completion":
+            set_key(draft.job, "dataset.on_overflow", "truncate")
+        if kind in _PROMPTS:
+            draft.differ(key, _PROMPTS[kind])
     else:
         draft.leave(key, f"{short(kind)}: rows are recognised by their columns instead")
 
@@ -133,8 +192,12 @@ def _tracker(name: str) -> Callable[[Draft, str, Any], None]:
         if not value:
             draft.skip(key)
             return
-        set_key(draft.job, "training.report_to", [*(get_key(draft.job, "training.report_to") or []), name])
+        told = get_key(draft.job, "training.report_to") or []
+        set_key(draft.job, "training.report_to", [*told, *([name] if name not in told else [])])
         draft.carried[key] = "training.report_to"
+        if key == "wandb_project":
+            what = f"{short(value)}: runs go to the project that the worker's own WANDB_PROJECT names"
+            draft.differ(key, f"{what}, and the worker needs wandb and an account")
 
     return rule
 
@@ -191,7 +254,7 @@ _NOT_NEEDED = {
     "eval_table_size", "wandb_entity", "wandb_watch", "wandb_name", "wandb_run_id", "wandb_log_model", "wandb_mode",
     "dataset_processes", "dataloader_num_workers", "dataloader_pin_memory", "hub_model_id", "val_set_seed",
     "lora_fan_in_fan_out", "resume_from_checkpoint", "auto_resume_from_checkpoints", "plugins",
-    "include_tokens_per_second", "shuffle_merged_datasets", "do_eval", "eval_strategy", "save_strategy",
+    "include_tokens_per_second", "shuffle_merged_datasets", "do_eval", "save_strategy",
 }  # fmt: skip
 
 
@@ -232,12 +295,17 @@ _RULES: dict[str, Callable[[Draft, str, Any], None]] = {
     "fsdp": ONE_CARD,
     "fsdp_config": ONE_CARD,
     "trust_remote_code": REMOTE,
-    "evals_per_epoch": only(0, "the held-out loss is measured at the end, and every training.eval_steps"),
+    "excess_length_strategy": choice(
+        "dataset.on_overflow",
+        {"drop": "drop", "truncate": "truncate", "raise": "error"},
+        "long rows are dropped, cut, or refused",
+    ),
 }
 
 
 _DEFAULTS = {
     "dataset.max_length": 512,
+    "dataset.on_overflow": "drop",
     "lora.lora_dropout": 0.0,
     "training.num_train_epochs": 1,
     "training.per_device_train_batch_size": 1,

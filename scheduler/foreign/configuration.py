@@ -31,6 +31,7 @@ class Imported:
     left_out: dict[str, str]  # their key -> why; without it the training is another
     not_needed: tuple[str, ...]  # folders, caches, processes: nothing that is learned
     filled_in: dict[str, Any]  # our key -> the tool's default, which differs from ours
+    otherwise: dict[str, str]  # their key -> what loractl does otherwise, though the setting is carried or was not set
 
     def as_json(self) -> dict[str, Any]:
         return {**vars(self), "not_needed": list(self.not_needed)}
@@ -61,6 +62,7 @@ def import_file(file: Path, folder: Path) -> Imported:
         left_out=draft.left_out,
         not_needed=tuple(draft.not_needed),
         filled_in=draft.filled_in,
+        otherwise=draft.otherwise,
     )
 
 

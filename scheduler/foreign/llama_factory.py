@@ -26,14 +26,18 @@ from .translation import (
     carry_by_rules,
     carry_same,
     choice,
+    evaluate_each,
     fill_in,
     from_here,
     get_key,
     held_out,
     names_of,
     only,
+    refuse_pictures,
+    set_key,
     short,
     skip_all,
+    tell_held_out,
     truth,
     unset_key,
 )
@@ -49,6 +53,7 @@ def from_llama_factory(theirs: dict[str, Any], file: Path, folder: Path) -> Draf
         raise UsageError(
             f"{file} has finetuning_type: {kind}: loractl trains LoRA and QLoRA", "set finetuning_type: lora"
         )
+    refuse_pictures(theirs, _PICTURES, file)
     draft.put("model_name_or_path", "base_model", theirs["model_name_or_path"])
     bits = theirs.get("quantization_bit")
     draft.put("quantization_bit" if bits == 4 else "finetuning_type", "method", "qlora" if bits == 4 else "lora")
@@ -66,17 +71,63 @@ def from_llama_factory(theirs: dict[str, Any], file: Path, folder: Path) -> Draf
         draft.skip("dataset_dir")
     if "dataset" not in theirs:
         raise UsageError(f"{file} names no data set", "dataset is a name from dataset_info.json")
-    _data(draft, "dataset", theirs["dataset"], place, folder)
+    entry = _data(draft, "dataset", theirs["dataset"], place, folder)
+    _columns(draft, entry, texts=stage == "pt")
     if "eval_dataset" in theirs:
         _data(draft, "eval_dataset", theirs["eval_dataset"], place, folder)
         unset_key(draft.job, "dataset.test_size")
+    tell_held_out(draft, theirs, "val_size")
+    _rows(draft, theirs)
+    _evaluations(draft, theirs)
+    if not any(theirs.get(key) for key in ("bf16", "pure_bf16", "fp16")):
+        draft.differ(
+            "bf16", "off, and fp16 too: LLaMA-Factory takes the base's own number format, loractl the device's"
+        )
     rank = get_key(draft.job, "lora.r")
     fill_in(draft, {**_DEFAULTS, "lora.lora_alpha": 2 * (rank if isinstance(rank, int) else _DEFAULTS["lora.r"])})
     return draft
 
 
-def _data(draft: Draft, key: str, named: Any, place: Path, folder: Path) -> None:
-    """Look the data set up in dataset_info.json, as LLaMA-Factory does."""
+def _rows(draft: Draft, theirs: dict[str, Any]) -> None:
+    """How rows become tokens there, where it is otherwise here."""
+    packs = theirs.get("packing", theirs.get("stage") == "pt")
+    if theirs.get("stage") == "pt":
+        draft.put("stage", "dataset.format", "text")
+        draft.not_needed.remove("stage")
+        if packs:
+            if "packing" not in theirs:
+                set_key(draft.job, "training.packing", True)
+                draft.filled_in["training.packing"] = True
+            what = "LLaMA-Factory cuts the row of all texts at each cutoff_len, so that none is lost and they see each "
+            draft.differ("packing", f"{what}other; here a longer text loses its end, and texts can't see each other")
+        return
+    if packs and not theirs.get("neat_packing"):
+        draft.differ("packing", "examples that share a row see each other there, as with neat_packing they don't here")
+    what = "LLaMA-Factory cuts question and answer of a longer row in proportion, loractl cuts the row's end"
+    draft.differ("cutoff_len", what)
+    if "template" in theirs:
+        what = "LLaMA-Factory also learns what its template writes after an answer's end, often a newline"
+        draft.differ("template", f"{what}; loractl does not")
+
+
+def _evaluations(draft: Draft, theirs: dict[str, Any]) -> None:
+    """How often the held-out loss is measured on the way: not at all, unless the file says so."""
+    key = "eval_strategy" if "eval_strategy" in theirs else "evaluation_strategy"
+    strategy = theirs.get(key, "no")
+    if strategy != "steps" and "eval_steps" in draft.carried:
+        unset_key(draft.job, "training.eval_steps")
+        del draft.carried["eval_steps"]
+        draft.skip("eval_steps")
+    if strategy == "steps" and "eval_steps" not in theirs:
+        draft.put(key, "training.eval_steps", get_key(draft.job, "training.logging_steps") or 500)
+    elif strategy == "epoch":
+        evaluate_each(draft, key, 1)
+    elif key in theirs:
+        draft.skip(key)
+
+
+def _data(draft: Draft, key: str, named: Any, place: Path, folder: Path) -> dict[str, Any]:
+    """Look the data set up in dataset_info.json, as LLaMA-Factory does. Returns what that says of it."""
     names = [str(name).strip() for name in (named if isinstance(named, list) else str(named).split(","))] or [""]
     if len(names) > 1:
         draft.leave(f"{key}: {', '.join(names[1:])}", "a job trains on one data set: put the rows into one file")
@@ -91,8 +142,11 @@ def _data(draft: Draft, key: str, named: Any, place: Path, folder: Path) -> None
     else:
         draft.put(key, ours, names[0])
         draft.leave(f"{key}: {names[0]}", f"{listing} does not say which file that is: write its path into {ours}")
-    if key == "dataset":
-        _columns(draft, listing.name, entry)
+    columns = part if isinstance(part := entry.get("columns"), dict) else {}
+    if seen := {"images", "videos", "audios"} & columns.keys():
+        what = f"{listing}: {names[0]} has {', '.join(sorted(seen))}"
+        raise UsageError(f"{what}, and loractl trains on text alone")
+    return entry
 
 
 def _listed(listing: Path, name: str) -> dict[str, Any]:
@@ -106,10 +160,14 @@ def _listed(listing: Path, name: str) -> dict[str, Any]:
     return entry if isinstance(entry, dict) else {}
 
 
-def _columns(draft: Draft, listing: str, entry: dict[str, Any]) -> None:
-    """The listing's names of columns, where they differ from loractl's."""
+def _columns(draft: Draft, entry: dict[str, Any], *, texts: bool) -> None:
+    """The listing's names of columns, where they differ from loractl's. `texts`: rows are plain text, in one column."""
+    listing = "dataset_info.json"
     columns, tags = ({} if not isinstance(part := entry.get(key), dict) else part for key in ("columns", "tags"))
-    if entry.get("formatting") == "sharegpt":
+    if texts:
+        theirs = {"text": columns.get("prompt", "instruction" if entry else "text")}
+        known = {"prompt"}
+    elif entry.get("formatting") == "sharegpt":
         openai = tags.get("content_tag") == "content"
         role, content = ("role", "content") if openai else ("from", "value")
         theirs = {
@@ -123,6 +181,10 @@ def _columns(draft: Draft, listing: str, entry: dict[str, Any]) -> None:
         ours_of = {"prompt": "instruction", "query": "input", "response": "output", "system": "system"}
         theirs = {ours: columns.get(name, ours) for name, ours in ours_of.items()}
         known = set(ours_of)
+        if entry and columns.get("query", "input"):
+            draft.differ(
+                f"{listing}: columns.query", "a row's input follows on the next line there, after an empty line here"
+            )
     renamed = {ours: name for ours, name in theirs.items() if name and name != ours}
     if renamed:
         draft.put(f"{listing}: columns", "dataset.columns", renamed)
@@ -168,10 +230,15 @@ _SAME = {
 _NOT_NEEDED = {
     "do_train", "do_eval", "output_dir", "overwrite_output_dir", "overwrite_cache", "preprocessing_num_workers",
     "dataloader_num_workers", "plot_loss", "save_only_model", "save_total_limit", "ddp_timeout", "save_strategy",
-    "resume_from_checkpoint", "eval_strategy", "evaluation_strategy", "run_name", "cache_dir", "tokenized_path",
+    "resume_from_checkpoint", "run_name", "cache_dir", "tokenized_path",
     "quantization_method", "double_quantization", "quantization_type", "report_to_project", "use_fast_tokenizer",
     "include_num_input_tokens_seen", "ddp_find_unused_parameters", "val_on_each_dataset", "upcast_layernorm",
 }  # fmt: skip
+
+
+_PICTURES = {"image_max_pixels", "image_min_pixels", "video_max_pixels", "video_min_pixels", "video_fps", "media_dir",
+             "freeze_vision_tower", "audio_sampling_rate"}  # fmt: skip
+"""Keys of files that train on more than text."""
 
 
 _RULES: dict[str, Callable[[Draft, str, Any], None]] = {

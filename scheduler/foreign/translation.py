@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from loractl.common.adapter_config import is_module_name
+from loractl.common.errors import UsageError
 
 NOT_SUPERVISED = "loractl fine-tunes adapters on rows with answers"
 
@@ -24,6 +25,7 @@ class Draft:
     left_out: dict[str, str] = field(default_factory=dict)
     not_needed: list[str] = field(default_factory=list)
     filled_in: dict[str, Any] = field(default_factory=dict)
+    otherwise: dict[str, str] = field(default_factory=dict)
 
     def put(self, theirs: str, ours: str, value: Any) -> None:
         """Carry a value under our name."""
@@ -33,6 +35,10 @@ class Draft:
     def leave(self, theirs: str, why: str) -> None:
         """Name a key that is not carried although it changes what is trained."""
         self.left_out[theirs] = why
+
+    def differ(self, theirs: str, how: str) -> None:
+        """Name what the other tool does, by this setting or unasked, and loractl does otherwise."""
+        self.otherwise[theirs] = how
 
     def skip(self, theirs: str) -> None:
         """Name a key that loractl does not need."""
@@ -112,6 +118,33 @@ def only(accepted: Any, why: str) -> Callable[[Draft, str, Any], None]:
     return rule
 
 
+HELD_OUT = "rows are always held out to compare base and tuned on, a tenth (dataset.test_size), and not trained on"
+
+
+def tell_held_out(draft: Draft, theirs: Mapping[str, Any], key: str) -> None:
+    """Say that a tenth of the rows is held out where their file says nothing of it."""
+    if key not in theirs and get_key(draft.job, "dataset.eval_path") is None:
+        draft.differ(key, f"not set, which holds out none there: {HELD_OUT}")
+
+
+def refuse_pictures(theirs: Mapping[str, Any], keys: set[str], file: Path) -> None:
+    """Raises UsageError for a training on more than text: its rows would lose their pictures without a word."""
+    if found := sorted(key for key in keys & theirs.keys() if theirs[key] not in (False, [], "")):
+        raise UsageError(f"{file} trains on pictures or sound ({', '.join(found)}): loractl trains on text alone")
+
+
+def evaluate_each(draft: Draft, key: str, times: float) -> None:
+    """An evaluation so many times an epoch, as a share of all steps."""
+    epochs = get_key(draft.job, "training.num_train_epochs") or 1
+    known = isinstance(times, (int, float)) and isinstance(epochs, (int, float)) and times > 0 and epochs > 0
+    if not known or times * epochs < 1:
+        draft.leave(key, f"{short(times)}: is not a number of times that loractl can spread over the steps")
+    elif times * epochs == 1:
+        draft.skip(key)  # once, at the end, is what loractl does anyway
+    else:
+        draft.put(key, "training.eval_steps", 1 / (times * epochs))
+
+
 def held_out(draft: Draft, key: str, value: Any) -> None:
     """The share of rows that is held out, which may be a number of rows elsewhere."""
     if isinstance(value, (int, float)) and 0 < value < 1:
@@ -119,7 +152,7 @@ def held_out(draft: Draft, key: str, value: Any) -> None:
     elif value:
         draft.leave(key, f"{short(value)} rows: dataset.test_size is a share")
     else:
-        draft.leave(key, "0: rows are always held out, a tenth, to compare base and tuned on")
+        draft.leave(key, f"0: {HELD_OUT}")
 
 
 def names_of(ours: str) -> Callable[[Draft, str, Any], None]:
@@ -155,7 +188,7 @@ OPTIMIZER = choice("training.optim", _OPTIMIZERS, "loractl has no such optimizer
 
 BF16 = choice(
     "training.dtype", {True: "bfloat16", "full": "bfloat16", "auto": None, False: None}, "no such number format"
-)
+)  # False is the whole file's business: see the tools' own modules
 
 
 FP16 = choice("training.dtype", {True: "float16", False: None}, "no such number format")

@@ -192,13 +192,20 @@ def test_a_conversation_may_open_with_a_system_message_and_use_tools() -> None:
     assert [t.role for t in learn({"messages": messages}, DataFormat.MESSAGES).turns] == [m["role"] for m in messages]
 
 
+def test_messages_take_the_names_of_roles_that_other_tools_take() -> None:
+    """Axolotl's chat_template reads human and gpt in any conversation."""
+    messages = [SYSTEM, message("human"), message("gpt"), message("human"), message("gpt")]
+    learned = learn({"messages": messages}, DataFormat.MESSAGES)
+    assert [turn.role for turn in learned.turns] == ["system", "user", "assistant", "user", "assistant"]
+
+
 @pytest.mark.parametrize(
     ("messages", "what"),
     [
         (None, "messages is missing or null, not a list of messages"),
         ([], "messages is empty"),
         (["hi"], "message 1 is text, not an object with role and content"),
-        ([message("human")], "message 1 has the role 'human', not one of system, user, assistant, tool"),
+        ([message("bot")], "message 1 has the role 'bot', not one of system, user, assistant, tool, human, gpt"),
         ([message(["user"])], "message 1 has the role ['user'], not one of system, user, assistant, tool"),
         ([USER, message("assistant", None)], "message 2: content is missing or null, not text"),
         ([USER, message("assistant", [1])], "message 2: content is a list, not text"),

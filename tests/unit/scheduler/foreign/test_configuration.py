@@ -114,14 +114,15 @@ def test_an_axolotl_file_becomes_a_job_and_every_key_is_accounted_for(tmp_path: 
     training = spec.training
     assert (training.num_train_epochs, training.learning_rate, training.weight_decay) == (2, 2e-4, 0.01)
     assert (training.per_device_train_batch_size, training.gradient_accumulation_steps) == (1, 8)
-    assert told["filled_in"] == {"training.per_device_train_batch_size": 1}, "Axolotl's default, which is not ours"
+    assert told["filled_in"] == {"training.per_device_train_batch_size": 1, "dataset.on_overflow": "drop"}, "not ours"
     assert training.packing and training.gradient_checkpointing and training.attn_implementation == "flash_attention_2"
     assert (training.optim, training.report_to, training.warmup_steps) == ("paged_adamw_8bit", ["wandb"], 0.1)
     assert told["left_out"].keys() == {
-        "chat_template", "lr_scheduler", "tf32", "evals_per_epoch", "early_stopping_patience", "special_tokens",
-        "unheard_of", "datasets[0].name", "odd\x1b[2J\nkey: 1",
+        "chat_template", "lr_scheduler", "tf32", "special_tokens", "unheard_of", "datasets[0].name",
+        "odd\x1b[2J\nkey: 1",
     }  # fmt: skip
-    assert "eval_steps" in told["left_out"]["early_stopping_patience"]
+    assert (training.eval_steps, training.early_stopping_patience) == (1 / 8, 3), "4 times in each of 2 epochs"
+    assert told["otherwise"].keys() == {"wandb_project"} and "WANDB_PROJECT" in told["otherwise"]["wandb_project"]
     accounted(told, AXOLOTL, "resume_from_checkpoint")
 
 
@@ -167,6 +168,115 @@ def test_columns_and_text_of_an_axolotl_data_set_are_named(tmp_path: Path) -> No
         tmp_path, "base_model: a/b\nadapter: lora\ndatasets: [{path: o/d, type: completion, field: body}]\n"
     )
     assert spec.dataset.format is DataFormat.TEXT and spec.dataset.columns == {"text": "body"}
+
+
+SHORT = "base_model: a/b\nadapter: lora\nval_set_size: 0.1\ndatasets: [{path: o/d, type: alpaca}]\n"
+LISTED = "model_name_or_path: a/b\nval_size: 0.1\nbf16: true\ndataset: rows\n"
+
+
+@pytest.mark.parametrize(
+    ("line", "key", "value"),
+    [
+        ("bf16: false", "training.dtype", "float32"),
+        ("bf16: false\nfp16: true", "training.dtype", "float16"),
+        ("", "training.dtype", "auto"),
+        ("", "dataset.on_overflow", "drop"),
+        ("excess_length_strategy: truncate", "dataset.on_overflow", "truncate"),
+        ("excess_length_strategy: raise", "dataset.on_overflow", "error"),
+        ("eval_steps: 20", "training.eval_steps", 20),
+        ("eval_strategy: no\neval_steps: 20", "training.eval_steps", None),
+        ("eval_strategy: epoch\nnum_epochs: 4", "training.eval_steps", 0.25),
+        ("evals_per_epoch: 2\nnum_epochs: 2", "training.eval_steps", 0.25),
+        ("evals_per_epoch: 1\nnum_epochs: 1", "training.eval_steps", None),
+        ("evals_per_epoch: 4\nval_set_size: 0", "training.eval_steps", None),
+        ("eval_steps: 20\nval_set_size: 0", "training.eval_steps", None),
+    ],
+)
+def test_what_axolotl_does_by_a_setting_or_unasked_is_carried(
+    tmp_path: Path, line: str, key: str, value: object
+) -> None:
+    theirs = "".join(SHORT.splitlines(keepends=True)[:2]) if "val_set_size" in line else SHORT
+    theirs += SHORT.splitlines()[3] + "\n" if "val_set_size" in line else ""
+    told, spec = imported(tmp_path, f"{theirs}{line}\n")
+    section, name = key.split(".")
+    assert getattr(getattr(spec, section), name) == value
+    accounted(told, f"{theirs}{line}\n")
+
+
+def test_what_axolotl_does_otherwise_is_named(tmp_path: Path) -> None:
+    told, _ = imported(tmp_path, SHORT.replace("val_set_size: 0.1\n", "wandb_project: mine\n"))
+    assert "a tenth" in told["otherwise"]["val_set_size"] and '"mine"' in told["otherwise"]["wandb_project"]
+    assert "Below is an instruction" in told["otherwise"]["datasets[0].type"]
+    told, spec = imported(tmp_path, SHORT.replace("alpaca", "completion"))
+    assert "into several rows" in told["otherwise"]["datasets[0].type"]
+    assert spec.dataset.on_overflow.value == "truncate", "a dropped text would be lost whole"
+    account = CliRunner().invoke(cli, ["import", str(tmp_path / "theirs.yaml")])
+    assert "Done otherwise here:\n  datasets[0].type" in account.stderr and "# Done otherwise here: " in account.stdout
+
+
+@pytest.mark.parametrize(
+    ("roles", "told"),
+    [
+        ("{user: [human, user], assistant: [gpt, assistant], system: [system]}", "not_needed"),
+        ("{user: [caller], assistant: [gpt]}", "left_out"),
+        ("{user: [gpt], assistant: [human]}", "left_out"),
+    ],
+)
+def test_names_of_roles_that_are_read_the_same_need_no_setting(tmp_path: Path, roles: str, told: str) -> None:
+    kind = f"type: chat_template, field_messages: conversations, roles: {roles}"
+    account, _ = imported(tmp_path, SHORT.replace("type: alpaca", kind))
+    assert "datasets[0].roles" in account[told]
+
+
+@pytest.mark.parametrize(
+    ("line", "key", "value"),
+    [
+        ("eval_steps: 20", "training.eval_steps", None),
+        ("eval_steps: 20\neval_strategy: no", "training.eval_steps", None),
+        ("eval_steps: 20\neval_strategy: steps", "training.eval_steps", 20),
+        ("eval_strategy: epoch\nnum_train_epochs: 4", "training.eval_steps", 0.25),
+        ("stage: pt", "dataset.columns", {"text": "body"}),
+        ("stage: pt", "dataset.format", DataFormat.TEXT),
+        ("stage: pt", "training.packing", True),
+        ("stage: pt\npacking: false", "training.packing", False),
+        ("stage: sft", "dataset.columns", {"instruction": "body"}),
+    ],
+)
+def test_what_llama_factory_does_by_a_setting_or_unasked_is_carried(
+    tmp_path: Path, line: str, key: str, value: object
+) -> None:
+    told, spec = imported(tmp_path, listed(tmp_path, {"prompt": "body"}) + line + "\n")
+    section, name = key.split(".")
+    assert getattr(getattr(spec, section), name) == value
+    accounted(told, f"{LISTED}{line}\n")
+
+
+def test_what_llama_factory_does_otherwise_is_named(tmp_path: Path) -> None:
+    told, _ = imported(tmp_path, listed(tmp_path, {"prompt": "body"}) + "template: qwen\npacking: true\n")
+    assert told["otherwise"].keys() == {"cutoff_len", "template", "packing", "dataset_info.json: columns.query"}
+    told, _ = imported(tmp_path, listed(tmp_path, {"prompt": "body"}) + "stage: pt\n")
+    assert told["otherwise"].keys() == {"packing"} and told["filled_in"]["training.packing"] is True
+    told, _ = imported(tmp_path, "model_name_or_path: a/b\ndataset: rows\n")
+    assert "the base's own number format" in told["otherwise"]["bf16"] and "a tenth" in told["otherwise"]["val_size"]
+
+
+def listed(folder: Path, columns: dict[str, str]) -> str:
+    """A LLaMA-Factory file, and what its dataset_info.json says of its rows."""
+    (folder / "data").mkdir(exist_ok=True)
+    entry = {"hf_hub_url": "o/d", "columns": columns}
+    (folder / "data" / "dataset_info.json").write_text(json.dumps({"rows": entry}))
+    return LISTED
+
+
+def test_a_training_on_pictures_is_refused(tmp_path: Path) -> None:
+    for text, what in (
+        (SHORT + "processor_type: AutoProcessor\n", "pictures or sound (processor_type)"),
+        (LISTED + "image_max_pixels: 262144\nvideo_max_pixels: 16384\n", "(image_max_pixels, video_max_pixels)"),
+        (listed(tmp_path, {"prompt": "body", "images": "images"}), "rows has images, and loractl trains on text"),
+    ):
+        (tmp_path / "theirs.yaml").write_text(text)
+        refused = CliRunner().invoke(cli, ["import", str(tmp_path / "theirs.yaml")])
+        assert refused.exit_code != 0 and what in str(refused.exception)
 
 
 def test_an_expression_for_modules_is_carried_as_it_stands(tmp_path: Path) -> None:
