@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from loractl.common.errors import DataError
-from loractl.common.job.sections import BadRow, DataFormat
+from loractl.common.job.sections import BadRow, DataFormat, PromptTemplate
 
 from .example import Example, Turn
 from .examples import Examples
@@ -124,14 +124,18 @@ def _check_labelled(first: RawRow, columns: list[str], file: str | Path) -> None
 
 
 def parse_examples(
-    rows: Iterable[RawRow], format: DataFormat, file: str | Path, on_bad_row: BadRow = BadRow.ERROR
+    rows: Iterable[RawRow],
+    format: DataFormat,
+    file: str | Path,
+    on_bad_row: BadRow = BadRow.ERROR,
+    template: PromptTemplate = PromptTemplate.CHAT,
 ) -> tuple[Examples, list[str]]:
     """Every row as an Example, and a sentence for each row that was dropped.
 
     Raises DataError for the first row that can't be learned from. Where such rows are dropped, it raises when no row
     is left.
     """
-    examples, refused = parse_each(rows, format, file)
+    examples, refused = parse_each(rows, format, file, template)
     if refused and on_bad_row is BadRow.ERROR:
         refused[0].hint = refused[0].hint or "correct it, or leave such rows out with dataset.on_bad_row: drop"
         raise refused[0]
@@ -141,12 +145,14 @@ def parse_examples(
     return examples, dropped
 
 
-def parse_each(rows: Iterable[RawRow], format: DataFormat, file: str | Path) -> tuple[Examples, list[DataError]]:
+def parse_each(
+    rows: Iterable[RawRow], format: DataFormat, file: str | Path, template: PromptTemplate = PromptTemplate.CHAT
+) -> tuple[Examples, list[DataError]]:
     """Every row that can be learned from as an Example, and why each of the others can't."""
     parse = {
         DataFormat.MESSAGES: _messages,
         DataFormat.SHAREGPT: _sharegpt,
-        DataFormat.ALPACA: _alpaca,
+        DataFormat.ALPACA: _alpaca if template is PromptTemplate.CHAT else _alpaca_with_heading,
         DataFormat.PROMPT_COMPLETION: _prompt_completion,
         DataFormat.TEXT: _text,
         DataFormat.CLASSIFICATION: _classification,
@@ -205,13 +211,21 @@ def _conversation(row: RawRow, file: str | Path, column: str, speaker: str, said
     return Example(number=row.number, turns=tuple(turns))
 
 
-def _alpaca(row: RawRow, file: str | Path) -> Example:
+INPUT = "### Input:\n"
+"""The heading of an instruction's input in the alpaca template."""
+
+
+def _alpaca_with_heading(row: RawRow, file: str | Path) -> Example:
+    return _alpaca(row, file, heading=INPUT)
+
+
+def _alpaca(row: RawRow, file: str | Path, heading: str = "") -> Example:
     instruction = _field(row, "instruction", file)
     given, system = row.value.get("input"), row.value.get("system")
     for name, value in (("input", given), ("system", system)):
         if value is not None and not isinstance(value, str):
             raise DataError(file, f"{name} is {kind_of(value)}, not text", row=row.number, kind="not text")
-    question = f"{instruction}\n\n{given}" if given else instruction
+    question = f"{instruction}\n\n{heading}{given}" if given else instruction
     answer = _field(row, "output", file, kind="empty answer")
     first = (Turn(role="system", content=system),) if system and system.strip() else ()
     return Example(

@@ -36,7 +36,7 @@ def split_data(dataset: DatasetSpec, rows: Iterable[RawRow], held_rows: Iterable
     file, held_file = dataset.path, dataset.eval_path or dataset.path
     rows = map_columns(rows, dataset.columns, file)
     format, why = detect_format(rows, file, dataset.format)
-    examples, dropped = parse_examples(rows, format, file, dataset.on_bad_row)
+    examples, dropped = parse_examples(rows, format, file, dataset.on_bad_row, dataset.template)
     if held_rows is None:
         assert dataset.test_size is not None, "the job file's check leaves one of test_size and eval_path"
         train, held_out = split_held_out(examples, dataset.test_size, file)
@@ -53,7 +53,7 @@ def split_data(dataset: DatasetSpec, rows: Iterable[RawRow], held_rows: Iterable
             repeated=len(examples) - len(train) - len(held_out),
         )
     held_rows = map_columns(held_rows, dataset.columns, held_file)
-    held_out, also_dropped = parse_examples(held_rows, format, held_file, dataset.on_bad_row)
+    held_out, also_dropped = parse_examples(held_rows, format, held_file, dataset.on_bad_row, dataset.template)
     if format is DataFormat.CLASSIFICATION:
         held_out, untold = _of_known_labels(held_out, check_taught(examples, file), held_file, dataset.on_bad_row)
         also_dropped += untold

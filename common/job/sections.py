@@ -61,6 +61,13 @@ class DataFormat(enum.StrEnum):
     CLASSIFICATION = "classification"  # {"text": ..., "label": ...}, for SEQ_CLS alone
 
 
+class PromptTemplate(enum.StrEnum):
+    """What is written around the turns of a conversation."""
+
+    CHAT = "chat"  # what the model's own chat template writes
+    ALPACA = "alpaca"  # "Below is an instruction that describes a task. ...", as Stanford Alpaca and Axolotl do
+
+
 class Overflow(enum.StrEnum):
     """What happens to a row that is longer than max_length."""
 
@@ -176,6 +183,8 @@ class DatasetSpec(Section):
     """The rows' shape; auto looks at the columns and says why."""
     columns: dict[ColumnName, Annotated[Printable, Field(min_length=1)]] = Field(default_factory=dict)
     """What the columns are called in the data where they have other names, like prompt: question."""
+    template: PromptTemplate = PromptTemplate.CHAT
+    """What is written around instructions and answers, in training and by whoever asks the adapter."""
     eval_path: Printable | None = None
     """A file or hub id (its split test) with the held-out rows; without it test_size rows are split off."""
     test_size: float | None = Field(0.1, gt=0, lt=1)

@@ -21,6 +21,7 @@ from .sections import (
     Methods,
     Name,
     Printable,
+    PromptTemplate,
     ResourcesSpec,
     Section,
     TaskType,
@@ -96,13 +97,21 @@ def spec_keys() -> list[str]:
     return [key for key in _all_keys(JobSpec) if not key.endswith(".")]
 
 
+PLAIN = (DataFormat.TEXT, DataFormat.PROMPT_COMPLETION, DataFormat.CLASSIFICATION)
+"""Formats whose rows are taken as they are."""
+
+
 def _unfit_for_the_task(spec: JobSpec) -> list[str]:
     """ "key: sentence" for each key that means nothing for the job's task."""
     dataset, evaluation, classifier = spec.dataset, spec.evaluation, spec.task_type is TaskType.SEQ_CLS
+    wrong = []
+    if dataset.template is not PromptTemplate.CHAT and dataset.format in PLAIN:
+        wrong.append(f"dataset.template: rows of the format {dataset.format.value} are taken as they are; leave it out")
     if not classifier:
         what = "is for task_type: SEQ_CLS, which learns labels; set that, or take another format"
-        return [f"dataset.format: classification {what}"] if dataset.format is DataFormat.CLASSIFICATION else []
-    wrong = []
+        return wrong + (
+            [f"dataset.format: classification {what}"] if dataset.format is DataFormat.CLASSIFICATION else []
+        )
     if dataset.format is not DataFormat.CLASSIFICATION:
         what = "has no labels: SEQ_CLS reads classification, rows with text and label (dataset.columns renames yours)"
         wrong.append(f"dataset.format: {dataset.format.value} {what}")

@@ -47,8 +47,6 @@ _ROLES = {"user": {"human", "user"}, "assistant": {"gpt", "chatgpt", "assistant"
 
 _AS_HERE = {"split": "train", "roles_to_train": ["assistant"], "train_on_eos": "turn"}  # what loractl does anyway
 _PROMPTS = {
-    "alpaca": 'alpaca: Axolotl writes "Below is an instruction that describes a task" around each row, loractl the '
-    "model's own chat template",
     "sharegpt": "sharegpt: Axolotl takes the template that the file names, loractl the model's own",
     "completion": "completion: Axolotl cuts a long text into several rows, loractl keeps its first sequence_len tokens",
 }
@@ -154,6 +152,8 @@ def _format(draft: Draft, first: dict[str, Any]) -> None:
     elif isinstance(kind, str) and kind in _FORMATS:
         if _FORMATS[kind]:
             draft.put(key, "dataset.format", _FORMATS[kind])
+        if kind == "alpaca":
+            set_key(draft.job, "dataset.template", "alpaca")
         if kind == "completion":
             set_key(draft.job, "dataset.on_overflow", "truncate")
         if kind in _PROMPTS:

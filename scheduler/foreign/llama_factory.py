@@ -20,7 +20,6 @@ from .translation import (
     ONE_CARD,
     OPTIMIZER,
     REMOTE,
-    TEMPLATE,
     TOKENS,
     Draft,
     carry_by_rules,
@@ -261,7 +260,9 @@ _RULES: dict[str, Callable[[Draft, str, Any], None]] = {
     "group_by_length": BY_LENGTH,
     "disable_shuffling": IN_ORDER,
     "report_to": _trackers,
-    "template": TEMPLATE,
+    "template": choice(
+        "dataset.template", {"alpaca": "alpaca", "tokenizer_default": None}, "the tokenizer's own chat template is used"
+    ),
     "max_samples": only(None, "every row is trained on"),
     "train_on_prompt": ANSWERS,
     "mask_history": only(False, "every answer of a conversation is learned"),

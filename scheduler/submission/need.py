@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from loractl.common.errors import UsageError
 from loractl.common.job.method import Method
 from loractl.common.job.need import Need, least_need, permitted_methods, within
-from loractl.common.job.sections import TaskType
+from loractl.common.job.sections import PromptTemplate, TaskType
 from loractl.common.memory.config import HOW_TO_NAME_IT, foreign_format, read_shape
 from loractl.common.memory.correction import learned
 from loractl.common.memory.plan import predict
@@ -141,6 +141,8 @@ def need_key(spec: JobSpec, data: dict[str, Any]) -> str:
             "evaluation": {"per_device_eval_batch_size", "max_new_tokens", "samples"},
         },
     )
+    if spec.dataset.template is not PromptTemplate.CHAT:
+        deciding["dataset"] |= {"template": spec.dataset.template.value}
     if spec.task_type is TaskType.SEQ_CLS:  # only there: what was measured under the key's older form still counts
         deciding["task_type"] = spec.task_type.value
     hashes = {name: stored["sha256"] for name, stored in data.items()}

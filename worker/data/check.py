@@ -118,11 +118,11 @@ def _look_at_rows(dataset: DatasetSpec, report: Report) -> tuple[Checked, Split 
         mapped = map_columns(rows, dataset.columns, dataset.path)
         format, why = detect_format(mapped, dataset.path, dataset.format)
         checked = replace(checked, format=format, why=why)
-        findings += _bad_rows(parse_each(mapped, format, dataset.path)[1], dataset)
+        findings += _bad_rows(parse_each(mapped, format, dataset.path, dataset.template)[1], dataset)
         asked: Sequence[Example] = []
         if held_rows is not None and dataset.eval_path:
             mapped = map_columns(held_rows, dataset.columns, dataset.eval_path)
-            asked, refused = parse_each(mapped, format, dataset.eval_path)
+            asked, refused = parse_each(mapped, format, dataset.eval_path, dataset.template)
             findings += _bad_rows(refused, dataset)
         tolerant = dataset.model_copy(update={"on_bad_row": BadRow.DROP})  # bad rows are told; the rest is looked at
         split = split_data(tolerant, rows, held_rows)

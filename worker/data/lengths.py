@@ -24,6 +24,7 @@ from .check import check_data
 from .origin import dataset_hash
 from .packing import packed
 from .prepared import PreparedData, prepare_data
+from .template import templated
 
 
 def lengths_of(data: PreparedData) -> Lengths:
@@ -47,13 +48,13 @@ def main() -> None:
 
 
 def _findings(spec: JobSpec) -> dict[str, Any]:
-    tokenizer = load_tokenizer(spec.base_model, spec.revision)
+    tokenizer = templated(load_tokenizer(spec.base_model, spec.revision), spec.dataset.template)
     return {"findings": [vars(finding) for finding in check_data(spec, tokenizer).findings]}
 
 
 def _counts(spec: JobSpec) -> dict[str, Any]:
     data, cache = spec.dataset, load_settings().cache_dir
-    tokenizer = load_tokenizer(spec.base_model, spec.revision)
+    tokenizer = templated(load_tokenizer(spec.base_model, spec.revision), data.template)
     prepared = prepare_data(data, data.path, data.eval_path, dataset_hash(data.path), tokenizer, cache)
     rows = {
         "train": len(prepared.train.rows),

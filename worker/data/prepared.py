@@ -122,7 +122,7 @@ def prepare_regression(
     rows, commit = load_pinned(path, "test")
     format = detect_format(rows, file)[0]
     trained = {example.likeness() for example in train}
-    examples = distinct(parse_examples(rows, format, file, dataset.on_bad_row)[0], trained)
+    examples = distinct(parse_examples(rows, format, file, dataset.on_bad_row, dataset.template)[0], trained)
     if not examples:
         raise DataError(file, "has no row that is not trained on as well", kind="overlap")
     tolerant = dataset.model_copy(update={"on_overflow": Overflow.TRUNCATE})

@@ -9,8 +9,9 @@ from typing import Any
 from jinja2 import TemplateError
 
 from loractl.common.errors import UsageError
-from loractl.common.job.sections import DataFormat
+from loractl.common.job.sections import DataFormat, PromptTemplate
 
+from .template import templated
 from .tokens import without_eos
 
 PLAIN = frozenset({DataFormat.TEXT, DataFormat.PROMPT_COMPLETION})
@@ -37,8 +38,13 @@ def text_prompt(text: str, tokenizer: Any) -> list[int]:
     return ids
 
 
-def prompt_for(format: DataFormat, messages: Sequence[Message], tokenizer: Any) -> list[int]:
+def prompt_for(
+    format: DataFormat,
+    messages: Sequence[Message],
+    tokenizer: Any,
+    template: PromptTemplate = PromptTemplate.CHAT,
+) -> list[int]:
     """Token ids as an adapter that was trained on this format expects them; of plain formats the last message alone."""
     if format in PLAIN:
         return text_prompt(messages[-1]["content"], tokenizer)
-    return chat_prompt(messages, tokenizer)
+    return chat_prompt(messages, templated(tokenizer, template))

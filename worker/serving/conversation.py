@@ -171,7 +171,8 @@ class Conversation:
 
     def _ask(self, messages: Messages, say: Callable[[Said], None], *, base: bool) -> Ask:
         style = self.style
-        ids = prompt_for(self.library.format(self.adapter), messages, self.pool.tokenizer)
+        format, template = self.library.format(self.adapter), self.adapter.spec.dataset.template
+        ids = prompt_for(format, messages, self.pool.tokenizer, template)
         return Ask(
             prompt=ids,
             say=say,

@@ -19,7 +19,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from loractl.common.errors import LoractlError, UsageError
-from loractl.common.job.sections import DataFormat
+from loractl.common.job.sections import DataFormat, PromptTemplate
 from loractl.common.store.database import DatabaseError
 from loractl.worker.data.prompt import prompt_for, text_prompt
 
@@ -194,7 +194,8 @@ class Service:
         ):
             what = f"role tool is not known to {asked.model}: it was trained on {format.value} rows, which have none"
             raise ApiError(400, what, param="messages")
-        ids = await _refusing(lambda: prompt_for(format, messages, self._tokenizer), "messages")
+        template = PromptTemplate.CHAT if listed is None else listed.spec.dataset.template
+        ids = await _refusing(lambda: prompt_for(format, messages, self._tokenizer, template), "messages")
         return await self._answer(asked, listed, ids, request, chat=True)
 
     async def complete(self, asked: TextRequest, request: Request) -> Any:

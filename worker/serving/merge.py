@@ -17,6 +17,7 @@ from typing import Any
 from loractl.common.adapter_config import CONFIG, check_adapter_config, portable_name
 from loractl.common.errors import LoractlError, UsageError
 from loractl.worker.data.prompt import prompt_for
+from loractl.worker.data.template import templated
 
 from .library import Library, Listed
 
@@ -114,7 +115,7 @@ def merge_into(folder: Path, library: Library, listed: Listed, dtype: str) -> Pr
     spec, files, run_code = listed.spec, library.fetch(listed), library.may_run_code(listed)
     check_adapter_config(files / CONFIG)
     revision = library.revision(listed)
-    tokenizer = load_tokenizer(spec.base_model, revision, run_code=run_code)
+    tokenizer = templated(load_tokenizer(spec.base_model, revision, run_code=run_code), spec.dataset.template)
     exact = Precision(base=torch.float32, amp=None)
     base = load_base(spec.base_model, Method.LORA, "cpu", exact, revision, run_code=run_code)
     prompts = [tokenizer(text).input_ids for text in PROMPTS] + _own_prompts(library, listed, tokenizer)

@@ -17,6 +17,7 @@ from loractl.common.job.sections import DatasetSpec, EvaluationSpec, Metric, Ove
 from loractl.common.job.spec import JobSpec
 from loractl.worker.base.arithmetic import evaluating
 from loractl.worker.data.prepared import PreparedData, prepare_data
+from loractl.worker.data.template import templated
 from loractl.worker.data.token_set import TokenSet, fit_examples
 from loractl.worker.evaluation.answers import rouge
 from loractl.worker.evaluation.confusion import Labels
@@ -78,7 +79,7 @@ def task_of(
     dataset = adapter.spec.dataset
     path, held_path = library.data_file(adapter, "path"), library.data_file(adapter, "eval_path")
     assert path is not None
-    cache = library.settings.cache_dir
+    cache, tokenizer = library.settings.cache_dir, templated(tokenizer, dataset.template)
     data = prepare_data(dataset, path, held_path, None, tokenizer, cache)
     spec = adapter.spec.model_copy(update={"evaluation": asked})
     return _task(name, data, spec, tokenizer), {e.likeness() for e in data.train_examples}

@@ -25,6 +25,7 @@ from loractl.worker.base.source import family_of
 from loractl.worker.data.check import warnings_about
 from loractl.worker.data.packing import check_apart, packed
 from loractl.worker.data.prepared import PreparedData, prepare_data, prepare_regression
+from loractl.worker.data.template import templated
 from loractl.worker.evaluation.card import write_model_card
 from loractl.worker.evaluation.classifier import evaluate_classifier
 from loractl.worker.evaluation.course import TrainingCourse
@@ -52,6 +53,7 @@ def train(run: Run) -> Ended:
     run.stage(Stage.PREPARING)
     set_seed(run.spec.training.seed)
     tokenizer = load_tokenizer(run.spec.base_model, run.spec.revision, run_code=order.run_code)
+    tokenizer = templated(tokenizer, run.spec.dataset.template)
     data = _read_data(run, tokenizer)
     tasks = find_tasks(run.spec, order.lm_eval_tasks)
     tell_need(run, data)

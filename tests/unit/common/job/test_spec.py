@@ -100,6 +100,11 @@ def test_an_unknown_key_without_a_relative_lists_the_keys_of_its_section(tmp_pat
         ("lora: {lora_alpha: 0}", "lora.lora_alpha", "0 must be above 0.0"),
         ("lora: {lora_alpha: .inf}", "lora.lora_alpha", "Infinity: input should be a finite number"),
         ("lora: {target_modules: []}", "lora.target_modules", "[] is empty; write all-linear or name at least one"),
+        (
+            "dataset: {path: a/b, format: text, template: alpaca}",
+            "dataset.template",
+            "rows of the format text are taken",
+        ),
         ("lora: {target_modules: [1]}", "lora.target_modules.0", "1 is not text; write it in quotes"),
         ("lora: {target_modules: 3}", "lora.target_modules", "3 is not a list; write it like [q_proj, v_proj]"),
         ("lora: {target_modules: 'q_proj, v_proj'}", "lora.target_modules", '"q_proj, v_proj" is not a list; write it'),

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from loractl.common.errors import LoractlError
 from loractl.common.job.file import load_spec
 from loractl.common.job.method import Method
-from loractl.common.job.sections import AS_WRITTEN, DataFormat
+from loractl.common.job.sections import AS_WRITTEN, DataFormat, PromptTemplate
 from loractl.common.job.spec import JobSpec
 from loractl.scheduler.cli import cli
 from loractl.scheduler.foreign.configuration import import_file
@@ -206,7 +206,8 @@ def test_what_axolotl_does_by_a_setting_or_unasked_is_carried(
 def test_what_axolotl_does_otherwise_is_named(tmp_path: Path) -> None:
     told, _ = imported(tmp_path, SHORT.replace("val_set_size: 0.1\n", "wandb_project: mine\n"))
     assert "a tenth" in told["otherwise"]["val_set_size"] and '"mine"' in told["otherwise"]["wandb_project"]
-    assert "Below is an instruction" in told["otherwise"]["datasets[0].type"]
+    assert load_spec(tmp_path / "jobs" / "job.yaml").dataset.template is PromptTemplate.ALPACA
+    assert "datasets[0].type" not in told["otherwise"], "the prompt is carried"
     told, spec = imported(tmp_path, SHORT.replace("alpaca", "completion"))
     assert "into several rows" in told["otherwise"]["datasets[0].type"]
     assert spec.dataset.on_overflow.value == "truncate", "a dropped text would be lost whole"
