@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+
+from loractl.common.errors import UsageError
 
 from .named import Setting
 from .output import show
@@ -14,10 +17,12 @@ from .warnings import hint, warn, warn_of_data
 
 if TYPE_CHECKING:
     from loractl.scheduler.answers.submission import JobDrafts
+    from loractl.scheduler.submission.draft import Draft
 
 
 @click.command()
-@click.argument("job_files", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("job_files", nargs=-1, type=click.Path(path_type=Path))
+@click.option("--like", type=int, metavar="JOB", help="In place of files: a submitted job's settings and rows.")
 @click.option(
     "--set",
     "overrides",
@@ -29,32 +34,55 @@ if TYPE_CHECKING:
 @click.option("--dry-run", is_flag=True, help="Print the resolved job and queue nothing.")
 @click.option("--wait", is_flag=True, help="Follow the job; exit 0 when it succeeded, 1 when not.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def submit(job_files: tuple[Path, ...], overrides: tuple[str, ...], dry_run: bool, wait: bool, as_json: bool) -> None:
+def submit(
+    job_files: tuple[Path, ...], like: int | None, overrides: tuple[str, ...], dry_run: bool, wait: bool, as_json: bool
+) -> None:
     """Queue the jobs of one or more job files.
 
     Every file is checked before any is queued. A local data set is uploaded to the artifact store.
     """
-    from loractl.common.job.file import load_spec
     from loractl.scheduler.answers.submission import JobDrafts
+    from loractl.scheduler.submission.draft import like_job, of_file
+    from loractl.scheduler.submission.preflight import check_addresses
 
-    drafts = JobDrafts(specs=tuple(load_spec(path, overrides) for path in job_files))
-    for spec, path in zip(drafts.specs, job_files, strict=True):
-        warn_of_data(spec, path)
+    if bool(job_files) is (like is not None):
+        raise UsageError("submit takes job files, or --like JOB", "like loractl submit job.yaml")
+    if not dry_run:
+        check_addresses()
+    if like is None:
+        drafts = [of_file(path, overrides) for path in job_files]
+    else:
+        from loractl.scheduler.session import open_session
+
+        drafts = [like_job(open_session()[1], like, overrides)]
+    for draft in drafts:
+        if draft.like is None:
+            warn_of_data(draft.spec, draft.source)
     if dry_run:
-        show(drafts, as_json, lambda: _as_yaml(drafts))
+        resolved = JobDrafts(specs=tuple(draft.spec for draft in drafts))
+        show(resolved, as_json, lambda: _as_yaml(resolved))
     else:
         _queue(drafts, wait=wait, as_json=as_json)
 
 
-def _queue(drafts: JobDrafts, *, wait: bool, as_json: bool) -> None:
+def _queue(drafts: Sequence[Draft], *, wait: bool, as_json: bool) -> None:
     from loractl.common.errors import ExitCode
     from loractl.scheduler.session import open_stores
-    from loractl.scheduler.submission.intake import submit_job
+    from loractl.scheduler.submission.draft import rows_at_hand
+    from loractl.scheduler.submission.intake import enqueue, plan_all, store_all
+    from loractl.scheduler.submission.preflight import check_model
 
     settings, store, artifacts = open_stores()
+    doubts = [line for draft in drafts for line in check_model(draft.spec, settings)]
+    planned = plan_all(drafts, settings, store)
+    for draft in drafts:
+        if draft.like is not None:
+            with rows_at_hand(draft, artifacts) as spec:
+                warn_of_data(spec, draft.source)
     queued = []
-    for spec in drafts.specs:
-        entry = submit_job(spec, settings, store, artifacts)
+    warn(dict.fromkeys(doubts))
+    for submission in store_all(drafts, planned, artifacts):
+        entry = enqueue(submission, settings, store)
         queued.append(entry.job_id)
         if not as_json:
             click.echo(entry.sentence)

@@ -41,9 +41,12 @@ def sweep(
     """
     from loractl.scheduler.answers.submission import sweep_draft
     from loractl.scheduler.submission.members import with_different_data
+    from loractl.scheduler.submission.preflight import check_addresses
     from loractl.scheduler.text.screen import detect_screen
     from loractl.scheduler.text.sweep import draft_text
 
+    if not dry_run:
+        check_addresses()
     draft = sweep_draft(job_file, settings, trials=trials, seed=seed, early_stop=early_stop)
     for spec in with_different_data(draft.specs):
         warn_of_data(spec, job_file)
@@ -57,11 +60,14 @@ def _queue(draft: SweepDraft, as_json: bool) -> None:
     from loractl.scheduler.answers.sweep import SweepStanding
     from loractl.scheduler.session import open_stores
     from loractl.scheduler.submission.intake import enqueue_sweep
-    from loractl.scheduler.submission.members import submissions
+    from loractl.scheduler.submission.members import submissions, with_different_bases
+    from loractl.scheduler.submission.preflight import check_model
     from loractl.scheduler.text.screen import detect_screen
     from loractl.scheduler.text.sweep import queued_text
 
     settings, store, artifacts = open_stores()
+    doubts = [line for spec in with_different_bases(draft.specs) for line in check_model(spec, settings)]
+    warn(dict.fromkeys(doubts))
     members = submissions(draft.specs, settings.user, store, artifacts)
     entry = enqueue_sweep(draft.new_sweep(settings.user), members, settings, store)
     show(SweepStanding(sweep=entry.sweep), as_json, lambda: queued_text(entry.sweep, detect_screen()))

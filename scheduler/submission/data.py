@@ -9,6 +9,7 @@ import importlib.util
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from loractl.common.errors import ArtifactError, DataError
@@ -77,11 +78,15 @@ def check_used_data(spec: JobSpec, report: Report = lambda what, done, total: No
     return used, None
 
 
-def store_data(spec: JobSpec, artifacts: ArtifactStore) -> dict[str, Any]:
-    """Upload the local data sets, so that a worker on another box has them."""
+def store_data(
+    spec: JobSpec, artifacts: ArtifactStore, known: Mapping[str, Any] = MappingProxyType({})
+) -> dict[str, Any]:
+    """Upload the local data sets, so that a worker on another box has them. `known`: those that are stored already."""
     stored: dict[str, Any] = {}
     for key, text in spec.data_sets().items():
-        if is_local(text):
+        if key in known:
+            stored[key] = known[key]
+        elif is_local(text):
             uri, digest = artifacts.put_dataset(Path(text))
             stored[key] = {"uri": uri, "sha256": digest}
     return stored

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from loractl.common.errors import ServiceUnreachable
@@ -14,7 +13,7 @@ from loractl.common.queue.sender import HintSender, open_sender
 from loractl.common.units import gib
 
 from .data import is_local, store_data
-from .need import plan_job
+from .need import plan_job, stored_hashes
 
 if TYPE_CHECKING:
     from loractl.common.artifacts import ArtifactStore
@@ -24,6 +23,8 @@ if TYPE_CHECKING:
     from loractl.common.store.records import Submission
     from loractl.common.store.store import Store
     from loractl.common.store.tables import Job
+
+    from .draft import Draft
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +47,24 @@ class SweepEntry:
 def submit_job(spec: JobSpec, settings: Settings, store: Store, artifacts: ArtifactStore) -> Entry:
     """Store the job's data, plan its need and queue it. Raises UsageError, ArtifactError, ServiceUnreachable."""
     return enqueue(plan_job(spec, settings.user, store_data(spec, artifacts), store), settings, store)
+
+
+def plan_all(drafts: Sequence[Draft], settings: Settings, store: Store) -> list[Submission]:
+    """What is written for each job, all of them checked before the first is. Raises UsageError."""
+    planned = []
+    for draft in drafts:
+        hashes = {**stored_hashes(draft.spec), **draft.stored}
+        submission = plan_job(draft.spec, settings.user, hashes, store)
+        planned.append(replace(submission, purpose="" if draft.like is None else f"like job {draft.like}"))
+    return planned
+
+
+def store_all(drafts: Sequence[Draft], planned: Sequence[Submission], artifacts: ArtifactStore) -> list[Submission]:
+    """Upload the data sets of all jobs before the first is queued. Raises ArtifactError, ServiceUnreachable."""
+    return [
+        replace(submission, data=store_data(draft.spec, artifacts, draft.stored))
+        for draft, submission in zip(drafts, planned, strict=True)
+    ]
 
 
 def enqueue(submission: Submission, settings: Settings, store: Store) -> Entry:
@@ -88,8 +107,6 @@ def _ring(sender: HintSender, size_classes: Iterable[int], what: str) -> list[st
 def _doubts(job_id: int, submission: Submission, store: Store) -> list[str]:
     """What would make the job wait without end, or fail on its worker."""
     spec, doubts = submission.spec, []
-    if Path(spec.base_model).is_absolute() and not Path(spec.base_model).exists():
-        doubts.append(f"Warning: there is no {spec.base_model} on this machine; every worker needs it at that path.")
     for text in spec.data_sets().values():
         if not is_local(text):
             doubts.append(f"Note: {text} is no file here and is taken for a data set on the hub.")

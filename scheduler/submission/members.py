@@ -56,6 +56,11 @@ def with_different_data(specs: Sequence[JobSpec]) -> list[JobSpec]:
     return list({(spec.dataset.model_dump_json(), spec.evaluation.regression): spec for spec in specs}.values())
 
 
+def with_different_bases(specs: Sequence[JobSpec]) -> list[JobSpec]:
+    """One member for each base model: a base is looked at once."""
+    return list({(spec.base_model, spec.revision): spec for spec in specs}.values())
+
+
 def submissions(specs: Sequence[JobSpec], user: str, store: Store, artifacts: ArtifactStore) -> list[Submission]:
     """What is written for each member. A data set that several members name is uploaded once."""
     stored: dict[str, dict[str, Any]] = {}

@@ -1,0 +1,88 @@
+"""A job's base model as far as this machine can see it: its config, its tokenizer, the headers of its weights."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+
+from loractl.common.errors import UsageError
+
+TOKENIZERS = (
+    "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model",
+    "tekken.json", "*.tiktoken", "tokenization_*.py",
+)  # fmt: skip
+"""Files of which transformers makes a tokenizer: a folder with weights has one of them."""
+
+LARGEST_HEADER = 100_000_000
+"""Bytes that safetensors allows for a header."""
+
+
+def check_base(folder: Path) -> tuple[str, ...]:
+    """Refuse a folder that no worker could load. Returns what of it is not on this machine.
+
+    A folder may hold the config alone, for the plan: then the box has the rest at the same path. Raises UsageError.
+    """
+    if not folder.is_dir():
+        raise UsageError(f"base_model {folder} is a file", f"name the folder that holds it: {folder.parent}")
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights and any(folder.glob("*.gguf")):
+        return ()
+    _check_config(folder)
+    index = _shards(folder)
+    if missing := sorted(index - {file.name for file in weights}) if weights else []:
+        raise UsageError(
+            f"base_model {folder} lacks {', '.join(missing[:3])}, which model.safetensors.index.json names",
+            "copy the whole model again",
+        )
+    for file in weights:
+        _check_weights(file)
+    has_tokenizer = any(any(folder.glob(name)) for name in TOKENIZERS)
+    if weights and not has_tokenizer:
+        raise UsageError(
+            f"base_model {folder} has weights and no tokenizer",
+            "copy tokenizer.json and tokenizer_config.json beside it",
+        )
+    has_config = (folder / "config.json").exists()
+    here = {"config.json": has_config, "weights": bool(weights), "tokenizer": has_tokenizer}
+    return tuple(what for what, is_here in here.items() if not is_here)
+
+
+def _check_config(folder: Path) -> None:
+    """Raises UsageError."""
+    if (folder / "config.json").exists():
+        _read_object(folder / "config.json")
+    elif (folder / "adapter_config.json").exists():
+        raise UsageError(f"base_model {folder} holds an adapter", "name the base model itself")
+
+
+def _shards(folder: Path) -> set[str]:
+    path = folder / "model.safetensors.index.json"
+    names = _read_object(path).get("weight_map", {}) if path.exists() else {}
+    return {str(name) for name in names.values()} if isinstance(names, dict) else set()
+
+
+def _read_object(path: Path) -> dict[str, object]:
+    """Raises UsageError."""
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} can't be read: {error}", "copy the model again") from error
+    if not isinstance(value, dict):
+        raise UsageError(f"{path} is not a JSON object", "copy the model again")
+    return value
+
+
+def _check_weights(file: Path) -> None:
+    """Read the header: a copy that was cut off is shorter than what it tells. Raises UsageError."""
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as opened:
+            (length,) = struct.unpack("<Q", opened.read(8))
+            header = json.loads(opened.read(length)) if length <= LARGEST_HEADER else None
+        tensors = [entry for name, entry in header.items() if name != "__metadata__"] if header else []
+        told = 8 + length + max((entry["data_offsets"][1] for entry in tensors), default=0)
+    except (OSError, ValueError, struct.error, AttributeError, KeyError, TypeError, IndexError) as error:
+        raise UsageError(f"{file} is no safetensors file: {error}", "copy it again") from error
+    if size != told:
+        raise UsageError(f"{file} has {size} bytes, and {told} by its header: it was cut off", "copy it again")

@@ -1,0 +1,63 @@
+"""A job before it is queued: of a job file, or like one that was submitted before."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from loractl.common.job.file import amended_spec, load_spec
+
+from .data import data_at_hand
+
+if TYPE_CHECKING:
+    from loractl.common.artifacts import ArtifactStore
+    from loractl.common.job.spec import JobSpec
+    from loractl.common.store.store import Store
+
+
+@dataclass(frozen=True, kw_only=True)
+class Draft:
+    """A checked spec, and where it comes from."""
+
+    spec: JobSpec
+    source: str  # the job file, or like: job 3
+    like: int | None = None  # the job that it is like
+    stored: Mapping[str, Any] = field(default_factory=dict)  # the data sets of that job which it takes as they are
+
+
+def of_file(path: Path, overrides: Sequence[str]) -> Draft:
+    """A job file's job. Raises SpecError."""
+    return Draft(spec=load_spec(path, overrides), source=str(path))
+
+
+def like_job(store: Store, job_id: int, overrides: Sequence[str]) -> Draft:
+    """A new job with a submitted one's settings and rows, but for the overrides. Raises JobNotFound, SpecError."""
+    job, name = store.job(job_id), f"job {job_id}"
+    spec = amended_spec(job.spec, overrides, name, Path.cwd())
+    given = {override.partition("=")[0] for override in overrides}
+    named = {"path": "dataset.path", "eval_path": "dataset.eval_path", "regression": "evaluation.regression"}
+    kept = spec.data_sets().keys() & job.data.keys()
+    stored = {key: job.data[key] for key in sorted(kept) if named[key] not in given}
+    return Draft(spec=spec, source=name, like=job_id, stored=stored)
+
+
+@contextlib.contextmanager
+def rows_at_hand(draft: Draft, artifacts: ArtifactStore) -> Iterator[JobSpec]:
+    """The spec, with stored rows as files that can be checked here. loractl gc leaves these rows alone from now on.
+
+    Raises ArtifactError for rows that are gone.
+    """
+    if draft.like is None or not draft.stored:
+        yield draft.spec
+        return
+    with data_at_hand(draft.like, draft.stored, artifacts) as files:
+        for file in files:
+            artifacts.put_dataset(file)  # gets today's date
+        here = dict(zip(draft.stored, map(str, files), strict=True))
+        regression = {"regression": here.pop("regression")} if "regression" in here else {}
+        dataset = draft.spec.dataset.model_copy(update=here)
+        evaluation = draft.spec.evaluation.model_copy(update=regression)
+        yield draft.spec.model_copy(update={"dataset": dataset, "evaluation": evaluation})
