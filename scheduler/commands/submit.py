@@ -70,15 +70,18 @@ def _queue(drafts: Sequence[Draft], *, wait: bool, as_json: bool) -> None:
     from loractl.scheduler.session import open_stores
     from loractl.scheduler.submission.draft import rows_at_hand
     from loractl.scheduler.submission.intake import enqueue, plan_all, store_all
+    from loractl.scheduler.submission.lengths import check_overflow
     from loractl.scheduler.submission.preflight import check_model
 
     settings, store, artifacts = open_stores()
     doubts = [line for draft in drafts for line in check_model(draft.spec, settings)]
     planned = plan_all(drafts, settings, store)
     for draft in drafts:
-        if draft.like is not None:
-            with rows_at_hand(draft, artifacts) as spec:
+        with rows_at_hand(draft, artifacts) as spec:
+            if draft.like is not None:
                 warn_of_data(spec, draft.source)
+            if (obstacle := check_overflow(spec, lambda: hint("Counting tokens ..."))) is not None:
+                doubts.append(f"Not checked: whether rows are too long, {obstacle}. The worker does it.")
     queued = []
     warn(dict.fromkeys(doubts))
     for submission in store_all(drafts, planned, artifacts):

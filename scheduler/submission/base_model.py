@@ -79,8 +79,10 @@ def _check_weights(file: Path) -> None:
         size = file.stat().st_size
         with file.open("rb") as opened:
             (length,) = struct.unpack("<Q", opened.read(8))
-            header = json.loads(opened.read(length)) if length <= LARGEST_HEADER else None
-        tensors = [entry for name, entry in header.items() if name != "__metadata__"] if header else []
+            if length > LARGEST_HEADER:
+                raise ValueError("it does not begin as one; is it a pointer of Git LFS?")
+            header = json.loads(opened.read(length))
+        tensors = [entry for name, entry in header.items() if name != "__metadata__"]
         told = 8 + length + max((entry["data_offsets"][1] for entry in tensors), default=0)
     except (OSError, ValueError, struct.error, AttributeError, KeyError, TypeError, IndexError) as error:
         raise UsageError(f"{file} is no safetensors file: {error}", "copy it again") from error

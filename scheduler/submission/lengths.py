@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from loractl.common.errors import UsageError
+from loractl.common.job.sections import Overflow
 from loractl.common.memory.step import Lengths
 
 if TYPE_CHECKING:
@@ -19,6 +21,9 @@ if TYPE_CHECKING:
 
 LENGTHS_TIMEOUT_S = 300
 """Counting a large data set's tokens takes as long as the training's own preparation, once."""
+
+_NO_COUNT = "the count "
+"""How an error begins that says nothing about the rows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +65,22 @@ def used_findings(spec: JobSpec) -> list[Finding] | None:
     return [Finding(**{**finding, "rows": tuple(finding["rows"])}) for finding in told["findings"]]
 
 
+def check_overflow(spec: JobSpec, announce: Callable[[], None] = lambda: None) -> str | None:
+    """Refuse rows that are too long for a job with `on_overflow: error`. Returns why they can't be counted here.
+
+    Raises UsageError.
+    """
+    if spec.dataset.on_overflow is not Overflow.ERROR:
+        return None
+    if (obstacle := _obstacle(spec)) is not None:
+        return obstacle
+    announce()
+    counted = _ask_tokenizer(spec)
+    if (error := counted.get("error")) is None or error.startswith(_NO_COUNT):
+        return error
+    raise UsageError(error, "raise dataset.max_length, or set dataset.on_overflow to truncate or drop")
+
+
 def _obstacle(spec: JobSpec) -> str | None:
     """Why the rows can't be counted on this machine; None: they can."""
     folder = Path(spec.base_model)
@@ -84,8 +105,8 @@ def _ask_tokenizer(spec: JobSpec, *options: str) -> dict[str, Any]:
             check=False,
         )
     except subprocess.TimeoutExpired:
-        return {"error": f"the count took more than {LENGTHS_TIMEOUT_S} s"}
+        return {"error": f"{_NO_COUNT}took more than {LENGTHS_TIMEOUT_S} s"}
     told: dict[str, Any] = (
-        json.loads(done.stdout) if done.returncode == 0 and done.stdout else {"error": "the count failed"}
+        json.loads(done.stdout) if done.returncode == 0 and done.stdout else {"error": f"{_NO_COUNT}failed"}
     )
     return told

@@ -55,6 +55,9 @@ def test_a_base_that_no_worker_can_load_is_refused_before_anything_is_queued(
     cli: Cli, tiny_model: Path, tmp_path: Path
 ) -> None:
     job, base = write_files(tmp_path), tmp_path / "tiny"
+    with (tmp_path / "data.jsonl").open("a") as rows:
+        turns = ({"role": "user", "content": "long " * 300}, {"role": "assistant", "content": "yes"})
+        rows.write(json.dumps({"messages": turns}) + "\n")
     shutil.copytree(tiny_model, base)
     weights = base / "model.safetensors"
     whole = weights.read_bytes()
@@ -62,6 +65,8 @@ def test_a_base_that_no_worker_can_load_is_refused_before_anything_is_queued(
     def refused(model: str) -> str:
         return cli("submit", job, f"--set=base_model={model}", code=2).stderr
 
+    long = cli("submit", job, "--set=base_model=./tiny", "--set=dataset.on_overflow=error", code=2).stderr
+    assert "tokens, dataset.max_length is 1024\nHint: raise dataset.max_length, or set dataset.on_overflow" in long
     assert f"there is no base_model {tmp_path / 'tinny'}\nHint: did you mean {base}?" in refused("./tinny")
     weights.write_bytes(whole[:-100])
     assert f"has {len(whole) - 100} bytes, and {len(whole)} by its header: it was cut off" in refused("./tiny")
