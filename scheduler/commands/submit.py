@@ -57,7 +57,7 @@ def submit(
         drafts = [like_job(open_session()[1], like, overrides)]
     for draft in drafts:
         if draft.like is None:
-            warn_of_data(draft.spec, draft.source)
+            warn_of_data(draft.spec, draft.job_file)
     if dry_run:
         resolved = JobDrafts(specs=tuple(draft.spec for draft in drafts))
         show(resolved, as_json, lambda: _as_yaml(resolved))
@@ -79,7 +79,7 @@ def _queue(drafts: Sequence[Draft], *, wait: bool, as_json: bool) -> None:
     for draft in drafts:
         with rows_at_hand(draft, artifacts) as spec:
             if draft.like is not None:
-                warn_of_data(spec, draft.source)
+                warn_of_data(spec, None)
             if (obstacle := check_overflow(spec, lambda: hint("Counting tokens ..."))) is not None:
                 doubts.append(f"Not checked: whether rows are too long, {obstacle}. The worker does it.")
     queued = []

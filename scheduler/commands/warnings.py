@@ -23,7 +23,7 @@ def hint(text: str) -> None:
     click.echo(click.style(text, dim=True), err=True)
 
 
-def warn_of_data(spec: JobSpec, source: Path | str) -> None:
+def warn_of_data(spec: JobSpec, job_file: Path | None) -> None:
     """Check the job's local data, and print warnings about what looks wrong in them. Raises DataError."""
     from loractl.common.progress import progress_bar
     from loractl.common.text import clean_line
@@ -34,5 +34,5 @@ def warn_of_data(spec: JobSpec, source: Path | str) -> None:
     warnings = [finding for finding in findings if finding.level == "warning"]
     warn([note] if note else [])
     warn(clean_line(f"Warning: {Path(spec.dataset.path).name}: {finding.sentence}.") for finding in warnings)
-    if warnings:
-        hint(f"See the data: loractl data check {source}")
+    if warnings and job_file is not None:
+        hint(f"See the data: loractl data check {job_file}")

@@ -23,14 +23,14 @@ class Draft:
     """A checked spec, and where it comes from."""
 
     spec: JobSpec
-    source: str  # the job file, or like: job 3
-    like: int | None = None  # the job that it is like
+    job_file: Path | None = None
+    like: int | None = None  # in place of a file: the job that it is like
     stored: Mapping[str, Any] = field(default_factory=dict)  # the data sets of that job which it takes as they are
 
 
 def of_file(path: Path, overrides: Sequence[str]) -> Draft:
     """A job file's job. Raises SpecError."""
-    return Draft(spec=load_spec(path, overrides), source=str(path))
+    return Draft(spec=load_spec(path, overrides), job_file=path)
 
 
 def like_job(store: Store, job_id: int, overrides: Sequence[str]) -> Draft:
@@ -41,7 +41,7 @@ def like_job(store: Store, job_id: int, overrides: Sequence[str]) -> Draft:
     named = {"path": "dataset.path", "eval_path": "dataset.eval_path", "regression": "evaluation.regression"}
     kept = spec.data_sets().keys() & job.data.keys()
     stored = {key: job.data[key] for key in sorted(kept) if named[key] not in given}
-    return Draft(spec=spec, source=name, like=job_id, stored=stored)
+    return Draft(spec=spec, like=job_id, stored=stored)
 
 
 @contextlib.contextmanager
