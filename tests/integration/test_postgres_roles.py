@@ -19,6 +19,7 @@ from loractl.common.store.records import Claim, Progress, SpentLog, StoredCheckp
 from loractl.common.store.schema import upgrade
 from loractl.common.store.store import Store
 from loractl.common.units import GIB
+from loractl.scheduler.submission.edit import amendment
 
 from ..conftest import Cli
 from ..models import write_helpdesk
@@ -61,6 +62,40 @@ def test_who_submits_can_submit_cancel_hold_retry_and_read(person: Store, box: S
         read()
     for read_one in (person.job, person.events, person.attempts, person.log):
         read_one(first)
+
+
+def test_who_submits_edits_what_is_its_own_and_no_more(
+    person: Store, box: Store, lab: Logins, postgres_url: str
+) -> None:
+    owner = make_engine(postgres_url)
+    others, mine = Store(owner).submit(submission(user="eve")), person.submit(submission(resources={"time_limit": 9}))
+
+    def edit(job_id: int, *overrides: str) -> None:
+        person.edit(amendment(person, job_id, overrides), "ada")
+
+    edit(mine, "priority=4", "name=mine", "lora_patience=1h", "resources.node_labels.a=b", "dataset.max_length=64")
+    edit(mine, "resources.node_labels={}", "lora_patience=null", "method=lora", "training.learning_rate=0.1")
+    with pytest.raises(Forbidden):
+        edit(others, "labels.a=b")
+    claim = take(box)
+    assert isinstance(claim, Claim) and claim.job_id == mine
+    edit(mine, "resources.time_limit=8", "priority=5", "labels.a=b")
+    assert box.beat(claim, Progress()).time_limit == 8
+    box.finish(claim, Reason.TIMED_OUT, "ran longer", Progress())
+    person.retry(mine, "ada", amendment(person, mine, ["resources.time_limit=7"]))
+    again = take(box)
+    assert isinstance(again, Claim) and again.spec.resources.time_limit == 7
+    engine = make_engine(lab.person)
+    for statement in (
+        "vram_lora = 1",
+        "methods = '[]'",
+        "spec = jsonb_set(spec\\:\\:jsonb, '{lora,r}', '1')\\:\\:json",
+    ):
+        with pytest.raises(Forbidden), engine.begin() as connection:
+            connection.execute(text(f"UPDATE jobs SET {statement} WHERE job_id = {mine}"))
+            pytest.fail(f"{statement} was let through while it runs")
+    engine.dispose()
+    owner.dispose()
 
 
 def test_who_submits_cannot_claim_or_touch_what_is_a_worker_s(person: Store, box: Store) -> None:
