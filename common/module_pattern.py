@@ -1,7 +1,8 @@
 """A regular expression for module names, as peft takes one in target_modules: matched whole, and bounded.
 
-A job file may come from anybody, and Python's `re` can hold a process for hours over one name. Here a part of an
-expression gives all places where it can end, each part and place once: no backtracking. Every match counts its steps.
+A job file may come from anybody. Python's `re` can hold a process for hours over one name; the regex package has a
+time limit for a match, but takes gigabytes to compile fifty letters of nested counts. Here a part of an expression
+gives all places where it can end, each part and place once: no backtracking. Every match counts its steps.
 """
 
 from __future__ import annotations
