@@ -34,6 +34,12 @@ LATE = (
 READ_AT_IMPORT = ("HF_", "HUGGING", "TRANSFORMERS_", "DATASETS_", "TORCH", "PYTORCH_", "LD_", "LANG", "LC_")
 """A process whose variables of these names are not the server's starts cold: libraries read them once."""
 
+WRITTEN_AT_IMPORT = ("TORCHINDUCTOR_CACHE_DIR",)
+"""What importing torch leaves in the environment of a test's process, always the same."""
+
+ALWAYS = "WARM_ALWAYS"
+"""In the environment: a process that would start cold fails, and says why."""
+
 
 def client(argv: list[str]) -> int:
     """Be `loractl argv...`, or the trainer without arguments. Returns the exit status."""
@@ -61,6 +67,8 @@ _OTHER_ENVIRONMENT = 1000
 
 
 def _cold(argv: list[str]) -> None:
+    if ALWAYS in os.environ:
+        sys.exit(f"not warm: {_early(os.environ)}")
     from pathlib import Path
 
     if argv:
@@ -141,7 +149,11 @@ def _begin(connection: socket.socket, own: dict[str, str]) -> int:
 
 
 def _early(environment: dict[str, str] | os._Environ[str]) -> dict[str, str]:
-    return {name: value for name, value in environment.items() if name.startswith(READ_AT_IMPORT)}
+    return {
+        name: value
+        for name, value in environment.items()
+        if name.startswith(READ_AT_IMPORT) and name not in WRITTEN_AT_IMPORT
+    }
 
 
 def _answer(connection: socket.socket, status: int) -> None:
