@@ -80,8 +80,8 @@ class MemoryNeed:
         `methods`: for each open one `peak_bytes`, `margin_bytes`, `parts` (bytes by part), `reserved_bytes`, and with
         --solve `largest` (`micro_batch` and `max_length`); `choice`: the method that the best card would take, or null;
         `lengths`: in tokens the longest rows' `train` and `evaluate`, with `rows` and `labels`, or null; `rows`: how
-        many are used, `train` and `held_out`, and `left_out` as too long, or null; `planned_for`: a sentence; `device`: gpu or cpu;
-        `cards`: one entry a card.
+        many are used, `train` and `held_out`, and `left_out` as too long, or null; `planned_for`: a
+        sentence; `device`: gpu or cpu; `cards`: one entry a card.
         """
         return {
             "methods": {method.value: self._method(method, planned) for method, planned in self.plans.items()},
