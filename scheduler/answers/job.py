@@ -152,9 +152,14 @@ def job_in_full(store: Store, job_id: int) -> JobInFull:
         attempts=_attempts(store, job_id),
         events=_events(store, job_id),
         losses=tuple((point.step, point.value) for point in store.metrics(job_id, "loss")),
-        held_out=tuple((point.step, point.value) for point in store.metrics(job_id, "eval_loss")),
+        held_out=held_out_losses(store, job_id),
         now=store.now(),
     )
+
+
+def held_out_losses(store: Store, job_id: int) -> tuple[tuple[int, float], ...]:
+    """Step and loss on held-out rows, of each evaluation in mid-training so far."""
+    return tuple((point.step, point.value) for point in store.metrics(job_id, "eval_loss"))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ import click
 
 from loractl.common.errors import ExitCode
 from loractl.common.job.status import Status
-from loractl.scheduler.answers.job import JobState, job_in_full, job_state
+from loractl.scheduler.answers.job import JobState, held_out_losses, job_in_full, job_state
 from loractl.scheduler.text.jobs import job_text, state_line
 from loractl.scheduler.text.live import REDRAW_S, LiveText
 from loractl.scheduler.text.screen import detect_screen
@@ -50,7 +50,7 @@ def _tell_changes(store: Store, job_id: int) -> JobState:
     said = ""
     while True:
         job = job_state(store, job_id)
-        if (line := state_line(job)) != said:
+        if (line := state_line(job, held_out_losses(store, job_id))) != said:
             click.echo(line, err=True)
             said = line
         if _is_over(job):

@@ -240,21 +240,23 @@ def job_text(answer: JobInFull, screen: Screen) -> str:
     """One job in full: where it is, its course, its history, and the next command."""
     job = answer.job
     lines = [*_standing(answer, screen), ""]
-    if answer.losses:
-        held = ""
-        if answer.held_out:
-            step, loss = answer.held_out[-1]
-            held = f"   held out {loss:.2f} at step {thousands(step)}"
-        course = sparkline([loss for _, loss in answer.losses], 30, screen)
-        lines.append(f"loss    {course}  {answer.losses[-1][1]:.2f}{held}")
+    lines += [_course("loss", answer.losses, screen)] if answer.losses else []
+    lines += [_course("held out", answer.held_out, screen)] if answer.held_out else []
     if answer.attempts:
         lines += _memory(answer.attempts[-1], job.tokens_per_second)
     if job.adapter_uri:
-        lines += [f"adapter {clean_line(job.adapter_uri)}", f"report  {clean_line(job.report_uri or '')}"]
+        lines += [f"adapter   {clean_line(job.adapter_uri)}", f"report    {clean_line(job.report_uri or '')}"]
     if lines[-1]:
         lines.append("")
     lines += [f"{clock(event.at, answer.now)}  {clean_line(event.text)}" for event in reversed(answer.events[-12:])]
     return "\n".join([*lines, "", screen.dim(_next_command(job))])
+
+
+def _course(name: str, points: Sequence[tuple[int, float]], screen: Screen) -> str:
+    """A loss over the steps, and where it stands."""
+    step, loss = points[-1]
+    drawn = sparkline([value for _, value in points], 30, screen)
+    return f"{name:<8}  {drawn}{'  ' * bool(drawn)}{loss:.2f} at step {thousands(step)}"
 
 
 def _memory(last: PastAttempt, tokens_per_second: float | None) -> list[str]:
@@ -265,10 +267,10 @@ def _memory(last: PastAttempt, tokens_per_second: float | None) -> list[str]:
     if last.device_kind == "cpu":
         peak = f"{gib(last.vram_peak)} GiB of RAM at most, the whole process" if last.vram_peak else ""
         memory = "; ".join(part for part in (peak, f"a GPU is planned to need {planned}" if planned else "") if part)
-        return [*([f"memory  {memory}"] if memory else []), how]
+        return [*([f"memory    {memory}"] if memory else []), how]
     peak = f"{gib(last.vram_peak)} GiB at most" if last.vram_peak else ""
     memory = ", ".join(part for part in (peak, f"planned {planned}" if planned else "") if part)
-    return [(f"memory  {memory}   " if memory else "") + how]
+    return [(f"memory    {memory}   " if memory else "") + how]
 
 
 def _standing(answer: JobInFull, screen: Screen) -> list[str]:
@@ -290,12 +292,13 @@ def _standing(answer: JobInFull, screen: Screen) -> list[str]:
     return [f"{head} {_state(job, screen)}{reason}: {clean_line(job.message or '')}"]
 
 
-def state_line(job: JobState) -> str:
-    """A job's state in a line that only changes when something happened."""
+def state_line(job: JobState, held_out: Sequence[tuple[int, float]] = ()) -> str:
+    """A job's state in a line that only changes when something happened. `held_out`: steps and losses so far."""
     place = f" on {clean_line(job.node or '')}, {job.stage.value}" if job.stage else ""
     steps = f", step {job.step} of {job.total_steps}" if job.stage and job.total_steps else ""
     loss = f", loss {job.loss:.2f}" if job.stage and job.loss is not None else ""
-    return f"job {job.job_id} {job.status.value}{place}{steps}{loss}"
+    held = f", held out {held_out[-1][1]:.2f} at step {held_out[-1][0]}" if job.stage and held_out else ""
+    return f"job {job.job_id} {job.status.value}{place}{steps}{loss}{held}"
 
 
 def history_text(answer: JobHistory, screen: Screen) -> str:

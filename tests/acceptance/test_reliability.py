@@ -329,6 +329,8 @@ def test_a_result_waits_for_the_store_in_storing_also_over_a_restart_of_the_work
     lab.until(job_id, lambda job: job.status is Status.SUCCEEDED)
     assert lab.starts() == [f"{job_id}.1"], "it was trained once"
     assert "its result is taken over" in lab.cli("show", job_id).stdout
+    told = re.findall(r"storing +(stores \d+ files, .*, and reads them back)", lab.cli("logs", job_id).stdout)
+    assert len(told) == 2, "both attempts say what they store, and neither spoils the finished result"
     lab.cli("adapters", "pull", job_id, lab.folder / "pulled")
 
 

@@ -5,9 +5,13 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
+from pathlib import Path
 from typing import IO, Any, Protocol
 
 MIB = 1 << 20
+
+LOG_FILE = "log.txt"
+"""The whole log of an attempt, beside its result and in it."""
 
 FILE_LIMIT = 64 * MIB
 """Characters of an attempt's log file, which becomes an artifact."""
@@ -110,3 +114,10 @@ def read_log(pipe: IO[str], file: IO[str], told: Sink, limit: int = FILE_LIMIT) 
         except OSError as error:
             whole = False
             told.put(f"[the log file ends here: {error.strerror}]\n")
+
+
+def append_line(path: Path, line: str, limit: int = FILE_LIMIT) -> None:
+    """Add a line to a log's file that no trainer writes into now, unless it is full. Raises OSError."""
+    with path.open("a", encoding="utf-8") as file:
+        if file.tell() + len(line) <= limit:
+            file.write(line)

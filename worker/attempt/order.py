@@ -10,6 +10,7 @@ from pathlib import Path
 from loractl.common.binding import checkpoint_binding
 from loractl.common.errors import ArtifactError
 from loractl.common.files import remove_tree
+from loractl.common.job.status import Stage
 from loractl.common.store.records import Claim
 from loractl.worker.device.occupancy import CARD_VARIABLE, JOB_VARIABLE, RUN_VARIABLE, card_mark, run_mark
 from loractl.worker.protocol.marker import is_complete
@@ -37,6 +38,9 @@ def prepare(place: Workplace, state: AttemptState) -> Start:
     _require_space(place, folder, bytes_to_write(spec, claim.method))
 
     named = spec.data_sets()  # those that are not stored are hub ids
+    if claim.data:
+        names = sorted({Path(named[key]).name for key in named.keys() & claim.data.keys()})
+        state.say(Stage.PREPARING, f"fetches {', '.join(names)}")
     for key in named.keys() & claim.data.keys():
         stored = claim.data[key]
         named[key] = str(place.artifacts.fetch_dataset(stored["uri"], stored["sha256"], cache / "datasets"))

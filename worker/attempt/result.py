@@ -13,6 +13,7 @@ from loractl.common.job.status import Reason
 from loractl.common.store.records import Claim, StoredResult
 from loractl.worker.protocol.messages import Ended
 
+from .log import LOG_FILE
 from .state import AttemptState
 from .workplace import Workplace
 
@@ -27,7 +28,7 @@ def take_ready(state: AttemptState) -> bool:
         message = ready_result(earlier, claim)
         if message is None or earlier == folder:
             continue
-        for name in ("result", "log.txt"):
+        for name in ("result", LOG_FILE):
             remove_tree(folder / name)
             (earlier / name).rename(folder / name)
         (earlier / READY).unlink()
@@ -54,7 +55,7 @@ def ready_result(folder: Path, claim: Claim) -> str | None:
     except (OSError, ValueError):
         return None
     files: dict[str, str] = ready.get("files") or {"": ""}  # an older note names no files: the result may be torn
-    whole = all(hashes.get(name) == digest for name, digest in files.items())
+    whole = all(hashes.get(name) == digest for name, digest in files.items() if name != LOG_FILE)
     message: str = ready.get("message", "")
     return message if ready.get("belongs_to") == _asked(claim) and whole else None
 
@@ -62,7 +63,7 @@ def ready_result(folder: Path, claim: Claim) -> str | None:
 def store_result(place: Workplace, state: AttemptState) -> StoredResult:
     """Upload the result and read it back. Raises ArtifactError, ServiceUnreachable."""
     prefix = attempt_prefix(state.claim.job_id, state.claim.attempt)
-    shutil.copy(state.folder / "log.txt", state.folder / "result" / "log.txt")
+    shutil.copy(state.folder / LOG_FILE, state.folder / "result" / LOG_FILE)
     manifest = place.artifacts.put_result(state.folder / "result", prefix)
     uri = f"{place.artifacts.url}/{prefix}"
     return StoredResult(
@@ -75,8 +76,9 @@ def store_result(place: Workplace, state: AttemptState) -> StoredResult:
 
 
 def _hashes(folder: Path) -> dict[str, str]:
-    """The sha256 of each file of a result."""
-    return {p.relative_to(folder).as_posix(): sha256_of(p) for p in sorted(folder.rglob("*")) if p.is_file()}
+    """The sha256 of each file of a result but its log, which grows with every attempt to store it."""
+    files = {p.relative_to(folder).as_posix(): p for p in sorted(folder.rglob("*")) if p.is_file()}
+    return {name: sha256_of(path) for name, path in files.items() if name != LOG_FILE}
 
 
 def _asked(claim: Claim) -> list[str]:

@@ -12,8 +12,9 @@ from pathlib import Path
 
 from loractl.common.job.adjustment import Adjustment
 from loractl.common.job.need import Need
-from loractl.common.job.status import Reason
+from loractl.common.job.status import Reason, Stage
 from loractl.common.store.records import Beat, Claim, Progress, rung_points
+from loractl.worker.protocol.log_lines import log_line
 from loractl.worker.protocol.messages import (
     Adjusted,
     Ended,
@@ -26,7 +27,7 @@ from loractl.worker.protocol.messages import (
     Told,
 )
 
-from .log import LogBook
+from .log import LOG_FILE, LogBook, append_line
 
 log = logging.getLogger("loractl.worker")
 
@@ -74,6 +75,17 @@ class AttemptState:
     def note(self, kind: str, text: str) -> None:
         """Add a line to the job's history with the next beat; any thread may."""
         self.noted.put((kind, text))
+
+    def phase(self, stage: Stage, text: str) -> None:
+        """Say what begins and may take long, in history and log; any thread may."""
+        self.note("phase", text)
+        self.say(stage, text)
+
+    def say(self, stage: Stage, text: str) -> None:
+        """Add a line to the log, and to its file while no trainer writes there. Raises OSError."""
+        line = log_line(stage.value, text)
+        self.log.put(line)
+        append_line(self.folder / LOG_FILE, line)
 
     def hear(self, message: Told | str) -> None:
         """Take what the trainer told: a message, or another line."""

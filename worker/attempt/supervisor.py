@@ -18,6 +18,7 @@ from loractl.common.errors import ArtifactError, LoractlError, ServiceUnreachabl
 from loractl.common.job.status import KEEPING, Reason, Stage, Status
 from loractl.common.store.database import REFUSALS, outage, told_by
 from loractl.common.store.records import Progress, StoredResult
+from loractl.common.units import amount
 from loractl.worker.protocol.trust import Refused
 from loractl.worker.storage.client import CallWatch
 
@@ -112,6 +113,7 @@ def _carry_out(place: Workplace, state: AttemptState) -> tuple[Reason, str, Stor
             return reason, message, None
         state.pending = replace(state.pending, stage=Stage.STORING)
         while_beating(place, state, lambda: mark_ready(state.folder, state.claim, message))
+        _say_what_is_stored(state)
         state.pending = replace(state.pending, result_host=place.settings.host)
         return reason, message, _with_patience(place, state, store_result, _not_stored)
     except Interrupted:
@@ -122,6 +124,13 @@ def _carry_out(place: Workplace, state: AttemptState) -> tuple[Reason, str, Stor
         # our own fault, but the job must still say at once why it ended
         log.exception("job %s: the supervisor failed", state.claim.job_id)
         return Reason.TRAINER_ERROR, f"the supervisor failed: {error!r}", None
+
+
+def _say_what_is_stored(state: AttemptState) -> None:
+    """A large result on a slow line takes long: history and log say what goes on."""
+    files = [path for path in (state.folder / "result").rglob("*") if path.is_file()]
+    size = amount(sum(path.stat().st_size for path in files))
+    state.phase(Stage.STORING, f"stores {len(files)} files, {size}, and reads them back")
 
 
 def _watch(place: Workplace, state: AttemptState) -> CallWatch:

@@ -15,6 +15,7 @@ from loractl.worker.protocol.messages import Ended, Start, Told
 
 from .checkpoint_upload import CheckpointUpload
 from .heartbeat import beat
+from .log import LOG_FILE
 from .order import environment
 from .process import exit_reason, running, send
 from .state import AttemptState
@@ -50,8 +51,9 @@ def train(place: Workplace, state: AttemptState, start: Start) -> None:
 
 def _run(place: Workplace, state: AttemptState, start: Start, upload: CheckpointUpload) -> None:
     """Start a trainer and stay with it until it has ended."""
+    state.say(Stage.PREPARING, f"starts the trainer on {place.node}")
     with (
-        (state.folder / "log.txt").open("a", encoding="utf-8") as log_file,
+        (state.folder / LOG_FILE).open("a", encoding="utf-8") as log_file,
         running(place.settings.trainer, environment(place, state.claim), start, log_file, state.log) as (trainer, told),
     ):
         state.trainer, state.pids = trainer, state.pids | {trainer.pid}

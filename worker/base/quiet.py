@@ -1,10 +1,13 @@
-"""Silences messages of the training stack that sound like problems but aren't."""
+"""What the training stack says: silenced where it sounds like a problem and isn't one, else a line, once."""
 
 from __future__ import annotations
 
 import logging
 import os
 import warnings
+from typing import TextIO
+
+from loractl.worker.protocol.log_lines import log_line
 
 BAR_INTERVAL_S = 10
 """Seconds between two lines of a progress bar in the job's log."""
@@ -20,3 +23,48 @@ def quieten() -> None:
     # bitsandbytes says that an optional kernel package is missing; peft calls a name that transformers will drop in v6
     logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", category=FutureWarning, message=".*is_gradient_checkpointing.*")
+
+
+def tell_once() -> None:
+    """Let each warning of a library be one line of the job's log, once. Call it after `quieten`."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_default_handler()
+    transformers_logging.enable_propagation()
+    handler = logging.StreamHandler()
+    handler.setFormatter(_LogLine())
+    handler.addFilter(_Once())
+    logging.getLogger().handlers[:] = [handler]
+    warnings.showwarning = _show_warning
+
+
+class _LogLine(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        said = f"{record.name.partition('.')[0]}: {record.getMessage()}"
+        failed = "\n" + self.formatException(record.exc_info) if record.exc_info else ""
+        return log_line(record.levelname.lower(), said).rstrip("\n") + failed
+
+
+MOST_KNOWN = 1000
+"""Messages that are remembered; a library that never says the same twice must not fill the memory."""
+
+
+class _Once(logging.Filter):
+    def __init__(self) -> None:
+        super().__init__()
+        self._known: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        said = record.getMessage()
+        new = said not in self._known
+        if new and len(self._known) < MOST_KNOWN:
+            self._known.add(said)
+        return new
+
+
+def _show_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, file: TextIO | None = None,
+    line: str | None = None,
+) -> None:  # fmt: skip
+    """What Python calls for a warning: the place in a library's source tells a reader nothing."""
+    logging.getLogger("python").warning("%s (%s)", message, category.__name__)

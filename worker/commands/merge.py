@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import click
 
 from loractl.common.errors import UsageError
 
-from .terminal import warn
+from .terminal import tell, warn
 
 
 @click.command()
@@ -33,5 +34,6 @@ def merge(adapter: str, folder: Path, dtype: str, gguf: bool, as_json: bool) -> 
     converter = find_converter() if gguf else None
     quieten()
     library = Library(load_settings(), warn)
-    merged = merge_adapter(library, library.find(adapter), folder, dtype, converter)
+    say = (lambda text: None) if as_json else (lambda text: tell(f"{time.strftime('%H:%M:%S')}  {text}"))
+    merged = merge_adapter(library, library.find(adapter), folder, dtype, converter, say)
     click.echo(json.dumps(merged.as_json()) if as_json else merged.sentences)

@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,9 @@ from loractl.worker.data.prompt import prompt_for
 from loractl.worker.data.template import templated
 
 from .library import Library, Listed
+
+Say = Callable[[str], None]
+"""Is told what begins."""
 
 PROMPTS = (
     "The capital of France is",
@@ -82,7 +85,9 @@ class Merged:
         return {"folder": str(self.folder), **asdict(self.proof)}
 
 
-def merge_adapter(library: Library, listed: Listed, folder: Path, dtype: str, converter: Path | None) -> Merged:
+def merge_adapter(
+    library: Library, listed: Listed, folder: Path, dtype: str, converter: Path | None, say: Say = lambda text: None
+) -> Merged:
     """Write the merged model into a new folder, all of it or nothing; with a converter a GGUF file too.
 
     Raises MergeFailed when it is not the same, LoractlError when the converter fails.
@@ -90,8 +95,9 @@ def merge_adapter(library: Library, listed: Listed, folder: Path, dtype: str, co
     folder.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
     try:
-        proof = merge_into(aside, library, listed, dtype)
+        proof = merge_into(aside, library, listed, dtype, say)
         if converter is not None:
+            say("runs llama.cpp's converter")
             run_converter(converter, aside, aside / f"{listed.name}-{dtype}.gguf", dtype)
         for path in (aside, *aside.iterdir()):
             path.chmod(0o755 if path.is_dir() else 0o644)  # as other files here; temporary ones are their owner's alone
@@ -102,7 +108,7 @@ def merge_adapter(library: Library, listed: Listed, folder: Path, dtype: str, co
     return Merged(folder=folder, size=size, adapter=listed, dtype=dtype, proof=proof)
 
 
-def merge_into(folder: Path, library: Library, listed: Listed, dtype: str) -> Proof:
+def merge_into(folder: Path, library: Library, listed: Listed, dtype: str, say: Say = lambda text: None) -> Proof:
     """Write the merged model into an existing empty folder. Raises MergeFailed when it is not the same."""
     import torch
     from peft import PeftModel
@@ -117,10 +123,13 @@ def merge_into(folder: Path, library: Library, listed: Listed, dtype: str) -> Pr
     revision = library.revision(listed)
     tokenizer = templated(load_tokenizer(spec.base_model, revision, run_code=run_code), spec.dataset.template)
     exact = Precision(base=torch.float32, amp=None)
+    say(f"loads {spec.base_model} in float32")
     base = load_base(spec.base_model, Method.LORA, "cpu", exact, revision, run_code=run_code)
     prompts = [tokenizer(text).input_ids for text in PROMPTS] + _own_prompts(library, listed, tokenizer)
     tuned = PeftModel.from_pretrained(base, str(files)).eval()
+    say(f"measures the adapter's logits on {len(prompts)} prompts")
     before = _logits(tuned, prompts)
+    say("merges, and measures again")
     merged = tuned.merge_and_unload(safe_merge=True).eval()
     after = _logits(merged, prompts)
     if changed := library.changed_base(listed):
@@ -128,9 +137,11 @@ def merge_into(folder: Path, library: Library, listed: Listed, dtype: str) -> Pr
         raise MergeFailed(what, "get the base of that time, or train again")
     difference = _apart(before, after)
     _check_same(difference)
+    say(f"writes the model in {dtype}")
     merged.to(getattr(torch, dtype)).save_pretrained(str(folder), safe_serialization=True)
     tokenizer.save_pretrained(str(folder))
     del merged, tuned, base
+    say("reads it back, and compares")
     stored = AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype, trust_remote_code=run_code).eval()
     as_stored = _logits(stored, prompts)
     same = sum(int((a.argmax(-1) == b.argmax(-1)).sum()) for a, b in zip(before, as_stored, strict=True))

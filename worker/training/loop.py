@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from loractl.common.job.adjustment import next_adjustment
 from loractl.common.job.status import Reason, Stage
@@ -165,6 +165,7 @@ def _fit_once(
     if run.on_gpu or run.order.memory_limit is not None:
         probe = Probe(trainer, learner.tokenizer, data, run.spec.evaluation.max_rows, run.adjust_evaluation)
         trainer.add_callback(probe)
+    trainer.remove_callback(PrinterCallback)  # it prints raw dicts; the teller says the same to people
     for callback in callbacks.in_order:  # after the probe: they say that training begins
         trainer.add_callback(callback)
     try:

@@ -13,7 +13,9 @@ from transformers import TrainerCallback
 
 from loractl.common.job.status import Stage
 from loractl.common.store.records import HELD_OUT_LOSS
+from loractl.common.units import duration
 from loractl.worker.evaluation.evaluation import Evaluation
+from loractl.worker.protocol.log_lines import Pace, begin_text, evaluation_text, step_texts
 from loractl.worker.protocol.messages import Stepped
 
 from .recorder import Recorder
@@ -21,6 +23,9 @@ from .run import Run
 
 TOLD_EVERY_S = 1.0
 """Seconds between two steps that are told; a step with a loss is always told."""
+
+SAID_EVERY_S = 20.0
+"""Seconds between two lines of the log about an evaluation."""
 
 
 class Teller(TrainerCallback):
@@ -37,6 +42,7 @@ class Teller(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._run.stage(Stage.TRAINING)
+        self._run.phase(begin_text(state.global_step, state.max_steps))
         self._step_ended = time.monotonic()
         self.tell()
 
@@ -46,6 +52,8 @@ class Teller(TrainerCallback):
         self._step_ended = now
         if self._run.stop.is_set() or now - self._told > TOLD_EVERY_S:
             self.tell()
+        if control.should_evaluate and not control.should_log:
+            self._run.say(evaluation_text(self._pace()))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
         told = ("loss", "eval_loss", "learning_rate", "grad_norm")
@@ -53,16 +61,16 @@ class Teller(TrainerCallback):
         known = {name: value for name, value in known.items() if math.isfinite(value)}  # a skipped step's gradient
         if known:
             self.tell(known)
+        for text in step_texts(known, self._pace()):
+            self._run.say(text)
+        if "loss" in known and control.should_evaluate:  # after the line of the step that it follows
+            self._run.say(evaluation_text(self._pace()))
 
     def tell(self, metrics: dict[str, float] | None = None) -> None:
         """Tell the step that the training has reached."""
         self._told = time.monotonic()
         recorder = self._recorder
-        left, spread = remaining(self._step_times, recorder.total_steps - recorder.steps)
-        if left is not None and recorder.tokens_per_second:
-            # A token that is trained on costs a forward and a backward, in LoRA about as much again (no gradients of
-            # the base's weights): read as two that are evaluated. Measured once the evaluation runs.
-            left += self._evaluation_tokens / (2 * recorder.tokens_per_second)
+        left, spread = self._left()
         self._run.tell(
             Stepped(
                 job_id=self._run.order.job_id,
@@ -76,12 +84,44 @@ class Teller(TrainerCallback):
             )
         )
 
-    def evaluating(self) -> Callable[[int, int], None]:
-        """A progress function for the evaluation: tells how long the rest will take."""
-        began = time.monotonic()
+    def _pace(self) -> Pace:
+        return Pace(
+            step=self._recorder.steps,
+            total_steps=self._recorder.total_steps,
+            step_seconds=statistics.fmean(self._step_times) if self._step_times else None,
+            tokens_per_second=self._recorder.tokens_per_second,
+            left_seconds=self._left()[0],
+        )
+
+    def _left(self) -> tuple[float | None, float | None]:
+        """Seconds until the job is done, and half the width of a 95% interval of them."""
+        recorder = self._recorder
+        left, spread = remaining(self._step_times, recorder.total_steps - recorder.steps)
+        if left is not None and recorder.tokens_per_second:
+            # A token that is trained on costs a forward and a backward, in LoRA about as much again (no gradients of
+            # the base's weights): read as two that are evaluated. Measured once the evaluation runs.
+            left += self._evaluation_tokens / (2 * recorder.tokens_per_second)
+        return left, spread
+
+    def evaluating(self, parts: Sequence[str]) -> Callable[[int, int], None]:
+        """A progress function for the evaluation: tells how long the rest will take, and names each part as it begins.
+
+        `parts`: what is measured one after the other, each by the same work.
+        """
+        began = said = time.monotonic()
+        begun = 0
+        self._run.phase(f"evaluates {parts[0]}")
 
         def tell(done: int, of: int) -> None:
-            left = (time.monotonic() - began) * (of - done) / max(1, done)
+            nonlocal said, begun
+            now = time.monotonic()
+            left = (now - began) * (of - done) / max(1, done)
+            if done < of and (part := done * len(parts) // of) != begun:
+                begun, said = part, now
+                self._run.phase(f"evaluates {parts[part]}")
+            elif now - said > SAID_EVERY_S:
+                said = now
+                self._run.say(f"{done} of {of} passes done   {duration(left)} left")
             self._run.tell(
                 Stepped(
                     job_id=self._run.order.job_id,

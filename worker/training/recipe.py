@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments, set_seed
 
+from loractl.common.adapter_config import portable_name
 from loractl.common.job.spec import JobSpec
 from loractl.common.job.status import Reason, Stage
 from loractl.worker.base.adapter import save_adapter
@@ -78,6 +79,7 @@ def train(run: Run) -> Ended:
 
     # 6. The report, and the manifest's other files.
     course = _course(run, callbacks, arguments, time.time() - began)
+    run.say("hashes the base's files, and writes the report")
     report = build_report(order, identity.wait(), learner, data, evaluation, course)
     write_report(report, out)
     write_page(report, out)
@@ -88,6 +90,7 @@ def train(run: Run) -> Ended:
 def _read_data(run: Run, tokenizer: Any) -> PreparedData:
     """Tokenised and packed as the job asks, with what the history should know of them. Raises DataError."""
     order, spec = run.order, run.spec
+    run.say("reads the rows, and turns them into tokens")
     data = prepare_data(
         spec.dataset, order.data_path, order.eval_path, order.data_sha256, tokenizer, Path(order.cache_dir)
     )
@@ -124,6 +127,7 @@ def _load(run: Run, data: PreparedData, tokenizer: Any) -> tuple[Learner, BaseId
     precision = choose_precision(order.device, spec.training.dtype, family := family_of(spec.base_model, spec.revision))
     if said := _about_fp16(spec, precision, family, on_gpu=run.on_gpu):
         run.note("precision", said)
+    run.phase(f"loads {portable_name(spec.base_model)} for {order.method.value}")
     base = load_base(
         spec.base_model,
         order.method,
@@ -184,7 +188,10 @@ def _resolved(run: Run, arguments: TrainingArguments) -> dict[str, Any]:
 def _evaluate(run: Run, learner: Learner, data: PreparedData, tasks: Any, callbacks: Callbacks) -> Evaluation:
     """`tasks`: what `find_tasks` returned."""
     measure = evaluate_classifier if data.label_names else evaluate
-    evaluation = measure(learner, data, run.spec, run.check_stop, callbacks.teller.evaluating())
+    rows = len(data.held_out.rows[: run.spec.evaluation.max_rows])
+    models = ("the classifier",) if data.label_names else ("the base", "the tuned model")
+    progress = callbacks.teller.evaluating([f"{model} on {rows} held-out rows" for model in models])
+    evaluation = measure(learner, data, run.spec, run.check_stop, progress)
     callbacks.teller.tell_held_out(evaluation)
     if tasks is None:
         return evaluation

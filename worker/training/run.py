@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -10,6 +11,7 @@ from loractl.common.job.adjustment import Adjustment, adjusted, in_words
 from loractl.common.job.spec import JobSpec
 from loractl.common.job.status import Stage
 from loractl.worker.base.gauge import Gauge
+from loractl.worker.protocol.log_lines import log_line
 from loractl.worker.protocol.messages import Adjusted, Note, StageChanged, Start, Told
 
 
@@ -49,7 +51,18 @@ class Run:
         self.tell(StageChanged(job_id=self.order.job_id, stage=stage))
 
     def note(self, kind: str, text: str, resumed_from_step: int | None = None) -> None:
+        """Add a line to the job's history, and to its log."""
+        self.say(text)
         self.tell(Note(job_id=self.order.job_id, kind=kind, text=text, resumed_from_step=resumed_from_step))
+
+    def phase(self, text: str) -> None:
+        """Say what begins now and may take long without another sign of life."""
+        self.note("phase", text)
+
+    def say(self, text: str) -> None:
+        """Write a line into the job's log alone."""
+        sys.stderr.write(log_line(self.stages[-1].value if self.stages else "starting", text))
+        sys.stderr.flush()
 
     def adjust(self, adjustment: Adjustment) -> None:
         """Go on with less memory."""

@@ -22,7 +22,7 @@ from typing import IO
 
 from loractl.common.errors import DataError
 from loractl.common.job.status import Reason, Stage
-from loractl.worker.base.quiet import quieten
+from loractl.worker.base.quiet import quieten, tell_once
 from loractl.worker.protocol.card_error import card_error
 from loractl.worker.protocol.messages import Ended, Start, Stop, Told, decode_order, encode
 
@@ -58,6 +58,7 @@ def _run(order: Start, orders: Orders, tell: Tell) -> Ended:
     """Train; every way to fail becomes a reason and a sentence, with the traceback in the log."""
     gc.disable()  # the imports make a million objects that stay to the end: looking through them costs 1.5 s of CPU
     quieten()
+    tell_once()
     from loractl.worker.base.failure import TrainingFailed
     from loractl.worker.base.gauge import hold_to
 

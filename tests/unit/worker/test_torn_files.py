@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from loractl.common.artifacts import checkpoint_prefix, manifest_sha256
+from loractl.common.artifacts import checkpoint_prefix, manifest_sha256, sha256_of
 from loractl.common.job.identity import training_digests
 from loractl.common.job.method import Method
 from loractl.common.settings import load_settings
@@ -46,6 +46,19 @@ def finished(tmp_path: Path) -> Path:
 
 def test_a_finished_result_is_taken_over_by_the_next_attempt(finished: Path) -> None:
     assert ready_result(finished, claim(attempt=2)) == "6 steps"
+
+
+def test_a_log_that_grew_with_each_attempt_to_store_the_result_does_not_spoil_it(finished: Path) -> None:
+    log = finished / "result" / "log.txt"
+    log.write_text("stores 2 files\n")
+    note = json.loads((finished / "ready.json").read_text())
+    note["files"]["log.txt"] = sha256_of(log)  # as an earlier version noted it
+    (finished / "ready.json").write_text(json.dumps(note))
+    log.write_text("stores 2 files\nstores 2 files\n")
+    assert ready_result(finished, claim(attempt=3)) == "6 steps"
+    mark_ready(finished, claim(attempt=3), "6 steps")
+    log.unlink()
+    assert ready_result(finished, claim(attempt=4)) == "6 steps", "the log is no part of what is compared"
 
 
 @pytest.mark.parametrize("torn", ["truncated", "gone", "note"])

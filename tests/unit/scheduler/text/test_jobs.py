@@ -228,8 +228,8 @@ def test_a_running_job_in_full_shows_its_place_course_and_next_command() -> None
     lines = text.splitlines()
     assert lines[0] == "7 helpdesk on box:0, attempt 1, training"
     assert lines[2].endswith("   2%  30 of 1 584  10 min left")
-    assert "loss    █▁  1.23   held out 1.50 at step 20" in lines
-    assert "memory  6.0 GiB at most, planned 8.0 GiB   method qlora   speed 812 tok/s" in lines
+    assert "loss      █▁  1.23 at step 30" in lines and "held out  ▁  1.50 at step 20" in lines
+    assert "memory    6.0 GiB at most, planned 8.0 GiB   method qlora   speed 812 tok/s" in lines
     assert text.index("  b") < text.index("  a\n"), "the newest event first"
     assert lines[-1] == "Its log: loractl logs 7 -f   stop it: loractl cancel 7"
     assert max(map(len, lines)) <= 80
@@ -250,7 +250,7 @@ def test_a_job_that_waits_failed_or_succeeded_says_why_and_what_to_do_next() -> 
     done = full(
         job(status=Status.SUCCEEDED, reason=Reason.OK, message="done", adapter_uri="s3://a", report_uri="s3://r")
     ).splitlines()
-    assert "adapter s3://a" in done
+    assert "adapter   s3://a" in done
     assert done[-1] == "Its report: loractl report 7   its adapter: loractl adapters pull 7 DIR"
 
 

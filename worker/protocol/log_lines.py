@@ -1,0 +1,55 @@
+"""What loractl itself writes into a job's log: a line an event, for people."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from loractl.common.text import clean_line
+from loractl.common.units import duration
+
+
+def log_line(stage: str, text: str) -> str:
+    """A line with its end: the time on the box, the stage, the text."""
+    return f"{time.strftime('%H:%M:%S')}  {stage:<10}  {clean_line(text)}\n"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pace:
+    """How far a training is and how fast; None where it is not known yet."""
+
+    step: int
+    total_steps: int
+    step_seconds: float | None  # of a step, evaluations and checkpoints between two of them included
+    tokens_per_second: float | None
+    left_seconds: float | None  # until the job is done
+
+
+def step_texts(losses: Mapping[str, float], pace: Pace) -> list[str]:
+    """What a step's losses (`loss`, `eval_loss`) say, a line each."""
+    step = _place(pace)
+    texts = []
+    if "eval_loss" in losses:
+        texts.append(f"{step}   held-out loss {losses['eval_loss']:.4f}")
+    if "loss" in losses:
+        parts = [step, f"loss {losses['loss']:.4f}"]
+        parts += [f"{pace.step_seconds:.2f} s a step"] if pace.step_seconds is not None else []
+        parts += [f"{pace.tokens_per_second:.0f} tok/s"] if pace.tokens_per_second else []
+        parts += [f"{duration(pace.left_seconds)} left"] if pace.left_seconds else []
+        texts.append("   ".join(parts))
+    return texts
+
+
+def evaluation_text(pace: Pace) -> str:
+    """What stands in the log before an evaluation in mid-training."""
+    return f"{_place(pace)}   evaluates the held-out rows"
+
+
+def begin_text(step: int, total_steps: int) -> str:
+    """What stands in the log before the first step: it compiles and fills the card, and may take minutes."""
+    return f"trains: {total_steps} steps, " + (f"goes on after step {step}" if step else "the first one takes longest")
+
+
+def _place(pace: Pace) -> str:
+    return f"step {pace.step:>{len(str(pace.total_steps))}} of {pace.total_steps}"
