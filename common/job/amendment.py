@@ -36,7 +36,7 @@ class Standing(enum.Enum):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Change:
+class KeyChange:
     """A key with the value that it had and the one that it gets."""
 
     key: str
@@ -47,11 +47,11 @@ class Change:
         return f"{self.key} {_shown(self.key, self.before)} -> {_shown(self.key, self.after)}"
 
 
-def changes(before: JobSpec, after: JobSpec) -> tuple[Change, ...]:
+def changes(before: JobSpec, after: JobSpec) -> tuple[KeyChange, ...]:
     """The keys in which two specs differ."""
     old, new = before.model_dump(mode="json"), after.model_dump(mode="json")
     pairs = ((key, setting(old, key), setting(new, key)) for key in spec_keys())
-    return tuple(Change(key=key, before=one, after=other) for key, one, other in pairs if one != other)
+    return tuple(KeyChange(key=key, before=one, after=other) for key, one, other in pairs if one != other)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ from .warnings import hint, warn, warn_of_data
 
 if TYPE_CHECKING:
     from loractl.scheduler.answers.submission import JobDrafts
-    from loractl.scheduler.submission.draft import Draft
+    from loractl.scheduler.submission.draft import JobDraft
 
 
 @click.command()
@@ -65,7 +65,7 @@ def submit(
         _queue(drafts, wait=wait, as_json=as_json)
 
 
-def _queue(drafts: Sequence[Draft], *, wait: bool, as_json: bool) -> None:
+def _queue(drafts: Sequence[JobDraft], *, wait: bool, as_json: bool) -> None:
     from loractl.common.errors import ExitCode
     from loractl.scheduler.session import open_stores
     from loractl.scheduler.submission.draft import rows_at_hand

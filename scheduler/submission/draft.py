@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Draft:
+class JobDraft:
     """A checked spec, and where it comes from."""
 
     spec: JobSpec
@@ -28,12 +28,12 @@ class Draft:
     stored: Mapping[str, Any] = field(default_factory=dict)  # the data sets of that job which it takes as they are
 
 
-def of_file(path: Path, overrides: Sequence[str]) -> Draft:
+def of_file(path: Path, overrides: Sequence[str]) -> JobDraft:
     """A job file's job. Raises SpecError."""
-    return Draft(spec=load_spec(path, overrides), job_file=path)
+    return JobDraft(spec=load_spec(path, overrides), job_file=path)
 
 
-def like_job(store: Store, job_id: int, overrides: Sequence[str]) -> Draft:
+def like_job(store: Store, job_id: int, overrides: Sequence[str]) -> JobDraft:
     """A new job with a submitted one's settings and rows, but for the overrides. Raises JobNotFound, SpecError."""
     job, name = store.job(job_id), f"job {job_id}"
     spec = amended_spec(job.spec, overrides, name, Path.cwd())
@@ -41,11 +41,11 @@ def like_job(store: Store, job_id: int, overrides: Sequence[str]) -> Draft:
     named = {"path": "dataset.path", "eval_path": "dataset.eval_path", "regression": "evaluation.regression"}
     kept = spec.data_sets().keys() & job.data.keys()
     stored = {key: job.data[key] for key in sorted(kept) if named[key] not in given}
-    return Draft(spec=spec, like=job_id, stored=stored)
+    return JobDraft(spec=spec, like=job_id, stored=stored)
 
 
 @contextlib.contextmanager
-def rows_at_hand(draft: Draft, artifacts: ArtifactStore) -> Iterator[JobSpec]:
+def rows_at_hand(draft: JobDraft, artifacts: ArtifactStore) -> Iterator[JobSpec]:
     """The spec, with stored rows as files that can be checked here. loractl gc leaves these rows alone from now on.
 
     Raises ArtifactError for rows that are gone.

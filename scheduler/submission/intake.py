@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from loractl.common.store.store import Store
     from loractl.common.store.tables import Job
 
-    from .draft import Draft
+    from .draft import JobDraft
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +49,7 @@ def submit_job(spec: JobSpec, settings: Settings, store: Store, artifacts: Artif
     return enqueue(plan_job(spec, settings.user, store_data(spec, artifacts), store), settings, store)
 
 
-def plan_all(drafts: Sequence[Draft], settings: Settings, store: Store) -> list[Submission]:
+def plan_all(drafts: Sequence[JobDraft], settings: Settings, store: Store) -> list[Submission]:
     """What is written for each job, all of them checked before the first is. Raises UsageError."""
     planned = []
     for draft in drafts:
@@ -59,7 +59,7 @@ def plan_all(drafts: Sequence[Draft], settings: Settings, store: Store) -> list[
     return planned
 
 
-def store_all(drafts: Sequence[Draft], planned: Sequence[Submission], artifacts: ArtifactStore) -> list[Submission]:
+def store_all(drafts: Sequence[JobDraft], planned: Sequence[Submission], artifacts: ArtifactStore) -> list[Submission]:
     """Upload the data sets of all jobs before the first is queued. Raises ArtifactError, ServiceUnreachable."""
     return [
         replace(submission, data=store_data(draft.spec, artifacts, draft.stored))
