@@ -90,7 +90,7 @@ STORED: dict[str, tuple[dict[str, Any], str, list[Any], list[str]]] = {
 
 OTHERWISE: dict[str, Any] = {
     "base_model": "org/other", "revision": "v2", "method": "qlora",
-    "dataset.path": "org/rows", "dataset.format": "text", "dataset.columns": {"text": "body"},
+    "dataset.path": "org/rows", "dataset.format": "messages", "dataset.columns": {"text": "body"},
     "dataset.eval_path": "org/held-out", "dataset.test_size": 0.2, "dataset.max_length": 512,
     "dataset.on_overflow": "drop", "dataset.on_bad_row": "drop",
     "dataset.template": "alpaca",

@@ -100,11 +100,6 @@ def test_an_unknown_key_without_a_relative_lists_the_keys_of_its_section(tmp_pat
         ("lora: {lora_alpha: 0}", "lora.lora_alpha", "0 must be above 0.0"),
         ("lora: {lora_alpha: .inf}", "lora.lora_alpha", "Infinity: input should be a finite number"),
         ("lora: {target_modules: []}", "lora.target_modules", "[] is empty; write all-linear or name at least one"),
-        (
-            "dataset: {path: a/b, format: text, template: alpaca}",
-            "dataset.template",
-            "rows of the format text are taken",
-        ),
         ("lora: {target_modules: [1]}", "lora.target_modules.0", "1 is not text; write it in quotes"),
         ("lora: {target_modules: 3}", "lora.target_modules", "3 is not a list; write it like [q_proj, v_proj]"),
         ("lora: {target_modules: 'q_proj, v_proj'}", "lora.target_modules", '"q_proj, v_proj" is not a list; write it'),
@@ -123,6 +118,13 @@ def test_a_wrong_type_or_range_says_what_would_be_right(tmp_path: Path, line: st
     problem = only(write(tmp_path, MINIMAL + line))
     assert (problem.line, problem.key) == (4, key)
     assert problem.what.startswith(what)
+
+
+def test_a_template_is_for_rows_that_are_conversations(tmp_path: Path) -> None:
+    dataset = "dataset: {path: a/b, format: text, template: alpaca}\n"
+    problem = only(write(tmp_path, f"name: plain\nbase_model: org/model\n{dataset}"))
+    assert (problem.line, problem.key) == (3, "dataset.template")
+    assert problem.what.startswith("rows of the format text are taken as they are")
 
 
 @pytest.mark.parametrize("name", ["", "a b", "../x", "-x", "x" * 64, "ü"])
