@@ -8,14 +8,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate import Accelerator
-from accelerate.optimizer import AcceleratedOptimizer
 
 from loractl.common.job.spec import JobSpec
 from loractl.common.job.status import Reason
 from loractl.worker.base.arithmetic import choose_precision
 from loractl.worker.base.failure import TrainingFailed
 from loractl.worker.base.source import family_of
+from loractl.worker.engine.optimizer import ScaledOptimizer
 from loractl.worker.protocol.messages import Note, Stepped, Told
 from loractl.worker.training.loop import SKIPS, Brake
 from loractl.worker.training.progress import Teller
@@ -27,13 +26,11 @@ from .test_out_of_memory import make_order
 
 
 class Training:
-    """accelerate's optimizer and torch's scaler as the Trainer drives them in fp16, with gradients of any size."""
+    """A member's optimizer and its scaler as they run in fp16, with gradients of any size."""
 
     def __init__(self, tmp_path: Path) -> None:
-        Accelerator(cpu=True)
         self.weight = torch.nn.Parameter(torch.zeros(1))
-        self.scaler = torch.amp.GradScaler("cpu")
-        self.optimizer = AcceleratedOptimizer(torch.optim.SGD([self.weight], lr=0.1), scaler=self.scaler)
+        self.optimizer = ScaledOptimizer(torch.optim.SGD([self.weight], lr=0.1), torch.amp.GradScaler("cpu"))
         self.told: list[Told] = []
         (tmp_path / "data.jsonl").write_text("")
         run = Run(order=make_order(tmp_path, tmp_path, tmp_path / "data.jsonl"), tell=self.told.append)
@@ -41,13 +38,12 @@ class Training:
         self.callbacks = (Brake(run), Teller(run, Recorder(1), 0))
 
     def step(self, gradient: float, loss: float = 2.0) -> None:
-        self.scaler.scale(self.weight.sum()).backward()
+        self.weight.grad = None
+        self.optimizer.backward(self.weight.sum())
         assert self.weight.grad is not None
         self.weight.grad = (self.weight.grad * gradient).half().float()  # the gradient as fp16 holds it, or infinity
-        self.scaler.unscale_(self.optimizer.optimizer)
-        norm = float(self.weight.grad.norm())
+        norm = float(self.optimizer.clip([self.weight], 1e30))
         self.optimizer.step()
-        self.optimizer.zero_grad()
         for callback in self.callbacks:
             callback.on_optimizer_step(self.args, self.state, None, optimizer=self.optimizer)
         self.state.global_step += 1

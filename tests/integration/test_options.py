@@ -152,28 +152,24 @@ def test_every_optimizer_trains_and_holds_the_state_that_the_plan_counts(
     recipe: Recipe, monkeypatch: pytest.MonkeyPatch, optimizer: str
 ) -> None:
     """Measured on the optimizer itself at the end of a run, per trained tensor."""
-    from loractl.worker.training import loop as module
+    from loractl.worker.engine import member as module
 
-    held: list[tuple[int, int]] = []
-
-    class Looked(module.Trainer):  # the real one, looked at afterwards
-        def train(self, *args: Any, **kwargs: Any) -> Any:
-            result = super().train(*args, **kwargs)
-            inner = getattr(self.optimizer, "optimizer", self.optimizer)
-            for parameter, state in inner.state.items():
-                sizes = [t.numel() * t.element_size() for t in state.values() if torch.is_tensor(t) and t.numel() > 1]
-                held.append((parameter.numel(), sum(sizes)))
-            return result
-
-    monkeypatch.setattr(module, "Trainer", Looked)
+    made: list[Any] = []
+    make = module.make_optimizer
+    monkeypatch.setattr(module, "make_optimizer", lambda *a: made.append(make(*a)) or made[-1])  # the real one, kept
     ended, told = recipe(max_steps=3, optim=optimizer, lora={"r": 64}, evaluation={"samples": 0})
     assert ended.reason is Reason.OK and len(losses(told)) == 3
+    held = [(parameter.numel(), _state_bytes(state)) for parameter, state in made[0].state.items()]
     if optimizer in ("sgd", "adafactor"):
         assert all(size <= elements for elements, size in held), "next to nothing"
         return
     assert any(elements >= SMALLEST_8BIT for elements, _ in held)
     for elements, size in held:
         assert size == pytest.approx(state_bytes(optimizer, elements), rel=0.1, abs=2200), (elements, size)
+
+
+def _state_bytes(state: dict[str, Any]) -> int:
+    return sum(t.numel() * t.element_size() for t in state.values() if torch.is_tensor(t) and t.numel() > 1)
 
 
 def test_packed_examples_fill_rows_and_none_sees_another(tiny_model: Path) -> None:

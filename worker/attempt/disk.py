@@ -20,8 +20,8 @@ LEAST_BYTES = GIB
 """Free bytes that any run needs: the estimate leaves out tokenizers and other users of the disk."""
 
 CHECKPOINTS = 4
-"""Checkpoints of a run on the disk at once: the Trainer keeps 2 (save_total_limit) and writes one more before it drops
-the older one; another one may still be on its way to the artifact store."""
+"""Checkpoints of a run on the disk at once: the engine keeps 2 and writes one more before it drops the older one, and
+another one may still be on its way to the artifact store."""
 
 TOKENISED = 6
 """Bytes of tokenised JSON for a byte of data: a token of about 4 characters is written as its number in input_ids and

@@ -69,11 +69,6 @@ def _rewrite_config(path: Path, spec: JobSpec) -> None:
     path.write_text(json.dumps(kept, indent=2, sort_keys=True) + "\n", "utf-8")
 
 
-def load_trained(model: Any, checkpoint: Path) -> None:
-    """The adapter's weights from a checkpoint of the same training."""
-    load_weights(model, checkpoint / WEIGHTS)
-
-
 def load_weights(model: Any, path: Path) -> None:
     """The adapter's weights that `save_weights` or peft wrote. Raises OSError."""
     from peft import set_peft_model_state_dict

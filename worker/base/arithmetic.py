@@ -21,7 +21,7 @@ class Precision:
     """The number formats of a run."""
 
     base: torch.dtype  # of unquantised base weights, and NF4's compute type
-    amp: Literal["bf16", "fp16"] | None  # what the Trainer's autocast computes in, over fp32 adapters
+    amp: Literal["bf16", "fp16"] | None  # what autocast computes in, over fp32 adapters
 
 
 OVERFLOWS_FP16 = ("gemma2", "gemma3", "gemma3n")
@@ -34,7 +34,7 @@ def choose_precision(device: str, dtype: str = "auto", family: str = "") -> Prec
 
     Cards before Ampere and old processors only emulate bf16: slower than fp32, and no more exact. A job's own choice
     goes first. `family`: the model's `model_type`; one that overflows fp16 takes fp32 where there is no bf16. Raises
-    TrainingFailed(bad_spec) for float16 on a processor, where the Trainer has no loss scaling.
+    TrainingFailed(bad_spec) for float16 on a processor, where autocast has no float16.
     """
     if dtype == "float32":
         return Precision(base=torch.float32, amp=None)
@@ -55,9 +55,22 @@ def choose_precision(device: str, dtype: str = "auto", family: str = "") -> Prec
     return Precision(base=torch.float32, amp=None)
 
 
+AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def compute_in(model: Any, precision: Precision) -> None:
+    """Make the model's forward() compute in the run's formats: under autocast, with outputs in fp32."""
+    from accelerate.utils import convert_outputs_to_fp32
+
+    if precision.amp is not None:
+        model.forward = convert_outputs_to_fp32(
+            torch.autocast(model.device.type, dtype=AMP[precision.amp])(model.forward)
+        )
+
+
 def whole_modules(model: Any, compute: torch.dtype) -> contextlib.AbstractContextManager[Any]:
-    """Autocast where modules are trained in full, in fp32, on a base that computes in `compute`: the Trainer's own is
-    around forward() alone, not generate(), and only of a model that it has trained in this process."""
+    """Autocast where modules are trained in full, in fp32, on a base that computes in `compute`: that of `compute_in`
+    is around forward() alone, not generate()."""
     mixed = bool(model.peft_config["default"].modules_to_save) and compute != torch.float32
     return torch.autocast(model.device.type, dtype=compute, enabled=mixed)
 
@@ -66,7 +79,7 @@ def settle_nf4(base: Any) -> Any:
     """A base in NF4 as QLoRA trains and evaluates it: all that is not quantised in fp32, and layers that stay sound."""
     from peft import prepare_model_for_kbit_training
 
-    # Checkpointing is the Trainer's business: its non-reentrant kind needs no hook on the inputs.
+    # Checkpointing is the engine's business: its non-reentrant kind needs no hook on the inputs.
     base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
     keep_nf4_in_training_mode(base)
     return base

@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 
 from loractl.common.job.sections import Metric
 from loractl.common.job.spec import JobSpec
@@ -92,21 +91,6 @@ def row_losses(logits: Array, expected: Array) -> Array:
     top = logits.max(1, keepdims=True)
     whole = top[:, 0] + np.log(np.exp(logits - top).sum(1))
     return np.asarray(whole - logits[np.arange(len(expected)), expected])
-
-
-def head_loss(smoothing: float) -> Callable[..., torch.Tensor]:
-    """The training loss for transformers' Trainer: the mean over the rows of a whole optimizer step, in nats.
-
-    transformers' own classification loss is the mean of each micro-batch, which the Trainer then takes for one over the
-    step: gradients would be as many times too large as it accumulates.
-    """
-
-    def loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
-        logits = outputs["logits"].float()
-        total = torch.nn.functional.cross_entropy(logits, labels, reduction="sum", label_smoothing=smoothing)
-        return total / (len(labels) if num_items_in_batch is None else num_items_in_batch)
-
-    return loss
 
 
 def _places(rows: Sequence[TokenRow]) -> Array:

@@ -79,7 +79,7 @@ class BestKeeper(TrainerCallback):
             shutil.copyfile(self._file, folder / BEST_WEIGHTS)
 
     def read_finished(self, folder: Path, state: dict[str, Any]) -> None:
-        """Take it from the last checkpoint of a finished training; `state`: its trainer_state.json."""
+        """Take it from the last checkpoint of a finished training; `state`: the progress that it holds."""
         if state["global_step"] < state["max_steps"]:
             self.stopped_early = state["global_step"]
         self._bring(folder)

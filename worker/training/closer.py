@@ -1,4 +1,4 @@
-"""Closes each checkpoint that transformers writes, so that a later attempt may go on from it."""
+"""Closes each checkpoint that the engine writes, so that a later attempt may go on from it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .run import Run
 
 
 class CheckpointCloser(TrainerCallback):
-    """Adds to a checkpoint what transformers does not know, writes the marker, and tells the supervisor."""
+    """Adds to a checkpoint what the engine does not know, writes the marker, and tells the supervisor."""
 
     def __init__(self, run: Run, belongs_to: dict[str, str], proof: ResumeProof, best: BestKeeper) -> None:
         self._run = run

@@ -1,26 +1,25 @@
-"""The training itself: transformers' Trainer, started again with smaller batches where the first do not fit."""
+"""The training itself: the engine with one member, started again with smaller batches where the first do not fit."""
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 
 from loractl.common.job.adjustment import next_adjustment
 from loractl.common.job.status import Reason, Stage
-from loractl.worker.base.adapter import load_trained
-from loractl.worker.base.arithmetic import random_streams_kept
 from loractl.worker.base.failure import TrainingFailed
 from loractl.worker.base.gauge import release
 from loractl.worker.base.learner import Learner
-from loractl.worker.data.batch import collate, inputs_of
 from loractl.worker.data.prepared import PreparedData
-from loractl.worker.evaluation.classifier import head_loss
+from loractl.worker.engine.loop import run as run_members
+from loractl.worker.engine.member import MemberRows, PackMember
+from loractl.worker.engine.padded import PaddedPass
+from loractl.worker.engine.snapshot import read_snapshot
 from loractl.worker.evaluation.evaluation import Work
 
 from .arguments import training_arguments
@@ -30,7 +29,7 @@ from .closer import CheckpointCloser
 from .probe import DoesNotFit, Probe, longest
 from .progress import Teller
 from .recorder import Recorder
-from .resume import ResumeCheck, ResumeProof, belongs_to
+from .resume import ResumeCheck, ResumeProof, belongs_to, readable
 from .run import Run, Stopped
 
 
@@ -100,15 +99,6 @@ class Brake(TrainerCallback):
             control.should_save = self._run.save_on_stop.is_set()
 
 
-class TracelessTrainer(Trainer):
-    """transformers' Trainer, but an evaluation in mid-training changes nothing of the steps after it."""
-
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        with random_streams_kept():
-            measured: dict[str, float] = super().evaluate(*args, **kwargs)
-        return measured
-
-
 def fit(run: Run, learner: Learner, data: PreparedData, callbacks: Callbacks) -> TrainingArguments:
     """Train the model's adapter; batches that do not fit are made smaller before the first step.
 
@@ -134,16 +124,13 @@ def fit(run: Run, learner: Learner, data: PreparedData, callbacks: Callbacks) ->
 
 
 def _take_finished(run: Run, learner: Learner, callbacks: Callbacks, checkpoint: Checkpoint) -> None:
-    """Take adapter and course from the checkpoint of the last step.
-
-    The Trainer would take one step more before it saw that none is left.
-    """
+    """Take adapter and course from the checkpoint of the last step."""
     run.stage(Stage.TRAINING)
-    load_trained(learner.model, checkpoint.path)
+    with readable(checkpoint):
+        progress = read_snapshot(learner.model, checkpoint.path)["progress"]
     callbacks.proof.check(learner.model, checkpoint)
-    state = json.loads((checkpoint.path / "trainer_state.json").read_text())
-    callbacks.recorder.read_finished(state)
-    callbacks.best.read_finished(checkpoint.path, state)
+    callbacks.recorder.read_finished(progress)
+    callbacks.best.read_finished(checkpoint.path, progress)
     callbacks.teller.tell()
 
 
@@ -152,28 +139,26 @@ def _fit_once(
 ) -> str | None:
     """Train to the end. Returns torch's words where the longest batch does not fit; then nothing was trained."""
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(Path(run.order.output_dir) / "tensorboard")  # stored with the result
-    pad, checkpoint = learner.tokenizer.pad_token_id, callbacks.checkpoint
-    trainer = TracelessTrainer(
-        model=learner.model,
-        args=arguments,
-        train_dataset=[inputs_of(row) for row in data.trained_rows],
-        eval_dataset=[inputs_of(row) for row in data.held_out.rows],
-        data_collator=lambda rows: collate(rows, pad),
-        compute_loss_func=head_loss(arguments.label_smoothing_factor) if data.label_names else None,
+    forward = PaddedPass(
+        learner.model,
+        learner.tokenizer.pad_token_id,
+        arguments.label_smoothing_factor,
+        compiled=arguments.torch_compile,
     )
+    rows = MemberRows(train=data.trained_rows, held_out=data.held_out.rows)
     # Without a limit no allocation fails on a processor: the kernel kills a process, and a probe would see nothing.
-    if run.on_gpu or run.order.memory_limit is not None:
-        probe = Probe(trainer, learner.tokenizer, data, run.spec.evaluation.max_rows, run.adjust_evaluation)
-        trainer.add_callback(probe)
-    trainer.remove_callback(PrinterCallback)  # it prints raw dicts; the teller says the same to people
-    for callback in callbacks.in_order:  # after the probe: they say that training begins
-        trainer.add_callback(callback)
+    probes = [Probe(learner, data, run)] if run.on_gpu or run.order.memory_limit is not None else []
+    # after the probe: the others say that training begins
+    member = PackMember(forward, arguments, rows, (*probes, *callbacks.in_order))
+    for probe in probes:
+        probe.member = member
+    if callbacks.checkpoint is not None:
+        with readable(callbacks.checkpoint):
+            member.resume(callbacks.checkpoint.path)
     try:
-        trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
+        run_members([member])
     except DoesNotFit as failure:
-        # The model keeps the autocast that this Trainer's accelerator put around it: the next one knows it as prepared.
         return str(failure)
-    state = trainer.state
-    if run.stop.is_set() and state.global_step < state.max_steps and callbacks.best.stopped_early is None:
+    if run.stop.is_set() and member.state.global_step < member.state.max_steps and callbacks.best.stopped_early is None:
         raise Stopped
     return None

@@ -15,7 +15,7 @@ from loractl.common.adapter_config import portable_name
 from loractl.common.job.spec import JobSpec
 from loractl.common.job.status import Reason, Stage
 from loractl.worker.base.adapter import save_adapter
-from loractl.worker.base.arithmetic import OVERFLOWS_FP16, Precision, choose_precision
+from loractl.worker.base.arithmetic import OVERFLOWS_FP16, Precision, choose_precision, compute_in
 from loractl.worker.base.failure import TrainingFailed
 from loractl.worker.base.head import Head
 from loractl.worker.base.identity import BaseIdentity
@@ -141,6 +141,7 @@ def _load(run: Run, data: PreparedData, tokenizer: Any) -> tuple[Learner, BaseId
     # once all files are here: loading may have fetched them from the hub
     identity = BaseIdentity(spec.base_model, spec.revision, Path(order.cache_dir))
     model = add_adapter(base, spec, order.method)
+    compute_in(model, precision)
     if data.packed is not None:
         check_apart(model, data.packed, tokenizer.pad_token_id)
     return Learner(model=model, tokenizer=tokenizer, precision=precision), identity

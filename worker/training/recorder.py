@@ -58,7 +58,7 @@ class Recorder(TrainerCallback):
             self.eval_losses.append((state.global_step, logs["eval_loss"]))
 
     def read_finished(self, state: dict[str, Any]) -> None:
-        """Take the course of a finished training from its last checkpoint's trainer_state.json."""
+        """Take the course of a finished training from its last checkpoint's progress."""
         self.first_step = self.steps = self.total_steps = state["global_step"]
         self._epochs = self._first_epoch = state["epoch"]
         self._take_losses(state["log_history"])

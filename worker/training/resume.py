@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,13 @@ from loractl.common.job.identity import training_digests
 from loractl.common.job.status import Reason
 from loractl.worker.base.arithmetic import evaluating, whole_modules
 from loractl.worker.base.failure import TrainingFailed
+from loractl.worker.base.gauge import is_out_of_memory
 from loractl.worker.base.learner import Learner
+from loractl.worker.base.source import first_line
 from loractl.worker.data.batch import collate, inputs_of
 from loractl.worker.data.prepared import PreparedData
 from loractl.worker.data.tokens import TokenRow
+from loractl.worker.engine.state import FORMAT
 from loractl.worker.protocol.messages import Start
 
 from .checkpoint import Checkpoint, newest_checkpoint, withdraw
@@ -41,7 +45,10 @@ def checkpoint_to_resume(run: Run, data: PreparedData) -> Checkpoint | None:
     folders = [Path(run.order.checkpoint_dir), *map(Path, run.order.earlier_checkpoints)]
 
     def refused(step: int, differing: list[str]) -> None:
-        run.note("refused", f"the checkpoint of step {step} is not resumed: {', '.join(differing)} differ")
+        why = f"{', '.join(differing)} differ"
+        if "format" in differing:
+            why = "another version of loractl wrote it, in another format; the training begins again"
+        run.note("refused", f"the checkpoint of step {step} is not resumed: {why}")
 
     checkpoint = newest_checkpoint(folders, belongs_to(run.order, data), refused)
     if checkpoint is not None:
@@ -55,7 +62,7 @@ def belongs_to(order: Start, data: PreparedData) -> dict[str, str]:
     read: list[Any] = [[r.input_ids, r.starts] for r in data.trained_rows]
     if data.label_names:
         read += [data.label_names, [r.label for r in data.trained_rows]]
-    return training_digests(order.spec, order.method, read)
+    return {**training_digests(order.spec, order.method, read), "format": FORMAT}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,8 +97,23 @@ class ResumeProof:
             )
 
 
+@contextlib.contextmanager
+def readable(checkpoint: Checkpoint) -> Iterator[None]:
+    """Withdraw a checkpoint whose files can't be read, though its marker calls it complete. Raises TrainingFailed."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, ValueError, TypeError, LookupError, RuntimeError, SafetensorError) as error:
+        if is_out_of_memory(error):
+            raise
+        withdraw(checkpoint)
+        what = f"the checkpoint of step {checkpoint.step} can't be read: {first_line(error)}"
+        raise TrainingFailed(Reason.TRAINER_ERROR, what) from error
+
+
 class ResumeCheck(TrainerCallback):
-    """Checks the model that the Trainer has loaded from a checkpoint, before its first step."""
+    """Checks the model once its adapter has been loaded from a checkpoint, before its first step."""
 
     def __init__(self, proof: ResumeProof, checkpoint: Checkpoint | None) -> None:
         self._proof = proof

@@ -33,7 +33,7 @@ from loractl.common.memory.step import Lengths, checkpoints_activations, micro_b
 from loractl.worker.base.head import HEAD, label_settings
 from loractl.worker.base.lora import add_adapter
 from loractl.worker.base.source import source_of
-from loractl.worker.evaluation.classifier import head_loss
+from loractl.worker.engine.loss import classified
 
 BLOCK = 512
 """Bytes that CUDA's caching allocator rounds a tensor up to (kMinBlockSize in c10/cuda/CUDACachingAllocator)."""
@@ -117,9 +117,9 @@ def trace_step(config: Any, spec: JobSpec, method: Method, tokens: int) -> Trace
 
         def step() -> None:
             inputs = {"input_ids": rows, "attention_mask": torch.ones_like(rows), "num_items_in_batch": count}
-            # of the output the Trainer keeps the loss alone, so that the logits are gone by the backward pass
+            # of the output the loss alone is kept, so that the logits are gone by the backward pass
             if spec.task_type is TaskType.SEQ_CLS:
-                loss = head_loss(0.0)(model(**inputs), labels, count)
+                loss = classified(model(**inputs)["logits"], labels, count, 0.0)
             else:
                 loss = model(**inputs, labels=rows)[0]
             torch.autograd.backward(loss)

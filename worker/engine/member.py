@@ -1,0 +1,245 @@
+"""A member: one training on a base, with all that is its own.
+
+Its adapter, optimizer, schedule, order of rows, random streams, accumulation, clip, loss scaler, log, checkpoints and
+end. The loop asks members for micro-batches and gives them the losses; a job alone is a pack of one.
+
+A member calls transformers' callbacks as transformers' Trainer does, in the same order and with the same arguments:
+trackers are made for them.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, get_scheduler
+from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
+from transformers.trainer_utils import speed_metrics
+
+from loractl.worker.base.arithmetic import evaluating, random_streams_kept
+from loractl.worker.data.tokens import TokenRow
+
+from .held_out import held_out_loss
+from .loss import Backward, LossLog, MicroBatch, learned_in
+from .optimizer import ScaledOptimizer, make_optimizer
+from .order import RowOrder
+from .snapshot import drop_older, read_snapshot, write_snapshot
+from .streams import read_streams, restore_streams, seed_streams
+
+
+class ForwardPass(Protocol):
+    """How losses and gradients are computed."""
+
+    model: Any
+    device: torch.device
+
+    def learn(self, batch: MicroBatch, backward: Backward) -> torch.Tensor:
+        """Leave a micro-batch's gradients. Returns its share of the window's mean loss, in nats, without a graph."""
+
+    def held_out_loss(self, rows: Sequence[TokenRow]) -> float:
+        """The mean loss of one batch of held-out rows, for a model in eval mode."""
+
+    def tokens(self, rows: Sequence[TokenRow]) -> int:
+        """Tokens that pass the model."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemberRows:
+    """Rows to train on, and rows held out."""
+
+    train: Sequence[TokenRow]
+    held_out: Sequence[TokenRow]
+
+
+KEPT_CHECKPOINTS = 2
+
+PROGRESS = ("global_step", "max_steps", "epoch", "total_flos", "log_history")
+"""What a checkpoint says of how far the training is, by the names of transformers' TrainerState."""
+
+
+class PackMember:
+    """One training. Its life: `begin`, then `next_batch` and `took` in turn until it has `ended`, then `finish`."""
+
+    def __init__(
+        self, forward: ForwardPass, args: TrainingArguments, rows: MemberRows, callbacks: Sequence[TrainerCallback] = ()
+    ) -> None:
+        seed_streams(args.seed)
+        self.forward, self.args, self.rows = forward, args, rows
+        self.model = forward.model
+        if args.activation_checkpointing:
+            how = args.activation_checkpointing_kwargs
+            self.model.activation_checkpointing_enable(activation_checkpointing_kwargs=how)
+        self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        scaler = torch.amp.GradScaler(forward.device.type) if args.fp16 else None
+        self.optimizer = ScaledOptimizer(make_optimizer(self.model, args), scaler)
+        self.order = RowOrder([len(row.input_ids) for row in rows.train], args)
+        self.control, self.state = TrainerControl(), self._first_state()
+        self._schedule = get_scheduler(
+            args.lr_scheduler_type,
+            optimizer=self.optimizer.inner,
+            num_warmup_steps=args.get_warmup_steps(self.state.max_steps),
+            num_training_steps=self.state.max_steps,
+            scheduler_specific_kwargs=args.lr_scheduler_kwargs,
+        )
+        self._events = CallbackHandler(
+            [DefaultFlowCallback(), *_trackers(args), *callbacks], self.model, None, self.optimizer, self._schedule
+        )
+        self._log = LossLog(forward.device)
+        self._waiting: deque[MicroBatch] = deque()  # the rest of the window
+        self._streams: dict[str, Any] | None = None  # of the checkpoint that it goes on from
+        self._in_epoch = False
+        self._operations = 6 * self.model.num_parameters(exclude_embeddings=True)  # of a token, for trackers
+        self._began, self._first_step, self._first_epoch = 0.0, 0, 0.0
+
+    @property
+    def ended(self) -> bool:
+        return self.control.should_training_stop
+
+    def resume(self, folder: Path) -> None:
+        """Go on from a checkpoint. Raises OSError, ValueError and TrainingFailed for one that does not belong to it."""
+        saved = read_snapshot(self.model, folder)
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self._schedule.load_state_dict(saved["schedule"])
+        for name in PROGRESS:
+            if name != "max_steps":  # the job's own: it is the same training
+                setattr(self.state, name, saved["progress"][name])
+        self._log.restore(saved["log"])
+        self.order.rows = saved["order"]
+        self._streams = saved["streams"]
+
+    def begin(self) -> None:
+        """Tell the callbacks, and stand before the next micro-batch."""
+        self.model.train()
+        self._zero()
+        self._began, self._first_step, self._first_epoch = time.time(), self.state.global_step, self.state.epoch
+        self._tell("on_init_end")
+        self._tell("on_train_begin")
+        if self._streams is not None:
+            restore_streams(self._streams, self.forward.device)
+
+    def next_batch(self) -> MicroBatch:
+        """The next rows to learn from."""
+        if not self._waiting:
+            self._open_window()
+        return self._waiting.popleft()
+
+    def took(self, batch: MicroBatch, loss: torch.Tensor) -> None:
+        """Count the loss of a micro-batch, whose gradients are there; after the window's last one, take the step."""
+        self._log.add(loss)
+        self.state.total_flos += self._operations * self.forward.tokens(batch.rows)
+        if self._waiting:
+            self._tell("on_substep_end")
+            return
+        norm = self.optimizer.clip(self.trained, self.args.max_grad_norm)
+        self._tell("on_pre_optimizer_step")
+        self.optimizer.step()
+        self._tell("on_optimizer_step")
+        rate = self._schedule.get_last_lr()[0]
+        if not self.optimizer.step_was_skipped:
+            self._schedule.step()
+        self._zero()
+        self._count_step()
+        self._tell("on_step_end")
+        self._log_evaluate_save(norm, rate)
+        if self.ended or self.state.global_step % self.order.windows == 0:
+            self._in_epoch = False
+            self._tell("on_epoch_end")
+
+    def finish(self) -> None:
+        """Log the sums of the whole run, and let the trackers close what they opened."""
+        steps = self.state.global_step - self._first_step
+        samples = len(self.rows.train) * (self.state.epoch - self._first_epoch)
+        metrics = speed_metrics("train", self._began, num_samples=samples, num_steps=steps)
+        self._say(
+            {**metrics, "total_flos": self.state.total_flos, "train_loss": self._log.mean(self.state.global_step)}
+        )
+        self._tell("on_train_end")
+
+    def _first_state(self) -> TrainerState:
+        args, windows = self.args, self.order.windows
+        steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * windows)
+        state = TrainerState(train_batch_size=args.per_device_train_batch_size, max_steps=steps)
+        state.num_train_epochs = math.ceil(steps / windows) if args.max_steps > 0 else math.ceil(args.num_train_epochs)
+        state.compute_steps(args, steps)
+        return state
+
+    def _open_window(self) -> None:
+        epoch, window = divmod(self.state.global_step, self.order.windows)
+        if not self._in_epoch:
+            self._in_epoch = True
+            self._tell("on_epoch_begin")
+            if window == 0:
+                self.order.begin(epoch)
+            elif self.order.redrawn:
+                self.order.rows = self.order.draw(epoch)
+        pieces = [[self.rows.train[n] for n in rows] for rows in self.order.window(window)]
+        learned = sum(learned_in(rows) for rows in pieces)
+        self._waiting.extend(MicroBatch(rows=rows, learned=learned, pieces=len(pieces)) for rows in pieces)
+        self._tell("on_step_begin")
+
+    def _count_step(self) -> None:
+        epoch, window = divmod(self.state.global_step, self.order.windows)
+        done = min(self.order.micro_batches, (window + 1) * self.args.gradient_accumulation_steps)
+        self.state.global_step += 1
+        self.state.epoch = epoch + done / self.order.micro_batches
+
+    def _log_evaluate_save(self, norm: torch.Tensor, rate: float) -> None:
+        if self.control.should_log:
+            loss = self._log.take(self.state.global_step)
+            self._say({"loss": loss, "grad_norm": norm.item(), "learning_rate": float(rate)})
+        if self.control.should_evaluate:
+            with random_streams_kept():
+                self._evaluate()
+        if self.control.should_save:
+            self._save()
+
+    def _evaluate(self) -> None:
+        began, rows = time.time(), self.rows.held_out
+        with evaluating(self.model):
+            loss = held_out_loss(rows, self.args, self.forward.held_out_loss)
+        batches = math.ceil(len(rows) / self.args.per_device_eval_batch_size)
+        metrics = {"eval_loss": loss, **speed_metrics("eval", began, num_samples=len(rows), num_steps=batches)}
+        self._say(metrics)
+        self._tell("on_evaluate", metrics=metrics)
+
+    def _save(self) -> None:
+        folder = Path(self.args.output_dir)
+        state = {
+            "progress": {name: getattr(self.state, name) for name in PROGRESS},
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self._schedule.state_dict(),
+            "log": self._log.state(),
+            "order": torch.empty(0, dtype=torch.int64) if self.order.redrawn else self.order.rows,
+            "streams": read_streams(self.forward.device),
+        }
+        write_snapshot(self.model, state, folder / f"checkpoint-{self.state.global_step}")
+        self._tell("on_save")
+        drop_older(folder, KEPT_CHECKPOINTS)  # after the new one is closed: there is always a whole one
+
+    def _say(self, logs: dict[str, Any]) -> None:
+        """Add a line to the log, and tell trackers."""
+        logs["epoch"] = self.state.epoch
+        self.state.log_history.append({**logs, "step": self.state.global_step})
+        self._tell("on_log", logs=logs)
+
+    def _tell(self, event: str, **told: Any) -> None:
+        self.control = getattr(self._events, event)(self.args, self.state, self.control, **told)
+
+    def _zero(self) -> None:
+        for parameter in self.trained:
+            parameter.grad = None
+
+
+def _trackers(args: TrainingArguments) -> list[TrainerCallback]:
+    """transformers' callbacks for the places that the job reports to."""
+    if not args.report_to:
+        return []
+    from transformers.integrations import get_reporting_integration_callbacks
+
+    return [kind() for kind in get_reporting_integration_callbacks(args.report_to)]

@@ -1,0 +1,59 @@
+"""The exact forward pass: rows padded to one length, logits of every token, as transformers' Trainer computes them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from loractl.worker.data.batch import collate, inputs_of
+from loractl.worker.data.tokens import TokenRow
+
+from .loss import Backward, MicroBatch, accepts_window, classified, learned_in, smoothed
+
+
+class PaddedPass:
+    """Losses of a model, equal bit for bit to those of transformers' Trainer."""
+
+    def __init__(self, model: Any, pad: int, smoothing: float, *, compiled: bool = False) -> None:
+        self.model = model
+        self.device: torch.device = model.device
+        self._pad = pad
+        self._smoothing = smoothing
+        self._learner = torch.compile(model, backend="inductor") if compiled else model
+        self._whole_windows = accepts_window(model)
+
+    def learn(self, batch: MicroBatch, backward: Backward) -> torch.Tensor:
+        """Leave a micro-batch's gradients. Returns its share of the window's mean loss, in nats, without a graph."""
+        loss = self._loss(self._learner, batch.rows, batch.learned)
+        if self._averages_alone(batch.rows):
+            loss = loss / batch.pieces
+        backward(loss)
+        return loss.detach()
+
+    def held_out_loss(self, rows: Sequence[TokenRow]) -> float:
+        """The mean loss of one batch of held-out rows, for a model in eval mode."""
+        with torch.no_grad():
+            return float(self._loss(self.model, rows, learned_in(rows)))
+
+    def tokens(self, rows: Sequence[TokenRow]) -> int:
+        """Tokens that pass the model, padding included."""
+        return len(rows) * max(len(row.input_ids) for row in rows)
+
+    def _averages_alone(self, rows: Sequence[TokenRow]) -> bool:
+        """Whether the loss was averaged over the micro-batch: some models' own code knows nothing of a window."""
+        return not (self._whole_windows or self._smoothing or rows[0].label is not None)
+
+    def _loss(self, model: Any, rows: Sequence[TokenRow], learned: int) -> torch.Tensor:
+        inputs = {name: t.to(self.device) for name, t in collate([inputs_of(row) for row in rows], self._pad).items()}
+        count = torch.tensor(float(learned), device=self.device)
+        if rows[0].label is not None:
+            labels = inputs.pop("labels")
+            return classified(model(**inputs)["logits"], labels, count, self._smoothing)
+        if self._smoothing:
+            labels = inputs.pop("labels")
+            return smoothed(model(**inputs)["logits"], labels, count, self._smoothing)
+        window = {"num_items_in_batch": count} if self._whole_windows else {}
+        # of the output the loss alone is kept, so that the logits are gone by the backward pass
+        return model(**inputs, **window)["loss"]
