@@ -76,7 +76,7 @@ def _ask_the_hub(name: str) -> bool | None:
         return None
     request = urllib.request.Request(f"{where}/api/{quote(name)}", method="HEAD")  # noqa: S310  the scheme is checked
     if token := os.environ.get("HF_TOKEN"):
-        request.add_header("Authorization", f"Bearer {token}")
+        request.add_unredirected_header("Authorization", f"Bearer {token}")
     try:
         with urllib.request.urlopen(request, timeout=HUB_TIMEOUT_S):  # noqa: S310
             return True
