@@ -32,7 +32,7 @@ MOST_DECIMALS = 6
 
 
 @dataclass(frozen=True, kw_only=True)
-class Change:
+class MeasuredChange:
     """A change of a measure with its 95% interval, in the measure's unit; NaN where it is not known."""
 
     base: float

@@ -31,7 +31,7 @@ def job_named(store: Store, text: str) -> int:
 
     Raises JobNotFound, AdapterNotFound, and UsageError that lists the jobs of a name which several have.
     """
-    if re.fullmatch(r"\d{1,18}", text, re.ASCII):
+    if re.fullmatch(r"\d{1,99}", text, re.ASCII):
         return int(text)
     if ":" in text:
         from loractl.common.job.reference import parse_reference

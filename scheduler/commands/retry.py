@@ -14,7 +14,10 @@ from .named import JobName, Setting, jobs_named
     help="A key's new value, like resources.time_limit=2h; what leaves the job's checkpoint valid.",
 )  # fmt: skip
 def retry(jobs: tuple[str, ...], overrides: tuple[str, ...]) -> None:
-    """Queue failed, cancelled or held jobs again. They go on from their checkpoints."""
+    """Queue failed, cancelled or held jobs again.
+
+    They go on from their checkpoints.
+    """
     from loractl.common.queue.sender import open_sender
     from loractl.scheduler.session import open_session
     from loractl.scheduler.submission.edit import amendment

@@ -83,13 +83,13 @@ def _queue(drafts: Sequence[JobDraft], *, wait: bool, as_json: bool) -> None:
             if (obstacle := check_overflow(spec, lambda: hint("Counting tokens ..."))) is not None:
                 doubts.append(f"Not checked: whether rows are too long, {obstacle}. The worker does it.")
     queued = []
-    warn(dict.fromkeys(doubts))
     for submission in store_all(drafts, planned, artifacts):
         entry = enqueue(submission, settings, store)
         queued.append(entry.job_id)
         if not as_json:
             click.echo(entry.sentence)
         warn(entry.warnings)
+    warn(dict.fromkeys(doubts))
     if as_json:
         from loractl.scheduler.answers.job import job_state
         from loractl.scheduler.answers.submission import QueuedJobs

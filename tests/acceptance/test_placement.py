@@ -172,7 +172,7 @@ def test_one_job_trains_with_qlora_on_the_small_card_while_another_does_with_lor
     plans = _plan(lab, _small(write_job(tmp_path, config_alone, name="plan", method="auto")))
     small, large = (plans["qlora"] + plans["lora"]) // 2, plans["lora"]
     assert plans["qlora"] < small < large
-    lab.start("--reserve", "0", LORACTL_DEVICES=f"sim:{small},{large}")
+    lab.start("--reserve", "0", LORACTL_DEVICES=f"sim:{small}B,{large}B")
     lab.until_cards(2)
     lab.submit(*jobs)
     done = [lab.until_job(n, lambda job: job.status is Status.SUCCEEDED, seconds=180) for n in (1, 2)]

@@ -35,8 +35,8 @@ def test_a_job_like_another_takes_its_stored_rows_and_what_is_said_otherwise(cli
     assert second["events"][0]["text"].endswith(", like job 1")
     asked = {**first["spec"]["training"], "learning_rate": 0.001, "num_train_epochs": 2, "max_steps": None}
     assert second["spec"] == {**first["spec"], "training": asked}
-    assert "has no instruction" in cli("submit", "--like", 1, "--set=dataset.format=alpaca", code=1).stderr
-    assert "no job 9" in cli("submit", "--like", 9, code=2).stderr
+    assert "has no instruction" in cli("submit", "--like", 1, "--set=dataset.format=alpaca", code=2).stderr
+    assert "no job 9" in cli("submit", "--like", 9, code=3).stderr
     assert "submit takes job files, or --like JOB" in cli("submit", job, "--like", 1, code=2).stderr
 
 

@@ -97,7 +97,6 @@ def test_an_expression_adapts_what_peft_would_adapt_and_names_alone_are_stored(
         ("q_pro.", "matches no linear layer"),
         (r".*(q_proj|lm_head)", "matches lm_head too, which is no linear layer of its blocks"),
         (r".*mlp.*", r"matches model.layers.0.mlp too"),
-        ("((.*)*){9999}!" * 40, "takes too long to match"),
     ],
 )
 def test_an_expression_that_reaches_no_layer_or_more_than_layers_is_refused(

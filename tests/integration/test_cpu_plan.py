@@ -32,6 +32,7 @@ def test_the_plan_for_a_processor_is_near_the_measured_peak(
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     training = {"per_device_train_batch_size": ROWS, "max_steps": 2, "gradient_checkpointing": checkpointing}
     dtype = "float32" if choose_precision("cpu").amp is None else "auto"
+    recipe("first", max_steps=1)  # imports what a training takes
     release()
     Path("/proc/self/clear_refs").write_text("5")  # the highest resident set from here on
     before = _proc_status("VmRSS")
@@ -57,4 +58,6 @@ def test_the_plan_for_a_processor_is_near_the_measured_peak(
         shape, spec, Method.LORA, Lengths(train=TOKENS, evaluate=TOKENS, rows=ROWS), stack=Stack(on_gpu=False)
     )
     assert planned.tensor_bytes == planned.peak_bytes - PROCESSOR_BYTES
-    assert planned.tensor_bytes == pytest.approx(ended.peaks.process - before, rel=0.2)
+    grown = ended.peaks.process - before
+    assert planned.peak_bytes == pytest.approx(PROCESSOR_BYTES + grown, rel=0.15)
+    assert planned.tensor_bytes == pytest.approx(grown, rel=0.4)  # what malloc keeps is in it

@@ -173,7 +173,8 @@ def test_three_held_out_rows_six_times_are_three_and_a_conversation_is_one_case(
     found = evaluation(tmp_path / "a")
     assert report["data"]["held_out_rows"] == found["rows"] == 3 and report["data"]["repeated_rows_dropped"] == 18
     assert {name: metric["cases"] for name, metric in found["metrics"].items()} == dict.fromkeys(found["metrics"], 3)
-    assert {metric["reading"] for metric in found["metrics"].values()} == {"too few cases"}
+    read = {metric["name"]: metric["reading"] for metric in found["metrics"].values()}
+    assert read.pop("context_gain") == "a description" and set(read.values()) == {"too few cases"}
     assert report["verdict"]["sentence"].startswith("Too few held-out rows (3)")
 
 

@@ -335,6 +335,7 @@ ELSEWHERE = {
     "resources.time_limit": "tests/acceptance/test_lifecycle.py",
     "dataset.path": "tests/acceptance/test_hub.py",
     "dataset.format": "tests/integration/test_data_check.py",
+    "dataset.template": "tests/integration/test_template.py",
     "dataset.columns": "tests/integration/test_data_check.py",
     "dataset.eval_path": "tests/integration/test_data_check.py",
     "dataset.on_overflow": "tests/integration/test_data_check.py",

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from loractl.common.verdict import Change, Reading
+from loractl.common.verdict import MeasuredChange, Reading
 
 from .statistics import Array, paired_interval
 
@@ -33,7 +33,7 @@ class Compared:
 
     @property
     def reading(self) -> Reading:
-        return Change(
+        return MeasuredChange(
             base=self.base,
             change=self.change,
             low=self.low,

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from loractl.common.errors import UsageError
-from loractl.common.verdict import Change
+from loractl.common.verdict import MeasuredChange
 
 from .adapter_pool import AdapterPool, BaseChoice, open_pool
 from .card import Footprint, take_card
@@ -109,7 +109,7 @@ class Matrix:
 
 def reading(cell: Cell, measure: str) -> str:
     """The reading of the change against the base, as a report has it, and "too few rows" where it has too few cases."""
-    change = Change(
+    change = MeasuredChange(
         base=cell.base,
         change=cell.change,
         low=cell.low,

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from loractl.common.verdict import BADGES, Change, decimals, noticeable, written
+from loractl.common.verdict import BADGES, MeasuredChange, decimals, noticeable, written
 from loractl.scheduler.text.report import report_text
 from loractl.scheduler.text.screen import Screen
 from loractl.worker.evaluation.comparison import Compared
@@ -99,9 +99,9 @@ def test_what_anyone_would_notice_depends_on_the_unit(unit: str, base: float, le
     assert noticeable(unit, base) == pytest.approx(least)
     for factor, reading in ((0.9, "no practical change"), (1.1, "worse")):
         change = factor * least
-        measured = Change(base=base, change=change, low=change / 2, high=change * 2, cases=40, unit=unit)
+        measured = MeasuredChange(base=base, change=change, low=change / 2, high=change * 2, cases=40, unit=unit)
         assert measured.reading == reading
-    unclear = Change(base=base, change=least / 9, low=-least / 9, high=least / 3, cases=40, unit=unit)
+    unclear = MeasuredChange(base=base, change=least / 9, low=-least / 9, high=least / 3, cases=40, unit=unit)
     assert unclear.reading == "no clear change", "zero is possible"
 
 

@@ -199,14 +199,17 @@ def test_messages_take_the_names_of_roles_that_other_tools_take() -> None:
     assert [turn.role for turn in learned.turns] == ["system", "user", "assistant", "user", "assistant"]
 
 
+ROLES = "system, user, assistant, tool, human, gpt, chatgpt, function_call, observation, function_response"
+
+
 @pytest.mark.parametrize(
     ("messages", "what"),
     [
         (None, "messages is missing or null, not a list of messages"),
         ([], "messages is empty"),
         (["hi"], "message 1 is text, not an object with role and content"),
-        ([message("bot")], "message 1 has the role 'bot', not one of system, user, assistant, tool, human, gpt"),
-        ([message(["user"])], "message 1 has the role ['user'], not one of system, user, assistant, tool"),
+        ([message("bot")], f"message 1 has the role 'bot', not one of {ROLES}"),
+        ([message(["user"])], f"message 1 has the role ['user'], not one of {ROLES}"),
         ([USER, message("assistant", None)], "message 2: content is missing or null, not text"),
         ([USER, message("assistant", [1])], "message 2: content is a list, not text"),
         ([USER, message("assistant", " \n")], "message 2: the assistant's answer is empty"),

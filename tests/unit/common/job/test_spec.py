@@ -90,6 +90,13 @@ def test_an_unknown_key_without_a_relative_lists_the_keys_of_its_section(tmp_pat
     assert hint is not None and hint.startswith("known keys here: r, lora_alpha, lora_dropout, target_modules, ")
 
 
+def test_a_template_is_for_rows_with_turns(tmp_path: Path) -> None:
+    text = MINIMAL.replace("org/data}", "org/data, format: text, template: alpaca}")
+    problem = only(write(tmp_path, text))
+    assert (problem.line, problem.key) == (3, "dataset.template")
+    assert problem.what.startswith("rows of the format text are taken as they are")
+
+
 @pytest.mark.parametrize(
     ("line", "key", "what"),
     [
