@@ -13,6 +13,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from loractl.common.settings import TRAINER
+
+from .. import warm
 from ..conftest import Cli
 from ..models import write_job
 from ..waiting import until_job
@@ -36,13 +39,13 @@ def worker(cli: Cli) -> Iterator[Callable[..., subprocess.Popen[str]]]:
         process.wait()
 
 
-@pytest.mark.cold
 def test_a_cancel_stops_a_running_trainer_within_ten_seconds(
     cli: Cli, worker: Callable, tiny_model: Path, tmp_path: Path
 ) -> None:
     cli("submit", write_job(tmp_path, tiny_model), LONG)
     worker()
     until_job(cli, 1, lambda job: (job.step or 0) >= 5)
+    assert _trainers(cli)
     began = time.monotonic()
     cli("cancel", 1)
     until_job(cli, 1, lambda job: job.status == "cancelled", seconds=15)
@@ -70,7 +73,6 @@ def test_ctrl_c_saves_a_checkpoint_and_the_next_worker_goes_on_from_it(
     assert done["step"] == 400
 
 
-@pytest.mark.cold
 def test_a_second_ctrl_c_stops_at_once_and_gives_the_job_back(
     cli: Cli, worker: Callable, tiny_model: Path, tmp_path: Path
 ) -> None:
@@ -87,11 +89,11 @@ def test_a_second_ctrl_c_stops_at_once_and_gives_the_job_back(
     assert not _trainers(cli)
 
 
-@pytest.mark.cold
 def test_a_killed_node_leaves_no_trainer_behind(cli: Cli, worker: Callable, tiny_model: Path, tmp_path: Path) -> None:
     cli("submit", write_job(tmp_path, tiny_model), LONG)
     process = worker()
     until_job(cli, 1, lambda job: (job.step or 0) >= 2)
+    assert _trainers(cli)
     for child in _tree(process.pid):
         if child.status() != psutil.STATUS_ZOMBIE and "loractl.worker.node" in child.cmdline():
             child.send_signal(signal.SIGKILL)
@@ -148,7 +150,7 @@ def _trainers(cli: Cli) -> list[int]:
     found = []
     for process in psutil.process_iter(["pid", "cmdline", "status"]):
         if (
-            "loractl.worker.training.trainer" in (process.info["cmdline"] or [])
+            {TRAINER, warm.__name__} & set(process.info["cmdline"] or [])  # a forked one ends with who asked for it
             and process.info["status"] != psutil.STATUS_ZOMBIE
         ):
             environment = process.environ() if process.uids().real == os.getuid() else {}
