@@ -42,6 +42,7 @@ COMMANDS: Commands = {
         "Look after the stored adapters: list, tag, pull, merge, delete.",
     ),
     "generate": ("loractl.worker.commands.generate:generate", "Answer a prompt with an adapter, or with its base."),
+    "predict": ("loractl.worker.commands.predict:predict", "Label or answer every row of a file, a JSON line each."),
     "chat": ("loractl.worker.commands.chat:chat", "Talk with an adapter; /adapter switches to another one in place."),
     "serve": ("loractl.worker.commands.serve:serve", "Serve a base and its adapters over an OpenAI-compatible API."),
     "matrix": ("loractl.worker.commands.matrix:matrix", "Score several adapters on several tasks, on one loaded base."),

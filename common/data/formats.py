@@ -175,6 +175,15 @@ def _sharegpt(row: RawRow, file: str | Path) -> Example:
 
 
 def _conversation(row: RawRow, file: str | Path, column: str, speaker: str, said: str) -> Example:
+    turns = conversation_turns(row, file, column, speaker, said)
+    if not any(t.role == "assistant" for t in turns):
+        raise DataError(file, "has no assistant message to learn from", row=row.number, kind="nothing to learn")
+    return Example(number=row.number, turns=turns)
+
+
+def conversation_turns(row: RawRow, file: str | Path, column: str, speaker: str, said: str) -> tuple[Turn, ...]:
+    """The messages of a conversation, in an order that can be. Raises DataError."""
+
     def wrong(what: str, kind: str) -> DataError:
         return DataError(file, what, row=row.number, kind=kind)
 
@@ -206,9 +215,7 @@ def _conversation(row: RawRow, file: str | Path, column: str, speaker: str, said
         if role == "assistant" and (not turns or turns[-1].role == "system"):
             raise wrong(f"{where}: the assistant answers before the user has spoken", "role order")
         turns.append(Turn(role=role, content=content))
-    if not any(t.role == "assistant" for t in turns):
-        raise wrong("has no assistant message to learn from", "nothing to learn")
-    return Example(number=row.number, turns=tuple(turns))
+    return tuple(turns)
 
 
 INPUT = "### Input:\n"
@@ -220,30 +227,34 @@ def _alpaca_with_heading(row: RawRow, file: str | Path) -> Example:
 
 
 def _alpaca(row: RawRow, file: str | Path, heading: str = "") -> Example:
-    instruction = _field(row, "instruction", file)
+    asked = instruction_turns(row, file, heading)
+    answer = text_of(row, "output", file, kind="empty answer")
+    return Example(number=row.number, turns=(*asked, Turn(role="assistant", content=answer)))
+
+
+def instruction_turns(row: RawRow, file: str | Path, heading: str = "") -> tuple[Turn, ...]:
+    """An alpaca row up to its answer; `heading` stands before its input. Raises DataError."""
+    instruction = text_of(row, "instruction", file)
     given, system = row.value.get("input"), row.value.get("system")
     for name, value in (("input", given), ("system", system)):
         if value is not None and not isinstance(value, str):
             raise DataError(file, f"{name} is {kind_of(value)}, not text", row=row.number, kind="not text")
     question = f"{instruction}\n\n{heading}{given}" if given else instruction
-    answer = _field(row, "output", file, kind="empty answer")
     first = (Turn(role="system", content=system),) if system and system.strip() else ()
-    return Example(
-        number=row.number, turns=(*first, Turn(role="user", content=question), Turn(role="assistant", content=answer))
-    )
+    return (*first, Turn(role="user", content=question))
 
 
 def _prompt_completion(row: RawRow, file: str | Path) -> Example:
-    prompt, completion = _field(row, "prompt", file), _field(row, "completion", file, kind="empty answer")
+    prompt, completion = text_of(row, "prompt", file), text_of(row, "completion", file, kind="empty answer")
     return Example(number=row.number, prompt=prompt, text=prompt + completion)
 
 
 def _text(row: RawRow, file: str | Path) -> Example:
-    return Example(number=row.number, text=_field(row, "text", file))
+    return Example(number=row.number, text=text_of(row, "text", file))
 
 
 def _classification(row: RawRow, file: str | Path) -> Example:
-    text = _field(row, "text", file)
+    text = text_of(row, "text", file)
     if "label" not in row.value:
         raise DataError(file, f"has no label (it has {', '.join(row.value)})", row=row.number, kind="missing column")
     try:
@@ -257,7 +268,8 @@ def _classification(row: RawRow, file: str | Path) -> Example:
     return Example(number=row.number, text=text, label=label)
 
 
-def _field(row: RawRow, name: str, file: str | Path, *, kind: str = "nothing to learn") -> str:
+def text_of(row: RawRow, name: str, file: str | Path, *, kind: str = "nothing to learn") -> str:
+    """A column that must hold text. Raises DataError."""
     value = row.value.get(name)
     if name not in row.value:
         has = ", ".join(row.value) or "nothing"

@@ -163,6 +163,35 @@ def test_generate_answers_as_the_adapter_was_taught_and_the_base_does_not(traine
     assert "the prompt is empty" in empty.stderr
 
 
+def test_predict_answers_every_row_of_a_file_in_its_order(trained: Cli, tmp_path: Path) -> None:
+    asked = [f"what is in {n}?" for n in range(40)]
+    rows = [{"messages": [{"role": "user", "content": text}]} for text in asked]
+    rows[7]["messages"].append({"role": "assistant", "content": "an answer that is known"})
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    trained("predict", "green:latest", tmp_path / "rows.jsonl", "-o", tmp_path / "out.jsonl")
+    told = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert told == [{"row": n, "answer": ANSWERS["green"], "ended": "stop"} for n in range(1, 41)]
+    assert not (tmp_path / "out.jsonl.part").exists()
+
+    (tmp_path / "rows.csv").write_text(f"prompt\n{asked[0]}\n{'queue ' * 600}\n{asked[1]}\n")
+    done = trained("predict", "blue", tmp_path / "rows.csv", code=1)
+    first, cut, last = map(json.loads, done.stdout.splitlines())
+    assert first["answer"] == last["answer"] == ANSWERS["blue"] and (first["row"], last["row"]) == (1, 3)
+    assert cut["row"] == 2 and cut["error"].startswith("the prompt has ")
+    assert "1 of 3 rows has no answer: its line says why." in done.stderr
+
+
+def test_predict_looks_at_all_rows_before_a_base_is_loaded(trained: Cli, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "a"}\n{"prompt": ""}\n')
+    assert "row 2: prompt is empty" in trained("predict", "green", rows, code=2).stderr
+    rows.write_text('{"body": "a"}\n')
+    refused = trained("predict", "green", rows, code=2).stderr
+    assert "row 1: asks nothing: it has body" in refused and "this adapter reads messages, conversations" in refused
+    assert "is the file of the rows" in trained("predict", "green", rows, "-o", rows, code=2).stderr
+    assert "there is no folder" in trained("predict", "green", rows, "-o", tmp_path / "no" / "a", code=2).stderr
+
+
 def test_chat_switches_adapters_in_place_and_lets_the_base_answer(trained: Cli) -> None:
     lines = [
         "what is in 5?", "/adapter green", "/reset", "what is in 5?", "/base", "/adapter pink", "/adapter", "/nope",

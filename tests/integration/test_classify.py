@@ -345,10 +345,31 @@ def test_a_classifier_goes_from_its_job_file_to_its_report(cli: Cli, tiny_model:
     counts = Counter(json.loads(line)["label"] for line in (tmp_path / "tickets.jsonl").read_text().splitlines())
     told = json.loads(cli("report", 1, "--json").stdout)
     assert {name: sum(rows.values()) for name, rows in told["data"]["labels"].items()} == counts
+    _predicts_as_the_report_says(cli, tmp_path, told)
     assert f"{tmp_path}/pulled/README.md" in cli("adapters", "pull", 1, tmp_path / "pulled").stderr
     assert json.loads((tmp_path / "pulled" / "labels.json").read_text()) == ["gpu", "network", "storage"]
     config = json.loads((tmp_path / "pulled" / "adapter_config.json").read_text())
     assert config["task_type"] == "SEQ_CLS" and config["modules_to_save"] == ["classifier", "score"]
+
+
+def _predicts_as_the_report_says(cli: Cli, folder: Path, report: dict[str, Any]) -> None:
+    """On the held-out rows: labels as the confusion table counts them, the right ones as likely as their losses say."""
+    rows = [json.loads(line) for line in (folder / "tickets.jsonl").read_text().splitlines()]
+    (folder / "unlabelled.csv").write_text("text\n" + "".join(f"{row['text']}\n" for row in rows))
+    lines = cli("predict", "triage", folder / "unlabelled.csv").stdout.splitlines()
+    told = {line["row"]: line for line in map(json.loads, lines)}
+    assert list(told) == list(range(1, len(rows) + 1)), "in their order"
+    names, losses = report["evaluation"]["labels"]["names"], report["evaluation"]["row_losses"]
+    counted = [[0] * len(names) for _ in names]
+    for number, _, _, loss in losses:
+        expected, said = rows[number - 1]["label"], told[number]
+        counted[names.index(expected)][names.index(said["label"])] += 1
+        if said["label"] == expected:
+            assert said["probability"] == pytest.approx(math.exp(-loss), abs=1e-3)
+    assert counted == report["evaluation"]["labels"]["tuned"]
+    assert "Hint: loractl predict 1 FILE names the label of each row" in cli("generate", "triage", "a", code=2).stderr
+    odd = cli("predict", "triage", folder / "unlabelled.csv", "--temperature", 1, code=2).stderr
+    assert "--temperature is for answers, and triage is a classifier" in odd
 
 
 def _spec(model: Path, **keys: Any) -> JobSpec:

@@ -38,6 +38,17 @@ def save_adapter(model: Any, tokenizer: Any, spec: JobSpec, folder: Path) -> Non
     check_adapter(model, folder)
 
 
+def read_labels(folder: Path) -> tuple[str, ...]:
+    """A stored classifier's labels, in the order of its head. Raises ArtifactError."""
+    try:
+        labels = json.loads((folder / LABELS).read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"the adapter's {LABELS} can't be read: {error}") from None
+    if not isinstance(labels, list) or len(labels) < 2 or not all(isinstance(name, str) for name in labels):
+        raise ArtifactError(f"the adapter's {LABELS} is no list of labels")
+    return tuple(labels)
+
+
 def check_adapter(model: Any, folder: Path) -> None:
     """Load a saved adapter as its users will: peft reads its settings. Every tensor must equal the trained one, bit for
     bit. Raises TrainingFailed."""
@@ -75,6 +86,27 @@ def load_weights(model: Any, path: Path) -> None:
     from safetensors.torch import load_file
 
     set_peft_model_state_dict(model, load_file(path))
+
+
+def load_stored(model: Any, path: Path) -> None:
+    """A stored adapter's weights in place of a fresh one's. Raises TrainingFailed(bad_spec) where they do not fit."""
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        stored = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise TrainingFailed(Reason.BAD_SPEC, f"the stored adapter can't be read: {error}") from error
+    own = get_peft_model_state_dict(model)
+    if wrong := sorted(own.keys() ^ stored.keys()):
+        where = "the stored adapter alone" if wrong[0] in stored else "this job's alone"
+        raise TrainingFailed(Reason.BAD_SPEC, f"the stored adapter has other layers: {wrong[0]} is in {where}")
+    for name, tensor in own.items():
+        if tensor.shape != stored[name].shape:
+            shapes = f"{list(stored[name].shape)}, here {list(tensor.shape)}"
+            raise TrainingFailed(Reason.BAD_SPEC, f"the stored adapter has other shapes: {name} is {shapes}")
+    set_peft_model_state_dict(model, stored)
 
 
 def save_weights(model: Any, path: Path) -> None:

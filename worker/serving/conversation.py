@@ -119,6 +119,11 @@ class Conversation:
             for prompt, answer in zip(prompts, answers, strict=True)
         ]
 
+    def ask(self, messages: Messages, say: Callable[[Said], None]) -> None:
+        """Queue a conversation whose next answer `say` is told in pieces as the engine steps. Raises UsageError."""
+        opening = [] if messages[0]["role"] == "system" else self._opening()
+        self.engine.ask(self._ask([*opening, *messages], say, base=False))
+
     def turn(self, text: str, say: Callable[[str], None]) -> PartialAnswer:
         """One question, answered as it comes; a stopped answer stays in the conversation as far as it came."""
         messages = _asking(self.messages or self._opening(), text)

@@ -92,14 +92,18 @@ class Library:
 
     def find(self, text: str) -> Listed:
         """What a person calls an adapter that writes text. Raises UsageError, JobNotFound, AdapterNotFound, Refused."""
-        row = self._store.adapter(parse_reference(text))
-        listed = self._listed(row, self._store.job(row.job_id))
+        listed = self.find_any(text)
         if listed.spec.task_type is TaskType.SEQ_CLS:
             raise UsageError(
-                f"{row.name} (job {row.job_id}) is a classifier, which writes no text",
-                f"loractl adapters pull {row.job_id} DIR: its README.md says how to load it",
+                f"{listed.name} (job {listed.job_id}) is a classifier, which writes no text",
+                f"loractl predict {listed.job_id} FILE names the label of each row",
             )
         return listed
+
+    def find_any(self, text: str) -> Listed:
+        """What a person calls an adapter, classifiers too. Raises UsageError, JobNotFound, AdapterNotFound, Refused."""
+        row = self._store.adapter(parse_reference(text))
+        return self._listed(row, self._store.job(row.job_id))
 
     def on(self, base: str, revision: str | None) -> dict[str, Listed]:
         """The stored adapters of a base by job number and by every name and tag that they have."""
