@@ -86,7 +86,7 @@ def real_services() -> None:
 def postgres_server(real_services: None) -> Iterator[str]:
     folder = Path(tempfile.mkdtemp(prefix="loractl-pg-"))
     try:
-        with services.postgres(folder / "data") as url:
+        with services.postgres(folder / "data", durable=False) as url:
             yield url
     finally:
         shutil.rmtree(folder, ignore_errors=True)

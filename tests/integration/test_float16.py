@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import TrainerControl
 
 from loractl.common.job.spec import JobSpec
 from loractl.common.job.status import Reason
@@ -45,10 +46,10 @@ class Training:
         norm = float(self.optimizer.clip([self.weight], 1e30))
         self.optimizer.step()
         for callback in self.callbacks:
-            callback.on_optimizer_step(self.args, self.state, None, optimizer=self.optimizer)
+            callback.on_optimizer_step(self.args, self.state, TrainerControl(), optimizer=self.optimizer)
         self.state.global_step += 1
         for callback in self.callbacks:
-            callback.on_log(self.args, self.state, None, logs={"loss": loss, "grad_norm": norm})
+            callback.on_log(self.args, self.state, TrainerControl(), logs={"loss": loss, "grad_norm": norm})
 
 
 def test_the_scaler_s_first_skips_are_no_divergence(tmp_path: Path) -> None:
