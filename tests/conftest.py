@@ -286,7 +286,7 @@ def _database(server: str, template: str = "template1") -> Iterator[str]:
     name = f"test_{os.getpid()}_{next(_numbers)}"
     admin = create_engine(_psycopg(server), isolation_level="AUTOCOMMIT")
     with admin.connect() as connection:
-        connection.execute(text(f"CREATE DATABASE {name} TEMPLATE {template}"))
+        connection.execute(text(f"CREATE DATABASE {name} TEMPLATE {template} STRATEGY FILE_COPY"))
     base, _, query = server.partition("?")
     yield _psycopg(base.rpartition("/")[0] + f"/{name}" + (f"?{query}" if query else ""))
     with admin.connect() as connection:
