@@ -14,7 +14,7 @@ help:  ## list the targets
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "loractl needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
 	@echo "Installing loractl and its training stack into .venv: pip says what it does, some hundred MB in a minute or more ..."
 	@$(PYTHON) -m venv .venv
-	@$(BIN)/python -m pip install --disable-pip-version-check -e '.[worker,postgres,s3,dev]'
+	@$(BIN)/python -m pip install --disable-pip-version-check -e '.[worker,postgres,s3,web,dev]'
 	@touch $@
 
 dev: .venv/installed  ## make .venv with everything in it

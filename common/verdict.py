@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -156,6 +156,20 @@ def report_verdict(loss: Mapping[str, Any], worse: list[str], base: str = "the b
 def badge(reading: str) -> str:
     """The badge of a verdict's reading; a newer version's is shown as it is."""
     return BADGES.get(reading, reading.replace("_", " ").capitalize())
+
+
+def answer_groups(answers: Sequence[dict[str, Any]]) -> list[tuple[str, str, list[dict[str, Any]]]]:
+    """(key, title, answers) by what changed: repaired and broken first."""
+    kinds = [
+        ("repaired", "base wrong, tuned right", False, True),
+        ("broken", "base right, tuned wrong", True, False),
+        ("wrong", "both wrong", False, False),
+        ("right", "both right", True, True),
+    ]
+    return [
+        (key, title, [a for a in answers if (a["base_exact"], a["tuned_exact"]) == (b, t)])
+        for key, title, b, t in kinds
+    ]
 
 
 def _finite(value: float | None) -> float | None:

@@ -59,6 +59,10 @@ COMMANDS: Commands = {
         "Show what a job will need of a card, part by part, before it runs.",
     ),
     "gpus": ("loractl.scheduler.commands.gpus:gpus", "List the devices of all boxes and what uses them."),
+    "web": (
+        "loractl.scheduler.commands.web:web",
+        "Show the lab as a page in a browser, and its numbers to Prometheus.",
+    ),
     "sim": (
         "loractl.scheduler.commands.sim:sim",
         "Replay a trace of jobs on a fleet under the placement rule and others.",

@@ -47,3 +47,15 @@ def logins(owner_url: str, password: str = "pw") -> Iterator[Logins]:
         for ours in names.values():
             connection.exec_driver_sql(f"DROP ROLE {ours}")
     admin.dispose()
+
+
+@contextlib.contextmanager
+def role(owner_url: str, name: str, group: str, password: str = "pw") -> Iterator[str]:
+    """A login of one of the roles; yields its URL."""
+    admin = create_engine(owner_url, isolation_level="AUTOCOMMIT")
+    with admin.connect() as connection:
+        connection.exec_driver_sql(f"CREATE ROLE {name} LOGIN PASSWORD '{password}' IN ROLE {group}")
+    yield make_url(owner_url).set(username=name, password=password).render_as_string(hide_password=False)
+    with admin.connect() as connection:
+        connection.exec_driver_sql(f"DROP ROLE {name}")
+    admin.dispose()

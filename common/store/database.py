@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from sqlalchemy import Connection, Engine, ExceptionContext, create_engine, event
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlchemyError
@@ -59,6 +60,23 @@ _PASSING = (_READ_ONLY, "40", "53", "55P03", "57")
 Rolled back (a deadlock), short of resources, a lock that was not free, stopped by an operator or a time limit.
 """
 _TOO_LARGE = "54"  # a limit of the server that this very statement is beyond
+
+
+def connect_to_read(settings: Settings) -> Engine:
+    """An engine that can't change anything: SQLite's file is opened to be read, PostgreSQL's transactions only read.
+
+    Nothing is created and nothing upgraded. Raises ServiceUnreachable, SchemaMismatch, UsageError.
+    """
+    if settings.embedded_database and not _file_of(settings.database_url).exists():
+        raise LoractlError(
+            f"there is no database yet: {redacted(settings.database_url)}", "loractl submit job.yaml makes it"
+        )
+    engine = make_engine(settings.database_url, read_only=True)
+    with reachable(settings):
+        current = revision(engine)
+    if current != HEAD:
+        raise SchemaMismatch(current, HEAD)
+    return engine
 
 
 def connect(settings: Settings, *, check_schema: bool = True) -> Engine:
@@ -135,11 +153,13 @@ def told_by(error: BaseException) -> str:
     return next(iter(told.strip().splitlines()), "")
 
 
-def make_engine(url: str, *, connections: int = CONNECTIONS, kept: int = KEPT, idle_s: int = _IDLE_S) -> Engine:
+def make_engine(
+    url: str, *, connections: int = CONNECTIONS, kept: int = KEPT, idle_s: int = _IDLE_S, read_only: bool = False
+) -> Engine:
     """An engine with the settings that both dialects need for many small guarded transactions.
 
     `connections`: at most so many at a time to PostgreSQL; `kept`: so many of them stay open. `idle_s`: PostgreSQL ends
-    a transaction that says nothing for so long.
+    a transaction that says nothing for so long. `read_only`: the database itself refuses every write.
     SQLite: WAL, and BEGIN IMMEDIATE for writers: with plain BEGIN, four writers fail with "database is locked".
     PostgreSQL: what the user's role forbids raises Forbidden. Connections to a server that only reads are given up:
     after a failover another one may write.
@@ -149,13 +169,16 @@ def make_engine(url: str, *, connections: int = CONNECTIONS, kept: int = KEPT, i
         raise UsageError(what, "PostgreSQL, like postgresql://user@host/loractl; without it SQLite in LORACTL_HOME")
     try:
         if not url.startswith("sqlite"):
-            engine = create_engine(url, connect_args=_postgres_options(idle_s), **_pool(connections, kept))
+            engine = create_engine(url, connect_args=_postgres_options(idle_s, read_only), **_pool(connections, kept))
             event.listen(engine, "handle_error", _look_at_error)
             event.listen(engine, "connect", _read_every_time)
             return engine
-        _private_file(Path(url.removeprefix("sqlite:///")))
-        _refuse_network_disk(Path(url.removeprefix("sqlite:///")).parent)
-        engine = create_engine(url, connect_args={"timeout": SQLITE_BUSY_MS / 1000})
+        file = _file_of(url)
+        if not read_only:
+            _private_file(file)
+        _refuse_network_disk(file.parent)
+        opened = f"sqlite:///file:{quote(str(file))}?mode=ro&uri=true" if read_only else url
+        engine = create_engine(opened, connect_args={"timeout": SQLITE_BUSY_MS / 1000})
     except (ArgumentError, NoSuchModuleError) as error:
         raise UsageError(
             f"LORACTL_DATABASE_URL is not a database URL: {redacted(url)}", "like postgresql://user@host/loractl"
@@ -170,14 +193,21 @@ def make_engine(url: str, *, connections: int = CONNECTIONS, kept: int = KEPT, i
         connection.isolation_level = None  # SQLAlchemy's "begin" event below begins instead
         for pragma in (f"busy_timeout={SQLITE_BUSY_MS}", "synchronous=FULL", "foreign_keys=ON"):
             connection.execute(f"PRAGMA {pragma}")
-        _write_ahead(connection)
+        if read_only:
+            connection.execute("PRAGMA query_only=ON")
+        else:
+            _write_ahead(connection)
 
     @event.listens_for(engine, "begin")
     def _begin(connection: Connection) -> None:
-        read_only = connection.get_execution_options().get("read_only", False)
-        connection.exec_driver_sql("BEGIN" if read_only else "BEGIN IMMEDIATE")
+        reads = read_only or connection.get_execution_options().get("read_only", False)
+        connection.exec_driver_sql("BEGIN" if reads else "BEGIN IMMEDIATE")
 
     return engine
+
+
+def _file_of(url: str) -> Path:
+    return Path(url.removeprefix("sqlite:///"))
 
 
 def _pool(connections: int, kept: int) -> dict[str, Any]:
@@ -186,10 +216,13 @@ def _pool(connections: int, kept: int) -> dict[str, Any]:
     return {"pool_pre_ping": True, "pool_size": kept, "max_overflow": max(0, connections - kept)}
 
 
-def _postgres_options(idle_s: int) -> dict[str, Any]:
+def _postgres_options(idle_s: int, read_only: bool) -> dict[str, Any]:
     # A server that answers pings and nothing else must not hold a heartbeat until its lease is over.
     limits = {"statement": 20_000, "lock": 10_000, "idle_in_transaction_session": 1000 * idle_s}
-    return {**_POSTGRES_OPTIONS, "options": " ".join(f"-c {name}_timeout={ms}" for name, ms in limits.items())}
+    options = [f"-c {name}_timeout={ms}" for name, ms in limits.items()]
+    if read_only:
+        options.append("-c default_transaction_read_only=on")
+    return {**_POSTGRES_OPTIONS, "options": " ".join(options)}
 
 
 def _read_every_time(connection: Any, _: Any) -> None:

@@ -198,10 +198,11 @@ class Choice:
     user: str | None = None
     label: tuple[str, str] | None = None  # key, value
     name: str | None = None
+    status: Status | None = None
 
     @property
     def is_set(self) -> bool:
-        return bool(self.user or self.label or self.name)
+        return bool(self.user or self.label or self.name or self.status)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,6 +244,41 @@ class SpentLog:
     job_id: int
     attempt: int
     size: int  # characters
+
+
+@dataclass(frozen=True, kw_only=True)
+class CoursePoint:
+    """A value of one step of an attempt, of a line that was thinned."""
+
+    job_id: int
+    attempt: int
+    step: int
+    value: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobCount:
+    """How many jobs are in a state, and why: of a waiting one held, retry or ready; of a running one its stage."""
+
+    status: Status
+    reason: str  # empty where there is none
+    count: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class PastRun:
+    """An attempt that began or ended lately, as far as its numbers go. Bytes."""
+
+    job_id: int
+    attempt: int
+    node: str
+    device_kind: str | None
+    submitted_at: dt.datetime  # its job
+    started_at: dt.datetime
+    ended_at: dt.datetime | None
+    reason: str | None
+    planned: int | None
+    peak: int | None
 
 
 def rung_points(claim: Claim, progress: Progress) -> list[RungPoint]:

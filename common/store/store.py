@@ -54,11 +54,11 @@ from .records import (
     StoredResult,
     Submission,
 )
-from .retention import RetentionStore
 from .tables import Adapter, Attempt, DrainOrder, Event, Job, LogChunk, MetricPoint, Node
+from .views import ViewStore
 
 
-class Store(RetentionStore):
+class Store(ViewStore):
     """The jobs' database."""
 
     # --- what a person does ---

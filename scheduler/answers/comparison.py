@@ -149,7 +149,7 @@ def compared(jobs: Sequence[FinishedJob]) -> Comparison:
 
 def differences(jobs: Sequence[FinishedJob]) -> dict[str, list[Any]]:
     """The settings in which the jobs differ, each with its value by job."""
-    flat = [dict(_flat_settings(job.spec)) for job in jobs]
+    flat = [dict(flat_settings(job.spec)) for job in jobs]
     keys = dict.fromkeys(key for settings in flat for key in settings)
     by_key = {key: [settings.get(key) for settings in flat] for key in keys if key not in _APART}
     return {key: values for key, values in by_key.items() if any(value != values[0] for value in values)}
@@ -205,10 +205,10 @@ def _reading(against: Against, *, clear: bool) -> str:
     return "no practical difference" if abs(against.change) < noticeable("nats", math.nan) else "worse"
 
 
-def _flat_settings(tree: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
+def flat_settings(tree: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
     """A spec's settings under dotted keys."""
     for key, value in tree.items():
         if isinstance(value, Mapping) and key != "labels":
-            yield from _flat_settings(value, f"{before}{key}.")
+            yield from flat_settings(value, f"{before}{key}.")
         else:
             yield before + key, value

@@ -7,15 +7,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from loractl.common.units import thousands
+
 from .job import JobState, state_of
 from .wait.cards import closed_cards, interruption_of
 from .wait.queue import WaitingJobs, waiting_jobs, without_queue
 from .wait.reasons import Tier
+from .wait.starts import ExpectedStart
 
 if TYPE_CHECKING:
     from loractl.common.job.status import Status
     from loractl.common.job.sweep import SweepView
     from loractl.common.settings import Settings
+    from loractl.common.store.fleet import FleetView
     from loractl.common.store.records import Choice, Page
     from loractl.common.store.store import Store
 
@@ -41,6 +45,21 @@ class Overview:
     closed: tuple[str, ...] = ()  # boxes and cards that are silent or drained, each in a few words
     nodes: Mapping[str, str] = field(default_factory=dict)  # what is wrong with a card on which jobs run, by name
 
+    @property
+    def sentence(self) -> str:
+        """What runs and waits, and which cards are silent or drained; without its full stop."""
+        counts = f"{thousands(self.running_count)} running, {thousands(self.waiting_count)} waiting"
+        return ", ".join([counts, *self.closed])
+
+    @property
+    def next_start(self) -> tuple[int, ExpectedStart] | None:
+        """The job that starts first of those that wait, where that is known."""
+        coming = [(start.at, job_id, start) for job_id, start in self.waits.starts.items() if start.at > self.now]
+        if not coming:
+            return None
+        _, job_id, start = min(coming, key=lambda found: found[:2])
+        return job_id, start
+
     def as_json(self) -> list[dict[str, Any]]:
         """The running jobs, then the waiting ones: each with its fields, and with why it waits as its `message`."""
         return _listed((*self.running, *self.waiting), self.waits)
@@ -61,12 +80,17 @@ class JobList:
         return _listed(self.jobs, self.waits)
 
 
-def overview(store: Store, choice: Choice, page: Page, *, alone: bool = False) -> Overview:
-    """What runs, and a page of what waits. `alone`: no members of sweeps on the page. Raises JobNotFound."""
+def overview(
+    store: Store, choice: Choice, page: Page, *, alone: bool = False, view: FleetView | None = None
+) -> Overview:
+    """What runs, and a page of what waits. Raises JobNotFound.
+
+    `alone`: no members of sweeps on the page. `view`: the fleet where it was read already.
+    """
     now = store.now()
     midnight = now.astimezone().replace(hour=0, minute=0, second=0, microsecond=0).astimezone(dt.UTC)
     seen = store.glance(choice, page, midnight, alone=alone, most_sweeps=SWEEPS_SHOWN)
-    first, view = page.after is None, store.fleet()
+    first, view = page.after is None, view or store.fleet()
     places = {job.node for job in seen.running if job.node in view.nodes}
     return Overview(
         running=tuple(map(state_of, seen.running)) if first else (),

@@ -31,8 +31,7 @@ _WORD_COLORS = {"never": "red", "held": "yellow", "drained": "yellow", "closed":
 
 def overview_text(overview: Overview, screen: Screen) -> str:
     """What runs, what waits and why, sweeps in the place of their members, and how many ended today."""
-    counts = f"{thousands(overview.running_count)} running, {thousands(overview.waiting_count)} waiting"
-    sentence = ", ".join([counts, *overview.closed]) + "."
+    sentence = f"{overview.sentence}."
     advice = "" if overview.running_count or overview.waiting_count else " Submit one: loractl submit job.yaml"
     head = wrapped(sentence + _next_start(overview) + advice, sentence, screen)
     running = [job for job in overview.running if job.sweep_id is None]
@@ -110,12 +109,10 @@ def _more(after: int | None, screen: Screen) -> list[str]:
 
 def _next_start(overview: Overview) -> str:
     """Which waiting job starts first, where that is known."""
-    now = overview.now
-    coming = [(start.at, job_id, start.node) for job_id, start in overview.waits.starts.items() if start.at > now]
-    if not coming:
+    if overview.next_start is None:
         return ""
-    at, job_id, node = min(coming)
-    return f" Next: {job_id} on {node} at about {clock(at, now)}."
+    job_id, start = overview.next_start
+    return f" Next: {job_id} on {start.node} at about {clock(start.at, overview.now)}."
 
 
 def _running_table(running: Sequence[JobState], overview: Overview, screen: Screen) -> list[str]:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import datetime as dt
+import secrets
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from sqlalchemy import make_url, text
+from starlette.testclient import TestClient
 
+from loractl.common.artifacts import ArtifactStore
 from loractl.common.errors import Forbidden
 from loractl.common.job.adjustment import Adjustment
 from loractl.common.job.need import Need
@@ -19,11 +22,14 @@ from loractl.common.store.records import Claim, Progress, SpentLog, StoredCheckp
 from loractl.common.store.schema import upgrade
 from loractl.common.store.store import Store
 from loractl.common.units import GIB
+from loractl.scheduler.answers.lab.shelf import ReportShelf
 from loractl.scheduler.submission.edit import amendment
+from loractl.scheduler.web.access import Access
+from loractl.scheduler.web.site import make_site
 
 from ..conftest import Cli
 from ..models import write_helpdesk
-from ..roles import Logins, logins
+from ..roles import Logins, logins, role
 from ..unit.factories import RESULT, submission, take
 
 
@@ -62,6 +68,27 @@ def test_who_submits_can_submit_cancel_hold_retry_and_read(person: Store, box: S
         read()
     for read_one in (person.job, person.events, person.attempts, person.log):
         read_one(first)
+
+
+def test_the_page_s_role_reads_all_that_is_shown_and_writes_nothing(
+    lab: Logins, person: Store, box: Store, postgres_url: str, tmp_path: Path
+) -> None:
+    first, name = person.submit(submission()), f"web_{secrets.token_hex(4)}"
+    assert isinstance(take(box), Claim)
+    with role(postgres_url, name, "loractl_web") as url:
+        store = Store(make_engine(url, read_only=True))
+        shelf = ReportShelf(store, lambda: ArtifactStore(tmp_path.as_uri()))
+        site = make_site(store, shelf, Access(token=None, names=frozenset({"localhost"})))
+        client = TestClient(site, base_url="http://localhost")
+        for address in ("/", "/jobs", f"/jobs/{first}", f"/jobs/{first}/log", "/sweeps", "/adapters", "/metrics"):
+            assert client.get(address).status_code == 200, address
+        assert "loractl_database_up 1.0" in client.get("/metrics").text
+        writing = Store(make_engine(url))
+        for write in (lambda: writing.submit(submission()), lambda: writing.cancel(first, name)):
+            with pytest.raises(Forbidden):
+                write()
+        for one in (store, writing):
+            one._engine.dispose()
 
 
 def test_who_submits_edits_what_is_its_own_and_no_more(

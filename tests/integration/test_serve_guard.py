@@ -166,7 +166,7 @@ def _error(port: int, body: Any, path: str = "/v1/chat/completions") -> dict[str
 def test_slow_callers_are_cut_off_and_others_are_answered_meanwhile(
     serve: Callable[..., int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(server, "HEADERS_S", 0.4)
+    monkeypatch.setattr("loractl.common.listener.HEADERS_S", 0.4)
     monkeypatch.setattr(http, "BODY_S", 0.4)
     port = serve()
     line = b"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -10,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import uvicorn
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from loractl.common.errors import UsageError
+from loractl.common.listener import Connection, Listener
 from loractl.worker.protocol.trust import check_base
 
 from .adapter_pool import BaseChoice, open_pool, warn_of_arithmetic
@@ -20,9 +19,6 @@ from .card import Footprint, take_card
 from .decoding import Engine, Limits
 from .http import Names
 from .library import Library, Listed, same_base, usual_arithmetic
-
-HEADERS_S = 10.0
-"""Seconds in which the lines of a request must have arrived."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +66,7 @@ def load_served(
 def listen(app: Any, host: str, port: int, tell: Callable[[str], None]) -> None:
     """Serve until Ctrl-C or SIGTERM."""
     with contextlib.suppress(KeyboardInterrupt):
-        _Server(configure(app, host, port), tell).run()
+        Listener(configure(app, host, port), lambda at: tell(f"Serving at http://{at}/v1; Ctrl-C ends it.")).run()
 
 
 def configure(app: Any, host: str, port: int) -> uvicorn.Config:
@@ -110,59 +106,3 @@ def _base_of(model: str | None, given: Mapping[str, Listed] | None, library: Lib
         raise UsageError("there is nothing to serve", "name --adapters or a --base")
     check_base(place, library.settings.model_roots)
     return place, wanted or None, f"{place}@{wanted}" in library.settings.trusted_code
-
-
-class Connection(H11Protocol):
-    """A caller's connection, which ends when the lines of a request don't arrive in time.
-
-    uvicorn itself waits for them forever: a few hundred callers who send a byte now and then would hold all of a
-    process's connections. What still comes after an answer must be the next request.
-    """
-
-    _late: asyncio.TimerHandle | None = None
-
-    def connection_made(self, transport: Any) -> None:
-        super().connection_made(transport)
-        self._late = self.loop.call_later(HEADERS_S, self._give_up)
-
-    def data_received(self, data: bytes) -> None:
-        if self._late is None and self._idle:
-            self._late = self.loop.call_later(HEADERS_S, self._give_up)
-        super().data_received(data)
-        if not self._idle:
-            self._in_time()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._in_time()
-        super().connection_lost(exc)
-
-    @property
-    def _idle(self) -> bool:
-        """No request has come whole, or the last one is answered."""
-        return self.cycle is None or self.cycle.response_complete
-
-    def _in_time(self) -> None:
-        if self._late is not None:
-            self._late.cancel()
-            self._late = None
-
-    def _give_up(self) -> None:
-        self._late = None
-        if self._idle and not self.transport.is_closing():
-            self.transport.close()
-
-
-class _Server(uvicorn.Server):
-    """uvicorn, which says where it listens once it does."""
-
-    def __init__(self, config: uvicorn.Config, tell: Callable[[str], None]) -> None:
-        super().__init__(config)
-        self._tell = tell
-
-    async def startup(self, sockets: Any = None) -> None:
-        await super().startup(sockets)
-        for server in self.servers:
-            for socket in server.sockets:
-                host, port = socket.getsockname()[:2]
-                shown = f"[{host}]" if ":" in host else host
-                self._tell(f"Serving at http://{shown}:{port}/v1; Ctrl-C ends it.")

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
-from sqlalchemy import ColumnElement, Select, exists, func, or_, select
+from sqlalchemy import ColumnElement, Integer, Select, and_, case, exists, func, or_, select
+from sqlalchemy import cast as sql_cast
 from sqlalchemy import text as sql
 
 from loractl.common.errors import JobNotFound
@@ -14,7 +15,7 @@ from loractl.common.job.status import Reason, Status
 from loractl.common.memory.correction import Measured
 
 from ..glance import Glance
-from ..records import Choice, Page
+from ..records import Choice, CoursePoint, JobCount, Page, PastRun
 from ..tables import Attempt, Event, Job, LogChunk, MetricPoint, Sweep
 from ..transaction import Transaction
 
@@ -119,6 +120,8 @@ def _chosen(choice: Choice) -> list[ColumnElement[bool]]:
         conditions.append(Job.name == choice.name)
     if choice.label:
         conditions.append(Job.labels[choice.label[0]].as_string() == choice.label[1])
+    if choice.status:
+        conditions.append(Job.status == choice.status)
     return conditions
 
 
@@ -138,6 +141,88 @@ def metrics(job_id: int, name: str) -> Select[MetricPoint]:
 def log(job_id: int, after: int) -> Select[LogChunk]:
     chunks = select(LogChunk).where(LogChunk.job_id == job_id, LogChunk.chunk_id > after)
     return chunks.order_by(LogChunk.chunk_id)
+
+
+def log_end(job_id: int, chunks: int) -> Select[LogChunk]:
+    """The last chunks, the newest first."""
+    return select(LogChunk).where(LogChunk.job_id == job_id).order_by(LogChunk.chunk_id.desc()).limit(chunks)
+
+
+def ended(since: dt.datetime, limit: int) -> Select[Job]:
+    """The jobs that ended last."""
+    return select(Job).where(Job.ended_at >= since).order_by(Job.ended_at.desc()).limit(limit)
+
+
+def read_course(tx: Transaction, job_ids: Collection[int], name: str, most: int) -> list[CoursePoint]:
+    """A metric of each job in its order, thinned to about so many points a job; the last one is always there."""
+    order = (MetricPoint.attempt, MetricPoint.step)
+    mine = MetricPoint.job_id
+    numbered = (
+        select(
+            MetricPoint.job_id,
+            *order,
+            MetricPoint.value,
+            func.row_number().over(partition_by=mine, order_by=[column.desc() for column in order]).label("back"),
+            func.count().over(partition_by=mine).label("count"),
+        )
+        .where(MetricPoint.job_id.in_(job_ids), MetricPoint.name == name)
+        .subquery()
+    )
+    every = numbered.c.count / most + 1  # whole numbers divide to whole numbers in both databases
+    kept = select(numbered).where((numbered.c.back - 1) % sql_cast(every, Integer) == 0)
+    rows = tx.session.execute(kept.order_by(numbered.c.job_id, numbered.c.attempt, numbered.c.step))
+    return [CoursePoint(job_id=row.job_id, attempt=row.attempt, step=row.step, value=row.value) for row in rows]
+
+
+def read_counts(tx: Transaction) -> list[JobCount]:
+    """How many jobs are in each state, and why."""
+    now = tx.now()
+    waits = case((Job.held, "held"), (Job.not_before > now, "retry"), else_="ready")
+    counts = []
+    for status, reason, where in (
+        (Status.QUEUED, waits, _QUEUED),
+        (Status.RUNNING, Job.stage, Job.status == Status.RUNNING),
+        (Status.FAILED, Job.reason, Job.status == Status.FAILED),
+        (Status.CANCELLED, Job.reason, Job.status == Status.CANCELLED),
+    ):
+        grouped = select(reason.label("why"), func.count().label("many")).where(where).group_by("why")
+        counts += [JobCount(status=status, reason=str(r.why or ""), count=r.many) for r in tx.session.execute(grouped)]
+    succeeded = tx.session.scalar(select(func.count()).select_from(Job).where(Job.status == Status.SUCCEEDED))
+    return [*counts, JobCount(status=Status.SUCCEEDED, reason="ok", count=succeeded or 0)]
+
+
+def oldest_ready(now: dt.datetime) -> Select[dt.datetime]:
+    """When the oldest job that could be claimed now was submitted."""
+    ready = (_QUEUED, ~Job.held, ~Job.cancel_requested, or_(Job.not_before.is_(None), Job.not_before <= now))
+    return select(Job.submitted_at).where(*ready).order_by(Job.job_id).limit(1)
+
+
+def read_runs(tx: Transaction, since: dt.datetime, until: dt.datetime) -> list[PastRun]:
+    """The attempts that began or ended after `since`, up to `until`."""
+    lately = or_(
+        and_(Attempt.started_at > since, Attempt.started_at <= until),
+        and_(Attempt.ended_at > since, Attempt.ended_at <= until),
+    )
+    columns = (
+        Attempt.job_id, Attempt.attempt, Attempt.node, Attempt.device_kind, Job.submitted_at, Attempt.started_at,
+        Attempt.ended_at, Attempt.reason, Attempt.vram_planned, Attempt.vram_process, Attempt.vram_peak,
+    )  # fmt: skip
+    rows = tx.session.execute(select(*columns).join(Job, Job.job_id == Attempt.job_id).where(lately))
+    return [
+        PastRun(
+            job_id=row.job_id,
+            attempt=row.attempt,
+            node=row.node,
+            device_kind=row.device_kind,
+            submitted_at=row.submitted_at,
+            started_at=row.started_at,
+            ended_at=row.ended_at,
+            reason=None if row.reason is None else str(row.reason),
+            planned=row.vram_planned,
+            peak=row.vram_process or row.vram_peak,
+        )
+        for row in rows
+    ]
 
 
 def read_measured(tx: Transaction, need_key: str | None, family: str | None, limit: int) -> list[Measured]:

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import Row, func, select
+from sqlalchemy import Row, Select, func, select
 from sqlalchemy.orm import Session
 
 from loractl.common.job.halving import judge
 from loractl.common.job.status import Reason, Status
 from loractl.common.job.sweep import Member, RungPoint, SweepView, metric_of, setting
 
-from ..records import HELD_OUT_LOSS, Claim
+from ..records import HELD_OUT_LOSS, Claim, Page
 from ..tables import Attempt, Job, MetricPoint, Sweep
 
 _SWEEP_LOCK = 0x5EE9
@@ -79,6 +79,12 @@ def read_sweeps(session: Session, sweep_ids: Collection[int]) -> list[SweepView]
             )
         )
     return views
+
+
+def newest_sweeps(page: Page) -> Select[Sweep]:
+    """The page's sweeps, the newest first, and one more where there is one."""
+    query = select(Sweep).order_by(Sweep.sweep_id.desc()).limit(page.limit + 1)
+    return query if page.after is None else query.where(Sweep.sweep_id < page.after)
 
 
 _OF_MEMBER = (

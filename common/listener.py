@@ -1,0 +1,69 @@
+"""How loractl's servers listen: uvicorn, without callers who hold a connection and say nothing. Needs uvicorn."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+HEADERS_S = 10.0
+"""Seconds in which the lines of a request must have arrived."""
+
+
+class Connection(H11Protocol):
+    """A caller's connection, which ends when the lines of a request don't arrive in time.
+
+    uvicorn itself waits for them forever: a few hundred callers who send a byte now and then would hold all of a
+    process's connections. What still comes after an answer must be the next request.
+    """
+
+    _late: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self._late = self.loop.call_later(HEADERS_S, self._give_up)
+
+    def data_received(self, data: bytes) -> None:
+        if self._late is None and self._idle:
+            self._late = self.loop.call_later(HEADERS_S, self._give_up)
+        super().data_received(data)
+        if not self._idle:
+            self._in_time()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._in_time()
+        super().connection_lost(exc)
+
+    @property
+    def _idle(self) -> bool:
+        """No request has come whole, or the last one is answered."""
+        return self.cycle is None or self.cycle.response_complete
+
+    def _in_time(self) -> None:
+        if self._late is not None:
+            self._late.cancel()
+            self._late = None
+
+    def _give_up(self) -> None:
+        self._late = None
+        if self._idle and not self.transport.is_closing():
+            self.transport.close()
+
+
+class Listener(uvicorn.Server):
+    """uvicorn, which says where it listens once it does: each address with its port, as it stands in a URL."""
+
+    def __init__(self, config: uvicorn.Config, tell: Callable[[str], None]) -> None:
+        super().__init__(config)
+        self._tell = tell
+
+    async def startup(self, sockets: Any = None) -> None:
+        """Listen, then tell."""
+        await super().startup(sockets)
+        for server in self.servers:
+            for socket in server.sockets:
+                host, port = socket.getsockname()[:2]
+                self._tell(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")

@@ -1,0 +1,65 @@
+"""The part of the store's face that the page and the metrics use: lists, thinned lines, counts. Nothing is written."""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections.abc import Collection
+
+from sqlalchemy import select
+
+from loractl.common.errors import SweepNotFound
+
+from .queries import jobs, sweeps
+from .records import CoursePoint, JobCount, Page, PastRun
+from .retention import RetentionStore
+from .tables import Job, LogChunk, Sweep, Use
+
+
+class ViewStore(RetentionStore):
+    """The jobs' database as somebody sees it who looks at all of it often."""
+
+    def ended(self, since: dt.datetime, limit: int) -> list[Job]:
+        """The jobs that ended last, the newest first."""
+        return self._all(jobs.ended(since, limit))
+
+    def thinned(self, job_ids: Collection[int], name: str, most: int) -> list[CoursePoint]:
+        """A metric of each job in its order, thinned to about `most` points a job; the last one is always there."""
+        with self._read() as tx:
+            return jobs.read_course(tx, job_ids, name, most)
+
+    def log_end(self, job_id: int, chunks: int) -> list[LogChunk]:
+        """The last chunks of a job's log, in their order."""
+        return self._all(jobs.log_end(job_id, chunks))[::-1]
+
+    def log_part(self, job_id: int, after: int, chunks: int) -> list[LogChunk]:
+        """So many chunks of a job's log behind the one numbered `after`."""
+        return self._all(jobs.log(job_id, after).limit(chunks))
+
+    def newest_sweeps(self, page: Page) -> list[Sweep]:
+        """The page's sweeps, the newest first, and one more where there is one."""
+        return self._all(sweeps.newest_sweeps(page))
+
+    def sweep_head(self, sweep_id: int) -> Sweep:
+        """A sweep's own row, without its members. Raises SweepNotFound."""
+        for row in self._all(select(Sweep).where(Sweep.sweep_id == sweep_id)):
+            return row
+        raise SweepNotFound(sweep_id)
+
+    def users(self) -> list[str]:
+        """Everybody who ever had a card, by name."""
+        return self._all(select(Use.user).order_by(Use.user))
+
+    def counts(self) -> list[JobCount]:
+        """How many jobs are in each state, and why."""
+        with self._read() as tx:
+            return jobs.read_counts(tx)
+
+    def oldest_ready(self) -> dt.datetime | None:
+        """When the oldest job that could be claimed now was submitted; None: there is none."""
+        with self._read() as tx:
+            return tx.session.scalar(jobs.oldest_ready(tx.now()))
+
+    def runs(self, since: dt.datetime, until: dt.datetime) -> list[PastRun]:
+        """The attempts that began or ended after `since`, up to `until`."""
+        with self._read() as tx:
+            return jobs.read_runs(tx, since, until)

@@ -1,0 +1,223 @@
+"""The lab's numbers in the text form of Prometheus. Labels name a job by job_id: a label `job` is Prometheus' own."""
+
+from __future__ import annotations
+
+import datetime as dt
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    InfoMetricFamily,
+    Metric,
+)
+from prometheus_client.registry import Collector
+
+from loractl import __version__
+from loractl.common.errors import LoractlError
+from loractl.common.job.status import OUTCOMES, Reason
+from loractl.common.store.database import REFUSALS
+from loractl.scheduler.answers.lab.census import LabCensus, lab_census, runs_since
+
+if TYPE_CHECKING:
+    from loractl.common.store.records import PastRun
+    from loractl.common.store.store import Store
+    from loractl.scheduler.answers.fleet import DeviceState
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+FRESH_S = 5.0
+"""Two scrapes within it read the database once."""
+
+WAIT_BUCKETS = (1.0, 10.0, 60.0, 300.0, 900.0, 3600.0, 4 * 3600.0, 12 * 3600.0, 86400.0, 3 * 86400.0)
+RATIO_BUCKETS = (0.5, 0.7, 0.8, 0.9, 0.95, 1.0, 1.05, 1.1, 1.25, 1.5, 2.0)
+
+BLAMED = frozenset(str(reason) for reason, meaning in OUTCOMES.items() if meaning.blames is not None)
+"""Reasons that blame a card or its box."""
+
+
+class Tally:
+    """What is counted since this server began: attempts by outcome and by card, waits, and how right plans were."""
+
+    def __init__(self) -> None:
+        self.outcomes: Counter[str] = Counter({str(reason): 0 for reason in Reason})
+        self.card_failures: Counter[tuple[str, str]] = Counter()
+        self.waits = Buckets(WAIT_BUCKETS)
+        self.ratios = Buckets(RATIO_BUCKETS)
+
+    def add(self, runs: Iterable[PastRun], since: dt.datetime, until: dt.datetime) -> None:
+        """Count those that began or ended after `since`, up to `until`."""
+        for run in runs:
+            if run.attempt == 1 and since < run.started_at <= until:
+                self.waits.add(max(0.0, (run.started_at - run.submitted_at).total_seconds()))
+            if run.ended_at is None or not since < run.ended_at <= until:
+                continue
+            self.outcomes[run.reason or "unknown"] += 1
+            if run.reason in BLAMED:
+                self.card_failures[run.node, run.reason or ""] += 1
+            if run.planned and run.peak and run.device_kind == "nvml" and run.reason == Reason.OK:
+                self.ratios.add(run.peak / run.planned)
+
+
+class Buckets:
+    """A histogram's counts."""
+
+    def __init__(self, ends: Sequence[float]) -> None:
+        self._ends = ends
+        self._counts = [0] * (len(ends) + 1)
+        self.total = 0.0
+
+    def add(self, value: float) -> None:
+        """Count a value."""
+        self._counts[next((n for n, end in enumerate(self._ends) if value <= end), len(self._ends))] += 1
+        self.total += value
+
+    def cumulative(self) -> list[tuple[str, float]]:
+        """(upper end, how many are no larger), as Prometheus has it."""
+        ends = [*(f"{end:g}" for end in self._ends), "+Inf"]
+        return [(end, float(sum(self._counts[: n + 1]))) for n, end in enumerate(ends)]
+
+
+class Exporter(Collector):
+    """Reads the lab when it is asked, and writes its numbers. What has ended has no series of its own any more."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._tally = Tally()
+        self._counted_until: dt.datetime | None = None
+        self._lock = threading.Lock()
+        self._text: tuple[float, bytes] = (-FRESH_S, b"")
+        self._registry = CollectorRegistry(auto_describe=False)
+        self._registry.register(self)
+
+    def text(self) -> bytes:
+        """The numbers as they are now, or were a moment ago."""
+        with self._lock:
+            if time.monotonic() - self._text[0] >= FRESH_S:
+                self._text = time.monotonic(), generate_latest(self._registry)
+            return self._text[1]
+
+    def collect(self) -> Iterable[Metric]:
+        """The metrics. Without a database only that it is away, and what was counted before."""
+        started = time.monotonic()
+        families: list[Metric] = [_build()]
+        try:
+            census = lab_census(self._store)
+            self._count(census.now)
+            families += [*_jobs(census), *_cards(census), *_running(census)]
+            up = 1
+        except (*REFUSALS, LoractlError):
+            up = 0
+        away = "Whether the database answered: 1, or 0"
+        families.append(_gauge("loractl_database_up", away, [({}, up)]))
+        families += [*_counted(self._tally)]
+        took = "Seconds that reading these numbers took"
+        families.append(_gauge("loractl_scrape_duration_seconds", took, [({}, time.monotonic() - started)]))
+        return families
+
+    def describe(self) -> Iterable[Metric]:
+        """None beforehand: nothing is read when the exporter is made."""
+        return []
+
+    def _count(self, now: dt.datetime) -> None:
+        since = self._counted_until or now
+        runs, until = runs_since(self._store, since)
+        self._tally.add(runs, since, until)
+        self._counted_until = until
+
+
+def _gauge(name: str, what: str, samples: Iterable[tuple[dict[str, str], float]]) -> Metric:
+    family = GaugeMetricFamily(name, what)
+    for labels, value in samples:
+        family.add_sample(name, labels, value)
+    return family
+
+
+def _build() -> Metric:
+    return InfoMetricFamily(
+        "loractl_build", "The version of the server that tells these numbers", {"version": __version__}
+    )
+
+
+def _jobs(census: LabCensus) -> Iterator[Metric]:
+    counts = [({"state": c.status.value, "reason": c.reason}, float(c.count)) for c in census.counts]
+    what = "Jobs by state; reason: why one ended, the stage of a running one, held, retry or ready of a waiting one"
+    yield _gauge("loractl_jobs", what, counts)
+    oldest: list[tuple[dict[str, str], float]] = (
+        [] if census.oldest_ready is None else [({}, census.oldest_ready.timestamp())]
+    )
+    what = "When the oldest job that could start now was submitted; absent where none waits"
+    yield _gauge("loractl_oldest_ready_job_timestamp_seconds", what, oldest)
+
+
+def _cards(census: LabCensus) -> Iterator[Metric]:
+    devices = [(device, {"host": device.host, "card": device.node}) for device in census.devices]
+    what = "Bytes of each card by use: jobs, outside, margin, free; together they are the card"
+    yield _gauge(
+        "loractl_card_bytes",
+        what,
+        [(on | {"use": use}, size) for d, on in devices for use, size in card_uses(d).items()],
+    )
+    opened = [(labels, float(device.card.open)) for device, labels in devices]
+    yield _gauge("loractl_card_open", "Whether the card takes jobs: 1, or 0", opened)
+    drained = [(labels, float(device.closed_by is not None)) for device, labels in devices]
+    yield _gauge("loractl_card_drained", "Whether somebody keeps the card empty on purpose: 1, or 0", drained)
+    seen = [(labels, device.seen_at.timestamp()) for device, labels in devices]
+    yield _gauge("loractl_card_seen_timestamp_seconds", "When the card's worker last wrote its row", seen)
+    load = [(labels, device.load / 100) for device, labels in devices if device.load is not None]
+    yield _gauge("loractl_card_load_ratio", "How busy the card is, 0 to 1", load)
+    warm = [(labels, float(d.temperature)) for d, labels in devices if d.temperature is not None]
+    yield _gauge("loractl_card_temperature_celsius", "The card's temperature", warm)
+    failures = [(on | {"reason": why}, float(n)) for d, on in devices for why, n in d.failures.items()]
+    what = "Attempts that failed for the lab on the card since it last ended one well, at most a day old"
+    yield _gauge("loractl_card_recent_failures", what, failures)
+
+
+def card_uses(device: DeviceState) -> dict[str, float]:
+    """Bytes of a card by use; together they are the card, whatever the parts claim."""
+    card = device.card
+    left = card.total
+    uses: dict[str, float] = {}
+    for name, size in (("jobs", card.taken), ("outside", card.outside), ("margin", card.margin)):
+        uses[name] = float(min(left, max(0, size)))
+        left -= int(uses[name])
+    return {**uses, "free": float(left)}
+
+
+def _running(census: LabCensus) -> Iterator[Metric]:
+    jobs = [(job, {"job_id": str(job.job_id), "card": job.node}) for job in census.running]
+    progress = [(labels, job.progress) for job, labels in jobs if job.progress is not None]
+    yield _gauge("loractl_job_progress_ratio", "How far a running job is, 0 to 1", progress)
+    leases = [(labels, job.lease_ends_at.timestamp()) for job, labels in jobs if job.lease_ends_at is not None]
+    what = "When a running job's lease ends unless its worker says something before"
+    yield _gauge("loractl_job_lease_end_timestamp_seconds", what, leases)
+
+
+def _counted(tally: Tally) -> Iterator[Metric]:
+    since = "since this server began"
+    attempts = CounterMetricFamily("loractl_attempts", f"Attempts that ended {since}, by reason", labels=["reason"])
+    for reason, count in sorted(tally.outcomes.items()):
+        attempts.add_metric([reason], count)
+    yield attempts
+    what = f"Attempts that ended {since} for a reason that blames the card or its box"
+    failed = CounterMetricFamily("loractl_card_failures", what, labels=["host", "card", "reason"])
+    for (node, reason), count in sorted(tally.card_failures.items()):
+        failed.add_metric([node.rpartition(":")[0], node, reason], count)
+    yield failed
+    yield _histogram(
+        "loractl_queue_wait_seconds", f"From submission to the first start, of jobs that started {since}", tally.waits
+    )
+    what = f"Measured peak over planned bytes, of attempts on GPUs that ended well {since}"
+    yield _histogram("loractl_plan_measured_ratio", what, tally.ratios)
+
+
+def _histogram(name: str, what: str, buckets: Buckets) -> Metric:
+    family = HistogramMetricFamily(name, what)
+    family.add_metric([], buckets=buckets.cumulative(), sum_value=buckets.total)
+    return family

@@ -1,0 +1,84 @@
+"""A lab that is put together once, and its page as a client sees it."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from sqlalchemy import text
+from starlette.testclient import TestClient
+
+from loractl.common.store.database import make_engine
+from loractl.scheduler.answers.lab.shelf import ReportShelf
+from loractl.scheduler.web.access import Access
+from loractl.scheduler.web.site import make_site
+
+from .... import webs
+from ...factories import NOON
+
+PAGES = (
+    "/", "/?user=wei", "/jobs", "/jobs?status=failed", "/jobs/1", "/jobs/6", "/jobs/11", "/jobs/12", "/jobs/15",
+    "/jobs/17", "/jobs/18", "/sweeps", "/sweeps/1", "/adapters", "/adapters?adapter=7",
+)  # fmt: skip
+"""An address of each kind, and jobs in each state."""
+
+OPEN = Access(token=None, names=frozenset({"localhost"}))
+
+
+@dataclass
+class Web:
+    """A lab, the address of its database, and a client of its page."""
+
+    lab: webs.SeededLab
+    url: str
+    client: TestClient
+
+    def alter(self, statement: str) -> None:
+        """Write into the database what no command would."""
+        engine = make_engine(self.url)
+        with engine.begin() as connection:
+            connection.execute(text(statement))
+        engine.dispose()
+
+
+def web_on(url: str, folder: Path, access: Access = OPEN) -> Web:
+    """The page of a lab that is put together in this database."""
+    return serve(webs.seed(url, folder / "artifacts", NOON), url, access)
+
+
+def serve(lab: webs.SeededLab, url: str, access: Access = OPEN) -> Web:
+    store = webs.reader(url, lambda: lab.now)
+    app = make_site(store, ReportShelf(store, lambda: lab.artifacts), access)
+    return Web(lab=lab, url=url, client=TestClient(app, base_url="http://localhost"))
+
+
+@pytest.fixture(scope="session")
+def seeded(sqlite_template: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a lab's database and results; copy it to change it."""
+    folder = tmp_path_factory.mktemp("lab")
+    shutil.copy(sqlite_template, folder / "lab.db")
+    lab = webs.seed(f"sqlite:///{folder / 'lab.db'}", folder / "artifacts", NOON)
+    lab.store._engine.dispose()
+    return folder
+
+
+@pytest.fixture(scope="session")
+def web(seeded: Path) -> Web:
+    """A page that only looks: tests share it."""
+    return _opened(seeded)
+
+
+@pytest.fixture
+def own_web(seeded: Path, tmp_path: Path) -> Iterator[Web]:
+    """A lab of the test's own."""
+    folder = tmp_path / "lab"
+    shutil.copytree(seeded, folder)
+    yield _opened(folder)
+
+
+def _opened(folder: Path) -> Web:
+    url = f"sqlite:///{folder / 'lab.db'}"
+    return serve(webs.reopen(url, folder / "artifacts", NOON), url)

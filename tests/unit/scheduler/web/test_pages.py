@@ -1,0 +1,209 @@
+"""What the pages show, on both databases; their filters and parts, and what they say when something is wrong."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from loractl.scheduler.answers.lab.shelf import ReportShelf
+from loractl.scheduler.web.site import FRESH_S
+
+from .... import webs
+from .conftest import PAGES, Web, web_on
+
+
+def test_every_page_is_drawn_from_either_database(upgraded_url: str, tmp_path: Path) -> None:
+    web = web_on(upgraded_url, tmp_path)
+    for address in PAGES:
+        answer = web.client.get(address)
+        assert answer.status_code == 200, f"{address}: {answer.text[:600]}"
+        assert "<h1>" in answer.text
+    assert "4 running, 5 waiting, heron:2 drained by lena" in web.client.get("/").text
+
+
+def test_the_lab_says_first_what_runs_and_who_holds_what(web: Web) -> None:
+    page = words(web.client.get("/").text)
+    assert "4 running, 5 waiting, heron:2 drained by lena" in page
+    assert re.search(r"Next to start: 17 on osprey:0 at about \d\d:\d\d", page)
+    assert "vllm serve of tomás holds 41.0 GiB of heron:1 outside the queue" in page
+    assert "priya · 12 · 61.0" in page and "Drained by lena: replacing a fan" in page
+    assert "needs 92.0, the largest card has 79.5" in page and "held by wei: until the new data are there" in page
+
+
+def test_what_waits_stands_in_the_order_in_which_the_rule_tries_it(web: Web) -> None:
+    shown = re.findall(r'data-key="w(\d+)"', web.client.get("/").text)
+    tried = [job.job_id for job in web.lab.store.ready(10)]
+    never = 18
+    assert [int(n) for n in shown] == [*(n for n in tried if n != never), 20, never], "held ones and hopeless ones last"
+
+
+def test_a_job_s_page_has_its_attempts_memory_report_answers_and_settings(web: Web) -> None:
+    html = web.client.get("/jobs/11").text
+    page = words(html)
+    assert html.count('class="again"') >= 4, "the steps that were repeated, in both sizes of the picture"
+    assert "3 attempts, 40 steps repeated" in page and "1 · kestrel:0" in page and "3 · heron:2" in page
+    assert "loss 100 cases, nats; lower is better 2.50 0.90" in page and "−1.72 to −1.48" in page
+    assert "base wrong, tuned right 12" in page and page.index("Ticket 0:") < page.index("Ticket 4:")
+    assert "training.learning_rate 0.0002" in page and "loractl adapters pull 11 DIR" in page
+    assert "step 900: loss" in page, "the end of its log"
+
+
+def test_answers_are_listed_by_what_changed_and_in_parts(web: Web) -> None:
+    broken = words(web.client.get("/jobs/11?answers=broken&from=6").text)
+    assert "Ticket 21:" in broken and "Ticket 17:" not in broken and "Ticket 1:" not in broken
+
+
+def test_a_waiting_job_s_page_says_card_by_card_why(web: Web) -> None:
+    page = words(web.client.get("/jobs/17").text)
+    assert "osprey:0 when 12 ends" in page and "card is smaller than the job" in page
+    assert "vllm serve of tomás holds 41.0, no end known" in page
+
+
+def test_a_sweep_s_page_names_the_best_and_marks_what_differs(web: Web) -> None:
+    html = web.client.get("/sweeps/1").text
+    page = words(html)
+    assert "Best: 1 (learning_rate 5e-05, r 16), held-out loss 0.951" in page
+    assert "r 16 r 32" in page and "learning_rate 0.0001" in page and html.count('class="ghost"') >= 3
+    assert "worse" in page and "The same in all" in page
+    varied = re.findall(r'<div class="varied"><dt>([\w.]+)', web.client.get("/jobs/1").text)
+    assert sorted(varied) == ["lora.r", "training.learning_rate"]
+
+
+def test_the_adapters_page_compares_and_tells_where_one_comes_from(own_web: Web) -> None:
+    from loractl.common.job.reference import parse_reference
+
+    own_web.lab.store.tag(parse_reference("7"), "prod", "mara")
+    page = words(own_web.client.get("/adapters?adapter=7").text)
+    assert "triage-r32" in page and "prod" in page and "−4.24" in page
+    assert "job 7 , attempt 1," in page and "loractl serve --adapters 7" in page
+
+
+def test_filters_and_parts_are_parameters_of_the_address(own_web: Web) -> None:
+    for n in range(60):
+        webs.queue(own_web.lab, f"many-{n}", "ada", 4)
+    first = own_web.client.get("/jobs?user=ada").text
+    assert first.count('data-key="j') == 50
+    after = re.search(r'href="(/jobs\?user=ada&amp;after=\d+)"', first)
+    assert after is not None
+    second = own_web.client.get(after[1].replace("&amp;", "&")).text
+    assert second.count('data-key="j') == 10
+    assert own_web.client.get("/jobs?status=failed").text.count('data-key="j') == 2
+    assert "many-7" in own_web.client.get("/jobs?name=many-7&status=queued").text
+    assert "No job matches." in own_web.client.get("/jobs?name=nobody").text
+    waiting = own_web.client.get("/").text
+    assert len(re.findall(r'data-key="w\d', waiting)) == 50 and "by priority, then the oldest first" in waiting
+    more = re.search(r'href="(/\?after=\d+)"', waiting)
+    assert more is not None and len(re.findall(r'data-key="w\d', own_web.client.get(more[1]).text)) == 15
+
+
+@pytest.mark.parametrize(
+    ("address", "status", "sentence"),
+    [
+        ("/jobs/999", 404, "There is no job 999"), ("/sweeps/9", 404, "There is no sweep 9"),
+        ("/nothing", 404, "There is no such page"), ("/jobs?after=x", 400, "is no number"),
+        ("/jobs?status=asleep", 400, "is no state of a job"), ("/jobs?label=team", 400, "has no value"),
+        ("/?after=999", 404, "There is no job 999"), ("/jobs/99999999999999999999", 404, "There is no"),
+    ],
+)  # fmt: skip
+def test_what_is_not_there_is_one_sentence(web: Web, address: str, status: int, sentence: str) -> None:
+    answer = web.client.get(address)
+    assert answer.status_code == status and sentence in words(answer.text)
+
+
+def test_the_box_at_the_top_finds_a_job_by_number_or_name(web: Web) -> None:
+    found = web.client.get("/find?q=%2311", follow_redirects=False)
+    assert (found.status_code, found.headers["location"]) == (303, "/jobs/11")
+    assert "sql-gen-r64" in web.client.get("/find?q=sql-gen-r64").text
+    assert web.client.get("/find?q=", follow_redirects=False).headers["location"] == "/jobs"
+
+
+def test_the_whole_log_is_plain_text(web: Web) -> None:
+    answer = web.client.get("/jobs/11/log")
+    assert answer.headers["content-type"] == "text/plain; charset=utf-8"
+    assert answer.text.startswith("loading\n") and "step 900: loss" in answer.text.splitlines()[-1]
+    assert answer.text.count("step ") == 40 + 68 + 80
+    assert web.client.get("/jobs/999/log").status_code == 404
+
+
+def test_a_log_that_only_its_result_has_is_read_from_there(own_web: Web, tmp_path: Path) -> None:
+    own_web.alter("DELETE FROM log_chunks")
+    assert own_web.client.get("/jobs/12/log").text == "", "nothing was logged, or it is gone"
+    assert own_web.client.get("/jobs/11/log").text == "the log of job 11\n"
+    shutil.rmtree(tmp_path / "lab" / "artifacts")
+    assert own_web.client.get("/jobs/11/log").status_code == 503
+
+
+def test_a_page_that_has_not_changed_is_not_sent_again(own_web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("loractl.scheduler.web.site.FRESH_S", -1.0)
+    first = own_web.client.get("/jobs")
+    again = own_web.client.get("/jobs", headers={"if-none-match": first.headers["etag"]})
+    assert (again.status_code, again.content) == (304, b"")
+    own_web.lab.store.cancel(17, "wei")
+    assert own_web.client.get("/jobs", headers={"if-none-match": first.headers["etag"]}).status_code == 200
+
+
+def test_a_page_is_drawn_once_for_all_who_look_at_the_same_moment(own_web: Web) -> None:
+    assert FRESH_S < 4, "less than the time between two looks of one browser"
+    before = own_web.client.get("/jobs").text
+    own_web.lab.store.cancel(17, "wei")
+    assert own_web.client.get("/jobs").text == before
+
+
+def test_without_the_artifact_store_a_finished_job_still_has_its_page(own_web: Web, tmp_path: Path) -> None:
+    shutil.rmtree(tmp_path / "lab" / "artifacts")
+    page = words(own_web.client.get("/jobs/11").text)
+    assert "The report can’t be shown:" in page.replace("'", "’") and "3 attempts" in page
+    assert own_web.client.get("/sweeps/1").status_code == 200
+    assert "report not read" in own_web.client.get("/adapters").text
+
+
+def test_a_report_of_another_form_breaks_no_page(own_web: Web) -> None:
+    own_web.lab.store.end_drain("heron:2")
+    webs.see_cards(own_web.lab.store)
+    own_web.lab.store.cancel(19, "tomás")
+    own_web.lab.store.cancel(16, "priya")
+    claim = webs.run(own_web.lab, "forged", "eve", "heron:2", 17, steps=20)
+    webs.store_result(own_web.lab, claim, 2.0, 1.0, evaluation={"metrics": "none"})
+    page = words(own_web.client.get(f"/jobs/{claim.job_id}").text)
+    assert "its report has another form than loractl's" in page.replace("&#39;", "'")
+    assert all(own_web.client.get(address).status_code == 200 for address in ("/", "/adapters"))
+
+
+def test_while_the_database_is_away_the_page_says_so(own_web: Web) -> None:
+    own_web.alter("ALTER TABLE nodes RENAME TO elsewhere")
+    answer = own_web.client.get("/")
+    assert answer.status_code == 503 and "The database does not answer" in answer.text
+
+
+def test_a_slow_artifact_store_holds_no_page(own_web: Web) -> None:
+    import threading
+
+    away = threading.Event()
+
+    def open_artifacts() -> object:
+        away.wait(20)
+        return own_web.lab.artifacts
+
+    shelf = ReportShelf(own_web.lab.store, open_artifacts)  # type: ignore[arg-type]
+    assert shelf.report(11, own_web.lab.store.job(11).manifest_sha256, wait_s=0.05) is None
+    away.set()
+    found = shelf.report(11, own_web.lab.store.job(11).manifest_sha256, wait_s=10)
+    assert found is not None and found["job"]["job_id"] == 11
+
+
+def test_an_ended_job_leaves_the_lab(own_web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("loractl.scheduler.web.site.FRESH_S", -1.0)
+    assert 'data-key="r14"' in own_web.client.get("/").text
+    own_web.lab.store.give_back("kestrel:0")
+    assert 'data-key="r14"' not in own_web.client.get("/").text
+
+
+def words(html: str) -> str:
+    """The page's text."""
+    import html as entities
+
+    main = html.partition("<main")[2].partition(">")[2].partition("</main>")[0]
+    return " ".join(entities.unescape(re.sub(r"<[^>]+>", " ", main)).split())

@@ -1,0 +1,256 @@
+"""A lab of three boxes for the tests of its page, put together through the store: cards, jobs, results."""
+
+from __future__ import annotations
+
+import copy
+import datetime as dt
+import json
+import math
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from loractl.common.artifacts import WEIGHTS, ArtifactStore, attempt_prefix, manifest_sha256
+from loractl.common.job.status import Reason, Stage
+from loractl.common.job.sweep import NewSweep
+from loractl.common.store.database import make_engine
+from loractl.common.store.records import Claim, Progress, StoredResult
+from loractl.common.store.store import Store
+from loractl.common.units import GIB
+from loractl.scheduler.answers.lab.shelf import ReportShelf
+
+from .acceptance.test_report_page import report
+from .unit.factories import node_state, spec, submission
+
+CARDS = {
+    "kestrel:0": ("NVIDIA GeForce RTX 4090", 24), "kestrel:1": ("NVIDIA GeForce RTX 4090", 24),
+    "heron:0": ("NVIDIA RTX A6000", 48), "heron:1": ("NVIDIA RTX A6000", 48), "heron:2": ("NVIDIA RTX A6000", 48),
+    "osprey:0": ("NVIDIA A100-SXM4-80GB", 80),
+}  # fmt: skip
+
+SWEEP_RATES = (5e-5, 1e-4, 2e-4)
+
+
+@dataclass
+class SeededLab:
+    """The store, where its results are, and a clock."""
+
+    store: Store
+    artifacts: ArtifactStore
+    now: dt.datetime
+
+    @property
+    def shelf(self) -> ReportShelf:
+        return ReportShelf(self.store, lambda: self.artifacts)
+
+    def pass_(self, seconds: float) -> None:
+        self.now += dt.timedelta(seconds=seconds)
+        see_cards(self.store)
+
+
+def reader(url: str, clock: Callable[[], dt.datetime]) -> Store:
+    """A store on the same database that can only read."""
+    return Store(make_engine(url, read_only=True), clock=clock)
+
+
+def seed(url: str, folder: Path, now: dt.datetime | None = None) -> SeededLab:
+    """Boxes, and jobs that run, wait, are held, can never run, failed, and have ended well; a sweep of six."""
+    lab = SeededLab(
+        store=Store(make_engine(url)), artifacts=ArtifactStore(folder.as_uri()), now=now or dt.datetime.now(dt.UTC)
+    )
+    end, lab.now = lab.now, lab.now - dt.timedelta(hours=3)
+    lab.store = Store(make_engine(url), clock=lambda: lab.now)
+    see_cards(lab.store)
+    _sweep(lab)
+    for name, user, losses in (
+        ("triage-r32", "mara", (4.49, 0.25)), ("sql-gen-r16", "wei", (2.1, 1.4)), ("dialect-r8", "lena", (3.0, 2.98)),
+    ):  # fmt: skip
+        finish(lab, name, user, *losses)
+    failed = run(lab, "law-cite", "jonas", "kestrel:1", 9, steps=30)
+    lab.store.finish(failed, Reason.BAD_DATA, "data/law.jsonl: row 4120: there is no answer", Progress())
+    resumed(lab)
+    for name, user, node, size, steps in (
+        ("med-summ-70b", "priya", "osprey:0", 61, 1200), ("sql-gen-32b", "wei", "heron:0", 31, 800),
+        ("triage-lr1e4", "mara", "kestrel:0", 17, 420), ("dialect-asr-post", "lena", "heron:0", 12, 0),
+    ):  # fmt: skip
+        run(lab, name, user, node, size, steps=steps)
+    for name, user, size, keys in (
+        ("med-qa-7b", "priya", 21, {}), ("sql-gen-r64", "wei", 39, {"priority": 5}),
+        ("llama-70b-lora", "jonas", 92, {}), ("triage-dpo", "tomás", 46, {}),
+    ):  # fmt: skip
+        queue(lab, name, user, size, **keys)
+    held = queue(lab, "sql-gen-long", "wei", 33)
+    lab.store.hold(held, "wei", "until the new data are there")
+    lab.store.drain("heron:2", "lena", "replacing a fan")
+    lab.pass_((end - lab.now).total_seconds())
+    return lab
+
+
+def reopen(url: str, folder: Path, now: dt.datetime) -> SeededLab:
+    """A lab that was put together before."""
+    lab = SeededLab(store=Store(make_engine(url)), artifacts=ArtifactStore(folder.as_uri()), now=now)
+    lab.store = Store(make_engine(url), clock=lambda: lab.now)
+    return lab
+
+
+def see_cards(store: Store, **changed: dict[str, Any]) -> None:
+    """Every card's worker writes its row."""
+    jobs = {job.job_id: job for job in store.fleet().running.values()}
+    for node, (name, size) in CARDS.items():
+        used = {str(n): int(0.9 * (job.vram_reserved or 0)) for n, job in jobs.items() if job.node == node}
+        outside: list[dict[str, Any]] = []
+        if node == "heron:1":
+            outside = [{"pid": 4711, "user": "tomás", "name": "vllm serve", "bytes": 41 * GIB}]
+        state = {
+            "device_name": name, "total": size * GIB, "margin": GIB // 2, "max_jobs": 4, "used": used, "load": 91,
+            "temperature": 61, "outside": outside, "outside_bytes": sum(p["bytes"] for p in outside),
+        }  # fmt: skip
+        store.see_node(node_state(node, **{**state, **changed.get(node, {})}))
+
+
+def queue(lab: SeededLab, name: str, user: str, size: float, **keys: Any) -> int:
+    """A job that waits."""
+    return lab.store.submit(
+        submission(lora=size, qlora=None, user=user, name=name, base_model="org/Llama-3.1-8B", method="lora", **keys)
+    )
+
+
+def run(lab: SeededLab, name: str, user: str, node: str, size: float, *, steps: int = 0, of: int = 1500) -> Claim:
+    """A job that runs on a card, so far."""
+    queue(lab, name, user, size)
+    return begin(lab, node, steps=steps, of=of, size=size)
+
+
+def begin(lab: SeededLab, node: str, *, steps: int, of: int, size: float = 8) -> Claim:
+    """What waits is claimed by that card, and has trained so many steps."""
+    others = frozenset(CARDS) - {node}
+    claim = lab.store.claim(node, distrusted=others)
+    assert isinstance(claim, Claim), f"nothing for {node}: {claim}"
+    lab.store.beat(
+        claim, Progress(stage=Stage.PREPARING, events=(("data", "900 rows, 100 held out"),), log="loading\n")
+    )
+    if steps:
+        train(lab, claim, 0, steps, of, size)
+    return claim
+
+
+def train(lab: SeededLab, claim: Claim, first: int, last: int, of: int, size: float, floor: float = 0.6) -> None:
+    """The steps of a training: losses, held-out losses, a log."""
+    losses = [
+        (s, "loss", floor + 2 * math.exp(-s / 200) + 0.08 * math.sin(s * 1.7)) for s in range(first + 5, last + 1, 5)
+    ]
+    held = [(s, "eval_loss", floor + 0.15 + 2 * math.exp(-s / 220)) for s in range(first + 100, last + 1, 100)]
+    lab.pass_(last - first)
+    lab.store.beat(
+        claim,
+        Progress(
+            stage=Stage.TRAINING, step=last, total_steps=of, loss=losses[-1][2] if losses else None,
+            tokens_per_second=3480.0, eta_seconds=float(of - last), eta_spread_seconds=90.0,
+            vram_process=int(0.93 * size * GIB), metrics=(*losses, *held),
+            log="".join(f"step {s}: loss {v:.3f}\n" for s, _, v in losses),
+        ),
+    )  # fmt: skip
+
+
+def resumed(lab: SeededLab) -> None:
+    """A job that was lost once, ran out of memory once, and went on each time."""
+    first = run(lab, "triage-long", "mara", "kestrel:0", 14, steps=200)
+    lab.store.finish(first, Reason.OUT_OF_MEMORY, "out of memory at step 200", Progress())
+    second = begin(lab, "heron:2", steps=0, of=900)
+    lab.store.beat(second, Progress(resumed_from_step=180))
+    train(lab, second, 180, 520, 900, 17)
+    lab.store.finish(second, Reason.WORKER_LOST, "heron was silent for 60 s", Progress())
+    third = begin(lab, "heron:2", steps=0, of=900)
+    lab.store.beat(third, Progress(resumed_from_step=500))
+    train(lab, third, 500, 900, 900, 17)
+    store_result(lab, third, 2.5, 0.9)
+
+
+def finish(lab: SeededLab, name: str, user: str, base: float, tuned: float, node: str = "heron:2") -> int:
+    """A job that has ended well, with a result that is stored."""
+    claim = run(lab, name, user, node, 17, steps=600, of=600)
+    store_result(lab, claim, base, tuned)
+    return claim.job_id
+
+
+def store_result(lab: SeededLab, claim: Claim, base: float, tuned: float, **changes: Any) -> None:
+    """Its adapter and its report, as a worker stores them."""
+    job = lab.store.job(claim.job_id)
+    value = the_report(job.job_id, job.name, job.user, base, tuned)
+    value.update(changes)
+    prefix = attempt_prefix(claim.job_id, claim.attempt)
+    folder = Path(tempfile.mkdtemp(prefix="result-"))
+    (folder / WEIGHTS).parent.mkdir(parents=True)
+    (folder / WEIGHTS).write_bytes(b"weights %d" % claim.job_id)
+    (folder / "report.json").write_text(json.dumps(value))
+    (folder / "log.txt").write_text(f"the log of job {claim.job_id}\n")
+    manifest = lab.artifacts.put_result(folder, prefix)
+    shutil.rmtree(folder)
+    sentence = f"{value['verdict']['reading']}, loss {base:.2f} -> {tuned:.2f}"
+    stored = StoredResult(
+        adapter_uri=f"{lab.artifacts.url}/{prefix}/adapter", report_uri=f"{lab.artifacts.url}/{prefix}/report.json",
+        adapter_size=168_000_000, adapter_sha256=manifest[WEIGHTS].sha256, manifest_sha256=manifest_sha256(manifest),
+    )  # fmt: skip
+    done = Progress(metrics=((600, "held_out_loss", tuned),))
+    assert lab.store.finish(claim, Reason.OK, sentence, done, stored)
+
+
+def the_report(job_id: int, name: str, user: str, base: float, tuned: float) -> dict[str, Any]:
+    """A report with losses by row, a metric in percent, and answers of all four kinds."""
+    value = copy.deepcopy(report())
+    change = tuned - base
+    reading = "better" if change < -0.1 else "no clear change"
+    loss = {
+        **value["evaluation"]["metrics"][0], "base": base, "tuned": tuned, "change": change, "low": change - 0.12,
+        "high": change + 0.12, "cases": 100, "reading": reading,
+    }  # fmt: skip
+    exact = {**loss, "name": "exact_match", "label": "exact match", "unit": "%", "higher_is_better": True, "base": 61.2}
+    exact |= {"tuned": 78.4, "change": 17.2, "low": 13.9, "high": 20.4, "reading": "better"}
+    rouge = {**exact, "name": "rougeL", "label": "ROUGE-L", "base": 40.0, "tuned": 38.0, "change": -2.0}
+    rouge |= {"low": -3.1, "high": -0.9, "reading": "worse"}
+    answer = value["evaluation"]["answers"][0]
+    kinds: Sequence[tuple[bool, bool]] = ((False, True), (True, False), (False, False), (True, True))
+    answers = [
+        {**answer, "row": n, "prompt": f"Ticket {n}: /scratch on heron is full", "expected": "queue: storage",
+         "base": "I would ask support." if not base_right else "queue: storage",
+         "tuned": "queue: storage" if tuned_right else "queue: network", "base_exact": base_right,
+         "tuned_exact": tuned_right}
+        for n, (base_right, tuned_right) in enumerate(kinds * 12)
+    ]  # fmt: skip
+    evaluation = {
+        **value["evaluation"],
+        "rows": 100,
+        "metrics": [loss, exact, rouge],
+        "answers": answers,
+        "lm_eval": None,
+    }
+    evaluation["row_losses"] = [[n, 20, base, tuned + 0.05 * math.sin(n)] for n in range(60)]
+    sentence = f"Better than the base: held-out loss {base:.2f} -> {tuned:.2f}."
+    verdict = {"reading": "better" if reading == "better" else "no_measurable_gain", "short": "", "sentence": sentence}
+    job = {**value["job"], "job_id": job_id, "name": name, "user": user}
+    data = {**value["data"], "held_out_sha256": "d" * 64}
+    return {**value, "job": job, "evaluation": evaluation, "verdict": verdict, "data": data}
+
+
+def _sweep(lab: SeededLab) -> None:
+    points = [(rate, r) for rate in SWEEP_RATES for r in (16, 32)]
+    varied = {"training.learning_rate": "5e-5,1e-4,2e-4", "lora.r": "16,32"}
+    members = [
+        replace(
+            submission(lora=17, qlora=None, user="mara", method="lora"),
+            spec=spec(name="triage-sweep", method="lora", training={"learning_rate": rate}, lora={"r": r}),
+        )
+        for rate, r in points
+    ]
+    lab.store.submit_sweep(NewSweep(name="triage-sweep", user="mara", varied=varied), members)
+    for n, (rate, _r) in enumerate(points):
+        claim = begin(lab, "heron:2", steps=0, of=400)
+        floor = 0.6 + 0.1 * n + abs(math.log10(rate / 1e-4)) / 2
+        train(lab, claim, 0, 400, 400, 15, floor=floor)
+        if n < 5:
+            store_result(lab, claim, 3.0, floor + 0.2)
+        else:
+            lab.store.finish(claim, Reason.DIVERGED, "the loss rose to 80", Progress())
