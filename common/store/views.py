@@ -5,9 +5,10 @@ from __future__ import annotations
 import datetime as dt
 from collections.abc import Collection
 
-from sqlalchemy import select
+from sqlalchemy import select, union
 
 from loractl.common.errors import SweepNotFound
+from loractl.common.job.status import Status
 
 from .queries import jobs, sweeps
 from .records import CoursePoint, JobCount, Page, PastRun
@@ -46,8 +47,10 @@ class ViewStore(RetentionStore):
         raise SweepNotFound(sweep_id)
 
     def users(self) -> list[str]:
-        """Everybody who ever had a card, by name."""
-        return self._all(select(Use.user).order_by(Use.user))
+        """Everybody who ever had a card, has one, or waits for one, by name."""
+        unended = select(Job.user).where(Job.status.in_([Status.QUEUED, Status.RUNNING]))
+        with self._read() as tx:
+            return sorted(tx.session.scalars(union(select(Use.user), unended)))
 
     def counts(self) -> list[JobCount]:
         """How many jobs are in each state, and why."""

@@ -154,7 +154,7 @@ class Pages:
         return Drawn(template=template, title=title, section=section, values=more)
 
     def _colours(self) -> dict[str, int]:
-        """A number for everybody who ever had a card: the same on all pages."""
+        """A number for everybody who had a card or waits for one: the same on all pages."""
         read_at, owners = self._owners
         if time.monotonic() - read_at >= OWNERS_KEPT_S:
             owners = {name: n for n, name in enumerate(self._store.users())}
