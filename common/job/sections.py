@@ -25,10 +25,12 @@ from pydantic import (
 from pydantic_core import PydanticKnownError
 
 from loractl.common.adapter_config import is_module_name
+from loractl.common.errors import UsageError
 from loractl.common.module_pattern import ModulePattern
 from loractl.common.units import parse_duration, parse_size
 
 from .method import Method
+from .reference import parse_reference
 
 DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 """Endings of the data files that loractl reads."""
@@ -145,6 +147,18 @@ def _expression(text: str) -> str:
     return text
 
 
+def _adapter_name(value: Any) -> str:
+    """A stored adapter: 12, support or support:prod. YAML reads the first as a number."""
+    text = str(value) if type(value) is int else value
+    if not isinstance(text, str):
+        raise PydanticKnownError("string_type")
+    try:
+        parse_reference(text)
+    except UsageError as error:
+        raise ValueError(f"{error.sentence}: {error.hint}") from None
+    return text
+
+
 def _task_name(text: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._()+-]{0,127}", text):
         raise ValueError("is no task's name; a job gives lm_eval names alone, never a path")
@@ -167,6 +181,7 @@ StepsOrShare = Annotated[int | float, BeforeValidator(_steps_or_share)]
 Size = Annotated[int, BeforeValidator(parse_size)]
 Duration = Annotated[float, BeforeValidator(parse_duration), Field(le=3650 * 86400)]  # dates end somewhere
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
+AdapterName = Annotated[str, BeforeValidator(_adapter_name)]
 TaskName = Annotated[str, AfterValidator(_task_name)]
 
 
@@ -213,6 +228,8 @@ class LoraSpec(Section):
     """Scale by lora_alpha / sqrt(r) (rsLoRA, arXiv:2312.03732)."""
     init_lora_weights: Literal["default", "gaussian", "orthogonal", "loftq"] = "default"
     """How A and B begin; loftq (arXiv:2310.08659) starts from what NF4 lost of the base's weights."""
+    init_from: AdapterName | None = None
+    """Begin from a stored adapter in place of a fresh one: its job's number, its name or name:tag."""
 
     @field_validator("target_modules")
     @classmethod

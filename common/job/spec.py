@@ -166,6 +166,8 @@ def _without_what_they_need(spec: JobSpec) -> Iterator[str]:
         yield "training.train_sampling_strategy: packed rows are all of one length; keep one of the two"
     if spec.lora.init_lora_weights == "loftq" and methods != (Method.QLORA,):
         yield "lora.init_lora_weights: loftq makes up for what NF4 loses; it is for method: qlora"
+    if spec.lora.init_from is not None and spec.lora.init_lora_weights != "default":
+        yield "lora.init_lora_weights: lora.init_from says how A and B begin already; leave one of them out"
 
 
 def _is_set(section: BaseModel, key: str) -> bool:

@@ -36,7 +36,8 @@ class RetentionStore:
         return self._all(retention.beyond_newest(keep))
 
     def remove_result(self, job_id: int, user: str, by: str = "loractl gc") -> bool:
-        """Forget a job's adapter and report: their files may go then. False when it has none, or it is tagged."""
+        """Forget a job's adapter and report: their files may go then. False when it has none, it is tagged, or an
+        open job begins from it."""
         with self._write() as tx:
             return retention.remove_result(tx, job_id, user, by)
 

@@ -367,3 +367,13 @@ class Store(ViewStore):
         """The tags of each job's adapter, or of these jobs; the newest of a name has latest."""
         with self._read() as tx:
             return adapters.read_tags(tx, job_ids)
+
+    def ancestors(self, job_ids: Collection[int]) -> dict[int, int]:
+        """The job whose adapter each of these was begun from; those of a fresh adapter are left out."""
+        with self._read() as tx:
+            return adapters.read_ancestors(tx, job_ids)
+
+    def descendants(self, job_id: int) -> list[int]:
+        """The jobs that wait or run and begin from this one's adapter."""
+        with self._read() as tx:
+            return adapters.read_descendants(tx, job_id)

@@ -35,6 +35,7 @@ class StoredAdapter:
     sha256: str
     created_at: dt.datetime
     tags: tuple[str, ...]
+    init_from: int | None = None  # the job whose adapter it was begun from
 
     @property
     def tags_set(self) -> tuple[str, ...]:
@@ -47,7 +48,7 @@ class StoredAdapter:
         return attempt_prefix(self.job_id, self.attempt)
 
     def as_json(self) -> dict[str, Any]:
-        """The columns of the table adapters, and `tags`."""
+        """The columns of the table adapters, `tags`, and `init_from`: the job whose adapter it was begun from."""
         return {**vars(self), "created_at": self.created_at.isoformat(), "tags": list(self.tags)}
 
 
@@ -98,9 +99,10 @@ def adapter_list(store: Store, page: Page) -> AdapterList:
     """A page of the stored adapters; the first page has the newest ones."""
     found = store.newest_adapters(page)
     rows = found[: page.limit][::-1]
-    tags = store.tags([row.job_id for row in rows])
+    numbers = [row.job_id for row in rows]
+    tags, ancestors = store.tags(numbers), store.ancestors(numbers)
     return AdapterList(
-        adapters=tuple(_stored(row, tags.get(row.job_id, [])) for row in rows),
+        adapters=tuple(_stored(row, tags.get(row.job_id, []), ancestors.get(row.job_id)) for row in rows),
         after=rows[0].job_id if len(found) > len(rows) else None,
         now=store.now(),
     )
@@ -127,7 +129,9 @@ def stored_adapter(store: Store, text: str) -> tuple[StoredAdapter, Job]:
         if reference.job_id is not None:
             result_of(store, reference.job_id)
         raise
-    return _stored(row, store.tags([row.job_id]).get(row.job_id, [])), store.job(row.job_id)
+    number = row.job_id
+    adapter = _stored(row, store.tags([number]).get(number, []), store.ancestors([number]).get(number))
+    return adapter, store.job(number)
 
 
 def results_to_bind(store: Store, names: Sequence[str]) -> list[int]:
@@ -145,6 +149,6 @@ def bind_result(store: Store, artifacts: ArtifactStore, user: str, job_id: int) 
     store.bind_result(job_id, stored.manifest_sha256, user)
 
 
-def _stored(row: Adapter, tags: list[str]) -> StoredAdapter:
+def _stored(row: Adapter, tags: list[str], init_from: int | None) -> StoredAdapter:
     columns = {column.key: getattr(row, column.key) for column in row.__table__.columns}
-    return StoredAdapter(**columns, tags=tuple(tags))
+    return StoredAdapter(**columns, tags=tuple(tags), init_from=init_from)

@@ -14,6 +14,7 @@ from loractl.common.job.need import Need
 from loractl.common.job.status import Status
 from loractl.common.store.records import Amendment, Submission
 
+from .ancestor import settle_ancestor
 from .need import admit, need_key, open_methods, plan_job
 
 if TYPE_CHECKING:
@@ -35,7 +36,8 @@ def amendment(store: Store, job_id: int, overrides: Sequence[str]) -> Amendment:
             "queue another: loractl submit JOB.yaml --set KEY=VALUE",
         )
     name = f"job {job_id}"
-    before, after = override_spec(job.spec, (), name), amended_spec(job.spec, overrides, name, Path.cwd())
+    before = override_spec(job.spec, (), name)
+    after = settle_ancestor(amended_spec(job.spec, overrides, name, Path.cwd()), store)
     Amended(
         job_id=job_id,
         standing=_standing(job),

@@ -19,6 +19,8 @@ from loractl.common.module_pattern import ModulePattern
 from loractl.common.store.records import Submission
 from loractl.common.units import gib
 
+from .ancestor import settle_ancestor
+
 if TYPE_CHECKING:
     from loractl.common.job.spec import JobSpec
     from loractl.common.memory.shape import Shape
@@ -30,7 +32,11 @@ ABSURD = 2**50
 
 
 def plan_job(spec: JobSpec, user: str, data: dict[str, Any], store: Store) -> Submission:
-    """Everything that submit writes of a job. Raises UsageError when its own max_vram is below every need."""
+    """Everything that submit writes of a job.
+
+    Raises UsageError when its own max_vram is below every need, and for a lora.init_from that does not fit.
+    """
+    spec = settle_ancestor(spec, store)
     check_adapter(spec)
     planned = predict(spec)
     key, family = need_key(spec, data), model_family(spec)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from loractl.common.text import clean_line
 from loractl.common.units import clock
@@ -17,10 +17,12 @@ def adapters_text(answer: AdapterList, screen: Screen) -> str:
     """The stored adapters, and how one is used."""
     if not answer.adapters:
         return "No adapter is stored yet; a job that succeeds stores one."
+    begun = any(adapter.init_from is not None for adapter in answer.adapters)
     rows = [
         [
             str(adapter.job_id),
             screen.style(fit(adapter.name, 24), bold=True),
+            *([str(adapter.init_from or "")] if begun else []),
             fit(", ".join(adapter.tags), 20),
             adapter.method,
             f"{adapter.size / 1e6:.1f}",
@@ -29,8 +31,8 @@ def adapters_text(answer: AdapterList, screen: Screen) -> str:
         ]
         for adapter in answer.adapters
     ]
-    head = ["JOB", "NAME", "TAGS", "METHOD", "MB", "STORED", "BASE MODEL"]
-    lines = table(head, rows, screen, right=("JOB", "MB", "STORED"))
+    head = ["JOB", "NAME", *(["FROM"] if begun else []), "TAGS", "METHOD", "MB", "STORED", "BASE MODEL"]
+    lines = table(head, rows, screen, right=("JOB", "FROM", "MB", "STORED"))
     if answer.after is not None:
         lines.append(screen.dim(f"Older ones: the same command with --after {answer.after}"))
     return "\n".join([*lines, "", screen.dim(f"Use one: loractl adapters pull {answer.adapters[-1].job_id} DIR")])
@@ -47,6 +49,7 @@ def lineage_text(answer: Lineage) -> str:
         "made by": f"{made}, {clock(adapter.created_at, answer.now)}",
         "base": f"{clean_line(adapter.base_model)}{revision}",
         "shape": shape,
+        **({"begun": _ancestry(of["init_from"])} if of.get("init_from") else {}),
         "data": f"{data['train_rows']} rows ({data['format']}), sha256 {data['sha256'] or 'unknown: from the hub'}",
         "result": clean_line(answer.report["verdict"]["sentence"]),
         "weights": f"{adapter.size / 1e6:.1f} MB, sha256 {of['sha256']}",
@@ -56,3 +59,8 @@ def lineage_text(answer: Lineage) -> str:
     names = [f"{clean_line(adapter.name)}:{tag}" for tag in adapter.tags_set]
     head = f"{clean_line(adapter.name)} (job {adapter.job_id})" + (f", tagged {', '.join(names)}" if names else "")
     return "\n".join([head, "", *(f"{name:<9} {clean_line(text)}" for name, text in parts.items())])
+
+
+def _ancestry(ancestor: dict[str, Any]) -> str:
+    name = clean_line(str(ancestor["name"]))
+    return f"from the adapter of {name} (job {ancestor['job_id']}), sha256 {ancestor['sha256']}"

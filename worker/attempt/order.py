@@ -7,18 +7,23 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from loractl.common.binding import checkpoint_binding
-from loractl.common.errors import ArtifactError
+from loractl.common.adapter_config import CONFIG, check_adapter_config
+from loractl.common.artifacts import WEIGHTS
+from loractl.common.binding import checkpoint_binding, result_binding
+from loractl.common.errors import AdapterNotFound, ArtifactError, JobNotFound
 from loractl.common.files import remove_tree
+from loractl.common.job.ancestor import ancestor_job, misfits
+from loractl.common.job.reference import Reference
+from loractl.common.job.spec import JobSpec
 from loractl.common.job.status import Stage
 from loractl.common.store.records import Claim
 from loractl.worker.device.occupancy import CARD_VARIABLE, JOB_VARIABLE, RUN_VARIABLE, card_mark, run_mark
 from loractl.worker.protocol.marker import is_complete
-from loractl.worker.protocol.messages import Start
-from loractl.worker.protocol.trust import check_checkpoint, check_claim, may_run_code
+from loractl.worker.protocol.messages import Ancestor, Start
+from loractl.worker.protocol.trust import Refused, check_checkpoint, check_claim, may_run_code
 
 from .disk import bytes_to_write, require_space
-from .remains import make_room
+from .remains import BEGUN_FROM, make_room
 from .state import AttemptState
 from .workplace import Workplace
 
@@ -59,6 +64,7 @@ def prepare(place: Workplace, state: AttemptState) -> Start:
         device_name=place.device.name,
         spec=spec,
         run_code=may_run_code(spec, place.settings),
+        init_from=_ancestor(place, state),
         lm_eval_tasks=str(place.settings.lm_eval_tasks) if place.settings.lm_eval_tasks else None,
         method=claim.method,
         method_why=claim.method_why,
@@ -79,6 +85,27 @@ def prepare(place: Workplace, state: AttemptState) -> Start:
         earlier_checkpoints=[str(p) for p in earlier],
         cache_dir=str(cache),
     )
+
+
+def _ancestor(place: Workplace, state: AttemptState) -> Ancestor | None:
+    """Fetch the adapter that the job begins from. Raises Refused when it is gone or does not fit, ArtifactError."""
+    spec, store = state.claim.spec, place.store
+    if spec.lora.init_from is None:
+        return None
+    if (job_id := ancestor_job(spec)) is None:
+        raise Refused("lora.init_from: the row does not name it by a job's number")
+    try:
+        row, job = store.adapter(Reference(job_id=job_id)), store.job(job_id)
+    except (AdapterNotFound, JobNotFound):
+        raise Refused(f"lora.init_from: the adapter of job {job_id} was removed") from None
+    if wrong := misfits(spec, JobSpec.model_validate(job.spec)):
+        raise Refused(f"lora.init_from: {wrong[0]} (job {job_id})")
+    folder = state.folder / BEGUN_FROM
+    state.say(Stage.PREPARING, f"fetches the adapter of {row.name} (job {job_id}) to begin from")
+    files = place.artifacts.pull(result_binding(store, job), folder, "adapter/")
+    check_adapter_config(folder / CONFIG)
+    weights = files[WEIGHTS.removeprefix("adapter/")].sha256
+    return Ancestor(path=str(folder), job_id=job_id, name=row.name, sha256=weights)
 
 
 def _require_space(place: Workplace, folder: Path, needed: int) -> None:

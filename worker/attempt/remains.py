@@ -20,6 +20,9 @@ from .workplace import Workplace
 
 log = logging.getLogger("loractl.worker")
 
+BEGUN_FROM = "begun-from"
+"""The folder with the adapter that an attempt begins from."""
+
 CHECKPOINTS_KEPT = 2
 """The newest checkpoints of a job that stay on a box, of all its attempts there: one of them may be torn."""
 
@@ -40,7 +43,8 @@ def clean(place: Workplace, state: AttemptState, status: Status | None) -> None:
         if over:
             _remove(place, state)
             return
-    shutil.rmtree(state.folder / "keeping", ignore_errors=True)
+    for name in ("keeping", BEGUN_FROM):
+        shutil.rmtree(state.folder / name, ignore_errors=True)
     if not (state.folder / READY).exists():
         shutil.rmtree(state.folder / "result", ignore_errors=True)
     _thin_out(state)

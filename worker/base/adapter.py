@@ -19,6 +19,9 @@ WEIGHTS = "adapter_model.safetensors"
 LABELS = "labels.json"
 """A classifier's labels as a list, in the order of its head: peft has no place for them."""
 
+LINEAGE = "lineage.json"
+"""The adapter that this one was begun from: its job, name and weights."""
+
 SUFFIXES = frozenset({".safetensors", ".json", ".txt", ".model", ".jinja", ".md"})
 """What may lie in an adapter's folder; a tokenizer with code of its own would leave Python files there."""
 

@@ -37,10 +37,15 @@ def write_model_card(report: dict[str, Any], adapter: Path) -> None:
         f"- {training['steps']} steps at learning rate {training['learning_rate']:g}, batch "
         f"{training['per_device_train_batch_size']} x {training['gradient_accumulation_steps']}, seed {report['seed']}",
         f"- data: {data['train_rows']} rows, sha256 {data['sha256'] or 'unknown (from the hub)'}",
+        *(_begun_from(from_) for from_ in [report["adapter"].get("init_from")] if from_),
         f"- weights: sha256 {report['adapter']['sha256']}",
         "- " + ", ".join(f"{name} {version}" for name, version in report["versions"].items()),
     ]
     (adapter / "README.md").write_text("\n".join(lines) + "\n", "utf-8")
+
+
+def _begun_from(ancestor: dict[str, Any]) -> str:
+    return f"- begun from the adapter of {ancestor['name']} (job {ancestor['job_id']}), sha256 {ancestor['sha256']}"
 
 
 def _how_to_classify(base: str, labels: list[str]) -> list[str]:

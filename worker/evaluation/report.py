@@ -97,6 +97,7 @@ def _adapter(order: Start, model: Any) -> dict[str, Any]:
         "r": lora.r,
         "lora_alpha": lora.lora_alpha,
         "lora_dropout": lora.lora_dropout,
+        "init_from": order.init_from.lineage() if order.init_from else None,
         "modules": sorted(model.peft_config["default"].target_modules),
         "trainable_parameters": trainable,
         "total_parameters": total,

@@ -11,7 +11,7 @@ import numpy as np
 from loractl.common.adapter_config import CONFIG, check_adapter_config
 from loractl.common.data.questions import Question
 from loractl.worker.base.adapter import WEIGHTS, load_stored, read_labels
-from loractl.worker.base.arithmetic import choose_precision, evaluating, whole_modules
+from loractl.worker.base.arithmetic import choose_precision, compute_in, evaluating, whole_modules
 from loractl.worker.base.head import Head
 from loractl.worker.base.learner import Learner
 from loractl.worker.base.lora import add_adapter
@@ -89,6 +89,7 @@ def open_classifier(
     begun = spec.lora.model_copy(update={"init_lora_weights": "default"})  # the stored weights take their place
     model = add_adapter(base, spec.model_copy(update={"lora": begun}), method)
     load_stored(model, folder / WEIGHTS)
+    compute_in(model, precision)
     tell(f"{spec.base_model.rpartition('/')[2]} is loaded with a head of {len(labels)} labels.")
     return StoredClassifier(
         learner=Learner(model=model.eval(), tokenizer=tokenizer, precision=precision),

@@ -38,6 +38,21 @@ class Peaks(BaseModel):
         return Peaks(**{**peaks, "held": newer.held})
 
 
+class Ancestor(BaseModel):
+    """A stored adapter that a training begins from, on this box's disk."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    path: str  # the folder with its files
+    job_id: int
+    name: str
+    sha256: str  # of its weights
+
+    def lineage(self) -> dict[str, int | str]:
+        """What is stored about it with the new adapter."""
+        return self.model_dump(exclude={"path"})
+
+
 class Start(_Message):
     """Supervisor: train this job."""
 
@@ -67,6 +82,7 @@ class Start(_Message):
     checkpoint_dir: str
     earlier_checkpoints: list[str]  # folders of earlier attempts, newest first
     cache_dir: str
+    init_from: Ancestor | None = None  # None: a fresh adapter
     lm_eval_tasks: str | None = None  # the box owner's folder of tasks for the lm-eval harness
 
 

@@ -18,7 +18,7 @@ def carry_out(store: ArtifactStore, name: str, arguments: Arguments) -> Any:
 
 
 def manifest_of(answer: dict[str, Any]) -> Manifest:
-    """The manifest that put_result has written."""
+    """The manifest that put_result has written, or of what pull has copied."""
     return {name: StoredFile(**file) for name, file in answer.items()}
 
 
@@ -50,8 +50,8 @@ def _fetch_dataset(store: ArtifactStore, uri: str, sha256: str, folder: str) -> 
     return str(store.fetch_dataset(uri, sha256, Path(folder)))
 
 
-def _pull(store: ArtifactStore, stored: dict[str, Any], target: str) -> None:
-    store.pull(Binding(**stored), "", Path(target))
+def _pull(store: ArtifactStore, stored: dict[str, Any], target: str, part: str) -> dict[str, Any]:
+    return {name: vars(file) for name, file in store.pull(Binding(**stored), part, Path(target)).items()}
 
 
 def _put_result(store: ArtifactStore, folder: str, prefix: str) -> dict[str, Any]:

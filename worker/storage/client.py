@@ -61,9 +61,9 @@ class StoreClient:
         """See ArtifactStore."""
         return Path(self._call("fetch_dataset", uri, sha256, str(folder)))
 
-    def pull(self, stored: Binding, target: Path) -> None:
-        """Copy all its files into `target`, verified."""
-        self._call("pull", vars(stored), str(target))
+    def pull(self, stored: Binding, target: Path, part: str = "") -> Manifest:
+        """Copy its files that begin with `part` into `target`, verified, under the rest of their names."""
+        return manifest_of(self._call("pull", vars(stored), str(target), part))
 
     def put_result(self, folder: Path, prefix: str) -> Manifest:
         """See ArtifactStore."""

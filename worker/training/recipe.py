@@ -14,7 +14,7 @@ from transformers import TrainingArguments, set_seed
 from loractl.common.adapter_config import portable_name
 from loractl.common.job.spec import JobSpec
 from loractl.common.job.status import Reason, Stage
-from loractl.worker.base.adapter import save_adapter
+from loractl.worker.base.adapter import LINEAGE, WEIGHTS, load_stored, read_labels, save_adapter
 from loractl.worker.base.arithmetic import OVERFLOWS_FP16, Precision, choose_precision, compute_in
 from loractl.worker.base.failure import TrainingFailed
 from loractl.worker.base.head import Head
@@ -34,13 +34,16 @@ from loractl.worker.evaluation.evaluation import Evaluation, evaluate
 from loractl.worker.evaluation.harness import check_package, find_tasks, score_tasks
 from loractl.worker.evaluation.page import write_page
 from loractl.worker.evaluation.report import build_report, write_report
-from loractl.worker.protocol.messages import Ended
+from loractl.worker.protocol.messages import Ancestor, Ended
 
 from .arguments import check_trackers
 from .loop import Callbacks, fit
 from .need import tell_need
 from .resume import checkpoint_to_resume
 from .run import Run
+
+MOST_NAMED = 8
+"""So many labels are named in an error."""
 
 
 def train(run: Run) -> Ended:
@@ -71,6 +74,8 @@ def train(run: Run) -> Ended:
 
     # 4. Keep the adapter before anything else can fail.
     save_adapter(learner.model, tokenizer, order.spec, out / "adapter")
+    if order.init_from is not None:
+        (out / "adapter" / LINEAGE).write_text(json.dumps({"init_from": order.init_from.lineage()}, indent=1), "utf-8")
     (out / "job.json").write_text(json.dumps(_resolved(run, arguments), indent=1), "utf-8")
 
     # 5. Base against tuned on rows that were never trained on.
@@ -141,10 +146,23 @@ def _load(run: Run, data: PreparedData, tokenizer: Any) -> tuple[Learner, BaseId
     # once all files are here: loading may have fetched them from the hub
     identity = BaseIdentity(spec.base_model, spec.revision, Path(order.cache_dir))
     model = add_adapter(base, spec, order.method)
+    if order.init_from is not None:
+        _begin_from(run, model, data, order.init_from)
     compute_in(model, precision)
     if data.packed is not None:
         check_apart(model, data.packed, tokenizer.pad_token_id)
     return Learner(model=model, tokenizer=tokenizer, precision=precision), identity
+
+
+def _begin_from(run: Run, model: Any, data: PreparedData, ancestor: Ancestor) -> None:
+    """Put a stored adapter's weights in place of the fresh ones. Raises TrainingFailed where they do not fit."""
+    folder = Path(ancestor.path)
+    if data.label_names and (known := read_labels(folder)) != data.label_names:
+        differing = sorted({*known} ^ {*data.label_names})[:MOST_NAMED]
+        where = f"the rows and {ancestor.name} (job {ancestor.job_id}) differ in the labels {', '.join(differing)}"
+        raise TrainingFailed(Reason.BAD_DATA, f"lora.init_from: {where}")
+    load_stored(model, folder / WEIGHTS)
+    run.note("adapter", f"begins from the adapter of {ancestor.name} (job {ancestor.job_id})")
 
 
 def _about_fp16(spec: JobSpec, precision: Precision, family: str, *, on_gpu: bool) -> str | None:
@@ -181,6 +199,7 @@ def _resolved(run: Run, arguments: TrainingArguments) -> dict[str, Any]:
         "adjustment": run.adjustment.as_json(),
         "method": order.method.value,
         "device": order.device,
+        "init_from": order.init_from.lineage() if order.init_from else None,
         "torch": torch.__version__,
         "training_arguments": taken,
     }

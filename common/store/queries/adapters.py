@@ -5,11 +5,12 @@ from __future__ import annotations
 import datetime as dt
 from collections.abc import Collection
 
-from sqlalchemy import ColumnElement, Select, exists, select
+from sqlalchemy import ColumnElement, Select, String, cast, exists, select
 from sqlalchemy.orm import Session, aliased
 
 from loractl.common.errors import AdapterNotFound
 from loractl.common.job.reference import LATEST, Reference
+from loractl.common.job.status import Status
 
 from ..records import Page
 from ..tables import Adapter, Job, Tag
@@ -91,6 +92,34 @@ def _is_newest() -> ColumnElement[bool]:
     of_name = select(other.job_id).where(other.name == Adapter.name).correlate(Adapter)
     newest = of_name.order_by(other.created_at.desc(), other.job_id.desc()).limit(1)
     return Adapter.job_id == newest.scalar_subquery()
+
+
+def _init_from(job: type[Job]) -> ColumnElement[str]:
+    named: ColumnElement[str] = job.spec["lora"]["init_from"].as_string()
+    return named
+
+
+def read_ancestors(tx: Transaction, job_ids: Collection[int]) -> dict[int, int]:
+    """The job whose adapter each of these was begun from; those of a fresh adapter are left out."""
+    begun = select(Job.job_id, _init_from(Job)).where(Job.job_id.in_(job_ids), _init_from(Job).is_not(None))
+    return {job_id: int(ancestor) for job_id, ancestor in tx.session.execute(begun)}
+
+
+def read_descendants(tx: Transaction, job_id: int) -> list[int]:
+    """The jobs that wait or run and begin from this one's adapter."""
+    begun = select(Job.job_id).where(_is_open(Job), _init_from(Job) == str(job_id))
+    return list(tx.session.scalars(begun.order_by(Job.job_id)))
+
+
+def _is_open(job: type[Job]) -> ColumnElement[bool]:
+    return job.status.in_(tuple(status for status in Status if not status.is_terminal))
+
+
+def is_begun_from() -> ColumnElement[bool]:
+    """Whether a job that waits or runs begins from a job's adapter: then its files are kept."""
+    other = aliased(Job)
+    named = select(_init_from(other)).where(_is_open(other), _init_from(other).is_not(None))
+    return cast(Job.job_id, String).in_(named.scalar_subquery())
 
 
 def is_tagged() -> ColumnElement[bool]:

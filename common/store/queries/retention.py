@@ -13,7 +13,7 @@ from loractl.common.job.status import KEEPING, Status
 from ..records import HELD_OUT_LOSS, Over, PastJob, SpentLog
 from ..tables import Adapter, Attempt, Base, Event, Job, LogChunk, MetricPoint, Sweep
 from ..transaction import Transaction
-from .adapters import is_tagged
+from .adapters import is_begun_from, is_tagged
 
 ENDED = tuple(status for status in Status if status.is_terminal)
 
@@ -42,13 +42,14 @@ _PAST = (
 
 
 def beyond_newest(keep: int) -> Select[Job]:
-    """Results beyond the `keep` newest of their user and name, oldest first; tagged ones stay."""
+    """Results beyond the `keep` newest of their user and name, oldest first; tagged ones stay, and those from which
+    open jobs begin."""
     place = func.row_number().over(partition_by=(Job.user, Job.name), order_by=(Job.ended_at.desc(), Job.job_id.desc()))
     placed = select(Job.job_id, place.label("place")).where(_has_result()).subquery()
     return (
         select(Job)
         .join(placed, placed.c.job_id == Job.job_id)
-        .where(placed.c.place > keep, ~is_tagged())
+        .where(placed.c.place > keep, ~is_tagged(), ~is_begun_from())
         .order_by(Job.job_id)
     )
 
@@ -190,9 +191,9 @@ def _has_result() -> ColumnElement[bool]:
 
 
 def _drop_result(tx: Transaction, job_id: int) -> bool:
-    """Forget a job's result; False when it has none, or somebody has tagged it."""
+    """Forget a job's result; False when it has none, somebody has tagged it, or a job is to begin from it."""
     none = {"adapter_uri": None, "report_uri": None, "manifest_sha256": None}
-    gone = update(Job).where(Job.job_id == job_id, _has_result(), ~is_tagged()).values(**none)
+    gone = update(Job).where(Job.job_id == job_id, _has_result(), ~is_tagged(), ~is_begun_from()).values(**none)
     if tx.session.execute(gone.returning(Job.job_id)).first() is None:
         return False
     tx.session.execute(delete(Adapter).where(Adapter.job_id == job_id))

@@ -24,6 +24,11 @@ def delete(names: tuple[str, ...], yes: bool) -> None:
             named = f"{adapter.name}:{adapter.tags_set[0]}"
             hint = f"first: loractl adapters untag {named}"
             raise WrongState(f"the adapter of job {adapter.job_id} is tagged {named}", hint)
+        if descendants := store.descendants(adapter.job_id):
+            jobs = ", ".join(map(str, descendants[:5])) + (", ..." if descendants[5:] else "")
+            raise WrongState(
+                f"job {jobs} is to begin from the adapter of job {adapter.job_id}", "wait for it, or cancel it"
+            )
     what = ", ".join(f"{clean_line(a.name)} (job {a.job_id}, {a.size / 1e6:.1f} MB)" for a in adapters)
     if not yes:
         click.confirm(f"Remove {what} with its report, for good?", abort=True, err=True)

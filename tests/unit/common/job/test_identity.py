@@ -96,7 +96,7 @@ OTHERWISE: dict[str, Any] = {
     "dataset.template": "alpaca",
     "lora.r": 8, "lora.lora_alpha": 16, "lora.lora_dropout": 0, "lora.target_modules": ["q_proj"],
     "lora.modules_to_save": ["embed_tokens"], "lora.use_dora": True, "lora.use_rslora": True,
-    "lora.init_lora_weights": "gaussian",
+    "lora.init_lora_weights": "gaussian", "lora.init_from": "12",
     "training.num_train_epochs": 1, "training.max_steps": 20, "training.learning_rate": 1e-4,
     "training.per_device_train_batch_size": 2, "training.gradient_accumulation_steps": 16,
     "training.gradient_checkpointing": True, "training.warmup_steps": 10, "training.lr_scheduler_type": "linear",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from loractl.common.store.records import Claim, Progress, StoredResult
 from loractl.common.store.store import Store
 from loractl.common.store.tables import Job
 
-from ...factories import NOON, RESULT, Clock, submission, take
+from ...factories import NOON, RESULT, Clock, spec, submission, take
 
 DAY = dt.timedelta(days=1)
 
@@ -54,6 +55,20 @@ def test_results_beyond_the_newest_of_each_user_and_name_are_found(timed: Store,
     assert [job.job_id for job in timed.beyond_newest(3)] == mine[:1]
     assert timed.beyond_newest(4) == []
     assert {theirs, other} == {a.job_id for a in timed.adapters()} - set(mine)
+
+
+def test_an_adapter_stays_while_an_open_job_is_to_begin_from_it(timed: Store, clock: Clock) -> None:
+    first, second = ended(timed, name="a"), ended(timed, name="a")
+    clock.forward(60)
+    ended(timed, name="a")
+    begun = timed.submit(replace(submission(), spec=spec(name="b", lora={"init_from": str(first)})))
+    assert timed.ancestors([first, second, begun]) == {begun: first}
+    assert timed.descendants(first) == [begun] and timed.descendants(second) == []
+    assert [job.job_id for job in timed.beyond_newest(1)] == [second]
+    assert not timed.remove_result(first, "bob") and timed.remove_result(second, "bob")
+    timed.cancel(begun, "ada")
+    assert timed.descendants(first) == [] and [job.job_id for job in timed.beyond_newest(1)] == [first]
+    assert timed.remove_result(first, "bob")
 
 
 def test_a_removed_result_leaves_the_job_succeeded_with_its_history(store: Store) -> None:

@@ -1,0 +1,40 @@
+"""The adapter that a job begins from, and whether it fits the job."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from .reference import parse_reference
+from .sections import LoraSpec
+from .spec import JobSpec
+
+_SAME = ("r", "lora_alpha", "use_rslora", "use_dora", "target_modules", "modules_to_save")
+"""Keys of `lora` that shape an adapter or what it computes: with another value the job would not begin where the stored
+one ended."""
+
+
+def ancestor_job(spec: JobSpec) -> int | None:
+    """The job whose adapter this one begins from; a stored spec names it by its number."""
+    return None if spec.lora.init_from is None else parse_reference(spec.lora.init_from).job_id
+
+
+def misfits(spec: JobSpec, ancestor: JobSpec) -> list[str]:
+    """Why the job can't begin from the adapter that `ancestor` made, a clause for each difference."""
+    pairs = [(key, getattr(spec, key), getattr(ancestor, key)) for key in ("base_model", "revision", "task_type")]
+    pairs += [(f"lora.{key}", _of(spec.lora, key), _of(ancestor.lora, key)) for key in _SAME]
+    if spec.dataset.template is not ancestor.dataset.template:
+        pairs.append(("dataset.template", spec.dataset.template, ancestor.dataset.template))
+    return [
+        f"{key} is {_shown(ours)}, and that adapter's {_shown(theirs)}" for key, ours, theirs in pairs if ours != theirs
+    ]
+
+
+def _of(lora: LoraSpec, key: str) -> Any:
+    """A value without the order of its names, which says nothing."""
+    value = getattr(lora, key)
+    return sorted(value) if isinstance(value, list) else value
+
+
+def _shown(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
