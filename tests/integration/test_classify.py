@@ -356,7 +356,9 @@ def _predicts_as_the_report_says(cli: Cli, folder: Path, report: dict[str, Any])
     """On the held-out rows: labels as the confusion table counts them, the right ones as likely as their losses say."""
     rows = [json.loads(line) for line in (folder / "tickets.jsonl").read_text().splitlines()]
     (folder / "unlabelled.csv").write_text("text\n" + "".join(f"{row['text']}\n" for row in rows))
-    lines = cli("predict", "triage", folder / "unlabelled.csv").stdout.splitlines()
+    done = cli("predict", "triage", folder / "unlabelled.csv")
+    assert "LOAD REPORT" not in done.stderr + cli("logs", 1).stdout, "that a head is begun anew is no news"
+    lines = done.stdout.splitlines()
     told = {line["row"]: line for line in map(json.loads, lines)}
     assert list(told) == list(range(1, len(rows) + 1)), "in their order"
     names, losses = report["evaluation"]["labels"]["names"], report["evaluation"]["row_losses"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -94,9 +95,27 @@ def load_base(
         if head is None:
             return AutoModelForCausalLM.from_pretrained(base_model, **options)
         check_no_head_yet(base_model, revision)
-        model = AutoModelForSequenceClassification.from_pretrained(base_model, **options, **head.settings)
+        with _fresh_head_unreported():
+            model = AutoModelForSequenceClassification.from_pretrained(base_model, **options, **head.settings)
     begin_head(model, head)
     return model
+
+
+@contextlib.contextmanager
+def _fresh_head_unreported() -> Iterator[None]:
+    """Leave out transformers' table of missing weights where the head alone is missing: it is begun here."""
+
+    def of_other_weights(record: logging.LogRecord) -> bool:
+        lines = record.getMessage().splitlines()
+        missing = [line.split()[0] for line in lines if re.search(r"\|\W*MISSING", line)]
+        return not missing or any(not name.startswith(HEAD) for name in missing)
+
+    logger = logging.getLogger("transformers.modeling_utils")
+    logger.addFilter(of_other_weights)
+    try:
+        yield
+    finally:
+        logger.removeFilter(of_other_weights)
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import warnings
 from typing import TextIO
 
@@ -38,9 +39,12 @@ def tell_once() -> None:
     warnings.showwarning = _show_warning
 
 
+_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
+
+
 class _LogLine(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        said = f"{record.name.partition('.')[0]}: {record.getMessage()}"
+        said = f"{record.name.partition('.')[0]}: {_COLOURS.sub('', record.getMessage())}"
         failed = "\n" + self.formatException(record.exc_info) if record.exc_info else ""
         return log_line(record.levelname.lower(), said).rstrip("\n") + failed
 
