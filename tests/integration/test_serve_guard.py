@@ -102,7 +102,8 @@ def test_a_page_of_another_site_is_not_answered(serve: Callable[..., int], key: 
 
 MESSAGES = ASKED["messages"]
 TOOL = {"type": "function", "function": {"name": "f"}}
-SCHEMA = {"type": "json_schema", "json_schema": {"name": "a", "schema": {}}}
+NOT_KEPT = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"$ref": "#/nowhere"}}}
+NO_SCHEMA = {"type": "json_schema", "json_schema": {"name": "a"}}
 IMAGE = {"type": "image_url", "image_url": {"url": "http://x"}}
 
 
@@ -117,7 +118,15 @@ IMAGE = {"type": "image_url", "image_url": {"url": "http://x"}}
         ({"temprature": 1}, "did you mean temperature?", "temprature", "unknown_parameter"),
         ({"n": 2}, "n is not supported here", "n", "unsupported_parameter"),
         ({"tools": [TOOL]}, "no answer calls one", "tools", "unsupported_parameter"),
-        ({"response_format": SCHEMA}, "ask for JSON in the prompt", "response_format", "unsupported_parameter"),
+        ({"response_format": NOT_KEPT}, "the schema can't be kept", "response_format", "invalid_value"),
+        ({"response_format": NO_SCHEMA}, "an object schema", "response_format.json_schema", "invalid_value"),
+        (
+            {"response_format": {"type": "xml"}},
+            "text, json_object, json_schema",
+            "response_format.type",
+            "invalid_value",
+        ),
+        ({"response_format": "json"}, "must be an object", "response_format", "invalid_type"),
         ({"temperature": 3}, "temperature must be at most 2", "temperature", "invalid_value"),
         ({"temperature": "hot"}, "temperature must be a number", "temperature", "invalid_type"),
         ({"max_tokens": 0}, "max_tokens must be at least 1", "max_tokens", "invalid_value"),

@@ -21,6 +21,7 @@ from loractl.worker.base.gauge import release
 from loractl.worker.evaluation.generation import end_ids
 
 from .adapter_pool import AdapterPool, NoRoom
+from .form import Forms
 from .lane import Lane, bytes_a_token, failure_sentence
 from .library import Listed
 from .request import Ask, Row, Said
@@ -58,6 +59,7 @@ class Engine:
         limits = limits or Limits()
         self._pool = pool
         self._ends = end_ids(pool.model, pool.tokenizer)
+        self.forms = Forms(pool.tokenizer, self._ends)
         self._rows = limits.rows
         self._lock = threading.Condition()
         self._waiting: deque[Ask] = deque()

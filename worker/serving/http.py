@@ -258,6 +258,8 @@ class Service:
         said: asyncio.Queue[Said],
     ) -> Ask:
         folder = None if listed is None else await _refusing(lambda: self._library.fetch(listed))
+        schema = asked.schema_wanted
+        form = None if schema is None else await _refusing(lambda: self._engine.forms.of(schema), "response_format")
         return Ask(
             prompt=ids,
             say=lambda piece: _hand_over(loop, said, piece),
@@ -268,6 +270,7 @@ class Service:
             top_p=1.0 if asked.top_p is None else asked.top_p,
             seed=asked.seed,
             stop=asked.stops,
+            form=form,
         )
 
     async def _whole(self, reply: Any, said: asyncio.Queue[Said], ask: Ask, request: Request) -> dict[str, Any]:

@@ -85,7 +85,7 @@ class Lane:
         likeliest = logits.argmax(-1).tolist()
         for place, row in enumerate(rows):
             try:
-                token = likeliest[place] if row.ask.temperature == 0 else row.draw(logits[place])
+                token = row.choose(logits[place], likeliest[place])
                 row.take(token, ended=token in self._ends)
             except Exception as error:
                 log.exception("one request failed")  # its own fault, like a logit that is not a number: others go on

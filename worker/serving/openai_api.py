@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from .form import ANY_OBJECT
 from .request import Said
 
 Ended = Literal["stop", "length"]
@@ -91,7 +92,7 @@ class _StreamOptions(BaseModel):
 _UNCHANGING: dict[str, Any] = {
     "n": (1, None), "best_of": (1, None), "logprobs": (False, None, 0), "top_logprobs": (0, None), "tools": ([], None),
     "tool_choice": ("none", "auto", None), "functions": ([], None), "function_call": ("none", "auto", None),
-    "response_format": ({"type": "text"}, None), "presence_penalty": (0, None), "frequency_penalty": (0, None),
+    "presence_penalty": (0, None), "frequency_penalty": (0, None),
     "logit_bias": ({}, None), "echo": (False, None), "suffix": (None, ""), "modalities": (["text"], None),
 }  # fmt: skip
 """Keys that are not supported, with the values that ask for nothing and are let through."""
@@ -104,8 +105,6 @@ _DESCRIBING = frozenset({
 
 
 _REASONS = {
-    "response_format": "response_format is not supported here: no answer is held to a form; ask for JSON in the prompt,"
-    " and check what comes",
     "tools": "tools is not supported here: no answer calls one; role tool is read where training had it",
 }
 
@@ -123,6 +122,23 @@ class _Request(BaseModel):
     max_tokens: int | None = Field(None, ge=1)
     stream: bool | None = False
     stream_options: _StreamOptions | None = None
+    response_format: dict[str, Any] | None = None
+
+    @field_validator("response_format")
+    @classmethod
+    def _known_form(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
+        if value is not None:
+            _check_form(value)
+        return value
+
+    @property
+    def schema_wanted(self) -> dict[str, Any] | None:
+        """What the answer is held to; None: to nothing."""
+        asked = self.response_format or {}
+        if asked.get("type") == "json_object":
+            return ANY_OBJECT
+        schema: dict[str, Any] | None = asked["json_schema"]["schema"] if asked.get("type") == "json_schema" else None
+        return schema
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -150,6 +166,30 @@ class _Request(BaseModel):
         close = difflib.get_close_matches(key, known, 1, 0.75)
         meant = f"; did you mean {close[0]}?" if close else ": it would change nothing, so it is refused"
         return ApiError(400, f"{key[:64]} is not known here{meant}", code="unknown_parameter", param=key[:64])
+
+
+_FORMS = {"text": (), "json_object": (), "json_schema": ("json_schema",)}
+_SCHEMA_KEYS = ("name", "schema", "strict", "description")
+
+
+def _check_form(form: dict[str, Any]) -> None:
+    """Raises ApiError for a response_format that is none of OpenAI's."""
+
+    def wrong(what: str, param: str = "") -> ApiError:
+        return ApiError(400, f"response_format{param} {what}", param=f"response_format{param}")
+
+    kind = form.get("type")
+    if kind not in _FORMS:
+        raise wrong(f"must be one of {', '.join(_FORMS)}", ".type")
+    if others := sorted(form.keys() - {"type", *_FORMS[kind]}):
+        raise wrong(f"has a key {others[0][:64]}, which {kind} does not know")
+    if kind != "json_schema":
+        return
+    asked = form.get("json_schema")
+    if not isinstance(asked, dict) or not isinstance(asked.get("schema"), dict):
+        raise wrong("must have an object schema", ".json_schema")
+    if others := sorted(asked.keys() - {*_SCHEMA_KEYS}):
+        raise wrong(f"has a key {others[0][:64]}; known are {', '.join(_SCHEMA_KEYS)}", ".json_schema")
 
 
 class ChatRequest(_Request):

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 
 from .adapter_pool import BASE, AdapterPool, Loaded
+from .form import Form
 from .library import Listed
 
 Ending = Literal["stop", "length", "cancelled", "error"]
@@ -39,6 +40,7 @@ class Ask:
     top_p: float = 1.0
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    form: Form | None = None  # what the answer is held to
     cancelled: threading.Event = field(default_factory=threading.Event)
 
     @property
@@ -61,6 +63,16 @@ class Row:
         self._text = TextStream(pool.tokenizer, ask.stop)
         self._tokens = 0
         self._random: torch.Generator | None = None
+
+    def choose(self, logits: torch.Tensor, likeliest: int) -> int:
+        """The next token: the likeliest one, or one that is drawn; of a held answer among those that keep its form."""
+        form = self.ask.form
+        if form is None:
+            return likeliest if self.ask.temperature == 0 else self.draw(logits)
+        held = form.hold(logits)
+        token = int(held.argmax()) if self.ask.temperature == 0 else self.draw(held)
+        form.take(token)
+        return token
 
     def draw(self, logits: torch.Tensor) -> int:
         """A token by temperature and nucleus (top-p, arXiv:1904.09751), drawn on the processor, so that a seed draws
@@ -89,6 +101,8 @@ class Row:
         text, stopped = self._text.add(token)
         if stopped:
             self._close("stop", text)
+        elif self.ask.form is not None and self.ask.form.complete:
+            self._close("stop", text + self._text.rest())
         elif self._tokens >= self.ask.max_new_tokens:
             self._close("length", text + self._text.rest())
         elif text:

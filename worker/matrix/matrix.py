@@ -12,10 +12,10 @@ from typing import Any
 
 from loractl.common.errors import UsageError
 from loractl.common.verdict import MeasuredChange
+from loractl.worker.serving.adapter_pool import AdapterPool, BaseChoice, open_pool
+from loractl.worker.serving.card import Footprint, take_card
+from loractl.worker.serving.library import Library, Listed, same_base, usual_arithmetic
 
-from .adapter_pool import AdapterPool, BaseChoice, open_pool
-from .card import Footprint, take_card
-from .library import Library, Listed, same_base, usual_arithmetic
 from .scores import LOSS, UNITS, Cell, Scores, Task, asked_for, compare, score, task_from_file, task_of
 
 SWITCHES = 60

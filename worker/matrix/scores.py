@@ -25,9 +25,8 @@ from loractl.worker.evaluation.evaluation import Work
 from loractl.worker.evaluation.generation import generate
 from loractl.worker.evaluation.losses import score_rows
 from loractl.worker.evaluation.statistics import Array, paired_interval
-
-from .adapter_pool import AdapterPool
-from .library import Library, Listed
+from loractl.worker.serving.adapter_pool import AdapterPool
+from loractl.worker.serving.library import Library, Listed
 
 LOSS, ACCURACY, ROUGE_L = "loss", "accuracy", "rougeL"
 

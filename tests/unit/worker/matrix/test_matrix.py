@@ -9,9 +9,9 @@ from typing import Any, cast
 
 import pytest
 
-from loractl.worker.serving.matrix import Matrix, MatrixRow, reading
-from loractl.worker.serving.matrix_view import matrix_page, matrix_text
-from loractl.worker.serving.scores import ACCURACY, LOSS, Cell, Task
+from loractl.worker.matrix.matrix import Matrix, MatrixRow, reading
+from loractl.worker.matrix.matrix_view import matrix_page, matrix_text
+from loractl.worker.matrix.scores import ACCURACY, LOSS, Cell, Task
 
 
 def cell(change: float, spread: float = 0.1, cases: int = 20) -> Cell:

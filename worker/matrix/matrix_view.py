@@ -36,7 +36,7 @@ def matrix_page(matrix: Matrix) -> str:
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.globals.update(reading=reading, number=_number, signed=_signed, names=NAMES, shade=_shade)
-    template = environment.from_string((files("loractl.worker.serving") / "matrix.html.jinja").read_text("utf-8"))
+    template = environment.from_string((files("loractl.worker.matrix") / "matrix.html.jinja").read_text("utf-8"))
     return template.render(matrix=matrix, costs=costs(matrix))
 
 
