@@ -7,6 +7,9 @@ MODEL := models/SmolLM2-135M-Instruct
 
 .PHONY: help dev model demo test test-long lint check chaos gpu clean
 
+# Where it is set, as in many container images, every process compiles all of loractl anew, and the tests start hundreds.
+unexport PYTHONDONTWRITEBYTECODE
+
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
 
