@@ -119,20 +119,30 @@ def fill(store: Store, engine: Engine, jobs: int) -> None:
             copied = f"INSERT INTO jobs ({listed}) {series} SELECT {listed} FROM jobs, n WHERE job_id = :first"
             connection.execute(text(copied), values)
         for statement in FILLED:
-            filled = statement.format(names=names, cards=cards, users=len(USERS), count=len(CARDS), steps=STEPS)
+            past = PAST[engine.dialect.name]
+            filled = statement.format(
+                names=names, cards=cards, users=len(USERS), count=len(CARDS), steps=STEPS, past=past
+            )
             connection.execute(text(filled), values)
-        if engine.dialect.name == "postgresql":
-            connection.execute(text("ANALYZE"))
+    if engine.dialect.name == "postgresql":  # as autovacuum leaves it: the updates above have written each row anew
+        with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+            connection.execute(text("SET statement_timeout = 0"))
+            connection.execute(text("VACUUM FULL"))
+            connection.execute(text("VACUUM ANALYZE"))
 
 
 SERIES = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < {count})"
+PAST = {  # the jobs of a hundred days
+    "sqlite": "strftime('%Y-%m-%d %H\\:%M\\:%f', :at, '-' || (job_id % 100) || ' days')",
+    "postgresql": ":at - (job_id % 100) * interval '1 day'",
+}
 STEPS = SERIES.format(count=300)
 FILLED = (
     """UPDATE jobs SET "user" = CASE job_id % {users} {names} END, name = 'job-' || (job_id % 500)""",
     """UPDATE jobs SET queue_key = replace(queue_key, '|ada', '|' || "user")""",
     """UPDATE jobs SET status = CASE WHEN job_id % 200 = 7 THEN 'failed' ELSE 'succeeded' END,
         reason = CASE WHEN job_id % 200 = 7 THEN 'bad_data' ELSE 'ok' END, message = 'better, loss 4.49 -> 0.25',
-        started_at = :at, ended_at = :at, attempt = 1, method = 'lora', node = 'heron:0', loss = 0.5
+        started_at = {past}, ended_at = {past}, attempt = 1, method = 'lora', node = 'heron:0', loss = 0.5
         WHERE job_id <= :ended""",
     """INSERT INTO attempts
         (job_id, attempt, token, node, gpu, method, vram_planned, vram_process, started_at, ended_at, reason)

@@ -127,6 +127,7 @@ class Job(Base):
             sqlite_where=text("status = 'running'"),
         ),
         Index("ix_jobs_sweep", "sweep_id", "status", "ended_at"),
+        Index("ix_jobs_name", "name", "job_id"),
         Index(
             "ix_jobs_ended",
             "ended_at",
