@@ -76,6 +76,10 @@ COMMANDS: Commands = {
     ),
     "gc": ("loractl.scheduler.commands.gc:gc", "Remove stored files and rows that no one needs any more."),
     "db": ("loractl.scheduler.commands.db:db", "Look after the database."),
+    "doctor": (
+        "loractl.scheduler.commands.doctor:doctor",
+        "Check this installation: services, disks, cards, versions; and what to do.",
+    ),
     "completion": (
         "loractl.scheduler.commands.completion:completion",
         "Print the line that turns on shell completion.",

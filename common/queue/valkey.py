@@ -45,6 +45,11 @@ def broker_url(settings: Settings, *, start: bool = True) -> str:
     return f"redis+socket://{quote(str(path))}"
 
 
+def embedded_runs(settings: Settings) -> bool:
+    """Whether the embedded Valkey answers; it is not started."""
+    return settings.redis_url is None and _answers(_socket_path(settings))
+
+
 def stop_embedded(settings: Settings) -> bool:
     """Shut the embedded Valkey down, its file saved; False when none was running."""
     path = _socket_path(settings)

@@ -99,6 +99,17 @@ def connect(settings: Settings, *, check_schema: bool = True) -> Engine:
 
 
 @contextlib.contextmanager
+def one_look(settings: Settings) -> Iterator[Engine]:
+    """An engine with one connection, which goes with it; nothing is upgraded. Raises ServiceUnreachable, UsageError."""
+    engine = make_engine(settings.database_url, connections=1, kept=1)
+    try:
+        with reachable(settings):
+            yield engine
+    finally:
+        engine.dispose()
+
+
+@contextlib.contextmanager
 def reachable(settings: Settings) -> Iterator[None]:
     """Turn the driver's connection errors into ServiceUnreachable with a sentence."""
     try:

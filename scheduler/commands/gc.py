@@ -34,7 +34,7 @@ def gc(keep_last: int | None, older_than: str, jobs: bool, dry_run: bool, force:
     rows of ended jobs only with --jobs.
     """
     from loractl.scheduler.session import open_artifacts, open_session
-    from loractl.scheduler.text.garbage import line, total
+    from loractl.scheduler.text.upkeep import line, total
     from loractl.scheduler.upkeep.garbage import Cleaner, Cleared, Policy, parse_age
 
     policy = Policy(keep_last=keep_last, older_than=parse_age(older_than), past_jobs=jobs)

@@ -58,7 +58,7 @@ def restore(settings: Settings, file: Path, *, force: bool) -> Contents:
     """
     target = _embedded_path(settings)
     contents = _check_backup(file)
-    with _no_worker(settings), _sentences(file, target):
+    with no_worker(settings), _sentences(file, target):
         lost, last_number = _newer(target, contents)
         if lost and not force:
             raise WrongState(
@@ -112,7 +112,7 @@ def _check_backup(file: Path) -> Contents:
 
 
 @contextlib.contextmanager
-def _no_worker(settings: Settings) -> Iterator[None]:
+def no_worker(settings: Settings) -> Iterator[None]:
     """Hold the locks of this home's nodes, so that none starts meanwhile. Raises WrongState when one is alive."""
     with contextlib.ExitStack() as locks:
         for path in sorted(settings.runtime_dir.glob("node-*.lock")):

@@ -46,6 +46,8 @@ def test_the_light_client_submits_and_reads_without_the_training_stack(light: Pa
     assert json.loads(run("status", "1", "--json").stdout)["status"] == "queued"
     assert "queued by tester" in run("show", "1").stdout
     assert "is cancelled" in run("cancel", "1").stdout
+    told = json.loads(run("doctor", "--json").stdout)["checks"]
+    assert {line["check"] for line in told if line["level"] == "skipped"} == {"models", "cards"}
     for command in (["worker"], ["data", "show", "job.yaml"]):
         told = run(*command, code=1).stderr
         assert "needs the training stack" in told and "pip install 'loractl[worker]'" in told

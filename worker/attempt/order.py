@@ -17,6 +17,7 @@ from loractl.common.job.reference import Reference
 from loractl.common.job.spec import JobSpec
 from loractl.common.job.status import Stage
 from loractl.common.store.records import Claim
+from loractl.worker.device.devices import Device
 from loractl.worker.device.occupancy import CARD_VARIABLE, JOB_VARIABLE, RUN_VARIABLE, card_mark, run_mark
 from loractl.worker.protocol.marker import is_complete
 from loractl.worker.protocol.messages import Ancestor, Start
@@ -126,13 +127,18 @@ def environment(place: Workplace, claim: Claim) -> dict[str, str]:
 
 
 def bare_environment(place: Workplace, name: str) -> dict[str, str]:
+    """The environment of a process on the place's device that is counted as ours."""
+    return device_environment(place.device, name, place.threads)
+
+
+def device_environment(device: Device, name: str, threads: int) -> dict[str, str]:
     """The environment of a process on the device that is counted as ours, under this name in place of a job's."""
     hidden = (*ADDRESSES, "AWS_", "PG")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(hidden)}
     owner_s_own = kept.keys() & {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}
-    if place.device.trains_on == "cuda" and not owner_s_own:
+    if device.trains_on == "cuda" and not owner_s_own:
         kept["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"  # blocks grow in place, so fewer are left unusable
-    return {**kept, **place.device.environment(), JOB_VARIABLE: name, "OMP_NUM_THREADS": str(place.threads)}
+    return {**kept, **device.environment(), JOB_VARIABLE: name, "OMP_NUM_THREADS": str(threads)}
 
 
 def stored_checkpoint(place: Workplace, claim: Claim, folder: Path, note: Callable[[str, str], None]) -> list[Path]:

@@ -1,0 +1,124 @@
+"""All checks of doctor beside each other, each in bounded time: a service that hangs is a line, and no hang."""
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from urllib.parse import unquote, urlsplit
+
+from loractl.common.errors import LoractlError
+from loractl.common.settings import Settings, load_settings
+
+from .box import see_cards, see_disk, see_models
+from .condition import Condition, Diagnosis, Level, broken, failed, fine, skipped
+from .services import see_boxes, see_clock, see_database, see_queue, see_revision, see_store
+
+PATIENCE_S = 10.0
+"""A check may take so long, unless somebody says otherwise."""
+
+CARDS_S = 200.0
+"""A self-test imports torch, which takes a minute from a slow disk."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """A part of the installation, and how it is looked at."""
+
+    name: str
+    look: Callable[[Settings], Iterable[Condition]]
+    needs: str | None = None  # a check before it that must not have failed
+    least_s: float = 0.0  # it may take so long even where less patience is asked for
+
+
+CHECKS = (
+    Check(name="database", look=see_database),
+    Check(name="revision", look=see_revision, needs="database"),
+    Check(name="clock", look=see_clock, needs="database"),
+    Check(name="queue", look=see_queue),
+    Check(name="store", look=see_store),
+    Check(name="disk", look=see_disk),
+    Check(name="models", look=see_models),
+    Check(name="boxes", look=see_boxes, needs="revision"),
+    Check(name="cards", look=see_cards, least_s=CARDS_S),
+)
+
+
+def diagnose(patience_s: float = PATIENCE_S) -> Diagnosis:
+    """Look at everything. No error is raised: each is a condition."""
+    try:
+        settings = load_settings()
+    except LoractlError as error:
+        unread = [skipped(check.name, "not looked at: the settings can't be read") for check in CHECKS]
+        return Diagnosis(conditions=(failed("settings", error), *unread))
+    runs: dict[str, _Run] = {}
+    for check in CHECKS:
+        if check.needs is None:
+            runs[check.name] = _Run(check, settings, patience_s)
+    found = [fine("settings", f"{settings.home}, as {settings.user}")]
+    for check in CHECKS:
+        if check.needs is not None:
+            if not _passed(found, check.needs):
+                found.append(skipped(check.name, f"not looked at without the {check.needs}"))
+                continue
+            runs[check.name] = _Run(check, settings, patience_s)
+        found += runs[check.name].end()
+    hung = tuple(name for name, run in runs.items() if run.hangs)
+    secrets = _secrets(settings)
+    return Diagnosis(conditions=tuple(_without(secrets, condition) for condition in found), hung=hung)
+
+
+def _passed(found: Iterable[Condition], name: str) -> bool:
+    return all(c.level in (Level.OK, Level.WARNING) for c in found if c.check == name)
+
+
+class _Run:
+    """A check in a thread that can be left: a call that hangs in the kernel ends for nobody."""
+
+    def __init__(self, check: Check, settings: Settings, patience_s: float) -> None:
+        self._check = check
+        self._settings = settings
+        self._patience_s = max(patience_s, check.least_s)
+        self._until = time.monotonic() + self._patience_s
+        self._found: list[Condition] = []
+        self._thread = threading.Thread(target=self._look, name=f"check of the {check.name}", daemon=True)
+        self._thread.start()
+
+    def _look(self) -> None:
+        try:
+            for condition in self._check.look(self._settings):
+                self._found.append(condition)
+        except Exception as error:  # noqa: BLE001  whatever one check meets, the others must be told as well
+            self._found.append(failed(self._check.name, error))
+
+    @property
+    def hangs(self) -> bool:
+        return self._thread.is_alive()
+
+    def end(self) -> list[Condition]:
+        """What it has found; that it had no answer in time is a condition, too."""
+        self._thread.join(max(0.0, self._until - time.monotonic()))
+        if not self.hangs:
+            return self._found
+        name = self._check.name
+        hint = "it hangs, or is very slow: look at its server and the way there; --patience gives it more time"
+        return [*self._found, broken(name, f"no answer within {self._patience_s:g} s", hint)]
+
+
+def _secrets(settings: Settings) -> list[str]:
+    """Passwords that the settings hold, as they stand there and as they are meant."""
+    found = [os.environ.get(name) for name in ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "HF_TOKEN", "PGPASSWORD")]
+    for url in (settings.database_url, settings.redis_url or ""):
+        found += [urlsplit(url).password, *re.findall(r"[?&]\w*password=([^&]*)", url)]
+    return [text for word in found if word for text in {word, unquote(word)} if len(text) >= 6]
+
+
+def _without(secrets: Iterable[str], condition: Condition) -> Condition:
+    """The condition, should what a library says repeat a password."""
+    sentence, hint = condition.sentence, condition.hint
+    for secret in secrets:
+        sentence, hint = sentence.replace(secret, "***"), hint and hint.replace(secret, "***")
+    return replace(condition, sentence=sentence, hint=hint)
