@@ -220,6 +220,7 @@ def predict(row: Row, shapes: dict[str, Shape]) -> Plan | None:
             "training": {
                 "per_device_train_batch_size": int(f["batch"].strip("(?)")),
                 "gradient_checkpointing": not f["grad_ckpt"].startswith("no"),
+                "exact": True,
                 "optim": "adamw_8bit" if "8bit" in f["optimizer"] else "adamw_torch",
             },
             "evaluation": {"samples": 0},

@@ -1,4 +1,5 @@
-"""The memory plan beside a traced training step, for cut models of every family: python -m benchmarks.memory_trace.
+"""The memory plan beside a traced training step, for cut models of every family: python -m benchmarks.memory_trace
+[exact].
 
 Prints what a training allocates as planned and as traced, the error of all of it, and that of its own part: activations
 and loss.
@@ -6,6 +7,7 @@ and loss.
 
 from __future__ import annotations
 
+import sys
 import tempfile
 import warnings
 from pathlib import Path
@@ -21,7 +23,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for family in FAMILIES:
             for method, checkpointing, vocab in SETTINGS:
-                spec = job(family, checkpointing=checkpointing)
+                spec = job(family, checkpointing=checkpointing, exact="exact" in sys.argv)
                 planned, trace = compare(family, spec, method, Path(folder), vocab)
                 own = (planned - trace.peak) / trace.own
                 print(

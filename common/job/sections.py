@@ -268,6 +268,8 @@ class TrainingSpec(Section):
     """Noise on the embeddings while training (NEFTune, arXiv:2310.05914), like 5."""
     packing: bool = False
     """Fill every row up to dataset.max_length with several examples that can't see each other."""
+    exact: bool = False
+    """Compute as transformers' Trainer does, bit for bit: padded rows and all logits, slower and in more memory."""
     train_sampling_strategy: Literal["random", "sequential", "group_by_length"] = "random"
     """The order of rows; group_by_length pads less."""
     optim: Literal[
@@ -275,7 +277,7 @@ class TrainingSpec(Section):
         "lion_8bit", "paged_lion_32bit", "paged_lion_8bit", "ademamix", "ademamix_8bit", "paged_ademamix_32bit",
         "paged_ademamix_8bit", "adafactor", "adagrad", "rmsprop", "sgd",
     ] = "auto"  # fmt: skip
-    """auto: paged 8-bit AdamW for QLoRA on a GPU, AdamW of torch elsewhere."""
+    """auto: paged 8-bit AdamW for QLoRA on a GPU, torch's fused AdamW elsewhere (with exact its plain one)."""
     logging_steps: int = Field(5, ge=1, le=LARGEST)
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """Number format of base and arithmetic; auto takes what the device computes in fastest without loss."""

@@ -31,7 +31,7 @@ class Cost:
 def stored_bytes(shape: Shape, blocks: list[tuple[Cost, int]], step: Step) -> float:
     """What the forward pass leaves for the backward pass: the blocks' inputs, or all that they keep."""
     mask = 0
-    if step.eager or step.padded or shape.alibi:  # one for all blocks
+    if not step.lean and (step.eager or step.padded or shape.alibi):  # one for all blocks
         mask = (
             step.batch * step.length**2 * (step.wide * shape.heads if shape.alibi else step.wide if step.eager else 1)
         )
@@ -50,7 +50,7 @@ def block_cost(shape: Shape, block: Block, step: Step) -> Cost:
     if shape.head_norms:
         norms += 4 * _query_width(shape) + 4 * key_width(shape)
     casts = 2 * sum(step.r * (layer.inputs + layer.outputs) for layer in adapted) if step.autocast else 0
-    unpacked = step.quantised and step.autocast
+    unpacked = step.quantised and step.autocast and step.whole_rest
     copies = sum(2 * layer.weights for layer in block.linears if not layer.quantised) if unpacked else 0
     attention = _attention(shape, step)
     feed_forward = _mlp(shape, block, step) + _experts(block.experts, step)
@@ -73,7 +73,8 @@ def _dora_bytes(layer: Linear, step: Step) -> float:
     """What DoRA's magnitudes keep of a layer: the base's output and the factors', and with dropout, where the base's
     output is computed again, the base's weights cast once more (peft/tuners/lora/dora.py, DoraLinearLayer.forward)."""
     size = 2 if step.autocast else 4
-    again = layer.weights * size if step.dropout and (step.autocast or step.quantised) else 0
+    cast = step.quantised or (step.autocast and not step.lean)  # a lean step's input is of the weights' type
+    again = layer.weights * size if step.dropout and cast else 0
     return step.tokens * layer.outputs * 2 * size + again
 
 
@@ -90,6 +91,10 @@ def _around(shape: Shape, step: Step) -> float:
     normed = 4 if shape.norm == "layer" or step.wide == 4 else 2
     parallel = shape.norms_per_block if shape.family in ("gpt_neox", "falcon") else 1
     layers = 12 if step.full else 6 if step.wide == 4 else 8
+    if step.lean and (shape.norms_per_block == 4 or shape.family == "olmo2"):
+        layers += 4  # a layer's output is normed too, in fp32
+    if step.lean and step.wide_norms and step.quantised:
+        layers += 12  # NF4 layers that are given fp32 make 16-bit copies of it; traced
     return shape.hidden * (layers + normed * parallel)
 
 
@@ -103,11 +108,20 @@ def _factor_bytes(layers: list[Linear], step: Step) -> float:
     Where an input is in fp32 already and neither cast nor dropped out, layers that read the same one share it.
     """
     second = step.factor_input * step.r * len(layers)
+    if step.lean and not step.full and not step.dropout:
+        return second + step.wide * sum(_inputs(layers))
     if step.wide == 4 and not step.autocast and not step.dropout:
         return second + sum({layer.inputs: 4 * layer.inputs for layer in layers}.values())
     return second + sum(
         layer.inputs * (step.factor_input + (step.mask_bytes if step.dropout else 0)) for layer in layers
     )
+
+
+def _inputs(layers: list[Linear]) -> list[int]:
+    """Widths of the tensors that layers read: those of one width read the same one, but the last of a part, which reads
+    what the others made."""
+    before = {layer.inputs for layer in layers[:-1]}
+    return [*before, *(layer.inputs for layer in layers[-1:] if len(layers) > 1 or layer.inputs not in before)]
 
 
 def _norms(shape: Shape, step: Step) -> int:
@@ -137,9 +151,11 @@ def _attention(shape: Shape, step: Step) -> Cost:
     if step.eager:
         softmax = _softmax(scores, step.wide, copied=size == 2)
         capped = size * scores if shape.softcaps else 0
+        if step.lean:  # a row at a time
+            softmax = replace(softmax, working=softmax.working / step.batch, forward=softmax.forward / step.batch)
         return replace(softmax, saved=softmax.saved + kept + capped, working=softmax.working + gradients)
     mask = step.batch * step.length**2 * size if step.padded else 0
-    if shape.alibi and step.quantised:
+    if shape.alibi and step.quantised and step.whole_rest:
         mask = scores * size  # the shared fp32 mask, cast in every block
     saved = kept + tokens * (size * q + 4 * shape.heads) + mask
     return Cost(saved=saved, working=2 * gradients + 2 * mask, forward=gradients + 2 * mask)
@@ -170,8 +186,10 @@ def _mlp(shape: Shape, block: Block, step: Step) -> Cost:
         kept = size
     working = size  # the down layer's input
     if any(layer in down for layer in _adapted(shape, block, step)):
-        working += 4 if size == 2 and step.autocast else 0  # peft's fp32 copy of it
-        working += 4 if step.dropout and step.autocast else 0
+        # GPT-2's activation is written out, and fp32 under autocast
+        lean = step.lean and step.wide == 2 and shape.family != "gpt2"
+        working += 4 if size == 2 and step.autocast and not lean else 0  # peft's fp32 copy of it
+        working += (2 if lean else 4) if step.dropout and step.autocast else 0
     else:
         working = max(working, 2 * size)  # the gradients of both factors of the product
     return Cost(saved=tokens * kept * f, working=tokens * working * f, forward=tokens * (kept + working) * f)

@@ -8,7 +8,7 @@ from loractl.common.job.spec import JobSpec
 
 from .activations import block_cost, key_width
 from .shape import Shape
-from .step import Step
+from .step import HEAD_CHUNK, Step
 
 LOSS_BYTES = 12
 """Bytes per logit where the loss is at its peak: the log-softmax kept in fp32, its gradient, and the logits' gradient
@@ -30,7 +30,11 @@ def loss_bytes(shape: Shape, step: Step) -> float:
         head = size * step.labels * shape.hidden if step.autocast else 0
         return step.tokens * (4 * shape.hidden + size * (2 * shape.hidden + 2 * step.labels)) + head
     logit = LOSS_BYTES + (2 if shape.softcaps else 0)
-    head = 2 * shape.embedding if (step.quantised or step.saved_head) and step.autocast else 0
+    cast = (step.quantised and step.whole_rest) or step.saved_head
+    head = 2 * shape.embedding if cast and step.autocast else 0
+    if step.lean:  # the last norm and its output, those that are learned from and their gradient, one chunk of logits
+        size = 4 if step.full else 2
+        return step.tokens * shape.hidden * (4 + 3 * size) + _chunk(step) * shape.vocab * logit + head
     return step.tokens * (4 * shape.hidden + shape.vocab * logit) + head
 
 
@@ -41,8 +45,10 @@ def evaluation_bytes(shape: Shape, spec: JobSpec, step: Step) -> float:
     working = max(block_cost(shape, block, row).forward for block in shape.blocks if block.text)
     if step.labels:
         return max(working, loss_bytes(shape, row))
-    head = 2 * shape.embedding if step.quantised and step.autocast else 0
-    scored = step.evaluated * shape.vocab * EVALUATED_LOGIT_BYTES + head
+    head = 2 * shape.embedding if step.quantised and step.whole_rest and step.autocast else 0
+    logits = min(HEAD_CHUNK, step.evaluated) if step.lean else step.evaluated
+    scored = logits * shape.vocab * EVALUATED_LOGIT_BYTES + head
+    scored += 2 * step.wide * step.evaluated * shape.hidden if step.lean else 0  # all hidden states, those learned from
     if spec.evaluation.samples == 0:
         return max(scored, working)
     tokens = step.evaluated + spec.evaluation.max_new_tokens
@@ -55,7 +61,11 @@ def stranded_bytes(shape: Shape, step: Step, ends: float) -> float:
     tensor, but never joins two for a larger one: scores that are larger than logits need memory of their own, as the
     loss needs in front of blocks that were cached while the forward pass ran."""
     scores = step.batch * shape.heads * step.length**2 if step.eager or shape.single_key else 0
-    return ends if scores > step.tokens * classes(shape, step) else 0.0
+    return ends if scores > (_chunk(step) if step.lean else step.tokens) * classes(shape, step) else 0.0
+
+
+def _chunk(step: Step) -> int:
+    return min(HEAD_CHUNK, step.tokens)
 
 
 def classes(shape: Shape, step: Step) -> int:

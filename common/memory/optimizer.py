@@ -17,7 +17,9 @@ def optimizer_name(spec: JobSpec, method: Method, *, on_gpu: bool = True) -> str
     on a processor there is nothing to page."""
     if spec.training.optim != "auto":
         return spec.training.optim
-    return "paged_adamw_8bit" if method is Method.QLORA and on_gpu else "adamw_torch"
+    if method is Method.QLORA and on_gpu:
+        return "paged_adamw_8bit"
+    return "adamw_torch" if spec.training.exact else "adamw_torch_fused"
 
 
 def state_bytes(optimizer: str, elements: int) -> int:

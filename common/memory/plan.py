@@ -1,9 +1,9 @@
 """The memory plan: a training's peak in device memory, part by part, from the model's config.json and the job alone.
 
-It follows the recipe as it runs (worker/base/model.py, worker/training/recipe.py): transformers' Trainer under bf16
-autocast, peft's LoRA layers, bitsandbytes' NF4. What each operator keeps for the backward pass was read from a traced
-step (worker/training/traced_plan.py). The plan is tested against such steps, too. Its numbers are not fitted to runs.
-docs/memory-plan.md has the formulas in one place.
+It follows the recipe as it runs (worker/base/model.py, worker/engine): lean steps under bf16 autocast, or steps as
+transformers' Trainer takes them where a job asks for that or a model needs it; peft's LoRA layers, bitsandbytes' NF4.
+What each operator keeps for the backward pass was read from a traced step (worker/training/traced_plan.py). The plan is
+tested against such steps, too. Its numbers are not fitted to runs. docs/memory-plan.md has the formulas in one place.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .config import read_shape
 from .logits import classes, evaluation_bytes, loss_bytes, stranded_bytes
 from .optimizer import optimizer_name, state_bytes, update_bytes
 from .shape import Shape
-from .step import Lengths, Stack, Step
+from .step import HEAD_CHUNK, Lengths, Stack, Step
 from .weights import adapter_tensors, weight_bytes, with_head
 
 MIB = 2**20
@@ -96,7 +96,7 @@ def plan(
     step = Step.of(shape, spec, method, lengths, stack)
     if step.labels:
         shape = with_head(shape, step.labels)
-    weights = weight_bytes(shape, method, double_quant=stack.double_quant, full=step.full)
+    weights = weight_bytes(shape, method, double_quant=stack.double_quant, full=step.full, whole_rest=step.whole_rest)
     tensors = list(adapter_tensors(shape, spec, step.labels))
     adapter = 4 * sum(size * count for size, count in tensors)  # peft keeps them in fp32 (autocast_adapter_dtype)
     optimizer = optimizer_name(spec, method, on_gpu=stack.on_gpu)
@@ -176,7 +176,11 @@ def _notes(shape: Shape, spec: JobSpec, step: Step, stack: Stack, at_loss: bool)
     rows = f"{step.batch} x {step.length} tokens"
     weights = "fp32" if step.full else "bf16"
     if step.quantised:
-        weights = f"nf4, {_count(shape.other_parameters)} in fp32" if shape.linear_parameters else "fp32: no nf4 here"
+        rest = "fp32" if step.whole_rest else "bf16"
+        weights = (
+            f"nf4, {_count(shape.other_parameters)} in {rest}" if shape.linear_parameters else f"{rest}: no nf4 here"
+        )
+    chunks = f", {HEAD_CHUNK} tokens at a time" if step.lean else ""
     freed = "" if at_loss else ", freed before the peak"
     return {
         "weights": f"{_count(shape.parameters)} parameters, {weights}",
@@ -186,7 +190,7 @@ def _notes(shape: Shape, spec: JobSpec, step: Step, stack: Stack, at_loss: bool)
         "activations": f"{rows}, {'checkpointing' if step.checkpoints else 'no checkpointing'}",
         "logits": f"{thousands(step.labels)} labels{freed}"
         if step.labels
-        else f"{thousands(shape.vocab)} words, fp32{freed}",
+        else f"{thousands(shape.vocab)} words, fp32{chunks}{freed}",
         "evaluation": f"rows of {step.evaluated} tokens, beyond what training holds",
         "context": "CUDA and its kernels" if stack.on_gpu else "Python, torch and its kernels",
         "allocator": "cuBLAS, and cached blocks that the loss can't use",

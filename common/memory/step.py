@@ -13,7 +13,15 @@ from .shape import Shape
 from .weights import saved_part
 
 PROCESSOR_MASK_BYTES = 4
-"""torch has no fused dropout on a processor: the mask is a tensor of the input's own type, fp32 under peft."""
+"""torch has no fused dropout on a processor: the mask is a tensor of the input's own type, which peft makes fp32 and a
+lean step leaves as it is."""
+
+ENGINE = 2
+"""The version of the worker's training step, as far as its memory goes. 1 was transformers' Trainer. Raise it when
+steps take other memory: what attempts of an older one took teaches nothing, and jobs of both are not alike."""
+
+HEAD_CHUNK = 256
+"""Learned tokens whose logits a lean step holds at once (worker/engine/lean.py)."""
 
 UNREAD_LABELS = 100
 """A classifier's labels while its data have not been read: more than most have, and less than 10 MiB of head."""
@@ -48,6 +56,9 @@ class Step:
     length: int
     evaluated: int  # length of the longest held-out row
     quantised: bool  # QLoRA
+    whole_rest: bool  # what NF4 leaves alone is in fp32
+    wide_norms: bool  # LayerNorm is fp32 under autocast, an NF4 layer answers in the type of its input: all become fp32
+    lean: bool  # rows behind each other, logits in chunks, adapters' input as it is; else as transformers' Trainer
     full: bool  # all in fp32, without autocast
     saved_embedding: bool  # trained in fp32, which makes the residual stream fp32
     saved_head: bool
@@ -67,9 +78,13 @@ class Step:
     def of(cls, shape: Shape, spec: JobSpec, method: Method, lengths: Lengths | None, stack: Stack) -> Step:
         training, full = spec.training, spec.training.dtype == "float32"
         saved = {saved_part(name) for name in spec.lora.modules_to_save}
+        lean = is_lean(shape, spec)
         asked = None if training.attn_implementation == "auto" else training.attn_implementation
         return cls(
             batch=micro_batch(spec, lengths),
+            lean=lean,
+            whole_rest=training.exact or full,
+            wide_norms=shape.norm == "layer" and shape.linear_parameters > 0,
             full=full,
             saved_embedding="embedding" in saved and not full,
             saved_head="head" in saved and not full,
@@ -80,7 +95,7 @@ class Step:
             quantised=method is Method.QLORA,
             checkpoints=checkpoints_activations(spec, on_gpu=stack.on_gpu),
             dropout=spec.lora.lora_dropout > 0,
-            mask_bytes=1 if stack.on_gpu else PROCESSOR_MASK_BYTES,
+            mask_bytes=_mask_bytes(stack, in_16_bit=lean and not full),
             r=spec.lora.r,
             targets=spec.lora.target_modules,
             eager=(stack.attention or asked or shape.attention) == "eager",
@@ -96,17 +111,33 @@ class Step:
     @property
     def padded(self) -> bool:
         """Rows of one batch differ in length, so attention needs a mask; a single row of one example needs none."""
-        return self.batch > 1 or self.packed
+        return not self.lean and (self.batch > 1 or self.packed)
 
     @property
     def wide(self) -> int:
         """Bytes per element of the residual stream, which takes the norms' and embeddings' type."""
-        return 4 if self.quantised or self.full or self.saved_embedding else 2
+        nf4 = self.quantised and (self.whole_rest or self.wide_norms)
+        return 4 if nf4 or self.full or self.saved_embedding else 2
 
     @property
     def factor_input(self) -> int:
         """Bytes per element of what a LoRA layer's first factor keeps: autocast's 16-bit copy, else fp32."""
         return 2 if self.autocast else 4
+
+
+def _mask_bytes(stack: Stack, *, in_16_bit: bool) -> int:
+    return 1 if stack.on_gpu else PROCESSOR_MASK_BYTES // 2 if in_16_bit else PROCESSOR_MASK_BYTES
+
+
+APART_BY_MASK = ("falcon",)
+"""Families whose own attention tells rows apart by a mask alone: they keep their padding (worker/engine/choice.py)."""
+
+
+def is_lean(shape: Shape, spec: JobSpec) -> bool:
+    """Whether the engine trains a job without padding, as `forward_pass` of worker/engine/choice.py decides."""
+    training = spec.training
+    padded = training.exact or training.torch_compile or training.neftune_noise_alpha is not None
+    return not padded and spec.task_type is not TaskType.SEQ_CLS and shape.family not in APART_BY_MASK
 
 
 def micro_batch(spec: JobSpec, lengths: Lengths | None) -> int:

@@ -12,14 +12,16 @@ from loractl.common.job.spec import JobSpec
 from .shape import Shape
 
 
-def weight_bytes(shape: Shape, method: Method, *, double_quant: bool = True, full: bool = False) -> int:
-    """The base's bytes: 16 bit for LoRA, or 32 where dtype is float32; for QLoRA NF4 where bitsandbytes quantises, and
-    fp32 for all the rest (peft's prepare_model_for_kbit_training casts every 16-bit parameter)."""
+def weight_bytes(
+    shape: Shape, method: Method, *, double_quant: bool = True, full: bool = False, whole_rest: bool = True
+) -> int:
+    """The base's bytes: 16 bit for LoRA, or 32 where dtype is float32; for QLoRA NF4 where bitsandbytes quantises.
+    `whole_rest`: all the rest is in fp32 then (peft's prepare_model_for_kbit_training casts every 16-bit parameter)."""
     if method is not Method.QLORA:
         return (4 if full else 2) * shape.parameters
     layers = [(layer, block.count) for block in shape.blocks for layer in block.linears if layer.quantised]
     packed = sum(count * nf4_bytes(layer.weights, double_quant=double_quant) for layer, count in layers)
-    return packed + 4 * shape.other_parameters
+    return packed + (4 if whole_rest else 2) * shape.other_parameters
 
 
 def nf4_bytes(weights: int, *, double_quant: bool = True) -> int:

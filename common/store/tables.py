@@ -228,6 +228,7 @@ class Attempt(Base):
     node: Mapped[str]
     gpu: Mapped[str]
     method: Mapped[str] = mapped_column(String(8))
+    engine: Mapped[int] = mapped_column(server_default="1")  # whose steps it took: common/memory/step.py
     vram_planned: Mapped[Bytes | None]
     vram_reserved: Mapped[Bytes | None]
     vram_peak: Mapped[Bytes | None]  # reserved by CUDA's allocator; on a CPU the process's resident set

@@ -15,6 +15,7 @@ from loractl.common.job.sections import PromptTemplate, TaskType
 from loractl.common.memory.config import HOW_TO_NAME_IT, foreign_format, read_shape
 from loractl.common.memory.correction import learned
 from loractl.common.memory.plan import predict
+from loractl.common.memory.step import ENGINE
 from loractl.common.module_pattern import ModulePattern
 from loractl.common.store.records import Submission
 from loractl.common.units import gib
@@ -143,10 +144,14 @@ def need_key(spec: JobSpec, data: dict[str, Any]) -> str:
                 "packing",
                 "dtype",
                 "attn_implementation",
+                "exact",
+                "torch_compile",
+                "neftune_noise_alpha",
             },
             "evaluation": {"per_device_eval_batch_size", "max_new_tokens", "samples"},
         },
     )
+    deciding["engine"] = ENGINE
     if spec.dataset.template is not PromptTemplate.CHAT:
         deciding["dataset"] |= {"template": spec.dataset.template.value}
     if spec.task_type is TaskType.SEQ_CLS:  # only there: what was measured under the key's older form still counts

@@ -306,8 +306,7 @@ def _llama_job(folder: Path, size: str) -> Path:
     model.mkdir()
     (model / "config.json").write_text(json.dumps({**LLAMA, **SIZES[size]}))
     job = write_job(folder, model, name=f"llama-{size}", method="auto")
-    text = job.read_text().replace("per_device_train_batch_size: 4", "per_device_train_batch_size: 1")
-    job.write_text(text.replace("max_length: 128", "max_length: 512"))
+    job.write_text(job.read_text().replace("max_length: 128", "max_length: 512"))
     return job
 
 

@@ -29,4 +29,4 @@ def test_a_job_trains_on_the_card_and_reports_its_memory(
     assert report["training"]["device"] == "cuda"
     assert report["training"]["peak_memory_kind"] == "CUDA memory reserved"
     assert 0 < report["training"]["peak_memory_bytes"] < 2**30
-    assert report["training"]["optim"] == ("paged_adamw_8bit" if method == "qlora" else "adamw_torch")
+    assert report["training"]["optim"] == ("paged_adamw_8bit" if method == "qlora" else "adamw_torch_fused")

@@ -78,6 +78,7 @@ class Case:
 
     def __init__(self, model: Path, folder: Path, method: str, lora: dict[str, Any], training: dict[str, Any]) -> None:
         settings: dict[str, Any] = {"max_steps": 5, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 1}
+        settings["exact"] = True
         self.order = make_order(folder, model, folder, method=method, lora=lora, **settings | training)
         self.method = Method(method)
         self.rows, self.held_out = rows(), rows(5)
@@ -218,7 +219,13 @@ def test_job_json_tells_the_arguments_by_transformers_names(recipe: Recipe, tmp_
     recipe(max_steps=1, evaluation={"samples": 0}, warmup_steps=3)
     told = json.loads((tmp_path / "a" / "result" / "job.json").read_text())["training_arguments"]
     assert told.keys() <= {one.name for one in dataclasses.fields(TrainingArguments)}
-    asked = {"warmup_steps": 3, "optim": "adamw_torch", "lr_scheduler_type": "cosine", "max_steps": 1, "use_cpu": True}
+    asked = {
+        "warmup_steps": 3,
+        "optim": "adamw_torch_fused",
+        "lr_scheduler_type": "cosine",
+        "max_steps": 1,
+        "use_cpu": True,
+    }
     assert {name: told[name] for name in asked} == asked
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,14 +16,19 @@ import pytest
 pytest.importorskip("torch")
 
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from loractl.common.job.method import Method
 from loractl.common.job.spec import JobSpec
 from loractl.common.memory.families import shape_of
 from loractl.common.memory.plan import plan
 from loractl.common.memory.shape import Shape
-from loractl.common.memory.step import Lengths
+from loractl.common.memory.step import Lengths, is_lean
+from loractl.worker.base.arithmetic import Precision
+from loractl.worker.base.learner import Learner
+from loractl.worker.base.lora import add_adapter
+from loractl.worker.engine.choice import forward_pass
+from loractl.worker.engine.lean import LeanPass
 from loractl.worker.training.traced_plan import Trace, build, trace_plan, trace_step
 
 TOLERANCE = 0.05
@@ -112,7 +118,9 @@ def config(family: str, *, vocab: int = 3000, layers: int = 3) -> dict[str, Any]
     return {**sizes, "vocab_size": vocab, name: layers}
 
 
-def job(family: str, *, checkpointing: bool = True, batch: int = 2, targets: Any = "all-linear") -> JobSpec:
+def job(
+    family: str, *, checkpointing: bool = True, batch: int = 2, targets: Any = "all-linear", exact: bool = False
+) -> JobSpec:
     dropout = 0.0 if family in ("mixtral", "qwen3_moe") else 0.05  # peft refuses dropout on fused experts
     return JobSpec.model_validate(
         {
@@ -120,7 +128,11 @@ def job(family: str, *, checkpointing: bool = True, batch: int = 2, targets: Any
             "base_model": "org/model",
             "dataset": {"path": "org/data", "max_length": TOKENS},
             "lora": {"r": 8, "lora_dropout": dropout, "target_modules": targets},
-            "training": {"gradient_checkpointing": checkpointing, "per_device_train_batch_size": batch},
+            "training": {
+                "gradient_checkpointing": checkpointing,
+                "per_device_train_batch_size": batch,
+                "exact": exact,
+            },
         }
     )
 
@@ -140,7 +152,7 @@ def compare(family: str, spec: JobSpec, method: Method, folder: Path, vocab: int
     """(planned bytes of tensors, the trace)."""
     sizes = config(family, vocab=vocab)
     lengths = Lengths(train=TOKENS, evaluate=1)
-    trace = trace_step(real(sizes, folder), spec, method, TOKENS)
+    trace = trace_step(real(sizes, folder), spec, method, TOKENS, lean=is_lean(shape(sizes), spec))
     return plan(shape(sizes), spec, method, lengths).tensor_bytes, trace
 
 
@@ -155,6 +167,17 @@ def test_parameters_and_adapters_are_counted_as_the_libraries_make_them(family: 
         trained = sum(p.numel() for p in built.parameters() if p.requires_grad)
         assert sum(p.numel() for p in built.parameters()) - trained == counted.parameters
         assert trained == counted.adapter_parameters(8, targets)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_plan_knows_which_families_do_without_padding(family: str, tmp_path: Path) -> None:
+    sizes = config(family, vocab=512, layers=2)
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_config(real(sizes, tmp_path), dtype=torch.float32)
+    model, formats = add_adapter(base, job(family), Method.LORA), Precision(base=torch.float32, amp=None)
+    learner = Learner(model=model, tokenizer=SimpleNamespace(pad_token_id=0), precision=formats)
+    taken, why = forward_pass(learner, job(family), TOKENS)
+    assert isinstance(taken, LeanPass) == is_lean(shape(sizes), job(family)), why
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -198,6 +221,15 @@ def test_the_plan_is_what_a_step_takes(
     assert planned == pytest.approx(trace.peak, rel=TOLERANCE)
 
 
+@pytest.mark.parametrize(("method", "checkpointing", "vocab"), SETTINGS)
+def test_the_exact_mode_is_planned_as_it_is_traced(
+    method: Method, checkpointing: bool, vocab: int, tmp_path: Path
+) -> None:
+    spec = job("llama", checkpointing=checkpointing, exact=True)
+    planned, trace = compare("llama", spec, method, tmp_path, vocab)
+    assert planned == pytest.approx(trace.peak, rel=TOLERANCE)
+
+
 @pytest.mark.parametrize("family", ["phi3", "falcon"])
 @pytest.mark.parametrize("method", [Method.LORA, Method.QLORA])
 def test_a_single_row_needs_no_mask(family: str, method: Method, tmp_path: Path) -> None:
@@ -218,7 +250,7 @@ def test_named_targets_are_planned_as_they_are_traced(method: Method, tmp_path: 
     [
         ({"lora": {"use_dora": True}}, 0.05),
         ({"lora": {"modules_to_save": ["lm_head"]}}, 0.05),
-        ({"lora": {"modules_to_save": ["embed_tokens"]}}, 0.08),  # planned as if every operator widened with it
+        ({"lora": {"modules_to_save": ["embed_tokens"]}}, 0.10),  # planned as if every operator widened with it
         ({"training": {"dtype": "float32"}}, 0.05),
         ({"training": {"attn_implementation": "eager"}}, 0.05),
         ({"training": {"packing": True, "per_device_train_batch_size": 1}}, 0.05),

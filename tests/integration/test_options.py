@@ -76,6 +76,7 @@ def report(folder: Path) -> dict[str, Any]:
         {"training": {"gradient_accumulation_steps": 2}},
         {"training": {"per_device_train_batch_size": 2}},
         {"training": {"packing": True}},
+        {"training": {"exact": True}},
         {"training": {"dtype": OTHER_DTYPE}},
         {"training": {"attn_implementation": "eager"}},
         {"lora": {"r": 2}},

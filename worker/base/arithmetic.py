@@ -75,12 +75,14 @@ def whole_modules(model: Any, compute: torch.dtype) -> contextlib.AbstractContex
     return torch.autocast(model.device.type, dtype=compute, enabled=mixed)
 
 
-def settle_nf4(base: Any) -> Any:
-    """A base in NF4 as QLoRA trains and evaluates it: all that is not quantised in fp32, and layers that stay sound."""
+def settle_nf4(base: Any, *, whole: bool = True) -> Any:
+    """A base in NF4 with layers that stay sound. `whole`: what is not quantised goes to fp32, as peft's recipe for
+    QLoRA has it; else it keeps its 16 bits, and norms compute in fp32 all the same."""
     from peft import prepare_model_for_kbit_training
 
-    # Checkpointing is the engine's business: its non-reentrant kind needs no hook on the inputs.
-    base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
+    if whole:
+        # Checkpointing is the engine's business: its non-reentrant kind needs no hook on the inputs.
+        base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
     keep_nf4_in_training_mode(base)
     return base
 

@@ -2,10 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
+
+import torch
 
 from .arithmetic import Precision
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoredTokens:
+    """Some learned tokens of some rows, of shape (tokens,)."""
+
+    rows: torch.Tensor  # the place of each one's row
+    targets: torch.Tensor
+    losses: torch.Tensor  # in nats, fp32
+    right: torch.Tensor  # whether it was the likeliest
+
+
+class Scorer(Protocol):
+    """Scores rows without the logits of tokens that are not learned."""
+
+    def scores(self, rows: Sequence[Any]) -> Sequence[ScoredTokens]:
+        """Every learned token of some rows, for a model in eval mode."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,3 +35,4 @@ class Learner:
     model: Any
     tokenizer: Any
     precision: Precision
+    scorer: Scorer | None = None  # None: the model itself, with padding and all logits

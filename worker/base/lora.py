@@ -29,7 +29,7 @@ def add_adapter(base: Any, spec: JobSpec, method: Method) -> Any:
     from peft import LoraConfig, get_peft_model
 
     if method is Method.QLORA:
-        base = settle_nf4(base)
+        base = settle_nf4(base, whole=spec.training.exact)
     targets = spec.lora.target_modules
     if isinstance(targets, list):
         _check_targets(base, targets)

@@ -165,7 +165,7 @@ def _measure(learner: Learner, work: Work, spec: JobSpec, tick: Callable[[int], 
     model, tokenizer, batch = learner.model, learner.tokenizer, spec.evaluation.per_device_eval_batch_size
 
     def score(rows: list[TokenRow]) -> RowScores:
-        return score_rows(model, tokenizer, rows, batch, tick)
+        return score_rows(model, tokenizer, rows, batch, tick, learner.scorer)
 
     def answer(prompts: list[Prompt], longest: int) -> list[tuple[str, bool]]:
         return generate(model, tokenizer, [prompt.ids for prompt in prompts], batch, longest, tick)

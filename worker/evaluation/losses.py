@@ -11,6 +11,7 @@ import torch
 
 from loractl.common.job.sections import Metric
 from loractl.worker.base.batches import in_batches
+from loractl.worker.base.learner import Scorer
 from loractl.worker.data.batch import collate
 from loractl.worker.data.tokens import IGNORED, TokenRow
 
@@ -36,7 +37,12 @@ class RowScores:
 
 
 def score_rows(
-    model: Any, tokenizer: Any, rows: list[TokenRow], batch: int, tick: Callable[[int], None] = lambda n: None
+    model: Any,
+    tokenizer: Any,
+    rows: list[TokenRow],
+    batch: int,
+    tick: Callable[[int], None] = lambda n: None,
+    scorer: Scorer | None = None,
 ) -> RowScores:
     """Cross-entropy of every learned token, in fp32, for a model in eval mode. Longest rows first, so that an
     out-of-memory comes at once."""
@@ -44,7 +50,8 @@ def score_rows(
     result = np.zeros((5, len(rows)))
 
     def score(chosen: list[int]) -> None:
-        sums = _sums(model, tokenizer, [rows[i] for i in chosen])
+        picked = [rows[i] for i in chosen]
+        sums = _sums(model, tokenizer, picked) if scorer is None else _lean_sums(scorer, tokenizer, picked)
         result[:, chosen] = sums.double().cpu().numpy()
         tick(len(chosen))
 
@@ -68,6 +75,17 @@ def _sums(model: Any, tokenizer: Any, rows: list[TokenRow]) -> torch.Tensor:
     right[learned] = here.argmax(-1) == labels[learned]
     stop = learned & (labels == tokenizer.eos_token_id)
     return torch.stack([loss.sum(1), learned.sum(1), (loss * stop).sum(1), stop.sum(1), right.sum(1)])
+
+
+def _lean_sums(scorer: Scorer, tokenizer: Any, rows: list[TokenRow]) -> torch.Tensor:
+    """The same five numbers, without logits of whole rows."""
+    sums = torch.zeros((5, len(rows)), dtype=torch.float64)
+    for scored in scorer.scores(rows):
+        stop = scored.targets == tokenizer.eos_token_id
+        one = torch.ones_like(scored.losses)
+        each = torch.stack([scored.losses, one, scored.losses * stop, one * stop, one * scored.right])
+        sums.index_add_(1, scored.rows.cpu(), each.double().cpu())
+    return sums
 
 
 def loss_metrics(base: RowScores, tuned: RowScores, wanted: set[Metric], *, stops: bool) -> list[Compared]:

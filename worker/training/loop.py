@@ -17,8 +17,7 @@ from loractl.worker.base.gauge import release
 from loractl.worker.base.learner import Learner
 from loractl.worker.data.prepared import PreparedData
 from loractl.worker.engine.loop import run as run_members
-from loractl.worker.engine.member import MemberRows, PackMember
-from loractl.worker.engine.padded import PaddedPass
+from loractl.worker.engine.member import ForwardPass, MemberRows, PackMember
 from loractl.worker.engine.snapshot import read_snapshot
 from loractl.worker.evaluation.evaluation import Work
 
@@ -99,7 +98,9 @@ class Brake(TrainerCallback):
             control.should_save = self._run.save_on_stop.is_set()
 
 
-def fit(run: Run, learner: Learner, data: PreparedData, callbacks: Callbacks) -> TrainingArguments:
+def fit(
+    run: Run, learner: Learner, forward: ForwardPass, data: PreparedData, callbacks: Callbacks
+) -> TrainingArguments:
     """Train the model's adapter; batches that do not fit are made smaller before the first step.
 
     Returns the arguments that it was trained with. Raises TrainingFailed, Stopped, and out-of-memory in mid-training as
@@ -111,7 +112,7 @@ def fit(run: Run, learner: Learner, data: PreparedData, callbacks: Callbacks) ->
         return training_arguments(run.order, run.spec, learner.precision)
     while True:
         arguments = training_arguments(run.order, run.spec, learner.precision)
-        failure = _fit_once(run, learner, data, arguments, callbacks)
+        failure = _fit_once(run, learner, forward, data, arguments, callbacks)
         release()  # of what did not fit, or of optimizer and gradients, which the evaluation needs no more
         if failure is None:
             return arguments
@@ -135,16 +136,15 @@ def _take_finished(run: Run, learner: Learner, callbacks: Callbacks, checkpoint:
 
 
 def _fit_once(
-    run: Run, learner: Learner, data: PreparedData, arguments: TrainingArguments, callbacks: Callbacks
+    run: Run,
+    learner: Learner,
+    forward: ForwardPass,
+    data: PreparedData,
+    arguments: TrainingArguments,
+    callbacks: Callbacks,
 ) -> str | None:
     """Train to the end. Returns torch's words where the longest batch does not fit; then nothing was trained."""
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(Path(run.order.output_dir) / "tensorboard")  # stored with the result
-    forward = PaddedPass(
-        learner.model,
-        learner.tokenizer.pad_token_id,
-        arguments.label_smoothing_factor,
-        compiled=arguments.torch_compile,
-    )
     rows = MemberRows(train=data.trained_rows, held_out=data.held_out.rows)
     # Without a limit no allocation fails on a processor: the kernel kills a process, and a probe would see nothing.
     probes = [Probe(learner, data, run)] if run.on_gpu or run.order.memory_limit is not None else []

@@ -81,7 +81,7 @@ class Probe(TrainerCallback):
             if self._data.label_names:
                 classify(model, tokenizer.pad_token_id, picked, len(picked))
             else:
-                score_rows(model, tokenizer, picked, len(picked))
+                score_rows(model, tokenizer, picked, len(picked), scorer=self._learner.scorer)
 
         with evaluating(model):
             fitting = in_batches(list(range(len(batch))), wanted, work)

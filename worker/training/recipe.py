@@ -24,9 +24,12 @@ from loractl.worker.base.lora import add_adapter
 from loractl.worker.base.model import load_base, load_tokenizer
 from loractl.worker.base.source import family_of
 from loractl.worker.data.check import warnings_about
+from loractl.worker.data.lengths import lengths_of
 from loractl.worker.data.packing import check_apart, packed
 from loractl.worker.data.prepared import PreparedData, prepare_data, prepare_regression
 from loractl.worker.data.template import templated
+from loractl.worker.engine.choice import forward_pass
+from loractl.worker.engine.lean import LeanPass
 from loractl.worker.evaluation.card import write_model_card
 from loractl.worker.evaluation.classifier import evaluate_classifier
 from loractl.worker.evaluation.course import TrainingCourse
@@ -65,10 +68,15 @@ def train(run: Run) -> Ended:
 
     # 2. The base model, in NF4 for QLoRA, and a fresh adapter.
     learner, identity = _load(run, data, tokenizer)
+    forward, why = forward_pass(learner, run.spec, longest_row(data))
+    if why is not None:
+        run.note("engine", f"trains with padded rows: {why}")
+    if isinstance(forward, LeanPass):
+        learner = replace(learner, scorer=forward)
 
     # 3. Train, from the newest checkpoint of this very training if there is one.
     callbacks = Callbacks.of(run, learner, data, checkpoint_to_resume(run, data))
-    arguments = fit(run, learner, data, callbacks)
+    arguments = fit(run, learner, forward, data, callbacks)
     callbacks.best.take(learner.model)
     check_finite(learner.model)
 
@@ -90,6 +98,11 @@ def train(run: Run) -> Ended:
     write_page(report, out)
     write_model_card(report, out / "adapter")
     return Ended(job_id=order.job_id, reason=Reason.OK, message=report["verdict"]["short"], peaks=run.gauge.look())
+
+
+def longest_row(data: PreparedData) -> int:
+    lengths = lengths_of(data)
+    return max(lengths.train, lengths.evaluate)
 
 
 def _read_data(run: Run, tokenizer: Any) -> PreparedData:

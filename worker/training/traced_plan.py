@@ -30,9 +30,11 @@ from loractl.common.job.spec import JobSpec
 from loractl.common.memory.optimizer import optimizer_name, state_bytes
 from loractl.common.memory.plan import Plan, traced_plan
 from loractl.common.memory.step import Lengths, checkpoints_activations, micro_batch, planned_labels
+from loractl.worker.base.arithmetic import Precision, compute_in
 from loractl.worker.base.head import HEAD, label_settings
 from loractl.worker.base.lora import add_adapter
 from loractl.worker.base.source import source_of
+from loractl.worker.engine.lean import LeanPass, RowsBehindEachOther
 from loractl.worker.engine.loss import classified
 
 BLOCK = 512
@@ -84,10 +86,11 @@ def trace_plan(model: str | Path, spec: JobSpec, method: Method, lengths: Length
     return traced_plan(whole("weights"), whole("adapter"), whole("state"), whole("own"), method)
 
 
-def trace_step(config: Any, spec: JobSpec, method: Method, tokens: int) -> Trace:
-    """One step of the Trainer's kind on rows of `tokens` tokens, with gradients of an earlier micro-batch where the
-    job accumulates them."""
-    from accelerate.utils import convert_outputs_to_fp32
+def trace_step(config: Any, spec: JobSpec, method: Method, tokens: int, *, lean: bool = False) -> Trace:
+    """One step on rows of `tokens` tokens, with gradients of an earlier micro-batch where the job accumulates them.
+
+    `lean`: as the engine takes it for a family whose rows it can tell apart; else with padding, as for any other.
+    """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     model = build(config, spec, method)
@@ -100,10 +103,10 @@ def trace_step(config: Any, spec: JobSpec, method: Method, tokens: int) -> Trace
             }
         )
     batch = spec.training.per_device_train_batch_size
+    precision = Precision(base=_dtype(spec), amp=None if spec.training.dtype == "float32" else "bf16")
     with FakeTensorMode(allow_non_fake_inputs=True), _masks(padded=batch > 1 or spec.training.packing):
         constants = _make_fake(model)
-        if spec.training.dtype != "float32":
-            model.forward = convert_outputs_to_fp32(torch.autocast("cpu", dtype=torch.bfloat16)(model.forward))
+        compute_in(model, precision)
         trained = [p for p in model.parameters() if p.requires_grad]
         live = LiveBytes()
         live.watch([*model.parameters(), *model.buffers(), *constants])
@@ -114,8 +117,13 @@ def trace_step(config: Any, spec: JobSpec, method: Method, tokens: int) -> Trace
         held = live.now - weights - adapter
         rows = torch.zeros((batch, tokens), dtype=torch.int64)
         count, labels = torch.tensor(1), torch.zeros(batch, dtype=torch.int64)
+        passing = LeanPass(model, precision)
+        laid = _laid(batch, tokens)
 
         def step() -> None:
+            if lean:
+                passing.learn_rows(laid, 1, torch.autograd.backward)
+                return
             inputs = {"input_ids": rows, "attention_mask": torch.ones_like(rows), "num_items_in_batch": count}
             # of the output the loss alone is kept, so that the logits are gone by the backward pass
             if spec.task_type is TaskType.SEQ_CLS:
@@ -131,6 +139,17 @@ def trace_step(config: Any, spec: JobSpec, method: Method, tokens: int) -> Trace
     return Trace(weights=weights, adapter=adapter, state=held, peak=live.peak)
 
 
+def _laid(batch: int, tokens: int) -> RowsBehindEachOther:
+    """Rows without content, of which all but each first token is learned."""
+    whole, learned = (torch.zeros(count, dtype=torch.int64) for count in (batch * tokens, batch * (tokens - 1)))
+    given = {"ids": whole[None], "positions": whole[None], "places": learned, "targets": learned, "row_of": learned}
+    return RowsBehindEachOther(lengths=[tokens] * batch, **given)
+
+
+def _dtype(spec: JobSpec) -> torch.dtype:
+    return torch.float32 if spec.training.dtype == "float32" else torch.bfloat16
+
+
 def build(config: Any, spec: JobSpec, method: Method) -> Any:
     """The model with its adapter on the meta device, in NF4 where bitsandbytes would put it."""
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
@@ -139,7 +158,7 @@ def build(config: Any, spec: JobSpec, method: Method) -> Any:
 
     asked = spec.training.attn_implementation
     options = {} if asked in ("auto", "flash_attention_2") else {"attn_implementation": asked}
-    dtype = torch.float32 if spec.training.dtype == "float32" else torch.bfloat16
+    dtype = _dtype(spec)
     classifier = spec.task_type is TaskType.SEQ_CLS
     auto = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
     with torch.device("meta"):

@@ -14,6 +14,7 @@ from loractl.common.job.adjustment import Adjustment
 from loractl.common.job.method import Method
 from loractl.common.job.need import Need, permitted_methods
 from loractl.common.job.status import Stage, Status
+from loractl.common.memory.step import ENGINE
 from loractl.common.placement.cards import Card, could_start
 from loractl.common.placement.rule import Placement, place
 
@@ -131,6 +132,7 @@ def _begin(tx: Transaction, job: Job, placed: Placement, node: Node, lease_s: fl
         device_name=node.device_name,
         device_kind=node.kind,
         method=placed.method.value,
+        engine=ENGINE,
         # Plans are for GPUs: on a processor no plan is noted.
         vram_planned=None if node.kind == "cpu" else job.planned.get(placed.method.value),
         vram_reserved=placed.reserved,

@@ -13,6 +13,7 @@ from loractl.common.errors import JobNotFound
 from loractl.common.job.method import Method
 from loractl.common.job.status import Reason, Status
 from loractl.common.memory.correction import Measured
+from loractl.common.memory.step import ENGINE
 
 from ..glance import Glance
 from ..records import Choice, CoursePoint, JobCount, Page, PastRun
@@ -232,6 +233,7 @@ def read_measured(tx: Transaction, need_key: str | None, family: str | None, lim
     )  # fmt: skip
     query = select(*columns).join(Job, Job.job_id == Attempt.job_id).where(Attempt.device_kind == "nvml")
     query = query.where(Attempt.reason.in_([Reason.OK, Reason.OUT_OF_MEMORY]), Attempt.method.in_(list(Method)))
+    query = query.where(Attempt.engine == ENGINE)
     if need_key is not None:
         query = query.where(or_(Job.need_key == need_key, (Job.family == family) if family else sql("1 = 0")))
     return [

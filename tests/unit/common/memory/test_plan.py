@@ -21,7 +21,7 @@ from loractl.common.memory.logits import LOSS_BYTES
 from loractl.common.memory.optimizer import state_bytes
 from loractl.common.memory.plan import CONTEXT_BYTES, MIB, plan, predict
 from loractl.common.memory.shape import Shape
-from loractl.common.memory.step import Lengths, Stack
+from loractl.common.memory.step import HEAD_CHUNK, Lengths, Stack
 from loractl.common.memory.weights import nf4_bytes
 from loractl.common.units import GIB
 
@@ -52,9 +52,11 @@ def job(base_model: str = "org/model", **sections: Any) -> JobSpec:
     return JobSpec.model_validate({"name": "t", "base_model": base_model, "dataset": dataset, **sections})
 
 
-def test_the_weights_of_lora_are_sixteen_bit_and_those_of_qlora_nf4_with_the_rest_in_fp32() -> None:
-    assert plan(shape(), job(), Method.LORA).parts["weights"] == 134_515_008 * 2
-    four_bit = plan(shape(), job(), Method.QLORA).parts["weights"] - (134_515_008 - LINEAR) * 4
+@pytest.mark.parametrize(("exact", "rest"), [(False, 2), (True, 4)])
+def test_the_weights_of_lora_are_sixteen_bit_and_those_of_qlora_nf4_with_a_rest(exact: bool, rest: int) -> None:
+    spec = job(training={"exact": exact})
+    assert plan(shape(), spec, Method.LORA).parts["weights"] == 134_515_008 * 2
+    four_bit = plan(shape(), spec, Method.QLORA).parts["weights"] - (134_515_008 - LINEAR) * rest
     assert 0.515 < four_bit / LINEAR < 0.520, "4 bit, 0.127 bit of constants, and a kilobyte of tables a layer"
 
 
@@ -84,10 +86,36 @@ def test_eight_bit_state_is_two_bytes_and_scales_but_not_for_small_tensors() -> 
 
 
 def test_the_loss_takes_twelve_bytes_a_logit() -> None:
-    parts = plan(shape(), job(), Method.LORA).parts
+    exact = job(training={"exact": True})
+    parts = plan(shape(), exact, Method.LORA).parts
     assert parts["logits"] == 4 * 256 * (49152 * LOSS_BYTES + 576 * 4)
-    held = plan(shape(), job(), Method.LORA, stack=Stack(keeps_logits=True)).peak_bytes
-    assert held == plan(shape(), job(), Method.LORA).peak_bytes + 4 * 256 * 49152 * 2
+    held = plan(shape(), exact, Method.LORA, stack=Stack(keeps_logits=True)).peak_bytes
+    assert held == plan(shape(), exact, Method.LORA).peak_bytes + 4 * 256 * 49152 * 2
+
+
+def test_a_lean_step_holds_the_logits_of_a_chunk_whatever_the_batch() -> None:
+    small, large = (
+        plan(shape(), job(training={"per_device_train_batch_size": rows}), Method.LORA).parts["logits"]
+        for rows in (1, 4)
+    )
+    chunk = HEAD_CHUNK * 49152 * LOSS_BYTES
+    assert small == chunk + 256 * 576 * 10 and large == chunk + 4 * 256 * 576 * 10
+
+
+@pytest.mark.parametrize("keeps", [{"exact": True}, {"torch_compile": True}, {"neftune_noise_alpha": 5}])
+def test_what_keeps_rows_padded_is_planned_with_padding(keeps: dict[str, Any]) -> None:
+    lean, padded = (plan(shape(), job(training=asked), Method.LORA) for asked in ({}, keeps))
+    assert padded.need_bytes > 1.3 * lean.need_bytes
+
+
+def test_an_8b_qlora_with_four_rows_of_1024_needs_half_of_what_it_did() -> None:
+    sizes = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8}
+    llama = shape(**sizes, intermediate_size=14336, vocab_size=128256, tie_word_embeddings=False)
+    lean, exact = (
+        plan(llama, job(dataset={"max_length": 1024}, training={"exact": exact}), Method.QLORA).need_bytes / GIB
+        for exact in (False, True)
+    )
+    assert lean <= 10 and exact == pytest.approx(19.2, abs=0.1)
 
 
 def test_the_parts_and_the_margin_add_up_and_each_has_a_note() -> None:
@@ -96,8 +124,11 @@ def test_the_parts_and_the_margin_add_up_and_each_has_a_note() -> None:
     assert found.need_bytes == found.peak_bytes + found.margin_bytes > found.peak_bytes
     assert found.notes.keys() == found.parts.keys()
     assert found.parts["context"] == CONTEXT_BYTES
-    assert found.notes["weights"] == "134.5 M parameters, nf4, 28.3 M in fp32"
-    assert found.notes["logits"] == "49 152 words, fp32"
+    assert found.notes["weights"] == "134.5 M parameters, nf4, 28.3 M in bf16"
+    assert found.notes["logits"].startswith("49 152 words, fp32, 256 tokens at a time")
+    exact = plan(shape(), job(training={"exact": True}), Method.QLORA)
+    assert exact.notes["weights"] == "134.5 M parameters, nf4, 28.3 M in fp32"
+    assert exact.notes["logits"] == "49 152 words, fp32"
 
 
 def test_the_rows_own_lengths_count_where_they_are_known() -> None:
@@ -106,7 +137,7 @@ def test_the_rows_own_lengths_count_where_they_are_known() -> None:
     assert known.parts["logits"] == plan(shape(), job(), Method.LORA).parts["logits"]
     few = plan(shape(), long, Method.LORA, Lengths(train=256, evaluate=256, rows=1))
     assert few.peak_bytes < known.peak_bytes, "a micro-batch holds no more rows than there are"
-    held_out = plan(shape(), long, Method.LORA, Lengths(train=256, evaluate=4096))
+    held_out = plan(shape(), long, Method.LORA, Lengths(train=256, evaluate=32768))
     assert held_out.parts["evaluation"] > 0
     assert held_out.peak_bytes > known.peak_bytes
 
@@ -141,7 +172,7 @@ def test_quantising_is_not_always_smaller() -> None:
         }
     )
     assert falcon is not None
-    lora, qlora = (plan(falcon, job(), method) for method in METHODS)
+    lora, qlora = (plan(falcon, job(training={"exact": True}), method) for method in METHODS)
     assert qlora.parts["weights"] == 2 * lora.parts["weights"], "bitsandbytes knows none of its layers"
     assert "no nf4" in qlora.notes["weights"]
 

@@ -14,6 +14,7 @@ from loractl.common.job.method import Method
 from loractl.common.job.need import Need
 from loractl.common.job.status import Reason, Status
 from loractl.common.memory.correction import GROWTH, LIKE_IT_SPARE, Measured, learned, peaks_like
+from loractl.common.memory.step import ENGINE
 from loractl.common.store.queries.need import OUTSIDER_SHARE
 from loractl.common.store.records import Claim, Progress
 from loractl.common.store.store import Store
@@ -224,6 +225,16 @@ def test_the_attempt_s_plan_is_the_one_before_what_was_learned(store: Store) -> 
     row = store.job(job_id)
     assert (row.vram_lora, row.vram_reserved) == (6 * GIB, 6 * GIB), "a fifth more was learned, and holds for it too"
     assert store.attempts(job_id)[0].vram_planned == 5 * GIB
+
+
+def test_an_attempt_of_an_older_engine_teaches_nothing(store: Store) -> None:
+    """Its steps took other memory: its peak would be reserved for jobs like it for ever."""
+    show(store, total=48)
+    ran(store, "key-1", 9)
+    assert len(store.measured("key-1", "llama")) == 1
+    with Session(store._engine) as session, session.begin():
+        session.execute(update(Attempt).values(engine=ENGINE - 1))
+    assert store.measured() == [] == store.measured("key-1", "llama")
 
 
 def test_an_older_version_s_attempt_without_a_name_is_unknown(store: Store) -> None:

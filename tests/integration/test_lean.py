@@ -1,0 +1,218 @@
+"""The lean forward pass against the padded one: the same losses and gradients, without the waste."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from loractl.common.job.method import Method
+from loractl.common.job.spec import JobSpec
+from loractl.common.job.status import Reason
+from loractl.common.memory.step import HEAD_CHUNK
+from loractl.worker.base.arithmetic import Precision, choose_precision, compute_in, evaluating
+from loractl.worker.base.learner import Learner
+from loractl.worker.base.lora import add_adapter
+from loractl.worker.base.model import load_base, load_tokenizer
+from loractl.worker.data.packing import pack
+from loractl.worker.data.tokens import IGNORED, TokenRow
+from loractl.worker.engine.choice import forward_pass, rows_together
+from loractl.worker.engine.lean import LeanPass
+from loractl.worker.engine.loss import MicroBatch, learned_in
+from loractl.worker.engine.padded import PaddedPass
+from loractl.worker.evaluation.losses import score_rows
+from loractl.worker.protocol.messages import Note
+
+from .conftest import Recipe
+from .test_engine import PAD, rows
+from .test_options import losses
+
+FP32 = choose_precision("cpu", "float32")
+SMALL: dict[str, Any] = {
+    "vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": PAD,
+}  # fmt: skip
+SLIDING: dict[str, Any] = {"sliding_window": 4}  # shorter than the rows
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "Llama": {},
+    "Mistral": SLIDING,
+    "Qwen3": {},
+    "Gemma2": {**SLIDING, "query_pre_attn_scalar": 8},  # caps of logits and scores, so eager attention
+    "Gemma3Text": SLIDING,
+    "Granite": {"logits_scaling": 3.0, "embedding_multiplier": 2.0},
+    "Cohere": {"logit_scale": 0.3},
+    "Mixtral": {"num_local_experts": 4},
+    "GPT2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0},
+    "GPTNeoX": {},
+}
+
+
+def base_of(family: str) -> Any:
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family.removesuffix('Text')}{'Text' * family.endswith('Text')}Config")
+    name = "GPT2LMHeadModel" if family == "GPT2" else f"{family.removesuffix('Text')}ForCausalLM"
+    kind = getattr(transformers, name)
+    return kind(
+        config(
+            **({} if family == "GPT2" else SMALL),
+            **FAMILIES[family],
+            **({"vocab_size": 300} if family == "GPT2" else {}),
+        )
+    )
+
+
+def spec_of(method: str = "lora", **sections: Any) -> JobSpec:
+    lora = {"r": 4, "lora_dropout": 0.0, **sections.pop("lora", {})}
+    job = {"name": "t", "base_model": "m", "method": method, "dataset": {"path": "x.jsonl"}, "lora": lora, **sections}
+    return JobSpec.model_validate(job)
+
+
+def adapted(base: Any, spec: JobSpec, precision: Precision = FP32) -> Any:
+    """A model whose adapter changes something: B is zero at first, and A would have no gradient."""
+    model = add_adapter(base, spec, Method(spec.method)).train()
+    compute_in(model, precision)
+    drawn = torch.Generator().manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.1, generator=drawn)
+    return model
+
+
+def learned(forward: Any, some: list[TokenRow]) -> tuple[float, list[torch.Tensor]]:
+    """The loss of a micro-batch that is half of its window, and the gradients that it leaves."""
+    batch = MicroBatch(rows=some, learned=2 * learned_in(some), pieces=2)
+    forward.model.zero_grad()
+    loss = float(forward.learn(batch, torch.autograd.backward))
+    return loss, [p.grad.clone() for p in forward.model.parameters() if p.grad is not None]
+
+
+def apart(ours: tuple[float, list[torch.Tensor]], theirs: tuple[float, list[torch.Tensor]]) -> float:
+    """The larger of both relative differences, of the loss and of all gradients together."""
+    mine, other = (torch.cat([g.flatten() for g in gradients]) for _, gradients in (ours, theirs))
+    assert float(other.norm()) > 0
+    return max(abs(ours[0] - theirs[0]) / theirs[0], float((mine - other).norm() / other.norm()))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_lean_step_of_a_family_learns_what_a_padded_one_does(family: str) -> None:
+    model = adapted(base_of(family), spec_of())
+    lean, padded = LeanPass(model, FP32), PaddedPass(model, PAD, 0.0)
+    assert rows_together(lean, 40) is None
+    assert apart(learned(lean, rows(5)), learned(padded, rows(5))) < 1e-5
+    with evaluating(model):
+        assert lean.held_out_loss(rows(3)) == pytest.approx(padded.held_out_loss(rows(3)), rel=1e-5)
+
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "checkpointing": {"training": {"gradient_checkpointing": True}},
+    "smoothed labels": {"training": {"label_smoothing_factor": 0.2}},
+    "packed rows": {"training": {"packing": True}},
+    "a trained head": {"lora": {"modules_to_save": ["lm_head"]}},
+    "a trained embedding": {"lora": {"modules_to_save": ["embed_tokens"]}},
+    "DoRA": {"lora": {"use_dora": True}},
+    "eager": {"training": {"attn_implementation": "eager"}},
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_lean_step_with_an_option_learns_what_a_padded_one_does(tiny_model: Path, name: str) -> None:
+    spec = spec_of(**SETTINGS[name])
+    attention, smoothing = spec.training.attn_implementation, spec.training.label_smoothing_factor
+    model = adapted(load_base(str(tiny_model), Method.LORA, "cpu", FP32, attention=attention), spec)
+    if spec.training.gradient_checkpointing:
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    some = pack(rows(7), 64) if spec.training.packing else rows(7)
+    ours, theirs = learned(LeanPass(model, FP32, smoothing), some), learned(PaddedPass(model, PAD, smoothing), some)
+    assert apart(ours, theirs) < 1e-5
+
+
+def test_a_lean_step_on_nf4_learns_what_a_padded_one_does(tiny_model: Path) -> None:
+    spec = spec_of("qlora", training={"dtype": "float32"})
+    model = adapted(load_base(str(tiny_model), Method.QLORA, "cpu", FP32), spec)
+    assert apart(learned(LeanPass(model, FP32), rows(5)), learned(PaddedPass(model, PAD, 0.0), rows(5))) < 1e-5
+
+
+def test_the_rest_of_an_nf4_base_keeps_its_16_bit_and_is_fp32_in_exact_mode(tiny_model: Path) -> None:
+    precision = choose_precision("cpu", "bfloat16")
+    for exact, kind in ((False, torch.bfloat16), (True, torch.float32)):
+        base = load_base(str(tiny_model), Method.QLORA, "cpu", precision)
+        model = add_adapter(base, spec_of("qlora", training={"exact": exact}), Method.QLORA)
+        rest = {p.dtype for name, p in model.named_parameters() if "norm" in name or "embed" in name}
+        assert rest == {kind}
+
+
+def test_the_head_sees_learned_tokens_alone_in_chunks(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = adapted(load_base(str(tiny_model), Method.LORA, "cpu", FP32), spec_of())
+    seen: list[int] = []
+    model.get_base_model().lm_head.register_forward_hook(lambda m, i, out: seen.append(out[..., 0].numel()))
+    some = rows(30)
+    assert learned_in(some) > HEAD_CHUNK
+    learned(LeanPass(model, FP32), some)
+    assert sum(seen) == learned_in(some) and max(seen) == HEAD_CHUNK
+
+
+def test_a_row_without_a_learned_token_teaches_nothing(tiny_model: Path) -> None:
+    model = adapted(load_base(str(tiny_model), Method.LORA, "cpu", FP32), spec_of())
+    empty = TokenRow(number=1, input_ids=[5, 6, 7], labels=[IGNORED] * 3)
+    first, *others = rows(3)
+    alone, beside = (learned(LeanPass(model, FP32), some) for some in ([first, *others], [first, empty, *others]))
+    assert apart(beside, alone) < 1e-5
+    batch = MicroBatch(rows=[empty], learned=4, pieces=2)
+    assert float(LeanPass(model, FP32).learn(batch, torch.autograd.backward)) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "targets", "why"),
+    [
+        ("Bloom", {"n_layer": 2, "n_head": 4}, "all-linear", "see each other"),
+        ("Mamba", {"num_hidden_layers": 2, "state_size": 4}, ["in_proj"], "linear_attention"),
+    ],
+)
+def test_a_family_that_needs_its_rows_apart_keeps_padding_and_says_why(
+    family: str, settings: dict[str, Any], targets: Any, why: str, tiny_model: Path
+) -> None:
+    config = getattr(transformers, f"{family}Config")(**settings, hidden_size=32, vocab_size=300)
+    base = getattr(transformers, f"{family}ForCausalLM")(config)
+    model = adapted(base, spec_of(lora={"target_modules": targets}))
+    learner = Learner(model=model, tokenizer=load_tokenizer(str(tiny_model)), precision=FP32)
+    forward, said = forward_pass(learner, spec_of(), 40)
+    assert isinstance(forward, PaddedPass) and said is not None and why in said
+
+
+def test_rows_are_scored_alike(tiny_model: Path) -> None:
+    model = adapted(load_base(str(tiny_model), Method.LORA, "cpu", FP32), spec_of())
+    tokenizer = load_tokenizer(str(tiny_model))
+    some = [TokenRow(number=r.number, input_ids=[*r.input_ids, 2], labels=[*r.labels, 2]) for r in rows(9)]
+    with evaluating(model):
+        ours = score_rows(model, tokenizer, some, 4, scorer=LeanPass(model, FP32))
+        theirs = score_rows(model, tokenizer, some, 4)
+    for name in ("loss", "tokens", "stop_loss", "stops", "right"):
+        assert getattr(ours, name) == pytest.approx(getattr(theirs, name), rel=1e-5), name
+    assert ours.stops.sum() > 0
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_a_lean_training_ends_where_an_exact_one_does(recipe: Recipe, tmp_path: Path, method: str) -> None:
+    told = {}
+    for name in ("lean", "exact"):
+        asked = {"dtype": "float32", "exact": name == "exact", "lora": {"lora_dropout": 0.0}, "max_steps": 6}
+        ended, told[name] = recipe(name, method=method, eval_steps=3, evaluation={"samples": 0}, **asked)
+        assert ended.reason is Reason.OK
+    for metric in ("loss", "eval_loss"):
+        lean, exact = (losses(told[name], metric) for name in ("lean", "exact"))
+        assert lean == pytest.approx(exact, rel=1e-5) and len(lean) > 1
+    reports = [json.loads((tmp_path / name / "result" / "report.json").read_text()) for name in told]
+    lean_loss, exact_loss = (report["evaluation"]["metrics"][0]["tuned"] for report in reports)
+    assert lean_loss == pytest.approx(exact_loss, rel=1e-4)
+    assert not [m for m in told["lean"] if isinstance(m, Note) and m.kind == "engine"]
+
+
+def test_the_history_says_why_rows_are_padded(recipe: Recipe) -> None:
+    _, told = recipe(max_steps=1, neftune_noise_alpha=5, evaluation={"samples": 0})
+    (said,) = [m.text for m in told if isinstance(m, Note) and m.kind == "engine"]
+    assert said == "trains with padded rows: NEFTune's noise is made for padded rows"

@@ -1,0 +1,101 @@
+"""Which forward pass a job gets: the lean one where rows can be told apart without padding, else the padded one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from loractl.common.job.sections import TaskType
+from loractl.common.job.spec import JobSpec
+from loractl.worker.base.arithmetic import evaluating
+from loractl.worker.base.gauge import is_out_of_memory
+from loractl.worker.base.learner import Learner
+from loractl.worker.base.source import first_line
+from loractl.worker.data.tokens import TokenRow
+
+from .lean import LeanPass
+from .padded import PaddedPass
+
+TOLERANCE = 0.01
+"""Share of the largest logit that rounding may move; another row in sight, or a scale left out, moves far more."""
+
+COMPARED = 4
+"""Tokens at each row's end that are compared: logits of a long row would take gigabytes."""
+
+KINDS = {"full_attention", "sliding_attention"}
+"""Layers that row attention knows; others look at masks of their own, or carry a state from token to token."""
+
+
+def forward_pass(learner: Learner, spec: JobSpec, longest: int) -> tuple[LeanPass | PaddedPass, str | None]:
+    """The forward pass of a job whose longest row has so many tokens, and where that is the padded one though the job
+    did not ask for it, why."""
+    training = spec.training
+    padded = PaddedPass(
+        learner.model,
+        learner.tokenizer.pad_token_id,
+        training.label_smoothing_factor,
+        compiled=training.torch_compile,
+    )
+    if training.exact:
+        return padded, None
+    why = _by_options(spec) or _by_model(learner.model.get_base_model())
+    if why is not None:
+        return padded, why
+    lean = LeanPass(learner.model, learner.precision, training.label_smoothing_factor)
+    why = rows_together(lean, longest)
+    return (lean, None) if why is None else (padded, why)
+
+
+def _by_options(spec: JobSpec) -> str | None:
+    if spec.task_type is TaskType.SEQ_CLS:
+        return "a classifier's head looks for a row's last token before the padding"
+    if spec.training.torch_compile:
+        return "a compiled model needs rows of few lengths"
+    if spec.training.neftune_noise_alpha is not None:
+        return "NEFTune's noise is made for padded rows"
+    return None
+
+
+def _by_model(model: Any) -> str | None:
+    if not type(model).__module__.startswith("transformers."):
+        return "the model runs code of its own"
+    config = model.config.get_text_config()
+    if kinds := set(getattr(config, "layer_types", None) or ()) - KINDS:
+        return f"the model has layers of the kind {sorted(kinds)[0]}"
+    if getattr(config, "output_router_logits", False):
+        return "the model's loss has a part for its router, which counts tokens of whole rows"
+    return None
+
+
+def rows_together(lean: LeanPass, longest: int) -> str | None:
+    """Compare rows behind each other with each row alone, by the model's own code. None where they are equal.
+
+    Where the job has rows that are longer than a layer's window, one of these is.
+    """
+    window = getattr(lean.model.config.get_text_config(), "sliding_window", None) or longest
+    lengths = (9, window + 7 if window < longest else 5, 7)
+    with evaluating(lean.model), torch.no_grad():
+        rows = _some_rows(lengths, lean.model.get_input_embeddings().weight.shape[0])
+        try:
+            together = lean.last_logits(rows, COMPARED)
+            alone = [lean.last_logits_alone(row, COMPARED) for row in rows]
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            return f"the model's code does not take rows behind each other ({first_line(error)})"
+        whole = lean.model(input_ids=torch.tensor([rows[0].input_ids], device=lean.device), use_cache=False)
+        if not _alike(alone[0], whole.logits[0, -COMPARED:].float()):
+            return "the model's logits are not made of its last hidden states alone"
+        if not all(map(_alike, together, alone)):
+            return "rows behind each other would see each other in this model"
+    return None
+
+
+def _alike(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
+    return float((ours - theirs).abs().max()) <= TOLERANCE * float(theirs.abs().max())
+
+
+def _some_rows(lengths: tuple[int, ...], vocabulary: int) -> list[TokenRow]:
+    ids = [[(number * 31 + at * 7 + 1) % vocabulary for at in range(length)] for number, length in enumerate(lengths)]
+    return [TokenRow(number=number, input_ids=row, labels=row) for number, row in enumerate(ids)]

@@ -1,0 +1,89 @@
+"""Attention of rows that lie behind each other in one row of tokens: none sees another, and nothing is padded."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+NAME = "loractl_rows"
+"""What the configs of a model call this attention while rows lie so."""
+
+BY_POSITION = ("flash_attention_2",)
+"""Attention that tells rows apart itself, where position ids begin anew (transformers' variable-length kernels)."""
+
+
+class RowAttention:
+    """A model's own attention, row by row: transformers' kernel for it, called with each row's queries and keys.
+
+    One attention over a mask of blocks costs the square of all rows together, and lets a NaN through (0 x NaN).
+    """
+
+    def __init__(self, own: str) -> None:
+        self._own = own  # sdpa or eager, as the model was loaded with it
+        self.lengths: list[int] = []
+
+    def __call__(
+        self, module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any = None, **how: Any
+    ) -> tuple[torch.Tensor, None]:
+        kernel = self._kernel(module)
+        window = how.get("sliding_window")
+        # split, not slices: those make a tensor of full size for each row in the backward pass
+        parts = zip(*(states.split(self.lengths, dim=2) for states in (query, key, value)), strict=True)
+        rows = [kernel(module, q, k, v, self._mask(q, window), **how)[0] for q, k, v in parts]
+        return torch.cat(rows, dim=1), None
+
+    def _kernel(self, module: Any) -> Callable[..., Any]:
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        if self._own == "sdpa":
+            return sdpa_attention_forward
+        eager: Callable[..., Any] = sys.modules[type(module).__module__].eager_attention_forward
+        return eager
+
+    def _mask(self, query: torch.Tensor, window: int | None) -> torch.Tensor | None:
+        """The causal mask of one row, which the fused kernels need only where a window ends before the row does."""
+        length = query.shape[2]
+        narrow = window is not None and window < length
+        if self._own == "sdpa" and not narrow:
+            return None
+        seen = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
+        if narrow and window is not None:
+            seen = seen.triu(1 - window)
+        if self._own == "sdpa":
+            return seen[None, None]
+        hidden = torch.zeros(length, length, dtype=query.dtype, device=query.device)
+        return hidden.masked_fill_(~seen, torch.finfo(query.dtype).min)[None, None]
+
+
+class RowLayout:
+    """Puts row attention in place of a model's own while rows lie behind each other."""
+
+    def __init__(self, model: Any) -> None:
+        configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
+        self._configs = [config for config in configs.values() if hasattr(config, "_attn_implementation")]
+        self.own = str(model.config.get_text_config()._attn_implementation)
+        self._attention = RowAttention(self.own)
+
+    @contextlib.contextmanager
+    def of(self, lengths: list[int]) -> Iterator[None]:
+        """Rows of these lengths lie in the one row that the model is given, until their backward pass is over:
+        blocks that are recomputed need it too."""
+        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+        if self.own in BY_POSITION:
+            yield
+            return
+        ALL_ATTENTION_FUNCTIONS.register(NAME, self._attention)
+        self._attention.lengths = lengths
+        before = [config._attn_implementation for config in self._configs]
+        for config in self._configs:
+            config._attn_implementation = NAME
+        try:
+            yield
+        finally:
+            for config, name in zip(self._configs, before, strict=True):
+                config._attn_implementation = name
