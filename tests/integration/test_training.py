@@ -298,13 +298,13 @@ def test_the_log_is_for_people(recipe: Recipe, capfd: pytest.CaptureFixture[str]
     _, told = recipe(max_steps=3, eval_steps=2)
     lines = capfd.readouterr().err.splitlines()
     assert not [line for line in lines if "{'" in line], "no raw dicts"
-    form = re.compile(r"\d\d:\d\d:\d\d  (preparing|training|evaluating) +\S")
+    form = re.compile(r"\d\d:\d\d:\d\d (preparing|training|evaluating) +\S")
     ours = [line for line in lines if form.match(line)]
     text = "\n".join(ours)
-    step = r"training +step 2 of 3   loss \d+\.\d{4}   [\d.]+ s a step   \d+ tok/s   \S.* left"
+    step = r"training +step 2 of 3  loss \d+\.\d{4}  \d+ tok/s  \S.* left"
     assert re.search(step, text), text
-    assert text.index("step 2 of 3   evaluates the held-out rows") < text.index("step 2 of 3   held-out loss")
-    assert re.search(r"training +step 2 of 3   held-out loss \d+\.\d{4}", text), text
+    assert text.index("step 2 of 3  evaluates the held-out rows") < text.index("step 2 of 3  held-out loss")
+    assert re.search(r"training +step 2 of 3  held-out loss \d+\.\d{4}", text), text
     phases = [m.text for m in told if isinstance(m, Note) and m.kind == "phase"]
     assert [text.split(" ")[0] for text in phases] == ["loads", "trains:", "evaluates", "evaluates"], phases
     assert "the base" in phases[2] and "the tuned model" in phases[3]
@@ -317,4 +317,4 @@ def test_a_warning_of_a_library_stands_in_the_log_once_and_on_one_line() -> None
     say += "[(log.warning('cut\\nin two'), warnings.warn('old name', UserWarning)) for _ in range(3)]"
     done = subprocess.run([sys.executable, "-c", say], capture_output=True, text=True, timeout=120, check=True)
     told = [re.sub(r"^\d\d:\d\d:\d\d", "TIME", line) for line in done.stderr.splitlines()]
-    assert told == ["TIME  warning     transformers: cut in two", "TIME  warning     python: old name (UserWarning)"]
+    assert told == ["TIME warning    transformers: cut in two", "TIME warning    python: old name (UserWarning)"]

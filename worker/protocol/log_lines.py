@@ -12,7 +12,7 @@ from loractl.common.units import duration
 
 def log_line(stage: str, text: str) -> str:
     """A line with its end: the time on the box, the stage, the text."""
-    return f"{time.strftime('%H:%M:%S')}  {stage:<10}  {clean_line(text)}\n"
+    return f"{time.strftime('%H:%M:%S')} {stage:<10} {clean_line(text)}\n"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,23 +27,25 @@ class Pace:
 
 
 def step_texts(losses: Mapping[str, float], pace: Pace) -> list[str]:
-    """What a step's losses (`loss`, `eval_loss`) say, a line each."""
+    """What a step's losses (`loss`, `eval_loss`) say, a line each, which fits into 80 columns."""
     step = _place(pace)
     texts = []
     if "eval_loss" in losses:
-        texts.append(f"{step}   held-out loss {losses['eval_loss']:.4f}")
+        texts.append(f"{step}  held-out loss {losses['eval_loss']:.4f}")
     if "loss" in losses:
         parts = [step, f"loss {losses['loss']:.4f}"]
-        parts += [f"{pace.step_seconds:.2f} s a step"] if pace.step_seconds is not None else []
-        parts += [f"{pace.tokens_per_second:.0f} tok/s"] if pace.tokens_per_second else []
+        if pace.tokens_per_second:
+            parts.append(f"{pace.tokens_per_second:.0f} tok/s")
+        elif pace.step_seconds is not None:
+            parts.append(f"{pace.step_seconds:.2f} s a step")
         parts += [f"{duration(pace.left_seconds)} left"] if pace.left_seconds else []
-        texts.append("   ".join(parts))
+        texts.append("  ".join(parts))
     return texts
 
 
 def evaluation_text(pace: Pace) -> str:
     """What stands in the log before an evaluation in mid-training."""
-    return f"{_place(pace)}   evaluates the held-out rows"
+    return f"{_place(pace)}  evaluates the held-out rows"
 
 
 def begin_text(step: int, total_steps: int) -> str:
