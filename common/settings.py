@@ -9,14 +9,16 @@ import socket
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
+from .channel.channels import Channel, channel_names, read_channels
 from .errors import UsageError
 from .units import parse_duration, parse_size
 
 _KEYS = (
     "database_url", "redis_url", "artifacts_url", "devices", "trainer_ram", "store_patience", "user", "host",
-    "model_roots", "trusted_code", "lm_eval_tasks", "lease", "trainer",
+    "model_roots", "trusted_code", "lm_eval_tasks", "lease", "trainer", "notify",
 )  # fmt: skip
 
 LEASE_S = 60.0
@@ -46,6 +48,8 @@ class Settings:
     lm_eval_tasks: Path | None = None  # the owner's folder of tasks for the lm-eval harness; they may run code
     lease_s: float = LEASE_S  # how long an attempt of this box may be silent; its heartbeats follow from it
     trainer: str = TRAINER  # the module that trains, run by `python -m`; it speaks worker/protocol.py
+    notify: tuple[str, ...] = ()  # whom this person's jobs tell that say nothing themselves
+    channels: tuple[Channel, ...] = field(default=(), repr=False)  # to which this box's nodes send
 
     @property
     def embedded_database(self) -> bool:
@@ -75,7 +79,7 @@ def load_settings(environ: dict[str, str] | None = None) -> Settings:
     """
     env = dict(os.environ) if environ is None else environ
     home = Path(env.get("LORACTL_HOME") or "~/.loractl").expanduser().absolute()
-    file = _config_file(home / "config.toml")
+    file, channels = _config_file(home / "config.toml", env)
 
     def get(key: str, default: str | None) -> str | None:
         value = env.get(f"LORACTL_{key.upper()}") or file.get(key) or default
@@ -96,6 +100,8 @@ def load_settings(environ: dict[str, str] | None = None) -> Settings:
         lm_eval_tasks=_folder("lm_eval_tasks", get("lm_eval_tasks", None)),
         lease_s=_lease(get("lease", None)),
         trainer=_module("trainer", get("trainer", None) or TRAINER),
+        notify=channel_names(get("notify", None)),
+        channels=channels,
     )
 
 
@@ -221,19 +227,20 @@ def _explicit_driver(url: str) -> str:
     return url
 
 
-def _config_file(path: Path) -> dict[str, str]:
+def _config_file(path: Path, env: dict[str, str]) -> tuple[dict[str, str], tuple[Channel, ...]]:
     if not path.exists():
-        return {}
+        return {}, ()
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        values: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UsageError(
             f"{path} can't be read: {error}", 'it is a TOML file with lines like redis_url = "..."'
         ) from error
+    channels = read_channels(values.pop("channels", {}), env)
     unknown = sorted(set(values) - set(_KEYS))
     if unknown:
-        raise UsageError(f"{path}: unknown key {unknown[0]}", f"known keys: {', '.join(_KEYS)}")
+        raise UsageError(f"{path}: unknown key {unknown[0]}", f"known keys: {', '.join((*_KEYS, 'channels'))}")
     texts = {key: str(value) for key, value in values.items()}
-    if any(map(_holds_password, texts.values())) and path.stat().st_mode & 0o077:
+    if (channels or any(map(_holds_password, texts.values()))) and path.stat().st_mode & 0o077:
         raise UsageError(f"{path} holds a password, and others can read it", f"chmod 600 {path}")
-    return texts
+    return texts, channels

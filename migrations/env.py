@@ -2,6 +2,7 @@
 
 from alembic import context
 
+import loractl.common.store.outbox  # noqa: F401  its table
 from loractl.common.store.tables import Base
 
 connection = context.config.attributes["connection"]

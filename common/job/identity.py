@@ -39,7 +39,17 @@ FROM_THE_START = {
 """Keys that are hashed even at their default, by section. Add none: what is stored was hashed without it."""
 
 UNDECIDING = frozenset(
-    {"name", "labels", "priority", "preemptible", "resources", "max_retries", "lora_patience", "training.report_to"}
+    {
+        "name",
+        "labels",
+        "priority",
+        "preemptible",
+        "resources",
+        "max_retries",
+        "lora_patience",
+        "notify",
+        "training.report_to",
+    }
 )
 """Keys and sections that say when and where a job runs and who is told, not what comes out."""
 

@@ -289,3 +289,28 @@ def rung_points(claim: Claim, progress: Progress) -> list[RungPoint]:
     losses = {step: loss for step, name, loss in progress.metrics if name == "eval_loss" and math.isfinite(loss)}
     steps = [(rung, rung_step(rung, every, total)) for rung in claim.rungs]
     return [RungPoint(rung=rung, step=step, loss=losses[step]) for rung, step in steps if step in losses]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parcel:
+    """A message that is due on a channel, leased to who asked for it."""
+
+    message_id: str  # the same at every try, for receivers that drop what they have
+    channel: str
+    token: str
+    kind: str  # job.succeeded, job.failed, job.held, sweep.over, box.silent, card.closed
+    subject: str
+    text: str
+    job_id: int | None
+    at: dt.datetime
+    tries: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Delivery:
+    """What became of a try to send. `sent` false without `again`: another try could not help."""
+
+    sent: bool = False
+    again: bool = False
+    why: str = ""  # in our words, never the receiver's
+    after_s: float | None = None  # the receiver asks for so long a pause

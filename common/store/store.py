@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from sqlalchemy import select
 
+from loractl.common.channel.channels import Channel
 from loractl.common.errors import SweepNotFound
 from loractl.common.job.reference import Reference
 from loractl.common.job.status import Reason, Status
@@ -38,6 +39,7 @@ from .queries import (
     sweeps,
     wishes,
 )
+from .queries.outbox import deliveries, notices
 from .records import (
     Amendment,
     Arrival,
@@ -45,10 +47,12 @@ from .records import (
     BoxIdentity,
     Choice,
     Claim,
+    Delivery,
     FleetTurn,
     Left,
     NodeState,
     Page,
+    Parcel,
     Progress,
     StoredCheckpoint,
     StoredResult,
@@ -206,7 +210,9 @@ class Store(ViewStore):
     def set_aside_unreadable(self) -> list[int]:
         """End waiting jobs whose rows this version can't read, or leave them to a newer worker; returns the jobs."""
         with self._write() as tx:
-            return aside.set_aside_unreadable(tx)
+            job_ids = aside.set_aside_unreadable(tx)
+            notices.tell_of_jobs(tx, job_ids)
+            return job_ids
 
     def preempt(self) -> tuple[int, ...]:
         """Ask running jobs to give way to one of higher priority when nothing else helps; returns the jobs asked."""
@@ -217,6 +223,19 @@ class Store(ViewStore):
         """Permit QLoRA to jobs that have waited long enough for LoRA; returns their (job_id, vram_class)."""
         with self._write() as tx:
             return backlog.end_patience(tx)
+
+    def lease_message(self, channels: Sequence[Channel], lease_s: float) -> Parcel | None:
+        """The oldest message that is due on one of the channels; for `lease_s` nobody else gets it. None: none is."""
+        with self._read() as tx:
+            if not deliveries.is_due(tx, channels):
+                return None
+        with self._write() as tx:
+            return deliveries.lease(tx, channels, lease_s)
+
+    def settle_message(self, parcel: Parcel, delivery: Delivery) -> bool:
+        """Write what became of a try to send: sent, due again later, or given up. False when the lease was lost."""
+        with self._write() as tx:
+            return deliveries.settle(tx, parcel, delivery)
 
     def takes_writes(self) -> bool:
         """Whether the database can be written to: a standby, or a primary that a failover has stepped down, can't."""

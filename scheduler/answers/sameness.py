@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 Report = dict[str, Any]
 
-_APART = ("preemptible", "resources", "max_retries", "lora_patience")
+_APART = ("preemptible", "resources", "max_retries", "lora_patience", "notify")
 _TOLD_BY_THE_RUN = (
     "method", "revision", "training.dtype", "training.optim", "dataset.path", "dataset.eval_path",
     "evaluation.regression",

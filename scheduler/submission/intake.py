@@ -46,7 +46,8 @@ class SweepEntry:
 
 def submit_job(spec: JobSpec, settings: Settings, store: Store, artifacts: ArtifactStore) -> Entry:
     """Store the job's data, plan its need and queue it. Raises UsageError, ArtifactError, ServiceUnreachable."""
-    return enqueue(plan_job(spec, settings.user, store_data(spec, artifacts), store), settings, store)
+    told = _with_default(spec, settings)
+    return enqueue(plan_job(told, settings.user, store_data(spec, artifacts), store), settings, store)
 
 
 def plan_all(drafts: Sequence[JobDraft], settings: Settings, store: Store) -> list[Submission]:
@@ -54,9 +55,16 @@ def plan_all(drafts: Sequence[JobDraft], settings: Settings, store: Store) -> li
     planned = []
     for draft in drafts:
         hashes = {**stored_hashes(draft.spec), **draft.stored}
-        submission = plan_job(draft.spec, settings.user, hashes, store)
+        submission = plan_job(_with_default(draft.spec, settings), settings.user, hashes, store)
         planned.append(replace(submission, purpose="" if draft.like is None else f"like job {draft.like}"))
     return planned
+
+
+def _with_default(spec: JobSpec, settings: Settings) -> JobSpec:
+    """The spec with the channels that its user tells of every job, where it names none itself."""
+    if spec.notify is not None or not settings.notify:
+        return spec
+    return spec.model_copy(update={"notify": list(settings.notify)})
 
 
 def store_all(drafts: Sequence[JobDraft], planned: Sequence[Submission], artifacts: ArtifactStore) -> list[Submission]:

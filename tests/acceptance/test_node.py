@@ -32,6 +32,7 @@ from loractl.worker.storage.client import StoreClient
 
 from ..conftest import Cli
 from ..models import write_job
+from ..receivers import receiver, status
 from ..unit.factories import node_state, submission
 
 DEAF = """
@@ -106,18 +107,28 @@ def test_a_supervisor_that_hangs_loses_its_trainer_and_the_slot_takes_the_next_j
     assert "what an attempt left behind on heron:0 is ended" in said
 
 
-def test_jobs_start_without_the_queue(run_with: Callable[..., Cli], tmp_path: Path) -> None:
-    cli = run_with(QUICK, LORACTL_REDIS_URL="redis://127.0.0.1:1")  # nobody listens there
-    submitted = cli("submit", write_job(tmp_path, tmp_path / "base"), "--set=max_retries=0")
-    assert "Job 1" in submitted.stdout and "the queue" in submitted.stderr
-    store = Store(connect(load_settings(cli.environment)))
-    worker = cli.start("worker")
-    try:
-        _until(lambda: store.job(1).status is Status.FAILED)
-    finally:
-        worker.send_signal(signal.SIGINT)
-        worker.communicate(timeout=60)
+def test_jobs_start_without_the_queue(run_with: Callable[..., Cli], home: Path, tmp_path: Path) -> None:
+    """And their end is told to the user's channel, which needs no queue either."""
+    cli = run_with(QUICK, LORACTL_REDIS_URL="redis://127.0.0.1:1", LORACTL_NOTIFY="me")  # nobody listens there
+    with receiver(status(204)) as phone:
+        config = home / "config.toml"
+        config.write_text(
+            f'[channels.phone]\nkind = "ntfy"\nurl = "http://127.0.0.1:{phone.port}/t"\nusers = ["tester"]'
+        )
+        config.chmod(0o600)
+        submitted = cli("submit", write_job(tmp_path, tmp_path / "base"), "--set=max_retries=0")
+        assert "Job 1" in submitted.stdout and "the queue" in submitted.stderr
+        store = Store(connect(load_settings(cli.environment)))
+        worker = cli.start("worker")
+        try:
+            _until(lambda: store.job(1).status is Status.FAILED)
+            _until(lambda: len(phone.requests) > 0)
+        finally:
+            worker.send_signal(signal.SIGINT)
+            worker.communicate(timeout=60)
     assert store.job(1).message == "nothing is trained"
+    (message,) = phone.requests
+    assert message.json["title"].endswith(": failed (bad_data), nothing is trained")
 
 
 def test_a_queue_that_answers_with_errors_stops_no_job_and_is_used_again(

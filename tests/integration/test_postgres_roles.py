@@ -12,13 +12,14 @@ from sqlalchemy import make_url, text
 from starlette.testclient import TestClient
 
 from loractl.common.artifacts import ArtifactStore
+from loractl.common.channel.channels import Channel
 from loractl.common.errors import Forbidden
 from loractl.common.job.adjustment import Adjustment
 from loractl.common.job.need import Need
 from loractl.common.job.status import Reason, Stage, Status
 from loractl.common.job.sweep import NewSweep
 from loractl.common.store.database import DatabaseError, make_engine
-from loractl.common.store.records import Claim, Progress, SpentLog, StoredCheckpoint
+from loractl.common.store.records import Claim, Delivery, Progress, SpentLog, StoredCheckpoint
 from loractl.common.store.schema import upgrade
 from loractl.common.store.store import Store
 from loractl.common.units import GIB
@@ -299,6 +300,25 @@ def test_a_sweep_is_submitted_by_one_role_and_thinned_out_by_the_other(person: S
     person.retry(claim.job_id, "ada")
     assert len(person.cancel_sweep(sweep_id, "ada")) == 2
     assert person.sweep(sweep_id).members[1].rungs[0].loss == 2.0
+
+
+def test_a_box_writes_and_sends_messages_and_a_person_writes_none(person: Store, box: Store, lab: Logins) -> None:
+    person.submit(submission(notify=["ops"]))
+    claim = take(box)
+    assert isinstance(claim, Claim)
+    box.finish(claim, Reason.OK, "better", Progress(), RESULT)
+    ops = (Channel(name="ops", kind="slack", lab=True),)
+    box.take_turn("box:0", 0, 0)
+    parcel = box.lease_message(ops, 90)
+    assert parcel is not None and parcel.subject == "tiny: better"
+    engine = make_engine(lab.person)
+    for forged in ("UPDATE outbox SET subject = 'x'", "DELETE FROM outbox"):
+        with pytest.raises(Forbidden), engine.begin() as connection:
+            connection.execute(text(forged))
+    engine.dispose()
+    with pytest.raises(Forbidden):
+        person.settle_message(parcel, Delivery(sent=True))
+    assert box.settle_message(parcel, Delivery(sent=True))
 
 
 def test_a_worker_cannot_submit_or_change_what_was_asked(person: Store, box: Store, lab: Logins) -> None:

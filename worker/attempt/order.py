@@ -10,6 +10,7 @@ from pathlib import Path
 from loractl.common.adapter_config import CONFIG, check_adapter_config
 from loractl.common.artifacts import WEIGHTS
 from loractl.common.binding import checkpoint_binding, result_binding
+from loractl.common.channel.channels import VARIABLES
 from loractl.common.errors import AdapterNotFound, ArtifactError, JobNotFound
 from loractl.common.files import remove_tree
 from loractl.common.job.ancestor import ancestor_job, misfits
@@ -30,7 +31,7 @@ from .workplace import Workplace
 
 log = logging.getLogger("loractl.worker")
 
-ADDRESSES = ("LORACTL_DATABASE_URL", "LORACTL_REDIS_URL", "LORACTL_ARTIFACTS_URL")
+ADDRESSES = ("LORACTL_DATABASE_URL", "LORACTL_REDIS_URL", "LORACTL_ARTIFACTS_URL", VARIABLES)
 """Variables with addresses and passwords of services. Any of AWS's and PostgreSQL's may hold one or point to it."""
 
 

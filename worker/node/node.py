@@ -33,6 +33,7 @@ from loractl.common.text import clean_text
 from loractl.worker.attempt.drain import Drain
 from loractl.worker.attempt.patience import Patience
 from loractl.worker.attempt.workplace import Workplace
+from loractl.worker.delivery.messenger import Messenger
 from loractl.worker.device.devices import Device, find_device
 from loractl.worker.device.occupancy import Watch
 from loractl.worker.storage.client import StoreClient
@@ -78,6 +79,7 @@ class DeviceNode:
         self._row = DeviceRow(self._place, watch, options, max_jobs=max_jobs, box=read_identity(settings))
         self._self_test = SelfTest(self._place, watch, lambda: self._monitor.look_soon())
         self._monitor = Monitor(self._place, self._row, devices=options.devices)
+        self._messenger = Messenger(self._place.store, settings)
         self._slots = Slots(self._place, watch, max_jobs, changed=self._changed, overheard=self._monitor.pass_on)
 
     def serve(self) -> None:
@@ -110,12 +112,14 @@ class DeviceNode:
         self._slots.start()
         self._monitor.start(self._slots)
         self._self_test.start()
+        self._messenger.start()
         try:
             self._consume(app)
         finally:
             self._shut_down()
             self._slots.close()
             self._monitor.stop()
+            self._messenger.stop()
             self._self_test.stop()
             self._lock.close()
 

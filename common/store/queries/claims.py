@@ -26,6 +26,7 @@ from ..tables import Attempt, Event, Job, Node
 from ..transaction import Transaction
 from .lines import read_levels, read_oldest
 from .nodes import read_cards, read_charges
+from .outbox.notices import tell_of_job
 from .sweeps import read_rungs
 
 if TYPE_CHECKING:
@@ -84,6 +85,7 @@ def _take(tx: Transaction, placed: Placement, node: Node, lease_s: float, now: d
     asked = _read(job)
     if isinstance(asked, str):
         set_aside(tx, job, asked, now)
+        tell_of_job(tx, job)
         return Left(nodes=frozenset())
     return _start(tx, job, asked, _begin(tx, job, placed, node, lease_s, now))
 

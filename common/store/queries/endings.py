@@ -30,6 +30,7 @@ from ..transaction import Transaction
 from .heartbeats import record
 from .need import need_more
 from .nodes import note_failure, note_success
+from .outbox.notices import tell_of_job
 
 AVOIDED_S = 1800.0
 """A job avoids what failed it for so long at most: then it takes the card rather than wait for a busy one."""
@@ -110,6 +111,7 @@ def _end_lost(tx: Transaction, job: Job, message: str, now: dt.datetime) -> None
     tx.session.execute(update(Attempt).where(own).values(ended_at=now, reason=Reason.WORKER_LOST, message=message))
     tx.session.refresh(job)
     tx.tell(job_id, attempt, Status.FAILED.value, text)
+    tell_of_job(tx, job)
 
 
 def _end_attempt(tx: Transaction, job: Job, reason: Reason, message: str, now: dt.datetime) -> None:
@@ -152,6 +154,7 @@ def _end_job(tx: Transaction, job: Job, reason: Reason, message: str, now: dt.da
         job.checkpoint = job.result_host = None  # the files are removed
     job.result_until = None
     tx.tell(job.job_id, job.attempt, job.status.value, message)
+    tell_of_job(tx, job)
 
 
 def _kept(job: Job) -> str:
@@ -186,6 +189,8 @@ def _requeue(tx: Transaction, job: Job, reason: Reason, message: str, now: dt.da
     if job.result_host is not None:
         job.result_until = (job.not_before or now) + dt.timedelta(seconds=RESULT_FIRST_S)
     tx.tell(job.job_id, job.attempt, "held" if job.held else "requeued", text)
+    if job.held:
+        tell_of_job(tx, job)
 
 
 def _avoid(job: Job, reason: Reason, now: dt.datetime) -> None:

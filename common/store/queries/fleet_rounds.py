@@ -10,6 +10,8 @@ import datetime as dt
 from ..records import FleetTurn
 from ..tables import FleetRound
 from ..transaction import Transaction
+from .outbox.deliveries import tidy
+from .outbox.notices import tell_of_silence
 
 _NAME = "leases"
 
@@ -31,4 +33,8 @@ def take_turn(tx: Transaction, node: str, lease_s: float, every_s: float, settle
     away = row is None or (now - row.at).total_seconds() > GAP * lease_s
     settled_at = now + dt.timedelta(seconds=settle_s) if row is None or away else row.settled_at
     tx.put(FleetRound, "name", {"name": _NAME, "node": node, "at": now, "settled_at": settled_at})
-    return FleetTurn(settling=0 < (settled_at - now).total_seconds() <= settle_s)
+    settling = 0 < (settled_at - now).total_seconds() <= settle_s
+    if not settling:
+        tell_of_silence(tx, now)
+    tidy(tx, now)
+    return FleetTurn(settling=settling)

@@ -22,6 +22,7 @@ from ..records import Arrival, BoxIdentity, NodeState
 from ..tables import DrainOrder, Job, LabFailure, Node, Use
 from ..transaction import Transaction
 from .lines import read_levels, read_oldest
+from .outbox.notices import tell_of_closure
 
 _CLOSING_LOCK = 0x10AC73  # any constant: names an advisory lock in PostgreSQL
 
@@ -181,6 +182,7 @@ def _close(tx: Transaction, job: Job, node: str, now: dt.datetime) -> None:
         return
     drain(tx, found.target, "loractl", found.reason)
     _forget_failures(tx, found.target)
+    tell_of_closure(tx, found.target, found.reason, now)
     tx.tell(job.job_id, job.attempt, "closed", f"{found.target} takes no more jobs: {found.reason}")
 
 

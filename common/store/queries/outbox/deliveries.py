@@ -1,0 +1,118 @@
+"""Messages on their way: leased to one sender at a time, tried again, settled, forgotten."""
+
+from __future__ import annotations
+
+import datetime as dt
+import random
+import uuid
+from collections.abc import Collection, Sequence
+
+from sqlalchemy import ColumnElement, Select, delete, or_, select, update
+
+from loractl.common.channel.channels import LAB, ME, Channel, channels_of
+
+from ...outbox import OutboxMessage
+from ...records import Delivery, Parcel
+from ...transaction import Transaction
+from .notices import write
+
+TRIES = 8
+"""Tries of a message, of which the first comes at once and the last about three hours later."""
+
+FIRST_PAUSE_S, MOST_PAUSE_S = 10.0, 3600.0
+"""After the first failure, and the most; each pause is four times the one before."""
+
+PATIENCE_S = 24 * 3600.0
+"""A message that no process has taken by then is given up: no configuration names its channel."""
+
+KEPT_S = 7 * 24 * 3600.0
+"""Settled messages are kept so long: they keep the same event from being told twice."""
+
+_AT_ONCE = 50
+
+
+def is_due(tx: Transaction, channels: Sequence[Channel]) -> bool:
+    mine = select(OutboxMessage.message_id).where(_concerns(channels)).where(*_open(tx.now())).limit(1)
+    return tx.session.scalar(mine) is not None
+
+
+def lease(tx: Transaction, channels: Sequence[Channel], lease_s: float) -> Parcel | None:
+    _pass_on(tx, channels)
+    names = [channel.name for channel in channels]
+    due = select(OutboxMessage).where(OutboxMessage.channel.in_(names))
+    row = tx.session.scalars(_taken(due, tx.now(), 1)).first()
+    if row is None:
+        return None
+    if row.tries >= TRIES:  # its senders were killed at each of them
+        _settle(tx, row, f"gave up after {row.tries} tries", told=True)
+        return None
+    row.token, row.tries = uuid.uuid4().hex, row.tries + 1
+    row.due_at = tx.now() + dt.timedelta(seconds=lease_s)
+    same = ("message_id", "channel", "token", "kind", "subject", "text", "job_id", "at", "tries")
+    return Parcel(**{name: getattr(row, name) for name in same})
+
+
+def settle(tx: Transaction, parcel: Parcel, delivery: Delivery) -> bool:
+    """Write what became of a try; False when the lease was another's by then."""
+    own = (OutboxMessage.message_id == parcel.message_id, OutboxMessage.token == parcel.token)
+    row = tx.session.scalars(select(OutboxMessage).where(*own).with_for_update()).first()
+    if row is None or row.settled_at is not None:
+        return False
+    if delivery.sent:
+        _settle(tx, row, "sent")
+    elif not delivery.again or row.tries >= TRIES:
+        _settle(tx, row, f"gave up after {row.tries} tries: {delivery.why}", told=True)
+    else:
+        row.token, row.outcome = None, delivery.why
+        row.due_at = tx.now() + dt.timedelta(seconds=_pause_s(row.tries, delivery.after_s))
+    return True
+
+
+def tidy(tx: Transaction, now: dt.datetime) -> None:
+    """Give up what no process takes, and forget what was settled long ago."""
+    old = select(OutboxMessage).where(OutboxMessage.at < now - dt.timedelta(seconds=PATIENCE_S))
+    for row in tx.session.scalars(_taken(old, now, _AT_ONCE)):
+        _settle(tx, row, "gave up: no worker's config.toml names this channel", told=True)
+    over = OutboxMessage.at < now - dt.timedelta(seconds=KEPT_S)
+    tx.session.execute(delete(OutboxMessage).where(over, OutboxMessage.settled_at.is_not(None)))
+
+
+def _pass_on(tx: Transaction, channels: Sequence[Channel]) -> None:
+    """Turn messages to `me` and to the lab into messages to the channels that these words mean here."""
+    words = select(OutboxMessage).where(OutboxMessage.channel.in_((ME, LAB)), _concerns(channels))
+    for row in tx.session.scalars(_taken(words, tx.now(), _AT_ONCE)):
+        of_lab = tuple(channel.name for channel in channels if channel.lab)
+        names = of_lab if row.channel == LAB else channels_of(channels, row.user)
+        write(tx, names, row.event, row.kind, row.job_id, row.user, (row.subject, row.text))
+        _settle(tx, row, "passed on")
+
+
+def _concerns(channels: Sequence[Channel]) -> ColumnElement[bool]:
+    users: Collection[str] = {user for channel in channels for user in channel.users}
+    mine = OutboxMessage.channel.in_([channel.name for channel in channels])
+    me = (OutboxMessage.channel == ME) & OutboxMessage.user.in_(users)
+    if any(channel.lab for channel in channels):
+        return or_(mine, me, OutboxMessage.channel == LAB)
+    return or_(mine, me)
+
+
+def _open(now: dt.datetime) -> tuple[ColumnElement[bool], ColumnElement[bool]]:
+    return (OutboxMessage.settled_at.is_(None), OutboxMessage.due_at <= now)
+
+
+def _taken(query: Select[OutboxMessage], now: dt.datetime, most: int) -> Select[OutboxMessage]:
+    oldest = query.where(*_open(now)).order_by(OutboxMessage.due_at, OutboxMessage.message_id)
+    return oldest.limit(most).with_for_update(skip_locked=True)
+
+
+def _settle(tx: Transaction, row: OutboxMessage, outcome: str, *, told: bool = False) -> None:
+    """Nothing more becomes of a message. `told`: in its job's history, too."""
+    own = OutboxMessage.message_id == row.message_id
+    tx.session.execute(update(OutboxMessage).where(own).values(settled_at=tx.now(), outcome=outcome, token=None))
+    if told and row.job_id is not None:
+        tx.tell(row.job_id, None, "notify", f"message {row.message_id} to channel {row.channel}: {outcome}")
+
+
+def _pause_s(tries: int, asked_s: float | None) -> float:
+    own = min(MOST_PAUSE_S, FIRST_PAUSE_S * 4.0 ** (tries - 1)) * random.uniform(0.8, 1.2)  # noqa: S311  spreads tries
+    return own if asked_s is None else max(own, min(MOST_PAUSE_S, asked_s))

@@ -1,0 +1,254 @@
+"""The outbox: what is told to whom, once an event and channel, leased to one sender at a time."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+from sqlalchemy import Engine, select
+
+from loractl.common.channel.channels import Channel
+from loractl.common.job.status import LAB_FAILURE_LIMIT, LAB_RETRY_DELAY_S, Reason, Status
+from loractl.common.job.sweep import NewSweep
+from loractl.common.store.outbox import OutboxMessage
+from loractl.common.store.queries.outbox.deliveries import KEPT_S, MOST_PAUSE_S, PATIENCE_S, TRIES
+from loractl.common.store.records import Claim, Delivery, Parcel, Progress
+from loractl.common.store.store import Store
+from loractl.common.units import GIB
+
+from ...factories import RESULT, Clock, node_state, submission, take
+from .test_fleet_rounds import postgres_engine, turn
+
+__all__ = ["postgres_engine"]
+
+LEASE_S = 90.0
+OPS = Channel(name="ops", kind="slack")
+ADA = Channel(name="ada-mail", kind="mail", users=frozenset({"ada"}))
+LAB = Channel(name="lab-chat", kind="slack", lab=True)
+SENT = Delivery(sent=True)
+AWAY = Delivery(again=True, why="HTTP 500")
+
+
+def due(store: Store, *channels: Channel) -> Parcel | None:
+    return store.lease_message(channels, LEASE_S)
+
+
+def all_due(store: Store, *channels: Channel) -> list[tuple[str, str]]:
+    """Channel and subject of all that is due, each marked as sent."""
+    got = []
+    while (parcel := due(store, *channels)) is not None:
+        assert store.settle_message(parcel, SENT)
+        got.append((parcel.channel, parcel.subject))
+    return sorted(got)
+
+
+def end(store: Store, reason: Reason, message: str = "because") -> Claim:
+    claim = take(store)
+    assert isinstance(claim, Claim)
+    store.finish(claim, reason, message, Progress(), RESULT if reason is Reason.OK else None)
+    return claim
+
+
+def notes(store: Store, job_id: int) -> list[str]:
+    return [event.text for event in store.events(job_id) if event.kind == "notify"]
+
+
+def test_a_result_is_told_to_each_channel_once_and_says_it_in_the_subject(store: Store) -> None:
+    store.submit(submission(name="triage-r32", notify=["ops", "me", "ada-mail"]))
+    end(store, Reason.OK, "better, loss 4.49 -> 0.25")
+    said = "triage-r32: better, loss 4.49 -> 0.25"
+    assert all_due(store, LAB) == [], "a process sends to the channels of its own configuration alone"
+    assert all_due(store, OPS, ADA) == [("ada-mail", said), ("ops", said)], "me and ada-mail are one here"
+    assert all_due(store, OPS, ADA) == []
+
+
+def test_who_names_no_channel_is_told_nothing_and_a_cancelled_job_neither(store: Store) -> None:
+    store.submit(submission(notify=[]))
+    store.submit(submission())
+    store.cancel(store.submit(submission(notify=["ops"])), "ada")
+    for _ in range(2):
+        end(store, Reason.OK)
+    assert all_due(store, OPS, ADA, LAB) == []
+
+
+def test_a_retried_attempt_is_silent_and_the_failure_for_good_is_told(timed: Store, clock: Clock) -> None:
+    timed.submit(submission(name="tiny", notify=["ops"], max_retries=1))
+    end(timed, Reason.TRAINER_ERROR, "exit status 1")
+    assert all_due(timed, OPS) == []
+    clock.forward(3600)
+    end(timed, Reason.TRAINER_ERROR, "exit status 1")
+    assert all_due(timed, OPS) == [("ops", "tiny: failed (trainer_error), exit status 1")]
+
+
+def test_a_job_that_is_held_and_a_card_that_is_closed_are_told(timed: Store, clock: Clock) -> None:
+    timed.submit(submission(name="tiny", notify=["ops"], preemptible=True))
+    for number in range(LAB_FAILURE_LIMIT):
+        end_on = f"box{number}:0"
+        claim = take(timed, node=end_on)
+        assert isinstance(claim, Claim)
+        timed.finish(claim, Reason.GPU_ERROR, "Xid 79", Progress())
+        clock.forward(LAB_RETRY_DELAY_S)
+    ((channel, subject),) = all_due(timed, OPS)
+    assert channel == "ops" and subject.startswith("tiny: held, its card failed")
+
+
+def test_a_closed_card_is_told_to_the_lab(timed: Store, clock: Clock) -> None:
+    timed.see_node(node_state("b:0", total=96 * GIB))
+    for user in ("ada", "bob"):
+        timed.submit(submission(user=user))
+        timed.see_node(node_state("a:0", total=96 * GIB))
+        claim = timed.claim("a:0", distrusted=frozenset({"b:0"}))
+        assert isinstance(claim, Claim)
+        timed.finish(claim, Reason.GPU_ERROR, "Xid 79", Progress())
+    assert "a:0" in timed.drains()
+    ((channel, subject),) = all_due(timed, LAB)
+    assert channel == "lab-chat" and subject.startswith("a:0: closed, ")
+
+
+def test_a_box_that_falls_silent_is_told_once_and_again_when_it_came_back_and_fell_silent(
+    timed: Store, clock: Clock
+) -> None:
+    def go_on(seconds: int) -> None:
+        for _ in range(seconds // 5):
+            clock.forward(5)
+            timed.see_node(node_state("living:0"))
+            turn(timed)
+
+    for node in ("gone:0", "gone:1"):
+        timed.see_node(node_state(node))
+    go_on(150)
+    assert all_due(timed, LAB) == [("lab-chat", "gone: silent since 2026-01-14 12:00 UTC")]
+    timed.see_node(node_state("gone:0"))
+    go_on(100)
+    again = [subject for _, subject in all_due(timed, LAB)]
+    assert again == ["gone: silent since 2026-01-14 12:02 UTC", "gone:1: silent since 2026-01-14 12:00 UTC"]
+
+
+def test_a_box_that_stops_in_order_is_told_to_nobody(timed: Store, clock: Clock) -> None:
+    timed.see_node(node_state("gone:0"))
+    timed.forget_node("gone:0")
+    for _ in range(40):
+        clock.forward(5)
+        turn(timed)
+    assert all_due(timed, LAB) == []
+
+
+def test_a_sweep_is_one_message_when_its_last_member_has_ended(store: Store) -> None:
+    sweep = NewSweep(name="grid", user="ada", varied={})
+    store.submit_sweep(sweep, [submission(notify=["ops"], max_retries=0) for _ in range(3)])
+    end(store, Reason.OK)
+    end(store, Reason.TRAINER_ERROR)
+    assert all_due(store, OPS) == []
+    end(store, Reason.OK)
+    assert all_due(store, OPS) == [("ops", "grid: sweep 1 is over, 2 of 3 succeeded")]
+
+
+def test_the_last_two_members_that_end_at_once_tell_of_the_sweep_once(postgres_engine: Engine) -> None:
+    store = Store(postgres_engine)
+    for _ in range(5):
+        members = [submission(user=user, notify=["ops"]) for user in ("ada", "bob")]
+        store.submit_sweep(NewSweep(name="grid", user="ada", varied={}), members)
+        claims = [take(store), take(store)]
+        start = threading.Barrier(2)
+
+        def finish(claim: object, start: threading.Barrier = start) -> None:
+            assert isinstance(claim, Claim)
+            start.wait()
+            store.finish(claim, Reason.OK, "fine", Progress(), RESULT)
+
+        threads = [threading.Thread(target=finish, args=(claim,)) for claim in claims]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(all_due(store, OPS)) == 1
+
+
+def test_a_message_has_one_sender_and_another_one_with_the_same_id_when_that_is_lost(
+    timed: Store, clock: Clock
+) -> None:
+    timed.submit(submission(notify=["ops"]))
+    end(timed, Reason.OK)
+    first = due(timed, OPS)
+    assert first is not None
+    clock.forward(LEASE_S - 1)
+    assert due(timed, OPS) is None
+    clock.forward(2)
+    second = due(timed, OPS)
+    assert second is not None
+    assert (second.message_id, second.tries) == (first.message_id, 2)
+    assert timed.settle_message(first, SENT) is False, "its lease is over"
+    assert timed.settle_message(second, SENT)
+    assert due(timed, OPS) is None
+
+
+def test_pauses_grow_the_receiver_s_own_counts_and_after_eight_tries_the_history_says_so(
+    timed: Store, clock: Clock
+) -> None:
+    job_id = timed.submit(submission(notify=["ops"]))
+    end(timed, Reason.OK)
+    pauses = []
+    for number in range(TRIES):
+        parcel = due(timed, OPS)
+        assert parcel is not None
+        timed.settle_message(parcel, Delivery(again=True, why="HTTP 429", after_s=30.0) if number == 0 else AWAY)
+        began = clock.now
+        while (
+            number < TRIES - 1 and not timed.lease_message((Channel(name="x", kind="slack"),), 1) and not _is_due(timed)
+        ):
+            clock.forward(5)
+        pauses.append((clock.now - began).total_seconds())
+    assert 30 <= pauses[0] <= 35
+    assert pauses[:3] == sorted(pauses[:3]) and max(pauses) <= 1.2 * MOST_PAUSE_S + 5
+    clock.forward(PATIENCE_S)
+    assert due(timed, OPS) is None
+    (note,) = notes(timed, job_id)
+    assert note.endswith("to channel ops: gave up after 8 tries: HTTP 500")
+
+
+def _is_due(store: Store) -> bool:
+    with store._read() as tx:
+        now = tx.now()
+        return any(row.due_at <= now for row in tx.session.scalars(select(OutboxMessage)))
+
+
+def test_what_another_try_can_t_help_is_given_up_at_once(timed: Store) -> None:
+    job_id = timed.submit(submission(notify=["ops"]))
+    end(timed, Reason.OK)
+    parcel = due(timed, OPS)
+    assert parcel is not None
+    timed.settle_message(parcel, Delivery(why="HTTP 410"))
+    assert due(timed, OPS) is None
+    assert notes(timed, job_id) == [f"message {parcel.message_id} to channel ops: gave up after 1 tries: HTTP 410"]
+
+
+def test_a_message_to_a_channel_that_nobody_has_is_given_up_after_a_day_and_forgotten_after_a_week(
+    timed: Store, clock: Clock
+) -> None:
+    job_id = timed.submit(submission(notify=["nobodys", "me"]))
+    end(timed, Reason.OK)
+    clock.forward(PATIENCE_S + 1)
+    turn(timed)
+    assert len(notes(timed, job_id)) == 2
+    assert "no worker's config.toml names this channel" in notes(timed, job_id)[0]
+    clock.forward(KEPT_S)
+    turn(timed)
+    with timed._read() as tx:
+        assert tx.session.scalars(select(OutboxMessage)).all() == []
+
+
+@pytest.mark.parametrize("notify", [["ops", 7, "a\r\nb"], "ops", {"a": 1}, None], ids=str)
+def test_a_spec_that_names_channels_in_a_wrong_form_does_not_keep_its_job_from_ending(
+    store: Store, notify: object
+) -> None:
+    job_id = store.submit(submission(notify=["ops"]))
+    claim = take(store)
+    assert isinstance(claim, Claim)
+    with store._write() as tx:
+        from loractl.common.store.tables import Job
+
+        job = tx.session.get(Job, job_id)
+        assert job is not None
+        job.spec = {**job.spec, "notify": notify}
+    assert store.finish(claim, Reason.OK, "fine", Progress(), RESULT) is Status.SUCCEEDED
+    assert len(all_due(store, OPS)) == (1 if isinstance(notify, list) else 0)

@@ -1,0 +1,100 @@
+"""The thread of a node that sends what is due on the channels of its box, one message at a time.
+
+A message is sent at least once: a sender that dies between sending and writing so leaves a lease that ends, and the
+message goes out again with the same id.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+
+from loractl.common.channel.channels import Channel
+from loractl.common.errors import ServiceUnreachable
+from loractl.common.settings import Settings
+from loractl.common.store.database import REFUSALS, outage, told_by
+from loractl.common.store.records import Delivery, Parcel
+from loractl.common.store.store import Store
+
+from .deadline import DEADLINE_S
+from .forms import http_message
+from .post import send_mail
+from .program import run_program
+from .web import post
+
+log = logging.getLogger("loractl.worker")
+
+LOOK_S = 2.0
+"""How often a node looks for messages that are due."""
+
+LEASE_S = 90.0
+"""How long a message is one sender's: longer than a try takes, name and every address of the receiver included."""
+
+STOP_S = 5.0
+"""A stopping node waits so long for a try; a message that is cut off goes out again elsewhere."""
+
+
+class Messenger:
+    """Looks and sends until it is stopped. Without channels it does nothing."""
+
+    def __init__(self, store: Store, settings: Settings, *, lease_s: float = LEASE_S, look_s: float = LOOK_S) -> None:
+        self._store = store
+        self._channels = {channel.name: channel for channel in settings.channels if not channel.missing}
+        self._missing = {channel.name: channel.missing for channel in settings.channels if channel.missing}
+        self._lease_s, self._look_s = lease_s, look_s
+        self._stopped = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        for name, variable in self._missing.items():
+            log.warning("channel %s gets no messages from here: %s is not set", name, variable)
+        if self._channels:
+            self._thread = threading.Thread(target=self._run, name="messenger", daemon=True)
+            self._thread.start()
+
+    def stop(self) -> None:
+        self._stopped.set()
+        if self._thread is not None:
+            self._thread.join(timeout=STOP_S)
+
+    def send_due(self) -> bool:
+        """Try the oldest message that is due; False when there is none."""
+        parcel = self._store.lease_message(tuple(self._channels.values()), self._lease_s)
+        if parcel is None:
+            return False
+        delivery = deliver(self._channels[parcel.channel], parcel)
+        if not delivery.sent:
+            log.warning(
+                "message %s to channel %s, try %s: %s", parcel.message_id, parcel.channel, parcel.tries, delivery.why
+            )
+        self._store.settle_message(parcel, delivery)
+        return True
+
+    def _run(self) -> None:
+        while not self._stopped.is_set():
+            if not self._tried():
+                self._stopped.wait(self._look_s)
+
+    def _tried(self) -> bool:
+        """Whether a message was tried, so that the next one follows at once. What fails here ends no node."""
+        try:
+            return self.send_due()
+        except ServiceUnreachable as error:
+            log.debug("%s", error.sentence)  # the monitor says so, too
+        except REFUSALS as error:
+            if outage(error) is None:
+                log.exception("messages: the database refuses it: %s", told_by(error))
+        except Exception:
+            # a thread that ended silently would send nothing until the node is started again
+            log.exception("a message could not be sent")
+        return False
+
+
+def deliver(channel: Channel, parcel: Parcel, deadline_s: float = DEADLINE_S) -> Delivery:
+    """One try on a channel, in bounded time."""
+    if channel.kind == "mail":
+        return send_mail(channel, parcel, deadline_s)
+    if channel.kind == "command":
+        return run_program(channel, parcel, deadline_s)
+    return post(http_message(channel, parcel, time.time()), deadline_s)
