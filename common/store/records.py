@@ -314,3 +314,13 @@ class Delivery:
     again: bool = False
     why: str = ""  # in our words, never the receiver's
     after_s: float | None = None  # the receiver asks for so long a pause
+
+
+@dataclass(frozen=True, kw_only=True)
+class StuckMessages:
+    """Messages to one channel that nobody takes (no outcome), or that were given up."""
+
+    channel: str
+    count: int
+    at: dt.datetime  # when the oldest of those that wait was written; of the others the last was given up
+    outcome: str | None

@@ -11,7 +11,8 @@ from loractl.common.errors import SweepNotFound
 from loractl.common.job.status import Status
 
 from .queries import jobs, sweeps
-from .records import CoursePoint, JobCount, Page, PastRun
+from .queries.outbox import deliveries
+from .records import CoursePoint, JobCount, Page, PastRun, StuckMessages
 from .retention import RetentionStore
 from .tables import Job, LogChunk, Sweep, Use
 
@@ -61,6 +62,11 @@ class ViewStore(RetentionStore):
         """When the oldest job that could be claimed now was submitted; None: there is none."""
         with self._read() as tx:
             return tx.session.scalar(jobs.oldest_ready(tx.now()))
+
+    def stuck_messages(self) -> list[StuckMessages]:
+        """Messages that no process takes, and those that were given up within a day, by channel."""
+        with self._read() as tx:
+            return deliveries.read_stuck(tx)
 
     def runs(self, since: dt.datetime, until: dt.datetime) -> list[PastRun]:
         """The attempts that began or ended after `since`, up to `until`."""

@@ -28,7 +28,7 @@ from ..unit.factories import node_state
 
 pytestmark = pytest.mark.cold
 
-LAB = ("settings", "database", "revision", "clock", "queue", "store", "disk", "models", "boxes", "cards")
+LAB = ("settings", "database", "revision", "clock", "queue", "store", "disk", "models", "boxes", "messages", "cards")
 PASSWORD = "bird-8215-%2F-song"
 
 
@@ -57,7 +57,7 @@ def test_a_home_before_its_first_job_and_after_and_nothing_stays(cli: Cli, home:
     fresh = checks(cli)
     assert tuple(fresh) == LAB
     assert levels(fresh) | {"disk": "?"} == dict.fromkeys(LAB, "ok") | {"disk": "?"} | dict.fromkeys(
-        ("database", "revision", "clock", "boxes"), "skipped"
+        ("database", "revision", "clock", "boxes", "messages"), "skipped"
     )
     assert not (home / "loractl.db").exists() and not (home / "run" / "valkey.sock").exists()
     assert "it needs no self-test" in fresh["cards"][0]["sentence"]
@@ -142,8 +142,16 @@ def test_boxes_of_other_versions_silent_ones_and_closed_cards_are_named(cli: Cli
         store.see_node(state)
     with engine.begin() as connection:
         connection.execute(text("UPDATE nodes SET seen_at = datetime('now', '-2 hours') WHERE node = 'wren:0'"))
+        columns = "message_id, event, channel, user, kind, subject, text, at, due_at"
+        values = "'msg_1', 'e', 'ops', 'ada', 'job.failed', 's', 't', :at, :at"
+        message = text(f"INSERT INTO outbox ({columns}) VALUES ({values})")
+        connection.execute(message, {"at": "2026-01-14 12:00:00.000000"})
     engine.dispose()
-    told = {line["sentence"]: line for line in checks(cli)["boxes"]}
+    found = checks(cli)
+    (stuck,) = found["messages"]
+    assert stuck["level"] == "warning"
+    assert stuck["sentence"] == "1 message to channel ops, due since 2026-01-14 12:00 UTC: no worker has that channel"
+    told = {line["sentence"]: line for line in found["boxes"]}
     assert told.pop(f"finch: loractl {__version__}, 1 card")["level"] == "ok"
     assert {line["level"] for line in told.values()} == {"warning"}
     heron, owl, torch, wren = sorted(told)

@@ -15,6 +15,7 @@ from loractl.common.settings import Settings, load_settings
 
 from .box import see_cards, see_disk, see_models
 from .condition import Condition, Diagnosis, Level, broken, failed, fine, skipped
+from .messages import see_messages
 from .services import see_boxes, see_clock, see_database, see_queue, see_revision, see_store
 
 PATIENCE_S = 10.0
@@ -43,6 +44,7 @@ CHECKS = (
     Check(name="disk", look=see_disk),
     Check(name="models", look=see_models),
     Check(name="boxes", look=see_boxes, needs="revision"),
+    Check(name="messages", look=see_messages, needs="revision"),
     Check(name="cards", look=see_cards, least_s=CARDS_S),
 )
 

@@ -7,12 +7,12 @@ import random
 import uuid
 from collections.abc import Collection, Sequence
 
-from sqlalchemy import ColumnElement, Select, delete, or_, select, update
+from sqlalchemy import ColumnElement, Select, delete, func, or_, select, update
 
 from loractl.common.channel.channels import LAB, ME, Channel, channels_of
 
 from ...outbox import OutboxMessage
-from ...records import Delivery, Parcel
+from ...records import Delivery, Parcel, StuckMessages
 from ...transaction import Transaction
 from .notices import write
 
@@ -27,6 +27,9 @@ PATIENCE_S = 24 * 3600.0
 
 KEPT_S = 7 * 24 * 3600.0
 """Settled messages are kept so long: they keep the same event from being told twice."""
+
+LATE_S = 300.0
+"""A message that is due for so long and was never tried is in nobody's hands."""
 
 _AT_ONCE = 50
 
@@ -75,6 +78,25 @@ def tidy(tx: Transaction, now: dt.datetime) -> None:
         _settle(tx, row, "gave up: no worker's config.toml names this channel", told=True)
     over = OutboxMessage.at < now - dt.timedelta(seconds=KEPT_S)
     tx.session.execute(delete(OutboxMessage).where(over, OutboxMessage.settled_at.is_not(None)))
+
+
+def read_stuck(tx: Transaction) -> list[StuckMessages]:
+    """By channel, those that nobody has to have are left out: to the lab each event is written."""
+    now, named = tx.now(), OutboxMessage.channel != LAB
+    late = OutboxMessage.due_at <= now - dt.timedelta(seconds=LATE_S)
+    columns = (OutboxMessage.channel, func.count(), func.min(OutboxMessage.at))
+    waits = select(*columns).where(OutboxMessage.settled_at.is_(None), OutboxMessage.tries == 0, late, named)
+    lately = OutboxMessage.settled_at > now - dt.timedelta(seconds=PATIENCE_S)
+    over = (lately, OutboxMessage.outcome.startswith("gave up"), named)
+    ended = (func.max(OutboxMessage.settled_at), func.max(OutboxMessage.outcome))
+    gone = select(OutboxMessage.channel, func.count(), *ended).where(*over)
+    channel = OutboxMessage.channel
+    waiting = tx.session.execute(waits.group_by(channel).order_by(channel))
+    given_up = tx.session.execute(gone.group_by(channel).order_by(channel))
+    return [
+        *(StuckMessages(channel=name, count=count, at=at, outcome=None) for name, count, at in waiting),
+        *(StuckMessages(channel=name, count=count, at=at, outcome=said) for name, count, at, said in given_up if at),
+    ]
 
 
 def _pass_on(tx: Transaction, channels: Sequence[Channel]) -> None:

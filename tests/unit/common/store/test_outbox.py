@@ -11,7 +11,7 @@ from loractl.common.channel.channels import Channel
 from loractl.common.job.status import LAB_FAILURE_LIMIT, LAB_RETRY_DELAY_S, Reason, Status
 from loractl.common.job.sweep import NewSweep
 from loractl.common.store.outbox import OutboxMessage
-from loractl.common.store.queries.outbox.deliveries import KEPT_S, MOST_PAUSE_S, PATIENCE_S, TRIES
+from loractl.common.store.queries.outbox.deliveries import KEPT_S, LATE_S, MOST_PAUSE_S, PATIENCE_S, TRIES
 from loractl.common.store.records import Claim, Delivery, Parcel, Progress
 from loractl.common.store.store import Store
 from loractl.common.units import GIB
@@ -22,6 +22,7 @@ from .test_fleet_rounds import postgres_engine, turn
 __all__ = ["postgres_engine"]
 
 LEASE_S = 90.0
+NOBODY_S = "gave up: no worker's config.toml names this channel"
 OPS = Channel(name="ops", kind="slack")
 ADA = Channel(name="ada-mail", kind="mail", users=frozenset({"ada"}))
 LAB = Channel(name="lab-chat", kind="slack", lab=True)
@@ -227,8 +228,15 @@ def test_a_message_to_a_channel_that_nobody_has_is_given_up_after_a_day_and_forg
 ) -> None:
     job_id = timed.submit(submission(notify=["nobodys", "me"]))
     end(timed, Reason.OK)
+    assert timed.stuck_messages() == [], "a worker may take them in a moment"
+    clock.forward(LATE_S)
+    assert [(pile.channel, pile.count, pile.outcome) for pile in timed.stuck_messages()] == [
+        ("me", 1, None),
+        ("nobodys", 1, None),
+    ]
     clock.forward(PATIENCE_S + 1)
     turn(timed)
+    assert {pile.outcome for pile in timed.stuck_messages()} == {NOBODY_S}
     assert len(notes(timed, job_id)) == 2
     assert "no worker's config.toml names this channel" in notes(timed, job_id)[0]
     clock.forward(KEPT_S)
