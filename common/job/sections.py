@@ -25,6 +25,7 @@ from pydantic import (
 from pydantic_core import PydanticKnownError
 
 from loractl.common.adapter_config import is_module_name
+from loractl.common.channel.channels import LAB
 from loractl.common.errors import UsageError
 from loractl.common.module_pattern import ModulePattern
 from loractl.common.units import parse_duration, parse_size
@@ -159,6 +160,12 @@ def _adapter_name(value: Any) -> str:
     return text
 
 
+def _channel_name(text: str) -> str:
+    if text == LAB:
+        raise ValueError("means those who hear of boxes and cards, not of jobs; name a channel, or me")
+    return text
+
+
 def _task_name(text: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._()+-]{0,127}", text):
         raise ValueError("is no task's name; a job gives lm_eval names alone, never a path")
@@ -182,6 +189,7 @@ Size = Annotated[int, BeforeValidator(parse_size)]
 Duration = Annotated[float, BeforeValidator(parse_duration), Field(le=3650 * 86400)]  # dates end somewhere
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
 AdapterName = Annotated[str, BeforeValidator(_adapter_name)]
+ChannelName = Annotated[Name, AfterValidator(_channel_name)]
 TaskName = Annotated[str, AfterValidator(_task_name)]
 
 

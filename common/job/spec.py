@@ -13,6 +13,7 @@ from .need import permitted_methods
 from .sections import (
     AS_WRITTEN,
     CLASSIFIED,
+    ChannelName,
     DataFormat,
     DatasetSpec,
     Duration,
@@ -55,7 +56,7 @@ class JobSpec(Section):
     labels: dict[Annotated[Printable, Field(max_length=64)], Annotated[Printable, Field(max_length=256)]] = Field(
         default_factory=dict, max_length=32
     )
-    notify: list[Name] | None = Field(None, max_length=8)
+    notify: list[ChannelName] | None = Field(None, max_length=8)
     """Channels of the lab to tell when it ends or is held, by name; me: the user's own. null: the user's setting."""
 
     @model_validator(mode="before")

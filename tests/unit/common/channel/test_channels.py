@@ -5,9 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from loractl.common.errors import UsageError
 from loractl.common.settings import load_settings
+
+from ...factories import spec
 
 KEY = "whsec_" + "a2tr" * 8
 
@@ -105,3 +108,10 @@ def test_what_is_wrong_is_named_and_no_value_repeated(tmp_path: Path, table: str
         load(tmp_path, table)
     assert message in caught.value.sentence
     assert "S3CRET" not in caught.value.sentence + (caught.value.hint or "")
+
+
+@pytest.mark.parametrize("names", [["lab"], ["https://lab.example/x"], ["ops\nBcc: x"], ["a"] * 9], ids=str)
+def test_a_job_names_channels_and_nothing_else(names: list[str]) -> None:
+    with pytest.raises(ValidationError):
+        spec(notify=names)
+    assert spec(notify=["me", "ops"]).notify == ["me", "ops"]
