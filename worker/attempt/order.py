@@ -34,6 +34,9 @@ log = logging.getLogger("loractl.worker")
 ADDRESSES = ("LORACTL_DATABASE_URL", "LORACTL_REDIS_URL", "LORACTL_ARTIFACTS_URL", VARIABLES)
 """Variables with addresses and passwords of services. Any of AWS's and PostgreSQL's may hold one or point to it."""
 
+CELERY_S = ("CELERY_", "celery_", "_MP_FORK_")
+"""What Celery writes into its process's environment once it consumes: a trainer has no use for it."""
+
 
 def prepare(place: Workplace, state: AttemptState) -> Start:
     """Fetch the data and write the trainer's order."""
@@ -118,13 +121,15 @@ def _require_space(place: Workplace, folder: Path, needed: int) -> None:
 
 def environment(place: Workplace, claim: Claim) -> dict[str, str]:
     """The trainer's environment: its device alone, its share of the cores, and no address or password of a service."""
-    return {
-        **bare_environment(place, str(claim.job_id)),
-        CARD_VARIABLE: card_mark(place.settings, place.node),
-        RUN_VARIABLE: run_mark(claim.token),
-        "TOKENIZERS_PARALLELISM": "false",
-        "PYTHONUNBUFFERED": "1",
-    }
+    return {**common_environment(place), JOB_VARIABLE: str(claim.job_id), RUN_VARIABLE: run_mark(claim.token)}
+
+
+def common_environment(place: Workplace) -> dict[str, str]:
+    """What is the same in the environments of all trainers on the device: no job and no attempt is named."""
+    bare = bare_environment(place, "")
+    del bare[JOB_VARIABLE]
+    card = card_mark(place.settings, place.node)
+    return {**bare, CARD_VARIABLE: card, "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
 
 
 def bare_environment(place: Workplace, name: str) -> dict[str, str]:
@@ -134,7 +139,7 @@ def bare_environment(place: Workplace, name: str) -> dict[str, str]:
 
 def device_environment(device: Device, name: str, threads: int) -> dict[str, str]:
     """The environment of a process on the device that is counted as ours, under this name in place of a job's."""
-    hidden = (*ADDRESSES, "AWS_", "PG")
+    hidden = (*ADDRESSES, *CELERY_S, "AWS_", "PG")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(hidden)}
     owner_s_own = kept.keys() & {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}
     if device.trains_on == "cuda" and not owner_s_own:

@@ -14,9 +14,9 @@ from collections.abc import Iterator, Sequence
 from typing import IO, Any
 
 from loractl.common.job.status import Reason
-from loractl.worker.device.occupancy import RUN_VARIABLE, end_leftovers
+from loractl.worker.device.occupancy import end_leftovers
 from loractl.worker.protocol.card_error import last_card_error
-from loractl.worker.protocol.messages import Start, Stop, Told, decode_told, encode
+from loractl.worker.protocol.messages import Start, Stop, Take, Told, decode_told, encode
 
 from .log import Sink, read_log
 
@@ -58,7 +58,7 @@ def exit_reason(
     return {"reason": Reason.TRAINER_ERROR, "message": f"the trainer ended without a result ({how})"}
 
 
-def send(pipe: IO[str], message: Start | Stop) -> None:
+def send(pipe: IO[str], message: Start | Stop | Take) -> None:
     """Write an order; a trainer that has ended is noticed elsewhere, by its exit status."""
     try:
         pipe.write(encode(message))
@@ -92,17 +92,10 @@ def kill(trainer: subprocess.Popen[str]) -> None:
         log.error("process %s, a trainer, was killed and does not end: it waits in the kernel", trainer.pid)
 
 
-@contextlib.contextmanager
-def running(
-    module: str, environment: dict[str, str], start: Start, log_file: IO[str], book: Sink
-) -> Iterator[tuple[subprocess.Popen[str], queue.SimpleQueue[Told | str]]]:
-    """Run a trainer with its order: the process, and the queue of what it tells. On exit all its processes end.
-
-    It is `python -m MODULE`. It ends with its stdin, and so with this process.
-    """
-    told: queue.SimpleQueue[Told | str] = queue.SimpleQueue()
-    trainer = subprocess.Popen(
-        [sys.executable, "-m", module],
+def launch(module: str, environment: dict[str, str], *arguments: str) -> subprocess.Popen[str]:
+    """Start `python -m MODULE`. It ends with its stdin, and so with this process."""
+    return subprocess.Popen(
+        [sys.executable, "-m", module, *arguments],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -111,6 +104,14 @@ def running(
         start_new_session=True,
         env=environment,
     )
+
+
+@contextlib.contextmanager
+def running(
+    trainer: subprocess.Popen[str], run: str, start: Start, log_file: IO[str], book: Sink
+) -> Iterator[tuple[subprocess.Popen[str], queue.SimpleQueue[Told | str]]]:
+    """Read what a trainer says: the process, and the queue of what it tells. On exit all processes of the run end."""
+    told: queue.SimpleQueue[Told | str] = queue.SimpleQueue()
     assert trainer.stdin and trainer.stdout and trainer.stderr
     readers = [
         threading.Thread(target=read_messages, args=(trainer.stdout, told, start.job_id), daemon=True),
@@ -122,7 +123,7 @@ def running(
         yield trainer, told
     finally:
         kill(trainer)
-        end_leftovers(environment[RUN_VARIABLE])  # a process that holds the pipes open would make the readers wait
+        end_leftovers(run)  # a process that holds the pipes open would make the readers wait
         for reader in readers:
             reader.join(timeout=5)
 

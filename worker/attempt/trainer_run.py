@@ -11,13 +11,14 @@ from pathlib import Path
 
 from loractl.common.job.adjustment import Adjustment, in_words, next_adjustment
 from loractl.common.job.status import Reason, Stage
+from loractl.worker.device.occupancy import RUN_VARIABLE
 from loractl.worker.protocol.messages import Ended, Start, Told
 
 from .checkpoint_upload import CheckpointUpload
 from .heartbeat import beat
 from .log import LOG_FILE
 from .order import environment
-from .process import exit_reason, running, send
+from .process import exit_reason, launch, running, send
 from .state import AttemptState
 from .stops import ask_to_stop, must_leave, wanted_stop
 from .workplace import Workplace
@@ -52,9 +53,12 @@ def train(place: Workplace, state: AttemptState, start: Start) -> None:
 def _run(place: Workplace, state: AttemptState, start: Start, upload: CheckpointUpload) -> None:
     """Start a trainer and stay with it until it has ended."""
     state.say(Stage.PREPARING, f"starts the trainer on {place.node}")
+    own = environment(place, state.claim)
+    spare = None if place.spares is None else place.spares.take(own)
+    process = launch(place.settings.trainer, own) if spare is None else spare
     with (
         (state.folder / LOG_FILE).open("a", encoding="utf-8") as log_file,
-        running(place.settings.trainer, environment(place, state.claim), start, log_file, state.log) as (trainer, told),
+        running(process, own[RUN_VARIABLE], start, log_file, state.log) as (trainer, told),
     ):
         state.trainer, state.pids = trainer, state.pids | {trainer.pid}
         assert trainer.stdin

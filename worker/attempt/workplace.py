@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 from loractl.common.settings import Settings
 from loractl.common.store.store import Store
@@ -21,6 +24,19 @@ BEATS_A_LEASE = 6
 """The least number of beats in a lease: one or two may be late."""
 
 
+class SpareSource(Protocol):
+    """Who may have a trainer that has its imports behind it."""
+
+    @property
+    def marks(self) -> frozenset[str]:
+        """Marks of processes that are no attempt's and no stray."""
+        ...
+
+    def take(self, environment: Mapping[str, str]) -> subprocess.Popen[str] | None:
+        """A trainer with this environment that now waits for its order; None: start one."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class Workplace:
     """One device with its services."""
@@ -32,6 +48,7 @@ class Workplace:
     node: str
     drain: Drain
     threads: int  # that a trainer may use
+    spares: SpareSource | None = None  # None: every trainer starts cold
 
     @property
     def slow_s(self) -> float:

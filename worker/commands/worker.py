@@ -32,6 +32,13 @@ import click
     help="Jobs that one person may run at a time; the smallest of all workers' limits holds.",
 )
 @click.option("--label", "labels", multiple=True, metavar="KEY=VALUE", help="What resources.node_labels may ask for.")
+@click.option(
+    "--spare/--no-spare",
+    default=None,
+    envvar="LORACTL_SPARE",
+    show_envvar=True,
+    help="Keep one trainer ready, with its libraries loaded.  [default: on GPUs]",
+)
 @click.option("--drain-when-idle", is_flag=True, help="End when no job that fits this box is left.")
 def worker(
     gpus: str | None,
@@ -40,6 +47,7 @@ def worker(
     max_jobs_per_gpu: int | None,
     max_jobs_per_user: int | None,
     labels: tuple[str, ...],
+    spare: bool | None,
     drain_when_idle: bool,
 ) -> None:
     """Serve this box's devices: claim waiting jobs that fit and train them.
@@ -65,6 +73,7 @@ def worker(
         "max_jobs": max_jobs_per_gpu,
         "user_limit": max_jobs_per_user,
         "labels": _labels(labels),
+        "spare": spare,
     }
     connect(settings).dispose()  # its schema is ours
     store = Store(make_engine(settings.database_url, kept=0))  # it looks every ten seconds

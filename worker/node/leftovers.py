@@ -38,9 +38,11 @@ def end_all(place: Workplace) -> None:
 
 def end_strays(place: Workplace) -> None:
     """End processes of attempts that no longer run: a trainer may have left some behind."""
-    marks = runs_of(card_mark(place.settings, place.node))  # first: an attempt that starts in between has its claim
+    spares = frozenset() if place.spares is None else place.spares.marks  # first: one may become an attempt's meanwhile
+    marks = runs_of(card_mark(place.settings, place.node)) - spares  # then: an attempt that starts now has its claim
     if not marks:
         return
-    for run in marks - {run_mark(token) for token in place.store.tokens(place.node)}:
+    spares = spares if place.spares is None else place.spares.marks  # one may have been made meanwhile
+    for run in marks - spares - {run_mark(token) for token in place.store.tokens(place.node)}:
         log.warning("what an attempt left behind on %s is ended", place.node)
         end_leftovers(run)

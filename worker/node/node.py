@@ -18,6 +18,7 @@ import sys
 import threading
 import time
 import warnings
+from dataclasses import replace
 from typing import IO, Any
 
 from loractl.common.errors import LoractlError, NameTaken
@@ -36,6 +37,7 @@ from loractl.worker.attempt.workplace import Workplace
 from loractl.worker.delivery.messenger import Messenger
 from loractl.worker.device.devices import Device, find_device
 from loractl.worker.device.occupancy import Watch
+from loractl.worker.spare.spares import Spares
 from loractl.worker.storage.client import StoreClient
 
 from .box_identity import read_identity
@@ -75,7 +77,11 @@ class DeviceNode:
             drain=drain,
             threads=max(1, (os.cpu_count() or 1) // (options.devices * max_jobs)),
         )
+        wants_spare = device.trains_on == "cuda" if options.spare is None else options.spare
+        self._spares = Spares(self._place, self._starts_a_job) if wants_spare else None
+        self._place = replace(self._place, spares=self._spares)
         watch = Watch(device=device, node_pid=os.getpid(), high_water_s=options.high_water_s, home=settings.home)
+        self._watch = watch
         self._row = DeviceRow(self._place, watch, options, max_jobs=max_jobs, box=read_identity(settings))
         self._self_test = SelfTest(self._place, watch, lambda: self._monitor.look_soon())
         self._monitor = Monitor(self._place, self._row, devices=options.devices)
@@ -113,15 +119,24 @@ class DeviceNode:
         self._monitor.start(self._slots)
         self._self_test.start()
         self._messenger.start()
+        if self._spares is not None:
+            self._spares.start()
         try:
             self._consume(app)
         finally:
             self._shut_down()
             self._slots.close()
+            if self._spares is not None:
+                self._spares.stop()
             self._monitor.stop()
             self._messenger.stop()
             self._self_test.stop()
             self._lock.close()
+
+    def _starts_a_job(self) -> bool:
+        """Whether a job is before its first step, or the card may take none: a spare would be in its way, or idle."""
+        starting = any(state.step == 0 and not state.closed for state in self._slots.attempts.values())
+        return starting or self._watch.fault is not None
 
     def _consume(self, app: Any) -> None:
         """Let Celery consume until this node is to stop. Should Celery end by itself, what runs here goes on."""

@@ -17,4 +17,5 @@ class NodeOptions:
     user_limit: int | None = None  # running jobs that one user may have in the fleet
     labels: dict[str, str] = field(default_factory=dict)
     high_water_s: float = HIGH_WATER_S  # other people's memory stays theirs for so long
+    spare: bool | None = None  # whether a trainer is kept ready; None: on GPUs
     devices: int = 1  # that share the box's cores

@@ -93,6 +93,13 @@ class Stop(_Message):
     save: bool
 
 
+class Take(_Message):
+    """Supervisor, to a spare trainer: be this job's from now on."""
+
+    type: Literal["take"] = "take"
+    mark: str  # of the attempt, for the environment
+
+
 class StageChanged(_Message):
     """Trainer: a stage begins."""
 
@@ -154,7 +161,7 @@ class Ended(_Message):
     peaks: Peaks | None = None
 
 
-Order = Start | Stop
+Order = Start | Stop | Take
 Told = StageChanged | Stepped | Adjusted | Planned | Note | Saved | Ended
 
 _orders: TypeAdapter[Order] = TypeAdapter(Annotated[Order, Field(discriminator="type")])

@@ -2,6 +2,7 @@
 
     python -m loractl.worker.training.trainer
 
+With `--spare DEVICE` it imports all it needs and waits until a job takes it (protocol/spare.py).
 It ends when its stdin closes, so a killed supervisor leaves no orphan on the device. Signals are the supervisor's
 business. All that a library prints goes to stderr, which becomes the job's log.
 """
@@ -24,11 +25,14 @@ from loractl.common.errors import DataError
 from loractl.common.job.status import Reason, Stage
 from loractl.worker.base.quiet import quieten, tell_once
 from loractl.worker.protocol.card_error import card_error
-from loractl.worker.protocol.messages import Ended, Start, Stop, Told, decode_order, encode
+from loractl.worker.protocol.messages import Ended, Start, Stop, Take, Told, decode_order, encode
+from loractl.worker.protocol.spare import READY, SPARE
+
+from .spare import Marks, prepare
 
 EXIT_ORPHANED = 9
 
-Orders = queue.SimpleQueue[Start | Stop]
+Orders = queue.SimpleQueue[Start | Stop | Take]
 Tell = Callable[[Told], None]
 Recipe = Callable[[Start, Orders, Tell], Ended]
 
@@ -37,6 +41,7 @@ def main(run: Recipe | None = None) -> int:
     """Serve one job; the exit status is 0 when its end could be told. `run`: another recipe than loractl's own."""
     for ignored in (signal.SIGINT, signal.SIGTERM):
         signal.signal(ignored, signal.SIG_IGN)  # the supervisor stops us through stdin
+    marks = Marks() if sys.argv[1:2] == [SPARE] else None
     commands, channel = _take_pipes()
     orders: Orders = queue.SimpleQueue()
     lock = threading.Lock()
@@ -47,6 +52,15 @@ def main(run: Recipe | None = None) -> int:
             channel.flush()
 
     threading.Thread(target=_listen, args=(commands, orders), name="orders", daemon=True).start()
+    if marks is not None:
+        prepare(sys.argv[2], _load if run is None else _nothing)
+        channel.write(READY)
+        channel.flush()
+        order = orders.get()
+        if not isinstance(order, Take):
+            return 1
+        channel.write(marks.become(order))
+        channel.flush()
     order = orders.get()
     if not isinstance(order, Start):
         return 1
@@ -56,17 +70,13 @@ def main(run: Recipe | None = None) -> int:
 
 def _run(order: Start, orders: Orders, tell: Tell) -> Ended:
     """Train; every way to fail becomes a reason and a sentence, with the traceback in the log."""
-    gc.disable()  # the imports make a million objects that stay to the end: looking through them costs 1.5 s of CPU
-    quieten()
-    tell_once()
+    _load()
     from loractl.worker.base.failure import TrainingFailed
     from loractl.worker.base.gauge import hold_to
 
     from .recipe import train
     from .run import Run, Stopped
 
-    gc.freeze()
-    gc.enable()
     run = Run(order=order, tell=tell)
 
     def obey() -> None:
@@ -100,6 +110,21 @@ def _run(order: Start, orders: Orders, tell: Tell) -> Ended:
         return ended(reason, message)
 
 
+def _load() -> None:
+    """Import the training stack; a second time it does next to nothing."""
+    gc.disable()  # the imports make a million objects that stay to the end: looking through them costs 1.5 s of CPU
+    quieten()
+    tell_once()
+    from . import recipe  # noqa: F401
+
+    gc.freeze()
+    gc.enable()
+
+
+def _nothing() -> None:
+    """Another recipe imports what it needs itself."""
+
+
 def _explain(error: Exception, *, own_limit: bool) -> tuple[Reason, str]:
     """The reason and the sentence for an error that was not caught closer to its cause.
 
@@ -122,7 +147,7 @@ def _explain(error: Exception, *, own_limit: bool) -> tuple[Reason, str]:
     return Reason.TRAINER_ERROR, f"{type(error).__name__}: {first}"
 
 
-def _listen(commands: IO[str], orders: queue.SimpleQueue[Start | Stop]) -> None:
+def _listen(commands: IO[str], orders: Orders) -> None:
     """Queue what the supervisor sends; without a supervisor that can be understood, end the process."""
     try:
         for line in commands:

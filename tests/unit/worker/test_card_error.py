@@ -18,7 +18,7 @@ import torch
 from loractl.common.job.status import Reason
 from loractl.worker.attempt import process
 from loractl.worker.attempt.log import LogBook
-from loractl.worker.attempt.process import exit_reason, running
+from loractl.worker.attempt.process import exit_reason, launch, running
 from loractl.worker.base.gauge import is_out_of_memory
 from loractl.worker.device.occupancy import RUN_VARIABLE
 from loractl.worker.protocol.card_error import card_error
@@ -179,7 +179,10 @@ def trainer_of(folder: Path, body: str) -> Iterator[tuple[subprocess.Popen[str],
     environment = {**os.environ, RUN_VARIABLE: "none-of-ours", "PYTHONPATH": str(folder)}
     order = make_order(folder / f"order-{time.monotonic_ns()}", folder, folder / "data.jsonl")
     book = LogBook()
-    with (folder / "log.txt").open("w") as log, running("body", environment, order, log, book) as (child, _):
+    with (
+        (folder / "log.txt").open("w") as log,
+        running(launch("body", environment), "none-of-ours", order, log, book) as (child, _),
+    ):
         yield child, book
 
 

@@ -1,0 +1,1 @@
+"""The spare trainer of a node: made ahead, handed over to an attempt, replaced."""
