@@ -1,17 +1,18 @@
-"""The roles of docs/deploy.md, made from the page's own SQL."""
+"""Logins with the roles of a lab, made as loractl db roles makes them."""
 
 from __future__ import annotations
 
 import contextlib
-import re
 import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
-from sqlalchemy import create_engine, make_url
+from sqlalchemy import create_engine
 
-PAGE = Path(__file__).parents[1] / "docs" / "deploy.md"
+from loractl.common.store.database import make_engine
+from loractl.common.store.roles import SUBMIT, WORK, WantedLogin, apply_roles
+
+PASSWORD = "pw-of-a-test-1234"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,39 +24,25 @@ class Logins:
 
 
 @contextlib.contextmanager
-def logins(owner_url: str, password: str = "pw") -> Iterator[Logins]:
+def logins(owner_url: str, password: str = PASSWORD) -> Iterator[Logins]:
     """Roles in a database that has its tables. A server has its roles in common: names differ from test to test."""
-    rules, made = re.findall(r"```sql\n(.*?)```", PAGE.read_text("utf-8"), re.DOTALL)
     suffix = secrets.token_hex(4)
-    names = {"ada": f"ada_{suffix}", "heron": f"heron_{suffix}"}
-    assert made.count("'...'") == 2
-    for name, ours in names.items():
-        assert f"CREATE ROLE {name} " in made
-        made = made.replace(f"CREATE ROLE {name} ", f"CREATE ROLE {ours} ")
-    admin = create_engine(owner_url, isolation_level="AUTOCOMMIT")
-    with admin.connect() as connection:
-        for _ in range(2):  # the page says: again after each upgrade
-            connection.exec_driver_sql(rules)
-        connection.exec_driver_sql(made.replace("'...'", f"'{password}'"))
-
-    def url(name: str) -> str:
-        changed = make_url(owner_url).set(username=names[name], password=password)
-        return changed.render_as_string(hide_password=False)
-
-    yield Logins(person=url("ada"), box=url("heron"))
-    with admin.connect() as connection:
-        for ours in names.values():
-            connection.exec_driver_sql(f"DROP ROLE {ours}")
-    admin.dispose()
+    with (
+        role(owner_url, f"ada_{suffix}", SUBMIT, password) as person,
+        role(owner_url, f"heron_{suffix}", WORK, password) as box,
+    ):
+        yield Logins(person=person, box=box)
 
 
 @contextlib.contextmanager
-def role(owner_url: str, name: str, group: str, password: str = "pw") -> Iterator[str]:
+def role(owner_url: str, name: str, group: str, password: str = PASSWORD) -> Iterator[str]:
     """A login of one of the roles; yields its URL."""
+    engine = make_engine(owner_url)
+    (login,) = apply_roles(engine, [WantedLogin(name=name, role=group, password=password)]).logins
+    engine.dispose()
+    assert login.url is not None and login.new
+    yield login.url.replace("postgresql://", "postgresql+psycopg://", 1)
     admin = create_engine(owner_url, isolation_level="AUTOCOMMIT")
-    with admin.connect() as connection:
-        connection.exec_driver_sql(f"CREATE ROLE {name} LOGIN PASSWORD '{password}' IN ROLE {group}")
-    yield make_url(owner_url).set(username=name, password=password).render_as_string(hide_password=False)
     with admin.connect() as connection:
         connection.exec_driver_sql(f"DROP ROLE {name}")
     admin.dispose()

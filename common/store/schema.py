@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 HEAD = "0014"
 """The newest migration in migrations/versions; a test holds it equal to Alembic's own head."""
 
-_MIGRATION_LOCK = 0x10AC71  # any constant: names loractl's advisory lock in PostgreSQL
+SCHEMA_LOCK = 0x10AC71  # any constant: names loractl's advisory lock in PostgreSQL
 
 
 def revision(engine: Engine) -> str | None:
@@ -43,7 +43,7 @@ def upgrade(engine: Engine) -> tuple[str | None, str]:
         if engine.dialect.name == "postgresql":
             for patience in ("statement_timeout", "lock_timeout"):
                 connection.execute(text(f"SET LOCAL {patience} = 0"))  # a migration takes what it takes
-            connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _MIGRATION_LOCK})
+            connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": SCHEMA_LOCK})
         command.upgrade(config, "head")
     return before, HEAD
 

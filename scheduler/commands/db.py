@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TextIO
 
 import click
+
+from .output import show
 
 
 @click.group()
@@ -17,15 +20,48 @@ def db_upgrade() -> None:
     """Bring the database's tables to this loractl's form. The embedded SQLite does it by itself."""
     from loractl.common.settings import load_settings, redacted
     from loractl.common.store.database import connect, reachable
+    from loractl.common.store.roles import has_roles
     from loractl.common.store.schema import upgrade
 
     settings = load_settings()
     with reachable(settings):
-        before, after = upgrade(connect(settings, check_schema=False))
+        engine = connect(settings, check_schema=False)
+        before, after = upgrade(engine)
+        grants_are_old = before != after and has_roles(engine)
     what = (
         f"is already at revision {after}" if before == after else f"went from {before or 'empty'} to revision {after}"
     )
     click.echo(f"{redacted(settings.database_url)} {what}.")
+    if grants_are_old:
+        click.echo("Give the roles their rights to what is new: loractl db roles", err=True)
+
+
+@db.command("roles")
+@click.option("--person", "people", multiple=True, metavar="NAME", help="A login that submits. You may give several.")
+@click.option("--box", "boxes", multiple=True, metavar="NAME", help="A login that runs jobs. You may give several.")
+@click.option("--web", "pages", multiple=True, metavar="NAME", help="A login that only reads, for loractl web.")
+@click.option("--renew", is_flag=True, help="Give logins that are there a new password, too.")
+@click.option("--passwords", type=click.File(), metavar="FILE", help="Read passwords, a line a login; - is stdin.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def db_roles(
+    people: tuple[str, ...],
+    boxes: tuple[str, ...],
+    pages: tuple[str, ...],
+    renew: bool,
+    passwords: TextIO | None,
+    as_json: bool,
+) -> None:
+    """Let PostgreSQL hold each person and box to its part. Say it as the owner of the tables.
+
+    Say it again after each upgrade, and for each new person or box. New passwords are made and shown once.
+    """
+    from loractl.common.settings import load_settings
+    from loractl.scheduler.text.upkeep import roles
+    from loractl.scheduler.upkeep.roles import set_up_roles, wanted_logins
+
+    chosen = None if passwords is None else passwords.read().splitlines()
+    answer = set_up_roles(load_settings(), wanted_logins(people, boxes, pages, chosen), renew=renew)
+    show(answer, as_json, lambda: roles(answer))
 
 
 @db.command("backup")

@@ -8,6 +8,7 @@ from loractl.common.text import clean_line
 from loractl.common.units import amount
 from loractl.scheduler.answers.health.condition import Diagnosis, Level
 from loractl.scheduler.upkeep.garbage import Cleared, Garbage, Kind
+from loractl.scheduler.upkeep.roles import RolesAnswer
 
 from .screen import Screen, joined, wrapped_table
 
@@ -46,3 +47,16 @@ def health(diagnosis: Diagnosis, screen: Screen) -> str:
     told = ", ".join(f"{count} {level.value}" for level, count in counts.items() if count)
     lines = wrapped_table(["CHECK", "STATE", "WHAT WAS FOUND"], rows, colors, screen, right=())
     return joined([*lines, "", f"{told}." if told else "All is well."], screen)
+
+
+def roles(answer: RolesAnswer) -> str:
+    """What was done, and each new password, as the address that its owner needs."""
+    made = f"New roles: {', '.join(answer.new_roles)}." if answer.new_roles else "The roles were there."
+    lines = [f"{made} Their rights are those of revision {answer.revision}."]
+    for login in answer.logins:
+        how = "is a new login" if login.new else "is there" if login.url is None else "has a new password"
+        lines.append(f"{login.name} {how}, with the role {login.role}." + ("" if login.url else " Its password stays."))
+        lines += [f"    LORACTL_DATABASE_URL={login.url}"] if login.url else []
+    if any(login.url for login in answer.logins):
+        lines.append("No password is shown again.")
+    return "\n".join(lines)

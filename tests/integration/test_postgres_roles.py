@@ -1,4 +1,4 @@
-"""docs/deploy.md's roles, as they stand on the page: who submits can't claim, and a worker can't submit."""
+"""The roles that loractl db roles makes: who submits can't claim, and a worker can't submit."""
 
 from __future__ import annotations
 

@@ -1,0 +1,126 @@
+"""PostgreSQL's roles of a lab and its logins: what each may do stands in roles.sql, and nowhere else."""
+
+from __future__ import annotations
+
+import re
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib.resources import files
+from typing import Any
+
+from sqlalchemy import Connection, Engine, text
+
+from loractl.common.errors import UsageError, WrongState
+
+from .schema import SCHEMA_LOCK
+
+SUBMIT, WORK, SHOW = "loractl_submit", "loractl_worker", "loractl_web"
+ROLES = (SUBMIT, WORK, SHOW)
+
+_NAME = re.compile(r"[a-z_][a-z0-9_.-]{0,62}", re.ASCII)
+_LEAST_CHARACTERS = 12
+"""Of a password that somebody else has chosen: whoever reaches the server may guess."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WantedLogin:
+    """A login that is to have one of ROLES. `password`: None for one that is made here."""
+
+    name: str
+    role: str
+    password: str | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoleLogin:
+    """A login that has its role now. `url` with its password: None where it had one already, which stays."""
+
+    name: str
+    role: str
+    new: bool
+    url: str | None = field(repr=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolesDone:
+    """What was done. `new_roles`: those that were not there before."""
+
+    new_roles: tuple[str, ...]
+    logins: tuple[RoleLogin, ...]
+
+
+def apply_roles(engine: Engine, wanted: Sequence[WantedLogin] = (), *, renew: bool = False) -> RolesDone:
+    """Make the roles, say what each may do, and give the logins theirs: all or nothing, and as often as you like.
+
+    `renew`: logins that are there get a new password, too. Raises UsageError for SQLite, a name that none can have or a
+    short password, WrongState for a login that is somebody else, and Forbidden.
+    """
+    if engine.dialect.name != "postgresql":
+        raise UsageError("only PostgreSQL has roles", "SQLite's file is its owner's alone: chmod does what roles do")
+    for login in wanted:
+        _check(login, [other.name for other in wanted])
+    with engine.begin() as connection:
+        connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": SCHEMA_LOCK})
+        new_roles = tuple(role for role in ROLES if not _exists(connection, role))
+        connection.exec_driver_sql(files(__package__).joinpath("roles.sql").read_text("utf-8"))
+        return RolesDone(new_roles=new_roles, logins=tuple(_give(connection, login, renew) for login in wanted))
+
+
+def has_roles(engine: Engine) -> bool:
+    """Whether the database's server has the roles; SQLite never has."""
+    with engine.connect() as connection:
+        return engine.dialect.name == "postgresql" and _exists(connection, SUBMIT)
+
+
+def _check(login: WantedLogin, names: Sequence[str]) -> None:
+    if not _NAME.fullmatch(login.name) or login.name.startswith(("pg_", "loractl")) or login.name == "public":
+        raise UsageError(f"{login.name!r} is no name for a login", "small letters, digits, '_', '.' and '-', like ada")
+    if names.count(login.name) > 1:
+        raise UsageError(f"{login.name} is named twice", "a login has one role: give a person and a box their own")
+    if login.password is not None and (len(login.password) < _LEAST_CHARACTERS or not login.password.isprintable()):
+        hint = "openssl rand -hex 24 makes one; without --passwords one is made here"
+        raise UsageError(f"the password for {login.name} is no line of {_LEAST_CHARACTERS} characters or more", hint)
+
+
+def _exists(connection: Connection, name: str) -> bool:
+    return connection.execute(text("SELECT 1 FROM pg_roles WHERE rolname = :name"), {"name": name}).scalar() == 1
+
+
+def _give(connection: Connection, login: WantedLogin, renew: bool) -> RoleLogin:
+    """Make the login where it is missing, and give it its role."""
+    new = not _exists(connection, login.name)
+    quoted = connection.dialect.identifier_preparer.quote_identifier(login.name)
+    if new:
+        connection.exec_driver_sql(f"CREATE ROLE {quoted} LOGIN")
+    else:
+        _refuse_another_s(connection, login)
+    connection.exec_driver_sql(f"GRANT {login.role} TO {quoted}")
+    if not new and not renew and login.password is None:
+        return RoleLogin(name=login.name, role=login.role, new=False, url=None)
+    password = login.password or secrets.token_hex(24)
+    connection.exec_driver_sql(f"ALTER ROLE {quoted} PASSWORD '{_verifier(connection, login.name, password)}'")
+    address = connection.engine.url.set(drivername="postgresql", username=login.name, password=password)
+    url = address.render_as_string(hide_password=False)
+    return RoleLogin(name=login.name, role=login.role, new=new, url=url)
+
+
+def _refuse_another_s(connection: Connection, login: WantedLogin) -> None:
+    """A login that may more would not be held by its role; one that has another of ROLES would have both."""
+    facts = text(
+        "SELECT rolsuper OR rolcreaterole OR NOT rolcanlogin OR rolname = session_user AS other,"
+        " ARRAY(SELECT r.rolname::text FROM pg_roles r JOIN pg_auth_members m ON m.roleid = r.oid"
+        " WHERE m.member = pg_roles.oid) AS has FROM pg_roles WHERE rolname = :name"
+    )
+    row = connection.execute(facts, {"name": login.name}).one()
+    if row.other:
+        raise WrongState(f"{login.name} may more than any role of a lab", "give this person or box another name")
+    if others := sorted(set(row.has) & set(ROLES) - {login.role}):
+        hint = f"REVOKE {others[0]} FROM {login.name}, or give this person or box another name"
+        raise WrongState(f"{login.name} has the role {others[0]}", hint)
+
+
+def _verifier(connection: Connection, name: str, password: str) -> str:
+    """What PostgreSQL keeps in a password's place (RFC 5802): a statement with the password could be logged."""
+    driver: Any = connection.connection.driver_connection
+    return str(driver.pgconn.encrypt_password(password.encode(), name.encode(), b"scram-sha-256").decode())

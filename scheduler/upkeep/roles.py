@@ -1,0 +1,51 @@
+"""The roles of a lab's database, asked for by person and box, with passwords that somebody chose or that are made."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from loractl.common.errors import UsageError
+from loractl.common.settings import Settings
+from loractl.common.store.database import connect, reachable
+from loractl.common.store.roles import SHOW, SUBMIT, WORK, RoleLogin, WantedLogin, apply_roles
+from loractl.common.store.schema import HEAD
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolesAnswer:
+    """What was done, and at which revision of the tables."""
+
+    revision: str
+    new_roles: tuple[str, ...]
+    logins: tuple[RoleLogin, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        """`revision`, `new_roles`, and `logins`: name, role, new, url (with the password; or null)."""
+        return {**vars(self), "new_roles": list(self.new_roles), "logins": [vars(login) for login in self.logins]}
+
+
+def wanted_logins(
+    people: Sequence[str], boxes: Sequence[str], pages: Sequence[str], passwords: Sequence[str] | None
+) -> list[WantedLogin]:
+    """Logins with their roles; `passwords` are theirs in this order, None makes them. Raises UsageError."""
+    asked = [(name, role) for names, role in ((people, SUBMIT), (boxes, WORK), (pages, SHOW)) for name in names]
+    if passwords is not None and len(passwords) != len(asked):
+        what = f"{len(passwords)} passwords for {len(asked)} logins"
+        raise UsageError(what, "a line a login: persons first, then boxes, then pages")
+    given: Sequence[str | None] = [None] * len(asked) if passwords is None else passwords
+    return [WantedLogin(name=name, role=role, password=word) for (name, role), word in zip(asked, given, strict=True)]
+
+
+def set_up_roles(settings: Settings, wanted: Sequence[WantedLogin], *, renew: bool) -> RolesAnswer:
+    """Make roles and logins in the database of `settings`. Raises what apply_roles raises, and SchemaMismatch."""
+    if settings.embedded_database:
+        raise UsageError("only PostgreSQL has roles, and this home's database is SQLite", "set LORACTL_DATABASE_URL")
+    engine = connect(settings)
+    try:
+        with reachable(settings):
+            done = apply_roles(engine, wanted, renew=renew)
+    finally:
+        engine.dispose()
+    return RolesAnswer(revision=HEAD, new_roles=done.new_roles, logins=done.logins)
