@@ -34,8 +34,8 @@ LATE = (
 READ_AT_IMPORT = ("HF_", "HUGGING", "TRANSFORMERS_", "DATASETS_", "TORCH", "PYTORCH_", "LD_", "LANG", "LC_")
 """A process whose variables of these names are not the server's starts cold: libraries read them once."""
 
-WRITTEN_AT_IMPORT = ("TORCHINDUCTOR_CACHE_DIR",)
-"""What importing torch leaves in the environment of a test's process, always the same."""
+WRITTEN_AT_IMPORT = ("TORCHINDUCTOR_CACHE_DIR", "HF_XET_HIGH_PERFORMANCE")
+"""What importing torch and lm_eval leaves in the environment of a test process, always the same."""
 
 ALWAYS = "WARM_ALWAYS"
 """In the environment: a process that would start cold fails, and says why."""

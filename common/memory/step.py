@@ -16,10 +16,6 @@ PROCESSOR_MASK_BYTES = 4
 """torch has no fused dropout on a processor: the mask is a tensor of the input's own type, which peft makes fp32 and a
 lean step leaves as it is."""
 
-ENGINE = 2
-"""The version of the worker's training step, as far as its memory goes. 1 was transformers' Trainer. Raise it when
-steps take other memory: what attempts of an older one took teaches nothing, and jobs of both are not alike."""
-
 HEAD_CHUNK = 256
 """Learned tokens whose logits a lean step holds at once (worker/engine/lean.py)."""
 

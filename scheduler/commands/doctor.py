@@ -17,7 +17,7 @@ from .output import show
 @click.option("--patience", default="10s", show_default=True, metavar="TIME", help="How long a check may take.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def doctor(patience: str, as_json: bool) -> None:
-    """Check this installation: database, queue, store, clock, disks, models, boxes, cards.
+    """Check this installation: services, disks, cards, versions; and what to do.
 
     Exit status 1 where a line says error. A service that hangs is such a line. Nothing is changed that stays.
     """

@@ -19,7 +19,7 @@ from loractl.common.errors import LoractlError
     "--allow-host", "names", multiple=True, metavar="NAME", help="A name by which browsers may call it. Repeatable."
 )
 def web(host: str, port: int, always: bool, names: tuple[str, ...]) -> None:
-    """Show the lab as a page in a browser: cards, jobs, sweeps, adapters.
+    """Show the lab as a page in a browser, and its numbers to Prometheus.
 
     It only reads: no address of it changes anything. On another address than this machine's own it asks for a token,
     which it draws once and prints with the address. /metrics has the lab's numbers for Prometheus.

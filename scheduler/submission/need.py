@@ -15,7 +15,7 @@ from loractl.common.job.sections import PromptTemplate, TaskType
 from loractl.common.memory.config import HOW_TO_NAME_IT, foreign_format, read_shape
 from loractl.common.memory.correction import learned
 from loractl.common.memory.plan import predict
-from loractl.common.memory.step import ENGINE
+from loractl.common.memory.engine import ENGINE
 from loractl.common.module_pattern import ModulePattern
 from loractl.common.store.records import Submission
 from loractl.common.units import gib

@@ -330,7 +330,7 @@ def test_a_trainer_out_of_memory_in_mid_training_is_followed_by_one_with_less(
     tmp_path: Path,
 ) -> None:
     """What another process on the box does to a run, here by a limit that is lowered under the running trainer."""
-    batch = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "max_steps": 5}
+    batch = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "max_steps": 24}
     order = make_order(tmp_path / "whole", wide_model, data, **batch)
     whole = losses(here(order))
     (tmp_path / "job.json").write_text(order.spec.model_dump_json(exclude_unset=True))
@@ -339,7 +339,7 @@ def test_a_trainer_out_of_memory_in_mid_training_is_followed_by_one_with_less(
     worker = request.getfixturevalue("worker")  # not before there is a job: it ends when it is idle
     until_job(cli, 1, lambda job: (job.step or 0) >= 2, 200)
     trainer = next(p for p in worker.children(recursive=True) if "loractl.worker.training.trainer" in p.cmdline())
-    between_steps = min(data_bytes(trainer.pid) for _ in range(200) if not time.sleep(0.01))
+    between_steps = min(data_bytes(trainer.pid) for _ in range(60) if not time.sleep(0.01))
     hard = resource.prlimit(trainer.pid, resource.RLIMIT_DATA)[1]
     resource.prlimit(trainer.pid, resource.RLIMIT_DATA, (between_steps + 60 * MIB, hard))
 

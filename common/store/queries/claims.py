@@ -14,7 +14,7 @@ from loractl.common.job.adjustment import Adjustment
 from loractl.common.job.method import Method
 from loractl.common.job.need import Need, permitted_methods
 from loractl.common.job.status import Stage, Status
-from loractl.common.memory.step import ENGINE
+from loractl.common.memory.engine import ENGINE
 from loractl.common.placement.cards import Card, could_start
 from loractl.common.placement.rule import Placement, place
 

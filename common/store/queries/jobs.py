@@ -13,7 +13,7 @@ from loractl.common.errors import JobNotFound
 from loractl.common.job.method import Method
 from loractl.common.job.status import Reason, Status
 from loractl.common.memory.correction import Measured
-from loractl.common.memory.step import ENGINE
+from loractl.common.memory.engine import ENGINE
 
 from ..glance import Glance
 from ..records import Choice, CoursePoint, JobCount, Page, PastRun

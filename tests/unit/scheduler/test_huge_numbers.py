@@ -26,7 +26,7 @@ def test_a_plan_that_no_card_could_ever_hold_is_refused_before_it_is_a_row(store
     huge = spec(
         base_model=str(model),
         dataset={"path": "org/data", "max_length": 2**20},
-        training={"per_device_train_batch_size": 2**16},
+        training={"per_device_train_batch_size": 2**16, "exact": True},
     )
     with pytest.raises(UsageError, match="which no card has"):
         store.submit(plan_job(huge, "ada", {}, store))

@@ -14,7 +14,7 @@ from loractl.common.job.method import Method
 from loractl.common.job.need import Need
 from loractl.common.job.status import Reason, Status
 from loractl.common.memory.correction import GROWTH, LIKE_IT_SPARE, Measured, learned, peaks_like
-from loractl.common.memory.step import ENGINE
+from loractl.common.memory.engine import ENGINE
 from loractl.common.store.queries.need import OUTSIDER_SHARE
 from loractl.common.store.records import Claim, Progress
 from loractl.common.store.store import Store

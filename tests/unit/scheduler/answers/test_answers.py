@@ -71,10 +71,10 @@ OF_RESULTS: dict[str, Callable[[Store, ArtifactStore], HasJson]] = {
 }
 """The same for what is read from the artifact store, too."""
 
-ELSEWHERE = ("sim",)
-"""It reads a file and no store: test_a_simulation_prints_its_own_json."""
+ELSEWHERE = ("doctor", "sim")
+"""They read more than a store: acceptance/test_doctor.py, test_a_simulation_prints_its_own_json."""
 
-CHANGING = ("submit", "sweep", "reproduce", "gc", "import")
+CHANGING = ("submit", "sweep", "reproduce", "gc", "import", "db roles")
 """Commands that do something; their JSON says what they did."""
 
 CONFIG = {
