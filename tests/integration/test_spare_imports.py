@@ -1,0 +1,41 @@
+"""What a spare trainer imports asks no card for anything: in a process whose torch believes that it has one."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+PROGRAM = """
+import sys, types, traceback
+import torch
+from loractl.worker.training.spare import prepare
+from loractl.worker.training.trainer import _load
+
+asked = []
+def lazy_init():
+    asked.append("".join(traceback.format_stack()[-4:]))
+    raise RuntimeError("CUDA is brought up")
+torch.cuda.is_available = lambda: True
+torch.cuda.device_count = lambda: 1
+torch.cuda._lazy_init = lazy_init
+torch._C._cuda_getCurrentRawStream = None  # bitsandbytes binds the name; a torch for processors does not have it
+if sys.argv[1] == "cuda":
+    nvml = sys.modules["pynvml"] = types.ModuleType("pynvml")
+    nvml.nvmlInit = nvml.nvmlShutdown = nvml.nvmlDeviceGetHandleByUUID = lambda *_: None
+    nvml.nvmlDeviceGetCudaComputeCapability = lambda card: (8, 6)
+prepare(sys.argv[1], _load)
+assert "bitsandbytes" in sys.modules and "peft" in sys.modules
+sys.exit("".join(asked) or 0)
+"""
+
+
+@pytest.mark.parametrize(("device", "asks"), [("cuda", False), ("cpu", True)])
+def test_no_import_brings_up_cuda_where_the_driver_tells_the_capability(device: str, asks: bool) -> None:
+    """On `cpu` the question is torch's, so the same program shows that bitsandbytes does ask it."""
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "GPU-1"}
+    done = subprocess.run([sys.executable, "-c", PROGRAM, device], env=environment, capture_output=True, text=True)
+    assert (done.returncode != 0) is asks, done.stderr[-3000:]
+    assert ("cuda_specs.py" in done.stderr) is asks, done.stderr[-3000:]
