@@ -14,8 +14,8 @@ from loractl.common.job.need import Need, least_need, permitted_methods, within
 from loractl.common.job.sections import PromptTemplate, TaskType
 from loractl.common.memory.config import HOW_TO_NAME_IT, foreign_format, read_shape
 from loractl.common.memory.correction import learned
-from loractl.common.memory.plan import predict
 from loractl.common.memory.engine import ENGINE
+from loractl.common.memory.plan import predict
 from loractl.common.module_pattern import ModulePattern
 from loractl.common.store.records import Submission
 from loractl.common.units import gib
