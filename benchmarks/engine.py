@@ -17,6 +17,8 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -105,9 +107,11 @@ def measure(model: str, rows: str, base: str, batch: int, sides: tuple[str, ...]
     train, held_out, pad = data_of(model, rows)
     turns = Turns(sides=tuple(sides))
     kinds = {"tutorial": by_tutorial, "loractl": by_loractl}
-    ready = [kinds[side](model, base, batch, train, held_out, pad, turns.callback(side)) for side in sides]
+    # The tutorial's side last: making further TrainingArguments takes away the state that its Trainer holds on to.
+    made = {s: kinds[s](model, base, batch, train, held_out, pad, turns.callback(s)) for s in sorted(sides)}
+    ready = [made[side] for side in sides]
 
-    threads = [threading.Thread(target=train_one) for train_one, _ in ready]
+    threads = [threading.Thread(target=or_end, args=(train_one,)) for train_one, _ in ready]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -120,6 +124,15 @@ def measure(model: str, rows: str, base: str, batch: int, sides: tuple[str, ...]
     peak = next(int(line.split()[1]) / 1024 for line in status if line.startswith("VmHWM"))
     told = {"speed": [speed[side] for side in sides], "loss": losses, "peak": peak}
     return told | ({"limit": limit(model, train[: STEPS * batch])} if len(sides) > 1 else {})
+
+
+def or_end(train: Callable[[], Any]) -> None:
+    """Train; a side that fails ends the process, since the other one would wait for its turn."""
+    try:
+        train()
+    except BaseException:  # noqa: BLE001  whatever it is, the other side must not wait for ever
+        traceback.print_exc()
+        os._exit(1)
 
 
 def data_of(model: str, rows: str) -> tuple[list[TokenRow], list[TokenRow], int]:

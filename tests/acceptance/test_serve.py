@@ -15,6 +15,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from sqlalchemy import text
+
+from loractl.common.settings import load_settings
+from loractl.common.store.database import connect
+from loractl.worker.serving.library import Library
 
 from ..conftest import Cli
 from ..models import write_job
@@ -318,6 +323,20 @@ def test_answers_come_in_the_arithmetic_of_training_and_another_one_is_named(
     ]
     done = trained("generate", nf4, "--max-new-tokens", 8, "--json", *asked)
     assert [each["answer"].strip() for each in json.loads(done.stdout)] == wanted and "Warning" not in done.stderr
+
+
+def test_an_adapter_of_steps_before_lean_ones_is_served_as_it_was_trained(
+    trained: Cli, two_kinds: tuple[str, str]
+) -> None:
+    nf4, plain = two_kinds
+    settings = load_settings(trained.environment)
+    assert [str(Library(settings).find(name).arithmetic) for name in two_kinds] == ["NF4", "dtype auto"]
+    with connect(settings).begin() as connection:
+        connection.execute(text("UPDATE attempts SET engine = 1"))
+    old = [str(Library(settings).find(name).arithmetic) for name in (nf4, plain)]
+    with connect(settings).begin() as connection:
+        connection.execute(text("UPDATE attempts SET engine = 2"))
+    assert old == ["NF4, all else in fp32", "dtype auto"]
 
 
 def test_a_matrix_says_which_adapters_were_trained_in_another_arithmetic(

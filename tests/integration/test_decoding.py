@@ -476,6 +476,14 @@ def test_the_base_in_nf4_answers_in_mixed_batches_too(tiny_model: Path, adapters
     assert answers[: len(asked)] == answers[len(asked) :]
 
 
+@pytest.mark.parametrize(("exact", "rest"), [(True, torch.float32), (False, torch.bfloat16)])
+def test_beside_nf4_all_else_is_in_the_format_of_the_training(tiny_model: Path, exact: bool, rest: torch.dtype) -> None:
+    choice = BaseChoice(model=str(tiny_model), revision=None, method=Method.QLORA, dtype="bfloat16", exact=exact)
+    pool = AdapterPool(choice)
+    assert {each.dtype for each in pool.model.parameters() if each.is_floating_point()} == {rest}
+    assert pool.number_format == ("NF4, all else in fp32" if exact else "NF4")
+
+
 def test_asking_is_for_any_thread_and_waiting_ends_when_somebody_asks(bench: Callable[..., Bench]) -> None:
     b = bench()
     timer = threading.Timer(0.2, lambda: b.ask(PROMPTS[0], None, 4))

@@ -199,6 +199,7 @@ def _open(
         model=model,
         revision=revision,
         method=usual.method,
+        exact=usual.exact,
         device=device,
         dtype=usual.on(device).dtype,
         run_code=library.may_run_code(adapters[0]),

@@ -87,7 +87,8 @@ def open_classifier(
     head = Head(labels=labels, pad=tokenizer.pad_token_id, seed=0)
     base = load_base(spec.base_model, method, device, precision, revision, run_code=run_code, head=head)
     begun = spec.lora.model_copy(update={"init_lora_weights": "default"})  # the stored weights take their place
-    model = add_adapter(base, spec.model_copy(update={"lora": begun}), method)
+    steps = spec.training.model_copy(update={"exact": adapter.exact})
+    model = add_adapter(base, spec.model_copy(update={"lora": begun, "training": steps}), method)
     load_stored(model, folder / WEIGHTS)
     compute_in(model, precision)
     tell(f"{spec.base_model.rpartition('/')[2]} is loaded with a head of {len(labels)} labels.")

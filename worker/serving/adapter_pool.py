@@ -24,7 +24,7 @@ from loractl.worker.base.gauge import is_out_of_memory
 from loractl.worker.base.model import load_base, load_tokenizer
 from loractl.worker.base.source import family_of
 
-from .library import Library, Listed
+from .library import Arithmetic, Library, Listed
 
 BASE = "__base__"
 """peft's name for "no adapter" in a batch of several."""
@@ -60,6 +60,7 @@ class BaseChoice:
     method: Method = Method.LORA  # qlora: in NF4
     device: str = "cpu"
     dtype: str = "auto"
+    exact: bool = False  # in NF4, all else in fp32
     run_code: bool = False
 
 
@@ -76,7 +77,7 @@ class AdapterPool:
         self.tokenizer = load_tokenizer(base.model, base.revision, run_code=base.run_code)
         model = load_base(base.model, base.method, base.device, self.precision, base.revision, run_code=base.run_code)
         if base.method is Method.QLORA:
-            model = settle_nf4(model)
+            model = settle_nf4(model, whole=base.exact)
         model.eval()
         model.requires_grad_(False)
         self.base = base
@@ -102,14 +103,15 @@ class AdapterPool:
     def number_format(self) -> str:
         """Of the base's weights, for people."""
         if self.base.method is Method.QLORA:
-            return "NF4"
+            return str(Arithmetic(method=Method.QLORA, exact=self.base.exact))
         return str(self.precision.base).removeprefix("torch.")
 
     def as_trained(self, adapter: Listed) -> bool:
         """Whether the base computes here as a training of the adapter would on this device."""
         own = adapter.arithmetic
         precision = choose_precision(self.base.device, own.on(self.base.device).dtype, self._family)
-        return own.method is self.base.method and precision.base is self.precision.base
+        alike = own.method is self.base.method and own.exact is self.base.exact
+        return alike and precision.base is self.precision.base
 
     @property
     def adapter_memory(self) -> int:

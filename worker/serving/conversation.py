@@ -86,6 +86,7 @@ def open_conversation(
         model=model,
         revision=revision,
         method=trained.method,
+        exact=trained.exact,
         device=device,
         dtype=trained.on(device).dtype,
         run_code=library.may_run_code(adapter),

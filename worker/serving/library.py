@@ -20,6 +20,7 @@ from loractl.common.job.method import Method
 from loractl.common.job.reference import parse_reference
 from loractl.common.job.sections import DataFormat, TaskType
 from loractl.common.job.spec import JobSpec
+from loractl.common.memory.engine import LEAN
 from loractl.common.settings import Settings
 from loractl.common.store.database import connect, reachable
 from loractl.common.store.store import Store
@@ -35,10 +36,12 @@ class Arithmetic:
 
     method: Method = Method.LORA
     dtype: str = "auto"  # training.dtype: that of NF4's products, or of the whole base
+    exact: bool = False  # what NF4 does not hold is in fp32, as peft's recipe has it, and not in 16 bit
 
     def __str__(self) -> str:
         if self.method is Method.QLORA:
-            return "NF4" if self.dtype == "auto" else f"NF4 with {self.dtype}"
+            rest = ", all else in fp32" if self.exact else ""
+            return ("NF4" if self.dtype == "auto" else f"NF4 with {self.dtype}") + rest
         return f"dtype {self.dtype}"
 
     def on(self, device: str) -> Arithmetic:
@@ -59,6 +62,7 @@ class Listed:
     spec: JobSpec
     data: dict[str, Any]  # the job's stored data sets: {"path": {"uri", "sha256"}, ...}
     stored: Binding
+    exact: bool = False  # its training took exact steps
 
     @property
     def base(self) -> tuple[str, str | None]:
@@ -68,7 +72,8 @@ class Listed:
     @property
     def arithmetic(self) -> Arithmetic:
         """That of its training, and so of its report."""
-        return Arithmetic(method=self.method, dtype=self.spec.training.dtype)
+        exact = self.exact and self.method is Method.QLORA
+        return Arithmetic(method=self.method, dtype=self.spec.training.dtype, exact=exact)
 
 
 class Library:
@@ -122,6 +127,7 @@ class Library:
     def _listed(self, row: Adapter, job: Job) -> Listed:
         spec = JobSpec.model_validate(job.spec)
         check_base(spec.base_model, self._settings.model_roots)
+        engines = {attempt.attempt: attempt.engine for attempt in self._store.attempts(row.job_id)}
         return Listed(
             job_id=row.job_id,
             attempt=row.attempt,
@@ -136,6 +142,7 @@ class Library:
                 manifest_sha256=job.manifest_sha256,
                 weights_sha256=row.sha256,
             ),
+            exact=spec.training.exact or engines.get(row.attempt, LEAN) < LEAN,
         )
 
     def fetch(self, adapter: Listed) -> Path:
@@ -230,7 +237,7 @@ def usual_arithmetic(adapters: Sequence[Listed], *, in_4bit: bool | None = None,
     counted = Counter(adapter.arithmetic for adapter in adapters).most_common(1)
     usual = counted[0][0] if counted else Arithmetic()
     if in_4bit is not None:
-        usual = replace(usual, method=Method.QLORA if in_4bit else Method.LORA)
+        usual = replace(usual, method=Method.QLORA if in_4bit else Method.LORA, exact=usual.exact and in_4bit)
     return usual if dtype == "auto" else replace(usual, dtype=dtype)
 
 

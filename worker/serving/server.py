@@ -50,6 +50,7 @@ def load_served(
         model=model,
         revision=revision,
         method=usual.method,
+        exact=usual.exact,
         device=device,
         dtype=options.dtype if options.dtype != "auto" else usual.on(device).dtype,
         run_code=trusted,
