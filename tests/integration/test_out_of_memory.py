@@ -321,6 +321,7 @@ def worker(make_cli: Callable[..., Cli]) -> Iterator[psutil.Process]:
     process.communicate(timeout=60)
 
 
+@pytest.mark.long
 @pytest.mark.cold
 def test_a_trainer_out_of_memory_in_mid_training_is_followed_by_one_with_less(
     make_cli: Callable[..., Cli],
