@@ -178,8 +178,10 @@ def test_two_hundred_refreshes_leave_nothing_behind(running_web: RunningWeb, pag
 
     elements = page.value(script % 20)
     first = counted()
-    assert page.value(script % 180) == elements
+    last_elements = page.value(script % 180)
     last = counted()
+    # A page that is older says so in other words ("2 min ago", a box that fell silent): a few elements, not one each time.
+    assert abs(last_elements - elements) < 18, f"{elements} elements became {last_elements} in 180 refreshes"
     assert last["Nodes"] <= first["Nodes"] * 1.05 and last["JSEventListeners"] == first["JSEventListeners"]
     assert last["JSHeapUsedSize"] < first["JSHeapUsedSize"] * 1.2
     assert page.complaints == []
