@@ -17,10 +17,10 @@ from loractl.common.job.reference import Reference
 from loractl.common.job.status import Reason, Status
 from loractl.common.job.sweep import NewSweep, SweepView
 from loractl.common.memory.correction import Measured
-from loractl.common.placement.cards import Card
 from loractl.common.placement.lines import Waiting
 
 from . import aside
+from .faces.devices import DeviceStore
 from .fleet import FleetView
 from .glance import Glance
 from .queries import (
@@ -28,29 +28,24 @@ from .queries import (
     backlog,
     claims,
     endings,
-    fleet_rounds,
     heartbeats,
     jobs,
     lines,
-    nodes,
-    preemption,
     retention,
     submissions,
     sweeps,
     wishes,
 )
+from .queries.cards import fleet_rounds, nodes, preemption
 from .queries.outbox import deliveries, notices
 from .records import (
     Amendment,
-    Arrival,
     Beat,
-    BoxIdentity,
     Choice,
     Claim,
     Delivery,
     FleetTurn,
     Left,
-    NodeState,
     Page,
     Parcel,
     Progress,
@@ -58,11 +53,10 @@ from .records import (
     StoredResult,
     Submission,
 )
-from .tables import Adapter, Attempt, DrainOrder, Event, Job, LogChunk, MetricPoint, Node
-from .views import ViewStore
+from .tables import Adapter, Attempt, Event, Job, LogChunk, MetricPoint
 
 
-class Store(ViewStore):
+class Store(DeviceStore):
     """The jobs' database."""
 
     # --- what a person does ---
@@ -242,29 +236,6 @@ class Store(ViewStore):
         with self._write() as tx:
             return tx.may_write()
 
-    def arrive(self, state: NodeState) -> Arrival:
-        """A node is about to serve: write its row, give back what its predecessor left. Raises NameTaken.
-
-        With `seen_at` in the answer nothing was done yet.
-        """
-        with self._write() as tx:
-            return nodes.arrive(tx, state, endings.give_back)
-
-    def see_node(self, state: NodeState) -> Card:
-        """Write a device's row, last seen now. Returns the card with what runs on it. Raises NameTaken."""
-        with self._write() as tx:
-            return nodes.see(tx, state)
-
-    def forget_node(self, node: str, box: BoxIdentity | None = None) -> None:
-        """Remove the row of a node that has stopped in order, unless another box has its name."""
-        with self._write() as tx:
-            nodes.forget(tx, node, box)
-
-    def tokens(self, node: str) -> set[str]:
-        """The tokens of the attempts that run on a node."""
-        with self._read() as tx:
-            return nodes.read_tokens(tx, node)
-
     def waiting_classes(self, classes: Iterable[int]) -> set[int]:
         """The given VRAM classes that have a job to claim now."""
         with self._read() as tx:
@@ -348,16 +319,6 @@ class Store(ViewStore):
         """The whole fleet at this moment, and what starts next."""
         with self._read() as tx:
             return nodes.read_view(tx.session, tx.now())
-
-    def nodes(self, host: str | None = None) -> list[Node]:
-        """All nodes, or those of a box."""
-        every = select(Node).order_by(Node.node)
-        return self._all(every if host is None else every.where(Node.host == host))
-
-    def drains(self) -> dict[str, DrainOrder]:
-        """Host or card -> the order that holds for it now."""
-        with self._read() as tx:
-            return nodes.drained_targets(tx.session, tx.now())
 
     def ready(self, limit: int) -> list[Waiting]:
         """The first jobs that could be claimed now, in the order in which the rule tries them; at most so many."""

@@ -36,7 +36,7 @@ from loractl.worker.attempt.drain import Drain
 from loractl.worker.attempt.workplace import Workplace
 from loractl.worker.device.devices import find_devices
 from loractl.worker.device.occupancy import Watch
-from loractl.worker.node import leftovers
+from loractl.worker.node.health import leftovers
 from loractl.worker.storage.client import StoreClient
 
 from ..conftest import Cli

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from loractl.common.job.status import Reason, Status
 from loractl.common.settings import load_settings
 from loractl.worker.device.devices import find_devices
-from loractl.worker.node.self_test import SELF_TEST, self_test
+from loractl.worker.node.health.self_test import SELF_TEST, self_test
 
 from ..conftest import ROOT
 from .families import FAMILIES, HALF

@@ -17,12 +17,12 @@ from loractl.common.queue.hint_queues import HintQueues
 from loractl.common.queue.hints import card_queue, queue_name
 from loractl.common.store.database import REFUSALS, outage, told_by
 from loractl.worker.attempt.workplace import Workplace
+from loractl.worker.node.health.leftovers import end_strays
+from loractl.worker.node.health.stuck import StuckSupervisors
 
 from .claimer import wake_others
 from .device_row import DeviceRow
-from .leftovers import end_strays
 from .slots import Slots
-from .stuck import StuckSupervisors
 
 log = logging.getLogger("loractl.worker")
 

@@ -37,16 +37,16 @@ from loractl.worker.attempt.workplace import Workplace
 from loractl.worker.delivery.messenger import Messenger
 from loractl.worker.device.devices import Device, find_device
 from loractl.worker.device.occupancy import Watch
+from loractl.worker.node.health.leftovers import end_all
+from loractl.worker.node.health.self_test import SelfTest
 from loractl.worker.spare.spares import Spares
 from loractl.worker.storage.client import StoreClient
 
 from .box_identity import read_identity
 from .device_row import DeviceRow
-from .leftovers import end_all
 from .lock import DeviceLock
 from .monitor import Monitor
 from .options import NodeOptions
-from .self_test import SelfTest
 from .slots import Slots
 
 log = logging.getLogger("loractl.worker")

@@ -11,9 +11,9 @@ from loractl.worker.attempt.state import AttemptState, begin
 from loractl.worker.attempt.supervisor import supervise
 from loractl.worker.attempt.workplace import Workplace
 from loractl.worker.device.occupancy import OwnTrainer, Watch
+from loractl.worker.node.health.leftovers import close_if_left
 
 from .claimer import Claimer
-from .leftovers import close_if_left
 
 log = logging.getLogger("loractl.worker")
 

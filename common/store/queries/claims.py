@@ -24,8 +24,8 @@ from ..guard import move
 from ..records import Claim, Left, StoredCheckpoint
 from ..tables import Attempt, Event, Job, Node
 from ..transaction import Transaction
+from .cards.nodes import read_cards, read_charges
 from .lines import read_levels, read_oldest
-from .nodes import read_cards, read_charges
 from .outbox.notices import tell_of_job
 from .sweeps import read_rungs
 

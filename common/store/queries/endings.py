@@ -27,9 +27,9 @@ from ..guard import become, move
 from ..records import Claim, Progress, StoredResult
 from ..tables import Adapter, Attempt, Job, Use
 from ..transaction import Transaction
+from .cards.nodes import note_failure, note_success
 from .heartbeats import record
 from .need import need_more
-from .nodes import note_failure, note_success
 from .outbox.notices import tell_of_job
 
 AVOIDED_S = 1800.0

@@ -22,7 +22,7 @@ from .condition import Condition, broken, fine, skipped, warning
 LEAST_BYTES, FEW_BYTES = GIB, 10 * GIB
 """A job is not begun with less than the first (worker/attempt/disk.py); with less than the second it soon may be."""
 
-CARD_CHECK = "loractl.worker.node.card_check"
+CARD_CHECK = "loractl.worker.node.health.card_check"
 
 _NO_STACK = "not looked at: this is a client without the training stack"
 _HINT = "a GPU box needs it: pip install 'loractl[worker]'"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from loractl.worker.node.self_test import self_test
+from loractl.worker.node.health.self_test import self_test
 
 WELL = """
 print("Welcome to some library")

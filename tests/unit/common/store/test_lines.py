@@ -18,8 +18,8 @@ from loractl.common.job.status import Reason
 from loractl.common.placement.lines import ListedLine, Openings, Waiting, levels_of
 from loractl.common.placement.rule import OLDEST_FIRST_AFTER_S
 from loractl.common.store.fleet import NODE_STALE_S, card_of, waiting_of
+from loractl.common.store.queries.cards.nodes import drained_targets, read_charges
 from loractl.common.store.queries.lines import read_levels, read_oldest, read_order
-from loractl.common.store.queries.nodes import drained_targets, read_charges
 from loractl.common.store.records import Claim, Progress
 from loractl.common.store.store import Store
 from loractl.common.store.tables import Base, DrainOrder

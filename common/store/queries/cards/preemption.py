@@ -11,9 +11,9 @@ from loractl.common.placement.lines import Openings
 from loractl.common.placement.preemption import give_way
 from loractl.common.placement.rule import place
 
-from ..tables import Job
-from ..transaction import Transaction
-from .lines import read_levels, read_oldest
+from ...tables import Job
+from ...transaction import Transaction
+from ..lines import read_levels, read_oldest
 from .nodes import read_cards, read_charges
 
 

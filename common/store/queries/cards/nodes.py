@@ -17,12 +17,12 @@ from loractl.common.placement.lines import SubstitutedLine, Waiting
 from loractl.common.placement.rule import place
 from loractl.common.placement.shares import charge, decayed
 
-from ..fleet import NODE_STALE_S, OCCUPANT, FleetView, card_of
-from ..records import Arrival, BoxIdentity, NodeState
-from ..tables import DrainOrder, Job, LabFailure, Node, Use
-from ..transaction import Transaction
-from .lines import read_levels, read_oldest
-from .outbox.notices import tell_of_closure
+from ...fleet import NODE_STALE_S, OCCUPANT, FleetView, card_of
+from ...records import Arrival, BoxIdentity, NodeState
+from ...tables import DrainOrder, Job, LabFailure, Node, Use
+from ...transaction import Transaction
+from ..lines import read_levels, read_oldest
+from ..outbox.notices import tell_of_closure
 
 _CLOSING_LOCK = 0x10AC73  # any constant: names an advisory lock in PostgreSQL
 

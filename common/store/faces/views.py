@@ -10,11 +10,11 @@ from sqlalchemy import select, union
 from loractl.common.errors import SweepNotFound
 from loractl.common.job.status import Status
 
-from .queries import jobs, sweeps
-from .queries.outbox import deliveries
-from .records import CoursePoint, JobCount, Page, PastRun, StuckMessages
+from ..queries import jobs, sweeps
+from ..queries.outbox import deliveries
+from ..records import CoursePoint, JobCount, Page, PastRun, StuckMessages
+from ..tables import Job, LogChunk, Sweep, Use
 from .retention import RetentionStore
-from .tables import Job, LogChunk, Sweep, Use
 
 
 class ViewStore(RetentionStore):

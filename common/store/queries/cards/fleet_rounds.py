@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import datetime as dt
 
-from ..records import FleetTurn
-from ..tables import FleetRound
-from ..transaction import Transaction
-from .outbox.deliveries import tidy
-from .outbox.notices import tell_of_silence
+from ...records import FleetTurn
+from ...tables import FleetRound
+from ...transaction import Transaction
+from ..outbox.deliveries import tidy
+from ..outbox.notices import tell_of_silence
 
 _NAME = "leases"
 

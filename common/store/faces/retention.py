@@ -10,10 +10,10 @@ from sqlalchemy import Engine, Select
 
 from loractl.common.settings import LEASE_S
 
-from .queries import retention
-from .records import Over, PastJob, SpentLog
-from .tables import Job
-from .transaction import Transaction
+from ..queries import retention
+from ..records import Over, PastJob, SpentLog
+from ..tables import Job
+from ..transaction import Transaction
 
 Row = TypeVar("Row")
 

@@ -1,6 +1,6 @@
 """The cards of this box, each tested as before it serves, for loractl doctor.
 
-    python -m loractl.worker.node.card_check
+    python -m loractl.worker.node.health.card_check
 
 prints a JSON object: `cards`, each with number, name, fault (or null), seconds and torch (of its self-test, or null).
 """
