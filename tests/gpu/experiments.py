@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import os
 import signal
 import sys
@@ -115,20 +117,34 @@ PLAIN = {"save_steps": 1000, "gradient_checkpointing": True}
 """As the plain Trainer does it."""
 
 
-def speed(rig: Rig) -> Iterator[Figure]:
-    """Tokens a second against the plain Trainer on the same rows."""
-    steps, batch, length = (4, 2, 256) if rig.small else (30, 4, 1024)
-    job = rig.submit("speed", HALF, "lora", max_steps=steps, per_device_train_batch_size=batch, **PLAIN)
-    rig.work()
-    yield rig.outcome(job)
-    ours = rig.store.job(job).tokens_per_second or 0.0
-    model, rows = str(rig.workshop.model(HALF)), str(rig.rows(words=length // 10))
-    process = rig.module("plain_trainer", model, rows, str(steps), str(batch), str(length), rig.device)
-    said, _ = process.communicate(timeout=rig.seconds)
-    plain = float(json.loads(said.splitlines()[-1])["tokens_per_second"])
-    yield Figure(
-        what="tokens a second: loractl, plain Trainer", value=f"{ours:,.0f}, {plain:,.0f} ({ours / plain:.2f} of it)"
-    )
+def engine(rig: Rig) -> Iterator[Figure]:
+    """Tokens a second, peak memory and the last loss, lean and exact, beside the plain Trainer on the same rows."""
+    steps, batch = (4, 2) if rig.small else (30, 4)
+    for method, length in itertools.product(METHODS, (256,) if rig.small else (256, 1024)):
+        settings = {"max_steps": steps, "per_device_train_batch_size": batch, **PLAIN}
+        lean, exact = (
+            rig.submit(f"{method}-{length}-{how}", HALF, method, length=length, exact=how == "exact", **settings)
+            for how in ("lean", "exact")
+        )
+        rig.work()
+        yield from (rig.outcome(job) for job in (lean, exact))
+        shape = (method, str(steps), str(batch), str(length), rig.device)
+        process = rig.module("plain_trainer", str(rig.workshop.model(HALF)), str(rig.rows(words=length // 10)), *shape)
+        said, _ = process.communicate(timeout=rig.seconds)
+        plain = json.loads(said.splitlines()[-1])
+        rates = [rig.store.job(job).tokens_per_second or 0.0 for job in (lean, exact)] + [plain["tokens_per_second"]]
+        peaks = [rig.store.attempts(job)[-1].vram_peak for job in (lean, exact)] + [plain["peak"]]
+        losses = [rig.store.job(job).loss or math.nan for job in (lean, exact)]
+        what = f"{method}, {batch} rows of {length}"
+        times = f"{rates[0] / rates[2]:.2f} of the Trainer's"
+        yield Figure(what=f"{what}: tokens a second, lean, exact, Trainer", value=f"{rates_of(rates)} ({times})")
+        yield Figure(what=f"{what}: allocator's peak, lean, exact, Trainer", value=", ".join(map(mib, peaks)))
+        near = math.isclose(*losses, rel_tol=0.02)
+        yield Figure(what=f"{what}: last loss, lean, exact", value=f"{losses[0]:.4f}, {losses[1]:.4f}", ok=near)
+
+
+def rates_of(rates: list[float]) -> str:
+    return ", ".join(f"{rate:,.0f}" for rate in rates)
 
 
 def killed(rig: Rig) -> Iterator[Figure]:
@@ -238,7 +254,7 @@ EXPERIMENTS: dict[str, Experiment] = {
     "kill -9": killed,
     "float16": half_precision,
     "Out of memory": out_of_memory,
-    "Speed": speed,
+    "The engine": engine,
     "Two jobs, serve and an outsider": shared,
     "Plans": plans,
 }

@@ -1,6 +1,6 @@
-"""The same training by transformers' Trainer and peft alone, for comparison: prints tokens a second.
+"""The same training by transformers' Trainer and peft alone, for comparison: prints tokens a second and the peak.
 
-    python -m tests.gpu.plain_trainer MODEL ROWS STEPS BATCH LENGTH DEVICE
+    python -m tests.gpu.plain_trainer MODEL ROWS METHOD STEPS BATCH LENGTH DEVICE
 
 Rows are `messages`. All tokens of a row are counted, as loractl counts them; padding is not.
 """
@@ -16,17 +16,22 @@ from typing import Any
 
 
 def main() -> None:
-    model, rows, steps, batch, length, device = sys.argv[1:]
-    print(json.dumps({"tokens_per_second": speed(model, Path(rows), int(steps), int(batch), int(length), device)}))
+    import torch
+
+    model, rows, method, steps, batch, length, device = sys.argv[1:]
+    told = speed(model, Path(rows), method, int(steps), int(batch), int(length), device)
+    peak = torch.cuda.max_memory_reserved() if device == "cuda" else 0
+    print(json.dumps({"tokens_per_second": told, "peak": peak}))
 
 
-def speed(model: str, rows: Path, steps: int, batch: int, length: int, device: str) -> float:
+def speed(model: str, rows: Path, method: str, steps: int, batch: int, length: int, device: str) -> float:
     """Tokens a second over all steps but the first two."""
     import torch
-    from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
     from transformers import (
         AutoModelForCausalLM,
         AutoTokenizer,
+        BitsAndBytesConfig,
         DataCollatorForLanguageModeling,
         Trainer,
         TrainerCallback,
@@ -36,8 +41,18 @@ def speed(model: str, rows: Path, steps: int, batch: int, length: int, device: s
     tokenizer = AutoTokenizer.from_pretrained(model)
     texts = [json.loads(line)["messages"] for line in rows.read_text().splitlines()]
     data = [{"input_ids": ids(tokenizer, messages)[:length]} for messages in texts]
-    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).to(device)
-    base.enable_input_require_grads()
+    if method == "qlora":
+        nf4 = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        )  # fmt: skip
+        base = AutoModelForCausalLM.from_pretrained(
+            model, dtype=torch.bfloat16, quantization_config=nf4, device_map={"": device}
+        )
+        base = prepare_model_for_kbit_training(base, gradient_checkpointing_kwargs={"use_reentrant": False})
+    else:
+        base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).to(device)
+        base.enable_input_require_grads()
     adapted = get_peft_model(base, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"))
 
     class Clock(TrainerCallback):

@@ -58,10 +58,11 @@ def test_the_page_says_that_it_was_never_run_until_it_was() -> None:
     assert "| A | x\\|y | two lines | no |" in text and "| B | not reached | | no |" in text
 
 
-def test_plain_training_counts_tokens(tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_plain_training_counts_tokens(method: str, tmp_path: Path) -> None:
     workshop = Workshop(folder=tmp_path, device="cpu", small=True)
     rows = Rig(cli=None, store=None, workshop=workshop, folder=tmp_path).rows(4, 30)
-    assert speed(str(workshop.model(HALF)), rows, 3, 2, 64, "cpu") > 0
+    assert speed(str(workshop.model(HALF)), rows, method, 3, 2, 64, "cpu") > 0
 
 
 @pytest.mark.long
