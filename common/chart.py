@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .units import thousands
+from .verdict import has_interval
 
 Point = tuple[int, float]
 """A step and a value."""
@@ -115,9 +116,13 @@ def _beside(axes: Axes, held: Point, last: Point) -> tuple[float, float, str]:
 
 
 def forest(metrics: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
-    """For each metric, its interval on an axis of its own unit: left end, point and right end in 0..100, base at 50."""
+    """For each metric, its interval on an axis of its own unit: left end, point and right end in 0..100, base at 50.
+
+    A metric whose interval is not told has both ends at its point.
+    """
     rows = {}
-    for m in metrics:
+    for metric in metrics:
+        m = metric if has_interval(metric) else {**metric, "low": metric["change"], "high": metric["change"]}
         reach = max(abs(m["low"]), abs(m["high"]), abs(m["change"]), 1e-9) * 1.1 if m["low"] is not None else 1.0
         rows[m["name"]] = {key: 50 + 50 * (m[key] or 0.0) / reach for key in ("low", "change", "high")}
     return rows

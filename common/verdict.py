@@ -85,19 +85,25 @@ class Written:
         return self.low if self.low == self.high == "–" else f"{self.low} to {self.high}"
 
 
+def has_interval(metric: Mapping[str, Any]) -> bool:
+    """Whether a metric's interval is told. Too few cases have none, whatever was computed."""
+    known = metric["low"] is not None and metric["high"] is not None
+    return known and metric.get("reading") != "too few cases" and metric.get("cases", MIN_CASES) >= MIN_CASES
+
+
 def written(metric: Mapping[str, Any]) -> Written:
-    """A metric as report.json holds it. Too few cases have no interval, whatever was computed."""
+    """A metric as report.json holds it."""
     described = metric.get("name") in DESCRIPTIONS
     reading = "a description" if described else str(metric["reading"])
     values = {key: _finite(metric[key]) for key in ("base", "tuned", "change", "low", "high")}
     digits = decimals(values["change"], values["low"], values["high"], least=1 if metric["unit"] == "%" else 2)
-    few = reading == "too few cases" or metric.get("cases", MIN_CASES) < MIN_CASES
+    told = has_interval(metric)
     return Written(
         base=number(values["base"], digits),
         tuned=number(values["tuned"], digits),
         change=signed(values["change"], digits),
-        low=signed(None if few else values["low"], digits),
-        high=signed(None if few else values["high"], digits),
+        low=signed(values["low"] if told else None, digits),
+        high=signed(values["high"] if told else None, digits),
         reading=reading,
     )
 

@@ -46,3 +46,12 @@ def test_what_is_no_number_is_not_drawn() -> None:
     assert forest([{"name": "a", "low": None, "high": None, "change": None}]) == {
         "a": {"low": 50.0, "change": 50.0, "high": 50.0}
     }
+
+
+def test_an_interval_that_is_not_told_is_not_drawn() -> None:
+    """The page drew one beside "–" and "too few cases"."""
+    told = {"name": "loss", "low": -3.0, "change": -2.0, "high": -1.0, "cases": 48, "reading": "better"}
+    few = {**told, "name": "rouge", "cases": 4, "reading": "too few cases"}
+    drawn = forest([told, few])
+    assert drawn["loss"]["low"] < drawn["loss"]["change"] < drawn["loss"]["high"] < 50
+    assert drawn["rouge"]["low"] == drawn["rouge"]["change"] == drawn["rouge"]["high"]
