@@ -112,10 +112,9 @@ def see_cards(store: Store, **changed: dict[str, Any]) -> None:
 
 
 def queue(lab: SeededLab, name: str, user: str, size: float, **keys: Any) -> int:
-    """A job that waits."""
-    return lab.store.submit(
-        submission(lora=size, qlora=None, user=user, name=name, base_model="org/Llama-3.1-8B", method="lora", **keys)
-    )
+    """A job that waits, and tells a channel."""
+    keys = {"base_model": "org/Llama-3.1-8B", "method": "lora", "notify": ["ops"], **keys}
+    return lab.store.submit(submission(lora=size, qlora=None, user=user, name=name, **keys))
 
 
 def run(lab: SeededLab, name: str, user: str, node: str, size: float, *, steps: int = 0, of: int = 1500) -> Claim:

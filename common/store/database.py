@@ -26,8 +26,8 @@ from loractl.common.errors import (
 )
 from loractl.common.settings import Settings, make_private, redacted
 
+from .columns import FAR_OFF, LONG_AGO
 from .schema import HEAD, revision, upgrade
-from .tables import FAR_OFF, LONG_AGO
 
 DatabaseError = DBAPIError
 """What a database driver raises, by the name under which other rooms catch it."""
@@ -35,7 +35,9 @@ DatabaseError = DBAPIError
 REFUSALS = (SQLAlchemyError, Forbidden, OverflowError, UnicodeError)
 """All that a verb of the store may raise because of the database: it is away (see `outage`), or it refuses values."""
 
-SQLITE_BUSY_MS = 30_000
+SQLITE_BUSY_MS, SQLITE_READER_MS = 30_000, 2_000
+"""How long a lock of SQLite's is waited for; one that only reads has somebody who looks at a page."""
+
 NODE_IDLE_S = 8
 """PostgreSQL ends a transaction of a node that says nothing for so long: a frozen box must not hold the fleet's round
 or a row. A transaction of ours waits for nothing but the database."""
@@ -189,7 +191,8 @@ def make_engine(
             _private_file(file)
         _refuse_network_disk(file.parent)
         opened = f"sqlite:///file:{quote(str(file))}?mode=ro&uri=true" if read_only else url
-        engine = create_engine(opened, connect_args={"timeout": SQLITE_BUSY_MS / 1000})
+        busy_ms = SQLITE_READER_MS if read_only else SQLITE_BUSY_MS
+        engine = create_engine(opened, connect_args={"timeout": busy_ms / 1000})
     except (ArgumentError, NoSuchModuleError) as error:
         raise UsageError(
             f"LORACTL_DATABASE_URL is not a database URL: {redacted(url)}", "like postgresql://user@host/loractl"
@@ -202,7 +205,7 @@ def make_engine(
     @event.listens_for(engine, "connect")
     def _configure(connection: sqlite3.Connection, _: Any) -> None:
         connection.isolation_level = None  # SQLAlchemy's "begin" event below begins instead
-        for pragma in (f"busy_timeout={SQLITE_BUSY_MS}", "synchronous=FULL", "foreign_keys=ON"):
+        for pragma in (f"busy_timeout={busy_ms}", "synchronous=FULL", "foreign_keys=ON"):
             connection.execute(f"PRAGMA {pragma}")
         if read_only:
             connection.execute("PRAGMA query_only=ON")

@@ -324,3 +324,14 @@ class StuckMessages:
     count: int
     at: dt.datetime  # when the oldest of those that wait was written; of the others the last was given up
     outcome: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChannelTraffic:
+    """The messages of one channel: those that are due, and what became of the others within a day."""
+
+    channel: str
+    waiting: int
+    oldest: dt.datetime | None  # when the oldest of those that wait was written
+    sent: int
+    given_up: int

@@ -52,7 +52,7 @@ def host_name(host: str) -> str:
     """The name of a Host header, without its port."""
     host = host.strip().lower()
     if host.startswith("["):
-        return host.partition("]")[0].removeprefix("[")
+        return host[1 : host.index("]")] if "]" in host else ""
     return host.partition(":")[0].rstrip(".")
 
 

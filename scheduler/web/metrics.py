@@ -110,7 +110,7 @@ class Exporter(Collector):
         try:
             census = lab_census(self._store)
             self._count(census.now)
-            families += [*_jobs(census), *_cards(census), *_running(census)]
+            families += [*_jobs(census), *_cards(census), *_running(census), *_notifications(census)]
             up = 1
         except (*REFUSALS, LoractlError):
             up = 0
@@ -197,6 +197,18 @@ def _running(census: LabCensus) -> Iterator[Metric]:
     leases = [(labels, job.lease_ends_at.timestamp()) for job, labels in jobs if job.lease_ends_at is not None]
     what = "When a running job's lease ends unless its worker says something before"
     yield _gauge("loractl_job_lease_end_timestamp_seconds", what, leases)
+
+
+def _notifications(census: LabCensus) -> Iterator[Metric]:
+    states = [
+        ({"channel": each.channel, "state": state}, float(count))
+        for each in census.traffic
+        for state, count in (("waiting", each.waiting), ("sent", each.sent), ("given_up", each.given_up))
+    ]
+    yield _gauge("loractl_notifications", "Messages that are due now, and those sent or given up within a day", states)
+    oldest = [({"channel": each.channel}, each.oldest.timestamp()) for each in census.traffic if each.oldest]
+    what = "When the oldest message that waits was written; absent where none waits"
+    yield _gauge("loractl_oldest_notification_timestamp_seconds", what, oldest)
 
 
 def _counted(tally: Tally) -> Iterator[Metric]:

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 PAGE_JOBS, PAGE_ADAPTERS, PAGE_SWEEPS, PAGE_ANSWERS = 50, 25, 25, 5
 LARGEST = 2**31 - 1
+PARAMETERS = ("user", "name", "label", "status", "after", "answers", "from", "adapter")
+"""All that a page may be asked for in its address."""
+
 OWNERS_KEPT_S = 30.0
 
 
@@ -43,6 +46,8 @@ class Asked:
 
     def __init__(self, parameters: Mapping[str, str]) -> None:
         self._given = {key: value.strip() for key, value in parameters.items() if value.strip()}
+        if any("\0" in text for text in self._given.values()):
+            raise UsageError("a parameter of this address has a zero byte", "no name and no label has one")
 
     def text(self, key: str) -> str | None:
         return self._given.get(key)

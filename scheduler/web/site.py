@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections import OrderedDict
@@ -20,22 +19,21 @@ from starlette.responses import PlainTextResponse, RedirectResponse, Response, S
 from starlette.routing import Route
 
 from loractl import __version__
-from loractl.common.errors import AdapterNotFound, JobNotFound, LoractlError, SweepNotFound, UsageError
-from loractl.common.store.database import outage
+from loractl.common.errors import LoractlError
+from loractl.common.store.database import REFUSALS
 from loractl.common.text import clean_text
 
 from .guard import Guard
 from .markup import render, static_file
 from .metrics import CONTENT_TYPE, Exporter
-from .pages import LARGEST, Asked, Drawn, Pages
+from .pages import LARGEST, PARAMETERS, Asked, Drawn, Pages
+from .trouble import NoSuchPage, page_of, told
 
 if TYPE_CHECKING:
     from loractl.common.store.store import Store
     from loractl.scheduler.answers.lab.shelf import ReportShelf
 
     from .access import Access
-
-log = logging.getLogger("loractl")
 
 FRESH_S = 1.5
 """A page is drawn once in so long, however many look at it."""
@@ -58,41 +56,57 @@ class KeptPage:
 class Site:
     """Draws pages, and keeps each for a moment."""
 
-    def __init__(self, pages: Pages, exporter: Exporter) -> None:
-        self._pages, self._exporter = pages, exporter
+    def __init__(self, store: Store, pages: Pages, exporter: Exporter) -> None:
+        self._store, self._pages, self._exporter = store, pages, exporter
         self._lock = threading.Lock()
+        self._drawing: dict[str, threading.Lock] = {}
         self._kept: OrderedDict[str, KeptPage] = OrderedDict()
 
     def page(self, draw: Callable[[Pages, Request], Drawn]) -> Callable[[Request], Response]:
         """The answer to a request for what `draw` draws."""
 
         def answer(request: Request) -> Response:
-            key = f"{request.url.path}?{request.url.query}"
-            with self._lock:
-                kept = self._kept.get(key)
-            if kept is None or time.monotonic() - kept.at > FRESH_S:
-                kept = self._draw(lambda: draw(self._pages, request))
-                with self._lock:
-                    self._kept[key] = kept
-                    self._kept.move_to_end(key)
-                    while len(self._kept) > KEPT_PAGES:
-                        self._kept.popitem(last=False)
-            if kept.tag in request.headers.get("if-none-match", ""):
+            kept = self._page(_key(request), lambda: self._draw(lambda: draw(self._pages, request)))
+            if kept.tag in request.headers.get("if-none-match", "") and kept.status == 200:
                 return Response(status_code=304, headers={"etag": kept.tag})
             return Response(kept.body, kept.status, {"etag": kept.tag}, "text/html")
 
         return answer
+
+    def _page(self, key: str, draw: Callable[[], KeptPage]) -> KeptPage:
+        """The page as it was drawn a moment ago. Who asks while it is drawn waits for that."""
+        with self._lock:
+            if (kept := self._fresh(key)) is not None:
+                return kept
+            drawing = self._drawing.setdefault(key, threading.Lock())
+        with drawing:
+            with self._lock:
+                if (kept := self._fresh(key)) is not None:
+                    return kept
+            kept = draw()
+            with self._lock:
+                self._kept[key] = kept
+                self._kept.move_to_end(key)
+                self._drawing.pop(key, None)
+                while len(self._kept) > KEPT_PAGES:
+                    self._kept.popitem(last=False)
+        return kept
+
+    def _fresh(self, key: str) -> KeptPage | None:
+        kept = self._kept.get(key)
+        return None if kept is None or time.monotonic() - kept.at > FRESH_S else kept
 
     def _draw(self, draw: Callable[[], Drawn]) -> KeptPage:
         try:
             drawn, status = draw(), 200
             main = render(drawn.template, **drawn.values)
         except Exception as error:  # noqa: BLE001  a page says what happened, whatever it was; the log has the rest
-            drawn, status = _told(error)
+            sentence, hint, status = told(error, self._store)
+            drawn = page_of(sentence, hint)
             main = render(drawn.template, **drawn.values)
         body = render("page.jinja", main=main, title=drawn.title, section=drawn.section, version=__version__)
         # the tag is that of the content: the clock in the page's head would make each page a new one
-        tag = f'W/"{sha256(f"{drawn.title}{main}".encode()).hexdigest()[:24]}"'
+        tag = f'W/"{sha256(f"{drawn.title}{main}".encode("utf-8", "replace")).hexdigest()[:24]}"'
         return KeptPage(at=time.monotonic(), body=body.encode("utf-8", "replace"), tag=tag, status=status)
 
     def find(self, request: Request) -> Response:
@@ -105,21 +119,38 @@ class Site:
     def log(self, request: Request) -> Response:
         """A job's whole log as text."""
         try:
-            part = self._pages.log(request.path_params["number"])
+            part = self._pages.log(_number(request))
             first, last = part(0)
-        except LoractlError as error:
-            return PlainTextResponse(f"{error.sentence}\n", 404 if isinstance(error, JobNotFound) else 503)
+        except Exception as error:  # noqa: BLE001  as for a page
+            return self._plain(error)
         return StreamingResponse(_texts(first, last, part), media_type="text/plain; charset=utf-8")
 
     def metrics(self, _: Request) -> Response:
         """The lab in numbers, for Prometheus."""
-        return Response(self._exporter.text(), media_type=CONTENT_TYPE)
+        try:
+            return Response(self._exporter.text(), media_type=CONTENT_TYPE)
+        except Exception as error:  # noqa: BLE001  as for a page
+            return self._plain(error)
+
+    def _plain(self, error: Exception) -> Response:
+        sentence, _, status = told(error, self._store)
+        return PlainTextResponse(f"{sentence}\n", status)
+
+
+def _key(request: Request) -> str:
+    """What makes a page another one. Parameters that no page knows make none."""
+    given = request.query_params
+    return "\n".join((request.url.path, *(f"{key}={given[key]}" for key in PARAMETERS if key in given)))
 
 
 def _texts(text: str, last: int, part: Callable[[int], tuple[str, int]]) -> Iterator[str]:
     while last:
         yield clean_text(text)
-        text, last = part(last)
+        try:
+            text, last = part(last)
+        except (*REFUSALS, LoractlError):
+            yield "\n(the database does not answer: the log goes on there)\n"
+            return
 
 
 def _static(request: Request) -> Response:
@@ -130,26 +161,9 @@ def _static(request: Request) -> Response:
     return Response(static_file(name), media_type=STATIC[name], headers={"cache-control": kept})
 
 
-def _told(error: Exception) -> tuple[Drawn, int]:
-    """An error as a page: what happened and what to do, never a traceback."""
-    if isinstance(error, LoractlError):
-        missing = isinstance(error, (JobNotFound, SweepNotFound, AdapterNotFound))
-        status = 404 if missing else 400 if isinstance(error, UsageError) else 503
-        return _error(error.sentence, error.hint), status
-    if (why := outage(error)) is not None:
-        log.warning("the database did not answer: %s", why)
-        return _error("The database does not answer", "This page tries again by itself; loractl status says more."), 503
-    log.error("a page could not be drawn", exc_info=error)
-    return _error("This page could not be drawn", "That is a fault of loractl; the server's log has the reason."), 500
-
-
-def _error(sentence: str, hint: str | None) -> Drawn:
-    return Drawn(template="error.jinja", title="Not here", section="", values={"sentence": sentence, "hint": hint})
-
-
 def make_site(store: Store, shelf: ReportShelf, access: Access) -> Any:
     """The ASGI application: every page behind the guard."""
-    site = Site(Pages(store, shelf), Exporter(store))
+    site = Site(store, Pages(store, shelf), Exporter(store))
 
     def numbered(draw: Callable[[Pages, Asked, int], Drawn]) -> Callable[[Request], Response]:
         return site.page(lambda pages, request: draw(pages, Asked(request.query_params), _number(request)))
@@ -157,7 +171,6 @@ def make_site(store: Store, shelf: ReportShelf, access: Access) -> Any:
     def listed(draw: Callable[[Pages, Asked], Drawn]) -> Callable[[Request], Response]:
         return site.page(lambda pages, request: draw(pages, Asked(request.query_params)))
 
-    missing = site.page(lambda pages, request: _error("There is no such page", None))
     app = Starlette(
         routes=[
             Route("/", listed(Pages.lab)),
@@ -171,17 +184,17 @@ def make_site(store: Store, shelf: ReportShelf, access: Access) -> Any:
             Route("/metrics", site.metrics),
             Route("/static/{name}", _static),
         ],
-        exception_handlers={404: lambda request, error: _missing(missing, request)},
+        exception_handlers={404: lambda request, error: site.page(_no_page)(request)},
     )
     return Guard(GZipMiddleware(app, minimum_size=1000, compresslevel=5), access)
 
 
 def _number(request: Request) -> int:
     number: int = request.path_params["number"]
+    if not 0 < number <= LARGEST:
+        raise NoSuchPage
     return number
 
 
-def _missing(draw: Callable[[Request], Response], request: Request) -> Response:
-    page = draw(request)
-    page.status_code = 404
-    return page
+def _no_page(pages: Pages, request: Request) -> Drawn:
+    raise NoSuchPage

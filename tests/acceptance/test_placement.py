@@ -142,7 +142,7 @@ def test_a_small_card_gets_qlora_and_a_job_too_large_waits_for_a_larger_card(
     lab.submit(files["8B"], files["3B"])
     waiting = lab.why(1)
     assert (waiting["tier"], waiting["word"]) == ("never", "never")
-    assert waiting["sentence"] == f"needs {plans['70B']['qlora'] / GIB:.1f}, the largest card has 23.5"
+    assert waiting["sentence"] == f"needs {plans['70B']['qlora'] / GIB:.1f} GiB, the largest card has 23.5"
     assert {card["when"] for card in waiting["cards"]} == {"never"}
     (row,) = [row for row in json.loads(lab.cli("status", "--json").stdout) if row["job_id"] == 1]
     assert row["message"] == f"never: {waiting['sentence']}"

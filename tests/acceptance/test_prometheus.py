@@ -1,28 +1,34 @@
-"""A real Prometheus reads /metrics and loads the rules; an alert fires when a box falls silent. In `make test-long`."""
+"""A real Prometheus reads /metrics and loads the rules; an alert fires when a box is killed. In `make test-long`."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import subprocess
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import uvicorn
 import yaml
 
+from loractl.common.artifacts import ArtifactStore
+from loractl.common.store.database import make_engine
+from loractl.common.store.store import Store
 from loractl.scheduler.answers.lab.shelf import ReportShelf
 from loractl.scheduler.web import metrics
 from loractl.scheduler.web.access import Access
 from loractl.scheduler.web.site import make_site
 
 from .. import services, webs
+from ..conftest import Cli
 
 PROMETHEUS = shutil.which("prometheus")
 RULES = Path(__file__).parents[2] / "rules" / "loractl.yaml"
@@ -35,11 +41,10 @@ pytestmark = [
 
 
 @dataclass(frozen=True)
-class Watched:
-    """A lab that a Prometheus watches."""
+class Prometheus:
+    """A Prometheus that runs."""
 
-    lab: webs.SeededLab
-    port: int  # of Prometheus
+    port: int
 
     def asked(self, path: str) -> Any:
         with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/api/v1/{path}", timeout=10) as answer:
@@ -48,76 +53,128 @@ class Watched:
     def firing(self) -> set[str]:
         return {alert["labels"]["alertname"] for alert in self.asked("alerts")["alerts"] if alert["state"] == "firing"}
 
-    def wait_for(self, name: str) -> None:
+    def until(self, holds: Callable[[], object]) -> None:
         deadline = time.monotonic() + 60
-        while name not in self.firing():
-            assert time.monotonic() < deadline, f"{name} does not fire: {self.asked('alerts')}"
+        while not holds():
+            assert time.monotonic() < deadline, (self.asked("targets"), self.asked("alerts"))
             time.sleep(0.2)
 
 
-@pytest.fixture
-def watched(sqlite_template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Watched]:
-    """A lab, its page behind a token, and a Prometheus that looks twice a second; no alert waits for its `for`."""
-    monkeypatch.setattr(metrics, "FRESH_S", -1.0)
-    shutil.copy(sqlite_template, tmp_path / "lab.db")
-    url = f"sqlite:///{tmp_path / 'lab.db'}"
-    lab = webs.seed(url, tmp_path / "artifacts")
-    store = webs.reader(url, lambda: lab.now)
-    site = make_site(
-        store, ReportShelf(store, lambda: lab.artifacts), Access(token=TOKEN, names=frozenset({"localhost"}))
-    )
-    web_port, port = services.free_port(), services.free_port()
-    server = uvicorn.Server(uvicorn.Config(site, host="127.0.0.1", port=web_port, log_level="error"))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    rules = yaml.safe_load(RULES.read_text("utf-8"))
+@contextlib.contextmanager
+def prometheus(folder: Path, web_port: int, after_s: int | None = None) -> Iterator[Prometheus]:
+    """A Prometheus that looks at a page twice a second; no alert waits for its `for`.
+
+    `after_s`: how long a box may be silent, in place of the rule's own time.
+    """
+    rules, port = yaml.safe_load(RULES.read_text("utf-8")), services.free_port()
     for rule in rules["groups"][0]["rules"]:
         rule.pop("for", None)
-    (tmp_path / "rules.yaml").write_text(yaml.safe_dump(rules))
-    (tmp_path / "token").write_text(TOKEN)
+        if after_s is not None and rule["alert"] == "LoractlBoxSilent":
+            rule["expr"] = rule["expr"].replace("> 90", f"> {after_s}")
+    (folder / "rules.yaml").write_text(yaml.safe_dump(rules))
+    (folder / "token").write_text(TOKEN)
     scrape = {
         "job_name": "loractl",
         "static_configs": [{"targets": [f"127.0.0.1:{web_port}"]}],
-        "authorization": {"credentials_file": str(tmp_path / "token")},
+        "authorization": {"credentials_file": str(folder / "token")},
     }
     settings = {
         "global": {"scrape_interval": "500ms", "scrape_timeout": "500ms", "evaluation_interval": "500ms"},
-        "rule_files": [str(tmp_path / "rules.yaml")],
+        "rule_files": [str(folder / "rules.yaml")],
         "scrape_configs": [scrape],
     }
-    (tmp_path / "prometheus.yaml").write_text(yaml.safe_dump(settings))
+    (folder / "prometheus.yaml").write_text(yaml.safe_dump(settings))
     command = [
-        str(PROMETHEUS), f"--config.file={tmp_path / 'prometheus.yaml'}", f"--storage.tsdb.path={tmp_path / 'data'}",
+        str(PROMETHEUS), f"--config.file={folder / 'prometheus.yaml'}", f"--storage.tsdb.path={folder / 'data'}",
         f"--web.listen-address=127.0.0.1:{port}",
     ]  # fmt: skip
+    with services.running(command, port):
+        yield Prometheus(port)
+
+
+@contextlib.contextmanager
+def served(store: Store, lab: webs.SeededLab | None) -> Iterator[int]:
+    """The page of a lab behind a token; the port where it is."""
+
+    def artifacts() -> ArtifactStore:
+        assert lab is not None
+        return lab.artifacts
+
+    access, port = Access(token=TOKEN, names=frozenset({"localhost"})), services.free_port()
+    site = make_site(store, ReportShelf(store, artifacts), access)
+    server = uvicorn.Server(uvicorn.Config(site, host="127.0.0.1", port=port, log_level="error"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
     try:
-        with services.running(command, port):
-            yield Watched(lab=lab, port=port)
+        yield port
     finally:
         server.should_exit = True
         thread.join(timeout=20)
 
 
-def test_a_real_prometheus_loads_the_rules_and_fires_when_a_box_is_silent(watched: Watched) -> None:
+@pytest.fixture(autouse=True)
+def _fresh(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics, "FRESH_S", -1.0)
+
+
+def test_it_loads_the_rules_scrapes_and_an_alert_fires_when_a_row_is_old(sqlite_template: Path, tmp_path: Path) -> None:
+    shutil.copy(sqlite_template, tmp_path / "lab.db")
+    url = f"sqlite:///{tmp_path / 'lab.db'}"
+    lab = webs.seed(url, tmp_path / "artifacts")
+    with served(webs.reader(url, lambda: lab.now), lab) as web, prometheus(tmp_path, web) as watched:
+        watched.until(lambda: watched.asked("query?query=loractl_database_up")["result"])
+        (group,) = watched.asked("rules")["groups"]
+        assert len(group["rules"]) == 10 and all(rule["health"] in ("ok", "unknown") for rule in group["rules"])
+        up = watched.asked("query?query=up")["result"][0]
+        assert up["metric"]["job"] == "loractl" and up["value"][1] == "1"
+        jobs = watched.asked("query?query=loractl_job_progress_ratio")["result"]
+        assert {series["metric"]["job_id"] for series in jobs} == {"12", "13", "14"}
+        assert all("exported_job" not in series["metric"] for series in jobs)
+        assert "LoractlBoxSilent" not in watched.firing()
+        with lab.store._engine.begin() as connection:
+            aged = "UPDATE nodes SET seen_at = datetime(seen_at, '-10 minutes') WHERE host = 'osprey'"
+            connection.exec_driver_sql(aged)
+        watched.until(lambda: "LoractlBoxSilent" in watched.firing())
+        silent = [a for a in watched.asked("alerts")["alerts"] if a["labels"]["alertname"] == "LoractlBoxSilent"]
+        assert [alert["labels"]["host"] for alert in silent] == ["osprey"]
+
+
+@pytest.mark.cold
+def test_an_alert_fires_for_a_box_whose_worker_was_killed_and_ends_when_it_is_back(
+    make_cli: Callable[..., Cli], home: Path, tmp_path: Path
+) -> None:
+    """A worker writes its row every 5 s, so the rule's 90 s are 12 here."""
+    cli = make_cli(LORACTL_DEVICES="sim:24GiB", LORACTL_HOST="osprey")
+    worker = cli.start("worker")
+    try:
+        _until_seen(cli)
+        store = Store(make_engine(f"sqlite:///{home / 'loractl.db'}", read_only=True))
+        with served(store, None) as web, prometheus(tmp_path, web, after_s=12) as watched:
+            seen = "query?query=loractl_card_seen_timestamp_seconds"
+            watched.until(lambda: watched.asked(seen)["result"])
+            assert "LoractlBoxSilent" not in watched.firing()
+            _kill(worker)
+            watched.until(lambda: "LoractlBoxSilent" in watched.firing())
+            alerts = watched.asked("alerts")["alerts"]
+            assert {a["labels"]["host"] for a in alerts if a["labels"]["alertname"] == "LoractlBoxSilent"} == {"osprey"}
+            worker = cli.start("worker")
+            watched.until(lambda: "LoractlBoxSilent" not in watched.firing())
+    finally:
+        _kill(worker)
+
+
+def _until_seen(cli: Cli) -> None:
     deadline = time.monotonic() + 60
-    while not watched.asked("query?query=loractl_database_up")["result"]:
-        assert time.monotonic() < deadline, watched.asked("targets")
+    while not json.loads(cli("gpus", "--json").stdout):
+        assert time.monotonic() < deadline
         time.sleep(0.2)
-    (group,) = watched.asked("rules")["groups"]
-    assert len(group["rules"]) == 8 and all(rule["health"] in ("ok", "unknown") for rule in group["rules"])
-    up = watched.asked("query?query=up")["result"][0]
-    assert up["metric"]["job"] == "loractl" and up["value"][1] == "1"
-    jobs = watched.asked("query?query=loractl_job_progress_ratio")["result"]
-    assert {series["metric"]["job_id"] for series in jobs} == {"12", "13", "14"}
-    assert all("exported_job" not in series["metric"] for series in jobs)
-    assert "LoractlBoxSilent" not in watched.firing()
-    # osprey is off: its row is not written any more, while the other boxes go on
-    engine = watched.lab.store._engine
-    with engine.begin() as connection:
-        connection.exec_driver_sql("UPDATE nodes SET seen_at = datetime(seen_at, '-10 minutes') WHERE host = 'osprey'")
-    watched.wait_for("LoractlBoxSilent")
-    silent = [a for a in watched.asked("alerts")["alerts"] if a["labels"]["alertname"] == "LoractlBoxSilent"]
-    assert [alert["labels"]["host"] for alert in silent] == ["osprey"]
+
+
+def _kill(worker: subprocess.Popen[str]) -> None:
+    """The box loses its power: nothing of it ends in order."""
+    for process in [*psutil.Process(worker.pid).children(recursive=True), psutil.Process(worker.pid)]:
+        process.kill()
+    worker.wait(timeout=20)
 
 
 def test_promtool_finds_nothing_wrong() -> None:
@@ -125,4 +182,4 @@ def test_promtool_finds_nothing_wrong() -> None:
     if promtool is None:
         pytest.skip("no promtool on this machine")
     done = subprocess.run([promtool, "check", "rules", str(RULES)], capture_output=True, text=True, check=False)
-    assert done.returncode == 0 and "8 rules found" in done.stdout, done.stdout + done.stderr
+    assert done.returncode == 0 and "10 rules found" in done.stdout, done.stdout + done.stderr

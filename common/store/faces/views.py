@@ -12,7 +12,8 @@ from loractl.common.job.status import Status
 
 from ..queries import jobs, sweeps
 from ..queries.outbox import deliveries
-from ..records import CoursePoint, JobCount, Page, PastRun, StuckMessages
+from ..records import ChannelTraffic, CoursePoint, JobCount, Page, PastRun, StuckMessages
+from ..schema import revision
 from ..tables import Job, LogChunk, Sweep, Use
 from .retention import RetentionStore
 
@@ -20,9 +21,17 @@ from .retention import RetentionStore
 class ViewStore(RetentionStore):
     """The jobs' database as somebody sees it who looks at all of it often."""
 
+    def revision(self) -> str | None:
+        """The tables' revision; None for a database without loractl's tables."""
+        return revision(self._engine)
+
     def ended(self, since: dt.datetime, limit: int) -> list[Job]:
         """The jobs that ended last, the newest first."""
         return self._all(jobs.ended(since, limit))
+
+    def numbered(self, job_ids: Collection[int]) -> dict[int, Job]:
+        """Those of the jobs that exist, by number."""
+        return {job.job_id: job for job in self._all(select(Job).where(Job.job_id.in_(job_ids)))}
 
     def thinned(self, job_ids: Collection[int], name: str, most: int) -> list[CoursePoint]:
         """A metric of each job in its order, thinned to about `most` points a job; the last one is always there."""
@@ -67,6 +76,11 @@ class ViewStore(RetentionStore):
         """Messages that no process takes, and those that were given up within a day, by channel."""
         with self._read() as tx:
             return deliveries.read_stuck(tx)
+
+    def traffic(self) -> list[ChannelTraffic]:
+        """How many messages wait, were sent and were given up within a day, by channel."""
+        with self._read() as tx:
+            return deliveries.read_traffic(tx)
 
     def runs(self, since: dt.datetime, until: dt.datetime) -> list[PastRun]:
         """The attempts that began or ended after `since`, up to `until`."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from ..fleet import DeviceState, fleet_of
 
 if TYPE_CHECKING:
-    from loractl.common.store.records import JobCount, PastRun
+    from loractl.common.store.records import ChannelTraffic, JobCount, PastRun
     from loractl.common.store.store import Store
     from loractl.common.store.tables import Job
 
@@ -41,6 +41,7 @@ class LabCensus:
     oldest_ready: dt.datetime | None
     devices: Sequence[DeviceState]
     running: Sequence[RunningJob]
+    traffic: Sequence[ChannelTraffic]  # of messages
 
 
 def lab_census(store: Store) -> LabCensus:
@@ -52,6 +53,7 @@ def lab_census(store: Store) -> LabCensus:
         oldest_ready=store.oldest_ready(),
         devices=fleet_of(view).devices,
         running=[_running(job) for job in list(view.running.values())[:MOST_RUNNING]],
+        traffic=store.traffic(),
     )
 
 

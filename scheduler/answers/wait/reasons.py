@@ -14,6 +14,7 @@ from loractl import __version__
 from loractl.common.job.status import OUTCOMES
 from loractl.common.placement.cards import Card, suits
 from loractl.common.placement.lines import Waiting
+from loractl.common.placement.reach import out_of_reach
 from loractl.common.store.fleet import NODE_STALE_S, FleetView, unreadable, waiting_of
 from loractl.common.units import clock, duration, gib
 
@@ -88,19 +89,8 @@ def _never(job: Job, me: Waiting, view: FleetView) -> Wait | None:
         limit = resources.get("max_vram") if isinstance(resources, dict) else None
         size = f", {gib(limit)}," if isinstance(limit, int) else ""
         return never(f"its resources.max_vram{size} is below every need")
-    if not view.cards:
-        return None
-    labelled = [card for card in view.cards.values() if me.requires <= card.labels]
-    if not labelled:
-        return never(f"no box has the label {', '.join(f'{k}={v}' for k, v in sorted(me.requires))}")
-    if not all(card.total for card in labelled):
-        return None  # one that can't be read now may be large enough
-    gpus = [card for card in labelled if not card.processor] or labelled
-    largest = max(gpus, key=lambda card: card.usable)
-    least = me.least
-    if least is not None and least > max(card.usable for card in labelled):
-        return never(f"needs {gib(least)}, the largest card has {gib(largest.usable)}")
-    return None
+    why = out_of_reach(me, view.cards.values())
+    return None if why is None else never(why)
 
 
 def _held_back(job: Job, view: FleetView) -> Wait | None:

@@ -11,9 +11,17 @@ from ...records import FleetTurn
 from ...tables import FleetRound
 from ...transaction import Transaction
 from ..outbox.deliveries import tidy
-from ..outbox.notices import tell_of_silence
+from ..outbox.notices import NEWS_S, tell_of_cancelled_sweeps, tell_of_silence
+from ..outbox.reach import tell_of_jobs_out_of_reach
+from .nodes import read_cards
 
-_NAME = "leases"
+_NAME, _REACH = "leases", "reach"
+
+REACH_EVERY_S = 60.0
+"""How often it is asked which jobs no card could ever hold."""
+
+_SLOW_COMMIT_S = 60.0
+"""A transaction is committed so long after the time that it wrote, at the most."""
 
 GAP = 2 / 3
 """Of a lease. When nobody went round for so long, living workers may not have reached the database either: after a
@@ -30,11 +38,22 @@ def take_turn(tx: Transaction, node: str, lease_s: float, every_s: float, settle
     if not tx.is_alone() or not is_due(tx, every_s):
         return None
     now, row = tx.now(), tx.session.get(FleetRound, _NAME)
+    last_at = dt.datetime.min.replace(tzinfo=dt.UTC) if row is None else row.at - dt.timedelta(seconds=_SLOW_COMMIT_S)
     away = row is None or (now - row.at).total_seconds() > GAP * lease_s
     settled_at = now + dt.timedelta(seconds=settle_s) if row is None or away else row.settled_at
     tx.put(FleetRound, "name", {"name": _NAME, "node": node, "at": now, "settled_at": settled_at})
     settling = 0 < (settled_at - now).total_seconds() <= settle_s
     if not settling:
         tell_of_silence(tx, now)
+    tell_of_cancelled_sweeps(tx, max(last_at, now - dt.timedelta(seconds=NEWS_S)))
+    _look_at_reach(tx, node, now)
     tidy(tx, now)
     return FleetTurn(settling=settling)
+
+
+def _look_at_reach(tx: Transaction, node: str, now: dt.datetime) -> None:
+    last = tx.session.get(FleetRound, _REACH)
+    if last is not None and 0 <= (now - last.at).total_seconds() < REACH_EVERY_S:
+        return
+    tx.put(FleetRound, "name", {"name": _REACH, "node": node, "at": now, "settled_at": now})
+    tell_of_jobs_out_of_reach(tx, read_cards(tx.session, now), now)

@@ -12,9 +12,9 @@ from sqlalchemy import ColumnElement, Select, delete, func, or_, select, update
 from loractl.common.channel.channels import LAB, ME, Channel, channels_of
 
 from ...outbox import OutboxMessage
-from ...records import Delivery, Parcel, StuckMessages
+from ...records import ChannelTraffic, Delivery, Parcel, StuckMessages
 from ...transaction import Transaction
-from .notices import write
+from .notices import News, write
 
 TRIES = 8
 """Tries of a message, of which the first comes at once and the last about three hours later."""
@@ -30,6 +30,9 @@ KEPT_S = 7 * 24 * 3600.0
 
 LATE_S = 300.0
 """A message that is due for so long and was never tried is in nobody's hands."""
+
+SENT, GAVE_UP = "sent", "gave up"
+"""What the outcome of a settled message is, or begins with."""
 
 _AT_ONCE = 50
 
@@ -47,7 +50,7 @@ def lease(tx: Transaction, channels: Sequence[Channel], lease_s: float) -> Parce
     if row is None:
         return None
     if row.tries >= TRIES:  # its senders were killed at each of them
-        _settle(tx, row, f"gave up after {row.tries} tries", told=True)
+        _settle(tx, row, f"{GAVE_UP} after {row.tries} tries", told=True)
         return None
     row.token, row.tries = uuid.uuid4().hex, row.tries + 1
     row.due_at = tx.now() + dt.timedelta(seconds=lease_s)
@@ -62,9 +65,9 @@ def settle(tx: Transaction, parcel: Parcel, delivery: Delivery) -> bool:
     if row is None or row.settled_at is not None:
         return False
     if delivery.sent:
-        _settle(tx, row, "sent")
+        _settle(tx, row, SENT)
     elif not delivery.again or row.tries >= TRIES:
-        _settle(tx, row, f"gave up after {row.tries} tries: {delivery.why}", told=True)
+        _settle(tx, row, f"{GAVE_UP} after {row.tries} tries: {delivery.why}", told=True)
     else:
         row.token, row.outcome = None, delivery.why
         row.due_at = tx.now() + dt.timedelta(seconds=_pause_s(row.tries, delivery.after_s))
@@ -75,7 +78,7 @@ def tidy(tx: Transaction, now: dt.datetime) -> None:
     """Give up what no process takes, and forget what was settled long ago."""
     old = select(OutboxMessage).where(OutboxMessage.at < now - dt.timedelta(seconds=PATIENCE_S))
     for row in tx.session.scalars(_taken(old, now, _AT_ONCE)):
-        _settle(tx, row, "gave up: no worker's config.toml names this channel", told=True)
+        _settle(tx, row, f"{GAVE_UP}: no worker's config.toml names this channel", told=True)
     over = OutboxMessage.at < now - dt.timedelta(seconds=KEPT_S)
     tx.session.execute(delete(OutboxMessage).where(over, OutboxMessage.settled_at.is_not(None)))
 
@@ -87,7 +90,7 @@ def read_stuck(tx: Transaction) -> list[StuckMessages]:
     columns = (OutboxMessage.channel, func.count(), func.min(OutboxMessage.at))
     waits = select(*columns).where(OutboxMessage.settled_at.is_(None), OutboxMessage.tries == 0, late, named)
     lately = OutboxMessage.settled_at > now - dt.timedelta(seconds=PATIENCE_S)
-    over = (lately, OutboxMessage.outcome.startswith("gave up"), named)
+    over = (lately, OutboxMessage.outcome.startswith(GAVE_UP), named)
     ended = (func.max(OutboxMessage.settled_at), func.max(OutboxMessage.outcome))
     gone = select(OutboxMessage.channel, func.count(), *ended).where(*over)
     channel = OutboxMessage.channel
@@ -99,13 +102,34 @@ def read_stuck(tx: Transaction) -> list[StuckMessages]:
     ]
 
 
+def read_traffic(tx: Transaction) -> list[ChannelTraffic]:
+    """By channel. What is written to the lab is left out, for nobody has to have a channel for it."""
+    now = tx.now()
+    waits = OutboxMessage.settled_at.is_(None) & or_(OutboxMessage.due_at <= now, OutboxMessage.tries > 0)
+    lately = OutboxMessage.settled_at > now - dt.timedelta(seconds=PATIENCE_S)
+    alive = OutboxMessage.at > now - dt.timedelta(seconds=2 * PATIENCE_S)  # an older one is settled, and not lately
+    counts = (
+        func.count().filter(waits),
+        func.min(OutboxMessage.at).filter(waits),
+        func.count().filter(lately, OutboxMessage.outcome == SENT),
+        func.count().filter(lately, OutboxMessage.outcome.startswith(GAVE_UP)),
+    )
+    by_channel = select(OutboxMessage.channel, *counts).where(alive, OutboxMessage.channel != LAB)
+    rows = tx.session.execute(by_channel.group_by(OutboxMessage.channel).order_by(OutboxMessage.channel))
+    return [
+        ChannelTraffic(channel=channel, waiting=waiting, oldest=oldest, sent=sent, given_up=gone)
+        for channel, waiting, oldest, sent, gone in rows
+    ]
+
+
 def _pass_on(tx: Transaction, channels: Sequence[Channel]) -> None:
     """Turn messages to `me` and to the lab into messages to the channels that these words mean here."""
     words = select(OutboxMessage).where(OutboxMessage.channel.in_((ME, LAB)), _concerns(channels))
     for row in tx.session.scalars(_taken(words, tx.now(), _AT_ONCE)):
         of_lab = tuple(channel.name for channel in channels if channel.lab)
         names = of_lab if row.channel == LAB else channels_of(channels, row.user)
-        write(tx, names, row.event, row.kind, row.job_id, row.user, (row.subject, row.text))
+        same = {name: getattr(row, name) for name in ("event", "kind", "job_id", "user", "subject")}
+        write(tx, names, News(**same, advice=row.text))
         _settle(tx, row, "passed on")
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import datetime as dt
 import uuid
 from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
 
 from sqlalchemy import func, select
 
 from loractl.common.channel.channels import LAB, names_in
 from loractl.common.job.status import Reason, Status
+from loractl.common.job.sweep import SweepView
 from loractl.common.text import clean_line, storable
 
 from ...fleet import NODE_STALE_S
@@ -28,6 +30,19 @@ _SWEEP_OVER_LOCK = 0x5EEA
 """Any constant: with a sweep's number it names a lock in PostgreSQL."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class News:
+    """Something that is told once to each channel that it concerns."""
+
+    event: str  # what makes it one: told again under the same name it is the same message
+    kind: str
+    job_id: int | None
+    user: str
+    subject: str
+    advice: str
+    later_s: float = 0.0  # it may still be withdrawn so long
+
+
 def tell_of_job(tx: Transaction, job: Job) -> None:
     """Tell of a job that has just ended or been held. A sweep's members are told of as one, when the last has ended."""
     if names := names_in(job.spec):  # apart: what can't be told must not keep a job from its end
@@ -41,9 +56,8 @@ def tell_of_jobs(tx: Transaction, job_ids: Collection[int]) -> None:
 
 def tell_of_closure(tx: Transaction, target: str, reason: str, now: dt.datetime) -> None:
     """Tell the lab that a card or a box takes no more jobs."""
-    subject = f"{target}: closed, {reason}"
-    advice = f"{target} takes no more jobs until: loractl undrain {target}"
-    write(tx, [LAB], f"closed:{target}:{now.isoformat()}", "card.closed", None, "", (subject, advice))
+    event, advice = f"closed:{target}:{now.isoformat()}", f"{target} takes no more jobs until: loractl undrain {target}"
+    _tell_lab(tx, event, "card.closed", f"{target}: closed, {reason}", advice)
 
 
 def tell_of_silence(tx: Transaction, now: dt.datetime) -> None:
@@ -59,8 +73,17 @@ def tell_of_silence(tx: Transaction, now: dt.datetime) -> None:
             fallen[f"silent:{name}:{seen.isoformat()}"] = f"{name}: silent since {seen:%Y-%m-%d %H:%M} UTC"
     known = set(tx.session.scalars(select(OutboxMessage.event).where(OutboxMessage.event.in_(fallen))))
     for event in fallen.keys() - known:
-        advice = "Its jobs go on elsewhere where a card fits."
-        write(tx, [LAB], event, "box.silent", None, "", (fallen[event], advice))
+        _tell_lab(tx, event, "box.silent", fallen[event], "Its jobs go on elsewhere where a card fits.")
+
+
+def tell_of_cancelled_sweeps(tx: Transaction, since: dt.datetime) -> None:
+    """Tell of sweeps whose last member a person has cancelled since then.
+
+    Whoever cancels may write no messages: a worker finds it in the rows, a moment later.
+    """
+    gone = select(func.max(Job.job_id)).where(Job.ended_at >= since, Job.status == Status.CANCELLED)
+    last = gone.where(Job.sweep_id.is_not(None)).group_by(Job.sweep_id)
+    tell_of_jobs(tx, tx.session.scalars(last).all())
 
 
 def _tell_of_job(tx: Transaction, job: Job, names: Sequence[str]) -> None:
@@ -86,17 +109,25 @@ def _tell_of_sweep(tx: Transaction, job: Job, sweep_id: int, names: Sequence[str
     going = (Job.sweep_id == sweep_id, Job.status.in_((Status.QUEUED, Status.RUNNING)))
     if tx.session.scalar(select(Job.job_id).where(*going).limit(1)) is not None:
         return
-    (view,) = read_sweeps(tx.session, [sweep_id])
-    ended = [member.status for member in view.members]
-    well = ended.count(Status.SUCCEEDED)
+    attempts = tx.session.scalar(select(func.sum(Job.attempt)).where(Job.sweep_id == sweep_id))
+    event = f"sweep:{sweep_id}:{attempts}:over"
+    if tx.session.scalar(select(OutboxMessage.event).where(OutboxMessage.event == event).limit(1)) is None:
+        (view,) = read_sweeps(tx.session, [sweep_id])
+        said, advice = _outcome(view), f"loractl compare --sweep {sweep_id}"
+        news = News(event=event, kind="sweep.over", job_id=job.job_id, user=job.user, subject=said, advice=advice)
+        write(tx, names, news)
+
+
+def _outcome(view: SweepView) -> str:
+    """How a sweep went, in a line."""
+    well = sum(member.status is Status.SUCCEEDED for member in view.members)
     stopped = sum(member.reason is Reason.PRUNED for member in view.members)
+    cancelled = sum(member.reason is Reason.CANCELLED for member in view.members)
     losses = [(member.final_loss, member.job_id) for member in view.members if member.final_loss is not None]
-    best = f", best loss {min(losses)[0]:.4f} (job {min(losses)[1]})" if losses else ""
     early = f", {stopped} stopped early" if stopped else ""
-    subject = f"{view.name}: sweep {sweep_id} is over, {well} of {len(ended)} succeeded{early}{best}"
-    newest = tx.session.scalar(select(func.sum(Job.attempt)).where(Job.sweep_id == sweep_id))
-    advice = f"loractl compare --sweep {sweep_id}"
-    write(tx, names, f"sweep:{sweep_id}:{newest}:over", "sweep.over", job.job_id, job.user, (subject, advice))
+    early += f", {cancelled} cancelled" if cancelled else ""
+    best = f", best loss {min(losses)[0]:.4f} (job {min(losses)[1]})" if losses else ""
+    return f"{view.name}: sweep {view.sweep_id} is over, {well} of {len(view.members)} succeeded{early}{best}"
 
 
 def _ended(job: Job) -> str:
@@ -106,17 +137,19 @@ def _ended(job: Job) -> str:
 def _post(tx: Transaction, names: Sequence[str], event: str, kind: str, job: Job, subject: str, then: str) -> None:
     where = "" if job.node is None else f", last on {job.node}"
     advice = f"Job {job.job_id} of {job.user}{where}. {then} More: loractl show {job.job_id}"
-    write(tx, names, event, kind, job.job_id, job.user, (subject, advice))
+    news = News(event=event, kind=kind, job_id=job.job_id, user=job.user, subject=subject, advice=advice)
+    write(tx, names, news)
 
 
-def write(
-    tx: Transaction, names: Iterable[str], event: str, kind: str, job_id: int | None, user: str, said: tuple[str, str]
-) -> None:
-    subject, advice = (storable(clean_line(text))[:MOST_TEXT] for text in said)
+def _tell_lab(tx: Transaction, event: str, kind: str, subject: str, advice: str) -> None:
+    write(tx, [LAB], News(event=event, kind=kind, job_id=None, user="", subject=subject, advice=advice))
+
+
+def write(tx: Transaction, names: Iterable[str], news: News) -> None:
+    """A message for each of the channels that has none of this event yet."""
+    subject, advice = (storable(clean_line(text))[:MOST_TEXT] for text in (news.subject, news.advice))
     now = tx.now()
-    same = {"event": event, "kind": kind, "job_id": job_id, "user": user, "subject": subject, "text": advice}
-    rows = [
-        {**same, "message_id": f"msg_{uuid.uuid4().hex}", "channel": name, "at": now, "due_at": now, "tries": 0}
-        for name in dict.fromkeys(names)
-    ]
+    same = {"event": news.event, "kind": news.kind, "job_id": news.job_id, "user": news.user, "at": now, "tries": 0}
+    same |= {"subject": subject, "text": advice, "due_at": now + dt.timedelta(seconds=news.later_s)}
+    rows = [{**same, "message_id": f"msg_{uuid.uuid4().hex}", "channel": name} for name in dict.fromkeys(names)]
     tx.add_new(OutboxMessage, rows)

@@ -144,6 +144,26 @@ def test_a_sweep_is_one_message_when_its_last_member_has_ended(store: Store) -> 
     assert all_due(store, OPS) == [("ops", "grid: sweep 1 is over, 2 of 3 succeeded")]
 
 
+def test_a_sweep_that_a_cancel_ends_is_told_of_by_the_next_round_once(timed: Store, clock: Clock) -> None:
+    timed.submit_sweep(NewSweep(name="grid", user="ada", varied={}), [submission(notify=["ops"]) for _ in range(3)])
+    end(timed, Reason.OK)
+    turn(timed)
+    for job_id in (2, 3):
+        assert all_due(timed, OPS) == []
+        timed.cancel(job_id, "ada")
+        clock.forward(20)
+        turn(timed)
+    assert all_due(timed, OPS) == [("ops", "grid: sweep 1 is over, 1 of 3 succeeded, 2 cancelled")]
+    for _ in range(5):
+        clock.forward(20)
+        turn(timed)
+    timed.submit_sweep(NewSweep(name="all", user="ada", varied={}), [submission(notify=["ops"]) for _ in range(2)])
+    timed.cancel_sweep(2, "ada")
+    clock.forward(3600)  # no worker looked meanwhile
+    turn(timed)
+    assert all_due(timed, OPS) == [("ops", "all: sweep 2 is over, 0 of 2 succeeded, 2 cancelled")]
+
+
 def test_the_last_two_members_that_end_at_once_tell_of_the_sweep_once(postgres_engine: Engine) -> None:
     store = Store(postgres_engine)
     for _ in range(5):
@@ -205,6 +225,25 @@ def test_pauses_grow_the_receiver_s_own_counts_and_after_eight_tries_the_history
     assert due(timed, OPS) is None
     (note,) = notes(timed, job_id)
     assert note.endswith("to channel ops: gave up after 8 tries: HTTP 500")
+
+
+def test_messages_are_counted_by_channel_without_a_word_of_what_they_say(timed: Store, clock: Clock) -> None:
+    for names in (["ops"], ["ops", "ada-mail"], ["nobodys"]):
+        timed.submit(submission(name="secret", notify=names))
+        end(timed, Reason.OK, "sk-123456")
+    first, *_ = [due(timed, OPS)]
+    assert first is not None and timed.settle_message(first, SENT)
+    gone = due(timed, ADA)
+    assert gone is not None and timed.settle_message(gone, Delivery(why="HTTP 410"))
+    clock.forward(60)
+    told = {pile.channel: (pile.waiting, pile.sent, pile.given_up) for pile in timed.traffic()}
+    assert told == {"ops": (1, 1, 0), "ada-mail": (0, 0, 1), "nobodys": (1, 0, 0)}
+    assert {pile.oldest for pile in timed.traffic()} == {None, first.at}
+    clock.forward(PATIENCE_S + 3600)
+    turn(timed)
+    assert {pile.channel: (pile.waiting, pile.sent, pile.given_up) for pile in timed.traffic()} == {
+        "ops": (0, 0, 1), "ada-mail": (0, 0, 0), "nobodys": (0, 0, 1)
+    }  # fmt: skip
 
 
 def _is_due(store: Store) -> bool:

@@ -42,7 +42,7 @@ def told(job: Job, *nodes: Any, **others: Any) -> tuple[str, str]:
 
 def test_a_job_larger_than_every_card_never_starts_and_says_by_how_much() -> None:
     nodes = card("a:0", 24), card("b:0", 48, margin=1, outside_bytes=40), card("off:0", 40, draining=True)
-    assert told(waits(lora=60, qlora=50), *nodes) == ("never", "needs 50.0, the largest card has 47.0")
+    assert told(waits(lora=60, qlora=50), *nodes) == ("never", "needs 50.0 GiB, the largest card has 47.0")
     assert told(waits(lora=60, qlora=47), *nodes)[0] != "never", "others may leave"
 
 

@@ -12,8 +12,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
 
 from loractl import __version__
+from loractl.common.channel.channels import Channel
 from loractl.common.job.status import Reason, Status
-from loractl.common.store.records import Progress
+from loractl.common.store.records import Delivery, Progress
 from loractl.common.units import GIB
 from loractl.scheduler.answers.lab.census import SETTLED_S
 from loractl.scheduler.web.metrics import RATIO_BUCKETS, WAIT_BUCKETS, Exporter
@@ -83,6 +84,23 @@ def test_no_label_is_one_of_prometheus_own(web: Web) -> None:
     assert all(re.fullmatch(r"loractl_[a-z_]+", line.split()[2]) for line in text.splitlines() if line[:6] == "# TYPE")
 
 
+def test_messages_are_told_by_channel_and_by_what_became_of_them(own_web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("loractl.scheduler.web.metrics.FRESH_S", -1.0)
+    lab, ops = own_web.lab, Channel(name="ops", kind="slack", url="https://hooks.slack.com/services/SECRET")
+    waiting = value(scrape(own_web), "loractl_notifications", channel="ops", state="waiting")
+    for delivery in (Delivery(sent=True), Delivery(why="HTTP 410")):
+        parcel = lab.store.lease_message((ops,), 90.0)
+        assert parcel is not None and lab.store.settle_message(parcel, delivery)
+    after = scrape(own_web)
+    assert value(after, "loractl_notifications", channel="ops", state="waiting") == waiting - 2 > 0
+    assert value(after, "loractl_notifications", channel="ops", state="sent") == 1
+    assert value(after, "loractl_notifications", channel="ops", state="given_up") == 1
+    oldest = value(after, "loractl_oldest_notification_timestamp_seconds", channel="ops")
+    assert lab.now.timestamp() - 4 * 3600 < oldest < lab.now.timestamp()
+    text = own_web.client.get("/metrics").text
+    assert "SECRET" not in text and "HTTP 410" not in text and "triage-r32" not in text
+
+
 def test_what_ends_while_it_runs_is_counted_once_and_its_series_go(
     own_web: Web, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -142,8 +160,8 @@ def alerts() -> list[dict[str, Any]]:
     return list(group["rules"])
 
 
-def test_there_are_eight_alerts_each_with_words_for_people() -> None:
-    assert len({alert["alert"] for alert in alerts()}) == 8
+def test_there_are_ten_alerts_each_with_words_for_people() -> None:
+    assert len({alert["alert"] for alert in alerts()}) == 10
     for alert in alerts():
         assert alert["alert"].startswith("Loractl") and alert["labels"]["severity"] in ("warning", "critical")
         assert {"summary", "description"} <= alert["annotations"].keys()

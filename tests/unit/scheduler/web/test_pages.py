@@ -30,7 +30,7 @@ def test_the_lab_says_first_what_runs_and_who_holds_what(web: Web) -> None:
     assert re.search(r"Next to start: 17 on osprey:0 at about \d\d:\d\d", page)
     assert "vllm serve of tomás holds 41.0 GiB of heron:1 outside the queue" in page
     assert "priya · 12 · 61.0" in page and "Drained by lena: replacing a fan" in page
-    assert "needs 92.0, the largest card has 79.5" in page and "held by wei: until the new data are there" in page
+    assert "needs 92.0 GiB, the largest card has 79.5" in page and "held by wei: until the new data are there" in page
 
 
 def test_what_waits_stands_in_the_order_in_which_the_rule_tries_it(web: Web) -> None:

@@ -1,0 +1,105 @@
+"""What can never run is told: after a while, once, and not where a card comes that could hold it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from sqlalchemy import text
+
+from loractl.common.store.queries.outbox.reach import GRACE_S
+from loractl.common.store.store import Store
+from loractl.common.units import GIB
+
+from ...factories import Clock, node_state, submission
+from .test_fleet_rounds import turn
+from .test_outbox import ADA, OPS, all_due
+
+OPS_TOLD = "tiny: can never run, needs 64.0 GiB, the largest card has 48.0"
+
+
+def large(**keys: Any) -> Any:
+    """A job that is larger than a card of 48 GiB."""
+    return submission(lora=80, qlora=64, **{"notify": ["ops"], **keys})
+
+
+@pytest.fixture
+def lab(timed: Store) -> Store:
+    """A box with a card of 48 GiB."""
+    timed.see_node(node_state())
+    return timed
+
+
+def go_on(store: Store, clock: Clock, seconds: float, **state: Any) -> None:
+    """The box lives so long, and goes round for the fleet."""
+    end = clock.now.timestamp() + seconds
+    while clock.now.timestamp() < end:
+        clock.forward(30)
+        store.see_node(node_state(**state))
+        turn(store)
+
+
+def test_a_job_that_no_card_can_hold_is_told_once_after_ten_minutes(lab: Store, clock: Clock) -> None:
+    lab.submit(large())
+    lab.submit(large(notify=["me"], user="ada"))
+    lab.submit(large(notify=[]))
+    lab.submit(submission(notify=["ops"]))
+    go_on(lab, clock, GRACE_S - 60)
+    assert all_due(lab, OPS, ADA) == []
+    go_on(lab, clock, 180)
+    assert all_due(lab, OPS, ADA) == [("ada-mail", OPS_TOLD), ("ops", OPS_TOLD)]
+    go_on(lab, clock, GRACE_S + 120)
+    assert all_due(lab, OPS, ADA) == []
+
+
+def test_a_box_that_comes_or_an_owner_who_edits_withdraws_it(lab: Store, clock: Clock) -> None:
+    lab.submit(large())
+    cancelled = lab.submit(large(name="other"))
+    go_on(lab, clock, 120)
+    lab.cancel(cancelled, "ada")
+    lab.see_node(node_state("big:0", total=80 * GIB))
+    go_on(lab, clock, 120)
+    lab.forget_node("big:0")  # it is started anew, in order: the time begins again
+    go_on(lab, clock, GRACE_S - 60)
+    assert all_due(lab, OPS) == []
+    go_on(lab, clock, 180)
+    assert all_due(lab, OPS) == [("ops", OPS_TOLD)]
+
+
+def test_a_label_that_no_box_has_a_limit_of_its_own_and_a_job_that_is_held(lab: Store, clock: Clock) -> None:
+    lab.submit(submission(name="linked", notify=["ops"], resources={"node_labels": {"nvlink": "yes"}}))
+    lab.submit(submission(name="thrifty", lora=8, qlora=6, notify=["ops"], resources={"max_vram": "1GiB"}))
+    lab.submit(submission(name="patient", lora=80, qlora=40, notify=["ops"], lora_patience="2h"))
+    lab.hold(lab.submit(large(name="held")), "ada")
+    go_on(lab, clock, GRACE_S + 120)
+    said = "can never run, its resources.max_vram is below every need"
+    linked = "can never run, no box has the label nvlink=yes"
+    assert all_due(lab, OPS) == [("ops", f"linked: {linked}"), ("ops", f"thrifty: {said}")]
+
+
+def test_nobody_is_told_while_no_box_is_known_or_one_can_not_be_read(timed: Store, clock: Clock) -> None:
+    timed.submit(large())
+    for _ in range(30):
+        clock.forward(60)
+        turn(timed)
+    timed.see_node(node_state())
+    timed.see_node(node_state("broken:0", total=0, fault="the driver has lost it"))
+    go_on(timed, clock, GRACE_S + 120)
+    assert all_due(timed, OPS) == []
+
+
+def test_the_members_of_a_sweep_are_one_message(lab: Store, clock: Clock) -> None:
+    from loractl.common.job.sweep import NewSweep
+
+    lab.submit_sweep(NewSweep(name="grid", user="ada", varied={}), [large() for _ in range(3)])
+    go_on(lab, clock, GRACE_S + 120)
+    assert all_due(lab, OPS) == [("ops", OPS_TOLD)]
+
+
+def test_a_row_that_can_not_be_read_keeps_no_other_from_being_told(lab: Store, clock: Clock) -> None:
+    broken, well = lab.submit(large(name="broken")), lab.submit(large())
+    with lab._write() as tx:
+        tx.session.execute(text("UPDATE jobs SET methods = '[\"wings\"]' WHERE job_id = :n"), {"n": broken})
+    go_on(lab, clock, GRACE_S + 120)
+    assert all_due(lab, OPS) == [("ops", OPS_TOLD)]
+    assert lab.job(well).job_id == well
