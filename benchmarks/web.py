@@ -1,24 +1,28 @@
-"""How long a page of loractl web takes with 100, 10,000 and 100,000 jobs, on SQLite (a file) and on PostgreSQL.
+"""How long a page of `loractl web` takes with many jobs, on SQLite (a file) and PostgreSQL.
 
     .venv/bin/python -m benchmarks.web [jobs ...]
 
-Prints for each page of five looks the median and the worst in milliseconds, the median of the processor time that the
-server itself took (on a busy machine the others tell of its other work), and the page's size before gzip. One in
-50 of the jobs waits, and 64 run on 16 cards of four boxes; half a percent has failed. The pages are drawn anew for each
-look: what is kept for a moment for all who look is not used.
+Each page is asked for again and again through the application itself; nothing travels over a network. Prints the median
+and the worst time in ms; the processor time of this process, which has SQLite's part in it, and of PostgreSQL's own
+processes (on a busy machine the times beside them tell of its other work); how many statements it asks; and the page's
+size before and after gzip. One in 50 of the jobs waits, and 64 run on 16 cards of four boxes; half a percent has
+failed; a half belongs to sweeps of a hundred. The pages are drawn anew for each look: what is kept for a moment for all
+who look is not used.
 """
 
 from __future__ import annotations
 
 import datetime as dt
+import gzip
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
-from sqlalchemy import Engine, text
+from sqlalchemy import Engine, event, text
 from starlette.testclient import TestClient
 
 from loractl.common.artifacts import ArtifactStore
@@ -41,10 +45,20 @@ USERS = ("ada", "mara", "wei", "priya", "lena", "jonas")
 CARDS = tuple(f"{host}:{n}" for host in ("heron", "osprey", "kestrel", "egret") for n in range(4))
 
 
+@dataclass(frozen=True, kw_only=True)
+class Look:
+    """What one look at a page took."""
+
+    wall_ms: float
+    own_ms: float  # processor time of this process
+    server_ms: float  # of PostgreSQL's
+
+
 def main() -> None:
     sizes = [int(size) for size in sys.argv[1:]] or list(SIZES)
     site.FRESH_S = metrics.FRESH_S = -1.0
-    print(f"{'':<12}{'jobs':>8}  {'page':<26}{'median ms':>10}{'worst ms':>10}{'CPU ms':>8}{'KB':>7}")
+    head = f"{'median':>8}{'worst':>7}{'CPU':>6}{'+ db':>6}{'asked':>7}{'KB':>7}{'gzip':>6}"
+    print(f"{'':<12}{'jobs':>8}  {'page':<28}{head}")
     for name, opened in (("SQLite", sqlite), ("PostgreSQL", postgresql)):
         for jobs in sizes:
             with opened() as engine:
@@ -59,33 +73,63 @@ def measure(database: str, engine: Engine, jobs: int) -> None:
     shelf = ReportShelf(store, lambda: ArtifactStore(Path(tempfile.mkdtemp()).as_uri()))
     app = make_site(store, shelf, Access(token=None, names=frozenset({"localhost"})))
     client = TestClient(app, base_url="http://localhost")
-    running = store.fleet().running
-    pages = {
-        "lab": "/", "lab, one owner": "/?user=ada",
-        "jobs": "/jobs", "jobs, far back": f"/jobs?after={max(2, jobs // 2)}", "jobs, failed": "/jobs?status=failed",
-        "jobs of a user": "/jobs?user=wei", "jobs of a name": "/jobs?name=job-7", "jobs of nobody": "/jobs?name=nobody",
-        "jobs with a label": "/jobs?label=team=nlp", "a running job": f"/jobs/{min(running)}", "sweeps": "/sweeps",
-        "adapters": "/adapters", "metrics": "/metrics",
-    }  # fmt: skip
-    for what, address in pages.items():
-        took, busy, size = timed(lambda address=address: client.get(address).content)  # type: ignore[misc]
+    asked = [0]
+    event.listen(engine, "before_cursor_execute", lambda *_: asked.__setitem__(0, asked[0] + 1))
+    for what, address in pages_of(store, jobs).items():
+        answer = client.get(address)
+        assert answer.status_code == 200, (address, answer.text)
+        asked[0] = 0
+        looks = [look_at(lambda address=address: client.get(address).content) for _ in range(LOOKS)]  # type: ignore[misc]
+        own, server = (statistics.median(getattr(look, name) for look in looks) for name in ("own_ms", "server_ms"))
+        wall = [look.wall_ms for look in looks]
+        size, packed = len(answer.content) / 1000, len(gzip.compress(answer.content, 5)) / 1000
         print(
-            f"{database:<12}{jobs:>8}  {what:<26}{statistics.median(took):>10.0f}{max(took):>10.0f}"
-            f"{statistics.median(busy):>8.0f}{size / 1000:>7.1f}",
+            f"{database:<12}{jobs:>8}  {what:<28}{statistics.median(wall):>8.0f}{max(wall):>7.0f}{own:>6.0f}"
+            f"{server:>6.0f}{asked[0] / LOOKS:>7.0f}{size:>7.1f}{packed:>6.1f}",
             flush=True,
         )
 
 
-def timed(look: Callable[[], bytes]) -> tuple[list[float], list[float], int]:
-    """Milliseconds of each look after the first, those of the processor, and the bytes of the page before gzip."""
-    size = len(look())
-    took, busy = [], []
-    for _ in range(LOOKS):
-        start, began = time.perf_counter(), time.process_time()
-        look()
-        took.append(1000 * (time.perf_counter() - start))
-        busy.append(1000 * (time.process_time() - began))
-    return took, busy, size
+def pages_of(store: Store, jobs: int) -> dict[str, str]:
+    """What is looked at, by a name for it."""
+    running, half = min(store.fleet().running), max(2, jobs // 2)
+    sweep = max(1, jobs // 200 - 2)
+    return {
+        "lab": "/", "lab, one owner": "/?user=ada", "lab, a label": "/?label=team=vision", "jobs": "/jobs",
+        "jobs, far back": f"/jobs?after={half}", "jobs, failed": "/jobs?status=failed",
+        "jobs, failed, far back": f"/jobs?status=failed&after={half}", "jobs, succeeded": "/jobs?status=succeeded",
+        "jobs of a user": "/jobs?user=wei", "jobs of a user, far back": f"/jobs?user=wei&after={half}",
+        "jobs of one who has few": "/jobs?user=rosa", "jobs of a user, failed": "/jobs?user=wei&status=failed",
+        "jobs of few, failed": "/jobs?user=rosa&status=failed", "jobs of a name": "/jobs?name=job-7",
+        "jobs of nobody": "/jobs?name=nobody", "jobs with a label": "/jobs?label=team=nlp",
+        "jobs with a rare label": "/jobs?label=team=vision", "jobs with no such label": "/jobs?label=team=nobody",
+        "a label and a user of few": "/jobs?label=team=nlp&user=rosa", "a running job": f"/jobs/{running}",
+        "an ended job": f"/jobs/{half}", "sweeps": "/sweeps", "a sweep": f"/sweeps/{sweep}", "adapters": "/adapters",
+        "adapters, far back": f"/adapters?after={half}", "metrics": "/metrics",
+    }  # fmt: skip
+
+
+def look_at(look: Callable[[], bytes]) -> Look:
+    """One look."""
+    start, own, server = time.perf_counter(), time.process_time(), _postgres_s()
+    look()
+    return Look(
+        wall_ms=1000 * (time.perf_counter() - start),
+        own_ms=1000 * (time.process_time() - own),
+        server_ms=1000 * (_postgres_s() - server),
+    )
+
+
+def _postgres_s() -> float:
+    """Processor seconds of all processes of PostgreSQL on this machine that belong to this program's user or server."""
+    total = 0.0
+    for name in Path("/proc").glob("[0-9]*/comm"):
+        try:
+            if name.read_text().strip() == "postgres":
+                total += int((name.parent / "schedstat").read_text().split()[0]) / 1e9
+        except OSError:  # it has ended
+            continue
+    return total
 
 
 def fill(store: Store, engine: Engine, jobs: int) -> None:
@@ -144,6 +188,23 @@ FILLED = (
         reason = CASE WHEN job_id % 200 = 7 THEN 'bad_data' ELSE 'ok' END, message = 'better, loss 4.49 -> 0.25',
         started_at = {past}, ended_at = {past}, attempt = 1, method = 'lora', node = 'heron:0', loss = 0.5
         WHERE job_id <= :ended""",
+    """UPDATE jobs SET "user" = 'rosa' WHERE job_id IN (3, 57, 1207)""",
+    """UPDATE jobs SET labels = '{{"team": "vision"}}' WHERE job_id % 1000 = 11""",
+    """DELETE FROM job_labels""",
+    """INSERT INTO job_labels (job_id, key, value)
+        SELECT job_id, 'team', CASE WHEN job_id % 1000 = 11 THEN 'vision' ELSE 'nlp' END FROM jobs""",
+    """UPDATE jobs SET sweep_id = job_id / 200 + 1 WHERE job_id % 200 < 100""",
+    """INSERT INTO sweeps (sweep_id, name, "user", settings, created_at)
+        SELECT sweep_id, 'sweep-' || sweep_id, 'wei', '{{"varied": {{"lora.r": "8,16"}}}}', min(submitted_at)
+        FROM jobs WHERE sweep_id IS NOT NULL GROUP BY sweep_id""",
+    """INSERT INTO metrics (job_id, attempt, step, name, value)
+        {steps} SELECT job_id, 1, i * 10, 'eval_loss', 2.0 / i FROM jobs, n
+        WHERE sweep_id > (SELECT max(sweep_id) - 10 FROM jobs) AND i <= 30""",
+    """INSERT INTO metrics (job_id, attempt, step, name, value)
+        SELECT job_id, 1, 900, 'held_out_loss', 0.5 FROM jobs WHERE sweep_id IS NOT NULL AND status = 'succeeded'""",
+    """INSERT INTO outbox (message_id, event, channel, "user", job_id, kind, subject, text, at, due_at, tries,
+        settled_at, outcome) SELECT 'msg_' || job_id, 'job:' || job_id, 'ops', 'ada', job_id, 'job.failed', 'x', 'x',
+        {past}, {past}, 1, {past}, 'sent' FROM jobs WHERE status = 'failed'""",
     """INSERT INTO attempts
         (job_id, attempt, token, node, gpu, method, vram_planned, vram_process, started_at, ended_at, reason)
         SELECT job_id, 1, 'x', node, 'x', 'lora', 1, 1, started_at, ended_at, reason FROM jobs

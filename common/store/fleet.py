@@ -40,6 +40,11 @@ class FleetView:
         """See largest_gpu. It is asked for each card and each job that waits."""
         return largest_gpu(self.cards.values())
 
+    @functools.cached_property
+    def suiting(self) -> dict[tuple[object, ...], frozenset[str]]:
+        """Cards by what a job asks of them, as far as that was asked of this view."""
+        return {}
+
     def drain_of(self, node: str) -> DrainOrder | None:
         return self.drains.get(node) or self.drains.get(node.rpartition(":")[0])
 

@@ -16,6 +16,7 @@ GRANT SELECT ON ALL TABLES IN SCHEMA public TO loractl_submit, loractl_worker, l
 -- submit, sweep, edit, cancel, hold, retry, and all that only reads
 GRANT INSERT ON jobs, events, sweeps TO loractl_submit;
 GRANT INSERT, UPDATE, DELETE ON tags TO loractl_submit;
+GRANT INSERT, DELETE ON job_labels TO loractl_submit;
 GRANT UPDATE (status, reason, message, stage, cancel_requested, preempted_by, held, not_before, retries_used, ended_at,
     token, lease_expires_at, step, total_steps, loss, tokens_per_second, eta_seconds, result_until, lab_failures,
     lab_step, avoids, name, labels, spec, spec_hash, priority, methods, preemptible, version, max_retries, vram_lora,
@@ -132,3 +133,15 @@ CREATE OR REPLACE TRIGGER loractl_by_login BEFORE INSERT OR UPDATE ON tags FOR E
   WHEN (NOT pg_has_role('loractl_worker', 'MEMBER')) EXECUTE FUNCTION loractl_by_login();
 CREATE OR REPLACE TRIGGER loractl_by_login BEFORE INSERT ON sweeps FOR EACH ROW
   WHEN (NOT pg_has_role('loractl_worker', 'MEMBER')) EXECUTE FUNCTION loractl_by_login();
+
+CREATE OR REPLACE FUNCTION loractl_own_label() RETURNS trigger LANGUAGE plpgsql AS $$
+DECLARE
+  label job_labels := CASE WHEN TG_OP = 'DELETE' THEN OLD ELSE NEW END;
+BEGIN
+  IF EXISTS (SELECT FROM jobs WHERE job_id = label.job_id AND "user" <> session_user) THEN
+    RAISE EXCEPTION 'a job is listed by its own labels' USING ERRCODE = 'insufficient_privilege';
+  END IF;
+  RETURN label;
+END $$;
+CREATE OR REPLACE TRIGGER loractl_own_label BEFORE INSERT OR DELETE ON job_labels FOR EACH ROW
+  WHEN (NOT pg_has_role('loractl_worker', 'MEMBER')) EXECUTE FUNCTION loractl_own_label();

@@ -14,7 +14,7 @@ from loractl.common.errors import SchemaMismatch
 if TYPE_CHECKING:
     from alembic.config import Config
 
-HEAD = "0014"
+HEAD = "0015"
 """The newest migration in migrations/versions; a test holds it equal to Alembic's own head."""
 
 SCHEMA_LOCK = 0x10AC71  # any constant: names loractl's advisory lock in PostgreSQL
@@ -46,6 +46,19 @@ def upgrade(engine: Engine) -> tuple[str | None, str]:
             connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": SCHEMA_LOCK})
         command.upgrade(config, "head")
     return before, HEAD
+
+
+def serving_boxes(engine: Engine) -> list[str]:
+    """Boxes whose workers have written their rows within a minute, whatever the tables' revision."""
+    recent = {
+        "postgresql": "seen_at > clock_timestamp() - interval '60 seconds'",
+        "sqlite": "seen_at > datetime('now', '-60 seconds')",
+    }
+    with engine.connect().execution_options(read_only=True) as connection:
+        if not engine.dialect.has_table(connection, "nodes"):
+            return []
+        hosts = f"SELECT DISTINCT host FROM nodes WHERE {recent[engine.dialect.name]} ORDER BY host"  # noqa: S608
+        return list(connection.execute(text(hosts)).scalars())
 
 
 @contextlib.contextmanager

@@ -22,7 +22,6 @@ from loractl.common.placement.lines import Waiting
 from . import aside
 from .faces.devices import DeviceStore
 from .fleet import FleetView
-from .glance import Glance
 from .queries import (
     adapters,
     backlog,
@@ -37,6 +36,7 @@ from .queries import (
     wishes,
 )
 from .queries.cards import fleet_rounds, nodes, preemption
+from .queries.jobs import Glance
 from .queries.outbox import deliveries, notices
 from .records import (
     Amendment,

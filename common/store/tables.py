@@ -3,90 +3,14 @@
 from __future__ import annotations
 
 import datetime as dt
-import enum
-from collections.abc import Callable
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
-from sqlalchemy import JSON, BigInteger, DateTime, Dialect, ForeignKey, Index, String, Text, TypeDecorator, text
-from sqlalchemy.dialects import sqlite
+from sqlalchemy import JSON, BigInteger, ForeignKey, Index, String, Text, text
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
-from sqlalchemy.types import TypeEngine
 
 from loractl.common.job.status import Reason, Stage, Status
 
-LONG_AGO, FAR_OFF = dt.datetime(2, 1, 1, tzinfo=dt.UTC), dt.datetime(9998, 12, 31, tzinfo=dt.UTC)
-"""The first and the last time that a row may tell: within them every time zone has a calendar."""
-
-
-class _SqliteTimes(sqlite.DATETIME):
-    """SQLite's text as a time. PostgreSQL's are read by the driver (`database`)."""
-
-    def result_processor(self, dialect: Dialect, coltype: object) -> Callable[[Any], dt.datetime | None]:
-        read: Any = super().result_processor(dialect, coltype)
-
-        def as_time(value: Any) -> dt.datetime | None:
-            try:
-                found: dt.datetime | None = read(value)
-            except (TypeError, ValueError):
-                return LONG_AGO.replace(tzinfo=None)
-            return found
-
-        return as_time
-
-
-class UtcDateTime(TypeDecorator[dt.datetime]):
-    """An aware UTC datetime; SQLite stores none, so the zone is taken off and put back.
-
-    What is no time is read as LONG_AGO: one row must not keep all others from being read.
-    """
-
-    impl = DateTime(timezone=True)
-    cache_ok = True
-
-    def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
-        own: TypeEngine[Any] = _SqliteTimes() if dialect.name == "sqlite" else self.impl_instance  # type: ignore[no-untyped-call]  # its base has no types
-        return dialect.type_descriptor(own)
-
-    def process_bind_param(self, value: dt.datetime | None, dialect: Dialect) -> dt.datetime | None:
-        if value is None or dialect.name != "sqlite":
-            return value
-        return value.astimezone(dt.UTC).replace(tzinfo=None)
-
-    def process_result_value(self, value: dt.datetime | None, dialect: Dialect) -> dt.datetime | None:
-        if value is None:
-            return None
-        return value.replace(tzinfo=dt.UTC) if value.tzinfo is None else value.astimezone(dt.UTC)
-
-
-_Word = TypeVar("_Word", bound=enum.StrEnum)
-
-
-class Words(TypeDecorator[_Word]):
-    """A word of the enum, by value. One that only a newer version knows is read as a member that has no name here."""
-
-    impl = String(24)
-    cache_ok = True
-
-    def __init__(self, words: type[_Word]) -> None:
-        super().__init__()
-        self.words = words
-
-    def process_bind_param(self, value: _Word | None, dialect: Dialect) -> str | None:
-        return None if value is None else str(value)
-
-    def process_result_value(self, value: str | None, dialect: Dialect) -> _Word | None:
-        return None if value is None else word(self.words, value)
-
-
-def word(words: type[_Word], text: str) -> _Word:
-    """The enum's member; for an unknown text one that equals none of the others, and prints as that text."""
-    try:
-        return words(text)
-    except ValueError:
-        member = str.__new__(words, text)
-        member._name_ = member._value_ = text
-        return member
-
+from .columns import UtcDateTime, Words
 
 Timestamp = Annotated[dt.datetime, mapped_column(UtcDateTime())]
 Bytes = Annotated[int, mapped_column(BigInteger)]
@@ -128,6 +52,15 @@ class Job(Base):
         ),
         Index("ix_jobs_sweep", "sweep_id", "status", "ended_at"),
         Index("ix_jobs_name", "name", "job_id"),
+        Index("ix_jobs_user", "user", "job_id"),
+        Index("ix_jobs_status", "status", "job_id"),
+        Index(
+            "ix_jobs_outcome",
+            "status",
+            "reason",
+            postgresql_where=text("ended_at IS NOT NULL"),
+            sqlite_where=text("ended_at IS NOT NULL"),
+        ),
         Index(
             "ix_jobs_ended",
             "ended_at",
@@ -140,7 +73,7 @@ class Job(Base):
 
     job_id: Mapped[Key]
     name: Mapped[str]
-    user: Mapped[str] = mapped_column(index=True)
+    user: Mapped[str]
     labels: Mapped[dict[str, str]]
     spec: Mapped[dict[str, Any]]
     spec_hash: Mapped[str] = mapped_column(String(64))
@@ -164,7 +97,7 @@ class Job(Base):
     adjustment: Mapped[dict[str, Any] | None]  # what out-of-memory has changed: micro-batch, accumulation, ...
     max_retries: Mapped[int]
 
-    status: Mapped[Status] = mapped_column(Words(Status), index=True)
+    status: Mapped[Status] = mapped_column(Words(Status))
     reason: Mapped[Reason | None] = mapped_column(Words(Reason))
     message: Mapped[str | None] = mapped_column(Text)  # why, in one sentence
     stage: Mapped[Stage | None] = mapped_column(Words(Stage))
@@ -221,6 +154,7 @@ class Attempt(Base):
     """One run of a job on one device."""
 
     __tablename__ = "attempts"
+    __table_args__ = (Index("ix_attempts_started", "started_at"), Index("ix_attempts_ended", "ended_at"))
 
     job_id: Mapped[JobKey] = mapped_column(primary_key=True)
     attempt: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
@@ -393,3 +327,14 @@ class Tag(Base):
     job_id: Mapped[JobKey] = mapped_column(index=True)
     user: Mapped[str]  # who set it last
     at: Mapped[Timestamp]
+
+
+class JobLabel(Base):
+    """A label of a job's row once more, where the jobs that have it are found without reading the others."""
+
+    __tablename__ = "job_labels"
+    __table_args__ = (Index("ix_job_labels_jobs", "key", "value", "job_id"),)
+
+    job_id: Mapped[JobKey] = mapped_column(primary_key=True)
+    key: Mapped[str] = mapped_column(String(64), primary_key=True)
+    value: Mapped[str] = mapped_column(String(256))

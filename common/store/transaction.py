@@ -13,8 +13,9 @@ from sqlalchemy.orm import Session
 
 from loractl.common.text import storable
 
+from .columns import UtcDateTime
 from .database import outage
-from .tables import Base, Event, UtcDateTime
+from .tables import Base, Event
 
 log = logging.getLogger("loractl.common.store")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 from sqlalchemy import ColumnElement, Integer, Select, and_, case, exists, func, or_, select
 from sqlalchemy import cast as sql_cast
@@ -15,13 +16,25 @@ from loractl.common.job.status import Reason, Status
 from loractl.common.memory.correction import Measured
 from loractl.common.memory.engine import ENGINE
 
-from ..glance import Glance
 from ..records import Choice, CoursePoint, JobCount, Page, PastRun
-from ..tables import Attempt, Event, Job, LogChunk, MetricPoint, Sweep
+from ..tables import Attempt, Event, Job, JobLabel, LogChunk, MetricPoint, Sweep
 from ..transaction import Transaction
 
 _LARGEST = 2**31 - 1  # number of a job; a larger one no database takes
 _QUEUED = sql("status = 'queued'")  # literal: a partial index is only used where the planner sees its condition
+
+
+@dataclass(frozen=True, kw_only=True)
+class Glance:
+    """What an overview of the jobs needs: a few rows, and numbers for the rest."""
+
+    running: list[Job]  # the oldest first
+    waiting: list[Job]  # the page's, by priority, then the oldest first
+    more_wait: bool  # behind the page
+    waiting_count: int  # all that wait
+    ended: dict[Status, int]  # that succeeded and that failed since the asked moment
+    sweep_ids: list[int]  # the newest sweeps with a job of these, newest last
+    sweep_count: int  # all such sweeps
 
 
 def read_job(tx: Transaction, job_id: int, *, lock: bool = False) -> Job:
@@ -53,8 +66,13 @@ def matching(
 
 def newest(choice: Choice, page: Page) -> Select[Job]:
     """The page's jobs in any state, the newest first, and one more where there is one."""
-    query = select(Job).where(*_chosen(choice)).order_by(Job.job_id.desc()).limit(page.limit + 1)
-    return query if page.after is None else query.where(Job.job_id < page.after)
+    query, number = select(Job).where(*_chosen(replace(choice, label=None))), Job.job_id
+    if choice.label is not None:  # by its index: rows are wide, and most lack it
+        key, value = choice.label
+        number = JobLabel.job_id
+        query = query.join(JobLabel, JobLabel.job_id == Job.job_id).where(JobLabel.key == key, JobLabel.value == value)
+    query = query.order_by(number.desc()).limit(page.limit + 1)
+    return query if page.after is None else query.where(number < page.after)
 
 
 def read_glance(
@@ -183,13 +201,16 @@ def read_counts(tx: Transaction) -> list[JobCount]:
     for status, reason, where in (
         (Status.QUEUED, waits, _QUEUED),
         (Status.RUNNING, Job.stage, Job.status == Status.RUNNING),
-        (Status.FAILED, Job.reason, Job.status == Status.FAILED),
-        (Status.CANCELLED, Job.reason, Job.status == Status.CANCELLED),
     ):
         grouped = select(reason.label("why"), func.count().label("many")).where(where).group_by("why")
         counts += [JobCount(status=status, reason=str(r.why or ""), count=r.many) for r in tx.session.execute(grouped)]
-    succeeded = tx.session.scalar(select(func.count()).select_from(Job).where(Job.status == Status.SUCCEEDED))
-    return [*counts, JobCount(status=Status.SUCCEEDED, reason="ok", count=succeeded or 0)]
+    ended = select(Job.status, Job.reason, func.count().label("many")).where(Job.ended_at.is_not(None))
+    counts += [
+        JobCount(status=row.status, reason=str(row.reason or ""), count=row.many)
+        for row in tx.session.execute(ended.group_by(Job.status, Job.reason))
+        if row.status in (Status.SUCCEEDED, Status.FAILED, Status.CANCELLED)
+    ]
+    return counts
 
 
 def oldest_ready(now: dt.datetime) -> Select[dt.datetime]:

@@ -16,8 +16,8 @@ from loractl.common.placement.keys import QueueKey, queue_key_range
 from loractl.common.placement.lines import Line, ListedLine, Openings, SubstitutedLine, Waiting, waited
 from loractl.common.placement.rule import OLDEST_FIRST_AFTER_S
 
+from ..columns import UtcDateTime
 from ..fleet import waiting_of
-from ..tables import UtcDateTime
 
 _HIGHEST = 2**31  # above every priority that a row can have
 _AT_ONCE = 32  # of a user's jobs in one query, where many are read

@@ -134,8 +134,9 @@ def _notices(store: Store, seen: Overview, view: FleetView) -> Iterator[Notice]:
         if node.fault is not None:
             yield Notice(text=f"{name} is closed: {node.fault}", command="loractl gpus")
     waiting = [job for job in seen.waiting if seen.waits.reasons[job.job_id].word in ("memory", "busy")]
+    rows = store.numbered([state.job_id for state in waiting[:ASKED_FOR_ROOM]])
     for state in waiting[:ASKED_FOR_ROOM]:
-        held = without_others(store.job(state.job_id), view)
+        held = without_others(rows[state.job_id], view) if state.job_id in rows else None
         if held is not None:
             yield Notice(text=_held_text(view, *held, state), command=f"loractl why {state.job_id}")
             return

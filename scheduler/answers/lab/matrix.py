@@ -60,11 +60,11 @@ def adapter_matrix(store: Store, shelf: ReportShelf, page: Page, chosen: int | N
     """The page's adapters by base model, and where the chosen one (a job) comes from, if it is among them."""
     listed = adapter_list(store, page)
     rows, found = [], None
-    jobs = {adapter.job_id: store.job(adapter.job_id) for adapter in listed.adapters}
+    jobs = store.numbered([adapter.job_id for adapter in listed.adapters])
     for job in jobs.values():
         shelf.known(job.job_id, job.manifest_sha256)
     patience = REPORT_WAIT_S
-    for adapter in reversed(listed.adapters):
+    for adapter in reversed([adapter for adapter in listed.adapters if adapter.job_id in jobs]):
         job = jobs[adapter.job_id]
         report, told = _read(shelf, job, patience)
         if report is None:

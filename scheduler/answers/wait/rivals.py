@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from loractl.common.placement.cards import Card, takes
+from loractl.common.placement.cards import takes
 from loractl.common.placement.lines import Waiting
 from loractl.common.store.fleet import FleetView, waiting_of
 
@@ -39,10 +39,17 @@ def reaches(job: Job, waiting: Sequence[Waiting]) -> bool:
 
 def rivals(job: Job, view: FleetView, waiting: Sequence[Waiting]) -> list[Waiting]:
     """Other ready jobs that could take a card which suits this one."""
-    me, fleet = waiting_of(vars(job), view.now), view.cards.values()
+    me = waiting_of(vars(job), view.now)
+    mine = _suiting(me, view)
+    return [o for o in waiting if o.job_id != me.job_id and not mine.isdisjoint(_suiting(o, view))]
 
-    def may_take(other: Waiting, card: Card) -> bool:
-        return takes(card, other, fleet, view.largest) and could_ever_hold(other, card)
 
-    cards = [card for card in view.cards.values() if card.open and may_take(me, card)]
-    return [o for o in waiting if o.job_id != me.job_id and any(may_take(o, card) for card in cards)]
+def _suiting(job: Waiting, view: FleetView) -> frozenset[str]:
+    """The open cards that the job could take. Hundreds of waiting jobs ask for the same, so the view keeps it."""
+    form = (job.need, job.methods, job.requires, job.only_host, job.avoids)
+    found = view.suiting.get(form)
+    if found is None:
+        fleet = view.cards.values()
+        takers = (card for card in fleet if card.open and takes(card, job, fleet, view.largest))
+        found = view.suiting[form] = frozenset(card.node for card in takers if could_ever_hold(job, card))
+    return found

@@ -16,6 +16,7 @@ from sqlalchemy import Engine, inspect, text
 from loractl.common.errors import ExitCode, SchemaMismatch, ServiceUnreachable, UsageError
 from loractl.common.settings import Settings, load_settings
 from loractl.common.store.database import DatabaseError, connect, make_engine, outage, reachable, told_by
+from loractl.common.store.records import Choice, Page
 from loractl.common.store.schema import HEAD, alembic_config, revision, upgrade
 from loractl.common.store.store import Store
 from loractl.common.store.tables import Base
@@ -70,6 +71,31 @@ def test_a_job_number_is_never_given_twice(database_url: str) -> None:
         first = connection.execute(text(row)).scalar_one()
         connection.execute(text("DELETE FROM jobs"))
         assert connection.execute(text(row)).scalar_one() > first
+    engine.dispose()
+
+
+def test_jobs_that_were_there_before_are_listed_by_their_labels(database_url: str) -> None:
+    from alembic import command
+
+    engine = make_engine(database_url)
+    with engine.begin() as connection, alembic_config(connection) as config:
+        command.upgrade(config, "0014")
+    store = Store(engine)
+    row = text(
+        'INSERT INTO jobs (name, "user", labels, spec, spec_hash, base_model, data, priority, vram_class, max_retries,'
+        " status, cancel_requested, held, attempt, retries_used, submitted_at, planned, queue_key, methods,"
+        " preemptible) VALUES ('a', 'b', :labels, '{}', 'c', 'd', '{}', 0, 8, 0, 'queued', false, false, 0, 0,"
+        " '2026-01-01', '{}', 'x', '[]', false)"
+    )
+    for labels in ('{"team": "nlp"}', "{}", '{"team": "vision", "n": "1"}', "[7]", '{"team": 7}', "null"):
+        with engine.begin() as connection:
+            connection.execute(row, {"labels": labels})
+    upgrade(engine)
+
+    def listed(key: str, value: str) -> list[int]:
+        return [job.job_id for job in store.newest(Choice(label=(key, value)), Page(limit=9))]
+
+    assert [listed("team", "nlp"), listed("team", "vision"), listed("n", "1"), listed("n", "2")] == [[1], [3], [3], []]
     engine.dispose()
 
 
