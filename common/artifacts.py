@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .errors import ArtifactError, ServiceUnreachable
+from .errors import ArtifactError, ResultTaken, ServiceUnreachable
 from .files import Doing, nothing_told, open_files
 from .settings import Settings, redacted
 
@@ -128,7 +128,7 @@ class ArtifactStore:
     def put_result(self, folder: Path, prefix: str) -> Manifest:
         """Upload every file below `folder` under `prefix`, close it with a manifest and read all of it back.
 
-        Raises ArtifactError when something can't be written or reads back differently, ServiceUnreachable.
+        Raises ArtifactError when something can't be written or reads back differently, ServiceUnreachable, ResultTaken.
         """
         paths = sorted(p for p in folder.rglob("*") if p.is_symlink() or not p.is_dir())
         if wrong := next((p for p in paths if p.is_symlink() or not p.is_file()), None):
@@ -136,6 +136,7 @@ class ArtifactStore:
             raise ArtifactError(f"storing {prefix}: {wrong.relative_to(folder).as_posix()!r} is not a plain file")
         files = {_inside(p.relative_to(folder).as_posix()): p for p in paths}
         manifest = {name: StoredFile(size=p.stat().st_size, sha256=sha256_of(p)) for name, p in files.items()}
+        self._refuse_another_s(prefix, manifest.get(WEIGHTS))
         with self._errors(f"storing {prefix}"):
             for name, path in files.items():
                 self._files.put(path, f"{prefix}/{name}")
@@ -246,6 +247,23 @@ class ArtifactStore:
         with self._errors(f"removing the checkpoints of job {job_id}"):
             self._files.prune(f"jobs/{job_id}/checkpoints")
             self._files.prune(f"jobs/{job_id}")
+
+    def _refuse_another_s(self, prefix: str, weights: StoredFile | None) -> None:
+        """No result is written over another one: a database that was restored may give a number again.
+
+        The same attempt has the same weights whenever it is stored.
+        """
+        with self._errors(f"looking for {prefix}"):
+            if weights is None or not self._files.exists(f"{prefix}/{MANIFEST}"):
+                return
+        try:
+            held = self._parsed(prefix, self._closed_by(prefix)).get(WEIGHTS)
+        except ArtifactError:  # a damaged one closes no result
+            return
+        if held is not None and held != weights:
+            raise ResultTaken(
+                f"{self.url}/{prefix} holds another result, which is kept", "the next attempt is stored beside it"
+            )
 
     def _closed_by(self, prefix: str) -> bytes:
         """The manifest's own bytes. Raises ArtifactError without one."""

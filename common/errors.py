@@ -186,5 +186,9 @@ class ArtifactError(LoractlError):
     """An artifact could not be stored, or what is stored does not match its manifest."""
 
 
+class ResultTaken(ArtifactError):
+    """Another result lies where one would be stored: its number was given before, and is not known any more."""
+
+
 class WrongState(LoractlError):
     """The job is not in a state that allows the command."""

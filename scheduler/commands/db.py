@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 import click
 
 from .output import show
+
+if TYPE_CHECKING:
+    from loractl.scheduler.upkeep.contents import Contents
 
 
 @click.group()
@@ -16,24 +19,36 @@ def db() -> None:
 
 
 @db.command("upgrade")
-def db_upgrade() -> None:
-    """Bring the database's tables to this loractl's form. The embedded SQLite does it by itself."""
+@click.option(
+    "--backup", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help="Make a backup before a change."
+)
+@click.option("--force", is_flag=True, help="Upgrade while workers of the older form still serve.")
+def db_upgrade(backup: Path | None, force: bool) -> None:
+    """Bring the database's tables to this loractl's form, with all workers stopped.
+
+    The embedded SQLite does it by itself.
+    """
     from loractl.common.settings import load_settings, redacted
-    from loractl.common.store.database import connect, reachable
-    from loractl.common.store.roles import has_roles
-    from loractl.common.store.schema import upgrade
+    from loractl.scheduler.upkeep.revision import bring_to_head
 
     settings = load_settings()
-    with reachable(settings):
-        engine = connect(settings, check_schema=False)
-        before, after = upgrade(engine)
-        grants_are_old = before != after and has_roles(engine)
-    what = (
-        f"is already at revision {after}" if before == after else f"went from {before or 'empty'} to revision {after}"
-    )
-    click.echo(f"{redacted(settings.database_url)} {what}.")
-    if grants_are_old:
-        click.echo("Give the roles their rights to what is new: loractl db roles", err=True)
+    done = bring_to_head(settings, backup, force=force)
+    if done.saved is not None:
+        click.echo(f"{backup} holds the state before: {_held(done.saved)}.")
+    same = done.before == done.after
+    way = f"is already at revision {done.after}" if same else f"went from {done.before or 'empty'} to {done.after}"
+    click.echo(f"{redacted(settings.database_url)} {way}.")
+    if done.roles_wanted:
+        click.echo(_ROLES, err=True)
+
+
+_ROLES = "Give the roles their rights to what is new: loractl db roles"
+
+
+def _held(contents: Contents) -> str:
+    many = f"{contents.jobs} job{'' if contents.jobs == 1 else 's'}"
+    last = f", last change {contents.last_event[:19]} UTC" if contents.last_event else ""
+    return f"{many}, the newest {contents.newest}{last}, revision {contents.revision}" if contents.jobs else many
 
 
 @db.command("roles")
@@ -66,10 +81,11 @@ def db_roles(
 
 @db.command("backup")
 @click.argument("file", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE")
-def db_backup(file: Path) -> None:
-    """Copy the embedded database into a new file; workers may run meanwhile.
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def db_backup(file: Path, as_json: bool) -> None:
+    """Copy the database, as it is at one moment, into a new file; workers may run meanwhile.
 
-    What the jobs have stored is not in it: copy the artifacts as well.
+    What the jobs have stored is not in it: copy the artifacts afterwards.
     """
     from loractl.common.settings import load_settings, redacted
     from loractl.common.units import amount
@@ -77,20 +93,29 @@ def db_backup(file: Path) -> None:
 
     settings = load_settings()
     contents = back_up(settings, file)
-    click.echo(f"{contents.jobs} jobs are in {file} ({amount(file.stat().st_size)}).")
-    click.echo(f"Copy what they have stored, too: {redacted(settings.artifacts_url)}", err=True)
+    show(contents, as_json, lambda: f"{file} ({amount(file.stat().st_size)}) holds {_held(contents)}.")
+    if not as_json:
+        click.echo(f"Now copy what they have stored, too: {redacted(settings.artifacts_url)}", err=True)
 
 
 @db.command("restore")
 @click.argument("file", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE")
-@click.option("--force", is_flag=True, help="Give up what has changed here since the backup.")
+@click.option("--force", is_flag=True, help="Give up what has changed in the embedded database since the backup.")
 def db_restore(file: Path, force: bool) -> None:
-    """Put a backup in the place of the embedded database, with all workers stopped."""
-    from loractl.common.settings import load_settings
-    from loractl.scheduler.upkeep.backup import restore
+    """Put a backup in the place of the embedded database, or into an empty one of PostgreSQL.
 
-    contents = restore(load_settings(), file, force=force)
-    click.echo(f"{contents.jobs} jobs are back. Those that ran go on with the next loractl worker.")
+    Stop all workers first, and bring the artifacts back before: numbers of jobs that have stored something there are
+    not given again.
+    """
+    from loractl.common.settings import load_settings
+    from loractl.scheduler.upkeep.backup import SKIPPED_NUMBERS, restore
+
+    done = restore(load_settings(), file, force=force)
+    click.echo(f"{_held(done.contents)}: they are back. Those that ran go on with the next loractl worker.")
+    if done.store_away is not None:
+        click.echo(f"{done.store_away}: numbers of jobs go on {SKIPPED_NUMBERS} further, to give none twice.", err=True)
+    if done.roles_wanted:
+        click.echo(_ROLES, err=True)
 
 
 @db.command("stop")

@@ -36,7 +36,7 @@ def test_a_home_that_was_lost_in_mid_run_is_restored_and_all_its_jobs_end_well(
     worker = cli.start("worker")
     try:
         until_job(cli, 1, lambda job: (job.step or 0) >= 2)
-        assert "2 jobs are in" in cli("db", "backup", tmp_path / "backup.db").stdout
+        assert "holds 2 jobs, the newest 2, last change 20" in cli("db", "backup", tmp_path / "backup.db").stdout
         assert "a worker serves this home" in cli("db", "restore", tmp_path / "backup.db", "--force", code=1).stderr
         assert json.loads(cli("status", 1, "--json").stdout)["status"] == "running", "the copy disturbed nobody"
         shutil.copytree(home / "artifacts", tmp_path / "artifacts")
@@ -46,8 +46,9 @@ def test_a_home_that_was_lost_in_mid_run_is_restored_and_all_its_jobs_end_well(
     cli("db", "stop")
     shutil.rmtree(home)
 
-    assert "2 jobs are back" in cli("db", "restore", tmp_path / "backup.db").stdout
+    home.mkdir()
     shutil.copytree(tmp_path / "artifacts", home / "artifacts")
+    assert "they are back" in cli("db", "restore", tmp_path / "backup.db").stdout
     cli("worker", "--drain-when-idle", timeout=240)
     jobs = json.loads(cli("status", "-a", "--json").stdout)
     assert {(job["job_id"], job["status"]) for job in jobs} == {(1, "succeeded"), (2, "succeeded")}
@@ -61,7 +62,7 @@ def test_what_changed_since_the_backup_is_given_up_only_by_force_and_no_number_i
     job, backup = job_file(tmp_path), tmp_path / "backup.db"
     cli("submit", job)
     cli("db", "backup", backup)
-    assert "1 jobs are back" in cli("db", "restore", backup).stdout, "nothing has changed"
+    assert cli("db", "restore", backup).stdout.startswith("1 job, the newest 1, "), "nothing has changed"
     cli("submit", job)
     cli("cancel", 1)
     told = cli("db", "restore", backup, code=1).stderr
@@ -142,8 +143,45 @@ def test_a_full_disk_ends_a_backup_with_a_sentence_and_leaves_no_half_file(cli: 
         subprocess.run(["umount", str(disk)], check=True)
 
 
-def test_postgresql_has_its_own_tools(make_cli: Callable[..., Cli], tmp_path: Path) -> None:
-    cli = make_cli(LORACTL_DATABASE_URL="postgresql://lab:hunter2@127.0.0.1:9/loractl")
-    for command in ("backup", "restore"):
-        told = cli("db", command, tmp_path / "b.db", code=2).stderr
-        assert "pg_dump -Fc and pg_restore" in told and "hunter2" not in told
+@pytest.mark.long
+def test_a_number_that_comes_twice_costs_neither_result(cli: Cli, home: Path, tiny_model: Path, tmp_path: Path) -> None:
+    from loractl.common.artifacts import WEIGHTS, ArtifactStore, attempt_prefix
+
+    lost = tmp_path / "lost" / WEIGHTS
+    lost.parent.mkdir(parents=True)
+    lost.write_bytes(b"of a job that no row knows any more")
+    ArtifactStore((home / "artifacts").as_uri()).put_result(tmp_path / "lost", attempt_prefix(1, 1))
+    cli("submit", write_job(tmp_path, tiny_model), "--set=training.max_steps=4")
+    cli("worker", "--drain-when-idle", timeout=240)
+    shown = json.loads(cli("show", 1, "--json").stdout)
+    assert [attempt["reason"] for attempt in shown["attempts"]] == ["store_failed", "ok"]
+    assert any("its result is taken over" in event["text"] for event in shown["events"]), "it was trained once"
+    assert (home / "artifacts" / attempt_prefix(1, 1) / WEIGHTS).read_bytes() == lost.read_bytes()
+    assert (home / "artifacts" / attempt_prefix(1, 2) / WEIGHTS).stat().st_size > 1000
+
+
+def test_where_the_store_can_not_be_asked_numbers_are_left_out_and_that_is_said(
+    cli: Cli, home: Path, tmp_path: Path
+) -> None:
+    job = job_file(tmp_path)
+    cli("submit", job)
+    cli("db", "backup", tmp_path / "b.db")
+    (home / "artifacts").rename(home / "elsewhere")
+    told = cli("db", "restore", tmp_path / "b.db").stderr
+    assert "the artifact store is empty: numbers of jobs go on 1000 further" in told
+    (home / "elsewhere").rename(home / "artifacts")
+    cli("submit", job)
+    assert numbers(cli) == [1, 1002]
+
+
+def test_a_backup_is_restored_into_its_own_kind_of_database(
+    make_cli: Callable[..., Cli], cli: Cli, tmp_path: Path
+) -> None:
+    cli("submit", job_file(tmp_path))
+    cli("db", "backup", tmp_path / "b.db")
+    lab = make_cli(LORACTL_DATABASE_URL="postgresql://lab:hunter2@127.0.0.1:9/loractl")
+    told = lab("db", "restore", tmp_path / "b.db", code=2).stderr
+    assert "is a backup of the embedded database, and this one is PostgreSQL's" in told and "hunter2" not in told
+    told = lab("db", "backup", tmp_path / "lab.backup", code=4).stderr
+    assert "is unreachable at" in told and "hunter2" not in told
+    assert not (tmp_path / "lab.backup").exists() and not (tmp_path / "lab.backup.part").exists()

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TypeVar
 
-from loractl.common.errors import ArtifactError, LoractlError, ServiceUnreachable
+from loractl.common.errors import ArtifactError, LoractlError, ResultTaken, ServiceUnreachable
 from loractl.common.job.status import KEEPING, Reason, Stage, Status
 from loractl.common.store.database import REFUSALS, outage, told_by
 from loractl.common.store.records import Progress, StoredResult
@@ -183,7 +183,9 @@ def _with_patience(
 
 
 def _not_stored(error: BaseException) -> str | None:
-    """While storing, a file that reads back differently is tried again too."""
+    """While storing, a file that reads back differently is tried again too; a place that is taken stays so."""
+    if isinstance(error, ResultTaken):
+        return None
     return error.sentence if isinstance(error, ArtifactError) else away(error)
 
 

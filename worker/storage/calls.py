@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from loractl.common.artifacts import ArtifactStore, Binding, Manifest, StoredFile
-from loractl.common.errors import ArtifactError, ServiceUnreachable
+from loractl.common.errors import ArtifactError, ResultTaken, ServiceUnreachable
 
 Arguments = list[Any]
 
@@ -26,6 +26,8 @@ def as_answer(error: Exception) -> dict[str, Any]:
     """An error for the pipe."""
     if isinstance(error, ServiceUnreachable):
         return {"kind": "unreachable", "facts": list(error.facts)}
+    if isinstance(error, ResultTaken):
+        return {"kind": "taken", "facts": [error.sentence, error.hint]}
     if isinstance(error, ArtifactError):
         return {"kind": "artifact", "facts": [error.sentence, error.hint]}
     if isinstance(error, OSError):
@@ -41,6 +43,7 @@ def as_error(answer: dict[str, Any]) -> Exception:
     kinds: dict[str, Callable[..., Exception]] = {
         "unreachable": ServiceUnreachable,
         "artifact": ArtifactError,
+        "taken": ResultTaken,
         "os": OSError,
     }
     return kinds.get(answer["kind"], RuntimeError)(*answer["facts"])

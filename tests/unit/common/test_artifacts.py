@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from loractl.common.artifacts import MANIFEST, ArtifactStore, Binding, attempt_prefix, open_store, sha256_of
-from loractl.common.errors import ArtifactError, LoractlError, ServiceUnreachable, UsageError
+from loractl.common.errors import ArtifactError, LoractlError, ResultTaken, ServiceUnreachable, UsageError
 from loractl.common.files import open_files
 from loractl.common.settings import load_settings
 
@@ -163,6 +163,20 @@ def test_storing_the_same_attempt_again_replaces_it(place: Place, result: Path) 
     (result / "report.json").write_text('{"rows": 5}')
     place.store.put_result(result, PREFIX)
     assert place.store.read_json(HERE, "report.json") == {"rows": 5}
+
+
+def test_no_result_is_written_over_another_one(place: Place, result: Path) -> None:
+    """A database that was restored may give a number again."""
+    place.store.put_result(result, PREFIX)
+    weights = result / "adapter" / "adapter_model.safetensors"
+    before = weights.read_bytes()
+    weights.write_bytes(b"another training")
+    with pytest.raises(ResultTaken, match="holds another result, which is kept"):
+        place.store.put_result(result, PREFIX)
+    pulled = place.store.read_bytes(HERE, "adapter/adapter_model.safetensors")
+    assert pulled == before
+    place.write(f"{PREFIX}/{MANIFEST}", b"{")
+    place.store.put_result(result, PREFIX)  # what a crash has torn closes no result
 
 
 def test_a_data_set_is_stored_once_under_its_content(place: Place, tmp_path: Path) -> None:

@@ -1,0 +1,45 @@
+"""The tables brought to this loractl's form, when nobody works on them, and with a backup where one is wanted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from loractl.common.errors import WrongState
+from loractl.common.settings import Settings
+from loractl.common.store.database import connect, reachable
+from loractl.common.store.roles import has_roles
+from loractl.common.store.schema import HEAD, revision, serving_boxes, upgrade
+
+from .backup import back_up
+from .contents import Contents
+
+
+@dataclass(frozen=True, kw_only=True)
+class Upgraded:
+    """What an upgrade has done."""
+
+    before: str | None  # None: there were no tables
+    after: str
+    saved: Contents | None  # what the backup holds; None: none was wanted, or nothing was to be done
+    roles_wanted: bool  # the database's roles have to be given their rights to what is new
+
+
+def bring_to_head(settings: Settings, backup: Path | None, *, force: bool) -> Upgraded:
+    """Upgrade the tables. Raises WrongState, without `force`, while workers of the older form serve; SchemaMismatch for
+    a database that is newer than this loractl; what back_up raises."""
+    with reachable(settings):
+        engine = connect(settings, check_schema=False)
+        try:
+            found, saved = revision(engine), None
+            if found is not None and found < HEAD:
+                if not force and (boxes := serving_boxes(engine)):
+                    raise WrongState(
+                        f"{', '.join(boxes)} still {'serves' if len(boxes) == 1 else 'serve'} with revision {found}",
+                        "stop the workers (systemctl stop loractl-worker), then say it again; --force does not ask",
+                    )
+                saved = None if backup is None else back_up(settings, backup)
+            before, after = upgrade(engine)
+            return Upgraded(before=before, after=after, saved=saved, roles_wanted=before != after and has_roles(engine))
+        finally:
+            engine.dispose()
