@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from loractl.common.errors import UsageError
 
+from .axolotl_rows import carry_rows
 from .translation import (
     ANSWERS,
     BF16,
     BY_LENGTH,
+    CARDS,
     FP16,
     FRESH,
     IN_ORDER,
-    NOT_SUPERVISED,
     ONE_CARD,
     OPTIMIZER,
+    OWN_OPTIMIZER,
     REMOTE,
     TEMPLATE,
     TOKENS,
@@ -27,11 +30,12 @@ from .translation import (
     choice,
     evaluate_each,
     fill_in,
-    from_here,
     get_key,
     held_out,
+    leave_all,
     names_of,
     only,
+    refuse_objective,
     refuse_pictures,
     set_key,
     short,
@@ -41,51 +45,105 @@ from .translation import (
     unset_key,
 )
 
-_ROLES = {"user": {"human", "user"}, "assistant": {"gpt", "chatgpt", "assistant"}, "system": {"system"},
-          "tool": {"tool", "observation", "function_response"}}  # fmt: skip
-"""Names of roles that loractl's rows may have, by the role that they mean."""
+_OBJECTIVES = (
+    "rl", "reward_model", "process_reward_model", "kd_trainer", "gkd_trainer", "block_diffusion", "diffusion", "ebft",
+)  # fmt: skip
+"""Keys of trainings by another objective."""
 
-_AS_HERE = {"split": "train", "roles_to_train": ["assistant"], "train_on_eos": "turn"}  # what loractl does anyway
-_PROMPTS = {
-    "sharegpt": "sharegpt: Axolotl takes the template that the file names, loractl the model's own",
-    "completion": "completion: Axolotl cuts a long text into several rows, loractl keeps its first sequence_len tokens",
-}
-"""What else a type of rows means there."""
+_PLUGINS = {"LigerPlugin", "CutCrossEntropyPlugin", "KernelsPlugin", "ExpertParallelPlugin", "LMEvalPlugin"}
+"""Plug-ins that compute the same in other kernels, or nothing that is learned."""
 
-_FORMATS = {"alpaca": "alpaca", "sharegpt": "sharegpt", "completion": "text", "chat_template": None}
+_TEACHERS = {"KDPlugin", "GKDPlugin", "DiffusionPlugin", "DiffusionGemmaPlugin"}
+"""Plug-ins that train by another objective."""
+
+_PICTURES = {"processor_type", "image_size", "image_resize_algorithm", "is_multimodal"}
+"""Keys of files that train on more than text."""
 
 
 def from_axolotl(theirs: dict[str, Any], file: Path, folder: Path) -> Draft:
     """The job of an Axolotl file. Raises UsageError unless it trains LoRA on rows with answers."""
     draft = Draft("Axolotl")
-    for key in ("rl", "reward_model", "process_reward_model"):
+    _refuse(theirs, file)
+    draft.put("base_model", "base_model", theirs["base_model"])
+    four_bit = theirs["adapter"] == "qlora" or theirs.get("load_in_4bit") is True
+    draft.put("adapter", "method", "qlora" if four_bit else "lora")
+    carry_same(draft, theirs, _SAME)
+    skip_all(draft, theirs, _NOT_NEEDED, _KERNELS)
+    leave_all(draft, theirs, _REASONS)
+    carry_by_rules(draft, theirs, _RULES)
+    _warmup_and_batch(draft, theirs)
+    carry_rows(draft, theirs, file, folder)
+    tell_held_out(draft, theirs, "val_set_size")
+    _evaluations(draft, theirs)
+    _number_format(draft, theirs)
+    _own_tokenizer(draft, theirs)
+    if not theirs.get("lora_target_modules") and not theirs.get("lora_target_linear"):
+        draft.differ(
+            "lora_target_linear", "no layers are named: peft chooses there, and here every linear layer is adapted"
+        )
+    fill_in(draft, _DEFAULTS | ({"training.optim": OWN_OPTIMIZER} if four_bit and "optimizer" not in theirs else {}))
+    return draft
+
+
+def _refuse(theirs: dict[str, Any], file: Path) -> None:
+    """Raises UsageError for what is no LoRA training on rows of text with answers."""
+    for key in _OBJECTIVES:
         if theirs.get(key):
-            raise UsageError(f"{file} has {key}: {NOT_SUPERVISED}, by no other objective")
+            raise refuse_objective(f"{file} has {key}", f"take {key} out")
+    if teachers := sorted(_TEACHERS & _plugins(theirs)):
+        raise refuse_objective(f"{file} has the plug-in {teachers[0]}", "take the plug-in out")
+    kind = str(theirs.get("model_type", ""))
+    if "Classification" in kind:
+        hint = "write a job file with task_type: SEQ_CLS, on rows with text and label"
+        raise UsageError(f"{file} trains {kind}, and import carries trainings on answers alone", hint)
+    refuse_pictures(theirs, _PICTURES, file)
     adapter = theirs.get("adapter")
     if adapter not in ("lora", "qlora"):
-        what = "all weights" if adapter is None else f"a {adapter} adapter"
+        article = "an" if str(adapter)[:1] in "aeiou" else "a"
+        what = "all weights" if adapter is None else f"{article} {adapter} adapter"
         raise UsageError(
             f"{file} trains {what}: loractl trains LoRA and QLoRA",
             "set adapter: lora or adapter: qlora, with lora_r and lora_alpha",
         )
-    refuse_pictures(theirs, {"processor_type", "image_size", "image_resize_algorithm", "is_multimodal"}, file)
-    draft.put("base_model", "base_model", theirs["base_model"])
-    four_bit = adapter == "qlora" or theirs.get("load_in_4bit") is True
-    draft.put("adapter", "method", "qlora" if four_bit else "lora")
-    carry_same(draft, theirs, _SAME)
-    skip_all(draft, theirs, _NOT_NEEDED)
-    carry_by_rules(draft, theirs, _RULES)
-    datasets = theirs.get("datasets") or []
-    _data(draft, datasets if isinstance(datasets, list) else [datasets], file, folder)
-    tests = theirs.get("test_datasets")
-    if isinstance(tests, list) and tests and isinstance(tests[0], dict) and "path" in tests[0]:
-        draft.put("test_datasets", "dataset.eval_path", from_here(tests[0]["path"], file.parent, folder))
-        unset_key(draft.job, "dataset.test_size")
-    tell_held_out(draft, theirs, "val_set_size")
-    _evaluations(draft, theirs)
-    _number_format(draft, theirs)
-    fill_in(draft, _DEFAULTS)
-    return draft
+
+
+def _plugins(theirs: dict[str, Any]) -> set[str]:
+    """The plug-ins' classes."""
+    named = theirs.get("plugins", [])
+    return {str(name).rpartition(".")[2] for name in (named if isinstance(named, list) else [named])}
+
+
+def _carry_plugins(draft: Draft, key: str, value: Any) -> None:
+    if others := sorted(_plugins({"plugins": value}) - _PLUGINS):
+        draft.leave(key, f"{', '.join(others)}: loractl has no such plug-in")
+    else:
+        draft.skip(key)
+
+
+def _warmup_and_batch(draft: Draft, theirs: dict[str, Any]) -> None:
+    """What Axolotl makes of settings together: the steps to warm up, and a batch in place of its parts."""
+    if theirs.get("warmup_steps") == 1:
+        draft.put("warmup_steps", "training.warmup_steps", 2)  # Axolotl never warms up for one step
+    elif not theirs.get("warmup_steps") and not theirs.get("warmup_ratio"):
+        draft.differ("warmup_ratio", "not set: 3 % of the steps, and there at most 100")
+    batch, micro = theirs.get("batch_size"), theirs.get("micro_batch_size", 1)
+    if "batch_size" not in theirs:
+        return
+    if "gradient_accumulation_steps" in theirs:
+        draft.skip("batch_size")
+    elif type(batch) is int and type(micro) is int and 0 < micro <= batch:
+        draft.put("batch_size", "training.gradient_accumulation_steps", batch // micro)
+    else:
+        draft.leave("batch_size", f"{short(batch)}: is not a number of rows that micro_batch_size divides")
+
+
+def _own_tokenizer(draft: Draft, theirs: dict[str, Any]) -> None:
+    """Tokenizer and architecture are the base model's own."""
+    for key in ("tokenizer_config", "base_model_config"):
+        if key in theirs and theirs[key] != theirs["base_model"]:
+            draft.leave(key, f"{short(theirs[key])}: the base model's own is used")
+        elif key in theirs:
+            draft.skip(key)
 
 
 def _evaluations(draft: Draft, theirs: dict[str, Any]) -> None:
@@ -114,72 +172,6 @@ def _number_format(draft: Draft, theirs: dict[str, Any]) -> None:
         draft.put(off[0], "training.dtype", "float32")
 
 
-def _data(draft: Draft, datasets: list[Any], file: Path, folder: Path) -> None:
-    first = datasets[0] if datasets and isinstance(datasets[0], dict) else {}
-    if "path" not in first:
-        raise UsageError(f"{file} names no data set", "datasets needs an entry with a path")
-    files = first.get("data_files")
-    path = files[0] if isinstance(files, list) and files else files or first["path"]
-    draft.put("datasets", "dataset.path", from_here(path, file.parent, folder))
-    if len(datasets) > 1 or (isinstance(files, list) and len(files) > 1):
-        draft.leave("datasets[1:]", "a job trains on one data set: put the rows into one file")
-    _format(draft, first)
-    known = {"path", "data_files", "ds_type", *_columns(draft, first)}
-    for key in sorted(first.keys() - known, key=str):
-        if key == "roles" and _known_roles(first[key]):
-            draft.skip("datasets[0].roles")
-        elif first[key] != _AS_HERE.get(key):
-            draft.leave(f"datasets[0].{key}", f"{short(first[key])}: loractl has no such setting")
-
-
-def _known_roles(roles: Any) -> bool:
-    """Whether rows with these names of roles are read here as they are there."""
-    return isinstance(roles, dict) and all(
-        isinstance(names, list) and all(isinstance(name, str) and name in _ROLES.get(role, ()) for name in names)
-        for role, names in roles.items()
-    )
-
-
-def _format(draft: Draft, first: dict[str, Any]) -> None:
-    """What kind of rows the data set has: a format by name, or names of columns with a template."""
-    kind, key = first.get("type", "chat_template"), "datasets[0].type"
-    if isinstance(kind, dict):
-        fields = ("instruction", "input", "output", "system")
-        draft.put(key, "dataset.columns", {ours: name for ours in fields if (name := kind.get(f"field_{ours}"))})
-        rest = sorted(str(name) for name, value in kind.items() if not str(name).startswith("field_") and value)
-        if rest:
-            draft.leave(key, f"{', '.join(rest)}: prompts are made by the model's own chat template")
-    elif isinstance(kind, str) and kind in _FORMATS:
-        if _FORMATS[kind]:
-            draft.put(key, "dataset.format", _FORMATS[kind])
-        if kind == "alpaca":
-            set_key(draft.job, "dataset.template", "alpaca")
-        if kind == "completion":
-            set_key(draft.job, "dataset.on_overflow", "truncate")
-        if kind in _PROMPTS:
-            draft.differ(key, _PROMPTS[kind])
-    else:
-        draft.leave(key, f"{short(kind)}: rows are recognised by their columns instead")
-
-
-def _columns(draft: Draft, first: dict[str, Any]) -> set[str]:
-    """Carry the columns' names. Returns the keys that were looked at."""
-    renamed = {"field_messages": "messages", "message_field_role": "role", "message_field_content": "content"}
-    for theirs, ours in renamed.items():
-        if first.get(theirs):
-            draft.put(f"datasets[0].{theirs}", f"dataset.columns.{ours}", first[theirs])
-    if first.get("type") == "completion" and first.get("field"):
-        draft.put("datasets[0].field", "dataset.columns.text", first["field"])
-    known = {"type", "field", *renamed}
-    mappings = first.get("message_property_mappings")
-    if isinstance(mappings, dict):
-        known.add("message_property_mappings")
-        for ours in ("role", "content"):
-            if mappings.get(ours, ours) != ours:
-                draft.put(f"datasets[0].message_property_mappings.{ours}", f"dataset.columns.{ours}", mappings[ours])
-    return known
-
-
 def _all_linear(draft: Draft, key: str, value: Any) -> None:
     if value is True:
         draft.put(key, "lora.target_modules", "all-linear")
@@ -205,6 +197,22 @@ def _tracker(name: str) -> Callable[[Draft, str, Any], None]:
 def _least_rate(draft: Draft, key: str, value: Any) -> None:
     draft.put(key, "training.lr_scheduler_kwargs", {"min_lr_rate": value})
     set_key(draft.job, "training.lr_scheduler_type", "cosine_with_min_lr")
+
+
+def _nf4(draft: Draft, key: str, value: Any) -> None:
+    """NF4 with its scales quantized once more, in both tools."""
+    ours = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+    if isinstance(value, dict) and all(ours.get(name) == there for name, there in value.items()):
+        draft.skip(key)
+    else:
+        draft.leave(key, f"{short(value)}: NF4 with double quantization is used")
+
+
+def _save_steps(draft: Draft, key: str, value: Any) -> None:
+    if isinstance(value, float) and 0 < value < 1:
+        draft.skip(key)  # a share of all steps; how often a checkpoint is saved changes nothing that is learned
+    else:
+        draft.put(key, "training.save_steps", value)
 
 
 _SAME = {
@@ -237,7 +245,6 @@ _SAME = {
     "torch_compile": "training.torch_compile",
     "attn_implementation": "training.attn_implementation",
     "logging_steps": "training.logging_steps",
-    "save_steps": "training.save_steps",
     "eval_steps": "training.eval_steps",
     "early_stopping_patience": "training.early_stopping_patience",
     "load_best_model_at_end": "training.load_best_model_at_end",
@@ -248,14 +255,43 @@ _SAME = {
 
 
 _NOT_NEEDED = {
-    "output_dir", "dataset_prepared_path", "strict", "debug", "model_type", "tokenizer_type", "tokenizer_config",
+    "output_dir", "dataset_prepared_path", "strict", "debug", "model_type", "tokenizer_type", "cls_model_config",
     "is_llama_derived_model", "is_mistral_derived_model", "load_in_4bit", "pad_to_sequence_len", "eval_sample_packing",
     "gradient_checkpointing_kwargs", "local_rank", "saves_per_epoch", "save_total_limit", "save_safetensors",
-    "eval_table_size", "wandb_entity", "wandb_watch", "wandb_name", "wandb_run_id", "wandb_log_model", "wandb_mode",
-    "dataset_processes", "dataloader_num_workers", "dataloader_pin_memory", "hub_model_id", "val_set_seed",
-    "lora_fan_in_fan_out", "resume_from_checkpoint", "auto_resume_from_checkpoints", "plugins",
-    "include_tokens_per_second", "shuffle_merged_datasets", "do_eval", "save_strategy",
+    "wandb_entity", "wandb_watch", "wandb_name", "wandb_run_id", "wandb_log_model", "wandb_mode", "hf_use_auth_token",
+    "dataset_processes", "dataset_num_proc", "dataset_keep_in_memory", "val_set_seed", "push_dataset_to_hub",
+    "lora_fan_in_fan_out", "auto_resume_from_checkpoints", "skip_prepare_dataset", "remove_unused_columns",
+    "include_tokens_per_second", "shuffle_merged_datasets", "do_eval", "save_strategy", "save_first_step", "test_value",
+    "tokenizer_use_fast", "tokenizer_legacy", "is_falcon_derived_model", "is_qwen_derived_model", "torchdistx_path",
+    "use_kernels", "use_scattermoe", "use_sonicmoe", "use_dsv4_kernels", "moe_kernels", "cut_cross_entropy",
+    "fused_attn_kernel", "experts_implementation", "activation_offloading", "use_ray", "use_otel_metrics",
+    "low_cpu_mem_usage", "gpu_memory_limit", "gptq_disable_exllama", "lora_on_cpu", "gemma4_hybrid_attn_impl",
 }  # fmt: skip
+
+
+_KERNELS = re.compile(
+    "(liger|flash_attn|unsloth|otel|ddp|hub|gc|profiler|dataloader|torch_compile|eval_table|mlflow|comet)_.*"
+    "|lora_(mlp|qkv|o|embedding)_kernel"
+)
+"""Names of what computes the same in another way, and of where a run happens and is watched."""
+
+
+_REASONS = {
+    "lora_target_parameters": "experts that are kept in one tensor are not adapted",
+    "unfrozen_parameters": "the base is frozen, and adapters are trained",
+    "eot_tokens": "a turn ends with what the chat template writes, and that is learned",
+    "use_dft": "the loss is plain cross-entropy",
+    "use_eaft": "the loss is plain cross-entropy",
+    "loss_watchdog_threshold": "a loss above it ends the training there, here one that is not a number does",
+    "loss_watchdog_patience": "a loss that is not a number ends the training at once",
+    "exact_deduplication": "the same row twice is learned twice; loractl data check names such rows",
+    "sample_packing_sequentially": "rows that are packed together are chosen by length",
+    "resize_token_embeddings_to_32x": "the embeddings keep their size",
+    "quantize_moe_experts": "only linear layers are in NF4",
+    "gptq": "a base that is in 4 bit already is loaded as its own config says",
+    "use_comet": "loractl reports to tensorboard, wandb and mlflow",
+}
+"""Why there is no counterpart."""
 
 
 _RULES: dict[str, Callable[[Draft, str, Any], None]] = {
@@ -273,6 +309,11 @@ _RULES: dict[str, Callable[[Draft, str, Any], None]] = {
     "flash_attention": choice("training.attn_implementation", {True: "flash_attention_2", False: None}, "unknown"),
     "sdp_attention": choice("training.attn_implementation", {True: "sdpa", False: None}, "unknown"),
     "eager_attention": choice("training.attn_implementation", {True: "eager", False: None}, "unknown"),
+    "attention": choice(
+        "training.attn_implementation",
+        {"flash": "flash_attention_2", "flash_attention_2": "flash_attention_2", "sdpa": "sdpa", "eager": "eager"},
+        "attention is transformers' own",
+    ),
     "xformers_attention": only(False, "attention is transformers' own"),
     "group_by_length": BY_LENGTH,
     "curriculum_sampling": IN_ORDER,
@@ -291,9 +332,26 @@ _RULES: dict[str, Callable[[Draft, str, Any], None]] = {
     "special_tokens": TOKENS,
     "tokens": TOKENS,
     "lora_model_dir": FRESH,
+    "resume_from_checkpoint": FRESH,
+    "plugins": _carry_plugins,
+    "bnb_config_kwargs": _nf4,
+    "save_steps": _save_steps,
     "deepspeed": ONE_CARD,
     "fsdp": ONE_CARD,
     "fsdp_config": ONE_CARD,
+    "fsdp_version": ONE_CARD,
+    **dict.fromkeys(
+        (
+            "expert_parallel_size",
+            "context_parallel_size",
+            "tensor_parallel_size",
+            "sequence_parallel_degree",
+            "dp_shard_size",
+            "dp_replicate_size",
+            "ray_num_workers",
+        ),
+        CARDS,
+    ),
     "trust_remote_code": REMOTE,
     "excess_length_strategy": choice(
         "dataset.on_overflow",

@@ -42,14 +42,14 @@ def import_file(file: Path, folder: Path) -> Imported:
 
     Raises SpecError unless it is a YAML mapping, UsageError for another tool's file or one that trains no LoRA on rows.
     """
-    theirs = {str(key): value for key, value in read_yaml(file)[0].items() if value is not None}
+    written = {str(key): value for key, value in read_yaml(file)[0].items()}
+    theirs = {key: value for key, value in written.items() if value not in (None, "", [], {})}
     if "model_name_or_path" in theirs:
         draft = from_llama_factory(theirs, file, folder)
-    elif "base_model" in theirs and ("datasets" in theirs or "micro_batch_size" in theirs):
+    elif "base_model" in theirs and ("datasets" in written or "micro_batch_size" in theirs):
         draft = from_axolotl(theirs, file, folder)
     else:
-        hint = "Axolotl's files have base_model and datasets, LLaMA-Factory's model_name_or_path and dataset"
-        raise UsageError(f"{file} is neither Axolotl's nor LLaMA-Factory's", hint)
+        raise _unknown(theirs, file)
     for key in theirs.keys() - draft.carried.keys() - draft.left_out.keys() - set(draft.not_needed):
         draft.leave(key, "loractl has no such setting")
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", file.stem).strip("._-")[:63] or "imported"
@@ -64,6 +64,18 @@ def import_file(file: Path, folder: Path) -> Imported:
         filled_in=draft.filled_in,
         otherwise=draft.otherwise,
     )
+
+
+def _unknown(theirs: dict[str, Any], file: Path) -> UsageError:
+    """A file of another kind; those that lie beside the tools' configurations are called by name."""
+    if "model" in theirs and {"train_dataset", "peft_config", "dist_config"} & theirs.keys():
+        hint = "write it with model_name_or_path, dataset and stage, or as a job file"
+        return UsageError(f"{file} has LLaMA-Factory's v1 form, which import does not read", hint)
+    if {"compute_environment", "distributed_type"} & theirs.keys():
+        hint = "a job trains on one card and needs none: give the file with the model and the data"
+        return UsageError(f"{file} is accelerate's: it says on which cards to train, not what", hint)
+    hint = "Axolotl's files have base_model and datasets, LLaMA-Factory's model_name_or_path and dataset"
+    return UsageError(f"{file} is neither Axolotl's nor LLaMA-Factory's", hint)
 
 
 def _without_what_is_refused(draft: Draft) -> JobSpec:

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from loractl.common.errors import UsageError
 
+from .llama_factory_rows import carry_rows
 from .translation import (
     ANSWERS,
     BF16,
     BY_LENGTH,
+    CARDS,
     FP16,
     FRESH,
     IN_ORDER,
-    NOT_SUPERVISED,
     ONE_CARD,
     OPTIMIZER,
+    OWN_OPTIMIZER,
     REMOTE,
     TOKENS,
     Draft,
@@ -27,11 +29,13 @@ from .translation import (
     choice,
     evaluate_each,
     fill_in,
-    from_here,
     get_key,
     held_out,
+    leave_all,
     names_of,
     only,
+    only_of,
+    refuse_objective,
     refuse_pictures,
     set_key,
     short,
@@ -45,14 +49,7 @@ from .translation import (
 def from_llama_factory(theirs: dict[str, Any], file: Path, folder: Path) -> Draft:
     """The job of a LLaMA-Factory file. Raises UsageError unless it trains LoRA on rows with answers."""
     draft = Draft("LLaMA-Factory")
-    stage, kind = theirs.get("stage", "sft"), theirs.get("finetuning_type", "lora")
-    if stage not in ("sft", "pt"):
-        raise UsageError(f"{file} has stage: {stage}: {NOT_SUPERVISED}, by no other objective")
-    if kind != "lora":
-        raise UsageError(
-            f"{file} has finetuning_type: {kind}: loractl trains LoRA and QLoRA", "set finetuning_type: lora"
-        )
-    refuse_pictures(theirs, _PICTURES, file)
+    _refuse(theirs, file)
     draft.put("model_name_or_path", "base_model", theirs["model_name_or_path"])
     bits = theirs.get("quantization_bit")
     draft.put("quantization_bit" if bits == 4 else "finetuning_type", "method", "qlora" if bits == 4 else "lora")
@@ -62,51 +59,83 @@ def from_llama_factory(theirs: dict[str, Any], file: Path, folder: Path) -> Draf
     if bits not in (None, 4):
         draft.leave("quantization_bit", f"{short(bits)}: the base is in 16 bit (lora) or NF4 (qlora)")
     carry_same(draft, theirs, _SAME)
-    skip_all(draft, theirs, _NOT_NEEDED)
+    skip_all(draft, theirs, _NOT_NEEDED, _KERNELS)
+    leave_all(draft, theirs, _REASONS)
     carry_by_rules(draft, theirs, _RULES)
-    place = file.parent / str(theirs.get("dataset_dir", "data"))
-    place = place if place.is_dir() else Path(str(theirs.get("dataset_dir", "data")))
-    if "dataset_dir" in theirs:
-        draft.skip("dataset_dir")
-    if "dataset" not in theirs:
-        raise UsageError(f"{file} names no data set", "dataset is a name from dataset_info.json")
-    entry = _data(draft, "dataset", theirs["dataset"], place, folder)
-    _columns(draft, entry, texts=stage == "pt")
-    if "eval_dataset" in theirs:
-        _data(draft, "eval_dataset", theirs["eval_dataset"], place, folder)
-        unset_key(draft.job, "dataset.test_size")
+    if theirs.get("packing") or theirs.get("neat_packing"):
+        set_key(draft.job, "training.packing", True)  # either switches it on, whatever the other says
+    carry_rows(draft, theirs, file, folder)
     tell_held_out(draft, theirs, "val_size")
-    _rows(draft, theirs)
+    _tokens(draft, theirs)
     _evaluations(draft, theirs)
     if not any(theirs.get(key) for key in ("bf16", "pure_bf16", "fp16")):
         draft.differ(
             "bf16", "off, and fp16 too: LLaMA-Factory takes the base's own number format, loractl the device's"
         )
+    if theirs.get("pure_bf16"):
+        draft.differ("pure_bf16", "the adapter's own weights are in bf16 there, in fp32 here")
+    own = {"training.optim": OWN_OPTIMIZER} if bits == 4 and "optim" not in theirs else {}
     rank = get_key(draft.job, "lora.r")
-    fill_in(draft, {**_DEFAULTS, "lora.lora_alpha": 2 * (rank if isinstance(rank, int) else _DEFAULTS["lora.r"])})
+    rank = rank if isinstance(rank, int) else _DEFAULTS["lora.r"]
+    fill_in(draft, {**_DEFAULTS, **own, "lora.lora_alpha": 2 * rank})
     return draft
 
 
-def _rows(draft: Draft, theirs: dict[str, Any]) -> None:
+def _refuse(theirs: dict[str, Any], file: Path) -> None:
+    """Raises UsageError for what is no LoRA training on rows of text."""
+    stage, kind = theirs.get("stage", "sft"), theirs.get("finetuning_type", "lora")
+    if not theirs.get("do_train") and (other := next((key for key in _NO_TRAINING if theirs.get(key)), None)):
+        raise UsageError(f"{file} does not train ({other} without do_train), and a job does", _NO_TRAINING[other])
+    if stage not in ("sft", "pt"):
+        raise refuse_objective(f"{file} has stage: {stage}", "set stage: sft")
+    if kind != "lora":
+        raise UsageError(
+            f"{file} has finetuning_type: {kind}: loractl trains LoRA and QLoRA", "set finetuning_type: lora"
+        )
+    refuse_pictures(theirs, _PICTURES, file)
+
+
+def _tokens(draft: Draft, theirs: dict[str, Any]) -> None:
     """How rows become tokens there, where it is otherwise here."""
-    packs = theirs.get("packing", theirs.get("stage") == "pt")
+    packs = get_key(draft.job, "training.packing")
     if theirs.get("stage") == "pt":
         draft.put("stage", "dataset.format", "text")
         draft.not_needed.remove("stage")
-        if packs:
-            if "packing" not in theirs:
-                set_key(draft.job, "training.packing", True)
-                draft.filled_in["training.packing"] = True
-            what = "LLaMA-Factory cuts the row of all texts at each cutoff_len, so that none is lost and they see each "
-            draft.differ("packing", f"{what}other; here a longer text loses its end, and texts can't see each other")
+        if packs is None:
+            packs = True
+            set_key(draft.job, "training.packing", True)
+            draft.filled_in["training.packing"] = True
+        _texts(draft, theirs, packs=bool(packs))
         return
     if packs and not theirs.get("neat_packing"):
         draft.differ("packing", "examples that share a row see each other there, as with neat_packing they don't here")
     what = "LLaMA-Factory cuts question and answer of a longer row in proportion, loractl cuts the row's end"
     draft.differ("cutoff_len", what)
-    if "template" in theirs:
+    if theirs.get("template", "tokenizer_default") != "tokenizer_default":
         what = "LLaMA-Factory also learns what its template writes after an answer's end, often a newline"
         draft.differ("template", f"{what}; loractl does not")
+
+
+def _texts(draft: Draft, theirs: dict[str, Any], *, packs: bool) -> None:
+    """Plain text: the same tokens, unless rows are packed. What is learned of them, and how it is averaged, differs.
+
+    LLaMA-Factory's processor/pretrain.py and transformers' DataCollatorForLanguageModeling and get_batch_samples.
+    """
+    ends = "the end of a text is learned there only where the padding token is another token, here always"
+    averaged = "a step's loss is divided there by all tokens, here by all but each row's first token"
+    draft.differ("stage", f"pt: {ends}; {averaged}")
+    if packs:
+        there = "LLaMA-Factory cuts the row of each 1,000 texts every cutoff_len tokens, and drops its rest"
+        draft.differ("packing", f"{there}; here a longer text loses its end, and texts can't see each other")
+    if "template" not in theirs:
+        return
+    draft.carried.pop("template", None)
+    draft.left_out.pop("template", None)
+    unset_key(draft.job, "dataset.template")
+    if theirs["template"] == "llama3":
+        draft.leave("template", '"llama3": ends a text with <|end_of_text|>, here the tokenizer\'s own end does')
+    elif "template" not in draft.not_needed:
+        draft.skip("template")
 
 
 def _evaluations(draft: Draft, theirs: dict[str, Any]) -> None:
@@ -123,72 +152,6 @@ def _evaluations(draft: Draft, theirs: dict[str, Any]) -> None:
         evaluate_each(draft, key, 1)
     elif key in theirs:
         draft.skip(key)
-
-
-def _data(draft: Draft, key: str, named: Any, place: Path, folder: Path) -> dict[str, Any]:
-    """Look the data set up in dataset_info.json, as LLaMA-Factory does. Returns what that says of it."""
-    names = [str(name).strip() for name in (named if isinstance(named, list) else str(named).split(","))] or [""]
-    if len(names) > 1:
-        draft.leave(f"{key}: {', '.join(names[1:])}", "a job trains on one data set: put the rows into one file")
-    ours = "dataset.path" if key == "dataset" else "dataset.eval_path"
-    listing = place / "dataset_info.json"
-    entry = _listed(listing, names[0])
-    local, hub = entry.get("file_name"), entry.get("hf_hub_url")
-    if isinstance(local, str) and local:
-        draft.put(key, ours, from_here(local, place, folder))
-    elif isinstance(hub, str) and hub:
-        draft.put(key, ours, hub)
-    else:
-        draft.put(key, ours, names[0])
-        draft.leave(f"{key}: {names[0]}", f"{listing} does not say which file that is: write its path into {ours}")
-    columns = part if isinstance(part := entry.get("columns"), dict) else {}
-    if seen := {"images", "videos", "audios"} & columns.keys():
-        what = f"{listing}: {names[0]} has {', '.join(sorted(seen))}"
-        raise UsageError(f"{what}, and loractl trains on text alone")
-    return entry
-
-
-def _listed(listing: Path, name: str) -> dict[str, Any]:
-    """What dataset_info.json says of a data set; nothing where it does not name it, or is not there."""
-    try:
-        entry = json.loads(listing.read_text(encoding="utf-8")).get(name, {})
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, AttributeError) as error:
-        raise UsageError(f"{listing} can't be read: {error}") from error
-    return entry if isinstance(entry, dict) else {}
-
-
-def _columns(draft: Draft, entry: dict[str, Any], *, texts: bool) -> None:
-    """The listing's names of columns, where they differ from loractl's. `texts`: rows are plain text, in one column."""
-    listing = "dataset_info.json"
-    columns, tags = ({} if not isinstance(part := entry.get(key), dict) else part for key in ("columns", "tags"))
-    if texts:
-        theirs = {"text": columns.get("prompt", "instruction" if entry else "text")}
-        known = {"prompt"}
-    elif entry.get("formatting") == "sharegpt":
-        openai = tags.get("content_tag") == "content"
-        role, content = ("role", "content") if openai else ("from", "value")
-        theirs = {
-            "messages" if openai else "conversations": columns.get("messages", "conversations"),
-            role: tags.get("role_tag", "from"),
-            content: tags.get("content_tag", "value"),
-            "system": columns.get("system", "system"),
-        }
-        known = {"messages", "system"}
-    else:
-        ours_of = {"prompt": "instruction", "query": "input", "response": "output", "system": "system"}
-        theirs = {ours: columns.get(name, ours) for name, ours in ours_of.items()}
-        known = set(ours_of)
-        if entry and columns.get("query", "input"):
-            draft.differ(
-                f"{listing}: columns.query", "a row's input follows on the next line there, after an empty line here"
-            )
-    renamed = {ours: name for ours, name in theirs.items() if name and name != ours}
-    if renamed:
-        draft.put(f"{listing}: columns", "dataset.columns", renamed)
-    for column in sorted(columns.keys() - known):
-        draft.leave(f"{listing}: columns.{column}", "loractl's rows have no such column")
 
 
 def _trackers(draft: Draft, key: str, value: Any) -> None:
@@ -227,12 +190,40 @@ _SAME = {
 
 
 _NOT_NEEDED = {
-    "do_train", "do_eval", "output_dir", "overwrite_output_dir", "overwrite_cache", "preprocessing_num_workers",
-    "dataloader_num_workers", "plot_loss", "save_only_model", "save_total_limit", "ddp_timeout", "save_strategy",
-    "resume_from_checkpoint", "run_name", "cache_dir", "tokenized_path",
-    "quantization_method", "double_quantization", "quantization_type", "report_to_project", "use_fast_tokenizer",
-    "include_num_input_tokens_seen", "ddp_find_unused_parameters", "val_on_each_dataset", "upcast_layernorm",
+    "do_train", "do_eval", "do_predict", "output_dir", "overwrite_output_dir", "overwrite_cache", "plot_loss",
+    "save_only_model", "save_total_limit", "save_strategy", "run_name", "cache_dir", "tokenized_path", "logging_dir",
+    "report_to_project", "use_fast_tokenizer", "include_num_input_tokens_seen", "val_on_each_dataset",
+    "enable_liger_kernel", "use_unsloth", "use_unsloth_gc", "use_reentrant_gc", "predict_with_generate", "data_seed",
+    "compute_accuracy", "pissa_iter", "pissa_convert", "push_to_hub", "print_param_status", "save_safetensors",
+    "disable_tqdm", "eval_accumulation_steps", "offload_folder", "use_cache", "infer_dtype", "create_new_adapter",
+    "low_cpu_mem_usage",
 }  # fmt: skip
+
+
+_KERNELS = re.compile("(ddp|hub|dataloader|preprocessing|swanlab)_.*|ray_(?!num_workers).*")
+"""Names of where a run happens and is watched."""
+
+
+_NO_TRAINING = {
+    "export_dir": "loractl adapters merge makes a full model of an adapter",
+    "infer_backend": "loractl generate and chat ask an adapter, serve answers for it",
+    "do_predict": "loractl predict answers a file's rows",
+    "do_eval": "loractl report has the evaluation of every job",
+}
+"""What a file does that does not train, and what does it here."""
+
+
+_REASONS = {
+    "loraplus_lr_ratio": "A and B learn at one rate",
+    "upcast_layernorm": "layer norms are not kept in fp32",
+    "use_swanlab": "loractl reports to tensorboard, wandb and mlflow",
+    "max_samples": "every row is trained on: cut those rows into a file",
+    "shift_attn": "attention is transformers' own",
+    "rope_scaling": "positions are the base model's own",
+    "use_kt": "experts stay on the card, and are not computed by the processor",
+    "streaming": "the data set is read as a whole",
+}
+"""Why there is no counterpart."""
 
 
 _PICTURES = {"image_max_pixels", "image_min_pixels", "video_max_pixels", "video_min_pixels", "video_fps", "media_dir",
@@ -263,13 +254,17 @@ _RULES: dict[str, Callable[[Draft, str, Any], None]] = {
     "template": choice(
         "dataset.template", {"alpaca": "alpaca", "tokenizer_default": None}, "the tokenizer's own chat template is used"
     ),
-    "max_samples": only(None, "every row is trained on"),
     "train_on_prompt": ANSWERS,
     "mask_history": only(False, "every answer of a conversation is learned"),
     "pissa_init": only(False, "the adapter begins as peft's default"),
     "adapter_name_or_path": FRESH,
+    "resume_from_checkpoint": FRESH,
+    "quantization_method": only_of(("bnb", "bitsandbytes"), "NF4 of bitsandbytes is used"),
+    "quantization_type": only("nf4", "NF4 is used"),
+    "double_quantization": only(True, "false: NF4 with double quantization is used"),
     "deepspeed": ONE_CARD,
     "fsdp": ONE_CARD,
+    "ray_num_workers": CARDS,
     "trust_remote_code": REMOTE,
     "add_tokens": TOKENS,
     "add_special_tokens": TOKENS,

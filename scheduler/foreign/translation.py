@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -57,10 +58,19 @@ def carry_same(draft: Draft, theirs: Mapping[str, Any], names: Mapping[str, str]
             draft.put(key, names[key], theirs[key])
 
 
-def skip_all(draft: Draft, theirs: Mapping[str, Any], names: set[str]) -> None:
-    """Name the settings that loractl does not need."""
-    for key in sorted(names & theirs.keys()):
+def skip_all(draft: Draft, theirs: Mapping[str, Any], names: set[str], pattern: re.Pattern[str]) -> None:
+    """Name the settings that loractl does not need: by name, or by what the whole name matches."""
+    for key in sorted(key for key in theirs if key in names or pattern.fullmatch(key)):
         draft.skip(key)
+
+
+def leave_all(draft: Draft, theirs: Mapping[str, Any], reasons: Mapping[str, str]) -> None:
+    """Name the settings that change the training and have no counterpart, each with its reason."""
+    for key in sorted(reasons.keys() & theirs.keys()):
+        if theirs[key] is False:
+            draft.skip(key)
+        else:
+            draft.leave(key, f"{short(theirs[key])}: {reasons[key]}")
 
 
 def carry_by_rules(
@@ -108,9 +118,14 @@ def choice(ours: str, values: Mapping[Any, Any], why: str) -> Callable[[Draft, s
 
 def only(accepted: Any, why: str) -> Callable[[Draft, str, Any], None]:
     """A setting that loractl takes with one value only."""
+    return only_of((accepted,), why)
+
+
+def only_of(accepted: tuple[Any, ...], why: str) -> Callable[[Draft, str, Any], None]:
+    """A setting that loractl takes with few values only."""
 
     def rule(draft: Draft, key: str, value: Any) -> None:
-        if value == accepted:
+        if value in accepted:
             draft.skip(key)
         else:
             draft.leave(key, why)
@@ -129,8 +144,14 @@ def tell_held_out(draft: Draft, theirs: Mapping[str, Any], key: str) -> None:
 
 def refuse_pictures(theirs: Mapping[str, Any], keys: set[str], file: Path) -> None:
     """Raises UsageError for a training on more than text: its rows would lose their pictures without a word."""
-    if found := sorted(key for key in keys & theirs.keys() if theirs[key] not in (False, [], "")):
-        raise UsageError(f"{file} trains on pictures or sound ({', '.join(found)}): loractl trains on text alone")
+    if found := sorted(key for key in keys & theirs.keys() if theirs[key] is not False):
+        what = f"{file} trains on pictures or sound ({', '.join(found)}), and loractl on text alone"
+        raise UsageError(what, f"take {found[0]} out where the rows are text alone")
+
+
+def refuse_objective(what: str, instead: str) -> UsageError:
+    """Another objective than the next token of an answer. `instead`: what would make it a job."""
+    return UsageError(f"{what}: {NOT_SUPERVISED}, by no other objective", f"{instead} and give it rows with answers")
 
 
 def evaluate_each(draft: Draft, key: str, times: float) -> None:
@@ -150,7 +171,7 @@ def held_out(draft: Draft, key: str, value: Any) -> None:
     if isinstance(value, (int, float)) and 0 < value < 1:
         draft.put(key, "dataset.test_size", value)
     elif value:
-        draft.leave(key, f"{short(value)} rows: dataset.test_size is a share")
+        draft.leave(key, f"{short(value)} rows: dataset.test_size is a share, so a tenth is held out")
     else:
         draft.leave(key, f"0: {HELD_OUT}")
 
@@ -183,7 +204,23 @@ _OPTIMIZERS = {
 } | {"adamw_bnb_8bit": "adamw_8bit", "adamw_hf": "adamw_torch", "paged_adamw": "paged_adamw_32bit"}  # fmt: skip
 
 
-OPTIMIZER = choice("training.optim", _OPTIMIZERS, "loractl has no such optimizer")
+_UNPAGED = {"paged_adamw_32bit": "adamw_torch"} | {
+    f"paged_{name}": name for name in ("adamw_8bit", "lion_32bit", "lion_8bit")
+}
+"""The same arithmetic without paging, which loractl has for QLoRA alone."""
+
+
+def OPTIMIZER(draft: Draft, key: str, value: Any) -> None:  # noqa: N802 - a rule among rules
+    """The optimizer by its name here; paged ones are not paged for LoRA."""
+    known = _OPTIMIZERS.get(value.lower()) if isinstance(value, str) else None
+    if known is None:
+        draft.leave(key, f"{short(value)}: loractl has no such optimizer, and takes its own default (training.optim)")
+    else:
+        draft.put(key, "training.optim", _UNPAGED.get(known, known) if draft.job["method"] == "lora" else known)
+
+
+OWN_OPTIMIZER = "adamw_torch_fused"
+"""What both tools take where the file names none. For QLoRA loractl takes another, in 8 bit."""
 
 
 BF16 = choice(
@@ -200,10 +237,18 @@ BY_LENGTH = choice("training.train_sampling_strategy", {True: "group_by_length",
 IN_ORDER = choice("training.train_sampling_strategy", {True: "sequential", False: None}, "rows come at random")
 
 
-FRESH = only(None, "training begins with a fresh adapter")
+FRESH = only(False, "the training begins with a fresh adapter; lora.init_from names a stored one")
 
 
-ONE_CARD = only(None, "a job trains on one card")
+_CARD = "a job trains on one card, so a step learns from that card's rows alone"
+
+
+ONE_CARD = only(None, _CARD)
+
+
+def CARDS(draft: Draft, key: str, value: Any) -> None:  # noqa: N802 - a rule among rules
+    """A number of cards, or of groups of them."""
+    only(1, f"{short(value)}: {_CARD}")(draft, key, value)
 
 
 ANSWERS = only(False, "the loss is on answers alone")
@@ -212,7 +257,12 @@ ANSWERS = only(False, "the loss is on answers alone")
 TEMPLATE = only("tokenizer_default", "the tokenizer's own chat template is used")
 
 
-TOKENS = only(None, "the tokenizer is used as it is")
+def TOKENS(draft: Draft, key: str, value: Any) -> None:  # noqa: N802 - a rule among rules
+    """Special tokens. One to pad with changes nothing: padding is never learned."""
+    if isinstance(value, dict) and value.keys() <= {"pad_token"}:
+        draft.skip(key)
+    else:
+        draft.leave(key, "the tokenizer is used as it is")
 
 
 REMOTE = only(False, "a model's own code runs only where the worker's owner allows it: LORACTL_TRUSTED_CODE")

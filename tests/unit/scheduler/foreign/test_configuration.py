@@ -118,7 +118,7 @@ def test_an_axolotl_file_becomes_a_job_and_every_key_is_accounted_for(tmp_path: 
     assert training.packing and training.gradient_checkpointing and training.attn_implementation == "flash_attention_2"
     assert (training.optim, training.report_to, training.warmup_steps) == ("paged_adamw_8bit", ["wandb"], 0.1)
     assert told["left_out"].keys() == {
-        "chat_template", "lr_scheduler", "tf32", "special_tokens", "unheard_of", "datasets[0].name",
+        "chat_template", "lr_scheduler", "tf32", "unheard_of", "datasets[0].name",
         "odd\x1b[2J\nkey: 1",
     }  # fmt: skip
     assert (training.eval_steps, training.early_stopping_patience) == (1 / 8, 3), "4 times in each of 2 epochs"
@@ -256,7 +256,7 @@ def test_what_llama_factory_does_otherwise_is_named(tmp_path: Path) -> None:
     told, _ = imported(tmp_path, listed(tmp_path, {"prompt": "body"}) + "template: qwen\npacking: true\n")
     assert told["otherwise"].keys() == {"cutoff_len", "template", "packing", "dataset_info.json: columns.query"}
     told, _ = imported(tmp_path, listed(tmp_path, {"prompt": "body"}) + "stage: pt\n")
-    assert told["otherwise"].keys() == {"packing"} and told["filled_in"]["training.packing"] is True
+    assert told["otherwise"].keys() == {"packing", "stage"} and told["filled_in"]["training.packing"] is True
     told, _ = imported(tmp_path, "model_name_or_path: a/b\ndataset: rows\n")
     assert "the base's own number format" in told["otherwise"]["bf16"] and "a tenth" in told["otherwise"]["val_size"]
 
