@@ -11,11 +11,13 @@ import pytest
 from loractl.common.job.method import Method
 from loractl.common.job.spec import JobSpec
 from loractl.common.job.status import Reason
+from loractl.worker.base.kernels import load_kernels
 from loractl.worker.protocol.messages import Ended, Start, Stepped
-from loractl.worker.training.recipe import train
 from loractl.worker.training.run import Run, Stopped
 
 from ..models import write_helpdesk
+
+load_kernels()  # before a test's import does it at its own cost
 
 Recipe = Callable[..., tuple[Ended, list]]
 
@@ -30,6 +32,8 @@ def settled() -> None:
 @pytest.fixture
 def recipe(tiny_model: Path, tmp_path: Path) -> Recipe:
     """Run the recipe on a tiny model; keyword arguments go into the spec's training section, `job` beside it."""
+    from loractl.worker.training.recipe import train
+
     data = write_helpdesk(tmp_path / "data.jsonl")
 
     def run(

@@ -28,6 +28,7 @@ if sys.argv[1] == "cuda":
     nvml.nvmlDeviceGetCudaComputeCapability = lambda card: (8, 6)
 prepare(sys.argv[1], _load)
 assert "bitsandbytes" in sys.modules and "peft" in sys.modules
+assert torch.compile.__module__ == "torch" and "torch._inductor.compile_fx" not in sys.modules, "it takes a second"
 sys.exit("".join(asked) or 0)
 """
 

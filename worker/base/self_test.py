@@ -19,6 +19,7 @@ from loractl.worker.protocol.self_test import SelfTestReport
 
 from .arithmetic import choose_precision
 from .gauge import in_a_sentence, is_out_of_memory, nvml_process
+from .kernels import load_kernels
 
 WIDTH = 512
 """Rows and columns of the matrices. From 100,000 elements on bitsandbytes keeps an optimizer's state in managed
@@ -121,6 +122,7 @@ def _multiply(device: str, found: dict[str, Any]) -> None:
 
 def _run_nf4(device: str) -> None:
     """A layer in NF4, forwards and backwards, against its own weights as they are read back."""
+    load_kernels()
     from bitsandbytes.functional import dequantize_4bit
     from bitsandbytes.nn import Linear4bit, Params4bit
 

@@ -25,6 +25,7 @@ def merge(adapter: str, folder: Path, dtype: str, gguf: bool, as_json: bool) -> 
     The base is loaded in fp32, also for QLoRA. DIR, which must be new, gets safetensors, tokenizer and merge.json.
     """
     from loractl.common.settings import load_settings
+    from loractl.worker.base.kernels import load_kernels
     from loractl.worker.base.quiet import quieten
     from loractl.worker.serving.library import Library
     from loractl.worker.serving.merge import find_converter, merge_adapter
@@ -35,5 +36,7 @@ def merge(adapter: str, folder: Path, dtype: str, gguf: bool, as_json: bool) -> 
     quieten()
     library = Library(load_settings(), warn)
     say = (lambda text: None) if as_json else (lambda text: tell(f"{time.strftime('%H:%M:%S')}  {text}"))
-    merged = merge_adapter(library, library.find(adapter), folder, dtype, converter, say)
+    found = library.find(adapter)
+    load_kernels()
+    merged = merge_adapter(library, found, folder, dtype, converter, say)
     click.echo(json.dumps(merged.as_json()) if as_json else merged.sentences)

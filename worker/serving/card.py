@@ -78,20 +78,19 @@ class _Offer:
 def take_card(settings: Settings, store: Store, gpu: str | None, footprint: Footprint) -> str:
     """cuda or cpu. On a card this process has its reservation from here on, can't allocate beyond it, and sees no other
     card. Raises LoractlError where no card has room: jobs go before."""
+    from loractl.worker.base.kernels import load_kernels
     from loractl.worker.base.quiet import quieten
 
     quieten()
     devices = find_devices(settings, gpu)
     cards = [device for device in devices if device.kind != "cpu"]
-    if not cards:
-        os.environ.update(devices[0].environment())
-        return devices[0].trains_on
-    device, size = _reserved(settings, store, _working(cards), footprint)
+    device, size = _reserved(settings, store, _working(cards), footprint) if cards else (devices[0], 0)
     os.environ.update(device.environment())
     if device.trains_on == "cuda":
         from loractl.worker.base.gauge import hold_to
 
         hold_to(size, "cuda", device.uuid)
+    load_kernels()
     return device.trains_on
 
 

@@ -23,6 +23,7 @@ from typing import IO
 
 from loractl.common.errors import DataError
 from loractl.common.job.status import Reason, Stage
+from loractl.worker.base.kernels import load_kernels
 from loractl.worker.base.quiet import quieten, tell_once
 from loractl.worker.protocol.card_error import card_error
 from loractl.worker.protocol.messages import Ended, Start, Stop, Take, Told, decode_order, encode
@@ -115,6 +116,7 @@ def _load() -> None:
     gc.disable()  # the imports make a million objects that stay to the end: looking through them costs 1.5 s of CPU
     quieten()
     tell_once()
+    load_kernels()
     from . import recipe  # noqa: F401
 
     gc.freeze()
