@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 MODEL := models/SmolLM2-135M-Instruct
 
-.PHONY: help dev model demo test test-long lint check chaos gpu clean
+.PHONY: help dev model demo test tests test-long lint check chaos gpu clean
 
 # Where it is set, as in many container images, every process compiles all of loractl anew, and the tests start hundreds.
 unexport PYTHONDONTWRITEBYTECODE
@@ -45,7 +45,11 @@ PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/pytest -n $(TEST_PROC
 check: dev  ## the unit tests that need no service: seconds
 	SERVICES=none $(PYTEST) -q -r fE tests/unit
 
-test: model lint  ## everything that proves a promise
+# mypy needs one core for as long as the tests are still starting, so both go on beside each other.
+test: model  ## everything that proves a promise
+	@$(MAKE) --no-print-directory -j2 lint tests
+
+tests:
 	$(PYTEST) --durations=10
 
 test-long: model  ## what make test leaves out: tests marked long, and many more examples of each property
