@@ -27,7 +27,7 @@ from loractl.worker.device.occupancy import Watch
 from loractl.worker.node.device_row import DeviceRow
 from loractl.worker.node.monitor import Monitor
 from loractl.worker.node.options import NodeOptions
-from loractl.worker.node.slots import Slots
+from loractl.worker.node.slots import CALM_S, Slots
 from loractl.worker.storage.client import StoreClient
 
 from ..conftest import Cli
@@ -173,19 +173,20 @@ def test_a_node_that_is_flooded_with_messages_asks_the_database_only_so_often(
     monitor.report()
     asked: list[str] = []
     event.listen(engine, "begin", lambda _: asked.append(threading.current_thread().name))
+    began = time.monotonic()
     slots.start()
     monitor.start(slots)
     try:
-        over = time.monotonic() + 1.0
-        while time.monotonic() < over:
+        while time.monotonic() < began + 1.0:
             slots.wake()
             monitor.pass_on()
             time.sleep(0.0005)
     finally:
         monitor.stop()
         slots.close()
-    assert 1 <= asked.count("slot 0") <= 21
-    assert asked.count("monitor") <= 40, "five looks, and a round"
+    lasted = time.monotonic() - began  # more than a second on a busy machine
+    assert 1 <= asked.count("slot 0") <= lasted / CALM_S + 1
+    assert asked.count("monitor") <= 40 * lasted, "five looks a second, and a round"
 
 
 def test_a_message_that_finds_no_idle_slot_is_passed_on_to_the_card_that_has_room(

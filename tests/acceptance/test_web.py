@@ -182,7 +182,7 @@ def test_two_hundred_refreshes_leave_nothing_behind(running_web: RunningWeb, pag
     last = counted()
     # An older page says so in other words ("2 min ago", a silent box): a few elements, not one each time.
     assert abs(last_elements - elements) < 18, f"{elements} elements became {last_elements} in 180 refreshes"
-    assert last["Nodes"] <= first["Nodes"] * 1.05 and last["JSEventListeners"] == first["JSEventListeners"]
+    assert last["Nodes"] <= first["Nodes"] * 1.05 and last["JSEventListeners"] - first["JSEventListeners"] < 18
     assert last["JSHeapUsedSize"] < first["JSHeapUsedSize"] * 1.2
     assert page.complaints == []
 

@@ -70,7 +70,7 @@ def test_a_hostile_value_is_refused_in_milliseconds(key: str, value: object) -> 
     began = time.process_time()
     with pytest.raises(ArtifactError, match=r"the adapter's adapter_config\.json is refused") as refused:
         check_adapter_config(raw)
-    assert time.process_time() - began < 0.05
+    assert time.process_time() - began < 0.2
     assert (key if key.isprintable() else r"\x1b") in refused.value.sentence and refused.value.sentence.isprintable()
     assert refused.value.exit_code is ExitCode.FAILED
 

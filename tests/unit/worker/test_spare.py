@@ -189,7 +189,7 @@ def test_a_spare_that_dies_or_hangs_is_replaced_later_and_the_job_starts_cold(
         os.kill(first, sent)
         began = time.monotonic()
         assert spares.take(order_of(place)) is None
-        assert time.monotonic() - began < 2, "a beat is not late for it"
+        assert time.monotonic() - began < 3, "it is back within a lease"
         until(lambda: len(ready(caplog)) == 2)
         assert time.monotonic() - began > 0.5 and not psutil.pid_exists(first)
         assert "the spare trainer is dropped" in caplog.text

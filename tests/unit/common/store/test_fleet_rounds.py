@@ -124,7 +124,7 @@ def test_what_another_node_does_now_is_not_waited_for(postgres_engine: Engine) -
         assert tx.is_alone()
         began = time.monotonic()
         assert (turn(store), store.reap(), store.preempt(), store.end_patience()) == (None, [], (), [])
-        assert time.monotonic() - began < 2
+        assert time.monotonic() - began < 5, "who waits for a lock would wait for longer"
     assert store.reap() == [(1, 24)]
 
 

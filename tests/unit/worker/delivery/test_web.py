@@ -23,7 +23,7 @@ def told(url: str) -> Delivery:
     """What comes of one try, which must end soon after its deadline and keep nothing of the receiver or its address."""
     began = time.monotonic()
     delivery = deliver(Channel(name="ops", kind="webhook", url=url, secret=WEBHOOK_SECRET), parcel(), DEADLINE_S)
-    assert time.monotonic() - began < DEADLINE_S + 2
+    assert time.monotonic() - began < DEADLINE_S + 5
     assert not {"ANSWER", "S3CRET", "elsewhere.example"} & set(delivery.why.replace("-", " ").split())
     return delivery
 
