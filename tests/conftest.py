@@ -29,7 +29,11 @@ from loractl.common.store.store import Store
 from . import services, warm
 from .models import make_tiny_model
 
+gc.disable()  # until everything is collected: the imports make objects that stay
+
 ROOT = Path(__file__).parents[1]
+
+LORACTL = str(Path(sys.executable).with_name("loractl"))
 
 _numbers = itertools.count()
 
@@ -68,6 +72,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000)
+    gc.enable()
 
 
 def _turn(item: pytest.Item) -> tuple[int, int]:
@@ -249,22 +254,32 @@ class Cli:
 
     def __call__(self, *args: object, code: int | None = 0, timeout: float = 120) -> subprocess.CompletedProcess[str]:
         """Run it; with `code`, its exit status must be that."""
-        if warm.SOCKET in self.environment:
-            command = [sys.executable, "-S", "-E", str(warm.__file__), *map(str, args)]
-        else:
-            command = [str(Path(sys.executable).with_name("loractl")), *map(str, args)]
-        done = subprocess.run(
-            command, env=self.environment, capture_output=True, text=True, timeout=timeout, stdin=subprocess.DEVNULL
-        )
+        words = list(map(str, args))
+        done = self._run_warm(words, timeout) or subprocess.run(
+            [LORACTL, *words], env=self.environment, capture_output=True, text=True, timeout=timeout,
+            stdin=subprocess.DEVNULL,
+        )  # fmt: skip
         if code is not None:
             assert done.returncode == code, f"{args}: {done.returncode}\n{done.stdout}\n{done.stderr}"
         return done
 
-    def start(self, *args: object) -> subprocess.Popen[str]:
-        """Start it and go on."""
-        command = [str(Path(sys.executable).with_name("loractl")), *map(str, args)]
+    def _run_warm(self, words: list[str], timeout: float) -> subprocess.CompletedProcess[str] | None:
+        try:
+            found = warm.run(words, self.environment, timeout)
+        except TimeoutError:
+            raise subprocess.TimeoutExpired(words, timeout) from None
+        if found is None:
+            assert warm.ALWAYS not in self.environment, f"not warm: {words} {warm.servers(self.environment)}"
+            return None
+        status, out, err = found
+        return subprocess.CompletedProcess(words, status, out, err)
+
+    def start(self, *args: object, warm_start: bool = False) -> subprocess.Popen[str]:
+        """Start it and go on. With `warm_start` it is forked: no child of the process that is returned, which only
+        hands on what happens."""
+        command = [sys.executable, "-S", "-E", str(warm.__file__)] if warm_start else [LORACTL]
         return subprocess.Popen(
-            command,
+            [*command, *map(str, args)],
             env=self.environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -286,39 +301,46 @@ def home() -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _warm_server() -> Iterator[Path]:
-    """The socket of a server that begins to load; it is there when the file is."""
+def _warm_servers() -> Iterator[Path]:
+    """The folder of two servers that begin to load; a server's socket is there when it has loaded."""
     folder = Path(tempfile.mkdtemp(prefix="warm-"))
     own = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    with (folder / "log").open("w") as log:
-        server = subprocess.Popen(
-            [sys.executable, "-m", warm.__name__, "--serve", str(folder / "socket")],
-            env={**_inherited(), **own}, stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True,
-        )  # fmt: skip
+    servers = []
+    for kind in (warm.LIGHT, warm.HEAVY):
+        with (folder / f"{kind}.log").open("w") as log:
+            command = [sys.executable, "-m", warm.__name__, "--serve", kind, str(folder)]
+            servers.append(
+                subprocess.Popen(
+                    command, env={**_inherited(), **own}, stdin=subprocess.PIPE, stdout=log, stderr=log,
+                    start_new_session=True,
+                )
+            )  # fmt: skip
     try:
-        yield folder / "socket"
+        yield folder
     finally:
-        assert server.stdin
-        server.stdin.close()
-        server.wait(timeout=60)
+        for server in servers:
+            assert server.stdin
+            server.stdin.close()
+        for server in servers:
+            server.wait(timeout=60)
         shutil.rmtree(folder, ignore_errors=True)
 
 
-SHARED_SERVER = "WARM_SERVER_OF_THE_RUN"
-"""In the environment of xdist's processes: where the one server of the run listens."""
+SHARED_SERVERS = "WARM_SERVERS_OF_THE_RUN"
+"""In the environment of xdist's processes: the folder of the run's servers."""
 
 _run = contextlib.ExitStack()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Load the training stack once for all processes of a run, while they collect."""
+    """Load the libraries once for all processes of a run, while they collect."""
     many = getattr(config.option, "numprocesses", None) and not hasattr(config, "workerinput")
     if many and os.environ.get("SERVICES") != "none":
-        os.environ[SHARED_SERVER] = str(_run.enter_context(_warm_server()))
+        os.environ[SHARED_SERVERS] = str(_run.enter_context(_warm_servers()))
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
-    """End the server of the run; in xdist's processes there is none."""
+    """End the servers of the run; in xdist's processes there is none."""
     _run.close()
 
 
@@ -326,13 +348,14 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 def warm_start() -> Iterator[dict[str, str]]:
     """What commands and workers need in their environment so that they, and trainers, begin with torch loaded."""
     with contextlib.ExitStack() as own:
-        shared = os.environ.get(SHARED_SERVER)
-        listening = Path(shared) if shared else own.enter_context(_warm_server())
+        shared = os.environ.get(SHARED_SERVERS)
+        folder = Path(shared) if shared else own.enter_context(_warm_servers())
         deadline = time.monotonic() + 120
-        while not listening.exists():
-            assert time.monotonic() < deadline, (listening.parent / "log").read_text()
+        while left := [kind for kind in (warm.LIGHT, warm.HEAVY) if not (folder / kind).exists()]:
+            said = (folder / f"{left[0]}.log").read_text()
+            assert time.monotonic() < deadline and "Traceback" not in said, said
             time.sleep(0.1)
-        yield {warm.SOCKET: str(listening), "LORACTL_TRAINER": warm.__name__, "PYTHONPATH": str(ROOT)}
+        yield {warm.SOCKET: str(folder), "LORACTL_TRAINER": warm.__name__, "PYTHONPATH": str(ROOT)}
 
 
 @pytest.fixture

@@ -1,16 +1,20 @@
-"""Processes that begin with the training stack loaded: each is forked from one that has imported it.
+"""Processes that begin with their libraries loaded: each is forked from one that has imported them.
 
-Importing torch, transformers and peft takes 7 seconds of a processor, and a fork 20 ms. So the tests' commands and
-trainers start through this file, which does one of three things:
+Importing torch, transformers and peft takes 7 seconds of a processor, what a node needs takes one, and a fork takes
+milliseconds. So there are two servers: `heavy` has the training stack, `light` has what commands and nodes may import,
+which is no torch, and so is forked in a fraction of the time.
 
-    python -m tests.warm --serve SOCKET    imports everything, then forks a process for each connection
-    python tests/warm.py ARGUMENTS...      is `loractl ARGUMENTS...`
-    python -m tests.warm                   is loractl's trainer (LORACTL_TRAINER=tests.warm)
+    python -m tests.warm --serve heavy FOLDER   imports, then forks a process for each connection to FOLDER/heavy
+    run(ARGUMENTS, ...)                         `loractl ARGUMENTS...` in a forked process, for a test
+    python tests/warm.py ARGUMENTS...           is `loractl ARGUMENTS...`, with pipes that the caller made
+    python -m tests.warm                        is loractl's trainer (LORACTL_TRAINER=tests.warm)
+    FOLDER/python -m MODULE ...                 is sys.executable in a forked process: what that starts is forked, too
 
-The last two hand their pipes, environment and working directory to the server, whose child does the work with loractl's
-own `main`. They end as the child ends, by the same status or signal; when they die, the child is killed. What differs
-from a cold start: the child's own /proc/PID/environ and cmdline are the server's, it is in another session, and all
-children of a server have one hash seed. Tests that are about these start cold: the marker `cold`.
+They hand their pipes, environment and working directory to a server, whose child does the work with loractl's own
+`main`. They end as the child ends, by the same status or signal, hand on SIGINT and SIGTERM, and when they die, the
+child is killed. What differs from a cold start: the child is no child of who asked for it, its own /proc/PID/environ
+and cmdline are the server's, it is in another session, and all children of a server have one hash seed. Tests that are
+about these start cold: the marker `cold`, and all that `Cli.start` starts.
 """
 
 from __future__ import annotations
@@ -22,74 +26,185 @@ import socket
 import sys
 
 SOCKET = "WARM_SOCKET"
-"""In the environment: where the server listens. Without it everything starts cold."""
+"""In the environment: the folder of the servers' sockets. Without it everything starts cold."""
 
-LATE = (
-    "alembic.command", "alembic.context", "bitsandbytes", "celery.app.amqp", "datasets", "jinja2",
-    "kombu.transport.redis", "psycopg", "rouge_score.rouge_scorer", "sqlalchemy.dialects.postgresql.psycopg",
-    "sqlalchemy.dialects.sqlite", "transformers.generation", "transformers.models.llama.modeling_llama",
-)  # fmt: skip
+LIGHT, HEAVY = "light", "heavy"
+
+HEAVY_COMMANDS = frozenset({"generate", "predict", "chat", "serve", "matrix", "data", "merge"})
+"""Words of command lines that load the training stack in their own process."""
+
+OWN, TRAINER = "tests.warm", "loractl.worker.training.trainer"
+"""What LORACTL_TRAINER names, and what it is."""
+
+MODULES = {
+    OWN: HEAVY,
+    "loractl.worker.base.self_test": HEAVY,
+    "loractl.worker.data.lengths": HEAVY,
+    "loractl.worker.node": LIGHT,
+    "loractl.worker.node.card_check": LIGHT,
+    "loractl.worker.storage.process": LIGHT,
+}
+"""What commands, nodes and trainers start by `python -m`, and the server that has it."""
+
+LATE = {
+    LIGHT: (
+        "alembic.command", "alembic.context", "celery.app.amqp", "celery.apps.worker", "celery.concurrency.solo",
+        "celery.worker.consumer", "celery.worker.strategy", "fsspec.implementations.local", "jinja2",
+        "kombu.transport.redis", "psutil", "psycopg", "redis", "sqlalchemy.dialects.postgresql.psycopg",
+        "sqlalchemy.dialects.sqlite",
+    ),
+    HEAVY: (
+        "alembic.command", "alembic.context", "bitsandbytes", "celery.app.amqp", "datasets", "jinja2",
+        "kombu.transport.redis", "psycopg", "rouge_score.rouge_scorer", "sqlalchemy.dialects.postgresql.psycopg",
+        "sqlalchemy.dialects.sqlite", "transformers.generation", "transformers.models.llama.modeling_llama",
+    ),
+}  # fmt: skip
 """What loractl imports when it needs it, and nearly every run does."""
 
-READ_AT_IMPORT = ("HF_", "HUGGING", "TRANSFORMERS_", "DATASETS_", "TORCH", "PYTORCH_", "LD_", "LANG", "LC_")
-"""A process whose variables of these names are not the server's starts cold: libraries read them once."""
+NO_STACK = ("common", "scheduler", "worker.attempt", "worker.commands.worker", "worker.delivery", "worker.device",
+            "worker.node", "worker.protocol", "worker.spare", "worker.storage")  # fmt: skip
+"""The rooms without the training stack: the import rules say so, and `light` looks."""
 
-WRITTEN_AT_IMPORT = ("TORCHINDUCTOR_CACHE_DIR", "HF_XET_HIGH_PERFORMANCE")
-"""What importing torch and lm_eval leaves in the environment of a test process, always the same."""
+READ_AT_START = ("LD_", "LANG", "LC_", "PYTHONIOENCODING", "PYTHONUTF8")
+READ_AT_IMPORT = ("HF_", "HUGGING", "TRANSFORMERS_", "DATASETS_", "TORCH", "PYTORCH_")
+"""A process whose variables of these names are not the server's starts cold: they are read once. The second are those
+of the training stack."""
+
+NO_MATTER = ("TORCHINDUCTOR_CACHE_DIR", "HF_XET_HIGH_PERFORMANCE", "HF_TOKEN")
+"""What importing torch and lm_eval leaves in the environment of a test process, always the same; and what the hub's
+client asks for anew each time."""
 
 ALWAYS = "WARM_ALWAYS"
 """In the environment: a process that would start cold fails, and says why."""
 
 
-def client(argv: list[str]) -> int:
-    """Be `loractl argv...`, or the trainer without arguments. Returns the exit status."""
-    try:
-        connection = socket.socket(socket.AF_UNIX)
-        connection.connect(os.environ[SOCKET])
-    except (KeyError, OSError):
-        _cold(argv)
-    request = marshal.dumps((argv, os.getcwd(), dict(os.environ)))  # noqa: PTH109  pathlib is slow to import
-    socket.send_fds(connection, [len(request).to_bytes(4, "big")], [0, 1, 2])
-    connection.sendall(request)
-    answer = connection.recv(4)
-    if not answer:
+# --- who asks ---
+
+
+def run(argv: list[str], environment: dict[str, str], timeout: float) -> tuple[int, str, str] | None:
+    """`loractl argv...` in a forked process: status, output and errors. None: it must start cold.
+
+    Raises TimeoutError, and the process is killed then.
+    """
+    out, err = (os.memfd_create(name) for name in ("out", "err"))
+    with os.fdopen(out, encoding="utf-8") as said, os.fdopen(err, encoding="utf-8") as complained:
+        nothing = os.open(os.devnull, os.O_RDONLY)
+        try:
+            asked = _ask(_kind(argv), "", argv, environment, [nothing, out, err])
+        finally:
+            os.close(nothing)
+        if asked is None:
+            return None
+        connection, _ = asked
+        with connection:
+            connection.settimeout(timeout)
+            status = _number(connection)
+        os.lseek(out, 0, os.SEEK_SET)
+        os.lseek(err, 0, os.SEEK_SET)
+        return (70 if status is None else status), said.read(), complained.read()
+
+
+def client(module: str, argv: list[str]) -> int:
+    """Be `loractl argv...`, or `python -m module argv...`. Returns the exit status."""
+    ours = {signal.SIGINT, signal.SIGTERM}
+    signal.pthread_sigmask(signal.SIG_BLOCK, ours)  # until there is somebody to hand them on to
+    asked = _ask(MODULES.get(module) or _kind(argv), module, argv, dict(os.environ), [0, 1, 2])
+    if asked is None:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, ours)
+        _cold(module, argv)
+    connection, pid = asked
+
+    def hand_on(number: int, _: object) -> None:
+        try:
+            os.kill(pid, number)
+        except ProcessLookupError:
+            return  # it has just ended
+
+    for number in ours:
+        signal.signal(number, hand_on)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, ours)
+    status = _number(connection)
+    if status is None:
         return 70  # the server has gone
-    status = int.from_bytes(answer, "big", signed=True)
-    if status == _OTHER_ENVIRONMENT:
-        _cold(argv)
     if status < 0:
         signal.signal(-status, signal.SIG_DFL)
         os.kill(os.getpid(), -status)
     return status
 
 
-_OTHER_ENVIRONMENT = 1000
-
-
-def _cold(argv: list[str]) -> None:
-    if ALWAYS in os.environ:
-        sys.exit(f"not warm: {_early(os.environ)}")
+def servers(environment: dict[str, str]) -> dict[str, str]:
+    """What they have said, for somebody who wonders why one does not answer."""
     from pathlib import Path
 
-    if argv:
-        os.execv(sys.executable, [sys.executable, str(Path(sys.executable).with_name("loractl")), *argv])
-    from loractl.common.settings import TRAINER
-
-    os.execv(sys.executable, [sys.executable, "-m", TRAINER])
+    return {log.name: log.read_text() for log in Path(environment[SOCKET]).glob("*.log")}
 
 
-def serve(path: str) -> None:
+def as_python(python: str, argv: list[str]) -> int:
+    """Be what `python argv...` is, forked where a server has the module. `python`: the real one."""
+    if argv[:1] != ["-m"] or not set(argv[1:2]) & MODULES.keys():
+        os.execv(python, [python, *argv])
+    sys.executable = python
+    return client(argv[1], argv[2:])
+
+
+def _kind(argv: list[str]) -> str:
+    return HEAVY if HEAVY_COMMANDS.intersection(argv[:2]) else LIGHT
+
+
+def _ask(
+    kind: str, module: str, argv: list[str], environment: dict[str, str], pipes: list[int]
+) -> tuple[socket.socket, int] | None:
+    """The connection that tells how it ends, and the number of the process; None when it can't be forked."""
+    connection = socket.socket(socket.AF_UNIX)
+    try:
+        connection.connect(f"{environment[SOCKET]}/{kind}")
+    except (KeyError, OSError):
+        connection.close()
+        return None
+    request = marshal.dumps((module, argv, os.getcwd(), environment))  # noqa: PTH109  pathlib is slow to import
+    socket.send_fds(connection, [len(request).to_bytes(4, "big")], pipes)
+    connection.sendall(request)
+    pid = _number(connection)
+    if not pid:
+        connection.close()
+        return None
+    return connection, pid
+
+
+def _number(connection: socket.socket) -> int | None:
+    """What the server says next; None when it says no more."""
+    told = connection.recv(4)
+    return int.from_bytes(told, "big", signed=True) if told else None
+
+
+def _cold(module: str, argv: list[str]) -> None:
+    """Go on as a person's machine would."""
+    if ALWAYS in os.environ:
+        sys.exit(f"not warm: {_early(os.environ, READ_AT_START + READ_AT_IMPORT)}")
+    if not module:
+        command = os.path.join(os.path.dirname(sys.executable), "loractl")  # noqa: PTH118, PTH120
+        os.execv(sys.executable, [sys.executable, command, *argv])
+    os.execv(sys.executable, [sys.executable, "-m", TRAINER if module == OWN else module, *argv])
+
+
+# --- who forks ---
+
+
+def serve(kind: str, folder: str) -> None:
     """Fork a process for each connection until standard input closes."""
     import contextlib
     import gc
     import selectors
 
-    own = _early(os.environ)  # before the libraries add to it
-    _load()
+    own = _early(os.environ, READ_AT_START + READ_AT_IMPORT)  # before the libraries add to it
+    gc.disable()
+    _load(kind)
+    sys.executable = _python(folder)
     gc.collect()
     gc.freeze()  # a collection in a child would copy every page
+    gc.enable()
     listener = socket.socket(socket.AF_UNIX)
-    listener.bind(path)
+    listener.bind(f"{folder}/{kind}")
     listener.listen(64)
     waiting = selectors.DefaultSelector()
     waiting.register(listener, selectors.EVENT_READ)
@@ -103,7 +218,7 @@ def serve(path: str) -> None:
                 return
             if key.fileobj is listener:
                 connection, _ = listener.accept()
-                pid = _begin(connection, own)
+                pid = _begin(kind, connection, own)
                 if not pid:
                     connection.close()
                     continue
@@ -126,43 +241,48 @@ def serve(path: str) -> None:
                 connection.close()
 
 
-def _begin(connection: socket.socket, own: dict[str, str]) -> int:
-    """The pid of a child that does what is asked for; 0 when it can't be done here."""
-    head, pipes, _, _ = socket.recv_fds(connection, 4, 3)
-    size, request = int.from_bytes(head, "big"), b""
-    while len(request) < size and (part := connection.recv(size - len(request))):
-        request += part
-    try:
-        if len(request) < size or size == 0:
-            return 0
-        argv, folder, environment = marshal.loads(request)
-        if _early(environment) != own:
-            _answer(connection, _OTHER_ENVIRONMENT)
-            return 0
-        pid = os.fork()
-        if pid == 0:
-            _child(pipes, argv, folder, environment)
-        return pid
-    finally:
-        for pipe in pipes:
-            os.close(pipe)
+def _begin(kind: str, connection: socket.socket, own: dict[str, str]) -> int:
+    """The pid of a child that does what is asked for; 0 when it can't be done here, or who asked has ended."""
+    import contextlib
+
+    pipes: list[int] = []
+    pid = 0
+    with contextlib.suppress(ConnectionError):
+        head, pipes, _, _ = socket.recv_fds(connection, 4, 3)
+        size, request = int.from_bytes(head, "big"), b""
+        while len(request) < size and (part := connection.recv(size - len(request))):
+            request += part
+        if request and len(request) == size:
+            module, argv, folder, environment = marshal.loads(request)
+            names = _read_once(kind, module, argv)
+            if _early(environment, names) == _early(own, names) and (pid := os.fork()) == 0:
+                _child(pipes, module, argv, folder, environment)
+            _answer(connection, pid)
+    for pipe in pipes:
+        os.close(pipe)
+    return pid
 
 
-def _early(environment: dict[str, str] | os._Environ[str]) -> dict[str, str]:
-    return {
-        name: value
-        for name, value in environment.items()
-        if name.startswith(READ_AT_IMPORT) and name not in WRITTEN_AT_IMPORT
-    }
+def _read_once(kind: str, module: str, argv: list[str]) -> tuple[str, ...]:
+    """The beginnings of the names of variables that a process reads once."""
+    if kind == HEAVY:
+        return READ_AT_START + READ_AT_IMPORT
+    opens_nvml = module or "worker" in argv[:2]
+    return READ_AT_START if opens_nvml else tuple(name for name in READ_AT_START if name != "LD_")
 
 
-def _answer(connection: socket.socket, status: int) -> None:
-    connection.sendall(status.to_bytes(4, "big", signed=True))
+def _early(environment: dict[str, str] | os._Environ[str], names: tuple[str, ...]) -> dict[str, str]:
+    return {name: value for name, value in environment.items() if name.startswith(names) and name not in NO_MATTER}
 
 
-def _child(pipes: list[int], argv: list[str], folder: str, environment: dict[str, str]) -> None:
+def _answer(connection: socket.socket, number: int) -> None:
+    connection.sendall(number.to_bytes(4, "big", signed=True))
+
+
+def _child(pipes: list[int], module: str, argv: list[str], folder: str, environment: dict[str, str]) -> None:
     """Become the process that was asked for; never returns."""
     import io
+    import time
 
     status = 1
     try:
@@ -173,38 +293,32 @@ def _child(pipes: list[int], argv: list[str], folder: str, environment: dict[str
         os.chdir(folder)
         os.environ.clear()
         os.environ.update(environment)
+        time.tzset()
         sys.stdin = open(0, closefd=False)  # noqa: SIM115  the server's own were made for other files
         unbuffered = "PYTHONUNBUFFERED" in environment
         out = io.FileIO(1, "w", closefd=False)
         sys.stdout = io.TextIOWrapper(out if unbuffered else io.BufferedWriter(out), write_through=unbuffered)
         sys.stderr = open(2, "w", closefd=False, errors="backslashreplace", buffering=1)  # noqa: SIM115
-        status = _run(argv, environment)
+        status = _run(module, argv, environment)
     finally:
         os._exit(status)
 
 
-def _run(argv: list[str], environment: dict[str, str]) -> int:
+def _run(module: str, argv: list[str], environment: dict[str, str]) -> int:
     import atexit
-    import importlib
     import threading
     import traceback
 
-    import numpy
-    import torch
+    if (torch := sys.modules.get("torch")) is not None:
+        import numpy
 
-    numpy.random.seed()
-    threads = environment.get("OMP_NUM_THREADS")
-    torch.set_num_threads(int(threads) if threads else os.cpu_count() or 1)
-    sys.argv = ["loractl", *argv]
+        numpy.random.seed()
+        threads = environment.get("OMP_NUM_THREADS")
+        torch.set_num_threads(int(threads) if threads else os.cpu_count() or 1)
+    sys.argv = [module or "loractl", *argv]
     sys.modules["__main__"].__package__ = None  # click takes the program's name from it
     try:
-        if argv:
-            from loractl.scheduler.cli import main as command
-
-            command()
-        from loractl.common.settings import TRAINER
-
-        return int(importlib.import_module(TRAINER).main())
+        return _main(module)
     except SystemExit as end:
         if end.code is None or isinstance(end.code, int):
             return int(end.code or 0)
@@ -223,22 +337,61 @@ def _run(argv: list[str], environment: dict[str, str]) -> int:
                 continue
 
 
-def _load() -> None:
-    """Import the training stack, and all of loractl that starts nothing by being imported."""
+def _main(module: str) -> int:
+    import importlib
+    import runpy
+
+    if not module:
+        from loractl.scheduler.cli import main as command
+
+        command()
+    if module == OWN:
+        return int(importlib.import_module(TRAINER).main())
+    if not hasattr(sys.modules.get(module), "__path__"):
+        sys.modules.pop(module, None)  # it is __main__ alone, as it would be
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+    return 0
+
+
+def _load(kind: str) -> None:
+    """Import the libraries, and all of loractl that starts nothing by being imported."""
     import importlib
     import pkgutil
 
     import loractl
 
-    for name in LATE:
+    if kind == HEAVY:
+        from loractl.worker.base.kernels import load_kernels
+
+        load_kernels()
+    for name in LATE[kind]:
         importlib.import_module(name)
     for module in pkgutil.walk_packages(loractl.__path__, "loractl."):
-        if not module.name.endswith(".__main__") and ".migrations." not in module.name:
+        room = module.name.removeprefix("loractl.")
+        if module.name.endswith(".__main__") or ".migrations." in module.name:
+            continue
+        if kind == HEAVY or room.startswith(NO_STACK):
             importlib.import_module(module.name)
+    assert kind == HEAVY or "torch" not in sys.modules
+
+
+def _python(folder: str) -> str:
+    """The file that stands for Python in forked processes."""
+    from pathlib import Path
+
+    file = Path(folder) / f"python-{os.getpid()}"
+    file.write_text(
+        f"#!{sys.executable} -SE\nimport sys\nsys.path.append({str(Path(__file__).parents[1])!r})\n"
+        f"from tests.warm import as_python\nsys.exit(as_python({sys.executable!r}, sys.argv[1:]))\n"
+    )
+    file.chmod(0o755)
+    return str(file)
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--serve"]:
-        serve(sys.argv[2])
+        serve(*sys.argv[2:])
+    elif __spec__ is not None:
+        sys.exit(client(OWN, sys.argv[1:]))
     else:
-        sys.exit(client(sys.argv[1:]))
+        sys.exit(client("", sys.argv[1:]))

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from .. import warm
 from ..conftest import Cli
 from ..models import write_job
 from .conftest import ANSWERS
@@ -197,7 +198,7 @@ def test_chat_switches_adapters_in_place_and_lets_the_base_answer(trained: Cli) 
         "what is in 5?", "/adapter green", "/reset", "what is in 5?", "/base", "/adapter pink", "/adapter", "/nope",
         "/system be brief", "what is in 2?", "/help", "/quit", "never asked",
     ]  # fmt: skip
-    command = [str(Path(sys.executable).with_name("loractl")), "chat", "red", "--max-new-tokens", "48"]
+    command = [sys.executable, "-S", "-E", str(warm.__file__), "chat", "red", "--max-new-tokens", "48"]
     done = subprocess.run(
         command, input="\n".join(lines), env=trained.environment, capture_output=True, text=True, timeout=120
     )

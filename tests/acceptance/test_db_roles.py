@@ -21,8 +21,6 @@ from loractl.common.store.store import Store
 from ..conftest import Cli
 from ..unit.factories import submission
 
-pytestmark = pytest.mark.cold
-
 
 @pytest.fixture
 def owner(postgres_url: str) -> Iterator[Engine]:

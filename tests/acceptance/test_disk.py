@@ -12,23 +12,22 @@ import pytest
 from loractl.common.store.database import make_engine
 from loractl.common.store.store import Store
 from loractl.worker.attempt.log import DATABASE_LIMIT, FILE_LIMIT, IS_LONG, LEFT_OUT
-from loractl.worker.device.occupancy import JOB_VARIABLE
 
 from ..conftest import Cli
 from ..models import write_job
 
-PRINTS = f"""
-import os, sys, threading
+PRINTS = """
+import sys
 
-def prints():
-    for number in range(400_000):
-        sys.stderr.write(f"line {{number}} " + "x" * 190 + "\\n")
-    sys.stderr.write("y" * 1_000_000)  # a line that does not end
+from tests.warm import client
 
-if "{JOB_VARIABLE}" in os.environ:
-    thread = threading.Thread(target=prints)
-    thread.start()
+for number in range(400_000):
+    sys.stderr.write(f"line {number} " + "x" * 190 + "\\n")
+sys.stderr.write("y" * 1_000_000)  # a line that does not end
+sys.stderr.flush()
+sys.exit(client("tests.warm", []))
 """
+"""A trainer that prints more than anybody wants, and trains."""
 
 
 def test_a_disk_without_room_ends_the_attempt_before_it_trains_and_spends_no_retry(
@@ -55,13 +54,11 @@ def test_a_disk_without_room_ends_the_attempt_before_it_trains_and_spends_no_ret
     assert [a["reason"] for a in shown["attempts"]] == ["disk_full", "ok"], "once there is room it goes on by itself"
 
 
-@pytest.mark.cold
 def test_a_trainer_that_prints_without_end_fills_neither_disk_nor_database(
     cli: Cli, home: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
-    (tmp_path / "site").mkdir()
-    (tmp_path / "site" / "sitecustomize.py").write_text(PRINTS)
-    noisy = cli.with_environment(PYTHONPATH=str(tmp_path / "site"))
+    (tmp_path / "noisy.py").write_text(PRINTS)
+    noisy = cli.with_environment(LORACTL_TRAINER="noisy", PYTHONPATH=f"{tmp_path}:{cli.environment['PYTHONPATH']}")
     noisy("submit", write_job(tmp_path, tiny_model), "--set=training.max_steps=3")
     noisy("worker", "--drain-when-idle", timeout=240)
     assert json.loads(cli("status", 1, "--json").stdout)["status"] == "succeeded"

@@ -26,8 +26,6 @@ from ..nvml import FakeCard, build, compiler
 from ..services import S3
 from ..unit.factories import node_state
 
-pytestmark = pytest.mark.cold
-
 LAB = ("settings", "database", "revision", "clock", "queue", "store", "disk", "models", "boxes", "messages", "cards")
 PASSWORD = "bird-8215-%2F-song"
 

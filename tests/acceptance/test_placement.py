@@ -126,7 +126,17 @@ def second_home(tmp_path: Path) -> Path:
     return tmp_path / "second"
 
 
-@pytest.mark.cold  # the larger job has to hold its card until the other card is up: a warm trainer ends it in a second
+LATE = """
+import sys, time
+
+from tests.warm import client
+
+time.sleep(3)
+sys.exit(client("tests.warm", []))
+"""
+"""A trainer that takes as long to load as on a person's machine: a job holds its card until the other card is up."""
+
+
 def test_a_small_card_gets_qlora_and_a_job_too_large_waits_for_a_larger_card(
     lab: Lab, second_home: Path, tmp_path: Path
 ) -> None:
@@ -136,7 +146,9 @@ def test_a_small_card_gets_qlora_and_a_job_too_large_waits_for_a_larger_card(
     assert plans["3B"]["qlora"] < 8 * GIB - MARGIN < plans["3B"]["lora"], "the sizes that this test is about"
     assert plans["8B"]["lora"] < 24 * GIB - MARGIN < plans["70B"]["qlora"] < 80 * GIB - MARGIN
 
-    lab.start(LORACTL_DEVICES="sim:8GiB,24GiB")
+    (tmp_path / "late.py").write_text(LATE)
+    late = {"LORACTL_TRAINER": "late", "PYTHONPATH": f"{tmp_path}:{lab.cli.environment['PYTHONPATH']}"}
+    lab.start(LORACTL_DEVICES="sim:8GiB,24GiB", **late)
     lab.until_cards(2)
     lab.submit(files["70B"], "--set=method=qlora")
     lab.submit(files["8B"], files["3B"])

@@ -29,16 +29,32 @@ def base(tiny_model: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(tiny_model, tmp_path / "base"))
 
 
+TRAINER = """
+import os, sys
+from pathlib import Path
+
+from tests.warm import client
+
+if Path(os.environ["FIRST"]).exists():
+    os.execv(sys.executable, [sys.executable, "-m", "loractl.worker.training.trainer"])
+Path(os.environ["FIRST"]).touch()
+sys.exit(client("tests.warm", []))
+"""
+"""The first trainer is forked, the others start cold: another process has another hash seed."""
+
+
 @pytest.fixture
-def worker(cli: Cli) -> Iterator[None]:
+def worker(cli: Cli, tmp_path: Path) -> Iterator[None]:
     """A worker that stays, so that reproduce can compare with what it has."""
-    process = cli.start("worker")
+    (tmp_path / "first_warm.py").write_text(TRAINER)
+    path = f"{tmp_path}:{cli.environment['PYTHONPATH']}"
+    own = {"LORACTL_TRAINER": "first_warm", "PYTHONPATH": path, "FIRST": str(tmp_path / "first")}
+    process = cli.with_environment(**own).start("worker")
     yield
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)
 
 
-@pytest.mark.cold  # another process has another hash seed
 def test_a_job_that_memory_had_changed_is_reproduced_bit_for_bit(
     cli: Cli, home: Path, worker: None, base: Path, tmp_path: Path
 ) -> None:

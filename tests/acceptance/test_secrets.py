@@ -1,6 +1,7 @@
 """Known secrets are looked for wherever a run leaves something: nowhere may one of them stand.
 
-Not among what is searched: the environment of processes, which only their own user can read.
+Not among what is searched: the environment of processes, which only their own user can read. A forked trainer's
+arguments and environment are those of the process that asked for it (tests/warm.py), as the node made them.
 """
 
 from __future__ import annotations
@@ -21,12 +22,10 @@ from loractl.common.queue.valkey import server_binary
 from loractl.common.store.database import make_engine
 from loractl.common.store.schema import upgrade
 
-from .. import services
+from .. import services, warm
 from ..conftest import Cli
 from ..models import write_job
 from ..roles import logins
-
-pytestmark = pytest.mark.cold  # arguments and environments of real processes
 
 NAMES = ("HF_TOKEN", "PGPASSWORD", "AWS_SECRET_ACCESS_KEY", "AWS_ACCESS_KEY_ID", "database", "valkey")
 """Each gets a value that occurs nowhere else."""
@@ -67,7 +66,7 @@ class Lookout(threading.Thread):
     def _look(self, process: Path) -> None:
         try:
             arguments = (process / "cmdline").read_bytes().decode("utf-8", "replace").replace("\0", " ").strip()
-            ours = b"loractl" in (process / "cmdline").read_bytes()
+            ours = "loractl" in arguments or warm.__name__ in arguments
             environment = (process / "environ").read_bytes().split(b"\0") if ours else []
         except OSError:
             return  # it has ended, or belongs to somebody else
@@ -75,7 +74,7 @@ class Lookout(threading.Thread):
         if self._home not in environment:
             return
         self.commands.add(arguments)
-        if "loractl.worker.training.trainer" in arguments:
+        if f"-m {warm.__name__}" in arguments:
             self.trainer = dict(os.fsdecode(pair).split("=", 1) for pair in environment if b"=" in pair)
 
 

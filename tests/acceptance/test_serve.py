@@ -31,9 +31,9 @@ SERVED = "red=red,green=2,blue=blue:latest"
 
 
 @contextlib.contextmanager
-def serving(cli: Cli, *arguments: object, said: list[str] | None = None) -> Iterator[str]:
+def serving(cli: Cli, *arguments: object, said: list[str] | None = None, warm_start: bool = True) -> Iterator[str]:
     """The address of a server that answers; afterwards it must end at once when it is told to."""
-    process = cli.start("serve", "--port", 0, *arguments)
+    process = cli.start("serve", "--port", 0, *arguments, warm_start=warm_start)
     said = [] if said is None else said
     assert process.stdout is not None
     try:
@@ -57,7 +57,8 @@ def serving(cli: Cli, *arguments: object, said: list[str] | None = None) -> Iter
 
 @pytest.fixture(scope="module")
 def server(trained: Cli) -> Iterator[str]:
-    with serving(trained, "--adapters", SERVED, "--dtype", "float32", "--max-batch", 8) as url:
+    asked = ("--adapters", SERVED, "--dtype", "float32", "--max-batch", 8)
+    with serving(trained, *asked, warm_start=False) as url:
         yield url
 
 

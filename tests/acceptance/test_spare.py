@@ -29,13 +29,17 @@ def test_a_job_takes_the_imported_spare_and_a_killed_node_leaves_none(
     reader = threading.Thread(target=lambda: said.extend(iter(worker.stdout.readline, "")), daemon=True)
     reader.start()
 
-    def number(pattern: str, count: int = 1) -> int:
-        """The number at the end of the worker's line that says so for the COUNTth time."""
+    def until(holds: Callable[[], object], what: str) -> None:
         deadline = time.monotonic() + 240
-        while len(found := [m for line in said.copy() if (m := re.search(pattern, line))]) < count:
-            assert time.monotonic() < deadline and worker.poll() is None, said
-            time.sleep(0.05)
-        return int(found[count - 1][1])
+        while not holds():
+            assert time.monotonic() < deadline and worker.poll() is None, f"no {what}: {said}"
+            time.sleep(0.1)
+
+    def number(pattern: str) -> int:
+        """The number at the end of the worker's first line that says so."""
+        found: list[re.Match[str]] = []
+        until(lambda: found.extend(m for line in said.copy() if (m := re.search(pattern, line))) or found, pattern)
+        return int(found[0][1])
 
     try:
         spare = number(r"a spare trainer is ready, process (\d+)")
@@ -47,7 +51,7 @@ def test_a_job_takes_the_imported_spare_and_a_killed_node_leaves_none(
         assert not psutil.pid_exists(spare)
         log = cli("logs", 1).stdout
         assert "starts the trainer" in log and "taken" not in log
-        number(r"a spare trainer is ready, process (\d+)", 2)
+        until(lambda: any(_is_trainer(process, cli) for process in psutil.process_iter()), "another spare")
         for child in psutil.Process(worker.pid).children():
             if "loractl.worker.node" in child.cmdline():
                 child.send_signal(signal.SIGKILL)

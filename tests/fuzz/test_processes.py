@@ -17,12 +17,11 @@ from loractl.common.errors import ExitCode
 from loractl.worker.protocol.messages import encode
 from loractl.worker.training.trainer import EXIT_ORPHANED
 
+from .. import warm
 from ..conftest import Cli
 from .counting import INPUTS
 from .documents import FRAGMENTS, GOOD
 from .test_protocol import START
-
-pytestmark = pytest.mark.cold
 
 PROCESSES = 24
 AT_ONCE = 3
@@ -48,7 +47,7 @@ def test_job_files_and_data_as_commands(make_cli: Callable[..., Cli], tmp_path: 
         job = GOOD.replace("org/data", f"data{suffix}").encode()
         (folder / "job.yaml").write_bytes(_damaged(job, chance) if number % 4 else chance.randbytes(200))
         changed = [f"--set=labels.x={chance.choice(FRAGMENTS)}".replace("\0", "")] if number % 2 else []
-        commands.append([*_loractl(cli), "submit", "--dry-run", str(folder / "job.yaml"), *changed])
+        commands.append([*_loractl(), "submit", "--dry-run", str(folder / "job.yaml"), *changed])
     for command, code, out, err in _run_all(commands, cli.environment):
         INPUTS["command"] += 1
         assert code in set(ExitCode), f"{command}: {code}\n{err}"
@@ -74,8 +73,8 @@ def test_a_trainer_that_is_told_rubbish_ends(make_cli: Callable[..., Cli], chanc
         assert "Traceback" not in err, err
 
 
-def _loractl(cli: Cli) -> list[str]:
-    return [str(Path(sys.executable).with_name("loractl"))]
+def _loractl() -> list[str]:
+    return [sys.executable, "-S", "-E", str(warm.__file__)]
 
 
 def _damaged(content: bytes, chance: random.Random) -> bytes:

@@ -78,7 +78,7 @@ class Kill:
     def strike(self) -> None:
         for child in psutil.Process().children():
             with contextlib.suppress(psutil.NoSuchProcess):  # one that has ended has no command line
-                if warm.__name__ in child.cmdline() or TRAINER in child.cmdline():
+                if child.cmdline()[-1:] in ([warm.__name__], [TRAINER]):  # not a server
                     child.kill()
                     self.done.set()
 
