@@ -22,7 +22,7 @@ from typing import Any
 
 from .errors import ArtifactError, ResultTaken, ServiceUnreachable
 from .files import Doing, nothing_told, open_files
-from .settings import Settings, redacted
+from .settings import S3Keys, Settings, redacted
 
 log = logging.getLogger("loractl")
 
@@ -87,10 +87,16 @@ def names_dataset(url: str, uri: str, sha256: str) -> bool:
 class ArtifactStore:
     """Files under one URL, file:// or s3://. `doing` is told what is being done, for each block that is moved."""
 
-    def __init__(self, url: str, tell: Callable[[str], None] | None = None, doing: Doing = nothing_told) -> None:
+    def __init__(
+        self,
+        url: str,
+        tell: Callable[[str], None] | None = None,
+        doing: Doing = nothing_told,
+        keys: S3Keys | None = None,
+    ) -> None:
         """`tell` takes a sentence for people, once for each result that is read and not bound to its row."""
         self.url = url.rstrip("/")
-        self._files = open_files(self.url, doing)
+        self._files = open_files(self.url, doing, keys)
         self._tell = log.warning if tell is None else tell
         self._told: set[str] = set()
 
@@ -317,7 +323,7 @@ class ArtifactStore:
 
 def open_store(settings: Settings, tell: Callable[[str], None] | None = None) -> ArtifactStore:
     """The artifact store of this installation; `tell` as ArtifactStore takes it."""
-    return ArtifactStore(settings.artifacts_url, tell)
+    return ArtifactStore(settings.artifacts_url, tell, keys=settings.s3)
 
 
 def attempt_prefix(job_id: int, attempt: int) -> str:

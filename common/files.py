@@ -16,7 +16,7 @@ from typing import Any
 from urllib.parse import unquote
 
 from .errors import UsageError
-from .settings import redacted
+from .settings import S3Keys, redacted
 
 FRESH_S = 3600.0
 """The next submit gives a file that is older than this today's date. loractl gc goes by the date, and must not take
@@ -186,8 +186,8 @@ class Folder(Bucket):
             Path(self._at(part)).rmdir()
 
 
-def open_files(url: str, doing: Doing = nothing_told) -> Bucket:
-    """The files below a URL. Raises UsageError for one that can't be opened."""
+def open_files(url: str, doing: Doing = nothing_told, keys: S3Keys | None = None) -> Bucket:
+    """The files below a URL, with the settings' account of S3. Raises UsageError for one that can't be opened."""
     import fsspec
 
     options: dict[str, Any] = {}
@@ -201,6 +201,7 @@ def open_files(url: str, doing: Doing = nothing_told) -> Bucket:
             # Parts of 50 MB on their way at once. With its ten a slow line would show no sign of life for long.
             "max_concurrency": 2,
             "config_kwargs": {"connect_timeout": 5, "read_timeout": 30, "retries": {"max_attempts": 3}},
+            **(keys.options() if keys else {}),
         }
         if endpoint := os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL"):
             options["endpoint_url"] = endpoint

@@ -31,6 +31,24 @@ TRAINER = "loractl.worker.training.trainer"
 
 
 @dataclass(frozen=True, kw_only=True)
+class S3Keys:
+    """An account of an S3 server. The AWS_* variables go before it; they are the only other way to name one."""
+
+    access_key: str
+    secret_key: str = field(repr=False)
+    endpoint_url: str | None = None  # None: Amazon's own
+    region: str | None = None
+
+    def options(self) -> dict[str, Any]:
+        """What s3fs takes; nothing where the environment names an account."""
+        if os.environ.get("AWS_ACCESS_KEY_ID"):
+            return {}
+        client = {"client_kwargs": {"region_name": self.region}} if self.region else {}
+        endpoint = {"endpoint_url": self.endpoint_url} if self.endpoint_url else {}
+        return {"key": self.access_key, "secret": self.secret_key, **endpoint, **client}
+
+
+@dataclass(frozen=True, kw_only=True)
 class Settings:
     """Every address that loractl uses. URLs may hold passwords, so their repr is hidden: print `redacted(url)`."""
 
@@ -50,6 +68,7 @@ class Settings:
     trainer: str = TRAINER  # the module that trains, run by `python -m`; it speaks worker/protocol.py
     notify: tuple[str, ...] = ()  # whom this person's jobs tell that say nothing themselves
     channels: tuple[Channel, ...] = field(default=(), repr=False)  # to which this box's nodes send
+    s3: S3Keys | None = None  # of config.toml; None: the AWS_* variables, or none is needed
 
     @property
     def embedded_database(self) -> bool:
@@ -79,7 +98,7 @@ def load_settings(environ: dict[str, str] | None = None) -> Settings:
     """
     env = dict(os.environ) if environ is None else environ
     home = Path(env.get("LORACTL_HOME") or "~/.loractl").expanduser().absolute()
-    file, channels = _config_file(home / "config.toml", env)
+    file, channels, s3 = _config_file(home / "config.toml", env)
 
     def get(key: str, default: str | None) -> str | None:
         value = env.get(f"LORACTL_{key.upper()}") or file.get(key) or default
@@ -102,6 +121,7 @@ def load_settings(environ: dict[str, str] | None = None) -> Settings:
         trainer=_module("trainer", get("trainer", None) or TRAINER),
         notify=channel_names(get("notify", None)),
         channels=channels,
+        s3=s3,
     )
 
 
@@ -227,9 +247,9 @@ def _explicit_driver(url: str) -> str:
     return url
 
 
-def _config_file(path: Path, env: dict[str, str]) -> tuple[dict[str, str], tuple[Channel, ...]]:
+def _config_file(path: Path, env: dict[str, str]) -> tuple[dict[str, str], tuple[Channel, ...], S3Keys | None]:
     if not path.exists():
-        return {}, ()
+        return {}, (), None
     try:
         values: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -237,10 +257,25 @@ def _config_file(path: Path, env: dict[str, str]) -> tuple[dict[str, str], tuple
             f"{path} can't be read: {error}", 'it is a TOML file with lines like redis_url = "..."'
         ) from error
     channels = read_channels(values.pop("channels", {}), env)
+    s3 = _s3_keys(path, values.pop("s3", None))
     unknown = sorted(set(values) - set(_KEYS))
     if unknown:
-        raise UsageError(f"{path}: unknown key {unknown[0]}", f"known keys: {', '.join((*_KEYS, 'channels'))}")
+        raise UsageError(f"{path}: unknown key {unknown[0]}", f"known keys: {', '.join((*_KEYS, 'channels', 's3'))}")
     texts = {key: str(value) for key, value in values.items()}
-    if (channels or any(map(_holds_password, texts.values()))) and path.stat().st_mode & 0o077:
+    if (channels or s3 or any(map(_holds_password, texts.values()))) and path.stat().st_mode & 0o077:
         raise UsageError(f"{path} holds a password, and others can read it", f"chmod 600 {path}")
-    return texts, channels
+    return texts, channels, s3
+
+
+def _s3_keys(path: Path, table: object) -> S3Keys | None:
+    """The table [s3]. Raises UsageError, which repeats no value."""
+    if table is None:
+        return None
+    names = ("access_key", "secret_key", "endpoint_url", "region")
+    texts = table if isinstance(table, dict) else {}
+    if not {"access_key", "secret_key"} <= set(texts) <= set(names) or not all(
+        isinstance(text, str) and text for text in texts.values()
+    ):
+        hint = f"texts under {', '.join(names)}; the first two must be there"
+        raise UsageError(f"{path}: [s3] names no account of an S3 server", hint)
+    return S3Keys(**texts)

@@ -76,6 +76,14 @@ COMMANDS: Commands = {
     ),
     "gc": ("loractl.scheduler.commands.gc:gc", "Remove stored files and rows that no one needs any more."),
     "db": ("loractl.scheduler.commands.db:db", "Look after the database."),
+    "lab": (
+        "loractl.scheduler.commands.lab:lab",
+        "Make a lab on this server box, and invite boxes and people.",
+    ),
+    "join": (
+        "loractl.scheduler.commands.join:join",
+        "Join a lab with the line that its server box has printed.",
+    ),
     "doctor": (
         "loractl.scheduler.commands.doctor:doctor",
         "Check this installation: services, disks, cards, versions; and what to do.",

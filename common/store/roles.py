@@ -59,10 +59,10 @@ def apply_roles(engine: Engine, wanted: Sequence[WantedLogin] = (), *, renew: bo
     if engine.dialect.name != "postgresql":
         raise UsageError("only PostgreSQL has roles", "SQLite's file is its owner's alone: chmod does what roles do")
     for login in wanted:
-        _check(login, [other.name for other in wanted])
+        check_login(login, [other.name for other in wanted])
     with engine.begin() as connection:
         connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": SCHEMA_LOCK})
-        new_roles = tuple(role for role in ROLES if not _exists(connection, role))
+        new_roles = tuple(role for role in ROLES if not role_exists(connection, role))
         connection.exec_driver_sql(files(__package__).joinpath("roles.sql").read_text("utf-8"))
         return RolesDone(new_roles=new_roles, logins=tuple(_give(connection, login, renew) for login in wanted))
 
@@ -70,10 +70,11 @@ def apply_roles(engine: Engine, wanted: Sequence[WantedLogin] = (), *, renew: bo
 def has_roles(engine: Engine) -> bool:
     """Whether the database's server has the roles; SQLite never has."""
     with engine.connect() as connection:
-        return engine.dialect.name == "postgresql" and _exists(connection, SUBMIT)
+        return engine.dialect.name == "postgresql" and role_exists(connection, SUBMIT)
 
 
-def _check(login: WantedLogin, names: Sequence[str]) -> None:
+def check_login(login: WantedLogin, names: Sequence[str] = ()) -> None:
+    """Whether it can be a login. Raises UsageError."""
     if not _NAME.fullmatch(login.name) or login.name.startswith(("pg_", "loractl")) or login.name == "public":
         raise UsageError(f"{login.name!r} is no name for a login", "small letters, digits, '_', '.' and '-', like ada")
     if names.count(login.name) > 1:
@@ -83,29 +84,30 @@ def _check(login: WantedLogin, names: Sequence[str]) -> None:
         raise UsageError(f"the password for {login.name} is no line of {_LEAST_CHARACTERS} characters or more", hint)
 
 
-def _exists(connection: Connection, name: str) -> bool:
+def role_exists(connection: Connection, name: str) -> bool:
+    """Whether the server has it; a role is there for all its databases."""
     return connection.execute(text("SELECT 1 FROM pg_roles WHERE rolname = :name"), {"name": name}).scalar() == 1
 
 
 def _give(connection: Connection, login: WantedLogin, renew: bool) -> RoleLogin:
     """Make the login where it is missing, and give it its role."""
-    new = not _exists(connection, login.name)
+    new = not role_exists(connection, login.name)
     quoted = connection.dialect.identifier_preparer.quote_identifier(login.name)
     if new:
         connection.exec_driver_sql(f"CREATE ROLE {quoted} LOGIN")
     else:
-        _refuse_another_s(connection, login)
+        refuse_another_s(connection, login)
     connection.exec_driver_sql(f"GRANT {login.role} TO {quoted}")
     if not new and not renew and login.password is None:
         return RoleLogin(name=login.name, role=login.role, new=False, url=None)
     password = login.password or secrets.token_hex(24)
-    connection.exec_driver_sql(f"ALTER ROLE {quoted} PASSWORD '{_verifier(connection, login.name, password)}'")
+    connection.exec_driver_sql(f"ALTER ROLE {quoted} PASSWORD '{verifier(connection, login.name, password)}'")
     address = connection.engine.url.set(drivername="postgresql", username=login.name, password=password)
     url = address.render_as_string(hide_password=False)
     return RoleLogin(name=login.name, role=login.role, new=new, url=url)
 
 
-def _refuse_another_s(connection: Connection, login: WantedLogin) -> None:
+def refuse_another_s(connection: Connection, login: WantedLogin) -> None:
     """A login that may more would not be held by its role; one that has another of ROLES would have both."""
     facts = text(
         "SELECT rolsuper OR rolcreaterole OR NOT rolcanlogin OR rolname = session_user AS other,"
@@ -120,7 +122,7 @@ def _refuse_another_s(connection: Connection, login: WantedLogin) -> None:
         raise WrongState(f"{login.name} has the role {others[0]}", hint)
 
 
-def _verifier(connection: Connection, name: str, password: str) -> str:
+def verifier(connection: Connection, name: str, password: str) -> str:
     """What PostgreSQL keeps in a password's place (RFC 5802): a statement with the password could be logged."""
     driver: Any = connection.connection.driver_connection
     return str(driver.pgconn.encrypt_password(password.encode(), name.encode(), b"scram-sha-256").decode())

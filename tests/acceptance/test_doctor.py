@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import secrets
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -218,7 +219,8 @@ def test_a_card_with_a_fault_fails_and_a_served_one_is_left_alone(make_cli: Call
         pytest.skip("no C compiler for the NVML stand-in")
     library = build(tmp_path)
     library.show(
-        FakeCard(uuid="GPU-aaaa", total=24 * GIB // 2**20, lost=True), FakeCard(uuid="GPU-bbbb", total=80 * 1024)
+        FakeCard(uuid="GPU-aaaa", total=24 * GIB // 2**20, lost=True),
+        FakeCard(uuid=f"GPU-{secrets.token_hex(4)}", total=80 * 1024),
     )
     cli = make_cli(LORACTL_HOST="heron", LORACTL_DEVICES="nvml:cpu", **library.environment())
     lost, good = checks(cli, code=1)["cards"]
@@ -231,6 +233,9 @@ def test_a_card_with_a_fault_fails_and_a_served_one_is_left_alone(make_cli: Call
         assert time.monotonic() < deadline and worker.poll() is None
         time.sleep(0.1)
     assert "a worker serves them" in checks(cli)["cards"][0]["sentence"]
+    (elsewhere := tmp_path / "elsewhere").mkdir()
+    (_, theirs) = checks(cli.with_environment(LORACTL_HOME=str(elsewhere)), "--check", "cards", code=1)["cards"]
+    assert theirs["level"] == "ok" and "a worker of another home serves it" in theirs["sentence"]
     for _ in range(2):
         worker.terminate()
     print(worker.communicate(timeout=60)[0])

@@ -18,8 +18,8 @@ MODULES = sorted(path.relative_to(ROOT) for floor in FLOORS for path in (ROOT / 
 MOST_LINES = 400
 MOST_MODULES = 15
 ONE_A_COMMAND = Path("scheduler/commands")
-NO_MODULES = {WAKE_TASK, "loractl.db"}
-"""A task's name and a file's."""
+NO_MODULES = {WAKE_TASK, "loractl.db", "loractl.conf"}
+"""A task's name and files'."""
 
 NAMES_A_MODULE = re.compile(r"loractl(\.[a-z_0-9]+)+(:[A-Za-z_]+)?")
 

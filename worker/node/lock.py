@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import logging
 import os
+import socket
 from pathlib import Path
 
 from loractl.common.settings import Settings
@@ -28,6 +30,7 @@ class DeviceLock:
         except BlockingIOError:
             log.warning("another worker serves this device, or finishes its last job: waiting for it (%s)", path)
             fcntl.flock(self._file, fcntl.LOCK_EX)
+        self._sign = _put_up_sign(device.uuid)
 
     def say_served(self) -> None:
         """Note in the file that this process serves the device: it is no node that ends before it does anything."""
@@ -39,6 +42,8 @@ class DeviceLock:
 
     def close(self) -> None:
         self._file.close()
+        if self._sign is not None:
+            self._sign.close()
 
 
 def served_by(settings: Settings, device: Device) -> int | None:
@@ -47,6 +52,35 @@ def served_by(settings: Settings, device: Device) -> int | None:
         return int(_path(settings, device).read_text())
     except (FileNotFoundError, ValueError):
         return None
+
+
+def is_served(uuid: str) -> bool:
+    """Whether a node of any user and any home on this machine serves the card: others' locks may not be ours to see.
+
+    Containers with a network of their own don't see each other's.
+    """
+    try:
+        return any(line.split()[-1] == f"@{_SIGN}{uuid}" for line in Path("/proc/net/unix").read_text().splitlines())
+    except OSError:
+        return False
+
+
+_SIGN = "loractl-card-"
+
+
+def _put_up_sign(uuid: str) -> socket.socket | None:
+    """An abstract socket with the card's name, which goes with this process. Nothing is ever sent to it."""
+    if not uuid.startswith(("GPU-", "MIG-")):
+        return None  # processors, and cards of trials, are not somebody's alone
+    sign = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    try:
+        sign.bind(f"\0{_SIGN}{uuid}")
+    except OSError as error:
+        sign.close()
+        if error.errno == errno.EADDRINUSE:
+            log.warning("a worker of another LORACTL_HOME serves this card, too: neither knows what the other promised")
+        return None
+    return sign
 
 
 def _path(settings: Settings, device: Device) -> Path:

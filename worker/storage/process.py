@@ -18,6 +18,7 @@ import traceback
 from typing import IO, Any
 
 from loractl.common.artifacts import ArtifactStore
+from loractl.common.settings import load_settings
 
 from .calls import as_answer, carry_out
 
@@ -51,12 +52,12 @@ def main() -> None:
     os.dup2(2, 1)  # what a library prints is no answer
     orders: queue.SimpleQueue[str] = queue.SimpleQueue()
     threading.Thread(target=_read, args=(orders,), name="orders", daemon=True).start()
-    teller, stores = _Teller(answers), dict[str, ArtifactStore]()
+    teller, stores, keys = _Teller(answers), dict[str, ArtifactStore](), load_settings().s3
     while True:
         order = json.loads(orders.get())
         try:
             if (url := order["url"]) not in stores:
-                stores[url] = ArtifactStore(url, doing=teller.doing)
+                stores[url] = ArtifactStore(url, doing=teller.doing, keys=keys)
             teller.write({"value": carry_out(stores[url], order["call"], order["arguments"])})
         except BrokenPipeError:
             return

@@ -104,10 +104,13 @@ def see_cards(settings: Settings) -> Iterator[Condition]:
         with no_worker(settings):
             tested = _tested()
     except WrongState:
-        yield fine("cards", "a worker serves them, and tests each before it takes jobs: loractl gpus shows the results")
+        yield fine("cards", f"a worker serves them, {_TESTS}")
         return
     for card in tested:
         yield _card(settings, card)
+
+
+_TESTS = "and tests each before it takes jobs: loractl gpus shows the results"
 
 
 def _tested() -> list[dict[str, Any]]:
@@ -128,6 +131,8 @@ def _card(settings: Settings, card: dict[str, Any]) -> Condition:
     if card["fault"] is not None:
         hint = card.get("hint") or "docs/deploy.md#cards-that-fail says what to do"
         return broken("cards", f"{name}: {card['fault']}".removeprefix(": "), hint)
+    if card.get("served"):
+        return fine("cards", f"{name}: a worker of another home serves it, {_TESTS}")
     if card["seconds"] is None:
         return fine("cards", f"{name}: it needs no self-test")
     return fine("cards", f"{name}: passed its self-test in {card['seconds']:.1f} s (torch {card['torch']})")

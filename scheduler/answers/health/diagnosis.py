@@ -6,11 +6,11 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, replace
 from urllib.parse import unquote, urlsplit
 
-from loractl.common.errors import LoractlError
+from loractl.common.errors import LoractlError, UsageError
 from loractl.common.settings import Settings, load_settings
 
 from .box import see_cards, see_disk, see_models
@@ -49,19 +49,23 @@ CHECKS = (
 )
 
 
-def diagnose(patience_s: float = PATIENCE_S) -> Diagnosis:
-    """Look at everything. No error is raised: each is a condition."""
+def diagnose(patience_s: float = PATIENCE_S, names: Collection[str] = ()) -> Diagnosis:
+    """Look at everything, or at these checks and those that they need. What is wrong there is a condition.
+
+    Raises UsageError for a check that does not exist.
+    """
+    checks = _chosen(names)
     try:
         settings = load_settings()
     except LoractlError as error:
-        unread = [skipped(check.name, "not looked at: the settings can't be read") for check in CHECKS]
+        unread = [skipped(check.name, "not looked at: the settings can't be read") for check in checks]
         return Diagnosis(conditions=(failed("settings", error), *unread))
     runs: dict[str, _Run] = {}
-    for check in CHECKS:
+    for check in checks:
         if check.needs is None:
             runs[check.name] = _Run(check, settings, patience_s)
     found = [fine("settings", f"{settings.home}, as {settings.user}")]
-    for check in CHECKS:
+    for check in checks:
         if check.needs is not None:
             if not _passed(found, check.needs):
                 found.append(skipped(check.name, f"not looked at without the {check.needs}"))
@@ -71,6 +75,17 @@ def diagnose(patience_s: float = PATIENCE_S) -> Diagnosis:
     hung = tuple(name for name, run in runs.items() if run.hangs)
     secrets = _secrets(settings)
     return Diagnosis(conditions=tuple(_without(secrets, condition) for condition in found), hung=hung)
+
+
+def _chosen(names: Collection[str]) -> tuple[Check, ...]:
+    known = {check.name: check for check in CHECKS}
+    if unknown := sorted(set(names) - set(known)):
+        raise UsageError(f"there is no check {unknown[0]}", f"checks: {', '.join(known)}")
+    wanted = set(names or known)
+    for check in reversed(CHECKS):
+        if check.name in wanted and check.needs is not None:
+            wanted.add(check.needs)
+    return tuple(check for check in CHECKS if check.name in wanted)
 
 
 def _passed(found: Iterable[Condition], name: str) -> bool:
@@ -113,6 +128,7 @@ class _Run:
 def _secrets(settings: Settings) -> list[str]:
     """Passwords that the settings hold, as they stand there and as they are meant."""
     found = [os.environ.get(name) for name in ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "HF_TOKEN", "PGPASSWORD")]
+    found.append(settings.s3.secret_key if settings.s3 else None)
     for url in (settings.database_url, settings.redis_url or ""):
         found += [urlsplit(url).password, *re.findall(r"[?&]\w*password=([^&]*)", url)]
     return [text for word in found if word for text in {word, unquote(word)} if len(text) >= 6]

@@ -2,7 +2,8 @@
 
     python -m loractl.worker.node.health.card_check
 
-prints a JSON object: `cards`, each with number, name, fault (or null), seconds and torch (of its self-test, or null).
+prints a JSON object: `cards`, each with number, name, fault (or null), seconds and torch (of its self-test, or null),
+and served, where a worker of another home has the card: a test could take memory from its jobs.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from loractl.common.errors import LoractlError
 from loractl.common.settings import Settings, load_settings
 from loractl.worker.attempt.order import device_environment
 from loractl.worker.device.devices import Device, find_devices
+from loractl.worker.node.lock import is_served
 
 from .self_test import NAME, SELF_TEST, self_test
 
@@ -42,6 +44,8 @@ def _check(device: Device, module: str) -> dict[str, Any]:
     """A processor and a simulated card need no test, as for a node."""
     found = {"number": device.number, "name": device.name, "seconds": None, "torch": None}
     fault = device.look().fault
+    if fault is None and is_served(device.uuid):
+        return {**found, "fault": None, "served": True}
     if fault is not None or device.trains_on != "cuda":
         return {**found, "fault": fault}
     command = [sys.executable, "-m", module, device.trains_on, device.uuid]

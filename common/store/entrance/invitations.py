@@ -1,0 +1,124 @@
+"""Invitations: logins that last an hour, and may only call the function that makes a box's or a person's own login."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime as dt
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from importlib.resources import files
+from typing import Any
+
+from sqlalchemy import Connection, Engine, text
+
+from loractl.common.errors import LoractlError, UsageError, WrongState
+from loractl.common.store.roles import WantedLogin, check_login, refuse_another_s, role_exists, verifier
+from loractl.common.store.schema import SCHEMA_LOCK
+
+LOGIN = "loractl_join_"
+"""What the names of all logins of join lines begin with; 12 hex digits follow."""
+
+_REFUSED = {
+    "spent": ("this join line does not serve any more", "on the server box: loractl lab invite"),
+    "verifier": ("the database takes no password of this form", "loractl here and on the server box differ: upgrade"),
+    "name": ("it can't be a login's name", "small letters, digits, '_', '.' and '-': loractl join --name NAME"),
+    "taken": (
+        "another login has this name",
+        "join as another one with --name NAME, or on the server box: loractl lab invite with this name",
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Invitation:
+    """One that may come in. `login` and `password` are the join line's, for which `sealed` alone means something."""
+
+    login: str
+    password: str = field(repr=False)
+    role: str  # SUBMIT or WORK
+    name: str | None  # of the login that is made; None: who joins chooses a new one
+    sealed: str = field(repr=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Invited:
+    """What a join line is for."""
+
+    role: str
+    name: str | None
+    sealed: str = field(repr=False)
+
+
+def invite(engine: Engine, invitations: Sequence[Invitation], valid_s: float) -> dt.datetime:
+    """Make the logins of join lines, all or none, and remove spent ones; says when they end, by the database's clock.
+
+    Raises UsageError for a name that none can have, WrongState for one that is somebody else's, Forbidden.
+    """
+    for invitation in invitations:
+        if invitation.name is not None:
+            check_login(WantedLogin(name=invitation.name, role=invitation.role))
+    with engine.begin() as connection:
+        connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": SCHEMA_LOCK})
+        said = files(__package__).joinpath("invitations.sql").read_text("utf-8")
+        connection.exec_driver_sql(said.replace("%", "%%"))  # the driver looks for its placeholders
+        until: dt.datetime = connection.execute(
+            text("SELECT clock_timestamp() + make_interval(secs => :s)"), {"s": valid_s}
+        ).scalar_one()
+        for invitation in invitations:
+            _make(connection, invitation, until)
+    return until
+
+
+def _make(connection: Connection, invitation: Invitation, until: dt.datetime) -> None:
+    quote = connection.dialect.identifier_preparer.quote_identifier
+    login, kept = quote(invitation.login), verifier(connection, invitation.login, invitation.password)
+    connection.exec_driver_sql(
+        f"CREATE ROLE {login} LOGIN CONNECTION LIMIT 2 PASSWORD '{kept}' VALID UNTIL '{until.isoformat()}'"
+    )
+    connection.exec_driver_sql(f"GRANT loractl_join TO {login}")
+    connection.exec_driver_sql(f"GRANT {login} TO loractl_registrar WITH ADMIN OPTION")  # which ends it
+    if invitation.name is not None and role_exists(connection, invitation.name):
+        refuse_another_s(connection, WantedLogin(name=invitation.name, role=invitation.role))
+        if not connection.execute(text(_HAS_ADMIN), {"name": invitation.name}).scalar():
+            connection.exec_driver_sql(f"GRANT {quote(invitation.name)} TO loractl_registrar WITH ADMIN OPTION")
+    connection.execute(
+        text(
+            "INSERT INTO loractl_lab.invitations (login, role, name, sealed, expires_at)"
+            " VALUES (:login, :role, :name, :sealed, :until)"
+        ),
+        {
+            "login": invitation.login, "role": invitation.role, "name": invitation.name, "sealed": invitation.sealed,
+            "until": until,
+        },
+    )  # fmt: skip
+
+
+_HAS_ADMIN = "SELECT pg_has_role('loractl_registrar', CAST(:name AS name), 'MEMBER WITH ADMIN OPTION')"
+
+
+def look(engine: Engine) -> Invited:
+    """What the join line is for, by its own login's engine; it still serves afterwards. Raises WrongState."""
+    with engine.connect() as connection:
+        return Invited(**_asked(connection, None, None))
+
+
+@contextlib.contextmanager
+def entered(engine: Engine, name: str, password: str) -> Iterator[str]:
+    """Make the login with this password; yields its name. Where the body raises, nothing was made, and the line serves.
+
+    The server is told the password's SCRAM verifier alone. Raises UsageError and WrongState.
+    """
+    with engine.begin() as connection:
+        yield str(_asked(connection, name, verifier(connection, name, password))["name"])
+
+
+def _asked(connection: Connection, name: str | None, kept: str | None) -> dict[str, Any]:
+    statement = text("SELECT loractl_lab.enter(:name, :kept)")
+    answer = connection.execute(statement, {"name": name, "kept": kept}).scalar_one()
+    found: dict[str, Any] = json.loads(answer) if isinstance(answer, str) else answer
+    if (why := found.get("refused")) is None:
+        return found
+    sentence, hint = _REFUSED.get(why, ("the database refuses it", None))
+    kind: type[LoractlError] = UsageError if why == "name" else WrongState
+    raise kind(f"{name}: {sentence}" if name and why != "spent" else sentence, hint)

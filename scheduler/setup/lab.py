@@ -1,0 +1,124 @@
+"""A lab on services that run: its tables, its roles, and the join lines of those who may come in."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime as dt
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from loractl.common.errors import UsageError
+from loractl.common.settings import Settings
+from loractl.common.store.entrance.invitations import Invitation
+from loractl.common.store.entrance.owner import DatabaseServer, LabOwner, lab_owner
+from loractl.common.store.roles import SUBMIT, WORK
+from loractl.common.store.schema import HEAD
+
+from .addresses import addresses_of, is_only_here
+from .line import JoinLine, new_secret
+from .seal import seal
+
+VALID_S = 3600.0
+"""How long a join line serves."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Guest:
+    """Who is to come in. `name`: None where who joins chooses it."""
+
+    kind: str  # box or person
+    name: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class JoinTicket:
+    """A join line, for one machine."""
+
+    kind: str
+    name: str | None
+    line: str = field(repr=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabAnswer:
+    """What was done, and the lines. `host`: where they lead. `revision_before`: None for tables that are new."""
+
+    host: str
+    only_here: bool
+    revision: str
+    revision_before: str | None
+    new_roles: tuple[str, ...]
+    until: dt.datetime
+    tickets: tuple[JoinTicket, ...]
+    done: tuple[str, ...] = ()  # sentences about services
+
+    def as_json(self) -> dict[str, Any]:
+        """The fields under their own names; `tickets`: kind, name, line."""
+        tickets = [vars(ticket) for ticket in self.tickets]
+        lists = {"tickets": tickets, "new_roles": list(self.new_roles), "done": list(self.done)}
+        return {**vars(self), **lists, "until": self.until.isoformat()}
+
+
+def set_up_lab(
+    settings: Settings, guests: Sequence[Guest], address: str | None, *, valid_s: float = VALID_S
+) -> LabAnswer:
+    """Make tables and roles where they are missing, and invite the guests; as often as you like.
+
+    Raises UsageError, SchemaMismatch for tables of another version, ServiceUnreachable, Forbidden, and what invite
+    raises.
+    """
+    with _owner(settings) as owner:
+        before, new_roles = owner.prepare()
+        return replace(_invited(settings, owner, guests, address, valid_s), revision_before=before, new_roles=new_roles)
+
+
+def invite_guests(settings: Settings, guests: Sequence[Guest], address: str | None, *, valid_s: float) -> LabAnswer:
+    """Lines for guests of a lab that is there. Raises what set_up_lab raises."""
+    with _owner(settings) as owner:
+        return _invited(settings, owner, guests, address, valid_s)
+
+
+@contextlib.contextmanager
+def _owner(settings: Settings) -> Iterator[LabOwner]:
+    if settings.embedded_database:
+        hint = "--packages or --containers runs one here; or set LORACTL_DATABASE_URL to yours, as its owner"
+        raise UsageError("a lab needs PostgreSQL", hint)
+    with lab_owner(settings) as owner:
+        yield owner
+
+
+def _invited(
+    settings: Settings, owner: LabOwner, guests: Sequence[Guest], address: str | None, valid_s: float
+) -> LabAnswer:
+    server = owner.server()
+    addresses = addresses_of(settings, server.tls, address)
+    lines = [_line(server, addresses.database_tls, address) for _ in guests]
+    pairs = list(zip(guests, lines, strict=True))
+    until = owner.invite([_invitation(guest, line, addresses.text()) for guest, line in pairs], valid_s)
+    host = lines[0].host
+    return LabAnswer(
+        host=host,
+        only_here=is_only_here(host),
+        revision=HEAD,
+        revision_before=HEAD,
+        new_roles=(),
+        until=until,
+        tickets=tuple(JoinTicket(kind=guest.kind, name=guest.name, line=line.text()) for guest, line in pairs),
+    )
+
+
+def _line(server: DatabaseServer, tls: dict[str, str], address: str | None) -> JoinLine:
+    number, secret = new_secret()
+    host = address if address is not None and is_only_here(server.host) else server.host
+    encrypted = server.tls or tls.get("sslmode", "prefer") not in ("disable", "allow", "prefer")
+    # an authority's file is not on the other machine yet; a server that ends TLS itself is proved by the password
+    mode = {"sslmode": "require"} if encrypted else {}
+    mode |= {"channel_binding": "require"} if server.tls else {}
+    return JoinLine(host=host, port=server.port, database=server.database, number=number, secret=secret, tls=mode)
+
+
+def _invitation(guest: Guest, line: JoinLine, addresses: str) -> Invitation:
+    role = {"box": WORK, "person": SUBMIT}[guest.kind]
+    sealed = seal(line.key, addresses)
+    return Invitation(login=line.login, password=line.password, role=role, name=guest.name, sealed=sealed)
