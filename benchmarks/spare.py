@@ -25,12 +25,14 @@ from tests.models import make_tiny_model, write_job
 class Lab:
     """A home with a worker, whose lines are read with their times."""
 
-    def __init__(self, home: Path, option: str) -> None:
+    def __init__(self, home: Path, *options: str) -> None:
         self.environment = {**os.environ, "LORACTL_HOME": str(home), "LORACTL_DEVICES": "cpu", "HF_HUB_OFFLINE": "1"}
         self.command = str(Path(sys.executable).with_name("loractl"))
+        self.spare = "--spare" in options
+        self.claimed_at = 0.0  # the first job
         self.run("status")
         self.worker = subprocess.Popen(
-            [self.command, "worker", option], env=self.environment, stderr=subprocess.PIPE, text=True
+            [self.command, "worker", *options], env=self.environment, stderr=subprocess.PIPE, text=True
         )
         self._lines: queue.SimpleQueue[tuple[float, str]] = queue.SimpleQueue()
         self.ready = threading.Semaphore(0)  # the spares that are ready and not taken
@@ -43,7 +45,12 @@ class Lab:
     def first_step(self, job: Path) -> float:
         """Seconds from the claim of such a job to its first step. Waits for its end."""
         self.run("submit", job, "--set=training.logging_steps=1")
+        return self.next_first_step()
+
+    def next_first_step(self) -> float:
+        """The same for the next job that was queued before."""
         claimed = self.when("attempt 1 with")
+        self.claimed_at = self.claimed_at or claimed
         stepped = self.when("step 1 of")
         self.when(r"job \d+ \S+: succeeded")
         return stepped - claimed
@@ -74,7 +81,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="lb-") as scratch:
         folder = Path(scratch)
         job = write_job(folder, (model or make_tiny_model(folder / "tiny")).absolute())
-        ways = {"cold": Lab(folder / "c", "--no-spare"), "spare": Lab(folder / "s", "--spare")}
+        ways = {
+            "cold": Lab(folder / "c", "--no-spare", "--keep-warm=0"),
+            "spare": Lab(folder / "s", "--spare", "--keep-warm=0"),
+        }
         times: dict[str, list[float]] = {way: [] for way in ways}
         try:
             for _ in range(jobs):

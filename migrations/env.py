@@ -2,7 +2,8 @@
 
 from alembic import context
 
-import loractl.common.store.outbox  # noqa: F401  its table
+import loractl.common.store.hosts
+import loractl.common.store.outbox  # noqa: F401  their tables
 from loractl.common.store.tables import Base
 
 connection = context.config.attributes["connection"]

@@ -353,3 +353,5 @@ class ResourcesSpec(Section):
         default_factory=dict, max_length=8
     )
     """Labels that the box must have (loractl worker --label KEY=VALUE), like nvlink: "yes"."""
+    exclusive: bool = False
+    """Train in a process of its own: in none that has the base from another job, and in none that stays for one."""

@@ -6,6 +6,7 @@ import datetime as dt
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 
+from loractl.common.job.method import Method
 from loractl.common.units import GIB
 
 from .lines import Waiting
@@ -33,10 +34,24 @@ class Occupant:
     job_id: int
     user: str
     reserved: int
-    used: int = 0  # bytes measured now; more than reserved when the plan was too small
+    used: int = 0  # bytes measured now, or of the base that it has; more than reserved when the plan was too small
     priority: int = 0
     preemptible: bool = False  # gives way to a job of higher priority
     ends: dt.datetime | None = None  # expected; None: not known
+
+
+@dataclass(frozen=True, kw_only=True)
+class WarmBase:
+    """A base on a card, in the trainer that has loaded it."""
+
+    host: str  # the trainer's mark
+    key: str  # see hosts.base_key
+    base_model: str
+    method: Method
+    bytes: int
+    since: dt.datetime  # when it was last asked for
+    job_id: int | None = None  # that runs in it, whose reservation holds the base too; None: it waits for one
+    leaving: bool = False  # it goes, for another job's sake or its owner's
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +63,7 @@ class Card:
     outside: int = 0  # held by programs that are not ours, now or a short while ago
     margin: int = 0  # what its owner keeps free
     running: tuple[Occupant, ...] = ()
+    hosts: tuple[WarmBase, ...] = ()  # trainers that have a base loaded
     max_jobs: int = 1
     labels: frozenset[tuple[str, str]] = frozenset()
     open: bool = True  # online and not draining
@@ -71,8 +87,20 @@ class Card:
 
     @property
     def taken(self) -> int:
-        """Reserved but not yet allocated counts as used, and so does what was allocated beyond it."""
+        """Reserved but not yet allocated counts as used, and so does what was allocated beyond it.
+
+        A base that waits for a job counts as room: it goes when another job needs it.
+        """
         return sum(max(job.reserved, job.used) for job in self.running)
+
+    @property
+    def waiting_bases(self) -> list[WarmBase]:
+        """Bases that wait for a job."""
+        return [base for base in self.hosts if base.job_id is None and not base.leaving]
+
+    def has_warm(self, base_model: str, method: Method) -> bool:
+        """Whether a base that waits for a job is this one, as far as a waiting job's row tells."""
+        return any((base.base_model, base.method) == (base_model, method) for base in self.waiting_bases)
 
     @property
     def free(self) -> int:

@@ -30,6 +30,7 @@ class Waiting:
     requires: frozenset[tuple[str, str]] = frozenset()  # labels that its node must have
     only_host: str | None = None  # the box that has its finished result, while no other box may take it
     avoids: frozenset[str] = frozenset()  # cards and boxes that failed it a short while ago
+    base_model: str = ""  # empty: it is not known, or no host may have it
 
     @property
     def least(self) -> int | None:

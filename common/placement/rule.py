@@ -181,16 +181,24 @@ def _try(job: Waiting, fleet: _Fleet, now: dt.datetime) -> Iterator[Decision]:
 def _best(job: Waiting, fleet: _Fleet) -> tuple[Method, Card, int] | None:
     """The preferred method that some card holds now, and the card that it fills best.
 
-    An idle card goes before a shared one, where jobs share the compute too. Among idle ones large cards are left to
-    large jobs.
+    An idle card goes before a shared one, where jobs share the compute too. Among those, a card on which the job's base
+    waits in a host goes first. Then large cards are left to large jobs.
     """
     for method in job.methods:
         size = job.need.of(method)
         holding = [c for c in fleet.cards.values() if _holds_now(c, job, size, fleet)]
         if holding:
-            card = min(holding, key=lambda c: (len(c.running) > 0, c.free, c.node))
+            card = _nearest(holding, job, method)
             return method, card, card.free if size is None else size
     return None
+
+
+def _nearest(cards: Sequence[Card], job: Waiting, method: Method) -> Card:
+    def rank(card: Card) -> tuple[bool, bool, int, str]:
+        cold = not (job.base_model and card.has_warm(job.base_model, method))
+        return len(card.running) > 0, cold, card.free, card.node
+
+    return min(cards, key=rank)
 
 
 def _holds_now(card: Card, job: Waiting, size: int | None, fleet: _Fleet) -> bool:

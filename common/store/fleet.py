@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import datetime as dt
 import functools
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from loractl.common.job.method import Method
 from loractl.common.job.need import Need
-from loractl.common.placement.cards import Card, Occupant, largest_gpu
+from loractl.common.placement.cards import Card, Occupant, WarmBase, largest_gpu
 from loractl.common.placement.closure import CardFailure
 from loractl.common.placement.keys import QueueKey
 from loractl.common.placement.lines import Waiting
 from loractl.common.placement.rule import Decision
 
+from .hosts import TrainerHost
 from .tables import DrainOrder, Job, Node
 
 NODE_STALE_S = 60.0
@@ -50,13 +51,22 @@ class FleetView:
 
 
 OCCUPANT = (
-    Job.job_id, Job.user, Job.node, Job.vram_reserved, Job.eta_seconds, Job.priority, Job.preemptible
+    Job.job_id, Job.user, Job.node, Job.vram_reserved, Job.eta_seconds, Job.priority, Job.preemptible, Job.attempt
 )  # fmt: skip
 """What a card shows of a running job."""
 
 
-def card_of(node: Node, running: list[Any], now: dt.datetime, drained: Mapping[str, DrainOrder]) -> Card:
-    """One node's card. `running`: rows with the columns OCCUPANT."""
+def card_of(
+    node: Node,
+    running: list[Any],
+    now: dt.datetime,
+    drained: Mapping[str, DrainOrder],
+    hosts: Iterable[TrainerHost] = (),
+) -> Card:
+    """One node's card. `running`: rows with the columns OCCUPANT; `hosts`: the trainers there that keep a base."""
+    attempts = {(row.job_id, row.attempt) for row in running}
+    bases = [_warm_base(host, attempts) for host in hosts]
+    held = {base.job_id: base.bytes for base in bases}
     return Card(
         node=node.node,
         total=node.total,
@@ -68,18 +78,33 @@ def card_of(node: Node, running: list[Any], now: dt.datetime, drained: Mapping[s
                 user=row.user,
                 # a job of an older version has no reservation: it may take the whole card
                 reserved=node.total if row.vram_reserved is None else row.vram_reserved,
-                used=int(node.used.get(str(row.job_id), 0)),
+                used=max(int(node.used.get(str(row.job_id), 0)), held.get(row.job_id, 0)),
                 priority=row.priority,
                 preemptible=row.preemptible,
                 ends=None if row.eta_seconds is None else now + dt.timedelta(seconds=row.eta_seconds),
             )
             for row in running
         ),
+        hosts=tuple(bases),
         max_jobs=node.max_jobs,
         labels=frozenset(node.labels.items()),
         open=_is_open(node, now, drained),
         processor=node.kind == "cpu",
         user_limit=node.user_limit,
+    )
+
+
+def _warm_base(host: TrainerHost, attempts: Collection[tuple[int, int]]) -> WarmBase:
+    """`attempts`: those that run on its card. A host waits for a job as soon as its last one runs no more."""
+    return WarmBase(
+        host=host.host,
+        key=host.key,
+        base_model=host.base_model,
+        method=Method(host.method),
+        bytes=host.bytes,
+        since=host.since,
+        job_id=host.job_id if (host.job_id, host.attempt) in attempts else None,
+        leaving=host.leaving,
     )
 
 
@@ -112,6 +137,7 @@ def waiting_of(row: Mapping[str, Any], now: dt.datetime) -> Waiting:
         requires=NOWHERE if why else QueueKey.parse(row["queue_key"]).requires,
         only_host=row["result_host"] if row["result_until"] is not None and row["result_until"] > now else None,
         avoids=frozenset(avoided_by(row["avoids"], now)),
+        base_model=row["base_model"],
     )
 
 

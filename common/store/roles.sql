@@ -31,7 +31,7 @@ GRANT UPDATE (status, reason, message, stage, cancel_requested, preempted_by, he
     lora_until, checkpoint, adjustment, adapter_uri, report_uri, result_host, result_until, manifest_sha256,
     lab_failures, lab_step, avoids) ON jobs TO loractl_worker;
 GRANT INSERT, UPDATE ON attempts, uses, fleet_rounds TO loractl_worker;
-GRANT INSERT, UPDATE, DELETE ON nodes, drains, tags, outbox TO loractl_worker;
+GRANT INSERT, UPDATE, DELETE ON nodes, hosts, drains, tags, outbox TO loractl_worker;
 GRANT INSERT ON events, metrics TO loractl_worker;
 GRANT INSERT, DELETE ON log_chunks, adapters, lab_failures TO loractl_worker;
 GRANT USAGE ON SEQUENCE events_event_id_seq, log_chunks_chunk_id_seq TO loractl_worker;

@@ -22,8 +22,9 @@ from loractl.common.job.identity import spec_digest
 from loractl.common.job.status import Reason, Stage
 from loractl.worker.protocol.marker import close_checkpoint
 from loractl.worker.protocol.messages import Ended, Note, Saved, StageChanged, Start, Stepped, Stop
+from loractl.worker.protocol.orders import Orders
 from loractl.worker.training.checkpoint import newest_checkpoint
-from loractl.worker.training.trainer import Orders, Tell, main
+from loractl.worker.training.trainer import Tell, main
 
 STEP_S = 0.05
 

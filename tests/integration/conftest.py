@@ -11,6 +11,8 @@ import pytest
 from loractl.common.job.method import Method
 from loractl.common.job.spec import JobSpec
 from loractl.common.job.status import Reason
+from loractl.common.placement.hosts import base_key
+from loractl.worker.base.kept.shelf import Shelf
 from loractl.worker.base.kernels import load_kernels
 from loractl.worker.protocol.messages import Ended, Start, Stepped
 from loractl.worker.training.run import Run, Stopped
@@ -48,6 +50,7 @@ def recipe(tiny_model: Path, tmp_path: Path) -> Recipe:
         job: dict | None = None,
         memory_limit: int | None = None,
         lm_eval_tasks: Path | None = None,
+        shelf: Shelf | None = None,
         **training: object,
     ) -> tuple[Ended, list]:
         spec = JobSpec.model_validate(
@@ -92,9 +95,10 @@ def recipe(tiny_model: Path, tmp_path: Path) -> Recipe:
             earlier_checkpoints=[str(tmp_path / resume / "checkpoints")] if resume else [],
             cache_dir=str(tmp_path / "cache"),
             lm_eval_tasks=str(lm_eval_tasks) if lm_eval_tasks else None,
+            keep=None if shelf is None else base_key(spec, Method(method)),
         )
         told: list = []
-        state = Run(order=order, tell=told.append)
+        state = Run(order=order, tell=told.append, shelf=shelf or Shelf())
         if stop_after is not None:
 
             def tell(message: object) -> None:

@@ -94,13 +94,16 @@ class LogBook:
             self._taken = ""
 
 
-def read_log(pipe: IO[str], file: IO[str], told: Sink, limit: int = FILE_LIMIT) -> None:
+def read_log(pipe: IO[str], file: IO[str], told: Sink, limit: int = FILE_LIMIT, until: str = "") -> bool:
     """Keep what the trainer prints, at most `limit` characters of it with what the file holds already.
 
-    With a full disk or file the pipe is still read: otherwise the trainer would wait forever to write.
+    With a full disk or file the pipe is still read: otherwise the trainer would wait forever to write. Returns whether
+    it came to the line `until`, behind which nothing is this job's.
     """
     room, whole = limit - file.tell(), True
     while line := pipe.readline(CHUNK):  # a line may never end
+        if line == until:
+            return True
         told.put(line)
         if not whole:
             continue
@@ -114,6 +117,7 @@ def read_log(pipe: IO[str], file: IO[str], told: Sink, limit: int = FILE_LIMIT) 
         except OSError as error:
             whole = False
             told.put(f"[the log file ends here: {error.strerror}]\n")
+    return False
 
 
 def append_line(path: Path, line: str, limit: int = FILE_LIMIT) -> None:

@@ -17,6 +17,7 @@ from loractl.common.job.ancestor import ancestor_job, misfits
 from loractl.common.job.reference import Reference
 from loractl.common.job.spec import JobSpec
 from loractl.common.job.status import Stage
+from loractl.common.placement.hosts import base_key
 from loractl.common.store.records import Claim
 from loractl.worker.device.devices import Device
 from loractl.worker.device.occupancy import CARD_VARIABLE, JOB_VARIABLE, RUN_VARIABLE, card_mark, run_mark
@@ -59,6 +60,7 @@ def prepare(place: Workplace, state: AttemptState) -> Start:
     _require_space(place, folder, bytes_to_write(spec, claim.method, sum(path.stat().st_size for path in data)))
     earlier = sorted(folder.parent.glob("attempt-*/checkpoints"), key=lambda p: p.stat().st_mtime, reverse=True)
     earlier += stored_checkpoint(place, claim, folder.parent / "stored", state.note)
+    runs_code = may_run_code(spec, place.settings)
     return Start(
         job_id=claim.job_id,
         attempt=claim.attempt,
@@ -68,8 +70,9 @@ def prepare(place: Workplace, state: AttemptState) -> Start:
         device=place.device.trains_on,
         device_name=place.device.name,
         spec=spec,
-        run_code=may_run_code(spec, place.settings),
+        run_code=runs_code,
         init_from=_ancestor(place, state),
+        keep=None if place.hosts is None or runs_code else base_key(spec, claim.method),
         lm_eval_tasks=str(place.settings.lm_eval_tasks) if place.settings.lm_eval_tasks else None,
         method=claim.method,
         method_why=claim.method_why,
@@ -121,7 +124,7 @@ def _require_space(place: Workplace, folder: Path, needed: int) -> None:
 
 def environment(place: Workplace, claim: Claim) -> dict[str, str]:
     """The trainer's environment: its device alone, its share of the cores, and no address or password of a service."""
-    return {**common_environment(place), JOB_VARIABLE: str(claim.job_id), RUN_VARIABLE: run_mark(claim.token)}
+    return {**common_environment(place), RUN_VARIABLE: run_mark(claim.token), JOB_VARIABLE: str(claim.job_id)}
 
 
 def common_environment(place: Workplace) -> dict[str, str]:

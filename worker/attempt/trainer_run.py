@@ -12,16 +12,17 @@ from pathlib import Path
 from loractl.common.job.adjustment import Adjustment, in_words, next_adjustment
 from loractl.common.job.status import Reason, Stage
 from loractl.worker.device.occupancy import RUN_VARIABLE
-from loractl.worker.protocol.messages import Ended, Start, Told
+from loractl.worker.protocol.messages import Ended, Release, Start, Told
+from loractl.worker.protocol.spare import PLACEHOLDER, PLACEHOLDER_VALUE
 
 from .checkpoint_upload import CheckpointUpload
-from .heartbeat import beat
+from .heartbeat import beat, while_beating
 from .log import LOG_FILE
-from .order import environment
-from .process import exit_reason, launch, running, send
+from .order import common_environment, environment
+from .process import Leave, exit_reason, launch, running, send
 from .state import AttemptState
-from .stops import ask_to_stop, must_leave, wanted_stop
-from .workplace import Workplace
+from .stops import Interrupted, ask_to_stop, must_leave, wanted_stop
+from .workplace import HostSource, StayingTrainer, Workplace
 
 log = logging.getLogger("loractl.worker")
 
@@ -51,20 +52,26 @@ def train(place: Workplace, state: AttemptState, start: Start) -> None:
 
 
 def _run(place: Workplace, state: AttemptState, start: Start, upload: CheckpointUpload) -> None:
-    """Start a trainer and stay with it until it has ended."""
-    state.say(Stage.PREPARING, f"starts the trainer on {place.node}")
+    """Start a trainer and stay with it until it has ended, or has left the job."""
     own = environment(place, state.claim)
-    spare = None if place.spares is None else place.spares.take(own)
-    process = launch(place.settings.trainer, own) if spare is None else spare
-    with (
-        (state.folder / LOG_FILE).open("a", encoding="utf-8") as log_file,
-        running(process, own[RUN_VARIABLE], start, log_file, state.log) as (trainer, told),
-    ):
-        state.trainer, state.pids = trainer, state.pids | {trainer.pid}
-        assert trainer.stdin
-        send(trainer.stdin, start)
-        _watch(place, state, trainer, told, upload)
-    state.trainer = None
+    process, leave = _trainer(place, state, start, own)
+    try:
+        with (
+            (state.folder / LOG_FILE).open("a", encoding="utf-8") as log_file,
+            running(process, own[RUN_VARIABLE], start, log_file, state.log, leave) as (trainer, told),
+        ):
+            state.trainer, state.pids = trainer, state.pids | {trainer.pid}
+            assert trainer.stdin
+            send(trainer.stdin, start)
+            _watch(place, state, trainer, told, upload)
+            if leave is not None and _may_stay(place, state):
+                leave.asked = True
+                send(trainer.stdin, Release(job_id=start.job_id, mark=leave.mark))
+        state.trainer = None
+        _keep(place, state, start, leave, process)
+    finally:
+        if place.hosts is not None and leave is not None and not leave.done:
+            place.hosts.drop_mark(leave.mark)
     _take_all(told, state)
     _hand_on(state, upload)
     if state.ended is None and state.forced is None and not state.lease_lost:
@@ -72,6 +79,58 @@ def _run(place: Workplace, state: AttemptState, start: Start, upload: Checkpoint
         limited = not on_card and start.memory_limit is not None
         why = exit_reason(trainer.returncode, state.log.end(), limited=limited, on_card=on_card)
         state.ended = Ended(job_id=start.job_id, **why)
+
+
+def _trainer(
+    place: Workplace, state: AttemptState, start: Start, own: dict[str, str]
+) -> tuple[subprocess.Popen[str], Leave | None]:
+    """The host with the job's base, the spare trainer, or a new one; and how it may leave the job and stay.
+
+    Raises Interrupted where a base that must go does not.
+    """
+    hosts, claim = place.hosts, state.claim
+    if hosts is not None:
+        _make_room(place, state, hosts)
+        if start.keep is None and claim.host is not None:
+            hosts.let_go([claim.host])  # the base runs code of its own, which no claim can know
+        elif claim.host is not None and (host := hosts.take(claim, own)) is not None:
+            state.say(Stage.PREPARING, f"goes on in the trainer on {place.node} that has its base")
+            return host, Leave(mark=claim.host)
+        _make_room(place, state, hosts)
+    state.say(Stage.PREPARING, f"starts the trainer on {place.node}")
+    leave = None if hosts is None or start.keep is None else Leave(mark=hosts.draw_mark())
+    spare = None if place.spares is None else place.spares.take(own)
+    if spare is not None:
+        return spare, leave
+    room = {} if leave is None else {PLACEHOLDER: PLACEHOLDER_VALUE}  # the last, so that its marks can change
+    return launch(place.settings.trainer, {**own, **room}), leave
+
+
+def _make_room(place: Workplace, state: AttemptState, hosts: HostSource) -> None:
+    """Nothing starts on the card before the bases that must go have gone."""
+    if hosts.in_the_way and (why := while_beating(place, state, hosts.make_room)) is not None:
+        state.forced = Reason.GPU_ERROR, why
+        raise Interrupted
+
+
+def _may_stay(place: Workplace, state: AttemptState) -> bool:
+    """Whether a trainer that has told the job's end may wait for the next job with its base."""
+    wanted = place.drain.wish is None and not state.lease_lost
+    return wanted and state.ended is not None and state.ended.base_bytes is not None
+
+
+def _keep(
+    place: Workplace, state: AttemptState, start: Start, leave: Leave | None, process: subprocess.Popen[str]
+) -> None:
+    """Hand a trainer that has left the job to who keeps it."""
+    if leave is None or not leave.done:
+        return
+    assert place.hosts is not None and start.keep is not None and state.ended is not None
+    size = state.ended.base_bytes or 0
+    staying = StayingTrainer(
+        process=process, mark=leave.mark, key=start.keep, bytes=size, environment=common_environment(place)
+    )
+    leave.done = place.hosts.keep(staying, state.claim)
 
 
 def _watch(

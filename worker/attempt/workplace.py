@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
 from loractl.common.settings import Settings
+from loractl.common.store.records import Claim
 from loractl.common.store.store import Store
 from loractl.worker.device.devices import Device
 from loractl.worker.storage.client import StoreClient
@@ -37,6 +38,55 @@ class SpareSource(Protocol):
         ...
 
 
+class HostSource(Protocol):
+    """Who keeps trainers with their bases between two jobs."""
+
+    @property
+    def marks(self) -> frozenset[str]:
+        """Marks of processes that are no attempt's and no stray."""
+        ...
+
+    @property
+    def in_the_way(self) -> bool:
+        """Whether a base is on its way out: until it has gone nothing starts on the card."""
+        ...
+
+    def make_room(self) -> str | None:
+        """Wait until none is. Returns what holds the card, for people, where one does not go."""
+        ...
+
+    def let_go(self, marks: Iterable[str]) -> None:
+        """Send off the hosts that a claim names."""
+        ...
+
+    def take(self, claim: Claim, environment: Mapping[str, str]) -> subprocess.Popen[str] | None:
+        """The host that the claim names, as the attempt's trainer. None: there is none, or it is on its way out."""
+        ...
+
+    def draw_mark(self) -> str:
+        """A mark for a trainer that may stay."""
+        ...
+
+    def keep(self, host: StayingTrainer, claim: Claim) -> bool:
+        """Take a trainer that has left its job; False: it is ended, as its base has no room."""
+        ...
+
+    def drop_mark(self, mark: str) -> None:
+        """The trainer with this mark does not stay."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class StayingTrainer:
+    """A trainer that has left its job, with the base that it has loaded."""
+
+    process: subprocess.Popen[str]
+    mark: str
+    key: str  # what decides how its base was loaded
+    bytes: int  # of the base
+    environment: Mapping[str, str]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Workplace:
     """One device with its services."""
@@ -49,6 +99,7 @@ class Workplace:
     drain: Drain
     threads: int  # that a trainer may use
     spares: SpareSource | None = None  # None: every trainer starts cold
+    hosts: HostSource | None = None  # None: every trainer ends with its job
 
     @property
     def slow_s(self) -> float:

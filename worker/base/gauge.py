@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import gc
 import logging
 import os
@@ -90,7 +91,33 @@ def hold_to(limit: int | None, device: Literal["cuda", "cpu"], gpu: str) -> None
     # smaller batch would find no more room than the larger one.
     _libc_call("mallopt", _M_MMAP_THRESHOLD, _MMAP_BYTES)
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    resource.setrlimit(resource.RLIMIT_DATA, (data_bytes() + limit, hard))
+    resource.setrlimit(resource.RLIMIT_DATA, (_bytes_of_libraries() + limit, hard))
+
+
+@functools.cache
+def _bytes_of_libraries() -> int:
+    """Writable memory before this process loaded its first base: a base that is there already counts in the limit."""
+    return data_bytes()
+
+
+def lift_limit() -> None:
+    """Between two trainings: a process without one needs no limit, and must not end at the last one's."""
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (hard, hard))
+    if torch.cuda.is_initialized():
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def forget_peaks() -> bool:
+    """Let the peaks of this process's memory begin anew. False where the system does not let them."""
+    if torch.cuda.is_initialized():
+        torch.cuda.reset_peak_memory_stats()
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # VmHWM (proc(5))
+    except OSError as error:
+        log.debug("the peak of this process's memory can't be set back: %s", error)
+        return False
+    return True
 
 
 def allocator_room(limit: int, context: int | None) -> int:

@@ -6,7 +6,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from loractl.common.fingerprint import Fingerprint, digest, fingerprint
+from loractl.common.fingerprint import SUFFIXES, Fingerprint, digest, fingerprint
 
 from .hub import pin
 
@@ -14,6 +14,15 @@ from .hub import pin
 def identify(base_model: str, revision: str | None, cache: Path) -> dict[str, Any]:
     """The identity of a base model, waited for."""
     return BaseIdentity(base_model, revision, cache).wait()
+
+
+def traits_of(base_model: str, revision: str | None) -> tuple[Any, ...]:
+    """What changes when a base's files do: the folder, and name, size and times of each. Raises OSError."""
+    folder = Path(base_model) if Path(base_model).is_absolute() else pin(base_model, revision).folder
+    files = sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES and path.is_file())
+    facts = [(path.name, path.stat()) for path in files]
+    seen = tuple((name, f.st_size, f.st_mtime_ns, f.st_ctime_ns, f.st_ino) for name, f in facts)
+    return str(folder.resolve()), *seen
 
 
 class BaseIdentity:

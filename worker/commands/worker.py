@@ -39,6 +39,15 @@ import click
     show_envvar=True,
     help="Keep one trainer ready, with its libraries loaded.  [default: on GPUs]",
 )
+@click.option(
+    "--keep-warm",
+    metavar="TIME",
+    default="0",
+    show_default=True,
+    envvar="LORACTL_KEEP_WARM",
+    show_envvar=True,
+    help="Keep a trainer with its base loaded for so long after its job, for the next job on that base; 0: never.",
+)
 @click.option("--drain-when-idle", is_flag=True, help="End when no job that fits this box is left.")
 def worker(
     gpus: str | None,
@@ -48,6 +57,7 @@ def worker(
     max_jobs_per_user: int | None,
     labels: tuple[str, ...],
     spare: bool | None,
+    keep_warm: str,
     drain_when_idle: bool,
 ) -> None:
     """Serve this box's devices: claim waiting jobs that fit and train them.
@@ -69,11 +79,12 @@ def worker(
     settings = load_settings()
     options = {
         "margin": _size(reserve),
-        "high_water_s": _seconds(high_water),
+        "high_water_s": _seconds("--high-water", high_water),
         "max_jobs": max_jobs_per_gpu,
         "user_limit": max_jobs_per_user,
         "labels": _labels(labels),
         "spare": spare,
+        "keep_warm_s": _seconds("--keep-warm", keep_warm),
     }
     connect(settings).dispose()  # its schema is ours
     store = Store(make_engine(settings.database_url, kept=0))  # it looks every ten seconds
@@ -100,14 +111,14 @@ def _size(text: str) -> int:
         raise UsageError(f"--reserve: {text!r} {error}") from None
 
 
-def _seconds(text: str) -> float:
+def _seconds(option: str, text: str) -> float:
     from loractl.common.errors import UsageError
     from loractl.common.units import parse_duration
 
     try:
         return parse_duration(text)
     except ValueError as error:
-        raise UsageError(f"--high-water: {text!r} {error}") from None
+        raise UsageError(f"{option}: {text!r} {error}") from None
 
 
 def _labels(pairs: tuple[str, ...]) -> dict[str, str]:

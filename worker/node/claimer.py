@@ -39,6 +39,8 @@ class Claimer:
                 claim = self._try()
                 if not isinstance(claim, Left):
                     self._left = {}
+                    if claim is not None and self._place.hosts is not None:
+                        self._place.hosts.let_go(claim.leaving)  # before another claim's trainer starts
                     return claim
                 if others := claim.nodes:
                     break

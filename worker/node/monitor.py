@@ -19,6 +19,7 @@ from loractl.common.store.database import REFUSALS, outage, told_by
 from loractl.worker.attempt.workplace import Workplace
 from loractl.worker.node.health.leftovers import end_strays
 from loractl.worker.node.health.stuck import StuckSupervisors
+from loractl.worker.spare.hosts import Hosts
 
 from .claimer import wake_others
 from .device_row import DeviceRow
@@ -57,9 +58,10 @@ TRIES = 5
 class Monitor:
     """A thread beside the slots that goes round. What fails again and again ends the node."""
 
-    def __init__(self, place: Workplace, row: DeviceRow, *, devices: int = 1) -> None:
+    def __init__(self, place: Workplace, row: DeviceRow, hosts: Hosts | None = None, *, devices: int = 1) -> None:
         self._place = place
         self._row = row
+        self._hosts = hosts
         self._queues = HintQueues(place.settings)
         self._stuck = StuckSupervisors(place)
         self._pace = min(1.0, place.settings.lease_s / (2 * SETTLE_S))
@@ -102,6 +104,8 @@ class Monitor:
         """Write the device's row, and consume the classes that fit into what is free now."""
         card = self._row.write(draining=self._place.drain.asked is not None)
         self._serving = set(served_classes(card.free)) if card.open and card.slots else set()
+        if self._hosts is not None:
+            self._hosts.trim(card)
         if (consumer := self._consumer) is not None:
             consumer.call_soon(self._consume, consumer)
 
@@ -169,6 +173,8 @@ class Monitor:
         if order is not None and at_once and not place.drain.ordered:
             log.warning("drained by %s: %s", order.user, order.reason)
         place.drain.order(at_once)
+        if self._hosts is not None:
+            self._hosts.closed = order is not None
 
     def _wake_others(self) -> None:
         """Pass on a message that no slot here could take, by the claim's own rule."""

@@ -39,6 +39,7 @@ from loractl.worker.device.devices import Device, find_device
 from loractl.worker.device.occupancy import Watch
 from loractl.worker.node.health.leftovers import end_all
 from loractl.worker.node.health.self_test import SelfTest
+from loractl.worker.spare.hosts import Hosts
 from loractl.worker.spare.spares import Spares
 from loractl.worker.storage.client import StoreClient
 
@@ -79,12 +80,13 @@ class DeviceNode:
         )
         wants_spare = device.trains_on == "cuda" if options.spare is None else options.spare
         self._spares = Spares(self._place, self._starts_a_job) if wants_spare else None
-        self._place = replace(self._place, spares=self._spares)
         watch = Watch(device=device, node_pid=os.getpid(), high_water_s=options.high_water_s, home=settings.home)
         self._watch = watch
+        self._hosts = Hosts(place=self._place, watch=watch, keep_s=options.keep_warm_s) if options.keep_warm_s else None
+        self._place = replace(self._place, spares=self._spares, hosts=self._hosts)
         self._row = DeviceRow(self._place, watch, options, max_jobs=max_jobs, box=read_identity(settings))
         self._self_test = SelfTest(self._place, watch, lambda: self._monitor.look_soon())
-        self._monitor = Monitor(self._place, self._row, devices=options.devices)
+        self._monitor = Monitor(self._place, self._row, self._hosts, devices=options.devices)
         self._messenger = Messenger(self._place.store, settings)
         self._slots = Slots(self._place, watch, max_jobs, changed=self._changed, overheard=self._monitor.pass_on)
 
@@ -119,15 +121,17 @@ class DeviceNode:
         self._monitor.start(self._slots)
         self._self_test.start()
         self._messenger.start()
-        if self._spares is not None:
-            self._spares.start()
+        for keeper in (self._spares, self._hosts):
+            if keeper is not None:
+                keeper.start()
         try:
             self._consume(app)
         finally:
             self._shut_down()
             self._slots.close()
-            if self._spares is not None:
-                self._spares.stop()
+            for keeper in (self._spares, self._hosts):
+                if keeper is not None:
+                    keeper.stop()
             self._monitor.stop()
             self._messenger.stop()
             self._self_test.stop()

@@ -18,4 +18,5 @@ class NodeOptions:
     labels: dict[str, str] = field(default_factory=dict)
     high_water_s: float = HIGH_WATER_S  # other people's memory stays theirs for so long
     spare: bool | None = None  # whether a trainer is kept ready; None: on GPUs
+    keep_warm_s: float = 0.0  # a trainer stays with its base for so long after its job; 0: not at all
     devices: int = 1  # that share the box's cores

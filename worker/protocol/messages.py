@@ -1,6 +1,6 @@
 """What supervisor and trainer say to each other: one JSON object a line, over the trainer's stdin and stdout.
 
-Every message names its job, so that one trainer may later serve several jobs on the same base model.
+Every message names its job: a host serves one job after the other on the same base, and may later serve several.
 """
 
 from __future__ import annotations
@@ -84,6 +84,7 @@ class Start(_Message):
     cache_dir: str
     init_from: Ancestor | None = None  # None: a fresh adapter
     lm_eval_tasks: str | None = None  # the box owner's folder of tasks for the lm-eval harness
+    keep: str | None = None  # what decides how the base is loaded, where it may stay for the next job; None: it may not
 
 
 class Stop(_Message):
@@ -98,6 +99,13 @@ class Take(_Message):
 
     type: Literal["take"] = "take"
     mark: str  # of the attempt, for the environment
+
+
+class Release(_Message):
+    """Supervisor, to a trainer whose job has ended and whose base stays: be a host that has no member."""
+
+    type: Literal["release"] = "release"
+    mark: str  # of the host, for the environment
 
 
 class StageChanged(_Message):
@@ -159,9 +167,10 @@ class Ended(_Message):
     reason: Reason
     message: str
     peaks: Peaks | None = None
+    base_bytes: int | None = None  # of the base that stays, once nothing else of the job is left; None: none does
 
 
-Order = Start | Stop | Take
+Order = Start | Stop | Take | Release
 Told = StageChanged | Stepped | Adjusted | Planned | Note | Saved | Ended
 
 _orders: TypeAdapter[Order] = TypeAdapter(Annotated[Order, Field(discriminator="type")])

@@ -1,10 +1,14 @@
-"""What a node and its spare trainer agree on: how it is started, what it answers, and where its marks stand.
+"""What a node and a trainer without a job agree on: how it is started, what it answers, where its marks stand.
 
     python -m loractl.worker.training.trainer --spare cpu
 
 A spare imports the training stack, says READY and waits. On Take it writes the attempt's mark and the job's number over
 its own in the block of its environment that `/proc/PID/environ` shows, and says on both of its pipes that it is taken:
 what it printed before that line is no job's. From then on it is a trainer like any other.
+
+A host is a trainer that stays after its job with the base that it has loaded. On Release it writes a mark of its own in
+place of the attempt's, and says on both pipes that it is taken by that: what it prints from there on is no job's. The
+next job takes it as it would a spare.
 """
 
 from __future__ import annotations
@@ -19,6 +23,11 @@ PLACEHOLDER = "LORACTL_WAITS"
 """The last variable of its environment. LORACTL_JOB with the longest number fits over it."""
 
 PLACEHOLDER_VALUE = "-" * 24
+
+
+def host_name(mark: str) -> str:
+    """What stands in LORACTL_JOB while a host has no job: its memory is ours, and no job's."""
+    return f"host-{mark}"
 
 
 def taken(mark: str) -> str:

@@ -1,1 +1,1 @@
-"""The spare trainer of a node: made ahead, handed over to an attempt, replaced."""
+"""The trainers of a node that are no attempt's: the spare, made ahead, and hosts, which keep a base between jobs."""

@@ -70,15 +70,15 @@ class SpareTrainer:
             return False
         for reader in self.readers:
             reader.join()  # each has said its last
-        return read == [self.until] * len(read) and self._shows(job_id, mark)
+        return read == [self.until] * len(read) and self.shows(str(job_id), mark)
 
-    def _shows(self, job_id: int, mark: str) -> bool:
-        """Whether those who look for processes of the attempt find this one."""
+    def shows(self, name: str, mark: str) -> bool:
+        """Whether those who look for processes of the attempt, or for a host's, find this one."""
         try:
             seen = psutil.Process(self.process.pid).environ()
         except (psutil.NoSuchProcess, psutil.AccessDenied, OSError):
             return False
-        return (seen.get(RUN_VARIABLE), seen.get(JOB_VARIABLE)) == (mark, str(job_id))
+        return (seen.get(RUN_VARIABLE), seen.get(JOB_VARIABLE)) == (mark, name)
 
     def _read(self, pipe: IO[str], heard: Callable[[str], None]) -> None:
         line = ""

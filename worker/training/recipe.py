@@ -145,17 +145,7 @@ def _load(run: Run, data: PreparedData, tokenizer: Any) -> tuple[Learner, BaseId
     precision = choose_precision(order.device, spec.training.dtype, family := family_of(spec.base_model, spec.revision))
     if said := _about_fp16(spec, precision, family, on_gpu=run.on_gpu):
         run.note("precision", said)
-    run.phase(f"loads {portable_name(spec.base_model)} for {order.method.value}")
-    base = load_base(
-        spec.base_model,
-        order.method,
-        order.device,
-        precision,
-        spec.revision,
-        run_code=order.run_code,
-        attention=spec.training.attn_implementation,
-        head=_head(spec, data, tokenizer),
-    )
+    base = _base(run, precision, _head(spec, data, tokenizer))
     # once all files are here: loading may have fetched them from the hub
     identity = BaseIdentity(spec.base_model, spec.revision, Path(order.cache_dir))
     model = add_adapter(base, spec, order.method)
@@ -165,6 +155,30 @@ def _load(run: Run, data: PreparedData, tokenizer: Any) -> tuple[Learner, BaseId
     if data.packed is not None:
         check_apart(model, data.packed, tokenizer.pad_token_id)
     return Learner(model=model, tokenizer=tokenizer, precision=precision), identity
+
+
+def _base(run: Run, precision: Precision, head: Head | None) -> Any:
+    """The base model: that of the job before in this process, or loaded. Raises TrainingFailed."""
+    order, spec = run.order, run.spec
+    name = f"{portable_name(spec.base_model)} for {order.method.value}"
+
+    def load() -> Any:
+        run.phase(f"loads {name}")
+        return load_base(
+            spec.base_model,
+            order.method,
+            order.device,
+            precision,
+            spec.revision,
+            run_code=order.run_code,
+            attention=spec.training.attn_implementation,
+            head=head,
+        )
+
+    base, was_here = run.shelf.base(order.keep, (spec.base_model, spec.revision), load)
+    if was_here:
+        run.phase(f"takes {name}, which is loaded already")
+    return base
 
 
 def _begin_from(run: Run, model: Any, data: PreparedData, ancestor: Ancestor) -> None:

@@ -11,6 +11,7 @@ from loractl.common.job.adjustment import Adjustment, adjusted, in_words
 from loractl.common.job.spec import JobSpec
 from loractl.common.job.status import Stage
 from loractl.worker.base.gauge import Gauge
+from loractl.worker.base.kept.shelf import Shelf
 from loractl.worker.protocol.log_lines import log_line
 from loractl.worker.protocol.messages import Adjusted, Note, StageChanged, Start, Told
 
@@ -27,6 +28,7 @@ class Run:
     tell: Callable[[Told], None]
     stop: threading.Event = field(default_factory=threading.Event)
     save_on_stop: threading.Event = field(default_factory=threading.Event)
+    shelf: Shelf = field(default_factory=Shelf)  # that has the base, where this process has loaded it before
     stages: list[Stage] = field(default_factory=list)  # those that have begun
     adjustment: Adjustment = field(init=False)  # what out-of-memory has changed so far
     changes: list[str] = field(init=False)  # the same in words, one a step down

@@ -10,7 +10,6 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 
-from loractl.worker.protocol.messages import Take
 from loractl.worker.protocol.spare import PLACEHOLDER, taken
 
 NICER = 10
@@ -63,27 +62,45 @@ class Marks:
         libc = ctypes.CDLL(None)
         libc.getenv.restype = ctypes.c_void_p
         self._run: int | None = libc.getenv(RUN_VARIABLE.encode())
-        waits: int | None = libc.getenv(PLACEHOLDER.encode())
-        self._job = None if waits is None else waits - len(PLACEHOLDER) - 1  # its name is overwritten, too
         self._run_size = len(os.environ.get(RUN_VARIABLE, ""))
-        self._job_size = len(PLACEHOLDER) + 1 + len(os.environ.get(PLACEHOLDER, ""))
+        self._job, self._job_size = _room_for_job(libc.getenv)
 
-    def become(self, order: Take) -> str:
-        """Be the attempt's, for this process and all that it starts; returns the line that says so.
+    @property
+    def fit(self) -> bool:
+        """Whether there is a place for marks: this process can say whose it is, again and again."""
+        return self._run is not None and self._job is not None
 
-        Raises ValueError when a mark does not fit: then the node starts another trainer.
+    def become(self, name: str, mark: str) -> str:
+        """Be the attempt's of the job of that name, or a host's, for this process and all that it starts.
+
+        Returns the line that says so. Raises ValueError when a mark does not fit: then the node starts another trainer.
         """
-        run, job = order.mark.encode(), f"{JOB_VARIABLE}={order.job_id}".encode()
+        run, job = mark.encode(), f"{JOB_VARIABLE}={name}".encode()
         if self._run is None or self._job is None or len(run) != self._run_size or len(job) > self._job_size:
             raise ValueError("the environment of this spare trainer has no room for an attempt's marks")
         ctypes.memmove(self._run, run, len(run))
         ctypes.memmove(self._job, job.ljust(self._job_size, b"\0"), self._job_size)
-        os.environ.pop(PLACEHOLDER)
-        os.environ |= {RUN_VARIABLE: order.mark, JOB_VARIABLE: str(order.job_id)}
-        line = taken(order.mark)
+        os.environ.pop(PLACEHOLDER, None)
+        os.environ |= {RUN_VARIABLE: mark, JOB_VARIABLE: name}
+        line = taken(mark)
         sys.stderr.write(line)
         sys.stderr.flush()
         return line
+
+
+def _room_for_job(address: Callable[[bytes], int | None]) -> tuple[int | None, int]:
+    """Where LORACTL_JOB stands or may be written, and how much room there is: to the end of the placeholder, the last
+    variable. None where the variables do not lie so, as in a process that was forked with other ones."""
+    waits, job = address(PLACEHOLDER.encode()), address(JOB_VARIABLE.encode())
+    if waits is None:
+        return None, 0
+    end = waits + len(os.environ[PLACEHOLDER])
+    first = waits - len(PLACEHOLDER) - 1  # its name is overwritten, too
+    if job is None:
+        return first, end - first
+    begin = job - len(JOB_VARIABLE) - 1
+    apart = first - (job + len(os.environ[JOB_VARIABLE]) + 1)
+    return (begin, end - begin) if apart == 0 else (None, 0)
 
 
 @contextlib.contextmanager

@@ -2,7 +2,8 @@
 
     python -m loractl.worker.training.trainer
 
-With `--spare DEVICE` it imports all it needs and waits until a job takes it (protocol/spare.py).
+With `--spare DEVICE` it imports all it needs and waits until a job takes it (protocol/spare.py). After a job whose base
+may stay it is a host: it keeps the base, and waits for the next job.
 It ends when its stdin closes, so a killed supervisor leaves no orphan on the device. Signals are the supervisor's
 business. All that a library prints goes to stderr, which becomes the job's log.
 """
@@ -11,65 +12,125 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import gc
 import os
-import queue
 import signal
 import sys
 import threading
 import traceback
 from collections.abc import Callable
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 from loractl.common.errors import DataError
 from loractl.common.job.status import Reason, Stage
 from loractl.worker.base.kernels import load_kernels
 from loractl.worker.base.quiet import quieten, tell_once
 from loractl.worker.protocol.card_error import card_error
-from loractl.worker.protocol.messages import Ended, Start, Stop, Take, Told, decode_order, encode
-from loractl.worker.protocol.spare import READY, SPARE
+from loractl.worker.protocol.log_lines import log_line
+from loractl.worker.protocol.messages import Ended, Release, Start, Stop, Take, Told, encode
+from loractl.worker.protocol.orders import OrderDesk, Orders
+from loractl.worker.protocol.spare import PLACEHOLDER, READY, SPARE, host_name
 
 from .spare import Marks, prepare
 
-EXIT_ORPHANED = 9
+if TYPE_CHECKING:
+    from loractl.worker.base.kept.shelf import Shelf
 
-Orders = queue.SimpleQueue[Start | Stop | Take]
 Tell = Callable[[Told], None]
 Recipe = Callable[[Start, Orders, Tell], Ended]
 
 
 def main(run: Recipe | None = None) -> int:
-    """Serve one job; the exit status is 0 when its end could be told. `run`: another recipe than loractl's own."""
+    """Serve a job, and as a host the next ones; the exit status is 0 when each one's end could be told.
+
+    `run`: another recipe than loractl's own. Where it says how many bytes of a base stay, this process does.
+    """
     for ignored in (signal.SIGINT, signal.SIGTERM):
         signal.signal(ignored, signal.SIG_IGN)  # the supervisor stops us through stdin
-    marks = Marks() if sys.argv[1:2] == [SPARE] else None
+    marks = Marks() if PLACEHOLDER in os.environ else None
     commands, channel = _take_pipes()
-    orders: Orders = queue.SimpleQueue()
-    lock = threading.Lock()
+    desk, lock = OrderDesk(commands), threading.Lock()
 
     def tell(message: Told) -> None:
         with lock:
             channel.write(encode(message))
             channel.flush()
 
-    threading.Thread(target=_listen, args=(commands, orders), name="orders", daemon=True).start()
-    if marks is not None:
+    def become(name: str, mark: str) -> None:
+        assert marks is not None
+        line = marks.become(name, mark)
+        with lock:
+            channel.write(line)
+            channel.flush()
+
+    desk.open()
+    if sys.argv[1:2] == [SPARE]:
         prepare(sys.argv[2], _load if run is None else _nothing)
         channel.write(READY)
         channel.flush()
-        order = orders.get()
-        if not isinstance(order, Take):
+        if not _taken(desk, become):
             return 1
-        channel.write(marks.become(order))
-        channel.flush()
-    order = orders.get()
-    if not isinstance(order, Start):
-        return 1
-    tell((run or _run)(order, orders, tell))
-    return 0
+    serve, stays = run or _Host().serve, marks is not None and marks.fit
+    while isinstance(order := desk.next(), Start):
+        order = order if stays else order.model_copy(update={"keep": None})
+        ended = serve(order, desk.of(order), tell)
+        tell(ended)
+        desk.close(order)
+        if order.keep is None or ended.base_bytes is None:
+            return 0
+        release = desk.next()
+        if not isinstance(release, Release):
+            break
+        become(host_name(release.mark), release.mark)
+        if not _taken(desk, become):
+            break
+    return 1
 
 
-def _run(order: Start, orders: Orders, tell: Tell) -> Ended:
+def _taken(desk: OrderDesk, become: Callable[[str, str], None]) -> bool:
+    """Wait for a job that takes this process, and be its own."""
+    order = desk.next()
+    if isinstance(order, Take):
+        become(str(order.job_id), order.mark)
+    return isinstance(order, Take)
+
+
+STAYS_AFTER = frozenset(
+    {Reason.OK, Reason.CANCELLED, Reason.PRUNED, Reason.DRAINED, Reason.PREEMPTED, Reason.BAD_DATA, Reason.DIVERGED}
+)
+"""Ends of a job that say nothing against its process. After any other one the next job gets a new process."""
+
+
+class _Host:
+    """A trainer that keeps its base: one job after the other."""
+
+    def __init__(self) -> None:
+        self._shelf: Shelf | None = None
+
+    def serve(self, order: Start, orders: Orders, tell: Tell) -> Ended:
+        """Train, and put the base back. `base_bytes` says whether the process may stay."""
+        if order.keep is None:
+            return _run(order, orders, tell)
+        _load()
+        from loractl.worker.base.kept.shelf import Shelf
+
+        self._shelf = self._shelf or Shelf()
+        self._shelf.begin()
+        ended = _run(order, orders, tell, self._shelf)
+        orders.put(order)  # who waits there for a stop has nothing more to wait for
+        if ended.reason not in STAYS_AFTER:
+            return ended
+        try:
+            size, why = self._shelf.settle()
+        except Exception as error:  # noqa: BLE001  whatever it is, the job has ended well and this process must go
+            size, why = None, f"{type(error).__name__}: {error}"
+        if size is None:
+            sys.stderr.write(log_line("trainer", f"its base does not stay: {why}"))
+        return ended.model_copy(update={"base_bytes": size})
+
+
+def _run(order: Start, orders: Orders, tell: Tell, shelf: Shelf | None = None) -> Ended:
     """Train; every way to fail becomes a reason and a sentence, with the traceback in the log."""
     _load()
     from loractl.worker.base.failure import TrainingFailed
@@ -78,7 +139,7 @@ def _run(order: Start, orders: Orders, tell: Tell) -> Ended:
     from .recipe import train
     from .run import Run, Stopped
 
-    run = Run(order=order, tell=tell)
+    run = Run(order=order, tell=tell) if shelf is None else Run(order=order, tell=tell, shelf=shelf)
 
     def obey() -> None:
         while isinstance(message := orders.get(), Stop):
@@ -112,7 +173,13 @@ def _run(order: Start, orders: Orders, tell: Tell) -> Ended:
 
 
 def _load() -> None:
-    """Import the training stack; a second time it does next to nothing."""
+    """Import the training stack; a second time it lets warnings be told once more, and does nothing else."""
+    _import()
+    tell_once()
+
+
+@functools.cache
+def _import() -> None:
     gc.disable()  # the imports make a million objects that stay to the end: looking through them costs 1.5 s of CPU
     quieten()
     tell_once()
@@ -147,16 +214,6 @@ def _explain(error: Exception, *, own_limit: bool) -> tuple[Reason, str]:
     if (said := card_error(text)) is not None:
         return said
     return Reason.TRAINER_ERROR, f"{type(error).__name__}: {first}"
-
-
-def _listen(commands: IO[str], orders: Orders) -> None:
-    """Queue what the supervisor sends; without a supervisor that can be understood, end the process."""
-    try:
-        for line in commands:
-            orders.put(decode_order(line))
-    except ValueError as error:
-        sys.stderr.write(f"the supervisor sent what this trainer can't read: {error}\n")
-    os._exit(EXIT_ORPHANED)  # not sys.exit: the main thread may sit in a CUDA call
 
 
 def _take_pipes() -> tuple[IO[str], IO[str]]:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from sqlalchemy import select
 
 from loractl.common.placement.cards import Card
 
+from ..hosts import TrainerHost
 from ..queries import endings
-from ..queries.cards import nodes
-from ..records import Arrival, BoxIdentity, NodeState
+from ..queries.cards import hosts, nodes
+from ..records import Arrival, BoxIdentity, Claim, NewHost, NodeState
 from ..tables import DrainOrder, Node
 from .views import ViewStore
 
@@ -38,6 +41,27 @@ class DeviceStore(ViewStore):
         """The tokens of the attempts that run on a node."""
         with self._read() as tx:
             return nodes.read_tokens(tx, node)
+
+    def keep_host(self, claim: Claim, new: NewHost) -> bool:
+        """Write that a trainer stays with its base, while its attempt still runs; False: its lease is lost, or the base
+        has no room on the card. From the attempt's end on it waits for a job."""
+        with self._write() as tx:
+            return hosts.keep(tx, claim, new)
+
+    def send_off_host(self, host: str, node: str) -> bool:
+        """Let no job join the host any more; False when one is in it. Its bytes stay held until it is forgotten."""
+        with self._write() as tx:
+            return hosts.send_off(tx, host, node)
+
+    def forget_hosts(self, marks: Collection[str]) -> None:
+        """The hosts' processes have ended, and the card has their room again."""
+        with self._write() as tx:
+            hosts.forget(tx, marks)
+
+    def hosts(self, node: str) -> Collection[TrainerHost]:
+        """The hosts of a card."""
+        with self._read() as tx:
+            return hosts.of_node(tx, node)
 
     def nodes(self, host: str | None = None) -> list[Node]:
         """All nodes, or those of a box."""

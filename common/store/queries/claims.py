@@ -16,6 +16,7 @@ from loractl.common.job.need import Need, permitted_methods
 from loractl.common.job.status import Stage, Status
 from loractl.common.memory.engine import ENGINE
 from loractl.common.placement.cards import Card, could_start
+from loractl.common.placement.hosts import Seat, base_key, seat
 from loractl.common.placement.rule import Placement, place
 
 from ..aside import set_aside
@@ -24,6 +25,7 @@ from ..guard import move
 from ..records import Claim, Left, StoredCheckpoint
 from ..tables import Attempt, Event, Job, Node
 from ..transaction import Transaction
+from .cards.hosts import take_seat
 from .cards.nodes import read_cards, read_charges
 from .lines import read_levels, read_oldest
 from .outbox.notices import tell_of_job
@@ -54,7 +56,7 @@ def claim(
     if not mine.open or not mine.slots or not mine.free:
         return None
     given = _given(tx, mine, cards, now)
-    return _take(tx, given, row, lease_s, now) if isinstance(given, Placement) else given
+    return _take(tx, given, mine, row, lease_s) if isinstance(given, Placement) else given
 
 
 def _as_measured(card: Card, outside: int, used: Mapping[str, int]) -> Card:
@@ -78,7 +80,8 @@ def _given(tx: Transaction, mine: Card, cards: Sequence[Card], now: dt.datetime)
     return Left(nodes=frozenset(left)) if left else None
 
 
-def _take(tx: Transaction, placed: Placement, node: Node, lease_s: float, now: dt.datetime) -> Claim | Left:
+def _take(tx: Transaction, placed: Placement, card: Card, node: Node, lease_s: float) -> Claim | Left:
+    now = tx.now()
     job = tx.session.get(Job, placed.job.job_id, with_for_update={"skip_locked": True}, populate_existing=True)
     if job is None or job.status is not Status.QUEUED:
         return Left(nodes=frozenset())  # another node's claim was faster
@@ -87,7 +90,10 @@ def _take(tx: Transaction, placed: Placement, node: Node, lease_s: float, now: d
         set_aside(tx, job, asked, now)
         tell_of_job(tx, job)
         return Left(nodes=frozenset())
-    return _start(tx, job, asked, _begin(tx, job, placed, node, lease_s, now))
+    taken = seat(card, base_key(asked.spec, placed.method), placed.reserved)
+    if not take_seat(tx, taken, job.job_id, job.attempt + 1):
+        return Left(nodes=frozenset())
+    return _start(tx, job, asked, _begin(tx, job, placed, node, lease_s, now), taken)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,11 +155,12 @@ def _begin(tx: Transaction, job: Job, placed: Placement, node: Node, lease_s: fl
     return attempt
 
 
-def _start(tx: Transaction, job: Job, asked: _Asked, attempt: Attempt) -> Claim:
+def _start(tx: Transaction, job: Job, asked: _Asked, attempt: Attempt, taken: Seat) -> Claim:
     """Tell the history of the attempt, and give it what it needs to know."""
     method = Method(attempt.method)
     why = _why_method(asked.spec.method, method, Need(lora=job.vram_lora, qlora=job.vram_qlora))
-    text = f"attempt {attempt.attempt} started on {attempt.node} with {method.value}{why}"
+    warm = "" if taken.host is None else ", where its base is loaded already"
+    text = f"attempt {attempt.attempt} started on {attempt.node} with {method.value}{why}{warm}"
     tx.tell(job.job_id, attempt.attempt, "started", text)
     return Claim(
         job_id=job.job_id,
@@ -172,6 +179,8 @@ def _start(tx: Transaction, job: Job, asked: _Asked, attempt: Attempt) -> Claim:
         result_host=job.result_host,
         sweep_id=job.sweep_id,
         rungs=read_rungs(tx.session, job),
+        host=None if taken.host is None else taken.host.host,
+        leaving=tuple(base.host for base in taken.leaving),
     )
 
 

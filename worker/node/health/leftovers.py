@@ -38,11 +38,17 @@ def end_all(place: Workplace) -> None:
 
 def end_strays(place: Workplace) -> None:
     """End processes of attempts that no longer run: a trainer may have left some behind."""
-    spares = frozenset() if place.spares is None else place.spares.marks  # first: one may become an attempt's meanwhile
-    marks = runs_of(card_mark(place.settings, place.node)) - spares  # then: an attempt that starts now has its claim
+    known = _marks_of_no_attempt(place)  # first: one may become an attempt's meanwhile
+    marks = runs_of(card_mark(place.settings, place.node)) - known  # then: an attempt that starts now has its claim
     if not marks:
         return
-    spares = spares if place.spares is None else place.spares.marks  # one may have been made meanwhile
-    for run in marks - spares - {run_mark(token) for token in place.store.tokens(place.node)}:
+    known |= _marks_of_no_attempt(place)  # one may have been made meanwhile
+    for run in marks - known - {run_mark(token) for token in place.store.tokens(place.node)}:
         log.warning("what an attempt left behind on %s is ended", place.node)
         end_leftovers(run)
+
+
+def _marks_of_no_attempt(place: Workplace) -> frozenset[str]:
+    """Those of the spare trainer and of hosts."""
+    keepers = (place.spares, place.hosts)
+    return frozenset(mark for keeper in keepers if keeper is not None for mark in keeper.marks)

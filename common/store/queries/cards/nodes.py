@@ -18,6 +18,7 @@ from loractl.common.placement.rule import place
 from loractl.common.placement.shares import charge, decayed
 
 from ...fleet import NODE_STALE_S, OCCUPANT, FleetView, card_of
+from ...hosts import TrainerHost
 from ...records import Arrival, BoxIdentity, NodeState
 from ...tables import DrainOrder, Job, LabFailure, Node, Use
 from ...transaction import Transaction
@@ -35,11 +36,13 @@ def arrive(tx: Transaction, state: NodeState, give_back: Callable[[Transaction, 
     row = tx.session.scalars(select(Node).where(Node.node == state.node).with_for_update()).one()
     it = _identity(row)
     if it == me:
+        _forget_hosts(tx, state.node)  # that node ended them before it came here
         return Arrival(given_back=tuple(give_back(tx, state.node)))
     if (now - row.seen_at).total_seconds() > NODE_STALE_S:
         for name, value in vars(me).items():
             setattr(row, name, value)
         row.seen_at = now
+        _forget_hosts(tx, state.node)
         return Arrival()  # what the other one ran has its lease
     if it.instance != me.instance or it.machine not in (None, me.machine):
         raise NameTaken(state.node)
@@ -54,7 +57,8 @@ def see(tx: Transaction, state: NodeState) -> Card:
     now = tx.now()
     mine = (Job.status == Status.RUNNING) & (Job.node == state.node)
     running = tx.session.execute(select(*OCCUPANT).where(mine)).all()
-    card = card_of(Node(**vars(state), seen_at=now), list(running), now, drained_targets(tx.session, now))
+    hosts = tx.session.scalars(select(TrainerHost).where(TrainerHost.node == state.node)).all()
+    card = card_of(Node(**vars(state), seen_at=now), list(running), now, drained_targets(tx.session, now), hosts)
     reserved = sum(job.reserved for job in card.running)
     row = {**vars(state), "seen_at": now, "free": card.free, "reserved": reserved}
     stale = Node.seen_at < now - dt.timedelta(seconds=NODE_STALE_S)
@@ -68,6 +72,11 @@ def forget(tx: Transaction, node: str, box: BoxIdentity | None) -> None:
     row = tx.session.get(Node, node)
     if row is not None and (box is None or _identity(row) == box):
         tx.session.delete(row)
+        _forget_hosts(tx, node)
+
+
+def _forget_hosts(tx: Transaction, node: str) -> None:
+    tx.session.execute(delete(TrainerHost).where(TrainerHost.node == node))
 
 
 def read_tokens(tx: Transaction, node: str) -> set[str]:
@@ -95,8 +104,14 @@ def read_cards(session: Session, now: dt.datetime) -> list[Card]:
     running: dict[str, list[Any]] = {}
     for row in session.execute(select(*OCCUPANT).where(Job.status == Status.RUNNING)):
         running.setdefault(row.node or "", []).append(row)
+    hosts: dict[str, list[TrainerHost]] = {}
+    for host in session.scalars(select(TrainerHost)):
+        hosts.setdefault(host.node, []).append(host)
     drained = drained_targets(session, now)
-    return [card_of(node, running.get(node.node, []), now, drained) for node in session.scalars(select(Node))]
+    return [
+        card_of(node, running.get(node.node, []), now, drained, hosts.get(node.node, ()))
+        for node in session.scalars(select(Node))
+    ]
 
 
 def drained_targets(session: Session, now: dt.datetime) -> dict[str, DrainOrder]:

@@ -1,0 +1,114 @@
+"""A base that stays between trainings: what comes out is that of a new process, and what is left is found."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from loractl.common.job.status import Reason
+from loractl.worker.base.kept import remains
+from loractl.worker.base.kept.imprint import Imprint
+from loractl.worker.base.kept.remains import Surroundings
+from loractl.worker.base.kept.shelf import Shelf
+from loractl.worker.protocol.messages import Note
+
+from .conftest import Recipe
+
+WEIGHTS = Path("result") / "adapter" / "adapter_model.safetensors"
+
+PAIRS = {
+    "lora": ({"lora": {"r": 8, "lora_dropout": 0.1}}, {}),
+    "dora after others": (
+        {"training.neftune_noise_alpha": 5.0, "training.gradient_checkpointing": True},
+        {"lora": {"use_dora": True, "target_modules": ["q_proj", "down_proj"]}},
+    ),
+    "qlora": ({"method": "qlora", "training.eval_steps": 2}, {"method": "qlora", "training.eval_steps": 3}),
+    "exact qlora": (
+        {"method": "qlora", "training.exact": True, "training.gradient_checkpointing": True},
+        {"method": "qlora", "training.exact": True, "training.dtype": "auto"},
+    ),
+}
+
+
+def keys(options: dict[str, Any]) -> dict[str, Any]:
+    return {"max_steps": 4, **{name.removeprefix("training."): value for name, value in options.items()}}
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_a_training_on_a_base_that_stayed_equals_one_on_its_own_bit_for_bit(
+    recipe: Recipe, tmp_path: Path, pair: str
+) -> None:
+    first, second = map(keys, PAIRS[pair])
+    alone, told_alone = recipe("alone", **second)
+    assert alone.reason is Reason.OK
+    shelf = Shelf()
+    for where, options, was_here in (("first", first, False), ("second", second, True)):
+        shelf.begin()
+        ended, told = recipe(where, shelf=shelf, **options)
+        assert ended.reason is Reason.OK
+        loaded = [n.text for n in told if isinstance(n, Note) and n.kind == "phase" and "tiny" in n.text]
+        assert [("loaded already" in text) for text in loaded] == [was_here]
+        size, why = shelf.settle()
+        assert why == "" and size is not None and size > 100_000
+    assert (tmp_path / "second" / WEIGHTS).read_bytes() == (tmp_path / "alone" / WEIGHTS).read_bytes()
+    assert [m.metrics for m in told if hasattr(m, "metrics")] == [
+        m.metrics for m in told_alone if hasattr(m, "metrics")
+    ]
+
+
+def test_other_files_under_the_same_name_are_loaded_anew(recipe: Recipe, tiny_model: Path) -> None:
+    shelf = Shelf()
+    shelf.begin()
+    recipe("one", shelf=shelf, max_steps=1)
+    assert shelf.settle()[1] == ""
+    file = tiny_model / "model.safetensors"
+    content = file.read_bytes()
+    file.write_bytes(content)
+    shelf.begin()
+    _, told = recipe("two", shelf=shelf, max_steps=1)
+    assert not any("loaded already" in note.text for note in told if isinstance(note, Note))
+
+
+def test_whatever_a_training_leaves_ends_the_host(tmp_path: Path) -> None:
+    before = Surroundings()
+    assert before.left([]) is None
+    leak = torch.zeros(2**20)
+    assert "4.0 MiB of tensors are still there" in str(before.left([]))
+    assert before.left([leak]) is None, "it is the base's"
+    del leak
+    with (tmp_path / "open").open("w"):
+        assert str(tmp_path / "open") in str(before.left([]))
+    stop = threading.Event()
+    thread = threading.Thread(target=stop.wait, name="forgotten")
+    thread.start()
+    remains_join, remains.JOIN_S = remains.JOIN_S, 0.01
+    try:
+        assert "forgotten still runs" in str(before.left([]))
+    finally:
+        remains.JOIN_S = remains_join
+        stop.set()
+        thread.join()
+    assert before.left([]) is None
+
+
+def test_a_base_is_put_back_and_a_changed_weight_is_found() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(5, 3), torch.nn.Linear(3, 3, bias=False))
+    imprint = Imprint(model)
+    first, weight = model[0], model[0].weight
+    model[0] = torch.nn.Identity()
+    first.forward = lambda x: x
+    first.register_forward_hook(lambda *_: None)
+    weight.data = weight.data.double()
+    weight.requires_grad_(False)
+    imprint.restore()
+    assert model[0] is first and "forward" not in vars(first) and not first._forward_hooks
+    assert first.weight is weight and weight.dtype is torch.float32 and weight.requires_grad
+    assert imprint.change() is None
+    with torch.no_grad():
+        weight[0, 0] += 1e-3
+    imprint.restore()
+    assert imprint.change() == "a weight of the base has changed"

@@ -1,0 +1,104 @@
+"""What a training leaves in its process: threads, files, children, tensors. A host stays only where nothing is left."""
+
+from __future__ import annotations
+
+import gc
+import os
+import threading
+import weakref
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+TENSORS_LEFT = 1 << 20
+"""Bytes of tensors that libraries may keep for themselves: tables of positions, of code words."""
+
+CARD_LEFT = 64 << 20
+"""Bytes that torch's allocator may hold beyond the base: cuBLAS has its workspaces from it."""
+
+JOIN_S = 2.0
+"""Seconds in which a thread of the training that has nothing more to do ends."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Surroundings:
+    """A process before a training: what is there then is not the training's."""
+
+    threads: frozenset[int] = field(default_factory=lambda: frozenset(t.ident or 0 for t in threading.enumerate()))
+    files: frozenset[str] = field(default_factory=lambda: frozenset(_open_files()))
+    tensors: tuple[weakref.ref[torch.Tensor], ...] = field(
+        default_factory=lambda: tuple(map(weakref.ref, _living_tensors()))
+    )
+    environment: dict[str, str] = field(default_factory=lambda: dict(os.environ))
+    folder: str = field(default_factory=os.getcwd)
+
+    def restore(self) -> None:
+        """Put back the environment and the working directory."""
+        os.environ.clear()
+        os.environ.update(self.environment)
+        os.chdir(self.folder)
+
+    def left(self, kept: Collection[torch.Tensor]) -> str | None:
+        """What of a training is still here, in words; None: nothing but the tensors that are kept."""
+        threads = [t for t in threading.enumerate() if t.ident not in self.threads]
+        for thread in threads:
+            thread.join(timeout=JOIN_S)
+        if alive := [thread.name for thread in threads if thread.is_alive()]:
+            return f"the thread {alive[0]} still runs"
+        if children := _children():
+            return f"process {children[0]} still runs"
+        if files := sorted(set(_open_files()) - self.files):
+            return f"{files[0]} is still open"
+        gc.collect()
+        size = self._tensors_left(kept)
+        if size > TENSORS_LEFT:
+            return f"{size / 2**20:.1f} MiB of tensors are still there"
+        return _left_on_card(kept)
+
+    def _tensors_left(self, kept: Collection[torch.Tensor]) -> int:
+        """Bytes in storages that are not of the base and were not there before."""
+        mine = {tensor.untyped_storage().data_ptr() for tensor in kept}
+        before = {id(tensor) for ref in self.tensors if (tensor := ref()) is not None}
+        found: dict[int, int] = {}
+        for tensor in _living_tensors():
+            if id(tensor) in before or tensor.layout is not torch.strided or tensor.device.type == "meta":
+                continue
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in mine:
+                found[storage.data_ptr()] = storage.nbytes()
+        return sum(found.values())
+
+
+def _left_on_card(kept: Collection[torch.Tensor]) -> str | None:
+    if not torch.cuda.is_initialized():
+        return None
+    torch._C._cuda_clearCublasWorkspaces()
+    torch.cuda.empty_cache()
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept if t.is_cuda}
+    left = torch.cuda.memory_allocated() - sum(storages.values())
+    return f"{left / 2**20:.1f} MiB of the card are still held" if left > CARD_LEFT else None
+
+
+def _living_tensors() -> list[torch.Tensor]:
+    # type() and not isinstance: some libraries' objects answer every question about their class by importing something
+    return [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
+
+
+def _open_files() -> list[str]:
+    """Files on a disk that this process has open, by name."""
+    found = []
+    for entry in Path("/proc/self/fd").iterdir():
+        try:
+            target = str(entry.readlink())
+        except OSError:  # the one that lists them
+            continue
+        if target.startswith("/") and not target.startswith(("/dev/", "/proc/")):
+            found.append(target)
+    return found
+
+
+def _children() -> list[int]:
+    listed = Path("/proc/self/task").glob("*/children")
+    return [int(number) for path in listed for number in path.read_text().split()]

@@ -1,0 +1,87 @@
+"""The shelf of a trainer process: the base that it has loaded, for the trainings that come one after the other."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from loractl.common.memory.plan import CONTEXT_BYTES
+from loractl.worker.base.gauge import forget_peaks, lift_limit, release
+from loractl.worker.base.hub import pin
+from loractl.worker.base.identity import traits_of
+
+from .imprint import Imprint
+from .remains import Surroundings
+
+
+class Shelf:
+    """Holds at most one base. A training takes it from here; afterwards it is put back as it was loaded.
+
+    `key`: what decides how the base was loaded, as the node names it.
+    """
+
+    def __init__(self) -> None:
+        self._imprint: Imprint | None = None
+        self._key: str | None = None
+        self._traits: tuple[Any, ...] = ()
+        self._why_not: str | None = None  # this base may not stay
+        self._before: Surroundings | None = None
+
+    def begin(self) -> None:
+        """A training begins in this process."""
+        pin.cache_clear()  # a branch of the hub may have moved since
+        if self._imprint is not None:
+            forget_peaks()
+        self._before = Surroundings()
+
+    def base(self, key: str | None, source: tuple[str, str | None], load: Callable[[], Any]) -> tuple[Any, bool]:
+        """The base, and whether it was here. `source`: its name and revision. `key`: None for one that never stays."""
+        traits = () if key is None else traits_of(*source)
+        if self._imprint is not None and (self._key, self._traits) == (key, traits):
+            return self._imprint.model, True
+        self._imprint = None
+        gc.collect()
+        model = load()
+        if key is not None:
+            self._key, self._traits = key, traits
+            self._why_not = _unfit(model)
+            self._imprint = None if self._why_not else Imprint(model)
+        return model, False
+
+    def settle(self) -> tuple[int | None, str]:
+        """After a training: put the base back and look for what was left.
+
+        Returns the bytes that stay; or None, and why this process must end.
+        """
+        if self._imprint is None or self._before is None:
+            return None, self._why_not or "no base was loaded that may stay"
+        lift_limit()
+        self._imprint.restore()
+        self._before.restore()
+        release()
+        why = self._before.left(self._imprint.tensors) or self._imprint.change()
+        if why is None and not forget_peaks():
+            why = "the peak of its memory can't be set back"
+        return (None, why) if why else (_held(self._imprint), "")
+
+
+def _held(imprint: Imprint) -> int:
+    """Bytes of the device that the process holds with its base; on a processor those of the base alone."""
+    return torch.cuda.memory_reserved() + CONTEXT_BYTES if torch.cuda.is_initialized() else imprint.size
+
+
+def _unfit(model: Any) -> str | None:
+    """Why a base is for one training alone."""
+    if not type(model).__module__.startswith("transformers."):
+        return "the model runs code of its own"
+    if any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in model.modules()):
+        return "the base has dropout of its own"
+    config = model.config.get_text_config()
+    if any(name.endswith(("dropout", "pdrop")) and value for name, value in vars(config).items()):
+        return "the base has dropout of its own"
+    if getattr(config, "output_router_logits", False):
+        return "the base has a loss for its router"
+    return None

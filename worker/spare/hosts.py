@@ -1,0 +1,296 @@
+"""The hosts of a node: trainers that stay after their job with the base that they have loaded, for the next one.
+
+A trainer that stays has a mark of its own while no job is in it, so that the ends of attempts and the round for strays
+leave it alone. A claim names the host that its job joins, and those that must go first. Nothing else starts on the card
+before these have ended and the device shows their room.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import subprocess
+import threading
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from loractl.common.placement.cards import Card
+from loractl.common.placement.hosts import beyond
+from loractl.common.store.database import REFUSALS, told_by
+from loractl.common.store.records import Claim, NewHost
+from loractl.common.units import gib
+from loractl.worker.attempt.order import common_environment
+from loractl.worker.attempt.process import kill
+from loractl.worker.attempt.workplace import StayingTrainer, Workplace
+from loractl.worker.device.occupancy import JOB_VARIABLE, RUN_VARIABLE, Watch, end_leftovers
+from loractl.worker.protocol.spare import host_name
+
+from .spares import HAND_OVER_S, SpareTrainer
+
+log = logging.getLogger("loractl.worker")
+
+KEEP_S = 600.0
+"""A base stays so long after its last job unless the box's owner says otherwise."""
+
+SHARED_KEEP_S = 60.0
+"""On a card that other people's programs use, too: they need not wait for a guess about the next job."""
+
+LOOK_S = 0.1
+"""Seconds between two looks at the hosts."""
+
+RECONCILE_S = 5.0
+"""Seconds between two looks at their rows, and at other people's programs, while there are hosts."""
+
+LEFT_S = 20.0
+"""Seconds that a host's memory may stay on the card after its end: the driver takes a moment."""
+
+
+@dataclass(kw_only=True)
+class _Waiting:
+    """A host without a job."""
+
+    trainer: SpareTrainer
+    until: float  # then it goes; by the process's clock
+    why: str = ""  # it goes; empty: it waits
+    stuck: str = ""  # what of it does not go, for people
+
+
+@dataclass(kw_only=True)
+class Hosts:
+    """Keeps hosts while the node serves. `keep_s`: how long one waits for a job."""
+
+    place: Workplace
+    watch: Watch
+    keep_s: float
+    closed: bool = False  # the card is kept empty by a person's order
+    _changed: threading.Condition = field(default_factory=threading.Condition)
+    _waiting: dict[str, _Waiting] = field(default_factory=dict)
+    _marks: set[str] = field(default_factory=set)  # of hosts, and of trainers that may become one
+    _written: set[str] = field(default_factory=set)  # marks with a row
+    _over: set[str] = field(default_factory=set)  # marks whose processes have ended, and whose rows have not
+    _strangers_at: float | None = None  # when other people's programs were last seen on the card
+    _next: float = 0.0  # when the rows are looked at
+    _stopped: threading.Event = field(default_factory=threading.Event)
+    _thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        self._thread = threading.Thread(target=self._run, name="hosts", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End all hosts; none stays any more."""
+        self._stopped.set()
+        if self._thread is not None:
+            self._thread.join()
+        self._let_go(self._waiting, "the worker stops")
+        self._end_going()
+        self._forget()
+
+    @property
+    def marks(self) -> frozenset[str]:
+        """Marks of processes that are no strays: of hosts, and of trainers that are becoming one."""
+        with self._changed:
+            return frozenset(self._marks)
+
+    @property
+    def in_the_way(self) -> bool:
+        """Whether a host is on its way out: until it has ended nothing starts on the card."""
+        with self._changed:
+            return any(host.why for host in self._waiting.values())
+
+    def make_room(self) -> str | None:
+        """Wait until no host is on its way out. Returns what holds the card where one does not go."""
+        with self._changed:
+            while any(host.why for host in self._waiting.values()):
+                if stuck := next((host.stuck for host in self._waiting.values() if host.stuck), None):
+                    return stuck
+                self._changed.wait(LOOK_S)
+        return None
+
+    def let_go(self, marks: Iterable[str]) -> None:
+        """Send off the hosts that a claim names, whose rows say so already."""
+        self._let_go(marks, "another job needs the room")
+
+    def trim(self, card: Card) -> None:
+        """Send off what has no room any more beside what others hold of the card now."""
+        for base in beyond(card):
+            self._send_off(base.host, "others need its room")
+
+    def take(self, claim: Claim, environment: Mapping[str, str]) -> subprocess.Popen[str] | None:
+        """The host that the claim names, as the attempt's trainer. None: there is none, or it goes now.
+
+        It is called by a supervisor, so it takes no longer than a beat may be late.
+        """
+        if claim.host is None:
+            return None
+        own = {name: value for name, value in environment.items() if name not in (JOB_VARIABLE, RUN_VARIABLE)}
+        with self._changed:
+            host = self._waiting.pop(claim.host, None)
+        if host is None:
+            return None
+        patience_s, done = min(HAND_OVER_S, self.place.settings.lease_s / 4), False
+        try:
+            fits = not host.why and host.trainer.environment == own and host.trainer.process.poll() is None
+            done = fits and host.trainer.become(claim.job_id, environment[RUN_VARIABLE], patience_s)
+        finally:
+            if not done:
+                with self._changed:
+                    self._waiting[claim.host] = host
+                    host.why = host.why or "it could not be handed over"
+        if not done:
+            log.warning("job %s: the trainer with its base could not be handed over, a new one starts", claim.job_id)
+            return None
+        log.info("job %s: goes on in process %s, which has its base", claim.job_id, host.trainer.process.pid)
+        return host.trainer.process
+
+    def draw_mark(self) -> str:
+        """A mark for a trainer that may stay."""
+        mark = secrets.token_hex(8)  # as long as an attempt's
+        with self._changed:
+            self._marks.add(mark)
+        return mark
+
+    def drop_mark(self, mark: str) -> None:
+        """The trainer with this mark has ended."""
+        with self._changed:
+            self._marks.discard(mark)
+            if mark in self._written:
+                self._over.add(mark)
+
+    def keep(self, host: StayingTrainer, claim: Claim) -> bool:
+        """Take a trainer that has left its job; False: it was ended, as its base has no room or the node stops."""
+        new = NewHost(host=host.mark, node=self.place.node, key=host.key, bytes=host.bytes)
+        trainer = SpareTrainer(process=host.process, mark=host.mark, environment=dict(host.environment))
+        kept = False
+        try:
+            kept = self._may_wait() and trainer.shows(host_name(host.mark), host.mark)
+            kept = kept and self.place.store.keep_host(claim, new)
+        except REFUSALS as error:
+            log.warning("the trainer of job %s does not stay: %s", claim.job_id, told_by(error))
+        if not kept:
+            kill(host.process)
+            end_leftovers(host.mark)
+            return False
+        trainer.read()
+        with self._changed:
+            self._written.add(host.mark)
+            self._waiting[host.mark] = _Waiting(trainer=trainer, until=time.monotonic() + self._patience_s)
+        log.info("process %s keeps its base, %s GiB, for the next job", host.process.pid, gib(host.bytes))
+        return True
+
+    def _may_wait(self) -> bool:
+        away = self.place.drain.wish is not None or self.closed or self._stopped.is_set()
+        return self.keep_s > 0 and not away and self.watch.fault is None
+
+    @property
+    def _patience_s(self) -> float:
+        """How long a base waits for a job on this card at this moment."""
+        seen = self._strangers_at
+        lately = seen is not None and time.monotonic() - seen < self.watch.high_water_s
+        return min(self.keep_s, SHARED_KEEP_S) if lately else self.keep_s
+
+    def _run(self) -> None:
+        while not self._stopped.wait(LOOK_S):
+            try:
+                self._tend()
+            except REFUSALS as error:
+                log.warning("the hosts' rows could not be written: %s", told_by(error))
+                self._stopped.wait(1.0)
+
+    def _tend(self) -> None:
+        """Let go what died, what has waited long enough, and what the rows say; end what goes."""
+        with self._changed:
+            waiting = {mark: host for mark, host in self._waiting.items() if not host.why}
+        if waiting and not self._may_wait():
+            self._let_go(waiting, "the card is closed")
+        now = time.monotonic()
+        for mark, host in waiting.items():
+            if (code := host.trainer.process.poll()) is not None:
+                self._let_go([mark], f"it ended by itself (exit status {code})")
+            elif host.trainer.environment != common_environment(self.place):
+                self._send_off(mark, "the environment of the node has changed")
+            elif now >= host.until:
+                self._send_off(mark, "no job came")
+        self._end_going()
+        self._forget()
+        if (waiting or self._written) and now >= self._next:
+            self._next = now + RECONCILE_S
+            self._look_around(waiting)
+
+    def _look_around(self, waiting: Mapping[str, _Waiting]) -> None:
+        """Follow the rows, and see whether others use the card. `waiting`: those that waited before this look."""
+        rows = {row.host: row for row in self.place.store.hosts(self.place.node)}
+        self._let_go([m for m in waiting if m not in rows or rows[m].leaving], "its row says so")
+        with self._changed:
+            self._over |= rows.keys() - self._marks
+        if self.place.device.kind == "nvml" and self.watch.look().others:
+            self._strangers_at = time.monotonic()
+            soon = time.monotonic() + self._patience_s
+            for host in waiting.values():
+                host.until = min(host.until, soon)
+
+    def _send_off(self, mark: str, why: str) -> None:
+        """Let a host go unless a job has joined it."""
+        with self._changed:
+            host = self._waiting.get(mark)
+        if host is None:
+            return
+        if self.place.store.send_off_host(mark, self.place.node):
+            self._let_go([mark], why)
+        else:
+            host.until = time.monotonic() + RECONCILE_S
+
+    def _let_go(self, marks: Iterable[str], why: str) -> None:
+        with self._changed:
+            for mark in list(marks):
+                host = self._waiting.get(mark)
+                if host is not None and not host.why:
+                    host.why = why
+
+    def _end_going(self) -> None:
+        with self._changed:
+            going = {mark: host for mark, host in self._waiting.items() if host.why}
+        for mark, host in going.items():
+            gone = self._end(mark, host)
+            with self._changed:
+                if gone:
+                    self._waiting.pop(mark, None)
+                    self._marks.discard(mark)
+                    self._over.add(mark)
+                self._changed.notify_all()
+
+    def _end(self, mark: str, host: _Waiting) -> bool:
+        """End a host's process, and see its room; else the card is closed, and the reason says why."""
+        if host.stuck:
+            return not end_leftovers(mark) and not self._held(mark)
+        log.info("process %s lets its base go: %s", host.trainer.process.pid, host.why)
+        kill(host.trainer.process)
+        deadline = time.monotonic() + LEFT_S
+        while (alive := end_leftovers(mark)) or self._held(mark):
+            if time.monotonic() > deadline:
+                what = f"process {alive[0]}" if alive else f"{gib(self._held(mark))} GiB of memory"
+                host.stuck = f"a base left {what} behind; look at the card, then loractl undrain {self.place.node}"
+                log.error("%s is closed: %s", self.place.node, host.stuck)
+                self.place.store.drain(self.place.node, "loractl", host.stuck)
+                return False
+            time.sleep(LOOK_S)
+        return True
+
+    def _held(self, mark: str) -> int:
+        return self.watch.look().used.get(host_name(mark), 0)
+
+    def _forget(self) -> None:
+        """Give the bytes of hosts that have ended back to the card."""
+        with self._changed:
+            over = set(self._over)
+        if not over:
+            return
+        try:
+            self.place.store.forget_hosts(over)
+        except REFUSALS as error:
+            log.warning("rows of hosts that have ended stay until the database is back: %s", told_by(error))
+            return
+        with self._changed:
+            self._over -= over
+            self._written -= over
