@@ -200,6 +200,7 @@ def serve(kind: str, folder: str) -> None:
     gc.disable()
     _load(kind)
     sys.executable = _python(folder)
+    _owe_nothing()
     gc.collect()
     gc.freeze()  # a collection in a child would copy every page
     gc.enable()
@@ -373,6 +374,18 @@ def _load(kind: str) -> None:
         if kind == HEAVY or room.startswith(NO_STACK):
             importlib.import_module(module.name)
     assert kind == HEAVY or "torch" not in sys.modules
+
+
+def _owe_nothing() -> None:
+    """Take what the libraries want done at an exit from the children, whose it is not. It would copy many pages."""
+    import atexit
+    import weakref
+
+    weakref.finalize._registry.clear()  # type: ignore[attr-defined]
+    if "torch" in sys.modules:
+        from torch._dynamo.utils import dump_compile_times
+
+        atexit.unregister(dump_compile_times)
 
 
 def _python(folder: str) -> str:
