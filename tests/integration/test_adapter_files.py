@@ -207,16 +207,19 @@ def test_a_model_may_name_its_own_files(tiny_model: Path, tmp_path: Path) -> Non
 
 
 def test_a_hub_model_s_own_code_runs_only_where_it_is_trusted(tmp_path: Path) -> None:
-    """In processes of their own: the hub's library reads its cache's place once."""
+    """In a process of its own: the hub's library reads its cache's place once."""
     mark = tmp_path / "it-ran"
     _in_the_cache(tmp_path, "org/own", "modeling.Config", mark)
     _in_the_cache(tmp_path, "org/borrowed", "org/own--modeling.Config", mark)
-    assert "MODEL_NOT_FOUND" in _load(tmp_path, f"'org/own', '{COMMIT}'")
-    assert not mark.exists()
-    assert "runs code of another repository" in _load(tmp_path, f"'org/borrowed', '{COMMIT}', run_code=True")
-    assert not mark.exists()
-    _load(tmp_path, f"'org/own', '{COMMIT}', run_code=True")
-    assert mark.exists(), "the owner's list is what lets it run"
+    asked = (
+        f"'org/own', '{COMMIT}'",
+        f"'org/borrowed', '{COMMIT}', run_code=True",
+        f"'org/own', '{COMMIT}', run_code=True",
+    )
+    distrusted, borrowed, trusted = _loads(tmp_path, mark, *asked)
+    assert "MODEL_NOT_FOUND" in distrusted and distrusted.endswith("False")
+    assert "runs code of another repository" in borrowed and borrowed.endswith("False")
+    assert trusted.endswith("True"), "the owner's list is what lets it run"
 
 
 def _spec(model: Path, **keys: object) -> JobSpec:
@@ -234,17 +237,25 @@ def _in_the_cache(home: Path, name: str, reference: str, mark: Path) -> None:
     (snapshot / "config.json").write_text(json.dumps({"model_type": "own-kind", "auto_map": {"AutoConfig": reference}}))
 
 
-def _load(home: Path, arguments: str) -> str:
-    """What a process says that loads a tokenizer."""
+def _loads(home: Path, mark: Path, *asked: str) -> list[str]:
+    """What a process says that loads a tokenizer with each of these arguments, and whether the mark is there then."""
     code = (
+        "from pathlib import Path\n"
         "from loractl.worker.base.failure import TrainingFailed\n"
         "from loractl.worker.base.model import load_tokenizer\n"
-        f"try: load_tokenizer({arguments})\n"
-        "except TrainingFailed as error: print(error.reason.name, error.sentence)\n"
-        "except Exception as error: print(repr(error))\n"
     )
+    for arguments in asked:
+        code += (
+            "said = ''\n"
+            f"try: load_tokenizer({arguments})\n"
+            "except TrainingFailed as error: said = f'{error.reason.name} {error.sentence}'\n"
+            "except Exception as error: said = repr(error)\n"
+            f"print('SAID', ' '.join(said.split()), Path({str(mark)!r}).exists())\n"
+        )
     environment = {**os.environ, "HF_HOME": str(home), "HF_HUB_OFFLINE": "1"}
     for name in ("HF_HUB_CACHE", "HF_MODULES_CACHE", "TRANSFORMERS_CACHE"):
         environment.pop(name, None)
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
-    return done.stdout + done.stderr
+    said = [line for line in done.stdout.splitlines() if line.startswith("SAID ")]
+    assert len(said) == len(asked), done.stderr
+    return said
