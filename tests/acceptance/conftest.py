@@ -1,4 +1,4 @@
-"""A lab whose adapters are trained once for all tests that only use them."""
+"""Labs: one whose adapters are trained once for all who only use them, and one with a quick trainer for each test."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -16,6 +16,7 @@ from loractl.common.settings import load_settings
 
 from ..conftest import Cli
 from ..models import write_job
+from .quick_lab import Lab, quick_lab
 
 ANSWERS = {"red": "crimson and scarlet", "green": "moss and fern", "blue": "sky and sea"}
 """What each adapter has learned to say."""
@@ -47,3 +48,11 @@ def trained(tiny_model: Path, warm_start: dict[str, str], tmp_path_factory: pyte
     yield cli
     stop_embedded(load_settings({"LORACTL_HOME": str(home)}))
     shutil.rmtree(home, ignore_errors=True)
+
+
+@pytest.fixture
+def lab(make_cli: Callable[..., Cli], home: Path, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Lab]:
+    """On SQLite, or on the database that the test names."""
+    url = getattr(request, "param", None) and str(request.getfixturevalue(request.param))
+    with quick_lab(make_cli, home, tmp_path, url) as found:
+        yield found

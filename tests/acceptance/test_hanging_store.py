@@ -21,7 +21,7 @@ from loractl.common.job.status import Reason, Stage, Status
 
 from ..chaos.proxy import Link, Proxy
 from ..services import S3
-from .test_reliability import Lab, lab  # noqa: F401  a fixture
+from .quick_lab import Lab
 
 STOP_S = 25.0
 """A wish acts within this: half a lease of silence, some beats, and this machine's load."""
@@ -36,11 +36,11 @@ def s3(s3_server: S3) -> Iterator[tuple[Link, dict[str, str]]]:
         yield link, {**s3_server.environment, **endpoint, "LORACTL_ARTIFACTS_URL": s3_server.url}
 
 
-def history(lab: Lab, job_id: int) -> list[str]:  # noqa: F811
+def history(lab: Lab, job_id: int) -> list[str]:
     return [event.text for event in lab.store.events(job_id)]
 
 
-def waits_for(lab: Lab, job_id: int, what: str, attempt: int) -> None:  # noqa: F811
+def waits_for(lab: Lab, job_id: int, what: str, attempt: int) -> None:
     """Until the history of this attempt says that it waits for the store."""
     deadline = time.monotonic() + 40
     begins = f"waits for the artifact store: {what}"
@@ -50,7 +50,7 @@ def waits_for(lab: Lab, job_id: int, what: str, attempt: int) -> None:  # noqa: 
 
 
 def test_cancel_drain_time_limit_and_sigterm_act_while_s3_passes_nothing_on(
-    lab: Lab,  # noqa: F811
+    lab: Lab,
     s3: tuple[Link, dict[str, str]],
 ) -> None:
     link, environment = s3
@@ -87,7 +87,7 @@ def test_cancel_drain_time_limit_and_sigterm_act_while_s3_passes_nothing_on(
     assert lab.starts().count(f"{drained}.1") == 1 and len(lab.starts()) == 3, "nothing was trained again"
 
 
-def test_a_worker_ends_while_it_fetches_from_a_disk_that_hangs(lab: Lab, home: Path) -> None:  # noqa: F811
+def test_a_worker_ends_while_it_fetches_from_a_disk_that_hangs(lab: Lab, home: Path) -> None:
     job_id = lab.submit()
     (data,) = (home / "artifacts" / "datasets").iterdir()
     kept = data.rename(data.with_suffix(".kept"))
