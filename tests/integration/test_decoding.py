@@ -19,9 +19,10 @@ from loractl.common.artifacts import Binding, attempt_prefix
 from loractl.common.errors import UsageError
 from loractl.common.job.method import Method
 from loractl.common.job.spec import JobSpec
+from loractl.worker.base.failure import TrainingFailed
 from loractl.worker.serving.adapter_pool import AdapterPool, BaseChoice, NoRoom
 from loractl.worker.serving.decoding import Engine, Limits, TooLong
-from loractl.worker.serving.library import Listed
+from loractl.worker.serving.library import Arithmetic, Listed
 from loractl.worker.serving.request import Ask, Said
 
 PROMPTS = ["ticket one", "please answer the next line", "queue", "a network of storage, and one priority more", "gpu?"]
@@ -482,6 +483,17 @@ def test_beside_nf4_all_else_is_in_the_format_of_the_training(tiny_model: Path, 
     pool = AdapterPool(choice)
     assert {each.dtype for each in pool.model.parameters() if each.is_floating_point()} == {rest}
     assert pool.number_format == ("NF4, all else in fp32" if exact else "NF4")
+
+
+def test_a_format_that_a_person_asks_for_goes_before_that_of_the_training(tiny_model: Path) -> None:
+    """What a processor can't compute in gives way where it was the training's, and is refused where it is asked for."""
+    trained = Arithmetic(method=Method.QLORA, dtype="float16", exact=True)
+    usual = BaseChoice.of(("m", "r1"), trained, "cpu", run_code=True)
+    kept = BaseChoice(model="m", revision="r1", method=Method.QLORA, device="cpu", exact=True, run_code=True)
+    assert usual == kept
+    assert BaseChoice.of(("m", None), trained, "cuda", run_code=False).dtype == "float16"
+    with pytest.raises(TrainingFailed, match="float16 is for GPUs"):
+        AdapterPool(BaseChoice.of((str(tiny_model), None), Arithmetic(), "cpu", dtype="float16", run_code=False))
 
 
 def test_asking_is_for_any_thread_and_waiting_ends_when_somebody_asks(bench: Callable[..., Bench]) -> None:

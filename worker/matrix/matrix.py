@@ -191,20 +191,11 @@ def _open(
     warn: Callable[[str], None],
 ) -> AdapterPool:
     model, _ = same_base(adapters)
-    usual = usual_arithmetic(adapters, in_4bit=options.load_in_4bit)
-    revision, memory = library.revision(adapters[0]), sum(adapter.size for adapter in adapters)
-    footprint = Footprint.of(model, revision, usual.method, usual.dtype, memory)
+    base, usual = (model, library.revision(adapters[0])), usual_arithmetic(adapters, in_4bit=options.load_in_4bit)
+    footprint = Footprint.of(base, usual, sum(adapter.size for adapter in adapters))
     device = take_card(library.settings, library.store, options.gpu, footprint)
-    base = BaseChoice(
-        model=model,
-        revision=revision,
-        method=usual.method,
-        exact=usual.exact,
-        device=device,
-        dtype=usual.on(device).dtype,
-        run_code=library.may_run_code(adapters[0]),
-    )
-    return open_pool(base, library, adapters, tell, warn)
+    choice = BaseChoice.of(base, usual, device, run_code=library.may_run_code(adapters[0]))
+    return open_pool(choice, library, adapters, tell, warn)
 
 
 def _told(tasks: Sequence[Task], who: str, tell: Callable[[str], None]) -> Iterator[Task]:

@@ -77,9 +77,7 @@ def open_classifier(
     folder = library.fetch(adapter)
     check_adapter_config(folder / CONFIG)
     labels = read_labels(folder)
-    footprint = Footprint.of(
-        spec.base_model, revision, method, adapter.arithmetic.dtype, adapter.size, cache=ROOM_BYTES
-    )
+    footprint = Footprint.of((spec.base_model, revision), adapter.arithmetic, adapter.size, cache=ROOM_BYTES)
     device = take_card(library.settings, library.store, gpu, footprint)
     run_code = library.may_run_code(adapter)
     precision = choose_precision(device, adapter.arithmetic.on(device).dtype, family_of(spec.base_model, revision))

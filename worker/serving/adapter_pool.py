@@ -63,6 +63,29 @@ class BaseChoice:
     exact: bool = False  # in NF4, all else in fp32
     run_code: bool = False
 
+    @classmethod
+    def of(
+        cls,
+        base: tuple[str, str | None],
+        arithmetic: Arithmetic,
+        device: str,
+        *,
+        dtype: str = "auto",
+        run_code: bool,
+    ) -> BaseChoice:
+        """A base, by its name and revision, in an arithmetic on a device. `dtype`: what a person asks for goes before
+        the arithmetic's own, also where the device can't compute in it: that is refused when the base is loaded."""
+        model, revision = base
+        return cls(
+            model=model,
+            revision=revision,
+            method=arithmetic.method,
+            exact=arithmetic.exact,
+            device=device,
+            dtype=arithmetic.on(device).dtype if dtype == "auto" else dtype,
+            run_code=run_code,
+        )
+
 
 class AdapterPool:
     """One loaded base. Not for several threads at once.

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loractl.common.errors import LoractlError
-from loractl.common.job.method import Method
 from loractl.common.memory.config import read_shape
 from loractl.common.memory.plan import CONTEXT_BYTES, MIB, SEGMENT_BYTES, WORKSPACE_BYTES
 from loractl.common.memory.weights import weight_bytes
@@ -17,6 +16,8 @@ from loractl.common.store.store import Store
 from loractl.common.units import gib
 from loractl.worker.device.devices import Device, find_devices
 from loractl.worker.device.reservations import CardShare, reserve, unused_reservations
+
+from .library import Arithmetic
 
 LEAST_CACHE_BYTES = 512 * MIB
 """Keys and values of a few answers, and the prompts that are read: without so much there is no serving."""
@@ -42,16 +43,18 @@ class Footprint:
 
     @classmethod
     def of(
-        cls, model: str, revision: str | None, method: Method, dtype: str, adapters: int, cache: int | None = None
+        cls, base: tuple[str, str | None], arithmetic: Arithmetic, adapters: int, cache: int | None = None
     ) -> Footprint:
-        """Of a base in this number format, with adapters of so many bytes."""
-        shape = read_shape(model, revision)
-        base = None if shape is None else weight_bytes(shape, method, full=dtype == "float32")
-        if base is None and Path(model).is_dir():
-            base = sum(
+        """Of a base, by its name and revision, in an arithmetic, with adapters of so many bytes."""
+        (model, revision), full = base, arithmetic.dtype == "float32"
+        shape, weights, whole = read_shape(model, revision), None, arithmetic.exact or full
+        if shape is not None:
+            weights = weight_bytes(shape, arithmetic.method, full=full, whole_rest=whole)
+        elif Path(model).is_dir():
+            weights = sum(
                 file.stat().st_size for file in Path(model).iterdir() if file.suffix in (".safetensors", ".gguf")
             )
-        return cls(base=base, adapters=adapters, cache=cache)
+        return cls(base=weights, adapters=adapters, cache=cache)
 
     @property
     def least(self) -> int:

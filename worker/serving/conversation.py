@@ -79,19 +79,11 @@ def open_conversation(
 ) -> Conversation:
     """Load the base of an adapter as its job did: in its number format, in NF4 for QLoRA. Raises LoractlError."""
     adapter = library.find(name)
-    model, revision, trained = adapter.spec.base_model, library.revision(adapter), adapter.arithmetic
-    footprint = Footprint.of(model, revision, trained.method, trained.dtype, adapter.size + OTHER_ADAPTERS_BYTES)
+    base, trained = (adapter.spec.base_model, library.revision(adapter)), adapter.arithmetic
+    footprint = Footprint.of(base, trained, adapter.size + OTHER_ADAPTERS_BYTES)
     device = take_card(library.settings, library.store, style.gpu, footprint)
-    base = BaseChoice(
-        model=model,
-        revision=revision,
-        method=trained.method,
-        exact=trained.exact,
-        device=device,
-        dtype=trained.on(device).dtype,
-        run_code=library.may_run_code(adapter),
-    )
-    pool = open_pool(base, library, [adapter], tell, warn)
+    choice = BaseChoice.of(base, trained, device, run_code=library.may_run_code(adapter))
+    pool = open_pool(choice, library, [adapter], tell, warn)
     return Conversation(library=library, pool=pool, engine=Engine(pool), adapter=adapter, style=style)
 
 

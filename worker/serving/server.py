@@ -44,17 +44,9 @@ def load_served(
     names = Names(given, library, model, revision)
     served = list(names.all().values())
     usual = usual_arithmetic(served, in_4bit=options.load_in_4bit, dtype=options.dtype)
-    footprint = Footprint.of(model, revision, usual.method, usual.dtype, options.adapter_memory, options.cache_memory)
+    footprint = Footprint.of((model, revision), usual, options.adapter_memory, options.cache_memory)
     device = take_card(library.settings, library.store, options.gpu, footprint)
-    base = BaseChoice(
-        model=model,
-        revision=revision,
-        method=usual.method,
-        exact=usual.exact,
-        device=device,
-        dtype=options.dtype if options.dtype != "auto" else usual.on(device).dtype,
-        run_code=trusted,
-    )
+    base = BaseChoice.of((model, revision), usual, device, dtype=options.dtype, run_code=trusted)
     pool = open_pool(base, library, list((given or {}).values()), tell, warn, options.adapter_memory)
     if given is None:
         warn_of_arithmetic(pool, served, warn)

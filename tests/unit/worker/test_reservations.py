@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -14,6 +15,8 @@ from typing import Any, Literal
 import pytest
 
 from loractl.common.errors import LoractlError
+from loractl.common.job.method import Method
+from loractl.common.memory.config import read_shape
 from loractl.common.settings import Settings, load_settings
 from loractl.common.store.records import Claim, Left, NodeState
 from loractl.common.store.store import Store
@@ -22,6 +25,7 @@ from loractl.worker.device.reservations import reserve, unused_reservations
 from loractl.worker.device.snapshot import Process, Snapshot
 from loractl.worker.serving import card
 from loractl.worker.serving.card import Footprint, take_card
+from loractl.worker.serving.library import Arithmetic
 
 from ..factories import node_state, submission
 
@@ -162,6 +166,26 @@ def test_without_a_size_for_the_cache_jobs_keep_a_part(settings: Settings) -> No
     some = Footprint(base=5 * GIB, adapters=GIB, cache=None)
     assert some.least < some.within(free) < free - 6 * GIB
     assert Footprint(base=None, adapters=0, cache=None).within(free) == free
+
+
+def test_what_nf4_leaves_alone_takes_16_bit_unless_it_computes_in_fp32(tmp_path: Path) -> None:
+    """As the steps of the training took it: by default lean, with `training.exact` as peft's recipe has it."""
+    config = {
+        "model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 400, "tie_word_embeddings": False,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    shape = read_shape(tmp_path)
+    assert shape is not None
+
+    def held(**how: Any) -> int:
+        nf4 = Arithmetic(method=Method.QLORA, **how)
+        base = Footprint.of((str(tmp_path), None), nf4, adapters=0).base
+        assert base is not None
+        return base
+
+    assert held(exact=True) - held() == 2 * shape.other_parameters
+    assert held(dtype="float32") == held(exact=True)
 
 
 def test_a_job_waits_for_what_serve_has_reserved_and_starts_when_it_ends(store: Store, tmp_path: Path) -> None:
