@@ -70,7 +70,7 @@ def _queue(drafts: Sequence[JobDraft], *, wait: bool, as_json: bool) -> None:
     from loractl.scheduler.session import open_stores
     from loractl.scheduler.submission.draft import rows_at_hand
     from loractl.scheduler.submission.intake import enqueue, plan_all, store_all
-    from loractl.scheduler.submission.lengths import check_overflow
+    from loractl.scheduler.submission.lengths import check_overflow, unchecked
     from loractl.scheduler.submission.preflight import check_model
 
     settings, store, artifacts = open_stores()
@@ -80,8 +80,7 @@ def _queue(drafts: Sequence[JobDraft], *, wait: bool, as_json: bool) -> None:
         with rows_at_hand(draft, artifacts) as spec:
             if draft.like is not None:
                 warn_of_data(spec, None)
-            if (obstacle := check_overflow(spec, lambda: hint("Counting tokens ..."))) is not None:
-                doubts.append(f"Not checked: whether rows are too long, {obstacle}. The worker does it.")
+            doubts += unchecked(check_overflow(spec, lambda: hint("Counting tokens ...")))
     queued = []
     for submission in store_all(drafts, planned, artifacts):
         entry = enqueue(submission, settings, store)

@@ -60,13 +60,16 @@ def _queue(draft: SweepDraft, as_json: bool) -> None:
     from loractl.scheduler.answers.sweep import SweepStanding
     from loractl.scheduler.session import open_stores
     from loractl.scheduler.submission.intake import enqueue_sweep
-    from loractl.scheduler.submission.members import submissions, with_different_bases
+    from loractl.scheduler.submission.lengths import check_overflow, unchecked
+    from loractl.scheduler.submission.members import submissions, with_different_bases, with_different_data
     from loractl.scheduler.submission.preflight import check_model
     from loractl.scheduler.text.screen import detect_screen
     from loractl.scheduler.text.sweep import queued_text
 
     settings, store, artifacts = open_stores()
     doubts = [line for spec in with_different_bases(draft.specs) for line in check_model(spec, settings)]
+    for spec in with_different_data(draft.specs):
+        doubts += unchecked(check_overflow(spec, lambda: hint("Counting tokens ...")))
     warn(dict.fromkeys(doubts))
     members = submissions(draft.specs, settings.user, store, artifacts)
     entry = enqueue_sweep(draft.new_sweep(settings.user), members, settings, store)

@@ -38,7 +38,7 @@ def check_data(spec: JobSpec, report: Report = lambda what, done, total: None) -
     dataset = spec.dataset
     readable = [text for text in spec.data_sets().values() if is_local(text)]
     read, looked = functools.partial(report, "Reading the data"), functools.partial(report, "Looking at the rows")
-    rows = {text: DataFile(Path(text), read) for text in readable if not _unreadable_here(text)}
+    rows = {text: DataFile(Path(text), read) for text in readable if not unreadable_here(text)}
     if (other := spec.evaluation.regression) in rows:
         parse_examples(rows[other], detect_format(rows[other], other)[0], other, dataset.on_bad_row)
     if dataset.path not in rows:
@@ -117,7 +117,7 @@ def _refuse_unknown_names(spec: JobSpec) -> None:
             raise DataError(text, "is no file here, and no data set of the hub", hint=hint)
 
 
-def _unreadable_here(text: str) -> bool:
+def unreadable_here(text: str) -> bool:
     """Parquet needs pyarrow, which the light client does not have: the trainer checks it."""
     return text.lower().endswith(".parquet") and importlib.util.find_spec("pyarrow") is None and Path(text).exists()
 

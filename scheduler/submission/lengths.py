@@ -15,6 +15,8 @@ from loractl.common.errors import UsageError
 from loractl.common.job.sections import Overflow
 from loractl.common.memory.step import Lengths
 
+from .long_questions import may_fill_a_row
+
 if TYPE_CHECKING:
     from loractl.common.data.findings import Finding
     from loractl.common.job.spec import JobSpec
@@ -66,11 +68,13 @@ def used_findings(spec: JobSpec) -> list[Finding] | None:
 
 
 def check_overflow(spec: JobSpec, announce: Callable[[], None] = lambda: None) -> str | None:
-    """Refuse rows that are too long for a job with `on_overflow: error`. Returns why they can't be counted here.
+    """Refuse rows that are too long for a job with `on_overflow: error`, and rows of which `truncate` leaves nothing to
+    learn. Returns why they can't be counted here.
 
-    Raises UsageError.
+    Raises UsageError, DataError.
     """
-    if spec.dataset.on_overflow is not Overflow.ERROR:
+    overflow = spec.dataset.on_overflow
+    if overflow is Overflow.DROP or (overflow is Overflow.TRUNCATE and not may_fill_a_row(spec)):
         return None
     if (obstacle := _obstacle(spec)) is not None:
         return obstacle
@@ -78,7 +82,12 @@ def check_overflow(spec: JobSpec, announce: Callable[[], None] = lambda: None) -
     counted = _ask_tokenizer(spec)
     if (error := counted.get("error")) is None or error.startswith(_NO_COUNT):
         return error
-    raise UsageError(error, "raise dataset.max_length, or set dataset.on_overflow to truncate or drop")
+    raise UsageError(error, counted.get("hint"))
+
+
+def unchecked(obstacle: str | None) -> list[str]:
+    """What is said where check_overflow could not look."""
+    return [f"Not checked: whether rows are too long, {obstacle}. The worker does it."] if obstacle else []
 
 
 def _obstacle(spec: JobSpec) -> str | None:

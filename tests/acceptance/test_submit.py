@@ -65,8 +65,12 @@ def test_a_base_that_no_worker_can_load_is_refused_before_anything_is_queued(
     def refused(model: str) -> str:
         return cli("submit", job, f"--set=base_model={model}", code=2).stderr
 
-    long = cli("submit", job, "--set=base_model=./tiny", "--set=dataset.on_overflow=error", code=2).stderr
-    assert "tokens, dataset.max_length is 1024\nHint: raise dataset.max_length, or set dataset.on_overflow" in long
+    long = cli("sweep", job, "--set=base_model=./tiny", "--set=dataset.on_overflow=error", "--set=lora.r=4,8", code=2)
+    assert (
+        "tokens, dataset.max_length is 1024\nHint: raise dataset.max_length, or set dataset.on_overflow" in long.stderr
+    )
+    answer = "has no token to learn within dataset.max_length (1024)"
+    assert f"{answer}\nHint: raise dataset.max_length, or set dataset.on_overflow: drop" in refused("./tiny")
     assert f"there is no base_model {tmp_path / 'tinny'}\nHint: did you mean {base}?" in refused("./tinny")
     weights.write_bytes(whole[:-100])
     assert f"has {len(whole) - 100} bytes, and {len(whole)} by its header: it was cut off" in refused("./tiny")

@@ -5,7 +5,7 @@
 
 Prints {"lengths": {"train": tokens, "evaluate": tokens, "rows": number, "labels": number}, "rows": {"train": number,
 "held_out": number, "left_out": number}}, where labels are a classifier's, else null, and rows are those that are used;
-with --check {"findings": [...]} of the rows that are used. Or {"error": sentence}.
+with --check {"findings": [...]} of the rows that are used. Or {"error": sentence, "hint": sentence or null}.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def main() -> None:
     try:
         told = _findings(spec) if "--check" in sys.argv[1:] else _counts(spec)
     except LoractlError as error:
-        told = {"error": error.sentence}
+        told = {"error": error.sentence, "hint": error.hint}
     sys.stdout.write(json.dumps(told))
 
 

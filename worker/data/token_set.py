@@ -103,7 +103,7 @@ def fit_examples(
                     file,
                     f"has {len(ids)} tokens, dataset.max_length is {dataset.max_length}",
                     row=example.number,
-                    hint="raise it, or set dataset.on_overflow to truncate or drop",
+                    hint="raise dataset.max_length, or set dataset.on_overflow to truncate or drop",
                 )
             if dataset.on_overflow is Overflow.DROP:
                 too_long += 1
@@ -118,7 +118,7 @@ def fit_examples(
                 file,
                 f"has no token to learn within dataset.max_length ({dataset.max_length})",
                 row=example.number,
-                hint="raise it, or set dataset.on_overflow: drop",
+                hint="raise dataset.max_length, or set dataset.on_overflow: drop",
             )
         rows.append(TokenRow(number=example.number, input_ids=ids, labels=labels))
     if not rows:
