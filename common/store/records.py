@@ -57,6 +57,16 @@ class Amendment:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MemoryPlan:
+    """What a job needs by its plan, and by what it is known to measured peaks."""
+
+    need: Need  # corrected by measured peaks
+    planned: Need
+    need_key: str
+    family: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class StoredCheckpoint:
     """A checkpoint in the artifact store that a later attempt may go on from."""
 

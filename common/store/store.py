@@ -30,6 +30,7 @@ from .queries import (
     heartbeats,
     jobs,
     lines,
+    need,
     retention,
     submissions,
     sweeps,
@@ -217,6 +218,10 @@ class Store(DeviceStore):
         """Permit QLoRA to jobs that have waited long enough for LoRA; returns their (job_id, vram_class)."""
         with self._write() as tx:
             return backlog.end_patience(tx)
+
+    def plan_anew(self) -> list[int]:
+        """Plan waiting jobs whose plans are of an older engine, where their bases are on this machine; returns them."""
+        return need.plan_anew(self._read, self._write)
 
     def lease_message(self, channels: Sequence[Channel], lease_s: float) -> Parcel | None:
         """The oldest message that is due on one of the channels; for `lease_s` nobody else gets it. None: none is."""

@@ -91,6 +91,7 @@ class Job(Base):
     lora_until: Mapped[Timestamp | None]  # until then it waits for a card that holds LoRA; null: it does not
     need_key: Mapped[str | None] = mapped_column(String(64), index=True)  # jobs with the same one need the same memory
     family: Mapped[str | None] = mapped_column(String(64))  # the base's model_type; null: not known on the client
+    engine: Mapped[int] = mapped_column(server_default="1")  # whose steps it was planned for: common/memory/engine.py
     checkpoint: Mapped[dict[str, Any] | None]  # the newest one in the artifact store: step, prefix
     result_host: Mapped[str | None]  # the box that holds a finished result which is not stored yet
     result_until: Mapped[Timestamp | None]  # until then only that box may take the job
@@ -162,7 +163,7 @@ class Attempt(Base):
     node: Mapped[str]
     gpu: Mapped[str]
     method: Mapped[str] = mapped_column(String(8))
-    engine: Mapped[int] = mapped_column(server_default="1")  # whose steps it took: common/memory/step.py
+    engine: Mapped[int] = mapped_column(server_default="1")  # whose steps it took: common/memory/engine.py
     vram_planned: Mapped[Bytes | None]
     vram_reserved: Mapped[Bytes | None]
     vram_peak: Mapped[Bytes | None]  # reserved by CUDA's allocator; on a CPU the process's resident set

@@ -13,13 +13,14 @@ from loractl.common.job.need import Need, choose_method, within
 from loractl.common.memory.config import read_shape
 from loractl.common.memory.correction import learned, peaks_like
 from loractl.common.memory.fit import Fit, largest_fit
+from loractl.common.memory.need_key import model_family, need_key
 from loractl.common.memory.plan import Plan, plan
 from loractl.common.memory.shape import Shape
 from loractl.common.memory.step import Lengths, Stack
 from loractl.common.placement.cards import MARGIN_BYTES, Card
 from loractl.common.units import GIB, gib
 from loractl.scheduler.submission.lengths import row_lengths
-from loractl.scheduler.submission.need import check_adapter, model_family, need_key, open_methods, stored_hashes
+from loractl.scheduler.submission.need import check_adapter, open_methods, stored_hashes
 
 if TYPE_CHECKING:
     from loractl.common.job.spec import JobSpec

@@ -12,10 +12,11 @@ from loractl.common.job.file import amended_spec, override_spec
 from loractl.common.job.method import Method
 from loractl.common.job.need import Need
 from loractl.common.job.status import Status
+from loractl.common.memory.need_key import need_key
 from loractl.common.store.records import Amendment, Submission
 
 from .ancestor import settle_ancestor
-from .need import admit, need_key, open_methods, plan_job
+from .need import admit, open_methods, plan_job
 
 if TYPE_CHECKING:
     from loractl.common.job.spec import JobSpec

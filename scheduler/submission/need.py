@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,10 +9,9 @@ from typing import TYPE_CHECKING, Any
 from loractl.common.errors import UsageError
 from loractl.common.job.method import Method
 from loractl.common.job.need import Need, least_need, permitted_methods, within
-from loractl.common.job.sections import PromptTemplate, TaskType
 from loractl.common.memory.config import HOW_TO_NAME_IT, foreign_format, read_shape
 from loractl.common.memory.correction import learned
-from loractl.common.memory.engine import ENGINE
+from loractl.common.memory.need_key import model_family, need_key
 from loractl.common.memory.plan import predict
 from loractl.common.module_pattern import ModulePattern
 from loractl.common.store.records import Submission
@@ -121,45 +118,6 @@ def open_methods(spec: JobSpec) -> tuple[Method, ...]:
     folder = Path(spec.base_model)
     gguf_alone = folder.is_dir() and any(folder.glob("*.gguf")) and not any(folder.glob("*.safetensors"))
     return tuple(m for m in methods if m is not Method.QLORA) or methods if gguf_alone else methods
-
-
-def model_family(spec: JobSpec) -> str | None:
-    """The base's model_type; None when its config is not on this machine."""
-    shape = read_shape(spec.base_model, spec.revision)
-    return None if shape is None else shape.family
-
-
-def need_key(spec: JobSpec, data: dict[str, Any]) -> str:
-    """A hash of all that decides a job's memory: jobs with the same key need the same."""
-    deciding = spec.model_dump(
-        mode="json",
-        include={
-            "base_model": True,
-            "dataset": {"path", "eval_path", "format", "max_length", "on_overflow"},
-            "lora": {"r", "target_modules", "modules_to_save", "use_dora"},
-            "training": {
-                "per_device_train_batch_size",
-                "gradient_checkpointing",
-                "optim",
-                "packing",
-                "dtype",
-                "attn_implementation",
-                "exact",
-                "torch_compile",
-                "neftune_noise_alpha",
-            },
-            "evaluation": {"per_device_eval_batch_size", "max_new_tokens", "samples"},
-        },
-    )
-    deciding["engine"] = ENGINE
-    if spec.dataset.template is not PromptTemplate.CHAT:
-        deciding["dataset"] |= {"template": spec.dataset.template.value}
-    if spec.task_type is TaskType.SEQ_CLS:  # only there: what was measured under the key's older form still counts
-        deciding["task_type"] = spec.task_type.value
-    hashes = {name: stored["sha256"] for name, stored in data.items()}
-    if hashes:
-        deciding["dataset"] |= {"path": hashes.get("path"), "eval_path": hashes.get("eval_path")}
-    return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()
 
 
 def stored_hashes(spec: JobSpec) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from sqlalchemy import Connection, create_engine, text
 
 from loractl import __version__
 from loractl.common.job.status import Reason, Stage, Status
+from loractl.common.memory.engine import ENGINE
 
 from .quick_lab import LEASE_S, Lab, until
 
@@ -158,8 +159,9 @@ def test_what_the_database_refuses_is_left_out_and_ends_no_training(lab: Lab) ->
 
 
 def test_client_and_worker_of_different_versions_understand_each_other_or_say_why_not(lab: Lab) -> None:
-    poison, newer, older = lab.submit(), lab.submit(), lab.submit()
+    poison, newer, older, outdated = (lab.submit() for _ in range(4))
     lab.change(poison, methods=["x"])
+    lab.change(outdated, engine=ENGINE - 1, vram_lora=1, planned={"lora": 1, "qlora": 1})
     spec = dict(lab.store.job(newer).spec)
     lab.change(newer, version="99.0.0", spec={**spec, "something_new": 1})
     added = {"preemptible", "lora_patience", "revision", "labels"}
@@ -167,6 +169,8 @@ def test_client_and_worker_of_different_versions_understand_each_other_or_say_wh
 
     lab.start()
     lab.until(older, lambda job: job.status is Status.SUCCEEDED)
+    planned = lab.until(outdated, lambda job: job.status is Status.SUCCEEDED)
+    assert (planned.engine, planned.vram_lora) == (ENGINE, lab.store.job(older).vram_lora), "planned for today's steps"
     left = lab.until(newer, lambda job: job.message)
     assert (left.status, left.attempt) == (Status.QUEUED, 0), "it is left to a newer worker"
     assert left.message == f"written by loractl 99.0.0, a worker with {__version__} can't read it"

@@ -49,7 +49,8 @@ STOP_S = 5.0
 """A stopping node waits so long for its monitor."""
 
 ASIDE_S = 60.0
-"""How often a node whose turn it is looks for rows that can't be read; until then they fit nowhere."""
+"""How often a node whose turn it is looks for rows that can't be read; until then they fit nowhere. As often each node
+looks for those with an older version's plan."""
 
 TRIES = 5
 """After so many failures in a row the monitor ends its node, and the worker starts it again."""
@@ -67,6 +68,7 @@ class Monitor:
         self._pace = min(1.0, place.settings.lease_s / (2 * SETTLE_S))
         self._first_round_s = FIRST_ROUND_S if devices > 1 else 0.0
         self._next_aside = 0.0  # when this node next looks for rows that can't be read
+        self._next_plans = 0.0  # and for those with an older version's plan
         self._failures: dict[str, int] = {}  # in a row, by what failed
         self._serving: set[int] = set(VRAM_CLASSES)  # classes that fit into what is free
         self._consumed: set[int] = set(VRAM_CLASSES)  # those whose queues Celery consumes
@@ -131,6 +133,7 @@ class Monitor:
                 next_round = now + ROUND_S * self._pace * random.uniform(0.8, 1.2)  # noqa: S311  spreads nodes, guards nothing
                 self._try("the round", lambda: self._go_round(slots))
                 self._try("the fleet's round", self._tend_fleet, vital=False)
+                self._try("planning anew", self._plan_anew, vital=False)
                 self._try("the queue", self._trim_queues)
             if self._called.wait(max(0.05, min(next_look, next_round, now + 1.0) - time.monotonic())):
                 self._stopped.wait(max(0.0, looked + CALM_S - time.monotonic()))
@@ -186,6 +189,16 @@ class Monitor:
         end_strays(self._place)
         if self._place.drain.wish is None and self._place.store.waiting_classes(self._serving):
             slots.wake()
+
+    def _plan_anew(self) -> None:
+        """Plan what waits since before an upgrade. Each node looks: it plans the jobs whose bases its box has."""
+        if time.monotonic() < self._next_plans:
+            return
+        planned = self._place.store.plan_anew()
+        for job_id in planned:
+            log.info("job %s is planned anew for the steps of this version", job_id)
+        if not planned:  # else there may be more
+            self._next_plans = time.monotonic() + ASIDE_S * self._pace
 
     def _trim_queues(self) -> None:
         """Messages are hints, and a node looks by itself: nobody can keep it busy with more than it could need."""

@@ -1,21 +1,37 @@
-"""A job's need as its attempts change it: a better plan lowers it, running out of memory raises it."""
+"""A job's need as it changes after the submit: a better plan lowers it, running out of memory raises it, and a newer
+version whose steps take other memory plans it anew."""
 
 from __future__ import annotations
 
 import datetime as dt
+from collections.abc import Callable
+from functools import partial
 
-from sqlalchemy import select, update
+from pydantic import ValidationError
+from sqlalchemy import and_, or_, select, update
+from sqlalchemy import text as sql
 
 from loractl.common.job.method import Method
 from loractl.common.job.need import Need, within
-from loractl.common.memory.correction import GROWTH
+from loractl.common.job.spec import JobSpec
+from loractl.common.job.status import Status
+from loractl.common.memory.config import read_shape
+from loractl.common.memory.correction import GROWTH, learned
+from loractl.common.memory.engine import ENGINE
+from loractl.common.memory.need_key import model_family, need_key
 from loractl.common.units import gib
 
-from ..records import Claim
+from ..records import Claim, MemoryPlan
 from ..tables import Attempt, Job, Node
 from ..transaction import Transaction
 from .backlog import line_up, node_labels
-from .jobs import read_job
+from .jobs import read_job, read_measured
+
+MEASURED = 1000
+"""So many attempts at most teach a plan, the newest."""
+
+AT_ONCE = 100
+"""Jobs that are planned anew in one go."""
 
 OUTSIDER_SHARE = 0.85
 """An attempt that ran out of memory below this share of its reservation lacked what another program had taken."""
@@ -40,6 +56,66 @@ def plan_again(tx: Transaction, claim: Claim, planned: Need) -> None:
         text = f"planned {gib(size)} GiB from the data's own lengths, {gib(job.vram_reserved)} were reserved"
         tx.tell(job.job_id, claim.attempt, "planned", text)
         job.vram_reserved = size
+
+
+def plan_anew(read: Callable[[], Transaction], write: Callable[[], Transaction]) -> list[int]:
+    """Plan waiting jobs whose plans are of an older engine, where their bases are on this machine; returns the jobs."""
+    with read() as tx:
+        bases = tx.session.execute(select(Job.base_model, _REVISION).where(*_OLD).distinct()).all()
+    here = [(base, revision) for base, revision in bases if read_shape(base, revision) is not None]
+    if not here:
+        return []
+    named = or_(*(and_(Job.base_model == base, _REVISION.is_not_distinct_from(revision)) for base, revision in here))
+    with read() as tx:
+        jobs = tx.session.scalars(select(Job).where(*_OLD, named).order_by(Job.job_id).limit(AT_ONCE)).all()
+    plans = [(job.job_id, plan) for job in jobs if (plan := _plan(job, read)) is not None]
+    done: list[int] = []
+    with write() as tx:
+        for job_id, plan in plans:
+            tx.apart(job_id, partial(_take_plan, tx, job_id, plan, done))
+    return done
+
+
+_REVISION = Job.spec["revision"].as_string()
+_OLD = (sql("status = 'queued'"), Job.engine < ENGINE)
+
+
+def _plan(job: Job, read: Callable[[], Transaction]) -> MemoryPlan | None:
+    """The job's plan as submit would make it; None for a row that this version can't read."""
+    from loractl.common.memory.plan import predict
+
+    try:
+        spec = JobSpec.model_validate(job.spec)
+    except ValidationError:
+        return None
+    planned, key, family = predict(spec), need_key(spec, job.data), model_family(spec)
+    with read() as tx:
+        need = learned(planned, key, read_measured(tx, key, family, MEASURED))
+    return MemoryPlan(need=need, planned=planned, need_key=key, family=family)
+
+
+def _take_plan(tx: Transaction, job_id: int, plan: MemoryPlan, done: list[int]) -> None:
+    """Write the plan if the job still waits for one. One that has run keeps what its rows' own lengths have taught."""
+    job = tx.session.get(Job, job_id, populate_existing=True, with_for_update={"skip_locked": True})
+    if job is None or job.status is not Status.QUEUED or job.engine >= ENGINE:
+        return
+    before, pick = Need(lora=job.vram_lora, qlora=job.vram_qlora), _lesser if job.attempt else _newer
+    job.vram_lora, job.vram_qlora = pick(before.lora, plan.need.lora), pick(before.qlora, plan.need.qlora)
+    job.planned = {name: pick(job.planned.get(name), size) for name, size in vars(plan.planned).items()}
+    job.need_key, job.family, job.engine = plan.need_key, plan.family, ENGINE
+    line_up(job, node_labels(job), tx.now())
+    now = Need(lora=job.vram_lora, qlora=job.vram_qlora)
+    if told := [f"{name} {gib(size)} GiB" for name, size in vars(now).items() if size and size != vars(before)[name]]:
+        tx.tell(job_id, None, "planned", f"planned anew for the steps of this version: {', '.join(told)}")
+    done.append(job_id)
+
+
+def _newer(before: int | None, now: int | None) -> int | None:
+    return now
+
+
+def _lesser(before: int | None, now: int | None) -> int | None:
+    return min((size for size in (before, now) if size is not None), default=None)
 
 
 def need_more(tx: Transaction, job: Job, gave: int, message: str, now: dt.datetime) -> tuple[bool, str]:

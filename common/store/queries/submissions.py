@@ -13,6 +13,7 @@ from loractl.common.errors import WrongState
 from loractl.common.job.method import Method
 from loractl.common.job.status import Status
 from loractl.common.job.sweep import NewSweep
+from loractl.common.memory.engine import ENGINE
 from loractl.common.text import storable
 
 from ..records import Amendment, Submission
@@ -116,6 +117,7 @@ def _planned(submission: Submission) -> dict[str, Any]:
         "planned": vars(submission.planned),
         "need_key": submission.need_key,
         "family": submission.family,
+        "engine": ENGINE,
     }
 
 

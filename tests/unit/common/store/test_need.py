@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
+from alembic import command
 from sqlalchemy import update
 from sqlalchemy.orm import Session
 
@@ -15,11 +18,14 @@ from loractl.common.job.need import Need
 from loractl.common.job.status import Reason, Status
 from loractl.common.memory.correction import GROWTH, LIKE_IT_SPARE, Measured, learned, peaks_like
 from loractl.common.memory.engine import ENGINE
+from loractl.common.memory.need_key import need_key
+from loractl.common.memory.plan import predict
 from loractl.common.store.queries.need import OUTSIDER_SHARE
 from loractl.common.store.records import Claim, Progress
+from loractl.common.store.schema import HEAD, alembic_config, upgrade
 from loractl.common.store.store import Store
-from loractl.common.store.tables import Attempt
-from loractl.common.units import GIB
+from loractl.common.store.tables import Attempt, Job
+from loractl.common.units import GIB, gib
 
 from ...factories import RESULT, node_state, submission
 
@@ -247,3 +253,68 @@ def test_an_older_version_s_attempt_without_a_name_is_unknown(store: Store) -> N
         device_name="unknown", method=Method.LORA, family="llama", need_key="key-1", planned=10 * GIB,
         reserved=10 * GIB, peak=GIB, out_of_memory=False,
     )  # fmt: skip
+
+
+LLAMA = {
+    "model_type": "llama", "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256, "tie_word_embeddings": True,
+}  # fmt: skip
+
+
+def submit_before_the_upgrade(store: Store, base: Path | str, **asked: Any) -> int:
+    """A job that waits with a plan for other steps: 30 GiB, where today's need 13."""
+    wanted = submission(lora=30, qlora=20, base_model=str(base), method="lora", **asked)
+    job_id = store.submit(replace(wanted, need_key="old"))
+    set_columns(store, job_id, engine=ENGINE - 1)
+    return job_id
+
+
+def set_columns(store: Store, job_id: int, **values: Any) -> None:
+    with Session(store._engine) as session, session.begin():
+        session.execute(update(Job).where(Job.job_id == job_id).values(**values))
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    return tmp_path
+
+
+def test_after_an_upgrade_what_waits_is_planned_for_the_new_steps(store: Store, base: Path) -> None:
+    job_id = submit_before_the_upgrade(store, base, priority=3)
+    with store._engine.begin() as connection, alembic_config(connection) as config:
+        command.downgrade(config, "0016")
+    assert upgrade(store._engine) == ("0016", HEAD)
+    show(store)
+    assert store.claim("box:0") is None, "it was planned for more than the card has"
+    assert store.plan_anew() == [job_id]
+    job, asked = store.job(job_id), submission(base_model=str(base), method="lora").spec
+    need = predict(asked)
+    assert (job.vram_lora, job.vram_qlora, job.vram_needed) == (need.lora, need.qlora, need.lora)
+    assert job.planned == vars(need)
+    assert (job.need_key, job.family, job.engine) == (need_key(asked, {}), "llama", ENGINE)
+    text = f"planned anew for the steps of this version: lora {gib(need.lora)} GiB, qlora {gib(need.qlora)} GiB"
+    assert text_of_last(store, job_id) == ("planned", text)
+    assert store.plan_anew() == [], "once"
+    assert claim(store).job_id == job_id
+
+
+def test_only_what_waits_with_an_older_plan_is_planned_anew_where_its_base_is(store: Store, base: Path) -> None:
+    elsewhere, cancelled = submit_before_the_upgrade(store, "/nowhere"), submit_before_the_upgrade(store, base)
+    store.cancel(cancelled, "ada")
+    newest = store.submit(submission(lora=30, base_model=str(base)))
+    unreadable = submit_before_the_upgrade(store, base)
+    set_columns(store, unreadable, spec={**store.job(unreadable).spec, "something_new": 1})
+    assert store.plan_anew() == []
+    assert {store.job(each).vram_lora for each in (elsewhere, cancelled, newest, unreadable)} == {30 * GIB}
+    store.retry(cancelled, "ada")
+    assert store.plan_anew() == [cancelled]
+
+
+def test_a_job_that_has_run_keeps_what_its_own_rows_have_taught(store: Store, base: Path) -> None:
+    job_id = submit_before_the_upgrade(store, base)
+    set_columns(store, job_id, attempt=1, vram_lora=GIB, planned={"lora": GIB, "qlora": None})
+    assert store.plan_anew() == [job_id]
+    job, need = store.job(job_id), predict(submission(base_model=str(base), method="lora").spec)
+    assert (job.vram_lora, job.vram_qlora) == (GIB, need.qlora)
+    assert job.planned == {"lora": GIB, "qlora": need.qlora}

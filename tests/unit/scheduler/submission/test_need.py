@@ -10,9 +10,10 @@ import pytest
 
 from loractl.common.errors import UsageError
 from loractl.common.job.spec import JobSpec
+from loractl.common.memory.need_key import need_key
 from loractl.common.memory.plan import predict
 from loractl.scheduler.answers.need import JobToPlan, memory_need
-from loractl.scheduler.submission.need import check_adapter, need_key
+from loractl.scheduler.submission.need import check_adapter
 from loractl.worker.base.failure import TrainingFailed
 from loractl.worker.base.model import load_tokenizer
 

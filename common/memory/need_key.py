@@ -1,0 +1,54 @@
+"""Which jobs need the same memory: measured peaks of one teach the plan of the other."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import TYPE_CHECKING, Any
+
+from loractl.common.job.sections import PromptTemplate, TaskType
+
+from .config import read_shape
+from .engine import ENGINE
+
+if TYPE_CHECKING:
+    from loractl.common.job.spec import JobSpec
+
+
+def need_key(spec: JobSpec, data: dict[str, Any]) -> str:
+    """A hash of all that decides a job's memory: jobs with the same key need the same."""
+    deciding = spec.model_dump(
+        mode="json",
+        include={
+            "base_model": True,
+            "dataset": {"path", "eval_path", "format", "max_length", "on_overflow"},
+            "lora": {"r", "target_modules", "modules_to_save", "use_dora"},
+            "training": {
+                "per_device_train_batch_size",
+                "gradient_checkpointing",
+                "optim",
+                "packing",
+                "dtype",
+                "attn_implementation",
+                "exact",
+                "torch_compile",
+                "neftune_noise_alpha",
+            },
+            "evaluation": {"per_device_eval_batch_size", "max_new_tokens", "samples"},
+        },
+    )
+    deciding["engine"] = ENGINE
+    if spec.dataset.template is not PromptTemplate.CHAT:
+        deciding["dataset"] |= {"template": spec.dataset.template.value}
+    if spec.task_type is TaskType.SEQ_CLS:  # only there: what was measured under the key's older form still counts
+        deciding["task_type"] = spec.task_type.value
+    hashes = {name: stored["sha256"] for name, stored in data.items()}
+    if hashes:
+        deciding["dataset"] |= {"path": hashes.get("path"), "eval_path": hashes.get("eval_path")}
+    return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()
+
+
+def model_family(spec: JobSpec) -> str | None:
+    """The base's model_type; None when its config is not on this machine."""
+    shape = read_shape(spec.base_model, spec.revision)
+    return None if shape is None else shape.family
