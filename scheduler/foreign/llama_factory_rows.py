@@ -8,7 +8,7 @@ from typing import Any
 
 from loractl.common.errors import UsageError
 
-from .translation import Draft, from_here, refuse_objective, short, unset_key
+from .translation import Draft, from_here, get_key, refuse_objective, short, unset_key
 
 _LISTING = "dataset_info.json"
 _MARKS = {"user_tag": {"human", "user"}, "assistant_tag": {"gpt", "assistant", "chatgpt"}, "system_tag": {"system"},
@@ -117,9 +117,10 @@ def _columns(draft: Draft, entry: dict[str, Any], *, texts: bool) -> None:
         theirs = {ours: columns.get(name, ours) for name, ours in ours_of.items()}
         known = set(ours_of)
         if entry and columns.get("query", "input"):
-            draft.differ(
-                f"{_LISTING}: columns.query", "a row's input follows on the next line there, after an empty line here"
-            )
+            # of Stanford's template, which is carried, the form with an input has words of its own
+            alpaca = get_key(draft.job, "dataset.template") == "alpaca"
+            here = "under ### Input: here, and the first sentence names it" if alpaca else "after an empty line here"
+            draft.differ(f"{_LISTING}: columns.query", f"a row's input follows on the next line there, {here}")
     renamed = {ours: name for ours, name in theirs.items() if name and name != ours}
     if renamed:
         draft.put(f"{_LISTING}: columns", "dataset.columns", renamed)

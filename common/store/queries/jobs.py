@@ -6,8 +6,7 @@ import datetime as dt
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from sqlalchemy import ColumnElement, Integer, Select, and_, case, exists, func, or_, select
-from sqlalchemy import cast as sql_cast
+from sqlalchemy import ColumnElement, Select, and_, case, exists, func, or_, select
 from sqlalchemy import text as sql
 
 from loractl.common.errors import JobNotFound
@@ -187,8 +186,8 @@ def read_course(tx: Transaction, job_ids: Collection[int], name: str, most: int)
         .where(MetricPoint.job_id.in_(job_ids), MetricPoint.name == name)
         .subquery()
     )
-    every = numbered.c.count / most + 1  # whole numbers divide to whole numbers in both databases
-    kept = select(numbered).where((numbered.c.back - 1) % sql_cast(every, Integer) == 0)
+    every = numbered.c.count // most + 1
+    kept = select(numbered).where((numbered.c.back - 1) % every == 0)
     rows = tx.session.execute(kept.order_by(numbered.c.job_id, numbered.c.attempt, numbered.c.step))
     return [CoursePoint(job_id=row.job_id, attempt=row.attempt, step=row.step, value=row.value) for row in rows]
 

@@ -255,6 +255,9 @@ def test_what_llama_factory_does_by_a_setting_or_unasked_is_carried(
 def test_what_llama_factory_does_otherwise_is_named(tmp_path: Path) -> None:
     told, _ = imported(tmp_path, listed(tmp_path, {"prompt": "body"}) + "template: qwen\npacking: true\n")
     assert told["otherwise"].keys() == {"cutoff_len", "template", "packing", "dataset_info.json: columns.query"}
+    assert told["otherwise"]["dataset_info.json: columns.query"].endswith("there, after an empty line here")
+    told, _ = imported(tmp_path, listed(tmp_path, {"prompt": "body"}) + "template: alpaca\n")
+    assert "under ### Input: here" in told["otherwise"]["dataset_info.json: columns.query"]
     told, _ = imported(tmp_path, listed(tmp_path, {"prompt": "body"}) + "stage: pt\n")
     assert told["otherwise"].keys() == {"packing", "stage"} and told["filled_in"]["training.packing"] is True
     told, _ = imported(tmp_path, "model_name_or_path: a/b\ndataset: rows\n")

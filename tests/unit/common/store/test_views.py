@@ -1,0 +1,17 @@
+"""What the page reads, the same from SQLite and from PostgreSQL."""
+
+from __future__ import annotations
+
+from loractl.common.store.records import Claim, Progress
+from loractl.common.store.store import Store
+
+from ...factories import submission, take
+
+
+def test_a_line_is_thinned_to_whole_distances_and_keeps_its_last_point(store: Store) -> None:
+    job_id = store.submit(submission())
+    claim = take(store)
+    assert isinstance(claim, Claim)
+    store.beat(claim, Progress(metrics=tuple((step, "loss", 1 / step) for step in range(1, 101))))
+    assert [point.step for point in store.thinned([job_id], "loss", 60)] == list(range(2, 101, 2))
+    assert len(store.thinned([job_id], "loss", 101)) == 100
