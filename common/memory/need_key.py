@@ -38,6 +38,7 @@ def need_key(spec: JobSpec, data: dict[str, Any]) -> str:
         },
     )
     deciding["engine"] = ENGINE
+    deciding["lora"]["dropout"] = spec.lora.lora_dropout > 0  # its masks are kept for the backward pass
     if spec.dataset.template is not PromptTemplate.CHAT:
         deciding["dataset"] |= {"template": spec.dataset.template.value}
     if spec.task_type is TaskType.SEQ_CLS:  # only there: what was measured under the key's older form still counts
