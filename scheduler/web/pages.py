@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -56,9 +57,9 @@ class Asked:
         text = self._given.get(key)
         if text is None:
             return None
-        if not (text.isascii() and text.isdigit() and 0 < int(text[:12]) <= LARGEST):
+        if (number := number_of(text)) is None:
             raise UsageError(f"{key}={text[:40]!r} is no number", "like 12")
-        return int(text)
+        return number
 
     def choice(self) -> Choice:
         """The filter of the jobs that are shown."""
@@ -79,6 +80,12 @@ class Asked:
     def filters(self) -> dict[str, str]:
         """The parameters that a link to the next page carries on."""
         return {key: value for key in ("user", "name", "label", "status") if (value := self._given.get(key))}
+
+
+def number_of(text: str) -> int | None:
+    """The number that a text is, as jobs and sweeps have one; else None."""
+    number = int(text) if re.fullmatch(r"[0-9]{1,10}", text) else 0
+    return number if 0 < number <= LARGEST else None
 
 
 class Pages:

@@ -26,7 +26,7 @@ from loractl.common.text import clean_text
 from .guard import Guard
 from .markup import render, static_file
 from .metrics import CONTENT_TYPE, Exporter
-from .pages import LARGEST, PARAMETERS, Asked, Drawn, Pages
+from .pages import LARGEST, PARAMETERS, Asked, Drawn, Pages, number_of
 from .trouble import NoSuchPage, page_of, told
 
 if TYPE_CHECKING:
@@ -112,8 +112,8 @@ class Site:
     def find(self, request: Request) -> Response:
         """Where the box at the top leads: a job by its number, or the jobs of a name."""
         text = request.query_params.get("q", "").strip().removeprefix("#")
-        if text.isascii() and text.isdigit() and 0 < int(text[:12]) <= LARGEST:
-            return RedirectResponse(f"/jobs/{int(text)}", 303)
+        if (number := number_of(text)) is not None:
+            return RedirectResponse(f"/jobs/{number}", 303)
         return RedirectResponse(f"/jobs?{urlencode({'name': text})}" if text else "/jobs", 303)
 
     def log(self, request: Request) -> Response:

@@ -19,7 +19,9 @@ from ..records import Choice, CoursePoint, JobCount, Page, PastRun
 from ..tables import Attempt, Event, Job, JobLabel, LogChunk, MetricPoint, Sweep
 from ..transaction import Transaction
 
-_LARGEST = 2**31 - 1  # number of a job; a larger one no database takes
+LARGEST = 2**31 - 1
+"""The largest number of a job or a sweep: PostgreSQL takes no larger one, and SQLite none of 64 bits."""
+
 _QUEUED = sql("status = 'queued'")  # literal: a partial index is only used where the planner sees its condition
 
 
@@ -38,7 +40,7 @@ class Glance:
 
 def read_job(tx: Transaction, job_id: int, *, lock: bool = False) -> Job:
     """One job as it is now; with `lock`, as it stays until the transaction ends. Raises JobNotFound."""
-    known = 0 < job_id <= _LARGEST
+    known = 0 < job_id <= LARGEST
     job = tx.session.get(Job, job_id, populate_existing=True, with_for_update=lock or None) if known else None
     if job is None:
         raise JobNotFound(job_id)

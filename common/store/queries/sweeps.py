@@ -14,6 +14,7 @@ from loractl.common.job.sweep import Member, RungPoint, SweepView, metric_of, se
 
 from ..records import HELD_OUT_LOSS, Claim, Page
 from ..tables import Attempt, Job, MetricPoint, Sweep
+from .jobs import LARGEST
 
 _SWEEP_LOCK = 0x5EE9
 """Any constant: with a sweep's number it names a lock in PostgreSQL."""
@@ -56,6 +57,7 @@ def read_rungs(session: Session, job: Job) -> tuple[float, ...]:
 
 def read_sweeps(session: Session, sweep_ids: Collection[int]) -> list[SweepView]:
     """Those of the sweeps that exist, with all their members, by number."""
+    sweep_ids = [number for number in sweep_ids if 0 < number <= LARGEST]
     rows = session.scalars(select(Sweep).where(Sweep.sweep_id.in_(sweep_ids)).order_by(Sweep.sweep_id)).all()
     names = {metric_of(rung) for row in rows for rung in row.rungs or ()}
     points = _newest(session, sweep_ids, [*names, HELD_OUT_LOSS])

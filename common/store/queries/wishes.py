@@ -17,7 +17,7 @@ from ..guard import change, may_come_back, move
 from ..records import Amendment
 from ..tables import Job, Sweep
 from ..transaction import Transaction
-from .jobs import read_job
+from .jobs import LARGEST, read_job
 from .submissions import amend
 
 
@@ -37,6 +37,8 @@ def cancel(tx: Transaction, job_id: int, user: str) -> Job:
 
 
 def cancel_sweep(tx: Transaction, sweep_id: int, user: str) -> list[Job]:
+    if not 0 < sweep_id <= LARGEST:
+        raise SweepNotFound(sweep_id)
     left = select(Job.job_id).where(Job.sweep_id == sweep_id, Job.status.in_([Status.QUEUED, Status.RUNNING]))
     job_ids = tx.session.scalars(left.order_by(Job.job_id).with_for_update()).all()
     if not job_ids and tx.session.get(Sweep, sweep_id) is None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from loractl.common.errors import UsageError
+from loractl.common.errors import SweepNotFound, UsageError
 from loractl.common.store.store import Store
 from loractl.scheduler.commands.drain import end_of_drain
 from loractl.scheduler.submission.need import plan_job
@@ -31,3 +31,11 @@ def test_a_plan_that_no_card_could_ever_hold_is_refused_before_it_is_a_row(store
     with pytest.raises(UsageError, match="which no card has"):
         store.submit(plan_job(huge, "ada", {}, store))
     assert store.jobs() == []
+
+
+def test_a_sweep_with_a_number_that_no_database_takes_does_not_exist(store: Store) -> None:
+    for number in (10**20, 2**31, 0, -1):
+        with pytest.raises(SweepNotFound):
+            store.sweep(number)
+        with pytest.raises(SweepNotFound):
+            store.cancel_sweep(number, "ada")

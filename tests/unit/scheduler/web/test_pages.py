@@ -106,6 +106,8 @@ def test_filters_and_parts_are_parameters_of_the_address(own_web: Web) -> None:
         ("/nothing", 404, "There is no such page"), ("/jobs?after=x", 400, "is no number"),
         ("/jobs?status=asleep", 400, "is no state of a job"), ("/jobs?label=team", 400, "has no value"),
         ("/?after=999", 404, "There is no job 999"), ("/jobs/99999999999999999999", 404, "There is no"),
+        ("/sweeps/99999999999999999999", 404, "There is no"),
+        ("/jobs?after=000000000001999999999999999999", 400, "is no number"),
     ],
 )  # fmt: skip
 def test_what_is_not_there_is_one_sentence(web: Web, address: str, status: int, sentence: str) -> None:
