@@ -1,4 +1,4 @@
-"""What a base model is: the hashes of the files that it is loaded from."""
+"""What a base model is: the files that it is loaded from, and their hashes."""
 
 from __future__ import annotations
 
@@ -12,6 +12,12 @@ from .artifacts import sha256_of
 
 SUFFIXES = frozenset({".safetensors", ".gguf", ".json", ".jinja", ".model", ".txt"})
 """Endings of the files that decide a model's weights, shape, tokens and chat template."""
+
+TOKENIZERS = (
+    "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model",
+    "tekken.json", "*.tiktoken", "tokenization_*.py",
+)  # fmt: skip
+"""Files of which transformers makes a tokenizer: a folder with weights has one of them."""
 
 Fingerprint = dict[str, str]
 """File name -> sha256 of its content."""
@@ -38,6 +44,11 @@ def fingerprint(folder: Path, cache: Path) -> Fingerprint:
         aside.write_text(json.dumps(hashes), "utf-8")
         aside.replace(note)
     return {name: hashed for name, (*_, hashed) in hashes.items()}
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a model's folder holds a tokenizer."""
+    return any(any(folder.glob(name)) for name in TOKENIZERS)
 
 
 def digest(files: Fingerprint) -> str:

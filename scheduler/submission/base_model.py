@@ -7,12 +7,7 @@ import struct
 from pathlib import Path
 
 from loractl.common.errors import UsageError
-
-TOKENIZERS = (
-    "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model",
-    "tekken.json", "*.tiktoken", "tokenization_*.py",
-)  # fmt: skip
-"""Files of which transformers makes a tokenizer: a folder with weights has one of them."""
+from loractl.common.fingerprint import has_tokenizer
 
 LARGEST_HEADER = 100_000_000
 """Bytes that safetensors allows for a header."""
@@ -37,14 +32,14 @@ def check_base(folder: Path) -> tuple[str, ...]:
         )
     for file in weights:
         _check_weights(file)
-    has_tokenizer = any(any(folder.glob(name)) for name in TOKENIZERS)
-    if weights and not has_tokenizer:
+    readable = has_tokenizer(folder)
+    if weights and not readable:
         raise UsageError(
             f"base_model {folder} has weights and no tokenizer",
             "copy tokenizer.json and tokenizer_config.json beside it",
         )
     has_config = (folder / "config.json").exists()
-    here = {"config.json": has_config, "weights": bool(weights), "tokenizer": has_tokenizer}
+    here = {"config.json": has_config, "weights": bool(weights), "tokenizer": readable}
     return tuple(what for what, is_here in here.items() if not is_here)
 
 

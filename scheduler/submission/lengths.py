@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loractl.common.errors import UsageError
+from loractl.common.fingerprint import has_tokenizer
 from loractl.common.job.sections import Overflow
 from loractl.common.memory.step import Lengths
 
@@ -23,9 +24,6 @@ if TYPE_CHECKING:
 
 LENGTHS_TIMEOUT_S = 300
 """Counting a large data set's tokens takes as long as the training's own preparation, once."""
-
-_NO_COUNT = "the count "
-"""How an error begins that says nothing about the rows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,10 +77,10 @@ def check_overflow(spec: JobSpec, announce: Callable[[], None] = lambda: None) -
     if (obstacle := _obstacle(spec)) is not None:
         return obstacle
     announce()
-    counted = _ask_tokenizer(spec)
-    if (error := counted.get("error")) is None or error.startswith(_NO_COUNT):
-        return error
-    raise UsageError(error, counted.get("hint"))
+    counted: dict[str, str] = _ask_tokenizer(spec)
+    if counted.get("of_rows"):
+        raise UsageError(counted["error"], counted["hint"])
+    return counted.get("error")
 
 
 def unchecked(obstacle: str | None) -> list[str]:
@@ -92,8 +90,7 @@ def unchecked(obstacle: str | None) -> list[str]:
 
 def _obstacle(spec: JobSpec) -> str | None:
     """Why the rows can't be counted on this machine; None: they can."""
-    folder = Path(spec.base_model)
-    if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+    if not has_tokenizer(Path(spec.base_model)):
         return "there is no tokenizer to count them with"
     if not Path(spec.dataset.path).exists():
         return "the data is not on this machine to count them"
@@ -114,8 +111,8 @@ def _ask_tokenizer(spec: JobSpec, *options: str) -> dict[str, Any]:
             check=False,
         )
     except subprocess.TimeoutExpired:
-        return {"error": f"{_NO_COUNT}took more than {LENGTHS_TIMEOUT_S} s"}
+        return {"error": f"the count took more than {LENGTHS_TIMEOUT_S} s"}
     told: dict[str, Any] = (
-        json.loads(done.stdout) if done.returncode == 0 and done.stdout else {"error": f"{_NO_COUNT}failed"}
+        json.loads(done.stdout) if done.returncode == 0 and done.stdout else {"error": "the count failed"}
     )
     return told

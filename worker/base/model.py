@@ -17,6 +17,7 @@ from transformers import (
     GgufConfig,
 )
 
+from loractl.common.fingerprint import has_tokenizer
 from loractl.common.job.method import Method
 from loractl.common.job.status import Reason
 
@@ -55,15 +56,12 @@ def load_tokenizer(base_model: str, revision: str | None = None, *, run_code: bo
     return tokenizer
 
 
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "*.tiktoken")
-
-
 def _check_tokenizer(base_model: str) -> None:
     """Say that a folder has no tokenizer: transformers would write of backends. Raises TrainingFailed."""
     folder = Path(base_model)
     if not folder.is_absolute() or not folder.is_dir() or list(folder.glob("*.gguf")) or list(folder.glob("*.py")):
         return
-    if not any(list(folder.glob(name)) for name in _TOKENIZER_FILES):
+    if not has_tokenizer(folder):
         what = f"base_model {base_model} has no tokenizer: no tokenizer.json, tokenizer.model or vocab.json"
         raise TrainingFailed(Reason.MODEL_NOT_FOUND, what)
 

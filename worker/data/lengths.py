@@ -5,7 +5,8 @@
 
 Prints {"lengths": {"train": tokens, "evaluate": tokens, "rows": number, "labels": number}, "rows": {"train": number,
 "held_out": number, "left_out": number}}, where labels are a classifier's, else null, and rows are those that are used;
-with --check {"findings": [...]} of the rows that are used. Or {"error": sentence, "hint": sentence or null}.
+with --check {"findings": [...]} of the rows that are used. Or {"error": sentence, "hint": sentence or null, "of_rows":
+whether a row is wrong, and not what reads it}.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import json
 import sys
 from typing import Any
 
-from loractl.common.errors import LoractlError
+from loractl.common.errors import DataError, LoractlError
 from loractl.common.job.spec import JobSpec
 from loractl.common.memory.step import Lengths
 from loractl.common.settings import load_settings
@@ -43,7 +44,7 @@ def main() -> None:
     try:
         told = _findings(spec) if "--check" in sys.argv[1:] else _counts(spec)
     except LoractlError as error:
-        told = {"error": error.sentence, "hint": error.hint}
+        told = {"error": error.sentence, "hint": error.hint, "of_rows": isinstance(error, DataError)}
     sys.stdout.write(json.dumps(told))
 
 

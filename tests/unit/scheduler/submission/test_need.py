@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from loractl.common.job.spec import JobSpec
 from loractl.common.memory.need_key import need_key
 from loractl.common.memory.plan import predict
 from loractl.scheduler.answers.need import JobToPlan, memory_need
+from loractl.scheduler.submission.base_model import check_base
 from loractl.scheduler.submission.need import check_adapter
 from loractl.worker.base.failure import TrainingFailed
 from loractl.worker.base.model import load_tokenizer
@@ -78,6 +80,20 @@ def test_a_base_that_others_have_quantised_is_refused_and_not_planned_as_16_bits
         memory_need(None, JobToPlan(title="t", spec=job, data={}), None, solve=False)  # type: ignore[arg-type]
     with pytest.raises(TrainingFailed, match=said):
         load_tokenizer(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["tekken.json", "sentencepiece.bpe.model", "vocab.txt"])
+def test_what_submit_takes_for_a_tokenizer_the_worker_does_too(base: str, name: str) -> None:
+    (Path(base) / "model.safetensors").write_bytes(struct.pack("<Q", 2) + b"{}")
+    with pytest.raises(UsageError, match="has weights and no tokenizer"):
+        check_base(Path(base))
+    with pytest.raises(TrainingFailed, match="has no tokenizer"):
+        load_tokenizer(base)
+    (Path(base) / name).write_text("{}")
+    assert check_base(Path(base)) == ()
+    with pytest.raises(TrainingFailed) as refused:
+        load_tokenizer(base)  # an empty one
+    assert "has no tokenizer" not in refused.value.sentence
 
 
 def test_nf4_weights_are_no_foreign_format(tmp_path: Path) -> None:
