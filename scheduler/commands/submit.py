@@ -70,7 +70,7 @@ def _queue(drafts: Sequence[JobDraft], *, wait: bool, as_json: bool) -> None:
     from loractl.scheduler.session import open_stores
     from loractl.scheduler.submission.draft import rows_at_hand
     from loractl.scheduler.submission.intake import enqueue, plan_all, store_all
-    from loractl.scheduler.submission.lengths import check_overflow, unchecked
+    from loractl.scheduler.submission.overflow import check_overflow, unchecked
     from loractl.scheduler.submission.preflight import check_model
 
     settings, store, artifacts = open_stores()

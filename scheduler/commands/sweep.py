@@ -60,8 +60,8 @@ def _queue(draft: SweepDraft, as_json: bool) -> None:
     from loractl.scheduler.answers.sweep import SweepStanding
     from loractl.scheduler.session import open_stores
     from loractl.scheduler.submission.intake import enqueue_sweep
-    from loractl.scheduler.submission.lengths import check_overflow, unchecked
     from loractl.scheduler.submission.members import submissions, with_different_bases, with_different_data
+    from loractl.scheduler.submission.overflow import check_overflow, unchecked
     from loractl.scheduler.submission.preflight import check_model
     from loractl.scheduler.text.screen import detect_screen
     from loractl.scheduler.text.sweep import queued_text

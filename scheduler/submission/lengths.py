@@ -11,12 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loractl.common.errors import UsageError
 from loractl.common.fingerprint import has_tokenizer
-from loractl.common.job.sections import Overflow
 from loractl.common.memory.step import Lengths
-
-from .long_questions import may_fill_a_row
 
 if TYPE_CHECKING:
     from loractl.common.data.findings import Finding
@@ -37,10 +33,10 @@ class RowLengths:
 
 def row_lengths(spec: JobSpec, announce: Callable[[], None] = lambda: None) -> RowLengths:
     """The rows' own lengths where they can be counted here. `announce` is called before a count: it takes a while."""
-    obstacle = _obstacle(spec)
+    obstacle = obstacle_to_count(spec)
     if obstacle is None:
         announce()
-        counted = _ask_tokenizer(spec)
+        counted = ask_tokenizer(spec)
         if "error" not in counted:
             lengths, rows = Lengths(**counted["lengths"]), counted["rows"]
             longest = f"Longest row: {lengths.train} tokens, held out {lengths.evaluate}"
@@ -57,38 +53,15 @@ def used_findings(spec: JobSpec) -> list[Finding] | None:
     """The findings about the rows that are used, where the tokenizer is here to tell which these are; else None."""
     from loractl.common.data.findings import Finding
 
-    if _obstacle(spec) is not None:
+    if obstacle_to_count(spec) is not None:
         return None
-    told = _ask_tokenizer(spec, "--check")
+    told = ask_tokenizer(spec, "--check")
     if "error" in told:
         return None
     return [Finding(**{**finding, "rows": tuple(finding["rows"])}) for finding in told["findings"]]
 
 
-def check_overflow(spec: JobSpec, announce: Callable[[], None] = lambda: None) -> str | None:
-    """Refuse rows that are too long for a job with `on_overflow: error`, and rows of which `truncate` leaves nothing to
-    learn. Returns why they can't be counted here.
-
-    Raises UsageError, DataError.
-    """
-    overflow = spec.dataset.on_overflow
-    if overflow is Overflow.DROP or (overflow is Overflow.TRUNCATE and not may_fill_a_row(spec)):
-        return None
-    if (obstacle := _obstacle(spec)) is not None:
-        return obstacle
-    announce()
-    counted: dict[str, str] = _ask_tokenizer(spec)
-    if counted.get("of_rows"):
-        raise UsageError(counted["error"], counted["hint"])
-    return counted.get("error")
-
-
-def unchecked(obstacle: str | None) -> list[str]:
-    """What is said where check_overflow could not look."""
-    return [f"Not checked: whether rows are too long, {obstacle}. The worker does it."] if obstacle else []
-
-
-def _obstacle(spec: JobSpec) -> str | None:
+def obstacle_to_count(spec: JobSpec) -> str | None:
     """Why the rows can't be counted on this machine; None: they can."""
     if not has_tokenizer(Path(spec.base_model)):
         return "there is no tokenizer to count them with"
@@ -99,7 +72,7 @@ def _obstacle(spec: JobSpec) -> str | None:
     return None
 
 
-def _ask_tokenizer(spec: JobSpec, *options: str) -> dict[str, Any]:
+def ask_tokenizer(spec: JobSpec, *options: str) -> dict[str, Any]:
     """What worker/data/lengths.py prints, or an `error`."""
     try:
         done = subprocess.run(

@@ -1,18 +1,22 @@
-"""Questions that alone may fill a row: where on_overflow: truncate cuts such a row, nothing of it is learned.
+"""Rows that are too long for their job, looked for before it is queued.
 
-Looked for without the training stack, whose start takes seconds: only where a question may be too long is it asked.
+Where on_overflow: truncate cuts a row whose question alone fills it, nothing of it is learned. Such questions are
+looked for without the training stack, whose start takes seconds: it is asked only where one may be too long.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from loractl.common.job.sections import DataFormat
+from loractl.common.errors import UsageError
+from loractl.common.job.sections import DataFormat, Overflow
 
 from .data import is_local, unreadable_here
+from .lengths import ask_tokenizer, obstacle_to_count
 
 if TYPE_CHECKING:
     from loractl.common.data.example import Example
@@ -22,10 +26,36 @@ MARKS = 48
 """Tokens that a chat template writes around a question: its marks, the date, a system message of its own."""
 
 
+def check_overflow(spec: JobSpec, announce: Callable[[], None] = lambda: None) -> str | None:
+    """Refuse rows that are too long for a job with `on_overflow: error`, and rows of which `truncate` leaves nothing to
+    learn. Returns why they can't be counted here.
+
+    Raises UsageError, DataError.
+    """
+    overflow = spec.dataset.on_overflow
+    if overflow is Overflow.DROP or (overflow is Overflow.TRUNCATE and not may_fill_a_row(spec)):
+        return None
+    if (obstacle := obstacle_to_count(spec)) is not None:
+        return obstacle
+    announce()
+    counted = ask_tokenizer(spec)
+    if counted.get("of_rows"):
+        raise UsageError(counted["error"], counted["hint"])
+    return None if "lengths" in counted else str(counted["error"])
+
+
+def unchecked(obstacle: str | None) -> list[str]:
+    """What is said where check_overflow could not look."""
+    return [f"Not checked: whether rows are too long, {obstacle}. The worker does it."] if obstacle else []
+
+
 def may_fill_a_row(spec: JobSpec) -> bool:
     """Whether the part of some row before its first answer may have dataset.max_length tokens. Raises DataError."""
-    count, most = _counter(Path(spec.base_model)), spec.dataset.max_length
-    return any(count is None or count(question) + MARKS >= most for question in _long_ones(spec))
+    questions = _long_ones(spec)
+    first = next(questions, None)
+    if first is None or (count := _counter(Path(spec.base_model))) is None:
+        return first is not None
+    return any(count(question) + MARKS >= spec.dataset.max_length for question in itertools.chain([first], questions))
 
 
 def _long_ones(spec: JobSpec) -> Iterator[str]:

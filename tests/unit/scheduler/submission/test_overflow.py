@@ -10,8 +10,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from loractl.common.job.spec import JobSpec
-from loractl.scheduler.submission.lengths import check_overflow
-from loractl.scheduler.submission.long_questions import MARKS, may_fill_a_row
+from loractl.scheduler.submission.overflow import MARKS, check_overflow, may_fill_a_row
 
 LENGTH = 200
 """dataset.max_length."""
