@@ -17,7 +17,7 @@ PROCESSOR_MASK_BYTES = 4
 lean step leaves as it is."""
 
 HEAD_CHUNK = 256
-"""Learned tokens whose logits a lean step holds at once (worker/engine/lean.py)."""
+"""Learned tokens whose logits a lean step holds at once (worker/engine/passes/lean.py)."""
 
 UNREAD_LABELS = 100
 """A classifier's labels while its data have not been read: more than most have, and less than 10 MiB of head."""
@@ -126,11 +126,12 @@ def _mask_bytes(stack: Stack, *, in_16_bit: bool) -> int:
 
 
 APART_BY_MASK = ("falcon",)
-"""Families whose own attention tells rows apart by a mask alone: they keep their padding (worker/engine/choice.py)."""
+"""Families whose own attention tells rows apart by a mask alone: they keep their padding
+(worker/engine/passes/choice.py)."""
 
 
 def is_lean(shape: Shape, spec: JobSpec) -> bool:
-    """Whether the engine trains a job without padding, as `forward_pass` of worker/engine/choice.py decides."""
+    """Whether the engine trains a job without padding, as `forward_pass` of worker/engine/passes/choice.py decides."""
     training = spec.training
     padded = training.exact or training.torch_compile or training.neftune_noise_alpha is not None
     return not padded and spec.task_type is not TaskType.SEQ_CLS and shape.family not in APART_BY_MASK

@@ -22,7 +22,7 @@ from loractl.worker.data.packing import pack
 from loractl.worker.data.tokens import IGNORED, TokenRow
 from loractl.worker.engine.loop import run
 from loractl.worker.engine.member import MemberRows, PackMember
-from loractl.worker.engine.padded import PaddedPass
+from loractl.worker.engine.passes.padded import PaddedPass
 from loractl.worker.protocol.marker import MARKER
 from loractl.worker.protocol.messages import Note, Stepped
 from loractl.worker.training.arguments import training_arguments
@@ -101,13 +101,15 @@ class Case:
     def arguments(self) -> TrainingArguments:
         return training_arguments(self.order, self.spec, self.precision)
 
-    def by_engine(self, *more: TrainerCallback, resume: Path | None = None) -> Course:
-        model, course, arguments = self.model(), Course(), self.arguments()
+    def member(self, *callbacks: TrainerCallback) -> PackMember:
+        model, arguments = self.model(), self.arguments()
         compute_in(model, self.precision)
         forward = PaddedPass(model, PAD, arguments.label_smoothing_factor)
-        member = PackMember(
-            forward, arguments, MemberRows(train=self.rows, held_out=self.held_out), (Watch(course), *more)
-        )
+        return PackMember(forward, arguments, MemberRows(train=self.rows, held_out=self.held_out), callbacks)
+
+    def by_engine(self, *more: TrainerCallback, resume: Path | None = None) -> Course:
+        course = Course()
+        member = self.member(Watch(course), *more)
         if resume is not None:
             member.resume(resume)
         run([member])

@@ -20,10 +20,10 @@ from loractl.worker.base.lora import add_adapter
 from loractl.worker.base.model import load_base, load_tokenizer
 from loractl.worker.data.packing import pack
 from loractl.worker.data.tokens import IGNORED, TokenRow
-from loractl.worker.engine.choice import forward_pass, rows_together
-from loractl.worker.engine.lean import LeanPass
 from loractl.worker.engine.loss import MicroBatch, learned_in
-from loractl.worker.engine.padded import PaddedPass
+from loractl.worker.engine.passes.choice import forward_pass, rows_together
+from loractl.worker.engine.passes.lean import LeanPass
+from loractl.worker.engine.passes.padded import PaddedPass
 from loractl.worker.evaluation.losses import score_rows
 from loractl.worker.protocol.messages import Note
 

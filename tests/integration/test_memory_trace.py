@@ -27,8 +27,8 @@ from loractl.common.memory.step import Lengths, is_lean
 from loractl.worker.base.arithmetic import Precision
 from loractl.worker.base.learner import Learner
 from loractl.worker.base.lora import add_adapter
-from loractl.worker.engine.choice import forward_pass
-from loractl.worker.engine.lean import LeanPass
+from loractl.worker.engine.passes.choice import forward_pass
+from loractl.worker.engine.passes.lean import LeanPass
 from loractl.worker.training.traced_plan import Trace, build, trace_plan, trace_step
 
 TOLERANCE = 0.05

@@ -1,8 +1,8 @@
-"""The held-out loss in mid-training, which changes nothing of the steps after it."""
+"""The held-out loss in mid-training: a batch at a time, so that others need not wait for all of it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -13,12 +13,16 @@ from loractl.worker.data.tokens import TokenRow
 from .order import by_length
 
 
-def held_out_loss(rows: Sequence[TokenRow], args: TrainingArguments, loss: Callable[[list[TokenRow]], float]) -> float:
-    """The mean over rows, each of which counts with the mean loss of its batch, as transformers' Trainer tells it."""
+def held_out_batches(rows: Sequence[TokenRow], args: TrainingArguments) -> list[list[TokenRow]]:
+    """Batches of the rows, in the order in which transformers' Trainer evaluates them."""
     order, size = list(range(len(rows))), args.per_device_eval_batch_size
     if args.train_sampling_strategy == "group_by_length":
         lengths = [len(row.input_ids) for row in rows]
         order = by_length(lengths, size, torch.Generator().manual_seed(args.data_seed))
-    batches = [[rows[n] for n in order[at : at + size]] for at in range(0, len(order), size)]
-    losses = [np.full(len(batch), loss(batch), dtype=np.float32) for batch in batches]
-    return float(np.concatenate(losses).mean())
+    return [[rows[n] for n in order[at : at + size]] for at in range(0, len(order), size)]
+
+
+def mean_loss(batches: Sequence[Sequence[TokenRow]], losses: Sequence[float]) -> float:
+    """The mean over rows, each of which counts with the mean loss of its batch, as transformers' Trainer tells it."""
+    pairs = zip(batches, losses, strict=True)
+    return float(np.concatenate([np.full(len(batch), loss, dtype=np.float32) for batch, loss in pairs]).mean())

@@ -87,8 +87,8 @@ class LossLog:
         return (self._told + float(self._sum.item())) / max(1, steps)
 
     def state(self) -> dict[str, Any]:
-        return {"sum": self._sum, "told": self._told, "last": self._last}
+        return {"sum": self._sum.clone(), "told": self._told, "last": self._last}
 
     def restore(self, state: dict[str, Any]) -> None:
-        self._sum = state["sum"].to(self._sum.device)
+        self._sum = state["sum"].to(self._sum.device).clone()
         self._told, self._last = state["told"], state["last"]

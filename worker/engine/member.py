@@ -1,7 +1,7 @@
 """A member: one training on a base, with all that is its own.
 
 Its adapter, optimizer, schedule, order of rows, random streams, accumulation, clip, loss scaler, log, checkpoints and
-end. The loop asks members for micro-batches and gives them the losses; a job alone is a pack of one.
+end. A pack asks members for micro-batches and gives them the losses; a job alone is a pack of one.
 
 A member calls transformers' callbacks as transformers' Trainer does, in the same order and with the same arguments:
 trackers are made for them.
@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,12 +25,13 @@ from transformers.trainer_utils import speed_metrics
 from loractl.worker.base.arithmetic import evaluating, random_streams_kept
 from loractl.worker.data.tokens import TokenRow
 
-from .held_out import held_out_loss
+from .held_out import held_out_batches, mean_loss
 from .loss import Backward, LossLog, MicroBatch, learned_in
+from .noise import noisy_embeddings
 from .optimizer import ScaledOptimizer, make_optimizer
 from .order import RowOrder
 from .snapshot import drop_older, read_snapshot, write_snapshot
-from .streams import read_streams, restore_streams, seed_streams
+from .streams import RandomStreams, read_streams, restore_streams, seed_streams
 
 
 class ForwardPass(Protocol):
@@ -38,6 +39,10 @@ class ForwardPass(Protocol):
 
     model: Any
     device: torch.device
+    streams: RandomStreams
+
+    def recompute_blocks(self) -> None:
+        """Hold a block's activations in the backward pass alone."""
 
     def learn(self, batch: MicroBatch, backward: Backward) -> torch.Tensor:
         """Leave a micro-batch's gradients. Returns its share of the window's mean loss, in nats, without a graph."""
@@ -63,18 +68,24 @@ PROGRESS = ("global_step", "max_steps", "epoch", "total_flos", "log_history")
 """What a checkpoint says of how far the training is, by the names of transformers' TrainerState."""
 
 
+Course = Generator[MicroBatch | None, torch.Tensor | None]
+"""A training as it goes: it yields a micro-batch and is sent its loss once the gradients are there, or it yields None
+where it has done a piece of other work and more is to come."""
+
+
 class PackMember:
-    """One training. Its life: `begin`, then `next_batch` and `took` in turn until it has `ended`, then `finish`."""
+    """One training. A pack leads it through its `course`."""
 
     def __init__(
         self, forward: ForwardPass, args: TrainingArguments, rows: MemberRows, callbacks: Sequence[TrainerCallback] = ()
     ) -> None:
+        self.streams = forward.streams
+        self.streams.take_over()
         seed_streams(args.seed)
         self.forward, self.args, self.rows = forward, args, rows
         self.model = forward.model
         if args.activation_checkpointing:
-            how = args.activation_checkpointing_kwargs
-            self.model.activation_checkpointing_enable(activation_checkpointing_kwargs=how)
+            forward.recompute_blocks()
         self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         scaler = torch.amp.GradScaler(forward.device.type) if args.fp16 else None
         self.optimizer = ScaledOptimizer(make_optimizer(self.model, args), scaler)
@@ -92,7 +103,9 @@ class PackMember:
         )
         self._log = LossLog(forward.device)
         self._waiting: deque[MicroBatch] = deque()  # the rest of the window
-        self._streams: dict[str, Any] | None = None  # of the checkpoint that it goes on from
+        self._before: dict[str, Any] = {}  # what a window begun moves before its step
+        self._saved = 0  # the step of the last checkpoint
+        self._resumed: dict[str, Any] | None = None  # the streams of the checkpoint that it goes on from
         self._in_epoch = False
         self._operations = 6 * self.model.num_parameters(exclude_embeddings=True)  # of a token, for trackers
         self._began, self._first_step, self._first_epoch = 0.0, 0, 0.0
@@ -111,30 +124,44 @@ class PackMember:
                 setattr(self.state, name, saved["progress"][name])
         self._log.restore(saved["log"])
         self.order.rows = saved["order"]
-        self._streams = saved["streams"]
+        self._resumed = saved["streams"]
 
-    def begin(self) -> None:
+    def course(self) -> Course:
+        """The whole training. Its streams must be at work whenever it goes on; closed early, it leaves no trace."""
+        with noisy_embeddings(self.model, self.args.neftune_noise_alpha):
+            self._begin()
+            while not self.ended:
+                batch = self._next_batch()
+                loss = yield batch
+                if loss is None:
+                    raise TypeError("a micro-batch was not learned from")
+                yield from self._took(batch, loss)
+        self._finish()
+
+    def _begin(self) -> None:
         """Tell the callbacks, and stand before the next micro-batch."""
         self.model.train()
         self._zero()
         self._began, self._first_step, self._first_epoch = time.time(), self.state.global_step, self.state.epoch
         self._tell("on_init_end")
         self._tell("on_train_begin")
-        if self._streams is not None:
-            restore_streams(self._streams, self.forward.device)
+        if self._resumed is not None:
+            restore_streams(self._resumed, self.forward.device)
 
-    def next_batch(self) -> MicroBatch:
+    def _next_batch(self) -> MicroBatch:
         """The next rows to learn from."""
         if not self._waiting:
             self._open_window()
         return self._waiting.popleft()
 
-    def took(self, batch: MicroBatch, loss: torch.Tensor) -> None:
+    def _took(self, batch: MicroBatch, loss: torch.Tensor) -> Generator[None]:
         """Count the loss of a micro-batch, whose gradients are there; after the window's last one, take the step."""
         self._log.add(loss)
         self.state.total_flos += self._operations * self.forward.tokens(batch.rows)
         if self._waiting:
             self._tell("on_substep_end")
+            if self.ended:
+                self._abandon_window()
             return
         norm = self.optimizer.clip(self.trained, self.args.max_grad_norm)
         self._tell("on_pre_optimizer_step")
@@ -146,12 +173,12 @@ class PackMember:
         self._zero()
         self._count_step()
         self._tell("on_step_end")
-        self._log_evaluate_save(norm, rate)
+        yield from self._log_evaluate_save(norm, rate)
         if self.ended or self.state.global_step % self.order.windows == 0:
             self._in_epoch = False
             self._tell("on_epoch_end")
 
-    def finish(self) -> None:
+    def _finish(self) -> None:
         """Log the sums of the whole run, and let the trackers close what they opened."""
         steps = self.state.global_step - self._first_step
         samples = len(self.rows.train) * (self.state.epoch - self._first_epoch)
@@ -171,6 +198,9 @@ class PackMember:
 
     def _open_window(self) -> None:
         epoch, window = divmod(self.state.global_step, self.order.windows)
+        if self.args.gradient_accumulation_steps > 1:
+            log, streams = self._log.state(), read_streams(self.forward.device)
+            self._before = {"log": log, "streams": streams, "order": self.order.rows, "flos": self.state.total_flos}
         if not self._in_epoch:
             self._in_epoch = True
             self._tell("on_epoch_begin")
@@ -183,28 +213,42 @@ class PackMember:
         self._waiting.extend(MicroBatch(rows=rows, learned=learned, pieces=len(pieces)) for rows in pieces)
         self._tell("on_step_begin")
 
+    def _abandon_window(self) -> None:
+        """Stand where the last step ended: a checkpoint of a window half learned would have to hold its gradients."""
+        self._waiting.clear()
+        self._zero()
+        self._log.restore(self._before["log"])
+        self.order.rows, self.state.total_flos = self._before["order"], self._before["flos"]
+        restore_streams(self._before["streams"], self.forward.device)
+        if self.control.should_save and self._saved != self.state.global_step > self._first_step:
+            self._save()
+
     def _count_step(self) -> None:
         epoch, window = divmod(self.state.global_step, self.order.windows)
         done = min(self.order.micro_batches, (window + 1) * self.args.gradient_accumulation_steps)
         self.state.global_step += 1
         self.state.epoch = epoch + done / self.order.micro_batches
 
-    def _log_evaluate_save(self, norm: torch.Tensor, rate: float) -> None:
+    def _log_evaluate_save(self, norm: torch.Tensor, rate: float) -> Generator[None]:
         if self.control.should_log:
             loss = self._log.take(self.state.global_step)
             self._say({"loss": loss, "grad_norm": norm.item(), "learning_rate": float(rate)})
         if self.control.should_evaluate:
             with random_streams_kept():
-                self._evaluate()
+                yield from self._evaluate()
         if self.control.should_save:
             self._save()
 
-    def _evaluate(self) -> None:
-        began, rows = time.time(), self.rows.held_out
-        with evaluating(self.model):
-            loss = held_out_loss(rows, self.args, self.forward.held_out_loss)
-        batches = math.ceil(len(rows) / self.args.per_device_eval_batch_size)
-        metrics = {"eval_loss": loss, **speed_metrics("eval", began, num_samples=len(rows), num_steps=batches)}
+    def _evaluate(self) -> Generator[None]:
+        """A batch at a time. No mode of the process may outlast one: others compute in between."""
+        began, rows, losses = time.time(), self.rows.held_out, []
+        batches = held_out_batches(rows, self.args)
+        for batch in batches:
+            with evaluating(self.model):
+                losses.append(self.forward.held_out_loss(batch))
+            yield
+        metrics = speed_metrics("eval", began, num_samples=len(rows), num_steps=len(batches))
+        metrics = {"eval_loss": mean_loss(batches, losses), **metrics}
         self._say(metrics)
         self._tell("on_evaluate", metrics=metrics)
 
@@ -220,6 +264,7 @@ class PackMember:
         }
         write_snapshot(self.model, state, folder / f"checkpoint-{self.state.global_step}")
         self._tell("on_save")
+        self._saved = self.state.global_step
         drop_older(folder, KEPT_CHECKPOINTS)  # after the new one is closed: there is always a whole one
 
     def _say(self, logs: dict[str, Any]) -> None:

@@ -92,7 +92,13 @@ class Brake(TrainerCallback):
             if logs and name in logs and not math.isfinite(logs[name]):
                 raise TrainingFailed(Reason.DIVERGED, f"{name} became {logs[name]} at step {state.global_step}")
 
+    def on_substep_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._obey(control)
+
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._obey(control)
+
+    def _obey(self, control: Any) -> None:
         if self._run.stop.is_set():
             control.should_training_stop = True
             control.should_save = self._run.save_on_stop.is_set()

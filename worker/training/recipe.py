@@ -28,8 +28,9 @@ from loractl.worker.data.lengths import lengths_of
 from loractl.worker.data.packing import check_apart, packed
 from loractl.worker.data.prepared import PreparedData, prepare_data, prepare_regression
 from loractl.worker.data.template import templated
-from loractl.worker.engine.choice import forward_pass
-from loractl.worker.engine.lean import LeanPass
+from loractl.worker.engine.passes.choice import forward_pass, may_share, shared_base
+from loractl.worker.engine.passes.lean import LeanPass
+from loractl.worker.engine.passes.shared import SharedBase
 from loractl.worker.evaluation.card import write_model_card
 from loractl.worker.evaluation.classifier import evaluate_classifier
 from loractl.worker.evaluation.course import TrainingCourse
@@ -67,8 +68,8 @@ def train(run: Run) -> Ended:
     run.check_stop()
 
     # 2. The base model, in NF4 for QLoRA, and a fresh adapter.
-    learner, identity = _load(run, data, tokenizer)
-    forward, why = forward_pass(learner, run.spec, longest_row(data))
+    learner, identity, shared = _load(run, data, tokenizer)
+    forward, why = forward_pass(learner, run.spec, longest_row(data), shared)
     if why is not None:
         run.note("engine", f"trains with padded rows: {why}")
     if isinstance(forward, LeanPass):
@@ -139,8 +140,9 @@ def _note_data(run: Run, data: PreparedData) -> None:
         run.note("warning", f"data: {warning}")
 
 
-def _load(run: Run, data: PreparedData, tokenizer: Any) -> tuple[Learner, BaseIdentity]:
-    """The base model with a fresh adapter, and what identifies the base once it is hashed. Raises TrainingFailed."""
+def _load(run: Run, data: PreparedData, tokenizer: Any) -> tuple[Learner, BaseIdentity, SharedBase | None]:
+    """The base model with a fresh adapter, what identifies the base once it is hashed, and the base where others may
+    train on it. Raises TrainingFailed."""
     order, spec = run.order, run.spec
     precision = choose_precision(order.device, spec.training.dtype, family := family_of(spec.base_model, spec.revision))
     if said := _about_fp16(spec, precision, family, on_gpu=run.on_gpu):
@@ -148,13 +150,14 @@ def _load(run: Run, data: PreparedData, tokenizer: Any) -> tuple[Learner, BaseId
     base = _base(run, precision, _head(spec, data, tokenizer))
     # once all files are here: loading may have fetched them from the hub
     identity = BaseIdentity(spec.base_model, spec.revision, Path(order.cache_dir))
-    model = add_adapter(base, spec, order.method)
+    shared = shared_base(base, precision) if may_share(spec) else None
+    model = add_adapter(base if shared is None else shared.view(), spec, order.method)
     if order.init_from is not None:
         _begin_from(run, model, data, order.init_from)
     compute_in(model, precision)
     if data.packed is not None:
         check_apart(model, data.packed, tokenizer.pad_token_id)
-    return Learner(model=model, tokenizer=tokenizer, precision=precision), identity
+    return Learner(model=model, tokenizer=tokenizer, precision=precision), identity, shared
 
 
 def _base(run: Run, precision: Precision, head: Head | None) -> Any:

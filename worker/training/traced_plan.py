@@ -34,8 +34,8 @@ from loractl.worker.base.arithmetic import Precision, compute_in
 from loractl.worker.base.head import HEAD, label_settings
 from loractl.worker.base.lora import add_adapter
 from loractl.worker.base.source import source_of
-from loractl.worker.engine.lean import LeanPass, RowsBehindEachOther
 from loractl.worker.engine.loss import classified
+from loractl.worker.engine.passes.lean import LeanPass, RowsBehindEachOther
 
 BLOCK = 512
 """Bytes that CUDA's caching allocator rounds a tensor up to (kMinBlockSize in c10/cuda/CUDACachingAllocator)."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
 
 from loractl.common.job.sections import TaskType
 from loractl.common.job.spec import JobSpec
-from loractl.worker.base.arithmetic import evaluating
+from loractl.worker.base.arithmetic import Precision, evaluating
 from loractl.worker.base.gauge import is_out_of_memory
 from loractl.worker.base.learner import Learner
 from loractl.worker.base.source import first_line
@@ -16,6 +17,8 @@ from loractl.worker.data.tokens import TokenRow
 
 from .lean import LeanPass
 from .padded import PaddedPass
+from .product import CantShare
+from .shared import SharedBase, SharedPass
 
 TOLERANCE = 0.01
 """Share of the largest logit that rounding may move; another row in sight, or a scale left out, moves far more."""
@@ -27,9 +30,31 @@ KINDS = {"full_attention", "sliding_attention"}
 """Layers that row attention knows; others look at masks of their own, or carry a state from token to token."""
 
 
-def forward_pass(learner: Learner, spec: JobSpec, longest: int) -> tuple[LeanPass | PaddedPass, str | None]:
+def may_share(spec: JobSpec) -> bool:
+    """Whether a job may train on a base that others train on: it changes nothing of that, and needs no padding."""
+    alone = spec.training.exact or bool(spec.lora.modules_to_save) or spec.lora.init_lora_weights == "loftq"
+    return not alone and _by_options(spec) is None
+
+
+def shared_base(model: Any, precision: Precision) -> SharedBase | None:
+    """A base, as it was loaded, for several trainings; None where its code tells rows apart by padding alone, or draws
+    random numbers itself."""
+    if _by_model(model) is not None or any(map(_drops, model.modules())):
+        return None
+    return SharedBase(model, precision)
+
+
+def _drops(module: Any) -> bool:
+    """Whether a module has dropout of its own."""
+    chances = [getattr(module, name, 0) for name in ("p", "attention_dropout")]
+    return any(isinstance(chance, float) and chance > 0 for chance in chances)
+
+
+def forward_pass(
+    learner: Learner, spec: JobSpec, longest: int, shared: SharedBase | None = None
+) -> tuple[LeanPass | PaddedPass, str | None]:
     """The forward pass of a job whose longest row has so many tokens, and where that is the padded one though the job
-    did not ask for it, why."""
+    did not ask for it, why. `shared`: the base that the learner's model is a view of."""
     training = spec.training
     padded = PaddedPass(
         learner.model,
@@ -42,6 +67,11 @@ def forward_pass(learner: Learner, spec: JobSpec, longest: int) -> tuple[LeanPas
     why = _by_options(spec) or _by_model(learner.model.get_base_model())
     if why is not None:
         return padded, why
+    if shared is not None:
+        with contextlib.suppress(CantShare):
+            together = SharedPass(shared, learner.model, training.label_smoothing_factor)
+            if rows_together(together, longest) is None:
+                return together, None
     lean = LeanPass(learner.model, learner.precision, training.label_smoothing_factor)
     why = rows_together(lean, longest)
     return (lean, None) if why is None else (padded, why)

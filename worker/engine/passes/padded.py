@@ -9,8 +9,8 @@ import torch
 
 from loractl.worker.data.batch import collate, inputs_of
 from loractl.worker.data.tokens import TokenRow
-
-from .loss import Backward, MicroBatch, accepts_window, classified, learned_in, smoothed
+from loractl.worker.engine.loss import Backward, MicroBatch, accepts_window, classified, learned_in, smoothed
+from loractl.worker.engine.streams import RandomStreams
 
 
 class PaddedPass:
@@ -19,10 +19,15 @@ class PaddedPass:
     def __init__(self, model: Any, pad: int, smoothing: float, *, compiled: bool = False) -> None:
         self.model = model
         self.device: torch.device = model.device
+        self.streams = RandomStreams(self.device)
         self._pad = pad
         self._smoothing = smoothing
         self._learner = torch.compile(model, backend="inductor") if compiled else model
         self._whole_windows = accepts_window(model)
+
+    def recompute_blocks(self) -> None:
+        """Hold a block's activations in the backward pass alone."""
+        self.model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
 
     def learn(self, batch: MicroBatch, backward: Backward) -> torch.Tensor:
         """Leave a micro-batch's gradients. Returns its share of the window's mean loss, in nats, without a graph."""

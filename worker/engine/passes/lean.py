@@ -20,8 +20,9 @@ from loractl.common.memory.step import HEAD_CHUNK
 from loractl.worker.base.arithmetic import AMP, Precision
 from loractl.worker.base.learner import ScoredTokens
 from loractl.worker.data.tokens import IGNORED, TokenRow
+from loractl.worker.engine.loss import Backward, MicroBatch
+from loractl.worker.engine.streams import RandomStreams
 
-from .loss import Backward, MicroBatch
 from .rows import RowLayout
 
 
@@ -49,6 +50,10 @@ class RowsBehindEachOther:
         tensors |= {"targets": expected[places], "row_of": owners[places]}
         return cls(lengths=lengths, **{name: tensor.to(device) for name, tensor in tensors.items()})
 
+    @property
+    def tokens(self) -> int:
+        return self.ids.shape[1]
+
 
 def _lengths(row: TokenRow) -> list[int]:
     """Of the examples of a packed row; of the row itself where it is one."""
@@ -56,102 +61,20 @@ def _lengths(row: TokenRow) -> list[int]:
     return [end - begin for begin, end in itertools.pairwise(borders)]
 
 
-class LeanPass:
-    """Losses of a model without the waste."""
+class LeanModel:
+    """A causal model that is given rows behind each other, and whose head is asked for some tokens alone."""
 
-    def __init__(self, model: Any, precision: Precision, smoothing: float = 0.0) -> None:
-        self.model = model
-        self.device: torch.device = model.device
-        self._smoothing = smoothing
+    def __init__(self, words: Any, precision: Precision) -> None:
+        self.words = words
+        self.device: torch.device = words.device
         self._precision = precision
-        self._words = model.get_base_model()
-        self._decoder = self._words.base_model
-        self._layout = RowLayout(self._words)
+        self._decoder = words.base_model
+        self._layout = RowLayout(words)
         self._kind: Any = None  # of the decoder's answer
-        self._adapters = [m for m in self._words.modules() if hasattr(m, "cast_input_dtype_enabled")]
-
-    def learn(self, batch: MicroBatch, backward: Backward) -> torch.Tensor:
-        """Leave a micro-batch's gradients. Returns its share of the window's mean loss, in nats, without a graph."""
-        return self.learn_rows(RowsBehindEachOther.of(batch.rows, self.device), batch.learned, backward)
-
-    def learn_rows(self, rows: RowsBehindEachOther, count: int, backward: Backward) -> torch.Tensor:
-        """The same for rows that are laid behind each other; the loss is their sum divided by `count`."""
-        total = torch.zeros((), device=self.device)
-        with self._lean(rows.lengths):
-            learned = self._decoded(rows)[rows.places]
-            gradient = torch.empty_like(learned)
-            for at in range(0, len(rows.places), HEAD_CHUNK):
-                part = slice(at, at + HEAD_CHUNK)
-                piece = learned.detach()[part].requires_grad_()
-                share = self._sum(piece, rows.targets[part]) / count
-                backward(share)
-                gradient[part] = piece.grad
-                total += share.detach()
-            if len(rows.places):
-                torch.autograd.backward(learned, gradient)
-        return total
-
-    def held_out_loss(self, rows: Sequence[TokenRow]) -> float:
-        """The mean loss of one batch of held-out rows, for a model in eval mode."""
-        losses = torch.cat([scored.losses for scored in self._scored(rows, self._smoothing)] or [torch.empty(0)])
-        return float(losses.mean())
-
-    def scores(self, rows: Sequence[TokenRow]) -> list[ScoredTokens]:
-        """Every learned token of some rows, for a model in eval mode."""
-        return self._scored(rows, 0.0)
-
-    def last_logits(self, rows: Sequence[TokenRow], count: int) -> list[torch.Tensor]:
-        """The logits of each row's last tokens, in fp32, for a model in eval mode."""
-        laid = RowsBehindEachOther.of(rows, self.device)
-        with torch.no_grad(), self._lean(laid.lengths):
-            whole = self._decoded(laid).split([len(row.input_ids) for row in rows])
-            return [self._logits(hidden[-count:]) for hidden in whole]
-
-    def last_logits_alone(self, row: TokenRow, count: int) -> torch.Tensor:
-        """The same of one row, by the model's own attention."""
-        with torch.no_grad():
-            return self._logits(self._decoded(RowsBehindEachOther.of([row], self.device))[-count:])
-
-    def tokens(self, rows: Sequence[TokenRow]) -> int:
-        """Tokens that pass the model."""
-        return sum(len(row.input_ids) for row in rows)
-
-    def _sum(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """The summed loss of a chunk. Nothing else holds its logits, so the backward pass has their room."""
-        return F.cross_entropy(self._logits(hidden), targets, reduction="sum", label_smoothing=self._smoothing)
-
-    def _scored(self, rows: Sequence[TokenRow], smoothing: float) -> list[ScoredTokens]:
-        found = []
-        laid = RowsBehindEachOther.of(rows, self.device)
-        with torch.no_grad(), self._lean(laid.lengths):
-            learned = self._decoded(laid)[laid.places]
-            for at in range(0, len(laid.places), HEAD_CHUNK):
-                part = slice(at, at + HEAD_CHUNK)
-                targets, logits = laid.targets[part], self._logits(learned[part])
-                losses = F.cross_entropy(logits, targets, reduction="none", label_smoothing=smoothing)
-                right = logits.argmax(-1) == targets
-                found.append(ScoredTokens(rows=laid.row_of[part], targets=targets, losses=losses, right=right))
-        return found
-
-    def _decoded(self, rows: RowsBehindEachOther) -> torch.Tensor:
-        """The last hidden state of every token."""
-        with self._autocast():
-            seen = self._decoder(input_ids=rows.ids, position_ids=rows.positions, use_cache=False)
-        self._kind = type(seen)
-        return seen.last_hidden_state[0]
-
-    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """The words' logits in fp32: by the model's own code, which may scale or cap them."""
-        answer = self._kind(last_hidden_state=hidden[None])
-        with self._autocast(), _answering(self._decoder, answer):
-            return self._words(input_ids=torch.zeros((1, 1), dtype=torch.int64, device=self.device)).logits[0].float()
-
-    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
-        amp = self._precision.amp
-        return contextlib.nullcontext() if amp is None else torch.autocast(self.device.type, dtype=AMP[amp])
+        self._adapters = [m for m in words.modules() if hasattr(m, "cast_input_dtype_enabled")]
 
     @contextlib.contextmanager
-    def _lean(self, lengths: list[int]) -> Iterator[None]:
+    def lean(self, lengths: list[int]) -> Iterator[None]:
         """Rows of these lengths lie behind each other, and adapters read what they are given: under autocast their
         products cast it, and peft's copy in fp32 is made for nothing."""
         for layer in self._adapters:
@@ -162,6 +85,117 @@ class LeanPass:
         finally:
             for layer in self._adapters:
                 layer.cast_input_dtype_enabled = True
+
+    def decoded(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """The last hidden state of every token."""
+        with self._autocast():
+            seen = self._decoder(input_ids=ids, position_ids=positions, use_cache=False)
+        self._kind = type(seen)
+        hidden: torch.Tensor = seen.last_hidden_state[0]
+        return hidden
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The words' logits in fp32: by the model's own code, which may scale or cap them."""
+        answer = self._kind(last_hidden_state=hidden[None])
+        with self._autocast(), _answering(self._decoder, answer):
+            nothing = torch.zeros((1, 1), dtype=torch.int64, device=self.device)
+            found: torch.Tensor = self.words(input_ids=nothing).logits[0].float()
+        return found
+
+    def learn_head(
+        self, hidden: torch.Tensor, targets: torch.Tensor, count: int, smoothing: float, backward: Backward
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The summed loss of some tokens divided by `count`, and its gradient with respect to their hidden states,
+        chunk by chunk."""
+        total, gradient = torch.zeros((), device=self.device), torch.empty_like(hidden)
+        for at in range(0, len(targets), HEAD_CHUNK):
+            part = slice(at, at + HEAD_CHUNK)
+            piece = hidden.detach()[part].requires_grad_()
+            share = self.summed_loss(piece, targets[part], smoothing) / count
+            backward(share)
+            gradient[part] = piece.grad
+            total += share.detach()
+        return total, gradient
+
+    def summed_loss(self, hidden: torch.Tensor, targets: torch.Tensor, smoothing: float) -> torch.Tensor:
+        """Of a chunk. Nothing else holds its logits, so the backward pass has their room."""
+        return F.cross_entropy(self.logits(hidden), targets, reduction="sum", label_smoothing=smoothing)
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        amp = self._precision.amp
+        return contextlib.nullcontext() if amp is None else torch.autocast(self.device.type, dtype=AMP[amp])
+
+
+class LeanPass:
+    """Losses of an adapted model without the waste."""
+
+    def __init__(
+        self, model: Any, precision: Precision, smoothing: float = 0.0, streams: RandomStreams | None = None
+    ) -> None:
+        """`streams`: that the training draws from; None: it has them to itself."""
+        self.model = model
+        self.device: torch.device = model.device
+        self.smoothing = smoothing
+        self.streams = streams or RandomStreams(self.device)
+        self._lean = LeanModel(model.get_base_model(), precision)
+
+    def recompute_blocks(self) -> None:
+        """Hold a block's activations in the backward pass alone."""
+        self.model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+
+    def learn(self, batch: MicroBatch, backward: Backward) -> torch.Tensor:
+        """Leave a micro-batch's gradients. Returns its share of the window's mean loss, in nats, without a graph."""
+        return self.learn_rows(RowsBehindEachOther.of(batch.rows, self.device), batch.learned, backward)
+
+    def learn_rows(self, rows: RowsBehindEachOther, count: int, backward: Backward) -> torch.Tensor:
+        """The same for rows that are laid behind each other; the loss is their sum divided by `count`."""
+        with self._lean.lean(rows.lengths):
+            learned = self._decoded(rows)[rows.places]
+            total, gradient = self._lean.learn_head(learned, rows.targets, count, self.smoothing, backward)
+            if len(rows.places):
+                torch.autograd.backward(learned, gradient)
+        return total
+
+    def held_out_loss(self, rows: Sequence[TokenRow]) -> float:
+        """The mean loss of one batch of held-out rows, for a model in eval mode."""
+        losses = torch.cat([scored.losses for scored in self._scored(rows, self.smoothing)] or [torch.empty(0)])
+        return float(losses.mean())
+
+    def scores(self, rows: Sequence[TokenRow]) -> list[ScoredTokens]:
+        """Every learned token of some rows, for a model in eval mode."""
+        return self._scored(rows, 0.0)
+
+    def last_logits(self, rows: Sequence[TokenRow], count: int) -> list[torch.Tensor]:
+        """The logits of each row's last tokens, in fp32, for a model in eval mode."""
+        laid = RowsBehindEachOther.of(rows, self.device)
+        with torch.no_grad(), self._lean.lean(laid.lengths):
+            whole = self._decoded(laid).split([len(row.input_ids) for row in rows])
+            return [self._lean.logits(hidden[-count:]) for hidden in whole]
+
+    def last_logits_alone(self, row: TokenRow, count: int) -> torch.Tensor:
+        """The same of one row, by the model's own attention."""
+        with torch.no_grad():
+            return self._lean.logits(self._decoded(RowsBehindEachOther.of([row], self.device))[-count:])
+
+    def tokens(self, rows: Sequence[TokenRow]) -> int:
+        """Tokens that pass the model."""
+        return sum(len(row.input_ids) for row in rows)
+
+    def _scored(self, rows: Sequence[TokenRow], smoothing: float) -> list[ScoredTokens]:
+        found = []
+        laid = RowsBehindEachOther.of(rows, self.device)
+        with torch.no_grad(), self._lean.lean(laid.lengths):
+            learned = self._decoded(laid)[laid.places]
+            for at in range(0, len(laid.places), HEAD_CHUNK):
+                part = slice(at, at + HEAD_CHUNK)
+                targets, logits = laid.targets[part], self._lean.logits(learned[part])
+                losses = F.cross_entropy(logits, targets, reduction="none", label_smoothing=smoothing)
+                right = logits.argmax(-1) == targets
+                found.append(ScoredTokens(rows=laid.row_of[part], targets=targets, losses=losses, right=right))
+        return found
+
+    def _decoded(self, rows: RowsBehindEachOther) -> torch.Tensor:
+        return self._lean.decoded(rows.ids, rows.positions)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,51 @@
+"""loractl's engine with one member."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+
+from gate import Gate
+from transformers import TrainingArguments, set_seed
+
+from loractl.common.job.method import Method
+from loractl.common.job.spec import JobSpec
+from loractl.worker.base.arithmetic import choose_precision, compute_in
+from loractl.worker.base.lora import add_adapter
+from loractl.worker.base.model import load_base
+from loractl.worker.data.tokens import TokenRow
+from loractl.worker.engine.loop import run
+from loractl.worker.engine.member import MemberRows, PackMember
+from loractl.worker.engine.passes.choice import shared_base
+from loractl.worker.engine.passes.shared import SharedPass
+
+gate = Gate(sys.argv[1])
+job = gate.job
+spec = JobSpec.model_validate(
+    {
+        "name": "benchmark", "base_model": job["model"], "method": "qlora" if job["base"] == "nf4" else "lora",
+        "dataset": {"path": "x.jsonl"}, "lora": job["lora"], "training": {"dtype": "bfloat16"},
+    }
+)  # fmt: skip
+method, precision = Method(spec.method), choose_precision("cpu", "bfloat16")
+base = shared_base(load_base(job["model"], method, "cpu", precision), precision)
+assert base is not None
+set_seed(0)
+adapted = add_adapter(base.view(), spec, method)
+compute_in(adapted, precision)
+
+
+class Counted(SharedPass):
+    def tokens(self, rows: list[TokenRow]) -> int:
+        gate.count(found := super().tokens(rows))
+        return found
+
+
+arguments = TrainingArguments(
+    output_dir=tempfile.mkdtemp(), max_steps=job["steps"], per_device_train_batch_size=job["batch"],
+    learning_rate=job["learning_rate"], bf16=True, use_cpu=True, save_strategy="no", report_to=[],
+    disable_tqdm=True, optim="adamw_torch_fused", train_sampling_strategy="sequential", data_seed=0, seed=0,
+)  # fmt: skip
+rows = [TokenRow(number=n, **row) for n, row in enumerate(job["train"])]
+run([PackMember(Counted(base, adapted), arguments, MemberRows(train=rows, held_out=[]), (gate,))])
+gate.end(adapted)

@@ -1,0 +1,43 @@
+"""TRL's SFTTrainer, as its documentation has it for LoRA and QLoRA, on rows that are tokens already.
+
+Runs in an environment of its own: python -m venv X; X/bin/pip install trl peft bitsandbytes
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+
+import torch
+from datasets import Dataset
+from gate import IGNORED, Gate, keep_nf4_in_training_mode, quantization
+from peft import LoraConfig
+from transformers import set_seed
+from trl import SFTConfig, SFTTrainer
+
+gate = Gate(sys.argv[1])
+job = gate.job
+rows = Dataset.from_list(
+    [
+        {"input_ids": row["input_ids"], "completion_mask": [int(label != IGNORED) for label in row["labels"]]}
+        for row in job["train"]
+    ]
+)
+options = {"quantization_config": quantization(), "device_map": {"": "cpu"}} if job["base"] == "nf4" else {}
+set_seed(0)
+trainer = SFTTrainer(
+    model=job["model"],
+    args=SFTConfig(
+        output_dir=tempfile.mkdtemp(), max_steps=job["steps"], per_device_train_batch_size=job["batch"],
+        learning_rate=job["learning_rate"], bf16=True, use_cpu=True, save_strategy="no", report_to=[],
+        disable_tqdm=True, seed=0, max_length=None, gradient_checkpointing=False, completion_only_loss=True,
+        train_sampling_strategy="sequential", model_init_kwargs={"dtype": torch.bfloat16, **options},
+    ),
+    train_dataset=rows,
+    peft_config=LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", **job["lora"]),
+    callbacks=[gate],
+)  # fmt: skip
+keep_nf4_in_training_mode(trainer.model)
+trainer.data_collator = gate.counted(trainer.data_collator)
+trainer.train()
+gate.end(trainer.model)

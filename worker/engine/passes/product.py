@@ -1,0 +1,217 @@
+"""A linear layer of a base that several adapters share: its product over all tokens at once, and the factors of each
+adapter on its own tokens."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+
+ADAPTER = "default"
+"""peft's name of an adapter that is alone in its view of the base."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Span:
+    """The tokens of one adapter's micro-batch, behind each other in the one row of a pass."""
+
+    owner: Any  # the adapted model
+    begin: int
+    end: int
+    generator: torch.Generator  # that its dropout draws from
+
+
+class Spans:
+    """Who has which tokens of the pass that goes on."""
+
+    def __init__(self) -> None:
+        self.now: tuple[Span, ...] = ()
+
+    @property
+    def lengths(self) -> list[int]:
+        return [span.end - span.begin for span in self.now]
+
+    @contextlib.contextmanager
+    def of(self, spans: Sequence[Span]) -> Iterator[None]:
+        """Until the backward pass is over: blocks that are recomputed need them too."""
+        self.now = tuple(spans)
+        try:
+            yield
+        finally:
+            self.now = ()
+
+
+class SharedProduct:
+    """In place of a linear layer's forward()."""
+
+    def __init__(self, linear: Any, spans: Spans) -> None:
+        self._linear = linear
+        self._own: Callable[[torch.Tensor], torch.Tensor] = linear.forward
+        self._spans = spans
+        self._gradient = input_gradient_of(linear)
+        # by adapted model, which takes its layers along when it goes
+        self.layers: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        taken = [(span, layer) for span in self._spans.now if (layer := self.layers.get(span.owner)) is not None]
+        if not taken:
+            return self._own(x)
+        if x.numel() != x.shape[-1] * sum(self._spans.lengths):
+            raise CantShare(f"a layer is given {x.numel() // x.shape[-1]} of {sum(self._spans.lengths)} tokens")
+        if self._gradient is None:
+            return self._apart(x, self._own(x), taken)
+        plain = [(span, layer) for span, layer in taken if ADAPTER not in layer.lora_variant]
+        answer = self._together(x, plain)
+        return (
+            answer if len(plain) == len(taken) else self._apart(x, answer, [one for one in taken if one not in plain])
+        )
+
+    def _together(self, x: torch.Tensor, taken: list[tuple[Span, Any]]) -> torch.Tensor:
+        above = [layer.lora_A[ADAPTER].weight for _, layer in taken]
+        below = [layer.lora_B[ADAPTER].weight for _, layer in taken]
+        parts = [_Factors.of(span, layer) for span, layer in taken]
+        flat = x.reshape(-1, x.shape[-1]).to(_compute_type(x))
+        answer = _Product.apply(flat, self._own, self._gradient, parts, *above, *below)
+        answer = answer.view(*x.shape[:-1], -1)
+        # a layer in NF4 answers in its input's type
+        return answer.to(x.dtype) if hasattr(self._linear, "quant_state") else answer
+
+    def _apart(self, x: torch.Tensor, answer: torch.Tensor, taken: list[tuple[Span, Any]]) -> torch.Tensor:
+        """By peft's own code for a variant like DoRA, which shares the base's product alone."""
+        lengths, layers = self._spans.lengths, dict(taken)
+        # split, not slices: those make a tensor of full size for each span in the backward pass
+        rows = zip(self._spans.now, x.split(lengths, dim=-2), answer.split(lengths, dim=-2), strict=True)
+        return torch.cat([_adapted(layers.get(span), span, *states) for span, *states in rows], dim=-2)
+
+
+class CantShare(Exception):
+    """A layer whose adapter can't be told apart by spans of tokens."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Factors:
+    """One adapter's part of a product."""
+
+    rows: slice
+    scaling: float
+    dropout: float
+    generator: torch.Generator
+
+    @classmethod
+    def of(cls, span: Span, layer: Any) -> _Factors:
+        dropout = getattr(layer.lora_dropout[ADAPTER], "p", 0.0) if torch.is_grad_enabled() else 0.0
+        rows = slice(span.begin, span.end)
+        return cls(rows=rows, scaling=layer.scaling[ADAPTER], dropout=dropout, generator=span.generator)
+
+
+class _Product(torch.autograd.Function):
+    """x W + s (dropout(x) A) B, with each adapter's A, B, s and dropout on its own rows.
+
+    The factors' part is added where the base's product lies, forward and backward: no tensor of the size of the answer
+    is made for it.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, own: Any, gradient: Any, parts: list[_Factors], *factors: torch.Tensor
+    ) -> Any:
+        answer, saved = own(x), [x, *factors]
+        for part, a, b in zip(parts, factors[: len(parts)], factors[len(parts) :], strict=True):
+            seen = x[part.rows]
+            if part.dropout:
+                mask = _mask(seen, part)
+                saved.append(mask)
+                seen = _dropped(seen, mask, part)
+            inner = seen @ a.to(x.dtype).T
+            saved.append(inner)
+            answer[part.rows].addmm_(inner, _scaled(b, part, x.dtype).T)
+        ctx.save_for_backward(*saved)
+        ctx.gradient, ctx.parts = gradient, parts
+        return answer
+
+    @staticmethod
+    def backward(ctx: Any, given: torch.Tensor) -> Any:
+        x, *saved = ctx.saved_tensors
+        count = len(ctx.parts)
+        above, below, rest = saved[:count], saved[count : 2 * count], iter(saved[2 * count :])
+        back = ctx.gradient(given) if ctx.needs_input_grad[0] else None
+        to_a, to_b = [], []
+        for part, a, b in zip(ctx.parts, above, below, strict=True):
+            mask = next(rest) if part.dropout else None
+            inner, seen, of_answer = next(rest), x[part.rows], given[part.rows]
+            to_b.append((of_answer.T @ inner).to(b.dtype).mul_(part.scaling))
+            of_inner = of_answer @ _scaled(b, part, x.dtype)
+            to_a.append((of_inner.T @ (seen if mask is None else _dropped(seen, mask, part))).to(a.dtype))
+            if back is None:
+                continue
+            if mask is None:
+                back[part.rows].addmm_(of_inner, a.to(x.dtype))
+            else:
+                back[part.rows] += _dropped(of_inner @ a.to(x.dtype), mask, part)
+        return (back, None, None, None, *to_a, *to_b)
+
+
+def _scaled(b: torch.Tensor, part: _Factors, dtype: torch.dtype) -> torch.Tensor:
+    return (b * part.scaling).to(dtype)
+
+
+def _mask(x: torch.Tensor, part: _Factors) -> torch.Tensor:
+    """What dropout keeps: on a processor the numbers that torch's own multiplies its input with, on a card a byte an
+    element."""
+    kind = torch.bool if x.is_cuda else x.dtype
+    mask = torch.empty(x.shape, dtype=kind, device=x.device).bernoulli_(1 - part.dropout, generator=part.generator)
+    return mask if x.is_cuda else mask.div_(1 - part.dropout)
+
+
+def _dropped(x: torch.Tensor, mask: torch.Tensor, part: _Factors) -> torch.Tensor:
+    return (x * mask).div_(1 - part.dropout) if mask.dtype is torch.bool else x * mask
+
+
+def _compute_type(x: torch.Tensor) -> torch.dtype:
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+def _adapted(layer: Any, span: Span, x: torch.Tensor, answer: torch.Tensor) -> torch.Tensor:
+    """The base's answer with an adapter's part, by peft's own code."""
+    if layer is None:
+        return answer
+    with _drawing_from(span.generator):
+        if (variant := layer.lora_variant.get(ADAPTER)) is not None:
+            found: torch.Tensor = variant.forward(layer, active_adapter=ADAPTER, x=x, result=answer)
+        else:
+            a, b = layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]
+            found = answer + b(a(layer.lora_dropout[ADAPTER](x))) * layer.scaling[ADAPTER]
+    return found.to(answer.dtype)
+
+
+@contextlib.contextmanager
+def _drawing_from(generator: torch.Generator) -> Iterator[None]:
+    """Let torch's functions draw from a generator, which they can't be given."""
+    devices = [generator.device] if generator.device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        place = torch.cuda if devices else torch
+        place.set_rng_state(generator.get_state())
+        yield
+        generator.set_state(place.get_rng_state())
+
+
+def input_gradient_of(linear: Any) -> Callable[[torch.Tensor], torch.Tensor] | None:
+    """From the gradient of a linear layer's answer to that of its input, both of shape (tokens, width); None for a
+    layer of another kind."""
+    from bitsandbytes.functional import dequantize_4bit
+    from bitsandbytes.nn import Linear4bit
+    from transformers.pytorch_utils import Conv1D
+
+    kind = type(linear)
+    if kind is torch.nn.Linear:
+        return lambda given: given @ linear.weight.to(given.dtype)
+    if kind is Conv1D:
+        return lambda given: given @ linear.weight.to(given.dtype).T
+    if kind is Linear4bit:
+        return lambda given: given @ dequantize_4bit(linear.weight.data, linear.weight.quant_state).to(given.dtype)
+    return None

@@ -1,0 +1,174 @@
+"""A base that several trainings share: their micro-batches pass through it together, each with its own adapter.
+
+All tokens lie in one row, one span a training. The base's products run once over all of them; adapters, attention, head
+and loss see their own span alone, so what one training computes does not depend on the others.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from loractl.worker.base.arithmetic import Precision
+from loractl.worker.data.tokens import TokenRow
+from loractl.worker.engine.loss import Backward, MicroBatch
+from loractl.worker.engine.streams import RandomStreams
+
+from .lean import LeanModel, LeanPass, RowsBehindEachOther
+from .product import ADAPTER, CantShare, SharedProduct, Span, Spans
+from .view import view_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """One training's micro-batch in a pass of several."""
+
+    model: Any  # the adapted view
+    batch: MicroBatch
+    backward: Backward
+    streams: RandomStreams
+    smoothing: float
+
+
+class SharedBase:
+    """A frozen base and the layers of those who train on it. Each has a view of its own; the passes run in one more."""
+
+    def __init__(self, model: Any, precision: Precision) -> None:
+        """`model`: as it was loaded, its NF4 layers settled. It must stay as it is."""
+        model.requires_grad_(False)
+        self.model, self.precision = model, precision
+        self._words = view_of(model).train()
+        self._lean = LeanModel(self._words, precision)
+        self._spans = Spans()
+        self._products: dict[str, SharedProduct] = {}  # by the layer's path
+        self._blocks: list[Any] | None = None  # that can be recomputed; None: not prepared for it
+
+    def view(self) -> Any:
+        """A view of the base, for one adapter."""
+        return view_of(self.model)
+
+    def take_in(self, adapted: Any) -> None:
+        """Know the layers of an adapter on a view. They are forgotten when the model is gone. Raises CantShare."""
+        from peft.tuners.lora.layer import LoraLayer
+
+        for path, layer in adapted.get_base_model().named_modules():
+            if not isinstance(layer, LoraLayer):
+                continue
+            if ADAPTER not in layer.lora_A or layer.lora_bias[ADAPTER]:
+                raise CantShare(f"{path} is no plain linear layer")
+            if path not in self._products:
+                linear = self._words.get_submodule(path)
+                self._products[path] = linear.forward = SharedProduct(linear, self._spans)
+            self._products[path].layers[adapted] = layer
+
+    def learn(self, pieces: Sequence[Piece], *, recomputes: bool = False) -> list[torch.Tensor]:
+        """Leave the gradients of several micro-batches. Returns each one's share of its window's mean loss, in nats.
+
+        `recomputes`: blocks are computed again in the backward pass. Gradients that are there are added to. After an
+        error no stream has moved, but parts of gradients may be left.
+        """
+        laid = [RowsBehindEachOther.of(piece.batch.rows, self._lean.device) for piece in pieces]
+        places = _together([rows.places for rows in laid], [rows.tokens for rows in laid])
+        self._recompute_blocks(on=recomputes)
+        with self._passing([(piece.model, piece.streams) for piece in pieces], laid):
+            learned = self._decoded(laid)[places]
+            gradient, losses = torch.empty_like(learned), []
+            counts = [len(rows.places) for rows in laid]
+            for piece, rows, hidden, to in zip(
+                pieces, laid, learned.split(counts), gradient.split(counts), strict=True
+            ):
+                loss, found = self._lean.learn_head(
+                    hidden, rows.targets, piece.batch.learned, piece.smoothing, piece.backward
+                )
+                to.copy_(found)
+                losses.append(loss)
+            if len(places):
+                torch.autograd.backward(learned, gradient)
+        return losses
+
+    def last_logits(self, adapted: Any, streams: RandomStreams, rows: Sequence[TokenRow], count: int) -> list[Any]:
+        """The logits of each row's last tokens, in fp32, without dropout."""
+        laid = RowsBehindEachOther.of(rows, self._lean.device)
+        with torch.no_grad(), self._passing([(adapted, streams)], [laid]):
+            whole = self._decoded([laid]).split([len(row.input_ids) for row in rows])
+            return [self._lean.logits(hidden[-count:]) for hidden in whole]
+
+    @contextlib.contextmanager
+    def _passing(
+        self, owners: Sequence[tuple[Any, RandomStreams]], laid: Sequence[RowsBehindEachOther]
+    ) -> Iterator[None]:
+        """The owners' rows lie behind each other, until their backward pass is over."""
+        lengths = [length for rows in laid for length in rows.lengths]
+        with contextlib.ExitStack() as stack:
+            spans, begin = [], 0
+            for (model, streams), rows in zip(owners, laid, strict=True):
+                generator = stack.enter_context(streams.drawing())
+                spans.append(Span(owner=model, begin=begin, end=begin + rows.tokens, generator=generator))
+                begin += rows.tokens
+            stack.enter_context(self._lean.lean(lengths))
+            stack.enter_context(self._spans.of(spans))
+            yield
+
+    def _decoded(self, laid: Sequence[RowsBehindEachOther]) -> torch.Tensor:
+        ids, positions = (torch.cat([getattr(rows, name) for rows in laid], dim=1) for name in ("ids", "positions"))
+        return self._lean.decoded(ids, positions)
+
+    def _recompute_blocks(self, *, on: bool) -> None:
+        if on and self._blocks is None:
+            how = {"use_reentrant": False, "preserve_rng_state": False, "context_fn": self._replayed}
+            self._words.activation_checkpointing_enable(activation_checkpointing_kwargs=how)
+            self._blocks = [m for m in self._words.modules() if getattr(m, "gradient_checkpointing", False)]
+        for block in self._blocks or ():
+            block.gradient_checkpointing = on
+
+    def _replayed(self) -> tuple[Any, Any]:
+        """Around a block, and around its recomputation, which draws what the block drew."""
+        generators = [span.generator for span in self._spans.now]
+        return contextlib.nullcontext(), _standing(generators, [generator.get_state() for generator in generators])
+
+
+@contextlib.contextmanager
+def _standing(generators: list[torch.Generator], states: list[torch.Tensor]) -> Iterator[None]:
+    before = [generator.get_state() for generator in generators]
+    for generator, state in zip(generators, states, strict=True):
+        generator.set_state(state)
+    try:
+        yield
+    finally:
+        for generator, state in zip(generators, before, strict=True):
+            generator.set_state(state)
+
+
+def _together(places: Sequence[torch.Tensor], lengths: Sequence[int]) -> torch.Tensor:
+    """Places in spans of these lengths, as places in the row of all spans."""
+    begins = [sum(lengths[:n]) for n in range(len(lengths))]
+    return torch.cat([of_one + begin for of_one, begin in zip(places, begins, strict=True)])
+
+
+class SharedPass(LeanPass):
+    """The lean pass of a training on a shared base. Alone it is a pass of one; a pack passes several together."""
+
+    def __init__(
+        self, base: SharedBase, adapted: Any, smoothing: float = 0.0, streams: RandomStreams | None = None
+    ) -> None:
+        super().__init__(adapted, base.precision, smoothing, streams)
+        self.base = base
+        self.recomputes = False
+        base.take_in(adapted)
+
+    def recompute_blocks(self) -> None:
+        self.recomputes = True
+
+    def learn(self, batch: MicroBatch, backward: Backward) -> torch.Tensor:
+        return self.base.learn([self.piece(batch, backward)], recomputes=self.recomputes)[0]
+
+    def last_logits(self, rows: Sequence[TokenRow], count: int) -> list[torch.Tensor]:
+        return self.base.last_logits(self.model, self.streams, rows, count)
+
+    def piece(self, batch: MicroBatch, backward: Backward) -> Piece:
+        """This training's part of a pass."""
+        return Piece(model=self.model, batch=batch, backward=backward, streams=self.streams, smoothing=self.smoothing)
