@@ -6,6 +6,7 @@ only informs. docs/data.md lists every kind.
 
 from __future__ import annotations
 
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -46,11 +47,17 @@ class Finding:
 
 
 def about_rows(level: Level, kind: str, text: str, rows: Sequence[int], hint: str | None = None) -> list[Finding]:
-    """A finding about these rows; no finding without rows. `{n}` in the text is their number."""
+    """A finding about these rows; no finding without rows. The text is one for `number_rows`."""
     if not rows:
         return []
-    text = text.replace("{n}", "1 row" if len(rows) == 1 else f"{len(rows)} rows")
+    text = number_rows(text, len(rows))
     return [Finding(level=level, kind=kind, text=text, count=len(rows), rows=tuple(rows[:SHOWN_ROWS]), hint=hint)]
+
+
+def number_rows(text: str, rows: int) -> str:
+    """A sentence with its number of rows for `{n}`, and the form of each `{stands|stand}` for one row or several."""
+    text = text.replace("{n}", "1 row" if rows == 1 else f"{rows} rows")
+    return re.sub(r"\{(\w+)\|(\w+)\}", lambda verb: verb[1] if rows == 1 else verb[2], text)
 
 
 def refusals(errors: Iterable[DataError]) -> list[Finding]:

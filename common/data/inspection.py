@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import json
 import re
+import unicodedata
 from array import array
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
@@ -14,7 +15,7 @@ from typing import Protocol
 from loractl.common.verdict import MIN_CASES
 
 from .example import Example, Turn
-from .findings import LABELS, Finding, about_rows, answer_of, shares_of
+from .findings import LABELS, Finding, about_rows, answer_of, number_rows, shares_of
 from .rows import Told
 
 FEW_TRAINED = 20
@@ -73,13 +74,13 @@ class LeftOut(Protocol):
 def _held_back(left_out: LeftOut) -> Iterator[Finding]:
     overlap, near, repeated = left_out.overlap, left_out.near, left_out.repeated
     if overlap:
-        rows = f"{overlap} row{'s' if overlap > 1 else ''}"
-        text = f"{rows} of the held-out file left out, because they are trained on"
+        text = "{n} of the held-out file left out, because {it|they} {is|are} trained on"
         text += f", {near} of them in another case or with other spaces" if near else ""
+        text = number_rows(text, overlap)
         yield Finding(level="warning", kind="overlap", text=text, count=overlap)
     if repeated:
-        rows = f"{repeated} row{'s' if repeated > 1 else ''}"
-        text = f"{rows} held out stand there already, but for case and spaces: each row counts once"
+        text = "{n} held out {stands|stand} there already, but for case and spaces: each row counts once"
+        text = number_rows(text, repeated)
         yield Finding(level="warning", kind="repeated held-out rows", text=text, count=repeated)
 
 
@@ -120,7 +121,7 @@ class _Repeated:
     def findings(self) -> Iterator[Finding]:
         again = sorted(place for places in _equal(self._rows) for place in places[1:])
         repeated = [self._numbers[place] for place in again]
-        yield from about_rows("warning", "duplicate rows", "{n} to train on stand there already", repeated)
+        yield from about_rows("warning", "duplicate rows", "{n} to train on {stands|stand} there already", repeated)
         differing = sorted(
             self._asked[places[0]]
             for places in _equal(self._questions)
@@ -152,11 +153,12 @@ class _Leaks:
                 partly.append(example.number)
             elif _asks(example) and _prompt_hash(example) in self._trained_prompts:
                 known.append(example.number)
-        text = "{n} held out begin with a conversation that is trained on"
+        text = "{n} held out {begins|begin} with a conversation that is trained on"
         hint = "hold out whole conversations: dataset.eval_path"
         yield from about_rows("warning", "overlapping conversations", text, partly, hint)
         known = sorted(set(known) - set(partly))
-        yield from about_rows("warning", "overlapping prompts", "{n} held out have a prompt that is trained on", known)
+        text = "{n} held out {has|have} a prompt that is trained on"
+        yield from about_rows("warning", "overlapping prompts", text, known)
 
 
 class _Answers:
@@ -270,6 +272,15 @@ class _Texts:
         yield from about_rows("note", "trailing space", text, self._padded)
 
 
+_CLOSES = ".,;:?!)]"
+"""What ends a word or a sentence, and has a space after it."""
+
+
+def _is_wide(character: str) -> bool:
+    """Whether it is of a script without spaces, as Chinese is (Unicode's East Asian Width)."""
+    return unicodedata.east_asian_width(character) in ("W", "F")
+
+
 class _Borders:
     """Prompt and completion are joined as they are."""
 
@@ -282,7 +293,7 @@ class _Borders:
         last, first = example.prompt[-1], example.text[len(example.prompt)]
         if last == " " and not first.isspace():
             self._spaced.append(example.number)
-        if last.isalnum() and first.isalnum():
+        if (last.isalnum() or last in _CLOSES) and first.isalnum() and not (_is_wide(last) or _is_wide(first)):
             self._glued.append(example.number)
 
     def findings(self) -> Iterator[Finding]:
@@ -290,7 +301,7 @@ class _Borders:
         hint = "most tokenizers put a word's space before it"
         hint += ": let the prompt end without, and the completion begin with one"
         yield from about_rows("warning", "space before the answer", text, self._spaced, hint)
-        text = "{n} whose prompt and completion join to one word"
+        text = "{n} whose prompt and completion run together without a space"
         hint = "nothing is put between them: begin the completion with a space, or use instruction and output instead, "
         hint += "like dataset.columns: {instruction: question, output: answer}"
         yield from about_rows("warning", "words run together", text, self._glued, hint)

@@ -122,6 +122,13 @@ def reachable(settings: Settings) -> Iterator[None]:
         raise unreachable(settings, why) from error
 
 
+def absence(why: str) -> str:
+    """An outage as a line of a log: a full disk is no database that went away."""
+    return (
+        "the disk of the database is full" if any(words in why for words in _FULL) else f"the database is away: {why}"
+    )
+
+
 _FULL = ("database or disk is full", "No space left on device")
 _UNKNOWN_LOGIN = ("password authentication failed", "no password supplied", "role ", "no pg_hba.conf entry")
 

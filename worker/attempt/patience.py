@@ -12,7 +12,7 @@ from tenacity import RetryCallState, Retrying, retry_if_exception, stop_any, sto
 from tenacity.stop import stop_base
 
 from loractl.common.errors import ServiceUnreachable
-from loractl.common.store.database import outage
+from loractl.common.store.database import absence, outage
 
 Answer = TypeVar("Answer")
 
@@ -22,7 +22,7 @@ def away(error: BaseException) -> str | None:
     if isinstance(error, ServiceUnreachable):
         return error.sentence
     why = outage(error)
-    return None if why is None else f"the database is away: {why}"
+    return None if why is None else absence(why)
 
 
 class _StopWhen(stop_base):

@@ -7,6 +7,7 @@ import hashlib
 import uuid
 from pathlib import Path
 
+from loractl.common.errors import LoractlError
 from loractl.common.settings import Settings
 from loractl.common.store.records import BoxIdentity
 
@@ -15,15 +16,38 @@ _BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 
 def read_identity(settings: Settings) -> BoxIdentity:
-    """This box's identity. What names it for life is drawn at the first call, and kept in the home."""
+    """This box's identity. What names it for life is drawn at the first call, and kept in the home.
+
+    Raises LoractlError where the home's disk does not take it.
+    """
     file = settings.runtime_dir / "instance"
-    with contextlib.suppress(FileExistsError), file.open("x") as new:
-        new.write(uuid.uuid4().hex)
+    try:
+        if not _read(file):  # an empty one is what a full disk left
+            _draw(file)
+    except OSError as error:
+        raise LoractlError(
+            f"{file} can't be written: {error.strerror}", "free space there, or mend its disk"
+        ) from error
     machine = next((text for path in _MACHINE if (text := _read(path))), "")
     # a copy of the file on the same machine, as of a container, has another number
     return BoxIdentity(
         instance=file.read_text(), machine=_mark(machine), boot=_mark(f"{_read(_BOOT)} {file.stat().st_ino}")
     )
+
+
+def _draw(file: Path) -> None:
+    """Draw the number. The nodes of a box do so at once: the first one's stays, and no half of it is ever read."""
+    number = uuid.uuid4().hex
+    new = file.with_name(f"{file.name}.{number}")
+    try:
+        new.write_text(number)
+        if file.exists() and not _read(file):
+            new.replace(file)
+        else:
+            with contextlib.suppress(FileExistsError):
+                file.hardlink_to(new)
+    finally:
+        new.unlink(missing_ok=True)
 
 
 def _read(path: Path) -> str:

@@ -15,7 +15,7 @@ from loractl.common.errors import ServiceUnreachable
 from loractl.common.placement.sizes import VRAM_CLASSES, served_classes
 from loractl.common.queue.hint_queues import HintQueues
 from loractl.common.queue.hints import card_queue, queue_name
-from loractl.common.store.database import REFUSALS, outage, told_by
+from loractl.common.store.database import REFUSALS, absence, outage, told_by
 from loractl.worker.attempt.workplace import Workplace
 from loractl.worker.node.health.leftovers import end_strays
 from loractl.worker.node.health.stuck import StuckSupervisors
@@ -149,7 +149,7 @@ class Monitor:
             log.warning("%s", error.sentence)
         except REFUSALS as error:
             if (why := outage(error)) is not None:
-                log.warning("the database is away: %s", why)
+                log.warning("%s", absence(why))
             else:
                 log.exception("%s failed: the database refuses it: %s", what, told_by(error))
         except Exception:

@@ -18,6 +18,7 @@ import sys
 import threading
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from typing import IO, Any
 
@@ -105,9 +106,7 @@ class DeviceNode:
         self._lock = DeviceLock(self._settings, self._place.device)
         app = make_app(broker_url(self._settings))
         # the database may be away for long, and other cards of the box go on meanwhile
-        Patience(first_s=AGAIN_S, most_s=AGAIN_S).repeat(
-            self._take_over, lambda why: log.warning("%s: waiting for it", why)
-        )
+        Patience(first_s=AGAIN_S, most_s=AGAIN_S).repeat(self._take_over, _once())
 
         @app.task(name=WAKE_TASK, ignore_result=True)
         def wake(size_class: int) -> None:  # the message is only a hint: the claim looks at what is free now
@@ -208,6 +207,18 @@ def obey(orders: IO[str], drain: Drain) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=listen, name="orders", daemon=True).start()
+
+
+def _once() -> Callable[[str], None]:
+    """Logs what is waited for, each reason once: a try comes every few seconds, and an outage may last a night."""
+    said: set[str] = set()
+
+    def tell(why: str) -> None:
+        if why not in said:
+            said.add(why)
+            log.warning("%s: waiting for it", why)
+
+    return tell
 
 
 class _CleanFormatter(logging.Formatter):

@@ -6,7 +6,7 @@ import logging
 import threading
 from collections.abc import Callable
 
-from loractl.common.store.database import outage
+from loractl.common.store.database import absence, outage
 from loractl.worker.attempt.state import AttemptState, begin
 from loractl.worker.attempt.supervisor import supervise
 from loractl.worker.attempt.workplace import Workplace
@@ -97,7 +97,7 @@ class Slots:
                 if (why := outage(error)) is None:
                     log.exception("slot %s failed; it looks again when it is woken", slot)
                 else:
-                    log.warning("the database is away: %s", why)
+                    log.warning("%s", absence(why))
             finally:
                 if self._attempts.pop(slot, None) is not None:
                     self._changed()

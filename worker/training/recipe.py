@@ -130,8 +130,8 @@ def _note_data(run: Run, data: PreparedData) -> None:
         ("truncated_rows", "truncated"),
         ("too_long_rows_dropped", "dropped as too long"),
         ("bad_rows_dropped", "dropped as bad"),
-        ("overlap_rows_dropped", "of the held-out file left out because they are trained on"),
-        ("repeated_rows_dropped", "held out that stand there already left out"),
+        ("overlap_rows_dropped", "of the held-out file left out as trained on"),
+        ("repeated_rows_dropped", "left out as repeated among the held-out rows"),
     ):
         if facts[key]:
             text += f"; {facts[key]} {words}"
