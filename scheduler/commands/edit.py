@@ -25,12 +25,12 @@ def edit(jobs: tuple[str, ...], overrides: tuple[str, ...]) -> None:
     resources.time_limit. A job that has begun and waits again takes what leaves its checkpoint valid.
     """
     from loractl.common.queue.sender import open_sender
-    from loractl.scheduler.session import open_session
-    from loractl.scheduler.submission.edit import amendment, require_unended
+    from loractl.scheduler.session import open_artifacts, open_session
+    from loractl.scheduler.submission.edit import amendment, require_unended, unchecked_rows
     from loractl.scheduler.submission.intake import wake_for
 
     from .several import for_each
-    from .warnings import warn
+    from .warnings import hint, warn
 
     settings, store = open_session()
     with open_sender(settings) as sender:
@@ -38,6 +38,7 @@ def edit(jobs: tuple[str, ...], overrides: tuple[str, ...]) -> None:
         def change(job_id: int) -> None:
             require_unended(store, job_id)
             changed = amendment(store, job_id, overrides)
+            warn(unchecked_rows(changed, lambda: open_artifacts(settings), lambda: hint("Counting tokens ...")))
             job = store.edit(changed, settings.user)
             click.echo(f"Job {job_id} is changed: {changed.text}.")
             warn(wake_for(job, sender))

@@ -19,18 +19,20 @@ def retry(jobs: tuple[str, ...], overrides: tuple[str, ...]) -> None:
     They go on from their checkpoints.
     """
     from loractl.common.queue.sender import open_sender
-    from loractl.scheduler.session import open_session
-    from loractl.scheduler.submission.edit import amendment
+    from loractl.scheduler.session import open_artifacts, open_session
+    from loractl.scheduler.submission.edit import amendment, unchecked_rows
     from loractl.scheduler.submission.intake import wake_for
 
     from .several import for_each
-    from .warnings import warn
+    from .warnings import hint, warn
 
     settings, store = open_session()
     with open_sender(settings) as sender:
 
         def queue(job_id: int) -> None:
             changed = amendment(store, job_id, overrides) if overrides else None
+            if changed is not None:
+                warn(unchecked_rows(changed, lambda: open_artifacts(settings), lambda: hint("Counting tokens ...")))
             job = store.retry(job_id, settings.user, changed)
             click.echo(f"Job {job_id} is queued again{f': {changed.text}' if changed else ''}.")
             warn(wake_for(job, sender))

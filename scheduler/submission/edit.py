@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,9 +16,12 @@ from loractl.common.memory.need_key import need_key
 from loractl.common.store.records import Amendment, Submission
 
 from .ancestor import settle_ancestor
+from .draft import JobDraft, rows_at_hand
 from .need import admit, open_methods, plan_job
+from .overflow import check_overflow, unchecked
 
 if TYPE_CHECKING:
+    from loractl.common.artifacts import ArtifactStore
     from loractl.common.job.spec import JobSpec
     from loractl.common.store.store import Store
     from loractl.common.store.tables import Job
@@ -52,6 +55,21 @@ def amendment(store: Store, job_id: int, overrides: Sequence[str]) -> Amendment:
     text = ", ".join(map(str, changes(before, after)))
     seen = job.status, job.attempt, job.spec
     return Amendment(job_id=job_id, seen=seen, submission=submission, planned_anew=anew, text=text)
+
+
+def unchecked_rows(
+    changed: Amendment, open_store: Callable[[], ArtifactStore], announce: Callable[[], None]
+) -> list[str]:
+    """Look at a job's rows again where a change cuts or refuses others of them. Returns what could not be looked at.
+
+    Raises UsageError and DataError for rows that the worker would refuse, ArtifactError for rows that are gone.
+    """
+    (_, _, before), submission = changed.seen, changed.submission
+    if before["dataset"] == submission.spec.dataset.model_dump(mode="json"):
+        return []
+    draft = JobDraft(spec=submission.spec, like=changed.job_id, stored=submission.data)
+    with rows_at_hand(draft, open_store()) as spec:
+        return unchecked(check_overflow(spec, announce))
 
 
 def require_unended(store: Store, job_id: int) -> None:

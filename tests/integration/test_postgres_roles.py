@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import json
 import secrets
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -124,6 +125,21 @@ def test_who_submits_edits_what_is_its_own_and_no_more(
             pytest.fail(f"{statement} was let through while it runs")
     engine.dispose()
     owner.dispose()
+
+
+def test_a_box_plans_anew_what_waits_since_before_an_upgrade(
+    person: Store, box: Store, postgres_url: str, tmp_path: Path
+) -> None:
+    config = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+              "num_attention_heads": 2, "vocab_size": 500}  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    job_id = person.submit(submission(lora=30, base_model=str(tmp_path)))
+    owner = make_engine(postgres_url)
+    with owner.begin() as connection:
+        connection.execute(text(f"UPDATE jobs SET engine = 1 WHERE job_id = {job_id}"))
+    owner.dispose()
+    assert box.plan_anew() == [job_id]
+    assert (box.job(job_id).vram_lora or 0) < GIB
 
 
 def test_who_submits_cannot_claim_or_touch_what_is_a_worker_s(person: Store, box: Store) -> None:

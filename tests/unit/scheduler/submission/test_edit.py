@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 
+from loractl.common.artifacts import ArtifactStore
 from loractl.common.errors import UsageError, WrongState
 from loractl.common.job.status import Reason, Status
 from loractl.common.placement.keys import QueueKey
@@ -11,7 +16,7 @@ from loractl.common.store.records import Claim, Progress, StoredCheckpoint
 from loractl.common.store.store import Store
 from loractl.common.store.tables import Job
 from loractl.common.units import GIB
-from loractl.scheduler.submission.edit import amendment, require_unended
+from loractl.scheduler.submission.edit import amendment, require_unended, unchecked_rows
 
 from ...factories import RESULT, submission, take
 
@@ -58,6 +63,24 @@ def test_what_attempts_have_taught_stays_unless_the_memory_is_decided_anew(store
     job = edited(store, job_id, "dataset.max_length=64")
     assert (job.vram_lora, job.vram_needed) == (None, None), "no config of this base is here: the box plans it"
     assert job.need_key is not None
+
+
+def test_stored_rows_are_looked_at_again_where_a_change_cuts_others(store: Store, tmp_path: Path) -> None:
+    rows, artifacts = tmp_path / "rows.jsonl", ArtifactStore(tmp_path.as_uri())
+    rows.write_text("".join(json.dumps({"prompt": "word " * 100, "completion": str(n)}) + "\n" for n in range(2)))
+    uri, sha256 = artifacts.put_dataset(rows)
+    stored = {"path": {"uri": uri, "sha256": sha256}}
+    job_id = store.submit(replace(submission(dataset={"path": str(rows)}), data=stored))
+    rows.unlink()
+
+    def looked(*overrides: str) -> list[str]:
+        return unchecked_rows(amendment(store, job_id, overrides), lambda: artifacts, lambda: None)
+
+    (said,) = looked("dataset.max_length=64")
+    assert said.startswith("Not checked: whether rows are too long, there is no tokenizer"), "500 letters, 64 tokens"
+    assert looked("dataset.max_length=64", "dataset.on_overflow=drop") == []
+    assert looked("dataset.max_length=2048") == []
+    assert looked("priority=3") == []
 
 
 def test_a_running_job_takes_another_time_limit_with_its_next_beat(store: Store) -> None:
