@@ -33,7 +33,7 @@ def test_a_home_that_was_lost_in_mid_run_is_restored_and_all_its_jobs_end_well(
     for name, steps in (("first", 200), ("second", 10)):
         job = write_job(tmp_path, tiny_model, name=name)
         cli("submit", job, f"--set=training.max_steps={steps}", "--set=training.save_steps=20")
-    worker = cli.start("worker")
+    worker = cli.start("worker", warm_start=True)
     try:
         until_job(cli, 1, lambda job: (job.step or 0) >= 2)
         assert "holds 2 jobs, the newest 2, last change 20" in cli("db", "backup", tmp_path / "backup.db").stdout

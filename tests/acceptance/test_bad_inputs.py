@@ -301,7 +301,7 @@ def test_a_full_artifact_store_keeps_the_job_and_says_so(
 
         cli = make_cli(LORACTL_ARTIFACTS_URL=store.as_uri(), LORACTL_STORE_PATIENCE="3s")
         cli("submit", write_job(tmp_path, tiny_model), "--set=lora.r=64", "--set=max_retries=0")
-        worker = cli.start("worker")
+        worker = cli.start("worker", warm_start=True)
         while not (job := json.loads(cli("status", 1, "--json").stdout))["reason"]:
             assert worker.poll() is None
             time.sleep(0.2)

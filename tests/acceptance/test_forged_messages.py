@@ -86,7 +86,7 @@ def test_no_message_makes_a_node_do_more_than_look_at_the_rows(
         for queue in (CARD, "vram.8"):  # more than a node could read while anyone waits
             client.lpush(queue, *[message()] * 20_000)
         client.lpush(CARD, message(headers={"timelimit": [2, 1]}))  # would kill what it starts
-        worker = cli.start("worker")
+        worker = cli.start("worker", warm_start=True)
         try:
             engine = connect(load_settings(cli.environment))
             store = Store(engine)

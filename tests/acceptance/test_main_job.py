@@ -89,7 +89,7 @@ def _the_result_is_complete(place: Cli, job: dict, tiny_model: Path, tmp_path: P
 def test_submit_wait_follows_the_job_and_returns_its_outcome(cli: Cli, tiny_model: Path, tmp_path: Path) -> None:
     good = write_job(tmp_path, tiny_model, name="good")
     bad = write_job(tmp_path, tmp_path / "no-such-model", name="bad")
-    worker = cli.start("worker")
+    worker = cli.start("worker", warm_start=True)
     try:
         done = cli("submit", good, "--wait", timeout=180)
         assert "Job 1 succeeded" in done.stdout

@@ -94,7 +94,7 @@ def test_a_supervisor_that_hangs_loses_its_trainer_and_the_slot_takes_the_next_j
     job.write_text(job.read_text().replace("lora: {", f"lora: {{target_modules: [{names}], "))
     cli("submit", job)
     store = Store(connect(load_settings(cli.environment)))
-    worker = cli.start("worker")
+    worker = cli.start("worker", warm_start=True)
     try:
         _until(lambda: [a.reason for a in store.attempts(1)][:1] == [Reason.WORKER_LOST])
         store.hold(1, "tester") if store.job(1).status is Status.QUEUED else store.cancel(1, "tester")
@@ -119,7 +119,7 @@ def test_jobs_start_without_the_queue(run_with: Callable[..., Cli], home: Path, 
         submitted = cli("submit", write_job(tmp_path, tmp_path / "base"), "--set=max_retries=0")
         assert "Job 1" in submitted.stdout and "the queue" in submitted.stderr
         store = Store(connect(load_settings(cli.environment)))
-        worker = cli.start("worker")
+        worker = cli.start("worker", warm_start=True)
         try:
             _until(lambda: store.job(1).status is Status.FAILED)
             _until(lambda: len(phone.requests) > 0)
@@ -137,7 +137,7 @@ def test_a_queue_that_answers_with_errors_stops_no_job_and_is_used_again(
     """As after a failover to a replica, or on a full disk: Celery would end by itself."""
     cli = run_with(SLOW)
     store = Store(connect(load_settings(cli.environment)))
-    worker = cli.start("worker")
+    worker = cli.start("worker", warm_start=True)
     try:
         cli("submit", write_job(tmp_path, tmp_path / "base"), "--set=max_retries=0")
         _until(lambda: store.job(1).status is Status.RUNNING)
