@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from loractl.common.placement.cards import Card
+from loractl.common.placement.cards import Card, WarmBase
 from loractl.common.store.fleet import FleetView
 
 from .wait.cards import SILENT_S
@@ -67,10 +67,11 @@ class DeviceState:
     failures: Mapping[str, int]  # of the lab's there since it last ended an attempt well, by reason, at most a day old
 
     def as_json(self) -> dict[str, Any]:
-        """The fields of the device up to `seen_at`, and `open`, `jobs`, `drained` and `failures`.
+        """The fields of the device up to `seen_at`, and `open`, `jobs`, `hosts`, `drained` and `failures`.
 
-        `open`: whether it takes jobs; `jobs`: job_id, user and reserved bytes of each that runs there; `drained`: by
-        whom, why and until when, or null; `failures`: how many attempts failed there for the lab, by reason.
+        `open`: whether it takes jobs; `jobs`: job_id, user and reserved bytes of each that runs there; `hosts`: the
+        trainers there that keep their bases, and the job that is in each (null: none); `drained`: by whom, why and
+        until when, or null; `failures`: how many attempts failed there for the lab, by reason.
         """
         columns = {name: getattr(self, name) for name in DEVICE_FIELDS}
         return {
@@ -79,9 +80,16 @@ class DeviceState:
             "seen_at": self.seen_at.isoformat(),
             "open": self.card.open,
             "jobs": [{"job_id": j.job_id, "user": j.user, "reserved": j.reserved} for j in self.card.running],
+            "hosts": [_host_as_json(base) for base in self.card.hosts],
             "drained": None if self.closed_by is None else self.closed_by.as_json(),
             "failures": dict(self.failures),
         }
+
+
+def _host_as_json(base: WarmBase) -> dict[str, Any]:
+    """`leaving`: it goes, and its bytes are held until its process has ended."""
+    names = ("host", "base_model", "bytes", "job_id", "leaving")
+    return {**{name: getattr(base, name) for name in names}, "method": base.method.value}
 
 
 DEVICE_FIELDS = tuple(DeviceState.__annotations__)[:-4]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from loractl.common.adapter_config import portable_name
 from loractl.common.units import GIB, clock, duration, gib
 from loractl.scheduler.answers.wait.cards import process_name
 
@@ -76,5 +77,6 @@ def _users(device: DeviceState) -> str:
     others = [process_name(process) for process in device.outside]
     if len(others) > 2:
         others = [*others[:2], f"{len(others) - 2} more"]
+    bases = [f"{portable_name(base.base_model)} is warm" for base in device.card.waiting_bases]
     failures = ", ".join(f"{count} {reason}" for reason, count in sorted(device.failures.items()))
-    return ", ".join([*jobs, *others, *([f"failed lately: {failures}"] if failures else [])]) or "–"
+    return ", ".join([*jobs, *bases, *others, *([f"failed lately: {failures}"] if failures else [])]) or "–"

@@ -344,6 +344,7 @@ def lab(boxes: int, cards: int, lease_s: float) -> Iterator[Lab]:
                 "LORACTL_ARTIFACTS_URL": disk.artifacts.as_uri(),
                 "LORACTL_DEVICES": "sim:" + ",".join(["8GiB"] * cards),
                 "LORACTL_LEASE": f"{lease_s}s",
+                "LORACTL_KEEP_WARM": "2s",
                 "LORACTL_TRAINER": TRAINER,
                 "HF_HUB_OFFLINE": "1",
                 "OMP_NUM_THREADS": "1",

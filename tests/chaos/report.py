@@ -76,6 +76,7 @@ def _counts(outcome: Outcome) -> list[str]:
         ("finished results taken over", str(sum(c.what == "events" and c.kind == "ready" for c in history.changes))),
         ("refused stale writes", f"{outcome.refused.total()} ({_listed(outcome.refused)})"),
         ("acknowledged cancels", str(len(history.cancelled))),
+        ("attempts that went on in a host", str(outcome.joined)),
         ("held after three failures of the lab, released", str(outcome.released)),
         ("drained for failures, mended and opened again", str(outcome.mended)),
         ("failed for the lab's fault", str(sum(b.promise == 8 for b in outcome.broken))),

@@ -77,6 +77,7 @@ class Outcome:
     postgres_back: list[float]  # s from PostgreSQL's answer to the next heartbeat
     probes: dict[str, list[float]]
     released: int  # held jobs that a person let go on
+    joined: int  # attempts that went on in a host
     mended: int  # cards and boxes that loractl drained and a person opened again
     failed_submits: int
     disk: str
@@ -150,7 +151,7 @@ def _submit_all(run: _Run) -> None:
 
 def _job_file(folder: Path, number: int, rng: random.Random, plan: Plan) -> Path:
     folder.mkdir(exist_ok=True)
-    model = folder / "model"
+    model = folder / f"model-{number // 4 % 2}"
     if not model.exists():
         model.mkdir()
         shape = {
@@ -338,6 +339,7 @@ def _gather(run: _Run, stuck: list[str], left: list[str], probes: dict[str, list
         resumed=resumed,
         postgres_back=_beats_after(history, injector.postgres_back),
         probes=probes,
+        joined=len(re.findall(r"goes on in process \d+, which has its base", logs)),
         released=run.released,
         mended=run.mended,
         failed_submits=run.failed_submits,

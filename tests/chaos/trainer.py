@@ -31,6 +31,9 @@ STEP_S = 0.05
 KEPT = 2
 """Checkpoints that stay on the disk, as with the real trainer."""
 
+BASE_BYTES = 1 << 20
+"""Of the base that it says it keeps."""
+
 LEAVES = "leaves-a-process"
 """A job with this label starts a process in a session of its own, which does not end with the trainer."""
 
@@ -86,10 +89,15 @@ def run(order: Start, orders: Orders, tell: Tell) -> Ended:
             tell(Saved(job_id=job, step=step, path=str(folder)))
         if stop is not None:
             reason = Reason.DRAINED if stop.save else Reason.CANCELLED
-            return Ended(job_id=job, reason=reason, message="stopped when asked to")
+            return Ended(job_id=job, reason=reason, message="stopped when asked to", base_bytes=_base(order))
     tell(StageChanged(job_id=job, stage=Stage.EVALUATING))
     _write_result(Path(order.output_dir), order, link)
-    return Ended(job_id=job, reason=Reason.OK, message=f"{steps} steps")
+    return Ended(job_id=job, reason=Reason.OK, message=f"{steps} steps", base_bytes=_base(order))
+
+
+def _base(order: Start) -> int | None:
+    """It stays as a host, unless the job has left something."""
+    return None if LEAVES in order.spec.labels else BASE_BYTES
 
 
 def _stop(orders: Orders) -> Stop | None:

@@ -89,7 +89,8 @@ def _fit(job: Job, me: Waiting, card: Card, view: FleetView) -> CardFit:
     if opening is None:
         return fit("?", f"{holder(view, card)}, no end known")
     if not opening.after:
-        return fit("now", _now(me, card, view), view.now)
+        warm = any(card.has_warm(me.base_model, method) for method in me.methods)
+        return fit("now", _now(me, card, view) + (", its base is loaded there" if warm else ""), view.now)
     what = f"{'has a slot' if opening.only_slot else 'fits'} when {when_they_end(opening.after)}"
     if opening.at is None:
         return fit("?", f"{what}, which is not known")

@@ -23,7 +23,7 @@ from loractl.scheduler.answers.wait.rivals import ahead_of
 from loractl.scheduler.answers.wait.starts import REPLAYED_JOBS, ExpectedStart, expected_starts
 
 from ...factories import NOON
-from ...fleets import card, drained, fleet, in_seconds, ready, running, waits
+from ...fleets import card, drained, fleet, host, in_seconds, ready, running, waits
 
 LORA_ONLY = (Method.LORA,)
 TWO_HOURS_AGO = in_seconds(-7200)
@@ -486,3 +486,11 @@ def test_the_tiers_are_told_in_their_order() -> None:
     assert (
         told(waits(not_before=in_seconds(dt.timedelta(minutes=5).total_seconds())), card(draining=True))[0] == "retry"
     )
+
+
+def test_a_card_that_has_the_job_s_base_says_so() -> None:
+    job = waits(lora=8)
+    view = fleet([card("cold:0", 24), card("warm:0", 48)], waiting=[job], hosts=[host(on="warm:0")])
+    assert {fit.node: fit.then for fit in card_fits(job, view)} == {
+        "cold:0": "fits", "warm:0": "about to take it, its base is loaded there"
+    }  # fmt: skip
