@@ -12,6 +12,7 @@ who look is not used.
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
 import gzip
 import statistics
@@ -73,19 +74,19 @@ def measure(database: str, engine: Engine, jobs: int) -> None:
     shelf = ReportShelf(store, lambda: ArtifactStore(Path(tempfile.mkdtemp()).as_uri()))
     app = make_site(store, shelf, Access(token=None, names=frozenset({"localhost"})))
     client = TestClient(app, base_url="http://localhost")
-    asked = [0]
+    asked, server = [0], postmaster_of(engine)
     event.listen(engine, "before_cursor_execute", lambda *_: asked.__setitem__(0, asked[0] + 1))
     for what, address in pages_of(store, jobs).items():
         answer = client.get(address)
         assert answer.status_code == 200, (address, answer.text)
         asked[0] = 0
-        looks = [look_at(lambda address=address: client.get(address).content) for _ in range(LOOKS)]  # type: ignore[misc]
-        own, server = (statistics.median(getattr(look, name) for look in looks) for name in ("own_ms", "server_ms"))
+        looks = [look_at(lambda: client.get(address).content, server) for _ in range(LOOKS)]  # noqa: B023  called at once
+        own, other = (statistics.median(getattr(look, name) for look in looks) for name in ("own_ms", "server_ms"))
         wall = [look.wall_ms for look in looks]
         size, packed = len(answer.content) / 1000, len(gzip.compress(answer.content, 5)) / 1000
         print(
             f"{database:<12}{jobs:>8}  {what:<28}{statistics.median(wall):>8.0f}{max(wall):>7.0f}{own:>6.0f}"
-            f"{server:>6.0f}{asked[0] / LOOKS:>7.0f}{size:>7.1f}{packed:>6.1f}",
+            f"{other:>6.0f}{asked[0] / LOOKS:>7.0f}{size:>7.1f}{packed:>6.1f}",
             flush=True,
         )
 
@@ -109,26 +110,34 @@ def pages_of(store: Store, jobs: int) -> dict[str, str]:
     }  # fmt: skip
 
 
-def look_at(look: Callable[[], bytes]) -> Look:
+def look_at(look: Callable[[], bytes], postmaster: int | None) -> Look:
     """One look."""
-    start, own, server = time.perf_counter(), time.process_time(), _postgres_s()
+    server, start, own = _server_s(postmaster), time.perf_counter(), time.process_time()
     look()
-    return Look(
-        wall_ms=1000 * (time.perf_counter() - start),
-        own_ms=1000 * (time.process_time() - own),
-        server_ms=1000 * (_postgres_s() - server),
-    )
+    wall, busy = time.perf_counter() - start, time.process_time() - own
+    return Look(wall_ms=1000 * wall, own_ms=1000 * busy, server_ms=1000 * (_server_s(postmaster) - server))
 
 
-def _postgres_s() -> float:
-    """Processor seconds of all processes of PostgreSQL on this machine that belong to this program's user or server."""
+def postmaster_of(engine: Engine) -> int | None:
+    """The process of the server that the engine is connected to; None for SQLite."""
+    if engine.dialect.name == "sqlite":
+        return None
+    with engine.connect() as connection:
+        pid = connection.execute(text("SELECT pg_backend_pid()")).scalar_one()
+    return _parent(Path(f"/proc/{pid}"))
+
+
+def _parent(process: Path) -> int:
+    return int((process / "stat").read_text().rpartition(")")[2].split()[1])
+
+
+def _server_s(postmaster: int | None) -> float:
+    """Processor seconds of a server's processes so far."""
     total = 0.0
-    for name in Path("/proc").glob("[0-9]*/comm"):
-        try:
-            if name.read_text().strip() == "postgres":
-                total += int((name.parent / "schedstat").read_text().split()[0]) / 1e9
-        except OSError:  # it has ended
-            continue
+    for process in Path("/proc").glob("[0-9]*") if postmaster is not None else ():
+        with contextlib.suppress(OSError):  # it has ended
+            if _parent(process) == postmaster:
+                total += int((process / "schedstat").read_text().split()[0]) / 1e9
     return total
 
 
@@ -200,6 +209,9 @@ FILLED = (
     """INSERT INTO metrics (job_id, attempt, step, name, value)
         {steps} SELECT job_id, 1, i * 10, 'eval_loss', 2.0 / i FROM jobs, n
         WHERE sweep_id > (SELECT max(sweep_id) - 10 FROM jobs) AND i <= 30""",
+    """INSERT INTO metrics (job_id, attempt, step, name, value)
+        {steps} SELECT job_id, 1, i * 3, 'loss', 2.0 / i FROM jobs, n
+        WHERE sweep_id > (SELECT max(sweep_id) - 30 FROM jobs) AND status = 'succeeded' AND i <= 100""",
     """INSERT INTO metrics (job_id, attempt, step, name, value)
         SELECT job_id, 1, 900, 'held_out_loss', 0.5 FROM jobs WHERE sweep_id IS NOT NULL AND status = 'succeeded'""",
     """INSERT INTO outbox (message_id, event, channel, "user", job_id, kind, subject, text, at, due_at, tries,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import datetime as dt
+import functools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
@@ -32,7 +33,7 @@ class Waiting:
     avoids: frozenset[str] = frozenset()  # cards and boxes that failed it a short while ago
     base_model: str = ""  # empty: it is not known, or no host may have it
 
-    @property
+    @functools.cached_property
     def least(self) -> int | None:
         """The least bytes that a permitted method needs; None when one need is not known."""
         return least_need(self.methods, self.need)

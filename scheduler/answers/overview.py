@@ -81,15 +81,22 @@ class JobList:
 
 
 def overview(
-    store: Store, choice: Choice, page: Page, *, alone: bool = False, view: FleetView | None = None
+    store: Store,
+    choice: Choice,
+    page: Page,
+    *,
+    alone: bool = False,
+    view: FleetView | None = None,
+    with_sweeps: bool = True,
 ) -> Overview:
     """What runs, and a page of what waits. Raises JobNotFound.
 
-    `alone`: no members of sweeps on the page. `view`: the fleet where it was read already.
+    `alone`: no members of sweeps on the page. `view`: the fleet where it was read already. `with_sweeps`: False where
+    nobody looks at them; they have all their members.
     """
     now = store.now()
     midnight = now.astimezone().replace(hour=0, minute=0, second=0, microsecond=0).astimezone(dt.UTC)
-    seen = store.glance(choice, page, midnight, alone=alone, most_sweeps=SWEEPS_SHOWN)
+    seen = store.glance(choice, page, midnight, alone=alone, most_sweeps=SWEEPS_SHOWN if with_sweeps else 0)
     first, view = page.after is None, view or store.fleet()
     places = {job.node for job in seen.running if job.node in view.nodes}
     return Overview(

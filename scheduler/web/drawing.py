@@ -50,6 +50,16 @@ def card_parts(device: DeviceState) -> list[BarPart]:
     return parts
 
 
+BAR_PX, CHARACTER_PX, PADDING_PX = 310, 6.6, 14
+"""A card's bar where it is narrowest, and what a character of its labels takes there."""
+
+
+def fitting(width: float, *texts: str) -> str:
+    """The first of the texts for which a part of a bar, so many percent wide, has room; empty where none fits."""
+    room = (width / 100 * BAR_PX - PADDING_PX) / CHARACTER_PX
+    return next((text for text in texts if len(text) <= room), "")
+
+
 def spark(values: Sequence[float], width: int = 84, height: int = 22) -> str:
     """A small line as the d of a path; empty for fewer than two values."""
     drawn = [value for value in values if math.isfinite(value)]

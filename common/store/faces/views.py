@@ -9,6 +9,7 @@ from sqlalchemy import select, union
 
 from loractl.common.errors import SweepNotFound
 from loractl.common.job.status import Status
+from loractl.common.job.sweep import SweepView
 
 from ..queries import jobs, sweeps
 from ..queries.outbox import deliveries
@@ -49,6 +50,11 @@ class ViewStore(RetentionStore):
     def newest_sweeps(self, page: Page) -> list[Sweep]:
         """The page's sweeps, the newest first, and one more where there is one."""
         return self._all(sweeps.newest_sweeps(page))
+
+    def sweep_lines(self, sweep_ids: Collection[int]) -> list[SweepView]:
+        """Those of the sweeps that exist, by number; without the settings of their members."""
+        with self._read() as tx:
+            return sweeps.read_sweeps(tx.session, sweep_ids, settings=False)
 
     def sweep_head(self, sweep_id: int) -> Sweep:
         """A sweep's own row, without its members. Raises SweepNotFound."""

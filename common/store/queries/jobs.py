@@ -68,10 +68,12 @@ def matching(
 def newest(choice: Choice, page: Page) -> Select[Job]:
     """The page's jobs in any state, the newest first, and one more where there is one."""
     query, number = select(Job).where(*_chosen(replace(choice, label=None))), Job.job_id
-    if choice.label is not None:  # by its index: rows are wide, and most lack it
-        key, value = choice.label
-        number = JobLabel.job_id
-        query = query.join(JobLabel, JobLabel.job_id == Job.job_id).where(JobLabel.key == key, JobLabel.value == value)
+    if choice.label is not None:  # by an index: rows are wide, and most lack it
+        has = (JobLabel.key == choice.label[0], JobLabel.value == choice.label[1])
+        if choice.user or choice.name:  # these have fewer jobs than a label may have
+            query = query.where(exists().where(JobLabel.job_id == Job.job_id, *has))
+        else:
+            query, number = query.join(JobLabel, JobLabel.job_id == Job.job_id).where(*has), JobLabel.job_id
     query = query.order_by(number.desc()).limit(page.limit + 1)
     return query if page.after is None else query.where(number < page.after)
 

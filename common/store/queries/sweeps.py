@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import Row, Select, func, select
+from sqlalchemy import Row, Select, func, select, text
 from sqlalchemy.orm import Session
 
 from loractl.common.job.halving import judge
@@ -13,7 +13,7 @@ from loractl.common.job.status import Reason, Status
 from loractl.common.job.sweep import Member, RungPoint, SweepView, metric_of, setting
 
 from ..records import HELD_OUT_LOSS, Claim, Page
-from ..tables import Attempt, Job, MetricPoint, Sweep
+from ..tables import FINAL, Attempt, Job, MetricPoint, Sweep
 from .jobs import LARGEST
 
 _SWEEP_LOCK = 0x5EE9
@@ -55,18 +55,22 @@ def read_rungs(session: Session, job: Job) -> tuple[float, ...]:
     return tuple(session.scalar(select(Sweep.rungs).where(Sweep.sweep_id == job.sweep_id)) or ())
 
 
-def read_sweeps(session: Session, sweep_ids: Collection[int]) -> list[SweepView]:
-    """Those of the sweeps that exist, with all their members, by number."""
+def read_sweeps(session: Session, sweep_ids: Collection[int], *, settings: bool = True) -> list[SweepView]:
+    """Those of the sweeps that exist, with all their members, by number.
+
+    Without `settings` those of the members are empty: a spec costs more than all else that is read of a job.
+    """
     sweep_ids = [number for number in sweep_ids if 0 < number <= LARGEST]
     rows = session.scalars(select(Sweep).where(Sweep.sweep_id.in_(sweep_ids)).order_by(Sweep.sweep_id)).all()
     names = {metric_of(rung) for row in rows for rung in row.rungs or ()}
     points = _newest(session, sweep_ids, [*names, HELD_OUT_LOSS])
     views = []
     for row in rows:
-        settings = row.settings if isinstance(row.settings, dict) else {}
-        varied = settings.get("varied") or {}
+        asked = row.settings if isinstance(row.settings, dict) else {}
+        varied = asked.get("varied") or {}
+        columns, keys = (_OF_MEMBER, varied) if settings else (_WITHOUT_SPEC, ())
         # a sweep at a time: a member is small, but its row has the whole spec
-        mine = session.execute(select(*_OF_MEMBER).where(Job.sweep_id == row.sweep_id).order_by(Job.job_id))
+        mine = session.execute(select(*columns).where(Job.sweep_id == row.sweep_id).order_by(Job.job_id))
         views.append(
             SweepView(
                 sweep_id=row.sweep_id,
@@ -75,9 +79,9 @@ def read_sweeps(session: Session, sweep_ids: Collection[int]) -> list[SweepView]
                 varied=varied,
                 created_at=row.created_at,
                 rungs=tuple(row.rungs or ()),
-                trials=settings.get("trials"),
-                seed=settings.get("seed"),
-                members=[_member(job, varied, row.rungs or (), points) for job in mine],
+                trials=asked.get("trials"),
+                seed=asked.get("seed"),
+                members=[_member(job, keys, row.rungs or (), points) for job in mine],
             )
         )
     return views
@@ -94,9 +98,11 @@ _OF_MEMBER = (
     Job.message, Job.report_uri,
 )  # fmt: skip
 
+_WITHOUT_SPEC = tuple(column for column in _OF_MEMBER if column is not Job.spec)
+
 
 def _member(
-    job: Row[Any], varied: Collection[str], rungs: Collection[float], points: Mapping[tuple[int, str], MetricPoint]
+    job: Row[Any], varied: Collection[str], rungs: Collection[float], points: Mapping[tuple[int, str], Row[Any]]
 ) -> Member:
     reached = [(rung, points.get((job.job_id, metric_of(rung)))) for rung in sorted(rungs)]
     final = points.get((job.job_id, HELD_OUT_LOSS))
@@ -120,9 +126,13 @@ def _member(
 
 def _newest(
     session: Session, sweep_ids: Collection[int | None], names: Collection[str]
-) -> dict[tuple[int, str], MetricPoint]:
-    """By (job_id, name) the last point of the newest attempt that has one: a resumed attempt measures again."""
-    points = select(MetricPoint).join(Job, Job.job_id == MetricPoint.job_id)
-    points = points.where(Job.sweep_id.in_(sweep_ids), MetricPoint.name.in_(names))
-    ordered: Iterator[MetricPoint] = iter(session.scalars(points.order_by(MetricPoint.attempt, MetricPoint.step)))
+) -> dict[tuple[int, str], Row[Any]]:
+    """By (job_id, name) the last point of the newest attempt that has one: a resumed attempt measures again.
+
+    Only for what a member has once or a few times: a job has hundreds of other points, and FINAL is their index.
+    """
+    columns = (MetricPoint.job_id, MetricPoint.name, MetricPoint.step, MetricPoint.value)
+    members = select(Job.job_id).where(Job.sweep_id.in_(sweep_ids))
+    points = select(*columns).where(MetricPoint.job_id.in_(members), text(FINAL), MetricPoint.name.in_(names))
+    ordered: Iterator[Row[Any]] = iter(session.execute(points.order_by(MetricPoint.attempt, MetricPoint.step)))
     return {(point.job_id, point.name): point for point in ordered}

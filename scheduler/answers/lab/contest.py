@@ -81,7 +81,7 @@ def newest_sweeps(store: Store, page: Page) -> tuple[list[SweepView], int | None
     """A page of the sweeps, the newest first, and the sweep behind which the next one goes on."""
     found = store.newest_sweeps(page)
     ids = [row.sweep_id for row in found[: page.limit]]
-    return store.sweeps(ids)[::-1], ids[-1] if len(found) > len(ids) else None
+    return store.sweep_lines(ids)[::-1], ids[-1] if len(found) > len(ids) else None
 
 
 def _lines(store: Store, job_ids: Sequence[int], name: str) -> dict[int, list[tuple[int, float]]]:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import datetime as dt
+import itertools
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from loractl.common.errors import LoractlError, SweepNotFound
 from loractl.common.job.status import Status
 
 from ..comparison import flat_settings
-from ..job import JobHistory, JobState, job_history
+from ..job import JobHistory, JobState, PastEvent, job_history
 from ..wait.cards import trouble_of
 from ..why import Why, why
 from .course import JobCourse, job_course
@@ -58,6 +59,12 @@ class JobDossier:
         return self.history.job
 
     @property
+    def told(self) -> tuple[PastEvent, ...]:
+        """The history, with checkpoints that follow each other as one line: a long job saves hundreds."""
+        runs = itertools.groupby(self.history.events, key=lambda event: (event.kind == "saved", event.attempt))
+        return tuple(event for (saved, _), run in runs for event in (_as_one(list(run)) if saved else run))
+
+    @property
     def trained_s(self) -> float:
         """Seconds of all attempts; of one that goes on until now."""
         now = self.history.now
@@ -95,6 +102,13 @@ def job_dossier(store: Store, shelf: ReportShelf, job_id: int) -> JobDossier:
         log_end=_end("".join(chunk.text for chunk in store.log_end(job_id, LOG_CHUNKS))),
         card_bytes={a.attempt: known[a.node] for a in history.attempts if a.node in known},
     )
+
+
+def _as_one(saved: list[PastEvent]) -> list[PastEvent]:
+    if len(saved) < 3:
+        return saved
+    first, last = saved[0].text.rpartition(" ")[2], saved[-1].text.rpartition(" ")[2]
+    return [replace(saved[-1], text=f"saved steps {first} to {last}, {len(saved)} checkpoints")]
 
 
 def _of_sweep(store: Store, sweep_id: int | None) -> tuple[Collection[str], str | None]:

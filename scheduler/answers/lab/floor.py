@@ -79,7 +79,7 @@ class LabFloor:
 def lab_floor(store: Store, shelf: ReportShelf, choice: Choice, page: Page) -> LabFloor:
     """The lab as it is now. Raises JobNotFound for a page behind a job that does not exist."""
     view = store.fleet()
-    seen = overview(store, choice, page, view=view)
+    seen = overview(store, choice, page, view=view, with_sweeps=False)
     shown = seen.running[:SHOWN_RUNNING]
     in_order = page.after is None and seen.after is None
     points = store.thinned([job.job_id for job in shown], "loss", SPARK_POINTS) if shown else []
