@@ -12,12 +12,6 @@ import click
 from loractl.common.errors import ExitCode, UsageError
 from loractl.common.job.file import load_spec
 from loractl.common.progress import progress_bar
-from loractl.worker.base.model import load_tokenizer
-from loractl.worker.data.advice import advice_for
-from loractl.worker.data.check import check_data
-from loractl.worker.data.template import templated
-from loractl.worker.data.text import check_text, row_text
-from loractl.worker.data.trained_row import trained_row
 
 
 @click.group()
@@ -40,6 +34,13 @@ def data_check(job_file: Path, overrides: tuple[str, ...], gpu: str | None, as_j
     """
     spec = load_spec(job_file, overrides)
     room = _room(gpu)
+
+    from loractl.worker.base.model import load_tokenizer
+    from loractl.worker.data.advice import advice_for
+    from loractl.worker.data.check import check_data
+    from loractl.worker.data.template import templated
+    from loractl.worker.data.text import check_text
+
     tokenizer = templated(load_tokenizer(spec.base_model, spec.revision), spec.dataset.template)
     with progress_bar() as report:
         checked = check_data(spec, tokenizer, report)
@@ -62,6 +63,12 @@ def data_show(job_file: Path, row: int | None, as_json: bool) -> None:
     On a terminal, tokens that are not learned are dimmed. Elsewhere learned tokens stand in [[brackets]].
     """
     spec = load_spec(job_file)
+
+    from loractl.worker.base.model import load_tokenizer
+    from loractl.worker.data.template import templated
+    from loractl.worker.data.text import row_text
+    from loractl.worker.data.trained_row import trained_row
+
     tokenizer = templated(load_tokenizer(spec.base_model, spec.revision), spec.dataset.template)
     shown = trained_row(spec, tokenizer, row)
     if as_json:

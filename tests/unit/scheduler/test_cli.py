@@ -70,6 +70,17 @@ def test_the_help_imports_nothing_that_is_slow(cli: Cli) -> None:
     assert not loaded & {"sqlalchemy", "celery", "kombu", "torch", "transformers", "pydantic", "yaml", "fsspec"}
 
 
+def test_no_command_s_help_imports_the_training_stack() -> None:
+    """`data --help` took two seconds, and so did each mistake in a job file that `data check` was given."""
+    load_all = (
+        "import sys, click; from loractl.scheduler.cli import COMMANDS, cli;"
+        "[cli.get_command(click.Context(cli), name) for name in COMMANDS]; print(*sys.modules)"
+    )
+    loaded = set(subprocess.run([sys.executable, "-c", load_all], capture_output=True, text=True).stdout.split())
+    assert "loractl.worker.commands.data" in loaded
+    assert not loaded & {"torch", "transformers", "peft", "datasets", "sqlalchemy", "celery"}
+
+
 def test_status_imports_neither_the_queue_nor_the_training_stack(cli: Cli) -> None:
     imported(cli, "status")  # the first call creates the database
     loaded = imported(cli, "status")
