@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from loractl.common.job.method import Method
 from loractl.common.job.spec import JobSpec
@@ -100,6 +101,19 @@ def test_a_torn_newest_checkpoint_is_passed_over_for_an_older_whole_one(recipe: 
     torn = saved[-1] / "adapter_model.safetensors"
     torn.write_bytes(torn.read_bytes()[:-10])
     _, told = recipe("rest", resume="first")
+    assert next(m.resumed_from_step for m in told if isinstance(m, Note) and m.kind == "resumed") == 4
+
+
+def test_a_checkpoint_that_does_not_fit_is_tried_once(recipe: Recipe, tmp_path: Path) -> None:
+    """As after an upgrade of peft that names tensors otherwise: the next attempt goes on from the one before it."""
+    recipe("first", stop_after=6)
+    saved = sorted((tmp_path / "first" / "checkpoints").glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
+    path = saved[-1] / "adapter_model.safetensors"
+    renamed = {name.replace("lora_A", "lora_Z", 1): tensor for name, tensor in load_file(path).items()}
+    save_file(renamed, path)  # as many bytes, so that its marker holds
+    with pytest.raises(TrainingFailed, match="the checkpoint's adapter is not that of this training"):
+        recipe("second", resume="first")
+    _, told = recipe("third", resume="first")
     assert next(m.resumed_from_step for m in told if isinstance(m, Note) and m.kind == "resumed") == 4
 
 
@@ -287,8 +301,6 @@ def test_the_loss_of_a_row_is_the_mean_over_its_learned_tokens(tiny_model: Path,
 
 
 def _adapter(folder: Path) -> dict[str, bytes]:
-    from safetensors.torch import load_file
-
     weights = load_file(folder / "result" / "adapter" / "adapter_model.safetensors")
     return {name: tensor.contiguous().view(torch.uint8).numpy().tobytes() for name, tensor in weights.items()}
 

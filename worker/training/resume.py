@@ -99,11 +99,17 @@ class ResumeProof:
 
 @contextlib.contextmanager
 def readable(checkpoint: Checkpoint) -> Iterator[None]:
-    """Withdraw a checkpoint whose files can't be read, though its marker calls it complete. Raises TrainingFailed."""
+    """Withdraw a checkpoint whose files can't be read, or do not fit, though its marker calls it complete.
+
+    Raises TrainingFailed.
+    """
     from safetensors import SafetensorError
 
     try:
         yield
+    except TrainingFailed:  # its adapter is another one: the next attempt would meet it again
+        withdraw(checkpoint)
+        raise
     except (OSError, ValueError, TypeError, LookupError, RuntimeError, SafetensorError) as error:
         if is_out_of_memory(error):
             raise
