@@ -1,7 +1,7 @@
 """A machine within the machine, for tests that install packages as root: its changes and its processes go with it.
 
-All of the root file system below a layer of its own (overlayfs), a process table, and a network with 10.0.0.5
-alone, which no packet leaves; `fetch` alone is outside of it.
+All of the root file system below a layer of its own (overlayfs), a systemd that was started as on a real machine, a
+process table, and a network with 10.0.0.5 alone, which no packet leaves; `fetch` alone is outside of it.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,15 +21,28 @@ SERVER = "10.0.0.5"
 _SET_UP = """
 set -e
 mount -t tmpfs none "$1"
-mkdir "$1/upper" "$1/work" "$1/root"
-mount -t overlay overlay -o "lowerdir=/,upperdir=$1/upper,workdir=$1/work" "$1/root"
-mount -t proc proc "$1/root/proc"
-mount --rbind /dev "$1/root/dev"
-mount -t tmpfs none "$1/root/run"
+root="$1/root"
+mkdir "$1/upper" "$1/work" "$root"
+mount -t overlay overlay -o "lowerdir=/,upperdir=$1/upper,workdir=$1/work" "$root"
+mount -t proc proc "$root/proc"
+mount --bind "$root/proc/sys" "$root/proc/sys" # the kernel is this machine's
+mount -o remount,bind,ro "$root/proc/sys"
+mount -t sysfs -o ro sysfs "$root/sys"
+mount -t cgroup2 none "$root/sys/fs/cgroup"
+mount -t tmpfs none "$root/run"
+mount -t tmpfs none "$root/dev"
+mkdir "$root/dev/shm" "$root/dev/pts"
+for name in null zero full random urandom tty; do
+  touch "$root/dev/$name"
+  mount --bind "/dev/$name" "$root/dev/$name"
+done
+ln -s /proc/self/fd "$root/dev/fd"
 ip link set lo up
 ip address add 10.0.0.5/24 dev lo
-echo "$$"
-exec chroot "$1/root" sleep 3600
+rm -f "$root"/etc/systemd/system/*.wants/*
+ln -sf /dev/null "$root/etc/systemd/system/tmp.mount" # this repository may be below /tmp
+echo ready
+exec chroot "$root" env container=lxc /lib/systemd/systemd --unit=basic.target --show-status=false
 """
 
 
@@ -62,9 +76,9 @@ def cannot() -> str | None:
     """Why this machine can't have one."""
     if os.geteuid() != 0:
         return "needs root"
-    if missing := [name for name in ("unshare", "nsenter", "ip", "apt-get") if shutil.which(name) is None]:
-        return f"no {missing[0]} on this machine"
-    probe = ["unshare", "--mount", "--net", "--pid", "--fork", "true"]
+    if missing := [name for name in ("unshare", "nsenter", "ip", "apt-get", "systemctl") if shutil.which(name) is None]:
+        return f"lacks {missing[0]}"
+    probe = ["unshare", "--mount", "--net", "--pid", "--cgroup", "--fork", "true"]
     return None if subprocess.run(probe, capture_output=True).returncode == 0 else "may not make namespaces"
 
 
@@ -72,13 +86,19 @@ def cannot() -> str | None:
 def sandbox() -> Iterator[Sandbox]:
     """A new one."""
     folder = Path(tempfile.mkdtemp(prefix="loractl-sandbox-"))
-    command = ["unshare", "--mount", "--net", "--pid", "--fork", "--kill-child", "bash", "-c", _SET_UP, "bash", folder]
-    holder = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, text=True)
+    spaces = ["--mount", "--net", "--pid", "--cgroup", "--fork", "--kill-child"]
+    command = ["unshare", *spaces, "bash", "-c", _SET_UP, "bash", str(folder)]
+    holder = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         assert holder.stdout is not None
-        assert holder.stdout.readline().strip() == "1", "it was not set up"
+        assert holder.stdout.readline().strip() == "ready", "it was not set up"
         children = Path(f"/proc/{holder.pid}/task/{holder.pid}/children").read_text().split()
-        yield Sandbox(int(children[0]))
+        inside = Sandbox(int(children[0]))
+        deadline = time.monotonic() + 30
+        while inside.run("systemctl", "is-system-running", code=None).stdout.strip() not in ("running", "degraded"):
+            assert time.monotonic() < deadline, "its systemd does not start"
+            time.sleep(0.2)
+        yield inside
     finally:
         holder.kill()  # and with it all that runs in there
         holder.wait()

@@ -16,8 +16,9 @@ from .output import show
 @click.command()
 @click.option("--patience", default="10s", show_default=True, metavar="TIME", help="How long a check may take.")
 @click.option("--check", "names", multiple=True, metavar="NAME", help="Only this check, and what it needs.")
+@click.option("--service", is_flag=True, help="As root on a GPU box: with its worker's settings, and as its user.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def doctor(patience: str, names: tuple[str, ...], as_json: bool) -> None:
+def doctor(patience: str, names: tuple[str, ...], service: bool, as_json: bool) -> None:
     """Check this installation: services, disks, cards, versions; and what to do.
 
     Exit status 1 where a line says error. A service that hangs is such a line. Nothing is changed that stays.
@@ -25,7 +26,12 @@ def doctor(patience: str, names: tuple[str, ...], as_json: bool) -> None:
     from loractl.scheduler.answers.health.diagnosis import diagnose
     from loractl.scheduler.text.upkeep import health
 
-    answer = diagnose(_seconds(patience), names)
+    if service:
+        from loractl.scheduler.setup.checkup import service_diagnosis
+
+        answer = service_diagnosis(names)
+    else:
+        answer = diagnose(_seconds(patience), names)
     show(answer, as_json, lambda: health(answer, detect_screen()))
     code = ExitCode.OK if answer.ok else ExitCode.FAILED
     if answer.hung:  # Python would wait at its end for threads of libraries that wait for an answer

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import getpass
-import json
 import os
 import re
 import secrets
 import socket
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -22,14 +19,17 @@ from loractl.common.settings import load_settings
 from loractl.common.store.database import make_engine, reachable
 from loractl.common.store.entrance.invitations import Invited, entered, look
 from loractl.common.store.roles import WORK
-from loractl.scheduler.answers.health.condition import Condition, Diagnosis, Level
+from loractl.scheduler.answers.health.box import has_training_stack
+from loractl.scheduler.answers.health.condition import Diagnosis, Level
 
 from .addresses import LabAddresses, read_addresses, refuse_another_store, urls_with_certificates
+from .checkup import diagnosed
 from .line import JoinLine
-from .place import SERVICE_FOLDER, SERVICE_HOME, SERVICE_USER, Membership, Place
+from .place import SERVICE, Membership, Place
 from .seal import unseal
 from .unit import install_unit, service_user, start_service, systemd_runs
 
+_STACK = "pip install 'loractl[worker,postgres,s3]'; the line serves on. For a person ask for another line"
 BEFORE = ("queue", "store", "disk")
 """What is looked at before the line is used: another try must be possible."""
 
@@ -73,6 +73,8 @@ def join(line: JoinLine, wish: JoinWish) -> JoinAnswer:
             invited = look(engine)
         lab = _opened(line, invited)
         kind = "box" if invited.role == WORK else "person"
+        if kind == "box" and not has_training_stack():
+            raise UsageError("this line is for a GPU box, which needs the training stack", _STACK)
         place = _place(kind, wish)
         place.refuse_joined(wish.replace)
         refuse_another_store(lab)
@@ -118,7 +120,7 @@ def _opened(line: JoinLine, invited: Invited) -> LabAddresses:
 
 def _place(kind: str, wish: JoinWish) -> Place:
     if kind == "box" and wish.service and os.geteuid() == 0:
-        return Place(folder=SERVICE_FOLDER, home=SERVICE_HOME, service=True)
+        return SERVICE
     home = Path(os.environ.get("LORACTL_HOME") or "~/.loractl").expanduser().absolute()
     return Place(folder=home, home=home, service=False)
 
@@ -150,7 +152,7 @@ def _refuse_broken(place: Place, kind: str, membership_in: Callable[[Path], Memb
         for path, text in entry.files.items():
             path.write_text(text)
             path.chmod(0o644)
-        found = _diagnosed(place, entry, BEFORE)
+        found = diagnosed(place, entry.variables(), BEFORE)
     for condition in found.conditions:
         if kind == "box" and condition.check == "store" and "takes no results" in condition.sentence:
             raise LoractlError(
@@ -167,30 +169,10 @@ def _serve(place: Place, entry: Membership) -> tuple[str | None, Diagnosis]:
     """Start the service where all is well; what doctor finds before the worker takes the cards."""
     if place.service:
         install_unit()
-    diagnosis = _diagnosed(place, entry, ())
+    diagnosis = diagnosed(place, entry.variables())
     if not place.service:
         return None, diagnosis
     if not (diagnosis.ok and systemd_runs()):
         return "installed", diagnosis
     start_service()
     return "started", diagnosis
-
-
-def _diagnosed(place: Place, entry: Membership, checks: tuple[str, ...]) -> Diagnosis:
-    """What doctor finds as the user that will work here. Raises LoractlError where that one can't start loractl."""
-    command = [sys.executable, "-P", "-c", "from loractl.scheduler.cli import main; main()", "doctor", "--json"]
-    command += [word for check in checks for word in ("--check", check)]
-    service_s: dict[str, Any] = {"user": SERVICE_USER, "group": SERVICE_USER, "extra_groups": []}
-    try:
-        done = subprocess.run(
-            command, env=place.environment(entry), capture_output=True, text=True, cwd="/", stdin=subprocess.DEVNULL,
-            **(service_s if place.service else {}),
-        )  # fmt: skip
-        answer = json.loads(done.stdout)
-    except (OSError, ValueError) as error:
-        who = f"the user {SERVICE_USER}" if place.service else "this user"
-        raise LoractlError(
-            f"{who} can't run {sys.executable}", "install loractl where it can read, as in /opt/loractl"
-        ) from error
-    found = [Condition(**{**line, "level": Level(line["level"])}) for line in answer["checks"]]
-    return Diagnosis(conditions=tuple(found))

@@ -6,12 +6,13 @@ import contextlib
 import json
 import os
 import re
+import shlex
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from loractl.common.errors import LoractlError, WrongState
+from loractl.common.errors import LoractlError, UsageError, WrongState
 from loractl.common.settings import S3Keys, make_private
 
 SERVICE_FOLDER, SERVICE_HOME, SERVICE_USER = Path("/etc/loractl"), Path("/var/lib/loractl"), "loractl"
@@ -68,12 +69,19 @@ class Place:
         if not replace and re.search(r"^(database_url|LORACTL_DATABASE_URL)\s*=", self._text(), re.MULTILINE):
             raise WrongState(f"this machine is in a lab: {self.file}", "loractl join --replace takes its place")
 
-    def environment(self, entry: Membership) -> dict[str, str]:
-        """What a command needs to work with the entry before it is written."""
+    def environment(self, variables: dict[str, str]) -> dict[str, str]:
+        """What a command needs to work here with these variables, whatever is written yet."""
         kept = {k: v for k, v in os.environ.items() if not k.startswith(("LORACTL_", "AWS_"))}
         devices = {k: v for k, v in os.environ.items() if k in ("LORACTL_DEVICES", "LORACTL_MODEL_ROOTS")}
         user = {"HOME": str(self.home), "USER": SERVICE_USER, "LOGNAME": SERVICE_USER} if self.service else {}
-        return {**kept, **user, **devices, "LORACTL_HOME": str(self.home), **entry.variables()}
+        return {**kept, **user, **devices, "LORACTL_HOME": str(self.home), **variables}
+
+    def variables(self) -> dict[str, str]:
+        """What a service's file says, as systemd reads it. Raises UsageError without one, LoractlError."""
+        if not (text := self._text()):
+            raise UsageError(f"there is no {self.file}", "loractl join, as root on a GPU box, writes it")
+        pairs = (line.split("=", 1) for line in text.splitlines() if re.match(r"\w+=", line))
+        return {name: " ".join(shlex.split(value)) for name, value in pairs}
 
     @contextlib.contextmanager
     def prepared(self, entry: Membership) -> Iterator[None]:
@@ -141,4 +149,5 @@ def _write(path: Path, text: str, mode: int) -> None:
         os.fsync(stream.fileno())
 
 
+SERVICE = Place(folder=SERVICE_FOLDER, home=SERVICE_HOME, service=True)
 _HEAD = "# The lab's addresses, with passwords: loractl join has written them.\n"

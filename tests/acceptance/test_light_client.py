@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from loractl.scheduler.setup.line import JoinLine, new_secret
+
 from ..models import write_helpdesk
 
 ROOT = Path(__file__).parents[2]
@@ -50,3 +52,17 @@ def test_the_light_client_submits_and_reads_without_the_training_stack(light: Pa
         told = run(*command, code=1).stderr
         assert "needs the training stack" in told and "pip install 'loractl[worker]'" in told
     assert subprocess.run([str(light / "python"), "-c", "import torch"], capture_output=True).returncode != 0
+    package = next((light.parent / "lib").glob("python*/site-packages/loractl"))
+    for file in (  # what db roles, lab init and join read
+        "common/store/roles.sql", "common/store/entrance/invitations.sql", "scheduler/setup/compose.yaml",
+        "scheduler/setup/loractl-worker.service",
+    ):  # fmt: skip
+        assert (package / file).read_bytes() == (ROOT / file).read_bytes(), file
+    line = line_of_a_lab()
+    assert "pip install 'loractl[postgres]'" in run("join", line, code=2).stderr, "before the line is used"
+
+
+def line_of_a_lab() -> str:
+    number, secret = new_secret()
+    fields = {"host": "127.0.0.1", "port": 1, "database": "loractl", "number": number, "secret": secret}
+    return JoinLine(**fields, tls={}).text()  # type: ignore[arg-type]

@@ -96,6 +96,7 @@ def test_a_service_s_file_is_read_by_systemd_and_keeps_other_lines(tmp_path: Pat
     assert {k: v for k, v in values.items() if k in entry().variables()} == entry().variables()
     assert values["LORACTL_HOST"] == "heron" and values["AWS_SECRET_ACCESS_KEY"] == "s3-secret"
     assert not place.file.read_text().count("\\"), "no value needs an escape"
+    assert place.variables() == values
 
 
 def test_s3_keys_of_a_config_give_way_to_the_environment_s(
@@ -159,6 +160,6 @@ def test_the_shipped_unit_is_one_that_systemd_takes(tmp_path: Path) -> None:
 def test_what_the_wheel_must_have_is_package_data() -> None:
     root = Path(__file__).parents[4]
     patterns = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["*"]
-    for file in ("common/store/roles.sql", "common/store/entrance/invitations.sql",
+    for file in ("common/store/roles.sql", "common/store/entrance/invitations.sql", "scheduler/setup/compose.yaml",
                  "scheduler/setup/loractl-worker.service"):  # fmt: skip
         assert (root / file).exists() and any(Path(file).match(pattern) for pattern in patterns), file
