@@ -22,7 +22,6 @@ from .. import services
 from ..conftest import Cli
 from ..unit.factories import submission
 
-
 QUEUE_SECRET = "queue-secret-4711"
 
 

@@ -110,7 +110,7 @@ def test_again_it_changes_no_password_and_restarts_nothing(machine: Sandbox) -> 
     after = machine.run("bash", "-c", "cat /root/.loractl/config.toml; pgrep -f 'postgres -D|valkey-server'").stdout
     assert after == before
     assert loractl(machine, "/home/ada", "status").stdout
-    by_hand = loractl(machine, OWNER, "db", "roles", "--person", "bob", "--box", "owl").stdout
+    by_hand = loractl(machine, OWNER, "db", "roles", "--person", "bob", "--box", "wren").stdout
     print(by_hand)
     assert "The roles were there." in by_hand and by_hand.count("LORACTL_DATABASE_URL=postgresql://") == 2
 
