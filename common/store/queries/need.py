@@ -7,18 +7,15 @@ import datetime as dt
 from collections.abc import Callable
 from functools import partial
 
-from pydantic import ValidationError
 from sqlalchemy import and_, or_, select, update
 from sqlalchemy import text as sql
 
 from loractl.common.job.method import Method
 from loractl.common.job.need import Need, within
-from loractl.common.job.spec import JobSpec
 from loractl.common.job.status import Status
 from loractl.common.memory.config import read_shape
 from loractl.common.memory.correction import GROWTH, learned
 from loractl.common.memory.engine import ENGINE
-from loractl.common.memory.need_key import model_family, need_key
 from loractl.common.units import gib
 
 from ..records import Claim, MemoryPlan
@@ -82,6 +79,10 @@ _OLD = (sql("status = 'queued'"), Job.engine < ENGINE)
 
 def _plan(job: Job, read: Callable[[], Transaction]) -> MemoryPlan | None:
     """The job's plan as submit would make it; None for a row that this version can't read."""
+    from pydantic import ValidationError
+
+    from loractl.common.job.spec import JobSpec
+    from loractl.common.memory.need_key import model_family, need_key
     from loractl.common.memory.plan import predict
 
     try:
