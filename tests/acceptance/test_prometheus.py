@@ -89,7 +89,20 @@ def prometheus(folder: Path, web_port: int, after_s: int | None = None) -> Itera
         f"--web.listen-address=127.0.0.1:{port}",
     ]  # fmt: skip
     with services.running(command, port):
+        deadline = time.monotonic() + 60
+        while not _ready(port):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
         yield Prometheus(port)
+
+
+def _ready(port: int) -> bool:
+    """It listens before it answers."""
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/-/ready", timeout=10) as answer:
+            return int(answer.status) == 200
+    except OSError:
+        return False
 
 
 @contextlib.contextmanager
