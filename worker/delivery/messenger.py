@@ -64,7 +64,7 @@ class Messenger:
         if parcel is None:
             return False
         delivery = deliver(self._channels[parcel.channel], parcel)
-        if not delivery.sent:
+        if delivery.why:
             log.warning(
                 "message %s to channel %s, try %s: %s", parcel.message_id, parcel.channel, parcel.tries, delivery.why
             )

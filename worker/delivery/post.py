@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import smtplib
 import ssl
+from collections.abc import Mapping
 from urllib.parse import unquote, urlsplit
 
 from loractl.common.channel.channels import Channel
@@ -40,16 +41,24 @@ def send_mail(channel: Channel, parcel: Parcel, deadline_s: float = DEADLINE_S) 
                     client.starttls(context=trusted)
                 if parts.username is not None:
                     client.login(unquote(parts.username), unquote(parts.password or ""))
-                client.send_message(message, channel.sender, list(channel.to))
-                return Delivery(sent=True)
+                refused = client.send_message(message, channel.sender, list(channel.to))
+                return Delivery(sent=True, why=_partly(refused, len(channel.to)))
     except smtplib.SMTPResponseException as error:
         return Delivery(again=error.smtp_code < 500, why=f"SMTP {error.smtp_code}")
     except smtplib.SMTPRecipientsRefused as error:
         codes = {code for code, _ in error.recipients.values()}
         return Delivery(again=all(code < 500 for code in codes), why=f"SMTP {max(codes)} for its recipients")
+    except UnicodeError:
+        return Delivery(why="a login over SMTP has plain characters alone: look at the channel's url")
     except smtplib.SMTPServerDisconnected:
         return Delivery(again=True, why="the connection broke")
     except smtplib.SMTPException:
         return Delivery(why="the server lacks what the channel asks for: STARTTLS or a login")
     except OSError as error:
         return broken(error)
+
+
+def _partly(refused: Mapping[str, tuple[int, bytes]], asked: int) -> str:
+    """That some recipients get none, though others do; empty where all do."""
+    codes = {code for code, _ in refused.values()}
+    return f"SMTP {max(codes)} for {len(refused)} of its {asked} recipients" if refused else ""

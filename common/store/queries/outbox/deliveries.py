@@ -66,6 +66,8 @@ def settle(tx: Transaction, parcel: Parcel, delivery: Delivery) -> bool:
         return False
     if delivery.sent:
         _settle(tx, row, SENT)
+        if delivery.why:
+            _tell(tx, row, f"{SENT}, but {delivery.why}")
     elif not delivery.again or row.tries >= TRIES:
         _settle(tx, row, f"{GAVE_UP} after {row.tries} tries: {delivery.why}", told=True)
     else:
@@ -155,8 +157,14 @@ def _settle(tx: Transaction, row: OutboxMessage, outcome: str, *, told: bool = F
     """Nothing more becomes of a message. `told`: in its job's history, too."""
     own = OutboxMessage.message_id == row.message_id
     tx.session.execute(update(OutboxMessage).where(own).values(settled_at=tx.now(), outcome=outcome, token=None))
-    if told and row.job_id is not None:
-        tx.tell(row.job_id, None, "notify", f"message {row.message_id} to channel {row.channel}: {outcome}")
+    if told:
+        _tell(tx, row, outcome)
+
+
+def _tell(tx: Transaction, row: OutboxMessage, what: str) -> None:
+    """In the history of the message's job."""
+    if row.job_id is not None:
+        tx.tell(row.job_id, None, "notify", f"message {row.message_id} to channel {row.channel}: {what}")
 
 
 def _pause_s(tries: int, asked_s: float | None) -> float:

@@ -262,6 +262,18 @@ def test_what_another_try_can_t_help_is_given_up_at_once(timed: Store) -> None:
     assert notes(timed, job_id) == [f"message {parcel.message_id} to channel ops: gave up after 1 tries: HTTP 410"]
 
 
+def test_a_mail_that_some_of_its_recipients_refuse_is_sent_and_the_history_says_so(timed: Store) -> None:
+    job_id = timed.submit(submission(notify=["ops"]))
+    end(timed, Reason.OK)
+    parcel = due(timed, OPS)
+    assert parcel is not None
+    timed.settle_message(parcel, Delivery(sent=True, why="SMTP 550 for 1 of its 2 recipients"))
+    assert due(timed, OPS) is None
+    assert notes(timed, job_id) == [
+        f"message {parcel.message_id} to channel ops: sent, but SMTP 550 for 1 of its 2 recipients"
+    ]
+
+
 def test_a_message_to_a_channel_that_nobody_has_is_given_up_after_a_day_and_forgotten_after_a_week(
     timed: Store, clock: Clock
 ) -> None:

@@ -75,6 +75,26 @@ def test_a_refusal_is_told_by_its_number_alone(refusal: str, expected: Delivery)
         assert told(f"smtp://127.0.0.1:{port}") == expected
 
 
+class Choosy(Mailbox):
+    """It knows one of the two recipients."""
+
+    async def handle_RCPT(
+        self, server: SMTP, session: Session, envelope: Envelope, address: str, options: list[str]
+    ) -> str:
+        if address.startswith("boss"):
+            return "550 ANSWER, nobody"
+        envelope.rcpt_tos.append(address)
+        return "250 known"
+
+
+def test_a_recipient_who_is_refused_is_told_though_others_get_the_mail() -> None:
+    mailbox = Choosy()
+    with mail_server(mailbox) as port:
+        expected = Delivery(sent=True, why="SMTP 550 for 1 of its 2 recipients")
+        assert told(f"smtp://127.0.0.1:{port}") == expected
+    assert len(mailbox.envelopes) == 1
+
+
 def test_a_server_that_says_nothing_or_hangs_up_is_tried_again() -> None:
     with receivers.receiver(receivers.hang) as silent:
         assert told(f"smtp://127.0.0.1:{silent.port}").again
@@ -102,6 +122,7 @@ def test_a_password_goes_to_a_trusted_server_after_starttls_alone(
         monkeypatch.setenv("SSL_CERT_FILE", str(authority))
         assert told(url) == Delivery(sent=True)
         assert told(url.replace("p%2Fw", "wrong")).sent is False
+        assert "plain characters" in told(url.replace("p%2Fw", "p%C3%A4ss")).why
     with mail_server(Mailbox()) as port:
         assert told(f"smtp+starttls://localhost:{port}").sent is False, "it offers no STARTTLS"
     assert len(mailbox.envelopes) == 1
