@@ -30,7 +30,7 @@ _TIMES = frozenset({"resources.time_limit", "lora_patience"})
 class Standing(enum.Enum):
     """How far a job has come, as far as it decides what may change."""
 
-    NEW = "was not begun"
+    NEW = "was not begun"  # or ended before its first step: there is nothing that a change could make useless
     BEGUN = "has begun"  # it waits again, or has ended: its checkpoints and its history are of one training
     RUNNING = "is running"
 
@@ -71,10 +71,8 @@ class Amended:
         if not keys:
             raise UsageError(f"job {self.job_id} has these settings already", f"see them: loractl show {self.job_id}")
         if self.standing is Standing.RUNNING and (late := [key for key in keys if key not in WHILE_IT_RUNS]):
-            raise UsageError(
-                f"{', '.join(late)} can't change while job {self.job_id} runs; {', '.join(WHILE_IT_RUNS)} can",
-                f"stop it first: loractl cancel {self.job_id}, then loractl retry {self.job_id} --set {late[0]}=...",
-            )
+            what = f"{', '.join(late)} can't change while job {self.job_id} runs; {', '.join(WHILE_IT_RUNS)} can"
+            raise UsageError(what, self._way_for(late))
         if data := [key for key in keys if _reads_otherwise(key)]:
             raise self._refusal(data, "was submitted")
         bound = self.standing is not Standing.NEW or self.in_sweep
@@ -85,8 +83,18 @@ class Amended:
     def _refusal(self, keys: Sequence[str], why: str) -> UsageError:
         return UsageError(
             f"{', '.join(keys)} can't change once job {self.job_id} {why}: it would be another training",
-            f"queue that as a job of its own: loractl submit JOB.yaml --set {keys[0]}=...",
+            self._as_its_own(keys[0]),
         )
+
+    def _way_for(self, late: Sequence[str]) -> str:
+        """What to do where it runs: once it is stopped it may take these keys, or it will refuse them then, too."""
+        refused = [*filter(_reads_otherwise, late), *self._of_another_training(late)]
+        if refused:
+            return self._as_its_own(refused[0])
+        return f"stop it first: loractl cancel {self.job_id}, then loractl retry {self.job_id} --set {late[0]}=..."
+
+    def _as_its_own(self, key: str) -> str:
+        return f"queue that as a job of its own: loractl submit --like {self.job_id} --set {key}=..."
 
     def _of_another_training(self, keys: Sequence[str]) -> Iterator[str]:
         """Keys whose change makes the checkpoints useless, or a sweep's losses impossible to compare."""

@@ -76,7 +76,13 @@ class Meaning:
     retryable: bool  # may another attempt help?
     counts: bool  # does another attempt spend one of the user's max_retries?
     advice: str  # the next step for a person
+    without_checkpoint: str | None = None  # in its place, where the job has none to go on from
     blames: Blamed | None = None  # a retry avoids it, and it is closed when it fails the jobs of others too
+
+    def next_step(self, job_id: int, has_checkpoint: bool) -> str:
+        """The advice for this job, with its number."""
+        told = self.advice if has_checkpoint else self.without_checkpoint or self.advice
+        return told.replace("JOB", str(job_id))
 
 
 _LAB = "nothing to do: the lab caused it, the job is tried again without spending its retries"
@@ -92,7 +98,8 @@ OUTCOMES: dict[Reason, Meaning] = {
         status=Status.FAILED,
         retryable=False,
         counts=False,
-        advice="correct the data, or dataset.path, and submit the job again",
+        advice="correct the data and submit the job again, or change a setting: "
+        "loractl submit --like JOB --set KEY=VALUE",
     ),
     Reason.MODEL_NOT_FOUND: Meaning(
         status=Status.FAILED,
@@ -117,6 +124,7 @@ OUTCOMES: dict[Reason, Meaning] = {
         retryable=False,
         counts=False,
         advice="loractl retry JOB --set resources.time_limit=2h goes on from its checkpoint",
+        without_checkpoint="loractl retry JOB --set resources.time_limit=2h; it begins anew, there is no checkpoint",
     ),
     Reason.CANCELLED: Meaning(
         status=Status.CANCELLED, retryable=False, counts=False, advice="loractl retry JOB queues it again"
@@ -159,6 +167,9 @@ KEEPING = frozenset(
     if meaning.status is Status.FAILED and (meaning.retryable or reason is Reason.TIMED_OUT)
 )
 """A job that failed so keeps its finished result and its checkpoints until loractl gc: a retry goes on from them."""
+
+FAILS_AGAIN = frozenset({Reason.BAD_SPEC, Reason.BAD_DATA, Reason.DIVERGED})
+"""What is wrong is the job's own: queued again as it is, it fails in the same way."""
 
 LAB_FAILURE_LIMIT = 3
 """A job that the lab fails so often in a row, without a further checkpoint in between, is held: it may be the cause."""

@@ -136,6 +136,11 @@ class Job(Base):
     manifest_sha256: Mapped[str | None] = mapped_column(String(64))  # of its result; null: of an earlier version
     sweep_id: Mapped[int | None]  # the sweep that it belongs to
 
+    @property
+    def has_checkpoint(self) -> bool:
+        """Whether the next attempt can go on from one in the artifact store."""
+        return self.checkpoint is not None
+
 
 class Sweep(Base):
     """Jobs of one job file with different settings, submitted together."""

@@ -59,6 +59,7 @@ class JobState:
     cancel_requested: bool
     tokens_per_second: float | None
     vram_needed: int | None  # bytes; None: not known yet
+    has_checkpoint: bool  # in the artifact store, to go on from
     eta_spread_seconds: float | None  # half width of the range in which it ends
 
     def as_json(self) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from .named import JobName, Setting, jobs_named
 def retry(jobs: tuple[str, ...], overrides: tuple[str, ...]) -> None:
     """Queue failed, cancelled or held jobs again.
 
-    They go on from their checkpoints.
+    They go on from their checkpoints, where they have some.
     """
     from loractl.common.queue.sender import open_sender
     from loractl.scheduler.session import open_artifacts, open_session

@@ -37,14 +37,14 @@ def amendment(store: Store, job_id: int, overrides: Sequence[str]) -> Amendment:
     if job.status is Status.SUCCEEDED:
         raise WrongState(
             f"job {job_id} has succeeded: nothing of it changes any more",
-            "queue another: loractl submit JOB.yaml --set KEY=VALUE",
+            f"queue another: loractl submit --like {job_id} --set KEY=VALUE",
         )
     name = f"job {job_id}"
     before = override_spec(job.spec, (), name)
     after = settle_ancestor(amended_spec(job.spec, overrides, name, Path.cwd()), store)
     Amended(
         job_id=job_id,
-        standing=_standing(job),
+        standing=_standing(store, job),
         taken=Method(job.method) if job.method else None,
         in_sweep=job.sweep_id is not None,
         before=before,
@@ -82,10 +82,16 @@ def require_unended(store: Store, job_id: int) -> None:
         )
 
 
-def _standing(job: Job) -> Standing:
+def _standing(store: Store, job: Job) -> Standing:
     if job.status is Status.RUNNING:
         return Standing.RUNNING
-    return Standing.NEW if job.attempt == 0 else Standing.BEGUN
+    return Standing.BEGUN if job.attempt and _has_trained(store, job) else Standing.NEW
+
+
+def _has_trained(store: Store, job: Job) -> bool:
+    """Whether an attempt has taken a step. A retry forgets the last attempt's: its losses stay."""
+    left = job.checkpoint is not None or job.result_host is not None
+    return left or bool(job.step) or bool(store.metrics(job.job_id, "loss"))
 
 
 def _as_known(job: Job, before: JobSpec, after: JobSpec) -> Submission:

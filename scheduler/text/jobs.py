@@ -341,7 +341,7 @@ def _next_command(job: JobState) -> str:
         return f"Its report: loractl report {job.job_id}   its adapter: loractl adapters pull {job.job_id} DIR"
     if job.status in (Status.FAILED, Status.CANCELLED):
         known = OUTCOMES.get(job.reason) if job.reason else None  # a newer version has more reasons
-        advice = known.advice.replace("JOB", str(job.job_id)) if known else ""
+        advice = known.next_step(job.job_id, job.has_checkpoint) if known else ""
         return f"Next: {advice}." if advice else f"Its log: loractl logs {job.job_id}"
     if job.status is Status.RUNNING and job.cancel_requested:
         return f"A cancel was asked for. Its log: loractl logs {job.job_id} -f"

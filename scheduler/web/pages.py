@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from loractl.common.errors import UsageError
-from loractl.common.job.status import Status
+from loractl.common.job.status import FAILS_AGAIN, Reason, Status
 from loractl.common.store.records import Choice, Page
 from loractl.scheduler.answers.job import JobState
 from loractl.scheduler.answers.lab.contest import newest_sweeps, sweep_contest
@@ -186,4 +186,7 @@ def commands_for(job: JobState) -> list[str]:
         return [f"loractl adapters pull {number} DIR", f"loractl chat {number}", f"loractl reproduce {number}"]
     if job.status is Status.SUCCEEDED:
         return [f"loractl submit --like {number}"]
-    return [f"loractl retry {number}", f"loractl submit --like {number}"]
+    otherwise = f"loractl submit --like {number} --set KEY=VALUE"
+    if job.reason is Reason.TIMED_OUT:
+        return [f"loractl retry {number} --set resources.time_limit=2h", otherwise]
+    return [otherwise] if job.reason in FAILS_AGAIN else [f"loractl retry {number}", otherwise]

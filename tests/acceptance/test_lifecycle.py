@@ -118,7 +118,7 @@ def test_a_job_over_its_time_limit_keeps_a_checkpoint_and_a_retry_with_more_goes
     assert (over["reason"], over["labels"]) == ("timed_out", {"team": "a"})
     assert "loractl retry 1 --set resources.time_limit=2h goes on" in cli("status", 1).stdout
     refused = cli("retry", 1, "--set=training.learning_rate=0.1", code=2).stderr
-    assert "loractl submit JOB.yaml --set training.learning_rate=..." in refused
+    assert "loractl submit --like 1 --set training.learning_rate=..." in refused
 
     cli("retry", 1, "--set=resources.time_limit=2h")
     until_job(cli, 1, lambda job: job.attempt == 2 and (job.step or 0) > over["step"], seconds=60)

@@ -83,7 +83,7 @@ def test_a_job_that_has_begun_keeps_the_method_of_its_checkpoint() -> None:
     assert change(["method=lora"], Standing.BEGUN).method is Method.LORA
     with pytest.raises(UsageError, match="method can't change once job 3 has begun: it would be another") as no:
         change(["method=qlora"], Standing.BEGUN)
-    assert no.value.hint == "queue that as a job of its own: loractl submit JOB.yaml --set method=..."
+    assert no.value.hint == "queue that as a job of its own: loractl submit --like 3 --set method=..."
 
 
 def test_what_is_refused_names_every_key_and_what_is_left() -> None:
@@ -92,6 +92,10 @@ def test_what_is_refused_names_every_key_and_what_is_left() -> None:
     assert no.value.sentence == (
         "lora.r, training.seed can't change while job 3 runs; labels, priority, resources.time_limit can"
     )
+    assert no.value.hint == "queue that as a job of its own: loractl submit --like 3 --set lora.r=..."
+    with pytest.raises(UsageError) as no:
+        change(["max_retries=9"], Standing.RUNNING)
+    assert no.value.hint == "stop it first: loractl cancel 3, then loractl retry 3 --set max_retries=..."
     with pytest.raises(UsageError, match="job 3 has these settings already"):
         change(["priority=0"], Standing.NEW)
     with pytest.raises(SpecError, match="priority"):

@@ -126,6 +126,25 @@ def test_a_retry_with_a_change_goes_on_from_the_checkpoint(store: Store) -> None
         amendment(store, claim.job_id, ["priority=1"])
 
 
+def test_a_job_that_failed_before_its_first_step_takes_the_setting_that_its_failure_names(store: Store) -> None:
+    store.submit(submission())
+    claim = started(store)
+    with pytest.raises(UsageError) as no:
+        amendment(store, claim.job_id, ["dataset.on_overflow=drop"])
+    assert no.value.hint == "queue that as a job of its own: loractl submit --like 1 --set dataset.on_overflow=..."
+    store.finish(claim, Reason.BAD_DATA, "row 1: has no token to learn", Progress(), None)
+    store.retry(claim.job_id, "bob", amendment(store, claim.job_id, ["dataset.on_overflow=drop", "lora.r=8"]))
+    again = started(store)
+    assert (again.spec.dataset.on_overflow.value, again.spec.lora.r) == ("drop", 8)
+    step = Progress(step=1, total_steps=9, metrics=((1, "loss", 2.0),))
+    store.beat(again, step)
+    store.finish(again, Reason.BAD_DATA, "a row can't be read", step, None)
+    store.retry(claim.job_id, "bob")
+    with pytest.raises(UsageError, match=r"lora.r can't change once job 1 has begun") as no:
+        amendment(store, claim.job_id, ["lora.r=4"])
+    assert no.value.hint == "queue that as a job of its own: loractl submit --like 1 --set lora.r=..."
+
+
 def test_a_retry_that_is_refused_changes_nothing(store: Store) -> None:
     job_id = store.submit(submission())
     with pytest.raises(WrongState, match="only a failed, cancelled or held job"):

@@ -247,6 +247,10 @@ def test_a_job_that_waits_failed_or_succeeded_says_why_and_what_to_do_next() -> 
     failed = full(job(status=Status.FAILED, reason=Reason.DISK_FULL, message="no space")).splitlines()
     assert failed[0] == "7 helpdesk failed (disk_full): no space"
     assert failed[-1] == "Next: free space on the worker's disk, then loractl retry 7."
+    late = full(job(status=Status.FAILED, reason=Reason.TIMED_OUT)).splitlines()
+    assert late[-1].endswith("retry 7 --set resources.time_limit=2h; it begins anew, there is no checkpoint.")
+    late = full(job(status=Status.FAILED, reason=Reason.TIMED_OUT, checkpoint={"step": 4})).splitlines()
+    assert late[-1] == "Next: loractl retry 7 --set resources.time_limit=2h goes on from its checkpoint."
     done = full(
         job(status=Status.SUCCEEDED, reason=Reason.OK, message="done", adapter_uri="s3://a", report_uri="s3://r")
     ).splitlines()

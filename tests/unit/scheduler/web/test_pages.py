@@ -8,10 +8,14 @@ from pathlib import Path
 
 import pytest
 
+from loractl.common.job.status import Reason, Status
+from loractl.scheduler.answers.job import state_of
 from loractl.scheduler.answers.lab.shelf import ReportShelf
+from loractl.scheduler.web.pages import commands_for
 from loractl.scheduler.web.site import FRESH_S
 
 from .... import webs
+from ...factories import job
 from .conftest import PAGES, Web, web_on
 
 
@@ -49,6 +53,17 @@ def test_a_job_s_page_has_its_attempts_memory_report_answers_and_settings(web: W
     assert "base wrong, tuned right 12" in page and page.index("Ticket 0:") < page.index("Ticket 4:")
     assert "training.learning_rate 0.0002" in page and "loractl adapters pull 11 DIR" in page
     assert "step 900: loss" in page, "the end of its log"
+
+
+@pytest.mark.parametrize(
+    ("reason", "offered"),
+    [
+        (Reason.BAD_DATA, ["loractl submit --like 7 --set KEY=VALUE"]),
+        (Reason.TRAINER_ERROR, ["loractl retry 7", "loractl submit --like 7 --set KEY=VALUE"]),
+    ],
+)
+def test_a_failed_job_s_page_offers_what_does_not_fail_in_the_same_way(reason: Reason, offered: list[str]) -> None:
+    assert commands_for(state_of(job(status=Status.FAILED, reason=reason))) == offered
 
 
 def test_answers_are_listed_by_what_changed_and_in_parts(web: Web) -> None:
