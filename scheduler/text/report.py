@@ -45,11 +45,11 @@ def report_text(report: dict[str, Any], screen: Screen, answers: int) -> str:
     speed = f", {training['tokens_per_second']:.0f} tok/s" if training["tokens_per_second"] else ""
     lines += [
         "",
-        f"{e['rows']} held-out rows. {report['method']}, {_steps_taken(training)} in "
+        f"{e['rows']} held-out row{'s' * (e['rows'] != 1)}. {report['method']}, {_steps_taken(training)} in "
         f"{duration(training['seconds'])}{speed}, "
         f"peak {gib(training['peak_memory_bytes'])} GiB ({clean_line(training['peak_memory_kind'])}).",
         f"Intervals: {thousands(e['bootstrap']['samples'])} paired bootstrap samples, seed {e['bootstrap']['seed']}. "
-        f"{data['truncated_rows']} rows truncated, {left_out} left out.",
+        f"{data['truncated_rows']} row{'s' * (data['truncated_rows'] != 1)} truncated, {left_out} left out.",
     ]
     # what changed comes first: repaired, broken, then the rest
     order = sorted(e["answers"], key=lambda a: (a["base_exact"] == a["tuned_exact"], not a["tuned_exact"], a["row"]))

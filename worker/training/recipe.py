@@ -240,7 +240,7 @@ def _evaluate(run: Run, learner: Learner, data: PreparedData, tasks: Any, callba
     measure = evaluate_classifier if data.label_names else evaluate
     rows = len(data.held_out.rows[: run.spec.evaluation.max_rows])
     models = ("the classifier",) if data.label_names else ("the base", "the tuned model")
-    progress = callbacks.teller.evaluating([f"{model} on {rows} held-out rows" for model in models])
+    progress = callbacks.teller.evaluating([f"{model} on {rows} held-out row{'s' * (rows != 1)}" for model in models])
     evaluation = measure(learner, data, run.spec, run.check_stop, progress)
     callbacks.teller.tell_held_out(evaluation)
     if tasks is None:

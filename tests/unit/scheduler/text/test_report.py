@@ -61,7 +61,7 @@ def test_the_report_shows_the_verdict_the_table_and_what_was_repaired_first() ->
     assert text.startswith("7 helpdesk: the tuned model is better\n")
     assert re.search(r"ROUGE-L +0\.20 +0\.61 +\+0\.41 +\+0\.30 to \+0\.50 +better", text)
     assert re.search(r"exact, % +50\.0 +– +−2\.5", text)
-    assert "1 rows truncated, 5 left out." in text
+    assert "1 row truncated, 5 left out." in text
     assert re.findall(r"^Row (\d)", text, re.M) == ["3", "2", "1"]
     assert "base (wrong): text\n  tuned (right): text" in text
     assert text.endswith("1 more answers: loractl report 7 --answers 4")
