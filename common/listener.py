@@ -3,14 +3,30 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import socket
 from collections.abc import Callable
 from typing import Any
 
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from .errors import UsageError
+
 HEADERS_S = 10.0
 """Seconds in which the lines of a request must have arrived."""
+
+
+def check_port(host: str, port: int) -> None:
+    """Raises UsageError where nothing can listen, before anything is loaded for it."""
+    try:
+        for family, kind, _, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+            with contextlib.closing(socket.socket(family, kind)) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind(address)
+    except OSError as error:
+        why = (error.strerror or str(error)).lower()
+        raise UsageError(f"nothing can listen on {host}:{port}: {why}", "choose another --host or --port") from error
 
 
 class Connection(H11Protocol):
@@ -64,6 +80,6 @@ class Listener(uvicorn.Server):
         """Listen, then tell."""
         await super().startup(sockets)
         for server in self.servers:
-            for socket in server.sockets:
-                host, port = socket.getsockname()[:2]
+            for listening in server.sockets:
+                host, port = listening.getsockname()[:2]
                 self._tell(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")

@@ -45,6 +45,7 @@ def lineage_text(answer: Lineage) -> str:
     made = f"job {adapter.job_id}, attempt {adapter.attempt}, of {clean_line(answer.user)}"
     revision = f", revision {answer.spec['revision']}" if answer.spec.get("revision") else ""
     shape = f"{adapter.method}, r {of['r']}, lora_alpha {of['lora_alpha']:g}: {', '.join(of['modules'])}"
+    unbound = "" if answer.bound else ", not bound to its row: loractl adapters bind"
     parts = {
         "made by": f"{made}, {clock(adapter.created_at, answer.now)}",
         "base": f"{clean_line(adapter.base_model)}{revision}",
@@ -52,8 +53,8 @@ def lineage_text(answer: Lineage) -> str:
         **({"begun": _ancestry(of["init_from"])} if of.get("init_from") else {}),
         "data": f"{data['train_rows']} rows ({data['format']}), sha256 {data['sha256'] or 'unknown: from the hub'}",
         "result": clean_line(answer.report["verdict"]["sentence"]),
-        "weights": f"{adapter.size / 1e6:.1f} MB, sha256 {of['sha256']}",
-        "files": clean_line(adapter.uri) + ("" if answer.bound else ", not bound to its row: loractl adapters bind"),
+        "weights": f"sha256 {of['sha256']}",
+        "files": f"{adapter.size / 1e6:.1f} MB, {clean_line(adapter.uri)}{unbound}",
         "versions": ", ".join(f"{name} {version}" for name, version in answer.report["versions"].items()),
     }
     names = [f"{clean_line(adapter.name)}:{tag}" for tag in adapter.tags_set]

@@ -83,7 +83,7 @@ def _percent(share: float | None) -> str:
 
 
 def _upper_first(text: str) -> str:
-    return text[:1].upper() + text[1:]
+    return text if text.startswith("loractl ") else text[:1].upper() + text[1:]  # a command is typed as it stands
 
 
 def _owner(name: str, owners: Mapping[str, int]) -> int:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import uvicorn
 
 from loractl.common.errors import UsageError
-from loractl.common.listener import Connection, Listener
+from loractl.common.listener import Connection, Listener, check_port
 
 from .access import is_loopback
 
@@ -22,6 +22,7 @@ AT_ONCE = 200
 
 def listen(app: Any, host: str, port: int, access: Access, tell: Callable[[str], None]) -> None:
     """Serve until Ctrl-C or SIGTERM. Raises UsageError where nothing can listen there."""
+    check_port(host, port)
     config = uvicorn.Config(
         app,
         host=host,
@@ -39,7 +40,7 @@ def listen(app: Any, host: str, port: int, access: Access, tell: Callable[[str],
     try:
         with contextlib.suppress(KeyboardInterrupt):
             server.run()
-    except SystemExit as error:  # uvicorn has said why
+    except SystemExit as error:  # taken meanwhile; uvicorn has said why
         raise UsageError(f"nothing can listen on {host}:{port}", "choose another --host or --port") from error
 
 

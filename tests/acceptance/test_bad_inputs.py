@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Callable
@@ -337,3 +338,13 @@ def _answered(done: subprocess.CompletedProcess[str], says: str, code: int) -> s
 
 def _write(path: Path, content: str | bytes) -> None:
     path.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+@pytest.mark.parametrize("command", [("serve", "--base", "nothing/here"), ("web",)])
+def test_a_taken_port_is_told_before_anything_is_loaded(cli: Cli, command: tuple[str, ...]) -> None:
+    cli("status")  # makes the database, without which there is no page
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        said = cli(*command, "--port", port, code=2).stderr
+    assert f"nothing can listen on 127.0.0.1:{port}: address already in use" in said
+    assert "choose another --host or --port" in said and "Errno" not in said

@@ -64,7 +64,10 @@ def serve(**options: Any) -> None:
     _require_fastapi()
     _check_exposure(host, key)
     sizes = {name: _size(options, name) for name in ("adapter_memory", "cache_memory")}
+    from loractl.common.listener import check_port
     from loractl.common.settings import load_settings
+
+    check_port(host, port)
     from loractl.worker.serving.http import make_app
     from loractl.worker.serving.library import Library
     from loractl.worker.serving.server import ServeOptions, listen, load_served

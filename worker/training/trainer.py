@@ -161,7 +161,8 @@ def _run(order: Start, orders: Orders, tell: Tell, shelf: Shelf | None = None) -
         hint = f" ({error.hint})" if error.hint else ""
         return ended(Reason.BAD_DATA, f"{error.sentence}{hint}")
     except TrainingFailed as error:
-        traceback.print_exc()
+        if error.__cause__ is not None:  # a library's; where there is none, the sentence says all
+            traceback.print_exception(error.__cause__)
         return ended(error.reason, error.sentence)
     except Exception as error:  # noqa: BLE001  after any error the job's row must say why
         # the last place that can name the failure: the whole traceback goes to the log, the sentence to the job's row
