@@ -159,9 +159,7 @@ def _refuse_broken(place: Place, kind: str, membership_in: Callable[[Path], Memb
                 f"store: {condition.sentence}", "a box stores results: ask the lab's owner for its right"
             )
         if condition.level is Level.ERROR:
-            hint = (
-                f"{condition.hint or 'mend it'}; then say loractl join again: nothing was changed, the line serves on"
-            )
+            hint = f"{condition.hint or 'mend it'}; then say it again: nothing was changed here, the line serves on"
             raise LoractlError(f"{condition.check}: {condition.sentence}", hint)
 
 

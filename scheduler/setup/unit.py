@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import grp
 import pwd
 import sys
 from collections.abc import Iterator
@@ -40,7 +41,9 @@ def service_user() -> Iterator[None]:
         yield
     except BaseException:
         if made:
+            number = grp.getgrnam(SERVICE_USER).gr_gid
             run("userdel", "--remove", SERVICE_USER)
+            run("groupadd", "--system", "--force", "--gid", str(number), SERVICE_USER)  # userdel takes it, too
         raise
 
 

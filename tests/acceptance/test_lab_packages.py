@@ -71,6 +71,13 @@ def test_from_nothing_to_two_boxes_and_a_person(machine: Sandbox) -> None:
     made = timed("lab init", "lab", "init", *lab, "--box", "heron", "--box", "owl", "--person", "ada", home=OWNER)
     assert f"listen on {SERVER}, encrypted" in made and ", new; the roles are made" in made
     heron, owl, ada = (line.split()[2] for line in made.splitlines() if line.startswith("    loractl join"))
+    machine.run("systemctl", "stop", "valkey-server")
+    refused = loractl(machine, OWNER, "join", "-", stdin=heron, code=1).stderr
+    assert "queue: " in refused and "nothing was changed here, the line serves on" in refused
+    machine.run(
+        "bash", "-c", "! id loractl && ! ls /etc/loractl /var/lib/loractl /etc/systemd/system/loractl-worker.service"
+    )
+    machine.run("systemctl", "start", "valkey-server")
     box = timed("join, as a service", "join", "-", home=OWNER, stdin=heron + "\n")
     assert "The worker runs as a service" in box
     timed("join, another box", "join", "--no-service", owl, home="/home/owl")

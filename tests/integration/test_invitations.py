@@ -198,6 +198,7 @@ def test_a_name_that_is_there_changes_its_password_for_the_owner_s_line_alone(
             invited(role, {(WrongState, WORK): ada, (UsageError, SUBMIT): "Ada B"}.get((wrong, role), "postgres"))
 
 
+@pytest.mark.long
 def test_an_owner_who_is_no_superuser_invites_too(real_services: None) -> None:
     """As on a server from a distribution's packages: the tables' owner may make roles, and no more."""
     folder = Path(tempfile.mkdtemp(prefix="loractl-pg-"))
