@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 
 import click
 
+from loractl.common.errors import SchemaMismatch, ServiceUnreachable
 from loractl.common.settings import Settings, load_settings
-from loractl.common.store.database import connect, reachable
+from loractl.common.store.database import connect, connect_to_read, has_database, reachable
 from loractl.common.store.store import Store
 
 if TYPE_CHECKING:
@@ -19,6 +20,20 @@ def open_session() -> tuple[Settings, Store]:
     settings = load_settings()
     with reachable(settings):
         return settings, Store(connect(settings))
+
+
+def open_to_check(settings: Settings) -> tuple[Store | None, str | None]:
+    """A store that only reads, for a dry run: none is made, upgraded or needed. With it what can't be looked at.
+
+    Raises LoractlError for a database that refuses this user.
+    """
+    if not has_database(settings):
+        return None, None  # nothing has been measured, and there is no adapter to begin from
+    try:
+        with reachable(settings):
+            return Store(connect_to_read(settings)), None
+    except (ServiceUnreachable, SchemaMismatch) as error:
+        return None, f"Not checked: what the database knows, like lora.init_from: {error.sentence}."
 
 
 def open_stores() -> tuple[Settings, Store, ArtifactStore]:

@@ -69,7 +69,7 @@ def connect_to_read(settings: Settings) -> Engine:
 
     Nothing is created and nothing upgraded. Raises ServiceUnreachable, SchemaMismatch, UsageError.
     """
-    if settings.embedded_database and not _file_of(settings.database_url).exists():
+    if not has_database(settings):
         raise LoractlError(
             f"there is no database yet: {redacted(settings.database_url)}", "loractl submit job.yaml makes it"
         )
@@ -79,6 +79,11 @@ def connect_to_read(settings: Settings) -> Engine:
     if current != HEAD:
         raise SchemaMismatch(current, HEAD)
     return engine
+
+
+def has_database(settings: Settings) -> bool:
+    """False where the embedded SQLite has not been made yet; of a server this says nothing."""
+    return not settings.embedded_database or _file_of(settings.database_url).exists()
 
 
 def connect(settings: Settings, *, check_schema: bool = True) -> Engine:

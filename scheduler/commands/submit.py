@@ -16,6 +16,8 @@ from .output import show
 from .warnings import hint, warn, warn_of_data
 
 if TYPE_CHECKING:
+    from loractl.common.artifacts import ArtifactStore
+    from loractl.common.settings import Settings
     from loractl.scheduler.answers.submission import JobDrafts
     from loractl.scheduler.submission.draft import JobDraft
 
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
     metavar="KEY=VALUE",
     help="Override a key, like training.max_steps=20.",
 )
-@click.option("--dry-run", is_flag=True, help="Print the resolved job and queue nothing.")
+@click.option("--dry-run", is_flag=True, help="Check all that submit checks, print the job and queue nothing.")
 @click.option("--wait", is_flag=True, help="Follow the job; exit 0 when it succeeded, 1 when not.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def submit(
@@ -47,8 +49,7 @@ def submit(
 
     if bool(job_files) is (like is not None):
         raise UsageError("submit takes job files, or --like JOB", "like loractl submit job.yaml")
-    if not dry_run:
-        check_addresses()
+    settings = check_addresses()
     if like is None:
         drafts = [of_file(path, overrides) for path in job_files]
     else:
@@ -59,28 +60,55 @@ def submit(
         if draft.like is None:
             warn_of_data(draft.spec, draft.job_file)
     if dry_run:
+        _check(drafts, settings)
         resolved = JobDrafts(specs=tuple(draft.spec for draft in drafts))
         show(resolved, as_json, lambda: _as_yaml(resolved))
     else:
         _queue(drafts, wait=wait, as_json=as_json)
 
 
-def _queue(drafts: Sequence[JobDraft], *, wait: bool, as_json: bool) -> None:
-    from loractl.common.errors import ExitCode
-    from loractl.scheduler.session import open_stores
-    from loractl.scheduler.submission.draft import rows_at_hand
-    from loractl.scheduler.submission.intake import enqueue, plan_all, store_all
-    from loractl.scheduler.submission.overflow import check_overflow, unchecked
+def _check(drafts: Sequence[JobDraft], settings: Settings) -> None:
+    """What submit looks at before it queues, with nothing written; what is doubtful is said."""
+    from loractl.scheduler.session import open_artifacts, open_to_check
+    from loractl.scheduler.submission.intake import doubts_of, plan_all
+
+    store, unknown = open_to_check(settings)
+    doubts = _doubts_about_bases(drafts, settings)
+    planned = plan_all(drafts, settings, store)
+    doubts += _doubts_about_rows(drafts, open_artifacts(settings))
+    for submission in planned:
+        doubts += doubts_of(submission.spec.name, submission, store)
+    warn(dict.fromkeys([*doubts, *([unknown] if unknown else [])]))
+
+
+def _doubts_about_bases(drafts: Sequence[JobDraft], settings: Settings) -> list[str]:
     from loractl.scheduler.submission.preflight import check_model
 
-    settings, store, artifacts = open_stores()
-    doubts = [line for draft in drafts for line in check_model(draft.spec, settings)]
-    planned = plan_all(drafts, settings, store)
+    return [line for draft in drafts for line in check_model(draft.spec, settings)]
+
+
+def _doubts_about_rows(drafts: Sequence[JobDraft], artifacts: ArtifactStore) -> list[str]:
+    from loractl.scheduler.submission.draft import rows_at_hand
+    from loractl.scheduler.submission.overflow import check_overflow, unchecked
+
+    doubts: list[str] = []
     for draft in drafts:
         with rows_at_hand(draft, artifacts) as spec:
             if draft.like is not None:
                 warn_of_data(spec, None)
             doubts += unchecked(check_overflow(spec, lambda: hint("Counting tokens ...")))
+    return doubts
+
+
+def _queue(drafts: Sequence[JobDraft], *, wait: bool, as_json: bool) -> None:
+    from loractl.common.errors import ExitCode
+    from loractl.scheduler.session import open_stores
+    from loractl.scheduler.submission.intake import enqueue, plan_all, store_all
+
+    settings, store, artifacts = open_stores()
+    doubts = _doubts_about_bases(drafts, settings)
+    planned = plan_all(drafts, settings, store)
+    doubts += _doubts_about_rows(drafts, artifacts)
     queued = []
     for submission in store_all(drafts, planned, artifacts):
         entry = enqueue(submission, settings, store)

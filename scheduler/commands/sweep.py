@@ -12,6 +12,7 @@ from .output import show
 from .warnings import hint, warn, warn_of_data
 
 if TYPE_CHECKING:
+    from loractl.common.settings import Settings
     from loractl.scheduler.answers.submission import SweepDraft
 
 
@@ -45,32 +46,52 @@ def sweep(
     from loractl.scheduler.text.screen import detect_screen
     from loractl.scheduler.text.sweep import draft_text
 
-    if not dry_run:
-        check_addresses()
+    settled = check_addresses()
     draft = sweep_draft(job_file, settings, trials=trials, seed=seed, early_stop=early_stop)
     for spec in with_different_data(draft.specs):
         warn_of_data(spec, job_file)
     if dry_run:
+        _check(draft, settled)
         show(draft, as_json, lambda: draft_text(draft, detect_screen()))
     else:
         _queue(draft, as_json)
+
+
+def _check(draft: SweepDraft, settings: Settings) -> None:
+    """What sweep looks at before it queues, with nothing written; what is doubtful is said."""
+    from loractl.scheduler.session import open_to_check
+    from loractl.scheduler.submission.intake import doubts_of
+    from loractl.scheduler.submission.members import planned
+
+    store, unknown = open_to_check(settings)
+    doubts = _doubts(draft, settings)
+    members = planned(draft.specs, settings.user, store)
+    largest = max(members, key=lambda member: member.first_need or 0)
+    doubts += [*doubts_of(largest.spec.name, largest, store), *([unknown] if unknown else [])]
+    warn(dict.fromkeys(doubts))
+
+
+def _doubts(draft: SweepDraft, settings: Settings) -> list[str]:
+    from loractl.scheduler.submission.members import with_different_bases, with_different_data
+    from loractl.scheduler.submission.overflow import check_overflow, unchecked
+    from loractl.scheduler.submission.preflight import check_model
+
+    doubts = [line for spec in with_different_bases(draft.specs) for line in check_model(spec, settings)]
+    for spec in with_different_data(draft.specs):
+        doubts += unchecked(check_overflow(spec, lambda: hint("Counting tokens ...")))
+    return doubts
 
 
 def _queue(draft: SweepDraft, as_json: bool) -> None:
     from loractl.scheduler.answers.sweep import SweepStanding
     from loractl.scheduler.session import open_stores
     from loractl.scheduler.submission.intake import enqueue_sweep
-    from loractl.scheduler.submission.members import submissions, with_different_bases, with_different_data
-    from loractl.scheduler.submission.overflow import check_overflow, unchecked
-    from loractl.scheduler.submission.preflight import check_model
+    from loractl.scheduler.submission.members import submissions
     from loractl.scheduler.text.screen import detect_screen
     from loractl.scheduler.text.sweep import queued_text
 
     settings, store, artifacts = open_stores()
-    doubts = [line for spec in with_different_bases(draft.specs) for line in check_model(spec, settings)]
-    for spec in with_different_data(draft.specs):
-        doubts += unchecked(check_overflow(spec, lambda: hint("Counting tokens ...")))
-    warn(dict.fromkeys(doubts))
+    warn(dict.fromkeys(_doubts(draft, settings)))
     members = submissions(draft.specs, settings.user, store, artifacts)
     entry = enqueue_sweep(draft.new_sweep(settings.user), members, settings, store)
     show(SweepStanding(sweep=entry.sweep), as_json, lambda: queued_text(entry.sweep, detect_screen()))

@@ -50,7 +50,7 @@ def submit_job(spec: JobSpec, settings: Settings, store: Store, artifacts: Artif
     return enqueue(plan_job(told, settings.user, store_data(spec, artifacts), store), settings, store)
 
 
-def plan_all(drafts: Sequence[JobDraft], settings: Settings, store: Store) -> list[Submission]:
+def plan_all(drafts: Sequence[JobDraft], settings: Settings, store: Store | None) -> list[Submission]:
     """What is written for each job, all of them checked before the first is. Raises UsageError."""
     planned = []
     for draft in drafts:
@@ -83,7 +83,7 @@ def enqueue(submission: Submission, settings: Settings, store: Store) -> Entry:
         away = _ring(sender, [size_class], f"Job {job_id}")
     purpose = f", {submission.purpose}" if submission.purpose else ""
     sentence = f"Job {job_id} ({submission.spec.name}) is queued{purpose}."
-    return Entry(job_id=job_id, sentence=sentence, warnings=(*_doubts(job_id, submission, store), *away))
+    return Entry(job_id=job_id, sentence=sentence, warnings=(*doubts_of(f"job {job_id}", submission, store), *away))
 
 
 def enqueue_sweep(new: NewSweep, members: Sequence[Submission], settings: Settings, store: Store) -> SweepEntry:
@@ -95,7 +95,7 @@ def enqueue_sweep(new: NewSweep, members: Sequence[Submission], settings: Settin
     sweep = store.sweep(sweep_id)
     pairs = zip(sweep.members, members, strict=True)
     largest, submission = max(pairs, key=lambda pair: pair[1].first_need or 0)
-    return SweepEntry(sweep=sweep, warnings=(*_doubts(largest.job_id, submission, store), *away))
+    return SweepEntry(sweep=sweep, warnings=(*doubts_of(f"job {largest.job_id}", submission, store), *away))
 
 
 def wake_for(job: Job, sender: HintSender) -> list[str]:
@@ -112,15 +112,16 @@ def _ring(sender: HintSender, size_classes: Iterable[int], what: str) -> list[st
     return []
 
 
-def _doubts(job_id: int, submission: Submission, store: Store) -> list[str]:
-    """What would make the job wait without end, or fail on its worker."""
+def doubts_of(name: str, submission: Submission, store: Store | None) -> list[str]:
+    """What would make the job wait without end, or fail on its worker. `name`: what the job is called."""
     spec, doubts = submission.spec, []
     for text in spec.data_sets().values():
         if not is_local(text):
             doubts.append(f"Note: {text} is no file here and is taken for a data set on the hub.")
-    least, largest = submission.first_need, max((node.usable for node in store.nodes()), default=None)
+    nodes = [] if store is None else store.nodes()
+    least, largest = submission.first_need, max((node.usable for node in nodes), default=None)
     if least is not None and largest is not None and least > largest:
         doubts.append(
-            f"Warning: job {job_id} needs {gib(least)} GiB by its plan, the largest device known has {gib(largest)}."
+            f"Warning: {name} needs {gib(least)} GiB by its plan, the largest device known has {gib(largest)}."
         )
     return doubts

@@ -12,7 +12,7 @@ from loractl.common.job.halving import RUNGS, meets_rungs
 
 from .data import store_data
 from .grid import Grid, Point, points
-from .need import plan_job
+from .need import plan_job, stored_hashes
 
 if TYPE_CHECKING:
     from loractl.common.artifacts import ArtifactStore
@@ -71,6 +71,13 @@ def submissions(specs: Sequence[JobSpec], user: str, store: Store, artifacts: Ar
             stored[key] = store_data(spec, artifacts)
         members.append(plan_job(spec, user, stored[key], store))
     return members
+
+
+def planned(specs: Sequence[JobSpec], user: str, store: Store | None) -> list[Submission]:
+    """As submissions, for a dry run: nothing is uploaded."""
+    hashes = {json.dumps(spec.data_sets(), sort_keys=True): spec for spec in specs}
+    stored = {key: stored_hashes(spec) for key, spec in hashes.items()}
+    return [plan_job(spec, user, stored[json.dumps(spec.data_sets(), sort_keys=True)], store) for spec in specs]
 
 
 def _refuse(grid: Grid, early_stop: bool) -> None:

@@ -29,16 +29,16 @@ ABSURD = 2**50
 """Bytes that no card will have; the database's numbers end not far above."""
 
 
-def plan_job(spec: JobSpec, user: str, data: dict[str, Any], store: Store) -> Submission:
-    """Everything that submit writes of a job.
+def plan_job(spec: JobSpec, user: str, data: dict[str, Any], store: Store | None) -> Submission:
+    """Everything that submit writes of a job. `store`: None where a dry run has no database to ask.
 
     Raises UsageError when its own max_vram is below every need, and for a lora.init_from that does not fit.
     """
-    spec = settle_ancestor(spec, store)
+    spec = spec if store is None else settle_ancestor(spec, store)
     check_adapter(spec)
     planned = predict(spec)
     key, family = need_key(spec, data), model_family(spec)
-    need = learned(planned, key, store.measured(key, family))
+    need = learned(planned, key, [] if store is None else store.measured(key, family))
     methods = open_methods(spec)
     if (least := least_need(methods, need) or 0) > ABSURD:
         raise UsageError(

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from .. import services
 from ..conftest import Cli
 from ..models import write_helpdesk
 from .test_bad_inputs import LLAMA
@@ -49,6 +50,24 @@ def test_nothing_is_stored_or_queued_before_all_is_checked(cli: Cli, home: Path,
     assert told.startswith("Error: LORACTL_REDIS_URL names lab.example.org without a password")
     assert json.loads(cli("status", "-a", "--json").stdout) == []
     assert not (home / "artifacts" / "datasets").exists()
+
+
+def test_a_dry_run_refuses_what_submit_refuses_and_makes_nothing(
+    make_cli: Callable[..., Cli], home: Path, tmp_path: Path
+) -> None:
+    job, cli = write_files(tmp_path), make_cli()
+    layers, tiny = "--set=lora.target_modules=[wq]", "--set=resources.max_vram=100MiB"
+    for wrong, said in ((layers, "wq is not a linear layer"), (tiny, "its resources.max_vram is 0.1")):
+        assert said in cli("submit", "--dry-run", job, wrong, code=2).stderr
+        assert said in cli("sweep", "--dry-run", job, wrong, "--set=lora.r=4,8", code=2).stderr
+    told = cli("submit", "--dry-run", job)
+    assert told.stdout.startswith("name: job\n") and "Not checked: weights and tokenizer of" in told.stderr
+    assert not (home / "loractl.db").exists() and not (home / "run").exists()
+    away = cli.with_environment(LORACTL_DATABASE_URL=f"postgresql://lab@127.0.0.1:{services.free_port()}/loractl")
+    said = "Not checked: what the database knows, like lora.init_from: the database is unreachable"
+    assert said in away("submit", "--dry-run", job).stderr
+    cli("submit", job)
+    assert "there is no job 9" in cli("submit", "--dry-run", job, "--set=lora.init_from=9", code=3).stderr
 
 
 def test_a_base_that_no_worker_can_load_is_refused_before_anything_is_queued(

@@ -41,7 +41,7 @@ def call(job: Path, *settings: str, home: Path | None = None, options: tuple[str
 def members(job: Path, *settings: str, options: tuple[str, ...] = ()) -> list[dict[str, Any]]:
     done = call(job, *settings, options=("--dry-run", "--json", *options))
     assert done.exception is None, done.exception
-    return json.loads(done.output)["members"]
+    return json.loads(done.stdout)["members"]
 
 
 def refused(job: Path, *settings: str, options: tuple[str, ...] = ()) -> LoractlError:
