@@ -11,12 +11,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-START = {False: (30.0, 2.0), True: (60.0, 2.0)}
+START = {False: (30.0, 2.0), True: (40.0, 2.0)}
 """What a pass costs beside its tokens before any was measured, in tokens: the fixed part, and each member's. By whether
-the base is in NF4. They give 1.3 for four jobs of 64 tokens in 16 bit, and 1.7 for eight in NF4, as measured."""
+the base is in NF4. They give 1.3 for four jobs of 64 tokens in 16 bit, 1.0 for four of 512, and 1.5 for eight of 64 in
+NF4, as measured (benchmarks/packs.py)."""
 
-TRUST = (0.1 / 1.0) ** 2
-"""Weight of the figures that the law starts from beside one measured pass: that is off by a tenth, they by as much as
+TRUST = (0.03 / 1.0) ** 2
+"""Weight of the figures that the law starts from beside one measured pass: that is off by 3 %, they by as much as
 they are."""
 
 FORGOTTEN = 0.98

@@ -21,6 +21,8 @@ from loractl.worker.base.model import load_base, load_tokenizer
 from loractl.worker.data.packing import pack
 from loractl.worker.data.tokens import IGNORED, TokenRow
 from loractl.worker.engine.loss import MicroBatch, learned_in
+from loractl.worker.engine.passes import rows as row_module
+from loractl.worker.engine.passes.attention import ShortRows
 from loractl.worker.engine.passes.choice import forward_pass, rows_together
 from loractl.worker.engine.passes.lean import LeanPass
 from loractl.worker.engine.passes.padded import PaddedPass
@@ -31,7 +33,7 @@ from .conftest import Recipe
 from .test_engine import PAD, rows
 from .test_options import losses
 
-FP32 = choose_precision("cpu", "float32")
+FP32, BF16 = choose_precision("cpu", "float32"), choose_precision("cpu", "bfloat16")
 SMALL: dict[str, Any] = {
     "vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": PAD,
@@ -216,3 +218,37 @@ def test_the_history_says_why_rows_are_padded(recipe: Recipe) -> None:
     _, told = recipe(max_steps=1, neftune_noise_alpha=5, evaluation={"samples": 0})
     (said,) = [m.text for m in told if isinstance(m, Note) and m.kind == "engine"]
     assert said == "trains with padded rows: NEFTune's noise is made for padded rows"
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2), (9, 3)])
+def test_short_rows_attend_in_bf16_as_in_fp32(heads: tuple[int, int]) -> None:
+    """The answer and all three gradients, against torch's kernel in fp32 on each row alone."""
+    lengths, width, drawn = (1, 33, 70, 7), 16, torch.Generator().manual_seed(0)
+    count = sum(lengths)
+    states = [torch.randn(1, n, count, width, generator=drawn) for n in (heads[0], heads[1], heads[1])]
+    given = torch.randn(1, count, heads[0], width, generator=drawn)
+    ours = [state.bfloat16().requires_grad_() for state in states]
+    answer = ShortRows.apply(*ours, lengths, 0.3)
+    answer.backward(given.bfloat16())
+    theirs = [state.bfloat16().float().requires_grad_() for state in states]
+    rows = zip(*(state.split(lengths, 2) for state in theirs), strict=True)
+    attend = torch.nn.functional.scaled_dot_product_attention
+    expected = torch.cat([attend(*row, is_causal=True, scale=0.3, enable_gqa=True) for row in rows], 2).transpose(1, 2)
+    expected.backward(given.bfloat16().float())
+    pairs = [(answer, expected), *((a.grad, b.grad) for a, b in zip(ours, theirs, strict=True))]
+    assert all(mine.dtype == torch.bfloat16 and mine.shape == other.shape for mine, other in pairs)
+    assert max(float((a.float() - b).detach().norm() / b.detach().norm()) for a, b in pairs) < 0.01
+
+
+def test_a_lean_step_in_bf16_attends_by_products_and_is_as_near_to_fp32(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def step(precision: Precision) -> tuple[float, list[torch.Tensor]]:
+        torch.manual_seed(0)  # of the first factor
+        model = adapted(load_base(str(tiny_model), Method.LORA, "cpu", precision), spec_of(), precision)
+        return learned(LeanPass(model, precision), rows(7))
+
+    exact, products = step(FP32), step(BF16)
+    monkeypatch.setattr(row_module, "SHORT", 0)
+    kernel = step(BF16)
+    assert 0 < apart(products, exact) < 1.2 * apart(kernel, exact) and apart(products, kernel) > 0

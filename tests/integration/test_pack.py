@@ -29,16 +29,19 @@ from loractl.worker.engine.streams import RandomStreams
 
 from .test_engine import Case, Course, Watch
 
+MUTE = 2  # the seed of a training that learns nothing of some rows
+
 Settings = tuple[dict[str, Any], dict[str, Any]]  # of a job's lora section, and of its training section
 
 
-def rows(count: int, seed: int) -> list[TokenRow]:
-    """Rows of 33 to 60 tokens: from 32 on, the matrix library computes a row the same way beside any others."""
+def rows(count: int, seed: int, *, mute: bool = False) -> list[TokenRow]:
+    """Rows of 33 to 60 tokens; with `mute`, nothing is learned of every third one."""
     lengths = [33 + (n * 17 + seed * 5) % 28 for n in range(count)]
     ids = [[3 + (n * 37 + at * 11 + seed) % 250 for at in range(length)] for n, length in enumerate(lengths)]
     return [
-        TokenRow(number=n, input_ids=row, labels=[IGNORED] * (len(row) // 3) + row[len(row) // 3 :])
+        TokenRow(number=n, input_ids=row, labels=[IGNORED] * unlearned + row[unlearned:])
         for n, row in enumerate(ids)
+        for unlearned in [len(row) if mute and n % 3 == 1 else len(row) // 3]
     ]
 
 
@@ -76,7 +79,7 @@ class Lab:
         compute_in(model, case.precision)
         seed = case.spec.training.seed
         forward = SharedPass(self.base, model, case.spec.training.label_smoothing_factor, streams)
-        learned = MemberRows(train=rows(9, seed), held_out=rows(5, seed + 100))
+        learned = MemberRows(train=rows(9, seed, mute=seed == MUTE), held_out=rows(5, seed + 100))
         member = PackMember(forward, case.arguments(), learned, (Watch(course), *more))
         if resume is not None:
             member.resume(resume)
@@ -124,7 +127,7 @@ MEMBERS: dict[str, Settings] = {
     ),
     "accumulating": (
         {"r": 8, "target_modules": ["q_proj", "down_proj"], "use_rslora": True},
-        {"seed": 2, "gradient_accumulation_steps": 3, "per_device_train_batch_size": 1, "max_steps": 3},
+        {"seed": MUTE, "gradient_accumulation_steps": 3, "per_device_train_batch_size": 1, "max_steps": 3},
     ),
     "large": (
         {"r": 16, "lora_dropout": 0.3},

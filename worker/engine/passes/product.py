@@ -136,6 +136,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, given: torch.Tensor) -> Any:
         x, *saved = ctx.saved_tensors
+        given = given.contiguous()  # the library picks a kernel by strides, too, which are those of the whole pass
         count = len(ctx.parts)
         above, below, rest = saved[:count], saved[count : 2 * count], iter(saved[2 * count :])
         back = ctx.gradient(given) if ctx.needs_input_grad[0] else None

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from .attention import SHORT, ShortRows
+
 NAME = "loractl_rows"
 """What the configs of a model call this attention while rows lie so."""
 
@@ -29,12 +31,26 @@ class RowAttention:
     def __call__(
         self, module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any = None, **how: Any
     ) -> tuple[torch.Tensor, None]:
-        kernel = self._kernel(module)
         window = how.get("sliding_window")
+        if self._by_products(query, key, value, window, how):
+            return ShortRows.apply(query, key, value, tuple(self.lengths), how["scaling"]), None
+        kernel = self._kernel(module)
         # split, not slices: those make a tensor of full size for each row in the backward pass
         parts = zip(*(states.split(self.lengths, dim=2) for states in (query, key, value)), strict=True)
         rows = [kernel(module, q, k, v, self._mask(q, window), **how)[0] for q, k, v in parts]
         return torch.cat(rows, dim=1), None
+
+    def _by_products(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, window: int | None, how: dict[str, Any]
+    ) -> bool:
+        """Whether plain products are faster than the fused kernel. A trace's tensors are another type: it counts what a
+        card's kernels take."""
+        longest = max(self.lengths)
+        plain = self._own == "sdpa" and type(query) is torch.Tensor and not query.is_cuda
+        whole = window is None or window >= longest
+        alike = key.shape == value.shape and query.shape[1] % key.shape[1] == 0
+        unchanged = not how.get("dropout") and how.get("scaling") is not None and how.get("position_bias") is None
+        return plain and whole and alike and unchanged and query.dtype == torch.bfloat16 and longest <= SHORT
 
     def _kernel(self, module: Any) -> Callable[..., Any]:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward

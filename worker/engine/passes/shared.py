@@ -72,22 +72,29 @@ class SharedBase:
         error no stream has moved, but parts of gradients may be left.
         """
         laid = [RowsBehindEachOther.of(piece.batch.rows, self._lean.device) for piece in pieces]
+        # Rows without a learned token leave no gradient; beside others they would leave zeros, which move an optimizer.
+        learning = [n for n, rows in enumerate(laid) if len(rows.places)]
+        losses = [torch.zeros((), device=self._lean.device) for _ in pieces]
+        if learning:
+            self._recompute_blocks(on=recomputes)
+            found = self._learn([pieces[n] for n in learning], [laid[n] for n in learning])
+            for n, loss in zip(learning, found, strict=True):
+                losses[n] = loss
+        return losses
+
+    def _learn(self, pieces: Sequence[Piece], laid: Sequence[RowsBehindEachOther]) -> list[torch.Tensor]:
         places = _together([rows.places for rows in laid], [rows.tokens for rows in laid])
-        self._recompute_blocks(on=recomputes)
         with self._passing([(piece.model, piece.streams) for piece in pieces], laid):
             learned = self._decoded(laid)[places]
             gradient, losses = torch.empty_like(learned), []
             counts = [len(rows.places) for rows in laid]
-            for piece, rows, hidden, to in zip(
-                pieces, laid, learned.split(counts), gradient.split(counts), strict=True
-            ):
-                loss, found = self._lean.learn_head(
-                    hidden, rows.targets, piece.batch.learned, piece.smoothing, piece.backward
-                )
+            parts = zip(pieces, laid, learned.split(counts), gradient.split(counts), strict=True)
+            for piece, rows, hidden, to in parts:
+                count, smoothing = piece.batch.learned, piece.smoothing
+                loss, found = self._lean.learn_head(hidden, rows.targets, count, smoothing, piece.backward)
                 to.copy_(found)
                 losses.append(loss)
-            if len(places):
-                torch.autograd.backward(learned, gradient)
+            torch.autograd.backward(learned, gradient)
         return losses
 
     def last_logits(self, adapted: Any, streams: RandomStreams, rows: Sequence[TokenRow], count: int) -> list[Any]:

@@ -1,0 +1,114 @@
+"""Held-out losses of lean trainings beside those of transformers' Trainer: python -m benchmarks.seeds MODEL ROWS [OUT]
+
+For each seed both train the same job in bf16: the engine as a job runs by default, and transformers' Trainer on peft's
+model. Told are the held-out losses after STEPS steps, seed by seed, their means, and the interval of the Trainer's own
+seeds (Student's, 95%): the engine's mean must lie within. Each training is a process; with OUT, what was measured is
+kept in that file, and a second call goes on where the first was cut. All take an hour on one thread;
+SEEDS=0,1 STEPS=5 make it short.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+SEEDS = [int(seed) for seed in os.environ.get("SEEDS", "0,1,2,3,4").split(",")]
+STEPS = int(os.environ.get("STEPS", "100"))
+BATCH, HELD_OUT = 4, 64
+SIDES = ("lean", "trainer")
+STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
+"""The 97.5% quantile of Student's t, by the number of seeds."""
+
+
+def main() -> None:
+    model, rows, *rest = sys.argv[1:]
+    if rest[:1] == ["--one"]:
+        print(_train(model, rows, rest[1], int(rest[2])))
+        return
+    kept = Path(rest[0]) if rest else None
+    found: dict[str, float] = json.loads(kept.read_text("utf-8")) if kept is not None and kept.exists() else {}
+    for seed in SEEDS:
+        for side in SIDES:
+            key = f"{side} {seed} {STEPS}"
+            if key not in found:
+                found[key] = _child(model, rows, side, seed)
+            if kept is not None:
+                kept.write_text(json.dumps(found), "utf-8")
+        losses = [found[f"{side} {seed} {STEPS}"] for side in SIDES]
+        print(f"seed {seed}: lean {losses[0]:.4f}, Trainer {losses[1]:.4f}", flush=True)
+    _tell({side: [found[f"{side} {seed} {STEPS}"] for seed in SEEDS] for side in SIDES})
+
+
+def _tell(losses: dict[str, list[float]]) -> None:
+    lean, trainer = (statistics.fmean(losses[side]) for side in SIDES)
+    width = statistics.stdev(losses["trainer"]) / len(SEEDS) ** 0.5 * STUDENT[len(SEEDS)]
+    inside = abs(lean - trainer) <= width
+    print(f"mean: lean {lean:.4f}, Trainer {trainer:.4f} ± {width:.4f}: {'within' if inside else 'OUTSIDE'}")
+
+
+def _child(model: str, rows: str, side: str, seed: int) -> float:
+    command = [sys.executable, "-m", "benchmarks.seeds", model, rows, "--one", side, str(seed)]
+    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(done.stderr)
+    return float(done.stdout.splitlines()[-1])
+
+
+def _train(model: str, rows: str, side: str, seed: int) -> float:
+    import torch
+    from transformers import Trainer, TrainingArguments, set_seed
+
+    from loractl.common.job.method import Method
+    from loractl.common.job.spec import JobSpec
+    from loractl.worker.base.arithmetic import choose_precision, compute_in
+    from loractl.worker.base.lora import add_adapter
+    from loractl.worker.base.model import load_base, load_tokenizer
+    from loractl.worker.data.batch import collate, inputs_of
+    from loractl.worker.data.prepared import prepare_data
+    from loractl.worker.engine.loop import run
+    from loractl.worker.engine.member import MemberRows, PackMember
+    from loractl.worker.engine.passes.choice import shared_base
+    from loractl.worker.engine.passes.shared import SharedPass
+
+    torch.set_num_threads(1)
+    asked = {
+        "name": "b", "base_model": model, "method": "lora", "dataset": {"path": rows, "max_length": 256},
+        "training": {"dtype": "bfloat16", "seed": seed},
+    }  # fmt: skip
+    spec, precision = JobSpec.model_validate(asked), choose_precision("cpu", "bfloat16")
+    tokenizer = load_tokenizer(model)
+    data = prepare_data(spec.dataset, rows, None, None, tokenizer, None)
+    train, held_out, pad = data.train.rows, data.held_out.rows[:HELD_OUT], tokenizer.pad_token_id
+    arguments = TrainingArguments(
+        output_dir=tempfile.mkdtemp(), max_steps=STEPS, per_device_train_batch_size=BATCH, bf16=True, use_cpu=True,
+        learning_rate=spec.training.learning_rate, save_strategy="no", report_to=[], seed=seed, data_seed=seed,
+        lr_scheduler_type=spec.training.lr_scheduler_type, remove_unused_columns=False, disable_tqdm=True,
+        optim="adamw_torch_fused" if side == "lean" else "adamw_torch", label_names=["labels"],
+    )  # fmt: skip
+    loaded = load_base(model, Method.LORA, "cpu", precision)
+    shared = shared_base(loaded, precision)
+    assert shared is not None
+    set_seed(seed)
+    adapted = add_adapter(shared.view(), spec, Method.LORA)
+    scored = SharedPass(shared, adapted)
+    if side == "lean":
+        compute_in(adapted, precision)
+        run([PackMember(scored, arguments, MemberRows(train=train, held_out=[]))])
+    else:
+        inputs: list[Any] = [inputs_of(row) for row in train]
+        Trainer(
+            model=adapted, args=arguments, train_dataset=inputs, data_collator=lambda some: collate(some, pad)
+        ).train()
+    adapted.eval()
+    scores = [one.losses for row in held_out for one in scored.scores([row])]
+    return float(torch.cat(scores).mean())
+
+
+if __name__ == "__main__":
+    main()
