@@ -20,7 +20,8 @@ _SECRETS = ("POSTGRES_PASSWORD", "VALKEY_PASSWORD", "S3_SECRET_KEY")
 def start_containers(address: str, settings: Settings) -> tuple[Membership, tuple[str, ...]]:
     """Start them; what the owner's config.toml is to have, and sentences of what was done. Passwords of before stay.
 
-    Raises LoractlError where Docker or its Compose is missing, or a service does not become healthy.
+    Raises UsageError where Docker's Compose is missing, LoractlError where it fails. Whether they answer the caller
+    sees: Compose's own --wait takes a container that has done its part, as the bucket's, for one that fails.
     """
     folder = settings.home / "compose"
     values = write_compose(folder, address)
@@ -29,7 +30,7 @@ def start_containers(address: str, settings: Settings) -> tuple[Membership, tupl
     except LoractlError as error:
         hint = f"install Docker with Compose 2.23.1 or newer, or use --packages; {folder} is ready for it"
         raise UsageError("Docker Compose is not on this machine", hint) from error
-    run("docker", "compose", "--project-directory", str(folder), "up", "--detach", "--wait")
+    run("docker", "compose", "--project-directory", str(folder), "up", "--detach")
     host = f"[{address}]" if ":" in address else address
     entry = Membership(
         database_url=f"postgresql://loractl:{values['POSTGRES_PASSWORD']}@{host}:5432/loractl",
