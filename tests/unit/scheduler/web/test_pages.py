@@ -37,6 +37,12 @@ def test_the_lab_says_first_what_runs_and_who_holds_what(web: Web) -> None:
     assert "needs 92.0 GiB, the largest card has 79.5" in page and "held by wei: until the new data are there" in page
 
 
+def test_a_lab_in_which_nothing_waits_says_so_in_sentences(own_web: Web) -> None:
+    for job in own_web.lab.store.jobs(statuses=[Status.QUEUED]):
+        own_web.lab.store.cancel(job.job_id, "ada")
+    assert re.search(r"Nothing waits\. Today \d+ done", words(own_web.client.get("/").text))
+
+
 def test_what_waits_stands_in_the_order_in_which_the_rule_tries_it(web: Web) -> None:
     shown = re.findall(r'data-key="w(\d+)"', web.client.get("/").text)
     tried = [job.job_id for job in web.lab.store.ready(10)]
