@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from .shelf import ReportShelf
 
-COLUMNS = 8
+COLUMNS = 7
 """Measures that have a column; the others stand in the adapter's own report."""
 
 REPORT_WAIT_S = 1.0

@@ -38,8 +38,8 @@ def test_the_lab_says_first_what_runs_and_who_holds_what(web: Web) -> None:
 
 
 def test_a_lab_in_which_nothing_waits_says_so_in_sentences(own_web: Web) -> None:
-    for job in own_web.lab.store.jobs(statuses=[Status.QUEUED]):
-        own_web.lab.store.cancel(job.job_id, "ada")
+    for queued in own_web.lab.store.jobs(statuses=[Status.QUEUED]):
+        own_web.lab.store.cancel(queued.job_id, "ada")
     assert re.search(r"Nothing waits\. Today \d+ done", words(own_web.client.get("/").text))
 
 
