@@ -42,7 +42,7 @@ import click
 @click.option(
     "--keep-warm",
     metavar="TIME",
-    default="0",
+    default="10min",
     show_default=True,
     envvar="LORACTL_KEEP_WARM",
     show_envvar=True,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -61,3 +63,30 @@ def test_a_trainer_on_a_card_has_blocks_that_grow(own: str | None, monkeypatch: 
         None: "expandable_segments:True", "PYTORCH_ALLOC_CONF": "backend:native", "PYTORCH_CUDA_ALLOC_CONF": None
     }[own]  # fmt: skip
     assert "expandable_segments:True" not in seen[1].values()
+
+
+LIMITED = """
+import resource
+import torch
+from loractl.worker.base.gauge import data_bytes, hold_to, lift_limit
+
+libraries = data_bytes()
+hold_to(256 << 20, "cpu", "cpu")
+first = resource.getrlimit(resource.RLIMIT_DATA)[0]
+base = torch.ones(64 << 18)  # 64 MiB that stay
+lift_limit()
+assert resource.getrlimit(resource.RLIMIT_DATA)[0] == resource.RLIM_INFINITY
+more = torch.ones(300 << 18)
+del more
+hold_to(256 << 20, "cpu", "cpu")
+assert resource.getrlimit(resource.RLIMIT_DATA)[0] == first, "the base that is there counts in the limit"
+try:
+    torch.ones(220 << 18)
+except RuntimeError as error:
+    print(error)
+"""
+
+
+def test_a_host_s_limit_is_that_of_base_and_member_at_each_join() -> None:
+    done = subprocess.run([sys.executable, "-c", LIMITED], capture_output=True, text=True, timeout=120)
+    assert "can't allocate memory" in done.stdout, done.stderr
