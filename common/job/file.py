@@ -15,6 +15,7 @@ from yaml import YAMLError
 from loractl.common.errors import SpecError, SpecProblem
 
 from .document import load_yaml, read_yaml
+from .hub_name import from_address
 from .sections import AS_WRITTEN, DATA_SUFFIXES, Metric
 from .spec import JobSpec, spec_keys
 
@@ -291,4 +292,5 @@ def _resolve_paths(spec: JobSpec, folder: Path, known: Container[str] = ()) -> J
         update={"path": local(spec.dataset.path), "eval_path": local(spec.dataset.eval_path)}
     )
     evaluation = spec.evaluation.model_copy(update={"regression": local(spec.evaluation.regression)})
-    return spec.model_copy(update={"base_model": local(spec.base_model), "dataset": dataset, "evaluation": evaluation})
+    base = local(from_address(spec.base_model))
+    return spec.model_copy(update={"base_model": base, "dataset": dataset, "evaluation": evaluation})

@@ -14,6 +14,12 @@ def is_hub_id(text: str) -> bool:
     return re.fullmatch(rf"(?:{part}/)?{part}", text) is not None and ".." not in text
 
 
+def from_address(text: str) -> str:
+    """owner/name, where the text is the address of a model's page on the hub; else the text as it is."""
+    page = re.fullmatch(r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/([^/?#]+/[^/?#]+)/?", text)
+    return page[1] if page and is_hub_id(page[1]) else text
+
+
 def is_hub_data(text: str) -> bool:
     """Whether the text may name a data set of the hub, at a revision after an @ or at its main branch.
 

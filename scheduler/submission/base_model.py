@@ -43,6 +43,12 @@ def check_base(folder: Path) -> tuple[str, ...]:
     return tuple(what for what, is_here in here.items() if not is_here)
 
 
+def holds_model(folder: Path) -> bool:
+    """Whether any part of a model is there, or of an adapter, which is a mistake of its own."""
+    parts = ("config.json", "adapter_config.json", "*.safetensors", "*.safetensors.index.json", "*.gguf", "*.bin")
+    return has_tokenizer(folder) or any(path for part in parts for path in folder.glob(part))
+
+
 def _check_config(folder: Path) -> None:
     """Raises UsageError."""
     if (folder / "config.json").exists():

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 from loractl.common.errors import UsageError
+from loractl.common.job.hub_name import is_hub_id
 from loractl.common.memory.config import find_config
 
-from .base_model import check_base
+from .base_model import check_base, holds_model
 
 if TYPE_CHECKING:
     from loractl.common.job.spec import JobSpec
@@ -43,12 +44,20 @@ def check_model(spec: JobSpec, settings: Settings) -> list[str]:
     if base.is_absolute() and not base.exists():
         doubts.append(_not_here(base, settings))
     elif base.is_absolute():
-        if missing := check_base(base):
+        if base.is_dir() and not holds_model(base):
+            doubts.append(_no_model(base, settings))
+        elif missing := check_base(base):
             unchecked.append(f"{' and '.join(missing)} of {base}, not on this machine")
+    elif not is_hub_id(spec.base_model):
+        what = f"base_model {spec.base_model} is no folder here, and no name on the hub"
+        raise UsageError(what, "name a folder, relative to the job file, or a hub id like owner/name")
     elif find_config(spec.base_model, spec.revision) is None:
         told = _ask_the_hub(f"models/{spec.base_model}")
         if told is None:
-            unchecked.append(f"base_model {spec.base_model} on the hub")
+            unchecked.append(
+                f"base_model {spec.base_model}: there is no folder of this name beside the job file, and the hub "
+                "can't be reached"
+            )
         elif not told:
             doubts.append(
                 f"Warning: the hub shows no base_model {spec.base_model} to this machine: it is mistyped, or private "
@@ -58,13 +67,23 @@ def check_model(spec: JobSpec, settings: Settings) -> list[str]:
 
 
 def _not_here(base: Path, settings: Settings) -> str:
-    """A warning: another machine may have it. Refused where it is mistyped and the workers are on this machine."""
+    """A warning: another machine may have it. Refused where the workers are on this machine."""
     beside = [path.name for path in base.parent.iterdir() if path.is_dir()] if base.parent.is_dir() else []
     close = difflib.get_close_matches(base.name, beside, n=1)
     meant = f"did you mean {base.parent / close[0]}?" if close else ""
-    if meant and settings.embedded_database:
-        raise UsageError(f"there is no base_model {base}", meant)
+    if settings.embedded_database:
+        otherwise = "name a folder that is there, relative to the job file, or a hub id like owner/name"
+        raise UsageError(f"there is no base_model {base}", meant or otherwise)
     return f"Warning: there is no {base} on this machine; every worker needs it at that path{meant and f': {meant}'}."
+
+
+def _no_model(base: Path, settings: Settings) -> str:
+    """As _not_here, of a folder that is here, and empty or something else's."""
+    what = f"base_model {base} holds no model"
+    needed = "a model's folder has config.json and *.safetensors, or a *.gguf"
+    if settings.embedded_database:
+        raise UsageError(what, needed)
+    return f"Warning: {what} on this machine; every worker needs one at that path: {needed}."
 
 
 def _ask_the_hub(name: str) -> bool | None:

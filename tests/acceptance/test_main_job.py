@@ -88,14 +88,16 @@ def _the_result_is_complete(place: Cli, job: dict, tiny_model: Path, tmp_path: P
 
 def test_submit_wait_follows_the_job_and_returns_its_outcome(cli: Cli, tiny_model: Path, tmp_path: Path) -> None:
     good = write_job(tmp_path, tiny_model, name="good")
-    bad = write_job(tmp_path, tmp_path / "no-such-model", name="bad")
+    (tmp_path / "no-weights").mkdir()
+    (tmp_path / "no-weights" / "config.json").write_bytes((tiny_model / "config.json").read_bytes())
+    bad = write_job(tmp_path, tmp_path / "no-weights", name="bad")
     worker = cli.start("worker", warm_start=True)
     try:
         done = cli("submit", good, "--wait", timeout=180)
         assert "Job 1 succeeded" in done.stdout
         failed = cli("submit", bad, "--wait", code=1, timeout=180)
         assert "model_not_found" in cli("status", 2).stdout
-        assert "there is no such folder on this worker" in failed.stdout
+        assert "has no tokenizer" in failed.stdout
     finally:
         worker.terminate()
         assert worker.wait(timeout=60) == 0

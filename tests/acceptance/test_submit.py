@@ -123,7 +123,30 @@ def test_what_only_the_box_can_know_is_said_and_the_hub_is_asked_for_a_name(
         told = {name: cli("submit", job, f"--set=base_model=org/{name}").stderr for name in ("there", "theer", "busy")}
     assert "there" not in told["there"].partition("Follow")[0]
     assert "Warning: the hub shows no base_model org/theer to this machine: it is mistyped, or private" in told["theer"]
-    assert "Not checked: base_model org/busy on the hub. The worker does it." in told["busy"]
+    both = "there is no folder of this name beside the job file, and the hub can't be reached"
+    assert f"Not checked: base_model org/busy: {both}. The worker does it." in told["busy"]
+
+
+def test_a_folder_that_is_not_here_or_holds_no_model_is_refused_where_the_workers_are_here(
+    cli: Cli, postgres_url: str, tmp_path: Path
+) -> None:
+    job, empty = write_files(tmp_path), tmp_path / "empty"
+    empty.mkdir()
+
+    def refused(model: str) -> str:
+        return cli("submit", "--dry-run", job, f"--set=base_model={model}", code=2).stderr
+
+    assert f"there is no base_model {tmp_path / 'models' / 'nix'}\n" in refused("./models/nix")
+    assert "there is no base_model /" in refused("~/nix-nowhere")
+    assert f"base_model {empty} holds no model\nHint: a model's folder has config.json" in refused("./empty")
+    assert "is no folder here, and no name on the hub" in refused("models/deep/nix")
+    assert "is no folder here, and no name on the hub" in refused("https://huggingface.co/org/model/tree/main")
+    lab = cli.with_environment(LORACTL_DATABASE_URL=postgres_url)
+    lab("db", "upgrade")
+    told = lab("submit", "--dry-run", job, "--set=base_model=./empty").stderr
+    assert f"Warning: base_model {empty} holds no model on this machine; every worker needs one" in told
+    named = lab("submit", "--dry-run", job, "--set=base_model=https://huggingface.co/org/model").stdout
+    assert "base_model: org/model\n" in named
 
 
 @contextlib.contextmanager
