@@ -351,15 +351,21 @@ ELSEWHERE = {
 """Keys whose effect another file's tests show."""
 
 
-def test_a_share_of_the_steps_evaluates_there_and_the_end_tells_the_tuned_model_s_loss(
-    recipe: Recipe, tmp_path: Path
+@pytest.mark.parametrize(
+    "asked",
+    [{}, {"exact": True, "label_smoothing_factor": 0.2}, {"packing": True}],
+    ids=["lean", "exact and smoothed", "packed"],
+)
+def test_a_share_of_the_steps_evaluates_there_and_the_last_one_has_the_report_s_loss(
+    recipe: Recipe, tmp_path: Path, asked: dict
 ) -> None:
-    _, told = recipe(max_steps=10, eval_steps=0.25, evaluation={"samples": 0})
+    evaluation = {"samples": 0, "max_rows": 7, "per_device_eval_batch_size": 3}
+    _, told = recipe(max_steps=10, eval_steps=0.25, evaluation=evaluation, **asked)
     assert [m.step for m in told if isinstance(m, Stepped) and "eval_loss" in m.metrics] == [3, 6, 9, 10]
     (held_out,) = losses(told, HELD_OUT_LOSS)
     metrics = {metric["name"]: metric for metric in report(tmp_path / "a")["evaluation"]["metrics"]}
     assert held_out == pytest.approx(metrics["loss"]["tuned"])
-    assert held_out == pytest.approx(losses(told, "eval_loss")[-1], abs=0.05), "the same rows, weighted otherwise"
+    assert losses(told, "eval_loss")[-1] == pytest.approx(held_out, rel=2e-4), "the same rows, weighted alike"
 
 
 def test_no_key_of_the_job_file_is_without_a_test_of_its_effect() -> None:

@@ -4,25 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
-import torch
-from transformers import TrainingArguments
-
 from loractl.worker.data.tokens import TokenRow
 
-from .order import by_length
+from .loss import learned_in
 
 
-def held_out_batches(rows: Sequence[TokenRow], args: TrainingArguments) -> list[list[TokenRow]]:
-    """Batches of the rows, in the order in which transformers' Trainer evaluates them."""
-    order, size = list(range(len(rows))), args.per_device_eval_batch_size
-    if args.train_sampling_strategy == "group_by_length":
-        lengths = [len(row.input_ids) for row in rows]
-        order = by_length(lengths, size, torch.Generator().manual_seed(args.data_seed))
-    return [[rows[n] for n in order[at : at + size]] for at in range(0, len(order), size)]
+def held_out_batches(rows: Sequence[TokenRow], size: int) -> list[list[TokenRow]]:
+    """Batches of the rows, the longest first, as the report's evaluation has them."""
+    longest_first = sorted(rows, key=lambda row: -len(row.input_ids))
+    return [longest_first[at : at + size] for at in range(0, len(rows), size)]
 
 
-def mean_loss(batches: Sequence[Sequence[TokenRow]], losses: Sequence[float]) -> float:
-    """The mean over rows, each of which counts with the mean loss of its batch, as transformers' Trainer tells it."""
-    pairs = zip(batches, losses, strict=True)
-    return float(np.concatenate([np.full(len(batch), loss, dtype=np.float32) for batch, loss in pairs]).mean())
+def loss_per_token(batches: Sequence[Sequence[TokenRow]], sums: Sequence[float]) -> float:
+    """The loss per learned token (of a classifier: per row) over all rows, as the report measures it: no matter how
+    large the batches are. `sums`: each batch's summed loss, in nats."""
+    return sum(sums) / sum(learned_in(batch) for batch in batches)

@@ -25,7 +25,7 @@ from transformers.trainer_utils import speed_metrics
 from loractl.worker.base.arithmetic import evaluating, random_streams_kept
 from loractl.worker.data.tokens import TokenRow
 
-from .held_out import held_out_batches, mean_loss
+from .held_out import held_out_batches, loss_per_token
 from .loss import Backward, LossLog, MicroBatch, learned_in
 from .noise import noisy_embeddings
 from .optimizer import ScaledOptimizer, make_optimizer
@@ -48,7 +48,7 @@ class ForwardPass(Protocol):
         """Leave a micro-batch's gradients. Returns its share of the window's mean loss, in nats, without a graph."""
 
     def held_out_loss(self, rows: Sequence[TokenRow]) -> float:
-        """The mean loss of one batch of held-out rows, for a model in eval mode."""
+        """The summed loss of one batch of held-out rows, in nats and not smoothed, for a model in eval mode."""
 
     def tokens(self, rows: Sequence[TokenRow]) -> int:
         """Tokens that pass the model."""
@@ -241,14 +241,14 @@ class PackMember:
 
     def _evaluate(self) -> Generator[None]:
         """A batch at a time. No mode of the process may outlast one: others compute in between."""
-        began, rows, losses = time.time(), self.rows.held_out, []
-        batches = held_out_batches(rows, self.args)
+        began, rows, sums = time.time(), self.rows.held_out, []
+        batches = held_out_batches(rows, self.args.per_device_eval_batch_size)
         for batch in batches:
             with evaluating(self.model):
-                losses.append(self.forward.held_out_loss(batch))
+                sums.append(self.forward.held_out_loss(batch))
             yield
         metrics = speed_metrics("eval", began, num_samples=len(rows), num_steps=len(batches))
-        metrics = {"eval_loss": mean_loss(batches, losses), **metrics}
+        metrics = {"eval_loss": loss_per_token(batches, sums), **metrics}
         self._say(metrics)
         self._tell("on_evaluate", metrics=metrics)
 

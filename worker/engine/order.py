@@ -59,10 +59,10 @@ class RowOrder:
         return [self.rows[n * self._size : (n + 1) * self._size].tolist() for n in micro]
 
 
-def by_length(lengths: Sequence[int], batch: int, generator: torch.Generator | None = None) -> list[int]:
+def by_length(lengths: Sequence[int], batch: int) -> list[int]:
     """Rows at random, but neighbours of similar length; the longest row comes first, to see early whether it fits."""
     large = (min(len(lengths) // (batch * 4), MEGA_BATCHES) or 1) * batch
-    drawn = torch.randperm(len(lengths), generator=generator).tolist()
+    drawn = torch.randperm(len(lengths)).tolist()
     sorted_ones = [
         sorted(drawn[at : at + large], key=lambda row: lengths[row], reverse=True) for at in range(0, len(drawn), large)
     ]

@@ -69,9 +69,8 @@ class Probe(TrainerCallback):
     def _try_evaluation(self, args: Any) -> None:
         """A batch as it is evaluated in mid-training, where it is, and as the report's evaluation does it."""
         model, tokenizer = self._learner.model, self._learner.tokenizer
-        in_training, held_out = args.eval_strategy != "no", self._data.held_out.rows
-        rows = held_out if in_training else held_out[: self._run.spec.evaluation.max_rows]
-        wanted = args.per_device_eval_batch_size
+        in_training, wanted = args.eval_strategy != "no", args.per_device_eval_batch_size
+        rows = self._data.held_out.rows[: self._run.spec.evaluation.max_rows]
         batch = longest(rows, wanted)
 
         def work(chosen: list[int]) -> None:

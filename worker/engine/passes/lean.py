@@ -157,13 +157,22 @@ class LeanPass:
         return total
 
     def held_out_loss(self, rows: Sequence[TokenRow]) -> float:
-        """The mean loss of one batch of held-out rows, for a model in eval mode."""
-        losses = torch.cat([scored.losses for scored in self._scored(rows, self.smoothing)] or [torch.empty(0)])
-        return float(losses.mean())
+        """The summed loss of one batch of held-out rows, in nats and not smoothed, for a model in eval mode."""
+        return sum(float(scored.losses.double().sum()) for scored in self.scores(rows))
 
     def scores(self, rows: Sequence[TokenRow]) -> list[ScoredTokens]:
         """Every learned token of some rows, for a model in eval mode."""
-        return self._scored(rows, 0.0)
+        found = []
+        laid = RowsBehindEachOther.of(rows, self.device)
+        with torch.no_grad(), self._lean.lean(laid.lengths):
+            learned = self._decoded(laid)[laid.places]
+            for at in range(0, len(laid.places), HEAD_CHUNK):
+                part = slice(at, at + HEAD_CHUNK)
+                targets, logits = laid.targets[part], self._lean.logits(learned[part])
+                losses = F.cross_entropy(logits, targets, reduction="none")
+                right = logits.argmax(-1) == targets
+                found.append(ScoredTokens(rows=laid.row_of[part], targets=targets, losses=losses, right=right))
+        return found
 
     def last_logits(self, rows: Sequence[TokenRow], count: int) -> list[torch.Tensor]:
         """The logits of each row's last tokens, in fp32, for a model in eval mode."""
@@ -180,19 +189,6 @@ class LeanPass:
     def tokens(self, rows: Sequence[TokenRow]) -> int:
         """Tokens that pass the model."""
         return sum(len(row.input_ids) for row in rows)
-
-    def _scored(self, rows: Sequence[TokenRow], smoothing: float) -> list[ScoredTokens]:
-        found = []
-        laid = RowsBehindEachOther.of(rows, self.device)
-        with torch.no_grad(), self._lean.lean(laid.lengths):
-            learned = self._decoded(laid)[laid.places]
-            for at in range(0, len(laid.places), HEAD_CHUNK):
-                part = slice(at, at + HEAD_CHUNK)
-                targets, logits = laid.targets[part], self._lean.logits(learned[part])
-                losses = F.cross_entropy(logits, targets, reduction="none", label_smoothing=smoothing)
-                right = logits.argmax(-1) == targets
-                found.append(ScoredTokens(rows=laid.row_of[part], targets=targets, losses=losses, right=right))
-        return found
 
     def _decoded(self, rows: RowsBehindEachOther) -> torch.Tensor:
         return self._lean.decoded(rows.ids, rows.positions)

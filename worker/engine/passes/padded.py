@@ -31,16 +31,17 @@ class PaddedPass:
 
     def learn(self, batch: MicroBatch, backward: Backward) -> torch.Tensor:
         """Leave a micro-batch's gradients. Returns its share of the window's mean loss, in nats, without a graph."""
-        loss = self._loss(self._learner, batch.rows, batch.learned)
+        loss = self._loss(self._learner, batch.rows, batch.learned, self._smoothing)
         if self._averages_alone(batch.rows):
             loss = loss / batch.pieces
         backward(loss)
         return loss.detach()
 
     def held_out_loss(self, rows: Sequence[TokenRow]) -> float:
-        """The mean loss of one batch of held-out rows, for a model in eval mode."""
+        """The summed loss of one batch of held-out rows, in nats and not smoothed, for a model in eval mode."""
         with torch.no_grad():
-            return float(self._loss(self.model, rows, learned_in(rows)))
+            learned = max(1, learned_in(rows))
+            return learned * float(self._loss(self.model, rows, learned, smoothing=0.0))
 
     def tokens(self, rows: Sequence[TokenRow]) -> int:
         """Tokens that pass the model, padding included."""
@@ -50,15 +51,15 @@ class PaddedPass:
         """Whether the loss was averaged over the micro-batch: some models' own code knows nothing of a window."""
         return not (self._whole_windows or self._smoothing or rows[0].label is not None)
 
-    def _loss(self, model: Any, rows: Sequence[TokenRow], learned: int) -> torch.Tensor:
+    def _loss(self, model: Any, rows: Sequence[TokenRow], learned: int, smoothing: float) -> torch.Tensor:
         inputs = {name: t.to(self.device) for name, t in collate([inputs_of(row) for row in rows], self._pad).items()}
         count = torch.tensor(float(learned), device=self.device)
         if rows[0].label is not None:
             labels = inputs.pop("labels")
-            return classified(model(**inputs)["logits"], labels, count, self._smoothing)
-        if self._smoothing:
+            return classified(model(**inputs)["logits"], labels, count, smoothing)
+        if smoothing:
             labels = inputs.pop("labels")
-            return smoothed(model(**inputs)["logits"], labels, count, self._smoothing)
+            return smoothed(model(**inputs)["logits"], labels, count, smoothing)
         window = {"num_items_in_batch": count} if self._whole_windows else {}
         # of the output the loss alone is kept, so that the logits are gone by the backward pass
         return model(**inputs, **window)["loss"]
