@@ -17,7 +17,7 @@ from loractl.common.errors import DataError
 from loractl.common.job.file import load_spec
 from loractl.common.job.spec import JobSpec
 from loractl.worker.base.model import load_tokenizer
-from loractl.worker.data.check import Checked, check_data
+from loractl.worker.data.check import Checked, check_data, warnings_about
 from loractl.worker.data.prepared import prepare_data
 
 from ..conftest import Cli
@@ -230,6 +230,22 @@ def test_good_data_give_no_finding_but_how_few_are_held_out(check: Check) -> Non
     checked = check(Case("", "", good(120)))
     assert checked.findings == []
     assert (checked.train_rows, checked.held_out_rows) == (108, 12)
+
+
+def test_a_job_s_history_counts_the_rows_that_the_check_counts(tiny_model: Path, tmp_path: Path) -> None:
+    """Those that end late in the file, too."""
+    late = [chat(f"<|im_end|> {n}", f"this has more words than fit {n} " * 4) for n in range(20)]
+    system = [chat("be kind", f"a {n}", f"this {n}", roles=("system", "user", "assistant")) for n in range(8)]
+    rows = [*system[:3], *(chat(f"q {n}", f"is {n}") for n in range(240)), *late, *system[3:]]
+    spec = _job(tmp_path, Case("", "", rows, {"dataset": {"max_length": 48}}, held_out=good(12)), tiny_model)
+    tokenizer = load_tokenizer(str(tiny_model))
+    tokenizer.chat_template = NO_SYSTEM
+    data = prepare_data(spec.dataset, spec.dataset.path, spec.dataset.eval_path, None, tokenizer, None)
+    checked = {finding.kind: finding.sentence for finding in check_data(spec, tokenizer).findings}
+    told = warnings_about(spec, data, tokenizer)
+    assert checked["EOS is not learned"] in told and checked["special tokens in text"] in told
+    assert "20 rows" in checked["EOS is not learned"] and "20 rows" in checked["special tokens in text"]
+    assert [text for text in told if "3 rows of the first 200 whose system message" in text], told
 
 
 def test_more_rows_take_hardly_more_memory(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,8 +29,8 @@ from .prepared import PreparedData
 from .token_findings import TemplateLook, TokenLook
 from .tokens import TokenRow, encode
 
-SAMPLED_ROWS = 200
-"""Rows that a trainer checks after the template: the template treats all rows alike, so a sample is enough."""
+RENDERED_ROWS = 200
+"""Rows that a trainer renders for the look at what the template leaves out: it treats all rows alike."""
 
 BUCKETS = 10
 
@@ -98,11 +98,13 @@ def check_data(spec: JobSpec, tokenizer: Any, report: Report = lambda what, done
 
 
 def warnings_about(spec: JobSpec, data: PreparedData, tokenizer: Any) -> tuple[str, ...]:
-    """A sentence for each finding in prepared data. Where the template treats rows alike, only a sample is read."""
-    template, tokens = TemplateLook(tokenizer), TokenLook(spec, tokenizer)
-    for example in data.train_examples[:SAMPLED_ROWS]:
+    """A sentence for each finding in prepared data, with the numbers of `check_data`; what the template leaves out is
+    looked for in the first rows alone, and says so."""
+    template, tokens = TemplateLook(tokenizer, RENDERED_ROWS), TokenLook(spec, tokenizer)
+    for example in data.train_examples:
         template.see(example)
-        tokens.see(_encoded(example, tokenizer, data.format))
+    for row in data.train.rows:
+        tokens.see(row)
     findings = check_examples(data.train_examples, data.held_out_examples)
     findings += template.findings() + tokens.findings(every=False)
     return tuple(finding.sentence for finding in findings if finding.level == "warning")

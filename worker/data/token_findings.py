@@ -27,8 +27,9 @@ FEW_STEPS = 10
 class TemplateLook:
     """Looks for messages that the chat template leaves out, and text that the tokenizer takes for its own marks."""
 
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: Any, most: int | None = None) -> None:
+        """`most`: so many rows are rendered at most; None: all."""
+        self._tokenizer, self._most, self._seen = tokenizer, most, 0
         self._marks = [mark for mark in tokenizer.all_special_tokens if len(mark) > 2]
         self._marked = array("q")
         self._dropped: dict[str, array[int]] = {}
@@ -36,7 +37,8 @@ class TemplateLook:
     def see(self, example: Example) -> None:
         if any(mark in part for mark in self._marks for part in _said(example)):
             self._marked.append(example.number)
-        if not example.turns:
+        self._seen += 1
+        if not example.turns or (self._most is not None and self._seen > self._most):
             return
         try:
             text = rendered(example, self._tokenizer)
@@ -49,8 +51,9 @@ class TemplateLook:
         hint = "the tokenizer ends or begins a message there; take them out of the text"
         text = "{n} with a special token within the text"
         findings = about_rows("warning", "special tokens in text", text, self._marked, hint)
+        some = "" if self._most is None or self._seen <= self._most else f" of the first {self._most}"
         for role, numbers in self._dropped.items():
-            text = f"{{n}} whose {role} message the model's chat template leaves out or changes"
+            text = f"{{n}}{some} whose {role} message the model's chat template leaves out or changes"
             findings += about_rows("warning", f"dropped {role} message", text, numbers)
         return findings
 
@@ -84,7 +87,10 @@ class TokenLook:
         seen = {
             "doubled": (self._doubled, bos is not None and ids[:2] == [bos, bos] and bos != eos),
             "open": (self._open_ended, bool(learned) and eos not in labels[:most]),
-            "strange": (self._strange, unknown not in (None, bos, eos, tokenizer.pad_token_id) and unknown in ids),
+            "strange": (
+                self._strange,
+                unknown not in (None, bos, eos, tokenizer.pad_token_id) and unknown in ids[:most],
+            ),
             "beyond": (self._beyond, self._room is not None and len(ids) > self._room),
             "long": (self._long_answers, _last_answer(row) > self._spec.evaluation.max_new_tokens),
             "empty": (self._empty, len(ids) > most and all(label == IGNORED for label in labels[1:most])),
