@@ -169,7 +169,8 @@ def test_predict_answers_every_row_of_a_file_in_its_order(trained: Cli, tmp_path
     rows = [{"messages": [{"role": "user", "content": text}]} for text in asked]
     rows[7]["messages"].append({"role": "assistant", "content": "an answer that is known"})
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    trained("predict", "green:latest", tmp_path / "rows.jsonl", "-o", tmp_path / "out.jsonl")
+    said = trained("predict", "green:latest", tmp_path / "rows.jsonl", "-o", tmp_path / "out.jsonl").stderr
+    assert f"{tmp_path / 'out.jsonl'}: 40 rows." in said
     told = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert told == [{"row": n, "answer": ANSWERS["green"], "ended": "stop"} for n in range(1, 41)]
     assert not (tmp_path / "out.jsonl.part").exists()

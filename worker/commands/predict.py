@@ -62,7 +62,9 @@ def predict(adapter: str, file: Path, output: Path | None, **style: Any) -> None
     with progress_bar() as report:
         rows = sum(1 for _ in read(partial(report, "Reading rows")))
     opened = _classifier(library, listed, style["gpu"]) if classifier else _answerer(library, adapter, style)
-    failed = _write(opened(read()), rows, output)
+    failed = write_outcomes(opened(read()), rows, output)
+    if output is not None:
+        tell(f"{output}: {rows} row{'' if rows == 1 else 's'}.")
     if failed:
         told = "has no answer: its line says" if failed == 1 else "have no answer: their lines say"
         click.echo(f"{failed} of {rows} rows {told} why.", err=True)
@@ -94,12 +96,12 @@ def _answerer(library: Library, adapter: str, style: dict[str, Any]) -> Predict:
     return lambda questions: answer_rows(conversation, questions)
 
 
-def _write(outcomes: Iterator[Outcome], rows: int, output: Path | None) -> int:
+def write_outcomes(outcomes: Iterator[Outcome], rows: int, output: Path | None) -> int:
     """Write a line an outcome as it comes; returns how many rows have none."""
     failed = 0
     quiet = output is None and sys.stdout.isatty()  # there the lines themselves show how far it is
     bar = contextlib.nullcontext(lambda what, done, total: None) if quiet else progress_bar()
-    with _lines(output) as lines, bar as report:
+    with _lines(output, rows) as lines, bar as report:
         for done, outcome in enumerate(outcomes, start=1):
             lines.write(json.dumps(outcome.as_json(), ensure_ascii=False) + "\n")
             failed += outcome.error is not None
@@ -108,12 +110,27 @@ def _write(outcomes: Iterator[Outcome], rows: int, output: Path | None) -> int:
 
 
 @contextlib.contextmanager
-def _lines(output: Path | None) -> Iterator[TextIO]:
-    """Where the lines go. A file gets its name when it is complete: half of it is never taken for all."""
+def _lines(output: Path | None, rows: int) -> Iterator[TextIO]:
+    """Where the lines go. A file gets its name when it is complete: half of it is never taken for all. What is left of
+    work that was broken off is told."""
     if output is None:
         yield sys.stdout
         return
     part = output.with_name(f"{output.name}.part")
-    with part.open("w", encoding="utf-8") as file:
-        yield file
+    try:
+        with part.open("w", encoding="utf-8") as file:
+            yield file
+    except BaseException:  # Ctrl-C too
+        _tell_what_is_left(part, rows)
+        raise
     part.replace(output)
+
+
+def _tell_what_is_left(part: Path, rows: int) -> None:
+    """A part without a line is removed."""
+    with part.open(encoding="utf-8") as file:
+        done = sum(1 for _ in file)
+    if done:
+        tell(f"Broken off after {done} of {rows} rows; {part} has them.")
+    else:
+        part.unlink()
