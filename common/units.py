@@ -7,6 +7,9 @@ import re
 
 GIB = 1024**3
 
+LEAST_WITHOUT_UNIT = 2**20
+"""Bytes; a smaller number needs a unit."""
+
 _BYTES = {
     "": 1,
     "B": 1,
@@ -23,11 +26,16 @@ _SECONDS = {"s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}
 
 
 def parse_size(text: str | int) -> int:
-    """Bytes of "24GiB", "500 MB" or a plain number of bytes. Raises ValueError with what would be right."""
+    """Bytes of "24GiB", "500 MB" or a plain number of bytes. Raises ValueError with what would be right.
+
+    A plain number below 1 MiB is refused, but for 0: somebody meant GiB, and so few bytes are no size of ours.
+    """
     match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(text))
     units = {name.lower(): factor for name, factor in _BYTES.items()}
     if match is None or match[2].lower() not in units:
         raise ValueError("is not a size; write it like 12GiB or 800MiB")
+    if not match[2] and 0 < float(match[1]) < LEAST_WITHOUT_UNIT:
+        raise ValueError(f"is not a size: it would be so many bytes; write {match[1]}GiB or {match[1]}MiB")
     return int(float(match[1]) * units[match[2].lower()])
 
 

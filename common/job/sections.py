@@ -177,6 +177,13 @@ ColumnName = Literal[
     "messages", "conversations", "role", "content", "from", "value", "system", "instruction", "input", "output",
     "prompt", "completion", "text", "label",
 ]  # fmt: skip
+
+
+def _size(value: Any, info: ValidationInfo) -> int:
+    """Bytes. A stored spec has them as a number, which an earlier version took without a unit."""
+    return value if type(value) is int and value >= 0 and info.context != AS_WRITTEN else parse_size(value)
+
+
 Targets = Annotated[
     Annotated[str, AfterValidator(_expression), Tag("function-expression")] | Annotated[list[str], Tag("list[name]")],
     Discriminator(lambda value: "function-expression" if isinstance(value, str) else "list[name]"),
@@ -185,7 +192,7 @@ Targets = Annotated[
 
 Methods = Annotated[Method | list[Method], BeforeValidator(_methods)]
 StepsOrShare = Annotated[int | float, BeforeValidator(_steps_or_share)]
-Size = Annotated[int, BeforeValidator(parse_size)]
+Size = Annotated[int, BeforeValidator(_size)]
 Duration = Annotated[float, BeforeValidator(parse_duration), Field(le=3650 * 86400)]  # dates end somewhere
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
 AdapterName = Annotated[str, BeforeValidator(_adapter_name)]

@@ -76,6 +76,7 @@ MISTAKES = [
     Mistake("a label that is no text", "write it in quotes", job=GOOD + "resources: {node_labels: {nvlink: true}}\n"),
     Mistake("two keys contradict", "keep one of them", job=GOOD + "training: {max_steps: 3, num_train_epochs: 1}\n"),
     Mistake("a size without unit", "write it like 12GiB", job=GOOD + "resources: {max_vram: lots}\n"),
+    Mistake("a size in bytes by mistake", "12 is not a size", job=GOOD + "resources: {max_vram: 12}\n"),
     Mistake("a bad override", "is not of the form key=value", command=["submit", "job.yaml", "--set", "oops"]),
     Mistake("nested too deep", "nested deeper than 16 levels", job=GOOD + "labels: " + "[" * 99 + "]" * 99 + "\n"),
     Mistake("a number without end", "a number of more than 64 digits", job=GOOD + f"priority: {'9' * 5000}\n"),
@@ -159,6 +160,7 @@ MISTAKES = [
     Mistake("no config to plan from", "there is no config.json", command=["plan", "job.yaml"], code=1),
     Mistake("nothing to plan", "plan needs a job file or a job's number", command=["plan"]),
     Mistake("a card of no size", "--gpu: 'lots' is not a size", command=["plan", "job.yaml", "--gpu", "lots"]),
+    Mistake("a card of a few bytes", "write 2GiB or 2MiB", command=["plan", "job.yaml", "--gpu", "2"]),
     Mistake(
         "a card with no room",
         "--solve needs a card to fit into",
@@ -246,7 +248,7 @@ def test_a_database_of_another_kind_or_with_another_password_is_not_called_unrea
 
 
 def test_a_card_without_a_unit_and_a_worker_that_is_refused_are_failures(make_cli: Callable[..., Cli]) -> None:
-    _answered(make_cli(LORACTL_DEVICES="sim:8")("worker", code=None), "write the unit: sim:8GiB", 2)
+    _answered(make_cli(LORACTL_DEVICES="sim:8")("worker", code=None), "it would be so many bytes; write 8GiB", 2)
 
 
 def test_ctrl_c_in_wait_says_that_the_job_goes_on(cli: Cli, tmp_path: Path) -> None:

@@ -194,10 +194,7 @@ def _simulated(sizes: str) -> list[Device]:
         try:
             total = parse_size(size)
         except ValueError as error:
-            raise UsageError(f"LORACTL_DEVICES: {size!r} {error}", "like sim:8GiB,24GiB") from None
-        if size.strip().isdigit():
-            what = f"LORACTL_DEVICES: {size.strip()!r} would be a card of {total} bytes"
-            raise UsageError(what, f"write the unit: sim:{size.strip()}GiB")
+            raise UsageError(f"LORACTL_DEVICES: {size.strip()!r} {error}", "like sim:8GiB,24GiB") from None
         devices.append(SimulatedDevice(index=index, uuid=f"SIM-{index}", name=f"simulated {size.strip()}", total=total))
     return devices
 

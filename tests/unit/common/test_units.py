@@ -16,8 +16,9 @@ from loractl.common.units import GIB, amount, duration, gib, parse_duration, par
         ("800 MiB", 800 * 2**20),
         ("1.5gib", 3 * 2**29),
         ("2GB", 2 * 10**9),
-        ("512", 512),
-        (512, 512),
+        ("1048576", 2**20),
+        (1048576, 2**20),
+        ("512 B", 512),
         ("0", 0),
     ],
 )
@@ -28,6 +29,12 @@ def test_a_size_is_read_with_binary_and_decimal_units(text: str | int, size: int
 @pytest.mark.parametrize("text", ["", "GiB", "12 apples", "-1GiB", "1e9", "nan", "9" * 400])
 def test_what_is_no_size_is_refused_with_the_right_form(text: str) -> None:
     with pytest.raises(ValueError, match="write it like 12GiB"):
+        parse_size(text)
+
+
+@pytest.mark.parametrize("text", ["12", 12, "1.5", "1048575"])
+def test_a_number_that_can_only_lack_its_unit_is_refused_with_the_unit(text: str | int) -> None:
+    with pytest.raises(ValueError, match=f"write {text}GiB"):
         parse_size(text)
 
 
