@@ -68,7 +68,13 @@ class Settings:
     trainer: str = TRAINER  # the module that trains, run by `python -m`; it speaks worker/protocol.py
     notify: tuple[str, ...] = ()  # whom this person's jobs tell that say nothing themselves
     channels: tuple[Channel, ...] = field(default=(), repr=False)  # to which this box's nodes send
+    channels_fault: UsageError | None = field(default=None, repr=False)  # why they can't be read; then there are none
     s3: S3Keys | None = None  # of config.toml; None: the AWS_* variables, or none is needed
+
+    def require_channels(self) -> None:
+        """For what sends: raises UsageError where config.toml's channels can't be read. Other commands need none."""
+        if self.channels_fault is not None:
+            raise self.channels_fault
 
     @property
     def embedded_database(self) -> bool:
@@ -98,7 +104,9 @@ def load_settings(environ: dict[str, str] | None = None) -> Settings:
     """
     env = dict(os.environ) if environ is None else environ
     home = Path(env.get("LORACTL_HOME") or "~/.loractl").expanduser().absolute()
-    file, channels, s3 = _config_file(home / "config.toml", env)
+    file, tables, s3 = _config_file(home / "config.toml")
+
+    channels, channels_fault = _channels(home / "config.toml", tables, env)
 
     def get(key: str, default: str | None) -> str | None:
         value = env.get(f"LORACTL_{key.upper()}") or file.get(key) or default
@@ -121,6 +129,7 @@ def load_settings(environ: dict[str, str] | None = None) -> Settings:
         trainer=_module("trainer", get("trainer", None) or TRAINER),
         notify=channel_names(get("notify", None)),
         channels=channels,
+        channels_fault=channels_fault,
         s3=s3,
     )
 
@@ -247,16 +256,24 @@ def _explicit_driver(url: str) -> str:
     return url
 
 
-def _config_file(path: Path, env: dict[str, str]) -> tuple[dict[str, str], tuple[Channel, ...], S3Keys | None]:
+def _channels(path: Path, tables: object, env: dict[str, str]) -> tuple[tuple[Channel, ...], UsageError | None]:
+    try:
+        return read_channels(tables, env), None
+    except UsageError as error:
+        return (), UsageError(f"{path}: {error.sentence}", error.hint)
+
+
+def _config_file(path: Path) -> tuple[dict[str, str], object, S3Keys | None]:
+    """The values by key, the tables of channels as they stand there, and the account of S3."""
     if not path.exists():
-        return {}, (), None
+        return {}, {}, None
     try:
         values: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UsageError(
             f"{path} can't be read: {error}", 'it is a TOML file with lines like redis_url = "..."'
         ) from error
-    channels = read_channels(values.pop("channels", {}), env)
+    channels: object = values.pop("channels", {})
     s3 = _s3_keys(path, values.pop("s3", None))
     unknown = sorted(set(values) - set(_KEYS))
     if unknown:

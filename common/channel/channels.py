@@ -77,6 +77,18 @@ def channels_of(channels: Iterable[Channel], user: str) -> tuple[str, ...]:
     return tuple(channel.name for channel in channels if user in channel.users)
 
 
+def unknown_names(names: Iterable[str] | None, channels: Iterable[Channel], user: str) -> list[str]:
+    """A warning of each name that this machine's channels lack; none where it has no channels, for other boxes send."""
+    known = {channel.name: channel for channel in channels}
+    if not known:
+        return []
+    lacking = [name for name in names or () if name not in known and name != ME]
+    lines = [f"no channel {name}, it has {', '.join(known)}" for name in lacking]
+    if ME in (names or ()) and not channels_of(known.values(), user):
+        lines.append(f"no channel with {user} among its users, which {ME} means")
+    return [f"Warning: notify: this machine's config.toml has {line}; another box must have it." for line in lines]
+
+
 def _list(value: object) -> list[Any]:
     return value if isinstance(value, list) else []
 

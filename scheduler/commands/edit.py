@@ -26,7 +26,7 @@ def edit(jobs: tuple[str, ...], overrides: tuple[str, ...]) -> None:
     """
     from loractl.common.queue.sender import open_sender
     from loractl.scheduler.session import open_artifacts, open_session
-    from loractl.scheduler.submission.edit import amendment, require_unended, unchecked_rows
+    from loractl.scheduler.submission.edit import amendment, require_unended, unchecked_rows, unknown_channels
     from loractl.scheduler.submission.intake import wake_for
 
     from .several import for_each
@@ -38,6 +38,7 @@ def edit(jobs: tuple[str, ...], overrides: tuple[str, ...]) -> None:
         def change(job_id: int) -> None:
             require_unended(store, job_id)
             changed = amendment(store, job_id, overrides)
+            warn(unknown_channels(changed, settings))
             warn(unchecked_rows(changed, lambda: open_artifacts(settings), lambda: hint("Counting tokens ...")))
             job = store.edit(changed, settings.user)
             click.echo(f"Job {job_id} is changed: {changed.text}.")

@@ -20,7 +20,7 @@ def retry(jobs: tuple[str, ...], overrides: tuple[str, ...]) -> None:
     """
     from loractl.common.queue.sender import open_sender
     from loractl.scheduler.session import open_artifacts, open_session
-    from loractl.scheduler.submission.edit import amendment, unchecked_rows
+    from loractl.scheduler.submission.edit import amendment, unchecked_rows, unknown_channels
     from loractl.scheduler.submission.intake import wake_for
 
     from .several import for_each
@@ -32,6 +32,7 @@ def retry(jobs: tuple[str, ...], overrides: tuple[str, ...]) -> None:
         def queue(job_id: int) -> None:
             changed = amendment(store, job_id, overrides) if overrides else None
             if changed is not None:
+                warn(unknown_channels(changed, settings))
                 warn(unchecked_rows(changed, lambda: open_artifacts(settings), lambda: hint("Counting tokens ...")))
             job = store.retry(job_id, settings.user, changed)
             click.echo(f"Job {job_id} is queued again{f': {changed.text}' if changed else ''}.")

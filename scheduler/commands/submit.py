@@ -77,7 +77,7 @@ def _check(drafts: Sequence[JobDraft], settings: Settings) -> None:
     planned = plan_all(drafts, settings, store)
     doubts += _doubts_about_rows(drafts, open_artifacts(settings))
     for submission in planned:
-        doubts += doubts_of(submission.spec.name, submission, store)
+        doubts += doubts_of(submission.spec.name, submission, settings, store)
     warn(dict.fromkeys([*doubts, *([unknown] if unknown else [])]))
 
 

@@ -60,14 +60,14 @@ def sweep(
 def _check(draft: SweepDraft, settings: Settings) -> None:
     """What sweep looks at before it queues, with nothing written; what is doubtful is said."""
     from loractl.scheduler.session import open_to_check
-    from loractl.scheduler.submission.intake import doubts_of
+    from loractl.scheduler.submission.intake import doubts_of, with_own_channels
     from loractl.scheduler.submission.members import planned
 
     store, unknown = open_to_check(settings)
     doubts = _doubts(draft, settings)
-    members = planned(draft.specs, settings.user, store)
+    members = planned([with_own_channels(spec, settings) for spec in draft.specs], settings.user, store)
     largest = max(members, key=lambda member: member.first_need or 0)
-    doubts += [*doubts_of(largest.spec.name, largest, store), *([unknown] if unknown else [])]
+    doubts += [*doubts_of(largest.spec.name, largest, settings, store), *([unknown] if unknown else [])]
     warn(dict.fromkeys(doubts))
 
 
@@ -85,14 +85,15 @@ def _doubts(draft: SweepDraft, settings: Settings) -> list[str]:
 def _queue(draft: SweepDraft, as_json: bool) -> None:
     from loractl.scheduler.answers.sweep import SweepStanding
     from loractl.scheduler.session import open_stores
-    from loractl.scheduler.submission.intake import enqueue_sweep
+    from loractl.scheduler.submission.intake import enqueue_sweep, with_own_channels
     from loractl.scheduler.submission.members import submissions
     from loractl.scheduler.text.screen import detect_screen
     from loractl.scheduler.text.sweep import queued_text
 
     settings, store, artifacts = open_stores()
     warn(dict.fromkeys(_doubts(draft, settings)))
-    members = submissions(draft.specs, settings.user, store, artifacts)
+    specs = [with_own_channels(spec, settings) for spec in draft.specs]
+    members = submissions(specs, settings.user, store, artifacts)
     entry = enqueue_sweep(draft.new_sweep(settings.user), members, settings, store)
     show(SweepStanding(sweep=entry.sweep), as_json, lambda: queued_text(entry.sweep, detect_screen()))
     warn(entry.warnings)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from loractl.common.channel.channels import unknown_names
 from loractl.common.errors import WrongState
 from loractl.common.job.amendment import Amended, Standing, changes
 from loractl.common.job.file import amended_spec, override_spec
@@ -23,6 +24,7 @@ from .overflow import check_overflow, unchecked
 if TYPE_CHECKING:
     from loractl.common.artifacts import ArtifactStore
     from loractl.common.job.spec import JobSpec
+    from loractl.common.settings import Settings
     from loractl.common.store.store import Store
     from loractl.common.store.tables import Job
 
@@ -70,6 +72,14 @@ def unchecked_rows(
     draft = JobDraft(spec=submission.spec, like=changed.job_id, stored=submission.data)
     with rows_at_hand(draft, open_store()) as spec:
         return unchecked(check_overflow(spec, announce))
+
+
+def unknown_channels(changed: Amendment, settings: Settings) -> list[str]:
+    """Warnings of channels that the change names and this machine lacks."""
+    (_, _, before), spec = changed.seen, changed.submission.spec
+    if before.get("notify") == spec.notify:
+        return []
+    return unknown_names(spec.notify, settings.channels, changed.submission.user)
 
 
 def require_unended(store: Store, job_id: int) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from loractl.common.channel.channels import unknown_names
 from loractl.common.errors import ServiceUnreachable
 from loractl.common.job.status import Status
 from loractl.common.placement.sizes import vram_class
@@ -46,7 +47,7 @@ class SweepEntry:
 
 def submit_job(spec: JobSpec, settings: Settings, store: Store, artifacts: ArtifactStore) -> Entry:
     """Store the job's data, plan its need and queue it. Raises UsageError, ArtifactError, ServiceUnreachable."""
-    told = _with_default(spec, settings)
+    told = with_own_channels(spec, settings)
     return enqueue(plan_job(told, settings.user, store_data(spec, artifacts), store), settings, store)
 
 
@@ -55,12 +56,12 @@ def plan_all(drafts: Sequence[JobDraft], settings: Settings, store: Store | None
     planned = []
     for draft in drafts:
         hashes = {**stored_hashes(draft.spec), **draft.stored}
-        submission = plan_job(_with_default(draft.spec, settings), settings.user, hashes, store)
+        submission = plan_job(with_own_channels(draft.spec, settings), settings.user, hashes, store)
         planned.append(replace(submission, purpose="" if draft.like is None else f"like job {draft.like}"))
     return planned
 
 
-def _with_default(spec: JobSpec, settings: Settings) -> JobSpec:
+def with_own_channels(spec: JobSpec, settings: Settings) -> JobSpec:
     """The spec with the channels that its user tells of every job, where it names none itself."""
     if spec.notify is not None or not settings.notify:
         return spec
@@ -83,7 +84,9 @@ def enqueue(submission: Submission, settings: Settings, store: Store) -> Entry:
         away = _ring(sender, [size_class], f"Job {job_id}")
     purpose = f", {submission.purpose}" if submission.purpose else ""
     sentence = f"Job {job_id} ({submission.spec.name}) is queued{purpose}."
-    return Entry(job_id=job_id, sentence=sentence, warnings=(*doubts_of(f"job {job_id}", submission, store), *away))
+    return Entry(
+        job_id=job_id, sentence=sentence, warnings=(*doubts_of(f"job {job_id}", submission, settings, store), *away)
+    )
 
 
 def enqueue_sweep(new: NewSweep, members: Sequence[Submission], settings: Settings, store: Store) -> SweepEntry:
@@ -95,7 +98,7 @@ def enqueue_sweep(new: NewSweep, members: Sequence[Submission], settings: Settin
     sweep = store.sweep(sweep_id)
     pairs = zip(sweep.members, members, strict=True)
     largest, submission = max(pairs, key=lambda pair: pair[1].first_need or 0)
-    return SweepEntry(sweep=sweep, warnings=(*doubts_of(f"job {largest.job_id}", submission, store), *away))
+    return SweepEntry(sweep=sweep, warnings=(*doubts_of(f"job {largest.job_id}", submission, settings, store), *away))
 
 
 def wake_for(job: Job, sender: HintSender) -> list[str]:
@@ -112,9 +115,10 @@ def _ring(sender: HintSender, size_classes: Iterable[int], what: str) -> list[st
     return []
 
 
-def doubts_of(name: str, submission: Submission, store: Store | None) -> list[str]:
+def doubts_of(name: str, submission: Submission, settings: Settings, store: Store | None) -> list[str]:
     """What would make the job wait without end, or fail on its worker. `name`: what the job is called."""
-    spec, doubts = submission.spec, []
+    spec = submission.spec
+    doubts = unknown_names(spec.notify, settings.channels, settings.user)
     for text in spec.data_sets().values():
         if not is_local(text):
             doubts.append(f"Note: {text} is no file here and is taken for a data set on the hub.")

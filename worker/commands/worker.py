@@ -77,6 +77,7 @@ def worker(
     from loractl.worker.node.box import Box
 
     settings = load_settings()
+    settings.require_channels()
     options = {
         "margin": _size(reserve),
         "high_water_s": _seconds("--high-water", high_water),

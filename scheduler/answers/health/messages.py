@@ -8,11 +8,13 @@ from loractl.common.settings import Settings
 from loractl.common.store.database import one_look
 from loractl.common.store.store import Store
 
-from .condition import Condition, fine, warning
+from .condition import Condition, broken, fine, warning
 
 
 def see_messages(settings: Settings) -> Iterator[Condition]:
     """Messages that no worker takes, and those that were given up in the last day."""
+    if (fault := settings.channels_fault) is not None:
+        yield broken("messages", fault.sentence, fault.hint)
     with one_look(settings) as engine:
         stuck = Store(engine).stuck_messages()
     for pile in stuck:
@@ -27,7 +29,7 @@ def see_messages(settings: Settings) -> Iterator[Condition]:
     for channel in settings.channels:
         if channel.missing:
             yield warning("messages", f"channel {channel.name}: {channel.missing} is not set here")
-    if not stuck:
+    if not stuck and fault is None:
         names = ", ".join(channel.name for channel in settings.channels)
         here = f"channels of this machine: {names}" if names else "this machine has no channels"
         yield fine("messages", f"none is stuck; {here}")

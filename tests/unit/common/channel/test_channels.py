@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
+from loractl.common.channel.channels import Channel, unknown_names
 from loractl.common.errors import UsageError
 from loractl.common.settings import load_settings
 
@@ -20,6 +21,7 @@ def load(home: Path, text: str, mode: int = 0o600, **environ: str) -> tuple[str,
     file.write_text(text)
     file.chmod(mode)
     settings = load_settings({"LORACTL_HOME": str(home), **environ})
+    settings.require_channels()
     assert "S3CRET" not in repr(settings)
     return (*(channel.name for channel in settings.channels), *settings.notify)
 
@@ -108,6 +110,28 @@ def test_what_is_wrong_is_named_and_no_value_repeated(tmp_path: Path, table: str
         load(tmp_path, table)
     assert message in caught.value.sentence
     assert "S3CRET" not in caught.value.sentence + (caught.value.hint or "")
+
+
+def test_channels_that_can_t_be_read_stop_what_sends_alone_and_their_file_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "config.toml"
+    file.write_text('user = "ada"\n[channels.x]\nkind = "webhook"\nurl = "https://lab.example"\n')
+    file.chmod(0o600)
+    settings = load_settings({"LORACTL_HOME": str(tmp_path)})
+    assert (settings.user, settings.channels) == ("ada", ())
+    with pytest.raises(UsageError) as no:
+        settings.require_channels()
+    assert no.value.sentence == f"{file}: channels.x: secret is missing"
+
+
+def test_a_name_that_this_machine_s_channels_lack_is_warned_of() -> None:
+    phone = Channel(name="phone", kind="ntfy", users=frozenset({"ada"}))
+    assert unknown_names(["me", "phone"], [phone], "ada") == []
+    assert unknown_names(["me", "ops"], [], "ada") == [], "other boxes send"
+    lacks = "Warning: notify: this machine's config.toml has no channel"
+    assert unknown_names(["me", "ops"], [phone], "bob") == [
+        f"{lacks} ops, it has phone; another box must have it.",
+        f"{lacks} with bob among its users, which me means; another box must have it.",
+    ]
 
 
 @pytest.mark.parametrize("names", [["lab"], ["https://lab.example/x"], ["ops\nBcc: x"], ["a"] * 9], ids=str)
