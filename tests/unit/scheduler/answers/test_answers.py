@@ -74,7 +74,7 @@ OF_RESULTS: dict[str, Callable[[Store, ArtifactStore], HasJson]] = {
 ELSEWHERE = ("doctor", "sim")
 """They read more than a store: acceptance/test_doctor.py, test_a_simulation_prints_its_own_json."""
 
-CHANGING = ("submit", "sweep", "reproduce", "gc", "import", "db roles")
+CHANGING = ("submit", "sweep", "reproduce", "gc", "import", "db backup", "db roles", "join", "lab init", "lab invite")
 """Commands that do something; their JSON says what they did."""
 
 CONFIG = {
