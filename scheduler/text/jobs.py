@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from loractl.common.job.status import OUTCOMES, Status
+from loractl.common.job.status import OUTCOMES, Stage, Status
 from loractl.common.text import clean_line, number
 from loractl.common.units import clock, duration, gib, thousands
 
@@ -120,12 +120,15 @@ def _running_table(running: Sequence[JobState], overview: Overview, screen: Scre
     rows = []
     for job in running:
         share = job.step / job.total_steps if job.step is not None and job.total_steps else None
-        progress = bar(share or 0.0, 12 if wide else 10, screen) + (f" {share:4.0%}" if share is not None else "   – ")
-        training = job.stage is not None and job.stage.value == "training"
+        length = 12 if wide else 10
+        progress = bar(share or 0.0, length, screen) + (f" {share:4.0%}" if share is not None else "   – ")
+        if job.stage is Stage.EVALUATING:  # all steps are done: 100% would say that the job is
+            progress = job.stage.value.ljust(length + 5)
+        timed = job.stage in (Stage.TRAINING, Stage.EVALUATING)
         trouble = overview.nodes.get(job.node or "")
         done = trouble or (
             clock(now + dt.timedelta(seconds=job.eta_seconds), now)
-            if training and job.eta_seconds
+            if timed and job.eta_seconds
             else (job.stage.value if job.stage else "–")
         )
         row = [

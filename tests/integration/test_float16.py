@@ -36,7 +36,7 @@ class Training:
         (tmp_path / "data.jsonl").write_text("")
         run = Run(order=make_order(tmp_path, tmp_path, tmp_path / "data.jsonl"), tell=self.told.append)
         self.args, self.state = SimpleNamespace(fp16=True), SimpleNamespace(global_step=0)
-        self.callbacks = (Brake(run), Teller(run, Recorder(1), 0))
+        self.callbacks = (Brake(run), Teller(run, Recorder(1)))
 
     def step(self, gradient: float, loss: float = 2.0) -> None:
         self.weight.grad = None

@@ -24,6 +24,7 @@ from .dialogue import Answered, Turns, answers_of, by_turn, turn_metrics
 from .generation import generate
 from .harness import Benchmarks
 from .losses import RowScores, loss_metrics, score_rows
+from .stretches import ANSWERS, GENERATED, LABELS, ROWS, Stretch
 
 LABEL_SLACK = 2
 """Tokens beyond the longest label: for its end, and to see that an answer goes on."""
@@ -133,7 +134,7 @@ class Work:
     @property
     def passes(self) -> int:
         """Rows and prompts that one model works on."""
-        return len(self.scored) + len(self.prompts) + len(self.labelled)
+        return sum(stretch.count for stretch in self.stretches)
 
     @property
     def scored(self) -> list[TokenRow]:
@@ -142,10 +143,16 @@ class Work:
         return [*self.rows, *(turn.whole for turn in self.turns), *alone, *self.regression]
 
     @property
-    def tokens(self) -> int:
-        """Tokens that pass one model, answers at their longest."""
-        answers = len(self.prompts) * self.longest_answer + len(self.labelled) * self.label_tokens
-        return sum(len(row.input_ids) for row in self.scored) + answers
+    def stretches(self) -> list[Stretch]:
+        """What one model does, in its order; answers at their longest."""
+        read = sum(len(row.input_ids) for row in self.scored)
+        made = len(self.prompts) * self.longest_answer, len(self.labelled) * self.label_tokens
+        every = (
+            Stretch(kind=ROWS, count=len(self.scored), tokens=read),
+            Stretch(kind=ANSWERS, count=len(self.prompts), tokens=GENERATED * made[0]),
+            Stretch(kind=LABELS, count=len(self.labelled), tokens=GENERATED * made[1]),
+        )
+        return [stretch for stretch in every if stretch.count]
 
 
 @dataclass(frozen=True, kw_only=True)

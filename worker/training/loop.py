@@ -20,6 +20,7 @@ from loractl.worker.engine.loop import run as run_members
 from loractl.worker.engine.member import ForwardPass, MemberRows, PackMember
 from loractl.worker.engine.snapshot import read_snapshot
 from loractl.worker.evaluation.evaluation import Work
+from loractl.worker.evaluation.stretches import ROWS
 
 from .arguments import training_arguments
 from .best import BestKeeper
@@ -45,11 +46,12 @@ class Callbacks:
 
     @classmethod
     def of(cls, run: Run, learner: Learner, data: PreparedData, checkpoint: Checkpoint | None) -> Callbacks:
-        models = 1 if data.label_names else 2  # base and tuned; a classifier's baseline looks at no text
-        tokens = models * Work.of(data, run.spec, learner.tokenizer).tokens
+        work = Work.of(data, run.spec, learner.tokenizer).stretches
+        # a classifier's baseline looks at no text, and its head answers in one pass
+        work = [part for part in work if part.kind == ROWS] if data.label_names else 2 * work
         proof, recorder = ResumeProof.of(learner, data), Recorder(data.train.tokens)
         best = BestKeeper(run, recorder, checkpoint)
-        teller = Teller(run, recorder, tokens)
+        teller = Teller(run, recorder, work)
         closer = CheckpointCloser(run, belongs_to(run.order, data), proof, best)
         # the check and the brake come first: the others must not see a wrong model or a loss that is not a number
         order = (ResumeCheck(proof, checkpoint), Brake(run), recorder, best, closer, teller)

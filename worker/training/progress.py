@@ -15,6 +15,7 @@ from loractl.common.job.status import Stage
 from loractl.common.store.records import HELD_OUT_LOSS
 from loractl.common.units import duration
 from loractl.worker.evaluation.evaluation import Evaluation
+from loractl.worker.evaluation.stretches import Stopwatch, Stretch
 from loractl.worker.protocol.log_lines import Pace, begin_text, evaluation_text, step_texts
 from loractl.worker.protocol.messages import Stepped
 
@@ -31,10 +32,11 @@ SAID_EVERY_S = 20.0
 class Teller(TrainerCallback):
     """Tells of steps and losses, and says when the job will be done."""
 
-    def __init__(self, run: Run, recorder: Recorder, evaluation_tokens: int) -> None:
+    def __init__(self, run: Run, recorder: Recorder, evaluation: Sequence[Stretch] = ()) -> None:
+        """`evaluation`: what comes after the last step."""
         self._run = run
         self._recorder = recorder
-        self._evaluation_tokens = evaluation_tokens  # that the evaluation passes through the model
+        self._evaluation = evaluation
         # from one step's end to the next one's: evaluations and checkpoints between them take time too
         self._step_times: deque[float] = deque(maxlen=1000)
         self._step_ended = 0.0
@@ -100,7 +102,7 @@ class Teller(TrainerCallback):
         if left is not None and recorder.tokens_per_second:
             # A token that is trained on costs a forward and a backward, in LoRA about as much again (no gradients of
             # the base's weights): read as two that are evaluated. Measured once the evaluation runs.
-            left += self._evaluation_tokens / (2 * recorder.tokens_per_second)
+            left += sum(stretch.tokens for stretch in self._evaluation) / (2 * recorder.tokens_per_second)
         return left, spread
 
     def evaluating(self, parts: Sequence[str]) -> Callable[[int, int], None]:
@@ -108,27 +110,28 @@ class Teller(TrainerCallback):
 
         `parts`: what is measured one after the other, each by the same work.
         """
-        began = said = time.monotonic()
-        begun = 0
+        said = time.monotonic()
+        begun, watch = 0, Stopwatch(self._evaluation, said)
         self._run.phase(f"evaluates {parts[0]}")
 
         def tell(done: int, of: int) -> None:
             nonlocal said, begun
             now = time.monotonic()
-            left = (now - began) * (of - done) / max(1, done)
+            watch.lap(done, now)
+            left = watch.left_seconds
             if done < of and (part := done * len(parts) // of) != begun:
                 begun, said = part, now
                 self._run.phase(f"evaluates {parts[part]}")
             elif now - said > SAID_EVERY_S:
                 said = now
-                self._run.say(f"{done} of {of} passes done   {duration(left)} left")
+                self._run.say(f"{done} of {of} rows and answers done   {duration(left)} left")
             self._run.tell(
                 Stepped(
                     job_id=self._run.order.job_id,
                     step=self._recorder.steps,
                     total_steps=self._recorder.total_steps,
                     eta_seconds=left,
-                    eta_spread_seconds=left,  # scoring says little about generating, which comes after it
+                    eta_spread_seconds=left,  # how long the answers become is not known
                     peaks=self._run.gauge.look(),
                 )
             )

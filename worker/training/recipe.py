@@ -240,7 +240,11 @@ def _evaluate(run: Run, learner: Learner, data: PreparedData, tasks: Any, callba
     measure = evaluate_classifier if data.label_names else evaluate
     rows = len(data.held_out.rows[: run.spec.evaluation.max_rows])
     models = ("the classifier",) if data.label_names else ("the base", "the tuned model")
-    progress = callbacks.teller.evaluating([f"{model} on {rows} held-out row{'s' * (rows != 1)}" for model in models])
+    work = f"{rows} held-out row{'s' * (rows != 1)}"
+    answers = 0 if data.label_names else min(run.spec.evaluation.samples, len(data.held_out_examples))
+    if answers:
+        work += f", with {answers} answer{'s' * (answers != 1)} of at most {run.spec.evaluation.max_new_tokens} tokens"
+    progress = callbacks.teller.evaluating([f"{model} on {work}" for model in models])
     evaluation = measure(learner, data, run.spec, run.check_stop, progress)
     callbacks.teller.tell_held_out(evaluation)
     if tasks is None:

@@ -152,6 +152,13 @@ def test_the_largest_values_stay_within_the_screen(width: int) -> None:
     assert [line for text in texts for line in text.splitlines() if len(line) > width] == []
 
 
+def test_a_job_that_is_evaluated_shows_when_that_ends() -> None:
+    evaluated = running(stage=Stage.EVALUATING, step=1584)
+    (line,) = [line for line in overview([evaluated], {}, [], PLAIN).splitlines() if "box:0" in line]
+    assert "evaluating" in line and "100%" not in line
+    assert re.search(r" evaluating +\d\d:\d\d ", line), line
+
+
 def test_a_wide_screen_shows_the_model_and_the_method_as_well() -> None:
     assert "model-135M qlora" in overview([running()], {}, [], WIDE)
     assert "model-135M" not in overview([running()], {}, [], PLAIN)
