@@ -22,8 +22,8 @@ def cancel(jobs: tuple[str, ...], sweep_id: int | None, user: str | None, queued
 
     JOB is a number, a range like 3-9, the name of one job, or name:tag.
 
-    A waiting job ends at once; a running one's trainer is asked to stop and killed if it does not within 10 s. Of
-    several jobs, those that can't be cancelled are named, and the others are.
+    A waiting job ends at once; a running one's trainer is asked to stop and killed if it does not within 10 s. Its
+    checkpoints are removed. Of several jobs, those that can't be cancelled are named, and the others are.
     """
     from loractl.common.errors import UsageError
     from loractl.scheduler.session import open_session
@@ -60,5 +60,8 @@ def _unfinished(store: Store, user: str, *, queued: bool) -> list[int]:
 def _tell(job_id: int, node: str | None, *, waited: bool) -> None:
     from loractl.common.text import clean_line
 
-    done = "is cancelled" if waited else f"is being stopped on {clean_line(node or '')}"
-    click.echo(f"Job {job_id} {done}.")
+    if waited:
+        click.echo(f"Job {job_id} is cancelled.")
+        return
+    kept = f"nothing of its training is kept, so loractl retry {job_id} would begin anew"
+    click.echo(f"Job {job_id} is being stopped on {clean_line(node or '')}; {kept}.")

@@ -47,7 +47,8 @@ def test_a_cancel_stops_a_running_trainer_within_ten_seconds(
     until_job(cli, 1, lambda job: (job.step or 0) >= 5)
     assert _trainers(cli)
     began = time.monotonic()
-    cli("cancel", 1)
+    said = cli("cancel", 1).stdout
+    assert "nothing of its training is kept, so loractl retry 1 would begin anew." in said
     until_job(cli, 1, lambda job: job.status == "cancelled", seconds=15)
     took = time.monotonic() - began
     assert took < 12, f"the cancel took {took:.1f} s"
