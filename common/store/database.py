@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime as dt
+import shutil
 import sqlite3
 import time
 from collections.abc import Iterator
@@ -37,6 +38,9 @@ REFUSALS = (SQLAlchemyError, Forbidden, OverflowError, UnicodeError)
 
 SQLITE_BUSY_MS, SQLITE_READER_MS = 30_000, 2_000
 """How long a lock of SQLite's is waited for; one that only reads has somebody who looks at a page."""
+
+ROOM = 2**17
+"""Bytes that SQLite's -shm and a few pages of its -wal take at least."""
 
 NODE_IDLE_S = 8
 """PostgreSQL ends a transaction of a node that says nothing for so long: a frozen box must not hold the fleet's round
@@ -224,12 +228,28 @@ def make_engine(
         else:
             _write_ahead(connection)
 
+    @event.listens_for(engine, "handle_error")
+    def _name_full_disk(context: ExceptionContext) -> None:
+        if context.sqlalchemy_exception is not None and _is_full_disk(context.original_exception, file.parent):
+            context.sqlalchemy_exception.orig = sqlite3.OperationalError(_FULL[0])
+
     @event.listens_for(engine, "begin")
     def _begin(connection: Connection) -> None:
         reads = read_only or connection.get_execution_options().get("read_only", False)
         connection.exec_driver_sql("BEGIN" if reads else "BEGIN IMMEDIATE")
 
     return engine
+
+
+def _is_full_disk(error: BaseException, folder: Path) -> bool:
+    """Whether SQLite failed for want of room: where its -wal or -shm can't grow it says "disk I/O error" instead."""
+    code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # the lower byte is the kind
+    if code not in (sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN):
+        return False
+    try:
+        return shutil.disk_usage(folder).free < ROOM
+    except OSError:
+        return False
 
 
 def _file_of(url: str) -> Path:

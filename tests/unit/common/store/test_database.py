@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +15,7 @@ from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import Engine, inspect, text
 
-from loractl.common.errors import ExitCode, SchemaMismatch, ServiceUnreachable, UsageError
+from loractl.common.errors import ExitCode, LoractlError, SchemaMismatch, ServiceUnreachable, UsageError
 from loractl.common.settings import Settings, load_settings
 from loractl.common.store.database import DatabaseError, connect, make_engine, outage, reachable, told_by
 from loractl.common.store.records import Choice, Page
@@ -261,3 +263,25 @@ def test_a_server_that_only_reads_is_told_from_one_that_writes(upgraded_url: str
         engine.dispose()
         assert not Store(engine).takes_writes(), "so that a node which can't write its row is not called stuck"
     engine.dispose()
+
+
+def test_a_full_disk_on_which_sqlite_can_t_make_its_companions_is_no_database_that_went_away(
+    sqlite_template: Path, tmp_path: Path
+) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=512k", "none", str(disk)], capture_output=True).returncode:
+        pytest.skip("a small disk needs the right to mount a tmpfs")
+    try:
+        shutil.copy(sqlite_template, disk / "loractl.db")
+        settings = settings_for(f"sqlite:///{disk / 'loractl.db'}", tmp_path)
+        with contextlib.suppress(OSError), (disk / "fill").open("wb", buffering=0) as fill:
+            while True:
+                fill.write(b"0" * 4096)
+        with pytest.raises(LoractlError, match="the disk of the database is full: sqlite") as full:
+            connect(settings)
+        assert (full.value.exit_code, full.value.hint) == (ExitCode.FAILED, "free space there; nothing is lost")
+        (disk / "fill").unlink()
+        connect(settings).dispose()
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
