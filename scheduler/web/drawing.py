@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from loractl.common.adapter_config import portable_name
 from loractl.common.chart import Axes, axes_of, finite, loss_chart
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 class BarPart:
     """A part of a card's bar, in percent of the card."""
 
-    kind: str  # job, outside, margin
+    kind: str  # job, outside, base
     at: float
     width: float
     size: int  # bytes
@@ -29,7 +30,7 @@ class BarPart:
 
 
 def card_parts(device: DeviceState) -> list[BarPart]:
-    """What holds a card: other people's programs first, then our jobs, then what its owner keeps free."""
+    """What holds a card: other people's programs first, then our jobs, then bases that wait for a job."""
     card, total = device.card, device.card.total
     if not total:
         return []
@@ -47,6 +48,8 @@ def card_parts(device: DeviceState) -> list[BarPart]:
     for job in card.running:
         used = round(min(100.0, 100 * job.used / total), 2)
         add("job", max(job.reserved, job.used), used=used, user=job.user, job_id=job.job_id)
+    for base in card.waiting_bases:
+        add("base", base.bytes, text=portable_name(base.base_model))
     return parts
 
 

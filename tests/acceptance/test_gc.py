@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,7 +19,9 @@ def test_old_results_go_when_asked_and_everything_else_still_works(
     job = write_job(tmp_path, tiny_model)
     for _ in range(2):
         cli("submit", job, "--set=training.max_steps=3")
-    cli("submit", write_job(tmp_path, tmp_path / "no-such-model", name="bad"))
+    gone = shutil.copytree(tiny_model, tmp_path / "gone")
+    cli("submit", write_job(tmp_path, gone, name="bad"))
+    shutil.rmtree(gone)
     cli("worker", "--drain-when-idle", timeout=240)
     log = cli("logs", 2).stdout
     assert len(log.splitlines()) > 3

@@ -50,6 +50,9 @@ if __name__ == "__main__":
     main(lambda start, orders, tell: Ended(job_id=start.job_id, reason=Reason.BAD_DATA, message="nothing is trained"))
 """
 
+HUB_MODEL = Path("org/base")
+"""It is read by no trainer here, and nobody can say that it isn't there."""
+
 
 SLOW = """
 from loractl.common.job.status import Reason
@@ -89,7 +92,7 @@ def test_a_supervisor_that_hangs_loses_its_trainer_and_the_slot_takes_the_next_j
 ) -> None:
     """The order is longer than a pipe holds: writing it to a trainer that never reads blocks."""
     cli = run_with(DEAF)
-    job = write_job(tmp_path, tmp_path / "base")
+    job = write_job(tmp_path, HUB_MODEL)
     names = ", ".join(f"a_module_with_quite_a_long_name_{n}" for n in range(4000))
     job.write_text(job.read_text().replace("lora: {", f"lora: {{target_modules: [{names}], "))
     cli("submit", job)
@@ -116,7 +119,7 @@ def test_jobs_start_without_the_queue(run_with: Callable[..., Cli], home: Path, 
             f'[channels.phone]\nkind = "ntfy"\nurl = "http://127.0.0.1:{phone.port}/t"\nusers = ["tester"]'
         )
         config.chmod(0o600)
-        submitted = cli("submit", write_job(tmp_path, tmp_path / "base"), "--set=max_retries=0")
+        submitted = cli("submit", write_job(tmp_path, HUB_MODEL), "--set=max_retries=0")
         assert "Job 1" in submitted.stdout and "the queue" in submitted.stderr
         store = Store(connect(load_settings(cli.environment)))
         worker = cli.start("worker", warm_start=True)
@@ -139,7 +142,7 @@ def test_a_queue_that_answers_with_errors_stops_no_job_and_is_used_again(
     store = Store(connect(load_settings(cli.environment)))
     worker = cli.start("worker", warm_start=True)
     try:
-        cli("submit", write_job(tmp_path, tmp_path / "base"), "--set=max_retries=0")
+        cli("submit", write_job(tmp_path, HUB_MODEL), "--set=max_retries=0")
         _until(lambda: store.job(1).status is Status.RUNNING)
         queue = Redis(unix_socket_path=str(home / "run" / "valkey.sock"))
         queue.config_set("min-replicas-to-write", 1)
@@ -147,7 +150,7 @@ def test_a_queue_that_answers_with_errors_stops_no_job_and_is_used_again(
         assert store.job(1).status is Status.RUNNING and store.job(1).attempt == 1
         queue.config_set("min-replicas-to-write", 0)
         cli("cancel", 1)
-        cli("submit", write_job(tmp_path, tmp_path / "base"), "--set=max_retries=0")
+        cli("submit", write_job(tmp_path, HUB_MODEL), "--set=max_retries=0")
         _until(lambda: store.job(2).status is Status.RUNNING)
     finally:
         worker.send_signal(signal.SIGINT)

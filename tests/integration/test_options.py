@@ -321,6 +321,7 @@ def test_losses_checkpoints_and_evaluations_come_as_often_as_asked_for(recipe: R
 
 
 ELSEWHERE = {
+    "resources.exclusive": "tests/unit/worker/test_hosts.py",
     "name": "tests/acceptance/test_main_job.py",
     "task_type": "tests/integration/test_classify.py",
     "method": "tests/acceptance/test_placement.py",

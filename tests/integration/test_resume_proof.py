@@ -63,7 +63,7 @@ class Kill:
     delay: float
     done: threading.Event = field(default_factory=threading.Event)
 
-    def watch(self, pipe: Any, told: Any, job_id: int) -> None:
+    def watch(self, pipe: Any, told: Any, job_id: int, until: str = "") -> bool:
         """In place of worker.attempt.process.read_messages: passes everything on, and strikes."""
 
         class Struck:
@@ -73,7 +73,7 @@ class Kill:
                     time.sleep(self.delay)
                     self.strike()
 
-        READ_MESSAGES(pipe, Struck(), job_id)  # type: ignore[arg-type]
+        return READ_MESSAGES(pipe, Struck(), job_id, until)  # type: ignore[arg-type]
 
     def strike(self) -> None:
         for child in psutil.Process().children():

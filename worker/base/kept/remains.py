@@ -27,6 +27,7 @@ class Surroundings:
     """A process before a training: what is there then is not the training's."""
 
     threads: frozenset[int] = field(default_factory=lambda: frozenset(t.ident or 0 for t in threading.enumerate()))
+    children: frozenset[int] = field(default_factory=lambda: frozenset(_children()))
     files: frozenset[str] = field(default_factory=lambda: frozenset(_open_files()))
     tensors: tuple[weakref.ref[torch.Tensor], ...] = field(
         default_factory=lambda: tuple(map(weakref.ref, _living_tensors()))
@@ -47,7 +48,7 @@ class Surroundings:
             thread.join(timeout=JOIN_S)
         if alive := [thread.name for thread in threads if thread.is_alive()]:
             return f"the thread {alive[0]} still runs"
-        if children := _children():
+        if children := sorted(set(_children()) - self.children):
             return f"process {children[0]} still runs"
         if files := sorted(set(_open_files()) - self.files):
             return f"{files[0]} is still open"

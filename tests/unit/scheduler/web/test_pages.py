@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 
 from loractl.common.job.status import Reason, Status
+from loractl.common.placement.hosts import base_key
+from loractl.common.store.records import NewHost
+from loractl.common.units import GIB
 from loractl.scheduler.answers.job import state_of
 from loractl.scheduler.answers.lab.shelf import ReportShelf
 from loractl.scheduler.web.pages import commands_for
@@ -35,6 +38,20 @@ def test_the_lab_says_first_what_runs_and_who_holds_what(web: Web) -> None:
     assert "vllm serve of tomás holds 41.0 GiB of heron:1 outside the queue" in page
     assert "priya · 12 · 61.0" in page and "Drained by lena: replacing a fan" in page
     assert "needs 92.0 GiB, the largest card has 79.5" in page and "held by wei: until the new data are there" in page
+
+
+def test_a_base_that_waits_for_a_job_is_drawn_on_its_card(own_web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("loractl.scheduler.web.site.FRESH_S", -1.0)
+    lab = own_web.lab
+    claim = webs.run(lab, "keeps", "ada", "kestrel:0", 3)
+    key = base_key(claim.spec, claim.method)
+    assert key is not None
+    assert lab.store.keep_host(claim, NewHost(host="mark", node="kestrel:0", key=key, bytes=2 * GIB))
+    assert "waits for a job: " not in own_web.client.get("/").text, "its job runs in it"
+    webs.store_result(lab, claim, 2.0, 1.5)
+    page = own_web.client.get("/").text
+    base = claim.spec.base_model.rpartition("/")[2]
+    assert f"{base} is loaded and waits for a job: 2.0 GiB, which count as free" in page and f"; {base} is warm" in page
 
 
 def test_a_lab_in_which_nothing_waits_says_so_in_sentences(own_web: Web) -> None:
