@@ -225,6 +225,9 @@ def _login() -> str:
         return f"uid-{os.getuid()}"
 
 
+_ESCAPED = "write special characters of a password as %XX, a slash as %2F"
+
+
 def _checked(key: str, url: str) -> str:
     """The URL, if it can be taken apart. Raises UsageError without repeating it: it may hold a password."""
     try:
@@ -233,9 +236,9 @@ def _checked(key: str, url: str) -> str:
     except ValueError:
         parts = None
     if parts is None or not parts.scheme:
-        raise UsageError(
-            f"LORACTL_{key.upper()} is not a URL", "write special characters of a password as %XX, a slash as %2F"
-        )
+        folder = key == "artifacts_url" and url.startswith(("/", "~", "."))
+        hint = "a folder is written file:///lab/loractl" if folder else _ESCAPED
+        raise UsageError(f"LORACTL_{key.upper()} is not a URL", hint)
     if key == "artifacts_url" and _holds_password(url):
         raise UsageError(
             "LORACTL_ARTIFACTS_URL holds a password, and it is written into the rows of all jobs",

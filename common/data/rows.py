@@ -23,6 +23,10 @@ class RawRow:
     value: Mapping[str, Any]
 
 
+_RELATIVE = "a path in a job file is relative to the job file"
+
+_A_LINE_EACH = "one object a line? name it .jsonl"
+
 Told = Callable[[int, int], None]
 """Called while a file is read: bytes read, bytes of the file."""
 
@@ -46,7 +50,7 @@ class DataFile:
             yield first
             yield from rows
         except FileNotFoundError:
-            raise DataError(self._path, "no such file", hint="dataset.path is relative to the job file") from None
+            raise DataError(self._path, "no such file", hint=_RELATIVE) from None
         except UnicodeDecodeError:
             what = f"is not UTF-8 (byte {_bad_byte(self._path)})"
             raise DataError(self._path, what, hint="convert it with iconv -t utf-8", kind="not UTF-8") from None
@@ -56,7 +60,7 @@ class DataFile:
     def _rows(self) -> Iterator[RawRow]:
         path, suffix = self._path, self._path.suffix.lower()
         if suffix not in DATA_SUFFIXES:
-            raise DataError(path, f"has none of the endings {', '.join(DATA_SUFFIXES)}")
+            raise DataError(path, f"has none of the endings {', '.join(DATA_SUFFIXES)}", hint=_way_for(path, suffix))
         if suffix == ".parquet":
             yield from _read_parquet(path)
         elif suffix == ".json":
@@ -116,10 +120,11 @@ def _parse_json(path: Path, text: str) -> list[RawRow]:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:  # ValueError: also a number of 4300 digits
         where = f" (line {error.lineno}: {error.msg.lower()})" if isinstance(error, json.JSONDecodeError) else ""
-        hint = "one object a line? name it .jsonl"
-        raise DataError(path, f"is not valid JSON{where}", hint=hint, kind="broken JSON") from None
+        raise DataError(path, f"is not valid JSON{where}", hint=_A_LINE_EACH, kind="broken JSON") from None
     if not isinstance(value, list):
-        raise DataError(path, "is not an array of objects", hint="one object a line? name it .jsonl")
+        inside = [key for key, rows in value.items() if isinstance(rows, list)] if isinstance(value, dict) else []
+        hint = f"its rows are in {inside[0]!r}: write that array alone" if inside else _A_LINE_EACH
+        raise DataError(path, "is not an array of objects", hint=hint)
     return [_row(path, number, item) for number, item in enumerate(value, start=1)]
 
 
@@ -127,6 +132,9 @@ def _parse_csv(path: Path, lines: Iterable[str]) -> Iterator[RawRow]:
     reader = csv.DictReader(lines, strict=True)
     number = 0
     try:
+        if (only := reader.fieldnames) and len(only) == 1 and (marks := [mark for mark in ";\t|" if mark in only[0]]):
+            hint = "write commas between the columns, and quote a value that holds one"
+            raise DataError(path, f"has one column, divided by {marks[0]!r}", hint=hint, kind="broken CSV")
         for number, value in enumerate(reader, start=1):
             if None in value or None in value.values():
                 raise DataError(
@@ -146,7 +154,7 @@ def _read_parquet(path: Path) -> Iterator[RawRow]:
     except ImportError:
         raise DataError(path, "parquet needs the training stack here", hint="pip install 'loractl[worker]'") from None
     if not path.exists():
-        raise DataError(path, "no such file", hint="dataset.path is relative to the job file")
+        raise DataError(path, "no such file", hint=_RELATIVE)
     import pyarrow
 
     try:
@@ -167,3 +175,12 @@ def _row(path: Path, number: int, value: Any) -> RawRow:
 def kind_of(value: Any) -> str:
     names = {dict: "an object", list: "a list", str: "text", bool: "true or false", int: "a number", float: "a number"}
     return "missing or null" if value is None else names.get(type(value), type(value).__name__)
+
+
+def _way_for(path: Path, suffix: str) -> str:
+    """What to do about a file that no reader here takes."""
+    if path.is_dir():
+        return "it is a folder: name one file in it"
+    if suffix in (".gz", ".zip", ".zst", ".bz2", ".xz"):
+        return "it is packed: unpack it first"
+    return 'write one JSON object a line, like {"text": "..."}, and name it .jsonl'

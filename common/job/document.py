@@ -34,7 +34,7 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
         text = raw.decode("utf-8")
     except FileNotFoundError:
         raise wrong(
-            "no such file", "loractl submit takes the path of a job file, like examples/helpdesk-lora.yaml"
+            "no such file", "name the path of a file that is there; a job file is like examples/helpdesk-lora.yaml"
         ) from None
     except IsADirectoryError:
         raise wrong("is a folder, not a job file") from None

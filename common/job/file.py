@@ -252,7 +252,8 @@ def _explain(error: Any, key: str) -> tuple[str, str | None]:
     if wanted := _WANTED.get(kind):
         wanted += "; write it like [q_proj, v_proj]" if kind == "list_type" and key.endswith("target_modules") else ""
         quoted = "; write it in quotes" if wanted == "text" and isinstance(given, (int, float, bool)) else ""
-        return f"{shown} is not {wanted}{quoted}", None
+        whole = f"write {{path: {given}}}" if key == "dataset" and isinstance(given, str) else None
+        return f"{shown} is not {wanted}{quoted}", whole
     return f"{shown}: {error['msg'][0].lower()}{error['msg'][1:]}", None
 
 

@@ -121,7 +121,9 @@ MISTAKES = [
     Mistake("several cards", "a job trains on one card", job=GOOD + "resources: {gpus: 2}\n"),
     # the data
     Mistake("neither a file nor a hub id", "no data set of the hub", job=GOOD.replace("data.jsonl", "train")),
-    Mistake("no data file", "dataset.path is relative to the job file", job=GOOD.replace("data.jsonl", "none.jsonl")),
+    Mistake(
+        "no data file", "a path in a job file is relative to the job file", job=GOOD.replace("data.jsonl", "none.jsonl")
+    ),
     Mistake(
         "broken JSON",
         "data.jsonl: row 2: is not valid JSON",

@@ -150,6 +150,12 @@ def test_an_address_that_is_no_url_is_refused_without_repeating_it(tmp_path: Pat
     assert "hunter2" not in f"{caught.value.sentence}{caught.value.hint}"
 
 
+def test_a_store_that_is_a_bare_folder_gets_the_form_of_one(tmp_path: Path) -> None:
+    with pytest.raises(UsageError) as caught:
+        load_settings({"LORACTL_HOME": str(tmp_path), "LORACTL_ARTIFACTS_URL": "/lab/x"})
+    assert caught.value.hint == "a folder is written file:///lab/loractl"
+
+
 def test_the_folders_of_base_models_are_a_list_like_path(tmp_path: Path) -> None:
     home = {"LORACTL_HOME": str(tmp_path)}
     assert load_settings(home).model_roots == ()

@@ -132,6 +132,10 @@ def test_a_row_that_cannot_be_read_is_named(tmp_path: Path, name: str, text: str
     ("name", "text", "hint"),
     [
         ("d.json", '{"text": "a"}\n{"text": "b"}\n', "one object a line? name it .jsonl"),
+        ("d.json", '{"v": 1, "data": [{"text": "a"}]}', "its rows are in 'data': write that array alone"),
+        ("d.txt", "a", 'write one JSON object a line, like {"text": "..."}, and name it .jsonl'),
+        ("d.jsonl.gz", "a", "it is packed: unpack it first"),
+        ("d.csv", "review;mood\ngood;1\n", "write commas between the columns, and quote a value that holds one"),
         ("d.jsonl", '[\n{"text": "a"}\n]\n', "a .jsonl file has one object a line; name it .json if it is one array"),
     ],
 )
@@ -150,6 +154,8 @@ def test_a_file_that_cannot_be_read_at_all_is_refused_in_a_sentence(tmp_path: Pa
     assert latin.hint == "convert it with iconv -t utf-8"
     assert "no such file" in refused(tmp_path / "absent.jsonl").sentence
     assert "has none of the endings" in refused(write(tmp_path, "d.txt", "a")).sentence
+    (tmp_path / "rows").mkdir()
+    assert refused(tmp_path / "rows").hint == "it is a folder: name one file in it"
     (tmp_path / "folder.jsonl").mkdir()
     assert "can't be read" in refused(tmp_path / "folder.jsonl").sentence
 

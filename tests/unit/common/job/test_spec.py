@@ -127,6 +127,11 @@ def test_a_wrong_type_or_range_says_what_would_be_right(tmp_path: Path, line: st
     assert problem.what.startswith(what)
 
 
+def test_a_dataset_that_is_a_bare_path_gets_its_form(tmp_path: Path) -> None:
+    problem = only(write(tmp_path, "name: plain\nbase_model: org/model\ndataset: data/x.json\n"))
+    assert (problem.key, problem.hint) == ("dataset", "write {path: data/x.json}")
+
+
 def test_a_template_is_for_rows_that_are_conversations(tmp_path: Path) -> None:
     dataset = "dataset: {path: a/b, format: text, template: alpaca}\n"
     problem = only(write(tmp_path, f"name: plain\nbase_model: org/model\n{dataset}"))
