@@ -164,6 +164,7 @@ def _equal_to_a_direct_run(found: dict[str, Any], model: Path, adapter: Path, ta
     assert kinds["lab_queues", "acc_norm"] == "unpaired"
 
 
+@pytest.mark.long
 def test_no_limit_scores_every_row_and_a_group_s_average_stands_for_its_members(
     recipe: Recipe, tasks: Path, tmp_path: Path
 ) -> None:

@@ -58,6 +58,7 @@ def test_digests_sort_as_the_hashes_by_which_rows_are_held_out(texts: list[str])
     assert sorted(rows, key=lambda row: (row.digest(), row.number)) == by_hash
 
 
+@pytest.mark.long
 def test_a_file_is_checked_in_much_less_memory_than_it_has_bytes(tmp_path: Path) -> None:
     path = tmp_path / "data.jsonl"
     with path.open("w") as file:
