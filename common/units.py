@@ -7,6 +7,9 @@ import re
 
 GIB = 1024**3
 
+LARGEST = 2**31 - 1
+"""The largest whole number of a row, a job's number too: PostgreSQL's INTEGER ends here, and SQLite's at 64 bits."""
+
 LEAST_WITHOUT_UNIT = 2**20
 """Bytes; a smaller number needs a unit."""
 

@@ -28,7 +28,7 @@ from loractl.common.adapter_config import is_module_name
 from loractl.common.channel.channels import LAB
 from loractl.common.errors import UsageError
 from loractl.common.module_pattern import ModulePattern
-from loractl.common.units import parse_duration, parse_size
+from loractl.common.units import LARGEST, parse_duration, parse_size
 
 from .method import Method
 from .reference import parse_reference
@@ -39,10 +39,6 @@ DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 
 AS_WRITTEN = "as written"
 """Validation context of a person's file: keys that contradict each other are refused. A stored spec has every key."""
-
-
-LARGEST = 2**31 - 1
-"""Whole numbers end here: the database counts steps in 32 bits."""
 
 
 class TaskType(enum.StrEnum):

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from .families import shape_of
+from .hub import hub_cache
 from .shape import Shape
 
 
@@ -49,9 +49,7 @@ def find_config(model: str | Path, revision: str | None = None) -> Path | None:
         return folder / "config.json"
     if folder.is_absolute() or folder.exists():
         return None
-    home = Path(os.environ.get("HF_HOME") or Path("~/.cache/huggingface").expanduser())
-    cache = Path(os.environ.get("HF_HUB_CACHE") or home / "hub")
-    repository = cache / f"models--{str(model).replace('/', '--')}"
+    repository = hub_cache() / f"models--{str(model).replace('/', '--')}"
     try:
         if (pinned := repository / "snapshots" / _commit_of(repository, revision or "main") / "config.json").is_file():
             return pinned

@@ -10,6 +10,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from loractl.common.errors import JobNotFound, LoractlError, UsageError
+from loractl.common.units import LARGEST
 
 if TYPE_CHECKING:
     from loractl.common.store.store import Store
@@ -22,8 +23,6 @@ MOST_LISTED = 10
 
 COMPLETED = 200
 """The newest jobs, whose numbers and names the shell completes."""
-
-_LARGEST = 2**31 - 1
 
 
 def job_named(store: Store, text: str) -> int:
@@ -64,7 +63,7 @@ def _range(store: Store, text: str) -> list[int]:
         raise UsageError(what, f"the smaller number first, and at most {MOST_OF_A_RANGE} jobs, like 3-9")
     from loractl.common.store.records import Choice, Page
 
-    page = Page(limit=last - first + 1, after=last + 1 if last < _LARGEST else None)
+    page = Page(limit=last - first + 1, after=last + 1 if last < LARGEST else None)
     found = sorted(job.job_id for job in store.newest(Choice(), page) if first <= job.job_id <= last)
     if not found:
         raise JobNotFound(text)

@@ -8,6 +8,8 @@ from typing import Any, Protocol, TypeVar
 
 import click
 
+from loractl.common.units import LARGEST
+
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
@@ -44,7 +46,7 @@ def paged(what: str) -> Callable[[Command], Command]:
     def add(command: Command) -> Command:
         after = click.option(
             "--after",
-            type=click.IntRange(1, 2**31 - 1),
+            type=click.IntRange(1, LARGEST),
             metavar="JOB",
             help="Go on behind this job, the last one listed.",
         )

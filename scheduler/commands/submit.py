@@ -56,9 +56,6 @@ def submit(
         from loractl.scheduler.session import open_session
 
         drafts = [like_job(open_session()[1], like, overrides)]
-    for draft in drafts:
-        if draft.like is None:
-            warn_of_data(draft.spec, draft.job_file)
     if dry_run:
         _check(drafts, settings)
         resolved = JobDrafts(specs=tuple(draft.spec for draft in drafts))
@@ -72,13 +69,20 @@ def _check(drafts: Sequence[JobDraft], settings: Settings) -> None:
     from loractl.scheduler.session import open_artifacts, open_to_check
     from loractl.scheduler.submission.intake import doubts_of, plan_all
 
-    store, unknown = open_to_check(settings)
+    (store, unknown), artifacts = open_to_check(settings), open_artifacts(settings)
+    _warn_of_files(drafts)
     doubts = _doubts_about_bases(drafts, settings)
     planned = plan_all(drafts, settings, store)
-    doubts += _doubts_about_rows(drafts, open_artifacts(settings))
+    doubts += _doubts_about_rows(drafts, artifacts)
     for submission in planned:
         doubts += doubts_of(submission.spec.name, submission, settings, store)
     warn(dict.fromkeys([*doubts, *([unknown] if unknown else [])]))
+
+
+def _warn_of_files(drafts: Sequence[JobDraft]) -> None:
+    for draft in drafts:
+        if draft.like is None:
+            warn_of_data(draft.spec, draft.job_file)
 
 
 def _doubts_about_bases(drafts: Sequence[JobDraft], settings: Settings) -> list[str]:
@@ -106,6 +110,7 @@ def _queue(drafts: Sequence[JobDraft], *, wait: bool, as_json: bool) -> None:
     from loractl.scheduler.submission.intake import enqueue, plan_all, store_all
 
     settings, store, artifacts = open_stores()
+    _warn_of_files(drafts)
     doubts = _doubts_about_bases(drafts, settings)
     planned = plan_all(drafts, settings, store)
     doubts += _doubts_about_rows(drafts, artifacts)

@@ -41,34 +41,39 @@ def sweep(
     Every member is checked before any is queued, and all are queued or none. One value alone holds for all members.
     """
     from loractl.scheduler.answers.submission import sweep_draft
-    from loractl.scheduler.submission.members import with_different_data
     from loractl.scheduler.submission.preflight import check_addresses
     from loractl.scheduler.text.screen import detect_screen
     from loractl.scheduler.text.sweep import draft_text
 
     settled = check_addresses()
     draft = sweep_draft(job_file, settings, trials=trials, seed=seed, early_stop=early_stop)
-    for spec in with_different_data(draft.specs):
-        warn_of_data(spec, job_file)
     if dry_run:
-        _check(draft, settled)
+        _check(draft, job_file, settled)
         show(draft, as_json, lambda: draft_text(draft, detect_screen()))
     else:
-        _queue(draft, as_json)
+        _queue(draft, job_file, as_json)
 
 
-def _check(draft: SweepDraft, settings: Settings) -> None:
+def _check(draft: SweepDraft, job_file: Path, settings: Settings) -> None:
     """What sweep looks at before it queues, with nothing written; what is doubtful is said."""
     from loractl.scheduler.session import open_to_check
     from loractl.scheduler.submission.intake import doubts_of, with_own_channels
     from loractl.scheduler.submission.members import planned
 
     store, unknown = open_to_check(settings)
+    _warn_of_files(draft, job_file)
     doubts = _doubts(draft, settings)
     members = planned([with_own_channels(spec, settings) for spec in draft.specs], settings.user, store)
     largest = max(members, key=lambda member: member.first_need or 0)
     doubts += [*doubts_of(largest.spec.name, largest, settings, store), *([unknown] if unknown else [])]
     warn(dict.fromkeys(doubts))
+
+
+def _warn_of_files(draft: SweepDraft, job_file: Path) -> None:
+    from loractl.scheduler.submission.members import with_different_data
+
+    for spec in with_different_data(draft.specs):
+        warn_of_data(spec, job_file)
 
 
 def _doubts(draft: SweepDraft, settings: Settings) -> list[str]:
@@ -82,7 +87,7 @@ def _doubts(draft: SweepDraft, settings: Settings) -> list[str]:
     return doubts
 
 
-def _queue(draft: SweepDraft, as_json: bool) -> None:
+def _queue(draft: SweepDraft, job_file: Path, as_json: bool) -> None:
     from loractl.scheduler.answers.sweep import SweepStanding
     from loractl.scheduler.session import open_stores
     from loractl.scheduler.submission.intake import enqueue_sweep, with_own_channels
@@ -91,6 +96,7 @@ def _queue(draft: SweepDraft, as_json: bool) -> None:
     from loractl.scheduler.text.sweep import queued_text
 
     settings, store, artifacts = open_stores()
+    _warn_of_files(draft, job_file)
     warn(dict.fromkeys(_doubts(draft, settings)))
     specs = [with_own_channels(spec, settings) for spec in draft.specs]
     members = submissions(specs, settings.user, store, artifacts)

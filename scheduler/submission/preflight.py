@@ -14,6 +14,7 @@ from urllib.parse import quote
 from loractl.common.errors import UsageError
 from loractl.common.job.hub_name import is_hub_id
 from loractl.common.memory.config import find_config
+from loractl.common.memory.hub import hub_is_off
 
 from .base_model import check_base, holds_model
 
@@ -88,7 +89,7 @@ def _no_model(base: Path, settings: Settings) -> str:
 
 def _ask_the_hub(name: str) -> bool | None:
     """Whether the hub shows it to this machine; None when it does not answer, or must not be asked."""
-    if os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "ON", "YES", "TRUE"):
+    if hub_is_off():
         return None
     where = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
     if not where.startswith(("http://", "https://")):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from loractl.common.errors import UsageError
 from loractl.common.job.status import FAILS_AGAIN, Reason, Status
 from loractl.common.store.records import Choice, Page
+from loractl.common.units import LARGEST
 from loractl.scheduler.answers.job import JobState
 from loractl.scheduler.answers.lab.contest import newest_sweeps, sweep_contest
 from loractl.scheduler.answers.lab.dossier import job_dossier
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from loractl.scheduler.answers.lab.shelf import ReportShelf
 
 PAGE_JOBS, PAGE_ADAPTERS, PAGE_SWEEPS, PAGE_ANSWERS = 50, 25, 25, 5
-LARGEST = 2**31 - 1
 PARAMETERS = ("user", "name", "label", "status", "after", "answers", "from", "adapter")
 """All that a page may be asked for in its address."""
 

@@ -22,11 +22,12 @@ from loractl import __version__
 from loractl.common.errors import LoractlError
 from loractl.common.store.database import REFUSALS
 from loractl.common.text import clean_text
+from loractl.common.units import LARGEST
 
 from .guard import Guard
 from .markup import render, static_file
 from .metrics import CONTENT_TYPE, Exporter
-from .pages import LARGEST, PARAMETERS, Asked, Drawn, Pages, number_of
+from .pages import PARAMETERS, Asked, Drawn, Pages, number_of
 from .trouble import NoSuchPage, page_of, told
 
 if TYPE_CHECKING:

@@ -52,6 +52,17 @@ def test_nothing_is_stored_or_queued_before_all_is_checked(cli: Cli, home: Path,
     assert not (home / "artifacts" / "datasets").exists()
 
 
+def test_a_database_that_can_not_be_used_is_refused_before_a_word_about_the_rows(cli: Cli, tmp_path: Path) -> None:
+    job, rows = write_files(tmp_path), tmp_path / "data.jsonl"
+    rows.write_text(rows.read_text() * 2)
+    assert cli("submit", "--dry-run", job).stderr.startswith("Warning: data.jsonl: ")
+    wrong = cli.with_environment(LORACTL_DATABASE_URL="mysql://lab@host/loractl")
+    for command in (("submit", job), ("submit", "--dry-run", job), ("sweep", job, "--set=lora.r=4,8")):
+        assert wrong(*command, code=2).stderr.startswith("Error: LORACTL_DATABASE_URL: mysql is no database"), command
+    away = cli.with_environment(LORACTL_DATABASE_URL=f"postgresql://lab@127.0.0.1:{services.free_port()}/loractl")
+    assert away("submit", job, code=4).stderr.startswith("Error: the database is unreachable")
+
+
 def test_a_dry_run_refuses_what_submit_refuses_and_makes_nothing(
     make_cli: Callable[..., Cli], home: Path, tmp_path: Path
 ) -> None:

@@ -14,13 +14,11 @@ from loractl.common.job.method import Method
 from loractl.common.job.status import Reason, Status
 from loractl.common.memory.correction import Measured
 from loractl.common.memory.engine import ENGINE
+from loractl.common.units import LARGEST
 
 from ..records import Choice, CoursePoint, JobCount, Page, PastRun
 from ..tables import Attempt, Event, Job, JobLabel, LogChunk, MetricPoint, Sweep
 from ..transaction import Transaction
-
-LARGEST = 2**31 - 1
-"""The largest number of a job or a sweep: PostgreSQL takes no larger one, and SQLite none of 64 bits."""
 
 _QUEUED = sql("status = 'queued'")  # literal: a partial index is only used where the planner sees its condition
 

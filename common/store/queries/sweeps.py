@@ -11,10 +11,10 @@ from sqlalchemy.orm import Session
 from loractl.common.job.halving import judge
 from loractl.common.job.status import Reason, Status
 from loractl.common.job.sweep import Member, RungPoint, SweepView, metric_of, setting
+from loractl.common.units import LARGEST
 
 from ..records import HELD_OUT_LOSS, Claim, Page
 from ..tables import FINAL, Attempt, Job, MetricPoint, Sweep
-from .jobs import LARGEST
 
 _SWEEP_LOCK = 0x5EE9
 """Any constant: with a sweep's number it names a lock in PostgreSQL."""

@@ -10,14 +10,15 @@ from sqlalchemy import case, or_, select, update
 from loractl.common.errors import SweepNotFound, WrongState
 from loractl.common.job.status import Reason, Status
 from loractl.common.placement.lines import RESULT_FIRST_S
-from loractl.common.text import storable
+from loractl.common.text import clean_line, storable
+from loractl.common.units import LARGEST
 
 from ..attempt_columns import retried
 from ..guard import change, may_come_back, move
 from ..records import Amendment
 from ..tables import Job, Sweep
 from ..transaction import Transaction
-from .jobs import LARGEST, read_job
+from .jobs import read_job
 from .submissions import amend
 
 
@@ -52,9 +53,15 @@ def hold(tx: Transaction, job_id: int, user: str, reason: str) -> Job:
     text = storable(f"held by {user}: {reason}" if reason else f"held by {user}")
     job = read_job(tx, job_id, lock=True)
     if not tx.change(change(job_id, Status.QUEUED).values(held=True, message=text)):
-        raise WrongState(f"job {job_id} is {job.status.value}: only a waiting job can be held")
+        what = f"job {job_id} is {job.status.value}: only a waiting job can be held"
+        raise WrongState(what, _back_to_the_queue(job) if job.status is Status.RUNNING else None)
     tx.tell(job_id, None, "held", text)
     return read_job(tx, job_id)
+
+
+def _back_to_the_queue(job: Job) -> str:
+    order = f"loractl drain {clean_line(job.node or '')} --now --reason ..."
+    return f"{order} gives it back with a checkpoint, and then it waits"
 
 
 def retry(tx: Transaction, job_id: int, user: str, amendment: Amendment | None = None) -> Job:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from loractl.common.errors import WrongState
+from loractl.common.memory.hub import hub_cache, hub_is_off
 from loractl.common.settings import Settings
 from loractl.common.units import GIB, amount
 from loractl.scheduler.upkeep.backup import no_worker
@@ -60,12 +61,6 @@ def _room(what: str, folder: Path, there: Path) -> Condition:
     return fine("disk", sentence)
 
 
-def hub_cache() -> Path:
-    """Where the hub's library keeps what it has downloaded."""
-    home = os.environ.get("HF_HOME") or "~/.cache/huggingface"
-    return Path(os.environ.get("HF_HUB_CACHE") or f"{home}/hub").expanduser()
-
-
 def see_models(settings: Settings) -> Iterator[Condition]:
     """The folders in which a base model may lie, and what the hub's library has here."""
     for root in settings.model_roots:
@@ -82,7 +77,7 @@ def see_models(settings: Settings) -> Iterator[Condition]:
             yield skipped("models", _NO_STACK, _HINT)
         return
     cached = len(list(hub_cache().glob("models--*"))) if hub_cache().is_dir() else 0
-    offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+    offline = hub_is_off()
     sentence = f"{cached} of the hub are in {hub_cache()}"
     if offline and not cached and not settings.model_roots:
         yield warning("models", f"{sentence}, and HF_HUB_OFFLINE forbids to fetch any", "unset it, or copy models")
