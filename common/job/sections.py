@@ -30,7 +30,7 @@ from loractl.common.errors import UsageError
 from loractl.common.module_pattern import ModulePattern
 from loractl.common.units import LARGEST, parse_duration, parse_size
 
-from .method import Method
+from .method import MOST_CARDS, Method
 from .reference import parse_reference
 
 DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
@@ -317,6 +317,23 @@ class TrainingSpec(Section):
         """The largest number of rows at once, up to `most`, that divides the effective batch; 0 when `most` is 0."""
         sizes = range(min(most, self.effective_batch), 0, -1)
         return next((rows for rows in sizes if self.effective_batch % rows == 0), 0)
+
+    @property
+    def even_cards(self) -> list[int]:
+        """The numbers of cards that share the rows of each optimizer step evenly, 1 among them."""
+        return [cards for cards in range(1, MOST_CARDS + 1) if self.effective_batch % cards == 0]
+
+    def rows_a_card(self, cards: int) -> tuple[int, int]:
+        """(micro-batch, accumulation) of each of so many cards, which together learn from the rows of one step.
+
+        Raises ValueError where the cards can't share them evenly.
+        """
+        rows, left = divmod(self.effective_batch, cards)
+        if left:
+            raise ValueError(f"{cards} cards can't share {self.effective_batch} rows evenly")
+        most = min(self.per_device_train_batch_size, rows)
+        micro = next(size for size in range(most, 0, -1) if rows % size == 0)
+        return micro, rows // micro
 
 
 class EvaluationSpec(Section):

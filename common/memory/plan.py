@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from loractl.common.job.method import Method
+from loractl.common.job.method import Method, Parallel
 from loractl.common.job.need import Need
 from loractl.common.job.spec import JobSpec
 from loractl.common.units import thousands
@@ -21,7 +21,7 @@ from .logits import classes, evaluation_bytes, loss_bytes, stranded_bytes
 from .optimizer import optimizer_name, state_bytes, update_bytes
 from .shape import Shape
 from .step import HEAD_CHUNK, Lengths, Stack, Step
-from .weights import adapter_tensors, weight_bytes, with_head
+from .weights import GATHERED_BLOCKS, adapter_tensors, sharded_bytes, weight_bytes, with_head
 
 MIB = 2**20
 
@@ -35,6 +35,10 @@ imported), and the kernels that oneDNN compiles. Measured on x86."""
 WORKSPACE_BYTES = 2 * 32 * MIB
 """cuBLAS's workspaces, which torch's allocator holds: one for the forward pass's thread and one for the backward
 pass's. 32 MiB each on Hopper, 8 on others (aten/src/ATen/cuda/CublasHandlePool.cpp); the upper end."""
+
+LINK_BYTES = 32 * 2 * 5 * MIB
+"""What NCCL holds of a card for its rings: 32 channels at most, in both directions, each with buffers of 4 MiB
+(NCCL_BUFFSIZE) and those of its two protocols for small messages. Fewer channels on PCIe; the upper end."""
 
 MARGIN_SHARE = 0.05
 """Share of what the training allocates that is kept free on top: for fragmentation that the allocator's part does not
@@ -85,9 +89,10 @@ def predict(spec: JobSpec, lengths: Lengths | None = None) -> Need:
 def plan(
     shape: Shape, spec: JobSpec, method: Method, lengths: Lengths | None = None, *, stack: Stack | None = None
 ) -> Plan:
-    """The plan of a job on a GPU, or where `stack` says so on a processor.
+    """The plan of a job on a GPU, or where `stack` says so on a processor, or on each of several cards.
 
-    Without `lengths` every row is taken to be dataset.max_length tokens long.
+    Without `lengths` every row is taken to be dataset.max_length tokens long. Raises ValueError where the stack's cards
+    can't share a step's rows evenly.
 
     The peak is the largest of four moments: the loss, the backward pass through one block, the optimizer's step, and
     the evaluation of one held-out row (larger batches of it are halved where they don't fit).
@@ -96,12 +101,19 @@ def plan(
     step = Step.of(shape, spec, method, lengths, stack)
     if step.labels:
         shape = with_head(shape, step.labels)
-    weights = weight_bytes(shape, method, double_quant=stack.double_quant, full=step.full, whole_rest=step.whole_rest)
+    form = {"double_quant": stack.double_quant, "full": step.full, "whole_rest": step.whole_rest}
+    weights, shared = weight_bytes(shape, method, **form), {}
     tensors = list(adapter_tensors(shape, spec, step.labels))
     adapter = 4 * sum(size * count for size, count in tensors)  # peft keeps them in fp32 (autocast_adapter_dtype)
     optimizer = optimizer_name(spec, method, on_gpu=stack.on_gpu)
     state = sum(count * state_bytes(optimizer, size) for size, count in tensors)
-    held = weights + 2 * adapter + state  # gradients stay from one micro-batch of a step to the next
+    if stack.parallel is Parallel.SHARDED:
+        sharded = sharded_bytes(shape, method, stack.cards, **form)
+        weights, shared = sharded.shard, {"gathered": sharded.gathered}
+    if stack.cards > 1:
+        shared["buckets"] = adapter  # a copy of all gradients, in which the cards' are summed
+    # gradients stay from one micro-batch of a step to the next
+    held = weights + sum(shared.values()) + 2 * adapter + state
     peak = _peak(shape, step, update_bytes(optimizer, adapter, tensors))
     sizes = {
         "weights": weights,
@@ -111,14 +123,20 @@ def plan(
         "activations": peak.training - peak.logits - peak.update,
         "logits": peak.logits,
         "evaluation": max(0, evaluation_bytes(shape, spec, step) - adapter - peak.training),
-        "context": CONTEXT_BYTES if stack.on_gpu else PROCESSOR_BYTES,
+        "context": _context_bytes(stack),
+        **shared,
         "allocator": peak.unusable + SEGMENT_BYTES + WORKSPACE_BYTES if stack.on_gpu else 0,
     }
     parts = {name: int(size) for name, size in sizes.items()}
     margin = int(MARGIN_SHARE * (held + peak.training))
-    return Plan(
-        method=method, parts=parts, margin_bytes=margin, notes=_notes(shape, spec, step, stack, peak.logits > 0)
-    )
+    notes = _notes(shape, spec, step, stack, peak.logits > 0)
+    return Plan(method=method, parts=parts, margin_bytes=margin, notes={name: notes[name] for name in parts})
+
+
+def _context_bytes(stack: Stack) -> int:
+    if not stack.on_gpu:
+        return PROCESSOR_BYTES
+    return CONTEXT_BYTES + (LINK_BYTES if stack.cards > 1 else 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,7 +191,7 @@ def _notes(shape: Shape, spec: JobSpec, step: Step, stack: Stack, at_loss: bool)
     method = Method.QLORA if step.quantised else Method.LORA
     trained = sum(size * count for size, count in adapter_tensors(shape, spec, step.labels))
     optimizer = optimizer_name(spec, method, on_gpu=stack.on_gpu)
-    rows = f"{step.batch} x {step.length} tokens"
+    rows = f"{step.batch} x {step.length} tokens{' a card' if stack.cards > 1 else ''}"
     weights = "fp32" if step.full else "bf16"
     if step.quantised:
         rest = "fp32" if step.whole_rest else "bf16"
@@ -182,8 +200,9 @@ def _notes(shape: Shape, spec: JobSpec, step: Step, stack: Stack, at_loss: bool)
         )
     chunks = f", {HEAD_CHUNK} tokens at a time" if step.lean else ""
     freed = "" if at_loss else ", freed before the peak"
+    part = f", a part of {stack.cards}" if stack.parallel is Parallel.SHARDED else ""
     return {
-        "weights": f"{_count(shape.parameters)} parameters, {weights}",
+        "weights": f"{_count(shape.parameters)} parameters, {weights}{part}",
         "adapter": f"{_count(trained)} trained, fp32",
         "gradients": "fp32",
         "optimizer": optimizer,
@@ -193,6 +212,8 @@ def _notes(shape: Shape, spec: JobSpec, step: Step, stack: Stack, at_loss: bool)
         else f"{thousands(shape.vocab)} words, fp32{chunks}{freed}",
         "evaluation": f"rows of {step.evaluated} tokens, beyond what training holds",
         "context": "CUDA and its kernels" if stack.on_gpu else "Python, torch and its kernels",
+        "gathered": f"the model's ends and {GATHERED_BLOCKS} blocks, whole for a while",
+        "buckets": "gradients on their way between cards, fp32",
         "allocator": "cuBLAS, and cached blocks that the loss can't use",
     }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from loractl.common.job.method import Method
+from loractl.common.job.method import Method, Parallel
 from loractl.common.job.sections import TaskType
 from loractl.common.job.spec import JobSpec
 
@@ -42,6 +42,8 @@ class Stack:
     autocast: bool = True  # False: a loop without it, which computes adapters in fp32
     keeps_logits: bool = False  # True: a loop that holds the model's output during the backward pass
     double_quant: bool = True
+    cards: int = 1  # that share the job; the plan is of each of them
+    parallel: Parallel = Parallel.NONE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +79,7 @@ class Step:
         lean = is_lean(shape, spec)
         asked = None if training.attn_implementation == "auto" else training.attn_implementation
         return cls(
-            batch=micro_batch(spec, lengths),
+            batch=micro_batch(spec, lengths, stack.cards),
             lean=lean,
             whole_rest=training.exact or full,
             wide_norms=shape.norm == "layer" and shape.linear_parameters > 0,
@@ -137,9 +139,9 @@ def is_lean(shape: Shape, spec: JobSpec) -> bool:
     return not padded and spec.task_type is not TaskType.SEQ_CLS and shape.family not in APART_BY_MASK
 
 
-def micro_batch(spec: JobSpec, lengths: Lengths | None) -> int:
-    """Rows of one forward pass: the spec's number, or all there are."""
-    most = spec.training.per_device_train_batch_size
+def micro_batch(spec: JobSpec, lengths: Lengths | None, cards: int = 1) -> int:
+    """Rows of one forward pass on each card: the spec's number, a card's part of a step, or all there are."""
+    most = spec.training.per_device_train_batch_size if cards == 1 else spec.training.rows_a_card(cards)[0]
     return min(most, lengths.rows) if lengths and lengths.rows else most
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from loractl.common.job.method import Method
 from loractl.common.job.spec import JobSpec
 
-from .shape import Shape
+from .shape import Block, Shape
 
 
 def weight_bytes(
@@ -22,6 +22,38 @@ def weight_bytes(
     layers = [(layer, block.count) for block in shape.blocks for layer in block.linears if layer.quantised]
     packed = sum(count * nf4_bytes(layer.weights, double_quant=double_quant) for layer, count in layers)
     return packed + (4 if whole_rest else 2) * shape.other_parameters
+
+
+GATHERED_BLOCKS = 3
+"""Blocks of a sharded base that a card holds whole at once: the one that computes, the buffer in which it arrived, and
+that of the next one, which is on its way meanwhile (torch/distributed/fsdp/_fully_shard, FSDPParamGroup)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sharded:
+    """What one of several cards holds of a base that they divide. Bytes."""
+
+    shard: int  # its part of all weights; of NF4 the scales stay whole on every card
+    gathered: int  # what is there whole for a while: the model's ends for all of a step, and some blocks
+
+
+def sharded_bytes(
+    shape: Shape, method: Method, cards: int, *, double_quant: bool = True, full: bool = False, whole_rest: bool = True
+) -> Sharded:
+    """The base's bytes on each of so many cards that divide every parameter (torch's fully_shard, around each block
+    and around the whole). The numbers in which `weight_bytes` counts a whole one."""
+    nf4 = method is Method.QLORA
+    size = 4 if (whole_rest if nf4 else full) else 2
+
+    def block_bytes(block: Block) -> int:
+        packed = sum(-(-layer.weights // 2) for layer in block.linears if layer.quantised)
+        return (packed if nf4 else size * block.quantisable) + size * block.other
+
+    whole = weight_bytes(shape, method, double_quant=double_quant, full=full, whole_rest=whole_rest)
+    ends = size * (shape.embedding * (1 if shape.tied else 2) + shape.outside)
+    scales = whole - ends - sum(block.count * block_bytes(block) for block in shape.blocks)
+    gathered = ends + GATHERED_BLOCKS * max(block_bytes(block) for block in shape.blocks)
+    return Sharded(shard=scales + -(-(whole - scales) // cards), gathered=gathered)
 
 
 def nf4_bytes(weights: int, *, double_quant: bool = True) -> int:

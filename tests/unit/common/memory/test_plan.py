@@ -216,6 +216,7 @@ def test_the_largest_fit_fits_and_one_more_does_not(values: dict[str, Any], meth
         return plan(shape(), drawn({**values, **changed}), method).need_bytes
 
     fit = largest_fit(shape(), drawn(values), method, limit)
+    assume((fit.micro_batch or 0) < 2**16)  # no job file takes more rows
     if fit.micro_batch is None:
         assert need(batch=1) > limit
     else:
