@@ -12,14 +12,18 @@ SMALLEST_8BIT = 4096
 """Tensors with fewer elements keep 32-bit state in them (bitsandbytes, min_8bit_size)."""
 
 
+PAGED, FUSED, PLAIN = "paged_adamw_8bit", "adamw_torch_fused", "adamw_torch"
+"""Those that a worker takes where the job asks for none: they are all AdamW, and their states differ."""
+
+
 def optimizer_name(spec: JobSpec, method: Method, *, on_gpu: bool = True) -> str:
     """The optimizer that the worker takes for a job: where none is asked for, paged 8-bit AdamW where memory is scarce;
     on a processor there is nothing to page."""
     if spec.training.optim != "auto":
         return spec.training.optim
     if method is Method.QLORA and on_gpu:
-        return "paged_adamw_8bit"
-    return "adamw_torch" if spec.training.exact else "adamw_torch_fused"
+        return PAGED
+    return PLAIN if spec.training.exact else FUSED
 
 
 def state_bytes(optimizer: str, elements: int) -> int:

@@ -8,8 +8,10 @@ RESUME_SEED=7 repeats a run.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import random
+import shutil
 import threading
 import time
 from dataclasses import dataclass, field
@@ -42,6 +44,7 @@ from loractl.worker.device.devices import find_devices
 from loractl.worker.protocol.marker import MARKER, close_checkpoint
 from loractl.worker.protocol.messages import Note, Saved, Start, Stepped, Told
 from loractl.worker.storage.client import StoreClient
+from loractl.worker.training import arguments
 from loractl.worker.training.recipe import train
 from loractl.worker.training.resume import belongs_to, checkpoint_to_resume
 from loractl.worker.training.run import Run, Stopped
@@ -251,6 +254,76 @@ def test_another_base_under_the_same_name_is_noticed_and_its_checkpoint_not_trie
     assert not (saved / MARKER).exists()
     third, _ = _run(tmp_path / "third", model, data=rows, earlier=saved.parent)
     assert checkpoint_to_resume(third, _data(rows, model)) is None
+
+
+DAMAGE = {
+    "the random streams": ("training_state.json", '"python"', '"pithon"'),
+    "a number of them": ("training_state.json", '"python", {"tuple": [3,', '"python", {"tuple": [7,'),
+    "the course": ("training_state.json", '"log_history"', '"lag_history"'),
+    "a loss of it": ("training_state.json", '["step", 1]', '["stap", 1]'),
+    "the best evaluation": ("best.json", '"loss"', '"lass"'),
+    "its adapter": ("best_adapter.safetensors", '{"', "{["),
+}
+
+
+@pytest.mark.parametrize("part", DAMAGE)
+def test_a_damaged_part_of_a_checkpoint_is_found_before_the_first_step_and_not_tried_again(
+    begun: Path, tiny_model: Path, tmp_path: Path, part: str
+) -> None:
+    """Its marker calls it complete: each file has its size."""
+    name, right, wrong = DAMAGE[part]
+    saved = tmp_path / "checkpoints" / begun.name
+    shutil.copytree(begun, saved)
+    whole = (saved / name).read_bytes()
+    assert right.encode() in whole
+    (saved / name).write_bytes(whole.replace(right.encode(), wrong.encode(), 1))
+    again, told = _run(
+        tmp_path / "again", tiny_model, data=begun.parents[2] / "data.jsonl", earlier=saved.parent, **BEST
+    )
+    with pytest.raises(TrainingFailed, match=r"the checkpoint of step \d can't be read"):
+        train(again)
+    assert not (saved / MARKER).exists()
+    assert not any(isinstance(message, Stepped) for message in told)
+
+
+BEST: dict[str, Any] = {"training": {"eval_steps": 2, "load_best_model_at_end": True, "logging_steps": 1}}
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
+    """The checkpoint of a training that was stopped half-way, with its best adapter."""
+    folder = tmp_path_factory.mktemp("begun")
+    rows = write_helpdesk(folder / "data.jsonl")
+    run, told = _run(folder / "run", tiny_model, data=rows, stop_after=4, **BEST)
+    with pytest.raises(Stopped):
+        train(run)
+    return next(Path(m.path) for m in told if isinstance(m, Saved))
+
+
+def test_a_training_goes_on_with_the_optimizer_that_it_began_with_where_the_device_would_take_another(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """QLoRA without a word about the optimizer takes AdamW in paged 8 bit on a card, and torch's on a processor."""
+    rows = write_helpdesk(tmp_path / "data.jsonl")
+    keys: dict[str, Any] = {"method": "qlora", "lora": {"r": 64}, "training": {"logging_steps": 1}}
+    with monkeypatch.context() as patch:
+        patch.setattr(arguments, "optimizer_name", lambda *_, **__: "paged_adamw_8bit")  # as on a card
+        whole, _ = _run(tmp_path / "whole", tiny_model, data=rows, **keys)
+        train(whole)
+        first, told = _run(tmp_path / "first", tiny_model, data=rows, stop_after=3, **keys)
+        with pytest.raises(Stopped):
+            train(first)
+    (saved,) = (Path(m.path) for m in told if isinstance(m, Saved))
+    second, told = _run(tmp_path / "second", tiny_model, data=rows, earlier=saved.parent, **keys)
+    train(second)
+    (said,) = (message.text for message in told if isinstance(message, Note) and message.kind == "resumed")
+    assert said.endswith(", with the optimizer that it began with: paged_adamw_8bit")
+    weights = [(run / "result" / "adapter" / "adapter_model.safetensors").read_bytes() for run in
+               (tmp_path / "whole", tmp_path / "second")]  # fmt: skip
+    assert weights[0] == weights[1], "as one that was never interrupted"
+    assert json.loads((tmp_path / "second" / "result" / "job.json").read_text())["training_arguments"]["optim"] == (
+        "paged_adamw_8bit"
+    )
 
 
 def _change_weights(model: Path) -> None:

@@ -115,7 +115,10 @@ class PackMember:
         return self.control.should_training_stop
 
     def resume(self, folder: Path) -> None:
-        """Go on from a checkpoint. Raises OSError, ValueError and TrainingFailed for one that does not belong to it."""
+        """Go on from a checkpoint. Raises TrainingFailed for one that does not belong to it, and what reading raises.
+
+        Its streams are put in place to see that they can be, and again once the callbacks have begun: they may draw.
+        """
         saved = read_snapshot(self.model, folder)
         self.optimizer.load_state_dict(saved["optimizer"])
         self._schedule.load_state_dict(saved["schedule"])
@@ -125,6 +128,8 @@ class PackMember:
         self._log.restore(saved["log"])
         self.order.rows = saved["order"]
         self._resumed = saved["streams"]
+        self.streams.take_over()
+        restore_streams(self._resumed, self.forward.device)
 
     def course(self) -> Course:
         """The whole training. Its streams must be at work whenever it goes on; closed early, it leaves no trace."""

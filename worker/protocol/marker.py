@@ -12,11 +12,18 @@ MARKER = "loractl-complete.json"
 
 
 def close_checkpoint(
-    folder: Path, *, step: int, finished: bool, belongs_to: dict[str, str], proof: float | None = None
+    folder: Path,
+    *,
+    step: int,
+    finished: bool,
+    belongs_to: dict[str, str],
+    proof: float | None = None,
+    optimizer: str | None = None,
 ) -> None:
     """Write the marker, once every file is on the disk.
 
     `belongs_to`: what a resume must share, by name: base, lora, training (the effective batch included), method, data.
+    `optimizer`: the name of the one whose state it holds.
     """
     files = {p.name: p.stat().st_size for p in sorted(folder.iterdir()) if p.is_file()}
     for name in files:
@@ -24,7 +31,8 @@ def close_checkpoint(
             os.fsync(stream.fileno())
     aside = folder / f".{MARKER}"
     with aside.open("w") as stream:
-        marker = {"step": step, "finished": finished, "belongs_to": belongs_to, "proof": proof, "files": files}
+        facts = {"step": step, "finished": finished, "proof": proof, "optimizer": optimizer}
+        marker = {**facts, "belongs_to": belongs_to, "files": files}
         json.dump(marker, stream)
         stream.flush()
         os.fsync(stream.fileno())

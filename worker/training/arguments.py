@@ -34,10 +34,12 @@ SAME_NAME = (
 """Keys of the spec's training section that transformers takes as they are."""
 
 
-def training_arguments(order: Start, spec: JobSpec, precision: Precision) -> TrainingArguments:
+def training_arguments(
+    order: Start, spec: JobSpec, precision: Precision, begun_with: str | None = None
+) -> TrainingArguments:
     """transformers' arguments for a job: the spec's keys under their own names, and what the device decides.
 
-    `spec` is the order's, adjusted to the memory.
+    `spec` is the order's, adjusted to the memory. `begun_with`: the optimizer that it began with elsewhere.
     """
     t = spec.training
     on_gpu = order.device == "cuda"
@@ -51,7 +53,7 @@ def training_arguments(order: Start, spec: JobSpec, precision: Precision) -> Tra
         activation_checkpointing_kwargs={"use_reentrant": False},
         warmup_steps=t.warmup_steps if t.warmup_steps < 1 else int(t.warmup_steps),
         lr_scheduler_kwargs=t.lr_scheduler_kwargs or None,
-        optim=optimizer_name(order.spec, order.method, on_gpu=on_gpu),
+        optim=begun_with or optimizer_name(order.spec, order.method, on_gpu=on_gpu),
         bf16=precision.amp == "bf16",
         fp16=precision.amp == "fp16",
         use_cpu=not on_gpu,

@@ -8,11 +8,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from loractl.worker.base.adapter import load_weights, save_weights
 
-from .checkpoint import Checkpoint
 from .recorder import Recorder
 from .run import Run
 
@@ -24,10 +24,9 @@ BEST_WEIGHTS = "best_adapter.safetensors"
 class BestKeeper(TrainerCallback):
     """Knows the best evaluation so far, and holds its adapter on the disk where the job asks for the best one."""
 
-    def __init__(self, run: Run, recorder: Recorder, checkpoint: Checkpoint | None) -> None:
+    def __init__(self, run: Run, recorder: Recorder) -> None:
         self._run = run
         self._recorder = recorder
-        self._checkpoint = checkpoint  # that the training goes on from
         self._file = Path(run.order.checkpoint_dir) / BEST_WEIGHTS
         self._best: tuple[int, float] | None = None  # (step, held-out loss)
         self.stopped_early: int | None = None  # the step at which early stopping ended the training
@@ -38,10 +37,6 @@ class BestKeeper(TrainerCallback):
         if self._best is not None and self._run.spec.training.load_best_model_at_end:
             return self._best[0]
         return self._recorder.steps
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self._checkpoint is not None:
-            self._bring(self._checkpoint.path)
 
     def on_evaluate(
         self, args: Any, state: Any, control: Any, model: Any = None, metrics: dict[str, float] | None = None, **_: Any
@@ -82,13 +77,14 @@ class BestKeeper(TrainerCallback):
         """Take it from the last checkpoint of a finished training; `state`: the progress that it holds."""
         if state["global_step"] < state["max_steps"]:
             self.stopped_early = state["global_step"]
-        self._bring(folder)
+        self.bring(folder)
 
-    def _bring(self, folder: Path) -> None:
-        """What was best before the checkpoint: a resume must not take a worse one for it."""
+    def bring(self, folder: Path) -> None:
+        """Take what was best before a checkpoint: a resume must not take a worse one. Raises what reading does."""
         if (told := folder / BEST).exists():
             best = json.loads(told.read_text())
             self._best = (best["step"], best["loss"])
         if (weights := folder / BEST_WEIGHTS).exists():
+            load_file(weights)  # it is needed at the end alone: too late to learn that it can't be read
             self._file.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(weights, self._file)

@@ -17,6 +17,7 @@ class Checkpoint:
     step: int
     finished: bool  # of the training's last step
     proof: float | None = None  # what the saved model's loss on the proof rows was
+    optimizer: str | None = None  # the name of the one whose state it holds
 
 
 def newest_checkpoint(
@@ -45,4 +46,5 @@ def _read(path: Path, belongs_to: dict[str, str], refused: Callable[[int, list[s
     if differing:
         refused(step, differing)
         return None
-    return Checkpoint(path=path, step=step, finished=bool(marker["finished"]), proof=marker.get("proof"))
+    proof, optimizer = marker.get("proof"), marker.get("optimizer")
+    return Checkpoint(path=path, step=step, finished=bool(marker["finished"]), proof=proof, optimizer=optimizer)

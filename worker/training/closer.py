@@ -29,6 +29,7 @@ class CheckpointCloser(TrainerCallback):
         finished = state.global_step >= state.max_steps or self._best.stopped_early is not None
         self._best.store(folder)
         proof, step = self._proof.loss(model), state.global_step
-        close_checkpoint(folder, step=step, finished=finished, belongs_to=self._belongs_to, proof=proof)
+        kind = args.optim.value
+        close_checkpoint(folder, step=step, finished=finished, belongs_to=self._belongs_to, proof=proof, optimizer=kind)
         self._run.note("saved", f"saved step {step}")
         self._run.tell(Saved(job_id=self._run.order.job_id, step=step, path=str(folder)))

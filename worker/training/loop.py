@@ -29,7 +29,7 @@ from .closer import CheckpointCloser
 from .probe import DoesNotFit, Probe, longest
 from .progress import Teller
 from .recorder import Recorder
-from .resume import ResumeCheck, ResumeProof, belongs_to, readable
+from .resume import ResumeCheck, ResumeProof, begun_with, belongs_to, readable
 from .run import Run, Stopped
 
 
@@ -50,7 +50,7 @@ class Callbacks:
         # a classifier's baseline looks at no text, and its head answers in one pass
         work = [part for part in work if part.kind == ROWS] if data.label_names else 2 * work
         proof, recorder = ResumeProof.of(learner, data), Recorder(data.train.tokens)
-        best = BestKeeper(run, recorder, checkpoint)
+        best = BestKeeper(run, recorder)
         teller = Teller(run, recorder, work)
         closer = CheckpointCloser(run, belongs_to(run.order, data), proof, best)
         # the check and the brake come first: the others must not see a wrong model or a loss that is not a number
@@ -115,11 +115,12 @@ def fit(
     it comes: the supervisor then starts a new process, with unbroken memory, from the last checkpoint.
     """
     checkpoint = callbacks.checkpoint
+    optimizer = begun_with(run.order, checkpoint)
     if checkpoint is not None and checkpoint.finished:
         _take_finished(run, learner, callbacks, checkpoint)
-        return training_arguments(run.order, run.spec, learner.precision)
+        return training_arguments(run.order, run.spec, learner.precision, optimizer)
     while True:
-        arguments = training_arguments(run.order, run.spec, learner.precision)
+        arguments = training_arguments(run.order, run.spec, learner.precision, optimizer)
         failure = _fit_once(run, learner, forward, data, arguments, callbacks)
         release()  # of what did not fit, or of optimizer and gradients, which the evaluation needs no more
         if failure is None:
@@ -137,9 +138,9 @@ def _take_finished(run: Run, learner: Learner, callbacks: Callbacks, checkpoint:
     run.stage(Stage.TRAINING)
     with readable(checkpoint):
         progress = read_snapshot(learner.model, checkpoint.path)["progress"]
+        callbacks.recorder.read_finished(progress)
+        callbacks.best.read_finished(checkpoint.path, progress)
     callbacks.proof.check(learner.model, checkpoint)
-    callbacks.recorder.read_finished(progress)
-    callbacks.best.read_finished(checkpoint.path, progress)
     callbacks.teller.tell()
 
 
@@ -164,6 +165,8 @@ def _fit_once(
     if callbacks.checkpoint is not None:
         with readable(callbacks.checkpoint):
             member.resume(callbacks.checkpoint.path)
+            callbacks.recorder.take_losses(member.state.log_history)
+            callbacks.best.bring(callbacks.checkpoint.path)
     try:
         run_members([member])
     except DoesNotFit as failure:

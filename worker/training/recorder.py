@@ -38,7 +38,7 @@ class Recorder(TrainerCallback):
         self.first_step = self.steps = state.global_step
         self.total_steps = state.max_steps
         self._epochs = self._first_epoch = state.epoch or 0.0
-        self._take_losses(state.log_history)
+        self.take_losses(state.log_history)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._step_began = time.monotonic()
@@ -61,9 +61,9 @@ class Recorder(TrainerCallback):
         """Take the course of a finished training from its last checkpoint's progress."""
         self.first_step = self.steps = self.total_steps = state["global_step"]
         self._epochs = self._first_epoch = state["epoch"]
-        self._take_losses(state["log_history"])
+        self.take_losses(state["log_history"])
 
-    def _take_losses(self, entries: list[dict[str, Any]]) -> None:
-        """The losses before a resume belong to the curve."""
+    def take_losses(self, entries: list[dict[str, Any]]) -> None:
+        """The losses before a resume belong to the curve. Raises what entries of another form do."""
         self.train_losses = [(e["step"], e["loss"]) for e in entries if "loss" in e]
         self.eval_losses = [(e["step"], e["eval_loss"]) for e in entries if "eval_loss" in e]

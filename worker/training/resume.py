@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import TrainerCallback
 
 from loractl.common.job.identity import training_digests
 from loractl.common.job.status import Reason
+from loractl.common.memory.optimizer import FUSED, PAGED, PLAIN, optimizer_name
 from loractl.worker.base.arithmetic import evaluating, whole_modules
 from loractl.worker.base.failure import TrainingFailed
 from loractl.worker.base.gauge import is_out_of_memory
@@ -53,8 +55,18 @@ def checkpoint_to_resume(run: Run, data: PreparedData) -> Checkpoint | None:
     checkpoint = newest_checkpoint(folders, belongs_to(run.order, data), refused)
     if checkpoint is not None:
         text = f"resumed from the checkpoint of step {checkpoint.step}"
+        if (other := begun_with(run.order, checkpoint)) is not None:
+            text += f", with the optimizer that it began with: {other}"
         run.note("resumed", text, resumed_from_step=checkpoint.step)
     return checkpoint
+
+
+def begun_with(order: Start, checkpoint: Checkpoint | None) -> str | None:
+    """The optimizer of a checkpoint from another kind of device, where the job names none: another one could make
+    nothing of its state. None where this device would take the same."""
+    here = optimizer_name(order.spec, order.method, on_gpu=order.device == "cuda")
+    theirs = checkpoint.optimizer if checkpoint is not None else None
+    return theirs if theirs in {PAGED, FUSED, PLAIN} - {here} and order.spec.training.optim == "auto" else None
 
 
 def belongs_to(order: Start, data: PreparedData) -> dict[str, str]:
@@ -97,20 +109,24 @@ class ResumeProof:
             )
 
 
+_UNREADABLE = (
+    OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, SafetensorError,
+)  # fmt: skip
+"""What damaged files raise where they are read, and where what they hold is put in its place."""
+
+
 @contextlib.contextmanager
 def readable(checkpoint: Checkpoint) -> Iterator[None]:
     """Withdraw a checkpoint whose files can't be read, or do not fit, though its marker calls it complete.
 
     Raises TrainingFailed.
     """
-    from safetensors import SafetensorError
-
     try:
         yield
     except TrainingFailed:  # its adapter is another one: the next attempt would meet it again
         withdraw(checkpoint)
         raise
-    except (OSError, ValueError, TypeError, LookupError, RuntimeError, SafetensorError) as error:
+    except _UNREADABLE as error:
         if is_out_of_memory(error):
             raise
         withdraw(checkpoint)
