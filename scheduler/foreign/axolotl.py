@@ -9,6 +9,7 @@ from typing import Any
 
 from loractl.common.errors import UsageError
 
+from .axolotl_base import BASE_KEYS, base_format, names_four_bit, nf4
 from .axolotl_rows import carry_rows
 from .translation import (
     ANSWERS,
@@ -65,7 +66,7 @@ def from_axolotl(theirs: dict[str, Any], file: Path, folder: Path) -> Draft:
     draft = Draft("Axolotl")
     _refuse(theirs, file)
     draft.put("base_model", "base_model", theirs["base_model"])
-    four_bit = theirs["adapter"] == "qlora" or theirs.get("load_in_4bit") is True
+    four_bit = theirs["adapter"] == "qlora" or theirs.get("load_in_4bit") is True or names_four_bit(theirs)
     draft.put("adapter", "method", "qlora" if four_bit else "lora")
     carry_same(draft, theirs, _SAME)
     skip_all(draft, theirs, _NOT_NEEDED, _KERNELS)
@@ -199,15 +200,6 @@ def _least_rate(draft: Draft, key: str, value: Any) -> None:
     set_key(draft.job, "training.lr_scheduler_type", "cosine_with_min_lr")
 
 
-def _nf4(draft: Draft, key: str, value: Any) -> None:
-    """NF4 with its scales quantized once more, in both tools."""
-    ours = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
-    if isinstance(value, dict) and all(ours.get(name) == there for name, there in value.items()):
-        draft.skip(key)
-    else:
-        draft.leave(key, f"{short(value)}: NF4 with double quantization is used")
-
-
 def _save_steps(draft: Draft, key: str, value: Any) -> None:
     if isinstance(value, float) and 0 < value < 1:
         draft.skip(key)  # a share of all steps; how often a checkpoint is saved changes nothing that is learned
@@ -265,7 +257,8 @@ _NOT_NEEDED = {
     "tokenizer_use_fast", "tokenizer_legacy", "is_falcon_derived_model", "is_qwen_derived_model", "torchdistx_path",
     "use_kernels", "use_scattermoe", "use_sonicmoe", "use_dsv4_kernels", "moe_kernels", "cut_cross_entropy",
     "fused_attn_kernel", "experts_implementation", "activation_offloading", "use_ray", "use_otel_metrics",
-    "low_cpu_mem_usage", "gpu_memory_limit", "gptq_disable_exllama", "lora_on_cpu", "gemma4_hybrid_attn_impl",
+    "low_cpu_mem_usage", "quantization", "qlora_sharded_model_loading", "gpu_memory_limit", "gptq_disable_exllama",
+    "lora_on_cpu", "gemma4_hybrid_attn_impl",
 }  # fmt: skip
 
 
@@ -288,6 +281,8 @@ _REASONS = {
     "sample_packing_sequentially": "rows that are packed together are chosen by length",
     "resize_token_embeddings_to_32x": "the embeddings keep their size",
     "quantize_moe_experts": "only linear layers are in NF4",
+    "qat": "the weights are not rounded on the way",
+    "use_onebitllms": "weights of one bit are not trained",
     "gptq": "a base that is in 4 bit already is loaded as its own config says",
     "use_comet": "loractl reports to tensorboard, wandb and mlflow",
 }
@@ -334,7 +329,8 @@ _RULES: dict[str, Callable[[Draft, str, Any], None]] = {
     "lora_model_dir": FRESH,
     "resume_from_checkpoint": FRESH,
     "plugins": _carry_plugins,
-    "bnb_config_kwargs": _nf4,
+    "bnb_config_kwargs": nf4,
+    **dict.fromkeys(BASE_KEYS, base_format),
     "save_steps": _save_steps,
     "deepspeed": ONE_CARD,
     "fsdp": ONE_CARD,

@@ -111,6 +111,30 @@ def test_what_axolotl_does_unasked_is_carried_or_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("line", "method", "said"),
+    [
+        ("peft: {backend: torchao, weight_dtype: int4}", "qlora", "NF4 of bitsandbytes"),
+        ("peft: {backend: torchao, weight_dtype: nf4, group_size: 32}", "qlora", "NF4 of bitsandbytes"),
+        ("peft: {backend: bnb, weight_dtype: nf4}", "qlora", None),
+        ("peft: {backend: bnb, weight_dtype: int8}", "lora", "16 bit (lora) or NF4 (qlora)"),
+        ("peft: {loftq_config: {loftq_bits: 4}}", "lora", "it is for method: qlora"),
+        ("peft: {loftq_config: {loftq_bits: 2}}\nload_in_4bit: true", "qlora", "LoftQ begins from NF4"),
+        ("peft: {shape: odd}", "lora", "16 bit (lora) or NF4 (qlora)"),
+        ("model_quantization_config: {backend: torchao, weight_dtype: int4}", "qlora", "NF4 of bitsandbytes"),
+        ("model_quantization_config: FineGrainedFP8Config", "lora", "16 bit (lora) or NF4 (qlora)"),
+        ("load_in_8bit: true", "lora", "16 bit (lora) or NF4 (qlora)"),
+        ("qat: {weight_dtype: int4}", "lora", "not rounded on the way"),
+    ],
+)  # fmt: skip
+def test_a_base_in_few_bits_is_nf4_here_or_named(tmp_path: Path, line: str, method: str, said: str | None) -> None:
+    made = import_text(tmp_path, with_lines(AXOLOTL, line))
+    key = line.partition(":")[0]
+    assert made.job["method"] == method
+    told = made.left_out.get(key) or made.otherwise.get(key)
+    assert told is None if said is None else said in (told or "")
+
+
+@pytest.mark.parametrize(
     ("line", "what"),
     [
         ("packing: true\nneat_packing: false", True),
