@@ -18,6 +18,9 @@ from .cards import Card, WarmBase
 if TYPE_CHECKING:
     from loractl.common.job.spec import JobSpec
 
+KEEP_WARM_S = 600.0
+"""A base stays so long after its last job unless the box's owner says otherwise."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Seat:
@@ -76,6 +79,11 @@ def beyond(card: Card) -> tuple[WarmBase, ...]:
     """The idle bases that must go, the oldest first, since what others hold of the card has grown."""
     waiting = sorted(card.waiting_bases, key=lambda base: (base.since, base.host))
     return _going(card, waiting, card.taken, len(card.running))
+
+
+def may_wait(card: Card) -> bool:
+    """Whether the bases that wait for a job have room on the card, and its jobs too; else the newest does not stay."""
+    return card.taken <= card.capacity and not beyond(card)
 
 
 def _going(card: Card, waiting: Sequence[WarmBase], taken: int, trainers: int) -> tuple[WarmBase, ...]:

@@ -7,37 +7,17 @@ database.
 from __future__ import annotations
 
 import datetime as dt
-import heapq
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
-from loractl.common.job.method import Method
 from loractl.common.units import GIB
 
 from .cards import Card, Occupant
+from .clock import Clock, ReplayedJob, ReplayedRun
 from .lines import KeptLine, Line, Waiting
 from .rule import Placement, place
 from .shares import charge, decayed
-
-
-@dataclass(frozen=True, kw_only=True)
-class ReplayedJob:
-    """A job to replay; it arrives at `waiting.since`."""
-
-    waiting: Waiting
-    seconds: float | None  # it takes so long with a card of its own; None: not known, it never ends
-
-
-@dataclass(frozen=True, kw_only=True)
-class ReplayedRun:
-    """When and where a job ran."""
-
-    node: str
-    method: Method
-    reserved: int  # bytes
-    started: dt.datetime
-    ended: dt.datetime | None  # None: it was still running when the replay stopped
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,17 +51,19 @@ def replay(
     rule: Rule | None = None,
     *,
     contention: float = 0.0,
+    keep_warm_s: float = 0.0,
     until: int | None = None,
 ) -> Replay:
-    """Replay from `now` on, with the jobs that run on the cards already, until nothing more happens.
+    """Replay from `now` on, with the jobs and hosts that the cards have already, until nothing more happens.
 
     `rule`: PlacementRule() without one. `contention`: each of k jobs on a card runs at 1 / (1 + contention (k - 1)) of
-    its speed; at 0 they don't slow each other, at 1 they take turns. `until`: stop once this job has started.
+    its speed, its start too; at 0 they don't slow each other, at 1 they take turns. `keep_warm_s`: so long a trainer
+    stays with its base after its job. `until`: stop once this job has started.
     """
-    clock = _Clock(now=now, cards=cards, contention=contention)
+    clock = Clock(now=now, cards=cards, contention=contention, keep_warm_s=keep_warm_s)
     rule = PlacementRule() if rule is None else rule
     coming = sorted(jobs, key=lambda job: (job.waiting.since, job.waiting.job_id))
-    seconds = {job.waiting.job_id: job.seconds for job in coming}
+    known = {job.waiting.job_id: job for job in coming}
     arrivals = [max(0.0, (job.waiting.since - now).total_seconds()) for job in coming]
     arrived = 0
     while True:
@@ -96,117 +78,10 @@ def replay(
             rule.arrived(coming[arrived])
             arrived += 1
         for placed in rule.starts(list(clock.cards.values()), clock.at(moment)):
-            clock.start(placed, seconds[placed.job.job_id])
+            clock.start(placed, known[placed.job.job_id])
         if until in clock.runs:
             break
     return Replay(runs=clock.runs, reserved=clock.reserved)
-
-
-@dataclass(kw_only=True)
-class _Running:
-    """A job on its card: the work that is left, in seconds of a card of its own, as of some moment."""
-
-    node: str
-    left: float | None
-    since: float
-    speed: float = 1.0
-    version: int = 0  # of its expected end
-
-    @property
-    def end(self) -> float | None:
-        return None if self.left is None else self.since + self.left / self.speed
-
-
-class _Clock:
-    """The cards and their jobs over time. Times are seconds since the replay began."""
-
-    def __init__(self, *, now: dt.datetime, cards: Sequence[Card], contention: float) -> None:
-        self._began = now
-        self.cards = {card.node: card for card in cards}
-        self._contention = contention
-        self.runs: dict[int, ReplayedRun] = {}
-        self.reserved: list[tuple[dt.datetime, int]] = [
-            (now, sum(job.reserved for card in cards for job in card.running))
-        ]
-        self._jobs: dict[int, _Running] = {}
-        self._ends: list[tuple[float, int, int]] = []  # when, job_id, version
-        self._moment = 0.0
-        for card in cards:
-            speed = self._speed(len(card.running))
-            for job in card.running:
-                # its expected end was measured while others shared the card: its time alone follows from that
-                left = None if job.ends is None else max(0.0, (job.ends - now).total_seconds()) * speed
-                self._jobs[job.job_id] = _Running(node=card.node, left=left, since=0.0, speed=speed)
-                self._expect(job.job_id)
-
-    def at(self, moment: float) -> dt.datetime:
-        return self._began + dt.timedelta(seconds=moment)
-
-    def next_end(self) -> float | None:
-        while self._ends:
-            when, job_id, version = self._ends[0]
-            if job_id in self._jobs and self._jobs[job_id].version == version:
-                return when
-            heapq.heappop(self._ends)
-        return None
-
-    def advance(self, moment: float) -> list[int]:
-        """Let time pass; the jobs that have ended by then, in the order of their ends."""
-        self._moment = moment
-        gone = []
-        while (when := self.next_end()) is not None and when <= moment:
-            _, job_id, _ = heapq.heappop(self._ends)
-            card = self.cards[self._jobs.pop(job_id).node]
-            if job_id in self.runs:
-                self.runs[job_id] = replace(self.runs[job_id], ended=self.at(when))
-            self._count(-next(job.reserved for job in card.running if job.job_id == job_id))
-            self._set(card, tuple(job for job in card.running if job.job_id != job_id))
-            gone.append(job_id)
-        return gone
-
-    def start(self, placed: Placement, seconds: float | None) -> None:
-        job, now = placed.job, self.at(self._moment)
-        card = self.cards[placed.node]
-        self.runs[job.job_id] = ReplayedRun(
-            node=card.node, method=placed.method, reserved=placed.reserved, started=now, ended=None
-        )
-        self._jobs[job.job_id] = _Running(node=card.node, left=seconds, since=self._moment)
-        ends = None if seconds is None else now + dt.timedelta(seconds=seconds)
-        occupant = Occupant(job_id=job.job_id, user=job.user, reserved=placed.reserved, ends=ends)
-        self._expect(job.job_id)
-        self._count(placed.reserved)
-        self._set(card, (*card.running, occupant))
-
-    def _set(self, card: Card, running: tuple[Occupant, ...]) -> None:
-        """Change what runs on the card, and with it the speed of all jobs there."""
-        speed = self._speed(len(running))
-        paced = []
-        for occupant in running:
-            job = self._jobs[occupant.job_id]
-            if job.speed != speed:
-                if job.left is not None:
-                    job.left = max(0.0, job.left - (self._moment - job.since) * job.speed)
-                job.since, job.speed, job.version = self._moment, speed, job.version + 1
-                self._expect(occupant.job_id)
-                occupant = replace(occupant, ends=None if job.end is None else self.at(job.end))
-            paced.append(occupant)
-        self.cards[card.node] = replace(card, running=tuple(paced))
-
-    def _speed(self, jobs: int) -> float:
-        return 1.0 / (1.0 + self._contention * max(0, jobs - 1))
-
-    def _expect(self, job_id: int) -> None:
-        job = self._jobs[job_id]
-        if job.end is not None:
-            heapq.heappush(self._ends, (job.end, job_id, job.version))
-
-    def _count(self, change: int) -> None:
-        """Note the bytes that are reserved from now on."""
-        now = self.at(self._moment)
-        total = self.reserved[-1][1] + change
-        if self.reserved[-1][0] == now:
-            self.reserved.pop()
-        self.reserved.append((now, total))
 
 
 class PlacementRule:

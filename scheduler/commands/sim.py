@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from loractl.common.errors import UsageError
 
 from .output import show
+
+if TYPE_CHECKING:
+    from loractl.scheduler.simulation.workload import Chosen
 
 CONTENTION = 0.5
 """Two jobs on a card run at two thirds of their speed each: between cards that are shared for nothing (0) and jobs
@@ -29,6 +34,12 @@ that take turns (1). Small fine-tunes leave a large card idle between kernels, l
     show_default=True,
     help="What sharing a card costs: each of k jobs runs at 1/(1 + C(k-1)) of its speed.",
 )
+@click.option(
+    "--base-models", metavar="COUNT", help="Base models of a trace that names none: drawn for each job; each: its own."
+)
+@click.option("--base-size", metavar="SIZE", help="What such a base takes of a card once loaded.  [default: 5GiB]")
+@click.option("--keep-warm", metavar="TIME", default="10min", show_default=True, help="As of a worker; 0: no hosts.")
+@click.option("--spare/--no-spare", default=True, show_default=True, help="As of a worker.")
 @click.option("--longest", metavar="DURATION", help="Leave out jobs that take longer, like 1d.")
 @click.option("--limit", type=click.IntRange(1), help="Only so many jobs, the first to arrive.")
 @click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="Draw waits and memory use into a PNG.")
@@ -39,6 +50,10 @@ def sim(
     max_jobs_per_gpu: int | None,
     compress: float,
     contention: float,
+    base_models: str | None,
+    base_size: str | None,
+    keep_warm: str,
+    spare: bool,
     longest: str | None,
     limit: int | None,
     plot: Path | None,
@@ -46,23 +61,28 @@ def sim(
 ) -> None:
     """Replay a trace of jobs on a fleet under the placement rule and others.
 
-    TRACE is a CSV with the columns arrival, vram, duration and user, and perhaps priority, or openb's list of pods.
+    TRACE is a CSV with the columns arrival, vram, duration and user, and perhaps priority, base_model and base_size, or
+    openb's list of pods. Where base models are known, a job begins at once in a host that has its base, and later where
+    it loads it anew.
     """
     from loractl.scheduler.figure import require_matplotlib
-    from loractl.scheduler.simulation.outcome import RULES, simulate
+    from loractl.scheduler.simulation.outcome import Nodes, policies_for, simulate
     from loractl.scheduler.simulation.workload import choose, parse_fleet, read_trace
     from loractl.scheduler.text.screen import detect_screen
     from loractl.scheduler.text.simulation import text
 
-    bound = _checked(compress, contention, longest)
+    bound = math.inf if longest is None else _seconds("--longest", longest)
+    _check(compress, contention)
+    nodes = Nodes(keep_warm_s=_seconds("--keep-warm", keep_warm), spare=spare)
     if plot is not None:
         require_matplotlib("sim")
     cards = parse_fleet(fleet, max_jobs_per_gpu)
-    chosen = choose(read_trace(trace), cards, bound, limit)
+    chosen = _on_bases(choose(read_trace(trace), cards, bound, limit), base_models, base_size)
     if not chosen.jobs:
         raise UsageError(f"{trace} has no job that this fleet and these options leave", "larger cards: --fleet 80GiB")
-    with click.progressbar(RULES, label="Replaying", file=sys.stderr, hidden=not sys.stderr.isatty()) as rules:
-        done = simulate(chosen, cards, compress, contention, rules)
+    names = policies_for(chosen)
+    with click.progressbar(names, label="Replaying", file=sys.stderr, hidden=not sys.stderr.isatty()) as policies:
+        done = simulate(chosen, cards, compress, contention, nodes, policies)
     if plot is not None:
         from loractl.scheduler.simulation.picture import draw
 
@@ -71,15 +91,37 @@ def sim(
     show(done, as_json, lambda: text(done, detect_screen()))
 
 
-def _checked(compress: float, contention: float, longest: str | None) -> float:
-    """The seconds that --longest means. Raises UsageError for numbers that make no sense."""
-    from loractl.common.units import parse_duration
-
+def _check(compress: float, contention: float) -> None:
+    """Raises UsageError for numbers that make no sense."""
     if not (math.isfinite(compress) and compress > 0):
         raise UsageError(f"--compress {compress:g} is not above 0", "2 lets the jobs arrive twice as fast")
     if not math.isfinite(contention):
         raise UsageError(f"--contention {contention:g} is not a number", "0: sharing is free; 1: jobs take turns")
+
+
+def _on_bases(chosen: Chosen, base_models: str | None, base_size: str | None) -> Chosen:
+    """The jobs on the base models that were asked for. Raises UsageError."""
+    from loractl.common.units import parse_size
+    from loractl.scheduler.simulation.bases import parse_count, with_bases
+
+    if base_models is None:
+        if base_size is not None:
+            raise UsageError("--base-size says nothing without --base-models", "like --base-models 6 --base-size 5GiB")
+        return chosen
     try:
-        return math.inf if longest is None else parse_duration(longest)
+        size = parse_size(base_size or "5GiB")
+        if not size:
+            raise ValueError("is no base; write its size with a unit")
     except ValueError as error:
-        raise UsageError(f"--longest {longest} {error}", "like --longest 1d") from error
+        raise UsageError(f"--base-size {base_size} {error}", "like --base-size 5GiB") from error
+    return replace(chosen, jobs=with_bases(chosen.jobs, parse_count(base_models), size))
+
+
+def _seconds(option: str, text: str) -> float:
+    """The seconds of an option's duration. Raises UsageError."""
+    from loractl.common.units import parse_duration
+
+    try:
+        return parse_duration(text)
+    except ValueError as error:
+        raise UsageError(f"{option} {text} {error}", f"like {option} 1d") from error

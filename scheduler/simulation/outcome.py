@@ -9,22 +9,44 @@ from itertools import pairwise
 from typing import Any
 
 from loractl.common.placement.cards import Card
-from loractl.common.placement.replay import PlacementRule, Replay, ReplayedJob, Rule, replay
+from loractl.common.placement.clock import ReplayedJob
+from loractl.common.placement.hosts import KEEP_WARM_S
+from loractl.common.placement.replay import PlacementRule, Replay, Rule, replay
 from loractl.common.placement.sizes import vram_class
 
 from .baselines import best_fit, fifo, shortest_first
 from .workload import BEGIN, Chosen, to_replay
 
-RULES: dict[str, Callable[[], Rule]] = {
-    "loractl": PlacementRule,
-    "fifo": fifo,
-    "shortest_first": shortest_first,
-    "best_fit": best_fit,
-}
-"""The rules that are compared, ours first."""
 
-TITLES = {"loractl": "loractl", "fifo": "fifo", "shortest_first": "shortest first*", "best_fit": "best fit"}
-"""A rule's name for people. A star marks a rule that knows what no real scheduler knows."""
+@dataclass(frozen=True, kw_only=True)
+class Contender:
+    """A rule, and what the nodes do under it."""
+
+    title: str  # for people; a star marks a rule that knows what no real scheduler knows
+    make: Callable[[], Rule]
+    hosts: bool = False  # trainers stay with their bases
+    spares: bool = False  # spare trainers wait for jobs
+
+
+POLICIES: dict[str, Contender] = {
+    "loractl": Contender(title="loractl", make=PlacementRule, hosts=True, spares=True),
+    "without_hosts": Contender(title="without hosts", make=PlacementRule, spares=True),
+    "fifo": Contender(title="fifo", make=fifo),
+    "shortest_first": Contender(title="shortest first*", make=shortest_first),
+    "best_fit": Contender(title="best fit", make=best_fit),
+}
+"""What is compared, ours first."""
+
+RULES = ("loractl", "fifo", "shortest_first", "best_fit")
+"""The policies that differ in how they place jobs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Nodes:
+    """How the nodes under our rule are set, as the options of `loractl worker`."""
+
+    keep_warm_s: float = KEEP_WARM_S
+    spare: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +56,7 @@ class Course:
     need: int  # bytes
     wait: float
     took: float  # from its arrival to its end
+    warm: bool = False  # it started in a host that had its base
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +81,11 @@ class RuleOutcome:
         used = sum(size * (after - at) for (at, size), (after, _) in pairwise(ends))
         return used / (self.total * self.makespan) if self.makespan else 0.0
 
+    @property
+    def warm(self) -> float:
+        """The part of all jobs that started in a host which had their base."""
+        return sum(course.warm for course in self.courses) / len(self.courses) if self.courses else 0.0
+
     def by_class(self) -> dict[int, list[Course]]:
         """The courses by VRAM class, in GiB."""
         classes: dict[int, list[Course]] = {}
@@ -75,6 +103,7 @@ class RuleOutcome:
             "largest_tenth_p99_wait_s": quantile(waits_of(self.largest_tenth), 0.99),
             "makespan_s": self.makespan,
             "vram_utilisation": self.utilisation,
+            "warm_starts": self.warm,
             "waits_by_class": {
                 str(size): {
                     "jobs": len(courses),
@@ -95,7 +124,8 @@ class Simulation:
     compress: float
     contention: float
     load: float  # see load_of
-    outcomes: Mapping[str, RuleOutcome]  # by rule; ours is "loractl"
+    nodes: Nodes
+    outcomes: Mapping[str, RuleOutcome]  # by policy; ours is "loractl"
 
     def as_json(self) -> dict[str, Any]:
         """The simulation as JSON values. Seconds and bytes."""
@@ -109,25 +139,42 @@ class Simulation:
             "fleet": [{"vram": card.total, "max_jobs": card.max_jobs} for card in self.cards],
             "compress": self.compress,
             "contention": self.contention,
+            "keep_warm_s": self.nodes.keep_warm_s,
+            "spare": self.nodes.spare,
+            "base_models": len(self.chosen.base_models),
             "load": self.load if math.isfinite(self.load) else None,
             "policies": {name: outcome.as_json() for name, outcome in self.outcomes.items()},
         }
 
 
+def policies_for(chosen: Chosen) -> tuple[str, ...]:
+    """The policies that may differ on these jobs: without base models hosts change nothing."""
+    return tuple(POLICIES) if chosen.base_models else RULES
+
+
 def simulate(
-    chosen: Chosen, cards: Sequence[Card], compress: float, contention: float, rules: Iterable[str] = tuple(RULES)
+    chosen: Chosen,
+    cards: Sequence[Card],
+    compress: float,
+    contention: float,
+    nodes: Nodes | None = None,
+    policies: Iterable[str] | None = None,
 ) -> Simulation:
-    """Replay the chosen jobs under each rule."""
-    jobs, outcomes = to_replay(chosen.jobs, compress), {}
-    for name in rules:
-        replayed = replay(jobs, cards, BEGIN, RULES[name](), contention=contention)
+    """Replay the chosen jobs under each policy; `nodes`: as the defaults of `loractl worker`."""
+    nodes, outcomes = nodes or Nodes(), {}
+    for name in policies_for(chosen) if policies is None else policies:
+        policy = POLICIES[name]
+        jobs = to_replay(chosen.jobs, compress, spare=policy.spares and nodes.spare)
+        keep_warm_s = nodes.keep_warm_s if policy.hosts else 0.0
+        replayed = replay(jobs, cards, BEGIN, policy.make(), contention=contention, keep_warm_s=keep_warm_s)
         outcomes[name] = outcome_of(jobs, cards, replayed)
     return Simulation(
         chosen=chosen,
         cards=tuple(cards),
         compress=compress,
         contention=contention,
-        load=load_of(jobs, cards),
+        nodes=nodes,
+        load=load_of(to_replay(chosen.jobs, compress), cards),
         outcomes=outcomes,
     )
 
@@ -144,6 +191,7 @@ def outcome_of(jobs: Sequence[ReplayedJob], cards: Sequence[Card], replayed: Rep
                 need=job.waiting.least or 0,
                 wait=(run.started - since).total_seconds(),
                 took=(run.ended - since).total_seconds(),
+                warm=run.warm,
             )
         )
     return RuleOutcome(

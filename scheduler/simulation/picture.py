@@ -11,12 +11,13 @@ from typing import Any
 from loractl.common.units import GIB
 from loractl.scheduler.figure import save, without_box
 
-from .outcome import TITLES, RuleOutcome, Simulation
+from .outcome import POLICIES, RuleOutcome, Simulation
 from .workload import fleet_text
 
 # Lines differ in shade, width and dash, so that a grey print can be read too.
 _STYLES: dict[str, dict[str, Any]] = {
     "loractl": {"color": "#0b3d91", "linewidth": 2.6, "linestyle": "-", "zorder": 5},
+    "without_hosts": {"color": "#5b8def", "linewidth": 1.6, "linestyle": "-.", "zorder": 4},
     "fifo": {"color": "#b5541c", "linewidth": 1.6, "linestyle": "-"},
     "shortest_first": {"color": "#8a8a8a", "linewidth": 1.4, "linestyle": ":"},
     "best_fit": {"color": "#3f9b8f", "linewidth": 1.4, "linestyle": "--"},
@@ -43,7 +44,7 @@ def _draw_waits(axes: Any, done: Simulation) -> None:
     for name, out in done.outcomes.items():
         waits = sorted(course.wait for course in out.courses)
         shares = [n / len(waits) for n in range(1, len(waits) + 1)]
-        axes.step([max(wait, 1.0) for wait in waits], shares, where="post", label=TITLES[name], **_STYLES[name])
+        axes.step([max(wait, 1.0) for wait in waits], shares, where="post", label=POLICIES[name].title, **_STYLES[name])
     axes.set_xscale("log")
     axes.set_xlim(10, None)
     ticks = [(at, label) for at, label in _TICKS if at <= max(60.0, *axes.get_xlim())]
@@ -63,7 +64,7 @@ def _draw_memory(axes: Any, done: Simulation) -> None:
     for rule, out in done.outcomes.items():
         means = binned(out, longest, _BINS)
         times = [(n + 0.5) * longest / _BINS / unit for n in range(_BINS)]
-        axes.plot(times, [size / GIB for size in means], label=TITLES[rule], **_STYLES[rule])
+        axes.plot(times, [size / GIB for size in means], label=POLICIES[rule].title, **_STYLES[rule])
     total = sum(card.total for card in done.cards) / GIB
     axes.axhline(total, color="black", linewidth=0.8)
     axes.annotate(f"all cards: {total:g} GiB", (0, total), (2, 3), textcoords="offset points", fontsize=9)

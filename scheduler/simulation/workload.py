@@ -6,7 +6,7 @@ import csv
 import datetime as dt
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,9 +14,11 @@ from loractl.common.errors import DataError, UsageError
 from loractl.common.job.method import Method
 from loractl.common.job.need import Need
 from loractl.common.placement.cards import Card, default_max_jobs, largest_gpu
+from loractl.common.placement.clock import ReplayedJob
 from loractl.common.placement.lines import Waiting
-from loractl.common.placement.replay import ReplayedJob
 from loractl.common.units import GIB, parse_duration, parse_size
+
+from .cold_start import start_of
 
 BEGIN = dt.datetime(2000, 1, 1, tzinfo=dt.UTC)
 """When a trace begins; only distances from it count."""
@@ -38,6 +40,8 @@ class TraceJob:
     seconds: float
     user: str
     priority: int = 0
+    base_model: str = ""  # empty: one that it shares with no other job
+    base_size: int = 0  # bytes that the loaded base takes of its need; 0: not known, it starts in no time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,9 +54,10 @@ class Workload:
 
 
 def read_trace(path: Path) -> Workload:
-    """Read loractl's own form (arrival, vram, duration, user, and perhaps priority) or openb's list of pods.
+    """Read loractl's own form or openb's list of pods.
 
-    Raises DataError with the line of what is wrong.
+    The own columns are arrival, vram, duration and user, and perhaps priority, base_model and base_size. Raises
+    DataError with the line of what is wrong.
     """
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
@@ -62,7 +67,9 @@ def read_trace(path: Path) -> Workload:
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(path, f"can't be read as CSV: {getattr(error, 'strerror', None) or error}") from error
     if header >= OWN_COLUMNS:
-        return _sorted(Workload(jobs=tuple(_own_job(path, line, row) for line, row in rows)))
+        jobs = tuple(_own_job(path, line, row) for line, row in rows)
+        _refuse_two_sizes(path, zip((line for line, _ in rows), jobs, strict=True))
+        return _sorted(Workload(jobs=jobs))
     if header >= OPENB_COLUMNS:
         pods = [(line, row) for line, row in rows if _is_job(row)]
         jobs = tuple(_pod(path, line, row) for line, row in pods)
@@ -83,6 +90,11 @@ class Chosen:
     never: int  # larger than every card
     longer: int  # run longer than was asked for
 
+    @property
+    def base_models(self) -> frozenset[str]:
+        """The base models that jobs share, or could."""
+        return frozenset(job.base_model for job in self.jobs if job.base_model)
+
 
 def choose(workload: Workload, cards: Sequence[Card], longest: float, limit: int | None) -> Chosen:
     """The first `limit` jobs that some card holds and that take at most `longest` seconds."""
@@ -93,8 +105,11 @@ def choose(workload: Workload, cards: Sequence[Card], longest: float, limit: int
     return Chosen(workload=workload, jobs=tuple(jobs[:limit]), never=never, longer=longer)
 
 
-def to_replay(jobs: Sequence[TraceJob], compress: float) -> list[ReplayedJob]:
-    """The jobs for a replay from BEGIN on, their arrivals `compress` times as close, numbered by arrival."""
+def to_replay(jobs: Sequence[TraceJob], compress: float, *, spare: bool = False) -> list[ReplayedJob]:
+    """The jobs for a replay from BEGIN on, their arrivals `compress` times as close, numbered by arrival.
+
+    `spare`: a job that loads its base does so in a spare trainer.
+    """
     first = min((job.arrival for job in jobs), default=0.0)
     return [
         ReplayedJob(
@@ -105,8 +120,10 @@ def to_replay(jobs: Sequence[TraceJob], compress: float) -> list[ReplayedJob]:
                 since=BEGIN + dt.timedelta(seconds=(job.arrival - first) / compress),
                 methods=(Method.LORA,),  # a trace has one need, for any method
                 need=Need(lora=job.need, qlora=None),
+                base_model=job.base_model,
             ),
             seconds=job.seconds,
+            base=start_of(job.base_size, spare=spare) if job.base_size else None,
         )
         for number, job in enumerate(jobs, start=1)
     ]
@@ -148,16 +165,34 @@ def _own_job(path: Path, line: int, row: Mapping[str, str | None]) -> TraceJob:
     def read(name: str, parse: Callable[[str], float]) -> float:
         return _value(path, line, row, name, parse)
 
+    def given(name: str) -> bool:
+        return bool((row.get(name) or "").strip())
+
     need = int(read("vram", parse_size))
     if not need:
         raise DataError(f"{path}:{line}", "vram is 0", hint="what the job needs of a card, like 20GiB")
+    size = int(read("base_size", parse_size)) if given("base_model") or given("base_size") else 0
+    if size >= need or (given("base_model") and not size):
+        hint = "the part of vram that the loaded base takes, like 5GiB"
+        raise DataError(f"{path}:{line}", f"base_size {'is not below vram' if size else 'is 0'}", hint=hint)
     return TraceJob(
         arrival=read("arrival", parse_duration),
         need=need,
         seconds=read("duration", parse_duration),
         user=(row["user"] or "").strip(),
-        priority=int(read("priority", int)) if (row.get("priority") or "").strip() else 0,
+        priority=int(read("priority", int)) if given("priority") else 0,
+        base_model=(row.get("base_model") or "").strip(),
+        base_size=size,
     )
+
+
+def _refuse_two_sizes(path: Path, jobs: Iterable[tuple[int, TraceJob]]) -> None:
+    """A base model has one size, whatever method a job trains it with: its number format belongs to its name."""
+    sizes: dict[str, int] = {}
+    for line, job in jobs:
+        if job.base_model and sizes.setdefault(job.base_model, job.base_size) != job.base_size:
+            what = f"base_size is another one than on an earlier line for base_model {job.base_model!r}"
+            raise DataError(f"{path}:{line}", what, hint="name the number format too: llama-8b-nf4")
 
 
 def _is_job(row: Mapping[str, str | None]) -> bool:

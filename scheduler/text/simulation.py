@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from loractl.common.units import thousands
-from loractl.scheduler.simulation.outcome import TITLES, RuleOutcome, Simulation, mean, quantile, waits_of
+from loractl.scheduler.simulation.outcome import POLICIES, RULES, RuleOutcome, Simulation, mean, quantile, waits_of
 from loractl.scheduler.simulation.workload import fleet_text
 
 from .screen import Screen, table
@@ -29,6 +29,8 @@ def text(done: Simulation, screen: Screen) -> str:
         "fifo: whole cards by age, the first blocks the rest. best fit: shared by age.",
         "shortest first*: whole cards; it knows how long each job will take.",
     ]
+    if done.chosen.base_models:
+        notes.append("without hosts: loractl's rule, but each job loads its base anew.")
     return "\n".join([*lines, *(screen.dim(note) for note in notes)])
 
 
@@ -51,6 +53,8 @@ def _what(done: Simulation) -> list[str]:
         f"{thousands(len(chosen.jobs))} jobs of {people},",
         f"on {fleet_text(done.cards)}; {load}, contention {done.contention:g}.",
     ]
+    if chosen.base_models:
+        lines += _bases(done)
     if chosen.never:
         lines.append(f"Larger than every card, and not replayed: {thousands(chosen.never)}.")
     if chosen.longer:
@@ -60,10 +64,20 @@ def _what(done: Simulation) -> list[str]:
     return lines
 
 
+def _bases(done: Simulation) -> list[str]:
+    """How many base models there are, and how many jobs found theirs loaded."""
+    jobs, count = done.chosen.jobs, len(done.chosen.base_models)
+    found = f"{done.outcomes['loractl'].warm:.0%} of the jobs found theirs loaded"
+    lines = [f"{thousands(count)} base model{'' if count == 1 else 's'}, kept {span(done.nodes.keep_warm_s)}: {found}."]
+    if alone := sum(not job.base_model for job in jobs):
+        lines.append(f"With a base model that no other job has: {thousands(alone)}.")
+    return lines
+
+
 def _row(name: str, out: RuleOutcome) -> list[str]:
     took, waits = [c.took for c in out.courses], waits_of(out.courses)
     return [
-        TITLES[name],
+        POLICIES[name].title,
         span(mean(took)),
         span(quantile(took, 0.99)),
         span(mean(waits)),
@@ -76,8 +90,8 @@ def _row(name: str, out: RuleOutcome) -> list[str]:
 
 def _by_class(done: Simulation, screen: Screen) -> list[str]:
     """Mean waits by VRAM class, a class a row."""
-    classes = {name: out.by_class() for name, out in done.outcomes.items()}
-    headers = ["MEAN WAIT BY NEED", "JOBS", *(TITLES[name].upper() for name in classes)]
+    classes = {name: done.outcomes[name].by_class() for name in RULES}
+    headers = ["MEAN WAIT BY NEED", "JOBS", *(POLICIES[name].title.upper() for name in classes)]
     rows = [
         [
             f"{'≤' if screen.unicode else 'to'} {size} GiB",

@@ -30,9 +30,6 @@ from .spares import HAND_OVER_S, SpareTrainer
 
 log = logging.getLogger("loractl.worker")
 
-KEEP_S = 600.0
-"""A base stays so long after its last job unless the box's owner says otherwise."""
-
 SHARED_KEEP_S = 60.0
 """On a card that other people's programs use, too: they need not wait for a guess about the next job."""
 

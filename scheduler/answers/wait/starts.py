@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from loractl.common.placement.cards import Card
+from loractl.common.placement.hosts import KEEP_WARM_S
 from loractl.common.placement.lines import Waiting
 from loractl.common.store.fleet import FleetView
 
@@ -49,11 +50,12 @@ def _replayed(
     view: FleetView, waiting: Sequence[Waiting], cards: Sequence[Card]
 ) -> Mapping[int, tuple[dt.datetime, str]]:
     """The start and the card of each job that starts in a replay on these cards."""
-    from loractl.common.placement.replay import PlacementRule, ReplayedJob, replay
+    from loractl.common.placement.clock import ReplayedJob
+    from loractl.common.placement.replay import PlacementRule, replay
 
     running = [job for card in cards for job in card.running]
     jobs = [ReplayedJob(waiting=job, seconds=None) for job in waiting]
-    replayed = replay(jobs, cards, view.now, PlacementRule(view.charges, view.now, running))
+    replayed = replay(jobs, cards, view.now, PlacementRule(view.charges, view.now, running), keep_warm_s=KEEP_WARM_S)
     return {job_id: (run.started, run.node) for job_id, run in replayed.runs.items()}
 
 

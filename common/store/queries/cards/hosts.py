@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable
 from sqlalchemy import delete, select, update
 
 from loractl.common.job.status import Status
-from loractl.common.placement.hosts import Seat, beyond
+from loractl.common.placement.hosts import Seat, may_wait
 
 from ...hosts import TrainerHost
 from ...records import Claim, NewHost
@@ -25,7 +25,7 @@ def keep(tx: Transaction, claim: Claim, new: NewHost) -> bool:
     what = {"base_model": claim.spec.base_model, "method": claim.method.value}
     tx.put(TrainerHost, "host", {**vars(new), **what, **member, "leaving": False, "since": now})
     card = next((card for card in read_cards(tx.session, now) if card.node == new.node), None)
-    if card is None or card.taken > card.capacity or beyond(card):
+    if card is None or not may_wait(card):
         forget(tx, [new.host])
         return False
     return True

@@ -6,6 +6,7 @@ import datetime as dt
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -13,9 +14,10 @@ from hypothesis import strategies as st
 
 from loractl.common.job.method import Method
 from loractl.common.job.need import Need
-from loractl.common.placement.cards import Card, Occupant
+from loractl.common.placement.cards import Card, Occupant, WarmBase
+from loractl.common.placement.clock import ReplayedBase, ReplayedJob
 from loractl.common.placement.lines import KeptLine, ListedLine, Openings, Waiting
-from loractl.common.placement.replay import PlacementRule, Replay, ReplayedJob, Rule, replay
+from loractl.common.placement.replay import PlacementRule, Replay, Rule, replay
 from loractl.common.placement.rule import OLDEST_FIRST_AFTER_S, RESERVE_AFTER_S
 from loractl.common.placement.shares import charge, decayed
 from loractl.common.units import GIB
@@ -115,9 +117,11 @@ def test_it_stops_once_the_job_that_was_asked_for_has_started() -> None:
 def test_every_job_runs_once_and_no_card_is_ever_over_its_size(
     drawn: list[tuple[int, int, int, str]], make: Callable[[], Rule], contention: float
 ) -> None:
-    jobs = [a_job(n, t, gib, s, user=user) for n, (t, gib, s, user) in enumerate(sorted(drawn), start=1)]
+    drawn = sorted(drawn)
+    jobs = [a_job(n, t, gib, s, user=user) for n, (t, gib, s, user) in enumerate(drawn, start=1)]
+    jobs = [based(job, job.waiting.user, gib=drawn[n][1] / 2, cold_s=9) if n % 2 else job for n, job in enumerate(jobs)]
     cards = [a_card(80), a_card(80, "a:1", 1), a_card(24, "a:2", 1)]
-    done = replay(jobs, cards, START, make(), contention=contention)
+    done = replay(jobs, cards, START, make(), contention=contention, keep_warm_s=100)
     assert set(done.runs) == {job.waiting.job_id for job in jobs}
     for job in jobs:
         run = done.runs[job.waiting.job_id]
@@ -131,6 +135,62 @@ def test_every_job_runs_once_and_no_card_is_ever_over_its_size(
             assert sum(r.reserved for r in beside) <= card.total
             assert len(beside) <= card.max_jobs
     assert done.reserved[-1][1] == 0
+
+
+# --- hosts ---
+
+
+def based(
+    job: ReplayedJob, name: str = "m", gib: float = 5, cold_s: float = 60, methods: tuple[Method, ...] = (Method.LORA,)
+) -> ReplayedJob:
+    waiting = replace(job.waiting, base_model=name, methods=methods, need=replace(job.waiting.need, qlora=4 * GIB))
+    return replace(job, waiting=waiting, base=ReplayedBase(bytes=int(gib * GIB), cold_s=cold_s, warm_s=1))
+
+
+def warm_base(gib: float = 5, **more: Any) -> WarmBase:
+    known = {"host": "h", "key": "k", "base_model": "m", "method": Method.LORA, "since": START}
+    return WarmBase(bytes=int(gib * GIB), **{**known, **more})
+
+
+def warm(done: Replay) -> list[int]:
+    return [job_id for job_id, run in done.runs.items() if run.warm]
+
+
+def test_a_job_loads_its_base_unless_a_host_has_kept_it() -> None:
+    jobs = [based(a_job(1, 0, 20, 100)), based(a_job(2, 200, 20, 100)), based(a_job(3, 400, 20, 100), "n")]
+    assert ends(replay(jobs, [a_card()], START)) == {1: 160, 2: 360, 3: 560}
+    kept = replay(jobs, [a_card()], START, keep_warm_s=600)
+    assert (ends(kept), warm(kept)) == ({1: 160, 2: 301, 3: 560}, [2])
+    late = replay(jobs, [a_card()], START, keep_warm_s=40)
+    assert (ends(late), warm(late)) == ({1: 160, 2: 360, 3: 560}, []), "it had gone after 40 s"
+
+
+def test_a_job_comes_to_the_card_that_has_its_base_by_the_rule_itself() -> None:
+    cards = [a_card(24, "a:0", 1), replace(a_card(24, "a:1", 1), hosts=(warm_base(),))]
+    done = replay([based(a_job(1, 0, 20, 10)), a_job(2, 0, 20, 10)], cards, START, keep_warm_s=600)
+    assert {job_id: run.node for job_id, run in done.runs.items()} == {1: "a:1", 2: "a:0"}
+    assert warm(done) == [1]
+    other = replay([based(a_job(1, 0, 20, 10), methods=(Method.QLORA,))], cards[1:], START, keep_warm_s=600)
+    assert warm(other) == [], "the base is loaded in another number format"
+
+
+def test_an_idle_base_goes_for_a_job_that_needs_its_room_and_has_one_job_at_a_time() -> None:
+    jobs = [based(a_job(n, 0, 10, 100), gib=5) for n in (1, 2)]
+    jobs += [a_job(3, 200, 78, 10), based(a_job(4, 300, 10, 10)), based(a_job(5, 300, 10, 10))]
+    done = replay(jobs, [a_card()], START, keep_warm_s=600)
+    assert warm(done) == [], "both jobs had a trainer of their own, and the large one needed the room of both bases"
+    kept = replay([*jobs[:2], *jobs[3:]], [a_card()], START, keep_warm_s=600)
+    assert warm(kept) == [4, 5]
+    narrow = replay([*jobs[:2], *jobs[3:]], [a_card(max_jobs=2)], START, keep_warm_s=600)
+    assert warm(narrow) == [4, 5]
+
+
+def test_the_host_of_a_job_that_runs_already_is_there_for_the_next_one() -> None:
+    busy = Occupant(job_id=9, user="bob", reserved=20 * GIB, ends=at(60))
+    card = replace(a_card(24, "a:0", 1, [busy]), hosts=(warm_base(job_id=9),))
+    waiting = based(a_job(1, 0, 20, None))
+    assert warm(replay([waiting], [card], START, keep_warm_s=600)) == [1]
+    assert warm(replay([waiting], [replace(card, hosts=(warm_base(leaving=True),))], START, keep_warm_s=600)) == []
 
 
 # --- other rules ---

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,20 @@ from loractl.common.errors import DataError, UsageError
 from loractl.common.placement.replay import replay
 from loractl.common.units import GIB
 from loractl.scheduler.simulation.baselines import fifo
+from loractl.scheduler.simulation.bases import with_bases
+from loractl.scheduler.simulation.cold_start import start_of
 from loractl.scheduler.simulation.outcome import Course, Simulation, load_of, mean, outcome_of, quantile, simulate
 from loractl.scheduler.simulation.picture import binned, draw
-from loractl.scheduler.simulation.workload import BEGIN, TraceJob, choose, parse_fleet, read_trace, to_replay
+from loractl.scheduler.simulation.workload import (
+    BEGIN,
+    Chosen,
+    TraceJob,
+    Workload,
+    choose,
+    parse_fleet,
+    read_trace,
+    to_replay,
+)
 from loractl.scheduler.text.screen import Screen
 from loractl.scheduler.text.simulation import span, text
 
@@ -124,7 +136,61 @@ def test_arrivals_are_compressed_from_the_first_on(own: Path) -> None:
     assert [(job.waiting.since - BEGIN).total_seconds() for job in jobs] == [0, 5, 900, 1800]
 
 
+def test_a_trace_may_name_each_jobs_base(tmp_path: Path) -> None:
+    path = tmp_path / "based.csv"
+    head = "arrival,vram,duration,user,base_model,base_size\n"
+    path.write_text(f"{head}0,20GiB,2h,ada,llama-8b,5GiB\n1,20GiB,2h,ada,,4GiB\n2,20GiB,2h,ada,,\n")
+    jobs = read_trace(path).jobs
+    assert [(job.base_model, job.base_size // GIB) for job in jobs] == [("llama-8b", 5), ("", 4), ("", 0)]
+    bases = [job.base for job in to_replay(jobs, 1.0)]
+    assert [base and base.bytes // GIB for base in bases] == [5, 4, None]
+    for rows, what in {
+        "0,20GiB,2h,ada,m,\n": ":2: base_size is missing",
+        "0,20GiB,2h,ada,m,0\n": ":2: base_size is 0",
+        "0,5GiB,2h,ada,m,5GiB\n": ":2: base_size is not below vram",
+        "0,9GiB,2h,ada,m,5GiB\n0,9GiB,2h,ada,m,4GiB\n": ":3: base_size is another one than on an earlier line",
+    }.items():
+        path.write_text(head + rows)
+        with pytest.raises(DataError) as error:
+            read_trace(path)
+        assert what in error.value.sentence
+
+
+def test_bases_are_drawn_alike_each_time_and_small_jobs_have_their_own() -> None:
+    jobs = [TraceJob(arrival=n, need=(20 if n else 4) * GIB, seconds=1, user="ada") for n in range(60)]
+    few = with_bases(jobs, 3, 5 * GIB)
+    assert few == with_bases(jobs, 3, 5 * GIB)
+    assert {job.base_model for job in few[1:]} == {"base 1", "base 2", "base 3"}
+    assert (few[0].base_model, few[0].base_size) == ("", 2 * GIB)
+    assert len({job.base_model for job in with_bases(jobs, None, 5 * GIB)}) == 60
+    with pytest.raises(UsageError, match="names its base models itself"):
+        with_bases(few, 1, 5 * GIB)
+
+
+def test_a_start_takes_what_was_measured() -> None:
+    """SmolLM2-135M in bf16, 257 MiB: 9.2 s cold; 8B in 16 bit: a minute and more."""
+    assert start_of(257 * 2**20, spare=False).cold_s == pytest.approx(9.2, rel=0.05)
+    assert start_of(15 * GIB, spare=False).cold_s == pytest.approx(60, rel=0.05)
+    assert start_of(15 * GIB, spare=True).cold_s == pytest.approx(54, rel=0.05)
+    assert start_of(15 * GIB, spare=True).warm_s == 0.6
+
+
 # --- what it measures ---
+
+
+def test_hosts_save_the_loads_of_bases_that_jobs_share() -> None:
+    cards = parse_fleet("24GiB,80GiB")
+    jobs = [TraceJob(arrival=n * 100, need=20 * GIB, seconds=120, user="ada") for n in range(80)]
+    chosen = Chosen(workload=Workload(jobs=tuple(jobs)), jobs=tuple(jobs), never=0, longer=0)
+    took = {}
+    for count in (1, None):
+        on_bases = replace(chosen, jobs=with_bases(jobs, count, 5 * GIB))
+        done = simulate(on_bases, cards, 1.0, 0.5, policies=("loractl", "without_hosts"))
+        took[count] = {name: mean([c.took for c in out.courses]) for name, out in done.outcomes.items()}
+        assert done.outcomes["without_hosts"].warm == 0
+    assert done.outcomes["loractl"].warm == 0, "all on bases of their own"
+    assert took[None]["loractl"] == took[None]["without_hosts"] == took[1]["without_hosts"]
+    assert took[1]["without_hosts"] - took[1]["loractl"] > 15
 
 
 def test_the_measures_are_those_of_the_replay(own: Path) -> None:
@@ -232,6 +298,18 @@ def p99_wait(courses: Sequence[Course]) -> float:
     return quantile([course.wait for course in courses], 0.99)
 
 
+def test_the_command_tells_what_hosts_save(cli: Cli, own: Path) -> None:
+    args = ("sim", own, "--fleet", "80GiB", "--base-models", 1, "--base-size", "2GiB")
+    lines = cli(*args).stdout.splitlines()
+    assert "1 base model, kept 10 min: 33% of the jobs found theirs loaded." in lines
+    assert sum(line.startswith("without hosts ") for line in lines) == 1
+    assert max(map(len, lines)) <= 80
+    value = json.loads(cli(*args, "--keep-warm", "0", "--no-spare", "--json").stdout)
+    assert (value["base_models"], value["keep_warm_s"], value["spare"]) == (1, 0, False)
+    ours, without = (value["policies"][name] for name in ("loractl", "without_hosts"))
+    assert ours == without
+
+
 def test_the_command_prints_text_or_json_and_draws(cli: Cli, own: Path, tmp_path: Path) -> None:
     done = cli("sim", own, "--fleet", "2x12GiB,24GiB,80GiB", "--plot", tmp_path / "a.png")
     assert done.stdout.startswith("With loractl a job ends ")
@@ -250,6 +328,10 @@ def test_the_command_prints_text_or_json_and_draws(cli: Cli, own: Path, tmp_path
         (["--fleet", "80GiB", "--longest", "soon"], "--longest soon is not a duration"),
         (["--fleet", "80GiB", "--contention", "inf"], "--contention inf is not a number"),
         (["--fleet", "80"], "--fleet 80: "),
+        (["--fleet", "80GiB", "--base-models", "0"], "--base-models 0 is no number of base models"),
+        (["--fleet", "80GiB", "--base-size", "2GiB"], "--base-size says nothing without --base-models"),
+        (["--fleet", "80GiB", "--base-models", "1", "--base-size", "2"], "--base-size 2 is not a size"),
+        (["--fleet", "80GiB", "--keep-warm", "soon"], "--keep-warm soon is not a duration"),
     ],
 )
 def test_a_wrong_option_is_a_sentence_and_exit_code_two(cli: Cli, own: Path, args: list[str], what: str) -> None:
