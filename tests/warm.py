@@ -373,6 +373,10 @@ def _load(kind: str) -> None:
             continue
         if kind == HEAVY or room.startswith(NO_STACK):
             importlib.import_module(module.name)
+    if kind == HEAVY:
+        from loractl.worker.evaluation.page import page_template
+
+        page_template()
     assert kind == HEAVY or "torch" not in sys.modules
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,11 +25,18 @@ load_kernels()  # before a test's import does it at its own cost
 Recipe = Callable[..., tuple[Ended, list]]
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def settled() -> None:
     """Leave what the libraries made out of every collection: looking through it is half of a small training's time."""
+    _settle()
+
+
+def _settle() -> None:
     gc.collect()
     gc.freeze()
+
+
+_trained = itertools.count()
 
 
 @pytest.fixture
@@ -112,5 +120,8 @@ def recipe(tiny_model: Path, tmp_path: Path) -> Recipe:
             return train(state), told
         except Stopped:
             return Ended(job_id=1, reason=Reason.DRAINED, message="stopped"), told
+        finally:
+            if next(_trained) == 0:
+                _settle()  # what a training imports when it comes to it
 
     return run

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from loractl.common.chart import forest, loss_chart
 from loractl.common.text import signed
 from loractl.common.units import duration, gib, thousands
 from loractl.common.verdict import answer_groups, badge, written
+
+if TYPE_CHECKING:
+    from jinja2 import Template
 
 
 def write_page(report: dict[str, Any], folder: Path) -> None:
@@ -19,13 +23,8 @@ def write_page(report: dict[str, Any], folder: Path) -> None:
 
 def render_html(report: dict[str, Any]) -> str:
     """The page: no script, no font, no picture from elsewhere; everything typed by people is escaped."""
-    from jinja2 import Environment, StrictUndefined
-
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters.update(duration=duration, gib=gib, thousands=thousands, signed=signed, written=written)
-    template = environment.from_string((files(__package__) / "report.html.jinja").read_text("utf-8"))
     losses, held_out = report["training"]["losses"], report["training"]["eval_losses"]
-    return template.render(
+    return page_template().render(
         report=report,
         charts=[
             (size, loss_chart([losses], held_out, width=width, height=height))
@@ -35,3 +34,13 @@ def render_html(report: dict[str, Any]) -> str:
         groups=answer_groups(report["evaluation"]["answers"]),
         badge=badge(report["verdict"]["reading"]),
     )
+
+
+@functools.cache
+def page_template() -> Template:
+    """Compiled once in a process: it takes longer than to draw the page."""
+    from jinja2 import Environment, StrictUndefined
+
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters.update(duration=duration, gib=gib, thousands=thousands, signed=signed, written=written)
+    return environment.from_string((files(__package__) / "report.html.jinja").read_text("utf-8"))

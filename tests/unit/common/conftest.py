@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from loractl.common.store.database import make_engine
 from loractl.common.store.store import Store
 
+from ...conftest import kept_engine
 from ..factories import Clock
 
 
@@ -20,6 +20,6 @@ def clock() -> Clock:
 @pytest.fixture
 def timed(upgraded_url: str, clock: Clock) -> Iterator[Store]:
     """A store on an upgraded database of each kind whose time is `clock`."""
-    engine = make_engine(upgraded_url)
+    engine = kept_engine(upgraded_url)
     yield Store(engine, clock)
     engine.dispose()
