@@ -53,6 +53,7 @@ class Reason(enum.StrEnum):
     PRUNED = "pruned"
     PREEMPTED = "preempted"
     DRAINED = "drained"
+    HOST_LOST = "host_lost"
     WORKER_LOST = "worker_lost"
     GPU_ERROR = "gpu_error"
     DISK_FULL = "disk_full"
@@ -86,6 +87,7 @@ class Meaning:
 
 
 _LAB = "nothing to do: the lab caused it, the job is tried again without spending its retries"
+_ALONE = "nothing to do: the trainer that it shared with other jobs ended, it goes on in one of its own"
 
 OUTCOMES: dict[Reason, Meaning] = {
     Reason.OK: Meaning(
@@ -137,6 +139,7 @@ OUTCOMES: dict[Reason, Meaning] = {
     ),
     Reason.PREEMPTED: Meaning(status=Status.FAILED, retryable=True, counts=False, advice=_LAB),
     Reason.DRAINED: Meaning(status=Status.FAILED, retryable=True, counts=False, advice=_LAB),
+    Reason.HOST_LOST: Meaning(status=Status.FAILED, retryable=True, counts=False, advice=_ALONE),
     Reason.WORKER_LOST: Meaning(status=Status.FAILED, retryable=True, counts=False, advice=_LAB, blames=Blamed.CARD),
     Reason.GPU_ERROR: Meaning(status=Status.FAILED, retryable=True, counts=False, advice=_LAB, blames=Blamed.CARD),
     Reason.DISK_FULL: Meaning(

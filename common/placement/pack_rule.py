@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 START = {False: (30.0, 2.0), True: (40.0, 2.0)}
 """What a pass costs beside its tokens before any was measured, in tokens: the fixed part, and each member's. By whether
@@ -54,6 +55,18 @@ class PassLaw:
     def start(cls, *, quantised: bool) -> PassLaw:
         fixed, member = START[quantised]
         return cls(fixed=fixed, token=1.0, member=member, _start=(fixed, member))
+
+    @classmethod
+    def from_json(cls, kept: dict[str, Any] | None, *, quantised: bool) -> PassLaw:
+        """The law as a host's row keeps it; the first one where the row has none."""
+        if kept is None:
+            return cls.start(quantised=quantised)
+        products, sums = tuple(tuple(row) for row in kept["products"]), tuple(kept["sums"])
+        return _fitted(products, sums, START[quantised])
+
+    def as_json(self) -> dict[str, Any]:
+        """What `from_json` reads: the sums over measured passes."""
+        return {"products": [list(row) for row in self._products], "sums": list(self._sums)}
 
     def seconds(self, tokens: int, members: int) -> float:
         return self.fixed + self.token * tokens + self.member * members

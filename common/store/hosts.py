@@ -1,8 +1,10 @@
-"""The hosts' table: trainers that keep the base that they have loaded, from their first job's end to their own."""
+"""The hosts' table: trainers that keep the base that they have loaded, from the moment that others may come into it."""
 
 from __future__ import annotations
 
-from sqlalchemy import String, Text
+from typing import Any
+
+from sqlalchemy import JSON, String, Text, false
 from sqlalchemy.orm import Mapped, mapped_column
 
 from .tables import Base, Bytes, Timestamp
@@ -11,7 +13,8 @@ from .tables import Base, Bytes, Timestamp
 class TrainerHost(Base):
     """A trainer with a base. The row stays until the node has seen the process end: until then its bytes are held.
 
-    While the attempt that it names runs, that attempt's reservation holds the base, too.
+    While the attempt that it names runs, that attempt's reservation holds the base, too. Others that run in it name it
+    in their own rows, and reserve their own parts alone.
     """
 
     __tablename__ = "hosts"
@@ -22,7 +25,9 @@ class TrainerHost(Base):
     base_model: Mapped[str] = mapped_column(Text)
     method: Mapped[str] = mapped_column(String(8))
     bytes: Mapped[Bytes]
-    job_id: Mapped[int]  # of the last attempt in it
+    job_id: Mapped[int]  # of the last attempt that had the whole of it
     attempt: Mapped[int]
     leaving: Mapped[bool] = mapped_column(default=False)  # nothing joins it any more
     since: Mapped[Timestamp]  # when it last began to wait, or a job joined it
+    open: Mapped[bool] = mapped_column(default=False, server_default=false())  # other jobs may train beside those in it
+    law: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))  # of its passes, see pack_rule.py

@@ -95,7 +95,9 @@ class Claim:
     result_host: str | None = None  # the box that is said to hold its finished result
     sweep_id: int | None = None  # the sweep that the job belongs to
     rungs: tuple[float, ...] = ()  # shares of its steps at which it may be stopped as one of the sweep's losers
-    host: str | None = None  # the trainer on its card that has its base and waits for it
+    host: str | None = None  # the trainer on its card that has its base
+    joins: bool = False  # other jobs train in that; `vram_reserved` is the job's own part, without the base
+    packs: bool = False  # others may join its trainer
     leaving: tuple[str, ...] = ()  # trainers on its card whose bases must go first
 
 
@@ -153,7 +155,7 @@ class Left:
 
 @dataclass(frozen=True, kw_only=True)
 class NewHost:
-    """A trainer that stays with its base after its job."""
+    """A trainer that stays with its base after its job, or takes other jobs beside it."""
 
     host: str  # its mark
     node: str

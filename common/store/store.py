@@ -142,16 +142,18 @@ class Store(DeviceStore):
         outside: int | None = None,
         used: Mapping[str, int] | None = None,
         distrusted: frozenset[str] = frozenset(),
+        joins: bool = False,
     ) -> Claim | Left | None:
         """Take the job that the placement rule gives this card: a token, a lease and a part of its memory.
 
         `outside`, `used`: what the device shows at this moment (bytes held by others; bytes by job), when that is newer
         than the node's row. `distrusted`: nodes that did not take what was left to them; the rule goes without them.
+        `joins`: the node can put a job into a trainer that has others.
         Left: the rule gives every job that fits here to other cards; without nodes, look again at once. None: nothing
         fits.
         """
         with self._write() as tx:
-            return claims.claim(tx, node, self._lease_s, outside, used or {}, distrusted)
+            return claims.claim(tx, node, self._lease_s, outside, used or {}, distrusted, joins)
 
     def beat(self, claim: Claim, progress: Progress) -> Beat:
         """Extend the lease and write what is new: progress, metrics, events, log lines.
@@ -167,16 +169,32 @@ class Store(DeviceStore):
             return heartbeats.keep_checkpoint(tx, claim, checkpoint)
 
     def finish(
-        self, claim: Claim, reason: Reason, message: str, progress: Progress, result: StoredResult | None = None
+        self,
+        claim: Claim,
+        reason: Reason,
+        message: str,
+        progress: Progress,
+        result: StoredResult | None = None,
+        *,
+        inside: bool = False,
     ) -> Status | None:
         """End the attempt; the job succeeds, fails, is cancelled, or waits for its next attempt.
 
+        `inside`: it is not out of its host yet, and what it reserves stays held until `leave_host`.
         Returns the job's status afterwards, or None when the lease was lost: then nothing was written.
         """
         if (reason is Reason.OK) != (result is not None):
             raise ValueError("a result goes with reason ok, and only with it")
         with self._write() as tx:
-            return endings.finish(tx, claim, reason, message, progress, result)
+            return endings.finish(tx, claim, reason, message, progress, result, inside)
+
+    def hand_back(self, claim: Claim, message: str) -> bool:
+        """Let a job wait again, free of charge, that did not come into the host that it was to join.
+
+        False when the lease was lost.
+        """
+        with self._write() as tx:
+            return endings.hand_back(tx, claim, message)
 
     def take_turn(self, node: str, every_s: float, settle_s: float) -> FleetTurn | None:
         """The node's turn to do what concerns the whole fleet: reap, preempt, end_patience.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime as dt
 from typing import Annotated, Any
 
-from sqlalchemy import JSON, BigInteger, ForeignKey, Index, String, Text, text
+from sqlalchemy import JSON, BigInteger, ForeignKey, Index, String, Text, false, text
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from loractl.common.job.status import Reason, Stage, Status
@@ -160,7 +160,11 @@ class Attempt(Base):
     """One run of a job on one device."""
 
     __tablename__ = "attempts"
-    __table_args__ = (Index("ix_attempts_started", "started_at"), Index("ix_attempts_ended", "ended_at"))
+    __table_args__ = (
+        Index("ix_attempts_started", "started_at"),
+        Index("ix_attempts_ended", "ended_at"),
+        Index("ix_attempts_host", "host"),
+    )
 
     job_id: Mapped[JobKey] = mapped_column(primary_key=True)
     attempt: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
@@ -181,6 +185,9 @@ class Attempt(Base):
     reason: Mapped[Reason | None] = mapped_column(Words(Reason))
     message: Mapped[str | None] = mapped_column(Text)
     resumed_from_step: Mapped[int | None]
+    host: Mapped[str | None] = mapped_column(String(32))  # the mark of the trainer that it shares; null: of its own
+    inside: Mapped[bool] = mapped_column(default=False, server_default=false())  # ended, but not out of its host yet
+    promised_at: Mapped[Timestamp | None]  # when it would end, as of the first join that slows it down
 
 
 class LabFailure(Base):

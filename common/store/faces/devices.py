@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 from sqlalchemy import select
 
 from loractl.common.placement.cards import Card
+from loractl.common.placement.pack_rule import MeasuredPass
 
 from ..hosts import TrainerHost
 from ..queries import endings
@@ -47,6 +48,24 @@ class DeviceStore(ViewStore):
         has no room on the card. From the attempt's end on it waits for a job."""
         with self._write() as tx:
             return hosts.keep(tx, claim, new)
+
+    def open_host(self, claim: Claim, new: NewHost) -> bool:
+        """Write that others may train beside an attempt, in its trainer, from now on; `new.bytes`: of the loaded base.
+
+        False: its lease is lost, or the base has no room on the card.
+        """
+        with self._write() as tx:
+            return hosts.open_to_others(tx, claim, new)
+
+    def note_passes(self, host: str, passes: Sequence[MeasuredPass]) -> None:
+        """Teach the law of a host's passes; one that has gone learns nothing."""
+        with self._write() as tx:
+            hosts.note_passes(tx, host, passes)
+
+    def leave_host(self, claim: Claim) -> None:
+        """An attempt that has ended is out of its host: its tensors, threads and files are gone."""
+        with self._write() as tx:
+            hosts.leave(tx, claim)
 
     def send_off_host(self, host: str, node: str) -> bool:
         """Let no job join the host any more; False when one is in it. Its bytes stay held until it is forgotten."""

@@ -42,6 +42,7 @@ def claim(
     outside: int | None,
     used: Mapping[str, int],
     distrusted: frozenset[str],
+    joins: bool,
 ) -> Claim | Left | None:
     # Two slots of one card must not both reserve the same bytes.
     row = tx.session.scalars(select(Node).where(Node.node == node).with_for_update()).first()

@@ -47,7 +47,13 @@ _HELD = {
 
 
 def finish(
-    tx: Transaction, claim: Claim, reason: Reason, message: str, progress: Progress, result: StoredResult | None
+    tx: Transaction,
+    claim: Claim,
+    reason: Reason,
+    message: str,
+    progress: Progress,
+    result: StoredResult | None,
+    inside: bool = False,
 ) -> Status | None:
     now = tx.now()
     job = tx.session.scalars(select(Job).where(Job.job_id == claim.job_id).with_for_update()).one()
@@ -55,10 +61,24 @@ def finish(
         return _already_finished(tx, claim, reason, job)
     record(tx, claim, progress)  # first: the history has what was told before the end
     job.step, job.total_steps = progress.step or job.step, progress.total_steps or job.total_steps
-    _end_attempt(tx, job, reason, message, now)
+    _end_attempt(tx, job, reason, message, now, inside=inside)
     if result is not None:
         _keep_result(tx, job, claim, result, now)
     return job.status
+
+
+def hand_back(tx: Transaction, claim: Claim, message: str) -> bool:
+    now = tx.now()
+    job = tx.session.scalars(select(Job).where(Job.job_id == claim.job_id).with_for_update()).one()
+    if job.token != claim.token or job.status is not Status.RUNNING:
+        return False
+    if job.cancel_requested:
+        _end_attempt(tx, job, Reason.CANCELLED, message, now)
+        return True
+    _close_attempt(tx, job, Reason.HOST_LOST, message, now)
+    become(job, Status.QUEUED)
+    tx.tell(job.job_id, job.attempt, "requeued", f"attempt {job.attempt} went back before it began: {message}")
+    return True
 
 
 def reap(tx: Transaction, lease_s: float) -> list[Job]:
@@ -102,7 +122,7 @@ def _turn(job: Job) -> tuple[str, int]:
 def _end_lost(tx: Transaction, job: Job, message: str, now: dt.datetime) -> None:
     """End a lost attempt. A job that can't be ended in order fails: it must not keep the others from being ended."""
     job_id, attempt = job.job_id, job.attempt
-    if tx.apart(job_id, lambda: _end_attempt(tx, job, Reason.WORKER_LOST, message, now)):
+    if tx.apart(job_id, lambda: _end_attempt(tx, job, Reason.WORKER_LOST, message, now, inside=True)):
         return
     text = f"{message}; its row can't be read by this version"
     over = {**ended(), "reason": Reason.BAD_SPEC, "message": text, "ended_at": now}
@@ -114,15 +134,23 @@ def _end_lost(tx: Transaction, job: Job, message: str, now: dt.datetime) -> None
     tell_of_job(tx, job)
 
 
-def _end_attempt(tx: Transaction, job: Job, reason: Reason, message: str, now: dt.datetime) -> None:
-    """Close the running attempt and decide what becomes of the job."""
-    message = storable(message)
+def _close_attempt(
+    tx: Transaction, job: Job, reason: Reason, message: str, now: dt.datetime, *, inside: bool = False
+) -> None:
     own = (Attempt.job_id == job.job_id) & (Attempt.attempt == job.attempt)
-    tx.session.execute(update(Attempt).where(own).values(ended_at=now, reason=reason, message=message))
-    _charge(tx, job, now)
-    gave = job.vram_reserved
+    over = {"ended_at": now, "reason": reason, "message": storable(message)}
+    tx.session.execute(update(Attempt).where(own).values(**over, inside=Attempt.host.is_not(None) if inside else False))
     for name, value in ended().items():
         setattr(job, name, value)
+
+
+def _end_attempt(
+    tx: Transaction, job: Job, reason: Reason, message: str, now: dt.datetime, *, inside: bool = False
+) -> None:
+    """Close the running attempt and decide what becomes of the job."""
+    message, gave = storable(message), job.vram_reserved
+    _charge(tx, job, now)
+    _close_attempt(tx, job, reason, message, now, inside=inside)
     job.reason, job.message = reason, message
     outcome = OUTCOMES[reason]
     if outcome.blames is not None:

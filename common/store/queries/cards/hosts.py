@@ -2,33 +2,75 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 
-from sqlalchemy import delete, select, update
+from sqlalchemy import ColumnElement, delete, or_, select, update
 
+from loractl.common.job.method import Method
 from loractl.common.job.status import Status
 from loractl.common.placement.hosts import Seat, may_wait
+from loractl.common.placement.pack_rule import MeasuredPass, PassLaw
 
 from ...hosts import TrainerHost
 from ...records import Claim, NewHost
-from ...tables import Job, Node
+from ...tables import Attempt, Job, Node
 from ...transaction import Transaction
 from .nodes import read_cards
 
 
 def keep(tx: Transaction, claim: Claim, new: NewHost) -> bool:
+    return _write(tx, claim, new, is_open=False)
+
+
+def open_to_others(tx: Transaction, claim: Claim, new: NewHost) -> bool:
+    if not _write(tx, claim, new, is_open=True):
+        return False
+    tx.session.execute(update(Attempt).where(*_of(claim)).values(host=new.host))
+    return True
+
+
+def _write(tx: Transaction, claim: Claim, new: NewHost, *, is_open: bool) -> bool:
+    """Write the host's row while the claim's attempt runs, if its base has room."""
     tx.session.scalars(select(Node).where(Node.node == new.node).with_for_update()).first()
     now, member = tx.now(), {"job_id": claim.job_id, "attempt": claim.attempt}
     own = (Job.job_id == claim.job_id, Job.token == claim.token, Job.status == Status.RUNNING, Job.node == new.node)
     if tx.session.scalar(select(Job.job_id).where(*own)) is None:
         return False
-    what = {"base_model": claim.spec.base_model, "method": claim.method.value}
+    if others_inside(tx, new.host, claim):
+        return True  # the row says what holds while they are in it
+    what = {"base_model": claim.spec.base_model, "method": claim.method.value, "open": is_open}
     tx.put(TrainerHost, "host", {**vars(new), **what, **member, "leaving": False, "since": now})
     card = next((card for card in read_cards(tx.session, now) if card.node == new.node), None)
     if card is None or not may_wait(card):
         forget(tx, [new.host])
         return False
     return True
+
+
+def others_inside(tx: Transaction, host: str, claim: Claim) -> bool:
+    """Whether other attempts than the claim's are in the host, running or on their way out."""
+    running = (Attempt.job_id == Job.job_id) & (Attempt.attempt == Job.attempt) & (Job.status == Status.RUNNING)
+    inside = select(Attempt.job_id).join(Job, Attempt.job_id == Job.job_id)
+    inside = inside.where(Attempt.host == host, Attempt.token != claim.token, or_(running, Attempt.inside))
+    return tx.session.scalars(inside.limit(1)).first() is not None
+
+
+def leave(tx: Transaction, claim: Claim) -> None:
+    tx.session.execute(update(Attempt).where(*_of(claim)).values(inside=False))
+
+
+def note_passes(tx: Transaction, host: str, passes: Sequence[MeasuredPass]) -> None:
+    row = tx.session.get(TrainerHost, host, with_for_update=True)
+    if row is None:
+        return
+    law = PassLaw.from_json(row.law, quantised=Method(row.method) is Method.QLORA)
+    for measured in passes:
+        law = law.learn(measured)
+    row.law = law.as_json()
+
+
+def _of(claim: Claim) -> tuple[ColumnElement[bool], ...]:
+    return Attempt.job_id == claim.job_id, Attempt.attempt == claim.attempt, Attempt.token == claim.token
 
 
 def take_seat(tx: Transaction, seat: Seat, job_id: int, attempt: int) -> bool:

@@ -1,0 +1,93 @@
+"""Hosts that take several jobs: how they open, what their passes teach, and how members end."""
+
+from __future__ import annotations
+
+from loractl.common.job.status import Reason, Status
+from loractl.common.placement.hosts import base_key
+from loractl.common.placement.pack_rule import MeasuredPass, PassLaw
+from loractl.common.store.records import Claim, NewHost, Progress
+from loractl.common.store.store import Store
+from loractl.common.units import GIB
+
+from ...factories import node_state, submission
+
+NODE = "box:0"
+
+
+def begin(store: Store, total: int = 24, gib: float = 8) -> Claim:
+    """A job that runs on a card of `total` GiB."""
+    store.see_node(node_state(NODE, total=total * GIB, max_jobs=4))
+    store.submit(submission(lora=gib, method="lora"))
+    taken = store.claim(NODE)
+    assert isinstance(taken, Claim)
+    return taken
+
+
+def opens(store: Store, mine: Claim, gib: int = 5, mark: str = "h1") -> bool:
+    key = base_key(mine.spec, mine.method)
+    assert key is not None
+    return store.open_host(mine, NewHost(host=mark, node=NODE, key=key, bytes=gib * GIB))
+
+
+def test_a_host_opens_while_its_job_runs_and_that_holds_its_base(store: Store) -> None:
+    mine = begin(store)
+    assert opens(store, mine)
+    (row,) = store.hosts(NODE)
+    assert (row.open, row.job_id, row.bytes) == (True, mine.job_id, 5 * GIB)
+    assert store.attempts(mine.job_id)[0].host == "h1"
+    assert store.fleet().cards[NODE].taken == 8 * GIB
+    assert not opens(store, mine, 30, "large"), "no room"
+    store.give_back(NODE)
+    assert not opens(store, mine), "the lease is lost"
+
+
+def test_a_host_s_passes_teach_its_law(store: Store) -> None:
+    mine = begin(store)
+    opens(store, mine)
+    passes = [MeasuredPass(tokens=64 * count, members=count, seconds=0.1 * count) for count in (1, 2, 4)]
+    store.note_passes("h1", passes[:1])
+    store.note_passes("h1", passes[1:])
+    store.note_passes("gone", passes)
+    law = PassLaw.start(quantised=False)
+    for measured in passes:
+        law = law.learn(measured)
+    (row,) = store.hosts(NODE)
+    assert PassLaw.from_json(row.law, quantised=False) == law
+
+
+def test_a_lost_host_spends_no_retry_and_holds_nobody(store: Store) -> None:
+    mine = begin(store)
+    opens(store, mine)
+    for _ in range(4):
+        assert store.finish(mine, Reason.HOST_LOST, "its trainer ended", Progress()) is Status.QUEUED
+        again = store.claim(NODE)
+        assert isinstance(again, Claim)
+        mine = again
+    job = store.job(mine.job_id)
+    assert (job.retries_used, job.lab_failures, job.avoids, job.held) == (0, 0, None, False)
+
+
+def test_a_job_that_found_no_host_goes_back_free_of_charge(store: Store) -> None:
+    mine = begin(store)
+    assert store.hand_back(mine, "the trainer that it was to join has ended")
+    job = store.job(mine.job_id)
+    assert (job.status, job.reason, job.token, job.vram_reserved) == (Status.QUEUED, None, None, None)
+    assert store.fleet().charges == {}
+    assert store.attempts(mine.job_id)[0].reason is Reason.HOST_LOST
+    assert "went back before it began" in store.events(mine.job_id)[-1].text
+    assert not store.hand_back(mine, "again"), "the lease is lost"
+    again = store.claim(NODE)
+    assert isinstance(again, Claim)
+    store.cancel(again.job_id, "ada")
+    assert store.hand_back(again, "the trainer that it was to join has ended")
+    assert store.job(again.job_id).status is Status.CANCELLED
+
+
+def test_a_member_that_ended_is_inside_until_it_has_left(store: Store) -> None:
+    mine = begin(store)
+    opens(store, mine)
+    store.cancel(mine.job_id, "ada")
+    assert store.finish(mine, Reason.CANCELLED, "cancelled by ada", Progress(), inside=True) is Status.CANCELLED
+    assert store.attempts(mine.job_id)[0].inside
+    store.leave_host(mine)
+    assert not store.attempts(mine.job_id)[0].inside
