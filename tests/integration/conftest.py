@@ -6,6 +6,7 @@ import gc
 import itertools
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -40,17 +41,15 @@ _trained = itertools.count()
 
 
 @pytest.fixture
-def recipe(tiny_model: Path, tmp_path: Path) -> Recipe:
-    """Run the recipe on a tiny model; keyword arguments go into the spec's training section, `job` beside it."""
-    from loractl.worker.training.recipe import train
-
+def start(tiny_model: Path, tmp_path: Path) -> Callable[..., Start]:
+    """An order for a tiny model; keyword arguments go into the spec's training section, `job` beside it."""
     data = write_helpdesk(tmp_path / "data.jsonl")
 
-    def run(
+    def make(
         where: str = "a",
         *,
+        job_id: int = 1,
         method: str = "lora",
-        stop_after: int | None = None,
         resume: str | None = None,
         lora: dict | None = None,
         dataset: dict | None = None,
@@ -58,9 +57,10 @@ def recipe(tiny_model: Path, tmp_path: Path) -> Recipe:
         job: dict | None = None,
         memory_limit: int | None = None,
         lm_eval_tasks: Path | None = None,
-        shelf: Shelf | None = None,
+        keep: bool = False,
+        joins: bool = False,
         **training: object,
-    ) -> tuple[Ended, list]:
+    ) -> Start:
         spec = JobSpec.model_validate(
             {
                 "name": "tiny",
@@ -83,8 +83,8 @@ def recipe(tiny_model: Path, tmp_path: Path) -> Recipe:
         )
         folder = tmp_path / where
         (folder / "result").mkdir(parents=True, exist_ok=True)
-        order = Start(
-            job_id=1,
+        return Start(
+            job_id=job_id,
             attempt=1,
             user="t",
             node="n:0",
@@ -103,9 +103,23 @@ def recipe(tiny_model: Path, tmp_path: Path) -> Recipe:
             earlier_checkpoints=[str(tmp_path / resume / "checkpoints")] if resume else [],
             cache_dir=str(tmp_path / "cache"),
             lm_eval_tasks=str(lm_eval_tasks) if lm_eval_tasks else None,
-            keep=None if shelf is None else base_key(spec, Method(method)),
+            keep=base_key(spec, Method(method)) if keep else None,
+            joins=joins,
         )
+
+    return make
+
+
+@pytest.fixture
+def recipe(start: Callable[..., Start]) -> Recipe:
+    """Run the recipe on a tiny model, by what `start` takes."""
+    from loractl.worker.training.recipe import train
+
+    def run(
+        where: str = "a", *, stop_after: int | None = None, shelf: Shelf | None = None, **keys: Any
+    ) -> tuple[Ended, list]:
         told: list = []
+        order = start(where, keep=shelf is not None, **keys)
         state = Run(order=order, tell=told.append, shelf=shelf or Shelf())
         if stop_after is not None:
 

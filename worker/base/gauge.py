@@ -77,11 +77,26 @@ def hold_to(limit: int | None, device: Literal["cuda", "cpu"], gpu: str) -> None
         return
     if device == "cuda":
         torch.ones(16, 16, device="cuda").mm(torch.ones(16, 16, device="cuda"))  # brings up the context and cuBLAS
+    else:
+        _prepare_processor()
+    limit_to(limit, device, gpu)
+
+
+def limit_to(limit: int | None, device: Literal["cuda", "cpu"], gpu: str) -> None:
+    """Change the limit of a process that was held to one."""
+    if limit is None:
+        return
+    if device == "cuda":
         total = torch.cuda.get_device_properties(0).total_memory
         used = nvml_process(gpu).bytes
         context = None if used is None else max(0, used - torch.cuda.memory_reserved())
         torch.cuda.set_per_process_memory_fraction(min(1.0, allocator_room(limit, context) / total))
         return
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (_bytes_of_libraries() + limit, hard))
+
+
+def _prepare_processor() -> None:
     # oneDNN keeps what it compiled for 1,024 shapes, 50 MB for each length of a batch: it would grow into the limit.
     os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] = "32"
     # Threads are started first: OpenMP ends the process when it gets no stack for one.
@@ -90,8 +105,6 @@ def hold_to(limit: int | None, device: Literal["cuda", "cpu"], gpu: str) -> None
     # Every tensor gets its own mapping, which goes when it is freed: glibc's heap does not give holes back, and the
     # smaller batch would find no more room than the larger one.
     _libc_call("mallopt", _M_MMAP_THRESHOLD, _MMAP_BYTES)
-    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    resource.setrlimit(resource.RLIMIT_DATA, (_bytes_of_libraries() + limit, hard))
 
 
 @functools.cache

@@ -114,6 +114,12 @@ class PackMember:
     def ended(self) -> bool:
         return self.control.should_training_stop
 
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """What it holds beside the base: its adapter, and the optimizer's state."""
+        state = (value for held in self.optimizer.inner.state.values() for value in held.values())
+        return [*self.trained, *(value for value in state if isinstance(value, torch.Tensor))]
+
     def resume(self, folder: Path) -> None:
         """Go on from a checkpoint. Raises TrainingFailed for one that does not belong to it, and what reading raises.
 

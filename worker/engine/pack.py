@@ -12,6 +12,7 @@ from loractl.worker.base.gauge import in_a_sentence, is_out_of_memory, release
 
 from .loss import MicroBatch
 from .member import Course, PackMember
+from .meter import PassMeter
 from .passes.shared import SharedPass
 
 log = logging.getLogger("loractl.worker")
@@ -46,7 +47,9 @@ class Pack:
     What a member learns does not depend on the others. Not for several threads: one at a time may call a pack.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, meter: PassMeter | None = None) -> None:
+        """`meter`: is asked to measure passes over a shared base."""
+        self._meter = meter
         self._seats: list[_Seat] = []
         self._too_many: int | None = None  # tokens for whose pass these members had no memory
 
@@ -106,6 +109,14 @@ class Pack:
 
     def _learn(self, seats: list[_Seat]) -> None:
         """Leave the gradients of one micro-batch of each, and its loss or the error that is its own."""
+        forward = seats[0].member.forward
+        if self._meter is None or not isinstance(forward, SharedPass):
+            self._learn_all(seats)
+            return
+        with self._meter.around(sum(seat.tokens for seat in seats), len(seats), forward.device):
+            self._learn_all(seats)
+
+    def _learn_all(self, seats: list[_Seat]) -> None:
         if len(seats) == 1:
             _learn_alone(seats[0])
             return

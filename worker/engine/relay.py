@@ -14,6 +14,7 @@ from collections.abc import Iterator
 import torch
 
 from .member import PackMember
+from .meter import PassMeter
 from .pack import Ending, Pack
 from .streams import RandomStreams
 
@@ -21,8 +22,8 @@ from .streams import RandomStreams
 class Relay:
     """Who computes now, and who is next: first come, first served."""
 
-    def __init__(self) -> None:
-        self.pack = Pack()
+    def __init__(self, meter: PassMeter | None = None) -> None:
+        self.pack = Pack(meter)
         self._changed = threading.Condition()
         self._holder: Leg | None = None
         self._queue: deque[Leg] = deque()
@@ -107,6 +108,20 @@ class Leg:
         """Let the others that wait go first. Call it between two pieces of work, outside of any mode of the process."""
         self._relay._pause(self)
 
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """Do what neither computes nor draws random numbers, and let others compute meanwhile."""
+        self._relay._give()
+        try:
+            yield
+        finally:
+            self._relay._take(self)
+
     def train(self, member: PackMember) -> None:
         """Train a member to its end, in the pack of all. What it raises is its own."""
         self._relay._train(self, member)
+
+
+def solo_leg(device: torch.device) -> Leg:
+    """The part of a training that has its process to itself."""
+    return Leg(Relay(), RandomStreams(device))

@@ -32,3 +32,4 @@ class TrainingCourse:
     eval_batch: int
     gradient_checkpointing: bool
     threads: int
+    companions: tuple[int, ...] = ()  # jobs that trained in the same process meanwhile

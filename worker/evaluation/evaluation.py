@@ -62,7 +62,7 @@ def evaluate(
     began = time.monotonic()
     work = Work.of(data, spec, learner.tokenizer)
     tick = counter(2 * work.passes, check_stop, progress)
-    base, tuned = (_measure(learner, work, spec, tick, base=adapter_off) for adapter_off in (True, False))
+    base, tuned = (_measure(learner, work, spec, tick, check_stop, base=off) for off in (True, False))
     answers = side_by_side(work.prompts, base.texts, tuned.texts)
     labels = _labels(work, base, tuned) if work.labelled else None
     wanted, stops = set(spec.evaluation.metrics), data.format is not DataFormat.TEXT
@@ -167,15 +167,23 @@ class _Measured:
     labels: list[tuple[str, bool]]
 
 
-def _measure(learner: Learner, work: Work, spec: JobSpec, tick: Callable[[int], None], *, base: bool) -> _Measured:
-    """Let one model do the work: the base, or the tuned one."""
+def _measure(
+    learner: Learner,
+    work: Work,
+    spec: JobSpec,
+    tick: Callable[[int], None],
+    between: Callable[[], None],
+    *,
+    base: bool,
+) -> _Measured:
+    """Let one model do the work: the base, or the tuned one. `between`: called after each token of an answer."""
     model, tokenizer, batch = learner.model, learner.tokenizer, spec.evaluation.per_device_eval_batch_size
 
     def score(rows: list[TokenRow]) -> RowScores:
         return score_rows(model, tokenizer, rows, batch, tick, learner.scorer)
 
     def answer(prompts: list[Prompt], longest: int) -> list[tuple[str, bool]]:
-        return generate(model, tokenizer, [prompt.ids for prompt in prompts], batch, longest, tick)
+        return generate(model, tokenizer, [prompt.ids for prompt in prompts], batch, longest, tick, between)
 
     with evaluating(model, base=base), whole_modules(model, learner.precision.base):
         return _Measured(

@@ -17,8 +17,12 @@ def generate(
     batch: int,
     max_new_tokens: int,
     tick: Callable[[int], None] = lambda n: None,
+    between: Callable[[], None] | None = None,
 ) -> list[tuple[str, bool]]:
-    """(answer, ended by itself) for each prompt: greedy, in left-padded batches of similar length."""
+    """(answer, ended by itself) for each prompt: greedy, in left-padded batches of similar length.
+
+    `between`: called after each token of a batch; what it raises comes through.
+    """
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     answers: list[tuple[str, bool]] = [("", False)] * len(prompts)
     ends = end_ids(model, tokenizer)
@@ -37,6 +41,7 @@ def generate(
             top_k=None,
             repetition_penalty=1.0,
             use_cache=True,
+            stopping_criteria=None if between is None else [_Between(between)],
             eos_token_id=sorted(ends),
             pad_token_id=tokenizer.pad_token_id,
         )
@@ -48,6 +53,17 @@ def generate(
 
     in_batches(order, batch, answer)
     return answers
+
+
+class _Between:
+    """In the place of a rule that ends an answer: it ends none."""
+
+    def __init__(self, call: Callable[[], None]) -> None:
+        self._call = call
+
+    def __call__(self, ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        self._call()
+        return torch.zeros(ids.shape[0], dtype=torch.bool, device=ids.device)
 
 
 def end_ids(model: Any, tokenizer: Any) -> set[int]:

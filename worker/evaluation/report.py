@@ -140,6 +140,7 @@ def _training(order: Start, course: TrainingCourse, precision: str) -> dict[str,
         "precision": precision,
         "device": order.device,
         "threads": course.threads,
+        "companions": list(course.companions),
         "losses": list(course.losses),
         "eval_losses": list(course.eval_losses),
     }

@@ -1,6 +1,6 @@
 """What supervisor and trainer say to each other: one JSON object a line, over the trainer's stdin and stdout.
 
-Every message names its job: a host serves one job after the other on the same base, and may later serve several.
+Every message names its job: a host serves jobs after each other and beside each other on the same base.
 """
 
 from __future__ import annotations
@@ -85,6 +85,7 @@ class Start(_Message):
     init_from: Ancestor | None = None  # None: a fresh adapter
     lm_eval_tasks: str | None = None  # the box owner's folder of tasks for the lm-eval harness
     keep: str | None = None  # what decides how the base is loaded, where it may stay for the next job; None: it may not
+    joins: bool = False  # it trains on the base that is there, beside others: its memory is its own part alone
 
 
 class Stop(_Message):
@@ -105,6 +106,13 @@ class Release(_Message):
     """Supervisor, to a trainer whose job has ended and whose base stays: be a host that has no member."""
 
     type: Literal["release"] = "release"
+    mark: str  # of the host, for the environment
+
+
+class Share(_Message):
+    """Supervisor, to a trainer that trains: be a host's, and no job's alone. Others join."""
+
+    type: Literal["share"] = "share"
     mark: str  # of the host, for the environment
 
 
@@ -160,6 +168,36 @@ class Saved(_Message):
     path: str
 
 
+class LogLines(_Message):
+    """Trainer: lines of a job's log, where the process has several jobs."""
+
+    type: Literal["log"] = "log"
+    text: str
+
+
+class Opened(_Message):
+    """Trainer: the job trains, and others may train beside it on its base, which takes so many bytes."""
+
+    type: Literal["opened"] = "opened"
+    base_bytes: int
+
+
+class Passed(_Message):
+    """Trainer: a forward and backward pass over the base, measured. It tells one of many."""
+
+    type: Literal["passed"] = "passed"
+    tokens: int
+    members: int
+    seconds: float
+
+
+class MemberLeft(_Message):
+    """Trainer: of a job that has ended nothing is in the process any more, which goes on with others."""
+
+    type: Literal["left"] = "left"
+    fault: str | None = None  # what is left of it all the same
+
+
 class Ended(_Message):
     """Trainer: the job is over; with ok, the output folder is complete."""
 
@@ -170,8 +208,8 @@ class Ended(_Message):
     base_bytes: int | None = None  # of the base that stays, once nothing else of the job is left; None: none does
 
 
-Order = Start | Stop | Take | Release
-Told = StageChanged | Stepped | Adjusted | Planned | Note | Saved | Ended
+Order = Start | Stop | Take | Release | Share
+Told = StageChanged | Stepped | Adjusted | Planned | Note | Saved | LogLines | Opened | Passed | MemberLeft | Ended
 
 _orders: TypeAdapter[Order] = TypeAdapter(Annotated[Order, Field(discriminator="type")])
 _told: TypeAdapter[Told] = TypeAdapter(Annotated[Told, Field(discriminator="type")])

@@ -6,13 +6,22 @@ import os
 import queue
 import sys
 import threading
+from dataclasses import dataclass
 from typing import IO
 
-from .messages import Release, Start, Stop, Take, decode_order
+from .messages import Ended, Order, Start, Stop, decode_order
 
 EXIT_ORPHANED = 9
 
-Orders = queue.SimpleQueue[Start | Stop | Take | Release]
+Orders = queue.SimpleQueue[Order]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemberOver:
+    """A job's thread has done its work: what it says of the end, or what went wrong in us."""
+
+    order: Start
+    ended: Ended | BaseException
 
 
 class OrderDesk:
@@ -20,15 +29,19 @@ class OrderDesk:
 
     def __init__(self, commands: IO[str]) -> None:
         self._commands = commands
-        self._own: Orders = queue.SimpleQueue()
+        self._own: queue.SimpleQueue[Order | MemberOver] = queue.SimpleQueue()
         self._members: dict[int, Orders] = {}
 
     def open(self) -> None:
         threading.Thread(target=self._listen, name="orders", daemon=True).start()
 
-    def next(self) -> Start | Stop | Take | Release:
-        """Wait for the next order that is for the trainer itself."""
+    def next(self) -> Order | MemberOver:
+        """Wait for the next order that is for the trainer itself, or the end of a job."""
         return self._own.get()
+
+    def put(self, over: MemberOver) -> None:
+        """Let the trainer know that a job has ended; the job's thread calls it."""
+        self._own.put(over)
 
     def of(self, order: Start) -> Orders:
         """What is ordered of one job."""

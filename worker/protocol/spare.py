@@ -8,7 +8,8 @@ what it printed before that line is no job's. From then on it is a trainer like 
 
 A host is a trainer that stays after its job with the base that it has loaded. On Release it writes a mark of its own in
 place of the attempt's, and says on both pipes that it is taken by that: what it prints from there on is no job's. The
-next job takes it as it would a spare.
+next job takes it as it would a spare. A trainer that others join writes that mark on Share, and says on both pipes that
+it is shared: what it prints from there on is no job's, for the jobs' own lines come as messages.
 """
 
 from __future__ import annotations
@@ -33,3 +34,8 @@ def host_name(mark: str) -> str:
 def taken(mark: str) -> str:
     """The line, on standard output and standard error, from which on it is this attempt's."""
     return f"taken {mark}\n"
+
+
+def shared(mark: str) -> str:
+    """The line, on standard output and standard error, from which on it is several jobs'."""
+    return f"shared {mark}\n"

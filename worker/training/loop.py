@@ -16,11 +16,12 @@ from loractl.worker.base.failure import TrainingFailed
 from loractl.worker.base.gauge import release
 from loractl.worker.base.learner import Learner
 from loractl.worker.data.prepared import PreparedData
-from loractl.worker.engine.loop import run as run_members
 from loractl.worker.engine.member import ForwardPass, MemberRows, PackMember
+from loractl.worker.engine.passes.shared import SharedPass
 from loractl.worker.engine.snapshot import read_snapshot
 from loractl.worker.evaluation.evaluation import Work
 from loractl.worker.evaluation.stretches import ROWS
+from loractl.worker.protocol.messages import Opened
 
 from .arguments import training_arguments
 from .best import BestKeeper
@@ -106,6 +107,18 @@ class Brake(TrainerCallback):
             control.should_save = self._run.save_on_stop.is_set()
 
 
+class BaseOpening(TrainerCallback):
+    """Says that others may train on the base, once the longest batches have fitted."""
+
+    def __init__(self, run: Run, forward: ForwardPass) -> None:
+        self._run, self._shares = run, isinstance(forward, SharedPass)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        order, size = self._run.order, self._run.shelf.size
+        if self._shares and size and not order.joins:
+            self._run.tell(Opened(job_id=order.job_id, base_bytes=size))
+
+
 def fit(
     run: Run, learner: Learner, forward: ForwardPass, data: PreparedData, callbacks: Callbacks
 ) -> TrainingArguments:
@@ -153,13 +166,16 @@ def _fit_once(
     callbacks: Callbacks,
 ) -> str | None:
     """Train to the end. Returns torch's words where the longest batch does not fit; then nothing was trained."""
-    os.environ["TENSORBOARD_LOGGING_DIR"] = str(Path(run.order.output_dir) / "tensorboard")  # stored with the result
+    if run.spec.training.report_to:
+        os.environ["TENSORBOARD_LOGGING_DIR"] = str(
+            Path(run.order.output_dir) / "tensorboard"
+        )  # stored with the result
     # the rows that the report measures: the losses of both are compared
     rows = MemberRows(train=data.trained_rows, held_out=data.held_out.rows[: run.spec.evaluation.max_rows])
     # Without a limit no allocation fails on a processor: the kernel kills a process, and a probe would see nothing.
     probes = [Probe(learner, data, run)] if run.on_gpu or run.order.memory_limit is not None else []
     # after the probe: the others say that training begins
-    member = PackMember(forward, arguments, rows, (*probes, *callbacks.in_order))
+    member = PackMember(forward, arguments, rows, (*probes, *callbacks.in_order, BaseOpening(run, forward)))
     for probe in probes:
         probe.member = member
     if callbacks.checkpoint is not None:
@@ -168,9 +184,11 @@ def _fit_once(
             callbacks.recorder.take_losses(member.state.log_history)
             callbacks.best.bring(callbacks.checkpoint.path)
     try:
-        run_members([member])
+        run.leg.train(member)
     except DoesNotFit as failure:
         return str(failure)
+    finally:
+        run.traces.note(member.tensors)
     if run.stop.is_set() and member.state.global_step < member.state.max_steps and callbacks.best.stopped_early is None:
         raise Stopped
     return None

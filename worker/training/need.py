@@ -9,7 +9,6 @@ from loractl.common.job.status import Reason
 from loractl.common.memory.plan import predict
 from loractl.common.units import gib
 from loractl.worker.base.failure import TrainingFailed
-from loractl.worker.base.gauge import hold_to
 from loractl.worker.data.lengths import lengths_of
 from loractl.worker.data.prepared import PreparedData
 from loractl.worker.protocol.messages import Planned, Start
@@ -28,6 +27,8 @@ def tell_need(run: Run, data: PreparedData) -> None:
     lengths = lengths_of(data)
     need = predict(spec, lengths)
     given = order.vram_reserved
+    if given is not None and order.joins:
+        given += run.shelf.size  # which others brought
     if need.of(order.method) is not None or given is None or order.gpu == "cpu":
         _tell(run, need)
         return
@@ -46,7 +47,7 @@ def tell_need(run: Run, data: PreparedData) -> None:
 def _tell(run: Run, need: Need) -> None:
     run.tell(Planned(job_id=run.order.job_id, lora=need.lora, qlora=need.qlora))
     if run.on_gpu:
-        hold_to(lowered_limit(run.order, need), "cuda", run.order.gpu)
+        run.lower_to(lowered_limit(run.order, need))
 
 
 def lowered_limit(order: Start, need: Need) -> int | None:

@@ -82,7 +82,7 @@ class Teller(TrainerCallback):
                 tokens_per_second=recorder.tokens_per_second,
                 eta_seconds=left,
                 eta_spread_seconds=spread,
-                peaks=self._run.gauge.look(),
+                peaks=self._run.peaks(),
             )
         )
 
@@ -132,7 +132,7 @@ class Teller(TrainerCallback):
                     total_steps=self._recorder.total_steps,
                     eta_seconds=left,
                     eta_spread_seconds=left,  # how long the answers become is not known
-                    peaks=self._run.gauge.look(),
+                    peaks=self._run.peaks(),
                 )
             )
 

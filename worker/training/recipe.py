@@ -60,16 +60,17 @@ def train(run: Run) -> Ended:
     # 1. The data, before any memory is taken.
     run.stage(Stage.PREPARING)
     set_seed(run.spec.training.seed)
-    tokenizer = load_tokenizer(run.spec.base_model, run.spec.revision, run_code=order.run_code)
-    tokenizer = templated(tokenizer, run.spec.dataset.template)
-    data = _read_data(run, tokenizer)
+    with run.leg.aside():  # others compute meanwhile
+        tokenizer = load_tokenizer(run.spec.base_model, run.spec.revision, run_code=order.run_code)
+        tokenizer = templated(tokenizer, run.spec.dataset.template)
+        data = _read_data(run, tokenizer)
     tasks = find_tasks(run.spec, order.lm_eval_tasks)
     tell_need(run, data)
-    run.check_stop()
+    run.between()
 
     # 2. The base model, in NF4 for QLoRA, and a fresh adapter.
     learner, identity, shared = _load(run, data, tokenizer)
-    forward, why = forward_pass(learner, run.spec, longest_row(data), shared)
+    forward, why = forward_pass(learner, run.spec, longest_row(data), shared, run.leg.streams)
     if why is not None:
         run.note("engine", f"trains with padded rows: {why}")
     if isinstance(forward, LeanPass):
@@ -87,6 +88,7 @@ def train(run: Run) -> Ended:
         (out / "adapter" / LINEAGE).write_text(json.dumps({"init_from": order.init_from.lineage()}, indent=1), "utf-8")
     (out / "job.json").write_text(json.dumps(_resolved(run, arguments), indent=1), "utf-8")
 
+    run.leg.pause()
     # 5. Base against tuned on rows that were never trained on.
     run.stage(Stage.EVALUATING)
     evaluation = _evaluate(run, learner, data, tasks, callbacks)
@@ -94,11 +96,13 @@ def train(run: Run) -> Ended:
     # 6. The report, and the manifest's other files.
     course = _course(run, callbacks, arguments, time.time() - began)
     run.say("hashes the base's files, and writes the report")
-    report = build_report(order, identity.wait(), learner, data, evaluation, course)
+    with run.leg.aside():
+        base = identity.wait()
+    report = build_report(order, base, learner, data, evaluation, course)
     write_report(report, out)
     write_page(report, out)
     write_model_card(report, out / "adapter")
-    return Ended(job_id=order.job_id, reason=Reason.OK, message=report["verdict"]["short"], peaks=run.gauge.look())
+    return Ended(job_id=order.job_id, reason=Reason.OK, message=report["verdict"]["short"], peaks=run.peaks())
 
 
 def longest_row(data: PreparedData) -> int:
@@ -150,7 +154,9 @@ def _load(run: Run, data: PreparedData, tokenizer: Any) -> tuple[Learner, BaseId
     base = _base(run, precision, _head(spec, data, tokenizer))
     # once all files are here: loading may have fetched them from the hub
     identity = BaseIdentity(spec.base_model, spec.revision, Path(order.cache_dir))
-    shared = shared_base(base, precision) if may_share(spec) else None
+    shared = run.shelf.common(lambda loaded: shared_base(loaded, precision), base) if may_share(spec) else None
+    if shared is None and order.joins:
+        raise TrainingFailed(Reason.HOST_LOST, "it can't share a base with other jobs")
     model = add_adapter(base if shared is None else shared.view(), spec, order.method)
     if order.init_from is not None:
         _begin_from(run, model, data, order.init_from)
@@ -178,7 +184,7 @@ def _base(run: Run, precision: Precision, head: Head | None) -> Any:
             head=head,
         )
 
-    base, was_here = run.shelf.base(order.keep, (spec.base_model, spec.revision), load)
+    base, was_here = run.shelf.base(order.keep, (spec.base_model, spec.revision), load, joins=order.joins)
     if was_here:
         run.phase(f"takes {name}, which is loaded already")
     return base
@@ -245,7 +251,7 @@ def _evaluate(run: Run, learner: Learner, data: PreparedData, tasks: Any, callba
     if answers:
         work += f", with {answers} answer{'s' * (answers != 1)} of at most {run.spec.evaluation.max_new_tokens} tokens"
     progress = callbacks.teller.evaluating([f"{model} on {work}" for model in models])
-    evaluation = measure(learner, data, run.spec, run.check_stop, progress)
+    evaluation = measure(learner, data, run.spec, run.between, progress)
     callbacks.teller.tell_held_out(evaluation)
     if tasks is None:
         return evaluation
@@ -270,7 +276,7 @@ def _course(run: Run, callbacks: Callbacks, arguments: TrainingArguments, wall_s
         tokens=recorder.tokens,
         tokens_per_second=recorder.tokens_per_second,
         peaks=run.gauge.look(),
-        peak_kind=run.gauge.kind,
+        peak_kind=run.gauge.kind + (", which it shared with other jobs" if run.company.shared else ""),
         adjustment=run.adjustment,
         changes=tuple(run.changes),
         optimizer=arguments.optim.value,
@@ -279,4 +285,5 @@ def _course(run: Run, callbacks: Callbacks, arguments: TrainingArguments, wall_s
         eval_batch=arguments.per_device_eval_batch_size,
         gradient_checkpointing=arguments.activation_checkpointing,
         threads=torch.get_num_threads(),
+        companions=run.company.met_by(run.order.job_id),
     )

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import InitVar, dataclass, field, replace
+
+import torch
 
 from loractl.common.job.adjustment import Adjustment, adjusted, in_words
 from loractl.common.job.spec import JobSpec
 from loractl.common.job.status import Stage
 from loractl.worker.base.gauge import Gauge
 from loractl.worker.base.kept.shelf import Shelf
+from loractl.worker.engine.relay import Leg, solo_leg
 from loractl.worker.protocol.log_lines import log_line
-from loractl.worker.protocol.messages import Adjusted, Note, StageChanged, Start, Told
+from loractl.worker.protocol.messages import Adjusted, Note, Peaks, StageChanged, Start, Told
+
+from .host.allowance import Allowance
+from .host.company import Company
+from .host.traces import Traces
 
 
 class Stopped(Exception):
@@ -29,15 +35,22 @@ class Run:
     stop: threading.Event = field(default_factory=threading.Event)
     save_on_stop: threading.Event = field(default_factory=threading.Event)
     shelf: Shelf = field(default_factory=Shelf)  # that has the base, where this process has loaded it before
+    part: InitVar[Leg | None] = None  # of the process's computing; None: it computes alone
+    leg: Leg = field(init=False)
+    company: Company = field(default_factory=Company)
+    allowance: Allowance = field(default_factory=Allowance)
+    traces: Traces = field(init=False)
     stages: list[Stage] = field(default_factory=list)  # those that have begun
     adjustment: Adjustment = field(init=False)  # what out-of-memory has changed so far
     changes: list[str] = field(init=False)  # the same in words, one a step down
     gauge: Gauge = field(init=False)
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, part: Leg | None) -> None:
+        self.leg = solo_leg(torch.device(self.order.device)) if part is None else part
         self.adjustment = self.order.adjustment
         self.changes = list(self.order.changes)
         self.gauge = Gauge(self.order.device, self.order.gpu)
+        self.traces = Traces(order=self.order)
 
     @property
     def spec(self) -> JobSpec:
@@ -63,8 +76,16 @@ class Run:
 
     def say(self, text: str) -> None:
         """Write a line into the job's log alone."""
-        sys.stderr.write(log_line(self.stages[-1].value if self.stages else "starting", text))
-        sys.stderr.flush()
+        self.write(log_line(self.stages[-1].value if self.stages else "starting", text))
+
+    def write(self, lines: str) -> None:
+        """Add lines, with their ends, to the job's log."""
+        self.company.write(self.order.job_id, lines, self.tell)
+
+    def peaks(self) -> Peaks:
+        """The job's peaks for its row: of a process that it has shared they are not its own."""
+        found = self.gauge.look()
+        return Peaks(held=found.held) if self.company.shared else found
 
     def adjust(self, adjustment: Adjustment) -> None:
         """Go on with less memory."""
@@ -80,3 +101,16 @@ class Run:
     def check_stop(self) -> None:
         if self.stop.is_set():
             raise Stopped
+
+    def between(self) -> None:
+        """Call it between two pieces of work: it lets others of the process go first. Raises Stopped."""
+        self.check_stop()
+        self.leg.pause()
+
+    def hold_to(self, limit: int | None) -> None:
+        """Allow the process so much for this job, beside what others have."""
+        self.allowance.grant(self.order, limit, self.shelf.size)
+
+    def lower_to(self, limit: int | None) -> None:
+        """Leave the rest of what was allowed to other jobs."""
+        self.allowance.lower(self.order, limit, self.shelf.size)

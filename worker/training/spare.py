@@ -10,7 +10,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 
-from loractl.worker.protocol.spare import PLACEHOLDER, taken
+from loractl.worker.protocol.spare import PLACEHOLDER
 
 NICER = 10
 """By so much the priority of the imports is lower than the process's own."""
@@ -70,10 +70,10 @@ class Marks:
         """Whether there is a place for marks: this process can say whose it is, again and again."""
         return self._run is not None and self._job is not None
 
-    def become(self, name: str, mark: str) -> str:
-        """Be the attempt's of the job of that name, or a host's, for this process and all that it starts.
+    def become(self, name: str, mark: str, line: str) -> None:
+        """Be the attempt's of the job of that name, or a host's, for this process and all that it starts; print `line`.
 
-        Returns the line that says so. Raises ValueError when a mark does not fit: then the node starts another trainer.
+        Raises ValueError when a mark does not fit: then the node starts another trainer.
         """
         run, job = mark.encode(), f"{JOB_VARIABLE}={name}".encode()
         if self._run is None or self._job is None or len(run) != self._run_size or len(job) > self._job_size:
@@ -82,10 +82,8 @@ class Marks:
         ctypes.memmove(self._job, job.ljust(self._job_size, b"\0"), self._job_size)
         os.environ.pop(PLACEHOLDER, None)
         os.environ |= {RUN_VARIABLE: mark, JOB_VARIABLE: name}
-        line = taken(mark)
         sys.stderr.write(line)
         sys.stderr.flush()
-        return line
 
 
 def _room_for_job(address: Callable[[bytes], int | None]) -> tuple[int | None, int]:

@@ -2,8 +2,8 @@
 
     python -m loractl.worker.training.trainer
 
-With `--spare DEVICE` it imports all it needs and waits until a job takes it (protocol/spare.py). After a job whose base
-may stay it is a host: it keeps the base, and waits for the next job.
+With `--spare DEVICE` it imports all it needs and waits until a job takes it (protocol/spare.py). A process whose base
+may stay is a host: while jobs train on it others may join them, and after the last one it waits for the next.
 It ends when its stdin closes, so a killed supervisor leaves no orphan on the device. Signals are the supervisor's
 business. All that a library prints goes to stderr, which becomes the job's log.
 """
@@ -28,21 +28,28 @@ from loractl.worker.base.kernels import load_kernels
 from loractl.worker.base.quiet import quieten, tell_once
 from loractl.worker.protocol.card_error import card_error
 from loractl.worker.protocol.log_lines import log_line
-from loractl.worker.protocol.messages import Ended, Release, Start, Stop, Take, Told, encode
-from loractl.worker.protocol.orders import OrderDesk, Orders
-from loractl.worker.protocol.spare import PLACEHOLDER, READY, SPARE, host_name
+from loractl.worker.protocol.messages import Ended, Passed, Release, Share, Start, Stop, Take, Told, encode
+from loractl.worker.protocol.orders import MemberOver, OrderDesk, Orders
+from loractl.worker.protocol.spare import PLACEHOLDER, READY, SPARE, host_name, shared, taken
 
+from .host.company import Company
+from .host.members import Members, MemberServer
 from .spare import Marks, prepare
 
 if TYPE_CHECKING:
     from loractl.worker.base.kept.shelf import Shelf
+    from loractl.worker.engine.relay import Relay
+
+    from .host.allowance import Allowance
+    from .host.traces import Traces
+    from .run import Run
 
 Tell = Callable[[Told], None]
 Recipe = Callable[[Start, Orders, Tell], Ended]
 
 
 def main(run: Recipe | None = None) -> int:
-    """Serve a job, and as a host the next ones; the exit status is 0 when each one's end could be told.
+    """Serve a job, and as a host more of them; the exit status is 0 when each one's end could be told.
 
     `run`: another recipe than loractl's own. Where it says how many bytes of a base stay, this process does.
     """
@@ -57,9 +64,9 @@ def main(run: Recipe | None = None) -> int:
             channel.write(encode(message))
             channel.flush()
 
-    def become(name: str, mark: str) -> None:
+    def become(name: str, mark: str, line: str) -> None:
         assert marks is not None
-        line = marks.become(name, mark)
+        marks.become(name, mark, line)
         with lock:
             channel.write(line)
             channel.flush()
@@ -71,75 +78,153 @@ def main(run: Recipe | None = None) -> int:
         channel.flush()
         if not _taken(desk, become):
             return 1
-    serve, stays = run or _Host().serve, marks is not None and marks.fit
-    while isinstance(order := desk.next(), Start):
-        order = order if stays else order.model_copy(update={"keep": None})
-        ended = serve(order, desk.of(order), tell)
-        tell(ended)
-        desk.close(order)
-        if order.keep is None or ended.base_bytes is None:
+    company = Company()
+    server: MemberServer = _Host(company, tell) if run is None else _Other(run)
+    members = Members(server, desk, tell, company)
+    while True:
+        order = desk.next()
+        if isinstance(order, Start) and not members and (order.keep is None or marks is None or not marks.fit):
+            order = order.model_copy(update={"keep": None})
+            tell((run or _run_alone)(order, desk.of(order), tell))
             return 0
-        release = desk.next()
-        if not isinstance(release, Release):
-            break
-        become(host_name(release.mark), release.mark)
-        if not _taken(desk, become):
-            break
-    return 1
+        if isinstance(order, Start):
+            members.begin(order)
+        elif isinstance(order, MemberOver):
+            if not members.finish(order):
+                return 0
+        elif isinstance(order, Share):
+            company.share(functools.partial(become, host_name(order.mark), order.mark, shared(order.mark)))
+        elif isinstance(order, Release) and not members:
+            become(host_name(order.mark), order.mark, taken(order.mark))
+            company.shared = False
+            if not _taken(desk, become):
+                return 1
+        else:
+            return 1
 
 
-def _taken(desk: OrderDesk, become: Callable[[str, str], None]) -> bool:
+def _taken(desk: OrderDesk, become: Callable[[str, str, str], None]) -> bool:
     """Wait for a job that takes this process, and be its own."""
     order = desk.next()
     if isinstance(order, Take):
-        become(str(order.job_id), order.mark)
+        become(str(order.job_id), order.mark, taken(order.mark))
     return isinstance(order, Take)
 
 
 STAYS_AFTER = frozenset(
-    {Reason.OK, Reason.CANCELLED, Reason.PRUNED, Reason.DRAINED, Reason.PREEMPTED, Reason.BAD_DATA, Reason.DIVERGED}
+    {
+        Reason.OK,
+        Reason.CANCELLED,
+        Reason.PRUNED,
+        Reason.DRAINED,
+        Reason.PREEMPTED,
+        Reason.BAD_DATA,
+        Reason.DIVERGED,
+        Reason.HOST_LOST,
+    }
 )
 """Ends of a job that say nothing against its process. After any other one the next job gets a new process."""
 
 
 class _Host:
-    """A trainer that keeps its base: one job after the other."""
+    """loractl's own recipe on a base that is kept: jobs after each other and beside each other."""
 
-    def __init__(self) -> None:
+    def __init__(self, company: Company, tell: Tell) -> None:
+        self._company, self._tell = company, tell
         self._shelf: Shelf | None = None
+        self._relay: Relay | None = None
+        self._allowance: Allowance | None = None
+        self._traces: dict[int, Traces] = {}
+        self._fault: str | None = None  # why this process ends with its last member
 
-    def serve(self, order: Start, orders: Orders, tell: Tell) -> Ended:
-        """Train, and put the base back. `base_bytes` says whether the process may stay."""
-        if order.keep is None:
-            return _run(order, orders, tell)
+    def begin(self, order: Start, *, alone: bool) -> None:
         _load()
         from loractl.worker.base.kept.shelf import Shelf
+        from loractl.worker.engine.meter import PassMeter
+        from loractl.worker.engine.relay import Relay
 
-        self._shelf = self._shelf or Shelf()
-        self._shelf.begin()
-        ended = _run(order, orders, tell, self._shelf)
-        orders.put(order)  # who waits there for a stop has nothing more to wait for
-        if ended.reason not in STAYS_AFTER:
-            return ended
-        try:
-            size, why = self._shelf.settle()
-        except Exception as error:  # noqa: BLE001  whatever it is, the job has ended well and this process must go
-            size, why = None, f"{type(error).__name__}: {error}"
-        if size is None:
-            sys.stderr.write(log_line("trainer", f"its base does not stay: {why}"))
+        from .host.allowance import Allowance
+
+        if alone:
+            self._shelf = self._shelf or Shelf()
+            self._shelf.begin()
+            self._relay, self._allowance = Relay(PassMeter(self._passed)), Allowance()
+            self._fault = None
+
+    def serve(self, order: Start, orders: Orders, tell: Tell) -> Ended:
+        import torch
+
+        from .run import Run
+
+        assert self._shelf is not None and self._relay is not None and self._allowance is not None
+        company, allowance, shelf = self._company, self._allowance, self._shelf
+        with self._relay.leg(torch.device(order.device)) as leg:
+            run = Run(order=order, tell=tell, shelf=shelf, part=leg, company=company, allowance=allowance)
+            self._traces[order.job_id] = run.traces
+            return _run(run, orders)
+
+    def let_go(self, order: Start, ended: Ended) -> str | None:
+        from loractl.worker.base.gauge import release
+
+        assert self._shelf is not None and self._allowance is not None
+        fault = self._traces.pop(order.job_id).left()
+        release()
+        self._allowance.take_back(order, self._shelf.size)
+        self._note_fault(ended, fault)
+        return fault
+
+    def settle(self, order: Start, ended: Ended) -> Ended:
+        self._traces.clear()
+        self._note_fault(ended, None)
+        assert self._shelf is not None
+        size, why = None, self._fault
+        if why is None:
+            self._relay = self._allowance = None
+            try:
+                size, why = self._shelf.settle()
+            except Exception as error:  # noqa: BLE001  whatever it is, the job has ended and this process must go
+                why = f"{type(error).__name__}: {error}"
+            if size is None:
+                line = log_line("trainer", f"its base does not stay: {why}")
+                self._company.write(order.job_id, line, self._tell)
         return ended.model_copy(update={"base_bytes": size})
 
+    def _note_fault(self, ended: Ended, fault: str | None) -> None:
+        spoilt = f"a job ended with {ended.reason.value}" if ended.reason not in STAYS_AFTER else None
+        self._fault = self._fault or fault or spoilt
 
-def _run(order: Start, orders: Orders, tell: Tell, shelf: Shelf | None = None) -> Ended:
-    """Train; every way to fail becomes a reason and a sentence, with the traceback in the log."""
+    def _passed(self, tokens: int, members: int, seconds: float) -> None:
+        if (job := self._company.any_job) is not None:
+            self._tell(Passed(job_id=job, tokens=tokens, members=members, seconds=seconds))
+
+
+class _Other:
+    """Another recipe than loractl's own, which knows by itself what stays."""
+
+    def __init__(self, run: Recipe) -> None:
+        self.serve = run
+
+    def begin(self, order: Start, *, alone: bool) -> None:
+        """Nothing is to be prepared."""
+
+    def let_go(self, order: Start, ended: Ended) -> str | None:
+        return None
+
+    def settle(self, order: Start, ended: Ended) -> Ended:
+        return ended
+
+
+def _run_alone(order: Start, orders: Orders, tell: Tell) -> Ended:
+    """A job whose process ends with it."""
     _load()
-    from loractl.worker.base.failure import TrainingFailed
-    from loractl.worker.base.gauge import hold_to
+    from .run import Run
 
-    from .recipe import train
-    from .run import Run, Stopped
+    return _run(Run(order=order, tell=tell), orders)
 
-    run = Run(order=order, tell=tell) if shelf is None else Run(order=order, tell=tell, shelf=shelf)
+
+def _run(run: Run, orders: Orders) -> Ended:
+    """Train; every way to fail becomes a reason and a sentence, with the traceback in the log."""
+    order = run.order
 
     def obey() -> None:
         while isinstance(message := orders.get(), Stop):
@@ -147,13 +232,28 @@ def _run(order: Start, orders: Orders, tell: Tell, shelf: Shelf | None = None) -
                 run.save_on_stop.set()
             run.stop.set()
 
-    threading.Thread(target=obey, name="stop", daemon=True).start()
+    waiter = threading.Thread(target=obey, name=f"stop of job {order.job_id}", daemon=True)
+    run.traces.note_thread(waiter)
+    waiter.start()
+    try:
+        return _trained(run)
+    finally:
+        orders.put(order)  # who waits there for a stop has nothing more to wait for
+
+
+def _trained(run: Run) -> Ended:
+    from loractl.worker.base.failure import TrainingFailed
+
+    from .recipe import train
+    from .run import Stopped
+
+    order = run.order
 
     def ended(reason: Reason, message: str) -> Ended:
-        return Ended(job_id=order.job_id, reason=reason, message=message, peaks=run.gauge.look())
+        return Ended(job_id=order.job_id, reason=reason, message=message, peaks=run.peaks())
 
     try:
-        hold_to(order.memory_limit, order.device, order.gpu)
+        run.hold_to(order.memory_limit)
         return train(run)
     except Stopped:
         return ended(Reason.DRAINED if run.save_on_stop.is_set() else Reason.CANCELLED, "stopped when asked to")
@@ -162,11 +262,11 @@ def _run(order: Start, orders: Orders, tell: Tell, shelf: Shelf | None = None) -
         return ended(Reason.BAD_DATA, f"{error.sentence}{hint}")
     except TrainingFailed as error:
         if error.__cause__ is not None:  # a library's; where there is none, the sentence says all
-            traceback.print_exception(error.__cause__)
+            run.write("".join(traceback.format_exception(error.__cause__)))
         return ended(error.reason, error.sentence)
     except Exception as error:  # noqa: BLE001  after any error the job's row must say why
         # the last place that can name the failure: the whole traceback goes to the log, the sentence to the job's row
-        traceback.print_exc()
+        run.write(traceback.format_exc())
         reason, message = _explain(error, own_limit=order.device == "cpu" and order.memory_limit is not None)
         if reason is Reason.TRAINER_ERROR and Stage.EVALUATING in run.stages:
             reason = Reason.EVALUATION_FAILED

@@ -108,10 +108,10 @@ def test_a_trainer_that_meets_it_says_so(
     def fail(*_: object) -> None:
         raise RuntimeError(text)
 
-    monkeypatch.setattr("loractl.worker.base.gauge.hold_to", fail)
+    monkeypatch.setattr("loractl.worker.training.host.allowance.hold_to", fail)
     (tmp_path / "data.jsonl").write_text("")
     order = make_order(tmp_path, tmp_path, tmp_path / "data.jsonl")
-    ended = trainer._run(order, queue.SimpleQueue(), lambda _: None)
+    ended = trainer._run_alone(order, queue.SimpleQueue(), lambda _: None)
     assert (ended.reason, ended.message.endswith(text.splitlines()[0])) == (reason, True)
 
 
@@ -121,7 +121,7 @@ def test_a_box_without_the_card_that_its_order_names_is_a_gpu_error(tmp_path: Pa
     (tmp_path / "data.jsonl").write_text("")
     order = make_order(tmp_path, tmp_path, tmp_path / "data.jsonl")
     order = order.model_copy(update={"device": "cuda", "gpu": "GPU-a", "memory_limit": 2**30})
-    ended = trainer._run(order, queue.SimpleQueue(), lambda _: None)
+    ended = trainer._run_alone(order, queue.SimpleQueue(), lambda _: None)
     assert ended.reason is Reason.GPU_ERROR, ended.message
 
 

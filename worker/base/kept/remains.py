@@ -28,7 +28,7 @@ class Surroundings:
 
     threads: frozenset[int] = field(default_factory=lambda: frozenset(t.ident or 0 for t in threading.enumerate()))
     children: frozenset[int] = field(default_factory=lambda: frozenset(_children()))
-    files: frozenset[str] = field(default_factory=lambda: frozenset(_open_files()))
+    files: frozenset[str] = field(default_factory=lambda: frozenset(open_files()))
     tensors: tuple[weakref.ref[torch.Tensor], ...] = field(
         default_factory=lambda: tuple(map(weakref.ref, _living_tensors()))
     )
@@ -50,7 +50,7 @@ class Surroundings:
             return f"the thread {alive[0]} still runs"
         if children := sorted(set(_children()) - self.children):
             return f"process {children[0]} still runs"
-        if files := sorted(set(_open_files()) - self.files):
+        if files := sorted(set(open_files()) - self.files):
             return f"{files[0]} is still open"
         gc.collect()
         size = self._tensors_left(kept)
@@ -87,7 +87,7 @@ def _living_tensors() -> list[torch.Tensor]:
     return [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
 
 
-def _open_files() -> list[str]:
+def open_files() -> list[str]:
     """Files on a disk that this process has open, by name."""
     found = []
     for entry in Path("/proc/self/fd").iterdir():

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
+from loractl.common.job.status import Reason
 from loractl.common.memory.plan import CONTEXT_BYTES
+from loractl.worker.base.failure import TrainingFailed
 from loractl.worker.base.gauge import forget_peaks, lift_limit, release
 from loractl.worker.base.hub import pin
 from loractl.worker.base.identity import traits_of
 
 from .imprint import Imprint
 from .remains import Surroundings
+
+Made = TypeVar("Made")
 
 
 class Shelf:
@@ -29,20 +33,35 @@ class Shelf:
         self._traits: tuple[Any, ...] = ()
         self._why_not: str | None = None  # this base may not stay
         self._before: Surroundings | None = None
+        self._common: Any = None  # what trainings make of the base for all of them
+
+    @property
+    def size(self) -> int:
+        """Bytes of the device that the base takes, the context of a card included; 0: it is not here to stay."""
+        if self._imprint is None:
+            return 0
+        return self._imprint.size + (CONTEXT_BYTES if torch.cuda.is_initialized() else 0)
 
     def begin(self) -> None:
-        """A training begins in this process."""
+        """A training begins in this process, in which no other one is."""
         pin.cache_clear()  # a branch of the hub may have moved since
         if self._imprint is not None:
             forget_peaks()
         self._before = Surroundings()
 
-    def base(self, key: str | None, source: tuple[str, str | None], load: Callable[[], Any]) -> tuple[Any, bool]:
-        """The base, and whether it was here. `source`: its name and revision. `key`: None for one that never stays."""
+    def base(
+        self, key: str | None, source: tuple[str, str | None], load: Callable[[], Any], *, joins: bool = False
+    ) -> tuple[Any, bool]:
+        """The base, and whether it was here. `source`: its name and revision. `key`: None for one that never stays.
+
+        Raises TrainingFailed(host_lost) for a training that must find it here (`joins`) and does not.
+        """
         traits = () if key is None else traits_of(*source)
         if self._imprint is not None and (self._key, self._traits) == (key, traits):
             return self._imprint.model, True
-        self._imprint = None
+        if joins:
+            raise TrainingFailed(Reason.HOST_LOST, "the trainer that it was to join has another base")
+        self._imprint = self._common = None
         gc.collect()
         model = load()
         if key is not None:
@@ -50,6 +69,16 @@ class Shelf:
             self._why_not = _unfit(model)
             self._imprint = None if self._why_not else Imprint(model)
         return model, False
+
+    def common(self, make: Callable[[Any], Made], base: Any) -> Made:
+        """What the trainings on a base that is here have in common: made by the first, dropped after the last. A base
+        that does not stay is its training's alone."""
+        if self._imprint is None or self._imprint.model is not base:
+            return make(base)
+        if self._common is None:
+            self._common = (make(base),)
+        made: Made = self._common[0]
+        return made
 
     def settle(self) -> tuple[int | None, str]:
         """After a training: put the base back and look for what was left.
@@ -59,6 +88,7 @@ class Shelf:
         if self._imprint is None or self._before is None:
             return None, self._why_not or "no base was loaded that may stay"
         lift_limit()
+        self._common = None
         self._imprint.restore()
         self._before.restore()
         release()

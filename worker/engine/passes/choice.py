@@ -14,6 +14,7 @@ from loractl.worker.base.gauge import is_out_of_memory
 from loractl.worker.base.learner import Learner
 from loractl.worker.base.source import first_line
 from loractl.worker.data.tokens import TokenRow
+from loractl.worker.engine.streams import RandomStreams
 
 from .lean import LeanPass
 from .padded import PaddedPass
@@ -54,15 +55,20 @@ def _drops(module: Any) -> bool:
 
 
 def forward_pass(
-    learner: Learner, spec: JobSpec, longest: int, shared: SharedBase | None = None
+    learner: Learner,
+    spec: JobSpec,
+    longest: int,
+    shared: SharedBase | None = None,
+    streams: RandomStreams | None = None,
 ) -> tuple[LeanPass | PaddedPass, str | None]:
     """The forward pass of a job whose longest row has so many tokens, and where that is the padded one though the job
-    did not ask for it, why. `shared`: the base that the learner's model is a view of."""
+    did not ask for it, why. `shared`: the base that the learner's model is a view of. `streams`: that it draws from."""
     training = spec.training
     padded = PaddedPass(
         learner.model,
         learner.tokenizer.pad_token_id,
         training.label_smoothing_factor,
+        streams,
         compiled=training.torch_compile,
     )
     if training.exact:
@@ -72,10 +78,10 @@ def forward_pass(
         return padded, why
     if shared is not None:
         with contextlib.suppress(CantShare):
-            together = SharedPass(shared, learner.model, training.label_smoothing_factor)
+            together = SharedPass(shared, learner.model, training.label_smoothing_factor, streams)
             if rows_together(together, longest) is None:
                 return together, None
-    lean = LeanPass(learner.model, learner.precision, training.label_smoothing_factor)
+    lean = LeanPass(learner.model, learner.precision, training.label_smoothing_factor, streams)
     why = rows_together(lean, longest)
     return (lean, None) if why is None else (padded, why)
 

@@ -16,10 +16,13 @@ from loractl.worker.engine.streams import RandomStreams
 class PaddedPass:
     """Losses of a model, equal bit for bit to those of transformers' Trainer."""
 
-    def __init__(self, model: Any, pad: int, smoothing: float, *, compiled: bool = False) -> None:
+    def __init__(
+        self, model: Any, pad: int, smoothing: float, streams: RandomStreams | None = None, *, compiled: bool = False
+    ) -> None:
+        """`streams`: that the training draws from; None: it has them to itself."""
         self.model = model
         self.device: torch.device = model.device
-        self.streams = RandomStreams(self.device)
+        self.streams = streams or RandomStreams(self.device)
         self._pad = pad
         self._smoothing = smoothing
         self._learner = torch.compile(model, backend="inductor") if compiled else model

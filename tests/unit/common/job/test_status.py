@@ -28,7 +28,7 @@ def test_what_the_lab_caused_spends_no_retry() -> None:
     # out of memory is the plan's fault; the store tries again while a method or a larger card is left
     failures = {r for r, o in OUTCOMES.items() if o.blames is not None}
     assert failures == {Reason.WORKER_LOST, Reason.GPU_ERROR, Reason.DISK_FULL, Reason.STORE_FAILED}
-    assert free == failures | {Reason.PREEMPTED, Reason.DRAINED, Reason.OUT_OF_MEMORY}
+    assert free == failures | {Reason.PREEMPTED, Reason.DRAINED, Reason.HOST_LOST, Reason.OUT_OF_MEMORY}
 
 
 def test_the_transitions_are_closed_and_every_outcome_can_be_reached_from_running() -> None:

@@ -1,0 +1,204 @@
+"""Several jobs in one trainer process: each is what it would be alone, and none ends for another's sake."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from loractl.common.job.status import Reason
+from loractl.worker.protocol.messages import (
+    Ended,
+    LogLines,
+    MemberLeft,
+    Note,
+    Opened,
+    Order,
+    Passed,
+    Start,
+    Stepped,
+    Stop,
+    Told,
+    encode,
+)  # fmt: skip
+from loractl.worker.protocol.orders import MemberOver, OrderDesk
+from loractl.worker.training.host.allowance import Allowance
+from loractl.worker.training.host.company import Company
+from loractl.worker.training.host.members import Members
+from loractl.worker.training.host.traces import Traces
+from loractl.worker.training.trainer import _Host
+
+from .conftest import Recipe
+
+WEIGHTS = Path("result") / "adapter" / "adapter_model.safetensors"
+LONG = {"per_device_train_batch_size": 4, "max_steps": 6}  # over 32 tokens a micro-batch: the same kernels alone
+
+KEPT_OPEN: list[object] = []  # a trainer whose orders end, ends: here it would be pytest
+
+
+class Process:
+    """A trainer's main thread, in a thread of this process."""
+
+    def __init__(self) -> None:
+        read, write = os.pipe()
+        self._pipe = os.fdopen(write, "w")
+        KEPT_OPEN.append(self._pipe)
+        self._desk = OrderDesk(os.fdopen(read))
+        self._desk.open()
+        self.told: dict[int, list[Told]] = defaultdict(list)
+        self.on: list[Callable[[Told], None]] = []
+        self.company = Company()
+        self._members = Members(_Host(self.company, self._tell), self._desk, self._tell, self.company)
+        self.stays: bool | None = None
+        self._thread = threading.Thread(target=self._main)
+        self._thread.start()
+
+    def send(self, *orders: Order) -> None:
+        for order in orders:
+            self._pipe.write(encode(order))
+        self._pipe.flush()
+
+    def join(self) -> None:
+        self._thread.join(timeout=300)
+        assert not self._thread.is_alive(), self.told
+
+    def ended(self, job: int) -> Ended:
+        (found,) = [message for message in self.told[job] if isinstance(message, Ended)]
+        return found
+
+    def of(self, job: int, kind: type[Any]) -> list[Any]:
+        return [message for message in self.told[job] if isinstance(message, kind)]
+
+    def when(self, job: int, kind: type[Told], do: Callable[[], None], step: int = 0) -> None:
+        """Once the job has told such a message."""
+        done: list[bool] = []
+
+        def hear(message: Told) -> None:
+            here = message.job_id == job and isinstance(message, kind) and getattr(message, "step", 0) >= step
+            if here and not done:
+                done.append(True)
+                do()
+
+        self.on.append(hear)
+
+    def _tell(self, message: Told) -> None:
+        self.told[message.job_id].append(message)
+        for hear in self.on:
+            hear(message)
+
+    def _main(self) -> None:
+        while True:
+            order = self._desk.next()
+            if isinstance(order, Start):
+                self._members.begin(order)
+                self.company.shared = len(self._members) > 1 or self.company.shared
+            elif isinstance(order, MemberOver):
+                stays = self._members.finish(order)
+                if not len(self._members):
+                    self.stays = stays
+                    return
+
+
+def read_report(folder: Path) -> dict[str, Any]:
+    report: dict[str, Any] = json.loads((folder / "result" / "report.json").read_text())
+    return report
+
+
+def weights(folder: Path) -> bytes:
+    return (folder / WEIGHTS).read_bytes()
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_jobs_in_one_process_leave_the_adapters_that_they_leave_alone(
+    recipe: Recipe, start: Callable[..., Start], tmp_path: Path, method: str
+) -> None:
+    """With evaluations in mid-training, answers and reports in between; one comes late, one is cancelled."""
+    first = {"method": method, **LONG, "max_steps": 10, "eval_steps": 3, "lora": {"r": 8, "lora_dropout": 0.1}}
+    second = {"method": method, **LONG, "seed": 7, "lora": {"r": 4, "use_dora": method == "lora"}}
+    alone = {1: recipe("alone1", **first), 2: recipe("alone2", **second)}
+    process = Process()
+    process.when(1, Opened, lambda: process.send(start("two", job_id=2, keep=True, joins=True, **second)))
+    process.when(2, Stepped, lambda: process.send(start("gone", job_id=3, keep=True, joins=True, **first)), step=1)
+    process.when(3, Stepped, lambda: process.send(Stop(job_id=3, save=False)), step=1)
+    process.send(start("one", job_id=1, keep=True, **first))
+    process.join()
+    assert {job: process.ended(job).reason for job in (1, 2, 3)} == {
+        1: Reason.OK, 2: Reason.OK, 3: Reason.CANCELLED
+    }  # fmt: skip
+    for job, folder in ((1, "one"), (2, "two")):
+        assert weights(tmp_path / folder) == weights(tmp_path / f"alone{job}")
+        losses = [m.metrics for m in process.of(job, Stepped) if m.metrics]
+        assert losses == [m.metrics for m in alone[job][1] if isinstance(m, Stepped) and m.metrics]
+    assert process.ended(1).message == alone[1][0].message
+    assert process.stays, "nothing is left of any"
+    assert [left.fault for job in (1, 2, 3) for left in process.of(job, MemberLeft)] == [None, None]
+    assert any("step" in lines.text for lines in process.of(2, LogLines))
+    passes = [passed for told in list(process.told) for passed in process.of(told, Passed)]
+    assert passes and all(passed.tokens > 32 and passed.seconds > 0 for passed in passes)
+    assert read_report(tmp_path / "one")["training"]["companions"] == [2, 3]
+    assert not [note for note in process.of(3, Note) if note.kind == "saved"]
+
+
+def test_one_that_diverges_is_drained_or_can_t_share_ends_alone(
+    recipe: Recipe, start: Callable[..., Start], tmp_path: Path
+) -> None:
+    good = {**LONG, "max_steps": 12}
+    drained = {**LONG, "seed": 5, "lora": {"r": 4, "lora_dropout": 0.2}}
+    recipe("alone", **good)
+    recipe("whole", **drained)
+    process = Process()
+    others = [
+        start("poisoned", job_id=2, keep=True, joins=True, lora={"lora_alpha": 1e38}, **LONG),
+        start("drained", job_id=3, keep=True, joins=True, **drained),
+        start("exact", job_id=4, keep=True, joins=True, exact=True, **LONG),
+    ]
+    process.when(1, Opened, lambda: process.send(*others))
+    process.when(3, Stepped, lambda: process.send(Stop(job_id=3, save=True)), step=2)
+    process.send(start("good", job_id=1, keep=True, **good))
+    process.join()
+    reasons = {job: process.ended(job).reason for job in (1, 2, 3, 4)}
+    assert reasons == {1: Reason.OK, 2: Reason.DIVERGED, 3: Reason.DRAINED, 4: Reason.HOST_LOST}
+    assert weights(tmp_path / "good") == weights(tmp_path / "alone") and process.stays
+    ended, told = recipe("rest", resume="drained", **drained)
+    assert ended.reason is Reason.OK and any(m.resumed_from_step for m in told if isinstance(m, Note))
+    assert weights(tmp_path / "rest") == weights(tmp_path / "whole")
+
+
+def test_what_a_member_leaves_is_found_while_others_go_on(start: Callable[..., Start], tmp_path: Path) -> None:
+    order = start("one", keep=True)
+    traces = Traces(order=order)
+    tensor = torch.zeros(2**18)
+    traces.note([tensor])
+    assert "1.0 MiB of its tensors are still there" in str(traces.left())
+    del tensor
+    assert traces.left() is None
+    with (tmp_path / "one" / "open").open("w"), (tmp_path / "two").open("w"):
+        assert str(traces.left()).startswith(str(tmp_path / "one" / "open"))
+    assert traces.left() is None
+
+
+def test_the_limit_is_the_base_and_what_its_members_may_take(
+    start: Callable[..., Start], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held: list[int | None] = []
+    for name in ("hold_to", "limit_to"):
+        monkeypatch.setattr(f"loractl.worker.training.host.allowance.{name}", lambda limit, *_: held.append(limit))
+    anchor, one, two = (
+        start("a", job_id=n, keep=True, joins=n > 1).model_copy(update={"device": "cuda"}) for n in (1, 2, 3)
+    )
+    allowance = Allowance()
+    allowance.grant(anchor, 100, 0)
+    allowance.grant(one, 20, 60)
+    allowance.lower(anchor, 90, 60)
+    allowance.take_back(anchor, 60)
+    allowance.grant(two, 30, 60)
+    allowance.take_back(one, 60)
+    allowance.take_back(two, 60)
+    assert held == [100, 120, 110, 60 + 20, 60 + 50, 60 + 30]
