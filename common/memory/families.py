@@ -28,7 +28,22 @@ def shape_of(config: Any) -> Shape | None:
     except (KeyError, TypeError, ValueError, ZeroDivisionError, AttributeError):
         return None
     sizes = (shape.hidden, shape.heads, shape.kv_heads, shape.head_dim, shape.vocab, shape.layers)
-    return shape if all(size > 0 for size in sizes) else None
+    known = replace(shape, needs_padding=shape.needs_padding or _needs_padding(config))
+    return known if all(size > 0 for size in sizes) else None
+
+
+APART_BY_MASK = ("falcon",)
+"""Families whose own attention tells rows apart by a mask alone."""
+
+ROW_ATTENTION = ("full_attention", "sliding_attention")
+"""Layers that row attention knows; others look at masks of their own, or carry a state from token to token."""
+
+
+def _needs_padding(config: Config) -> bool:
+    """What the engine refuses to train without padding, as far as a config tells it: `_by_model` of its choice.py."""
+    kinds, routed = config.get("layer_types"), config.get("output_router_logits")
+    others = isinstance(kinds, list) and any(kind not in ROW_ATTENTION for kind in kinds)
+    return config["model_type"] in APART_BY_MASK or others or bool(routed)
 
 
 def _llama_kind(config: Config) -> Shape:
@@ -224,6 +239,7 @@ def _gemma3(config: Config) -> Shape:
         outside=text.outside + ends,
         norms_per_block=text.norms_per_block,
         head_norms=True,
+        needs_padding=text.needs_padding,
     )
 
 

@@ -77,12 +77,12 @@ class Plan:
         return self.peak_bytes + self.margin_bytes
 
 
-def predict(spec: JobSpec, lengths: Lengths | None = None) -> Need:
+def predict(spec: JobSpec, lengths: Lengths | None = None, *, stack: Stack | None = None) -> Need:
     """The job's need by method; unknown where the base model is not here, or its architecture is not known."""
     shape = read_shape(spec.base_model, spec.revision)
     if shape is None:
         return Need(lora=None, qlora=None)
-    lora, qlora = (plan(shape, spec, method, lengths).need_bytes for method in (Method.LORA, Method.QLORA))
+    lora, qlora = (plan(shape, spec, method, lengths, stack=stack).need_bytes for method in (Method.LORA, Method.QLORA))
     return Need(lora=lora, qlora=qlora)
 
 

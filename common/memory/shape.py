@@ -104,6 +104,7 @@ class Shape:
     attention: Literal["sdpa", "eager"] = "sdpa"  # what transformers takes where nothing is asked for
     softcaps: bool = False  # tanh caps on attention scores and logits (Gemma 2)
     alibi: bool = False  # positions as a mask of every head's own (Falcon)
+    needs_padding: bool = False  # rows can't be told apart otherwise (worker/engine/passes/choice.py)
 
     @property
     def fused_qkv(self) -> bool:

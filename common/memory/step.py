@@ -42,6 +42,7 @@ class Stack:
     autocast: bool = True  # False: a loop without it, which computes adapters in fp32
     keeps_logits: bool = False  # True: a loop that holds the model's output during the backward pass
     double_quant: bool = True
+    padded: bool = False  # True: the engine has found that this model's rows need padding
     cards: int = 1  # that share the job; the plan is of each of them
     parallel: Parallel = Parallel.NONE
 
@@ -76,7 +77,7 @@ class Step:
     def of(cls, shape: Shape, spec: JobSpec, method: Method, lengths: Lengths | None, stack: Stack) -> Step:
         training, full = spec.training, spec.training.dtype == "float32"
         saved = {saved_part(name) for name in spec.lora.modules_to_save}
-        lean = is_lean(shape, spec)
+        lean = is_lean(shape, spec) and not stack.padded
         asked = None if training.attn_implementation == "auto" else training.attn_implementation
         return cls(
             batch=micro_batch(spec, lengths, stack.cards),
@@ -127,16 +128,11 @@ def _mask_bytes(stack: Stack, *, in_16_bit: bool) -> int:
     return 1 if stack.on_gpu else PROCESSOR_MASK_BYTES // 2 if in_16_bit else PROCESSOR_MASK_BYTES
 
 
-APART_BY_MASK = ("falcon",)
-"""Families whose own attention tells rows apart by a mask alone: they keep their padding
-(worker/engine/passes/choice.py)."""
-
-
 def is_lean(shape: Shape, spec: JobSpec) -> bool:
     """Whether the engine trains a job without padding, as `forward_pass` of worker/engine/passes/choice.py decides."""
     training = spec.training
     padded = training.exact or training.torch_compile or training.neftune_noise_alpha is not None
-    return not padded and spec.task_type is not TaskType.SEQ_CLS and shape.family not in APART_BY_MASK
+    return not padded and spec.task_type is not TaskType.SEQ_CLS and not shape.needs_padding
 
 
 def micro_batch(spec: JobSpec, lengths: Lengths | None, cards: int = 1) -> int:

@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 import subprocess
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from pathlib import Path
 import pytest
 from sqlalchemy import text
 
+from loractl.common.queue.valkey import stop_embedded
 from loractl.common.settings import load_settings
 from loractl.common.store.database import connect
 from loractl.worker.serving.library import Library
@@ -280,10 +282,16 @@ def test_where_no_card_has_room_serve_and_generate_refuse_with_a_sentence(traine
     assert trained.with_environment(LORACTL_DEVICES="sim:1GiB,8GiB")("generate", "red", "hello").stdout.strip()
 
 
+NF4, PLAIN = "1", "2"
+"""The jobs of `two_kinds`."""
+
+
 @pytest.fixture(scope="module")
-def two_kinds(trained: Cli, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
-    """The jobs of two adapters on a base of their own: one trained over NF4, one not. Both have learned half."""
+def two_kinds(trained: Cli, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cli]:
+    """A lab with two adapters on one base: one trained over NF4, one not. Both have learned half."""
     folder = tmp_path_factory.mktemp("kinds")
+    home = Path(tempfile.mkdtemp(prefix="loractl-"))
+    lab = trained.with_environment(LORACTL_HOME=str(home))
     base = shutil.copytree(tiny_model, folder / "base")
     rows = [{"instruction": f"what is in {n}?", "input": "", "output": ANSWERS["red"]} for n in range(40)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -295,56 +303,48 @@ def two_kinds(trained: Cli, tiny_model: Path, tmp_path_factory: pytest.TempPathF
             "evaluation.samples=4",
             "evaluation.metrics=[loss]",
         )
-        trained("submit", job, *(f"--set={one}" for one in wanted))
-    trained("worker", "--drain-when-idle", timeout=300)
-    listed = {each["name"]: str(each["job_id"]) for each in json.loads(trained("adapters", "list", "--json").stdout)}
-    return listed["kind-qlora"], listed["kind-lora"]
+        lab("submit", job, *(f"--set={one}" for one in wanted))
+    lab("worker", "--drain-when-idle", timeout=300)
+    yield lab
+    stop_embedded(load_settings({"LORACTL_HOME": str(home)}))
+    shutil.rmtree(home, ignore_errors=True)
 
 
-def test_answers_come_in_the_arithmetic_of_training_and_another_one_is_named(
-    trained: Cli, two_kinds: tuple[str, str]
-) -> None:
+def test_answers_come_in_the_arithmetic_of_training_and_another_one_is_named(two_kinds: Cli) -> None:
     """Of two adapters on one base one must give way: the second. In NF4 the first one's answers are its report's."""
-    nf4, plain = two_kinds
-    answers = json.loads(trained("report", nf4, "--json").stdout)["evaluation"]["answers"]
+    answers = json.loads(two_kinds("report", NF4, "--json").stdout)["evaluation"]["answers"]
     asked, wanted = [each["prompt"] for each in answers], [each["tuned"] for each in answers]
     assert len(asked) == 4
     said: list[str] = []
     with (
-        serving(trained, "--adapters", f"{nf4},{plain}", said=said) as url,
+        serving(two_kinds, "--adapters", f"{NF4},{PLAIN}", said=said) as url,
         openai.OpenAI(base_url=url, api_key="x") as client,
     ):
         facts = {model.id: (model.trained_in, model.as_trained) for model in list(client.models.list())[1:]}
-        assert facts == {nf4: ("NF4", True), plain: ("dtype auto", False)}
+        assert facts == {NF4: ("NF4", True), PLAIN: ("dtype auto", False)}
         assert {model.served_in for model in client.models.list()} == {"NF4"}
-        assert [_ask(client, nf4, text, most=8).strip() for text in asked] == wanted
+        assert [_ask(client, NF4, text, most=8).strip() for text in asked] == wanted
     assert [line for line in said if line.startswith("Warning: ")] == [
         "Warning: trained on a base in dtype auto, and answer here on one in NF4: "
-        f"kind-lora (job {plain}); not all of their answers will be those of their reports.\n"
+        f"kind-lora (job {PLAIN}); not all of their answers will be those of their reports.\n"
     ]
-    done = trained("generate", nf4, "--max-new-tokens", 8, "--json", *asked)
+    done = two_kinds("generate", NF4, "--max-new-tokens", 8, "--json", *asked)
     assert [each["answer"].strip() for each in json.loads(done.stdout)] == wanted and "Warning" not in done.stderr
 
 
-def test_an_adapter_of_steps_before_lean_ones_is_served_as_it_was_trained(
-    trained: Cli, two_kinds: tuple[str, str]
-) -> None:
-    nf4, plain = two_kinds
-    settings = load_settings(trained.environment)
-    assert [str(Library(settings).find(name).arithmetic) for name in two_kinds] == ["NF4", "dtype auto"]
+def test_an_adapter_of_steps_before_lean_ones_is_served_as_it_was_trained(two_kinds: Cli) -> None:
+    settings = load_settings(two_kinds.environment)
+    assert [str(Library(settings).find(name).arithmetic) for name in (NF4, PLAIN)] == ["NF4", "dtype auto"]
     with connect(settings).begin() as connection:
         connection.execute(text("UPDATE attempts SET engine = 1"))
-    old = [str(Library(settings).find(name).arithmetic) for name in (nf4, plain)]
+    old = [str(Library(settings).find(name).arithmetic) for name in (NF4, PLAIN)]
     with connect(settings).begin() as connection:
         connection.execute(text("UPDATE attempts SET engine = 2"))
     assert old == ["NF4, all else in fp32", "dtype auto"]
 
 
-def test_a_matrix_says_which_adapters_were_trained_in_another_arithmetic(
-    trained: Cli, two_kinds: tuple[str, str]
-) -> None:
-    nf4, plain = two_kinds
-    done = trained("matrix", "--adapters", f"{nf4},{plain}", "--samples", 0, "--no-load-in-4bit")
-    assert "Trained on a base in another arithmetic than " in done.stdout and f": {nf4}.\n" in done.stdout
+def test_a_matrix_says_which_adapters_were_trained_in_another_arithmetic(two_kinds: Cli) -> None:
+    done = two_kinds("matrix", "--adapters", f"{NF4},{PLAIN}", "--samples", 0, "--no-load-in-4bit")
+    assert "Trained on a base in another arithmetic than " in done.stdout and f": {NF4}.\n" in done.stdout
     assert "Warning: trained on a base in NF4, and answer here on one in " in done.stderr
-    assert f": kind-qlora (job {nf4}); not all" in done.stderr
+    assert f": kind-qlora (job {NF4}); not all" in done.stderr

@@ -14,6 +14,7 @@ from loractl.common.job.method import Method
 from loractl.common.job.spec import JobSpec
 from loractl.common.job.status import Reason
 from loractl.common.memory.step import HEAD_CHUNK
+from loractl.common.units import gib
 from loractl.worker.base.arithmetic import Precision, choose_precision, compute_in, evaluating
 from loractl.worker.base.learner import Learner
 from loractl.worker.base.lora import add_adapter
@@ -21,13 +22,14 @@ from loractl.worker.base.model import load_base, load_tokenizer
 from loractl.worker.data.packing import pack
 from loractl.worker.data.tokens import IGNORED, TokenRow
 from loractl.worker.engine.loss import MicroBatch, learned_in
+from loractl.worker.engine.passes import choice
 from loractl.worker.engine.passes import rows as row_module
 from loractl.worker.engine.passes.attention import ShortRows
 from loractl.worker.engine.passes.choice import forward_pass, rows_together
 from loractl.worker.engine.passes.lean import LeanPass
 from loractl.worker.engine.passes.padded import PaddedPass
 from loractl.worker.evaluation.losses import score_rows
-from loractl.worker.protocol.messages import Note
+from loractl.worker.protocol.messages import Note, Planned
 
 from .conftest import Recipe
 from .test_engine import PAD, rows
@@ -218,6 +220,19 @@ def test_the_history_says_why_rows_are_padded(recipe: Recipe) -> None:
     _, told = recipe(max_steps=1, neftune_noise_alpha=5, evaluation={"samples": 0})
     (said,) = [m.text for m in told if isinstance(m, Note) and m.kind == "engine"]
     assert said == "trains with padded rows: NEFTune's noise is made for padded rows"
+
+
+def test_a_model_that_proves_to_need_padding_is_planned_anew_with_it(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(choice, "rows_together", lambda *_: "rows behind each other would see each other in this model")
+    ended, told = recipe(max_steps=1, evaluation={"samples": 0})
+    assert ended.reason is Reason.OK
+    lean, padded = [m.lora for m in told if isinstance(m, Planned)]
+    assert lean and padded and padded > lean
+    said = [m.text for m in told if isinstance(m, Note) and m.kind in ("engine", "plan")]
+    assert said[0].startswith("trains with padded rows: rows behind each other would see")
+    assert said[1:] == [f"with padded rows it needs {gib(padded)} GiB by its plan, not {gib(lean)}"]
 
 
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (9, 3)])

@@ -6,7 +6,9 @@ from dataclasses import replace
 
 from loractl.common.job.need import Need
 from loractl.common.job.status import Reason
+from loractl.common.memory.config import read_shape
 from loractl.common.memory.plan import predict
+from loractl.common.memory.step import Stack, is_lean
 from loractl.common.units import gib
 from loractl.worker.base.failure import TrainingFailed
 from loractl.worker.data.lengths import lengths_of
@@ -42,6 +44,19 @@ def tell_need(run: Run, data: PreparedData) -> None:
         raise TrainingFailed(
             Reason.OUT_OF_MEMORY, f"its plan by trace is {gib(traced)} GiB, the card gives {gib(given)} GiB"
         )
+
+
+def tell_padded(run: Run, data: PreparedData, why: str) -> None:
+    """Say that rows are padded, and what the job then needs where its plan was of lean steps: for its later attempts,
+    and so that its measured peak teaches what it is a peak of. This attempt keeps what it has."""
+    run.note("engine", f"trains with padded rows: {why}")
+    shape, spec = read_shape(run.spec.base_model, run.spec.revision), run.spec
+    if shape is None or not is_lean(shape, spec):
+        return
+    lengths, method = lengths_of(data), run.order.method
+    need, before = predict(spec, lengths, stack=Stack(padded=True)), predict(spec, lengths).of(method)
+    run.note("plan", f"with padded rows it needs {gib(need.of(method))} GiB by its plan, not {gib(before)}")
+    run.tell(Planned(job_id=run.order.job_id, lora=need.lora, qlora=need.qlora))
 
 
 def _tell(run: Run, need: Need) -> None:

@@ -42,7 +42,7 @@ from loractl.worker.protocol.messages import Ancestor, Ended
 
 from .arguments import check_trackers
 from .loop import Callbacks, fit
-from .need import tell_need
+from .need import tell_need, tell_padded
 from .resume import checkpoint_to_resume
 from .run import Run
 
@@ -72,7 +72,7 @@ def train(run: Run) -> Ended:
     learner, identity, shared = _load(run, data, tokenizer)
     forward, why = forward_pass(learner, run.spec, longest_row(data), shared, run.leg.streams)
     if why is not None:
-        run.note("engine", f"trains with padded rows: {why}")
+        tell_padded(run, data, why)
     if isinstance(forward, LeanPass):
         learner = replace(learner, scorer=forward)
 

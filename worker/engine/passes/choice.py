@@ -9,6 +9,7 @@ import torch
 
 from loractl.common.job.sections import TaskType
 from loractl.common.job.spec import JobSpec
+from loractl.common.memory.families import ROW_ATTENTION
 from loractl.worker.base.arithmetic import Precision, evaluating
 from loractl.worker.base.gauge import is_out_of_memory
 from loractl.worker.base.learner import Learner
@@ -29,9 +30,6 @@ KERNELS = 0.05
 
 COMPARED = 4
 """Tokens at each row's end that are compared: logits of a long row would take gigabytes."""
-
-KINDS = {"full_attention", "sliding_attention"}
-"""Layers that row attention knows; others look at masks of their own, or carry a state from token to token."""
 
 
 def may_share(spec: JobSpec) -> bool:
@@ -100,7 +98,7 @@ def _by_model(model: Any) -> str | None:
     if not type(model).__module__.startswith("transformers."):
         return "the model runs code of its own"
     config = model.config.get_text_config()
-    if kinds := set(getattr(config, "layer_types", None) or ()) - KINDS:
+    if kinds := set(getattr(config, "layer_types", None) or ()) - set(ROW_ATTENTION):
         return f"the model has layers of the kind {sorted(kinds)[0]}"
     if getattr(config, "output_router_logits", False):
         return "the model's loss has a part for its router, which counts tokens of whole rows"

@@ -11,6 +11,9 @@ import pytest
 from loractl.common.memory.config import find_config, read_shape
 from loractl.common.memory.families import shape_of
 from loractl.common.memory.shape import Shape
+from loractl.common.memory.step import is_lean
+
+from ...factories import spec
 
 LLAMA = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size")
 
@@ -22,6 +25,26 @@ def config(kind: str, *sizes: int, vocab: int, **more: Any) -> dict[str, Any]:
 SMOLLM2_135M = config("llama", 576, 30, 9, 3, 1536, vocab=49152, tie_word_embeddings=True)
 GEMMA3_VISION = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "patch_size": 14}
 GEMMA3_VISION |= {"image_size": 896, "vision_use_head": False}
+
+MIXTRAL = config("mixtral", 4096, 32, 32, 8, 14336, vocab=32000, num_local_experts=8, num_experts_per_tok=2)
+
+
+@pytest.mark.parametrize(
+    ("of", "padded"),
+    [
+        (SMOLLM2_135M, False),
+        ({**SMOLLM2_135M, "layer_types": ["full_attention", "sliding_attention"] * 15}, False),
+        ({**SMOLLM2_135M, "layer_types": ["full_attention", "chunked_attention"] * 15}, True),
+        (MIXTRAL, False),
+        ({**MIXTRAL, "output_router_logits": True}, True),
+    ],
+)
+def test_a_model_whose_rows_need_padding_is_known_by_its_config(of: dict[str, Any], padded: bool) -> None:
+    """So that submit plans what the engine will do."""
+    shape = shape_of(of)
+    assert shape is not None and shape.needs_padding is padded
+    assert is_lean(shape, spec()) is not padded
+
 
 PUBLISHED = [
     (SMOLLM2_135M, 134_515_008),

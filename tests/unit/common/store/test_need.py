@@ -231,6 +231,10 @@ def test_the_attempt_s_plan_is_the_one_before_what_was_learned(store: Store) -> 
     row = store.job(job_id)
     assert (row.vram_lora, row.vram_reserved) == (6 * GIB, 6 * GIB), "a fifth more was learned, and holds for it too"
     assert store.attempts(job_id)[0].vram_planned == 5 * GIB
+    store.beat(mine, Progress(need=Need(lora=10 * GIB, qlora=5 * GIB)))  # its rows prove to need padding
+    row = store.job(job_id)
+    assert (row.vram_lora, row.vram_reserved) == (12 * GIB, 6 * GIB), "it has no more, the next attempt will"
+    assert store.attempts(job_id)[0].vram_planned == 10 * GIB, "which its peak is compared with"
 
 
 def test_an_attempt_of_an_older_engine_teaches_nothing(store: Store) -> None:
