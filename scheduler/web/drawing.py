@@ -53,14 +53,25 @@ def card_parts(device: DeviceState) -> list[BarPart]:
     return parts
 
 
-BAR_PX, CHARACTER_PX, PADDING_PX = 310, 6.6, 14
-"""A card's bar where it is narrowest, and what a character of its labels takes there."""
+BARS_PX = {"slim": 176, "middle": 270, "ample": 410}
+"""How broad a card's bar is at the least, by the classes of which page.css shows one: slim in a window of 1,041 px,
+where the second column begins, middle on a phone, ample from 1,280 px on."""
+
+CHARACTER_PX, PADDING_PX = 6.6, 14
+"""What a character of a label takes, and the room beside it."""
 
 
-def fitting(width: float, *texts: str) -> str:
-    """The first of the texts for which a part of a bar, so many percent wide, has room; empty where none fits."""
-    room = (width / 100 * BAR_PX - PADDING_PX) / CHARACTER_PX
-    return next((text for text in texts if len(text) <= room), "")
+def labels(width: float, *texts: str) -> list[tuple[str, str]]:
+    """The labels of a part of a bar, so many percent wide, each with the kinds of bars that show it."""
+    shown: dict[str, list[str]] = {}
+    for kind, pixels in BARS_PX.items():
+        shown.setdefault(_fitting(width / 100 * pixels, texts), []).append(kind)
+    return [(" ".join(kinds), text) for text, kinds in shown.items() if text]
+
+
+def _fitting(width: float, texts: Sequence[str]) -> str:
+    """The first of the texts that so many pixels have room for; empty where none fits."""
+    return next((text for text in texts if len(text) <= (width - PADDING_PX) / CHARACTER_PX), "")
 
 
 def spark(values: Sequence[float], width: int = 84, height: int = 22) -> str:

@@ -142,6 +142,25 @@ def test_a_browser_finds_nothing_to_complain_of(running_web: RunningWeb, page: B
     assert foreign == []
 
 
+LABELS = """[...document.querySelectorAll(".bar svg text")].filter((label) => label.checkVisibility()).map((label) => {
+  const at = (element) => element.getBoundingClientRect();
+  return [label.textContent, at(label).right <= at(label.parentElement.querySelector("rect")).right]; })"""
+"""The labels of bars that are shown, each with whether its part has room for it."""
+
+
+@needs_chromium
+def test_a_broader_bar_has_longer_labels_and_none_leaves_its_part(running_web: RunningWeb, page: Browser) -> None:
+    shown: dict[int, list[str]] = {}
+    for width in (1280, 1041, 400, 320):
+        page.size(width)
+        page.open(running_web.address + "/")
+        found = page.value(LABELS)
+        assert all(fits for _, fits in found), (width, found)
+        shown[width] = [label for label, _ in found]
+    assert any("priya · " in label for label in shown[1280])
+    assert sum(map(len, shown[1280])) > sum(map(len, shown[320])) and len(shown[1280]) >= len(shown[320]) > 4
+
+
 @needs_chromium
 def test_a_refresh_swaps_what_changed_and_keeps_what_a_person_does(running_web: RunningWeb, page: Browser) -> None:
     page.open(running_web.address + "/jobs/12")

@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import pytest
 
-from loractl.scheduler.web.drawing import fitting
+from loractl.scheduler.web.drawing import labels
 
 from .conftest import Web
 from .test_pages import words
 
 
 @pytest.mark.parametrize(
-    ("percent", "label"), [(100, "lena · 30 · 0.6"), (36, "lena · 30"), (15, "30"), (3, "")], ids=str
+    ("percent", "found"),
+    [
+        (100, [("slim middle ample", "lena · 30 · 0.6")]),
+        (36, [("slim", "30"), ("middle", "lena · 30"), ("ample", "lena · 30 · 0.6")]),
+        (20, [("slim middle", "30"), ("ample", "lena · 30")]),
+        (7, [("ample", "30")]),
+        (3, []),
+    ],
+    ids=str,
 )
-def test_a_label_that_has_no_room_is_shorter_and_never_cut(percent: float, label: str) -> None:
-    assert fitting(percent, "lena · 30 · 0.6", "lena · 30", "30") == label
+def test_a_label_that_has_no_room_is_shorter_and_never_cut(percent: float, found: list[tuple[str, str]]) -> None:
+    assert labels(percent, "lena · 30 · 0.6", "lena · 30", "30") == found
 
 
 def test_checkpoints_that_follow_each_other_are_one_line_of_the_history(own_web: Web) -> None:
