@@ -1,4 +1,4 @@
-"""The trainer as a child process, seen from its supervisor: its pipes, its end, the reason that its end gives."""
+"""The trainer as a child process, seen from its supervisor: its pipes and its end."""
 
 from __future__ import annotations
 
@@ -11,13 +11,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import IO, Any
+from typing import IO
 
-from loractl.common.job.status import Reason
 from loractl.worker.device.occupancy import end_leftovers
-from loractl.worker.protocol.card_error import last_card_error
 from loractl.worker.protocol.messages import Release, Start, Stop, Take, Told, decode_told, encode
 from loractl.worker.protocol.spare import taken
 
@@ -33,35 +31,6 @@ KILL_S = 5.0
 
 MESSAGE_LIMIT = 1 << 20
 """Characters of a line; no message is nearly as long."""
-
-
-def exit_reason(
-    code: int | None, printed: Sequence[str] = (), *, limited: bool = False, on_card: bool = False
-) -> dict[str, Any]:
-    """Reason and sentence (`reason`, `message`) for a trainer that ended without a word.
-
-    `code`: None for one that even SIGKILL does not end. `printed`: its last lines; some libraries end the process after
-    a line on standard error. `limited`: its RAM was held to a limit. Not every library checks what it got; some crash
-    where torch raises.
-    """
-    if code is None:
-        reason, where = (Reason.GPU_ERROR, "the card's driver") if on_card else (Reason.TRAINER_ERROR, "a disk")
-        return {"reason": reason, "message": f"the trainer can't be ended: it waits in the kernel, as for {where}"}
-    if code == -signal.SIGKILL:
-        return {
-            "reason": Reason.HOST_OUT_OF_MEMORY,
-            "message": "the trainer was killed (SIGKILL), most likely by the box's out-of-memory killer",
-        }
-    how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
-    if (said := last_card_error(printed)) is not None:
-        return {"reason": said[0], "message": f"the trainer ended ({how}) after it printed: {said[1]}"}
-    if limited and code in (-signal.SIGSEGV, -signal.SIGABRT):
-        name = signal.Signals(-code).name
-        return {
-            "reason": Reason.OUT_OF_MEMORY,
-            "message": f"the trainer crashed ({name}), most likely at its limit of memory (LORACTL_TRAINER_RAM)",
-        }
-    return {"reason": Reason.TRAINER_ERROR, "message": f"the trainer ended without a result ({how})"}
 
 
 @dataclass(kw_only=True)

@@ -12,6 +12,7 @@ from pathlib import Path
 from loractl.common.job.adjustment import Adjustment, in_words, next_adjustment
 from loractl.common.job.status import Reason, Stage
 from loractl.worker.device.occupancy import RUN_VARIABLE
+from loractl.worker.protocol.exit_reason import exit_reason
 from loractl.worker.protocol.messages import Ended, Release, Start, Told
 from loractl.worker.protocol.spare import PLACEHOLDER, PLACEHOLDER_VALUE
 
@@ -19,7 +20,7 @@ from .checkpoint_upload import CheckpointUpload
 from .heartbeat import beat, while_beating
 from .log import LOG_FILE
 from .order import common_environment, environment
-from .process import Leave, exit_reason, launch, running, send
+from .process import Leave, launch, running, send
 from .state import AttemptState
 from .stops import Interrupted, ask_to_stop, must_leave, wanted_stop
 from .workplace import HostSource, StayingTrainer, Workplace
@@ -99,7 +100,7 @@ def _trainer(
         _make_room(place, state, hosts)
     state.say(Stage.PREPARING, f"starts the trainer on {place.node}")
     leave = None if hosts is None or start.keep is None else Leave(mark=hosts.draw_mark())
-    spare = None if place.spares is None else place.spares.take(own)
+    spare = None if place.spares is None or start.ranks else place.spares.take(own)  # one that leads starts others
     if spare is not None:
         return spare, leave
     room = {} if leave is None else {PLACEHOLDER: PLACEHOLDER_VALUE}  # the last, so that its marks can change

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -76,14 +77,18 @@ def load_base(
     run_code: bool = False,
     attention: str = "auto",
     head: Head | None = None,
+    divisible: bool = False,
 ) -> Any:
     """The base model on its device; for qlora its linear layers in NF4 with double quantisation (arXiv:2305.14314).
 
-    With `head` it has that head with fresh weights, in place of its words. Raises TrainingFailed when the model can't
+    With `head` it has that head with fresh weights, in place of its words. `divisible`: it stays in the box's memory,
+    with what is packed in a type that can be divided among cards. Raises TrainingFailed when the model can't
     be found or read, or can't have a head.
     """
     options = _format_options(base_model, method, precision, head)
-    if device == "cuda":
+    if divisible and method is Method.QLORA:
+        options["quantization_config"].bnb_4bit_quant_storage = torch.bfloat16
+    if device == "cuda" and not divisible:
         options["device_map"] = {"": 0}
     if attention != "auto":
         options["attn_implementation"] = _available(attention)

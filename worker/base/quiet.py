@@ -24,6 +24,8 @@ def quieten() -> None:
     # bitsandbytes says that an optional kernel package is missing; peft calls a name that transformers will drop in v6
     logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", category=FutureWarning, message=".*is_gradient_checkpointing.*")
+    # transformers offers its own launcher where it sees that processes have met
+    logging.getLogger("transformers.training_args").addFilter(lambda said: "parallel_mode" not in said.getMessage())
 
 
 def tell_once() -> None:

@@ -22,6 +22,8 @@ class MicroBatch:
     rows: list[TokenRow]
     learned: int  # tokens, or a classifier's rows, of the whole window: the loss is their mean
     pieces: int  # micro-batches of the window
+    number: int = 0  # its place in the window
+    divided: bool = False  # its rows are one rank's part of it
 
 
 def learned_in(rows: Sequence[TokenRow]) -> int:

@@ -221,7 +221,10 @@ class PackMember:
                 self.order.rows = self.order.draw(epoch)
         pieces = [[self.rows.train[n] for n in rows] for rows in self.order.window(window)]
         learned = sum(learned_in(rows) for rows in pieces)
-        self._waiting.extend(MicroBatch(rows=rows, learned=learned, pieces=len(pieces)) for rows in pieces)
+        self._waiting.extend(
+            MicroBatch(rows=rows, learned=learned, pieces=len(pieces), number=number)
+            for number, rows in enumerate(pieces)
+        )
         self._tell("on_step_begin")
 
     def _abandon_window(self) -> None:

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from loractl.common.job.adjustment import Adjustment
-from loractl.common.job.method import Method
+from loractl.common.job.method import Method, Parallel
 from loractl.common.job.spec import JobSpec
 from loractl.common.job.status import Reason, Stage
 
@@ -53,6 +53,19 @@ class Ancestor(BaseModel):
         return self.model_dump(exclude={"path"})
 
 
+class Rank(BaseModel):
+    """One process of a job on several cards, and the card that it has."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    rank: int  # 0 leads, and alone speaks for the job
+    node: str
+    gpu: str
+    device: Literal["cuda", "cpu"]
+    environment: dict[str, str] = Field(default_factory=dict)  # variables that show the process its card alone
+    memory_limit: int | None = None
+
+
 class Start(_Message):
     """Supervisor: train this job."""
 
@@ -86,6 +99,10 @@ class Start(_Message):
     lm_eval_tasks: str | None = None  # the box owner's folder of tasks for the lm-eval harness
     keep: str | None = None  # what decides how the base is loaded, where it may stay for the next job; None: it may not
     joins: bool = False  # it trains on the base that is there, beside others: its memory is its own part alone
+    parallel: Parallel = Parallel.NONE
+    ranks: list[Rank] = Field(default_factory=list)  # of all its processes; empty: it has this one alone
+    rank: int = 0  # that of the process which is told this
+    meeting: str | None = None  # the file in which the ranks meet: the leader makes it
 
 
 class Stop(_Message):

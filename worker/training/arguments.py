@@ -7,6 +7,7 @@ import os
 
 from transformers import TrainingArguments
 
+from loractl.common.job.sections import TrainingSpec
 from loractl.common.job.spec import JobSpec
 from loractl.common.job.status import Reason
 from loractl.common.memory.optimizer import optimizer_name
@@ -44,7 +45,7 @@ def training_arguments(
     t = spec.training
     on_gpu = order.device == "cuda"
     return TrainingArguments(
-        **{name: getattr(t, name) for name in SAME_NAME},
+        **{name: getattr(t, name) for name in SAME_NAME} | _divided(order, t),
         output_dir=order.checkpoint_dir,
         num_train_epochs=t.num_train_epochs or 1,  # not looked at when max_steps is set
         max_steps=t.max_steps or -1,
@@ -70,3 +71,11 @@ def training_arguments(
         run_name=f"{order.spec.name}-{order.job_id}",
         disable_tqdm=True,
     )
+
+
+def _divided(order: Start, training: TrainingSpec) -> dict[str, int]:
+    """Rows at once over all cards, and how often: a step learns from the same rows as on one card."""
+    if not order.ranks:
+        return {}
+    rows, pieces = training.rows_a_card(len(order.ranks))
+    return {"per_device_train_batch_size": rows * len(order.ranks), "gradient_accumulation_steps": pieces}

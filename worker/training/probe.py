@@ -54,7 +54,7 @@ class Probe(TrainerCallback):
         member, failure = self.member, None
         with random_streams_kept(), _held(_bytes_to_come(member), member.forward.device):
             try:
-                _try_step(member, longest(self._data.trained_rows, args.per_device_train_batch_size))
+                _try_step(member, self._largest(args.per_device_train_batch_size))
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
@@ -65,6 +65,11 @@ class Probe(TrainerCallback):
                 self._try_evaluation(args)
         if failure is not None:
             raise DoesNotFit(failure)  # outside of the handler: the error's traceback holds the batch's tensors
+
+    def _largest(self, size: int) -> list[TokenRow]:
+        """The largest batch that can come; on several cards each of them has the longest rows."""
+        ranks = max(1, len(self._run.order.ranks))
+        return longest(self._data.trained_rows, size // ranks) * ranks
 
     def _try_evaluation(self, args: Any) -> None:
         """A batch as it is evaluated in mid-training, where it is, and as the report's evaluation does it."""

@@ -21,7 +21,7 @@ from loractl.worker.base.head import Head
 from loractl.worker.base.identity import BaseIdentity
 from loractl.worker.base.learner import Learner
 from loractl.worker.base.lora import add_adapter
-from loractl.worker.base.model import load_base, load_tokenizer
+from loractl.worker.base.model import load_tokenizer
 from loractl.worker.base.source import family_of
 from loractl.worker.data.check import warnings_about
 from loractl.worker.data.lengths import lengths_of
@@ -31,6 +31,7 @@ from loractl.worker.data.template import templated
 from loractl.worker.engine.passes.choice import forward_pass, may_share, shared_base
 from loractl.worker.engine.passes.lean import LeanPass
 from loractl.worker.engine.passes.shared import SharedBase
+from loractl.worker.engine.ranks.leader import DividedPass
 from loractl.worker.evaluation.card import write_model_card
 from loractl.worker.evaluation.classifier import evaluate_classifier
 from loractl.worker.evaluation.course import TrainingCourse
@@ -41,6 +42,7 @@ from loractl.worker.evaluation.report import build_report, write_report
 from loractl.worker.protocol.messages import Ancestor, Ended
 
 from .arguments import check_trackers
+from .gang.meeting import Gang, base_of, gathered
 from .loop import Callbacks, fit
 from .need import tell_need, tell_padded
 from .resume import checkpoint_to_resume
@@ -69,16 +71,18 @@ def train(run: Run) -> Ended:
     run.between()
 
     # 2. The base model, in NF4 for QLoRA, and a fresh adapter.
-    learner, identity, shared = _load(run, data, tokenizer)
+    gang = gathered(order, _head(run.spec, data, tokenizer), tokenizer.pad_token_id)
+    learner, identity, shared = _load(run, data, tokenizer, gang)
     forward, why = forward_pass(learner, run.spec, longest_row(data), shared, run.leg.streams)
     if why is not None:
         tell_padded(run, data, why)
     if isinstance(forward, LeanPass):
         learner = replace(learner, scorer=forward)
+    steps = forward if gang is None else gang.lead(forward, run.spec, learner.precision)
 
     # 3. Train, from the newest checkpoint of this very training if there is one.
     callbacks = Callbacks.of(run, learner, data, checkpoint_to_resume(run, data))
-    arguments = fit(run, learner, forward, data, callbacks)
+    arguments = fit(run, learner, steps, data, callbacks)
     callbacks.best.take(learner.model)
     check_finite(learner.model)
 
@@ -92,6 +96,8 @@ def train(run: Run) -> Ended:
     # 5. Base against tuned on rows that were never trained on.
     run.stage(Stage.EVALUATING)
     evaluation = _evaluate(run, learner, data, tasks, callbacks)
+    if isinstance(steps, DividedPass):
+        steps.end()
 
     # 6. The report, and the manifest's other files.
     course = _course(run, callbacks, arguments, time.time() - began)
@@ -144,20 +150,29 @@ def _note_data(run: Run, data: PreparedData) -> None:
         run.note("warning", f"data: {warning}")
 
 
-def _load(run: Run, data: PreparedData, tokenizer: Any) -> tuple[Learner, BaseIdentity, SharedBase | None]:
+def _load(
+    run: Run, data: PreparedData, tokenizer: Any, gang: Gang | None
+) -> tuple[Learner, BaseIdentity, SharedBase | None]:
     """The base model with a fresh adapter, what identifies the base once it is hashed, and the base where others may
     train on it. Raises TrainingFailed."""
     order, spec = run.order, run.spec
     precision = choose_precision(order.device, spec.training.dtype, family := family_of(spec.base_model, spec.revision))
     if said := _about_fp16(spec, precision, family, on_gpu=run.on_gpu):
         run.note("precision", said)
-    base = _base(run, precision, _head(spec, data, tokenizer))
+    head, shared = _head(spec, data, tokenizer), None
+
+    def load() -> Any:
+        nonlocal shared
+        base = _base(run, precision, head)
+        alone = gang is not None or not may_share(spec)
+        shared = None if alone else run.shelf.common(lambda loaded: shared_base(loaded, precision), base)
+        if shared is None and order.joins:
+            raise TrainingFailed(Reason.HOST_LOST, "it can't share a base with other jobs")
+        return add_adapter(base if shared is None else shared.view(), spec, order.method)
+
+    model = load() if gang is None else gang.adapted(load)
     # once all files are here: loading may have fetched them from the hub
     identity = BaseIdentity(spec.base_model, spec.revision, Path(order.cache_dir))
-    shared = run.shelf.common(lambda loaded: shared_base(loaded, precision), base) if may_share(spec) else None
-    if shared is None and order.joins:
-        raise TrainingFailed(Reason.HOST_LOST, "it can't share a base with other jobs")
-    model = add_adapter(base if shared is None else shared.view(), spec, order.method)
     if order.init_from is not None:
         _begin_from(run, model, data, order.init_from)
     compute_in(model, precision)
@@ -173,16 +188,7 @@ def _base(run: Run, precision: Precision, head: Head | None) -> Any:
 
     def load() -> Any:
         run.phase(f"loads {name}")
-        return load_base(
-            spec.base_model,
-            order.method,
-            order.device,
-            precision,
-            spec.revision,
-            run_code=order.run_code,
-            attention=spec.training.attn_implementation,
-            head=head,
-        )
+        return base_of(order, precision, head)
 
     base, was_here = run.shelf.base(order.keep, (spec.base_model, spec.revision), load, joins=order.joins)
     if was_here:

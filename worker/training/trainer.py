@@ -32,6 +32,7 @@ from loractl.worker.protocol.messages import Ended, Passed, Release, Share, Star
 from loractl.worker.protocol.orders import MemberOver, OrderDesk, Orders
 from loractl.worker.protocol.spare import PLACEHOLDER, READY, SPARE, host_name, shared, taken
 
+from .gang.companions import LINK_LOST, Companions
 from .host.company import Company
 from .host.members import Members, MemberServer
 from .spare import Marks, prepare
@@ -215,11 +216,13 @@ class _Other:
 
 
 def _run_alone(order: Start, orders: Orders, tell: Tell) -> Ended:
-    """A job whose process ends with it."""
+    """A job whose process ends with it; on several cards with the other ranks' processes, which this one leads."""
+    gang = Companions(order, tell) if order.ranks and order.rank == 0 else None
     _load()
     from .run import Run
 
-    return _run(Run(order=order, tell=tell), orders)
+    ended = _run(Run(order=order if gang is None else gang.order, tell=tell), orders)
+    return ended if gang is None else gang.settle(ended)
 
 
 def _run(run: Run, orders: Orders) -> Ended:
@@ -243,7 +246,9 @@ def _run(run: Run, orders: Orders) -> Ended:
 
 def _trained(run: Run) -> Ended:
     from loractl.worker.base.failure import TrainingFailed
+    from loractl.worker.engine.ranks.link import is_lost
 
+    from .gang.follower import follow
     from .recipe import train
     from .run import Stopped
 
@@ -254,7 +259,7 @@ def _trained(run: Run) -> Ended:
 
     try:
         run.hold_to(order.memory_limit)
-        return train(run)
+        return train(run) if order.rank == 0 else follow(run)
     except Stopped:
         return ended(Reason.DRAINED if run.save_on_stop.is_set() else Reason.CANCELLED, "stopped when asked to")
     except DataError as error:
@@ -267,6 +272,8 @@ def _trained(run: Run) -> Ended:
     except Exception as error:  # noqa: BLE001  after any error the job's row must say why
         # the last place that can name the failure: the whole traceback goes to the log, the sentence to the job's row
         run.write(traceback.format_exc())
+        if order.ranks and is_lost(error):
+            return ended(Reason.TRAINER_ERROR, LINK_LOST)
         reason, message = _explain(error, own_limit=order.device == "cpu" and order.memory_limit is not None)
         if reason is Reason.TRAINER_ERROR and Stage.EVALUATING in run.stages:
             reason = Reason.EVALUATION_FAILED

@@ -18,10 +18,11 @@ import torch
 from loractl.common.job.status import Reason
 from loractl.worker.attempt import process
 from loractl.worker.attempt.log import LogBook
-from loractl.worker.attempt.process import exit_reason, launch, running
+from loractl.worker.attempt.process import launch, running
 from loractl.worker.base.gauge import is_out_of_memory
 from loractl.worker.device.occupancy import RUN_VARIABLE
 from loractl.worker.protocol.card_error import card_error
+from loractl.worker.protocol.exit_reason import exit_reason
 from loractl.worker.training import trainer
 
 from ...integration.test_out_of_memory import make_order

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -156,6 +157,14 @@ class LeanPass:
                 torch.autograd.backward(learned, gradient)
         return total
 
+    def pass_through(self, row: TokenRow, *, learns: bool = False) -> None:
+        """A pass that leaves nothing, or gradients of zero: for a rank without rows while others have some."""
+        laid = RowsBehindEachOther.of([row], self.device)
+        with self._lean.lean(laid.lengths):
+            hidden = self._decoded(laid)
+            if learns:
+                hidden.backward(torch.zeros_like(hidden))
+
     def held_out_loss(self, rows: Sequence[TokenRow]) -> float:
         """The summed loss of one batch of held-out rows, in nats and not smoothed, for a model in eval mode."""
         return sum(float(scored.losses.double().sum()) for scored in self.scores(rows))
@@ -196,12 +205,16 @@ class LeanPass:
 
 @contextlib.contextmanager
 def _answering(decoder: Any, answer: Any) -> Iterator[None]:
-    """Let the decoder answer with what it has computed before."""
+    """Let the decoder answer with what it has computed before. What else happens with a pass, like the gathering of a
+    divided base, does not."""
     own = decoder.__dict__.get("forward")
+    hooks = decoder._forward_pre_hooks, decoder._forward_hooks
     decoder.forward = lambda *_, **__: answer
+    decoder._forward_pre_hooks, decoder._forward_hooks = OrderedDict(), OrderedDict()
     try:
         yield
     finally:
+        decoder._forward_pre_hooks, decoder._forward_hooks = hooks
         if own is None:
             del decoder.forward
         else:

@@ -36,7 +36,7 @@ class PaddedPass:
         """Leave a micro-batch's gradients. Returns its share of the window's mean loss, in nats, without a graph."""
         loss = self._loss(self._learner, batch.rows, batch.learned, self._smoothing)
         if self._averages_alone(batch.rows):
-            loss = loss / batch.pieces
+            loss = loss * learned_in(batch.rows) / batch.learned if batch.divided else loss / batch.pieces
         backward(loss)
         return loss.detach()
 
@@ -45,6 +45,13 @@ class PaddedPass:
         with torch.no_grad():
             learned = max(1, learned_in(rows))
             return learned * float(self._loss(self.model, rows, learned, smoothing=0.0))
+
+    def pass_through(self, row: TokenRow, *, learns: bool = False) -> None:
+        """A pass that leaves nothing, or gradients of zero: for a rank without rows while others have some."""
+        ids = torch.tensor([row.input_ids], device=self.device)
+        logits = self._learner(input_ids=ids, use_cache=False)["logits"]
+        if learns:
+            logits.backward(torch.zeros_like(logits))
 
     def tokens(self, rows: Sequence[TokenRow]) -> int:
         """Tokens that pass the model, padding included."""

@@ -1,0 +1,162 @@
+"""Several cards for one job, as processes on the processor: their losses and adapters are those of one card."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from loractl.common.job.method import Parallel
+from loractl.common.job.status import Reason
+from loractl.worker.attempt.process import launch
+from loractl.worker.base.adapter import WEIGHTS
+from loractl.worker.data.tokens import TokenRow
+from loractl.worker.engine.ranks.part import rows_of
+from loractl.worker.protocol.messages import Ended, Note, Start, Stepped, Told, decode_told, encode
+from loractl.worker.training.run import Run
+
+from ..gangs import Trained, orders_of, train_on
+from ..models import write_helpdesk
+from .test_out_of_memory import make_order
+
+NONE, DATA, SHARDED = Parallel.NONE, Parallel.DATA, Parallel.SHARDED
+UNEVEN: dict[str, Any] = {
+    "max_steps": 5, "per_device_train_batch_size": 3, "gradient_accumulation_steps": 2, "eval_steps": 2,
+    "dtype": "float32", "learning_rate": 5e-3,
+}  # fmt: skip
+"""21 rows in windows of 6: the last one has 3, of which a rank has none in its second micro-batch."""
+
+
+class Case:
+    """One training, on one rank or on several, for which it leaves a folder each."""
+
+    def __init__(self, model: Path, folder: Path, *, method: str = "lora", **training: Any) -> None:
+        self._model, self._folder, self._method, self._training = model, folder, method, training
+        self._data = write_helpdesk(folder / "data.jsonl", 23)
+
+    def order(self, name: str, resume: str | None = None) -> Start:
+        earlier = self._folder / resume if resume else None
+        order = make_order(
+            self._folder / name, self._model, self._data, method=self._method, resume=earlier, **self._training
+        )
+        quiet = order.spec.evaluation.model_copy(update={"samples": 0})
+        return order.model_copy(update={"spec": order.spec.model_copy(update={"evaluation": quiet})})
+
+    def on(self, kind: Parallel, name: str = "", resume: str | None = None) -> tuple[Trained, dict[str, torch.Tensor]]:
+        trained = train_on(self.order(name or kind.value, resume), kind)
+        assert set(trained.ends) == {"ok"}, trained.ends
+        return trained, self.adapter(name or kind.value)
+
+    def adapter(self, name: str) -> dict[str, torch.Tensor]:
+        return load_file(self._folder / name / "result" / "adapter" / WEIGHTS)
+
+
+def apart(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    """The largest difference of two adapters' weights."""
+    assert one.keys() == other.keys()
+    return max(float((one[name] - other[name]).abs().max()) for name in one)
+
+
+def test_two_ranks_train_as_one_does(tiny_model: Path, tmp_path: Path) -> None:
+    """Rows that do not divide evenly, windows of several micro-batches, and a held-out loss in mid-training."""
+    case = Case(tiny_model, tmp_path, **UNEVEN)
+    one, whole = case.on(NONE)
+    for kind in (DATA, SHARDED):
+        two, divided = case.on(kind)
+        assert two.losses == pytest.approx(one.losses, abs=1e-5) and len(one.losses) == 5
+        assert two.held_out == pytest.approx(one.held_out, abs=1e-5) and len(one.held_out) == 3
+        assert apart(whole, divided) < 1e-5
+
+
+def test_a_gang_that_was_stopped_goes_on_on_one_card_and_on_two(tiny_model: Path, tmp_path: Path) -> None:
+    case = Case(tiny_model, tmp_path, **UNEVEN)
+    _, whole = case.on(NONE)
+    stopped = train_on(case.order("stopped"), SHARDED, watch=stop_after(2))
+    assert stopped.ends[0] == "stopped" and stopped.ends[1] != "ok"
+    for kind, name in ((NONE, "on one"), (DATA, "on two")):
+        rest, adapter = case.on(kind, name, resume="stopped")
+        assert [m.resumed_from_step for m in rest.told if isinstance(m, Note) and m.kind == "resumed"] == [3]
+        assert apart(whole, adapter) < 1e-5
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", [DATA, SHARDED])
+@pytest.mark.parametrize(
+    "method, more",
+    [
+        ("lora", {}), ("qlora", {}), ("qlora", {"dtype": "bfloat16"}), ("lora", {"exact": True}),
+        ("qlora", {"exact": True}), ("lora", {"gradient_checkpointing": True}),
+        ("qlora", {"gradient_checkpointing": True, "label_smoothing_factor": 0.1}),
+    ],
+)  # fmt: skip
+def test_twenty_steps_on_two_ranks_are_those_of_one(
+    tiny_model: Path, tmp_path: Path, kind: Parallel, method: str, more: dict[str, Any]
+) -> None:
+    case = Case(tiny_model, tmp_path, method=method, **UNEVEN | {"max_steps": 20, "learning_rate": 1e-3} | more)
+    (one, whole), (two, divided) = case.on(NONE), case.on(kind)
+    near = 0.02 if "bfloat16" in more.values() else 1e-5
+    assert two.losses == pytest.approx(one.losses, abs=near) and len(one.losses) == 20
+    assert apart(whole, divided) < near
+
+
+@pytest.mark.long
+def test_dropout_of_a_gang_is_the_same_after_a_resume(tiny_model: Path, tmp_path: Path) -> None:
+    case = Case(tiny_model, tmp_path, **UNEVEN)
+    case._training["lora"] = {"lora_dropout": 0.2}
+    _, whole = case.on(DATA)
+    train_on(case.order("stopped"), DATA, watch=stop_after(2))
+    _, rest = case.on(DATA, "rest", resume="stopped")
+    assert apart(whole, rest) == 0
+
+
+@pytest.mark.long
+@pytest.mark.cold
+@pytest.mark.parametrize("kind", [DATA, SHARDED])
+@pytest.mark.parametrize("killed", ["the leader", "the other"])
+def test_kill_9_of_either_rank_ends_both_within_seconds(
+    tiny_model: Path, tmp_path: Path, kind: Parallel, killed: str
+) -> None:
+    case = Case(tiny_model, tmp_path, **UNEVEN | {"max_steps": 5000})
+    order = orders_of(case.order("killed"), kind, 2, tmp_path)[0]
+    leader = launch("loractl.worker.training.trainer", {**os.environ, "OMP_NUM_THREADS": "1"})
+    assert leader.stdin and leader.stdout and leader.stderr
+    threading.Thread(target=leader.stderr.read, daemon=True).start()
+    leader.stdin.write(encode(order))
+    leader.stdin.flush()
+    told = map(decode_told, leader.stdout)
+    next(m for m in told if isinstance(m, Stepped) and "loss" in m.metrics)
+    (other,) = psutil.Process(leader.pid).children()
+    began = time.monotonic()
+    os.kill(leader.pid if killed == "the leader" else other.pid, signal.SIGKILL)
+    last = list(told)
+    leader.wait(timeout=20)
+    other.wait(timeout=20)
+    assert time.monotonic() - began < 10 and not other.is_running()
+    if killed == "the other":
+        (ended,) = [m for m in last if isinstance(m, Ended)]
+        assert ended.reason is Reason.HOST_OUT_OF_MEMORY and ended.message.startswith("rank 1 on n:1: ")
+
+
+def test_rows_are_divided_evenly_and_in_order() -> None:
+    rows = [TokenRow(number=n, input_ids=[n], labels=[n]) for n in range(7)]
+    for count in range(8):
+        parts = [rows_of(rows[:count], rank, 3) for rank in range(3)]
+        assert [row for part in parts for row in part] == rows[:count]
+        assert max(map(len, parts)) - min(map(len, parts)) <= 1 and len(parts[0]) == max(map(len, parts))
+
+
+def stop_after(step: int) -> Any:
+    def watch(run: Run, told: Told) -> None:
+        if isinstance(told, Stepped) and told.step >= step:
+            run.save_on_stop.set()
+            run.stop.set()
+
+    return watch

@@ -1,0 +1,85 @@
+"""A follower: does its part of what the leader orders, until the leader ends. It knows no job and no order of rows."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from loractl.worker.base.arithmetic import evaluating
+from loractl.worker.base.gauge import release
+from loractl.worker.data.tokens import TokenRow
+from loractl.worker.engine.loss import MicroBatch
+from loractl.worker.engine.noise import noisy_embeddings
+
+from .link import Link
+from .part import OwnPass, Part, RankFull
+from .shards import Shards
+
+
+class Follower:
+    """One rank but the leader's."""
+
+    def __init__(self, model: Any, link: Link, shards: Shards | None, make_pass: Callable[[bool], OwnPass]) -> None:
+        """`make_pass`: the adapted model's forward pass, the lean one or not."""
+        self._model, self._link, self._shards, self._make_pass = model, link, shards, make_pass
+        self._own: OwnPass | None = None
+        self._part: Part | None = None
+        self._scale = 1.0
+
+    def follow(self) -> None:
+        """Obey until the leader ends. What goes wrong here comes through, and ends the whole training."""
+        self._model.train()
+        with contextlib.ExitStack() as stack:
+            for order in self._link.orders():
+                if order["kind"] == "end":
+                    break
+                if order["kind"] == "pass":
+                    stack.enter_context(noisy_embeddings(self._model, order["noise"]))
+                    self._own = self._make_pass(order["lean"])
+                    self._part = Part(self._own, self._link, lockstep=self._shards is not None)
+                else:
+                    self._obey(order)
+        self._link.close()
+
+    def _obey(self, order: dict[str, Any]) -> None:
+        if order["kind"] == "gather":
+            assert self._shards is not None
+            self._shards.gather(order["unit"])
+            return
+        assert self._own is not None and self._part is not None
+        match order["kind"]:
+            case "recompute":
+                self._own.recompute_blocks()
+            case "window":
+                self._scale = order["scale"]
+                self._part.begin_window()
+            case "learn":
+                self._learn(self._part, order["noise"], **order["batch"])
+            case "score":
+                self._score(self._part, order["rows"], spread=order["spread"])
+            case other:
+                raise ValueError(f"the leader orders {other!r}, which no follower knows")
+
+    def _learn(self, part: Part, noise: int, rows: list[dict[str, Any]], **of: Any) -> None:
+        torch.manual_seed(noise + self._link.rank)
+        batch = MicroBatch(rows=[TokenRow(**row) for row in rows], **of)
+        with self._together():
+            part.learn(batch, lambda loss: torch.autograd.backward(loss * self._scale))
+
+    def _score(self, part: Part, rows: list[dict[str, Any]], *, spread: bool) -> None:
+        if spread:
+            part.take_weights()
+        with evaluating(self._model), self._together():
+            part.held_out_loss([TokenRow(**row) for row in rows])
+
+    @contextlib.contextmanager
+    def _together(self) -> Any:
+        """What all ranks do at once; where one had no room, the leader says what follows."""
+        try:
+            with contextlib.nullcontext() if self._shards is None else self._shards.together():
+                yield
+        except RankFull:
+            release()

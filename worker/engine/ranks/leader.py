@@ -1,0 +1,113 @@
+"""The leader's pass: what a training's one member asks for is done by all ranks, each with its rows."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+
+from loractl.common.job.status import Reason
+from loractl.worker.base.failure import TrainingFailed
+from loractl.worker.base.gauge import in_a_sentence, is_out_of_memory
+from loractl.worker.base.learner import ScoredTokens
+from loractl.worker.data.tokens import TokenRow
+from loractl.worker.engine.loss import Backward, MicroBatch
+from loractl.worker.engine.passes.lean import LeanPass
+from loractl.worker.engine.streams import read_streams
+
+from .link import Link
+from .part import OwnPass, Part, RankFull
+from .shards import Shards
+
+Answer = TypeVar("Answer")
+
+
+class DividedPass:
+    """A forward pass over several ranks. Only the leader has it: the others know neither order nor optimizer."""
+
+    def __init__(
+        self,
+        own: OwnPass,
+        link: Link,
+        shards: Shards | None = None,
+        *,
+        scales: bool = False,
+        noise: float | None = None,
+    ) -> None:
+        """`scales`: losses are scaled for float16. `noise`: NEFTune's alpha."""
+        self.own, self.link, self._shards = own, link, shards
+        self.model, self.device, self.streams = own.model, own.device, own.streams
+        self.ranks = link.size
+        self._scales = scales
+        link.order("pass", lean=isinstance(own, LeanPass), noise=noise)
+        self._part = Part(own, link, lockstep=shards is not None)
+        self._spread = False  # whether all have the leader's weights
+
+    def recompute_blocks(self) -> None:
+        """Hold a block's activations in the backward pass alone."""
+        self.link.order("recompute")
+        self.own.recompute_blocks()
+
+    def learn(self, batch: MicroBatch, backward: Backward) -> torch.Tensor:
+        """Leave a micro-batch's gradients, those of the whole window with its last one. Returns the loss likewise."""
+        if batch.number == 0:
+            self.link.order("window", scale=self._scale(backward))
+            self._part.begin_window()
+        self._spread = batch.number < batch.pieces - 1  # a step follows the last one
+        self.link.order("learn", noise=self._noise(), batch=dataclasses.asdict(batch))
+        return self._together(lambda: self._part.learn(batch, backward))
+
+    def held_out_loss(self, rows: Sequence[TokenRow]) -> float:
+        """The summed loss of one batch of held-out rows, in nats and not smoothed, for a model in eval mode."""
+        self.link.order("score", rows=[dataclasses.asdict(row) for row in rows], spread=not self._spread)
+        if not self._spread:
+            self._part.take_weights()
+            self._spread = True
+        return self._together(lambda: self._part.held_out_loss(rows))
+
+    def tokens(self, rows: Sequence[TokenRow]) -> int:
+        """Tokens that pass the model."""
+        return self.own.tokens(rows)
+
+    def scores(self, rows: Sequence[TokenRow]) -> list[ScoredTokens]:
+        """Every learned token of some rows, by the leader alone. Only where its pass is the lean one."""
+        assert isinstance(self.own, LeanPass)
+        return self.own.scores(rows)
+
+    def end(self) -> None:
+        """Let the others end."""
+        self.link.order("end")
+        self.link.close()
+
+    def _together(self, work: Callable[[], Answer]) -> Answer:
+        """Work that all ranks do at once. Raises torch.OutOfMemoryError where a smaller batch may follow in this
+        process, else TrainingFailed: the ranks of a divided base are out of step."""
+        try:
+            if self._shards is None:
+                return work()
+            with self._shards.together():
+                return work()
+        except RankFull as error:
+            raise torch.OutOfMemoryError(str(error)) from None
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            raise TrainingFailed(Reason.OUT_OF_MEMORY, f"a card of the job is full: {in_a_sentence(error)}") from None
+
+    def _scale(self, backward: Backward) -> float:
+        """By what the backward pass multiplies a loss."""
+        if not self._scales:
+            return 1.0
+        one = torch.ones((), device=self.device, requires_grad=True)
+        backward(one)
+        return float(one.grad) if one.grad is not None else 1.0
+
+    def _noise(self) -> int:
+        """What the others' dropout begins from: it follows from where the leader's stream is, and moves nothing of it,
+        so that a resume drops the same."""
+        streams: dict[str, Any] = read_streams(self.device)
+        state = streams.get("cuda", streams["torch"]).numpy().tobytes()
+        return int.from_bytes(hashlib.sha256(state).digest()[:6], "big")

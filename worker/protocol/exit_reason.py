@@ -1,0 +1,40 @@
+"""Why a trainer ended that said nothing: by its exit status, and by what it printed last."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Sequence
+from typing import Any
+
+from loractl.common.job.status import Reason
+
+from .card_error import last_card_error
+
+
+def exit_reason(
+    code: int | None, printed: Sequence[str] = (), *, limited: bool = False, on_card: bool = False
+) -> dict[str, Any]:
+    """Reason and sentence (`reason`, `message`) for a trainer that ended without a word.
+
+    `code`: None for one that even SIGKILL does not end. `printed`: its last lines; some libraries end the process after
+    a line on standard error. `limited`: its RAM was held to a limit. Not every library checks what it got; some crash
+    where torch raises.
+    """
+    if code is None:
+        reason, where = (Reason.GPU_ERROR, "the card's driver") if on_card else (Reason.TRAINER_ERROR, "a disk")
+        return {"reason": reason, "message": f"the trainer can't be ended: it waits in the kernel, as for {where}"}
+    if code == -signal.SIGKILL:
+        return {
+            "reason": Reason.HOST_OUT_OF_MEMORY,
+            "message": "the trainer was killed (SIGKILL), most likely by the box's out-of-memory killer",
+        }
+    how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
+    if (said := last_card_error(printed)) is not None:
+        return {"reason": said[0], "message": f"the trainer ended ({how}) after it printed: {said[1]}"}
+    if limited and code in (-signal.SIGSEGV, -signal.SIGABRT):
+        name = signal.Signals(-code).name
+        return {
+            "reason": Reason.OUT_OF_MEMORY,
+            "message": f"the trainer crashed ({name}), most likely at its limit of memory (LORACTL_TRAINER_RAM)",
+        }
+    return {"reason": Reason.TRAINER_ERROR, "message": f"the trainer ended without a result ({how})"}
