@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .method import Method
+from .method import Method, Parallel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,6 +17,15 @@ class Need:
 
     def of(self, method: Method) -> int | None:
         return self.qlora if method is Method.QLORA else self.lora
+
+
+@dataclass(frozen=True, kw_only=True)
+class SharedNeed:
+    """What a job needs of each of several cards that divide it."""
+
+    cards: int
+    parallel: Parallel
+    need: Need
 
 
 def permitted_methods(wanted: Method | Sequence[Method]) -> tuple[Method, ...]:

@@ -69,6 +69,8 @@ class Card:
     open: bool = True  # online and not draining
     processor: bool = False  # a CPU: the last resort
     user_limit: int | None = None  # jobs that one user may run in the fleet
+    model: str = ""  # the device's name: cards of one model are of one speed
+    gangs: bool = False  # may be one of several cards for one job
 
     @property
     def host(self) -> str:
@@ -137,7 +139,7 @@ def takes(card: Card, job: Waiting, fleet: Collection[Card], largest: int) -> bo
 
 def suits(card: Card, job: Waiting, largest: int) -> bool:
     """Whether the job may run on this card; its room is not asked. A processor takes only what no GPU could hold."""
-    if not job.requires <= card.labels or job.only_host not in (None, card.host):
+    if not job.alone or not job.requires <= card.labels or job.only_host not in (None, card.host):
         return False
     if not card.processor:
         return True

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from loractl.common.job.method import Method
-from loractl.common.job.need import Need, least_need
+from loractl.common.job.need import Need, SharedNeed, least_need
 
 from .sizes import size_step
 
@@ -32,11 +32,21 @@ class Waiting:
     only_host: str | None = None  # the box that has its finished result, while no other box may take it
     avoids: frozenset[str] = frozenset()  # cards and boxes that failed it a short while ago
     base_model: str = ""  # empty: it is not known, or no host may have it
+    alone: bool = True  # one card may take it
+    gangs: tuple[SharedNeed, ...] = ()  # how several cards may divide it, the preferred way first
 
     @functools.cached_property
     def least(self) -> int | None:
-        """The least bytes that a permitted method needs; None when one need is not known."""
+        """The least bytes that a permitted method needs of one card; None when one need is not known."""
         return least_need(self.methods, self.need)
+
+    @functools.cached_property
+    def bound(self) -> int | None:
+        """Bytes that a card must have free before it is worth trying: the job's least, or a card's part of it."""
+        if not self.gangs:
+            return self.least
+        sizes = [least_need(self.methods, gang.need) for gang in self.gangs] + ([self.least] if self.alone else [])
+        return None if None in sizes else min(size for size in sizes if size is not None)
 
 
 def waited(job: Waiting, now: dt.datetime) -> float:
@@ -103,7 +113,7 @@ class ListedLine:
 
     def next(self, openings: Openings) -> Waiting | None:
         for index, job in enumerate(self._jobs):
-            if openings.admit(job.least, job.requires):
+            if openings.admit(job.bound, job.requires):
                 return self._jobs.pop(index)
         return None
 
@@ -119,10 +129,10 @@ class SubstitutedLine:
 
     def next(self, openings: Openings) -> Waiting | None:
         other, self._read = self._read, None
-        if other is None or not openings.admit(other.least, other.requires):
+        if other is None or not openings.admit(other.bound, other.requires):
             other = self._other(openings)
         changed = self._changed
-        if changed is None or not openings.admit(changed.least, changed.requires):
+        if changed is None or not openings.admit(changed.bound, changed.requires):
             return other
         if other is not None and other.job_id < changed.job_id:
             return other
@@ -199,7 +209,7 @@ class LineReader:
             place = self._read.get(shelf, 0)
             while place < len(entries):
                 order, job = entries[place]
-                if openings.admit(job.least, job.requires):
+                if openings.admit(job.bound, job.requires):
                     if best is None or order < best[0]:
                         best = (order, job, shelf)
                     break
@@ -212,4 +222,4 @@ class LineReader:
 
 
 def _shelf(job: Waiting) -> _Shelf:
-    return size_step(job.least), job.requires
+    return size_step(job.bound), job.requires

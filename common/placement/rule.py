@@ -15,10 +15,12 @@ import heapq
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from loractl.common.job.method import Method
+from loractl.common.job.method import Method, Parallel
+from loractl.common.job.need import SharedNeed
 from loractl.common.units import GIB
 
 from .cards import Card, Occupant, Room, largest_gpu, room_at, takes
+from .gangs import GangShare, best_group, first_gathering, gang_of, takers
 from .lines import Line, Openings, Waiting, waited
 from .shares import START_CHARGE_S
 
@@ -29,6 +31,11 @@ OLDEST_FIRST_AFTER_S = 24 * 3600.0
 """The oldest job that could run goes before every priority and share once it has waited so long: no job starves."""
 
 
+IDLE_FOR_GANG_S = 3600.0
+"""A card that has room already stays idle for a job on several only where the others will have room so soon, or once
+the job has waited a day: others may use it meanwhile, and nothing idles for long."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Placement:
     """A job that starts."""
@@ -36,17 +43,49 @@ class Placement:
     job: Waiting
     node: str
     method: Method
-    reserved: int  # bytes
+    reserved: int  # bytes of that card
+    beside: tuple[GangShare, ...] = ()  # what it has of other cards of the box
+    parallel: Parallel = Parallel.NONE
+
+    @property
+    def shares(self) -> tuple[GangShare, ...]:
+        """What the job has of each of its cards."""
+        return GangShare(node=self.node, bytes=self.reserved), *self.beside
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reservation:
+class Kept:
     """A card that is kept for a job: what else starts there must leave it its room."""
 
-    job: Waiting
     node: str
     spare: int  # bytes that others may take without delaying it
     spare_slots: int
+
+    def less(self, size: int) -> Kept:
+        """The same once a job has taken so many bytes."""
+        return Kept(node=self.node, spare=self.spare - size, spare_slots=self.spare_slots - 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reservation(Kept):
+    """The card that is kept for a job, and the others that are kept with it where several are to share the job."""
+
+    job: Waiting
+    beside: tuple[Kept, ...] = ()
+
+    @property
+    def cards(self) -> tuple[Kept, ...]:
+        """Every card that is kept."""
+        return self, *self.beside
+
+    def on(self, node: str) -> Kept | None:
+        """What is kept of a card; None: nothing is."""
+        return next((kept for kept in self.cards if kept.node == node), None)
+
+    def without(self, node: str, size: int) -> Reservation:
+        """The same once a job has taken so many bytes of a card."""
+        own, *beside = (kept.less(size) if kept.node == node else kept for kept in self.cards)
+        return replace(self, spare=own.spare, spare_slots=own.spare_slots, beside=tuple(beside))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,9 +118,10 @@ class _Fleet:
         """Bytes that a job may take there now, beside what is kept."""
         if not card.open or not card.slots:
             return 0
-        if self.kept is None or self.kept.node != card.node:
+        kept = None if self.kept is None else self.kept.on(card.node)
+        if kept is None:
             return card.free
-        return max(0, min(card.free, self.kept.spare)) if self.kept.spare_slots > 0 else 0
+        return max(0, min(card.free, kept.spare)) if kept.spare_slots > 0 else 0
 
     def openings(self) -> Openings:
         rooms = [(c, room) for c in self.cards.values() if (room := self.room(c)) > 0]
@@ -99,6 +139,22 @@ class _Fleet:
     def takes(self, card: Card, job: Waiting) -> bool:
         """Whether the job may run there at all, see `cards.takes`."""
         return takes(card, job, self.cards.values(), self.largest)
+
+    def gang_of(self, job: Waiting) -> SharedNeed | None:
+        """The way in which several cards are to share the job, see `gangs.gang_of`."""
+        return gang_of(job, self.cards.values()) if job.gangs else None
+
+    def start(self, placed: Placement) -> None:
+        """Take what the job has of its cards."""
+        job = placed.job
+        for share in placed.shares:
+            occupant = Occupant(job_id=job.job_id, user=job.user, reserved=share.bytes)
+            self.cards[share.node] = self.cards[share.node].with_job(occupant)
+            if self.kept is not None:
+                self.kept = self.kept.without(share.node, share.bytes)
+        hours = sum(share.bytes for share in placed.shares) / GIB * START_CHARGE_S / 3600
+        self.charges[job.user] = self.charges.get(job.user, 0.0) + hours
+        self.running[job.user] = self.running.get(job.user, 0) + 1
 
     def at_limit(self, user: str) -> bool:
         return self.user_limit is not None and self.running.get(user, 0) >= self.user_limit
@@ -133,7 +189,7 @@ def place(
 def _first_by_age(oldest: Line, fleet: _Fleet, now: dt.datetime) -> Waiting | None:
     """The oldest job that the fleet could hold and that its user may start, if it has waited long enough."""
     while (job := oldest.next(fleet.ever)) is not None and waited(job, now) >= OLDEST_FIRST_AFTER_S:
-        if not fleet.at_limit(job.user) and any(_rooms(job, fleet, now)):
+        if not fleet.at_limit(job.user) and (fleet.gang_of(job) is not None or any(_rooms(job, fleet, now))):
             return job
     return None
 
@@ -160,25 +216,19 @@ def _in_order(level: Mapping[str, Line], fleet: _Fleet, now: dt.datetime) -> Ite
 
 
 def _try(job: Waiting, fleet: _Fleet, now: dt.datetime) -> Iterator[Decision]:
-    """Start the job on the best card, or keep a card for it when it has waited long enough."""
-    best = _best(job, fleet)
-    if best is not None:
-        method, card, size = best
-        started = Occupant(job_id=job.job_id, user=job.user, reserved=size)
-        fleet.cards[card.node] = card.with_job(started)
-        kept = fleet.kept
-        if kept is not None and kept.node == card.node:
-            fleet.kept = replace(kept, spare=kept.spare - size, spare_slots=kept.spare_slots - 1)
-        fleet.charges[job.user] = fleet.charges.get(job.user, 0.0) + size / GIB * START_CHARGE_S / 3600
-        fleet.running[job.user] = fleet.running.get(job.user, 0) + 1
-        yield Decision(placed=Placement(job=job, node=card.node, method=method, reserved=size))
+    """Start the job on the best cards, or keep some for it when it has waited long enough."""
+    gang = fleet.gang_of(job)
+    placed = _best(job, fleet) if gang is None else _best_gang(job, gang, fleet)
+    if placed is not None:
+        fleet.start(placed)
+        yield Decision(placed=placed)
     elif fleet.kept is None and waited(job, now) >= RESERVE_AFTER_S:
-        fleet.kept = _keep(job, fleet, now)
+        fleet.kept = _keep(job, fleet, now) if gang is None else _keep_gang(job, gang, fleet, now)
         if fleet.kept is not None:
             yield Decision(reserved=fleet.kept)
 
 
-def _best(job: Waiting, fleet: _Fleet) -> tuple[Method, Card, int] | None:
+def _best(job: Waiting, fleet: _Fleet) -> Placement | None:
     """The preferred method that some card holds now, and the card that it fills best.
 
     An idle card goes before a shared one, where jobs share the compute too. Among those, a card on which the job's base
@@ -189,7 +239,23 @@ def _best(job: Waiting, fleet: _Fleet) -> tuple[Method, Card, int] | None:
         holding = [c for c in fleet.cards.values() if _holds_now(c, job, size, fleet)]
         if holding:
             card = _nearest(holding, job, method)
-            return method, card, card.free if size is None else size
+            return Placement(job=job, node=card.node, method=method, reserved=card.free if size is None else size)
+    return None
+
+
+def _best_gang(job: Waiting, gang: SharedNeed, fleet: _Fleet) -> Placement | None:
+    """The preferred method that enough cards of some box hold now, and those that it fills best."""
+    allowed = takers(job, gang, fleet.cards.values())
+    for method in job.methods:
+        size = gang.need.of(method)
+        holding = [c for c in allowed if (room := fleet.room(c)) > 0 and (size <= room if size else not c.running)]
+        group = best_group(holding, gang.cards)
+        if group is not None:
+            first, *beside = (GangShare(node=c.node, bytes=c.free if size is None else size) for c in group)
+            parallel = gang.parallel
+            return Placement(
+                job=job, node=first.node, method=method, reserved=first.bytes, beside=tuple(beside), parallel=parallel
+            )
     return None
 
 
@@ -224,6 +290,23 @@ def _keep(job: Waiting, fleet: _Fleet, now: dt.datetime) -> Reservation | None:
     return Reservation(job=job, node=card.node, spare=room.spare, spare_slots=room.spare_slots)
 
 
+def _keep_gang(job: Waiting, gang: SharedNeed, fleet: _Fleet, now: dt.datetime) -> Reservation | None:
+    """Keep the cards of one box where the job can start first. Those that have room already are lent to others while
+    that is far off."""
+    first = first_gathering(job, gang, takers(job, gang, fleet.cards.values()), now)
+    if first is None:
+        return None
+    _, found = first
+    soon = found.at is not None and (found.at - now).total_seconds() <= IDLE_FOR_GANG_S
+    idle = soon or waited(job, now) >= OLDEST_FIRST_AFTER_S
+    kept = [
+        Kept(node=card.node, spare=room.spare, spare_slots=room.spare_slots)
+        for card, room in found.rooms
+        if idle or room.after
+    ]
+    return None if not kept else Reservation(job=job, beside=tuple(kept[1:]), **vars(kept[0]))
+
+
 def _rooms(job: Waiting, fleet: _Fleet, now: dt.datetime) -> Iterator[tuple[int, int, Card, Room]]:
     """Where and when the job could start: the method's place in its list, bytes, card and room."""
     for card in fleet.cards.values():
@@ -237,8 +320,8 @@ def _rooms(job: Waiting, fleet: _Fleet, now: dt.datetime) -> Iterator[tuple[int,
 
 
 def _jobs_by_user(cards: Sequence[Card]) -> dict[str, int]:
+    users = {job.job_id: job.user for card in cards for job in card.running}
     counts: dict[str, int] = {}
-    for card in cards:
-        for job in card.running:
-            counts[job.user] = counts.get(job.user, 0) + 1
+    for user in users.values():
+        counts[user] = counts.get(user, 0) + 1
     return counts

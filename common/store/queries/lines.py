@@ -205,9 +205,9 @@ class _StoredLine:
 
     def next(self, openings: Openings) -> Waiting | None:
         if self._heads is None:
-            if self._last is None or openings.admit(self._last.least, self._last.requires):
+            if self._last is None or openings.admit(self._last.bound, self._last.requires):
                 job = self._by_age()
-                if job is None or openings.admit(job.least, job.requires):
+                if job is None or openings.admit(job.bound, job.requires):
                     return job
             self._heads = self._level.heads(self._user, openings)
             for head in self._heads:
@@ -238,7 +238,7 @@ class _StoredLine:
         """The number of the oldest admitted job under the key."""
         if head.oldest is not None and head.oldest > head.given and head.key.all_fit(openings):
             return head.oldest
-        if head.job is None or not openings.admit(head.job.least, head.job.requires):
+        if head.job is None or not openings.admit(head.job.bound, head.job.requires):
             head.job = self._search(head, openings)
             head.oldest, head.empty = None, head.job is None
         return None if head.job is None else head.job.job_id
@@ -273,7 +273,7 @@ class _OldestLine:
             if job is None:
                 return None
             self._given = job.job_id
-            if openings.admit(job.least, job.requires):
+            if openings.admit(job.bound, job.requires):
                 return job
 
 

@@ -1,0 +1,281 @@
+"""Several cards for one job: the placement rule by examples, and against all the ways that there are."""
+
+from __future__ import annotations
+
+import datetime as dt
+import itertools
+import random
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from loractl.common.job.method import Method, Parallel
+from loractl.common.job.need import Need, SharedNeed
+from loractl.common.placement.cards import Card, Occupant, room_at
+from loractl.common.placement.gangs import gang_of, may_share
+from loractl.common.placement.lines import ListedLine, Waiting, levels_of
+from loractl.common.placement.rule import (
+    IDLE_FOR_GANG_S,
+    OLDEST_FIRST_AFTER_S,
+    RESERVE_AFTER_S,
+    Decision,
+    Placement,
+    Reservation,
+    place,
+)
+from loractl.common.units import GIB
+
+from .scenes import LABELS, NOW, Scene, a_card, a_job, decide, many, random_card, random_job, running
+
+
+def shared(cards: int, lora: float | None, qlora: float | None = None, how: Parallel = Parallel.SHARDED) -> SharedNeed:
+    sizes = [None if size is None else int(size * GIB) for size in (lora, qlora)]
+    return SharedNeed(cards=cards, parallel=how, need=Need(lora=sizes[0], qlora=sizes[1]))
+
+
+def card(node: str, gib: float = 24, **more: object) -> Card:
+    return a_card(node, gib, **{"gangs": True, "model": "RTX 4090", **more})
+
+
+def job(job_id: int = 1, gib: float = 40, *gangs: SharedNeed, age_s: float = 0, **more: object) -> Waiting:
+    return a_job(job_id, gib, age_s=age_s, gangs=gangs or (shared(2, 20), shared(4, 12)), **more)
+
+
+def where(decisions: Sequence[Decision]) -> dict[int, list[str]]:
+    return {d.placed.job.job_id: [s.node for s in d.placed.shares] for d in decisions if d.placed is not None}
+
+
+def test_one_card_goes_before_several_where_one_could_ever_hold_the_job() -> None:
+    pair, large = [card("a:0"), card("a:1")], card("b:0", 80, running=(running(9, 60, 600),))
+    assert where(decide([job()], pair)) == {1: ["a:0", "a:1"]}
+    assert where(decide([job()], [*pair, large])) == {}, "it waits for the one that holds it"
+    assert where(decide([job()], [*pair, replace(large, open=False)])) == {1: ["a:0", "a:1"]}
+    assert where(decide([job(alone=False)], [*pair, large])) == {1: ["a:0", "a:1"]}
+
+
+def test_each_card_gives_its_share_and_the_user_is_charged_for_all() -> None:
+    cards = [card("a:0"), card("a:1")]
+    (decision,) = decide([job()], cards)
+    placed = decision.placed
+    assert placed is not None
+    assert [share.bytes for share in placed.shares] == [20 * GIB, 20 * GIB]
+    assert placed.parallel is Parallel.SHARDED
+    small = [a_job(2, 8), a_job(3, 8, user="bob")]
+    assert list(where(decide([job(), *small], [*cards, card("a:2")], {"bob": 30.0}))) == [1, 3]
+
+
+def test_the_fewest_cards_of_one_box_that_hold_it_are_taken() -> None:
+    small = [card(f"a:{n}", 16) for n in range(4)]
+    assert where(decide([job()], small)) == {1: ["a:0", "a:1", "a:2", "a:3"]}
+    assert where(decide([job()], [*small[:3], card("b:0"), card("b:1"), card("b:2")])) == {1: ["b:0", "b:1"]}
+    assert where(decide([job()], [card("a:0"), card("b:0")])) == {}, "cards of two boxes are no gang"
+
+
+def test_cards_of_one_speed_go_first_then_idle_ones_then_those_that_are_filled_best() -> None:
+    mixed = [card("a:0", 22, model="old"), card("a:1", 24), card("a:2", 48, max_jobs=4)]
+    assert where(decide([job(gib=50)], mixed)) == {1: ["a:1", "a:2"]}
+    busy = replace(mixed[2], running=(running(9, 28),))
+    assert where(decide([job(gib=50)], [mixed[0], mixed[1], busy, card("a:3", 48)])) == {1: ["a:1", "a:3"]}
+
+
+def test_auto_takes_the_first_method_that_several_cards_hold() -> None:
+    ways = shared(2, 30, 14), shared(4, 12, 6)
+    wanted = job(1, 60, *ways, methods=(Method.LORA, Method.QLORA), need=Need(lora=60 * GIB, qlora=26 * GIB))
+    (decision,) = decide([wanted], [card(f"a:{n}") for n in range(4)])
+    assert decision.placed is not None
+    assert (decision.placed.method, len(decision.placed.shares)) == (Method.QLORA, 2)
+
+
+def test_a_box_that_can_t_serve_several_cards_is_given_no_such_job() -> None:
+    plain = [card("a:0", gangs=False), card("a:1", gangs=False)]
+    assert where(decide([job(age_s=9000)], plain)) == {}
+    assert where(decide([job(alone=False, gib=8)], plain)) == {}
+    assert where(decide([a_job(1, 8)], plain)) == {1: ["a:0"]}
+
+
+def test_a_card_that_failed_the_job_is_none_of_its_gang_while_others_could_hold_it() -> None:
+    cards = [card("a:0"), card("a:1"), card("a:2")]
+    assert where(decide([job(avoids=frozenset({"a:0"}))], cards)) == {1: ["a:1", "a:2"]}
+    assert where(decide([job(avoids=frozenset({"a:0"}))], cards[:2])) == {1: ["a:0", "a:1"]}
+
+
+def test_cards_are_kept_for_the_gang_and_an_idle_one_not_for_long() -> None:
+    """One card has room. It stays idle where the other one will have room within the hour, or after a day."""
+    small = a_job(2, 8, user="bob")
+
+    def starts(ends_in_s: float | None, age_s: float) -> dict[int, list[str]]:
+        return where(
+            decide([job(age_s=age_s), small], [card("a:0"), card("a:1", running=(running(9, 24, ends_in_s),))])
+        )
+
+    assert starts(600, RESERVE_AFTER_S) == {}
+    assert starts(600, RESERVE_AFTER_S - 1) == {2: ["a:0"]}
+    assert starts(IDLE_FOR_GANG_S + 1, RESERVE_AFTER_S) == {2: ["a:0"]}
+    assert starts(None, RESERVE_AFTER_S) == {2: ["a:0"]}
+    assert starts(IDLE_FOR_GANG_S + 1, OLDEST_FIRST_AFTER_S) == {}
+
+
+def test_a_stream_of_small_jobs_passes_a_gang_for_half_an_hour_and_the_length_of_what_runs() -> None:
+    """And for a day where its user comes last: as long as a job for one card."""
+    length, step = dt.timedelta(minutes=40), dt.timedelta(minutes=5)
+    assert wait_in_a_stream(length, step, {}) <= dt.timedelta(seconds=RESERVE_AFTER_S) + length + step
+    assert wait_in_a_stream(length, step, {"ada": 99.0}) <= dt.timedelta(seconds=OLDEST_FIRST_AFTER_S) + length + step
+
+
+def wait_in_a_stream(length: dt.timedelta, step: dt.timedelta, charges: dict[str, float]) -> dt.timedelta:
+    """How long a gang waits for two cards, with small jobs of `length` for every place that gets free."""
+    cards, now, numbers = {c.node: c for c in (card("a:0"), card("a:1"))}, NOW, itertools.count(2)
+    cards["a:1"] = replace(cards["a:1"], running=(running(1000, 10, 20 * 60),))
+    while now < NOW + dt.timedelta(days=3):
+        for node, each in cards.items():
+            cards[node] = replace(each, running=tuple(j for j in each.running if j.ends and j.ends > now))
+        wanted = [job(1, since=NOW), *(a_job(next(numbers), 8, user=f"u{n}", since=now) for n in range(3))]
+        for d in place(levels_of(wanted), list(cards.values()), charges, now, ListedLine(wanted)):
+            if d.placed and d.placed.job.job_id == 1:
+                return now - NOW
+            for share in d.placed.shares if d.placed else ():
+                occupant = Occupant(job_id=next(numbers), user="x", reserved=share.bytes, ends=now + length)
+                cards[share.node] = cards[share.node].with_job(occupant)
+        now += step
+    raise AssertionError("it never started")
+
+
+def gang_scenes() -> st.SearchStrategy[Scene]:
+    return st.integers(0, 2**32).map(_scene)
+
+
+def _scene(seed: int) -> Scene:
+    rng = random.Random(seed)
+    boxes = [
+        replace(random_card(rng, n, None), model=rng.choice("xxy"), gangs=rng.random() < 0.9)
+        for n in range(rng.randint(2, 7))
+    ]
+    ages = sorted(rng.choices((0, 60, 1800, 4000, 90_000), k=rng.randint(1, 6)), reverse=True)
+    jobs = [random_job(rng, number, age) for number, age in enumerate(ages, start=1)]
+    return Scene(jobs=[_with_gangs(rng, each) for each in jobs], cards=boxes, charges={"a": 5.0})
+
+
+def _with_gangs(rng: random.Random, each: Waiting) -> Waiting:
+    if rng.random() < 0.3:
+        return each
+    sizes = [rng.randint(1, 60) for _ in range(2)]
+    ways = [
+        shared(cards, size, size // 2 + 1, rng.choice(list(Parallel)[1:]))
+        for cards, size in zip((2, 3), sizes, strict=True)
+    ]
+    return replace(each, gangs=tuple(ways[: rng.randint(1, 2)]), alone=rng.random() < 0.6)
+
+
+def all_groups(each: Waiting, way: SharedNeed, cards: Collection[Card]) -> Iterator[tuple[Card, ...]]:
+    """Every group of the cards that may share the job."""
+    for group in itertools.combinations(sorted(cards, key=lambda c: c.node), way.cards):
+        if len({c.host for c in group}) == 1 and all(may_share(c, each) for c in group):
+            yield group
+
+
+def allowed_groups(each: Waiting, way: SharedNeed, cards: Collection[Card]) -> list[tuple[Card, ...]]:
+    """Without those that failed the job, where others could hold it."""
+    every = list(all_groups(each, way, cards))
+    sound = [g for g in every if not any({c.node, c.host} & each.avoids for c in g)]
+    sizes = [way.need.of(method) for method in each.methods]
+    able = (
+        all(c.capacity > 0 and c.max_jobs and (size or 0) <= c.capacity for c in g) for g in sound for size in sizes
+    )
+    return sound if any(able) else every
+
+
+def rooms_of(each: Card, kept: Reservation | None) -> int:
+    held = None if kept is None else kept.on(each.node)
+    if not each.slots:
+        return 0
+    return each.free if held is None else max(0, min(each.free, held.spare)) if held.spare_slots > 0 else 0
+
+
+def best_by_all(each: Waiting, way: SharedNeed, cards: Collection[Card], kept: Reservation | None) -> list[str] | None:
+    """The cards of the best of all groups that hold the job now."""
+    for method in each.methods:
+        size = way.need.of(method)
+        options = []
+        for group in allowed_groups(each, way, cards):
+            if all(size is not None and size <= rooms_of(c, kept) and rooms_of(c, kept) > 0 for c in group):
+                busy, mixed = sum(bool(c.running) for c in group), len({c.model for c in group}) > 1
+                options.append((mixed, busy, sum(c.free for c in group), [c.node for c in group]))
+        if options:
+            return min(options)[-1]
+    return None
+
+
+def soonest_by_all(each: Waiting, way: SharedNeed, cards: Collection[Card]) -> tuple[bool, dt.datetime, bool]:
+    """When the first of all groups has room, and whether its cards are of several speeds."""
+    options = []
+    for group in allowed_groups(each, way, cards):
+        for method in each.methods:
+            rooms = [room_at(c, way.need.of(method) or 1, NOW) for c in group]
+            if all(room is not None for room in rooms):
+                moments = [room.at for room in rooms if room is not None]
+                last = max((at for at in moments if at is not None), default=NOW)
+                options.append((None in moments, NOW if None in moments else last, len({c.model for c in group}) > 1))
+    return min(options)
+
+
+def after(cards: dict[str, Card], kept: Reservation | None, placed: Placement) -> Reservation | None:
+    """Put the job on its cards; what is kept then."""
+    for share in placed.shares:
+        occupant = Occupant(job_id=placed.job.job_id, user=placed.job.user, reserved=share.bytes)
+        cards[share.node] = cards[share.node].with_job(occupant)
+        kept = None if kept is None else kept.without(share.node, share.bytes)
+    return kept
+
+
+@many
+@given(gang_scenes())
+def test_the_rule_finds_what_trying_all_groups_finds(scene: Scene) -> None:
+    cards, kept, begun = {c.node: c for c in scene.cards}, None, set()
+    for d in scene.decide():
+        each = d.placed.job if d.placed is not None else d.reserved.job if d.reserved is not None else None
+        assert each is not None
+        way = gang_of(each, cards.values())
+        if d.placed is not None:
+            begun.add(each.job_id)
+            nodes = [share.node for share in d.placed.shares]
+            assert (len(nodes) == 1) == (way is None), "all or nothing"
+            if way is not None:
+                assert nodes == best_by_all(each, way, cards.values(), kept)
+                assert {share.bytes for share in d.placed.shares} == {way.need.of(d.placed.method)}
+            kept = after(cards, kept, d.placed)
+        elif d.reserved is not None:
+            kept = d.reserved
+            if way is not None:
+                assert best_by_all(each, way, cards.values(), None) is None
+                _check_kept(each, way, cards, kept)
+    for c in cards.values():
+        if c.running != {x.node: x for x in scene.cards}[c.node].running:
+            assert c.outside + c.margin + c.taken <= c.total, "no ledger is over its card"
+            assert len(c.running) <= c.max_jobs
+    for each in scene.jobs:
+        way = gang_of(each, cards.values())
+        if each.job_id not in begun and way is not None:
+            assert best_by_all(each, way, cards.values(), kept) is None, "no group idles while it waits"
+
+
+def _check_kept(each: Waiting, way: SharedNeed, cards: dict[str, Card], kept: Reservation) -> None:
+    none, at, mixed = soonest_by_all(each, way, cards.values())
+    group = [cards[k.node] for k in kept.cards]
+    assert len({c.host for c in group}) == 1
+    waits = not none and (at - NOW).total_seconds() <= IDLE_FOR_GANG_S
+    idle = waits or (NOW - each.since).total_seconds() >= OLDEST_FIRST_AFTER_S
+    if idle:
+        assert len(group) == way.cards
+        assert (len({c.model for c in group}) > 1) == mixed
+    for k in kept.cards:
+        sizes = [way.need.of(method) for method in each.methods]
+        rooms = [room_at(cards[k.node], size, NOW) for size in sizes if size is not None]
+        assert any(r is not None and (r.spare, r.spare_slots) == (k.spare, k.spare_slots) for r in rooms)
+        assert idle or any(r is not None and r.after for r in rooms), "a card with room is lent"
+
+
+def test_a_gang_keeps_to_the_labels_that_its_job_asks_for() -> None:
+    cards = [card("a:0"), card("a:1"), card("b:0", labels=LABELS), card("b:1", labels=LABELS)]
+    assert where(decide([job(requires=LABELS)], cards)) == {1: ["b:0", "b:1"]}
