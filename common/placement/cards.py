@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import functools
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 
@@ -10,6 +11,7 @@ from loractl.common.job.method import Method
 from loractl.common.units import GIB
 
 from .lines import Waiting
+from .pack_rule import PackedJob, PassLaw
 
 MARGIN_BYTES = GIB // 2
 """Left free on every device unless its owner says otherwise (`worker --reserve`): a desktop or a driver may take so
@@ -38,6 +40,7 @@ class Occupant:
     priority: int = 0
     preemptible: bool = False  # gives way to a job of higher priority
     ends: dt.datetime | None = None  # expected; None: not known
+    host: str | None = None  # the mark of the trainer that it shares, or may share; None: of its own
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,8 +53,13 @@ class WarmBase:
     method: Method
     bytes: int
     since: dt.datetime  # when it was last asked for
-    job_id: int | None = None  # that runs in it, whose reservation holds the base too; None: it waits for one
+    job_id: int | None = None  # that runs in it, whose reservation holds the base too; None: no such job
     leaving: bool = False  # it goes, for another job's sake or its owner's
+    open: bool = False  # jobs may train beside those in it
+    members: tuple[PackedJob, ...] = ()  # that train in it, where it is open, as the pack rule sees them
+    law: PassLaw | None = None  # of its passes; None: none was measured
+    held: int = 0  # bytes of jobs that have ended and are not out of it yet
+    used: int = 0  # bytes measured of its process, for all jobs in it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,18 +95,39 @@ class Card:
         """What our jobs may take together while others keep what they hold."""
         return max(0, self.usable - self.outside)
 
-    @property
+    @functools.cached_property
     def taken(self) -> int:
         """Reserved but not yet allocated counts as used, and so does what was allocated beyond it.
 
         A base that waits for a job counts as room: it goes when another job needs it.
         """
-        return sum(max(job.reserved, job.used) for job in self.running)
+        alone = [job for job in self.running if self.base_of(job) is None]
+        groups = [base for base in self.hosts if self.is_busy(base)]
+        return sum(max(job.reserved, job.used) for job in alone) + sum(self._held_by(base) for base in groups)
+
+    def inside(self, base: WarmBase) -> list[Occupant]:
+        """The jobs that run in a trainer with this base."""
+        return [job for job in self.running if job.host == base.host or job.job_id == base.job_id]
+
+    def base_of(self, job: Occupant) -> WarmBase | None:
+        """The base that a job runs on, where its trainer is known as one that others may come into."""
+        return next((base for base in self.hosts if job.host == base.host or job.job_id == base.job_id), None)
+
+    def is_busy(self, base: WarmBase) -> bool:
+        """Whether jobs are in it, or on their way out of it."""
+        return base.held > 0 or bool(self.inside(base))
+
+    def _held_by(self, base: WarmBase) -> int:
+        """Bytes of a trainer with jobs in it: it is one process, so what is measured of it is nobody's part."""
+        members = self.inside(base)
+        parts = sum(job.reserved for job in members if job.job_id != base.job_id)
+        first = max((job.reserved for job in members if job.job_id == base.job_id), default=0)
+        return max(base.held + parts + max(first, base.bytes), base.used, *(job.used for job in members), 0)
 
     @property
     def waiting_bases(self) -> list[WarmBase]:
         """Bases that wait for a job."""
-        return [base for base in self.hosts if base.job_id is None and not base.leaving]
+        return [base for base in self.hosts if not base.leaving and not self.is_busy(base)]
 
     def has_warm(self, base_model: str, method: Method) -> bool:
         """Whether a base that waits for a job is this one, as far as a waiting job's row tells."""
@@ -109,11 +138,26 @@ class Card:
         return max(0, self.capacity - self.taken)
 
     @property
-    def slots(self) -> int:
-        return max(0, self.max_jobs - len(self.running))
+    def trainers(self) -> int:
+        """Processes with jobs: those that share one count once."""
+        alone = sum(self.base_of(job) is None for job in self.running)
+        return alone + sum(self.is_busy(base) for base in self.hosts)
 
-    def with_job(self, job: Occupant) -> Card:
-        return replace(self, running=(*self.running, job))
+    @property
+    def slots(self) -> int:
+        return max(0, self.max_jobs - self.trainers)
+
+    def with_job(self, job: Occupant, packed: PackedJob | None = None) -> Card:
+        """The card with one more job. `packed`: the same as a member of the host that it joins."""
+        grown = tuple(
+            replace(base, members=(*base.members, packed)) if packed and base.host == job.host else base
+            for base in self.hosts
+        )
+        return replace(self, running=(*self.running, job), hosts=grown)
+
+    def without(self, job_ids: Collection[int]) -> Card:
+        """The card once these jobs have left it."""
+        return replace(self, running=tuple(job for job in self.running if job.job_id not in job_ids))
 
 
 def largest_gpu(cards: Iterable[Card]) -> int:
@@ -185,12 +229,14 @@ def room_at(card: Card, size: int, now: dt.datetime) -> Room | None:
     staying = sorted(card.running, key=lambda j: (j.ends is None, j.ends or now, -j.reserved, j.job_id))
     gone: list[Occupant] = []
 
-    def free() -> int:
-        return card.capacity - sum(max(j.reserved, j.used) for j in staying)
-
-    while free() < size or len(staying) >= card.max_jobs:
+    then = card
+    while staying and (then.free < size or not then.slots):
         gone.append(staying.pop(0))
+        then = replace(card, running=tuple(staying))
+    if then.free < size or not then.slots:
+        return None  # jobs that have ended are not out of their trainer yet
     ends = [job.ends for job in gone]
     at = None if any(end is None for end in ends) else max((end for end in ends if end is not None), default=now)
-    slots = card.max_jobs - len(staying) - 1
-    return Room(at=at if at is None else max(at, now), after=tuple(gone), spare=free() - size, spare_slots=slots)
+    return Room(
+        at=at if at is None else max(at, now), after=tuple(gone), spare=then.free - size, spare_slots=then.slots - 1
+    )

@@ -71,14 +71,20 @@ def seat(card: Card, key: str | None, reserved: int) -> Seat:
     host = next((base for base in reversed(waiting) if base.key == key), None)
     others = [base for base in waiting if base is not host]
     own = reserved if host is None else max(reserved, host.bytes)
-    going = _going(card, others, card.taken + own, len(card.running) + 1)
+    going = _going(card, others, card.taken + own, card.trainers + 1)
     return Seat(host=host, leaving=going)
+
+
+def joined(card: Card, base: WarmBase, own: int) -> Seat:
+    """The seat of a job that trains beside others on their base, where so many bytes are reserved for it."""
+    waiting = sorted(card.waiting_bases, key=lambda other: (other.since, other.host))
+    return Seat(host=base, leaving=_going(card, waiting, card.taken + own, card.trainers))
 
 
 def beyond(card: Card) -> tuple[WarmBase, ...]:
     """The idle bases that must go, the oldest first, since what others hold of the card has grown."""
     waiting = sorted(card.waiting_bases, key=lambda base: (base.since, base.host))
-    return _going(card, waiting, card.taken, len(card.running))
+    return _going(card, waiting, card.taken, card.trainers)
 
 
 def may_wait(card: Card) -> bool:

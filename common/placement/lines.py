@@ -55,6 +55,15 @@ def waited(job: Waiting, now: dt.datetime) -> float:
 
 
 @dataclass(frozen=True, kw_only=True)
+class JoinOpening:
+    """A running host that others may join: a bound like those of `Openings`."""
+
+    base_model: str
+    bytes: int  # a job whose whole need, with a base of its own, is above this does not fit
+    labels: frozenset[tuple[str, str]]  # of its card
+
+
+@dataclass(frozen=True, kw_only=True)
 class Openings:
     """What could start somewhere now: bounds that a line may use to leave out jobs without reading them."""
 
@@ -62,9 +71,15 @@ class Openings:
     processor: tuple[int, int]  # a job that needs more than the first and at most the second may start on a CPU
     unknown: bool  # a job whose need is not known may start
     labels: frozenset[frozenset[tuple[str, str]]]  # of each card with an opening
+    joins: tuple[JoinOpening, ...] = ()
 
     @property
     def any(self) -> bool:
+        return self.rooms or bool(self.joins)
+
+    @property
+    def rooms(self) -> bool:
+        """Whether a job may start in a trainer of its own."""
         return self.gpu > 0 or self.processor[1] > self.processor[0]
 
     @property
@@ -93,6 +108,14 @@ class Openings:
             return self.unknown
         return least <= self.gpu or self.processor[0] < least <= self.processor[1]
 
+    def admit_join(self, job: Waiting) -> bool:
+        """Whether the job may fit into a running host that has its base."""
+        least = job.least
+        return least is not None and any(
+            join.base_model == job.base_model and least <= join.bytes and job.requires <= join.labels
+            for join in self.joins
+        )
+
     def _has(self, requires: frozenset[tuple[str, str]]) -> bool:
         return any(requires <= labels for labels in self.labels)
 
@@ -113,7 +136,7 @@ class ListedLine:
 
     def next(self, openings: Openings) -> Waiting | None:
         for index, job in enumerate(self._jobs):
-            if openings.admit(job.bound, job.requires):
+            if openings.admit(job.bound, job.requires) or openings.admit_join(job):
                 return self._jobs.pop(index)
         return None
 
@@ -142,6 +165,38 @@ class SubstitutedLine:
     def _other(self, openings: Openings) -> Waiting | None:
         job = self._line.next(openings)
         return self._line.next(openings) if job is not None and job.job_id == self._number else job
+
+
+class JoinedLine:
+    """A line beside which some jobs are known that may join a running host: they come at their own places by age.
+
+    The line itself gives what may have a trainer of its own.
+    """
+
+    def __init__(self, line: Line, joiners: Iterable[Waiting]) -> None:
+        self._line = line
+        self._joiners = sorted(joiners, key=lambda job: job.job_id)
+        self._given: set[int] = set()
+        self._read: Waiting | None = None  # from the line, and not given yet
+
+    def next(self, openings: Openings) -> Waiting | None:
+        other, self._read = self._other(openings), None
+        joiner = next((j for j in self._joiners if j.job_id not in self._given and openings.admit_join(j)), None)
+        job = min((j for j in (other, joiner) if j is not None), key=lambda j: j.job_id, default=None)
+        if job is not other:
+            self._read = other
+        if job is not None:
+            self._given.add(job.job_id)
+        return job
+
+    def _other(self, openings: Openings) -> Waiting | None:
+        job = self._read
+        while openings.rooms:
+            if job is not None and job.job_id not in self._given and openings.admit(job.bound, job.requires):
+                return job
+            if (job := self._line.next(openings)) is None:
+                return None
+        return None
 
 
 def levels_of(jobs: Iterable[Waiting]) -> Iterator[dict[str, Line]]:

@@ -24,8 +24,9 @@ they are."""
 FORGOTTEN = 0.98
 """What a measured pass counts for after each further one: a card's speed changes with its clock and its other users."""
 
-DELAY = 0.1
-"""Share of its remaining time by which a join may push a member past the end that was promised to it."""
+DELAY = 0.5
+"""Share of its remaining time by which joins may push a member past the end that was promised to it. Two equal jobs of
+different people that gain what their mean completion asks for end at most so much later."""
 
 Numbers = tuple[float, ...]
 
@@ -67,6 +68,16 @@ class PassLaw:
     def as_json(self) -> dict[str, Any]:
         """What `from_json` reads: the sums over measured passes."""
         return {"products": [list(row) for row in self._products], "sums": list(self._sums)}
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether `seconds` are seconds."""
+        return self._sums[0] > 0
+
+    @property
+    def micro_batch(self) -> int | None:
+        """Tokens that a member had in a measured pass, in the mean of the last ones; None: none was measured."""
+        return round(self._products[1][2] / self._products[2][2]) if self.is_measured else None
 
     def seconds(self, tokens: int, members: int) -> float:
         return self.fixed + self.token * tokens + self.member * members
@@ -131,6 +142,7 @@ class PackedJob:
 
     tokens: int  # of a micro-batch
     passes: int | None = None  # that are left; None: not known
+    left_seconds: float | None = None  # the same in the pack as it is, measured; it goes before `passes`
     sweep: str | None = None  # whose jobs one person waits for together
     limit_seconds: float | None = None  # left of its own time limit
     promised_seconds: float | None = None  # left to the end that was promised
@@ -151,9 +163,10 @@ def join_verdict(
 ) -> JoinVerdict:
     """Whether `joining` should train beside `running`.
 
-    The jobs of one sweep must lose no throughput. Others must gain as much as their mean completion does: K equal jobs
-    one by one end after (K + 1) / 2 of their times in the mean, in a pack all at the end. `shared`: the card would be
-    shared by processes anyway, which gains nothing, so the pack need not gain either.
+    The jobs of one sweep must lose no throughput: one person waits for all of them, so no end of one was promised
+    apart. Others must gain as much as their mean completion does: K equal jobs one by one end after (K + 1) / 2 of
+    their times in the mean, in a pack all at the end. `shared`: the card would be shared by processes anyway, which
+    gains nothing and makes all of them later, so the pack need not gain either. No join breaks a time limit.
     """
     every = [*running, joining]
     count, speed_up = len(every), law.speed_up([job.tokens for job in every])
@@ -162,20 +175,24 @@ def join_verdict(
     if speed_up < needed:
         why = f"{count} jobs in one pass are {speed_up:.2f} times as fast as one by one, less than {needed:.2f}"
         return JoinVerdict(pays=False, speed_up=speed_up, needed=needed, why=why)
-    pass_seconds = law.seconds(sum(job.tokens for job in every), count)
+    before = law.seconds(sum(job.tokens for job in running), len(running))
+    after = law.seconds(sum(job.tokens for job in every), count)
     for job in every:
-        if (late := _too_late(job, pass_seconds)) is not None:
+        if (late := _too_late(job, before, after, promised=not together)) is not None:
             return JoinVerdict(pays=False, speed_up=speed_up, needed=needed, why=late)
     why = f"{count} jobs in one pass are {speed_up:.2f} times as fast as one by one"
     return JoinVerdict(pays=True, speed_up=speed_up, needed=needed, why=why)
 
 
-def _too_late(job: PackedJob, pass_seconds: float) -> str | None:
-    if job.passes is None:
+def _too_late(job: PackedJob, before: float, after: float, *, promised: bool) -> str | None:
+    """Why the job would end too late. `before`, `after`: how long a pass takes, without the newcomer and with it."""
+    left = job.passes * after if job.passes is not None else None
+    if job.left_seconds is not None:
+        left = job.left_seconds * after / before
+    if left is None:
         return None
-    left = job.passes * pass_seconds
     if job.limit_seconds is not None and left > job.limit_seconds:
         return "a member would exceed its time limit"
-    if job.promised_seconds is not None and left > job.promised_seconds * (1 + DELAY):
+    if promised and job.promised_seconds is not None and left > job.promised_seconds * (1 + DELAY):
         return "a member would end later than was promised"
     return None

@@ -30,8 +30,13 @@ def _fewest(card: Card, size: int, willing: Sequence[Occupant]) -> list[Occupant
     for count in range(1, len(willing) + 1):
         # try the largest: if these are too small, any other group of this size is, too
         going = sorted(willing, key=lambda j: -max(j.reserved, j.used))[:count]
-        freed = sum(max(j.reserved, j.used) for j in going)
-        if card.capacity - card.taken + freed >= size and card.slots + count > 0:
-            single = [j for j in willing if card.free + max(j.reserved, j.used) >= size] if count == 1 else []
+        if _has_room(card, size, going):
+            single = [j for j in willing if _has_room(card, size, [j])] if count == 1 else []
             return [min(single, key=lambda j: (j.priority, j.reserved))] if single else going
     return None
+
+
+def _has_room(card: Card, size: int, going: Sequence[Occupant]) -> bool:
+    """Whether these leave room and a slot: a member of a host leaves its own part alone while others are in it."""
+    then = card.without([job.job_id for job in going])
+    return then.free >= size and then.slots > 0

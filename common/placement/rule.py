@@ -5,7 +5,8 @@ Pure functions of values. The claim, `loractl why` and the simulator all ask `pl
 The order of trying is: the oldest job that the fleet could hold, once it has waited a day; then priority, the user's
 fair share, age. A job that can't start is passed over. But a card is kept for the first one that has waited past
 RESERVE_AFTER_S: from then on no job that would delay it starts there. A job keeps off a card that failed it while
-another one could hold it.
+another one could hold it. Where no idle card holds a job, it may join a host that trains others on its base, if the
+pack pays; never on a card that is kept, where it would delay the ends that are waited for.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from loractl.common.units import GIB
 
 from .cards import Card, Occupant, Room, largest_gpu, room_at, takes
 from .gangs import GangShare, best_group, first_gathering, gang_of, takers
+from .joins import Join, Newcomers, best_join, join_openings
 from .lines import Line, Openings, Waiting, waited
 from .shares import START_CHARGE_S
 
@@ -46,6 +48,7 @@ class Placement:
     reserved: int  # bytes of that card
     beside: tuple[GangShare, ...] = ()  # what it has of other cards of the box
     parallel: Parallel = Parallel.NONE
+    join: Join | None = None  # the running host that it joins; `reserved` is its own part there
 
     @property
     def shares(self) -> tuple[GangShare, ...]:
@@ -103,6 +106,7 @@ class _Fleet:
     cards: dict[str, Card]
     charges: dict[str, float]
     running: dict[str, int]  # jobs by user
+    newcomers: Newcomers | None = None  # None: no job joins a running host
     kept: Reservation | None = None
     largest: int = field(init=False)  # bytes for jobs on the largest open card that is no processor, others gone
     ever: Openings = field(init=False)  # what could start once our running jobs have left
@@ -125,7 +129,20 @@ class _Fleet:
 
     def openings(self) -> Openings:
         rooms = [(c, room) for c in self.cards.values() if (room := self.room(c)) > 0]
-        return self._openings(rooms, [c for c, _ in rooms if not c.running])
+        return replace(self._openings(rooms, [c for c, _ in rooms if not c.running]), joins=join_openings(self.joined))
+
+    @property
+    def joined(self) -> list[Card]:
+        """Cards whose hosts may take more jobs: none that is kept, where they would delay what is waited for."""
+        if self.newcomers is None:
+            return []
+        return [c for c in self.cards.values() if self.kept is None or self.kept.on(c.node) is None]
+
+    def join(self, job: Waiting, method: Method) -> Join | None:
+        """The running host that the job joins, if the pack pays."""
+        if self.newcomers is None or job.least is None:
+            return None
+        return best_join([c for c in self.joined if self.takes(c, job)], job, method, self.newcomers)
 
     def _openings(self, rooms: Sequence[tuple[Card, int]], whole: Sequence[Card]) -> Openings:
         """`rooms`: bytes by card; `whole`: cards that a job of unknown need may have."""
@@ -146,10 +163,12 @@ class _Fleet:
 
     def start(self, placed: Placement) -> None:
         """Take what the job has of its cards."""
-        job = placed.job
+        job, host, packed = placed.job, None, None
+        if placed.join is not None:
+            host, packed = placed.join.base.host, placed.join.packed
         for share in placed.shares:
-            occupant = Occupant(job_id=job.job_id, user=job.user, reserved=share.bytes)
-            self.cards[share.node] = self.cards[share.node].with_job(occupant)
+            occupant = Occupant(job_id=job.job_id, user=job.user, reserved=share.bytes, host=host)
+            self.cards[share.node] = self.cards[share.node].with_job(occupant, packed)
             if self.kept is not None:
                 self.kept = self.kept.without(share.node, share.bytes)
         hours = sum(share.bytes for share in placed.shares) / GIB * START_CHARGE_S / 3600
@@ -166,13 +185,17 @@ def place(
     charges: Mapping[str, float],
     now: dt.datetime,
     oldest: Line | None = None,
+    newcomers: Newcomers | None = None,
 ) -> Iterator[Decision]:
     """What starts now, in the order in which it is decided; lazily, so that a caller may stop early.
 
     `levels`: the ready jobs by priority, the highest first, and user. `charges`: GiB hours by user, see `charge`.
     `oldest`: all ready jobs; the oldest that could run goes first once it has waited OLDEST_FIRST_AFTER_S.
+    `newcomers`: what a join asks of a job's spec; None: none joins.
     """
-    fleet = _Fleet(cards={c.node: c for c in cards}, charges=dict(charges), running=_jobs_by_user(cards))
+    fleet = _Fleet(
+        cards={c.node: c for c in cards}, charges=dict(charges), running=_jobs_by_user(cards), newcomers=newcomers
+    )
     if not fleet.openings().any:
         return
     first = None if oldest is None else _first_by_age(oldest, fleet, now)
@@ -231,12 +254,16 @@ def _try(job: Waiting, fleet: _Fleet, now: dt.datetime) -> Iterator[Decision]:
 def _best(job: Waiting, fleet: _Fleet) -> Placement | None:
     """The preferred method that some card holds now, and the card that it fills best.
 
-    An idle card goes before a shared one, where jobs share the compute too. Among those, a card on which the job's base
-    waits in a host goes first. Then large cards are left to large jobs.
+    An idle card goes before a running host that the job joins, and that before a shared card, where jobs share the
+    compute too. Among those, a card on which the job's base waits in a host goes first. Then large cards are left to
+    large jobs.
     """
     for method in job.methods:
         size = job.need.of(method)
         holding = [c for c in fleet.cards.values() if _holds_now(c, job, size, fleet)]
+        idle = any(not c.running for c in holding)
+        if not idle and (join := fleet.join(job, method)) is not None:
+            return Placement(job=job, node=join.node, method=method, reserved=join.own, join=join)
         if holding:
             card = _nearest(holding, job, method)
             return Placement(job=job, node=card.node, method=method, reserved=card.free if size is None else size)

@@ -69,14 +69,32 @@ def test_jobs_of_one_sweep_join_where_others_would_wait_longer() -> None:
     assert join_verdict(law, short, short[0]).pays
 
 
-@given(PACKS, TOKENS, st.integers(1, 10_000), st.floats(0.01, 1e6), st.booleans())
+@given(PACKS, TOKENS, st.integers(1, 10_000), st.floats(0.01, 1e6), st.sampled_from(["limit", "promise", "sweep"]))
 def test_no_join_pushes_a_member_past_its_limit_or_its_promise(
-    running: list[int], joining: int, passes: int, left: float, promised: bool
+    running: list[int], joining: int, passes: int, left: float, kind: str
 ) -> None:
     law = PassLaw.start(quantised=True)
-    told = {"promised_seconds": left} if promised else {"limit_seconds": left}
-    jobs = [PackedJob(tokens=count, sweep="s", passes=passes, **told) for count in running]
-    newcomer = PackedJob(tokens=joining, sweep="s")
-    verdict = join_verdict(law, jobs, newcomer)
+    told = {"limit_seconds": left} if kind == "limit" else {"promised_seconds": left}
+    sweep = None if kind == "promise" else "s"
+    jobs = [PackedJob(tokens=count, sweep=sweep, passes=passes, **told) for count in running]
+    verdict = join_verdict(law, jobs, PackedJob(tokens=joining, sweep=sweep))
     needed = passes * law.seconds(sum(running) + joining, len(running) + 1)
-    assert verdict.pays == (needed <= left * (1 + DELAY * promised))
+    in_time = kind == "sweep" or needed <= left * (1 + DELAY * (kind == "promise"))
+    assert verdict.pays == (in_time and verdict.speed_up >= verdict.needed)
+
+
+@given(TOKENS, TOKENS, st.floats(1, 1e6), st.floats(1, 1e6))
+def test_a_member_s_measured_end_moves_as_its_passes_do(first: int, second: int, left: float, limit: float) -> None:
+    law = PassLaw.start(quantised=False)
+    member = PackedJob(tokens=first, sweep="s", left_seconds=left, limit_seconds=limit)
+    verdict = join_verdict(law, [member], PackedJob(tokens=second, sweep="s"))
+    assert verdict.pays == (left * law.seconds(first + second, 2) / law.seconds(first, 1) <= limit)
+
+
+def test_a_law_comes_back_as_it_was_kept_and_tells_what_a_member_had() -> None:
+    law = PassLaw.start(quantised=True)
+    assert law.micro_batch is None and not law.is_measured
+    for members in (1, 4, 2):
+        law = law.learn(MeasuredPass(tokens=50 * members, members=members, seconds=0.2 * members))
+    assert PassLaw.from_json(law.as_json(), quantised=True) == law
+    assert law.is_measured and law.micro_batch == 50

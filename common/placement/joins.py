@@ -1,0 +1,114 @@
+"""Joins: which waiting job may train beside those in a running host, and what of the card it takes there.
+
+Pure functions of values, like all of the placement. Who asks hands in `Newcomers`: what the rule must know of a waiting
+job for a join is in its spec, and is read for the few jobs that have a host on their base alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+from loractl.common.job.method import Method
+
+from .cards import Card, WarmBase
+from .lines import JoinOpening, Waiting
+from .pack_rule import JoinVerdict, PackedJob, PassLaw, join_verdict
+
+PACK_MEMBERS = 8
+"""Jobs that train in one host at most: more of them gain little in a pass, and its death is the end of all of them."""
+
+LEAST_PART = 10
+"""A job's own part is never less than one in so many of its whole need: a base may measure more than was planned."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Newcomer:
+    """What the rule knows of a waiting job that may train beside others."""
+
+    keys: Mapping[Method, str]  # of its base, see hosts.base_key
+    packed: PackedJob
+
+
+Newcomers = Callable[[Waiting], Newcomer | None]
+"""None: the job trains alone."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Join:
+    """A job's way into a running host."""
+
+    node: str
+    base: WarmBase
+    own: int  # bytes that it takes beside those in it
+    packed: PackedJob
+    verdict: JoinVerdict
+
+
+@dataclass(frozen=True, kw_only=True)
+class RefusedJoin:
+    """A running host with a job's base, and why the job does not train there."""
+
+    node: str
+    base: WarmBase
+    why: str
+
+
+def own_part(need: int, base: WarmBase) -> int:
+    """Bytes that a job takes beside others on their base, where it needs `need` with a base of its own."""
+    return max(need - base.bytes, need // LEAST_PART)
+
+
+def open_bases(card: Card) -> list[WarmBase]:
+    """Bases of the card with jobs that others may join, as far as members are counted."""
+    if not card.open or card.max_jobs < 1:
+        return []
+    return [base for base in card.hosts if base.open and not base.leaving and 0 < len(card.inside(base)) < PACK_MEMBERS]
+
+
+def join_openings(cards: Iterable[Card]) -> tuple[JoinOpening, ...]:
+    """Bounds on the jobs that may join a host of these cards."""
+    return tuple(
+        JoinOpening(base_model=base.base_model, bytes=card.free + base.bytes, labels=card.labels)
+        for card in cards
+        if card.free
+        for base in open_bases(card)
+    )
+
+
+def best_join(cards: Iterable[Card], job: Waiting, method: Method, newcomers: Newcomers) -> Join | None:
+    """The join that gains most. Cards that the job may not have, or that are kept for others, are left out by who
+    asks."""
+    found = [one for one in looked_at(cards, job, method, newcomers) if isinstance(one, Join)]
+    return min(found, key=lambda join: (-join.verdict.speed_up, join.node, join.base.host), default=None)
+
+
+def looked_at(
+    cards: Iterable[Card], job: Waiting, method: Method, newcomers: Newcomers
+) -> Iterator[Join | RefusedJoin]:
+    """Each running host that has the job's base: the join, or why it is refused."""
+    size = job.need.of(method)
+    options = [
+        (card, base)
+        for card in cards
+        for base in open_bases(card)
+        if (base.base_model, base.method) == (job.base_model, method)
+    ]
+    newcomer = newcomers(job) if options and size is not None else None
+    if newcomer is None or size is None:
+        return
+    for card, base in options:
+        if base.key == newcomer.keys.get(method):
+            yield _look(card, base, size, newcomer.packed)
+
+
+def _look(card: Card, base: WarmBase, need: int, packed: PackedJob) -> Join | RefusedJoin:
+    own = own_part(need, base)
+    if own > card.free:
+        return RefusedJoin(node=card.node, base=base, why="its own part does not fit beside them")
+    law = base.law or PassLaw.start(quantised=base.method is Method.QLORA)
+    anyway = card.slots > 0 and need <= card.free  # it would start there in a process of its own
+    verdict = join_verdict(law, base.members, packed, shared=anyway)
+    if not verdict.pays:
+        return RefusedJoin(node=card.node, base=base, why=verdict.why)
+    return Join(node=card.node, base=base, own=own, packed=packed, verdict=verdict)
