@@ -94,30 +94,35 @@ class LogBook:
             self._taken = ""
 
 
-def read_log(pipe: IO[str], file: IO[str], told: Sink, limit: int = FILE_LIMIT, until: str = "") -> bool:
-    """Keep what the trainer prints, at most `limit` characters of it with what the file holds already.
+class LogFile:
+    """A job's lines go into its file, at most `limit` characters with what the file holds already, and are told on."""
 
-    With a full disk or file the pipe is still read: otherwise the trainer would wait forever to write. Returns whether
-    it came to the line `until`, behind which nothing is this job's.
-    """
-    room, whole = limit - file.tell(), True
-    while line := pipe.readline(CHUNK):  # a line may never end
-        if line == until:
-            return True
-        told.put(line)
-        if not whole:
-            continue
+    def __init__(self, file: IO[str], told: Sink, limit: int = FILE_LIMIT) -> None:
+        self._file, self._told, self._limit = file, told, limit
+        self._room, self._whole = limit - file.tell(), True
+
+    def put(self, line: str) -> None:
+        """With a full disk or file it is told all the same."""
+        self._told.put(line)
+        if not self._whole:
+            return
         try:
-            if len(line) > room:
-                whole = False
-                line = f"\n[the log file ends here: it has {limit / MIB:.0f} MiB]\n"
-            file.write(line)
-            file.flush()
-            room -= len(line)
+            if len(line) > self._room:
+                self._whole = False
+                line = f"\n[the log file ends here: it has {self._limit / MIB:.0f} MiB]\n"
+            self._file.write(line)
+            self._file.flush()
+            self._room -= len(line)
         except OSError as error:
-            whole = False
-            told.put(f"[the log file ends here: {error.strerror}]\n")
-    return False
+            self._whole = False
+            self._told.put(f"[the log file ends here: {error.strerror}]\n")
+
+
+def read_log(pipe: IO[str], file: IO[str], told: Sink, limit: int = FILE_LIMIT) -> None:
+    """Keep all that comes. The pipe is read to its end, or who prints would wait forever to write."""
+    log = LogFile(file, told, limit)
+    while line := pipe.readline(CHUNK):  # a line may never end
+        log.put(line)
 
 
 def append_line(path: Path, line: str, limit: int = FILE_LIMIT) -> None:

@@ -73,6 +73,7 @@ def prepare(place: Workplace, state: AttemptState) -> Start:
         run_code=runs_code,
         init_from=_ancestor(place, state),
         keep=None if place.hosts is None or runs_code else base_key(spec, claim.method),
+        joins=claim.joins,
         lm_eval_tasks=str(place.settings.lm_eval_tasks) if place.settings.lm_eval_tasks else None,
         method=claim.method,
         method_why=claim.method_why,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 import queue
-import subprocess
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,12 +12,16 @@ from pathlib import Path
 from loractl.common.job.adjustment import Adjustment
 from loractl.common.job.need import Need
 from loractl.common.job.status import Reason, Stage
+from loractl.common.placement.pack_rule import MeasuredPass
 from loractl.common.store.records import Beat, Claim, Progress, rung_points
 from loractl.worker.protocol.log_lines import log_line
 from loractl.worker.protocol.messages import (
     Adjusted,
     Ended,
+    MemberLeft,
     Note,
+    Opened,
+    Passed,
     Peaks,
     Planned,
     Saved,
@@ -27,6 +30,7 @@ from loractl.worker.protocol.messages import (
     Told,
 )
 
+from .link.trainer import TrainerLink
 from .log import LOG_FILE, LogBook, append_line
 
 log = logging.getLogger("loractl.worker")
@@ -43,7 +47,8 @@ class AttemptState:
     folder: Path  # of this attempt alone
     adjustment: Adjustment  # what out-of-memory has changed in the job so far
     began: float | None = None  # when it began to train, by the monotonic clock
-    trainer: subprocess.Popen[str] | None = None
+    trainer: TrainerLink | None = None
+    host: str | None = None  # the mark of the trainer that it has shared, or may have
     pids: frozenset[int] = frozenset()  # of all trainers that ran for it
     turned_at: float = field(default_factory=time.monotonic)  # when its supervisor last passed through its loop
     closed: bool = False  # its row is closed; what follows is housekeeping
@@ -63,6 +68,9 @@ class AttemptState:
     refused: str | None = None  # what the database last said against a write, in the history already
     store_away: bool = False  # fetching or storing waits for the artifact store
     changes: list[str] = field(default_factory=list)  # what this trainer said of its adjustments
+    goes_on_alone: bool = False  # its next attempt, as it was in a trainer that others need
+    opened: Opened | None = None  # others may join its trainer, which was not written yet
+    passes: list[MeasuredPass] = field(default_factory=list)  # not handed on yet
     saved: list[Saved] = field(default_factory=list)  # checkpoints that are not handed on yet
     pending: Progress = field(default_factory=Progress)  # told, not yet written
     noted: queue.SimpleQueue[tuple[str, str]] = field(default_factory=queue.SimpleQueue)  # events of the work thread
@@ -99,6 +107,13 @@ class AttemptState:
             self.ended = message
         elif isinstance(message, Saved):
             self.saved.append(message)
+        elif isinstance(message, Opened):
+            self.opened = message
+        elif isinstance(message, Passed):
+            one = MeasuredPass(tokens=message.tokens, members=message.members, seconds=message.seconds)
+            self.passes.append(one)
+        elif isinstance(message, MemberLeft):
+            self._say_what_is_left(message)
         else:
             self._follow(message)
             self.pending = _fold(self.pending, message)
@@ -154,6 +169,10 @@ class AttemptState:
                 self.changes.append(message.text)
             if message.kind != "saved":  # as often as the job file says
                 log.info("job %s: %s", message.job_id, message.text)
+
+    def _say_what_is_left(self, message: MemberLeft) -> None:
+        if message.fault is not None:
+            log.warning("job %s: its trainer ends after its other jobs: %s", message.job_id, message.fault)
 
     def _say(self, message: Stepped) -> None:
         now = time.monotonic()

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from loractl.common.job.status import Reason, Stage
 from loractl.worker.protocol.messages import Stop
 
-from .process import send
 from .state import AttemptState
 from .workplace import Workplace
 
@@ -41,6 +40,8 @@ class StopWish:
 
 def wanted_stop(place: Workplace, state: AttemptState) -> StopWish | None:
     """The most urgent wish to end this attempt; None without one."""
+    if state.lease_lost:  # it shares its trainer, else that was killed
+        return StopWish(reason=Reason.WORKER_LOST, message="its lease was lost")
     if state.cancel_requested:
         return StopWish(reason=Reason.CANCELLED, message="cancelled while it ran")
     if state.pruned is not None:
@@ -64,14 +65,19 @@ def ask_to_stop(state: AttemptState, wish: StopWish) -> None:
         return
     state.forced = wish.reason, wish.message
     state.kill_at = time.monotonic() + wish.grace_s
-    assert state.trainer is not None and state.trainer.stdin
-    send(state.trainer.stdin, Stop(job_id=state.claim.job_id, save=wish.save))
+    assert state.trainer is not None
+    state.trainer.send(Stop(job_id=state.claim.job_id, save=wish.save))
 
 
 def must_leave(place: Workplace, state: AttemptState) -> bool:
-    """Whether the trainer must be killed now, whatever it is doing."""
-    now = time.monotonic()
-    if state.lease_lost:
+    """Whether the trainer must be killed now, whatever it is doing.
+
+    One that has other jobs goes on with them; a job that was told to stop leaves it between two steps, unless none of
+    them takes any.
+    """
+    now, link = time.monotonic(), state.trainer
+    shares = link is not None and not link.alone
+    if state.lease_lost and not shares:
         return True
     busy = state.pending.stage in (Stage.TRAINING, Stage.EVALUATING)
     if busy and now - max(state.heard_at, state.log.heard) > SILENCE_S:
@@ -80,7 +86,7 @@ def must_leave(place: Workplace, state: AttemptState) -> bool:
     if place.drain.wish == "now":
         state.forced = Reason.DRAINED, "the worker was stopped at once"
         return True
-    if state.kill_at is not None and now > state.kill_at:
+    if state.kill_at is not None and now > state.kill_at and (link is None or not shares or link.stuck):
         log.warning("job %s: the trainer did not stop in time and is killed", state.claim.job_id)
         return True
     return False

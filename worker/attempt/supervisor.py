@@ -45,6 +45,7 @@ def supervise(place: Workplace, state: AttemptState) -> Status | None:
     if state.lease_lost:
         state.closed = True
         log.warning("job %s: the lease of attempt %s was lost, its result is dropped", claim.job_id, claim.attempt)
+        _leave_host(place, state)
         clean(place, state, None)  # the next attempt may go on from its checkpoints
         return None
     if reason in KEEPING and not state.cancel_requested and (state.folder / READY).exists():
@@ -57,6 +58,16 @@ def supervise(place: Workplace, state: AttemptState) -> Status | None:
     if not state.result_refused:
         clean(place, state, status)
     return status
+
+
+def _leave_host(place: Workplace, state: AttemptState) -> None:
+    """Give back what an attempt that lost its lease still held of a trainer: it is out of that now."""
+    if state.host is None:
+        return
+    try:
+        place.store.leave_host(state.claim)
+    except REFUSALS as error:
+        log.warning("job %s: what it held of its trainer stays held: %s", state.claim.job_id, told_by(error))
 
 
 def _finish(

@@ -8,27 +8,32 @@ import subprocess
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import IO
 
 from loractl.common.job.adjustment import Adjustment, in_words, next_adjustment
 from loractl.common.job.status import Reason, Stage
 from loractl.worker.device.occupancy import RUN_VARIABLE
 from loractl.worker.protocol.exit_reason import exit_reason
-from loractl.worker.protocol.messages import Ended, Release, Start, Told
+from loractl.worker.protocol.messages import Ended, Start, Told
 from loractl.worker.protocol.spare import PLACEHOLDER, PLACEHOLDER_VALUE
 
 from .checkpoint_upload import CheckpointUpload
 from .heartbeat import beat, while_beating
+from .link.trainer import TrainerLink, TrainerProcess
 from .log import LOG_FILE
 from .order import common_environment, environment
-from .process import Leave, launch, running, send
+from .process import launch
 from .state import AttemptState
-from .stops import Interrupted, ask_to_stop, must_leave, wanted_stop
+from .stops import Interrupted, ask_to_stop, must_leave, require_wanted, wanted_stop
 from .workplace import HostSource, StayingTrainer, Workplace
 
 log = logging.getLogger("loractl.worker")
 
 CHECKPOINT_GRACE_S = 60.0
 """Seconds that the last checkpoint has to reach the artifact store after a training's end: another box may need it."""
+
+JOIN_S = 15.0
+"""Seconds in which a trainer that a job joins takes it, also where its last job is just leaving it."""
 
 LOOK_S = 0.2
 """Seconds between two looks at a trainer that says nothing."""
@@ -53,39 +58,75 @@ def train(place: Workplace, state: AttemptState, start: Start) -> None:
 
 
 def _run(place: Workplace, state: AttemptState, start: Start, upload: CheckpointUpload) -> None:
-    """Start a trainer and stay with it until it has ended, or has left the job."""
-    own = environment(place, state.claim)
-    process, leave = _trainer(place, state, start, own)
-    try:
-        with (
-            (state.folder / LOG_FILE).open("a", encoding="utf-8") as log_file,
-            running(process, own[RUN_VARIABLE], start, log_file, state.log, leave) as (trainer, told),
-        ):
-            state.trainer, state.pids = trainer, state.pids | {trainer.pid}
-            assert trainer.stdin
-            send(trainer.stdin, start)
-            _watch(place, state, trainer, told, upload)
-            if leave is not None and _may_stay(place, state):
-                leave.asked = True
-                send(trainer.stdin, Release(job_id=start.job_id, mark=leave.mark))
-        state.trainer = None
-        _keep(place, state, start, leave, process)
-    finally:
-        if place.hosts is not None and leave is not None and not leave.done:
-            place.hosts.drop_mark(leave.mark)
-    _take_all(told, state)
-    _hand_on(state, upload)
+    """Put the job into a trainer and stay with it until it has ended there."""
+    with (state.folder / LOG_FILE).open("a", encoding="utf-8") as log_file:
+        link = state.trainer = _link(place, state, start, log_file)
+        trainer, end = link.trainer, False
+        state.pids |= {link.pid}
+        try:
+            link.send(start)
+            end = _watch(place, state, link, start, upload)
+        finally:
+            trainer.leave(link, stay=_may_stay(place, state, trainer), end=end)
+            state.host, state.trainer = link.host, None
+            if trainer.stays:
+                _keep(place, state, start, trainer)
+            if trainer.over and place.hosts is not None and trainer.mark:
+                place.hosts.drop_mark(trainer.mark)
+    _take_all(link.told, state)
+    _hand_on(place, state, link, upload)
     if state.ended is None and state.forced is None and not state.lease_lost:
-        on_card = start.device == "cuda"
-        limited = not on_card and start.memory_limit is not None
-        why = exit_reason(trainer.returncode, state.log.end(), limited=limited, on_card=on_card)
-        state.ended = Ended(job_id=start.job_id, **why)
+        state.ended = _unexpected_end(state, start, trainer)
+    state.goes_on_alone = start.joins or not (trainer.over or trainer.stays)
+
+
+def _unexpected_end(state: AttemptState, start: Start, trainer: TrainerProcess) -> Ended:
+    """Why a trainer has ended without a word on the job."""
+    on_card = start.device == "cuda"
+    limited = not on_card and start.memory_limit is not None
+    printed = [*trainer.end(), *state.log.end()]
+    why = exit_reason(trainer.process.returncode, printed, limited=limited, on_card=on_card)
+    if trainer.lost > 1:
+        other = "another job" if trainer.lost == 2 else f"{trainer.lost - 1} other jobs"
+        why = {"reason": Reason.HOST_LOST, "message": f"it shared its trainer with {other}: {why['message']}"}
+    return Ended(job_id=start.job_id, **why)
+
+
+def _link(place: Workplace, state: AttemptState, start: Start, log_file: IO[str]) -> TrainerLink:
+    """A place in the trainer that the claim names, or in one that is the attempt's own. Raises Interrupted."""
+    own = environment(place, state.claim)
+    if start.joins:
+        return _joined(place, state, own, log_file)
+    process, mark = _trainer(place, state, start, own)
+    return TrainerProcess(process, own[RUN_VARIABLE], mark).begin(start.job_id, log_file, state.log)
+
+
+def _joined(place: Workplace, state: AttemptState, own: dict[str, str], log_file: IO[str]) -> TrainerLink:
+    """A place in a trainer that has the base, and other jobs or just had some. Raises Interrupted where it is gone."""
+    hosts, claim, deadline, next_beat = place.hosts, state.claim, time.monotonic() + JOIN_S, 0.0
+    while hosts is not None and claim.host is not None and time.monotonic() < deadline:
+        trainer = hosts.with_jobs(claim.host)
+        link = None if trainer is None else trainer.join(claim.job_id, log_file, state.log)
+        if link is None and (process := hosts.take(claim, own)) is not None:
+            link = TrainerProcess(process, own[RUN_VARIABLE], claim.host).begin(claim.job_id, log_file, state.log)
+        if link is not None:
+            state.say(Stage.PREPARING, f"joins the trainer on {place.node} that has its base")
+            return link
+        if not hosts.knows(claim.host):
+            break
+        if time.monotonic() >= next_beat:
+            next_beat = time.monotonic() + place.beat_s
+            beat(place, state)
+            require_wanted(place, state)
+        time.sleep(LOOK_S)  # its last job is leaving
+    state.forced = Reason.HOST_LOST, "the trainer that it was to join has ended"
+    raise Interrupted
 
 
 def _trainer(
     place: Workplace, state: AttemptState, start: Start, own: dict[str, str]
-) -> tuple[subprocess.Popen[str], Leave | None]:
-    """The host with the job's base, the spare trainer, or a new one; and how it may leave the job and stay.
+) -> tuple[subprocess.Popen[str], str]:
+    """The host with the job's base, the spare trainer, or a new one; and the mark by which it may stay, or nothing.
 
     Raises Interrupted where a base that must go does not.
     """
@@ -96,15 +137,15 @@ def _trainer(
             hosts.let_go([claim.host])  # the base runs code of its own, which no claim can know
         elif claim.host is not None and (host := hosts.take(claim, own)) is not None:
             state.say(Stage.PREPARING, f"goes on in the trainer on {place.node} that has its base")
-            return host, Leave(mark=claim.host)
+            return host, claim.host
         _make_room(place, state, hosts)
     state.say(Stage.PREPARING, f"starts the trainer on {place.node}")
-    leave = None if hosts is None or start.keep is None else Leave(mark=hosts.draw_mark())
+    mark = "" if hosts is None or start.keep is None else hosts.draw_mark()
     spare = None if place.spares is None or start.ranks else place.spares.take(own)  # one that leads starts others
     if spare is not None:
-        return spare, leave
-    room = {} if leave is None else {PLACEHOLDER: PLACEHOLDER_VALUE}  # the last, so that its marks can change
-    return launch(place.settings.trainer, {**own, **room}), leave
+        return spare, mark
+    room = {PLACEHOLDER: PLACEHOLDER_VALUE} if mark else {}  # the last, so that its marks can change
+    return launch(place.settings.trainer, {**own, **room}), mark
 
 
 def _make_room(place: Workplace, state: AttemptState, hosts: HostSource) -> None:
@@ -114,60 +155,76 @@ def _make_room(place: Workplace, state: AttemptState, hosts: HostSource) -> None
         raise Interrupted
 
 
-def _may_stay(place: Workplace, state: AttemptState) -> bool:
-    """Whether a trainer that has told the job's end may wait for the next job with its base."""
-    wanted = place.drain.wish is None and not state.lease_lost
-    return wanted and state.ended is not None and state.ended.base_bytes is not None
+def _may_stay(place: Workplace, state: AttemptState, trainer: TrainerProcess) -> bool:
+    """Whether a trainer whose last job has ended may wait for the next one with its base."""
+    wanted = place.hosts is not None and place.drain.wish is None and not state.lease_lost
+    return wanted and state.ended is not None and trainer.base_bytes is not None
 
 
-def _keep(
-    place: Workplace, state: AttemptState, start: Start, leave: Leave | None, process: subprocess.Popen[str]
-) -> None:
-    """Hand a trainer that has left the job to who keeps it."""
-    if leave is None or not leave.done:
-        return
-    assert place.hosts is not None and start.keep is not None and state.ended is not None
-    size = state.ended.base_bytes or 0
+def _keep(place: Workplace, state: AttemptState, start: Start, trainer: TrainerProcess) -> None:
+    """Hand a trainer that has left its last job to who keeps it."""
+    assert place.hosts is not None and start.keep is not None
     staying = StayingTrainer(
-        process=process, mark=leave.mark, key=start.keep, bytes=size, environment=common_environment(place)
+        process=trainer.process,
+        mark=trainer.mark,
+        key=start.keep,
+        bytes=trainer.base_bytes or 0,
+        environment=common_environment(place),
     )
-    leave.done = place.hosts.keep(staying, state.claim)
+    trainer.over = not place.hosts.keep(staying, state.claim)
 
 
-def _watch(
-    place: Workplace,
-    state: AttemptState,
-    trainer: subprocess.Popen[str],
-    told: queue.SimpleQueue[Told | str],
-    upload: CheckpointUpload,
-) -> None:
-    """Pass on what the trainer tells and what people wish, until it has ended or must be given up."""
+def _watch(place: Workplace, state: AttemptState, link: TrainerLink, start: Start, upload: CheckpointUpload) -> bool:
+    """Pass on what the trainer tells and what people wish, until the job has ended there. True: it must be killed."""
     next_beat, stage, rung, state.heard_at = 0.0, None, 0, time.monotonic()
-    while trainer.poll() is None and state.ended is None:
-        _take_all(told, state, timeout=LOOK_S)
-        _hand_on(state, upload)
+    while link.poll() is None and not _is_over(state, link):
+        _take_all(link.told, state, timeout=LOOK_S)
+        _open(place, state, link, start)
+        _hand_on(place, state, link, upload)
         state.turn()
         reached = state.rung_reached()
         if time.monotonic() >= next_beat or state.pending.stage != stage or reached > rung:
             stage, rung, next_beat = state.pending.stage, max(rung, reached), time.monotonic() + place.beat_s
             beat(place, state)
         if must_leave(place, state):
-            return
-        if (wish := wanted_stop(place, state)) is not None:
+            return True
+        if state.ended is None and (wish := wanted_stop(place, state)) is not None:
             ask_to_stop(state, wish)
+    return False
+
+
+def _is_over(state: AttemptState, link: TrainerLink) -> bool:
+    """Whether the job has ended and is out of a trainer that goes on."""
+    return state.ended is not None and (link.alone or link.left.is_set())
+
+
+def _open(place: Workplace, state: AttemptState, link: TrainerLink, start: Start) -> None:
+    """Let others join the trainer once it has said that they may."""
+    opened, state.opened = state.opened, None
+    if opened is None or place.hosts is None or not link.trainer.mark or start.keep is None:
+        return
+    if state.claim.packs:
+        place.hosts.open(link.trainer, state.claim, start.keep, opened.base_bytes)
 
 
 def _lighter(state: AttemptState, start: Start) -> Start | None:
-    """The order of a next trainer that needs less, after out-of-memory; None when no other one may help."""
+    """The order of a next trainer that needs less, after out-of-memory; None when no other one may help.
+
+    A job that has shared its trainer goes back with what was learned: its own part has no room for another base.
+    """
     lighter = _next_adjustment(state, start)
     if lighter is None:
         return None
-    text = in_words(start.spec, state.adjustment, lighter, where=f"at step {state.step}", then="starts again")
+    then = "goes on alone" if state.goes_on_alone else "starts again"
+    text = in_words(start.spec, state.adjustment, lighter, where=f"at step {state.step}", then=then)
     log.info("job %s: %s", state.claim.job_id, text)
     events = (*state.pending.events, ("memory", text))
     state.pending = replace(state.pending, adjustment=lighter, events=events)
     changes = [*start.changes, *state.changes, text]
     state.adjustment, state.ended, state.changes = lighter, None, []
+    if state.goes_on_alone:
+        state.ended = Ended(job_id=start.job_id, reason=Reason.HOST_LOST, message=text)
+        return None
     return start.model_copy(update={"adjustment": lighter, "changes": changes})
 
 
@@ -202,8 +259,11 @@ def _take_all(told: queue.SimpleQueue[Told | str], state: AttemptState, timeout:
         state.hear(message)
 
 
-def _hand_on(state: AttemptState, upload: CheckpointUpload) -> None:
-    """Pass new checkpoints on to the artifact store."""
+def _hand_on(place: Workplace, state: AttemptState, link: TrainerLink, upload: CheckpointUpload) -> None:
+    """Pass new checkpoints on to the artifact store, and measured passes to the pack rule."""
+    if state.passes and place.hosts is not None and link.trainer.mark:
+        place.hosts.note_passes(link.trainer.mark, state.passes)
+    state.passes = []
     for saved in state.saved:
         upload.offer(Path(saved.path), saved.step)
     state.saved = []

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from loractl.common.placement.pack_rule import MeasuredPass
 from loractl.common.settings import Settings
 from loractl.common.store.records import Claim
 from loractl.common.store.store import Store
@@ -14,6 +15,7 @@ from loractl.worker.device.devices import Device
 from loractl.worker.storage.client import StoreClient
 
 from .drain import Drain
+from .link.trainer import TrainerProcess
 
 BEAT_S = 5.0
 """How often a running job's row is written; more often with a short lease. A cancel acts within this and a step."""
@@ -65,6 +67,22 @@ class HostSource(Protocol):
 
     def draw_mark(self) -> str:
         """A mark for a trainer that may stay."""
+        ...
+
+    def knows(self, mark: str) -> bool:
+        """Whether there is a trainer of that mark, or was a moment ago."""
+        ...
+
+    def open(self, trainer: TrainerProcess, claim: Claim, key: str, size: int) -> None:
+        """Let other jobs join a trainer beside the claim's. `key`, `size`: of its base."""
+        ...
+
+    def with_jobs(self, mark: str) -> TrainerProcess | None:
+        """The trainer of that mark, while there are jobs in it."""
+        ...
+
+    def note_passes(self, mark: str, passes: Sequence[MeasuredPass]) -> None:
+        """Let the pack rule learn from passes of a trainer that has a row."""
         ...
 
     def keep(self, host: StayingTrainer, claim: Claim) -> bool:

@@ -12,6 +12,7 @@ from loractl.worker.attempt.supervisor import supervise
 from loractl.worker.attempt.workplace import Workplace
 from loractl.worker.device.occupancy import OwnTrainer, Watch
 from loractl.worker.node.health.leftovers import close_if_left
+from loractl.worker.protocol.spare import host_name
 
 from .claimer import Claimer
 
@@ -62,7 +63,7 @@ class Slots:
         """What supervisors know of their trainers: numbers, and the memory that each says it holds."""
         return [
             OwnTrainer(
-                job=str(state.claim.job_id),
+                job=_name_of(state),
                 pids=state.pids,
                 held=None if state.trainer is None else state.peaks.held,
             )
@@ -121,7 +122,13 @@ class Slots:
             elif self._calls != calls:
                 self._overheard()  # it came while this slot claimed
             supervise(self._place, state)
-            close_if_left(self._place, self._watch, claim)
+            close_if_left(self._place, self._watch, claim, state.host)
             del self._attempts[slot]
             self._changed()
             calls = self._calls
+
+
+def _name_of(state: AttemptState) -> str:
+    """What stands for a job in its trainer's environment."""
+    host = None if state.trainer is None else state.trainer.host
+    return str(state.claim.job_id) if host is None else host_name(host)

@@ -12,14 +12,16 @@ import secrets
 import subprocess
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from loractl.common.placement.cards import Card
 from loractl.common.placement.hosts import beyond
+from loractl.common.placement.pack_rule import MeasuredPass
 from loractl.common.store.database import REFUSALS, told_by
 from loractl.common.store.records import Claim, NewHost
 from loractl.common.units import gib
+from loractl.worker.attempt.link.trainer import TrainerProcess
 from loractl.worker.attempt.order import common_environment
 from loractl.worker.attempt.process import kill
 from loractl.worker.attempt.workplace import StayingTrainer, Workplace
@@ -64,6 +66,7 @@ class Hosts:
     _changed: threading.Condition = field(default_factory=threading.Condition)
     _waiting: dict[str, _Waiting] = field(default_factory=dict)
     _marks: set[str] = field(default_factory=set)  # of hosts, and of trainers that may become one
+    _open: dict[str, TrainerProcess] = field(default_factory=dict)  # that others may join
     _written: set[str] = field(default_factory=set)  # marks with a row
     _over: set[str] = field(default_factory=set)  # marks whose processes have ended, and whose rows have not
     _strangers_at: float | None = None  # when other people's programs were last seen on the card
@@ -152,8 +155,43 @@ class Hosts:
         """The trainer with this mark has ended."""
         with self._changed:
             self._marks.discard(mark)
+            self._open.pop(mark, None)
             if mark in self._written:
                 self._over.add(mark)
+
+    def knows(self, mark: str) -> bool:
+        """Whether there is a trainer of that mark."""
+        with self._changed:
+            return mark in self._marks
+
+    def open(self, trainer: TrainerProcess, claim: Claim, key: str, size: int) -> None:
+        """Let other jobs join a trainer beside the claim's."""
+        new = NewHost(host=trainer.mark, node=self.place.node, key=key, bytes=size)
+        with self._changed:
+            self._open[trainer.mark] = trainer
+        try:
+            written = self._may_wait() and self.place.store.open_host(claim, new)
+        except REFUSALS as error:
+            log.warning("no job can join job %s: %s", claim.job_id, told_by(error))
+            return
+        with self._changed:
+            if written:
+                self._written.add(trainer.mark)
+
+    def with_jobs(self, mark: str) -> TrainerProcess | None:
+        """The trainer of that mark, while there are jobs in it."""
+        with self._changed:
+            return self._open.get(mark)
+
+    def note_passes(self, mark: str, passes: Sequence[MeasuredPass]) -> None:
+        """Let the pack rule learn from passes of a trainer that has a row."""
+        with self._changed:
+            if mark not in self._written:
+                return
+        try:
+            self.place.store.note_passes(mark, passes)
+        except REFUSALS as error:
+            log.warning("the pack rule learns nothing of process %s: %s", mark, told_by(error))
 
     def keep(self, host: StayingTrainer, claim: Claim) -> bool:
         """Take a trainer that has left its job; False: it was ended, as its base has no room or the node stops."""
@@ -171,6 +209,7 @@ class Hosts:
             return False
         trainer.read()
         with self._changed:
+            self._open.pop(host.mark, None)
             self._written.add(host.mark)
             self._waiting[host.mark] = _Waiting(trainer=trainer, until=time.monotonic() + self._patience_s)
         log.info("process %s keeps its base, %s GiB, for the next job", host.process.pid, gib(host.bytes))

@@ -17,8 +17,9 @@ import torch
 
 from loractl.common.job.status import Reason
 from loractl.worker.attempt import process
+from loractl.worker.attempt.link.trainer import TrainerProcess
 from loractl.worker.attempt.log import LogBook
-from loractl.worker.attempt.process import launch, running
+from loractl.worker.attempt.process import launch
 from loractl.worker.base.gauge import is_out_of_memory
 from loractl.worker.device.occupancy import RUN_VARIABLE
 from loractl.worker.protocol.card_error import card_error
@@ -176,15 +177,15 @@ time.sleep(60)
 def trainer_of(folder: Path, body: str) -> Iterator[tuple[subprocess.Popen[str], LogBook]]:
     """A trainer process with this body, as a supervisor runs one: the process and its log."""
     (folder / "body.py").write_text(f"import os, sys, time\n{body}\n")
-    (folder / "data.jsonl").write_text("")
     environment = {**os.environ, RUN_VARIABLE: "none-of-ours", "PYTHONPATH": str(folder)}
-    order = make_order(folder / f"order-{time.monotonic_ns()}", folder, folder / "data.jsonl")
     book = LogBook()
-    with (
-        (folder / "log.txt").open("w") as log,
-        running(launch("body", environment), "none-of-ours", order, log, book) as (child, _),
-    ):
-        yield child, book
+    with (folder / "log.txt").open("w") as log:
+        trainer = TrainerProcess(launch("body", environment), "none-of-ours")
+        link = trainer.begin(1, log, book)
+        try:
+            yield trainer.process, book
+        finally:
+            trainer.leave(link, stay=False)
 
 
 def end_of(folder: Path, body: str) -> dict[str, object]:

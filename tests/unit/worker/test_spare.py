@@ -20,9 +20,9 @@ from loractl.common.settings import load_settings
 from loractl.common.store.database import make_engine
 from loractl.common.store.store import Store
 from loractl.worker.attempt.drain import Drain
+from loractl.worker.attempt.link.trainer import TrainerProcess
 from loractl.worker.attempt.log import LogBook
 from loractl.worker.attempt.order import common_environment
-from loractl.worker.attempt.process import running, send
 from loractl.worker.attempt.workplace import Workplace
 from loractl.worker.device.devices import CpuDevice
 from loractl.worker.device.occupancy import CARD_VARIABLE, JOB_VARIABLE, RUN_VARIABLE, end_leftovers, run_mark, runs_of
@@ -115,14 +115,13 @@ def train(place: Workplace, trainer: subprocess.Popen[str], run: str, folder: Pa
     """What the trainer told, and its log."""
     order = make_order(folder, folder, folder / "data.jsonl").model_copy(update={"job_id": 12})
     told: list[object] = []
-    with (
-        (folder / "log.txt").open("w") as log,
-        running(trainer, run, order, log, LogBook()) as (process, messages),
-    ):
-        assert process.stdin
-        send(process.stdin, order)
-        process.wait(timeout=30)
-        until(lambda: not messages.empty() and told.append(messages.get()) is None and isinstance(told[-1], Ended))
+    with (folder / "log.txt").open("w") as log:
+        process = TrainerProcess(trainer, run)
+        link = process.begin(12, log, LogBook())
+        link.send(order)
+        trainer.wait(timeout=30)
+        process.leave(link, stay=False)
+        until(lambda: not link.told.empty() and told.append(link.told.get()) is None and isinstance(told[-1], Ended))
     return told, (folder / "log.txt").read_text()
 
 

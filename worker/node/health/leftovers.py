@@ -9,6 +9,7 @@ from loractl.common.store.records import Claim
 from loractl.common.units import gib
 from loractl.worker.attempt.workplace import Workplace
 from loractl.worker.device.occupancy import Watch, card_mark, end_leftovers, run_mark, runs_of
+from loractl.worker.protocol.spare import host_name
 
 log = logging.getLogger("loractl.worker")
 
@@ -16,18 +17,31 @@ LEFT_S = 20.0
 """Seconds that a trainer's memory may stay on the card after its end: the driver takes a moment."""
 
 
-def close_if_left(place: Workplace, watch: Watch, claim: Claim) -> None:
-    """After an attempt no process and no memory of it remains; else the card is closed, and the reason says why."""
+def close_if_left(place: Workplace, watch: Watch, claim: Claim, host: str | None = None) -> None:
+    """After an attempt no process and no memory of it remains; else the card is closed, and the reason says why.
+
+    `host`: the mark of the trainer that it has shared; where that has ended, nothing of it remains either.
+    """
     job, deadline = str(claim.job_id), time.monotonic() + LEFT_S
-    while (alive := end_leftovers(run_mark(claim.token))) or watch.look().used.get(job):
+    names = {job} | ({host_name(host)} if host is not None and not _lives(place, host) else set())
+
+    def held_now() -> int:
+        used = watch.look().used
+        return sum(used.get(name, 0) for name in names)
+
+    while (alive := end_leftovers(run_mark(claim.token))) or held_now():
         if time.monotonic() > deadline:
-            held = watch.look().used.get(job, 0)
+            held = held_now()
             what = f"process {alive[0]}" if alive else f"{gib(held)} GiB of memory"
             reason = f"job {job} left {what} behind; look at the card, then loractl undrain {place.node}"
             log.error("%s is closed: %s", place.node, reason)
             place.store.drain(place.node, "loractl", reason)
             return
         time.sleep(0.5)
+
+
+def _lives(place: Workplace, host: str) -> bool:
+    return place.hosts is not None and place.hosts.knows(host)
 
 
 def end_all(place: Workplace) -> None:

@@ -1,0 +1,252 @@
+"""Jobs that join a trainer which has others, on real processes: each is alone in its end, and who is last ends it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+
+from loractl.common.job.adjustment import Adjustment
+from loractl.common.job.status import Reason, Status
+from loractl.common.settings import load_settings
+from loractl.common.store.database import connect
+from loractl.common.store.records import Claim
+from loractl.common.store.store import Store
+from loractl.common.units import GIB
+from loractl.worker.attempt.drain import Drain
+from loractl.worker.attempt.link import trainer as module
+from loractl.worker.attempt.state import AttemptState, begin
+from loractl.worker.attempt.supervisor import supervise
+from loractl.worker.attempt.workplace import Workplace
+from loractl.worker.device.devices import CpuDevice
+from loractl.worker.device.occupancy import run_mark
+from loractl.worker.node.health.leftovers import close_if_left, end_strays
+from loractl.worker.storage.client import StoreClient
+
+from ..factories import node_state, submission
+from .test_hosts import Lab, until
+
+QUICK = """
+import os, queue, sys
+from pathlib import Path
+from loractl.common.job.status import Reason, Stage
+from loractl.worker.protocol.messages import Ended, LogLines, Opened, Passed, StageChanged, Stepped, Stop
+from loractl.worker.training.trainer import main
+
+def run(order, orders, tell):
+    job, does = order.job_id, order.spec.labels["does"]
+    def ended(reason):
+        return Ended(job_id=job, reason=reason, message=f"{os.getpid()}", base_bytes=2**20)
+    sys.stderr.write(f"job {job} prints\\n")
+    tell(StageChanged(job_id=job, stage=Stage.TRAINING))
+    tell(LogLines(job_id=job, text=f"line of {job}\\n"))
+    tell(Opened(job_id=job, base_bytes=2**20))
+    tell(Passed(job_id=job, tokens=100, members=1, seconds=0.5))
+    step = 0
+    while True:
+        step += 1
+        if does != "silent" or step == 1:
+            tell(Stepped(job_id=job, step=step, total_steps=9))
+        if (Path(order.output_dir).parent / "end").exists():
+            return ended(Reason.OUT_OF_MEMORY if does == "grows" else Reason.BAD_DATA)
+        try:
+            message = orders.get(timeout=0.05)
+        except queue.Empty:
+            continue
+        if isinstance(message, Stop) and does != "deaf":
+            return ended(Reason.DRAINED if message.save else Reason.CANCELLED)
+
+if __name__ == "__main__":
+    sys.exit(main(run))
+"""
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workplace:
+    """A processor whose trainers import nothing, do what QUICK says, and may be joined. A beat a second."""
+    (tmp_path / "quick.py").write_text(QUICK)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    settings = load_settings({"LORACTL_HOME": str(tmp_path / "home"), "LORACTL_TRAINER": "quick"})
+    store = Store(connect(settings))
+    store.see_node(node_state("box:0", kind="cpu", total=24 * GIB, max_jobs=4))
+    return Workplace(
+        settings=replace(settings, lease_s=6), store=store, device=CpuDevice(total=24 * GIB), node="box:0",
+        drain=Drain(), threads=1, artifacts=StoreClient(settings.artifacts_url),
+    )  # fmt: skip
+
+
+class Crowd(Lab):
+    """A node's hosts, and jobs that run beside each other."""
+
+    def __init__(self, place: Workplace) -> None:
+        super().__init__(place)
+        self.states: dict[int, AttemptState] = {}
+        self.threads: dict[int, threading.Thread] = {}
+
+    def start(self, does: str = "steps", *, joins: bool = False) -> int:
+        """Begin a job, in a trainer of its own or in that of the others; its number once it trains."""
+        self.store.submit(submission(base_model="org/a", labels={"does": does}, lora=1, method="lora"))
+        claim = self.store.claim("box:0")
+        assert isinstance(claim, Claim)
+        self.follow(replace(claim, packs=True, joins=joins, host=self.rows[0] if joins else None))
+        until(lambda: self.states[claim.job_id].step >= 1)
+        return claim.job_id
+
+    def follow(self, claim: Claim) -> None:
+        state = self.states[claim.job_id] = begin(claim, self.place.settings.work_dir)
+
+        def work() -> None:
+            supervise(self.place, state)
+            close_if_left(self.place, self.watch, claim, state.host)
+
+        thread = self.threads[claim.job_id] = threading.Thread(target=work)
+        thread.start()
+
+    def end(self, job: int) -> None:
+        (self.states[job].folder / "end").touch()
+        self.join(job)
+
+    def join(self, *jobs: int) -> None:
+        for job in jobs:
+            self.threads[job].join(timeout=40)
+            assert not self.threads[job].is_alive()
+
+    def pid(self, job: int) -> int:
+        (pid,) = self.states[job].pids
+        return pid
+
+    def log(self, job: int) -> str:
+        return (self.states[job].folder / "log.txt").read_text() if self.states[job].folder.exists() else ""
+
+
+@contextmanager
+def crowd(place: Workplace) -> Iterator[Crowd]:
+    own = Crowd(place)
+    own.hosts.start()
+    try:
+        yield own
+    finally:
+        for state in own.states.values():
+            state.lease_lost = True
+        own.join(*own.threads)
+        own.hosts.stop()
+    assert own.marks_of_processes() == set() and own.hosts.marks == frozenset() and own.rows == []
+
+
+def test_a_job_joins_goes_on_when_the_first_has_ended_and_leaves_the_base_warm(place: Workplace) -> None:
+    with crowd(place) as own:
+        first = own.start()
+        until(lambda: own.rows)
+        second = own.start(joins=True)
+        assert own.pid(first) == own.pid(second)
+        assert own.marks_of_processes() == set(own.rows), "who ends an attempt's processes does not find it"
+        assert set(own.watch.look().used) == {f"host-{own.rows[0]}"}
+        end_strays(own.place)
+        assert place.store.hosts("box:0")[0].law is not None, "passes were measured"
+        lines = own.log(first), own.log(second)
+        assert [f"job {n} prints" in lines[n - 1] for n in (first, second)] == [True, False], "it prints as nobody's"
+        assert f"line of {second}" in lines[1] and f"line of {second}" not in lines[0]
+        own.end(first)
+        assert place.store.job(first).reason is Reason.BAD_DATA
+        assert psutil.pid_exists(own.pid(second)) and own.threads[second].is_alive()
+        third = own.start(joins=True)
+        own.end(second)
+        own.end(third)
+        assert own.pid(third) == own.pid(first) and len(own.rows) == 1, "the last one leaves it warm"
+        claim = own.claim("steps")
+        assert claim.host == own.rows[0]
+        own.follow(claim)
+        until(lambda: own.states[claim.job_id].step >= 1)
+        assert own.pid(claim.job_id) == own.pid(first)
+        own.end(claim.job_id)
+
+
+def test_a_cancelled_member_leaves_alone_and_a_lost_lease_ends_no_other(place: Workplace) -> None:
+    with crowd(place) as own:
+        first = own.start()
+        until(lambda: own.rows)
+        second, third = own.start(joins=True), own.start(joins=True)
+        place.store.cancel(second, "bob")
+        own.join(second)
+        assert place.store.job(second).status is Status.CANCELLED
+        own.states[first].lease_lost = True
+        own.join(first)
+        assert own.threads[third].is_alive() and psutil.pid_exists(own.pid(third))
+        own.end(third)
+        assert place.store.job(third).reason is Reason.BAD_DATA
+
+
+def test_a_trainer_that_is_killed_gives_all_its_jobs_back_and_spends_no_retry(place: Workplace) -> None:
+    with crowd(place) as own:
+        first = own.start()
+        until(lambda: own.rows)
+        second = own.start(joins=True)
+        os.kill(own.pid(first), signal.SIGKILL)
+        own.join(first, second)
+        for job in (place.store.job(first), place.store.job(second)):
+            assert (job.status, job.reason, job.retries_used, job.attempt) == (
+                Status.QUEUED, Reason.HOST_LOST, 0, 1
+            )  # fmt: skip
+            assert "it shared its trainer with another job" in str(job.message)
+        until(lambda: own.rows == [])
+
+
+def test_a_drained_card_stops_all_its_members(place: Workplace) -> None:
+    with crowd(place) as own:
+        first = own.start()
+        until(lambda: own.rows)
+        second = own.start(joins=True)
+        place.drain.ask("checkpoint")
+        own.join(first, second)
+        assert {place.store.job(n).reason for n in (first, second)} == {Reason.DRAINED}
+
+
+def test_a_member_that_does_not_leave_ends_the_others_only_where_none_takes_a_step(
+    place: Workplace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "LEAVE_S", 1.5)
+    with crowd(place) as own:
+        first = own.start()
+        until(lambda: own.rows)
+        deaf = own.start("deaf", joins=True)
+        place.store.cancel(deaf, "bob")
+        until(lambda: own.states[deaf].kill_at is not None)
+        own.states[deaf].kill_at = 0.0
+        own.threads[deaf].join(timeout=2)
+        assert own.threads[deaf].is_alive() and own.threads[first].is_alive(), "the other one takes steps"
+        os.kill(own.pid(first), signal.SIGSTOP)
+        own.join(first, deaf)
+        assert place.store.job(deaf).status is Status.CANCELLED
+        assert place.store.job(first).reason is Reason.HOST_LOST
+
+
+def test_who_runs_out_of_memory_beside_others_goes_on_alone_with_less(place: Workplace) -> None:
+    with crowd(place) as own:
+        first = own.start()
+        until(lambda: own.rows)
+        second = own.start("grows", joins=True)
+        own.end(second)
+        job = place.store.job(second)
+        assert (job.status, job.reason) == (Status.QUEUED, Reason.HOST_LOST)
+        assert Adjustment(**(job.adjustment or {})) != Adjustment() and "goes on alone" in str(job.message)
+        assert own.threads[first].is_alive()
+        own.end(first)
+
+
+def test_a_job_that_comes_when_the_trainer_has_gone_goes_back_free_of_charge(place: Workplace) -> None:
+    with crowd(place) as own:
+        place.store.submit(submission(base_model="org/a", labels={"does": "steps"}, lora=1, method="lora"))
+        claim = place.store.claim("box:0")
+        assert isinstance(claim, Claim)
+        own.follow(replace(claim, joins=True, host="0123456789abcdef"))
+        own.join(claim.job_id)
+        job = place.store.job(claim.job_id)
+        assert (job.status, job.reason, job.retries_used) == (Status.QUEUED, Reason.HOST_LOST, 0)
+        assert run_mark(claim.token) not in own.marks_of_processes()
