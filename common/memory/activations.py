@@ -177,7 +177,9 @@ def _mlp(shape: Shape, block: Block, step: Step) -> Cost:
     if not down:
         return NOTHING
     f, tokens = max(layer.inputs for layer in down), step.tokens
-    size = 4 if step.full else step.wide if any(layer.quantised for layer in block.linears) else 2
+    # under autocast a layer answers in 16 bit, one in NF4 in the type of its input
+    nf4 = step.quantised and any(layer.quantised for layer in block.linears)
+    size = 4 if step.full else step.wide if nf4 else 2
     if shape.gated:
         kept = 3 * size
     elif shape.family == "gpt2":  # gelu_new is written out: the cube's input, the sum, tanh, and half the input
@@ -187,7 +189,7 @@ def _mlp(shape: Shape, block: Block, step: Step) -> Cost:
     working = size  # the down layer's input
     if any(layer in down for layer in _adapted(shape, block, step)):
         # GPT-2's activation is written out, and fp32 under autocast
-        lean = step.lean and step.wide == 2 and shape.family != "gpt2"
+        lean = step.lean and size == 2 and shape.family != "gpt2"
         working += 4 if size == 2 and step.autocast and not lean else 0  # peft's fp32 copy of it
         working += (2 if lean else 4) if step.dropout and step.autocast else 0
     else:
@@ -201,7 +203,8 @@ def _experts(experts: Experts | None, step: Step) -> Cost:
     if experts is None:
         return NOTHING
     adapted = experts.adapted and step.targets == "all-linear"
-    rows, size, h, f = step.tokens * experts.chosen, step.wide, experts.hidden, experts.ffn
+    rows, h, f = step.tokens * experts.chosen, experts.hidden, experts.ffn
+    size = 4 if step.full or (step.quantised and step.whole_rest) else 2  # their weights' own
     saved = rows * size * (3 * f + h + (f + h if adapted else 0))
     merged = size * experts.weights if adapted else 0
     working = rows * size * (f + h) + merged / 3

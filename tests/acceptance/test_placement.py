@@ -177,7 +177,7 @@ def test_one_job_trains_with_qlora_on_the_small_card_while_another_does_with_lor
 ) -> None:
     # Not 8 and 24 GiB: a model that a processor trains in seconds needs half a GiB, nearly all of it a CUDA context.
     # So the cards are cut to the job: the small one holds its QLoRA plan and not its LoRA plan.
-    model, config_alone = make_tiny_model(tmp_path / "model", hidden=1024, layers=6), tmp_path / "config-alone"
+    model, config_alone = make_tiny_model(tmp_path / "model", hidden=512, layers=4), tmp_path / "config-alone"
     config_alone.mkdir()
     shutil.copy(model / "config.json", config_alone)
     jobs = [_small(write_job(tmp_path, model, name=f"auto-{n}", method="auto")) for n in range(2)]
@@ -282,7 +282,7 @@ def _respected(lab: Lab, library: StandIn, job: Path, pid: int) -> None:
 def test_a_drained_box_says_so_gives_its_jobs_back_when_told_and_goes_on_where_they_were(
     lab: Lab, tiny_model: Path, tmp_path: Path
 ) -> None:
-    lab.start(LORACTL_DEVICES="sim:8GiB")
+    lab.start(LORACTL_DEVICES="sim:8GiB", LORACTL_LEASE="6s")  # a beat every second: the trainer takes a processor
     lab.until_cards(1)
     lab.cli("drain", "heron", "--reason", "replacing a fan", "--until", "2h")
     lab.submit(write_job(tmp_path, tiny_model), LONG, "--set=training.save_steps=100000")

@@ -9,7 +9,7 @@ from pathlib import Path
 from ..conftest import Cli
 from ..models import make_tiny_model, write_helpdesk
 
-STEPS = 40
+STEPS = 20
 RATES = "3e-3,1e-4,3e-6,1e-7"
 """Far apart, so that the loss at a quarter of the steps says which is better."""
 

@@ -214,15 +214,29 @@ def _results(wrapped: Any, asked: EvaluationSpec, manager: Any, batch: int) -> R
     """One model's results, with lm_eval's own seeds, so that its other users' numbers compare; nothing is sent."""
     import lm_eval
 
-    return lm_eval.simple_evaluate(
-        wrapped,
-        tasks=list(asked.lm_eval),
-        limit=asked.lm_eval_limit,
-        batch_size=batch,
-        task_manager=manager,
-        log_samples=True,
-        bootstrap_iters=BOOTSTRAP_ITERATIONS,
-    )
+    with _machine_unasked():
+        return lm_eval.simple_evaluate(
+            wrapped,
+            tasks=list(asked.lm_eval),
+            limit=asked.lm_eval_limit,
+            batch_size=batch,
+            task_manager=manager,
+            log_samples=True,
+            bootstrap_iters=BOOTSTRAP_ITERATIONS,
+        )
+
+
+@contextlib.contextmanager
+def _machine_unasked() -> Iterator[None]:
+    """lm_eval asks pip, gcc and nvidia-smi what machine this is, which takes a second; the report has its own words."""
+    from torch.utils import collect_env
+
+    ask = collect_env.get_pretty_env_info
+    collect_env.get_pretty_env_info = lambda: ""
+    try:
+        yield
+    finally:
+        collect_env.get_pretty_env_info = ask
 
 
 def _wrapped(model: Any, tokenizer: Any, batch: int, check_stop: Callable[[], None]) -> Any:
