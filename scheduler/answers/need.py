@@ -20,7 +20,7 @@ from loractl.common.memory.step import Lengths, Stack
 from loractl.common.placement.cards import MARGIN_BYTES, Card
 from loractl.common.units import GIB, gib
 from loractl.scheduler.submission.lengths import row_lengths
-from loractl.scheduler.submission.need import check_adapter, open_methods, stored_hashes
+from loractl.scheduler.submission.need import check_adapter, fleet_stack, open_methods, stored_hashes
 
 if TYPE_CHECKING:
     from loractl.common.job.spec import JobSpec
@@ -116,9 +116,16 @@ def job_to_plan(store: Store, job: str, overrides: tuple[str, ...]) -> JobToPlan
 
 
 def memory_need(
-    store: Store, job: JobToPlan, card: int | None, *, solve: bool, announce: Callable[[], None] = lambda: None
+    store: Store,
+    job: JobToPlan,
+    card: int | None,
+    *,
+    solve: bool,
+    devices: str | None = None,
+    announce: Callable[[], None] = lambda: None,
 ) -> MemoryNeed:
-    """What the job needs, of the fleet's cards or of one with so many bytes. `announce`: see row_lengths.
+    """What the job needs, of the fleet's cards or of one with so many bytes. `devices`: see fleet_stack; `announce`:
+    see row_lengths.
 
     Raises LoractlError where the base can't be planned here, UsageError for a job or a question that makes no sense.
     """
@@ -128,7 +135,7 @@ def memory_need(
     counted = row_lengths(spec, announce)
     methods = open_methods(spec)
     fleet = [] if card is not None else list(store.fleet().cards.values())
-    stack = Stack(on_gpu=not fleet or not all(each.processor for each in fleet))
+    stack = fleet_stack(store, devices) if card is None else Stack()
     plans = {method: plan(shape, spec, method, counted.lengths, stack=stack) for method in methods}
     key = need_key(spec, dict(job.data) or stored_hashes(spec))
     measured = store.measured(key, model_family(spec)) if stack.on_gpu else []  # peaks of cards alone

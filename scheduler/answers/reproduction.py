@@ -91,7 +91,7 @@ def plan_repetition(job: Job, report: dict[str, Any], store: Store, settings: Se
 def submission_of(repetition: Repetition, settings: Settings, store: Store) -> Submission:
     """What is written for the new job. Its need is planned for the pieces of the batch that the old run ended with."""
     runs = adjusted(repetition.spec, repetition.adjustment)
-    planned = plan_job(runs, settings.user, repetition.data, store)
+    planned = plan_job(runs, settings.user, repetition.data, store, settings.devices)
     purpose = f"to reproduce job {repetition.job_id}"
     return replace(planned, spec=repetition.spec, adjustment=repetition.adjustment, purpose=purpose)
 

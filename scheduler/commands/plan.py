@@ -36,7 +36,7 @@ def plan(
     """
     from loractl.scheduler.session import open_session
 
-    _, store = open_session()
+    settings, store = open_session()
     if accuracy:
         _accuracy(store, as_json)
         return
@@ -50,7 +50,8 @@ def plan(
             click.echo("Counting tokens ...", err=True)
 
     card = _card_size(gpu)
-    answer = memory_need(store, job_to_plan(store, job, overrides), card, solve=solve, announce=announce)
+    asked = job_to_plan(store, job, overrides)
+    answer = memory_need(store, asked, card, solve=solve, devices=settings.devices, announce=announce)
     show(answer, as_json, lambda: need_text(answer, _following(job, answer, solve=solve), detect_screen()))
 
 

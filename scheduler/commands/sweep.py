@@ -63,7 +63,7 @@ def _check(draft: SweepDraft, job_file: Path, settings: Settings) -> None:
     store, unknown = open_to_check(settings)
     _warn_of_files(draft, job_file)
     doubts = _doubts(draft, settings)
-    members = planned([with_own_channels(spec, settings) for spec in draft.specs], settings.user, store)
+    members = planned([with_own_channels(spec, settings) for spec in draft.specs], settings, store)
     largest = max(members, key=lambda member: member.first_need or 0)
     doubts += [*doubts_of(largest.spec.name, largest, settings, store), *([unknown] if unknown else [])]
     warn(dict.fromkeys(doubts))
@@ -99,7 +99,7 @@ def _queue(draft: SweepDraft, job_file: Path, as_json: bool) -> None:
     _warn_of_files(draft, job_file)
     warn(dict.fromkeys(_doubts(draft, settings)))
     specs = [with_own_channels(spec, settings) for spec in draft.specs]
-    members = submissions(specs, settings.user, store, artifacts)
+    members = submissions(specs, settings, store, artifacts)
     entry = enqueue_sweep(draft.new_sweep(settings.user), members, settings, store)
     show(SweepStanding(sweep=entry.sweep), as_json, lambda: queued_text(entry.sweep, detect_screen()))
     warn(entry.warnings)

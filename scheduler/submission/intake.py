@@ -48,7 +48,7 @@ class SweepEntry:
 def submit_job(spec: JobSpec, settings: Settings, store: Store, artifacts: ArtifactStore) -> Entry:
     """Store the job's data, plan its need and queue it. Raises UsageError, ArtifactError, ServiceUnreachable."""
     told = with_own_channels(spec, settings)
-    return enqueue(plan_job(told, settings.user, store_data(spec, artifacts), store), settings, store)
+    return enqueue(plan_job(told, settings.user, store_data(spec, artifacts), store, settings.devices), settings, store)
 
 
 def plan_all(drafts: Sequence[JobDraft], settings: Settings, store: Store | None) -> list[Submission]:
@@ -56,7 +56,7 @@ def plan_all(drafts: Sequence[JobDraft], settings: Settings, store: Store | None
     planned = []
     for draft in drafts:
         hashes = {**stored_hashes(draft.spec), **draft.stored}
-        submission = plan_job(with_own_channels(draft.spec, settings), settings.user, hashes, store)
+        submission = plan_job(with_own_channels(draft.spec, settings), settings.user, hashes, store, settings.devices)
         planned.append(replace(submission, purpose="" if draft.like is None else f"like job {draft.like}"))
     return planned
 

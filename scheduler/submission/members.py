@@ -17,6 +17,7 @@ from .need import plan_job, stored_hashes
 if TYPE_CHECKING:
     from loractl.common.artifacts import ArtifactStore
     from loractl.common.job.spec import JobSpec
+    from loractl.common.settings import Settings
     from loractl.common.store.records import Submission
     from loractl.common.store.store import Store
 
@@ -61,7 +62,9 @@ def with_different_bases(specs: Sequence[JobSpec]) -> list[JobSpec]:
     return list({(spec.base_model, spec.revision): spec for spec in specs}.values())
 
 
-def submissions(specs: Sequence[JobSpec], user: str, store: Store, artifacts: ArtifactStore) -> list[Submission]:
+def submissions(
+    specs: Sequence[JobSpec], settings: Settings, store: Store, artifacts: ArtifactStore
+) -> list[Submission]:
     """What is written for each member. A data set that several members name is uploaded once."""
     stored: dict[str, dict[str, Any]] = {}
     members = []
@@ -69,15 +72,19 @@ def submissions(specs: Sequence[JobSpec], user: str, store: Store, artifacts: Ar
         key = json.dumps(spec.data_sets(), sort_keys=True)
         if key not in stored:
             stored[key] = store_data(spec, artifacts)
-        members.append(plan_job(spec, user, stored[key], store))
+        members.append(plan_job(spec, settings.user, stored[key], store, settings.devices))
     return members
 
 
-def planned(specs: Sequence[JobSpec], user: str, store: Store | None) -> list[Submission]:
+def planned(specs: Sequence[JobSpec], settings: Settings, store: Store | None) -> list[Submission]:
     """As submissions, for a dry run: nothing is uploaded."""
     hashes = {json.dumps(spec.data_sets(), sort_keys=True): spec for spec in specs}
     stored = {key: stored_hashes(spec) for key, spec in hashes.items()}
-    return [plan_job(spec, user, stored[json.dumps(spec.data_sets(), sort_keys=True)], store) for spec in specs]
+    keys = [json.dumps(spec.data_sets(), sort_keys=True) for spec in specs]
+    return [
+        plan_job(spec, settings.user, stored[key], store, settings.devices)
+        for spec, key in zip(specs, keys, strict=True)
+    ]
 
 
 def _refuse(grid: Grid, early_stop: bool) -> None:

@@ -13,6 +13,7 @@ from loractl.common.memory.config import HOW_TO_NAME_IT, foreign_format, read_sh
 from loractl.common.memory.correction import learned
 from loractl.common.memory.need_key import model_family, need_key
 from loractl.common.memory.plan import predict
+from loractl.common.memory.step import Stack
 from loractl.common.module_pattern import ModulePattern
 from loractl.common.store.records import Submission
 from loractl.common.units import gib
@@ -29,16 +30,20 @@ ABSURD = 2**50
 """Bytes that no card will have; the database's numbers end not far above."""
 
 
-def plan_job(spec: JobSpec, user: str, data: dict[str, Any], store: Store | None) -> Submission:
-    """Everything that submit writes of a job. `store`: None where a dry run has no database to ask.
+def plan_job(
+    spec: JobSpec, user: str, data: dict[str, Any], store: Store | None, devices: str | None = None
+) -> Submission:
+    """Everything that submit writes of a job. `store`: None where a dry run has no database to ask. `devices`: see
+    fleet_stack.
 
     Raises UsageError when its own max_vram is below every need, and for a lora.init_from that does not fit.
     """
     spec = spec if store is None else settle_ancestor(spec, store)
     check_adapter(spec)
-    planned = predict(spec)
+    stack = fleet_stack(store, devices)
+    planned = predict(spec, stack=stack)
     key, family = need_key(spec, data), model_family(spec)
-    need = learned(planned, key, [] if store is None else store.measured(key, family))
+    need = learned(planned, key, store.measured(key, family) if store is not None and stack.on_gpu else [])
     methods = open_methods(spec)
     if (least := least_need(methods, need) or 0) > ABSURD:
         raise UsageError(
@@ -49,6 +54,13 @@ def plan_job(spec: JobSpec, user: str, data: dict[str, Any], store: Store | None
     return Submission(
         spec=spec, user=user, data=data, need=need, planned=planned, methods=admitted, need_key=key, family=family
     )
+
+
+def fleet_stack(store: Store | None, devices: str | None = None) -> Stack:
+    """How the fleet trains: on processors where no worker has shown anything else. Where none has shown anything yet,
+    this machine's own setting counts (`devices`: LORACTL_DEVICES)."""
+    kinds = {node.kind for node in store.nodes()} if store is not None else set()
+    return Stack(on_gpu=kinds != {"cpu"} if kinds else devices != "cpu")
 
 
 def admit(spec: JobSpec, methods: Sequence[Method], need: Need) -> tuple[Method, ...]:

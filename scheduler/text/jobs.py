@@ -260,16 +260,13 @@ def _course(name: str, points: Sequence[tuple[int, float]], screen: Screen) -> s
 
 
 def _memory(last: PastAttempt, tokens_per_second: float | None) -> list[str]:
-    """The last attempt's peak and plan, its method and speed. On a processor the peak is all that the process holds,
-    libraries included, and the plan is one for a card: the two are no measure of each other."""
+    """The last attempt's peak and plan, its method and speed. On a processor both are of all that the process holds,
+    libraries included."""
     how = f"method {last.method}" + (f"   speed {tokens_per_second:.0f} tok/s" if tokens_per_second else "")
-    planned = f"{gib(last.vram_planned)} GiB" if last.vram_planned else ""
-    if last.device_kind == "cpu":
-        peak = f"{gib(last.vram_peak)} GiB of RAM at most, the whole process" if last.vram_peak else ""
-        memory = "; ".join(part for part in (peak, f"a GPU is planned to need {planned}" if planned else "") if part)
-        return [*([f"memory    {memory}"] if memory else []), how]
-    peak = f"{gib(last.vram_peak)} GiB at most" if last.vram_peak else ""
-    memory = ", ".join(part for part in (peak, f"planned {planned}" if planned else "") if part)
+    of_ram = " of RAM" if last.device_kind == "cpu" else ""
+    peak = f"{gib(last.vram_peak)} GiB{of_ram} at most" if last.vram_peak else ""
+    planned = f"planned {gib(last.vram_planned)} GiB" if last.vram_planned else ""
+    memory = ", ".join(part for part in (peak, planned) if part)
     return [(f"memory    {memory}   " if memory else "") + how]
 
 

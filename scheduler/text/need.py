@@ -30,7 +30,7 @@ def need_text(need: MemoryNeed, next_command: str, screen: Screen) -> str:
         lines += _parts(plan, longest, screen)
     lines += ["", *map(screen.dim, wrapped(need.planned_for, "", screen))]
     if not need.on_gpu:
-        about = "Planned for a processor, since the fleet has no GPU: the resident memory of the whole process."
+        about = "Planned for a processor, since no GPU is known: what the whole process holds of the box's RAM."
         lines += map(screen.dim, wrapped(about, "", screen))
     if need.cards:
         rows = [

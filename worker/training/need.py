@@ -27,7 +27,7 @@ def tell_need(run: Run, data: PreparedData) -> None:
     """
     order, spec = run.order, run.spec
     lengths = lengths_of(data)
-    need = predict(spec, lengths)
+    need = predict(spec, lengths, stack=_stack(run))
     given = order.vram_reserved
     if given is not None and order.joins:
         given += run.shelf.size  # which others brought
@@ -54,9 +54,15 @@ def tell_padded(run: Run, data: PreparedData, why: str) -> None:
     if shape is None or not is_lean(shape, spec):
         return
     lengths, method = lengths_of(data), run.order.method
-    need, before = predict(spec, lengths, stack=Stack(padded=True)), predict(spec, lengths).of(method)
-    run.note("plan", f"with padded rows it needs {gib(need.of(method))} GiB by its plan, not {gib(before)}")
+    before, need = (predict(spec, lengths, stack=replace(_stack(run), padded=padded)) for padded in (False, True))
+    size, lean = need.of(method), before.of(method)
+    run.note("plan", f"with padded rows it needs {gib(size)} GiB by its plan, not {gib(lean)}")
     run.tell(Planned(job_id=run.order.job_id, lora=need.lora, qlora=need.qlora))
+
+
+def _stack(run: Run) -> Stack:
+    """A simulated card is planned as a card, though a processor trains there."""
+    return Stack(on_gpu=run.order.gpu != "cpu")
 
 
 def _tell(run: Run, need: Need) -> None:

@@ -47,7 +47,7 @@ def plan_again(tx: Transaction, claim: Claim, planned: Need) -> None:
     job.planned, job.vram_lora, job.vram_qlora = new, known["lora"], known["qlora"]
     size = known[claim.method.value]
     if claim.vram_planned is not None or job.planned.get(claim.method.value) is not None:
-        own = (Attempt.job_id == claim.job_id) & (Attempt.attempt == claim.attempt) & (Attempt.device_kind != "cpu")
+        own = (Attempt.job_id == claim.job_id) & (Attempt.attempt == claim.attempt)
         tx.session.execute(update(Attempt).where(own).values(vram_planned=new.get(claim.method.value)))
     if size is not None and job.vram_reserved is not None and size < job.vram_reserved:
         text = f"planned {gib(size)} GiB from the data's own lengths, {gib(job.vram_reserved)} were reserved"
@@ -84,14 +84,18 @@ def _plan(job: Job, read: Callable[[], Transaction]) -> MemoryPlan | None:
     from loractl.common.job.spec import JobSpec
     from loractl.common.memory.need_key import model_family, need_key
     from loractl.common.memory.plan import predict
+    from loractl.common.memory.step import Stack
 
     try:
         spec = JobSpec.model_validate(job.spec)
     except ValidationError:
         return None
-    planned, key, family = predict(spec), need_key(spec, job.data), model_family(spec)
+    key, family = need_key(spec, job.data), model_family(spec)
     with read() as tx:
-        need = learned(planned, key, read_measured(tx, key, family, MEASURED))
+        kinds = set(tx.session.scalars(select(Node.kind).distinct()))
+        measured = read_measured(tx, key, family, MEASURED)
+    planned = predict(spec, stack=Stack(on_gpu=kinds != {"cpu"}))  # as submit does it
+    need = learned(planned, key, measured)
     return MemoryPlan(need=need, planned=planned, need_key=key, family=family)
 
 

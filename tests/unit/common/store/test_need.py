@@ -149,6 +149,15 @@ def test_on_a_processor_the_method_is_tried_no_more(store: Store) -> None:
     assert store.job(job_id).vram_lora == 64 * GIB + 1
 
 
+def test_the_plan_that_a_trainer_on_a_processor_tells_is_the_attempt_s(store: Store) -> None:
+    job_id = store.submit(submission(lora=2, method="lora"))
+    show(store, total=64, kind="cpu")
+    mine = claim(store)
+    assert store.attempts(job_id)[0].vram_planned is None, "the job's may be one for a card"
+    store.beat(mine, Progress(need=Need(lora=3 * GIB, qlora=GIB)))
+    assert store.attempts(job_id)[0].vram_planned == 3 * GIB == store.job(job_id).vram_lora
+
+
 def test_patience_and_steps_down_of_the_batch_end_with_a_new_reservation(store: Store) -> None:
     job_id = store.submit(submission(lora=16, qlora=8, lora_patience="9h"))
     show(store, "a:0", 18)

@@ -13,14 +13,16 @@ from loractl.common.errors import UsageError
 from loractl.common.job.spec import JobSpec
 from loractl.common.memory.need_key import need_key
 from loractl.common.memory.plan import predict
+from loractl.common.memory.step import Stack
+from loractl.common.store.store import Store
 from loractl.scheduler.answers.need import JobToPlan, memory_need
 from loractl.scheduler.submission.base_model import check_base
-from loractl.scheduler.submission.need import check_adapter
+from loractl.scheduler.submission.need import check_adapter, plan_job
 from loractl.worker.base.failure import TrainingFailed
 from loractl.worker.base.model import load_tokenizer
 
 from ....conftest import Cli
-from ...factories import spec
+from ...factories import node_state, spec
 
 SMALL = {
     "model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
@@ -48,6 +50,22 @@ def test_a_classifier_needs_less_than_a_job_that_learns_words(base: str) -> None
     words, labels = predict(spec(base_model=base)), predict(classifier(base))
     assert words.lora is not None and labels.lora is not None and labels.lora < words.lora / 1.2
     assert words.qlora is not None and labels.qlora is not None and labels.qlora < words.qlora / 1.2
+
+
+def test_where_only_processors_are_known_every_figure_is_one_plan_for_a_processor(base: str, store: Store) -> None:
+    asked = spec(base_model=base, method="lora")
+    card, processor = predict(asked).lora, predict(asked, stack=Stack(on_gpu=False)).lora
+    assert card != processor
+    assert plan_job(asked, "ada", {}, store).need.lora == card, "a GPU box may come"
+    assert plan_job(asked, "ada", {}, store, devices="cpu").need.lora == processor
+    store.see_node(node_state("box:0", kind="cpu"))
+    job_id = store.submit(plan_job(asked, "ada", {}, store))
+    row = store.job(job_id)
+    answer = memory_need(store, JobToPlan(title="1", spec=asked, data={}), None, solve=False)
+    assert (row.vram_needed, row.planned["lora"], answer.reserved.lora) == (processor, processor, processor)
+    assert not answer.on_gpu
+    store.see_node(node_state("box:1"))
+    assert plan_job(asked, "ada", {}, store, devices="cpu").need.lora == card
 
 
 def test_an_expression_is_checked_where_the_base_is_at_hand_and_planned(base: str) -> None:

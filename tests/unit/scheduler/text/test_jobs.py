@@ -242,10 +242,9 @@ def test_a_running_job_in_full_shows_its_place_course_and_next_command() -> None
     assert max(map(len, lines)) <= 80
 
 
-def test_the_peak_of_a_processor_is_not_put_beside_the_plan_of_a_card_as_if_they_were_one_measure() -> None:
+def test_the_peak_of_a_processor_is_called_one_of_ram() -> None:
     lines = full(running(), PLAIN, attempts=[attempt(device_kind="cpu")], events=[]).splitlines()
-    assert "memory    6.0 GiB of RAM at most, the whole process; a GPU is planned to need 8.0 GiB" in lines
-    assert "method qlora   speed 812 tok/s" in lines
+    assert "memory    6.0 GiB of RAM at most, planned 8.0 GiB   method qlora   speed 812 tok/s" in lines
 
 
 def test_a_job_that_waits_failed_or_succeeded_says_why_and_what_to_do_next() -> None:
