@@ -164,13 +164,14 @@ def _job_file(folder: Path, number: int, rng: random.Random, plan: Plan) -> Path
     if not data.exists():
         rows = [{"prompt": f"{row} of {number}", "completion": str(row)} for row in range(12)]
         data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    labels = f"{{{LEAVES}: 'yes'}}" if rng.random() < 0.1 else "{}"
+    leaves = rng.random() < 0.1
+    labels = f"{{{LEAVES}: 'yes'}}" if leaves else "{}"
     steps = rng.randint(*(plan.long_steps if number % LONG == 1 else plan.steps))
     path = folder / f"job-{number}.yaml"
     path.write_text(
         f"name: chaos-{number}\nbase_model: {model}\nmethod: lora\ndataset: {{path: {data}, max_length: 64}}\n"
         f"training: {{max_steps: {steps}, save_steps: 5, per_device_train_batch_size: 1}}\n"
-        f"max_retries: {MAX_RETRIES}\nlabels: {labels}\n"
+        f"max_retries: {MAX_RETRIES}\nlabels: {labels}\nresources: {{exclusive: {str(leaves).lower()}}}\n"
     )
     return path
 

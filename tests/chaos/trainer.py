@@ -21,7 +21,7 @@ from loractl.common.artifacts import sha256_of
 from loractl.common.job.identity import spec_digest
 from loractl.common.job.status import Reason, Stage
 from loractl.worker.protocol.marker import close_checkpoint
-from loractl.worker.protocol.messages import Ended, Note, Saved, StageChanged, Start, Stepped, Stop
+from loractl.worker.protocol.messages import Ended, Note, Opened, Saved, StageChanged, Start, Stepped, Stop
 from loractl.worker.protocol.orders import Orders
 from loractl.worker.training.checkpoint import newest_checkpoint
 from loractl.worker.training.trainer import Tell, main
@@ -78,6 +78,8 @@ def run(order: Start, orders: Orders, tell: Tell) -> Ended:
         text = f"resumed from the checkpoint of step {step}"
         tell(Note(job_id=job, kind="resumed", text=text, resumed_from_step=step))
     tell(StageChanged(job_id=job, stage=Stage.TRAINING))
+    if order.keep is not None and not order.joins:
+        tell(Opened(job_id=job, base_bytes=BASE_BYTES))
     while step < steps:
         time.sleep(STEP_S)
         step += 1

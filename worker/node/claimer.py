@@ -53,7 +53,9 @@ class Claimer:
         if seen.fault is not None:
             return None  # its row says so with the next look
         distrusted = frozenset(node for node, since in self._left.items() if now - since > HOLD_BACK_S)
-        claim = self._place.store.claim(self._place.node, seen.outside, seen.used, distrusted)
+        claim = self._place.store.claim(
+            self._place.node, seen.outside, seen.used, distrusted, joins=self._place.hosts is not None
+        )
         if isinstance(claim, Left):
             self._left = {node: self._left.get(node, now) for node in claim.nodes}
         return claim

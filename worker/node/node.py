@@ -49,7 +49,7 @@ from .device_row import DeviceRow
 from .lock import DeviceLock
 from .monitor import Monitor
 from .options import NodeOptions
-from .slots import Slots
+from .slots import Slots, slots_of
 
 log = logging.getLogger("loractl.worker")
 
@@ -63,13 +63,17 @@ class DeviceNode:
     def __init__(self, settings: Settings, device: Device, options: NodeOptions, drain: Drain) -> None:
         # a plan says nothing about a processor's memory, so it is not shared
         max_jobs = options.max_jobs or (1 if device.kind == "cpu" else default_max_jobs(device.total))
+        slots = slots_of(max_jobs, hosts=bool(options.keep_warm_s))
         self._settings = settings
         self._place = Workplace(
             settings=settings,
             # a slot and its upload each, and the monitor; they take turns, so that one stays open
             store=Store(
                 make_engine(
-                    settings.database_url, connections=max(CONNECTIONS, 2 * max_jobs + 2), kept=1, idle_s=NODE_IDLE_S
+                    settings.database_url,
+                    connections=max(CONNECTIONS, 2 * max_jobs + 2, slots + 2),
+                    kept=1,
+                    idle_s=NODE_IDLE_S,
                 ),
                 lease_s=settings.lease_s,
             ),

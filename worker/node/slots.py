@@ -1,4 +1,4 @@
-"""The slots of a device: threads, one for each job that may share it, that sleep until they are woken."""
+"""The slots of a device: threads, one for each job that may run on it, that sleep until they are woken."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import logging
 import threading
 from collections.abc import Callable
 
+from loractl.common.placement.joins import PACK_MEMBERS
 from loractl.common.store.database import absence, outage
+from loractl.common.store.records import Claim
 from loractl.worker.attempt.state import AttemptState, begin
 from loractl.worker.attempt.supervisor import supervise
 from loractl.worker.attempt.workplace import Workplace
@@ -32,7 +34,7 @@ class Slots:
         self,
         place: Workplace,
         watch: Watch,
-        count: int,
+        max_jobs: int,
         *,
         changed: Callable[[], None],
         overheard: Callable[[], None],
@@ -42,12 +44,16 @@ class Slots:
         self._changed = changed
         self._overheard = overheard
         self._claimer = Claimer(place, watch)
+        self._claiming = threading.Lock()
+        self._looked = 0  # how often they had been woken when one found nothing
         watch.own = self._own_trainers
         self._woken = threading.Condition()
         self._calls = 0  # how often the slots were woken
         self._idle = 0  # slots that sleep
         self._closing = False
         self._attempts: dict[int, AttemptState] = {}  # slot -> what it supervises
+        self._max_jobs = max_jobs
+        count = slots_of(max_jobs, hosts=place.hosts is not None)
         self._threads = [threading.Thread(target=self._serve, args=(n,), name=f"slot {n}") for n in range(count)]
 
     def start(self) -> None:
@@ -71,11 +77,12 @@ class Slots:
         ]
 
     def wake(self) -> None:
-        """Let idle slots look for a job; returns at once. Where none is idle, the message is for others."""
+        """Let idle slots look for a job; returns at once. Where the card has as many as it may have, others are told: a
+        slot that is idle then can only let a job join another."""
         with self._woken:
             self._calls += 1
             self._woken.notify_all()
-            idle = self._idle
+            idle = self._idle and len(self._attempts) < self._max_jobs
         if not idle or self._place.drain.wish is not None:
             self._overheard()
 
@@ -114,7 +121,8 @@ class Slots:
 
     def _take_jobs(self, slot: int, calls: int) -> None:
         """Claim and run, until nothing that waits is for this device. `calls`: those that woke this slot."""
-        while not self._closing and (claim := self._claimer.claim()) is not None:
+        anew = False
+        while not self._closing and (claim := self._claim(calls, anew=anew)) is not None:
             state = self._attempts[slot] = begin(claim, self._place.settings.work_dir)
             self._changed()
             if len(self._threads) > 1:
@@ -125,7 +133,23 @@ class Slots:
             close_if_left(self._place, self._watch, claim, state.host)
             del self._attempts[slot]
             self._changed()
-            calls = self._calls
+            calls, anew = self._calls, True
+
+    def _claim(self, calls: int, *, anew: bool) -> Claim | None:
+        """Claim, unless another slot has found nothing since this one was woken. `anew`: a job has just ended."""
+        with self._claiming:
+            if calls <= self._looked and not anew:
+                return None
+            began = self._calls
+            claim = self._claimer.claim()
+            if claim is None:
+                self._looked = began
+            return claim
+
+
+def slots_of(max_jobs: int, *, hosts: bool) -> int:
+    """The slots of a device that may have so many trainers: where hosts are kept, each may have several jobs."""
+    return max_jobs * (PACK_MEMBERS if hosts else 1)
 
 
 def _name_of(state: AttemptState) -> str:
