@@ -1,8 +1,9 @@
-"""One job on two processes beside one: python -m benchmarks.gang [MODEL] [--steps 20] [--rows 23].
+"""One job on several processes beside one: python -m benchmarks.gang [MODEL] [--steps 20] [--rows 23] [--cards 2].
 
 Each line is a training of its own, with windows of two micro-batches and a last batch that does not divide evenly. It
-says how far losses and adapter are from one process's, and how long the steps took. On a processor the two share its
-cores, so that nothing is won; without MODEL a random one of two blocks is made.
+says how far losses and adapter are from one process's, how long the steps took, and what the fullest card held. With
+`--cards` it runs on so many of this box's NVIDIA cards, else on two processes that share the processor's cores, where
+nothing is won. Without MODEL a random one of two blocks is made.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from loractl.common.job.spec import JobSpec
 from loractl.worker.base.adapter import WEIGHTS
 from loractl.worker.protocol.messages import Ended, Rank, Start, Stepped, decode_told, encode
 
-RANKS = [Rank(rank=rank, node=f"box:{rank}", gpu="cpu", device="cpu") for rank in range(2)]
+PROCESSOR = [Rank(rank=rank, node=f"box:{rank}", gpu="cpu", device="cpu") for rank in range(2)]
 
 CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("LoRA, fp32", "lora", {"dtype": "float32"}),
@@ -44,6 +45,7 @@ class Trained:
     adapter: dict[str, torch.Tensor]
     seconds: float  # from the order to its end
     tokens_per_second: float
+    peak: int  # bytes
 
 
 def main() -> None:
@@ -51,18 +53,20 @@ def main() -> None:
     parser.add_argument("model", nargs="?", type=Path)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--rows", type=int, default=23)
+    parser.add_argument("--cards", type=int)
     given = parser.parse_args()
+    ranks = PROCESSOR if given.cards is None else _cards(given.cards)
     with tempfile.TemporaryDirectory() as folder:
         model = given.model or _tiny(Path(folder) / "model")
         data = _rows(Path(folder) / "rows.jsonl", given.rows)
-        print(f"{given.steps} steps of {model.name}; the largest differences to one process\n")
-        print(f"{'':<26}{'':<10}{'loss':>10}{'held out':>10}{'adapter':>10}{'tok/s':>8}{'seconds':>9}")
+        print(f"{given.steps} steps of {model.name} on {len(ranks)} ranks; the largest differences to one process\n")
+        print(f"{'':<26}{'':<10}{'loss':>10}{'held out':>10}{'adapter':>10}{'tok/s':>8}{'seconds':>9}{'MiB':>8}")
         for title, method, training in CASES:
             training = {"max_steps": given.steps, "eval_steps": 5, **training}
             one = None
             for kind in Parallel:
-                order = _order(Path(folder) / f"{title} {kind}", model, data, method, training, kind)
-                found = _train(order)
+                order = _order(Path(folder) / f"{title} {kind}", model, data, method, training, kind, ranks)
+                found = _train(order, ranks[0])
                 one = one or found
                 print(f"{title:<26}{kind.value:<10}{_beside(one, found)}", flush=True)
 
@@ -71,19 +75,32 @@ def _beside(one: Trained, other: Trained) -> str:
     loss = max(abs(a - b) for a, b in zip(one.losses, other.losses, strict=True))
     held_out = max(abs(a - b) for a, b in zip(one.held_out, other.held_out, strict=True))
     adapter = max(float((one.adapter[name] - other.adapter[name]).abs().max()) for name in one.adapter)
-    return f"{loss:>10.1e}{held_out:>10.1e}{adapter:>10.1e}{other.tokens_per_second:>8.0f}{other.seconds:>9.1f}"
+    apart = f"{loss:>10.1e}{held_out:>10.1e}{adapter:>10.1e}"
+    return f"{apart}{other.tokens_per_second:>8.0f}{other.seconds:>9.1f}{other.peak / 2**20:>8.0f}"
 
 
-def _train(order: Start) -> Trained:
+def _cards(count: int) -> list[Rank]:
+    from loractl.common.settings import load_settings
+    from loractl.worker.device.devices import find_devices
+
+    cards = find_devices(load_settings({"LORACTL_DEVICES": "nvml"}))
+    assert len(cards) >= count, f"this box has {len(cards)} cards"
+    return [
+        Rank(rank=n, node=f"box:{n}", gpu=card.uuid, device="cuda", environment=card.environment())
+        for n, card in enumerate(cards[:count])
+    ]
+
+
+def _train(order: Start, own: Rank) -> Trained:
     """Train as a worker does: in a process of its own, which starts the others."""
-    began, losses, held_out, speed = time.monotonic(), [], [], 0.0
+    began, losses, held_out, speed, peak = time.monotonic(), [], [], 0.0, 0
     process = subprocess.Popen(
         [sys.executable, "-m", "loractl.worker.training.trainer"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         encoding="utf-8",
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", **own.environment},
     )
     assert process.stdin and process.stdout
     process.stdin.write(encode(order))
@@ -96,6 +113,7 @@ def _train(order: Start) -> Trained:
             speed = message.tokens_per_second or speed
         if isinstance(message, Ended):
             assert message.reason.value == "ok", message
+            peak = (message.peaks.reserved if message.peaks else None) or 0
             break
     process.stdin.close()
     process.wait()
@@ -105,10 +123,13 @@ def _train(order: Start) -> Trained:
         adapter=load_file(Path(order.output_dir) / "adapter" / WEIGHTS),
         seconds=time.monotonic() - began,
         tokens_per_second=speed,
+        peak=peak,
     )
 
 
-def _order(folder: Path, model: Path, data: Path, method: str, training: dict[str, Any], kind: Parallel) -> Start:
+def _order(
+    folder: Path, model: Path, data: Path, method: str, training: dict[str, Any], kind: Parallel, ranks: list[Rank]
+) -> Start:
     spec = JobSpec.model_validate(
         {
             "name": "gang",
@@ -124,10 +145,11 @@ def _order(folder: Path, model: Path, data: Path, method: str, training: dict[st
         }
     )  # fmt: skip
     (folder / "result").mkdir(parents=True)
-    gang = {} if kind is Parallel.NONE else {"parallel": kind, "ranks": RANKS}
+    gang = {} if kind is Parallel.NONE else {"parallel": kind, "ranks": ranks}
     return Start(
-        job_id=1, attempt=1, user="b", node="box:0", gpu="cpu", device="cpu", spec=spec, method=Method(method),
-        vram_planned=None, data_path=str(data), data_sha256=None, eval_path=None, output_dir=str(folder / "result"),
+        job_id=1, attempt=1, user="b", node="box:0", gpu=ranks[0].gpu, device=ranks[0].device, spec=spec,
+        method=Method(method), vram_planned=None,
+        data_path=str(data), data_sha256=None, eval_path=None, output_dir=str(folder / "result"),
         checkpoint_dir=str(folder / "checkpoints"), earlier_checkpoints=[], cache_dir=str(folder.parent / "cache"),
         **gang,
     )  # fmt: skip

@@ -36,11 +36,20 @@ Watch = Callable[[Run, Told], None]
 """Sees what the leader tells, in its process."""
 
 
-def train_on(order: Start, parallel: Parallel, size: int = 2, watch: Watch = lambda run, told: None) -> Trained:
-    """Train an order on so many ranks of this machine's processor; `none` is one process without a gang."""
+def train_on(
+    order: Start,
+    parallel: Parallel,
+    size: int = 2,
+    watch: Watch = lambda run, told: None,
+    limit_of_others: int | None = None,
+) -> Trained:
+    """Train an order on so many ranks of this machine's processor; `none` is one process without a gang.
+
+    `limit_of_others`: bytes of memory that the ranks have which do not lead.
+    """
     with tempfile.TemporaryDirectory() as folder:
         context, answers = multiprocessing.get_context("fork"), []
-        for one in orders_of(order, parallel, size, Path(folder) / "meeting"):
+        for one in orders_of(order, parallel, size, Path(folder) / "meeting", limit_of_others):
             receiver, sender = context.Pipe(duplex=False)
             process = context.Process(target=_be, args=(one, sender, watch), daemon=True)
             process.start()
@@ -52,13 +61,17 @@ def train_on(order: Start, parallel: Parallel, size: int = 2, watch: Watch = lam
     return Trained(told=found[0][1], ends=[end for end, _ in found])
 
 
-def orders_of(order: Start, parallel: Parallel, size: int, meeting: Path) -> list[Start]:
+def orders_of(
+    order: Start, parallel: Parallel, size: int, meeting: Path, limit_of_others: int | None = None
+) -> list[Start]:
     """What each rank is told."""
     if parallel is Parallel.NONE:
         return [order]
     ranks = [Rank(rank=rank, node=f"n:{rank}", gpu="cpu", device="cpu") for rank in range(size)]
     gang = {"parallel": parallel, "ranks": ranks, "meeting": str(meeting)}
-    return [order.model_copy(update={**gang, "rank": rank.rank, "node": rank.node}) for rank in ranks]
+    limits = [order.memory_limit, *[limit_of_others] * (size - 1)]
+    own = [{"rank": rank.rank, "node": rank.node, "memory_limit": limits[rank.rank]} for rank in ranks]
+    return [order.model_copy(update={**gang, **one}) for one in own]
 
 
 def _answer(receiver: Any) -> tuple[str, list[Told]]:
@@ -85,6 +98,7 @@ def _be(order: Start, sender: Any, watch: Watch) -> None:
 
     run.tell = tell
     try:
+        run.hold_to(order.memory_limit)
         ended: Ended = train(run) if order.rank == 0 else follow(run)
         end = ended.reason.value
     except Stopped:

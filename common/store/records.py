@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from loractl.common.job.adjustment import Adjustment
 from loractl.common.job.halving import rung_step
-from loractl.common.job.method import Method
+from loractl.common.job.method import Method, Parallel
 from loractl.common.job.need import Need, least_need
 from loractl.common.job.status import Stage, Status
 from loractl.common.job.sweep import RungPoint
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from loractl.common.job.spec import (
         JobSpec,  # pydantic's models take 80 ms to build, and a command that only reads jobs needs none
     )
+    from loractl.common.placement.gangs import GangShare
 
 HELD_OUT_LOSS = "held_out_loss"
 """The metric with the tuned model's loss in the final evaluation, in nats a token."""
@@ -99,6 +100,8 @@ class Claim:
     joins: bool = False  # other jobs train in that; `vram_reserved` is the job's own part, without the base
     packs: bool = False  # others may join its trainer
     leaving: tuple[str, ...] = ()  # trainers on its card whose bases must go first
+    parallel: Parallel = Parallel.NONE
+    shares: tuple[GangShare, ...] = ()  # of each card, the claiming node's first
 
 
 @dataclass(frozen=True, kw_only=True)

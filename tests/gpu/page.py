@@ -13,6 +13,15 @@ no network. It writes this page, and ends non-zero when a line is not as it shou
 runs its parts on a processor.
 """
 
+SEVERAL = """\
+## Several cards: never run
+
+`make gpu` uses one card. `python -m benchmarks.gang MODEL --cards 2` on a box with two asks what a processor can't
+show: that NCCL and `fully_shard` train there with the losses of one card, how fast, and what the fullest card holds
+beside what `loractl plan` says. On a processor, over gloo, the same lines are in
+[architecture.md](architecture.md#several-cards).
+"""
+
 NEVER = "# Real cards: never run"
 
 
@@ -21,7 +30,7 @@ def page(figures: Mapping[str, Sequence[Figure]], card: str | None, when: str = 
     if card is None:
         asked = "\n".join(f"- {name}" for name in figures)
         why = "No figure on this page: no machine with a card was at hand."
-        return f"{NEVER}\n\n{why}\n\n{WHAT_IT_IS}\nIt asks:\n\n{asked}\n"
+        return f"{NEVER}\n\n{why}\n\n{WHAT_IT_IS}\nIt asks:\n\n{asked}\n\n{SEVERAL}"
     wrong = sum(not figure.ok for part in figures.values() for figure in part)
     lines = [
         f"| {name} | {_cell(f.what)} | {_cell(f.value)} | {_mark(f)} |" for name, part in figures.items() for f in part
@@ -31,7 +40,7 @@ def page(figures: Mapping[str, Sequence[Figure]], card: str | None, when: str = 
         f"# Real cards: run on {card}\n\n{when}, {seconds:.0f} s, {wrong} lines not as they should be.\n\n{WHAT_IT_IS}"
     )
     return "\n".join(
-        [head, "| experiment | figure | value | as it should be |", "| --- | --- | --- | --- |", *lines, ""]
+        [head, "| experiment | figure | value | as it should be |", "| --- | --- | --- | --- |", *lines, "", SEVERAL]
     )
 
 

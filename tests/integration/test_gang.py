@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import threading
@@ -42,12 +43,12 @@ class Case:
         self._model, self._folder, self._method, self._training = model, folder, method, training
         self._data = write_helpdesk(folder / "data.jsonl", 23)
 
-    def order(self, name: str, resume: str | None = None) -> Start:
+    def order(self, name: str, resume: str | None = None, samples: int = 0) -> Start:
         earlier = self._folder / resume if resume else None
         order = make_order(
             self._folder / name, self._model, self._data, method=self._method, resume=earlier, **self._training
         )
-        quiet = order.spec.evaluation.model_copy(update={"samples": 0})
+        quiet = order.spec.evaluation.model_copy(update={"samples": samples})
         return order.model_copy(update={"spec": order.spec.model_copy(update={"evaluation": quiet})})
 
     def on(self, kind: Parallel, name: str = "", resume: str | None = None) -> tuple[Trained, dict[str, torch.Tensor]]:
@@ -115,6 +116,19 @@ def test_dropout_of_a_gang_is_the_same_after_a_resume(tiny_model: Path, tmp_path
     train_on(case.order("stopped"), DATA, watch=stop_after(2))
     _, rest = case.on(DATA, "rest", resume="stopped")
     assert apart(whole, rest) == 0
+
+
+@pytest.mark.long
+def test_a_divided_model_is_evaluated_as_a_whole_one(tiny_model: Path, tmp_path: Path) -> None:
+    """Answers are generated, and checkpoints proven, by the leader alone: the others lend their parts of the base."""
+    case = Case(tiny_model, tmp_path, method="qlora", max_steps=2, dtype="float32")
+    found = []
+    for kind in (NONE, SHARDED):
+        order = case.order(kind.value, samples=2)
+        assert set(train_on(order, kind).ends) == {"ok"}
+        report = json.loads((Path(order.output_dir) / "report.json").read_text())
+        found.append((report["evaluation"]["metrics"], report["evaluation"]["answers"]))
+    assert found[0] == found[1]
 
 
 @pytest.mark.long

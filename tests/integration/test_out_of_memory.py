@@ -22,7 +22,7 @@ import pytest
 import torch
 
 from loractl.common.job.adjustment import Adjustment
-from loractl.common.job.method import Method
+from loractl.common.job.method import Method, Parallel
 from loractl.common.job.need import Need
 from loractl.common.job.spec import JobSpec
 from loractl.common.job.status import Reason
@@ -38,6 +38,7 @@ from loractl.worker.training.recipe import train
 from loractl.worker.training.run import Run, Stopped
 
 from ..conftest import Cli
+from ..gangs import train_on
 from ..waiting import until_job
 
 MIB, GIB = 2**20, 2**30
@@ -249,6 +250,18 @@ def test_a_run_that_does_not_fit_learns_the_same_in_smaller_pieces(
     assert report["training"]["adjustment"] == taken[-1].as_json()
     assert report["training"]["changes"] == notes(told)
     assert "16 × 1 asked: memory ran out" in (tmp_path / "less" / "result" / "report.html").read_text()
+
+
+@pytest.mark.long
+def test_a_rank_without_room_makes_the_batch_smaller_for_all(wide_model: Path, data: Path, tmp_path: Path) -> None:
+    batch = {"per_device_train_batch_size": 32, "gradient_accumulation_steps": 1, "max_steps": 2}
+    whole = train_on(make_order(tmp_path / "whole", wide_model, data, **batch), Parallel.NONE)
+    order = make_order(tmp_path / "less", wide_model, data, limit=8 * GIB, **batch)
+    less = train_on(order, Parallel.DATA, limit_of_others=LIMIT // 2)
+    assert less.ends == ["ok", "ok"]
+    notes = [m.text for m in less.told if isinstance(m, Note) and m.kind == "memory"]
+    assert notes[0] == "out of memory with 32 rows at once: goes on with 16, accumulating 2 (same effective batch)"
+    assert less.losses == pytest.approx(whole.losses, abs=1e-3)
 
 
 def test_a_run_of_which_not_one_row_fits_says_so_after_every_step_down(

@@ -19,10 +19,10 @@ from loractl.common.job.spec import JobSpec
 from loractl.common.job.status import Stage
 from loractl.common.placement.hosts import base_key
 from loractl.common.store.records import Claim
-from loractl.worker.device.devices import Device
+from loractl.worker.device.devices import Device, find_device
 from loractl.worker.device.occupancy import CARD_VARIABLE, JOB_VARIABLE, RUN_VARIABLE, card_mark, run_mark
 from loractl.worker.protocol.marker import is_complete
-from loractl.worker.protocol.messages import Ancestor, Start
+from loractl.worker.protocol.messages import Ancestor, Rank, Start
 from loractl.worker.protocol.trust import Refused, check_checkpoint, check_claim, may_run_code
 
 from .disk import bytes_to_write, require_space
@@ -72,8 +72,10 @@ def prepare(place: Workplace, state: AttemptState) -> Start:
         spec=spec,
         run_code=runs_code,
         init_from=_ancestor(place, state),
-        keep=None if place.hosts is None or runs_code else base_key(spec, claim.method),
+        keep=None if place.hosts is None or runs_code or claim.shares[1:] else base_key(spec, claim.method),
         joins=claim.joins,
+        parallel=claim.parallel,
+        ranks=_ranks(place, claim),
         lm_eval_tasks=str(place.settings.lm_eval_tasks) if place.settings.lm_eval_tasks else None,
         method=claim.method,
         method_why=claim.method_why,
@@ -94,6 +96,31 @@ def prepare(place: Workplace, state: AttemptState) -> Start:
         earlier_checkpoints=[str(p) for p in earlier],
         cache_dir=str(cache),
     )
+
+
+def _ranks(place: Workplace, claim: Claim) -> list[Rank]:
+    """A process for each of several cards; none for a job on one. The trainer starts those of the others."""
+    if len(claim.shares) < 2:
+        return []
+    cards = [(share, _card_of(place, share.node)) for share in claim.shares]
+    return [
+        Rank(
+            rank=number,
+            node=share.node,
+            gpu=card.uuid,
+            device=card.trains_on,
+            environment=card.environment(),
+            memory_limit=share.bytes if card.trains_on == "cuda" else place.settings.trainer_ram,
+        )
+        for number, (share, card) in enumerate(cards)
+    ]
+
+
+def _card_of(place: Workplace, node: str) -> Device:
+    """A card of this box by its node's name."""
+    if node == place.node:
+        return place.device
+    return find_device(place.settings, node.removeprefix(f"{place.settings.host}:"))
 
 
 def _ancestor(place: Workplace, state: AttemptState) -> Ancestor | None:

@@ -56,6 +56,8 @@ def wanted_stop(place: Workplace, state: AttemptState) -> StopWish | None:
     if place.drain.wish is not None:
         why = "the worker is being stopped"
         return StopWish(reason=Reason.DRAINED, message=why, save=True, grace_s=DRAIN_GRACE_S)
+    if state.card_drained is not None:
+        return StopWish(reason=Reason.DRAINED, message=state.card_drained, save=True, grace_s=DRAIN_GRACE_S)
     return None
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import IO
 
 from loractl.common.job.adjustment import Adjustment, in_words, next_adjustment
+from loractl.common.job.method import Parallel
 from loractl.common.job.status import Reason, Stage
 from loractl.worker.device.occupancy import RUN_VARIABLE
 from loractl.worker.protocol.exit_reason import exit_reason
@@ -230,10 +231,11 @@ def _lighter(state: AttemptState, start: Start) -> Start | None:
 
 def _next_adjustment(state: AttemptState, start: Start) -> Adjustment | None:
     """Whether smaller pieces of the batch may help. Out of memory before or after the training itself they do not:
-    before, the trainer has tried them all."""
+    before, the trainer has tried them all. Ranks that divide a base are out of step after the first try."""
     if state.forced is not None or state.lease_lost or state.ended is None:
         return None
-    if state.ended.reason is not Reason.OUT_OF_MEMORY or state.pending.stage is not Stage.TRAINING:
+    tries = (Stage.PREPARING, Stage.TRAINING) if start.parallel is Parallel.SHARDED else (Stage.TRAINING,)
+    if state.ended.reason is not Reason.OUT_OF_MEMORY or state.pending.stage not in tries:
         return None
     return next_adjustment(start.spec, state.adjustment, on_gpu=start.device == "cuda")
 

@@ -62,7 +62,7 @@ class Watch:
     device: Device
     node_pid: int  # its descendants are ours
     high_water_s: float = HIGH_WATER_S
-    home: Path | None = None  # LORACTL_HOME, where processes that are no jobs reserve; None: they do not
+    home: Path | None = None  # LORACTL_HOME, where processes that are no jobs reserve, and whose nodes' jobs are ours
     own: Callable[[], Collection[OwnTrainer]] = tuple  # the trainers of the node's attempts
     sees_us: bool | None = None  # whether the driver lists this box's processes under our numbers; None: not known
     fault: str | None = None  # why the device may not serve, by its self-test
@@ -92,14 +92,24 @@ class Watch:
             return Occupancy(outside=self._reserved(None, 0), others=[], used={})
         # told by the supervisors too: a trainer that came and went between two looks may have left memory
         told = {pid: attempt.job for attempt in own for pid in attempt.pids}
-        self._keep(told | {pid: job for pid, (job, _) in trainers.items()}, seen)
+        told |= {pid: job for pid, (job, _) in trainers.items()}
+        neighbours = self._neighbours(seen, told)
+        self._keep(told | neighbours, seen)
         if self.device.kind == "cpu":
             return self._account(seen, _sums(trainers.values()), [])
         if self._is_told_by_process(seen, trainers):
             listed = seen.processes or ()
             mine = [(self._ours[p.pid], p.bytes or 0) for p in listed if p.pid in self._ours]
-            return self._account(seen, _sums(mine), [p for p in listed if p.pid not in self._ours], bool(trainers))
+            running = bool(trainers or neighbours)
+            return self._account(seen, _sums(mine), [p for p in listed if p.pid not in self._ours], running)
         return self._by_word(seen, {job for job, _ in trainers.values()}, own)
+
+    def _neighbours(self, seen: Snapshot, known: Collection[int]) -> dict[int, str]:
+        """Processes on this card of jobs on several cards, which the node of another card of this box has started."""
+        if self.home is None:
+            return {}
+        listed = {process.pid for process in seen.processes or ()} - set(known) - self._ours.keys()
+        return {pid: job for pid in listed if (job := _job_of_home(pid, self.home)) is not None}
 
     def _keep(self, ours: Mapping[int, str], seen: Snapshot) -> None:
         """Remember our processes while they run or the driver lists them: a number is given again after that."""
@@ -213,6 +223,16 @@ def _mark_on(process: psutil.Process, card: str) -> str | None:
     except (psutil.NoSuchProcess, psutil.AccessDenied, OSError):
         return None
     return environment.get(RUN_VARIABLE) if environment.get(CARD_VARIABLE) == card else None
+
+
+def _job_of_home(pid: int, home: Path) -> str | None:
+    """The job of a process that some node of this home has started; None for any other process."""
+    try:
+        environment = psutil.Process(pid).environ()
+    except (psutil.NoSuchProcess, psutil.AccessDenied, OSError):
+        return None
+    ours = environment.get(CARD_VARIABLE, "").startswith(f"{home}:")
+    return environment.get(JOB_VARIABLE) if ours else None
 
 
 def _trainers(node_pid: int) -> dict[int, tuple[str, int]]:

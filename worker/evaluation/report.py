@@ -141,6 +141,8 @@ def _training(order: Start, course: TrainingCourse, precision: str) -> dict[str,
         "device": order.device,
         "threads": course.threads,
         "companions": list(course.companions),
+        "cards": max(1, len(order.ranks)),
+        "parallel": order.parallel.value,
         "losses": list(course.losses),
         "eval_losses": list(course.eval_losses),
     }

@@ -128,7 +128,7 @@ class Monitor:
             if now >= next_look or (self._called.is_set() and now >= looked + CALM_S):
                 self._called.clear()
                 looked, next_look = now, now + SEE_S * self._pace
-                self._try("the look", self._look)
+                self._try("the look", lambda: self._look(slots))
             if now >= next_round:
                 next_round = now + ROUND_S * self._pace * random.uniform(0.8, 1.2)  # noqa: S311  spreads nodes, guards nothing
                 self._try("the round", lambda: self._go_round(slots))
@@ -161,21 +161,29 @@ class Monitor:
             return
         self._failures[what] = 0
 
-    def _look(self) -> None:
+    def _look(self, slots: Slots) -> None:
         self.report()
-        self._obey_drain()
+        self._obey_drain(slots)
         if self._pass_on:
             self._pass_on = False
             self._wake_others()
 
-    def _obey_drain(self) -> None:
-        """A person's order to drain at once gives running jobs back after a checkpoint; its end lets new ones in."""
+    def _obey_drain(self, slots: Slots) -> None:
+        """A person's order to drain at once gives running jobs back after a checkpoint; its end lets new ones in.
+
+        A job on several cards is given back for each of them.
+        """
         place, orders = self._place, self._place.store.drains()
         order = orders.get(place.node) or orders.get(place.settings.host)
         at_once = order is not None and order.now
         if order is not None and at_once and not place.drain.ordered:
             log.warning("drained by %s: %s", order.user, order.reason)
         place.drain.order(at_once)
+        for attempt in slots.attempts.values():
+            wanted = [
+                share.node for share in attempt.claim.shares if (o := orders.get(share.node)) is not None and o.now
+            ]
+            attempt.card_drained = f"{wanted[0]} is being drained" if wanted else None
         if self._hosts is not None:
             self._hosts.closed = order is not None
 

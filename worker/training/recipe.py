@@ -282,14 +282,21 @@ def _course(run: Run, callbacks: Callbacks, arguments: TrainingArguments, wall_s
         tokens=recorder.tokens,
         tokens_per_second=recorder.tokens_per_second,
         peaks=run.gauge.look(),
-        peak_kind=run.gauge.kind + (", which it shared with other jobs" if run.company.shared else ""),
+        peak_kind=run.gauge.kind + _of_what(run),
         adjustment=run.adjustment,
         changes=tuple(run.changes),
         optimizer=arguments.optim.value,
-        train_batch=arguments.per_device_train_batch_size,
+        train_batch=arguments.per_device_train_batch_size // max(1, len(run.order.ranks)),
         accumulation_steps=arguments.gradient_accumulation_steps,
         eval_batch=arguments.per_device_eval_batch_size,
         gradient_checkpointing=arguments.activation_checkpointing,
         threads=torch.get_num_threads(),
         companions=run.company.met_by(run.order.job_id),
     )
+
+
+def _of_what(run: Run) -> str:
+    """Beside a measured peak: that it is not the whole job's, or not the job's alone."""
+    if run.order.ranks:
+        return f" on {run.order.node}, the first of {len(run.order.ranks)} cards"
+    return ", which it shared with other jobs" if run.company.shared else ""

@@ -32,7 +32,7 @@ from loractl.worker.protocol.messages import Ended, Passed, Release, Share, Star
 from loractl.worker.protocol.orders import MemberOver, OrderDesk, Orders
 from loractl.worker.protocol.spare import PLACEHOLDER, READY, SPARE, host_name, shared, taken
 
-from .gang.companions import LINK_LOST, Companions
+from .gang.other_ranks import LINK_LOST, OtherRanks
 from .host.company import Company
 from .host.members import Members, MemberServer
 from .spare import Marks, prepare
@@ -217,7 +217,7 @@ class _Other:
 
 def _run_alone(order: Start, orders: Orders, tell: Tell) -> Ended:
     """A job whose process ends with it; on several cards with the other ranks' processes, which this one leads."""
-    gang = Companions(order, tell) if order.ranks and order.rank == 0 else None
+    gang = OtherRanks(order, tell) if order.ranks and order.rank == 0 else None
     _load()
     from .run import Run
 

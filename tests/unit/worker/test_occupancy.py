@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 
 import psutil
@@ -17,6 +18,7 @@ import pytest
 from loractl.worker.device import occupancy
 from loractl.worker.device.devices import CpuDevice
 from loractl.worker.device.occupancy import (
+    CARD_VARIABLE,
     HIGH_WATER_S,
     JOB_VARIABLE,
     RUN_VARIABLE,
@@ -67,6 +69,15 @@ def program(**variables: str) -> Iterator[subprocess.Popen[bytes]]:
 
 def at(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
     monkeypatch.setattr(occupancy, "time", SimpleNamespace(monotonic=lambda: seconds))
+
+
+def test_a_rank_that_another_card_s_node_has_started_is_its_job_s(tmp_path: Path) -> None:
+    marks = {JOB_VARIABLE: "12", CARD_VARIABLE: f"{tmp_path}:box:0"}
+    with program(**marks) as rank, program(**marks | {CARD_VARIABLE: "/other/home:box:0"}) as stranger:
+        listed = (Process(pid=rank.pid, bytes=10 * GIB), Process(pid=stranger.pid, bytes=3 * GIB))
+        seen = Watch(device=Shown(processes=listed), node_pid=NOBODY, home=tmp_path).look()
+    assert seen.used == {"12": 10 * GIB} and [other["pid"] for other in seen.others] == [stranger.pid]
+    assert seen.outside == 3 * GIB
 
 
 def test_trainers_are_told_from_other_people_s_programs() -> None:

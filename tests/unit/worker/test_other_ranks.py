@@ -14,17 +14,17 @@ from loractl.common.job.method import Method, Parallel
 from loractl.common.job.spec import JobSpec
 from loractl.common.job.status import Reason
 from loractl.worker.protocol.messages import Ended, Peaks, Rank, Start, Told
-from loractl.worker.training.gang import companions
-from loractl.worker.training.gang.companions import LINK_LOST, Companions
+from loractl.worker.training.gang import other_ranks
+from loractl.worker.training.gang.other_ranks import LINK_LOST, OtherRanks
 
-Begin = Callable[..., Companions]
+Begin = Callable[..., OtherRanks]
 
 
 @pytest.fixture
 def begin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Begin:
     """A gang of two, whose second rank runs a few lines of Python once it has its order."""
 
-    def start(body: str, told: list[Told] | None = None) -> Companions:
+    def start(body: str, told: list[Told] | None = None) -> OtherRanks:
         (tmp_path / "rank_of_test.py").write_text(
             "import json, os, signal, sys\norder = json.loads(sys.stdin.readline())\n"
             "def end(reason, message='', **more):\n"
@@ -32,11 +32,11 @@ def begin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Begin:
             + textwrap.dedent(body)
         )
         (tmp_path / "attempt" / "result").mkdir(parents=True)
-        return Companions(order(tmp_path), (told if told is not None else []).append)
+        return OtherRanks(order(tmp_path), (told if told is not None else []).append)
 
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.setattr(companions, "TRAINER", "rank_of_test")
-    monkeypatch.setattr(companions, "GRACE_S", 5.0)
+    monkeypatch.setattr(other_ranks, "TRAINER", "rank_of_test")
+    monkeypatch.setattr(other_ranks, "GRACE_S", 5.0)
     return start
 
 
@@ -84,7 +84,7 @@ def test_the_rank_that_failed_first_says_why_the_job_did(
     begin: Begin, body: str, reason: Reason, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if LINK_LOST in body:
-        monkeypatch.setattr(companions, "GRACE_S", 0.5)
+        monkeypatch.setattr(other_ranks, "GRACE_S", 0.5)
     ended = begin(body).settle(leader(Reason.TRAINER_ERROR, "the leader's own"))
     assert ended.reason is reason and ended.message.startswith(message)
 
@@ -97,7 +97,7 @@ def test_a_leader_that_waits_for_a_dead_rank_ends_with_its_reason(
     begin: Begin, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A kernel between cards may wait for ever: nothing comes of the leader's own thread."""
-    monkeypatch.setattr(companions, "GRACE_S", 0.1)
+    monkeypatch.setattr(other_ranks, "GRACE_S", 0.1)
     told: list[Told] = []
     statuses: list[int] = []
     monkeypatch.setattr(os, "_exit", statuses.append)

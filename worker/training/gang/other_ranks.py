@@ -33,7 +33,7 @@ kernel may wait for ever instead."""
 LAST_LINES = 40
 
 
-class Companions:
+class OtherRanks:
     """The other ranks of a training, from their start on."""
 
     def __init__(self, order: Start, tell: Callable[[Told], None]) -> None:

@@ -1,0 +1,85 @@
+"""A job on several cards as its supervisor has it: one trainer, whose order names a rank for each card."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from loractl.common.job.method import Parallel
+from loractl.common.job.status import Reason, Stage
+from loractl.common.placement.gangs import GangShare
+from loractl.common.settings import load_settings
+from loractl.common.store.database import connect
+from loractl.common.store.records import Claim, Progress
+from loractl.common.store.store import Store
+from loractl.common.units import GIB
+from loractl.worker.attempt.drain import Drain
+from loractl.worker.attempt.order import prepare
+from loractl.worker.attempt.state import AttemptState, begin
+from loractl.worker.attempt.stops import wanted_stop
+from loractl.worker.attempt.trainer_run import _lighter
+from loractl.worker.attempt.workplace import Workplace
+from loractl.worker.device.devices import find_devices
+from loractl.worker.protocol.messages import Ended, Rank
+from loractl.worker.storage.client import StoreClient
+
+from ..factories import node_state, submission
+
+SHARES = (GangShare(node="box:1", bytes=6 * GIB), GangShare(node="box:0", bytes=6 * GIB))
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Workplace:
+    """The second of a box's two simulated cards."""
+    settings = load_settings(
+        {"LORACTL_HOME": str(tmp_path / "home"), "LORACTL_DEVICES": "sim:8GiB,8GiB", "LORACTL_HOST": "box"}
+    )
+    store = Store(connect(settings))
+    store.see_node(node_state("box:1", kind="sim", total=8 * GIB))
+    return Workplace(
+        settings=settings, store=store, device=find_devices(settings)[1], node="box:1", drain=Drain(), threads=1,
+        artifacts=StoreClient(settings.artifacts_url),
+    )  # fmt: skip
+
+
+@pytest.fixture
+def state(place: Workplace) -> AttemptState:
+    place.store.submit(submission(base_model="org/a", lora=1, method="lora"))
+    claim = place.store.claim("box:1")
+    assert isinstance(claim, Claim)
+    state = begin(replace(claim, parallel=Parallel.SHARDED, shares=SHARES), place.settings.work_dir)
+    state.folder.mkdir(parents=True)
+    return state
+
+
+def test_an_order_names_a_process_for_each_card(place: Workplace, state: AttemptState) -> None:
+    start = prepare(place, state)
+    hidden = {"CUDA_VISIBLE_DEVICES": ""}
+    assert start.ranks == [
+        Rank(rank=0, node="box:1", gpu="SIM-1", device="cpu", environment=hidden),
+        Rank(rank=1, node="box:0", gpu="SIM-0", device="cpu", environment=hidden),
+    ]
+    assert (start.parallel, start.rank, start.gpu, start.keep) == (Parallel.SHARDED, 0, "SIM-1", None)
+    alone = replace(state, claim=replace(state.claim, shares=SHARES[:1]))
+    assert prepare(place, alone).ranks == []
+
+
+def test_a_drain_of_any_of_its_cards_ends_it_with_a_checkpoint(place: Workplace, state: AttemptState) -> None:
+    assert wanted_stop(place, state) is None
+    state.card_drained = "box:0 is being drained"
+    wish = wanted_stop(place, state)
+    assert wish is not None and wish.save and (wish.reason, wish.message) == (Reason.DRAINED, "box:0 is being drained")
+
+
+def test_ranks_that_divide_a_base_start_anew_with_less_where_the_first_try_was_too_large(
+    place: Workplace, state: AttemptState
+) -> None:
+    """In one process the trainer tries smaller batches itself: then out of memory before the training is the end."""
+    start = prepare(place, state)
+    state.pending = Progress(stage=Stage.PREPARING)
+    state.ended = Ended(job_id=start.job_id, reason=Reason.OUT_OF_MEMORY, message="rank 1 on box:0: no room")
+    assert _lighter(state, start.model_copy(update={"parallel": Parallel.DATA})) is None
+    lighter = _lighter(state, start)
+    assert lighter is not None and lighter.adjustment.micro_batch is not None and lighter.ranks == start.ranks
