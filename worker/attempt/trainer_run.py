@@ -109,7 +109,9 @@ def _joined(place: Workplace, state: AttemptState, own: dict[str, str], log_file
         trainer = hosts.with_jobs(claim.host)
         link = None if trainer is None else trainer.join(claim.job_id, log_file, state.log)
         if link is None and (process := hosts.take(claim, own)) is not None:
-            link = TrainerProcess(process, own[RUN_VARIABLE], claim.host).begin(claim.job_id, log_file, state.log)
+            trainer = TrainerProcess(process, own[RUN_VARIABLE], claim.host)
+            link = trainer.begin(claim.job_id, log_file, state.log)
+            hosts.let_in(trainer)  # its row says already that others may join
         if link is not None:
             state.say(Stage.PREPARING, f"joins the trainer on {place.node} that has its base")
             return link

@@ -77,6 +77,10 @@ class HostSource(Protocol):
         """Let other jobs join a trainer beside the claim's. `key`, `size`: of its base."""
         ...
 
+    def let_in(self, trainer: TrainerProcess) -> None:
+        """Let a trainer be found by those who join it."""
+        ...
+
     def with_jobs(self, mark: str) -> TrainerProcess | None:
         """The trainer of that mark, while there are jobs in it."""
         ...

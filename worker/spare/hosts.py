@@ -167,8 +167,7 @@ class Hosts:
     def open(self, trainer: TrainerProcess, claim: Claim, key: str, size: int) -> None:
         """Let other jobs join a trainer beside the claim's."""
         new = NewHost(host=trainer.mark, node=self.place.node, key=key, bytes=size)
-        with self._changed:
-            self._open[trainer.mark] = trainer
+        self.let_in(trainer)
         try:
             written = self._may_wait() and self.place.store.open_host(claim, new)
         except REFUSALS as error:
@@ -177,6 +176,11 @@ class Hosts:
         with self._changed:
             if written:
                 self._written.add(trainer.mark)
+
+    def let_in(self, trainer: TrainerProcess) -> None:
+        """Let a trainer be found by those who join it."""
+        with self._changed:
+            self._open[trainer.mark] = trainer
 
     def with_jobs(self, mark: str) -> TrainerProcess | None:
         """The trainer of that mark, while there are jobs in it."""

@@ -160,6 +160,10 @@ def test_a_job_joins_goes_on_when_the_first_has_ended_and_leaves_the_base_warm(p
         own.end(second)
         own.end(third)
         assert own.pid(third) == own.pid(first) and len(own.rows) == 1, "the last one leaves it warm"
+        late, later = own.start(joins=True), own.start(joins=True)
+        assert own.pid(late) == own.pid(later) == own.pid(first), "one comes just when the others have ended"
+        own.end(late)
+        own.end(later)
         claim = own.claim("steps")
         assert claim.host == own.rows[0]
         own.follow(claim)
