@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime as dt
 import errno
+import functools
 import hashlib
 import os
 import secrets
@@ -203,6 +204,8 @@ def open_files(url: str, doing: Doing = nothing_told, keys: S3Keys | None = None
             "config_kwargs": {"connect_timeout": 5, "read_timeout": 30, "retries": {"max_attempts": 3}},
             **(keys.options() if keys else {}),
         }
+        with contextlib.suppress(ImportError):  # url_to_fs says that the driver is missing
+            options["session"] = _session()
         if endpoint := os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL"):
             options["endpoint_url"] = endpoint
     if url.startswith("file://"):
@@ -218,6 +221,22 @@ def open_files(url: str, doing: Doing = nothing_told, keys: S3Keys | None = None
         ) from error
     kinds = [filesystem.protocol] if isinstance(filesystem.protocol, str) else filesystem.protocol
     return (Folder if "file" in kinds else Bucket)(filesystem, root.rstrip("/"), doing, headers)
+
+
+def _session() -> Any:
+    """A session of its own, which reads the account anew; what describes the service, megabytes of JSON, is shared."""
+    from aiobotocore.session import AioSession
+
+    session = AioSession()
+    session.register_component("data_loader", _service_models())
+    return session
+
+
+@functools.cache
+def _service_models() -> Any:
+    from botocore.loaders import create_loader
+
+    return create_loader()
 
 
 def remove_tree(path: Path) -> None:

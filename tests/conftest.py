@@ -126,6 +126,13 @@ def sqlite_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
+@pytest.fixture
+def upgraded_home(home: Path, sqlite_template: Path) -> Path:
+    """A home whose database is there and upgraded."""
+    shutil.copy(sqlite_template, home / "loractl.db")
+    return home
+
+
 @pytest.fixture(params=["sqlite", "postgresql"])
 def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """An empty database of each kind."""

@@ -70,6 +70,9 @@ READ_AT_IMPORT = ("HF_", "HUGGING", "TRANSFORMERS_", "DATASETS_", "TORCH", "PYTO
 """A process whose variables of these names are not the server's starts cold: they are read once. The second are those
 of the training stack."""
 
+STAND_IN = "NVML_STANDIN"
+"""In the environment of processes that meet tests/nvml in place of the driver's library, by LD_LIBRARY_PATH."""
+
 NO_MATTER = ("TORCHINDUCTOR_CACHE_DIR", "HF_XET_HIGH_PERFORMANCE", "HF_TOKEN")
 """What importing torch and lm_eval leaves in the environment of a test process, always the same; and what the hub's
 client asks for anew each time."""
@@ -255,7 +258,7 @@ def _begin(kind: str, connection: socket.socket, own: dict[str, str]) -> int:
             request += part
         if request and len(request) == size:
             module, argv, folder, environment = marshal.loads(request)
-            names = _read_once(kind, module, argv)
+            names = _read_once(kind, module, argv, environment)
             if _early(environment, names) == _early(own, names) and (pid := os.fork()) == 0:
                 _child(pipes, module, argv, folder, environment)
             _answer(connection, pid)
@@ -264,12 +267,12 @@ def _begin(kind: str, connection: socket.socket, own: dict[str, str]) -> int:
     return pid
 
 
-def _read_once(kind: str, module: str, argv: list[str]) -> tuple[str, ...]:
+def _read_once(kind: str, module: str, argv: list[str], environment: dict[str, str]) -> tuple[str, ...]:
     """The beginnings of the names of variables that a process reads once."""
-    if kind == HEAVY:
-        return READ_AT_START + READ_AT_IMPORT
-    opens_nvml = module or "worker" in argv[:2]
-    return READ_AT_START if opens_nvml else tuple(name for name in READ_AT_START if name != "LD_")
+    computes = module == OWN and STAND_IN in environment  # a trainer of such cards does so on the processor
+    opens_nvml = not computes and (kind == HEAVY or module or "worker" in argv[:2])
+    libraries = READ_AT_START if opens_nvml else tuple(name for name in READ_AT_START if name != "LD_")
+    return libraries + (READ_AT_IMPORT if kind == HEAVY else ())
 
 
 def _early(environment: dict[str, str] | os._Environ[str], names: tuple[str, ...]) -> dict[str, str]:

@@ -111,8 +111,10 @@ class Lab:
         assert number is not None, said
         return int(number[1])
 
-    def start(self, *options: str, **environment: str) -> subprocess.Popen[str]:
-        self.workers.append(self.cli.with_environment(**environment).start("worker", *options))
+    def start(self, *options: str, cold: bool = False, **environment: str) -> subprocess.Popen[str]:
+        """A worker. `cold` where its processes are the subject: then they are children of the one that is returned."""
+        cli = self.cli.with_environment(**environment)
+        self.workers.append(cli.start("worker", *options, warm_start=not cold))
         return self.workers[-1]
 
     def start_box(self, name: str, **environment: str) -> subprocess.Popen[str]:

@@ -35,7 +35,7 @@ def test_a_frozen_worker_that_wakes_up_after_its_lease_is_refused_and_its_files_
     lab: Lab, home: Path, tmp_path: Path
 ) -> None:
     job_id = lab.submit("--set=training.save_steps=10", steps=80)
-    first = lab.start()
+    first = lab.start(cold=True)
     frozen_at = lab.until(job_id, lambda job: (job.step or 0) >= 20).step or 0
     frozen = _freeze(first.pid, home / "loractl.db")
     began = time.monotonic()
@@ -58,7 +58,7 @@ def test_a_frozen_worker_that_wakes_up_after_its_lease_is_refused_and_its_files_
 
 def test_a_job_that_kills_its_worker_three_times_is_held_with_the_reason(lab: Lab) -> None:
     poison = lab.submit("--set=labels.kills-its-worker=always", "--set=max_retries=0", name="poison")
-    lab.start()
+    lab.start(cold=True)
     held = lab.until(poison, lambda job: job.held, seconds=90)
     assert held.status is Status.QUEUED
     assert lab.reasons(poison) == [Reason.WORKER_LOST] * 3

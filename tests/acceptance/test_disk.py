@@ -40,7 +40,7 @@ def test_a_disk_without_room_ends_the_attempt_before_it_trains_and_spends_no_ret
         pytest.skip("a small disk needs the right to mount a tmpfs")
     try:
         cli("submit", write_job(tmp_path, tiny_model), "--set=max_retries=0")
-        worker = cli.start("worker", "--drain-when-idle")
+        worker = cli.start("worker", "--drain-when-idle", warm_start=True)
         while not (shown := json.loads(cli("show", 1, "--json").stdout))["reason"]:
             assert worker.poll() is None
             time.sleep(0.2)

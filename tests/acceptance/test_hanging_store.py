@@ -92,7 +92,7 @@ def test_a_worker_ends_while_it_fetches_from_a_disk_that_hangs(lab: Lab, home: P
     (data,) = (home / "artifacts" / "datasets").iterdir()
     kept = data.rename(data.with_suffix(".kept"))
     os.mkfifo(data)
-    worker = lab.start()
+    worker = lab.start(cold=True)
     waits_for(lab, job_id, f"reading datasets/{data.name}", attempt=1)
     helpers = [p for p in psutil.Process(worker.pid).children(recursive=True) if _calls_the_store(p)]
     assert helpers

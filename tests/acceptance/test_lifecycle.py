@@ -30,8 +30,8 @@ SOON = {"LORACTL_LEASE": "6s"}
 def worker(cli: Cli) -> Iterator[Callable[..., subprocess.Popen[str]]]:
     started: list[subprocess.Popen[str]] = []
 
-    def start(**environment: str) -> subprocess.Popen[str]:
-        started.append(cli.with_environment(**environment).start("worker"))
+    def start(*, warm_start: bool = False, **environment: str) -> subprocess.Popen[str]:
+        started.append(cli.with_environment(**environment).start("worker", warm_start=warm_start))
         return started[-1]
 
     yield start
@@ -113,7 +113,7 @@ def test_a_job_over_its_time_limit_keeps_a_checkpoint_and_a_retry_with_more_goes
 ) -> None:
     job = write_job(tmp_path, tiny_model)
     cli("submit", job, LONG, "--set=training.save_steps=100000", "--set=resources.time_limit=1h")
-    worker(**SOON)
+    worker(warm_start=True, **SOON)
     until_job(cli, 1, lambda job: (job.step or 0) >= 5)
     told = cli("edit", 1, "--set=resources.time_limit=1s", "--set=labels.team=a").stdout
     assert told == 'Job 1 is changed: resources.time_limit 60 min -> 1 s, labels {} -> {"team": "a"}.\n'

@@ -74,7 +74,7 @@ class Lab:
     workers: list[subprocess.Popen[str]]
 
     def start(self, *options: str, **environment: str) -> None:
-        self.workers.append(self.cli.with_environment(**environment).start("worker", *options))
+        self.workers.append(self.cli.with_environment(**environment).start("worker", *options, warm_start=True))
 
     def join(self, home: Path, **environment: str) -> None:
         """A second box: a home of its own, the same database, queue and artifacts."""
@@ -199,7 +199,7 @@ def test_one_job_trains_with_qlora_on_the_small_card_while_another_does_with_lor
 
 def test_jobs_share_a_large_card_and_never_reserve_more_than_it_has(lab: Lab, tiny_model: Path, tmp_path: Path) -> None:
     # Plans are for rows of max_length; these rows are short, so that jobs of 10 and 20 GiB train in seconds.
-    sizes = [GIB * size for size in (9.9, 9.9, 19.9, 9.9, 19.9, 9.9, 9.9, 9.9)]
+    sizes = [GIB * size for size in (19.9, 9.9, 19.9, 9.9, 19.9, 9.9)]
     files = [_job_of_size(tmp_path, tiny_model, f"job-{n}", int(size)) for n, size in enumerate(sizes)]
     room = 80 * GIB - MARGIN
     lab.start(LORACTL_DEVICES="sim:80GiB", LORACTL_MAX_JOBS_PER_GPU="8")
@@ -213,12 +213,12 @@ def test_jobs_share_a_large_card_and_never_reserve_more_than_it_has(lab: Lab, ti
         assert card.free == room - polled[-1] >= 0
         return lab.store.unfinished(card.total)
 
-    _until(unfinished, lambda left: left <= 6, 120)
+    _until(unfinished, lambda left: left <= 4, 120)
     (shown,) = lab.cards().values()
     assert sum(job["reserved"] for job in shown["jobs"]) == room - shown["free"] <= room
     _until(unfinished, lambda left: left == 0, 180)
-    jobs = [lab.job(n) for n in range(1, 9)]
-    assert [job["status"] for job in jobs] == ["succeeded"] * 8
+    jobs = [lab.job(n) for n in range(1, 7)]
+    assert [job["status"] for job in jobs] == ["succeeded"] * 6
     most, at_once = _ledger(jobs)
     assert most <= room, "what all attempts held at one moment, by their own rows"
     assert most > 0.7 * room and at_once >= 4, "otherwise nothing was shared"

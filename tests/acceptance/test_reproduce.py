@@ -49,7 +49,7 @@ def worker(cli: Cli, tmp_path: Path) -> Iterator[None]:
     (tmp_path / "first_warm.py").write_text(TRAINER)
     path = f"{tmp_path}:{cli.environment['PYTHONPATH']}"
     own = {"LORACTL_TRAINER": "first_warm", "PYTHONPATH": path, "FIRST": str(tmp_path / "first")}
-    process = cli.with_environment(**own).start("worker")
+    process = cli.with_environment(**own).start("worker", warm_start=True)
     yield
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)

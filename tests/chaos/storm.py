@@ -40,6 +40,9 @@ LONG = 6
 MAX_RETRIES = 2
 """What the lab does to a job must not spend them. A trainer that is killed does."""
 
+TICK_S = 0.1
+"""Between two looks for what a fault may hit: each walks over the processes of a box."""
+
 LEFT_S = 20.0
 """A process of an attempt may outlive the attempt's end so long: a frozen node has to wake, a node to sweep."""
 
@@ -217,7 +220,7 @@ def _blow(run: _Run, say: Callable[[str], None]) -> list[str]:
         over = run.done_submitting.is_set() and _unended(run) <= few
         if over or (run.plan.storm_s is not None and now - began > run.plan.storm_s):
             break
-        time.sleep(0.05)
+        time.sleep(TICK_S)
     run.enough.set()
     run.injector.heal_all()
     say(f"{time.monotonic() - began:5.0f} s  calm  {_state(run)}")

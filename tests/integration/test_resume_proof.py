@@ -158,7 +158,7 @@ def lab(tmp_path: Path) -> Any:
     engine.dispose()
 
 
-@pytest.mark.parametrize("method", ["lora", "qlora"])
+@pytest.mark.parametrize("method", [pytest.param("lora", marks=pytest.mark.long), "qlora"])
 def test_three_kills_in_one_run_change_no_bit_of_it(
     lab: Lab,
     tiny_model: Path,

@@ -93,8 +93,10 @@ def report(job_id: int, sentence: str) -> dict[str, Any]:
 
 
 @pytest.fixture(params=["folder", "s3"])
-def lab(request: pytest.FixtureRequest, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Lab]:
-    environment = {"LORACTL_HOME": str(home), "LORACTL_USER": "ada"}
+def lab(
+    request: pytest.FixtureRequest, upgraded_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Lab]:
+    environment = {"LORACTL_HOME": str(upgraded_home), "LORACTL_USER": "ada"}
     if request.param == "s3":
         server: services.S3 = request.getfixturevalue("s3_server")
         environment |= {**server.environment, "LORACTL_ARTIFACTS_URL": f"{server.url}/{tmp_path.name}"}

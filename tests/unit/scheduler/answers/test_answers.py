@@ -84,13 +84,13 @@ CONFIG = {
 
 
 @pytest.fixture
-def lab(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
+def lab(upgraded_home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
     """A database with jobs of each kind, a sweep, and cards, one of them drained; its clock stands still."""
-    settings = load_settings({"LORACTL_HOME": str(home), "LORACTL_USER": "ada"})
+    settings = load_settings({"LORACTL_HOME": str(upgraded_home), "LORACTL_USER": "ada"})
     engine = connect(settings)
     store = Store(engine, Clock())
     monkeypatch.setattr("loractl.scheduler.session.open_session", lambda: (settings, store))
-    _fill(store, home)
+    _fill(store, upgraded_home)
     yield store
     engine.dispose()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import os
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,12 +21,12 @@ from loractl.common.job.status import Reason
 from loractl.common.settings import Settings, load_settings
 from loractl.common.store.database import make_engine
 from loractl.common.store.records import Claim, Progress, StoredCheckpoint, StoredResult
-from loractl.common.store.schema import upgrade
 from loractl.common.store.store import Store
 from loractl.common.store.tables import Attempt, Event, Job, LogChunk, MetricPoint
 from loractl.scheduler.upkeep.garbage import Cleaner, Cleared, Garbage, Kind, Policy
 
 from .... import services
+from ....conftest import kept_engine
 from ...factories import Clock, submission, take
 
 MONTH = dt.timedelta(days=30)
@@ -116,19 +117,23 @@ class Lab:
 @pytest.fixture(params=["embedded", "lab"])
 def lab(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Lab]:
     home = {"LORACTL_HOME": str(tmp_path / "home"), "LORACTL_USER": "ada"}
-    if request.param == "lab":
+    (tmp_path / "home").mkdir(mode=0o700)
+    if request.param == "embedded":
+        shutil.copy(request.getfixturevalue("sqlite_template"), tmp_path / "home" / "loractl.db")
+    else:
         server: services.S3 = request.getfixturevalue("s3_server")
         for name, value in server.environment.items():
             monkeypatch.setenv(name, value)
-        home["LORACTL_DATABASE_URL"] = request.getfixturevalue("postgres_url")
+        home["LORACTL_DATABASE_URL"] = (kept := request.getfixturevalue("kept_postgres")).url()
         home["LORACTL_ARTIFACTS_URL"] = f"{server.url}/{tmp_path.name}"
     settings, clock = load_settings(home), Clock()
     clock.now = dt.datetime.now(dt.UTC)
-    engine = make_engine(settings.database_url)
-    upgrade(engine)
+    engine = (kept_engine if request.param == "lab" else make_engine)(settings.database_url)
     artifacts = ArtifactStore(settings.artifacts_url)
     yield Lab(settings=settings, store=Store(engine, clock), artifacts=artifacts, clock=clock, folder=tmp_path)
     engine.dispose()
+    if request.param == "lab":
+        kept.empty()
 
 
 def names(found: Iterator[Garbage], *kinds: Kind) -> set[str]:
