@@ -10,8 +10,8 @@ from typing import Any
 RIGHT = ("token", "lease_expires_at", "vram_reserved", "stage", "preempted_by")
 """Their values say which attempt runs."""
 
-EXPECTED = ("eta_seconds", "eta_spread_seconds")
-"""When it will end. An ended attempt has no expected end."""
+EXPECTED = ("eta_seconds", "eta_spread_seconds", "evaluated", "to_evaluate")
+"""When it will end, and how far its evaluation is. An ended attempt has no expected end."""
 
 REACHED = ("step", "total_steps", "loss", "tokens_per_second")
 """How far it came. A person reads it until the next attempt begins."""

@@ -115,6 +115,8 @@ class Progress:
     tokens_per_second: float | None = None
     eta_seconds: float | None = None
     eta_spread_seconds: float | None = None
+    evaluated: int | None = None  # rows and answers of base and tuned together
+    to_evaluate: int | None = None
     need: Need | None = None  # a better plan, from the data's own lengths or a trace
     vram_peak: int | None = None
     vram_allocated: int | None = None

@@ -26,7 +26,8 @@ GRANT USAGE ON SEQUENCE jobs_job_id_seq, events_event_id_seq, sweeps_sweep_id_se
 
 -- worker, gc, adapters bind, drain and undrain: everything of a job's row but what was asked, and by whom
 GRANT UPDATE (status, reason, message, stage, cancel_requested, preempted_by, held, not_before, retries_used, ended_at,
-    token, lease_expires_at, step, total_steps, loss, tokens_per_second, eta_seconds, eta_spread_seconds, attempt,
+    token, lease_expires_at, step, total_steps, loss, tokens_per_second, eta_seconds, eta_spread_seconds, evaluated,
+    to_evaluate, attempt,
     node, gpu, method, started_at, vram_reserved, vram_lora, vram_qlora, vram_needed, vram_class, planned, need_key,
     family, engine, queue_key, lora_until, checkpoint, adjustment, adapter_uri, report_uri, result_host, result_until,
     manifest_sha256, lab_failures, lab_step, avoids) ON jobs TO loractl_worker;

@@ -127,6 +127,8 @@ class Job(Base):
     tokens_per_second: Mapped[float | None]
     eta_seconds: Mapped[float | None]
     eta_spread_seconds: Mapped[float | None]  # half width of the range in which it ends, about 19 times in 20
+    evaluated: Mapped[int | None]  # rows and answers of base and tuned together, while it evaluates
+    to_evaluate: Mapped[int | None]
 
     submitted_at: Mapped[Timestamp]
     started_at: Mapped[Timestamp | None]

@@ -61,6 +61,15 @@ class JobState:
     vram_needed: int | None  # bytes; None: not known yet
     has_checkpoint: bool  # in the artifact store, to go on from
     eta_spread_seconds: float | None  # half width of the range in which it ends
+    evaluated: int | None  # rows and answers of base and tuned together, while it evaluates
+    to_evaluate: int | None
+
+    @property
+    def share(self) -> float | None:
+        """How much of its stage is done, of 1: of its evaluation while it evaluates, else of its steps."""
+        if self.stage is Stage.EVALUATING:
+            return None if self.evaluated is None or not self.to_evaluate else self.evaluated / self.to_evaluate
+        return self.step / self.total_steps if self.step is not None and self.total_steps else None
 
     def as_json(self) -> dict[str, Any]:
         """JSON_FIELDS, with times as ISO 8601; a status, a stage and a reason by its word."""

@@ -119,11 +119,11 @@ def _running_table(running: Sequence[JobState], overview: Overview, screen: Scre
     wide, now = screen.width >= 110, overview.now
     rows = []
     for job in running:
-        share = job.step / job.total_steps if job.step is not None and job.total_steps else None
-        length = 12 if wide else 10
-        progress = bar(share or 0.0, length, screen) + (f" {share:4.0%}" if share is not None else "   – ")
-        if job.stage is Stage.EVALUATING:  # all steps are done: 100% would say that the job is
-            progress = job.stage.value.ljust(length + 5)
+        share, length = job.share, 12 if wide else 10
+        tail = f" {share:4.0%}" if share is not None else "   – "
+        progress = bar(share or 0.0, length, screen) + tail
+        if job.stage is Stage.EVALUATING:  # all steps are done: a full bar would say that the job is
+            progress = job.stage.value.ljust(length) + (tail if share is not None else " " * len(tail))
         timed = job.stage in (Stage.TRAINING, Stage.EVALUATING)
         trouble = overview.nodes.get(job.node or "")
         done = trouble or (
@@ -276,8 +276,10 @@ def _standing(answer: JobInFull, screen: Screen) -> list[str]:
     head = screen.style(f"{job.job_id} {clean_line(job.name)}", bold=True)
     if job.status is Status.RUNNING:
         doing = "stopping" if job.cancel_requested else job.stage.value if job.stage else "starting"
-        share = job.step / job.total_steps if job.step is not None and job.total_steps else 0.0
+        share = job.share or 0.0
         steps = f"{thousands(job.step)} of {thousands(job.total_steps)}" if job.total_steps else "loading"
+        if job.stage is Stage.EVALUATING and job.to_evaluate:
+            steps = f"{thousands(job.evaluated)} of {thousands(job.to_evaluate)} rows and answers"
         eta = f"  {duration(job.eta_seconds)} left" if job.eta_seconds else ""
         tail = f" {share:4.0%}  {steps}{eta}"
         trouble = f"; its card is {clean_line(answer.trouble)}" if answer.trouble else ""

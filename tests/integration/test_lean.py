@@ -29,7 +29,7 @@ from loractl.worker.engine.passes.choice import forward_pass, rows_together
 from loractl.worker.engine.passes.lean import LeanPass
 from loractl.worker.engine.passes.padded import PaddedPass
 from loractl.worker.evaluation.losses import score_rows
-from loractl.worker.protocol.messages import Note, Planned
+from loractl.worker.protocol.messages import Note, Planned, Stepped
 
 from .conftest import Recipe
 from .test_engine import PAD, rows
@@ -216,8 +216,10 @@ def test_a_lean_training_ends_where_an_exact_one_does(recipe: Recipe, tmp_path: 
     assert not [m for m in told["lean"] if isinstance(m, Note) and m.kind == "engine"]
 
 
-def test_the_history_says_why_rows_are_padded(recipe: Recipe) -> None:
-    _, told = recipe(max_steps=1, neftune_noise_alpha=5, evaluation={"samples": 0})
+def test_the_history_says_why_rows_are_padded_and_each_message_how_far_the_evaluation_is(recipe: Recipe) -> None:
+    _, told = recipe(max_steps=1, neftune_noise_alpha=5, evaluation={"samples": 1, "max_new_tokens": 2})
+    far = [(m.evaluated, m.to_evaluate) for m in told if isinstance(m, Stepped) and m.to_evaluate is not None]
+    assert far == sorted(far) and far[0][0] < far[0][1] == far[-1][0]
     (said,) = [m.text for m in told if isinstance(m, Note) and m.kind == "engine"]
     assert said == "trains with padded rows: NEFTune's noise is made for padded rows"
 

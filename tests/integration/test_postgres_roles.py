@@ -277,8 +277,8 @@ def test_a_worker_can_run_jobs_to_their_end_and_clean_up(person: Store, box: Sto
     assert isinstance(claim, Claim)
     progress = Progress(
         stage=Stage.TRAINING, step=1, total_steps=2, loss=1.0, eta_seconds=1.0, eta_spread_seconds=1.0,
-        tokens_per_second=9.0, metrics=((1, "loss", 1.0),), events=(("data", "rows"),), log="line\n", vram_peak=GIB,
-        need=Need(lora=3 * GIB, qlora=GIB), adjustment=Adjustment(micro_batch=1),
+        evaluated=1, to_evaluate=2, tokens_per_second=9.0, metrics=((1, "loss", 1.0),), events=(("data", "rows"),),
+        log="line\n", vram_peak=GIB, need=Need(lora=3 * GIB, qlora=GIB), adjustment=Adjustment(micro_batch=1),
     )  # fmt: skip
     assert box.beat(claim, progress).accepted
     assert box.keep_checkpoint(claim, StoredCheckpoint(step=1, prefix="jobs/1/checkpoints/1-1"))

@@ -212,5 +212,7 @@ def _fold(progress: Progress, message: Told) -> Progress:
         loss=message.metrics.get("loss", progress.loss),
         eta_seconds=message.eta_seconds,
         eta_spread_seconds=message.eta_spread_seconds,
+        evaluated=message.evaluated,
+        to_evaluate=message.to_evaluate,
         tokens_per_second=message.tokens_per_second or progress.tokens_per_second,
     )

@@ -150,6 +150,8 @@ class Stepped(_Message):
     tokens_per_second: float | None = None
     eta_seconds: float | None = None  # to the job's end, evaluation included
     eta_spread_seconds: float | None = None  # half the width of a 95% interval
+    evaluated: int | None = None  # rows and answers of base and tuned together, after the last step
+    to_evaluate: int | None = None
     peaks: Peaks | None = None
 
 

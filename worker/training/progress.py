@@ -132,6 +132,8 @@ class Teller(TrainerCallback):
                     total_steps=self._recorder.total_steps,
                     eta_seconds=left,
                     eta_spread_seconds=left,  # how long the answers become is not known
+                    evaluated=done,
+                    to_evaluate=of,
                     peaks=self._run.peaks(),
                 )
             )

@@ -234,6 +234,8 @@ TOLD = Progress(
     tokens_per_second=80.0,
     eta_seconds=60.0,
     eta_spread_seconds=9.0,
+    evaluated=3,
+    to_evaluate=40,
 )
 TOLD_COLUMNS = [name for name in vars(TOLD) if getattr(TOLD, name) not in (None, (), "")]
 

@@ -159,6 +159,15 @@ def test_a_job_that_is_evaluated_shows_when_that_ends() -> None:
     assert re.search(r" evaluating +\d\d:\d\d ", line), line
 
 
+def test_how_far_an_evaluation_is_stands_where_its_steps_stood() -> None:
+    evaluated = running(stage=Stage.EVALUATING, step=1584, evaluated=1300, to_evaluate=4000)
+    (line,) = [line for line in overview([evaluated], {}, [], PLAIN).splitlines() if "box:0" in line]
+    assert re.search(r" evaluating +32% +\d\d:\d\d ", line), line
+    assert full(evaluated).splitlines()[2].endswith("  32%  1 300 of 4 000 rows and answers  10 min left")
+    stored = running(stage=Stage.STORING, step=1584, evaluated=4000, to_evaluate=4000)
+    assert full(stored).splitlines()[2].endswith(" 100%  1 584 of 1 584  10 min left")
+
+
 def test_a_wide_screen_shows_the_model_and_the_method_as_well() -> None:
     assert "model-135M qlora" in overview([running()], {}, [], WIDE)
     assert "model-135M" not in overview([running()], {}, [], PLAIN)
