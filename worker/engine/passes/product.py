@@ -11,6 +11,8 @@ from weakref import WeakKeyDictionary
 
 import torch
 
+from . import wide
+
 ADAPTER = "default"
 """peft's name of an adapter that is alone in its view of the base."""
 
@@ -52,17 +54,18 @@ class SharedProduct:
         self._linear = linear
         self._own: Callable[[torch.Tensor], torch.Tensor] = linear.forward
         self._spans = spans
-        self._gradient = input_gradient_of(linear)
+        self._frozen = FrozenProduct.of(linear)
         # by adapted model, which takes its layers along when it goes
         self.layers: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         taken = [(span, layer) for span in self._spans.now if (layer := self.layers.get(span.owner)) is not None]
         if not taken:
-            return self._own(x)
+            # with the bits that it has beside a training with factors here
+            return self._together(x, []) if self._frozen is not None and wide.multiplies_wide() else self._own(x)
         if x.numel() != x.shape[-1] * sum(self._spans.lengths):
             raise CantShare(f"a layer is given {x.numel() // x.shape[-1]} of {sum(self._spans.lengths)} tokens")
-        if self._gradient is None:
+        if self._frozen is None:
             return self._apart(x, self._own(x), taken)
         plain = [(span, layer) for span, layer in taken if ADAPTER not in layer.lora_variant]
         answer = self._together(x, plain)
@@ -75,7 +78,7 @@ class SharedProduct:
         below = [layer.lora_B[ADAPTER].weight for _, layer in taken]
         parts = [_Factors.of(span, layer) for span, layer in taken]
         flat = x.reshape(-1, x.shape[-1]).to(_compute_type(x))
-        answer = _Product.apply(flat, self._own, self._gradient, parts, *above, *below)
+        answer = _Product.apply(flat, self._frozen, parts, *above, *below)
         answer = answer.view(*x.shape[:-1], -1)
         # a layer in NF4 answers in its input's type
         return answer.to(x.dtype) if hasattr(self._linear, "quant_state") else answer
@@ -112,48 +115,52 @@ class _Product(torch.autograd.Function):
     """x W + s (dropout(x) A) B, with each adapter's A, B, s and dropout on its own rows.
 
     The factors' part is added where the base's product lies, forward and backward: no tensor of the size of the answer
-    is made for it.
+    is made for it. All is computed in the type of `x`, or in fp32 where a processor is faster so.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, x: torch.Tensor, own: Any, gradient: Any, parts: list[_Factors], *factors: torch.Tensor
-    ) -> Any:
-        answer, saved = own(x), [x, *factors]
-        for part, a, b in zip(parts, factors[: len(parts)], factors[len(parts) :], strict=True):
-            seen = x[part.rows]
-            if part.dropout:
-                mask = _mask(seen, part)
-                saved.append(mask)
-                seen = _dropped(seen, mask, part)
-            inner = seen @ a.to(x.dtype).T
-            saved.append(inner)
-            answer[part.rows].addmm_(inner, _scaled(b, part, x.dtype).T)
+    def forward(ctx: Any, x: torch.Tensor, frozen: FrozenProduct, parts: list[_Factors], *factors: torch.Tensor) -> Any:
+        ctx.frozen, ctx.parts, widened = frozen, parts, wide.widens(x)
+        kind, saved = torch.float32 if widened else x.dtype, [x, *factors]
+        with torch.autocast(x.device.type, enabled=False) if widened else contextlib.nullcontext():
+            read = x.to(kind)
+            answer = frozen(read, widened=widened)
+            for part, a, b in zip(parts, factors[: len(parts)], factors[len(parts) :], strict=True):
+                seen = read[part.rows]
+                if part.dropout:
+                    mask = _mask(x[part.rows], part)
+                    saved.append(mask)
+                    seen = _dropped(seen, mask, part)
+                inner = seen @ a.to(kind).T
+                saved.append(inner)
+                answer[part.rows].addmm_(inner, _scaled(b, part, kind).T)
         ctx.save_for_backward(*saved)
-        ctx.gradient, ctx.parts = gradient, parts
-        return answer
+        return answer.to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, given: torch.Tensor) -> Any:
         x, *saved = ctx.saved_tensors
-        given = given.contiguous()  # the library picks a kernel by strides, too, which are those of the whole pass
+        narrow, widened = x.dtype, wide.widens(x)
+        kind = torch.float32 if widened else narrow
+        # contiguous: the library picks a kernel by strides, too, which are those of the whole pass
+        x, given = x.to(kind), given.contiguous().to(kind)
         count = len(ctx.parts)
         above, below, rest = saved[:count], saved[count : 2 * count], iter(saved[2 * count :])
-        back = ctx.gradient(given) if ctx.needs_input_grad[0] else None
+        back = ctx.frozen.gradient(given, widened=widened) if ctx.needs_input_grad[0] else None
         to_a, to_b = [], []
         for part, a, b in zip(ctx.parts, above, below, strict=True):
             mask = next(rest) if part.dropout else None
             inner, seen, of_answer = next(rest), x[part.rows], given[part.rows]
             to_b.append((of_answer.T @ inner).to(b.dtype).mul_(part.scaling))
-            of_inner = of_answer @ _scaled(b, part, x.dtype)
+            of_inner = of_answer @ _scaled(b, part, kind)
             to_a.append((of_inner.T @ (seen if mask is None else _dropped(seen, mask, part))).to(a.dtype))
             if back is None:
                 continue
             if mask is None:
-                back[part.rows].addmm_(of_inner, a.to(x.dtype))
+                back[part.rows].addmm_(of_inner, a.to(kind))
             else:
-                back[part.rows] += _dropped(of_inner @ a.to(x.dtype), mask, part)
-        return (back, None, None, None, *to_a, *to_b)
+                back[part.rows] += _dropped(of_inner @ a.to(kind), mask, part)
+        return (back if back is None else back.to(narrow), None, None, *to_a, *to_b)
 
 
 def _scaled(b: torch.Tensor, part: _Factors, dtype: torch.dtype) -> torch.Tensor:
@@ -201,18 +208,33 @@ def _drawing_from(generator: torch.Generator) -> Iterator[None]:
         generator.set_state(place.get_rng_state())
 
 
-def input_gradient_of(linear: Any) -> Callable[[torch.Tensor], torch.Tensor] | None:
-    """From the gradient of a linear layer's answer to that of its input, both of shape (tokens, width); None for a
-    layer of another kind."""
-    from bitsandbytes.functional import dequantize_4bit
-    from bitsandbytes.nn import Linear4bit
-    from transformers.pytorch_utils import Conv1D
+class FrozenProduct:
+    """What a linear layer computes without adapters, forward and backward, on tensors of shape (tokens, width)."""
 
-    kind = type(linear)
-    if kind is torch.nn.Linear:
-        return lambda given: given @ linear.weight.to(given.dtype)
-    if kind is Conv1D:
-        return lambda given: given @ linear.weight.to(given.dtype).T
-    if kind is Linear4bit:
-        return lambda given: given @ dequantize_4bit(linear.weight.data, linear.weight.quant_state).to(given.dtype)
-    return None
+    def __init__(self, linear: Any, weight: Callable[[], torch.Tensor]) -> None:
+        self._linear, self._own, self._weight = linear, linear.forward, weight
+
+    @classmethod
+    def of(cls, linear: Any) -> FrozenProduct | None:
+        """None for a layer of a kind that is not known."""
+        from bitsandbytes.functional import dequantize_4bit
+        from bitsandbytes.nn import Linear4bit
+        from transformers.pytorch_utils import Conv1D
+
+        weights: dict[type, Callable[[], torch.Tensor]] = {
+            torch.nn.Linear: lambda: linear.weight,
+            Conv1D: lambda: linear.weight.T,
+            Linear4bit: lambda: dequantize_4bit(linear.weight.data, linear.weight.quant_state),
+        }
+        weight = weights.get(type(linear))
+        return None if weight is None else cls(linear, weight)
+
+    def __call__(self, x: torch.Tensor, *, widened: bool) -> torch.Tensor:
+        """`widened`: `x` was made fp32 for a faster product."""
+        answer: torch.Tensor = wide.product(x, self._weight(), self._linear.bias) if widened else self._own(x)
+        return answer
+
+    def gradient(self, given: torch.Tensor, *, widened: bool) -> torch.Tensor:
+        """From the gradient of the answer to that of the input."""
+        weight = self._weight()
+        return wide.input_gradient(given, weight) if widened else given @ weight.to(given.dtype)

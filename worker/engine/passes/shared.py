@@ -18,8 +18,9 @@ from loractl.worker.data.tokens import TokenRow
 from loractl.worker.engine.loss import Backward, MicroBatch
 from loractl.worker.engine.streams import RandomStreams
 
+from . import wide
 from .lean import LeanModel, LeanPass, RowsBehindEachOther
-from .product import ADAPTER, CantShare, SharedProduct, Span, Spans
+from .product import ADAPTER, CantShare, FrozenProduct, SharedProduct, Span, Spans
 from .view import view_of
 
 
@@ -45,6 +46,8 @@ class SharedBase:
         self._lean = LeanModel(self._words, precision)
         self._spans = Spans()
         self._products: dict[str, SharedProduct] = {}  # by the layer's path
+        if wide.multiplies_wide():
+            self._take_over_decoder()
         self._blocks: list[Any] | None = None  # that can be recomputed; None: not prepared for it
 
     def view(self) -> Any:
@@ -60,10 +63,20 @@ class SharedBase:
                 continue
             if ADAPTER not in layer.lora_A or layer.lora_bias[ADAPTER]:
                 raise CantShare(f"{path} is no plain linear layer")
-            if path not in self._products:
-                linear = self._words.get_submodule(path)
-                self._products[path] = linear.forward = SharedProduct(linear, self._spans)
-            self._products[path].layers[adapted] = layer
+            self._product(path).layers[adapted] = layer
+
+    def _product(self, path: str) -> SharedProduct:
+        if path not in self._products:
+            linear = self._words.get_submodule(path)
+            self._products[path] = linear.forward = SharedProduct(linear, self._spans)
+        return self._products[path]
+
+    def _take_over_decoder(self) -> None:
+        """Also layers that nobody has adapted, for their faster products; whoever comes, their bits stay the same."""
+        inner = set(self._words.base_model.modules())
+        for path, module in list(self._words.named_modules()):
+            if module in inner and FrozenProduct.of(module) is not None:
+                self._product(path)
 
     def learn(self, pieces: Sequence[Piece], *, recomputes: bool = False) -> list[torch.Tensor]:
         """Leave the gradients of several micro-batches. Returns each one's share of its window's mean loss, in nats.
