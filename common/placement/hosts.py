@@ -18,6 +18,9 @@ from .cards import Card, WarmBase
 if TYPE_CHECKING:
     from loractl.common.job.spec import JobSpec
 
+REPRODUCES = "reproduces"
+"""The label of a job that runs another one again."""
+
 KEEP_WARM_S = 600.0
 """A base stays so long after its last job unless the box's owner says otherwise."""
 
@@ -44,6 +47,8 @@ def base_key(spec: JobSpec, method: Method) -> str | None:
 
 def why_alone(spec: JobSpec) -> str | None:
     """Why a job shares its trainer with no other one, not even one after the other; None where it may."""
+    if REPRODUCES in spec.labels:
+        return "it is compared with another run bit by bit"
     if spec.resources.exclusive:
         return "resources.exclusive"
     if spec.task_type == "SEQ_CLS":

@@ -7,7 +7,7 @@ job for a join is in its spec, and is read for the few jobs that have a host on 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from loractl.common.job.method import Method
 
@@ -54,9 +54,9 @@ class RefusedJoin:
     why: str
 
 
-def own_part(need: int, base: WarmBase) -> int:
-    """Bytes that a job takes beside others on their base, where it needs `need` with a base of its own."""
-    return max(need - base.bytes, need // LEAST_PART)
+def own_part(need: int, base: int) -> int:
+    """Bytes that a job takes beside others on a base of `base` bytes, where it needs `need` with one of its own."""
+    return max(need - base, need // LEAST_PART)
 
 
 def open_bases(card: Card) -> list[WarmBase]:
@@ -74,6 +74,11 @@ def join_openings(cards: Iterable[Card]) -> tuple[JoinOpening, ...]:
         if card.free
         for base in open_bases(card)
     )
+
+
+def may_join(card: Card, job: Waiting) -> bool:
+    """Whether the job may fit into a running host of the card that has its base; whether that pays is not asked."""
+    return any(opening.admits(job) for opening in join_openings([card]))
 
 
 def best_join(cards: Iterable[Card], job: Waiting, method: Method, newcomers: Newcomers) -> Join | None:
@@ -103,11 +108,13 @@ def looked_at(
 
 
 def _look(card: Card, base: WarmBase, need: int, packed: PackedJob) -> Join | RefusedJoin:
-    own = own_part(need, base)
+    own = own_part(need, base.bytes)
     if own > card.free:
         return RefusedJoin(node=card.node, base=base, why="its own part does not fit beside them")
     law = base.law or PassLaw.start(quantised=base.method is Method.QLORA)
     anyway = card.slots > 0 and need <= card.free  # it would start there in a process of its own
+    if not law.is_measured:
+        packed = replace(packed, passes=None)  # how long they take is not known
     verdict = join_verdict(law, base.members, packed, shared=anyway)
     if not verdict.pays:
         return RefusedJoin(node=card.node, base=base, why=verdict.why)

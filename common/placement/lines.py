@@ -62,6 +62,10 @@ class JoinOpening:
     bytes: int  # a job whose whole need, with a base of its own, is above this does not fit
     labels: frozenset[tuple[str, str]]  # of its card
 
+    def admits(self, job: Waiting) -> bool:
+        same = self.base_model == job.base_model and job.requires <= self.labels
+        return same and job.least is not None and job.least <= self.bytes
+
 
 @dataclass(frozen=True, kw_only=True)
 class Openings:
@@ -110,11 +114,7 @@ class Openings:
 
     def admit_join(self, job: Waiting) -> bool:
         """Whether the job may fit into a running host that has its base."""
-        least = job.least
-        return least is not None and any(
-            join.base_model == job.base_model and least <= join.bytes and job.requires <= join.labels
-            for join in self.joins
-        )
+        return any(join.admits(job) for join in self.joins)
 
     def _has(self, requires: frozenset[tuple[str, str]]) -> bool:
         return any(requires <= labels for labels in self.labels)

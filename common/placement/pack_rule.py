@@ -175,6 +175,9 @@ def join_verdict(
     if speed_up < needed:
         why = f"{count} jobs in one pass are {speed_up:.2f} times as fast as one by one, less than {needed:.2f}"
         return JoinVerdict(pays=False, speed_up=speed_up, needed=needed, why=why)
+    if any(job.limit_seconds is not None and job.passes is None and job.left_seconds is None for job in running):
+        why = "a member has a time limit, and how long it takes is not known yet"
+        return JoinVerdict(pays=False, speed_up=speed_up, needed=needed, why=why)
     before = law.seconds(sum(job.tokens for job in running), len(running))
     after = law.seconds(sum(job.tokens for job in every), count)
     for job in every:

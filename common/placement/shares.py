@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import datetime as dt
+import itertools
 from collections.abc import Iterable
 
 from loractl.common.units import GIB
@@ -21,3 +23,26 @@ def decayed(amount: float, seconds: float) -> float:
 def charge(past: float, running: Iterable[tuple[int, float]]) -> float:
     """GiB hours that count against a user: decayed past use, and what runs (bytes reserved, seconds so far)."""
     return past + sum(size / GIB * max(seconds, START_CHARGE_S) / 3600 for size, seconds in running)
+
+
+def with_base(reserved: int, base: int, *, joined: bool, share: float) -> int:
+    """Bytes that a job is charged for where it shares a base: its own part, and its share of the base's bytes.
+
+    `joined`: it reserves its own part alone; else the base is in what it reserves.
+    """
+    return int(reserved - (0 if joined else base) + base * share)
+
+
+def base_share(start: dt.datetime, end: dt.datetime, others: Iterable[tuple[dt.datetime, dt.datetime | None]]) -> float:
+    """The part of a base's time in a job's life that is the job's: each moment is divided among those that are in it.
+
+    `others`: when each came and left; None: it has not.
+    """
+    length = (end - start).total_seconds()
+    if length <= 0:
+        return 1.0
+    there = [(max(start, came), min(end, left or end)) for came, left in others]
+    moments = sorted({start, end, *(moment for span in there for moment in span if start < moment < end)})
+    spans = itertools.pairwise(moments)
+    own = sum((b - a).total_seconds() / (1 + sum(came <= a and left >= b for came, left in there)) for a, b in spans)
+    return own / length

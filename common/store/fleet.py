@@ -62,11 +62,14 @@ def card_of(
     now: dt.datetime,
     drained: Mapping[str, DrainOrder],
     hosts: Iterable[TrainerHost] = (),
+    inside: Iterable[InsideHost] = (),
 ) -> Card:
-    """One node's card. `running`: rows with the columns OCCUPANT; `hosts`: the trainers there that keep a base."""
-    attempts = {(row.job_id, row.attempt) for row in running}
-    bases = [_warm_base(host, attempts) for host in hosts]
+    """One node's card. `running`: rows with the columns OCCUPANT; `hosts`: the trainers there that keep a base;
+    `inside`: the attempts that are in hosts, of this card or others."""
+    attempts, there = {(row.job_id, row.attempt) for row in running}, list(inside)
+    bases = [_warm_base(host, attempts, there, node.used) for host in hosts]
     held = {base.job_id: base.bytes for base in bases}
+    marks = {(one.job_id, one.attempt): one.host for one in there if not one.ended}
     return Card(
         node=node.node,
         total=node.total,
@@ -82,6 +85,7 @@ def card_of(
                 priority=row.priority,
                 preemptible=row.preemptible,
                 ends=None if row.eta_seconds is None else now + dt.timedelta(seconds=row.eta_seconds),
+                host=marks.get((row.job_id, row.attempt)),
             )
             for row in running
         ),
@@ -94,8 +98,28 @@ def card_of(
     )
 
 
-def _warm_base(host: TrainerHost, attempts: Collection[tuple[int, int]]) -> WarmBase:
-    """`attempts`: those that run on its card. A host waits for a job as soon as its last one runs no more."""
+@dataclass(frozen=True, kw_only=True)
+class InsideHost:
+    """An attempt in a host that others may come into. Bytes."""
+
+    host: str
+    job_id: int
+    attempt: int
+    reserved: int
+    base_bytes: int
+    joined: bool  # it reserves its own part alone
+    ended: bool  # and is not out of the host yet
+
+
+def _warm_base(
+    host: TrainerHost,
+    attempts: Collection[tuple[int, int]],
+    inside: Iterable[InsideHost],
+    used: Mapping[str, Any],
+) -> WarmBase:
+    """`attempts`: those that run on its card. A host waits for a job as soon as its last one runs no more and is out
+    of it. `used`: bytes measured, by job, and of hosts with several by their marks."""
+    left = [one for one in inside if one.host == host.host and one.ended]
     return WarmBase(
         host=host.host,
         key=host.key,
@@ -105,6 +129,9 @@ def _warm_base(host: TrainerHost, attempts: Collection[tuple[int, int]]) -> Warm
         since=host.since,
         job_id=host.job_id if (host.job_id, host.attempt) in attempts else None,
         leaving=host.leaving,
+        open=host.open,
+        held=sum(one.reserved - (0 if one.joined else min(host.bytes, one.reserved)) for one in left),
+        used=int(used.get(host.host, 0)),
     )
 
 

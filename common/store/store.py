@@ -36,7 +36,7 @@ from .queries import (
     sweeps,
     wishes,
 )
-from .queries.cards import fleet_rounds, nodes, preemption
+from .queries.cards import decisions, fleet_rounds, nodes, preemption
 from .queries.jobs import Glance
 from .queries.outbox import deliveries, notices
 from .records import (
@@ -341,7 +341,7 @@ class Store(DeviceStore):
     def fleet(self) -> FleetView:
         """The whole fleet at this moment, and what starts next."""
         with self._read() as tx:
-            return nodes.read_view(tx.session, tx.now())
+            return decisions.read_view(tx.session, tx.now())
 
     def ready(self, limit: int) -> list[Waiting]:
         """The first jobs that could be claimed now, in the order in which the rule tries them; at most so many."""
@@ -352,7 +352,7 @@ class Store(DeviceStore):
     def would_start(self, changed: Waiting) -> str | None:
         """The card that the rule would give a waiting job now if it had this form; None: no card."""
         with self._read() as tx:
-            return nodes.read_start(tx.session, tx.now(), changed)
+            return decisions.read_start(tx.session, tx.now(), changed)
 
     def adapters(self) -> list[Adapter]:
         return self._all(select(Adapter).order_by(Adapter.job_id))

@@ -43,6 +43,7 @@ class Job(Base):
         _where_queued("ix_jobs_waiting", "job_id"),
         _where_queued("ix_jobs_order", "priority", "job_id"),
         _where_queued("ix_jobs_class", "vram_class"),
+        _where_queued("ix_jobs_base", "base_model", "priority", "job_id"),
         _where_queued("ix_jobs_patience", "lora_until", also=" AND lora_until IS NOT NULL"),
         Index(
             "ix_jobs_lease",
@@ -190,6 +191,9 @@ class Attempt(Base):
     host: Mapped[str | None] = mapped_column(String(32))  # the mark of the trainer that it shares; null: of its own
     inside: Mapped[bool] = mapped_column(default=False, server_default=false())  # ended, but not out of its host yet
     promised_at: Mapped[Timestamp | None]  # when it would end, as of the first join that slows it down
+    base_bytes: Mapped[Bytes | None]  # of the base that it shares, or may
+    joined: Mapped[bool] = mapped_column(default=False, server_default=false())  # it reserves its own part alone
+    shared: Mapped[bool] = mapped_column(default=False, server_default=false())  # others were in its trainer with it
 
 
 class LabFailure(Base):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from loractl.common.errors import UsageError
 from loractl.common.job.adjustment import Adjustment, adjusted
+from loractl.common.placement.hosts import REPRODUCES
 from loractl.common.text import clean_line
 from loractl.scheduler.submission.need import plan_job
 
@@ -21,9 +22,6 @@ if TYPE_CHECKING:
     from loractl.common.store.records import Submission
     from loractl.common.store.store import Store
     from loractl.common.store.tables import Attempt, Job, Node
-
-LABEL = "reproduces"
-"""The label of a repetition, with the number of the job that it repeats."""
 
 MOST_LABELS = 32
 
@@ -57,7 +55,7 @@ class Repetition:
         """
         return {
             "job_id": self.new,
-            LABEL: self.job_id,
+            REPRODUCES: self.job_id,
             "different": [vars(caveat) for caveat in self.caveats],
             "adjustment": self.adjustment.as_json(),
             "spec": self.spec.model_dump(mode="json"),
@@ -105,10 +103,10 @@ def _same_spec(job: Job, report: dict[str, Any]) -> JobSpec:
     spec, training = override_spec(job.spec, (), f"job {job.job_id}"), report["training"]
     taken = {"dtype": training["precision"], "optim": training["optim"]}
     left = {key: value for key, value in taken.items() if getattr(spec.training, key) == "auto"}
-    labels = {**spec.labels, LABEL: str(job.job_id)}
+    labels = {**spec.labels, REPRODUCES: str(job.job_id)}
     if len(labels) > MOST_LABELS:
         raise UsageError(
-            f"job {job.job_id} has {MOST_LABELS} labels, so that none is left for {LABEL}",
+            f"job {job.job_id} has {MOST_LABELS} labels, so that none is left for {REPRODUCES}",
             f"take what is stored and submit it yourself: loractl show {job.job_id}",
         )
     return spec.model_copy(

@@ -16,8 +16,9 @@ from loractl.common.job.need import Need, permitted_methods
 from loractl.common.job.status import Stage, Status
 from loractl.common.memory.engine import ENGINE
 from loractl.common.placement.cards import Card, could_start
-from loractl.common.placement.hosts import Seat, base_key, seat
-from loractl.common.placement.rule import Placement, place
+from loractl.common.placement.hosts import Seat, joined, seat
+from loractl.common.placement.joins import Join, may_join, open_bases
+from loractl.common.placement.rule import Placement
 
 from ..aside import set_aside
 from ..attempt_columns import begun
@@ -25,9 +26,10 @@ from ..guard import move
 from ..records import Claim, Left, StoredCheckpoint
 from ..tables import Attempt, Event, Job, Node
 from ..transaction import Transaction
-from .cards.hosts import take_seat
+from .cards.decisions import decide
+from .cards.hosts import beside, take_place, take_seat
 from .cards.nodes import read_cards, read_charges
-from .lines import read_levels, read_oldest
+from .cards.packs import key_of
 from .outbox.notices import tell_of_job
 from .sweeps import read_rungs
 
@@ -54,7 +56,10 @@ def claim(
     if outside is not None:
         mine = _as_measured(mine, outside, used)
         cards = [mine if card.node == node else card for card in cards]
-    if not mine.open or not mine.slots or not mine.free:
+    if not joins:
+        mine = replace(mine, hosts=tuple(replace(base, open=False) for base in mine.hosts))
+        cards = [mine if card.node == node else card for card in cards]
+    if not mine.open or not mine.free or not (mine.slots or open_bases(mine)):
         return None
     given = _given(tx, mine, cards, now)
     return _take(tx, given, mine, row, lease_s) if isinstance(given, Placement) else given
@@ -68,15 +73,15 @@ def _as_measured(card: Card, outside: int, used: Mapping[str, int]) -> Card:
 
 def _given(tx: Transaction, mine: Card, cards: Sequence[Card], now: dt.datetime) -> Placement | Left | None:
     """What the rule gives this card. Left: it gives every job that fits here to other cards."""
-    charges, oldest = read_charges(tx.session, now), read_oldest(tx.session, now)
-    left: set[str] = set()
-    for decision in place(read_levels(tx.session, now), cards, charges, now, oldest):
+    outlook = decide(tx.session, cards, read_charges(tx.session, now), now)
+    mine, left = next(card for card in outlook.packs.cards if card.node == mine.node), set[str]()
+    for decision in outlook.decisions:
         placed = decision.placed
         if placed is None:
             continue
         if placed.node == mine.node:
             return placed
-        if could_start(placed.job, mine, cards):
+        if could_start(placed.job, mine, cards) or may_join(mine, placed.job):
             left.add(placed.node)
     return Left(nodes=frozenset(left)) if left else None
 
@@ -91,10 +96,14 @@ def _take(tx: Transaction, placed: Placement, card: Card, node: Node, lease_s: f
         set_aside(tx, job, asked, now)
         tell_of_job(tx, job)
         return Left(nodes=frozenset())
-    taken = seat(card, base_key(asked.spec, placed.method), placed.reserved)
-    if not take_seat(tx, taken, job.job_id, job.attempt + 1):
+    key, join = key_of(job, asked.spec, placed.method), placed.join
+    taken = seat(card, key, placed.reserved) if join is None else joined(card, join.base, placed.reserved)
+    if join is None and not take_seat(tx, taken, job.job_id, job.attempt + 1):
         return Left(nodes=frozenset())
-    return _start(tx, job, asked, _begin(tx, job, placed, node, lease_s, now), taken)
+    if join is not None and not take_place(tx, taken, join.base):
+        return Left(nodes=frozenset())
+    claim = _start(tx, job, asked, _begin(tx, job, placed, node, lease_s, now), taken, join)
+    return replace(claim, packs=key is not None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,6 +156,9 @@ def _begin(tx: Transaction, job: Job, placed: Placement, node: Node, lease_s: fl
         vram_reserved=placed.reserved,
         started_at=now,
     )
+    if placed.join is not None:
+        base = placed.join.base
+        attempt.host, attempt.base_bytes, attempt.joined, attempt.shared = base.host, base.bytes, True, True
     same = ("attempt", "token", "node", "gpu", "method", "vram_reserved", "started_at")
     columns = {**begun(), **{name: getattr(attempt, name) for name in same}}
     columns |= {"stage": Stage.PREPARING, "lease_expires_at": tx.now_in(lease_s)}
@@ -156,11 +168,13 @@ def _begin(tx: Transaction, job: Job, placed: Placement, node: Node, lease_s: fl
     return attempt
 
 
-def _start(tx: Transaction, job: Job, asked: _Asked, attempt: Attempt, taken: Seat) -> Claim:
+def _start(tx: Transaction, job: Job, asked: _Asked, attempt: Attempt, taken: Seat, join: Join | None) -> Claim:
     """Tell the history of the attempt, and give it what it needs to know."""
     method = Method(attempt.method)
     why = _why_method(asked.spec.method, method, Need(lora=job.vram_lora, qlora=job.vram_qlora))
     warm = "" if taken.host is None else ", where its base is loaded already"
+    if join is not None:
+        warm = f", {beside(tx, join.base.host, job.job_id)}"
     text = f"attempt {attempt.attempt} started on {attempt.node} with {method.value}{why}{warm}"
     tx.tell(job.job_id, attempt.attempt, "started", text)
     return Claim(
@@ -182,6 +196,7 @@ def _start(tx: Transaction, job: Job, asked: _Asked, attempt: Attempt, taken: Se
         rungs=read_rungs(tx.session, job),
         host=None if taken.host is None else taken.host.host,
         leaving=tuple(base.host for base in taken.leaving),
+        joins=join is not None,
     )
 
 

@@ -18,7 +18,7 @@ from loractl.common.job.status import (
     retry_delay_s,
 )
 from loractl.common.placement.lines import RESULT_FIRST_S
-from loractl.common.placement.shares import decayed
+from loractl.common.placement.shares import base_share, decayed, with_base
 from loractl.common.text import storable
 from loractl.common.units import GIB
 
@@ -256,10 +256,22 @@ def _charge(tx: Transaction, job: Job, now: dt.datetime) -> None:
     """Charge the attempt's part of its card to its user."""
     if job.started_at is None or not job.vram_reserved:
         return
-    had = job.vram_reserved / GIB * (now - job.started_at).total_seconds() / 3600
+    had = _had(tx, job, job.started_at, now) / GIB * (now - job.started_at).total_seconds() / 3600
     use = tx.session.get(Use, job.user, with_for_update=True)
     past = 0.0 if use is None else decayed(use.gib_hours, (now - use.at).total_seconds())
     tx.put(Use, "user", {"user": job.user, "gib_hours": past + had, "at": now})
+
+
+def _had(tx: Transaction, job: Job, start: dt.datetime, now: dt.datetime) -> int:
+    """Bytes that the attempt had in the mean: of a base that it shared its part by time and members."""
+    own = tx.session.get(Attempt, (job.job_id, job.attempt), populate_existing=True)
+    reserved = job.vram_reserved or 0
+    if own is None or not own.shared:
+        return reserved
+    others = (Attempt.host == own.host, Attempt.token != own.token)
+    there = tx.session.execute(select(Attempt.started_at, Attempt.ended_at).where(*others)).all()
+    share = base_share(start, now, [(came, left) for came, left in there if left is None or left > start])
+    return with_base(reserved, own.base_bytes or 0, joined=own.joined, share=share)
 
 
 def _keep_result(tx: Transaction, job: Job, claim: Claim, result: StoredResult, now: dt.datetime) -> None:

@@ -255,7 +255,7 @@ def read_measured(tx: Transaction, need_key: str | None, family: str | None, lim
     )  # fmt: skip
     query = select(*columns).join(Job, Job.job_id == Attempt.job_id).where(Attempt.device_kind == "nvml")
     query = query.where(Attempt.reason.in_([Reason.OK, Reason.OUT_OF_MEMORY]), Attempt.method.in_(list(Method)))
-    query = query.where(Attempt.engine == ENGINE)
+    query = query.where(Attempt.engine == ENGINE, ~Attempt.shared)  # a trainer's peak is all its jobs'
     if need_key is not None:
         query = query.where(or_(Job.need_key == need_key, (Job.family == family) if family else sql("1 = 0")))
     return [

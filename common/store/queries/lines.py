@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import heapq
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,13 +13,14 @@ from sqlalchemy import JSON, TextualSelect, bindparam, column, text
 from sqlalchemy.orm import Session
 
 from loractl.common.placement.keys import QueueKey, queue_key_range
-from loractl.common.placement.lines import Line, ListedLine, Openings, SubstitutedLine, Waiting, waited
+from loractl.common.placement.lines import JoinedLine, Line, ListedLine, Openings, SubstitutedLine, Waiting, waited
 from loractl.common.placement.rule import OLDEST_FIRST_AFTER_S
 
 from ..columns import UtcDateTime
 from ..fleet import waiting_of
 
 _HIGHEST = 2**31  # above every priority that a row can have
+_MOST_JOINERS = 32  # of a base that are asked whether they join; four packs in a go
 _AT_ONCE = 32  # of a user's jobs in one query, where many are read
 
 # Literal conditions: a partial index is only used where the planner can see that its condition holds.
@@ -82,16 +83,23 @@ _FIRST_BY_USER = _typed(
 )
 _NEXT_OF_USER = _oldest(f"{_OF_USER} :user AND job_id > :after")
 _SOME_OF_USER = _oldest(f"{_OF_USER} :user AND job_id > :after", _AT_ONCE)
+_JOINERS = _typed(
+    f"SELECT {_COLUMNS} FROM jobs WHERE {_READY} AND base_model = :model"  # noqa: S608  no input
+    f" ORDER BY priority DESC, job_id LIMIT {_MOST_JOINERS}"
+)
 _OLDEST = _oldest("")
 _OLDEST_FITTING = _oldest(f"AND job_id > :after AND {_FITS}")
 _BY_NUMBER = _oldest("AND job_id = :job_id")
 _NEXT = _oldest(f"AND queue_key = :key AND job_id > :after AND {_FITS}")
 
 
-def read_levels(session: Session, now: dt.datetime, changed: Waiting | None = None) -> Iterator[dict[str, Line]]:
+def read_levels(
+    session: Session, now: dt.datetime, changed: Waiting | None = None, joiners: Sequence[Waiting] = ()
+) -> Iterator[dict[str, Line]]:
     """The ready jobs' lines by priority and user, read as far as the caller asks.
 
-    `changed`: a job that stands there in another form than its row has.
+    `changed`: a job that stands there in another form than its row has. `joiners`: jobs that may join a running host,
+    whatever room there is.
     """
     for priority in _priorities(session):
         level = _Level(session, now, priority)
@@ -100,7 +108,16 @@ def read_levels(session: Session, now: dt.datetime, changed: Waiting | None = No
         }
         if changed is not None and changed.priority == priority:
             lines[changed.user] = SubstitutedLine(lines.get(changed.user, ListedLine(())), changed)
+        here = [job for job in joiners if job.priority == priority]
+        for user in {job.user for job in here} & lines.keys():
+            lines[user] = JoinedLine(lines[user], [job for job in here if job.user == user])
         yield lines
+
+
+def read_joiners(session: Session, now: dt.datetime, models: Sequence[str]) -> list[Waiting]:
+    """The first ready jobs on each of these bases."""
+    found = (session.execute(_JOINERS, {"now": now, "model": model}).mappings() for model in models)
+    return [waiting_of(dict(row), now) for rows in found for row in rows]
 
 
 def read_order(session: Session, now: dt.datetime, charges: Mapping[str, float], limit: int) -> list[Waiting]:

@@ -16,6 +16,7 @@ from loractl.common.job.status import Status
 from loractl.common.memory.config import read_shape
 from loractl.common.memory.correction import GROWTH, learned
 from loractl.common.memory.engine import ENGINE
+from loractl.common.placement.joins import own_part
 from loractl.common.units import gib
 
 from ..records import Claim, MemoryPlan
@@ -45,7 +46,9 @@ def plan_again(tx: Transaction, claim: Claim, planned: Need) -> None:
             learned = known[name] / before if known[name] and before else 1.0
             known[name] = int(size * learned)
     job.planned, job.vram_lora, job.vram_qlora = new, known["lora"], known["qlora"]
-    size = known[claim.method.value]
+    size, attempt = known[claim.method.value], tx.session.get(Attempt, (claim.job_id, claim.attempt))
+    if size is not None and attempt is not None and attempt.joined:
+        size = own_part(size, attempt.base_bytes or 0)
     if claim.vram_planned is not None or job.planned.get(claim.method.value) is not None:
         own = (Attempt.job_id == claim.job_id) & (Attempt.attempt == claim.attempt)
         tx.session.execute(update(Attempt).where(own).values(vram_planned=new.get(claim.method.value)))
@@ -131,7 +134,8 @@ def need_more(tx: Transaction, job: Job, gave: int, message: str, now: dt.dateti
     attempt = tx.session.get(Attempt, (job.job_id, job.attempt), populate_existing=True)
     method = Method(job.method or Method.LORA.value)
     assert attempt is not None
-    peak = attempt.vram_process or attempt.vram_peak or 0
+    gave += (attempt.base_bytes or 0) if attempt.joined else 0
+    peak = 0 if attempt.shared else attempt.vram_process or attempt.vram_peak or 0
     if attempt.device_kind == "nvml" and 0 < peak < OUTSIDER_SHARE * gave:
         return True, f"{message}; another program took memory of {job.node}"
     largest = _largest(tx)

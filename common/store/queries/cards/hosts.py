@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import datetime as dt
 from collections.abc import Collection, Iterable, Sequence
 
 from sqlalchemy import ColumnElement, delete, or_, select, update
 
 from loractl.common.job.method import Method
 from loractl.common.job.status import Status
+from loractl.common.placement.cards import WarmBase
 from loractl.common.placement.hosts import Seat, may_wait
 from loractl.common.placement.pack_rule import MeasuredPass, PassLaw
 
@@ -25,7 +27,7 @@ def keep(tx: Transaction, claim: Claim, new: NewHost) -> bool:
 def open_to_others(tx: Transaction, claim: Claim, new: NewHost) -> bool:
     if not _write(tx, claim, new, is_open=True):
         return False
-    tx.session.execute(update(Attempt).where(*_of(claim)).values(host=new.host))
+    tx.session.execute(update(Attempt).where(*_of(claim)).values(host=new.host, base_bytes=new.bytes))
     return True
 
 
@@ -36,7 +38,7 @@ def _write(tx: Transaction, claim: Claim, new: NewHost, *, is_open: bool) -> boo
     own = (Job.job_id == claim.job_id, Job.token == claim.token, Job.status == Status.RUNNING, Job.node == new.node)
     if tx.session.scalar(select(Job.job_id).where(*own)) is None:
         return False
-    if others_inside(tx, new.host, claim):
+    if is_busy(tx, new.host, claim.token):
         return True  # the row says what holds while they are in it
     what = {"base_model": claim.spec.base_model, "method": claim.method.value, "open": is_open}
     tx.put(TrainerHost, "host", {**vars(new), **what, **member, "leaving": False, "since": now})
@@ -47,12 +49,10 @@ def _write(tx: Transaction, claim: Claim, new: NewHost, *, is_open: bool) -> boo
     return True
 
 
-def others_inside(tx: Transaction, host: str, claim: Claim) -> bool:
-    """Whether other attempts than the claim's are in the host, running or on their way out."""
-    running = (Attempt.job_id == Job.job_id) & (Attempt.attempt == Job.attempt) & (Job.status == Status.RUNNING)
-    inside = select(Attempt.job_id).join(Job, Attempt.job_id == Job.job_id)
-    inside = inside.where(Attempt.host == host, Attempt.token != claim.token, or_(running, Attempt.inside))
-    return tx.session.scalars(inside.limit(1)).first() is not None
+def is_busy(tx: Transaction, host: str, but: str = "") -> bool:
+    """Whether attempts are in the host, running or on their way out; `but`: the token of one that does not count."""
+    there = (Attempt.host == host, Attempt.token != but, or_(Attempt.ended_at.is_(None), Attempt.inside))
+    return tx.session.scalars(select(Attempt.job_id).where(*there).limit(1)).first() is not None
 
 
 def leave(tx: Transaction, claim: Claim) -> None:
@@ -77,13 +77,42 @@ def take_seat(tx: Transaction, seat: Seat, job_id: int, attempt: int) -> bool:
     """Write a job's seat, in its claim. False: the host that it was to join has gone meanwhile."""
     if seat.host is not None:
         free = (TrainerHost.host == seat.host.host, ~TrainerHost.leaving)
-        joined = {"job_id": job_id, "attempt": attempt, "since": tx.now()}
+        joined = {"job_id": job_id, "attempt": attempt, "since": tx.now(), "open": False}
         if not tx.change(update(TrainerHost).where(*free).values(**joined)):
             return False
+    _send_off(tx, seat)
+    return True
+
+
+def take_place(tx: Transaction, seat: Seat, base: WarmBase) -> bool:
+    """Write a job's place beside others in a running host, in its claim. False: nothing joins that host any more.
+
+    What ends the others expect from now on is what was promised to them.
+    """
+    still = (TrainerHost.host == base.host, TrainerHost.open, ~TrainerHost.leaving)
+    if tx.session.scalar(select(TrainerHost.host).where(*still).with_for_update()) is None:
+        return False
+    now, runs = tx.now(), (Attempt.host == base.host, Attempt.ended_at.is_(None))
+    tx.session.execute(update(Attempt).where(*runs).values(shared=True))
+    ends = select(Attempt, Job.eta_seconds).join(Job, Job.job_id == Attempt.job_id)
+    for member, eta_s in tx.session.execute(ends.where(*runs, Attempt.promised_at.is_(None))):
+        member.promised_at = None if eta_s is None else now + dt.timedelta(seconds=eta_s)
+    _send_off(tx, seat)
+    return True
+
+
+def beside(tx: Transaction, host: str, job_id: int) -> str:
+    """Beside whom a job trains in a host, for its history."""
+    there = (Attempt.host == host, Attempt.ended_at.is_(None), Attempt.job_id != job_id)
+    others = tx.session.scalars(select(Attempt.job_id).where(*there).order_by(Attempt.job_id)).all()
+    named = f"job{'s' if len(others) > 1 else ''} {', '.join(map(str, others))}"
+    return f"with {named} on one base" if others else "on a base that others had"
+
+
+def _send_off(tx: Transaction, seat: Seat) -> None:
     if seat.leaving:
         going = TrainerHost.host.in_([base.host for base in seat.leaving])
         tx.change(update(TrainerHost).where(going).values(leaving=True))
-    return True
 
 
 def send_off(tx: Transaction, host: str, node: str) -> bool:
@@ -92,7 +121,8 @@ def send_off(tx: Transaction, host: str, node: str) -> bool:
     if row is None:
         return True
     inside = (Job.job_id == row.job_id, Job.attempt == row.attempt, Job.status == Status.RUNNING)
-    if not row.leaving and tx.session.scalar(select(Job.job_id).where(*inside)) is not None:
+    busy = tx.session.scalar(select(Job.job_id).where(*inside)) is not None
+    if not row.leaving and (busy or is_busy(tx, host)):
         return False
     row.leaving = True
     return True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -13,16 +14,13 @@ from loractl.common.errors import NameTaken
 from loractl.common.job.status import OUTCOMES, Blamed, Reason, Status
 from loractl.common.placement.cards import Card
 from loractl.common.placement.closure import REMEMBERED_S, CardFailure, closure
-from loractl.common.placement.lines import SubstitutedLine, Waiting
-from loractl.common.placement.rule import place
-from loractl.common.placement.shares import charge, decayed
+from loractl.common.placement.shares import charge, decayed, with_base
 
-from ...fleet import NODE_STALE_S, OCCUPANT, FleetView, card_of
+from ...fleet import NODE_STALE_S, OCCUPANT, InsideHost, card_of
 from ...hosts import TrainerHost
 from ...records import Arrival, BoxIdentity, NodeState
-from ...tables import DrainOrder, Job, LabFailure, Node, Use
+from ...tables import Attempt, DrainOrder, Job, LabFailure, Node, Use
 from ...transaction import Transaction
-from ..lines import read_levels, read_oldest
 from ..outbox.notices import tell_of_closure
 
 _CLOSING_LOCK = 0x10AC73  # any constant: names an advisory lock in PostgreSQL
@@ -58,7 +56,8 @@ def see(tx: Transaction, state: NodeState) -> Card:
     mine = (Job.status == Status.RUNNING) & (Job.node == state.node)
     running = tx.session.execute(select(*OCCUPANT).where(mine)).all()
     hosts = tx.session.scalars(select(TrainerHost).where(TrainerHost.node == state.node)).all()
-    card = card_of(Node(**vars(state), seen_at=now), list(running), now, drained_targets(tx.session, now), hosts)
+    drained, inside = drained_targets(tx.session, now), read_inside(tx.session) if hosts else ()
+    card = card_of(Node(**vars(state), seen_at=now), list(running), now, drained, hosts, inside)
     reserved = sum(job.reserved for job in card.running)
     row = {**vars(state), "seen_at": now, "free": card.free, "reserved": reserved}
     stale = Node.seen_at < now - dt.timedelta(seconds=NODE_STALE_S)
@@ -107,10 +106,28 @@ def read_cards(session: Session, now: dt.datetime) -> list[Card]:
     hosts: dict[str, list[TrainerHost]] = {}
     for host in session.scalars(select(TrainerHost)):
         hosts.setdefault(host.node, []).append(host)
-    drained = drained_targets(session, now)
+    drained, inside = drained_targets(session, now), read_inside(session) if hosts else ()
     return [
-        card_of(node, running.get(node.node, []), now, drained, hosts.get(node.node, ()))
+        card_of(node, running.get(node.node, []), now, drained, hosts.get(node.node, ()), inside)
         for node in session.scalars(select(Node))
+    ]
+
+
+def read_inside(session: Session) -> list[InsideHost]:
+    """The attempts that are in hosts: those that run, and those that have ended and are not out of them yet."""
+    columns = (Attempt.host, Attempt.job_id, Attempt.attempt, Attempt.vram_reserved, Attempt.base_bytes, Attempt.joined)
+    there = select(*columns, Attempt.ended_at).join(TrainerHost, TrainerHost.host == Attempt.host)
+    return [
+        InsideHost(
+            host=row.host,
+            job_id=row.job_id,
+            attempt=row.attempt,
+            reserved=row.vram_reserved or 0,
+            base_bytes=row.base_bytes or 0,
+            joined=row.joined,
+            ended=row.ended_at is not None,
+        )
+        for row in session.execute(there.where(or_(Attempt.ended_at.is_(None), Attempt.inside)))
     ]
 
 
@@ -150,36 +167,16 @@ def read_charges(session: Session, now: dt.datetime) -> dict[str, float]:
     """GiB hours that count against each user who had or has a card."""
     past = {use.user: decayed(use.gib_hours, (now - use.at).total_seconds()) for use in session.scalars(select(Use))}
     running: dict[str, list[tuple[int, float]]] = {}
-    columns = (Job.user, Job.vram_reserved, Job.started_at)
+    columns = (Job.job_id, Job.user, Job.vram_reserved, Job.started_at)
+    inside = [one for one in read_inside(session) if not one.ended]
+    members = Counter(one.host for one in inside)
+    parts = {one.job_id: (one.base_bytes, one.joined, members[one.host]) for one in inside}
     for row in session.execute(select(*columns).where(Job.status == Status.RUNNING)):
         seconds = 0.0 if row.started_at is None else (now - row.started_at).total_seconds()
-        running.setdefault(row.user, []).append((row.vram_reserved or 0, seconds))
+        base, joined, count = parts.get(row.job_id, (0, False, 1))
+        size = with_base(row.vram_reserved or 0, base, joined=joined, share=1 / count)
+        running.setdefault(row.user, []).append((size, seconds))
     return {user: charge(past.get(user, 0.0), running.get(user, ())) for user in past.keys() | running.keys()}
-
-
-def read_view(session: Session, now: dt.datetime) -> FleetView:
-    """Everything about the fleet, read at once."""
-    cards, charges = read_cards(session, now), read_charges(session, now)
-    decisions = place(read_levels(session, now), cards, charges, now, read_oldest(session, now))
-    return FleetView(
-        now=now,
-        nodes={node.node: node for node in session.scalars(select(Node).order_by(Node.node))},
-        cards={card.node: card for card in sorted(cards, key=lambda card: card.node)},
-        drains=drained_targets(session, now),
-        running={job.job_id: job for job in session.scalars(select(Job).where(Job.status == Status.RUNNING))},
-        charges=charges,
-        decisions=tuple(decisions),
-        failures=tuple(read_failures(session, now)),
-    )
-
-
-def read_start(session: Session, now: dt.datetime, changed: Waiting) -> str | None:
-    """The card that the rule would give a waiting job in another form now, all else as it is."""
-    levels, oldest = read_levels(session, now, changed), SubstitutedLine(read_oldest(session, now), changed)
-    for decision in place(levels, read_cards(session, now), read_charges(session, now), now, oldest):
-        if decision.placed is not None and decision.placed.job.job_id == changed.job_id:
-            return decision.placed.node
-    return None
 
 
 def _close(tx: Transaction, job: Job, node: str, now: dt.datetime) -> None:

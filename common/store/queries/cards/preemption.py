@@ -9,11 +9,11 @@ from sqlalchemy import func, select, update
 from loractl.common.job.status import Status
 from loractl.common.placement.lines import Openings
 from loractl.common.placement.preemption import give_way
-from loractl.common.placement.rule import place
 
 from ...tables import Job
 from ...transaction import Transaction
-from ..lines import read_levels, read_oldest
+from ..lines import read_levels
+from .decisions import decide
 from .nodes import read_cards, read_charges
 
 
@@ -21,9 +21,9 @@ def preempt(tx: Transaction) -> tuple[int, ...]:
     if not tx.is_alone() or not _may_help(tx):
         return ()
     now = tx.now()
-    cards, charges = read_cards(tx.session, now), read_charges(tx.session, now)
-    decisions = list(place(read_levels(tx.session, now), cards, charges, now, read_oldest(tx.session, now)))
-    starting = {d.placed.job.job_id for d in decisions if d.placed is not None}
+    cards = read_cards(tx.session, now)
+    decided = decide(tx.session, cards, read_charges(tx.session, now), now).decisions
+    starting = {d.placed.job.job_id for d in decided if d.placed is not None}
     level = next(read_levels(tx.session, now), {})
     anything = Openings(gpu=2**62, processor=(0, 0), unknown=False, labels=frozenset(c.labels for c in cards if c.open))
     for job in (line.next(anything) for line in level.values()):

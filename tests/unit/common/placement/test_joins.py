@@ -161,7 +161,7 @@ def test_no_decision_brings_a_card_above_its_size_or_starves_whom_it_is_kept_for
         assert card.trainers == before.trainers and placed.node not in kept
         (grown,) = (b for b in card.hosts if b.host == host)
         assert len(card.inside(grown)) <= PACK_MEMBERS and grown.base_model == placed.job.base_model
-        assert placed.reserved == own_part(placed.job.need.of(placed.method) or 0, join.base)
+        assert placed.reserved == own_part(placed.job.need.of(placed.method) or 0, join.base.bytes)
         assert_in_time(next(b for b in before.hosts if b.host == host), grown)
 
 

@@ -1,0 +1,69 @@
+"""What the rule decides now: of all that waits, with all cards and the hosts that take more jobs."""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from loractl.common.job.status import Status
+from loractl.common.placement.cards import Card
+from loractl.common.placement.joins import Newcomers, open_bases
+from loractl.common.placement.lines import SubstitutedLine, Waiting
+from loractl.common.placement.rule import Decision, place
+
+from ...fleet import FleetView
+from ...tables import Job, Node
+from ..lines import read_joiners, read_levels, read_oldest
+from .nodes import drained_targets, read_cards, read_charges, read_failures
+from .packs import Packs, read_packs
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outlook:
+    """The cards as the rule sees them, and what it decides; read as far as the caller asks."""
+
+    packs: Packs
+    decisions: Iterator[Decision]
+
+
+def decide(session: Session, cards: Sequence[Card], charges: Mapping[str, float], now: dt.datetime) -> Outlook:
+    packs = read_packs(session, cards, now)
+    joiners, newcomers = _joiners(session, packs, now)
+    levels, oldest = read_levels(session, now, joiners=joiners), read_oldest(session, now)
+    return Outlook(packs=packs, decisions=place(levels, packs.cards, charges, now, oldest, newcomers))
+
+
+def _joiners(session: Session, packs: Packs, now: dt.datetime) -> tuple[list[Waiting], Newcomers | None]:
+    """Waiting jobs that have an open host on their base. Without any, the rule need not ask for joins."""
+    models = {base.base_model for card in packs.cards if card.free for base in open_bases(card)}
+    joiners = read_joiners(session, now, sorted(models)) if models else []
+    return joiners, packs.newcomer if joiners else None
+
+
+def read_view(session: Session, now: dt.datetime) -> FleetView:
+    """Everything about the fleet, read at once."""
+    charges = read_charges(session, now)
+    outlook = decide(session, read_cards(session, now), charges, now)
+    return FleetView(
+        now=now,
+        nodes={node.node: node for node in session.scalars(select(Node).order_by(Node.node))},
+        cards={card.node: card for card in sorted(outlook.packs.cards, key=lambda card: card.node)},
+        drains=drained_targets(session, now),
+        running={job.job_id: job for job in session.scalars(select(Job).where(Job.status == Status.RUNNING))},
+        charges=charges,
+        decisions=tuple(outlook.decisions),
+        failures=tuple(read_failures(session, now)),
+    )
+
+
+def read_start(session: Session, now: dt.datetime, changed: Waiting) -> str | None:
+    """The card that the rule would give a waiting job in another form now, all else as it is."""
+    levels, oldest = read_levels(session, now, changed), SubstitutedLine(read_oldest(session, now), changed)
+    for decision in place(levels, read_cards(session, now), read_charges(session, now), now, oldest):
+        if decision.placed is not None and decision.placed.job.job_id == changed.job_id:
+            return decision.placed.node
+    return None

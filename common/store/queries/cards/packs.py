@@ -1,0 +1,150 @@
+"""Packs as the rule sees them: who trains in an open host, and what a waiting job would be as one of them."""
+
+from __future__ import annotations
+
+import datetime as dt
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from loractl.common.job.adjustment import Adjustment, adjusted
+from loractl.common.job.method import Method
+from loractl.common.job.status import Reason
+from loractl.common.placement.cards import Card, WarmBase
+from loractl.common.placement.hosts import base_key
+from loractl.common.placement.joins import Newcomer, open_bases
+from loractl.common.placement.lines import Waiting
+from loractl.common.placement.pack_rule import PackedJob, PassLaw
+
+from ...hosts import TrainerHost
+from ...tables import Attempt, Job
+
+if TYPE_CHECKING:
+    from loractl.common.job.spec import JobSpec
+
+
+@dataclass(kw_only=True)
+class Packs:
+    """The fleet's cards with the members of their open hosts, and how waiting jobs are asked for theirs."""
+
+    session: Session
+    cards: list[Card]
+    row_tokens: dict[str, float] = field(default_factory=dict)  # measured, of a row of a data set
+    _known: dict[int, Newcomer | None] = field(default_factory=dict)
+
+    def newcomer(self, job: Waiting) -> Newcomer | None:
+        """What a waiting job would be as a member; None: it trains alone."""
+        if job.job_id not in self._known:
+            self._known[job.job_id] = self._read(job.job_id)
+        return self._known[job.job_id]
+
+    def _read(self, job_id: int) -> Newcomer | None:
+        row = self.session.get(Job, job_id)
+        spec = None if row is None else runs_as(row)
+        if row is None or spec is None:
+            return None
+        keys = {method: key for method in Method if (key := key_of(row, spec, method)) is not None}
+        training, rows = spec.training, _data(row).get("rows")
+        steps = training.max_steps
+        if steps is None and isinstance(rows, int) and training.num_train_epochs is not None:
+            steps = math.ceil(math.ceil(rows / training.effective_batch) * training.num_train_epochs)
+        packed = PackedJob(
+            tokens=tokens_of(spec, self.row_tokens.get(_name(row, spec))),
+            passes=None if steps is None else steps * training.gradient_accumulation_steps,
+            sweep=_sweep(row),
+            limit_seconds=spec.resources.time_limit,
+        )
+        return Newcomer(keys=keys, packed=packed)
+
+
+def key_of(row: Job, spec: JobSpec, method: Method) -> str | None:
+    """The key of a waiting job's base; None: it has a trainer of its own. One whose host was lost is tried alone."""
+    return None if row.reason is Reason.HOST_LOST else base_key(spec, method)
+
+
+def tokens_of(spec: JobSpec, row_tokens: float | None) -> int:
+    """Tokens of a micro-batch: measured on the same rows, or as many as there may be."""
+    length = spec.dataset.max_length
+    if row_tokens is not None and not spec.training.packing:
+        length = min(length, max(1, round(row_tokens)))
+    return spec.training.per_device_train_batch_size * length
+
+
+def runs_as(row: Job) -> JobSpec | None:
+    """The job's spec as it runs; None: this version can't read it."""
+    from pydantic import ValidationError
+
+    from loractl.common.job.spec import JobSpec
+
+    try:
+        return adjusted(JobSpec.model_validate(row.spec), Adjustment(**(row.adjustment or {})))
+    except (ValidationError, TypeError):
+        return None
+
+
+def read_packs(session: Session, cards: Sequence[Card], now: dt.datetime) -> Packs:
+    """The cards with what the rule must know of those that train in their open hosts. A host with a member that this
+    version can't read takes no more."""
+    bases = [base for card in cards for base in open_bases(card)]
+    packs = Packs(session=session, cards=list(cards))
+    if not bases:
+        return packs
+    marks = [base.host for base in bases]
+    kept = session.execute(select(TrainerHost.host, TrainerHost.law).where(TrainerHost.host.in_(marks))).all()
+    laws = {row.host: row.law for row in kept}
+    known = {base.host: _known(session, base, laws.get(base.host), now, packs.row_tokens) for base in bases}
+    packs.cards = [replace(c, hosts=tuple(known.get(base.host, base) for base in c.hosts)) for c in cards]
+    return packs
+
+
+def _known(
+    session: Session, base: WarmBase, kept: dict[str, Any] | None, now: dt.datetime, row_tokens: dict[str, float]
+) -> WarmBase:
+    """The base with its law and members; what a row of their data has, as measured, goes into `row_tokens`."""
+    law = PassLaw.from_json(kept, quantised=base.method is Method.QLORA)
+    there = (Attempt.host == base.host, Attempt.ended_at.is_(None))
+    found = session.execute(
+        select(Job, Attempt.promised_at).join(Attempt, Attempt.job_id == Job.job_id).where(*there)
+    ).all()
+    read = [(row, spec, promised) for row, promised in found if (spec := runs_as(row)) is not None]
+    if len(read) < len(found):
+        return replace(base, open=False)
+    micro_batch = law.micro_batch
+    batches = [spec.training.per_device_train_batch_size for _, spec, _ in read]
+    tokens = None if micro_batch is None or not batches else micro_batch * len(batches) / sum(batches)
+    if tokens is not None:
+        row_tokens.update({_name(row, spec): tokens for row, spec, _ in read})
+    members = tuple(_member(row, spec, promised, tokens, now) for row, spec, promised in read)
+    return replace(base, law=law, members=members)
+
+
+def _member(
+    row: Job, spec: JobSpec, promised: dt.datetime | None, row_tokens: float | None, now: dt.datetime
+) -> PackedJob:
+    limit, began = spec.resources.time_limit, row.started_at or now
+    return PackedJob(
+        tokens=tokens_of(spec, row_tokens),
+        sweep=_sweep(row),
+        left_seconds=row.eta_seconds,
+        limit_seconds=None if limit is None else limit - (now - began).total_seconds(),
+        promised_seconds=row.eta_seconds if promised is None else (promised - now).total_seconds(),
+    )
+
+
+def _sweep(row: Job) -> str | None:
+    return None if row.sweep_id is None else str(row.sweep_id)
+
+
+def _data(row: Job) -> Mapping[str, Any]:
+    """What is known of its training rows, where they are stored."""
+    stored = row.data.get("path") if isinstance(row.data, dict) else None
+    return stored if isinstance(stored, dict) else {}
+
+
+def _name(row: Job, spec: JobSpec) -> str:
+    """The rows that it learns from."""
+    return str(_data(row).get("sha256") or spec.dataset.path)

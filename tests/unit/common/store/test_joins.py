@@ -1,0 +1,302 @@
+"""Joins in the claim: who comes into a running host, what each holds and is charged, and when the base stays."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
+from sqlalchemy import delete
+from sqlalchemy.orm import Session
+
+from loractl.common.job.status import Reason, Status
+from loractl.common.placement.hosts import base_key
+from loractl.common.placement.pack_rule import MeasuredPass
+from loractl.common.store.records import Claim, NewHost, Progress
+from loractl.common.store.store import Store
+from loractl.common.store.tables import Base
+from loractl.common.units import GIB
+
+from ...factories import RESULT, Clock, node_state, submission
+
+EXAMPLES = int(os.environ.get("STORE_EXAMPLES", "20"))
+NODE = "box:0"
+SHORT = {"dataset": {"path": "org/data", "max_length": 8}, "training": {"per_device_train_batch_size": 1}}
+"""Rows so short that a pack of strangers pays."""
+
+
+def show(store: Store, total: float = 24, **state: Any) -> None:
+    store.see_node(node_state(NODE, **{"total": int(total * GIB), "max_jobs": 1, **state}))
+
+
+def queue(store: Store, gib: float = 8, **keys: Any) -> int:
+    user = keys.pop("user", "ada")
+    return store.submit(submission(lora=gib, method="lora", user=user, **{**SHORT, "base_model": "org/a", **keys}))
+
+
+def claim(store: Store, **asked: Any) -> Claim:
+    taken = store.claim(NODE, **{"joins": True, **asked})
+    assert isinstance(taken, Claim), taken
+    return taken
+
+
+def opens(store: Store, mine: Claim, gib: float = 5, mark: str = "h1") -> Claim:
+    key = base_key(mine.spec, mine.method)
+    assert key is not None
+    assert store.open_host(mine, NewHost(host=mark, node=NODE, key=key, bytes=int(gib * GIB)))
+    return mine
+
+
+def anchored(store: Store, **keys: Any) -> Claim:
+    """A job whose trainer others may join."""
+    show(store)
+    queue(store, **keys)
+    return opens(store, claim(store))
+
+
+def end(store: Store, mine: Claim) -> None:
+    assert store.finish(mine, Reason.OK, "done", Progress(), RESULT) is Status.SUCCEEDED
+
+
+def taken(store: Store) -> float:
+    return store.fleet().cards[NODE].taken / GIB
+
+
+def test_a_job_joins_a_full_card_s_host_by_its_own_part(store: Store) -> None:
+    first = anchored(store)
+    queue(store)
+    assert store.claim(NODE) is None, "its node can't put a job beside another"
+    mine = claim(store)
+    assert (mine.host, mine.joins, mine.packs, mine.vram_reserved) == ("h1", True, True, 3 * GIB)
+    assert f"with job {first.job_id} on one base" in store.events(mine.job_id)[-1].text
+    assert taken(store) == 11
+    queue(store, base_model="org/b")
+    queue(store, gib=19)
+    assert store.claim(NODE, joins=True) is None, "another base; too large a part"
+
+
+def test_nothing_joins_a_host_that_did_not_open(store: Store) -> None:
+    show(store)
+    queue(store)
+    claim(store)
+    queue(store)
+    assert store.claim(NODE, joins=True) is None
+
+
+def test_the_base_stays_until_the_last_member_has_left(store: Store) -> None:
+    first = anchored(store)
+    queue(store)
+    second = claim(store)
+    end(store, first)
+    assert taken(store) == 8, "the base, and one's own part"
+    assert not store.send_off_host("h1", NODE)
+    queue(store)
+    third = claim(store)
+    assert third.joins and taken(store) == 11
+    end(store, second)
+    end(store, third)
+    assert taken(store) == 0 and len(store.fleet().cards[NODE].waiting_bases) == 1
+    queue(store)
+    fourth = claim(store)
+    assert (fourth.host, fourth.joins, fourth.vram_reserved) == ("h1", False, 8 * GIB)
+    queue(store)
+    assert store.claim(NODE, joins=True) is None, "it opens again once its job trains"
+
+
+def test_a_member_holds_its_part_until_it_is_out_of_the_host(store: Store) -> None:
+    first = anchored(store)
+    queue(store)
+    mine = claim(store)
+    for one in (mine, first):
+        store.cancel(one.job_id, "ada")
+        assert store.finish(one, Reason.CANCELLED, "cancelled", Progress(), inside=True) is Status.CANCELLED
+    assert taken(store) == 11 and not store.send_off_host("h1", NODE)
+    store.leave_host(mine)
+    assert taken(store) == 8
+    store.leave_host(first)
+    assert taken(store) == 0
+
+
+def test_a_lost_member_is_inside_until_its_node_says_otherwise(store: Store) -> None:
+    first = anchored(store)
+    store.give_back(NODE)
+    assert taken(store) == 8
+    store.leave_host(first)
+    assert taken(store) == 0
+
+
+def test_a_job_whose_host_was_lost_is_tried_alone(store: Store) -> None:
+    first = anchored(store)
+    queue(store)
+    mine = claim(store)
+    assert store.finish(mine, Reason.HOST_LOST, "its trainer ended", Progress()) is Status.QUEUED
+    assert store.claim(NODE, joins=True) is None
+    end(store, first)
+    again = claim(store)
+    assert (again.job_id, again.host, again.packs) == (mine.job_id, None, False)
+
+
+@pytest.mark.parametrize("keys", [{"resources": {"exclusive": True}}, {"labels": {"reproduces": "7"}}])
+def test_a_job_of_its_own_neither_joins_nor_is_joined(store: Store, keys: dict[str, Any]) -> None:
+    first = anchored(store)
+    queue(store, **keys)
+    assert store.claim(NODE, joins=True) is None
+    end(store, first)
+    assert not claim(store).packs
+
+
+def test_a_member_s_time_limit_is_kept_and_its_end_is_promised_once(timed: Store, clock: Clock) -> None:
+    store = timed
+    first = anchored(store, resources={"time_limit": "1h"})
+    queue(store)
+    assert store.claim(NODE, joins=True) is None, "how long it takes is not known yet"
+    store.beat(first, Progress(step=5, total_steps=100, eta_seconds=3000))
+    assert store.claim(NODE, joins=True) is None, "slower, it would exceed its limit"
+    store.beat(first, Progress(eta_seconds=2000))
+    claim(store)
+    promised = store.attempts(first.job_id)[0].promised_at
+    assert promised is not None and (promised - clock.now).total_seconds() == 2000
+    clock.forward(5)
+    show(store)
+    store.beat(first, Progress(eta_seconds=2400))
+    queue(store)
+    claim(store)
+    assert store.attempts(first.job_id)[0].promised_at == promised
+
+
+def test_measured_passes_decide(store: Store) -> None:
+    anchored(store)
+    queue(store)
+    store.note_passes("h1", [MeasuredPass(tokens=8 * n, members=n, seconds=0.1 * n) for n in (1, 2, 3, 4) * 9])
+    assert store.claim(NODE, joins=True) is None, "a pass takes as long as its members one by one"
+
+
+def test_the_base_is_charged_in_equal_shares(timed: Store, clock: Clock) -> None:
+    store = timed
+    first = anchored(store)
+    clock.forward(3600)
+    show(store)
+    queue(store, user="bob")
+    second = claim(store)
+    assert store.fleet().charges == pytest.approx({"ada": 3 + 2.5, "bob": 3 + 2.5})
+    clock.forward(3600)
+    end(store, second)
+    end(store, first)
+    assert store.fleet().charges == pytest.approx({"ada": 2 * 3 + 5 + 2.5, "bob": 3 + 2.5})
+
+
+def test_a_member_that_ran_out_of_memory_needs_more_than_its_whole_need(store: Store) -> None:
+    anchored(store)
+    queue(store)
+    mine = claim(store)
+    store.finish(mine, Reason.OUT_OF_MEMORY, "no room", Progress())
+    assert (store.job(mine.job_id).vram_lora or 0) > 8 * GIB
+
+
+@dataclass(kw_only=True, eq=False)
+class Process:
+    """A trainer as the model sees it. Bytes in GiB."""
+
+    mark: str
+    base: float
+    members: dict[int, tuple[Claim, float]] = field(default_factory=dict)  # by job: what it holds beside the base
+    leaving: dict[int, tuple[Claim, float]] = field(default_factory=dict)  # ended, and not out yet
+
+    @property
+    def holds(self) -> float:
+        return self.base + sum(size for _, size in (*self.members.values(), *self.leaving.values()))
+
+
+class PackLedger(RuleBasedStateMachine):
+    """One card: jobs come, join, end, are cut off and leave in any order. The model counts what processes hold."""
+
+    def __init__(self, store: Store) -> None:
+        super().__init__()
+        self.store, self.processes, self.marks = store, list[Process](), 0
+        with Session(store._engine) as session, session.begin():
+            for table in reversed(Base.metadata.sorted_tables):
+                session.execute(delete(table))
+        show(store, max_jobs=2)
+
+    @rule(base=st.sampled_from(["a", "b"]), gib=st.sampled_from([6, 7, 9, 14]))
+    def a_job_comes(self, base: str, gib: int) -> None:
+        queue(self.store, gib, base_model=f"org/{base}")
+        mine = self.store.claim(NODE, joins=True)
+        if not isinstance(mine, Claim):
+            return
+        for mark in mine.leaving:
+            (gone,) = (p for p in self.processes if p.mark == mark)
+            assert not gone.members and not gone.leaving
+            self.processes.remove(gone)
+        self.store.forget_hosts(mine.leaving)
+        reserved = (mine.vram_reserved or 0) / GIB
+        process = next((p for p in self.processes if p.mark == mine.host), None)
+        if process is None:
+            self.marks += 1
+            process = Process(mark=f"h{self.marks}", base=5)
+            self.processes.append(process)
+        assert mine.joins is bool(process.members)
+        process.members[mine.job_id] = mine, reserved if mine.joins else max(0.0, reserved - process.base)
+        if not mine.joins and not process.leaving:
+            opens(self.store, mine, process.base, process.mark)
+
+    def pick(self, number: int) -> tuple[Process, int] | None:
+        inside = [(p, job_id) for p in self.processes for job_id in p.members]
+        return inside[number % len(inside)] if inside else None
+
+    @rule(number=st.integers(0, 9), inside=st.booleans())
+    def a_job_ends(self, number: int, inside: bool) -> None:
+        if (picked := self.pick(number)) is None:
+            return
+        process, job_id = picked
+        mine, held = process.members.pop(job_id)
+        if inside:
+            process.leaving[job_id] = mine, held
+        self.store.cancel(job_id, "ada")
+        assert self.store.finish(mine, Reason.CANCELLED, "cancelled", Progress(), inside=inside) is Status.CANCELLED
+
+    @rule(number=st.integers(0, 9))
+    def a_job_leaves(self, number: int) -> None:
+        gone = [(p, job_id) for p in self.processes for job_id in p.leaving]
+        if gone:
+            process, job_id = gone[number % len(gone)]
+            self.store.leave_host(process.leaving.pop(job_id)[0])
+
+    @rule(number=st.integers(0, 9))
+    def a_host_dies(self, number: int) -> None:
+        if not self.processes:
+            return
+        process = self.processes.pop(number % len(self.processes))
+        for mine, _ in process.members.values():
+            self.store.finish(mine, Reason.HOST_LOST, "its trainer ended", Progress())
+        self.store.forget_hosts([process.mark])
+
+    @rule(number=st.integers(0, 9))
+    def a_host_is_sent_off(self, number: int) -> None:
+        if self.processes:
+            process = self.processes[number % len(self.processes)]
+            sent = self.store.send_off_host(process.mark, NODE)
+            assert sent is not bool(process.members or process.leaving)
+            if sent:
+                self.processes.remove(process)
+                self.store.forget_hosts([process.mark])
+
+    @invariant()
+    def the_card_is_never_over_its_size(self) -> None:
+        assert sum(process.holds for process in self.processes) <= 24
+        busy = [p for p in self.processes if p.members or p.leaving]
+        card = self.store.fleet().cards[NODE]
+        assert card.taken / GIB == pytest.approx(sum(p.holds for p in busy)) and card.trainers == len(busy) <= 2
+
+
+def test_no_order_of_joins_and_ends_brings_a_card_above_its_size(store: Store) -> None:
+    share = 1 if store._engine.dialect.name == "sqlite" else 3
+    chosen = settings(
+        max_examples=EXAMPLES // share, stateful_step_count=20, deadline=None,
+        suppress_health_check=list(HealthCheck), derandomize=EXAMPLES <= 60,
+    )  # fmt: skip
+    run_state_machine_as_test(lambda: PackLedger(store), settings=chosen)
