@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import datetime as dt
 import heapq
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from loractl.common.job.method import Method
 
 from .cards import Card, Occupant, WarmBase
-from .hosts import Seat, may_wait, seat
+from .hosts import Seat, joined, may_wait, seat
+from .joins import Newcomer, Newcomers
 from .lines import Waiting
+from .pack_rule import PackedJob, PassLaw
 from .rule import Placement
 
 
@@ -22,6 +24,7 @@ class ReplayedBase:
     bytes: int
     cold_s: float  # seconds in a new trainer, which loads it
     warm_s: float  # seconds in a host that has it
+    law: PassLaw | None = None  # of passes over it; None: its trainer takes one job at a time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +34,7 @@ class ReplayedJob:
     waiting: Waiting
     seconds: float | None  # from its first step on, with a card of its own; None: not known, it never ends
     base: ReplayedBase | None = None  # None: it starts in no time, and leaves no host
+    packed: PackedJob | None = None  # as the pack rule sees it; None: it trains beside no other job
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,16 +47,19 @@ class ReplayedRun:
     started: dt.datetime
     ended: dt.datetime | None  # None: it was still running when the replay stopped
     warm: bool  # a host had its base
+    joined: bool  # others trained in that host
 
 
 @dataclass(kw_only=True)
 class _Running:
-    """A job on its card: the work that is left, in seconds of a card of its own, as of some moment."""
+    """A job on its card, or its cards: the work that is left, in seconds of cards of its own, as of some moment."""
 
-    node: str
+    nodes: tuple[str, ...]
     left: float | None
     since: float
+    packed: PackedJob | None = None
     speed: float = 1.0
+    promised: float | None = None  # its end, as of the first join that slowed it
     version: int = 0  # of its expected end
 
     @property
@@ -69,94 +76,174 @@ class Clock:
         self._contention = contention
         self._keep_warm_s = keep_warm_s
         self.runs: dict[int, ReplayedRun] = {}
-        self.reserved: list[tuple[dt.datetime, int]] = [
-            (now, sum(job.reserved for card in cards for job in card.running))
-        ]
+        self.reserved: list[tuple[dt.datetime, int]] = [(now, sum(card.taken for card in cards))]
         self._jobs: dict[int, _Running] = {}
         self._ends: list[tuple[float, int, int]] = []  # when, job_id, version
+        self._opens: list[tuple[float, str, str]] = []  # when others may join it, node, host
         self._moment = 0.0
         for card in cards:
-            speed = self._speed(len(card.running))
-            for job in card.running:
+            self._take_over(card)
+        for job_id, job in self._jobs.items():
+            job.speed = self._speed(job_id)
+            if job.left is not None:
                 # its expected end was measured while others shared the card: its time alone follows from that
-                left = None if job.ends is None else max(0.0, (job.ends - now).total_seconds()) * speed
-                self._jobs[job.job_id] = _Running(node=card.node, left=left, since=0.0, speed=speed)
-                self._expect(job.job_id)
+                job.left *= job.speed
+            self._expect(job_id)
+
+    def _take_over(self, card: Card) -> None:
+        """The jobs that run on a card already."""
+        packed: dict[int, PackedJob] = {}
+        for base in card.hosts:
+            inside = card.inside(base)
+            if base.open and len(inside) == len(base.members):
+                packed |= {job.job_id: member for job, member in zip(inside, base.members, strict=True)}
+        for job in card.running:
+            nodes = self._jobs[job.job_id].nodes if job.job_id in self._jobs else ()
+            left = None if job.ends is None else max(0.0, (job.ends - self._began).total_seconds())
+            self._jobs[job.job_id] = _Running(
+                nodes=(*nodes, card.node), left=left, since=0.0, packed=packed.get(job.job_id)
+            )
 
     def at(self, moment: float) -> dt.datetime:
         return self._began + dt.timedelta(seconds=moment)
 
-    def next_end(self) -> float | None:
-        while self._ends:
-            when, job_id, version = self._ends[0]
-            if job_id in self._jobs and self._jobs[job_id].version == version:
-                return when
+    def next_change(self) -> float | None:
+        """When the next job ends, or the next host opens to others."""
+        while self._ends and not self._is_due(*self._ends[0]):
             heapq.heappop(self._ends)
-        return None
+        return min((first[0] for first in (*self._ends[:1], *self._opens[:1])), default=None)
+
+    def _is_due(self, _: float, job_id: int, version: int) -> bool:
+        return job_id in self._jobs and self._jobs[job_id].version == version
 
     def advance(self, moment: float) -> list[int]:
         """Let time pass; the jobs that have ended by then, in the order of their ends."""
-        self._moment = moment
         gone = []
-        while (when := self.next_end()) is not None and when <= moment:
-            _, job_id, _ = heapq.heappop(self._ends)
-            card = self.cards[self._jobs.pop(job_id).node]
-            if job_id in self.runs:
-                self.runs[job_id] = replace(self.runs[job_id], ended=self.at(when))
-            self._count(-next(job.reserved for job in card.running if job.job_id == job_id))
-            self._set(card, tuple(job for job in card.running if job.job_id != job_id))
-            self.cards[card.node] = _left(self.cards[card.node], job_id, self.at(when))
-            gone.append(job_id)
+        while (when := self.next_change()) is not None and when <= moment:
+            self._moment = when
+            if self._opens and self._opens[0][0] == when:
+                self._open(*heapq.heappop(self._opens)[1:])
+            else:
+                _, job_id, _ = heapq.heappop(self._ends)
+                self._end(job_id)
+                gone.append(job_id)
+        self._moment = moment
         self._drop_late_hosts()
         return gone
 
+    def seen(self) -> list[Card]:
+        """The cards as the rule sees them: with what is left to each member of a host that others may join."""
+        return [
+            replace(card, hosts=tuple(self._seen(card, base) for base in card.hosts)) if card.hosts else card
+            for card in self.cards.values()
+        ]
+
     def start(self, placed: Placement, asked: ReplayedJob) -> None:
-        job, now = placed.job, self.at(self._moment)
-        card = self.cards[placed.node]
-        seated = seat(card, _key(card, placed), placed.reserved)
-        warm = seated.host is not None
+        job, now, card = placed.job, self.at(self._moment), self.cards[placed.node]
+        seated = _seated(card, placed)
         self.runs[job.job_id] = ReplayedRun(
-            node=card.node, method=placed.method, reserved=placed.reserved, started=now, ended=None, warm=warm
-        )
-        left = _work(asked, warm)
-        self._jobs[job.job_id] = _Running(node=card.node, left=left, since=self._moment)
-        occupant = Occupant(
-            job_id=job.job_id,
-            user=job.user,
+            node=card.node,
+            method=placed.method,
             reserved=placed.reserved,
-            used=0 if seated.host is None else seated.host.bytes,
-            ends=None if left is None else now + dt.timedelta(seconds=left),
+            started=now,
+            ended=None,
+            warm=seated.host is not None,
+            joined=placed.join is not None,
         )
+        start_s = _start_s(asked, seated)
+        left = None if asked.seconds is None else start_s + asked.seconds
+        packed = asked.packed if placed.join is None else placed.join.packed
+        nodes = tuple(share.node for share in placed.shares)
+        self._jobs[job.job_id] = _Running(nodes=nodes, left=left, since=self._moment, packed=packed)
         self._expect(job.job_id)
-        self._count(placed.reserved)
-        card = self.cards[card.node] = replace(card, hosts=_hosts(card, seated, placed, asked.base, now))
-        self._set(card, (*card.running, occupant))
+        card = _with_host(card, seated, placed, asked.base, now)
+        ends = None if left is None else now + dt.timedelta(seconds=left)
+        host = next((base.host for base in card.hosts if base.job_id == job.job_id), None)
+        if placed.join is not None:
+            host = placed.join.base.host
+        elif host is not None and packed is not None:
+            heapq.heappush(self._opens, (self._moment + start_s, card.node, host))
+        occupant = Occupant(job_id=job.job_id, user=job.user, reserved=placed.reserved, ends=ends, host=host)
+        self.cards[card.node] = card
+        for share in placed.shares:
+            there = self.cards[share.node]
+            self._put(replace(there, running=(*there.running, replace(occupant, reserved=share.bytes))))
+
+    def _open(self, node: str, host: str) -> None:
+        """Let other jobs join a host whose own job has begun to train."""
+        card = self.cards[node]
+        hosts = [replace(base, open=True) if base.host == host and card.is_busy(base) else base for base in card.hosts]
+        self._put(replace(card, hosts=tuple(hosts)))
+
+    def _end(self, job_id: int) -> None:
+        now, nodes = self.at(self._moment), self._jobs.pop(job_id).nodes
+        if job_id in self.runs:
+            self.runs[job_id] = replace(self.runs[job_id], ended=now)
+        for node in nodes:
+            self._put(_left(self.cards[node], job_id, now))
 
     def _drop_late_hosts(self) -> None:
         """Let the bases go that have waited for a job for as long as they may."""
         oldest = self.at(self._moment - self._keep_warm_s)
         for card in self.cards.values():
-            late = [base for base in card.hosts if base.job_id is None and (base.leaving or base.since <= oldest)]
+            idle = [base for base in card.hosts if not card.is_busy(base)]
+            late = {base.host for base in idle if base.leaving or base.since <= oldest}
             if late:
-                self.cards[card.node] = replace(card, hosts=tuple(base for base in card.hosts if base not in late))
+                hosts = tuple(base for base in card.hosts if base.host not in late)
+                self.cards[card.node] = replace(card, hosts=hosts)
 
-    def _set(self, card: Card, running: tuple[Occupant, ...]) -> None:
-        """Change what runs on the card, and with it the speed of all jobs there."""
-        speed = self._speed(len(running))
-        paced = []
-        for occupant in running:
-            job = self._jobs[occupant.job_id]
-            if job.speed != speed:
-                if job.left is not None:
-                    job.left = max(0.0, job.left - (self._moment - job.since) * job.speed)
-                job.since, job.speed, job.version = self._moment, speed, job.version + 1
-                self._expect(occupant.job_id)
-                occupant = replace(occupant, ends=None if job.end is None else self.at(job.end))
-            paced.append(occupant)
-        self.cards[card.node] = replace(card, running=tuple(paced))
+    def _put(self, card: Card) -> None:
+        """Change a card, and with it the speed of all jobs there."""
+        self._count(card.taken - self.cards[card.node].taken)
+        self.cards[card.node] = card
+        for occupant in card.running:
+            if (speed := self._speed(occupant.job_id)) != self._jobs[occupant.job_id].speed:
+                self._pace(occupant.job_id, speed)
 
-    def _speed(self, jobs: int) -> float:
-        return 1.0 / (1.0 + self._contention * max(0, jobs - 1))
+    def _pace(self, job_id: int, speed: float) -> None:
+        job = self._jobs[job_id]
+        if job.promised is None and speed < job.speed:
+            job.promised = job.end
+        if job.left is not None:
+            job.left = max(0.0, job.left - (self._moment - job.since) * job.speed)
+        job.since, job.speed, job.version = self._moment, speed, job.version + 1
+        self._expect(job_id)
+        ends = None if job.end is None else self.at(job.end)
+        for node in job.nodes:
+            card = self.cards[node]
+            running = tuple(replace(one, ends=ends) if one.job_id == job_id else one for one in card.running)
+            self.cards[node] = replace(card, running=running)
+
+    def _speed(self, job_id: int) -> float:
+        """How fast a job gets on beside the others on its cards: 1 with cards of its own."""
+        cards = [self.cards[node] for node in self._jobs[job_id].nodes]
+        return min(self._share(card, job) for card in cards for job in card.running if job.job_id == job_id)
+
+    def _share(self, card: Card, job: Occupant) -> float:
+        alone = 1.0 / (1.0 + self._contention * max(0, card.trainers - 1))
+        base = card.base_of(job)
+        if base is None or not base.open:
+            return alone
+        members = {other.job_id: self._jobs[other.job_id].packed for other in card.inside(base)}
+        tokens = [packed.tokens for packed in members.values() if packed is not None]
+        own = members[job.job_id]
+        if own is None or len(tokens) < len(members):
+            return alone  # a pack whose members are not known keeps its pace
+        law = base.law or PassLaw.start(quantised=base.method is Method.QLORA)
+        return alone * law.seconds(own.tokens, 1) / law.seconds(sum(tokens), len(tokens))
+
+    def _seen(self, card: Card, base: WarmBase) -> WarmBase:
+        if not base.open:
+            return base
+        members = [self._member(self._jobs[job.job_id]) for job in card.inside(base)]
+        return replace(base, members=tuple(member for member in members if member is not None))
+
+    def _member(self, job: _Running) -> PackedJob | None:
+        if job.packed is None or job.end is None:
+            return job.packed
+        promised = job.end if job.promised is None else job.promised
+        left, promised_s = job.end - self._moment, promised - self._moment
+        return replace(job.packed, left_seconds=left, promised_seconds=promised_s)
 
     def _expect(self, job_id: int) -> None:
         job = self._jobs[job_id]
@@ -172,47 +259,74 @@ class Clock:
         self.reserved.append((now, total))
 
 
-def _work(job: ReplayedJob, warm: bool) -> float | None:
-    """Seconds from the job's start to its end, with a card of its own."""
-    if job.seconds is None or job.base is None:
-        return job.seconds
-    return job.seconds + (job.base.warm_s if warm else job.base.cold_s)
+def newcomers_of(jobs: Iterable[ReplayedJob]) -> Newcomers:
+    """What the rule asks of waiting jobs, out of those that are replayed."""
+    packed = {job.waiting.job_id: job.packed for job in jobs}
+
+    def newcomer(waiting: Waiting) -> Newcomer | None:
+        member = packed.get(waiting.job_id)
+        keys = {method: key_of(waiting.base_model, method) for method in waiting.methods}
+        return None if member is None else Newcomer(keys=keys, packed=member)
+
+    return newcomer
 
 
-def _key(card: Card, placed: Placement) -> str | None:
-    """The key of the job's base, as far as the rule sees it: that of a host which has it, or one made of its name."""
+def key_of(base_model: str, method: Method) -> str:
+    """The key of a base in a replay, which has no job files; see hosts.base_key."""
+    return f"{base_model} {method.value}"
+
+
+def _seated(card: Card, placed: Placement) -> Seat:
+    if placed.join is not None:
+        return joined(card, placed.join.base, placed.reserved)
     name, method = placed.job.base_model, placed.method
     same = [base for base in card.waiting_bases if (base.base_model, base.method) == (name, method)]
-    if not name:
-        return None
-    return max(same, key=lambda base: base.since).key if same else f"{name} {method.value}"
+    # as far as the rule sees it, these have the job's base, whatever their keys
+    key = max(same, key=lambda base: base.since).key if same else key_of(name, method)
+    shares_base = name and not placed.beside
+    return seat(card, key if shares_base else None, placed.reserved)
 
 
-def _hosts(
-    card: Card, seated: Seat, placed: Placement, base: ReplayedBase | None, now: dt.datetime
-) -> tuple[WarmBase, ...]:
-    """The card's hosts once the job has its seat, its own trainer among them where that may stay."""
-    job = placed.job
-    staying = [host for host in card.hosts if host not in seated.leaving and host != seated.host]
+def _start_s(job: ReplayedJob, seated: Seat) -> float:
+    """Seconds from the job's start to its first step."""
+    if job.base is None:
+        return 0.0
+    return job.base.cold_s if seated.host is None else job.base.warm_s
+
+
+def _with_host(card: Card, seated: Seat, placed: Placement, base: ReplayedBase | None, now: dt.datetime) -> Card:
+    """The card with the hosts that stay, and the job's own trainer where that may become one."""
+    job, going = placed.job, {other.host for other in seated.leaving}
+    staying = [host for host in card.hosts if host.host not in going]
+    if placed.join is not None:
+        return replace(card, hosts=tuple(staying))
     if seated.host is not None:
-        return (*staying, replace(seated.host, job_id=job.job_id, since=now))
-    if base is None or not (key := _key(card, placed)):
-        return tuple(staying)
-    own = WarmBase(
-        host=f"trainer {job.job_id}",
-        key=key,
-        base_model=job.base_model,
-        method=placed.method,
-        bytes=base.bytes,
-        since=now,
-        job_id=job.job_id,
-    )
-    return (*staying, own)
+        taken = replace(seated.host, job_id=job.job_id, since=now)
+        return replace(card, hosts=tuple(taken if host.host == taken.host else host for host in staying))
+    if base is not None and job.base_model and not placed.beside:
+        own = WarmBase(
+            host=f"trainer {job.job_id}",
+            key=key_of(job.base_model, placed.method),
+            base_model=job.base_model,
+            method=placed.method,
+            bytes=base.bytes,
+            since=now,
+            job_id=job.job_id,
+            law=base.law,
+        )
+        staying.append(own)
+    return replace(card, hosts=tuple(staying))
 
 
 def _left(card: Card, job_id: int, now: dt.datetime) -> Card:
-    """The card when its job has left the trainer, which stays where its base has room."""
-    others = tuple(base for base in card.hosts if base.job_id != job_id)
-    own = tuple(replace(base, job_id=None, since=now) for base in card.hosts if base.job_id == job_id)
-    waiting = replace(card, hosts=(*others, *own))
-    return waiting if may_wait(waiting) else replace(card, hosts=others)
+    """The card when a job has left its trainer. The last one's trainer stays where its base has room."""
+    base = next((card.base_of(job) for job in card.running if job.job_id == job_id), None)
+    then = card.without([job_id])
+    if base is None:
+        return then
+    others = tuple(other for other in card.hosts if other.host != base.host)
+    own = replace(base, job_id=None) if base.job_id == job_id else base
+    if then.is_busy(own):
+        return replace(then, hosts=(*others, own))
+    waiting = replace(then, hosts=(*others, replace(own, open=False, members=(), since=now)))
+    return waiting if may_wait(waiting) else replace(then, hosts=others)

@@ -220,6 +220,7 @@ class KeptLine:
         self._order: list[Order] = []
         self._shelves: dict[_Shelf, list[tuple[Order, Waiting]]] = {}
         self._jobs: dict[Order, Waiting] = {}
+        self._bases: dict[str, list[Order]] = {}
 
     def __len__(self) -> int:
         return len(self._order)
@@ -233,16 +234,25 @@ class KeptLine:
         bisect.insort(self._order, order)
         bisect.insort(self._shelves.setdefault(_shelf(job), []), (order, job), key=lambda entry: entry[0])
         self._jobs[order] = job
+        if job.base_model:
+            bisect.insort(self._bases.setdefault(job.base_model, []), order)
 
     def remove(self, job: Waiting, rank: float = 0.0) -> None:
         """Take the job out; it must be there, with that rank."""
         order = (rank, job.job_id)
         del self._order[bisect.bisect_left(self._order, order)]
         del self._jobs[order]
+        if job.base_model:
+            orders = self._bases[job.base_model]
+            del orders[bisect.bisect_left(orders, order)]
         entries = self._shelves[_shelf(job)]
         del entries[bisect.bisect_left(entries, order, key=lambda entry: entry[0])]
         if not entries:
             del self._shelves[_shelf(job)]
+
+    def on_bases(self, bases: Iterable[str], most: int) -> list[Waiting]:
+        """The first jobs on each of these base models, so many of them."""
+        return [self._jobs[order] for base in bases for order in self._bases.get(base, [])[:most]]
 
     def reader(self) -> LineReader:
         """A line over what waits now. Once the line has changed, it must not be read any more."""

@@ -7,7 +7,7 @@ database.
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -15,9 +15,13 @@ from loractl.common.units import GIB
 
 from .cards import Card, Occupant
 from .clock import Clock, ReplayedJob, ReplayedRun
-from .lines import KeptLine, Line, Waiting
+from .joins import Newcomers, open_bases
+from .lines import JoinedLine, KeptLine, Line, Waiting
 from .rule import Placement, place
 from .shares import charge, decayed
+
+MOST_JOINERS = 32
+"""Jobs of a line that are asked at a time whether they join a host on their base."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +71,7 @@ def replay(
     arrivals = [max(0.0, (job.waiting.since - now).total_seconds()) for job in coming]
     arrived = 0
     while True:
-        moment = clock.next_end()
+        moment = clock.next_change()
         if arrived < len(coming) and (moment is None or arrivals[arrived] <= moment):
             moment = arrivals[arrived]
         if moment is None:
@@ -77,7 +81,7 @@ def replay(
         while arrived < len(coming) and arrivals[arrived] <= moment:
             rule.arrived(coming[arrived])
             arrived += 1
-        for placed in rule.starts(list(clock.cards.values()), clock.at(moment)):
+        for placed in rule.starts(clock.seen(), clock.at(moment)):
             clock.start(placed, known[placed.job.job_id])
         if until in clock.runs:
             break
@@ -88,6 +92,7 @@ class PlacementRule:
     """The rule of `place`, with each user's charge as the database would keep it.
 
     `charges`: GiB hours by user at `since`, what runs there included; without them no user has used anything yet.
+    `newcomers`: what a join asks of a waiting job; without it none joins a host.
     """
 
     def __init__(
@@ -95,7 +100,9 @@ class PlacementRule:
         charges: Mapping[str, float] | None = None,
         since: dt.datetime | None = None,
         running: Iterable[Occupant] = (),
+        newcomers: Newcomers | None = None,
     ) -> None:
+        self._newcomers = newcomers
         self._levels: dict[int, dict[str, KeptLine]] = {}
         self._all = KeptLine()
         self._past: dict[str, tuple[float, dt.datetime]] = {}
@@ -110,9 +117,11 @@ class PlacementRule:
         self._all.add(waiting)
 
     def starts(self, cards: Sequence[Card], now: dt.datetime) -> list[Placement]:
-        if not len(self._all) or not any(card.open and card.slots and card.free for card in cards):
+        bases = {base.base_model for card in cards for base in open_bases(card)} if self._newcomers else set[str]()
+        if not len(self._all) or not (bases or any(card.open and card.slots and card.free for card in cards)):
             return []
-        decisions = place(self._read_levels(), cards, self.charges(now), now, self._all.reader())
+        levels, oldest = self._read_levels(bases), _read(self._all, bases)
+        decisions = place(levels, cards, self.charges(now), now, oldest, self._newcomers)
         placed = [decision.placed for decision in decisions if decision.placed is not None]
         for placement in placed:
             job = placement.job
@@ -140,9 +149,9 @@ class PlacementRule:
         users = self._past.keys() | running.keys() | known.keys()
         return {u: charge(self._decayed(u, now) + known.get(u, 0.0), running.get(u, ())) for u in users}
 
-    def _read_levels(self) -> Iterator[dict[str, Line]]:
+    def _read_levels(self, bases: Collection[str]) -> Iterator[dict[str, Line]]:
         for priority in sorted(self._levels, reverse=True):
-            yield {user: line.reader() for user, line in self._levels[priority].items()}
+            yield {user: _read(line, bases) for user, line in self._levels[priority].items()}
 
     def _decayed(self, user: str, now: dt.datetime) -> float:
         amount, at = self._past.get(user, (0.0, now))
@@ -156,3 +165,8 @@ class PlacementRule:
             del lines[job.user]
         if not lines:
             del self._levels[job.priority]
+
+
+def _read(line: KeptLine, bases: Collection[str]) -> Line:
+    """The line, with those beside it that may join a host on one of these base models."""
+    return JoinedLine(line.reader(), line.on_bases(bases, MOST_JOINERS)) if bases else line.reader()

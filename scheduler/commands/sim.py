@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from loractl.common.errors import UsageError
+from loractl.common.placement.pack_rule import START, PassLaw
 
 from .output import show
 
@@ -40,6 +41,17 @@ that take turns (1). Small fine-tunes leave a large card idle between kernels, l
 @click.option("--base-size", metavar="SIZE", help="What such a base takes of a card once loaded.  [default: 5GiB]")
 @click.option("--keep-warm", metavar="TIME", default="10min", show_default=True, help="As of a worker; 0: no hosts.")
 @click.option("--spare/--no-spare", default=True, show_default=True, help="As of a worker.")
+@click.option(
+    "--micro-batch", type=click.IntRange(1), metavar="TOKENS", help="Let jobs of so many tokens a pass join hosts."
+)
+@click.option(
+    "--pass-cost",
+    type=click.FloatRange(0.0),
+    metavar="TOKENS",
+    default=START[True][0],
+    show_default=True,
+    help="What a pass costs beside its tokens, whoever shares it.",
+)
 @click.option("--longest", metavar="DURATION", help="Leave out jobs that take longer, like 1d.")
 @click.option("--limit", type=click.IntRange(1), help="Only so many jobs, the first to arrive.")
 @click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="Draw waits and memory use into a PNG.")
@@ -54,6 +66,8 @@ def sim(
     base_size: str | None,
     keep_warm: str,
     spare: bool,
+    micro_batch: int | None,
+    pass_cost: float,
     longest: str | None,
     limit: int | None,
     plot: Path | None,
@@ -67,20 +81,24 @@ def sim(
     """
     from loractl.scheduler.figure import require_matplotlib
     from loractl.scheduler.simulation.outcome import Nodes, policies_for, simulate
-    from loractl.scheduler.simulation.workload import choose, parse_fleet, read_trace
+    from loractl.scheduler.simulation.workload import Passes, choose, parse_fleet, read_trace
     from loractl.scheduler.text.screen import detect_screen
     from loractl.scheduler.text.simulation import text
 
     bound = math.inf if longest is None else _seconds("--longest", longest)
     _check(compress, contention)
-    nodes = Nodes(keep_warm_s=_seconds("--keep-warm", keep_warm), spare=spare)
+    law = _law(pass_cost)
+    passes = None if micro_batch is None else Passes(tokens=micro_batch, law=law)
+    nodes = Nodes(keep_warm_s=_seconds("--keep-warm", keep_warm), spare=spare, passes=passes)
     if plot is not None:
         require_matplotlib("sim")
     cards = parse_fleet(fleet, max_jobs_per_gpu)
     chosen = _on_bases(choose(read_trace(trace), cards, bound, limit), base_models, base_size)
     if not chosen.jobs:
         raise UsageError(f"{trace} has no job that this fleet and these options leave", "larger cards: --fleet 80GiB")
-    names = policies_for(chosen)
+    if passes is not None and not chosen.base_models:
+        raise UsageError("--micro-batch says nothing of jobs without a base model", "one for all: --base-models 1")
+    names = policies_for(chosen, nodes)
     with click.progressbar(names, label="Replaying", file=sys.stderr, hidden=not sys.stderr.isatty()) as policies:
         done = simulate(chosen, cards, compress, contention, nodes, policies)
     if plot is not None:
@@ -97,6 +115,13 @@ def _check(compress: float, contention: float) -> None:
         raise UsageError(f"--compress {compress:g} is not above 0", "2 lets the jobs arrive twice as fast")
     if not math.isfinite(contention):
         raise UsageError(f"--contention {contention:g} is not a number", "0: sharing is free; 1: jobs take turns")
+
+
+def _law(pass_cost: float) -> PassLaw:
+    """A pass in tokens: what it costs, each of its tokens, and what each member costs."""
+    if not math.isfinite(pass_cost):
+        raise UsageError(f"--pass-cost {pass_cost:g} is not a number", "like --pass-cost 300")
+    return PassLaw(fixed=pass_cost, token=1.0, member=START[True][1])
 
 
 def _on_bases(chosen: Chosen, base_models: str | None, base_size: str | None) -> Chosen:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from loractl.common.placement.clock import ReplayedBase
+from loractl.common.placement.pack_rule import PassLaw
 from loractl.common.units import GIB
 
 IMPORT_S = 7.4
@@ -17,7 +18,10 @@ LOAD_BYTES_S = 0.28 * GIB
 parameters in 16 bit takes a minute, and SmolLM2-135M 9.2 s with its imports, as was measured there."""
 
 
-def start_of(size: int, *, spare: bool) -> ReplayedBase:
-    """The start of a job whose loaded base has `size` bytes. `spare`: a spare trainer is ready each time."""
+def start_of(size: int, *, spare: bool, law: PassLaw | None = None) -> ReplayedBase:
+    """The start of a job whose loaded base has `size` bytes. `spare`: a spare trainer is ready each time.
+
+    `law`: of passes over the base, where jobs may share a trainer.
+    """
     cold_s = WARM_S + size / LOAD_BYTES_S + (0.0 if spare else IMPORT_S)
-    return ReplayedBase(bytes=size, cold_s=cold_s, warm_s=WARM_S)
+    return ReplayedBase(bytes=size, cold_s=cold_s, warm_s=WARM_S, law=law)

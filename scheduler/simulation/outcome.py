@@ -9,13 +9,14 @@ from itertools import pairwise
 from typing import Any
 
 from loractl.common.placement.cards import Card
-from loractl.common.placement.clock import ReplayedJob
+from loractl.common.placement.clock import ReplayedJob, newcomers_of
 from loractl.common.placement.hosts import KEEP_WARM_S
+from loractl.common.placement.joins import Newcomers
 from loractl.common.placement.replay import PlacementRule, Replay, Rule, replay
 from loractl.common.placement.sizes import vram_class
 
 from .baselines import best_fit, fifo, shortest_first
-from .workload import BEGIN, Chosen, to_replay
+from .workload import BEGIN, Chosen, Passes, to_replay
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,17 +24,23 @@ class Contender:
     """A rule, and what the nodes do under it."""
 
     title: str  # for people; a star marks a rule that knows what no real scheduler knows
-    make: Callable[[], Rule]
+    make: Callable[[Newcomers | None], Rule]
     hosts: bool = False  # trainers stay with their bases
+    packs: bool = False  # jobs join others in them
     spares: bool = False  # spare trainers wait for jobs
 
 
+def _ours(newcomers: Newcomers | None) -> Rule:
+    return PlacementRule(newcomers=newcomers)
+
+
 POLICIES: dict[str, Contender] = {
-    "loractl": Contender(title="loractl", make=PlacementRule, hosts=True, spares=True),
-    "without_hosts": Contender(title="without hosts", make=PlacementRule, spares=True),
-    "fifo": Contender(title="fifo", make=fifo),
-    "shortest_first": Contender(title="shortest first*", make=shortest_first),
-    "best_fit": Contender(title="best fit", make=best_fit),
+    "loractl": Contender(title="loractl", make=_ours, hosts=True, packs=True, spares=True),
+    "without_packs": Contender(title="without packs", make=_ours, hosts=True, spares=True),
+    "without_hosts": Contender(title="without hosts", make=_ours, spares=True),
+    "fifo": Contender(title="fifo", make=lambda _: fifo()),
+    "shortest_first": Contender(title="shortest first*", make=lambda _: shortest_first()),
+    "best_fit": Contender(title="best fit", make=lambda _: best_fit()),
 }
 """What is compared, ours first."""
 
@@ -47,6 +54,7 @@ class Nodes:
 
     keep_warm_s: float = KEEP_WARM_S
     spare: bool = True
+    passes: Passes | None = None  # None: no job joins others in a host
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +65,7 @@ class Course:
     wait: float
     took: float  # from its arrival to its end
     warm: bool = False  # it started in a host that had its base
+    joined: bool = False  # others trained there
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +95,11 @@ class RuleOutcome:
         """The part of all jobs that started in a host which had their base."""
         return sum(course.warm for course in self.courses) / len(self.courses) if self.courses else 0.0
 
+    @property
+    def joined(self) -> float:
+        """The part of all jobs that joined others in a host."""
+        return sum(course.joined for course in self.courses) / len(self.courses) if self.courses else 0.0
+
     def by_class(self) -> dict[int, list[Course]]:
         """The courses by VRAM class, in GiB."""
         classes: dict[int, list[Course]] = {}
@@ -104,6 +118,7 @@ class RuleOutcome:
             "makespan_s": self.makespan,
             "vram_utilisation": self.utilisation,
             "warm_starts": self.warm,
+            "joins": self.joined,
             "waits_by_class": {
                 str(size): {
                     "jobs": len(courses),
@@ -141,15 +156,18 @@ class Simulation:
             "contention": self.contention,
             "keep_warm_s": self.nodes.keep_warm_s,
             "spare": self.nodes.spare,
+            "micro_batch": None if self.nodes.passes is None else self.nodes.passes.tokens,
             "base_models": len(self.chosen.base_models),
             "load": self.load if math.isfinite(self.load) else None,
             "policies": {name: outcome.as_json() for name, outcome in self.outcomes.items()},
         }
 
 
-def policies_for(chosen: Chosen) -> tuple[str, ...]:
+def policies_for(chosen: Chosen, nodes: Nodes) -> tuple[str, ...]:
     """The policies that may differ on these jobs: without base models hosts change nothing."""
-    return tuple(POLICIES) if chosen.base_models else RULES
+    if not chosen.base_models:
+        return RULES
+    return tuple(name for name in POLICIES if nodes.passes is not None or name != "without_packs")
 
 
 def simulate(
@@ -162,11 +180,13 @@ def simulate(
 ) -> Simulation:
     """Replay the chosen jobs under each policy; `nodes`: as the defaults of `loractl worker`."""
     nodes, outcomes = nodes or Nodes(), {}
-    for name in policies_for(chosen) if policies is None else policies:
+    for name in policies_for(chosen, nodes) if policies is None else policies:
         policy = POLICIES[name]
-        jobs = to_replay(chosen.jobs, compress, spare=policy.spares and nodes.spare)
+        passes = nodes.passes if policy.packs else None
+        jobs = to_replay(chosen.jobs, compress, spare=policy.spares and nodes.spare, passes=passes)
         keep_warm_s = nodes.keep_warm_s if policy.hosts else 0.0
-        replayed = replay(jobs, cards, BEGIN, policy.make(), contention=contention, keep_warm_s=keep_warm_s)
+        rule = policy.make(None if passes is None else newcomers_of(jobs))
+        replayed = replay(jobs, cards, BEGIN, rule, contention=contention, keep_warm_s=keep_warm_s)
         outcomes[name] = outcome_of(jobs, cards, replayed)
     return Simulation(
         chosen=chosen,
@@ -192,6 +212,7 @@ def outcome_of(jobs: Sequence[ReplayedJob], cards: Sequence[Card], replayed: Rep
                 wait=(run.started - since).total_seconds(),
                 took=(run.ended - since).total_seconds(),
                 warm=run.warm,
+                joined=run.joined,
             )
         )
     return RuleOutcome(

@@ -16,6 +16,7 @@ from loractl.common.job.need import Need
 from loractl.common.placement.cards import Card, default_max_jobs, largest_gpu
 from loractl.common.placement.clock import ReplayedJob
 from loractl.common.placement.lines import Waiting
+from loractl.common.placement.pack_rule import PackedJob, PassLaw
 from loractl.common.units import GIB, parse_duration, parse_size
 
 from .cold_start import start_of
@@ -105,11 +106,22 @@ def choose(workload: Workload, cards: Sequence[Card], longest: float, limit: int
     return Chosen(workload=workload, jobs=tuple(jobs[:limit]), never=never, longer=longer)
 
 
-def to_replay(jobs: Sequence[TraceJob], compress: float, *, spare: bool = False) -> list[ReplayedJob]:
+@dataclass(frozen=True, kw_only=True)
+class Passes:
+    """The passes of jobs that may train beside others on their base."""
+
+    tokens: int  # of each job's micro-batch
+    law: PassLaw
+
+
+def to_replay(
+    jobs: Sequence[TraceJob], compress: float, *, spare: bool = False, passes: Passes | None = None
+) -> list[ReplayedJob]:
     """The jobs for a replay from BEGIN on, their arrivals `compress` times as close, numbered by arrival.
 
-    `spare`: a job that loads its base does so in a spare trainer.
+    `spare`: a job that loads its base does so in a spare trainer. `passes`: where jobs may share a trainer.
     """
+    law = None if passes is None else passes.law
     first = min((job.arrival for job in jobs), default=0.0)
     return [
         ReplayedJob(
@@ -123,7 +135,8 @@ def to_replay(jobs: Sequence[TraceJob], compress: float, *, spare: bool = False)
                 base_model=job.base_model,
             ),
             seconds=job.seconds,
-            base=start_of(job.base_size, spare=spare) if job.base_size else None,
+            base=start_of(job.base_size, spare=spare, law=law) if job.base_size else None,
+            packed=PackedJob(tokens=passes.tokens) if passes is not None and job.base_model else None,
         )
         for number, job in enumerate(jobs, start=1)
     ]

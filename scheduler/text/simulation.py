@@ -30,6 +30,8 @@ def text(done: Simulation, screen: Screen) -> str:
         "shortest first*: whole cards; it knows how long each job will take.",
     ]
     if done.chosen.base_models:
+        if done.nodes.passes is not None:
+            notes.append("without packs: loractl's rule, with one job at a time in a host.")
         notes.append("without hosts: loractl's rule, but each job loads its base anew.")
     return "\n".join([*lines, *(screen.dim(note) for note in notes)])
 
@@ -69,6 +71,11 @@ def _bases(done: Simulation) -> list[str]:
     jobs, count = done.chosen.jobs, len(done.chosen.base_models)
     found = f"{done.outcomes['loractl'].warm:.0%} of the jobs found theirs loaded"
     lines = [f"{thousands(count)} base model{'' if count == 1 else 's'}, kept {span(done.nodes.keep_warm_s)}: {found}."]
+    if done.nodes.passes is not None:
+        lines.append(
+            f"Micro-batches of {thousands(done.nodes.passes.tokens)} tokens: "
+            f"{done.outcomes['loractl'].joined:.0%} of the jobs joined others in a host."
+        )
     if alone := sum(not job.base_model for job in jobs):
         lines.append(f"With a base model that no other job has: {thousands(alone)}.")
     return lines

@@ -427,6 +427,14 @@ def test_a_late_end_may_change_the_card_and_the_spread_covers_it() -> None:
     assert expected_starts(view, ready(waiting)) == {7: ExpectedStart(at=in_seconds(600), spread_s=110.0, node="a:0")}
 
 
+def test_the_base_of_a_job_that_ends_draws_the_next_one_to_its_card() -> None:
+    nodes, waiting = [card("a:0"), card("b:0", 48)], [waits(7, lora=24, qlora=24)]
+    ran = [running(1, "a:0", 20, 600), running(2, "b:0", 40, 600, attempt=1)]
+    alone, beside = fleet(nodes, ran, waiting), fleet(nodes, ran, waiting, hosts=[host(on="b:0", job_id=2)])
+    assert expected_starts(alone, ready(waiting))[7].node == "a:0", "the smaller card"
+    assert expected_starts(beside, ready(waiting))[7].node == "b:0"
+
+
 def test_a_job_that_starts_now_starts_now() -> None:
     waiting = [waits(7)]
     assert expected_starts(fleet([card()], (), waiting), ready(waiting))[7] == ExpectedStart(

@@ -310,6 +310,23 @@ def test_the_command_tells_what_hosts_save(cli: Cli, own: Path) -> None:
     assert ours == without
 
 
+def test_the_command_tells_what_packs_save(cli: Cli, tmp_path: Path) -> None:
+    path = tmp_path / "busy.csv"
+    jobs = [f"{n * 60},10GiB,1000s,ada,m,5GiB" for n in range(12)]
+    path.write_text("\n".join(["arrival,vram,duration,user,base_model,base_size", *jobs]))
+    args = ("sim", path, "--fleet", "24GiB", "--micro-batch", 10, "--pass-cost", 100)
+    lines = cli(*args).stdout.splitlines()
+    assert any(line.startswith("Micro-batches of 10 tokens: ") for line in lines)
+    rows = [line.split("  ")[0] for line in lines if line.startswith("without ")]
+    assert rows[:2] == ["without packs", "without hosts"]
+    assert max(map(len, lines)) <= 80
+    value = json.loads(cli(*args, "--json").stdout)
+    ours, one_by_one = (value["policies"][name] for name in ("loractl", "without_packs"))
+    assert (value["micro_batch"], one_by_one["joins"]) == (10, 0)
+    assert ours["joins"] > 0.5
+    assert ours["mean_jct_s"] < 0.7 * one_by_one["mean_jct_s"]
+
+
 def test_the_command_prints_text_or_json_and_draws(cli: Cli, own: Path, tmp_path: Path) -> None:
     done = cli("sim", own, "--fleet", "2x12GiB,24GiB,80GiB", "--plot", tmp_path / "a.png")
     assert done.stdout.startswith("With loractl a job ends ")
@@ -331,6 +348,8 @@ def test_the_command_prints_text_or_json_and_draws(cli: Cli, own: Path, tmp_path
         (["--fleet", "80GiB", "--base-models", "0"], "--base-models 0 is no number of base models"),
         (["--fleet", "80GiB", "--base-size", "2GiB"], "--base-size says nothing without --base-models"),
         (["--fleet", "80GiB", "--base-models", "1", "--base-size", "2"], "--base-size 2 is not a size"),
+        (["--fleet", "80GiB", "--micro-batch", "64"], "--micro-batch says nothing of jobs without a base model"),
+        (["--fleet", "80GiB", "--pass-cost", "nan"], "--pass-cost nan is not a number"),
         (["--fleet", "80GiB", "--keep-warm", "soon"], "--keep-warm soon is not a duration"),
     ],
 )
