@@ -32,8 +32,8 @@ from loractl.common.store.database import make_engine
 from loractl.common.store.records import Claim, NodeState, Submission
 from loractl.common.store.schema import upgrade
 from loractl.common.store.store import Store
-from loractl.worker.attempt import process
 from loractl.worker.attempt.drain import Drain
+from loractl.worker.attempt.link.trainer import TrainerLink
 from loractl.worker.attempt.state import begin
 from loractl.worker.attempt.supervisor import supervise
 from loractl.worker.attempt.workplace import Workplace
@@ -66,17 +66,12 @@ class Kill:
     delay: float
     done: threading.Event = field(default_factory=threading.Event)
 
-    def watch(self, pipe: Any, told: Any, job_id: int, until: str = "") -> bool:
-        """In place of worker.attempt.process.read_messages: passes everything on, and strikes."""
-
-        class Struck:
-            def put(_, message: Told) -> None:
-                told.put(message)
-                if isinstance(message, Stepped) and message.step >= self.step and not self.done.is_set():
-                    time.sleep(self.delay)
-                    self.strike()
-
-        return READ_MESSAGES(pipe, Struck(), job_id, until)  # type: ignore[arg-type]
+    def hear(self, link: TrainerLink, message: Told) -> None:
+        """In place of TrainerLink.hear: passes everything on, and strikes."""
+        HEAR(link, message)
+        if isinstance(message, Stepped) and message.step >= self.step and not self.done.is_set():
+            time.sleep(self.delay)
+            self.strike()
 
     def strike(self) -> None:
         for child in psutil.Process().children():
@@ -86,7 +81,7 @@ class Kill:
                     self.done.set()
 
 
-READ_MESSAGES = process.read_messages
+HEAR = TrainerLink.hear
 WARM = {"LORACTL_TRAINER": warm.__name__}
 
 
@@ -175,10 +170,10 @@ def test_three_kills_in_one_run_change_no_bit_of_it(
     assert lab.attempt("heron") is Status.SUCCEEDED
 
     for kill, box in zip(kills, ("heron", "heron", "owl"), strict=True):
-        monkeypatch.setattr(process, "read_messages", kill.watch)
+        monkeypatch.setattr(TrainerLink, "hear", lambda link, message, kill=kill: kill.hear(link, message))
         assert lab.attempt(box) is Status.QUEUED
         assert kill.done.is_set()
-    monkeypatch.setattr(process, "read_messages", READ_MESSAGES)
+    monkeypatch.setattr(TrainerLink, "hear", HEAR)
     monkeypatch.delenv(warm.SOCKET)
     assert lab.attempt("owl") is Status.SUCCEEDED
 
