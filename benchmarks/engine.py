@@ -2,7 +2,8 @@
 
 BASE is bf16 or nf4, BATCH the rows of a step. The sides are `loractl` and `tutorial` (transformers' Trainer on peft's
 model), and those that are named with the Python of an environment of their own: `trl_sft=/tmp/trl/bin/python`,
-`llamafactory_sft=/tmp/llamafactory/bin/python`. Each is a process on one thread; all learn the same rows in the same order and take their steps in turn. Told are real tokens a
+`llamafactory_sft=/tmp/llamafactory/bin/python`. Each is a process on one thread; all learn the same rows in the same
+order and take their steps in turn. Told are real tokens a
 CPU second (the median step; the first one is left out, since it compiles kernels), the loss on held-out rows after the
 last step, and the largest resident set. `limit` is what the base's matrix products alone take: forward, and the
 gradients of their inputs. A table takes two to four minutes of CPU.

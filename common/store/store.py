@@ -17,6 +17,7 @@ from loractl.common.job.reference import Reference
 from loractl.common.job.status import Reason, Status
 from loractl.common.job.sweep import NewSweep, SweepView
 from loractl.common.memory.correction import Measured
+from loractl.common.placement.joins import Newcomer
 from loractl.common.placement.lines import Waiting
 
 from . import aside
@@ -348,6 +349,11 @@ class Store(DeviceStore):
         with self._read() as tx:
             now = tx.now()
             return lines.read_order(tx.session, now, nodes.read_charges(tx.session, now), limit)
+
+    def newcomers(self, waiting: Sequence[Waiting]) -> dict[int, Newcomer]:
+        """Those of the waiting jobs that have an open host on their base, as the rule asks for them, by number."""
+        with self._read() as tx:
+            return decisions.read_newcomers(tx.session, tx.now(), waiting)
 
     def would_start(self, changed: Waiting) -> str | None:
         """The card that the rule would give a waiting job now if it had this form; None: no card."""

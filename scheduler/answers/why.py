@@ -15,7 +15,7 @@ from .wait.queue import reason
 from .wait.reasons import Tier, Wait
 from .wait.remedies import remedies
 from .wait.rivals import ahead_of, reaches, rivals
-from .wait.starts import REPLAYED_JOBS, ExpectedStart, expected_starts
+from .wait.starts import REPLAYED_JOBS, ExpectedStart, read_starts
 
 if TYPE_CHECKING:
     from loractl.common.placement.lines import Waiting
@@ -84,7 +84,7 @@ def why(store: Store, job_id: int, *, with_remedies: bool = True) -> Why | NotWa
     if job.status is not Status.QUEUED:
         return NotWaiting(job=state_of(job))
     view, waiting = store.fleet(), store.ready(REPLAYED_JOBS + 1)
-    starts = expected_starts(view, waiting)
+    starts = read_starts(store, view, waiting)
     wait = reason(job, view, waiting, starts)
     helpless = wait.tier in (Tier.POLICY, Tier.NEXT) or not with_remedies
     return Why(

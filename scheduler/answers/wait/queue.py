@@ -13,7 +13,7 @@ from loractl.common.store.fleet import FleetView, waiting_of
 from .cards import opening_of, when_they_end
 from .reasons import Tier, Wait, explain
 from .rivals import ahead_of, reaches
-from .starts import REPLAYED_JOBS, ExpectedStart, expected_starts
+from .starts import REPLAYED_JOBS, ExpectedStart, read_starts
 
 if TYPE_CHECKING:
     from loractl.common.store.store import Store
@@ -37,7 +37,7 @@ def waiting_jobs(store: Store, jobs: Sequence[Job], view: FleetView | None = Non
     if not queued:
         return WaitingJobs()
     view, ready = view or store.fleet(), store.ready(REPLAYED_JOBS + 1)
-    starts = expected_starts(view, ready) if view.running else {}
+    starts = read_starts(store, view, ready) if view.running else {}
     return WaitingJobs(reasons={job.job_id: reason(job, view, ready, starts) for job in queued}, starts=starts)
 
 

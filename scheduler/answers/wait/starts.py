@@ -5,12 +5,16 @@ from __future__ import annotations
 import datetime as dt
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from loractl.common.placement.cards import Card
 from loractl.common.placement.hosts import KEEP_WARM_S
+from loractl.common.placement.joins import Newcomer, open_bases
 from loractl.common.placement.lines import Waiting
 from loractl.common.store.fleet import FleetView
+
+if TYPE_CHECKING:
+    from loractl.common.store.store import Store
 
 REPLAYED_JOBS = 200
 """With more waiting jobs no expected start is given: it would depend on too many unknown durations."""
@@ -29,16 +33,25 @@ class ExpectedStart:
         return {**vars(self), "at": self.at.isoformat()}
 
 
-def expected_starts(view: FleetView, waiting: Sequence[Waiting]) -> dict[int, ExpectedStart]:
+def read_starts(store: Store, view: FleetView, waiting: Sequence[Waiting]) -> dict[int, ExpectedStart]:
+    """See expected_starts. What a join asks of waiting jobs is read where there is a host to join."""
+    joined = len(waiting) <= REPLAYED_JOBS and any(open_bases(card) for card in view.cards.values())
+    return expected_starts(view, waiting, store.newcomers(waiting) if joined else {})
+
+
+def expected_starts(
+    view: FleetView, waiting: Sequence[Waiting], newcomers: Mapping[int, Newcomer] | None = None
+) -> dict[int, ExpectedStart]:
     """When the ready jobs start, where that depends only on running jobs with a measured end.
 
-    The duration of a waiting job is not known: a job that can only start after it gets no time.
+    The duration of a waiting job is not known: a job that can only start after it gets no time. `newcomers`: those
+    that may join a running host, by number.
     """
     if len(waiting) > REPLAYED_JOBS:
         return {}
-    cards = view.cards.values()
-    expected = _replayed(view, waiting, list(cards))
-    late = _replayed(view, waiting, [_late(card, view) for card in cards])
+    cards, known = view.cards.values(), newcomers or {}
+    expected = _replayed(view, waiting, list(cards), known)
+    late = _replayed(view, waiting, [_late(card, view) for card in cards], known)
     return {
         job_id: ExpectedStart(at=at, spread_s=max(0.0, (late[job_id][0] - at).total_seconds()), node=node)
         for job_id, (at, node) in expected.items()
@@ -47,7 +60,7 @@ def expected_starts(view: FleetView, waiting: Sequence[Waiting]) -> dict[int, Ex
 
 
 def _replayed(
-    view: FleetView, waiting: Sequence[Waiting], cards: Sequence[Card]
+    view: FleetView, waiting: Sequence[Waiting], cards: Sequence[Card], newcomers: Mapping[int, Newcomer]
 ) -> Mapping[int, tuple[dt.datetime, str]]:
     """The start and the card of each job that starts in a replay on these cards."""
     from loractl.common.placement.clock import ReplayedJob
@@ -55,7 +68,8 @@ def _replayed(
 
     running = [job for card in cards for job in card.running]
     jobs = [ReplayedJob(waiting=job, seconds=None) for job in waiting]
-    replayed = replay(jobs, cards, view.now, PlacementRule(view.charges, view.now, running), keep_warm_s=KEEP_WARM_S)
+    rule = PlacementRule(view.charges, view.now, running, lambda job: newcomers.get(job.job_id))
+    replayed = replay(jobs, cards, view.now, rule, keep_warm_s=KEEP_WARM_S)
     return {job_id: (run.started, run.node) for job_id, run in replayed.runs.items()}
 
 

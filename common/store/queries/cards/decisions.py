@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session
 
 from loractl.common.job.status import Status
 from loractl.common.placement.cards import Card
-from loractl.common.placement.joins import Newcomers, open_bases
+from loractl.common.placement.joins import Newcomer, Newcomers, open_bases
 from loractl.common.placement.lines import SubstitutedLine, Waiting
 from loractl.common.placement.rule import Decision, place
 
@@ -58,6 +58,14 @@ def read_view(session: Session, now: dt.datetime) -> FleetView:
         decisions=tuple(outlook.decisions),
         failures=tuple(read_failures(session, now)),
     )
+
+
+def read_newcomers(session: Session, now: dt.datetime, waiting: Sequence[Waiting]) -> dict[int, Newcomer]:
+    """What the rule would ask of these jobs for a join, now or once a card has room for them."""
+    packs = read_packs(session, read_cards(session, now), now)
+    models = {base.base_model for card in packs.cards for base in open_bases(card)}
+    found = {job.job_id: packs.newcomer(job) for job in waiting if job.base_model in models}
+    return {job_id: newcomer for job_id, newcomer in found.items() if newcomer is not None}
 
 
 def read_start(session: Session, now: dt.datetime, changed: Waiting) -> str | None:

@@ -20,6 +20,7 @@ from loractl.common.store.records import Claim, NewHost, Progress
 from loractl.common.store.store import Store
 from loractl.common.store.tables import Base
 from loractl.common.units import GIB
+from loractl.scheduler.answers.wait.starts import expected_starts, read_starts
 
 from ...factories import RESULT, Clock, node_state, submission
 
@@ -85,6 +86,16 @@ def test_nothing_joins_a_host_that_did_not_open(store: Store) -> None:
     claim(store)
     queue(store)
     assert store.claim(NODE, joins=True) is None
+
+
+def test_the_expected_start_of_a_waiting_job_knows_the_host_that_it_may_join(store: Store) -> None:
+    anchored(store)
+    mine, other, large = queue(store), queue(store, base_model="org/b", gib=20), queue(store, gib=30)
+    view, waiting = store.fleet(), store.ready(10)
+    assert set(store.newcomers(waiting)) == {mine, large}
+    found = read_starts(store, view, waiting)
+    assert {job_id: (start.node, start.at) for job_id, start in found.items()} == {mine: (NODE, view.now)}
+    assert other not in expected_starts(view, waiting), "when the first ends is not known"
 
 
 def test_the_base_stays_until_the_last_member_has_left(store: Store) -> None:
