@@ -130,7 +130,10 @@ def main() -> NoReturn:
         click.echo(bare.format_message())  # a group without a subcommand: its help is the answer
         sys.exit(ExitCode.USAGE)
     except click.ClickException as wrong:
-        click.echo(f"Error: {wrong.format_message()}", err=True)
+        said = wrong.format_message().replace("\n\t", " ")  # click puts each choice on a line of its own
+        click.echo(f"Error: {said}", err=True)
+        if isinstance(wrong, click.UsageError) and wrong.ctx is not None and "\nHint: " not in said:
+            click.echo(f"Hint: {wrong.ctx.command_path} --help", err=True)
         sys.exit(ExitCode.USAGE)
     except KeyboardInterrupt:
         sys.exit(ExitCode.INTERRUPTED)

@@ -53,7 +53,8 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
         line = error.problem_mark.line + 1 if error.problem_mark else None
         if "'\\t'" in str(error.problem):
             raise wrong("a tab stands there", "YAML wants spaces: indent with two of them", line=line) from None
-        raise wrong(f"is not valid YAML: {error.problem or error}", line=line) from None
+        other = None if path.suffix in (".yaml", ".yml") else "a job file is YAML, like examples/helpdesk-lora.yaml"
+        raise wrong(f"is not valid YAML: {error.problem or error}", other, line=line) from None
     except yaml.YAMLError as error:
         raise wrong(f"is not valid YAML: {error}") from None
     if not isinstance(tree, dict):

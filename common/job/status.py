@@ -19,6 +19,12 @@ class Status(enum.StrEnum):
     def is_terminal(self) -> bool:
         return self in (Status.SUCCEEDED, Status.FAILED, Status.CANCELLED)
 
+    @property
+    def in_words(self) -> str:
+        """What a job of it does or did: is running, has failed, was cancelled."""
+        verbs = {Status.SUCCEEDED: "has", Status.FAILED: "has", Status.CANCELLED: "was"}
+        return f"{verbs.get(self, 'is')} {self.value}"
+
 
 TRANSITIONS: dict[Status, frozenset[Status]] = {  # the store makes no other change
     Status.QUEUED: frozenset({Status.RUNNING, Status.CANCELLED, Status.FAILED}),  # FAILED: a spec no worker can read

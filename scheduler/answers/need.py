@@ -124,7 +124,7 @@ def memory_need(
     devices: str | None = None,
     announce: Callable[[], None] = lambda: None,
 ) -> MemoryNeed:
-    """What the job needs, of the fleet's cards or of one with so many bytes. `devices`: see fleet_stack; `announce`:
+    """What the job needs, of the fleet's cards or of one with so many bytes. `devices`: see own_devices; `announce`:
     see row_lengths.
 
     Raises LoractlError where the base can't be planned here, UsageError for a job or a question that makes no sense.

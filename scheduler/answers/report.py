@@ -54,9 +54,9 @@ def result_of(store: Store, job_id: int) -> JobResult:
     """The job and the place of its verified result. Raises JobNotFound; WrongState while there is no result."""
     job = store.job(job_id)
     if job.status is not Status.SUCCEEDED:
-        ended = {Status.FAILED: "it has failed", Status.CANCELLED: "it was cancelled"}
-        state = ended.get(job.status, f"it is {job.status.value}")
-        raise WrongState(f"job {job_id} has no result: {state}", f"loractl status {job_id} shows where it stands")
+        raise WrongState(
+            f"job {job_id} has no result: it {job.status.in_words}", f"loractl status {job_id} shows where it stands"
+        )
     if job.report_uri is None:
         raise WrongState(
             f"job {job_id} has no result any more: loractl gc has removed it",

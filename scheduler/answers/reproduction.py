@@ -11,7 +11,7 @@ from loractl.common.errors import UsageError
 from loractl.common.job.adjustment import Adjustment, adjusted
 from loractl.common.placement.hosts import REPRODUCES
 from loractl.common.text import clean_line
-from loractl.scheduler.submission.need import plan_job
+from loractl.scheduler.submission.need import own_devices, plan_job
 
 from .report import result_of
 
@@ -89,7 +89,7 @@ def plan_repetition(job: Job, report: dict[str, Any], store: Store, settings: Se
 def submission_of(repetition: Repetition, settings: Settings, store: Store) -> Submission:
     """What is written for the new job. Its need is planned for the pieces of the batch that the old run ended with."""
     runs = adjusted(repetition.spec, repetition.adjustment)
-    planned = plan_job(runs, settings.user, repetition.data, store, settings.devices)
+    planned = plan_job(runs, settings.user, repetition.data, store, own_devices(settings))
     purpose = f"to reproduce job {repetition.job_id}"
     return replace(planned, spec=repetition.spec, adjustment=repetition.adjustment, purpose=purpose)
 

@@ -29,7 +29,7 @@ def drain(target: str, reason: str, until: str | None, at_once: bool) -> None:
     known = fleet(store)
     if target not in known.targets:
         names = f"known: {', '.join(sorted(known.targets))}" if known.targets else None
-        hint = names or "no worker has ever started: loractl worker, on the box"
+        hint = names or "none is known: start one on the box: loractl worker"
         raise UsageError(f"no worker has reported {target}", hint)
     if not reason.strip() or not reason.isprintable() or len(reason) > 200:
         raise UsageError("--reason must be one line of at most 200 characters")

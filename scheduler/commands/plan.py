@@ -43,6 +43,7 @@ def plan(
     if job is None:
         raise UsageError("plan needs a job file or a job's number", "like loractl plan job.yaml")
     from loractl.scheduler.answers.need import job_to_plan, memory_need
+    from loractl.scheduler.submission.need import own_devices
     from loractl.scheduler.text.need import need_text
 
     def announce() -> None:
@@ -51,7 +52,7 @@ def plan(
 
     card = _card_size(gpu)
     asked = job_to_plan(store, job, overrides)
-    answer = memory_need(store, asked, card, solve=solve, devices=settings.devices, announce=announce)
+    answer = memory_need(store, asked, card, solve=solve, devices=own_devices(settings), announce=announce)
     show(answer, as_json, lambda: need_text(answer, _following(job, answer, solve=solve), detect_screen()))
 
 

@@ -71,6 +71,8 @@ def _unknown(theirs: dict[str, Any], file: Path) -> UsageError:
     if "model" in theirs and {"train_dataset", "peft_config", "dist_config"} & theirs.keys():
         hint = "write it with model_name_or_path, dataset and stage, or as a job file"
         return UsageError(f"{file} has LLaMA-Factory's v1 form, which import does not read", hint)
+    if {"base_model", "dataset"} <= theirs.keys():
+        return UsageError(f"{file} is a job file already", f"loractl submit {file}")
     if {"compute_environment", "distributed_type"} & theirs.keys():
         hint = "a job trains on one card and needs none: give the file with the model and the data"
         return UsageError(f"{file} is accelerate's: it says on which cards to train, not what", hint)

@@ -87,7 +87,7 @@ def require_unended(store: Store, job_id: int) -> None:
     job = store.job(job_id)
     if job.status in (Status.FAILED, Status.CANCELLED):
         raise WrongState(
-            f"job {job_id} is {job.status.value}: it does not wait",
+            f"job {job_id} {job.status.in_words}: it does not wait",
             f"loractl retry {job_id} --set KEY=VALUE queues it again with the change",
         )
 

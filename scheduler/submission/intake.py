@@ -14,7 +14,7 @@ from loractl.common.queue.sender import HintSender, open_sender
 from loractl.common.units import gib
 
 from .data import is_local, store_data
-from .need import plan_job, stored_hashes
+from .need import own_devices, plan_job, stored_hashes
 
 if TYPE_CHECKING:
     from loractl.common.artifacts import ArtifactStore
@@ -48,7 +48,9 @@ class SweepEntry:
 def submit_job(spec: JobSpec, settings: Settings, store: Store, artifacts: ArtifactStore) -> Entry:
     """Store the job's data, plan its need and queue it. Raises UsageError, ArtifactError, ServiceUnreachable."""
     told = with_own_channels(spec, settings)
-    return enqueue(plan_job(told, settings.user, store_data(spec, artifacts), store, settings.devices), settings, store)
+    return enqueue(
+        plan_job(told, settings.user, store_data(spec, artifacts), store, own_devices(settings)), settings, store
+    )
 
 
 def plan_all(drafts: Sequence[JobDraft], settings: Settings, store: Store | None) -> list[Submission]:
@@ -56,7 +58,9 @@ def plan_all(drafts: Sequence[JobDraft], settings: Settings, store: Store | None
     planned = []
     for draft in drafts:
         hashes = {**stored_hashes(draft.spec), **draft.stored}
-        submission = plan_job(with_own_channels(draft.spec, settings), settings.user, hashes, store, settings.devices)
+        submission = plan_job(
+            with_own_channels(draft.spec, settings), settings.user, hashes, store, own_devices(settings)
+        )
         planned.append(replace(submission, purpose="" if draft.like is None else f"like job {draft.like}"))
     return planned
 

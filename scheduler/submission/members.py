@@ -12,7 +12,7 @@ from loractl.common.job.halving import RUNGS, meets_rungs
 
 from .data import store_data
 from .grid import Grid, Point, points
-from .need import plan_job, stored_hashes
+from .need import own_devices, plan_job, stored_hashes
 
 if TYPE_CHECKING:
     from loractl.common.artifacts import ArtifactStore
@@ -72,7 +72,7 @@ def submissions(
         key = json.dumps(spec.data_sets(), sort_keys=True)
         if key not in stored:
             stored[key] = store_data(spec, artifacts)
-        members.append(plan_job(spec, settings.user, stored[key], store, settings.devices))
+        members.append(plan_job(spec, settings.user, stored[key], store, own_devices(settings)))
     return members
 
 
@@ -82,7 +82,7 @@ def planned(specs: Sequence[JobSpec], settings: Settings, store: Store | None) -
     stored = {key: stored_hashes(spec) for key, spec in hashes.items()}
     keys = [json.dumps(spec.data_sets(), sort_keys=True) for spec in specs]
     return [
-        plan_job(spec, settings.user, stored[key], store, settings.devices)
+        plan_job(spec, settings.user, stored[key], store, own_devices(settings))
         for spec, key in zip(specs, keys, strict=True)
     ]
 

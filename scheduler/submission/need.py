@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,7 @@ from .ancestor import settle_ancestor
 if TYPE_CHECKING:
     from loractl.common.job.spec import JobSpec
     from loractl.common.memory.shape import Shape
+    from loractl.common.settings import Settings
     from loractl.common.store.store import Store
 
 
@@ -34,7 +36,7 @@ def plan_job(
     spec: JobSpec, user: str, data: dict[str, Any], store: Store | None, devices: str | None = None
 ) -> Submission:
     """Everything that submit writes of a job. `store`: None where a dry run has no database to ask. `devices`: see
-    fleet_stack.
+    own_devices.
 
     Raises UsageError when its own max_vram is below every need, and for a lora.init_from that does not fit.
     """
@@ -56,9 +58,20 @@ def plan_job(
     )
 
 
+def own_devices(settings: Settings) -> str | None:
+    """LORACTL_DEVICES, or cpu where the workers are on this machine and it has no NVIDIA driver; None: not known."""
+    if settings.devices is None and settings.embedded_database and not any(map(os.path.exists, _DRIVERS)):
+        return "cpu"
+    return settings.devices
+
+
+_DRIVERS = ("/dev/nvidiactl", "/dev/dxg")
+"""What NVIDIA's driver shows, the second one under WSL."""
+
+
 def fleet_stack(store: Store | None, devices: str | None = None) -> Stack:
-    """How the fleet trains: on processors where no worker has shown anything else. Where none has shown anything yet,
-    this machine's own setting counts (`devices`: LORACTL_DEVICES)."""
+    """How the fleet trains: on processors where no worker has shown anything else. Where none shows anything now,
+    `devices` counts, see own_devices."""
     kinds = {node.kind for node in store.nodes()} if store is not None else set()
     return Stack(on_gpu=kinds != {"cpu"} if kinds else devices != "cpu")
 

@@ -49,7 +49,9 @@ def health(diagnosis: Diagnosis, screen: Screen) -> str:
             rows.append(["", "", clean_line(f"> {condition.hint}")])
             colors.append("")
     counts = {level: diagnosis.count(level) for level in (Level.ERROR, Level.WARNING, Level.SKIPPED)}
-    told = ", ".join(f"{count} {level.value}" for level, count in counts.items() if count)
+    words = {Level.ERROR: "errors", Level.WARNING: "warnings"}
+    named = {level: level.value if count == 1 else words.get(level, level.value) for level, count in counts.items()}
+    told = ", ".join(f"{count} {named[level]}" for level, count in counts.items() if count)
     lines = wrapped_table(["CHECK", "STATE", "WHAT WAS FOUND"], rows, colors, screen, right=())
     return joined([*lines, "", f"{told}." if told else "All is well."], screen)
 

@@ -38,7 +38,7 @@ def why_text(answer: Why | NotWaiting, screen: Screen) -> str:
 def _not_waiting(answer: NotWaiting) -> str:
     job = answer.job
     place = clean_line(f" on {job.node}" if job.status is Status.RUNNING else f": {job.message}")
-    return f"Job {job.job_id} does not wait: it is {job.status.value}{place}. In full: loractl show {job.job_id}"
+    return f"Job {job.job_id} does not wait: it {job.status.in_words}{place}. In full: loractl show {job.job_id}"
 
 
 def _start(answer: Why, screen: Screen) -> list[str]:

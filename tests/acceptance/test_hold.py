@@ -27,7 +27,7 @@ def test_of_several_jobs_what_can_be_done_is_done_and_what_cannot_is_named(cli: 
     cli("submit", *[tmp_path / "job.yaml"] * 3)
     cli("cancel", 2)
     told = cli("hold", 1, 2, 3, code=1)
-    assert told.stderr == "Error: job 2 is cancelled: only a waiting job can be held\n"
+    assert told.stderr == "Error: job 2 was cancelled: only a waiting job can be held\n"
     told = cli("cancel", 1, 2, 999, 10**20, 3, code=1)
     assert told.stdout == "Job 1 is cancelled.\nJob 3 is cancelled.\n"
     refused = ["Error: job 2 has already been cancelled", "Error: there is no job 999"]

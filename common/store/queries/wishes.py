@@ -53,7 +53,7 @@ def hold(tx: Transaction, job_id: int, user: str, reason: str) -> Job:
     text = storable(f"held by {user}: {reason}" if reason else f"held by {user}")
     job = read_job(tx, job_id, lock=True)
     if not tx.change(change(job_id, Status.QUEUED).values(held=True, message=text)):
-        what = f"job {job_id} is {job.status.value}: only a waiting job can be held"
+        what = f"job {job_id} {job.status.in_words}: only a waiting job can be held"
         raise WrongState(what, _back_to_the_queue(job) if job.status is Status.RUNNING else None)
     tx.tell(job_id, None, "held", text)
     return read_job(tx, job_id)
@@ -74,7 +74,9 @@ def retry(tx: Transaction, job_id: int, user: str, amendment: Amendment | None =
         .values(result_until=case((Job.result_host.is_not(None), tx.now_in(RESULT_FIRST_S))))
     )
     if not tx.change(again):
-        raise WrongState(f"job {job_id} is {job.status.value}: only a failed, cancelled or held job can be retried")
+        done = f"loractl reproduce {job_id} runs it again, loractl submit --like {job_id} another one like it"
+        what = f"job {job_id} {job.status.in_words}: only a failed, cancelled or held job can be retried"
+        raise WrongState(what, done if job.status is Status.SUCCEEDED else None)
     tx.tell(job_id, None, "retry", f"queued again by {user}")
     return read_job(tx, job_id)
 

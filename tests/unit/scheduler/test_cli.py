@@ -116,6 +116,8 @@ def test_an_unknown_command_gets_a_hint_and_exit_code_2(cli: Cli, typed: str, hi
         (("status", "--watch"), ExitCode.USAGE, "Error: --watch without a JOB needs a terminal\n"),
         (("submit", "absent.yaml"), ExitCode.USAGE, "Error: absent.yaml: no such file\n"),
         (("status", "--colour"), ExitCode.USAGE, "Error: No such option"),
+        (("chat",), ExitCode.USAGE, "Error: Missing argument 'ADAPTER'.\nHint: loractl chat --help\n"),
+        (("completion",), ExitCode.USAGE, "Error: Missing argument '{bash|zsh|fish}'. Choose from: bash, zsh, fish\n"),
         (("status", "seven"), ExitCode.NO_SUCH_JOB, "Error: there is no job seven\n"),
     ],
 )

@@ -291,7 +291,9 @@ def test_a_key_that_stands_twice_is_refused_with_its_line(tmp_path: Path) -> Non
 def test_broken_yaml_is_refused_with_its_line(tmp_path: Path) -> None:
     problem = only(write(tmp_path, "name: a\nlora: {r: 1\ntraining: ]\n"))
     assert problem.line == 3
-    assert problem.what.startswith("is not valid YAML: ")
+    assert problem.what.startswith("is not valid YAML: ") and problem.hint is None
+    (tmp_path / "README.md").write_text("# A\n\n`x`: y\n- z\n")
+    assert str(only(tmp_path / "README.md").hint).startswith("a job file is YAML")
 
 
 @pytest.mark.parametrize("text", ["", "# nothing\n", "- a\n- b\n", "just text\n"])

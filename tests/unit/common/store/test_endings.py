@@ -283,7 +283,7 @@ def test_a_cancelled_job_can_be_retried_and_runs_to_its_end(store: Store) -> Non
 def test_a_job_that_waits_runs_or_has_succeeded_cannot_be_retried(store: Store) -> None:
     job_id = store.submit(submission())
     for status in (Status.QUEUED, Status.RUNNING, Status.SUCCEEDED):
-        with pytest.raises(WrongState, match=f"job {job_id} is {status.value}: only a failed, cancelled or held"):
+        with pytest.raises(WrongState, match=f"job {job_id} {status.in_words}: only a failed, cancelled or held"):
             store.retry(job_id, "ada")
         if status is Status.QUEUED:
             mine = claim(store)

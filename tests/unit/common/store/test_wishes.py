@@ -51,7 +51,7 @@ def test_only_a_waiting_job_can_be_held(store: Store) -> None:
     gives = "--now --reason ... gives it back with a checkpoint, and then it waits"
     assert refused.value.hint == f"loractl drain {store.job(job_id).node} {gives}"
     store.finish(taken, Reason.OK, "done", Progress(), RESULT)
-    with pytest.raises(WrongState, match="is succeeded"):
+    with pytest.raises(WrongState, match="has succeeded"):
         store.hold(job_id, "bob")
     assert not store.job(job_id).held
 

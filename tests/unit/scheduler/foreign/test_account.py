@@ -221,6 +221,7 @@ def test_a_listing_is_found_where_the_tool_is_started(tmp_path: Path) -> None:
         ("base_model: a/b\nadapter: lora\npretraining_dataset: [{path: o/d}]\nmicro_batch_size: 1\n",
          "streams", "datasets with type: completion"),
         ("model: a/b\ntrain_dataset: rows.yaml\npeft_config: {name: lora}\n", "v1 form", "model_name_or_path"),
+        ("name: a\nbase_model: a/b\ndataset: {path: rows.jsonl}\n", "is a job file already", "loractl submit"),
         ("compute_environment: LOCAL_MACHINE\ndistributed_type: FSDP\n", "accelerate's", "one card"),
         ("model_name_or_path: a/b\nadapter_name_or_path: c\nexport_dir: d\n", "does not train", "adapters merge"),
         ("model_name_or_path: a/b\ntemplate: qwen\ninfer_backend: vllm\n", "does not train", "loractl generate"),

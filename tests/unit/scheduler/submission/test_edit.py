@@ -109,7 +109,7 @@ def test_a_retry_with_a_change_goes_on_from_the_checkpoint(store: Store) -> None
     claim = started(store)
     store.keep_checkpoint(claim, StoredCheckpoint(step=40, prefix="p", manifest_sha256="c" * 64))
     store.finish(claim, Reason.TIMED_OUT, "ran longer", Progress(), None)
-    with pytest.raises(WrongState, match="job 1 is failed: it does not wait"):
+    with pytest.raises(WrongState, match="job 1 has failed: it does not wait"):
         require_unended(store, claim.job_id)
     with pytest.raises(UsageError, match=r"training.learning_rate can't change once job 1 has begun"):
         amendment(store, claim.job_id, ["training.learning_rate=1e-3"])

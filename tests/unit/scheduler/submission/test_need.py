@@ -14,10 +14,12 @@ from loractl.common.job.spec import JobSpec
 from loractl.common.memory.need_key import need_key
 from loractl.common.memory.plan import predict
 from loractl.common.memory.step import Stack
+from loractl.common.settings import load_settings
 from loractl.common.store.store import Store
 from loractl.scheduler.answers.need import JobToPlan, memory_need
+from loractl.scheduler.submission import need
 from loractl.scheduler.submission.base_model import check_base
-from loractl.scheduler.submission.need import check_adapter, plan_job
+from loractl.scheduler.submission.need import check_adapter, own_devices, plan_job
 from loractl.worker.base.failure import TrainingFailed
 from loractl.worker.base.model import load_tokenizer
 
@@ -66,6 +68,18 @@ def test_where_only_processors_are_known_every_figure_is_one_plan_for_a_processo
     assert not answer.on_gpu
     store.see_node(node_state("box:1"))
     assert plan_job(asked, "ada", {}, store, devices="cpu").need.lora == card
+
+
+def test_before_any_worker_the_machine_itself_says_what_it_trains_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = {"LORACTL_HOME": str(tmp_path)}
+    lab = {**home, "LORACTL_DATABASE_URL": "postgresql://ada@server/loractl"}
+    monkeypatch.setattr(need, "_DRIVERS", (str(tmp_path / "driver"),))
+    assert own_devices(load_settings(home)) == "cpu" == own_devices(load_settings({**lab, "LORACTL_DEVICES": "cpu"}))
+    assert own_devices(load_settings(lab)) is None, "the boxes are others"
+    (tmp_path / "driver").touch()
+    assert own_devices(load_settings(home)) is None
 
 
 def test_an_expression_is_checked_where_the_base_is_at_hand_and_planned(base: str) -> None:
