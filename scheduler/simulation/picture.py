@@ -8,7 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from loractl.common.units import GIB
+from loractl.common.units import GIB, thousands
 from loractl.scheduler.figure import save, without_box
 
 from .outcome import POLICIES, RuleOutcome, Simulation
@@ -35,7 +35,7 @@ def draw(done: Simulation, path: Path) -> None:
     waits, memory = figure.subplots(2, 1)
     _draw_waits(waits, done)
     _draw_memory(memory, done)
-    title = f"{len(done.chosen.jobs):,} jobs on {fleet_text(done.cards)}".replace(",", "\u202f", 1)
+    title = f"{thousands(len(done.chosen.jobs))} jobs on {fleet_text(done.cards)}"
     figure.suptitle(f"{title} (load {done.load:.2f}, contention {done.contention:g})", fontsize=11)
     save(figure, path)
 
@@ -54,7 +54,7 @@ def _draw_waits(axes: Any, done: Simulation) -> None:
     axes.set_ylim(0, 1.02)
     axes.set_yticks([0, 0.25, 0.5, 0.75, 1], ["0", "25 %", "50 %", "75 %", "100 %"])
     axes.set_title("Jobs that have started after so long a wait", loc="left", fontsize=10)
-    axes.legend(loc="upper left", frameon=False)
+    axes.legend(loc="lower right", frameon=False)
     without_box(axes)
 
 
