@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from .method import Method, Parallel
 
@@ -26,6 +27,44 @@ class SharedNeed:
     cards: int
     parallel: Parallel
     need: Need
+
+    def as_json(self) -> dict[str, Any]:
+        return {"cards": self.cards, "parallel": self.parallel.value, **vars(self.need)}
+
+    @classmethod
+    def read(cls, column: Mapping[str, Any]) -> SharedNeed:
+        """What `as_json` has written. Raises KeyError, TypeError, ValueError for anything else."""
+        sizes = [column["lora"], column["qlora"]]
+        if type(column["cards"]) is not int or any(type(size) not in (int, type(None)) for size in sizes):
+            raise ValueError("no number")
+        need = Need(lora=sizes[0], qlora=sizes[1])
+        return cls(cards=column["cards"], parallel=Parallel(column["parallel"]), need=need)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ways:
+    """On how many cards a job may run."""
+
+    alone: bool = True  # on one
+    gangs: tuple[SharedNeed, ...] = ()  # how several may divide it, the preferred way first
+
+    def bound(self, methods: Sequence[Method], need: Need) -> int | None:
+        """Bytes that a card must have free before it is worth trying: the job's least, or a card's part of it."""
+        sizes = [least_need(methods, gang.need) for gang in self.gangs]
+        sizes += [least_need(methods, need)] if self.alone or not sizes else []
+        return None if None in sizes else min(size for size in sizes if size is not None)
+
+    def as_json(self) -> dict[str, Any] | None:
+        """None for a job that one card is to have."""
+        only_alone = self.alone and not self.gangs
+        return None if only_alone else {"alone": self.alone, "ways": [gang.as_json() for gang in self.gangs]}
+
+    @classmethod
+    def read(cls, column: Mapping[str, Any] | None) -> Ways:
+        """What `as_json` has written. Raises KeyError, TypeError, ValueError for anything else."""
+        if column is None:
+            return cls()
+        return cls(alone=bool(column["alone"]), gangs=tuple(SharedNeed.read(way) for way in column["ways"]))
 
 
 def permitted_methods(wanted: Method | Sequence[Method]) -> tuple[Method, ...]:

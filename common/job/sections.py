@@ -120,6 +120,15 @@ def _methods(value: Any) -> Method | list[Method]:
     return [Method(name) for name in value]
 
 
+def _cards(value: Any) -> int | Literal["auto"]:
+    """A number of cards or auto. Not limits of a union: it would complain once for each kind."""
+    if value == "auto":
+        return "auto"
+    if type(value) is not int or not 1 <= value <= MOST_CARDS:
+        raise ValueError(f"is not a number of cards: auto, or 1 to {MOST_CARDS} of one box")
+    return value
+
+
 def _steps_or_share(value: Any) -> int | float:
     """Whole steps, or below 1 a share of all steps. Not limits of a union: it would complain once for each kind."""
     try:
@@ -188,6 +197,7 @@ Targets = Annotated[
 
 Methods = Annotated[Method | list[Method], BeforeValidator(_methods)]
 StepsOrShare = Annotated[int | float, BeforeValidator(_steps_or_share)]
+Cards = Annotated[int | Literal["auto"], BeforeValidator(_cards)]
 Size = Annotated[int, BeforeValidator(_size)]
 Duration = Annotated[float, BeforeValidator(parse_duration), Field(le=3650 * 86400)]  # dates end somewhere
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
@@ -375,3 +385,7 @@ class ResourcesSpec(Section):
     """Labels that the box must have (loractl worker --label KEY=VALUE), like nvlink: "yes"."""
     exclusive: bool = False
     """Train in a process of its own: in none that has the base from another job, and in none that stays for one."""
+    cards: Cards = "auto"
+    """Cards of one box that share the job. auto: one where one holds it, else the fewest that do."""
+    parallel: Literal["auto", "data", "sharded"] = "auto"
+    """data: the whole base on each card; sharded: the base divided; auto: data where each card holds it."""

@@ -169,8 +169,21 @@ def _without_what_they_need(spec: JobSpec) -> Iterator[str]:
         yield "training.train_sampling_strategy: packed rows are all of one length; keep one of the two"
     if spec.lora.init_lora_weights == "loftq" and methods != (Method.QLORA,):
         yield "lora.init_lora_weights: loftq makes up for what NF4 loses; it is for method: qlora"
+    yield from _uneven(spec)
     if spec.lora.init_from is not None and spec.lora.init_lora_weights != "default":
         yield "lora.init_lora_weights: lora.init_from says how A and B begin already; leave one of them out"
+
+
+def _uneven(spec: JobSpec) -> Iterator[str]:
+    """ "key: sentence" for cards that can't share the job, or a way to share it that has none to share it."""
+    cards, parallel, training = spec.resources.cards, spec.resources.parallel, spec.training
+    if cards != "auto" and cards not in (even := training.even_cards):
+        rows = f"the {training.effective_batch} rows of a step (per_device_train_batch_size x accumulation) evenly"
+        yield f"resources.cards: {cards} can't share {rows}; these can: {', '.join(map(str, even))}"
+    if cards == 1 and parallel != "auto":
+        yield "resources.parallel: says how several cards divide a job, and resources.cards is 1; leave one of them out"
+    if cards == "auto" and parallel == "data":
+        yield "resources.parallel: data has the whole base on each card, so auto takes one; set resources.cards"
 
 
 def _is_set(section: BaseModel, key: str) -> bool:

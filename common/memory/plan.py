@@ -109,7 +109,7 @@ def plan(
     state = sum(count * state_bytes(optimizer, size) for size, count in tensors)
     if stack.parallel is Parallel.SHARDED:
         sharded = sharded_bytes(shape, method, stack.cards, **form)
-        weights, shared = sharded.shard, {"gathered": sharded.gathered}
+        weights, shared = sharded.kept, {"gathered": sharded.gathered}
     if stack.cards > 1:
         shared["buckets"] = adapter  # a copy of all gradients, in which the cards' are summed
     # gradients stay from one micro-batch of a step to the next
@@ -200,7 +200,7 @@ def _notes(shape: Shape, spec: JobSpec, step: Step, stack: Stack, at_loss: bool)
         )
     chunks = f", {HEAD_CHUNK} tokens at a time" if step.lean else ""
     freed = "" if at_loss else ", freed before the peak"
-    part = f", a part of {stack.cards}" if stack.parallel is Parallel.SHARDED else ""
+    part = f", blocks over {stack.cards}" if stack.parallel is Parallel.SHARDED else ""
     return {
         "weights": f"{_count(shape.parameters)} parameters, {weights}{part}",
         "adapter": f"{_count(trained)} trained, fp32",
@@ -212,7 +212,7 @@ def _notes(shape: Shape, spec: JobSpec, step: Step, stack: Stack, at_loss: bool)
         else f"{thousands(shape.vocab)} words, fp32{chunks}{freed}",
         "evaluation": f"rows of {step.evaluated} tokens, beyond what training holds",
         "context": "CUDA and its kernels" if stack.on_gpu else "Python, torch and its kernels",
-        "gathered": f"the model's ends and {GATHERED_BLOCKS} blocks, whole for a while",
+        "gathered": f"{GATHERED_BLOCKS} blocks, whole for a while",
         "buckets": "gradients on their way between cards, fp32",
         "allocator": "cuBLAS, and cached blocks that the loss can't use",
     }

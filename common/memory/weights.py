@@ -33,15 +33,15 @@ that of the next one, which is on its way meanwhile (torch/distributed/fsdp/_ful
 class Sharded:
     """What one of several cards holds of a base that they divide. Bytes."""
 
-    shard: int  # its part of all weights; of NF4 the scales stay whole on every card
-    gathered: int  # what is there whole for a while: the model's ends for all of a step, and some blocks
+    kept: int  # its part of the blocks, and whole what is no part of a block: the model's ends, the scales of NF4
+    gathered: int  # blocks that are there whole for a while
 
 
 def sharded_bytes(
     shape: Shape, method: Method, cards: int, *, double_quant: bool = True, full: bool = False, whole_rest: bool = True
 ) -> Sharded:
-    """The base's bytes on each of so many cards that divide every parameter (torch's fully_shard, around each block
-    and around the whole). The numbers in which `weight_bytes` counts a whole one."""
+    """The base's bytes on each of so many cards that divide its blocks (worker/engine/ranks/shards.py): the whole ones
+    are those of `weight_bytes`."""
     nf4 = method is Method.QLORA
     size = 4 if (whole_rest if nf4 else full) else 2
 
@@ -50,10 +50,9 @@ def sharded_bytes(
         return (packed if nf4 else size * block.quantisable) + size * block.other
 
     whole = weight_bytes(shape, method, double_quant=double_quant, full=full, whole_rest=whole_rest)
-    ends = size * (shape.embedding * (1 if shape.tied else 2) + shape.outside)
-    scales = whole - ends - sum(block.count * block_bytes(block) for block in shape.blocks)
-    gathered = ends + GATHERED_BLOCKS * max(block_bytes(block) for block in shape.blocks)
-    return Sharded(shard=scales + -(-(whole - scales) // cards), gathered=gathered)
+    divided = sum(block.count * block_bytes(block) for block in shape.blocks)
+    gathered = GATHERED_BLOCKS * max(block_bytes(block) for block in shape.blocks)
+    return Sharded(kept=whole - divided + -(-divided // cards), gathered=gathered)
 
 
 def nf4_bytes(weights: int, *, double_quant: bool = True) -> int:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from loractl.common.job.method import Method
-from loractl.common.job.need import Need, SharedNeed, least_need
+from loractl.common.job.need import Need, SharedNeed, Ways, least_need
 
 from .sizes import size_step
 
@@ -43,10 +43,7 @@ class Waiting:
     @functools.cached_property
     def bound(self) -> int | None:
         """Bytes that a card must have free before it is worth trying: the job's least, or a card's part of it."""
-        if not self.gangs:
-            return self.least
-        sizes = [least_need(self.methods, gang.need) for gang in self.gangs] + ([self.least] if self.alone else [])
-        return None if None in sizes else min(size for size in sizes if size is not None)
+        return Ways(alone=self.alone, gangs=self.gangs).bound(self.methods, self.need) if self.gangs else self.least
 
 
 def waited(job: Waiting, now: dt.datetime) -> float:

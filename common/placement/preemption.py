@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from loractl.common.job.need import SharedNeed
+
 from .cards import Card, Occupant, largest_gpu, takes
+from .gangs import gang_of, takers
 from .lines import Waiting
 
 
@@ -13,16 +16,50 @@ def give_way(job: Waiting, cards: Sequence[Card]) -> tuple[str, tuple[int, ...]]
 
     As few jobs as possible; first those of the lowest priority, then those that hold least.
     """
+    if (gang := gang_of(job, cards)) is not None:
+        return _for_gang(job, gang, cards)
     largest, options = largest_gpu(cards), []
     for card in (c for c in cards if c.open and takes(c, job, cards, largest)):
-        willing = [j for j in card.running if j.preemptible and j.priority < job.priority]
+        willing = _willing(job, card)
         for method in job.methods:
             size = job.need.of(method)
             going = None if size is None else _fewest(card, size, willing)
             if going:
-                cost = max(j.priority for j in going), sum(j.reserved for j in going)
-                options.append((len(going), *cost, card.node, tuple(j.job_id for j in going)))
+                options.append((*_cost(going), card.node, tuple(j.job_id for j in going)))
     return min(options)[3:] if options else None
+
+
+def _for_gang(job: Waiting, gang: SharedNeed, cards: Sequence[Card]) -> tuple[str, tuple[int, ...]] | None:
+    """The same for a job on several cards: these, and who would have to stop on any of them."""
+    options = []
+    for method in job.methods:
+        size = gang.need.of(method)
+        if size is None:
+            continue
+        ways = [(card, going) for card in takers(job, gang, cards) if (going := _leaving(job, card, size)) is not None]
+        for host in {card.host for card, _ in ways}:
+            of_box = sorted(
+                (pair for pair in ways if pair[0].host == host), key=lambda way: (_cost(way[1]), way[0].node)
+            )
+            chosen = of_box[: gang.cards]
+            going = list({j.job_id: j for _, leaving in chosen for j in leaving}.values())
+            if len(chosen) == gang.cards and going:
+                nodes = " and ".join(card.node for card, _ in chosen)
+                options.append((*_cost(going), nodes, tuple(j.job_id for j in going)))
+    return min(options)[3:] if options else None
+
+
+def _willing(job: Waiting, card: Card) -> list[Occupant]:
+    return [j for j in card.running if j.preemptible and j.priority < job.priority]
+
+
+def _leaving(job: Waiting, card: Card, size: int) -> list[Occupant] | None:
+    """Who would have to stop on the card; nobody where it has room."""
+    return [] if _has_room(card, size, []) else _fewest(card, size, _willing(job, card))
+
+
+def _cost(going: Sequence[Occupant]) -> tuple[int, int, int]:
+    return len(going), max((j.priority for j in going), default=-(2**31)), sum(j.reserved for j in going)
 
 
 def _fewest(card: Card, size: int, willing: Sequence[Occupant]) -> list[Occupant] | None:

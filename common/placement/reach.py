@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import replace
 
 from loractl.common.units import gib
 
 from .cards import Card
+from .gangs import gang_of
 from .lines import Waiting
 
 
@@ -21,10 +23,30 @@ def out_of_reach(job: Waiting, cards: Collection[Card]) -> str | None:
     if not labelled:
         return f"no box has the label {', '.join(f'{k}={v}' for k, v in sorted(job.requires))}"
     most = most_usable(labelled)
+    if job.gangs or not job.alone:
+        if most is None or _several_could_hold(job, labelled):
+            return None
+        if not job.alone:
+            return _why_not_several(job, labelled)
     if job.least is None or most is None or job.least <= most:
         return None
     largest = max(card.usable for card in [card for card in labelled if not card.processor] or labelled)
     return f"needs {gib(job.least)} GiB, the largest card has {gib(largest)}"
+
+
+def _several_could_hold(job: Waiting, cards: Collection[Card]) -> bool:
+    """Whether cards of one box could share the job, once all else has left them."""
+    empty = [replace(c, running=(), hosts=(), outside=0, open=True, max_jobs=max(1, c.max_jobs)) for c in cards]
+    return gang_of(replace(job, alone=False), empty) is not None
+
+
+def _why_not_several(job: Waiting, cards: Collection[Card]) -> str:
+    fewest = min((gang.cards for gang in job.gangs), default=2)
+    if not any(card.gangs for card in cards):
+        return f"asks for {fewest} cards, and no worker here runs a job on several"
+    size = job.bound
+    each = "" if size is None else f" of {gib(size)} GiB"
+    return f"needs {fewest} cards{each} of one box, and no box has them"
 
 
 def with_labels(cards: Collection[Card], requires: frozenset[tuple[str, str]]) -> list[Card]:

@@ -21,7 +21,7 @@ NEWER_WORKER_DELAY_S = 60.0
 
 _AT_ONCE = 100
 _METHODS = ('["lora"]', '["qlora"]', '["lora", "qlora"]', '["qlora", "lora"]', "[]")
-_READ = (Job.job_id, Job.methods, Job.queue_key, Job.submitted_at)
+_READ = (Job.job_id, Job.methods, Job.queue_key, Job.submitted_at, Job.gangs)
 
 
 def set_aside_unreadable(tx: Transaction) -> list[int]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from loractl.common.job.method import Method
-from loractl.common.job.need import Need
+from loractl.common.job.need import Need, Ways
 from loractl.common.placement.cards import Card, Occupant, WarmBase, largest_gpu
 from loractl.common.placement.closure import CardFailure
 from loractl.common.placement.keys import QueueKey
@@ -94,6 +94,8 @@ def card_of(
         labels=frozenset(node.labels.items()),
         open=_is_open(node, now, drained),
         processor=node.kind == "cpu",
+        model=node.device_name,
+        gangs=bool(node.gangs) and not node.gpu.startswith("MIG-"),  # slices can't talk to each other
         user_limit=node.user_limit,
     )
 
@@ -153,6 +155,7 @@ def waiting_of(row: Mapping[str, Any], now: dt.datetime) -> Waiting:
     """
     why = unreadable(row)
     methods = () if why else tuple(Method(name) for name in row["methods"])
+    ways = Ways() if why else Ways.read(row.get("gangs"))
     patient = not why and row["lora_until"] is not None and row["lora_until"] > now
     return Waiting(
         job_id=row["job_id"],
@@ -165,6 +168,8 @@ def waiting_of(row: Mapping[str, Any], now: dt.datetime) -> Waiting:
         only_host=row["result_host"] if row["result_until"] is not None and row["result_until"] > now else None,
         avoids=frozenset(avoided_by(row["avoids"], now)),
         base_model=row["base_model"],
+        alone=ways.alone,
+        gangs=ways.gangs,
     )
 
 
@@ -177,6 +182,10 @@ def unreadable(row: Mapping[str, Any]) -> str:
         QueueKey.parse(row["queue_key"])
     except (AttributeError, TypeError, ValueError):
         return f"queue_key: {str(row['queue_key'])[:60]}"
+    try:
+        Ways.read(row.get("gangs"))
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return f"gangs: {str(row['gangs'])[:60]}"
     if not 2000 <= row["submitted_at"].year < 9000:
         return "submitted_at: no time of our calendar"
     return ""

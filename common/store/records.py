@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any
 from loractl.common.job.adjustment import Adjustment
 from loractl.common.job.halving import rung_step
 from loractl.common.job.method import Method, Parallel
-from loractl.common.job.need import Need, least_need
+from loractl.common.job.need import Need, Ways
 from loractl.common.job.status import Stage, Status
 from loractl.common.job.sweep import RungPoint
+from loractl.common.placement.gangs import GangShare
 
 if TYPE_CHECKING:
     from loractl.common.job.spec import (
         JobSpec,  # pydantic's models take 80 ms to build, and a command that only reads jobs needs none
     )
-    from loractl.common.placement.gangs import GangShare
 
 HELD_OUT_LOSS = "held_out_loss"
 """The metric with the tuned model's loss in the final evaluation, in nats a token."""
@@ -37,13 +37,14 @@ class Submission:
     need_key: str | None = None
     family: str | None = None
     adjustment: Adjustment = field(default_factory=Adjustment)  # to begin with
+    ways: Ways = field(default_factory=Ways)  # on how many cards it may run
     purpose: str = ""  # for the history, like: to reproduce job 12
 
     @property
     def first_need(self) -> int | None:
         """Bytes that it waits for at first: LoRA's need while the job has patience for it. None: not known."""
         patient = bool(self.spec.lora_patience) and self.methods == (Method.LORA, Method.QLORA)
-        return least_need((Method.LORA,) if patient else self.methods, self.need)
+        return self.ways.bound((Method.LORA,) if patient else self.methods, self.need)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +64,7 @@ class MemoryPlan:
 
     need: Need  # corrected by measured peaks
     planned: Need
+    ways: Ways
     need_key: str
     family: str | None
 
@@ -216,6 +218,7 @@ class NodeState:
     machine: str | None = None
     boot: str | None = None
     draining: bool = False
+    gangs: bool = False  # its worker serves jobs on several cards
     fault: str | None = None  # why nothing can run on it, with the next step
     self_test: dict[str, Any] | None = None
 

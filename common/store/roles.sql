@@ -20,8 +20,8 @@ GRANT INSERT, DELETE ON job_labels TO loractl_submit;
 GRANT UPDATE (status, reason, message, stage, cancel_requested, preempted_by, held, not_before, retries_used, ended_at,
     token, lease_expires_at, step, total_steps, loss, tokens_per_second, eta_seconds, result_until, lab_failures,
     lab_step, avoids, name, labels, spec, spec_hash, priority, methods, preemptible, version, max_retries, vram_lora,
-    vram_qlora, vram_needed, vram_class, planned, need_key, family, engine, queue_key, lora_until, adjustment)
-    ON jobs TO loractl_submit;
+    vram_qlora, vram_needed, vram_class, planned, need_key, family, engine, queue_key, lora_until, adjustment,
+    gangs) ON jobs TO loractl_submit;
 GRANT USAGE ON SEQUENCE jobs_job_id_seq, events_event_id_seq, sweeps_sweep_id_seq TO loractl_submit;
 
 -- worker, gc, adapters bind, drain and undrain: everything of a job's row but what was asked, and by whom
@@ -30,10 +30,10 @@ GRANT UPDATE (status, reason, message, stage, cancel_requested, preempted_by, he
     to_evaluate, attempt,
     node, gpu, method, started_at, vram_reserved, vram_lora, vram_qlora, vram_needed, vram_class, planned, need_key,
     family, engine, queue_key, lora_until, checkpoint, adjustment, adapter_uri, report_uri, result_host, result_until,
-    manifest_sha256, lab_failures, lab_step, avoids) ON jobs TO loractl_worker;
+    manifest_sha256, lab_failures, lab_step, avoids, gangs) ON jobs TO loractl_worker;
 GRANT INSERT, UPDATE ON attempts, uses, fleet_rounds TO loractl_worker;
 GRANT INSERT, UPDATE, DELETE ON nodes, hosts, drains, tags, outbox TO loractl_worker;
-GRANT INSERT ON events, metrics TO loractl_worker;
+GRANT INSERT ON events, metrics, shares TO loractl_worker;
 GRANT INSERT, DELETE ON log_chunks, adapters, lab_failures TO loractl_worker;
 GRANT USAGE ON SEQUENCE events_event_id_seq, log_chunks_chunk_id_seq TO loractl_worker;
 
@@ -55,11 +55,11 @@ CREATE OR REPLACE FUNCTION loractl_may_edit(before jobs, after jobs) RETURNS boo
   SELECT (before.name, before.labels::text, before.spec::text, before.spec_hash, before.priority, before.methods::text,
       before.preemptible, before.version, before.max_retries, before.vram_lora, before.vram_qlora, before.vram_needed,
       before.vram_class, before.planned::text, before.need_key, before.family, before.engine, before.queue_key,
-      before.lora_until, before.adjustment::text)
+      before.lora_until, before.adjustment::text, before.gangs::text)
     IS NOT DISTINCT FROM (after.name, after.labels::text, after.spec::text, after.spec_hash, after.priority,
       after.methods::text, after.preemptible, after.version, after.max_retries, after.vram_lora, after.vram_qlora,
       after.vram_needed, after.vram_class, after.planned::text, after.need_key, after.family, after.engine,
-      after.queue_key, after.lora_until, after.adjustment::text)
+      after.queue_key, after.lora_until, after.adjustment::text, after.gangs::text)
     OR before."user" = session_user AND before.status <> 'succeeded' AND loractl_readable(after) AND
       after.spec ->> 'name' = after.name AND after.spec ->> 'base_model' = after.base_model AND
       (after.adjustment::text IS NOT DISTINCT FROM before.adjustment::text OR

@@ -144,17 +144,18 @@ class Store(DeviceStore):
         used: Mapping[str, int] | None = None,
         distrusted: frozenset[str] = frozenset(),
         joins: bool = False,
+        gangs: bool = False,
     ) -> Claim | Left | None:
         """Take the job that the placement rule gives this card: a token, a lease and a part of its memory.
 
         `outside`, `used`: what the device shows at this moment (bytes held by others; bytes by job), when that is newer
         than the node's row. `distrusted`: nodes that did not take what was left to them; the rule goes without them.
-        `joins`: the node can put a job into a trainer that has others.
+        `joins`: the node can put a job into a trainer that has others. `gangs`: it can start one on several cards.
         Left: the rule gives every job that fits here to other cards; without nodes, look again at once. None: nothing
         fits.
         """
         with self._write() as tx:
-            return claims.claim(tx, node, self._lease_s, outside, used or {}, distrusted, joins)
+            return claims.claim(tx, node, self._lease_s, outside, used or {}, distrusted, joins, gangs)
 
     def beat(self, claim: Claim, progress: Progress) -> Beat:
         """Extend the lease and write what is new: progress, metrics, events, log lines.

@@ -93,6 +93,8 @@ class Job(Base):
     need_key: Mapped[str | None] = mapped_column(String(64), index=True)  # jobs with the same one need the same memory
     family: Mapped[str | None] = mapped_column(String(64))  # the base's model_type; null: not known on the client
     engine: Mapped[int] = mapped_column(server_default="1")  # whose steps it was planned for: common/memory/engine.py
+    # how several cards may divide it: {"alone": may one have it, "ways": [{"cards", "parallel", bytes by method}]}
+    gangs: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))  # null: one card is to have it
     checkpoint: Mapped[dict[str, Any] | None]  # the newest one in the artifact store: step, prefix
     result_host: Mapped[str | None]  # the box that holds a finished result which is not stored yet
     result_until: Mapped[Timestamp | None]  # until then only that box may take the job
@@ -196,6 +198,19 @@ class Attempt(Base):
     shared: Mapped[bool] = mapped_column(default=False, server_default=false())  # others were in its trainer with it
 
 
+class AttemptShare(Base):
+    """What an attempt on several cards has of one of them."""
+
+    __tablename__ = "shares"
+    __table_args__ = (Index("ix_shares_node", "node"),)
+
+    job_id: Mapped[JobKey] = mapped_column(primary_key=True)
+    attempt: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    rank: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)  # 0: the node that claimed it
+    node: Mapped[str]
+    bytes: Mapped[Bytes]
+
+
 class LabFailure(Base):
     """A failure of the lab's on a card that has ended no attempt well since."""
 
@@ -248,6 +263,7 @@ class Node(Base):
     temperature: Mapped[int | None]  # °C
     versions: Mapped[dict[str, str]]
     draining: Mapped[bool] = mapped_column(default=False)
+    gangs: Mapped[bool] = mapped_column(default=False, server_default=false())  # its worker serves several cards a job
     fault: Mapped[str | None] = mapped_column(Text)  # why nothing can run on it, with the next step
     self_test: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))  # what it showed; null: no test
     instance: Mapped[str | None] = mapped_column(String(64))  # of the box: two boxes may call themselves the same

@@ -15,6 +15,7 @@ from loractl.common.memory.correction import learned
 from loractl.common.memory.need_key import model_family, need_key
 from loractl.common.memory.plan import predict
 from loractl.common.memory.step import Stack
+from loractl.common.memory.ways import plan_ways
 from loractl.common.module_pattern import ModulePattern
 from loractl.common.store.records import Submission
 from loractl.common.units import gib
@@ -52,9 +53,24 @@ def plan_job(
             f"{spec.name} needs {gib(least)} GiB by its plan, which no card has",
             "lower dataset.max_length or training.per_device_train_batch_size, or look at the base's config.json",
         )
-    admitted = admit(spec, methods, need)
+    ways = plan_ways(spec, methods, planned, need)
+    if not ways.alone and not ways.gangs:
+        raise UsageError(
+            f"{spec.name} needs more of each of its {spec.resources.cards} cards than its resources.max_vram, "
+            f"{gib(spec.resources.max_vram)} GiB",
+            "raise it, or say more cards",
+        )
+    admitted = admit(spec, methods, need) if ways.alone or not ways.gangs else methods
     return Submission(
-        spec=spec, user=user, data=data, need=need, planned=planned, methods=admitted, need_key=key, family=family
+        spec=spec,
+        user=user,
+        data=data,
+        need=need,
+        planned=planned,
+        methods=admitted,
+        need_key=key,
+        family=family,
+        ways=ways,
     )
 
 

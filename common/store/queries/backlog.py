@@ -5,26 +5,37 @@ from __future__ import annotations
 import datetime as dt
 from collections.abc import Iterable, Mapping
 
-from sqlalchemy import ColumnElement, func, or_, select
+from sqlalchemy import ColumnElement, func, null, or_, select
 from sqlalchemy import text as sql
 
 from loractl.common.job.method import Method
-from loractl.common.job.need import Need, least_need
+from loractl.common.job.need import Need, Ways
 from loractl.common.job.status import Status
+from loractl.common.placement.gangs import gang_of
 from loractl.common.placement.keys import queue_key
 from loractl.common.placement.sizes import vram_class
 
+from ..fleet import waiting_of
 from ..tables import Job
 from ..transaction import Transaction
+from .cards.nodes import read_cards
 
 
 def line_up(job: Job, requires: Mapping[str, str], now: dt.datetime) -> None:
     """Write the columns by which the claim finds a waiting job, from its needs, methods and patience."""
     patient = job.lora_until is not None and job.lora_until > now
     methods = (Method.LORA,) if patient else tuple(Method(name) for name in job.methods)
-    job.vram_needed = least_need(methods, Need(lora=job.vram_lora, qlora=job.vram_qlora))
+    job.vram_needed = ways_of(job).bound(methods, Need(lora=job.vram_lora, qlora=job.vram_qlora))
     job.vram_class = vram_class(job.vram_needed)
     job.queue_key = queue_key(job.priority, job.vram_needed, requires, job.user)
+
+
+def ways_of(job: Job) -> Ways:
+    """On how many cards the job may run; on one where its row can't be read, which no node takes."""
+    try:
+        return Ways.read(job.gangs)
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return Ways()
 
 
 def node_labels(job: Job) -> dict[str, str]:
@@ -64,8 +75,18 @@ def waiting_classes(tx: Transaction, classes: Iterable[int]) -> set[int]:
 
 def unfinished(tx: Transaction, largest: int) -> int:
     waits = (Job.status == Status.QUEUED) & ~Job.held & or_(Job.vram_needed.is_(None), Job.vram_needed <= largest)
-    query = select(func.count()).select_from(Job).where(or_(waits, Job.status == Status.RUNNING))
-    return tx.session.scalar(query) or 0
+    one = waits & Job.gangs.is_(null())
+    query = select(func.count()).select_from(Job).where(or_(one, Job.status == Status.RUNNING))
+    return (tx.session.scalar(query) or 0) + _unfinished_gangs(tx, waits & Job.gangs.is_not(null()), largest)
+
+
+def _unfinished_gangs(tx: Transaction, waits: ColumnElement[bool], largest: int) -> int:
+    """Those of the waiting jobs that several cards may share which one card or several could hold."""
+    jobs, now = tx.session.scalars(select(Job).where(waits)).all(), tx.now()
+    cards = read_cards(tx.session, now) if jobs else []
+    forms = [waiting_of(vars(job), now) for job in jobs]
+    fits = [form for form in forms if form.alone and (form.least is None or form.least <= largest)]
+    return len(fits) + sum(form not in fits and gang_of(form, cards) is not None for form in forms)
 
 
 def _is_ready(now: dt.datetime) -> tuple[ColumnElement[bool], ...]:

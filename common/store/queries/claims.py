@@ -17,7 +17,7 @@ from loractl.common.job.status import Stage, Status
 from loractl.common.memory.engine import ENGINE
 from loractl.common.placement.cards import Card, could_start
 from loractl.common.placement.hosts import Seat, joined, seat
-from loractl.common.placement.joins import Join, may_join, open_bases
+from loractl.common.placement.joins import may_join, open_bases
 from loractl.common.placement.rule import Placement
 
 from ..aside import set_aside
@@ -30,6 +30,7 @@ from .cards.decisions import decide
 from .cards.hosts import beside, take_place, take_seat
 from .cards.nodes import read_cards, read_charges
 from .cards.packs import key_of
+from .cards.shares import lock, own_first, write
 from .outbox.notices import tell_of_job
 from .sweeps import read_rungs
 
@@ -45,14 +46,18 @@ def claim(
     used: Mapping[str, int],
     distrusted: frozenset[str],
     joins: bool,
+    gangs: bool,
 ) -> Claim | Left | None:
     # Two slots of one card must not both reserve the same bytes.
-    row = tx.session.scalars(select(Node).where(Node.node == node).with_for_update()).first()
+    row = lock(tx, node, gangs=gangs)
     if row is None:
         return None
     now = tx.now()  # under the lock: a start is later than the end that made room for it
     cards = [replace(c, max_jobs=0) if c.node in distrusted - {node} else c for c in read_cards(tx.session, now)]
     mine = next(card for card in cards if card.node == node)
+    if not gangs and mine.gangs:
+        mine = replace(mine, gangs=False)
+        cards = [mine if card.node == node else card for card in cards]
     if outside is not None:
         mine = _as_measured(mine, outside, used)
         cards = [mine if card.node == node else card for card in cards]
@@ -62,7 +67,7 @@ def claim(
     if not mine.open or not mine.free or not (mine.slots or open_bases(mine)):
         return None
     given = _given(tx, mine, cards, now)
-    return _take(tx, given, mine, row, lease_s) if isinstance(given, Placement) else given
+    return _take(tx, given, cards, row, lease_s) if isinstance(given, Placement) else given
 
 
 def _as_measured(card: Card, outside: int, used: Mapping[str, int]) -> Card:
@@ -79,14 +84,15 @@ def _given(tx: Transaction, mine: Card, cards: Sequence[Card], now: dt.datetime)
         placed = decision.placed
         if placed is None:
             continue
-        if placed.node == mine.node:
-            return placed
+        if any(share.node == mine.node for share in placed.shares):
+            first, *others = own_first(placed, mine.node)
+            return replace(placed, node=first.node, reserved=first.bytes, beside=tuple(others))
         if could_start(placed.job, mine, cards) or may_join(mine, placed.job):
             left.add(placed.node)
     return Left(nodes=frozenset(left)) if left else None
 
 
-def _take(tx: Transaction, placed: Placement, card: Card, node: Node, lease_s: float) -> Claim | Left:
+def _take(tx: Transaction, placed: Placement, cards: Sequence[Card], node: Node, lease_s: float) -> Claim | Left:
     now = tx.now()
     job = tx.session.get(Job, placed.job.job_id, with_for_update={"skip_locked": True}, populate_existing=True)
     if job is None or job.status is not Status.QUEUED:
@@ -96,14 +102,23 @@ def _take(tx: Transaction, placed: Placement, card: Card, node: Node, lease_s: f
         set_aside(tx, job, asked, now)
         tell_of_job(tx, job)
         return Left(nodes=frozenset())
-    key, join = key_of(job, asked.spec, placed.method), placed.join
-    taken = seat(card, key, placed.reserved) if join is None else joined(card, join.base, placed.reserved)
-    if join is None and not take_seat(tx, taken, job.job_id, job.attempt + 1):
+    key = None if placed.beside else key_of(job, asked.spec, placed.method)
+    taken, *others = _seats(placed, key, cards)
+    join = placed.join
+    if join is None and not all(take_seat(tx, one, job.job_id, job.attempt + 1) for one in (taken, *others)):
         return Left(nodes=frozenset())
     if join is not None and not take_place(tx, taken, join.base):
         return Left(nodes=frozenset())
-    claim = _start(tx, job, asked, _begin(tx, job, placed, node, lease_s, now), taken, join)
+    claim = _start(tx, job, asked, _begin(tx, job, placed, node, lease_s, now), taken, placed)
     return replace(claim, packs=key is not None)
+
+
+def _seats(placed: Placement, key: str | None, cards: Sequence[Card]) -> list[Seat]:
+    """How the job comes on to each of its cards. On several it is in trainers of its own."""
+    by_node = {card.node: card for card in cards}
+    if placed.join is not None:
+        return [joined(by_node[placed.node], placed.join.base, placed.reserved)]
+    return [seat(by_node[share.node], key, share.bytes) for share in placed.shares]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,7 +167,7 @@ def _begin(tx: Transaction, job: Job, placed: Placement, node: Node, lease_s: fl
         method=placed.method.value,
         engine=ENGINE,
         # Plans are for GPUs: on a processor no plan is noted.
-        vram_planned=None if node.kind == "cpu" else job.planned.get(placed.method.value),
+        vram_planned=None if node.kind == "cpu" or placed.beside else job.planned.get(placed.method.value),
         vram_reserved=placed.reserved,
         started_at=now,
     )
@@ -165,17 +180,20 @@ def _begin(tx: Transaction, job: Job, placed: Placement, node: Node, lease_s: fl
     if not tx.change(move(job.job_id, Status.QUEUED, Status.RUNNING).values(**columns)):
         raise AssertionError(f"job {job.job_id} was locked and yet changed")
     tx.session.add(attempt)
+    write(tx, placed, attempt.attempt)
     return attempt
 
 
-def _start(tx: Transaction, job: Job, asked: _Asked, attempt: Attempt, taken: Seat, join: Join | None) -> Claim:
+def _start(tx: Transaction, job: Job, asked: _Asked, attempt: Attempt, taken: Seat, placed: Placement) -> Claim:
     """Tell the history of the attempt, and give it what it needs to know."""
     method = Method(attempt.method)
     why = _why_method(asked.spec.method, method, Need(lora=job.vram_lora, qlora=job.vram_qlora))
     warm = "" if taken.host is None else ", where its base is loaded already"
-    if join is not None:
-        warm = f", {beside(tx, join.base.host, job.job_id)}"
-    text = f"attempt {attempt.attempt} started on {attempt.node} with {method.value}{why}{warm}"
+    if placed.join is not None:
+        warm = f", {beside(tx, placed.join.base.host, job.job_id)}"
+    cards = " and ".join(share.node for share in placed.shares)
+    how = f", {placed.parallel.value} over {len(placed.shares)} cards" if placed.beside else ""
+    text = f"attempt {attempt.attempt} started on {cards} with {method.value}{why}{how}{warm}"
     tx.tell(job.job_id, attempt.attempt, "started", text)
     return Claim(
         job_id=job.job_id,
@@ -196,7 +214,9 @@ def _start(tx: Transaction, job: Job, asked: _Asked, attempt: Attempt, taken: Se
         rungs=read_rungs(tx.session, job),
         host=None if taken.host is None else taken.host.host,
         leaving=tuple(base.host for base in taken.leaving),
-        joins=join is not None,
+        joins=placed.join is not None,
+        shares=placed.shares if placed.beside else (),
+        parallel=placed.parallel,
     )
 
 

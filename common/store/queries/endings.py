@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime as dt
 from collections.abc import Callable
 
-from sqlalchemy import select, update
+from sqlalchemy import or_, select, update
 
 from loractl.common.job.status import (
     KEEPING,
@@ -28,6 +28,7 @@ from ..records import Claim, Progress, StoredResult
 from ..tables import Adapter, Attempt, Job, Use
 from ..transaction import Transaction
 from .cards.nodes import note_failure, note_success
+from .cards.shares import read_beside, running_on, silent
 from .heartbeats import record
 from .need import need_more
 from .outbox.notices import tell_of_job
@@ -91,6 +92,18 @@ def reap(tx: Transaction, lease_s: float) -> list[Job]:
     lost = sorted(tx.session.scalars(oldest), key=_turn)
     for job in lost:
         _end_lost(tx, job, f"{job.node} was silent for {lease_s:.0f} s", now)
+    return lost + _reap_gangs(tx, lease_s, now)
+
+
+def _reap_gangs(tx: Transaction, lease_s: float, now: dt.datetime) -> list[Job]:
+    """End jobs on several cards of which one, not the first, has a silent node: a job of that card would end too."""
+    gone = dict(silent(tx.session, now - dt.timedelta(seconds=lease_s), REAPED))
+    if not gone:
+        return []
+    running = select(Job).where(Job.job_id.in_(gone), Job.status == Status.RUNNING).with_for_update(skip_locked=True)
+    lost = sorted(tx.session.scalars(running), key=_turn)
+    for job in lost:
+        _end_lost(tx, job, f"{gone[job.job_id]} was silent for {lease_s:.0f} s", now)
     return lost
 
 
@@ -107,7 +120,8 @@ def reap_all(begin: Callable[[], Transaction], lease_s: float) -> list[tuple[int
 
 def give_back(tx: Transaction, node: str) -> list[int]:
     now = tx.now()
-    running = select(Job).where(Job.status == Status.RUNNING, Job.node == node)
+    here = or_(Job.node == node, Job.job_id.in_(running_on(node)))
+    running = select(Job).where(Job.status == Status.RUNNING, here)
     lost = sorted(tx.session.scalars(running.with_for_update(skip_locked=True)), key=_turn)
     for job in lost:
         _end_lost(tx, job, f"{node} was started anew", now)
@@ -265,7 +279,8 @@ def _charge(tx: Transaction, job: Job, now: dt.datetime) -> None:
 def _had(tx: Transaction, job: Job, start: dt.datetime, now: dt.datetime) -> int:
     """Bytes that the attempt had in the mean: of a base that it shared its part by time and members."""
     own = tx.session.get(Attempt, (job.job_id, job.attempt), populate_existing=True)
-    reserved = job.vram_reserved or 0
+    beside = read_beside(tx.session, [job.job_id]).get(job.job_id, [])
+    reserved = (job.vram_reserved or 0) + sum(share.bytes for share in beside)
     if own is None or not own.shared:
         return reserved
     others = (Attempt.host == own.host, Attempt.token != own.token)

@@ -27,7 +27,7 @@ _AT_ONCE = 32  # of a user's jobs in one query, where many are read
 _READY = "status = 'queued' AND NOT held AND NOT cancel_requested AND (not_before IS NULL OR not_before <= :now)"
 _COLUMNS = (
     'job_id, "user", priority, submitted_at, methods, vram_lora, vram_qlora, lora_until, queue_key, result_host,'
-    " result_until, avoids, base_model"
+    " result_until, avoids, base_model, gangs"
 )
 _FITS = (
     "(vram_needed <= :gpu OR (vram_needed > :low AND vram_needed <= :high) OR (vram_needed IS NULL AND :unknown = 1))"
@@ -64,7 +64,7 @@ _LEAST = text(
 def _typed(statement: str) -> TextualSelect:
     """A statement that gives _COLUMNS."""
     typed: dict[str, Any] = dict.fromkeys(("submitted_at", "lora_until", "result_until"), UtcDateTime())
-    typed["methods"], typed["avoids"] = JSON(), JSON()
+    typed |= {name: JSON() for name in ("methods", "avoids", "gangs")}
     plain = ("job_id", "user", "priority", "vram_lora", "vram_qlora", "queue_key", "result_host", "base_model")
     bound = text(statement).bindparams(bindparam("now", type_=UtcDateTime()))
     return bound.columns(*(column(name) for name in plain), **typed)

@@ -5,24 +5,28 @@ from __future__ import annotations
 
 import datetime as dt
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 from sqlalchemy import and_, or_, select, update
 from sqlalchemy import text as sql
 
 from loractl.common.job.method import Method
-from loractl.common.job.need import Need, within
+from loractl.common.job.need import Need, SharedNeed, within
 from loractl.common.job.status import Status
 from loractl.common.memory.config import read_shape
 from loractl.common.memory.correction import GROWTH, learned
 from loractl.common.memory.engine import ENGINE
+from loractl.common.placement.gangs import gang_of
 from loractl.common.placement.joins import own_part
 from loractl.common.units import gib
 
+from ..fleet import waiting_of
 from ..records import Claim, MemoryPlan
-from ..tables import Attempt, Job, Node
+from ..tables import Attempt, AttemptShare, Job, Node
 from ..transaction import Transaction
-from .backlog import line_up, node_labels
+from .backlog import line_up, node_labels, ways_of
+from .cards.nodes import read_cards
 from .jobs import read_job, read_measured
 
 MEASURED = 1000
@@ -36,7 +40,12 @@ OUTSIDER_SHARE = 0.85
 
 
 def plan_again(tx: Transaction, claim: Claim, planned: Need) -> None:
-    """Take a better plan for later attempts. What this one reserves beyond it goes back to the card."""
+    """Take a better plan for later attempts. What this one reserves beyond it goes back to the card.
+
+    What a job on several cards plans is not what it needs of one.
+    """
+    if claim.shares:
+        return
     job = read_job(tx, claim.job_id)
     old, new = job.planned, vars(planned)
     known = {"lora": job.vram_lora, "qlora": job.vram_qlora}
@@ -88,6 +97,7 @@ def _plan(job: Job, read: Callable[[], Transaction]) -> MemoryPlan | None:
     from loractl.common.memory.need_key import model_family, need_key
     from loractl.common.memory.plan import predict
     from loractl.common.memory.step import Stack
+    from loractl.common.memory.ways import plan_ways
 
     try:
         spec = JobSpec.model_validate(job.spec)
@@ -99,7 +109,8 @@ def _plan(job: Job, read: Callable[[], Transaction]) -> MemoryPlan | None:
         measured = read_measured(tx, key, family, MEASURED)
     planned = predict(spec, stack=Stack(on_gpu=kinds != {"cpu"}))  # as submit does it
     need = learned(planned, key, measured)
-    return MemoryPlan(need=need, planned=planned, need_key=key, family=family)
+    ways = plan_ways(spec, [Method(name) for name in job.methods], planned, need)
+    return MemoryPlan(need=need, planned=planned, ways=ways, need_key=key, family=family)
 
 
 def _take_plan(tx: Transaction, job_id: int, plan: MemoryPlan, done: list[int]) -> None:
@@ -111,6 +122,7 @@ def _take_plan(tx: Transaction, job_id: int, plan: MemoryPlan, done: list[int]) 
     job.vram_lora, job.vram_qlora = pick(before.lora, plan.need.lora), pick(before.qlora, plan.need.qlora)
     job.planned = {name: pick(job.planned.get(name), size) for name, size in vars(plan.planned).items()}
     job.need_key, job.family, job.engine = plan.need_key, plan.family, ENGINE
+    job.gangs = plan.ways.as_json()
     line_up(job, node_labels(job), tx.now())
     now = Need(lora=job.vram_lora, qlora=job.vram_qlora)
     if told := [f"{name} {gib(size)} GiB" for name, size in vars(now).items() if size and size != vars(before)[name]]:
@@ -138,6 +150,9 @@ def need_more(tx: Transaction, job: Job, gave: int, message: str, now: dt.dateti
     peak = 0 if attempt.shared else attempt.vram_process or attempt.vram_peak or 0
     if attempt.device_kind == "nvml" and 0 < peak < OUTSIDER_SHARE * gave:
         return True, f"{message}; another program took memory of {job.node}"
+    shares = select(AttemptShare).where(AttemptShare.job_id == job.job_id, AttemptShare.attempt == job.attempt)
+    if cards := len(tx.session.scalars(shares).all()):
+        return _each_needs_more(tx, job, cards, gave, message, now)
     largest = _largest(tx)
     node = tx.session.get(Node, job.node)
     # A plan says nothing about a processor's RAM, so the method is not tried again.
@@ -154,6 +169,30 @@ def need_more(tx: Transaction, job: Job, gave: int, message: str, now: dt.dateti
     job.adjustment = None  # more memory, or another method: the job's own batch may fit
     line_up(job, node_labels(job), now)
     return True, f"{message}; it waits for {gib(job.vram_needed)} GiB now"
+
+
+def _each_needs_more(
+    tx: Transaction, job: Job, cards: int, gave: int, message: str, now: dt.datetime
+) -> tuple[bool, str]:
+    """The same for a job on several cards, each of which had `gave` bytes."""
+    method, ways, more = Method(job.method or Method.LORA.value), ways_of(job), int(gave * GROWTH)
+
+    def raised(way: SharedNeed) -> SharedNeed:
+        size = way.need.of(method)
+        if way.cards != cards or size is None or size > gave:
+            return way
+        need = Need(**{**vars(way.need), method.value: more})
+        return replace(way, need=need)
+
+    job.gangs = replace(ways, gangs=tuple(raised(way) for way in ways.gangs)).as_json()
+    job.adjustment = None
+    line_up(job, node_labels(job), now)
+    form = waiting_of(vars(job), now)
+    some = [replace(card, open=True) for card in read_cards(tx.session, now)]
+    alone = form.alone and form.least is not None and form.least <= _largest(tx)
+    if not alone and gang_of(form, some) is None:
+        return False, f"{message}; each of {cards} cards had {gib(gave)} GiB, and no box has cards with more"
+    return True, f"{message}; it waits for {gib(more)} GiB of each of {cards} cards now"
 
 
 def _largest(tx: Transaction) -> int:

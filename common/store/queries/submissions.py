@@ -48,6 +48,7 @@ def amend(tx: Transaction, amendment: Amendment, user: str) -> Job:
         setattr(job, name, value)
     if job.status is not Status.RUNNING:
         job.lora_until = _lora_until(submission, now)
+    job.gangs = submission.ways.as_json()
     if amendment.planned_anew:
         job.adjustment = None  # it was made for another batch
         for name, value in _planned(submission).items():
@@ -115,6 +116,7 @@ def _planned(submission: Submission) -> dict[str, Any]:
         "vram_lora": submission.need.lora,
         "vram_qlora": submission.need.qlora,
         "planned": vars(submission.planned),
+        "gangs": submission.ways.as_json(),
         "need_key": submission.need_key,
         "family": submission.family,
         "engine": ENGINE,

@@ -14,6 +14,8 @@ from loractl.common.store.fleet import NODE_STALE_S, Avoidance, FleetView, avoid
 from loractl.common.text import clean_line
 from loractl.common.units import clock, duration, gib
 
+from .gangs import part_on, shared_way
+
 if TYPE_CHECKING:
     from loractl.common.store.tables import Job
 
@@ -77,6 +79,12 @@ def _fit(job: Job, me: Waiting, card: Card, view: FleetView) -> CardFit:
         if fault is not None and silent <= NODE_STALE_S:
             return fit("?", f"closed: {fault}")
         return fit("?", "its worker is stopping" if silent <= NODE_STALE_S else f"not seen for {duration(silent)}")
+    if (gang := shared_way(me, view)) is not None:
+        part = part_on(me, gang, card, view)
+        if part is None:
+            return fit("never", "can't be one of several cards for it")
+        text, after = part
+        return fit("?", f"{text}, when {when_they_end(after)}") if after else fit("now", text, view.now)
     if not suits_at_last(job, card, view):
         return fit("never", "a processor is for what no GPU of the fleet can hold")
     if avoided(card, me, view.cards.values()):
@@ -100,10 +108,10 @@ def _fit(job: Job, me: Waiting, card: Card, view: FleetView) -> CardFit:
 def _now(me: Waiting, card: Card, view: FleetView) -> str:
     """What the rule does with a card that has room."""
     for decision in view.decisions:
-        if decision.placed is not None and decision.placed.node == card.node:
+        if decision.placed is not None and any(share.node == card.node for share in decision.placed.shares):
             mine = decision.placed.job.job_id == me.job_id
             return "about to take it" if mine else f"{decision.placed.job.job_id} goes first"
-        if decision.reserved is not None and decision.reserved.node == card.node:
+        if decision.reserved is not None and decision.reserved.on(card.node) is not None:
             mine = decision.reserved.job.job_id == me.job_id
             return "kept for it" if mine else f"kept for {decision.reserved.job.job_id}"
     return "fits"
@@ -130,8 +138,8 @@ def could_start_now(me: Waiting, card: Card, view: FleetView) -> bool:
 
 
 def could_ever_hold(me: Waiting, card: Card) -> bool:
-    """Whether the card holds the job once everything else has left it."""
-    least = me.least
+    """Whether the card holds the job, or its share of it, once everything else has left it."""
+    least = me.bound
     return least is None or least <= card.usable
 
 

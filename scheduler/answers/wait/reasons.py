@@ -30,6 +30,7 @@ from .cards import (
     suits_at_last,
     when_they_end,
 )
+from .gangs import gang_wait, shared_way
 
 if TYPE_CHECKING:
     from loractl.common.store.tables import Job
@@ -136,6 +137,8 @@ def _user_limit(view: FleetView) -> int | None:
 
 def _no_open_card(job: Job, me: Waiting, view: FleetView) -> Wait | None:
     """No open card could ever hold it, though a closed one could."""
+    if shared_way(me, view) is not None:
+        return None
     labelled = [card for card in view.cards.values() if me.requires <= card.labels]
     holding = [card for card in labelled if could_ever_hold(me, card) or not card.total]
     if any(card.open and suits_at_last(job, card, view) for card in holding):
@@ -152,6 +155,8 @@ def _no_open_card(job: Job, me: Waiting, view: FleetView) -> Wait | None:
         if (fault := view.nodes[card.node].fault) is not None:
             return _fleet("closed", f"{card.node}: {fault}")
     left_out = next((card for card in online if card.open), None)
+    if left_out is not None and not me.alone:
+        return _fleet("worker", "it asks for several cards of one box, and not enough are open")
     if left_out is not None:
         what = "a processor, for what no GPU of the fleet can hold; no GPU with its labels is online"
         return _fleet("worker", f"{left_out.node} is {what}")
@@ -179,38 +184,42 @@ def _fleet(word: str, sentence: str) -> Wait:
 
 def _next(job: Job, view: FleetView) -> Wait | None:
     """The rule gives it a card at this moment."""
-    node = next((d.placed.node for d in view.decisions if d.placed and d.placed.job.job_id == job.job_id), None)
-    if node is None:
+    placed = next((d.placed for d in view.decisions if d.placed and d.placed.job.job_id == job.job_id), None)
+    if placed is None:
         return None
+    node = max((share.node for share in placed.shares), key=lambda name: silent_s(view, name))
     if (silent := silent_s(view, node)) > SILENT_S:
         return _fleet("offline", f"{node} would take it and has been silent for {duration(silent)}")
     age = (view.now - job.submitted_at).total_seconds()
     late = "" if age <= AT_ONCE_S else f", waiting {duration(age)}"
-    return Wait(tier=Tier.NEXT, word="next", sentence=f"{node} is about to take it{late}")
+    nodes = " and ".join(share.node for share in placed.shares)
+    return Wait(
+        tier=Tier.NEXT, word="next", sentence=f"{nodes} {'are' if placed.beside else 'is'} about to take it{late}"
+    )
 
 
 def _others_first(job: Job, me: Waiting, view: FleetView) -> Wait | None:
     """A card has room for it, and the rule gives or keeps that card for another job."""
-    taken = {d.placed.node: d.placed.job for d in view.decisions if d.placed is not None}
-    kept_node, kept_for = _kept(view)
+    taken = {s.node: d.placed.job for d in view.decisions if d.placed is not None for s in d.placed.shares}
+    kept_nodes, kept_for = _kept(view)
     startable = [card for card in view.cards.values() if could_start_now(me, card, view)]
     own = next((d.placed for d in view.decisions if d.placed is not None and d.placed.job.user == me.user), None)
-    if own is not None and any(card.node not in taken and card.node != kept_node for card in startable):
+    if own is not None and any(card.node not in taken and card.node not in kept_nodes for card in startable):
         # it has a card with room, but the rule passed it over
         text = f"{own.job.job_id} goes first on {own.node}, and {me.user} may run {_user_limit(view)} at a time"
         return _capacity("limit", text)
     for card in startable:
         if card.node in taken:
             return _passed_over(me, taken[card.node], card.node)
-        if card.node == kept_node and kept_for != job.job_id:
+        if card.node in kept_nodes and kept_for != job.job_id:
             return _capacity("kept", f"{card.node} is kept for {kept_for}, which goes first")
     return None
 
 
-def _kept(view: FleetView) -> tuple[str | None, int | None]:
-    """The card that the rule keeps, and the job for which it does."""
+def _kept(view: FleetView) -> tuple[list[str], int | None]:
+    """The cards that the rule keeps, and the job for which it does."""
     kept = next((d.reserved for d in view.decisions if d.reserved is not None), None)
-    return (None, None) if kept is None else (kept.node, kept.job.job_id)
+    return ([], None) if kept is None else ([card.node for card in kept.cards], kept.job.job_id)
 
 
 def _passed_over(me: Waiting, first: Waiting, node: str) -> Wait:
@@ -247,15 +256,19 @@ def _avoids(job: Job, me: Waiting, view: FleetView) -> Wait | None:
 
 def _room(job: Job, me: Waiting, view: FleetView) -> Wait:
     """The card that has room first, and the jobs that must end for it. Without one: who holds the largest card."""
+    kept_nodes, kept_for = _kept(view)
+    mine = kept_for == job.job_id
+    if (gang := shared_way(me, view)) is not None:
+        wait = gang_wait(me, gang, view)
+        ends = f" when {when_they_end(wait.after)}" if wait.after else ""
+        return _capacity("memory", f"{wait.sentence}{ends}{' (kept for it)' if mine else ''}")
     openings = {
         card.node: opening for card in view.cards.values() if (opening := opening_of(me, card, view)) is not None
     }
     if not openings:
         return _held_by_others(me, view)
-    kept_node, kept_for = _kept(view)
-    mine = kept_for == job.job_id
     first = min(openings, key=lambda name: (*openings[name].rank, name))
-    node = kept_node if mine and kept_node in openings else first
+    node = kept_nodes[0] if mine and kept_nodes[0] in openings else first
     opening = openings[node]
     sentence = f"{node} when {when_they_end(opening.after)}{' (kept for it)' if mine else ''}"
     return _capacity("busy" if opening.only_slot else "memory", sentence)

@@ -22,6 +22,7 @@ from ...records import Arrival, BoxIdentity, NodeState
 from ...tables import Attempt, DrainOrder, Job, LabFailure, Node, Use
 from ...transaction import Transaction
 from ..outbox.notices import tell_of_closure
+from .shares import beside, read_beside, running_on
 
 _CLOSING_LOCK = 0x10AC73  # any constant: names an advisory lock in PostgreSQL
 
@@ -54,7 +55,7 @@ def _identity(node: NodeState | Node) -> BoxIdentity:
 def see(tx: Transaction, state: NodeState) -> Card:
     now = tx.now()
     mine = (Job.status == Status.RUNNING) & (Job.node == state.node)
-    running = tx.session.execute(select(*OCCUPANT).where(mine)).all()
+    running = [*tx.session.execute(select(*OCCUPANT).where(mine)), *beside(tx.session, state.node)]
     hosts = tx.session.scalars(select(TrainerHost).where(TrainerHost.node == state.node)).all()
     drained, inside = drained_targets(tx.session, now), read_inside(tx.session) if hosts else ()
     card = card_of(Node(**vars(state), seen_at=now), list(running), now, drained, hosts, inside)
@@ -79,7 +80,8 @@ def _forget_hosts(tx: Transaction, node: str) -> None:
 
 
 def read_tokens(tx: Transaction, node: str) -> set[str]:
-    running = select(Job.token).where(Job.status == Status.RUNNING, Job.node == node)
+    here = or_(Job.node == node, Job.job_id.in_(running_on(node)))
+    running = select(Job.token).where(Job.status == Status.RUNNING, here)
     return {token for token in tx.session.scalars(running) if token is not None}
 
 
@@ -101,7 +103,7 @@ def end_drain(tx: Transaction, target: str) -> bool:
 def read_cards(session: Session, now: dt.datetime) -> list[Card]:
     """Every card that a node has reported, with what runs there; closed when it is offline or drained."""
     running: dict[str, list[Any]] = {}
-    for row in session.execute(select(*OCCUPANT).where(Job.status == Status.RUNNING)):
+    for row in (*session.execute(select(*OCCUPANT).where(Job.status == Status.RUNNING)), *beside(session)):
         running.setdefault(row.node or "", []).append(row)
     hosts: dict[str, list[TrainerHost]] = {}
     for host in session.scalars(select(TrainerHost)):
@@ -168,13 +170,16 @@ def read_charges(session: Session, now: dt.datetime) -> dict[str, float]:
     past = {use.user: decayed(use.gib_hours, (now - use.at).total_seconds()) for use in session.scalars(select(Use))}
     running: dict[str, list[tuple[int, float]]] = {}
     columns = (Job.job_id, Job.user, Job.vram_reserved, Job.started_at)
+    rows = session.execute(select(*columns).where(Job.status == Status.RUNNING)).all()
+    shared = read_beside(session, [row.job_id for row in rows])
     inside = [one for one in read_inside(session) if not one.ended]
     members = Counter(one.host for one in inside)
     parts = {one.job_id: (one.base_bytes, one.joined, members[one.host]) for one in inside}
-    for row in session.execute(select(*columns).where(Job.status == Status.RUNNING)):
+    for row in rows:
         seconds = 0.0 if row.started_at is None else (now - row.started_at).total_seconds()
         base, joined, count = parts.get(row.job_id, (0, False, 1))
-        size = with_base(row.vram_reserved or 0, base, joined=joined, share=1 / count)
+        others = sum(share.bytes for share in shared.get(row.job_id, ()))
+        size = with_base((row.vram_reserved or 0) + others, base, joined=joined, share=1 / count)
         running.setdefault(row.user, []).append((size, seconds))
     return {user: charge(past.get(user, 0.0), running.get(user, ())) for user in past.keys() | running.keys()}
 

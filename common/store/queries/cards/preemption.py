@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sqlalchemy import func, select, update
+from sqlalchemy import func, or_, select, update
 
 from loractl.common.job.status import Status
 from loractl.common.placement.lines import Openings
@@ -15,6 +15,7 @@ from ...transaction import Transaction
 from ..lines import read_levels
 from .decisions import decide
 from .nodes import read_cards, read_charges
+from .shares import running_on
 
 
 def preempt(tx: Transaction) -> tuple[int, ...]:
@@ -46,7 +47,8 @@ def _may_help(tx: Transaction) -> bool:
 
 def _ask(tx: Transaction, job_id: int, priority: int, node: str, going: Sequence[int]) -> bool:
     """Ask those that run on the node to give way to the job. False when one of them is ending at this moment."""
-    still = select(Job.job_id).where(Job.job_id.in_(going), Job.status == Status.RUNNING, Job.node == node)
+    here = or_(*(or_(Job.node == one, Job.job_id.in_(running_on(one))) for one in node.split(" and ")))
+    still = select(Job.job_id).where(Job.job_id.in_(going), Job.status == Status.RUNNING, here)
     locked = tx.session.scalars(still.order_by(Job.job_id).with_for_update(skip_locked=True)).all()
     if len(locked) < len(going):
         return False

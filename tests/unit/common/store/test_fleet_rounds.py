@@ -35,8 +35,8 @@ from loractl.common.store.store import Store
 
 end = endings._end_attempt
 
-def end_and_freeze(*arguments):
-    end(*arguments)
+def end_and_freeze(*arguments, **named):
+    end(*arguments, **named)
     print("ended one", flush=True)
     os.kill(os.getpid(), signal.SIGSTOP)
 

@@ -494,6 +494,7 @@ def _build(store: Store, clock: Clock, jobs: list[dict[str, Any]], nodes: list[d
         name, kept = f"box:{index}", {k: int(state[k] * GIB) for k in ("total", "margin", "outside_bytes")}
         store.see_node(node_state(name, **{**state, **kept}))
         cards[name] = Card(
+            model="NVIDIA A40",
             node=name, total=kept["total"], margin=kept["margin"], outside=kept["outside_bytes"],
             max_jobs=state["max_jobs"], labels=frozenset(state["labels"].items()), processor=state["kind"] == "cpu",
         )  # fmt: skip
@@ -507,6 +508,7 @@ def test_the_cards_of_the_plain_rule_are_those_of_the_database(store: Store) -> 
     store.beat(mine, Progress(eta_seconds=60.0))
     (card,) = store.fleet().cards.values()
     assert replace(card, running=()) == Card(
+        model="NVIDIA A40",
         node="a:0",
         total=48 * GIB,
         margin=GIB,

@@ -1,0 +1,81 @@
+"""Attempts on several cards: what they have of each, which node is whose, and when a card that goes ends them."""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections.abc import Iterable
+from typing import Any
+
+from sqlalchemy import Select, select
+from sqlalchemy.orm import Session
+
+from loractl.common.job.status import Status
+from loractl.common.placement.gangs import GangShare
+from loractl.common.placement.rule import Placement
+
+from ...tables import AttemptShare, Job, Node
+from ...transaction import Transaction
+
+_NOW = (
+    (AttemptShare.job_id == Job.job_id)
+    & (AttemptShare.attempt == Job.attempt)
+    & (Job.status == Status.RUNNING)
+    & (AttemptShare.rank > 0)
+)
+"""What a running job has of its cards beside the first, which is the job's own row's."""
+
+
+def beside(session: Session, node: str | None = None) -> list[Any]:
+    """Rows like those of OCCUPANT: jobs on cards that are not their first, all or those of a node."""
+    columns = (
+        Job.job_id, Job.user, AttemptShare.node, AttemptShare.bytes.label("vram_reserved"), Job.eta_seconds,
+        Job.priority, Job.preemptible, Job.attempt,
+    )  # fmt: skip
+    query = select(*columns).join(AttemptShare, _NOW)
+    return list(session.execute(query if node is None else query.where(AttemptShare.node == node)))
+
+
+def running_on(node: str) -> Select[Any]:
+    """The jobs that run on a node as one of several."""
+    return select(Job.job_id).join(AttemptShare, _NOW).where(AttemptShare.node == node)
+
+
+def read_beside(session: Session, job_ids: Iterable[int]) -> dict[int, list[AttemptShare]]:
+    """What each of these running jobs has of cards beside its first, by rank."""
+    mine = select(AttemptShare).join(Job, _NOW).where(Job.job_id.in_(list(job_ids)))
+    found: dict[int, list[AttemptShare]] = {}
+    for share in session.scalars(mine.order_by(AttemptShare.job_id, AttemptShare.rank)):
+        found.setdefault(share.job_id, []).append(share)
+    return found
+
+
+def silent(session: Session, since: dt.datetime, limit: int) -> list[tuple[int, str]]:
+    """Running jobs and a card of each, not their first, whose node was not seen since then."""
+    query = (
+        select(Job.job_id, AttemptShare.node).join(AttemptShare, _NOW).outerjoin(Node, Node.node == AttemptShare.node)
+    )
+    gone = query.where(Node.seen_at.is_(None) | (Node.seen_at < since)).order_by(Job.job_id).limit(limit)
+    return [(row.job_id, row.node) for row in session.execute(gone)]
+
+
+def lock(tx: Transaction, node: str, *, gangs: bool) -> Node | None:
+    """Lock the node's row; where several cards may be given out the rows of its whole box, always in one order."""
+    mine = Node.node == node
+    if gangs:
+        mine = Node.node.startswith(node.rpartition(":")[0] + ":", autoescape=True)
+    rows = tx.session.scalars(select(Node).where(mine).order_by(Node.node).with_for_update()).all()
+    return next((row for row in rows if row.node == node), None)
+
+
+def write(tx: Transaction, placed: Placement, attempt: int) -> None:
+    """Write what an attempt has of each of several cards."""
+    shares = placed.shares if placed.beside else ()
+    tx.session.add_all(
+        AttemptShare(job_id=placed.job.job_id, attempt=attempt, rank=rank, node=share.node, bytes=share.bytes)
+        for rank, share in enumerate(shares)
+    )
+
+
+def own_first(placed: Placement, node: str) -> tuple[GangShare, ...]:
+    """The shares in the order of ranks: the node that claims has the first."""
+    return tuple(sorted(placed.shares, key=lambda share: (share.node != node, share.node)))

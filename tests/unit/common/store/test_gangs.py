@@ -1,0 +1,174 @@
+"""Several cards for one job in the database: claimed all or nothing, reserved on each, ended as one."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from loractl.common.job.method import Method, Parallel
+from loractl.common.job.need import Need, SharedNeed, Ways
+from loractl.common.job.status import Reason, Status
+from loractl.common.settings import LEASE_S
+from loractl.common.store.records import Claim, Progress, Submission
+from loractl.common.store.store import Store
+from loractl.common.units import GIB
+
+from ...factories import Clock, node_state, submission
+
+NOTHING = Progress()
+
+
+def show(store: Store, *nodes: str, total: float = 24, **state: Any) -> None:
+    for node in nodes:
+        state = {"max_jobs": 1, "gangs": True, **state}
+        store.see_node(node_state(node, **{**state, "total": int(total * GIB)}))
+
+
+def gang(cards: int = 2, lora: float = 20, *, alone: bool = True, **keys: Any) -> Submission:
+    """A job of 40 GiB on one card, or `lora` GiB on each of several."""
+    way = SharedNeed(cards=cards, parallel=Parallel.SHARDED, need=Need(lora=int(lora * GIB), qlora=None))
+    one = submission(lora=40, qlora=None, **{"method": "lora", **keys})
+    return replace(one, ways=Ways(alone=alone, gangs=(way,)))
+
+
+def claimed(store: Store, node: str = "heron:0", **more: Any) -> Claim:
+    taken = store.claim(node, **{"gangs": True, **more})
+    assert isinstance(taken, Claim), taken
+    return taken
+
+
+def test_a_claim_reserves_each_card_and_its_end_frees_all(store: Store) -> None:
+    show(store, "heron:0", "heron:1")
+    job_id, small = store.submit(gang()), store.submit(submission(lora=8, qlora=None, method="lora"))
+    mine = claimed(store, "heron:1")
+    assert (mine.job_id, mine.method, mine.parallel) == (job_id, Method.LORA, Parallel.SHARDED)
+    assert [(share.node, share.bytes) for share in mine.shares] == [("heron:1", 20 * GIB), ("heron:0", 20 * GIB)]
+    cards = store.fleet().cards
+    assert [(card.taken, card.slots) for card in cards.values()] == [(20 * GIB, 0), (20 * GIB, 0)]
+    assert store.claim("heron:0", gangs=True) is None, "the other card is full"
+    assert store.tokens("heron:0") == store.tokens("heron:1") == {mine.token}
+    assert "started on heron:1 and heron:0 with lora, sharded over 2 cards" in store.events(job_id)[-1].text
+    assert store.fleet().charges["ada"] == pytest.approx(40, abs=0.1)
+    store.finish(mine, Reason.CANCELLED, "enough", NOTHING)
+    assert claimed(store).job_id == small
+
+
+def test_a_node_that_can_t_serve_several_cards_is_given_no_such_job(store: Store) -> None:
+    show(store, "heron:0", "heron:1")
+    store.submit(gang())
+    assert store.claim("heron:0") is None
+    show(store, "heron:0", "heron:1", gangs=False)
+    assert store.claim("heron:0", gangs=True) is None
+    show(store, "heron:0", "heron:1", gpu="MIG-1")
+    assert store.claim("heron:0", gangs=True) is None
+    show(store, "heron:0", "heron:1")
+    assert claimed(store).shares
+
+
+def test_the_memory_that_a_card_says_counts_for_its_share(store: Store) -> None:
+    show(store, "heron:0", "heron:1")
+    store.submit(gang())
+    show(store, "heron:1", outside_bytes=5 * GIB)
+    assert store.claim("heron:0", gangs=True) is None
+    show(store, "heron:1")
+    assert store.claim("heron:0", gangs=True, outside=5 * GIB) is None, "what the claiming card sees itself"
+    assert claimed(store).shares
+
+
+def test_a_card_whose_node_is_started_anew_ends_the_whole_job(store: Store) -> None:
+    show(store, "heron:0", "heron:1")
+    job_id = store.submit(gang())
+    mine = claimed(store)
+    assert store.give_back("heron:1") == [job_id]
+    assert store.job(job_id).status is Status.QUEUED
+    assert not store.beat(mine, NOTHING).accepted
+    assert all(not card.running for card in store.fleet().cards.values())
+
+
+def test_a_silent_card_ends_the_whole_job_though_the_other_beats(timed: Store, clock: Clock) -> None:
+    show(timed, "heron:0", "heron:1")
+    job_id = timed.submit(gang())
+    mine = claimed(timed)
+    for _ in range(3):
+        clock.forward(LEASE_S / 2)
+        show(timed, "heron:0")
+        if timed.beat(mine, NOTHING).accepted:
+            timed.reap()
+    job = timed.job(job_id)
+    assert (job.status, job.reason) == (Status.QUEUED, Reason.WORKER_LOST)
+    assert job.message is not None and job.message.startswith("heron:1 was silent")
+
+
+def test_its_user_is_charged_for_all_cards(timed: Store, clock: Clock) -> None:
+    show(timed, "heron:0", "heron:1")
+    timed.submit(gang())
+    mine = claimed(timed)
+    clock.forward(2 * 3600)
+    timed.finish(mine, Reason.CANCELLED, "enough", NOTHING)
+    assert timed.fleet().charges["ada"] == pytest.approx(80, rel=0.01)
+
+
+def test_a_plan_that_a_trainer_makes_on_one_of_several_cards_is_not_that_of_one(store: Store) -> None:
+    show(store, "heron:0", "heron:1")
+    job_id = store.submit(gang())
+    mine = claimed(store)
+    store.beat(mine, Progress(need=Need(lora=5 * GIB, qlora=None)))
+    assert (store.job(job_id).vram_lora, store.job(job_id).vram_reserved) == (40 * GIB, 20 * GIB)
+
+
+def test_out_of_memory_raises_what_each_card_needs(store: Store) -> None:
+    show(store, "heron:0", "heron:1")
+    job_id = store.submit(gang(lora=16))
+    assert store.finish(claimed(store), Reason.OUT_OF_MEMORY, "it did not fit", NOTHING) is Status.QUEUED
+    assert store.job(job_id).vram_needed == 20 * GIB
+    assert store.finish(claimed(store), Reason.OUT_OF_MEMORY, "it did not fit", NOTHING) is Status.FAILED
+    assert "no box has cards with more" in (store.job(job_id).message or "")
+
+
+def test_a_running_gang_gives_way_as_one_and_a_waiting_one_is_given_way_to(store: Store) -> None:
+    show(store, "heron:0", "heron:1")
+    low = store.submit(gang(preemptible=True))
+    claimed(store)
+    high = store.submit(submission(lora=20, qlora=None, method="lora", priority=5))
+    assert store.preempt() == (low,)
+    store.cancel(high, "ada")
+
+
+def test_smaller_jobs_give_way_to_a_waiting_gang(store: Store) -> None:
+    show(store, "heron:0", "heron:1")
+    small = [store.submit(submission(lora=8, qlora=None, method="lora", preemptible=True)) for _ in range(2)]
+    assert {claimed(store, node).job_id for node in ("heron:0", "heron:1")} == set(small)
+    store.submit(gang(priority=5))
+    assert set(store.preempt()) == set(small)
+
+
+@pytest.mark.parametrize("round_", range(3))
+def test_cards_that_claim_at_once_give_no_byte_twice(store: Store, round_: int) -> None:
+    nodes = [f"heron:{n}" for n in range(4)]
+    show(store, *nodes)
+    jobs = [store.submit(gang()) for _ in range(3)] + [store.submit(submission(lora=8, qlora=None, method="lora"))]
+    taken: list[Any] = []
+
+    def serve(node: str) -> None:
+        for _ in range(6):
+            taken.append(store.claim(node, gangs=True))
+
+    threads = [threading.Thread(target=serve, args=(node,)) for node in nodes]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    begun = [claim.job_id for claim in taken if isinstance(claim, Claim)]
+    assert sorted(begun) == jobs[:2], "two gangs have the four cards"
+    for card in store.fleet().cards.values():
+        assert (card.taken, len(card.running)) == (20 * GIB, 1)
+
+
+def test_rows_that_another_version_wrote_are_read_as_jobs_for_one_card(store: Store) -> None:
+    job_id = store.submit(submission())
+    assert store.job(job_id).gangs is None
+    show(store, "heron:0", gangs=False)
+    assert claimed(store, gangs=False).shares == ()
