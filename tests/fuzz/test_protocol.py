@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-import queue
+from types import SimpleNamespace
 from typing import Any
 
 from hypothesis import given
@@ -12,12 +12,17 @@ from hypothesis import strategies as st
 
 from loractl.common.job.method import Method
 from loractl.common.job.status import Reason, Stage
-from loractl.worker.attempt.process import read_messages
+from loractl.worker.attempt.link.trainer import TrainerProcess
+from loractl.worker.attempt.log import LogBook
 from loractl.worker.protocol.messages import (
     Adjusted,
     Ended,
+    LogLines,
+    MemberLeft,
     Note,
+    Opened,
     Order,
+    Passed,
     Planned,
     Saved,
     StageChanged,
@@ -47,6 +52,10 @@ TOLD: list[Told] = [
     Note(job_id=1, kind="data", text="rows"),
     Saved(job_id=1, step=3, path="/work/1/attempt-1/checkpoints/checkpoint-3"),
     Ended(job_id=1, reason=Reason.OK, message="done"),
+    LogLines(job_id=1, text="line\n"),
+    Opened(job_id=1, base_bytes=1),
+    Passed(job_id=1, tokens=9, members=2, seconds=0.5),
+    MemberLeft(job_id=1),
 ]
 
 values: st.SearchStrategy[Any] = st.recursive(
@@ -113,9 +122,12 @@ def test_what_is_told_is_understood_or_refused_by_a_value_error(line: str) -> No
 def test_the_supervisor_reads_any_lines_to_their_end(lines: list[str]) -> None:
     """Each line of a trainer is a message of its job, or text for the log."""
     INPUTS["trainer's output"] += 1
-    told: queue.SimpleQueue[Told | str] = queue.SimpleQueue()
     text = "".join(line.replace("\n", " ").replace("\r", " ") + "\n" for line in lines)
-    read_messages(io.StringIO(text), told, 1)
-    while not told.empty():
-        message = told.get()
+    ended: Any = SimpleNamespace(stdout=io.StringIO(text), stderr=io.StringIO(), pid=0, poll=lambda: 0)
+    trainer = TrainerProcess(ended, "run")
+    link = trainer.begin(1, io.StringIO(), LogBook())
+    for reader in trainer._readers:
+        reader.join()
+    while not link.told.empty():
+        message = link.told.get()
         assert isinstance(message, str) or message.job_id == 1
