@@ -38,6 +38,7 @@ OWN, TRAINER = "tests.warm", "loractl.worker.training.trainer"
 
 MODULES = {
     OWN: HEAVY,
+    TRAINER: HEAVY,
     "loractl.worker.base.self_test": HEAVY,
     "loractl.worker.data.lengths": HEAVY,
     "loractl.worker.node": LIGHT,
@@ -349,7 +350,7 @@ def _main(module: str) -> int:
         from loractl.scheduler.cli import main as command
 
         command()
-    if module == OWN:
+    if module in (OWN, TRAINER):
         return int(importlib.import_module(TRAINER).main())
     if not hasattr(sys.modules.get(module), "__path__"):
         sys.modules.pop(module, None)  # it is __main__ alone, as it would be

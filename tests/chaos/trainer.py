@@ -24,6 +24,7 @@ from loractl.worker.protocol.marker import close_checkpoint
 from loractl.worker.protocol.messages import Ended, Note, Opened, Saved, StageChanged, Start, Stepped, Stop
 from loractl.worker.protocol.orders import Orders
 from loractl.worker.training.checkpoint import newest_checkpoint
+from loractl.worker.training.gang.other_ranks import OtherRanks
 from loractl.worker.training.trainer import Tell, main
 
 STEP_S = 0.05
@@ -60,7 +61,28 @@ def last_link(spec_hash: str, data_sha256: str, steps: int) -> bytes:
 
 
 def run(order: Start, orders: Orders, tell: Tell) -> Ended:
-    """Train: a sleep and a hash a step."""
+    """Train; on several cards with a process for each, like loractl's own."""
+    if order.rank:
+        return _follow(order)
+    if not order.ranks:
+        return _train(order, orders, tell)
+    gang = OtherRanks(order, tell, "tests.chaos.trainer")
+    ended = _train(gang.order, orders, tell)
+    assert gang.order.meeting is not None
+    Path(gang.order.meeting).touch()
+    return gang.settle(ended)
+
+
+def _follow(order: Start) -> Ended:
+    """Stay until the leader has ended, or is gone with its end of the pipe."""
+    assert order.meeting is not None
+    while not Path(order.meeting).exists():
+        time.sleep(STEP_S)
+    return Ended(job_id=order.job_id, reason=Reason.OK, message="")
+
+
+def _train(order: Start, orders: Orders, tell: Tell) -> Ended:
+    """A sleep and a hash a step."""
     job, steps = order.job_id, order.spec.training.max_steps
     assert steps is not None
     tell(StageChanged(job_id=job, stage=Stage.PREPARING))

@@ -31,7 +31,7 @@ from .test_out_of_memory import make_order
 NONE, DATA, SHARDED = Parallel.NONE, Parallel.DATA, Parallel.SHARDED
 UNEVEN: dict[str, Any] = {
     "max_steps": 5, "per_device_train_batch_size": 3, "gradient_accumulation_steps": 2, "eval_steps": 2,
-    "dtype": "float32", "learning_rate": 5e-3,
+    "save_steps": 3, "dtype": "float32", "learning_rate": 5e-3,
 }  # fmt: skip
 """21 rows in windows of 6: the last one has 3, of which a rank has none in its second micro-batch."""
 

@@ -22,7 +22,7 @@ from .traced_plan import trace_plan
 def tell_need(run: Run, data: PreparedData) -> None:
     """Tell what the job needs for the lengths of its own rows, which submit could not know.
 
-    An architecture that the plan does not know is traced, where memory is a card's. Raises
+    An architecture that the plan does not know is traced, where memory is one card's. Raises
     TrainingFailed(out_of_memory) when the trace needs more than the card gives: no weight is loaded yet.
     """
     order, spec = run.order, run.spec
@@ -31,7 +31,7 @@ def tell_need(run: Run, data: PreparedData) -> None:
     given = order.vram_reserved
     if given is not None and order.joins:
         given += run.shelf.size  # which others brought
-    if need.of(order.method) is not None or given is None or order.gpu == "cpu":
+    if need.of(order.method) is not None or given is None or order.gpu == "cpu" or order.ranks:
         _tell(run, need)
         return
     try:

@@ -32,10 +32,9 @@ def begin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Begin:
             + textwrap.dedent(body)
         )
         (tmp_path / "attempt" / "result").mkdir(parents=True)
-        return OtherRanks(order(tmp_path), (told if told is not None else []).append)
+        return OtherRanks(order(tmp_path), (told if told is not None else []).append, "rank_of_test")
 
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.setattr(other_ranks, "TRAINER", "rank_of_test")
     monkeypatch.setattr(other_ranks, "GRACE_S", 5.0)
     return start
 

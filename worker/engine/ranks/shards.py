@@ -53,6 +53,10 @@ class Shards:
             tensor.data = tensor.data.to(link.device)
         fully_shard(decoder, mesh=mesh, ignored_params=trained | set(rest))
         self._watch(decoder)
+        # In the backward pass a block gathers the one before it ahead. By itself torch would take that from the order
+        # of all passes since the last step, and the leader has some alone: it would gather what no other rank does.
+        for number, block in enumerate(self._blocks):
+            block.set_modules_to_backward_prefetch([self._blocks[max(0, number - 1)]])  # the first one: itself, nothing
 
     def begin(self, model: Any) -> None:
         """Once all ranks have divided: a first pass, in which torch finds its blocks."""

@@ -36,8 +36,9 @@ LAST_LINES = 40
 class OtherRanks:
     """The other ranks of a training, from their start on."""
 
-    def __init__(self, order: Start, tell: Callable[[Told], None]) -> None:
-        self._tell = tell
+    def __init__(self, order: Start, tell: Callable[[Told], None], trainer: str = TRAINER) -> None:
+        """`trainer`: the module that each of them runs."""
+        self._tell, self._trainer = tell, trainer
         self._folder = tempfile.TemporaryDirectory(prefix="gang-", dir=Path(order.output_dir).parent)  # for us alone
         self.order = order.model_copy(update={"meeting": str(Path(self._folder.name) / "meeting")})
         self._said: queue.SimpleQueue[Ended] = queue.SimpleQueue()  # by ranks that have failed
@@ -60,7 +61,7 @@ class OtherRanks:
 
     def _begin(self, rank: Rank) -> threading.Thread:
         process = subprocess.Popen(
-            [sys.executable, "-m", TRAINER],
+            [sys.executable, "-m", self._trainer],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
