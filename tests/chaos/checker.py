@@ -31,9 +31,9 @@ PROMISES = {
 NOTICE_SLACK_S = 12.0
 """Beyond the lease: a node that is frozen in the middle of its round for the fleet (8 s), a round, a busy machine."""
 
-HARMLESS = frozenset({"ok", "worker_lost", "drained", "cancelled", "host_out_of_memory", "gpu_error"})
-"""Why attempts may end here. host_out_of_memory is what a killed trainer looks like; there are no more of it than were
-killed. gpu_error is what the cards of a bad box say."""
+HARMLESS = frozenset({"ok", "worker_lost", "drained", "cancelled", "host_out_of_memory", "host_lost", "gpu_error"})
+"""Why attempts may end here. host_out_of_memory is what a killed trainer looks like, and host_lost one with several
+jobs; there are no more of them than were killed. gpu_error is what the cards of a bad box say."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,16 +217,18 @@ def _resumed(history: History) -> Iterator[Broken]:
 
 def _nothing_failed(history: History) -> Iterator[Broken]:
     for attempt in history.attempts:
-        if attempt.reason is not None and attempt.reason not in HARMLESS:
+        poisoned = attempt.reason == "diverged" and attempt.job_id in history.poisoned
+        if attempt.reason is not None and attempt.reason not in HARMLESS and not poisoned:
             what = f"attempt {attempt.attempt} of job {attempt.job_id} ended as {attempt.reason}"
             yield Broken(promise=7, what=what)
         if attempt.reason == "gpu_error" and attempt.node.partition(":")[0] not in history.bad:
             yield Broken(promise=8, what=f"attempt {attempt.attempt} of job {attempt.job_id} met a bad card too many")
     for job_id, job in history.jobs.items():
-        if job["status"] == Status.FAILED:
+        if job["status"] == Status.FAILED and job_id not in history.poisoned:
             lab = job["reason"] is not None and OUTCOMES[Reason(job["reason"])].blames is not None
             yield Broken(promise=8 if lab else 7, what=f"job {job_id} failed: {job['reason']} {job['message']}")
     killed = Counter(a.reason for a in history.attempts)["host_out_of_memory"]
+    killed += len({a.host for a in history.attempts if a.reason == "host_lost"})
     if killed > history.trainers_killed:
         what = f"{killed} trainers seemed to be killed, {history.trainers_killed} were"
         yield Broken(promise=7, what=what)

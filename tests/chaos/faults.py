@@ -29,6 +29,7 @@ from .trainer import BAD_CARDS
 DECK = {
     "kill a node": 6,
     "kill a trainer": 3,
+    "freeze a trainer": 2,
     "kill a box": 1,
     "stop a box in order": 1,
     "freeze a node": 3,
@@ -151,7 +152,7 @@ class Injector:
 
     def _inject(self, fault: Fault) -> bool:
         kind, box = fault.kind, self.lab.boxes[int(fault.pick * len(self.lab.boxes))]
-        if kind in ("kill a node", "kill a trainer", "freeze a node"):
+        if kind in ("kill a node", "kill a trainer", "freeze a trainer", "freeze a node"):
             return self._hit_process(fault, box)
         if kind == "power cut, a finished result torn":  # a short moment: whichever box comes to it
             return any(self._power_cut(fault, box) for box in self.lab.boxes)
@@ -179,8 +180,9 @@ class Injector:
         return rest[kind](fault)
 
     def _hit_process(self, fault: Fault, box: Box) -> bool:
-        found = box.trainers() if fault.kind == "kill a trainer" else box.nodes()
-        if fault.kind != "kill a trainer":  # an idle one is no loss
+        at_trainer = fault.kind.endswith("a trainer")
+        found = box.trainers() if at_trainer else box.nodes()
+        if not at_trainer:  # an idle one is no loss
             found = {index: node for index, node in found.items() if index in box.trainers()}
         free = {i: p for i, p in found.items() if f"{box.name}:{i}" not in self._busy and box.name not in self._busy}
         if not free:
@@ -190,6 +192,10 @@ class Injector:
         if fault.kind == "kill a trainer":
             process.kill()
             self.trainers_killed += 1
+            return True
+        if fault.kind == "freeze a trainer":  # its supervisors beat on: nothing may come of it
+            process.suspend()
+            self._heal_later(self._frozen_s(fault), lambda: _resume([process]), node)
             return True
         self._note_losses(fault, [node])
         if fault.kind != "freeze a node":

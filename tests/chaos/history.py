@@ -25,9 +25,12 @@ BEGIN
 END $$;
 CREATE TRIGGER chaos_job AFTER INSERT OR UPDATE OR DELETE ON jobs FOR EACH ROW EXECUTE FUNCTION chaos_job();
 CREATE FUNCTION chaos_part() RETURNS trigger LANGUAGE plpgsql AS $$
+DECLARE others text[] := ARRAY['host', 'base_bytes', 'inside', 'shared', 'promised_at'];  -- of an attempt: its company
 BEGIN
-    INSERT INTO chaos_audit (what, job_id, attempt, kind)
-        VALUES (TG_TABLE_NAME, NEW.job_id, NEW.attempt, to_jsonb(NEW)->>'kind');
+    IF TG_OP = 'INSERT' OR to_jsonb(NEW) - others IS DISTINCT FROM to_jsonb(OLD) - others THEN
+        INSERT INTO chaos_audit (what, job_id, attempt, kind)
+            VALUES (TG_TABLE_NAME, NEW.job_id, NEW.attempt, to_jsonb(NEW)->>'kind');
+    END IF;
     RETURN NULL;
 END $$;
 """
@@ -69,6 +72,8 @@ class AttemptRow:
     ended_at: dt.datetime | None
     reason: str | None
     resumed_from_step: int | None = None
+    host: str | None = None  # the mark of the trainer that it was in
+    joined: bool = False  # others trained there already
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +100,7 @@ class History:
     torn: frozenset[str] = frozenset()  # stored checkpoints that the suite damaged
     windows: tuple[Window, ...] = ()
     boxes: frozenset[str] = frozenset()
+    poisoned: frozenset[int] = frozenset()  # jobs whose loss is not a number
     bad: frozenset[str] = frozenset()  # boxes whose cards failed every job for a time
     artifacts: dict[int, str] = field(default_factory=dict)  # succeeded job -> what is wrong with its artifacts
     left: tuple[str, ...] = ()  # processes of an attempt that outlived it
@@ -115,7 +121,7 @@ def read(engine: Engine) -> dict[str, Any]:
         def rows(query: str) -> list[dict[str, Any]]:
             return [dict(row) for row in connection.execute(text(query)).mappings()]
 
-        attempts = "job_id, attempt, token, node, started_at, ended_at, reason, resumed_from_step"
+        attempts = "job_id, attempt, token, node, started_at, ended_at, reason, resumed_from_step, host, joined"
         return {
             "jobs": {row["job_id"]: row for row in rows("SELECT * FROM jobs ORDER BY job_id")},
             "adapters": {row["job_id"]: row for row in rows("SELECT * FROM adapters")},

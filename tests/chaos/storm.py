@@ -27,7 +27,7 @@ from .checker import Broken, check, examine
 from .faults import Injector, script
 from .history import History, read, record
 from .lab import Lab, lab
-from .trainer import LEAVES
+from .trainer import LEAVES, POISONED
 
 BATCH = 10
 """Job files of one `loractl submit`."""
@@ -38,6 +38,9 @@ USERS = ("ada", "bob", "cyd")
 LONG = 6
 
 MAX_RETRIES = 2
+
+POISONED_SHARE = 0.04
+"""Of jobs whose loss is not a number from their third step on."""
 """What the lab does to a job must not spend them. A trainer that is killed does."""
 
 TICK_S = 0.1
@@ -80,7 +83,8 @@ class Outcome:
     postgres_back: list[float]  # s from PostgreSQL's answer to the next heartbeat
     probes: dict[str, list[float]]
     released: int  # held jobs that a person let go on
-    joined: int  # attempts that went on in a host
+    continued: int  # attempts that went on in a host
+    packed: int  # attempts that joined others in one
     mended: int  # cards and boxes that loractl drained and a person opened again
     failed_submits: int
     disk: str
@@ -167,12 +171,13 @@ def _job_file(folder: Path, number: int, rng: random.Random, plan: Plan) -> Path
     if not data.exists():
         rows = [{"prompt": f"{row} of {number}", "completion": str(row)} for row in range(12)]
         data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    leaves = rng.random() < 0.1
-    labels = f"{{{LEAVES}: 'yes'}}" if leaves else "{}"
+    fate = rng.random()
+    leaves = fate < 0.1
+    labels = f"{{{LEAVES}: 'yes'}}" if leaves else f"{{{POISONED}: 'yes'}}" if fate > 1 - POISONED_SHARE else "{}"
     steps = rng.randint(*(plan.long_steps if number % LONG == 1 else plan.steps))
     path = folder / f"job-{number}.yaml"
     path.write_text(
-        f"name: chaos-{number}\nbase_model: {model}\nmethod: lora\ndataset: {{path: {data}, max_length: 64}}\n"
+        f"name: chaos-{number}\nbase_model: {model}\nmethod: lora\ndataset: {{path: {data}, max_length: 16}}\n"
         f"training: {{max_steps: {steps}, save_steps: 5, per_device_train_batch_size: 1}}\n"
         f"max_retries: {MAX_RETRIES}\nlabels: {labels}\nresources: {{exclusive: {str(leaves).lower()}}}\n"
     )
@@ -325,6 +330,7 @@ def _gather(run: _Run, stuck: list[str], left: list[str], probes: dict[str, list
         torn=frozenset(injector.torn),
         windows=tuple(injector.windows),
         boxes=frozenset(box.name for box in run.lab.boxes),
+        poisoned=frozenset(job for job, row in rows["jobs"].items() if POISONED in row["spec"]["labels"]),
         bad=frozenset(injector.went_bad),
         artifacts=wrong,
         left=tuple(left),
@@ -343,7 +349,8 @@ def _gather(run: _Run, stuck: list[str], left: list[str], probes: dict[str, list
         resumed=resumed,
         postgres_back=_beats_after(history, injector.postgres_back),
         probes=probes,
-        joined=len(re.findall(r"goes on in process \d+, which has its base", logs)),
+        continued=len(re.findall(r"goes on in process \d+, which has its base", logs)),
+        packed=sum(attempt.joined for attempt in history.attempts),
         released=run.released,
         mended=run.mended,
         failed_submits=run.failed_submits,

@@ -169,6 +169,8 @@ BREACHES: dict[str, tuple[int, Callable[[History], History]]] = {
     "a job failed": (7, lambda h: with_job(h, 1, status="failed")),
     "a job failed for the lab": (8, lambda h: with_job(h, 1, status="failed", reason="gpu_error")),
     "a good card failed": (8, lambda h: with_attempt(h, 1, reason="gpu_error")),
+    "a host died of itself": (7, lambda h: with_attempt(h, 1, reason="host_lost")),
+    "a job diverged for another one's fault": (7, lambda h: with_attempt(h, 1, reason="diverged")),
     "a trainer died of itself": (7, lambda h: with_attempt(h, 1, reason="host_out_of_memory")),
 }  # fmt: skip
 

@@ -38,6 +38,9 @@ BASE_BYTES = 1 << 20
 LEAVES = "leaves-a-process"
 """A job with this label starts a process in a session of its own, which does not end with the trainer."""
 
+POISONED = "poisoned"
+"""The loss of a job with this label is not a number from its third step on."""
+
 BAD_CARDS = "bad-cards"
 """A box with a file of this name in its home has cards that fail every job at once."""
 
@@ -106,6 +109,8 @@ def _train(order: Start, orders: Orders, tell: Tell) -> Ended:
         time.sleep(STEP_S)
         step += 1
         link = next_link(link, step)
+        if POISONED in order.spec.labels and step > 2:
+            return Ended(job_id=job, reason=Reason.DIVERGED, message="the loss is nan", base_bytes=_base(order))
         tell(Stepped(job_id=job, step=step, total_steps=steps, metrics={"loss": 1 / step}))
         stop = _stop(orders)
         if step % order.spec.training.save_steps == 0 or step == steps or (stop is not None and stop.save):

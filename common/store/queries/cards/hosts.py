@@ -36,7 +36,7 @@ def _write(tx: Transaction, claim: Claim, new: NewHost, *, is_open: bool) -> boo
     tx.session.scalars(select(Node).where(Node.node == new.node).with_for_update()).first()
     now, member = tx.now(), {"job_id": claim.job_id, "attempt": claim.attempt}
     own = (Job.job_id == claim.job_id, Job.token == claim.token, Job.status == Status.RUNNING, Job.node == new.node)
-    if tx.session.scalar(select(Job.job_id).where(*own)) is None:
+    if tx.session.scalar(select(Job.job_id).where(*own).with_for_update()) is None:  # no lease ends meanwhile
         return False
     if is_busy(tx, new.host, claim.token):
         return True  # the row says what holds while they are in it
