@@ -3,10 +3,9 @@
 BASE is bf16 or nf4, BATCH the rows of a step. The sides are `loractl` and `tutorial` (transformers' Trainer on peft's
 model), and those that are named with the Python of an environment of their own: `trl_sft=/tmp/trl/bin/python`,
 `llamafactory_sft=/tmp/llamafactory/bin/python`. Each is a process on one thread; all learn the same rows in the same
-order and take their steps in turn. Told are real tokens a
-CPU second (the median step; the first one is left out, since it compiles kernels), the loss on held-out rows after the
-last step, and the largest resident set. `limit` is what the base's matrix products alone take: forward, and the
-gradients of their inputs. A table takes two to four minutes of CPU.
+order and take their steps in turn. Told are real tokens a CPU second (the median step; the first one is left out, since
+it compiles kernels), the loss on held-out rows after the last step, and the largest resident set. `limit` is what the
+base's matrix products alone take: forward, and the gradients of their inputs. A table takes two to four minutes of CPU.
 """
 
 from __future__ import annotations
@@ -110,7 +109,8 @@ def job_of(model: str, rows: str, base: str, batch: int, max_length: int = 256) 
 
 
 def limit(job: dict[str, Any]) -> float:
-    """Tokens a CPU second of the base's matrix products alone, in bf16, with the head on learned tokens."""
+    """Tokens a CPU second of the base's matrix products alone, in bf16 or fp32, whichever is faster here, with the head
+    on learned tokens."""
     import torch
 
     from loractl.common.job.method import Method
@@ -122,21 +122,25 @@ def limit(job: dict[str, Any]) -> float:
     tokens = 512
     learned = sum(label >= 0 for row in job["train"] for label in row["labels"][1:])
     share = learned / sum(len(row["input_ids"]) for row in job["train"])
-    inner = [m.weight for n, m in base.named_modules() if isinstance(m, torch.nn.Linear) and "lm_head" not in n]
 
     def seconds(weight: torch.Tensor, count: int) -> float:
-        x = torch.randn(count, weight.shape[1], dtype=torch.bfloat16)
-        g = torch.randn(count, weight.shape[0], dtype=torch.bfloat16)
+        x = torch.randn(count, weight.shape[1], dtype=weight.dtype)
+        g = torch.randn(count, weight.shape[0], dtype=weight.dtype)
         began = time.process_time()
         torch.nn.functional.linear(x, weight)
         torch.matmul(g, weight)
         return time.process_time() - began
 
     def once() -> float:
+        inner = (m.weight for n, m in base.named_modules() if isinstance(m, torch.nn.Linear) and "lm_head" not in n)
         return sum(seconds(w, tokens) for w in inner) + seconds(base.lm_head.weight, int(tokens * share))
 
-    once()  # compiles kernels
-    return tokens / statistics.median(once() for _ in range(5))
+    def median(dtype: torch.dtype) -> float:
+        base.to(dtype)
+        once()  # compiles kernels
+        return statistics.median(once() for _ in range(5))
+
+    return tokens / min(median(dtype) for dtype in (torch.bfloat16, torch.float32))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,9 @@ LOSS_BYTES = 12
 """Bytes per logit where the loss is at its peak: the log-softmax kept in fp32, its gradient, and the logits' gradient
 (transformers' ForCausalLMLoss casts logits to fp32; the 16-bit ones are freed before the backward pass)."""
 
+CHUNK_BYTES = 8
+"""Bytes per logit of a lean step's chunk at its peak: in fp32 the logits, and what will be their gradient."""
+
 EVALUATED_LOGIT_BYTES = 12
 """Bytes per held-out logit: the fp32 copy that accelerate makes, the learned positions' copy, their log-softmax
 (worker/evaluation/evaluation.py)."""
@@ -29,7 +32,7 @@ def loss_bytes(shape: Shape, step: Step) -> float:
         size = 2 if step.autocast else 4
         head = size * step.labels * shape.hidden if step.autocast else 0
         return step.tokens * (4 * shape.hidden + size * (2 * shape.hidden + 2 * step.labels)) + head
-    logit = LOSS_BYTES + (2 if shape.softcaps else 0)
+    logit = (CHUNK_BYTES if step.lean else LOSS_BYTES) + (2 if shape.softcaps else 0)
     cast = (step.quantised and step.whole_rest) or step.saved_head
     head = 2 * shape.embedding if cast and step.autocast else 0
     if step.lean:  # the last norm and its output, those that are learned from and their gradient, one chunk of logits

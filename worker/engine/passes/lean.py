@@ -24,6 +24,7 @@ from loractl.worker.data.tokens import IGNORED, TokenRow
 from loractl.worker.engine.loss import Backward, MicroBatch
 from loractl.worker.engine.streams import RandomStreams
 
+from .cross_entropy import SummedLoss
 from .rows import RowLayout
 
 
@@ -100,7 +101,7 @@ class LeanModel:
         answer = self._kind(last_hidden_state=hidden[None])
         with self._autocast(), _answering(self._decoder, answer):
             nothing = torch.zeros((1, 1), dtype=torch.int64, device=self.device)
-            found: torch.Tensor = self.words(input_ids=nothing).logits[0].float()
+            found: torch.Tensor = self.words(input_ids=nothing).logits.squeeze(0).float()
         return found
 
     def learn_head(
@@ -120,7 +121,8 @@ class LeanModel:
 
     def summed_loss(self, hidden: torch.Tensor, targets: torch.Tensor, smoothing: float) -> torch.Tensor:
         """Of a chunk. Nothing else holds its logits, so the backward pass has their room."""
-        return F.cross_entropy(self.logits(hidden), targets, reduction="sum", label_smoothing=smoothing)
+        found: torch.Tensor = SummedLoss.apply(self.logits(hidden), targets, smoothing)
+        return found
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         amp = self._precision.amp

@@ -55,6 +55,7 @@ class SharedProduct:
         self._own: Callable[[torch.Tensor], torch.Tensor] = linear.forward
         self._spans = spans
         self._frozen = FrozenProduct.of(linear)
+        self.rounds = True  # to its input's type what it computes in fp32
         # by adapted model, which takes its layers along when it goes
         self.layers: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
 
@@ -78,7 +79,7 @@ class SharedProduct:
         below = [layer.lora_B[ADAPTER].weight for _, layer in taken]
         parts = [_Factors.of(span, layer) for span, layer in taken]
         flat = x.reshape(-1, x.shape[-1]).to(_compute_type(x))
-        answer = _Product.apply(flat, self._frozen, parts, *above, *below)
+        answer = _Product.apply(flat, self._frozen, self.rounds, parts, *above, *below)
         answer = answer.view(*x.shape[:-1], -1)
         # a layer in NF4 answers in its input's type
         return answer.to(x.dtype) if hasattr(self._linear, "quant_state") else answer
@@ -119,7 +120,9 @@ class _Product(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, frozen: FrozenProduct, parts: list[_Factors], *factors: torch.Tensor) -> Any:
+    def forward(
+        ctx: Any, x: torch.Tensor, frozen: FrozenProduct, rounds: bool, parts: list[_Factors], *factors: torch.Tensor
+    ) -> Any:
         ctx.frozen, ctx.parts, widened = frozen, parts, wide.widens(x)
         kind, saved = torch.float32 if widened else x.dtype, [x, *factors]
         with torch.autocast(x.device.type, enabled=False) if widened else contextlib.nullcontext():
@@ -135,7 +138,7 @@ class _Product(torch.autograd.Function):
                 saved.append(inner)
                 answer[part.rows].addmm_(inner, _scaled(b, part, kind).T)
         ctx.save_for_backward(*saved)
-        return answer.to(x.dtype)
+        return answer.to(x.dtype) if rounds else answer
 
     @staticmethod
     def backward(ctx: Any, given: torch.Tensor) -> Any:
@@ -160,7 +163,7 @@ class _Product(torch.autograd.Function):
                 back[part.rows].addmm_(of_inner, a.to(kind))
             else:
                 back[part.rows] += _dropped(of_inner @ a.to(kind), mask, part)
-        return (back if back is None else back.to(narrow), None, None, *to_a, *to_b)
+        return (back if back is None else back.to(narrow), None, None, None, *to_a, *to_b)
 
 
 def _scaled(b: torch.Tensor, part: _Factors, dtype: torch.dtype) -> torch.Tensor:

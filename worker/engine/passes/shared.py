@@ -47,7 +47,7 @@ class SharedBase:
         self._spans = Spans()
         self._products: dict[str, SharedProduct] = {}  # by the layer's path
         if wide.multiplies_wide():
-            self._take_over_decoder()
+            self._take_over()
         self._blocks: list[Any] | None = None  # that can be recomputed; None: not prepared for it
 
     def view(self) -> Any:
@@ -71,12 +71,12 @@ class SharedBase:
             self._products[path] = linear.forward = SharedProduct(linear, self._spans)
         return self._products[path]
 
-    def _take_over_decoder(self) -> None:
+    def _take_over(self) -> None:
         """Also layers that nobody has adapted, for their faster products; whoever comes, their bits stay the same."""
-        inner = set(self._words.base_model.modules())
+        head, inner = self._words.get_output_embeddings(), set(self._words.base_model.modules())
         for path, module in list(self._words.named_modules()):
-            if module in inner and FrozenProduct.of(module) is not None:
-                self._product(path)
+            if (module is head or module in inner) and FrozenProduct.of(module) is not None:
+                self._product(path).rounds = module is not head
 
     def learn(self, pieces: Sequence[Piece], *, recomputes: bool = False) -> list[torch.Tensor]:
         """Leave the gradients of several micro-batches. Returns each one's share of its window's mean loss, in nats.

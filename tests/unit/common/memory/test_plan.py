@@ -17,7 +17,7 @@ from loractl.common.job.need import Need
 from loractl.common.job.spec import JobSpec
 from loractl.common.memory.families import shape_of
 from loractl.common.memory.fit import largest_fit
-from loractl.common.memory.logits import LOSS_BYTES
+from loractl.common.memory.logits import CHUNK_BYTES, LOSS_BYTES
 from loractl.common.memory.optimizer import state_bytes
 from loractl.common.memory.plan import CONTEXT_BYTES, MIB, plan, predict
 from loractl.common.memory.shape import Shape
@@ -98,7 +98,7 @@ def test_a_lean_step_holds_the_logits_of_a_chunk_whatever_the_batch() -> None:
         plan(shape(), job(training={"per_device_train_batch_size": rows}), Method.LORA).parts["logits"]
         for rows in (1, 4)
     )
-    chunk = HEAD_CHUNK * 49152 * LOSS_BYTES
+    chunk = HEAD_CHUNK * 49152 * CHUNK_BYTES
     assert small == chunk + 256 * 576 * 10 and large == chunk + 4 * 256 * 576 * 10
 
 
