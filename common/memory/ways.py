@@ -11,7 +11,7 @@ from loractl.common.units import GIB
 
 from .config import read_shape
 from .plan import plan
-from .step import Stack
+from .step import Lengths, Stack
 
 if TYPE_CHECKING:
     from loractl.common.job.spec import JobSpec
@@ -25,7 +25,9 @@ NO_CARD_HAS = 2**50
 """Bytes: the need of a method that the job's own max_vram rules out on these cards."""
 
 
-def plan_ways(spec: JobSpec, methods: Sequence[Method], planned: Need, need: Need) -> Ways:
+def plan_ways(
+    spec: JobSpec, methods: Sequence[Method], planned: Need, need: Need, lengths: Lengths | None = None
+) -> Ways:
     """On how many cards the job may run. `planned`, `need`: of one card, the latter corrected by measured peaks, which
     corrects the others in proportion."""
     cards, wanted = spec.resources.cards, spec.resources.parallel
@@ -42,14 +44,22 @@ def plan_ways(spec: JobSpec, methods: Sequence[Method], planned: Need, need: Nee
     if cards == "auto":
         hows = [Parallel.SHARDED]
     ways = [
-        SharedNeed(cards=n, parallel=how, need=_each(shape, spec, n, how, planned, need))
+        SharedNeed(cards=n, parallel=how, need=_each(shape, spec, n, how, planned, need, lengths))
         for n in counts
         for how in hows
     ]
     return Ways(alone=cards == "auto", gangs=tuple(way for way in ways if _is_open(way, methods)))
 
 
-def _each(shape: Shape | None, spec: JobSpec, cards: int, parallel: Parallel, planned: Need, need: Need) -> Need:
+def _each(
+    shape: Shape | None,
+    spec: JobSpec,
+    cards: int,
+    parallel: Parallel,
+    planned: Need,
+    need: Need,
+    lengths: Lengths | None,
+) -> Need:
     """What each of so many cards needs, by method."""
     if shape is None:
         return Need(lora=None, qlora=None)
@@ -58,7 +68,7 @@ def _each(shape: Shape | None, spec: JobSpec, cards: int, parallel: Parallel, pl
     def size(method: Method) -> int:
         before, now = planned.of(method), need.of(method)
         learned = now / before if before and now else 1.0
-        each = int(plan(shape, spec, method, stack=stack).need_bytes * learned)
+        each = int(plan(shape, spec, method, lengths, stack=stack).need_bytes * learned)
         return each if each <= most else NO_CARD_HAS
 
     return Need(lora=size(Method.LORA), qlora=size(Method.QLORA))

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import datetime as dt
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loractl.common.errors import LoractlError, UsageError
-from loractl.common.job.method import Method
-from loractl.common.job.need import Need, choose_method, within
+from loractl.common.job.method import MOST_CARDS, Method
+from loractl.common.job.need import Need, Ways, choose_method, within
 from loractl.common.memory.config import read_shape
 from loractl.common.memory.correction import learned, peaks_like
 from loractl.common.memory.fit import Fit, largest_fit
@@ -17,7 +18,10 @@ from loractl.common.memory.need_key import model_family, need_key
 from loractl.common.memory.plan import Plan, plan
 from loractl.common.memory.shape import Shape
 from loractl.common.memory.step import Lengths, Stack
+from loractl.common.memory.ways import plan_ways
 from loractl.common.placement.cards import MARGIN_BYTES, Card
+from loractl.common.placement.gangs import best_group, gang_of, may_share
+from loractl.common.placement.lines import Waiting
 from loractl.common.units import GIB, gib
 from loractl.scheduler.submission.lengths import row_lengths
 from loractl.scheduler.submission.need import check_adapter, fleet_stack, open_methods, stored_hashes
@@ -140,9 +144,27 @@ def memory_need(
     key = need_key(spec, dict(job.data) or stored_hashes(spec))
     measured = store.measured(key, model_family(spec)) if stack.on_gpu else []  # peaks of cards alone
     planned = {method: plans[method].need_bytes if method in plans else None for method in (Method.LORA, Method.QLORA)}
-    need = learned(Need(lora=planned[Method.LORA], qlora=planned[Method.QLORA]), key, measured)
+    planned_need = Need(lora=planned[Method.LORA], qlora=planned[Method.QLORA])
+    need = learned(planned_need, key, measured)
     admitted = within(methods, need, spec.resources.max_vram)
     cards, choice = _on_one(card, admitted, need) if card is not None else _on_fleet(fleet, admitted, need)
+    ways = plan_ways(spec, methods, planned_need, need, counted.lengths) if stack.on_gpu else Ways()
+    if choice is None or not ways.alone:
+        asked = Waiting(
+            job_id=0,
+            user="",
+            priority=0,
+            since=dt.datetime.now(dt.UTC),
+            methods=methods,
+            need=need,
+            requires=frozenset(spec.resources.node_labels.items()),
+            alone=False,
+            gangs=ways.gangs,
+        )
+        several, method = _on_several(asked, _such_cards(card) if card is not None else fleet)
+        if not ways.alone and not several:
+            several = [CardRoom(word="never", card=f"{spec.resources.cards} cards", total_gib="–", how="of no box")]
+        cards, choice = ((*cards, *several) if ways.alone else tuple(several)), method
     return MemoryNeed(
         title=job.title,
         plans=plans,
@@ -185,6 +207,35 @@ def _on_fleet(
     rooms = tuple(_card_room(card, method, admitted, need) for card, method in zip(cards, methods, strict=True))
     best = min((admitted.index(method) for method in methods if method is not None), default=None)
     return rooms, None if best is None else admitted[best]
+
+
+def _such_cards(size: int) -> list[Card]:
+    """As many cards of this size as a job may have, in a box of their own."""
+    return [Card(node=f"a box:{n}", total=size, margin=MARGIN_BYTES, gangs=True) for n in range(MOST_CARDS)]
+
+
+def _on_several(job: Waiting, cards: Sequence[Card]) -> tuple[list[CardRoom], Method | None]:
+    """The boxes of which several cards would hold the job together, and the method that they would take."""
+    found: list[tuple[int, Method, CardRoom]] = []
+    for host in sorted({card.host for card in cards}):
+        of_box = [replace(card, running=(), hosts=()) for card in cards if card.host == host]
+        if (way := gang_of(job, of_box)) is None:
+            continue
+        for method in job.methods:
+            size = way.need.of(method)
+            holding = [card for card in of_box if size is not None and may_share(card, job) and size <= card.capacity]
+            if size is not None and (group := best_group(holding, way.cards)) is not None:
+                now = [c for c in cards if c.host == host and may_share(c, job) and c.slots and size <= c.free]
+                room = CardRoom(
+                    word="fits" if len(now) >= way.cards else "tight",
+                    card=f"{way.cards} cards of {host}",
+                    total_gib=f"{min(card.total for card in group) / GIB:.0f}",
+                    how=f"with {method.value}, {way.parallel.value}: {gib(size)} GiB of each",
+                )
+                found.append((way.cards, method, room))
+                break
+    best = min(found, key=lambda one: (one[0], job.methods.index(one[1])), default=None)
+    return [room for *_, room in found], None if best is None else best[1]
 
 
 def _card_room(card: Card, method: Method | None, admitted: Sequence[Method], need: Need) -> CardRoom:
