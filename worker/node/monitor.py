@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from loractl.common.errors import ServiceUnreachable
+from loractl.common.placement.joins import open_bases
 from loractl.common.placement.sizes import VRAM_CLASSES, served_classes
 from loractl.common.queue.hint_queues import HintQueues
 from loractl.common.queue.hints import card_queue, queue_name
@@ -71,6 +72,7 @@ class Monitor:
         self._next_plans = 0.0  # and for those with an older version's plan
         self._failures: dict[str, int] = {}  # in a row, by what failed
         self._serving: set[int] = set(VRAM_CLASSES)  # classes that fit into what is free
+        self._joinable = False  # a trainer here may be joined, by a job of any class: its base is here already
         self._consumed: set[int] = set(VRAM_CLASSES)  # those whose queues Celery consumes
         self._consumer: Any = None  # Celery's; None when it consumes nothing (any more)
         self._called = threading.Event()  # something has changed: do not wait for the next look
@@ -107,6 +109,7 @@ class Monitor:
         card = self._row.write(draining=self._place.drain.asked is not None)
         self._serving = set(served_classes(card.free)) if card.open and card.slots else set()
         if self._hosts is not None:
+            self._joinable = bool(open_bases(card))
             self._hosts.trim(card)
         if (consumer := self._consumer) is not None:
             consumer.call_soon(self._consume, consumer)
@@ -195,7 +198,8 @@ class Monitor:
     def _go_round(self, slots: Slots) -> None:
         """Look for jobs with a lost message or one that came while nothing fitted."""
         end_strays(self._place)
-        if self._place.drain.wish is None and self._place.store.waiting_classes(self._serving):
+        wanted = set(VRAM_CLASSES) if self._joinable else self._serving
+        if self._place.drain.wish is None and self._place.store.waiting_classes(wanted):
             slots.wake()
 
     def _plan_anew(self) -> None:

@@ -1,0 +1,53 @@
+"""What a node's monitor wakes its slots for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from loractl.common.placement.hosts import base_key
+from loractl.common.settings import load_settings
+from loractl.common.store.records import Claim, NewHost
+from loractl.common.store.store import Store
+from loractl.common.units import GIB
+from loractl.worker.attempt.drain import Drain
+from loractl.worker.attempt.workplace import Workplace
+from loractl.worker.device.devices import CpuDevice
+from loractl.worker.node.monitor import Monitor
+from loractl.worker.storage.client import StoreClient
+
+from ..factories import node_state, submission
+
+
+@pytest.mark.parametrize("opened", [False, True], ids=["a full card", "one whose trainer may be joined"])
+def test_a_job_that_waits_for_a_card_without_a_slot_is_looked_for_where_it_could_join_a_trainer(
+    store: Store, tmp_path: Path, opened: bool
+) -> None:
+    settings = load_settings({"LORACTL_HOME": str(tmp_path)})
+    place = Workplace(
+        settings=settings, store=store, artifacts=StoreClient(f"file://{tmp_path}"), node="box:0", drain=Drain(),
+        threads=1, device=CpuDevice(name="CPU", total=24 * GIB),
+    )  # fmt: skip
+
+    def write(*, draining: bool) -> Any:
+        return store.see_node(node_state("box:0", total=24 * GIB, max_jobs=1))
+
+    row: Any = SimpleNamespace(write=write)
+    hosts: Any = SimpleNamespace(trim=lambda card: None)
+    monitor, woken = Monitor(place, row, hosts), list[str]()
+    slots: Any = SimpleNamespace(wake=lambda: woken.append("woken"), attempts={})
+    monitor.report()
+    store.submit(submission(lora=8, method="lora"))
+    mine = store.claim("box:0")
+    assert isinstance(mine, Claim)
+    key = base_key(mine.spec, mine.method)
+    assert key is not None
+    if opened:
+        assert store.open_host(mine, NewHost(host="mark", node="box:0", key=key, bytes=5 * GIB))
+    store.submit(submission(lora=20, method="lora"))
+    monitor.report()
+    monitor._go_round(slots)
+    assert woken == (["woken"] if opened else []), "its own part may fit where its whole need does not"
