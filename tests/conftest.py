@@ -41,6 +41,20 @@ _numbers = itertools.count()
 LONG = os.environ.get("TESTS") == "long"
 """make test-long: the tests marked `long`, and more examples of every property."""
 
+
+def _memory(room: int = 4 << 30) -> str | None:
+    """A folder in memory, if it has so many bytes free: a test of a database waits half of its time for the disk, and
+    no test cuts the power. With TMPDIR all lies there."""
+    folder = Path("/dev/shm")
+    if "TMPDIR" in os.environ or not folder.is_dir():
+        return None
+    found = os.statvfs(folder)
+    runs_files = not found.f_flag & os.ST_NOEXEC  # a container's own often does not
+    return str(folder) if runs_files and found.f_bavail * found.f_frsize >= room else None
+
+
+MEMORY = _memory()
+
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # a run in the background of a script: the workers that tests start with Ctrl-C in mind would inherit that
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -91,7 +105,7 @@ def real_services() -> None:
 
 @pytest.fixture(scope="session")
 def postgres_server(real_services: None) -> Iterator[str]:
-    folder = Path(tempfile.mkdtemp(prefix="loractl-pg-"))
+    folder = Path(tempfile.mkdtemp(prefix="loractl-pg-", dir=MEMORY))
     try:
         with services.postgres(folder / "data", durable=False) as url:
             yield url
@@ -117,13 +131,14 @@ def postgres_template(postgres_server: str) -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
-def sqlite_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def sqlite_template() -> Iterator[Path]:
     """The file of an upgraded database, to be copied."""
-    file = tmp_path_factory.mktemp("template") / "loractl.db"
-    engine = make_engine(f"sqlite:///{file}")
+    folder = Path(tempfile.mkdtemp(prefix="loractl-db-", dir=MEMORY))
+    engine = make_engine(f"sqlite:///{folder / 'loractl.db'}")
     upgrade(engine)
     engine.dispose()
-    return file
+    yield folder / "loractl.db"
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture
@@ -251,7 +266,7 @@ def kept_engine(url: str) -> Engine:
 
 @pytest.fixture(scope="session")
 def s3_server(real_services: None) -> Iterator[services.S3]:
-    folder = Path(tempfile.mkdtemp(prefix="loractl-s3-"))
+    folder = Path(tempfile.mkdtemp(prefix="loractl-s3-", dir=MEMORY))
     try:
         with services.s3(folder) as server:
             yield server
@@ -313,7 +328,7 @@ class Cli:
 @pytest.fixture
 def home() -> Iterator[Path]:
     """A LORACTL_HOME with a short path (unix sockets), its embedded Valkey stopped afterwards."""
-    folder = Path(tempfile.mkdtemp(prefix="loractl-"))
+    folder = Path(tempfile.mkdtemp(prefix="loractl-", dir=MEMORY))
     yield folder
     stop_embedded(load_settings({"LORACTL_HOME": str(folder)}))
     shutil.rmtree(folder, ignore_errors=True)

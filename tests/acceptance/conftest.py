@@ -14,7 +14,7 @@ import pytest
 from loractl.common.queue.valkey import stop_embedded
 from loractl.common.settings import load_settings
 
-from ..conftest import Cli
+from ..conftest import MEMORY, Cli
 from ..models import write_job
 from .quick_lab import Lab, quick_lab
 
@@ -26,7 +26,7 @@ ANSWERS = {"red": "crimson and scarlet", "green": "moss and fern", "blue": "sky 
 def trained(tiny_model: Path, warm_start: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cli]:
     """Jobs 1 to 4: red and green of LoRA, blue of DoRA, and another red, each on the same tiny base."""
     folder = tmp_path_factory.mktemp("colours")
-    home = Path(tempfile.mkdtemp(prefix="loractl-"))
+    home = Path(tempfile.mkdtemp(prefix="loractl-", dir=MEMORY))
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("LORACTL_", "AWS_"))}
     own = {"LORACTL_HOME": str(home), "LORACTL_USER": "ada", "HF_HUB_OFFLINE": "1", "LORACTL_DEVICES": "cpu"}
     cli = Cli({**kept, **own, **warm_start})

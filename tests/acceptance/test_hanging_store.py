@@ -55,7 +55,8 @@ def test_cancel_drain_time_limit_and_sigterm_act_while_s3_passes_nothing_on(
 ) -> None:
     link, environment = s3
     lab.cli = lab.cli.with_environment(**environment)
-    cancelled, drained = lab.submit("--set=priority=2", steps=60), lab.submit("--set=priority=1")
+    late = "--set=training.save_steps=20"  # a second after the way has fallen silent
+    cancelled, drained = lab.submit("--set=priority=2", late, steps=60), lab.submit("--set=priority=1")
     limited = lab.submit("--set=resources.time_limit=3s", "--set=training.save_steps=4", steps=4000)
     worker = lab.start()
     lab.until(cancelled, lambda job: job.step)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from http import HTTPStatus
 from pathlib import Path
 
@@ -17,14 +19,8 @@ from ..models import write_helpdesk
 
 # in a process of its own: the clients read the hub's address and their cache's place once
 LOAD = """
-import json, sys
+import json, os, sys
 from loractl.common.errors import DataError
-from loractl.common.job.method import Method
-from loractl.worker.data.origin import load_pinned
-from loractl.worker.base.failure import TrainingFailed
-from loractl.worker.base.arithmetic import choose_precision
-from loractl.worker.base.model import load_base
-from loractl.worker.base.model import load_tokenizer
 from loractl.common.job.method import Method
 from loractl.worker.base.arithmetic import choose_precision
 from loractl.worker.base.failure import TrainingFailed
@@ -46,8 +42,12 @@ def answer(what, name, revision):
     except DataError as error:
         return "bad_data", error.sentence
 
-for asked in json.load(sys.stdin):
-    print("ANSWER", json.dumps(answer(*asked)), flush=True)
+for line in sys.stdin:
+    if not (child := os.fork()):  # each line is answered as by a new process
+        for asked in json.loads(line):
+            print("ANSWER", json.dumps(answer(*asked)), flush=True)
+        os._exit(0)
+    print("ENDED", os.waitpid(child, 0)[1], flush=True)
 """
 MISSING = "0123456789abcdef0123456789abcdef01234567"
 
@@ -68,20 +68,36 @@ def hub(tmp_path: Path, tiny_model: Path) -> Hub:
     return hub
 
 
-def ask(environment: Mapping[str, str], *asked: tuple[str, str, str | None]) -> list[tuple[str, str]]:
+Asked = tuple[str, str, str | None]
+
+
+def ask(environment: Mapping[str, str], *asked: Asked) -> list[tuple[str, str]]:
     """Reason and sentence of each load, in one process."""
+    with asking(environment) as one:
+        return one(*asked)
+
+
+@contextlib.contextmanager
+def asking(environment: Mapping[str, str]) -> Iterator[Callable[..., list[tuple[str, str]]]]:
+    """To ask several times, each time a process of its own: what they import is imported once."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-    done = subprocess.run(
-        [sys.executable, "-c", LOAD],
-        input=json.dumps(asked),
-        env={**kept, **environment},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    lines = [line.removeprefix("ANSWER ") for line in done.stdout.splitlines() if line.startswith("ANSWER ")]
-    return [(reason, sentence) for reason, sentence in map(json.loads, lines)]
+    command = [sys.executable, "-c", LOAD]
+    with subprocess.Popen(
+        command, env={**kept, **environment}, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdin and process.stdout
+        said, told = process.stdin, process.stdout
+
+        def answers(*asked: Asked) -> list[tuple[str, str]]:
+            print(json.dumps(asked), file=said, flush=True)
+            lines = list(itertools.takewhile(lambda line: not line.startswith("ENDED"), told))
+            found = [json.loads(line.removeprefix("ANSWER ")) for line in lines if line.startswith("ANSWER ")]
+            assert len(found) == len(asked), lines
+            return [(reason, sentence) for reason, sentence in found]
+
+        yield answers
+        said.close()
+        assert process.wait(timeout=60) == 0
 
 
 def test_each_refusal_of_the_hub_has_its_reason_and_its_sentence(hub: Hub, tmp_path: Path) -> None:
@@ -123,16 +139,15 @@ def test_each_refusal_of_the_hub_has_its_reason_and_its_sentence(hub: Hub, tmp_p
 def test_a_hub_that_fails_is_away_and_what_is_cached_will_do(hub: Hub, tmp_path: Path) -> None:
     asked = ("model", "org/tiny", None), ("data", "org/desk", "train"), ("data", "org/desk@next", "train")
     main, following = (hub.find("datasets", "org/desk", name)[0] for name in ("main", "next"))
-    with hub.serving() as url:
-        here = {"HF_ENDPOINT": url, "HF_HOME": str(tmp_path / "hf")}
-        fetched = ask(here, *asked)
+    with hub.serving() as url, asking(here := {"HF_ENDPOINT": url, "HF_HOME": str(tmp_path / "hf")}) as ask_here:
+        fetched = ask_here(*asked)
         assert fetched == [("ok", "64"), ("ok", f"12 rows of {main}"), ("ok", f"24 rows of {following}")]
         hub.fails = HTTPStatus.SERVICE_UNAVAILABLE
         for reason, sentence in ask({**here, "HF_HOME": str(tmp_path / "fresh")}, *asked):
             assert reason == "trainer_error" and "the hub can't be reached" in sentence
         hub.requests.clear()
         pinned = ("data", f"org/desk@{following}", "train")
-        cached = ask(here, *asked, pinned)
+        cached = ask_here(*asked, pinned)
         assert (cached[0], cached[2], cached[3]) == (fetched[0], fetched[2], fetched[2])
         # datasets would give the newest commit that it has, which is of the other branch
         assert cached[1][0] == "trainer_error" and f"another commit ({following})" in cached[1][1]

@@ -27,6 +27,7 @@ from loractl.common.job.need import Need
 from loractl.common.job.spec import JobSpec
 from loractl.common.job.status import Reason
 from loractl.common.memory.plan import predict
+from loractl.common.memory.step import Stack
 from loractl.worker.base.arithmetic import choose_precision
 from loractl.worker.base.failure import TrainingFailed
 from loractl.worker.base.gauge import data_bytes, is_out_of_memory
@@ -283,7 +284,7 @@ def test_the_need_is_planned_again_for_the_lengths_of_the_rows(tiny_model: Path,
     order = make_order(tmp_path / "a", tiny_model, data, max_steps=1, per_device_train_batch_size=2)
     told = here(order)
     planned = next(m for m in told if isinstance(m, Planned))
-    asked = predict(order.spec)  # for rows of max_length: longer than these
+    asked = predict(order.spec, stack=Stack(on_gpu=False))  # for rows of max_length: longer than these
     assert planned.lora is not None and asked.lora is not None and planned.lora < asked.lora
     assert planned.qlora is not None and asked.qlora is not None and planned.qlora < asked.qlora
 

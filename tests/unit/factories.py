@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import os
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +14,9 @@ from loractl.common.store.records import Claim, Left, NodeState, StoredResult, S
 from loractl.common.store.store import Store
 from loractl.common.store.tables import Job, Node
 from loractl.common.units import GIB
+
+EXAMPLES = int(os.environ.get("STORE_EXAMPLES", "25"))
+"""Of each property of the store."""
 
 NOON = dt.datetime(2026, 1, 14, 12, 0, tzinfo=dt.UTC)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,9 +18,8 @@ from loractl.common.store.store import Store
 from loractl.common.store.tables import Base
 from loractl.common.units import GIB
 
-from ...factories import RESULT, node_state, submission
+from ...factories import EXAMPLES, RESULT, node_state, submission
 
-EXAMPLES = int(os.environ.get("STORE_EXAMPLES", "25"))
 NODE, TOTAL, MOST_JOBS = "box:0", 24, 4
 PROGRESS = Progress()
 

@@ -25,7 +25,7 @@ from loractl.common.store.store import Store
 from loractl.common.store.tables import Base, DrainOrder
 from loractl.common.units import GIB
 
-from ...factories import NOON, RESULT, Clock, node_state, submission
+from ...factories import EXAMPLES, NOON, RESULT, Clock, node_state, submission
 from ...fleets import card, drained, in_seconds, running, waits
 
 YES = {"nvlink": "yes"}
@@ -166,7 +166,7 @@ def shrinking(draw: st.DrawFn) -> list[Openings]:
     return found
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@settings(max_examples=EXAMPLES, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(queue=st.lists(rows, max_size=12), openings=shrinking(), each=st.integers(0, 3))
 def test_lines_in_the_database_give_what_lines_in_a_list_give(
     queue: list[dict[str, Any]], openings: list[Openings], each: int, timed: Store, clock: Clock
@@ -189,7 +189,7 @@ def test_lines_in_the_database_give_what_lines_in_a_list_give(
         assert _all(read_oldest(session, NOON), openings, each) == _all(ListedLine(listed), openings, each)
 
 
-@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@settings(max_examples=EXAMPLES, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(
     queue=st.lists(rows, max_size=14),
     openings=shrinking(),

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import datetime as dt
 import itertools
-import os
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -37,9 +36,7 @@ from loractl.common.store.store import Store
 from loractl.common.store.tables import Base, Job
 from loractl.common.units import GIB
 
-from ...factories import NOON, RESULT, Clock, node_state, submission
-
-EXAMPLES = int(os.environ.get("STORE_EXAMPLES", "25"))
+from ...factories import EXAMPLES, NOON, RESULT, Clock, node_state, submission
 
 machine = settings(
     max_examples=EXAMPLES,
@@ -53,7 +50,7 @@ machine = settings(
 # Written down again, not taken from the code: the model must be able to disagree with it.
 LEASE_S, HELD_AFTER, CARD_PAUSE_S = 60, 3, 10
 FAILS = frozenset({Reason.WORKER_LOST, Reason.GPU_ERROR, Reason.DISK_FULL, Reason.STORE_FAILED})
-LAB = FAILS | {Reason.DRAINED, Reason.PREEMPTED}
+LAB = FAILS | {Reason.DRAINED, Reason.PREEMPTED, Reason.HOST_LOST}
 COUNTED = frozenset(
     {
         Reason.HOST_OUT_OF_MEMORY, Reason.EVALUATION_FAILED, Reason.TRAINER_ERROR,

@@ -26,7 +26,7 @@ from loractl.common.store.store import Store
 from loractl.common.store.tables import Base, Job
 from loractl.common.units import GIB
 
-from ...factories import NOON, RESULT, Clock, node_state, submission, take
+from ...factories import EXAMPLES, NOON, RESULT, Clock, node_state, submission, take
 
 NOTHING = Progress()
 HOUR = 3600.0
@@ -439,7 +439,7 @@ cards_of = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@settings(max_examples=EXAMPLES, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(
     jobs=st.lists(rows(), max_size=10),
     nodes=st.lists(cards_of, min_size=1, max_size=3),
