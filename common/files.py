@@ -228,15 +228,15 @@ def _session() -> Any:
     from aiobotocore.session import AioSession
 
     session = AioSession()
-    session.register_component("data_loader", _service_models())
+    session.register_component("data_loader", _service_models(session.get_config_variable("data_path")))
     return session
 
 
 @functools.cache
-def _service_models() -> Any:
+def _service_models(search_path: str | None) -> Any:
     from botocore.loaders import create_loader
 
-    return create_loader()
+    return create_loader(search_path)
 
 
 def remove_tree(path: Path) -> None:
