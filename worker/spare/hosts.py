@@ -12,7 +12,7 @@ import secrets
 import subprocess
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from loractl.common.placement.cards import Card
@@ -63,6 +63,7 @@ class Hosts:
     watch: Watch
     keep_s: float
     closed: bool = False  # the card is kept empty by a person's order
+    opened: Callable[[], None] = lambda: None  # is called when other jobs may join one that trains
     _changed: threading.Condition = field(default_factory=threading.Condition)
     _waiting: dict[str, _Waiting] = field(default_factory=dict)
     _marks: set[str] = field(default_factory=set)  # of hosts, and of trainers that may become one
@@ -173,9 +174,10 @@ class Hosts:
         except REFUSALS as error:
             log.warning("no job can join job %s: %s", claim.job_id, told_by(error))
             return
-        with self._changed:
-            if written:
+        if written:
+            with self._changed:
                 self._written.add(trainer.mark)
+            self.opened()
 
     def let_in(self, trainer: TrainerProcess) -> None:
         """Let a trainer be found by those who join it."""
