@@ -12,6 +12,7 @@ from loractl.common.queue.sender import wake_cards
 from loractl.common.store.records import Claim, Left
 from loractl.worker.attempt.workplace import Workplace
 from loractl.worker.device.occupancy import Watch
+from loractl.worker.protocol.spare import by_mark
 
 log = logging.getLogger("loractl.worker")
 
@@ -54,7 +55,7 @@ class Claimer:
             return None  # its row says so with the next look
         distrusted = frozenset(node for node, since in self._left.items() if now - since > HOLD_BACK_S)
         claim = self._place.store.claim(
-            self._place.node, seen.outside, seen.used, distrusted, joins=self._place.hosts is not None
+            self._place.node, seen.outside, by_mark(seen.used), distrusted, joins=self._place.hosts is not None
         )
         if isinstance(claim, Left):
             self._left = {node: self._left.get(node, now) for node in claim.nodes}

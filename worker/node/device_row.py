@@ -6,6 +6,7 @@ from loractl.common.placement.cards import Card
 from loractl.common.store.records import Arrival, BoxIdentity, NodeState
 from loractl.worker.attempt.workplace import Workplace
 from loractl.worker.device.occupancy import Watch
+from loractl.worker.protocol.spare import by_mark
 from loractl.worker.protocol.versions import installed_versions
 
 from .options import NodeOptions
@@ -47,7 +48,7 @@ class DeviceRow:
             total=device.total,
             outside_bytes=seen.outside or 0,  # the first look was before any job came
             outside=seen.others,
-            used=seen.used,
+            used=by_mark(seen.used),
             margin=self._options.margin,
             max_jobs=self._max_jobs,
             user_limit=self._options.user_limit,

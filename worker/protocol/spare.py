@@ -14,6 +14,8 @@ it is shared: what it prints from there on is no job's, for the jobs' own lines 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 SPARE = "--spare"
 """The argument before the kind of device."""
 
@@ -29,6 +31,11 @@ PLACEHOLDER_VALUE = "-" * 24
 def host_name(mark: str) -> str:
     """What stands in LORACTL_JOB while a host has no job: its memory is ours, and no job's."""
     return f"host-{mark}"
+
+
+def by_mark(used: Mapping[str, int]) -> dict[str, int]:
+    """Bytes by job, and of hosts by their marks, as rows name them."""
+    return {name.removeprefix("host-"): size for name, size in used.items()}
 
 
 def taken(mark: str) -> str:

@@ -73,7 +73,8 @@ def claim(
 def _as_measured(card: Card, outside: int, used: Mapping[str, int]) -> Card:
     """The card as its device shows it at this moment."""
     live = tuple(replace(job, used=used.get(str(job.job_id), job.used)) for job in card.running)
-    return replace(card, outside=max(card.outside, outside), running=live)
+    hosts = tuple(replace(base, used=used.get(base.host, base.used)) for base in card.hosts)
+    return replace(card, outside=max(card.outside, outside), running=live, hosts=hosts)
 
 
 def _given(tx: Transaction, mine: Card, cards: Sequence[Card], now: dt.datetime) -> Placement | Left | None:

@@ -28,6 +28,7 @@ from loractl.worker.attempt.workplace import Workplace
 from loractl.worker.device.devices import CpuDevice
 from loractl.worker.device.occupancy import run_mark
 from loractl.worker.node.health.leftovers import close_if_left, end_strays
+from loractl.worker.protocol.spare import by_mark
 from loractl.worker.storage.client import StoreClient
 
 from ..factories import node_state, submission
@@ -147,7 +148,7 @@ def test_a_job_joins_goes_on_when_the_first_has_ended_and_leaves_the_base_warm(p
         second = own.start(joins=True)
         assert own.pid(first) == own.pid(second)
         assert own.marks_of_processes() == set(own.rows), "who ends an attempt's processes does not find it"
-        assert set(own.watch.look().used) == {f"host-{own.rows[0]}"}
+        assert set(by_mark(own.watch.look().used)) == {own.rows[0]}
         end_strays(own.place)
         assert place.store.hosts("box:0")[0].law is not None, "passes were measured"
         lines = own.log(first), own.log(second)
@@ -156,6 +157,8 @@ def test_a_job_joins_goes_on_when_the_first_has_ended_and_leaves_the_base_warm(p
         own.end(first)
         assert place.store.job(first).reason is Reason.BAD_DATA
         assert psutil.pid_exists(own.pid(second)) and own.threads[second].is_alive()
+        place.store.submit(submission(base_model="org/a", labels={"does": "steps"}, lora=1, method="lora"))
+        assert place.store.claim("box:0", 0, {own.rows[0]: 24 * GIB}, joins=True) is None, "its process has the card"
         third = own.start(joins=True)
         own.end(second)
         own.end(third)
