@@ -113,6 +113,23 @@ class Card:
         """The base that a job runs on, where its trainer is known as one that others may come into."""
         return next((base for base in self.hosts if job.host == base.host or job.job_id == base.job_id), None)
 
+    def companions(self, job_id: int) -> tuple[int, ...]:
+        """The other jobs that train in a job's trainer."""
+        packs = [{job.job_id for job in self.inside(base)} for base in self.hosts]
+        return tuple(sorted(next((pack for pack in packs if job_id in pack), set()) - {job_id}))
+
+    @property
+    def measured(self) -> int:
+        """Bytes that our jobs really hold, as far as they are measured; of those in one process together."""
+        alone = sum(job.used for job in self.running if self.base_of(job) is None)
+        inside = [(base, self.inside(base)) for base in self.hosts]
+        return alone + sum(max([base.used, *(job.used for job in jobs)]) for base, jobs in inside if jobs)
+
+    @property
+    def bases_beside_jobs(self) -> list[WarmBase]:
+        """Bases that no job's reservation holds, though jobs train on them: their first job has left."""
+        return [base for base in self.hosts if base.job_id is None and self.is_busy(base)]
+
     def is_busy(self, base: WarmBase) -> bool:
         """Whether jobs are in it, or on their way out of it."""
         return base.held > 0 or bool(self.inside(base))

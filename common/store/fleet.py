@@ -5,13 +5,14 @@ from __future__ import annotations
 import datetime as dt
 import functools
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from loractl.common.job.method import Method
 from loractl.common.job.need import Need, Ways
 from loractl.common.placement.cards import Card, Occupant, WarmBase, largest_gpu
 from loractl.common.placement.closure import CardFailure
+from loractl.common.placement.joins import RefusedJoin
 from loractl.common.placement.keys import QueueKey
 from loractl.common.placement.lines import Waiting
 from loractl.common.placement.rule import Decision
@@ -35,6 +36,7 @@ class FleetView:
     charges: dict[str, float]  # GiB hours by user
     decisions: tuple[Decision, ...]  # what starts next, and for which job a card is kept
     failures: tuple[CardFailure, ...] = ()  # of a day, on cards that have ended no attempt well since
+    refused_joins: Mapping[int, RefusedJoin] = field(default_factory=dict)  # by waiting job, of one host each
 
     @functools.cached_property
     def largest(self) -> int:

@@ -54,6 +54,7 @@ class DeviceState:
     temperature: int | None  # °C
     versions: Mapping[str, str]
     draining: bool  # its worker is stopping
+    gangs: bool  # its worker serves jobs on several cards
     fault: str | None  # why nothing can run on it, with the next step
     self_test: Mapping[str, Any] | None  # what it showed before it served; null: it had none
     instance: str | None  # of the box: two boxes may call themselves the same
@@ -70,7 +71,7 @@ class DeviceState:
         """The fields of the device up to `seen_at`, and `open`, `jobs`, `hosts`, `drained` and `failures`.
 
         `open`: whether it takes jobs; `jobs`: job_id, user and reserved bytes of each that runs there; `hosts`: the
-        trainers there that keep their bases, and the job that is in each (null: none); `drained`: by whom, why and
+        trainers there that keep their bases, and the jobs that are in each; `drained`: by whom, why and
         until when, or null; `failures`: how many attempts failed there for the lab, by reason.
         """
         columns = {name: getattr(self, name) for name in DEVICE_FIELDS}
@@ -80,16 +81,18 @@ class DeviceState:
             "seen_at": self.seen_at.isoformat(),
             "open": self.card.open,
             "jobs": [{"job_id": j.job_id, "user": j.user, "reserved": j.reserved} for j in self.card.running],
-            "hosts": [_host_as_json(base) for base in self.card.hosts],
+            "hosts": [_host_as_json(base, self.card) for base in self.card.hosts],
             "drained": None if self.closed_by is None else self.closed_by.as_json(),
             "failures": dict(self.failures),
         }
 
 
-def _host_as_json(base: WarmBase) -> dict[str, Any]:
-    """`leaving`: it goes, and its bytes are held until its process has ended."""
-    names = ("host", "base_model", "bytes", "job_id", "leaving")
-    return {**{name: getattr(base, name) for name in names}, "method": base.method.value}
+def _host_as_json(base: WarmBase, card: Card) -> dict[str, Any]:
+    """`leaving`: it goes, and its bytes are held until its process has ended; `open`: jobs may train beside those in
+    it; `jobs`: those that run in it; `job_id`: the one whose reservation holds the base."""
+    names = ("host", "base_model", "bytes", "job_id", "leaving", "open")
+    inside = [job.job_id for job in card.inside(base)]
+    return {**{name: getattr(base, name) for name in names}, "method": base.method.value, "jobs": inside}
 
 
 DEVICE_FIELDS = tuple(DeviceState.__annotations__)[:-4]

@@ -14,6 +14,7 @@ from .wait.queue import waiting_jobs
 from .wait.reasons import Wait
 
 if TYPE_CHECKING:
+    from loractl.common.store.fleet import FleetView
     from loractl.common.store.store import Store
     from loractl.common.store.tables import Attempt, Event, Job
 
@@ -145,6 +146,7 @@ class JobInFull:
     held_out: tuple[tuple[int, float], ...]  # step, loss on held-out rows
     now: dt.datetime
     trouble: str | None = None  # what is wrong with the card of a running one, in a few words
+    companions: tuple[int, ...] = ()  # other jobs that train in its trainer
 
     def as_json(self) -> dict[str, Any]:
         """The job's fields; `loractl show` has the history."""
@@ -160,12 +162,19 @@ def job_in_full(store: Store, job_id: int) -> JobInFull:
         job=state_of(row),
         wait=waiting_jobs(store, [row], view).reasons.get(job_id),
         trouble=trouble_of(view, row.node) if runs and view is not None and row.node is not None else None,
+        companions=companions_of(view, row),
         attempts=_attempts(store, job_id),
         events=_events(store, job_id),
         losses=tuple((point.step, point.value) for point in store.metrics(job_id, "loss")),
         held_out=held_out_losses(store, job_id),
         now=store.now(),
     )
+
+
+def companions_of(view: FleetView | None, row: Job) -> tuple[int, ...]:
+    """The other jobs in a running job's trainer, as far as the view has its card."""
+    card = None if view is None or row.status is not Status.RUNNING else view.cards.get(row.node or "")
+    return () if card is None else card.companions(row.job_id)
 
 
 def held_out_losses(store: Store, job_id: int) -> tuple[tuple[int, float], ...]:

@@ -35,7 +35,7 @@ def devices(fleet: Fleet, screen: Screen, *, used: bool = False) -> str:
 
 def _row(device: DeviceState, now: dt.datetime, screen: Screen, *, used: bool) -> list[str]:
     card, wide = device.card, screen.width >= 110
-    held = sum(job.used for job in card.running)
+    held = card.measured
     return [
         screen.style(card_name(card.node), bold=True),
         *([fit(device.device_name, 22)] if wide else []),
@@ -55,6 +55,7 @@ def _memory_bar(card: Card, width: int, screen: Screen) -> str:
         return blocks[4] * width
     parts = [(blocks[0], card.outside)]
     parts += [(blocks[1 + n % 2], max(job.reserved, job.used)) for n, job in enumerate(card.running)]
+    parts += [(blocks[1 + len(card.running) % 2], base.bytes) for base in card.bases_beside_jobs]
     cells = "".join(mark * max(1, round(size / card.total * width)) for mark, size in parts if size >= card.total / 200)
     cells = cells[:width]
     return screen.style(cells, fg="blue") + blocks[3] * (width - len(cells))
@@ -72,8 +73,15 @@ def _obstacle(device: DeviceState, now: dt.datetime) -> str | None:
     return "its worker is stopping" if device.draining else None
 
 
+def _jobs(card: Card) -> list[str]:
+    """The jobs of a card; those that train in one process are told together."""
+    alone = [f"{job.user} {job.job_id}" for job in card.running if not card.companions(job.job_id)]
+    packs = [jobs for base in card.hosts if len(jobs := card.inside(base)) > 1]
+    return [*alone, *(f"{' + '.join(f'{job.user} {job.job_id}' for job in jobs)} on one base" for jobs in packs)]
+
+
 def _users(device: DeviceState) -> str:
-    jobs = [f"{job.user} {job.job_id}" for job in device.card.running]
+    jobs = _jobs(device.card)
     others = [process_name(process) for process in device.outside]
     if len(others) > 2:
         others = [*others[:2], f"{len(others) - 2} more"]

@@ -16,6 +16,7 @@ import click
 from loractl.common.job.status import OUTCOMES, Stage, Status
 from loractl.common.text import clean_line, number
 from loractl.common.units import clock, duration, gib, thousands
+from loractl.scheduler.answers.wait.cards import beside
 
 from .screen import Screen, bar, fit, sparkline, table, wrapped, wrapped_table
 from .sweep import overview as sweep_lines
@@ -283,7 +284,8 @@ def _standing(answer: JobInFull, screen: Screen) -> list[str]:
         eta = f"  {duration(job.eta_seconds)} left" if job.eta_seconds else ""
         tail = f" {share:4.0%}  {steps}{eta}"
         trouble = f"; its card is {clean_line(answer.trouble)}" if answer.trouble else ""
-        where = f"{head} on {clean_line(job.node or '')}, attempt {job.attempt}, {doing}{trouble}"
+        shared = f", {beside(answer.companions)}" if answer.companions else ""
+        where = f"{head} on {clean_line(job.node or '')}, attempt {job.attempt}, {doing}{shared}{trouble}"
         return [where, "", bar(share, min(60, screen.width - len(tail)), screen) + tail]
     if job.status is Status.QUEUED and answer.wait is not None:
         return [f"{head} waits: {answer.wait.word}, {clean_line(answer.wait.sentence)}."]

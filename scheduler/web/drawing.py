@@ -48,6 +48,8 @@ def card_parts(device: DeviceState) -> list[BarPart]:
     for job in card.running:
         used = round(min(100.0, 100 * job.used / total), 2)
         add("job", max(job.reserved, job.used), used=used, user=job.user, job_id=job.job_id)
+    for base in card.bases_beside_jobs:
+        add("held", base.bytes, text=portable_name(base.base_model))
     for base in card.waiting_bases:
         add("base", base.bytes, text=portable_name(base.base_model))
     return parts

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -90,6 +90,8 @@ def _fit(job: Job, me: Waiting, card: Card, view: FleetView) -> CardFit:
     if avoided(card, me, view.cards.values()):
         why = avoidance_of(job, card, view)
         return fit(clock(why.until, view.now), f"failed it ({why.reason}), avoided until then", why.until)
+    if (joins := _joins(me, card, view)) is not None:
+        return fit("now", joins, view.now)
     opening = opening_of(me, card, view)
     if opening is None and job.lora_until is not None and not could_ever_hold(me, card):
         until = clock(job.lora_until, view.now)
@@ -100,9 +102,33 @@ def _fit(job: Job, me: Waiting, card: Card, view: FleetView) -> CardFit:
         warm = any(card.has_warm(me.base_model, method) for method in me.methods)
         return fit("now", _now(me, card, view) + (", its base is loaded there" if warm else ""), view.now)
     what = f"{'has a slot' if opening.only_slot else 'fits'} when {when_they_end(opening.after)}"
+    what += refused_join(me, card, view)
     if opening.at is None:
         return fit("?", f"{what}, which is not known")
     return fit(clock(opening.at, view.now), what, opening.at)
+
+
+def _joins(me: Waiting, card: Card, view: FleetView) -> str | None:
+    """That the rule lets the job train beside others of the card; None: it does not."""
+    placed = next((d.placed for d in view.decisions if d.placed and d.placed.job.job_id == me.job_id), None)
+    if placed is None or placed.join is None or placed.node != card.node:
+        return None
+    return f"about to train {beside(job.job_id for job in card.inside(placed.join.base))}"
+
+
+def beside(jobs: Iterable[int]) -> str:
+    """Other jobs in one trainer, like "with jobs 12 and 13 on one base"."""
+    *first, last = (str(number) for number in sorted(jobs))
+    return f"with jobs {', '.join(first)} and {last} on one base" if first else f"with job {last} on one base"
+
+
+def refused_join(me: Waiting, card: Card, view: FleetView) -> str:
+    """Why the job does not train beside those of the card that have its base; empty where that is no question."""
+    refused = view.refused_joins.get(me.job_id)
+    members = [] if refused is None or refused.node != card.node else card.inside(refused.base)
+    if refused is None or not members:
+        return ""
+    return f", not {beside(job.job_id for job in members)}: {refused.why}"
 
 
 def _now(me: Waiting, card: Card, view: FleetView) -> str:

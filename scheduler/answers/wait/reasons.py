@@ -22,10 +22,12 @@ from .cards import (
     SILENT_S,
     at_last,
     avoidance_of,
+    beside,
     could_ever_hold,
     could_start_now,
     holder,
     opening_of,
+    refused_join,
     silent_s,
     suits_at_last,
     when_they_end,
@@ -192,6 +194,8 @@ def _next(job: Job, view: FleetView) -> Wait | None:
         return _fleet("offline", f"{node} would take it and has been silent for {duration(silent)}")
     age = (view.now - job.submitted_at).total_seconds()
     late = "" if age <= AT_ONCE_S else f", waiting {duration(age)}"
+    if placed.join is not None:
+        late = f" {beside(other.job_id for other in view.cards[node].inside(placed.join.base))}{late}"
     nodes = " and ".join(share.node for share in placed.shares)
     return Wait(
         tier=Tier.NEXT, word="next", sentence=f"{nodes} {'are' if placed.beside else 'is'} about to take it{late}"
@@ -271,6 +275,7 @@ def _room(job: Job, me: Waiting, view: FleetView) -> Wait:
     node = kept_nodes[0] if mine and kept_nodes[0] in openings else first
     opening = openings[node]
     sentence = f"{node} when {when_they_end(opening.after)}{' (kept for it)' if mine else ''}"
+    sentence += refused_join(me, view.cards[node], view)
     return _capacity("busy" if opening.only_slot else "memory", sentence)
 
 

@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session
 
 from loractl.common.job.status import Status
 from loractl.common.placement.cards import Card
-from loractl.common.placement.joins import Newcomer, Newcomers, open_bases
+from loractl.common.placement.joins import Newcomer, Newcomers, RefusedJoin, looked_at, open_bases
 from loractl.common.placement.lines import SubstitutedLine, Waiting
 from loractl.common.placement.rule import Decision, place
 
@@ -27,6 +27,7 @@ class Outlook:
     """The cards as the rule sees them, and what it decides; read as far as the caller asks."""
 
     packs: Packs
+    joiners: Sequence[Waiting]  # jobs with an open host on their base
     decisions: Iterator[Decision]
 
 
@@ -34,7 +35,8 @@ def decide(session: Session, cards: Sequence[Card], charges: Mapping[str, float]
     packs = read_packs(session, cards, now)
     joiners, newcomers = _joiners(session, packs, now)
     levels, oldest = read_levels(session, now, joiners=joiners), read_oldest(session, now)
-    return Outlook(packs=packs, decisions=place(levels, packs.cards, charges, now, oldest, newcomers))
+    decisions = place(levels, packs.cards, charges, now, oldest, newcomers)
+    return Outlook(packs=packs, joiners=joiners, decisions=decisions)
 
 
 def _joiners(session: Session, packs: Packs, now: dt.datetime) -> tuple[list[Waiting], Newcomers | None]:
@@ -57,6 +59,7 @@ def read_view(session: Session, now: dt.datetime) -> FleetView:
         charges=charges,
         decisions=tuple(outlook.decisions),
         failures=tuple(read_failures(session, now)),
+        refused_joins=_refused(outlook),
     )
 
 
@@ -66,6 +69,17 @@ def read_newcomers(session: Session, now: dt.datetime, waiting: Sequence[Waiting
     models = {base.base_model for card in packs.cards for base in open_bases(card)}
     found = {job.job_id: packs.newcomer(job) for job in waiting if job.base_model in models}
     return {job_id: newcomer for job_id, newcomer in found.items() if newcomer is not None}
+
+
+def _refused(outlook: Outlook) -> dict[int, RefusedJoin]:
+    """The waiting jobs that could have joined a host, and why they did not, as far as the pack's numbers say."""
+    found: dict[int, RefusedJoin] = {}
+    for job in outlook.joiners:
+        for method in job.methods:
+            for looked in looked_at(outlook.packs.cards, job, method, outlook.packs.newcomer):
+                if isinstance(looked, RefusedJoin):
+                    found.setdefault(job.job_id, looked)
+    return found
 
 
 def read_start(session: Session, now: dt.datetime, changed: Waiting) -> str | None:

@@ -1,0 +1,77 @@
+"""What people are told of jobs that train in one process: who is beside whom, and why a job is not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from loractl.common.placement.hosts import base_key
+from loractl.common.store.records import Claim, NewHost
+from loractl.common.store.store import Store
+from loractl.common.units import GIB
+from loractl.scheduler.answers.fleet import fleet
+from loractl.scheduler.answers.job import job_in_full
+from loractl.scheduler.answers.why import Why, why
+from loractl.scheduler.text.fleet import devices
+from loractl.scheduler.text.jobs import job_text
+from loractl.scheduler.text.screen import Screen
+
+from ...factories import node_state, submission
+
+NODE = "box:0"
+PIPE = Screen(width=120, unicode=True, color=False)
+
+
+def queue(store: Store, length: int = 8, **keys: Any) -> int:
+    rows = {"dataset": {"path": "org/data", "max_length": length}, "training": {"per_device_train_batch_size": 1}}
+    return store.submit(submission(lora=8, method="lora", **{**rows, **keys}))
+
+
+def claim(store: Store) -> Claim:
+    mine = store.claim(NODE, joins=True)
+    assert isinstance(mine, Claim)
+    return mine
+
+
+@pytest.fixture
+def packed(store: Store) -> Store:
+    """A small card whose one trainer has a base of 5 GiB and takes more jobs."""
+    store.see_node(node_state(NODE, total=24 * GIB, max_jobs=1))
+    queue(store)
+    mine = claim(store)
+    key = base_key(mine.spec, mine.method)
+    assert key is not None and store.open_host(mine, NewHost(host="h", node=NODE, key=key, bytes=5 * GIB))
+    return store
+
+
+def asked(store: Store, job_id: int) -> Why:
+    found = why(store, job_id, with_remedies=False)
+    assert isinstance(found, Why)
+    return found
+
+
+def test_a_job_that_is_about_to_join_says_beside_whom(packed: Store) -> None:
+    found = asked(packed, queue(packed))
+    assert found.wait.sentence == f"{NODE} is about to take it with job 1 on one base"
+    assert [(fit.when, fit.then) for fit in found.cards] == [("now", "about to train with job 1 on one base")]
+
+
+def test_a_job_that_does_not_join_says_by_which_numbers(packed: Store) -> None:
+    found = asked(packed, queue(packed, length=1024))
+    why_not = "not with job 1 on one base: 2 jobs in one pass are"
+    assert found.wait.word == "busy" and f"{NODE} when 1 ends, {why_not}" in found.wait.sentence
+    assert why_not in found.cards[0].then and "less than 1.33" in found.cards[0].then
+
+
+def test_jobs_on_one_base_are_told_together(packed: Store) -> None:
+    second = queue(packed, user="bob")
+    claim(packed)
+    assert f"attempt 1, preparing, with job {second} on one base" in job_text(job_in_full(packed, 1), PIPE)
+    third = queue(packed)
+    claim(packed)
+    assert f", with jobs 1 and {second} on one base" in job_text(job_in_full(packed, third), PIPE)
+    seen = fleet(packed)
+    assert f"ada 1 + bob {second} + ada {third} on one base" in devices(seen, PIPE)
+    (host,) = seen.as_json()[0]["hosts"]
+    assert (host["open"], host["jobs"], host["job_id"]) == (True, [1, second, third], 1)
