@@ -21,7 +21,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # nothing of the lab may remain
     faulthandler.register(signal.SIGUSR1)  # where a run that hangs stands
     print(f"CHAOS_JOBS={jobs} CHAOS_SEED={seed}", flush=True)
-    plan = Plan(jobs=jobs, seed=seed, gap_s=float(os.environ.get("CHAOS_GAP") or 2.5), probes=3)
+    plan = Plan(jobs=jobs, seed=seed, gap_s=float(os.environ.get("CHAOS_GAP") or 2.5), probes=3, gangs=True)
     outcome = storm(plan, say=lambda line: print(line, flush=True))
     print(table(outcome))
     for breach in outcome.broken:

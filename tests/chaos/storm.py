@@ -37,6 +37,9 @@ USERS = ("ada", "bob", "cyd")
 
 LONG = 6
 
+GANGS = 5
+"""One job in so many is on two cards of a box, where the plan has such."""
+
 MAX_RETRIES = 2
 
 POISONED_SHARE = 0.04
@@ -66,6 +69,7 @@ class Plan:
     calm_s: float = 240.0  # after the last fault everything must have ended within so long
     storm_s: float | None = None  # a storm ends after so long, with as many jobs as came in; None: with all of them
     probes: int = 0  # of the recovery of Valkey and PostgreSQL, after the storm
+    gangs: bool = False  # one job in GANGS is on two cards of a box
 
 
 @dataclass(kw_only=True)
@@ -176,10 +180,11 @@ def _job_file(folder: Path, number: int, rng: random.Random, plan: Plan) -> Path
     labels = f"{{{LEAVES}: 'yes'}}" if leaves else f"{{{POISONED}: 'yes'}}" if fate > 1 - POISONED_SHARE else "{}"
     steps = rng.randint(*(plan.long_steps if number % LONG == 1 else plan.steps))
     path = folder / f"job-{number}.yaml"
+    cards = ", cards: 2, parallel: sharded" if plan.gangs and number % GANGS == 2 else ""
     path.write_text(
         f"name: chaos-{number}\nbase_model: {model}\nmethod: lora\ndataset: {{path: {data}, max_length: 16}}\n"
         f"training: {{max_steps: {steps}, save_steps: 5, per_device_train_batch_size: 1}}\n"
-        f"max_retries: {MAX_RETRIES}\nlabels: {labels}\nresources: {{exclusive: {str(leaves).lower()}}}\n"
+        f"max_retries: {MAX_RETRIES}\nlabels: {labels}\nresources: {{exclusive: {str(leaves).lower()}{cards}}}\n"
     )
     return path
 

@@ -54,9 +54,9 @@ class Claimer:
         if seen.fault is not None:
             return None  # its row says so with the next look
         distrusted = frozenset(node for node, since in self._left.items() if now - since > HOLD_BACK_S)
-        claim = self._place.store.claim(
-            self._place.node, seen.outside, by_mark(seen.used), distrusted, joins=self._place.hosts is not None
-        )
+        place = self._place
+        can = {"joins": place.hosts is not None, "gangs": place.device.kind != "cpu"}
+        claim = place.store.claim(place.node, seen.outside, by_mark(seen.used), distrusted, **can)
         if isinstance(claim, Left):
             self._left = {node: self._left.get(node, now) for node in claim.nodes}
         return claim

@@ -56,6 +56,7 @@ class DeviceRow:
             load=seen.load,
             temperature=seen.temperature,
             draining=draining,
+            gangs=device.kind != "cpu",
             fault=seen.fault,
             self_test=seen.self_test,
             versions=self._versions,
