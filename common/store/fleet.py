@@ -48,6 +48,10 @@ class FleetView:
         """Cards by what a job asks of them, as far as that was asked of this view."""
         return {}
 
+    def cards_of(self, job_id: int) -> list[str]:
+        """The cards on which a job runs, by name: more than one where several share it."""
+        return [name for name, card in self.cards.items() if any(job.job_id == job_id for job in card.running)]
+
     def drain_of(self, node: str) -> DrainOrder | None:
         return self.drains.get(node) or self.drains.get(node.rpartition(":")[0])
 

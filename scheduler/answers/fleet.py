@@ -118,7 +118,7 @@ class Fleet:
     def jobs_on(self, target: str) -> list[int]:
         """The jobs that run on a box or a card, by number."""
         devices = [device for device in self.devices if target in (device.node, device.host)]
-        return sorted(job.job_id for device in devices for job in device.card.running)
+        return sorted({job.job_id for device in devices for job in device.card.running})
 
 
 def fleet(store: Store) -> Fleet:

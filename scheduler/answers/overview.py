@@ -44,6 +44,7 @@ class Overview:
     now: dt.datetime
     closed: tuple[str, ...] = ()  # boxes and cards that are silent or drained, each in a few words
     nodes: Mapping[str, str] = field(default_factory=dict)  # what is wrong with a card on which jobs run, by name
+    beside: Mapping[int, int] = field(default_factory=dict)  # cards that a running job has beside its first
 
     @property
     def sentence(self) -> str:
@@ -98,6 +99,7 @@ def overview(
     midnight = now.astimezone().replace(hour=0, minute=0, second=0, microsecond=0).astimezone(dt.UTC)
     seen = store.glance(choice, page, midnight, alone=alone, most_sweeps=SWEEPS_SHOWN if with_sweeps else 0)
     first, view = page.after is None, view or store.fleet()
+    cards = {job.job_id: view.cards_of(job.job_id) for job in seen.running}
     places = {job.node for job in seen.running if job.node in view.nodes}
     return Overview(
         running=tuple(map(state_of, seen.running)) if first else (),
@@ -112,6 +114,7 @@ def overview(
         now=now,
         closed=tuple(closed_cards(view)),
         nodes={name: said for name in places if name and (said := interruption_of(view, name))},
+        beside={job_id: len(names) - 1 for job_id, names in cards.items() if len(names) > 1},
     )
 
 

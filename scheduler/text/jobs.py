@@ -136,7 +136,7 @@ def _running_table(running: Sequence[JobState], overview: Overview, screen: Scre
             str(job.job_id),
             screen.style(fit(job.name, 16 if wide else 14), bold=True),
             fit(job.user, 8),
-            fit(job.node or "–", 14 if wide else 12),
+            _place(job, overview.beside.get(job.job_id, 0), 14 if wide else 12),
             screen.style(progress, fg="blue"),
             done,
             number(job.loss, 2),
@@ -146,6 +146,12 @@ def _running_table(running: Sequence[JobState], overview: Overview, screen: Scre
         rows.append(row)
     headers = ["JOB", "NAME", "OWNER", "CARD", "PROGRESS", "DONE AT", "LOSS", *(["MODEL"] if wide else [])]
     return table(headers, rows, screen, right=("JOB", "LOSS"))
+
+
+def _place(job: JobState, beside: int, width: int) -> str:
+    """The card on which a job runs, and how many more it has."""
+    more = f" +{beside}" if beside else ""
+    return fit(job.node or "–", width - len(more)) + more
 
 
 def _waiting_block(waiting: Sequence[JobState], overview: Overview, screen: Screen) -> _Block:

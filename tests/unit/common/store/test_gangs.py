@@ -12,9 +12,13 @@ from loractl.common.job.method import Method, Parallel
 from loractl.common.job.need import Need, SharedNeed, Ways
 from loractl.common.job.status import Reason, Status
 from loractl.common.settings import LEASE_S
-from loractl.common.store.records import Claim, Progress, Submission
+from loractl.common.store.records import Choice, Claim, Page, Progress, Submission
 from loractl.common.store.store import Store
 from loractl.common.units import GIB
+from loractl.scheduler.answers.fleet import fleet
+from loractl.scheduler.answers.overview import overview
+from loractl.scheduler.text.jobs import overview_text
+from loractl.scheduler.text.screen import Screen
 
 from ...factories import Clock, node_state, submission
 
@@ -172,3 +176,13 @@ def test_rows_that_another_version_wrote_are_read_as_jobs_for_one_card(store: St
     assert store.job(job_id).gangs is None
     show(store, "heron:0", gangs=False)
     assert claimed(store, gangs=False).shares == ()
+
+
+def test_a_job_on_several_cards_is_shown_as_one(store: Store) -> None:
+    show(store, "heron:0", "heron:1")
+    job_id = store.submit(gang())
+    claimed(store)
+    seen = overview(store, Choice(), Page())
+    assert [job.job_id for job in seen.running] == [job_id]
+    assert "heron:0 +1" in overview_text(seen, Screen(width=100, color=False, unicode=True))
+    assert fleet(store).jobs_on("heron") == [job_id]
