@@ -17,7 +17,7 @@ from loractl.common.memory.engine import ENGINE
 from loractl.common.units import LARGEST
 
 from ..records import Choice, CoursePoint, JobCount, Page, PastRun
-from ..tables import Attempt, Event, Job, JobLabel, LogChunk, MetricPoint, Sweep
+from ..tables import Attempt, AttemptShare, Event, Job, JobLabel, LogChunk, MetricPoint, Sweep
 from ..transaction import Transaction
 
 _QUEUED = sql("status = 'queued'")  # literal: a partial index is only used where the planner sees its condition
@@ -256,6 +256,9 @@ def read_measured(tx: Transaction, need_key: str | None, family: str | None, lim
     query = select(*columns).join(Job, Job.job_id == Attempt.job_id).where(Attempt.device_kind == "nvml")
     query = query.where(Attempt.reason.in_([Reason.OK, Reason.OUT_OF_MEMORY]), Attempt.method.in_(list(Method)))
     query = query.where(Attempt.engine == ENGINE, ~Attempt.shared)  # a trainer's peak is all its jobs'
+    # and one of several cards holds no whole job
+    several = (AttemptShare.job_id == Attempt.job_id) & (AttemptShare.attempt == Attempt.attempt)
+    query = query.where(~select(AttemptShare.rank).where(several).exists())
     if need_key is not None:
         query = query.where(or_(Job.need_key == need_key, (Job.family == family) if family else sql("1 = 0")))
     return [

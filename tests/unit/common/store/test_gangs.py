@@ -186,3 +186,10 @@ def test_a_job_on_several_cards_is_shown_as_one(store: Store) -> None:
     assert [job.job_id for job in seen.running] == [job_id]
     assert "heron:0 +1" in overview_text(seen, Screen(width=100, color=False, unicode=True))
     assert fleet(store).jobs_on("heron") == [job_id]
+
+
+def test_what_one_of_several_cards_held_teaches_nothing_of_one_card(store: Store) -> None:
+    show(store, "heron:0", "heron:1")
+    store.submit(replace(gang(), need_key="same"))
+    store.finish(claimed(store), Reason.OUT_OF_MEMORY, "full", Progress(vram_process=20 * GIB))
+    assert store.measured("same") == []
