@@ -67,8 +67,8 @@ _KNOWN_AS = {
 
 
 _NOT_HERE = {
-    "gpus": "a job trains on one card, which the workers choose: leave it out",
-    "num_gpus": "a job trains on one card, which the workers choose: leave it out",
+    "gpus": "write resources.cards, the number of one box's cards; the workers choose them",
+    "num_gpus": "write resources.cards, the number of one box's cards; the workers choose them",
     "load_in_4bit": "write method: qlora, which holds the base in 4 bits (NF4)",
     "load_in_8bit": "write method: qlora, which holds the base in 4 bits (NF4); 8 bits are not offered",
     "quantization": "write method: qlora, which holds the base in 4 bits (NF4)",

@@ -118,7 +118,7 @@ MISTAKES = [
     Mistake(
         "bits of another tool", "write method: qlora, which holds the base in 4 bits", job=GOOD + "load_in_4bit: true\n"
     ),
-    Mistake("several cards", "a job trains on one card", job=GOOD + "resources: {gpus: 2}\n"),
+    Mistake("several cards", "write resources.cards", job=GOOD + "resources: {gpus: 2}\n"),
     # the data
     Mistake("neither a file nor a hub id", "no data set of the hub", job=GOOD.replace("data.jsonl", "train")),
     Mistake(
