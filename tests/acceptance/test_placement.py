@@ -342,8 +342,8 @@ def _job_of_size(folder: Path, model: Path, name: str, size: int) -> Path:
 
 
 def _plan(lab: Lab, job: Path) -> dict[str, int]:
-    """Bytes by method as submit will reserve them: without a tokenizer every row counts as max_length."""
-    shown = json.loads(lab.cli("plan", job, "--json").stdout)
+    """Bytes by method as submit will reserve them on cards: without a tokenizer every row counts as max_length."""
+    shown = json.loads(lab.cli("plan", job, "--gpu", "80GiB", "--json").stdout)
     assert shown["lengths"] is None
     return {method: one["reserved_bytes"] for method, one in shown["methods"].items()}
 

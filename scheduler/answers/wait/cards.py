@@ -85,6 +85,8 @@ def _fit(job: Job, me: Waiting, card: Card, view: FleetView) -> CardFit:
             return fit("never", "can't be one of several cards for it")
         text, after = part
         return fit("?", f"{text}, when {when_they_end(after)}") if after else fit("now", text, view.now)
+    if card.total and not could_hold_alone(at_last(job, me), card):
+        return fit("never", "card is smaller than the job")
     if not suits_at_last(job, card, view):
         return fit("never", "a processor is for what no GPU of the fleet can hold")
     if avoided(card, me, view.cards.values()):
@@ -167,6 +169,11 @@ def could_ever_hold(me: Waiting, card: Card) -> bool:
     """Whether the card holds the job, or its share of it, once everything else has left it."""
     least = me.bound
     return least is None or least <= card.usable
+
+
+def could_hold_alone(me: Waiting, card: Card) -> bool:
+    """Whether the card holds the whole job once everything else has left it."""
+    return me.least is None or me.least <= card.usable
 
 
 def avoidance_of(job: Job, card: Card, view: FleetView) -> Avoidance:

@@ -61,3 +61,10 @@ def test_each_card_says_what_of_the_job_it_would_have() -> None:
         ("now", "its share is 20.0 GiB, of 2 cards"),
         ("?", "its share is 20.0 GiB, of 2 cards, when 12 ends"),
     ]
+
+
+def test_a_card_that_has_nobody_to_share_the_job_with_is_too_small_for_it() -> None:
+    job = shared()
+    cards = [card("heron:0", 8, gangs=True), card("heron:1", 24, gangs=True)]
+    view = fleet(cards, ran=[running(12, "heron:1", 20)], waiting=[job])
+    assert {(fit.when, fit.then) for fit in card_fits(job, view)} == {("never", "card is smaller than the job")}
