@@ -44,6 +44,9 @@ MARGIN_SHARE = 0.05
 """Share of what the training allocates that is kept free on top: for fragmentation that the allocator's part does not
 name. A round number about the size of the plan's mean error by reserved memory (docs/memory-plan.md)."""
 
+SLAB_BYTES = 4 * MIB
+"""Of a weight that a processor widens at a time (worker/engine/passes/wide.py)."""
+
 SEGMENT_BYTES = 20 * MIB
 """Smaller tensors share segments of this size (kLargeBuffer in c10/cuda/CUDACachingAllocator): on average half of the
 last one of each pool stays empty."""
@@ -125,12 +128,25 @@ def plan(
         "evaluation": max(0, evaluation_bytes(shape, spec, step) - adapter - peak.training),
         "context": _context_bytes(stack),
         **shared,
+        **({"widened": _widened_bytes(shape, step)} if _widens(step, stack) else {}),
         "allocator": peak.unusable + SEGMENT_BYTES + WORKSPACE_BYTES if stack.on_gpu else 0,
     }
     parts = {name: int(size) for name, size in sizes.items()}
     margin = int(MARGIN_SHARE * (held + peak.training))
     notes = _notes(shape, spec, step, stack, peak.logits > 0)
     return Plan(method=method, parts=parts, margin_bytes=margin, notes={name: notes[name] for name in parts})
+
+
+def _widens(step: Step, stack: Stack) -> bool:
+    """Whether products of 16-bit numbers may be made in fp32: on some processors, which are not told apart here."""
+    return not stack.on_gpu and step.lean and step.autocast and not step.full
+
+
+def _widened_bytes(shape: Shape, step: Step) -> int:
+    """The widest layer's backward pass in fp32: its input, the gradient of its answer and that of its input."""
+    layers = [layer for block in shape.blocks if block.text for layer in block.linears]
+    widest = max((2 * layer.inputs + layer.outputs for layer in layers), default=0)
+    return 4 * step.tokens * widest + SLAB_BYTES
 
 
 def _context_bytes(stack: Stack) -> int:
@@ -214,6 +230,7 @@ def _notes(shape: Shape, spec: JobSpec, step: Step, stack: Stack, at_loss: bool)
         "context": "CUDA and its kernels" if stack.on_gpu else "Python, torch and its kernels",
         "gathered": f"{GATHERED_BLOCKS} blocks, whole for a while",
         "buckets": "gradients on their way between cards, fp32",
+        "widened": "a layer's tensors in fp32, where the processor is faster so",
         "allocator": "cuBLAS, and cached blocks that the loss can't use",
     }
 

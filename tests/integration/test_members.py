@@ -88,6 +88,12 @@ class Process:
 
         self.on.append(hear)
 
+    def remained(self) -> list[str]:
+        """Why the process does not stay, as it was told."""
+        told = [message for messages in self.told.values() for message in messages]
+        faults = [m.fault for m in told if isinstance(m, MemberLeft) and m.fault]
+        return faults + [m.text for m in told if isinstance(m, LogLines) and "does not stay" in m.text]
+
     def _tell(self, message: Told) -> None:
         self.told[message.job_id].append(message)
         for hear in self.on:
@@ -137,7 +143,7 @@ def test_jobs_in_one_process_leave_the_adapters_that_they_leave_alone(
         losses = [m.metrics for m in process.of(job, Stepped) if m.metrics]
         assert losses == [m.metrics for m in alone[job][1] if isinstance(m, Stepped) and m.metrics]
     assert process.ended(1).message == alone[1][0].message
-    assert process.stays, "nothing is left of any"
+    assert process.stays, process.remained()
     assert [left.fault for job in (1, 2, 3) for left in process.of(job, MemberLeft)] == [None, None]
     assert any("step" in lines.text for lines in process.of(2, LogLines))
     passes = [passed for told in list(process.told) for passed in process.of(told, Passed)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import threading
+import time
 import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -12,6 +13,9 @@ from typing import Any
 
 from loractl.worker.base.kept.remains import JOIN_S, open_files
 from loractl.worker.protocol.messages import Start
+
+LOOK_S = 0.02
+"""Seconds between two looks at tensors: a step of the others that began with the training may hold them to its end."""
 
 
 @dataclass(kw_only=True)
@@ -41,6 +45,12 @@ class Traces:
         own = tuple(str(Path(folder).parent) + "/" for folder in (self.order.output_dir, self.order.checkpoint_dir))
         if files := sorted(name for name in open_files() if name.startswith(own)):
             return f"{files[0]} is still open"
-        gc.collect()
-        size = sum(one.untyped_storage().nbytes() for ref in self._tensors if (one := ref()) is not None)
+        deadline = time.monotonic() + JOIN_S
+        while (size := self._held()) and time.monotonic() < deadline:
+            time.sleep(LOOK_S)
         return f"{size / 2**20:.1f} MiB of its tensors are still there" if size else None
+
+    def _held(self) -> int:
+        """Bytes of its tensors that live."""
+        gc.collect()
+        return sum(one.untyped_storage().nbytes() for ref in self._tensors if (one := ref()) is not None)

@@ -28,7 +28,7 @@ from ...factories import node_state, spec
 
 SMALL = {
     "model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
-    "num_attention_heads": 2, "vocab_size": 50_000,
+    "num_attention_heads": 2, "vocab_size": 100_000,
 }  # fmt: skip
 
 
