@@ -17,6 +17,7 @@ from loractl.worker.base.source import first_line
 from loractl.worker.data.tokens import TokenRow
 from loractl.worker.engine.streams import RandomStreams
 
+from . import wide
 from .lean import LeanPass
 from .padded import PaddedPass
 from .product import CantShare
@@ -112,7 +113,7 @@ def rows_together(lean: LeanPass, longest: int) -> str | None:
     """
     window = getattr(lean.model.config.get_text_config(), "sliding_window", None) or longest
     lengths = (9, window + 7 if window < longest else 5, 7)
-    with evaluating(lean.model), torch.no_grad():
+    with evaluating(lean.model), torch.no_grad(), wide.narrow():
         rows = _some_rows(lengths, lean.model.get_input_embeddings().weight.shape[0])
         try:
             together = lean.last_logits(rows, COMPARED)

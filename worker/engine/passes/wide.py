@@ -6,6 +6,7 @@ are widened some at a time, so no layer is held in fp32.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,9 +31,24 @@ def multiplies_wide() -> bool:
     return about.exists() and "GenuineIntel" in about.read_text("utf-8", "replace")
 
 
+_narrow = False
+
+
+@contextlib.contextmanager
+def narrow() -> Iterator[None]:
+    """Products of 16-bit numbers as the library makes them, whose bits do not depend on how many rows there are. For
+    one thread of a process at a time."""
+    global _narrow
+    _narrow = True
+    try:
+        yield
+    finally:
+        _narrow = False
+
+
 def widens(x: torch.Tensor) -> bool:
     """Whether products of `x` and its like are made in fp32 here."""
-    return x.dtype is torch.bfloat16 and x.device.type == "cpu" and multiplies_wide()
+    return not _narrow and x.dtype is torch.bfloat16 and x.device.type == "cpu" and multiplies_wide()
 
 
 def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
