@@ -13,6 +13,7 @@ from collections.abc import Iterator
 
 import torch
 
+from .helpers import give_up_helpers
 from .member import PackMember
 from .meter import PassMeter
 from .pack import Ending, Pack
@@ -48,6 +49,7 @@ class Relay:
         leg.streams.take_over()
 
     def _give(self) -> None:
+        give_up_helpers()
         with self._changed:
             self._holder = None
             self._changed.notify_all()

@@ -141,6 +141,7 @@ class _Host:
     def begin(self, order: Start, *, alone: bool) -> None:
         _load()
         from loractl.worker.base.kept.shelf import Shelf
+        from loractl.worker.engine.helpers import give_up_helpers
         from loractl.worker.engine.meter import PassMeter
         from loractl.worker.engine.relay import Relay
 
@@ -151,6 +152,7 @@ class _Host:
             self._shelf.begin()
             self._relay, self._allowance = Relay(PassMeter(self._passed)), Allowance()
             self._fault = None
+        give_up_helpers()  # of the main thread, from imports and from sums of weights
 
     def serve(self, order: Start, orders: Orders, tell: Tell) -> Ended:
         import torch
