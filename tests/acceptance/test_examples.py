@@ -120,7 +120,8 @@ def test_the_examples_teach_the_real_model(cli: Cli, names: tuple[str, ...], tmp
     assert len(jobs) == len(names)
     for job in jobs:
         assert job["status"] == "succeeded", job
-        assert "padded rows" not in cli("show", job["job_id"], "--json").stdout, "lean steps take this model"
+        history = cli("show", job["job_id"], "--json").stdout
+        assert "padded rows" not in history and "trains beside it" not in history, "shared lean steps take this model"
         report = json.loads(cli("report", job["job_id"], "--json").stdout)
         assert report["verdict"]["reading"] == "better"
         loss = next(m for m in report["evaluation"]["metrics"] if m["name"] == "loss")

@@ -28,6 +28,7 @@ from loractl.worker.engine.passes.attention import ShortRows
 from loractl.worker.engine.passes.choice import forward_pass, rows_together
 from loractl.worker.engine.passes.lean import LeanPass
 from loractl.worker.engine.passes.padded import PaddedPass
+from loractl.worker.engine.passes.shared import SharedPass
 from loractl.worker.evaluation.losses import score_rows
 from loractl.worker.protocol.messages import Note, Planned, Stepped
 
@@ -222,6 +223,14 @@ def test_the_history_says_why_rows_are_padded_and_each_message_how_far_the_evalu
     assert far == sorted(far) and far[0][0] < far[0][1] == far[-1][0]
     (said,) = [m.text for m in told if isinstance(m, Note) and m.kind == "engine"]
     assert said == "trains with padded rows: NEFTune's noise is made for padded rows"
+
+
+def test_the_history_says_why_no_other_job_can_train_beside_it(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choice, "rows_together", lambda it, _: "no" if isinstance(it, SharedPass) else None)
+    ended, told = recipe(max_steps=1, evaluation={"samples": 0})
+    assert ended.reason is Reason.OK
+    said = [m.text for m in told if isinstance(m, Note) and m.kind == "engine"]
+    assert said == ["no other job trains beside it: no"]
 
 
 def test_a_model_that_proves_to_need_padding_is_planned_anew_with_it(

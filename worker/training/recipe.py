@@ -74,10 +74,12 @@ def train(run: Run) -> Ended:
     gang = gathered(order, _head(run.spec, data, tokenizer), tokenizer.pad_token_id)
     learner, identity, shared = _load(run, data, tokenizer, gang)
     forward, why = forward_pass(learner, run.spec, longest_row(data), shared, run.leg.streams)
-    if why is not None:
-        tell_padded(run, data, why)
     if isinstance(forward, LeanPass):
+        if why is not None:
+            run.note("engine", f"no other job trains beside it: {why}")
         learner = replace(learner, scorer=forward)
+    elif why is not None:
+        tell_padded(run, data, why)
     steps = forward if gang is None else gang.lead(forward, run.spec, learner.precision)
 
     # 3. Train, from the newest checkpoint of this very training if there is one.

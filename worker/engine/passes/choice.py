@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 import torch
@@ -60,8 +59,9 @@ def forward_pass(
     shared: SharedBase | None = None,
     streams: RandomStreams | None = None,
 ) -> tuple[LeanPass | PaddedPass, str | None]:
-    """The forward pass of a job whose longest row has so many tokens, and where that is the padded one though the job
-    did not ask for it, why. `shared`: the base that the learner's model is a view of. `streams`: that it draws from."""
+    """The forward pass of a job whose longest row has so many tokens; and where the job did not ask for that, why it is
+    the padded one, or with `shared` why it passes the base alone. `shared`: the base that the learner's model is a view
+    of. `streams`: that it draws from."""
     training = spec.training
     padded = PaddedPass(
         learner.model,
@@ -75,14 +75,17 @@ def forward_pass(
     why = _by_options(spec) or _by_model(learner.model.get_base_model())
     if why is not None:
         return padded, why
+    alone = None
     if shared is not None:
-        with contextlib.suppress(CantShare):
+        try:
             together = SharedPass(shared, learner.model, training.label_smoothing_factor, streams)
-            if rows_together(together, longest) is None:
+            if (alone := rows_together(together, longest)) is None:
                 return together, None
+        except CantShare as error:
+            alone = str(error)
     lean = LeanPass(learner.model, learner.precision, training.label_smoothing_factor, streams)
     why = rows_together(lean, longest)
-    return (lean, None) if why is None else (padded, why)
+    return (lean, alone) if why is None else (padded, why)
 
 
 def _by_options(spec: JobSpec) -> str | None:
