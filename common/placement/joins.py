@@ -82,10 +82,18 @@ def may_join(card: Card, job: Waiting) -> bool:
 
 
 def best_join(cards: Iterable[Card], job: Waiting, method: Method, newcomers: Newcomers) -> Join | None:
-    """The join that gains most. Cards that the job may not have, or that are kept for others, are left out by who
-    asks."""
+    """The join in which the job is fastest: it spreads over hosts that gain alike. Cards that the job may not have, or
+    that are kept for others, are left out by who asks."""
     found = [one for one in looked_at(cards, job, method, newcomers) if isinstance(one, Join)]
-    return min(found, key=lambda join: (-join.verdict.speed_up, join.node, join.base.host), default=None)
+    verdicts = [join.verdict for join in found]
+    seconds = all(verdict.seconds is not None for verdict in verdicts)  # else shares of each card's own speed
+
+    def rank(join: Join) -> tuple[float, str, str]:
+        verdict = join.verdict
+        pace = verdict.seconds if seconds and verdict.seconds is not None else verdict.slowdown
+        return pace, join.node, join.base.host
+
+    return min(found, key=rank, default=None)
 
 
 def looked_at(

@@ -8,6 +8,7 @@ SmolLM2-135M on a processor; a card that computes faster shows larger fixed part
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -156,6 +157,8 @@ class JoinVerdict:
     speed_up: float  # of the pack with the joining job, against its members one by one
     needed: float
     why: str
+    slowdown: float = math.inf  # of the joining job in the pack, against itself alone there
+    seconds: float | None = None  # of a pass with it; None: no pass was measured
 
 
 def join_verdict(
@@ -184,7 +187,8 @@ def join_verdict(
         if (late := _too_late(job, before, after, promised=not together)) is not None:
             return JoinVerdict(pays=False, speed_up=speed_up, needed=needed, why=late)
     why = f"{count} jobs in one pass are {speed_up:.2f} times as fast as one by one"
-    return JoinVerdict(pays=True, speed_up=speed_up, needed=needed, why=why)
+    slowdown, seconds = after / law.seconds(joining.tokens, 1), after if law.is_measured else None
+    return JoinVerdict(pays=True, speed_up=speed_up, needed=needed, why=why, slowdown=slowdown, seconds=seconds)
 
 
 def _too_late(job: PackedJob, before: float, after: float, *, promised: bool) -> str | None:

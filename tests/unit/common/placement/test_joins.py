@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import reduce
 from typing import Any
 
 from hypothesis import given
@@ -15,7 +16,7 @@ from loractl.common.placement.cards import Card, Occupant, WarmBase
 from loractl.common.placement.hosts import joined
 from loractl.common.placement.joins import PACK_MEMBERS, Newcomer, RefusedJoin, looked_at, own_part
 from loractl.common.placement.lines import JoinedLine, JoinOpening, ListedLine, Openings, Waiting, levels_of
-from loractl.common.placement.pack_rule import PackedJob, PassLaw
+from loractl.common.placement.pack_rule import MeasuredPass, PackedJob, PassLaw
 from loractl.common.placement.preemption import give_way
 from loractl.common.placement.rule import Decision, place
 from loractl.common.units import GIB
@@ -23,6 +24,7 @@ from loractl.common.units import GIB
 from .scenes import NOW, a_job, many, random_card, random_job
 
 SHORT = PackedJob(tokens=64, sweep="s")
+TWO_HOSTS = (("a:0", "h1"), ("b:0", "h2"))
 
 
 def base(mark: str = "h1", gib: float = 5, *, members: Sequence[PackedJob] = (SHORT,), **more: Any) -> WarmBase:
@@ -100,6 +102,22 @@ def test_an_idle_card_goes_before_a_join_and_a_join_before_a_shared_card() -> No
     )
     assert not joins(decide([waits(1)], [packed, idle]))
     assert joins(decide([waits(1)], [packed, shared])) == {1: "h1"}
+
+
+def test_jobs_spread_over_hosts_of_their_base_and_faster_cards_get_more() -> None:
+    cards = [replace(packed_card(24), node=node, hosts=(base(mark, job_id=90),)) for node, mark in TWO_HOSTS]
+    assert sorted(joins(decide([waits(n) for n in range(1, 5)], cards)).values()) == ["h1", "h1", "h2", "h2"]
+    passes = ((32, 1), (64, 1), (128, 2), (256, 4))
+    slow, fast = (
+        reduce(
+            lambda law, one: law.learn(MeasuredPass(tokens=one[0], members=one[1], seconds=speed * (40 + one[0]))),
+            passes,
+            PassLaw.start(quantised=False),
+        )
+        for speed in (1e-2, 1e-3)
+    )
+    mixed = [replace(c, hosts=(replace(c.hosts[0], law=law),)) for c, law in zip(cards, (slow, fast), strict=True)]
+    assert set(joins(decide([waits(n) for n in range(1, 5)], mixed)).values()) == {"h2"}
 
 
 def test_a_full_or_leaving_host_is_not_joined() -> None:
