@@ -38,6 +38,7 @@ from loractl.worker.training.trainer import _Host
 from .conftest import Recipe
 
 WEIGHTS = Path("result") / "adapter" / "adapter_model.safetensors"
+MEASURED = ("metrics", "row_losses", "answers")
 LONG = {"per_device_train_batch_size": 4, "max_steps": 6}  # over 32 tokens a micro-batch: the same kernels alone
 
 KEPT_OPEN: list[object] = []  # a trainer whose orders end, ends: here it would be pytest
@@ -142,6 +143,10 @@ def test_jobs_in_one_process_leave_the_adapters_that_they_leave_alone(
         assert weights(tmp_path / folder) == weights(tmp_path / f"alone{job}")
         losses = [m.metrics for m in process.of(job, Stepped) if m.metrics]
         assert losses == [m.metrics for m in alone[job][1] if isinstance(m, Stepped) and m.metrics]
+        found, expected = (read_report(tmp_path / name)["evaluation"] for name in (folder, f"alone{job}"))
+        assert [found[key] for key in MEASURED] == [expected[key] for key in MEASURED]
+    measured_by = [read_report(tmp_path / name)["evaluation"]["base_measured_by_job"] for name in ("one", "two")]
+    assert sorted(measured_by, key=str) in ([1, None], [2, None]), "the base is measured once for both"
     assert process.ended(1).message == alone[1][0].message
     assert process.stays, process.remained()
     assert [left.fault for job in (1, 2, 3) for left in process.of(job, MemberLeft)] == [None, None]

@@ -1,18 +1,22 @@
 """Base against tuned on the held-out rows: losses, generated answers, and how sure the difference is.
 
-Both are measured on the same weights in one process: the base is the model with its adapter switched off.
+Both are measured on the same weights in one process: the base is the model with its adapter switched off. Trainings
+that share their base and their held-out rows, like those of a sweep, have it measured once.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from loractl.common.job.sections import DataFormat, Metric
 from loractl.common.job.spec import JobSpec
 from loractl.worker.base.arithmetic import evaluating, whole_modules
+from loractl.worker.base.kept.findings import Finding
 from loractl.worker.base.learner import Learner
 from loractl.worker.data.prepared import PreparedData
 from loractl.worker.data.tokens import TokenRow
@@ -21,7 +25,7 @@ from .answers import Answer, Prompt, answer_metrics, prompts_of, side_by_side
 from .comparison import Compared, Measure
 from .confusion import Labels, label_metrics, labels_taught
 from .dialogue import Answered, Turns, answers_of, by_turn, turn_metrics
-from .generation import generate
+from .generation import end_ids, generate
 from .harness import Benchmarks
 from .losses import RowScores, loss_metrics, score_rows
 from .stretches import ANSWERS, GENERATED, LABELS, ROWS, Stretch
@@ -46,6 +50,13 @@ class Evaluation:
     turns: list[Turns] = field(default_factory=list)
     baseline: str | None = None  # the name of `base` where it is not the base model
     benchmarks: Benchmarks | None = None  # of the lm-eval harness, where the job names tasks
+    base_job: int | None = None  # that measured the base, where it was another one in the same process
+
+
+class Once(Protocol):
+    """Finds something out about the base, where no training of the process has."""
+
+    def __call__(self, question: str, find_out: Callable[[], _Measured], /) -> Finding[_Measured]: ...
 
 
 def evaluate(
@@ -54,15 +65,28 @@ def evaluate(
     spec: JobSpec,
     check_stop: Callable[[], None],
     progress: Callable[[int, int], None] = lambda done, of: None,
+    once: Once | None = None,
 ) -> Evaluation:
     """Score base and tuned on the held-out rows, and generate answers of each.
 
     Answers: of the first `evaluation.samples` rows in full; where answers are labels, of every row, as long as a label.
+    `once`: None: the base is measured here and now.
     """
     began = time.monotonic()
     work = Work.of(data, spec, learner.tokenizer)
     tick = counter(2 * work.passes, check_stop, progress)
-    base, tuned = (_measure(learner, work, spec, tick, check_stop, base=off) for off in (True, False))
+    here = False
+
+    def measure_base() -> _Measured:
+        nonlocal here
+        here = True
+        return _measure(learner, work, spec, tick, check_stop, base=True)
+
+    known = None if once is None else once(_question(learner, work, spec), measure_base)
+    base = measure_base() if known is None else known.answer
+    if not here:
+        tick(work.passes)
+    tuned = _measure(learner, work, spec, tick, check_stop, base=False)
     answers = side_by_side(work.prompts, base.texts, tuned.texts)
     labels = _labels(work, base, tuned) if work.labelled else None
     wanted, stops = set(spec.evaluation.metrics), data.format is not DataFormat.TEXT
@@ -84,6 +108,7 @@ def evaluate(
         ],
         labels=labels,
         turns=by_turn(work.turns, base.whole, tuned.whole),
+        base_job=None if here or known is None else known.job_id,
     )
 
 
@@ -139,8 +164,13 @@ class Work:
     @property
     def scored(self) -> list[TokenRow]:
         """Every row that is scored."""
+        return [row for rows in self.scored_apart for row in rows]
+
+    @property
+    def scored_apart(self) -> tuple[list[TokenRow], ...]:
+        """The same: held-out rows, answers after all that was said, answers after a question alone, regression rows."""
         alone = [turn.alone for turn in self.turns if turn.alone is not None]
-        return [*self.rows, *(turn.whole for turn in self.turns), *alone, *self.regression]
+        return self.rows, [turn.whole for turn in self.turns], alone, self.regression
 
     @property
     def stretches(self) -> list[Stretch]:
@@ -186,14 +216,25 @@ def _measure(
         return generate(model, tokenizer, [prompt.ids for prompt in prompts], batch, longest, tick, between)
 
     with evaluating(model, base=base), whole_modules(model, learner.precision.base):
+        rows, whole, alone, regression = map(score, work.scored_apart)
         return _Measured(
-            rows=score(work.rows),
-            whole=score([turn.whole for turn in work.turns]),
-            alone=score([turn.alone for turn in work.turns if turn.alone is not None]),
-            regression=score(work.regression),
+            rows=rows,
+            whole=whole,
+            alone=alone,
+            regression=regression,
             texts=answer(work.prompts, work.longest_answer),
             labels=answer(work.labelled, work.label_tokens),
         )
+
+
+def _question(learner: Learner, work: Work, spec: JobSpec) -> str:
+    """All that decides what `_measure` gives for the base, hashed."""
+    ends = sorted(end_ids(learner.model, learner.tokenizer))
+    how = (type(learner.scorer).__name__, repr(learner.precision), spec.evaluation.per_device_eval_batch_size, ends)
+    rows = [[[row.input_ids, row.labels] for row in scored] for scored in work.scored_apart]
+    asked = [[prompt.ids for prompt in prompts] for prompts in (work.prompts, work.labelled)]
+    facts = [how, learner.tokenizer.pad_token_id, rows, asked, work.longest_answer, work.label_tokens]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
 def _labels(work: Work, base: _Measured, tuned: _Measured) -> Labels:

@@ -153,6 +153,7 @@ def _evaluation(evaluation: Evaluation) -> dict[str, Any]:
     return {
         "rows": evaluation.rows,
         "baseline": evaluation.baseline,
+        "base_measured_by_job": evaluation.base_job,
         "seconds": evaluation.seconds,
         "bootstrap": {"samples": BOOTSTRAP_SAMPLES, "seed": BOOTSTRAP_SEED, "interval": 0.95},
         "metrics": [m.as_json() for m in evaluation.metrics],

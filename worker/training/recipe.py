@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from loractl.worker.base.arithmetic import OVERFLOWS_FP16, Precision, choose_pre
 from loractl.worker.base.failure import TrainingFailed
 from loractl.worker.base.head import Head
 from loractl.worker.base.identity import BaseIdentity
+from loractl.worker.base.kept.findings import Finding
 from loractl.worker.base.learner import Learner
 from loractl.worker.base.lora import add_adapter
 from loractl.worker.base.model import load_tokenizer
@@ -35,7 +37,7 @@ from loractl.worker.engine.ranks.leader import DividedPass
 from loractl.worker.evaluation.card import write_model_card
 from loractl.worker.evaluation.classifier import evaluate_classifier
 from loractl.worker.evaluation.course import TrainingCourse
-from loractl.worker.evaluation.evaluation import Evaluation, evaluate
+from loractl.worker.evaluation.evaluation import Evaluation, Once, evaluate
 from loractl.worker.evaluation.harness import check_package, find_tasks, score_tasks
 from loractl.worker.evaluation.page import write_page
 from loractl.worker.evaluation.report import build_report, write_report
@@ -251,7 +253,6 @@ def _resolved(run: Run, arguments: TrainingArguments) -> dict[str, Any]:
 
 def _evaluate(run: Run, learner: Learner, data: PreparedData, tasks: Any, callbacks: Callbacks) -> Evaluation:
     """`tasks`: what `find_tasks` returned."""
-    measure = evaluate_classifier if data.label_names else evaluate
     rows = len(data.held_out.rows[: run.spec.evaluation.max_rows])
     models = ("the classifier",) if data.label_names else ("the base", "the tuned model")
     work = f"{rows} held-out row{'s' * (rows != 1)}"
@@ -259,7 +260,12 @@ def _evaluate(run: Run, learner: Learner, data: PreparedData, tasks: Any, callba
     if answers:
         work += f", with {answers} answer{'s' * (answers != 1)} of at most {run.spec.evaluation.max_new_tokens} tokens"
     progress = callbacks.teller.evaluating([f"{model} on {work}" for model in models])
-    evaluation = measure(learner, data, run.spec, run.between, progress)
+    if data.label_names:
+        evaluation = evaluate_classifier(learner, data, run.spec, run.between, progress)
+    else:
+        evaluation = evaluate(learner, data, run.spec, run.between, progress, _once(run))
+    if evaluation.base_job is not None:
+        run.note("evaluation", f"job {evaluation.base_job} has measured the base in this process, on the same rows")
     callbacks.teller.tell_held_out(evaluation)
     if tasks is None:
         return evaluation
@@ -267,6 +273,16 @@ def _evaluate(run: Run, learner: Learner, data: PreparedData, tasks: Any, callba
     model, tokenizer, compute = learner.model, learner.tokenizer, learner.precision.base
     scored = score_tasks(model, tokenizer, run.spec, tasks, compute, run.check_stop)
     return replace(evaluation, benchmarks=scored)
+
+
+def _once(run: Run) -> Once:
+    """Ask trainings of this process, before and now, what they found out about the base."""
+
+    def once(question: str, find_out: Callable[[], Any]) -> Finding[Any]:
+        job_id, leg = run.order.job_id, run.leg
+        return run.shelf.findings.once(question, job_id, find_out, check_stop=run.check_stop, aside=leg.aside)
+
+    return once
 
 
 def _course(run: Run, callbacks: Callbacks, arguments: TrainingArguments, wall_seconds: float) -> TrainingCourse:

@@ -1,0 +1,79 @@
+"""Findings: what a process found out about its base, once for all trainings that ask the same."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+Found = TypeVar("Found")
+
+KEPT = 4
+"""Answers that stay: a sweep asks one thing, and the jobs of a few people on one base a few."""
+
+LOOK_S = 0.5
+"""How often who waits for another's answer looks whether it is to stop."""
+
+
+@dataclass(frozen=True)
+class Finding(Generic[Found]):
+    """An answer, and the job that found it out."""
+
+    answer: Found
+    job_id: int
+
+
+class Findings:
+    """Answers about one base, by what was asked."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._found: OrderedDict[str, Finding[Any]] = OrderedDict()
+        self._sought: set[str] = set()
+
+    def once(
+        self,
+        question: str,
+        job_id: int,
+        find_out: Callable[[], Found],
+        *,
+        check_stop: Callable[[], None],
+        aside: Callable[[], AbstractContextManager[None]],
+    ) -> Finding[Found]:
+        """The answer that is here, or that another training is about to have; else what `find_out` returns or raises.
+
+        `check_stop` is called while this one waits for another, and `aside` lets that compute. Where it fails, one of
+        those that wait finds out.
+        """
+        while True:
+            with self._changed:
+                if (known := self._known(question)) is not None:
+                    return known
+                if mine := question not in self._sought:
+                    self._sought.add(question)
+            if mine:
+                return self._find(question, job_id, find_out)
+            check_stop()
+            with aside(), self._changed:
+                self._changed.wait_for(lambda: question not in self._sought, LOOK_S)
+
+    def _known(self, question: str) -> Finding[Any] | None:
+        if (known := self._found.get(question)) is not None:
+            self._found.move_to_end(question)
+        return known
+
+    def _find(self, question: str, job_id: int, find_out: Callable[[], Found]) -> Finding[Found]:
+        try:
+            finding = Finding(find_out(), job_id)
+            with self._changed:
+                self._found[question] = finding
+                while len(self._found) > KEPT:
+                    self._found.popitem(last=False)
+            return finding
+        finally:
+            with self._changed:
+                self._sought.discard(question)
+                self._changed.notify_all()
