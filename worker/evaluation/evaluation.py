@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from loractl.common.job.sections import DataFormat, Metric
 from loractl.common.job.spec import JobSpec
 from loractl.worker.base.arithmetic import evaluating, whole_modules
-from loractl.worker.base.kept.findings import Finding
+from loractl.worker.base.kept.knowledge import Known
 from loractl.worker.base.learner import Learner
 from loractl.worker.data.prepared import PreparedData
 from loractl.worker.data.tokens import TokenRow
@@ -56,7 +56,7 @@ class Evaluation:
 class Once(Protocol):
     """Finds something out about the base, where no training of the process has."""
 
-    def __call__(self, question: str, find_out: Callable[[], _Measured], /) -> Finding[_Measured]: ...
+    def __call__(self, question: str, find_out: Callable[[], _Measured], /) -> Known[_Measured]: ...
 
 
 def evaluate(

@@ -20,7 +20,7 @@ from loractl.worker.base.arithmetic import OVERFLOWS_FP16, Precision, choose_pre
 from loractl.worker.base.failure import TrainingFailed
 from loractl.worker.base.head import Head
 from loractl.worker.base.identity import BaseIdentity
-from loractl.worker.base.kept.findings import Finding
+from loractl.worker.base.kept.knowledge import Known
 from loractl.worker.base.learner import Learner
 from loractl.worker.base.lora import add_adapter
 from loractl.worker.base.model import load_tokenizer
@@ -278,9 +278,9 @@ def _evaluate(run: Run, learner: Learner, data: PreparedData, tasks: Any, callba
 def _once(run: Run) -> Once:
     """Ask trainings of this process, before and now, what they found out about the base."""
 
-    def once(question: str, find_out: Callable[[], Any]) -> Finding[Any]:
+    def once(question: str, find_out: Callable[[], Any]) -> Known[Any]:
         job_id, leg = run.order.job_id, run.leg
-        return run.shelf.findings.once(question, job_id, find_out, check_stop=run.check_stop, aside=leg.aside)
+        return run.shelf.knowledge.once(question, job_id, find_out, check_stop=run.check_stop, aside=leg.aside)
 
     return once
 

@@ -15,8 +15,8 @@ from loractl.worker.base.gauge import forget_peaks, lift_limit, release
 from loractl.worker.base.hub import pin
 from loractl.worker.base.identity import traits_of
 
-from .findings import Findings
 from .imprint import Imprint
+from .knowledge import Knowledge
 from .remains import Surroundings
 
 Made = TypeVar("Made")
@@ -25,7 +25,7 @@ Made = TypeVar("Made")
 class Shelf:
     """Holds at most one base. A training takes it from here; afterwards it is put back as it was loaded.
 
-    `key`: what decides how the base was loaded, as the node names it. `findings`: about the base that it holds.
+    `key`: what decides how the base was loaded, as the node names it. `knowledge`: about the base that it holds.
     """
 
     def __init__(self) -> None:
@@ -35,7 +35,7 @@ class Shelf:
         self._why_not: str | None = None  # this base may not stay
         self._before: Surroundings | None = None
         self._common: Any = None  # what trainings make of the base for all of them
-        self.findings = Findings()
+        self.knowledge = Knowledge()
 
     @property
     def size(self) -> int:
@@ -64,7 +64,7 @@ class Shelf:
         if joins:
             raise TrainingFailed(Reason.HOST_LOST, "the trainer that it was to join has another base")
         self._imprint = self._common = None
-        self.findings = Findings()
+        self.knowledge = Knowledge()
         gc.collect()
         model = load()
         if key is not None:

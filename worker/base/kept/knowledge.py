@@ -1,4 +1,4 @@
-"""Findings: what a process found out about its base, once for all trainings that ask the same."""
+"""Knowledge: what a process found out about its base, once for all trainings that ask the same."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ LOOK_S = 0.5
 
 
 @dataclass(frozen=True)
-class Finding(Generic[Found]):
+class Known(Generic[Found]):
     """An answer, and the job that found it out."""
 
     answer: Found
     job_id: int
 
 
-class Findings:
+class Knowledge:
     """Answers about one base, by what was asked."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
-        self._found: OrderedDict[str, Finding[Any]] = OrderedDict()
+        self._found: OrderedDict[str, Known[Any]] = OrderedDict()
         self._sought: set[str] = set()
 
     def once(
@@ -42,7 +42,7 @@ class Findings:
         *,
         check_stop: Callable[[], None],
         aside: Callable[[], AbstractContextManager[None]],
-    ) -> Finding[Found]:
+    ) -> Known[Found]:
         """The answer that is here, or that another training is about to have; else what `find_out` returns or raises.
 
         `check_stop` is called while this one waits for another, and `aside` lets that compute. Where it fails, one of
@@ -60,14 +60,14 @@ class Findings:
             with aside(), self._changed:
                 self._changed.wait_for(lambda: question not in self._sought, LOOK_S)
 
-    def _known(self, question: str) -> Finding[Any] | None:
+    def _known(self, question: str) -> Known[Any] | None:
         if (known := self._found.get(question)) is not None:
             self._found.move_to_end(question)
         return known
 
-    def _find(self, question: str, job_id: int, find_out: Callable[[], Found]) -> Finding[Found]:
+    def _find(self, question: str, job_id: int, find_out: Callable[[], Found]) -> Known[Found]:
         try:
-            finding = Finding(find_out(), job_id)
+            finding = Known(find_out(), job_id)
             with self._changed:
                 self._found[question] = finding
                 while len(self._found) > KEPT:

@@ -1,4 +1,4 @@
-"""Findings about a base: each is found out once, and who waits for another's is not lost with it."""
+"""Knowledge about a base: each is found out once, and who waits for another's is not lost with it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from loractl.worker.base.kept.findings import KEPT, Finding, Findings
+from loractl.worker.base.kept.knowledge import KEPT, Knowledge, Known
 
 
 class Ended(Exception):
@@ -16,9 +16,9 @@ class Ended(Exception):
 
 
 def ask(
-    findings: Findings, job_id: int, find_out: Callable[[], str], stop: Callable[[], None] = lambda: None
-) -> Finding[str]:
-    return findings.once("what?", job_id, find_out, check_stop=stop, aside=contextlib.nullcontext)
+    knowledge: Knowledge, job_id: int, find_out: Callable[[], str], stop: Callable[[], None] = lambda: None
+) -> Known[str]:
+    return knowledge.once("what?", job_id, find_out, check_stop=stop, aside=contextlib.nullcontext)
 
 
 def never() -> str:
@@ -26,15 +26,15 @@ def never() -> str:
 
 
 def test_what_was_found_out_is_not_found_out_again() -> None:
-    findings = Findings()
-    assert ask(findings, 1, lambda: "that") == ask(findings, 2, never) == Finding("that", 1)
+    knowledge = Knowledge()
+    assert ask(knowledge, 1, lambda: "that") == ask(knowledge, 2, never) == Known("that", 1)
     for n in range(KEPT):
-        findings.once(str(n), 3, lambda: "more", check_stop=lambda: None, aside=contextlib.nullcontext)
-    assert ask(findings, 4, lambda: "anew").job_id == 4, "old ones go"
+        knowledge.once(str(n), 3, lambda: "more", check_stop=lambda: None, aside=contextlib.nullcontext)
+    assert ask(knowledge, 4, lambda: "anew").job_id == 4, "old ones go"
 
 
 def test_others_wait_aside_and_one_of_them_goes_on_where_it_fails() -> None:
-    findings, seeking, fail = Findings(), threading.Event(), threading.Event()
+    knowledge, seeking, fail = Knowledge(), threading.Event(), threading.Event()
     asides: list[int] = []
 
     def fails() -> str:
@@ -44,7 +44,7 @@ def test_others_wait_aside_and_one_of_them_goes_on_where_it_fails() -> None:
 
     def first() -> None:
         with contextlib.suppress(Ended):
-            ask(findings, 1, fails)
+            ask(knowledge, 1, fails)
 
     @contextlib.contextmanager
     def aside() -> Iterator[None]:
@@ -56,13 +56,13 @@ def test_others_wait_aside_and_one_of_them_goes_on_where_it_fails() -> None:
     thread = threading.Thread(target=first)
     thread.start()
     assert seeking.wait(30)
-    found = findings.once("what?", 2, lambda: "mine", check_stop=lambda: None, aside=aside)
+    found = knowledge.once("what?", 2, lambda: "mine", check_stop=lambda: None, aside=aside)
     thread.join()
-    assert found == Finding("mine", 2) and asides
+    assert found == Known("mine", 2) and asides
 
 
 def test_who_waits_can_be_stopped() -> None:
-    findings, seeking, go_on = Findings(), threading.Event(), threading.Event()
+    knowledge, seeking, go_on = Knowledge(), threading.Event(), threading.Event()
 
     def slow() -> str:
         seeking.set()
@@ -72,11 +72,11 @@ def test_who_waits_can_be_stopped() -> None:
     def stop() -> None:
         raise Ended
 
-    thread = threading.Thread(target=ask, args=(findings, 1, slow))
+    thread = threading.Thread(target=ask, args=(knowledge, 1, slow))
     thread.start()
     assert seeking.wait(30)
     with pytest.raises(Ended):
-        ask(findings, 2, never, stop)
+        ask(knowledge, 2, never, stop)
     go_on.set()
     thread.join()
-    assert ask(findings, 3, never) == Finding("that", 1)
+    assert ask(knowledge, 3, never) == Known("that", 1)
