@@ -13,8 +13,9 @@ from typing import Any
 from loractl.common.artifacts import WEIGHTS, ArtifactStore, Binding, attempt_prefix
 from loractl.common.errors import ArtifactError
 from loractl.common.job.status import OUTCOMES, TRANSITIONS, Reason, Status
+from loractl.worker.device.occupancy import run_mark
 
-from .history import Change, History
+from .history import AttemptRow, Change, History, Window
 from .trainer import last_link, read_adapter
 
 PROMISES = {
@@ -26,10 +27,18 @@ PROMISES = {
     6: "no process remains after an attempt",
     7: "while database, queue or store are away nothing fails for it",
     8: "no job fails for good for the lab's fault, a bad box included",
+    9: "what ends one job of a trainer ends no other",
+    10: "a job on two cards has both, of one box, or none; what ends one of its ranks or nodes ends the attempt",
 }
 
 NOTICE_SLACK_S = 12.0
 """Beyond the lease: a node that is frozen in the middle of its round for the fleet (8 s), a round, a busy machine."""
+
+LEFT_S = 45.0
+"""A process may outlive its attempt so long, beside faults of its box: its node is frozen, wakes, and sweeps."""
+
+RANK_S = 30.0
+"""So long all ranks may outlive one of them: another fault has stopped the leader just then."""
 
 HARMLESS = frozenset({"ok", "worker_lost", "drained", "cancelled", "host_out_of_memory", "host_lost", "gpu_error"})
 """Why attempts may end here. host_out_of_memory is what a killed trainer looks like, and host_lost one with several
@@ -46,7 +55,17 @@ class Broken:
 
 def check(history: History) -> list[Broken]:
     """Every breach that the history shows."""
-    checks = (_ended_once, _one_result, _no_stale_write, _nothing_after_the_end, _noticed, _resumed)
+    checks = (
+        _ended_once,
+        _one_result,
+        _no_stale_write,
+        _nothing_after_the_end,
+        _noticed,
+        _resumed,
+        _left,
+        _alone,
+        _gangs,
+    )
     found = [breach for one in checks for breach in one(history)]
     found += [Broken(promise=5, what=f"job {job}: {what}") for job, what in sorted(history.artifacts.items())]
     found += [Broken(promise=6, what=what) for what in history.left]
@@ -196,6 +215,79 @@ def _away(history: History, start: dt.datetime, end: dt.datetime) -> float:
         total += tick.total_seconds() if None in away or (history.boxes and away >= history.boxes) else 0.0
         now += tick
     return total
+
+
+def _left(history: History) -> Iterator[Broken]:
+    """No process of an attempt was seen long after the attempt's end."""
+    attempts = {run_mark(attempt.token): attempt for attempt in history.attempts}
+    for seen in history.sightings:
+        attempt = attempts.get(seen.run)
+        if attempt is None or attempt.ended_at is None or seen.at < attempt.ended_at:
+            continue
+        left = _last_seen(history, attempt, seen.at, attempt.ended_at)
+        if left > LEFT_S:
+            what = (
+                f"process {seen.pid} of attempt {attempt.attempt} of job {attempt.job_id} was there {left:.0f} s later"
+            )
+            yield Broken(promise=6, what=what)
+
+
+def _last_seen(history: History, attempt: AttemptRow, seen: dt.datetime, since: dt.datetime) -> float:
+    """Seconds from a time until a process was seen at last, but for those in which its box could end none."""
+    box = attempt.node.partition(":")[0]
+    faults = [w for w in history.windows if w.box is None or w.box.partition(":")[0] == box]
+    return (seen - since).total_seconds() - _covered(faults, since, seen)
+
+
+def _covered(windows: list[Window], start: dt.datetime, end: dt.datetime) -> float:
+    """Seconds between two times that lie in some window."""
+    total, now = 0.0, start
+    for window in sorted(windows, key=lambda window: window.start):
+        begin, over = max(now, window.start), min(end, window.end)
+        total += max(0.0, (over - begin).total_seconds())
+        now = max(now, over)
+    return total
+
+
+def _alone(history: History) -> Iterator[Broken]:
+    """Whoever was cancelled was to be, and whoever diverged had a bad loss of his own."""
+    for attempt in history.attempts:
+        name = f"attempt {attempt.attempt} of job {attempt.job_id}"
+        if attempt.reason == "cancelled" and attempt.job_id not in {*history.asked, *history.cancelled}:
+            yield Broken(promise=9, what=f"{name} ended as cancelled, and nobody had asked for that")
+        if attempt.reason == "diverged" and attempt.job_id not in history.poisoned:
+            yield Broken(promise=9, what=f"{name} ended as diverged, and its loss was a number")
+
+
+def _gangs(history: History) -> Iterator[Broken]:
+    attempts = {(a.job_id, a.attempt): a for a in history.attempts}
+    for (job_id, number), attempt in attempts.items():
+        asked = history.jobs[job_id].get("spec", {}).get("resources", {}).get("cards", 1)
+        wanted = asked if isinstance(asked, int) and asked > 1 else 0
+        cards = attempt.cards
+        hosts = {card.partition(":")[0] for card in (*cards, attempt.node)}
+        if len(cards) != wanted or len(set(cards)) != wanted or len(hosts) > 1 or (cards and cards[0] != attempt.node):
+            what = (
+                f"attempt {number} of job {job_id} on {attempt.node} had {cards or 'no shares'} of {wanted or 1} cards"
+            )
+            yield Broken(promise=10, what=what)
+    last: dict[str, dt.datetime] = {}
+    for seen in history.sightings:
+        last[seen.run] = max(seen.at, last.get(seen.run, seen.at))
+    for hit in history.hits:
+        attempt = attempts.get((hit.job_id, hit.attempt))
+        if attempt is None or attempt.ended_at is None:
+            continue  # one that never ended is found elsewhere
+        name = f"attempt {hit.attempt} of job {hit.job_id}"
+        if hit.rank:
+            left = _last_seen(history, attempt, last.get(run_mark(attempt.token), hit.at), hit.at)
+            if left > RANK_S:
+                yield Broken(promise=10, what=f"{name} had a process {left:.0f} s after one of its ranks was killed")
+        elif hit.final:
+            late = (attempt.ended_at - hit.at).total_seconds() - _away(history, hit.at, attempt.ended_at)
+            if late > history.lease_s + NOTICE_SLACK_S:
+                promise = 10 if attempt.cards else 4
+                yield Broken(promise=promise, what=f"{name} ended {late:.1f} s after its node was killed")
 
 
 def _resumed(history: History) -> Iterator[Broken]:

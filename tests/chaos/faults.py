@@ -21,8 +21,9 @@ from sqlalchemy.exc import DBAPIError
 from loractl.common.errors import WrongState
 from loractl.common.job.status import Status
 from loractl.common.store.store import Store
+from loractl.worker.device.occupancy import JOB_VARIABLE, RUN_VARIABLE, run_mark
 
-from .history import Window
+from .history import Hit, Window
 from .lab import Box, Lab
 from .trainer import BAD_CARDS
 
@@ -30,6 +31,10 @@ DECK = {
     "kill a node": 6,
     "kill a trainer": 3,
     "freeze a trainer": 2,
+    "kill a rank that does not lead": 2,
+    "freeze a rank that does not lead": 1,
+    "kill the node of a gang's second card": 2,
+    "freeze the node of a gang's second card": 1,
     "kill a box": 1,
     "stop a box in order": 1,
     "freeze a node": 3,
@@ -83,16 +88,6 @@ def script(seed: int, gap_s: float) -> Iterator[Fault]:
             yield Fault(gap_s=rng.uniform(0.3, 1.7) * gap_s, kind=kind, share=rng.random(), pick=rng.random())
 
 
-@dataclass(frozen=True, kw_only=True)
-class Loss:
-    """An attempt whose node or box was hit."""
-
-    at: dt.datetime
-    kind: str
-    job_id: int
-    attempt: int
-
-
 @dataclass
 class Injector:
     """Deals the faults, and heals each in its time."""
@@ -100,9 +95,10 @@ class Injector:
     lab: Lab
     store: Store
     done: Counter[str] = field(default_factory=Counter)
-    losses: list[Loss] = field(default_factory=list)
+    losses: list[Hit] = field(default_factory=list)
     windows: list[Window] = field(default_factory=list)
     cancelled: dict[int, dt.datetime] = field(default_factory=dict)
+    asked: set[int] = field(default_factory=set)  # to be cancelled, also where nobody said that it was heard
     torn: set[str] = field(default_factory=set)
     trainers_killed: int = 0
     postgres_back: list[dt.datetime] = field(default_factory=list)
@@ -152,7 +148,7 @@ class Injector:
 
     def _inject(self, fault: Fault) -> bool:
         kind, box = fault.kind, self.lab.boxes[int(fault.pick * len(self.lab.boxes))]
-        if kind in ("kill a node", "kill a trainer", "freeze a trainer", "freeze a node"):
+        if kind.endswith(("a node", "a trainer", "not lead", "second card")):
             return self._hit_process(fault, box)
         if kind == "power cut, a finished result torn":  # a short moment: whichever box comes to it
             return any(self._power_cut(fault, box) for box in self.lab.boxes)
@@ -180,30 +176,40 @@ class Injector:
         return rest[kind](fault)
 
     def _hit_process(self, fault: Fault, box: Box) -> bool:
-        at_trainer = fault.kind.endswith("a trainer")
-        found = box.trainers() if at_trainer else box.nodes()
-        if not at_trainer:  # an idle one is no loss
-            found = {index: node for index, node in found.items() if index in box.trainers()}
+        """A trainer, a rank that follows one, or the node of either."""
+        at_node, second = "node" in fault.kind, "second" in fault.kind or "rank" in fault.kind
+        found = box.followers() if second else box.trainers()
+        if at_node:  # an idle one is no loss
+            nodes = box.nodes()
+            found = {index: nodes[index] for index in found.keys() & nodes.keys()}
         free = {i: p for i, p in found.items() if f"{box.name}:{i}" not in self._busy and box.name not in self._busy}
         if not free:
             return False
         index = sorted(free)[int(fault.pick * 997) % len(free)]
         process, node = free[index], f"{box.name}:{index}"
-        if fault.kind == "kill a trainer":
-            process.kill()
-            self.trainers_killed += 1
-            return True
-        if fault.kind == "freeze a trainer":  # its supervisors beat on: nothing may come of it
-            process.suspend()
-            self._heal_later(self._frozen_s(fault), lambda: _resume([process]), node)
-            return True
-        self._note_losses(fault, [node])
-        if fault.kind != "freeze a node":
+        kills = fault.kind.startswith("kill")
+        if at_node:
+            self._note_losses([node], final=kills)
+        if kills:
+            self.trainers_killed += not at_node
+            if second and not at_node:
+                self._note_rank(process)
             process.kill()
             return True
-        process.suspend()
-        self._heal_later(self._frozen_s(fault), lambda: _resume([process]), node)
+        process.suspend()  # a trainer's supervisors beat on: nothing may come of it
+        self._heal_later(self._frozen_s(fault), lambda: _resume([process]), node, card=node if at_node else None)
         return True
+
+    def _note_rank(self, process: psutil.Process) -> None:
+        """Remember whose rank is killed."""
+        mark, job_id = (process.environ().get(name, "") for name in (RUN_VARIABLE, JOB_VARIABLE))
+        with contextlib.suppress(DBAPIError), self.lab.engine.connect() as connection:
+            tokens = connection.execute(
+                text("SELECT attempt, token FROM attempts WHERE job_id = :job"), {"job": int(job_id)}
+            )
+            for attempt, token in tokens:
+                if run_mark(token) == mark:
+                    self.losses.append(Hit(at=_now(), job_id=int(job_id), attempt=attempt, final=True, rank=True))
 
     def _frozen_s(self, fault: Fault) -> float:
         """One in five wakes within its lease, and nothing may come of it; the others find another attempt at work."""
@@ -212,7 +218,7 @@ class Injector:
     def _kill_box(self, fault: Fault, box: Box) -> bool:
         if not self._usable(box) or not box.trainers():
             return False
-        self._note_losses(fault, self._cards(box))
+        self._note_losses(self._cards(box), final=True)
         box.kill()
         self._down(box, 0.5 + 1.5 * self.lab.lease_s * fault.share)
         return True
@@ -241,7 +247,7 @@ class Injector:
         if not self._usable(box):
             return False
         family = box.family()
-        self._note_losses(fault, self._cards(box))
+        self._note_losses(self._cards(box), final=False)
         for process in family:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.suspend()
@@ -263,7 +269,7 @@ class Injector:
             victims = _found(box.home / "cache" / "datasets", "*.jsonl")[:1]
         if not victims:
             return False
-        self._note_losses(fault, self._cards(box))
+        self._note_losses(self._cards(box), final=True)
         box.kill()
         torn = False
         for victim in victims:
@@ -311,7 +317,7 @@ class Injector:
         """The nodes of a box start while living jobs of the others can't beat for longer than a lease."""
         if "postgres" in self._busy or not self._usable(box):
             return False
-        self._note_losses(fault, self._cards(box))
+        self._note_losses(self._cards(box), final=True)
         self._crash_postgres_for(self.lab.lease_s * 1.4)
         for node in box.nodes().values():
             node.kill()  # the worker starts it again
@@ -405,6 +411,7 @@ class Injector:
             if not jobs:
                 return False
             job = jobs[int(fault.share * len(jobs))]
+            self.asked.add(job.job_id)
             self.store.cancel(job.job_id, "chaos")
         except (DBAPIError, WrongState):  # the database is away, or the job has just ended: nothing was promised
             return False
@@ -428,26 +435,37 @@ class Injector:
         self._heal_later(seconds, up, box.name, box)
 
     def _heal_later(
-        self, seconds: float, heal: Callable[[], None], busy: str, box: Box | None = None, *, database: bool = False
+        self,
+        seconds: float,
+        heal: Callable[[], None],
+        busy: str,
+        box: Box | None = None,
+        *,
+        card: str | None = None,
+        database: bool = False,
     ) -> None:
-        """`busy`: what no other fault may touch until then. `box`, `database`: what is away until then."""
-        began = _now()
+        """`busy`: what no other fault may touch until then. `box`, `card`, `database`: what is away until then."""
+        began, away = _now(), card if box is None else box.name
 
         def end() -> None:
             heal()
             self._busy.discard(busy)
-            if database or box is not None:
-                self.windows.append(Window(start=began, end=_now(), box=None if box is None else box.name))
+            if database or away is not None:
+                self.windows.append(Window(start=began, end=_now(), box=None if database else away))
 
         self._busy.add(busy)
         heapq.heappush(self._heals, (time.monotonic() + seconds, next(self._numbers), end))
 
-    def _note_losses(self, fault: Fault, cards: list[str]) -> None:
-        """Remember what ran there. With the database away that is not known, and then it is not timed."""
-        query = "SELECT job_id, attempt FROM jobs WHERE status = 'running' AND node = ANY(:nodes)"
+    def _note_losses(self, cards: list[str], *, final: bool) -> None:
+        """Remember what ran there, on any of its cards. With the database away that is not known, and then it is not
+        timed. `final`: none of it can go on."""
+        query = (
+            "SELECT job_id, attempt FROM jobs WHERE status = 'running' AND (node = ANY(:nodes) OR (job_id, attempt) IN "
+            "(SELECT job_id, attempt FROM shares WHERE node = ANY(:nodes)))"
+        )
         with contextlib.suppress(DBAPIError), self.lab.engine.connect() as connection:
             for job_id, attempt in connection.execute(text(query), {"nodes": cards}):
-                self.losses.append(Loss(at=_now(), kind=fault.kind, job_id=job_id, attempt=attempt))
+                self.losses.append(Hit(at=_now(), job_id=job_id, attempt=attempt, final=final))
 
 
 def _resume(processes: list[psutil.Process]) -> None:

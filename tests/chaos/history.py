@@ -74,15 +74,37 @@ class AttemptRow:
     resumed_from_step: int | None = None
     host: str | None = None  # the mark of the trainer that it was in
     joined: bool = False  # others trained there already
+    shared: bool = False  # others were there with it
+    cards: tuple[str, ...] = ()  # of an attempt on several, by rank
 
 
 @dataclass(frozen=True, kw_only=True)
 class Window:
-    """When the database was away, or a box or its way to the database."""
+    """When the database was away, or a box or its way to the database, or a card's node."""
 
     start: dt.datetime
     end: dt.datetime
-    box: str | None = None  # None: the database itself
+    box: str | None = None  # or a card of it; None: the database itself
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hit:
+    """An attempt of which a node, a box or a rank was hit."""
+
+    at: dt.datetime
+    job_id: int
+    attempt: int
+    final: bool  # it can't go on
+    rank: bool = False  # one of its ranks alone was killed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sighting:
+    """A process of an attempt, as it was seen at last."""
+
+    run: str  # the mark of the attempt
+    pid: int
+    at: dt.datetime
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +118,9 @@ class History:
     adapters: dict[int, dict[str, Any]]
     changes: list[Change]
     lease_s: float
+    hits: tuple[Hit, ...] = ()
+    sightings: tuple[Sighting, ...] = ()
+    asked: frozenset[int] = frozenset()  # jobs that somebody wished to cancel, whether it was acknowledged or not
     trainers_killed: int = 0
     torn: frozenset[str] = frozenset()  # stored checkpoints that the suite damaged
     windows: tuple[Window, ...] = ()
@@ -121,12 +146,17 @@ def read(engine: Engine) -> dict[str, Any]:
         def rows(query: str) -> list[dict[str, Any]]:
             return [dict(row) for row in connection.execute(text(query)).mappings()]
 
-        attempts = "job_id, attempt, token, node, started_at, ended_at, reason, resumed_from_step, host, joined"
+        attempts = "job_id, attempt, token, node, started_at, ended_at, reason, resumed_from_step, host, joined, shared"
+        cards: dict[tuple[int, int], tuple[str, ...]] = {}
+        for share in rows("SELECT job_id, attempt, node FROM shares ORDER BY job_id, attempt, rank"):
+            key = share["job_id"], share["attempt"]
+            cards[key] = (*cards.get(key, ()), share["node"])
         return {
             "jobs": {row["job_id"]: row for row in rows("SELECT * FROM jobs ORDER BY job_id")},
             "adapters": {row["job_id"]: row for row in rows("SELECT * FROM adapters")},
             "attempts": [
-                AttemptRow(**row) for row in rows(f"SELECT {attempts} FROM attempts ORDER BY job_id, attempt")
+                AttemptRow(**row, cards=cards.get((row["job_id"], row["attempt"]), ()))
+                for row in rows(f"SELECT {attempts} FROM attempts ORDER BY job_id, attempt")
             ],
             "changes": [
                 Change(**row)

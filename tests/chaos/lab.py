@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import re
 import shutil
@@ -232,13 +233,19 @@ class Box:
         return found
 
     def trainers(self) -> dict[int, psutil.Process]:
+        """Card index -> a trainer that its node has started."""
+        return {index: found[-1] for index, found in self._trainers().items() if found}
+
+    def followers(self) -> dict[int, psutil.Process]:
+        """Card index -> the rank of a job on two cards that trains there for the other card's trainer."""
         found: dict[int, psutil.Process] = {}
-        for index, node in self.nodes().items():
-            with contextlib.suppress(psutil.NoSuchProcess):
-                for below in node.children(recursive=True):
-                    if TRAINER in _arguments(below):
-                        found[index] = below
+        for index, trainers in self._trainers().items():
+            for rank in itertools.chain.from_iterable(map(_trainers_below, trainers)):
+                found[next(card for card in range(self.cards) if card != index)] = rank
         return found
+
+    def _trainers(self) -> dict[int, list[psutil.Process]]:
+        return {index: _trainers_below(node) for index, node in self.nodes().items()}
 
     def store_calls(self) -> list[psutil.Process]:
         """The processes that make its nodes' calls of the artifact store."""
@@ -253,6 +260,13 @@ class Box:
         _kill(self.family())
         if self.process is not None:
             self.process.wait()
+
+
+def _trainers_below(process: psutil.Process) -> list[psutil.Process]:
+    try:
+        return [child for child in process.children() if TRAINER in _arguments(child)]
+    except psutil.NoSuchProcess:
+        return []
 
 
 def _arguments(process: psutil.Process) -> list[str]:

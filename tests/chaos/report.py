@@ -7,7 +7,7 @@ from collections import Counter
 
 from .checker import PROMISES
 from .faults import DECK, WAIT_S
-from .storm import Outcome
+from .storm import GANGS, POISONED_SHARE, SEE_S, Outcome
 
 
 def table(outcome: Outcome) -> str:
@@ -31,6 +31,10 @@ This page is written by `make chaos`; its numbers are those of one run.
   passes nothing on in one direction.
 - A stand-in for the trainer (`tests/chaos/trainer.py`, by `LORACTL_TRAINER`): the real pipes, protocol, checkpoints
   and files; its weights are a chain of hashes, so that a step too many, too few, or from a torn file shows.
+- Jobs join others in one trainer, where the rule lets them. One in {1 / POISONED_SHARE:.0f} has a loss that is not a
+  number, and some are cancelled. One job in {GANGS} is on two cards: each rank makes a link of its chain in turn, over
+  loopback, and no step is done without all of them.
+- Each process of an attempt is noted every {SEE_S:.0f} s, so that one which outlives its attempt is found.
 - A lease of {plan.lease_s:.0f} s in place of 60 (`LORACTL_LEASE`), and what follows from it in proportion.
 - The faults are drawn from the seed, one each {plan.gap_s:.1f} s; which process one hits hangs on what runs at that
   moment. One that meets nothing to hit within {WAIT_S:.0f} s is dropped and not counted.
@@ -67,6 +71,10 @@ def _counts(outcome: Outcome) -> list[str]:
     reasons = Counter(attempt.reason for attempt in history.attempts)
     lost = sum(b.promise == 1 and "printed" in b.what for b in outcome.broken)
     twice = sum(("times" in b.what and b.promise == 1) or "all ended well" in b.what for b in outcome.broken)
+    gone = [attempt for attempt in history.attempts if attempt.reason == "host_lost"]
+    together = [attempt for attempt in history.attempts if attempt.shared]
+    ganged = [attempt for attempt in history.attempts if attempt.cards]
+    gangs = [history.jobs[job_id] for job_id in sorted({attempt.job_id for attempt in ganged})]
     rows = [
         ("jobs", f"{len(history.jobs)} ({_listed(statuses)})"),
         ("numbers that submit printed", str(len(history.printed))),
@@ -78,6 +86,14 @@ def _counts(outcome: Outcome) -> list[str]:
         ("acknowledged cancels", str(len(history.cancelled))),
         ("attempts that went on in a host", str(outcome.continued)),
         ("attempts that joined others in one", str(outcome.packed)),
+        ("their trainers that died with jobs in them", str(len({a.host for a in gone if a.host}))),
+        ("attempts that shared a trainer", f"{len(together)} ({_listed(Counter(a.reason for a in together))})"),
+        ("jobs on two cards", f"{len(gangs)} ({_listed(Counter(job['status'] for job in gangs))})"),
+        ("attempts on two cards", f"{len(ganged)} ({_listed(Counter(a.reason for a in ganged))})"),
+        ("of them resumed from a checkpoint", str(sum(bool(a.resumed_from_step) for a in ganged))),
+        ("ranks killed alone", str(sum(hit.rank for hit in history.hits))),
+        ("processes of an attempt left behind", str(sum(b.promise == 6 for b in outcome.broken))),
+        ("ended for another job's fault", str(sum(b.promise == 9 for b in outcome.broken))),
         ("held after three failures of the lab, released", str(outcome.released)),
         ("drained for failures, mended and opened again", str(outcome.mended)),
         ("failed for the lab's fault", str(sum(b.promise == 8 for b in outcome.broken))),

@@ -22,10 +22,11 @@ from loractl.common.artifacts import ArtifactStore
 from loractl.common.errors import WrongState
 from loractl.common.job.status import Status
 from loractl.common.store.store import Store
+from loractl.worker.device.occupancy import RUN_VARIABLE
 
 from .checker import Broken, check, examine
 from .faults import Injector, script
-from .history import History, read, record
+from .history import History, Sighting, read, record
 from .lab import Lab, lab
 from .trainer import LEAVES, POISONED
 
@@ -41,13 +42,16 @@ GANGS = 5
 """One job in so many is on two cards of a box, where the plan has such."""
 
 MAX_RETRIES = 2
+"""What the lab does to a job must not spend them. A trainer that is killed does."""
 
 POISONED_SHARE = 0.04
 """Of jobs whose loss is not a number from their third step on."""
-"""What the lab does to a job must not spend them. A trainer that is killed does."""
 
 TICK_S = 0.1
 """Between two looks for what a fault may hit: each walks over the processes of a box."""
+
+SEE_S = 2.0
+"""Between two looks at who is there."""
 
 LEFT_S = 20.0
 """A process of an attempt may outlive the attempt's end so long: a frozen node has to wake, a node to sweep."""
@@ -105,6 +109,7 @@ class _Run:
     done_submitting: threading.Event = field(default_factory=threading.Event)
     enough: threading.Event = field(default_factory=threading.Event)  # no more jobs
     stop: threading.Event = field(default_factory=threading.Event)
+    seen: dict[tuple[str, int], dt.datetime] = field(default_factory=dict)  # mark and process -> when at last
     released: int = 0
     mended: int = 0
     failed_submits: int = 0
@@ -118,7 +123,8 @@ def storm(plan: Plan, say: Callable[[str], None] = lambda line: None) -> Outcome
         record(place.engine)
         store = Store(place.engine)
         run = _Run(plan, place, store, Injector(place, store))
-        threads = [threading.Thread(target=_guard, args=(run, work)) for work in (_submit_all, _look_after)]
+        works = (_submit_all, _look_after, _see_processes)
+        threads = [threading.Thread(target=_guard, args=(run, work)) for work in works]
         for thread in threads:
             thread.start()
         try:
@@ -209,6 +215,14 @@ def _look_after(run: _Run) -> None:
                     with contextlib.suppress(WrongState):
                         run.store.retry(job.job_id, "chaos")
                         run.released += 1
+
+
+def _see_processes(run: _Run) -> None:
+    """Note each process of an attempt as long as it is there: none may outlive the attempt for long."""
+    while not run.stop.wait(SEE_S):
+        for process in run.lab.processes():
+            with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+                run.seen[process.environ().get(RUN_VARIABLE, ""), process.pid] = dt.datetime.now(dt.UTC)
 
 
 def _blow(run: _Run, say: Callable[[str], None]) -> list[str]:
@@ -331,6 +345,9 @@ def _gather(run: _Run, stuck: list[str], left: list[str], probes: dict[str, list
         printed=run.printed,
         cancelled=dict(injector.cancelled),
         lease_s=run.plan.lease_s,
+        hits=tuple(injector.losses),
+        sightings=tuple(Sighting(run=mark, pid=pid, at=at) for (mark, pid), at in run.seen.items() if mark),
+        asked=frozenset(injector.asked),
         trainers_killed=injector.trainers_killed,
         torn=frozenset(injector.torn),
         windows=tuple(injector.windows),

@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 
 from loractl.common.artifacts import ArtifactStore, manifest_sha256
+from loractl.worker.device.occupancy import run_mark
 
 from .checker import PROMISES, check, examine
-from .history import AttemptRow, Change, History, Window
+from .history import AttemptRow, Change, History, Hit, Sighting, Window
 from .trainer import TENSOR, last_link
 
 T0 = dt.datetime(2026, 1, 1, tzinfo=dt.UTC)
@@ -75,6 +76,23 @@ def good() -> History:
         changes=changes,
         lease_s=LEASE_S,
     )
+
+
+def seen(token: str, seconds: float) -> tuple[Sighting, ...]:
+    """A process of the attempt with this token, seen at last so many seconds after the start."""
+    return (Sighting(run=run_mark(token), pid=7, at=at(seconds)),)
+
+
+def on_two_cards(history: History, *cards: str) -> History:
+    """Both attempts of job 1 on these cards, which asked for two."""
+    asked = with_job(history, 1, spec={"resources": {"cards": 2}})
+    first = with_attempt(asked, 1, cards=cards, node=cards[0])
+    return with_attempt(first, 2, cards=("y:0", "y:1"))
+
+
+def hit(history: History, **how: bool) -> History:
+    """The first attempt was hit, its node or a rank."""
+    return replace(history, hits=(Hit(at=at(4), job_id=1, attempt=1, **{"final": True, **how}),))
 
 
 def with_changes(history: History, *more: Change) -> History:
@@ -164,6 +182,8 @@ BREACHES: dict[str, tuple[int, Callable[[History], History]]] = {
     "an attempt never ended": (4, lambda h: with_attempt(h, 1, ended_at=None, reason=None)),
     "an attempt began anew": (4, lambda h: with_attempt(h, 2, resumed_from_step=None)),
     "an artifact is damaged": (5, lambda h: replace(h, artifacts={1: "torn"})),
+    "a killed node was noticed late": (4, lambda h: hit(with_attempt(h, 1, ended_at=at(23)))),
+    "a process outlives its attempt": (6, lambda h: replace(h, sightings=seen("a", 60))),
     "a process remains": (6, lambda h: replace(h, left=("process 7",))),
     "an attempt failed for the store": (7, lambda h: with_attempt(h, 1, reason="store_failed")),
     "a job failed": (7, lambda h: with_job(h, 1, status="failed")),
@@ -171,6 +191,21 @@ BREACHES: dict[str, tuple[int, Callable[[History], History]]] = {
     "a good card failed": (8, lambda h: with_attempt(h, 1, reason="gpu_error")),
     "a host died of itself": (7, lambda h: with_attempt(h, 1, reason="host_lost")),
     "a job diverged for another one's fault": (7, lambda h: with_attempt(h, 1, reason="diverged")),
+    "a job was cancelled for another one's": (9, lambda h: with_attempt(h, 1, reason="cancelled")),
+    "a job ended by another one's loss": (9, lambda h: with_attempt(h, 1, reason="diverged")),
+    "a job had one of two cards": (10, lambda h: on_two_cards(h, "x:0")),
+    "a job had one card twice": (10, lambda h: on_two_cards(h, "x:0", "x:0")),
+    "a job had cards of two boxes": (10, lambda h: on_two_cards(h, "x:0", "y:0")),
+    "a job's first card was not its node's": (10, lambda h: with_attempt(on_two_cards(h, "x:0", "x:1"), 1, node="x:1")),
+    "a job for one card had two": (10, lambda h: with_attempt(h, 1, cards=("x:0", "x:1"))),
+    "a rank outlived another": (
+        10,
+        lambda h: replace(hit(on_two_cards(h, "x:0", "x:1"), rank=True), sightings=seen("a", 40)),
+    ),
+    "the second card's node was missed late": (
+        10,
+        lambda h: hit(with_attempt(on_two_cards(h, "x:0", "x:1"), 1, ended_at=at(23))),
+    ),
     "a trainer died of itself": (7, lambda h: with_attempt(h, 1, reason="host_out_of_memory")),
 }  # fmt: skip
 
@@ -187,6 +222,20 @@ def test_a_breach_is_found(name: str) -> None:
 
 def test_every_promise_can_be_found_broken() -> None:
     assert {promise for promise, _ in BREACHES.values()} == set(PROMISES)
+
+
+def test_a_good_history_of_two_cards_is_not_complained_of() -> None:
+    history = on_two_cards(good(), "x:1", "x:0")
+    assert check(hit(history)) == []
+    assert check(replace(hit(history, rank=True), sightings=(*seen("a", 14), *seen("b", 21)))) == []
+
+
+def test_a_box_that_stood_still_could_end_no_process() -> None:
+    history = replace(good(), sightings=seen("a", 60))
+    stood = Window(start=at(11), end=at(30), box="x:0")
+    assert check(history)
+    assert check(replace(history, windows=(stood,))) == []
+    assert check(replace(history, windows=(replace(stood, box="y"),)))
 
 
 def test_nobody_has_to_notice_while_the_database_or_every_box_is_away() -> None:

@@ -4,6 +4,9 @@
 
 Its weights are a chain of hashes that begins with the spec and the data and grows by one link a step. Whoever knows the
 job can tell the right end, so a step that was left out, done twice, or resumed from a torn file shows in the adapter.
+
+On several cards each rank in turn makes a link, and no step is done before all ranks have answered: one that is gone,
+stands still or answers something else is noticed as it is in loractl's own (gang.py).
 """
 
 from __future__ import annotations
@@ -24,8 +27,10 @@ from loractl.worker.protocol.marker import close_checkpoint
 from loractl.worker.protocol.messages import Ended, Note, Opened, Saved, StageChanged, Start, Stepped, Stop
 from loractl.worker.protocol.orders import Orders
 from loractl.worker.training.checkpoint import newest_checkpoint
-from loractl.worker.training.gang.other_ranks import OtherRanks
+from loractl.worker.training.gang.other_ranks import LINK_LOST, OtherRanks
 from loractl.worker.training.trainer import Tell, main
+
+from .gang import Alone, Gang, Ranks, follow
 
 STEP_S = 0.05
 
@@ -65,27 +70,28 @@ def last_link(spec_hash: str, data_sha256: str, steps: int) -> bytes:
 
 def run(order: Start, orders: Orders, tell: Tell) -> Ended:
     """Train; on several cards with a process for each, like loractl's own."""
-    if order.rank:
-        return _follow(order)
-    if not order.ranks:
-        return _train(order, orders, tell)
-    gang = OtherRanks(order, tell, "tests.chaos.trainer")
-    ended = _train(gang.order, orders, tell)
-    assert gang.order.meeting is not None
-    Path(gang.order.meeting).touch()
-    return gang.settle(ended)
+    try:
+        if order.rank:
+            follow(order, next_link)
+            return Ended(job_id=order.job_id, reason=Reason.OK, message="")
+        if not order.ranks:
+            return _train(order, orders, tell, Alone(next_link))
+        gang = OtherRanks(order, tell, "tests.chaos.trainer")
+        return gang.settle(_lead(gang.order, orders, tell))
+    except OSError:
+        return Ended(job_id=order.job_id, reason=Reason.TRAINER_ERROR, message=LINK_LOST)
 
 
-def _follow(order: Start) -> Ended:
-    """Stay until the leader has ended, or is gone with its end of the pipe."""
-    assert order.meeting is not None
-    while not Path(order.meeting).exists():
-        time.sleep(STEP_S)
-    return Ended(job_id=order.job_id, reason=Reason.OK, message="")
+def _lead(order: Start, orders: Orders, tell: Tell) -> Ended:
+    try:
+        with Gang(order, next_link) as ranks:
+            return _train(order, orders, tell, ranks)
+    except OSError as error:
+        return Ended(job_id=order.job_id, reason=Reason.TRAINER_ERROR, message=f"{LINK_LOST}: {error!r}")
 
 
-def _train(order: Start, orders: Orders, tell: Tell) -> Ended:
-    """A sleep and a hash a step."""
+def _train(order: Start, orders: Orders, tell: Tell, ranks: Ranks) -> Ended:
+    """A sleep and a hash a step. Raises OSError when another rank is gone."""
     job, steps = order.job_id, order.spec.training.max_steps
     assert steps is not None
     tell(StageChanged(job_id=job, stage=Stage.PREPARING))
@@ -108,7 +114,7 @@ def _train(order: Start, orders: Orders, tell: Tell) -> Ended:
     while step < steps:
         time.sleep(STEP_S)
         step += 1
-        link = next_link(link, step)
+        link = ranks.next_link(link, step)
         if POISONED in order.spec.labels and step > 2:
             return Ended(job_id=job, reason=Reason.DIVERGED, message="the loss is nan", base_bytes=_base(order))
         tell(Stepped(job_id=job, step=step, total_steps=steps, metrics={"loss": 1 / step}))
