@@ -179,16 +179,18 @@ class Store(DeviceStore):
         result: StoredResult | None = None,
         *,
         inside: bool = False,
+        card: str | None = None,
     ) -> Status | None:
         """End the attempt; the job succeeds, fails, is cancelled, or waits for its next attempt.
 
         `inside`: it is not out of its host yet, and what it reserves stays held until `leave_host`.
+        `card`: of several the one that failed.
         Returns the job's status afterwards, or None when the lease was lost: then nothing was written.
         """
         if (reason is Reason.OK) != (result is not None):
             raise ValueError("a result goes with reason ok, and only with it")
         with self._write() as tx:
-            return endings.finish(tx, claim, reason, message, progress, result, inside)
+            return endings.finish(tx, claim, reason, message, progress, result, inside, card)
 
     def hand_back(self, claim: Claim, message: str) -> bool:
         """Let a job wait again, free of charge, that did not come into the host that it was to join.

@@ -5,10 +5,8 @@ Real workers with a quick trainer.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
-import sqlite3
 import subprocess
 import time
 from collections.abc import Callable
@@ -28,7 +26,7 @@ from loractl.worker.node.health import leftovers
 from loractl.worker.storage.client import StoreClient
 
 from ..unit.factories import node_state
-from .quick_lab import LEASE_S, Lab, family, until
+from .quick_lab import LEASE_S, Lab, family, freeze, until
 
 
 def test_a_frozen_worker_that_wakes_up_after_its_lease_is_refused_and_its_files_are_not_listed(
@@ -37,7 +35,7 @@ def test_a_frozen_worker_that_wakes_up_after_its_lease_is_refused_and_its_files_
     job_id = lab.submit("--set=training.save_steps=10", steps=80)
     first = lab.start(cold=True)
     frozen_at = lab.until(job_id, lambda job: (job.step or 0) >= 20).step or 0
-    frozen = _freeze(first.pid, home / "loractl.db")
+    frozen = freeze(lambda: family(first.pid), home / "loractl.db")
     began = time.monotonic()
     lab.start_box("owl", LORACTL_DEVICES="cpu")
     lab.until(job_id, lambda job: job.attempt == 2 and job.step)
@@ -163,22 +161,6 @@ def test_a_preemptible_job_gives_way_with_a_checkpoint_and_finishes_later(lab: L
     assert (done.attempt, done.retries_used) == (2, 0)
     assert (lab.store.attempts(low)[1].resumed_from_step or 0) >= 5
     assert f"asked to give way to job {high} (priority 5)" in lab.cli("show", low).stdout
-
-
-def _freeze(pid: int, database: Path) -> list[psutil.Process]:
-    """Stop all below a worker, but not in mid-transaction: SQLite has nobody who would take its lock away."""
-    while True:
-        stopped = family(pid)
-        for process in stopped:
-            process.send_signal(signal.SIGSTOP)
-        try:
-            with contextlib.closing(sqlite3.connect(database, timeout=0.5, isolation_level=None)) as connection:
-                connection.execute("BEGIN IMMEDIATE")
-            return stopped
-        except sqlite3.OperationalError:
-            for process in stopped:
-                process.send_signal(signal.SIGCONT)
-            time.sleep(0.1)
 
 
 def _gone(alive: Callable[[], list[psutil.Process]], seconds: float = 15) -> None:

@@ -157,6 +157,7 @@ def test_kill_9_of_either_rank_ends_both_within_seconds(
     if killed == "the other":
         (ended,) = [m for m in last if isinstance(m, Ended)]
         assert ended.reason is Reason.HOST_OUT_OF_MEMORY and ended.message.startswith("rank 1 on n:1: ")
+        assert ended.card == "n:1"
 
 
 def test_rows_are_divided_evenly_and_in_order() -> None:

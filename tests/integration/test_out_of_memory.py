@@ -327,36 +327,61 @@ def test_an_unknown_architecture_is_traced_and_refused_before_its_weights_are_lo
 @pytest.fixture
 def worker(make_cli: Callable[..., Cli]) -> Iterator[psutil.Process]:
     """A worker on the CPU whose trainers are held to more than they need."""
-    process = make_cli(LORACTL_TRAINER_RAM="4GiB").start("worker", "--drain-when-idle")
-    seen = psutil.Process(process.pid)
-    yield seen
+    yield from _worker(make_cli(LORACTL_TRAINER_RAM="4GiB"))
+
+
+@pytest.fixture
+def two_cards(make_cli: Callable[..., Cli]) -> Iterator[psutil.Process]:
+    """The same with two simulated cards."""
+    yield from _worker(make_cli(LORACTL_TRAINER_RAM="4GiB", LORACTL_DEVICES="sim:8GiB,8GiB"))
+
+
+def _worker(cli: Cli) -> Iterator[psutil.Process]:
+    process = cli.start("worker", "--drain-when-idle")
+    yield psutil.Process(process.pid)
     if process.poll() is None:
         process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)
 
 
+def trainers(worker: psutil.Process) -> list[psutil.Process]:
+    """The oldest first: of several ranks the leader's."""
+    found = [p for p in worker.children(recursive=True) if "loractl.worker.training.trainer" in p.cmdline()]
+    return sorted(found, key=lambda process: process.create_time())
+
+
+def take_memory_away(pid: int) -> None:
+    """Leave a trainer what it has between two steps, and a little more."""
+    between_steps = min(data_bytes(pid) for _ in range(60) if not time.sleep(0.01))
+    hard = resource.prlimit(pid, resource.RLIMIT_DATA)[1]
+    resource.prlimit(pid, resource.RLIMIT_DATA, (between_steps + 60 * MIB, hard))
+
+
 @pytest.mark.long
 @pytest.mark.cold
+@pytest.mark.parametrize("cards", [1, 2])
 def test_a_trainer_out_of_memory_in_mid_training_is_followed_by_one_with_less(
     make_cli: Callable[..., Cli],
     request: pytest.FixtureRequest,
     wide_model: Path,
     data: Path,
     tmp_path: Path,
+    cards: int,
 ) -> None:
-    """What another process on the box does to a run, here by a limit that is lowered under the running trainer."""
-    batch = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "max_steps": 24}
+    """What another process on the box does to a run, here by a limit that is lowered under the running trainer: of two
+    ranks that divide a base under the one that does not lead."""
+    rows = 8 * cards
+    batch = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": 1, "max_steps": 24}
     order = make_order(tmp_path / "whole", wide_model, data, **batch)
     whole = losses(here(order))
     (tmp_path / "job.json").write_text(order.spec.model_dump_json(exclude_unset=True))
     cli = make_cli()
-    cli("submit", tmp_path / "job.json")
-    worker = request.getfixturevalue("worker")  # not before there is a job: it ends when it is idle
+    on = ("--set=resources.cards=2", "--set=resources.parallel=sharded") if cards > 1 else ()
+    cli("submit", tmp_path / "job.json", *on)
+    # not before there is a job: it ends when it is idle
+    worker = request.getfixturevalue("worker" if cards == 1 else "two_cards")
     until_job(cli, 1, lambda job: (job.step or 0) >= 2, 200)
-    trainer = next(p for p in worker.children(recursive=True) if "loractl.worker.training.trainer" in p.cmdline())
-    between_steps = min(data_bytes(trainer.pid) for _ in range(60) if not time.sleep(0.01))
-    hard = resource.prlimit(trainer.pid, resource.RLIMIT_DATA)[1]
-    resource.prlimit(trainer.pid, resource.RLIMIT_DATA, (between_steps + 60 * MIB, hard))
+    take_memory_away(trainers(worker)[-1].pid)
 
     until_job(cli, 1, lambda job: job.status == "succeeded", 200)
     job = json.loads(cli("show", 1, "--json").stdout)
@@ -364,10 +389,12 @@ def test_a_trainer_out_of_memory_in_mid_training_is_followed_by_one_with_less(
     assert job["status"] == "succeeded", texts
     assert len(job["attempts"]) == 1, "no attempt is spent on it"
     memory = next(n for n, text in enumerate(texts) if text.startswith("out of memory at step "))
-    assert texts[memory].endswith(" with 8 rows at once: starts again with 4, accumulating 2 (same effective batch)")
+    less = f" with {rows} rows at once: starts again with {rows // 2}, accumulating 2 (same effective batch)"
+    assert texts[memory].endswith(less)
     assert any(text.startswith("resumed from the checkpoint of step ") for text in texts[memory:])
     report = json.loads(cli("report", 1, "--json").stdout)["training"]
-    assert (report["per_device_train_batch_size"], report["gradient_accumulation_steps"]) == (4, 2)
+    assert (report["per_device_train_batch_size"], report["gradient_accumulation_steps"]) == (rows // 2, 2)
+    assert report["cards"] == cards
     assert apart(dict(report["losses"]), whole) < 1e-3
     assert report["changes"] == [text for text in texts if text.startswith("out of memory")]
 

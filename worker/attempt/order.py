@@ -20,7 +20,14 @@ from loractl.common.job.status import Stage
 from loractl.common.placement.hosts import base_key
 from loractl.common.store.records import Claim
 from loractl.worker.device.devices import Device, find_device
-from loractl.worker.device.occupancy import CARD_VARIABLE, JOB_VARIABLE, RUN_VARIABLE, card_mark, run_mark
+from loractl.worker.device.occupancy import (
+    CARD_VARIABLE,
+    JOB_VARIABLE,
+    RANK_VARIABLE,
+    RUN_VARIABLE,
+    card_mark,
+    run_mark,
+)
 from loractl.worker.protocol.marker import is_complete
 from loractl.worker.protocol.messages import Ancestor, Rank, Start
 from loractl.worker.protocol.trust import Refused, check_checkpoint, check_claim, may_run_code
@@ -109,7 +116,7 @@ def _ranks(place: Workplace, claim: Claim) -> list[Rank]:
             node=share.node,
             gpu=card.uuid,
             device=card.trains_on,
-            environment=card.environment(),
+            environment=card.environment() | ({RANK_VARIABLE: card_mark(place.settings, share.node)} if number else {}),
             memory_limit=share.bytes if card.trains_on == "cuda" else place.settings.trainer_ram,
         )
         for number, (share, card) in enumerate(cards)

@@ -159,6 +159,13 @@ class AttemptState:
             return self.forced
         return Reason.TRAINER_ERROR, "the trainer said nothing"
 
+    @property
+    def failed_card(self) -> str | None:
+        """Of several cards the one that the verdict is about; None: the first, or it is about none. A trainer may run
+        a stranger's code: it blames no card that the attempt does not have."""
+        card = None if self.ended is None or self.forced is not None else self.ended.card
+        return card if any(share.node == card for share in self.claim.shares) else None
+
     def _follow(self, message: Told) -> None:
         if isinstance(message, Stepped):
             self.step = message.step

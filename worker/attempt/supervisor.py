@@ -79,8 +79,9 @@ def _finish(
     """
 
     def write(reason: Reason, message: str, last: Progress, result: StoredResult | None) -> Status | None:
-        return _insist(place, state, lambda: place.store.finish(state.claim, reason, message, last, result))
+        return _insist(place, state, lambda: place.store.finish(state.claim, reason, message, last, result, card=card))
 
+    card = state.failed_card
     last = state.progress(last=True)
     try:
         return write(reason, message, last, result)

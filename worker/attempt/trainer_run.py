@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import queue
 import subprocess
@@ -13,6 +14,7 @@ from typing import IO
 from loractl.common.job.adjustment import Adjustment, in_words, next_adjustment
 from loractl.common.job.method import Parallel
 from loractl.common.job.status import Reason, Stage
+from loractl.common.store.database import REFUSALS
 from loractl.worker.device.occupancy import RUN_VARIABLE
 from loractl.worker.protocol.exit_reason import exit_reason
 from loractl.worker.protocol.messages import Ended, Start, Told
@@ -35,6 +37,9 @@ CHECKPOINT_GRACE_S = 60.0
 
 JOIN_S = 15.0
 """Seconds in which a trainer that a job joins takes it, also where its last job is just leaving it."""
+
+LEAVING_S = 40.0
+"""Seconds that a job on several cards waits at most for bases on the others: a node's look, and what it then takes."""
 
 LOOK_S = 0.2
 """Seconds between two looks at a trainer that says nothing."""
@@ -134,6 +139,7 @@ def _trainer(
     Raises Interrupted where a base that must go does not.
     """
     hosts, claim = place.hosts, state.claim
+    _await_other_cards(place, state)
     if hosts is not None:
         _make_room(place, state, hosts)
         if start.keep is None and claim.host is not None:
@@ -156,6 +162,23 @@ def _make_room(place: Workplace, state: AttemptState, hosts: HostSource) -> None
     if hosts.in_the_way and (why := while_beating(place, state, hosts.make_room)) is not None:
         state.forced = Reason.GPU_ERROR, why
         raise Interrupted
+
+
+def _await_other_cards(place: Workplace, state: AttemptState) -> None:
+    """The same on the job's other cards: their nodes end the bases that its claim has sent off. One that can't be ended
+    closes its card, and then the job is not kept waiting for it."""
+    others = [share.node for share in state.claim.shares[1:]]
+
+    def leave() -> None:
+        deadline = time.monotonic() + LEAVING_S
+        while time.monotonic() < deadline:
+            with contextlib.suppress(*REFUSALS):  # the database is away
+                if not any(row.leaving for node in others for row in place.store.hosts(node)):
+                    return
+            time.sleep(LOOK_S)
+
+    if others:
+        while_beating(place, state, leave)
 
 
 def _may_stay(place: Workplace, state: AttemptState, trainer: TrainerProcess) -> bool:

@@ -28,6 +28,9 @@ RUN_VARIABLE = "LORACTL_RUN"
 CARD_VARIABLE = "LORACTL_CARD"
 """The variable with the card that it runs on, by its node's name and home."""
 
+RANK_VARIABLE = "LORACTL_RANK_CARD"
+"""The same for a process on a card whose node has not started it: a rank of a job on several cards."""
+
 HIGH_WATER_S = 600.0
 """The most that other people's processes held stays theirs for so long, unless the box's owner says otherwise: a
 notebook that frees memory comes back."""
@@ -194,9 +197,10 @@ def card_mark(settings: Settings, node: str) -> str:
     return f"{settings.home}:{node}"
 
 
-def runs_of(card: str) -> set[str]:
-    """The marks of all attempts that have a process on this card."""
-    return {mark for p in psutil.process_iter() if (mark := _mark_on(p, card)) is not None}
+def runs_of(card: str, variable: str = CARD_VARIABLE) -> set[str]:
+    """The marks of all attempts that have a process on this card, which the card's own node has started, or with
+    RANK_VARIABLE another one."""
+    return {mark for p in psutil.process_iter() if (mark := _mark_on(p, card, variable)) is not None}
 
 
 def end_leftovers(run: str) -> list[int]:
@@ -217,12 +221,12 @@ def _runs_for(process: psutil.Process, run: str) -> bool:
     return mine
 
 
-def _mark_on(process: psutil.Process, card: str) -> str | None:
+def _mark_on(process: psutil.Process, card: str, variable: str) -> str | None:
     try:
         environment = process.environ()
     except (psutil.NoSuchProcess, psutil.AccessDenied, OSError):
         return None
-    return environment.get(RUN_VARIABLE) if environment.get(CARD_VARIABLE) == card else None
+    return environment.get(RUN_VARIABLE) if environment.get(variable) == card else None
 
 
 def _job_of_home(pid: int, home: Path) -> str | None:

@@ -36,18 +36,21 @@ class Claimer:
         """What the rule gives this card now. What it gives another card that does not take it, after a while."""
         others: Collection[str] = ()
         with self._claiming:
+            claim = None
             while self._place.drain.wish is None:
                 claim = self._try()
                 if not isinstance(claim, Left):
                     self._left = {}
                     if claim is not None and self._place.hosts is not None:
                         self._place.hosts.let_go(claim.leaving)  # before another claim's trainer starts
-                    return claim
+                    break
                 if others := claim.nodes:
                     break
                 time.sleep(AGAIN_S)
+        if isinstance(claim, Claim):  # bases may have to leave its other cards
+            others = [share.node for share in claim.shares[1:]]
         wake_others(self._place, others)  # outside the lock: the queue may be away
-        return None
+        return claim if isinstance(claim, Claim) else None
 
     def _try(self) -> Claim | Left | None:
         seen, now = self._watch.look(), time.monotonic()

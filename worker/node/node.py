@@ -29,7 +29,7 @@ from loractl.common.queue.app import make_app
 from loractl.common.queue.hints import WAKE_TASK, card_queue, queue_name
 from loractl.common.queue.valkey import broker_url
 from loractl.common.settings import Settings, load_settings, make_private
-from loractl.common.store.database import CONNECTIONS, NODE_IDLE_S, connect, make_engine
+from loractl.common.store.database import CONNECTIONS, NODE_IDLE_S, REFUSALS, connect, make_engine, told_by
 from loractl.common.store.store import Store
 from loractl.common.text import clean_text
 from loractl.worker.attempt.drain import Drain
@@ -38,7 +38,7 @@ from loractl.worker.attempt.workplace import Workplace
 from loractl.worker.delivery.messenger import Messenger
 from loractl.worker.device.devices import Device, find_device
 from loractl.worker.device.occupancy import Watch
-from loractl.worker.node.health.leftovers import end_all
+from loractl.worker.node.health.leftovers import end_all, end_strays
 from loractl.worker.node.health.self_test import SelfTest
 from loractl.worker.spare.hosts import Hosts
 from loractl.worker.spare.spares import Spares
@@ -52,6 +52,9 @@ from .options import NodeOptions
 from .slots import Slots, slots_of
 
 log = logging.getLogger("loractl.worker")
+
+GANG_S = 1.0
+"""Seconds between two looks at the jobs that have this card as one of several, while the node stops."""
 
 AGAIN_S = 2.0
 """Seconds before a node tries again that found no database at its start."""
@@ -117,6 +120,8 @@ class DeviceNode:
         @app.task(name=WAKE_TASK, ignore_result=True)
         def wake(size_class: int) -> None:  # the message is only a hint: the claim looks at what is free now
             self._slots.wake()
+            if self._hosts is not None:
+                self._hosts.look_soon()
 
         signals.worker_ready.connect(lambda sender, **_: self._ready(sender), weak=False)
         signals.worker_shutting_down.connect(lambda **_: self._shut_down(), weak=False)
@@ -134,6 +139,7 @@ class DeviceNode:
         finally:
             self._shut_down()
             self._slots.close()
+            self._await_gangs()
             for keeper in (self._spares, self._hosts):
                 if keeper is not None:
                     keeper.stop()
@@ -165,6 +171,17 @@ class DeviceNode:
                 log.warning("Celery ended by itself and is started again")
                 time.sleep(AGAIN_S)
 
+    def _await_gangs(self) -> None:
+        """Stay while a job has this card as one of several: the node of its first card stops it, and if this one were
+        silent meanwhile, the job would be ended as lost."""
+        while self._place.drain.wish != "now":
+            try:
+                if not self._place.store.tokens(self._place.node):
+                    return
+            except REFUSALS as error:
+                log.warning("what runs beside this card is not known: %s", told_by(error))
+            time.sleep(GANG_S)
+
     def _ready(self, consumer: Any) -> None:
         self._lock.say_served()
         self._monitor.follow(consumer)
@@ -190,6 +207,7 @@ class DeviceNode:
             arrival = self._row.arrive()
         for job_id in arrival.given_back:
             log.warning("job %s: an earlier worker of this device left it, it waits again", job_id)
+        end_strays(self._place)  # ranks of a job on several cards, which their leader has not ended yet
         self._monitor.report()
 
     def _shut_down(self) -> None:

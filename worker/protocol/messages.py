@@ -224,6 +224,7 @@ class Ended(_Message):
     reason: Reason
     message: str
     peaks: Peaks | None = None
+    card: str | None = None  # of several the one whose rank failed, by its node's name
     base_bytes: int | None = None  # of the base that stays, once nothing else of the job is left; None: none does
 
 

@@ -109,6 +109,10 @@ class Hosts:
                 self._changed.wait(LOOK_S)
         return None
 
+    def look_soon(self) -> None:
+        """A claim on another card may have sent some off: a job on several cards waits until they have gone."""
+        self._next = 0.0
+
     def let_go(self, marks: Iterable[str]) -> None:
         """Send off the hosts that a claim names, whose rows say so already."""
         self._let_go(marks, "another job needs the room")

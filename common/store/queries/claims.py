@@ -30,12 +30,16 @@ from .cards.decisions import decide
 from .cards.hosts import beside, take_place, take_seat
 from .cards.nodes import read_cards, read_charges
 from .cards.packs import key_of
-from .cards.shares import lock, own_first, write
+from .cards.shares import late, lock, own_first, write
 from .outbox.notices import tell_of_job
 from .sweeps import read_rungs
 
 if TYPE_CHECKING:
     from loractl.common.job.spec import JobSpec
+
+
+LATE_SHARE = 0.5
+"""A node that was silent for this share of a lease is counted on by no job that needs its card beside another one."""
 
 
 def claim(
@@ -54,6 +58,8 @@ def claim(
         return None
     now = tx.now()  # under the lock: a start is later than the end that made room for it
     cards = [replace(c, max_jobs=0) if c.node in distrusted - {node} else c for c in read_cards(tx.session, now)]
+    if gangs and (silent := late(tx.session, now - dt.timedelta(seconds=lease_s * LATE_SHARE)) - {node}):
+        cards = [replace(card, gangs=card.gangs and card.node not in silent) for card in cards]
     mine = next(card for card in cards if card.node == node)
     if not gangs and mine.gangs:
         mine = replace(mine, gangs=False)

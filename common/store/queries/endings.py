@@ -55,6 +55,7 @@ def finish(
     progress: Progress,
     result: StoredResult | None,
     inside: bool = False,
+    card: str | None = None,
 ) -> Status | None:
     now = tx.now()
     job = tx.session.scalars(select(Job).where(Job.job_id == claim.job_id).with_for_update()).one()
@@ -62,7 +63,7 @@ def finish(
         return _already_finished(tx, claim, reason, job)
     record(tx, claim, progress)  # first: the history has what was told before the end
     job.step, job.total_steps = progress.step or job.step, progress.total_steps or job.total_steps
-    _end_attempt(tx, job, reason, message, now, inside=inside)
+    _end_attempt(tx, job, reason, message, now, inside=inside, card=card)
     if result is not None:
         _keep_result(tx, job, claim, result, now)
     return job.status
@@ -103,7 +104,8 @@ def _reap_gangs(tx: Transaction, lease_s: float, now: dt.datetime) -> list[Job]:
     running = select(Job).where(Job.job_id.in_(gone), Job.status == Status.RUNNING).with_for_update(skip_locked=True)
     lost = sorted(tx.session.scalars(running), key=_turn)
     for job in lost:
-        _end_lost(tx, job, f"{gone[job.job_id]} was silent for {lease_s:.0f} s", now)
+        card = gone[job.job_id]
+        _end_lost(tx, job, f"{card} was silent for {lease_s:.0f} s", now, card)
     return lost
 
 
@@ -124,7 +126,7 @@ def give_back(tx: Transaction, node: str) -> list[int]:
     running = select(Job).where(Job.status == Status.RUNNING, here)
     lost = sorted(tx.session.scalars(running.with_for_update(skip_locked=True)), key=_turn)
     for job in lost:
-        _end_lost(tx, job, f"{node} was started anew", now)
+        _end_lost(tx, job, f"{node} was started anew", now, node)
     return [job.job_id for job in lost]
 
 
@@ -133,10 +135,11 @@ def _turn(job: Job) -> tuple[str, int]:
     return job.user, job.job_id
 
 
-def _end_lost(tx: Transaction, job: Job, message: str, now: dt.datetime) -> None:
-    """End a lost attempt. A job that can't be ended in order fails: it must not keep the others from being ended."""
+def _end_lost(tx: Transaction, job: Job, message: str, now: dt.datetime, card: str | None = None) -> None:
+    """End a lost attempt, on several cards for the loss of this one. A job that can't be ended in order fails: it must
+    not keep the others from being ended."""
     job_id, attempt = job.job_id, job.attempt
-    if tx.apart(job_id, lambda: _end_attempt(tx, job, Reason.WORKER_LOST, message, now, inside=True)):
+    if tx.apart(job_id, lambda: _end_attempt(tx, job, Reason.WORKER_LOST, message, now, inside=True, card=card)):
         return
     text = f"{message}; its row can't be read by this version"
     over = {**ended(), "reason": Reason.BAD_SPEC, "message": text, "ended_at": now}
@@ -159,28 +162,37 @@ def _close_attempt(
 
 
 def _end_attempt(
-    tx: Transaction, job: Job, reason: Reason, message: str, now: dt.datetime, *, inside: bool = False
+    tx: Transaction,
+    job: Job,
+    reason: Reason,
+    message: str,
+    now: dt.datetime,
+    *,
+    inside: bool = False,
+    card: str | None = None,
 ) -> None:
-    """Close the running attempt and decide what becomes of the job."""
-    message, gave = storable(message), job.vram_reserved
+    """Close the running attempt and decide what becomes of the job. `card`: which one of several failed, if one did."""
+    message, gave, card = storable(message), job.vram_reserved, card or job.node or ""
     _charge(tx, job, now)
     _close_attempt(tx, job, reason, message, now, inside=inside)
     job.reason, job.message = reason, message
     outcome = OUTCOMES[reason]
     if outcome.blames is not None:
         _count_in_a_row(tx, job)
-        note_failure(tx, job, reason, message, now)
+        note_failure(tx, job, card, reason, message, now)
     elif reason is Reason.OK:
-        note_success(tx, job.node or "")
+        beside = read_beside(tx.session, [job.job_id]).get(job.job_id, [])
+        for node in (job.node or "", *(share.node for share in beside)):
+            note_success(tx, node)
     elif outcome.counts:
         job.lab_failures = 0
     may = outcome.retryable and not job.cancel_requested
     again = may and (not outcome.counts or job.retries_used < job.max_retries)
     if reason is Reason.OUT_OF_MEMORY and again:
-        again, message = need_more(tx, job, gave or 0, message, now)
+        again, message = need_more(tx, job, card, gave or 0, message, now)
         job.message = message
     if again:
-        _requeue(tx, job, reason, message, now)
+        _requeue(tx, job, card, reason, message, now)
     else:
         _end_job(tx, job, reason, message, now)
 
@@ -210,7 +222,7 @@ def _kept(job: Job) -> str:
     return f"; {what} for loractl retry, until loractl gc takes it"
 
 
-def _requeue(tx: Transaction, job: Job, reason: Reason, message: str, now: dt.datetime) -> None:
+def _requeue(tx: Transaction, job: Job, card: str, reason: Reason, message: str, now: dt.datetime) -> None:
     """Let the job wait for its next attempt. Hold it when it may be the cause of its workers' loss."""
     become(job, Status.QUEUED)
     text = f"attempt {job.attempt} ended ({reason.value}): {message}"
@@ -220,8 +232,8 @@ def _requeue(tx: Transaction, job: Job, reason: Reason, message: str, now: dt.da
         job.not_before = now + dt.timedelta(seconds=delay)
         text += f"; tried again in {delay:.0f} s, retry {job.retries_used} of {job.max_retries}"
     elif OUTCOMES[reason].blames is not None:
-        _avoid(job, reason, now)
-        held = _why_held(tx, job, message)
+        _avoid(job, card, reason, now)
+        held = _why_held(tx, job, card, message)
         if held is not None:
             job.held, job.message = True, held
             text += "; held, loractl retry releases it"
@@ -235,11 +247,10 @@ def _requeue(tx: Transaction, job: Job, reason: Reason, message: str, now: dt.da
         tell_of_job(tx, job)
 
 
-def _avoid(job: Job, reason: Reason, now: dt.datetime) -> None:
+def _avoid(job: Job, card: str, reason: Reason, now: dt.datetime) -> None:
     """Let the job's next attempts keep off what failed this one. A box that has its finished result may still take it:
     the rule gives it to that one alone."""
-    node = job.node or ""
-    blamed = node if OUTCOMES[reason].blames is Blamed.CARD else node.rpartition(":")[0]
+    blamed = card if OUTCOMES[reason].blames is Blamed.CARD else card.rpartition(":")[0]
     until = now + dt.timedelta(seconds=AVOIDED_S)
     job.avoids = {**(job.avoids or {}), blamed: {"reason": reason.value, "until": until.isoformat()}}
 
@@ -254,7 +265,7 @@ def _count_in_a_row(tx: Transaction, job: Job) -> None:
     job.lab_step = max(reached, job.lab_step or 0)
 
 
-def _why_held(tx: Transaction, job: Job, message: str) -> str | None:
+def _why_held(tx: Transaction, job: Job, card: str, message: str) -> str | None:
     """Why the job is held: the lab failed it so often in a row that it may be the cause. None: it is not."""
     if job.lab_failures < LAB_FAILURE_LIMIT:
         return None
@@ -263,7 +274,7 @@ def _why_held(tx: Transaction, job: Job, message: str) -> str | None:
     last = tx.session.scalars(ended.order_by(Attempt.attempt.desc()).limit(job.lab_failures)).all()
     same = {reason for reason in last if reason is not None}
     text = _HELD[same.pop()] if len(same) == 1 else "the lab failed it {} times in a row"
-    return f"held: {text.format(job.lab_failures)}; the last on {job.node}: {message}"
+    return f"held: {text.format(job.lab_failures)}; the last on {card}: {message}"
 
 
 def _charge(tx: Transaction, job: Job, now: dt.datetime) -> None:

@@ -138,8 +138,9 @@ def _lesser(before: int | None, now: int | None) -> int | None:
     return min((size for size in (before, now) if size is not None), default=None)
 
 
-def need_more(tx: Transaction, job: Job, gave: int, message: str, now: dt.datetime) -> tuple[bool, str]:
-    """After out-of-memory: raise what the job needs beyond the `gave` bytes that it had. False when no card has more.
+def need_more(tx: Transaction, job: Job, card: str, gave: int, message: str, now: dt.datetime) -> tuple[bool, str]:
+    """After out-of-memory on a card: raise what the job needs beyond the `gave` bytes that it had there. False when no
+    card has more.
 
     Returns the given message with the consequence added.
     """
@@ -149,7 +150,7 @@ def need_more(tx: Transaction, job: Job, gave: int, message: str, now: dt.dateti
     gave += (attempt.base_bytes or 0) if attempt.joined else 0
     peak = 0 if attempt.shared else attempt.vram_process or attempt.vram_peak or 0
     if attempt.device_kind == "nvml" and 0 < peak < OUTSIDER_SHARE * gave:
-        return True, f"{message}; another program took memory of {job.node}"
+        return True, f"{message}; another program took memory of {card}"
     shares = select(AttemptShare).where(AttemptShare.job_id == job.job_id, AttemptShare.attempt == job.attempt)
     if cards := len(tx.session.scalars(shares).all()):
         return _each_needs_more(tx, job, cards, gave, message, now)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,18 +13,20 @@ from loractl.common.job.status import Reason, Stage
 from loractl.common.placement.gangs import GangShare
 from loractl.common.settings import load_settings
 from loractl.common.store.database import connect
-from loractl.common.store.records import Claim, Progress
+from loractl.common.store.records import Claim, NewHost, Progress
 from loractl.common.store.store import Store
 from loractl.common.units import GIB
 from loractl.worker.attempt.drain import Drain
 from loractl.worker.attempt.order import prepare
 from loractl.worker.attempt.state import AttemptState, begin
 from loractl.worker.attempt.stops import wanted_stop
-from loractl.worker.attempt.trainer_run import _lighter
+from loractl.worker.attempt.trainer_run import _await_other_cards, _lighter
 from loractl.worker.attempt.workplace import Workplace
 from loractl.worker.device.devices import find_devices
+from loractl.worker.device.occupancy import RANK_VARIABLE, card_mark
 from loractl.worker.protocol.messages import Ended, Rank
 from loractl.worker.storage.client import StoreClient
+from loractl.worker.training.gang.other_ranks import LINK_LOST, OtherRanks
 
 from ..factories import node_state, submission
 
@@ -56,10 +59,10 @@ def state(place: Workplace) -> AttemptState:
 
 def test_an_order_names_a_process_for_each_card(place: Workplace, state: AttemptState) -> None:
     start = prepare(place, state)
-    hidden = {"CUDA_VISIBLE_DEVICES": ""}
+    hidden, card = {"CUDA_VISIBLE_DEVICES": ""}, card_mark(place.settings, "box:0")
     assert start.ranks == [
         Rank(rank=0, node="box:1", gpu="SIM-1", device="cpu", environment=hidden),
-        Rank(rank=1, node="box:0", gpu="SIM-0", device="cpu", environment=hidden),
+        Rank(rank=1, node="box:0", gpu="SIM-0", device="cpu", environment={**hidden, RANK_VARIABLE: card}),
     ]
     assert (start.parallel, start.rank, start.gpu, start.keep) == (Parallel.SHARDED, 0, "SIM-1", None)
     alone = replace(state, claim=replace(state.claim, shares=SHARES[:1]))
@@ -71,6 +74,62 @@ def test_a_drain_of_any_of_its_cards_ends_it_with_a_checkpoint(place: Workplace,
     state.card_drained = "box:0 is being drained"
     wish = wanted_stop(place, state)
     assert wish is not None and wish.save and (wish.reason, wish.message) == (Reason.DRAINED, "box:0 is being drained")
+
+
+def test_no_rank_starts_before_a_base_has_left_the_other_card(place: Workplace, state: AttemptState) -> None:
+    place.store.see_node(node_state("box:0", kind="sim", total=8 * GIB))
+    place.store.submit(submission(base_model="org/a", lora=1, method="lora"))
+    other = place.store.claim("box:0")
+    assert isinstance(other, Claim)
+    assert place.store.keep_host(other, NewHost(host="warm", node="box:0", key="llama", bytes=GIB))
+    place.store.finish(other, Reason.CANCELLED, "enough", Progress())
+    _await_other_cards(place, state)
+    assert place.store.send_off_host("warm", "box:0")
+    waiting = threading.Thread(target=_await_other_cards, args=(place, state))
+    waiting.start()
+    waiting.join(timeout=0.6)
+    assert waiting.is_alive()
+    place.store.forget_hosts(["warm"])
+    waiting.join(timeout=5)
+    assert not waiting.is_alive()
+
+
+BAD_RANK = """
+from loractl.common.job.status import Reason
+from loractl.worker.protocol.messages import Ended
+from loractl.worker.training.trainer import main
+
+
+def run(order, orders, tell):
+    return Ended(job_id=order.job_id, reason=Reason.GPU_ERROR, message="CUDA error: the card has fallen off the bus")
+
+
+if __name__ == "__main__":
+    main(run)
+"""
+
+
+def test_the_end_names_the_card_whose_rank_failed(
+    place: Workplace, state: AttemptState, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The leader only sees that its link is broken."""
+    (tmp_path / "bad_rank.py").write_text(BAD_RANK)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    start = prepare(place, state)
+    gang = OtherRanks(start, lambda told: None, "bad_rank")
+    broken = Ended(job_id=start.job_id, reason=Reason.TRAINER_ERROR, message=LINK_LOST)
+    state.ended = gang.settle(broken)
+    assert state.verdict() == (Reason.GPU_ERROR, "rank 1 on box:0: CUDA error: the card has fallen off the bus")
+    assert state.failed_card == "box:0"
+
+
+def test_a_trainer_blames_no_card_that_is_not_its_job_s(state: AttemptState) -> None:
+    failed = Ended(job_id=state.claim.job_id, reason=Reason.GPU_ERROR, message="a fault", card="box:1")
+    for card, blamed in (("box:1", "box:1"), ("owl:0", None), (None, None)):
+        state.ended = failed.model_copy(update={"card": card})
+        assert state.failed_card == blamed
+    state.ended, state.forced = failed, (Reason.DRAINED, "the worker is being stopped")
+    assert state.failed_card is None
 
 
 def test_ranks_that_divide_a_base_start_anew_with_less_where_the_first_try_was_too_large(

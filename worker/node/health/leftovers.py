@@ -8,7 +8,7 @@ import time
 from loractl.common.store.records import Claim
 from loractl.common.units import gib
 from loractl.worker.attempt.workplace import Workplace
-from loractl.worker.device.occupancy import Watch, card_mark, end_leftovers, run_mark, runs_of
+from loractl.worker.device.occupancy import RANK_VARIABLE, Watch, card_mark, end_leftovers, run_mark, runs_of
 from loractl.worker.protocol.spare import host_name
 
 log = logging.getLogger("loractl.worker")
@@ -51,9 +51,13 @@ def end_all(place: Workplace) -> None:
 
 
 def end_strays(place: Workplace) -> None:
-    """End processes of attempts that no longer run: a trainer may have left some behind."""
-    known = _marks_of_no_attempt(place)  # first: one may become an attempt's meanwhile
-    marks = runs_of(card_mark(place.settings, place.node)) - known  # then: an attempt that starts now has its claim
+    """End processes of attempts that no longer run: a trainer may have left some behind, and the node of another card,
+    if it stands still, ranks of a job on several."""
+    card, known = (
+        card_mark(place.settings, place.node),
+        _marks_of_no_attempt(place),
+    )  # first: one may become an attempt's
+    marks = (runs_of(card) | runs_of(card, RANK_VARIABLE)) - known  # then: an attempt that starts now has its claim
     if not marks:
         return
     known |= _marks_of_no_attempt(place)  # one may have been made meanwhile

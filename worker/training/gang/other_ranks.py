@@ -101,7 +101,8 @@ class OtherRanks:
             self._peaks = self._peaks.above(ended.peaks)
         if ended.reason is Reason.OK or ended.message == LINK_LOST:
             return
-        cause = ended.model_copy(update={"message": f"rank {rank.rank} on {rank.node}: {ended.message}"})
+        told = {"message": f"rank {rank.rank} on {rank.node}: {ended.message}", "card": rank.node}
+        cause = ended.model_copy(update=told)
         self._said.put(cause)
         if not self._settled.wait(GRACE_S):
             self._tell(cause)

@@ -139,9 +139,8 @@ def drained_targets(session: Session, now: dt.datetime) -> dict[str, DrainOrder]
     return {order.target: order for order in orders if order.until is None or order.until > now}
 
 
-def note_failure(tx: Transaction, job: Job, reason: Reason, message: str, now: dt.datetime) -> None:
-    """Write down that the lab failed a job on its node, and drain that node where it fails the jobs of others too."""
-    node = job.node or ""
+def note_failure(tx: Transaction, job: Job, node: str, reason: Reason, message: str, now: dt.datetime) -> None:
+    """Write down that the lab failed a job on this node, and drain it where it fails the jobs of others too."""
     row = {"job_id": job.job_id, "attempt": job.attempt, "node": node, "reason": reason, "at": now, "message": message}
     tx.session.add(LabFailure(**row, user=job.user, sweep_id=job.sweep_id))
     tx.session.flush()

@@ -58,6 +58,11 @@ def silent(session: Session, since: dt.datetime, limit: int) -> list[tuple[int, 
     return [(row.job_id, row.node) for row in session.execute(gone)]
 
 
+def late(session: Session, since: dt.datetime) -> set[str]:
+    """Cards whose nodes were not seen since then: with one of them a job on several would soon be ended as lost."""
+    return set(session.scalars(select(Node.node).where(Node.seen_at < since)))
+
+
 def lock(tx: Transaction, node: str, *, gangs: bool) -> Node | None:
     """Lock the node's row; where several cards may be given out the rows of its whole box, always in one order."""
     mine = Node.node == node

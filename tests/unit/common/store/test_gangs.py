@@ -10,9 +10,9 @@ import pytest
 
 from loractl.common.job.method import Method, Parallel
 from loractl.common.job.need import Need, SharedNeed, Ways
-from loractl.common.job.status import Reason, Status
+from loractl.common.job.status import LAB_RETRY_DELAY_S, Reason, Status
 from loractl.common.settings import LEASE_S
-from loractl.common.store.records import Choice, Claim, Page, Progress, Submission
+from loractl.common.store.records import Choice, Claim, NewHost, Page, Progress, Submission
 from loractl.common.store.store import Store
 from loractl.common.units import GIB
 from loractl.scheduler.answers.fleet import fleet
@@ -20,7 +20,7 @@ from loractl.scheduler.answers.overview import overview
 from loractl.scheduler.text.jobs import overview_text
 from loractl.scheduler.text.screen import Screen
 
-from ...factories import Clock, node_state, submission
+from ...factories import RESULT, Clock, node_state, submission
 
 NOTHING = Progress()
 
@@ -60,6 +60,18 @@ def test_a_claim_reserves_each_card_and_its_end_frees_all(store: Store) -> None:
     assert claimed(store).job_id == small
 
 
+def test_a_base_that_waits_on_either_card_leaves_for_it(store: Store) -> None:
+    show(store, "heron:0", "heron:1")
+    for _ in range(2):
+        store.submit(submission(lora=8, qlora=None, method="lora"))
+    for node, claim in [(node, claimed(store, node)) for node in ("heron:0", "heron:1")]:
+        assert store.keep_host(claim, NewHost(host=node, node=node, key="llama", bytes=8 * GIB))
+        store.finish(claim, Reason.OK, "", NOTHING, RESULT)
+    store.submit(gang())
+    assert claimed(store).leaving == ("heron:0",)
+    assert [row.leaving for row in store.hosts("heron:1")] == [True]
+
+
 def test_a_node_that_can_t_serve_several_cards_is_given_no_such_job(store: Store) -> None:
     show(store, "heron:0", "heron:1")
     store.submit(gang())
@@ -92,6 +104,17 @@ def test_a_card_whose_node_is_started_anew_ends_the_whole_job(store: Store) -> N
     assert all(not card.running for card in store.fleet().cards.values())
 
 
+def test_a_card_that_is_silent_already_is_not_counted_on(timed: Store, clock: Clock) -> None:
+    """The attempt would be ended as lost, again and again, until the job is held."""
+    show(timed, "heron:0", "heron:1")
+    timed.submit(gang())
+    clock.forward(LEASE_S * 0.6)
+    show(timed, "heron:0")
+    assert timed.claim("heron:0", gangs=True) is None
+    show(timed, "heron:1")
+    assert claimed(timed).shares
+
+
 def test_a_silent_card_ends_the_whole_job_though_the_other_beats(timed: Store, clock: Clock) -> None:
     show(timed, "heron:0", "heron:1")
     job_id = timed.submit(gang())
@@ -104,6 +127,41 @@ def test_a_silent_card_ends_the_whole_job_though_the_other_beats(timed: Store, c
     job = timed.job(job_id)
     assert (job.status, job.reason) == (Status.QUEUED, Reason.WORKER_LOST)
     assert job.message is not None and job.message.startswith("heron:1 was silent")
+    assert set(job.avoids or {}) == {"heron:1"}
+
+
+@pytest.mark.parametrize("bad", ["heron:0", "heron:1"])
+def test_the_card_that_failed_is_blamed_whichever_rank_it_had(timed: Store, clock: Clock, bad: str) -> None:
+    show(timed, "heron:0", "heron:1", "heron:2")
+    jobs = [timed.submit(gang(user=user)) for user in ("ada", "bob")]
+    for job_id in jobs:
+        mine = claimed(timed)
+        assert [share.node for share in mine.shares] == ["heron:0", "heron:1"] and mine.job_id == job_id
+        timed.finish(mine, Reason.GPU_ERROR, f"{bad} fell off the bus", NOTHING, card=bad)
+        assert set(timed.job(job_id).avoids or {}) == {bad}
+    assert set(timed.drains()) == {bad}, "two errors in a row, and no other card is closed"
+    clock.forward(LAB_RETRY_DELAY_S)
+    show(timed, "heron:0", "heron:1", "heron:2")
+    again = claimed(timed, "heron:2")
+    assert {share.node for share in again.shares} == {"heron:0", "heron:1", "heron:2"} - {bad}
+
+
+def test_what_ends_well_on_several_cards_speaks_for_each(store: Store) -> None:
+    show(store, "heron:0", "heron:1")
+    for user in ("ada", "bob"):
+        store.submit(gang(user=user))
+        store.finish(claimed(store), Reason.GPU_ERROR, "a fault", NOTHING, card="heron:1")
+        store.submit(gang(user=user))
+        store.finish(claimed(store), Reason.OK, "", NOTHING, RESULT)
+    assert store.drains() == {}
+
+
+def test_a_lost_card_is_blamed_and_not_the_first(store: Store) -> None:
+    show(store, "heron:0", "heron:1")
+    job_id = store.submit(gang())
+    claimed(store)
+    store.give_back("heron:1")
+    assert set(store.job(job_id).avoids or {}) == {"heron:1"}
 
 
 def test_its_user_is_charged_for_all_cards(timed: Store, clock: Clock) -> None:
