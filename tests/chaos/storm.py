@@ -184,9 +184,11 @@ def _job_file(folder: Path, number: int, rng: random.Random, plan: Plan) -> Path
     fate = rng.random()
     leaves = fate < 0.1
     labels = f"{{{LEAVES}: 'yes'}}" if leaves else f"{{{POISONED}: 'yes'}}" if fate > 1 - POISONED_SHARE else "{}"
-    steps = rng.randint(*(plan.long_steps if number % LONG == 1 else plan.steps))
+    gang = plan.gangs and number % GANGS == 2
+    is_long = number % LONG == 1 or (gang and number % 2)  # a fault finds every second gang still there
+    steps = rng.randint(*(plan.long_steps if is_long else plan.steps))
     path = folder / f"job-{number}.yaml"
-    cards = ", cards: 2, parallel: sharded" if plan.gangs and number % GANGS == 2 else ""
+    cards = ", cards: 2, parallel: sharded" if gang else ""
     path.write_text(
         f"name: chaos-{number}\nbase_model: {model}\nmethod: lora\ndataset: {{path: {data}, max_length: 16}}\n"
         f"training: {{max_steps: {steps}, save_steps: 5, per_device_train_batch_size: 1}}\n"
