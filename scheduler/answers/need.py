@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import datetime as dt
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loractl.common.errors import LoractlError, UsageError
 from loractl.common.job.method import MOST_CARDS, Method
 from loractl.common.job.need import Need, Ways, choose_method, within
+from loractl.common.job.status import Status
 from loractl.common.memory.config import read_shape
 from loractl.common.memory.correction import learned, peaks_like
 from loractl.common.memory.fit import Fit, largest_fit
@@ -18,13 +18,12 @@ from loractl.common.memory.need_key import model_family, need_key
 from loractl.common.memory.plan import Plan, plan
 from loractl.common.memory.shape import Shape
 from loractl.common.memory.step import Lengths, Stack
-from loractl.common.memory.ways import plan_ways
 from loractl.common.placement.cards import MARGIN_BYTES, Card
-from loractl.common.placement.gangs import best_group, gang_of, may_share
-from loractl.common.placement.lines import Waiting
 from loractl.common.units import GIB, gib
 from loractl.scheduler.submission.lengths import row_lengths
 from loractl.scheduler.submission.need import check_adapter, fleet_stack, open_methods, stored_hashes
+
+from .wait.solutions import CardGroup, PlannedForm, Solution, in_another_form, on_more_cards, with_one_row
 
 if TYPE_CHECKING:
     from loractl.common.job.spec import JobSpec
@@ -38,6 +37,7 @@ class JobToPlan:
     title: str
     spec: JobSpec
     data: Mapping[str, Any]  # its stored data sets; empty: none is stored
+    status: Status | None = None  # of a submitted job
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +78,8 @@ class MemoryNeed:
     cards: tuple[CardRoom, ...]
     on_gpu: bool = True  # False: planned for a processor, since the fleet has nothing else
     largest: LargestFit | None  # where it was asked for
+    solutions: tuple[Solution, ...] = ()  # where no card holds it alone; all of them where they were asked for
+    status: Status | None = None  # of a submitted job
 
     def as_json(self) -> dict[str, Any]:
         """The plan by method, the choice, the lengths and the cards.
@@ -86,7 +88,8 @@ class MemoryNeed:
         --solve `largest` (`micro_batch` and `max_length`); `choice`: the method that the best card would take, or null;
         `lengths`: in tokens the longest rows' `train` and `evaluate`, with `rows` and `labels`, or null; `rows`: how
         many are used, `train` and `held_out`, and `left_out` as too long, or null; `planned_for`: a
-        sentence; `device`: gpu or cpu; `cards`: one entry a card.
+        sentence; `device`: gpu or cpu; `cards`: one entry a card; `solutions`: where no card holds it alone, what would
+        (`settings` as KEY=VALUE, `words`, `method`, `cards`, `parallel`, `bytes` of each); all with --solve.
         """
         return {
             "methods": {method.value: self._method(method, planned) for method, planned in self.plans.items()},
@@ -96,6 +99,7 @@ class MemoryNeed:
             "planned_for": self.planned_for,
             "device": "gpu" if self.on_gpu else "cpu",
             "cards": [card.as_json() for card in self.cards],
+            "solutions": [solution.as_json() for solution in self.solutions],
         }
 
     def _method(self, method: Method, planned: Plan) -> dict[str, Any]:
@@ -116,7 +120,7 @@ def job_to_plan(store: Store, job: str, overrides: tuple[str, ...]) -> JobToPlan
         return JobToPlan(title=Path(job).name, spec=load_spec(Path(job), overrides), data={})
     row = store.job(int(job))
     spec = override_spec(row.spec, overrides, f"job {job}")
-    return JobToPlan(title=f"{job} {row.name}", spec=spec, data=row.data)
+    return JobToPlan(title=f"{job} {row.name}", spec=spec, data=row.data, status=row.status)
 
 
 def memory_need(
@@ -148,23 +152,22 @@ def memory_need(
     need = learned(planned_need, key, measured)
     admitted = within(methods, need, spec.resources.max_vram)
     cards, choice = _on_one(card, admitted, need) if card is not None else _on_fleet(fleet, admitted, need)
-    ways = plan_ways(spec, methods, planned_need, need, counted.lengths) if stack.on_gpu else Ways()
+    places = _such_cards(card) if card is not None else fleet
+    asked = PlannedForm(spec=spec, methods=methods, planned=planned_need, need=need, lengths=counted.lengths)
+    ways = asked.ways(spec) if stack.on_gpu else Ways()
+    solutions: list[Solution] = []
     if choice is None or not ways.alone:
-        asked = Waiting(
-            job_id=0,
-            user="",
-            priority=0,
-            since=dt.datetime.now(dt.UTC),
-            methods=methods,
-            need=need,
-            requires=frozenset(spec.resources.node_labels.items()),
-            alone=False,
-            gangs=ways.gangs,
-        )
-        several, method = _on_several(asked, _such_cards(card) if card is not None else fleet)
+        boxes, method = asked.boxes(ways, places)
+        several = [_room_of(box) for box in boxes]
         if not ways.alone and not several:
             several = [CardRoom(word="never", card=f"{spec.resources.cards} cards", total_gib="–", how="of no box")]
-        cards, choice = ((*cards, *several) if ways.alone else tuple(several)), method
+        cards, one, choice = (*cards, *several) if ways.alone else tuple(several), choice, method
+        if stack.on_gpu and (one is None or choice is None):
+            solutions += on_more_cards(asked, boxes, places)
+        if stack.on_gpu and one is None and solve:
+            solutions += with_one_row(asked, places, min((found.cards for found in solutions), default=MOST_CARDS + 1))
+        if stack.on_gpu and (one is None or choice is None) and solve:
+            solutions += in_another_form(asked, shape, _room(card, fleet)[0], places)
     return MemoryNeed(
         title=job.title,
         plans=plans,
@@ -177,6 +180,8 @@ def memory_need(
         cards=cards,
         on_gpu=stack.on_gpu,
         largest=_largest(shape, spec, methods, counted.lengths, _room(card, fleet), stack) if solve else None,
+        solutions=tuple(solutions),
+        status=job.status,
     )
 
 
@@ -214,28 +219,13 @@ def _such_cards(size: int) -> list[Card]:
     return [Card(node=f"a box:{n}", total=size, margin=MARGIN_BYTES, gangs=True) for n in range(MOST_CARDS)]
 
 
-def _on_several(job: Waiting, cards: Sequence[Card]) -> tuple[list[CardRoom], Method | None]:
-    """The boxes of which several cards would hold the job together, and the method that they would take."""
-    found: list[tuple[int, Method, CardRoom]] = []
-    for host in sorted({card.host for card in cards}):
-        of_box = [replace(card, running=(), hosts=()) for card in cards if card.host == host]
-        if (way := gang_of(job, of_box)) is None:
-            continue
-        for method in job.methods:
-            size = way.need.of(method)
-            holding = [card for card in of_box if size is not None and may_share(card, job) and size <= card.capacity]
-            if size is not None and (group := best_group(holding, way.cards)) is not None:
-                now = [c for c in cards if c.host == host and may_share(c, job) and c.slots and size <= c.free]
-                room = CardRoom(
-                    word="fits" if len(now) >= way.cards else "tight",
-                    card=f"{way.cards} cards of {host}",
-                    total_gib=f"{min(card.total for card in group) / GIB:.0f}",
-                    how=f"with {method.value}, {way.parallel.value}: {gib(size)} GiB of each",
-                )
-                found.append((way.cards, method, room))
-                break
-    best = min(found, key=lambda one: (one[0], job.methods.index(one[1])), default=None)
-    return [room for *_, room in found], None if best is None else best[1]
+def _room_of(box: CardGroup) -> CardRoom:
+    return CardRoom(
+        word="fits" if box.now else "tight",
+        card=box.words,
+        total_gib=f"{box.smallest / GIB:.0f}",
+        how=f"with {box.method.value}, {box.way.parallel.value}: {gib(box.size)} GiB of each",
+    )
 
 
 def _card_room(card: Card, method: Method | None, admitted: Sequence[Method], need: Need) -> CardRoom:

@@ -13,6 +13,7 @@ from .named import Setting
 from .output import show
 
 if TYPE_CHECKING:
+    from loractl.common.job.status import Status
     from loractl.common.store.store import Store
     from loractl.scheduler.answers.need import MemoryNeed
 
@@ -53,18 +54,32 @@ def plan(
     card = _card_size(gpu)
     asked = job_to_plan(store, job, overrides)
     answer = memory_need(store, asked, card, solve=solve, devices=own_devices(settings), announce=announce)
-    show(answer, as_json, lambda: need_text(answer, _following(job, answer, solve=solve), detect_screen()))
+    show(answer, as_json, lambda: need_text(answer, following(job, answer, solve=solve), detect_screen()))
 
 
-def _following(job: str, answer: MemoryNeed, *, solve: bool) -> str:
+def following(job: str, answer: MemoryNeed, *, solve: bool) -> str:
     """The next command. No one should submit what no card of the lab holds."""
-    if job.isdigit():
-        return f"Its wait: loractl why {job}"
+    if answer.status is not None:
+        return _of_submitted(job, answer.status)
     if answer.choice is not None or not answer.cards:
         return f"Submit it: loractl submit {job}"
+    changed = [one for one in answer.solutions if one.settings]
+    if changed and (solve or changed[0].cards > 1):
+        settings = " ".join(f"--set {setting}" for setting in changed[0].settings)
+        return f"It fits on {changed[0].words}: loractl plan {job} {settings}"
     if solve:
         return "No card holds it as it is: shorter rows, fewer at once, or a smaller base"
     return f"No card holds it as it is. What would fit: loractl plan {job} --solve"
+
+
+def _of_submitted(job: str, status: Status) -> str:
+    from loractl.common.job.status import Status
+
+    if status is Status.QUEUED:
+        return f"Its wait: loractl why {job}"
+    if status is Status.RUNNING:
+        return f"How far it is: loractl status {job}"
+    return f"It has ended. One like it: loractl submit --like {job}"
 
 
 def _accuracy(store: Store, as_json: bool) -> None:

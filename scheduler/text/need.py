@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from loractl.common.units import gib
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from loractl.common.memory.plan import Plan
     from loractl.scheduler.answers.accuracy import PlanAccuracy
     from loractl.scheduler.answers.need import LargestFit, MemoryNeed
+    from loractl.scheduler.answers.wait.solutions import Solution
 
 _COLORS = {"fits": "green", "tight": "yellow"}
 
@@ -40,7 +42,25 @@ def need_text(need: MemoryNeed, next_command: str, screen: Screen) -> str:
         lines += ["", *wrapped_table(["", "CARD", "OF", ""], rows, [""] * len(rows), screen, right=("OF",))]
     if need.largest is not None:
         lines += ["", *(line for text in _solved(need.largest) for line in wrapped(text, "", screen))]
+    if need.solutions and need.largest is not None:
+        lines += ["", *_solutions(need.solutions, screen)]
     return joined([*lines, "", screen.dim(next_command)], screen)
+
+
+def _solutions(solutions: Sequence[Solution], screen: Screen) -> list[str]:
+    """What holds the job where no card does as it is, each with what must be set for it below."""
+    lines = ["No card holds it alone as it is. What would:"]
+    for one in solutions:
+        each = " of each" if one.cards > 1 else ""
+        asis = "" if one.settings else ", as it is"
+        text = f"{one.words}{asis}: {gib(one.bytes)} GiB{each} with {one.method.value}"
+        lines += textwrap.wrap(text, screen.width, initial_indent="  ", subsequent_indent="  ")
+        settings = " ".join(f"--set\0{setting}" for setting in one.settings)  # a line's end parts no key from its --set
+        lines += [f"    {line}".replace("\0", " ") for line in textwrap.wrap(settings, screen.width - 4, **_WHOLE)]
+    return lines
+
+
+_WHOLE: Any = {"break_on_hyphens": False, "break_long_words": False}
 
 
 def _like_it(measured: Sequence[int]) -> str:

@@ -71,13 +71,13 @@ def _smaller_forms(spec: JobSpec, methods: Sequence[Method], room: int) -> list[
     smaller: dict[str, tuple[str, dict[Method, int]]] = {}
     for method in methods:
         fit = largest_fit(shape, spec, method, room)
-        for key, text, changed in (*_shorter_rows(spec, fit), *_fewer_rows(spec, fit)):
+        for key, text, changed in (*shorter_rows(spec, fit), *fewer_rows(spec, fit)):
             smaller.setdefault(key, (text, {}))[1][method] = plan(shape, changed, method).need_bytes
     return [(key, text, needs) for key, (text, needs) in smaller.items()]
 
 
-def _shorter_rows(spec: JobSpec, fit: Fit) -> Iterator[tuple[str, str, JobSpec]]:
-    """The job with a max_length that fits, in steps of 64 tokens."""
+def shorter_rows(spec: JobSpec, fit: Fit) -> Iterator[tuple[str, str, JobSpec]]:
+    """The job with a max_length that fits, in steps of 64 tokens: key=value, words, the job."""
     if fit.max_length is None or fit.max_length >= spec.dataset.max_length:
         return
     length = max(8, fit.max_length // 64 * 64) if fit.max_length >= 64 else fit.max_length
@@ -85,8 +85,8 @@ def _shorter_rows(spec: JobSpec, fit: Fit) -> Iterator[tuple[str, str, JobSpec]]
     yield f"dataset.max_length={length}", f"max_length {length}", changed
 
 
-def _fewer_rows(spec: JobSpec, fit: Fit) -> Iterator[tuple[str, str, JobSpec]]:
-    """The job with a micro-batch that fits and the same effective batch."""
+def fewer_rows(spec: JobSpec, fit: Fit) -> Iterator[tuple[str, str, JobSpec]]:
+    """The job with a micro-batch that fits and the same effective batch: key=value, words, the job."""
     most = min(fit.micro_batch or 0, spec.training.per_device_train_batch_size - 1)
     batch = spec.training.micro_batch(most)
     if not batch:

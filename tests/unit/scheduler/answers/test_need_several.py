@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from loractl.common.job.method import Method
 from loractl.common.job.spec import JobSpec
+from loractl.common.job.status import Status
 from loractl.common.store.store import Store
 from loractl.common.units import GIB
 from loractl.scheduler.answers.need import JobToPlan, MemoryNeed, memory_need
+from loractl.scheduler.commands.plan import following
+from loractl.scheduler.text.need import need_text
+from loractl.scheduler.text.screen import Screen
 
 from ...common.memory.test_ways import LLAMA_8B
 from ...factories import node_state
 
 
-def asked(store: Store, tmp_path: Path, card: int | None, **resources: Any) -> MemoryNeed:
+def asked(store: Store, tmp_path: Path, card: int | None, solve: bool = False, **resources: Any) -> MemoryNeed:
     (tmp_path / "config.json").write_text(json.dumps(LLAMA_8B))
     tree = {"name": "t", "base_model": str(tmp_path), "dataset": {"path": "org/data"}, "method": "lora"}
     spec = JobSpec.model_validate({**tree, "resources": resources})
-    return memory_need(store, JobToPlan(title="t", spec=spec, data={}), card, solve=False)
+    return memory_need(store, JobToPlan(title="t", spec=spec, data={}), card, solve=solve)
 
 
 def rows(need: MemoryNeed) -> list[tuple[str, str, str]]:
@@ -52,3 +59,59 @@ def test_only_boxes_whose_workers_run_such_jobs_are_named(store: Store, tmp_path
     assert rows(asked(store, tmp_path, None))[2:] == [
         ("fits", "2 cards of heron", "with lora, sharded: 14.3 GiB of each")
     ]
+
+
+def ways(need: MemoryNeed) -> list[tuple[tuple[str, ...], str, int]]:
+    return [(one.settings, one.method.value, one.cards) for one in need.solutions]
+
+
+def test_several_cards_are_a_solution_beside_qlora_and_smaller_forms(store: Store, tmp_path: Path) -> None:
+    need = asked(store, tmp_path, 16 * GIB, solve=True)
+    assert ways(need) == [((), "lora", 2), (("method=qlora",), "qlora", 1)]
+    assert need.as_json()["solutions"][0] == {
+        "settings": [], "words": "2 cards of a box (16 GiB), sharded", "method": "lora", "cards": 2,
+        "parallel": "sharded", "bytes": need.solutions[0].bytes,
+    }  # fmt: skip
+    text = need_text(need, "x", Screen(width=80, unicode=True, color=False))
+    assert "  2 cards of a box (16 GiB), sharded, as it is: 14.3 GiB of each with lora\n  one card: " in text
+    assert "\n    --set method=qlora\n" in text
+    small = asked(store, tmp_path, 19 * GIB, solve=True)
+    rows = "training.per_device_train_batch_size=2", "training.gradient_accumulation_steps=8"
+    assert (rows, "lora", 1) in ways(small), "fewer rows at once on one card"
+    assert any(setting.startswith("dataset.max_length=") for one in small.solutions for setting in one.settings)
+    assert ways(asked(store, tmp_path, 24 * GIB, solve=True)) == [], "one card holds it as it is"
+
+
+def test_no_one_is_told_that_no_card_holds_what_two_of_a_box_do(store: Store, tmp_path: Path) -> None:
+    need = asked(store, tmp_path, 16 * GIB, cards=1)
+    assert need.choice is None and ways(need) == [(("resources.cards=2",), "lora", 2)]
+    told = "It fits on 2 cards of a box (16 GiB), sharded: loractl plan job.yaml --set resources.cards=2"
+    assert following("job.yaml", need, solve=False) == told
+    need = asked(store, tmp_path, 15 * GIB, cards=2, parallel="data")
+    assert ways(need)[0][0] == ("resources.cards=2", "resources.parallel=auto")
+    for number in range(2):
+        store.see_node(node_state(f"heron:{number}", total=16 * GIB, gangs=False))
+    need = asked(store, tmp_path, None, cards=1)
+    assert ways(need) == [] and following("job.yaml", need, solve=False).startswith("No card holds it as it is.")
+
+
+def test_one_row_at_once_takes_fewer_cards(store: Store, tmp_path: Path) -> None:
+    need = asked(store, tmp_path, 14 * GIB, solve=True)
+    found = {one.words: one.cards for one in need.solutions if one.method is Method.LORA}
+    assert len(found) == 2 and min(found.values()) < max(found.values())
+    assert any("1 row at once" in words and cards == min(found.values()) for words, cards in found.items())
+
+
+@pytest.mark.parametrize(
+    ("status", "told"),
+    [
+        (Status.QUEUED, "Its wait: loractl why 7"),
+        (Status.RUNNING, "How far it is: loractl status 7"),
+        (Status.SUCCEEDED, "It has ended. One like it: loractl submit --like 7"),
+    ],
+)
+def test_the_next_command_is_that_of_a_job_in_its_state(
+    store: Store, tmp_path: Path, status: Status, told: str
+) -> None:
+    need = replace(asked(store, tmp_path, 16 * GIB, cards=1), status=status)
+    assert following("7", need, solve=False) == told
