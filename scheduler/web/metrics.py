@@ -193,10 +193,18 @@ def card_uses(device: DeviceState) -> dict[str, float]:
 def _running(census: LabCensus) -> Iterator[Metric]:
     jobs = [(job, {"job_id": str(job.job_id), "card": job.node}) for job in census.running]
     progress = [(labels, job.progress) for job, labels in jobs if job.progress is not None]
-    yield _gauge("loractl_job_progress_ratio", "How far a running job is, 0 to 1", progress)
+    what = "How far a running job is, 0 to 1; one series a job, with its first card where it has several"
+    yield _gauge("loractl_job_progress_ratio", what, progress)
     leases = [(labels, job.lease_ends_at.timestamp()) for job, labels in jobs if job.lease_ends_at is not None]
-    what = "When a running job's lease ends unless its worker says something before"
+    what = "When a running job's lease ends unless its worker says something before; one series a job, as its progress"
     yield _gauge("loractl_job_lease_end_timestamp_seconds", what, leases)
+    parts = [
+        ({"job_id": str(job.job_id), "host": card.rpartition(":")[0], "card": card}, float(size))
+        for job in census.running
+        for card, size in job.reserved.items()
+    ]
+    what = "Bytes that a running job's plan reserves of a card; one series for each card of a job on several"
+    yield _gauge("loractl_job_reserved_bytes", what, parts)
 
 
 def _notifications(census: LabCensus) -> Iterator[Metric]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -30,6 +30,7 @@ class RunningJob:
     user: str
     progress: float | None  # 0..1
     lease_ends_at: dt.datetime | None
+    reserved: Mapping[str, int]  # bytes, by card: of one on several cards what it has of each
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,12 +48,16 @@ class LabCensus:
 def lab_census(store: Store) -> LabCensus:
     """The lab as it is now."""
     view = store.fleet()
+    reserved: dict[int, dict[str, int]] = {}
+    for name, card in view.cards.items():
+        for occupant in card.running:
+            reserved.setdefault(occupant.job_id, {})[name] = occupant.reserved
     return LabCensus(
         now=view.now,
         counts=store.counts(),
         oldest_ready=store.oldest_ready(),
         devices=fleet_of(view).devices,
-        running=[_running(job) for job in list(view.running.values())[:MOST_RUNNING]],
+        running=[_running(job, reserved.get(job.job_id, {})) for job in list(view.running.values())[:MOST_RUNNING]],
         traffic=store.traffic(),
     )
 
@@ -63,7 +68,7 @@ def runs_since(store: Store, since: dt.datetime) -> tuple[Sequence[PastRun], dt.
     return store.runs(since, until), until
 
 
-def _running(job: Job) -> RunningJob:
+def _running(job: Job, reserved: Mapping[str, int]) -> RunningJob:
     share = job.step / job.total_steps if job.step is not None and job.total_steps else None
     return RunningJob(
         job_id=job.job_id,
@@ -71,4 +76,5 @@ def _running(job: Job) -> RunningJob:
         user=job.user,
         progress=share,
         lease_ends_at=job.lease_expires_at,
+        reserved=reserved,
     )
