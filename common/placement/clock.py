@@ -48,6 +48,7 @@ class ReplayedRun:
     ended: dt.datetime | None  # None: it was still running when the replay stopped
     warm: bool  # a host had its base
     joined: bool  # others trained in that host
+    beside: tuple[str, ...] = ()  # its other cards
 
 
 @dataclass(kw_only=True)
@@ -149,6 +150,7 @@ class Clock:
             ended=None,
             warm=seated.host is not None,
             joined=placed.join is not None,
+            beside=tuple(share.node for share in placed.beside),
         )
         start_s = _start_s(asked, seated)
         left = None if asked.seconds is None else start_s + asked.seconds

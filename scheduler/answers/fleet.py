@@ -66,13 +66,18 @@ class DeviceState:
     closed_by: ClosedBy | None
     silent_s: float | None  # for how long it has not been seen; None: it is online
     failures: Mapping[str, int]  # of the lab's there since it last ended an attempt well, by reason, at most a day old
+    spread: Mapping[int, tuple[str, ...]]  # all cards of the jobs there that run on several
+
+    def cards_of(self, job_id: int) -> tuple[str, ...]:
+        """All cards of a job that runs there."""
+        return self.spread.get(job_id, (self.node,))
 
     def as_json(self) -> dict[str, Any]:
         """The fields of the device up to `seen_at`, and `open`, `jobs`, `hosts`, `drained` and `failures`.
 
-        `open`: whether it takes jobs; `jobs`: job_id, user and reserved bytes of each that runs there; `hosts`: the
-        trainers there that keep their bases, and the jobs that are in each; `drained`: by whom, why and
-        until when, or null; `failures`: how many attempts failed there for the lab, by reason.
+        `open`: whether it takes jobs; `jobs`: job_id, user and reserved bytes of each that runs there, and all its
+        `cards`; `hosts`: the trainers there that keep their bases, and the jobs that are in each; `drained`: by whom,
+        why and until when, or null; `failures`: how many attempts failed there for the lab, by reason.
         """
         columns = {name: getattr(self, name) for name in DEVICE_FIELDS}
         return {
@@ -80,7 +85,10 @@ class DeviceState:
             "outside": [dict(process) for process in self.outside],
             "seen_at": self.seen_at.isoformat(),
             "open": self.card.open,
-            "jobs": [{"job_id": j.job_id, "user": j.user, "reserved": j.reserved} for j in self.card.running],
+            "jobs": [
+                {"job_id": j.job_id, "user": j.user, "reserved": j.reserved, "cards": list(self.cards_of(j.job_id))}
+                for j in self.card.running
+            ],
             "hosts": [_host_as_json(base, self.card) for base in self.card.hosts],
             "drained": None if self.closed_by is None else self.closed_by.as_json(),
             "failures": dict(self.failures),
@@ -95,7 +103,7 @@ def _host_as_json(base: WarmBase, card: Card) -> dict[str, Any]:
     return {**{name: getattr(base, name) for name in names}, "method": base.method.value, "jobs": inside}
 
 
-DEVICE_FIELDS = tuple(DeviceState.__annotations__)[:-4]
+DEVICE_FIELDS = tuple(DeviceState.__annotations__)[:-5]
 """The columns of a node; `free` is counted again."""
 
 
@@ -142,6 +150,7 @@ def _device(node: Node, card: Card, view: FleetView) -> DeviceState:
         closed_by=_closed_by(view.drain_of(node.node)),
         silent_s=silent_s if silent_s > SILENT_S else None,
         failures=Counter(failure.reason.value for failure in view.failures if failure.node == node.node),
+        spread={job.job_id: names for job in card.running if len(names := tuple(view.cards_of(job.job_id))) > 1},
     )
 
 

@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from loractl.common.job.status import Reason, Stage, Status
 
 from .wait.cards import trouble_of
+from .wait.gangs import in_short, in_words
 from .wait.queue import waiting_jobs
 from .wait.reasons import Wait
 
 if TYPE_CHECKING:
     from loractl.common.store.fleet import FleetView
     from loractl.common.store.store import Store
-    from loractl.common.store.tables import Attempt, Event, Job
+    from loractl.common.store.tables import Attempt, AttemptShare, Event, Job
 
 JSON_FIELDS = (
     "job_id", "name", "user", "status", "reason", "message", "stage", "method", "base_model", "step", "total_steps",
     "loss", "eta_seconds", "node", "gpu", "attempt", "submitted_at", "started_at", "ended_at", "adapter_uri",
-    "report_uri", "labels", "sweep_id",
+    "report_uri", "labels", "sweep_id", "cards", "companions",
 )  # fmt: skip
-"""What --json says about a job; the same names as the table's columns."""
+"""What --json says about a job: the table's columns, where it runs, and beside whom."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +66,19 @@ class JobState:
     evaluated: int | None  # rows and answers of base and tuned together, while it evaluates
     to_evaluate: int | None
 
+    cards: tuple[str, ...] = ()  # on which it runs, its first one first; none while it does not run
+    companions: tuple[int, ...] = ()  # other jobs that train in its trainer
+
+    @property
+    def where(self) -> str:
+        """The cards on which it runs, in words."""
+        return in_words(self.cards or (self.node or "",))
+
+    @property
+    def place(self) -> str:
+        """The same in as few letters as can be."""
+        return in_short(self.cards or (self.node or "–",))
+
     @property
     def share(self) -> float | None:
         """How much of its stage is done, of 1: of its evaluation while it evaluates, else of its steps."""
@@ -77,17 +91,28 @@ class JobState:
         return {name: _plain(getattr(self, name)) for name in JSON_FIELDS}
 
 
-_STATE_FIELDS = tuple(JobState.__annotations__)
+_STATE_FIELDS = tuple(JobState.__annotations__)[:-2]
 
 
-def state_of(job: Job) -> JobState:
-    """What everyone may see of a row."""
-    return JobState(**{name: getattr(job, name) for name in _STATE_FIELDS})
+def state_of(job: Job, view: FleetView | None = None) -> JobState:
+    """What everyone may see of a row. `view`: without it a running job's first card alone is known, and no company."""
+    state = JobState(**{name: getattr(job, name) for name in _STATE_FIELDS})
+    if job.status is not Status.RUNNING or job.node is None:
+        return state
+    card = None if view is None else view.cards.get(job.node)
+    return replace(
+        state,
+        cards=(job.node, *sorted(set([] if view is None else view.cards_of(job.job_id)) - {job.node})),
+        companions=() if card is None else card.companions(job.job_id),
+    )
 
 
 def job_state(store: Store, job_id: int) -> JobState:
-    """Where a job stands. Raises JobNotFound."""
-    return state_of(store.job(job_id))
+    """Where a job stands, without its company. Raises JobNotFound."""
+    job = store.job(job_id)
+    state = state_of(job)
+    others = [share.node for share in store.shares(job_id) if share.attempt == job.attempt and share.rank > 0]
+    return replace(state, cards=(*state.cards, *others)) if state.cards else state
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,8 +130,17 @@ class PastEvent:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CardPart:
+    """What an attempt has of one of its cards, in bytes."""
+
+    node: str
+    reserved: int | None
+    used: int | None  # measured now; None: it does not run, or nothing is measured yet
+
+
+@dataclass(frozen=True, kw_only=True)
 class PastAttempt:
-    """One run of a job on one device."""
+    """One run of a job, on one card or on several."""
 
     job_id: int
     attempt: int
@@ -126,12 +160,30 @@ class PastAttempt:
     message: str | None
     resumed_from_step: int | None
 
+    cards: tuple[CardPart, ...] = ()  # all of them, its first one first; of several each is planned alike
+
+    @property
+    def place(self) -> str:
+        """Its cards in as few letters as can be."""
+        return in_short([part.node for part in self.cards] or [self.node])
+
+    @property
+    def planned(self) -> int | None:
+        """Bytes of the plan; of several cards those of each."""
+        return self.vram_reserved if len(self.cards) > 1 else self.vram_planned
+
+    @property
+    def peak(self) -> int | None:
+        """The measured peak in bytes; of several cards that of the fullest."""
+        return self.vram_process or self.vram_peak
+
     def as_json(self) -> dict[str, Any]:
-        """The fields under their own names: all columns but the secret token."""
-        return {name: _plain(value) for name, value in vars(self).items()}
+        """The fields under their own names: columns, and `cards` with `node`, `reserved` and `used` of each."""
+        columns = {name: _plain(getattr(self, name)) for name in _ATTEMPT_FIELDS}
+        return {**columns, "cards": [vars(part) for part in self.cards]}
 
 
-_ATTEMPT_FIELDS = tuple(PastAttempt.__annotations__)
+_ATTEMPT_FIELDS = tuple(PastAttempt.__annotations__)[:-1]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,8 +197,7 @@ class JobInFull:
     losses: tuple[tuple[int, float], ...]  # step, logged training loss
     held_out: tuple[tuple[int, float], ...]  # step, loss on held-out rows
     now: dt.datetime
-    trouble: str | None = None  # what is wrong with the card of a running one, in a few words
-    companions: tuple[int, ...] = ()  # other jobs that train in its trainer
+    trouble: str | None = None  # what is wrong with a card of a running one, in a few words
 
     def as_json(self) -> dict[str, Any]:
         """The job's fields; `loractl show` has the history."""
@@ -157,13 +208,12 @@ def job_in_full(store: Store, job_id: int) -> JobInFull:
     """A job, why it waits, and its course. Raises JobNotFound."""
     row = store.job(job_id)
     view = store.fleet() if row.status in (Status.QUEUED, Status.RUNNING) else None
-    runs = row.status is Status.RUNNING and view is not None and row.node in view.nodes
+    job = state_of(row, view)
     return JobInFull(
-        job=state_of(row),
+        job=job,
         wait=waiting_jobs(store, [row], view).reasons.get(job_id),
-        trouble=trouble_of(view, row.node) if runs and view is not None and row.node is not None else None,
-        companions=companions_of(view, row),
-        attempts=_attempts(store, job_id),
+        trouble=None if view is None else trouble_on(view, job.cards),
+        attempts=_attempts(store, job, view),
         events=_events(store, job_id),
         losses=tuple((point.step, point.value) for point in store.metrics(job_id, "loss")),
         held_out=held_out_losses(store, job_id),
@@ -171,10 +221,12 @@ def job_in_full(store: Store, job_id: int) -> JobInFull:
     )
 
 
-def companions_of(view: FleetView | None, row: Job) -> tuple[int, ...]:
-    """The other jobs in a running job's trainer, as far as the view has its card."""
-    card = None if view is None or row.status is not Status.RUNNING else view.cards.get(row.node or "")
-    return () if card is None else card.companions(row.job_id)
+def trouble_on(view: FleetView, cards: Sequence[str]) -> str | None:
+    """What is wrong with a card of a running job, in a few words; of several with its name. None: nothing is."""
+    for card in cards:
+        if card in view.nodes and (said := trouble_of(view, card)) is not None:
+            return f"{said} ({card})" if len(cards) > 1 else said
+    return None
 
 
 def held_out_losses(store: Store, job_id: int) -> tuple[tuple[int, float], ...]:
@@ -193,6 +245,11 @@ class JobHistory:
     events: tuple[PastEvent, ...]
     now: dt.datetime
 
+    @property
+    def had_several(self) -> bool:
+        """Whether an attempt had several cards."""
+        return any(len(attempt.cards) > 1 for attempt in self.attempts)
+
     def as_json(self) -> dict[str, Any]:
         """The job's fields, `spec`, `data`, `attempts` and `events`."""
         return {
@@ -207,11 +264,13 @@ class JobHistory:
 def job_history(store: Store, job_id: int) -> JobHistory:
     """A job's whole past. Raises JobNotFound."""
     row = store.job(job_id)
+    view = store.fleet() if row.status is Status.RUNNING else None
+    job = state_of(row, view)
     return JobHistory(
-        job=state_of(row),
+        job=job,
         spec=_mapping(row.spec),
         data=_mapping(row.data),
-        attempts=_attempts(store, job_id),
+        attempts=_attempts(store, job, view),
         events=_events(store, job_id),
         now=store.now(),
     )
@@ -222,17 +281,29 @@ def _mapping(value: Any) -> Mapping[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _attempts(store: Store, job_id: int) -> tuple[PastAttempt, ...]:
-    return tuple(map(attempt_of, store.attempts(job_id)))
+def _attempts(store: Store, job: JobState, view: FleetView | None) -> tuple[PastAttempt, ...]:
+    shares = store.shares(job.job_id)
+    known = [] if view is None else [view.nodes[card] for card in job.cards if card in view.nodes]
+    used = {node.node: node.used.get(str(job.job_id)) for node in known}
+
+    def told(row: Attempt) -> PastAttempt:
+        mine = [share for share in shares if share.attempt == row.attempt]
+        return attempt_of(row, mine, used if row.ended_at is None else None)
+
+    return tuple(map(told, store.attempts(job.job_id)))
 
 
 def _events(store: Store, job_id: int) -> tuple[PastEvent, ...]:
     return tuple(map(event_of, store.events(job_id)))
 
 
-def attempt_of(row: Attempt) -> PastAttempt:
-    """What everyone may see of an attempt."""
-    return PastAttempt(**{name: getattr(row, name) for name in _ATTEMPT_FIELDS})
+def attempt_of(row: Attempt, shares: Sequence[AttemptShare] = (), used: Mapping[str, Any] | None = None) -> PastAttempt:
+    """What everyone may see of an attempt. `shares`: of its cards, by rank, where it has several; `used`: bytes that
+    are measured now, by card."""
+    held: list[tuple[str, int | None]] = [(share.node, share.bytes) for share in shares]
+    held = held or [(row.node, row.vram_reserved)]
+    cards = tuple(CardPart(node=node, reserved=size, used=(used or {}).get(node)) for node, size in held)
+    return PastAttempt(**{name: getattr(row, name) for name in _ATTEMPT_FIELDS}, cards=cards)
 
 
 def event_of(row: Event) -> PastEvent:
@@ -241,4 +312,4 @@ def event_of(row: Event) -> PastEvent:
 
 
 def _plain(value: Any) -> Any:
-    return value.isoformat() if isinstance(value, dt.datetime) else value
+    return value.isoformat() if isinstance(value, dt.datetime) else list(value) if isinstance(value, tuple) else value

@@ -44,13 +44,17 @@ class Overview:
     now: dt.datetime
     closed: tuple[str, ...] = ()  # boxes and cards that are silent or drained, each in a few words
     nodes: Mapping[str, str] = field(default_factory=dict)  # what is wrong with a card on which jobs run, by name
-    beside: Mapping[int, int] = field(default_factory=dict)  # cards that a running job has beside its first
 
     @property
     def sentence(self) -> str:
         """What runs and waits, and which cards are silent or drained; without its full stop."""
         counts = f"{thousands(self.running_count)} running, {thousands(self.waiting_count)} waiting"
         return ", ".join([counts, *self.closed])
+
+    def trouble_of(self, job: JobState) -> str | None:
+        """What is wrong with a card on which a job runs; of one of several with its number."""
+        found = ((card, self.nodes[card]) for card in job.cards if card in self.nodes)
+        return next((f":{card.rpartition(':')[2]} {said}" if job.cards[1:] else said for card, said in found), None)
 
     @property
     def next_start(self) -> tuple[int, ExpectedStart] | None:
@@ -99,10 +103,10 @@ def overview(
     midnight = now.astimezone().replace(hour=0, minute=0, second=0, microsecond=0).astimezone(dt.UTC)
     seen = store.glance(choice, page, midnight, alone=alone, most_sweeps=SWEEPS_SHOWN if with_sweeps else 0)
     first, view = page.after is None, view or store.fleet()
-    cards = {job.job_id: view.cards_of(job.job_id) for job in seen.running}
-    places = {job.node for job in seen.running if job.node in view.nodes}
+    running = tuple(state_of(job, view) for job in seen.running)
+    places = {card for job in running for card in job.cards if card in view.nodes}
     return Overview(
-        running=tuple(map(state_of, seen.running)) if first else (),
+        running=running if first else (),
         waiting=tuple(map(state_of, seen.waiting)),
         waits=waiting_jobs(store, seen.waiting, view),
         running_count=len(seen.running),
@@ -113,8 +117,7 @@ def overview(
         after=seen.waiting[-1].job_id if seen.more_wait else None,
         now=now,
         closed=tuple(closed_cards(view)),
-        nodes={name: said for name in places if name and (said := interruption_of(view, name))},
-        beside={job_id: len(names) - 1 for job_id, names in cards.items() if len(names) > 1},
+        nodes={name: said for name in places if (said := interruption_of(view, name))},
     )
 
 
@@ -132,9 +135,10 @@ def job_list(store: Store, choice: Choice, page: Page) -> JobList:
     """A page of the jobs, in any state, the newest first."""
     found = store.newest(choice, page)
     rows = found[: page.limit]
+    view = None if all(job.status.is_terminal for job in rows) else store.fleet()
     return JobList(
-        jobs=tuple(map(state_of, rows)),
-        waits=waiting_jobs(store, rows),
+        jobs=tuple(state_of(job, view) for job in rows),
+        waits=waiting_jobs(store, rows, view),
         chosen=choice.is_set,
         after=rows[-1].job_id if len(found) > len(rows) else None,
         now=store.now(),

@@ -11,6 +11,7 @@ from loractl.common.job.status import Status
 
 from .job import JobState, state_of
 from .wait.cards import CardFit, card_fits
+from .wait.gangs import CardsAsked, asked_of
 from .wait.queue import reason
 from .wait.reasons import Tier, Wait
 from .wait.remedies import remedies
@@ -60,12 +61,14 @@ class Why:
     ahead: Ahead
     remedies: tuple[str, ...]  # sentences; empty where nothing helps, or nothing was tried
     now: dt.datetime
+    asks: CardsAsked | None = None
 
     def as_json(self) -> dict[str, Any]:
         """The reason, the start and the cards.
 
         `tier`: never, policy, fleet, capacity or next; `word` and `sentence`: the reason; `vram_needed`: bytes, null
-        while not known; `expected_start`: `at`, `spread_s` and `node`, or null; `cards`: how each card sees the job.
+        while not known; `asks`: `cards`, `bytes` of each, null while not known, and `parallel`; `expected_start`:
+        `at`, `spread_s`, `node` and `nodes`, or null; `cards`: how each card sees the job.
         """
         return {
             "job_id": self.job.job_id,
@@ -73,6 +76,7 @@ class Why:
             "word": self.wait.word,
             "sentence": self.wait.sentence,
             "vram_needed": self.job.vram_needed,
+            "asks": None if self.asks is None else self.asks.as_json(),
             "expected_start": None if self.start is None else self.start.as_json(),
             "cards": [card.as_json() for card in self.cards],
         }
@@ -82,7 +86,7 @@ def why(store: Store, job_id: int, *, with_remedies: bool = True) -> Why | NotWa
     """Why a job waits. Raises JobNotFound. Remedies take time: the job is planned in smaller forms."""
     job = store.job(job_id)
     if job.status is not Status.QUEUED:
-        return NotWaiting(job=state_of(job))
+        return NotWaiting(job=state_of(job, store.fleet() if job.status is Status.RUNNING else None))
     view, waiting = store.fleet(), store.ready(REPLAYED_JOBS + 1)
     starts = read_starts(store, view, waiting)
     wait = reason(job, view, waiting, starts)
@@ -95,6 +99,7 @@ def why(store: Store, job_id: int, *, with_remedies: bool = True) -> Why | NotWa
         ahead=_ahead(job, view, waiting),
         remedies=() if helpless else remedies(job, view, store.would_start),
         now=view.now,
+        asks=asked_of(job, view),
     )
 
 

@@ -27,8 +27,7 @@ def compare(job_ids: tuple[int, ...], sweep_id: int | None, plot: Path | None, a
     from loractl.scheduler.answers.sweep import sweep_comparison
     from loractl.scheduler.figure import require_matplotlib
     from loractl.scheduler.session import open_stores
-    from loractl.scheduler.text.comparison import comparison_text, sweep_comparison_text
-    from loractl.scheduler.text.curves import draw_comparison
+    from loractl.scheduler.text.comparison import comparison_text, draw_comparison, sweep_comparison_text
     from loractl.scheduler.text.screen import detect_screen
 
     if sweep_id is None and len(set(job_ids)) < 2:

@@ -11,7 +11,7 @@ import click
 from loractl.common.errors import ExitCode
 from loractl.common.job.status import Status
 from loractl.scheduler.answers.job import JobState, held_out_losses, job_in_full, job_state
-from loractl.scheduler.text.jobs import job_text, state_line
+from loractl.scheduler.text.history import job_text, state_line
 from loractl.scheduler.text.live import REDRAW_S, LiveText
 from loractl.scheduler.text.screen import detect_screen
 

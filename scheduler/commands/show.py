@@ -17,7 +17,7 @@ def show(job: str, as_json: bool) -> None:
     """Show a job's history, attempts and resolved spec."""
     from loractl.scheduler.answers.job import job_history
     from loractl.scheduler.session import open_session
-    from loractl.scheduler.text.jobs import history_text
+    from loractl.scheduler.text.history import history_text
 
     _, store = open_session()
     job_id = job_named(store, job)

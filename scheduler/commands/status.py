@@ -76,7 +76,7 @@ def _pair(label: str | None) -> tuple[str, str] | None:
 
 def _job(store: Store, job_id: int, *, watch: bool, as_json: bool) -> None:
     from loractl.scheduler.answers.job import job_in_full
-    from loractl.scheduler.text.jobs import job_text
+    from loractl.scheduler.text.history import job_text
 
     if watch:
         from .follow import follow

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from loractl.common.adapter_config import portable_name
 from loractl.common.units import GIB, clock, duration, gib
 from loractl.scheduler.answers.wait.cards import process_name
+from loractl.scheduler.answers.wait.gangs import in_short
 
 from .screen import Screen, card_name, fit, joined, wrapped_table
 
@@ -29,8 +30,10 @@ def devices(fleet: Fleet, screen: Screen, *, used: bool = False) -> str:
     lines = wrapped_table(headers, rows, colors, screen, right=("FREE", "USED", "OF", "LOAD"))
     marks = "█ ▓ jobs, by plan   ▒ outside loractl   · free   ─ closed" if screen.unicode else ""
     marks = marks or "# = jobs, by plan   x outside loractl   . free   - closed"
-    closing = "" if used else "  loractl gpus --used shows what jobs really hold."
-    return joined([*lines, "", screen.dim(marks), screen.dim(f"GiB.{closing}")], screen)
+    closing = "GiB." if used else "GiB.  loractl gpus --used shows what jobs really hold."
+    warm = any(device.card.waiting_bases for device in fleet.devices)
+    notes = [closing, *(["A base that is warm counts as free: it goes when a job needs its room."] if warm else [])]
+    return joined([*lines, "", screen.dim(marks), *map(screen.dim, notes)], screen)
 
 
 def _row(device: DeviceState, now: dt.datetime, screen: Screen, *, used: bool) -> list[str]:
@@ -73,15 +76,20 @@ def _obstacle(device: DeviceState, now: dt.datetime) -> str | None:
     return "its worker is stopping" if device.draining else None
 
 
-def _jobs(card: Card) -> list[str]:
-    """The jobs of a card; those that train in one process are told together."""
-    alone = [f"{job.user} {job.job_id}" for job in card.running if not card.companions(job.job_id)]
+def _jobs(device: DeviceState) -> list[str]:
+    """The jobs of a card: those that train in one process together, one on several cards with all of them."""
+    card = device.card
+    alone = [
+        f"{job.user} {job.job_id}" + (f" on {in_short(cards)}" if len(cards := device.cards_of(job.job_id)) > 1 else "")
+        for job in card.running
+        if not card.companions(job.job_id)
+    ]
     packs = [jobs for base in card.hosts if len(jobs := card.inside(base)) > 1]
     return [*alone, *(f"{' + '.join(f'{job.user} {job.job_id}' for job in jobs)} on one base" for jobs in packs)]
 
 
 def _users(device: DeviceState) -> str:
-    jobs = _jobs(device.card)
+    jobs = _jobs(device)
     others = [process_name(process) for process in device.outside]
     if len(others) > 2:
         others = [*others[:2], f"{len(others) - 2} more"]

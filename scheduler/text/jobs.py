@@ -1,4 +1,4 @@
-"""How jobs look on a terminal: the overview, the list, one in full, and its history.
+"""How jobs look on a terminal: the overview, and the list.
 
 A sentence first, then the table, the next command last and dim.
 """
@@ -13,16 +13,17 @@ from typing import TYPE_CHECKING
 
 import click
 
-from loractl.common.job.status import OUTCOMES, Stage, Status
+from loractl.common.job.status import Stage, Status
 from loractl.common.text import clean_line, number
-from loractl.common.units import clock, duration, gib, thousands
-from loractl.scheduler.answers.wait.cards import beside
+from loractl.common.units import clock, gib, thousands
+from loractl.scheduler.answers.wait.gangs import in_words
 
-from .screen import Screen, bar, fit, sparkline, table, wrapped, wrapped_table
+from .history import state_word
+from .screen import Screen, bar, fit, table, wrapped, wrapped_table
 from .sweep import overview as sweep_lines
 
 if TYPE_CHECKING:
-    from loractl.scheduler.answers.job import JobHistory, JobInFull, JobState, PastAttempt
+    from loractl.scheduler.answers.job import JobState
     from loractl.scheduler.answers.overview import JobList, Overview
     from loractl.scheduler.answers.wait.queue import WaitingJobs
     from loractl.scheduler.answers.wait.reasons import Wait
@@ -113,45 +114,85 @@ def _next_start(overview: Overview) -> str:
     if overview.next_start is None:
         return ""
     job_id, start = overview.next_start
-    return f" Next: {job_id} on {start.node} at about {clock(start.at, overview.now)}."
+    return f" Next: {job_id} on {in_words(start.nodes)} at about {clock(start.at, overview.now)}."
 
 
 def _running_table(running: Sequence[JobState], overview: Overview, screen: Screen) -> list[str]:
     wide, now = screen.width >= 110, overview.now
-    rows = []
+    headers = ["JOB", "NAME", "OWNER", "CARD", "PROGRESS", "DONE AT", "LOSS", *(["MODEL"] if wide else [])]
+    texts = []
     for job in running:
-        share, length = job.share, 12 if wide else 10
-        tail = f" {share:4.0%}" if share is not None else "   – "
-        progress = bar(share or 0.0, length, screen) + tail
-        if job.stage is Stage.EVALUATING:  # all steps are done: a full bar would say that the job is
-            progress = job.stage.value.ljust(length) + (tail if share is not None else " " * len(tail))
-        timed = job.stage in (Stage.TRAINING, Stage.EVALUATING)
-        trouble = overview.nodes.get(job.node or "")
-        done = trouble or (
-            clock(now + dt.timedelta(seconds=job.eta_seconds), now)
-            if timed and job.eta_seconds
-            else (job.stage.value if job.stage else "–")
-        )
+        timed = job.stage in (Stage.TRAINING, Stage.EVALUATING) and job.eta_seconds
+        ends = clock(now + dt.timedelta(seconds=job.eta_seconds), now) if timed and job.eta_seconds else None
+        done = overview.trouble_of(job) or ends or (job.stage.value if job.stage else "–")
+        texts.append([str(job.job_id), fit(job.user, 8), clean_line(done), number(job.loss, 2)])
+    others = sum(max(map(len, column)) for column in zip(["JOB", "OWNER", "DONE AT", "LOSS"], *texts, strict=True))
+    widths = _widths(running, screen.width - others - 2 * (len(headers) - 1), wide=wide)
+    rows = []
+    for job, (number_, user, done, loss) in zip(running, texts, strict=True):
         row = [
-            str(job.job_id),
-            screen.style(fit(job.name, 16 if wide else 14), bold=True),
-            fit(job.user, 8),
-            _place(job, overview.beside.get(job.job_id, 0), 14 if wide else 12),
-            screen.style(progress, fg="blue"),
+            number_,
+            screen.style(fit(job.name, widths.name), bold=True),
+            user,
+            fit(_place(job, widths.card), widths.card),
+            screen.style(_progress(job, widths.bar, screen), fg="blue"),
             done,
-            number(job.loss, 2),
+            loss,
         ]
         if wide:
-            row.append(f"{fit(job.base_model.rpartition('/')[2], screen.width - 94)} {job.method}")
+            row.append(f"{fit(job.base_model.rpartition('/')[2], widths.model)} {job.method}")
         rows.append(row)
-    headers = ["JOB", "NAME", "OWNER", "CARD", "PROGRESS", "DONE AT", "LOSS", *(["MODEL"] if wide else [])]
     return table(headers, rows, screen, right=("JOB", "LOSS"))
 
 
-def _place(job: JobState, beside: int, width: int) -> str:
-    """The card on which a job runs, and how many more it has."""
-    more = f" +{beside}" if beside else ""
-    return fit(job.node or "–", width - len(more)) + more
+@dataclass(frozen=True, kw_only=True)
+class _Widths:
+    """Columns of the running table that give way to each other."""
+
+    name: int
+    card: int
+    bar: int
+    model: int = 0
+
+
+def _widths(running: Sequence[JobState], room: int, *, wide: bool) -> _Widths:
+    """What the cells have of `room` columns: a card with all its company goes before a long name, and that before a
+    long bar."""
+    whole = max(len(_places(job)[0]) for job in running)
+    method = max(len(f" {job.method}") for job in running)
+    tries = ((16, 12), (14, 12), (14, 10), (12, 8)) if wide else ((14, 10), (14, 8), (12, 8), (12, 6), (10, 6))
+    for name, bar_ in tries:
+        left = room - name - bar_ - len(" 100%") - (12 + method if wide else 0)
+        if left >= whole:
+            break
+    name = min(name, max(len("NAME"), *(len(job.name) for job in running)))
+    card = max(4, min(whole, left))
+    return _Widths(name=name, card=card, bar=bar_, model=max(12, room - name - bar_ - 5 - card - method))
+
+
+def _progress(job: JobState, length: int, screen: Screen) -> str:
+    share = job.share
+    tail = f" {share:4.0%}" if share is not None else "   – "
+    if job.stage is Stage.EVALUATING:  # all steps are done: a full bar would say that the job is
+        word = job.stage.value if len(job.stage.value) <= length else "eval"
+        return word.ljust(length) + (tail if share is not None else " " * len(tail))
+    return bar(share or 0.0, length, screen) + tail
+
+
+def _place(job: JobState, width: int) -> str:
+    """Where a job runs, as fully as so many columns allow."""
+    return next((text for text in _places(job) if len(text) <= width), _places(job)[-1])
+
+
+def _places(job: JobState) -> list[str]:
+    """The cards on which a job runs and beside whom, the fullest form first."""
+    place, others = clean_line(job.place), job.companions
+    if len(job.cards) > 1:
+        return [place, f"{clean_line(job.cards[0])} +{len(job.cards) - 1}"]
+    if not others:
+        return [place]
+    more = f" +{len(others) - 1}" if others[1:] else ""
+    return [f"{place} with {', '.join(map(str, others))}", f"{place} with {others[0]}{more}", f"with {others[0]}{more}"]
 
 
 def _waiting_block(waiting: Sequence[JobState], overview: Overview, screen: Screen) -> _Block:
@@ -181,7 +222,7 @@ def _waiting_table(
             str(job.job_id),
             screen.style(fit(job.name, 16 if screen.width < 110 else 24), bold=True),
             fit(job.user, 8),
-            gib(job.vram_needed),
+            _asked(job, waits, screen),
             screen.style(f"{word:<8}", fg=_WORD_COLORS.get(word)),
         ]
         for job, word in zip(waiting, words, strict=True)
@@ -200,6 +241,14 @@ def _waiting_table(
         gap = " " * (before - len(click.unstyle(line)))
         told.append([f"{line}{gap}{first:<{room}}  {when:>{last}}", *(" " * before + part for part in rest)])
     return told
+
+
+def _asked(job: JobState, waits: WaitingJobs, screen: Screen) -> str:
+    """GiB of its card; of several cards how many and what of each, like 2×20.0."""
+    asks = waits.asks.get(job.job_id)
+    if asks is None or asks.cards == 1:
+        return gib(job.vram_needed if asks is None else asks.bytes)
+    return f"{asks.cards}{'×' if screen.unicode else 'x'}{gib(asks.bytes)}"
 
 
 def _start(job_id: int, waits: WaitingJobs, now: dt.datetime) -> str:
@@ -223,7 +272,7 @@ def job_list_text(answer: JobList, screen: Screen) -> str:
             fit(job.user, 8),
             *([job.method or "–"] if wide else []),
             clock(job.ended_at, answer.now),
-            _state(job, screen),
+            state_word(job, screen),
             _result(job, answer.waits),
         ]
         for job in jobs
@@ -239,122 +288,5 @@ def job_list_text(answer: JobList, screen: Screen) -> str:
 def _result(job: JobState, waits: WaitingJobs) -> str:
     if job.job_id in waits.reasons:
         return f"waits: {waits.reasons[job.job_id]}"
-    result = job.message or (f"attempt {job.attempt} on {job.node}" if job.status is Status.RUNNING else "")
+    result = job.message or (f"attempt {job.attempt} on {job.where}" if job.status is Status.RUNNING else "")
     return f"{job.reason.value}: {result}" if job.status is Status.FAILED and job.reason is not None else result
-
-
-def job_text(answer: JobInFull, screen: Screen) -> str:
-    """One job in full: where it is, its course, its history, and the next command."""
-    job = answer.job
-    lines = [*_standing(answer, screen), ""]
-    lines += [_course("loss", answer.losses, screen)] if answer.losses else []
-    lines += [_course("held out", answer.held_out, screen)] if answer.held_out else []
-    if answer.attempts:
-        lines += _memory(answer.attempts[-1], job.tokens_per_second)
-    if job.adapter_uri:
-        lines += [f"adapter   {clean_line(job.adapter_uri)}", f"report    {clean_line(job.report_uri or '')}"]
-    if lines[-1]:
-        lines.append("")
-    lines += [f"{clock(event.at, answer.now)}  {clean_line(event.text)}" for event in reversed(answer.events[-12:])]
-    return "\n".join([*lines, "", screen.dim(_next_command(job))])
-
-
-def _course(name: str, points: Sequence[tuple[int, float]], screen: Screen) -> str:
-    """A loss over the steps, and where it stands."""
-    step, loss = points[-1]
-    drawn = sparkline([value for _, value in points], 30, screen)
-    return f"{name:<8}  {drawn}{'  ' * bool(drawn)}{loss:.2f} at step {thousands(step)}"
-
-
-def _memory(last: PastAttempt, tokens_per_second: float | None) -> list[str]:
-    """The last attempt's peak and plan, its method and speed. On a processor both are of all that the process holds,
-    libraries included."""
-    how = f"method {last.method}" + (f"   speed {tokens_per_second:.0f} tok/s" if tokens_per_second else "")
-    of_ram = " of RAM" if last.device_kind == "cpu" else ""
-    peak = f"{gib(last.vram_peak)} GiB{of_ram} at most" if last.vram_peak else ""
-    planned = f"planned {gib(last.vram_planned)} GiB" if last.vram_planned else ""
-    memory = ", ".join(part for part in (peak, planned) if part)
-    return [(f"memory    {memory}   " if memory else "") + how]
-
-
-def _standing(answer: JobInFull, screen: Screen) -> list[str]:
-    """Where the job is, and how far."""
-    job = answer.job
-    head = screen.style(f"{job.job_id} {clean_line(job.name)}", bold=True)
-    if job.status is Status.RUNNING:
-        doing = "stopping" if job.cancel_requested else job.stage.value if job.stage else "starting"
-        share = job.share or 0.0
-        steps = f"{thousands(job.step)} of {thousands(job.total_steps)}" if job.total_steps else "loading"
-        if job.stage is Stage.EVALUATING and job.to_evaluate:
-            steps = f"{thousands(job.evaluated)} of {thousands(job.to_evaluate)} rows and answers"
-        eta = f"  {duration(job.eta_seconds)} left" if job.eta_seconds else ""
-        tail = f" {share:4.0%}  {steps}{eta}"
-        trouble = f"; its card is {clean_line(answer.trouble)}" if answer.trouble else ""
-        shared = f", {beside(answer.companions)}" if answer.companions else ""
-        where = f"{head} on {clean_line(job.node or '')}, attempt {job.attempt}, {doing}{shared}{trouble}"
-        return [where, "", bar(share, min(60, screen.width - len(tail)), screen) + tail]
-    if job.status is Status.QUEUED and answer.wait is not None:
-        return [f"{head} waits: {answer.wait.word}, {clean_line(answer.wait.sentence)}."]
-    reason = f" ({job.reason.value})" if job.status is Status.FAILED and job.reason else ""
-    return [f"{head} {_state(job, screen)}{reason}: {clean_line(job.message or '')}"]
-
-
-def state_line(job: JobState, held_out: Sequence[tuple[int, float]] = ()) -> str:
-    """A job's state in a line that only changes when something happened. `held_out`: steps and losses so far."""
-    place = f" on {clean_line(job.node or '')}, {job.stage.value}" if job.stage else ""
-    steps = f", step {job.step} of {job.total_steps}" if job.stage and job.total_steps else ""
-    loss = f", loss {job.loss:.2f}" if job.stage and job.loss is not None else ""
-    held = f", held out {held_out[-1][1]:.2f} at step {held_out[-1][0]}" if job.stage and held_out else ""
-    return f"job {job.job_id} {job.status.value}{place}{steps}{loss}{held}"
-
-
-def history_text(answer: JobHistory, screen: Screen) -> str:
-    """The whole history, the attempts, and the spec as it was resolved."""
-    import yaml
-
-    job, now = answer.job, answer.now
-    head = screen.style(f"{job.job_id} {clean_line(job.name)}", bold=True)
-    lines = [f"{head} by {clean_line(job.user)}: {_state(job, screen)}", ""]
-    lines += [f"{clock(event.at, now):>9}  {clean_line(event.text)}" for event in answer.events]
-    if answer.attempts:
-        rows = [_attempt_row(attempt, now) for attempt in answer.attempts]
-        headers = ["ATTEMPT", "CARD", "METHOD", "PLAN GiB", "PEAK GiB", "STARTED", "TOOK", "ENDED AS", "RESUMED FROM"]
-        lines += ["", *table(headers, rows, screen, right=("ATTEMPT", "PLAN GiB", "PEAK GiB"))]
-    spec = yaml.safe_dump(dict(answer.spec), sort_keys=False, allow_unicode=True)
-    return "\n".join([*lines, "", screen.dim("spec:"), *map(clean_line, spec.rstrip().split("\n"))])
-
-
-def _attempt_row(attempt: PastAttempt, now: dt.datetime) -> list[str]:
-    took = (attempt.ended_at - attempt.started_at).total_seconds() if attempt.ended_at else None
-    return [
-        str(attempt.attempt),
-        clean_line(attempt.node),
-        attempt.method,
-        gib(attempt.vram_planned),
-        gib(attempt.vram_peak),
-        clock(attempt.started_at, now),
-        "runs" if took is None else duration(took),
-        attempt.reason.value if attempt.reason else "",
-        f"step {attempt.resumed_from_step}" if attempt.resumed_from_step else "",
-    ]
-
-
-def _state(job: JobState, screen: Screen) -> str:
-    color = {Status.SUCCEEDED: "green", Status.FAILED: "red", Status.RUNNING: "blue"}.get(job.status)
-    return screen.style("held" if job.held and job.status is Status.QUEUED else job.status.value, fg=color)
-
-
-def _next_command(job: JobState) -> str:
-    if job.status is Status.SUCCEEDED and job.report_uri is None:
-        return f"Its result was removed: loractl show {job.job_id} says who and when"
-    if job.status is Status.SUCCEEDED:
-        return f"Its report: loractl report {job.job_id}   its adapter: loractl adapters pull {job.job_id} DIR"
-    if job.status in (Status.FAILED, Status.CANCELLED):
-        known = OUTCOMES.get(job.reason) if job.reason else None  # a newer version has more reasons
-        advice = known.next_step(job.job_id, job.has_checkpoint) if known else ""
-        return f"Next: {advice}." if advice else f"Its log: loractl logs {job.job_id}"
-    if job.status is Status.RUNNING and job.cancel_requested:
-        return f"A cancel was asked for. Its log: loractl logs {job.job_id} -f"
-    if job.status is Status.RUNNING:
-        return f"Its log: loractl logs {job.job_id} -f   stop it: loractl cancel {job.job_id}"
-    return f"Explain the wait: loractl why {job.job_id}   drop it: loractl cancel {job.job_id}"

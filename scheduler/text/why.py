@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from loractl.common.job.status import Status
 from loractl.common.text import clean_line
 from loractl.common.units import GIB, clock, duration, gib
+from loractl.scheduler.answers.wait.gangs import in_words
 from loractl.scheduler.answers.wait.reasons import Tier
 from loractl.scheduler.answers.wait.starts import REPLAYED_JOBS
 from loractl.scheduler.answers.why import NotWaiting, Why
@@ -22,8 +23,7 @@ def why_text(answer: Why | NotWaiting, screen: Screen) -> str:
     if isinstance(answer, NotWaiting):
         return _not_waiting(answer)
     job, wait = answer.job, answer.wait
-    need = f"for {gib(job.vram_needed)} GiB on one card" if job.vram_needed is not None else "for a card of its own"
-    lines = wrapped(f"{job.job_id} {job.name} waits {need}.", f"{job.job_id} {job.name}", screen)
+    lines = wrapped(f"{job.job_id} {job.name} waits for {_asked(answer)}.", f"{job.job_id} {job.name}", screen)
     lines += wrapped(f"Reason: {wait.word}, {wait.sentence}.", wait.word, screen)
     lines += _start(answer, screen)
     if answer.cards:
@@ -35,9 +35,18 @@ def why_text(answer: Why | NotWaiting, screen: Screen) -> str:
     return joined(lines, screen)
 
 
+def _asked(answer: Why) -> str:
+    size, cards = answer.job.vram_needed, 1
+    if answer.asks is not None:
+        size, cards = answer.asks.bytes, answer.asks.cards
+    if cards > 1:
+        return f"{cards} cards of one box" if size is None else f"{gib(size)} GiB on each of {cards} cards of one box"
+    return "a card of its own" if size is None else f"{gib(size)} GiB on one card"
+
+
 def _not_waiting(answer: NotWaiting) -> str:
     job = answer.job
-    place = clean_line(f" on {job.node}" if job.status is Status.RUNNING else f": {job.message}")
+    place = clean_line(f" on {job.where}" if job.status is Status.RUNNING else f": {job.message}")
     return f"Job {job.job_id} does not wait: it {job.status.in_words}{place}. In full: loractl show {job.job_id}"
 
 
@@ -46,7 +55,7 @@ def _start(answer: Why, screen: Screen) -> list[str]:
     if start is not None and start.at > answer.now:
         spread = f" ± {duration(start.spread_s)}" if start.spread_s >= 1 else ""
         at = clock(start.at, answer.now)
-        return wrapped(f"Expected start: {at}{spread} on {start.node}.", at, screen)
+        return wrapped(f"Expected start: {at}{spread} on {in_words(start.nodes)}.", at, screen)
     if wait.word in ("never", "next"):
         return []
     hangs = ": the end of what runs or goes before it is not measured yet" if wait.tier is Tier.CAPACITY else ""
@@ -54,13 +63,14 @@ def _start(answer: Why, screen: Screen) -> list[str]:
 
 
 def _cards(answer: Why, screen: Screen) -> list[str]:
-    """A row a card; the one on which the job is expected to start is marked."""
-    first_free = next((card.node for card in answer.cards if card.when == "now"), None)
-    best = answer.start.node if answer.start is not None else first_free
+    """A row a card; those on which the job is expected to start are marked."""
+    free = [card.node for card in answer.cards if card.when == "now"]
+    wanted = 1 if answer.asks is None else answer.asks.cards
+    best = answer.start.nodes if answer.start is not None else free[:1] if wanted == 1 else ()
     arrow = "→" if screen.unicode else ">"
     rows = [
         [
-            f"{arrow if card.node == best else ' '} {card_name(card.node)}",
+            f"{arrow if card.node in best else ' '} {card_name(card.node)}",
             gib(card.free),
             f"{card.total / GIB:.0f}",
             card.when,
@@ -68,7 +78,7 @@ def _cards(answer: Why, screen: Screen) -> list[str]:
         ]
         for card in answer.cards
     ]
-    colors = ["green" if card.node == best else "" for card in answer.cards]
+    colors = ["green" if card.node in best else "" for card in answer.cards]
     return wrapped_table(["  CARD", "FREE", "OF", "FREE AT", "THEN"], rows, colors, screen, right=("FREE", "OF"))
 
 

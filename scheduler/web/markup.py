@@ -15,6 +15,7 @@ from markupsafe import Markup
 
 from loractl.common.text import clean_text, number, signed
 from loractl.common.units import GIB, amount, clock, duration, gib, thousands
+from loractl.scheduler.answers.wait.gangs import in_words
 
 from . import drawing
 
@@ -98,7 +99,7 @@ def _program(process: Mapping[str, Any]) -> str:
 
 
 _FILTERS: dict[str, Callable[..., Any]] = {
-    "amount": amount, "clock": clock, "duration": duration, "gib": gib, "later": _later, "method": _method,
-    "model": _model, "number": number, "owner": _owner, "percent": _percent, "program": _program, "setting": _setting,
-    "signed": signed, "thousands": thousands, "upper_first": _upper_first,
+    "amount": amount, "clock": clock, "duration": duration, "gib": gib, "in_words": in_words, "later": _later,
+    "method": _method, "model": _model, "number": number, "owner": _owner, "percent": _percent, "program": _program,
+    "setting": _setting, "signed": signed, "thousands": thousands, "upper_first": _upper_first,
 }  # fmt: skip

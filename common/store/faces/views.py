@@ -12,10 +12,11 @@ from loractl.common.job.status import Status
 from loractl.common.job.sweep import SweepView
 
 from ..queries import jobs, sweeps
+from ..queries.cards import shares
 from ..queries.outbox import deliveries
 from ..records import ChannelTraffic, CoursePoint, JobCount, Page, PastRun, StuckMessages
 from ..schema import revision
-from ..tables import Job, LogChunk, Sweep, Use
+from ..tables import AttemptShare, Job, LogChunk, Sweep, Use
 from .retention import RetentionStore
 
 
@@ -33,6 +34,10 @@ class ViewStore(RetentionStore):
     def numbered(self, job_ids: Collection[int]) -> dict[int, Job]:
         """Those of the jobs that exist, by number."""
         return {job.job_id: job for job in self._all(select(Job).where(Job.job_id.in_(job_ids)))}
+
+    def shares(self, job_id: int) -> list[AttemptShare]:
+        """What a job's attempts on several cards have, or had, of each, by attempt and rank."""
+        return self._all(shares.of_job(job_id))
 
     def thinned(self, job_ids: Collection[int], name: str, most: int) -> list[CoursePoint]:
         """A metric of each job in its order, thinned to about `most` points a job; the last one is always there."""

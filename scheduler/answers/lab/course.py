@@ -22,7 +22,7 @@ class AttemptSpan:
     """The steps that an attempt took."""
 
     attempt: int
-    node: str
+    place: str  # its cards in as few letters as can be
     first: int
     last: int
     repeated: int  # steps at its end that the next attempt took again
@@ -63,7 +63,7 @@ def _spans(by_attempt: dict[int, list[CoursePoint]], attempts: Sequence[PastAtte
         spans.append(
             AttemptSpan(
                 attempt=this.attempt,
-                node=this.node,
+                place=this.place,
                 first=this.resumed_from_step or 0,
                 last=run[-1].step,
                 repeated=max(0, run[-1].step - again),

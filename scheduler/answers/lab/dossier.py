@@ -12,8 +12,7 @@ from loractl.common.errors import LoractlError, SweepNotFound
 from loractl.common.job.status import Status
 
 from ..comparison import flat_settings
-from ..job import JobHistory, JobState, PastEvent, companions_of, job_history
-from ..wait.cards import trouble_of
+from ..job import JobHistory, JobState, PastEvent, job_history, trouble_on
 from ..why import Why, why
 from .course import JobCourse, job_course
 from .measures import ReportDigest, digest
@@ -46,13 +45,12 @@ class JobDossier:
     history: JobHistory
     course: JobCourse
     wait: Why | None  # of one that waits
-    trouble: str | None  # what is wrong with the card of a running one
+    trouble: str | None  # what is wrong with a card of a running one, in a few words
     settings: tuple[ResolvedSetting, ...]
     sweep_name: str | None
     report: ReportDigest | None
     report_missing: str | None  # why there is none, where one should be
     log_end: str
-    companions: tuple[int, ...]  # other jobs in its trainer
     card_bytes: Mapping[int, int]  # bytes of the card of each attempt, where that card is still known
 
     @property
@@ -95,8 +93,7 @@ def job_dossier(store: Store, shelf: ReportShelf, job_id: int) -> JobDossier:
         history=history,
         course=job_course(store, job_id, history.attempts),
         wait=answer if isinstance(answer, Why) else None,
-        trouble=trouble_of(view, row.node) if view is not None and row.node in view.nodes else None,
-        companions=companions_of(view, row),
+        trouble=None if view is None else trouble_on(view, history.job.cards),
         settings=tuple(ResolvedSetting(key=k, value=v, varied=k in varied) for k, v in flat_settings(history.spec)),
         sweep_name=sweep_name,
         report=report,

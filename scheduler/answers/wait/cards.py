@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from loractl.common.job.method import Method
+from loractl.common.job.need import SharedNeed, least_need
 from loractl.common.placement.cards import Card, avoided, holds_now, room_at, suits, takes
+from loractl.common.placement.gangs import may_share
 from loractl.common.placement.lines import Waiting
 from loractl.common.store.fleet import NODE_STALE_S, Avoidance, FleetView, avoided_by, unreadable, waiting_of
 from loractl.common.text import clean_line
 from loractl.common.units import clock, duration, gib
 
-from .gangs import part_on, shared_way
+from .gangs import room_for_share, shared_way
 
 if TYPE_CHECKING:
     from loractl.common.store.tables import Job
@@ -65,8 +67,9 @@ def _fit(job: Job, me: Waiting, card: Card, view: FleetView) -> CardFit:
     if not job.methods:
         return fit("never", "its resources.max_vram is below every need")
     fault = view.nodes[card.node].fault
+    gang = shared_way(me, view)
     if card.total and not could_ever_hold(at_last(job, me), card):
-        return fit("never", "card is smaller than the job")
+        return fit("never", f"card is smaller than {'its share' if gang is not None or not me.alone else 'the job'}")
     if me.only_host not in (None, card.host) and job.result_until is not None:
         text = f"until then {me.only_host} alone may take it: it has the finished result"
         return fit(clock(job.result_until, view.now), text, job.result_until)
@@ -79,12 +82,10 @@ def _fit(job: Job, me: Waiting, card: Card, view: FleetView) -> CardFit:
         if fault is not None and silent <= NODE_STALE_S:
             return fit("?", f"closed: {fault}")
         return fit("?", "its worker is stopping" if silent <= NODE_STALE_S else f"not seen for {duration(silent)}")
-    if (gang := shared_way(me, view)) is not None:
-        part = part_on(me, gang, card, view)
-        if part is None:
-            return fit("never", "can't be one of several cards for it")
-        text, after = part
-        return fit("?", f"{text}, when {when_they_end(after)}") if after else fit("now", text, view.now)
+    if gang is not None:
+        return _share(me, gang, card, view, fit)
+    if not me.alone:
+        return fit("never", f"{card.host} has too few cards for it")
     if card.total and not could_hold_alone(at_last(job, me), card):
         return fit("never", "card is smaller than the job")
     if not suits_at_last(job, card, view):
@@ -108,6 +109,23 @@ def _fit(job: Job, me: Waiting, card: Card, view: FleetView) -> CardFit:
     if opening.at is None:
         return fit("?", f"{what}, which is not known")
     return fit(clock(opening.at, view.now), what, opening.at)
+
+
+def _share(me: Waiting, gang: SharedNeed, card: Card, view: FleetView, fit: Callable[..., CardFit]) -> CardFit:
+    """The card as one of several that are to share the job."""
+    size = least_need(me.methods, gang.need)
+    text = f"its share is {'–' if size is None else gib(size)} GiB, of {gang.cards} cards"
+    room = room_for_share(me, gang, card, view)
+    if room is None:
+        holds = may_share(card, me) and (size is None or size <= card.capacity)
+        return fit(
+            "never", f"{card.host} has too few cards for it" if holds else "can't be one of several cards for it"
+        )
+    if not room.after:
+        now = _now(me, card, view)
+        return fit("now", text if now == "fits" else f"{now}, {text}", view.now)
+    text += f", when {when_they_end([job.job_id for job in room.after])}"
+    return fit("?" if room.at is None else clock(room.at, view.now), text, room.at)
 
 
 def _joins(me: Waiting, card: Card, view: FleetView) -> str | None:

@@ -1,15 +1,21 @@
-"""A job that several cards are to share, as it waits: which cards of a box it has room on, and which it waits for."""
+"""A job on several cards: which of a box have room for it, which it waits for, and how they are named."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
+from loractl.common.job.method import Parallel
 from loractl.common.job.need import SharedNeed, least_need
-from loractl.common.placement.cards import Card, room_at
+from loractl.common.placement.cards import Card, Room, room_at
 from loractl.common.placement.gangs import Gathering, first_gathering, gang_of, may_share, takers
 from loractl.common.placement.lines import Waiting
-from loractl.common.store.fleet import FleetView
+from loractl.common.store.fleet import FleetView, waiting_of
 from loractl.common.units import gib
+
+if TYPE_CHECKING:
+    from loractl.common.store.tables import Job
 
 ORDINALS = {2: "second", 3: "third", 4: "fourth"}
 
@@ -20,6 +26,28 @@ class GangWait:
 
     sentence: str
     after: tuple[int, ...]  # the jobs that must end; empty: none, or that is not known
+
+
+@dataclass(frozen=True, kw_only=True)
+class CardsAsked:
+    """How much a waiting job asks for."""
+
+    bytes: int | None  # of its card, of several of each; None: not known
+    cards: int = 1
+    parallel: Parallel = Parallel.NONE
+
+    def as_json(self) -> dict[str, Any]:
+        """The fields under their own names."""
+        return {**vars(self), "parallel": self.parallel.value}
+
+
+def asked_of(job: Job, view: FleetView) -> CardsAsked:
+    """What a waiting job asks of the fleet as it is."""
+    me = waiting_of(vars(job), view.now)
+    gang = shared_way(me, view) or (me.gangs[0] if me.gangs and not me.alone else None)
+    if gang is None:
+        return CardsAsked(bytes=me.least if me.gangs else job.vram_needed)
+    return CardsAsked(bytes=least_need(me.methods, gang.need), cards=gang.cards, parallel=gang.parallel)
 
 
 def shared_way(me: Waiting, view: FleetView) -> SharedNeed | None:
@@ -35,7 +63,7 @@ def gang_wait(me: Waiting, gang: SharedNeed, view: FleetView) -> GangWait:
     if found is None:
         return GangWait(sentence=f"waits for {gang.cards} cards{of_size} of one box", after=())
     host = found.rooms[0][0].host
-    full = [(card, room) for card, room in found.rooms if room.after]
+    full = [(card, room) for card, room in found.rooms if room.after] or found.rooms
     after = tuple(dict.fromkeys(job.job_id for _, room in full for job in room.after))
     if len(full) == 1 and gang.cards in ORDINALS:
         return GangWait(sentence=f"waits for a {ORDINALS[gang.cards]} card{of_size} on {host}", after=after)
@@ -49,11 +77,28 @@ def gathering_of(me: Waiting, gang: SharedNeed, view: FleetView) -> Gathering | 
     return None if found is None else found[1]
 
 
-def part_on(me: Waiting, gang: SharedNeed, card: Card, view: FleetView) -> tuple[str, tuple[int, ...]] | None:
-    """Whether a card has room for its share of the job, and who must end for that; None: it can't have a share."""
+def room_for_share(me: Waiting, gang: SharedNeed, card: Card, view: FleetView) -> Room | None:
+    """When a card has room for its share of the job; None: it can't have one, or its box lacks such cards."""
     size = least_need(me.methods, gang.need)
-    if not may_share(card, me) or (room := room_at(card, size or max(1, card.capacity), view.now)) is None:
-        return None
-    return f"its share is {'–' if size is None else gib(size)} GiB, of {gang.cards} cards", tuple(
-        job.job_id for job in room.after
-    )
+
+    def room(other: Card) -> Room | None:
+        return room_at(other, size or max(1, other.capacity), view.now) if may_share(other, me) else None
+
+    mine = room(card)
+    able = [other for other in view.cards.values() if other.host == card.host and room(other) is not None]
+    return mine if len(able) >= gang.cards else None
+
+
+def in_words(cards: Sequence[str]) -> str:
+    """Cards for a sentence, like "heron:0, heron:1 and heron:2"."""
+    *first, last = cards
+    return f"{', '.join(first)} and {last}" if first else last
+
+
+def in_short(cards: Sequence[str]) -> str:
+    """Cards for a table: several of one box like "heron 0, 1", one by its name."""
+    boxes = {card.rpartition(":")[0] for card in cards}
+    if len(cards) < 2 or len(boxes) > 1:
+        return ", ".join(cards)
+    indexes = sorted((card.rpartition(":")[2] for card in cards), key=lambda index: (len(index), index))
+    return f"{boxes.pop()} {', '.join(indexes)}"

@@ -11,6 +11,7 @@ from loractl.common.placement.lines import Waiting
 from loractl.common.store.fleet import FleetView, waiting_of
 
 from .cards import opening_of, when_they_end
+from .gangs import CardsAsked, asked_of
 from .reasons import Tier, Wait, explain
 from .rivals import ahead_of, reaches
 from .starts import REPLAYED_JOBS, ExpectedStart, read_starts
@@ -26,6 +27,7 @@ class WaitingJobs:
 
     reasons: Mapping[int, Wait] = field(default_factory=dict)
     starts: Mapping[int, ExpectedStart] = field(default_factory=dict)  # of all ready jobs
+    asks: Mapping[int, CardsAsked] = field(default_factory=dict)
 
 
 def waiting_jobs(store: Store, jobs: Sequence[Job], view: FleetView | None = None) -> WaitingJobs:
@@ -38,7 +40,11 @@ def waiting_jobs(store: Store, jobs: Sequence[Job], view: FleetView | None = Non
         return WaitingJobs()
     view, ready = view or store.fleet(), store.ready(REPLAYED_JOBS + 1)
     starts = read_starts(store, view, ready) if view.running else {}
-    return WaitingJobs(reasons={job.job_id: reason(job, view, ready, starts) for job in queued}, starts=starts)
+    return WaitingJobs(
+        reasons={job.job_id: reason(job, view, ready, starts) for job in queued},
+        starts=starts,
+        asks={job.job_id: asked_of(job, view) for job in queued},
+    )
 
 
 def without_queue(waits: WaitingJobs, away: str) -> WaitingJobs:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from loractl import __version__
+from loractl.common.job.need import SharedNeed
 from loractl.common.job.status import OUTCOMES
 from loractl.common.placement.cards import Card, suits
 from loractl.common.placement.lines import Waiting
@@ -32,7 +33,7 @@ from .cards import (
     suits_at_last,
     when_they_end,
 )
-from .gangs import gang_wait, shared_way
+from .gangs import gang_wait, gathering_of, in_words, shared_way
 
 if TYPE_CHECKING:
     from loractl.common.store.tables import Job
@@ -196,14 +197,16 @@ def _next(job: Job, view: FleetView) -> Wait | None:
     late = "" if age <= AT_ONCE_S else f", waiting {duration(age)}"
     if placed.join is not None:
         late = f" {beside(other.job_id for other in view.cards[node].inside(placed.join.base))}{late}"
-    nodes = " and ".join(share.node for share in placed.shares)
+    nodes = in_words([share.node for share in placed.shares])
     return Wait(
         tier=Tier.NEXT, word="next", sentence=f"{nodes} {'are' if placed.beside else 'is'} about to take it{late}"
     )
 
 
 def _others_first(job: Job, me: Waiting, view: FleetView) -> Wait | None:
-    """A card has room for it, and the rule gives or keeps that card for another job."""
+    """A card has room for it, or each of several has, and the rule gives or keeps one of these for another job."""
+    if (gang := shared_way(me, view)) is not None:
+        return _others_first_on_several(job, me, gang, view)
     taken = {s.node: d.placed.job for d in view.decisions if d.placed is not None for s in d.placed.shares}
     kept_nodes, kept_for = _kept(view)
     startable = [card for card in view.cards.values() if could_start_now(me, card, view)]
@@ -218,6 +221,20 @@ def _others_first(job: Job, me: Waiting, view: FleetView) -> Wait | None:
         if card.node in kept_nodes and kept_for != job.job_id:
             return _capacity("kept", f"{card.node} is kept for {kept_for}, which goes first")
     return None
+
+
+def _others_first_on_several(job: Job, me: Waiting, gang: SharedNeed, view: FleetView) -> Wait | None:
+    found = gathering_of(me, gang, view)
+    if found is None or any(room.after for _, room in found.rooms):
+        return None
+    nodes = [card.node for card, _ in found.rooms]
+    taken = {s.node: d.placed.job for d in view.decisions if d.placed is not None for s in d.placed.shares}
+    if (node := next((node for node in nodes if node in taken), None)) is not None:
+        return _passed_over(me, taken[node], node)
+    kept_nodes, kept_for = _kept(view)
+    kept = sorted(node for node in nodes if node in kept_nodes and kept_for != job.job_id)
+    are = "are" if len(kept) > 1 else "is"
+    return _capacity("kept", f"{in_words(kept)} {are} kept for {kept_for}, which goes first") if kept else None
 
 
 def _kept(view: FleetView) -> tuple[list[str], int | None]:

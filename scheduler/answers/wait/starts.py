@@ -14,6 +14,7 @@ from loractl.common.placement.lines import Waiting
 from loractl.common.store.fleet import FleetView
 
 if TYPE_CHECKING:
+    from loractl.common.placement.clock import ReplayedRun
     from loractl.common.store.store import Store
 
 REPLAYED_JOBS = 200
@@ -27,10 +28,16 @@ class ExpectedStart:
     at: dt.datetime
     spread_s: float  # half width, from the spread of the running jobs' measured steps
     node: str
+    beside: tuple[str, ...] = ()  # the other cards of a job on several
+
+    @property
+    def nodes(self) -> tuple[str, ...]:
+        """All cards on which it starts."""
+        return self.node, *self.beside
 
     def as_json(self) -> dict[str, Any]:
-        """The fields under their own names, `at` as ISO 8601."""
-        return {**vars(self), "at": self.at.isoformat()}
+        """`at` as ISO 8601, `spread_s`, and `node`: of several cards, all of them in `nodes`, the first."""
+        return {"at": self.at.isoformat(), "spread_s": self.spread_s, "node": self.node, "nodes": list(self.nodes)}
 
 
 def read_starts(store: Store, view: FleetView, waiting: Sequence[Waiting]) -> dict[int, ExpectedStart]:
@@ -53,24 +60,28 @@ def expected_starts(
     expected = _replayed(view, waiting, list(cards), known)
     late = _replayed(view, waiting, [_late(card, view) for card in cards], known)
     return {
-        job_id: ExpectedStart(at=at, spread_s=max(0.0, (late[job_id][0] - at).total_seconds()), node=node)
-        for job_id, (at, node) in expected.items()
+        job_id: ExpectedStart(
+            at=run.started,
+            spread_s=max(0.0, (late[job_id].started - run.started).total_seconds()),
+            node=run.node,
+            beside=run.beside,
+        )
+        for job_id, run in expected.items()
         if job_id in late
     }
 
 
 def _replayed(
     view: FleetView, waiting: Sequence[Waiting], cards: Sequence[Card], newcomers: Mapping[int, Newcomer]
-) -> Mapping[int, tuple[dt.datetime, str]]:
-    """The start and the card of each job that starts in a replay on these cards."""
+) -> Mapping[int, ReplayedRun]:
+    """The run of each job that starts in a replay on these cards."""
     from loractl.common.placement.clock import ReplayedJob
     from loractl.common.placement.replay import PlacementRule, replay
 
     running = [job for card in cards for job in card.running]
     jobs = [ReplayedJob(waiting=job, seconds=None) for job in waiting]
     rule = PlacementRule(view.charges, view.now, running, lambda job: newcomers.get(job.job_id))
-    replayed = replay(jobs, cards, view.now, rule, keep_warm_s=KEEP_WARM_S)
-    return {job_id: (run.started, run.node) for job_id, run in replayed.runs.items()}
+    return replay(jobs, cards, view.now, rule, keep_warm_s=KEEP_WARM_S).runs
 
 
 def _late(card: Card, view: FleetView) -> Card:

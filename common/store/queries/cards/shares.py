@@ -40,6 +40,12 @@ def running_on(node: str) -> Select[Any]:
     return select(Job.job_id).join(AttemptShare, _NOW).where(AttemptShare.node == node)
 
 
+def of_job(job_id: int) -> Select[AttemptShare]:
+    """What a job's attempts have of several cards, by attempt and rank."""
+    mine = select(AttemptShare).where(AttemptShare.job_id == job_id)
+    return mine.order_by(AttemptShare.attempt, AttemptShare.rank)
+
+
 def read_beside(session: Session, job_ids: Iterable[int]) -> dict[int, list[AttemptShare]]:
     """What each of these running jobs has of cards beside its first, by rank."""
     mine = select(AttemptShare).join(Job, _NOW).where(Job.job_id.in_(list(job_ids)))

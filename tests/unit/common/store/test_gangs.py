@@ -242,7 +242,7 @@ def test_a_job_on_several_cards_is_shown_as_one(store: Store) -> None:
     claimed(store)
     seen = overview(store, Choice(), Page())
     assert [job.job_id for job in seen.running] == [job_id]
-    assert "heron:0 +1" in overview_text(seen, Screen(width=100, color=False, unicode=True))
+    assert " heron 0, 1 " in overview_text(seen, Screen(width=100, color=False, unicode=True))
     assert fleet(store).jobs_on("heron") == [job_id]
 
 

@@ -13,7 +13,8 @@ from loractl.common.store.store import Store
 from loractl.common.store.tables import Job
 from loractl.scheduler.answers.job import job_history, job_in_full
 from loractl.scheduler.answers.overview import job_list, overview
-from loractl.scheduler.text.jobs import history_text, job_list_text, job_text, overview_text
+from loractl.scheduler.text.history import history_text, job_text
+from loractl.scheduler.text.jobs import job_list_text, overview_text
 
 from ...factories import NOON, Clock, submission, take
 from ...scheduler.text.screens import WIDE

@@ -13,8 +13,7 @@ import pytest
 
 from loractl.common.errors import UsageError
 from loractl.scheduler.answers.comparison import FinishedJob, compared, differences
-from loractl.scheduler.text.comparison import comparison_text
-from loractl.scheduler.text.curves import draw_comparison
+from loractl.scheduler.text.comparison import comparison_text, draw_comparison
 from loractl.scheduler.text.screen import Screen
 
 RNG = random.Random(5)

@@ -7,14 +7,16 @@ from typing import Any
 import pytest
 
 from loractl.common.placement.hosts import base_key
-from loractl.common.store.records import Claim, NewHost
+from loractl.common.store.records import Choice, Claim, NewHost, Page
 from loractl.common.store.store import Store
 from loractl.common.units import GIB
 from loractl.scheduler.answers.fleet import fleet
 from loractl.scheduler.answers.job import job_in_full
+from loractl.scheduler.answers.overview import overview
 from loractl.scheduler.answers.why import Why, why
 from loractl.scheduler.text.fleet import devices
-from loractl.scheduler.text.jobs import job_text
+from loractl.scheduler.text.history import job_text
+from loractl.scheduler.text.jobs import overview_text
 from loractl.scheduler.text.screen import Screen
 
 from ...factories import node_state, submission
@@ -71,6 +73,8 @@ def test_jobs_on_one_base_are_told_together(packed: Store) -> None:
     third = queue(packed)
     claim(packed)
     assert f", with jobs 1 and {second} on one base" in job_text(job_in_full(packed, third), PIPE)
+    running = overview_text(overview(packed, Choice(), Page()), Screen(width=80, unicode=True, color=False))
+    assert f" {NODE} with {second}, {third} " in running and f" {NODE} with 1, {second} " in running
     seen = fleet(packed)
     assert f"ada 1 + bob {second} + ada {third} on one base" in devices(seen, PIPE)
     (host,) = seen.as_json()[0]["hosts"]

@@ -8,6 +8,7 @@ from loractl.common.job.method import Method
 from loractl.common.placement.rule import RESERVE_AFTER_S
 from loractl.common.units import GIB
 from loractl.scheduler.answers.wait.cards import card_fits
+from loractl.scheduler.answers.wait.gangs import asked_of, in_short, in_words
 from loractl.scheduler.answers.wait.reasons import explain
 
 from ...fleets import card, fleet, in_seconds, running, waits
@@ -68,3 +69,39 @@ def test_a_card_that_has_nobody_to_share_the_job_with_is_too_small_for_it() -> N
     cards = [card("heron:0", 8, gangs=True), card("heron:1", 24, gangs=True)]
     view = fleet(cards, ran=[running(12, "heron:1", 20)], waiting=[job])
     assert {(fit.when, fit.then) for fit in card_fits(job, view)} == {("never", "card is smaller than the job")}
+
+
+def test_a_job_whose_cards_are_kept_for_another_says_for_whom() -> None:
+    first = shared(cards=3, submitted_at=in_seconds(-RESERVE_AFTER_S - 1), job_id=8, user="bob")
+    second, trio = shared(15), [*pair(), card("heron:2", 24, gangs=True)]
+    view = fleet(trio, ran=[running(12, "heron:2", 20, 600)], waiting=[first, second], charges={"ada": 9.0})
+    wait = explain(second, view)
+    assert (wait.word, wait.sentence) == ("kept", "heron:0 and heron:1 are kept for 8, which goes first")
+    fits = card_fits(second, view)
+    assert fits[0].then == "kept for 8, its share is 15.0 GiB, of 2 cards"
+    assert (fits[2].at, fits[2].then) == (in_seconds(600), "its share is 15.0 GiB, of 2 cards, when 12 ends")
+
+
+def test_a_box_with_too_few_cards_for_it_never_has_room() -> None:
+    job = shared()
+    cards = [*pair(), card("crane:0", 24, gangs=True), card("wren:0", 12, gangs=True)]
+    told = {fit.node: fit.then for fit in card_fits(job, fleet(cards, waiting=[job]))}
+    assert told["crane:0"] == "crane has too few cards for it"
+    assert told["wren:0"] == "card is smaller than its share"
+    only = shared(alone=False, cards=4)
+    told = {fit.node: fit.then for fit in card_fits(only, fleet(cards, waiting=[only]))}
+    assert told["heron:0"] == "heron has too few cards for it"
+
+
+def test_what_it_asks_for_is_that_of_each_card() -> None:
+    job = shared()
+    asks = asked_of(job, fleet(pair(), waiting=[job]))
+    assert (asks.cards, asks.as_json()["parallel"], asks.bytes) == (2, "sharded", 20 * GIB)
+    alone = asked_of(job, fleet([card("heron:0", 24)], waiting=[job]))
+    assert (alone.cards, alone.bytes) == (1, 40 * GIB), "no box divides it"
+
+
+def test_cards_are_named_in_words_and_in_short() -> None:
+    names = [f"heron:{n}" for n in (0, 10, 2)]
+    assert in_words(names) == "heron:0, heron:10 and heron:2" and in_words(names[:1]) == "heron:0"
+    assert in_short(names) == "heron 0, 2, 10" and in_short(names[:1]) == "heron:0"

@@ -30,7 +30,8 @@ from loractl.scheduler.answers.overview import JobList, Overview
 from loractl.scheduler.answers.wait.queue import WaitingJobs
 from loractl.scheduler.answers.wait.reasons import Tier, Wait
 from loractl.scheduler.text.adapters import adapters_text
-from loractl.scheduler.text.jobs import history_text, job_list_text, job_text, overview_text
+from loractl.scheduler.text.history import history_text, job_text
+from loractl.scheduler.text.jobs import job_list_text, overview_text
 from loractl.scheduler.text.live import in_height
 from loractl.scheduler.text.screen import Screen
 
@@ -150,6 +151,34 @@ def test_the_largest_values_stay_within_the_screen(width: int) -> None:
         listed([ended], NOON + dt.timedelta(days=2), screen),
     ]
     assert [line for text in texts for line in text.splitlines() if len(line) > width] == []
+
+
+def largest_packed(*companions: int, **changed: Any) -> Any:
+    return replace(state_of(largest_running()), companions=companions, **changed)
+
+
+@pytest.mark.parametrize("width", [80, 110, 120])
+def test_cards_and_company_give_way_before_the_screen_does(width: int) -> None:
+    screen = Screen(width=width, unicode=True, color=False)
+    several = tuple(f"a-long-host-name:{n}" for n in range(12, 16))
+    jobs = (largest_packed(*range(1000, 1006)), largest_packed(cards=several), state_of(running()))
+    text = overview([], {}, [], screen, running=jobs, running_count=3)
+    assert [line for line in text.splitlines() if len(line) > width] == []
+    assert re.search(r"evaluating|eval ", text)
+
+
+def test_company_is_named_as_fully_as_there_is_room() -> None:
+    def card(*companions: int, node: str = "heron:0", width: int = 80) -> str:
+        job = replace(state_of(running(node=node, name="n" * 40)), companions=companions, cards=(node,))
+        screen = Screen(width=width, unicode=True, color=False)
+        found = re.search(r"(\S*:\d.*?|with.*?)  ", overview([], {}, [], screen, running=(job,)).splitlines()[3])
+        assert found is not None
+        return found[1]
+
+    assert card(8, 9) == "heron:0 with 8, 9"
+    assert card(1479, 1480, 1481) == "heron:0 with 1479 +2"
+    assert card(1479, 1480, 1481, width=120) == "heron:0 with 1479, 1480, 1481"
+    assert card(1479, node="osprey-the-large:0").endswith("with 1479")
 
 
 def test_a_job_that_is_evaluated_shows_when_that_ends() -> None:
