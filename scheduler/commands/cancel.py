@@ -41,11 +41,11 @@ def cancel(jobs: tuple[str, ...], sweep_id: int | None, user: str | None, queued
             click.echo("No such job waits." if queued else "No such job waits or runs.")
     if sweep_id is not None:
         for job in store.cancel_sweep(sweep_id, settings.user):
-            _tell(job.job_id, job.node, waited=job.status == "cancelled")
+            _tell(store, job.job_id)
 
     def end(job_id: int) -> None:
-        job = store.cancel(job_id, settings.user)
-        _tell(job_id, job.node, waited=job.status == "cancelled")
+        store.cancel(job_id, settings.user)
+        _tell(store, job_id)
 
     for_each(job_ids, end)
 
@@ -57,11 +57,13 @@ def _unfinished(store: Store, user: str, *, queued: bool) -> list[int]:
     return sorted(job.job_id for job in store.jobs(statuses=statuses, user=user))
 
 
-def _tell(job_id: int, node: str | None, *, waited: bool) -> None:
+def _tell(store: Store, job_id: int) -> None:
     from loractl.common.text import clean_line
+    from loractl.scheduler.answers.job import job_state
 
-    if waited:
+    job = job_state(store, job_id)
+    if job.status == "cancelled":
         click.echo(f"Job {job_id} is cancelled.")
         return
     kept = f"nothing of its training is kept, so loractl retry {job_id} would begin anew"
-    click.echo(f"Job {job_id} is being stopped on {clean_line(node or '')}; {kept}.")
+    click.echo(f"Job {job_id} is being stopped on {clean_line(job.where)}; {kept}.")

@@ -1,1 +1,1 @@
-"""Why a job waits and when it starts, by asking the placement rule. No query and no clock: rows and cards are given."""
+"""Why a job waits, when it starts and what would help, by asking the placement rule. No query, no clock."""
