@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import platform
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -20,3 +23,23 @@ def test_a_weight_is_multiplied_slab_by_slab(outputs: int, inputs: int) -> None:
     assert torch.equal(wide.product(x, narrow, bias.bfloat16()), x @ weight.T + bias)
     assert torch.equal(wide.input_gradient(given, narrow), given @ weight)
     assert torch.equal(wide.product(x, narrow.T.contiguous().T), x @ weight.T)
+
+
+@pytest.mark.parametrize(
+    ("bf16", "tiles", "vendor", "expected"),
+    [
+        (False, False, "AuthenticAMD", True),
+        (False, False, "GenuineIntel", True),
+        (True, False, "GenuineIntel", True),
+        (True, True, "GenuineIntel", False),
+        (True, False, "AuthenticAMD", False),
+    ],
+)
+def test_products_are_wide_where_bf16_is_slow(
+    monkeypatch: pytest.MonkeyPatch, bf16: bool, tiles: bool, vendor: str, expected: bool
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bf16)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: tiles)
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(Path, "read_text", lambda *_: f"vendor_id : {vendor}")
+    assert wide.multiplies_wide.__wrapped__() is expected

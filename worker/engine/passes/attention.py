@@ -2,7 +2,8 @@
 
 torch's fused kernel spends most of its time there on conversions: in 16 bit its backward pass takes three to five times
 what the products themselves take. Only one row's scores of one layer exist at a time, and they are made again in the
-backward pass, so what is held grows with the tokens alone, as in the fused kernel.
+backward pass, so what is held grows with the tokens alone, as in the fused kernel. Where a processor is faster so, all
+of a row is computed in fp32 and rounded at its end.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ from typing import Any
 
 import torch
 
+from . import wide
+
 SHORT = 512
-"""Tokens of a row up to which its scores are small: 32 heads take 16 MiB."""
+"""Tokens of a row up to which its scores are small: 32 heads take 16 MiB, and twice that in fp32."""
 
 
 class ShortRows(torch.autograd.Function):
@@ -25,10 +28,11 @@ class ShortRows(torch.autograd.Function):
     ) -> torch.Tensor:
         _, heads, tokens, width = query.shape
         answer = query.new_empty(1, tokens, heads, width)
-        for row in _rows(lengths):
-            scores, _, _ = _scores(query, key, row, scaling)
-            seen = torch.bmm(scores, value[0, :, row].contiguous())
-            answer[0, row].copy_(_by_token(seen, heads))
+        with wide.as_it_is(query):
+            for row in _rows(lengths):
+                scores, _, _ = _scores(query, key, row, scaling)
+                seen = torch.bmm(scores, _own(value[0, :, row]))
+                answer[0, row].copy_(_by_token(seen, heads))
         ctx.save_for_backward(query, key, value)
         ctx.lengths, ctx.scaling = lengths, scaling
         return answer
@@ -42,7 +46,7 @@ class ShortRows(torch.autograd.Function):
             scores, asked, keys = _scores(query, key, row, ctx.scaling)
             of_seen = _by_group(given[0, row].transpose(0, 1), groups)
             to_value[0, :, row] = torch.bmm(scores.transpose(1, 2), of_seen)
-            of_scores = torch.bmm(of_seen, value[0, :, row].contiguous().transpose(1, 2))
+            of_scores = torch.bmm(of_seen, _own(value[0, :, row]).transpose(1, 2))
             of_scores = torch._softmax_backward_data(of_scores, scores, -1, scores.dtype)
             to_key[0, :, row] = torch.bmm(of_scores.transpose(1, 2), asked)
             of_query = torch.bmm(of_scores, keys).mul_(ctx.scaling)
@@ -62,19 +66,28 @@ def _scores(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """What each token of a row makes of each one before it, of shape (groups, heads of a group x tokens, tokens); the
     scaled queries and the keys."""
-    length, keys = row.stop - row.start, key[0, :, row].contiguous()
+    length, keys = row.stop - row.start, _own(key[0, :, row])
     asked = _by_group(query[0, :, row], len(keys)).mul_(scaling)
     products = torch.bmm(asked, keys.transpose(1, 2))
     # added: filling where a mask says so takes three times as long
-    later = query.new_full((length, length), float("-inf")).triu_(1)
+    later = asked.new_full((length, length), float("-inf")).triu_(1)
     products.view(-1, length, length).add_(later)
     return torch.softmax(products, -1), asked, keys
+
+
+def _own(states: torch.Tensor) -> torch.Tensor:
+    """In memory of their own, in the type that a row is computed in."""
+    return states.to(_kind(states)).contiguous()
+
+
+def _kind(states: torch.Tensor) -> torch.dtype:
+    return torch.float32 if wide.widens(states) else states.dtype
 
 
 def _by_group(states: torch.Tensor, groups: int) -> torch.Tensor:
     """(heads, tokens, width) as (groups, heads of a group x tokens, width), in memory of its own."""
     heads, length, width = states.shape
-    gathered = states.new_empty(groups, heads // groups * length, width)
+    gathered = states.new_empty(groups, heads // groups * length, width, dtype=_kind(states))
     gathered.view(heads, length, width).copy_(states)
     return gathered
 

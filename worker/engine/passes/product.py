@@ -125,7 +125,7 @@ class _Product(torch.autograd.Function):
     ) -> Any:
         ctx.frozen, ctx.parts, widened = frozen, parts, wide.widens(x)
         kind, saved = torch.float32 if widened else x.dtype, [x, *factors]
-        with torch.autocast(x.device.type, enabled=False) if widened else contextlib.nullcontext():
+        with wide.as_it_is(x):
             read = x.to(kind)
             answer = frozen(read, widened=widened)
             for part, a, b in zip(parts, factors[: len(parts)], factors[len(parts) :], strict=True):

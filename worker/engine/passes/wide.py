@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import platform
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -21,12 +23,14 @@ SLAB = 1 << 20
 def multiplies_wide() -> bool:
     """Whether this processor multiplies fp32 faster than bf16.
 
-    Intel's AVX512 multiplies bf16 at half the rate of fp32 (82 GFLOPS against 154 on a core); its tiles (AMX), which
-    virtual machines may hide, and AMD's AVX512 are faster in bf16. By kind and not by a stopwatch: a job that is
-    resumed on a like machine must compute the same bits.
+    Without instructions for bf16 it is emulated, at a fifth of the rate of fp32. Intel's AVX512 multiplies bf16 at half
+    that rate (82 GFLOPS against 154 on a core); its tiles (AMX), which virtual machines may hide, and AMD's AVX512 are
+    faster in bf16. By kind and not by a stopwatch: a job that is resumed on a like machine must compute the same bits.
     """
-    if not torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported():
+    if platform.machine() not in ("x86_64", "AMD64") or torch.cpu._is_amx_tile_supported():
         return False
+    if not torch.cpu._is_avx512_bf16_supported():
+        return True
     about = Path("/proc/cpuinfo")
     return about.exists() and "GenuineIntel" in about.read_text("utf-8", "replace")
 
@@ -49,6 +53,11 @@ def narrow() -> Iterator[None]:
 def widens(x: torch.Tensor) -> bool:
     """Whether products of `x` and its like are made in fp32 here."""
     return not _narrow and x.dtype is torch.bfloat16 and x.device.type == "cpu" and multiplies_wide()
+
+
+def as_it_is(x: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
+    """No autocast, which would make fp32 products narrow again, where products of `x` and its like are made in fp32."""
+    return torch.autocast(x.device.type, enabled=False) if widens(x) else contextlib.nullcontext()
 
 
 def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
