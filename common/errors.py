@@ -100,6 +100,11 @@ class DataError(LoractlError):
         place = self.file if row is None else f"{self.file}: row {row}"
         super().__init__(f"{place}: {what}", hint)
 
+    @property
+    def with_hint(self) -> str:
+        """The sentence, and what to do, as a job's row has it."""
+        return f"{self.sentence} ({self.hint})" if self.hint else self.sentence
+
 
 class JobNotFound(LoractlError):
     """There is no job with that number, name, or in that range."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from typing import Any
 
 from pydantic import BaseModel
@@ -65,11 +66,11 @@ def spec_digest(spec: JobSpec) -> str:
     return _digest(_deciding(spec))
 
 
-def training_digests(spec: JobSpec, method: Method, rows: Any) -> dict[str, str]:
+def training_digests(spec: JobSpec, method: Method, data: str) -> dict[str, str]:
     """What a checkpoint belongs to, by name. With another batch, method or data a resume would run but be wrong.
 
-    `rows`: what is read of the data in training, as JSON takes it. It shows how rows became tokens, and a
-    classifier's labels, so `dataset` and `task_type` are not parts of their own.
+    `data`: the digest of what is read of the data in training. It shows how rows became tokens, and a classifier's
+    labels, so `dataset` and `task_type` are not parts of their own.
     """
     said = _deciding(spec)
     training = {key: value for key, value in said.pop("training").items() if key not in RECOMPUTED | BATCH}
@@ -78,7 +79,7 @@ def training_digests(spec: JobSpec, method: Method, rows: Any) -> dict[str, str]
         "lora": said.pop("lora"),
         "training": training | {"batch": spec.training.effective_batch},
         "method": method.value,
-        "data": _digest(rows),
+        "data": data,
     }
     told_otherwise = {"method", "dataset", "task_type", "evaluation"}
     if later := {key: value for key, value in said.items() if key not in told_otherwise}:
@@ -86,12 +87,22 @@ def training_digests(spec: JobSpec, method: Method, rows: Any) -> dict[str, str]
     return {name: _digest(part) for name, part in parts.items()}
 
 
+def data_digest(read: Iterable[Any]) -> str:
+    """sha256 of what is read of a job's data, as JSON has the list of it. It takes one at a time, so that other threads
+    have the interpreter in between."""
+    hashed = hashlib.sha256(b"[")
+    for number, one in enumerate(read):
+        hashed.update(f"{', ' if number else ''}{json.dumps(one, sort_keys=True)}".encode())
+    hashed.update(b"]")
+    return hashed.hexdigest()
+
+
 def changed_parts(before: JobSpec, after: JobSpec, method: Method) -> set[str]:
     """The parts of the job file whose change makes a checkpoint of `before` useless for `after`: sections, or keys.
 
     Rows are not read here: every key that says how rows are read counts as a change of them.
     """
-    old, new = (training_digests(spec, method, None) for spec in (before, after))
+    old, new = (training_digests(spec, method, data_digest(())) for spec in (before, after))
     parts = {name for name in old.keys() | new.keys() if old.get(name) != new.get(name)}
     return parts | {key for key in ("dataset", "task_type") if getattr(before, key) != getattr(after, key)}
 

@@ -24,8 +24,9 @@ CHECKPOINTS = 4
 another one may still be on its way to the artifact store."""
 
 TOKENISED = 6
-"""Bytes of tokenised JSON for a byte of data: a token of about 4 characters is written as its number in input_ids and
-again in labels, 5 to 9 characters each with comma and space; short rows have numbers of their own."""
+"""Bytes of tokens for a byte of data: a token of about 4 characters takes 4 bytes in each of two columns, and as much
+again where packed rows are handed from one process to another; shorter tokens, and the numbers of short rows, take
+more."""
 
 
 def bytes_to_write(spec: JobSpec, method: Method, data_bytes: int = 0) -> int:

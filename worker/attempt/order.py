@@ -71,6 +71,7 @@ def prepare(place: Workplace, state: AttemptState) -> Start:
     return Start(
         job_id=claim.job_id,
         attempt=claim.attempt,
+        mark=run_mark(claim.token),
         user=claim.user,
         node=place.node,
         gpu=place.device.uuid,

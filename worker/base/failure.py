@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+
 from loractl.common.errors import LoractlError
 from loractl.common.job.status import Reason
+from loractl.worker.protocol.card_error import card_error
 
 
 class TrainingFailed(LoractlError):
@@ -12,3 +15,25 @@ class TrainingFailed(LoractlError):
     def __init__(self, reason: Reason, sentence: str) -> None:
         super().__init__(sentence)
         self.reason = reason
+
+
+def explain(error: Exception, *, own_limit: bool) -> tuple[Reason, str]:
+    """The reason and the sentence for an error that was not caught closer to its cause.
+
+    `own_limit`: this process's RAM is held to a limit, so that it ran out of that and not of the box's RAM.
+    """
+    from .gauge import in_a_sentence, is_card_full, is_out_of_memory  # torch, which the trainer loads late
+
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    first, text = (lines[0] if lines else "no message"), str(error)
+    if is_card_full(error) or (own_limit and is_out_of_memory(error)):
+        return Reason.OUT_OF_MEMORY, in_a_sentence(error)
+    if is_out_of_memory(error):
+        return Reason.HOST_OUT_OF_MEMORY, "the box has not enough RAM for this job"
+    # torch and safetensors wrap the operating system's error in their own
+    wrapped = any(words in text for words in ("No space left on device", "os error 28", "PytorchStreamWriter failed"))
+    if wrapped or (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)):
+        return Reason.DISK_FULL, f"no space is left for {getattr(error, 'filename', None) or 'the job’s files'}"
+    if (said := card_error(text)) is not None:
+        return said
+    return Reason.TRAINER_ERROR, f"{type(error).__name__}: {first}"

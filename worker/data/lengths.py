@@ -31,8 +31,8 @@ from .template import templated
 def lengths_of(data: PreparedData) -> Lengths:
     """The longest row to train on and the longest one held out, in tokens."""
     return Lengths(
-        train=max(len(row.input_ids) for row in data.trained_rows),
-        evaluate=max(len(row.input_ids) for row in data.held_out.rows),
+        train=max(data.trained_rows.lengths),
+        evaluate=max(data.held_out.rows.lengths),
         rows=len(data.trained_rows),
         labels=len(data.label_names) or None,
     )

@@ -19,6 +19,7 @@ from loractl.worker.base.failure import TrainingFailed
 
 from .batch import collate, inputs_of
 from .prepared import PreparedData
+from .token_rows import TokenRows
 from .tokens import IGNORED, TokenRow
 
 APART_TOLERANCE = 0.01
@@ -27,7 +28,9 @@ APART_TOLERANCE = 0.01
 
 def packed(data: PreparedData, spec: JobSpec) -> PreparedData:
     """The data with their rows packed, where the job asks for that."""
-    return replace(data, packed=pack(data.train.rows, spec.dataset.max_length)) if spec.training.packing else data
+    if not spec.training.packing:
+        return data
+    return replace(data, packed=TokenRows.of(pack(data.train.rows, spec.dataset.max_length)))
 
 
 def pack(rows: Sequence[TokenRow], max_length: int) -> list[TokenRow]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import itertools
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -10,15 +12,17 @@ from pathlib import Path
 from typing import Any
 
 from loractl.common.data.example import Example
+from loractl.common.data.findings import label_shares
 from loractl.common.data.formats import detect_format, parse_examples
 from loractl.common.data.labels import labels_of
 from loractl.common.data.split import distinct, fitting, split_data
 from loractl.common.errors import DataError
+from loractl.common.job.identity import data_digest
 from loractl.common.job.sections import DataFormat, DatasetSpec, Overflow
 
 from .origin import load_pinned
+from .token_rows import TokenRows
 from .token_set import Tokeniser, TokenSet, fit_examples
-from .tokens import TokenRow
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,25 +33,46 @@ class PreparedData:
     why: str
     train: TokenSet
     held_out: TokenSet
-    train_examples: Sequence[Example]  # the same rows, in the same order, as train.rows
-    held_out_examples: Sequence[Example]  # and those of held_out.rows
+    # The same rows, in the same order, as train.rows and held_out.rows. Of data that another process has prepared
+    # (handover.py) there are none of the first, and of the second as many as the job measures.
+    train_examples: Sequence[Example]
+    held_out_examples: Sequence[Example]
     dropped: list[str]  # a sentence for each row that on_bad_row: drop left out
     overlap: int  # rows of eval_path left out because they are trained on
     sha256: str | None
     repeated: int = 0  # held-out rows left out because they stand there already
     warnings: tuple[str, ...] = ()  # what looks wrong but is trained on
-    packed: list[TokenRow] | None = None  # the rows to train on, several examples in one
+    packed: TokenRows | None = None  # the rows to train on, several examples in one
     regression: TokenSet | None = None  # rows of another kind, to show what was forgotten
     label_names: tuple[str, ...] = ()  # what a classifier learns to tell apart; empty for any other job
     commits: dict[str, str] = field(default_factory=dict)  # of the data sets on the hub, by what they are for
 
     @property
-    def trained_rows(self) -> list[TokenRow]:
+    def trained_rows(self) -> TokenRows:
         """The rows as the Trainer gets them."""
         return self.train.rows if self.packed is None else self.packed
 
     def facts(self) -> dict[str, Any]:
         """What the report says about the data."""
+        return dict(self.seen["facts"])
+
+    @property
+    def answer_shares(self) -> dict[str, float] | None:
+        """Share of each answer of the rows to train on, the most frequent first; None where they are no labels."""
+        shares: dict[str, float] | None = self.seen["answer_shares"]
+        return shares
+
+    @property
+    def digest(self) -> str:
+        """sha256 of what is read in training: the rows' tokens, and a classifier's labels. Checkpoints name it."""
+        return str(self.seen["digest"])
+
+    @functools.cached_property
+    def seen(self) -> dict[str, Any]:
+        """What only a look at every row tells, as JSON takes it."""
+        return {"facts": self._facts(), "answer_shares": label_shares(self.train_examples), "digest": self._digest()}
+
+    def _facts(self) -> dict[str, Any]:
         return {
             "format": self.format.value,
             "why": self.why,
@@ -69,9 +94,14 @@ class PreparedData:
             "labels": self.label_counts() or None,
         }
 
+    def _digest(self) -> str:
+        rows = ([row.input_ids, row.starts] for row in self.trained_rows)
+        classified = [self.label_names, self.trained_rows.class_labels] if self.label_names else []
+        return data_digest(itertools.chain(rows, classified))
+
     def label_counts(self) -> dict[str, dict[str, int]]:
         """How many rows a classifier's label has, those to train on and those held out."""
-        train, held_out = (Counter(row.label for row in tokens.rows) for tokens in (self.train, self.held_out))
+        train, held_out = (Counter(tokens.rows.class_labels) for tokens in (self.train, self.held_out))
         names = enumerate(self.label_names)
         return {name: {"train": train[place], "held_out": held_out[place]} for place, name in names}
 
@@ -87,9 +117,10 @@ def prepare_data(
     tokeniser = Tokeniser(dataset=dataset, tokenizer=tokenizer, format=split.format, cache=cache)
     train_set = tokeniser.tokenise(split.train, dataset.path)
     held_set = tokeniser.tokenise(split.held_out, dataset.eval_path or dataset.path)
-    split = fitting(split, dataset, *({row.number for row in tokens.rows} for tokens in (train_set, held_set)))
-    kept = {example.number for example in split.held_out}
-    held_set = replace(held_set, rows=[row for row in held_set.rows if row.number in kept])
+    split = fitting(split, dataset, *(set(tokens.rows.numbers) for tokens in (train_set, held_set)))
+    if len(split.held_out) < len(held_set.rows):
+        kept = {example.number for example in split.held_out}
+        held_set = replace(held_set, rows=TokenRows.of(row for row in held_set.rows if row.number in kept))
     label_names = labels_of(split.train)
     if label_names:
         train_set, held_set = (
@@ -133,7 +164,7 @@ def _with_labels(tokens: TokenSet, examples: Sequence[Example], label_names: Seq
     """The rows with their labels' places. They are not in the cache: a label's place depends on all training rows."""
     place = {name: n for n, name in enumerate(label_names)}
     label_of = {e.number: place[e.label] for e in examples if e.label is not None}
-    return replace(tokens, rows=[replace(row, label=label_of[row.number]) for row in tokens.rows])
+    return replace(tokens, rows=tokens.rows.labelled([label_of[number] for number in tokens.rows.numbers]))
 
 
 def _hash_of(examples: Sequence[Example]) -> str:

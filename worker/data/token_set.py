@@ -10,8 +10,8 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,26 +20,29 @@ from loractl.common.data.split import no_row_fits
 from loractl.common.errors import DataError
 from loractl.common.job.sections import DataFormat, DatasetSpec, Overflow
 
+from .token_rows import TokenRows
 from .tokens import IGNORED, TokenRow, encode
 
-_CACHE_VERSION = 2
+_CACHE_VERSION = 3
+
+_COUNTS = "counts.json"
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenSet:
     """Tokenised rows, and what became of those that were too long."""
 
-    rows: list[TokenRow]
+    rows: TokenRows
     truncated: int
     too_long: int  # rows over max_length that were dropped
 
     @property
     def tokens(self) -> int:
-        return sum(len(r.input_ids) for r in self.rows)
+        return self.rows.tokens
 
     @property
     def supervised(self) -> int:
-        return sum(label != IGNORED for r in self.rows for label in r.labels)
+        return self.rows.count_labels(other_than=IGNORED)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,14 +57,13 @@ class Tokeniser:
     def tokenise(self, examples: Sequence[Example], file: str) -> TokenSet:
         """The examples' token set, from the cache where it is there. Raises DataError."""
         folder = self._folder(examples)
-        if folder and (folder / "set.json").exists():
-            raw = json.loads((folder / "set.json").read_text())
-            return TokenSet(rows=[TokenRow(**row) for row in raw.pop("rows")], **raw)
+        if folder and (folder / _COUNTS).exists():
+            return _load(folder)
         tokens = fit_examples(examples, file, self.dataset, self.tokenizer, self.format)
-        if folder:
-            rows = [{"number": r.number, "input_ids": r.input_ids, "labels": r.labels} for r in tokens.rows]
-            _write_cache(folder, {**vars(tokens), "rows": rows})
-        return tokens
+        if not folder:
+            return tokens
+        _keep(tokens, folder)
+        return _load(folder)
 
     def _folder(self, examples: Sequence[Example]) -> Path | None:
         if self.cache is None:
@@ -91,47 +93,70 @@ def fit_examples(
     examples: Sequence[Example], file: str, dataset: DatasetSpec, tokenizer: Any, format: DataFormat
 ) -> TokenSet:
     """Tokenise each example and apply on_overflow to those over max_length."""
-    rows, truncated, too_long = [], 0, 0
-    for example in examples:
-        try:
-            ids, labels = encode(example, tokenizer, format)
-        except ValueError as error:
-            raise DataError(file, str(error), row=example.number) from error
-        if len(ids) > dataset.max_length:
-            if dataset.on_overflow is Overflow.ERROR:
-                raise DataError(
-                    file,
-                    f"has {len(ids)} tokens, dataset.max_length is {dataset.max_length}",
-                    row=example.number,
-                    hint="raise dataset.max_length, or set dataset.on_overflow to truncate or drop",
-                )
-            if dataset.on_overflow is Overflow.DROP:
-                too_long += 1
-                continue
-            ids, labels, truncated = ids[: dataset.max_length], labels[: dataset.max_length], truncated + 1
-            if format is DataFormat.CLASSIFICATION:  # cut as its users will cut it: some tokenizers close every text
-                ids = list(tokenizer(example.text, truncation=True, max_length=dataset.max_length).input_ids)
-        if format is not DataFormat.CLASSIFICATION and all(
-            label == IGNORED for label in labels[1:]
-        ):  # the first token has no context to be predicted from
-            raise DataError(
-                file,
-                f"has no token to learn within dataset.max_length ({dataset.max_length})",
-                row=example.number,
-                hint="raise dataset.max_length, or set dataset.on_overflow: drop",
-            )
-        rows.append(TokenRow(number=example.number, input_ids=ids, labels=labels))
+    fitting = _Fitting(file=file, dataset=dataset, tokenizer=tokenizer, format=format)
+    rows = TokenRows.of(fitting.rows_of(examples))
     if not rows:
         raise no_row_fits(file, dataset.max_length)
-    return TokenSet(rows=rows, truncated=truncated, too_long=too_long)
+    return TokenSet(rows=rows, truncated=fitting.truncated, too_long=fitting.too_long)
 
 
-def _write_cache(folder: Path, value: dict[str, Any]) -> None:
+@dataclass(kw_only=True)
+class _Fitting:
+    """Makes rows of examples one by one, and counts those that do not fit."""
+
+    file: str
+    dataset: DatasetSpec
+    tokenizer: Any
+    format: DataFormat
+    truncated: int = field(default=0, init=False)
+    too_long: int = field(default=0, init=False)
+
+    def rows_of(self, examples: Sequence[Example]) -> Iterator[TokenRow]:
+        file, dataset, tokenizer, format = self.file, self.dataset, self.tokenizer, self.format
+        for example in examples:
+            try:
+                ids, labels = encode(example, tokenizer, format)
+            except ValueError as error:
+                raise DataError(file, str(error), row=example.number) from error
+            if len(ids) > dataset.max_length:
+                if dataset.on_overflow is Overflow.ERROR:
+                    raise DataError(
+                        file,
+                        f"has {len(ids)} tokens, dataset.max_length is {dataset.max_length}",
+                        row=example.number,
+                        hint="raise dataset.max_length, or set dataset.on_overflow to truncate or drop",
+                    )
+                if dataset.on_overflow is Overflow.DROP:
+                    self.too_long += 1
+                    continue
+                ids, labels = ids[: dataset.max_length], labels[: dataset.max_length]
+                self.truncated += 1
+                if format is DataFormat.CLASSIFICATION:  # cut as its users will cut it: some tokenizers close each text
+                    ids = list(tokenizer(example.text, truncation=True, max_length=dataset.max_length).input_ids)
+                    labels = [IGNORED] * len(ids)
+            if format is not DataFormat.CLASSIFICATION and all(
+                label == IGNORED for label in labels[1:]
+            ):  # the first token has no context to be predicted from
+                raise DataError(
+                    file,
+                    f"has no token to learn within dataset.max_length ({dataset.max_length})",
+                    row=example.number,
+                    hint="raise dataset.max_length, or set dataset.on_overflow: drop",
+                )
+            yield TokenRow(number=example.number, input_ids=ids, labels=labels)
+
+
+def _load(folder: Path) -> TokenSet:
+    return TokenSet(rows=TokenRows.load(folder), **json.loads((folder / _COUNTS).read_text()))
+
+
+def _keep(tokens: TokenSet, folder: Path) -> None:
     """Written aside and renamed: two trainers may prepare the same data at once."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(dir=folder.parent))
-    (aside / "set.json").write_text(json.dumps(value))
     try:
+        tokens.rows.save(aside)
+        (aside / _COUNTS).write_text(json.dumps({"truncated": tokens.truncated, "too_long": tokens.too_long}))
         aside.rename(folder)
     except OSError:
         shutil.rmtree(aside)  # the other one was first; its content is the same

@@ -23,6 +23,7 @@ from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
 from transformers.trainer_utils import speed_metrics
 
 from loractl.worker.base.arithmetic import evaluating, random_streams_kept
+from loractl.worker.data.token_rows import lengths_in
 from loractl.worker.data.tokens import TokenRow
 
 from .held_out import held_out_batches, loss_per_token
@@ -89,7 +90,7 @@ class PackMember:
         self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         scaler = torch.amp.GradScaler(forward.device.type) if args.fp16 else None
         self.optimizer = ScaledOptimizer(make_optimizer(self.model, args), scaler)
-        self.order = RowOrder([len(row.input_ids) for row in rows.train], args)
+        self.order = RowOrder(lengths_in(rows.train), args)
         self.control, self.state = TrainerControl(), self._first_state()
         self._schedule = get_scheduler(
             args.lr_scheduler_type,

@@ -99,5 +99,5 @@ def _places(rows: Sequence[TokenRow]) -> Array:
 
 def _shares(data: PreparedData) -> Array:
     """Each label's share of the training rows; none is zero."""
-    counts = np.bincount(_places(data.train.rows), minlength=len(data.label_names))
+    counts = np.bincount(data.train.rows.class_labels, minlength=len(data.label_names))
     return np.asarray(counts / counts.sum())

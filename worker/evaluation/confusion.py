@@ -5,13 +5,10 @@ The labels are those that the training rows teach. Any other answer counts as wr
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-
-from loractl.common.data.example import Example
-from loractl.common.data.findings import label_shares
 
 from .comparison import Compared, compare_shares, percent
 from .statistics import Array, draws, interval
@@ -79,9 +76,11 @@ def label_metrics(labels: Labels) -> list[Compared]:
     ]
 
 
-def labels_taught(examples: Sequence[Example]) -> list[str]:
-    """The labels that training answers consist of, the most frequent first; empty where they are not labels."""
-    shares = label_shares(examples)
+def labels_taught(shares: Mapping[str, float] | None) -> list[str]:
+    """The labels that training answers consist of, the most frequent first; empty where they are not labels.
+
+    `shares`: of each answer, see label_shares.
+    """
     return list(shares) if shares is not None and len(shares) > 1 else []
 
 

@@ -142,7 +142,7 @@ class Work:
     def of(cls, data: PreparedData, spec: JobSpec, tokenizer: Any) -> Work:
         asked = spec.evaluation
         examples = data.held_out_examples[: asked.max_rows]
-        labels = labels_taught(data.train_examples) if Metric.LABELS in asked.metrics else []
+        labels = labels_taught(data.answer_shares) if Metric.LABELS in asked.metrics else []
         label_tokens = max((len(tokenizer(name, add_special_tokens=False).input_ids) for name in labels), default=0)
         several = answers_of(examples, tokenizer, spec.dataset.max_length) if Metric.CONTEXT in asked.metrics else []
         return cls(

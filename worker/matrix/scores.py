@@ -18,6 +18,7 @@ from loractl.common.job.spec import JobSpec
 from loractl.worker.base.arithmetic import evaluating
 from loractl.worker.data.prepared import PreparedData, prepare_data
 from loractl.worker.data.template import templated
+from loractl.worker.data.token_rows import TokenRows
 from loractl.worker.data.token_set import TokenSet, fit_examples
 from loractl.worker.evaluation.answers import rouge
 from loractl.worker.evaluation.confusion import Labels
@@ -94,7 +95,7 @@ def task_from_file(name: str, path: Path, tokenizer: Any, asked: EvaluationSpec)
     dataset = DatasetSpec(path=str(path), on_overflow=Overflow.TRUNCATE)
     tokens = fit_examples(examples, str(path), dataset, tokenizer, format)
     data = PreparedData(
-        format=format, why=why, train=TokenSet(rows=[], truncated=0, too_long=0), held_out=tokens,
+        format=format, why=why, train=TokenSet(rows=TokenRows.of(()), truncated=0, too_long=0), held_out=tokens,
         train_examples=examples, held_out_examples=examples, dropped=[], overlap=0, sha256=None,
     )  # fmt: skip
     spec = JobSpec(name="matrix", base_model="matrix", method=Method.LORA, dataset=dataset, evaluation=asked)

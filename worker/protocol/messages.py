@@ -71,6 +71,7 @@ class Start(_Message):
 
     type: Literal["start"] = "start"
     attempt: int
+    mark: str | None = None  # of the attempt, for processes that a trainer which is several jobs' starts for this one
     user: str
     node: str
     gpu: str

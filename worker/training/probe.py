@@ -19,6 +19,7 @@ from loractl.worker.base.batches import in_batches
 from loractl.worker.base.gauge import in_a_sentence, is_out_of_memory
 from loractl.worker.base.learner import Learner
 from loractl.worker.data.prepared import PreparedData
+from loractl.worker.data.token_rows import lengths_in
 from loractl.worker.data.tokens import TokenRow
 from loractl.worker.engine.loss import MicroBatch, learned_in
 from loractl.worker.engine.member import PackMember
@@ -96,7 +97,8 @@ class Probe(TrainerCallback):
 
 def longest(rows: Sequence[TokenRow], count: int) -> list[TokenRow]:
     """The rows with the most tokens: they make the largest batch that can come."""
-    return sorted(rows, key=lambda row: -len(row.input_ids))[:count]
+    lengths = lengths_in(rows)
+    return [rows[place] for place in sorted(range(len(rows)), key=lambda place: -lengths[place])[:count]]
 
 
 def _try_step(member: PackMember, rows: list[TokenRow]) -> None:

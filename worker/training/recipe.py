@@ -25,10 +25,9 @@ from loractl.worker.base.learner import Learner
 from loractl.worker.base.lora import add_adapter
 from loractl.worker.base.model import load_tokenizer
 from loractl.worker.base.source import family_of
-from loractl.worker.data.check import warnings_about
 from loractl.worker.data.lengths import lengths_of
-from loractl.worker.data.packing import check_apart, packed
-from loractl.worker.data.prepared import PreparedData, prepare_data, prepare_regression
+from loractl.worker.data.packing import check_apart
+from loractl.worker.data.prepared import PreparedData
 from loractl.worker.data.template import templated
 from loractl.worker.engine.passes.choice import forward_pass, may_share, shared_base
 from loractl.worker.engine.passes.lean import LeanPass
@@ -47,6 +46,8 @@ from .arguments import check_trackers
 from .gang.meeting import Gang, base_of, gathered
 from .loop import Callbacks, fit
 from .need import tell_need, tell_padded
+from .preparation.aside import is_large, prepare_aside
+from .preparation.rows import prepare_rows
 from .resume import checkpoint_to_resume
 from .run import Run
 
@@ -67,7 +68,7 @@ def train(run: Run) -> Ended:
     with run.leg.aside():  # others compute meanwhile
         tokenizer = load_tokenizer(run.spec.base_model, run.spec.revision, run_code=order.run_code)
         tokenizer = templated(tokenizer, run.spec.dataset.template)
-        data = _read_data(run, tokenizer)
+        data = _prepared(run, tokenizer)
     tasks = find_tasks(run.spec, order.lm_eval_tasks)
     tell_need(run, data)
     run.between()
@@ -120,18 +121,11 @@ def longest_row(data: PreparedData) -> int:
     return max(lengths.train, lengths.evaluate)
 
 
-def _read_data(run: Run, tokenizer: Any) -> PreparedData:
+def _prepared(run: Run, tokenizer: Any) -> PreparedData:
     """Tokenised and packed as the job asks, with what the history should know of them. Raises DataError."""
-    order, spec = run.order, run.spec
     run.say("reads the rows, and turns them into tokens")
-    data = prepare_data(
-        spec.dataset, order.data_path, order.eval_path, order.data_sha256, tokenizer, Path(order.cache_dir)
-    )
-    if order.regression_path is not None:
-        name = spec.evaluation.regression or order.regression_path
-        other, commit = prepare_regression(spec.dataset, name, order.regression_path, data.train_examples, tokenizer)
-        data = replace(data, regression=other, commits=data.commits | ({"regression": commit} if commit else {}))
-    data = packed(replace(data, warnings=warnings_about(spec, data, tokenizer)), spec)
+    aside = run.order.joins and is_large(run.order)
+    data = prepare_aside(run) if aside else prepare_rows(run.order, run.spec, tokenizer)
     _note_data(run, data)
     return data
 

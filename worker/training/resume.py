@@ -71,10 +71,7 @@ def begun_with(order: Start, checkpoint: Checkpoint | None) -> str | None:
 
 def belongs_to(order: Start, data: PreparedData) -> dict[str, str]:
     """What a checkpoint of this order belongs to, by name."""
-    read: list[Any] = [[r.input_ids, r.starts] for r in data.trained_rows]
-    if data.label_names:
-        read += [data.label_names, [r.label for r in data.trained_rows]]
-    return {**training_digests(order.spec, order.method, read), "format": FORMAT}
+    return {**training_digests(order.spec, order.method, data.digest), "format": FORMAT}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,6 @@ business. All that a library prints goes to stderr, which becomes the job's log.
 from __future__ import annotations
 
 import contextlib
-import errno
 import functools
 import gc
 import os
@@ -26,7 +25,6 @@ from loractl.common.errors import DataError
 from loractl.common.job.status import Reason, Stage
 from loractl.worker.base.kernels import load_kernels
 from loractl.worker.base.quiet import quieten, tell_once
-from loractl.worker.protocol.card_error import card_error
 from loractl.worker.protocol.log_lines import log_line
 from loractl.worker.protocol.messages import Ended, Passed, Release, Share, Start, Stop, Take, Told, encode
 from loractl.worker.protocol.orders import MemberOver, OrderDesk, Orders
@@ -247,7 +245,7 @@ def _run(run: Run, orders: Orders) -> Ended:
 
 
 def _trained(run: Run) -> Ended:
-    from loractl.worker.base.failure import TrainingFailed
+    from loractl.worker.base.failure import TrainingFailed, explain
     from loractl.worker.engine.ranks.link import is_lost
 
     from .gang.follower import follow
@@ -265,8 +263,7 @@ def _trained(run: Run) -> Ended:
     except Stopped:
         return ended(Reason.DRAINED if run.save_on_stop.is_set() else Reason.CANCELLED, "stopped when asked to")
     except DataError as error:
-        hint = f" ({error.hint})" if error.hint else ""
-        return ended(Reason.BAD_DATA, f"{error.sentence}{hint}")
+        return ended(Reason.BAD_DATA, error.with_hint)
     except TrainingFailed as error:
         if error.__cause__ is not None:  # a library's; where there is none, the sentence says all
             run.write("".join(traceback.format_exception(error.__cause__)))
@@ -276,7 +273,7 @@ def _trained(run: Run) -> Ended:
         run.write(traceback.format_exc())
         if order.ranks and is_lost(error):
             return ended(Reason.TRAINER_ERROR, LINK_LOST)
-        reason, message = _explain(error, own_limit=order.device == "cpu" and order.memory_limit is not None)
+        reason, message = explain(error, own_limit=order.device == "cpu" and order.memory_limit is not None)
         if reason is Reason.TRAINER_ERROR and Stage.EVALUATING in run.stages:
             reason = Reason.EVALUATION_FAILED
         return ended(reason, message)
@@ -302,28 +299,6 @@ def _import() -> None:
 
 def _nothing() -> None:
     """Another recipe imports what it needs itself."""
-
-
-def _explain(error: Exception, *, own_limit: bool) -> tuple[Reason, str]:
-    """The reason and the sentence for an error that was not caught closer to its cause.
-
-    `own_limit`: this process's RAM is held to a limit, so that it ran out of that and not of the box's RAM.
-    """
-    from loractl.worker.base.gauge import in_a_sentence, is_card_full, is_out_of_memory
-
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    first, text = (lines[0] if lines else "no message"), str(error)
-    if is_card_full(error) or (own_limit and is_out_of_memory(error)):
-        return Reason.OUT_OF_MEMORY, in_a_sentence(error)
-    if is_out_of_memory(error):
-        return Reason.HOST_OUT_OF_MEMORY, "the box has not enough RAM for this job"
-    # torch and safetensors wrap the operating system's error in their own
-    wrapped = any(words in text for words in ("No space left on device", "os error 28", "PytorchStreamWriter failed"))
-    if wrapped or (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)):
-        return Reason.DISK_FULL, f"no space is left for {getattr(error, 'filename', None) or 'the job’s files'}"
-    if (said := card_error(text)) is not None:
-        return said
-    return Reason.TRAINER_ERROR, f"{type(error).__name__}: {first}"
 
 
 def _take_pipes() -> tuple[IO[str], IO[str]]:

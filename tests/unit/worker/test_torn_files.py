@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from loractl.common.artifacts import checkpoint_prefix, manifest_sha256, sha256_of
-from loractl.common.job.identity import training_digests
+from loractl.common.job.identity import data_digest, training_digests
 from loractl.common.job.method import Method
 from loractl.common.settings import load_settings
 from loractl.common.store.database import make_engine
@@ -140,7 +140,9 @@ def test_what_82e4d97_finished_or_saved_is_taken_up(finished: Path, tmp_path: Pa
     }
     (folder := tmp_path / "checkpoints" / "checkpoint-5").mkdir(parents=True)
     close_checkpoint(folder, step=5, finished=False, belongs_to=saved)
-    now = training_digests(factories.spec(), Method.LORA, [[[1, 2, 3], []], [[4, 5], [0]]])
+    now = training_digests(factories.spec(), Method.LORA, data_digest([[[1, 2, 3], []], [[4, 5], [0]]]))
     assert newest_checkpoint([folder.parent], now) is not None
-    changed = training_digests(factories.spec(lora={"r": 8}), Method.LORA, [[[1, 2, 3], []], [[4, 5], [0]]])
+    changed = training_digests(
+        factories.spec(lora={"r": 8}), Method.LORA, data_digest([[[1, 2, 3], []], [[4, 5], [0]]])
+    )
     assert newest_checkpoint([folder.parent], changed) is None

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loractl.common.job.identity import FROM_THE_START, UNDECIDING, spec_digest, training_digests
+from loractl.common.job.identity import FROM_THE_START, UNDECIDING, data_digest, spec_digest, training_digests
 from loractl.common.job.method import Method
 from loractl.common.job.sections import LoraSpec, TrainingSpec
 from loractl.common.job.spec import JobSpec, spec_keys
@@ -136,7 +136,7 @@ def test_what_82e4d97_stored_is_taken_up(written: str) -> None:
     spec = JobSpec.model_validate(tree)
     assert spec_digest(spec) == digest
     names = ("base_model", "lora", "training", "method", "data")
-    assert training_digests(spec, Method.LORA, rows) == dict(zip(names, parts, strict=True))
+    assert training_digests(spec, Method.LORA, data_digest(rows)) == dict(zip(names, parts, strict=True))
 
 
 def test_every_key_of_the_job_file_is_known_to_decide_or_not() -> None:
@@ -164,7 +164,9 @@ def test_two_jobs_have_one_digest_when_they_say_the_same(one: set[str], other: s
 
 @pytest.mark.parametrize("key", OTHERWISE)
 def test_a_checkpoint_is_told_apart_by_what_changes_the_training(key: str) -> None:
-    plain, other = (training_digests(job(values), Method.LORA, ROWS) for values in ({}, {key: OTHERWISE[key]}))
+    plain, other = (
+        training_digests(job(values), Method.LORA, data_digest(ROWS)) for values in ({}, {key: OTHERWISE[key]})
+    )
     differing = {name for name in plain.keys() | other.keys() if plain.get(name) != other.get(name)}
     section = key.partition(".")[0]
     if section in ("lora", "training") and key not in RECOMPUTED:
@@ -177,10 +179,10 @@ def test_a_checkpoint_is_told_apart_by_what_changes_the_training(key: str) -> No
 
 def test_the_same_batch_in_other_pieces_goes_on_from_the_same_checkpoint() -> None:
     pieces = job({"training.per_device_train_batch_size": 2, "training.gradient_accumulation_steps": 8})
-    plain = training_digests(job({}), Method.LORA, ROWS)
-    assert training_digests(pieces, Method.LORA, ROWS) == plain
-    assert training_digests(job({}), Method.QLORA, ROWS).items() - plain.items() != set()
-    assert training_digests(job({}), Method.LORA, ROWS[:1]) != plain
+    plain = training_digests(job({}), Method.LORA, data_digest(ROWS))
+    assert training_digests(pieces, Method.LORA, data_digest(ROWS)) == plain
+    assert training_digests(job({}), Method.QLORA, data_digest(ROWS)).items() - plain.items() != set()
+    assert training_digests(job({}), Method.LORA, data_digest(ROWS[:1])) != plain
 
 
 def test_a_limit_counts_where_there_is_something_to_limit() -> None:
@@ -217,7 +219,7 @@ def test_a_new_key_refuses_nothing_that_is_stored(written: str) -> None:
     tree, digest, rows, parts = STORED[written]
     later = _Wider.model_validate(tree)
     assert spec_digest(later) == digest
-    assert list(training_digests(later, Method.LORA, rows).values()) == parts
+    assert list(training_digests(later, Method.LORA, data_digest(rows)).values()) == parts
     out = _Wider.model_validate(later.model_dump(mode="json"))  # as it is stored, with every default written out
     assert spec_digest(out) == digest
 
@@ -234,5 +236,5 @@ def test_a_new_key_refuses_nothing_that_is_stored(written: str) -> None:
 def test_a_new_key_that_says_something_is_told_apart(said: dict[str, Any], part: str) -> None:
     plain, other = _Wider.model_validate(MINIMAL), _Wider.model_validate({**MINIMAL, **said})
     assert spec_digest(other) != spec_digest(plain)
-    before, now = (training_digests(spec, Method.LORA, ROWS) for spec in (plain, other))
+    before, now = (training_digests(spec, Method.LORA, data_digest(ROWS)) for spec in (plain, other))
     assert {name for name in before.keys() | now.keys() if before.get(name) != now.get(name)} == {part}

@@ -1,0 +1,143 @@
+"""Tokenised rows in columns: they take little memory, and lie in files that another process maps."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+import numpy.typing as npt
+
+from .tokens import TokenRow
+
+Column = npt.NDArray[Any]
+
+_END = ".npy"
+
+
+class TokenRows(Sequence[TokenRow]):
+    """Rows in their order. Each is made anew when it is asked for.
+
+    Columns: `number` and `end` (the place behind its last token) have a value for each row, `input_ids` and `labels`
+    one for each token. `start` has a value for each further example of packed rows, `start_end` and a classifier's
+    `label` one for each row; these are missing where no row has any.
+    """
+
+    def __init__(self, columns: Mapping[str, Column], folder: Path | None = None) -> None:
+        self._columns = columns
+        self._folder = folder  # that they are mapped from
+
+    @classmethod
+    def of(cls, rows: Iterable[TokenRow]) -> TokenRows:
+        """The columns of these rows, which are looked at once."""
+        number, end, ids, labels = array("q"), array("q"), array("i"), array("i")
+        start, start_end, label = array("q"), array("q"), array("q")
+        for row in rows:
+            number.append(row.number)
+            ids.extend(row.input_ids)
+            labels.extend(row.labels)
+            end.append(len(ids))
+            start.extend(row.starts)
+            start_end.append(len(start))
+            if row.label is not None:
+                label.append(row.label)
+        columns = {"number": number, "end": end, "input_ids": ids, "labels": labels}
+        columns |= {"start": start, "start_end": start_end} if start else {}
+        columns |= {"label": label} if label else {}
+        return cls({name: np.asarray(column) for name, column in columns.items()})
+
+    @classmethod
+    def load(cls, folder: Path) -> TokenRows:
+        """Map the rows that were saved there. Raises OSError, ValueError."""
+        columns = {path.stem: np.load(path, "r", allow_pickle=False) for path in folder.glob(f"*{_END}")}
+        return cls(columns, folder)
+
+    def save(self, folder: Path) -> Path:
+        """Write the columns into this folder, unless they lie in one; returns where they are. Raises OSError."""
+        if self._folder is not None:
+            return self._folder
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, column in self._columns.items():
+            with (folder / f"{name}{_END}").open("wb") as file:
+                np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(column))
+                file.write(np.ascontiguousarray(column).data)  # np.save would not say that the disk is full
+        return folder
+
+    def labelled(self, labels: Sequence[int]) -> TokenRows:
+        """The rows with these labels, in their order."""
+        return TokenRows({**self._columns, "label": np.array(labels, dtype=np.int64)})
+
+    @property
+    def numbers(self) -> list[int]:
+        return self._list("number")
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each row."""
+        lengths: list[int] = np.diff(self._columns["end"], prepend=0).tolist()
+        return lengths
+
+    @property
+    def class_labels(self) -> list[int]:
+        """A classifier's label of each row; empty for other rows."""
+        return self._list("label") if "label" in self._columns else []
+
+    @property
+    def tokens(self) -> int:
+        return len(self._columns["input_ids"])
+
+    def count_labels(self, other_than: int) -> int:
+        """Tokens whose label is another one."""
+        return int(np.count_nonzero(self._columns["labels"] != other_than))
+
+    def __len__(self) -> int:
+        return len(self._columns["number"])
+
+    def __iter__(self) -> Iterator[TokenRow]:
+        return map(self._at, range(len(self)))
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, TokenRows):
+            return NotImplemented
+        mine, theirs = self._columns, other._columns
+        return mine.keys() == theirs.keys() and all(np.array_equal(mine[name], theirs[name]) for name in mine)
+
+    __hash__ = None  # type: ignore[assignment]  # equal by what they hold, like a list
+
+    @overload
+    def __getitem__(self, place: int) -> TokenRow: ...
+
+    @overload
+    def __getitem__(self, place: slice) -> list[TokenRow]: ...
+
+    def __getitem__(self, place: int | slice) -> TokenRow | list[TokenRow]:
+        if isinstance(place, slice):
+            return [self._at(one) for one in range(*place.indices(len(self)))]
+        if not -len(self) <= place < len(self):
+            raise IndexError(place)
+        return self._at(place % len(self))
+
+    def _at(self, place: int) -> TokenRow:
+        columns, tokens = self._columns, self._span("end", place)
+        return TokenRow(
+            number=int(columns["number"][place]),
+            input_ids=columns["input_ids"][tokens].tolist(),
+            labels=columns["labels"][tokens].tolist(),
+            starts=tuple(columns["start"][self._span("start_end", place)].tolist()) if "start" in columns else (),
+            label=int(columns["label"][place]) if "label" in columns else None,
+        )
+
+    def _span(self, ends: str, place: int) -> slice:
+        end = self._columns[ends]
+        return slice(int(end[place - 1]) if place else 0, int(end[place]))
+
+    def _list(self, name: str) -> list[int]:
+        values: list[int] = self._columns[name].tolist()
+        return values
+
+
+def lengths_in(rows: Sequence[TokenRow]) -> list[int]:
+    """Tokens of each row, without making the rows where they lie in columns."""
+    return rows.lengths if isinstance(rows, TokenRows) else [len(row.input_ids) for row in rows]

@@ -1,0 +1,104 @@
+"""A preparation in a process of its own, so that those who train in ours keep the interpreter for themselves.
+
+The process gets the order on its stdin and ends with it, and so with us. It has the attempt's marks and no card.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from loractl.common.job.status import Reason
+from loractl.worker.base.failure import TrainingFailed
+from loractl.worker.data.prepared import PreparedData
+from loractl.worker.protocol.exit_reason import exit_reason
+from loractl.worker.protocol.messages import Ended, Start, Told, decode_told, encode
+
+from ..run import Run
+from ..spare import JOB_VARIABLE, RUN_VARIABLE
+from .handover import read_handover
+
+PROCESS = "loractl.worker.training.preparation.process"
+
+LARGE_BYTES = 1_000_000
+"""From this size of its files on, data are prepared in a process of their own: it takes as long to begin as that."""
+
+LOOK_S = 0.02
+"""Seconds between two looks whether it has ended. A stop is seen at once."""
+
+
+def is_large(order: Start) -> bool:
+    """Whether it takes long to prepare the order's data: large files, and whatever comes from the hub."""
+    paths = [Path(path) for path in (order.data_path, order.eval_path, order.regression_path) if path is not None]
+    size = sum(path.stat().st_size for path in paths if path.is_file())
+    return size >= LARGE_BYTES or not all(path.is_absolute() for path in paths)
+
+
+def prepare_aside(run: Run) -> PreparedData:
+    """The data of a job, prepared while others train. Raises TrainingFailed with the reason that it has there, Stopped.
+
+    Its files are mapped, and are gone when this returns.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="data-", dir=Path(run.order.output_dir).parent))
+    try:
+        ended = _run(run, folder)
+        if ended.reason is not Reason.OK:
+            raise TrainingFailed(ended.reason, ended.message)
+        return read_handover(folder)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _run(run: Run, folder: Path) -> Ended:
+    """Stay with the process to its end; a stop ends it."""
+    order = run.order.model_copy(update={"spec": run.spec})
+    log = folder / "log.txt"
+    with log.open("w", encoding="utf-8") as printed:
+        process = subprocess.Popen(
+            [sys.executable, "-m", PROCESS, str(folder)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=printed,
+            encoding="utf-8",
+            env=_environment(order),
+        )
+    assert process.stdin is not None and process.stdout is not None
+    try:
+        run.say(f"prepares its data beside the others, in process {process.pid}")
+        try:
+            process.stdin.write(encode(order))
+            process.stdin.flush()
+        except BrokenPipeError:
+            pass  # how it ended says why
+        while process.poll() is None:
+            if run.stop.wait(LOOK_S):
+                run.check_stop()
+    finally:
+        process.kill()
+        told, _ = process.communicate()
+        lines = log.read_text("utf-8", errors="replace")
+        if lines:
+            run.write(lines)
+    for line in told.splitlines():
+        if isinstance(message := _told(line), Ended):
+            return message
+    limited = order.device == "cpu" and order.memory_limit is not None
+    why = exit_reason(process.returncode, lines.splitlines(), limited=limited)
+    return Ended(job_id=order.job_id, **{**why, "message": f"while it prepared its data, {why['message']}"})
+
+
+def _told(line: str) -> Told | None:
+    try:
+        return decode_told(line)
+    except ValueError:
+        return None  # a library's
+
+
+def _environment(order: Start) -> dict[str, str]:
+    marks = {JOB_VARIABLE: str(order.job_id)} | ({RUN_VARIABLE: order.mark} if order.mark else {})
+    alone = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    return {**os.environ, **marks, **alone}

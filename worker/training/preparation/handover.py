@@ -1,0 +1,69 @@
+"""Prepared data as files that one process writes and another one maps: JSON, and columns of numbers."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from loractl.common.data.example import Example, Turn
+from loractl.common.job.sections import DataFormat
+from loractl.common.job.spec import JobSpec
+from loractl.worker.data.prepared import PreparedData
+from loractl.worker.data.token_rows import TokenRows
+from loractl.worker.data.token_set import TokenSet
+
+_FILE = "data.json"
+
+_PLAIN = ("why", "dropped", "overlap", "repeated", "sha256", "commits", "seen")
+
+
+def write_handover(data: PreparedData, spec: JobSpec, folder: Path) -> None:
+    """Write all that a training needs of its data. Rows that lie in the cache are named only. Raises OSError."""
+    asked = spec.evaluation
+    measured = None if asked.max_rows is None else max(asked.max_rows, asked.samples)
+    value = {
+        **{name: getattr(data, name) for name in _PLAIN},
+        "format": data.format.value,
+        "warnings": data.warnings,
+        "label_names": data.label_names,
+        "held_out_examples": [asdict(example) for example in data.held_out_examples[:measured]],
+        "train": _written(data.train, folder / "train"),
+        "held_out": _written(data.held_out, folder / "held-out"),
+        "regression": None if data.regression is None else _written(data.regression, folder / "regression"),
+        "packed": None if data.packed is None else str(data.packed.save(folder / "packed")),
+    }
+    (folder / _FILE).write_text(json.dumps(value), "utf-8")
+
+
+def read_handover(folder: Path) -> PreparedData:
+    """Map what was written. The folder may go afterwards. Raises OSError, ValueError."""
+    value = json.loads((folder / _FILE).read_text("utf-8"))
+    seen, packed, regression = value.pop("seen"), value.pop("packed"), value.pop("regression")
+    data = PreparedData(
+        format=DataFormat(value.pop("format")),
+        warnings=tuple(value.pop("warnings")),
+        label_names=tuple(value.pop("label_names")),
+        train_examples=(),
+        held_out_examples=[_example(**fields) for fields in value.pop("held_out_examples")],
+        train=_mapped(value.pop("train")),
+        held_out=_mapped(value.pop("held_out")),
+        regression=None if regression is None else _mapped(regression),
+        packed=None if packed is None else TokenRows.load(Path(packed)),
+        **value,
+    )
+    vars(data)["seen"] = seen  # what was seen of examples that are not here
+    return data
+
+
+def _written(tokens: TokenSet, folder: Path) -> dict[str, Any]:
+    return {**vars(tokens), "rows": str(tokens.rows.save(folder))}
+
+
+def _mapped(value: dict[str, Any]) -> TokenSet:
+    return TokenSet(**{**value, "rows": TokenRows.load(Path(value["rows"]))})
+
+
+def _example(*, turns: list[dict[str, str]], **fields: Any) -> Example:
+    return Example(turns=tuple(Turn(**turn) for turn in turns), **fields)

@@ -1,0 +1,25 @@
+"""The rows of an order: read, checked, tokenised, packed."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from loractl.common.job.spec import JobSpec
+from loractl.worker.data.check import warnings_about
+from loractl.worker.data.packing import packed
+from loractl.worker.data.prepared import PreparedData, prepare_data, prepare_regression
+from loractl.worker.protocol.messages import Start
+
+
+def prepare_rows(order: Start, spec: JobSpec, tokenizer: Any) -> PreparedData:
+    """Prepare the data as the job asks. `tokenizer`: with the job's template. Raises DataError, TrainingFailed."""
+    data = prepare_data(
+        spec.dataset, order.data_path, order.eval_path, order.data_sha256, tokenizer, Path(order.cache_dir)
+    )
+    if order.regression_path is not None:
+        name = spec.evaluation.regression or order.regression_path
+        other, commit = prepare_regression(spec.dataset, name, order.regression_path, data.train_examples, tokenizer)
+        data = replace(data, regression=other, commits=data.commits | ({"regression": commit} if commit else {}))
+    return packed(replace(data, warnings=warnings_about(spec, data, tokenizer)), spec)
