@@ -40,6 +40,8 @@ class Occupant:
     priority: int = 0
     preemptible: bool = False  # gives way to a job of higher priority
     ends: dt.datetime | None = None  # expected; None: not known
+    began: dt.datetime | None = None
+    gives_way_to: int | None = None  # the job for which it was asked to stop
     host: str | None = None  # the mark of the trainer that it shares, or may share; None: of its own
 
 

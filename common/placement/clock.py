@@ -165,7 +165,7 @@ class Clock:
             host = placed.join.base.host
         elif host is not None and packed is not None:
             heapq.heappush(self._opens, (self._moment + start_s, card.node, host))
-        occupant = Occupant(job_id=job.job_id, user=job.user, reserved=placed.reserved, ends=ends, host=host)
+        occupant = Occupant(job_id=job.job_id, user=job.user, reserved=placed.reserved, ends=ends, began=now, host=host)
         self.cards[card.node] = card
         for share in placed.shares:
             there = self.cards[share.node]

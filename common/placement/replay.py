@@ -109,7 +109,9 @@ class PlacementRule:
         self._running: dict[int, tuple[str, int, dt.datetime, bool]] = {}  # user, bytes, from when, started here
         if since is not None:
             self._past = {user: (amount, since) for user, amount in (charges or {}).items()}
-            self._running = {job.job_id: (job.user, job.reserved, since, False) for job in running}
+            for job in running:  # one on several cards is on each of them
+                _, before, *_ = self._running.get(job.job_id, ("", 0))
+                self._running[job.job_id] = (job.user, before + job.reserved, since, False)
 
     def arrived(self, job: ReplayedJob) -> None:
         waiting = job.waiting
@@ -125,7 +127,8 @@ class PlacementRule:
         placed = [decision.placed for decision in decisions if decision.placed is not None]
         for placement in placed:
             job = placement.job
-            self._running[job.job_id] = (job.user, placement.reserved, now, True)
+            size = sum(share.bytes for share in placement.shares)
+            self._running[job.job_id] = (job.user, size, now, True)
             self._drop(job)
         return placed
 

@@ -35,7 +35,9 @@ OLDEST_FIRST_AFTER_S = 24 * 3600.0
 
 IDLE_FOR_GANG_S = 3600.0
 """A card that has room already stays idle for a job on several only where the others will have room so soon, or once
-the job has waited a day: others may use it meanwhile, and nothing idles for long."""
+the job has waited a day: others may use it meanwhile, and nothing idles for long. A job that began within that time and
+whose end is not known yet counts as one that ends soon: else short jobs on two cards, of which one has always just
+begun, would pass the job for a day."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,6 +163,10 @@ class _Fleet:
         """The way in which several cards are to share the job, see `gangs.gang_of`."""
         return gang_of(job, self.cards.values()) if job.gangs else None
 
+    def is_given_way(self, job: Waiting) -> bool:
+        """Whether running jobs were asked to stop for it: in vain, if others took what it has beside their room."""
+        return any(one.gives_way_to == job.job_id for card in self.cards.values() for one in card.running)
+
     def start(self, placed: Placement) -> None:
         """Take what the job has of its cards."""
         job, host, packed = placed.job, None, None
@@ -245,7 +251,7 @@ def _try(job: Waiting, fleet: _Fleet, now: dt.datetime) -> Iterator[Decision]:
     if placed is not None:
         fleet.start(placed)
         yield Decision(placed=placed)
-    elif fleet.kept is None and waited(job, now) >= RESERVE_AFTER_S:
+    elif fleet.kept is None and (waited(job, now) >= RESERVE_AFTER_S or fleet.is_given_way(job)):
         fleet.kept = _keep(job, fleet, now) if gang is None else _keep_gang(job, gang, fleet, now)
         if fleet.kept is not None:
             yield Decision(reserved=fleet.kept)
@@ -324,7 +330,7 @@ def _keep_gang(job: Waiting, gang: SharedNeed, fleet: _Fleet, now: dt.datetime) 
     if first is None:
         return None
     _, found = first
-    soon = found.at is not None and (found.at - now).total_seconds() <= IDLE_FOR_GANG_S
+    soon = all(_ends_soon(one, now) for _, room in found.rooms for one in room.after)
     idle = soon or waited(job, now) >= OLDEST_FIRST_AFTER_S
     kept = [
         Kept(node=card.node, spare=room.spare, spare_slots=room.spare_slots)
@@ -332,6 +338,13 @@ def _keep_gang(job: Waiting, gang: SharedNeed, fleet: _Fleet, now: dt.datetime) 
         if idle or room.after
     ]
     return None if not kept else Reservation(job=job, beside=tuple(kept[1:]), **vars(kept[0]))
+
+
+def _ends_soon(job: Occupant, now: dt.datetime) -> bool:
+    """Whether its end is near; or is not known yet, as it began a short while ago."""
+    if job.ends is not None:
+        return (job.ends - now).total_seconds() <= IDLE_FOR_GANG_S
+    return job.began is not None and (now - job.began).total_seconds() <= IDLE_FOR_GANG_S
 
 
 def _rooms(job: Waiting, fleet: _Fleet, now: dt.datetime) -> Iterator[tuple[int, int, Card, Room]]:

@@ -24,6 +24,10 @@ NODE_STALE_S = 60.0
 """A node that was not seen for so long counts as offline."""
 
 
+LEAVES_IN_S = 10.0
+"""A job that was asked to end ends its step and writes a checkpoint, which takes about so long at most."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class FleetView:
     """The whole fleet at one moment, and what the rule would do with it."""
@@ -57,7 +61,8 @@ class FleetView:
 
 
 OCCUPANT = (
-    Job.job_id, Job.user, Job.node, Job.vram_reserved, Job.eta_seconds, Job.priority, Job.preemptible, Job.attempt
+    Job.job_id, Job.user, Job.node, Job.vram_reserved, Job.eta_seconds, Job.priority, Job.preemptible, Job.attempt,
+    Job.started_at, Job.preempted_by, Job.cancel_requested,
 )  # fmt: skip
 """What a card shows of a running job."""
 
@@ -90,7 +95,9 @@ def card_of(
                 used=max(int(node.used.get(str(row.job_id), 0)), held.get(row.job_id, 0)),
                 priority=row.priority,
                 preemptible=row.preemptible,
-                ends=None if row.eta_seconds is None else now + dt.timedelta(seconds=row.eta_seconds),
+                ends=_end_of(row, now),
+                began=row.started_at,
+                gives_way_to=row.preempted_by,
                 host=marks.get((row.job_id, row.attempt)),
             )
             for row in running
@@ -104,6 +111,13 @@ def card_of(
         gangs=bool(node.gangs) and not node.gpu.startswith("MIG-"),  # slices can't talk to each other
         user_limit=node.user_limit,
     )
+
+
+def _end_of(row: Any, now: dt.datetime) -> dt.datetime | None:
+    """When a running job is expected to end: soon where it was asked to."""
+    asked = row.preempted_by is not None or row.cancel_requested
+    known = [seconds for seconds in (row.eta_seconds, LEAVES_IN_S if asked else None) if seconds is not None]
+    return now + dt.timedelta(seconds=min(known)) if known else None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,6 +16,7 @@ from loractl.common.job.need import Need, permitted_methods
 from loractl.common.job.status import Stage, Status
 from loractl.common.memory.engine import ENGINE
 from loractl.common.placement.cards import Card, could_start
+from loractl.common.placement.gangs import may_share
 from loractl.common.placement.hosts import Seat, joined, seat
 from loractl.common.placement.joins import may_join, open_bases
 from loractl.common.placement.rule import Placement
@@ -94,9 +95,15 @@ def _given(tx: Transaction, mine: Card, cards: Sequence[Card], now: dt.datetime)
         if any(share.node == mine.node for share in placed.shares):
             first, *others = own_first(placed, mine.node)
             return replace(placed, node=first.node, reserved=first.bytes, beside=tuple(others))
-        if could_start(placed.job, mine, cards) or may_join(mine, placed.job):
+        if could_start(placed.job, mine, cards) or may_join(mine, placed.job) or _could_share(placed, mine):
             left.add(placed.node)
     return Left(nodes=frozenset(left)) if left else None
+
+
+def _could_share(placed: Placement, mine: Card) -> bool:
+    """Whether the card had room for a share of a job that others get, so that the job may have woken it alone."""
+    room = mine.free if mine.slots else 0
+    return bool(placed.beside) and may_share(mine, placed.job) and any(one.bytes <= room for one in placed.shares)
 
 
 def _take(tx: Transaction, placed: Placement, cards: Sequence[Card], node: Node, lease_s: float) -> Claim | Left:

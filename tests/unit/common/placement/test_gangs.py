@@ -8,6 +8,7 @@ import random
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -124,22 +125,63 @@ def test_a_stream_of_small_jobs_passes_a_gang_for_half_an_hour_and_the_length_of
     assert wait_in_a_stream(length, step, {"ada": 99.0}) <= dt.timedelta(seconds=OLDEST_FIRST_AFTER_S) + length + step
 
 
-def wait_in_a_stream(length: dt.timedelta, step: dt.timedelta, charges: dict[str, float]) -> dt.timedelta:
-    """How long a gang waits for two cards, with small jobs of `length` for every place that gets free."""
+def test_jobs_whose_ends_are_not_known_yet_pass_a_gang_no_longer() -> None:
+    """Their ends are known after their first steps. With two cards, one has always just begun."""
+    length, step = dt.timedelta(minutes=40), dt.timedelta(minutes=5)
+    bound = dt.timedelta(seconds=RESERVE_AFTER_S) + length + step
+    assert wait_in_a_stream(length, step, {}, known_after=dt.timedelta(minutes=25)) <= bound
+    assert wait_in_a_stream(length, step, {}, known_after=length) <= bound
+
+
+def test_a_card_idles_no_hour_for_an_end_that_stays_unknown() -> None:
+    small = a_job(2, 8, user="bob")
+
+    def starts(began_s_ago: float) -> dict[int, list[str]]:
+        other = replace(running(9, 24), began=NOW - dt.timedelta(seconds=began_s_ago))
+        return where(decide([job(age_s=RESERVE_AFTER_S), small], [card("a:0"), card("a:1", running=(other,))]))
+
+    assert starts(60) == {}
+    assert starts(IDLE_FOR_GANG_S + 1) == {2: ["a:0"]}
+
+
+@pytest.mark.parametrize("cards", [1, 2])
+def test_what_a_job_has_beside_the_room_of_those_that_give_way_is_not_taken_by_others(cards: int) -> None:
+    leaving = replace(running(9, 24, 0), gives_way_to=1)
+    fleet = [card("a:0"), card("a:1", running=(leaving,))]
+    first, small = job(1, priority=5), a_job(2, 8, user="bob")
+    if cards == 1:
+        fleet, first = [card("a:0", 48, max_jobs=4, running=(leaving,))], a_job(1, 44, priority=5)
+    assert where(decide([first, small], fleet)) == {}
+    assert where(decide([small], fleet)) == {2: ["a:0"]}
+
+
+def wait_in_a_stream(
+    length: dt.timedelta, step: dt.timedelta, charges: dict[str, float], known_after: dt.timedelta = dt.timedelta()
+) -> dt.timedelta:
+    """How long a gang waits for two cards, with small jobs of `length` for every place that gets free. Their ends are
+    known once they have run for `known_after`."""
     cards, now, numbers = {c.node: c for c in (card("a:0"), card("a:1"))}, NOW, itertools.count(2)
-    cards["a:1"] = replace(cards["a:1"], running=(running(1000, 10, 20 * 60),))
+    cards["a:1"] = replace(cards["a:1"], running=(replace(running(1000, 10, 20 * 60), began=NOW - known_after),))
     while now < NOW + dt.timedelta(days=3):
         for node, each in cards.items():
             cards[node] = replace(each, running=tuple(j for j in each.running if j.ends and j.ends > now))
         wanted = [job(1, since=NOW), *(a_job(next(numbers), 8, user=f"u{n}", since=now) for n in range(3))]
-        for d in place(levels_of(wanted), list(cards.values()), charges, now, ListedLine(wanted)):
+        seen = [as_known(each, now - known_after) for each in cards.values()]
+        for d in place(levels_of(wanted), seen, charges, now, ListedLine(wanted)):
             if d.placed and d.placed.job.job_id == 1:
                 return now - NOW
             for share in d.placed.shares if d.placed else ():
-                occupant = Occupant(job_id=next(numbers), user="x", reserved=share.bytes, ends=now + length)
+                occupant = Occupant(job_id=next(numbers), user="x", reserved=share.bytes, ends=now + length, began=now)
                 cards[share.node] = cards[share.node].with_job(occupant)
         now += step
     raise AssertionError("it never started")
+
+
+def as_known(each: Card, before: dt.datetime) -> Card:
+    """The card without the ends of jobs that began later than that."""
+    return replace(
+        each, running=tuple(replace(j, ends=j.ends if j.began and j.began <= before else None) for j in each.running)
+    )
 
 
 def gang_scenes() -> st.SearchStrategy[Scene]:

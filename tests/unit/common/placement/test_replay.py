@@ -343,6 +343,20 @@ def test_charges_are_those_that_the_database_would_keep() -> None:
     assert rule.charges(at(28 * HOUR)) == {"ada": pytest.approx(charge(decayed(20, 26 * HOUR), [(5 * GIB, 2 * HOUR)]))}
 
 
+def test_a_job_on_several_cards_is_charged_for_all_of_them() -> None:
+    gang = SharedNeed(cards=2, parallel=Parallel.SHARDED, need=Need(lora=20 * GIB, qlora=None))
+    pair, rule = [replace(a_card(24, f"a:{n}", 1), gangs=True) for n in range(2)], PlacementRule()
+    large = a_job(1, 0, 40, HOUR)
+    rule.arrived(replace(large, waiting=replace(large.waiting, gangs=(gang,))))
+    (placed,) = rule.starts(pair, START)
+    assert rule.charges(at(60)) == {"ada": pytest.approx(40.0)}
+    rule.ended(1, at(2 * HOUR))
+    assert rule.charges(at(2 * HOUR)) == {"ada": pytest.approx(80.0)}
+    running = [Occupant(job_id=9, user="bob", reserved=share.bytes) for share in placed.shares]
+    rule = PlacementRule({}, START, running)
+    assert rule.charges(at(HOUR)) == {"bob": pytest.approx(40.0)}
+
+
 def test_charges_go_on_from_those_that_were_given() -> None:
     """What ran before is in them already; it counts on from then."""
     busy = Occupant(job_id=9, user="bob", reserved=10 * GIB, ends=at(HOUR))

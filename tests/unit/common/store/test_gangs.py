@@ -11,8 +11,10 @@ import pytest
 from loractl.common.job.method import Method, Parallel
 from loractl.common.job.need import Need, SharedNeed, Ways
 from loractl.common.job.status import LAB_RETRY_DELAY_S, Reason, Status
+from loractl.common.placement.rule import RESERVE_AFTER_S
 from loractl.common.settings import LEASE_S
-from loractl.common.store.records import Choice, Claim, NewHost, Page, Progress, Submission
+from loractl.common.store.fleet import LEAVES_IN_S
+from loractl.common.store.records import Choice, Claim, Left, NewHost, Page, Progress, Submission
 from loractl.common.store.store import Store
 from loractl.common.units import GIB
 from loractl.scheduler.answers.fleet import fleet
@@ -205,6 +207,61 @@ def test_smaller_jobs_give_way_to_a_waiting_gang(store: Store) -> None:
     assert {claimed(store, node).job_id for node in ("heron:0", "heron:1")} == set(small)
     store.submit(gang(priority=5))
     assert set(store.preempt()) == set(small)
+
+
+def test_no_small_job_takes_the_card_beside_that_of_a_job_that_gives_way(store: Store) -> None:
+    """Else that one would have stopped in vain, again and again."""
+    show(store, "heron:0", "heron:1")
+    small = submission(lora=8, qlora=None, method="lora", preemptible=True)
+    store.submit(small)
+    leaving = claimed(store)
+    large, other = store.submit(gang(priority=5)), store.submit(small)
+    assert store.preempt() == (leaving.job_id,)
+    assert store.claim("heron:1", gangs=True) is None
+    store.finish(leaving, Reason.PREEMPTED, "gave way", NOTHING)
+    assert claimed(store).job_id == large
+    assert store.job(other).status is Status.QUEUED
+
+
+def test_what_is_being_cancelled_is_expected_to_end_soon(store: Store) -> None:
+    show(store, "heron:0")
+    store.submit(submission(lora=8, qlora=None, method="lora"))
+    mine = claimed(store)
+    store.beat(mine, Progress(eta_seconds=5000.0))
+    store.cancel(mine.job_id, "ada")
+    (job,) = store.fleet().cards["heron:0"].running
+    assert job.ends is not None and (job.ends - store.fleet().now).total_seconds() <= LEAVES_IN_S
+
+
+def test_jobs_that_have_just_begun_pass_a_gang_no_day(timed: Store, clock: Clock) -> None:
+    """Their ends are not known before their first steps. On two cards one has always just begun."""
+    show(timed, "heron:0", "heron:1")
+    small = submission(lora=8, qlora=None, method="lora", user="bob")
+    for _ in range(20):
+        timed.submit(small)
+    running, large = {node: claimed(timed, node) for node in ("heron:0", "heron:1")}, timed.submit(gang())
+    for turn in range(20):
+        clock.forward(150)
+        show(timed, "heron:0", "heron:1")
+        node = f"heron:{turn % 2}"
+        if node in running:
+            timed.finish(running.pop(node), Reason.CANCELLED, "enough", NOTHING)
+        taken = timed.claim(node, gangs=True)
+        if isinstance(taken, Claim):
+            running[node] = taken
+            if taken.job_id == large:
+                break
+    assert timed.job(large).status is Status.RUNNING
+    assert (clock.now - timed.job(large).submitted_at).total_seconds() <= RESERVE_AFTER_S + 300
+
+
+def test_a_card_that_is_woken_for_a_gang_of_others_names_them(store: Store) -> None:
+    """It has the only message: without a word from it they would find the job seconds later."""
+    show(store, "heron:0", "heron:1", "ibis:0")
+    store.submit(gang())
+    left = store.claim("ibis:0", gangs=True)
+    assert isinstance(left, Left)
+    assert left.nodes == {"heron:0"}
 
 
 @pytest.mark.parametrize("round_", range(3))
