@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from bitsandbytes import functional as F
 
 from loractl.common.job.status import Reason
 from loractl.worker.base.kept import remains
@@ -58,6 +59,34 @@ def test_a_training_on_a_base_that_stayed_equals_one_on_its_own_bit_for_bit(
     assert [m.metrics for m in told if hasattr(m, "metrics")] == [
         m.metrics for m in told_alone if hasattr(m, "metrics")
     ]
+
+
+def test_a_base_stays_after_a_training_whose_optimizer_pages(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """On a card bitsandbytes keeps all paged state in a list for good, and its memory is never given back."""
+    from bitsandbytes.optim.optimizer import Optimizer8bit
+
+    make = Optimizer8bit.get_state_buffer
+
+    def as_on_a_card(self: Any, parameter: Any, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        made: torch.Tensor = make(self, parameter, dtype)
+        if self.is_paged:
+            self.page_mng.paged_tensors.append(made)
+        return made
+
+    monkeypatch.setattr(Optimizer8bit, "get_state_buffer", as_on_a_card)
+    asked = {"method": "qlora", "optim": "paged_adamw_8bit", "max_steps": 2, "lora": {"r": 512}}
+    recipe("alone", **asked)
+    listed = F.GlobalPageManager.get_instance().paged_tensors
+    assert listed, "a process that ends with its training pages"
+    listed.clear()
+    shelf = Shelf()
+    shelf.begin()
+    ended, _ = recipe("kept", shelf=shelf, **asked)
+    assert ended.reason is Reason.OK
+    assert shelf.settle()[1] == ""
+    assert (tmp_path / "kept" / WEIGHTS).read_bytes() == (tmp_path / "alone" / WEIGHTS).read_bytes()
 
 
 def test_other_files_under_the_same_name_are_loaded_anew(recipe: Recipe, tiny_model: Path) -> None:

@@ -113,6 +113,32 @@ def test_a_lean_step_of_a_family_learns_what_a_padded_one_does(family: str) -> N
         assert lean.held_out_loss(rows(3)) == pytest.approx(padded.held_out_loss(rows(3)), rel=1e-5)
 
 
+def test_a_cards_rounding_is_no_sight_of_other_rows_and_sight_of_them_is() -> None:
+    """A card picks other kernels for other numbers of rows; here each linear layer answers a bit otherwise by them."""
+    model = adapted(base_of("Llama"), spec_of())
+
+    def round_by_count(module: Any, inputs: Any, answer: torch.Tensor) -> torch.Tensor:
+        some = torch.Generator().manual_seed(answer.shape[1])
+        return answer * (1 + 2**-8 * torch.randn(answer.shape[-1], generator=some))
+
+    for module in model.get_base_model().model.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_hook(round_by_count)
+    lean, card = LeanPass(model, FP32), choice.tolerance_on(torch.device("cuda"))
+    assert rows_together(lean, 40, choice.tolerance_on(torch.device("cpu"))) is not None
+    assert rows_together(lean, 40, card) is None
+    row_module.RowAttention.__call__, own = one_row_of_all, row_module.RowAttention.__call__  # type: ignore[method-assign]
+    try:
+        assert "see each other" in str(rows_together(lean, 40, card))
+    finally:
+        row_module.RowAttention.__call__ = own  # type: ignore[method-assign]
+
+
+def one_row_of_all(self: Any, module: Any, query: Any, key: Any, value: Any, mask: Any = None, **how: Any) -> Any:
+    """Attention that does not tell rows apart."""
+    return self._kernel(module)(module, query, key, value, None, **how)
+
+
 SETTINGS: dict[str, dict[str, Any]] = {
     "checkpointing": {"training": {"gradient_checkpointing": True}},
     "smoothed labels": {"training": {"label_smoothing_factor": 0.2}},

@@ -187,8 +187,12 @@ def device_environment(device: Device, name: str, threads: int) -> dict[str, str
     hidden = (*ADDRESSES, *CELERY_S, "AWS_", "PG")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(hidden)}
     owner_s_own = kept.keys() & {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}
-    if device.trains_on == "cuda" and not owner_s_own:
-        kept["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"  # blocks grow in place, so fewer are left unusable
+    if device.trains_on == "cuda":
+        if not owner_s_own:
+            kept["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"  # blocks grow in place, so fewer are left unusable
+        # On Hopper and Blackwell torch 2.13 takes cuDNN's attention first, which makes a plan for each length of a row
+        # that it has not met, and rows lie without padding here. Flash attention needs none.
+        kept.setdefault("TORCH_CUDNN_SDPA_DEPRIORITIZED", "1")
     if "OMP_WAIT_POLICY" not in kept:
         kept.setdefault("GOMP_SPINCOUNT", SPINS)
     return {**kept, **device.environment(), JOB_VARIABLE: name, "OMP_NUM_THREADS": str(threads)}

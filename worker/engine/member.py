@@ -78,8 +78,15 @@ class PackMember:
     """One training. A pack leads it through its `course`."""
 
     def __init__(
-        self, forward: ForwardPass, args: TrainingArguments, rows: MemberRows, callbacks: Sequence[TrainerCallback] = ()
+        self,
+        forward: ForwardPass,
+        args: TrainingArguments,
+        rows: MemberRows,
+        callbacks: Sequence[TrainerCallback] = (),
+        *,
+        pages: bool = True,
     ) -> None:
+        """`pages`: the optimizer's state may be paged, since the process ends with this training."""
         self.streams = forward.streams
         self.streams.take_over()
         seed_streams(args.seed)
@@ -89,7 +96,7 @@ class PackMember:
             forward.recompute_blocks()
         self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         scaler = torch.amp.GradScaler(forward.device.type) if args.fp16 else None
-        self.optimizer = ScaledOptimizer(make_optimizer(self.model, args), scaler)
+        self.optimizer = ScaledOptimizer(make_optimizer(self.model, args, pages), scaler)
         self.order = RowOrder(lengths_in(rows.train), args)
         self.control, self.state = TrainerControl(), self._first_state()
         self._schedule = get_scheduler(

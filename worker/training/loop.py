@@ -175,7 +175,8 @@ def _fit_once(
     # Without a limit no allocation fails on a processor: the kernel kills a process, and a probe would see nothing.
     probes = [Probe(learner, data, run)] if run.on_gpu or run.order.memory_limit is not None else []
     # after the probe: the others say that training begins
-    member = PackMember(forward, arguments, rows, (*probes, *callbacks.in_order, BaseOpening(run, forward)))
+    called = (*probes, *callbacks.in_order, BaseOpening(run, forward))
+    member = PackMember(forward, arguments, rows, called, pages=run.order.keep is None)
     for probe in probes:
         probe.member = member
     if callbacks.checkpoint is not None:

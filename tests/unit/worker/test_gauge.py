@@ -12,7 +12,7 @@ from loractl.common.job.method import Method
 from loractl.common.job.spec import JobSpec
 from loractl.common.memory.families import shape_of
 from loractl.common.memory.plan import CONTEXT_BYTES, WORKSPACE_BYTES, plan
-from loractl.worker.attempt.order import environment
+from loractl.worker.attempt.order import device_environment, environment
 from loractl.worker.base.gauge import LEAST_BYTES, allocator_room
 from loractl.worker.device.devices import CpuDevice, NvmlDevice
 
@@ -63,6 +63,19 @@ def test_a_trainer_on_a_card_has_blocks_that_grow(own: str | None, monkeypatch: 
         None: "expandable_segments:True", "PYTORCH_ALLOC_CONF": "backend:native", "PYTORCH_CUDA_ALLOC_CONF": None
     }[own]  # fmt: skip
     assert "expandable_segments:True" not in seen[1].values()
+
+
+@pytest.mark.parametrize("own", ["0", None])
+def test_a_trainer_on_a_card_has_attention_that_needs_no_plan_for_a_length(
+    own: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "TORCH_CUDNN_SDPA_DEPRIORITIZED"
+    monkeypatch.delenv(name, raising=False)
+    if own is not None:
+        monkeypatch.setenv(name, own)
+    card, processor = NvmlDevice(index=0, uuid="GPU-a", name="a card", total=GIB), CpuDevice(total=GIB)
+    assert device_environment(card, "1", 1)[name] == (own or "1")
+    assert device_environment(processor, "1", 1).get(name) == own
 
 
 LIMITED = """
