@@ -60,7 +60,8 @@ CHAOS_JOBS ?= 1000
 chaos: dev  ## CHAOS_JOBS jobs (1000) under faults drawn from CHAOS_SEED; writes docs/chaos.md
 	CHAOS_JOBS=$(CHAOS_JOBS) CHAOS_SEED=$(CHAOS_SEED) $(BIN)/python -m tests.chaos docs/chaos.md
 
-gpu: dev  ## on one large NVIDIA card, 8 minutes at most: what only a card can show; writes docs/gpu.md
+gpu: dev  ## on one large NVIDIA card, 8 minutes at most: what only a card can show; writes docs/gpu.md. GPU=long: 40
+	$(BIN)/python -m tests.gpu docs/gpu.md $(GPU)
 	$(BIN)/python -m tests.gpu docs/gpu.md
 
 clean:  ## remove what make made, .venv and the model included

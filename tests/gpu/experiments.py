@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
 import json
-import math
 import os
 import signal
 import sys
@@ -13,6 +11,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 from loractl.common.job.status import Reason, Status
 from loractl.common.settings import load_settings
@@ -23,8 +22,21 @@ from ..conftest import ROOT
 from .families import FAMILIES, HALF
 from .ladder import climb
 from .rig import GIB, Figure, Rig, mib
+from .speeds import METHODS, WIDE, at_8b, packs, solo
 
-Experiment = Callable[[Rig], Iterator[Figure]]
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """`seconds`: a guess of what it takes on one large card. It begins only where so much time is left."""
+
+    run: Callable[[Rig], Iterator[Figure]]
+    seconds: int
+    always: bool = True  # False: where time is left for it
+
+    @property
+    def asks(self) -> str:
+        """In a sentence."""
+        return (self.run.__doc__ or "").splitlines()[0]
 
 
 def the_self_test(rig: Rig) -> Iterator[Figure]:
@@ -57,8 +69,9 @@ def two_methods_at_once(rig: Rig) -> Iterator[Figure]:
 
 
 def plans(rig: Rig) -> Iterator[Figure]:
-    """Plan, allocated, reserved and process memory of six families by two methods."""
-    families = list(FAMILIES)[-1:] if rig.small else list(FAMILIES)
+    """Plan, allocated, reserved and process memory of families by two methods."""
+    families = [family for family in FAMILIES if family != WIDE or rig.long]
+    families = families[-1:] if rig.small else families if rig.long else ["gemma2 2B", HALF]
     jobs = {(family, m): rig.submit(f"plan-{n}-{m}", family, m) for n, family in enumerate(families) for m in METHODS}
     rig.work()
     for (family, method), job in jobs.items():
@@ -70,9 +83,6 @@ def plans(rig: Rig) -> Iterator[Figure]:
             value=f"{' / '.join(sizes)}; {row.status.value}, attempts {row.attempt}",
             ok=row.status is Status.SUCCEEDED and row.attempt == 1 and within,
         )
-
-
-METHODS = ("lora", "qlora")
 
 
 def half_precision(rig: Rig) -> Iterator[Figure]:
@@ -113,44 +123,10 @@ def _met_the_thief(rig: Rig, job: int) -> bool:
     return row.status.is_terminal or row.adjustment is not None or ended
 
 
-PLAIN = {"save_steps": 1000, "gradient_checkpointing": True}
-"""As the plain Trainer does it."""
-
-
-def engine(rig: Rig) -> Iterator[Figure]:
-    """Tokens a second, peak memory and the last loss, lean and exact, beside the plain Trainer on the same rows."""
-    steps, batch = (4, 2) if rig.small else (30, 4)
-    for method, length in itertools.product(METHODS, (256,) if rig.small else (256, 1024)):
-        settings = {"max_steps": steps, "per_device_train_batch_size": batch, **PLAIN}
-        lean, exact = (
-            rig.submit(f"{method}-{length}-{how}", HALF, method, length=length, exact=how == "exact", **settings)
-            for how in ("lean", "exact")
-        )
-        rig.work()
-        yield from (rig.outcome(job) for job in (lean, exact))
-        shape = (method, str(steps), str(batch), str(length), rig.device)
-        process = rig.module("plain_trainer", str(rig.workshop.model(HALF)), str(rig.rows(words=length // 10)), *shape)
-        said, _ = process.communicate(timeout=rig.seconds)
-        plain = json.loads(said.splitlines()[-1])
-        rates = [rig.store.job(job).tokens_per_second or 0.0 for job in (lean, exact)] + [plain["tokens_per_second"]]
-        peaks = [rig.store.attempts(job)[-1].vram_peak for job in (lean, exact)] + [plain["peak"]]
-        losses = [rig.store.job(job).loss or math.nan for job in (lean, exact)]
-        what = f"{method}, {batch} rows of {length}"
-        times = f"{rates[0] / rates[2]:.2f} of the Trainer's"
-        yield Figure(what=f"{what}: tokens a second, lean, exact, Trainer", value=f"{rates_of(rates)} ({times})")
-        yield Figure(what=f"{what}: allocator's peak, lean, exact, Trainer", value=", ".join(map(mib, peaks)))
-        near = math.isclose(*losses, rel_tol=0.02)
-        yield Figure(what=f"{what}: last loss, lean, exact", value=f"{losses[0]:.4f}, {losses[1]:.4f}", ok=near)
-
-
-def rates_of(rates: list[float]) -> str:
-    return ", ".join(f"{rate:,.0f}" for rate in rates)
-
-
 def killed(rig: Rig) -> Iterator[Figure]:
     """kill -9 of a QLoRA trainer with paged 8-bit state, which resumes from its checkpoint."""
     job = rig.submit("killed", HALF, "qlora", max_steps=400 if rig.small else 60, save_steps=4)
-    with rig.worker():
+    with rig.worker("--keep-warm=0"):  # a trainer that stays pages nothing
         rig.until_job(job, lambda row: (row.step or 0) >= 9, "step 9")
         os.kill(rig.trainer_of(job).pid, signal.SIGKILL)
         rig.until_job(job, lambda row: row.attempt == 2 and rig.store.attempts(job)[1].resumed_from_step, "a resume")
@@ -248,14 +224,16 @@ def watched(rig: Rig) -> Iterator[dict[int, int]]:
 
 
 EXPERIMENTS: dict[str, Experiment] = {
-    "Self-test": the_self_test,
-    "LoRA and QLoRA at once": two_methods_at_once,
-    "Kernels that fail": faults,
-    "kill -9": killed,
-    "float16": half_precision,
-    "Out of memory": out_of_memory,
-    "The engine": engine,
-    "Two jobs, serve and an outsider": shared,
-    "Plans": plans,
+    "Self-test": Experiment(run=the_self_test, seconds=15),
+    "Alone, beside the Trainer": Experiment(run=solo, seconds=90),
+    "Packs": Experiment(run=packs, seconds=110),
+    "8B: warm start and memory": Experiment(run=at_8b, seconds=130),
+    "LoRA and QLoRA at once": Experiment(run=two_methods_at_once, seconds=45),
+    "kill -9": Experiment(run=killed, seconds=40),
+    "Kernels that fail": Experiment(run=faults, seconds=40, always=False),
+    "Out of memory": Experiment(run=out_of_memory, seconds=60, always=False),
+    "Plans": Experiment(run=plans, seconds=80, always=False),
+    "Two jobs, serve and an outsider": Experiment(run=shared, seconds=60, always=False),
+    "float16": Experiment(run=half_precision, seconds=25, always=False),
 }
-"""In this order: what is short first, so that a budget that ends leaves out the largest models."""
+"""In this order: what only a card can show of the engine first."""

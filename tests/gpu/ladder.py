@@ -18,7 +18,9 @@ from .families import HALF
 from .rig import Figure, Rig, mib
 
 SHARE = 0.6
-"""Of the plan: batches of 8 don't fit any more, smaller ones do."""
+"""Of the plan: 16 rows at once don't fit any more, nor do 8, and 4 do."""
+
+ROWS = 16
 
 
 def climb(rig: Rig) -> Iterator[Figure]:
@@ -35,20 +37,25 @@ def climb(rig: Rig) -> Iterator[Figure]:
     )
 
 
-def _order(rig: Rig, folder: Path) -> Start:
-    model, length = rig.workshop.model(HALF), 256 if rig.small else 1024
-    data = rig.rows(words=length // 10)
-    spec = JobSpec.model_validate(
+def spec_of(model: Path, data: Path, length: int, rows: int) -> JobSpec:
+    """The job, with so many rows at once."""
+    return JobSpec.model_validate(
         {
             "name": "ladder",
             "base_model": str(model),
             "method": "lora",
             "dataset": {"path": str(data), "max_length": length, "test_size": 0.125},
             "lora": {"r": 16, "lora_alpha": 32},
-            "training": {"max_steps": 4, "logging_steps": 1, "per_device_train_batch_size": 2 if rig.small else 8},
+            "training": {"max_steps": 4, "logging_steps": 1, "per_device_train_batch_size": rows},
             "evaluation": {"samples": 1, "max_new_tokens": 4},
         }
     )
+
+
+def _order(rig: Rig, folder: Path) -> Start:
+    model, length = rig.workshop.model(HALF), 256 if rig.small else 1024
+    data = rig.rows(length=length)
+    spec = spec_of(model, data, length, 2 if rig.small else ROWS)
     plan = predict(spec).lora
     assert plan is not None, "the family has a plan"
     (folder / "result").mkdir(parents=True)

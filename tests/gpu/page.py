@@ -4,22 +4,48 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from .experiments import EXPERIMENTS
 from .rig import Figure
 
 WHAT_IT_IS = """\
 `make gpu` asks a real card what the CPU's tests can't: whether its kernels, its memory and its driver do what loractl
-counts on. It takes at most 8 minutes on one card of 40 GiB or more, 45 GB of disk for models with random weights, and
-no network. It writes this page, and ends non-zero when a line is not as it should be. `tests/gpu/test_rehearsal.py`
-runs its parts on a processor.
+counts on, and measures the engine there. It takes at most 8 minutes on one card of 40 GiB or more, 35 GB of disk for
+models with random weights, and no network; what it has no time for is left out, the last ones first.
+`make gpu GPU=long` takes up to 40 minutes and 45 GB: speeds and packs at 8B, LoRA at 8B, and the plans of all families.
+It writes this page, and ends non-zero when a line is not as it should be. `tests/gpu/test_rehearsal.py` runs its parts
+on a processor.
 """
 
 SEVERAL = """\
 ## Several cards: never run
 
-`make gpu` uses one card. `python -m benchmarks.gang MODEL --cards 2` on a box with two asks what a processor can't
-show: that NCCL and `fully_shard` train there with the losses of one card, how fast, and what the fullest card holds
-beside what `loractl plan` says. On a processor, over gloo, the same lines are in
-[architecture.md](architecture.md#several-cards).
+`make gpu` uses one card. On a box with two, this shows what a processor can't, each line beside one card's training:
+
+    python -m benchmarks.gang MODEL --cards 2
+
+- that NCCL adds up gradients and spreads weights between processes that each see their own card alone;
+- that `fully_shard` trains over NF4 on CUDA, block by block, with the losses of one card;
+- how fast a step is with the whole base on each card, and with a part of it;
+- what the fullest card holds, beside what `loractl plan` says.
+
+And that no rank stays in a kernel that waits for one that died: submit a job with `--set resources.cards=2`, end its
+second process by `kill -9`, and look that `nvidia-smi` shows neither, and that the job goes on from its checkpoint.
+
+On a processor, over gloo, the same lines are in [architecture.md](architecture.md#several-cards).
+"""
+
+SUSPECTED = """\
+## Suspected: never seen
+
+Read in the libraries' sources, and to be looked at where a figure is not as it should be:
+
+- Each micro-batch copies its tokens from memory that is not pinned, and the processor waits for the card there: a step
+  of a few tokens may be bound by that, and by the number of kernels that members' factors start.
+- bitsandbytes waits for the card after each tensor of its 8-bit optimizers, whether they page or not.
+- Each thread of a member has a cuBLAS workspace of 8 to 32 MiB. Its plan counts it; once the member has left it stays
+  until the next thread takes it.
+- Rows of many lengths make attention's kernels start once a row and layer. torch 2.13 has one for rows of any lengths
+  (`torch.nn.attention.varlen`), which the engine does not take yet.
 """
 
 NEVER = "# Real cards: never run"
@@ -28,20 +54,34 @@ NEVER = "# Real cards: never run"
 def page(figures: Mapping[str, Sequence[Figure]], card: str | None, when: str = "", seconds: float = 0) -> str:
     """The page. `figures`: by experiment, none for one that was not reached; `card`: None before the first run."""
     if card is None:
-        asked = "\n".join(f"- {name}" for name in figures)
+        asked = "\n".join(f"- {name}. {EXPERIMENTS[name].asks}" for name in figures)
         why = "No figure on this page: no machine with a card was at hand."
-        return f"{NEVER}\n\n{why}\n\n{WHAT_IT_IS}\nIt asks:\n\n{asked}\n\n{SEVERAL}"
+        return f"{NEVER}\n\n{why}\n\n{WHAT_IT_IS}\nIt asks:\n\n{asked}\n\n{SUSPECTED}\n{SEVERAL}"
     wrong = sum(not figure.ok for part in figures.values() for figure in part)
     lines = [
         f"| {name} | {_cell(f.what)} | {_cell(f.value)} | {_mark(f)} |" for name, part in figures.items() for f in part
     ]
-    lines += [f"| {name} | not reached | | no |" for name, part in figures.items() if not part]
+    lines += [f"| {name} | {_missing(name)} |" for name, part in figures.items() if not part]
     head = (
         f"# Real cards: run on {card}\n\n{when}, {seconds:.0f} s, {wrong} lines not as they should be.\n\n{WHAT_IT_IS}"
     )
     return "\n".join(
-        [head, "| experiment | figure | value | as it should be |", "| --- | --- | --- | --- |", *lines, "", SEVERAL]
+        [
+            head,
+            "| experiment | figure | value | as it should be |",
+            "| --- | --- | --- | --- |",
+            *lines,
+            "",
+            SUSPECTED,
+            SEVERAL,
+        ]
     )
+
+
+def _missing(name: str) -> str:
+    """Why an experiment has no figures, and whether that is as it should be."""
+    needed = name not in EXPERIMENTS or EXPERIMENTS[name].always
+    return "not reached | | no" if needed else "no time was left | | "
 
 
 def _mark(figure: Figure) -> str:

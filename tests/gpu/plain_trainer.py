@@ -1,82 +1,78 @@
-"""The same training by transformers' Trainer and peft alone, for comparison: prints tokens a second and the peak.
-
-    python -m tests.gpu.plain_trainer MODEL ROWS METHOD STEPS BATCH LENGTH DEVICE
-
-Rows are `messages`. All tokens of a row are counted, as loractl counts them; padding is not.
-"""
+"""The same training by transformers' Trainer and peft alone, as their tutorials have it, for comparison."""
 
 from __future__ import annotations
 
-import json
-import sys
 import tempfile
-import time
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from loractl.worker.data.tokens import IGNORED, TokenRow
+
+if TYPE_CHECKING:
+    from .solo import Clock, Course
 
 
-def main() -> None:
-    import torch
-
-    model, rows, method, steps, batch, length, device = sys.argv[1:]
-    told = speed(model, Path(rows), method, int(steps), int(batch), int(length), device)
-    peak = torch.cuda.max_memory_reserved() if device == "cuda" else 0
-    print(json.dumps({"tokens_per_second": told, "peak": peak}))
-
-
-def speed(model: str, rows: Path, method: str, steps: int, batch: int, length: int, device: str) -> float:
-    """Tokens a second over all steps but the first two."""
-    import torch
+def train(course: Course, clock: Clock) -> Any:
+    """Train on the course's rows; returns the adapted model."""
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
-    from transformers import (
-        AutoModelForCausalLM,
-        AutoTokenizer,
-        BitsAndBytesConfig,
-        DataCollatorForLanguageModeling,
-        Trainer,
-        TrainerCallback,
-        TrainingArguments,
-    )
+    from transformers import Trainer, set_seed
 
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    texts = [json.loads(line)["messages"] for line in rows.read_text().splitlines()]
-    data = [{"input_ids": ids(tokenizer, messages)[:length]} for messages in texts]
-    if method == "qlora":
-        nf4 = BitsAndBytesConfig(
+    base = load(course)
+    if course.method == "qlora":
+        base = prepare_model_for_kbit_training(base, gradient_checkpointing_kwargs={"use_reentrant": False})
+        if course.device == "cpu":
+            from loractl.worker.base.arithmetic import keep_nf4_in_training_mode
+
+            keep_nf4_in_training_mode(base)  # else bitsandbytes ruins them there in the first evaluation
+    else:
+        base.enable_input_require_grads()
+    set_seed(course.seed)
+    adapted = get_peft_model(base, LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM", **course.lora))
+    with tempfile.TemporaryDirectory() as folder:
+        Trainer(
+            model=adapted,
+            args=course.arguments(folder, remove_unused_columns=False, gradient_checkpointing=True),
+            train_dataset=[{"input_ids": row.input_ids, "labels": row.labels} for row in course.train],
+            data_collator=lambda rows: padded(rows, course.pad),
+            callbacks=[clock],
+        ).train()
+    return adapted
+
+
+def load(course: Course) -> Any:
+    import torch
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    options: dict[str, Any] = {"dtype": torch.bfloat16, "device_map": {"": 0 if course.device == "cuda" else "cpu"}}
+    if course.method == "qlora":
+        options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=torch.bfloat16,
         )  # fmt: skip
-        base = AutoModelForCausalLM.from_pretrained(
-            model, dtype=torch.bfloat16, quantization_config=nf4, device_map={"": device}
-        )
-        base = prepare_model_for_kbit_training(base, gradient_checkpointing_kwargs={"use_reentrant": False})
-    else:
-        base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).to(device)
-        base.enable_input_require_grads()
-    adapted = get_peft_model(base, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"))
-
-    class Clock(TrainerCallback):
-        ends: list[float] = []  # noqa: RUF012  one a run
-
-        def on_step_end(self, *_: Any, **__: Any) -> None:
-            self.ends.append(time.monotonic())
-
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = TrainingArguments(
-            output_dir=folder, max_steps=steps, per_device_train_batch_size=batch, bf16=True, report_to=[],
-            save_strategy="no", logging_steps=1, gradient_checkpointing=True, use_cpu=device == "cpu",
-            gradient_checkpointing_kwargs={"use_reentrant": False}, disable_tqdm=True,
-        )  # fmt: skip
-        collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
-        Trainer(model=adapted, args=arguments, train_dataset=data, data_collator=collator, callbacks=[Clock()]).train()
-    mean = sum(len(row["input_ids"]) for row in data) / len(data)
-    ends = Clock.ends[min(1, len(Clock.ends) - 2) :]
-    return round(mean * batch * (len(ends) - 1) / (ends[-1] - ends[0]), 1)
+    return AutoModelForCausalLM.from_pretrained(course.model, **options)
 
 
-def ids(tokenizer: Any, messages: Any) -> list[int]:
-    return list(tokenizer(tokenizer.apply_chat_template(messages, tokenize=False)).input_ids)
+def padded(rows: list[dict[str, Any]], pad: int) -> dict[str, Any]:
+    """Rows of one length, as transformers' collator for labels makes them."""
+    import torch
+
+    longest = max(len(row["input_ids"]) for row in rows)
+
+    def filled(name: str, fill: int) -> Any:
+        return torch.tensor([[*row[name], *[fill] * (longest - len(row[name]))] for row in rows])
+
+    mask = torch.tensor([[1] * len(row["input_ids"]) + [0] * (longest - len(row["input_ids"])) for row in rows])
+    return {"input_ids": filled("input_ids", pad), "attention_mask": mask, "labels": filled("labels", IGNORED)}
 
 
-if __name__ == "__main__":
-    main()
+def held_out_loss(model: Any, rows: list[TokenRow], device: str) -> float:
+    """The loss per learned token, row by row, of any adapted model."""
+    import torch
+
+    model.eval()
+    total, count = 0.0, 0
+    with torch.no_grad(), torch.autocast(device, dtype=torch.bfloat16):
+        for row in rows:
+            learned = sum(label != IGNORED for label in row.labels[1:])
+            ids, labels = (torch.tensor([values], device=device) for values in (row.input_ids, row.labels))
+            total, count = total + float(model(input_ids=ids, labels=labels).loss) * learned, count + learned
+    return total / count

@@ -6,16 +6,18 @@ import json
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import psutil
 
 from loractl.common.job.status import Status
+from loractl.common.queue.valkey import stop_embedded
 from loractl.common.settings import TRAINER, load_settings
 from loractl.common.store.database import connect
 from loractl.common.store.store import Store
@@ -26,6 +28,9 @@ from ..conftest import ROOT, Cli
 from .families import Workshop
 
 MIB, GIB = 2**20, 2**30
+
+PHRASE, OVERHEAD = "something is broken ", 64
+"""What rows are filled with, and the tokens of all else in a row."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +53,7 @@ class Rig:
     uuid: str = "cpu"
     total: int = 0  # bytes of the card
     deadline: float = float("inf")  # by the monotonic clock
+    long: bool = False  # larger models, and all families
 
     @property
     def device(self) -> str:
@@ -62,34 +68,52 @@ class Rig:
         """That are left for what runs now."""
         return max(1.0, min(300.0, self.deadline - time.monotonic()))
 
-    def rows(self, count: int = 64, words: int = 160) -> Path:
-        """Conversations of about `words` words in the question; two tokens a word."""
-        path = self.folder / f"rows-{count}-{words}.jsonl"
+    def rows(self, count: int = 64, length: int = 1024, *, mixed: bool = False) -> Path:
+        """Conversations of up to `length` tokens, a third of them the question's; with `mixed` some are an eighth as
+        long. The tests' tokenizer makes a token of nearly each letter."""
+        path = self.folder / f"rows-{count}-{length}{'-mixed' * mixed}.jsonl"
         with path.open("w") as stream:
             for n in range(count):
-                question = f"ticket {n}: " + "something is broken " * (words // 3 - n % 5)
-                answer = "queue: " + ("storage ", "network ", "gpu ")[n % 3] * (3 + n % 5)
+                most = (length - OVERHEAD) // len(PHRASE)
+                times = max(3, most * (8 - n * 5 % 8) // 8 if mixed else most - n % 4)
+                question = f"ticket {n}: " + PHRASE * (times // 3)
+                answer = "queue: " + ("storage ", "network ", "gpu ")[n % 3] + PHRASE * (times - times // 3)
                 messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
                 stream.write(json.dumps({"messages": messages}) + "\n")
         return path
 
-    def submit(self, name: str, family: str, method: str, *, length: int = 1024, **training: Any) -> int:
-        """Queue a job; returns its number."""
+    def job_file(self, name: str, family: str, method: str, *, length: int = 1024, **training: Any) -> Path:
+        """A job file, with rows of its own."""
         length = 256 if self.small else length
         steps = {"max_steps": 4 if self.small else 12, "per_device_train_batch_size": 2 if self.small else 4}
         job = {
             "name": name,
             "base_model": str(self.workshop.model(family)),
             "method": method,
-            "dataset": {"path": str(self.rows(words=length // 10)), "max_length": length, "test_size": 0.125},
+            "dataset": {"path": str(self.rows(length=length)), "max_length": length, "test_size": 0.125},
             "lora": {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"},
             "training": {"logging_steps": 1, "save_steps": 4, "gradient_accumulation_steps": 1, **steps, **training},
             "evaluation": {"samples": 1, "max_new_tokens": 4},
         }
         path = self.folder / f"{name}.yaml"
         path.write_text(json.dumps(job))  # JSON is YAML
+        return path
+
+    def submit(self, name: str, family: str, method: str, *, length: int = 1024, **training: Any) -> int:
+        """Queue a job; returns its number."""
+        path = self.job_file(name, family, method, length=length, **training)
         said = json.loads(self.cli("submit", path, "--json", timeout=self.seconds).stdout)
         return int((said[0] if isinstance(said, list) else said)["job_id"])
+
+    def at_home(self, name: str) -> Rig:
+        """The same box with a home of its own: no trainer of another one is at hand there."""
+        cli = self.cli.with_environment(LORACTL_HOME=str(self.folder / name))
+        cli("db", "upgrade")
+        return replace(self, cli=cli, store=Store(connect(load_settings(cli.environment))))
+
+    def leave(self) -> None:
+        """End what a home has started for itself."""
+        stop_embedded(load_settings(self.cli.environment))
 
     def work(self, **environment: str) -> None:
         """Run a worker until no job is left."""
@@ -120,14 +144,32 @@ class Rig:
             process.communicate(timeout=60)  # its input ends
 
     def module(self, name: str, *arguments: str) -> subprocess.Popen[str]:
-        """A program of this folder, on the card."""
-        environment = {**self.cli.environment, "PYTHONPATH": str(ROOT)}
+        """A program of this folder, on the card, with the allocator that a trainer has there."""
+        environment = {**self.cli.environment, "PYTHONPATH": str(ROOT), "TOKENIZERS_PARALLELISM": "false"}
         if self.device == "cuda":
-            environment["CUDA_VISIBLE_DEVICES"] = self.uuid
+            environment |= {"CUDA_VISIBLE_DEVICES": self.uuid, "PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+            environment |= {"TORCH_CUDNN_SDPA_DEPRIORITIZED": "1"}
         command = [sys.executable, "-m", f"tests.gpu.{name}", *arguments]
         return subprocess.Popen(
             command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT
         )
+
+    def told(self, name: str, *arguments: str) -> Iterator[dict[str, Any]]:
+        """The JSON lines of a program of this folder, as they come. It ends when the time is over."""
+        process = self.module(name, *arguments)
+        timer = threading.Timer(self.seconds, process.kill)
+        timer.start()
+        try:
+            assert process.stdout
+            for line in process.stdout:
+                if line.startswith('{"'):  # a library prints other braces
+                    yield json.loads(line)
+            if process.wait():
+                raise RuntimeError(f"tests.gpu.{name} ended with {process.returncode}: what it printed says why")
+        finally:
+            timer.cancel()
+            process.kill()
+            process.communicate()
 
     def until(self, holds: Callable[[], object], what: str) -> None:
         """Wait for it, at most as long as there is time."""
@@ -170,7 +212,9 @@ class Rig:
         return Figure(what=f"{row.name}: attempts", value=f"{reasons} ({row.message})", ok=well)
 
 
-def make_rig(folder: Path, environment: dict[str, str], *, device: str, small: bool, budget_s: float) -> Rig:
+def make_rig(
+    folder: Path, environment: dict[str, str], *, device: str, small: bool, budget_s: float, long: bool = False
+) -> Rig:
     """A rig with a new home under `folder`, on the first card of this box."""
     from loractl.worker.device.devices import find_devices
 
@@ -188,6 +232,7 @@ def make_rig(folder: Path, environment: dict[str, str], *, device: str, small: b
         uuid=first.uuid,
         total=first.total,
         deadline=time.monotonic() + budget_s,
+        long=long,
     )
 
 
