@@ -46,6 +46,14 @@ class Occupant:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Leaver:
+    """A job that has ended and is not out of its trainer yet."""
+
+    job_id: int
+    bytes: int  # of its own part, which it holds until then
+
+
+@dataclass(frozen=True, kw_only=True)
 class WarmBase:
     """A base on a card, in the trainer that has loaded it."""
 
@@ -60,8 +68,14 @@ class WarmBase:
     open: bool = False  # jobs may train beside those in it
     members: tuple[PackedJob, ...] = ()  # that train in it, where it is open, as the pack rule sees them
     law: PassLaw | None = None  # of its passes; None: none was measured
-    held: int = 0  # bytes of jobs that have ended and are not out of it yet
+    spoilt: str | None = None  # why nothing joins it and it ends with its last job, in words; None: it may stay
+    leavers: tuple[Leaver, ...] = ()
     used: int = 0  # bytes measured of its process, for all jobs in it
+
+    @property
+    def held(self) -> int:
+        """Bytes of jobs that have ended and are not out of it yet."""
+        return sum(one.bytes for one in self.leavers)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +148,7 @@ class Card:
 
     def is_busy(self, base: WarmBase) -> bool:
         """Whether jobs are in it, or on their way out of it."""
-        return base.held > 0 or bool(self.inside(base))
+        return bool(base.leavers) or bool(self.inside(base))
 
     def _held_by(self, base: WarmBase) -> int:
         """Bytes of a trainer with jobs in it: it is one process, so what is measured of it is nobody's part."""
@@ -142,6 +156,11 @@ class Card:
         parts = sum(job.reserved for job in members if job.job_id != base.job_id)
         first = max((job.reserved for job in members if job.job_id == base.job_id), default=0)
         return max(base.held + parts + max(first, base.bytes), base.used, *(job.used for job in members), 0)
+
+    @property
+    def leavers(self) -> list[Leaver]:
+        """Jobs that have ended and hold their parts until they are out of their trainers."""
+        return [one for base in self.hosts for one in base.leavers]
 
     @property
     def waiting_bases(self) -> list[WarmBase]:

@@ -61,9 +61,18 @@ def own_part(need: int, base: int) -> int:
 
 def open_bases(card: Card) -> list[WarmBase]:
     """Bases of the card with jobs that others may join, as far as members are counted."""
+    return [base for base in _with_jobs(card) if base.spoilt is None and len(card.inside(base)) < PACK_MEMBERS]
+
+
+def spoilt_bases(card: Card) -> list[WarmBase]:
+    """Bases of the card with jobs that others could join, had their process not been spoilt."""
+    return [base for base in _with_jobs(card) if base.spoilt is not None]
+
+
+def _with_jobs(card: Card) -> list[WarmBase]:
     if not card.open or card.max_jobs < 1:
         return []
-    return [base for base in card.hosts if base.open and not base.leaving and 0 < len(card.inside(base)) < PACK_MEMBERS]
+    return [base for base in card.hosts if base.open and not base.leaving and card.inside(base)]
 
 
 def join_openings(cards: Iterable[Card]) -> tuple[JoinOpening, ...]:
@@ -104,7 +113,7 @@ def looked_at(
     options = [
         (card, base)
         for card in cards
-        for base in open_bases(card)
+        for base in (*open_bases(card), *spoilt_bases(card))
         if (base.base_model, base.method) == (job.base_model, method)
     ]
     newcomer = newcomers(job) if options and size is not None else None
@@ -112,10 +121,14 @@ def looked_at(
         return
     for card, base in options:
         if base.key == newcomer.keys.get(method):
-            yield _look(card, base, size, newcomer.packed)
+            yield _look(card, base, size, newcomer.packed, job.job_id)
 
 
-def _look(card: Card, base: WarmBase, need: int, packed: PackedJob) -> Join | RefusedJoin:
+def _look(card: Card, base: WarmBase, need: int, packed: PackedJob, job_id: int) -> Join | RefusedJoin:
+    if base.spoilt is not None:
+        return RefusedJoin(node=card.node, base=base, why=f"their trainer takes no more jobs: {base.spoilt}")
+    if any(one.job_id == job_id for one in base.leavers):
+        return RefusedJoin(node=card.node, base=base, why="its last attempt is not out of their trainer yet")
     own = own_part(need, base.bytes)
     if own > card.free:
         return RefusedJoin(node=card.node, base=base, why="its own part does not fit beside them")

@@ -10,7 +10,7 @@ from typing import Any
 
 from loractl.common.job.method import Method
 from loractl.common.job.need import Need, Ways
-from loractl.common.placement.cards import Card, Occupant, WarmBase, largest_gpu
+from loractl.common.placement.cards import Card, Leaver, Occupant, WarmBase, largest_gpu
 from loractl.common.placement.closure import CardFailure
 from loractl.common.placement.joins import RefusedJoin
 from loractl.common.placement.keys import QueueKey
@@ -141,7 +141,11 @@ def _warm_base(
 ) -> WarmBase:
     """`attempts`: those that run on its card. A host waits for a job as soon as its last one runs no more and is out
     of it. `used`: bytes measured, by job, and of hosts with several by their marks."""
-    left = [one for one in inside if one.host == host.host and one.ended]
+    left = [
+        Leaver(job_id=one.job_id, bytes=one.reserved - (0 if one.joined else min(host.bytes, one.reserved)))
+        for one in inside
+        if one.host == host.host and one.ended
+    ]
     return WarmBase(
         host=host.host,
         key=host.key,
@@ -152,7 +156,8 @@ def _warm_base(
         job_id=host.job_id if (host.job_id, host.attempt) in attempts else None,
         leaving=host.leaving,
         open=host.open,
-        held=sum(one.reserved - (0 if one.joined else min(host.bytes, one.reserved)) for one in left),
+        spoilt=host.spoilt,
+        leavers=tuple(sorted(left, key=lambda one: one.job_id)),
         used=int(used.get(host.host, 0)),
     )
 

@@ -30,4 +30,5 @@ class TrainerHost(Base):
     leaving: Mapped[bool] = mapped_column(default=False)  # nothing joins it any more
     since: Mapped[Timestamp]  # when it last began to wait, or a job joined it
     open: Mapped[bool] = mapped_column(default=False, server_default=false())  # other jobs may train beside those in it
+    spoilt: Mapped[str | None] = mapped_column(Text)  # why it ends with its last job; null: it does not
     law: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))  # of its passes, see pack_rule.py

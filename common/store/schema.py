@@ -14,7 +14,7 @@ from loractl.common.errors import SchemaMismatch
 if TYPE_CHECKING:
     from alembic.config import Config
 
-HEAD = "0022"
+HEAD = "0023"
 """The newest migration in migrations/versions; a test holds it equal to Alembic's own head."""
 
 SCHEMA_LOCK = 0x10AC71  # any constant: names loractl's advisory lock in PostgreSQL

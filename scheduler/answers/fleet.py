@@ -97,10 +97,15 @@ class DeviceState:
 
 def _host_as_json(base: WarmBase, card: Card) -> dict[str, Any]:
     """`leaving`: it goes, and its bytes are held until its process has ended; `open`: jobs may train beside those in
-    it; `jobs`: those that run in it; `job_id`: the one whose reservation holds the base."""
-    names = ("host", "base_model", "bytes", "job_id", "leaving", "open")
-    inside = [job.job_id for job in card.inside(base)]
-    return {**{name: getattr(base, name) for name in names}, "method": base.method.value, "jobs": inside}
+    it; `spoilt`: why none may, and it ends with its last job; `jobs`: those that run in it; `leavers`: those that have
+    ended, and hold `bytes` until they are out of it; `job_id`: the one whose reservation holds the base."""
+    names = ("host", "base_model", "bytes", "job_id", "leaving", "open", "spoilt")
+    return {
+        **{name: getattr(base, name) for name in names},
+        "method": base.method.value,
+        "jobs": [job.job_id for job in card.inside(base)],
+        "leavers": [vars(one) for one in base.leavers],
+    }
 
 
 DEVICE_FIELDS = tuple(DeviceState.__annotations__)[:-5]

@@ -198,6 +198,7 @@ class JobInFull:
     held_out: tuple[tuple[int, float], ...]  # step, loss on held-out rows
     now: dt.datetime
     trouble: str | None = None  # what is wrong with a card of a running one, in a few words
+    still_holds: int = 0  # bytes of a card, of one that has ended and is not out of its trainer yet
 
     def as_json(self) -> dict[str, Any]:
         """The job's fields; `loractl show` has the history."""
@@ -207,13 +208,15 @@ class JobInFull:
 def job_in_full(store: Store, job_id: int) -> JobInFull:
     """A job, why it waits, and its course. Raises JobNotFound."""
     row = store.job(job_id)
-    view = store.fleet() if row.status in (Status.QUEUED, Status.RUNNING) else None
+    leaves = any(attempt.inside for attempt in store.attempts(job_id))
+    view = store.fleet() if leaves or row.status in (Status.QUEUED, Status.RUNNING) else None
     job = state_of(row, view)
     return JobInFull(
         job=job,
         wait=waiting_jobs(store, [row], view).reasons.get(job_id),
         trouble=None if view is None else trouble_on(view, job.cards),
         attempts=_attempts(store, job, view),
+        still_holds=_still_held(view, job_id) if leaves else 0,
         events=_events(store, job_id),
         losses=tuple((point.step, point.value) for point in store.metrics(job_id, "loss")),
         held_out=held_out_losses(store, job_id),
@@ -227,6 +230,12 @@ def trouble_on(view: FleetView, cards: Sequence[str]) -> str | None:
         if card in view.nodes and (said := trouble_of(view, card)) is not None:
             return f"{said} ({card})" if len(cards) > 1 else said
     return None
+
+
+def _still_held(view: FleetView | None, job_id: int) -> int:
+    """Bytes that a job holds of cards though it has ended: it is not out of its trainers yet."""
+    cards = () if view is None else view.cards.values()
+    return sum(one.bytes for card in cards for one in card.leavers if one.job_id == job_id)
 
 
 def held_out_losses(store: Store, job_id: int) -> tuple[tuple[int, float], ...]:

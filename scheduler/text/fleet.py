@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from loractl.common.adapter_config import portable_name
+from loractl.common.placement.joins import spoilt_bases
 from loractl.common.units import GIB, clock, duration, gib
 from loractl.scheduler.answers.wait.cards import process_name
 from loractl.scheduler.answers.wait.gangs import in_short
@@ -59,6 +60,7 @@ def _memory_bar(card: Card, width: int, screen: Screen) -> str:
     parts = [(blocks[0], card.outside)]
     parts += [(blocks[1 + n % 2], max(job.reserved, job.used)) for n, job in enumerate(card.running)]
     parts += [(blocks[1 + len(card.running) % 2], base.bytes) for base in card.bases_beside_jobs]
+    parts += [(blocks[1 + n % 2], one.bytes) for n, one in enumerate(card.leavers, len(card.running) + 1)]
     cells = "".join(mark * max(1, round(size / card.total * width)) for mark, size in parts if size >= card.total / 200)
     cells = cells[:width]
     return screen.style(cells, fg="blue") + blocks[3] * (width - len(cells))
@@ -94,5 +96,9 @@ def _users(device: DeviceState) -> str:
     if len(others) > 2:
         others = [*others[:2], f"{len(others) - 2} more"]
     bases = [f"{portable_name(base.base_model)} is warm" for base in device.card.waiting_bases]
+    bases += [
+        f"{portable_name(base.base_model)} takes no more jobs: {base.spoilt}" for base in spoilt_bases(device.card)
+    ]
+    leavers = [f"{one.job_id} is leaving, {gib(one.bytes)} held" for one in device.card.leavers]
     failures = ", ".join(f"{count} {reason}" for reason, count in sorted(device.failures.items()))
-    return ", ".join([*jobs, *bases, *others, *([f"failed lately: {failures}"] if failures else [])]) or "–"
+    return ", ".join([*jobs, *leavers, *bases, *others, *([f"failed lately: {failures}"] if failures else [])]) or "–"

@@ -96,7 +96,8 @@ def _standing(answer: JobInFull, screen: Screen) -> list[str]:
         return _sentence(job, f" waits: {answer.wait.word}, {answer.wait.sentence}.", screen)
     reason = f" ({job.reason.value})" if job.status is Status.FAILED and job.reason else ""
     name, state = f"{job.job_id} {clean_line(job.name)}", state_word(job, screen)
-    return [f"{screen.style(name, bold=True)} {state}{reason}: {clean_line(job.message or '')}"]
+    held = f"; it holds {gib(answer.still_holds)} GiB until it is out of its trainer" if answer.still_holds else ""
+    return [f"{screen.style(name, bold=True)} {state}{reason}: {clean_line(job.message or '')}{held}"]
 
 
 def state_line(job: JobState, held_out: Sequence[tuple[int, float]] = ()) -> str:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 class BarPart:
     """A part of a card's bar, in percent of the card."""
 
-    kind: str  # job, outside, base
+    kind: str  # job, outside, held, leaver, base
     at: float
     width: float
     size: int  # bytes
@@ -30,7 +30,7 @@ class BarPart:
 
 
 def card_parts(device: DeviceState) -> list[BarPart]:
-    """What holds a card: other people's programs first, then our jobs, then bases that wait for a job."""
+    """What holds a card: other people's programs then our jobs, what ended ones hold, bases that wait for a job."""
     card, total = device.card, device.card.total
     if not total:
         return []
@@ -50,6 +50,8 @@ def card_parts(device: DeviceState) -> list[BarPart]:
         add("job", max(job.reserved, job.used), used=used, user=job.user, job_id=job.job_id)
     for base in card.bases_beside_jobs:
         add("held", base.bytes, text=portable_name(base.base_model))
+    for one in card.leavers:
+        add("leaver", one.bytes, job_id=one.job_id)
     for base in card.waiting_bases:
         add("base", base.bytes, text=portable_name(base.base_model))
     return parts

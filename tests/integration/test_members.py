@@ -16,6 +16,7 @@ import torch
 from loractl.common.job.status import Reason
 from loractl.worker.protocol.messages import (
     Ended,
+    Learned,
     LogLines,
     MemberLeft,
     Note,
@@ -29,6 +30,7 @@ from loractl.worker.protocol.messages import (
     encode,
 )  # fmt: skip
 from loractl.worker.protocol.orders import MemberOver, OrderDesk
+from loractl.worker.training import trainer
 from loractl.worker.training.host.allowance import Allowance
 from loractl.worker.training.host.company import Company
 from loractl.worker.training.host.members import Members
@@ -124,9 +126,10 @@ def weights(folder: Path) -> bytes:
 
 @pytest.mark.parametrize("method", ["lora", "qlora"])
 def test_jobs_in_one_process_leave_the_adapters_that_they_leave_alone(
-    recipe: Recipe, start: Callable[..., Start], tmp_path: Path, method: str
+    recipe: Recipe, start: Callable[..., Start], tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With evaluations in mid-training, answers and reports in between; one comes late, one is cancelled."""
+    monkeypatch.setattr(trainer, "LEARNED_S", 0.0)
     first = {"method": method, **LONG, "max_steps": 10, "eval_steps": 3, "lora": {"r": 8, "lora_dropout": 0.1}}
     second = {"method": method, **LONG, "seed": 7, "lora": {"r": 4, "use_dora": method == "lora"}}
     alone = {1: recipe("alone1", **first), 2: recipe("alone2", **second)}
@@ -153,6 +156,7 @@ def test_jobs_in_one_process_leave_the_adapters_that_they_leave_alone(
     assert any("step" in lines.text for lines in process.of(2, LogLines))
     passes = [passed for told in list(process.told) for passed in process.of(told, Passed)]
     assert passes and all(passed.tokens > 32 and passed.seconds > 0 for passed in passes)
+    assert any(process.of(job, Learned) for job in (1, 2, 3))
     assert read_report(tmp_path / "one")["training"]["companions"] == [2, 3]
     assert not [note for note in process.of(3, Note) if note.kind == "saved"]
 

@@ -22,6 +22,8 @@ Answer = TypeVar("Answer")
 def beat(place: Workplace, state: AttemptState) -> None:
     """One heartbeat. No error of the database ends a training: the lease decides."""
     state.turn()
+    if state.gone_as is not None:
+        return  # its row is closed
     answer: Beat | None
     try:
         answer = place.store.beat(state.claim, state.progress())

@@ -11,13 +11,14 @@ from pathlib import Path
 
 from loractl.common.job.adjustment import Adjustment
 from loractl.common.job.need import Need
-from loractl.common.job.status import Reason, Stage
+from loractl.common.job.status import Reason, Stage, Status
 from loractl.common.placement.pack_rule import MeasuredPass
 from loractl.common.store.records import Beat, Claim, Progress, rung_points
 from loractl.worker.protocol.log_lines import log_line
 from loractl.worker.protocol.messages import (
     Adjusted,
     Ended,
+    Learned,
     MemberLeft,
     Note,
     Opened,
@@ -52,6 +53,7 @@ class AttemptState:
     pids: frozenset[int] = frozenset()  # of all trainers that ran for it
     turned_at: float = field(default_factory=time.monotonic)  # when its supervisor last passed through its loop
     closed: bool = False  # its row is closed; what follows is housekeeping
+    gone_as: Status | None = None  # what its job became when its row was closed; it is not out of its trainer yet
     peaks: Peaks = field(default_factory=Peaks)
     step: int = 0
     ended: Ended | None = None
@@ -98,7 +100,8 @@ class AttemptState:
 
     def hear(self, message: Told | str) -> None:
         """Take what the trainer told: a message, or another line."""
-        self.heard_at = time.monotonic()
+        if not isinstance(message, (Passed, Learned)) or self.trainer is None or self.trainer.alone:
+            self.heard_at = time.monotonic()  # of several jobs' passes any one is told
         if isinstance(message, str):
             self.log.put(message)
             return
@@ -115,7 +118,7 @@ class AttemptState:
             self.passes.append(one)
         elif isinstance(message, MemberLeft):
             self._say_what_is_left(message)
-        else:
+        elif not isinstance(message, Learned):
             self._follow(message)
             self.pending = _fold(self.pending, message)
 
@@ -180,7 +183,9 @@ class AttemptState:
 
     def _say_what_is_left(self, message: MemberLeft) -> None:
         if message.fault is not None:
-            log.warning("job %s: its trainer ends after its other jobs: %s", message.job_id, message.fault)
+            log.warning(
+                "job %s: its trainer takes no more jobs and ends with its last: %s", message.job_id, message.fault
+            )
 
     def _say(self, message: Stepped) -> None:
         now = time.monotonic()

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from loractl.common.job.status import Reason, Stage
 from loractl.worker.protocol.messages import Stop
 
+from .link.trainer import LEAVE_S
 from .state import AttemptState
 from .workplace import Workplace
 
@@ -22,6 +23,9 @@ DRAIN_GRACE_S = 120.0
 
 SILENCE_S = 1800.0
 """A trainer hangs if it says nothing for so long while it trains or evaluates. It tells a step a second at most."""
+
+
+SILENT = f"the trainer said nothing for {SILENCE_S / 60:.0f} min"
 
 
 class Interrupted(Exception):
@@ -58,7 +62,34 @@ def wanted_stop(place: Workplace, state: AttemptState) -> StopWish | None:
         return StopWish(reason=Reason.DRAINED, message=why, save=True, grace_s=DRAIN_GRACE_S)
     if state.card_drained is not None:
         return StopWish(reason=Reason.DRAINED, message=state.card_drained, save=True, grace_s=DRAIN_GRACE_S)
+    if is_silent(state):  # it shares its trainer, else that was killed
+        return StopWish(reason=Reason.TRAINER_ERROR, message=SILENT)
     return None
+
+
+def is_silent(state: AttemptState) -> bool:
+    """Whether the trainer has said nothing of the job for so long that the job hangs."""
+    busy = state.pending.stage in (Stage.TRAINING, Stage.EVALUATING)
+    return busy and time.monotonic() - max(state.heard_at, state.log.heard) > SILENCE_S
+
+
+def closes_now(state: AttemptState) -> bool:
+    """Whether the job's row is closed though the job is not out of the trainer that it shares: where its stop leaves no
+    checkpoint, or was not obeyed in time. What it holds of the card stays held."""
+    link = state.trainer
+    if state.forced is None or link is None or not link.leaves_others or state.lease_lost or state.gone_as is not None:
+        return False
+    if state.ended is not None and state.ended.reason is Reason.OK:
+        return False
+    late = state.kill_at is not None and time.monotonic() > state.kill_at
+    return late or state.forced[0] in (Reason.CANCELLED, Reason.PRUNED)
+
+
+def does_not_leave(state: AttemptState) -> bool:
+    """Whether a job that was told to stop is still in a trainer that goes on with others, long after that."""
+    link = state.trainer
+    late = state.kill_at is not None and time.monotonic() > state.kill_at + LEAVE_S
+    return late and link is not None and link.leaves_others
 
 
 def ask_to_stop(state: AttemptState, wish: StopWish) -> None:
@@ -81,9 +112,11 @@ def must_leave(place: Workplace, state: AttemptState) -> bool:
     shares = link is not None and not link.alone
     if state.lease_lost and not shares:
         return True
-    busy = state.pending.stage in (Stage.TRAINING, Stage.EVALUATING)
-    if busy and now - max(state.heard_at, state.log.heard) > SILENCE_S:
-        state.forced = Reason.TRAINER_ERROR, f"the trainer said nothing for {SILENCE_S / 60:.0f} min"
+    if is_silent(state) and not shares:
+        state.forced = Reason.TRAINER_ERROR, SILENT
+        return True
+    if is_silent(state) and state.gone_as is None and link is not None and link.stuck:
+        state.forced = Reason.HOST_LOST, f"it shared its trainer with others, of which none took a step: {SILENT}"
         return True
     if place.drain.wish == "now":
         state.forced = Reason.DRAINED, "the worker was stopped at once"

@@ -48,6 +48,11 @@ def supervise(place: Workplace, state: AttemptState) -> Status | None:
         _leave_host(place, state)
         clean(place, state, None)  # the next attempt may go on from its checkpoints
         return None
+    if state.gone_as is not None:
+        state.closed = True
+        _leave_host(place, state)
+        clean(place, state, state.gone_as)
+        return state.gone_as
     if reason in KEEPING and not state.cancel_requested and (state.folder / READY).exists():
         state.note("kept", f"{place.settings.host} keeps the finished result: an attempt there stores it")
     status = _finish(place, state, reason, message, result)
@@ -61,11 +66,11 @@ def supervise(place: Workplace, state: AttemptState) -> Status | None:
 
 
 def _leave_host(place: Workplace, state: AttemptState) -> None:
-    """Give back what an attempt that lost its lease still held of a trainer: it is out of that now."""
+    """Give back what an attempt whose row was closed before still held of a trainer: it is out of that now."""
     if state.host is None:
         return
     try:
-        place.store.leave_host(state.claim)
+        _insist(place, state, lambda: place.store.leave_host(state.claim))
     except REFUSALS as error:
         log.warning("job %s: what it held of its trainer stays held: %s", state.claim.job_id, told_by(error))
 
@@ -121,7 +126,7 @@ def _carry_out(place: Workplace, state: AttemptState) -> tuple[Reason, str, Stor
                 state.pending = replace(state.pending, result_host="")  # it is torn, or somebody removed it
             train(place, state, _with_patience(place, state, prepare, away))
         reason, message = state.verdict()
-        if reason is not Reason.OK:
+        if reason is not Reason.OK or state.gone_as is not None:
             return reason, message, None
         state.pending = replace(state.pending, stage=Stage.STORING)
         while_beating(place, state, lambda: mark_ready(state.folder, state.claim, message))

@@ -14,7 +14,7 @@ from typing import IO
 from loractl.common.job.adjustment import Adjustment, in_words, next_adjustment
 from loractl.common.job.method import Parallel
 from loractl.common.job.status import Reason, Stage
-from loractl.common.store.database import REFUSALS
+from loractl.common.store.database import REFUSALS, told_by
 from loractl.worker.device.occupancy import RUN_VARIABLE
 from loractl.worker.protocol.exit_reason import exit_reason
 from loractl.worker.protocol.messages import Ended, Start, Told
@@ -27,7 +27,7 @@ from .log import LOG_FILE
 from .order import common_environment, environment
 from .process import launch
 from .state import AttemptState
-from .stops import Interrupted, ask_to_stop, must_leave, require_wanted, wanted_stop
+from .stops import Interrupted, ask_to_stop, closes_now, does_not_leave, must_leave, require_wanted, wanted_stop
 from .workplace import HostSource, StayingTrainer, Workplace
 
 log = logging.getLogger("loractl.worker")
@@ -59,7 +59,8 @@ def train(place: Workplace, state: AttemptState, start: Start) -> None:
             order = _lighter(state, order)
     finally:
         # no one needs the last one of a training that is done, cancelled, pruned or no longer ours
-        over = state.lease_lost or state.cancel_requested or state.verdict()[0] in (Reason.OK, Reason.PRUNED)
+        over = state.lease_lost or state.cancel_requested or state.gone_as is not None
+        over = over or state.verdict()[0] in (Reason.OK, Reason.PRUNED)
         _close(place, state, upload, 0.0 if over or place.drain.wish == "now" else CHECKPOINT_GRACE_S)
 
 
@@ -81,6 +82,7 @@ def _run(place: Workplace, state: AttemptState, start: Start, upload: Checkpoint
                 place.hosts.drop_mark(trainer.mark)
     _take_all(link.told, state)
     _hand_on(place, state, link, upload)
+    _tell_of_spoilt(place, trainer)
     if state.ended is None and state.forced is None and not state.lease_lost:
         state.ended = _unexpected_end(state, start, trainer)
     state.goes_on_alone = start.joins or not (trainer.over or trainer.stays)
@@ -122,6 +124,9 @@ def _joined(place: Workplace, state: AttemptState, own: dict[str, str], log_file
             return link
         if not hosts.knows(claim.host):
             break
+        if trainer is not None and trainer.spoilt is not None:
+            state.forced = Reason.HOST_LOST, f"the trainer that it was to join takes no more jobs: {trainer.spoilt}"
+            raise Interrupted
         if time.monotonic() >= next_beat:
             next_beat = time.monotonic() + place.beat_s
             beat(place, state)
@@ -183,7 +188,7 @@ def _await_other_cards(place: Workplace, state: AttemptState) -> None:
 
 def _may_stay(place: Workplace, state: AttemptState, trainer: TrainerProcess) -> bool:
     """Whether a trainer whose last job has ended may wait for the next one with its base."""
-    wanted = place.hosts is not None and place.drain.wish is None and not state.lease_lost
+    wanted = place.hosts is not None and place.drain.wish is None and not state.lease_lost and trainer.spoilt is None
     return wanted and state.ended is not None and trainer.base_bytes is not None
 
 
@@ -202,7 +207,7 @@ def _keep(place: Workplace, state: AttemptState, start: Start, trainer: TrainerP
 
 def _watch(place: Workplace, state: AttemptState, link: TrainerLink, start: Start, upload: CheckpointUpload) -> bool:
     """Pass on what the trainer tells and what people wish, until the job has ended there. True: it must be killed."""
-    next_beat, stage, rung, state.heard_at = 0.0, None, 0, time.monotonic()
+    next_beat, next_close, stage, rung, state.heard_at = 0.0, 0.0, None, 0, time.monotonic()
     while link.poll() is None and not _is_over(state, link):
         _take_all(link.told, state, timeout=LOOK_S)
         _open(place, state, link, start)
@@ -212,11 +217,37 @@ def _watch(place: Workplace, state: AttemptState, link: TrainerLink, start: Star
         if time.monotonic() >= next_beat or state.pending.stage != stage or reached > rung:
             stage, rung, next_beat = state.pending.stage, max(rung, reached), time.monotonic() + place.beat_s
             beat(place, state)
+            _tell_of_spoilt(place, link.trainer)
         if must_leave(place, state):
             return True
         if state.ended is None and (wish := wanted_stop(place, state)) is not None:
             ask_to_stop(state, wish)
+        if closes_now(state) and time.monotonic() >= next_close:
+            next_close = time.monotonic() + place.beat_s
+            _close_row(place, state)
+        if does_not_leave(state):
+            link.trainer.spoil(f"job {state.claim.job_id} does not leave it")
     return False
+
+
+def _close_row(place: Workplace, state: AttemptState) -> None:
+    """End the attempt in its row while the job is on its way out of a trainer that others need. Where the database does
+    not take that now, it is tried again, at the last when the job is out."""
+    assert state.forced is not None
+    try:
+        status = place.store.finish(state.claim, *state.forced, state.progress(last=True), inside=True)
+    except REFUSALS as error:
+        log.warning("job %s: its row is closed later: %s", state.claim.job_id, told_by(error))
+        return
+    state.gone_as, state.lease_lost = status, status is None
+    if status is not None:
+        log.info("job %s: %s: %s; it leaves its trainer", state.claim.job_id, status.value, state.forced[1])
+
+
+def _tell_of_spoilt(place: Workplace, trainer: TrainerProcess) -> None:
+    """Let no claim name a trainer that takes no more jobs."""
+    if place.hosts is not None and trainer.spoilt is not None and not trainer.over:
+        place.hosts.spoil(trainer.mark, trainer.spoilt)
 
 
 def _is_over(state: AttemptState, link: TrainerLink) -> bool:

@@ -85,6 +85,10 @@ class HostSource(Protocol):
         """The trainer of that mark, while there are jobs in it."""
         ...
 
+    def spoil(self, mark: str, why: str) -> None:
+        """Let no claim name a trainer that takes no more jobs."""
+        ...
+
     def note_passes(self, mark: str, passes: Sequence[MeasuredPass]) -> None:
         """Let the pack rule learn from passes of a trainer that has a row."""
         ...

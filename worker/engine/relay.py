@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -23,8 +23,10 @@ from .streams import RandomStreams
 class Relay:
     """Who computes now, and who is next: first come, first served."""
 
-    def __init__(self, meter: PassMeter | None = None) -> None:
+    def __init__(self, meter: PassMeter | None = None, learned: Callable[[], None] = lambda: None) -> None:
+        """`learned` is called after each step of the pack, by whoever leads it."""
         self.pack = Pack(meter)
+        self._learned = learned
         self._changed = threading.Condition()
         self._holder: Leg | None = None
         self._queue: deque[Leg] = deque()
@@ -81,7 +83,9 @@ class Relay:
     def _lead(self, leg: Leg) -> None:
         """Take a step of all."""
         self._leader = leg
-        if endings := self.pack.step():
+        endings = self.pack.step()
+        self._learned()
+        if endings:
             with self._changed:
                 self._endings |= {id(ending.member): ending for ending in endings}
                 self._changed.notify_all()

@@ -211,11 +211,17 @@ class Passed(_Message):
     seconds: float
 
 
+class Learned(_Message):
+    """Trainer: micro-batches are learned. It is told now and then, as a step of many of them takes long."""
+
+    type: Literal["learned"] = "learned"
+
+
 class MemberLeft(_Message):
     """Trainer: of a job that has ended nothing is in the process any more, which goes on with others."""
 
     type: Literal["left"] = "left"
-    fault: str | None = None  # what is left of it all the same
+    fault: str | None = None  # why nobody may join any more, and the process ends with its last job
 
 
 class Ended(_Message):
@@ -230,7 +236,20 @@ class Ended(_Message):
 
 
 Order = Start | Stop | Take | Release | Share
-Told = StageChanged | Stepped | Adjusted | Planned | Note | Saved | LogLines | Opened | Passed | MemberLeft | Ended
+Told = (
+    StageChanged
+    | Stepped
+    | Adjusted
+    | Planned
+    | Note
+    | Saved
+    | LogLines
+    | Opened
+    | Passed
+    | Learned
+    | MemberLeft
+    | Ended
+)
 
 _orders: TypeAdapter[Order] = TypeAdapter(Annotated[Order, Field(discriminator="type")])
 _told: TypeAdapter[Told] = TypeAdapter(Annotated[Told, Field(discriminator="type")])

@@ -69,6 +69,7 @@ class Hosts:
     _marks: set[str] = field(default_factory=set)  # of hosts, and of trainers that may become one
     _open: dict[str, TrainerProcess] = field(default_factory=dict)  # that others may join
     _written: set[str] = field(default_factory=set)  # marks with a row
+    _spoilt: set[str] = field(default_factory=set)  # of those, the ones whose rows say that they take no more
     _over: set[str] = field(default_factory=set)  # marks whose processes have ended, and whose rows have not
     _strangers_at: float | None = None  # when other people's programs were last seen on the card
     _next: float = 0.0  # when the rows are looked at
@@ -192,6 +193,19 @@ class Hosts:
         """The trainer of that mark, while there are jobs in it."""
         with self._changed:
             return self._open.get(mark)
+
+    def spoil(self, mark: str, why: str) -> None:
+        """Let no claim name a trainer that takes no more jobs. Who is in it asks again where the database is away."""
+        with self._changed:
+            if mark not in self._written or mark in self._spoilt:
+                return
+        try:
+            self.place.store.spoil_host(mark, self.place.node, why)
+        except REFUSALS as error:
+            log.warning("jobs may still be sent to process %s, which takes none: %s", mark, told_by(error))
+            return
+        with self._changed:
+            self._spoilt.add(mark)
 
     def note_passes(self, mark: str, passes: Sequence[MeasuredPass]) -> None:
         """Let the pack rule learn from passes of a trainer that has a row."""
@@ -340,3 +354,4 @@ class Hosts:
         with self._changed:
             self._over -= over
             self._written -= over
+            self._spoilt -= over

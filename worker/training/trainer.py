@@ -17,6 +17,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable
 from typing import IO, TYPE_CHECKING
@@ -26,7 +27,7 @@ from loractl.common.job.status import Reason, Stage
 from loractl.worker.base.kernels import load_kernels
 from loractl.worker.base.quiet import quieten, tell_once
 from loractl.worker.protocol.log_lines import log_line
-from loractl.worker.protocol.messages import Ended, Passed, Release, Share, Start, Stop, Take, Told, encode
+from loractl.worker.protocol.messages import Ended, Learned, Passed, Release, Share, Start, Stop, Take, Told, encode
 from loractl.worker.protocol.orders import MemberOver, OrderDesk, Orders
 from loractl.worker.protocol.spare import PLACEHOLDER, READY, SPARE, host_name, shared, taken
 
@@ -125,6 +126,10 @@ STAYS_AFTER = frozenset(
 """Ends of a job that say nothing against its process. After any other one the next job gets a new process."""
 
 
+LEARNED_S = 10.0
+"""Seconds between two signs of micro-batches: they are a few of those in which nobody ends the process."""
+
+
 class _Host:
     """loractl's own recipe on a base that is kept: jobs after each other and beside each other."""
 
@@ -135,6 +140,7 @@ class _Host:
         self._allowance: Allowance | None = None
         self._traces: dict[int, Traces] = {}
         self._fault: str | None = None  # why this process ends with its last member
+        self._learned_at = time.monotonic()  # when that was last told
 
     def begin(self, order: Start, *, alone: bool) -> None:
         _load()
@@ -148,7 +154,7 @@ class _Host:
         if alone:
             self._shelf = self._shelf or Shelf()
             self._shelf.begin()
-            self._relay, self._allowance = Relay(PassMeter(self._passed)), Allowance()
+            self._relay, self._allowance = Relay(PassMeter(self._passed), self._learned), Allowance()
             self._fault = None
         give_up_helpers()  # of the main thread, from imports and from sums of weights
 
@@ -168,15 +174,15 @@ class _Host:
         from loractl.worker.base.gauge import release
 
         assert self._shelf is not None and self._allowance is not None
-        fault = self._traces.pop(order.job_id).left()
+        fault = self._traces.pop(order.job_id).left() or _spoilt_by(ended)
         release()
         self._allowance.take_back(order, self._shelf.size)
-        self._note_fault(ended, fault)
+        self._fault = self._fault or fault
         return fault
 
     def settle(self, order: Start, ended: Ended) -> Ended:
         self._traces.clear()
-        self._note_fault(ended, None)
+        self._fault = self._fault or _spoilt_by(ended)
         assert self._shelf is not None
         size, why = None, self._fault
         if why is None:
@@ -190,13 +196,20 @@ class _Host:
                 self._company.write(order.job_id, line, self._tell)
         return ended.model_copy(update={"base_bytes": size})
 
-    def _note_fault(self, ended: Ended, fault: str | None) -> None:
-        spoilt = f"a job ended with {ended.reason.value}" if ended.reason not in STAYS_AFTER else None
-        self._fault = self._fault or fault or spoilt
+    def _learned(self) -> None:
+        """Say that micro-batches are learned: whoever does not leave ends the others only where none is."""
+        if time.monotonic() >= self._learned_at + LEARNED_S and (job := self._company.any_job) is not None:
+            self._learned_at = time.monotonic()
+            self._tell(Learned(job_id=job))
 
     def _passed(self, tokens: int, members: int, seconds: float) -> None:
         if (job := self._company.any_job) is not None:
             self._tell(Passed(job_id=job, tokens=tokens, members=members, seconds=seconds))
+
+
+def _spoilt_by(ended: Ended) -> str | None:
+    """What a job's end says against its process."""
+    return None if ended.reason in STAYS_AFTER else f"job {ended.job_id} ended there with {ended.reason.value}"
 
 
 class _Other:
@@ -204,15 +217,18 @@ class _Other:
 
     def __init__(self, run: Recipe) -> None:
         self.serve = run
+        self._fault: str | None = None
 
     def begin(self, order: Start, *, alone: bool) -> None:
-        """Nothing is to be prepared."""
+        self._fault = None if alone else self._fault
 
     def let_go(self, order: Start, ended: Ended) -> str | None:
-        return None
+        fault = None if ended.base_bytes is not None else f"job {ended.job_id} left something there"
+        self._fault = self._fault or fault
+        return fault
 
     def settle(self, order: Start, ended: Ended) -> Ended:
-        return ended
+        return ended if self._fault is None else ended.model_copy(update={"base_bytes": None})
 
 
 def _run_alone(order: Start, orders: Orders, tell: Tell) -> Ended:

@@ -44,8 +44,8 @@ class DeviceStore(ViewStore):
             return nodes.read_tokens(tx, node)
 
     def keep_host(self, claim: Claim, new: NewHost) -> bool:
-        """Write that a trainer stays with its base, while its attempt still runs; False: its lease is lost, or the base
-        has no room on the card. From the attempt's end on it waits for a job."""
+        """Write that a trainer stays with its base, while its attempt runs or is inside; False: its lease is lost, or
+        the base has no room on the card. Once the attempt has ended and is out of it, it waits for a job."""
         with self._write() as tx:
             return hosts.keep(tx, claim, new)
 
@@ -61,6 +61,11 @@ class DeviceStore(ViewStore):
         """Teach the law of a host's passes; one that has gone learns nothing."""
         with self._write() as tx:
             hosts.note_passes(tx, host, passes)
+
+    def spoil_host(self, host: str, node: str, why: str) -> None:
+        """Let no job join the host any more, which ends with its last one; `why`: in words, the first of them stays."""
+        with self._write() as tx:
+            hosts.spoil(tx, host, node, why)
 
     def leave_host(self, claim: Claim) -> None:
         """An attempt that has ended is out of its host: its tensors, threads and files are gone."""

@@ -99,6 +99,8 @@ def _fit(job: Job, me: Waiting, card: Card, view: FleetView) -> CardFit:
     if opening is None and job.lora_until is not None and not could_ever_hold(me, card):
         until = clock(job.lora_until, view.now)
         return fit(until, "too small for LoRA, which it waits for until then", job.lora_until)
+    if opening is None and (still := still_inside(me, card)):
+        return fit("?", still)
     if opening is None:
         return fit("?", f"{holder(view, card)}, no end known")
     if not opening.after:
@@ -149,6 +151,21 @@ def refused_join(me: Waiting, card: Card, view: FleetView) -> str:
     if refused is None or not members:
         return ""
     return f", not {beside(job.job_id for job in members)}: {refused.why}"
+
+
+def still_inside(me: Waiting, card: Card) -> str:
+    """Which jobs of the card have ended and hold memory until they are out of their trainers, where that is what the
+    job waits for; else empty."""
+    if not card.leavers or (me.least or 0) > card.capacity:
+        return ""
+    jobs = [str(one.job_id) for one in card.leavers]
+    named = f"job {jobs[0]}" if len(jobs) == 1 else f"jobs {', '.join(jobs[:-1])} and {jobs[-1]}"
+    held = gib(sum(one.bytes for one in card.leavers))
+    few = len(jobs) == 1
+    return (
+        f"{named} {'has' if few else 'have'} ended and {'holds' if few else 'hold'} {held}"
+        f" until {'it is' if few else 'they are'} out of the trainer"
+    )
 
 
 def _now(me: Waiting, card: Card, view: FleetView) -> str:

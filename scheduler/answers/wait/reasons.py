@@ -30,6 +30,7 @@ from .cards import (
     opening_of,
     refused_join,
     silent_s,
+    still_inside,
     suits_at_last,
     when_they_end,
 )
@@ -300,6 +301,8 @@ def _held_by_others(me: Waiting, view: FleetView) -> Wait:
     largest = view.largest
     cards = [c for c in view.cards.values() if c.open and suits(c, me, largest) and could_ever_hold(me, c)]
     blocked = max(cards, key=lambda card: card.capacity)
+    if still := still_inside(me, blocked):
+        return _capacity("memory", f"on {blocked.node} {still}")
     held = holder(view, blocked, pid=True)
     return _capacity("memory", f"{held} on {blocked.node}, {gib(blocked.capacity)} are left")
 

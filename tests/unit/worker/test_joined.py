@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,13 +16,16 @@ import pytest
 
 from loractl.common.job.adjustment import Adjustment
 from loractl.common.job.status import Reason, Status
+from loractl.common.placement.cards import Card
 from loractl.common.settings import load_settings
 from loractl.common.store.database import connect
 from loractl.common.store.records import Claim
 from loractl.common.store.store import Store
 from loractl.common.units import GIB
+from loractl.worker.attempt import stops
 from loractl.worker.attempt.drain import Drain
 from loractl.worker.attempt.link import trainer as module
+from loractl.worker.attempt.log import LogBook
 from loractl.worker.attempt.state import AttemptState, begin
 from loractl.worker.attempt.supervisor import supervise
 from loractl.worker.attempt.workplace import Workplace
@@ -44,7 +48,8 @@ from loractl.worker.training.trainer import main
 def run(order, orders, tell):
     job, does = order.job_id, order.spec.labels["does"]
     def ended(reason):
-        return Ended(job_id=job, reason=reason, message=f"{os.getpid()}", base_bytes=2**20)
+        base = None if does == "spoils" else 2**20
+        return Ended(job_id=job, reason=reason, message=f"{os.getpid()}", base_bytes=base)
     sys.stderr.write(f"job {job} prints\\n")
     tell(StageChanged(job_id=job, stage=Stage.TRAINING))
     tell(LogLines(job_id=job, text=f"line of {job}\\n"))
@@ -118,6 +123,10 @@ class Crowd(Lab):
         for job in jobs:
             self.threads[job].join(timeout=40)
             assert not self.threads[job].is_alive()
+
+    @property
+    def card(self) -> Card:
+        return self.store.fleet().cards["box:0"]
 
     def pid(self, job: int) -> int:
         (pid,) = self.states[job].pids
@@ -228,10 +237,86 @@ def test_a_member_that_does_not_leave_ends_the_others_only_where_none_takes_a_st
         own.states[deaf].kill_at = 0.0
         own.threads[deaf].join(timeout=2)
         assert own.threads[deaf].is_alive() and own.threads[first].is_alive(), "the other one takes steps"
+        frozen = time.monotonic()
         os.kill(own.pid(first), signal.SIGSTOP)
+        assert place.store.job(deaf).status is Status.CANCELLED, "its row does not wait for that"
+        assert [one.job_id for one in own.card.leavers] == [deaf], "what it holds stays held"
         own.join(first, deaf)
+        assert time.monotonic() - frozen > 1.2, "neither is killed before"
         assert place.store.job(deaf).status is Status.CANCELLED
         assert place.store.job(first).reason is Reason.HOST_LOST
+        until(lambda: own.rows == [] and not own.card.leavers)
+
+
+def test_a_cancelled_member_s_row_closes_at_once_and_it_holds_its_part_until_it_has_left(place: Workplace) -> None:
+    with crowd(place) as own:
+        first = own.start()
+        until(lambda: own.rows)
+        deaf = own.start("deaf", joins=True)
+        place.store.cancel(deaf, "bob")
+        until(lambda: place.store.job(deaf).status is Status.CANCELLED, seconds=5)
+        assert own.threads[deaf].is_alive() and place.store.attempts(deaf)[0].reason is Reason.CANCELLED
+        (leaver,) = own.card.leavers
+        assert leaver.job_id == deaf and leaver.bytes == GIB - 2**20, "the base is the host's"
+        end_strays(own.place)
+        link = own.states[first].trainer
+        with (place.settings.home / "other.txt").open("w") as file:
+            assert link is not None and link.trainer.join(deaf, file, LogBook()) is None, "it is not in there twice"
+        own.end(first)
+        (own.states[deaf].folder / "end").touch()
+        own.join(deaf)
+        assert (place.store.job(deaf).status, own.card.leavers) == (Status.CANCELLED, [])
+        assert len(own.card.waiting_bases) == 1 and psutil.pid_exists(own.pid(deaf)), "the base waits for a job"
+
+
+def test_a_member_that_hangs_past_its_time_is_ended_in_its_row_and_others_go_on(place: Workplace) -> None:
+    with crowd(place) as own:
+        first = own.start()
+        until(lambda: own.rows)
+        deaf = own.start("deaf", joins=True)
+        own.states[deaf].card_drained = "box:1 is being drained"
+        until(lambda: own.states[deaf].kill_at is not None)
+        assert place.store.job(deaf).status is Status.RUNNING, "it has time for a checkpoint"
+        own.states[deaf].kill_at = 0.0
+        until(lambda: place.store.job(deaf).status is Status.QUEUED)
+        assert place.store.job(deaf).reason is Reason.DRAINED and own.threads[deaf].is_alive()
+        own.end(deaf)
+        assert own.threads[first].is_alive() and not own.card.leavers
+        own.end(first)
+
+
+def test_a_member_that_says_nothing_for_long_ends_alone(place: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
+    with crowd(place) as own:
+        first = own.start()
+        until(lambda: own.rows)
+        silent = own.start("silent", joins=True)
+        monkeypatch.setattr(stops, "SILENCE_S", 1.5)
+        own.join(silent)
+        assert place.store.job(silent).reason is Reason.TRAINER_ERROR
+        assert own.threads[first].is_alive()
+        own.end(first)
+
+
+def test_a_spoilt_trainer_takes_no_more_jobs_and_ends_with_its_last(place: Workplace) -> None:
+    with crowd(place) as own:
+        first = own.start()
+        until(lambda: own.rows)
+        second = own.start("spoils", joins=True)
+        own.end(second)
+        (row,) = place.store.hosts("box:0")
+        assert row.spoilt == f"job {second} left something there"
+        place.store.submit(submission(base_model="org/a", labels={"does": "steps"}, lora=1, method="lora"))
+        place.store.see_node(node_state("box:0", kind="cpu", total=24 * GIB, max_jobs=4))
+        claim = place.store.claim("box:0", joins=True)
+        assert isinstance(claim, Claim) and not claim.joins
+        own.follow(replace(claim, joins=True, host=row.host))  # as of a claim just before that
+        own.join(claim.job_id)
+        back = place.store.job(claim.job_id)
+        assert (back.status, back.reason, back.retries_used) == (Status.QUEUED, Reason.HOST_LOST, 0)
+        assert "takes no more jobs" in str(back.message) and own.threads[first].is_alive()
+        own.end(first)
+        until(lambda: own.rows == [])
+        assert not psutil.pid_exists(own.pid(first))
 
 
 def test_who_runs_out_of_memory_beside_others_goes_on_alone_with_less(place: Workplace) -> None:

@@ -61,6 +61,11 @@ class TrainerLink:
         return time.monotonic() - self.trainer.heard_at > LEAVE_S
 
     @property
+    def leaves_others(self) -> bool:
+        """Whether others are in the process, and something of the job is, too."""
+        return not self.alone and not self.left.is_set()
+
+    @property
     def host(self) -> str | None:
         """The mark in the process's environment, where it is a host's and not the attempt's."""
         return self.trainer.mark if self.trainer.shared else None
@@ -93,6 +98,7 @@ class TrainerProcess:
         self.stays = False  # it has left its last job, and nobody reads its pipes
         self.over = False  # it has ended, with all that it had started
         self.base_bytes: int | None = None  # that it keeps, as its last job's end said
+        self.spoilt: str | None = None  # why nobody joins it and it ends with its last job, in words; None: it may stay
         self.lost = 0  # jobs that were in it when it ended by itself
         self.heard_at = time.monotonic()
         self._lock = threading.Lock()
@@ -125,7 +131,9 @@ class TrainerProcess:
         """Another attempt's link, while one is in it; None: it ends, or does not answer."""
         link = TrainerLink(trainer=self, job_id=job_id, book=LogFile(file, book))
         with self._lock:
-            if self._closing or not self.mark or self.process.poll() is not None:
+            if self._closing or not self.mark or self.spoilt is not None or self.process.poll() is not None:
+                return None
+            if job_id in self._links:  # an earlier attempt of the job is not out of it yet
                 return None
             self._links[job_id] = link
         if self._share(job_id):
@@ -155,6 +163,10 @@ class TrainerProcess:
         assert self.process.stdin
         with self._sending:
             send(self.process.stdin, order)
+
+    def spoil(self, why: str) -> None:
+        """Let nobody join it any more, and let it end with its last job. The first reason stays."""
+        self.spoilt = self.spoilt or why
 
     def end(self) -> list[str]:
         """The last lines that it printed as nobody's."""
@@ -226,6 +238,8 @@ class TrainerProcess:
         self.heard_at = time.monotonic()
         if isinstance(message, Ended):
             self.base_bytes = message.base_bytes
+        elif isinstance(message, MemberLeft) and message.fault is not None:
+            self.spoil(message.fault)
         with self._lock:
             link = self._links.get(message.job_id)
         if link is not None:

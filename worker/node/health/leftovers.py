@@ -23,7 +23,8 @@ def close_if_left(place: Workplace, watch: Watch, claim: Claim, host: str | None
     `host`: the mark of the trainer that it has shared; where that has ended, nothing of it remains either.
     """
     job, deadline = str(claim.job_id), time.monotonic() + LEFT_S
-    names = {job} | ({host_name(host)} if host is not None and not _lives(place, host) else set())
+    shared = set() if host is None or _lives(place, host) else {host_name(host)}
+    names = {job} if host is None else shared  # what it shared was not in its name; a next attempt of it may run by now
 
     def held_now() -> int:
         used = watch.look().used

@@ -12,6 +12,7 @@ from loractl.common.job.status import Reason
 from loractl.worker.attempt.state import AttemptState
 from loractl.worker.attempt.stops import DRAIN_GRACE_S
 from loractl.worker.attempt.workplace import Workplace
+from loractl.worker.protocol.messages import Stop
 
 log = logging.getLogger("loractl.worker")
 
@@ -69,6 +70,10 @@ class StuckSupervisors:
 def _kill_trainer(state: AttemptState, silent: float) -> None:
     trainer = state.trainer
     if trainer is None or trainer.poll() is not None:
+        return
+    if not trainer.alone:
+        log.error("job %s: its supervisor is stuck, and the trainer goes on with its other jobs", state.claim.job_id)
+        trainer.send(Stop(job_id=state.claim.job_id, save=False))
         return
     log.error("job %s: its supervisor is stuck, the trainer is killed", state.claim.job_id)
     if state.forced is None:

@@ -23,7 +23,7 @@ class MemberServer(Protocol):
         ...
 
     def let_go(self, order: Start, ended: Ended) -> str | None:
-        """A member has left others. Returns what of it is here all the same."""
+        """A member has left others. Returns why nobody may come any more: what of it is here, or how it ended."""
         ...
 
     def settle(self, order: Start, ended: Ended) -> Ended:

@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session
 
 from loractl.common.job.status import Status
 from loractl.common.placement.cards import Card
-from loractl.common.placement.joins import Newcomer, Newcomers, RefusedJoin, looked_at, open_bases
+from loractl.common.placement.joins import Newcomer, Newcomers, RefusedJoin, looked_at, open_bases, spoilt_bases
 from loractl.common.placement.lines import SubstitutedLine, Waiting
 from loractl.common.placement.rule import Decision, place
 
@@ -59,7 +59,7 @@ def read_view(session: Session, now: dt.datetime) -> FleetView:
         charges=charges,
         decisions=tuple(outlook.decisions),
         failures=tuple(read_failures(session, now)),
-        refused_joins=_refused(outlook),
+        refused_joins=_refused(session, outlook, now),
     )
 
 
@@ -71,10 +71,13 @@ def read_newcomers(session: Session, now: dt.datetime, waiting: Sequence[Waiting
     return {job_id: newcomer for job_id, newcomer in found.items() if newcomer is not None}
 
 
-def _refused(outlook: Outlook) -> dict[int, RefusedJoin]:
-    """The waiting jobs that could have joined a host, and why they did not, as far as the pack's numbers say."""
+def _refused(session: Session, outlook: Outlook, now: dt.datetime) -> dict[int, RefusedJoin]:
+    """The waiting jobs that could have joined a host, and why they did not: by its numbers, or as it takes no more."""
+    models = {base.base_model for card in outlook.packs.cards for base in spoilt_bases(card)}
+    models -= {job.base_model for job in outlook.joiners}
+    others = read_joiners(session, now, sorted(models)) if models else []
     found: dict[int, RefusedJoin] = {}
-    for job in outlook.joiners:
+    for job in (*outlook.joiners, *others):
         for method in job.methods:
             for looked in looked_at(outlook.packs.cards, job, method, outlook.packs.newcomer):
                 if isinstance(looked, RefusedJoin):

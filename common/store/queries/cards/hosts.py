@@ -5,19 +5,20 @@ from __future__ import annotations
 import datetime as dt
 from collections.abc import Collection, Iterable, Sequence
 
-from sqlalchemy import ColumnElement, delete, or_, select, update
+from sqlalchemy import ColumnElement, or_, select, update
 
 from loractl.common.job.method import Method
 from loractl.common.job.status import Status
 from loractl.common.placement.cards import WarmBase
 from loractl.common.placement.hosts import Seat, may_wait
 from loractl.common.placement.pack_rule import MeasuredPass, PassLaw
+from loractl.common.text import storable
 
 from ...hosts import TrainerHost
 from ...records import Claim, NewHost
 from ...tables import Attempt, Job, Node
 from ...transaction import Transaction
-from .nodes import read_cards
+from .nodes import forget_hosts, read_cards
 
 
 def keep(tx: Transaction, claim: Claim, new: NewHost) -> bool:
@@ -32,11 +33,12 @@ def open_to_others(tx: Transaction, claim: Claim, new: NewHost) -> bool:
 
 
 def _write(tx: Transaction, claim: Claim, new: NewHost, *, is_open: bool) -> bool:
-    """Write the host's row while the claim's attempt runs, if its base has room."""
+    """Write the host's row, if its base has room, while the claim's attempt runs, or is on its way out as the last."""
     tx.session.scalars(select(Node).where(Node.node == new.node).with_for_update()).first()
     now, member = tx.now(), {"job_id": claim.job_id, "attempt": claim.attempt}
     own = (Job.job_id == claim.job_id, Job.token == claim.token, Job.status == Status.RUNNING, Job.node == new.node)
-    if tx.session.scalar(select(Job.job_id).where(*own).with_for_update()) is None:  # no lease ends meanwhile
+    runs = tx.session.scalar(select(Job.job_id).where(*own).with_for_update()) is not None  # no lease ends meanwhile
+    if not runs and (is_open or not _is_inside(tx, claim, new.host)):
         return False
     if is_busy(tx, new.host, claim.token):
         return True  # the row says what holds while they are in it
@@ -49,10 +51,22 @@ def _write(tx: Transaction, claim: Claim, new: NewHost, *, is_open: bool) -> boo
     return True
 
 
+def _is_inside(tx: Transaction, claim: Claim, host: str) -> bool:
+    """Whether the claim's attempt has ended and is not out of the host yet."""
+    there = (*_of(claim), Attempt.host == host, Attempt.inside)
+    return tx.session.scalar(select(Attempt.job_id).where(*there).with_for_update()) is not None
+
+
 def is_busy(tx: Transaction, host: str, but: str = "") -> bool:
     """Whether attempts are in the host, running or on their way out; `but`: the token of one that does not count."""
     there = (Attempt.host == host, Attempt.token != but, or_(Attempt.ended_at.is_(None), Attempt.inside))
     return tx.session.scalars(select(Attempt.job_id).where(*there).limit(1)).first() is not None
+
+
+def spoil(tx: Transaction, host: str, node: str, why: str) -> None:
+    tx.session.scalars(select(Node).where(Node.node == node).with_for_update()).first()  # no claim joins it meanwhile
+    still = (TrainerHost.host == host, TrainerHost.spoilt.is_(None))
+    tx.session.execute(update(TrainerHost).where(*still).values(spoilt=storable(why)))
 
 
 def leave(tx: Transaction, claim: Claim) -> None:
@@ -89,7 +103,7 @@ def take_place(tx: Transaction, seat: Seat, base: WarmBase) -> bool:
 
     What ends the others expect from now on is what was promised to them.
     """
-    still = (TrainerHost.host == base.host, TrainerHost.open, ~TrainerHost.leaving)
+    still = (TrainerHost.host == base.host, TrainerHost.open, ~TrainerHost.leaving, TrainerHost.spoilt.is_(None))
     if tx.session.scalar(select(TrainerHost.host).where(*still).with_for_update()) is None:
         return False
     now, runs = tx.now(), (Attempt.host == base.host, Attempt.ended_at.is_(None))
@@ -129,7 +143,7 @@ def send_off(tx: Transaction, host: str, node: str) -> bool:
 
 
 def forget(tx: Transaction, hosts: Iterable[str]) -> None:
-    tx.session.execute(delete(TrainerHost).where(TrainerHost.host.in_(list(hosts))))
+    forget_hosts(tx, TrainerHost.host.in_(list(hosts)))
 
 
 def of_node(tx: Transaction, node: str) -> Collection[TrainerHost]:

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-from sqlalchemy import and_, delete, or_, select
+from sqlalchemy import ColumnElement, and_, delete, or_, select, update
 from sqlalchemy.orm import Session
 
 from loractl.common.errors import NameTaken
@@ -35,13 +35,14 @@ def arrive(tx: Transaction, state: NodeState, give_back: Callable[[Transaction, 
     row = tx.session.scalars(select(Node).where(Node.node == state.node).with_for_update()).one()
     it = _identity(row)
     if it == me:
-        _forget_hosts(tx, state.node)  # that node ended them before it came here
-        return Arrival(given_back=tuple(give_back(tx, state.node)))
+        given_back = tuple(give_back(tx, state.node))
+        forget_hosts(tx, TrainerHost.node == state.node)  # that node ended them before it came here
+        return Arrival(given_back=given_back)
     if (now - row.seen_at).total_seconds() > NODE_STALE_S:
         for name, value in vars(me).items():
             setattr(row, name, value)
         row.seen_at = now
-        _forget_hosts(tx, state.node)
+        forget_hosts(tx, TrainerHost.node == state.node)
         return Arrival()  # what the other one ran has its lease
     if it.instance != me.instance or it.machine not in (None, me.machine):
         raise NameTaken(state.node)
@@ -72,11 +73,14 @@ def forget(tx: Transaction, node: str, box: BoxIdentity | None) -> None:
     row = tx.session.get(Node, node)
     if row is not None and (box is None or _identity(row) == box):
         tx.session.delete(row)
-        _forget_hosts(tx, node)
+        forget_hosts(tx, TrainerHost.node == node)
 
 
-def _forget_hosts(tx: Transaction, node: str) -> None:
-    tx.session.execute(delete(TrainerHost).where(TrainerHost.node == node))
+def forget_hosts(tx: Transaction, which: ColumnElement[bool]) -> None:
+    """Their processes have ended. Whoever was not out of one yet is so now."""
+    gone = select(TrainerHost.host).where(which)
+    tx.session.execute(update(Attempt).where(Attempt.host.in_(gone), Attempt.inside).values(inside=False))
+    tx.session.execute(delete(TrainerHost).where(which))
 
 
 def read_tokens(tx: Transaction, node: str) -> set[str]:

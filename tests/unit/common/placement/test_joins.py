@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loractl.common.job.method import Method
-from loractl.common.placement.cards import Card, Occupant, WarmBase
+from loractl.common.placement.cards import Card, Leaver, Occupant, WarmBase
 from loractl.common.placement.hosts import joined
 from loractl.common.placement.joins import PACK_MEMBERS, Newcomer, RefusedJoin, looked_at, own_part
 from loractl.common.placement.lines import JoinedLine, JoinOpening, ListedLine, Openings, Waiting, levels_of
@@ -69,7 +69,7 @@ def test_a_host_s_jobs_hold_one_base_and_it_stays_when_the_first_has_left() -> N
     assert card.taken == 10 * GIB and card.trainers == 1
     assert card.without([90]).taken == 8 * GIB, "the base, and the own parts of two"
     assert card.without([90, 2, 3]).taken == 0 and len(card.without([90, 2, 3]).waiting_bases) == 1
-    held = replace(card, running=(), hosts=(replace(card.hosts[0], held=2 * GIB),))
+    held = replace(card, running=(), hosts=(replace(card.hosts[0], leavers=(Leaver(job_id=5, bytes=2 * GIB),)),))
     assert held.taken == 7 * GIB and not held.waiting_bases, "one has ended and is not out of it"
     measured = replace(card, hosts=(replace(card.hosts[0], used=15 * GIB),))
     assert measured.taken == 15 * GIB, "one process: what is measured is the group's"
@@ -213,7 +213,8 @@ def with_hosts(rng: random.Random, card: Card) -> Card:
     anchor = rng.choice((None, inside[0].job_id))
     host = base(
         "h", rng.choice((1, 4)), key=method.value, method=method, job_id=anchor,
-        members=[random_member(rng) for _ in inside], held=rng.choice((0, 0, GIB)), open=rng.random() < 0.9,
+        members=[random_member(rng) for _ in inside], open=rng.random() < 0.9,
+        leavers=rng.choice(((), (), (Leaver(job_id=99, bytes=GIB),))),
     )  # fmt: skip
     return replace(card, running=(*inside, *card.running[len(inside) :]), hosts=(host,))
 

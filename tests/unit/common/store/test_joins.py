@@ -132,6 +132,58 @@ def test_a_member_holds_its_part_until_it_is_out_of_the_host(store: Store) -> No
     assert taken(store) == 0
 
 
+def test_a_base_stays_though_its_last_job_s_row_was_closed_before_the_job_was_out(store: Store) -> None:
+    first = anchored(store)
+    store.cancel(first.job_id, "ada")
+    assert store.finish(first, Reason.CANCELLED, "cancelled", Progress(), inside=True) is Status.CANCELLED
+    key = base_key(first.spec, first.method)
+    assert key is not None and store.keep_host(first, NewHost(host="h1", node=NODE, key=key, bytes=5 * GIB))
+    assert taken(store) == 8 and not store.fleet().cards[NODE].waiting_bases
+    store.leave_host(first)
+    assert not store.keep_host(first, NewHost(host="h1", node=NODE, key=key, bytes=5 * GIB))
+    assert taken(store) == 0 and len(store.fleet().cards[NODE].waiting_bases) == 1
+
+
+def test_a_job_whose_last_attempt_is_not_out_of_the_host_does_not_join_it_again(store: Store) -> None:
+    anchored(store)
+    queue(store)
+    mine = claim(store)
+    store.cancel(mine.job_id, "ada")
+    store.finish(mine, Reason.CANCELLED, "cancelled", Progress(), inside=True)
+    store.retry(mine.job_id, "ada")
+    assert store.claim(NODE, joins=True) is None
+    store.leave_host(mine)
+    assert claim(store).job_id == mine.job_id
+
+
+def test_nothing_joins_a_spoilt_host_and_it_ends_with_its_last_job(store: Store) -> None:
+    first = anchored(store)
+    queue(store)
+    second = claim(store)
+    queue(store)
+    for why in ("job 2 ended there with disk_full", "another reason"):
+        store.spoil_host("h1", NODE, why)
+    assert store.claim(NODE, joins=True) is None
+    (row,) = store.hosts(NODE)
+    assert row.spoilt == "job 2 ended there with disk_full", "the first reason stays"
+    end(store, first)
+    assert store.claim(NODE, joins=True) is None and taken(store) == 8
+    end(store, second)
+    store.forget_hosts(["h1"])
+    assert not claim(store).joins
+
+
+def test_the_end_of_a_host_frees_what_was_held_in_it(store: Store) -> None:
+    first = anchored(store)
+    store.cancel(first.job_id, "ada")
+    store.finish(first, Reason.CANCELLED, "cancelled", Progress(), inside=True)
+    store.forget_hosts(["h1"])
+    assert taken(store) == 0 and not store.attempts(first.job_id)[0].inside
+    anchored(store)
+    store.arrive(node_state(NODE, total=24 * GIB, max_jobs=1))
+    assert taken(store) == 0 and not any(attempt.inside for attempt in store.attempts(first.job_id + 1))
+
+
 def test_a_lost_member_is_inside_until_its_node_says_otherwise(store: Store) -> None:
     first = anchored(store)
     store.give_back(NODE)
@@ -214,6 +266,7 @@ class Process:
 
     mark: str
     base: float
+    spoilt: bool = False  # nothing joins it any more
     members: dict[int, tuple[Claim, float]] = field(default_factory=dict)  # by job: what it holds beside the base
     leaving: dict[int, tuple[Claim, float]] = field(default_factory=dict)  # ended, and not out yet
 
@@ -250,7 +303,8 @@ class PackLedger(RuleBasedStateMachine):
             self.marks += 1
             process = Process(mark=f"h{self.marks}", base=5)
             self.processes.append(process)
-        assert mine.joins is bool(process.members)
+        assert mine.joins is bool(process.members) and not (mine.joins and process.spoilt)
+        assert mine.job_id not in process.leaving
         process.members[mine.job_id] = mine, reserved if mine.joins else max(0.0, reserved - process.base)
         if not mine.joins and not process.leaving:
             opens(self.store, mine, process.base, process.mark)
@@ -276,6 +330,19 @@ class PackLedger(RuleBasedStateMachine):
         if gone:
             process, job_id = gone[number % len(gone)]
             self.store.leave_host(process.leaving.pop(job_id)[0])
+
+    @rule(number=st.integers(0, 9))
+    def a_host_is_spoilt(self, number: int) -> None:
+        busy = [p for p in self.processes if p.members]
+        if busy:
+            busy[number % len(busy)].spoilt = True
+            self.store.spoil_host(busy[number % len(busy)].mark, NODE, "a file is open")
+
+    @rule(number=st.integers(0, 9))
+    def a_cancelled_job_is_tried_again(self, number: int) -> None:
+        gone = [job_id for p in self.processes for job_id in p.leaving]
+        if gone and self.store.job(gone[number % len(gone)]).status is Status.CANCELLED:
+            self.store.retry(gone[number % len(gone)], "ada")
 
     @rule(number=st.integers(0, 9))
     def a_host_dies(self, number: int) -> None:

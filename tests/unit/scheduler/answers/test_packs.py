@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from loractl.common.job.status import Reason
 from loractl.common.placement.hosts import base_key
-from loractl.common.store.records import Choice, Claim, NewHost, Page
+from loractl.common.store.records import Choice, Claim, NewHost, Page, Progress
 from loractl.common.store.store import Store
 from loractl.common.units import GIB
 from loractl.scheduler.answers.fleet import fleet
@@ -79,3 +81,33 @@ def test_jobs_on_one_base_are_told_together(packed: Store) -> None:
     assert f"ada 1 + bob {second} + ada {third} on one base" in devices(seen, PIPE)
     (host,) = seen.as_json()[0]["hosts"]
     assert (host["open"], host["jobs"], host["job_id"]) == (True, [1, second, third], 1)
+
+
+def test_a_cancelled_job_s_memory_is_told_until_it_is_out_of_its_trainer(packed: Store) -> None:
+    second = queue(packed, user="bob")
+    mine = claim(packed)
+    packed.cancel(second, "bob")
+    packed.finish(mine, Reason.CANCELLED, "cancelled while it ran", Progress(), inside=True)
+    assert f"ada 1, {second} is leaving, 3.0 held" in devices(fleet(packed), PIPE)
+    told = job_text(job_in_full(packed, second), PIPE)
+    assert "cancelled: cancelled while it ran; it holds 3.0 GiB until it is out of its trainer" in told
+    (host,) = fleet(packed).as_json()[0]["hosts"]
+    assert (host["jobs"], host["leavers"]) == ([1], [{"job_id": second, "bytes": 3 * GIB}])
+    large = packed.submit(submission(lora=20, method="lora", base_model="org/b"))
+    held = f"job {second} has ended and holds 3.0 until it is out of the trainer"
+    found = asked(packed, large)
+    assert (found.wait.sentence, found.cards[0].then) == (f"on {NODE} {held}", held)
+    packed.retry(second, "bob")
+    assert asked(packed, second).wait.sentence == f"on {NODE} {held}"
+    packed.leave_host(mine)
+    assert "leaving" not in devices(fleet(packed), PIPE) and "with job 1" in asked(packed, second).wait.sentence
+
+
+def test_a_trainer_that_takes_no_more_jobs_says_why(packed: Store) -> None:
+    packed.spoil_host("h", NODE, "job 9 ended there with disk_full")
+    found = asked(packed, queue(packed))
+    why_not = "not with job 1 on one base: their trainer takes no more jobs: job 9 ended there with disk_full"
+    assert found.wait.sentence == f"{NODE} when 1 ends, {why_not}"
+    assert "takes no more jobs: job 9 ended there with disk_full" in devices(fleet(packed), replace(PIPE, width=200))
+    (host,) = fleet(packed).as_json()[0]["hosts"]
+    assert host["spoilt"] == "job 9 ended there with disk_full"
