@@ -87,6 +87,11 @@ def _living_tensors() -> list[torch.Tensor]:
     return [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
 
 
+NO_DISK = ("/dev/", "/proc/", "/sys/", "/memfd:")
+"""Where names begin that are on no disk: CUDA's driver holds such ones from its context on, and that comes with the
+first training."""
+
+
 def open_files() -> list[str]:
     """Files on a disk that this process has open, by name."""
     found = []
@@ -95,7 +100,7 @@ def open_files() -> list[str]:
             target = str(entry.readlink())
         except OSError:  # the one that lists them
             continue
-        if target.startswith("/") and not target.startswith(("/dev/", "/proc/")):
+        if target.startswith("/") and not target.startswith(NO_DISK):
             found.append(target)
     return found
 
