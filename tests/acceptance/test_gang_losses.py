@@ -81,6 +81,7 @@ def gangs(request: pytest.FixtureRequest, lab: Lab, tiny_model: Path) -> Gangs:
     return Gangs(lab=lab, model=tiny_model)
 
 
+@pytest.mark.long
 def test_it_gives_way_on_both_cards_and_goes_on_on_one(gangs: Gangs) -> None:
     lab = gangs.lab
     lab.start(**CARDS)
@@ -102,6 +103,7 @@ def test_it_gives_way_on_both_cards_and_goes_on_on_one(gangs: Gangs) -> None:
     assert lab.store.job(low).retries_used == 0
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_lost_box_s_job_goes_on_on_the_cards_of_another(gangs: Gangs, how: signal.Signals) -> None:
     lab = gangs.lab
@@ -129,7 +131,7 @@ def test_a_lost_box_s_job_goes_on_on_the_cards_of_another(gangs: Gangs, how: sig
     assert not gangs.ranks(job_id, lab.home)
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("how", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.long)])
 def test_the_second_card_s_node_alone_ends_all_ranks_and_the_job_goes_on(gangs: Gangs, how: signal.Signals) -> None:
     lab = gangs.lab
     box = lab.start(cold=True, **CARDS)

@@ -40,6 +40,9 @@ LEFT_S = 45.0
 RANK_S = 30.0
 """So long all ranks may outlive one of them: another fault has stopped the leader just then."""
 
+NOT_IN = "the trainer that it was to join"
+"""How a host_lost begins for which no trainer died: it was ending, or took no more jobs, and the job goes elsewhere."""
+
 HARMLESS = frozenset({"ok", "worker_lost", "drained", "cancelled", "host_out_of_memory", "host_lost", "gpu_error"})
 """Why attempts may end here. host_out_of_memory is what a killed trainer looks like, and host_lost one with several
 jobs; there are no more of them than were killed. gpu_error is what the cards of a bad box say."""
@@ -320,7 +323,7 @@ def _nothing_failed(history: History) -> Iterator[Broken]:
             lab = job["reason"] is not None and OUTCOMES[Reason(job["reason"])].blames is not None
             yield Broken(promise=8 if lab else 7, what=f"job {job_id} failed: {job['reason']} {job['message']}")
     killed = Counter(a.reason for a in history.attempts)["host_out_of_memory"]
-    killed += len({a.host for a in history.attempts if a.reason == "host_lost"})
+    killed += len({a.host for a in history.attempts if a.reason == "host_lost" and not a.message.startswith(NOT_IN)})
     if killed > history.trainers_killed:
         what = f"{killed} trainers seemed to be killed, {history.trainers_killed} were"
         yield Broken(promise=7, what=what)

@@ -72,6 +72,7 @@ class AttemptRow:
     ended_at: dt.datetime | None
     reason: str | None
     resumed_from_step: int | None = None
+    message: str = ""
     host: str | None = None  # the mark of the trainer that it was in
     joined: bool = False  # others trained there already
     shared: bool = False  # others were there with it
@@ -147,6 +148,7 @@ def read(engine: Engine) -> dict[str, Any]:
             return [dict(row) for row in connection.execute(text(query)).mappings()]
 
         attempts = "job_id, attempt, token, node, started_at, ended_at, reason, resumed_from_step, host, joined, shared"
+        attempts += ", COALESCE(message, '') AS message"
         cards: dict[tuple[int, int], tuple[str, ...]] = {}
         for share in rows("SELECT job_id, attempt, node FROM shares ORDER BY job_id, attempt, rank"):
             key = share["job_id"], share["attempt"]

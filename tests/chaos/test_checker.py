@@ -230,6 +230,13 @@ def test_a_good_history_of_two_cards_is_not_complained_of() -> None:
     assert check(replace(hit(history, rank=True), sightings=(*seen("a", 14), *seen("b", 21)))) == []
 
 
+def test_who_could_not_join_a_trainer_is_no_sign_of_one_that_died() -> None:
+    late = "the trainer that it was to join has ended"
+    assert check(with_attempt(good(), 1, reason="host_lost", message=late)) == []
+    died = "it shared its trainer with another job: the trainer was killed"
+    assert check(with_attempt(good(), 1, reason="host_lost", message=died))
+
+
 def test_a_box_that_stood_still_could_end_no_process() -> None:
     history = replace(good(), sightings=seen("a", 60))
     stood = Window(start=at(11), end=at(30), box="x:0")
