@@ -176,7 +176,7 @@ class DeviceNode:
         silent meanwhile, the job would be ended as lost."""
         while self._place.drain.wish != "now":
             try:
-                if not self._place.store.tokens(self._place.node):
+                if not self._place.store.serves_beside(self._place.node):
                     return
             except REFUSALS as error:
                 log.warning("what runs beside this card is not known: %s", told_by(error))

@@ -12,6 +12,7 @@ from loractl.common.placement.pack_rule import MeasuredPass
 from ..hosts import TrainerHost
 from ..queries import endings
 from ..queries.cards import hosts, nodes
+from ..queries.cards.shares import running_on
 from ..records import Arrival, BoxIdentity, Claim, NewHost, NodeState
 from ..tables import DrainOrder, Node
 from .views import ViewStore
@@ -42,6 +43,11 @@ class DeviceStore(ViewStore):
         """The tokens of the attempts that run on a node."""
         with self._read() as tx:
             return nodes.read_tokens(tx, node)
+
+    def serves_beside(self, node: str) -> bool:
+        """Whether a job on several cards runs on the node's, which began on another one."""
+        with self._read() as tx:
+            return tx.session.scalars(running_on(node).limit(1)).first() is not None
 
     def keep_host(self, claim: Claim, new: NewHost) -> bool:
         """Write that a trainer stays with its base, while its attempt runs or is inside; False: its lease is lost, or

@@ -56,6 +56,7 @@ def test_a_claim_reserves_each_card_and_its_end_frees_all(store: Store) -> None:
     assert [(card.taken, card.slots) for card in cards.values()] == [(20 * GIB, 0), (20 * GIB, 0)]
     assert store.claim("heron:0", gangs=True) is None, "the other card is full"
     assert store.tokens("heron:0") == store.tokens("heron:1") == {mine.token}
+    assert [store.serves_beside(node) for node in ("heron:0", "heron:1")] == [True, False]
     assert "started on heron:1 and heron:0 with lora, sharded over 2 cards" in store.events(job_id)[-1].text
     assert store.fleet().charges["ada"] == pytest.approx(40, abs=0.1)
     store.finish(mine, Reason.CANCELLED, "enough", NOTHING)
