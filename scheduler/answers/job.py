@@ -159,6 +159,7 @@ class PastAttempt:
     reason: Reason | None
     message: str | None
     resumed_from_step: int | None
+    shared: bool  # others were in its trainer with it
 
     cards: tuple[CardPart, ...] = ()  # all of them, its first one first; of several each is planned alike
 

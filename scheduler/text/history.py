@@ -69,9 +69,14 @@ def _memory(last: PastAttempt, job: JobState, screen: Screen) -> list[str]:
     of_ram = " of RAM" if last.device_kind == "cpu" else ""
     peak = f"{gib(last.peak)} GiB{of_ram} at most{' on one card' if several else ''}" if last.peak else ""
     planned = f"planned {gib(last.planned)} GiB{' on each' if several else ''}" if last.planned else ""
-    memory = ", ".join(part for part in (peak, planned) if part)
+    unmeasured = "not measured apart from those beside it" if last.shared and not peak else ""
+    memory = ", ".join(part for part in (peak, planned, unmeasured) if part)
     line = (f"memory    {memory}   " if memory else "") + how
-    lines = [line] if not several or len(line) <= screen.width else [f"memory    {memory}", f"          {how}"]
+    lines = (
+        [line]
+        if not (several or unmeasured) or len(line) <= screen.width
+        else [f"memory    {memory}", f"          {how}"]
+    )
     held = [f"{clean_line(part.node)} {gib(part.used)}" for part in last.cards if part.used and several]
     now = textwrap.wrap(f"now {', '.join(held)}", screen.width - 10) if held else []
     return [*lines, *(f"          {part}" for part in now)]

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from loractl.common.job.status import Reason, Stage, Status
-from loractl.common.store.tables import Attempt, Event, Job
+from loractl.common.store.tables import Attempt, AttemptShare, Event, Job
 from loractl.common.units import GIB
 from loractl.scheduler.answers.adapters import AdapterList, StoredAdapter
 from loractl.scheduler.answers.job import (
@@ -309,6 +309,31 @@ def test_the_history_lists_every_attempt_with_how_it_ended_and_no_token() -> Non
     assert re.search(r"2  box:0  qlora +8\.0 +– .*runs$", text, re.M)
     assert text.endswith("spec:\nname: a")
     assert "secret-token" not in text
+
+
+def test_a_terminal_breaks_the_history_between_words_and_a_pipe_has_it_whole() -> None:
+    text = "attempt 1 started on heron:0 and heron:1 with qlora, " + "sharded over 2 cards, " * 3
+    terminal = replace(PLAIN, height=50)
+    for shown in (full(running(), terminal, events=[event(text)]), history(running(), [], [event(text)], {}, terminal)):
+        assert max(map(len, shown.splitlines())) <= 80
+        assert re.search(r"^ {7,}cards, sharded", shown, re.M), "below its text"
+        assert text.strip() in " ".join(shown.split())
+    assert text in history(running(), [], [event(text)], {})
+
+
+def test_the_attempts_of_a_job_on_several_cards_fit_a_narrow_screen() -> None:
+    shares = [AttemptShare(job_id=7, attempt=1, rank=n, node=f"kestrel:{n}", bytes=20 * GIB) for n in range(2)]
+    one = attempt_of(attempt(node="kestrel:0", vram_reserved=20 * GIB, shared=False), shares)
+    answer = JobHistory(job=state_of(running()), spec={}, data={}, attempts=(one,), events=(), now=NOON)
+    lines = history_text(answer, PLAIN).splitlines()
+    assert max(map(len, lines)) <= 80
+    assert re.search(r"1  kestrel 0, 1  qlora  20\.0   6\.0 ", "\n".join(lines))
+    assert answer.as_json()["attempts"][0]["cards"][1] == {"node": "kestrel:1", "reserved": 20 * GIB, "used": None}
+
+
+def test_memory_that_others_share_is_not_called_the_jobs_own() -> None:
+    lines = full(running(), attempts=[attempt(vram_peak=None, shared=True)]).splitlines()
+    assert "memory    planned 8.0 GiB, not measured apart from those beside it" in lines
 
 
 def test_the_adapters_are_listed_with_the_command_that_fetches_one() -> None:
