@@ -13,7 +13,7 @@ from loractl.common.job.method import Method
 
 from .cards import Card, WarmBase
 from .lines import JoinOpening, Waiting
-from .pack_rule import JoinVerdict, PackedJob, PassLaw, join_verdict
+from .pack_rule import CONTENTION, JoinVerdict, PackedJob, PassLaw, Sharing, join_verdict
 
 PACK_MEMBERS = 8
 """Jobs that train in one host at most: more of them gain little in a pass, and its death is the end of all of them."""
@@ -133,10 +133,13 @@ def _look(card: Card, base: WarmBase, need: int, packed: PackedJob, job_id: int)
     if own > card.free:
         return RefusedJoin(node=card.node, base=base, why="its own part does not fit beside them")
     law = base.law or PassLaw.start(quantised=base.method is Method.QLORA)
-    anyway = card.slots > 0 and need <= card.free  # it would start there in a process of its own
+    apart = None
+    if card.slots > 0 and need <= card.free:  # it would start there in a process of its own
+        contention = CONTENTION if card.contention is None else card.contention
+        apart = Sharing(contention=contention, others=card.trainers - 1)
     if not law.is_measured:
         packed = replace(packed, passes=None)  # how long they take is not known
-    verdict = join_verdict(law, base.members, packed, shared=anyway)
+    verdict = join_verdict(law, base.members, packed, apart=apart)
     if not verdict.pays:
         return RefusedJoin(node=card.node, base=base, why=verdict.why)
     return Join(node=card.node, base=base, own=own, packed=packed, verdict=verdict)

@@ -13,10 +13,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-START = {False: (30.0, 2.0), True: (40.0, 2.0)}
+START = {False: (30.0, 2.0), True: (50.0, 2.0)}
 """What a pass costs beside its tokens before any was measured, in tokens: the fixed part, and each member's. By whether
-the base is in NF4. They give 1.3 for four jobs of 64 tokens in 16 bit, 1.0 for four of 512, and 1.5 for eight of 64 in
-NF4, as measured (benchmarks/packs.py)."""
+the base is in NF4. They give 1.3 for four jobs of 64 tokens in 16 bit, and 1.5 for four and 1.6 for eight in NF4, where
+1.3, 1.5 to 1.7, and 1.5 to 1.9 were measured (benchmarks/packs.py, on two processors)."""
+
+LEAST_GAIN = 1.05
+"""A sweep's jobs join from this speed-up on. No law of this form tells less than 1, but four jobs of 512 tokens, of
+which it tells 1.04, took 0 to 2 % longer than one by one: what it tells below is not sure to be a gain."""
 
 TRUST = (0.03 / 1.0) ** 2
 """Weight of the figures that the law starts from beside one measured pass: that is off by 3 %, they by as much as
@@ -25,9 +29,20 @@ they are."""
 FORGOTTEN = 0.98
 """What a measured pass counts for after each further one: a card's speed changes with its clock and its other users."""
 
+FOLLOWED = 0.3
+"""Share of what the law can't explain of a pass, in the company of the one before it, that is taken for a change of the
+machine's load: all earlier passes then count as so much slower or faster. What comes with new company is the law's."""
+
+REWEIGHTED = 4
+"""Rounds in which the weights of the starting figures are found."""
+
 DELAY = 0.5
 """Share of its remaining time by which joins may push a member past the end that was promised to it. Two equal jobs of
 different people that gain what their mean completion asks for end at most so much later."""
+
+CONTENTION = 0.5
+"""What a process costs another one on its card where that was not measured: half of its pace alone, the middle between
+nothing and turns. With it K processes are 2K/(K+1) times as fast as one by one, just what members have to gain."""
 
 Numbers = tuple[float, ...]
 
@@ -52,6 +67,7 @@ class PassLaw:
     _products: tuple[Numbers, ...] = field(default=((0.0,) * 3,) * 3, repr=False)  # of measured passes' numbers
     _sums: Numbers = field(default=(0.0,) * 3, repr=False)
     _start: tuple[float, float] = field(default=START[False], repr=False)
+    _company: int = field(default=0, repr=False)  # members of the last measured pass
 
     @classmethod
     def start(cls, *, quantised: bool) -> PassLaw:
@@ -64,11 +80,11 @@ class PassLaw:
         if kept is None:
             return cls.start(quantised=quantised)
         products, sums = tuple(tuple(row) for row in kept["products"]), tuple(kept["sums"])
-        return _fitted(products, sums, START[quantised])
+        return _fitted(products, sums, START[quantised], kept.get("company", 0))
 
     def as_json(self) -> dict[str, Any]:
         """What `from_json` reads: the sums over measured passes."""
-        return {"products": [list(row) for row in self._products], "sums": list(self._sums)}
+        return {"products": [list(row) for row in self._products], "sums": list(self._sums), "company": self._company}
 
     @property
     def is_measured(self) -> bool:
@@ -87,32 +103,64 @@ class PassLaw:
         """How much faster one pass of micro-batches of so many tokens is than a pass of each."""
         return sum(self.seconds(count, 1) for count in tokens) / self.seconds(sum(tokens), len(tokens))
 
+    def most_added(self, tokens: Sequence[int]) -> float:
+        """The most by which one of several micro-batches lengthens the pass of another, as a share of that alone."""
+        ordered = sorted(tokens)
+        pairs = [(one, ordered[-1]) for one in ordered[:-1]] + [(ordered[-1], ordered[-2])]
+        return max((self.token * other + self.member) / self.seconds(one, 1) for one, other in pairs)
+
     def learn(self, measured: MeasuredPass) -> PassLaw:
         """The law with one more pass. Each counts by its relative error, so that long passes weigh no more."""
         if measured.seconds <= 0:
             return self
+        law = self._with(measured, slower=1.0)
+        if measured.members != self._company:
+            return law
+        left = measured.seconds / law.seconds(measured.tokens, measured.members)
+        return self._with(measured, slower=left**FOLLOWED)
+
+    def _with(self, measured: MeasuredPass, slower: float) -> PassLaw:
+        """The law with one more pass, where all earlier ones would now take `slower` times as long."""
         numbers = tuple(n / measured.seconds for n in (1.0, measured.tokens, measured.members))
         products = tuple(
-            tuple(FORGOTTEN * old + a * b for old, b in zip(row, numbers, strict=True))
+            tuple(FORGOTTEN * old / slower**2 + a * b for old, b in zip(row, numbers, strict=True))
             for row, a in zip(self._products, numbers, strict=True)
         )
-        sums = tuple(FORGOTTEN * old + a for old, a in zip(self._sums, numbers, strict=True))
-        return _fitted(products, sums, self._start)
+        sums = tuple(FORGOTTEN * old / slower + a for old, a in zip(self._sums, numbers, strict=True))
+        return _fitted(products, sums, self._start, measured.members)
 
 
-def _fitted(products: tuple[Numbers, ...], sums: Numbers, start: tuple[float, float]) -> PassLaw:
-    """The least squares, drawn to the starting ratios a little; no part is negative."""
+def _fitted(products: tuple[Numbers, ...], sums: Numbers, start: tuple[float, float], company: int) -> PassLaw:
+    """The least squares, drawn to the starting ratios a little; no part is negative.
+
+    A part is drawn by its deviation as a share of the larger of both, so that one which is many times its starting
+    figure is held back no more than one that is nothing.
+    """
     first = (start[0], 1.0, start[1])
     # the scale of the starting figures that the measured passes themselves suggest
     inner = sum(a * b for a, b in zip(sums, first, strict=True))
     whole = sum(a * products[i][j] * b for i, a in enumerate(first) for j, b in enumerate(first))
     scale = inner / whole
     prior = [scale * part for part in first]
+    parts, widths = prior, prior
+    for _ in range(REWEIGHTED):
+        parts = _drawn(products, sums, prior, widths)
+        widths = [max(pair) for pair in zip(prior, parts, strict=True)]
+    fixed, token, member = parts
+    return PassLaw(
+        fixed=fixed, token=token, member=member, _products=products, _sums=sums, _start=start, _company=company
+    )
+
+
+def _drawn(
+    products: tuple[Numbers, ...], sums: Numbers, prior: Sequence[float], widths: Sequence[float]
+) -> list[float]:
+    """The parts by least squares, where each is drawn to its prior as if that were known to within a width."""
     left = [list(row) for row in products]
     right = list(sums)
-    for n, part in enumerate(prior):
-        left[n][n] += TRUST / part**2
-        right[n] += TRUST / part
+    for n, (part, width) in enumerate(zip(prior, widths, strict=True)):
+        left[n][n] += TRUST / width**2
+        right[n] += TRUST * part / width**2
     kept = [0, 1, 2]
     while True:
         found = _solved([[left[i][j] for j in kept] for i in kept], [right[i] for i in kept])
@@ -120,8 +168,7 @@ def _fitted(products: tuple[Numbers, ...], sums: Numbers, start: tuple[float, fl
             break
         kept = [n for n, value in zip(kept, found, strict=True) if value >= 0]
     parts = dict(zip(kept, found, strict=True))
-    fixed, token, member = (parts.get(n, 0.0) for n in range(3))
-    return PassLaw(fixed=fixed, token=token, member=member, _products=products, _sums=sums, _start=start)
+    return [parts.get(n, 0.0) for n in range(3)]
 
 
 def _solved(left: list[list[float]], right: list[float]) -> list[float]:
@@ -142,6 +189,7 @@ class PackedJob:
     """What the rule sees of a job that trains on a base, or would."""
 
     tokens: int  # of a micro-batch
+    job_id: int | None = None  # None: not told
     passes: int | None = None  # that are left; None: not known
     left_seconds: float | None = None  # the same in the pack as it is, measured; it goes before `passes`
     sweep: str | None = None  # whose jobs one person waits for together
@@ -161,21 +209,49 @@ class JoinVerdict:
     seconds: float | None = None  # of a pass with it; None: no pass was measured
 
 
+@dataclass(frozen=True, kw_only=True)
+class Sharing:
+    """What awaits a job that does not join: a process of its own on the same card, beside the pack and others.
+
+    Each of k processes runs at 1 / (1 + contention (k - 1)) of its pace alone.
+    """
+
+    contention: float
+    others: int = 0  # trainers there beside the pack
+
+    @property
+    def most(self) -> float:
+        """What a member may add to another's pass, as a share of that pass alone, so that it costs no more than a
+        process would."""
+        contention = min(1.0, self.contention)
+        return contention / (1 + contention * self.others)
+
+
 def join_verdict(
-    law: PassLaw, running: Sequence[PackedJob], joining: PackedJob, *, shared: bool = False
+    law: PassLaw, running: Sequence[PackedJob], joining: PackedJob, *, apart: Sharing | None = None
 ) -> JoinVerdict:
     """Whether `joining` should train beside `running`.
 
-    The jobs of one sweep must lose no throughput: one person waits for all of them, so no end of one was promised
-    apart. Others must gain as much as their mean completion does: K equal jobs one by one end after (K + 1) / 2 of
-    their times in the mean, in a pack all at the end. `shared`: the card would be shared by processes anyway, which
-    gains nothing and makes all of them later, so the pack need not gain either. No join breaks a time limit.
+    The jobs of one sweep must gain throughput, as far as the law can tell: one person waits for all of them, so no end
+    of one was promised apart. Others must gain as much as their mean completion does: K equal jobs one by one end after
+    (K + 1) / 2 of their times in the mean, in a pack all at the end. `apart`: the job would not wait but share the card
+    in a process of its own. Then that is what the pack must match, for each member, whose end nobody promises there
+    either: none may cost another more than its process would. A pass is a sum, so this holds for whoever stays when
+    others leave. No join breaks a time limit.
     """
     every = [*running, joining]
-    count, speed_up = len(every), law.speed_up([job.tokens for job in every])
-    together = shared or (joining.sweep is not None and {job.sweep for job in every} == {joining.sweep})
-    needed = 1.0 if together else 2 * count / (count + 1)
-    if speed_up < needed:
+    tokens = [job.tokens for job in every]
+    count, speed_up = len(every), law.speed_up(tokens)
+    sweep = joining.sweep is not None and {job.sweep for job in every} == {joining.sweep}
+    together = sweep or apart is not None
+    needed = LEAST_GAIN if sweep else 2 * count / (count + 1)
+    if apart is not None and not sweep:
+        needed = count / (1 + apart.most * (count - 1))
+        if (added := law.most_added(tokens)) > apart.most:
+            slower = f"a member of one pass would slow another by {100 * added:.0f} %"
+            why = f"{slower}, a process of its own on the card by {100 * apart.most:.0f} %"
+            return JoinVerdict(pays=False, speed_up=speed_up, needed=needed, why=why)
+    elif speed_up < needed:
         why = f"{count} jobs in one pass are {speed_up:.2f} times as fast as one by one, less than {needed:.2f}"
         return JoinVerdict(pays=False, speed_up=speed_up, needed=needed, why=why)
     if any(job.limit_seconds is not None and job.passes is None and job.left_seconds is None for job in running):

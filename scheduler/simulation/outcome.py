@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -180,13 +180,14 @@ def simulate(
 ) -> Simulation:
     """Replay the chosen jobs under each policy; `nodes`: as the defaults of `loractl worker`."""
     nodes, outcomes = nodes or Nodes(), {}
+    known = [replace(card, contention=contention) for card in cards]
     for name in policies_for(chosen, nodes) if policies is None else policies:
         policy = POLICIES[name]
         passes = nodes.passes if policy.packs else None
         jobs = to_replay(chosen.jobs, compress, spare=policy.spares and nodes.spare, passes=passes)
         keep_warm_s = nodes.keep_warm_s if policy.hosts else 0.0
         rule = policy.make(None if passes is None else newcomers_of(jobs))
-        replayed = replay(jobs, cards, BEGIN, rule, contention=contention, keep_warm_s=keep_warm_s)
+        replayed = replay(jobs, known, BEGIN, rule, contention=contention, keep_warm_s=keep_warm_s)
         outcomes[name] = outcome_of(jobs, cards, replayed)
     return Simulation(
         chosen=chosen,

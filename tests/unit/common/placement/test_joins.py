@@ -21,7 +21,7 @@ from loractl.common.placement.preemption import give_way
 from loractl.common.placement.rule import Decision, place
 from loractl.common.units import GIB
 
-from .scenes import NOW, a_job, many, random_card, random_job
+from .scenes import NOW, a_job, many, random_card, random_job, started
 
 SHORT = PackedJob(tokens=64, sweep="s")
 TWO_HOSTS = (("a:0", "h1"), ("b:0", "h2"))
@@ -89,7 +89,10 @@ def test_jobs_of_others_join_where_the_mean_gains_or_processes_would_share_the_c
     assert not joins(decide([waits(1)], [packed_card(24)], stranger))
     short = packed_card(24, hosts=(base(job_id=90, members=[PackedJob(tokens=8)]),))
     assert joins(decide([waits(1)], [short], newcomers(PackedJob(tokens=8)))) == {1: "h1"}
-    assert joins(decide([waits(1)], [packed_card(24, max_jobs=4)], stranger)) == {1: "h1"}
+    shared = packed_card(24, max_jobs=4)
+    assert joins(decide([waits(1)], [replace(shared, contention=1.0)], stranger)) == {1: "h1"}, "they would take turns"
+    assert not joins(decide([waits(1)], [replace(shared, contention=0.5)], stranger)), "processes are as fast"
+    assert started(decide([waits(1)], [shared], stranger)) == {1: "a:0"}, "in a process of its own"
     (refused,) = looked_at([packed_card(24)], waits(1), Method.LORA, stranger)
     assert isinstance(refused, RefusedJoin) and "less than 1.33" in refused.why
 
