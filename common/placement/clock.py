@@ -16,6 +16,9 @@ from .lines import Waiting
 from .pack_rule import PackedJob, PassLaw
 from .rule import Placement
 
+LEAVE_S = 10.0
+"""Until a job that has ended is out of its host: a step, and a look at its tensors and files."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ReplayedBase:
@@ -61,6 +64,7 @@ class _Running:
     packed: PackedJob | None = None
     speed: float = 1.0
     promised: float | None = None  # its end, as of the first join that slowed it
+    deadline: float | None = None  # the end of its time limit
     version: int = 0  # of its expected end
 
     @property
@@ -81,6 +85,7 @@ class Clock:
         self._jobs: dict[int, _Running] = {}
         self._ends: list[tuple[float, int, int]] = []  # when, job_id, version
         self._opens: list[tuple[float, str, str]] = []  # when others may join it, node, host
+        self._leaves: list[tuple[float, str, str]] = []  # when those that had ended are out of it, node, host
         self._moment = 0.0
         for card in cards:
             self._take_over(card)
@@ -93,16 +98,23 @@ class Clock:
 
     def _take_over(self, card: Card) -> None:
         """The jobs that run on a card already."""
-        packed: dict[int, PackedJob] = {}
+        packed: dict[int | None, PackedJob] = {}
         for base in card.hosts:
-            inside = card.inside(base)
-            if base.open and len(inside) == len(base.members):
-                packed |= {job.job_id: member for job, member in zip(inside, base.members, strict=True)}
+            if base.open:
+                packed |= {member.job_id: member for member in base.members}
+            if base.leavers:
+                heapq.heappush(self._leaves, (LEAVE_S, card.node, base.host))
         for job in card.running:
             nodes = self._jobs[job.job_id].nodes if job.job_id in self._jobs else ()
             left = None if job.ends is None else max(0.0, (job.ends - self._began).total_seconds())
+            member = packed.get(job.job_id)
             self._jobs[job.job_id] = _Running(
-                nodes=(*nodes, card.node), left=left, since=0.0, packed=packed.get(job.job_id)
+                nodes=(*nodes, card.node),
+                left=left,
+                since=0.0,
+                packed=member,
+                promised=None if member is None else member.promised_seconds,
+                deadline=None if member is None else member.limit_seconds,
             )
 
     def at(self, moment: float) -> dt.datetime:
@@ -112,7 +124,8 @@ class Clock:
         """When the next job ends, or the next host opens to others."""
         while self._ends and not self._is_due(*self._ends[0]):
             heapq.heappop(self._ends)
-        return min((first[0] for first in (*self._ends[:1], *self._opens[:1])), default=None)
+        firsts = (*self._ends[:1], *self._opens[:1], *self._leaves[:1])
+        return min((first[0] for first in firsts), default=None)
 
     def _is_due(self, _: float, job_id: int, version: int) -> bool:
         return job_id in self._jobs and self._jobs[job_id].version == version
@@ -124,6 +137,8 @@ class Clock:
             self._moment = when
             if self._opens and self._opens[0][0] == when:
                 self._open(*heapq.heappop(self._opens)[1:])
+            elif self._leaves and self._leaves[0][0] == when:
+                self._let_out(*heapq.heappop(self._leaves)[1:])
             else:
                 _, job_id, _ = heapq.heappop(self._ends)
                 self._end(job_id)
@@ -156,7 +171,9 @@ class Clock:
         left = None if asked.seconds is None else start_s + asked.seconds
         packed = asked.packed if placed.join is None else placed.join.packed
         nodes = tuple(share.node for share in placed.shares)
-        self._jobs[job.job_id] = _Running(nodes=nodes, left=left, since=self._moment, packed=packed)
+        limit_s = None if packed is None else packed.limit_seconds
+        deadline = None if limit_s is None else self._moment + limit_s
+        self._jobs[job.job_id] = _Running(nodes=nodes, left=left, since=self._moment, packed=packed, deadline=deadline)
         self._expect(job.job_id)
         card = _with_host(card, seated, placed, asked.base, now)
         ends = None if left is None else now + dt.timedelta(seconds=left)
@@ -176,6 +193,13 @@ class Clock:
         card = self.cards[node]
         hosts = [replace(base, open=True) if base.host == host and card.is_busy(base) else base for base in card.hosts]
         self._put(replace(card, hosts=tuple(hosts)))
+
+    def _let_out(self, node: str, host: str) -> None:
+        """Those that had ended before the replay began are out of their host, and hold nothing more."""
+        card = self.cards[node]
+        base = next((base for base in card.hosts if base.host == host), None)
+        if base is not None:
+            self._put(_vacated(card, replace(base, leavers=()), self.at(self._moment)))
 
     def _end(self, job_id: int) -> None:
         now, nodes = self.at(self._moment), self._jobs.pop(job_id).nodes
@@ -241,11 +265,14 @@ class Clock:
         return replace(base, members=tuple(member for member in members if member is not None))
 
     def _member(self, job: _Running) -> PackedJob | None:
-        if job.packed is None or job.end is None:
-            return job.packed
+        if job.packed is None:
+            return None
+        limit_s = None if job.deadline is None else job.deadline - self._moment
+        if job.end is None:
+            return replace(job.packed, limit_seconds=limit_s)
         promised = job.end if job.promised is None else job.promised
         left, promised_s = job.end - self._moment, promised - self._moment
-        return replace(job.packed, left_seconds=left, promised_seconds=promised_s)
+        return replace(job.packed, left_seconds=left, promised_seconds=promised_s, limit_seconds=limit_s)
 
     def _expect(self, job_id: int) -> None:
         job = self._jobs[job_id]
@@ -321,14 +348,18 @@ def _with_host(card: Card, seated: Seat, placed: Placement, base: ReplayedBase |
 
 
 def _left(card: Card, job_id: int, now: dt.datetime) -> Card:
-    """The card when a job has left its trainer. The last one's trainer stays where its base has room."""
+    """The card when a job has left its trainer."""
     base = next((card.base_of(job) for job in card.running if job.job_id == job_id), None)
     then = card.without([job_id])
     if base is None:
         return then
+    return _vacated(then, replace(base, job_id=None) if base.job_id == job_id else base, now)
+
+
+def _vacated(card: Card, base: WarmBase, now: dt.datetime) -> Card:
+    """The card when one has left a trainer with this base. The last one's trainer stays where its base has room."""
     others = tuple(other for other in card.hosts if other.host != base.host)
-    own = replace(base, job_id=None) if base.job_id == job_id else base
-    if then.is_busy(own):
-        return replace(then, hosts=(*others, own))
-    waiting = replace(then, hosts=(*others, replace(own, open=False, members=(), since=now)))
-    return waiting if may_wait(waiting) else replace(then, hosts=others)
+    if card.is_busy(base):
+        return replace(card, hosts=(*others, base))
+    waiting = replace(card, hosts=(*others, replace(base, open=False, members=(), since=now)))
+    return waiting if may_wait(waiting) else replace(card, hosts=others)

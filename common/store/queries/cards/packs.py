@@ -54,6 +54,7 @@ class Packs:
             steps = math.ceil(math.ceil(rows / training.effective_batch) * training.num_train_epochs)
         packed = PackedJob(
             tokens=tokens_of(spec, self.row_tokens.get(_name(row, spec))),
+            job_id=job_id,
             passes=None if steps is None else steps * training.gradient_accumulation_steps,
             sweep=_sweep(row),
             limit_seconds=spec.resources.time_limit,
@@ -128,6 +129,7 @@ def _member(
     limit, began = spec.resources.time_limit, row.started_at or now
     return PackedJob(
         tokens=tokens_of(spec, row_tokens),
+        job_id=row.job_id,
         sweep=_sweep(row),
         left_seconds=row.eta_seconds,
         limit_seconds=None if limit is None else limit - (now - began).total_seconds(),
