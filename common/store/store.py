@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime as dt
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from sqlalchemy import select
 
@@ -56,6 +57,9 @@ from .records import (
     Submission,
 )
 from .tables import Adapter, Attempt, Event, Job, LogChunk, MetricPoint
+
+if TYPE_CHECKING:
+    from loractl.common.job.spec import JobSpec
 
 
 class Store(DeviceStore):
@@ -358,10 +362,11 @@ class Store(DeviceStore):
         with self._read() as tx:
             return decisions.read_newcomers(tx.session, tx.now(), waiting)
 
-    def would_start(self, changed: Waiting) -> str | None:
-        """The card that the rule would give a waiting job now if it had this form; None: no card."""
+    def would_start(self, changed: Waiting, spec: JobSpec | None = None) -> str | None:
+        """The card that the rule would give a waiting job now if it had this form, alone or beside others on its base;
+        None: no card. `spec`: the form's job file, where it has another than its row."""
         with self._read() as tx:
-            return decisions.read_start(tx.session, tx.now(), changed)
+            return decisions.read_start(tx.session, tx.now(), changed, spec)
 
     def adapters(self) -> list[Adapter]:
         return self._all(select(Adapter).order_by(Adapter.job_id))

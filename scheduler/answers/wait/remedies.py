@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from loractl.common.job.method import Method
 from loractl.common.job.need import Need
+from loractl.common.placement.joins import join_openings
 from loractl.common.placement.lines import Waiting
 from loractl.common.store.fleet import FleetView, waiting_of
 from loractl.common.units import gib
@@ -20,8 +21,12 @@ if TYPE_CHECKING:
     from loractl.common.store.tables import Job
 
 
-Rule = Callable[[Waiting], str | None]
-"""The card that the placement rule would give a waiting job in another form, all else as it is; None: no card."""
+class Rule(Protocol):
+    """The card that the placement rule would give a waiting job in another form, all else as it is; None: no card."""
+
+    def __call__(self, changed: Waiting, spec: JobSpec | None = None, /) -> str | None:
+        """`spec`: the form's job file, where it has another than the job."""
+        ...
 
 
 def remedies(job: Job, view: FleetView, rule: Rule) -> tuple[str, ...]:
@@ -47,11 +52,13 @@ def _smaller_job(job: Job, view: FleetView, rule: Rule) -> Iterator[str]:
 
     me = waiting_of(vars(job), view.now)
     permitted = me.methods
-    room = max((card.free for card in view.cards.values() if card.open and card.slots), default=0)
-    for key, text, needs in _smaller_forms(JobSpec.model_validate(job.spec), permitted, room):
+    cards = view.cards.values()
+    alone = max((card.free for card in cards if card.open and card.slots), default=0)
+    beside = max((o.bytes for o in join_openings(cards) if o.base_model == me.base_model), default=0)
+    for key, text, needs, changed in _smaller_forms(JobSpec.model_validate(job.spec), permitted, max(alone, beside)):
         need = Need(lora=needs.get(Method.LORA), qlora=needs.get(Method.QLORA))
         methods = tuple(method for method in permitted if method in needs)
-        node = rule(replace(me, need=need, methods=methods)) if methods else None
+        node = rule(replace(me, need=need, methods=methods), changed) if methods else None
         if node is not None:
             as_ = f"as {methods[0].value} " if len(permitted) > 1 and len(methods) == 1 else ""
             plan = f"(plan {gib(min(needs[method] for method in methods))} GiB)"
@@ -59,8 +66,10 @@ def _smaller_job(job: Job, view: FleetView, rule: Rule) -> Iterator[str]:
             yield f"Try: loractl plan {job.job_id} --set {key}"
 
 
-def _smaller_forms(spec: JobSpec, methods: Sequence[Method], room: int) -> list[tuple[str, str, dict[Method, int]]]:
-    """Smaller forms of the job that a card with `room` bytes would hold: key=value, words, need by method."""
+def _smaller_forms(
+    spec: JobSpec, methods: Sequence[Method], room: int
+) -> list[tuple[str, str, dict[Method, int], JobSpec]]:
+    """Smaller forms of the job that a card with `room` bytes would hold: key=value, words, need by method, spec."""
     from loractl.common.memory.config import read_shape
     from loractl.common.memory.fit import largest_fit
     from loractl.common.memory.plan import plan
@@ -68,12 +77,12 @@ def _smaller_forms(spec: JobSpec, methods: Sequence[Method], room: int) -> list[
     shape = read_shape(spec.base_model, spec.revision)
     if shape is None or room <= 0:
         return []
-    smaller: dict[str, tuple[str, dict[Method, int]]] = {}
+    smaller: dict[str, tuple[str, dict[Method, int], JobSpec]] = {}
     for method in methods:
         fit = largest_fit(shape, spec, method, room)
         for key, text, changed in (*shorter_rows(spec, fit), *fewer_rows(spec, fit)):
-            smaller.setdefault(key, (text, {}))[1][method] = plan(shape, changed, method).need_bytes
-    return [(key, text, needs) for key, (text, needs) in smaller.items()]
+            smaller.setdefault(key, (text, {}, changed))[1][method] = plan(shape, changed, method).need_bytes
+    return [(key, *form) for key, form in smaller.items()]
 
 
 def shorter_rows(spec: JobSpec, fit: Fit) -> Iterator[tuple[str, str, JobSpec]]:

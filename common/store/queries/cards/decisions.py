@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime as dt
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
@@ -20,6 +21,9 @@ from ...tables import Job, Node
 from ..lines import read_joiners, read_levels, read_oldest
 from .nodes import drained_targets, read_cards, read_charges, read_failures
 from .packs import Packs, read_packs
+
+if TYPE_CHECKING:
+    from loractl.common.job.spec import JobSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,10 +43,15 @@ def decide(session: Session, cards: Sequence[Card], charges: Mapping[str, float]
     return Outlook(packs=packs, joiners=joiners, decisions=decisions)
 
 
-def _joiners(session: Session, packs: Packs, now: dt.datetime) -> tuple[list[Waiting], Newcomers | None]:
-    """Waiting jobs that have an open host on their base. Without any, the rule need not ask for joins."""
+def _joiners(
+    session: Session, packs: Packs, now: dt.datetime, changed: Waiting | None = None
+) -> tuple[list[Waiting], Newcomers | None]:
+    """Waiting jobs that have an open host on their base, one of them in another form. Without any, the rule need not
+    ask for joins."""
     models = {base.base_model for card in packs.cards if card.free for base in open_bases(card)}
     joiners = read_joiners(session, now, sorted(models)) if models else []
+    if changed is not None and changed.base_model in models:
+        joiners = [*(job for job in joiners if job.job_id != changed.job_id), changed]
     return joiners, packs.newcomer if joiners else None
 
 
@@ -85,10 +94,15 @@ def _refused(session: Session, outlook: Outlook, now: dt.datetime) -> dict[int, 
     return found
 
 
-def read_start(session: Session, now: dt.datetime, changed: Waiting) -> str | None:
+def read_start(session: Session, now: dt.datetime, changed: Waiting, spec: JobSpec | None) -> str | None:
     """The card that the rule would give a waiting job in another form now, all else as it is."""
-    levels, oldest = read_levels(session, now, changed), SubstitutedLine(read_oldest(session, now), changed)
-    for decision in place(levels, read_cards(session, now), read_charges(session, now), now, oldest):
+    packs = read_packs(session, read_cards(session, now), now)
+    if spec is not None:
+        packs.in_other_form[changed.job_id] = spec
+    joiners, newcomers = _joiners(session, packs, now, changed)
+    levels = read_levels(session, now, changed, joiners)
+    oldest = SubstitutedLine(read_oldest(session, now), changed)
+    for decision in place(levels, packs.cards, read_charges(session, now), now, oldest, newcomers):
         if decision.placed is not None and decision.placed.job.job_id == changed.job_id:
             return decision.placed.node
     return None

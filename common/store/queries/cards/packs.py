@@ -34,6 +34,7 @@ class Packs:
     session: Session
     cards: list[Card]
     row_tokens: dict[str, float] = field(default_factory=dict)  # measured, of a row of a data set
+    in_other_form: dict[int, JobSpec] = field(default_factory=dict)  # waiting jobs, as if their job files were these
     _known: dict[int, Newcomer | None] = field(default_factory=dict)
 
     def newcomer(self, job: Waiting) -> Newcomer | None:
@@ -44,7 +45,7 @@ class Packs:
 
     def _read(self, job_id: int) -> Newcomer | None:
         row = self.session.get(Job, job_id)
-        spec = None if row is None else runs_as(row)
+        spec = None if row is None else self.in_other_form.get(job_id) or runs_as(row)
         if row is None or spec is None:
             return None
         keys = {method: key for method in Method if (key := key_of(row, spec, method)) is not None}
