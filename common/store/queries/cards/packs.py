@@ -26,6 +26,9 @@ from ...tables import Attempt, Job
 if TYPE_CHECKING:
     from loractl.common.job.spec import JobSpec
 
+BYTES_A_TOKEN = 2.5
+"""Bytes of a row, its keys too, for one token of it, at the least."""
+
 
 @dataclass(kw_only=True)
 class Packs:
@@ -54,7 +57,7 @@ class Packs:
         if steps is None and isinstance(rows, int) and training.num_train_epochs is not None:
             steps = math.ceil(math.ceil(rows / training.effective_batch) * training.num_train_epochs)
         packed = PackedJob(
-            tokens=tokens_of(spec, self.row_tokens.get(_name(row, spec))),
+            tokens=tokens_of(spec, self.row_tokens.get(_name(row, spec)), _data(row)),
             job_id=job_id,
             passes=None if steps is None else steps * training.gradient_accumulation_steps,
             sweep=_sweep(row),
@@ -68,9 +71,14 @@ def key_of(row: Job, spec: JobSpec, method: Method) -> str | None:
     return None if row.reason is Reason.HOST_LOST else base_key(spec, method)
 
 
-def tokens_of(spec: JobSpec, row_tokens: float | None) -> int:
-    """Tokens of a micro-batch: measured on the same rows, or as many as there may be."""
-    length = spec.dataset.max_length
+def tokens_of(spec: JobSpec, row_tokens: float | None, data: Mapping[str, Any]) -> int:
+    """Tokens of a micro-batch: measured on the same rows, or at most as many as their bytes say or may be in them.
+
+    `data`: what is known of the rows where they are stored.
+    """
+    length, rows, size = spec.dataset.max_length, data.get("rows"), data.get("bytes")
+    if row_tokens is None and isinstance(rows, int) and isinstance(size, int) and rows > 0:
+        row_tokens = size / rows / BYTES_A_TOKEN
     if row_tokens is not None and not spec.training.packing:
         length = min(length, max(1, round(row_tokens)))
     return spec.training.per_device_train_batch_size * length
@@ -129,7 +137,7 @@ def _member(
 ) -> PackedJob:
     limit, began = spec.resources.time_limit, row.started_at or now
     return PackedJob(
-        tokens=tokens_of(spec, row_tokens),
+        tokens=tokens_of(spec, row_tokens, _data(row)),
         job_id=row.job_id,
         sweep=_sweep(row),
         left_seconds=row.eta_seconds,

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from loractl.common.job.status import Reason, Status
 from loractl.common.placement.hosts import base_key
 from loractl.common.placement.pack_rule import MeasuredPass, PassLaw
+from loractl.common.store.queries.cards.packs import BYTES_A_TOKEN
 from loractl.common.store.records import Claim, NewHost, Progress
 from loractl.common.store.store import Store
 from loractl.common.units import GIB
@@ -91,3 +94,18 @@ def test_a_member_that_ended_is_inside_until_it_has_left(store: Store) -> None:
     assert store.attempts(mine.job_id)[0].inside
     store.leave_host(mine)
     assert not store.attempts(mine.job_id)[0].inside
+
+
+def test_a_stranger_s_micro_batch_is_no_longer_than_the_bytes_of_its_rows(store: Store) -> None:
+    mine = begin(store)
+    opens(store, mine)
+    stored = {"uri": "file:///a", "sha256": "a" * 64, "rows": 10, "bytes": 2000}
+    long = {"method": "lora", "dataset": {"path": "org/data", "max_length": 1024}, "user": "bob"}
+    one_row = {"per_device_train_batch_size": 1, "num_train_epochs": 3, "gradient_accumulation_steps": 2}
+    known = store.submit(replace(submission(**long, training=one_row), data={"path": stored}))
+    other = store.submit(submission(**long, training=one_row))
+    packing = store.submit(replace(submission(**long, training={**one_row, "packing": True}), data={"path": stored}))
+    asked = store.newcomers(store.ready(10))
+    tokens = {job_id: newcomer.packed.tokens for job_id, newcomer in asked.items()}
+    assert tokens == {known: 200 / BYTES_A_TOKEN, other: 1024, packing: 1024}
+    assert {job_id: asked[job_id].packed.passes for job_id in (known, other)} == {known: 2 * 5 * 3, other: None}

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
+from loractl.common.artifacts import ArtifactStore
 from loractl.common.errors import DataError
-from loractl.scheduler.submission.data import check_data
+from loractl.scheduler.submission.data import check_data, store_data
 
 from ...factories import spec
 
@@ -24,3 +27,14 @@ def test_a_name_that_is_neither_is_refused_at_submit(name: str) -> None:
 def test_a_hub_id_is_left_to_the_worker() -> None:
     check_data(spec(dataset={"path": "org/data", "eval_path": "org-2/data_set.v2"}))
     check_data(spec(dataset={"path": "org/data@refs/pr/1", "eval_path": "org/data@v1.0"}))
+
+
+def test_what_is_stored_of_a_file_of_lines_says_how_many_rows_and_bytes_it_has(tmp_path: Path) -> None:
+    lines, other = tmp_path / "rows.jsonl", tmp_path / "rows.csv"
+    lines.write_text('{"text": "a"}\n\n{"text": "bcd"}')
+    other.write_text("text\na\n")
+    store = ArtifactStore(f"file://{tmp_path / 'store'}")
+    wanted = spec(dataset={"path": str(lines), "eval_path": str(other)})
+    stored = store_data(wanted, store)
+    assert (stored["path"]["rows"], stored["path"]["bytes"]) == (2, 14 + 15)
+    assert set(stored["eval_path"]) == {"uri", "sha256"}
