@@ -31,14 +31,16 @@ class PassMeter:
         if self._seen <= FIRST or time.monotonic() < self._next:
             yield
             return
-        _wait_for(device)
-        began = time.perf_counter()
+        began = _seconds(device)
         yield
-        _wait_for(device)
-        self._tell(tokens, members, time.perf_counter() - began)
+        self._tell(tokens, members, _seconds(device) - began)
         self._next = time.monotonic() + EVERY_S
 
 
-def _wait_for(device: torch.device) -> None:
+def _seconds(device: torch.device) -> float:
+    """A clock for passes. On a processor that of our own computing: others' load would look like a cost of the pass."""
+    if device.type == "cpu":
+        return time.process_time() / torch.get_num_threads()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+    return time.perf_counter()
