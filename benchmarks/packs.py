@@ -55,7 +55,7 @@ def _compare(model: str, rows: str, kind: str, shapes: list[str]) -> str:
     return (
         f"{kind} {count} jobs, {', '.join(shapes):40s} one by one {single:6.2f} s, pack {pack:6.2f} s, "
         f"{single / pack:5.2f}x, same bits: {'yes' if same else 'NO'}; others need {2 * count / (count + 1):.2f}x; "
-        f"rule {verdict.speed_up:.2f}x"
+        f"rule {verdict.speed_up:.2f}x, {'joins' if verdict.pays else 'refuses'} in a sweep"
     )
 
 

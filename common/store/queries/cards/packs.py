@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from loractl.common.job.spec import JobSpec
 
 BYTES_A_TOKEN = 2.5
-"""Bytes of a row, its keys too, for one token of it, at the least."""
+"""Bytes of a row, its keys too, for one token of it, at the least: 2.65 to 3.8 in the files of examples/data."""
 
 
 @dataclass(kw_only=True)
