@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from loractl.common.store.tables import Job
 
 
-class Rule(Protocol):
+class Trial(Protocol):
     """The card that the placement rule would give a waiting job in another form, all else as it is; None: no card."""
 
     def __call__(self, changed: Waiting, spec: JobSpec | None = None, /) -> str | None:
@@ -29,7 +29,7 @@ class Rule(Protocol):
         ...
 
 
-def remedies(job: Job, view: FleetView, rule: Rule) -> tuple[str, ...]:
+def remedies(job: Job, view: FleetView, rule: Trial) -> tuple[str, ...]:
     """What would make it start now, in sentences: another method, a smaller form, or no other programs on a card."""
     return (
         *_other_method(job, view, rule),
@@ -38,7 +38,7 @@ def remedies(job: Job, view: FleetView, rule: Rule) -> tuple[str, ...]:
     )
 
 
-def _other_method(job: Job, view: FleetView, rule: Rule) -> Iterator[str]:
+def _other_method(job: Job, view: FleetView, rule: Trial) -> Iterator[str]:
     me = waiting_of(vars(job), view.now)
     if Method.QLORA in me.methods or job.vram_qlora is None:
         return
@@ -47,7 +47,7 @@ def _other_method(job: Job, view: FleetView, rule: Rule) -> Iterator[str]:
         yield f"It would start now on {node} with method: qlora (plan {gib(job.vram_qlora)} GiB)."
 
 
-def _smaller_job(job: Job, view: FleetView, rule: Rule) -> Iterator[str]:
+def _smaller_job(job: Job, view: FleetView, rule: Trial) -> Iterator[str]:
     from loractl.common.job.spec import JobSpec  # pydantic's models take 80 ms to build
 
     me = waiting_of(vars(job), view.now)
