@@ -63,7 +63,8 @@ class SharedProduct:
         taken = [(span, layer) for span in self._spans.now if (layer := self.layers.get(span.owner)) is not None]
         if not taken:
             # with the bits that it has beside a training with factors here
-            return self._together(x, []) if self._frozen is not None and wide.multiplies_wide() else self._own(x)
+            wider = self._frozen is not None and wide.may_widen(x.device, _compute_type(x))
+            return self._together(x, []) if wider else self._own(x)
         if x.numel() != x.shape[-1] * sum(self._spans.lengths):
             raise CantShare(f"a layer is given {x.numel() // x.shape[-1]} of {sum(self._spans.lengths)} tokens")
         if self._frozen is None:

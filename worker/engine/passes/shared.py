@@ -46,7 +46,7 @@ class SharedBase:
         self._lean = LeanModel(self._words, precision)
         self._spans = Spans()
         self._products: dict[str, SharedProduct] = {}  # by the layer's path
-        if wide.multiplies_wide():
+        if wide.may_widen(model.device, precision.base):
             self._take_over()
         self._blocks: list[Any] | None = None  # that can be recomputed; None: not prepared for it
 

@@ -52,7 +52,12 @@ def narrow() -> Iterator[None]:
 
 def widens(x: torch.Tensor) -> bool:
     """Whether products of `x` and its like are made in fp32 here."""
-    return not _narrow and x.dtype is torch.bfloat16 and x.device.type == "cpu" and multiplies_wide()
+    return not _narrow and may_widen(x.device, x.dtype)
+
+
+def may_widen(device: torch.device, kind: torch.dtype) -> bool:
+    """The same of numbers of this type on this device, outside of `narrow`."""
+    return kind is torch.bfloat16 and device.type == "cpu" and multiplies_wide()
 
 
 def as_it_is(x: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
