@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,14 +10,11 @@ import torch
 class SummedLoss(torch.autograd.Function):
     """The summed cross-entropy of tokens, in nats, with smoothed labels (arXiv:1512.00567). All are learned from.
 
-    Shapes: logits (tokens, words) in fp32, targets (tokens). The answer has a sum for each part, of so many tokens as
-    `counts` says. One backward pass alone: it uses the tensor up.
+    Shapes: logits (tokens, words) in fp32, targets (tokens). One backward pass alone: it uses the tensor up.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, logits: torch.Tensor, targets: torch.Tensor, smoothing: float, counts: Sequence[int]
-    ) -> torch.Tensor:
+    def forward(ctx: Any, logits: torch.Tensor, targets: torch.Tensor, smoothing: float) -> torch.Tensor:
         chances, expected, most = torch.softmax(logits, -1), targets[:, None], logits.amax(-1)
         spread = chances.amax(-1).log()  # the largest logit less what all of them sum up to
         losses = most - logits.gather(-1, expected)[:, 0] - spread
@@ -28,12 +24,9 @@ class SummedLoss(torch.autograd.Function):
         if smoothing:
             chances -= smoothing / chances.shape[-1]
         ctx.save_for_backward(chances)
-        ctx.counts = [*counts]
-        return torch.stack([part.sum() for part in losses.split(ctx.counts)])
+        return losses.sum()
 
     @staticmethod
     def backward(ctx: Any, given: torch.Tensor) -> Any:
         (gradient,) = ctx.saved_tensors
-        for part, scale in zip(gradient.split(ctx.counts), given, strict=True):
-            part.mul_(scale)
-        return gradient, None, None, None
+        return gradient.mul_(given), None, None

@@ -27,9 +27,6 @@ from loractl.worker.engine.streams import RandomStreams
 from .cross_entropy import SummedLoss
 from .rows import RowLayout
 
-ALIKE = 32
-"""Tokens from which on a matrix library takes the same kernel for any number."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class RowsBehindEachOther:
@@ -64,51 +61,6 @@ def _lengths(row: TokenRow) -> list[int]:
     """Of the examples of a packed row; of the row itself where it is one."""
     borders = [0, *row.starts, len(row.input_ids)]
     return [end - begin for begin, end in itertools.pairwise(borders)]
-
-
-@dataclass(frozen=True, kw_only=True)
-class HeadPart:
-    """What one training learns of the head's answers."""
-
-    hidden: torch.Tensor  # the last hidden states of tokens after which one is learned
-    targets: torch.Tensor
-    count: int  # that their summed loss is divided by
-    smoothing: float
-    backward: Backward
-
-
-def _chunks(parts: Sequence[tuple[int, float]]) -> Iterator[list[tuple[int, slice]]]:
-    """Pieces of parts, of so many tokens and with this smoothing, that pass the head together.
-
-    A part is cut as it is alone. Small pieces go with others, so that the head's weight is read once for all; below
-    `ALIKE` tokens one is alone, since there the bits depend on the number of rows.
-    """
-    group: list[tuple[int, slice]] = []
-    room = HEAD_CHUNK
-    for n, (count, smoothing) in enumerate(parts):
-        for at in range(0, count, HEAD_CHUNK):
-            piece = slice(at, min(at + HEAD_CHUNK, count))
-            size = piece.stop - piece.start
-            if size < ALIKE:
-                yield [(n, piece)]
-                continue
-            if group and (size > room or smoothing != parts[group[0][0]][1]):
-                yield group
-                group, room = [], HEAD_CHUNK
-            group.append((n, piece))
-            room -= size
-    if group:
-        yield group
-
-
-def _backed(part: HeadPart, loss: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
-    """The scale of a loss in its training's backward pass; its share is added to `total`."""
-    leaf = loss.detach().requires_grad_()
-    share = leaf / part.count
-    part.backward(share)
-    total += share.detach()
-    assert leaf.grad is not None
-    return leaf.grad
 
 
 class LeanModel:
@@ -152,28 +104,24 @@ class LeanModel:
             found: torch.Tensor = self.words(input_ids=nothing).logits.squeeze(0).float()
         return found
 
-    def learn_head(self, parts: Sequence[HeadPart]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Of each part the summed loss of its tokens divided by `count`, and its gradient with respect to their hidden
-        states, chunk by chunk."""
-        found = [(torch.zeros((), device=self.device), torch.empty_like(part.hidden)) for part in parts]
-        for group in _chunks([(len(part.targets), part.smoothing) for part in parts]):
-            chosen = [(parts[n], tokens, *found[n]) for n, tokens in group]
-            piece = torch.cat([part.hidden.detach()[tokens] for part, tokens, _, _ in chosen]).requires_grad_()
-            targets = torch.cat([part.targets[tokens] for part, tokens, _, _ in chosen])
-            counts = [tokens.stop - tokens.start for _, tokens, _, _ in chosen]
-            losses = self.summed_losses(piece, targets, chosen[0][0].smoothing, counts)
-            scales = [_backed(part, loss, total) for (part, _, total, _), loss in zip(chosen, losses, strict=True)]
-            torch.autograd.backward(losses, torch.stack(scales))
-            assert piece.grad is not None
-            for (_, tokens, _, gradient), of_part in zip(chosen, piece.grad.split(counts), strict=True):
-                gradient[tokens] = of_part
-        return found
+    def learn_head(
+        self, hidden: torch.Tensor, targets: torch.Tensor, count: int, smoothing: float, backward: Backward
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The summed loss of some tokens divided by `count`, and its gradient with respect to their hidden states,
+        chunk by chunk."""
+        total, gradient = torch.zeros((), device=self.device), torch.empty_like(hidden)
+        for at in range(0, len(targets), HEAD_CHUNK):
+            part = slice(at, at + HEAD_CHUNK)
+            piece = hidden.detach()[part].requires_grad_()
+            share = self.summed_loss(piece, targets[part], smoothing) / count
+            backward(share)
+            gradient[part] = piece.grad
+            total += share.detach()
+        return total, gradient
 
-    def summed_losses(
-        self, hidden: torch.Tensor, targets: torch.Tensor, smoothing: float, counts: Sequence[int]
-    ) -> torch.Tensor:
+    def summed_loss(self, hidden: torch.Tensor, targets: torch.Tensor, smoothing: float) -> torch.Tensor:
         """Of a chunk. Nothing else holds its logits, so the backward pass has their room."""
-        found: torch.Tensor = SummedLoss.apply(self.logits(hidden), targets, smoothing, counts)
+        found: torch.Tensor = SummedLoss.apply(self.logits(hidden), targets, smoothing)
         return found
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
@@ -206,10 +154,7 @@ class LeanPass:
         """The same for rows that are laid behind each other; the loss is their sum divided by `count`."""
         with self._lean.lean(rows.lengths):
             learned = self._decoded(rows)[rows.places]
-            part = HeadPart(
-                hidden=learned, targets=rows.targets, count=count, smoothing=self.smoothing, backward=backward
-            )
-            ((total, gradient),) = self._lean.learn_head([part])
+            total, gradient = self._lean.learn_head(learned, rows.targets, count, self.smoothing, backward)
             if len(rows.places):
                 torch.autograd.backward(learned, gradient)
         return total

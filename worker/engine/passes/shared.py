@@ -1,7 +1,7 @@
 """A base that several trainings share: their micro-batches pass through it together, each with its own adapter.
 
-All tokens lie in one row, one span a training. The base's products run once over all of them; adapters, attention and
-loss see their own span alone, so what one training computes does not depend on the others.
+All tokens lie in one row, one span a training. The base's products run once over all of them; adapters, attention, head
+and loss see their own span alone, so what one training computes does not depend on the others.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from loractl.worker.engine.loss import Backward, MicroBatch
 from loractl.worker.engine.streams import RandomStreams
 
 from . import wide
-from .lean import HeadPart, LeanModel, LeanPass, RowsBehindEachOther
+from .lean import LeanModel, LeanPass, RowsBehindEachOther
 from .product import ADAPTER, CantShare, FrozenProduct, SharedProduct, Span, Spans
 from .view import view_of
 
@@ -99,20 +99,16 @@ class SharedBase:
         places = _together([rows.places for rows in laid], [rows.tokens for rows in laid])
         with self._passing([(piece.model, piece.streams) for piece in pieces], laid):
             learned = self._decoded(laid)[places]
+            gradient, losses = torch.empty_like(learned), []
             counts = [len(rows.places) for rows in laid]
-            parts = [
-                HeadPart(
-                    hidden=hidden,
-                    targets=rows.targets,
-                    count=piece.batch.learned,
-                    smoothing=piece.smoothing,
-                    backward=piece.backward,
-                )
-                for piece, rows, hidden in zip(pieces, laid, learned.split(counts), strict=True)
-            ]
-            found = self._lean.learn_head(parts)
-            torch.autograd.backward(learned, torch.cat([gradient for _, gradient in found]))
-        return [loss for loss, _ in found]
+            parts = zip(pieces, laid, learned.split(counts), gradient.split(counts), strict=True)
+            for piece, rows, hidden, to in parts:
+                count, smoothing = piece.batch.learned, piece.smoothing
+                loss, found = self._lean.learn_head(hidden, rows.targets, count, smoothing, piece.backward)
+                to.copy_(found)
+                losses.append(loss)
+            torch.autograd.backward(learned, gradient)
+        return losses
 
     def last_logits(self, adapted: Any, streams: RandomStreams, rows: Sequence[TokenRow], count: int) -> list[Any]:
         """The logits of each row's last tokens, in fp32, without dropout."""
