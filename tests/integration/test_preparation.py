@@ -103,7 +103,9 @@ def test_others_train_on_while_a_process_prepares_the_data_of_one_that_joins(
         if isinstance(message, LogLines) and (found := re.search(r"in process (\d+)", message.text)):
             pids[job] = int(found[1])
             seen.append((job, "begins"))
-            marks.append(Path(f"/proc/{found[1]}/environ").read_text())
+            while not (environment := Path(f"/proc/{found[1]}/environ").read_text()):
+                pass  # it is about to be there: the kernel ends the start of a program with it
+            marks.append(environment)
             if job == 4:
                 os.kill(pids[job], signal.SIGKILL)
             if job == 5:
