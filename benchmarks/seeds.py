@@ -2,9 +2,9 @@
 
 For each seed both train the same job in bf16: the engine as a job runs by default, and transformers' Trainer on peft's
 model. Told are the held-out losses after STEPS steps, seed by seed, their means, and the interval of the Trainer's own
-seeds (Student's, 95%): the engine's mean must lie within. Each training is a process; with OUT, what was measured is
-kept in that file, and a second call goes on where the first was cut. All take some forty minutes on one thread;
-SEEDS=0,1 STEPS=5 make it short, BATCH=4 LENGTH=256 four times as long.
+seeds (Student's, 95%): the engine's mean must lie within. Each adapter is scored on the base in fp32. Each training is
+a process; with OUT, what was measured is kept in that file, and a second call goes on where the first was cut. All take
+about an hour on one thread; SEEDS=0,1 STEPS=5 make it short, BATCH=4 LENGTH=256 four times as long.
 """
 
 from __future__ import annotations
@@ -35,13 +35,14 @@ def main() -> None:
         return
     kept = Path(rest[0]) if rest else None
     found: dict[str, float] = json.loads(kept.read_text("utf-8")) if kept is not None and kept.exists() else {}
-    for seed in SEEDS:
-        for side in SIDES:
+    for side in reversed(SIDES):
+        for seed in SEEDS:
             key = _key(side, seed)
             if key not in found:
                 found[key] = _child(model, rows, side, seed)
             if kept is not None:
                 kept.write_text(json.dumps(found), "utf-8")
+    for seed in SEEDS:
         losses = [found[_key(side, seed)] for side in SIDES]
         print(f"seed {seed}: lean {losses[0]:.4f}, Trainer {losses[1]:.4f}", flush=True)
     _tell({side: [found[_key(side, seed)] for seed in SEEDS] for side in SIDES})
@@ -99,22 +100,41 @@ def _train(model: str, rows: str, side: str, seed: int) -> float:
         optim="adamw_torch_fused" if side == "lean" else "adamw_torch", label_names=["labels"],
     )  # fmt: skip
     loaded = load_base(model, Method.LORA, "cpu", precision)
-    shared = shared_base(loaded, precision)
-    assert shared is not None
+    shared = shared_base(loaded, precision) if side == "lean" else None
     set_seed(seed)
-    adapted = add_adapter(shared.view(), spec, Method.LORA)
-    scored = SharedPass(shared, adapted)
-    if side == "lean":
+    adapted = add_adapter(loaded if shared is None else shared.view(), spec, Method.LORA)
+    if shared is not None:
         compute_in(adapted, precision)
-        run([PackMember(scored, arguments, MemberRows(train=train, held_out=[]))])
+        rows_of = MemberRows(train=train, held_out=[])
+        run([PackMember(SharedPass(shared, adapted), arguments, rows_of)])
     else:
         inputs: list[Any] = [inputs_of(row) for row in train]
         Trainer(
             model=adapted, args=arguments, train_dataset=inputs, data_collator=lambda some: collate(some, pad)
         ).train()
-    adapted.eval()
-    scores = [one.losses for row in held_out for one in scored.scores([row])]
-    return float(torch.cat(scores).mean())
+    return _scored(model, spec, adapted, tokenizer, held_out)
+
+
+def _scored(model: str, spec: Any, trained: Any, tokenizer: Any, rows: Any) -> float:
+    """The held-out loss of a trained adapter on its base in fp32: one instrument for both sides."""
+    import torch
+
+    from loractl.common.job.method import Method
+    from loractl.worker.base.arithmetic import choose_precision
+    from loractl.worker.base.lora import add_adapter
+    from loractl.worker.base.model import load_base
+    from loractl.worker.evaluation.losses import score_rows
+
+    whole = add_adapter(load_base(model, Method.LORA, "cpu", choose_precision("cpu", "float32")), spec, Method.LORA)
+    found = {name: weight for name, weight in trained.named_parameters() if weight.requires_grad}
+    with torch.no_grad():
+        for name, weight in whole.named_parameters():
+            if weight.requires_grad:
+                weight.copy_(found.pop(name))
+    assert not found
+    with torch.no_grad():
+        scores = score_rows(whole.eval(), tokenizer, rows, 4)
+    return float(scores.loss.sum() / scores.tokens.sum())
 
 
 if __name__ == "__main__":
