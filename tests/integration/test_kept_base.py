@@ -16,7 +16,7 @@ from loractl.worker.base.kept import remains
 from loractl.worker.base.kept.imprint import Imprint
 from loractl.worker.base.kept.remains import Surroundings
 from loractl.worker.base.kept.shelf import Shelf
-from loractl.worker.protocol.messages import Note
+from loractl.worker.protocol.messages import Note, Stepped
 
 from .conftest import Recipe
 
@@ -57,9 +57,9 @@ def test_a_training_on_a_base_that_stayed_equals_one_on_its_own_bit_for_bit(
         size, why = shelf.settle()
         assert why == "" and size is not None and size > 100_000
     assert (tmp_path / "second" / WEIGHTS).read_bytes() == (tmp_path / "alone" / WEIGHTS).read_bytes()
-    assert [m.metrics for m in told if hasattr(m, "metrics")] == [
-        m.metrics for m in told_alone if hasattr(m, "metrics")
-    ]
+    # how often progress is told is not compared: the second one's base may be measured already
+    losses = [[m.metrics for m in said if isinstance(m, Stepped) and m.metrics] for said in (told, told_alone)]
+    assert losses[0] == losses[1] and losses[0]
 
 
 def test_a_base_stays_after_a_training_whose_optimizer_pages(

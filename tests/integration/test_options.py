@@ -78,7 +78,6 @@ def report(folder: Path) -> dict[str, Any]:
         {"training": {"packing": True}},
         {"training": {"exact": True}},
         {"training": {"dtype": OTHER_DTYPE}},
-        {"training": {"attn_implementation": "eager"}},
         {"lora": {"r": 2}},
         {"lora": {"lora_alpha": 2}},
         {"lora": {"lora_dropout": 0.5}},
@@ -274,6 +273,26 @@ def test_a_run_that_stopped_early_is_not_trained_on_when_it_is_taken_up(recipe: 
 def test_the_attention_that_is_asked_for_is_taken(tiny_model: Path, attention: str) -> None:
     model = load_base(str(tiny_model), Method.LORA, "cpu", choose_precision("cpu"), attention=attention)
     assert model.config._attn_implementation == attention
+
+
+def test_a_job_computes_with_its_attention_and_learns_the_same_but_for_rounding(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers.models.llama import modeling_llama
+
+    calls, own = [], modeling_llama.eager_attention_forward
+
+    def eager(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        return own(*args, **kwargs)
+
+    monkeypatch.setattr(modeling_llama, "eager_attention_forward", eager)
+    found = {}
+    for attention in ("sdpa", "eager"):
+        _, told = recipe(attention, max_steps=3, attn_implementation=attention, evaluation={"samples": 1})
+        found[attention] = losses(told)
+        assert bool(calls) == (attention == "eager")
+    assert len(found["eager"]) == 3 and found["eager"] == pytest.approx(found["sdpa"], rel=1e-3)
 
 
 def test_what_a_worker_lacks_is_named(recipe: Recipe, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
