@@ -78,11 +78,17 @@ class Fault:
     pick: float
 
 
-def script(seed: int, gap_s: float) -> Iterator[Fault]:
-    """The same seed gives the same script; what it hits hangs on what runs at that moment."""
+GANG_FAULTS = frozenset(kind for kind in DECK if "rank" in kind or "second card" in kind)
+
+
+def script(seed: int, gap_s: float, *, gangs: bool) -> Iterator[Fault]:
+    """The same seed gives the same script; what it hits hangs on what runs at that moment.
+
+    `gangs`: whether jobs are on two cards; faults of such jobs would meet nothing otherwise.
+    """
     rng = random.Random(seed)
     while True:
-        deck = [kind for kind, count in DECK.items() for _ in range(count)]
+        deck = [kind for kind, count in DECK.items() for _ in range(count) if gangs or kind not in GANG_FAULTS]
         rng.shuffle(deck)
         for kind in deck:
             yield Fault(gap_s=rng.uniform(0.3, 1.7) * gap_s, kind=kind, share=rng.random(), pick=rng.random())

@@ -229,7 +229,7 @@ def _see_processes(run: _Run) -> None:
 
 def _blow(run: _Run, say: Callable[[str], None]) -> list[str]:
     """Deal faults until all jobs are in and nearly all have ended; then heal, and wait for the rest."""
-    faults, began = script(run.plan.seed, run.plan.gap_s), time.monotonic()
+    faults, began = script(run.plan.seed, run.plan.gap_s, gangs=run.plan.gangs), time.monotonic()
     few, said = run.plan.boxes * run.plan.cards, began
     fault = next(faults)
     due = began + 5.0  # the boxes are starting
