@@ -57,7 +57,7 @@ def test_the_plan_for_a_processor_is_near_the_measured_peak(
     planned = plan(
         shape, spec, Method.LORA, Lengths(train=TOKENS, evaluate=TOKENS, rows=ROWS), stack=Stack(on_gpu=False)
     )
-    assert planned.tensor_bytes == planned.peak_bytes - PROCESSOR_BYTES
+    assert bool(planned.parts["allocator"]) == bool(checkpointing), "what the heap keeps where blocks are computed anew"
     grown = ended.peaks.process - before
     assert planned.peak_bytes == pytest.approx(PROCESSOR_BYTES + grown, rel=0.15)
-    assert planned.tensor_bytes == pytest.approx(grown, rel=0.4)  # what malloc keeps is in it
+    assert planned.peak_bytes - PROCESSOR_BYTES == pytest.approx(grown, rel=0.4)
