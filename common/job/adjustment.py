@@ -42,15 +42,15 @@ def adjusted(spec: JobSpec, adjustment: Adjustment) -> JobSpec:
     )
 
 
-def next_adjustment(spec: JobSpec, adjustment: Adjustment, *, on_gpu: bool) -> Adjustment | None:
+def next_adjustment(spec: JobSpec, adjustment: Adjustment, *, on_gpu: bool, cards: int = 1) -> Adjustment | None:
     """The next step down after out-of-memory; None when only another method or a larger card can help.
 
-    Half the micro-batch (the largest divisor of the effective batch up to half) with the accumulation that keeps the
-    effective batch, down to one row; then gradient checkpointing, which is on from the start on a GPU unless the job
-    refuses it.
+    Half the micro-batch of a card (the largest divisor of the effective batch up to half) with the accumulation that
+    keeps the effective batch, down to one row; then gradient checkpointing, which is on from the start on a GPU unless
+    the job refuses it. `cards`: that share the job.
     """
     training = adjusted(spec, adjustment).training
-    batch = training.per_device_train_batch_size
+    batch, _ = training.rows_a_card(cards)
     if batch > 1:
         smaller = training.micro_batch(batch // 2)
         return replace(adjustment, micro_batch=smaller, accumulation=training.effective_batch // smaller)
@@ -58,20 +58,25 @@ def next_adjustment(spec: JobSpec, adjustment: Adjustment, *, on_gpu: bool) -> A
     return None if checkpointing else replace(adjustment, gradient_checkpointing=True)
 
 
-def in_words(spec: JobSpec, before: Adjustment, after: Adjustment, *, where: str = "", then: str = "goes on") -> str:
+def in_words(
+    spec: JobSpec,
+    before: Adjustment,
+    after: Adjustment,
+    *,
+    where: str = "",
+    then: str = "goes on",
+    cards: int = 1,
+) -> str:
     """The line of the job's history for one step down: what did not fit (and `where`), and how the run goes on."""
     old, new = adjusted(spec, before), adjusted(spec, after)
     where = f" {where}" if where else ""
     if new.evaluation != old.evaluation:
         sizes = old.evaluation.per_device_eval_batch_size, new.evaluation.per_device_eval_batch_size
         return f"out of memory{where} evaluating {_rows(sizes[0])} at once: evaluates {sizes[1]}"
-    batch, smaller = old.training.per_device_train_batch_size, new.training.per_device_train_batch_size
-    how = (
-        f"{smaller}, accumulating {new.training.gradient_accumulation_steps} (same effective batch)"
-        if smaller != batch
-        else "gradient checkpointing"
-    )
-    return f"out of memory{where} with {_rows(batch)} at once: {then} with {how}"
+    (batch, _), (smaller, pieces) = old.training.rows_a_card(cards), new.training.rows_a_card(cards)
+    how = f"{smaller}, accumulating {pieces} (same effective batch)" if smaller != batch else "gradient checkpointing"
+    each = f" on each of {cards} cards" if cards > 1 else ""
+    return f"out of memory{where} with {_rows(batch)} at once{each}: {then} with {how}"
 
 
 def _rows(count: int) -> str:

@@ -273,7 +273,8 @@ def _lighter(state: AttemptState, start: Start) -> Start | None:
     if lighter is None:
         return None
     then = "goes on alone" if state.goes_on_alone else "starts again"
-    text = in_words(start.spec, state.adjustment, lighter, where=f"at step {state.step}", then=then)
+    where, cards = f"at step {state.step}", max(1, len(start.ranks))
+    text = in_words(start.spec, state.adjustment, lighter, where=where, then=then, cards=cards)
     log.info("job %s: %s", state.claim.job_id, text)
     events = (*state.pending.events, ("memory", text))
     state.pending = replace(state.pending, adjustment=lighter, events=events)
@@ -293,7 +294,8 @@ def _next_adjustment(state: AttemptState, start: Start) -> Adjustment | None:
     tries = (Stage.PREPARING, Stage.TRAINING) if start.parallel is Parallel.SHARDED else (Stage.TRAINING,)
     if state.ended.reason is not Reason.OUT_OF_MEMORY or state.pending.stage not in tries:
         return None
-    return next_adjustment(start.spec, state.adjustment, on_gpu=start.device == "cuda")
+    cards = max(1, len(start.ranks))
+    return next_adjustment(start.spec, state.adjustment, on_gpu=start.device == "cuda", cards=cards)
 
 
 def _close(place: Workplace, state: AttemptState, upload: CheckpointUpload, patience_s: float) -> None:

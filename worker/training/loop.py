@@ -138,7 +138,7 @@ def fit(
         release()  # of what did not fit, or of optimizer and gradients, which the evaluation needs no more
         if failure is None:
             return arguments
-        lighter = next_adjustment(run.order.spec, run.adjustment, on_gpu=run.on_gpu)
+        lighter = next_adjustment(run.order.spec, run.adjustment, on_gpu=run.on_gpu, cards=run.cards)
         if lighter is None:
             tokens = len(longest(data.trained_rows, 1)[0].input_ids)
             what = f"one row of {tokens} tokens does not fit, even with gradient checkpointing"

@@ -69,8 +69,8 @@ class Probe(TrainerCallback):
 
     def _largest(self, size: int) -> list[TokenRow]:
         """The largest batch that can come; on several cards each of them has the longest rows."""
-        ranks = max(1, len(self._run.order.ranks))
-        return longest(self._data.trained_rows, size // ranks) * ranks
+        cards = self._run.cards
+        return longest(self._data.trained_rows, size // cards) * cards
 
     def _try_evaluation(self, args: Any) -> None:
         """A batch as it is evaluated in mid-training, where it is, and as the report's evaluation does it."""

@@ -298,7 +298,7 @@ def _course(run: Run, callbacks: Callbacks, arguments: TrainingArguments, wall_s
         adjustment=run.adjustment,
         changes=tuple(run.changes),
         optimizer=arguments.optim.value,
-        train_batch=arguments.per_device_train_batch_size // max(1, len(run.order.ranks)),
+        train_batch=arguments.per_device_train_batch_size // run.cards,
         accumulation_steps=arguments.gradient_accumulation_steps,
         eval_batch=arguments.per_device_eval_batch_size,
         gradient_checkpointing=arguments.activation_checkpointing,

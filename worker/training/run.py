@@ -58,6 +58,11 @@ class Run:
         return adjusted(self.order.spec, self.adjustment)
 
     @property
+    def cards(self) -> int:
+        """How many share the job."""
+        return max(1, len(self.order.ranks))
+
+    @property
     def on_gpu(self) -> bool:
         return self.order.device == "cuda"
 
@@ -89,7 +94,7 @@ class Run:
 
     def adjust(self, adjustment: Adjustment) -> None:
         """Go on with less memory."""
-        self.changes.append(in_words(self.order.spec, self.adjustment, adjustment))
+        self.changes.append(in_words(self.order.spec, self.adjustment, adjustment, cards=self.cards))
         self.note("memory", self.changes[-1])
         self.adjustment = adjustment
         self.tell(Adjusted(job_id=self.order.job_id, adjustment=adjustment))

@@ -19,10 +19,10 @@ def job(batch: int = 8, accumulation: int = 4, checkpointing: bool | None = None
     return JobSpec.model_validate({"name": "j", "base_model": "m", "dataset": dataset, "training": training})
 
 
-def ladder(spec: JobSpec, *, on_gpu: bool) -> list[Adjustment]:
+def ladder(spec: JobSpec, *, on_gpu: bool, cards: int = 1) -> list[Adjustment]:
     """Every step down, from the spec's own settings."""
     steps, current = [], Adjustment()
-    while (lower := next_adjustment(spec, current, on_gpu=on_gpu)) is not None:
+    while (lower := next_adjustment(spec, current, on_gpu=on_gpu, cards=cards)) is not None:
         assert len(steps) < 20, "the ladder does not end"
         steps.append(lower)
         current = lower
@@ -33,6 +33,16 @@ def test_the_batch_is_halved_down_to_one_row_and_then_checkpointed() -> None:
     steps = ladder(job(8, 4), on_gpu=False)
     assert [(s.micro_batch, s.accumulation) for s in steps] == [(4, 8), (2, 16), (1, 32), (1, 32)]
     assert [s.gradient_checkpointing for s in steps] == [None, None, None, True]
+
+
+def test_on_several_cards_each_step_takes_rows_from_every_card() -> None:
+    spec = job(16, 1)
+    steps = ladder(spec, on_gpu=True, cards=2)
+    a_card = [adjusted(spec, step).training.rows_a_card(2) for step in (Adjustment(), *steps)]
+    assert a_card == [(8, 1), (4, 2), (2, 4), (1, 8)]
+    assert in_words(spec, Adjustment(), steps[0], cards=2) == (
+        "out of memory with 8 rows at once on each of 2 cards: goes on with 4, accumulating 2 (same effective batch)"
+    )
 
 
 def test_on_a_gpu_checkpointing_is_a_step_only_where_the_job_refused_it() -> None:
