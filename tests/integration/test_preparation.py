@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -103,7 +104,8 @@ def test_others_train_on_while_a_process_prepares_the_data_of_one_that_joins(
         if isinstance(message, LogLines) and (found := re.search(r"in process (\d+)", message.text)):
             pids[job] = int(found[1])
             seen.append((job, "begins"))
-            while not (environment := Path(f"/proc/{found[1]}/environ").read_text()):
+            deadline = time.monotonic() + 10
+            while not (environment := Path(f"/proc/{found[1]}/environ").read_text()) and time.monotonic() < deadline:
                 pass  # it is about to be there: the kernel ends the start of a program with it
             marks.append(environment)
             if job == 4:
