@@ -17,6 +17,7 @@ from loractl.worker.attempt.log import LogBook
 from loractl.worker.protocol.messages import (
     Adjusted,
     Ended,
+    GoingOn,
     Learned,
     LogLines,
     MemberLeft,
@@ -57,6 +58,7 @@ TOLD: list[Told] = [
     Opened(job_id=1, base_bytes=1),
     Passed(job_id=1, tokens=9, members=2, seconds=0.5),
     Learned(job_id=1),
+    GoingOn(job_id=1),
     MemberLeft(job_id=1),
 ]
 

@@ -16,6 +16,7 @@ import torch
 from loractl.common.job.status import Reason
 from loractl.worker.protocol.messages import (
     Ended,
+    GoingOn,
     Learned,
     LogLines,
     MemberLeft,
@@ -129,6 +130,7 @@ def test_jobs_in_one_process_leave_the_adapters_that_they_leave_alone(
     recipe: Recipe, start: Callable[..., Start], tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With evaluations in mid-training, answers and reports in between; one comes late, one is cancelled."""
+    monkeypatch.setattr("loractl.worker.training.run.SIGN_S", 0.0)
     monkeypatch.setattr(trainer, "LEARNED_S", 0.0)
     first = {"method": method, **LONG, "max_steps": 10, "eval_steps": 3, "lora": {"r": 8, "lora_dropout": 0.1}}
     second = {"method": method, **LONG, "seed": 7, "lora": {"r": 4, "use_dora": method == "lora"}}
@@ -157,6 +159,7 @@ def test_jobs_in_one_process_leave_the_adapters_that_they_leave_alone(
     passes = [passed for told in list(process.told) for passed in process.of(told, Passed)]
     assert passes and all(passed.tokens > 32 and passed.seconds > 0 for passed in passes)
     assert any(process.of(job, Learned) for job in (1, 2, 3))
+    assert all(process.of(job, GoingOn) for job in (1, 2)), "each says by itself that it is at work"
     assert read_report(tmp_path / "one")["training"]["companions"] == [2, 3]
     assert not [note for note in process.of(3, Note) if note.kind == "saved"]
 
@@ -193,6 +196,10 @@ def test_what_a_member_leaves_is_found_while_others_go_on(start: Callable[..., S
     traces.note([tensor])
     assert "1.0 MiB of its tensors are still there" in str(traces.left())
     del tensor
+    assert traces.left() is None
+    cycle: list[object] = [(tmp_path / "one" / "mapped").open("w")]
+    cycle.append(cycle)  # as an error's traceback makes one
+    del cycle
     assert traces.left() is None
     with (tmp_path / "one" / "open").open("w"), (tmp_path / "two").open("w"):
         assert str(traces.left()).startswith(str(tmp_path / "one" / "open"))

@@ -18,6 +18,7 @@ from loractl.worker.protocol.log_lines import log_line
 from loractl.worker.protocol.messages import (
     Adjusted,
     Ended,
+    GoingOn,
     Learned,
     MemberLeft,
     Note,
@@ -118,7 +119,7 @@ class AttemptState:
             self.passes.append(one)
         elif isinstance(message, MemberLeft):
             self._say_what_is_left(message)
-        elif not isinstance(message, Learned):
+        elif not isinstance(message, (Learned, GoingOn)):
             self._follow(message)
             self.pending = _fold(self.pending, message)
 

@@ -268,6 +268,7 @@ class PackMember:
         for batch in batches:
             with evaluating(self.model):
                 sums.append(self.forward.held_out_loss(batch))
+            self._tell("on_prediction_step")
             yield
         metrics = speed_metrics("eval", began, num_samples=len(rows), num_steps=len(batches))
         metrics = {"eval_loss": loss_per_token(batches, sums), **metrics}

@@ -77,8 +77,11 @@ class Relay:
                 self._follow(None)  # the next that has its turn goes on with the others
         ending = self._endings.pop(id(member))
         leg.streams.take_over()
-        if ending.error is not None:
-            raise ending.error
+        try:
+            if ending.error is not None:
+                raise ending.error
+        finally:
+            del ending  # the error's traceback holds this frame: it would keep all of the training
 
     def _lead(self, leg: Leg) -> None:
         """Take a step of all."""

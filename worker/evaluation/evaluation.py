@@ -231,10 +231,17 @@ def _question(learner: Learner, work: Work, spec: JobSpec) -> str:
     """All that decides what `_measure` gives for the base, hashed."""
     ends = sorted(end_ids(learner.model, learner.tokenizer))
     how = (type(learner.scorer).__name__, repr(learner.precision), spec.evaluation.per_device_eval_batch_size, ends)
-    rows = [[[row.input_ids, row.labels] for row in scored] for scored in work.scored_apart]
-    asked = [[prompt.ids for prompt in prompts] for prompts in (work.prompts, work.labelled)]
-    facts = [how, learner.tokenizer.pad_token_id, rows, asked, work.longest_answer, work.label_tokens]
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+    facts = [how, learner.tokenizer.pad_token_id, work.longest_answer, work.label_tokens]
+    found = hashlib.sha256(json.dumps(facts).encode())
+    for rows in work.scored_apart:
+        found.update(f"{len(rows)} rows\n".encode())
+        for row in rows:
+            found.update(json.dumps([*row.input_ids, None, *row.labels]).encode())
+    for prompts in (work.prompts, work.labelled):
+        found.update(f"{len(prompts)} prompts\n".encode())
+        for prompt in prompts:
+            found.update(json.dumps(prompt.ids).encode())
+    return found.hexdigest()
 
 
 def _labels(work: Work, base: _Measured, tuned: _Measured) -> Labels:

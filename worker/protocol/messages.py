@@ -217,6 +217,12 @@ class Learned(_Message):
     type: Literal["learned"] = "learned"
 
 
+class GoingOn(_Message):
+    """Trainer: the job is at work, and tells nothing else for long: it waits for another, or makes a long answer."""
+
+    type: Literal["going_on"] = "going_on"
+
+
 class MemberLeft(_Message):
     """Trainer: of a job that has ended nothing is in the process any more, which goes on with others."""
 
@@ -247,6 +253,7 @@ Told = (
     | Opened
     | Passed
     | Learned
+    | GoingOn
     | MemberLeft
     | Ended
 )

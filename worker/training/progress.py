@@ -48,6 +48,9 @@ class Teller(TrainerCallback):
         self._step_ended = time.monotonic()
         self.tell()
 
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._run.go_on()
+
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         now = time.monotonic()
         self._step_times.append(now - self._step_ended)

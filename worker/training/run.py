@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import InitVar, dataclass, field, replace
 
@@ -15,11 +16,14 @@ from loractl.worker.base.gauge import Gauge
 from loractl.worker.base.kept.shelf import Shelf
 from loractl.worker.engine.relay import Leg, solo_leg
 from loractl.worker.protocol.log_lines import log_line
-from loractl.worker.protocol.messages import Adjusted, Note, Peaks, StageChanged, Start, Told
+from loractl.worker.protocol.messages import Adjusted, GoingOn, Note, Peaks, StageChanged, Start, Told
 
 from .host.allowance import Allowance
 from .host.company import Company
 from .host.traces import Traces
+
+SIGN_S = 10.0
+"""Seconds between two signs of life."""
 
 
 class Stopped(Exception):
@@ -44,6 +48,7 @@ class Run:
     adjustment: Adjustment = field(init=False)  # what out-of-memory has changed so far
     changes: list[str] = field(init=False)  # the same in words, one a step down
     gauge: Gauge = field(init=False)
+    _signed: float = field(default_factory=time.monotonic)  # when it last said that it is at work
 
     def __post_init__(self, part: Leg | None) -> None:
         self.leg = solo_leg(torch.device(self.order.device)) if part is None else part
@@ -104,8 +109,16 @@ class Run:
         self.adjust(replace(self.adjustment, eval_batch=batch))
 
     def check_stop(self) -> None:
+        """Call it again and again in work that takes long. Raises Stopped."""
         if self.stop.is_set():
             raise Stopped
+        self.go_on()
+
+    def go_on(self) -> None:
+        """Say now and then that the job is at work: one that says nothing for long is taken to hang."""
+        if (now := time.monotonic()) >= self._signed + SIGN_S:
+            self._signed = now
+            self.tell(GoingOn(job_id=self.order.job_id))
 
     def between(self) -> None:
         """Call it between two pieces of work: it lets others of the process go first. Raises Stopped."""

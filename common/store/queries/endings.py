@@ -182,8 +182,7 @@ def _end_attempt(
         note_failure(tx, job, card, reason, message, now)
     elif reason is Reason.OK:
         beside = read_beside(tx.session, [job.job_id]).get(job.job_id, [])
-        for node in (job.node or "", *(share.node for share in beside)):
-            note_success(tx, node)
+        note_success(tx, [job.node or "", *(share.node for share in beside)])
     elif outcome.counts:
         job.lab_failures = 0
     may = outcome.retryable and not job.cancel_requested

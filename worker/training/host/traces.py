@@ -42,6 +42,7 @@ class Traces:
             thread.join(timeout=JOIN_S)
             if thread.is_alive():
                 return f"the thread {thread.name} still runs"
+        gc.collect()  # a mapped file is open for as long as a cycle of an error holds it
         own = tuple(str(Path(folder).parent) + "/" for folder in (self.order.output_dir, self.order.checkpoint_dir))
         if files := sorted(name for name in open_files() if name.startswith(own)):
             return f"{files[0]} is still open"

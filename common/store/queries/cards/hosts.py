@@ -42,13 +42,17 @@ def _write(tx: Transaction, claim: Claim, new: NewHost, *, is_open: bool) -> boo
         return False
     if is_busy(tx, new.host, claim.token):
         return True  # the row says what holds while they are in it
+    opened = tx.session.get(TrainerHost, new.host) is not None
     what = {"base_model": claim.spec.base_model, "method": claim.method.value, "open": is_open}
     tx.put(TrainerHost, "host", {**vars(new), **what, **member, "leaving": False, "since": now})
     card = next((card for card in read_cards(tx.session, now) if card.node == new.node), None)
-    if card is None or not may_wait(card):
+    if card is not None and may_wait(card):
+        return True
+    if opened:  # its bytes are held until the node has ended it
+        tx.change(update(TrainerHost).where(TrainerHost.host == new.host).values(leaving=True, open=False))
+    else:
         forget(tx, [new.host])
-        return False
-    return True
+    return False
 
 
 def _is_inside(tx: Transaction, claim: Claim, host: str) -> bool:

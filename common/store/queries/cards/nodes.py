@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from sqlalchemy import ColumnElement, and_, delete, or_, select, update
@@ -151,11 +151,12 @@ def note_failure(tx: Transaction, job: Job, node: str, reason: Reason, message: 
     _close(tx, job, node, now)
 
 
-def note_success(tx: Transaction, node: str) -> None:
-    """An attempt has ended well: what failed before on this card, and what its box shares, works."""
+def note_success(tx: Transaction, nodes: Sequence[str]) -> None:
+    """An attempt on these cards of a box has ended well: what failed before on them, and what the box shares, works."""
     shared = [reason for reason, meaning in OUTCOMES.items() if meaning.blames is Blamed.BOX]
-    of_box = LabFailure.node.startswith(node.rpartition(":")[0] + ":", autoescape=True) & LabFailure.reason.in_(shared)
-    tx.session.execute(delete(LabFailure).where(or_(LabFailure.node == node, of_box)))
+    box = nodes[0].rpartition(":")[0] + ":"
+    of_box = LabFailure.node.startswith(box, autoescape=True) & LabFailure.reason.in_(shared)
+    tx.session.execute(delete(LabFailure).where(or_(LabFailure.node.in_(nodes), of_box)))
 
 
 def read_failures(session: Session, now: dt.datetime) -> list[CardFailure]:

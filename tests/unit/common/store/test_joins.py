@@ -144,6 +144,17 @@ def test_a_base_stays_though_its_last_job_s_row_was_closed_before_the_job_was_ou
     assert taken(store) == 0 and len(store.fleet().cards[NODE].waiting_bases) == 1
 
 
+def test_a_trainer_that_may_not_stay_holds_its_bytes_until_it_has_ended(store: Store) -> None:
+    first = anchored(store)
+    store.cancel(first.job_id, "ada")
+    assert store.finish(first, Reason.CANCELLED, "cancelled", Progress(), inside=True) is Status.CANCELLED
+    key = base_key(first.spec, first.method)
+    assert key is not None and not store.keep_host(first, NewHost(host="h1", node=NODE, key=key, bytes=500 * GIB))
+    assert taken(store) > 0 and not store.fleet().cards[NODE].waiting_bases
+    store.forget_hosts(["h1"])
+    assert taken(store) == 0
+
+
 def test_a_job_whose_last_attempt_is_not_out_of_the_host_does_not_join_it_again(store: Store) -> None:
     anchored(store)
     queue(store)
