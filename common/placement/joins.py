@@ -129,6 +129,8 @@ def _look(card: Card, base: WarmBase, need: int, packed: PackedJob, job_id: int)
         return RefusedJoin(node=card.node, base=base, why=f"their trainer takes no more jobs: {base.spoilt}")
     if any(one.job_id == job_id for one in base.leavers):
         return RefusedJoin(node=card.node, base=base, why="its last attempt is not out of their trainer yet")
+    if len(base.members) < len(card.inside(base)):  # one has just ended, or came when the host was full
+        return RefusedJoin(node=card.node, base=base, why="not all that train there are known at this moment")
     own = own_part(need, base.bytes)
     if own > card.free:
         return RefusedJoin(node=card.node, base=base, why="its own part does not fit beside them")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Sequence
 from dataclasses import replace
@@ -132,6 +133,16 @@ def test_a_full_or_leaving_host_is_not_joined() -> None:
         card = replace(packed_card(24), hosts=(replace(packed_card(24).hosts[0], **change),))
         assert not joins(decide([waits(1)], [card]))
     assert not joins(decide([waits(1)], [packed_card(24, open=False)]))
+
+
+def test_a_host_of_whose_members_not_all_are_known_is_not_joined() -> None:
+    """One has ended between two looks; or the host was full, and its members were not read."""
+    for known, slots in itertools.product((0, 1), (1, 4)):
+        card = packed_card(80, member(2, 2), hosts=(base(job_id=90, members=[SHORT] * known),), max_jobs=slots)
+        for asked in (SHORT, PackedJob(tokens=64)):
+            (refused,) = looked_at([card], waits(1), Method.LORA, newcomers(asked))
+            assert isinstance(refused, RefusedJoin) and "not all" in refused.why
+        assert started(decide([waits(1)], [card])) == ({1: "a:0"} if slots > 1 else {})
 
 
 def test_nothing_joins_on_a_card_that_is_kept_for_a_larger_job() -> None:
