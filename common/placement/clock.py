@@ -357,9 +357,12 @@ def _left(card: Card, job_id: int, now: dt.datetime) -> Card:
 
 
 def _vacated(card: Card, base: WarmBase, now: dt.datetime) -> Card:
-    """The card when one has left a trainer with this base. The last one's trainer stays where its base has room."""
+    """The card when one has left a trainer with this base. The last one's trainer stays where its base has room, unless
+    it is spoilt."""
     others = tuple(other for other in card.hosts if other.host != base.host)
     if card.is_busy(base):
         return replace(card, hosts=(*others, base))
+    if base.spoilt is not None:
+        return replace(card, hosts=others)
     waiting = replace(card, hosts=(*others, replace(base, open=False, members=(), since=now)))
     return waiting if may_wait(waiting) else replace(card, hosts=others)

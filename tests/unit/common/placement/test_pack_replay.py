@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -54,6 +55,15 @@ def test_members_that_have_ended_hold_their_bytes_for_a_moment_alone() -> None:
     empty = replace(busy, running=())
     done = replay([a_job(1, 0, 40, 10)], [empty], START, keep_warm_s=600)
     assert starts(done) == {1: LEAVE_S}, "the base waits for a job, and goes for this one"
+
+
+def test_a_spoilt_base_waits_for_no_job() -> None:
+    def done(**more: Any) -> Replay:
+        card = with_pack([member(90, 10, 50)])
+        card = replace(card, hosts=(replace(card.hosts[0], **more),))
+        return replay([based(a_job(1, 100, 9, 100))], [card], START, keep_warm_s=600)
+
+    assert done().runs[1].warm and not done(spoilt="a fault").runs[1].warm
 
 
 def test_what_was_promised_to_members_and_their_limits_bind_later_joins() -> None:
