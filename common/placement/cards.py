@@ -95,6 +95,7 @@ class Card:
     user_limit: int | None = None  # jobs that one user may run in the fleet
     model: str = ""  # the device's name: cards of one model are of one speed
     gangs: bool = False  # may be one of several cards for one job
+    silent: bool = False  # not heard of lately: no job on several cards begins there, though one may wait for it
     contention: float | None = None  # what a process costs another one there, see pack_rule.Sharing; None: not measured
 
     @property

@@ -113,12 +113,16 @@ class _Fleet:
     largest: int = field(init=False)  # bytes for jobs on the largest open card that is no processor, others gone
     ever: Openings = field(init=False)  # what could start once our running jobs have left
     user_limit: int | None = field(init=False)
+    awaited: set[int] = field(init=False)
+    """Jobs not tried yet for which running ones were asked to stop: in vain, if others took what they have beside."""
 
     def __post_init__(self) -> None:
         usable = [c for c in self.cards.values() if c.open]
         self.largest = largest_gpu(usable)
         self.ever = self._openings([(c, c.capacity) for c in usable if c.capacity and c.max_jobs], usable)
         self.user_limit = min((c.user_limit for c in usable if c.user_limit is not None), default=None)
+        running = [one for card in self.cards.values() for one in card.running]
+        self.awaited = {one.gives_way_to for one in running if one.gives_way_to is not None}
 
     def room(self, card: Card) -> int:
         """Bytes that a job may take there now, beside what is kept."""
@@ -163,17 +167,13 @@ class _Fleet:
         """The way in which several cards are to share the job, see `gangs.gang_of`."""
         return gang_of(job, self.cards.values()) if job.gangs else None
 
-    def is_given_way(self, job: Waiting) -> bool:
-        """Whether running jobs were asked to stop for it: in vain, if others took what it has beside their room."""
-        return any(one.gives_way_to == job.job_id for card in self.cards.values() for one in card.running)
-
-    def start(self, placed: Placement) -> None:
+    def start(self, placed: Placement, now: dt.datetime) -> None:
         """Take what the job has of its cards."""
         job, host, packed = placed.job, None, None
         if placed.join is not None:
             host, packed = placed.join.base.host, placed.join.packed
         for share in placed.shares:
-            occupant = Occupant(job_id=job.job_id, user=job.user, reserved=share.bytes, host=host)
+            occupant = Occupant(job_id=job.job_id, user=job.user, reserved=share.bytes, began=now, host=host)
             self.cards[share.node] = self.cards[share.node].with_job(occupant, packed)
             if self.kept is not None:
                 self.kept = self.kept.without(share.node, share.bytes)
@@ -231,7 +231,9 @@ def _in_order(level: Mapping[str, Line], fleet: _Fleet, now: dt.datetime) -> Ite
         if fleet.at_limit(user):
             return
         # Until a card is kept, a job that has waited long enough for one must be seen, though it does not fit now.
-        keeps = fleet.kept is None and (last is None or waited(last, now) >= RESERVE_AFTER_S)
+        # So must one that others give way to, since its room is kept at once.
+        must = last is None or waited(last, now) >= RESERVE_AFTER_S or any(one > last.job_id for one in fleet.awaited)
+        keeps = fleet.kept is None and must
         job = level[user].next(fleet.ever if keeps else fleet.openings())
         if job is not None:
             heapq.heappush(heads, (fleet.charges.get(user, 0.0), job.job_id, job))
@@ -246,12 +248,13 @@ def _in_order(level: Mapping[str, Line], fleet: _Fleet, now: dt.datetime) -> Ite
 
 def _try(job: Waiting, fleet: _Fleet, now: dt.datetime) -> Iterator[Decision]:
     """Start the job on the best cards, or keep some for it when it has waited long enough."""
-    gang = fleet.gang_of(job)
+    gang, given_way = fleet.gang_of(job), job.job_id in fleet.awaited
+    fleet.awaited.discard(job.job_id)
     placed = _best(job, fleet) if gang is None else _best_gang(job, gang, fleet)
     if placed is not None:
-        fleet.start(placed)
+        fleet.start(placed, now)
         yield Decision(placed=placed)
-    elif fleet.kept is None and (waited(job, now) >= RESERVE_AFTER_S or fleet.is_given_way(job)):
+    elif fleet.kept is None and (waited(job, now) >= RESERVE_AFTER_S or given_way):
         fleet.kept = _keep(job, fleet, now) if gang is None else _keep_gang(job, gang, fleet, now)
         if fleet.kept is not None:
             yield Decision(reserved=fleet.kept)
@@ -278,7 +281,7 @@ def _best(job: Waiting, fleet: _Fleet) -> Placement | None:
 
 def _best_gang(job: Waiting, gang: SharedNeed, fleet: _Fleet) -> Placement | None:
     """The preferred method that enough cards of some box hold now, and those that it fills best."""
-    allowed = takers(job, gang, fleet.cards.values())
+    allowed = [card for card in takers(job, gang, fleet.cards.values()) if not card.silent]
     for method in job.methods:
         size = gang.need.of(method)
         holding = [c for c in allowed if (room := fleet.room(c)) > 0 and (size <= room if size else not c.running)]

@@ -60,7 +60,7 @@ def claim(
     now = tx.now()  # under the lock: a start is later than the end that made room for it
     cards = [replace(c, max_jobs=0) if c.node in distrusted - {node} else c for c in read_cards(tx.session, now)]
     if gangs and (silent := late(tx.session, now - dt.timedelta(seconds=lease_s * LATE_SHARE)) - {node}):
-        cards = [replace(card, gangs=card.gangs and card.node not in silent) for card in cards]
+        cards = [replace(card, silent=card.node in silent) for card in cards]
     mine = next(card for card in cards if card.node == node)
     if not gangs and mine.gangs:
         mine = replace(mine, gangs=False)

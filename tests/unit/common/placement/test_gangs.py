@@ -144,6 +144,14 @@ def test_a_card_idles_no_hour_for_an_end_that_stays_unknown() -> None:
     assert starts(IDLE_FOR_GANG_S + 1) == {2: ["a:0"]}
 
 
+def test_a_job_that_begins_at_this_moment_counts_as_one_that_ends_soon() -> None:
+    """Two cards become free together, and small jobs come before and after the gang."""
+    before, after = a_job(2, 8, user="bob", priority=1), a_job(3, 8, user="bob", priority=-1)
+    cards = [card("a:0"), card("a:1")]
+    assert where(decide([before, job(age_s=RESERVE_AFTER_S), after], cards)) == {2: ["a:0"]}
+    assert where(decide([before, job(), after], cards)) == {2: ["a:0"], 3: ["a:1"]}
+
+
 @pytest.mark.parametrize("cards", [1, 2])
 def test_what_a_job_has_beside_the_room_of_those_that_give_way_is_not_taken_by_others(cards: int) -> None:
     leaving = replace(running(9, 24, 0), gives_way_to=1)
@@ -153,6 +161,12 @@ def test_what_a_job_has_beside_the_room_of_those_that_give_way_is_not_taken_by_o
         fleet, first = [card("a:0", 48, max_jobs=4, running=(leaving,))], a_job(1, 44, priority=5)
     assert where(decide([first, small], fleet)) == {}
     assert where(decide([small], fleet)) == {2: ["a:0"]}
+
+
+def test_a_job_that_others_give_way_to_is_seen_behind_one_of_its_user_that_no_plan_knows() -> None:
+    leaving = replace(running(9, 24, 0), gives_way_to=2)
+    whole, awaited, small = a_job(1, None, priority=5), a_job(2, 44, priority=5), a_job(3, 8, user="bob")
+    assert where(decide([whole, awaited, small], [card("a:0", 48, max_jobs=4, running=(leaving,))])) == {}
 
 
 def wait_in_a_stream(
@@ -265,7 +279,7 @@ def soonest_by_all(each: Waiting, way: SharedNeed, cards: Collection[Card]) -> t
 def after(cards: dict[str, Card], kept: Reservation | None, placed: Placement) -> Reservation | None:
     """Put the job on its cards; what is kept then."""
     for share in placed.shares:
-        occupant = Occupant(job_id=placed.job.job_id, user=placed.job.user, reserved=share.bytes)
+        occupant = Occupant(job_id=placed.job.job_id, user=placed.job.user, reserved=share.bytes, began=NOW)
         cards[share.node] = cards[share.node].with_job(occupant)
         kept = None if kept is None else kept.without(share.node, share.bytes)
     return kept
@@ -311,11 +325,13 @@ def _check_kept(each: Waiting, way: SharedNeed, cards: dict[str, Card], kept: Re
     if idle:
         assert len(group) == way.cards
         assert (len({c.model for c in group}) > 1) == mixed
-    for k in kept.cards:
-        sizes = [way.need.of(method) for method in each.methods]
-        rooms = [room_at(cards[k.node], size, NOW) for size in sizes if size is not None]
-        assert any(r is not None and (r.spare, r.spare_slots) == (k.spare, k.spare_slots) for r in rooms)
-        assert idle or any(r is not None and r.after for r in rooms), "a card with room is lent"
+    sizes = [size for method in each.methods if (size := way.need.of(method)) is not None]
+    rooms = {k: [r for size in sizes if (r := room_at(cards[k.node], size, NOW)) is not None] for k in kept.cards}
+    begun = any(one.began is not None for found in rooms.values() for r in found for one in r.after)
+    idle = idle or (begun and len(group) == way.cards)  # whose end is not known: it counts as one that is near
+    for k, found in rooms.items():
+        assert any((r.spare, r.spare_slots) == (k.spare, k.spare_slots) for r in found)
+        assert idle or any(r.after for r in found), "a card with room is lent"
 
 
 def test_a_gang_keeps_to_the_labels_that_its_job_asks_for() -> None:

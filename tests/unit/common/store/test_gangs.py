@@ -118,6 +118,20 @@ def test_a_card_that_is_silent_already_is_not_counted_on(timed: Store, clock: Cl
     assert claimed(timed).shares
 
 
+def test_a_card_stays_kept_for_a_job_on_several_while_the_other_one_is_silent(timed: Store, clock: Clock) -> None:
+    """Else a lost beat would give it to a job that runs for hours."""
+    show(timed, "heron:0", "heron:1", total=48, max_jobs=2)
+    large = timed.submit(gang(lora=30, alone=False))
+    timed.submit(submission(lora=24, qlora=None, method="lora", user="bob"))
+    clock.forward(RESERVE_AFTER_S)
+    show(timed, "heron:1", total=48, max_jobs=2)
+    clock.forward(LEASE_S * 0.6)
+    show(timed, "heron:0", total=48, max_jobs=2)
+    assert timed.claim("heron:0", gangs=True) is None
+    show(timed, "heron:1", total=48, max_jobs=2)
+    assert claimed(timed).job_id == large
+
+
 def test_a_silent_card_ends_the_whole_job_though_the_other_beats(timed: Store, clock: Clock) -> None:
     show(timed, "heron:0", "heron:1")
     job_id = timed.submit(gang())
