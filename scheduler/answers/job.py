@@ -209,14 +209,15 @@ class JobInFull:
 def job_in_full(store: Store, job_id: int) -> JobInFull:
     """A job, why it waits, and its course. Raises JobNotFound."""
     row = store.job(job_id)
-    leaves = any(attempt.inside for attempt in store.attempts(job_id))
+    attempts = store.attempts(job_id)
+    leaves = any(attempt.inside for attempt in attempts)
     view = store.fleet() if leaves or row.status in (Status.QUEUED, Status.RUNNING) else None
     job = state_of(row, view)
     return JobInFull(
         job=job,
         wait=waiting_jobs(store, [row], view).reasons.get(job_id),
         trouble=None if view is None else trouble_on(view, job.cards),
-        attempts=_attempts(store, job, view),
+        attempts=_attempts(store, job, view, attempts),
         still_holds=_still_held(view, job_id) if leaves else 0,
         events=_events(store, job_id),
         losses=tuple((point.step, point.value) for point in store.metrics(job_id, "loss")),
@@ -280,7 +281,7 @@ def job_history(store: Store, job_id: int) -> JobHistory:
         job=job,
         spec=_mapping(row.spec),
         data=_mapping(row.data),
-        attempts=_attempts(store, job, view),
+        attempts=_attempts(store, job, view, store.attempts(job_id)),
         events=_events(store, job_id),
         now=store.now(),
     )
@@ -291,7 +292,7 @@ def _mapping(value: Any) -> Mapping[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _attempts(store: Store, job: JobState, view: FleetView | None) -> tuple[PastAttempt, ...]:
+def _attempts(store: Store, job: JobState, view: FleetView | None, rows: Sequence[Attempt]) -> tuple[PastAttempt, ...]:
     shares = store.shares(job.job_id)
     known = [] if view is None else [view.nodes[card] for card in job.cards if card in view.nodes]
     used = {node.node: node.used.get(str(job.job_id)) for node in known}
@@ -300,7 +301,7 @@ def _attempts(store: Store, job: JobState, view: FleetView | None) -> tuple[Past
         mine = [share for share in shares if share.attempt == row.attempt]
         return attempt_of(row, mine, used if row.ended_at is None else None)
 
-    return tuple(map(told, store.attempts(job.job_id)))
+    return tuple(map(told, rows))
 
 
 def _events(store: Store, job_id: int) -> tuple[PastEvent, ...]:

@@ -78,6 +78,7 @@ class MemoryNeed:
     cards: tuple[CardRoom, ...]
     on_gpu: bool = True  # False: planned for a processor, since the fleet has nothing else
     largest: LargestFit | None  # where it was asked for
+    one_holds: bool = False  # one card would hold it, and no box holds it on as many as it asks for
     solutions: tuple[Solution, ...] = ()  # where no card holds it alone; all of them where they were asked for
     status: Status | None = None  # of a submitted job
 
@@ -156,12 +157,14 @@ def memory_need(
     asked = PlannedForm(spec=spec, methods=methods, planned=planned_need, need=need, lengths=counted.lengths)
     ways = asked.ways(spec) if stack.on_gpu else Ways()
     solutions: list[Solution] = []
+    one_holds = False
     if choice is None or not ways.alone:
         boxes, method = asked.boxes(ways, places)
         several = [_room_of(box) for box in boxes]
         if not ways.alone and not several:
             several = [CardRoom(word="never", card=f"{spec.resources.cards} cards", total_gib="–", how="of no box")]
         cards, one, choice = (*cards, *several) if ways.alone else tuple(several), choice, method
+        one_holds = one is not None and choice is None
         if stack.on_gpu and (one is None or choice is None):
             solutions += on_more_cards(asked, boxes, places)
         if stack.on_gpu and one is None and solve:
@@ -180,6 +183,7 @@ def memory_need(
         cards=cards,
         on_gpu=stack.on_gpu,
         largest=_largest(shape, spec, methods, counted.lengths, _room(card, fleet), stack) if solve else None,
+        one_holds=one_holds,
         solutions=tuple(solutions),
         status=job.status,
     )

@@ -58,12 +58,16 @@ def _unfinished(store: Store, user: str, *, queued: bool) -> list[int]:
 
 
 def _tell(store: Store, job_id: int) -> None:
+    from loractl.common.job.status import Status
     from loractl.common.text import clean_line
     from loractl.scheduler.answers.job import job_state
 
     job = job_state(store, job_id)
-    if job.status == "cancelled":
+    if job.status is Status.CANCELLED:
         click.echo(f"Job {job_id} is cancelled.")
+        return
+    if job.status is not Status.RUNNING:  # it ended before its trainer could be asked to stop
+        click.echo(f"Job {job_id} {job.status.in_words}.")
         return
     kept = f"nothing of its training is kept, so loractl retry {job_id} would begin anew"
     click.echo(f"Job {job_id} is being stopped on {clean_line(job.where)}; {kept}.")

@@ -67,9 +67,10 @@ def following(job: str, answer: MemoryNeed, *, solve: bool) -> str:
     if changed and (solve or changed[0].cards > 1):
         settings = " ".join(f"--set {setting}" for setting in changed[0].settings)
         return f"It fits on {changed[0].words}: loractl plan {job} {settings}"
+    none = "No box holds it on the cards that it asks for" if answer.one_holds else "No card holds it as it is"
     if solve:
-        return "No card holds it as it is: shorter rows, fewer at once, or a smaller base"
-    return f"No card holds it as it is. What would fit: loractl plan {job} --solve"
+        return f"{none}: shorter rows, fewer at once, or a smaller base"
+    return f"{none}. What would fit: loractl plan {job} --solve"
 
 
 def _of_submitted(job: str, status: Status) -> str:

@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from loractl.common.memory.plan import Plan
     from loractl.scheduler.answers.accuracy import PlanAccuracy
     from loractl.scheduler.answers.need import LargestFit, MemoryNeed
-    from loractl.scheduler.answers.wait.solutions import Solution
 
 _COLORS = {"fits": "green", "tight": "yellow"}
 
@@ -43,14 +42,15 @@ def need_text(need: MemoryNeed, next_command: str, screen: Screen) -> str:
     if need.largest is not None:
         lines += ["", *(line for text in _solved(need.largest) for line in wrapped(text, "", screen))]
     if need.solutions and need.largest is not None:
-        lines += ["", *_solutions(need.solutions, screen)]
+        lines += ["", *_solutions(need, screen)]
     return joined([*lines, "", screen.dim(next_command)], screen)
 
 
-def _solutions(solutions: Sequence[Solution], screen: Screen) -> list[str]:
-    """What holds the job where no card does as it is, each with what must be set for it below."""
-    lines = ["No card holds it alone as it is. What would:"]
-    for one in solutions:
+def _solutions(need: MemoryNeed, screen: Screen) -> list[str]:
+    """What holds the job where the cards do not as it is, each with what must be set for it below."""
+    none = "No box holds it on the cards that it asks for" if need.one_holds else "No card holds it alone as it is"
+    lines = [f"{none}. What would:"]
+    for one in need.solutions:
         each = " of each" if one.cards > 1 else ""
         asis = "" if one.settings else ", as it is"
         text = f"{one.words}{asis}: {gib(one.bytes)} GiB{each} with {one.method.value}"

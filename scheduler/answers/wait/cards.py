@@ -12,11 +12,12 @@ from loractl.common.job.need import SharedNeed, least_need
 from loractl.common.placement.cards import Card, avoided, holds_now, room_at, suits, takes
 from loractl.common.placement.gangs import may_share
 from loractl.common.placement.lines import Waiting
+from loractl.common.placement.reach import out_of_reach
 from loractl.common.store.fleet import NODE_STALE_S, Avoidance, FleetView, avoided_by, unreadable, waiting_of
 from loractl.common.text import clean_line
 from loractl.common.units import clock, duration, gib
 
-from .gangs import room_for_share, shared_way
+from .gangs import in_words, room_for_share, shared_way
 
 if TYPE_CHECKING:
     from loractl.common.store.tables import Job
@@ -85,8 +86,10 @@ def _fit(job: Job, me: Waiting, card: Card, view: FleetView) -> CardFit:
     if gang is not None:
         return _share(me, gang, card, view, fit)
     if not me.alone:
-        return fit("never", f"{card.host} has too few cards for it")
+        return _too_few(at_last(job, me), card, view, fit)
     if card.total and not could_hold_alone(at_last(job, me), card):
+        if me.gangs and _enough_at_last(at_last(job, me), card, view):
+            return _too_few(at_last(job, me), card, view, fit)
         return fit("never", "card is smaller than the job")
     if not suits_at_last(job, card, view):
         return fit("never", "a processor is for what no GPU of the fleet can hold")
@@ -119,15 +122,31 @@ def _share(me: Waiting, gang: SharedNeed, card: Card, view: FleetView, fit: Call
     text = f"its share is {'–' if size is None else gib(size)} GiB, of {gang.cards} cards"
     room = room_for_share(me, gang, card, view)
     if room is None:
-        holds = may_share(card, me) and (size is None or size <= card.capacity)
-        return fit(
-            "never", f"{card.host} has too few cards for it" if holds else "can't be one of several cards for it"
-        )
+        if (size or 0) > card.usable:
+            return fit("never", "can't be one of several cards for it")
+        if may_share(card, me) and (size or 1) > card.capacity:
+            return fit("?", f"{holder(view, card)}, no end known")
+        return _too_few(replace(me, gangs=(gang,)), card, view, fit)
     if not room.after:
         now = _now(me, card, view)
         return fit("now", text if now == "fits" else f"{now}, {text}", view.now)
     text += f", when {when_they_end([job.job_id for job in room.after])}"
     return fit("?" if room.at is None else clock(room.at, view.now), text, room.at)
+
+
+def _too_few(me: Waiting, card: Card, view: FleetView, fit: Callable[..., CardFit]) -> CardFit:
+    """The card of a box that lacks others for the job: for ever, or until they open and are free again."""
+    if not may_share(card, me):
+        return fit("never", "can't be one of several cards for it")
+    if not _enough_at_last(me, card, view):
+        return fit("never", f"{card.host} has too few cards for it")
+    return fit("?", f"too few cards of {card.host} can have a share of it now")
+
+
+def _enough_at_last(me: Waiting, card: Card, view: FleetView) -> bool:
+    """Whether the card's box could share the job once all its cards are open and everything else has left them."""
+    box = [other for other in view.cards.values() if other.host == card.host]
+    return may_share(card, me) and out_of_reach(replace(me, alone=False), box) is None
 
 
 def _joins(me: Waiting, card: Card, view: FleetView) -> str | None:
@@ -140,8 +159,8 @@ def _joins(me: Waiting, card: Card, view: FleetView) -> str | None:
 
 def beside(jobs: Iterable[int]) -> str:
     """Other jobs in one trainer, like "with jobs 12 and 13 on one base"."""
-    *first, last = (str(number) for number in sorted(jobs))
-    return f"with jobs {', '.join(first)} and {last} on one base" if first else f"with job {last} on one base"
+    numbers = [str(number) for number in sorted(jobs)]
+    return f"with {'job' if len(numbers) == 1 else 'jobs'} {in_words(numbers)} on one base"
 
 
 def refused_join(me: Waiting, card: Card, view: FleetView) -> str:
@@ -159,12 +178,10 @@ def still_inside(me: Waiting, card: Card) -> str:
     if not card.leavers or (me.least or 0) > card.capacity:
         return ""
     jobs = [str(one.job_id) for one in card.leavers]
-    named = f"job {jobs[0]}" if len(jobs) == 1 else f"jobs {', '.join(jobs[:-1])} and {jobs[-1]}"
-    held = gib(sum(one.bytes for one in card.leavers))
-    few = len(jobs) == 1
+    held, one = gib(sum(one.bytes for one in card.leavers)), len(jobs) == 1
     return (
-        f"{named} {'has' if few else 'have'} ended and {'holds' if few else 'hold'} {held}"
-        f" until {'it is' if few else 'they are'} out of the trainer"
+        f"{'job' if one else 'jobs'} {in_words(jobs)} {'has' if one else 'have'} ended and"
+        f" {'holds' if one else 'hold'} {held} until {'it is' if one else 'they are'} out of the trainer"
     )
 
 

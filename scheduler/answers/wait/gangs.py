@@ -90,7 +90,7 @@ def room_for_share(me: Waiting, gang: SharedNeed, card: Card, view: FleetView) -
 
 
 def in_words(cards: Sequence[str]) -> str:
-    """Cards for a sentence, like "heron:0, heron:1 and heron:2"."""
+    """Cards, or jobs, for a sentence, like "heron:0, heron:1 and heron:2"."""
     *first, last = cards
     return f"{', '.join(first)} and {last}" if first else last
 

@@ -16,7 +16,7 @@ from loractl.common.job.status import OUTCOMES
 from loractl.common.placement.cards import Card, suits
 from loractl.common.placement.lines import Waiting
 from loractl.common.placement.reach import out_of_reach
-from loractl.common.store.fleet import NODE_STALE_S, FleetView, unreadable, waiting_of
+from loractl.common.store.fleet import NODE_STALE_S, FleetView, avoided_by, unreadable, waiting_of
 from loractl.common.units import clock, duration, gib
 
 from .cards import (
@@ -107,12 +107,18 @@ def _held_back(job: Job, view: FleetView) -> Wait | None:
         if job.message is not None and job.reason is None:  # no attempt ended: a worker of an older version saw it
             return Wait(tier=Tier.POLICY, word="version", sentence=job.message)
         blames = job.reason is not None and OUTCOMES[job.reason].blames is not None
-        after = f": {job.node} failed it ({job.reason})" if blames else ""
+        after = f": {_blamed(job, view)} failed it ({job.reason})" if blames else ""
         return Wait(tier=Tier.POLICY, word="retry", sentence=f"attempt {job.attempt + 1} in {pause}{after}")
     limit, mine = _user_limit(view), sum(running.user == job.user for running in view.running.values())
     if limit is not None and mine >= limit:
         return Wait(tier=Tier.POLICY, word="limit", sentence=f"{job.user} runs {mine}, the limit is {limit}")
     return None
+
+
+def _blamed(job: Job, view: FleetView) -> str | None:
+    """The card or the box that its last failure is put down to: of several cards not always the first."""
+    found = {name: why for name, why in avoided_by(job.avoids, view.now).items() if why.reason == job.reason}
+    return max(found, key=lambda name: found[name].until, default=job.node)
 
 
 def _result_elsewhere(job: Job, me: Waiting, view: FleetView) -> Wait | None:

@@ -55,11 +55,16 @@ def _smaller_job(job: Job, view: FleetView, rule: Trial) -> Iterator[str]:
     cards = view.cards.values()
     alone = max((card.free for card in cards if card.open and card.slots), default=0)
     beside = max((o.bytes for o in join_openings(cards) if o.base_model == me.base_model), default=0)
-    for key, text, needs, changed in _smaller_forms(JobSpec.model_validate(job.spec), permitted, max(alone, beside)):
+    spec, told = JobSpec.model_validate(job.spec), set()
+    # a place beside others may be refused though it has more room than a card of the job's own
+    rooms = sorted({alone, beside}, reverse=True)
+    for key, text, needs, changed in (form for room in rooms for form in _smaller_forms(spec, permitted, room)):
+        kind = key.partition("=")[0]
         need = Need(lora=needs.get(Method.LORA), qlora=needs.get(Method.QLORA))
         methods = tuple(method for method in permitted if method in needs)
-        node = rule(replace(me, need=need, methods=methods), changed) if methods else None
+        node = rule(replace(me, need=need, methods=methods), changed) if methods and kind not in told else None
         if node is not None:
+            told.add(kind)
             as_ = f"as {methods[0].value} " if len(permitted) > 1 and len(methods) == 1 else ""
             plan = f"(plan {gib(min(needs[method] for method in methods))} GiB)"
             yield f"It would start now on {node} {as_}with {text} {plan}."

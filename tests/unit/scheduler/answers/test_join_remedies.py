@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -64,7 +65,9 @@ def test_a_smaller_form_is_asked_with_its_own_tokens_whether_it_joins(packed: St
     )
 
 
-def test_a_form_that_has_room_beside_others_is_among_those_that_are_tried(store: Store, tmp_path: Path) -> None:
+@pytest.fixture
+def long_rows(store: Store, tmp_path: Path) -> dict[str, Any]:
+    """What asks for long rows of a base that one trainer has loaded, on a card of 16 GiB."""
     numbers = {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336,
         "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256,
@@ -72,15 +75,30 @@ def test_a_form_that_has_room_beside_others_is_among_those_that_are_tried(store:
     }  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(numbers))
     long = {"base_model": str(tmp_path), "dataset": {"path": "org/data", "max_length": 32768}, "method": "qlora"}
-    one_row = {"training": {"per_device_train_batch_size": 1}}
     store.see_node(node_state(NODE, total=16 * GIB, max_jobs=1))
     store.submit(submission(qlora=8, **long))
     mine = claim(store)
     key = base_key(mine.spec, mine.method)
     assert key is not None and store.open_host(mine, NewHost(host="h", node=NODE, key=key, bytes=5 * GIB))
+    return {**long, "training": {"per_device_train_batch_size": 1}, "qlora": 40, "user": "bob"}
+
+
+def test_a_form_that_has_room_beside_others_is_among_those_that_are_tried(
+    store: Store, long_rows: dict[str, Any]
+) -> None:
     flat = [MeasuredPass(tokens=tokens, members=1, seconds=1.0) for tokens in (8, 65536) * 10]
     store.note_passes("h", flat)  # tokens cost next to nothing: any pack pays
-    waiting = store.job(store.submit(submission(qlora=40, user="bob", **long, **one_row)))
+    waiting = store.job(store.submit(submission(**long_rows)))
     (told, command) = remedies(waiting, store.fleet(), store.would_start)
     assert told.startswith(f"It would start now on {NODE} with max_length ")
+    assert command.startswith(f"Try: loractl plan {waiting.job_id} --set dataset.max_length=")
+
+
+def test_where_others_have_more_room_and_refuse_the_job_a_card_of_its_own_is_tried(
+    store: Store, long_rows: dict[str, Any]
+) -> None:
+    store.see_node(node_state("owl:0", total=10 * GIB))
+    waiting = store.job(store.submit(submission(**long_rows)))
+    (told, command) = remedies(waiting, store.fleet(), store.would_start)
+    assert told.startswith("It would start now on owl:0 with max_length ")
     assert command.startswith(f"Try: loractl plan {waiting.job_id} --set dataset.max_length=")

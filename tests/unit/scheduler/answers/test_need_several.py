@@ -95,6 +95,18 @@ def test_no_one_is_told_that_no_card_holds_what_two_of_a_box_do(store: Store, tm
     assert ways(need) == [] and following("job.yaml", need, solve=False).startswith("No card holds it as it is.")
 
 
+def test_where_one_card_is_enough_no_one_is_told_that_none_is(store: Store, tmp_path: Path) -> None:
+    for box in ("heron", "owl"):
+        store.see_node(node_state(f"{box}:0", total=24 * GIB, gangs=True))
+    need = asked(store, tmp_path, None, solve=True, cards=2)
+    assert ways(need)[0] == (("resources.cards=auto",), "lora", 1)
+    text = need_text(need, "x", Screen(width=80, unicode=True, color=False))
+    assert "No box holds it on the cards that it asks for. What would:\n  one card: " in text
+    without = following("job.yaml", asked(store, tmp_path, None, cards=2), solve=False)
+    assert without.startswith("No box holds it on the cards that it asks for. What would fit: ")
+    assert "No card" not in text + without
+
+
 def test_one_row_at_once_takes_fewer_cards(store: Store, tmp_path: Path) -> None:
     need = asked(store, tmp_path, 14 * GIB, solve=True)
     found = {one.words: one.cards for one in need.solutions if one.method is Method.LORA}

@@ -129,9 +129,9 @@ def test_a_job_whose_result_lies_on_a_box_names_it_and_until_when() -> None:
     }
 
 
-def failed(name: str) -> dict[str, dict[str, str]]:
+def failed(name: str, until: float = 600) -> dict[str, dict[str, str]]:
     """What a job's row says after a gpu_error."""
-    return {name: {"reason": "gpu_error", "until": in_seconds(600).isoformat()}}
+    return {name: {"reason": "gpu_error", "until": in_seconds(until).isoformat()}}
 
 
 def test_a_card_that_failed_it_is_named_with_the_reason_and_until_when() -> None:
@@ -151,6 +151,9 @@ def test_a_card_that_failed_it_is_named_with_the_reason_and_until_when() -> None
 def test_a_pause_after_a_failure_of_the_lab_says_where_and_how() -> None:
     job = waits(attempt=1, not_before=in_seconds(9), reason=Reason.DISK_FULL, message="full", node="a:0")
     assert told(job, card()) == ("retry", "attempt 2 in 9 s: a:0 failed it (disk_full)")
+    again = waits(attempt=2, not_before=in_seconds(9), reason=Reason.GPU_ERROR, message="lost", node="a:0")
+    again.avoids = {**failed("a:0", 300), **failed("a:1")}
+    assert told(again, card("a:0"), card("a:1"))[1] == "attempt 3 in 9 s: a:1 failed it (gpu_error)", "it had both"
 
 
 # --- fleet ---

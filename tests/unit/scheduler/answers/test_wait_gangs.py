@@ -11,7 +11,7 @@ from loractl.scheduler.answers.wait.cards import card_fits
 from loractl.scheduler.answers.wait.gangs import asked_of, in_short, in_words
 from loractl.scheduler.answers.wait.reasons import explain
 
-from ...fleets import card, fleet, in_seconds, running, waits
+from ...fleets import card, drained, fleet, in_seconds, running, waits
 
 
 def shared(gib: float = 20, *, cards: int = 2, alone: bool = True, **more: Any) -> Any:
@@ -91,6 +91,27 @@ def test_a_box_with_too_few_cards_for_it_never_has_room() -> None:
     only = shared(alone=False, cards=4)
     told = {fit.node: fit.then for fit in card_fits(only, fleet(cards, waiting=[only]))}
     assert told["heron:0"] == "heron has too few cards for it"
+
+
+def test_cards_that_are_closed_or_held_by_others_are_not_too_few_for_ever() -> None:
+    job, only, short = shared(), shared(alone=False), ("?", "too few cards of heron can have a share of it now")
+
+    def fits(asks: Any, *nodes: Any, **others: Any) -> dict[str, tuple[str, str]]:
+        return {fit.node: (fit.when, fit.then) for fit in card_fits(asks, fleet(nodes, waiting=[asks], **others))}
+
+    first, second = pair()
+    second.outside_bytes = 20 * GIB
+    second.outside = [{"pid": 9, "name": "vllm", "bytes": 20 * GIB}]
+    assert fits(only, first, second)["heron:0"] == short
+    crane = [card(f"crane:{n}", 24, gangs=True) for n in range(2)]
+    found = fits(job, first, second, *crane)
+    assert found["heron:0"] == short and found["heron:1"] == ("?", "vllm holds 20.0, no end known")
+    for asks in (job, only):
+        assert fits(asks, *pair(), drains=[drained("heron:1")])["heron:0"] == short
+    assert fits(job, *pair(), *crane, drains=[drained("heron:1")])["heron:0"] == short
+    slice_ = card("heron:2", 24, gangs=False)
+    for asks in (job, only):
+        assert fits(asks, *pair(), slice_, drains=[drained("heron:1")])["heron:2"][0] == "never"
 
 
 def test_what_it_asks_for_is_that_of_each_card() -> None:
