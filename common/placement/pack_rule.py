@@ -237,7 +237,8 @@ def join_verdict(
     (K + 1) / 2 of their times in the mean, in a pack all at the end. `apart`: the job would not wait but share the card
     in a process of its own. Then that is what the pack must match, for each member, whose end nobody promises there
     either: none may cost another more than its process would. A pass is a sum, so this holds for whoever stays when
-    others leave. No join breaks a time limit.
+    others leave. A sweep is not asked that: its gain is the law's, and what a process costs is assumed. No join breaks
+    a time limit.
     """
     every = [*running, joining]
     tokens = [job.tokens for job in every]
