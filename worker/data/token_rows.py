@@ -50,9 +50,16 @@ class TokenRows(Sequence[TokenRow]):
 
     @classmethod
     def load(cls, folder: Path) -> TokenRows:
-        """Map the rows that were saved there. Raises OSError, ValueError."""
-        columns = {path.stem: np.load(path, "r", allow_pickle=False) for path in folder.glob(f"*{_END}")}
+        """Map the rows that were saved there. Raises OSError, ValueError, EOFError for files that are not whole."""
+        columns = {path.stem: np.load(path, "r", allow_pickle=False) for path in cls.files(folder)}
+        if not columns:
+            raise FileNotFoundError(f"no rows lie in {folder}")
         return cls(columns, folder)
+
+    @staticmethod
+    def files(folder: Path) -> list[Path]:
+        """The files of the rows that were saved there."""
+        return list(folder.glob(f"*{_END}"))
 
     def save(self, folder: Path) -> Path:
         """Write the columns into this folder, unless they lie in one; returns where they are. Raises OSError."""

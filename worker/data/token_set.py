@@ -5,9 +5,12 @@ The key of the cache is what decides the tokens: content, tokenizer, template, f
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import functools
 import hashlib
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -15,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from loractl.common.artifacts import sha256_of
 from loractl.common.data.example import Example
 from loractl.common.data.split import no_row_fits
 from loractl.common.errors import DataError
@@ -23,7 +27,7 @@ from loractl.common.job.sections import DataFormat, DatasetSpec, Overflow
 from .token_rows import TokenRows
 from .tokens import IGNORED, TokenRow, encode
 
-_CACHE_VERSION = 3
+_CACHE_VERSION = 4
 
 _COUNTS = "counts.json"
 
@@ -57,13 +61,13 @@ class Tokeniser:
     def tokenise(self, examples: Sequence[Example], file: str) -> TokenSet:
         """The examples' token set, from the cache where it is there. Raises DataError."""
         folder = self._folder(examples)
-        if folder and (folder / _COUNTS).exists():
-            return _load(folder)
+        if folder and (kept := _kept(folder)) is not None:
+            return kept
         tokens = fit_examples(examples, file, self.dataset, self.tokenizer, self.format)
         if not folder:
             return tokens
         _keep(tokens, folder)
-        return _load(folder)
+        return _kept(folder) or tokens
 
     def _folder(self, examples: Sequence[Example]) -> Path | None:
         if self.cache is None:
@@ -146,19 +150,52 @@ class _Fitting:
             yield TokenRow(number=example.number, input_ids=ids, labels=labels)
 
 
-def _load(folder: Path) -> TokenSet:
-    return TokenSet(rows=TokenRows.load(folder), **json.loads((folder / _COUNTS).read_text()))
+def _kept(folder: Path) -> TokenSet | None:
+    """What is kept there; None where nothing is. What is not as it was written goes, as after a loss of power."""
+    with contextlib.suppress(FileNotFoundError, EOFError, ValueError, KeyError, TypeError, AttributeError):
+        counts = json.loads((folder / _COUNTS).read_text())
+        if counts.pop("sha256") == _sums(folder):
+            return TokenSet(rows=TokenRows.load(folder), **counts)
+    if folder.exists():
+        _remove(folder)
+    return None
+
+
+def _remove(folder: Path) -> None:
+    """At once for whoever looks there."""
+    aside = Path(tempfile.mkdtemp(dir=folder.parent))
+    with contextlib.suppress(OSError):
+        folder.rename(aside / "torn")  # unless another trainer was first
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def _keep(tokens: TokenSet, folder: Path) -> None:
-    """Written aside and renamed: two trainers may prepare the same data at once."""
+    """Written aside, brought to the disk and renamed: two trainers may prepare the same data at once."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(dir=folder.parent))
     try:
         tokens.rows.save(aside)
-        (aside / _COUNTS).write_text(json.dumps({"truncated": tokens.truncated, "too_long": tokens.too_long}))
+        counts = {"truncated": tokens.truncated, "too_long": tokens.too_long, "sha256": _sums(aside)}
+        (aside / _COUNTS).write_text(json.dumps(counts))
+        for path in (*aside.iterdir(), aside):
+            _sync(path)
         aside.rename(folder)
     except OSError:
         shutil.rmtree(aside)  # the other one was first; its content is the same
         if not folder.exists():
             raise
+
+
+def _sums(folder: Path) -> dict[str, str]:
+    return {path.name: sha256_of(path) for path in TokenRows.files(folder)}
+
+
+def _sync(path: Path) -> None:
+    place = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(place)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # some file systems can't do that to a folder, and need not
+            raise
+    finally:
+        os.close(place)

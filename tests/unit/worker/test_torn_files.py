@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+import os
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from loractl.common.artifacts import checkpoint_prefix, manifest_sha256, sha256_of
+from loractl.common.data.example import Example
 from loractl.common.job.identity import data_digest, training_digests
 from loractl.common.job.method import Method
+from loractl.common.job.sections import DataFormat, DatasetSpec
 from loractl.common.settings import load_settings
 from loractl.common.store.database import make_engine
 from loractl.common.store.records import Claim, StoredCheckpoint
@@ -19,6 +24,8 @@ from loractl.worker.attempt.drain import Drain
 from loractl.worker.attempt.order import stored_checkpoint
 from loractl.worker.attempt.result import mark_ready, ready_result
 from loractl.worker.attempt.workplace import Workplace
+from loractl.worker.data.token_set import Tokeniser
+from loractl.worker.data.tokens import TokenRow
 from loractl.worker.device.devices import CpuDevice
 from loractl.worker.protocol.marker import MARKER, close_checkpoint, is_complete
 from loractl.worker.storage.client import StoreClient
@@ -146,3 +153,58 @@ def test_what_82e4d97_finished_or_saved_is_taken_up(finished: Path, tmp_path: Pa
         factories.spec(lora={"r": 8}), Method.LORA, data_digest([[[1, 2, 3], []], [[4, 5], [0]]])
     )
     assert newest_checkpoint([folder.parent], changed) is None
+
+
+@dataclass
+class Tokens:
+    """Makes the tokens of some rows, and counts how often."""
+
+    cache: Path
+    made: int = 0
+    text: str = "here is a row"
+
+    def __call__(self, text: str, **_: object) -> Any:
+        self.made += 1
+        ids = [ord(letter) for letter in text]
+        return SimpleNamespace(input_ids=ids, offset_mapping=[(n, n + 1) for n in range(len(ids))])
+
+    chat_template, eos_token, eos_token_id, is_fast = None, "", 3, True
+
+    def get_vocab(self) -> dict[str, int]:
+        return {}
+
+    def kept(self) -> list[TokenRow]:
+        dataset = DatasetSpec(path="/rows.jsonl", max_length=64)
+        tokeniser = Tokeniser(dataset=dataset, tokenizer=self, format=DataFormat.TEXT, cache=self.cache)
+        return list(tokeniser.tokenise([Example(number=1, text=self.text)], "rows.jsonl").rows)
+
+    def files(self) -> Path:
+        (folder,) = (self.cache / "tokenised").iterdir()
+        return folder
+
+
+@pytest.mark.parametrize("torn", ["empty", "zeroed", "gone", "counts"])
+def test_torn_tokens_are_made_anew(tmp_path: Path, torn: str) -> None:
+    tokens = Tokens(tmp_path)
+    rows = tokens.kept()
+    assert tokens.kept() == rows and tokens.made == 1
+    file = tokens.files() / ("counts.json" if torn == "counts" else "input_ids.npy")
+    content = file.read_bytes()
+    file.unlink()
+    if torn != "gone":
+        file.write_bytes({"empty": b"", "zeroed": content[:-8] + bytes(8), "counts": content[:-5]}[torn])
+    assert tokens.kept() == rows and tokens.made == 2
+    assert tokens.kept() == rows and tokens.made == 2
+
+
+def test_tokens_are_on_the_disk_before_they_have_their_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced, rename = set[str](), Path.rename
+    monkeypatch.setattr(os, "fsync", lambda place: synced.add(Path(f"/proc/self/fd/{place}").readlink().name))
+
+    def named(aside: Path, target: Path) -> Path:
+        assert synced == {aside.name} | {path.name for path in aside.iterdir()} and len(synced) > 3
+        synced.clear()
+        return rename(aside, target)
+
+    monkeypatch.setattr(Path, "rename", named)
+    assert Tokens(tmp_path).kept() and not synced
