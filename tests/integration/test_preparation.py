@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,16 +18,20 @@ import pytest
 
 from loractl.common.job.spec import JobSpec
 from loractl.common.job.status import Reason
-from loractl.worker.base.failure import explain
+from loractl.worker.attempt.process import MESSAGE_LIMIT
+from loractl.worker.base.failure import TrainingFailed, explain
 from loractl.worker.base.model import load_tokenizer
 from loractl.worker.data.template import templated
 from loractl.worker.data.token_rows import TokenRows
 from loractl.worker.data.tokens import TokenRow
 from loractl.worker.protocol.messages import Ended, LogLines, Note, Opened, Start, Stepped, Stop, Told, encode
 from loractl.worker.protocol.orders import EXIT_ORPHANED
+from loractl.worker.training.host.company import Company
 from loractl.worker.training.preparation import aside
+from loractl.worker.training.preparation.aside import prepare_aside
 from loractl.worker.training.preparation.handover import read_handover, write_handover
 from loractl.worker.training.preparation.rows import prepare_rows
+from loractl.worker.training.run import Run
 
 from .conftest import Recipe
 from .test_members import LONG, Process, weights
@@ -155,6 +160,22 @@ def test_the_process_ends_with_the_one_that_started_it(start: Callable[..., Star
     process.stdin.write(encode(start()))
     process.stdin.close()
     assert process.wait(timeout=60) == EXIT_ORPHANED
+
+
+def test_a_process_that_has_much_to_say_is_heard(start: Callable[..., Start], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pipe would hold it up that nobody reads before its end, and a message has a limit."""
+    monkeypatch.setenv("PYTHONVERBOSE", "1")
+    path, told = "/" + "long/" * 20_000, list[Told]()
+    order = start().model_copy(update={"data_path": path})
+    run = Run(order=order, tell=told.append, company=Company(shared=True))
+    late = threading.Timer(60, run.stop.set)
+    late.start()
+    with pytest.raises(TrainingFailed) as raised:
+        prepare_aside(run)
+    late.cancel()
+    assert path.rstrip("/") in raised.value.sentence
+    lines = [encode(message) for message in told if isinstance(message, LogLines)]
+    assert sum(map(len, lines)) > MESSAGE_LIMIT > 2 * max(map(len, lines))
 
 
 def test_a_full_disk_is_said_to_be_one(tmp_path: Path) -> None:

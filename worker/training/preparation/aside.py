@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections import deque
 from pathlib import Path
 
 from loractl.common.job.status import Reason
@@ -29,6 +30,13 @@ LARGE_BYTES = 1_000_000
 
 LOOK_S = 0.02
 """Seconds between two looks whether it has ended. A stop is seen at once."""
+
+
+LINE_LIMIT = 64 * 1024
+"""Characters of a line that one message carries: a line may be longer than the supervisor takes."""
+
+END_LINES = 40
+"""The last lines that tell why it ended."""
 
 
 def is_large(order: Start) -> bool:
@@ -57,16 +65,17 @@ def _run(run: Run, folder: Path) -> Ended:
     """Stay with the process to its end; a stop ends it."""
     order = run.order.model_copy(update={"spec": run.spec})
     log = folder / "log.txt"
+    told = os.fdopen(os.memfd_create("end"), encoding="utf-8", errors="replace")  # a pipe can fill up, a disk too
     with log.open("w", encoding="utf-8") as printed:
         process = subprocess.Popen(
             [sys.executable, "-m", PROCESS, str(folder)],
             stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
+            stdout=told,
             stderr=printed,
             encoding="utf-8",
             env=_environment(order),
         )
-    assert process.stdin is not None and process.stdout is not None
+    assert process.stdin is not None
     try:
         run.say(f"prepares its data beside the others, in process {process.pid}")
         try:
@@ -79,16 +88,27 @@ def _run(run: Run, folder: Path) -> Ended:
                 run.check_stop()
     finally:
         process.kill()
-        told, _ = process.communicate()
-        lines = log.read_text("utf-8", errors="replace")
-        if lines:
-            run.write(lines)
-    for line in told.splitlines():
+        process.communicate()
+        with told:
+            told.seek(0)
+            said = told.read()
+        printed_last = _hand_on(log, run)
+    for line in said.splitlines():
         if isinstance(message := _told(line), Ended):
             return message
     limited = order.device == "cpu" and order.memory_limit is not None
-    why = exit_reason(process.returncode, lines.splitlines(), limited=limited)
+    why = exit_reason(process.returncode, printed_last, limited=limited)
     return Ended(job_id=order.job_id, **{**why, "message": f"while it prepared its data, {why['message']}"})
+
+
+def _hand_on(log: Path, run: Run) -> list[str]:
+    """Write what was printed into the job's log, a message a line; returns the last lines."""
+    last = deque[str](maxlen=END_LINES)
+    with log.open(encoding="utf-8", errors="replace") as printed:
+        while line := printed.readline(LINE_LIMIT):
+            run.write(line)
+            last.append(line)
+    return list(last)
 
 
 def _told(line: str) -> Told | None:
