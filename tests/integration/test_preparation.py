@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 
 from loractl.common.job.spec import JobSpec
@@ -21,6 +23,7 @@ from loractl.common.job.status import Reason
 from loractl.worker.attempt.process import MESSAGE_LIMIT
 from loractl.worker.base.failure import TrainingFailed, explain
 from loractl.worker.base.model import load_tokenizer
+from loractl.worker.base.source import source_of
 from loractl.worker.data.template import templated
 from loractl.worker.data.token_rows import TokenRows
 from loractl.worker.data.tokens import TokenRow
@@ -136,6 +139,7 @@ def test_others_train_on_while_a_process_prepares_the_data_of_one_that_joins(
     assert weights(tmp_path / "job2") == weights(tmp_path / "alone")
     assert process.ended(3).message == recipe_error(recipe, dataset=bad)
     assert "while it prepared its data" in process.ended(4).message
+    assert not any("job 4" in fault for fault in process.remained()), "nothing happened to those who train"
     assert len(set(pids.values()) - {os.getpid()}) == 4 and not any(
         Path(f"/proc/{pid}").exists() for pid in pids.values()
     )
@@ -162,11 +166,22 @@ def test_the_process_ends_with_the_one_that_started_it(start: Callable[..., Star
     assert process.wait(timeout=60) == EXIT_ORPHANED
 
 
-def test_a_process_that_has_much_to_say_is_heard(start: Callable[..., Start], monkeypatch: pytest.MonkeyPatch) -> None:
-    """A pipe would hold it up that nobody reads before its end, and a message has a limit."""
-    monkeypatch.setenv("PYTHONVERBOSE", "1")
+def test_a_process_that_has_much_to_say_is_heard_and_takes_the_trainers_commit(
+    start: Callable[..., Start], tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pipe would hold it up that nobody reads before its end, a message has a limit, and a branch may move."""
+    repository = tmp_path / "hub" / "models--org--moved"
+    shutil.copytree(tiny_model, repository / "snapshots" / ("a" * 40))
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("a" * 40)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    for name, value in {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1", "PYTHONVERBOSE": "1"}.items():
+        monkeypatch.setenv(name, value)
+    assert source_of("org/moved", None)["revision"] == "a" * 40
+    (repository / "refs" / "main").write_text("b" * 40)
     path, told = "/" + "long/" * 20_000, list[Told]()
-    order = start().model_copy(update={"data_path": path})
+    order = start(job={"base_model": "org/moved"}).model_copy(update={"data_path": path})
     run = Run(order=order, tell=told.append, company=Company(shared=True))
     late = threading.Timer(60, run.stop.set)
     late.start()

@@ -10,11 +10,14 @@ from loractl.worker.protocol.card_error import card_error
 
 
 class TrainingFailed(LoractlError):
-    """The attempt can't go on. The job's row will show the reason."""
+    """The attempt can't go on. The job's row will show the reason.
 
-    def __init__(self, reason: Reason, sentence: str) -> None:
+    `aside`: it happened in a process beside the trainer's, against which it says nothing.
+    """
+
+    def __init__(self, reason: Reason, sentence: str, *, aside: bool = False) -> None:
         super().__init__(sentence)
-        self.reason = reason
+        self.reason, self.aside = reason, aside
 
 
 def explain(error: Exception, *, own_limit: bool) -> tuple[Reason, str]:

@@ -44,6 +44,7 @@ class Run:
     company: Company = field(default_factory=Company)
     allowance: Allowance = field(default_factory=Allowance)
     traces: Traces = field(init=False)
+    failed_aside: bool = False  # what ended it happened in a process beside this one
     stages: list[Stage] = field(default_factory=list)  # those that have begun
     adjustment: Adjustment = field(init=False)  # what out-of-memory has changed so far
     changes: list[str] = field(init=False)  # the same in words, one a step down

@@ -140,6 +140,7 @@ class _Host:
         self._allowance: Allowance | None = None
         self._traces: dict[int, Traces] = {}
         self._fault: str | None = None  # why this process ends with its last member
+        self._aside: set[int] = set()  # jobs whose end says nothing against it: they failed in a process beside it
         self._learned_at = time.monotonic()  # when that was last told
 
     def begin(self, order: Start, *, alone: bool) -> None:
@@ -168,13 +169,17 @@ class _Host:
         with self._relay.leg(torch.device(order.device)) as leg:
             run = Run(order=order, tell=tell, shelf=shelf, part=leg, company=company, allowance=allowance)
             self._traces[order.job_id] = run.traces
-            return _run(run, orders)
+            self._aside.discard(order.job_id)
+            ended = _run(run, orders)
+            if run.failed_aside:
+                self._aside.add(order.job_id)
+            return ended
 
     def let_go(self, order: Start, ended: Ended) -> str | None:
         from loractl.worker.base.gauge import release
 
         assert self._shelf is not None and self._allowance is not None
-        fault = self._traces.pop(order.job_id).left() or _spoilt_by(ended)
+        fault = self._traces.pop(order.job_id).left() or self._spoilt_by(ended)
         release()
         self._allowance.take_back(order, self._shelf.size)
         self._fault = self._fault or fault
@@ -182,7 +187,7 @@ class _Host:
 
     def settle(self, order: Start, ended: Ended) -> Ended:
         self._traces.clear()
-        self._fault = self._fault or _spoilt_by(ended)
+        self._fault = self._fault or self._spoilt_by(ended)
         assert self._shelf is not None
         size, why = None, self._fault
         if why is None:
@@ -196,6 +201,12 @@ class _Host:
                 self._company.write(order.job_id, line, self._tell)
         return ended.model_copy(update={"base_bytes": size})
 
+    def _spoilt_by(self, ended: Ended) -> str | None:
+        """What a job's end says against this process."""
+        if ended.reason in STAYS_AFTER or ended.job_id in self._aside:
+            return None
+        return f"job {ended.job_id} ended there with {ended.reason.value}"
+
     def _learned(self) -> None:
         """Say that micro-batches are learned: whoever does not leave ends the others only where none is."""
         if time.monotonic() >= self._learned_at + LEARNED_S and (job := self._company.any_job) is not None:
@@ -205,11 +216,6 @@ class _Host:
     def _passed(self, tokens: int, members: int, seconds: float) -> None:
         if (job := self._company.any_job) is not None:
             self._tell(Passed(job_id=job, tokens=tokens, members=members, seconds=seconds))
-
-
-def _spoilt_by(ended: Ended) -> str | None:
-    """What a job's end says against its process."""
-    return None if ended.reason in STAYS_AFTER else f"job {ended.job_id} ended there with {ended.reason.value}"
 
 
 class _Other:
@@ -283,6 +289,7 @@ def _trained(run: Run) -> Ended:
     except TrainingFailed as error:
         if error.__cause__ is not None:  # a library's; where there is none, the sentence says all
             run.write("".join(traceback.format_exception(error.__cause__)))
+        run.failed_aside = error.aside
         return ended(error.reason, error.sentence)
     except Exception as error:  # noqa: BLE001  after any error the job's row must say why
         # the last place that can name the failure: the whole traceback goes to the log, the sentence to the job's row

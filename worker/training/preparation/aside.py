@@ -13,8 +13,10 @@ import tempfile
 from collections import deque
 from pathlib import Path
 
+from loractl.common.job.spec import JobSpec
 from loractl.common.job.status import Reason
 from loractl.worker.base.failure import TrainingFailed
+from loractl.worker.base.source import model_errors, source_of
 from loractl.worker.data.prepared import PreparedData
 from loractl.worker.protocol.exit_reason import exit_reason
 from loractl.worker.protocol.messages import Ended, Start, Told, decode_told, encode
@@ -55,7 +57,7 @@ def prepare_aside(run: Run) -> PreparedData:
     try:
         ended = _run(run, folder)
         if ended.reason is not Reason.OK:
-            raise TrainingFailed(ended.reason, ended.message)
+            raise TrainingFailed(ended.reason, ended.message, aside=True)
         return read_handover(folder)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -63,7 +65,7 @@ def prepare_aside(run: Run) -> PreparedData:
 
 def _run(run: Run, folder: Path) -> Ended:
     """Stay with the process to its end; a stop ends it."""
-    order = run.order.model_copy(update={"spec": run.spec})
+    order = run.order.model_copy(update={"spec": _pinned(run.spec)})
     log = folder / "log.txt"
     told = os.fdopen(os.memfd_create("end"), encoding="utf-8", errors="replace")  # a pipe can fill up, a disk too
     with log.open("w", encoding="utf-8") as printed:
@@ -99,6 +101,13 @@ def _run(run: Run, folder: Path) -> Ended:
     limited = order.device == "cpu" and order.memory_limit is not None
     why = exit_reason(process.returncode, printed_last, limited=limited)
     return Ended(job_id=order.job_id, **{**why, "message": f"while it prepared its data, {why['message']}"})
+
+
+def _pinned(spec: JobSpec) -> JobSpec:
+    """With the commit of the base that this process has: a branch may have moved. Raises TrainingFailed."""
+    with model_errors(spec.base_model):
+        where = source_of(spec.base_model, spec.revision)
+    return spec.model_copy(update={"revision": where.get("revision", spec.revision)})
 
 
 def _hand_on(log: Path, run: Run) -> list[str]:
