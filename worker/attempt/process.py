@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from typing import IO
 
 from loractl.worker.protocol.messages import Order, encode
@@ -22,10 +23,11 @@ MESSAGE_LIMIT = 1 << 20
 
 def send(pipe: IO[str], message: Order) -> None:
     """Write an order; a trainer that has ended is noticed elsewhere, by its exit status."""
+    line = encode(message)
     try:
-        pipe.write(encode(message))
+        pipe.write(line)
         pipe.flush()
-    except BrokenPipeError:
+    except (BrokenPipeError, ValueError):  # the second: another thread is ending it and has closed the pipe
         log.warning("the trainer had ended before it could be told %s", message.type)
 
 
@@ -36,10 +38,9 @@ def kill(trainer: subprocess.Popen[str]) -> None:
     `returncode` None: the supervisor must go on, and what remains on the card closes it.
     """
     assert trainer.stdin
-    try:
-        trainer.stdin.close()
-    except BrokenPipeError:
-        log.debug("the trainer had closed its input")
+    # in a thread: who writes to a trainer that reads nothing holds the pipe until that is killed
+    closing = threading.Thread(target=_close, args=(trainer.stdin,), daemon=True)
+    closing.start()
     try:
         trainer.wait(timeout=2)
     except subprocess.TimeoutExpired:
@@ -52,6 +53,14 @@ def kill(trainer: subprocess.Popen[str]) -> None:
         trainer.wait(timeout=KILL_S)
     except subprocess.TimeoutExpired:
         log.error("process %s, a trainer, was killed and does not end: it waits in the kernel", trainer.pid)
+    closing.join(timeout=KILL_S)
+
+
+def _close(pipe: IO[str]) -> None:
+    try:
+        pipe.close()
+    except BrokenPipeError:
+        log.debug("the trainer had closed its input")
 
 
 def launch(module: str, environment: dict[str, str], *arguments: str) -> subprocess.Popen[str]:

@@ -1,10 +1,11 @@
-"""Supervisors that no longer turn: their trainers are killed, or else their node ends."""
+"""Supervisors that no longer turn: their trainers are killed or told to stop their job, or else their node ends."""
 
 from __future__ import annotations
 
 import logging
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator, Mapping
 
@@ -26,9 +27,10 @@ LOOK_MOST_S = 2.0
 class StuckSupervisors:
     """Looks at the supervisors of one node again and again.
 
-    A supervisor that has not turned for a lease loses its trainer: its lease is over, so the job may run elsewhere. One
-    that still hangs after another lease can't be ended, since it is a thread. Then the node takes no more jobs, lets
-    the other attempts save, and ends. The worker starts another node, which gives the stuck job back.
+    A supervisor that has not turned for a lease loses its trainer: its lease is over, so the job may run elsewhere. A
+    trainer that has other jobs is told to stop this one, and goes on. A supervisor that still hangs after another lease
+    can't be ended, since it is a thread. Then the node takes no more jobs, lets the other attempts save, and ends. The
+    worker starts another node, which gives the stuck job back.
     """
 
     def __init__(self, place: Workplace) -> None:
@@ -73,7 +75,9 @@ def _kill_trainer(state: AttemptState, silent: float) -> None:
         return
     if not trainer.alone:
         log.error("job %s: its supervisor is stuck, and the trainer goes on with its other jobs", state.claim.job_id)
-        trainer.send(Stop(job_id=state.claim.job_id, save=False))
+        stop = Stop(job_id=state.claim.job_id, save=False)
+        # in a thread: the stuck supervisor may be sending itself, and the monitor must not wait for that
+        threading.Thread(target=trainer.send, args=(stop,), name="stop", daemon=True).start()
         return
     log.error("job %s: its supervisor is stuck, the trainer is killed", state.claim.job_id)
     if state.forced is None:

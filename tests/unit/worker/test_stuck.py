@@ -1,0 +1,104 @@
+"""A supervisor that no longer turns, of a job whose trainer has others: the node's monitor goes on."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from loractl.common.settings import load_settings
+from loractl.common.store.database import connect
+from loractl.common.store.records import Claim
+from loractl.common.store.store import Store
+from loractl.common.units import GIB
+from loractl.worker.attempt.drain import Drain
+from loractl.worker.attempt.link import trainer as trainer_module
+from loractl.worker.attempt.link.trainer import TrainerLink, TrainerProcess
+from loractl.worker.attempt.log import LogBook
+from loractl.worker.attempt.process import launch
+from loractl.worker.attempt.state import AttemptState, begin
+from loractl.worker.attempt.workplace import Workplace
+from loractl.worker.device.devices import CpuDevice
+from loractl.worker.node.health import stuck as module
+from loractl.worker.node.health.stuck import StuckSupervisors
+from loractl.worker.protocol.messages import Stop
+from loractl.worker.protocol.spare import shared
+from loractl.worker.storage.client import StoreClient
+
+from ..factories import node_state, submission
+
+STILL = f"""
+import sys, time
+print({shared("mark")!r}, end="", flush=True)
+time.sleep(60)  # reads no order
+"""
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workplace:
+    """A processor of a worker whose supervisors may be silent for half a second."""
+    (tmp_path / "still.py").write_text(STILL)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(module, "STUCK_LEAST_S", 0.5)
+    monkeypatch.setattr(trainer_module, "ANSWER_S", 60.0)  # on a busy machine a process may take long to start
+    monkeypatch.setattr(module, "LOOK_MOST_S", 0.6)  # two looks are no reason to end this process
+    settings = replace(load_settings({"LORACTL_HOME": str(tmp_path / "home")}), lease_s=0.5)
+    store = Store(connect(settings))
+    store.see_node(node_state("box:0", kind="cpu", total=24 * GIB, max_jobs=2))
+    return Workplace(
+        settings=settings, store=store, device=CpuDevice(total=24 * GIB), node="box:0", drain=Drain(), threads=1,
+        artifacts=StoreClient(settings.artifacts_url),
+    )  # fmt: skip
+
+
+@pytest.fixture
+def link(tmp_path: Path, place: Workplace) -> Iterator[TrainerLink]:
+    """The first of two jobs in a trainer that reads no order."""
+    process = launch("still", dict(os.environ))
+    trainer = TrainerProcess(process, "run", "mark")
+    with (tmp_path / "log.txt").open("w") as file:
+        first = trainer.begin(1, file, LogBook())
+        try:
+            assert trainer.join(2, file, LogBook()) is not None
+            yield first
+        finally:
+            trainer.leave(first, stay=False, end=True)
+
+
+def attempt(place: Workplace, link: TrainerLink | None = None) -> AttemptState:
+    place.store.submit(submission(lora=1, method="lora"))
+    claim = place.store.claim("box:0")
+    assert isinstance(claim, Claim)
+    state = begin(claim, place.settings.work_dir)
+    state.trainer = link
+    return state
+
+
+def test_the_monitor_does_not_wait_for_a_trainer_to_which_the_stuck_supervisor_writes(
+    place: Workplace, link: TrainerLink
+) -> None:
+    stop = Stop(job_id=1, save=False)
+    writer = threading.Thread(target=lambda: [link.send(stop) for _ in range(3000)], daemon=True)
+    writer.start()  # more than a pipe holds
+    looks, state = StuckSupervisors(place), attempt(place, link)
+    looks.end({0: state})
+    time.sleep(0.7)
+    monitor = threading.Thread(target=looks.end, args=({0: state},), daemon=True)
+    monitor.start()
+    monitor.join(timeout=5)
+    assert writer.is_alive() and not monitor.is_alive()
+    began = time.monotonic()
+    link.trainer.leave(link, stay=False, end=True)
+    assert time.monotonic() - began < 20, "nor does who ends it"
+
+
+def test_an_order_to_a_trainer_whose_pipe_is_closed_fails_nobody(link: TrainerLink) -> None:
+    """As while another thread waits for its end, which state D puts off."""
+    assert link.trainer.process.stdin is not None
+    link.trainer.process.stdin.close()
+    link.send(Stop(job_id=1, save=False))
