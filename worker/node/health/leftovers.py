@@ -54,10 +54,8 @@ def end_all(place: Workplace) -> None:
 def end_strays(place: Workplace) -> None:
     """End processes of attempts that no longer run: a trainer may have left some behind, and the node of another card,
     if it stands still, ranks of a job on several."""
-    card, known = (
-        card_mark(place.settings, place.node),
-        _marks_of_no_attempt(place),
-    )  # first: one may become an attempt's
+    card = card_mark(place.settings, place.node)
+    known = _marks_of_no_attempt(place)  # first: one may become an attempt's meanwhile
     marks = (runs_of(card) | runs_of(card, RANK_VARIABLE)) - known  # then: an attempt that starts now has its claim
     if not marks:
         return
