@@ -170,16 +170,19 @@ def _make_room(place: Workplace, state: AttemptState, hosts: HostSource) -> None
 
 
 def _await_other_cards(place: Workplace, state: AttemptState) -> None:
-    """The same on the job's other cards: their nodes end the bases that its claim has sent off. One that can't be ended
-    closes its card, and then the job is not kept waiting for it."""
+    """The same on the job's other cards: their nodes are woken, and end the bases that its claim has sent off. One that
+    can't be ended closes its card, and then the job is not kept waiting for it."""
     others = [share.node for share in state.claim.shares[1:]]
 
     def leave() -> None:
-        deadline = time.monotonic() + LEAVING_S
+        deadline, woken = time.monotonic() + LEAVING_S, set[str]()
         while time.monotonic() < deadline:
             with contextlib.suppress(*REFUSALS):  # the database is away
-                if not any(row.leaving for node in others for row in place.store.hosts(node)):
+                waited_for = {node for node in others if any(row.leaving for row in place.store.hosts(node))}
+                if not waited_for:
                     return
+                place.wake_others(waited_for - woken)
+                woken |= waited_for
             time.sleep(LOOK_S)
 
     if others:

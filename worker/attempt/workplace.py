@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import subprocess
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from loractl.common.errors import LoractlError
 from loractl.common.placement.pack_rule import MeasuredPass
+from loractl.common.queue.sender import wake_cards
 from loractl.common.settings import Settings
 from loractl.common.store.records import Claim
 from loractl.common.store.store import Store
@@ -16,6 +19,8 @@ from loractl.worker.storage.client import StoreClient
 
 from .drain import Drain
 from .link.trainer import TrainerProcess
+
+log = logging.getLogger("loractl.worker")
 
 BEAT_S = 5.0
 """How often a running job's row is written; more often with a short lease. A cancel acts within this and a step."""
@@ -135,3 +140,12 @@ class Workplace:
     @property
     def beat_s(self) -> float:
         return min(BEAT_S, self.settings.lease_s / BEATS_A_LEASE)
+
+    def wake_others(self, nodes: Collection[str]) -> None:
+        """A hint to other cards; without it they look by themselves a few seconds later. It may take seconds."""
+        if not nodes:
+            return
+        try:
+            wake_cards(self.settings, nodes)
+        except LoractlError as error:  # the queue is away, or is none that may be used
+            log.warning("%s", error.sentence)

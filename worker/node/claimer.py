@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections.abc import Collection
 
-from loractl.common.errors import ServiceUnreachable
-from loractl.common.queue.sender import wake_cards
 from loractl.common.store.records import Claim, Left
 from loractl.worker.attempt.workplace import Workplace
 from loractl.worker.device.occupancy import Watch
 from loractl.worker.protocol.spare import by_mark
-
-log = logging.getLogger("loractl.worker")
 
 HOLD_BACK_S = 10.0
 """Seconds for which a job is left to the card that the rule gives it to; after that the card counts as stuck."""
@@ -47,10 +42,10 @@ class Claimer:
                 if others := claim.nodes:
                     break
                 time.sleep(AGAIN_S)
-        if isinstance(claim, Claim):  # bases may have to leave its other cards
-            others = [share.node for share in claim.shares[1:]]
-        wake_others(self._place, others)  # outside the lock: the queue may be away
-        return claim if isinstance(claim, Claim) else None
+        if isinstance(claim, Claim):
+            return claim  # at once: nothing beats for it yet
+        self._place.wake_others(others)  # outside the lock: the queue may be away
+        return None
 
     def _try(self) -> Claim | Left | None:
         seen, now = self._watch.look(), time.monotonic()
@@ -63,13 +58,3 @@ class Claimer:
         if isinstance(claim, Left):
             self._left = {node: self._left.get(node, now) for node in claim.nodes}
         return claim
-
-
-def wake_others(place: Workplace, nodes: Collection[str]) -> None:
-    """A hint to other cards; without it they look by themselves a few seconds later."""
-    if not nodes:
-        return
-    try:
-        wake_cards(place.settings, nodes)
-    except ServiceUnreachable as error:
-        log.warning("%s", error.sentence)

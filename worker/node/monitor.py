@@ -22,7 +22,6 @@ from loractl.worker.node.health.leftovers import end_strays
 from loractl.worker.node.health.stuck import StuckSupervisors
 from loractl.worker.spare.hosts import Hosts
 
-from .claimer import wake_others
 from .device_row import DeviceRow
 from .slots import Slots
 
@@ -193,7 +192,7 @@ class Monitor:
     def _wake_others(self) -> None:
         """Pass on a message that no slot here could take, by the claim's own rule."""
         given = {d.placed.node for d in self._place.store.fleet().decisions if d.placed is not None}
-        wake_others(self._place, given - {self._place.node})
+        self._place.wake_others(given - {self._place.node})
 
     def _go_round(self, slots: Slots) -> None:
         """Look for jobs with a lost message or one that came while nothing fitted."""

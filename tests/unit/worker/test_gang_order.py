@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from redis import Redis
 
 from loractl.common.job.method import Parallel
+from loractl.common.job.need import Need, SharedNeed, Ways
 from loractl.common.job.status import Reason, Stage
 from loractl.common.placement.gangs import GangShare
+from loractl.common.queue.hints import card_queue
 from loractl.common.settings import load_settings
 from loractl.common.store.database import connect
 from loractl.common.store.records import Claim, NewHost, Progress
@@ -23,7 +27,8 @@ from loractl.worker.attempt.stops import wanted_stop
 from loractl.worker.attempt.trainer_run import _await_other_cards, _lighter
 from loractl.worker.attempt.workplace import Workplace
 from loractl.worker.device.devices import find_devices
-from loractl.worker.device.occupancy import RANK_VARIABLE, card_mark
+from loractl.worker.device.occupancy import RANK_VARIABLE, Watch, card_mark
+from loractl.worker.node.claimer import Claimer
 from loractl.worker.protocol.messages import Ended, Rank
 from loractl.worker.storage.client import StoreClient
 from loractl.worker.training.gang.other_ranks import LINK_LOST, OtherRanks
@@ -34,11 +39,9 @@ SHARES = (GangShare(node="box:1", bytes=6 * GIB), GangShare(node="box:0", bytes=
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> Workplace:
+def place(home: Path) -> Workplace:
     """The second of a box's two simulated cards."""
-    settings = load_settings(
-        {"LORACTL_HOME": str(tmp_path / "home"), "LORACTL_DEVICES": "sim:8GiB,8GiB", "LORACTL_HOST": "box"}
-    )
+    settings = load_settings({"LORACTL_HOME": str(home), "LORACTL_DEVICES": "sim:8GiB,8GiB", "LORACTL_HOST": "box"})
     store = Store(connect(settings))
     store.see_node(node_state("box:1", kind="sim", total=8 * GIB))
     return Workplace(
@@ -76,7 +79,9 @@ def test_a_drain_of_any_of_its_cards_ends_it_with_a_checkpoint(place: Workplace,
     assert wish is not None and wish.save and (wish.reason, wish.message) == (Reason.DRAINED, "box:0 is being drained")
 
 
-def test_no_rank_starts_before_a_base_has_left_the_other_card(place: Workplace, state: AttemptState) -> None:
+def test_no_rank_starts_before_a_base_has_left_the_other_card_whose_node_is_woken(
+    place: Workplace, state: AttemptState, home: Path
+) -> None:
     place.store.see_node(node_state("box:0", kind="sim", total=8 * GIB))
     place.store.submit(submission(base_model="org/a", lora=1, method="lora"))
     other = place.store.claim("box:0")
@@ -89,9 +94,23 @@ def test_no_rank_starts_before_a_base_has_left_the_other_card(place: Workplace, 
     waiting.start()
     waiting.join(timeout=0.6)
     assert waiting.is_alive()
+    assert Redis(unix_socket_path=str(home / "run" / "valkey.sock")).llen(card_queue("box:0")) == 1
     place.store.forget_hosts(["warm"])
     waiting.join(timeout=5)
     assert not waiting.is_alive()
+
+
+def test_a_claim_of_several_cards_is_supervised_whatever_the_queue_does(place: Workplace) -> None:
+    """A wake between the claim and its first beat could take the lease's time, or lose the claim."""
+    place = replace(place, settings=replace(place.settings, redis_url="redis://queue.example:6379"))  # no password
+    for node in ("box:0", "box:1"):
+        place.store.see_node(node_state(node, kind="sim", total=8 * GIB, gangs=True))
+    way = SharedNeed(cards=2, parallel=Parallel.SHARDED, need=Need(lora=6 * GIB, qlora=None))
+    job = submission(lora=12, qlora=None, method="lora")
+    place.store.submit(replace(job, ways=Ways(alone=False, gangs=(way,))))
+    claim = Claimer(place, Watch(device=place.device, node_pid=os.getpid())).claim()
+    assert claim is not None and [share.node for share in claim.shares] == ["box:1", "box:0"]
+    place.wake_others(["box:0"])
 
 
 BAD_RANK = """
