@@ -124,8 +124,8 @@ def _joined(place: Workplace, state: AttemptState, own: dict[str, str], log_file
             return link
         if not hosts.knows(claim.host):
             break
-        if trainer is not None and trainer.spoilt is not None:
-            state.forced = Reason.HOST_LOST, f"the trainer that it was to join takes no more jobs: {trainer.spoilt}"
+        if trainer is not None and (why := _refusal(trainer, claim.job_id)) is not None:
+            state.forced = Reason.HOST_LOST, why
             raise Interrupted
         if time.monotonic() >= next_beat:
             next_beat = time.monotonic() + place.beat_s
@@ -134,6 +134,13 @@ def _joined(place: Workplace, state: AttemptState, own: dict[str, str], log_file
         time.sleep(LOOK_S)  # its last job is leaving
     state.forced = Reason.HOST_LOST, "the trainer that it was to join has ended"
     raise Interrupted
+
+
+def _refusal(trainer: TrainerProcess, job_id: int) -> str | None:
+    """Why a trainer with jobs does not take this one, nor soon; None: its last job is leaving it."""
+    if trainer.holds(job_id):
+        return "its earlier attempt has not left the trainer that it was to join"
+    return None if trainer.spoilt is None else f"the trainer that it was to join takes no more jobs: {trainer.spoilt}"
 
 
 def _trainer(

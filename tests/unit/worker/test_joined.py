@@ -269,6 +269,29 @@ def test_a_cancelled_member_s_row_closes_at_once_and_it_holds_its_part_until_it_
         assert len(own.card.waiting_bases) == 1 and psutil.pid_exists(own.pid(deaf)), "the base waits for a job"
 
 
+def test_a_job_whose_earlier_attempt_is_still_in_the_trainer_goes_back_at_once_and_says_so(place: Workplace) -> None:
+    with crowd(place) as own:
+        first = own.start()
+        until(lambda: own.rows)
+        deaf = own.start("deaf", joins=True)
+        place.store.cancel(deaf, "bob")
+        until(lambda: place.store.job(deaf).status is Status.CANCELLED)
+        earlier, thread = own.states[deaf], own.threads[deaf]
+        place.store.retry(deaf, "bob")
+        claim = place.store.claim("box:0", joins=True)
+        assert isinstance(claim, Claim) and not claim.joins
+        own.follow(replace(claim, joins=True, host=own.rows[0]))  # as of a claim that did not know it
+        own.join(deaf)
+        back = place.store.job(deaf)
+        assert (back.status, back.reason, back.retries_used) == (Status.QUEUED, Reason.HOST_LOST, 0)
+        assert back.message == "its earlier attempt has not left the trainer that it was to join"
+        assert thread.is_alive() and own.threads[first].is_alive()
+        own.end(first)
+        earlier.kill_at = 0.0  # it is the last one there
+        thread.join(timeout=40)
+        assert not thread.is_alive()
+
+
 def test_a_member_that_hangs_past_its_time_is_ended_in_its_row_and_others_go_on(place: Workplace) -> None:
     with crowd(place) as own:
         first = own.start()

@@ -141,6 +141,11 @@ class TrainerProcess:
         self._forget(link)
         return None
 
+    def holds(self, job_id: int) -> bool:
+        """Whether an attempt of the job is in it."""
+        with self._lock:
+            return job_id in self._links
+
     def leave(self, link: TrainerLink, *, stay: bool, end: bool = False) -> None:
         """An attempt needs the process no more. Others go on in it; after the last one it stays, or ends.
 
