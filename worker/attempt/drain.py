@@ -18,12 +18,17 @@ class Drain:
         self._lock = threading.RLock()  # a signal handler asks, in whatever the main thread does at that moment
         self._asked: Wish | None = None
         self._ordered = False
+        self._alone = False
 
     def ask(self, how: Wish) -> None:
         """The worker stops. A late first Ctrl-C must not take back the second one's "now"."""
         with self._lock:
             if self._asked is None or how == "now":
                 self._asked = how
+
+    def end_alone(self) -> None:
+        """The stop that comes is this node's alone: its worker starts another, and the nodes of other cards go on."""
+        self._alone = True
 
     def order(self, holds: bool) -> None:
         """A person drains this device at once, or lets jobs on to it again."""
@@ -33,6 +38,11 @@ class Drain:
     def asked(self) -> Wish | None:
         """What the worker wishes, whatever people have ordered."""
         return self._asked
+
+    @property
+    def alone(self) -> bool:
+        """Whether this node ends by itself, or its worker ends it, while other nodes go on."""
+        return self._alone
 
     @property
     def ordered(self) -> bool:

@@ -206,6 +206,7 @@ class Box:
             if device.number in self._asked:
                 process.kill()  # its trainers end with it; the next node gives their jobs back
             else:
+                self._tell(process, "alone")
                 process.terminate()  # what runs is saved and given back
             self._asked ^= {device.number}
 

@@ -159,6 +159,7 @@ class Monitor:
             self._failures[what] = self._failures.get(what, 0) + 1
             log.exception("%s failed, %s of %s times", what, self._failures[what], TRIES)
             if vital and self._failures[what] >= TRIES:
+                self._place.drain.end_alone()
                 os.kill(os.getpid(), signal.SIGTERM)
             return
         self._failures[what] = 0

@@ -173,8 +173,9 @@ class DeviceNode:
 
     def _await_gangs(self) -> None:
         """Stay while a job has this card as one of several: the node of its first card stops it, and if this one were
-        silent meanwhile, the job would be ended as lost."""
-        while self._place.drain.wish != "now":
+        silent meanwhile, the job would be ended as lost. Where this node alone ends, nobody stops the job: it goes back
+        to its last checkpoint, and the card is not out of service until it ends by itself."""
+        while self._place.drain.wish != "now" and not self._place.drain.alone:
             try:
                 if not self._place.store.serves_beside(self._place.node):
                     return
@@ -226,6 +227,8 @@ def obey(orders: IO[str], drain: Drain) -> None:
         for line in orders:
             if line.strip() == "now":
                 drain.ask("now")
+            elif line.strip() == "alone":
+                drain.end_alone()
         if drain.wish is None:
             log.warning("the loractl worker process is gone, this node stops")
         os.kill(os.getpid(), signal.SIGTERM)

@@ -1,8 +1,9 @@
-"""A supervisor that no longer turns, of a job whose trainer has others: the node's monitor goes on."""
+"""Supervisors that no longer turn, and nodes that end alone: neither monitor nor card waits for others."""
 
 from __future__ import annotations
 
 import os
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -11,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from loractl.common.job.method import Parallel
+from loractl.common.job.need import Need, SharedNeed, Ways
 from loractl.common.settings import load_settings
 from loractl.common.store.database import connect
 from loractl.common.store.records import Claim
@@ -23,9 +26,12 @@ from loractl.worker.attempt.log import LogBook
 from loractl.worker.attempt.process import launch
 from loractl.worker.attempt.state import AttemptState, begin
 from loractl.worker.attempt.workplace import Workplace
-from loractl.worker.device.devices import CpuDevice
+from loractl.worker.device.devices import CpuDevice, SimulatedDevice
 from loractl.worker.node.health import stuck as module
 from loractl.worker.node.health.stuck import StuckSupervisors
+from loractl.worker.node.monitor import TRIES
+from loractl.worker.node.node import DeviceNode
+from loractl.worker.node.options import NodeOptions
 from loractl.worker.protocol.messages import Stop
 from loractl.worker.protocol.spare import shared
 from loractl.worker.storage.client import StoreClient
@@ -70,6 +76,15 @@ def link(tmp_path: Path, place: Workplace) -> Iterator[TrainerLink]:
             trainer.leave(first, stay=False, end=True)
 
 
+@pytest.fixture
+def sigterms() -> Iterator[list[int]]:
+    """The signals by which a node asks itself to end."""
+    heard: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: heard.append(number))
+    yield heard
+    signal.signal(signal.SIGTERM, before)
+
+
 def attempt(place: Workplace, link: TrainerLink | None = None) -> AttemptState:
     place.store.submit(submission(lora=1, method="lora"))
     claim = place.store.claim("box:0")
@@ -102,3 +117,38 @@ def test_an_order_to_a_trainer_whose_pipe_is_closed_fails_nobody(link: TrainerLi
     assert link.trainer.process.stdin is not None
     link.trainer.process.stdin.close()
     link.send(Stop(job_id=1, save=False))
+
+
+def test_a_node_whose_stuck_supervisor_turns_again_still_ends(place: Workplace, sigterms: list[int]) -> None:
+    """It was told to take no more jobs, and nothing takes that back."""
+    looks, stuck, other = StuckSupervisors(place), attempt(place), attempt(place)
+    deadline = time.monotonic() + 30
+    while not sigterms and time.monotonic() < deadline:
+        other.turn()
+        looks.end({0: stuck, 1: other})
+        time.sleep(0.1)
+    assert sigterms == [signal.SIGTERM] and (place.drain.asked, place.drain.alone) == ("checkpoint", True)
+
+
+def test_a_node_that_ends_alone_does_not_wait_for_the_job_of_another_card(tmp_path: Path, sigterms: list[int]) -> None:
+    """Nobody stops that job, so its card would be out of service until it ends."""
+    settings = load_settings({"LORACTL_HOME": str(tmp_path / "own"), "LORACTL_HOST": "box"})
+    settings.runtime_dir.mkdir(parents=True)
+    store = Store(connect(settings))
+    for name in ("box:0", "box:1"):
+        store.see_node(node_state(name, kind="sim", total=8 * GIB, gangs=True))
+    way = SharedNeed(cards=2, parallel=Parallel.SHARDED, need=Need(lora=6 * GIB, qlora=None))
+    job = submission(lora=12, qlora=None, method="lora")
+    store.submit(replace(job, ways=Ways(alone=False, gangs=(way,))))
+    assert isinstance(store.claim("box:1", gangs=True), Claim) and store.serves_beside("box:0")
+    device, drain = SimulatedDevice(index=0, uuid="SIM-0", name="sim", total=8 * GIB), Drain()
+    node = DeviceNode(settings, device, NodeOptions(), drain)
+    drain.ask("checkpoint")
+    waiting = threading.Thread(target=node._await_gangs, daemon=True)
+    waiting.start()
+    waiting.join(timeout=0.5)
+    assert waiting.is_alive(), "its worker may have stopped the others, too"
+    for _ in range(TRIES):
+        node._monitor._try("the look", lambda: 1 / 0)
+    waiting.join(timeout=20)
+    assert sigterms == [signal.SIGTERM] and not waiting.is_alive()

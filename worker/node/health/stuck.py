@@ -53,7 +53,9 @@ class StuckSupervisors:
             return
         if self._place.drain.asked is None:
             log.error("a supervisor of %s is stuck: the node saves its other jobs, then starts again", self._place.node)
+            self._place.drain.end_alone()
             self._place.drain.ask("checkpoint")
+            os.kill(os.getpid(), signal.SIGTERM)  # else one that turns again would leave a node that takes no jobs
         others = [state for state, silent in silences if silent < self._patience and not state.closed]
         if not others or longest > 2 * self._patience + DRAIN_GRACE_S:
             os._exit(1)  # the trainers end with their stdin
