@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime as dt
 from collections.abc import Callable
 
-from sqlalchemy import or_, select, update
+from sqlalchemy import exists, or_, select, update
 
 from loractl.common.job.status import (
     KEEPING,
@@ -24,6 +24,7 @@ from loractl.common.units import GIB
 
 from ..attempt_columns import ended
 from ..guard import become, move
+from ..hosts import TrainerHost
 from ..records import Claim, Progress, StoredResult
 from ..tables import Adapter, Attempt, Job, Use
 from ..transaction import Transaction
@@ -156,7 +157,9 @@ def _close_attempt(
 ) -> None:
     own = (Attempt.job_id == job.job_id) & (Attempt.attempt == job.attempt)
     over = {"ended_at": now, "reason": reason, "message": storable(message)}
-    tx.session.execute(update(Attempt).where(own).values(**over, inside=Attempt.host.is_not(None) if inside else False))
+    # A host without a row has ended, and no one would say later that the attempt is out of it.
+    there = exists().where(TrainerHost.host == Attempt.host) if inside else False
+    tx.session.execute(update(Attempt).where(own).values(**over, inside=there))
     for name, value in ended().items():
         setattr(job, name, value)
 

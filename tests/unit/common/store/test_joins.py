@@ -16,6 +16,8 @@ from sqlalchemy.orm import Session
 from loractl.common.job.status import Reason, Status
 from loractl.common.placement.hosts import base_key
 from loractl.common.placement.pack_rule import MeasuredPass
+from loractl.common.settings import LEASE_S
+from loractl.common.store.fleet import NODE_STALE_S
 from loractl.common.store.records import Claim, NewHost, Progress
 from loractl.common.store.store import Store
 from loractl.common.store.tables import Base
@@ -201,6 +203,25 @@ def test_a_lost_member_is_inside_until_its_node_says_otherwise(store: Store) -> 
     assert taken(store) == 8
     store.leave_host(first)
     assert taken(store) == 0
+
+
+@pytest.mark.parametrize("gone", ["another box has the name", "its process has ended"])
+def test_nobody_is_inside_a_host_that_was_forgotten_before_the_lease_ended(
+    timed: Store, clock: Clock, gone: str
+) -> None:
+    first = anchored(timed, user="ada")
+    queue(timed)
+    mine = claim(timed)
+    if gone == "another box has the name":
+        clock.forward(NODE_STALE_S + 1)
+        timed.arrive(node_state(NODE, instance="another home", machine="another", boot="its own"))
+    else:
+        timed.forget_hosts(["h1"])
+    clock.forward(LEASE_S + 1)
+    assert sorted(job_id for job_id, _ in timed.reap()) == [first.job_id, mine.job_id]
+    attempts = [attempt for one in (first, mine) for attempt in timed.attempts(one.job_id)]
+    assert len(attempts) == 2 and not any(attempt.inside for attempt in attempts)
+    assert taken(timed) == 0
 
 
 def test_a_job_whose_host_was_lost_is_tried_alone(store: Store) -> None:
