@@ -54,9 +54,11 @@ class Evaluation:
 
 
 class Once(Protocol):
-    """Finds something out about the base, where no training of the process has."""
+    """Finds something out about the base, where no training of the process has. `keeps`: whether others may have it."""
 
-    def __call__(self, question: str, find_out: Callable[[], _Measured], /) -> Known[_Measured]: ...
+    def __call__(
+        self, question: str, find_out: Callable[[], _Measured], /, *, keeps: Callable[[_Measured], bool]
+    ) -> Known[_Measured]: ...
 
 
 def evaluate(
@@ -82,7 +84,7 @@ def evaluate(
         here = True
         return _measure(learner, work, spec, tick, check_stop, base=True)
 
-    known = None if once is None else once(_question(learner, work, spec), measure_base)
+    known = None if once is None else once(_question(learner, work, spec), measure_base, keeps=_Measured.is_as_asked)
     base = measure_base() if known is None else known.answer
     if not here:
         tick(work.passes)
@@ -195,6 +197,11 @@ class _Measured:
     regression: RowScores
     texts: list[tuple[str, bool]]
     labels: list[tuple[str, bool]]
+    halved: bool = False  # some of it in smaller batches than were asked for, as memory ran out
+
+    def is_as_asked(self) -> bool:
+        """Whether another job that asks the same would have got it bit for bit: smaller batches round otherwise."""
+        return not self.halved
 
 
 def _measure(
@@ -209,21 +216,28 @@ def _measure(
     """Let one model do the work: the base, or the tuned one. `between`: called after each token of an answer."""
     model, tokenizer, batch = learner.model, learner.tokenizer, spec.evaluation.per_device_eval_batch_size
 
+    smaller: list[bool] = []
+
+    def halved() -> None:
+        smaller.append(True)
+
     def score(rows: list[TokenRow]) -> RowScores:
-        return score_rows(model, tokenizer, rows, batch, tick, learner.scorer)
+        return score_rows(model, tokenizer, rows, batch, tick, learner.scorer, halved)
 
     def answer(prompts: list[Prompt], longest: int) -> list[tuple[str, bool]]:
-        return generate(model, tokenizer, [prompt.ids for prompt in prompts], batch, longest, tick, between)
+        return generate(model, tokenizer, [prompt.ids for prompt in prompts], batch, longest, tick, between, halved)
 
     with evaluating(model, base=base), whole_modules(model, learner.precision.base):
         rows, whole, alone, regression = map(score, work.scored_apart)
+        texts, labels = answer(work.prompts, work.longest_answer), answer(work.labelled, work.label_tokens)
         return _Measured(
             rows=rows,
             whole=whole,
             alone=alone,
             regression=regression,
-            texts=answer(work.prompts, work.longest_answer),
-            labels=answer(work.labelled, work.label_tokens),
+            texts=texts,
+            labels=labels,
+            halved=bool(smaller),
         )
 
 

@@ -18,10 +18,11 @@ def generate(
     max_new_tokens: int,
     tick: Callable[[int], None] = lambda n: None,
     between: Callable[[], None] | None = None,
+    halved: Callable[[], None] = lambda: None,
 ) -> list[tuple[str, bool]]:
     """(answer, ended by itself) for each prompt: greedy, in left-padded batches of similar length.
 
-    `between`: called after each token of a batch; what it raises comes through.
+    `between`: called after each token of a batch; what it raises comes through. `halved`: see score_rows.
     """
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     answers: list[tuple[str, bool]] = [("", False)] * len(prompts)
@@ -51,7 +52,8 @@ def generate(
             answers[place] = (text, end is not None)
         tick(len(chosen))
 
-    in_batches(order, batch, answer)
+    if in_batches(order, batch, answer) < batch:
+        halved()
     return answers
 
 

@@ -43,9 +43,10 @@ def score_rows(
     batch: int,
     tick: Callable[[int], None] = lambda n: None,
     scorer: Scorer | None = None,
+    halved: Callable[[], None] = lambda: None,
 ) -> RowScores:
     """Cross-entropy of every learned token, in fp32, for a model in eval mode. Longest rows first, so that an
-    out-of-memory comes at once."""
+    out-of-memory comes at once. `halved`: called where that made batches smaller, whose sums are rounded otherwise."""
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i].input_ids))
     result = np.zeros((5, len(rows)))
 
@@ -55,7 +56,8 @@ def score_rows(
         result[:, chosen] = sums.double().cpu().numpy()
         tick(len(chosen))
 
-    in_batches(order, batch, score)
+    if in_batches(order, batch, score) < batch:
+        halved()
     names = ("loss", "tokens", "stop_loss", "stops", "right")
     return RowScores(**dict(zip(names, result, strict=True)))
 

@@ -33,6 +33,14 @@ def test_what_was_found_out_is_not_found_out_again() -> None:
     assert ask(knowledge, 4, lambda: "anew").job_id == 4, "old ones go"
 
 
+def test_what_is_for_one_alone_is_found_out_anew_by_the_next() -> None:
+    knowledge, unsure = Knowledge(), {"keeps": lambda found: found != "in halves"}
+    how = {"check_stop": lambda: None, "aside": contextlib.nullcontext}
+    assert knowledge.once("what?", 1, lambda: "in halves", **how, **unsure) == Known("in halves", 1)
+    assert knowledge.once("what?", 2, lambda: "whole", **how, **unsure) == Known("whole", 2)
+    assert ask(knowledge, 3, never) == Known("whole", 2)
+
+
 def test_others_wait_aside_and_one_of_them_goes_on_where_it_fails() -> None:
     knowledge, seeking, fail = Knowledge(), threading.Event(), threading.Event()
     asides: list[int] = []

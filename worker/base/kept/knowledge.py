@@ -42,11 +42,12 @@ class Knowledge:
         *,
         check_stop: Callable[[], None],
         aside: Callable[[], AbstractContextManager[None]],
+        keeps: Callable[[Found], bool] = lambda found: True,
     ) -> Known[Found]:
         """The answer that is here, or that another training is about to have; else what `find_out` returns or raises.
 
-        `check_stop` is called while this one waits for another, and `aside` lets that compute. Where it fails, one of
-        those that wait finds out.
+        `check_stop` is called while this one waits for another, and `aside` lets that compute. Where it fails, or what
+        it found is for itself alone (`keeps`), one of those that wait finds out.
         """
         while True:
             with self._changed:
@@ -55,7 +56,7 @@ class Knowledge:
                 if mine := question not in self._sought:
                     self._sought.add(question)
             if mine:
-                return self._find(question, job_id, find_out)
+                return self._find(question, job_id, find_out, keeps)
             check_stop()
             with aside(), self._changed:
                 self._changed.wait_for(lambda: question not in self._sought, LOOK_S)
@@ -65,9 +66,13 @@ class Knowledge:
             self._found.move_to_end(question)
         return known
 
-    def _find(self, question: str, job_id: int, find_out: Callable[[], Found]) -> Known[Found]:
+    def _find(
+        self, question: str, job_id: int, find_out: Callable[[], Found], keeps: Callable[[Found], bool]
+    ) -> Known[Found]:
         try:
             finding = Known(find_out(), job_id)
+            if not keeps(finding.answer):
+                return finding
             with self._changed:
                 self._found[question] = finding
                 while len(self._found) > KEPT:
