@@ -19,11 +19,12 @@ from ..models import write_helpdesk
 
 # in a process of its own: the clients read the hub's address and their cache's place once
 LOAD = """
-import json, os, sys
+import contextlib, json, os, sys
 from loractl.common.errors import DataError
 from loractl.common.job.method import Method
 from loractl.worker.base.arithmetic import choose_precision
 from loractl.worker.base.failure import TrainingFailed
+from loractl.worker.base.kept.shelf import Shelf
 from loractl.worker.base.model import load_base
 from loractl.worker.base.model import load_tokenizer
 from loractl.worker.data.origin import load_pinned
@@ -35,6 +36,11 @@ def answer(what, name, revision):
             load_tokenizer(name, revision)
             base = load_base(name, Method.LORA, "cpu", choose_precision("cpu"), revision)
             return "ok", str(base.config.hidden_size)
+        if what == "kept":
+            load = lambda: load_base(name, Method.LORA, "cpu", choose_precision("cpu"), revision)
+            how = dict(key="k", source=(name, revision), load=load, aside=contextlib.nullcontext)
+            shelf = Shelf()
+            return "ok", str([shelf.base(**how)[1], shelf.base(**how, joins=True)[1]])
         rows, commit = load_pinned(name, revision)
         return "ok", f"{sum(1 for _ in rows)} rows of {commit}"
     except TrainingFailed as error:
@@ -58,6 +64,7 @@ def hub(tmp_path: Path, tiny_model: Path) -> Hub:
     hub = Hub(tmp_path / "hub")
     rows = write_helpdesk(tmp_path / "rows.jsonl", 12).read_text()
     hub.commit("models", "org/tiny", tiny_model)
+    hub.commit("models", "org/warm", tiny_model)
     hub.commit("models", "org/gated", tiny_model)
     hub.commit("models", "org/empty", {"README.md": "no model yet"})
     hub.commit("datasets", "org/desk", {"train.jsonl": rows, "test.jsonl": rows.partition("\n")[0]})
@@ -140,6 +147,7 @@ def test_a_hub_that_fails_is_away_and_what_is_cached_will_do(hub: Hub, tmp_path:
     asked = ("model", "org/tiny", None), ("data", "org/desk", "train"), ("data", "org/desk@next", "train")
     main, following = (hub.find("datasets", "org/desk", name)[0] for name in ("main", "next"))
     with hub.serving() as url, asking(here := {"HF_ENDPOINT": url, "HF_HOME": str(tmp_path / "hf")}) as ask_here:
+        assert ask_here(("kept", "org/warm", None)) == [("ok", "[False, True]")], "its files came with the first one"
         fetched = ask_here(*asked)
         assert fetched == [("ok", "64"), ("ok", f"12 rows of {main}"), ("ok", f"24 rows of {following}")]
         hub.fails = HTTPStatus.SERVICE_UNAVAILABLE

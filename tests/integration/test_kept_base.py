@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +15,13 @@ import torch
 from bitsandbytes import functional as F
 
 from loractl.common.job.status import Reason
+from loractl.worker.base.failure import TrainingFailed
 from loractl.worker.base.kept import remains
 from loractl.worker.base.kept.imprint import Imprint
 from loractl.worker.base.kept.remains import Surroundings
 from loractl.worker.base.kept.shelf import Shelf
-from loractl.worker.protocol.messages import Note, Stepped
+from loractl.worker.engine.passes.lean import LeanPass
+from loractl.worker.protocol.messages import Note, Start, Stepped
 
 from .conftest import Recipe
 
@@ -90,17 +95,79 @@ def test_a_base_stays_after_a_training_whose_optimizer_pages(
     assert (tmp_path / "kept" / WEIGHTS).read_bytes() == (tmp_path / "alone" / WEIGHTS).read_bytes()
 
 
+def test_a_base_that_was_measured_in_smaller_batches_is_measured_anew_for_the_next_one(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Smaller batches take other kernels: what they give is rounded otherwise."""
+    room, scores = 1, LeanPass.scores
+
+    def with_room(self: LeanPass, rows: Any) -> Any:
+        if len(rows) > room:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return scores(self, rows)
+
+    monkeypatch.setattr(LeanPass, "scores", with_room)
+    shelf, measured = Shelf(), {}
+    for job_id in (1, 2, 3):
+        shelf.begin()
+        recipe(str(job_id), shelf=shelf, job_id=job_id, max_steps=1)
+        assert shelf.settle()[1] == ""
+        report = json.loads((tmp_path / str(job_id) / "result" / "report.json").read_text())
+        measured[job_id], room = report["evaluation"]["base_measured_by_job"], 99
+    assert measured == {1: None, 2: None, 3: 2}
+
+
 def test_other_files_under_the_same_name_are_loaded_anew(recipe: Recipe, tiny_model: Path) -> None:
     shelf = Shelf()
     shelf.begin()
     recipe("one", shelf=shelf, max_steps=1)
     assert shelf.settle()[1] == ""
-    file = tiny_model / "model.safetensors"
-    content = file.read_bytes()
-    file.write_bytes(content)
+    with_one_bit_more(tiny_model / "model.safetensors")
     shelf.begin()
     _, told = recipe("two", shelf=shelf, max_steps=1)
-    assert not any("loaded already" in note.text for note in told if isinstance(note, Note))
+    assert not is_here_already(told)
+
+
+def with_one_bit_more(file: Path) -> None:
+    """Other weights, of the same size and date, where the old ones were."""
+    content, dates = file.read_bytes(), file.stat()
+    file.write_bytes(content[:-4] + bytes([content[-4] ^ 1]) + content[-3:])
+    os.utime(file, ns=(dates.st_atime_ns, dates.st_mtime_ns))
+
+
+def is_here_already(told: list[Any]) -> bool:
+    return any("loaded already" in note.text for note in told if isinstance(note, Note))
+
+
+def test_files_of_the_same_content_are_the_same_base_whatever_else_of_them_changed(
+    recipe: Recipe, start: Callable[..., Start], tiny_model: Path, tmp_path: Path
+) -> None:
+    shelf, file = Shelf(), tiny_model / "model.safetensors"
+    shelf.begin()
+    recipe("one", shelf=shelf, max_steps=1)
+    order = start("two", keep=True)
+
+    def joins() -> bool:
+        source, load = (order.spec.base_model, order.spec.revision), pytest.fail
+        return shelf.base(order.keep, source, load, aside=contextlib.nullcontext, joins=True)[1]
+
+    assert joins()
+    file.chmod(0o600)
+    assert joins()
+    (tmp_path / "link").hardlink_to(file)
+    assert joins()
+    os.utime(file)
+    assert joins()
+    content = file.read_bytes()
+    file.unlink()
+    file.write_bytes(content)
+    (tiny_model / "chat_template.jinja.txt").write_text("no part of the base")
+    assert joins()
+    with_one_bit_more(file)
+    with pytest.raises(TrainingFailed, match="has another base"):
+        joins()
+    file.write_bytes(content)
+    assert joins(), "the base that is here was loaded from these"
 
 
 def test_whatever_a_training_leaves_ends_the_host(tmp_path: Path) -> None:

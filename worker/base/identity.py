@@ -16,13 +16,20 @@ def identify(base_model: str, revision: str | None, cache: Path) -> dict[str, An
     return BaseIdentity(base_model, revision, cache).wait()
 
 
-def traits_of(base_model: str, revision: str | None) -> tuple[Any, ...]:
-    """What changes when a base's files do: the folder, and name, size and times of each. Raises OSError."""
-    folder = Path(base_model) if Path(base_model).is_absolute() else pin(base_model, revision).folder
+Traits = frozenset[tuple[Any, ...]]
+"""Folder, name, size, times and number of each of a base's files. Where they are as they were, so is the content; where
+they are not, the content may be: a link or a permission changes a file's times."""
+
+
+def traits_of(base_model: str, revision: str | None) -> Traits:
+    """What changes when a base's files do. Raises OSError."""
+    return _traits(Path(base_model) if Path(base_model).is_absolute() else pin(base_model, revision).folder)
+
+
+def _traits(folder: Path) -> Traits:
     files = sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES and path.is_file())
-    facts = [(path.name, path.stat()) for path in files]
-    seen = tuple((name, f.st_size, f.st_mtime_ns, f.st_ctime_ns, f.st_ino) for name, f in facts)
-    return str(folder.resolve()), *seen
+    facts, where = [(path.name, path.stat()) for path in files], str(folder.resolve())
+    return frozenset((where, name, f.st_size, f.st_mtime_ns, f.st_ctime_ns, f.st_ino) for name, f in facts)
 
 
 class BaseIdentity:
@@ -37,6 +44,7 @@ class BaseIdentity:
         self._folder = Path(base_model) if pinned is None else pinned.folder
         self._cache = cache
         self._files: Fingerprint = {}
+        self._traits: Traits | None = None  # of the files before they were hashed and afterwards; None: they changed
         self._error: Exception | None = None
         # it dies with the process: a job that fails must not wait for it
         self._thread = threading.Thread(target=self._hash, name="identity", daemon=True)
@@ -50,8 +58,15 @@ class BaseIdentity:
             raise self._error
         return {"commit": self._commit, "sha256": digest(self._files), "files": self._files}
 
+    def files_at(self, traits: Traits) -> Fingerprint | None:
+        """The hashes of files with these traits, waited for; None: others were hashed, or none could be read."""
+        self._thread.join()
+        return self._files if self._error is None and self._traits == traits else None
+
     def _hash(self) -> None:
         try:
+            before = _traits(self._folder)
             self._files = fingerprint(self._folder, self._cache)
+            self._traits = before if _traits(self._folder) == before else None
         except Exception as error:  # noqa: BLE001  raised again where it is waited for
             self._error = error

@@ -170,7 +170,7 @@ def _load(
 
     model = load() if gang is None else gang.adapted(load)
     # once all files are here: loading may have fetched them from the hub
-    identity = BaseIdentity(spec.base_model, spec.revision, Path(order.cache_dir))
+    identity = run.shelf.identify(Path(order.cache_dir), (spec.base_model, spec.revision))
     if order.init_from is not None:
         _begin_from(run, model, data, order.init_from)
     compute_in(model, precision)
@@ -188,7 +188,8 @@ def _base(run: Run, precision: Precision, head: Head | None) -> Any:
         run.phase(f"loads {name}")
         return base_of(order, precision, head)
 
-    base, was_here = run.shelf.base(order.keep, (spec.base_model, spec.revision), load, joins=order.joins)
+    source = spec.base_model, spec.revision
+    base, was_here = run.shelf.base(order.keep, source, load, aside=run.leg.aside, joins=order.joins)
     if was_here:
         run.phase(f"takes {name}, which is loaded already")
     return base
@@ -272,9 +273,12 @@ def _evaluate(run: Run, learner: Learner, data: PreparedData, tasks: Any, callba
 def _once(run: Run) -> Once:
     """Ask trainings of this process, before and now, what they found out about the base."""
 
-    def once(question: str, find_out: Callable[[], Any]) -> Known[Any]:
-        job_id, leg = run.order.job_id, run.leg
-        return run.shelf.knowledge.once(question, job_id, find_out, check_stop=run.check_stop, aside=leg.aside)
+    def once(
+        question: str, find_out: Callable[[], Any], *, keeps: Callable[[Any], bool] = lambda found: True
+    ) -> Known[Any]:
+        return run.shelf.knowledge.once(
+            question, run.order.job_id, find_out, check_stop=run.check_stop, aside=run.leg.aside, keeps=keeps
+        )
 
     return once
 

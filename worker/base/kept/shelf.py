@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
+from loractl.common.fingerprint import changed_files
 from loractl.common.job.status import Reason
 from loractl.common.memory.plan import CONTEXT_BYTES
 from loractl.worker.base.failure import TrainingFailed
 from loractl.worker.base.gauge import forget_peaks, lift_limit, release
 from loractl.worker.base.hub import pin
-from loractl.worker.base.identity import traits_of
+from loractl.worker.base.identity import BaseIdentity, Traits, traits_of
 
 from .imprint import Imprint
 from .knowledge import Knowledge
@@ -31,7 +34,9 @@ class Shelf:
     def __init__(self) -> None:
         self._imprint: Imprint | None = None
         self._key: str | None = None
-        self._traits: tuple[Any, ...] = ()
+        self._traits: Traits = frozenset()
+        self._identity: BaseIdentity | None = None  # of the files that it was loaded from
+        self._cache = Path()  # below which hashes are remembered
         self._why_not: str | None = None  # this base may not stay
         self._before: Surroundings | None = None
         self._common: Any = None  # what trainings make of the base for all of them
@@ -52,26 +57,55 @@ class Shelf:
         self._before = Surroundings()
 
     def base(
-        self, key: str | None, source: tuple[str, str | None], load: Callable[[], Any], *, joins: bool = False
+        self,
+        key: str | None,
+        source: tuple[str, str | None],
+        load: Callable[[], Any],
+        *,
+        aside: Callable[[], AbstractContextManager[None]],
+        joins: bool = False,
     ) -> tuple[Any, bool]:
         """The base, and whether it was here. `source`: its name and revision. `key`: None for one that never stays.
+        `aside` lets others compute while its files are hashed.
 
         Raises TrainingFailed(host_lost) for a training that must find it here (`joins`) and does not.
         """
-        traits = () if key is None else traits_of(*source)
-        if self._imprint is not None and (self._key, self._traits) == (key, traits):
+        traits: Traits = frozenset() if key is None else traits_of(*source)
+        if self._imprint is not None and self._key == key and self._was_loaded_from(source, traits, aside):
             return self._imprint.model, True
         if joins:
             raise TrainingFailed(Reason.HOST_LOST, "the trainer that it was to join has another base")
-        self._imprint = self._common = None
+        self._imprint = self._common = self._identity = None
         self.knowledge = Knowledge()
         gc.collect()
         model = load()
         if key is not None:
-            self._key, self._traits = key, traits
+            self._key, self._traits = key, _after_loading(source, traits)
             self._why_not = _unfit(model)
             self._imprint = None if self._why_not else Imprint(model)
         return model, False
+
+    def identify(self, cache: Path, source: tuple[str, str | None]) -> BaseIdentity:
+        """Begin to hash the files of the base that a training has, with what is remembered below `cache`."""
+        found, self._cache = BaseIdentity(*source, cache), cache
+        self._identity = self._identity or found
+        return found
+
+    def _was_loaded_from(
+        self, source: tuple[str, str | None], traits: Traits, aside: Callable[[], AbstractContextManager[None]]
+    ) -> bool:
+        """Whether these are the files of the base that is here: by what the system says of them, else by content."""
+        if self._traits == traits:
+            return True
+        if self._identity is None:
+            return False
+        with aside():
+            then, found = self._identity.files_at(self._traits), BaseIdentity(*source, self._cache)
+            now = None if then is None else found.files_at(traits)
+        if then is None or now is None or changed_files(then, now):
+            return False
+        self._traits, self._identity = traits, found
+        return True
 
     def common(self, make: Callable[[Any], Made], base: Any) -> Made:
         """What the trainings on a base that is here have in common: made by the first, dropped after the last. A base
@@ -99,6 +133,13 @@ class Shelf:
         if why is None and not forget_peaks():
             why = "the peak of its memory can't be set back"
         return (None, why) if why else (_held(self._imprint), "")
+
+
+def _after_loading(source: tuple[str, str | None], before: Traits) -> Traits:
+    """The traits of the files that were loaded. Those that came from the hub meanwhile belong to them; a file that was
+    there may have changed before it was read, or afterwards: then no one's are like them."""
+    after = traits_of(*source)
+    return after if not Path(source[0]).is_absolute() and before < after else before
 
 
 def _held(imprint: Imprint) -> int:
