@@ -5,12 +5,14 @@ Real workers with a quick trainer.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import signal
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from redis import Redis
 from sqlalchemy import Connection, create_engine, text
@@ -102,11 +104,12 @@ def test_a_finished_training_outlives_an_outage_that_is_longer_than_all_patience
 
 @pytest.mark.parametrize("lab", ["postgres_url"], indirect=True)
 def test_a_database_that_is_away_or_only_reads_for_longer_than_a_lease_costs_nothing(
-    lab: Lab, postgres_server: str
+    lab: Lab, home: Path, postgres_server: str
 ) -> None:
-    """First nothing answers; then a failover has left a server that refuses every write."""
+    """First nothing answers; then a failover has left a server that refuses every write. At last nothing answers any
+    more, and the worker is killed: its node must not stay for ever."""
     long, behind = lab.submit(steps=220), lab.submit()
-    lab.start()
+    worker = lab.start()
     lab.until(long, lambda job: job.step)
     name = lab.engine.url.database
     admin = create_engine(postgres_server.replace("postgresql://", "postgresql+psycopg://", 1)).execution_options(
@@ -124,13 +127,29 @@ def test_a_database_that_is_away_or_only_reads_for_longer_than_a_lease_costs_not
             _reconnect(server, f"ALTER DATABASE {name} {back}", str(name))
             beaten = lab.store.job(long).lease_expires_at
             lab.until(long, lambda job, before=beaten: job.lease_expires_at != before)
-    admin.dispose()
     lab.until(long, lambda job: job.status is Status.SUCCEEDED)
     lab.until(behind, lambda job: job.status is Status.SUCCEEDED)
     assert lab.starts() == [f"{long}.1", f"{behind}.1"], "the training went on, and nobody took its job"
     steps = [point.step for point in lab.store.metrics(long, "loss")]
     history = [event.text for event in lab.store.events(long)]
     assert steps == list(range(1, 221)), f"what was told meanwhile is written afterwards: {history}"
+
+    nodes = _nodes_of(home)
+    assert len(nodes) == 1
+    with admin.connect() as server:
+        _reconnect(server, f"ALTER DATABASE {name} ALLOW_CONNECTIONS false", str(name))
+    admin.dispose()
+    worker.kill()
+    until(lambda: not any(node.is_running() for node in nodes))  # it runs nothing that it would have to wait for
+
+
+def _nodes_of(home: Path) -> list[psutil.Process]:
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if "loractl.worker.node" in process.cmdline() and process.environ().get("LORACTL_HOME") == str(home):
+                found.append(process)
+    return found
 
 
 def test_what_the_database_refuses_is_left_out_and_ends_no_training(lab: Lab) -> None:

@@ -38,7 +38,7 @@ from loractl.worker.attempt.workplace import Workplace
 from loractl.worker.delivery.messenger import Messenger
 from loractl.worker.device.devices import Device, find_device
 from loractl.worker.device.occupancy import Watch
-from loractl.worker.node.health.leftovers import end_all, end_strays
+from loractl.worker.node.health.leftovers import end_all, end_strays, has_ranks
 from loractl.worker.node.health.self_test import SelfTest
 from loractl.worker.spare.hosts import Hosts
 from loractl.worker.spare.spares import Spares
@@ -174,13 +174,19 @@ class DeviceNode:
     def _await_gangs(self) -> None:
         """Stay while a job has this card as one of several: the node of its first card stops it, and if this one were
         silent meanwhile, the job would be ended as lost. Where this node alone ends, nobody stops the job: it goes back
-        to its last checkpoint, and the card is not out of service until it ends by itself."""
+        to its last checkpoint, and the card is not out of service until it ends by itself. While the database is away
+        only a job that runs here is known of: with none, nobody would ever end this wait."""
+        said = False
         while self._place.drain.wish != "now" and not self._place.drain.alone:
             try:
                 if not self._place.store.serves_beside(self._place.node):
                     return
             except REFUSALS as error:
-                log.warning("what runs beside this card is not known: %s", told_by(error))
+                if not said:
+                    log.warning("whether a job has %s beside another card: %s", self._place.node, told_by(error))
+                said = True
+                if not has_ranks(self._place):
+                    return
             time.sleep(GANG_S)
 
     def _ready(self, consumer: Any) -> None:

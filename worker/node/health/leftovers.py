@@ -65,6 +65,11 @@ def end_strays(place: Workplace) -> None:
         end_leftovers(run)
 
 
+def has_ranks(place: Workplace) -> bool:
+    """Whether a job on several cards runs here that the node of another card has started."""
+    return bool(runs_of(card_mark(place.settings, place.node), RANK_VARIABLE))
+
+
 def _marks_of_no_attempt(place: Workplace) -> frozenset[str]:
     """Those of the spare trainer and of hosts."""
     keepers = (place.spares, place.hosts)
