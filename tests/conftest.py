@@ -357,7 +357,9 @@ def _warm_servers() -> Iterator[Path]:
             server.stdin.close()
         for server in servers:
             server.wait(timeout=60)
+        left = "".join(file.read_text() for file in folder.glob(f"*-{warm.LEFT}"))
         shutil.rmtree(folder, ignore_errors=True)
+        assert not left, f"left running: {left}"
 
 
 SHARED_SERVERS = "WARM_SERVERS_OF_THE_RUN"
@@ -373,7 +375,8 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ[SHARED_SERVERS] = str(_run.enter_context(_warm_servers()))
 
 
-def pytest_unconfigure(config: pytest.Config) -> None:
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
     """End the servers of the run; in xdist's processes there is none."""
     _run.close()
 

@@ -42,7 +42,7 @@ MODULES = {
     "loractl.worker.base.self_test": HEAVY,
     "loractl.worker.data.lengths": HEAVY,
     "loractl.worker.node": LIGHT,
-    "loractl.worker.node.card_check": LIGHT,
+    "loractl.worker.node.health.card_check": LIGHT,
     "loractl.worker.storage.process": LIGHT,
 }
 """What commands, nodes and trainers start by `python -m`, and the server that has it."""
@@ -77,6 +77,9 @@ STAND_IN = "NVML_STANDIN"
 NO_MATTER = ("TORCHINDUCTOR_CACHE_DIR", "HF_XET_HIGH_PERFORMANCE", "HF_TOKEN")
 """What importing torch and lm_eval leaves in the environment of a test process, always the same; and what the hub's
 client asks for anew each time."""
+
+LEFT, LONG_S = "left", 30.0
+"""The end of the name of a server's file that tells what was left behind, after this many seconds of its life."""
 
 ALWAYS = "WARM_ALWAYS"
 """In the environment: a process that would start cold fails, and says why."""
@@ -199,6 +202,7 @@ def serve(kind: str, folder: str) -> None:
     import contextlib
     import gc
     import selectors
+    import time
 
     own = _early(os.environ, READ_AT_START + READ_AT_IMPORT)  # before the libraries add to it
     gc.disable()
@@ -215,18 +219,19 @@ def serve(kind: str, folder: str) -> None:
     waiting.register(listener, selectors.EVENT_READ)
     waiting.register(0, selectors.EVENT_READ)
     children: dict[int, tuple[int, socket.socket]] = {}  # by the connection's number
+    begun: dict[int, tuple[float, str]] = {}  # by the number of the process: when, and what it is
     while True:
         for key, _ in waiting.select():
             if key.fileobj == 0:
-                for pid, _ in children.values():
-                    os.kill(pid, signal.SIGKILL)
+                _end(begun, f"{folder}/{kind}-{LEFT}")
                 return
             if key.fileobj is listener:
                 connection, _ = listener.accept()
-                pid = _begin(kind, connection, own)
+                pid, what = _begin(kind, connection, own)
                 if not pid:
                     connection.close()
                     continue
+                begun[pid] = time.monotonic(), what
                 children[connection.fileno()] = pid, connection
                 waiting.register(os.pidfd_open(pid), selectors.EVENT_READ, connection.fileno())
                 waiting.register(connection, selectors.EVENT_READ)
@@ -239,6 +244,7 @@ def serve(kind: str, folder: str) -> None:
                 waiting.unregister(key.fileobj)
                 os.close(key.fd)
                 pid, connection = children.pop(key.data)
+                del begun[pid]
                 with contextlib.suppress(KeyError):
                     waiting.unregister(connection)
                 with contextlib.suppress(OSError):
@@ -246,12 +252,24 @@ def serve(kind: str, folder: str) -> None:
                 connection.close()
 
 
-def _begin(kind: str, connection: socket.socket, own: dict[str, str]) -> int:
-    """The pid of a child that does what is asked for; 0 when it can't be done here, or who asked has ended."""
+def _end(begun: dict[int, tuple[float, str]], file: str) -> None:
+    """Kill what is left. What has lived for long is told: a test has left it behind, or loractl has."""
+    import time
+
+    with open(file, "w", encoding="utf-8") as left:  # noqa: PTH123  pathlib is slow to import
+        for pid, (since, what) in begun.items():
+            if time.monotonic() - since > LONG_S:
+                left.write(f"process {pid}: {what}\n")
+            os.kill(pid, signal.SIGKILL)
+
+
+def _begin(kind: str, connection: socket.socket, own: dict[str, str]) -> tuple[int, str]:
+    """The pid of a child that does what is asked for, and what that is; 0 when it can't be done here, or who asked has
+    ended."""
     import contextlib
 
     pipes: list[int] = []
-    pid = 0
+    pid, what = 0, ""
     with contextlib.suppress(ConnectionError):
         head, pipes, _, _ = socket.recv_fds(connection, 4, 3)
         size, request = int.from_bytes(head, "big"), b""
@@ -259,13 +277,14 @@ def _begin(kind: str, connection: socket.socket, own: dict[str, str]) -> int:
             request += part
         if request and len(request) == size:
             module, argv, folder, environment = marshal.loads(request)
+            what = f"{module or 'loractl'} {' '.join(argv)[:80]} of {environment.get('PYTEST_CURRENT_TEST')}"
             names = _read_once(kind, module, argv, environment)
             if _early(environment, names) == _early(own, names) and (pid := os.fork()) == 0:
                 _child(pipes, module, argv, folder, environment)
             _answer(connection, pid)
     for pipe in pipes:
         os.close(pipe)
-    return pid
+    return pid, what
 
 
 def _read_once(kind: str, module: str, argv: list[str], environment: dict[str, str]) -> tuple[str, ...]:
