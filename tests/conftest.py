@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
-import itertools
 import os
 import shutil
 import signal
@@ -19,7 +18,7 @@ from pathlib import Path
 
 import hypothesis
 import pytest
-from sqlalchemy import Connection, Engine, NullPool, create_engine, text
+from sqlalchemy import Engine
 
 from loractl.common.queue.valkey import stop_embedded
 from loractl.common.settings import load_settings
@@ -28,6 +27,7 @@ from loractl.common.store.schema import upgrade
 from loractl.common.store.store import Store
 
 from . import services, warm
+from .databases import KeptDatabase, database
 from .models import make_tiny_model
 
 gc.disable()  # until everything is collected: the imports make objects that stay
@@ -36,7 +36,8 @@ ROOT = Path(__file__).parents[1]
 
 LORACTL = str(Path(sys.executable).with_name("loractl"))
 
-_numbers = itertools.count()
+_workers_started = list[str]()
+"""The homes of workers that a test has started and gone on."""
 
 LONG = os.environ.get("TESTS") == "long"
 """make test-long: the tests marked `long`, and more examples of every property."""
@@ -116,14 +117,14 @@ def postgres_server(real_services: None) -> Iterator[str]:
 @pytest.fixture
 def postgres_url(postgres_server: str) -> Iterator[str]:
     """A fresh, empty database."""
-    with _database(postgres_server) as url:
+    with database(postgres_server) as url:
         yield url
 
 
 @pytest.fixture(scope="session")
 def postgres_template(postgres_server: str) -> Iterator[str]:
     """The name of an upgraded database that others are copied from: a copy takes a tenth of the migrations' time."""
-    with _database(postgres_server) as url:
+    with database(postgres_server) as url:
         engine = make_engine(url)
         upgrade(engine)
         engine.dispose()
@@ -177,76 +178,6 @@ def kept_postgres(postgres_server: str, postgres_template: str) -> Iterator[Kept
     kept = KeptDatabase(postgres_server, postgres_template)
     yield kept
     kept.close()
-
-
-class KeptDatabase:
-    """An upgraded PostgreSQL database that one test after the other gets empty. To make one for each takes ten times as
-    long. A test that changes more than rows leaves the next one a new copy of the template."""
-
-    def __init__(self, server: str, template: str) -> None:
-        self._server, self._template = server, template
-        self._open: contextlib.ExitStack | None = None
-        self._url, self._form = "", ""
-
-    def url(self) -> str:
-        if self._open is None:
-            self._open = contextlib.ExitStack()
-            self._url = self._open.enter_context(_database(self._server, self._template))
-            with self._connection() as connection:
-                self._form = self._form_of(connection)
-        return self._url
-
-    def empty(self) -> None:
-        """End what is still connected, and delete all rows."""
-        with self._connection() as connection:
-            connection.execute(text(_END_OTHERS))
-            changed = self._form_of(connection) != self._form
-            if not changed:
-                connection.execute(text("SET session_replication_role = replica"))  # no foreign key is looked at
-                connection.execute(text(_DELETE_ALL))
-        if changed:
-            self.close()
-
-    def close(self) -> None:
-        if self._open is not None:
-            self._open.close()
-            self._open = None
-
-    @contextlib.contextmanager
-    def _connection(self) -> Iterator[Connection]:
-        engine = create_engine(self._url, isolation_level="AUTOCOMMIT", poolclass=NullPool)
-        with engine.connect() as connection:
-            yield connection
-
-    def _form_of(self, connection: Connection) -> str:
-        return str(connection.execute(text(_FORM)).scalar())
-
-
-_END_OTHERS = """
-SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()
-"""
-_DELETE_ALL = """
-DO $$ DECLARE each record; BEGIN
-  FOR each IN SELECT tablename FROM pg_tables WHERE schemaname = 'public' AND tablename <> 'alembic_version' LOOP
-    EXECUTE format('DELETE FROM %I', each.tablename);
-  END LOOP;
-  FOR each IN SELECT sequencename FROM pg_sequences WHERE schemaname = 'public' LOOP
-    EXECUTE format('ALTER SEQUENCE %I RESTART', each.sequencename);
-  END LOOP;
-END $$
-"""
-_FORM = """
-SELECT md5(concat(
-  (SELECT string_agg(concat(relname, relkind, relacl, relrowsecurity), ',' ORDER BY relname) FROM pg_class
-     WHERE relnamespace = 'public'::regnamespace),
-  (SELECT string_agg(concat(attrelid, attname, atttypid, attnotnull, attacl), ',' ORDER BY attrelid, attnum)
-     FROM pg_attribute JOIN pg_class ON pg_class.oid = attrelid WHERE relnamespace = 'public'::regnamespace),
-  (SELECT count(*) FROM pg_constraint), (SELECT count(*) FROM pg_trigger), (SELECT count(*) FROM pg_policy),
-  (SELECT count(*) FROM pg_proc), (SELECT string_agg(setconfig::text, ',') FROM pg_db_role_setting),
-  (SELECT datacl::text FROM pg_database WHERE datname = current_database()),
-  (SELECT nspacl::text FROM pg_namespace WHERE nspname = 'public'),
-  (SELECT version_num FROM alembic_version)))
-"""
 
 
 @pytest.fixture
@@ -311,6 +242,8 @@ class Cli:
     def start(self, *args: object, warm_start: bool = False) -> subprocess.Popen[str]:
         """Start it and go on. With `warm_start` it is forked: no child of the process that is returned, which only
         hands on what happens."""
+        if args[:1] == ("worker",):
+            _workers_started.append(self.environment["LORACTL_HOME"])
         command = [sys.executable, "-S", "-E", str(warm.__file__)] if warm_start else [LORACTL]
         return subprocess.Popen(
             [*command, *map(str, args)],
@@ -330,8 +263,22 @@ def home() -> Iterator[Path]:
     """A LORACTL_HOME with a short path (unix sockets), its embedded Valkey stopped afterwards."""
     folder = Path(tempfile.mkdtemp(prefix="loractl-", dir=MEMORY))
     yield folder
+    while _workers_started:
+        _end_nodes(_workers_started.pop())
     stop_embedded(load_settings({"LORACTL_HOME": str(folder)}))
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def _end_nodes(home: str) -> None:
+    """End what a killed worker of that home left: a node without its database would wait for it, and other tests for a
+    processor."""
+    ours = os.fsencode(f"LORACTL_HOME={home}")
+    for process in Path("/proc").iterdir():
+        with contextlib.suppress(OSError, ValueError):  # it has ended, or is none
+            if b"loractl.worker.node" not in (process / "cmdline").read_bytes().split(b"\0"):
+                continue
+            if ours in (process / "environ").read_bytes().split(b"\0"):
+                os.kill(int(process.name), signal.SIGKILL)  # a forked one ends with who asked for it
 
 
 @contextlib.contextmanager
@@ -415,21 +362,3 @@ def cli(make_cli: Callable[..., Cli]) -> Cli:
 
 def _inherited() -> dict[str, str]:
     return {k: v for k, v in os.environ.items() if not k.startswith(("LORACTL_", "AWS_"))}
-
-
-@contextlib.contextmanager
-def _database(server: str, template: str = "template1") -> Iterator[str]:
-    """The URL of a database of its own, a copy of the template."""
-    name = f"test_{os.getpid()}_{next(_numbers)}"
-    admin = create_engine(_psycopg(server), isolation_level="AUTOCOMMIT")
-    with admin.connect() as connection:
-        connection.execute(text(f"CREATE DATABASE {name} TEMPLATE {template} STRATEGY FILE_COPY"))
-    base, _, query = server.partition("?")
-    yield _psycopg(base.rpartition("/")[0] + f"/{name}" + (f"?{query}" if query else ""))
-    with admin.connect() as connection:
-        connection.execute(text(f"DROP DATABASE {name} WITH (FORCE)"))
-    admin.dispose()
-
-
-def _psycopg(url: str) -> str:
-    return url.replace("postgresql://", "postgresql+psycopg://", 1)

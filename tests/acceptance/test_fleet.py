@@ -21,6 +21,7 @@ from loractl.common.store.tables import FleetRound
 from loractl.common.units import GIB
 
 from ..conftest import Cli
+from ..databases import database
 from ..unit.factories import node_state, submission
 from .test_node import SLOW
 
@@ -29,9 +30,7 @@ LEASE_S = 6
 
 @pytest.fixture
 def fleet_url(postgres_server: str, postgres_template: str) -> Iterator[str]:
-    from ..conftest import _database
-
-    with _database(postgres_server, postgres_template) as url:
+    with database(postgres_server, postgres_template) as url:
         yield url
 
 

@@ -254,6 +254,17 @@ def _once() -> Callable[[str], None]:
     return tell
 
 
+class LogHandler(logging.StreamHandler[IO[str]]):
+    """Writes to stderr, and goes without where nobody reads it any more.
+
+    A node outlives a worker that was killed. To tell of each lost line, which is lost in turn, takes a processor.
+    """
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  logging's name
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
+
+
 class _CleanFormatter(logging.Formatter):
     """Lines without control characters: a model's error may hold what would steer the terminal of the box's owner."""
 
@@ -267,7 +278,7 @@ def main() -> None:
     parser.add_argument("--index", required=True, help="the device's number, like 0, or 0.1")
     parser.add_argument("--options", type=json.loads, default={}, help="NodeOptions as JSON")
     arguments = parser.parse_args()
-    handler = logging.StreamHandler()
+    handler = LogHandler()
     handler.setFormatter(_CleanFormatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
     logging.basicConfig(handlers=[handler], level=logging.WARNING)
     log.setLevel(logging.INFO)

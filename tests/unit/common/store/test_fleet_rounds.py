@@ -24,6 +24,7 @@ from loractl.common.store.tables import Job
 from loractl.common.units import GIB
 from loractl.worker.node.monitor import FLEET_ROUND_S, ROUND_S, SETTLE_S
 
+from ....databases import database
 from ...factories import Clock, node_state, submission, take
 
 FROZEN_SWEEPER = """
@@ -76,10 +77,8 @@ def engine(upgraded_url: str) -> Iterator[Engine]:
 
 @pytest.fixture
 def postgres_engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
-    from ....conftest import _database
-
     template = request.getfixturevalue("postgres_template")
-    with _database(request.getfixturevalue("postgres_server"), template) as url:
+    with database(request.getfixturevalue("postgres_server"), template) as url:
         made = make_engine(url, connections=40)
         yield made
         made.dispose()

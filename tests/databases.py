@@ -1,0 +1,100 @@
+"""Databases of PostgreSQL for tests: a fresh one for each, or one that is emptied between two."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+from collections.abc import Iterator
+
+from sqlalchemy import Connection, NullPool, create_engine, text
+
+_numbers = itertools.count()
+
+
+@contextlib.contextmanager
+def database(server: str, template: str = "template1") -> Iterator[str]:
+    """The URL of a database of its own, a copy of the template."""
+    name = f"test_{os.getpid()}_{next(_numbers)}"
+    admin = create_engine(psycopg_url(server), isolation_level="AUTOCOMMIT")
+    with admin.connect() as connection:
+        connection.execute(text(f"CREATE DATABASE {name} TEMPLATE {template} STRATEGY FILE_COPY"))
+    base, _, query = server.partition("?")
+    yield psycopg_url(base.rpartition("/")[0] + f"/{name}" + (f"?{query}" if query else ""))
+    with admin.connect() as connection:
+        connection.execute(text(f"DROP DATABASE {name} WITH (FORCE)"))
+    admin.dispose()
+
+
+def psycopg_url(url: str) -> str:
+    return url.replace("postgresql://", "postgresql+psycopg://", 1)
+
+
+class KeptDatabase:
+    """An upgraded PostgreSQL database that one test after the other gets empty. To make one for each takes ten times as
+    long. A test that changes more than rows leaves the next one a new copy of the template."""
+
+    def __init__(self, server: str, template: str) -> None:
+        self._server, self._template = server, template
+        self._open: contextlib.ExitStack | None = None
+        self._url, self._form = "", ""
+
+    def url(self) -> str:
+        if self._open is None:
+            self._open = contextlib.ExitStack()
+            self._url = self._open.enter_context(database(self._server, self._template))
+            with self._connection() as connection:
+                self._form = self._form_of(connection)
+        return self._url
+
+    def empty(self) -> None:
+        """End what is still connected, and delete all rows."""
+        with self._connection() as connection:
+            connection.execute(text(_END_OTHERS))
+            changed = self._form_of(connection) != self._form
+            if not changed:
+                connection.execute(text("SET session_replication_role = replica"))  # no foreign key is looked at
+                connection.execute(text(_DELETE_ALL))
+        if changed:
+            self.close()
+
+    def close(self) -> None:
+        if self._open is not None:
+            self._open.close()
+            self._open = None
+
+    @contextlib.contextmanager
+    def _connection(self) -> Iterator[Connection]:
+        engine = create_engine(self._url, isolation_level="AUTOCOMMIT", poolclass=NullPool)
+        with engine.connect() as connection:
+            yield connection
+
+    def _form_of(self, connection: Connection) -> str:
+        return str(connection.execute(text(_FORM)).scalar())
+
+
+_END_OTHERS = """
+SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()
+"""
+_DELETE_ALL = """
+DO $$ DECLARE each record; BEGIN
+  FOR each IN SELECT tablename FROM pg_tables WHERE schemaname = 'public' AND tablename <> 'alembic_version' LOOP
+    EXECUTE format('DELETE FROM %I', each.tablename);
+  END LOOP;
+  FOR each IN SELECT sequencename FROM pg_sequences WHERE schemaname = 'public' LOOP
+    EXECUTE format('ALTER SEQUENCE %I RESTART', each.sequencename);
+  END LOOP;
+END $$
+"""
+_FORM = """
+SELECT md5(concat(
+  (SELECT string_agg(concat(relname, relkind, relacl, relrowsecurity), ',' ORDER BY relname) FROM pg_class
+     WHERE relnamespace = 'public'::regnamespace),
+  (SELECT string_agg(concat(attrelid, attname, atttypid, attnotnull, attacl), ',' ORDER BY attrelid, attnum)
+     FROM pg_attribute JOIN pg_class ON pg_class.oid = attrelid WHERE relnamespace = 'public'::regnamespace),
+  (SELECT count(*) FROM pg_constraint), (SELECT count(*) FROM pg_trigger), (SELECT count(*) FROM pg_policy),
+  (SELECT count(*) FROM pg_proc), (SELECT string_agg(setconfig::text, ',') FROM pg_db_role_setting),
+  (SELECT datacl::text FROM pg_database WHERE datname = current_database()),
+  (SELECT nspacl::text FROM pg_namespace WHERE nspname = 'public'),
+  (SELECT version_num FROM alembic_version)))
+"""
