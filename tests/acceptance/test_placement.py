@@ -299,7 +299,8 @@ def test_a_drained_box_says_so_gives_its_jobs_back_when_told_and_goes_on_where_t
     lab.until_job(1, lambda job: (job.step or 0) >= 5)
     lab.cli("drain", "heron:0", "--reason", "driver", "--now")
     given_back = lab.until_job(1, lambda job: job.status is Status.QUEUED)
-    assert given_back["attempts"][0]["reason"] == "drained"
+    first = given_back["attempts"][0]
+    assert (first["reason"], first["message"]) == ("drained", "heron:0 is drained by tester: driver")
     assert lab.why(1)["word"] == "drained"
     assert not [card for card in lab.cards().values() if card["jobs"]]
 

@@ -64,7 +64,7 @@ class AttemptState:
     cancel_requested: bool = False
     preempted_by: int | None = None
     pruned: str | None = None  # why its sweep stops the job
-    card_drained: str | None = None  # why another one of its cards is wanted free
+    card_drained: str | None = None  # whose order keeps one of its cards empty
     time_limit: float | None = None  # seconds, as the last beat brought it: an edit reaches a job that runs
     heard_at: float = field(default_factory=time.monotonic)  # when the trainer last said something
     said_at: float = -math.inf  # when a step was last named at the terminal

@@ -58,13 +58,18 @@ def wanted_stop(place: Workplace, state: AttemptState) -> StopWish | None:
         why = f"ran longer than resources.time_limit ({limit:.0f} s)"
         return StopWish(reason=Reason.TIMED_OUT, message=why, save=True, grace_s=DRAIN_GRACE_S)
     if place.drain.wish is not None:
-        why = "the worker is being stopped"
+        why = _why_drained(place, state, "the worker is being stopped")
         return StopWish(reason=Reason.DRAINED, message=why, save=True, grace_s=DRAIN_GRACE_S)
     if state.card_drained is not None:
         return StopWish(reason=Reason.DRAINED, message=state.card_drained, save=True, grace_s=DRAIN_GRACE_S)
     if is_silent(state):  # it shares its trainer, else that was killed
         return StopWish(reason=Reason.TRAINER_ERROR, message=SILENT)
     return None
+
+
+def _why_drained(place: Workplace, state: AttemptState, stopped: str) -> str:
+    """`stopped`, where the worker itself ends; else whose order keeps the card empty."""
+    return stopped if place.drain.asked is not None else state.card_drained or f"{place.node} is drained"
 
 
 def is_silent(state: AttemptState) -> bool:
@@ -142,10 +147,12 @@ def require_wanted(place: Workplace, state: AttemptState) -> None:
         if state.cancel_requested:
             state.forced = Reason.CANCELLED, "cancelled while it waited for the artifact store"
         else:
-            state.forced = Reason.DRAINED, "the worker was stopped while the artifact store was away"
+            why = _why_drained(place, state, "the worker was stopped")
+            state.forced = Reason.DRAINED, f"{why}, while the artifact store was away"
     elif state.cancel_requested:
         state.forced = Reason.CANCELLED, "cancelled before it trained"
     elif drained:
-        state.forced = Reason.DRAINED, "the worker was stopped before it trained"
+        why = _why_drained(place, state, "the worker was stopped")
+        state.forced = Reason.DRAINED, f"{why}, before it trained"
     if state.forced is not None:
         raise Interrupted

@@ -181,12 +181,12 @@ class Monitor:
         at_once = order is not None and order.now
         if order is not None and at_once and not place.drain.ordered:
             log.warning("drained by %s: %s", order.user, order.reason)
-        place.drain.order(at_once)
         for attempt in slots.attempts.values():
-            wanted = [
-                share.node for share in attempt.claim.shares if (o := orders.get(share.node)) is not None and o.now
-            ]
-            attempt.card_drained = f"{wanted[0]} is being drained" if wanted else None
+            cards = [share.node for share in attempt.claim.shares] or [place.node]
+            asked = ((card, orders.get(card) or orders.get(place.settings.host)) for card in cards)
+            wanted = [f"{card} is drained by {o.user}: {o.reason}" for card, o in asked if o is not None and o.now]
+            attempt.card_drained = wanted[0] if wanted else None
+        place.drain.order(at_once)  # its supervisors look from here on, and find whose order it is
         if self._hosts is not None:
             self._hosts.closed = order is not None
 

@@ -79,6 +79,16 @@ def test_a_drain_of_any_of_its_cards_ends_it_with_a_checkpoint(place: Workplace,
     assert wish is not None and wish.save and (wish.reason, wish.message) == (Reason.DRAINED, "box:0 is being drained")
 
 
+def test_a_job_says_whose_drain_ends_it_and_not_that_the_worker_stops(place: Workplace, state: AttemptState) -> None:
+    state.card_drained = "box:1 is drained by mara: new fans"
+    place.drain.order(True)
+    wish = wanted_stop(place, state)
+    assert wish is not None and (wish.reason, wish.message) == (Reason.DRAINED, state.card_drained)
+    place.drain.ask("checkpoint")
+    wish = wanted_stop(place, state)
+    assert wish is not None and wish.message == "the worker is being stopped"
+
+
 def test_no_rank_starts_before_a_base_has_left_the_other_card_whose_node_is_woken(
     place: Workplace, state: AttemptState, home: Path
 ) -> None:
