@@ -26,6 +26,7 @@ class GangWait:
 
     sentence: str
     after: tuple[int, ...]  # the jobs that must end; empty: none, or that is not known
+    only_slot: bool = False  # the memory is free already
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,10 +66,11 @@ def gang_wait(me: Waiting, gang: SharedNeed, view: FleetView) -> GangWait:
     host = found.rooms[0][0].host
     full = [(card, room) for card, room in found.rooms if room.after] or found.rooms
     after = tuple(dict.fromkeys(job.job_id for _, room in full for job in room.after))
-    if len(full) == 1 and gang.cards in ORDINALS:
-        return GangWait(sentence=f"waits for a {ORDINALS[gang.cards]} card{of_size} on {host}", after=after)
+    only_slot = size is not None and all(card.free >= size for card, _ in full)
     more = "more " if len(full) < gang.cards else ""
-    return GangWait(sentence=f"waits for {len(full)} {more}cards{of_size} on {host}", after=after)
+    second = len(full) == 1 and gang.cards in ORDINALS
+    wanted = f"a {ORDINALS[gang.cards]} card" if second else f"{len(full)} {more}cards"
+    return GangWait(sentence=f"waits for {wanted}{of_size} on {host}", after=after, only_slot=only_slot)
 
 
 def gathering_of(me: Waiting, gang: SharedNeed, view: FleetView) -> Gathering | None:

@@ -289,7 +289,8 @@ def _room(job: Job, me: Waiting, view: FleetView) -> Wait:
     if (gang := shared_way(me, view)) is not None:
         wait = gang_wait(me, gang, view)
         ends = f" when {when_they_end(wait.after)}" if wait.after else ""
-        return _capacity("memory", f"{wait.sentence}{ends}{' (kept for it)' if mine else ''}")
+        word = "busy" if wait.only_slot else "memory"
+        return _capacity(word, f"{wait.sentence}{ends}{' (kept for it)' if mine else ''}")
     openings = {
         card.node: opening for card in view.cards.values() if (opening := opening_of(me, card, view)) is not None
     }

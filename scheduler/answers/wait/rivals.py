@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from loractl.common.placement.cards import takes
+from loractl.common.placement.cards import Card, takes
+from loractl.common.placement.gangs import may_share
 from loractl.common.placement.lines import Waiting
 from loractl.common.store.fleet import FleetView, waiting_of
 
@@ -46,10 +47,14 @@ def rivals(job: Job, view: FleetView, waiting: Sequence[Waiting]) -> list[Waitin
 
 def _suiting(job: Waiting, view: FleetView) -> frozenset[str]:
     """The open cards that the job could take. Hundreds of waiting jobs ask for the same, so the view keeps it."""
-    form = (job.need, job.methods, job.requires, job.only_host, job.avoids)
+    form = (job.need, job.methods, job.requires, job.only_host, job.avoids, job.alone, job.gangs)
     found = view.suiting.get(form)
     if found is None:
         fleet = view.cards.values()
-        takers = (card for card in fleet if card.open and takes(card, job, fleet, view.largest))
+
+        def may_have(card: Card) -> bool:
+            return card.open and (takes(card, job, fleet, view.largest) or (bool(job.gangs) and may_share(card, job)))
+
+        takers = (card for card in fleet if may_have(card))
         found = view.suiting[form] = frozenset(card.node for card in takers if could_ever_hold(job, card))
     return found

@@ -6,10 +6,12 @@ from typing import Any
 
 from loractl.common.job.method import Method
 from loractl.common.placement.rule import RESERVE_AFTER_S
+from loractl.common.store.fleet import waiting_of
 from loractl.common.units import GIB
 from loractl.scheduler.answers.wait.cards import card_fits
 from loractl.scheduler.answers.wait.gangs import asked_of, in_short, in_words
 from loractl.scheduler.answers.wait.reasons import explain
+from loractl.scheduler.answers.wait.rivals import ahead_of
 
 from ...fleets import card, drained, fleet, in_seconds, running, waits
 
@@ -33,8 +35,22 @@ def test_a_gang_says_which_card_it_lacks_and_who_has_it() -> None:
     assert told(shared(), *pair(), **busy) == ("memory", "waits for a second card of 20.0 GiB on heron when 12 ends")
     both = {"ran": [running(12, "heron:1", 20), running(13, "heron:0", 20)]}
     assert told(shared(), *pair(), **both)[1].startswith("waits for 2 cards of 20.0 GiB on heron when 1")
+    small = {"ran": [running(12, "heron:1", 2)]}
+    assert told(shared(), *pair(), **small)[0] == "busy", "there the memory is free, and the card takes no second job"
     kept = shared(submitted_at=in_seconds(-RESERVE_AFTER_S - 1))
     assert told(kept, *pair(), ran=[running(12, "heron:1", 20, 600)])[1].endswith("on heron when 12 ends (kept for it)")
+
+
+def test_a_job_that_needs_several_cards_has_the_others_of_its_box_ahead_of_it() -> None:
+    """`status` named those that go first, `why` said that nothing is ahead: what was asked first decided."""
+    first = waits(lora=40, qlora=None, methods=(Method.LORA,), job_id=7)
+    second = shared(alone=False, job_id=8)
+    first.vram_lora = second.vram_lora = 20 * GIB
+    for asked, expected in ((second, [7]), (first, [])):
+        view = fleet(pair(), ran=[running(12, "heron:1", 20)], waiting=[first, second])
+        ready = [waiting_of(vars(job), view.now) for job in (first, second)]
+        assert [other.job_id for other in ahead_of(asked, view, ready)] == expected
+        assert [other.job_id for other in ahead_of(second, view, ready)] == [7]
 
 
 def test_a_gang_that_starts_names_all_its_cards() -> None:
