@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from loractl.common.job.sweep import Member, SweepView
     from loractl.common.store.store import Store
 
+_STATES = ("running", "waiting", "stopped", "done", "failed", "cancelled")
+
 
 @dataclass(frozen=True, kw_only=True)
 class SweepStanding:
@@ -29,8 +31,9 @@ class SweepStanding:
 
         `sweep_id`, `name`, `user`, `created_at`; `varied`: the values of each key as they were given; `trials` and
         `seed` of the draw, null without one; `rungs`: the shares of the steps after which losers stop; `ended`;
-        how many members are `running`, `waiting`, `stopped`, `done`, `failed`; `best_job_id`, null before the first
-        loss; `saved_steps` of `total_steps`; `members`: each with its fields, `settings` and `rungs` it has reached.
+        how many members are `running`, `waiting`, `stopped`, `done`, `failed`, `cancelled`; `best_job_id`, null
+        before the first loss; `saved_steps` of `total_steps`; `members`: each with its fields, `settings` and `rungs`
+        it has reached.
         """
         sweep, best = self.sweep, self.sweep.best
         saved, steps = sweep.saved_steps
@@ -132,16 +135,17 @@ def sweep_comparison(store: Store, artifacts: ArtifactStore, sweep_id: int) -> S
 
 
 def count(sweep: SweepView) -> dict[str, int]:
-    """How many members run, wait, were stopped early, are done, or ended otherwise."""
+    """How many members run, wait, were stopped early, are done, have failed, or were cancelled by a person."""
     states = [
         "running" if m.status is Status.RUNNING
         else "waiting" if m.status is Status.QUEUED
         else "done" if m.status is Status.SUCCEEDED
         else "stopped" if m.pruned
-        else "failed"
+        else "failed" if m.status is Status.FAILED
+        else "cancelled"
         for m in sweep.members
     ]  # fmt: skip
-    return {name: states.count(name) for name in ("running", "waiting", "stopped", "done", "failed")}
+    return {name: states.count(name) for name in _STATES}
 
 
 def named_settings(sweep: SweepView, member: Member) -> str:

@@ -24,15 +24,16 @@ _DOING = {
     Stage.STORING: "is stored",
 }
 _ENDED = {Status.SUCCEEDED: "done", Status.FAILED: "failed", Status.CANCELLED: "cancelled"}
+_SELDOM = ("failed", "cancelled")  # told only where there is such a member
 _COLORS = {Status.SUCCEEDED: "green", Status.FAILED: "red", Status.RUNNING: "blue"}
 
 
 def overview(views: Sequence[SweepView], screen: Screen) -> list[str]:
     """Each sweep in one line: where its members stand, and the best so far."""
     counts = [count(view) for view in views]
-    names = ["running", "waiting", "stopped", "done"] + ["failed"] * any(each["failed"] for each in counts)
-    titles = {"running": "RUN", "waiting": "WAIT", "stopped": "STOPPED", "done": "DONE", "failed": "FAILED"}
-    headers = ["SWEEP", "NAME", "OWNER", *(titles[name] for name in names), "BEST SO FAR"]
+    names = [name for name in counts[0] if name not in _SELDOM or any(each[name] for each in counts)] if counts else []
+    titles = {"running": "RUN", "waiting": "WAIT"}
+    headers = ["SWEEP", "NAME", "OWNER", *(titles.get(name, name.upper()) for name in names), "BEST SO FAR"]
     times = "×" if screen.unicode else "x"
     rows = [
         [
@@ -142,14 +143,8 @@ def _state(member: Member) -> str:
 
 
 def _told(counts: Mapping[str, int]) -> str:
-    words = {
-        "running": "run",
-        "waiting": "wait",
-        "stopped": "stopped early",
-        "done": "done",
-        "failed": "ended otherwise",
-    }
-    return ", ".join(f"{number} {words[name]}" for name, number in counts.items() if number)
+    words = {"running": "run", "waiting": "wait", "stopped": "stopped early"}
+    return ", ".join(f"{number} {words.get(name, name)}" for name, number in counts.items() if number)
 
 
 def _loss_of(view: SweepView, member: Member) -> str:

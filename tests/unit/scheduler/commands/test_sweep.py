@@ -148,7 +148,7 @@ def test_a_sweep_is_cancelled_as_one_and_compared_once_a_member_has_a_result(job
     told = runner.invoke(cancel, ["--sweep", "1"]).stdout
     assert told == "Job 1 is cancelled.\nJob 2 is cancelled.\n"
     assert isinstance(runner.invoke(cancel, ["--sweep", "1"]).exception, WrongState)
-    assert "2 ended otherwise" in runner.invoke(status, ["--sweep", "1"]).stdout
+    assert "2 cancelled" in runner.invoke(status, ["--sweep", "1"]).stdout
     for command, args in (
         (cancel, ["1", "--sweep", "1"]),
         (compare, ["1", "--sweep", "1"]),

@@ -68,6 +68,16 @@ def test_what_ended_otherwise_is_counted_only_where_there_is_such() -> None:
     head, line, best = overview([view(member(1, 0.1, Status.FAILED, reason=Reason.DIVERGED), done(2, 1.0))], PLAIN)
     assert "with r 8" in best, "what is best is told whole, below its row where there is no room beside it"
     assert "FAILED" in head and " ".join(line.split()).startswith("3 triage ×2 mara 0 0 0 1 1")
+    assert "CANCELLED" not in head
+
+
+def test_what_a_person_cancelled_did_not_fail() -> None:
+    """`status` said FAILED 1 of it, beside "0 ✗" of the day."""
+    gone = member(1, 0.1, Status.CANCELLED, reason=Reason.CANCELLED)
+    head, line, _ = overview([view(gone, done(2, 1.0))], PLAIN)
+    assert "FAILED" not in head and " ".join(line.split()).startswith("3 triage ×2 mara 0 0 0 1 1")
+    assert head.split()[7] == "CANCELLED"
+    assert SweepStanding(sweep=view(gone)).as_json()["cancelled"] == 1
 
 
 def test_members_stand_in_their_sweep_s_line_and_not_among_the_jobs() -> None:
@@ -98,7 +108,7 @@ def test_an_opened_sweep_has_a_row_a_member_and_its_state_in_words() -> None:
         ),
         PLAIN,
     )
-    assert text.startswith("Sweep 3 triage by mara: 5 jobs, 1 run, 1 wait, 1 stopped early, 2 ended otherwise.\n")
+    assert text.startswith("Sweep 3 triage by mara: 5 jobs, 1 run, 1 wait, 1 stopped early, 1 failed, 1 cancelled.\n")
     rows = {line.split()[0]: line for line in text.splitlines() if line.strip()[:2].isdigit()}
     assert rows["12"].endswith("1.250  50 %  evaluates on heron:1")
     assert rows["13"].endswith("held") and rows["14"].endswith("2.500  25 %  stopped at 25 %")
@@ -134,7 +144,14 @@ def test_keys_that_end_alike_are_told_in_full() -> None:
 def test_the_json_of_a_sweep_holds_what_the_screen_tells() -> None:
     found = json.loads(json.dumps(SweepStanding(sweep=view(done(12, 1.1), stopped(14))).as_json()))
     assert (found["best_job_id"], found["saved_steps"], found["total_steps"], found["ended"]) == (12, 23, 64, True)
-    assert [found[name] for name in ("running", "waiting", "stopped", "done", "failed")] == [0, 0, 1, 1, 0]
+    assert [found[name] for name in ("running", "waiting", "stopped", "done", "failed", "cancelled")] == [
+        0,
+        0,
+        1,
+        1,
+        0,
+        0,
+    ]
     assert found["members"][1]["rungs"] == [{"rung": 0.25, "step": 8, "loss": 2.5}]
     assert found["members"][1]["reason"] == "pruned"
 
