@@ -96,6 +96,7 @@ class Card:
     model: str = ""  # the device's name: cards of one model are of one speed
     gangs: bool = False  # may be one of several cards for one job
     silent: bool = False  # not heard of lately: no job on several cards begins there, though one may wait for it
+    stuck: bool = False  # takes no job that the rule gives it: none begins there, though one on several may wait for it
     contention: float | None = None  # what a process costs another one there, see pack_rule.Sharing; None: not measured
 
     @property
@@ -184,8 +185,13 @@ class Card:
         return alone + sum(self.is_busy(base) for base in self.hosts)
 
     @property
+    def takes_jobs(self) -> bool:
+        """Whether a job may begin there as soon as it has room."""
+        return self.open and self.max_jobs > 0 and not self.stuck
+
+    @property
     def slots(self) -> int:
-        return max(0, self.max_jobs - self.trainers)
+        return 0 if self.stuck else max(0, self.max_jobs - self.trainers)
 
     def with_job(self, job: Occupant, packed: PackedJob | None = None) -> Card:
         """The card with one more job. `packed`: the same as a member of the host that it joins."""
@@ -247,7 +253,7 @@ def failed(card: Card, job: Waiting) -> bool:
 
 def _could_hold(card: Card, job: Waiting, largest: int) -> bool:
     """Whether an open card will hold the job once our other jobs have left it."""
-    if not card.open or card.max_jobs < 1 or card.capacity <= 0 or not suits(card, job, largest):
+    if not card.takes_jobs or card.capacity <= 0 or not suits(card, job, largest):
         return False
     return job.least is None or job.least <= card.capacity
 
@@ -264,7 +270,7 @@ class Room:
 
 def room_at(card: Card, size: int, now: dt.datetime) -> Room | None:
     """When `size` bytes and a slot will be free if no other job starts; None: never, while others hold so much."""
-    if size > card.capacity or card.max_jobs < 1:
+    if size > card.capacity or card.max_jobs < 1 or card.stuck:
         return None
     staying = sorted(card.running, key=lambda j: (j.ends is None, j.ends or now, -j.reserved, j.job_id))
     gone: list[Occupant] = []

@@ -46,7 +46,7 @@ def gang_of(job: Waiting, cards: Collection[Card]) -> SharedNeed | None:
 
 def _one_could_hold(job: Waiting, cards: Collection[Card]) -> bool:
     largest = largest_gpu(cards)
-    gpus = (c for c in cards if c.open and c.max_jobs and not c.processor and suits(c, job, largest))
+    gpus = (c for c in cards if c.takes_jobs and not c.processor and suits(c, job, largest))
     return any(card.capacity > 0 and (job.least is None or job.least <= card.capacity) for card in gpus)
 
 

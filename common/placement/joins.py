@@ -70,7 +70,7 @@ def spoilt_bases(card: Card) -> list[WarmBase]:
 
 
 def _with_jobs(card: Card) -> list[WarmBase]:
-    if not card.open or card.max_jobs < 1:
+    if not card.takes_jobs:
         return []
     return [base for base in card.hosts if base.open and not base.leaving and card.inside(base)]
 

@@ -119,7 +119,7 @@ class _Fleet:
     def __post_init__(self) -> None:
         usable = [c for c in self.cards.values() if c.open]
         self.largest = largest_gpu(usable)
-        self.ever = self._openings([(c, c.capacity) for c in usable if c.capacity and c.max_jobs], usable)
+        self.ever = self._openings([(c, c.capacity) for c in usable if c.capacity and c.takes_jobs], usable)
         self.user_limit = min((c.user_limit for c in usable if c.user_limit is not None), default=None)
         running = [one for card in self.cards.values() for one in card.running]
         self.awaited = {one.gives_way_to for one in running if one.gives_way_to is not None}
@@ -328,8 +328,9 @@ def _keep(job: Waiting, fleet: _Fleet, now: dt.datetime) -> Reservation | None:
 
 def _keep_gang(job: Waiting, gang: SharedNeed, fleet: _Fleet, now: dt.datetime) -> Reservation | None:
     """Keep the cards of one box where the job can start first. Those that have room already are lent to others while
-    that is far off."""
-    first = first_gathering(job, gang, takers(job, gang, fleet.cards.values()), now)
+    that is far off. A card that takes nothing at the moment may do so when the others have room."""
+    cards = [replace(card, stuck=False) for card in takers(job, gang, fleet.cards.values())]
+    first = first_gathering(job, gang, cards, now)
     if first is None:
         return None
     _, found = first

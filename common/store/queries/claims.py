@@ -58,7 +58,7 @@ def claim(
     if row is None:
         return None
     now = tx.now()  # under the lock: a start is later than the end that made room for it
-    cards = [replace(c, max_jobs=0) if c.node in distrusted - {node} else c for c in read_cards(tx.session, now)]
+    cards = [replace(card, stuck=card.node in distrusted - {node}) for card in read_cards(tx.session, now)]
     if gangs and (silent := late(tx.session, now - dt.timedelta(seconds=lease_s * LATE_SHARE)) - {node}):
         cards = [replace(card, silent=card.node in silent) for card in cards]
     mine = next(card for card in cards if card.node == node)

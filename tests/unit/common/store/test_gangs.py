@@ -132,6 +132,26 @@ def test_a_card_stays_kept_for_a_job_on_several_while_the_other_one_is_silent(ti
     assert claimed(timed).job_id == large
 
 
+def test_a_card_stays_kept_for_a_job_on_several_while_the_other_one_takes_nothing(timed: Store, clock: Clock) -> None:
+    """A node that lets a job lie for some seconds may have begun anew when the job's cards are free."""
+    show(timed, "heron:0", "heron:1", total=48, max_jobs=2)
+    large = timed.submit(gang(lora=30, alone=False))
+    timed.submit(submission(lora=24, qlora=None, method="lora", user="bob"))
+    clock.forward(RESERVE_AFTER_S)
+    show(timed, "heron:0", "heron:1", total=48, max_jobs=2)
+    stuck = frozenset({"heron:1"})
+    assert timed.claim("heron:0", gangs=True, distrusted=stuck) is None, "neither with that card nor past the job"
+    assert claimed(timed).job_id == large
+
+
+def test_a_job_that_one_card_holds_goes_on_two_where_that_one_takes_nothing(store: Store) -> None:
+    show(store, "heron:0", "heron:1")
+    show(store, "ibis:0", total=80)
+    store.submit(gang())
+    assert store.claim("heron:0", gangs=True) is None
+    assert claimed(store, distrusted=frozenset({"ibis:0"})).shares
+
+
 def test_a_silent_card_ends_the_whole_job_though_the_other_beats(timed: Store, clock: Clock) -> None:
     show(timed, "heron:0", "heron:1")
     job_id = timed.submit(gang())
