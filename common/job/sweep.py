@@ -48,7 +48,8 @@ class Member:
     held: bool = False
     step: int | None = None
     total_steps: int | None = None
-    node: str | None = None
+    node: str | None = None  # the first of its cards
+    cards: tuple[str, ...] = ()  # on which it runs
     message: str | None = None
     rungs: tuple[RungPoint, ...] = ()  # ascending
     final_loss: float | None = None  # of the tuned model, once the member has succeeded

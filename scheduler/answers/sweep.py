@@ -174,7 +174,8 @@ def short_setting(value: Any) -> str:
 
 
 def _as_member(member: Member) -> dict[str, Any]:
-    return {**vars(member), "settings": dict(member.settings), "rungs": [vars(point) for point in member.rungs]}
+    rungs, cards = [vars(point) for point in member.rungs], list(member.cards)
+    return {**vars(member), "settings": dict(member.settings), "rungs": rungs, "cards": cards}
 
 
 def _as_stopped(member: Member) -> dict[str, Any]:

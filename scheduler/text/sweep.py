@@ -10,6 +10,7 @@ from loractl.common.job.status import Stage, Status
 from loractl.common.text import clean_line
 from loractl.common.units import thousands
 from loractl.scheduler.answers.sweep import count, named_settings, settings_of, short_keys, short_setting
+from loractl.scheduler.answers.wait.gangs import in_short
 
 from .screen import Screen, bar, fit, table, wrapped_table
 
@@ -133,7 +134,7 @@ def _state(member: Member) -> str:
     if member.status is Status.QUEUED:
         return "held" if member.held else "waits"
     if member.status is Status.RUNNING:
-        where = f" on {clean_line(member.node)}" if member.node else ""
+        where = f" on {clean_line(in_short(member.cards or (member.node,)))}" if member.node else ""
         return (_DOING.get(member.stage, member.stage.value) if member.stage is not None else "starts") + where
     if member.pruned:
         return f"stopped at {member.rungs[-1].rung * 100:g} %" if member.rungs else "stopped"

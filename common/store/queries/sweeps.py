@@ -14,7 +14,7 @@ from loractl.common.job.sweep import Member, RungPoint, SweepView, metric_of, se
 from loractl.common.units import LARGEST
 
 from ..records import HELD_OUT_LOSS, Claim, Page
-from ..tables import FINAL, Attempt, Job, MetricPoint, Sweep
+from ..tables import FINAL, Attempt, AttemptShare, Job, MetricPoint, Sweep
 
 _SWEEP_LOCK = 0x5EE9
 """Any constant: with a sweep's number it names a lock in PostgreSQL."""
@@ -63,7 +63,7 @@ def read_sweeps(session: Session, sweep_ids: Collection[int], *, settings: bool 
     sweep_ids = [number for number in sweep_ids if 0 < number <= LARGEST]
     rows = session.scalars(select(Sweep).where(Sweep.sweep_id.in_(sweep_ids)).order_by(Sweep.sweep_id)).all()
     names = {metric_of(rung) for row in rows for rung in row.rungs or ()}
-    points = _newest(session, sweep_ids, [*names, HELD_OUT_LOSS])
+    points, cards = _newest(session, sweep_ids, [*names, HELD_OUT_LOSS]), _cards(session, sweep_ids)
     views = []
     for row in rows:
         asked = row.settings if isinstance(row.settings, dict) else {}
@@ -81,7 +81,7 @@ def read_sweeps(session: Session, sweep_ids: Collection[int], *, settings: bool 
                 rungs=tuple(row.rungs or ()),
                 trials=asked.get("trials"),
                 seed=asked.get("seed"),
-                members=[_member(job, keys, row.rungs or (), points) for job in mine],
+                members=[_member(job, keys, row.rungs or (), points, cards.get(job.job_id, ())) for job in mine],
             )
         )
     return views
@@ -102,7 +102,11 @@ _WITHOUT_SPEC = tuple(column for column in _OF_MEMBER if column is not Job.spec)
 
 
 def _member(
-    job: Row[Any], varied: Collection[str], rungs: Collection[float], points: Mapping[tuple[int, str], Row[Any]]
+    job: Row[Any],
+    varied: Collection[str],
+    rungs: Collection[float],
+    points: Mapping[tuple[int, str], Row[Any]],
+    cards: tuple[str, ...],
 ) -> Member:
     reached = [(rung, points.get((job.job_id, metric_of(rung)))) for rung in sorted(rungs)]
     final = points.get((job.job_id, HELD_OUT_LOSS))
@@ -117,11 +121,26 @@ def _member(
         step=job.step,
         total_steps=job.total_steps,
         node=job.node,
+        cards=cards,
         message=job.message,
         rungs=tuple(RungPoint(rung=rung, step=p.step, loss=p.value) for rung, p in reached if p is not None),
         final_loss=final.value if final is not None and job.status is Status.SUCCEEDED else None,
         has_result=job.report_uri is not None,
     )
+
+
+def _cards(session: Session, sweep_ids: Collection[int]) -> dict[int, tuple[str, ...]]:
+    """The cards of each member that runs, by rank."""
+    running = (Job.sweep_id.in_(sweep_ids), Job.status == Status.RUNNING, Job.node.is_not(None))
+    now = (AttemptShare.job_id == Job.job_id) & (AttemptShare.attempt == Job.attempt) & (AttemptShare.rank > 0)
+    rows = session.execute(
+        select(Job.job_id, Job.node, AttemptShare.node).outerjoin(AttemptShare, now).where(*running)
+        .order_by(Job.job_id, AttemptShare.rank)
+    )  # fmt: skip
+    cards: dict[int, list[str]] = {}
+    for job_id, first, other in rows:
+        cards.setdefault(job_id, [first or ""]).extend([] if other is None else [other])
+    return {job_id: tuple(names) for job_id, names in cards.items()}
 
 
 def _newest(

@@ -16,7 +16,7 @@ from loractl.common.text import clean_line, storable
 
 from ...fleet import NODE_STALE_S
 from ...outbox import OutboxMessage
-from ...tables import Job, Node
+from ...tables import AttemptShare, Job, Node
 from ...transaction import Transaction
 from ..sweeps import read_sweeps
 
@@ -135,7 +135,10 @@ def _ended(job: Job) -> str:
 
 
 def _post(tx: Transaction, names: Sequence[str], event: str, kind: str, job: Job, subject: str, then: str) -> None:
-    where = "" if job.node is None else f", last on {job.node}"
+    last = (AttemptShare.job_id == job.job_id, AttemptShare.attempt == job.attempt)
+    several = tx.session.scalars(select(AttemptShare.node).where(*last).order_by(AttemptShare.rank)).all()
+    cards = several or [name for name in [job.node] if name is not None]
+    where = f", last on {' and '.join(cards)}" if cards else ""
     advice = f"Job {job.job_id} of {job.user}{where}. {then} More: loractl show {job.job_id}"
     news = News(event=event, kind=kind, job_id=job.job_id, user=job.user, subject=subject, advice=advice)
     write(tx, names, news)

@@ -14,6 +14,7 @@ from starlette.testclient import TestClient
 
 from loractl.common.artifacts import ArtifactStore
 from loractl.common.job.status import Reason, Stage
+from loractl.common.job.sweep import NewSweep
 from loractl.common.store.database import make_engine
 from loractl.common.store.records import Choice, Claim, Page, Progress
 from loractl.common.store.store import Store
@@ -22,17 +23,20 @@ from loractl.scheduler.answers.fleet import fleet
 from loractl.scheduler.answers.job import job_history, job_in_full, job_state
 from loractl.scheduler.answers.lab.shelf import ReportShelf
 from loractl.scheduler.answers.overview import job_list, overview
+from loractl.scheduler.answers.sweep import sweep_standing
 from loractl.scheduler.answers.why import why
 from loractl.scheduler.text.fleet import devices
 from loractl.scheduler.text.history import history_text, job_text, state_line
 from loractl.scheduler.text.jobs import job_list_text, overview_text
 from loractl.scheduler.text.screen import Screen
+from loractl.scheduler.text.sweep import opened
 from loractl.scheduler.text.why import why_text
 from loractl.scheduler.web.access import Access
 from loractl.scheduler.web.metrics import Exporter
 from loractl.scheduler.web.site import make_site
 
 from ...common.store.test_gangs import claimed, gang, show
+from ...common.store.test_outbox import OPS, due
 from ...factories import Clock
 
 PIPE = Screen(width=80, unicode=True, color=False)
@@ -73,6 +77,24 @@ def test_every_command_names_all_its_cards(timed: Store, ran: Claim) -> None:
     assert [job["cards"] for device in fleet(timed).as_json() for job in device["jobs"]] == [["heron:0", "heron:1"]] * 2
     (listed,) = overview(timed, *EVERYTHING).as_json()
     assert (listed["node"], listed["cards"], listed["companions"]) == ("heron:0", ["heron:0", "heron:1"], [])
+
+
+def test_a_sweep_and_a_message_name_all_its_cards(timed: Store, tmp_path: Path) -> None:
+    show(timed, "heron:0", "heron:1")
+    sweep_id = timed.submit_sweep(NewSweep(name="grid", user="ada", varied={"lora.r": "8"}), [gang()])
+    claim = claimed(timed)
+    timed.beat(claim, Progress(stage=Stage.TRAINING, step=30, total_steps=60))
+    standing = sweep_standing(timed, sweep_id)
+    assert standing.as_json()["members"][0]["cards"] == ["heron:0", "heron:1"]
+    assert " trains on heron 0, 1" in opened(standing.sweep, PIPE)
+    shelf = ReportShelf(timed, lambda: ArtifactStore(tmp_path.as_uri()))
+    page = TestClient(make_site(timed, shelf, Access(token=None, names=frozenset({"localhost"}))), "http://localhost")
+    assert "training on heron:0 and heron:1" in page.get(f"/sweeps/{sweep_id}").text
+    timed.finish(claim, Reason.BAD_DATA, "no rows", Progress())
+    timed.submit(gang(notify=["ops"]))
+    timed.finish(claimed(timed), Reason.BAD_DATA, "no rows", Progress())
+    parcel = due(timed, OPS)
+    assert parcel is not None and "of ada, last on heron:0 and heron:1." in parcel.text
 
 
 def test_what_it_holds_of_each_card_stands_beside_its_plan(timed: Store, ran: Claim) -> None:
