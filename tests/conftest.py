@@ -6,6 +6,7 @@ import contextlib
 import functools
 import gc
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -30,6 +31,7 @@ from . import services, warm
 from .databases import KeptDatabase, database
 from .models import make_tiny_model
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # before a library reads it: what a test wants of a hub, it asks of its own
 gc.disable()  # until everything is collected: the imports make objects that stay
 
 ROOT = Path(__file__).parents[1]
@@ -319,7 +321,9 @@ def pytest_configure(config: pytest.Config) -> None:
     """Load the libraries once for all processes of a run, while they collect."""
     many = getattr(config.option, "numprocesses", None) and not hasattr(config, "workerinput")
     if many and os.environ.get("SERVICES") != "none":
-        os.environ[SHARED_SERVERS] = str(_run.enter_context(_warm_servers()))
+        folder = os.environ[SHARED_SERVERS] = str(_run.enter_context(_warm_servers()))
+        python = shlex.join([sys.executable, "-SE", str(warm.__file__), "--python", folder])
+        config.option.tx = [f"popen//python={python}" for _ in config.option.tx]  # forked, not imported once more
 
 
 @pytest.hookimpl(trylast=True)

@@ -9,6 +9,7 @@ which is no torch, and so is forked in a fraction of the time.
     python tests/warm.py ARGUMENTS...           is `loractl ARGUMENTS...`, with pipes that the caller made
     python -m tests.warm                        is loractl's trainer (LORACTL_TRAINER=tests.warm)
     FOLDER/python -m MODULE ...                 is sys.executable in a forked process: what that starts is forked, too
+    python tests/warm.py --python FOLDER -u -c  is `python -u -c`: a process of pytest-xdist, which imports the stack
 
 They hand their pipes, environment and working directory to a server, whose child does the work with loractl's own
 `main`. They end as the child ends, by the same status or signal, hand on SIGINT and SIGTERM, and when they die, the
@@ -25,6 +26,10 @@ import signal
 import socket
 import sys
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:  # it is slow to import
+    from typing import NoReturn
+
 SOCKET = "WARM_SOCKET"
 """In the environment: the folder of the servers' sockets. Without it everything starts cold."""
 
@@ -35,6 +40,9 @@ HEAVY_COMMANDS = frozenset({"generate", "predict", "chat", "serve", "matrix", "d
 
 OWN, TRAINER = "tests.warm", "loractl.worker.training.trainer"
 """What LORACTL_TRAINER names, and what it is."""
+
+PROGRAM = "-c"
+"""In a module's place: the argument is a program."""
 
 MODULES = {
     OWN: HEAVY,
@@ -97,7 +105,7 @@ def run(argv: list[str], environment: dict[str, str], timeout: float) -> tuple[i
     with os.fdopen(out, encoding="utf-8") as said, os.fdopen(err, encoding="utf-8") as complained:
         nothing = os.open(os.devnull, os.O_RDONLY)
         try:
-            asked = _ask(_kind(argv), "", argv, environment, [nothing, out, err])
+            asked = _ask(_kind(argv), "", argv, environment, [nothing, out, err], environment.get(SOCKET))
         finally:
             os.close(nothing)
         if asked is None:
@@ -113,12 +121,18 @@ def run(argv: list[str], environment: dict[str, str], timeout: float) -> tuple[i
 
 def client(module: str, argv: list[str]) -> int:
     """Be `loractl argv...`, or `python -m module argv...`. Returns the exit status."""
+    status = _follow(MODULES.get(module) or _kind(argv), module, argv, os.environ.get(SOCKET))
+    return _cold(module, argv) if status is None else status
+
+
+def _follow(kind: str, module: str, argv: list[str], folder: str | None) -> int | None:
+    """Stay with a forked process to its end. Returns its status; None: it must start cold."""
     ours = {signal.SIGINT, signal.SIGTERM}
     signal.pthread_sigmask(signal.SIG_BLOCK, ours)  # until there is somebody to hand them on to
-    asked = _ask(MODULES.get(module) or _kind(argv), module, argv, dict(os.environ), [0, 1, 2])
+    asked = _ask(kind, module, argv, dict(os.environ), [0, 1, 2], folder)
     if asked is None:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, ours)
-        _cold(module, argv)
+        return None
     connection, pid = asked
 
     def hand_on(number: int, _: object) -> None:
@@ -136,6 +150,19 @@ def client(module: str, argv: list[str]) -> int:
     if status < 0:
         signal.signal(-status, signal.SIG_DFL)
         os.kill(os.getpid(), -status)
+    return status
+
+
+def be_python(folder: str, argv: list[str]) -> int:
+    """Be `python -u -c PROGRAM` as soon as the server has loaded; where it cannot, begin cold."""
+    import time
+
+    deadline = time.monotonic() + 120
+    while not os.path.exists(f"{folder}/{HEAVY}") and time.monotonic() < deadline:  # noqa: PTH110
+        time.sleep(0.05)
+    asked = [*argv[2:], sys.executable]  # there it is another
+    if argv[:2] != ["-u", PROGRAM] or (status := _follow(HEAVY, PROGRAM, asked, folder)) is None:
+        os.execv(sys.executable, [sys.executable, *argv])
     return status
 
 
@@ -159,13 +186,13 @@ def _kind(argv: list[str]) -> str:
 
 
 def _ask(
-    kind: str, module: str, argv: list[str], environment: dict[str, str], pipes: list[int]
+    kind: str, module: str, argv: list[str], environment: dict[str, str], pipes: list[int], folder: str | None
 ) -> tuple[socket.socket, int] | None:
     """The connection that tells how it ends, and the number of the process; None when it can't be forked."""
     connection = socket.socket(socket.AF_UNIX)
     try:
-        connection.connect(f"{environment[SOCKET]}/{kind}")
-    except (KeyError, OSError):
+        connection.connect(f"{folder}/{kind}")
+    except OSError:
         connection.close()
         return None
     request = marshal.dumps((module, argv, os.getcwd(), environment))  # noqa: PTH109  pathlib is slow to import
@@ -184,7 +211,7 @@ def _number(connection: socket.socket) -> int | None:
     return int.from_bytes(told, "big", signed=True) if told else None
 
 
-def _cold(module: str, argv: list[str]) -> None:
+def _cold(module: str, argv: list[str]) -> NoReturn:
     """Go on as a person's machine would."""
     if ALWAYS in os.environ:
         sys.exit(f"not warm: {_early(os.environ, READ_AT_START + READ_AT_IMPORT)}")
@@ -369,6 +396,11 @@ def _main(module: str) -> int:
         from loractl.scheduler.cli import main as command
 
         command()
+    if module == PROGRAM:
+        program, sys.executable = sys.argv[1:]
+        sys.argv[1:] = []
+        exec(program, {"__name__": "__main__"})
+        return 0
     if module in (OWN, TRAINER):
         return int(importlib.import_module(TRAINER).main())
     if not hasattr(sys.modules.get(module), "__path__"):
@@ -431,6 +463,8 @@ def _python(folder: str) -> str:
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--serve"]:
         serve(*sys.argv[2:])
+    elif sys.argv[1:2] == ["--python"]:
+        sys.exit(be_python(sys.argv[2], sys.argv[3:]))
     elif __spec__ is not None:
         sys.exit(client(OWN, sys.argv[1:]))
     else:
