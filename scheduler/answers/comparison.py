@@ -19,6 +19,11 @@ if TYPE_CHECKING:
 
 LEVEL = 0.05
 _APART = {"name", "labels", "priority"}  # settings that have no effect on the result
+_CONTENTS = {
+    "base_model's files": ("base", "sha256", ("base_model", "revision")),
+    "rows to train on": ("data", "train_rows_sha256", ("dataset",)),
+}
+"""What may differ under equal settings: where it stands in a report, and the settings that explain a difference."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,8 +94,20 @@ class Comparison:
 
     @property
     def differences(self) -> dict[str, list[Any]]:
-        """The settings in which the jobs differ, each with its value by job."""
-        return differences(self.jobs)
+        """The settings in which the jobs differ, each with its value by job; and what differed under equal ones."""
+        return differences(self.jobs) | self.contents
+
+    @property
+    def contents(self) -> dict[str, list[str]]:
+        """What had other contents in some of the jobs under the same settings, like a base that was edited in place:
+        the start of its sha256 by job."""
+        explained = {key.partition(".")[0] for key in differences(self.jobs)}
+        found = {
+            what: [str((job.report.get(section) or {}).get(key) or "")[:12] for job in self.jobs]
+            for what, (section, key, settings) in _CONTENTS.items()
+            if explained.isdisjoint(settings)
+        }
+        return {what: values for what, values in found.items() if "" not in values and len(set(values)) > 1}
 
     def reading(self, job: FinishedJob) -> str:
         """How the job's loss compares with the best one's."""
@@ -103,7 +120,8 @@ class Comparison:
 
         `jobs`: the best first, each with `job_id`, `name`, `method`, `reading`, `against_best` (see Against; null
         without a comparison), the report's `metrics`, `peak_memory_bytes` and `wall_seconds`.
-        `differences`: the settings in which they differ, each with its values in the order of `jobs`.
+        `differences`: the settings in which they differ, each with its values in the order of `jobs`; "base_model's
+        files" and "rows to train on" where those differ under the same settings, with the start of each sha256.
         """
         return {"jobs": [self._job(job) for job in self.jobs], "differences": self.differences}
 

@@ -51,6 +51,8 @@ def sweep_comparison_text(answer: SweepComparison, screen: Screen) -> str:
     if stopped:
         lines += ["", "Stopped early:", *stopped]
     best = answer.comparison.best.job_id
+    if others := " and ".join(answer.comparison.contents):
+        lines += ["", f"Not the same in all of them, under the same settings: {others}."]
     lines += _note(answer.comparison, screen)
     lines.append(screen.dim(f"Its report: loractl report {best}   its adapter: loractl adapters pull {best} DIR"))
     return "\n".join(lines)

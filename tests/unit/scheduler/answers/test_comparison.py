@@ -6,6 +6,7 @@ import math
 import random
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +132,22 @@ def test_only_settings_that_differ_are_shown() -> None:
     text = comparison_text(compared(jobs), SCREEN)
     assert "lora.r" in text and "lora_alpha" not in text
     assert "same settings" in comparison_text(compared([jobs[0], jobs[0]]), SCREEN)
+
+
+def test_a_base_that_was_edited_in_place_and_other_rows_are_told() -> None:
+    """Their settings are the same, and "The jobs have the same settings." was all that was said."""
+    jobs = [job(1, noisy(1.0, 0.1)), job(2, noisy(2.0, 0.1))]
+    for one, base, rows in zip(jobs, ("a" * 64, "b" * 64), ("c" * 64, "d" * 64), strict=True):
+        one.report["base"] = {"commit": None, "sha256": base}
+        one.report["data"]["train_rows_sha256"] = rows
+    told = {"base_model's files": ["a" * 12, "b" * 12], "rows to train on": ["c" * 12, "d" * 12]}
+    assert compared(jobs).as_json()["differences"] == told
+    text = comparison_text(compared(jobs), SCREEN)
+    assert "base_model's files" in text and "same settings" not in text
+    other = replace(jobs[1], spec={**jobs[1].spec, "dataset": {"test_size": 0.5}})
+    assert "rows to train on" not in compared([jobs[0], other]).differences, "the setting says it"
+    del jobs[1].report["base"]
+    assert list(compared(jobs).differences) == ["rows to train on"], "an older report does not say"
 
 
 def test_the_picture_is_drawn(tmp_path: Path) -> None:
