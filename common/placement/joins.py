@@ -18,6 +18,8 @@ from .pack_rule import CONTENTION, JoinVerdict, PackedJob, PassLaw, Sharing, joi
 PACK_MEMBERS = 8
 """Jobs that train in one host at most: more of them gain little in a pass, and its death is the end of all of them."""
 
+OTHERWISE = "their base has another revision, training.dtype, attn_implementation or exact"
+
 LEAST_PART = 10
 """A job's own part is never less than one in so many of its whole need: a base may measure more than was planned."""
 
@@ -26,8 +28,9 @@ LEAST_PART = 10
 class Newcomer:
     """What the rule knows of a waiting job that may train beside others."""
 
-    keys: Mapping[Method, str]  # of its base, see hosts.base_key
+    keys: Mapping[Method, str]  # of its base, see hosts.base_key; none: it trains alone
     packed: PackedJob
+    alone: str = ""  # why it does
 
 
 Newcomers = Callable[[Waiting], Newcomer | None]
@@ -122,6 +125,8 @@ def looked_at(
     for card, base in options:
         if base.key == newcomer.keys.get(method):
             yield _look(card, base, size, newcomer.packed, job.job_id)
+        else:
+            yield RefusedJoin(node=card.node, base=base, why=newcomer.alone or OTHERWISE)
 
 
 def _look(card: Card, base: WarmBase, need: int, packed: PackedJob, job_id: int) -> Join | RefusedJoin:

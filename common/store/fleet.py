@@ -40,7 +40,7 @@ class FleetView:
     charges: dict[str, float]  # GiB hours by user
     decisions: tuple[Decision, ...]  # what starts next, and for which job a card is kept
     failures: tuple[CardFailure, ...] = ()  # of a day, on cards that have ended no attempt well since
-    refused_joins: Mapping[int, RefusedJoin] = field(default_factory=dict)  # by waiting job, of one host each
+    refused_joins: Mapping[tuple[int, str], RefusedJoin] = field(default_factory=dict)  # by waiting job and card
 
     @functools.cached_property
     def largest(self) -> int:

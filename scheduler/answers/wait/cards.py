@@ -110,10 +110,10 @@ def _fit(job: Job, me: Waiting, card: Card, view: FleetView) -> CardFit:
         warm = any(card.has_warm(me.base_model, method) for method in me.methods)
         return fit("now", _now(me, card, view) + (", its base is loaded there" if warm else ""), view.now)
     what = f"{'has a slot' if opening.only_slot else 'fits'} when {when_they_end(opening.after)}"
-    what += refused_join(me, card, view)
+    refused = refused_join(me, card, view)
     if opening.at is None:
-        return fit("?", f"{what}, which is not known")
-    return fit(clock(opening.at, view.now), what, opening.at)
+        return fit("?", f"{what}, which is not known{refused}")
+    return fit(clock(opening.at, view.now), what + refused, opening.at)
 
 
 def _share(me: Waiting, gang: SharedNeed, card: Card, view: FleetView, fit: Callable[..., CardFit]) -> CardFit:
@@ -165,8 +165,8 @@ def beside(jobs: Iterable[int]) -> str:
 
 def refused_join(me: Waiting, card: Card, view: FleetView) -> str:
     """Why the job does not train beside those of the card that have its base; empty where that is no question."""
-    refused = view.refused_joins.get(me.job_id)
-    members = [] if refused is None or refused.node != card.node else card.inside(refused.base)
+    refused = view.refused_joins.get((me.job_id, card.node))
+    members = [] if refused is None else card.inside(refused.base)
     if refused is None or not members:
         return ""
     return f", not {beside(job.job_id for job in members)}: {refused.why}"

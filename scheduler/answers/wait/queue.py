@@ -10,7 +10,7 @@ from loractl.common.job.status import Status
 from loractl.common.placement.lines import Waiting
 from loractl.common.store.fleet import FleetView, waiting_of
 
-from .cards import opening_of, when_they_end
+from .cards import opening_of, refused_join, when_they_end
 from .gangs import CardsAsked, asked_of
 from .reasons import Tier, Wait, explain
 from .rivals import ahead_of, reaches
@@ -69,10 +69,11 @@ def reason(job: Job, view: FleetView, ready: Sequence[Waiting], starts: Mapping[
     if start is None:
         ahead = [other.job_id for other in ahead_of(job, view, ready)]
         return replace(wait, sentence=f"{wait.sentence}; {_goes_first(ahead, job, ready)}") if ahead else wait
-    opening = opening_of(waiting_of(vars(job), view.now), view.cards[start.node], view)
+    me, card = waiting_of(vars(job), view.now), view.cards[start.node]
+    opening = opening_of(me, card, view)
     if opening is None or not opening.after or wait.sentence.startswith(f"{start.node} when"):
         return wait
-    return replace(wait, sentence=f"{start.node} when {when_they_end(opening.after)}")
+    return replace(wait, sentence=f"{start.node} when {when_they_end(opening.after)}{refused_join(me, card, view)}")
 
 
 def _goes_first(ahead: Sequence[int], job: Job, ready: Sequence[Waiting]) -> str:

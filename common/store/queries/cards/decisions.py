@@ -80,17 +80,18 @@ def read_newcomers(session: Session, now: dt.datetime, waiting: Sequence[Waiting
     return {job_id: newcomer for job_id, newcomer in found.items() if newcomer is not None}
 
 
-def _refused(session: Session, outlook: Outlook, now: dt.datetime) -> dict[int, RefusedJoin]:
-    """The waiting jobs that could have joined a host, and why they did not: by its numbers, or as it takes no more."""
+def _refused(session: Session, outlook: Outlook, now: dt.datetime) -> dict[tuple[int, str], RefusedJoin]:
+    """The waiting jobs with a host on their base, and why they did not join it: by its numbers, or as it takes no
+    more, or as they train alone."""
     models = {base.base_model for card in outlook.packs.cards for base in spoilt_bases(card)}
     models -= {job.base_model for job in outlook.joiners}
     others = read_joiners(session, now, sorted(models)) if models else []
-    found: dict[int, RefusedJoin] = {}
+    found: dict[tuple[int, str], RefusedJoin] = {}
     for job in (*outlook.joiners, *others):
         for method in job.methods:
             for looked in looked_at(outlook.packs.cards, job, method, outlook.packs.newcomer):
                 if isinstance(looked, RefusedJoin):
-                    found.setdefault(job.job_id, looked)
+                    found.setdefault((job.job_id, looked.node), looked)
     return found
 
 

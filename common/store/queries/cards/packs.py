@@ -15,7 +15,7 @@ from loractl.common.job.adjustment import Adjustment, adjusted
 from loractl.common.job.method import Method
 from loractl.common.job.status import Reason
 from loractl.common.placement.cards import Card, WarmBase
-from loractl.common.placement.hosts import base_key
+from loractl.common.placement.hosts import base_key, why_alone
 from loractl.common.placement.joins import Newcomer, open_bases
 from loractl.common.placement.lines import Waiting
 from loractl.common.placement.pack_rule import PackedJob, PassLaw
@@ -63,12 +63,20 @@ class Packs:
             sweep=_sweep(row),
             limit_seconds=spec.resources.time_limit,
         )
-        return Newcomer(keys=keys, packed=packed)
+        return Newcomer(keys=keys, packed=packed, alone=_why_alone(row, spec) or "")
 
 
 def key_of(row: Job, spec: JobSpec, method: Method) -> str | None:
-    """The key of a waiting job's base; None: it has a trainer of its own. One whose host was lost is tried alone."""
-    return None if row.reason is Reason.HOST_LOST else base_key(spec, method)
+    """The key of a waiting job's base; None: it has a trainer of its own."""
+    return base_key(spec, method) if _why_alone(row, spec) is None else None
+
+
+def _why_alone(row: Job, spec: JobSpec) -> str | None:
+    """Why a waiting job trains in no host. One whose host was lost is tried alone."""
+    if row.reason is Reason.HOST_LOST:
+        return "it is tried alone, since the trainer that it shared was lost"
+    why = why_alone(spec)
+    return None if why is None else f"it trains alone ({why})"
 
 
 def tokens_of(spec: JobSpec, row_tokens: float | None, data: Mapping[str, Any]) -> int:

@@ -68,6 +68,43 @@ def test_a_job_that_does_not_join_says_by_which_numbers(packed: Store) -> None:
     assert why_not in found.cards[0].then and "less than 1.33" in found.cards[0].then
 
 
+def test_every_card_with_its_base_says_why_it_does_not_join_there(packed: Store) -> None:
+    """One of them alone said so, and that an end is not known stood behind the numbers."""
+    packed.see_node(node_state("owl:0", total=24 * GIB, max_jobs=1))
+    queue(packed)
+    second = packed.claim("owl:0", joins=False)
+    assert isinstance(second, Claim)
+    key = base_key(second.spec, second.method)
+    assert key is not None and packed.open_host(second, NewHost(host="o", node="owl:0", key=key, bytes=5 * GIB))
+    found = asked(packed, queue(packed, length=1024))
+    for number, fit in enumerate(found.cards, start=1):
+        assert fit.then.startswith(f"has a slot when {number} ends, which is not known, not with job {number} on one")
+        assert "less than 1.33" in fit.then
+
+
+@pytest.mark.parametrize(
+    ("keys", "why_not"),
+    [
+        ({"resources": {"exclusive": True}}, "it trains alone (resources.exclusive)"),
+        (
+            {"training": {"exact": True}},
+            "their base has another revision, training.dtype, attn_implementation or exact",
+        ),
+    ],
+)
+def test_a_job_that_can_t_join_says_which_setting_keeps_it_apart(
+    packed: Store, keys: dict[str, Any], why_not: str
+) -> None:
+    found = asked(packed, queue(packed, **keys))
+    assert found.wait.sentence == f"{NODE} when 1 ends, not with job 1 on one base: {why_not}"
+
+
+def test_a_job_whose_shared_trainer_was_lost_says_that_it_is_tried_alone(packed: Store) -> None:
+    second = queue(packed)
+    packed.finish(claim(packed), Reason.HOST_LOST, "its trainer ended", Progress())
+    assert "it is tried alone, since the trainer that it shared was lost" in asked(packed, second).wait.sentence
+
+
 def test_jobs_on_one_base_are_told_together(packed: Store) -> None:
     second = queue(packed, user="bob")
     claim(packed)
