@@ -172,7 +172,7 @@ class Folder(Bucket):
             aside.replace(target)
         finally:
             aside.unlink(missing_ok=True)
-        _sync_folder(target.parent)
+        sync(target.parent)
 
     def _load(self, name: str, path: Path) -> None:
         what = f"reading {name}"
@@ -254,19 +254,19 @@ def _make_folder(path: Path) -> None:
         return
     _make_folder(path.parent)
     path.mkdir(exist_ok=True)
-    _sync_folder(path.parent)
+    sync(path.parent)
 
 
-def _sync_folder(path: Path) -> None:
-    """Write the folder's names to the disk."""
-    folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+def sync(path: Path) -> None:
+    """Write a file's content, or a folder's names, to the disk."""
+    place = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(folder)
+        os.fsync(place)
     except OSError as error:
         if error.errno != errno.EINVAL:  # some file systems can't do that to a folder, and need not
             raise
     finally:
-        os.close(folder)
+        os.close(place)
 
 
 def _walk(top: Path) -> Iterator[Path]:

@@ -6,11 +6,9 @@ The key of the cache is what decides the tokens: content, tokenizer, template, f
 from __future__ import annotations
 
 import contextlib
-import errno
 import functools
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -22,6 +20,7 @@ from loractl.common.artifacts import sha256_of
 from loractl.common.data.example import Example
 from loractl.common.data.split import no_row_fits
 from loractl.common.errors import DataError
+from loractl.common.files import sync
 from loractl.common.job.sections import DataFormat, DatasetSpec, Overflow
 
 from .token_rows import TokenRows
@@ -178,7 +177,7 @@ def _keep(tokens: TokenSet, folder: Path) -> None:
         counts = {"truncated": tokens.truncated, "too_long": tokens.too_long, "sha256": _sums(aside)}
         (aside / _COUNTS).write_text(json.dumps(counts))
         for path in (*aside.iterdir(), aside):
-            _sync(path)
+            sync(path)
         aside.rename(folder)
     except OSError:
         shutil.rmtree(aside)  # the other one was first; its content is the same
@@ -188,14 +187,3 @@ def _keep(tokens: TokenSet, folder: Path) -> None:
 
 def _sums(folder: Path) -> dict[str, str]:
     return {path.name: sha256_of(path) for path in TokenRows.files(folder)}
-
-
-def _sync(path: Path) -> None:
-    place = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(place)
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # some file systems can't do that to a folder, and need not
-            raise
-    finally:
-        os.close(place)
