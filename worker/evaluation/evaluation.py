@@ -11,12 +11,12 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from loractl.common.job.sections import DataFormat, Metric
 from loractl.common.job.spec import JobSpec
 from loractl.worker.base.arithmetic import evaluating, whole_modules
-from loractl.worker.base.kept.knowledge import Known
+from loractl.worker.base.kept.knowledge import Once
 from loractl.worker.base.learner import Learner
 from loractl.worker.data.prepared import PreparedData
 from loractl.worker.data.tokens import TokenRow
@@ -51,14 +51,6 @@ class Evaluation:
     baseline: str | None = None  # the name of `base` where it is not the base model
     benchmarks: Benchmarks | None = None  # of the lm-eval harness, where the job names tasks
     base_job: int | None = None  # that measured the base, where it was another one in the same process
-
-
-class Once(Protocol):
-    """Finds something out about the base, where no training of the process has. `keeps`: whether others may have it."""
-
-    def __call__(
-        self, question: str, find_out: Callable[[], _Measured], /, *, keeps: Callable[[_Measured], bool]
-    ) -> Known[_Measured]: ...
 
 
 def evaluate(

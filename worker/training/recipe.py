@@ -20,7 +20,7 @@ from loractl.worker.base.arithmetic import OVERFLOWS_FP16, Precision, choose_pre
 from loractl.worker.base.failure import TrainingFailed
 from loractl.worker.base.head import Head
 from loractl.worker.base.identity import BaseIdentity
-from loractl.worker.base.kept.knowledge import Known
+from loractl.worker.base.kept.knowledge import Known, Once
 from loractl.worker.base.learner import Learner
 from loractl.worker.base.lora import add_adapter
 from loractl.worker.base.model import load_tokenizer
@@ -36,7 +36,7 @@ from loractl.worker.engine.ranks.leader import DividedPass
 from loractl.worker.evaluation.card import write_model_card
 from loractl.worker.evaluation.classifier import evaluate_classifier
 from loractl.worker.evaluation.course import TrainingCourse
-from loractl.worker.evaluation.evaluation import Evaluation, Once, evaluate
+from loractl.worker.evaluation.evaluation import Evaluation, evaluate
 from loractl.worker.evaluation.harness import check_package, find_tasks, score_tasks
 from loractl.worker.evaluation.page import write_page
 from loractl.worker.evaluation.report import build_report, write_report
@@ -76,7 +76,7 @@ def train(run: Run) -> Ended:
     # 2. The base model, in NF4 for QLoRA, and a fresh adapter.
     gang = gathered(order, _head(run.spec, data, tokenizer), tokenizer.pad_token_id)
     learner, identity, shared = _load(run, data, tokenizer, gang)
-    forward, why = forward_pass(learner, run.spec, longest_row(data), shared, run.leg.streams)
+    forward, why = forward_pass(learner, run.spec, longest_row(data), shared, run.leg.streams, _once(run))
     if isinstance(forward, LeanPass):
         if why is not None:
             run.note("engine", f"no other job trains beside it: {why}")

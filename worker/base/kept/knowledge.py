@@ -7,12 +7,12 @@ from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 Found = TypeVar("Found")
 
-KEPT = 4
-"""Answers that stay: a sweep asks one thing, and the jobs of a few people on one base a few."""
+KEPT = 8
+"""Answers that stay: each job asks two things, and the jobs of a sweep, or of one person, the same ones."""
 
 LOOK_S = 0.5
 """How often who waits for another's answer looks whether it is to stop."""
@@ -24,6 +24,14 @@ class Known(Generic[Found]):
 
     answer: Found
     job_id: int
+
+
+class Once(Protocol):
+    """Finds something out about the base, where no training of the process has. `keeps`: whether others may have it."""
+
+    def __call__(
+        self, question: str, find_out: Callable[[], Found], /, *, keeps: Callable[[Found], bool]
+    ) -> Known[Found]: ...
 
 
 class Knowledge:

@@ -11,6 +11,7 @@ from loractl.common.job.spec import JobSpec
 from loractl.common.memory.families import ROW_ATTENTION
 from loractl.worker.base.arithmetic import Precision, evaluating
 from loractl.worker.base.gauge import is_out_of_memory
+from loractl.worker.base.kept.knowledge import Once
 from loractl.worker.base.learner import Learner
 from loractl.worker.base.source import first_line
 from loractl.worker.data.tokens import TokenRow
@@ -60,10 +61,11 @@ def forward_pass(
     longest: int,
     shared: SharedBase | None = None,
     streams: RandomStreams | None = None,
+    once: Once | None = None,
 ) -> tuple[LeanPass | PaddedPass, str | None]:
     """The forward pass of a job whose longest row has so many tokens; and where the job did not ask for that, why it is
     the padded one, or with `shared` why it passes the base alone. `shared`: the base that the learner's model is a view
-    of. `streams`: that it draws from."""
+    of. `streams`: that it draws from. `once`: None: nothing is known of this base."""
     training = spec.training
     padded = PaddedPass(
         learner.model,
@@ -81,13 +83,23 @@ def forward_pass(
     if shared is not None:
         try:
             together = SharedPass(shared, learner.model, training.label_smoothing_factor, streams)
-            if (alone := rows_together(together, longest)) is None:
+            if (alone := _fault(together, spec, longest, once)) is None:
                 return together, None
         except CantShare as error:
             alone = str(error)
     lean = LeanPass(learner.model, learner.precision, training.label_smoothing_factor, streams)
-    why = rows_together(lean, longest)
+    why = _fault(lean, spec, longest, once)
     return (lean, alone) if why is None else (padded, why)
+
+
+def _fault(lean: LeanPass, spec: JobSpec, longest: int, once: Once | None) -> str | None:
+    """What `rows_together` finds, in eight passes, looked for once for all jobs that adapt the base in the same way:
+    ranks and scales are numbers like the weights, which the comparison takes as they come. A fault is not kept."""
+    if once is None:
+        return rows_together(lean, longest)
+    how = spec.lora.model_dump_json(exclude={"r", "lora_alpha", "lora_dropout", "init_from"})
+    question = f"rows behind each other: {type(lean).__name__} {_lengths(lean, longest)} {how}"
+    return once(question, lambda: rows_together(lean, longest), keeps=lambda why: why is None).answer
 
 
 def _by_options(spec: JobSpec) -> str | None:
@@ -123,10 +135,8 @@ def rows_together(lean: LeanPass, longest: int, tolerance: float | None = None) 
     pass's device.
     """
     within = tolerance_on(lean.device) if tolerance is None else tolerance
-    window = getattr(lean.model.config.get_text_config(), "sliding_window", None) or longest
-    lengths = (9, window + 7 if window < longest else 5, 7)
     with evaluating(lean.model), torch.no_grad(), wide.narrow():
-        rows = _some_rows(lengths, lean.model.get_input_embeddings().weight.shape[0])
+        rows = _some_rows(_lengths(lean, longest), lean.model.get_input_embeddings().weight.shape[0])
         try:
             together = lean.last_logits(rows, COMPARED)
             single = [lean.last_logits([row], COMPARED)[0] for row in rows]
@@ -143,6 +153,12 @@ def rows_together(lean: LeanPass, longest: int, tolerance: float | None = None) 
         if not all(_alike(ours, theirs, KERNELS) for ours, theirs in zip(single, alone, strict=True)):
             return "attention row by row is not this model's own"
     return None
+
+
+def _lengths(lean: LeanPass, longest: int) -> tuple[int, int, int]:
+    """Of the rows that are compared."""
+    window = getattr(lean.model.config.get_text_config(), "sliding_window", None) or longest
+    return 9, window + 7 if window < longest else 5, 7
 
 
 def _alike(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float = TOLERANCE) -> bool:
