@@ -21,6 +21,7 @@ from loractl.worker.base.failure import TrainingFailed
 from loractl.worker.base.head import Head
 from loractl.worker.base.identity import BaseIdentity
 from loractl.worker.base.kept.knowledge import Known, Once
+from loractl.worker.base.kept.tokenizers import Lent
 from loractl.worker.base.learner import Learner
 from loractl.worker.base.lora import add_adapter
 from loractl.worker.base.model import load_tokenizer
@@ -66,8 +67,8 @@ def train(run: Run) -> Ended:
     run.stage(Stage.PREPARING)
     set_seed(run.spec.training.seed)
     with run.leg.aside():  # others compute meanwhile
-        tokenizer = load_tokenizer(run.spec.base_model, run.spec.revision, run_code=order.run_code)
-        tokenizer = templated(tokenizer, run.spec.dataset.template)
+        lent = _tokenizer(run)
+        tokenizer = templated(lent.tokenizer, run.spec.dataset.template)
         data = _prepared(run, tokenizer)
     tasks = find_tasks(run.spec, order.lm_eval_tasks)
     tell_need(run, data)
@@ -113,12 +114,25 @@ def train(run: Run) -> Ended:
     write_report(report, out)
     write_page(report, out)
     write_model_card(report, out / "adapter")
+    run.shelf.tokenizers.give_back(lent)
     return Ended(job_id=order.job_id, reason=Reason.OK, message=report["verdict"]["short"], peaks=run.peaks())
 
 
 def longest_row(data: PreparedData) -> int:
     lengths = lengths_of(data)
     return max(lengths.train, lengths.evaluate)
+
+
+def _tokenizer(run: Run) -> Lent:
+    """The base's tokenizer: that of a job before in this process, or loaded. Raises TrainingFailed."""
+    name, revision = run.spec.base_model, run.spec.revision
+
+    def make() -> Any:
+        return load_tokenizer(name, revision, run_code=run.order.run_code)
+
+    if run.order.keep is None:
+        return Lent(tokenizer=make(), made=None)
+    return run.shelf.tokenizers.take((name, revision), make)
 
 
 def _prepared(run: Run, tokenizer: Any) -> PreparedData:

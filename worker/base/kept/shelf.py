@@ -21,6 +21,7 @@ from loractl.worker.base.identity import BaseIdentity, Traits, traits_of
 from .imprint import Imprint
 from .knowledge import Knowledge
 from .remains import Surroundings
+from .tokenizers import Tokenizers
 
 Made = TypeVar("Made")
 
@@ -29,6 +30,7 @@ class Shelf:
     """Holds at most one base. A training takes it from here; afterwards it is put back as it was loaded.
 
     `key`: what decides how the base was loaded, as the node names it. `knowledge`: about the base that it holds.
+    `tokenizers`: of the trainings before.
     """
 
     def __init__(self) -> None:
@@ -41,6 +43,7 @@ class Shelf:
         self._before: Surroundings | None = None
         self._common: Any = None  # what trainings make of the base for all of them
         self.knowledge = Knowledge()
+        self.tokenizers = Tokenizers()
 
     @property
     def size(self) -> int:
