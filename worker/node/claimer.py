@@ -9,10 +9,17 @@ from collections.abc import Collection
 from loractl.common.store.records import Claim, Left
 from loractl.worker.attempt.workplace import Workplace
 from loractl.worker.device.occupancy import Watch
+from loractl.worker.node.health.self_test import NOT_TESTED
 from loractl.worker.protocol.spare import by_mark
 
 HOLD_BACK_S = 10.0
 """Seconds for which a job is left to the card that the rule gives it to; after that the card counts as stuck."""
+
+SETTLE_S = 5.0
+"""Seconds for which the first claim waits for the box's other cards, which start at the same time. Else the first of
+them would take as many waiting jobs as may share it, and the others would be idle beside it."""
+
+SETTLE_LOOK_S = 0.2
 
 AGAIN_S = 0.05
 """After another node's claim was faster."""
@@ -21,11 +28,15 @@ AGAIN_S = 0.05
 class Claimer:
     """Claims for the slots of one device, one at a time: two at once would both count on the same bytes."""
 
-    def __init__(self, place: Workplace, watch: Watch) -> None:
+    def __init__(self, place: Workplace, watch: Watch, *, devices: int = 1) -> None:
+        """`devices`: how many cards of the box are served, with this one."""
         self._place = place
         self._watch = watch
         self._claiming = threading.Lock()
         self._left: dict[str, float] = {}  # node -> since when a job is left to it
+        self._devices = devices
+        self._settled = devices < 2
+        self._began: float | None = None  # when the first claim was asked for
 
     def claim(self) -> Claim | None:
         """What the rule gives this card now. What it gives another card that does not take it, after a while."""
@@ -33,6 +44,9 @@ class Claimer:
         with self._claiming:
             claim = None
             while self._place.drain.wish is None:
+                if not self._has_settled():
+                    time.sleep(SETTLE_LOOK_S)
+                    continue
                 claim = self._try()
                 if not isinstance(claim, Left):
                     self._left = {}
@@ -46,6 +60,17 @@ class Claimer:
             return claim  # at once: nothing beats for it yet
         self._place.wake_others(others)  # outside the lock: the queue may be away
         return None
+
+    def _has_settled(self) -> bool:
+        """Whether the box's other cards serve, too, or were waited for long enough. This one has to be ready itself."""
+        if self._settled or self._watch.fault is not None:
+            return True
+        place, now = self._place, time.monotonic()
+        self._began = self._began or now
+        rows = [row for row in place.store.fleet().nodes.values() if row.node.rpartition(":")[0] == place.settings.host]
+        ready = sum(row.fault != NOT_TESTED for row in rows)
+        self._settled = ready >= self._devices or now - self._began > SETTLE_S
+        return self._settled
 
     def _try(self) -> Claim | Left | None:
         seen, now = self._watch.look(), time.monotonic()

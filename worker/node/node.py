@@ -96,7 +96,14 @@ class DeviceNode:
         self._self_test = SelfTest(self._place, watch, lambda: self._monitor.look_soon())
         self._monitor = Monitor(self._place, self._row, self._hosts, devices=options.devices)
         self._messenger = Messenger(self._place.store, settings)
-        self._slots = Slots(self._place, watch, max_jobs, changed=self._changed, overheard=self._monitor.pass_on)
+        self._slots = Slots(
+            self._place,
+            watch,
+            max_jobs,
+            changed=self._changed,
+            overheard=self._monitor.pass_on,
+            devices=options.devices,
+        )
         if self._hosts is not None:
             self._hosts.opened = self._slots.wake  # a job that waits for the card may fit beside the one there
 

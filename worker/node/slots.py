@@ -38,12 +38,13 @@ class Slots:
         *,
         changed: Callable[[], None],
         overheard: Callable[[], None],
+        devices: int = 1,
     ) -> None:
         self._place = place
         self._watch = watch
         self._changed = changed
         self._overheard = overheard
-        self._claimer = Claimer(place, watch)
+        self._claimer = Claimer(place, watch, devices=devices)
         self._claiming = threading.Lock()
         self._looked = 0  # how often they had been woken when one found nothing
         watch.own = self._own_trainers

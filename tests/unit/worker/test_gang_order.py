@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -77,6 +78,22 @@ def test_a_drain_of_any_of_its_cards_ends_it_with_a_checkpoint(place: Workplace,
     state.card_drained = "box:0 is being drained"
     wish = wanted_stop(place, state)
     assert wish is not None and wish.save and (wish.reason, wish.message) == (Reason.DRAINED, "box:0 is being drained")
+
+
+def test_the_first_claim_waits_for_the_box_s_other_cards_and_leaves_them_their_jobs(place: Workplace) -> None:
+    """Whichever card was up first took as many jobs as may share it, and the other one stayed idle."""
+    place.store.see_node(node_state("box:1", kind="sim", total=8 * GIB, max_jobs=4))
+    for _ in range(2):
+        place.store.submit(submission(base_model="org/a", lora=1, method="lora"))
+    claimer = Claimer(place, Watch(device=place.device, node_pid=os.getpid()), devices=2)
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(claimer.claim)
+        with pytest.raises(TimeoutError):
+            first.result(timeout=0.3)
+        place.store.see_node(node_state("box:0", kind="sim", total=8 * GIB, max_jobs=4))
+        assert first.result(timeout=4) is not None, "sooner than without the other one"
+    assert claimer.claim() is None
+    assert place.store.claim("box:0") is not None
 
 
 def test_a_job_says_whose_drain_ends_it_and_not_that_the_worker_stops(place: Workplace, state: AttemptState) -> None:

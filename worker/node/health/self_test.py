@@ -21,6 +21,9 @@ SELF_TEST = "loractl.worker.base.self_test"
 AGAIN_S = 60.0
 """Seconds between two looks at a card's faults; one that failed is tested again then."""
 
+NOT_TESTED = "its self-test has not ended yet"
+"""Why a card takes no job before its first self-test has ended."""
+
 LONGEST_S = 180.0
 """Importing torch from a slow disk takes a minute; a test that takes longer than this hangs in the driver."""
 
@@ -42,7 +45,7 @@ class SelfTest:
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="self-test", daemon=True)
         if place.device.trains_on == "cuda":
-            watch.fault = "its self-test has not ended yet"
+            watch.fault = NOT_TESTED
 
     def start(self) -> None:
         """Test in a thread; a processor and a simulated card need no test."""
