@@ -34,10 +34,11 @@ OLDEST_FIRST_AFTER_S = 24 * 3600.0
 
 
 IDLE_FOR_GANG_S = 3600.0
-"""A card that has room already stays idle for a job on several only where the others will have room so soon, or once
-the job has waited a day: others may use it meanwhile, and nothing idles for long. A job that began within that time and
-whose end is not known yet counts as one that ends soon: else short jobs on two cards, of which one has always just
-begun, would pass the job for a day."""
+"""A card that has room already stays idle for a job on several where the others will have room so soon, or within the
+time that the job has waited by then, or once that is a day. Others may use it before: no card idles for longer than the
+job has waited, and jobs of one length pass it for twice that length at most. A job that began within the hour and whose
+end is not known yet counts as one that ends soon: else short jobs on two cards, of which one has always just begun,
+would pass the job for a day. One whose end stays unknown would keep a card idle for nobody knows how long."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -334,8 +335,9 @@ def _keep_gang(job: Waiting, gang: SharedNeed, fleet: _Fleet, now: dt.datetime) 
     if first is None:
         return None
     _, found = first
-    soon = all(_ends_soon(one, now) for _, room in found.rooms for one in room.after)
-    idle = soon or waited(job, now) >= OLDEST_FIRST_AFTER_S
+    patience_s = max(IDLE_FOR_GANG_S, waited(job, now))
+    idle = all(_ends_soon(one, now, patience_s) for _, room in found.rooms for one in room.after)
+    idle = idle or waited(job, now) >= OLDEST_FIRST_AFTER_S
     kept = [
         Kept(node=card.node, spare=room.spare, spare_slots=room.spare_slots)
         for card, room in found.rooms
@@ -344,10 +346,10 @@ def _keep_gang(job: Waiting, gang: SharedNeed, fleet: _Fleet, now: dt.datetime) 
     return None if not kept else Reservation(job=job, beside=tuple(kept[1:]), **vars(kept[0]))
 
 
-def _ends_soon(job: Occupant, now: dt.datetime) -> bool:
+def _ends_soon(job: Occupant, now: dt.datetime, patience_s: float) -> bool:
     """Whether its end is near; or is not known yet, as it began a short while ago."""
     if job.ends is not None:
-        return (job.ends - now).total_seconds() <= IDLE_FOR_GANG_S
+        return (job.ends - now).total_seconds() <= patience_s
     return job.began is not None and (now - job.began).total_seconds() <= IDLE_FOR_GANG_S
 
 

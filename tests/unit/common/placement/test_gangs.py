@@ -103,7 +103,8 @@ def test_a_card_that_failed_the_job_is_none_of_its_gang_while_others_could_hold_
 
 
 def test_cards_are_kept_for_the_gang_and_an_idle_one_not_for_long() -> None:
-    """One card has room. It stays idle where the other one will have room within the hour, or after a day."""
+    """One card has room. It stays idle where the other one will have room within the hour, or so soon as the gang has
+    waited, or after a day."""
     small = a_job(2, 8, user="bob")
 
     def starts(ends_in_s: float | None, age_s: float) -> dict[int, list[str]]:
@@ -115,6 +116,9 @@ def test_cards_are_kept_for_the_gang_and_an_idle_one_not_for_long() -> None:
     assert starts(600, RESERVE_AFTER_S - 1) == {2: ["a:0"]}
     assert starts(IDLE_FOR_GANG_S + 1, RESERVE_AFTER_S) == {2: ["a:0"]}
     assert starts(None, RESERVE_AFTER_S) == {2: ["a:0"]}
+    assert starts(3 * IDLE_FOR_GANG_S, 3 * IDLE_FOR_GANG_S - 1) == {2: ["a:0"]}
+    assert starts(3 * IDLE_FOR_GANG_S, 3 * IDLE_FOR_GANG_S) == {}
+    assert starts(None, 3 * IDLE_FOR_GANG_S) == {2: ["a:0"]}
     assert starts(IDLE_FOR_GANG_S + 1, OLDEST_FIRST_AFTER_S) == {}
 
 
@@ -123,6 +127,15 @@ def test_a_stream_of_small_jobs_passes_a_gang_for_half_an_hour_and_the_length_of
     length, step = dt.timedelta(minutes=40), dt.timedelta(minutes=5)
     assert wait_in_a_stream(length, step, {}) <= dt.timedelta(seconds=RESERVE_AFTER_S) + length + step
     assert wait_in_a_stream(length, step, {"ada": 99.0}) <= dt.timedelta(seconds=OLDEST_FIRST_AFTER_S) + length + step
+
+
+@pytest.mark.parametrize("hours", [2, 3, 10])
+def test_longer_jobs_pass_a_gang_for_twice_their_length_at_most(hours: int) -> None:
+    """An hour's idleness is not enough for them: by turns each card would be the one that is busy for longer."""
+    length, step = dt.timedelta(hours=hours), dt.timedelta(minutes=10)
+    for begun in (1 / 3, 1.1, hours / 2, hours):
+        waits = wait_in_a_stream(length, step, {}, first=dt.timedelta(hours=begun))
+        assert waits <= 2 * length + step, begun
 
 
 def test_jobs_whose_ends_are_not_known_yet_pass_a_gang_no_longer() -> None:
@@ -170,12 +183,17 @@ def test_a_job_that_others_give_way_to_is_seen_behind_one_of_its_user_that_no_pl
 
 
 def wait_in_a_stream(
-    length: dt.timedelta, step: dt.timedelta, charges: dict[str, float], known_after: dt.timedelta = dt.timedelta()
+    length: dt.timedelta,
+    step: dt.timedelta,
+    charges: dict[str, float],
+    known_after: dt.timedelta = dt.timedelta(),
+    first: dt.timedelta = dt.timedelta(minutes=20),
 ) -> dt.timedelta:
     """How long a gang waits for two cards, with small jobs of `length` for every place that gets free. Their ends are
-    known once they have run for `known_after`."""
+    known once they have run for `known_after`. One of them runs already, for as long as `first`."""
     cards, now, numbers = {c.node: c for c in (card("a:0"), card("a:1"))}, NOW, itertools.count(2)
-    cards["a:1"] = replace(cards["a:1"], running=(replace(running(1000, 10, 20 * 60), began=NOW - known_after),))
+    begun = replace(running(1000, 10, first.total_seconds()), began=NOW - known_after)
+    cards["a:1"] = replace(cards["a:1"], running=(begun,))
     while now < NOW + dt.timedelta(days=3):
         for node, each in cards.items():
             cards[node] = replace(each, running=tuple(j for j in each.running if j.ends and j.ends > now))
@@ -320,8 +338,9 @@ def _check_kept(each: Waiting, way: SharedNeed, cards: dict[str, Card], kept: Re
     none, at, mixed = soonest_by_all(each, way, cards.values())
     group = [cards[k.node] for k in kept.cards]
     assert len({c.host for c in group}) == 1
-    waits = not none and (at - NOW).total_seconds() <= IDLE_FOR_GANG_S
-    idle = waits or (NOW - each.since).total_seconds() >= OLDEST_FIRST_AFTER_S
+    waited_s = (NOW - each.since).total_seconds()
+    waits = not none and (at - NOW).total_seconds() <= max(IDLE_FOR_GANG_S, waited_s)
+    idle = waits or waited_s >= OLDEST_FIRST_AFTER_S
     if idle:
         assert len(group) == way.cards
         assert (len({c.model for c in group}) > 1) == mixed
