@@ -69,6 +69,11 @@ class FinishedJob:
         return float(tuned) if tuned is not None and math.isfinite(tuned) else None
 
     @property
+    def companions(self) -> list[int]:
+        """The jobs beside which it trained in one process: its peak and its time are not its own."""
+        return list(self.report["training"].get("companions") or ())
+
+    @property
     def loss(self) -> float:
         """The measured loss, infinite without one: such a job comes last."""
         return math.inf if self.measured_loss is None else self.measured_loss

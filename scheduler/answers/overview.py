@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from loractl.common.units import thousands
 
 from .job import JobState, state_of
-from .wait.cards import closed_cards, interruption_of
+from .wait.cards import closed_cards, interruption_of, listed_cards
 from .wait.queue import WaitingJobs, waiting_jobs, without_queue
 from .wait.reasons import Tier
 from .wait.starts import ExpectedStart
@@ -105,6 +105,8 @@ def overview(
     first, view = page.after is None, view or store.fleet()
     running = tuple(state_of(job, view) for job in seen.running)
     places = {card for job in running for card in job.cards if card in view.nodes}
+    only_sweeps = bool(seen.waiting_count) and not seen.waiting  # no line of a job says what it waits for
+    no_card = ("no worker is online",) if only_sweeps and not listed_cards(view) else ()
     return Overview(
         running=running if first else (),
         waiting=tuple(map(state_of, seen.waiting)),
@@ -116,7 +118,7 @@ def overview(
         ended=seen.ended,
         after=seen.waiting[-1].job_id if seen.more_wait else None,
         now=now,
-        closed=tuple(closed_cards(view)),
+        closed=tuple(closed_cards(view)) or no_card,
         nodes={name: said for name in places if (said := interruption_of(view, name))},
     )
 

@@ -11,6 +11,7 @@ from loractl.common.text import clean_line, number, signed
 from loractl.common.units import duration, gib
 from loractl.common.verdict import decimals
 from loractl.scheduler.answers.sweep import settings_of
+from loractl.scheduler.answers.wait.gangs import in_words
 from loractl.scheduler.figure import save, without_box
 
 from .screen import Screen, table
@@ -90,7 +91,15 @@ def _setting(value: Any) -> str:
 
 
 def _note(answer: Comparison, screen: Screen) -> list[str]:
-    """What the changes are; empty where no job was compared row by row."""
+    """What the changes are, where a job was compared row by row, and which times are not a job's own."""
+    shared = [str(job.job_id) for job in answer.jobs if job.companions]
+    if not shared:
+        return _changes(answer, screen)
+    beside = f"Time and peak memory of {in_words(shared)} are of a process that they shared with other jobs."
+    return [*_changes(answer, screen), screen.dim(beside)]
+
+
+def _changes(answer: Comparison, screen: Screen) -> list[str]:
     judged = [job.against for job in answer.jobs if job.against]
     if not judged:
         return []

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 def devices(fleet: Fleet, screen: Screen, *, used: bool = False) -> str:
     """Every card, its memory by owner, and what uses it."""
     if not fleet.devices:
-        return "No worker has reported a device yet. Start one on a GPU box: loractl worker"
+        return "No worker is online. Start one on a GPU box: loractl worker"
     wide = screen.width >= 110
     headers = ["CARD", "MEMORY", "FREE", *(["USED"] if used else []), "OF", "LOAD", "USED BY"]
     headers = ["CARD", "MODEL", *headers[1:]] if wide else headers

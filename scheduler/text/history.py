@@ -91,7 +91,7 @@ def _standing(answer: JobInFull, screen: Screen) -> list[str]:
         steps = f"{thousands(job.step)} of {thousands(job.total_steps)}" if job.total_steps else "loading"
         if job.stage is Stage.EVALUATING and job.to_evaluate:
             steps = f"{thousands(job.evaluated)} of {thousands(job.to_evaluate)} rows and answers"
-        eta = f"  {duration(job.eta_seconds)} left" if job.eta_seconds else ""
+        eta = f"  {duration(job.eta_seconds)} left" if job.eta_seconds and not job.cancel_requested else ""
         tail = f" {share:4.0%}  {steps}{eta}"
         trouble = f"; its card is {clean_line(answer.trouble)}" if answer.trouble else ""
         shared = f", {beside(job.companions)}" if job.companions else ""

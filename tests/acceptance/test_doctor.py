@@ -62,7 +62,7 @@ def test_a_home_before_its_first_job_and_after_and_nothing_stays(cli: Cli, home:
     assert "it needs no self-test" in fresh["cards"][0]["sentence"]
     cli("db", "upgrade")
     told = cli("doctor").stdout
-    assert f"{HEAD}, as loractl {__version__} needs it" in told and "no worker has reported yet" in told
+    assert f"{HEAD}, as loractl {__version__} needs it" in told and "no worker is online" in told
     assert "> start one on a GPU box: loractl worker" in told and "1 warning." in told
     assert [path for path in (home / "artifacts").rglob("*") if path.is_file()] == []
 

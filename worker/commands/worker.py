@@ -3,8 +3,20 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import click
+
+
+class OneOrZero(click.types.BoolParamType):
+    """A yes or no whose variable is told apart from anything else in a few words."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> bool:
+        """Raises BadParameter."""
+        try:
+            return super().convert(value, param, ctx)
+        except click.BadParameter:
+            self.fail(f"{value!r} is neither 1 nor 0", param, ctx)
 
 
 @click.command()
@@ -35,6 +47,7 @@ import click
 @click.option(
     "--spare/--no-spare",
     default=None,
+    type=OneOrZero(),
     envvar="LORACTL_SPARE",
     show_envvar=True,
     help="Keep one trainer ready, with its libraries loaded.  [default: on GPUs]",
@@ -113,13 +126,17 @@ def _size(text: str) -> int:
 
 
 def _seconds(option: str, text: str) -> float:
+    from click.core import ParameterSource
+
     from loractl.common.errors import UsageError
     from loractl.common.units import parse_duration
 
     try:
         return parse_duration(text)
     except ValueError as error:
-        raise UsageError(f"{option}: {text!r} {error}") from None
+        name = option.removeprefix("--").replace("-", "_")
+        by_variable = click.get_current_context().get_parameter_source(name) is ParameterSource.ENVIRONMENT
+        raise UsageError(f"{f'LORACTL_{name.upper()}' if by_variable else option}: {text!r} {error}") from None
 
 
 def _labels(pairs: tuple[str, ...]) -> dict[str, str]:

@@ -195,6 +195,8 @@ def _simulated(sizes: str) -> list[Device]:
             total = parse_size(size)
         except ValueError as error:
             raise UsageError(f"LORACTL_DEVICES: {size.strip()!r} {error}", "like sim:8GiB,24GiB") from None
+        if not total:
+            raise UsageError(f"LORACTL_DEVICES: a card of {size.strip()} holds nothing", "like sim:8GiB,24GiB")
         devices.append(SimulatedDevice(index=index, uuid=f"SIM-{index}", name=f"simulated {size.strip()}", total=total))
     return devices
 

@@ -149,7 +149,7 @@ def see_boxes(settings: Settings) -> Iterator[Condition]:
     for device in devices:
         boxes[device.host].append(device)
     if not boxes:
-        yield warning("boxes", "no worker has reported yet", "start one on a GPU box: loractl worker")
+        yield warning("boxes", "no worker is online", "start one on a GPU box: loractl worker")
     for host, cards in boxes.items():
         yield _box(host, cards)
     yield from _different_libraries(devices)

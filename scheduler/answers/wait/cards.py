@@ -266,11 +266,14 @@ def interruption_of(view: FleetView, node: str) -> str | None:
     return "being stopped" if view.nodes[node].draining else None
 
 
+def listed_cards(view: FleetView) -> list[str]:
+    """The cards that a worker serves, or did a while ago."""
+    return [name for name in view.cards if silent_s(view, name) < FORGOTTEN_S]
+
+
 def closed_cards(view: FleetView) -> list[str]:
     """The cards that are silent or drained, each in a few words; a box once where all its cards are."""
-    troubles = {
-        name: said for name in view.cards if silent_s(view, name) < FORGOTTEN_S and (said := trouble_of(view, name))
-    }
+    troubles = {name: said for name in listed_cards(view) if (said := trouble_of(view, name))}
     told: dict[str, str] = {}
     for name, said in troubles.items():
         host = view.cards[name].host

@@ -134,6 +134,14 @@ def test_only_settings_that_differ_are_shown() -> None:
     assert "same settings" in comparison_text(compared([jobs[0], jobs[0]]), SCREEN)
 
 
+def test_the_time_and_the_peak_of_a_job_beside_others_are_not_called_its_own() -> None:
+    jobs = [job(number, noisy(float(number), 0.1)) for number in (1, 2, 3)]
+    assert "shared" not in comparison_text(compared(jobs), SCREEN)
+    for one in jobs[:2]:
+        one.report["training"]["companions"] = [3 - one.job_id]
+    assert "peak memory of 1 and 2 are of a process that they shared" in comparison_text(compared(jobs), SCREEN)
+
+
 def test_a_base_that_was_edited_in_place_and_other_rows_are_told() -> None:
     """Their settings are the same, and "The jobs have the same settings." was all that was said."""
     jobs = [job(1, noisy(1.0, 0.1)), job(2, noisy(2.0, 0.1))]

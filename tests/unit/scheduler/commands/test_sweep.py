@@ -145,6 +145,8 @@ def test_a_sweep_is_cancelled_as_one_and_compared_once_a_member_has_a_result(job
     call(job, RATES, home=home)
     early = runner.invoke(compare, ["--sweep", "1"]).exception
     assert isinstance(early, WrongState) and early.sentence == "no member of sweep 1 has a result"
+    shown = runner.invoke(status, []).stdout
+    assert shown.startswith("0 running, 2 waiting, no worker is online.\n"), "no line of a job says what they wait for"
     told = runner.invoke(cancel, ["--sweep", "1"]).stdout
     assert told == "Job 1 is cancelled.\nJob 2 is cancelled.\n"
     assert isinstance(runner.invoke(cancel, ["--sweep", "1"]).exception, WrongState)

@@ -278,6 +278,8 @@ def test_a_running_job_in_full_shows_its_place_course_and_next_command() -> None
     assert text.index("  b") < text.index("  a\n"), "the newest event first"
     assert lines[-1] == "Its log: loractl logs 7 -f   stop it: loractl cancel 7"
     assert max(map(len, lines)) <= 80
+    stopping = full(running(cancel_requested=True), attempts=[attempt(ended_at=None)], events=[])
+    assert "attempt 1, stopping" in stopping and " left" not in stopping, "it does not go on to its end"
 
 
 def test_the_peak_of_a_processor_is_called_one_of_ram() -> None:
