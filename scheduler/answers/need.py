@@ -15,7 +15,7 @@ from loractl.common.memory.config import read_shape
 from loractl.common.memory.correction import learned, peaks_like
 from loractl.common.memory.fit import Fit, largest_fit
 from loractl.common.memory.need_key import model_family, need_key
-from loractl.common.memory.plan import Plan, plan
+from loractl.common.memory.plan import Plan, plan, predict
 from loractl.common.memory.shape import Shape
 from loractl.common.memory.step import Lengths, Stack
 from loractl.common.placement.cards import MARGIN_BYTES, Card
@@ -64,12 +64,23 @@ class LargestFit:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Submitted:
+    """What submit reserves for a job: it counts no tokens, so every row is as long as max_length."""
+
+    need: Need
+    choice: Method | None  # on the best card; None: no card holds it
+    max_length: int
+    longest: int  # tokens of the longest row
+
+
+@dataclass(frozen=True, kw_only=True)
 class MemoryNeed:
     """What a job will need, before it runs."""
 
     title: str
     plans: Mapping[Method, Plan]  # of the methods that are open to it
     reserved: Need  # the plans, corrected by what was measured
+    submitted: Submitted | None = None  # what it has until its trainer has counted, where that is more
     choice: Method | None  # on the best card; None: no card holds it
     lengths: Lengths | None  # of the rows, where they were counted
     rows: Mapping[str, int] | None = None  # how many are used, where they were counted
@@ -85,8 +96,9 @@ class MemoryNeed:
     def as_json(self) -> dict[str, Any]:
         """The plan by method, the choice, the lengths and the cards.
 
-        `methods`: for each open one `peak_bytes`, `margin_bytes`, `parts` (bytes by part), `reserved_bytes`, and with
-        --solve `largest` (`micro_batch` and `max_length`); `choice`: the method that the best card would take, or null;
+        `methods`: for each open one `peak_bytes`, `margin_bytes`, `parts` (bytes by part), `reserved_bytes`,
+        `submitted_bytes` (what it waits for, as submit counts no tokens), and with --solve `largest` (`micro_batch` and
+        `max_length`); `choice`: the method that the best card would take, or null;
         `lengths`: in tokens the longest rows' `train` and `evaluate`, with `rows` and `labels`, or null; `rows`: how
         many are used, `train` and `held_out`, and `left_out` as too long, or null; `planned_for`: a
         sentence; `device`: gpu or cpu; `cards`: one entry a card; `solutions`: where no card holds it alone, what would
@@ -109,6 +121,7 @@ class MemoryNeed:
             "margin_bytes": planned.margin_bytes,
             "parts": planned.parts,
             "reserved_bytes": self.reserved.of(method),
+            "submitted_bytes": (self.reserved if self.submitted is None else self.submitted.need).of(method),
             **({} if self.largest is None else {"largest": vars(self.largest.by_method[method])}),
         }
 
@@ -171,10 +184,13 @@ def memory_need(
             solutions += with_one_row(asked, places, min((found.cards for found in solutions), default=MOST_CARDS + 1))
         if stack.on_gpu and (one is None or choice is None) and solve:
             solutions += in_another_form(asked, shape, _room(card, fleet)[0], places)
+    waits = counted.lengths is not None and job.status in (None, Status.QUEUED)
+    submitted = learned(predict(spec, stack=stack), key, measured) if waits else need
     return MemoryNeed(
         title=job.title,
         plans=plans,
         reserved=need,
+        submitted=_submitted(spec, submitted, counted.lengths, card, fleet) if submitted != need else None,
         choice=choice,
         lengths=counted.lengths,
         rows=counted.rows,
@@ -187,6 +203,17 @@ def memory_need(
         solutions=tuple(solutions),
         status=job.status,
     )
+
+
+def _submitted(
+    spec: JobSpec, need: Need, lengths: Lengths | None, card: int | None, fleet: Sequence[Card]
+) -> Submitted | None:
+    if lengths is None:
+        return None
+    admitted = within(open_methods(spec), need, spec.resources.max_vram)
+    _, choice = _on_one(card, admitted, need) if card is not None else _on_fleet(fleet, admitted, need)
+    longest = max(lengths.train, lengths.evaluate)
+    return Submitted(need=need, choice=choice, max_length=spec.dataset.max_length, longest=longest)
 
 
 def _shape(spec: JobSpec) -> Shape:

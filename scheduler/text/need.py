@@ -30,6 +30,7 @@ def need_text(need: MemoryNeed, next_command: str, screen: Screen) -> str:
         lines += [*([""] if lines else []), *head, ""]
         lines += _parts(plan, longest, screen)
     lines += ["", *map(screen.dim, wrapped(need.planned_for, "", screen))]
+    lines += [line for text in _until_it_runs(need) for line in wrapped(text, "", screen)]
     if not need.on_gpu:
         about = "Planned for a processor, since no GPU is known: what the whole process holds of the box's RAM."
         lines += map(screen.dim, wrapped(about, "", screen))
@@ -61,6 +62,23 @@ def _solutions(need: MemoryNeed, screen: Screen) -> list[str]:
 
 
 _WHOLE: Any = {"break_on_hyphens": False, "break_long_words": False}
+
+
+def _until_it_runs(need: MemoryNeed) -> list[str]:
+    """What submit reserves where that is more than the counted rows need."""
+    first = need.submitted
+    method = None if first is None else need.choice or next(iter(need.plans))
+    if first is None or method is None or (size := first.need.of(method)) is None:
+        return []
+    if gib(size) == gib(need.reserved.of(method)) and first.choice is need.choice:
+        return []
+    where = ""
+    if need.cards and first.choice is not need.choice:
+        where = ", which no card has" if first.choice is None else f", so it would go with {first.choice.value}"
+    text = f"submit counts no tokens: until its trainer has, it waits for {gib(size)} GiB with {method.value}{where}. "
+    if first.longest < first.max_length:
+        text += f"With --set dataset.max_length={first.longest} it waits for what it needs."
+    return [text.strip()]
 
 
 def _like_it(measured: Sequence[int]) -> str:

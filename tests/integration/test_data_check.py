@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import tracemalloc
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,6 +17,8 @@ import yaml
 from loractl.common.errors import DataError
 from loractl.common.job.file import load_spec
 from loractl.common.job.spec import JobSpec
+from loractl.common.units import GIB, gib
+from loractl.scheduler.submission.need import plan_job
 from loractl.worker.base.model import load_tokenizer
 from loractl.worker.data.check import Checked, check_data, warnings_about
 from loractl.worker.data.prepared import prepare_data
@@ -366,6 +369,24 @@ def test_rows_that_are_too_long_and_left_out_are_counted_nowhere(cli: Cli, tiny_
     data = json.loads(cli("report", 1, "--json").stdout)["data"]
     assert (data["train_rows"], data["held_out_rows"], data["too_long_rows_dropped"]) == (*used, 30)
     assert not [text for text in data["warnings"] if "several answers" in text]
+
+
+def test_a_plan_of_counted_rows_says_what_the_job_waits_for(cli: Cli, tiny_model: Path, tmp_path: Path) -> None:
+    """Submit counts no tokens, so it takes short rows under a long max_length for long ones."""
+    base = shutil.copytree(tiny_model, tmp_path / "base")
+    numbers = json.loads((base / "config.json").read_text())
+    large = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "head_dim": 128}
+    (base / "config.json").write_text(json.dumps({**numbers, **large, "num_attention_heads": 32}))
+    long = {"dataset": {"max_length": 4096}, "method": "lora", "training": {"gradient_checkpointing": False}}
+    spec = _job(tmp_path, Case("", "", good(30), long), base)
+    planned = json.loads(cli("plan", tmp_path / "job.yaml", "--gpu", "24GiB", "--json").stdout)
+    lora, longest = planned["methods"]["lora"], max(planned["lengths"][name] for name in ("train", "evaluate"))
+    assert lora["submitted_bytes"] == plan_job(spec, "t", {}, None).need.lora > 24 * GIB > lora["reserved_bytes"]
+    short = spec.model_copy(update={"dataset": spec.dataset.model_copy(update={"max_length": longest})})
+    assert plan_job(short, "t", {}, None).need.lora == lora["reserved_bytes"]
+    said = " ".join(cli("plan", tmp_path / "job.yaml", "--gpu", "24GiB").stdout.split())
+    waits = f"it waits for {gib(lora['submitted_bytes'])} GiB with lora, which no card has."
+    assert f"{waits} With --set dataset.max_length={longest} it waits for what it needs." in said
 
 
 def test_a_classifier_whose_label_has_only_long_rows_does_not_learn_it(tiny_model: Path, tmp_path: Path) -> None:
