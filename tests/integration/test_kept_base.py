@@ -20,8 +20,10 @@ from loractl.worker.base.kept import remains
 from loractl.worker.base.kept.imprint import Imprint
 from loractl.worker.base.kept.remains import Surroundings
 from loractl.worker.base.kept.shelf import Shelf
+from loractl.worker.engine.passes import choice
 from loractl.worker.engine.passes.lean import LeanPass
 from loractl.worker.protocol.messages import Note, Start, Stepped
+from loractl.worker.training import recipe as recipe_module
 
 from .conftest import Recipe
 
@@ -213,3 +215,23 @@ def test_a_base_is_put_back_and_a_changed_weight_is_found() -> None:
         weight[0, 0] += 1e-3
     imprint.restore()
     assert imprint.change() == "a weight of the base has changed"
+
+
+def test_a_training_on_a_base_that_stayed_makes_no_tokenizer_and_tries_no_rows_again(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    made = list[str]()
+    for module, name in ((recipe_module, "load_tokenizer"), (choice, "rows_together")):
+        own = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, own=own, name=name, **k: (made.append(name), own(*a, **k))[1])
+    shelf = Shelf()
+    for where in ("one", "two"):
+        shelf.begin()
+        recipe(where, shelf=shelf, max_steps=1)
+        assert shelf.settle()[1] == ""
+    assert made == ["load_tokenizer", "rows_together"]
+    files = [
+        {path.name: path.read_bytes() for path in (tmp_path / where / "result" / "adapter").glob("*token*")}
+        for where in ("one", "two")
+    ]
+    assert files[0] == files[1] and files[0]
