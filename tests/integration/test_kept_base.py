@@ -12,16 +12,19 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from bitsandbytes import functional as F
 
 from loractl.common.job.status import Reason
 from loractl.worker.base.failure import TrainingFailed
 from loractl.worker.base.kept import remains
 from loractl.worker.base.kept.imprint import Imprint
+from loractl.worker.base.kept.knowledge import Knowledge, Known
 from loractl.worker.base.kept.remains import Surroundings
 from loractl.worker.base.kept.shelf import Shelf
-from loractl.worker.engine.passes import choice
+from loractl.worker.engine.passes import choice, tried
 from loractl.worker.engine.passes.lean import LeanPass
+from loractl.worker.engine.passes.tried import Tried
 from loractl.worker.protocol.messages import Note, Start, Stepped
 from loractl.worker.training import recipe as recipe_module
 
@@ -235,3 +238,51 @@ def test_a_training_on_a_base_that_stayed_makes_no_tokenizer_and_tries_no_rows_a
         for where in ("one", "two")
     ]
     assert files[0] == files[1] and files[0]
+
+
+def test_a_new_process_tries_no_rows_that_the_box_knows_to_be_right(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_model: Path
+) -> None:
+    own, times = choice.rows_together, list[int]()
+    monkeypatch.setattr(choice, "rows_together", lambda *a, **k: (times.append(1), own(*a, **k))[1])
+
+    def tries(where: str, **options: Any) -> int:
+        before = len(times)
+        assert recipe(where, max_steps=1, **options)[0].reason is Reason.OK
+        return len(times) - before
+
+    assert [tries("first"), tries("again")] == [1, 0]
+    assert (tmp_path / "first" / WEIGHTS).read_bytes() == (tmp_path / "again" / WEIGHTS).read_bytes()
+    assert tries("other layers", lora={"target_modules": ["q_proj"]}) == 1
+    assert tries("other method", method="qlora") == 1
+    with monkeypatch.context() as patch:
+        patch.setattr(transformers, "__version__", "99")
+        assert tries("other code") == 1
+    with_one_bit_more(tiny_model / "model.safetensors")
+    assert tries("other files") == 1
+
+
+def test_what_was_wrong_is_tried_again_and_few_answers_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tried, "KEPT", 4)
+
+    def asked(question: str, wrong: str | None) -> bool:
+        """Whether it was tried."""
+        known, done = Knowledge(), list[int]()
+
+        def once(question: str, find_out: Callable[[], Any], /, *, keeps: Callable[[Any], bool]) -> Known[Any]:
+            stop, aside = (lambda: None), contextlib.nullcontext
+            return known.once(question, 1, find_out, check_stop=stop, aside=aside, keeps=keeps)
+
+        def find_out() -> str | None:
+            done.append(1)
+            return wrong
+
+        said = Tried(folder=tmp_path, about=["x"], once=once)(question, find_out, keeps=lambda found: found is None)
+        assert said.answer == (wrong if done else None)
+        return bool(done)
+
+    assert asked("a", "it is wrong") and asked("a", "it is wrong") and asked("a", None) and not asked("a", "wrong")
+    assert asked("b", None) and not asked("b", None)
+    for n in range(5):
+        asked(f"more {n}", None)
+    assert len(list(tmp_path.iterdir())) == 4

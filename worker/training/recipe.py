@@ -19,7 +19,7 @@ from loractl.worker.base.adapter import LINEAGE, WEIGHTS, load_stored, read_labe
 from loractl.worker.base.arithmetic import OVERFLOWS_FP16, Precision, choose_precision, compute_in
 from loractl.worker.base.failure import TrainingFailed
 from loractl.worker.base.head import Head
-from loractl.worker.base.identity import BaseIdentity
+from loractl.worker.base.identity import BaseIdentity, traits_of
 from loractl.worker.base.kept.knowledge import Known, Once
 from loractl.worker.base.kept.tokenizers import Lent
 from loractl.worker.base.learner import Learner
@@ -33,6 +33,7 @@ from loractl.worker.data.template import templated
 from loractl.worker.engine.passes.choice import forward_pass, may_share, shared_base
 from loractl.worker.engine.passes.lean import LeanPass
 from loractl.worker.engine.passes.shared import SharedBase
+from loractl.worker.engine.passes.tried import Tried
 from loractl.worker.engine.ranks.leader import DividedPass
 from loractl.worker.evaluation.card import write_model_card
 from loractl.worker.evaluation.classifier import evaluate_classifier
@@ -77,7 +78,7 @@ def train(run: Run) -> Ended:
     # 2. The base model, in NF4 for QLoRA, and a fresh adapter.
     gang = gathered(order, _head(run.spec, data, tokenizer), tokenizer.pad_token_id)
     learner, identity, shared = _load(run, data, tokenizer, gang)
-    forward, why = forward_pass(learner, run.spec, longest_row(data), shared, run.leg.streams, _once(run))
+    forward, why = forward_pass(learner, run.spec, longest_row(data), shared, run.leg.streams, _tried(run, learner))
     if isinstance(forward, LeanPass):
         if why is not None:
             run.note("engine", f"no other job trains beside it: {why}")
@@ -295,6 +296,14 @@ def _once(run: Run) -> Once:
         )
 
     return once
+
+
+def _tried(run: Run, learner: Learner) -> Tried:
+    """Ask this box, too, what it found out about rows behind each other on this base."""
+    order, spec = run.order, run.spec
+    files = sorted(traits_of(spec.base_model, spec.revision))
+    how = [order.method.value, learner.precision, spec.training.attn_implementation, order.device, order.device_name]
+    return Tried(folder=Path(order.cache_dir) / "tried", about=[files, *how], once=_once(run))
 
 
 def _course(run: Run, callbacks: Callbacks, arguments: TrainingArguments, wall_seconds: float) -> TrainingCourse:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import torch
 
@@ -11,7 +12,7 @@ from loractl.common.job.spec import JobSpec
 from loractl.common.memory.families import ROW_ATTENTION
 from loractl.worker.base.arithmetic import Precision, evaluating
 from loractl.worker.base.gauge import is_out_of_memory
-from loractl.worker.base.kept.knowledge import Once
+from loractl.worker.base.kept.knowledge import Known
 from loractl.worker.base.learner import Learner
 from loractl.worker.base.source import first_line
 from loractl.worker.data.tokens import TokenRow
@@ -33,6 +34,14 @@ NF4, pick kernels by that."""
 
 COMPARED = 4
 """Tokens at each row's end that are compared: logits of a long row would take gigabytes."""
+
+
+class Asks(Protocol):
+    """Finds out what is wrong with rows of a base, where nobody has."""
+
+    def __call__(
+        self, question: str, find_out: Callable[[], str | None], /, *, keeps: Callable[[str | None], bool]
+    ) -> Known[str | None]: ...
 
 
 def may_share(spec: JobSpec) -> bool:
@@ -61,7 +70,7 @@ def forward_pass(
     longest: int,
     shared: SharedBase | None = None,
     streams: RandomStreams | None = None,
-    once: Once | None = None,
+    once: Asks | None = None,
 ) -> tuple[LeanPass | PaddedPass, str | None]:
     """The forward pass of a job whose longest row has so many tokens; and where the job did not ask for that, why it is
     the padded one, or with `shared` why it passes the base alone. `shared`: the base that the learner's model is a view
@@ -92,7 +101,7 @@ def forward_pass(
     return (lean, alone) if why is None else (padded, why)
 
 
-def _fault(lean: LeanPass, spec: JobSpec, longest: int, once: Once | None) -> str | None:
+def _fault(lean: LeanPass, spec: JobSpec, longest: int, once: Asks | None) -> str | None:
     """What `rows_together` finds, in eight passes, looked for once for all jobs that adapt the base in the same way:
     ranks and scales are numbers like the weights, which the comparison takes as they come. A fault is not kept."""
     if once is None:

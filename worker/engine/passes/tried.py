@@ -1,0 +1,68 @@
+"""What was tried on this box with rows behind each other and was right: it need not be tried by each new process.
+
+An answer follows from the base's files, from how it is loaded and adapted, and from the code that computes. The name of
+an empty file stands for all of these, so nothing can be torn, and what changes is tried anew.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import bitsandbytes
+import peft
+import torch
+import transformers
+
+from loractl.worker.base.kept.knowledge import Known, Once
+
+KEPT = 256
+"""Answers that stay: a few for each base that a box has, and for each version of its packages."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tried:
+    """Asks the process first (`once`), then the box, and finds out what neither knows."""
+
+    folder: Path
+    about: Sequence[object]  # what the base is, and how it was loaded
+    once: Once
+
+    def __call__(
+        self, question: str, find_out: Callable[[], str | None], /, *, keeps: Callable[[str | None], bool]
+    ) -> Known[str | None]:
+        """What is wrong; None: nothing is, and that stays."""
+
+        def ask() -> str | None:
+            file = self.folder / self._name(question)
+            if file.exists():
+                return None
+            if (wrong := find_out()) is None:
+                _note(file)
+            return wrong
+
+        return self.once(question, ask, keeps=keeps)
+
+    def _name(self, question: str) -> str:
+        stack = [torch.__version__, transformers.__version__, peft.__version__, bitsandbytes.__version__, _code()]
+        said = repr([question, *self.about, torch.backends.cpu.get_cpu_capability(), *stack])
+        return hashlib.sha256(said.encode()).hexdigest()
+
+
+def _note(file: Path) -> None:
+    with contextlib.suppress(OSError):  # a full disk: it is tried again
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+        for old in sorted(file.parent.iterdir(), key=lambda path: path.stat().st_mtime)[:-KEPT]:
+            old.unlink(missing_ok=True)
+
+
+@functools.cache
+def _code() -> str:
+    """Our own part in it: a sum of this room's code."""
+    content = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
+    return hashlib.sha256(content).hexdigest()
