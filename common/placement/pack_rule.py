@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 START = {False: (30.0, 2.0), True: (50.0, 2.0)}
@@ -53,7 +53,8 @@ class MeasuredPass:
 
     tokens: int
     members: int
-    seconds: float
+    seconds: float  # of a processor its own computing: others' load is no cost of the pass
+    wall_seconds: float | None = None  # None: the same
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +65,7 @@ class PassLaw:
     fixed: float
     token: float
     member: float
+    load: float = 1.0  # seconds of the clock for one of these, as the last passes had it: a time limit is about those
     _products: tuple[Numbers, ...] = field(default=((0.0,) * 3,) * 3, repr=False)  # of measured passes' numbers
     _sums: Numbers = field(default=(0.0,) * 3, repr=False)
     _start: tuple[float, float] = field(default=START[False], repr=False)
@@ -80,11 +82,12 @@ class PassLaw:
         if kept is None:
             return cls.start(quantised=quantised)
         products, sums = tuple(tuple(row) for row in kept["products"]), tuple(kept["sums"])
-        return _fitted(products, sums, START[quantised], kept.get("company", 0))
+        return replace(_fitted(products, sums, START[quantised], kept.get("company", 0)), load=kept.get("load", 1.0))
 
     def as_json(self) -> dict[str, Any]:
         """What `from_json` reads: the sums over measured passes."""
-        return {"products": [list(row) for row in self._products], "sums": list(self._sums), "company": self._company}
+        products = [list(row) for row in self._products]
+        return {"products": products, "sums": list(self._sums), "company": self._company, "load": self.load}
 
     @property
     def is_measured(self) -> bool:
@@ -114,10 +117,11 @@ class PassLaw:
         if measured.seconds <= 0:
             return self
         law = self._with(measured, slower=1.0)
-        if measured.members != self._company:
-            return law
-        left = measured.seconds / law.seconds(measured.tokens, measured.members)
-        return self._with(measured, slower=left**FOLLOWED)
+        if measured.members == self._company:
+            left = measured.seconds / law.seconds(measured.tokens, measured.members)
+            law = self._with(measured, slower=left**FOLLOWED)
+        load = max(1.0, (measured.wall_seconds or measured.seconds) / measured.seconds)
+        return replace(law, load=load if not self.is_measured else self.load + FOLLOWED * (load - self.load))
 
     def _with(self, measured: MeasuredPass, slower: float) -> PassLaw:
         """The law with one more pass, where all earlier ones would now take `slower` times as long."""
@@ -206,7 +210,7 @@ class JoinVerdict:
     needed: float
     why: str
     slowdown: float = math.inf  # of the joining job in the pack, against itself alone there
-    seconds: float | None = None  # of a pass with it; None: no pass was measured
+    seconds: float | None = None  # of a pass with it, by the clock; None: no pass was measured
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -260,19 +264,21 @@ def join_verdict(
         return JoinVerdict(pays=False, speed_up=speed_up, needed=needed, why=why)
     before = law.seconds(sum(job.tokens for job in running), len(running))
     after = law.seconds(sum(job.tokens for job in every), count)
+    wall = after * law.load
     for job in every:
-        if (late := _too_late(job, before, after, promised=not together)) is not None:
+        if (late := _too_late(job, after / before, wall, promised=not together)) is not None:
             return JoinVerdict(pays=False, speed_up=speed_up, needed=needed, why=late)
     why = f"{count} jobs in one pass are {speed_up:.2f} times as fast as one by one"
-    slowdown, seconds = after / law.seconds(joining.tokens, 1), after if law.is_measured else None
+    slowdown, seconds = after / law.seconds(joining.tokens, 1), wall if law.is_measured else None
     return JoinVerdict(pays=True, speed_up=speed_up, needed=needed, why=why, slowdown=slowdown, seconds=seconds)
 
 
-def _too_late(job: PackedJob, before: float, after: float, *, promised: bool) -> str | None:
-    """Why the job would end too late. `before`, `after`: how long a pass takes, without the newcomer and with it."""
-    left = job.passes * after if job.passes is not None else None
+def _too_late(job: PackedJob, longer: float, wall: float, *, promised: bool) -> str | None:
+    """Why the job would end too late. `longer`: by what the newcomer makes a pass so; `wall`: seconds that it takes
+    then, by the clock."""
+    left = job.passes * wall if job.passes is not None else None
     if job.left_seconds is not None:
-        left = job.left_seconds * after / before
+        left = job.left_seconds * longer
     if left is None:
         return None
     if job.limit_seconds is not None and left > job.limit_seconds:

@@ -115,8 +115,8 @@ class AttemptState:
         elif isinstance(message, Opened):
             self.opened = message
         elif isinstance(message, Passed):
-            one = MeasuredPass(tokens=message.tokens, members=message.members, seconds=message.seconds)
-            self.passes.append(one)
+            told = {name: getattr(message, name) for name in ("tokens", "members", "seconds", "wall_seconds")}
+            self.passes.append(MeasuredPass(**told))
         elif isinstance(message, MemberLeft):
             self._say_what_is_left(message)
         elif not isinstance(message, (Learned, GoingOn)):

@@ -16,9 +16,10 @@ FIRST = 2
 
 
 class PassMeter:
-    """`tell` gets the tokens, the members and the seconds of a pass. For one thread at a time."""
+    """`tell` gets the tokens, the members and the seconds of a pass: of its own computing, and of the clock. For one
+    thread at a time."""
 
-    def __init__(self, tell: Callable[[int, int, float], None]) -> None:
+    def __init__(self, tell: Callable[[int, int, float, float], None]) -> None:
         self._tell = tell
         self._members, self._seen, self._next = 0, 0, 0.0
 
@@ -33,12 +34,12 @@ class PassMeter:
             return
         began, computed = _seconds(device), time.process_time()
         yield
-        seconds = _seconds(device) - began
+        seconds = wall = _seconds(device) - began
         if device.type == "cpu":
             # Others' load would look like a cost of the pass. Other threads of ours count as well, so the clock is the
-            # upper end.
+            # upper end. A time limit is about the clock.
             seconds = min(seconds, (time.process_time() - computed) / torch.get_num_threads())
-        self._tell(tokens, members, seconds)
+        self._tell(tokens, members, seconds, wall)
         self._next = time.monotonic() + EVERY_S
 
 

@@ -208,7 +208,8 @@ class Passed(_Message):
     type: Literal["passed"] = "passed"
     tokens: int
     members: int
-    seconds: float
+    seconds: float  # of a processor its own computing
+    wall_seconds: float | None = None  # None: the same
 
 
 class Learned(_Message):

@@ -213,9 +213,9 @@ class _Host:
             self._learned_at = time.monotonic()
             self._tell(Learned(job_id=job))
 
-    def _passed(self, tokens: int, members: int, seconds: float) -> None:
+    def _passed(self, tokens: int, members: int, seconds: float, wall: float) -> None:
         if (job := self._company.any_job) is not None:
-            self._tell(Passed(job_id=job, tokens=tokens, members=members, seconds=seconds))
+            self._tell(Passed(job_id=job, tokens=tokens, members=members, seconds=seconds, wall_seconds=wall))
 
 
 class _Other:

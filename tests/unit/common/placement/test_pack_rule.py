@@ -166,6 +166,23 @@ def test_a_member_s_measured_end_moves_as_its_passes_do(first: int, second: int,
     assert verdict.pays == (in_time and verdict.speed_up >= verdict.needed == LEAST_GAIN)
 
 
+@pytest.mark.parametrize("load", [1.0, 3.0])
+def test_a_newcomer_s_time_limit_is_about_the_clock_and_the_gain_is_not(load: float) -> None:
+    """On a processor that others load a pass takes longer than its own computing."""
+    law = PassLaw.start(quantised=True)
+    for members in (1, 2, 4) * 4:
+        own = 0.1 + 0.01 * members
+        law = law.learn(MeasuredPass(tokens=64 * members, members=members, seconds=own, wall_seconds=own * load))
+    running, limit = PackedJob(tokens=64, sweep="s"), 200 * law.seconds(128, 2)
+    joining = PackedJob(tokens=64, sweep="s", passes=100, limit_seconds=limit)
+    verdict = join_verdict(law, [running], joining)
+    assert verdict.pays == (load < 2) and verdict.speed_up == law.speed_up([64, 64])
+    kept = PassLaw.from_json(law.as_json(), quantised=True)
+    assert kept == law and kept.load == pytest.approx(load)
+    unloaded = PassLaw.from_json({**law.as_json(), "load": 1.0}, quantised=True)
+    assert join_verdict(unloaded, [running], joining).pays
+
+
 def test_a_law_comes_back_as_it_was_kept_and_tells_what_a_member_had() -> None:
     law = PassLaw.start(quantised=True)
     assert law.micro_batch is None and not law.is_measured
