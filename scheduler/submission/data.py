@@ -6,6 +6,7 @@ import collections
 import contextlib
 import functools
 import importlib.util
+import string
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -92,13 +93,25 @@ def store_data(
     return stored
 
 
+_WORDS = string.ascii_lowercase.encode() + b" "
+
+BYTES_A_TOKEN = 3
+"""Of small letters and spaces. Every other byte is taken for a token: digits, signs and rare scripts often are. By
+SmolLM2's tokenizer that is 0.93 to 1.3 times what base64, digits, code, Amharic and German have, and 1.6 to 2.6 times
+what the English rows of examples/data have, whose keys count as well."""
+
+
 def _extent(file: Path) -> dict[str, int]:
-    """How many rows and bytes a file of lines has: what is known of its rows' lengths without a tokenizer."""
+    """How many rows and bytes a file of lines has, and how many tokens at the most: what is known of its rows' lengths
+    without a tokenizer."""
     if file.suffix.lower() != ".jsonl":
         return {}
+    rows = size = other = 0
     with file.open("rb") as lines:
-        sizes = [len(line) for line in lines if line.strip()]
-    return {"rows": len(sizes), "bytes": sum(sizes)}
+        for line in lines:
+            if line.strip():
+                rows, size, other = rows + 1, size + len(line), other + len(line.translate(None, _WORDS))
+    return {"rows": rows, "bytes": size, "tokens": (size - other) // BYTES_A_TOKEN + other}
 
 
 @contextlib.contextmanager

@@ -26,8 +26,8 @@ from ...tables import Attempt, Job
 if TYPE_CHECKING:
     from loractl.common.job.spec import JobSpec
 
-BYTES_A_TOKEN = 2.5
-"""Bytes of a row, its keys too, for one token of it, at the least: 2.65 to 3.8 in the files of examples/data."""
+BYTES_A_TOKEN = 1.0
+"""Of rows whose tokens submit has not estimated: no token is shorter."""
 
 
 @dataclass(kw_only=True)
@@ -80,13 +80,15 @@ def _why_alone(row: Job, spec: JobSpec) -> str | None:
 
 
 def tokens_of(spec: JobSpec, row_tokens: float | None, data: Mapping[str, Any]) -> int:
-    """Tokens of a micro-batch: measured on the same rows, or at most as many as their bytes say or may be in them.
+    """Tokens of a micro-batch: measured on the same rows, or at most as many as submit has estimated or as may be in
+    them.
 
     `data`: what is known of the rows where they are stored.
     """
     length, rows, size = spec.dataset.max_length, data.get("rows"), data.get("bytes")
-    if row_tokens is None and isinstance(rows, int) and isinstance(size, int) and rows > 0:
-        row_tokens = size / rows / BYTES_A_TOKEN
+    tokens = data.get("tokens", size / BYTES_A_TOKEN if isinstance(size, int) else None)
+    if row_tokens is None and isinstance(rows, int) and isinstance(tokens, (int, float)) and rows > 0:
+        row_tokens = tokens / rows
     if row_tokens is not None and not spec.training.packing:
         length = min(length, max(1, round(row_tokens)))
     return spec.training.per_device_train_batch_size * length
@@ -134,8 +136,8 @@ def _known(
     micro_batch = law.micro_batch
     batches = [spec.training.per_device_train_batch_size for _, spec, _ in read]
     tokens = None if micro_batch is None or not batches else micro_batch * len(batches) / sum(batches)
-    if tokens is not None:
-        row_tokens.update({_name(row, spec): tokens for row, spec, _ in read})
+    if tokens is not None and len(names := {_name(row, spec) for row, spec, _ in read}) == 1:  # else it is a mean
+        row_tokens[names.pop()] = tokens
     members = tuple(_member(row, spec, promised, tokens, now) for row, spec, promised in read)
     return replace(base, law=law, members=members)
 

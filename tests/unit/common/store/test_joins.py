@@ -270,6 +270,15 @@ def test_measured_passes_decide(store: Store) -> None:
     assert store.claim(NODE, joins=True) is None, "a pass takes as long as its members one by one"
 
 
+def test_what_was_measured_of_a_pack_is_said_of_no_one_s_rows_where_these_differ(store: Store) -> None:
+    anchored(store)
+    queue(store, dataset={"path": "org/long", "max_length": 16})
+    claim(store)
+    store.note_passes("h1", [MeasuredPass(tokens=24, members=2, seconds=0.1)])
+    other = queue(store, dataset={"path": "org/long", "max_length": 1024})
+    assert store.newcomers(store.ready(10))[other].packed.tokens == 1024, "not 12, the mean"
+
+
 def test_the_base_is_charged_in_equal_shares(timed: Store, clock: Clock) -> None:
     store = timed
     first = anchored(store)

@@ -105,7 +105,8 @@ def test_a_stranger_s_micro_batch_is_no_longer_than_the_bytes_of_its_rows(store:
     known = store.submit(replace(submission(**long, training=one_row), data={"path": stored}))
     other = store.submit(submission(**long, training=one_row))
     packing = store.submit(replace(submission(**long, training={**one_row, "packing": True}), data={"path": stored}))
+    estimated = store.submit(replace(submission(**long, training=one_row), data={"path": {**stored, "tokens": 900}}))
     asked = store.newcomers(store.ready(10))
     tokens = {job_id: newcomer.packed.tokens for job_id, newcomer in asked.items()}
-    assert tokens == {known: 200 / BYTES_A_TOKEN, other: 1024, packing: 1024}
+    assert tokens == {known: 200 / BYTES_A_TOKEN, other: 1024, packing: 1024, estimated: 90}
     assert {job_id: asked[job_id].packed.passes for job_id in (known, other)} == {known: 2 * 5 * 3, other: None}
