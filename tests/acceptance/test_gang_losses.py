@@ -70,6 +70,10 @@ class Gangs:
         raise AssertionError("it has no such node")
 
 
+OWN = pytest.mark.parametrize("gangs", ["own"], indirect=True)
+"""For a test that is long in any case: loractl's own trainer shows what the stand-in would."""
+
+
 @pytest.fixture(params=["stand-in", pytest.param("own", marks=pytest.mark.long)])
 def gangs(request: pytest.FixtureRequest, lab: Lab, tiny_model: Path) -> Gangs:
     own = request.param == "own"
@@ -81,6 +85,7 @@ def gangs(request: pytest.FixtureRequest, lab: Lab, tiny_model: Path) -> Gangs:
     return Gangs(lab=lab, model=tiny_model)
 
 
+@OWN
 @pytest.mark.long
 def test_it_gives_way_on_both_cards_and_goes_on_on_one(gangs: Gangs) -> None:
     lab = gangs.lab
@@ -103,6 +108,7 @@ def test_it_gives_way_on_both_cards_and_goes_on_on_one(gangs: Gangs) -> None:
     assert lab.store.job(low).retries_used == 0
 
 
+@OWN
 @pytest.mark.long
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_lost_box_s_job_goes_on_on_the_cards_of_another(gangs: Gangs, how: signal.Signals) -> None:
@@ -131,7 +137,15 @@ def test_a_lost_box_s_job_goes_on_on_the_cards_of_another(gangs: Gangs, how: sig
     assert not gangs.ranks(job_id, lab.home)
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    ("gangs", "how"),
+    [
+        ("stand-in", signal.SIGKILL),
+        pytest.param("own", signal.SIGKILL, marks=pytest.mark.long),
+        pytest.param("own", signal.SIGSTOP, marks=pytest.mark.long),
+    ],
+    indirect=["gangs"],
+)
 def test_the_second_card_s_node_alone_ends_all_ranks_and_the_job_goes_on(gangs: Gangs, how: signal.Signals) -> None:
     lab = gangs.lab
     box = lab.start(cold=True, **CARDS)

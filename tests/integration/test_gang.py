@@ -89,23 +89,24 @@ def test_a_gang_that_was_stopped_goes_on_on_one_card_and_on_two(tiny_model: Path
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("kind", [DATA, SHARDED])
 @pytest.mark.parametrize(
     "method, more",
     [
-        ("lora", {}), ("qlora", {}), ("qlora", {"dtype": "bfloat16"}), ("lora", {"exact": True}),
-        ("qlora", {"exact": True}), ("lora", {"gradient_checkpointing": True}),
+        ("qlora", {}), ("qlora", {"dtype": "bfloat16"}), ("lora", {"exact": True}), ("qlora", {"exact": True}),
+        ("lora", {"gradient_checkpointing": True}),
         ("qlora", {"gradient_checkpointing": True, "label_smoothing_factor": 0.1}),
     ],
 )  # fmt: skip
 def test_twenty_steps_on_two_ranks_are_those_of_one(
-    tiny_model: Path, tmp_path: Path, kind: Parallel, method: str, more: dict[str, Any]
+    tiny_model: Path, tmp_path: Path, method: str, more: dict[str, Any]
 ) -> None:
     case = Case(tiny_model, tmp_path, method=method, **UNEVEN | {"max_steps": 20, "learning_rate": 1e-3} | more)
-    (one, whole), (two, divided) = case.on(NONE), case.on(kind)
+    one, whole = case.on(NONE)
     near = 0.02 if "bfloat16" in more.values() else 1e-5
-    assert two.losses == pytest.approx(one.losses, abs=near) and len(one.losses) == 20
-    assert apart(whole, divided) < near
+    for kind in (DATA, SHARDED):
+        two, divided = case.on(kind)
+        assert two.losses == pytest.approx(one.losses, abs=near) and len(one.losses) == 20
+        assert apart(whole, divided) < near
 
 
 @pytest.mark.long
@@ -120,12 +121,16 @@ def test_dropout_of_a_gang_is_the_same_after_a_resume(tiny_model: Path, tmp_path
 
 @pytest.mark.long
 def test_a_divided_model_is_evaluated_as_a_whole_one(tiny_model: Path, tmp_path: Path) -> None:
-    """Answers are generated, and checkpoints proven, by the leader alone: the others lend their parts of the base."""
-    case = Case(tiny_model, tmp_path, method="qlora", max_steps=2, dtype="float32")
+    """Answers are generated, and checkpoints proven, by the leader alone: the others lend their parts of the base.
+
+    Both evaluate one adapter, that of the checkpoint of the last step: two that were trained are only nearly equal.
+    """
+    case = Case(tiny_model, tmp_path, method="qlora", max_steps=2, save_steps=2, dtype="float32")
     found = []
-    for kind in (NONE, SHARDED):
-        order = case.order(kind.value, samples=2)
-        assert set(train_on(order, kind).ends) == {"ok"}
+    for kind, earlier in ((NONE, None), (SHARDED, NONE.value)):
+        order = case.order(kind.value, earlier, samples=2)
+        trained = train_on(order, kind)
+        assert set(trained.ends) == {"ok"} and bool(trained.losses) == (kind is NONE)
         report = json.loads((Path(order.output_dir) / "report.json").read_text())
         found.append((report["evaluation"]["metrics"], report["evaluation"]["answers"]))
     assert found[0] == found[1]
@@ -133,13 +138,11 @@ def test_a_divided_model_is_evaluated_as_a_whole_one(tiny_model: Path, tmp_path:
 
 @pytest.mark.long
 @pytest.mark.cold
-@pytest.mark.parametrize("kind", [DATA, SHARDED])
 @pytest.mark.parametrize("killed", ["the leader", "the other"])
-def test_kill_9_of_either_rank_ends_both_within_seconds(
-    tiny_model: Path, tmp_path: Path, kind: Parallel, killed: str
-) -> None:
+def test_kill_9_of_either_rank_ends_both_within_seconds(tiny_model: Path, tmp_path: Path, killed: str) -> None:
+    """Of a base that is divided, too: acceptance/test_gang.py."""
     case = Case(tiny_model, tmp_path, **UNEVEN | {"max_steps": 5000})
-    order = orders_of(case.order("killed"), kind, 2, tmp_path)[0]
+    order = orders_of(case.order("killed"), DATA, 2, tmp_path)[0]
     leader = launch("loractl.worker.training.trainer", {**os.environ, "OMP_NUM_THREADS": "1"})
     assert leader.stdin and leader.stdout and leader.stderr
     threading.Thread(target=leader.stderr.read, daemon=True).start()
