@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+from click.core import ParameterSource
 
 from loractl.common.errors import UsageError
 from loractl.common.placement.pack_rule import START, PassLaw
@@ -87,6 +88,9 @@ def sim(
 
     bound = math.inf if longest is None else _seconds("--longest", longest)
     _check(compress, contention)
+    given = click.get_current_context().get_parameter_source("pass_cost") is not ParameterSource.DEFAULT
+    if given and micro_batch is None:
+        raise UsageError("--pass-cost says nothing without --micro-batch", "like --micro-batch 64 --pass-cost 50")
     law = _law(pass_cost)
     passes = None if micro_batch is None else Passes(tokens=micro_batch, law=law)
     nodes = Nodes(keep_warm_s=_seconds("--keep-warm", keep_warm), spare=spare, passes=passes)

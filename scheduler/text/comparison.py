@@ -92,10 +92,11 @@ def _setting(value: Any) -> str:
 
 def _note(answer: Comparison, screen: Screen) -> list[str]:
     """What the changes are, where a job was compared row by row, and which times are not a job's own."""
-    shared = [str(job.job_id) for job in answer.jobs if job.companions]
+    shared = [str(job_id) for job_id in sorted(job.job_id for job in answer.jobs if job.companions)]
     if not shared:
         return _changes(answer, screen)
-    beside = f"Time and peak memory of {in_words(shared)} are of a process that they shared with other jobs."
+    whose = "it" if len(shared) == 1 else "they"
+    beside = f"Time and peak memory of {in_words(shared)} are of a process that {whose} shared with other jobs."
     return [*_changes(answer, screen), screen.dim(beside)]
 
 

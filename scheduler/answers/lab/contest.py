@@ -157,7 +157,9 @@ def _common(store: Store, sweep: SweepView) -> list[tuple[str, Any]]:
 
 
 def _measured(report: Mapping[str, Any]) -> tuple[int | None, float | None]:
+    """Peak and time; no peak of one that shared its process: it is all of theirs."""
     try:
-        return int(report["training"]["peak_memory_bytes"]), float(report["wall_seconds"])
+        training, seconds = report["training"], float(report["wall_seconds"])
+        return None if training.get("companions") else int(training["peak_memory_bytes"]), seconds
     except UNREADABLE:
         return None, None

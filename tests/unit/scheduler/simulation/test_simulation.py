@@ -349,7 +349,8 @@ def test_the_command_prints_text_or_json_and_draws(cli: Cli, own: Path, tmp_path
         (["--fleet", "80GiB", "--base-size", "2GiB"], "--base-size says nothing without --base-models"),
         (["--fleet", "80GiB", "--base-models", "1", "--base-size", "2"], "--base-size 2 is not a size"),
         (["--fleet", "80GiB", "--micro-batch", "64"], "--micro-batch says nothing of jobs without a base model"),
-        (["--fleet", "80GiB", "--pass-cost", "nan"], "--pass-cost nan is not a number"),
+        (["--fleet", "80GiB", "--micro-batch", "64", "--pass-cost", "nan"], "--pass-cost nan is not a number"),
+        (["--fleet", "80GiB", "--pass-cost", "50"], "--pass-cost says nothing without --micro-batch"),
         (["--fleet", "80GiB", "--keep-warm", "soon"], "--keep-warm soon is not a duration"),
     ],
 )

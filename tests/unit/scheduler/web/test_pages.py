@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -104,10 +105,20 @@ def test_a_sweep_s_page_names_the_best_and_marks_what_differs(web: Web) -> None:
     html = web.client.get("/sweeps/1").text
     page = words(html)
     assert "Best: 1 (learning_rate 5e-05, r 16), held-out loss 0.951" in page
+    assert "loractl compare --sweep 1" in page
     assert "r 16 r 32" in page and "learning_rate 0.0001" in page and html.count('class="ghost"') >= 3
     assert "worse" in page and "The same in all" in page
     varied = re.findall(r'<div class="varied"><dt>([\w.]+)', web.client.get("/jobs/1").text)
     assert sorted(varied) == ["lora.r", "training.learning_rate"]
+
+
+def test_a_sweep_without_a_result_offers_no_comparison(own_web: Web) -> None:
+    """The command was there to be copied, and ended with an error."""
+    one = webs.submission(lora=1, user="mara", name="late")
+    members = [replace(one, spec=webs.spec(name="late", lora={"r": r})) for r in (4, 8)]
+    own_web.lab.store.submit_sweep(webs.NewSweep(name="late", user="mara", varied={"lora.r": "4,8"}), members)
+    page = words(own_web.client.get("/sweeps/2").text)
+    assert "loractl cancel --sweep 2" in page and "loractl compare" not in page
 
 
 def test_the_adapters_page_compares_and_tells_where_one_comes_from(own_web: Web) -> None:
