@@ -24,7 +24,8 @@ from loractl.worker.data.tokens import IGNORED, TokenRow
 from loractl.worker.engine.loss import Backward, MicroBatch
 from loractl.worker.engine.streams import RandomStreams
 
-from .cross_entropy import SummedLoss
+from . import wide
+from .cross_entropy import SummedLosses
 from .rows import RowLayout
 
 
@@ -61,6 +62,16 @@ def _lengths(row: TokenRow) -> list[int]:
     """Of the examples of a packed row; of the row itself where it is one."""
     borders = [0, *row.starts, len(row.input_ids)]
     return [end - begin for begin, end in itertools.pairwise(borders)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadPart:
+    """What one training learns from its hidden states."""
+
+    targets: torch.Tensor
+    count: int  # that the loss is divided by
+    smoothing: float
+    backward: Backward
 
 
 class LeanModel:
@@ -105,28 +116,61 @@ class LeanModel:
         return found
 
     def learn_head(
-        self, hidden: torch.Tensor, targets: torch.Tensor, count: int, smoothing: float, backward: Backward
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The summed loss of some tokens divided by `count`, and its gradient with respect to their hidden states,
-        chunk by chunk."""
-        total, gradient = torch.zeros((), device=self.device), torch.empty_like(hidden)
-        for at in range(0, len(targets), HEAD_CHUNK):
-            part = slice(at, at + HEAD_CHUNK)
-            piece = hidden.detach()[part].requires_grad_()
-            share = self.summed_loss(piece, targets[part], smoothing) / count
-            backward(share)
-            gradient[part] = piece.grad
-            total += share.detach()
-        return total, gradient
-
-    def summed_loss(self, hidden: torch.Tensor, targets: torch.Tensor, smoothing: float) -> torch.Tensor:
-        """Of a chunk. Nothing else holds its logits, so the backward pass has their room."""
-        found: torch.Tensor = SummedLoss.apply(self.logits(hidden), targets, smoothing)
-        return found
+        self, hidden: torch.Tensor, parts: Sequence[HeadPart], apart: wide.Apart | None = None
+    ) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """Each training's share of its window's mean loss, and the gradient with respect to all hidden states, chunk by
+        chunk. `apart`: of the head, where a chunk may be of several trainings."""
+        totals, gradient = [torch.zeros((), device=self.device) for _ in parts], torch.empty_like(hidden)
+        begin = 0
+        for chunk in _chunks([len(part.targets) for part in parts], joined=apart is not None):
+            owners = [parts[number] for number, _ in chunk]
+            targets = [part.targets[tokens] for part, (_, tokens) in zip(owners, chunk, strict=True)]
+            lengths = [len(one) for one in targets]
+            place = slice(begin, begin := begin + sum(lengths))
+            if apart is not None:
+                apart.lengths = lengths
+            piece = hidden.detach()[place].requires_grad_()
+            logits, smoothings = self.logits(piece), [owner.smoothing for owner in owners]
+            over = apart is not None and apart.holds(logits)
+            sums = SummedLosses.apply(logits, torch.cat(targets), lengths, smoothings, over)
+            del logits  # the backward pass has its room
+            shares = [one / owner.count for one, owner in zip(sums.unbind(), owners, strict=True)]
+            _back(shares, [owner.backward for owner in owners])
+            gradient[place] = piece.grad
+            for (number, _), share in zip(chunk, shares, strict=True):
+                totals[number] += share.detach()
+        return totals, gradient
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         amp = self._precision.amp
         return contextlib.nullcontext() if amp is None else torch.autocast(self.device.type, dtype=AMP[amp])
+
+
+def _chunks(counts: Sequence[int], *, joined: bool) -> Iterator[list[tuple[int, slice]]]:
+    """Trainings' tokens in chunks that have their order: whose, and which of his. With `joined`, small ones of several
+    trainings are one; each training's own are cut as they are without others."""
+    chunk: list[tuple[int, slice]] = []
+    room = 0
+    for number, count in enumerate(counts):
+        for at in range(0, count, HEAD_CHUNK):
+            tokens = slice(at, min(at + HEAD_CHUNK, count))
+            size = tokens.stop - at
+            if chunk and (size > room or not joined):
+                yield chunk
+                chunk = []
+            room = (room if chunk else HEAD_CHUNK) - size
+            chunk.append((number, tokens))
+    if chunk:
+        yield chunk
+
+
+def _back(losses: Sequence[torch.Tensor], backwards: Sequence[Backward]) -> None:
+    """One backward pass of several losses, each scaled by its own training."""
+    scales = []
+    for loss, backward in zip(losses, backwards, strict=True):
+        backward(proxy := loss.detach().requires_grad_())
+        scales.append(proxy.grad)
+    torch.autograd.backward(losses, scales)
 
 
 class LeanPass:
@@ -154,7 +198,8 @@ class LeanPass:
         """The same for rows that are laid behind each other; the loss is their sum divided by `count`."""
         with self._lean.lean(rows.lengths):
             learned = self._decoded(rows)[rows.places]
-            total, gradient = self._lean.learn_head(learned, rows.targets, count, self.smoothing, backward)
+            part = HeadPart(targets=rows.targets, count=count, smoothing=self.smoothing, backward=backward)
+            (total,), gradient = self._lean.learn_head(learned, [part])
             if len(rows.places):
                 torch.autograd.backward(learned, gradient)
         return total

@@ -75,6 +75,11 @@ class SharedProduct:
             answer if len(plain) == len(taken) else self._apart(x, answer, [one for one in taken if one not in plain])
         )
 
+    def apart(self) -> contextlib.AbstractContextManager[wide.Apart]:
+        """Products in fp32 are made of one training's tokens at a time."""
+        assert self._frozen is not None
+        return self._frozen.apart()
+
     def _together(self, x: torch.Tensor, taken: list[tuple[Span, Any]]) -> torch.Tensor:
         above = [layer.lora_A[ADAPTER].weight for _, layer in taken]
         below = [layer.lora_B[ADAPTER].weight for _, layer in taken]
@@ -137,7 +142,7 @@ class _Product(torch.autograd.Function):
                     seen = _dropped(seen, mask, part)
                 inner = seen @ a.to(kind).T
                 saved.append(inner)
-                answer[part.rows].addmm_(inner, _scaled(b, part, kind).T)
+                answer[part.rows].addmm_(inner, b.to(kind).T, alpha=part.scaling)
         ctx.save_for_backward(*saved)
         return answer.to(x.dtype) if rounds else answer
 
@@ -155,8 +160,10 @@ class _Product(torch.autograd.Function):
         for part, a, b in zip(ctx.parts, above, below, strict=True):
             mask = next(rest) if part.dropout else None
             inner, seen, of_answer = next(rest), x[part.rows], given[part.rows]
-            to_b.append((of_answer.T @ inner).to(b.dtype).mul_(part.scaling))
-            of_inner = of_answer @ _scaled(b, part, kind)
+            # this way round: a library takes twice as long for a product that is a few numbers wide
+            of_b = (inner.T @ of_answer).T.to(b.dtype)
+            to_b.append(torch.mul(of_b, part.scaling, out=torch.empty_like(b)))
+            of_inner = (of_answer @ b.to(kind)).mul_(part.scaling)
             to_a.append((of_inner.T @ (seen if mask is None else _dropped(seen, mask, part))).to(a.dtype))
             if back is None:
                 continue
@@ -165,10 +172,6 @@ class _Product(torch.autograd.Function):
             else:
                 back[part.rows] += _dropped(of_inner @ a.to(kind), mask, part)
         return (back if back is None else back.to(narrow), None, None, None, *to_a, *to_b)
-
-
-def _scaled(b: torch.Tensor, part: _Factors, dtype: torch.dtype) -> torch.Tensor:
-    return (b * part.scaling).to(dtype)
 
 
 def _mask(x: torch.Tensor, part: _Factors) -> torch.Tensor:
@@ -217,6 +220,7 @@ class FrozenProduct:
 
     def __init__(self, linear: Any, weight: Callable[[], torch.Tensor]) -> None:
         self._linear, self._own, self._weight = linear, linear.forward, weight
+        self._apart: wide.Apart | None = None
 
     @classmethod
     def of(cls, linear: Any) -> FrozenProduct | None:
@@ -233,12 +237,24 @@ class FrozenProduct:
         weight = weights.get(type(linear))
         return None if weight is None else cls(linear, weight)
 
+    @contextlib.contextmanager
+    def apart(self) -> Iterator[wide.Apart]:
+        """Products in fp32 are made of so many tokens at a time as the answer's `lengths` say; the weight is widened
+        once for all of them."""
+        self._apart = wide.Apart()
+        try:
+            yield self._apart
+        finally:
+            self._apart = None
+
     def __call__(self, x: torch.Tensor, *, widened: bool) -> torch.Tensor:
         """`widened`: `x` was made fp32 for a faster product."""
-        answer: torch.Tensor = wide.product(x, self._weight(), self._linear.bias) if widened else self._own(x)
-        return answer
+        if not widened:
+            own: torch.Tensor = self._own(x)
+            return own
+        return wide.product(x, self._weight(), self._linear.bias, self._apart)
 
     def gradient(self, given: torch.Tensor, *, widened: bool) -> torch.Tensor:
         """From the gradient of the answer to that of the input."""
         weight = self._weight()
-        return wide.input_gradient(given, weight) if widened else given @ weight.to(given.dtype)
+        return wide.input_gradient(given, weight, self._apart) if widened else given @ weight.to(given.dtype)

@@ -19,7 +19,8 @@ from loractl.worker.engine.loss import Backward, MicroBatch
 from loractl.worker.engine.streams import RandomStreams
 
 from . import wide
-from .lean import LeanModel, LeanPass, RowsBehindEachOther
+from .lean import HeadPart, LeanModel, LeanPass, RowsBehindEachOther
+from .norm import take_over_norms
 from .product import ADAPTER, CantShare, FrozenProduct, SharedProduct, Span, Spans
 from .view import view_of
 
@@ -45,9 +46,12 @@ class SharedBase:
         self._words = view_of(model).train()
         self._lean = LeanModel(self._words, precision)
         self._spans = Spans()
+        self._head: SharedProduct | None = None  # where several trainings may be given to it together
         self._products: dict[str, SharedProduct] = {}  # by the layer's path
         if wide.may_widen(model.device, precision.base):
             self._take_over()
+        if model.device.type == "cpu":
+            take_over_norms(self._words)
         self._blocks: list[Any] | None = None  # that can be recomputed; None: not prepared for it
 
     def view(self) -> Any:
@@ -77,6 +81,8 @@ class SharedBase:
         for path, module in list(self._words.named_modules()):
             if (module is head or module in inner) and FrozenProduct.of(module) is not None:
                 self._product(path).rounds = module is not head
+                if module is head and not _more_than(self._words, head):
+                    self._head = self._product(path)
 
     def learn(self, pieces: Sequence[Piece], *, recomputes: bool = False) -> list[torch.Tensor]:
         """Leave the gradients of several micro-batches. Returns each one's share of its window's mean loss, in nats.
@@ -99,14 +105,17 @@ class SharedBase:
         places = _together([rows.places for rows in laid], [rows.tokens for rows in laid])
         with self._passing([(piece.model, piece.streams) for piece in pieces], laid):
             learned = self._decoded(laid)[places]
-            gradient, losses = torch.empty_like(learned), []
-            counts = [len(rows.places) for rows in laid]
-            parts = zip(pieces, laid, learned.split(counts), gradient.split(counts), strict=True)
-            for piece, rows, hidden, to in parts:
-                count, smoothing = piece.batch.learned, piece.smoothing
-                loss, found = self._lean.learn_head(hidden, rows.targets, count, smoothing, piece.backward)
-                to.copy_(found)
-                losses.append(loss)
+            parts = [
+                HeadPart(
+                    targets=rows.targets,
+                    count=piece.batch.learned,
+                    smoothing=piece.smoothing,
+                    backward=piece.backward,
+                )
+                for piece, rows in zip(pieces, laid, strict=True)
+            ]
+            with contextlib.nullcontext() if self._head is None else self._head.apart() as apart:
+                losses, gradient = self._lean.learn_head(learned, parts, apart)
             torch.autograd.backward(learned, gradient)
         return losses
 
@@ -149,6 +158,12 @@ class SharedBase:
         """Around a block, and around its recomputation, which draws what the block drew."""
         generators = [span.generator for span in self._spans.now]
         return contextlib.nullcontext(), _standing(generators, [generator.get_state() for generator in generators])
+
+
+def _more_than(words: Any, head: Any) -> bool:
+    """Whether a model has more behind its decoder than a head: that would see several trainings' tokens as one."""
+    known = {id(parameter) for module in (words.base_model, head) for parameter in module.parameters()}
+    return any(id(parameter) not in known for parameter in words.parameters())
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,20 +65,53 @@ def as_it_is(x: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
     return torch.autocast(x.device.type, enabled=False) if widens(x) else contextlib.nullcontext()
 
 
-def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+class Apart:
+    """Tokens of several trainings, each multiplied by themselves: a library may round by their number. The answers lie
+    in one memory, each over the last: fresh memory of this size costs more than a softmax over it."""
+
+    def __init__(self) -> None:
+        self.lengths: Sequence[int] = ()
+        self._memory: torch.Tensor | None = None
+
+    def room(self, count: int, width: int) -> torch.Tensor:
+        """Memory of shape (count, width), in which the last answer lay."""
+        if self._memory is None or len(self._memory) < count * width:
+            self._memory = None  # before there is more
+            self._memory = torch.empty(count * width)
+        return torch.empty(0).set_(self._memory.untyped_storage(), 0, (count, width))
+
+    def holds(self, answer: torch.Tensor) -> bool:
+        """Whether a tensor is the last answer, as it is."""
+        return self._memory is not None and answer.data_ptr() == self._memory.data_ptr() and answer.is_contiguous()
+
+    def parts(self, *tensors: torch.Tensor) -> list[tuple[torch.Tensor, ...]]:
+        """Each training's rows of some tensors."""
+        return list(zip(*(tensor.split(self.lengths) for tensor in tensors), strict=True))
+
+
+def product(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, apart: Apart | None = None
+) -> torch.Tensor:
     """x W^T + bias in fp32, of shape (tokens, outputs); `x` is in fp32, `weight` (outputs, inputs) in 16 bit."""
-    answer = x.new_empty(len(x), len(weight))
+    shape = len(x), len(weight)
+    answer = x.new_empty(shape) if apart is None else apart.room(*shape)
+    parts = [(x, answer)] if apart is None else apart.parts(x, answer)
     for rows, wide in _slabs(weight):
-        torch.mm(x, wide.T, out=answer[:, rows])
+        for own, to in parts:
+            torch.mm(own, wide.T, out=to[:, rows])
     return answer if bias is None else answer.add_(bias)
 
 
-def input_gradient(given: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def input_gradient(given: torch.Tensor, weight: torch.Tensor, apart: Apart | None = None) -> torch.Tensor:
     """given W in fp32, of shape (tokens, inputs); `given` is in fp32."""
-    back: torch.Tensor | None = None
+    back = given.new_empty(len(given), weight.shape[1])
+    parts = [(given, back)] if apart is None else apart.parts(given, back)
     for rows, wide in _slabs(weight):
-        back = given[:, rows] @ wide if back is None else back.addmm_(given[:, rows], wide)
-    assert back is not None
+        for own, to in parts:
+            if rows.start == 0:
+                torch.mm(own[:, rows], wide, out=to)
+            else:
+                to.addmm_(own[:, rows], wide)
     return back
 
 
