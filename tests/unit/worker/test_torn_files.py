@@ -155,12 +155,13 @@ def test_what_82e4d97_finished_or_saved_is_taken_up(finished: Path, tmp_path: Pa
     assert newest_checkpoint([folder.parent], changed) is None
 
 
-@dataclass
+@dataclass(eq=False)
 class Tokens:
     """Makes the tokens of some rows, and counts how often."""
 
     cache: Path
     made: int = 0
+    summed: int = 0
     text: str = "here is a row"
 
     def __call__(self, text: str, **_: object) -> Any:
@@ -171,6 +172,7 @@ class Tokens:
     chat_template, eos_token, eos_token_id, is_fast = None, "", 3, True
 
     def get_vocab(self) -> dict[str, int]:
+        self.summed += 1
         return {}
 
     def kept(self) -> list[TokenRow]:
@@ -208,3 +210,9 @@ def test_tokens_are_on_the_disk_before_they_have_their_name(tmp_path: Path, monk
 
     monkeypatch.setattr(Path, "rename", named)
     assert Tokens(tmp_path).kept() and not synced
+
+
+def test_a_tokenizer_is_summed_once_for_the_cache(tmp_path: Path) -> None:
+    tokens, other = Tokens(tmp_path), Tokens(tmp_path)
+    assert tokens.kept() == tokens.kept() == other.kept()
+    assert (tokens.summed, other.summed, other.made) == (1, 1, 0)
