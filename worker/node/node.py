@@ -138,6 +138,8 @@ class DeviceNode:
         self._monitor.start(self._slots)
         self._self_test.start()
         self._messenger.start()
+        if self._spares is not None:  # the start of a job waits for a process that fetches its data, too
+            self._place.artifacts.make_ready()
         for keeper in (self._spares, self._hosts):
             if keeper is not None:
                 keeper.start()

@@ -57,6 +57,10 @@ class StoreClient:
         """The same store for a caller who waits in another way."""
         return StoreClient(self.url, watch, self._pool)
 
+    def make_ready(self) -> None:
+        """Have a process for the next call, which then does not wait for its start."""
+        self._pool.give(self._pool.take())
+
     def fetch_dataset(self, uri: str, sha256: str, folder: Path) -> Path:
         """See ArtifactStore."""
         return Path(self._call("fetch_dataset", uri, sha256, str(folder)))

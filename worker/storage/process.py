@@ -17,6 +17,8 @@ import time
 import traceback
 from typing import IO, Any
 
+import fsspec  # noqa: F401  any store's calls need it: not first when one is waited for
+
 from loractl.common.artifacts import ArtifactStore
 from loractl.common.settings import load_settings
 
