@@ -204,6 +204,8 @@ def _end_job(tx: Transaction, job: Job, reason: Reason, message: str, now: dt.da
     become(job, Status.CANCELLED if asked else OUTCOMES[reason].status)
     job.reason = Reason.CANCELLED if asked else reason
     job.ended_at = now
+    if asked and reason is not Reason.CANCELLED:  # else it would read as if that had ended it
+        job.message = message = f"cancelled while it ran; {message}"
     if job.reason in KEEPING:
         message += _kept(job)
     else:

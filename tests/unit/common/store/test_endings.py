@@ -61,6 +61,8 @@ def test_a_running_job_is_told_to_stop_and_ends_cancelled_however_it_stops(store
     row = store.job(job_id)
     assert (row.status, row.reason) == (Status.CANCELLED, Reason.CANCELLED)
     assert store.attempts(job_id)[0].reason is reason, "the attempt keeps what happened"
+    also = "" if reason is Reason.CANCELLED else "cancelled while it ran; "
+    assert row.message == f"{also}because of {reason.value}" == store.events(job_id)[-1].text
     assert take(store) is None
 
 
