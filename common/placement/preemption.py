@@ -30,13 +30,14 @@ def give_way(job: Waiting, cards: Sequence[Card]) -> tuple[str, tuple[int, ...]]
 
 
 def _for_gang(job: Waiting, gang: SharedNeed, cards: Sequence[Card]) -> tuple[str, tuple[int, ...]] | None:
-    """The same for a job on several cards: these, and who would have to stop on any of them."""
-    options = []
+    """The same for a job on several cards: these, and who would have to stop on any of them. It does not begin on a
+    silent card: for that one they would stop in vain."""
+    options, heard = [], [card for card in takers(job, gang, cards) if not card.silent]
     for method in job.methods:
         size = gang.need.of(method)
         if size is None:
             continue
-        ways = [(card, going) for card in takers(job, gang, cards) if (going := _leaving(job, card, size)) is not None]
+        ways = [(card, going) for card in heard if (going := _leaving(job, card, size)) is not None]
         for host in {card.host for card, _ in ways}:
             of_box = sorted(
                 (pair for pair in ways if pair[0].host == host), key=lambda way: (_cost(way[1]), way[0].node)

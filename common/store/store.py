@@ -238,7 +238,7 @@ class Store(DeviceStore):
     def preempt(self) -> tuple[int, ...]:
         """Ask running jobs to give way to one of higher priority when nothing else helps; returns the jobs asked."""
         with self._write() as tx:
-            return preemption.preempt(tx)
+            return preemption.preempt(tx, self._lease_s)
 
     def end_patience(self) -> list[tuple[int, int]]:
         """Permit QLoRA to jobs that have waited long enough for LoRA; returns their (job_id, vram_class)."""

@@ -39,10 +39,6 @@ if TYPE_CHECKING:
     from loractl.common.job.spec import JobSpec
 
 
-LATE_SHARE = 0.5
-"""A node that was silent for this share of a lease is counted on by no job that needs its card beside another one."""
-
-
 def claim(
     tx: Transaction,
     node: str,
@@ -59,7 +55,7 @@ def claim(
         return None
     now = tx.now()  # under the lock: a start is later than the end that made room for it
     cards = [replace(card, stuck=card.node in distrusted - {node}) for card in read_cards(tx.session, now)]
-    if gangs and (silent := late(tx.session, now - dt.timedelta(seconds=lease_s * LATE_SHARE)) - {node}):
+    if gangs and (silent := late(tx.session, now, lease_s) - {node}):
         cards = [replace(card, silent=card.node in silent) for card in cards]
     mine = next(card for card in cards if card.node == node)
     if not gangs and mine.gangs:

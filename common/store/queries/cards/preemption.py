@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from sqlalchemy import func, or_, select, update
 
@@ -15,14 +16,15 @@ from ...transaction import Transaction
 from ..lines import read_levels
 from .decisions import decide
 from .nodes import read_cards, read_charges
-from .shares import running_on
+from .shares import late, running_on
 
 
-def preempt(tx: Transaction) -> tuple[int, ...]:
+def preempt(tx: Transaction, lease_s: float) -> tuple[int, ...]:
     if not tx.is_alone() or not _may_help(tx):
         return ()
     now = tx.now()
-    cards = read_cards(tx.session, now)
+    silent = late(tx.session, now, lease_s)
+    cards = [replace(card, silent=card.node in silent) for card in read_cards(tx.session, now)]
     decided = decide(tx.session, cards, read_charges(tx.session, now), now).decisions
     starting = {d.placed.job.job_id for d in decided if d.placed is not None}
     level = next(read_levels(tx.session, now), {})

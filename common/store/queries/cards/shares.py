@@ -25,6 +25,10 @@ _NOW = (
 """What a running job has of its cards beside the first, which is the job's own row's."""
 
 
+LATE_SHARE = 0.5
+"""A node that was silent for this share of a lease is counted on by no job that needs its card beside another one."""
+
+
 def beside(session: Session, node: str | None = None) -> list[Any]:
     """Rows like those of OCCUPANT: jobs on cards that are not their first, all or those of a node."""
     columns = (
@@ -64,9 +68,11 @@ def silent(session: Session, since: dt.datetime, limit: int) -> list[tuple[int, 
     return [(row.job_id, row.node) for row in session.execute(gone)]
 
 
-def late(session: Session, since: dt.datetime) -> set[str]:
-    """Cards whose nodes were not seen since then: with one of them a job on several would soon be ended as lost."""
-    return set(session.scalars(select(Node.node).where(Node.seen_at < since)))
+def late(session: Session, now: dt.datetime, lease_s: float) -> set[str]:
+    """Cards whose nodes have been silent for a while: with one of them a job on several would soon be ended as lost."""
+    return set(
+        session.scalars(select(Node.node).where(Node.seen_at < now - dt.timedelta(seconds=lease_s * LATE_SHARE)))
+    )
 
 
 def lock(tx: Transaction, node: str, *, gangs: bool) -> Node | None:

@@ -244,6 +244,19 @@ def test_smaller_jobs_give_way_to_a_waiting_gang(store: Store) -> None:
     assert set(store.preempt()) == set(small)
 
 
+def test_no_job_gives_way_to_one_that_would_not_begin_with_a_silent_card(timed: Store, clock: Clock) -> None:
+    show(timed, "heron:0", "heron:1")
+    small = timed.submit(submission(lora=8, qlora=None, method="lora", preemptible=True))
+    mine = claimed(timed)
+    timed.submit(gang(priority=5, alone=False))
+    clock.forward(LEASE_S * 0.6)
+    timed.beat(mine, NOTHING)
+    show(timed, "heron:0")
+    assert timed.preempt() == ()
+    show(timed, "heron:1")
+    assert timed.preempt() == (small,)
+
+
 def test_no_small_job_takes_the_card_beside_that_of_a_job_that_gives_way(store: Store) -> None:
     """Else that one would have stopped in vain, again and again."""
     show(store, "heron:0", "heron:1")
