@@ -177,6 +177,7 @@ class Hosts:
         try:
             written = self._may_wait() and self.place.store.open_host(claim, new)
         except REFUSALS as error:
+            self._may_be_written(trainer.mark)
             log.warning("no job can join job %s: %s", claim.job_id, told_by(error))
             return
         if written:
@@ -226,6 +227,8 @@ class Hosts:
             kept = self._may_wait() and trainer.shows(host_name(host.mark), host.mark)
             kept = kept and self.place.store.keep_host(claim, new)
         except REFUSALS as error:
+            kept = False
+            self._may_be_written(host.mark)
             log.warning("the trainer of job %s does not stay: %s", claim.job_id, told_by(error))
         if not kept:
             kill(host.process)
@@ -238,6 +241,11 @@ class Hosts:
             self._waiting[host.mark] = _Waiting(trainer=trainer, until=time.monotonic() + self._patience_s)
         log.info("process %s keeps its base, %s GiB, for the next job", host.process.pid, gib(host.bytes))
         return True
+
+    def _may_be_written(self, mark: str) -> None:
+        """The database's answer was lost, so there may be a row: it must go with the process."""
+        with self._changed:
+            self._written.add(mark)
 
     def _may_wait(self) -> bool:
         away = self.place.drain.wish is not None or self.closed or self._stopped.is_set()
@@ -330,11 +338,20 @@ class Hosts:
         while (alive := end_leftovers(mark)) or self._held(mark):
             if time.monotonic() > deadline:
                 what = f"process {alive[0]}" if alive else f"{gib(self._held(mark))} GiB of memory"
-                host.stuck = f"a base left {what} behind; look at the card, then loractl undrain {self.place.node}"
-                log.error("%s is closed: %s", self.place.node, host.stuck)
-                self.place.store.drain(self.place.node, "loractl", host.stuck)
+                why = f"a base left {what} behind; look at the card, then loractl undrain {self.place.node}"
+                host.stuck = why if self._close(why) else ""  # once it is closed nobody waits for the room any more
                 return False
             time.sleep(LOOK_S)
+        return True
+
+    def _close(self, why: str) -> bool:
+        """Close the card. False: the database is away, and it is tried again."""
+        try:
+            self.place.store.drain(self.place.node, "loractl", why)
+        except REFUSALS as error:
+            log.warning("%s can't be closed (%s): %s", self.place.node, told_by(error), why)
+            return False
+        log.error("%s is closed: %s", self.place.node, why)
         return True
 
     def _held(self, mark: str) -> int:

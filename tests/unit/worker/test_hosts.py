@@ -15,11 +15,12 @@ from typing import Any
 
 import psutil
 import pytest
+from sqlalchemy.exc import OperationalError
 
 from loractl.common.job.status import Reason, Status
 from loractl.common.settings import load_settings
 from loractl.common.store.database import connect
-from loractl.common.store.records import Claim
+from loractl.common.store.records import Claim, NewHost
 from loractl.common.store.store import Store
 from loractl.common.units import GIB
 from loractl.worker.attempt.drain import Drain
@@ -226,6 +227,45 @@ def test_a_job_of_its_own_and_one_that_left_something_end_their_process(place: W
     with lab(place) as own:
         pid, _ = own.run(**keys)
         assert not psutil.pid_exists(pid) and own.rows == []
+
+
+class Deaf(Store):
+    """A store whose database is lost once behind each of these verbs, as where the network goes."""
+
+    lost = False
+
+    def keep_host(self, claim: Claim, new: NewHost) -> bool:
+        super().keep_host(claim, new)
+        raise OperationalError("the answer was lost", None, ConnectionError())
+
+    def drain(self, *asked: Any, **more: Any) -> None:
+        if not self.lost:
+            self.lost = True
+            raise OperationalError("the database is away", None, ConnectionError())
+        super().drain(*asked, **more)
+
+
+def test_a_row_whose_answer_was_lost_goes_with_the_trainer(place: Workplace) -> None:
+    with lab(replace(place, store=Deaf(connect(place.settings)))) as own:
+        own.run()
+        until(lambda: own.rows == [] and own.marks_of_processes() == set(), seconds=10)
+
+
+def test_a_card_is_closed_for_a_base_that_does_not_go_though_the_database_was_away(
+    place: Workplace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "LEFT_S", 0.1)
+    with lab(place) as own:
+        own.run()
+        (mark,), look = own.rows, own.watch.look
+        left = {f"host-{mark}": 2**30}
+        monkeypatch.setattr(own.watch, "look", lambda: replace(look(), used=left))
+        own.hosts.place = replace(own.place, store=Deaf(connect(place.settings)))
+        own.hosts.closed = True
+        until(lambda: "box:0" in own.store.drains(), seconds=10)
+        assert own.store.drains()["box:0"].reason.startswith("a base left 1.0 GiB of memory behind")
+        left.clear()
+        until(lambda: own.rows == [])
 
 
 def test_a_base_goes_after_its_time_and_at_once_when_the_worker_or_the_card_stops(place: Workplace) -> None:
