@@ -49,6 +49,7 @@ MODULES = {
     TRAINER: HEAVY,
     "loractl.worker.base.self_test": HEAVY,
     "loractl.worker.data.lengths": HEAVY,
+    "loractl.worker.training.preparation.process": HEAVY,
     "loractl.worker.node": LIGHT,
     "loractl.worker.node.health.card_check": LIGHT,
     "loractl.worker.storage.process": LIGHT,

@@ -223,7 +223,7 @@ def test_trackers_get_the_names_that_the_trainer_gives_them(
 
 
 def test_job_json_tells_the_arguments_by_transformers_names(recipe: Recipe, tmp_path: Path) -> None:
-    recipe(max_steps=1, evaluation={"samples": 0}, warmup_steps=3)
+    recipe(max_steps=1, evaluation={"samples": 0, "metrics": ["loss"]}, warmup_steps=3)
     told = json.loads((tmp_path / "a" / "result" / "job.json").read_text())["training_arguments"]
     assert told.keys() <= {one.name for one in dataclasses.fields(TrainingArguments)}
     asked = {
@@ -238,13 +238,13 @@ def test_job_json_tells_the_arguments_by_transformers_names(recipe: Recipe, tmp_
 
 def test_a_checkpoint_in_another_format_is_not_resumed_and_the_history_says_so(recipe: Recipe, tmp_path: Path) -> None:
     """What the Trainer of earlier versions wrote: its marker names no format."""
-    _, whole = recipe("whole", max_steps=4, evaluation={"samples": 0})
-    recipe("first", max_steps=4, stop_after=2, evaluation={"samples": 0})
+    _, whole = recipe("whole", max_steps=4, evaluation={"samples": 0, "metrics": ["loss"]})
+    recipe("first", max_steps=4, stop_after=2, evaluation={"samples": 0, "metrics": ["loss"]})
     for marker in (tmp_path / "first" / "checkpoints").glob(f"*/{MARKER}"):
         said = json.loads(marker.read_text())
         del said["belongs_to"]["format"]
         marker.write_text(json.dumps(said))
-    _, told = recipe("rest", max_steps=4, resume="first", evaluation={"samples": 0})
+    _, told = recipe("rest", max_steps=4, resume="first", evaluation={"samples": 0, "metrics": ["loss"]})
     (note,) = [m.text for m in told if isinstance(m, Note) and m.kind == "refused"]
     assert note.endswith("another version of loractl wrote it, in another format; the training begins again")
     steps = [[m.step for m in run if isinstance(m, Stepped) and "loss" in m.metrics] for run in (told, whole)]

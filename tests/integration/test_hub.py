@@ -6,9 +6,11 @@ import contextlib
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
 
@@ -58,11 +60,12 @@ for line in sys.stdin:
 MISSING = "0123456789abcdef0123456789abcdef01234567"
 
 
-@pytest.fixture
-def hub(tmp_path: Path, tiny_model: Path) -> Hub:
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Hub:
     """A hub with a model and data sets."""
-    hub = Hub(tmp_path / "hub")
-    rows = write_helpdesk(tmp_path / "rows.jsonl", 12).read_text()
+    folder = tmp_path_factory.mktemp("hub")
+    hub = Hub(folder / "hub")
+    rows = write_helpdesk(folder / "rows.jsonl", 12).read_text()
     hub.commit("models", "org/tiny", tiny_model)
     hub.commit("models", "org/warm", tiny_model)
     hub.commit("models", "org/gated", tiny_model)
@@ -76,6 +79,30 @@ def hub(tmp_path: Path, tiny_model: Path) -> Hub:
 
 
 Asked = tuple[str, str, str | None]
+
+
+@dataclass(frozen=True)
+class Box:
+    """A machine that asks the hub, each time by a process of its own, and what it has cached."""
+
+    cache: Path
+    ask: Callable[..., list[tuple[str, str]]]
+
+
+@pytest.fixture(scope="module")
+def asking_box(hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Box]:
+    cache = tmp_path_factory.mktemp("box") / "hf"
+    with hub.serving() as url, asking({"HF_ENDPOINT": url, "HF_HOME": str(cache)}) as ask_here:
+        yield Box(cache, ask_here)
+
+
+@pytest.fixture
+def box(asking_box: Box, hub: Hub) -> Box:
+    """With nothing in its cache."""
+    shutil.rmtree(asking_box.cache, ignore_errors=True)
+    hub.fails = None
+    hub.requests.clear()
+    return asking_box
 
 
 def ask(environment: Mapping[str, str], *asked: Asked) -> list[tuple[str, str]]:
@@ -107,21 +134,19 @@ def asking(environment: Mapping[str, str]) -> Iterator[Callable[..., list[tuple[
         assert process.wait(timeout=60) == 0
 
 
-def test_each_refusal_of_the_hub_has_its_reason_and_its_sentence(hub: Hub, tmp_path: Path) -> None:
-    with hub.serving() as url:
-        answers = ask(
-            {"HF_ENDPOINT": url, "HF_HOME": str(tmp_path / "hf")},
-            ("model", "org/none", None),
-            ("model", "org/tiny", "v9"),
-            ("model", "org/tiny", MISSING),
-            ("model", "org/gated", None),
-            ("model", "org/empty", None),
-            ("data", "org/none", "train"),
-            ("data", "org/gated", "train"),
-            ("data", "org/desk@v9", "train"),
-            ("data", "org/desk@next", "test"),
-            ("data", "org/broken", "train"),
-        )
+def test_each_refusal_of_the_hub_has_its_reason_and_its_sentence(box: Box) -> None:
+    answers = box.ask(
+        ("model", "org/none", None),
+        ("model", "org/tiny", "v9"),
+        ("model", "org/tiny", MISSING),
+        ("model", "org/gated", None),
+        ("model", "org/empty", None),
+        ("data", "org/none", "train"),
+        ("data", "org/gated", "train"),
+        ("data", "org/desk@v9", "train"),
+        ("data", "org/desk@next", "test"),
+        ("data", "org/broken", "train"),
+    )
     assert {reason for reason, _ in answers[:5]} == {"model_not_found"}
     assert {reason for reason, _ in answers[5:]} == {"bad_data"}
     for (_, sentence), expected in zip(
@@ -143,23 +168,25 @@ def test_each_refusal_of_the_hub_has_its_reason_and_its_sentence(hub: Hub, tmp_p
         assert sentence.startswith(expected), sentence
 
 
-def test_a_hub_that_fails_is_away_and_what_is_cached_will_do(hub: Hub, tmp_path: Path) -> None:
+def test_a_hub_that_fails_is_away_and_what_is_cached_will_do(hub: Hub, box: Box, tmp_path: Path) -> None:
     asked = ("model", "org/tiny", None), ("data", "org/desk", "train"), ("data", "org/desk@next", "train")
     main, following = (hub.find("datasets", "org/desk", name)[0] for name in ("main", "next"))
-    with hub.serving() as url, asking(here := {"HF_ENDPOINT": url, "HF_HOME": str(tmp_path / "hf")}) as ask_here:
-        assert ask_here(("kept", "org/warm", None)) == [("ok", "[False, True]")], "its files came with the first one"
-        fetched = ask_here(*asked)
-        assert fetched == [("ok", "64"), ("ok", f"12 rows of {main}"), ("ok", f"24 rows of {following}")]
-        hub.fails = HTTPStatus.SERVICE_UNAVAILABLE
-        for reason, sentence in ask({**here, "HF_HOME": str(tmp_path / "fresh")}, *asked):
-            assert reason == "trainer_error" and "the hub can't be reached" in sentence
-        hub.requests.clear()
-        pinned = ("data", f"org/desk@{following}", "train")
-        cached = ask_here(*asked, pinned)
-        assert (cached[0], cached[2], cached[3]) == (fetched[0], fetched[2], fetched[2])
-        # datasets would give the newest commit that it has, which is of the other branch
-        assert cached[1][0] == "trainer_error" and f"another commit ({following})" in cached[1][1]
-        assert len(hub.requests) <= 6, "nobody waits for each of the files that a repository may have"
+    assert box.ask(("kept", "org/warm", None)) == [("ok", "[False, True]")], "its files came with the first one"
+    fetched = box.ask(*asked)
+    assert fetched == [("ok", "64"), ("ok", f"12 rows of {main}"), ("ok", f"24 rows of {following}")]
+    hub.fails = HTTPStatus.SERVICE_UNAVAILABLE
+    box.cache.rename(tmp_path / "kept")
+    for reason, sentence in box.ask(*asked):
+        assert reason == "trainer_error" and "the hub can't be reached" in sentence
+    shutil.rmtree(box.cache, ignore_errors=True)
+    (tmp_path / "kept").rename(box.cache)
+    hub.requests.clear()
+    pinned = ("data", f"org/desk@{following}", "train")
+    cached = box.ask(*asked, pinned)
+    assert (cached[0], cached[2], cached[3]) == (fetched[0], fetched[2], fetched[2])
+    # datasets would give the newest commit that it has, which is of the other branch
+    assert cached[1][0] == "trainer_error" and f"another commit ({following})" in cached[1][1]
+    assert len(hub.requests) <= 6, "nobody waits for each of the files that a repository may have"
     offline = ask({"HF_HOME": str(tmp_path / "fresh"), "HF_HUB_OFFLINE": "1"}, asked[0], asked[1])
     assert [reason for reason, _ in offline] == ["model_not_found", "bad_data"]
     assert all("HF_HUB_OFFLINE" in sentence for _, sentence in offline)

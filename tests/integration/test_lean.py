@@ -264,7 +264,9 @@ def test_a_lean_training_ends_where_an_exact_one_does(recipe: Recipe, tmp_path: 
     told = {}
     for name in ("lean", "exact"):
         asked = {"dtype": "float32", "exact": name == "exact", "lora": {"lora_dropout": 0.0}, "max_steps": 6}
-        ended, told[name] = recipe(name, method=method, eval_steps=3, evaluation={"samples": 0}, **asked)
+        ended, told[name] = recipe(
+            name, method=method, eval_steps=3, evaluation={"samples": 0, "metrics": ["loss"]}, **asked
+        )
         assert ended.reason is Reason.OK
     for metric in ("loss", "eval_loss"):
         lean, exact = (losses(told[name], metric) for name in ("lean", "exact"))
@@ -285,7 +287,7 @@ def test_the_history_says_why_rows_are_padded_and_each_message_how_far_the_evalu
 
 def test_the_history_says_why_no_other_job_can_train_beside_it(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choice, "rows_together", lambda it, _: "no" if isinstance(it, SharedPass) else None)
-    ended, told = recipe(max_steps=1, evaluation={"samples": 0})
+    ended, told = recipe(max_steps=1, evaluation={"samples": 0, "metrics": ["loss"]})
     assert ended.reason is Reason.OK
     said = [m.text for m in told if isinstance(m, Note) and m.kind == "engine"]
     assert said == ["no other job trains beside it: no"]
@@ -295,7 +297,7 @@ def test_a_model_that_proves_to_need_padding_is_planned_anew_with_it(
     recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(choice, "rows_together", lambda *_: "rows behind each other would see each other in this model")
-    ended, told = recipe(max_steps=1, dtype="float32", evaluation={"samples": 0})
+    ended, told = recipe(max_steps=1, dtype="float32", evaluation={"samples": 0, "metrics": ["loss"]})
     assert ended.reason is Reason.OK
     lean, padded = [m.lora for m in told if isinstance(m, Planned)]
     assert lean and padded and padded > lean

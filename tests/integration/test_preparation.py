@@ -36,10 +36,19 @@ from loractl.worker.training.preparation.handover import read_handover, write_ha
 from loractl.worker.training.preparation.rows import prepare_rows
 from loractl.worker.training.run import Run
 
+from .. import warm
 from .conftest import Recipe
 from .test_members import LONG, Process, weights
 
 MARK = "0123456789abcdef"
+
+
+@pytest.fixture
+def forked(warm_start: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is started here by `python -m` has the stack loaded."""
+    folder = Path(warm_start[warm.SOCKET])
+    monkeypatch.setenv(warm.SOCKET, str(folder))
+    monkeypatch.setattr(sys, "executable", str(next(folder.glob("python-*"))))
 
 
 def write_rows(path: Path, rows: list[dict[str, object]]) -> Path:
@@ -89,7 +98,7 @@ def test_handed_over_data_are_the_data_that_were_prepared(
 
 
 def test_others_train_on_while_a_process_prepares_the_data_of_one_that_joins(
-    recipe: Recipe, start: Callable[..., Start], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    recipe: Recipe, start: Callable[..., Start], tmp_path: Path, forked: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The rows of one become tokens elsewhere; of the others a row is bad, the process is killed, the job cancelled."""
     bad = {"path": str(write_rows(tmp_path / "bad.jsonl", [{"text": "fine"}, {"text": 5}])), "on_bad_row": "error"}
@@ -156,7 +165,9 @@ def recipe_error(recipe: Recipe, **keys: object) -> str:
     return raised.value.with_hint
 
 
-def test_the_process_ends_with_the_one_that_started_it(start: Callable[..., Start], tmp_path: Path) -> None:
+def test_the_process_ends_with_the_one_that_started_it(
+    start: Callable[..., Start], tmp_path: Path, forked: None
+) -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", aside.PROCESS, str(tmp_path)], stdin=subprocess.PIPE, encoding="utf-8"
     )
