@@ -18,6 +18,7 @@ import peft
 import torch
 import transformers
 
+from loractl.worker.base import kernels
 from loractl.worker.base.kept.knowledge import Known, Once
 
 KEPT = 256
@@ -63,6 +64,7 @@ def _note(file: Path) -> None:
 
 @functools.cache
 def _code() -> str:
-    """Our own part in it: a sum of this room's code."""
-    content = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
+    """Our own part in it: a sum of the code that loads a base, adapts it and passes it."""
+    rooms = Path(__file__).parent, Path(kernels.__file__).parent
+    content = b"".join(path.read_bytes() for room in rooms for path in sorted(room.glob("*.py")))
     return hashlib.sha256(content).hexdigest()
