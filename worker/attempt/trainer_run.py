@@ -131,7 +131,7 @@ def _joined(place: Workplace, state: AttemptState, own: dict[str, str], log_file
             next_beat = time.monotonic() + place.beat_s
             beat(place, state)
             require_wanted(place, state)
-        time.sleep(LOOK_S)  # its last job is leaving
+        hosts.await_change(LOOK_S)  # its last job is leaving
     state.forced = Reason.HOST_LOST, "the trainer that it was to join has ended"
     raise Interrupted
 

@@ -70,6 +70,10 @@ class HostSource(Protocol):
         """The host that the claim names, as the attempt's trainer. None: there is none, or it is on its way out."""
         ...
 
+    def await_change(self, seconds: float) -> None:
+        """Wait until a trainer has come to stay or has ended, at most so long."""
+        ...
+
     def draw_mark(self) -> str:
         """A mark for a trainer that may stay."""
         ...

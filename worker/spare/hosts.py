@@ -41,6 +41,9 @@ LOOK_S = 0.1
 RECONCILE_S = 5.0
 """Seconds between two looks at their rows, and at other people's programs, while there are hosts."""
 
+ROOM_LOOK_S = 0.05
+"""Seconds between two looks at the room of one that ends: the next job waits for it."""
+
 LEFT_S = 20.0
 """Seconds that a host's memory may stay on the card after its end: the driver takes a moment."""
 
@@ -74,6 +77,7 @@ class Hosts:
     _strangers_at: float | None = None  # when other people's programs were last seen on the card
     _next: float = 0.0  # when the rows are looked at
     _stopped: threading.Event = field(default_factory=threading.Event)
+    _going: threading.Event = field(default_factory=threading.Event)  # one is sent off: who starts next waits for it
     _thread: threading.Thread | None = None
 
     def start(self) -> None:
@@ -83,6 +87,7 @@ class Hosts:
     def stop(self) -> None:
         """End all hosts; none stays any more."""
         self._stopped.set()
+        self._going.set()
         if self._thread is not None:
             self._thread.join()
         self._let_go(self._waiting, "the worker stops")
@@ -150,6 +155,11 @@ class Hosts:
         log.info("job %s: goes on in process %s, which has its base", claim.job_id, host.trainer.process.pid)
         return host.trainer.process
 
+    def await_change(self, seconds: float) -> None:
+        """Wait until a trainer has come to stay or has ended, at most so long."""
+        with self._changed:
+            self._changed.wait(seconds)
+
     def draw_mark(self) -> str:
         """A mark for a trainer that may stay."""
         mark = secrets.token_hex(8)  # as long as an attempt's
@@ -164,6 +174,7 @@ class Hosts:
             self._open.pop(mark, None)
             if mark in self._written:
                 self._over.add(mark)
+            self._changed.notify_all()
 
     def knows(self, mark: str) -> bool:
         """Whether there is a trainer of that mark."""
@@ -239,6 +250,7 @@ class Hosts:
             self._open.pop(host.mark, None)
             self._written.add(host.mark)
             self._waiting[host.mark] = _Waiting(trainer=trainer, until=time.monotonic() + self._patience_s)
+            self._changed.notify_all()
         log.info("process %s keeps its base, %s GiB, for the next job", host.process.pid, gib(host.bytes))
         return True
 
@@ -259,7 +271,11 @@ class Hosts:
         return min(self.keep_s, SHARED_KEEP_S) if lately else self.keep_s
 
     def _run(self) -> None:
-        while not self._stopped.wait(LOOK_S):
+        while not self._stopped.is_set():
+            self._going.wait(LOOK_S)
+            self._going.clear()
+            if self._stopped.is_set():
+                break
             try:
                 self._tend()
             except REFUSALS as error:
@@ -315,6 +331,7 @@ class Hosts:
                 host = self._waiting.get(mark)
                 if host is not None and not host.why:
                     host.why = why
+                    self._going.set()
 
     def _end_going(self) -> None:
         with self._changed:
@@ -341,7 +358,7 @@ class Hosts:
                 why = f"a base left {what} behind; look at the card, then loractl undrain {self.place.node}"
                 host.stuck = why if self._close(why) else ""  # once it is closed nobody waits for the room any more
                 return False
-            time.sleep(LOOK_S)
+            time.sleep(ROOM_LOOK_S)
         return True
 
     def _close(self, why: str) -> bool:

@@ -155,7 +155,10 @@ def test_the_next_job_on_a_base_goes_on_in_its_process_and_the_host_is_no_stray(
         assert "job 3 is number 3" in log and "job 2" not in log and "taken" not in log
 
 
-def test_a_host_for_another_base_has_ended_before_a_new_trainer_starts(place: Workplace) -> None:
+def test_a_host_for_another_base_has_ended_before_a_new_trainer_starts(
+    place: Workplace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "LOOK_S", 1000.0)  # it is told, and need not look
     place.store.see_node(replace(_state(), max_jobs=1))
     with lab(place) as own:
         first, _ = own.run()
