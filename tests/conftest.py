@@ -38,9 +38,6 @@ ROOT = Path(__file__).parents[1]
 
 LORACTL = str(Path(sys.executable).with_name("loractl"))
 
-_workers_started = list[str]()
-"""The homes of workers that a test has started and gone on."""
-
 LONG = os.environ.get("TESTS") == "long"
 """make test-long: the tests marked `long`, and more examples of every property."""
 
@@ -244,8 +241,6 @@ class Cli:
     def start(self, *args: object, warm_start: bool = False) -> subprocess.Popen[str]:
         """Start it and go on. With `warm_start` it is forked: no child of the process that is returned, which only
         hands on what happens."""
-        if args[:1] == ("worker",):
-            _workers_started.append(self.environment["LORACTL_HOME"])
         command = [sys.executable, "-S", "-E", str(warm.__file__)] if warm_start else [LORACTL]
         return subprocess.Popen(
             [*command, *map(str, args)],
@@ -265,22 +260,8 @@ def home() -> Iterator[Path]:
     """A LORACTL_HOME with a short path (unix sockets), its embedded Valkey stopped afterwards."""
     folder = Path(tempfile.mkdtemp(prefix="loractl-", dir=MEMORY))
     yield folder
-    while _workers_started:
-        _end_nodes(_workers_started.pop())
     stop_embedded(load_settings({"LORACTL_HOME": str(folder)}))
     shutil.rmtree(folder, ignore_errors=True)
-
-
-def _end_nodes(home: str) -> None:
-    """End what a killed worker of that home left: a node without its database would wait for it, and other tests for a
-    processor."""
-    ours = os.fsencode(f"LORACTL_HOME={home}")
-    for process in Path("/proc").iterdir():
-        with contextlib.suppress(OSError, ValueError):  # it has ended, or is none
-            if b"loractl.worker.node" not in (process / "cmdline").read_bytes().split(b"\0"):
-                continue
-            if ours in (process / "environ").read_bytes().split(b"\0"):
-                os.kill(int(process.name), signal.SIGKILL)  # a forked one ends with who asked for it
 
 
 @contextlib.contextmanager
