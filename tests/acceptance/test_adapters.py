@@ -30,11 +30,11 @@ def test_an_adapter_is_found_by_number_by_name_and_by_tag(trained: Cli) -> None:
     assert "no adapter red:first is stored" in trained("adapters", "show", "red:first", code=3).stderr
 
 
-def test_the_lineage_names_base_data_and_versions(trained: Cli, tiny_model: Path) -> None:
+def test_the_lineage_names_base_data_and_versions(trained: Cli, base_of_trained: Path) -> None:
     shown = trained("adapters", "show", "blue").stdout
     assert shown.startswith("blue (job 3)\n")
     for expected in (
-        f"base      {tiny_model}",
+        f"base      {base_of_trained}",
         "of ada",
         "r 4, lora_alpha 8",
         "sha256",
@@ -87,7 +87,7 @@ def test_a_tagged_adapter_is_kept_from_delete_and_from_gc(cli: Cli, tiny_model: 
 
 
 def test_a_merged_model_is_proved_and_loads_with_transformers_alone(
-    trained: Cli, tiny_model: Path, tmp_path: Path
+    trained: Cli, base_of_trained: Path, tmp_path: Path
 ) -> None:
     done = json.loads(trained("adapters", "merge", "red", tmp_path / "red", "--json").stdout)
     assert done["merged_difference"] < 1e-4 and done["tokens"] > 20
@@ -104,9 +104,9 @@ def test_a_merged_model_is_proved_and_loads_with_transformers_alone(
         answer == trained("generate", "red", "what is in 7?", "--max-new-tokens", 48).stdout.strip() == ANSWERS["red"]
     )
     about = json.loads((tmp_path / "red" / "merge.json").read_text())
-    assert (about["job_id"], about["dtype"], about["base_model"]) == (4, "bfloat16", tiny_model.name)
+    assert (about["job_id"], about["dtype"], about["base_model"]) == (4, "bfloat16", base_of_trained.name)
     files = [path for path in (tmp_path / "red").rglob("*") if path.is_file()]
-    assert not [path.name for path in files if str(tiny_model).encode() in path.read_bytes()], "paths of this box"
+    assert not [path.name for path in files if str(base_of_trained).encode() in path.read_bytes()], "paths of this box"
     assert not list(tmp_path.glob(".red-*")), "nothing half-written is left"
 
 

@@ -237,10 +237,10 @@ def test_a_key_is_asked_for_and_required_beyond_this_machine(trained: Cli) -> No
 
 
 def test_without_a_list_every_stored_adapter_of_the_base_is_served_also_one_tagged_later(
-    trained: Cli, tiny_model: object
+    trained: Cli, base_of_trained: Path
 ) -> None:
     with (
-        serving(trained, "--base", tiny_model, "--adapter-memory", "100KiB") as url,
+        serving(trained, "--base", base_of_trained, "--adapter-memory", "100KiB") as url,
         openai.OpenAI(base_url=url, api_key="x", max_retries=0) as client,
     ):
         names = {model.id for model in client.models.list()}
