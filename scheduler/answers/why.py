@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from loractl.common.job.status import Status
 
-from .job import JobState, state_of
+from .job import JobState, state_of, trouble_on
 from .wait.cards import CardFit, card_fits
 from .wait.gangs import CardsAsked, asked_of
 from .wait.queue import reason
@@ -30,6 +30,7 @@ class NotWaiting:
     """A job that runs or has ended."""
 
     job: JobState
+    trouble: str | None = None  # what is wrong with a card on which it runs, in a few words
 
     def as_json(self) -> dict[str, Any]:
         """`job_id`, `status`, `word` (always null), and the job's message as `sentence`."""
@@ -86,7 +87,11 @@ def why(store: Store, job_id: int, *, with_remedies: bool = True) -> Why | NotWa
     """Why a job waits. Raises JobNotFound. Remedies take time: the job is planned in smaller forms."""
     job = store.job(job_id)
     if job.status is not Status.QUEUED:
-        return NotWaiting(job=state_of(job, store.fleet() if job.status is Status.RUNNING else None))
+        if job.status is not Status.RUNNING:
+            return NotWaiting(job=state_of(job))
+        there = store.fleet()
+        state = state_of(job, there)
+        return NotWaiting(job=state, trouble=trouble_on(there, state.cards))
     view, waiting = store.fleet(), store.ready(REPLAYED_JOBS + 1)
     starts = read_starts(store, view, waiting)
     wait = reason(job, view, waiting, starts)

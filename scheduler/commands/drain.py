@@ -32,7 +32,7 @@ def drain(target: str, reason: str, until: str | None, at_once: bool) -> None:
         hint = names or "none is known: start one on the box: loractl worker"
         raise UsageError(f"no worker has reported {target}", hint)
     if not reason.strip() or not reason.isprintable() or len(reason) > 200:
-        raise UsageError("--reason must be one line of at most 200 characters")
+        raise UsageError("--reason must be one line of 1 to 200 characters, which those who wait will read")
     end = None if until is None else end_of_drain(until, known.now)
     store.drain(target, settings.user, reason.strip(), until=end, at_once=at_once)
     left = _left(fleet(store).jobs_on(target), at_once)

@@ -46,7 +46,8 @@ def _asked(answer: Why) -> str:
 
 def _not_waiting(answer: NotWaiting) -> str:
     job = answer.job
-    place = clean_line(f" on {job.where}" if job.status is Status.RUNNING else f": {job.message}")
+    trouble = f", its card is {answer.trouble}" if answer.trouble else ""
+    place = clean_line(f" on {job.where}{trouble}" if job.status is Status.RUNNING else f": {job.message}")
     return f"Job {job.job_id} does not wait: it {job.status.in_words}{place}. In full: loractl show {job.job_id}"
 
 

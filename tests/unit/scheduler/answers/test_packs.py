@@ -20,6 +20,7 @@ from loractl.scheduler.text.fleet import devices
 from loractl.scheduler.text.history import job_text
 from loractl.scheduler.text.jobs import overview_text
 from loractl.scheduler.text.screen import Screen
+from loractl.scheduler.text.why import why_text
 
 from ...factories import node_state, submission
 
@@ -103,6 +104,14 @@ def test_a_job_whose_shared_trainer_was_lost_says_that_it_is_tried_alone(packed:
     second = queue(packed)
     packed.finish(claim(packed), Reason.HOST_LOST, "its trainer ended", Progress())
     assert "it is tried alone, since the trainer that it shared was lost" in asked(packed, second).wait.sentence
+
+
+def test_why_of_a_running_job_says_what_is_wrong_with_its_card(packed: Store) -> None:
+    """Its worker was dead, and all that was said is that it runs there."""
+    told = f"Job 1 does not wait: it is running on {NODE}"
+    assert why_text(why(packed, 1), PIPE).startswith(f"{told}. ")
+    packed.drain(NODE, "mara", "new fans", until=None, at_once=False)
+    assert why_text(why(packed, 1), PIPE).startswith(f"{told}, its card is drained by mara. ")
 
 
 def test_jobs_on_one_base_are_told_together(packed: Store) -> None:
