@@ -29,7 +29,7 @@ def quantised(on: str, weight: torch.Tensor, *how: object) -> tuple[torch.Tensor
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_weight_gets_the_bits_that_bitsandbytes_gives_it(threads: int, dtype: torch.dtype) -> None:
-    weight = torch.randn(5, PIECE // 2 + 64, generator=torch.Generator().manual_seed(1))
+    weight = torch.randn(6, PIECE // 2 + 64, generator=torch.Generator().manual_seed(1))
     weight[0, :64], weight[1, 3], weight[2, 5], weight[3, :64] = 0.0, torch.nan, torch.inf, 1e-39
     for blocksize, storage in ((64, torch.uint8), (128, torch.bfloat16)):
         mine, theirs = (quantised(on, weight.to(dtype), blocksize, "nf4", storage) for on in ("CPU", "XLA"))
