@@ -34,6 +34,8 @@ OPTIMIZERS = [name for name in TrainingSpec.model_fields["optim"].annotation.__a
 
 OTHER_DTYPE = "float32" if choose_precision("cpu").amp else "bfloat16"  # not what auto takes here
 PLAIN: list[float] = []
+HARDLY = {"samples": 0, "metrics": ["loss"]}
+"""Of the evaluation no more than there must be: a test is about the training."""
 
 
 def losses(told: list[Any], name: str = "loss") -> list[float]:
@@ -96,8 +98,8 @@ def test_an_option_changes_what_is_learned(recipe: Recipe, tmp_path: Path, optio
     sections = {name: section for name, section in options.items() if name != "training"}
     few = {"max_steps": 6, "eval_steps": None, **options.get("training", {})}
     if not PLAIN:  # the same for every option
-        PLAIN.extend(losses(recipe("plain", max_steps=6, evaluation={"samples": 0})[1]))
-    ended, changed = recipe("changed", evaluation={"samples": 0}, **sections, **few)
+        PLAIN.extend(losses(recipe("plain", max_steps=6, evaluation=HARDLY)[1]))
+    ended, changed = recipe("changed", evaluation=HARDLY, **sections, **few)
     assert ended.reason is Reason.OK
     assert losses(changed) != PLAIN
     resolved = json.loads((tmp_path / "changed" / "result" / "job.json").read_text())["spec"]
@@ -106,7 +108,7 @@ def test_an_option_changes_what_is_learned(recipe: Recipe, tmp_path: Path, optio
 
 
 def test_rslora_scales_by_the_root_of_r_and_dora_stores_magnitudes(recipe: Recipe, tmp_path: Path) -> None:
-    recipe("a", max_steps=1, lora={"r": 4, "use_rslora": True, "use_dora": True}, evaluation={"samples": 0})
+    recipe("a", max_steps=1, lora={"r": 4, "use_rslora": True, "use_dora": True}, evaluation=HARDLY)
     config = json.loads((tmp_path / "a" / "result" / "adapter" / "adapter_config.json").read_text())
     assert (config["use_rslora"], config["use_dora"]) == (True, True)
     assert any("lora_magnitude_vector" in name for name in adapter(tmp_path / "a"))
@@ -115,7 +117,7 @@ def test_rslora_scales_by_the_root_of_r_and_dora_stores_magnitudes(recipe: Recip
 def test_modules_to_save_are_trained_in_fp32_and_stored_in_full(
     recipe: Recipe, tiny_model: Path, tmp_path: Path
 ) -> None:
-    recipe("a", max_steps=2, lora={"modules_to_save": ["lm_head"]}, evaluation={"samples": 0}, dtype="bfloat16")
+    recipe("a", max_steps=2, lora={"modules_to_save": ["lm_head"]}, evaluation=HARDLY, dtype="bfloat16")
     (stored,) = [tensor for name, tensor in adapter(tmp_path / "a").items() if "lm_head" in name]
     base = load_base(str(tiny_model), Method.LORA, "cpu", choose_precision("cpu", "bfloat16")).lm_head.weight
     assert stored.dtype == torch.float32 and stored.shape == base.shape
@@ -157,7 +159,7 @@ def test_every_optimizer_trains_and_holds_the_state_that_the_plan_counts(
     made: list[Any] = []
     make = module.make_optimizer
     monkeypatch.setattr(module, "make_optimizer", lambda *a: made.append(make(*a)) or made[-1])  # the real one, kept
-    ended, told = recipe(max_steps=3, optim=optimizer, lora={"r": 64}, evaluation={"samples": 0})
+    ended, told = recipe(max_steps=3, optim=optimizer, lora={"r": 64}, evaluation=HARDLY)
     assert ended.reason is Reason.OK and len(losses(told)) == 3
     held = [(parameter.numel(), _state_bytes(state)) for parameter, state in made[0].state.items()]
     if optimizer in ("sgd", "adafactor"):
@@ -203,8 +205,8 @@ def test_a_model_in_which_packed_examples_see_each_other_is_refused(tiny_model: 
 
 
 def test_packing_takes_fewer_steps_for_the_same_tokens(recipe: Recipe, tmp_path: Path) -> None:
-    recipe("plain", max_steps=None, num_train_epochs=1, evaluation={"samples": 0})
-    recipe("packed", max_steps=None, num_train_epochs=1, packing=True, evaluation={"samples": 0})
+    recipe("plain", max_steps=None, num_train_epochs=1, evaluation=HARDLY)
+    recipe("packed", max_steps=None, num_train_epochs=1, packing=True, evaluation=HARDLY)
     plain, packed = report(tmp_path / "plain"), report(tmp_path / "packed")
     assert packed["training"]["steps"] < plain["training"]["steps"]
     assert packed["data"]["train_tokens"] == plain["data"]["train_tokens"]
@@ -310,12 +312,12 @@ def test_a_compiled_model_learns_the_same(recipe: Recipe, monkeypatch: pytest.Mo
     monkeypatch.setattr(
         torch, "compile", lambda model, **how: compiled.append(how) or model
     )  # the compiler takes minutes
-    _, told = recipe(torch_compile=True, max_steps=2, evaluation={"samples": 0})
+    _, told = recipe(torch_compile=True, max_steps=2, evaluation=HARDLY)
     assert len(losses(told)) == 2 and compiled
 
 
 def test_tensorboard_s_files_are_stored_with_the_result(recipe: Recipe, tmp_path: Path) -> None:
-    recipe("a", max_steps=2, report_to=["tensorboard"], evaluation={"samples": 0})
+    recipe("a", max_steps=2, report_to=["tensorboard"], evaluation=HARDLY)
     assert list((tmp_path / "a" / "result" / "tensorboard").glob("events.*"))
 
 
@@ -333,7 +335,7 @@ def test_the_report_measures_what_was_asked_for(recipe: Recipe, tmp_path: Path) 
 
 
 def test_losses_checkpoints_and_evaluations_come_as_often_as_asked_for(recipe: Recipe) -> None:
-    _, told = recipe(max_steps=6, logging_steps=2, save_steps=3, eval_steps=3, evaluation={"samples": 0})
+    _, told = recipe(max_steps=6, logging_steps=2, save_steps=3, eval_steps=3, evaluation=HARDLY)
     assert [m.step for m in told if isinstance(m, Stepped) and "loss" in m.metrics] == [1, 2, 4, 6]
     assert [m.step for m in told if isinstance(m, Stepped) and "eval_loss" in m.metrics] == [3, 6]
     assert notes(told, "saved") == ["saved step 3", "saved step 6"]
