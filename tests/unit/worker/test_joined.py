@@ -19,7 +19,7 @@ from loractl.common.job.status import Reason, Status
 from loractl.common.placement.cards import Card
 from loractl.common.settings import load_settings
 from loractl.common.store.database import connect
-from loractl.common.store.records import Claim
+from loractl.common.store.records import Beat, Claim, Progress
 from loractl.common.store.store import Store
 from loractl.common.units import GIB
 from loractl.worker.attempt import stops
@@ -353,6 +353,35 @@ def test_who_runs_out_of_memory_beside_others_goes_on_alone_with_less(place: Wor
         assert Adjustment(**(job.adjustment or {})) != Adjustment() and "goes on alone" in str(job.message)
         assert own.threads[first].is_alive()
         own.end(first)
+
+
+class Broken(Store):
+    """A store that raises what no one expects for one job's beats."""
+
+    failing: int | None = None
+
+    def beat(self, claim: Claim, progress: Progress) -> Beat:
+        if claim.job_id == self.failing:
+            raise RuntimeError("a fault of ours")
+        return super().beat(claim, progress)
+
+
+def test_a_trainer_ends_though_the_others_left_while_its_last_member_was_leaving(place: Workplace) -> None:
+    """Who was among others when it began to leave is the last when it is out."""
+    store = Broken(connect(place.settings))
+    with crowd(replace(place, store=store)) as own:
+        first = own.start()
+        until(lambda: own.rows)
+        last = own.start("deaf", joins=True)
+        pid, link, store.failing = own.pid(first), own.states[last].trainer, last
+        assert link is not None
+        time.sleep(own.place.beat_s + 0.5)  # its supervisor has met the fault, and waits until the job has left
+        own.end(first)
+        assert link.trainer.count == 1 and psutil.pid_exists(pid)
+        (own.states[last].folder / "end").touch()
+        own.join(last)
+        assert link.trainer.over and not psutil.pid_exists(pid)
+        until(lambda: own.rows == [])
 
 
 def test_a_job_that_comes_when_the_trainer_has_gone_goes_back_free_of_charge(place: Workplace) -> None:

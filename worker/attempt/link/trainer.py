@@ -155,8 +155,12 @@ class TrainerProcess:
             alone = len(self._links) == 1
             self._closing |= alone or end
         if not (alone or end) and self._has_left(link):
-            self._forget(link)
-            return
+            with self._lock:  # the others may have left meanwhile: who is out last ends it, and exactly one is
+                alone = len(self._links) == 1
+                self._closing |= alone
+                if not alone:
+                    self._links.pop(link.job_id)
+                    return
         with self._changing:
             if alone and stay and not end:
                 self._release(link)

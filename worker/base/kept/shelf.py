@@ -103,9 +103,11 @@ class Shelf:
         if self._identity is None:
             return False
         with aside():
-            then, found = self._identity.files_at(self._traits), BaseIdentity(*source, self._cache)
-            now = None if then is None else found.files_at(traits)
-        if then is None or now is None or changed_files(then, now):
+            if (then := self._identity.files_at(self._traits)) is None:
+                return False
+            found = BaseIdentity(*source, self._cache)
+            now = found.files_at(traits)
+        if now is None or changed_files(then, now):
             return False
         self._traits, self._identity = traits, found
         return True
