@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from loractl.common.errors import WrongState
@@ -11,6 +12,7 @@ from loractl.common.job.status import Status
 from loractl.common.text import clean_line, number
 
 from .comparison import Comparison, FinishedJob, comparison
+from .job import trouble_on
 
 if TYPE_CHECKING:
     from loractl.common.artifacts import ArtifactStore
@@ -25,6 +27,7 @@ class SweepStanding:
     """A sweep at one moment."""
 
     sweep: SweepView
+    troubles: Mapping[int, str] = field(default_factory=dict)  # what is wrong with the card of a running one, by job
 
     def as_json(self) -> dict[str, Any]:
         """The sweep as JSON values.
@@ -119,7 +122,11 @@ class SweepComparison:
 
 def sweep_standing(store: Store, sweep_id: int) -> SweepStanding:
     """Raises SweepNotFound."""
-    return SweepStanding(sweep=store.sweep(sweep_id))
+    sweep = store.sweep(sweep_id)
+    running = [member for member in sweep.members if member.status is Status.RUNNING]
+    there = store.fleet() if running else None
+    found = {m.job_id: said for m in running if there is not None and (said := trouble_on(there, m.cards))}
+    return SweepStanding(sweep=sweep, troubles=found)
 
 
 def sweep_comparison(store: Store, artifacts: ArtifactStore, sweep_id: int) -> SweepComparison:

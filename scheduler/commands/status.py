@@ -121,11 +121,11 @@ def _sweep(store: Store, sweep_id: int, *, watch: bool, as_json: bool) -> None:
     from loractl.scheduler.text.sweep import opened
 
     def frame() -> tuple[str, bool]:
-        sweep = sweep_standing(store, sweep_id).sweep
-        return opened(sweep, detect_screen()), not sweep.ended
+        standing = sweep_standing(store, sweep_id)
+        return opened(standing, detect_screen()), not standing.sweep.ended
 
     if watch:
         redraw(frame)
         return
     answer = sweep_standing(store, sweep_id)
-    show(answer, as_json, lambda: opened(answer.sweep, detect_screen()))
+    show(answer, as_json, lambda: opened(answer, detect_screen()))

@@ -17,6 +17,7 @@ from .screen import Screen, bar, fit, table, wrapped_table
 if TYPE_CHECKING:
     from loractl.common.job.sweep import Member, SweepView
     from loractl.scheduler.answers.submission import SweepDraft
+    from loractl.scheduler.answers.sweep import SweepStanding
 
 _DOING = {
     Stage.PREPARING: "prepares",
@@ -49,14 +50,15 @@ def overview(views: Sequence[SweepView], screen: Screen) -> list[str]:
     return wrapped_table(headers, rows, [""] * len(rows), screen, right=("SWEEP", *headers[3:-1]))
 
 
-def opened(view: SweepView, screen: Screen) -> str:
+def opened(standing: SweepStanding, screen: Screen) -> str:
     """A sweep with a row a member; at its end the best one, and what stopping the losers saved."""
+    view = standing.sweep
     named = screen.style(f"Sweep {view.sweep_id} {clean_line(view.name)}", bold=True)
     lines = [f"{named} by {clean_line(view.user)}: {len(view.members)} jobs, {_told(count(view))}."]
     if view.rungs:
         lines.append(f"Losers stop after {shares(view.rungs)} of their steps.")
     headers = ["JOB", *titles(view), "PROGRESS", "LOSS", "AT", "STATE"]
-    rows = [_row(view, member, screen) for member in view.members]
+    rows = [_row(standing, member, screen) for member in view.members]
     lines += ["", *table(headers, rows, screen, right=(*number_columns(headers, rows), "LOSS", "AT"))]
     if view.best is not None:
         best = f"{view.best.job_id} ({named_settings(view, view.best)}), held-out loss {_loss_of(view, view.best)}"
@@ -116,7 +118,8 @@ def _points(first: str, members: Sequence[tuple[str, Mapping[str, Any]]], screen
     return table(headers, rows, screen, right=number_columns(headers, rows))
 
 
-def _row(view: SweepView, member: Member, screen: Screen) -> list[str]:
+def _row(standing: SweepStanding, member: Member, screen: Screen) -> list[str]:
+    view, trouble = standing.sweep, standing.troubles.get(member.job_id)
     share = member.step / member.total_steps if member.step is not None and member.total_steps else None
     point = member.rungs[-1] if member.rungs else None
     at = "end" if member.final_loss is not None else "" if point is None else f"{point.rung * 100:g} %"
@@ -126,7 +129,7 @@ def _row(view: SweepView, member: Member, screen: Screen) -> list[str]:
         screen.style(bar(share or 0.0, 10, screen), fg="blue") + (f" {share:4.0%}" if share is not None else "   – "),
         screen.style("–" if member.loss is None else f"{member.loss:.3f}", bold=member is view.best),
         at,
-        screen.style(_state(member), fg=_COLORS.get(member.status)),
+        screen.style(_state(member) + (f", {clean_line(trouble)}" if trouble else ""), fg=_COLORS.get(member.status)),
     ]
 
 

@@ -86,7 +86,10 @@ def test_a_sweep_and_a_message_name_all_its_cards(timed: Store, tmp_path: Path) 
     timed.beat(claim, Progress(stage=Stage.TRAINING, step=30, total_steps=60))
     standing = sweep_standing(timed, sweep_id)
     assert standing.as_json()["members"][0]["cards"] == ["heron:0", "heron:1"]
-    assert " trains on heron 0, 1" in opened(standing.sweep, PIPE)
+    assert " trains on heron 0, 1" in opened(standing, PIPE)
+    timed.drain("heron:1", "mara", "new fans", until=None, at_once=False)
+    assert " trains on heron 0, 1, drained by mara (heron:1)" in opened(sweep_standing(timed, sweep_id), PIPE)
+    assert timed.end_drain("heron:1")
     shelf = ReportShelf(timed, lambda: ArtifactStore(tmp_path.as_uri()))
     page = TestClient(make_site(timed, shelf, Access(token=None, names=frozenset({"localhost"}))), "http://localhost")
     assert "training on heron:0 and heron:1" in page.get(f"/sweeps/{sweep_id}").text

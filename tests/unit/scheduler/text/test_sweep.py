@@ -54,6 +54,10 @@ def view(*members: Member, **changed: Any) -> SweepView:
     return SweepView(**{**values, **changed})
 
 
+def in_full(sweep: SweepView, screen: Screen) -> str:
+    return opened(SweepStanding(sweep=sweep), screen)
+
+
 def test_a_sweep_is_one_line_with_the_best_so_far() -> None:
     running = member(12, 1e-4, Status.RUNNING, stage=Stage.TRAINING, step=9, rungs=(FIRST,), node="heron:1")
     head, line = overview([view(running, member(13, 3e-4), stopped(14), done(15, 0.98765))], WIDE)
@@ -98,7 +102,7 @@ def test_members_stand_in_their_sweep_s_line_and_not_among_the_jobs() -> None:
 
 
 def test_an_opened_sweep_has_a_row_a_member_and_its_state_in_words() -> None:
-    text = opened(
+    text = in_full(
         view(
             member(12, 1e-4, Status.RUNNING, stage=Stage.EVALUATING, step=32, rungs=(FIRST, SECOND), node="heron:1"),
             member(13, 3e-4, held=True),
@@ -118,11 +122,11 @@ def test_an_opened_sweep_has_a_row_a_member_and_its_state_in_words() -> None:
 
 
 def test_at_its_end_the_best_and_the_saved_steps_are_told() -> None:
-    text = opened(view(done(12, 1.1), done(13, 0.9), stopped(14), stopped(15, step=18)), PLAIN)
+    text = in_full(view(done(12, 1.1), done(13, 0.9), stopped(14), stopped(15, step=18)), PLAIN)
     assert "Best: 13 (r 8, learning_rate 0.001), held-out loss 0.900." in text
     assert "Stopping the losers saved 37 of 128 steps (29 %)." in text
     assert "loractl compare --sweep 3" in text
-    none = opened(view(member(1, 0.1, Status.FAILED, reason=Reason.DIVERGED)), PLAIN)
+    none = in_full(view(member(1, 0.1, Status.FAILED, reason=Reason.DIVERGED)), PLAIN)
     assert "Best" not in none and "loractl status 1" in none
 
 
@@ -132,13 +136,13 @@ def test_hostile_text_does_not_steer_the_terminal() -> None:
         replace(done(1, 1.0), settings={f"labels.{nasty}": nasty, "lora.r": 1}, node=nasty), name=nasty, user=nasty
     )
     hostile = replace(hostile, varied={f"labels.{nasty}": nasty, "lora.r": "1"})
-    for text in ("\n".join(overview([hostile], PLAIN)), opened(hostile, PLAIN)):
+    for text in ("\n".join(overview([hostile], PLAIN)), in_full(hostile, PLAIN)):
         assert "\x1b" not in text and "\x9b" not in text
 
 
 def test_keys_that_end_alike_are_told_in_full() -> None:
     two = view(replace(done(1, 1.0), settings={"a.seed": 1, "b.seed": 2}), varied={"a.seed": "1", "b.seed": "2"})
-    assert "a.seed 1, b.seed 2" in opened(two, PLAIN)
+    assert "a.seed 1, b.seed 2" in in_full(two, PLAIN)
 
 
 def test_the_json_of_a_sweep_holds_what_the_screen_tells() -> None:
