@@ -212,29 +212,6 @@ def test_packing_takes_fewer_steps_for_the_same_tokens(recipe: Recipe, tmp_path:
     assert packed["data"]["train_tokens"] == plain["data"]["train_tokens"]
 
 
-def test_early_stopping_ends_a_run_that_gets_no_better_and_the_best_adapter_is_kept(
-    recipe: Recipe, tmp_path: Path
-) -> None:
-    worse = _getting_worse(tmp_path)
-    asked = {"eval_steps": 1, "max_steps": 30, "load_best_model_at_end": True, "early_stopping_patience": 3}
-    same = {"lora": {"lora_dropout": 0.1}, "evaluation": {"samples": 0}}
-    ended, told = recipe("a", **asked, **worse, **same)
-    assert ended.reason is Reason.OK
-    course = losses(told, "eval_loss")
-    best = course.index(min(course)) + 1
-    assert len(course) == best + 3 < 30
-    found = report(tmp_path / "a")["training"]
-    assert (found["stopped_early_at_step"], found["kept_step"]) == (len(course), best)
-    assert notes(told, "training") == [
-        f"stopped early at step {len(course)}: no better in 3 evaluations",
-        f"kept the adapter of step {best}, held-out loss {min(course):.4f}",
-    ]
-    # the kept adapter is that of a run of so many steps
-    recipe("short", **worse, **same, max_steps=best)
-    kept, short = adapter(tmp_path / "a"), adapter(tmp_path / "short")
-    assert all(torch.equal(kept[name], short[name]) for name in short)
-
-
 @pytest.mark.parametrize("asked", [{"method": "lora"}, {"method": "qlora", "packing": True}], ids=["lora", "qlora"])
 def test_evaluating_in_mid_training_changes_no_bit_of_it(recipe: Recipe, tmp_path: Path, asked: dict) -> None:
     """Dropout of the steps after an evaluation is that of a training without one: a sweep with --early-stop, which
@@ -246,28 +223,6 @@ def test_evaluating_in_mid_training_changes_no_bit_of_it(recipe: Recipe, tmp_pat
     assert losses(told) == losses(plain)
     files = [tmp_path / name / "result" / "adapter" / "adapter_model.safetensors" for name in ("plain", "evaluated")]
     assert files[0].read_bytes() == files[1].read_bytes()
-
-
-def test_the_best_adapter_survives_a_resume(recipe: Recipe, tmp_path: Path) -> None:
-    worse = _getting_worse(tmp_path)
-    asked = {"eval_steps": 1, "max_steps": 8, "load_best_model_at_end": True, "save_steps": 2}
-    _, told = recipe("whole", **asked, **worse, evaluation={"samples": 0})
-    course = losses(told, "eval_loss")
-    recipe("first", **asked, **worse, stop_after=course.index(min(course)) + 3, evaluation={"samples": 0})
-    recipe("rest", **asked, **worse, resume="first", evaluation={"samples": 0})
-    whole, rest = adapter(tmp_path / "whole"), adapter(tmp_path / "rest")
-    assert all(torch.equal(whole[name], rest[name]) for name in whole)
-    assert report(tmp_path / "rest")["training"]["kept_step"] == course.index(min(course)) + 1
-
-
-def test_a_run_that_stopped_early_is_not_trained_on_when_it_is_taken_up(recipe: Recipe, tmp_path: Path) -> None:
-    worse = _getting_worse(tmp_path)
-    asked = {"eval_steps": 1, "max_steps": 30, "early_stopping_patience": 2}
-    recipe("first", **asked, **worse, evaluation={"samples": 0})
-    _, told = recipe("rest", **asked, **worse, resume="first", evaluation={"samples": 0})
-    assert losses(told) == []
-    steps = [report(tmp_path / name)["training"]["steps"] for name in ("first", "rest")]
-    assert steps[0] == steps[1] < 30
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -369,6 +324,8 @@ ELSEWHERE = {
     "evaluation.regression": "tests/integration/test_evaluation.py",
     "evaluation.lm_eval": "tests/integration/test_harness.py",
     "evaluation.lm_eval_limit": "tests/integration/test_harness.py",
+    "training.early_stopping_patience": "tests/integration/test_early_stopping.py",
+    "training.load_best_model_at_end": "tests/integration/test_early_stopping.py",
     "training.gradient_checkpointing": "tests/integration/test_training.py",
 }
 """Keys whose effect another file's tests show."""
@@ -406,18 +363,6 @@ def test_no_key_of_the_job_file_is_without_a_test_of_its_effect() -> None:
 def _row(number: int, length: int) -> TokenRow:
     ids = [3 + (number * 37 + n * 11) % 250 for n in range(length)]
     return TokenRow(number=number, input_ids=ids, labels=list(ids))
-
-
-def _getting_worse(folder: Path) -> dict[str, Any]:
-    """Held-out rows with answers of letters that no other row has: the more is learned, the worse they are foretold."""
-    said = [
-        {"role": "user", "content": "ticket 99: it is broken"},
-        {"role": "assistant", "content": "ZQ JX 98 ZJ QX 89"},
-    ]
-    rows = [said, [{**said[0], "content": "ticket 98: it is broken"}, said[1]]]
-    path = folder / "contrary.jsonl"
-    path.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
-    return {"dataset": {"eval_path": str(path)}, "lr_scheduler_type": "constant", "warmup_steps": 0}
 
 
 def _spec(model: Path, **sections: Any) -> JobSpec:

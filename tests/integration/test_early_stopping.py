@@ -1,0 +1,71 @@
+"""Early stopping and the best adapter: of a training whose held-out loss rises."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from loractl.common.job.status import Reason
+
+from .conftest import Recipe
+from .test_options import adapter, losses, notes, report
+
+
+def test_early_stopping_ends_a_run_that_gets_no_better_and_the_best_adapter_is_kept(
+    recipe: Recipe, tmp_path: Path
+) -> None:
+    worse = _getting_worse(tmp_path)
+    asked = {"eval_steps": 1, "max_steps": 30, "load_best_model_at_end": True, "early_stopping_patience": 3}
+    same = {"lora": {"lora_dropout": 0.1}, "evaluation": {"samples": 0}}
+    ended, told = recipe("a", **asked, **worse, **same)
+    assert ended.reason is Reason.OK
+    course = losses(told, "eval_loss")
+    best = course.index(min(course)) + 1
+    assert len(course) == best + 3 < 30
+    found = report(tmp_path / "a")["training"]
+    assert (found["stopped_early_at_step"], found["kept_step"]) == (len(course), best)
+    assert notes(told, "training") == [
+        f"stopped early at step {len(course)}: no better in 3 evaluations",
+        f"kept the adapter of step {best}, held-out loss {min(course):.4f}",
+    ]
+    # the kept adapter is that of a run of so many steps
+    recipe("short", **worse, **same, max_steps=best)
+    kept, short = adapter(tmp_path / "a"), adapter(tmp_path / "short")
+    assert all(torch.equal(kept[name], short[name]) for name in short)
+
+
+def test_the_best_adapter_survives_a_resume(recipe: Recipe, tmp_path: Path) -> None:
+    worse = _getting_worse(tmp_path)
+    asked = {"eval_steps": 1, "max_steps": 8, "load_best_model_at_end": True, "save_steps": 2}
+    _, told = recipe("whole", **asked, **worse, evaluation={"samples": 0})
+    course = losses(told, "eval_loss")
+    recipe("first", **asked, **worse, stop_after=course.index(min(course)) + 3, evaluation={"samples": 0})
+    recipe("rest", **asked, **worse, resume="first", evaluation={"samples": 0})
+    whole, rest = adapter(tmp_path / "whole"), adapter(tmp_path / "rest")
+    assert all(torch.equal(whole[name], rest[name]) for name in whole)
+    assert report(tmp_path / "rest")["training"]["kept_step"] == course.index(min(course)) + 1
+
+
+def test_a_run_that_stopped_early_is_not_trained_on_when_it_is_taken_up(recipe: Recipe, tmp_path: Path) -> None:
+    worse = _getting_worse(tmp_path)
+    asked = {"eval_steps": 1, "max_steps": 30, "early_stopping_patience": 2}
+    recipe("first", **asked, **worse, evaluation={"samples": 0})
+    _, told = recipe("rest", **asked, **worse, resume="first", evaluation={"samples": 0})
+    assert losses(told) == []
+    steps = [report(tmp_path / name)["training"]["steps"] for name in ("first", "rest")]
+    assert steps[0] == steps[1] < 30
+
+
+def _getting_worse(folder: Path) -> dict[str, Any]:
+    """Held-out rows with answers of letters that no other row has: the more is learned, the worse they are foretold."""
+    said = [
+        {"role": "user", "content": "ticket 99: it is broken"},
+        {"role": "assistant", "content": "ZQ JX 98 ZJ QX 89"},
+    ]
+    rows = [said, [{**said[0], "content": "ticket 98: it is broken"}, said[1]]]
+    path = folder / "contrary.jsonl"
+    path.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
+    return {"dataset": {"eval_path": str(path)}, "lr_scheduler_type": "constant", "warmup_steps": 0}
