@@ -17,13 +17,11 @@ if TYPE_CHECKING:
     from loractl.common.artifacts import ArtifactStore
     from loractl.common.store.store import Store
 
+Report = dict[str, Any]
+
 LEVEL = 0.05
 _APART = {"name", "labels", "priority"}  # settings that have no effect on the result
-_CONTENTS = {
-    "base_model's files": ("base", "sha256", ("base_model", "revision")),
-    "rows to train on": ("data", "train_rows_sha256", ("dataset",)),
-}
-"""What may differ under equal settings: where it stands in a report, and the settings that explain a difference."""
+_BASE = {"base_model", "revision"}  # settings that name the base
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +47,7 @@ class FinishedJob:
 
     job_id: int
     spec: dict[str, Any]
-    report: dict[str, Any]
+    report: Report
     against: Against | None = None  # None for the best job, and where the held-out rows differ
 
     @property
@@ -84,7 +82,7 @@ class FinishedJob:
         losses = self.report["evaluation"].get("row_losses")
         if not losses:
             return None
-        return self.report["data"].get("held_out_sha256"), *((row, tokens) for row, tokens, *_ in losses)
+        return held_out_hash(self.report), *((row, tokens) for row, tokens, *_ in losses)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,12 +103,17 @@ class Comparison:
     @property
     def contents(self) -> dict[str, list[str]]:
         """What had other contents in some of the jobs under the same settings, like a base that was edited in place:
-        the start of its sha256 by job."""
-        explained = {key.partition(".")[0] for key in differences(self.jobs)}
+        the start of its sha256 by job. A base's tokenizer decides which rows are too long, where those are left out."""
+        changed = {key.partition(".")[0] for key in differences(self.jobs)}
+        left_out = any(job.report["data"].get("too_long_rows_dropped") for job in self.jobs)
+        explained = {
+            "base_model's files": (base_hash, _BASE),
+            "rows to train on": (train_rows_hash, {"dataset"} | (_BASE if left_out else set())),
+        }
         found = {
-            what: [str((job.report.get(section) or {}).get(key) or "")[:12] for job in self.jobs]
-            for what, (section, key, settings) in _CONTENTS.items()
-            if explained.isdisjoint(settings)
+            what: [(read(job.report) or "")[:12] for job in self.jobs]
+            for what, (read, settings) in explained.items()
+            if changed.isdisjoint(settings)
         }
         return {what: values for what, values in found.items() if "" not in values and len(set(values)) > 1}
 
@@ -153,6 +156,24 @@ def finished_job(store: Store, artifacts: ArtifactStore, job_id: int) -> Finishe
     result = result_of(store, job_id)
     content = artifacts.read_json(result.stored, "report.json")
     return FinishedJob(job_id=job_id, spec=result.job.spec, report=content)
+
+
+def base_hash(report: Report) -> str | None:
+    """The sha256 of the base's files. Like those of rows None in a report that does not say."""
+    found: str | None = (report.get("base") or {}).get("sha256")
+    return found
+
+
+def train_rows_hash(report: Report) -> str | None:
+    """The sha256 of the rows to train on, in their order."""
+    found: str | None = report["data"].get("train_rows_sha256")
+    return found
+
+
+def held_out_hash(report: Report) -> str | None:
+    """The sha256 of the rows held out, in their order."""
+    found: str | None = report["data"].get("held_out_sha256")
+    return found
 
 
 def compared(jobs: Sequence[FinishedJob]) -> Comparison:

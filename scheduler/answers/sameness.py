@@ -8,13 +8,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .comparison import FinishedJob, differences, finished_job
+from .comparison import FinishedJob, Report, base_hash, differences, finished_job, held_out_hash, train_rows_hash
 
 if TYPE_CHECKING:
     from loractl.common.artifacts import ArtifactStore
     from loractl.common.store.store import Store
-
-Report = dict[str, Any]
 
 _APART = ("preemptible", "resources", "max_retries", "lora_patience", "notify")
 _TOLD_BY_THE_RUN = (
@@ -25,9 +23,9 @@ _TOLD_BY_THE_RUN = (
 
 _RAN_WITH: dict[str, Callable[[Report], Any]] = {
     "method": lambda report: report["method"],
-    "base model": lambda report: report["base"]["sha256"],
-    "training rows": lambda report: report["data"]["train_rows_sha256"],
-    "held-out rows": lambda report: report["data"]["held_out_sha256"],
+    "base model": base_hash,
+    "training rows": train_rows_hash,
+    "held-out rows": held_out_hash,
     "device": lambda report: report["job"]["device_name"],
     "threads": lambda report: report["training"]["threads"] if report["training"]["device"] == "cpu" else None,
     "number format": lambda report: report["training"]["precision"],
@@ -143,7 +141,7 @@ def _losses(first: Report, second: Report) -> Iterator[Pair]:
 def _row_losses(first: Report, second: Report) -> RowLosses | None:
     mine, theirs = first["evaluation"]["row_losses"], second["evaluation"]["row_losses"]
     rows = [[(row, tokens) for row, tokens, *_ in losses] for losses in (mine, theirs)]
-    if first["data"]["held_out_sha256"] != second["data"]["held_out_sha256"] or rows[0] != rows[1]:
+    if held_out_hash(first) != held_out_hash(second) or rows[0] != rows[1]:
         return None
     apart = {a[0]: _distance(a[3], b[3]) for a, b in zip(mine, theirs, strict=True) if a[3] != b[3]}
     row = max(apart, key=lambda row: apart[row], default=None)

@@ -154,6 +154,11 @@ def test_a_base_that_was_edited_in_place_and_other_rows_are_told() -> None:
     assert "base_model's files" in text and "same settings" not in text
     other = replace(jobs[1], spec={**jobs[1].spec, "dataset": {"test_size": 0.5}})
     assert "rows to train on" not in compared([jobs[0], other]).differences, "the setting says it"
+    smaller = replace(jobs[1], spec={**jobs[1].spec, "base_model": "org/small"})
+    assert "rows to train on" in compared([jobs[0], smaller]).differences, "another base reads the same rows"
+    data = {**smaller.report["data"], "too_long_rows_dropped": 3}
+    dropped = replace(smaller, report={**smaller.report, "data": data})
+    assert "rows to train on" not in compared([jobs[0], dropped]).differences, "its tokenizer has left some out"
     del jobs[1].report["base"]
     assert list(compared(jobs).differences) == ["rows to train on"], "an older report does not say"
 
