@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from loractl.common.memory.plan import Plan, plan, predict
 from loractl.common.memory.shape import Shape
 from loractl.common.memory.step import Lengths, Stack
 from loractl.common.placement.cards import MARGIN_BYTES, Card
+from loractl.common.store.fleet import unreadable
 from loractl.common.units import GIB, gib
 from loractl.scheduler.submission.lengths import row_lengths
 from loractl.scheduler.submission.need import check_adapter, fleet_stack, open_methods, stored_hashes
@@ -38,6 +39,16 @@ class JobToPlan:
     spec: JobSpec
     data: Mapping[str, Any]  # its stored data sets; empty: none is stored
     status: Status | None = None  # of a submitted job
+    row: QueuedNeed | None = None  # of one that waits as it is
+
+
+@dataclass(frozen=True, kw_only=True)
+class QueuedNeed:
+    """What a waiting job's row asks for: no plan made now says how long its rows were for the trainer that it had."""
+
+    need: Need
+    ways: Ways
+    begun: bool  # an attempt may have counted its tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,12 +76,15 @@ class LargestFit:
 
 @dataclass(frozen=True, kw_only=True)
 class Submitted:
-    """What submit reserves for a job: it counts no tokens, so every row is as long as max_length."""
+    """What a job waits for: submit reserves for rows of max_length, and the trainer that has counted them for less."""
 
-    need: Need
-    choice: Method | None  # on the best card; None: no card holds it
+    need: Need  # of one card
+    ways: Ways
+    choice: Method | None  # on the best card, or on a box's; None: nothing holds it
+    box: CardGroup | None  # whose cards would hold it together, where one does not or is not to
+    begun: bool  # it has had a trainer
     max_length: int
-    longest: int  # tokens of the longest row
+    longest: int | None  # tokens of the longest row, where they were counted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +94,7 @@ class MemoryNeed:
     title: str
     plans: Mapping[Method, Plan]  # of the methods that are open to it
     reserved: Need  # the plans, corrected by what was measured
-    submitted: Submitted | None = None  # what it has until its trainer has counted, where that is more
+    submitted: Submitted | None = None  # what it waits for, where that is something else
     choice: Method | None  # on the best card; None: no card holds it
     lengths: Lengths | None  # of the rows, where they were counted
     rows: Mapping[str, int] | None = None  # how many are used, where they were counted
@@ -97,12 +111,13 @@ class MemoryNeed:
         """The plan by method, the choice, the lengths and the cards.
 
         `methods`: for each open one `peak_bytes`, `margin_bytes`, `parts` (bytes by part), `reserved_bytes`,
-        `submitted_bytes` (what it waits for, as submit counts no tokens), and with --solve `largest` (`micro_batch` and
-        `max_length`); `choice`: the method that the best card would take, or null;
-        `lengths`: in tokens the longest rows' `train` and `evaluate`, with `rows` and `labels`, or null; `rows`: how
-        many are used, `train` and `held_out`, and `left_out` as too long, or null; `planned_for`: a
-        sentence; `device`: gpu or cpu; `cards`: one entry a card; `solutions`: where no card holds it alone, what would
-        (`settings` as KEY=VALUE, `words`, `method`, `cards`, `parallel`, `bytes` of each); all with --solve.
+        `submitted_bytes` (of one card, what it waits for: until a trainer has counted its rows, for rows of
+        max_length), and with --solve `largest` (`micro_batch` and `max_length`); `choice`: the method that the best
+        card would take, or null; `lengths`: in tokens the longest rows' `train` and `evaluate`, with `rows` and
+        `labels`, or null; `rows`: how many are used, `train` and `held_out`, and `left_out` as too long, or null;
+        `planned_for`: a sentence; `device`: gpu or cpu; `cards`: one entry a card; `solutions`: where no card holds it
+        alone, what would (`settings` as KEY=VALUE, `words`, `method`, `cards`, `parallel`, `bytes` of each); all with
+        --solve.
         """
         return {
             "methods": {method.value: self._method(method, planned) for method, planned in self.plans.items()},
@@ -134,7 +149,11 @@ def job_to_plan(store: Store, job: str, overrides: tuple[str, ...]) -> JobToPlan
         return JobToPlan(title=Path(job).name, spec=load_spec(Path(job), overrides), data={})
     row = store.job(int(job))
     spec = override_spec(row.spec, overrides, f"job {job}")
-    return JobToPlan(title=f"{job} {row.name}", spec=spec, data=row.data, status=row.status)
+    asks = None
+    if row.status is Status.QUEUED and not overrides and not unreadable(vars(row)):
+        need = Need(lora=row.vram_lora, qlora=row.vram_qlora)
+        asks = QueuedNeed(need=need, ways=Ways.read(row.gangs), begun=row.attempt > 0)
+    return JobToPlan(title=f"{job} {row.name}", spec=spec, data=row.data, status=row.status, row=asks)
 
 
 def memory_need(
@@ -165,7 +184,7 @@ def memory_need(
     planned_need = Need(lora=planned[Method.LORA], qlora=planned[Method.QLORA])
     need = learned(planned_need, key, measured)
     admitted = within(methods, need, spec.resources.max_vram)
-    cards, choice = _on_one(card, admitted, need) if card is not None else _on_fleet(fleet, admitted, need)
+    cards, choice = _alone(card, fleet, admitted, need)
     places = _such_cards(card) if card is not None else fleet
     asked = PlannedForm(spec=spec, methods=methods, planned=planned_need, need=need, lengths=counted.lengths)
     ways = asked.ways(spec) if stack.on_gpu else Ways()
@@ -184,13 +203,16 @@ def memory_need(
             solutions += with_one_row(asked, places, min((found.cards for found in solutions), default=MOST_CARDS + 1))
         if stack.on_gpu and (one is None or choice is None) and solve:
             solutions += in_another_form(asked, shape, _room(card, fleet)[0], places)
-    waits = counted.lengths is not None and job.status in (None, Status.QUEUED)
-    submitted = learned(predict(spec, stack=stack), key, measured) if waits else need
+    first = job.row
+    if first is None and counted.lengths is not None and job.status in (None, Status.QUEUED):
+        whole = predict(spec, stack=stack)
+        long = replace(asked, planned=whole, need=learned(whole, key, measured), lengths=None)
+        first = QueuedNeed(need=long.need, ways=long.ways(spec) if stack.on_gpu else Ways(), begun=False)
     return MemoryNeed(
         title=job.title,
         plans=plans,
         reserved=need,
-        submitted=_submitted(spec, submitted, counted.lengths, card, fleet) if submitted != need else None,
+        submitted=None if first is None or first.need == need else _submitted(asked, first, card, fleet),
         choice=choice,
         lengths=counted.lengths,
         rows=counted.rows,
@@ -205,15 +227,20 @@ def memory_need(
     )
 
 
-def _submitted(
-    spec: JobSpec, need: Need, lengths: Lengths | None, card: int | None, fleet: Sequence[Card]
-) -> Submitted | None:
-    if lengths is None:
-        return None
-    admitted = within(open_methods(spec), need, spec.resources.max_vram)
-    _, choice = _on_one(card, admitted, need) if card is not None else _on_fleet(fleet, admitted, need)
-    longest = max(lengths.train, lengths.evaluate)
-    return Submitted(need=need, choice=choice, max_length=spec.dataset.max_length, longest=longest)
+def _submitted(asked: PlannedForm, first: QueuedNeed, card: int | None, fleet: Sequence[Card]) -> Submitted:
+    spec, lengths, form = asked.spec, asked.lengths, replace(asked, need=first.need)
+    _, choice = _alone(card, fleet, within(asked.methods, first.need, spec.resources.max_vram), first.need)
+    box = None
+    if choice is None or not first.ways.alone:
+        boxes, choice = form.boxes(first.ways, _such_cards(card) if card is not None else fleet)
+        box = min((box for box in boxes if box.method is choice), key=lambda box: box.way.cards, default=None)
+    return Submitted(
+        **vars(first),
+        choice=choice,
+        box=box,
+        max_length=spec.dataset.max_length,
+        longest=None if lengths is None else max(lengths.train, lengths.evaluate),
+    )
 
 
 def _shape(spec: JobSpec) -> Shape:
@@ -224,6 +251,13 @@ def _shape(spec: JobSpec) -> Shape:
             "that file is enough, in a folder or in the hub's cache; without it the job gets a card of its own",
         )
     return shape
+
+
+def _alone(
+    card: int | None, fleet: Sequence[Card], admitted: Sequence[Method], need: Need
+) -> tuple[tuple[CardRoom, ...], Method | None]:
+    """Whether one card holds the job: one of so many bytes, or one of the fleet's."""
+    return _on_one(card, admitted, need) if card is not None else _on_fleet(fleet, admitted, need)
 
 
 def _on_one(size: int, admitted: Sequence[Method], need: Need) -> tuple[tuple[CardRoom, ...], Method | None]:

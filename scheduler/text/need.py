@@ -65,20 +65,31 @@ _WHOLE: Any = {"break_on_hyphens": False, "break_long_words": False}
 
 
 def _until_it_runs(need: MemoryNeed) -> list[str]:
-    """What submit reserves where that is more than the counted rows need."""
+    """What the job waits for where that is not what its rows need."""
     first = need.submitted
     method = None if first is None else need.choice or next(iter(need.plans))
     if first is None or method is None or (size := first.need.of(method)) is None:
         return []
     if gib(size) == gib(need.reserved.of(method)) and first.choice is need.choice:
         return []
+    asks = [f"{gib(size)} GiB with {method.value}"] if first.ways.alone else []
+    if (box := first.box) is not None:
+        asks.append(f"{gib(box.size)} GiB of each of {box.way.cards} cards with {box.method.value}")
+    elif not asks and (ways := first.ways.gangs):
+        asks.append(f"{gib(ways[0].need.of(method))} GiB of each of {ways[0].cards} cards with {method.value}")
+    if not asks:
+        return []
     where = ""
-    if need.cards and first.choice is not need.choice:
-        where = ", which no card has" if first.choice is None else f", so it would go with {first.choice.value}"
-    text = f"submit counts no tokens: until its trainer has, it waits for {gib(size)} GiB with {method.value}{where}. "
-    if first.longest < first.max_length:
-        text += f"With --set dataset.max_length={first.longest} it waits for what it needs."
-    return [text.strip()]
+    if need.cards and first.choice is not need.choice and box is None:
+        none = f", which no {'card' if first.ways.alone else 'box'} has"
+        where = none if first.choice is None else f", so it would go with {first.choice.value}"
+    waits = f"waits for {', or for '.join(asks)}{where}."
+    if first.begun:
+        return [f"It {waits}"]
+    text = f"submit reserves for rows of max_length: until its trainer has counted them, it {waits}"
+    if first.longest is not None and first.longest < first.max_length:
+        text += f" With --set dataset.max_length={first.longest} it waits for what it needs."
+    return [text]
 
 
 def _like_it(measured: Sequence[int]) -> str:

@@ -372,7 +372,7 @@ def test_rows_that_are_too_long_and_left_out_are_counted_nowhere(cli: Cli, tiny_
 
 
 def test_a_plan_of_counted_rows_says_what_the_job_waits_for(cli: Cli, tiny_model: Path, tmp_path: Path) -> None:
-    """Submit counts no tokens, so it takes short rows under a long max_length for long ones."""
+    """Submit reserves for rows of max_length: it takes short rows under a long one for long ones."""
     base = shutil.copytree(tiny_model, tmp_path / "base")
     numbers = json.loads((base / "config.json").read_text())
     large = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "head_dim": 128}
@@ -384,7 +384,8 @@ def test_a_plan_of_counted_rows_says_what_the_job_waits_for(cli: Cli, tiny_model
     assert lora["submitted_bytes"] == plan_job(spec, "t", {}, None).need.lora > 24 * GIB > lora["reserved_bytes"]
     short = spec.model_copy(update={"dataset": spec.dataset.model_copy(update={"max_length": longest})})
     assert plan_job(short, "t", {}, None).need.lora == lora["reserved_bytes"]
-    said = " ".join(cli("plan", tmp_path / "job.yaml", "--gpu", "24GiB").stdout.split())
+    alone = "--set=resources.cards=1"
+    said = " ".join(cli("plan", tmp_path / "job.yaml", "--gpu", "24GiB", alone).stdout.split())
     waits = f"it waits for {gib(lora['submitted_bytes'])} GiB with lora, which no card has."
     assert f"{waits} With --set dataset.max_length={longest} it waits for what it needs." in said
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,23 +11,33 @@ from typing import Any
 import pytest
 
 from loractl.common.job.method import Method
+from loractl.common.job.need import Need
 from loractl.common.job.spec import JobSpec
-from loractl.common.job.status import Status
+from loractl.common.job.status import Reason, Status
+from loractl.common.memory.step import Lengths
+from loractl.common.store.records import Claim, Progress
 from loractl.common.store.store import Store
-from loractl.common.units import GIB
-from loractl.scheduler.answers.need import JobToPlan, MemoryNeed, memory_need
+from loractl.common.units import GIB, gib
+from loractl.scheduler.answers import need as answer
+from loractl.scheduler.answers.need import JobToPlan, MemoryNeed, job_to_plan, memory_need
 from loractl.scheduler.commands.plan import following
+from loractl.scheduler.submission.lengths import RowLengths
+from loractl.scheduler.submission.need import plan_job
 from loractl.scheduler.text.need import need_text
 from loractl.scheduler.text.screen import Screen
 
 from ...common.memory.test_ways import LLAMA_8B
-from ...factories import node_state
+from ...factories import node_state, take
+
+
+def asked_for(tmp_path: Path, **resources: Any) -> JobSpec:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_8B))
+    tree = {"name": "t", "base_model": str(tmp_path), "dataset": {"path": "org/data"}, "method": "lora"}
+    return JobSpec.model_validate({**tree, "resources": resources})
 
 
 def asked(store: Store, tmp_path: Path, card: int | None, solve: bool = False, **resources: Any) -> MemoryNeed:
-    (tmp_path / "config.json").write_text(json.dumps(LLAMA_8B))
-    tree = {"name": "t", "base_model": str(tmp_path), "dataset": {"path": "org/data"}, "method": "lora"}
-    spec = JobSpec.model_validate({**tree, "resources": resources})
+    spec = asked_for(tmp_path, **resources)
     return memory_need(store, JobToPlan(title="t", spec=spec, data={}), card, solve=solve)
 
 
@@ -59,6 +70,47 @@ def test_only_boxes_whose_workers_run_such_jobs_are_named(store: Store, tmp_path
     assert rows(asked(store, tmp_path, None))[2:] == [
         ("fits", "2 cards of heron", "with lora, sharded: 14.3 GiB of each")
     ]
+
+
+def waits(need: MemoryNeed) -> str:
+    """What the job waits for, in the sentence that says so."""
+    text = " ".join(need_text(need, "x", Screen(width=120, unicode=True, color=False)).split())
+    found = re.search(r"(It|until [^:]*, it) waits for .*?(lora|has)\.(?= )", text)
+    return "" if found is None else found[0]
+
+
+def test_what_submit_reserves_for_longer_rows_may_be_of_several_cards(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It said that no card has what two of a box would begin with at once."""
+    counted = RowLengths(lengths=Lengths(train=64, evaluate=64), rows=None, sentence="Counted.")
+    monkeypatch.setattr(answer, "row_lengths", lambda *_: counted)
+    said = "until its trainer has counted them, it waits for"
+    two = "14.3 GiB of each of 2 cards with lora."
+    need = asked(store, tmp_path, 19 * GIB)
+    assert need.choice is Method.LORA and need.submitted is not None
+    size = gib(need.submitted.need.lora)
+    assert waits(need) == f"{said} {size} GiB with lora, or for {two}"
+    assert waits(asked(store, tmp_path, 19 * GIB, cards=1)) == f"{said} {size} GiB with lora, which no card has."
+    assert waits(asked(store, tmp_path, 19 * GIB, cards=2)) == f"{said} {two}"
+    wide = asked(store, tmp_path, 19 * GIB, cards=2, parallel="data")
+    assert waits(wide) == f"{said} 19.9 GiB of each of 2 cards with lora, which no box has."
+
+
+def test_a_job_that_its_trainer_has_planned_waits_for_what_its_row_says(store: Store, tmp_path: Path) -> None:
+    job = asked_for(tmp_path)
+    store.submit(plan_job(job, "ada", {}, store))
+    first = memory_need(store, job_to_plan(store, "1", ()), None, solve=False)
+    assert waits(first) == "" and first.as_json()["methods"]["lora"]["submitted_bytes"] == first.reserved.lora
+    mine = take(store, 24 * GIB)
+    assert isinstance(mine, Claim)
+    store.beat(mine, Progress(need=Need(lora=17 * GIB, qlora=None)))
+    assert store.finish(mine, Reason.WORKER_LOST, "silent", Progress()) is Status.QUEUED
+    later = memory_need(store, job_to_plan(store, "1", ()), None, solve=False)
+    assert later.as_json()["methods"]["lora"]["submitted_bytes"] == store.job(1).vram_lora == 17 * GIB
+    assert waits(later) == "It waits for 17.0 GiB with lora."
+    other = memory_need(store, job_to_plan(store, "1", ("lora.r=32",)), None, solve=False)
+    assert waits(other) == "", "that would be another job"
 
 
 def ways(need: MemoryNeed) -> list[tuple[tuple[str, ...], str, int]]:
