@@ -102,7 +102,7 @@ what the English rows of examples/data have, whose keys count as well."""
 
 
 def _extent(file: Path) -> dict[str, int]:
-    """How many rows and bytes a file of lines has, and how many tokens at the most: what is known of its rows' lengths
+    """How many rows and bytes a file of lines has, and an estimate of its tokens: what is known of its rows' lengths
     without a tokenizer."""
     if file.suffix.lower() != ".jsonl":
         return {}

@@ -80,8 +80,8 @@ def _why_alone(row: Job, spec: JobSpec) -> str | None:
 
 
 def tokens_of(spec: JobSpec, row_tokens: float | None, data: Mapping[str, Any]) -> int:
-    """Tokens of a micro-batch: measured on the same rows, or at most as many as submit has estimated or as may be in
-    them.
+    """Tokens of a micro-batch: measured on the same rows, else as submit has estimated them, else what their bytes
+    hold at most; never more than max_length permits.
 
     `data`: what is known of the rows where they are stored.
     """
