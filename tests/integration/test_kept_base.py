@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -44,6 +45,12 @@ PAIRS = {
         {"method": "qlora", "training.exact": True, "training.dtype": "auto"},
     ),
 }
+
+
+@pytest.fixture
+def tiny_model(tiny_model: Path, tmp_path: Path) -> Path:
+    """A copy: these tests change its files, and the whole run shares the first."""
+    return shutil.copytree(tiny_model, tmp_path / "base" / "tiny")
 
 
 def keys(options: dict[str, Any]) -> dict[str, Any]:
