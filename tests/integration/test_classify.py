@@ -216,13 +216,18 @@ def test_a_finished_training_is_evaluated_from_its_checkpoint_alone(
 
 
 def test_the_best_head_is_kept_and_a_training_that_gets_worse_ends(classifier: Classifier, tmp_path: Path) -> None:
-    wild = {"learning_rate": 0.5, "lr_scheduler_type": "constant", "max_grad_norm": 100.0, "warmup_steps": 0}
-    same = {"lora": {"lora_dropout": 0}, **wild}
+    """Every other held-out row has a wrong label: what is learned first helps, and then makes it all too sure."""
+    held_out = [json.loads(line) for line in (tmp_path / "held-out.jsonl").read_text().splitlines()]
+    for row in held_out[::2]:
+        row["label"] = LABELS[LABELS.index(row["label"]) - 2]
+    (tmp_path / "wrong.jsonl").write_text("".join(json.dumps(row) + "\n" for row in held_out))
+    steady = {"learning_rate": 3e-3, "lr_scheduler_type": "constant", "warmup_steps": 0}
+    same = {"lora": {"lora_dropout": 0}, "dataset": {"eval_path": str(tmp_path / "wrong.jsonl")}, **steady}
     asked = {"eval_steps": 1, "load_best_model_at_end": True, "early_stopping_patience": 3}
     _, told = classifier("a", max_steps=30, **asked, **same)
     course = losses(told, "eval_loss")
     best = course.index(min(course)) + 1
-    assert len(course) == best + 3 < 30
+    assert len(course) == best + 3 < 30 and best > 1, "it is not simply the first"
     assert metrics(tmp_path / "a")["loss"]["tuned"] == pytest.approx(min(course), rel=1e-3)
     classifier("short", max_steps=best, **same)
     kept, short = weights(tmp_path / "a"), weights(tmp_path / "short")

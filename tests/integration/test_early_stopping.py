@@ -1,4 +1,4 @@
-"""Early stopping and the best adapter: of a training whose held-out loss rises."""
+"""Early stopping and the best adapter: of a training whose held-out loss falls and then rises."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_early_stopping_ends_a_run_that_gets_no_better_and_the_best_adapter_is_k
     assert ended.reason is Reason.OK
     course = losses(told, "eval_loss")
     best = course.index(min(course)) + 1
-    assert len(course) == best + 3 < 30
+    assert len(course) == best + 3 < 30 and best > 1, "it is not simply the first"
     found = report(tmp_path / "a")["training"]
     assert (found["stopped_early_at_step"], found["kept_step"]) == (len(course), best)
     assert notes(told, "training") == [
@@ -39,14 +39,16 @@ def test_early_stopping_ends_a_run_that_gets_no_better_and_the_best_adapter_is_k
 
 def test_the_best_adapter_survives_a_resume(recipe: Recipe, tmp_path: Path) -> None:
     worse = _getting_worse(tmp_path)
-    asked = {"eval_steps": 1, "max_steps": 8, "load_best_model_at_end": True, "save_steps": 2}
+    asked = {"eval_steps": 1, "max_steps": 13, "load_best_model_at_end": True, "save_steps": 2}
     _, told = recipe("whole", **asked, **worse, evaluation={"samples": 0})
     course = losses(told, "eval_loss")
-    recipe("first", **asked, **worse, stop_after=course.index(min(course)) + 3, evaluation={"samples": 0})
+    best = course.index(min(course)) + 1
+    assert 1 < best < 11, "neither the first nor one of the resumed part"
+    recipe("first", **asked, **worse, stop_after=best + 2, evaluation={"samples": 0})
     recipe("rest", **asked, **worse, resume="first", evaluation={"samples": 0})
     whole, rest = adapter(tmp_path / "whole"), adapter(tmp_path / "rest")
     assert all(torch.equal(whole[name], rest[name]) for name in whole)
-    assert report(tmp_path / "rest")["training"]["kept_step"] == course.index(min(course)) + 1
+    assert report(tmp_path / "rest")["training"]["kept_step"] == best
 
 
 def test_a_run_that_stopped_early_is_not_trained_on_when_it_is_taken_up(recipe: Recipe, tmp_path: Path) -> None:
@@ -60,7 +62,8 @@ def test_a_run_that_stopped_early_is_not_trained_on_when_it_is_taken_up(recipe: 
 
 
 def _getting_worse(folder: Path) -> dict[str, Any]:
-    """Held-out rows with answers of letters that no other row has: the more is learned, the worse they are foretold."""
+    """Held-out rows with answers of letters that no other row has: their loss falls by 0.2 while the marks of every
+    answer are learned, until step 6 or so, and then rises with each step, as the letters become ever less likely."""
     said = [
         {"role": "user", "content": "ticket 99: it is broken"},
         {"role": "assistant", "content": "ZQ JX 98 ZJ QX 89"},
