@@ -16,13 +16,16 @@ import torch
 import transformers
 from bitsandbytes import functional as F
 
+from loractl.common.job.method import Method
 from loractl.common.job.status import Reason
+from loractl.worker.base.arithmetic import choose_precision
 from loractl.worker.base.failure import TrainingFailed
 from loractl.worker.base.kept import remains
 from loractl.worker.base.kept.imprint import Imprint
 from loractl.worker.base.kept.knowledge import Knowledge, Known
 from loractl.worker.base.kept.remains import Surroundings
 from loractl.worker.base.kept.shelf import Shelf
+from loractl.worker.base.model import load_base
 from loractl.worker.engine.passes import choice, tried
 from loractl.worker.engine.passes.lean import LeanPass
 from loractl.worker.engine.passes.tried import Tried
@@ -180,6 +183,35 @@ def test_files_of_the_same_content_are_the_same_base_whatever_else_of_them_chang
         joins()
     file.write_bytes(content)
     assert joins(), "the base that is here was loaded from these"
+
+
+def test_settings_that_came_or_went_are_loaded_anew(
+    recipe: Recipe, start: Callable[..., Start], tiny_model: Path, tmp_path: Path
+) -> None:
+    settings, shelf, loaded = tiny_model / "generation_config.json", Shelf(), list[int]()
+    settings.unlink()
+    shelf.begin()
+    recipe("without", shelf=shelf, max_steps=1)
+    order = start("now", keep=True)
+
+    def ends() -> Any:
+        """After which tokens an answer ends."""
+
+        def load() -> Any:
+            loaded.append(1)
+            return load_base(order.spec.base_model, Method.LORA, "cpu", choose_precision("cpu"))
+
+        source = (order.spec.base_model, order.spec.revision)
+        base, _ = shelf.base(order.keep, source, load, aside=contextlib.nullcontext)
+        shelf.identify(tmp_path / "cache", source).wait()
+        return base.generation_config.eos_token_id
+
+    assert ends() == 2 and not loaded
+    settings.write_text(json.dumps({"eos_token_id": [2, 7]}))
+    assert ends() == [2, 7] and len(loaded) == 1
+    assert ends() == [2, 7] and len(loaded) == 1
+    settings.unlink()
+    assert ends() == 2 and len(loaded) == 2
 
 
 def test_whatever_a_training_leaves_ends_the_host(tmp_path: Path) -> None:

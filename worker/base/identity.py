@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,10 @@ def _traits(folder: Path) -> Traits:
     return frozenset((where, name, f.st_size, f.st_mtime_ns, f.st_ctime_ns, f.st_ino) for name, f in facts)
 
 
+LOOK_S = 0.5
+"""How often who waits for hashes looks whether it is to stop."""
+
+
 class BaseIdentity:
     """Hashes a base model's files beside its training: a card must not wait minutes for a sum of 140 GB.
 
@@ -58,9 +63,12 @@ class BaseIdentity:
             raise self._error
         return {"commit": self._commit, "sha256": digest(self._files), "files": self._files}
 
-    def files_at(self, traits: Traits) -> Fingerprint | None:
-        """The hashes of files with these traits, waited for; None: others were hashed, or none could be read."""
-        self._thread.join()
+    def files_at(self, traits: Traits, check_stop: Callable[[], None]) -> Fingerprint | None:
+        """The hashes of files with these traits, waited for; None: others were hashed, or none could be read.
+        `check_stop` is called meanwhile."""
+        while self._thread.is_alive():
+            check_stop()
+            self._thread.join(LOOK_S)
         return self._files if self._error is None and self._traits == traits else None
 
     def _hash(self) -> None:

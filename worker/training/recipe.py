@@ -204,7 +204,15 @@ def _base(run: Run, precision: Precision, head: Head | None) -> Any:
         return base_of(order, precision, head)
 
     source = spec.base_model, spec.revision
-    base, was_here = run.shelf.base(order.keep, source, load, aside=run.leg.aside, joins=order.joins)
+    base, was_here = run.shelf.base(
+        order.keep,
+        source,
+        load,
+        aside=run.leg.aside,
+        joins=order.joins,
+        tell=run.phase,
+        check_stop=run.check_stop,
+    )
     if was_here:
         run.phase(f"takes {name}, which is loaded already")
     return base

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import threading
 from pathlib import Path
 
 import pytest
 
 from loractl.common.artifacts import sha256_of
+from loractl.worker.base import identity as identity_module
 from loractl.worker.base.identity import BaseIdentity, identify
 
 
@@ -18,6 +20,22 @@ def test_the_hashes_are_those_of_the_files_and_are_remembered(tmp_path: Path) ->
     found = identify(str(base), None, cache)
     assert found["files"] == {"model.safetensors": sha256_of(base / "model.safetensors")}
     assert found["commit"] is None and found == BaseIdentity(str(base), None, cache).wait()
+
+
+def test_a_stop_is_seen_while_hashes_are_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = threading.Event()
+    monkeypatch.setattr(identity_module, "fingerprint", lambda *_: {"slow": "disk"} if read.wait(60) else {})
+    (tmp_path / "base").mkdir()
+    identity = BaseIdentity(str(tmp_path / "base"), None, tmp_path / "cache")
+    with pytest.raises(InterruptedError):
+        identity.files_at(frozenset(), stop)
+    read.set()
+    identity.wait()
+    assert identity.files_at(frozenset(), stop) == {"slow": "disk"}
+
+
+def stop() -> None:
+    raise InterruptedError
 
 
 def test_a_folder_that_goes_away_is_told_to_whoever_waits(tmp_path: Path) -> None:

@@ -25,6 +25,9 @@ from .tokenizers import Tokenizers
 
 Made = TypeVar("Made")
 
+SETTINGS = frozenset({"config.json", "generation_config.json", "adapter_config.json"})
+"""Files that decide what is loaded by being there: one that came or went is a change."""
+
 
 class Shelf:
     """Holds at most one base. A training takes it from here; afterwards it is put back as it was loaded.
@@ -67,14 +70,16 @@ class Shelf:
         *,
         aside: Callable[[], AbstractContextManager[None]],
         joins: bool = False,
+        tell: Callable[[str], None] = lambda text: None,
+        check_stop: Callable[[], None] = lambda: None,
     ) -> tuple[Any, bool]:
         """The base, and whether it was here. `source`: its name and revision. `key`: None for one that never stays.
-        `aside` lets others compute while its files are hashed.
+        `aside` lets others compute while its files are hashed; `tell` says so first, `check_stop` is called meanwhile.
 
         Raises TrainingFailed(host_lost) for a training that must find it here (`joins`) and does not.
         """
         traits: Traits = frozenset() if key is None else traits_of(*source)
-        if self._imprint is not None and self._key == key and self._was_loaded_from(source, traits, aside):
+        if self._imprint is not None and self._key == key and self._same_files(source, traits, aside, tell, check_stop):
             return self._imprint.model, True
         if joins:
             raise TrainingFailed(Reason.HOST_LOST, "the trainer that it was to join has another base")
@@ -94,20 +99,27 @@ class Shelf:
         self._identity = self._identity or found
         return found
 
-    def _was_loaded_from(
-        self, source: tuple[str, str | None], traits: Traits, aside: Callable[[], AbstractContextManager[None]]
+    def _same_files(
+        self,
+        source: tuple[str, str | None],
+        traits: Traits,
+        aside: Callable[[], AbstractContextManager[None]],
+        tell: Callable[[str], None],
+        check_stop: Callable[[], None],
     ) -> bool:
-        """Whether these are the files of the base that is here: by what the system says of them, else by content."""
+        """Whether the base that is here would be loaded of these files: by what the system says of them, else by
+        content."""
         if self._traits == traits:
             return True
         if self._identity is None:
             return False
+        tell("compares the base's files with those that were loaded")
         with aside():
-            if (then := self._identity.files_at(self._traits)) is None:
+            if (then := self._identity.files_at(self._traits, check_stop)) is None:
                 return False
             found = BaseIdentity(*source, self._cache)
-            now = found.files_at(traits)
-        if now is None or changed_files(then, now):
+            now = found.files_at(traits, check_stop)
+        if now is None or changed_files(then, now) or not SETTINGS.isdisjoint(then.keys() ^ now.keys()):
             return False
         self._traits, self._identity = traits, found
         return True
