@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +26,7 @@ from loractl.worker.base.model import load_base, load_tokenizer
 from loractl.worker.data.packing import pack
 from loractl.worker.data.tokens import IGNORED, TokenRow
 from loractl.worker.engine.loss import MicroBatch, learned_in
-from loractl.worker.engine.passes import choice
+from loractl.worker.engine.passes import choice, wide
 from loractl.worker.engine.passes import rows as row_module
 from loractl.worker.engine.passes.attention import ShortRows
 from loractl.worker.engine.passes.choice import forward_pass, rows_together
@@ -245,6 +246,37 @@ def test_a_base_is_tried_once_for_jobs_that_adapt_it_alike(tiny_model: Path) -> 
     assert tried(r=8, lora_alpha=64) == 0 == tried(longest=100)
     assert tried(target_modules=["q_proj"]) > 0 and tried(use_dora=True) > 0
     assert tried(use_dora=True) == 0
+
+
+@pytest.mark.parametrize("family", ["Llama", "Granite"])
+def test_no_logits_are_held_that_nobody_needs_any_more(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where members pass the head together: not beside scaled ones, and not in the decoder's backward pass."""
+    monkeypatch.setattr(wide, "multiplies_wide", lambda: True)
+    base = choice.shared_base(base_of(family).bfloat16(), BF16)
+    assert base is not None
+    forward, softmax, held = SharedPass(base, adapted(base.view(), spec_of(), BF16)), torch.softmax, list[int]()
+    some = rows(30)
+    words = SMALL["vocab_size"]
+    assert learned_in(some) > HEAD_CHUNK
+
+    def as_large() -> set[int]:
+        """Where tensors lie that are as large as a chunk of logits."""
+        places = [thing.untyped_storage() for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
+        return {place.data_ptr() for place in places if place.nbytes() > 4 * 180 * words}
+
+    def look(*_: Any) -> None:
+        held.append(len(as_large() - before))
+
+    def looked_at(logits: torch.Tensor, *how: Any, **more: Any) -> torch.Tensor:
+        if logits.shape[-1] == words:
+            look()
+        return softmax(logits, *how, **more)
+
+    before = as_large()
+    monkeypatch.setattr(torch, "softmax", looked_at)
+    base._words.get_submodule("model.layers.1.mlp.down_proj").register_full_backward_hook(look)
+    learned(forward, some)
+    assert held == [1, 1, 0]
 
 
 def test_rows_are_scored_alike(tiny_model: Path) -> None:

@@ -132,6 +132,8 @@ class LeanModel:
             piece = hidden.detach()[place].requires_grad_()
             logits, smoothings = self.logits(piece), [owner.smoothing for owner in owners]
             over = apart is not None and apart.holds(logits)
+            if apart is not None and not over:
+                apart.leave_room()  # scaled or capped logits lie elsewhere; their softmax takes as much again
             sums = SummedLosses.apply(logits, torch.cat(targets), lengths, smoothings, over)
             del logits  # the backward pass has its room
             shares = [one / owner.count for one, owner in zip(sums.unbind(), owners, strict=True)]

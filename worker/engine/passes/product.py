@@ -241,11 +241,12 @@ class FrozenProduct:
     def apart(self) -> Iterator[wide.Apart]:
         """Products in fp32 are made of so many tokens at a time as the answer's `lengths` say; the weight is widened
         once for all of them."""
-        self._apart = wide.Apart()
+        self._apart = apart = wide.Apart()
         try:
-            yield self._apart
+            yield apart
         finally:
             self._apart = None
+            apart.leave_room()  # its name may outlive the block, and with it the room for as many logits
 
     def __call__(self, x: torch.Tensor, *, widened: bool) -> torch.Tensor:
         """`widened`: `x` was made fp32 for a faster product."""

@@ -80,6 +80,10 @@ class Apart:
             self._memory = torch.empty(count * width)
         return torch.empty(0).set_(self._memory.untyped_storage(), 0, (count, width))
 
+    def leave_room(self) -> None:
+        """Hold no memory any more. Answers that are still in use keep theirs."""
+        self._memory = None
+
     def holds(self, answer: torch.Tensor) -> bool:
         """Whether a tensor is the last answer, as it is."""
         return self._memory is not None and answer.data_ptr() == self._memory.data_ptr() and answer.is_contiguous()
