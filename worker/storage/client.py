@@ -58,8 +58,12 @@ class StoreClient:
         return StoreClient(self.url, watch, self._pool)
 
     def make_ready(self) -> None:
-        """Have a process for the next call, which then does not wait for its start."""
-        self._pool.give(self._pool.take())
+        """Have a process for the next call, which then does not wait for its start. Where none can be made, it is the
+        next call that says so."""
+        try:
+            self._pool.give(self._pool.take())
+        except (OSError, RuntimeError) as error:  # no memory for a process, or no thread for its pipe
+            log.warning("no process for the artifact store could be made ahead: %s", error)
 
     def fetch_dataset(self, uri: str, sha256: str, folder: Path) -> Path:
         """See ArtifactStore."""
