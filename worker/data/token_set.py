@@ -92,16 +92,18 @@ class Tokeniser:
 
 
 _VOCABULARIES: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
-"""Sums of tokenizers that were asked: a trainer that stays asks the same one for each job, and a sum takes 40 ms."""
+"""Sums of tokenizers that were asked, by their part that is not Python's, which a copy with another template shares: a
+trainer that stays asks the same one for each job, and a sum takes 40 ms."""
 
 
 def _vocabulary(tokenizer: Any) -> str:
     """A sum of all that a tokenizer does to a text."""
-    known = _VOCABULARIES.get(tokenizer)
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    asked = tokenizer if backend is None else backend
+    known = _VOCABULARIES.get(asked)
     if known is None:
-        backend = getattr(tokenizer, "backend_tokenizer", None)
-        said = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
-        known = _VOCABULARIES[tokenizer] = hashlib.sha256(said.encode()).hexdigest()
+        said = json.dumps(tokenizer.get_vocab(), sort_keys=True) if backend is None else backend.to_str()
+        known = _VOCABULARIES[asked] = hashlib.sha256(said.encode()).hexdigest()
     return known
 
 

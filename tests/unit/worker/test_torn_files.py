@@ -15,7 +15,7 @@ from loractl.common.artifacts import checkpoint_prefix, manifest_sha256, sha256_
 from loractl.common.data.example import Example
 from loractl.common.job.identity import data_digest, training_digests
 from loractl.common.job.method import Method
-from loractl.common.job.sections import DataFormat, DatasetSpec
+from loractl.common.job.sections import DataFormat, DatasetSpec, PromptTemplate
 from loractl.common.settings import load_settings
 from loractl.common.store.database import make_engine
 from loractl.common.store.records import Claim, StoredCheckpoint
@@ -24,6 +24,7 @@ from loractl.worker.attempt.drain import Drain
 from loractl.worker.attempt.order import stored_checkpoint
 from loractl.worker.attempt.result import mark_ready, ready_result
 from loractl.worker.attempt.workplace import Workplace
+from loractl.worker.data.template import templated
 from loractl.worker.data.token_set import Tokeniser
 from loractl.worker.data.tokens import TokenRow
 from loractl.worker.device.devices import CpuDevice
@@ -216,3 +217,24 @@ def test_a_tokenizer_is_summed_once_for_the_cache(tmp_path: Path) -> None:
     tokens, other = Tokens(tmp_path), Tokens(tmp_path)
     assert tokens.kept() == tokens.kept() == other.kept()
     assert (tokens.summed, other.summed, other.made) == (1, 1, 0)
+
+
+@dataclass(eq=False)
+class Backend:
+    """The part of a tokenizer that is not Python's."""
+
+    summed: int = 0
+
+    def to_str(self) -> str:
+        self.summed += 1
+        return ""
+
+
+def test_copies_of_a_tokenizer_with_another_template_are_summed_once(tmp_path: Path) -> None:
+    tokens, backend = Tokens(tmp_path), Backend()
+    vars(tokens).update(backend_tokenizer=backend, bos_token=None)
+    for text in ("a row of a job", "one of the next job"):
+        copied = templated(tokens, PromptTemplate.ALPACA)
+        copied.text = text
+        assert copied is not tokens and copied.kept()
+    assert backend.summed == 1
