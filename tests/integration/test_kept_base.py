@@ -323,5 +323,8 @@ def test_what_was_wrong_is_tried_again_and_few_answers_stay(tmp_path: Path, monk
     assert asked("a", "it is wrong") and asked("a", "it is wrong") and asked("a", None) and not asked("a", "wrong")
     assert asked("b", None) and not asked("b", None)
     for n in range(5):
+        for place, file in enumerate(sorted(tmp_path.iterdir(), key=lambda path: path.stat().st_mtime)):
+            os.utime(file, (place, place))  # as if some time had passed
         asked(f"more {n}", None)
+        assert not asked("b", None), "what is asked for stays"
     assert len(list(tmp_path.iterdir())) == 4

@@ -310,7 +310,8 @@ def _tried(run: Run, learner: Learner) -> Tried:
     """Ask this box, too, what it found out about rows behind each other on this base."""
     order, spec = run.order, run.spec
     files = sorted(traits_of(spec.base_model, spec.revision))
-    how = [order.method.value, learner.precision, spec.training.attn_implementation, order.device, order.device_name]
+    how = [order.method.value, learner.precision, spec.training.attn_implementation, order.parallel.value]
+    how += [order.device, order.device_name]
     return Tried(folder=Path(order.cache_dir) / "tried", about=[files, *how], once=_once(run))
 
 

@@ -7,8 +7,8 @@ an empty file stands for all of these, so nothing can be torn, and what changes 
 from __future__ import annotations
 
 import contextlib
-import functools
 import hashlib
+import importlib.metadata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +41,8 @@ class Tried:
         def ask() -> str | None:
             file = self.folder / self._name(question)
             if file.exists():
+                with contextlib.suppress(OSError):  # a full disk
+                    file.touch()  # those that nobody asks for go first
                 return None
             if (wrong := find_out()) is None:
                 _note(file)
@@ -49,7 +51,8 @@ class Tried:
         return self.once(question, ask, keeps=keeps)
 
     def _name(self, question: str) -> str:
-        stack = [torch.__version__, transformers.__version__, peft.__version__, bitsandbytes.__version__, _code()]
+        stack = [torch.__version__, transformers.__version__, peft.__version__, bitsandbytes.__version__, _attention()]
+        stack.append(_CODE)
         said = repr([question, *self.about, torch.backends.cpu.get_cpu_capability(), *stack])
         return hashlib.sha256(said.encode()).hexdigest()
 
@@ -62,9 +65,19 @@ def _note(file: Path) -> None:
             old.unlink(missing_ok=True)
 
 
-@functools.cache
+def _attention() -> str | None:
+    """The version of flash-attn, where it is installed."""
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        return importlib.metadata.version("flash-attn")
+    return None
+
+
 def _code() -> str:
     """Our own part in it: a sum of the code that loads a base, adapts it and passes it."""
     rooms = Path(__file__).parent, Path(kernels.__file__).parent
     content = b"".join(path.read_bytes() for room in rooms for path in sorted(room.glob("*.py")))
     return hashlib.sha256(content).hexdigest()
+
+
+_CODE = _code()
+"""As it is now, at the import: an upgrade puts other files there while this process goes on with the old code."""
