@@ -81,7 +81,7 @@ def spec_of(method: str = "lora", **sections: Any) -> JobSpec:
     return JobSpec.model_validate(job)
 
 
-def asking(knowledge: Knowledge) -> Once:
+def asking(knowledge: Knowledge) -> Once[Any]:
     def once(question: str, find_out: Callable[[], Any], /, *, keeps: Callable[[Any], bool]) -> Known[Any]:
         stop, aside = (lambda: None), contextlib.nullcontext
         return knowledge.once(question, 1, find_out, check_stop=stop, aside=aside, keeps=keeps)

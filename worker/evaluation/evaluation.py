@@ -59,7 +59,7 @@ def evaluate(
     spec: JobSpec,
     check_stop: Callable[[], None],
     progress: Callable[[int, int], None] = lambda done, of: None,
-    once: Once | None = None,
+    once: Once[_Measured] | None = None,
 ) -> Evaluation:
     """Score base and tuned on the held-out rows, and generate answers of each.
 

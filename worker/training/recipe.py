@@ -293,7 +293,7 @@ def _evaluate(run: Run, learner: Learner, data: PreparedData, tasks: Any, callba
     return replace(evaluation, benchmarks=scored)
 
 
-def _once(run: Run) -> Once:
+def _once(run: Run) -> Once[Any]:
     """Ask trainings of this process, before and now, what they found out about the base."""
 
     def once(

@@ -21,7 +21,7 @@ class Imprint:
 
     def __init__(self, model: Any) -> None:
         self.model = model
-        self._modules = [(module, _copied(vars(module))) for module in model.modules()]
+        self._modules = [(module, copied(vars(module))) for module in model.modules()]
         self._weights = [_Weight(tensor) for tensor in _own_tensors(model)]
         self._settings = [(config, copy.deepcopy(vars(config))) for config in _configs_of(model)]
         self._sums = self._all_sums()
@@ -30,7 +30,7 @@ class Imprint:
         """Put everything back that is not a weight's own bits."""
         for module, saved in self._modules:
             vars(module).clear()
-            vars(module).update(_copied(saved))
+            vars(module).update(copied(saved))
         for weight in self._weights:
             weight.restore()
         known = {id(config) for config, _ in self._settings}
@@ -94,7 +94,8 @@ def _states_of(tensor: torch.Tensor) -> list[Any]:
     return found
 
 
-def _copied(attributes: dict[str, Any]) -> dict[str, Any]:
+def copied(attributes: dict[str, Any]) -> dict[str, Any]:
+    """What hangs on an object, as it is now: containers are copied, so that they may change afterwards."""
     return {name: copy.copy(value) if isinstance(value, _CONTAINERS) else value for name, value in attributes.items()}
 
 

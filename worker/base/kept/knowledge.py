@@ -26,7 +26,7 @@ class Known(Generic[Found]):
     job_id: int
 
 
-class Once(Protocol):
+class Once(Protocol[Found]):
     """Finds something out about the base, where no training of the process has. `keeps`: whether others may have it."""
 
     def __call__(

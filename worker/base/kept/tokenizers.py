@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,10 +9,10 @@ from typing import Any
 
 from loractl.worker.base.identity import Traits, traits_of
 
+from .imprint import copied
+
 KEPT = 2
 """Tokenizers that wait: a job that joins another one needs one beside its."""
-
-_CONTAINERS = (dict, list, set)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,11 +37,11 @@ class _Made:
         if backend is None:
             return None  # one of another kind, whose state is not known
         settings = backend.padding, backend.truncation, backend.encode_special_tokens
-        return cls(traits=traits, attributes=_copied(vars(tokenizer)), settings=settings)
+        return cls(traits=traits, attributes=copied(vars(tokenizer)), settings=settings)
 
     def restore(self, tokenizer: Any) -> None:
         vars(tokenizer).clear()
-        vars(tokenizer).update(_copied(self.attributes))
+        vars(tokenizer).update(copied(self.attributes))
         padding, truncation, special = self.settings
         backend = tokenizer.backend_tokenizer
         backend.no_padding() if padding is None else backend.enable_padding(**padding)
@@ -78,7 +77,3 @@ class Tokenizers:
         lent.made.restore(lent.tokenizer)
         with self._lock:
             self._free = [(lent.tokenizer, lent.made), *self._free][:KEPT]
-
-
-def _copied(attributes: dict[str, Any]) -> dict[str, Any]:
-    return {name: copy.copy(value) if isinstance(value, _CONTAINERS) else value for name, value in attributes.items()}

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -12,7 +11,7 @@ from loractl.common.job.spec import JobSpec
 from loractl.common.memory.families import ROW_ATTENTION
 from loractl.worker.base.arithmetic import Precision, evaluating
 from loractl.worker.base.gauge import is_out_of_memory
-from loractl.worker.base.kept.knowledge import Known
+from loractl.worker.base.kept.knowledge import Once
 from loractl.worker.base.learner import Learner
 from loractl.worker.base.source import first_line
 from loractl.worker.data.tokens import TokenRow
@@ -34,14 +33,6 @@ NF4, pick kernels by that."""
 
 COMPARED = 4
 """Tokens at each row's end that are compared: logits of a long row would take gigabytes."""
-
-
-class Asks(Protocol):
-    """Finds out what is wrong with rows of a base, where nobody has."""
-
-    def __call__(
-        self, question: str, find_out: Callable[[], str | None], /, *, keeps: Callable[[str | None], bool]
-    ) -> Known[str | None]: ...
 
 
 def may_share(spec: JobSpec) -> bool:
@@ -70,11 +61,12 @@ def forward_pass(
     longest: int,
     shared: SharedBase | None = None,
     streams: RandomStreams | None = None,
-    once: Asks | None = None,
+    once: Once[str | None] | None = None,
 ) -> tuple[LeanPass | PaddedPass, str | None]:
     """The forward pass of a job whose longest row has so many tokens; and where the job did not ask for that, why it is
     the padded one, or with `shared` why it passes the base alone. `shared`: the base that the learner's model is a view
-    of. `streams`: that it draws from. `once`: None: nothing is known of this base."""
+    of. `streams`: that it draws from. `once` finds out what is wrong with rows of the base, where nobody has; None:
+    nothing is known of it."""
     training = spec.training
     padded = PaddedPass(
         learner.model,
@@ -101,7 +93,7 @@ def forward_pass(
     return (lean, alone) if why is None else (padded, why)
 
 
-def _fault(lean: LeanPass, spec: JobSpec, longest: int, once: Asks | None) -> str | None:
+def _fault(lean: LeanPass, spec: JobSpec, longest: int, once: Once[str | None] | None) -> str | None:
     """What `rows_together` finds, in eight passes, looked for once for all jobs that adapt the base in the same way:
     ranks and scales are numbers like the weights, which the comparison takes as they come. A fault is not kept."""
     if once is None:

@@ -31,7 +31,7 @@ class Tried:
 
     folder: Path
     about: Sequence[object]  # what the base is, and how it was loaded
-    once: Once
+    once: Once[str | None]
 
     def __call__(
         self, question: str, find_out: Callable[[], str | None], /, *, keeps: Callable[[str | None], bool]

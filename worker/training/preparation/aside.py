@@ -29,8 +29,8 @@ PROCESS = "loractl.worker.training.preparation.process"
 
 LARGE_BYTES = 1_000_000
 """From this size of its files on, data are prepared in a process of their own. In a thread a MB takes about 0.7 s of
-the others' steps (medians of three on two busy cores, SmolLM2-135M). A process takes 4 s of a processor to begin, which
-nobody loses where cores are free."""
+the others' steps (medians of three on two busy cores, SmolLM2-135M). A process takes about 4 s of a busy
+box's processor to begin, which nobody loses where cores are free."""
 
 LOOK_S = 0.02
 """Seconds between two looks whether it has ended. A stop is seen at once."""
