@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import threading
 import time
 from collections.abc import Collection
@@ -34,9 +35,11 @@ class Claimer:
         self._watch = watch
         self._claiming = threading.Lock()
         self._left: dict[str, float] = {}  # node -> since when a job is left to it
-        self._devices = devices
+        self._others = devices - 1
         self._settled = devices < 2
+        self._made = time.monotonic()
         self._began: float | None = None  # when the first claim was asked for
+        self._since: dt.datetime | None = None  # of this node, by the database's time
 
     def claim(self) -> Claim | None:
         """What the rule gives this card now. What it gives another card that does not take it, after a while."""
@@ -62,14 +65,19 @@ class Claimer:
         return None
 
     def _has_settled(self) -> bool:
-        """Whether the box's other cards serve, too, or were waited for long enough. This one has to be ready itself."""
+        """Whether the box's other cards serve, too, or were waited for long enough. This one has to be ready itself.
+
+        One serves where it was seen since this node began.
+        """
         if self._settled or self._watch.fault is not None:
             return True
         place, now = self._place, time.monotonic()
         self._began = self._began or now
-        rows = [row for row in place.store.fleet().nodes.values() if row.node.rpartition(":")[0] == place.settings.host]
-        ready = sum(row.fault != NOT_TESTED for row in rows)
-        self._settled = ready >= self._devices or now - self._began > SETTLE_S
+        self._since = self._since or place.store.now() - dt.timedelta(seconds=now - self._made)
+        # a worker that was killed has left the rows of its cards, which say nothing of those that start now
+        others = [row for row in place.store.nodes(place.settings.host) if row.node != place.node]
+        ready = sum(row.fault != NOT_TESTED and row.seen_at >= self._since for row in others)
+        self._settled = ready >= self._others or now - self._began > SETTLE_S
         return self._settled
 
     def _try(self) -> Claim | Left | None:

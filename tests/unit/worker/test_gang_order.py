@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 from redis import Redis
+from sqlalchemy import update
+from sqlalchemy.orm import Session
 
 from loractl.common.job.method import Parallel
 from loractl.common.job.need import Need, SharedNeed, Ways
@@ -17,9 +19,11 @@ from loractl.common.job.status import Reason, Stage
 from loractl.common.placement.gangs import GangShare
 from loractl.common.queue.hints import card_queue
 from loractl.common.settings import load_settings
-from loractl.common.store.database import connect
+from loractl.common.store.columns import LONG_AGO
+from loractl.common.store.database import connect, make_engine
 from loractl.common.store.records import Claim, NewHost, Progress
 from loractl.common.store.store import Store
+from loractl.common.store.tables import Node
 from loractl.common.units import GIB
 from loractl.worker.attempt.drain import Drain
 from loractl.worker.attempt.order import prepare
@@ -81,7 +85,11 @@ def test_a_drain_of_any_of_its_cards_ends_it_with_a_checkpoint(place: Workplace,
 
 
 def test_the_first_claim_waits_for_the_box_s_other_cards_and_leaves_them_their_jobs(place: Workplace) -> None:
-    """Whichever card was up first took as many jobs as may share it, and the other one stayed idle."""
+    """Whichever card was up first took as many jobs as may share it, and the other one stayed idle. It did so after a
+    kill, too, by the row that the other one had left."""
+    place.store.see_node(node_state("box:0", kind="sim", total=8 * GIB, max_jobs=4))
+    with Session(make_engine(place.settings.database_url)) as session, session.begin():
+        session.execute(update(Node).where(Node.node == "box:0").values(seen_at=LONG_AGO))
     place.store.see_node(node_state("box:1", kind="sim", total=8 * GIB, max_jobs=4))
     for _ in range(2):
         place.store.submit(submission(base_model="org/a", lora=1, method="lora"))
