@@ -30,13 +30,18 @@ BYTES_A_TOKEN = 1.0
 """Of rows whose tokens submit has not estimated: no token is shorter."""
 
 
+_Rows = tuple[str, int, str, bool]
+"""The rows that a job learns from, and what of its spec says how many of their tokens: their data, where they are cut
+off, what becomes of those that are longer, and whether they are packed."""
+
+
 @dataclass(kw_only=True)
 class Packs:
     """The fleet's cards with the members of their open hosts, and how waiting jobs are asked for theirs."""
 
     session: Session
     cards: list[Card]
-    row_tokens: dict[str, float] = field(default_factory=dict)  # measured, of a row of a data set
+    row_tokens: dict[_Rows, float] = field(default_factory=dict)  # measured, of a row
     in_other_form: dict[int, JobSpec] = field(default_factory=dict)  # waiting jobs, as if their job files were these
     _known: dict[int, Newcomer | None] = field(default_factory=dict)
 
@@ -57,7 +62,7 @@ class Packs:
         if steps is None and isinstance(rows, int) and training.num_train_epochs is not None:
             steps = math.ceil(math.ceil(rows / training.effective_batch) * training.num_train_epochs)
         packed = PackedJob(
-            tokens=tokens_of(spec, self.row_tokens.get(_name(row, spec)), _data(row)),
+            tokens=tokens_of(spec, self.row_tokens.get(_rows(row, spec)), _data(row)),
             job_id=job_id,
             passes=None if steps is None else steps * training.gradient_accumulation_steps,
             sweep=_sweep(row),
@@ -122,7 +127,7 @@ def read_packs(session: Session, cards: Sequence[Card], now: dt.datetime) -> Pac
 
 
 def _known(
-    session: Session, base: WarmBase, kept: dict[str, Any] | None, now: dt.datetime, row_tokens: dict[str, float]
+    session: Session, base: WarmBase, kept: dict[str, Any] | None, now: dt.datetime, row_tokens: dict[_Rows, float]
 ) -> WarmBase:
     """The base with its law and members; what a row of their data has, as measured, goes into `row_tokens`."""
     law = PassLaw.from_json(kept, quantised=base.method is Method.QLORA)
@@ -136,7 +141,7 @@ def _known(
     micro_batch = law.micro_batch
     batches = [spec.training.per_device_train_batch_size for _, spec, _ in read]
     tokens = None if micro_batch is None or not batches else micro_batch * len(batches) / sum(batches)
-    if tokens is not None and len(names := {_name(row, spec) for row, spec, _ in read}) == 1:  # else it is a mean
+    if tokens is not None and len(names := {_rows(row, spec) for row, spec, _ in read}) == 1:  # else it is a mean
         row_tokens[names.pop()] = tokens
     members = tuple(_member(row, spec, promised, tokens, now) for row, spec, promised in read)
     return replace(base, law=law, members=members)
@@ -166,6 +171,6 @@ def _data(row: Job) -> Mapping[str, Any]:
     return stored if isinstance(stored, dict) else {}
 
 
-def _name(row: Job, spec: JobSpec) -> str:
-    """The rows that it learns from."""
-    return str(_data(row).get("sha256") or spec.dataset.path)
+def _rows(row: Job, spec: JobSpec) -> _Rows:
+    data, training = spec.dataset, spec.training
+    return str(_data(row).get("sha256") or data.path), data.max_length, data.on_overflow.value, training.packing

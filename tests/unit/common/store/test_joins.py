@@ -279,6 +279,15 @@ def test_what_was_measured_of_a_pack_is_said_of_no_one_s_rows_where_these_differ
     assert store.newcomers(store.ready(10))[other].packed.tokens == 1024, "not 12, the mean"
 
 
+def test_rows_that_are_cut_off_sooner_say_nothing_of_longer_ones(store: Store) -> None:
+    anchored(store, dataset={"path": "org/data", "max_length": 64})
+    store.note_passes("h1", [MeasuredPass(tokens=60, members=1, seconds=0.1)])
+    longer = queue(store, dataset={"path": "org/data", "max_length": 512})
+    alike = queue(store, dataset={"path": "org/data", "max_length": 64})
+    found = store.newcomers(store.ready(10))
+    assert [found[job_id].packed.tokens for job_id in (longer, alike)] == [512, 60]
+
+
 def test_the_base_is_charged_in_equal_shares(timed: Store, clock: Clock) -> None:
     store = timed
     first = anchored(store)
