@@ -34,6 +34,7 @@ class Waiting:
     base_model: str = ""  # empty: it is not known, or no host may have it
     alone: bool = True  # one card may take it
     gangs: tuple[SharedNeed, ...] = ()  # how several cards may divide it, the preferred way first
+    again: dt.datetime | None = None  # when it came back: after an attempt, a hold or a retry; None: it never left
 
     @functools.cached_property
     def least(self) -> int | None:
@@ -47,8 +48,13 @@ class Waiting:
 
 
 def waited(job: Waiting, now: dt.datetime) -> float:
-    """Seconds since the job began to wait."""
+    """Seconds since the job was submitted."""
     return (now - job.since).total_seconds()
+
+
+def waited_again(job: Waiting, now: dt.datetime) -> float:
+    """Seconds since the job began to wait: since it was submitted, or came back."""
+    return (now - (job.again or job.since)).total_seconds()
 
 
 @dataclass(frozen=True, kw_only=True)

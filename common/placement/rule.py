@@ -23,7 +23,7 @@ from loractl.common.units import GIB
 from .cards import Card, Occupant, Room, largest_gpu, room_at, takes
 from .gangs import GangShare, best_group, first_gathering, gang_of, takers
 from .joins import Join, Newcomers, best_join, join_openings
-from .lines import Line, Openings, Waiting, waited
+from .lines import Line, Openings, Waiting, waited, waited_again
 from .shares import START_CHARGE_S
 
 RESERVE_AFTER_S = 30 * 60.0
@@ -35,10 +35,12 @@ OLDEST_FIRST_AFTER_S = 24 * 3600.0
 
 IDLE_FOR_GANG_S = 3600.0
 """A card that has room already stays idle for a job on several where the others will have room so soon, or within the
-time that the job has waited by then, or once that is a day. Others may use it before: no card idles for longer than the
-job has waited, and jobs of one length pass it for twice that length at most. A job that began within the hour and whose
-end is not known yet counts as one that ends soon: else short jobs on two cards, of which one has always just begun,
-would pass the job for a day. One whose end stays unknown would keep a card idle for nobody knows how long."""
+time that the job has waited by then, or once that is a day. Others may use it before: until that day no card idles for
+longer than the job has waited, and jobs of one length pass it for twice that length at most. After it nothing bounds
+how long one idles. The time begins anew with each attempt, hold and retry: for what a job waited before, no card idles.
+A job that began within the hour and whose end is not known yet counts as one that ends soon: else short jobs on two
+cards, of which one has always just begun, would pass the job for a day. One whose end stays unknown would keep a card
+idle for nobody knows how long."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -335,9 +337,10 @@ def _keep_gang(job: Waiting, gang: SharedNeed, fleet: _Fleet, now: dt.datetime) 
     if first is None:
         return None
     _, found = first
-    patience_s = max(IDLE_FOR_GANG_S, waited(job, now))
+    waits_s = waited_again(job, now)
+    patience_s = max(IDLE_FOR_GANG_S, waits_s)
     idle = all(_ends_soon(one, now, patience_s) for _, room in found.rooms for one in room.after)
-    idle = idle or waited(job, now) >= OLDEST_FIRST_AFTER_S
+    idle = idle or waits_s >= OLDEST_FIRST_AFTER_S
     kept = [
         Kept(node=card.node, spare=room.spare, spare_slots=room.spare_slots)
         for card, room in found.rooms

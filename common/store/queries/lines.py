@@ -27,7 +27,10 @@ _AT_ONCE = 32  # of a user's jobs in one query, where many are read
 _READY = "status = 'queued' AND NOT held AND NOT cancel_requested AND (not_before IS NULL OR not_before <= :now)"
 _COLUMNS = (
     'job_id, "user", priority, submitted_at, methods, vram_lora, vram_qlora, lora_until, queue_key, result_host,'
-    " result_until, avoids, base_model, gangs"
+    " result_until, avoids, base_model, gangs,"
+    # asked of jobs on several cards alone: others have no use for it
+    " CASE WHEN gangs IS NOT NULL THEN (SELECT max(events.at) FROM events WHERE events.job_id = jobs.job_id"
+    " AND events.kind IN ('requeued', 'retry')) END AS again"
 )
 _FITS = (
     "(vram_needed <= :gpu OR (vram_needed > :low AND vram_needed <= :high) OR (vram_needed IS NULL AND :unknown = 1))"
@@ -63,7 +66,7 @@ _LEAST = text(
 
 def _typed(statement: str) -> TextualSelect:
     """A statement that gives _COLUMNS."""
-    typed: dict[str, Any] = dict.fromkeys(("submitted_at", "lora_until", "result_until"), UtcDateTime())
+    typed: dict[str, Any] = dict.fromkeys(("submitted_at", "lora_until", "result_until", "again"), UtcDateTime())
     typed |= {name: JSON() for name in ("methods", "avoids", "gangs")}
     plain = ("job_id", "user", "priority", "vram_lora", "vram_qlora", "queue_key", "result_host", "base_model")
     bound = text(statement).bindparams(bindparam("now", type_=UtcDateTime()))

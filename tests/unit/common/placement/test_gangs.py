@@ -122,6 +122,14 @@ def test_cards_are_kept_for_the_gang_and_an_idle_one_not_for_long() -> None:
     assert starts(IDLE_FOR_GANG_S + 1, OLDEST_FIRST_AFTER_S) == {}
 
 
+@pytest.mark.parametrize("age_s", [3 * IDLE_FOR_GANG_S, OLDEST_FIRST_AFTER_S])
+def test_no_card_idles_for_what_a_gang_waited_and_ran_before_it_came_back(age_s: float) -> None:
+    cards, small = [card("a:0"), card("a:1", running=(running(9, 24, IDLE_FOR_GANG_S + 1),))], a_job(2, 8, user="bob")
+    back, early = NOW - dt.timedelta(minutes=1), NOW - dt.timedelta(seconds=age_s)
+    assert where(decide([job(age_s=age_s, again=back), small], cards)) == {2: ["a:0"]}
+    assert where(decide([job(age_s=2 * age_s, again=early), small], cards)) == {}
+
+
 def test_a_stream_of_small_jobs_passes_a_gang_for_half_an_hour_and_the_length_of_what_runs() -> None:
     """And for a day where its user comes last: as long as a job for one card."""
     length, step = dt.timedelta(minutes=40), dt.timedelta(minutes=5)

@@ -281,6 +281,29 @@ def test_what_is_being_cancelled_is_expected_to_end_soon(store: Store) -> None:
     assert job.ends is not None and (job.ends - store.fleet().now).total_seconds() <= LEAVES_IN_S
 
 
+@pytest.mark.parametrize("by_hand", [False, True])
+def test_no_card_idles_for_the_age_of_a_gang_that_has_just_come_back(timed: Store, clock: Clock, by_hand: bool) -> None:
+    """It ran for hours, or ended the day before: a free card would idle for it for as long as the other one runs."""
+    show(timed, "heron:0", "heron:1")
+    large = timed.submit(gang())
+    clock.forward(60)
+    show(timed, "heron:0", "heron:1")
+    mine = claimed(timed)
+    if by_hand:
+        timed.finish(mine, Reason.CANCELLED, "enough", NOTHING)
+    clock.forward((30 if by_hand else 10) * 3600)
+    show(timed, "heron:0", "heron:1")
+    long, small = (submission(lora=8, qlora=None, method="lora", priority=p) for p in (5, 0))
+    timed.submit(long)
+    if not by_hand:
+        timed.finish(mine, Reason.DRAINED, "its card is drained", NOTHING)
+    timed.beat(claimed(timed), Progress(eta_seconds=8 * 3600.0))
+    if by_hand:
+        timed.retry(large, "ada")
+    next_one = timed.submit(small)
+    assert claimed(timed, "heron:1").job_id == next_one
+
+
 def test_jobs_that_have_just_begun_pass_a_gang_no_day(timed: Store, clock: Clock) -> None:
     """Their ends are not known before their first steps. On two cards one has always just begun."""
     show(timed, "heron:0", "heron:1")
