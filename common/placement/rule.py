@@ -112,6 +112,7 @@ class _Fleet:
     charges: dict[str, float]
     running: dict[str, int]  # jobs by user
     newcomers: Newcomers | None = None  # None: no job joins a running host
+    joins: bool = True
     kept: Reservation | None = None
     largest: int = field(init=False)  # bytes for jobs on the largest open card that is no processor, others gone
     ever: Openings = field(init=False)  # what could start once our running jobs have left
@@ -143,15 +144,22 @@ class _Fleet:
     @property
     def joined(self) -> list[Card]:
         """Cards whose hosts may take more jobs: none that is kept, where they would delay what is waited for."""
-        if self.newcomers is None:
+        if self.newcomers is None or not self.joins:
             return []
         return [c for c in self.cards.values() if self.kept is None or self.kept.on(c.node) is None]
 
     def join(self, job: Waiting, method: Method) -> Join | None:
         """The running host that the job joins, if the pack pays."""
-        if self.newcomers is None or job.least is None:
+        if self.newcomers is None or not self.joins or job.least is None:
             return None
         return best_join([c for c in self.joined if self.takes(c, job)], job, method, self.newcomers)
+
+    def is_warm(self, card: Card, job: Waiting, method: Method) -> bool:
+        """Whether a base that the job may have waits there: one of its name need not be, and no job alone has any."""
+        if not job.base_model or not card.has_warm(job.base_model, method):
+            return False
+        newcomer = None if self.newcomers is None else self.newcomers(job)
+        return newcomer is None or any(base.key == newcomer.keys.get(method) for base in card.waiting_bases)
 
     def _openings(self, rooms: Sequence[tuple[Card, int]], whole: Sequence[Card]) -> Openings:
         """`rooms`: bytes by card; `whole`: cards that a job of unknown need may have."""
@@ -195,15 +203,21 @@ def place(
     now: dt.datetime,
     oldest: Line | None = None,
     newcomers: Newcomers | None = None,
+    joins: bool = True,
 ) -> Iterator[Decision]:
     """What starts now, in the order in which it is decided; lazily, so that a caller may stop early.
 
     `levels`: the ready jobs by priority, the highest first, and user. `charges`: GiB hours by user, see `charge`.
     `oldest`: all ready jobs; the oldest that could run goes first once it has waited OLDEST_FIRST_AFTER_S.
-    `newcomers`: what a join asks of a job's spec; None: none joins.
+    `newcomers`: what hosts ask of a job's spec; None: none joins, and a base is known by its name alone. `joins`: some
+    of the jobs may join a running host.
     """
     fleet = _Fleet(
-        cards={c.node: c for c in cards}, charges=dict(charges), running=_jobs_by_user(cards), newcomers=newcomers
+        cards={c.node: c for c in cards},
+        charges=dict(charges),
+        running=_jobs_by_user(cards),
+        newcomers=newcomers,
+        joins=joins,
     )
     if not fleet.openings().any:
         return
@@ -277,7 +291,7 @@ def _best(job: Waiting, fleet: _Fleet) -> Placement | None:
         if not idle and (join := fleet.join(job, method)) is not None:
             return Placement(job=job, node=join.node, method=method, reserved=join.own, join=join)
         if holding:
-            card = _nearest(holding, job, method)
+            card = _nearest(holding, job, method, fleet)
             return Placement(job=job, node=card.node, method=method, reserved=card.free if size is None else size)
     return None
 
@@ -298,10 +312,9 @@ def _best_gang(job: Waiting, gang: SharedNeed, fleet: _Fleet) -> Placement | Non
     return None
 
 
-def _nearest(cards: Sequence[Card], job: Waiting, method: Method) -> Card:
+def _nearest(cards: Sequence[Card], job: Waiting, method: Method, fleet: _Fleet) -> Card:
     def rank(card: Card) -> tuple[bool, bool, int, str]:
-        cold = not (job.base_model and card.has_warm(job.base_model, method))
-        return len(card.running) > 0, cold, card.free, card.node
+        return len(card.running) > 0, not fleet.is_warm(card, job, method), card.free, card.node
 
     return min(cards, key=rank)
 

@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session
 
 from loractl.common.job.status import Status
 from loractl.common.placement.cards import Card
-from loractl.common.placement.joins import Newcomer, Newcomers, RefusedJoin, looked_at, open_bases, spoilt_bases
+from loractl.common.placement.joins import Newcomer, RefusedJoin, looked_at, open_bases, spoilt_bases
 from loractl.common.placement.lines import SubstitutedLine, Waiting
 from loractl.common.placement.rule import Decision, place
 
@@ -37,22 +37,20 @@ class Outlook:
 
 def decide(session: Session, cards: Sequence[Card], charges: Mapping[str, float], now: dt.datetime) -> Outlook:
     packs = read_packs(session, cards, now)
-    joiners, newcomers = _joiners(session, packs, now)
+    joiners = _joiners(session, packs, now)
     levels, oldest = read_levels(session, now, joiners=joiners), read_oldest(session, now)
-    decisions = place(levels, packs.cards, charges, now, oldest, newcomers)
+    decisions = place(levels, packs.cards, charges, now, oldest, packs.newcomer, joins=bool(joiners))
     return Outlook(packs=packs, joiners=joiners, decisions=decisions)
 
 
-def _joiners(
-    session: Session, packs: Packs, now: dt.datetime, changed: Waiting | None = None
-) -> tuple[list[Waiting], Newcomers | None]:
+def _joiners(session: Session, packs: Packs, now: dt.datetime, changed: Waiting | None = None) -> list[Waiting]:
     """Waiting jobs that have an open host on their base, one of them in another form. Without any, the rule need not
     ask for joins."""
     models = {base.base_model for card in packs.cards if card.free for base in open_bases(card)}
     joiners = read_joiners(session, now, sorted(models)) if models else []
     if changed is not None and changed.base_model in models:
         joiners = [*(job for job in joiners if job.job_id != changed.job_id), changed]
-    return joiners, packs.newcomer if joiners else None
+    return joiners
 
 
 def read_view(session: Session, now: dt.datetime) -> FleetView:
@@ -100,10 +98,11 @@ def read_start(session: Session, now: dt.datetime, changed: Waiting, spec: JobSp
     packs = read_packs(session, read_cards(session, now), now)
     if spec is not None:
         packs.in_other_form[changed.job_id] = spec
-    joiners, newcomers = _joiners(session, packs, now, changed)
+    joiners = _joiners(session, packs, now, changed)
     levels = read_levels(session, now, changed, joiners)
     oldest = SubstitutedLine(read_oldest(session, now), changed)
-    for decision in place(levels, packs.cards, read_charges(session, now), now, oldest, newcomers):
+    charges, joins = read_charges(session, now), bool(joiners)
+    for decision in place(levels, packs.cards, charges, now, oldest, packs.newcomer, joins=joins):
         if decision.placed is not None and decision.placed.job.job_id == changed.job_id:
             return decision.placed.node
     return None

@@ -13,7 +13,7 @@ from sqlalchemy.orm import Session
 
 from loractl.common.job.status import Reason, Status
 from loractl.common.placement.hosts import base_key
-from loractl.common.store.records import BoxIdentity, Claim, NewHost, Progress
+from loractl.common.store.records import BoxIdentity, Claim, Left, NewHost, Progress
 from loractl.common.store.store import Store
 from loractl.common.store.tables import Base
 from loractl.common.units import GIB
@@ -104,6 +104,19 @@ def test_bases_stay_while_all_of_them_have_room(store: Store) -> None:
     assert claim(store).leaving == ()
     queue(store, "org/b", 8)
     assert claim(store).host == "other"
+
+
+def test_a_job_that_may_not_have_a_base_does_not_prefer_its_card(store: Store) -> None:
+    """It sent the base off, though another card was idle that it would have filled better."""
+    show(store)
+    warm(store)
+    store.see_node(node_state("other:0", total=12 * GIB))
+    for keys in ({"resources": {"exclusive": True}}, {"training": {"exact": True}}):
+        job_id = queue(store, **keys)
+        assert store.claim(NODE) == Left(nodes=frozenset({"other:0"}))
+        store.cancel(job_id, "ada")
+    queue(store)
+    assert claim(store).host == "h1"
 
 
 def test_an_exclusive_job_has_a_trainer_of_its_own(store: Store) -> None:
