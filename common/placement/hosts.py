@@ -25,6 +25,10 @@ KEEP_WARM_S = 600.0
 """A base stays so long after its last job unless the box's owner says otherwise."""
 
 
+OTHER_KEY = "their base has another revision, training.dtype, attn_implementation or exact"
+"""Why jobs on one base and method have different keys, for people: what `base_key` reads beside those two."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Seat:
     """How a job comes on to a card: into the host that has its base, and past the bases that go for it."""

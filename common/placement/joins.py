@@ -12,13 +12,12 @@ from dataclasses import dataclass, replace
 from loractl.common.job.method import Method
 
 from .cards import Card, WarmBase
+from .hosts import OTHER_KEY
 from .lines import JoinOpening, Waiting
 from .pack_rule import CONTENTION, JoinVerdict, PackedJob, PassLaw, Sharing, join_verdict
 
 PACK_MEMBERS = 8
 """Jobs that train in one host at most: more of them gain little in a pass, and its death is the end of all of them."""
-
-OTHERWISE = "their base has another revision, training.dtype, attn_implementation or exact"
 
 LEAST_PART = 10
 """A job's own part is never less than one in so many of its whole need: a base may measure more than was planned."""
@@ -126,7 +125,7 @@ def looked_at(
         if base.key == newcomer.keys.get(method):
             yield _look(card, base, size, newcomer.packed, job.job_id)
         else:
-            yield RefusedJoin(node=card.node, base=base, why=newcomer.alone or OTHERWISE)
+            yield RefusedJoin(node=card.node, base=base, why=newcomer.alone or OTHER_KEY)
 
 
 def _look(card: Card, base: WarmBase, need: int, packed: PackedJob, job_id: int) -> Join | RefusedJoin:

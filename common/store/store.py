@@ -196,14 +196,6 @@ class Store(DeviceStore):
         with self._write() as tx:
             return endings.finish(tx, claim, reason, message, progress, result, inside, card)
 
-    def hand_back(self, claim: Claim, message: str) -> bool:
-        """Let a job wait again, free of charge, that did not come into the host that it was to join.
-
-        False when the lease was lost.
-        """
-        with self._write() as tx:
-            return endings.hand_back(tx, claim, message)
-
     def take_turn(self, node: str, every_s: float, settle_s: float) -> FleetTurn | None:
         """The node's turn to do what concerns the whole fleet: reap, preempt, end_patience.
 

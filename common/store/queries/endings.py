@@ -70,20 +70,6 @@ def finish(
     return job.status
 
 
-def hand_back(tx: Transaction, claim: Claim, message: str) -> bool:
-    now = tx.now()
-    job = tx.session.scalars(select(Job).where(Job.job_id == claim.job_id).with_for_update()).one()
-    if job.token != claim.token or job.status is not Status.RUNNING:
-        return False
-    if job.cancel_requested:
-        _end_attempt(tx, job, Reason.CANCELLED, message, now)
-        return True
-    _close_attempt(tx, job, Reason.HOST_LOST, message, now)
-    become(job, Status.QUEUED)
-    tx.tell(job.job_id, job.attempt, "requeued", f"attempt {job.attempt} went back before it began: {message}")
-    return True
-
-
 def reap(tx: Transaction, lease_s: float) -> list[Job]:
     """End the oldest expired leases, at most REAPED of them, unless another node does so now; returns their jobs."""
     if not tx.is_alone():

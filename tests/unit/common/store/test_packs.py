@@ -70,22 +70,6 @@ def test_a_lost_host_spends_no_retry_and_holds_nobody(store: Store) -> None:
     assert (job.retries_used, job.lab_failures, job.avoids, job.held) == (0, 0, None, False)
 
 
-def test_a_job_that_found_no_host_goes_back_free_of_charge(store: Store) -> None:
-    mine = begin(store)
-    assert store.hand_back(mine, "the trainer that it was to join has ended")
-    job = store.job(mine.job_id)
-    assert (job.status, job.reason, job.token, job.vram_reserved) == (Status.QUEUED, None, None, None)
-    assert store.fleet().charges == {}
-    assert store.attempts(mine.job_id)[0].reason is Reason.HOST_LOST
-    assert "went back before it began" in store.events(mine.job_id)[-1].text
-    assert not store.hand_back(mine, "again"), "the lease is lost"
-    again = store.claim(NODE)
-    assert isinstance(again, Claim)
-    store.cancel(again.job_id, "ada")
-    assert store.hand_back(again, "the trainer that it was to join has ended")
-    assert store.job(again.job_id).status is Status.CANCELLED
-
-
 def test_a_member_that_ended_is_inside_until_it_has_left(store: Store) -> None:
     mine = begin(store)
     opens(store, mine)
