@@ -82,9 +82,9 @@ class Box:
             broken = self._wait(drain_when_idle) or self._serves_nothing()
             self._drain()
         except KeyboardInterrupt:
-            broken = self._serves_nothing()
-            click.echo("Stopping after a checkpoint; Ctrl-C again stops at once.", err=True)
-            try:
+            try:  # a second one may come as soon as a person reads of it
+                broken = self._serves_nothing()
+                click.echo("Stopping after a checkpoint; Ctrl-C again stops at once.", err=True)
                 self._drain()
             except KeyboardInterrupt:
                 self._stop_now()
