@@ -20,7 +20,7 @@ SETTLE_S = 5.0
 """Seconds for which the first claim waits for the box's other cards, which start at the same time. Else the first of
 them would take as many waiting jobs as may share it, and the others would be idle beside it."""
 
-SETTLE_LOOK_S = 0.2
+SETTLE_LOOK_S = 0.2  # another node's row tells nobody that it has come
 
 AGAIN_S = 0.05
 """After another node's claim was faster."""

@@ -359,9 +359,11 @@ class Broken(Store):
     """A store that raises what no one expects for one job's beats."""
 
     failing: int | None = None
+    failed = threading.Event()
 
     def beat(self, claim: Claim, progress: Progress) -> Beat:
         if claim.job_id == self.failing:
+            self.failed.set()
             raise RuntimeError("a fault of ours")
         return super().beat(claim, progress)
 
@@ -375,7 +377,8 @@ def test_a_trainer_ends_though_the_others_left_while_its_last_member_was_leaving
         last = own.start("deaf", joins=True)
         pid, link, store.failing = own.pid(first), own.states[last].trainer, last
         assert link is not None
-        time.sleep(own.place.beat_s + 0.5)  # its supervisor has met the fault, and waits until the job has left
+        assert store.failed.wait(60)
+        time.sleep(0.5)  # its supervisor begins to wait until the job has left, of which nothing tells
         own.end(first)
         assert link.trainer.count == 1 and psutil.pid_exists(pid)
         (own.states[last].folder / "end").touch()

@@ -432,7 +432,7 @@ class Life(RuleBasedStateMachine):
 
 def test_no_order_of_events_breaks_a_promise(timed: Store, clock: Clock) -> None:
     _without_waiting_for_the_disk(timed._engine)
-    share = 1 if timed._engine.dialect.name == "sqlite" else 3  # PostgreSQL takes twice the time
+    share = 1 if timed._engine.dialect.name == "sqlite" else 2  # PostgreSQL takes twice the time
     chosen = settings(machine, max_examples=EXAMPLES // share)
     run_state_machine_as_test(lambda: Life(timed, clock), settings=chosen)
 
