@@ -1,4 +1,5 @@
-"""Cards as the placement sees them: what they have free, when they will have more, and which jobs suit them."""
+"""Cards as the placement sees them: what they have free, when they will have more, which jobs suit them and
+for whom they are kept."""
 
 from __future__ import annotations
 
@@ -286,3 +287,38 @@ def room_at(card: Card, size: int, now: dt.datetime) -> Room | None:
     return Room(
         at=at if at is None else max(at, now), after=tuple(gone), spare=then.free - size, spare_slots=then.slots - 1
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kept:
+    """A card that is kept for a job: what else starts there must leave it its room."""
+
+    node: str
+    spare: int  # bytes that others may take without delaying it
+    spare_slots: int
+
+    def less(self, size: int) -> Kept:
+        """The same once a job has taken so many bytes."""
+        return Kept(node=self.node, spare=self.spare - size, spare_slots=self.spare_slots - 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reservation(Kept):
+    """The card that is kept for a job, and the others that are kept with it where several are to share the job."""
+
+    job: Waiting
+    beside: tuple[Kept, ...] = ()
+
+    @property
+    def cards(self) -> tuple[Kept, ...]:
+        """Every card that is kept."""
+        return self, *self.beside
+
+    def on(self, node: str) -> Kept | None:
+        """What is kept of a card; None: nothing is."""
+        return next((kept for kept in self.cards if kept.node == node), None)
+
+    def without(self, node: str, size: int) -> Reservation:
+        """The same once a job has taken so many bytes of a card."""
+        own, *beside = (kept.less(size) if kept.node == node else kept for kept in self.cards)
+        return replace(self, spare=own.spare, spare_slots=own.spare_slots, beside=tuple(beside))

@@ -6,14 +6,15 @@ job for a join is in its spec, and is read for the few jobs that have a host on 
 
 from __future__ import annotations
 
+import datetime as dt
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from loractl.common.job.method import Method
 
-from .cards import Card, WarmBase
+from .cards import Card, WarmBase, room_at
 from .hosts import OTHER_KEY
-from .lines import JoinOpening, Waiting
+from .lines import JoinOpening, Waiting, waited
 from .pack_rule import CONTENTION, JoinVerdict, PackedJob, PassLaw, Sharing, join_verdict
 
 PACK_MEMBERS = 8
@@ -21,6 +22,11 @@ PACK_MEMBERS = 8
 
 LEAST_PART = 10
 """A job's own part is never less than one in so many of its whole need: a base may measure more than was planned."""
+
+
+SOONER = 0.9
+"""A job waits for another card rather than join a host where it would end there in so much of the time: expected ends
+are no certain ones. It does so for as long at most as it would have been in the host."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +111,38 @@ def best_join(cards: Iterable[Card], job: Waiting, method: Method, newcomers: Ne
         return pace, join.node, join.base.host
 
     return min(found, key=rank, default=None)
+
+
+def sooner_elsewhere(
+    join: Join,
+    job: Waiting,
+    size: int,
+    model: str,
+    others: Iterable[Card],
+    busy_until: Mapping[str, float],
+    now: dt.datetime,
+) -> tuple[str, float] | None:
+    """The card that the job should wait for, and the seconds in which it ends there; None: it should join.
+
+    A pack is hardly faster than its members one by one, so a card that nobody uses is worth more. `model`: that of the
+    host's card, since one of another model is of another speed. `others`: cards that the job may have. `busy_until`:
+    seconds until those that wait for a card already have ended there.
+    """
+    ends, alone = join.verdict.ends, join.verdict.alone
+    if ends is None or alone is None or waited(job, now) > ends:
+        return None
+    found: list[tuple[float, str]] = []
+    for card in others:
+        if card.node == join.node or card.model != model or not card.takes_jobs:
+            continue
+        room = room_at(card, size, now)
+        if room is None or room.at is None or room.at <= now or len(room.after) < len(card.running):
+            continue  # its end is not known, or overdue, or the card will be shared
+        free = max((room.at - now).total_seconds(), busy_until.get(card.node, 0.0))
+        found.append((free + alone, card.node))
+    if not found or (best := min(found))[0] > SOONER * ends:
+        return None
+    return best[1], best[0]
 
 
 def looked_at(

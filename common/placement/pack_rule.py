@@ -211,6 +211,8 @@ class JoinVerdict:
     why: str
     slowdown: float = math.inf  # of the joining job in the pack, against itself alone there
     seconds: float | None = None  # of a pass with it, by the clock; None: no pass was measured
+    ends: float | None = None  # seconds of the clock to its last pass in the pack; None: not known
+    alone: float | None = None  # the same on a card of its own of that kind
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -269,8 +271,33 @@ def join_verdict(
         if (late := _too_late(job, after / before, wall, promised=not together)) is not None:
             return JoinVerdict(pays=False, speed_up=speed_up, needed=needed, why=late)
     why = f"{count} jobs in one pass are {speed_up:.2f} times as fast as one by one"
-    slowdown, seconds = after / law.seconds(joining.tokens, 1), wall if law.is_measured else None
-    return JoinVerdict(pays=True, speed_up=speed_up, needed=needed, why=why, slowdown=slowdown, seconds=seconds)
+    alone = law.seconds(joining.tokens, 1)
+    verdict = JoinVerdict(pays=True, speed_up=speed_up, needed=needed, why=why, slowdown=after / alone)
+    if not law.is_measured:
+        return verdict
+    verdict = replace(verdict, seconds=wall)
+    if joining.passes is None:
+        return verdict
+    ends = _last_pass(law, running, joining.tokens, joining.passes)
+    return replace(verdict, ends=law.load * ends, alone=law.load * alone * joining.passes)
+
+
+def _last_pass(law: PassLaw, running: Sequence[PackedJob], tokens: int, passes: int) -> float:
+    """Seconds to the end of a newcomer's passes beside members that leave after theirs. Whose are not known stays."""
+    one = law.seconds(sum(job.tokens for job in running), len(running))
+
+    def left(job: PackedJob) -> float:
+        if job.left_seconds is not None:
+            return job.left_seconds / one
+        return math.inf if job.passes is None else job.passes
+
+    total, taken, staying = 0.0, 0.0, sorted(running, key=left)
+    while taken < passes:
+        until = min(passes, max(taken, left(staying[0]))) if staying else passes
+        size = tokens + sum(job.tokens for job in staying)
+        total += (until - taken) * law.seconds(size, 1 + len(staying))
+        taken, staying = until, staying[1:]
+    return total
 
 
 def _too_late(job: PackedJob, longer: float, wall: float, *, promised: bool) -> str | None:

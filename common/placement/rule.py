@@ -6,7 +6,8 @@ The order of trying is: the oldest job that the fleet could hold, once it has wa
 fair share, age. A job that can't start is passed over. But a card is kept for the first one that has waited past
 RESERVE_AFTER_S: from then on no job that would delay it starts there. A job keeps off a card that failed it while
 another one could hold it. Where no idle card holds a job, it may join a host that trains others on its base, if the
-pack pays; never on a card that is kept, where it would delay the ends that are waited for.
+pack pays; never on a card that is kept, where it would delay the ends that are waited for, nor where it would end
+sooner by waiting for another card that will be idle.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ from loractl.common.job.method import Method, Parallel
 from loractl.common.job.need import SharedNeed
 from loractl.common.units import GIB
 
-from .cards import Card, Occupant, Room, largest_gpu, room_at, takes
+from .cards import Card, Kept, Occupant, Reservation, Room, largest_gpu, room_at, takes
 from .gangs import GangShare, best_group, first_gathering, gang_of, takers
-from .joins import Join, Newcomers, best_join, join_openings
+from .joins import Join, Newcomers, RefusedJoin, best_join, join_openings, sooner_elsewhere
 from .lines import Line, Openings, Waiting, waited, waited_again
 from .shares import START_CHARGE_S
 
@@ -62,46 +63,13 @@ class Placement:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Kept:
-    """A card that is kept for a job: what else starts there must leave it its room."""
-
-    node: str
-    spare: int  # bytes that others may take without delaying it
-    spare_slots: int
-
-    def less(self, size: int) -> Kept:
-        """The same once a job has taken so many bytes."""
-        return Kept(node=self.node, spare=self.spare - size, spare_slots=self.spare_slots - 1)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Reservation(Kept):
-    """The card that is kept for a job, and the others that are kept with it where several are to share the job."""
-
-    job: Waiting
-    beside: tuple[Kept, ...] = ()
-
-    @property
-    def cards(self) -> tuple[Kept, ...]:
-        """Every card that is kept."""
-        return self, *self.beside
-
-    def on(self, node: str) -> Kept | None:
-        """What is kept of a card; None: nothing is."""
-        return next((kept for kept in self.cards if kept.node == node), None)
-
-    def without(self, node: str, size: int) -> Reservation:
-        """The same once a job has taken so many bytes of a card."""
-        own, *beside = (kept.less(size) if kept.node == node else kept for kept in self.cards)
-        return replace(self, spare=own.spare, spare_slots=own.spare_slots, beside=tuple(beside))
-
-
-@dataclass(frozen=True, kw_only=True)
 class Decision:
-    """One step of the rule: a job that starts, or the one for which a card is kept."""
+    """One step of the rule: a job that starts, the one for which a card is kept, or one that could join a host and ends
+    sooner elsewhere."""
 
     placed: Placement | None = None
     reserved: Reservation | None = None
+    declined: tuple[int, RefusedJoin] | None = None  # the job, and the host that it does not join
 
 
 @dataclass(kw_only=True)
@@ -117,6 +85,10 @@ class _Fleet:
     largest: int = field(init=False)  # bytes for jobs on the largest open card that is no processor, others gone
     ever: Openings = field(init=False)  # what could start once our running jobs have left
     user_limit: int | None = field(init=False)
+    busy_until: dict[str, float] = field(default_factory=dict)
+    """Cards for which jobs decline a host, and the seconds until the last of those would have ended there."""
+
+    declined: tuple[int, RefusedJoin] | None = None  # by the job that was tried last
     awaited: set[int] = field(init=False)
     """Jobs not tried yet for which running ones were asked to stop: in vain, if others took what they have beside."""
 
@@ -160,6 +132,17 @@ class _Fleet:
             return False
         newcomer = None if self.newcomers is None else self.newcomers(job)
         return newcomer is None or any(base.key == newcomer.keys.get(method) for base in card.waiting_bases)
+
+    def declines(self, join: Join, job: Waiting, size: int, now: dt.datetime) -> bool:
+        """Whether the job waits for another card rather than join, see `joins.sooner_elsewhere`."""
+        others = [c for c in self.cards.values() if self.takes(c, job) and (not self.kept or not self.kept.on(c.node))]
+        found = sooner_elsewhere(join, job, size, self.cards[join.node].model, others, self.busy_until, now)
+        if found is None:
+            return False
+        node, self.busy_until[node] = found
+        why = f"it would end sooner on {node}, once that is free"
+        self.declined = job.job_id, RefusedJoin(node=join.node, base=join.base, why=why)
+        return True
 
     def _openings(self, rooms: Sequence[tuple[Card, int]], whole: Sequence[Card]) -> Openings:
         """`rooms`: bytes by card; `whole`: cards that a job of unknown need may have."""
@@ -267,7 +250,10 @@ def _try(job: Waiting, fleet: _Fleet, now: dt.datetime) -> Iterator[Decision]:
     """Start the job on the best cards, or keep some for it when it has waited long enough."""
     gang, given_way = fleet.gang_of(job), job.job_id in fleet.awaited
     fleet.awaited.discard(job.job_id)
-    placed = _best(job, fleet) if gang is None else _best_gang(job, gang, fleet)
+    fleet.declined = None
+    placed = _best(job, fleet, now) if gang is None else _best_gang(job, gang, fleet)
+    if fleet.declined is not None:
+        yield Decision(declined=fleet.declined)
     if placed is not None:
         fleet.start(placed, now)
         yield Decision(placed=placed)
@@ -277,7 +263,7 @@ def _try(job: Waiting, fleet: _Fleet, now: dt.datetime) -> Iterator[Decision]:
             yield Decision(reserved=fleet.kept)
 
 
-def _best(job: Waiting, fleet: _Fleet) -> Placement | None:
+def _best(job: Waiting, fleet: _Fleet, now: dt.datetime) -> Placement | None:
     """The preferred method that some card holds now, and the card that it fills best.
 
     An idle card goes before a running host that the job joins, and that before a shared card, where jobs share the
@@ -289,6 +275,8 @@ def _best(job: Waiting, fleet: _Fleet) -> Placement | None:
         holding = [c for c in fleet.cards.values() if _holds_now(c, job, size, fleet)]
         idle = any(not c.running for c in holding)
         if not idle and (join := fleet.join(job, method)) is not None:
+            if not holding and size is not None and fleet.declines(join, job, size, now):
+                return None
             return Placement(job=job, node=join.node, method=method, reserved=join.own, join=join)
         if holding:
             card = _nearest(holding, job, method, fleet)

@@ -57,6 +57,7 @@ def read_view(session: Session, now: dt.datetime) -> FleetView:
     """Everything about the fleet, read at once."""
     charges = read_charges(session, now)
     outlook = decide(session, read_cards(session, now), charges, now)
+    decisions = tuple(outlook.decisions)
     return FleetView(
         now=now,
         nodes={node.node: node for node in session.scalars(select(Node).order_by(Node.node))},
@@ -64,9 +65,9 @@ def read_view(session: Session, now: dt.datetime) -> FleetView:
         drains=drained_targets(session, now),
         running={job.job_id: job for job in session.scalars(select(Job).where(Job.status == Status.RUNNING))},
         charges=charges,
-        decisions=tuple(outlook.decisions),
+        decisions=decisions,
         failures=tuple(read_failures(session, now)),
-        refused_joins=_refused(session, outlook, now),
+        refused_joins=_refused(session, outlook, decisions, now),
     )
 
 
@@ -78,13 +79,19 @@ def read_newcomers(session: Session, now: dt.datetime, waiting: Sequence[Waiting
     return {job_id: newcomer for job_id, newcomer in found.items() if newcomer is not None}
 
 
-def _refused(session: Session, outlook: Outlook, now: dt.datetime) -> dict[tuple[int, str], RefusedJoin]:
+def _refused(
+    session: Session, outlook: Outlook, decisions: Sequence[Decision], now: dt.datetime
+) -> dict[tuple[int, str], RefusedJoin]:
     """The waiting jobs with a host on their base, and why they did not join it: by its numbers, or as it takes no
     more, or as they train alone."""
     models = {base.base_model for card in outlook.packs.cards for base in spoilt_bases(card)}
     models -= {job.base_model for job in outlook.joiners}
     others = read_joiners(session, now, sorted(models)) if models else []
     found: dict[tuple[int, str], RefusedJoin] = {}
+    for decision in decisions:
+        if decision.declined is not None:
+            job_id, refused = decision.declined
+            found[job_id, refused.node] = refused
     for job in (*outlook.joiners, *others):
         for method in job.methods:
             for looked in looked_at(outlook.packs.cards, job, method, outlook.packs.newcomer):

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from loractl.common.job.method import Method, Parallel
 from loractl.common.job.need import Need, SharedNeed
-from loractl.common.placement.cards import Card, Occupant, room_at
+from loractl.common.placement.cards import Card, Occupant, Reservation, room_at
 from loractl.common.placement.gangs import gang_of, may_share
 from loractl.common.placement.lines import ListedLine, Waiting, levels_of
 from loractl.common.placement.rule import (
@@ -23,7 +23,6 @@ from loractl.common.placement.rule import (
     RESERVE_AFTER_S,
     Decision,
     Placement,
-    Reservation,
     place,
 )
 from loractl.common.units import GIB

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import itertools
 import random
 from collections.abc import Sequence
@@ -122,6 +123,35 @@ def test_jobs_spread_over_hosts_of_their_base_and_faster_cards_get_more() -> Non
     )
     mixed = [replace(c, hosts=(replace(c.hosts[0], law=law),)) for c, law in zip(cards, (slow, fast), strict=True)]
     assert set(joins(decide([waits(n) for n in range(1, 5)], mixed)).values()) == {"h2"}
+
+
+def measured(speed: float, fixed: float = 40) -> PassLaw:
+    law = PassLaw.start(quantised=False)
+    for tokens, members in ((32, 1), (64, 1), (128, 2), (256, 4)):
+        law = law.learn(MeasuredPass(tokens=tokens, members=members, seconds=speed * (fixed + tokens)))
+    return law
+
+
+def test_a_job_waits_for_a_card_that_will_be_idle_where_it_ends_sooner_there() -> None:
+    host = base(job_id=90, members=[PackedJob(tokens=64, passes=500, sweep="s")], law=measured(1e-2))
+    packed = replace(packed_card(24), hosts=(host,))
+    asked = newcomers(PackedJob(tokens=64, passes=500, sweep="s"))  # alone 520 s, beside one 840 s
+
+    def other(seconds: float | None, **more: Any) -> Card:
+        ends = None if seconds is None else NOW + dt.timedelta(seconds=seconds)
+        return Card(node="b:0", total=24 * GIB, running=(replace(member(7, 7), host=None, ends=ends),), **more)
+
+    jobs = [waits(n) for n in (1, 2, 3)]
+    found = decide(jobs, [packed, other(60)], asked)
+    declined = [d.declined for d in found if d.declined is not None]
+    assert [(job_id, refused.node, refused.why) for job_id, refused in declined] == [
+        (1, "a:0", "it would end sooner on b:0, once that is free")
+    ]
+    assert joins(found) == {2: "h1", 3: "h1"}, "the second would wait for the first there, too"
+    for card in (other(None), other(-5), other(400), other(60, open=False), other(60, model="another")):
+        assert joins(decide(jobs[:1], [packed, card], asked)) == {1: "h1"}
+    long_waited = [replace(jobs[0], since=NOW - dt.timedelta(seconds=900))]
+    assert joins(decide(long_waited, [packed, other(60)], asked)) == {1: "h1"}, "an end that is always near is none"
 
 
 def test_a_full_or_leaving_host_is_not_joined() -> None:

@@ -22,6 +22,7 @@ from loractl.common.store.records import Claim, NewHost, Progress
 from loractl.common.store.store import Store
 from loractl.common.store.tables import Base
 from loractl.common.units import GIB
+from loractl.scheduler.answers.wait.reasons import explain
 from loractl.scheduler.answers.wait.starts import expected_starts, read_starts
 
 from ...factories import RESULT, Clock, node_state, submission
@@ -268,6 +269,25 @@ def test_measured_passes_decide(store: Store) -> None:
     queue(store)
     store.note_passes("h1", [MeasuredPass(tokens=8 * n, members=n, seconds=0.1 * n) for n in (1, 2, 3, 4) * 9])
     assert store.claim(NODE, joins=True) is None, "a pass takes as long as its members one by one"
+
+
+def test_a_job_waits_for_a_card_that_is_about_to_be_idle_where_it_ends_sooner_there(store: Store) -> None:
+    steps = {"training": {"per_device_train_batch_size": 1, "max_steps": 1000, "gradient_accumulation_steps": 1}}
+    first = anchored(store, **steps)
+    store.see_node(node_state("box:1", total=24 * GIB, max_jobs=1))
+    queue(store, base_model="org/b")
+    other = store.claim("box:1", joins=True)
+    assert isinstance(other, Claim)
+    for one, seconds in ((first, 900), (other, 10)):
+        store.beat(one, Progress(step=5, total_steps=1000, eta_seconds=seconds))
+    store.note_passes("h1", [MeasuredPass(tokens=8 * n, members=n, seconds=0.55 + 0.45 * n) for n in (1, 2, 3, 4) * 9])
+    mine = queue(store, **steps)
+    assert store.claim(NODE, joins=True) is None, "1450 s beside the other, 1010 s on its own"
+    view = store.fleet()
+    assert explain(store.job(mine), view).sentence == f"box:1 when {other.job_id} ends"
+    assert view.refused_joins[mine, NODE].why == "it would end sooner on box:1, once that is free"
+    store.beat(other, Progress(step=5, total_steps=1000, eta_seconds=900))
+    assert claim(store).joins
 
 
 def test_what_was_measured_of_a_pack_is_said_of_no_one_s_rows_where_these_differ(store: Store) -> None:
