@@ -22,7 +22,7 @@ from ..conftest import ROOT
 from .families import FAMILIES, HALF
 from .ladder import climb
 from .rig import GIB, Figure, Rig, mib
-from .speeds import METHODS, WIDE, at_8b, packs, solo
+from .speeds import METHODS, WIDE, at_8b, packs, rows_at_once, solo
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,6 +226,7 @@ def watched(rig: Rig) -> Iterator[dict[int, int]]:
 EXPERIMENTS: dict[str, Experiment] = {
     "Self-test": Experiment(run=the_self_test, seconds=15),
     "Alone, beside the Trainer": Experiment(run=solo, seconds=90),
+    "Rows of any lengths": Experiment(run=rows_at_once, seconds=15),
     "Packs": Experiment(run=packs, seconds=110),
     "8B: warm start and memory": Experiment(run=at_8b, seconds=130),
     "LoRA and QLoRA at once": Experiment(run=two_methods_at_once, seconds=45),

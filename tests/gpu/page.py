@@ -44,8 +44,9 @@ Read in the libraries' sources, and to be looked at where a figure is not as it 
 - bitsandbytes waits for the card after each tensor of its 8-bit optimizers, whether they page or not.
 - Each thread of a member has a cuBLAS workspace of 8 to 32 MiB. Its plan counts it; once the member has left it stays
   until the next thread takes it.
-- Rows of many lengths make attention's kernels start once a row and layer. torch 2.13 has one for rows of any lengths
-  (`torch.nn.attention.varlen`), which the engine does not take yet.
+- Rows go through one kernel for rows of any lengths (`torch.nn.attention.varlen`) where it computes a few rows as plain
+  products do; else the trainer's log says why they go row by row. Its backward pass adds up in no fixed order, so two
+  runs may differ in bits.
 """
 
 NEVER = "# Real cards: never run"

@@ -50,6 +50,25 @@ def solo_figures(sides: dict[str, dict[str, Any]], what: str) -> Iterator[Figure
     yield Figure(what=f"{what}: the lean pass", value=lean["pass"], ok=lean["pass"] == "SharedPass")
 
 
+APART = 0.05
+"""Share of the largest number by which two kernels may differ in 16 bit."""
+
+
+def rows_at_once(rig: Rig) -> Iterator[Figure]:
+    """Attention of 8B's shapes, forwards and backwards: one kernel for rows of any lengths against row by row."""
+    for found in rig.told("attention", rig.device, *(["2x16"] if rig.small else ["4x1024", "16x256", "64x64"])):
+        yield rows_figure(found, on_card=rig.device == "cuda")
+
+
+def rows_figure(found: dict[str, Any], *, on_card: bool) -> Figure:
+    what, by_row = f"{found['shape']}: ms a layer, one kernel, row by row", found["by row"]
+    if "why" in found:
+        return Figure(what=what, value=f"none, {by_row:.2f} ({found['why']})", ok=not on_card)
+    faster, apart = by_row / found["at once"], found["apart"]
+    said = f"{found['at once']:.2f}, {by_row:.2f} ({faster:.2f} of the speed, apart by {apart:.3f})"
+    return Figure(what=what, value=said, ok=apart <= APART)
+
+
 def packs(rig: Rig) -> Iterator[Figure]:
     """Members on one base against one by one: speed, memory beside the plan's sum, the rule, and what they learn."""
     model, rows = rig.workshop.model(WIDE if rig.long else NARROW), rig.rows(512, 128)  # every cut has learned tokens

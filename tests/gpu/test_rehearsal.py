@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from loractl.common.job.method import Method
 from loractl.common.memory.config import read_shape
@@ -16,6 +17,7 @@ from loractl.common.settings import load_settings
 
 from . import faulty_trainer
 from .__main__ import run, well
+from .attention import compare
 from .experiments import EXPERIMENTS
 from .families import FAMILIES, HALF, Workshop
 from .lab import Lab
@@ -24,7 +26,7 @@ from .packs import Bench, verdicts
 from .page import NEVER, page
 from .rig import Figure, Rig, make_rig
 from .solo import SIDES, Course, measure
-from .speeds import NARROW, pack_figures, solo_figures
+from .speeds import NARROW, pack_figures, rows_figure, solo_figures
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "gpu.md"
 
@@ -92,6 +94,15 @@ def test_the_engine_and_the_trainer_learn_the_same_rows_alike(method: str, tmp_p
     assert sides["exact"]["loss"] == pytest.approx(sides["trainer"]["loss"], rel=1e-3)
     figures = list(solo_figures(sides, method))
     assert [f.what for f in figures if not f.ok] == [] and len(figures) == 4
+
+
+def test_rows_at_once_are_compared_with_row_by_row_and_a_card_without_the_kernel_is_told() -> None:
+    found = {"shape": "2x16", **compare(torch.device("cpu"), 2, 16)}
+    assert found["by row"] > 0 and "does not take these" in found["why"]
+    assert rows_figure(found, on_card=False).ok and not rows_figure(found, on_card=True).ok
+    both = {"shape": "2x16", "by row": 3.0, "at once": 1.5, "apart": 0.004}
+    assert rows_figure(both, on_card=True).value == "1.50, 3.00 (2.00 of the speed, apart by 0.004)"
+    assert not rows_figure({**both, "apart": 0.2}, on_card=True).ok
 
 
 @pytest.mark.parametrize("kind", ["bf16", "nf4"])

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from . import varlen
 from .attention import SHORT, ShortRows
 
 NAME = "loractl_rows"
@@ -19,19 +20,35 @@ BY_POSITION = ("flash_attention_2",)
 
 
 class RowAttention:
-    """A model's own attention, row by row: transformers' kernel for it, called with each row's queries and keys.
+    """A model's own attention of each row: on a card by one kernel for all of them where it has that, else by
+    transformers' kernel, called with each row's queries and keys.
 
     One attention over a mask of blocks costs the square of all rows together, and lets a NaN through (0 x NaN).
     """
 
     def __init__(self, own: str) -> None:
         self._own = own  # sdpa or eager, as the model was loaded with it
-        self.lengths: list[int] = []
+        self._lengths: list[int] = []
+        self._borders: torch.Tensor | None = None  # of these, on the card
+
+    @property
+    def lengths(self) -> list[int]:
+        """Of the rows of the pass that goes on."""
+        return self._lengths
+
+    @lengths.setter
+    def lengths(self, lengths: list[int]) -> None:
+        self._lengths, self._borders = lengths, None
 
     def __call__(
         self, module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any = None, **how: Any
     ) -> tuple[torch.Tensor, None]:
         window = how.get("sliding_window")
+        if self._at_once(query, key, value, window, how):
+            if self._borders is None:
+                self._borders = varlen.borders_of(self.lengths, query.device)
+            longest = max(self.lengths)
+            return varlen.attend(query, key, value, self._borders, longest, how.get("scaling"), window), None
         if self._by_products(query, key, value, window, how):
             return ShortRows.apply(query, key, value, tuple(self.lengths), how["scaling"]), None
         kernel = self._kernel(module)
@@ -39,6 +56,16 @@ class RowAttention:
         parts = zip(*(states.split(self.lengths, dim=2) for states in (query, key, value)), strict=True)
         rows = [kernel(module, q, k, v, self._mask(q, window), **how)[0] for q, k, v in parts]
         return torch.cat(rows, dim=1), None
+
+    def _at_once(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, window: int | None, how: dict[str, Any]
+    ) -> bool:
+        """Whether one kernel computes all rows, as the fused kernel that each would have gone through."""
+        fused = self._own == "sdpa" and type(query) is torch.Tensor and len(self.lengths) > 1
+        if not fused or key.shape != value.shape or how.get("dropout") or how.get("position_bias") is not None:
+            return False
+        narrow = window is not None and window < max(self.lengths)
+        return varlen.takes(query.device, varlen.kind_of(query), query.shape[-1], narrow)
 
     def _by_products(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, window: int | None, how: dict[str, Any]

@@ -1,0 +1,125 @@
+"""Attention of rows of any lengths in one kernel, on cards that have it (FlashAttention 2, arXiv:2307.08691).
+
+Row by row a layer starts kernels for each row, and a step of many short rows waits for their starts.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import itertools
+import logging
+from collections.abc import Sequence
+
+import torch
+
+from loractl.worker.base.gauge import is_out_of_memory
+from loractl.worker.base.source import first_line
+
+log = logging.getLogger("loractl.worker")
+
+KERNEL = "torch.nn.attention.varlen"
+
+PLACES = ("cuda",)
+"""Kinds of devices that have it."""
+
+AMPERE = (8, 0)
+"""The compute capability that the kernel needs."""
+
+WITHIN = 0.03
+"""Share of the largest number by which answers and gradients in 16 bit may differ from those in fp32."""
+
+
+def attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    borders: torch.Tensor,
+    longest: int,
+    scaling: float | None,
+    window: int | None,
+) -> torch.Tensor:
+    """Causal attention of rows behind each other. `borders`: where each row begins, and where the last one ends, as
+    int32 (rows + 1). `window`: so many tokens does one see, itself among them; None: all before it.
+
+    Shapes: query (1, heads, tokens, width), key and value (1, groups, tokens, width), answer (1, tokens, heads, width).
+    """
+    from torch.nn.attention.varlen import varlen_attn
+
+    q, k, v = (_as_autocast(states)[0].transpose(0, 1) for states in (query, key, value))
+    before = -1 if window is None or window >= longest else window - 1
+    sides = {"window_size": (before, 0), "enable_gqa": True}
+    answer = varlen_attn(q, k, v, borders, borders, longest, longest, scale=scaling, **sides)
+    assert isinstance(answer, torch.Tensor)  # it was asked for nothing beside it
+    return answer[None]
+
+
+def borders_of(lengths: Sequence[int], device: torch.device) -> torch.Tensor:
+    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
+
+
+def kind_of(states: torch.Tensor) -> torch.dtype:
+    """The type that attention computes in: autocast's, which a fused kernel of torch's would be given."""
+    place = states.device.type
+    return torch.get_autocast_dtype(place) if torch.is_autocast_enabled(place) else states.dtype
+
+
+def _as_autocast(states: torch.Tensor) -> torch.Tensor:
+    return states.to(kind_of(states))
+
+
+@functools.cache
+def takes(device: torch.device, kind: torch.dtype, width: int, windowed: bool) -> bool:
+    """Whether rows whose heads have this width go through one kernel there: it exists, and computes a few rows as
+    plain products do, forwards and backwards. Where it does not, the log says why."""
+    if device.type not in PLACES:
+        return False
+    why = why_not(device, kind, width, windowed)
+    if why is not None:
+        log.info("attention goes row by row: %s", why)
+    return why is None
+
+
+def why_not(device: torch.device, kind: torch.dtype, width: int, windowed: bool) -> str | None:
+    if importlib.util.find_spec(KERNEL) is None:
+        return f"torch {torch.__version__} has no kernel for rows of any lengths"
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < AMPERE:
+        return "cards before Ampere have no kernel for rows of any lengths"
+    try:
+        right = _is_right(device, kind, width, 3 if windowed else None)
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        return f"the kernel for rows of any lengths does not take these ({first_line(error)})"
+    return None if right else "the kernel for rows of any lengths computes something else"
+
+
+def _is_right(device: torch.device, kind: torch.dtype, width: int, window: int | None) -> bool:
+    lengths, random = (5, 1, 9), torch.Generator().manual_seed(0)
+    shapes = [(1, heads, sum(lengths), width) for heads in (4, 2, 2)]
+    states = [torch.randn(shape, generator=random).to(device, kind) for shape in shapes]
+    given = torch.randn((1, sum(lengths), 4, width), generator=random).to(device, kind)
+    with torch.enable_grad(), torch.autocast(device.type, enabled=False):
+        q, k, v = ours = [one.clone().requires_grad_() for one in states]
+        answer = attend(q, k, v, borders_of(lengths, device), max(lengths), None, window)
+        q, k, v = theirs = [one.float().requires_grad_() for one in states]
+        expected = _by_products(q, k, v, lengths, window)
+        pairs = [(answer, expected)]
+        pairs += zip(
+            torch.autograd.grad(answer, ours, given), torch.autograd.grad(expected, theirs, given.float()), strict=True
+        )
+    return all(bool((a.float() - b).abs().max() <= WITHIN * b.abs().max()) for a, b in pairs)
+
+
+def _by_products(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: Sequence[int], window: int | None
+) -> torch.Tensor:
+    rows = []
+    for q, k, v in zip(*(states[0].split(lengths, dim=1) for states in (query, key, value)), strict=True):
+        shared = len(q) // len(k)
+        k, v = k.repeat_interleave(shared, 0), v.repeat_interleave(shared, 0)
+        seen = torch.ones(q.shape[1], q.shape[1], dtype=torch.bool, device=q.device).tril()
+        seen = seen if window is None else seen.triu(1 - window)
+        scores = (q @ k.transpose(1, 2) * q.shape[-1] ** -0.5).masked_fill(~seen, float("-inf"))
+        rows.append((scores.softmax(-1) @ v).transpose(0, 1))
+    return torch.cat(rows)[None]
