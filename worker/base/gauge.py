@@ -18,7 +18,7 @@ import torch
 
 from loractl.common.job.status import Reason
 from loractl.common.memory.plan import CONTEXT_BYTES, SEGMENT_BYTES, WORKSPACE_BYTES
-from loractl.worker.protocol.card_error import card_error, may_be_full
+from loractl.worker.protocol.card_error import UNTOLD, card_error, may_be_full
 from loractl.worker.protocol.messages import Peaks
 
 log = logging.getLogger("loractl.worker")
@@ -173,6 +173,8 @@ def in_a_sentence(error: BaseException) -> str:
     """What an out-of-memory error asked for, without the library's line numbers."""
     if asked := re.search(r"tried to allocate (\d+) bytes", str(error)):
         return f"no room for {int(asked[1]) / 2**20:.1f} MiB more"
+    if UNTOLD in str(error):
+        return "no room for more on the card"
     return next((line.strip() for line in str(error).splitlines() if line.strip()), "no room for more")
 
 

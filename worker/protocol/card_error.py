@@ -12,6 +12,10 @@ from collections.abc import Sequence
 
 from loractl.common.job.status import Reason
 
+UNTOLD = "NVML_SUCCESS == r INTERNAL ASSERT"
+"""What torch says in place of "out of memory" where the driver does not let it list a card's processes, as on a slice
+of MIG: it fails while it words that error (c10/cuda/CUDACachingAllocator.cpp, reportProcessMemoryInfo)."""
+
 _FROM_A_CARD = re.compile(
     r"CUDA error: |CUDA driver error: |Triton Error \[CUDA\]: |CUDA out of memory"
     r"|\bcu(?:DNN|solver|sparse|dss|FFT|rand)(?: Frontend)? error: |\b(?:CUBLAS|CUDNN|CUSOLVER|CUSPARSE|CUDSS)_STATUS_"
@@ -21,11 +25,12 @@ _FROM_A_CARD = re.compile(
     # no context comes up
     r"|NVIDIA driver on your system|No CUDA GPUs are available|CUDA driver initialization failed|CUDA unknown error"
     r"|Unexpected error from cudaGetDeviceCount|Torch not compiled with CUDA enabled|libcudart functions unavailable"
-    r"|cuda driver can't be loaded|NVML_SUCCESS == r INTERNAL ASSERT"
+    rf"|cuda driver can't be loaded|{UNTOLD}"
 )
 
 _FULL = re.compile(
     r"out of memory|_STATUS_ALLOC_FAILED|DEVICE_ALLOCATION_FAILED|insufficient resources when calling `cusparseCreate"
+    rf"|{UNTOLD}"
 )
 
 _PROGRAM = re.compile(

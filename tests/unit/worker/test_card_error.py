@@ -49,6 +49,8 @@ TEXTS = [
     # ATen/cuda/Exceptions.h, c10/cuda/driver_api.h
     ("CUDA driver error: out of memory", FULL),
     ("CUDA driver error: device not ready", BROKEN),
+    # c10/cuda/CUDACachingAllocator.cpp, where NVML lists no processes: torch words an out-of-memory then
+    ('NVML_SUCCESS == r INTERNAL ASSERT FAILED at "/pytorch/c10/cuda/CUDACachingAllocator.cpp":1154, please', FULL),
     ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", FULL),
     ("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`", BROKEN),
     ("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx( handle, opa, opb, m, n, k)`", BROKEN),
