@@ -62,6 +62,16 @@ class RefusedJoin:
     why: str
 
 
+@dataclass(frozen=True, kw_only=True)
+class DeclinedJoin:
+    """A join that a job does not take, since it ends sooner by waiting for another card."""
+
+    job_id: int
+    refused: RefusedJoin
+    card: str  # the one that it waits for
+    ends: float  # seconds until it would have ended there
+
+
 def own_part(need: int, base: int) -> int:
     """Bytes that a job takes beside others on a base of `base` bytes, where it needs `need` with one of its own."""
     return max(need - base, need // LEAST_PART)
@@ -121,8 +131,8 @@ def sooner_elsewhere(
     others: Iterable[Card],
     busy_until: Mapping[str, float],
     now: dt.datetime,
-) -> tuple[str, float] | None:
-    """The card that the job should wait for, and the seconds in which it ends there; None: it should join.
+) -> DeclinedJoin | None:
+    """The card that the job should wait for; None: it should join.
 
     A pack is hardly faster than its members one by one, so a card that nobody uses is worth more. `model`: that of the
     host's card, since one of another model is of another speed. `others`: cards that the job may have. `busy_until`:
@@ -142,7 +152,10 @@ def sooner_elsewhere(
         found.append((free + alone, card.node))
     if not found or (best := min(found))[0] > SOONER * ends:
         return None
-    return best[1], best[0]
+    seconds, node = best
+    why = f"it would end sooner on {node}, once that is free"
+    refused = RefusedJoin(node=join.node, base=join.base, why=why)
+    return DeclinedJoin(job_id=job.job_id, refused=refused, card=node, ends=seconds)
 
 
 def looked_at(

@@ -23,7 +23,7 @@ from loractl.common.units import GIB
 
 from .cards import Card, Kept, Occupant, Reservation, Room, largest_gpu, room_at, takes
 from .gangs import GangShare, best_group, first_gathering, gang_of, takers
-from .joins import Join, Newcomers, RefusedJoin, best_join, join_openings, sooner_elsewhere
+from .joins import DeclinedJoin, Join, Newcomers, best_join, join_openings, sooner_elsewhere
 from .lines import Line, Openings, Waiting, waited, waited_again
 from .shares import START_CHARGE_S
 
@@ -64,12 +64,12 @@ class Placement:
 
 @dataclass(frozen=True, kw_only=True)
 class Decision:
-    """One step of the rule: a job that starts, the one for which a card is kept, or one that could join a host and ends
-    sooner elsewhere."""
+    """One step of the rule: a job that starts, the one for which a card is kept, or one that could join a host, and
+    waits since it ends sooner elsewhere."""
 
     placed: Placement | None = None
     reserved: Reservation | None = None
-    declined: tuple[int, RefusedJoin] | None = None  # the job, and the host that it does not join
+    declined: DeclinedJoin | None = None
 
 
 @dataclass(kw_only=True)
@@ -88,7 +88,6 @@ class _Fleet:
     busy_until: dict[str, float] = field(default_factory=dict)
     """Cards for which jobs decline a host, and the seconds until the last of those would have ended there."""
 
-    declined: tuple[int, RefusedJoin] | None = None  # by the job that was tried last
     awaited: set[int] = field(init=False)
     """Jobs not tried yet for which running ones were asked to stop: in vain, if others took what they have beside."""
 
@@ -133,16 +132,10 @@ class _Fleet:
         newcomer = None if self.newcomers is None else self.newcomers(job)
         return newcomer is None or any(base.key == newcomer.keys.get(method) for base in card.waiting_bases)
 
-    def declines(self, join: Join, job: Waiting, size: int, now: dt.datetime) -> bool:
-        """Whether the job waits for another card rather than join, see `joins.sooner_elsewhere`."""
+    def elsewhere(self, join: Join, job: Waiting, size: int, now: dt.datetime) -> DeclinedJoin | None:
+        """The card that the job waits for rather than join, see `joins.sooner_elsewhere`."""
         others = [c for c in self.cards.values() if self.takes(c, job) and (not self.kept or not self.kept.on(c.node))]
-        found = sooner_elsewhere(join, job, size, self.cards[join.node].model, others, self.busy_until, now)
-        if found is None:
-            return False
-        node, self.busy_until[node] = found
-        why = f"it would end sooner on {node}, once that is free"
-        self.declined = job.job_id, RefusedJoin(node=join.node, base=join.base, why=why)
-        return True
+        return sooner_elsewhere(join, job, size, self.cards[join.node].model, others, self.busy_until, now)
 
     def _openings(self, rooms: Sequence[tuple[Card, int]], whole: Sequence[Card]) -> Openings:
         """`rooms`: bytes by card; `whole`: cards that a job of unknown need may have."""
@@ -250,38 +243,42 @@ def _try(job: Waiting, fleet: _Fleet, now: dt.datetime) -> Iterator[Decision]:
     """Start the job on the best cards, or keep some for it when it has waited long enough."""
     gang, given_way = fleet.gang_of(job), job.job_id in fleet.awaited
     fleet.awaited.discard(job.job_id)
-    fleet.declined = None
-    placed = _best(job, fleet, now) if gang is None else _best_gang(job, gang, fleet)
-    if fleet.declined is not None:
-        yield Decision(declined=fleet.declined)
-    if placed is not None:
-        fleet.start(placed, now)
-        yield Decision(placed=placed)
-    elif fleet.kept is None and (waited(job, now) >= RESERVE_AFTER_S or given_way):
+    found = _best(job, fleet, now) if gang is None else _best_gang(job, gang, fleet)
+    if isinstance(found, Placement):
+        fleet.start(found, now)
+        yield Decision(placed=found)
+        return
+    if found is not None:
+        fleet.busy_until[found.card] = found.ends
+        yield Decision(declined=found)
+    in_vain = found is None and waited(job, now) >= RESERVE_AFTER_S
+    if fleet.kept is None and (in_vain or given_way):
         fleet.kept = _keep(job, fleet, now) if gang is None else _keep_gang(job, gang, fleet, now)
         if fleet.kept is not None:
             yield Decision(reserved=fleet.kept)
 
 
-def _best(job: Waiting, fleet: _Fleet, now: dt.datetime) -> Placement | None:
+def _best(job: Waiting, fleet: _Fleet, now: dt.datetime) -> Placement | DeclinedJoin | None:
     """The preferred method that some card holds now, and the card that it fills best.
 
     An idle card goes before a running host that the job joins, and that before a shared card, where jobs share the
     compute too. Among those, a card on which the job's base waits in a host goes first. Then large cards are left to
-    large jobs.
+    large jobs. A join that the job declines does not hinder another method.
     """
+    declined: DeclinedJoin | None = None
     for method in job.methods:
         size = job.need.of(method)
         holding = [c for c in fleet.cards.values() if _holds_now(c, job, size, fleet)]
         idle = any(not c.running for c in holding)
         if not idle and (join := fleet.join(job, method)) is not None:
-            if not holding and size is not None and fleet.declines(join, job, size, now):
-                return None
-            return Placement(job=job, node=join.node, method=method, reserved=join.own, join=join)
+            elsewhere = None if holding or size is None else fleet.elsewhere(join, job, size, now)
+            if elsewhere is None:
+                return Placement(job=job, node=join.node, method=method, reserved=join.own, join=join)
+            declined = declined or elsewhere
         if holding:
             card = _nearest(holding, job, method, fleet)
             return Placement(job=job, node=card.node, method=method, reserved=card.free if size is None else size)
-    return None
+    return declined
 
 
 def _best_gang(job: Waiting, gang: SharedNeed, fleet: _Fleet) -> Placement | None:

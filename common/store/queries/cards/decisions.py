@@ -90,8 +90,7 @@ def _refused(
     found: dict[tuple[int, str], RefusedJoin] = {}
     for decision in decisions:
         if decision.declined is not None:
-            job_id, refused = decision.declined
-            found[job_id, refused.node] = refused
+            found[decision.declined.job_id, decision.declined.refused.node] = decision.declined.refused
     for job in (*outlook.joiners, *others):
         for method in job.methods:
             for looked in looked_at(outlook.packs.cards, job, method, outlook.packs.newcomer):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import datetime as dt
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from sqlalchemy import func, or_, select, update
 
 from loractl.common.job.status import Status
-from loractl.common.placement.lines import Openings
+from loractl.common.placement.cards import Card
+from loractl.common.placement.lines import Openings, Waiting
 from loractl.common.placement.preemption import give_way
 
 from ...tables import Job
@@ -20,31 +22,51 @@ from .shares import late, running_on
 
 
 def preempt(tx: Transaction, lease_s: float) -> tuple[int, ...]:
-    if not tx.is_alone() or not _may_help(tx):
+    lowest = _lowest_willing(tx) if tx.is_alone() else None
+    if lowest is None:
         return ()
     now = tx.now()
     silent = late(tx.session, now, lease_s)
     cards = [replace(card, silent=card.node in silent) for card in read_cards(tx.session, now)]
-    decided = decide(tx.session, cards, read_charges(tx.session, now), now).decisions
-    starting = {d.placed.job.job_id for d in decided if d.placed is not None}
-    level = next(read_levels(tx.session, now), {})
-    anything = Openings(gpu=2**62, processor=(0, 0), unknown=False, labels=frozenset(c.labels for c in cards if c.open))
-    for job in (line.next(anything) for line in level.values()):
-        way = give_way(job, cards) if job is not None and job.job_id not in starting else None
-        if job is not None and way is not None:
+    decisions = list(decide(tx.session, cards, read_charges(tx.session, now), now).decisions)
+    starting = {d.placed.job.job_id for d in decisions if d.placed is not None}
+    could_join = {d.declined.job_id for d in decisions if d.declined is not None}
+    for job in _first_waiting(tx, now, cards, lowest):
+        way = None if job.job_id in starting | could_join else give_way(job, cards)
+        if way is not None and _would_start(tx, job, [card.without(way[1]) for card in cards], now):
             node, going = way
             return going if _ask(tx, job.job_id, job.priority, node, going) else ()
     return ()
 
 
-def _may_help(tx: Transaction) -> bool:
-    """Whether a running job is willing to give way, none is on the way out already, and one waits that is worth it."""
+def _lowest_willing(tx: Transaction) -> int | None:
+    """The lowest priority of running jobs that give way; None: none helps, or one is on the way out already."""
     willing = select(Job.priority, Job.preempted_by).where(Job.status == Status.RUNNING, Job.preemptible)
     running = tx.session.execute(willing).all()
     if not running or any(row.preempted_by is not None for row in running):
-        return False
-    highest = tx.session.scalar(select(func.max(Job.priority)).where(Job.status == Status.QUEUED))
-    return highest is not None and highest > min(row.priority for row in running)
+        return None
+    lowest, highest = min(row.priority for row in running), select(func.max(Job.priority))
+    waits = tx.session.scalar(highest.where(Job.status == Status.QUEUED))
+    return lowest if waits is not None and waits > lowest else None
+
+
+def _first_waiting(tx: Transaction, now: dt.datetime, cards: Sequence[Card], above: int) -> Iterator[Waiting]:
+    """The first ready job of each user and priority, the highest first: one that can't start hides no other's."""
+    anything = Openings(gpu=2**62, processor=(0, 0), unknown=False, labels=frozenset(c.labels for c in cards if c.open))
+    for level in read_levels(tx.session, now):
+        for line in level.values():
+            job = line.next(anything)
+            if job is not None and job.priority <= above:
+                return
+            if job is not None:
+                yield job
+
+
+def _would_start(tx: Transaction, job: Waiting, cards: Sequence[Card], now: dt.datetime) -> bool:
+    """Whether the rule gives the job one of the cards as they are then: not where its user is at a limit, or others go
+    before it or have the card kept for them."""
+    then = decide(tx.session, cards, read_charges(tx.session, now), now).decisions
+    return any(d.placed is not None and d.placed.job.job_id == job.job_id for d in then)
 
 
 def _ask(tx: Transaction, job_id: int, priority: int, node: str, going: Sequence[int]) -> bool:

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loractl.common.job.method import Method
+from loractl.common.job.need import Need
 from loractl.common.placement.cards import Card, Leaver, Occupant, WarmBase
 from loractl.common.placement.hosts import joined
 from loractl.common.placement.joins import PACK_MEMBERS, Newcomer, RefusedJoin, looked_at, own_part
@@ -144,7 +145,7 @@ def test_a_job_waits_for_a_card_that_will_be_idle_where_it_ends_sooner_there() -
     jobs = [waits(n) for n in (1, 2, 3)]
     found = decide(jobs, [packed, other(60)], asked)
     declined = [d.declined for d in found if d.declined is not None]
-    assert [(job_id, refused.node, refused.why) for job_id, refused in declined] == [
+    assert [(one.job_id, one.refused.node, one.refused.why) for one in declined] == [
         (1, "a:0", "it would end sooner on b:0, once that is free")
     ]
     assert joins(found) == {2: "h1", 3: "h1"}, "the second would wait for the first there, too"
@@ -152,6 +153,31 @@ def test_a_job_waits_for_a_card_that_will_be_idle_where_it_ends_sooner_there() -
         assert joins(decide(jobs[:1], [packed, card], asked)) == {1: "h1"}
     long_waited = [replace(jobs[0], since=NOW - dt.timedelta(seconds=900))]
     assert joins(decide(long_waited, [packed, other(60)], asked)) == {1: "h1"}, "an end that is always near is none"
+
+
+def declining(asked: PackedJob, *others: Card) -> list[Card]:
+    """Cards where a job, rather than join its like on a:0, waits for b:0; and others."""
+    soon = replace(member(7, 7), host=None, ends=NOW + dt.timedelta(seconds=60))
+    packed = replace(packed_card(24), hosts=(base(job_id=90, members=[asked], law=measured(1e-2)),))
+    return [packed, Card(node="b:0", total=24 * GIB, running=(soon,)), *others]
+
+
+def test_a_job_that_joins_nowhere_starts_by_its_other_method_where_that_has_room() -> None:
+    either = waits(1, methods=(Method.LORA, Method.QLORA), need=Need(lora=7 * GIB, qlora=3 * GIB))
+    asked = PackedJob(tokens=64, passes=500, sweep="s")
+    found = decide([either], declining(asked, Card(node="c:0", total=4 * GIB)), newcomers(asked))
+    assert started(found) == {1: "c:0"}
+    assert not [d for d in found if d.declined is not None]
+
+
+def test_no_card_is_kept_for_a_job_that_could_join_since_another_one_waits_in_vain() -> None:
+    asked = PackedJob(tokens=64, passes=5000, sweep="s")
+    mine, large = waits(1, age_s=2000), waits(2, 20, age_s=2000, base_model="org/b")
+    ends = NOW + dt.timedelta(seconds=900)
+    free = Card(node="c:0", total=24 * GIB, max_jobs=2, running=(replace(member(8, 20), host=None, ends=ends),))
+    found = decide([mine, large], declining(asked, free), newcomers(asked))
+    assert [d.declined.job_id for d in found if d.declined is not None] == [1]
+    assert [d.reserved.job.job_id for d in found if d.reserved is not None] == [2]
 
 
 def test_a_full_or_leaving_host_is_not_joined() -> None:

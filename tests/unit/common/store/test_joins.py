@@ -290,6 +290,21 @@ def test_a_job_waits_for_a_card_that_is_about_to_be_idle_where_it_ends_sooner_th
     assert claim(store).joins
 
 
+def test_nobody_gives_way_to_a_job_that_could_join_and_waits_for_a_better_card(store: Store) -> None:
+    steps = {"training": {"per_device_train_batch_size": 1, "max_steps": 1000, "gradient_accumulation_steps": 1}}
+    first = anchored(store, **steps)
+    store.see_node(node_state("box:1", total=24 * GIB, max_jobs=1))
+    queue(store, base_model="org/b", preemptible=True)
+    other = store.claim("box:1", joins=True)
+    assert isinstance(other, Claim)
+    for one, seconds in ((first, 900), (other, 10)):
+        store.beat(one, Progress(step=5, total_steps=1000, eta_seconds=seconds))
+    store.note_passes("h1", [MeasuredPass(tokens=8 * n, members=n, seconds=0.55 + 0.45 * n) for n in (1, 2, 3, 4) * 9])
+    queue(store, **steps, priority=5)
+    assert store.claim(NODE, joins=True) is None
+    assert store.preempt() == ()
+
+
 def test_what_was_measured_of_a_pack_is_said_of_no_one_s_rows_where_these_differ(store: Store) -> None:
     anchored(store)
     queue(store, dataset={"path": "org/long", "max_length": 16})

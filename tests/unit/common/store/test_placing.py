@@ -218,6 +218,48 @@ def test_labels_of_a_job_are_asked_of_the_node(store: Store) -> None:
     claim(store)
 
 
+# --- giving way ---
+
+
+def test_a_job_that_cannot_start_keeps_no_one_of_lower_priority_from_being_given_way_to(store: Store) -> None:
+    low = submission(lora=20, method="lora", preemptible=True)
+    store.submit(low)
+    show(store)
+    mine = claim(store)
+    held = store.submit(submission(lora=20, method="lora", priority=9))
+    store.hold(held, "ada", "")
+    store.submit(submission(lora=200, method="lora", priority=8))
+    store.submit(submission(lora=20, method="lora", priority=5))
+    assert store.preempt() == (mine.job_id,)
+
+
+def test_nobody_gives_way_on_a_card_that_is_kept_for_another_job(timed: Store, clock: Clock) -> None:
+    """Else the job would stop in vain: what it leaves is kept."""
+    show(timed, total=80, max_jobs=4)
+    timed.submit(submission(lora=40, method="lora"))
+    claim(timed)
+    timed.submit(submission(lora=30, method="lora", preemptible=True))
+    giving = claim(timed)
+    large = timed.submit(submission(lora=70, method="lora", priority=5, user="bob"))
+    timed.submit(submission(lora=20, method="lora", priority=5))
+    clock.forward(RESERVE_AFTER_S + 1)
+    show(timed, total=80, max_jobs=4)
+    assert [d.reserved.job.job_id for d in timed.fleet().decisions if d.reserved is not None] == [large]
+    assert timed.preempt() == (), giving.job_id
+
+
+def test_nobody_gives_way_to_a_job_whose_user_is_at_the_limit(store: Store) -> None:
+    """Else it would stop in vain, and again as soon as it runs."""
+    for node in ("a:0", "b:0"):
+        show(store, node, user_limit=1)
+    store.submit(submission())
+    claim(store, "a:0")
+    store.submit(submission(user="bob", preemptible=True))
+    claim(store, "b:0")
+    store.submit(submission(priority=5))
+    assert store.preempt() == ()
+
+
 # --- people ---
 
 
