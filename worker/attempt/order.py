@@ -182,6 +182,11 @@ SPINS = "10000"
 as long as alone, and 2.4 times with this; alone both are equally fast."""
 
 
+HUGE_PAGES = "glibc.malloc.hugetlb=1"
+"""Asks Linux for pages of 2 MiB where it gives them on request. A step makes and frees tensors of many MiB: with pages
+of 4 KiB it met 200,000 page faults, with these 12,000, and took 0.92 of the time (SmolLM2-135M, 8 rows of 256)."""
+
+
 def device_environment(device: Device, name: str, threads: int) -> dict[str, str]:
     """The environment of a process on the device that is counted as ours, under this name in place of a job's."""
     hidden = (*ADDRESSES, *CELERY_S, "AWS_", "PG")
@@ -193,6 +198,8 @@ def device_environment(device: Device, name: str, threads: int) -> dict[str, str
         # On Hopper and Blackwell torch 2.13 takes cuDNN's attention first, which makes a plan for each length of a row
         # that it has not met, and rows lie without padding here. Flash attention needs none.
         kept.setdefault("TORCH_CUDNN_SDPA_DEPRIORITIZED", "1")
+    else:
+        kept.setdefault("GLIBC_TUNABLES", HUGE_PAGES)
     if "OMP_WAIT_POLICY" not in kept:
         kept.setdefault("GOMP_SPINCOUNT", SPINS)
     return {**kept, **device.environment(), JOB_VARIABLE: name, "OMP_NUM_THREADS": str(threads)}

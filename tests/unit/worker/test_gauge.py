@@ -78,6 +78,18 @@ def test_a_trainer_on_a_card_has_attention_that_needs_no_plan_for_a_length(
     assert device_environment(processor, "1", 1).get(name) == own
 
 
+@pytest.mark.parametrize("own", ["glibc.malloc.hugetlb=0", None])
+def test_a_trainer_on_a_processor_asks_for_large_pages_unless_the_box_s_owner_says_otherwise(
+    own: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    if own is not None:
+        monkeypatch.setenv("GLIBC_TUNABLES", own)
+    card, processor = NvmlDevice(index=0, uuid="GPU-a", name="a card", total=GIB), CpuDevice(total=GIB)
+    assert device_environment(processor, "1", 1)["GLIBC_TUNABLES"] == (own or "glibc.malloc.hugetlb=1")
+    assert device_environment(card, "1", 1).get("GLIBC_TUNABLES") == own
+
+
 LIMITED = """
 import resource
 import torch
