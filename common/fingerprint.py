@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-import os
+import secrets
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +27,10 @@ Fingerprint = dict[str, str]
 def fingerprint(folder: Path, cache: Path) -> Fingerprint:
     """Hash a model's files, directly in `folder`. Raises OSError.
 
-    Hashes are remembered below `cache`. A file is hashed again when it has changed.
+    Hashes are remembered below `cache`, where that can be written. A file is hashed again when it has changed.
     """
     note = cache / "bases" / f"{hashlib.sha256(str(folder.resolve()).encode()).hexdigest()}.json"
-    known: dict[str, list[Any]] = json.loads(note.read_text("utf-8")) if note.exists() else {}
-    hashes: dict[str, list[Any]] = {}
+    known, hashes = _read(note), dict[str, list[Any]]()
     for path in sorted(folder.iterdir()):
         if path.suffix in SUFFIXES and path.is_file():
             facts = path.stat()
@@ -39,11 +39,30 @@ def fingerprint(folder: Path, cache: Path) -> Fingerprint:
             *before, hashed = known.get(path.name, [""])
             hashes[path.name] = [*seen, hashed if before == seen else sha256_of(path)]
     if hashes != known:
-        note.parent.mkdir(parents=True, exist_ok=True)
-        aside = note.with_suffix(f".part-{os.getpid()}")  # two trainers may hash the same base at once
+        with contextlib.suppress(OSError):  # a full disk: they are hashed again
+            _write(note, hashes)
+    return {name: hashed for name, (*_, hashed) in hashes.items()}
+
+
+def _read(note: Path) -> dict[str, list[Any]]:
+    """What is remembered; nothing where a power loss has torn it."""
+    try:
+        known = json.loads(note.read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    whole = isinstance(known, dict) and all(isinstance(facts, list) and facts for facts in known.values())
+    return known if whole else {}
+
+
+def _write(note: Path, hashes: dict[str, list[Any]]) -> None:
+    note.parent.mkdir(parents=True, exist_ok=True)
+    # a name of its own: several trainers may hash the same base at once, and several jobs of one trainer
+    aside = note.with_suffix(f".part-{secrets.token_hex(8)}")
+    try:
         aside.write_text(json.dumps(hashes), "utf-8")
         aside.replace(note)
-    return {name: hashed for name, (*_, hashed) in hashes.items()}
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def has_tokenizer(folder: Path) -> bool:

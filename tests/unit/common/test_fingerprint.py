@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -47,6 +49,35 @@ def test_a_file_is_hashed_once_while_it_stays_as_it_is(
     first = fingerprint(folder, tmp_path / "cache")
     assert fingerprint(folder, tmp_path / "cache") == first
     assert sorted(hashed) == ["config.json", "model.safetensors"]
+
+
+def test_several_threads_may_hash_a_base_at_once(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    together, real = threading.Barrier(4), Path.replace
+
+    def replace(path: Path, target: Path) -> Path:
+        together.wait(30)  # until all have written what they know
+        return real(path, target)
+
+    monkeypatch.setattr(Path, "replace", replace)
+    with ThreadPoolExecutor(4) as threads:
+        found = [threads.submit(fingerprint, folder, tmp_path / "cache") for _ in range(4)]
+        assert len({digest(one.result()) for one in found}) == 1
+
+
+@pytest.mark.parametrize("torn", ["", "[]", '{"config.json": 1}', '{"config.json": []}'])
+def test_a_note_that_cannot_be_read_is_written_anew(folder: Path, tmp_path: Path, torn: str) -> None:
+    """As after a power loss."""
+    first = fingerprint(folder, tmp_path / "cache")
+    (note,) = (tmp_path / "cache" / "bases").iterdir()
+    whole = note.read_text()
+    note.write_text(torn)
+    assert fingerprint(folder, tmp_path / "cache") == first
+    assert note.read_text() == whole
+
+
+def test_a_note_that_cannot_be_written_fails_nobody(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("no folder can be here, as on a full disk")
+    assert fingerprint(folder, tmp_path / "cache").keys() == {"config.json", "model.safetensors"}
 
 
 def test_a_cache_with_more_of_the_hub_s_files_holds_the_same_model_unless_they_are_weights() -> None:
