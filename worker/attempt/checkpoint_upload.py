@@ -124,6 +124,10 @@ class CheckpointUpload:
             why = away(error) or told_by(error)
             log.warning("job %s: the checkpoint of step %s is not stored yet: %s", claim.job_id, step, why)
             return False
+        except Exception:
+            # if this thread ended silently, no later checkpoint would be stored: a box may have no process to give
+            log.exception("job %s: the checkpoint of step %s is not stored yet", claim.job_id, step)
+            return False
         self.silent = False
         log.debug("job %s: the checkpoint of step %s is stored (%.1f s)", claim.job_id, step, time.monotonic() - began)
         return True

@@ -281,6 +281,10 @@ class Hosts:
             except REFUSALS as error:
                 log.warning("the hosts' rows could not be written: %s", told_by(error))
                 self._stopped.wait(1.0)
+            except Exception:
+                # if this thread ended silently, no base would go any more, and who needs its room would wait forever
+                log.exception("the look at the hosts failed; it is made again")
+                self._stopped.wait(1.0)
 
     def _tend(self) -> None:
         """Let go what died, what has waited long enough, and what the rows say; end what goes."""

@@ -86,7 +86,10 @@ class StoreClient:
         self._call("remove_checkpoints", job_id, attempt)
 
     def _call(self, name: str, *arguments: Any) -> Any:
-        process = self._pool.take()
+        try:
+            process = self._pool.take()
+        except (OSError, RuntimeError) as error:  # as in make_ready: it passes, and is no fault of what is stored
+            raise _unreachable(self.url, f"no process could be started for it: {error}") from error
         try:
             answer = process.ask({"url": self.url, "call": name, "arguments": arguments}, self.watch)
         except BaseException:

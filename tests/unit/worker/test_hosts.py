@@ -271,6 +271,27 @@ def test_a_card_is_closed_for_a_base_that_does_not_go_though_the_database_was_aw
         until(lambda: own.rows == [])
 
 
+class Unsure(Watch):
+    """A watch that once can't look, as where a box has no more files to open."""
+
+    left = 0
+
+    def look(self) -> Any:
+        if self.left:
+            self.left -= 1
+            raise RuntimeError("can't start new thread")
+        return super().look()
+
+
+def test_a_base_goes_though_what_nobody_expected_went_wrong_once(place: Workplace) -> None:
+    with lab(place) as own:
+        own.run()
+        own.hosts.watch = unsure = Unsure(device=place.device, node_pid=os.getpid())
+        unsure.left = 2
+        own.hosts.closed = True
+        until(lambda: own.rows == [] and unsure.left == 0, seconds=10)
+
+
 def test_a_base_goes_after_its_time_and_at_once_when_the_worker_or_the_card_stops(place: Workplace) -> None:
     with lab(place, keep_s=0.5) as own:
         own.run()

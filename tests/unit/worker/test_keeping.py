@@ -5,12 +5,15 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from loractl.common.artifacts import ArtifactStore
+import pytest
+
+from loractl.common.artifacts import ArtifactStore, Manifest
 from loractl.common.binding import checkpoint_binding
 from loractl.common.store.records import Claim, StoredCheckpoint
 from loractl.common.store.store import Store
+from loractl.worker.attempt import checkpoint_upload
 from loractl.worker.attempt.checkpoint_upload import CheckpointUpload
-from loractl.worker.storage.client import StoreClient
+from loractl.worker.storage.client import CallWatch, StoreClient
 
 from ..factories import submission, take
 
@@ -39,6 +42,38 @@ def test_the_newest_is_kept_the_one_before_goes_and_a_step_that_was_saved_twice_
     kept = store.job(job_id).checkpoint
     assert kept is not None and kept["step"] == 15
     assert artifacts.read_bytes(checkpoint_binding(StoredCheckpoint(**kept)), "state") == b"2"
+
+
+class NoProcess(StoreClient):
+    """The store of a box that once has no process to give."""
+
+    failing = True
+
+    def watched(self, watch: CallWatch) -> NoProcess:
+        return NoProcess(self.url, watch)
+
+    def put_result(self, folder: Path, prefix: str) -> Manifest:
+        if NoProcess.failing:
+            NoProcess.failing = False
+            raise BlockingIOError(11, "Resource temporarily unavailable")
+        return super().put_result(folder, prefix)
+
+
+def test_what_nobody_expected_ends_no_upload(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint_upload, "AGAIN_S", 0.1)
+    job_id = store.submit(submission())
+    claim = take(store)
+    assert isinstance(claim, Claim)
+    client = NoProcess((tmp_path / "artifacts").as_uri())
+    keeper = CheckpointUpload(client, store, claim, tmp_path / "keeping")
+    saved = tmp_path / "saved"
+    saved.mkdir()
+    (saved / "state").write_text("1")
+    keeper.offer(saved, 5)
+    _until_taken(tmp_path / "keeping" / "step-5")
+    keeper.close()
+    kept = store.job(job_id).checkpoint
+    assert kept is not None and kept["step"] == 5
 
 
 def _until_taken(aside: Path) -> None:

@@ -68,6 +68,15 @@ def test_a_process_that_can_t_be_made_ahead_is_no_error(
     assert "could be made ahead" in caplog.text
 
 
+def test_without_a_process_the_store_counts_as_away(
+    artifacts: ArtifactStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It passes, and a finished result waits for it."""
+    monkeypatch.setattr(sys, "executable", "/gone")
+    with pytest.raises(ServiceUnreachable, match="no process could be started"):
+        StoreClient(artifacts.url).put_result(tmp_path, "jobs/1/attempt-1")
+
+
 def test_a_call_has_the_store_s_answer_or_its_error(artifacts: ArtifactStore, tmp_path: Path) -> None:
     others = set(processes())  # of tests before, until somebody collects their clients
     client = StoreClient(artifacts.url)
