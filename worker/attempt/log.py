@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections import deque
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, Protocol
 
@@ -123,6 +125,18 @@ def read_log(pipe: IO[str], file: IO[str], told: Sink, limit: int = FILE_LIMIT) 
     log = LogFile(file, told, limit)
     while line := pipe.readline(CHUNK):  # a line may never end
         log.put(line)
+
+
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[IO[str]]:
+    """The file for a trainer's lines. Raises OSError where it can't be opened; what a full disk has not taken fails
+    nothing at its end."""
+    file = path.open("a", encoding="utf-8")
+    try:
+        yield file
+    finally:
+        with contextlib.suppress(OSError):
+            file.close()
 
 
 def append_line(path: Path, line: str, limit: int = FILE_LIMIT) -> None:

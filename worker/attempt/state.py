@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import queue
@@ -94,10 +95,11 @@ class AttemptState:
         self.say(stage, text)
 
     def say(self, stage: Stage, text: str) -> None:
-        """Add a line to the log, and to its file while no trainer writes there. Raises OSError."""
+        """Add a line to the log, and to its file while no trainer writes there and the disk has room."""
         line = log_line(stage.value, text)
         self.log.put(line)
-        append_line(self.folder / LOG_FILE, line)
+        with contextlib.suppress(OSError):  # as a trainer's lines: the database has it all the same
+            append_line(self.folder / LOG_FILE, line)
 
     def hear(self, message: Told | str) -> None:
         """Take what the trainer told: a message, or another line."""

@@ -23,7 +23,7 @@ from loractl.worker.protocol.spare import PLACEHOLDER, PLACEHOLDER_VALUE
 from .checkpoint_upload import CheckpointUpload
 from .heartbeat import beat, while_beating
 from .link.trainer import TrainerLink, TrainerProcess
-from .log import LOG_FILE
+from .log import LOG_FILE, opened
 from .order import common_environment, environment
 from .process import launch
 from .state import AttemptState
@@ -66,7 +66,7 @@ def train(place: Workplace, state: AttemptState, start: Start) -> None:
 
 def _run(place: Workplace, state: AttemptState, start: Start, upload: CheckpointUpload) -> None:
     """Put the job into a trainer and stay with it until it has ended there."""
-    with (state.folder / LOG_FILE).open("a", encoding="utf-8") as log_file:
+    with opened(state.folder / LOG_FILE) as log_file:
         link = state.trainer = _link(place, state, start, log_file)
         trainer, end = link.trainer, False
         state.pids |= {link.pid}

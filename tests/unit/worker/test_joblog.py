@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loractl.worker.attempt.log import CHUNK, IS_LONG, LEFT_OUT, LogBook, read_log
+from loractl.worker.attempt.log import CHUNK, IS_LONG, LEFT_OUT, LogBook, opened, read_log
 
 
 def test_a_short_log_is_handed_on_whole_and_once() -> None:
@@ -108,6 +108,13 @@ def test_the_log_goes_on_where_a_full_disk_ends_its_file() -> None:
     told: queue.SimpleQueue[str] = queue.SimpleQueue()
     read_log(io.StringIO("a\nb\n"), Full(), told)
     assert [told.get() for _ in range(3)] == ["a\n", "[the log file ends here: No space left on device]\n", "b\n"]
+
+
+def test_what_a_full_disk_has_not_taken_fails_nothing_when_the_file_is_closed() -> None:
+    told: queue.SimpleQueue[str] = queue.SimpleQueue()
+    with opened(Path("/dev/full")) as file:
+        read_log(io.StringIO("a\n"), file, told)
+    assert told.get() == "a\n"
 
 
 @pytest.mark.parametrize("limit", [0, 3])

@@ -130,15 +130,16 @@ class TrainerProcess:
     def join(self, job_id: int, file: IO[str], book: LogBook) -> TrainerLink | None:
         """Another attempt's link, while one is in it; None: it ends, or does not answer."""
         link = TrainerLink(trainer=self, job_id=job_id, book=LogFile(file, book))
-        with self._lock:
-            if self._closing or not self.mark or self.spoilt is not None or self.process.poll() is not None:
-                return None
-            if job_id in self._links:  # an earlier attempt of the job is not out of it yet
-                return None
-            self._links[job_id] = link
-        if self._share(job_id):
-            return link
-        self._forget(link)
+        with self._changing:  # nobody else leaves before it has answered, or this one is out again
+            with self._lock:
+                if self._closing or not self.mark or self.spoilt is not None or self.process.poll() is not None:
+                    return None
+                if job_id in self._links:  # an earlier attempt of the job is not out of it yet
+                    return None
+                self._links[job_id] = link
+            if self._share(job_id):
+                return link
+            self._forget(link)
         return None
 
     def holds(self, job_id: int) -> bool:
@@ -155,7 +156,7 @@ class TrainerProcess:
             alone = len(self._links) == 1
             self._closing |= alone or end
         if not (alone or end) and self._has_left(link):
-            with self._lock:  # the others may have left meanwhile: who is out last ends it, and exactly one is
+            with self._changing, self._lock:  # the others may have left: who is out last ends it, and exactly one is
                 alone = len(self._links) == 1
                 self._closing |= alone
                 if not alone:
@@ -187,11 +188,10 @@ class TrainerProcess:
 
     def _share(self, job_id: int) -> bool:
         """Let it be the host's: whoever ends the first attempt's processes must not find it."""
-        with self._changing:
-            if not self.shared and self.process.poll() is None:
-                self.send(Share(job_id=job_id, mark=self.mark))
-                self.shared = self._answered.wait(ANSWER_S)
-            return self.shared and self.process.poll() is None
+        if not self.shared and self.process.poll() is None:
+            self.send(Share(job_id=job_id, mark=self.mark))
+            self.shared = self._answered.wait(ANSWER_S)
+        return self.shared and self.process.poll() is None
 
     def _has_left(self, link: TrainerLink) -> bool:
         """Wait until nothing of a job is in the process, which others need."""
@@ -234,6 +234,7 @@ class TrainerProcess:
                 self._hand_on(line)
         if not found:
             with self._lock:
+                self._closing = True  # it ends: who came now would not be counted, and be blamed for it
                 self.lost = sum(not link.left.is_set() for link in self._links.values())
         self._read.put(found)
 

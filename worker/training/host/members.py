@@ -57,6 +57,7 @@ class Members:
         """Tell the end of a member whose thread is done; whether the process goes on. Raises what the thread raised."""
         order, ended = over.order, over.ended
         self._threads.pop(order.job_id).join()
+        self._desk.close(order)  # before its end is told: the job may come back at once
         if isinstance(ended, BaseException):
             raise ended
         if self._threads:
@@ -67,7 +68,6 @@ class Members:
             ended = self._server.settle(order, ended)
             self._company.leave(order.job_id)
             self._tell(ended)
-        self._desk.close(order)
         return bool(self._threads) or ended.base_bytes is not None
 
     def _work(self, order: Start) -> None:
