@@ -248,6 +248,24 @@ def test_a_base_is_tried_once_for_jobs_that_adapt_it_alike(tiny_model: Path) -> 
     assert tried(use_dora=True) == 0
 
 
+def test_adapted_experts_train_alone_and_leave_the_shared_base_to_others(tiny_model: Path) -> None:
+    shared = choice.shared_base(base_of("Mixtral"), FP32)
+    assert shared is not None
+    tokenizer = load_tokenizer(str(tiny_model))
+
+    def forward_of(**lora: Any) -> tuple[Any, str | None]:
+        spec = spec_of(lora=lora)
+        learner = Learner(model=adapted(shared.view(), spec), tokenizer=tokenizer, precision=FP32)
+        return forward_pass(learner, spec, 40, shared)
+
+    other, _ = forward_of(target_modules=["q_proj", "v_proj"])
+    before = learned(other, rows(5))
+    forward, why = forward_of()
+    assert type(forward) is LeanPass and why is not None and why.endswith("is no plain linear layer")
+    assert apart(learned(forward, rows(5)), learned(PaddedPass(forward.model, PAD, 0.0), rows(5))) < 1e-5
+    assert type(other) is SharedPass and apart(learned(other, rows(5)), before) == 0
+
+
 @pytest.mark.parametrize("family", ["Llama", "Granite"])
 def test_no_logits_are_held_that_nobody_needs_any_more(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where members pass the head together: not beside scaled ones, and not in the decoder's backward pass."""

@@ -62,11 +62,11 @@ class SharedBase:
         """Know the layers of an adapter on a view. They are forgotten when the model is gone. Raises CantShare."""
         from peft.tuners.lora.layer import LoraLayer
 
-        for path, layer in adapted.get_base_model().named_modules():
-            if not isinstance(layer, LoraLayer):
-                continue
-            if ADAPTER not in layer.lora_A or layer.lora_bias[ADAPTER]:
+        layers = [(path, m) for path, m in adapted.get_base_model().named_modules() if isinstance(m, LoraLayer)]
+        for path, layer in layers:  # all of them first: others' passes go through the layers that are taken over
+            if not _is_plain(layer):
                 raise CantShare(f"{path} is no plain linear layer")
+        for path, layer in layers:
             self._product(path).layers[adapted] = layer
 
     def _product(self, path: str) -> SharedProduct:
@@ -158,6 +158,14 @@ class SharedBase:
         """Around a block, and around its recomputation, which draws what the block drew."""
         generators = [span.generator for span in self._spans.now]
         return contextlib.nullcontext(), _standing(generators, [generator.get_state() for generator in generators])
+
+
+def _is_plain(layer: Any) -> bool:
+    """Whether peft's layer adapts the product of one linear layer: not fused experts, and no embedding."""
+    from transformers.pytorch_utils import Conv1D
+
+    plain = isinstance(layer.get_base_layer(), (torch.nn.Linear, Conv1D))
+    return plain and ADAPTER in layer.lora_A and not layer.lora_bias[ADAPTER]
 
 
 def _more_than(words: Any, head: Any) -> bool:
