@@ -133,7 +133,7 @@ def plan(
         "evaluation": max(0, evaluation_bytes(shape, spec, step) - adapter - peak.training),
         "context": _context_bytes(stack),
         **shared,
-        **({"widened": _widened_bytes(shape, step)} if _widens(step, stack) else {}),
+        **({"widened": _widened_bytes(shape, step)} if step.widens else {}),
         "allocator": _unusable_bytes(step, stack, peak),
     }
     parts = {name: int(size) for name, size in sizes.items()}
@@ -146,11 +146,6 @@ def _unusable_bytes(step: Step, stack: Stack, peak: _Peak) -> float:
     if stack.on_gpu:
         return peak.unusable + SEGMENT_BYTES + WORKSPACE_BYTES
     return HEAP_SHARE * (peak.training - peak.logits - peak.update) if step.checkpoints else 0
-
-
-def _widens(step: Step, stack: Stack) -> bool:
-    """Whether products of 16-bit numbers may be made in fp32: on some processors, which are not told apart here."""
-    return not stack.on_gpu and step.lean and step.autocast and not step.full
 
 
 def _widened_bytes(shape: Shape, step: Step) -> int:

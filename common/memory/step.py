@@ -59,6 +59,7 @@ class Step:
     wide_norms: bool  # LayerNorm is fp32 under autocast, an NF4 layer answers in the type of its input: all become fp32
     lean: bool  # rows behind each other, logits in chunks, adapters' input as it is; else as transformers' Trainer
     full: bool  # all in fp32, without autocast
+    widens: bool  # products of 16-bit numbers may be made in fp32: on some processors, which are not told apart here
     saved_embedding: bool  # trained in fp32, which makes the residual stream fp32
     saved_head: bool
     dora: bool
@@ -85,6 +86,7 @@ class Step:
             whole_rest=training.exact or full,
             wide_norms=shape.norm == "layer" and shape.linear_parameters > 0,
             full=full,
+            widens=lean and stack.autocast and not full and not stack.on_gpu,
             saved_embedding="embedding" in saved and not full,
             saved_head="head" in saved and not full,
             dora=spec.lora.use_dora,

@@ -270,6 +270,15 @@ def test_options_are_planned_as_they_are_traced(
     assert planned == pytest.approx(trace.peak, rel=TOLERANCE)
 
 
+@pytest.mark.parametrize("exact", [False, True])
+def test_capped_logits_are_planned_as_they_are_traced_in_fp32(exact: bool, tmp_path: Path) -> None:
+    """Over a large vocabulary: two bytes a logit are a tenth of the plan."""
+    asked = job("gemma2", checkpointing=False, exact=exact).model_dump()
+    asked["training"] |= {"dtype": "float32"}
+    planned, trace = compare("gemma2", JobSpec.model_validate(asked), Method.LORA, tmp_path, 60_000)
+    assert planned == pytest.approx(trace.peak, rel=TOLERANCE / 2)
+
+
 def test_a_trained_embedding_widens_no_experts(tmp_path: Path) -> None:
     asked = job("mixtral").model_dump()
     asked["lora"] |= {"modules_to_save": ["embed_tokens"]}

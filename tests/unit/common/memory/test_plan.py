@@ -93,6 +93,19 @@ def test_the_loss_takes_twelve_bytes_a_logit() -> None:
     assert held == plan(shape(), exact, Method.LORA).peak_bytes + 4 * 256 * 49152 * 2
 
 
+def test_a_cap_keeps_a_logit_in_the_type_that_the_head_answers_in() -> None:
+    def beyond(stack: Stack | None = None, **training: Any) -> float:
+        sizes = [
+            plan(replace(shape(), softcaps=caps), job(training=training), Method.LORA, stack=stack).parts["logits"]
+            for caps in (False, True)
+        ]
+        return (sizes[1] - sizes[0]) / (HEAD_CHUNK * 49152)
+
+    assert beyond(gradient_checkpointing=True) == 2
+    assert beyond(gradient_checkpointing=True, dtype="float32") == 4
+    assert beyond(Stack(on_gpu=False), gradient_checkpointing=True) == 4, "a processor may make its products in fp32"
+
+
 def test_a_lean_step_holds_the_logits_of_a_chunk_whatever_the_batch() -> None:
     small, large = (
         plan(shape(), job(training={"per_device_train_batch_size": rows}), Method.LORA).parts["logits"]
