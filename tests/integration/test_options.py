@@ -114,6 +114,22 @@ def test_rslora_scales_by_the_root_of_r_and_dora_stores_magnitudes(recipe: Recip
     assert any("lora_magnitude_vector" in name for name in adapter(tmp_path / "a"))
 
 
+def test_loftq_with_dora_begins_where_loftq_alone_does_whatever_the_rank(tiny_model: Path) -> None:
+    """DoRA's magnitudes are those of the corrected layers; a layer that is narrower than r keeps that rank."""
+    ids, precision, found = torch.arange(3, 40)[None], choose_precision("cpu", "float32"), []
+    for dora in (False, True):
+        torch.manual_seed(0)
+        base = load_base(str(tiny_model), Method.QLORA, "cpu", precision)
+        lora = {"r": 256, "init_lora_weights": "loftq", "use_dora": dora}
+        model = add_adapter(base, _spec(tiny_model, lora=lora), Method.QLORA)
+        with torch.no_grad():
+            found.append(model(ids).logits)
+        ranks = {p.shape[0] for name, p in model.named_parameters() if "lora_A" in name}
+        ranks |= {p.shape[1] for name, p in model.named_parameters() if "lora_B" in name}
+        assert ranks == {256}
+    assert float((found[0] - found[1]).norm() / found[0].norm()) < 1e-5
+
+
 def test_modules_to_save_are_trained_in_fp32_and_stored_in_full(
     recipe: Recipe, tiny_model: Path, tmp_path: Path
 ) -> None:

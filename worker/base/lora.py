@@ -132,9 +132,12 @@ def _make_up_for_nf4(model: Any, spec: JobSpec) -> None:
         # the r largest of a few more, by random projections (arXiv:0909.4061): all singular values of an 8B model's
         # layers take minutes, and a card is held meanwhile
         left, sizes, right = torch.svd_lowrank(lost, q=min(4 * r, *lost.shape), niter=4)
-        root = sizes[:r].sqrt()
-        layer.lora_A["default"].weight.data = (root[:, None] * right.T[:r]).contiguous()
-        layer.lora_B["default"].weight.data = (left[:, :r] * root / scale).contiguous()
+        root, a, b = sizes[:r].sqrt(), layer.lora_A["default"].weight.data, layer.lora_B["default"].weight.data
+        # a layer narrower than r has fewer: the rest of A and B stays as peft begins it
+        a[: len(root)] = root[:, None] * right.T[:r]
+        b[:, : len(root)] = left[:, :r] * root / scale
+        if spec.lora.use_dora:  # its magnitudes are norms of what A and B now make of the layer
+            layer.lora_magnitude_vector["default"].weight.data = torch.linalg.norm(kept + scale * (b @ a), dim=1)
 
 
 def _weights_of(spec: JobSpec) -> dict[str, Callable[[], torch.Tensor]]:
