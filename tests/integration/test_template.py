@@ -8,6 +8,7 @@ import pytest
 
 pytest.importorskip("torch")
 
+from loractl.common.data.example import Example, Turn
 from loractl.common.data.formats import parse_examples
 from loractl.common.data.rows import RawRow
 from loractl.common.errors import UsageError
@@ -45,6 +46,19 @@ def test_a_row_is_what_axolotl_makes_of_it(tiny_model: Path, given: str, prompt:
     )
     assert plain.backend_tokenizer is tokenizer.backend_tokenizer, "its vocabulary is summed once"
     assert plain.chat_template != tokenizer.chat_template, "another adapter of the same base keeps its own"
+
+
+def test_nothing_is_learned_behind_an_answer_s_end_where_the_template_trims_it(tiny_model: Path) -> None:
+    tokenizer = load_tokenizer(str(tiny_model))
+    eos = tokenizer.eos_token
+    tokenizer.chat_template = (
+        "{% for message in messages %}{{ message.role }}:\n{{ message.content | trim }}{{ eos_token }}\nand\n"
+        "{% endfor %}{% if add_generation_prompt %}assistant:\n{% endif %}"
+    )
+    turns = (Turn(role="user", content="a"), Turn(role="assistant", content="   storage"))
+    ids, labels = encode(Example(number=1, turns=turns), tokenizer, DataFormat.MESSAGES)
+    assert tokenizer.decode([label for label in labels if label != IGNORED]).strip() == f"storage{eos}"
+    assert "and" in tokenizer.decode(ids)
 
 
 def test_a_conversation_goes_on_and_a_system_message_takes_the_place_of_the_task(tiny_model: Path) -> None:

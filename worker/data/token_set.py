@@ -27,7 +27,7 @@ from loractl.common.job.sections import DataFormat, DatasetSpec, Overflow
 from .token_rows import TokenRows
 from .tokens import IGNORED, TokenRow, encode
 
-_CACHE_VERSION = 5
+_CACHE_VERSION = 6
 
 _COUNTS = "counts.json"
 

@@ -58,7 +58,8 @@ def _encode_chat(example: Example, tokenizer: Any) -> tuple[list[int], list[int]
         after = _render(example, place + 1, tokenizer)
         if not (text.startswith(after) and after.startswith(before)):
             raise ValueError("the model's chat template changes earlier turns, so answers can't be told from the rest")
-        eos = after.find(tokenizer.eos_token, len(before) + len(turn.content.rstrip()))
+        # stripped, as many templates have it: the end is looked for behind what they keep at the least
+        eos = after.find(tokenizer.eos_token, len(before) + len(turn.content.strip()))
         spans.append((len(before), len(after) if eos < 0 else eos + len(tokenizer.eos_token)))
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     ids, offsets = list(encoded.input_ids), encoded.offset_mapping
