@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 import torch
 
+from loractl.common.job.status import Reason
 from loractl.worker.base.batches import in_batches
+from loractl.worker.evaluation.answers import rouge
 from loractl.worker.evaluation.comparison import Compared
-from loractl.worker.evaluation.confusion import Labels
+from loractl.worker.evaluation.confusion import Labels, label_metrics
 from loractl.worker.evaluation.report import verdict
 from loractl.worker.evaluation.statistics import BOOTSTRAP_SEED, paired_interval
 
@@ -112,6 +114,42 @@ def test_labels_are_counted_as_by_hand() -> None:
     assert base == pytest.approx(100 * (2 / 4 + 2 / 3) / 2)
     assert tuned == pytest.approx(100 * (6 / 7 + 0) / 2)
     assert low < tuned - base < high
+
+
+def test_no_answer_is_right_where_a_text_is_expected_that_is_no_label() -> None:
+    labels = Labels.of(["a", "b"], ["a", "neither", "neither"], ["b", "some words", "a"], ["a", "neither", "b"])
+    accuracy, macro = label_metrics(labels)
+    assert (accuracy.base, accuracy.tuned) == (0.0, pytest.approx(100 / 3))
+    assert (macro.base, macro.tuned) == (0.0, pytest.approx(100 * (1 + 0) / 2))
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected", "two_of_three"),
+    [
+        ("the disk is_full", "The DISK, is full!", None),
+        ("диск переполнен", "Диск переполнен.", None),
+        ("磁盘已满", "磁盘已满。", None),
+        ("डिस्क भरी है", "डिस्क भरी थी", "rouge1"),
+        ("", "full", 0.0),
+    ],
+)
+def test_rouge_knows_the_words_of_any_script(answer: str, expected: str, two_of_three: str | float | None) -> None:
+    found = {kind: float(values[0]) for kind, values in rouge([answer], [expected]).items()}
+    if isinstance(two_of_three, str):
+        assert found[two_of_three] == pytest.approx(200 / 3)
+    else:
+        assert set(found.values()) == {100.0 if two_of_three is None else two_of_three}
+
+
+def test_a_prompt_that_is_longer_than_any_row_is_not_answered(recipe: Recipe, tmp_path: Path) -> None:
+    """Of a conversation that was cut, whose last question lies behind the cut."""
+    long = [(f"ticket {n}", "queue: gpu") for n in range(30)]
+    held_out = conversations(tmp_path / "held-out.jsonl", [[("ticket 1", "queue: storage")], long])
+    asked = {"samples": 2, "max_new_tokens": 2, "metrics": ["loss", "exact_match"]}
+    ended, _ = recipe("a", max_steps=1, dataset={"eval_path": str(held_out), "max_length": 64}, evaluation=asked)
+    found = evaluation(tmp_path / "a")
+    assert ended.reason is Reason.OK and found["rows"] == 2
+    assert [answer["row"] for answer in found["answers"]] == [1]
 
 
 def test_answers_that_are_labels_are_scored_on_every_held_out_row(recipe: Recipe, tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -49,10 +51,13 @@ class Answer:
         return _same(self.tuned, self.expected)
 
 
-def prompts_of(examples: Sequence[Example], tokenizer: Any) -> list[Prompt]:
-    """The prompts of the examples that have one: plain text has none."""
-    prompts = [(e.number, p) for e in examples if (p := prompt_of(e, tokenizer)) is not None]
-    return [Prompt(row=number, ids=ids, shown=shown, expected=expected) for number, (ids, shown, expected) in prompts]
+def prompts_of(examples: Sequence[Example], tokenizer: Any, max_length: int) -> list[Prompt]:
+    """The prompts of the examples that have one: plain text has none. Those of more than `max_length` tokens are left
+    out, as of a long conversation whose last answers were cut off: memory was planned, and trained on, for rows of that
+    length, and the model may know no more places."""
+    asked = [(example.number, prompt_of(example, tokenizer)) for example in examples]
+    prompts = [Prompt(row=number, ids=found[0], shown=found[1], expected=found[2]) for number, found in asked if found]
+    return [prompt for prompt in prompts if len(prompt.ids) <= max_length]
 
 
 def side_by_side(
@@ -90,12 +95,29 @@ def answer_metrics(answers: Sequence[Answer], wanted: set[Metric]) -> list[Compa
 
 
 def rouge(texts: Sequence[str], expected: Sequence[str]) -> dict[str, Array]:
-    """F1 in percent of each kind of ROUGE, by Google's rouge-score with stemming off."""
+    """F1 in percent of each kind of ROUGE, by Google's rouge-score with stemming off, over words of any script."""
     from rouge_score.rouge_scorer import RougeScorer
 
-    scorer = RougeScorer(list(ROUGE))
+    scorer = RougeScorer(list(ROUGE), tokenizer=_Words())
     scores = [scorer.score(e, text) for e, text in zip(expected, texts, strict=True)]
     return {kind: np.array([100 * score[kind].fmeasure for score in scores]) for kind in ROUGE}
+
+
+class _Words:
+    """In place of rouge-score's tokenizer, which knows a to z alone: an answer in Russian has no word there, and is
+    nothing like itself. English text has the same words. Chinese and Japanese put no spaces: a character is a word."""
+
+    def tokenize(self, text: str) -> list[str]:
+        words = "".join(f" {c} " if _IDEOGRAPHIC.match(c) else c if _is_of_word(c) else " " for c in text.lower())
+        return words.split()
+
+
+_IDEOGRAPHIC = re.compile("[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
+
+
+def _is_of_word(character: str) -> bool:
+    """Letters, digits, and the marks that some scripts write vowels with."""
+    return character.isalnum() or unicodedata.category(character).startswith("M")
 
 
 def _same(answer: str, expected: str) -> bool:

@@ -1,6 +1,7 @@
 """Answers that are labels: accuracy, macro F1 and the confusion of base and tuned.
 
-The labels are those that the training rows teach. Any other answer counts as wrong, and as "other".
+The labels are those that the training rows teach. Any other answer counts as wrong, and as "other"; so does any answer
+where a held-out row expects another text.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ class Labels:
     expected: list[int]
     base: list[int]
     tuned: list[int]
+    other: int | None = None  # OTHER's place, which is never right; None: a head answers labels alone
 
     @classmethod
     def of(cls, names: Sequence[str], expected: Sequence[str], base: Sequence[str], tuned: Sequence[str]) -> Labels:
@@ -34,7 +36,12 @@ class Labels:
         def places(texts: Sequence[str]) -> list[int]:
             return [place.get(_folded(text), len(names)) for text in texts]
 
-        return cls(names=[*names, OTHER], expected=places(expected), base=places(base), tuned=places(tuned))
+        said = {"expected": places(expected), "base": places(base), "tuned": places(tuned)}
+        return cls(names=[*names, OTHER], other=len(names), **said)
+
+    def right(self, answers: Sequence[int]) -> list[bool]:
+        """Of each row, whether it was answered with the label that it expects."""
+        return [answer == expected != self.other for answer, expected in zip(answers, self.expected, strict=True)]
 
     def confusion(self, answers: Sequence[int]) -> list[list[int]]:
         """Rows: the expected label; columns: the answered one."""
@@ -59,7 +66,8 @@ class Labels:
         """Macro F1 in percent for each sample; `rows` says how often each row stands in it (samples x rows)."""
         expected = np.array(self.expected)[:, None] == np.array(present)
         answered = np.array(answers)[:, None] == np.array(present)
-        right, there, said = rows @ (expected & answered), rows @ expected, rows @ answered
+        hit = expected & answered & np.array(self.right(answers))[:, None]
+        right, there, said = rows @ hit, rows @ expected, rows @ answered
         with np.errstate(invalid="ignore"):
             f1 = np.where(there + said > 0, 2 * right / (there + said), np.nan)
         return 100 * np.nanmean(f1, axis=1)
@@ -67,11 +75,8 @@ class Labels:
 
 def label_metrics(labels: Labels) -> list[Compared]:
     """Accuracy and macro F1."""
-    right = [
-        [answer == e for answer, e in zip(said, labels.expected, strict=True)] for said in (labels.base, labels.tuned)
-    ]
     return [
-        compare_shares("accuracy", "labels right", *right),
+        compare_shares("accuracy", "labels right", labels.right(labels.base), labels.right(labels.tuned)),
         MACRO_F1.compared(len(labels.expected), *labels.macro_f1()),
     ]
 

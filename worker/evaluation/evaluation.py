@@ -134,16 +134,16 @@ class Work:
 
     @classmethod
     def of(cls, data: PreparedData, spec: JobSpec, tokenizer: Any) -> Work:
-        asked = spec.evaluation
+        asked, most = spec.evaluation, spec.dataset.max_length
         examples = data.held_out_examples[: asked.max_rows]
         labels = labels_taught(data.answer_shares) if Metric.LABELS in asked.metrics else []
         label_tokens = max((len(tokenizer(name, add_special_tokens=False).input_ids) for name in labels), default=0)
-        several = answers_of(examples, tokenizer, spec.dataset.max_length) if Metric.CONTEXT in asked.metrics else []
+        several = answers_of(examples, tokenizer, most) if Metric.CONTEXT in asked.metrics else []
         return cls(
             rows=data.held_out.rows[: asked.max_rows],
-            prompts=prompts_of(data.held_out_examples[: asked.samples], tokenizer),
+            prompts=prompts_of(data.held_out_examples[: asked.samples], tokenizer, most),
             labels=labels,
-            labelled=prompts_of(examples, tokenizer) if labels else [],
+            labelled=prompts_of(examples, tokenizer, most) if labels else [],
             label_tokens=label_tokens + LABEL_SLACK,
             turns=several,
             regression=data.regression.rows[: asked.max_rows] if data.regression else [],

@@ -130,7 +130,7 @@ def score(pool: AdapterPool, key: str | None, task: Task, asked: EvaluationSpec)
     expected = [prompt.expected for prompt in prompts]
     if work.labelled:
         said = Labels.of(work.labels, expected, texts, texts)
-        answers = 100 * (np.array(said.base) == np.array(said.expected)).astype(float)
+        answers = 100 * np.array(said.right(said.base), float)
     else:
         answers = rouge(texts, expected)[ROUGE_L] if prompts else np.zeros(0)
     return Scores(loss=rows.loss, tokens=rows.tokens, answers=answers)
