@@ -15,10 +15,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from loractl.common.job.method import Parallel
+from loractl.common.job.method import Method, Parallel
 from loractl.common.job.status import Reason
 from loractl.worker.attempt.process import launch
 from loractl.worker.base.adapter import WEIGHTS
+from loractl.worker.base.arithmetic import choose_precision
+from loractl.worker.base.model import load_base
 from loractl.worker.data.tokens import TokenRow
 from loractl.worker.engine.ranks.part import rows_of
 from loractl.worker.protocol.messages import Ended, Note, Start, Stepped, Told, decode_told, encode
@@ -86,6 +88,18 @@ def test_a_gang_that_was_stopped_goes_on_on_one_card_and_on_two(tiny_model: Path
         rest, adapter = case.on(kind, name, resume="stopped")
         assert [m.resumed_from_step for m in rest.told if isinstance(m, Note) and m.kind == "resumed"] == [3]
         assert apart(whole, adapter) < 1e-5
+
+
+@pytest.mark.parametrize("method", [Method.LORA, Method.QLORA])
+def test_a_base_that_cards_divide_is_loaded_into_the_box_s_memory(
+    method: Method, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where there is a card, too: transformers looks for one by itself, and a base of NF4 would lie on it whole."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    precision = choose_precision("cpu", "bfloat16")
+    base = load_base(str(tiny_model), method, "cuda", precision, divisible=True)
+    assert {tensor.device.type for tensor in (*base.parameters(), *base.buffers())} == {"cpu"}
 
 
 @pytest.mark.long

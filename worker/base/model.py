@@ -88,8 +88,9 @@ def load_base(
     options = _format_options(base_model, method, precision, head)
     if divisible and method is Method.QLORA:
         options["quantization_config"].bnb_4bit_quant_storage = torch.bfloat16
-    if device == "cuda" and not divisible:
-        options["device_map"] = {"": 0}
+    if device == "cuda":
+        # Named in both cases: transformers puts a quantised model of which nothing is said onto the card.
+        options["device_map"] = {"": "cpu" if divisible else 0}
     if attention != "auto":
         options["attn_implementation"] = _available(attention)
     with model_errors(base_model), _conversion_errors():

@@ -51,6 +51,8 @@ class Shards:
         rest = [parameter for parameter in model.parameters() if parameter not in divided]
         for tensor in (*rest, *model.buffers()):
             tensor.data = tensor.data.to(link.device)
+            if (state := getattr(tensor, "quant_state", None)) is not None:  # of a layer in NF4 outside of the blocks
+                state.to(link.device)
         fully_shard(decoder, mesh=mesh, ignored_params=trained | set(rest))
         self._watch(decoder)
         # In the backward pass a block gathers the one before it ahead. By itself torch would take that from the order
