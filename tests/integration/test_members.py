@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from loractl.common.job.status import Reason
+from loractl.worker.engine.passes.shared import SharedBase
 from loractl.worker.protocol.messages import (
     Ended,
     GoingOn,
@@ -187,6 +188,30 @@ def test_one_that_diverges_is_drained_or_can_t_share_ends_alone(
     ended, told = recipe("rest", resume="drained", **drained)
     assert ended.reason is Reason.OK and any(m.resumed_from_step for m in told if isinstance(m, Note))
     assert weights(tmp_path / "rest") == weights(tmp_path / "whole")
+
+
+def test_a_card_that_fails_under_several_jobs_fails_none_of_them_for_good(
+    start: Callable[..., Start], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kernel's error comes to all who compute in the process, whoever began the kernel; it is raised as CUDA words
+    it, at every pass from then on."""
+    failed, learn = threading.Event(), SharedBase.learn
+
+    def until_it_fails(base: SharedBase, *given: Any, **how: Any) -> Any:
+        if failed.is_set():
+            raise RuntimeError("CUDA error: device-side assert triggered\nFor debugging consider passing ...")
+        return learn(base, *given, **how)
+
+    monkeypatch.setattr(SharedBase, "learn", until_it_fails)
+    process = Process()
+    process.when(1, Opened, lambda: process.send(start("two", job_id=2, keep=True, joins=True, **LONG)))
+    process.when(2, Stepped, failed.set, step=1)
+    process.send(start("one", job_id=1, keep=True, **{**LONG, "max_steps": 200}))
+    process.join()
+    ends = [process.ended(job) for job in (1, 2)]
+    said = "it shared its trainer with other jobs: RuntimeError: CUDA error: device-side assert triggered"
+    assert [(end.reason, end.message) for end in ends] == [(Reason.HOST_LOST, said)] * 2
+    assert not process.stays and any("the card failed" in why for why in process.remained())
 
 
 def test_what_a_member_leaves_is_found_while_others_go_on(start: Callable[..., Start], tmp_path: Path) -> None:

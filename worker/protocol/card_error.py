@@ -54,6 +54,11 @@ def card_error(text: str) -> tuple[Reason, str] | None:
     return Reason.OUT_OF_MEMORY if _FULL.search(line) else Reason.GPU_ERROR, line[:300]
 
 
+def names_card(text: str) -> bool:
+    """Whether it is an error of the card's or of its libraries, a program's fault included."""
+    return _FROM_A_CARD.search(text) is not None
+
+
 def may_be_full(text: str) -> bool:
     """Whether a library could not make its handle. It says the same of a full card and of a broken one."""
     return _NO_HANDLE.search(text) is not None

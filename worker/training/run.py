@@ -45,6 +45,7 @@ class Run:
     allowance: Allowance = field(default_factory=Allowance)
     traces: Traces = field(init=False)
     failed_aside: bool = False  # what ended it happened in a process beside this one
+    card_failed: bool = False  # the card refused something: from then on it may refuse all of this process
     stages: list[Stage] = field(default_factory=list)  # those that have begun
     adjustment: Adjustment = field(init=False)  # what out-of-memory has changed so far
     changes: list[str] = field(init=False)  # the same in words, one a step down

@@ -26,6 +26,7 @@ from loractl.common.errors import DataError
 from loractl.common.job.status import Reason, Stage
 from loractl.worker.base.kernels import load_kernels
 from loractl.worker.base.quiet import quieten, tell_once
+from loractl.worker.protocol.card_error import names_card
 from loractl.worker.protocol.log_lines import log_line
 from loractl.worker.protocol.messages import Ended, Learned, Passed, Release, Share, Start, Stop, Take, Told, encode
 from loractl.worker.protocol.orders import MemberOver, OrderDesk, Orders
@@ -173,15 +174,20 @@ class _Host:
             ended = _run(run, orders)
             if run.failed_aside:
                 self._aside.add(order.job_id)
+            if run.card_failed:
+                self._fault = self._fault or f"the card failed while job {order.job_id} was there"
             return ended
 
     def let_go(self, order: Start, ended: Ended) -> str | None:
         from loractl.worker.base.gauge import release
 
         assert self._shelf is not None and self._allowance is not None
-        fault = self._traces.pop(order.job_id).left() or self._spoilt_by(ended)
-        release()
-        self._allowance.take_back(order, self._shelf.size)
+        fault = self._traces.pop(order.job_id).left() or self._fault or self._spoilt_by(ended)
+        try:
+            release()
+            self._allowance.take_back(order, self._shelf.size)
+        except RuntimeError as error:  # a card that has failed refuses this, too; the others still tell their ends
+            fault = fault or f"{type(error).__name__}: {error}".splitlines()[0]
         self._fault = self._fault or fault
         return fault
 
@@ -297,6 +303,10 @@ def _trained(run: Run) -> Ended:
         if order.ranks and is_lost(error):
             return ended(Reason.TRAINER_ERROR, LINK_LOST)
         reason, message = explain(error, own_limit=order.device == "cpu" and order.memory_limit is not None)
+        run.card_failed = reason is not Reason.OUT_OF_MEMORY and names_card(str(error))
+        if run.card_failed and run.company.met_by(order.job_id):
+            # A kernel's error comes late, and then to all who compute in the process: alone it shows whose it is.
+            return ended(Reason.HOST_LOST, f"it shared its trainer with other jobs: {message}")
         if reason is Reason.TRAINER_ERROR and Stage.EVALUATING in run.stages:
             reason = Reason.EVALUATION_FAILED
         return ended(reason, message)
