@@ -60,10 +60,11 @@ def compiler() -> str | None:
     return shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
 
 
-def build(folder: Path) -> StandIn:
-    """Compile the stand-in into `folder`."""
+def build(folder: Path, *, old: bool = False) -> StandIn:
+    """Compile the stand-in into `folder`. `old`: as a driver before 510 has it, without the newer list of processes."""
     command = compiler()
     assert command is not None
     source, library = Path(__file__).with_name("nvml.c"), folder / "libnvidia-ml.so.1"
-    subprocess.run([command, "-shared", "-fPIC", "-O1", "-Wall", "-Werror", "-o", library, source], check=True)
+    options = ["-shared", "-fPIC", "-O1", "-Wall", "-Werror", *["-DOLD"] * old]
+    subprocess.run([command, *options, "-o", library, source], check=True)
     return StandIn(folder=folder, file=folder / "cards.txt")

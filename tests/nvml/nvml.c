@@ -288,6 +288,7 @@ int nvmlDeviceGetTemperature(void *handle, int sensor, unsigned *degrees)
     return card.parent < 0 ? SUCCESS : NOT_SUPPORTED;
 }
 
+#ifndef OLD
 /* As the driver does it: with too little room it says how many there are. */
 int nvmlDeviceGetComputeRunningProcesses_v3(void *handle, unsigned *count, process_t *processes)
 {
@@ -303,3 +304,4 @@ int nvmlDeviceGetComputeRunningProcesses_v3(void *handle, unsigned *count, proce
         memcpy(processes, card.process, card.processes * sizeof *processes);
     return SUCCESS;
 }
+#endif

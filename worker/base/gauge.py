@@ -79,6 +79,8 @@ def hold_to(limit: int | None, device: Literal["cuda", "cpu"], gpu: str) -> None
     if limit is None:
         return
     if device == "cuda":
+        if torch.cuda.is_initialized():
+            limit_to(limit, device, gpu)  # of a job that joins others: its thread's workspace must fit beside theirs
         torch.ones(16, 16, device="cuda").mm(torch.ones(16, 16, device="cuda"))  # brings up the context and cuBLAS
     else:
         _prepare_processor()
@@ -227,7 +229,7 @@ def nvml_process(gpu: str) -> ListedProcess:
         pynvml.nvmlInit()
         handle = pynvml.nvmlDeviceGetHandleByUUID(gpu)
         used = [p.usedGpuMemory for p in pynvml.nvmlDeviceGetComputeRunningProcesses(handle) if p.pid == os.getpid()]
-    except pynvml.NVMLError as error:
+    except (pynvml.NVMLError, pynvml.NVMLLibraryMismatchError) as error:  # the second: an older driver
         log.debug("NVML does not tell this process's memory: %s", error)
         return ListedProcess(listed=False, bytes=None)
     return ListedProcess(listed=bool(used), bytes=int(used[0]) if used and used[0] else None)

@@ -221,3 +221,5 @@ def _optional(query: Callable[[], Answer]) -> Answer | None:
         return query()
     except (pynvml.NVMLError_NotSupported, pynvml.NVMLError_NoPermission, pynvml.NVMLError_FunctionNotFound):
         return None
+    except pynvml.NVMLLibraryMismatchError:  # the same of an older driver, and no NVMLError
+        return None

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
@@ -105,6 +106,15 @@ def test_cards_are_seen_through_nvml_with_their_processes(library: StandIn) -> N
     assert large["free"] == (81920 - 4097) * MIB
     library.show(SMALL)
     assert [card["uuid"] for card in look(library)] == ["GPU-aaaa"], "the file is read at every call"
+
+
+def test_an_older_driver_lists_no_processes_and_ends_no_node(tmp_path: Path) -> None:
+    if compiler() is None:
+        pytest.skip("no C compiler for the NVML stand-in")
+    library = build(tmp_path, old=True)
+    library.show(SMALL)
+    (card,) = look(library)
+    assert (card["processes"], card["fault"], card["load"]) == (None, None, 55)
 
 
 def test_a_box_serves_the_cards_that_its_owner_or_its_scheduler_names(library: StandIn) -> None:
