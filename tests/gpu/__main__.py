@@ -29,6 +29,7 @@ BUDGET_S, LONG_S = 8 * 60.0, 40 * 60.0
 def main() -> int:
     import torch
 
+    os.environ["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # the first card is NVML's first, and not the fastest
     if not torch.cuda.is_available():
         print("make gpu needs an NVIDIA card and a torch with CUDA; nothing was run, docs/gpu.md stays as it is")
         return 1

@@ -31,6 +31,9 @@ SEVERAL = """\
 And that no rank stays in a kernel that waits for one that died: submit a job with `--set resources.cards=2`, end its
 second process by `kill -9`, and look that `nvidia-smi` shows neither, and that the job goes on from its checkpoint.
 
+In a container NCCL may lack shared memory, of which Docker gives 64 MiB (`--shm-size`). The job then says that its link
+broke, and its log has NCCL's own words. NCCL's buffers are in the plan and not in a trainer's limit.
+
 On a processor, over gloo, the same lines are in [architecture.md](architecture.md#several-cards).
 """
 
@@ -47,6 +50,13 @@ Read in the libraries' sources, and to be looked at where a figure is not as it 
 - Rows go through one kernel for rows of any lengths (`torch.nn.attention.varlen`) where it computes a few rows as plain
   products do; else the trainer's log says why they go row by row. Its backward pass adds up in no fixed order, so two
   runs may differ in bits.
+- A context grows while kernels are loaded, each at its first use; a trainer's limit counts what it was at the start.
+  What the figures show of a process beyond its reservation may be that.
+- Where flash attention does not run (cards before Ampere, and `dtype: float32`), torch 2.13 may have no fused kernel
+  for heads that share keys and values but plain products: their scores grow with the square of a row, and no plan
+  counts them.
+- A mixture of experts in 16 bits is joined on the card, a layer at a time, beside the experts as the files have them:
+  loading may take a layer more than the weights.
 """
 
 NEVER = "# Real cards: never run"
