@@ -248,6 +248,29 @@ def test_a_base_is_tried_once_for_jobs_that_adapt_it_alike(tiny_model: Path) -> 
     assert tried(use_dora=True) == 0
 
 
+def test_a_held_out_loss_has_no_part_for_a_router() -> None:
+    model = adapted(base_of("Mixtral"), spec_of())
+    with evaluating(model):
+        plain = LeanPass(model, FP32).held_out_loss(rows(3))
+        model.config.output_router_logits = True
+        assert PaddedPass(model, PAD, 0.0).held_out_loss(rows(3)) == pytest.approx(plain, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("family", "drawn"),
+    [("Starcoder2", "residual_dropout"), ("Mixtral", "router_jitter_noise"), ("GPT2", "resid_pdrop")],
+)
+def test_a_base_that_draws_random_numbers_itself_is_not_shared(
+    family: str, drawn: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its recomputed blocks would draw others, and members each other's."""
+    off = {"attention_dropout": 0.0, "residual_dropout": 0.0, "embedding_dropout": 0.0}
+    own = FAMILIES.get(family, off)
+    for chance in (0.0, 0.1):
+        monkeypatch.setitem(FAMILIES, family, {**own, drawn: chance})
+        assert (choice.shared_base(base_of(family), FP32) is None) == (chance > 0)
+
+
 def test_adapted_experts_train_alone_and_leave_the_shared_base_to_others(tiny_model: Path) -> None:
     shared = choice.shared_base(base_of("Mixtral"), FP32)
     assert shared is not None

@@ -50,8 +50,8 @@ def shared_base(model: Any, precision: Precision) -> SharedBase | None:
 
 
 def _drops(module: Any) -> bool:
-    """Whether a module has dropout of its own."""
-    chances = [getattr(module, name, 0) for name in ("p", "attention_dropout")]
+    """Whether a module has dropout of its own, or noise like a router's: many a model's code keeps only the number."""
+    chances = [value for name, value in vars(module).items() if name == "p" or "dropout" in name or "jitter" in name]
     return any(isinstance(chance, float) and chance > 0 for chance in chances)
 
 

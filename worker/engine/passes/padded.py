@@ -27,6 +27,7 @@ class PaddedPass:
         self._smoothing = smoothing
         self._learner = torch.compile(model, backend="inductor") if compiled else model
         self._whole_windows = accepts_window(model)
+        self._routed = getattr(model.config.get_text_config(), "output_router_logits", False)
 
     def recompute_blocks(self) -> None:
         """Hold a block's activations in the backward pass alone."""
@@ -41,10 +42,14 @@ class PaddedPass:
         return loss.detach()
 
     def held_out_loss(self, rows: Sequence[TokenRow]) -> float:
-        """The summed loss of one batch of held-out rows, in nats and not smoothed, for a model in eval mode."""
+        """The summed loss of one batch of held-out rows, in nats and not smoothed, for a model in eval mode.
+
+        Without the part for its router that a model may add: the report's has none.
+        """
+        alone = {"output_router_logits": False} if self._routed else {}
         with torch.no_grad():
             learned = max(1, learned_in(rows))
-            return learned * float(self._loss(self.model, rows, learned, smoothing=0.0))
+            return learned * float(self._loss(self.model, rows, learned, smoothing=0.0, **alone))
 
     def pass_through(self, row: TokenRow, *, learns: bool = False) -> None:
         """A pass that leaves nothing, or gradients of zero: for a rank without rows while others have some."""
@@ -61,7 +66,7 @@ class PaddedPass:
         """Whether the loss was averaged over the micro-batch: some models' own code knows nothing of a window."""
         return not (self._whole_windows or self._smoothing or rows[0].label is not None)
 
-    def _loss(self, model: Any, rows: Sequence[TokenRow], learned: int, smoothing: float) -> torch.Tensor:
+    def _loss(self, model: Any, rows: Sequence[TokenRow], learned: int, smoothing: float, **how: bool) -> torch.Tensor:
         inputs = {name: t.to(self.device) for name, t in collate([inputs_of(row) for row in rows], self._pad).items()}
         count = torch.tensor(float(learned), device=self.device)
         if rows[0].label is not None:
@@ -72,4 +77,4 @@ class PaddedPass:
             return smoothed(model(**inputs)["logits"], labels, count, smoothing)
         window = {"num_items_in_batch": count} if self._whole_windows else {}
         # of the output the loss alone is kept, so that the logits are gone by the backward pass
-        return model(**inputs, **window)["loss"]
+        return model(**inputs, **window, **how)["loss"]
