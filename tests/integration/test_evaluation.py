@@ -16,7 +16,7 @@ from loractl.worker.evaluation.answers import rouge
 from loractl.worker.evaluation.comparison import Compared
 from loractl.worker.evaluation.confusion import Labels, label_metrics
 from loractl.worker.evaluation.report import verdict
-from loractl.worker.evaluation.statistics import BOOTSTRAP_SEED, paired_interval
+from loractl.worker.evaluation.statistics import BOOTSTRAP_SEED, draws, paired_interval
 
 from .conftest import Recipe
 
@@ -114,6 +114,23 @@ def test_labels_are_counted_as_by_hand() -> None:
     assert base == pytest.approx(100 * (2 / 4 + 2 / 3) / 2)
     assert tuned == pytest.approx(100 * (6 / 7 + 0) / 2)
     assert low < tuned - base < high
+
+
+def test_the_macro_f1_of_a_sample_is_over_the_labels_that_it_expects() -> None:
+    """As that of all rows is: a rare label that a sample lacks is no zero in it because somebody answered it."""
+    expected = ["a"] * 12 + ["b"] * 6 + ["c"] * 2
+    labels = Labels.of("abc", expected, ["a"] * 6 + ["c"] * 6 + ["b"] * 6 + ["a", "c"], [*expected[:-2], "a", "c"])
+
+    def macro(answers: list[int], times: np.ndarray) -> float:
+        found = []
+        for label in range(3):
+            there, said = (np.array(places) == label for places in (labels.expected, answers))
+            if times @ there:
+                found.append(200 * (times @ (there & said)) / (times @ there + times @ said))
+        return float(np.mean(found))
+
+    changes = [macro(labels.tuned, row) - macro(labels.base, row) for some in draws(20) for row in some]
+    assert labels.macro_f1()[2:] == pytest.approx(tuple(np.percentile(changes, [2.5, 97.5])))
 
 
 def test_no_answer_is_right_where_a_text_is_expected_that_is_no_label() -> None:

@@ -69,7 +69,7 @@ class Labels:
         hit = expected & answered & np.array(self.right(answers))[:, None]
         right, there, said = rows @ hit, rows @ expected, rows @ answered
         with np.errstate(invalid="ignore"):
-            f1 = np.where(there + said > 0, 2 * right / (there + said), np.nan)
+            f1 = np.where(there > 0, 2 * right / (there + said), np.nan)  # of the labels that a sample expects
         return 100 * np.nanmean(f1, axis=1)
 
 
