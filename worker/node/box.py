@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -9,12 +10,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from loractl.common.errors import ExitCode
+from loractl.common.errors import ExitCode, LoractlError
 from loractl.common.placement.sizes import served_classes
 from loractl.worker.device.devices import find_device
 
@@ -71,6 +72,7 @@ class Box:
 
     def run(self, drain_when_idle: bool) -> int:
         """Serve until Ctrl-C or SIGTERM, or until no job is left; returns the exit code."""
+        from loractl.common.store.database import REFUSALS
 
         def terminated(*_: Any) -> None:
             raise KeyboardInterrupt
@@ -87,12 +89,19 @@ class Box:
                 click.echo("Stopping after a checkpoint; Ctrl-C again stops at once.", err=True)
                 self._drain()
             except KeyboardInterrupt:
-                self._stop_now()
+                ended = self._stop_now()
+                with contextlib.suppress(LoractlError, *REFUSALS):  # what is left there is soon taken for silent
+                    self._forget(ended)
                 return ExitCode.INTERRUPTED
+        self._forget([device.number for device in self._devices])
+        return ExitCode.FAILED if broken else ExitCode.OK
+
+    def _forget(self, ended: Collection[str]) -> None:
+        """Remove the rows of nodes that have ended: what is not served is not being stopped."""
         identity = read_identity(self._settings)
         for device in self._devices:
-            self._store.forget_node(self._name(device), identity)
-        return ExitCode.FAILED if broken else ExitCode.OK
+            if device.number in ended:
+                self._store.forget_node(self._name(device), identity)
 
     def _start(self, number: str) -> None:
         # A session of its own: the terminal's Ctrl-C reaches this process alone, which then decides.
@@ -224,15 +233,18 @@ class Box:
         for process in self._nodes.values():
             process.wait()
 
-    def _stop_now(self) -> None:
+    def _stop_now(self) -> list[str]:
+        """The devices whose nodes gave their jobs back."""
         for process in self._nodes.values():
             self._tell(process, "now")
-        deadline = time.monotonic() + KILL_AFTER_S
-        for process in self._nodes.values():
+        deadline, ended = time.monotonic() + KILL_AFTER_S, []
+        for number, process in self._nodes.items():
             try:
                 process.wait(timeout=max(0.1, deadline - time.monotonic()))
+                ended.append(number)
             except subprocess.TimeoutExpired:
                 process.kill()  # its trainer ends with its stdin; the lease gives the job back
+        return ended
 
     def _tell(self, process: subprocess.Popen[str], order: str) -> None:
         assert process.stdin

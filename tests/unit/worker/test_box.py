@@ -19,6 +19,9 @@ from loractl.common.units import GIB
 from loractl.worker.device.devices import SimulatedDevice
 from loractl.worker.node import box
 from loractl.worker.node.box import Box
+from loractl.worker.node.box_identity import read_identity
+
+from ..factories import node_state
 
 NODE = 'trap "" TERM; echo > "$1.begun"; read order; echo "$order" > "$1"'
 """A node that goes on after SIGTERM, as one that writes a checkpoint, until it has an order."""
@@ -36,9 +39,11 @@ def test_a_second_ctrl_c_stops_at_once_however_soon_it_comes(tmp_path: Path, mon
         return process
 
     settings = load_settings({"LORACTL_HOME": str(tmp_path / "home"), "LORACTL_HOST": "box"})
-    settings.home.mkdir()
+    (settings.home / "run").mkdir(parents=True)
     device = SimulatedDevice(index=0, uuid="SIM-0", name="sim", total=8 * GIB)
-    worker = Box(settings, Store(connect(settings)), [device], {})
+    store = Store(connect(settings))
+    store.see_node(node_state("box:0", **vars(read_identity(settings))))
+    worker = Box(settings, store, [device], {})
     monkeypatch.setattr(box.subprocess, "Popen", node)
     monkeypatch.setattr(box.click, "echo", lambda *_, **__: os.kill(os.getpid(), signal.SIGINT))
     threading.Thread(target=lambda: began.wait(60) and os.kill(os.getpid(), signal.SIGINT), daemon=True).start()
@@ -50,3 +55,4 @@ def test_a_second_ctrl_c_stops_at_once_however_soon_it_comes(tmp_path: Path, mon
     finally:
         signal.signal(signal.SIGTERM, terminate)
     assert (code, told.read_text()) == (ExitCode.INTERRUPTED, "now\n")
+    assert store.nodes() == [], "status said for a minute that the worker is being stopped"
