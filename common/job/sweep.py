@@ -87,13 +87,13 @@ class SweepView:
     def best(self) -> Member | None:
         """The member with the least final loss of those that have succeeded.
 
-        Before the first success: the one with the least loss at the furthest rung reached. None before the first rung.
+        Before the first success: the one with the least loss at its last rung, for who has less after fewer steps is
+        ahead. None before the first rung.
         """
         done = [(m.final_loss, m.job_id, m) for m in self.members if m.final_loss is not None]
         if done:
             return min(done)[-1]
-        furthest = max((m.rungs[-1].rung for m in self.members if m.rungs), default=None)
-        there = [(p.loss, m.job_id, m) for m in self.members for p in m.rungs if p.rung == furthest]
+        there = [(m.rungs[-1].loss, m.job_id, m) for m in self.members if m.rungs]
         return min(there)[-1] if there else None
 
     @property

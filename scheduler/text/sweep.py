@@ -43,7 +43,7 @@ def overview(views: Sequence[SweepView], screen: Screen) -> list[str]:
             screen.style(f"{fit(view.name, 16)} {times}{len(view.members)}", bold=True),
             fit(view.user, 8),
             *(str(each[name]) for name in names),
-            "–" if view.best is None else f"{_loss_of(view, view.best)} with {named_settings(view, view.best)}",
+            "–" if view.best is None else f"{_loss_of(view.best)} with {named_settings(view, view.best)}",
         ]
         for view, each in zip(views, counts, strict=True)
     ]
@@ -61,7 +61,7 @@ def opened(standing: SweepStanding, screen: Screen) -> str:
     rows = [_row(standing, member, screen) for member in view.members]
     lines += ["", *table(headers, rows, screen, right=(*number_columns(headers, rows), "LOSS", "AT"))]
     if view.best is not None:
-        best = f"{view.best.job_id} ({named_settings(view, view.best)}), held-out loss {_loss_of(view, view.best)}"
+        best = f"{view.best.job_id} ({named_settings(view, view.best)}), held-out loss {_loss_of(view.best)}"
         lines += ["", screen.style("Best: " if view.ended else "Best so far: ", bold=True) + best + "."]
     saved, steps = view.saved_steps
     if view.ended and view.rungs and steps:
@@ -151,11 +151,10 @@ def _told(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{number} {words.get(name, name)}" for name, number in counts.items() if number)
 
 
-def _loss_of(view: SweepView, member: Member) -> str:
+def _loss_of(member: Member) -> str:
     if member.final_loss is not None:
         return f"{member.final_loss:.3f}"
-    furthest = max(point.rung for other in view.members for point in other.rungs)
-    point = next(point for point in member.rungs if point.rung == furthest)
+    point = member.rungs[-1]
     return f"{point.loss:.3f} at {point.rung * 100:g} %"
 
 

@@ -99,7 +99,7 @@ def test_the_view_names_the_best_so_far_and_the_steps_that_were_saved(store: Sto
     reach(store, two, 8, 1.5)
     assert store.sweep(sweep_id).best.job_id == two.job_id  # type: ignore[union-attr]
     reach(store, one, 16, 1.9)
-    assert store.sweep(sweep_id).best.job_id == one.job_id, "the only one that has come so far"  # type: ignore[union-attr]
+    assert store.sweep(sweep_id).best.job_id == two.job_id, "it had less after fewer steps"  # type: ignore[union-attr]
     for lost in (three, four):
         reach(store, lost, 8, 3.0)
         store.finish(lost, Reason.PRUNED, "stopped", Progress(step=8, total_steps=32))

@@ -68,6 +68,13 @@ def test_a_sweep_is_one_line_with_the_best_so_far() -> None:
     assert overview([view(member(13, 3e-4))], PLAIN)[1].endswith("–")
 
 
+def test_who_has_the_least_loss_is_the_best_though_another_is_further() -> None:
+    """5.380 at 50 % was called the best so far, beside 0.478 at 25 %."""
+    far = member(1, 1e-6, Status.RUNNING, step=17, rungs=(FIRST, SECOND), node="heron:1")
+    ahead = member(2, 5e-3, Status.RUNNING, step=9, rungs=(replace(FIRST, loss=0.478),), node="heron:1")
+    assert "0.478 at 25 % with r 8, learning_rate 0.005" in overview([view(far, ahead)], WIDE)[1]
+
+
 def test_what_ended_otherwise_is_counted_only_where_there_is_such() -> None:
     head, line, best = overview([view(member(1, 0.1, Status.FAILED, reason=Reason.DIVERGED), done(2, 1.0))], PLAIN)
     assert "with r 8" in best, "what is best is told whole, below its row where there is no room beside it"
