@@ -74,7 +74,7 @@ def _unknown(theirs: dict[str, Any], file: Path) -> UsageError:
     if {"base_model", "dataset"} <= theirs.keys():
         return UsageError(f"{file} is a job file already", f"loractl submit {file}")
     if {"compute_environment", "distributed_type"} & theirs.keys():
-        hint = "a job trains on one card and needs none: give the file with the model and the data"
+        hint = "loractl gives a job its cards by itself (resources.cards): give the file with the model and the data"
         return UsageError(f"{file} is accelerate's: it says on which cards to train, not what", hint)
     hint = "Axolotl's files have base_model and datasets, LLaMA-Factory's model_name_or_path and dataset"
     return UsageError(f"{file} is neither Axolotl's nor LLaMA-Factory's", hint)

@@ -240,7 +240,7 @@ IN_ORDER = choice("training.train_sampling_strategy", {True: "sequential", False
 FRESH = only(False, "the training begins with a fresh adapter; lora.init_from names a stored one")
 
 
-_CARD = "a job trains on one card, so a step learns from that card's rows alone"
+_CARD = "loractl divides a job over cards by itself (resources.cards); a step learns from as many rows as on one card"
 
 
 ONE_CARD = only(None, _CARD)

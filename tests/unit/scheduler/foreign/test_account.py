@@ -71,6 +71,7 @@ def test_what_changes_nothing_that_is_learned_is_not_called_left_out(tmp_path: P
 @pytest.mark.parametrize(
     ("line", "key", "what"),
     [
+        ("deepspeed: zero3.json", "deepspeed", "resources.cards"),
         ("plugins: [axolotl.integrations.spectrum.SpectrumPlugin]", "plugins", "SpectrumPlugin"),
         ("tokenizer_config: other/tokens", "tokenizer_config", "the base model's own"),
         ("resume_from_checkpoint: out/checkpoint-9", "resume_from_checkpoint", "a fresh adapter"),
@@ -222,7 +223,7 @@ def test_a_listing_is_found_where_the_tool_is_started(tmp_path: Path) -> None:
          "streams", "datasets with type: completion"),
         ("model: a/b\ntrain_dataset: rows.yaml\npeft_config: {name: lora}\n", "v1 form", "model_name_or_path"),
         ("name: a\nbase_model: a/b\ndataset: {path: rows.jsonl}\n", "is a job file already", "loractl submit"),
-        ("compute_environment: LOCAL_MACHINE\ndistributed_type: FSDP\n", "accelerate's", "one card"),
+        ("compute_environment: LOCAL_MACHINE\ndistributed_type: FSDP\n", "accelerate's", "resources.cards"),
         ("model_name_or_path: a/b\nadapter_name_or_path: c\nexport_dir: d\n", "does not train", "adapters merge"),
         ("model_name_or_path: a/b\ntemplate: qwen\ninfer_backend: vllm\n", "does not train", "loractl generate"),
         (FACTORY + "do_predict: true\n", "does not train", "loractl predict"),
