@@ -120,8 +120,12 @@ class AdapterNotFound(LoractlError):
 
     exit_code = ExitCode.NO_SUCH_JOB
 
-    def __init__(self, reference: str) -> None:
-        super().__init__(f"no adapter {reference} is stored", "loractl adapters lists what is stored")
+    def __init__(self, reference: str, state: str | None = None) -> None:
+        """`state`: what the job of that number does or did in place of storing one, like "is running"."""
+        sentence, hint = f"no adapter {reference} is stored", "loractl adapters lists what is stored"
+        if state is not None:
+            sentence, hint = f"job {reference} has no adapter: it {state}", f"loractl status {reference} shows more"
+        super().__init__(sentence, hint)
         self.reference = reference
 
 

@@ -46,7 +46,9 @@ def _find(session: Session, reference: Reference) -> Adapter:
     """Raises AdapterNotFound, also for a job that is not there."""
     adapter = session.scalars(_matching(reference).limit(1)).first()
     if adapter is None:
-        raise AdapterNotFound(str(reference))
+        job = None if reference.job_id is None else session.get(Job, reference.job_id)
+        state = None if job is None or job.status is Status.SUCCEEDED else job.status.in_words
+        raise AdapterNotFound(str(reference), state)
     return adapter
 
 

@@ -10,7 +10,8 @@ import pytest
 from sqlalchemy import Engine, text, update
 from sqlalchemy.orm import Session
 
-from loractl.common.errors import JobNotFound, WrongState
+from loractl.common.errors import AdapterNotFound, JobNotFound, WrongState
+from loractl.common.job.reference import Reference
 from loractl.common.job.status import Reason, Status
 from loractl.common.store.database import make_engine
 from loractl.common.store.records import Claim, Progress
@@ -118,3 +119,18 @@ def _until_it_waits(engine: Engine) -> None:
             assert time.monotonic() < deadline, "nothing waits for the row"
             connection.rollback()
             time.sleep(0.02)
+
+
+@pytest.mark.parametrize("end", [None, Reason.BAD_DATA])
+def test_who_asks_for_an_adapter_too_early_reads_what_its_job_does(store: Store, end: Reason | None) -> None:
+    """ "no adapter 1 is stored" sounded as if there were no such job."""
+    job_id = store.submit(submission())
+    with pytest.raises(AdapterNotFound, match=f"job {job_id} has no adapter: it is queued"):
+        store.adapter(Reference(job_id=job_id))
+    mine = take(store)
+    assert isinstance(mine, Claim)
+    if end is not None:
+        store.finish(mine, end, "told", Progress())
+    with pytest.raises(AdapterNotFound, match="it has failed" if end else "it is running") as caught:
+        store.adapter(Reference(job_id=job_id))
+    assert str(caught.value.hint).startswith(f"loractl status {job_id}")
