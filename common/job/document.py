@@ -53,13 +53,31 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
         line = error.problem_mark.line + 1 if error.problem_mark else None
         if "'\\t'" in str(error.problem):
             raise wrong("a tab stands there", "YAML wants spaces: indent with two of them", line=line) from None
-        other = None if path.suffix in (".yaml", ".yml") else "a job file is YAML, like examples/helpdesk-lora.yaml"
-        raise wrong(f"is not valid YAML: {error.problem or error}", other, line=line) from None
+        other = "a job file is YAML, like examples/helpdesk-lora.yaml"
+        hint = _slip(error) if path.suffix in (".yaml", ".yml") else other
+        raise wrong(f"is not valid YAML: {error.problem or error}", hint, line=line) from None
     except yaml.YAMLError as error:
         raise wrong(f"is not valid YAML: {error}") from None
     if not isinstance(tree, dict):
         raise wrong("is empty or not a mapping of keys", "start from examples/helpdesk-lora.yaml")
     return tree, lines
+
+
+_SLIPS = {
+    "expected <block end>": "the keys of one section begin in the same column",
+    "mapping values are not allowed": "here or a line above, a key lacks its colon, begins in another column than its "
+    "section, or has a text with a colon, which needs quotes",
+    "could not find expected ':'": "write a colon and a space behind a key, like name: mine",
+    "expected ',' or": "the bracket of line {line} is not closed before",
+    "found unexpected end of stream": "the quote of line {line} is not closed",
+}
+"""What people did where PyYAML says this. `line`: where the bracket or the quote was opened."""
+
+
+def _slip(error: yaml.MarkedYAMLError) -> str | None:
+    begun = error.context_mark.line + 1 if error.context_mark else None
+    hint = next((hint for words, hint in _SLIPS.items() if str(error.problem).startswith(words)), None)
+    return None if hint is None or ("{line}" in hint and begun is None) else hint.format(line=begun)
 
 
 def load_yaml(text: str) -> tuple[dict[tuple[str, ...], int], Any]:

@@ -299,9 +299,27 @@ def test_a_key_that_stands_twice_is_refused_with_its_line(tmp_path: Path) -> Non
 def test_broken_yaml_is_refused_with_its_line(tmp_path: Path) -> None:
     problem = only(write(tmp_path, "name: a\nlora: {r: 1\ntraining: ]\n"))
     assert problem.line == 3
-    assert problem.what.startswith("is not valid YAML: ") and problem.hint is None
+    assert problem.what.startswith("is not valid YAML: ")
     (tmp_path / "README.md").write_text("# A\n\n`x`: y\n- z\n")
     assert str(only(tmp_path / "README.md").hint).startswith("a job file is YAML")
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "hint"),
+    [
+        ("name: a\nlora:\n    r: 1\n  lora_alpha: 2\n", 4, "the keys of one section begin in the same column"),
+        ("name: a\nlora:\n  r: 1\n   lora_alpha: 2\n", 4, "begins in another column than its section"),
+        ("name: a: b\n", 1, "a text with a colon, which needs quotes"),
+        ("name a\nmethod: lora\n", 2, "here or a line above, a key lacks its colon"),
+        ("name: a\nmethod\n", 3, "write a colon and a space behind a key, like name: mine"),
+        ("name: a\nlora: {r: 1\nmethod: lora\n", 3, "the bracket of line 2 is not closed"),
+        ("name: 'a\nmethod: lora\n", 3, "the quote of line 1 is not closed"),
+    ],
+)
+def test_a_slip_in_yaml_is_told_in_plain_words(tmp_path: Path, text: str, line: int, hint: str) -> None:
+    """ "expected <block end>, but found '<block mapping start>'" was all."""
+    problem = only(write(tmp_path, text))
+    assert problem.line == line and hint in str(problem.hint)
 
 
 @pytest.mark.parametrize("text", ["", "# nothing\n", "- a\n- b\n", "just text\n"])
