@@ -96,13 +96,14 @@ def why(store: Store, job_id: int, *, with_remedies: bool = True) -> Why | NotWa
     starts = read_starts(store, view, waiting)
     wait = reason(job, view, waiting, starts)
     helpless = wait.tier in (Tier.POLICY, Tier.NEXT) or not with_remedies
+    release = (f"Release it: loractl retry {job_id}",) if wait.word == "held" else ()
     return Why(
         job=state_of(job),
         wait=wait,
         start=starts.get(job_id),
         cards=tuple(card_fits(job, view)),
         ahead=_ahead(job, view, waiting),
-        remedies=() if helpless else remedies(job, view, store.would_start),
+        remedies=release if helpless else remedies(job, view, store.would_start),
         now=view.now,
         asks=asked_of(job, view),
     )

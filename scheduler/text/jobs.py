@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from loractl.scheduler.answers.job import JobState
     from loractl.scheduler.answers.overview import JobList, Overview
     from loractl.scheduler.answers.wait.queue import WaitingJobs
-    from loractl.scheduler.answers.wait.reasons import Wait
 
 _WORD_COLORS = {"never": "red", "held": "yellow", "drained": "yellow", "closed": "yellow", "offline": "yellow"}
 
@@ -232,11 +231,11 @@ def _waiting_table(
     last = max(5, *map(len, whens))
     room = max(20, screen.width - before - last - 2)
     told = [[screen.dim(f"{click.unstyle(header):<{before + room}}  {'START':>{last}}")]]
-    first_with: dict[Wait, int] = {}
+    first_with: dict[tuple[str, str], int] = {}
     for line, job, when in zip(lines, waiting, whens, strict=True):
         wait = waits.reasons[job.job_id]
-        shared = first_with.setdefault(wait, job.job_id)
-        sentence = clean_line(wait.sentence) if shared == job.job_id else f"as {shared}"
+        shared = first_with.setdefault((wait.word, wait.brief), job.job_id)
+        sentence = clean_line(wait.brief) if shared == job.job_id else f"as {shared}"
         first, *rest = textwrap.wrap(sentence, room) or [""]
         gap = " " * (before - len(click.unstyle(line)))
         told.append([f"{line}{gap}{first:<{room}}  {when:>{last}}", *(" " * before + part for part in rest)])

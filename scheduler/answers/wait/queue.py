@@ -73,7 +73,8 @@ def reason(job: Job, view: FleetView, ready: Sequence[Waiting], starts: Mapping[
     opening = opening_of(me, card, view)
     if opening is None or not opening.after or wait.sentence.startswith(f"{start.node} when"):
         return wait
-    return replace(wait, sentence=f"{start.node} when {when_they_end(opening.after)}{refused_join(me, card, view)}")
+    apart = refused_join(me, card, view)
+    return replace(wait, sentence=f"{start.node} when {when_they_end(opening.after)}{apart}", apart=apart)
 
 
 def _goes_first(ahead: Sequence[int], job: Job, ready: Sequence[Waiting]) -> str:

@@ -60,9 +60,15 @@ class Wait:
     tier: Tier
     word: str
     sentence: str
+    apart: str = ""  # of the sentence: why the job does not train beside those that have its base
+
+    @property
+    def brief(self) -> str:
+        """The sentence for a list of jobs: `loractl why` alone tells what keeps a job apart."""
+        return self.sentence.replace(self.apart, "", 1)
 
     def __str__(self) -> str:
-        return f"{self.word}: {self.sentence}"
+        return f"{self.word}: {self.brief}"
 
 
 def explain(job: Job, view: FleetView) -> Wait:
@@ -300,8 +306,9 @@ def _room(job: Job, me: Waiting, view: FleetView) -> Wait:
     node = kept_nodes[0] if mine and kept_nodes[0] in openings else first
     opening = openings[node]
     sentence = f"{node} when {when_they_end(opening.after)}{' (kept for it)' if mine else ''}"
-    sentence += refused_join(me, view.cards[node], view)
-    return _capacity("busy" if opening.only_slot else "memory", sentence)
+    apart = refused_join(me, view.cards[node], view)
+    word = "busy" if opening.only_slot else "memory"
+    return Wait(tier=Tier.CAPACITY, word=word, sentence=sentence + apart, apart=apart)
 
 
 def _held_by_others(me: Waiting, view: FleetView) -> Wait:

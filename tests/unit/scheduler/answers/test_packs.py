@@ -114,6 +114,13 @@ def test_why_of_a_running_job_says_what_is_wrong_with_its_card(packed: Store) ->
     assert why_text(why(packed, 1), PIPE).startswith(f"{told}, its card is drained by mara. ")
 
 
+def test_who_asks_about_a_held_job_reads_how_it_is_released(packed: Store) -> None:
+    held = queue(packed)
+    packed.hold(held, "mara", "later")
+    assert why_text(why(packed, held), PIPE).endswith(f"Release it: loractl retry {held}")
+    assert f"Release it: loractl retry {held}" in job_text(job_in_full(packed, held), PIPE)
+
+
 def test_jobs_on_one_base_are_told_together(packed: Store) -> None:
     second = queue(packed, user="bob")
     claim(packed)
@@ -157,3 +164,12 @@ def test_a_trainer_that_takes_no_more_jobs_says_why(packed: Store) -> None:
     assert "takes no more jobs: job 9 ended there with disk_full" in devices(fleet(packed), replace(PIPE, width=200))
     (host,) = fleet(packed).as_json()[0]["hosts"]
     assert host["spoilt"] == "job 9 ended there with disk_full"
+
+
+def test_a_list_leaves_to_why_what_keeps_jobs_apart(packed: Store) -> None:
+    """It stood behind each waiting job, in four lines whose numbers differed."""
+    first, second = queue(packed, length=1024), queue(packed, length=900)
+    listed = overview_text(overview(packed, Choice(), Page()), Screen(width=80, unicode=True, color=False))
+    assert "one base" not in listed and "one by one" not in listed
+    assert f"{NODE} when 1 ends" in listed and f"{first} goes first" in " ".join(listed.split())
+    assert "not with job 1 on one base" in why_text(why(packed, second), PIPE)
