@@ -95,12 +95,21 @@ def test_a_model_computes_the_same_by_one_kernel_as_row_by_row(
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5 * float(theirs.abs().max()))
 
 
-def passed(window: int | None) -> list[torch.Tensor]:
+def test_a_block_that_is_recomputed_may_be_the_first_that_asks_for_the_kernel(kernel: StandIn) -> None:
+    recomputed = passed(None, recomputes=True)
+    assert kernel.calls == 5  # its check of itself, and two layers twice
+    for ours, theirs in zip(recomputed, passed(None), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def passed(window: int | None, *, recomputes: bool = False) -> list[torch.Tensor]:
     """The hidden states of three rows of a small model, and the gradients of its first layer."""
     torch.manual_seed(0)
     shape = {"hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 2, "vocab_size": 50}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": window}
     model = MistralModel(MistralConfig(**shape, **heads, attn_implementation="sdpa"))
+    if recomputes:
+        model.train().gradient_checkpointing_enable({"use_reentrant": False})
     lengths = [7, 1, 12]
     positions = torch.cat([torch.arange(length) for length in lengths])[None]
     with RowLayout(model).of(lengths):
