@@ -59,7 +59,7 @@ def result_of(store: Store, job_id: int) -> JobResult:
         )
     if job.report_uri is None:
         raise WrongState(
-            f"job {job_id} has no result any more: loractl gc has removed it",
+            f"job {job_id} has no result any more: it was removed",
             f"loractl show {job_id} says who and when",
         )
     return JobResult(job=job, stored=result_binding(store, job))

@@ -78,7 +78,7 @@ def test_a_tagged_adapter_is_kept_from_delete_and_from_gc(cli: Cli, tiny_model: 
     assert "Interrupted" in cli("adapters", "delete", 3, code=130).stderr, "nobody has said yes"
     assert cli("adapters", "delete", 3, 2, "--yes").stdout.count("is removed.") == 2
     assert [row["job_id"] for row in json.loads(cli("adapters", "--json").stdout)] == [1]
-    assert "loractl gc has removed it" in cli("report", 3, code=1).stderr
+    assert "no result any more: it was removed" in cli("report", 3, code=1).stderr
     assert "removed by tester (loractl adapters delete)" in cli("show", 3).stdout
     assert "has no result any more" in cli("adapters", "show", 3, code=1).stderr
     cli("adapters", "untag", "tiny:paper")
