@@ -1,10 +1,11 @@
 """Held-out losses of lean trainings beside those of transformers' Trainer: python -m benchmarks.seeds MODEL ROWS [OUT]
 
-For each seed both train the same job in bf16: the engine as a job runs by default, and transformers' Trainer on peft's
-model. Told are the held-out losses after STEPS steps, seed by seed, their means, and the interval of the Trainer's own
-seeds (Student's, 95%): the engine's mean must lie within. Each adapter is scored on the base in fp32. Each training is
-a process; with OUT, what was measured is kept in that file, and a second call goes on where the first was cut. All take
-about an hour on one thread; SEEDS=0,1 STEPS=5 make it short, BATCH=4 LENGTH=256 four times as long.
+For each seed all train the same job: the engine in bf16 as a job runs by default, transformers' Trainer on peft's model
+in bf16, and the Trainer in fp32, which shows what rounding alone does. Told are the held-out losses after STEPS steps,
+seed by seed, their means, and the interval of the Trainer's own seeds in bf16 (Student's, 95%): the engine's mean must
+lie within. Each adapter is scored on the base in fp32. Each training is a process; with OUT, what was measured is kept
+in that file, and a second call goes on where the first was cut. All take about an hour on one thread; SEEDS=0,1 STEPS=5
+make it short, BATCH=4 LENGTH=256 four times as long.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ STEPS = int(os.environ.get("STEPS", "100"))
 BATCH, HELD_OUT = int(os.environ.get("BATCH", "2")), 64
 LENGTH = int(os.environ.get("LENGTH", "128"))
 """Tokens of a row at most."""
-SIDES = ("lean", "trainer")
+SIDES = ("lean", "trainer", "fp32")
 STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
 """The 97.5% quantile of Student's t, by the number of seeds."""
 
@@ -43,8 +44,8 @@ def main() -> None:
             if kept is not None:
                 kept.write_text(json.dumps(found), "utf-8")
     for seed in SEEDS:
-        losses = [found[_key(side, seed)] for side in SIDES]
-        print(f"seed {seed}: lean {losses[0]:.4f}, Trainer {losses[1]:.4f}", flush=True)
+        lean, trainer, exact = (found[_key(side, seed)] for side in SIDES)
+        print(f"seed {seed}: lean {lean:.4f}, Trainer {trainer:.4f}, in fp32 {exact:.4f}", flush=True)
     _tell({side: [found[_key(side, seed)] for seed in SEEDS] for side in SIDES})
 
 
@@ -53,10 +54,11 @@ def _key(side: str, seed: int) -> str:
 
 
 def _tell(losses: dict[str, list[float]]) -> None:
-    lean, trainer = (statistics.fmean(losses[side]) for side in SIDES)
+    lean, trainer, exact = (statistics.fmean(losses[side]) for side in SIDES)
     width = statistics.stdev(losses["trainer"]) / len(SEEDS) ** 0.5 * STUDENT[len(SEEDS)]
     inside = abs(lean - trainer) <= width
-    print(f"mean: lean {lean:.4f}, Trainer {trainer:.4f} ± {width:.4f}: {'within' if inside else 'OUTSIDE'}")
+    verdict = "within" if inside else "OUTSIDE"
+    print(f"mean: lean {lean:.4f}, Trainer {trainer:.4f} ± {width:.4f}: {verdict}; in fp32 {exact:.4f}")
 
 
 def _child(model: str, rows: str, side: str, seed: int) -> float:
@@ -87,17 +89,18 @@ def _train(model: str, rows: str, side: str, seed: int) -> float:
     asked = {
         "name": "b", "base_model": model, "method": "lora",
         "dataset": {"path": rows, "max_length": LENGTH, "on_overflow": "drop"},
-        "training": {"dtype": "bfloat16", "seed": seed},
+        "training": {"dtype": "float32" if side == "fp32" else "bfloat16", "seed": seed},
     }  # fmt: skip
-    spec, precision = JobSpec.model_validate(asked), choose_precision("cpu", "bfloat16")
+    spec = JobSpec.model_validate(asked)
+    precision = choose_precision("cpu", spec.training.dtype)
     tokenizer = load_tokenizer(model)
     data = prepare_data(spec.dataset, rows, None, None, tokenizer, None)
     train, held_out, pad = data.train.rows, data.held_out.rows[:HELD_OUT], tokenizer.pad_token_id
     arguments = TrainingArguments(
-        output_dir=tempfile.mkdtemp(), max_steps=STEPS, per_device_train_batch_size=BATCH, bf16=True, use_cpu=True,
+        output_dir=tempfile.mkdtemp(), max_steps=STEPS, per_device_train_batch_size=BATCH, use_cpu=True,
         learning_rate=spec.training.learning_rate, save_strategy="no", report_to=[], seed=seed, data_seed=seed,
         lr_scheduler_type=spec.training.lr_scheduler_type, remove_unused_columns=False, disable_tqdm=True,
-        optim="adamw_torch_fused" if side == "lean" else "adamw_torch", label_names=["labels"],
+        optim="adamw_torch_fused" if side == "lean" else "adamw_torch", label_names=["labels"], bf16=side != "fp32",
     )  # fmt: skip
     loaded = load_base(model, Method.LORA, "cpu", precision)
     shared = shared_base(loaded, precision) if side == "lean" else None
