@@ -179,7 +179,7 @@ class Card:
     def free(self) -> int:
         return max(0, self.capacity - self.taken)
 
-    @property
+    @functools.cached_property
     def trainers(self) -> int:
         """Processes with jobs: those that share one count once."""
         alone = sum(self.base_of(job) is None for job in self.running)
@@ -210,6 +210,11 @@ class Card:
 def largest_gpu(cards: Iterable[Card]) -> int:
     """Bytes for our jobs on the largest open GPU, once everything else has left it; 0 without one."""
     return max((c.usable for c in cards if c.open and not c.processor), default=0)
+
+
+def least_limit(cards: Iterable[Card]) -> int | None:
+    """Jobs that one user may run: the smallest limit of all open cards; None: as many as there is room for."""
+    return min((card.user_limit for card in cards if card.open and card.user_limit is not None), default=None)
 
 
 def could_start(job: Waiting, card: Card, fleet: Collection[Card]) -> bool:

@@ -21,7 +21,7 @@ from loractl.common.job.method import Method, Parallel
 from loractl.common.job.need import SharedNeed
 from loractl.common.units import GIB
 
-from .cards import Card, Kept, Occupant, Reservation, Room, largest_gpu, room_at, takes
+from .cards import Card, Kept, Occupant, Reservation, Room, largest_gpu, least_limit, room_at, takes
 from .gangs import GangShare, best_group, first_gathering, gang_of, takers
 from .joins import DeclinedJoin, Join, Newcomers, best_join, join_openings, sooner_elsewhere
 from .lines import Line, Openings, Waiting, waited, waited_again
@@ -95,7 +95,7 @@ class _Fleet:
         usable = [c for c in self.cards.values() if c.open]
         self.largest = largest_gpu(usable)
         self.ever = self._openings([(c, c.capacity) for c in usable if c.capacity and c.takes_jobs], usable)
-        self.user_limit = min((c.user_limit for c in usable if c.user_limit is not None), default=None)
+        self.user_limit = least_limit(usable)
         running = [one for card in self.cards.values() for one in card.running]
         self.awaited = {one.gives_way_to for one in running if one.gives_way_to is not None}
 

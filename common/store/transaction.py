@@ -22,6 +22,9 @@ log = logging.getLogger("loractl.common.store")
 _FLEET_LOCK = 0x10AC72
 """Any constant: PostgreSQL's advisory lock of who goes round for the fleet."""
 
+_USER_LOCK = 0x10AC75
+"""The same, of who starts a job of a user whose jobs are counted."""
+
 
 class Transaction:
     """Committed at the end, rolled back on an error; its rows stay readable afterwards.
@@ -78,6 +81,11 @@ class Transaction:
         if self._dialect != "postgresql":
             return True
         return bool(self.session.scalar(select(func.pg_try_advisory_xact_lock(lock))))
+
+    def wait_for_user(self, user: str) -> None:
+        """Wait until no other transaction starts a job of this user, and let none do so until this one's end."""
+        if self._dialect == "postgresql":
+            self.session.execute(select(func.pg_advisory_xact_lock(_USER_LOCK, func.hashtext(user))))
 
     def change(self, statement: Update) -> int:
         """Run a guarded update; returns how many rows it changed."""

@@ -8,14 +8,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from sqlalchemy import select
+from sqlalchemy import func, select
 
 from loractl.common.job.adjustment import Adjustment
 from loractl.common.job.method import Method
 from loractl.common.job.need import Need, permitted_methods
 from loractl.common.job.status import Stage, Status
 from loractl.common.memory.engine import ENGINE
-from loractl.common.placement.cards import Card, could_start
+from loractl.common.placement.cards import Card, could_start, least_limit
 from loractl.common.placement.gangs import may_share
 from loractl.common.placement.hosts import Seat, joined, seat
 from loractl.common.placement.joins import may_join, open_bases
@@ -107,6 +107,8 @@ def _take(tx: Transaction, placed: Placement, cards: Sequence[Card], node: Node,
     job = tx.session.get(Job, placed.job.job_id, with_for_update={"skip_locked": True}, populate_existing=True)
     if job is None or job.status is not Status.QUEUED:
         return Left(nodes=frozenset())  # another node's claim was faster
+    if _at_limit(tx, job.user, cards):
+        return Left(nodes=frozenset())
     asked = _read(job)
     if isinstance(asked, str):
         set_aside(tx, job, asked, now)
@@ -121,6 +123,16 @@ def _take(tx: Transaction, placed: Placement, cards: Sequence[Card], node: Node,
         return Left(nodes=frozenset())
     claim = _start(tx, job, asked, _begin(tx, job, placed, node, lease_s, now), taken, placed)
     return replace(claim, packs=key is not None)
+
+
+def _at_limit(tx: Transaction, user: str, cards: Sequence[Card]) -> bool:
+    """Whether the user runs as many jobs as he may by now: another card's claim may not have been seen by this one."""
+    limit = least_limit(cards)
+    if limit is None:
+        return False
+    tx.wait_for_user(user)
+    running = select(func.count()).where(Job.status == Status.RUNNING, Job.user == user)
+    return (tx.session.scalar(running) or 0) >= limit
 
 
 def _seats(placed: Placement, key: str | None, cards: Sequence[Card]) -> list[Seat]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from loractl import __version__
 from loractl.common.job.need import SharedNeed
 from loractl.common.job.status import OUTCOMES
-from loractl.common.placement.cards import Card, suits
+from loractl.common.placement.cards import Card, least_limit, suits
 from loractl.common.placement.lines import Waiting
 from loractl.common.placement.reach import out_of_reach
 from loractl.common.store.fleet import NODE_STALE_S, FleetView, avoided_by, unreadable, waiting_of
@@ -115,7 +115,7 @@ def _held_back(job: Job, view: FleetView) -> Wait | None:
         blames = job.reason is not None and OUTCOMES[job.reason].blames is not None
         after = f": {_blamed(job, view)} failed it ({job.reason})" if blames else ""
         return Wait(tier=Tier.POLICY, word="retry", sentence=f"attempt {job.attempt + 1} in {pause}{after}")
-    limit, mine = _user_limit(view), sum(running.user == job.user for running in view.running.values())
+    limit, mine = least_limit(view.cards.values()), sum(running.user == job.user for running in view.running.values())
     if limit is not None and mine >= limit:
         return Wait(tier=Tier.POLICY, word="limit", sentence=f"{job.user} runs {mine}, the limit is {limit}")
     return None
@@ -144,11 +144,6 @@ def _result_elsewhere(job: Job, me: Waiting, view: FleetView) -> Wait | None:
         state = "busy now" if any(card.open for card in cards) else "whose worker is being stopped"
     text = f"{me.only_host}, {state}, has its finished result and alone may take it until "
     return Wait(tier=Tier.POLICY, word="result", sentence=text + clock(job.result_until, view.now))
-
-
-def _user_limit(view: FleetView) -> int | None:
-    """Jobs that one user may run: the smallest limit of all open cards."""
-    return min((c.user_limit for c in view.cards.values() if c.open and c.user_limit is not None), default=None)
 
 
 def _no_open_card(job: Job, me: Waiting, view: FleetView) -> Wait | None:
@@ -226,7 +221,8 @@ def _others_first(job: Job, me: Waiting, view: FleetView) -> Wait | None:
     own = next((d.placed for d in view.decisions if d.placed is not None and d.placed.job.user == me.user), None)
     if own is not None and any(card.node not in taken and card.node not in kept_nodes for card in startable):
         # it has a card with room, but the rule passed it over
-        text = f"{own.job.job_id} goes first on {own.node}, and {me.user} may run {_user_limit(view)} at a time"
+        most = least_limit(view.cards.values())
+        text = f"{own.job.job_id} goes first on {own.node}, and {me.user} may run {most} at a time"
         return _capacity("limit", text)
     for card in startable:
         if card.node in taken:

@@ -1,14 +1,17 @@
-"""A store that holds its own clock, on each database."""
+"""A store that holds its own clock, on each database; and a PostgreSQL of many connections."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 import pytest
+from sqlalchemy import Engine
 
+from loractl.common.store.database import make_engine
 from loractl.common.store.store import Store
 
 from ...conftest import kept_engine
+from ...databases import database
 from ..factories import Clock
 
 
@@ -23,3 +26,12 @@ def timed(upgraded_url: str, clock: Clock) -> Iterator[Store]:
     engine = kept_engine(upgraded_url)
     yield Store(engine, clock)
     engine.dispose()
+
+
+@pytest.fixture
+def postgres_engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
+    template = request.getfixturevalue("postgres_template")
+    with database(request.getfixturevalue("postgres_server"), template) as url:
+        made = make_engine(url, connections=40)
+        yield made
+        made.dispose()

@@ -48,6 +48,8 @@ def _joiners(session: Session, packs: Packs, now: dt.datetime, changed: Waiting 
     ask for joins."""
     models = {base.base_model for card in packs.cards if card.free for base in open_bases(card)}
     joiners = read_joiners(session, now, sorted(models)) if models else []
+    if joiners:
+        packs.read_rows(joiners)
     if changed is not None and changed.base_model in models:
         joiners = [*(job for job in joiners if job.job_id != changed.job_id), changed]
     return joiners

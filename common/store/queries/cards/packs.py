@@ -44,6 +44,12 @@ class Packs:
     row_tokens: dict[_Rows, float] = field(default_factory=dict)  # measured, of a row
     in_other_form: dict[int, JobSpec] = field(default_factory=dict)  # waiting jobs, as if their job files were these
     _known: dict[int, Newcomer | None] = field(default_factory=dict)
+    _rows: dict[int, Job] = field(default_factory=dict)
+
+    def read_rows(self, jobs: Sequence[Waiting]) -> None:
+        """Read at once the rows of waiting jobs that will be asked for."""
+        rows = self.session.scalars(select(Job).where(Job.job_id.in_([job.job_id for job in jobs])))
+        self._rows |= {row.job_id: row for row in rows}
 
     def newcomer(self, job: Waiting) -> Newcomer | None:
         """What a waiting job would be as a member; None: it trains alone."""
@@ -52,7 +58,7 @@ class Packs:
         return self._known[job.job_id]
 
     def _read(self, job_id: int) -> Newcomer | None:
-        row = self.session.get(Job, job_id)
+        row = self._rows.get(job_id) or self.session.get(Job, job_id)
         spec = None if row is None else self.in_other_form.get(job_id) or runs_as(row)
         if row is None or spec is None:
             return None
@@ -121,22 +127,33 @@ def read_packs(session: Session, cards: Sequence[Card], now: dt.datetime) -> Pac
     marks = [base.host for base in bases]
     kept = session.execute(select(TrainerHost.host, TrainerHost.law).where(TrainerHost.host.in_(marks))).all()
     laws = {row.host: row.law for row in kept}
-    known = {base.host: _known(session, base, laws.get(base.host), now, packs.row_tokens) for base in bases}
+    there = (Attempt.host.in_(marks), Attempt.ended_at.is_(None))
+    columns = select(Attempt.host, Job, Attempt.promised_at).join(Attempt, Attempt.job_id == Job.job_id)
+    inside: dict[str, list[_Inside]] = {}
+    for mark, job, promised in session.execute(columns.where(*there).order_by(Job.job_id)):
+        inside.setdefault(mark or "", []).append((job, promised))
+    known = {
+        base.host: _known(base, laws.get(base.host), inside.get(base.host, []), now, packs.row_tokens) for base in bases
+    }
     packs.cards = [replace(c, hosts=tuple(known.get(base.host, base) for base in c.hosts)) for c in cards]
     return packs
 
 
+_Inside = tuple[Job, dt.datetime | None]
+"""A job that trains in a host, and when it would end as of the first join that slows it down."""
+
+
 def _known(
-    session: Session, base: WarmBase, kept: dict[str, Any] | None, now: dt.datetime, row_tokens: dict[_Rows, float]
+    base: WarmBase,
+    kept: dict[str, Any] | None,
+    inside: Sequence[_Inside],
+    now: dt.datetime,
+    row_tokens: dict[_Rows, float],
 ) -> WarmBase:
     """The base with its law and members; what a row of their data has, as measured, goes into `row_tokens`."""
     law = PassLaw.from_json(kept, quantised=base.method is Method.QLORA)
-    there = (Attempt.host == base.host, Attempt.ended_at.is_(None))
-    found = session.execute(
-        select(Job, Attempt.promised_at).join(Attempt, Attempt.job_id == Job.job_id).where(*there)
-    ).all()
-    read = [(row, spec, promised) for row, promised in found if (spec := runs_as(row)) is not None]
-    if len(read) < len(found):
+    read = [(row, spec, promised) for row, promised in inside if (spec := runs_as(row)) is not None]
+    if len(read) < len(inside):
         return replace(base, open=False)
     micro_batch = law.micro_batch
     batches = [spec.training.per_device_train_batch_size for _, spec, _ in read]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
@@ -20,6 +21,9 @@ from .decisions import decide
 from .nodes import read_cards, read_charges
 from .shares import late, running_on
 
+AT_ONCE = 8
+"""Waiting jobs for which it is tried in one round whether they would start: each asks the whole rule once more."""
+
 
 def preempt(tx: Transaction, lease_s: float) -> tuple[int, ...]:
     lowest = _lowest_willing(tx) if tx.is_alone() else None
@@ -31,10 +35,10 @@ def preempt(tx: Transaction, lease_s: float) -> tuple[int, ...]:
     decisions = list(decide(tx.session, cards, read_charges(tx.session, now), now).decisions)
     starting = {d.placed.job.job_id for d in decisions if d.placed is not None}
     could_join = {d.declined.job_id for d in decisions if d.declined is not None}
-    for job in _first_waiting(tx, now, cards, lowest):
-        way = None if job.job_id in starting | could_join else give_way(job, cards)
-        if way is not None and _would_start(tx, job, [card.without(way[1]) for card in cards], now):
-            node, going = way
+    waiting = (job for job in _first_waiting(tx, now, cards, lowest) if job.job_id not in starting | could_join)
+    ways = ((job, way) for job in waiting if (way := give_way(job, cards)) is not None)
+    for job, (node, going) in itertools.islice(ways, AT_ONCE):
+        if _would_start(tx, job, [card.without(going) for card in cards], now):
             return going if _ask(tx, job.job_id, job.priority, node, going) else ()
     return ()
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import datetime as dt
 import threading
+import time
 
 import pytest
+from sqlalchemy import Engine, text
 
 from loractl.common.errors import JobNotFound
 from loractl.common.job.method import Method
@@ -259,3 +261,29 @@ def test_a_node_is_seen_updated_and_forgotten(timed: Store, clock: Clock) -> Non
     timed.forget_node("box:0")
     timed.forget_node("never-seen:0")
     assert [n.node for n in timed.nodes()] == ["box:1"]
+
+
+def test_two_claims_at_once_keep_a_user_s_limit(postgres_engine: Engine) -> None:
+    """The second sees room that the first did not see, and so starts another job of the same user."""
+    store = Store(postgres_engine)
+
+    def show(node: str, free: int) -> None:
+        store.see_node(node_state(node, total=24 * GIB, outside_bytes=(24 - free) * GIB, max_jobs=1, user_limit=1))
+
+    show("b:0", 4)
+    for size in (20, 3):
+        store.submit(submission(lora=size, method="lora"))
+    waiting, deadline = text("SELECT count(*) FROM pg_locks WHERE NOT granted"), time.monotonic() + 30
+    claims = [threading.Thread(target=store.claim, args=(node,)) for node in ("b:0", "a:0")]
+    with postgres_engine.begin() as connection:
+        connection.execute(text("LOCK TABLE attempts IN SHARE MODE"))  # a claim decides, and can't write
+        for number, claim in enumerate(claims):
+            while connection.scalar(waiting) < number:
+                assert time.monotonic() < deadline
+            show("a:0", 0 if number == 0 else 24)
+            claim.start()
+        while connection.scalar(waiting) < len(claims):
+            assert time.monotonic() < deadline
+    for claim in claims:
+        claim.join(timeout=30)
+    assert len(store.jobs(statuses=[Status.RUNNING])) == 1

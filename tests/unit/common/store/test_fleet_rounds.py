@@ -24,7 +24,6 @@ from loractl.common.store.tables import Job
 from loractl.common.units import GIB
 from loractl.worker.node.monitor import FLEET_ROUND_S, ROUND_S, SETTLE_S
 
-from ....databases import database
 from ...factories import Clock, node_state, submission, take
 
 FROZEN_SWEEPER = """
@@ -73,15 +72,6 @@ def engine(upgraded_url: str) -> Iterator[Engine]:
     made = make_engine(upgraded_url)
     yield made
     made.dispose()
-
-
-@pytest.fixture
-def postgres_engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
-    template = request.getfixturevalue("postgres_template")
-    with database(request.getfixturevalue("postgres_server"), template) as url:
-        made = make_engine(url, connections=40)
-        yield made
-        made.dispose()
 
 
 def test_one_node_goes_round_for_all_and_any_other_the_next_time(timed: Store, clock: Clock) -> None:
