@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ipaddress
+import re
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import uvicorn
@@ -15,6 +17,26 @@ from .errors import UsageError
 
 HEADERS_S = 10.0
 """Seconds in which the lines of a request must have arrived."""
+
+_HOST = re.compile(r"(?:\[([0-9a-f:.]+)\]|([a-z0-9._-]+))(?::\d{1,5})?", re.ASCII)
+
+
+def host_name(hosts: Sequence[str]) -> str:
+    """The name or address by which a request calls the server, by its Host headers; empty without one that is plain.
+
+    The framework's `request.url` is no way to ask: it takes what it can't read for the server's own address, and up to
+    Starlette 1.0.0 a Host with a slash gave it another path.
+    """
+    match = _HOST.fullmatch(hosts[0].strip().lower()) if len(hosts) == 1 else None
+    return "" if match is None else match[1] or match[2].rstrip(".")
+
+
+def address_of(name: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    """The address that a name already is; None for one that somebody's DNS may point anywhere."""
+    try:
+        return ipaddress.ip_address(name)
+    except ValueError:
+        return None
 
 
 def check_port(host: str, port: int) -> None:

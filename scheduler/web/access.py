@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import hmac
-import ipaddress
 import os
 import secrets
 import socket
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
 from loractl.common.errors import LoractlError, UsageError
+from loractl.common.listener import address_of, host_name
 from loractl.common.settings import make_private
 
 TOKEN_BYTES = 32
@@ -26,10 +26,10 @@ class Access:
     token: str | None  # None: nothing, the server listens on this machine's own address
     names: frozenset[str]  # host names by which it may be called, beside addresses
 
-    def knows(self, host: str) -> bool:
-        """Whether a Host header is one of ours. An address is no name that a stranger's DNS could point here."""
-        name = host_name(host)
-        address = _address(name)
+    def knows(self, hosts: Sequence[str]) -> bool:
+        """Whether the Host headers name us. An address is no name that a stranger's DNS could point here."""
+        name = host_name(hosts)
+        address = address_of(name)
         if address is None:
             return name in self.names
         return address.is_loopback if self.token is None else True
@@ -48,26 +48,11 @@ class Access:
         return sha256(f"loractl web cookie {self.token}".encode()).hexdigest()
 
 
-def host_name(host: str) -> str:
-    """The name of a Host header, without its port."""
-    host = host.strip().lower()
-    if host.startswith("["):
-        return host[1 : host.index("]")] if "]" in host else ""
-    return host.partition(":")[0].rstrip(".")
-
-
-def _address(name: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
-    try:
-        return ipaddress.ip_address(name)
-    except ValueError:
-        return None
-
-
 def is_loopback(host: str) -> bool:
     """Whether only this machine reaches the address. Raises UsageError for what is none."""
     if host == "localhost":
         return True
-    address = _address(host)
+    address = address_of(host)
     if address is None:
         raise UsageError(f"--host {host!r} is no address", "like 127.0.0.1, or 0.0.0.0 for all of this machine")
     return address.is_loopback

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from html import escape
 from typing import TYPE_CHECKING
-from urllib.parse import parse_qsl, urlencode
+from urllib.parse import parse_qsl, quote, urlencode
 
 from starlette.datastructures import MutableHeaders
 from starlette.requests import Request
@@ -62,9 +62,9 @@ class Guard:
             return PlainTextResponse("this server only shows\n", 405, {"allow": "GET, HEAD"})
         if len(request.scope.get("raw_path") or b"") + len(request.scope["query_string"]) > LONGEST_URL:
             return PlainTextResponse("this address is too long\n", 414)
-        if len(hosts := request.headers.getlist("host")) != 1 or not self._access.knows(hosts[0]):
+        if not self._access.knows(request.headers.getlist("host")):
             return PlainTextResponse("this server has another name; see loractl web --allow-host\n", 421)
-        if self._access.token is None or request.url.path.startswith("/static/"):
+        if self._access.token is None or request.scope["path"].startswith("/static/"):
             return None  # styles are no secret, and the page that asks for the token needs them
         return self._of_token(request)
 
@@ -86,15 +86,16 @@ class Guard:
         target = _without_token(request)
         elsewhere = request.headers.get("sec-fetch-site") == "cross-site"
         answer = _once_more(target) if elsewhere else RedirectResponse(target, 303)
-        secure = request.url.scheme == "https"
+        secure = request.scope["scheme"] == "https"
         answer.set_cookie(COOKIE, self._access.cookie, httponly=True, samesite="strict", secure=secure)
         answer.headers["cache-control"] = "no-store"
         return answer
 
 
 def _without_token(request: Request) -> str:
-    query = urlencode([(k, v) for k, v in parse_qsl(request.url.query, keep_blank_values=True) if k != "token"])
-    path = "/" + request.url.path.lstrip("/")  # two slashes would name another server
+    given = parse_qsl(request.scope["query_string"].decode("latin-1"), keep_blank_values=True)
+    query = urlencode([(key, value) for key, value in given if key != "token"])
+    path = "/" + quote(request.scope["path"].lstrip("/"))  # two slashes, or one of them back, would name another server
     return f"{path}?{query}" if query else path
 
 

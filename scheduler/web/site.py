@@ -141,7 +141,7 @@ class Site:
 def _key(request: Request) -> str:
     """What makes a page another one. Parameters that no page knows make none."""
     given = request.query_params
-    return "\n".join((request.url.path, *(f"{key}={given[key]}" for key in PARAMETERS if key in given)))
+    return "\n".join((request.scope["path"], *(f"{key}={given[key]}" for key in PARAMETERS if key in given)))
 
 
 def _texts(text: str, last: int, part: Callable[[int], tuple[str, int]]) -> Iterator[str]:

@@ -100,6 +100,23 @@ def test_a_page_of_another_site_is_not_answered(serve: Callable[..., int], key: 
     assert ask(port, **own, Content_Type="Application/JSON; charset=utf-8")[0] == 200
 
 
+def test_no_name_of_a_stranger_s_is_taken_for_this_machine(serve: Callable[..., int]) -> None:
+    """A browser that a DNS name led here sends that name, whatever signs are in it; its page is of the same site."""
+    port = serve(None)
+    for host in (f"localhost:{port}", f"127.0.0.1:{port}", f"[::1]:{port}", "LOCALHOST"):
+        assert ask(port, Host=host)[0] == 200, host
+    for host in (
+        f"evil.example:{port}",
+        f"a{{b.evil.example:{port}",
+        "a`b.evil.example",
+        "evil.example:99999",
+        "x/health?",
+    ):
+        status, message = ask(port, Host=host, Origin=f"http://{host}", Sec_Fetch_Site="same-origin")
+        assert (status, "for this machine alone" in message) == (403, True), host
+    assert ask(serve("secret"), Host="x/health?")[0] == 401, "the path that needs no key stands in no Host"
+
+
 MESSAGES = ASKED["messages"]
 TOOL = {"type": "function", "function": {"name": "f"}}
 NOT_KEPT = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"$ref": "#/nowhere"}}}

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hmac
-import ipaddress
 from typing import Any
 from urllib.parse import urlsplit
 
 from fastapi import Request, Response
 from fastapi.responses import JSONResponse
+
+from loractl.common.listener import address_of, host_name
 
 from .openai_api import ApiError
 
@@ -41,10 +42,12 @@ class AccessControl:
 
     def _of_caller(self, request: Request) -> ApiError | None:
         if self._key is None:
-            name = request.url.hostname or ""
-            own = name == "localhost" or _is_loopback(name)
-            return None if own else ApiError(403, f"this server answers for this machine alone, not for {name!r}")
-        if request.url.path == "/health":
+            hosts = request.headers.getlist("host")
+            name = host_name(hosts)
+            own = name == "localhost" or ((address := address_of(name)) is not None and address.is_loopback)
+            said = ", ".join(hosts)[:100]
+            return None if own else ApiError(403, f"this server answers for this machine alone, not for {said!r}")
+        if request.scope["path"] == "/health":
             return None
         sent = request.headers.get("authorization", "").removeprefix("Bearer ").encode()
         if hmac.compare_digest(sent, self._key.encode()):
@@ -76,10 +79,3 @@ def _authority(origin: str) -> str | None:
         return urlsplit(origin).netloc.lower() or None
     except ValueError:
         return None
-
-
-def _is_loopback(name: str) -> bool:
-    try:
-        return ipaddress.ip_address(name.strip("[]")).is_loopback
-    except ValueError:
-        return False

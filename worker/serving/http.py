@@ -91,7 +91,7 @@ def make_app(engine: Engine, names: Names, library: Library, *, key: str | None,
 
     @app.exception_handler(HTTPException)
     async def not_found(request: Request, error: HTTPException) -> Response:
-        return answered(ApiError(error.status_code, f"{request.method} {request.url.path}: {error.detail}"))
+        return answered(ApiError(error.status_code, f"{request.method} {request.scope['path']}: {error.detail}"))
 
     @app.exception_handler(ClientDisconnect)
     async def gone(request: Request, error: ClientDisconnect) -> Response:

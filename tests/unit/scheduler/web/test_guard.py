@@ -60,7 +60,10 @@ def test_no_other_method_is_answered(web: Web, method: str) -> None:
         assert (answer.status_code, answer.headers["allow"]) == (405, "GET, HEAD")
 
 
-@pytest.mark.parametrize("host", ["evil.example", "localhost.evil.example", "169.254.169.254", "", "lab.example:80"])
+@pytest.mark.parametrize(
+    "host",
+    ["evil.example", "localhost.evil.example", "169.254.169.254", "", "lab.example:80", "localhost:x", "127.0.0.1:1/x"],
+)
 def test_a_page_under_another_name_is_refused(web: Web, host: str) -> None:
     answer = web.client.get("/", headers={"host": host})
     assert answer.status_code == 421 and "running" not in answer.text
@@ -90,6 +93,13 @@ def test_without_the_token_nothing_is_shown_and_with_it_a_cookie_is_set(web: Web
     assert serve(web.lab, web.url, LOCKED).client.get("/metrics", headers={"authorization": f"Bearer {TOKEN}"}).text
 
 
+@pytest.mark.parametrize("host", ["127.0.0.1:80/static/x?", "localhost:1/static/", "localhost:/static/#"])
+def test_a_host_with_a_path_opens_nothing_without_the_token(web: Web, host: str) -> None:
+    """Starlette before 1.0.1 took the path of `request.url` from it, and styles need no token (CVE-2026-48710)."""
+    answer = serve(web.lab, web.url, LOCKED).client.get("/jobs/11", headers={"host": host})
+    assert answer.status_code == 421 and "triage" not in answer.text
+
+
 def test_a_link_from_elsewhere_is_followed_with_the_strict_cookie(web: Web) -> None:
     """A browser keeps a strict cookie back when another site's link leads here, and on redirects that follow it."""
     locked = serve(web.lab, web.url, LOCKED).client
@@ -101,6 +111,9 @@ def test_a_link_from_elsewhere_is_followed_with_the_strict_cookie(web: Web) -> N
     assert signed.status_code == 200 and 'content="0;url=/jobs/11"' in signed.text and TOKEN not in signed.text
     evil = locked.get("http://localhost//evil.example/x?token=" + TOKEN, follow_redirects=False)
     assert evil.headers["location"].startswith("/evil"), "it leads to no other server"
+    for back in ("/%5Cevil.example/", "/%09/evil.example/"):
+        evil = locked.get(f"{back}?token={TOKEN}&a=%C3%A9", follow_redirects=False)
+        assert evil.headers["location"] == f"{back}?a=%C3%A9"
 
 
 def test_every_answer_has_the_policy(web: Web) -> None:
@@ -184,8 +197,9 @@ def test_only_this_machine_s_own_address_needs_no_token(tmp_path: Path) -> None:
     assert access_to("localhost", tmp_path, (), always=True).token
     for host in ("0.0.0.0", "192.0.2.7", "::"):
         access = access_to(host, tmp_path, ("Lab.Example",), always=False)
-        assert access.token == home_token(tmp_path) and access.knows("lab.example:8470") and access.knows("192.0.2.7")
-        assert not access.knows("evil.example")
+        assert access.token == home_token(tmp_path)
+        assert access.knows(["lab.example:8470"]) and access.knows(["192.0.2.7"])
+        assert not any(map(access.knows, (["evil.example"], [], ["lab.example", "lab.example"])))
     with pytest.raises(UsageError, match="is no address"):
         access_to("lab.example", tmp_path, (), always=False)
 
