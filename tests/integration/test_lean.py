@@ -146,6 +146,22 @@ def test_a_cards_rounding_is_no_sight_of_other_rows_and_sight_of_them_is() -> No
         row_module.RowAttention.__call__ = own  # type: ignore[method-assign]
 
 
+def test_a_token_that_rounding_sends_through_another_expert_is_no_sight_of_other_rows() -> None:
+    model = adapted(base_of("Mixtral"), spec_of())
+
+    def send_one_elsewhere(module: Any, inputs: Any, answer: torch.Tensor) -> torch.Tensor:
+        elsewhere = torch.zeros_like(answer)
+        if module.config._attn_implementation == row_module.NAME:
+            elsewhere[:, answer.shape[1] - 2] = answer.abs().max()
+        return answer + elsewhere
+
+    layer = model.get_base_model().model.layers[0].mlp
+    layer.config = model.get_base_model().config
+    layer.register_forward_hook(send_one_elsewhere)
+    lean = LeanPass(model, FP32)
+    assert rows_together(lean, 40) is None
+
+
 def one_row_of_all(self: Any, module: Any, query: Any, key: Any, value: Any, mask: Any = None, **how: Any) -> Any:
     """Attention that does not tell rows apart."""
     return self._kernel(module)(module, query, key, value, None, **how)
