@@ -20,7 +20,7 @@ from loractl.common.placement.sizes import served_classes
 from loractl.worker.device.devices import find_device
 
 from .box_identity import read_identity
-from .lock import served_by
+from .lock import served_by, unserved
 
 if TYPE_CHECKING:
     from loractl.common.settings import Settings
@@ -99,9 +99,10 @@ class Box:
     def _forget(self, ended: Collection[str]) -> None:
         """Remove the rows of nodes that have ended: what is not served is not being stopped."""
         identity = read_identity(self._settings)
-        for device in self._devices:
-            if device.number in ended:
-                self._store.forget_node(self._name(device), identity)
+        for device in (device for device in self._devices if device.number in ended):
+            with unserved(self._settings, device) as free:
+                if free:  # else it is served for another worker, whose row and bases these are
+                    self._store.forget_node(self._name(device), identity)
 
     def _start(self, number: str) -> None:
         # A session of its own: the terminal's Ctrl-C reaches this process alone, which then decides.

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import logging
 import os
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 
 from loractl.common.settings import Settings
@@ -44,6 +46,18 @@ class DeviceLock:
         self._file.close()
         if self._sign is not None:
             self._sign.close()
+
+
+@contextlib.contextmanager
+def unserved(settings: Settings, device: Device) -> Iterator[bool]:
+    """Whether no node of this home serves the device; none begins to until the block ends."""
+    with _path(settings, device).open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
 
 
 def served_by(settings: Settings, device: Device) -> int | None:

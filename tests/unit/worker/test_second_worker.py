@@ -1,0 +1,74 @@
+"""Two workers of one home on one box, by mistake: the second waits for the first, and its end takes nothing away."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from loractl.common.errors import ExitCode
+from loractl.common.settings import Settings, load_settings
+from loractl.common.store.database import connect
+from loractl.common.store.records import Claim, NewHost
+from loractl.common.store.store import Store
+from loractl.common.units import GIB
+from loractl.worker.device.devices import SimulatedDevice
+from loractl.worker.node import box
+from loractl.worker.node.box import Box
+from loractl.worker.node.box_identity import read_identity
+from loractl.worker.node.lock import DeviceLock
+
+from ..factories import node_state, submission
+
+DEVICE = SimulatedDevice(index=0, uuid="SIM-0", name="sim", total=8 * GIB)
+
+
+@pytest.fixture
+def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Settings]:
+    """Of a box whose nodes do nothing until they are told to end; SIGTERM comes as soon as they are there."""
+    popen, terminate = subprocess.Popen, signal.getsignal(signal.SIGTERM)
+
+    def node(_: Any, **how: Any) -> subprocess.Popen[str]:
+        threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        return popen(["sleep", "60"], **how)
+
+    monkeypatch.setattr(box.subprocess, "Popen", node)
+    settings = load_settings({"LORACTL_HOME": str(tmp_path / "home"), "LORACTL_HOST": "box"})
+    settings.runtime_dir.mkdir(parents=True)
+    yield settings
+    signal.signal(signal.SIGTERM, terminate)
+
+
+def _served(settings: Settings) -> Store:
+    """The rows of a node that serves the device, with a job whose trainer others may join."""
+    store = Store(connect(settings))
+    store.see_node(replace(node_state("box:0", total=8 * GIB), **vars(read_identity(settings))))
+    store.submit(submission(base_model="org/a", lora=1, method="lora"))
+    claim = store.claim("box:0")
+    assert isinstance(claim, Claim)
+    assert store.open_host(claim, NewHost(host="0123456789abcdef", node="box:0", key="key", bytes=1))
+    return store
+
+
+def test_a_second_worker_that_stops_leaves_the_first_one_s_node_and_bases_in_their_rows(settings: Settings) -> None:
+    store = _served(settings)
+    lock = DeviceLock(settings, DEVICE)
+    try:
+        assert Box(settings, store, [DEVICE], {}).run(drain_when_idle=False) == ExitCode.OK
+    finally:
+        lock.close()
+    assert [row.node for row in store.nodes("box")] == ["box:0"]
+    assert [row.host for row in store.hosts("box:0")] == ["0123456789abcdef"]
+
+
+def test_a_worker_that_stops_takes_its_own_rows_away(settings: Settings) -> None:
+    store = _served(settings)
+    assert Box(settings, store, [DEVICE], {}).run(drain_when_idle=False) == ExitCode.OK
+    assert [*store.nodes("box"), *store.hosts("box:0")] == []
