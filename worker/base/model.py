@@ -97,12 +97,36 @@ def load_base(
         options |= loading_options(base_model, revision, run_code=run_code)
         options["adapter_kwargs"] = {"local_files_only": True}  # loading_options has looked for one
         if head is None:
-            return AutoModelForCausalLM.from_pretrained(base_model, **options)
-        check_no_head_yet(base_model, revision)
-        with _fresh_head_unreported():
-            model = AutoModelForSequenceClassification.from_pretrained(base_model, **options, **head.settings)
-    begin_head(model, head)
+            model = AutoModelForCausalLM.from_pretrained(base_model, **options)
+        else:
+            check_no_head_yet(base_model, revision)
+            with _fresh_head_unreported():
+                model = AutoModelForSequenceClassification.from_pretrained(base_model, **options, **head.settings)
+    if device == "cpu" and not divisible:
+        _own_weights(model)
+    if head is not None:
+        begin_head(model, head)
     return model
+
+
+def _own_weights(model: Any) -> None:
+    """Copy weights that are pages of their files: in the files' own number format nothing else is made of them. Who
+    writes over such a file would change a training that goes on, or end its process by SIGBUS.
+
+    Of a model that is divided among cards they stay, since each rank would have a copy.
+    """
+    mapped = _mapped_files()
+    for tensor in (*model.parameters(), *model.buffers()):
+        if any(tensor.data_ptr() in pages for pages in mapped):
+            tensor.data = tensor.data.clone()
+
+
+def _mapped_files() -> list[range]:
+    """Where files that hold no code lie in this process's memory."""
+    lines = [line.split(maxsplit=5) for line in Path("/proc/self/maps").read_text().splitlines()]
+    named = [(words[0], words[5]) for words in lines if len(words) == 6 and words[5].startswith("/")]
+    code = {words[5] for words in lines if len(words) == 6 and "x" in words[1]}
+    return [range(*(int(end, 16) for end in span.split("-"))) for span, path in named if path not in code]
 
 
 @contextlib.contextmanager

@@ -1,0 +1,32 @@
+"""A base on a processor is the trainer's own: what becomes of its files changes nothing of a training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save
+
+from loractl.common.job.method import Method
+from loractl.worker.base.arithmetic import choose_precision
+from loractl.worker.base.model import load_base
+
+from ..models import make_tiny_model
+
+
+@pytest.mark.parametrize("method", [Method.LORA, Method.QLORA])
+def test_weights_that_are_written_over_in_place_change_no_base_that_is_loaded(tmp_path: Path, method: Method) -> None:
+    """As by `cp` of another model over this one. Weights in the files' own number format would be the files' pages."""
+    folder = make_tiny_model(tmp_path / "model")
+    base = load_base(str(folder), method, "cpu", choose_precision("cpu", "float32"))
+    before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    file = folder / "model.safetensors"
+    other = save({name: tensor + 1 for name, tensor in load_file(file).items()}, metadata={"format": "pt"})
+    assert len(other) == file.stat().st_size
+    with file.open("r+b") as stream:
+        stream.write(other)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in base.state_dict().items())
+    with file.open("r+b") as stream:
+        stream.truncate(0)  # a page of a file that has no such page any more would end the process by SIGBUS
+    assert all(torch.equal(tensor, before[name]) for name, tensor in base.state_dict().items())
