@@ -38,8 +38,10 @@ GRANT INSERT, DELETE ON log_chunks, adapters, lab_failures TO loractl_worker;
 GRANT USAGE ON SEQUENCE events_event_id_seq, log_chunks_chunk_id_seq TO loractl_worker;
 
 -- Who submits changes a status as cancel and retry do, and writes no row that has a history or that workers can't read.
--- What is asked of a job changes by its own login alone. Who did it is the login, whatever the client says.
-CREATE OR REPLACE FUNCTION loractl_readable(job jobs) RETURNS boolean LANGUAGE plpgsql AS $$
+-- What is asked of a job changes by its own login alone. Who did it is the login, whatever the client says. The search
+-- path is fixed: a login's temporary table or sequence would else be taken for jobs or its numbers.
+CREATE OR REPLACE FUNCTION loractl_readable(job jobs) RETURNS boolean LANGUAGE plpgsql
+SET search_path = pg_catalog, public, pg_temp AS $$
 DECLARE
   wanted text := substring(job.queue_key FROM '^[0-9]{5}[|][0-9]{3,}[|](.*)$');
 BEGIN
@@ -51,7 +53,8 @@ BEGIN
     (CASE WHEN wanted = '' THEN true ELSE json_typeof(wanted::json) = 'object' END) AND
     coalesce(job.lora_until, now()) BETWEEN now() - interval '1 day' AND now() + interval '100 years';
 END $$;
-CREATE OR REPLACE FUNCTION loractl_may_edit(before jobs, after jobs) RETURNS boolean LANGUAGE sql AS $$
+CREATE OR REPLACE FUNCTION loractl_may_edit(before jobs, after jobs) RETURNS boolean LANGUAGE sql
+SET search_path = pg_catalog, public, pg_temp AS $$
   SELECT (before.name, before.labels::text, before.spec::text, before.spec_hash, before.priority, before.methods::text,
       before.preemptible, before.version, before.max_retries, before.vram_lora, before.vram_qlora, before.vram_needed,
       before.vram_class, before.planned::text, before.need_key, before.family, before.engine, before.queue_key,
@@ -70,7 +73,14 @@ CREATE OR REPLACE FUNCTION loractl_may_edit(before jobs, after jobs) RETURNS boo
         (after.methods::text, after.vram_lora, after.vram_qlora, after.adjustment::text) IS NOT DISTINCT FROM
           (before.methods::text, before.vram_lora, before.vram_qlora, before.adjustment::text));
 $$;
-CREATE OR REPLACE FUNCTION loractl_no_claim() RETURNS trigger LANGUAGE plpgsql AS $$
+CREATE OR REPLACE FUNCTION loractl_says_login(told text) RETURNS boolean LANGUAGE sql -- the first "by" names who did it
+SET search_path = pg_catalog, public, pg_temp AS $$
+  SELECT position(' by ' IN told) > 0 AND starts_with(who, session_user::text) AND
+    substr(who, length(session_user::text) + 1, 1) !~ '[[:alnum:]_.-]'
+  FROM (SELECT substring(told FROM position(' by ' IN told) + 4)) AS told_of(who);
+$$;
+CREATE OR REPLACE FUNCTION loractl_no_claim() RETURNS trigger LANGUAGE plpgsql
+SET search_path = pg_catalog, public, pg_temp AS $$
 DECLARE
   drawn bigint;
 BEGIN
@@ -81,7 +91,10 @@ BEGIN
       drawn := NULL; -- no number was drawn: it names one of its own
     END;
     IF NEW.job_id = drawn AND NEW.status = 'queued' AND NEW.attempt = 0 AND
-        concat(NEW.token, NEW.adapter_uri, NEW.report_uri, NEW.result_host, NEW.manifest_sha256) = '' AND
+        NEW.retries_used = 0 AND NEW.lab_failures = 0 AND
+        concat(NEW.token, NEW.adapter_uri, NEW.report_uri, NEW.result_host, NEW.manifest_sha256, NEW.reason, NEW.stage,
+          NEW.preempted_by, NEW.node, NEW.gpu, NEW.method, NEW.vram_reserved, NEW.step, NEW.total_steps, NEW.loss,
+          NEW.lab_step, NEW.avoids) = '' AND
         coalesce(NEW.checkpoint::text, 'null') = 'null' AND coalesce(NEW.adjustment::text, 'null') = 'null' AND
         loractl_readable(NEW) AND
         NEW.submitted_at BETWEEN now() - interval '1 day' AND now() + interval '1 day' AND
@@ -92,6 +105,14 @@ BEGIN
     END IF;
   ELSIF loractl_may_edit(OLD, NEW) AND NEW.token IS NOT DISTINCT FROM OLD.token AND
       NEW.retries_used IN (0, OLD.retries_used) AND
+      (NEW.reason IS NULL OR NEW.reason IN (OLD.reason, 'cancelled')) AND
+      ((NEW.stage, NEW.preempted_by, NEW.step, NEW.total_steps, NEW.loss, NEW.tokens_per_second, NEW.eta_seconds,
+          NEW.lab_failures, NEW.lab_step, NEW.avoids::text)
+        IS NOT DISTINCT FROM (OLD.stage, OLD.preempted_by, OLD.step, OLD.total_steps, OLD.loss, OLD.tokens_per_second,
+          OLD.eta_seconds, OLD.lab_failures, OLD.lab_step, OLD.avoids::text) OR
+        OLD.status <> 'running' AND NEW.lab_failures = 0 AND -- a retry clears them
+        concat(NEW.stage, NEW.preempted_by, NEW.step, NEW.total_steps, NEW.loss, NEW.tokens_per_second,
+          NEW.eta_seconds, NEW.lab_step, NEW.avoids) = '') AND
       NEW.lease_expires_at IS NOT DISTINCT FROM OLD.lease_expires_at AND
       (NEW.not_before IS NULL OR NEW.not_before IS NOT DISTINCT FROM OLD.not_before) AND
       (NEW.ended_at IS NOT DISTINCT FROM OLD.ended_at OR
@@ -100,7 +121,7 @@ BEGIN
         coalesce(NEW.result_until, now()) BETWEEN now() - interval '1 day' AND now() + interval '1 day') AND
       (NEW.status = OLD.status OR
         OLD.status IN ('queued', 'failed', 'cancelled') AND NEW.status IN ('queued', 'cancelled')) THEN
-    IF NEW.message IS DISTINCT FROM OLD.message AND position('by ' || session_user IN NEW.message) = 0 THEN
+    IF NEW.message IS DISTINCT FROM OLD.message AND NOT loractl_says_login(NEW.message) THEN
       NEW.message := NEW.message || ' (login ' || session_user || ')';
     END IF;
     RETURN NEW;
@@ -110,13 +131,15 @@ END $$;
 CREATE OR REPLACE TRIGGER loractl_no_claim BEFORE INSERT OR UPDATE ON jobs FOR EACH ROW
   WHEN (NOT pg_has_role('loractl_worker', 'MEMBER')) EXECUTE FUNCTION loractl_no_claim();
 
-CREATE OR REPLACE FUNCTION loractl_by_login() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+CREATE OR REPLACE FUNCTION loractl_by_login() RETURNS trigger LANGUAGE plpgsql
+SET search_path = pg_catalog, public, pg_temp AS $$
+BEGIN
   IF TG_TABLE_NAME = 'events' THEN
     IF NEW.attempt IS NOT NULL THEN
       RAISE EXCEPTION 'only a worker tells of attempts' USING ERRCODE = 'insufficient_privilege';
     END IF;
     NEW.at := clock_timestamp();
-    IF position('by ' || session_user IN NEW.text) = 0 THEN
+    IF NOT loractl_says_login(NEW.text) THEN
       NEW.text := NEW.text || ' (login ' || session_user || ')';
     END IF;
   ELSIF TG_TABLE_NAME = 'tags' THEN
@@ -135,7 +158,8 @@ CREATE OR REPLACE TRIGGER loractl_by_login BEFORE INSERT OR UPDATE ON tags FOR E
 CREATE OR REPLACE TRIGGER loractl_by_login BEFORE INSERT ON sweeps FOR EACH ROW
   WHEN (NOT pg_has_role('loractl_worker', 'MEMBER')) EXECUTE FUNCTION loractl_by_login();
 
-CREATE OR REPLACE FUNCTION loractl_own_label() RETURNS trigger LANGUAGE plpgsql AS $$
+CREATE OR REPLACE FUNCTION loractl_own_label() RETURNS trigger LANGUAGE plpgsql
+SET search_path = pg_catalog, public, pg_temp AS $$
 DECLARE
   label job_labels := CASE WHEN TG_OP = 'DELETE' THEN OLD ELSE NEW END;
 BEGIN

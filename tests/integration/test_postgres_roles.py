@@ -169,6 +169,12 @@ BY_HAND = [
     "UPDATE jobs SET token = 'mine'",
     "UPDATE jobs SET retries_used = 2000000000",
     "UPDATE jobs SET not_before = 'infinity'",
+    "UPDATE jobs SET avoids = '5'",
+    "UPDATE jobs SET lab_failures = 2147483647",
+    "UPDATE jobs SET loss = 0.001",
+    "UPDATE jobs SET step = NULL, loss = NULL WHERE status = 'running'",
+    "UPDATE jobs SET preempted_by = 2 WHERE status = 'running'",
+    "UPDATE jobs SET reason = 'diverged'",
     "UPDATE jobs SET ended_at = '-infinity'",
     "UPDATE jobs SET lease_expires_at = 'infinity'",
     "UPDATE jobs SET queue_key = 'garbage'",
@@ -194,6 +200,11 @@ HISTORY = {
     "status": "'running'",
     "token": "'mine'",
     "attempt": "3",
+    "retries_used": "2147483647",
+    "lab_failures": "2147483647",
+    "avoids": "'5'",
+    "preempted_by": "1",
+    "loss": "0.001",
     "adapter_uri": "'x'",
     "result_host": "'heron'",
     "manifest_sha256": "'x'",
@@ -218,7 +229,8 @@ UNREADABLE = {
 def test_by_hand_who_submits_cannot_do_more(person: Store, box: Store, lab: Logins) -> None:
     for name in ("runs", "waits"):
         person.submit(submission(name=name))
-    assert isinstance(take(box), Claim)
+    claim = take(box)
+    assert isinstance(claim, Claim) and box.beat(claim, Progress(stage=Stage.TRAINING, step=1, loss=1.0)).accepted
     engine = make_engine(lab.person)
     for statement in BY_HAND:
         with pytest.raises(Forbidden), engine.begin() as connection:
@@ -253,6 +265,27 @@ def test_a_new_row_has_no_history(person: Store, lab: Logins) -> None:
     assert [job.job_id for job in person.jobs()] == [2, 1]
 
 
+def test_what_a_login_makes_of_its_own_is_not_taken_for_the_lab_s(
+    lab: Logins, person: Store, postgres_url: str
+) -> None:
+    """Temporary tables and sequences go before those of the lab, wherever a name does not say whose it is."""
+    owner = make_engine(postgres_url)
+    others, mine = Store(owner).submit(submission(user="eve")), person.submit(submission())
+    copy = f"r record; BEGIN SELECT * INTO r FROM public.jobs WHERE job_id = {mine}; j := r; j.job_id := 4711;"
+    number = ("CREATE TEMP SEQUENCE jobs_job_id_seq", "SELECT setval('pg_temp.jobs_job_id_seq', 4711)",
+              f"DO $$ DECLARE j public.jobs; {copy} INSERT INTO public.jobs SELECT j.*; END $$")  # fmt: skip
+    label = ("CREATE TEMP TABLE jobs (job_id bigint, \"user\" text)",
+             f"INSERT INTO public.job_labels VALUES ({others}, 'a', 'b')")  # fmt: skip
+    for statements in (number, label):
+        engine = make_engine(lab.person)
+        with pytest.raises(Forbidden, match=r"only a worker may|its own labels"), engine.begin() as connection:
+            for statement in statements:
+                connection.execute(text(statement.replace(":=", "\\:=")))
+            pytest.fail(f"{statements[-1]} was let through")
+        engine.dispose()
+    owner.dispose()
+
+
 def test_who_did_it_is_the_login_whatever_the_client_claims(person: Store, box: Store, lab: Logins) -> None:
     login = make_url(lab.person).username
     job_id = person.submit(submission(user="bob", resources={"node_labels": {"nvlink": "yes"}}))
@@ -267,6 +300,14 @@ def test_who_did_it_is_the_login_whatever_the_client_claims(person: Store, box: 
     assert len(told) == 4 and all(text.endswith(f" (login {login})") for text in told)
     person.retry(job_id, str(login))
     assert person.events(job_id)[-1].text == f"queued again by {login}"
+    person.hold(job_id, str(login), "by bob")
+    assert person.job(job_id).message == f"held by {login}: by bob"
+    for another, why in ((f"{login}x", "mine"), (f"{login}.b", ""), ("bob", f"by {login}")):
+        person.retry(job_id, another)
+        person.hold(job_id, another, why)
+        for said in (person.job(job_id).message, *[event.text for event in person.events(job_id)[-2:]]):
+            assert said is not None and said.endswith(f" (login {login})"), said
+    person.retry(job_id, str(login))
     assert isinstance(take(box, labels={"nvlink": "yes"}), Claim)
 
 
