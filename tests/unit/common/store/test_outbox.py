@@ -17,9 +17,7 @@ from loractl.common.store.store import Store
 from loractl.common.units import GIB
 
 from ...factories import RESULT, Clock, node_state, submission, take
-from .test_fleet_rounds import postgres_engine, turn
-
-__all__ = ["postgres_engine"]
+from .test_fleet_rounds import turn
 
 LEASE_S = 90.0
 NOBODY_S = "gave up: no worker's config.toml names this channel"
