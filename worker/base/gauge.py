@@ -9,10 +9,11 @@ import logging
 import os
 import re
 import resource
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 
@@ -22,6 +23,8 @@ from loractl.worker.protocol.card_error import UNTOLD, card_error, may_be_full
 from loractl.worker.protocol.messages import Peaks
 
 log = logging.getLogger("loractl.worker")
+
+Answer = TypeVar("Answer")
 
 LEAST_BYTES = WORKSPACE_BYTES + SEGMENT_BYTES
 """Any computation on a card takes so much of torch's allocator: what is learned from other jobs may not go below."""
@@ -104,9 +107,7 @@ def limit_to(limit: int | None, device: Literal["cuda", "cpu"], gpu: str) -> Non
 def _prepare_processor() -> None:
     # oneDNN keeps what it compiled for 1,024 shapes, 50 MB for each length of a batch: it would grow into the limit.
     os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] = "32"
-    # Threads are started first: OpenMP ends the process when it gets no stack for one.
-    warm = torch.ones(512, 512, requires_grad=True)
-    (warm @ warm).sum().backward()
+    _start_threads()
     # A large tensor gets its own mapping, which goes when it is freed: glibc's heap does not give holes back, and the
     # smaller batch would find no more room than the larger one. Not a small one: pages that come anew for each tensor
     # of a step made it 1.45 times as slow.
@@ -114,10 +115,17 @@ def _prepare_processor() -> None:
     _libc_call("mallopt", _M_TRIM_THRESHOLD, _TRIM_BYTES)
 
 
+def _start_threads() -> None:
+    """Those of OpenMP, which each thread has for itself: it ends the process when it gets no stack for one later."""
+    warm = torch.ones(512, 512, requires_grad=True)
+    (warm @ warm).sum().backward()
+
+
 @functools.cache
 def _bytes_of_libraries() -> int:
-    """Writable memory before this process loaded its first base: a base that is there already counts in the limit."""
-    return data_bytes()
+    """Writable memory before this process loaded its first base: a base that is there already counts in the limit.
+    What a thread of `in_own_thread` takes for itself does not."""
+    return _in_new_thread(data_bytes)
 
 
 def lift_limit() -> None:
@@ -186,6 +194,30 @@ def _no_room_for_handle() -> bool:
     except (RuntimeError, AssertionError):  # no context: it was not for want of room
         return False
     return free < HANDLE_BYTES
+
+
+def in_own_thread(work: Callable[[], Answer]) -> Answer:
+    """What the work gives, where less of it is tried after out-of-memory in this process.
+
+    oneDNN compiles no more kernels in a thread where it once got no memory for one, however much is free later: its
+    assembler keeps the error ("could not create a primitive"; torch 2.13, bf16 on a processor that has instructions
+    for it). So a process that is held to a limit works in a thread that ends with its failure.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    if soft == hard:
+        return work()
+    inference, gradients = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
+
+    def likewise() -> Answer:
+        with torch.inference_mode(inference), torch.set_grad_enabled(gradients):
+            return work()
+
+    return _in_new_thread(likewise)
+
+
+def _in_new_thread(work: Callable[[], Answer]) -> Answer:
+    with ThreadPoolExecutor(max_workers=1, initializer=_start_threads) as thread:
+        return thread.submit(work).result()
 
 
 def release() -> None:

@@ -27,7 +27,7 @@ from loractl.common.job.spec import JobSpec
 from loractl.common.job.status import Reason
 from loractl.worker.base.arithmetic import evaluating, whole_modules
 from loractl.worker.base.failure import TrainingFailed
-from loractl.worker.base.gauge import is_out_of_memory, release
+from loractl.worker.base.gauge import in_own_thread, is_out_of_memory, release
 from loractl.worker.base.hub import Refusal, refusal
 
 from .comparison import Compared, Measure
@@ -202,7 +202,7 @@ def _halving(run: Callable[[int], Results], batch: int) -> tuple[Results, int]:
     """The results, and the rows at once that fitted. lm_eval takes the longest rows first: little is done twice."""
     while True:
         try:
-            return run(batch), batch
+            return in_own_thread(functools.partial(run, batch)), batch
         except Exception as error:
             if batch == 1 or not is_out_of_memory(error):
                 raise

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from transformers import TrainerCallback, TrainingArguments
 from loractl.common.job.adjustment import next_adjustment
 from loractl.common.job.status import Reason, Stage
 from loractl.worker.base.failure import TrainingFailed
-from loractl.worker.base.gauge import release
+from loractl.worker.base.gauge import in_own_thread, release
 from loractl.worker.base.learner import Learner
 from loractl.worker.data.prepared import PreparedData
 from loractl.worker.engine.member import ForwardPass, MemberRows, PackMember
@@ -134,7 +135,7 @@ def fit(
         return training_arguments(run.order, run.spec, learner.precision, optimizer)
     while True:
         arguments = training_arguments(run.order, run.spec, learner.precision, optimizer)
-        failure = _fit_once(run, learner, forward, data, arguments, callbacks)
+        failure = in_own_thread(partial(_fit_once, run, learner, forward, data, arguments, callbacks))
         release()  # of what did not fit, or of optimizer and gradients, which the evaluation needs no more
         if failure is None:
             return arguments

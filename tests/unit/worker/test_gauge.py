@@ -115,3 +115,37 @@ except RuntimeError as error:
 def test_a_host_s_limit_is_that_of_base_and_member_at_each_join() -> None:
     done = subprocess.run([sys.executable, "-c", LIMITED], capture_output=True, text=True, timeout=120)
     assert "can't allocate memory" in done.stdout, done.stderr
+
+
+FULL_ONCE = """
+import resource
+import torch
+from loractl.worker.base.batches import in_batches
+from loractl.worker.base.gauge import data_bytes, hold_to, lift_limit
+
+hold_to(1 << 30, "cpu", "cpu")
+rows = [torch.ones(20 + n, 256, dtype=torch.bfloat16) for n in range(64)]
+weight = torch.ones(256, 256, dtype=torch.bfloat16)
+tries = []
+
+def work(chosen):
+    tries.append(len(chosen))
+    if len(tries) == 1:
+        _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+        resource.setrlimit(resource.RLIMIT_DATA, (data_bytes() + (1 << 20), hard))
+    try:
+        for n in chosen:
+            torch.nn.functional.linear(rows[n], weight)
+    finally:
+        lift_limit()
+
+in_batches(list(range(64)), 64, work)
+torch.nn.functional.linear(torch.ones(300, 256, dtype=torch.bfloat16), weight)
+print(tries)
+"""
+
+
+def test_a_kernel_that_got_no_memory_is_compiled_once_there_is_some() -> None:
+    """Where the processor has instructions for bf16; else there is no kernel of the library that could be compiled."""
+    done = subprocess.run([sys.executable, "-c", FULL_ONCE], capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() in ("[64, 32, 32]", "[64]"), done.stdout + done.stderr

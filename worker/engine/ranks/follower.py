@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 
 from loractl.worker.base.arithmetic import evaluating
-from loractl.worker.base.gauge import release
+from loractl.worker.base.gauge import in_own_thread, release
 from loractl.worker.data.tokens import TokenRow
 from loractl.worker.engine.loss import MicroBatch
 from loractl.worker.engine.noise import noisy_embeddings
@@ -33,6 +34,13 @@ class Follower:
         """Obey until the leader ends. What goes wrong here comes through, and ends the whole training."""
         self._model.train()
         with contextlib.ExitStack() as stack:
+            while in_own_thread(partial(self._obey_while_there_is_room, stack)):
+                release()
+        self._link.close()
+
+    def _obey_while_there_is_room(self, stack: contextlib.ExitStack) -> bool:
+        """False once the leader has ended; true where a rank had no room, and the leader says what follows."""
+        try:
             for order in self._link.orders():
                 if order["kind"] == "end":
                     break
@@ -42,7 +50,9 @@ class Follower:
                     self._part = Part(self._own, self._link, lockstep=self._shards is not None)
                 else:
                     self._obey(order)
-        self._link.close()
+        except RankFull:
+            return True
+        return False
 
     def _obey(self, order: dict[str, Any]) -> None:
         if order["kind"] == "gather":
@@ -66,20 +76,15 @@ class Follower:
     def _learn(self, part: Part, noise: int, rows: list[dict[str, Any]], **of: Any) -> None:
         torch.manual_seed(noise + self._link.rank)
         batch = MicroBatch(rows=[TokenRow(**row) for row in rows], **of)
-        with self._together():
+        with self._in_step():
             part.learn(batch, lambda loss: torch.autograd.backward(loss * self._scale))
 
     def _score(self, part: Part, rows: list[dict[str, Any]], *, spread: bool) -> None:
         if spread:
             part.take_weights()
-        with evaluating(self._model), self._together():
+        with evaluating(self._model), self._in_step():
             part.held_out_loss([TokenRow(**row) for row in rows])
 
-    @contextlib.contextmanager
-    def _together(self) -> Any:
-        """What all ranks do at once; where one had no room, the leader says what follows."""
-        try:
-            with contextlib.nullcontext() if self._shards is None else self._shards.together():
-                yield
-        except RankFull:
-            release()
+    def _in_step(self) -> contextlib.AbstractContextManager[Any]:
+        """For what all ranks do at once."""
+        return contextlib.nullcontext() if self._shards is None else self._shards.together()
