@@ -77,7 +77,7 @@ def worker(
 
     Ctrl-C stops after a checkpoint and gives the jobs back; a second one stops at once.
     """
-    from loractl.worker.node.secrecy import hide_environment
+    from loractl.worker.protocol.secrecy import hide_environment
 
     hide_environment()  # before the other imports, which take a second
     from loractl.common.artifacts import open_store

@@ -2,7 +2,7 @@
 
 import gc
 
-from loractl.worker.node.secrecy import hide_environment
+from loractl.worker.protocol.secrecy import hide_environment
 
 if __name__ == "__main__":
     hide_environment()  # before the imports, which take a second

@@ -1,4 +1,5 @@
-"""Keeps the environment of worker and nodes, which holds passwords, from other processes of the same user."""
+"""Keeps the environment of worker, nodes and their calls of the store, which holds passwords, from their user's other
+processes."""
 
 from __future__ import annotations
 
