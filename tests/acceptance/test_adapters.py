@@ -133,6 +133,17 @@ def test_a_merge_that_is_not_the_same_writes_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_merge_takes_nothing_of_the_box_s_card(trained: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Left to itself peft reads an adapter onto a card where it sees one. Here that would fail: there is none."""
+    from loractl.common.settings import load_settings
+    from loractl.worker.serving import merge as merging
+    from loractl.worker.serving.library import Library
+
+    monkeypatch.setattr("peft.peft_model.infer_device", lambda: "cuda")
+    library = Library(load_settings({"LORACTL_HOME": trained.environment["LORACTL_HOME"]}))
+    assert merging.merge_into(tmp_path, library, library.find("red"), "bfloat16").stored_agreement > 0.9
+
+
 def test_gguf_is_for_boxes_with_the_converter_and_its_failure_is_told(trained: Cli, tmp_path: Path) -> None:
     missing = trained.with_environment(PATH="/nowhere")("adapters", "merge", "red", tmp_path / "a", "--gguf", code=2)
     assert "needs llama.cpp's convert_hf_to_gguf.py" in missing.stderr

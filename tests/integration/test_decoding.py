@@ -20,6 +20,7 @@ from loractl.common.errors import UsageError
 from loractl.common.job.method import Method
 from loractl.common.job.spec import JobSpec
 from loractl.worker.base.failure import TrainingFailed
+from loractl.worker.serving import decoding
 from loractl.worker.serving.adapter_pool import AdapterPool, BaseChoice, NoRoom
 from loractl.worker.serving.decoding import Engine, Limits, TooLong
 from loractl.worker.serving.library import Arithmetic, Listed
@@ -287,6 +288,25 @@ def test_a_failure_while_prompts_are_read_is_that_of_the_new_requests_alone(
     b.engine.finish()
     assert b.said[1][-1].error == "RuntimeError: prompt"
     assert "".join(one.text for one in b.said[0]) == expected
+
+
+def test_a_card_that_fails_for_good_leaves_nobody_waiting(
+    bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After some errors every call of CUDA's fails, that which frees memory too. Two lanes are to be opened then."""
+
+    def fails(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    b = bench()
+    monkeypatch.setattr(AdapterPool, "forward", fails)
+    monkeypatch.setattr(decoding, "release", fails)
+    for name in ("one", "dora"):
+        b.ask("queue", name)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        b.engine.step()
+    b.engine.fail_all("over")
+    assert ["illegal memory access" in str(heard[-1].error) for heard in b.said] == [True, True]
 
 
 def test_an_adapter_of_another_base_is_refused_and_leaves_the_base_as_it_was(

@@ -19,7 +19,7 @@ from loractl.common.job.spec import JobSpec
 from loractl.common.job.status import Stage
 from loractl.common.placement.hosts import base_key
 from loractl.common.store.records import Claim
-from loractl.worker.device.devices import Device, find_device
+from loractl.worker.device.devices import Device, find_device, torch_settings
 from loractl.worker.device.occupancy import (
     CARD_VARIABLE,
     JOB_VARIABLE,
@@ -191,17 +191,11 @@ def device_environment(device: Device, name: str, threads: int) -> dict[str, str
     """The environment of a process on the device that is counted as ours, under this name in place of a job's."""
     hidden = (*ADDRESSES, *CELERY_S, "AWS_", "PG")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(hidden)}
-    owner_s_own = kept.keys() & {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}
-    if device.trains_on == "cuda":
-        if not owner_s_own:
-            kept["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"  # blocks grow in place, so fewer are left unusable
-        # On Hopper and Blackwell torch 2.13 takes cuDNN's attention first, which makes a plan for each length of a row
-        # that it has not met, and rows lie without padding here. Flash attention needs none.
-        kept.setdefault("TORCH_CUDNN_SDPA_DEPRIORITIZED", "1")
-    else:
+    if device.trains_on != "cuda":
         kept.setdefault("GLIBC_TUNABLES", HUGE_PAGES)
     if "OMP_WAIT_POLICY" not in kept:
         kept.setdefault("GOMP_SPINCOUNT", SPINS)
+    kept |= torch_settings(device, kept)
     return {**kept, **device.environment(), JOB_VARIABLE: name, "OMP_NUM_THREADS": str(threads)}
 
 

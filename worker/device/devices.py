@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
@@ -119,6 +120,19 @@ def find_device(settings: Settings, number: str) -> Device:
     """
     _, devices = _all_devices(settings)
     return next((device for device in devices if device.number == number), None) or missing_card(number)
+
+
+def torch_settings(device: Device, set_already: Mapping[str, str]) -> dict[str, str]:
+    """Environment variables by which torch fits a card better; what the box's owner has set stays."""
+    if device.trains_on != "cuda":
+        return {}
+    # On Hopper and Blackwell torch 2.13 takes cuDNN's attention first, which makes a plan for each length that it has
+    # not met: rows lie without padding in a training, and an answer has another length with each token. Flash
+    # attention needs none.
+    wanted = {"TORCH_CUDNN_SDPA_DEPRIORITIZED": "1"}
+    if "PYTORCH_CUDA_ALLOC_CONF" not in set_already:
+        wanted["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"  # blocks grow in place, so fewer are left unusable
+    return {name: value for name, value in wanted.items() if name not in set_already}
 
 
 def order_of_numbers() -> str | None:

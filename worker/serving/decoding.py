@@ -171,15 +171,25 @@ class Engine:
             self._next()
             new.append(row)
             joining.setdefault(row.lane, []).append(row)
-        for name, rows in joining.items():
-            lane = self._lanes.setdefault(name, Lane(self._pool, self._ends))
-            for some in _readable(rows):
-                # the lane does not change while prompts are read: a failure there ends the new rows alone
-                read = self._tried(partial(lane.read, some), some)
-                if read is not None:
-                    self._tried(partial(lane.join, some, read), [*lane.rows, *some], lane)
-            if not lane.rows:
-                del self._lanes[name]
+        try:
+            for name, rows in joining.items():
+                self._let_in(name, rows)
+        except Exception as error:  # like that of a card which can't even free memory: who has no lane yet is told, too
+            seated = [row for lane in self._lanes.values() for row in lane.rows]
+            for row in new:
+                if row not in seated:
+                    row.fail(failure_sentence(error))
+            raise
+
+    def _let_in(self, name: str, rows: Sequence[Row]) -> None:
+        lane = self._lanes.setdefault(name, Lane(self._pool, self._ends))
+        for some in _readable(rows):
+            # the lane does not change while prompts are read: a failure there ends the new rows alone
+            read = self._tried(partial(lane.read, some), some)
+            if read is not None:
+                self._tried(partial(lane.join, some, read), [*lane.rows, *some], lane)
+        if not lane.rows:
+            del self._lanes[name]
 
     def _drop_cancelled(self) -> None:
         """Drop requests of callers who have left: they must not count as waiting."""

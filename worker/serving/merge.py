@@ -126,7 +126,8 @@ def merge_into(folder: Path, library: Library, listed: Listed, dtype: str, say: 
     say(f"loads {spec.base_model} in float32")
     base = load_base(spec.base_model, Method.LORA, "cpu", exact, revision, run_code=run_code)
     prompts = [tokenizer(text).input_ids for text in PROMPTS] + _own_prompts(library, listed, tokenizer)
-    tuned = PeftModel.from_pretrained(base, str(files)).eval()
+    # named: else peft reads the adapter onto the box's first card, whose memory is its jobs'
+    tuned = PeftModel.from_pretrained(base, str(files), torch_device="cpu").eval()
     say(f"measures the adapter's logits on {len(prompts)} prompts")
     before = _logits(tuned, prompts)
     say("merges, and measures again")

@@ -61,6 +61,7 @@ class Shown:
     processes: tuple[Process, ...] | None = ()
     held: int = 0
     index: int = 0
+    number: str = "0"
     uuid: str = "GPU-a"
     name: str = "a card"
     kind: Literal["nvml"] = "nvml"
@@ -147,6 +148,23 @@ def test_the_freest_card_is_taken_and_reserved(
     assert [kept.bytes for kept in card._held] == [SIX.least]
     assert unused_reservations(settings.home, "SIM-0", None, 0) == SIX.least
     assert unused_reservations(settings.home, "SIM-1", None, 0) == 0, "the larger one is full"
+
+
+@pytest.mark.parametrize("own", [["0", "backend:native"], []])
+def test_on_a_card_answers_need_no_plan_for_a_length(
+    own: list[str], store: Store, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a training. Each token of an answer is another length."""
+    monkeypatch.setattr(card, "_held", [])
+    monkeypatch.setattr(card, "find_devices", lambda *_: [Shown()])
+    monkeypatch.setattr("loractl.worker.base.gauge.hold_to", lambda *_: None)  # it asks for a real card
+    names = "TORCH_CUDNN_SDPA_DEPRIORITIZED", "PYTORCH_ALLOC_CONF"
+    for name, value in zip(names, own or ["", ""], strict=True):
+        monkeypatch.setenv(name, value)
+        if not own:
+            del os.environ[name]
+    assert take_card(settings, store, None, SIX) == "cuda"
+    assert [os.environ[name] for name in names] == (own or ["1", "expandable_segments:True"])
 
 
 def test_no_room_is_refused_with_a_sentence(store: Store, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
