@@ -155,10 +155,10 @@ class StoreDisk:
             for path in _folders(self.artifacts):
                 path.chmod(0o555)
             return
-        with self._filler.open("ab") as file, contextlib.suppress(OSError):  # ENOSPC is what this is for
+        # without a buffer: what the disk did not take would be written, and refused, once more at the end
+        with self._filler.open("ab", buffering=0) as file, contextlib.suppress(OSError):  # ENOSPC is what this is for
             while True:
                 file.write(bytes(1 << 20))
-                file.flush()
 
     def free(self) -> None:
         self._filler.unlink(missing_ok=True)
