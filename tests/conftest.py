@@ -43,6 +43,11 @@ LONG = os.environ.get("TESTS") == "long"
 """make test-long: the tests marked `long`, and more examples of every property."""
 
 
+def examples(usual: int) -> int:
+    """Of a property: ten times as many in make test-long."""
+    return usual * 10 if LONG else usual
+
+
 def _memory(room: int = 4 << 30) -> str | None:
     """A folder in memory, if it has so many bytes free: a test of a database waits half of its time for the disk, and
     no test cuts the power. With TMPDIR all lies there."""
@@ -62,7 +67,9 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 # A property is no timed test: on a busy machine any example may take long.
 # CI must not fail by chance: what is new is looked for where somebody sees it and can mend it
-hypothesis.settings.register_profile("loractl", deadline=None, derandomize=os.environ.get("CI") == "true")
+hypothesis.settings.register_profile(
+    "loractl", deadline=None, max_examples=examples(100), derandomize=os.environ.get("CI") == "true"
+)
 hypothesis.settings.load_profile("loractl")
 
 

@@ -193,6 +193,6 @@ def _kill(worker: subprocess.Popen[str]) -> None:
 def test_promtool_finds_nothing_wrong() -> None:
     promtool = shutil.which("promtool")
     if promtool is None:
-        pytest.skip("no promtool on this machine")
+        pytest.skip("no promtool on this machine: apt-get install promtool")
     done = subprocess.run([promtool, "check", "rules", str(RULES)], capture_output=True, text=True, check=False)
     assert done.returncode == 0 and "10 rules found" in done.stdout, done.stdout + done.stderr

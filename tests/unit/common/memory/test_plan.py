@@ -25,6 +25,8 @@ from loractl.common.memory.step import HEAD_CHUNK, Lengths, Stack
 from loractl.common.memory.weights import nf4_bytes
 from loractl.common.units import GIB
 
+from ....conftest import examples
+
 SMOLLM2_135M = {
     "model_type": "llama",
     "hidden_size": 576,
@@ -222,7 +224,7 @@ def test_a_larger_job_never_needs_less(values: dict[str, Any], method: Method, k
     assert small <= large
 
 
-@settings(max_examples=30)
+@settings(max_examples=examples(30))
 @given(values=SPECS, method=st.sampled_from(METHODS), limit=st.integers(GIB // 2, 80 * GIB))
 def test_the_largest_fit_fits_and_one_more_does_not(values: dict[str, Any], method: Method, limit: int) -> None:
     def need(**changed: int) -> int:

@@ -20,6 +20,8 @@ from loractl.common.placement.lines import ListedLine, Waiting, levels_of
 from loractl.common.placement.rule import Decision, place
 from loractl.common.units import GIB
 
+from ....conftest import examples
+
 NOW = dt.datetime(2026, 5, 1, 12, tzinfo=dt.UTC)
 
 AUTO = (Method.LORA, Method.QLORA)
@@ -28,7 +30,7 @@ LABELS = frozenset({("nvlink", "yes")})
 
 sizes = st.integers(1, 400 * GIB)
 
-many = settings(max_examples=1000)
+many = settings(max_examples=examples(1000))
 
 
 def a_card(node: str = "a:0", gib: float = 24, **more: object) -> Card:

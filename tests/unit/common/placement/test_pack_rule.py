@@ -20,6 +20,8 @@ from loractl.common.placement.pack_rule import (
     join_verdict,
 )
 
+from ....conftest import examples
+
 TOKENS = st.integers(1, 16_384)
 PACKS = st.lists(TOKENS, min_size=1, max_size=8)
 
@@ -42,7 +44,7 @@ def test_longer_rows_gain_less(tokens: list[int], one: int, more: int, nf4: bool
     assert law.speed_up([count + more for count in equal]) <= law.speed_up(equal) + 1e-9
 
 
-@settings(max_examples=20)
+@settings(max_examples=examples(20))
 @given(fixed=st.floats(0, 500), member=st.floats(0, 50), scale=st.floats(1e-6, 1e3), nf4=st.booleans())
 def test_the_law_comes_to_tell_what_was_measured(fixed: float, member: float, scale: float, nf4: bool) -> None:
     true = PassLaw(fixed=fixed * scale, token=scale, member=member * scale)

@@ -14,6 +14,7 @@ from loractl.common.units import GIB
 from loractl.scheduler.answers.wait.cards import card_fits
 from loractl.scheduler.answers.wait.reasons import Tier, explain
 
+from ....conftest import examples
 from ...factories import NOON
 from ...fleets import card, drained, fleet, in_seconds, running, waits
 
@@ -153,7 +154,7 @@ def queues(draw: st.DrawFn) -> list[Job]:
     return found
 
 
-@settings(max_examples=400)
+@settings(max_examples=examples(400))
 @given(fleets(), queues(), st.dictionaries(names, st.floats(0, 50)))
 def test_every_reason_agrees_with_a_plain_search(
     built: tuple[list[Node], list[Job], list[DrainOrder]], waiting: list[Job], charges: dict[str, float]

@@ -20,6 +20,8 @@ from loractl.common.job.spec import JobSpec
 from loractl.scheduler.cli import cli
 from loractl.scheduler.foreign.configuration import import_file
 
+from ....conftest import examples
+
 AXOLOTL = """
 base_model: org/small-1b
 model_type: AutoModelForCausalLM
@@ -331,7 +333,7 @@ ANYTHING = st.recursive(
 )
 
 
-@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(300), suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data(), text=st.sampled_from([AXOLOTL, FACTORY]))
 def test_whatever_a_setting_holds_it_is_carried_left_out_or_refused(
     tmp_path: Path, data: st.DataObject, text: str
@@ -354,7 +356,7 @@ def test_whatever_a_setting_holds_it_is_carried_left_out_or_refused(
     JobSpec.model_validate(made.job, context=AS_WRITTEN)
 
 
-@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(100), suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(entry=ANYTHING | st.fixed_dictionaries({"file_name": ANYTHING, "columns": ANYTHING, "tags": ANYTHING,
                                                "formatting": ANYTHING | st.just("sharegpt")}))  # fmt: skip
 def test_whatever_a_listing_of_data_sets_holds_there_is_a_job_or_a_sentence(tmp_path: Path, entry: object) -> None:
