@@ -5,7 +5,8 @@ It needs no torch, so submit refuses bad data before a job waits. The trainer ru
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from loractl.common.job.sections import BadRow, DataFormat, PromptTemplate
 from .example import Example, Turn
 from .examples import Examples
 from .labels import LONGEST, label_name
-from .rows import RawRow, kind_of
+from .rows import RawRow, column_names, kind_of
 
 ROLES = ("system", "user", "assistant", "tool")
 
@@ -55,13 +56,19 @@ def map_columns(rows: Iterable[RawRow], columns: Mapping[Any, str], file: str | 
     first = next(iter(rows))
     missing = [theirs for theirs in outer.values() if theirs not in first.value]
     if missing:
-        raise DataError(
-            file,
-            f"has no column {', '.join(missing)} that dataset.columns names; it has {', '.join(first.value)}",
-            row=first.number,
-            kind="unknown columns",
-        )
+        has = column_names(first.value)
+        what = f"has no column {column_names(dict.fromkeys(missing))} that dataset.columns names; it has {has}"
+        raise DataError(file, what, row=first.number, hint=_spaces_apart(missing, first.value), kind="unknown columns")
     return _Mapped(rows, outer, inner)
+
+
+def _spaces_apart(missing: Sequence[str], row: Mapping[str, Any]) -> str | None:
+    """What to do about a column that is there but for spaces at its ends."""
+    there = {name.strip(): name for name in row}
+    alike = next((there[name.strip()] for name in missing if name.strip() in there), None)
+    if alike is None:
+        return None
+    return f"write {json.dumps(alike, ensure_ascii=False)} in dataset.columns, or take the spaces out of the file"
 
 
 class _Mapped:
@@ -94,7 +101,7 @@ def detect_format(
 ) -> tuple[DataFormat, str]:
     """The format and the reason for it, from the first row's columns. Raises DataError."""
     first = next(iter(rows))
-    columns = [key for key, value in first.value.items() if value is not None]
+    columns = {key: value for key, value in first.value.items() if value is not None}
     if wanted is DataFormat.CLASSIFICATION:
         _check_labelled(first, columns, file)
         return wanted, "what task_type: SEQ_CLS reads"
@@ -106,19 +113,17 @@ def detect_format(
     forms = "; ".join(f"{format.value}: {', '.join(needed)}" for format, needed in _COLUMNS.items())
     raise DataError(
         file,
-        f"the columns {', '.join(columns) or '(none)'} are those of no known format",
+        f"the columns {column_names(columns)} are those of no known format",
         row=first.number,
         hint=f"known columns: {forms}; name yours with dataset.columns, like {{prompt: question}}",
         kind="unknown columns",
     )
 
 
-def _check_labelled(first: RawRow, columns: list[str], file: str | Path) -> None:
+def _check_labelled(first: RawRow, columns: Mapping[str, Any], file: str | Path) -> None:
     """A classifier's rows have two columns, and may have others. Raises DataError."""
     if not {"text", "label"} <= first.value.keys():
-        what = (
-            f"a classifier learns from rows with text and label, and the columns are {', '.join(columns) or '(none)'}"
-        )
+        what = f"a classifier learns from rows with text and label, and the columns are {column_names(columns)}"
         hint = "name yours with dataset.columns, like {text: review, label: mood}; answers are for task_type: CAUSAL_LM"
         raise DataError(file, what, row=first.number, hint=hint, kind="unknown columns")
 
@@ -256,7 +261,7 @@ def _text(row: RawRow, file: str | Path) -> Example:
 def _classification(row: RawRow, file: str | Path) -> Example:
     text = text_of(row, "text", file)
     if "label" not in row.value:
-        raise DataError(file, f"has no label (it has {', '.join(row.value)})", row=row.number, kind="missing column")
+        raise DataError(file, f"has no label (it has {column_names(row.value)})", row=row.number, kind="missing column")
     try:
         label = label_name(row.value["label"])
     except ValueError as error:
@@ -272,8 +277,9 @@ def text_of(row: RawRow, name: str, file: str | Path, *, kind: str = "nothing to
     """A column that must hold text. Raises DataError."""
     value = row.value.get(name)
     if name not in row.value:
-        has = ", ".join(row.value) or "nothing"
-        raise DataError(file, f"has no {name} (it has {has})", row=row.number, kind="missing column")
+        raise DataError(
+            file, f"has no {name} (it has {column_names(row.value)})", row=row.number, kind="missing column"
+        )
     if not isinstance(value, str):
         raise DataError(file, f"{name} is {kind_of(value)}, not text", row=row.number, kind="not text")
     if not value.strip():

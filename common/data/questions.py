@@ -11,7 +11,7 @@ from loractl.common.job.sections import DataFormat, DatasetSpec, PromptTemplate
 
 from .example import Turn
 from .formats import INNER_COLUMNS, INPUT, conversation_turns, instruction_turns, map_columns, text_of
-from .rows import DataFile, RawRow, Told
+from .rows import DataFile, RawRow, Told, column_names
 
 CHAT = (DataFormat.MESSAGES, DataFormat.SHAREGPT, DataFormat.ALPACA, DataFormat.PROMPT_COMPLETION)
 PLAIN = (DataFormat.PROMPT_COMPLETION, DataFormat.TEXT)
@@ -73,9 +73,14 @@ class Questions:
         path = self._path
         if found is None:
             known = ", ".join(dict.fromkeys(_ASKING[format] for format in tried))
-            has = ", ".join(first.value) or "nothing"
             hint = f"this adapter reads {known}; call the column so, as its training's dataset.columns may"
-            raise DataError(path, f"asks nothing: it has {has}", row=first.number, hint=hint, kind="unknown columns")
+            raise DataError(
+                path,
+                f"asks nothing: it has {column_names(first.value)}",
+                row=first.number,
+                hint=hint,
+                kind="unknown columns",
+            )
         if found is DataFormat.MESSAGES:
             return lambda row: _asked(row, conversation_turns(row, path, "messages", "role", "content"), path)
         if found is DataFormat.SHAREGPT:

@@ -23,6 +23,12 @@ class RawRow:
     value: Mapping[str, Any]
 
 
+def column_names(row: Mapping[str, Any]) -> str:
+    """A row's columns for people; those that would not be seen as they are, like "Frage ", in quotes."""
+    names = (name if name and name == name.strip() else json.dumps(name, ensure_ascii=False) for name in row)
+    return ", ".join(names) or "nothing"
+
+
 _RELATIVE = "a path in a job file is relative to the job file"
 
 _A_LINE_EACH = "one object a line? name it .jsonl"

@@ -16,6 +16,9 @@ from .formats import detect_format, map_columns, parse_examples
 from .labels import check_taught, untaught
 from .rows import RawRow
 
+ALL_TRAINED_ON = "all of its rows are trained on, too"
+"""What is wrong with a file of rows to measure by, none of which is new."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Split:
@@ -59,7 +62,8 @@ def split_data(dataset: DatasetSpec, rows: Iterable[RawRow], held_rows: Iterable
         also_dropped += untold
     new = distinct(held_out, trained := frozenset(examples.likenesses))
     if not new:
-        raise DataError(held_file, "has no row that is not trained on as well", kind="overlap")
+        hint = "name a file with other rows, or leave eval_path out: then dataset.test_size of the rows are held out"
+        raise DataError(held_file, ALL_TRAINED_ON, hint=hint, kind="overlap")
     overlap, known = sum(one in trained for one in held_out.likenesses), frozenset(examples.digests)
     return Split(
         format=format,

@@ -22,9 +22,15 @@ MAX_DIGITS = 64
 """Digits of a whole number: Python does not read or print thousands of them."""
 
 
-def read_yaml(path: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
-    """The mapping in the file, and the line (from 1) of each key path."""
-    file = str(path)
+JOB_FILE = "a job file"
+
+EXAMPLE = "examples/helpdesk-lora.yaml"
+
+
+def read_yaml(path: Path, what: str = JOB_FILE) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
+    """The mapping in the file, and the line (from 1) of each key path. Raises SpecError; `what`: the file's kind."""
+    file, ours = str(path), what == JOB_FILE
+    like = f"{what} is like {EXAMPLE}" if ours else ""
 
     def wrong(what: str, hint: str | None = None, line: int | None = None) -> SpecError:
         return SpecError([SpecProblem(file=file, line=line, key="", what=what, hint=hint)])
@@ -33,19 +39,18 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
         raw = path.read_bytes()
         text = raw.decode("utf-8")
     except FileNotFoundError:
-        raise wrong(
-            "no such file", "name the path of a file that is there; a job file is like examples/helpdesk-lora.yaml"
-        ) from None
+        hint = "name the path of a file that is there"
+        raise wrong("no such file", f"{hint}; {like}" if ours else hint) from None
     except IsADirectoryError:
-        raise wrong("is a folder, not a job file") from None
+        raise wrong(f"is a folder, not {what}") from None
     except UnicodeDecodeError:
         raise wrong("is not UTF-8 text") from None
     except OSError as error:
         raise wrong(f"can't be read: {error.strerror}") from None
     if len(raw) > MAX_FILE_BYTES:
         raise wrong(
-            f"has {len(raw)} bytes, a job file at most {MAX_FILE_BYTES}",
-            "the data belong into a file of their own: dataset.path",
+            f"has {len(raw)} bytes, {what} at most {MAX_FILE_BYTES}",
+            "the data belong into a file of their own" + (": dataset.path" if ours else ""),
         )
     try:
         lines, tree = load_yaml(text)
@@ -53,13 +58,13 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
         line = error.problem_mark.line + 1 if error.problem_mark else None
         if "'\\t'" in str(error.problem):
             raise wrong("a tab stands there", "YAML wants spaces: indent with two of them", line=line) from None
-        other = "a job file is YAML, like examples/helpdesk-lora.yaml"
+        other = f"{what} is YAML" + (f", like {EXAMPLE}" if ours else "")
         hint = _slip(error) if path.suffix in (".yaml", ".yml") else other
         raise wrong(f"is not valid YAML: {error.problem or error}", hint, line=line) from None
     except yaml.YAMLError as error:
         raise wrong(f"is not valid YAML: {error}") from None
     if not isinstance(tree, dict):
-        raise wrong("is empty or not a mapping of keys", "start from examples/helpdesk-lora.yaml")
+        raise wrong("is empty or not a mapping of keys", f"start from {EXAMPLE}" if ours else None)
     return tree, lines
 
 

@@ -76,6 +76,27 @@ _NOT_HERE = {
 }
 """Keys of other tools that no key of ours stands for, with what to write instead."""
 
+_VALUES_KNOWN_AS = {
+    "adam": "adamw_torch",
+    "paged_adamw": "paged_adamw_32bit",
+    "bf16": "bfloat16",
+    "fp16": "float16",
+    "half": "float16",
+    "fp32": "float32",
+    "flash": "flash_attention_2",
+    "fa2": "flash_attention_2",
+    "cosine_with_warmup": "cosine",
+    "wsd": "warmup_stable_decay",
+    "shuffle": "random",
+    "openai": "messages",
+    "chat": "messages",
+    "skip": "drop",
+    "rougel": "rouge",
+    "f1": "labels",
+    "classification": "SEQ_CLS",
+}
+"""What other tools call our values, by what somebody wrote in lower case."""
+
 _FULL_TRAINING = ("full", "full_finetune", "fft", "freeze", "sft")
 """What other tools call a training of all weights."""
 
@@ -240,8 +261,7 @@ def _explain(error: Any, key: str) -> tuple[str, str | None]:
         allowed = context["expected"].replace("'", "").replace(" or ", ", ")
         if key.split(".")[0] == "method" and str(given).lower() in _FULL_TRAINING:
             return f"{shown} is not one of {allowed}", "loractl trains adapters alone, never all weights: lora or qlora"
-        close = difflib.get_close_matches(str(given), allowed.split(", "), n=1)
-        return f"{shown} is not one of {allowed}", f"did you mean {close[0]}?" if close else None
+        return f"{shown} is not one of {allowed}", _value_meant(str(given), allowed.split(", "))
     if kind == "value_error":
         sentence = str(context["error"])
         return (f"{shown} {sentence}" if sentence.startswith(("is ", "holds ")) else sentence), None
@@ -250,11 +270,24 @@ def _explain(error: Any, key: str) -> tuple[str, str | None]:
     if kind in _LIMITS:
         return f"{shown} must be {_LIMITS[kind]} {next(iter(context.values()))}", None
     if wanted := _WANTED.get(kind):
+        if kind == "list_type" and isinstance(given, str):
+            return f"{shown} is not {wanted}", f"write [{given}]"
         wanted += "; write it like [q_proj, v_proj]" if kind == "list_type" and key.endswith("target_modules") else ""
         quoted = "; write it in quotes" if wanted == "text" and isinstance(given, (int, float, bool)) else ""
         whole = f"write {{path: {given}}}" if key == "dataset" and isinstance(given, str) else None
         return f"{shown} is not {wanted}{quoted}", whole
     return f"{shown}: {error['msg'][0].lower()}{error['msg'][1:]}", None
+
+
+def _value_meant(given: str, allowed: Sequence[str]) -> str | None:
+    """What other tools call so, else the first name that goes on behind it (adamw: adamw_torch), else the likest."""
+    written = given.lower()
+    names = {value.lower(): value for value in allowed}
+    begun = [name for name in names if name == written or name.startswith(f"{written}_")]
+    close = begun or difflib.get_close_matches(written, names, n=1)
+    known = _VALUES_KNOWN_AS.get(written)
+    meant = known if known in allowed else names[close[0]] if close else None
+    return f"did you mean {meant}?" if meant else None
 
 
 def _did_you_mean(key: str) -> str | None:

@@ -42,7 +42,7 @@ def import_file(file: Path, folder: Path) -> Imported:
 
     Raises SpecError unless it is a YAML mapping, UsageError for another tool's file or one that trains no LoRA on rows.
     """
-    written = {str(key): value for key, value in read_yaml(file)[0].items()}
+    written = {str(key): value for key, value in read_yaml(file, "a configuration")[0].items()}
     theirs = {key: value for key, value in written.items() if value not in (None, "", [], {})}
     if "model_name_or_path" in theirs:
         draft = from_llama_factory(theirs, file, folder)

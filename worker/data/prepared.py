@@ -15,7 +15,7 @@ from loractl.common.data.example import Example
 from loractl.common.data.findings import label_shares
 from loractl.common.data.formats import detect_format, parse_examples
 from loractl.common.data.labels import labels_of
-from loractl.common.data.split import distinct, fitting, split_data
+from loractl.common.data.split import ALL_TRAINED_ON, distinct, fitting, split_data
 from loractl.common.errors import DataError
 from loractl.common.job.identity import data_digest
 from loractl.common.job.sections import DataFormat, DatasetSpec, Overflow
@@ -155,7 +155,7 @@ def prepare_regression(
     trained = {example.likeness() for example in train}
     examples = distinct(parse_examples(rows, format, file, dataset.on_bad_row, dataset.template)[0], trained)
     if not examples:
-        raise DataError(file, "has no row that is not trained on as well", kind="overlap")
+        raise DataError(file, ALL_TRAINED_ON, hint="it is for rows of another kind", kind="overlap")
     tolerant = dataset.model_copy(update={"on_overflow": Overflow.TRUNCATE})
     return fit_examples(examples, file, tolerant, tokenizer, format), commit
 

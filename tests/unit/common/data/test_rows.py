@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loractl.common.data.example import Example, Turn
-from loractl.common.data.formats import detect_format, parse_examples
+from loractl.common.data.formats import detect_format, map_columns, parse_examples
 from loractl.common.data.inspection import check_examples
 from loractl.common.data.rows import RawRow, read_rows
 from loractl.common.data.split import split_data, split_held_out
@@ -182,6 +182,22 @@ def test_a_format_that_was_set_is_not_guessed_and_unknown_columns_are_listed() -
     assert "alpaca: instruction, output" in caught.value.hint
 
 
+def test_spaces_at_the_ends_of_a_columns_name_are_seen() -> None:
+    rows = [RawRow(number=1, value={"ID": "1", "Frage ": "a", "": "b"})]
+    with pytest.raises(
+        DataError, match=r'no column Frage that dataset.columns names; it has ID, "Frage ", ""'
+    ) as caught:
+        map_columns(rows, {"prompt": "Frage"}, "d")
+    assert caught.value.hint == 'write "Frage " in dataset.columns, or take the spaces out of the file'
+    with pytest.raises(DataError, match=r'the columns ID, "Frage ", "" are those of no known format'):
+        detect_format(rows, "d")
+    with pytest.raises(DataError, match=r'has no text .it has ID, "Frage ", ""'):
+        parse_examples(rows, DataFormat.TEXT, "d")
+    with pytest.raises(DataError, match=r"no column Answer that dataset\.columns") as caught:
+        map_columns(rows, {"prompt": "Answer"}, "d")
+    assert caught.value.hint is None
+
+
 def test_a_row_of_each_format_becomes_what_is_learned() -> None:
     turns = (Turn(role="user", content="How?"), Turn(role="assistant", content="So."))
     assert learn({"messages": [USER, ANSWER]}, DataFormat.MESSAGES).turns == turns
@@ -321,7 +337,7 @@ def test_held_out_rows_count_once_and_near_copies_of_what_is_trained_on_are_left
     told = {f.kind: f.text for f in check_examples(split.train, split.held_out, split)}
     assert told["overlap"].startswith("9 rows of the held-out file") and "8 of them in another case" in told["overlap"]
     assert told["repeated held-out rows"].startswith("16 rows held out stand there already")
-    with pytest.raises(DataError, match="no row that is not trained on"):
+    with pytest.raises(DataError, match=r"h\.jsonl: all of its rows are trained on, too"):
         split_data(dataset, raw(*trained), raw(*copies))
     own = split_data(DatasetSpec(path="d.jsonl", test_size=0.5), raw(*["a b", "A b", "c", "c", "d", "e"]), None)
     assert len(own.held_out) == 2 and len(own.train) + len(own.held_out) + own.repeated == 6

@@ -85,6 +85,67 @@ def test_an_unknown_key_is_named_with_the_key_that_was_meant(tmp_path: Path, lin
     assert problem.hint == f"did you mean {meant}?"
 
 
+@pytest.mark.parametrize(
+    ("key", "written", "meant"),
+    [
+        ("training.optim", "adamw", "adamw_torch"),
+        ("training.optim", "AdamW", "adamw_torch"),
+        ("training.optim", "adam", "adamw_torch"),
+        ("training.optim", "adamw_hf", "adamw_torch"),
+        ("training.optim", "adamw_bnb_8bit", "adamw_8bit"),
+        ("training.optim", "paged_adamw", "paged_adamw_32bit"),
+        ("training.optim", "lion", "lion_32bit"),
+        ("training.optim", "paged_lion", "paged_lion_32bit"),
+        ("training.dtype", "bf16", "bfloat16"),
+        ("training.dtype", "fp16", "float16"),
+        ("training.dtype", "fp32", "float32"),
+        ("training.attn_implementation", "flash_attention", "flash_attention_2"),
+        ("training.attn_implementation", "flash", "flash_attention_2"),
+        ("training.lr_scheduler_type", "cosine_with_warmup", "cosine"),
+        ("training.lr_scheduler_type", "constant_warmup", "constant_with_warmup"),
+        ("training.train_sampling_strategy", "shuffle", "random"),
+        ("dataset.format", "openai", "messages"),
+        ("dataset.format", "chat", "messages"),
+        ("dataset.on_overflow", "skip", "drop"),
+        ("evaluation.metrics", "[accuracy]", "token_accuracy"),
+        ("evaluation.metrics", "[rougeL]", "rouge"),
+        ("evaluation.metrics", "[F1]", "labels"),
+        ("task_type", "classification", "SEQ_CLS"),
+        ("task_type", "seq_cls", "SEQ_CLS"),
+    ],
+)
+def test_an_unknown_value_is_told_with_the_value_that_was_meant(
+    tmp_path: Path, key: str, written: str, meant: str
+) -> None:
+    with pytest.raises(SpecError) as wrong:
+        load_spec(write(tmp_path, MINIMAL), [f"{key}={written}"])
+    assert [problem.hint for problem in wrong.value.problems] == [f"did you mean {meant}?"]
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "training.report_to",
+        "evaluation.metrics",
+        "evaluation.lm_eval",
+        "lora.modules_to_save",
+        "lora.target_modules",
+        "notify",
+    ],
+)
+@pytest.mark.parametrize("written", ["wandb", "wandb, mlflow"])
+def test_a_word_where_a_list_is_wanted_is_told_how_to_write_it(tmp_path: Path, key: str, written: str) -> None:
+    with pytest.raises(SpecError) as wrong:
+        load_spec(write(tmp_path, MINIMAL), [f"{key}='{written}'"])
+    assert [(p.what, p.hint) for p in wrong.value.problems] == [(f'"{written}" is not a list', f"write [{written}]")]
+
+
+def test_what_can_be_no_list_of_words_gets_no_such_hint(tmp_path: Path) -> None:
+    with pytest.raises(SpecError) as wrong:
+        load_spec(write(tmp_path, MINIMAL), ["training.report_to=3"])
+    assert [problem.hint for problem in wrong.value.problems] == [None]
+
+
 def test_an_unknown_key_without_a_relative_lists_the_keys_of_its_section(tmp_path: Path) -> None:
     hint = only(write(tmp_path, MINIMAL + "lora: {zzzz: 1}")).hint
     assert hint is not None and hint.startswith("known keys here: r, lora_alpha, lora_dropout, target_modules, ")
@@ -109,7 +170,7 @@ def test_a_template_is_for_rows_with_turns(tmp_path: Path) -> None:
         ("lora: {target_modules: []}", "lora.target_modules", "[] is empty; write all-linear or name at least one"),
         ("lora: {target_modules: [1]}", "lora.target_modules.0", "1 is not text; write it in quotes"),
         ("lora: {target_modules: 3}", "lora.target_modules", "3 is not a list; write it like [q_proj, v_proj]"),
-        ("lora: {target_modules: 'q_proj, v_proj'}", "lora.target_modules", '"q_proj, v_proj" is not a list; write it'),
+        ("lora: {target_modules: 'q_proj, v_proj'}", "lora.target_modules", '"q_proj, v_proj" is not a list'),
         ("lora: {target_modules: '.*[qv_proj'}", "lora.target_modules", '".*[qv_proj" is an expression with an unbal'),
         ("lora: 5", "lora", "5 is not a mapping of keys"),
         ("labels: [a]", "labels", '["a"] is not a mapping'),

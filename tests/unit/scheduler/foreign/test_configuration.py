@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from loractl.common.errors import LoractlError
+from loractl.common.errors import LoractlError, SpecError
 from loractl.common.job.file import load_spec
 from loractl.common.job.method import Method
 from loractl.common.job.sections import AS_WRITTEN, DataFormat, PromptTemplate
@@ -369,6 +369,17 @@ def test_whatever_a_listing_of_data_sets_holds_there_is_a_job_or_a_sentence(tmp_
     except LoractlError:
         return
     JobSpec.model_validate(made.job, context=AS_WRITTEN)
+
+
+@pytest.mark.parametrize("text", [None, "- a\n", "a: [b\n", "a" * (256 * 1024 + 1)])
+def test_a_file_that_can_not_be_read_is_not_told_of_as_a_job_file(tmp_path: Path, text: str | None) -> None:
+    file = tmp_path / "theirs.txt"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(SpecError) as caught:
+        import_file(file, tmp_path)
+    for problem in caught.value.problems:
+        assert "job file" not in f"{problem} {problem.hint}" and "examples/" not in f"{problem.hint}"
 
 
 def test_a_job_file_that_is_there_is_not_written_over(tmp_path: Path) -> None:
