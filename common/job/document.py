@@ -39,8 +39,8 @@ def read_yaml(path: Path, what: str = JOB_FILE) -> tuple[dict[str, Any], dict[tu
         raw = path.read_bytes()
         text = raw.decode("utf-8")
     except FileNotFoundError:
-        hint = "name the path of a file that is there"
-        raise wrong("no such file", f"{hint}; {like}" if ours else hint) from None
+        there = "name the path of a file that is there"
+        raise wrong("no such file", f"{there}; {like}" if ours else there) from None
     except IsADirectoryError:
         raise wrong(f"is a folder, not {what}") from None
     except UnicodeDecodeError:

@@ -24,9 +24,9 @@ def db() -> None:
 )
 @click.option("--force", is_flag=True, help="Upgrade while workers of the older form still serve.")
 def db_upgrade(backup: Path | None, force: bool) -> None:
-    """Bring the database's tables to this loractl's form, with all workers stopped.
+    """Bring the tables to this loractl's form.
 
-    The embedded SQLite does it by itself.
+    Stop all workers first. The embedded SQLite does it by itself.
     """
     from loractl.common.settings import load_settings, redacted
     from loractl.scheduler.upkeep.revision import bring_to_head
@@ -83,9 +83,9 @@ def db_roles(
 @click.argument("file", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def db_backup(file: Path, as_json: bool) -> None:
-    """Copy the database, as it is at one moment, into a new file; workers may run meanwhile.
+    """Copy the database, as of one moment, into a new file.
 
-    What the jobs have stored is not in it: copy the artifacts afterwards.
+    Workers may run meanwhile. What the jobs have stored is not in it: copy the artifacts afterwards.
     """
     from loractl.common.settings import load_settings, redacted
     from loractl.common.units import amount
@@ -102,10 +102,10 @@ def db_backup(file: Path, as_json: bool) -> None:
 @click.argument("file", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE")
 @click.option("--force", is_flag=True, help="Give up what has changed in the embedded database since the backup.")
 def db_restore(file: Path, force: bool) -> None:
-    """Put a backup in the place of the embedded database, or into an empty one of PostgreSQL.
+    """Put a backup in the database's place.
 
-    Stop all workers first, and bring the artifacts back before: numbers of jobs that have stored something there are
-    not given again.
+    That is the embedded database, or an empty one of PostgreSQL. Stop all workers first, and bring the artifacts back
+    before: numbers of jobs that have stored something there are not given again.
     """
     from loractl.common.settings import load_settings
     from loractl.scheduler.upkeep.backup import SKIPPED_NUMBERS, restore

@@ -43,10 +43,10 @@ def lab_init(
     artifacts: str | None,
     networks: tuple[str, ...],
 ) -> None:
-    """Make a lab, and print a join line for a box and one for a person, or for those that are named.
+    """Make a lab, and print join lines for a box and a person.
 
-    Without --packages and --containers on the servers that the settings name, as the owner of the database. Said again
-    it changes nothing, and prints new lines.
+    With --box and --person the lines are for those. Without --packages and --containers the lab is on the servers that
+    the settings name: say it as the owner of the database. Said again it changes nothing, and prints new lines.
     """
     from loractl.scheduler.setup.lab import Guest
     from loractl.scheduler.setup.server_box import LabWish, make_lab
@@ -61,7 +61,10 @@ def lab_init(
 @lab.command("invite")
 @guests
 def lab_invite(boxes: tuple[str, ...], people: tuple[str, ...], address: str | None, valid: str, as_json: bool) -> None:
-    """Print a join line for each box and person named; one that is there gets a new password when it joins."""
+    """Print a join line for each box and person named.
+
+    One that is there gets a new password when it joins.
+    """
     from loractl.common.errors import UsageError
     from loractl.common.settings import load_settings
     from loractl.scheduler.setup.lab import invite_guests

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from loractl.common.units import gib
 
-from .screen import Screen, bar, card_name, fit, joined, table, wrapped, wrapped_table
+from .screen import ROOM_TO_WRAP, Screen, bar, card_name, fit, joined, table, wrapped, wrapped_table
 
 if TYPE_CHECKING:
     from loractl.common.memory.fit import Fit
@@ -109,14 +109,24 @@ def _parts(plan: Plan, longest: int, screen: Screen) -> list[str]:
             continue
         drawn = bar(size / longest, width, screen).rstrip("·.")
         note = plan.notes.get(name, "")
-        line = f"  {name.replace('_', ' '):<{names}}  {gib(size):>6}  {drawn:<{width}}  {note}".rstrip()
-        lines.append(fit(line, screen.width))
+        line = f"  {name.replace('_', ' '):<{names}}  {gib(size):>6}  {drawn:<{width}}  "
+        lines += _beside(line, note, screen)
     return lines
 
 
 def _solved(largest: LargestFit) -> list[str]:
     return [
         f"Largest in {gib(largest.room)} GiB, {largest.which}:",
+def _beside(line: str, note: str, screen: Screen) -> list[str]:
+    """The line with a note that goes on below its own beginning, or below the line where that is too narrow to read."""
+    room = screen.width - len(line)
+    if room < ROOM_TO_WRAP:
+        below = textwrap.wrap(note, screen.width, initial_indent=" " * 4, subsequent_indent=" " * 4)
+        return [line.rstrip(), *below] if len(note) > room else [f"{line}{note}".rstrip()]
+    first, *rest = textwrap.wrap(note, room, break_on_hyphens=False) or [""]
+    return [f"{line}{first}".rstrip(), *(" " * len(line) + one for one in rest)]
+
+
         *(f"  {method.value:<5}  {_forms(size)}" for method, size in largest.by_method.items()),
     ]
 

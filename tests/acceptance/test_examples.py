@@ -139,6 +139,12 @@ def _first_rows(example: Path, count: int, folder: Path) -> Path:
 def test_data_show_marks_what_is_learned(cli: Cli, tiny_model: Path, tmp_path: Path) -> None:
     from ..models import write_job
 
-    shown = cli("data", "show", write_job(tmp_path, tiny_model)).stdout
+    job = write_job(tmp_path, tiny_model)
+    shown = cli("data", "show", job).stdout
     assert "Format messages: the rows have messages." in shown
     assert "<|im_start|>assistant\n[[queue: " in shown and "<|im_end|>]]" in shown
+    plain, halved = (
+        json.loads(cli("data", "show", job, *more, "--json").stdout)["data"]
+        for more in ((), ("--set", "dataset.test_size=0.5"))
+    )
+    assert plain["held_out_rows"] < halved["held_out_rows"], "any key may be set, as for data check"

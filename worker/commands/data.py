@@ -13,6 +13,10 @@ from loractl.common.errors import ExitCode, UsageError
 from loractl.common.job.file import load_spec
 from loractl.common.progress import progress_bar
 
+_SETTINGS = click.option(
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key, like dataset.max_length=512."
+)
+
 
 @click.group()
 def data() -> None:
@@ -21,9 +25,7 @@ def data() -> None:
 
 @data.command("check")
 @click.argument("job_file", type=click.Path(path_type=Path))
-@click.option(
-    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key, like dataset.max_length=512."
-)
+@_SETTINGS
 @click.option("--gpu", metavar="SIZE", help="Recommend for a card of this size, like 24GiB; else the fleet's largest.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def data_check(job_file: Path, overrides: tuple[str, ...], gpu: str | None, as_json: bool) -> None:
@@ -55,14 +57,15 @@ def data_check(job_file: Path, overrides: tuple[str, ...], gpu: str | None, as_j
 
 @data.command("show")
 @click.argument("job_file", type=click.Path(path_type=Path))
+@_SETTINGS
 @click.option("--row", type=int, help="The row to show; without it the first that is trained on.")
 @click.option("--json", "as_json", is_flag=True, help="Print the tokens as JSON.")
-def data_show(job_file: Path, row: int | None, as_json: bool) -> None:
+def data_show(job_file: Path, overrides: tuple[str, ...], row: int | None, as_json: bool) -> None:
     """Show one training example, its learned tokens marked.
 
     On a terminal, tokens that are not learned are dimmed. Elsewhere learned tokens stand in [[brackets]].
     """
-    spec = load_spec(job_file)
+    spec = load_spec(job_file, overrides)
 
     from loractl.worker.base.model import load_tokenizer
     from loractl.worker.data.template import templated

@@ -104,10 +104,15 @@ def _never(job: Job, me: Waiting, view: FleetView) -> Wait | None:
     return None if why is None else never(why)
 
 
+def _held_by(message: str | None) -> str:
+    """Who or what holds it; the word held stands before it."""
+    return (message or "until loractl retry").removeprefix("held: ").removeprefix("held ")
+
+
 def _held_back(job: Job, view: FleetView) -> Wait | None:
     """A person's wish, a pause after a failed attempt, or a limit."""
     if job.held:
-        return Wait(tier=Tier.POLICY, word="held", sentence=job.message or "until loractl retry")
+        return Wait(tier=Tier.POLICY, word="held", sentence=_held_by(job.message))
     if job.not_before is not None and job.not_before > view.now:
         pause = duration((job.not_before - view.now).total_seconds())
         if job.message is not None and job.reason is None:  # no attempt ended: a worker of an older version saw it

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import click
 import pytest
+from click.testing import CliRunner
 
 from loractl import __version__
 from loractl.common.errors import ExitCode
@@ -49,6 +50,14 @@ def command(name: str) -> click.Command:
 def test_every_command_loads_and_its_help_begins_with_the_line_that_the_list_shows(name: str) -> None:
     assert (command(name).help or "").splitlines()[0] == COMMANDS[name][1]
     assert COMMANDS[name][1].endswith(".")
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_help_of_a_group_cuts_no_line(name: str) -> None:
+    group = command(name)
+    if isinstance(group, click.Group):
+        told = CliRunner().invoke(group, ["--help"], env={"COLUMNS": "80"}).stdout.partition("Commands:")[2]
+        assert told and "..." not in told
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -309,9 +309,7 @@ def test_one_wrong_key_is_one_problem_and_an_unknown_section_of_an_override_is_b
     path = write(tmp_path, MINIMAL)
     with pytest.raises(SpecError) as wrong:
         load_spec(path, ["lora.target_modules=q_proj"])
-    assert [str(p) for p in wrong.value.problems] == [
-        '--set: lora.target_modules: "q_proj" is not a list; write it like [q_proj, v_proj]'
-    ]
+    assert [str(p) for p in wrong.value.problems] == ['--set: lora.target_modules: "q_proj" is not a list']
     with pytest.raises(SpecError) as wrong:
         load_spec(path, ["trainign.max_steps=2"])
     assert [p.file for p in wrong.value.problems] == ["--set"]

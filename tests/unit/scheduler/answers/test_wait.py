@@ -71,9 +71,10 @@ def test_the_smaller_method_of_several_decides_what_never_fits() -> None:
 def test_a_held_job_waits_for_a_person_whatever_is_free() -> None:
     assert told(waits(held=True, message="held: its worker was lost 3 times"), card()) == (
         "held",
-        "held: its worker was lost 3 times",
+        "its worker was lost 3 times",
     )
     assert told(waits(held=True), card()) == ("held", "until loractl retry")
+    assert told(waits(held=True, message="held by ada"), card()) == ("held", "by ada")
 
 
 def test_a_failed_attempt_waits_for_its_time_and_then_like_any_other() -> None:

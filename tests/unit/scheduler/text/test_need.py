@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,15 @@ def test_a_plan_fits_any_screen(plans: dict[Method, Plan], screen: Screen) -> No
     text = need_text(need(plans, title, lengths, measured=(GIB, 2 * GIB), largest=largest), "Submit it: x", screen)
     seemly(text, screen)
     assert "Largest in 24.0 GiB, a card of 24 less what is kept free:" in " ".join(text.split())
+
+
+@pytest.mark.parametrize("width", [60, 80, 110])
+def test_a_parts_note_goes_over_several_lines_and_loses_no_word(plans: dict[Method, Plan], width: int) -> None:
+    words = need_text(need(plans), "x", replace(PIPE, width=width)).split()
+    for one in plans.values():
+        for name, note in one.notes.items():
+            assert not one.parts.get(name) or set(note.split()) <= set(words)
+    assert not any(word.endswith("…") for word in words)
 
 
 def test_a_plan_shows_both_methods_part_by_part(plans: dict[Method, Plan]) -> None:

@@ -39,6 +39,7 @@ def test_the_lab_says_first_what_runs_and_who_holds_what(web: Web) -> None:
     assert "vllm serve of tomás holds 41.0 GiB of heron:1 outside the queue" in page
     assert "priya · 12 · 61.0" in page and "Drained by lena: replacing a fan" in page
     assert "needs 92.0 GiB, the largest card has 79.5" in page and "held by wei: until the new data are there" in page
+    assert "held held" not in page
 
 
 def test_a_base_that_waits_for_a_job_is_drawn_on_its_card(own_web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
