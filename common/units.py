@@ -59,7 +59,7 @@ def gib(size: int | float | None) -> str:
 
 
 def amount(size: int) -> str:
-    """Bytes of files as "812 B", "14.2 KiB", "3.1 MiB", "1.2 GiB"."""
+    """Bytes of files as "812 B", "14.2 KiB", "3.1 MiB", "1.2 GiB", wherever people read of them; as memory."""
     for unit in ("GiB", "MiB", "KiB"):
         if size >= _BYTES[unit]:
             return f"{size / _BYTES[unit]:.1f} {unit}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from loractl.common.text import clean_line
-from loractl.common.units import clock
+from loractl.common.units import amount, clock
 
 from .screen import Screen, fit, table
 
@@ -25,14 +25,14 @@ def adapters_text(answer: AdapterList, screen: Screen) -> str:
             *([str(adapter.init_from or "")] if begun else []),
             fit(", ".join(adapter.tags), 20),
             adapter.method,
-            f"{adapter.size / 1e6:.1f}",
+            amount(adapter.size),
             clock(adapter.created_at, answer.now),
             fit(adapter.base_model.rpartition("/")[2], 30),
         ]
         for adapter in answer.adapters
     ]
-    head = ["JOB", "NAME", *(["FROM"] if begun else []), "TAGS", "METHOD", "MB", "STORED", "BASE MODEL"]
-    lines = table(head, rows, screen, right=("JOB", "FROM", "MB", "STORED"))
+    head = ["JOB", "NAME", *(["FROM"] if begun else []), "TAGS", "METHOD", "SIZE", "STORED", "BASE MODEL"]
+    lines = table(head, rows, screen, right=("JOB", "FROM", "SIZE", "STORED"))
     if answer.after is not None:
         lines.append(screen.dim(f"Older ones: the same command with --after {answer.after}"))
     return "\n".join([*lines, "", screen.dim(f"Use one: loractl adapters pull {answer.adapters[-1].job_id} DIR")])
@@ -54,7 +54,7 @@ def lineage_text(answer: Lineage) -> str:
         "data": f"{data['train_rows']} rows ({data['format']}), sha256 {data['sha256'] or 'unknown: from the hub'}",
         "result": clean_line(answer.report["verdict"]["sentence"]),
         "weights": f"sha256 {of['sha256']}",
-        "files": f"{adapter.size / 1e6:.1f} MB, {clean_line(adapter.uri)}{unbound}",
+        "files": f"{amount(adapter.size)}, {clean_line(adapter.uri)}{unbound}",
         "versions": ", ".join(f"{name} {version}" for name, version in answer.report["versions"].items()),
     }
     names = [f"{clean_line(adapter.name)}:{tag}" for tag in adapter.tags_set]

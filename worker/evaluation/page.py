@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from loractl.common.chart import forest, loss_chart
 from loractl.common.text import signed
-from loractl.common.units import duration, gib, thousands
+from loractl.common.units import amount, duration, gib, thousands
 from loractl.common.verdict import answer_groups, badge, written
 
 if TYPE_CHECKING:
@@ -42,5 +42,7 @@ def page_template() -> Template:
     from jinja2 import Environment, StrictUndefined
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters.update(duration=duration, gib=gib, thousands=thousands, signed=signed, written=written)
+    environment.filters.update(
+        amount=amount, duration=duration, gib=gib, thousands=thousands, signed=signed, written=written
+    )
     return environment.from_string((files(__package__) / "report.html.jinja").read_text("utf-8"))

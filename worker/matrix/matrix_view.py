@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from importlib.resources import files
 
 from loractl.common.text import signed
+from loractl.common.units import amount
 
 from .matrix import Matrix, MatrixRow, reading
 from .scores import ACCURACY, LOSS, ROUGE_L, Cell
@@ -47,8 +48,8 @@ def costs(matrix: Matrix) -> list[str]:
     text = [
         f"Memory: one base with {count} adapters {matrix.one_base / mib:.0f} MiB; {count} full models "
         f"{matrix.copies / mib:.0f} MiB ({matrix.copies / matrix.one_base:.1f} times as much).",
-        f"Disk: {count} adapters {adapters_disk / 1e6:.0f} MB, with their tokenizers; {count} full models "
-        f"{copies_disk / 1e6:.0f} MB ({copies_disk / max(1, adapters_disk):.1f} times as much).",
+        f"Disk: {count} adapters {amount(adapters_disk)}, with their tokenizers; {count} full models "
+        f"{amount(copies_disk)} ({copies_disk / max(1, adapters_disk):.1f} times as much).",
     ]
     loads = statistics.median(row.load_seconds for row in matrix.rows)
     median = matrix.switch_median

@@ -16,6 +16,7 @@ from typing import Any
 
 from loractl.common.adapter_config import CONFIG, check_adapter_config, portable_name
 from loractl.common.errors import LoractlError, UsageError
+from loractl.common.units import amount
 from loractl.worker.data.prompt import prompt_for
 from loractl.worker.data.template import templated
 
@@ -75,7 +76,7 @@ class Merged:
         proof, adapter = self.proof, self.adapter
         return (
             f"{adapter.name} (job {adapter.job_id}) is merged into {self.folder} "
-            f"({self.size / 1e6:.0f} MB, {self.dtype}).\n"
+            f"({amount(self.size)}, {self.dtype}).\n"
             f"Merged in fp32, logits differ by at most {proof.merged_difference:.1e} of {proof.largest_logit:.0f} on "
             f"{proof.tokens} tokens; as stored by {proof.stored_difference:.1e}, and the likeliest token is the same "
             f"for {100 * proof.stored_agreement:.1f} %."

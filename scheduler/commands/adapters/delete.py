@@ -14,6 +14,7 @@ def delete(names: tuple[str, ...], yes: bool) -> None:
     """Remove adapters for good, with their reports; a tagged one is refused."""
     from loractl.common.errors import WrongState
     from loractl.common.text import clean_line
+    from loractl.common.units import amount
     from loractl.scheduler.answers.adapters import stored_adapter
     from loractl.scheduler.session import open_stores
 
@@ -29,7 +30,7 @@ def delete(names: tuple[str, ...], yes: bool) -> None:
             raise WrongState(
                 f"job {jobs} is to begin from the adapter of job {adapter.job_id}", "wait for it, or cancel it"
             )
-    what = ", ".join(f"{clean_line(a.name)} (job {a.job_id}, {a.size / 1e6:.1f} MB)" for a in adapters)
+    what = ", ".join(f"{clean_line(a.name)} (job {a.job_id}, {amount(a.size)})" for a in adapters)
     if not yes:
         click.confirm(f"Remove {what} with its report, for good?", abort=True, err=True)
     for adapter in adapters:

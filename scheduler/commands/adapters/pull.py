@@ -21,6 +21,7 @@ def pull(adapter: str, folder: Path) -> None:
     from loractl.common.binding import result_binding
     from loractl.common.errors import UsageError
     from loractl.common.text import clean_line
+    from loractl.common.units import amount
     from loractl.scheduler.answers.adapters import stored_adapter
     from loractl.scheduler.session import open_stores
 
@@ -36,7 +37,7 @@ def pull(adapter: str, folder: Path) -> None:
         raise UsageError(f"{folder} can't be made: {error.strerror}") from error
     files = artifacts.pull(files_of, "adapter/", folder)
     size = sum(file.size for file in files.values())
-    click.echo(f"The adapter of job {stored.job_id} ({len(files)} files, {size / 1e6:.1f} MB) is in {folder}.")
+    click.echo(f"The adapter of job {stored.job_id} ({len(files)} files, {amount(size)}) is in {folder}.")
     if job.spec.get("task_type") == "SEQ_CLS":  # its base needs the head and its labels first
         click.echo(f"How to load the classifier: {folder}/README.md", err=True)
         return

@@ -344,7 +344,7 @@ def test_the_adapters_are_listed_with_the_command_that_fetches_one() -> None:
         sha256="0", created_at=NOON, tags=("latest", "prod"),
     )  # fmt: skip
     text = adapters_text(AdapterList(adapters=(stored,), after=None, now=NOON), PLAIN)
-    assert re.search(r"7  helpdesk  latest, prod  lora +3\.5 .* model$", text, re.M)
+    assert re.search(r"7  helpdesk  latest, prod  lora +3\.3 MiB .* model$", text, re.M)
     assert text.endswith("Use one: loractl adapters pull 7 DIR")
     assert adapters_text(AdapterList(adapters=(), after=None, now=NOON), PLAIN).startswith("No adapter is stored yet")
 
