@@ -81,8 +81,26 @@ class SweepComparison:
         return tuple(member for member in self.sweep.members if member.pruned)
 
     @property
+    def stopped_ahead(self) -> Member | None:
+        """The stopped member with the least loss, where that is less than the runner-up's, or than the only result's.
+
+        It lost to members that are not among the results, or to the best one, and no one knows where it would have
+        ended: it is no runner-up.
+        """
+        last = self.runner_up or self.comparison.best
+        ahead = [(m.rungs[-1].loss, m.job_id, m) for m in self.stopped if m.rungs and m.rungs[-1].loss < last.loss]
+        return min(ahead)[-1] if ahead else None
+
+    @property
     def sentence(self) -> str:
         """The member with the least held-out loss, and whether the difference from the next one is clear."""
+        if (ahead := self.stopped_ahead) is None:
+            return self._verdict("the runner-up")
+        point = ahead.rungs[-1]
+        had = f"{number(point.loss, 3)} when it was stopped at {point.rung * 100:g} %"
+        return f"{self._verdict('the next result, job')} Job {ahead.job_id} had {had}."
+
+    def _verdict(self, next_called: str) -> str:
         best, next_one = self.comparison.best, self.runner_up
         member = next(member for member in self.sweep.members if member.job_id == best.job_id)
         so_far = "" if self.sweep.ended else " so far"
@@ -91,13 +109,13 @@ class SweepComparison:
         if next_one is None:
             return f"{head}, the only member with a result."
         if self.clear:
-            return f"{head}, clearly less than the runner-up {next_one.job_id}."
+            return f"{head}, clearly less than {next_called} {next_one.job_id}."
         why = {
             "no clear difference": "no clear difference from",
             "no practical difference": "no practical difference from",
             "too few rows": "on too few rows to tell it from",
         }.get(self.comparison.reading(next_one), "measured on other rows than")
-        return f"{head}; {why} the runner-up {next_one.job_id} ({number(next_one.measured_loss, 3)})."
+        return f"{head}; {why} {next_called} {next_one.job_id} ({number(next_one.measured_loss, 3)})."
 
     def as_json(self) -> dict[str, Any]:
         """What a comparison has (`jobs`, `differences`), and beside it:

@@ -187,6 +187,18 @@ def test_a_winner_is_clear_only_where_the_rows_say_so() -> None:
     assert judged(view(done(1, 1.0), member(2, 0.1)), job(1, best)).sentence.startswith("Best so far: 1 ")
 
 
+def test_a_member_that_was_stopped_with_less_loss_is_named_before_anyone_is_called_the_runner_up() -> None:
+    best, far = noisy(0.01, 0.002), noisy(5.4, 0.2)
+    ahead = replace(stopped(5), rungs=(replace(FIRST, loss=0.165),))
+    both = judged(view(done(1, 0.01), done(4, 5.4), stopped(3), ahead), job(1, best), job(4, far))
+    assert "runner-up" not in both.sentence and "clearly less than the next result, job 4." in both.sentence
+    assert both.sentence.endswith(" Job 5 had 0.165 when it was stopped at 25 %.")
+    alone = judged(view(done(4, 5.4), ahead), job(4, far)).sentence
+    assert "the only member with a result. Job 5 had 0.165 when" in alone
+    behind_both = judged(view(done(1, 0.01), done(4, 1.4), stopped(3)), job(1, best), job(4, noisy(1.4, 0.1)))
+    assert behind_both.sentence.endswith("clearly less than the runner-up 4.")
+
+
 def test_the_comparison_lists_the_stopped_below_with_where_and_at_what_loss() -> None:
     best = noisy(1.0, 0.2)
     jobs = job(1, best), job(2, [loss + 5.0 for loss in best])
