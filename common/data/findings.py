@@ -6,6 +6,7 @@ only informs. docs/data.md lists every kind.
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from loractl.common.errors import DataError
+from loractl.common.job.sections import TrainingSpec
 
 from .example import Example
 
@@ -58,6 +60,28 @@ def number_rows(text: str, rows: int) -> str:
     """A sentence with its number of rows for `{n}`, and the form of each `{stands|stand}` for one row or several."""
     text = text.replace("{n}", "1 row" if rows == 1 else f"{rows} rows")
     return re.sub(r"\{(\w+)\|(\w+)\}", lambda verb: verb[1] if rows == 1 else verb[2], text)
+
+
+def about_warmup(training: TrainingSpec, rows: int | None) -> list[Finding]:
+    """A warm-up that a training on so many rows does not get to the end of. `rows`: None where they are not known.
+
+    Packed rows are fewer, so its steps are too.
+    """
+    warmup, steps = training.warmup_steps, _steps(training, rows)
+    if steps is None or warmup < max(1, steps) or training.lr_scheduler_type == "constant":
+        return []
+    text = f"training.warmup_steps is {warmup:g} and the run has {steps} step{'' if steps == 1 else 's'}"
+    text += ": the learning rate never gets to its full value"
+    return [Finding(level="warning", kind="long warm-up", text=text, hint="below 1 it is a share of all steps: 0.03")]
+
+
+def _steps(training: TrainingSpec, rows: int | None) -> int | None:
+    """Optimizer steps of a training on so many rows; None where that depends on rows that are not known."""
+    if training.max_steps is not None:
+        return training.max_steps
+    if rows is None or training.num_train_epochs is None:
+        return None
+    return math.ceil(training.num_train_epochs * math.ceil(rows / training.effective_batch))
 
 
 def refusals(errors: Iterable[DataError]) -> list[Finding]:

@@ -28,6 +28,7 @@ def check_data(spec: JobSpec, report: Report = lambda what, done, total: None) -
     `report` hears how far it is. Raises DataError. Empty for data of the hub, and for parquet where pyarrow is missing:
     the trainer checks them.
     """
+    from loractl.common.data.findings import about_warmup
     from loractl.common.data.formats import detect_format, map_columns, parse_examples
     from loractl.common.data.inspection import check_examples
     from loractl.common.data.labels import check_taught
@@ -45,16 +46,16 @@ def check_data(spec: JobSpec, report: Report = lambda what, done, total: None) -
     if dataset.path not in rows:
         for file in rows.values():
             collections.deque(file, maxlen=0)  # only whether it can be read: what it is for is not known here
-        return []
+        return about_warmup(spec.training, None)
     if dataset.eval_path is not None and dataset.eval_path not in rows:  # what is held out can't be read here
         mine = map_columns(rows[dataset.path], dataset.columns, dataset.path)
         format = detect_format(mine, dataset.path, dataset.format)[0]
         examples = parse_examples(mine, format, dataset.path, dataset.on_bad_row)[0]
         if format is DataFormat.CLASSIFICATION:
             check_taught(examples, dataset.path)
-        return check_examples(examples, [], told=looked)
+        return check_examples(examples, [], told=looked) + about_warmup(spec.training, len(examples))
     split = split_data(dataset, rows[dataset.path], rows[dataset.eval_path] if dataset.eval_path else None)
-    return check_examples(split.train, split.held_out, split, looked)
+    return check_examples(split.train, split.held_out, split, looked) + about_warmup(spec.training, len(split.train))
 
 
 def check_used_data(spec: JobSpec, report: Report = lambda what, done, total: None) -> tuple[list[Finding], str | None]:

@@ -125,6 +125,7 @@ CASES = [
         held_out=[*good(60)[40:], chat("first", "other")], marked=(21,),
     ),
     Case("few rows", "warning", good(12)),
+    Case("long warm-up", "warning", good(), {"training": {"warmup_steps": 100, "num_train_epochs": 1}}),
     Case("one label only", "warning", [chat(f"question {n}", "yes") for n in range(40)]),
     Case("lopsided labels", "warning", [chat(f"question {n}", "no" if n % 16 == 0 else "yes") for n in range(64)]),
     Case("short answers", "warning", with_(chat("what?", "ok")), held_out=good(60)[40:], marked=(41,)),

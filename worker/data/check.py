@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from loractl.common.data.example import Example
-from loractl.common.data.findings import Finding, about_rows, refusals
+from loractl.common.data.findings import Finding, about_rows, about_warmup, refusals
 from loractl.common.data.formats import detect_format, map_columns, parse_each
 from loractl.common.data.inspection import check_examples
 from loractl.common.data.labels import labels_of, untaught
@@ -106,6 +106,7 @@ def warnings_about(spec: JobSpec, data: PreparedData, tokenizer: Any) -> tuple[s
     for row in data.train.rows:
         tokens.see(row)
     findings = check_examples(data.train_examples, data.held_out_examples)
+    findings += about_warmup(spec.training, len(data.train_examples))
     findings += template.findings() + tokens.findings(every=False)
     return tuple(finding.sentence for finding in findings if finding.level == "warning")
 
@@ -160,6 +161,7 @@ def _look(checked: Checked, split: Split, spec: JobSpec, tokenizer: Any, report:
     names = labels_of(split.train)
     looked = functools.partial(report, "Looking at the rows")
     findings = check_examples(split.train, split.held_out, split, looked) + template.findings() + refused
+    findings += about_warmup(spec.training, len(split.train))
     return replace(
         checked,
         findings=[*checked.findings, *findings],

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from loractl.common.data.example import Example
-from loractl.common.data.findings import about_rows, number_rows
+from loractl.common.data.findings import about_rows, about_warmup, number_rows
 from loractl.common.data.inspection import check_examples
 from loractl.common.data.rows import RawRow
 from loractl.common.data.split import split_data
-from loractl.common.job.sections import DatasetSpec
+from loractl.common.job.sections import DatasetSpec, TrainingSpec
 
 
 @pytest.mark.parametrize(
@@ -50,3 +52,24 @@ def test_one_row_that_stands_there_already_is_said_in_the_singular() -> None:
 def test_a_prompt_and_a_completion_that_run_together_are_seen(prompt: str, completion: str, glued: bool) -> None:
     rows = [Example(number=1, prompt=prompt, text=prompt + completion)]
     assert ("words run together" in {f.kind for f in check_examples(rows, [])}) == glued
+
+
+@pytest.mark.parametrize(
+    ("training", "rows", "warned"),
+    [
+        ({"warmup_steps": 100, "max_steps": 40}, None, True),
+        ({"warmup_steps": 40, "max_steps": 40}, None, True),
+        ({"warmup_steps": 39, "max_steps": 40}, None, False),
+        ({"warmup_steps": 7, "num_train_epochs": 3}, 32, True),  # 3 epochs of 2 steps
+        ({"warmup_steps": 7, "num_train_epochs": 4}, 32, False),
+        ({"warmup_steps": 7, "num_train_epochs": 3}, None, False),
+        ({"warmup_steps": 0.9, "max_steps": 1}, None, False),
+        ({"warmup_steps": 0, "max_steps": 1}, None, False),
+        ({"warmup_steps": 100, "max_steps": 40, "lr_scheduler_type": "constant"}, None, False),
+    ],
+)
+def test_a_warm_up_that_never_ends_is_told(training: dict[str, Any], rows: int | None, warned: bool) -> None:
+    told = about_warmup(TrainingSpec(**training), rows)
+    assert [finding.kind for finding in told] == ["long warm-up"] * warned
+    if warned and training.get("max_steps") == 40:
+        assert told[0].text.startswith(f"training.warmup_steps is {training['warmup_steps']} and the run has 40 steps:")
