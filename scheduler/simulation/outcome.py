@@ -138,9 +138,16 @@ class Simulation:
     cards: tuple[Card, ...]
     compress: float
     contention: float
-    load: float  # see load_of
+    load: float | None  # see load_of
     nodes: Nodes
     outcomes: Mapping[str, RuleOutcome]  # by policy; ours is "loractl"
+
+    @property
+    def how_loaded(self) -> str:
+        """The beginning of a phrase, like "load 0.50, "; empty where a few jobs have no load."""
+        if self.load is None:
+            return ""
+        return "all at once, " if math.isinf(self.load) else f"load {self.load:.2f}, "
 
     def as_json(self) -> dict[str, Any]:
         """The simulation as JSON values. Seconds and bytes."""
@@ -158,7 +165,7 @@ class Simulation:
             "spare": self.nodes.spare,
             "micro_batch": None if self.nodes.passes is None else self.nodes.passes.tokens,
             "base_models": len(self.chosen.base_models),
-            "load": self.load if math.isfinite(self.load) else None,
+            "load": None if self.load is None or math.isinf(self.load) else self.load,
             "policies": {name: outcome.as_json() for name, outcome in self.outcomes.items()},
         }
 
@@ -238,14 +245,21 @@ def quantile(values: Sequence[float], share: float) -> float:
     return ordered[max(0, math.ceil(share * len(ordered)) - 1)] if ordered else 0.0
 
 
-def load_of(jobs: Sequence[ReplayedJob], cards: Sequence[Card]) -> float:
-    """How busy the jobs would keep the cards, were each alone on one; above 1 whole cards can't keep up.
+RATED = 20
+"""From so many jobs on the middle nine tenths leave any out, and their arrivals have a rate."""
+
+
+def load_of(jobs: Sequence[ReplayedJob], cards: Sequence[Card]) -> float | None:
+    """How busy the jobs would keep the cards, were each alone on one; above 1 whole cards can't keep up. None for a few
+    jobs: what they bring in the minutes in which they happen to arrive is no rate.
 
     Of the middle nine tenths of arrivals, which leaves a trace's long ends out. The cards that bind decide: all of
     them, or those that hold the larger jobs.
     """
-    middle = jobs[len(jobs) // 20 : len(jobs) - len(jobs) // 20]
-    span = (middle[-1].waiting.since - middle[0].waiting.since).total_seconds() if middle else 0.0
+    if len(jobs) < RATED:
+        return None
+    middle = jobs[len(jobs) // RATED : len(jobs) - len(jobs) // RATED]
+    span = (middle[-1].waiting.since - middle[0].waiting.since).total_seconds()
     if not span:
         return math.inf
     shares = []

@@ -36,7 +36,7 @@ def draw(done: Simulation, path: Path) -> None:
     _draw_waits(waits, done)
     _draw_memory(memory, done)
     title = f"{thousands(len(done.chosen.jobs))} jobs on {fleet_text(done.cards)}"
-    figure.suptitle(f"{title} (load {done.load:.2f}, contention {done.contention:g})", fontsize=11)
+    figure.suptitle(f"{title} ({done.how_loaded}contention {done.contention:g})", fontsize=11)
     save(figure, path)
 
 

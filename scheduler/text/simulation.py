@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 from loractl.common.units import thousands
 from loractl.scheduler.simulation.outcome import POLICIES, RULES, RuleOutcome, Simulation, mean, quantile, waits_of
 from loractl.scheduler.simulation.workload import fleet_text
@@ -29,6 +27,8 @@ def text(done: Simulation, screen: Screen) -> str:
         "fifo: whole cards by age, the first blocks the rest. best fit: shared by age.",
         "shortest first*: whole cards; it knows how long each job will take.",
     ]
+    if done.how_loaded.startswith("load"):
+        notes.append("load: how busy the jobs keep the cards, alone on one each; above 1 they fall behind.")
     if done.chosen.base_models:
         if done.nodes.passes is not None:
             notes.append("without packs: loractl's rule, with one job at a time in a host.")
@@ -50,10 +50,9 @@ def _what(done: Simulation) -> list[str]:
     people = f"{users} user{'' if users == 1 else 's'}"
     if workload.users_are != "user":
         people += f" (its {workload.users_are}, for want of users)"
-    load = f"load {done.load:.2f}" if math.isfinite(done.load) else "all at once"
     lines = [
         f"{thousands(len(chosen.jobs))} jobs of {people},",
-        f"on {fleet_text(done.cards)}; {load}, contention {done.contention:g}.",
+        f"on {fleet_text(done.cards)}; {done.how_loaded}contention {done.contention:g}.",
     ]
     if chosen.base_models:
         lines += _bases(done)

@@ -209,7 +209,7 @@ def test_a_quantile_is_a_value_that_so_many_do_not_exceed() -> None:
     assert quantile([], 0.5) == 0
 
 
-def test_the_load_is_that_of_the_cards_that_bind(tmp_path: Path) -> None:
+def test_the_load_is_that_of_the_cards_that_bind(cli: Cli, tmp_path: Path) -> None:
     path = tmp_path / "steady.csv"
     rows = [f"{n * 100},{20 if n % 2 else 8}GiB,100s,ada" for n in range(400)]
     path.write_text("\n".join(["arrival,vram,duration,user", *rows]))
@@ -220,6 +220,7 @@ def test_the_load_is_that_of_the_cards_that_bind(tmp_path: Path) -> None:
     )
     assert load_of(jobs, parse_fleet("2x24GiB")) == pytest.approx(0.5, rel=0.02)
     assert load_of(to_replay(read_trace(path).jobs, 4.0), parse_fleet("2x24GiB")) == pytest.approx(2.0, rel=0.02)
+    assert "load 0.50, contention" in cli("sim", path, "--fleet", "2x24GiB").stdout
 
 
 def test_memory_over_time_adds_up_to_the_utilisation(own: Path) -> None:
@@ -334,6 +335,9 @@ def test_the_command_prints_text_or_json_and_draws(cli: Cli, own: Path, tmp_path
     assert (tmp_path / "a.png").stat().st_size > 20_000
     value = json.loads(cli("sim", own, "--fleet", "80GiB", "--limit", 1, "--json").stdout)
     assert value["jobs"] == 1
+    few = cli("sim", own, "--fleet", "80GiB", "--limit", 1).stdout
+    assert value["load"] is None and "load" not in few, "one job has no rate"
+    assert load_of([], parse_fleet("24GiB")) is None
 
 
 @pytest.mark.parametrize(
