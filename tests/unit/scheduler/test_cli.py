@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -88,6 +89,28 @@ def test_no_command_s_help_imports_the_training_stack() -> None:
     loaded = set(subprocess.run([sys.executable, "-c", load_all], capture_output=True, text=True).stdout.split())
     assert "loractl.worker.commands.data" in loaded
     assert not loaded & {"torch", "transformers", "peft", "datasets", "sqlalchemy", "celery"}
+
+
+SCRIPT = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text())["project"]["scripts"]["loractl"]
+
+
+@pytest.mark.parametrize("module", ["click", "loractl.scheduler.lazy", "loractl.common.errors"])
+def test_a_ctrl_c_while_the_command_is_imported_ends_it_without_a_traceback(module: str) -> None:
+    where, _, name = SCRIPT.partition(":")
+    interrupted = f"""
+import os, signal, sys
+
+class AtImport:
+    def find_spec(self, name, path=None, target=None):
+        if name == {module!r}:
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, AtImport())
+from {where} import {name}
+sys.exit({name}())
+"""
+    done = subprocess.run([sys.executable, "-c", interrupted, "--help"], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (ExitCode.INTERRUPTED, "", "")
 
 
 def test_status_imports_neither_the_queue_nor_the_training_stack(cli: Cli) -> None:
