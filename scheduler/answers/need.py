@@ -20,7 +20,7 @@ from loractl.common.memory.shape import Shape
 from loractl.common.memory.step import Lengths, Stack
 from loractl.common.placement.cards import MARGIN_BYTES, Card
 from loractl.common.store.fleet import unreadable
-from loractl.common.units import GIB, gib
+from loractl.common.units import GIB, duration, gib
 from loractl.scheduler.submission.lengths import row_lengths
 from loractl.scheduler.submission.need import check_adapter, fleet_stack, open_methods, stored_hashes
 
@@ -40,6 +40,7 @@ class JobToPlan:
     data: Mapping[str, Any]  # its stored data sets; empty: none is stored
     status: Status | None = None  # of a submitted job
     row: QueuedNeed | None = None  # of one that waits as it is
+    patience_s: float = 0.0  # for so long QLoRA will not do
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,10 +56,11 @@ class QueuedNeed:
 class CardRoom:
     """Whether a card holds the job."""
 
-    word: str  # fits, tight (once others have left it), never
+    word: str  # fits, tight (once others have left it, or its patience is over), never
     card: str
     total_gib: str
     how: str  # the method, or how much is missing
+    method: Method | None = None  # None: it never holds the job
 
     def as_json(self) -> dict[str, Any]:
         """`fits`: the word; `card`; `of`: the card's size in GiB; `how`."""
@@ -106,6 +108,7 @@ class MemoryNeed:
     one_holds: bool = False  # one card would hold it, and no box holds it on as many as it asks for
     solutions: tuple[Solution, ...] = ()  # where no card holds it alone; all of them where they were asked for
     status: Status | None = None  # of a submitted job
+    patience_s: float = 0.0  # for so long it waits for a card that holds LoRA, where it would go with QLoRA
 
     def as_json(self) -> dict[str, Any]:
         """The plan by method, the choice, the lengths and the cards.
@@ -146,14 +149,18 @@ def job_to_plan(store: Store, job: str, overrides: tuple[str, ...]) -> JobToPlan
     from loractl.common.job.file import load_spec, override_spec
 
     if not job.isdigit() or Path(job).exists():
-        return JobToPlan(title=Path(job).name, spec=load_spec(Path(job), overrides), data={})
+        found = load_spec(Path(job), overrides)
+        return JobToPlan(title=Path(job).name, spec=found, data={}, patience_s=found.lora_patience or 0.0)
     row = store.job(int(job))
     spec = override_spec(row.spec, overrides, f"job {job}")
-    asks = None
+    asks, patience_s = None, 0.0
+    if row.status is Status.QUEUED and spec.lora_patience is not None and row.lora_until is not None:
+        patience_s = max(0.0, (row.lora_until - store.now()).total_seconds())
     if row.status is Status.QUEUED and not overrides and not unreadable(vars(row)):
         need = Need(lora=row.vram_lora, qlora=row.vram_qlora)
         asks = QueuedNeed(need=need, ways=Ways.read(row.gangs), begun=row.attempt > 0)
-    return JobToPlan(title=f"{job} {row.name}", spec=spec, data=row.data, status=row.status, row=asks)
+    title = f"{job} {row.name}"
+    return JobToPlan(title=title, spec=spec, data=row.data, status=row.status, row=asks, patience_s=patience_s)
 
 
 def memory_need(
@@ -218,13 +225,21 @@ def memory_need(
         rows=counted.rows,
         planned_for=counted.sentence,
         measured=tuple(peaks_like(key, choice or methods[0], measured)),
-        cards=cards,
+        cards=tuple(_after_patience(room, job.patience_s) for room in cards),
         on_gpu=stack.on_gpu,
         largest=_largest(shape, spec, methods, counted.lengths, _room(card, fleet), stack) if solve else None,
         one_holds=one_holds,
         solutions=tuple(solutions),
         status=job.status,
+        patience_s=job.patience_s if Method.QLORA in methods else 0.0,
     )
+
+
+def _after_patience(room: CardRoom, patience_s: float) -> CardRoom:
+    """A card takes no job with QLoRA that still waits for one that holds LoRA."""
+    if not patience_s or room.method is not Method.QLORA:
+        return room
+    return replace(room, word="tight", how=f"{room.how}, once it has waited {duration(patience_s)} for lora")
 
 
 def _submitted(asked: PlannedForm, first: QueuedNeed, card: int | None, fleet: Sequence[Card]) -> Submitted:
@@ -265,8 +280,8 @@ def _on_one(size: int, admitted: Sequence[Method], need: Need) -> tuple[tuple[Ca
     room = max(0, size - MARGIN_BYTES)
     method = choose_method(admitted, need, room)
     how = f"with {method.value}" if method else f"{gib(_short(admitted, need, room))} GiB short"
-    card = CardRoom(word="fits" if method else "never", card="a card", total_gib=f"{size / GIB:.0f}", how=how)
-    return (card,), method
+    word = "fits" if method else "never"
+    return (CardRoom(word=word, card="a card", total_gib=f"{size / GIB:.0f}", how=how, method=method),), method
 
 
 def _on_fleet(
@@ -290,12 +305,13 @@ def _room_of(box: CardGroup) -> CardRoom:
         card=box.words,
         total_gib=f"{box.smallest / GIB:.0f}",
         how=f"with {box.method.value}, {box.way.parallel.value}: {gib(box.size)} GiB of each",
+        method=box.method,
     )
 
 
 def _card_room(card: Card, method: Method | None, admitted: Sequence[Method], need: Need) -> CardRoom:
     def room(word: str, how: str) -> CardRoom:
-        return CardRoom(word=word, card=card.node, total_gib=f"{card.total / GIB:.0f}", how=how)
+        return CardRoom(word=word, card=card.node, total_gib=f"{card.total / GIB:.0f}", how=how, method=method)
 
     if method is None:
         return room("never", f"{gib(_short(admitted, need, card.usable))} GiB short")

@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from loractl.common.units import gib
+from loractl.common.units import duration, gib
 
 from .screen import ROOM_TO_WRAP, Screen, bar, card_name, fit, joined, table, wrapped, wrapped_table
 
@@ -31,6 +31,9 @@ def need_text(need: MemoryNeed, next_command: str, screen: Screen) -> str:
         lines += _parts(plan, longest, screen)
     lines += ["", *map(screen.dim, wrapped(need.planned_for, "", screen))]
     lines += [line for text in _until_it_runs(need) for line in wrapped(text, "", screen)]
+    if need.patience_s:
+        patient = f"For {duration(need.patience_s)} it waits for a card that holds LoRA; then QLoRA will do."
+        lines += wrapped(patient, "", screen)
     if not need.on_gpu:
         about = "Planned for a processor, since no GPU is known: what the whole process holds of the box's RAM."
         lines += map(screen.dim, wrapped(about, "", screen))
@@ -114,9 +117,6 @@ def _parts(plan: Plan, longest: int, screen: Screen) -> list[str]:
     return lines
 
 
-def _solved(largest: LargestFit) -> list[str]:
-    return [
-        f"Largest in {gib(largest.room)} GiB, {largest.which}:",
 def _beside(line: str, note: str, screen: Screen) -> list[str]:
     """The line with a note that goes on below its own beginning, or below the line where that is too narrow to read."""
     room = screen.width - len(line)
@@ -127,6 +127,9 @@ def _beside(line: str, note: str, screen: Screen) -> list[str]:
     return [f"{line}{first}".rstrip(), *(" " * len(line) + one for one in rest)]
 
 
+def _solved(largest: LargestFit) -> list[str]:
+    return [
+        f"Largest in {gib(largest.room)} GiB, {largest.which}:",
         *(f"  {method.value:<5}  {_forms(size)}" for method, size in largest.by_method.items()),
     ]
 

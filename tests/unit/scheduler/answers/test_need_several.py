@@ -53,6 +53,23 @@ def test_a_card_that_is_too_small_is_named_with_how_many_such_cards_hold_the_job
     assert [word for word, *_ in rows(asked(store, tmp_path, 24 * GIB))] == ["fits"], "one card is enough"
 
 
+def test_a_job_with_patience_takes_no_card_with_qlora_before_it_is_over(store: Store, tmp_path: Path) -> None:
+    patient = asked_for(tmp_path).model_copy(update={"method": Method.AUTO, "lora_patience": 7200.0})
+    file = tmp_path / "job.yaml"
+    written = {"base_model": str(tmp_path), "dataset": {"path": "org/data"}, "resources": {"cards": 1}}
+    file.write_text(json.dumps({"name": "t", "lora_patience": "2h", **written}))
+    small = memory_need(store, job_to_plan(store, str(file), ()), 16 * GIB, solve=False)
+    assert rows(small) == [("tight", "a card", "with qlora, once it has waited 2 h 00 min for lora")]
+    said = " ".join(need_text(small, "x", Screen(width=80, unicode=True, color=False)).split())
+    assert "For 2 h 00 min it waits for a card that holds LoRA; then QLoRA will do." in said
+    assert rows(memory_need(store, job_to_plan(store, str(file), ()), 48 * GIB, solve=False))[0][0] == "fits"
+    store.see_node(node_state("heron:0", total=16 * GIB))
+    job_id = store.submit(plan_job(patient, "ada", {}, store))
+    assert rows(memory_need(store, job_to_plan(store, str(job_id), ()), None, solve=False))[0][0] == "tight"
+    hasty = memory_need(store, job_to_plan(store, str(job_id), ("lora_patience=null",)), None, solve=False)
+    assert hasty.choice is Method.QLORA and rows(hasty)[0][0] == "fits"
+
+
 def test_a_number_of_cards_is_planned_as_it_is_asked_for(store: Store, tmp_path: Path) -> None:
     assert rows(asked(store, tmp_path, 24 * GIB, cards=2)) == [
         ("fits", "2 cards of a box", "with lora, data: 19.9 GiB of each")
