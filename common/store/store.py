@@ -264,10 +264,11 @@ class Store(DeviceStore):
         with self._read() as tx:
             return backlog.waiting_classes(tx, classes)
 
-    def unfinished(self, largest: int) -> int:
-        """Number of jobs that run, or wait and would fit into `largest` bytes; held ones are left out."""
+    def unfinished(self, largest: int, labels: Mapping[str, str]) -> int:
+        """Number of jobs that run, or wait and would fit into `largest` bytes of a box with these labels; not of held
+        ones."""
         with self._read() as tx:
-            return backlog.unfinished(tx, largest)
+            return backlog.unfinished(tx, largest, labels)
 
     # --- what a person reads ---
 

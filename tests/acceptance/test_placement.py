@@ -211,7 +211,7 @@ def test_jobs_share_a_large_card_and_never_reserve_more_than_it_has(lab: Lab, ti
         card = lab.store.fleet().cards["heron:0"]
         polled.append(sum(job.reserved for job in card.running))
         assert card.free == room - polled[-1] >= 0
-        return lab.store.unfinished(card.total)
+        return lab.store.unfinished(card.total, {})
 
     _until(unfinished, lambda left: left <= 4, 120)
     (shown,) = lab.cards().values()

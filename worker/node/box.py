@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from loractl.worker.device.devices import Device
 
 log = logging.getLogger("loractl.worker")
+
+SHOWN_JOBS = 8
+"""So many of the jobs that are left are named."""
 
 IDLE_LOOKS = 2
 """--drain-when-idle ends after so many looks in a row without a job left."""
@@ -56,6 +59,7 @@ class Box:
     def __init__(self, settings: Settings, store: Store, devices: list[Device], options: dict[str, Any]) -> None:
         self._settings = settings
         self._options = json.dumps({**options, "devices": len(devices)})
+        self._labels: dict[str, str] = options.get("labels") or {}
         self._store = store
         self._devices = devices
         self._nodes: dict[str, subprocess.Popen[str]] = {}
@@ -83,6 +87,8 @@ class Box:
         try:
             broken = self._wait(drain_when_idle) or self._serves_nothing()
             self._drain()
+            if drain_when_idle and not broken:
+                self._tell_of_the_rest()
         except KeyboardInterrupt:
             try:  # a second one may come as soon as a person reads of it
                 broken = self._serves_nothing()
@@ -135,10 +141,24 @@ class Box:
             if drain_when_idle:
                 largest = max(d.total for d in self._devices)
                 try:
-                    idle = idle + 1 if self._store.unfinished(largest) == 0 else 0
+                    idle = idle + 1 if self._store.unfinished(largest, self._labels) == 0 else 0
                 except REFUSALS as error:
                     click.echo(f"The database does not answer: {told_by(error)}", err=True)
         return False
+
+    def _tell_of_the_rest(self) -> None:
+        """The last line: the jobs that are left, though none of them is for this box."""
+        from loractl.common.job.status import Status
+        from loractl.common.store.database import REFUSALS
+
+        with contextlib.suppress(*REFUSALS):
+            left = self._store.jobs(statuses=[Status.QUEUED])
+            held = [job.job_id for job in left if job.held]
+            others = [job.job_id for job in left if not job.held]
+            told = [f"{_numbers(others)} wait{'s' if len(others) == 1 else ''} for another box"] if others else []
+            told += [f"{_numbers(held)} {'is' if len(held) == 1 else 'are'} held"] if held else []
+            if told:
+                click.echo(f"No job that fits this box is left: {', '.join(told)}.", err=True)
 
     def _serves_nothing(self) -> bool:
         """Whether the node of every device was refused when it started last, as for a name that another box has."""
@@ -257,3 +277,10 @@ class Box:
 
     def _name(self, device: Device) -> str:
         return f"{self._settings.host}:{device.number}"
+
+
+def _numbers(job_ids: Sequence[int]) -> str:
+    """The jobs' numbers, the oldest first; of many the first ones and how many more there are."""
+    first = sorted(job_ids)[:SHOWN_JOBS]
+    more = f" and {len(job_ids) - len(first)} more" if len(job_ids) > len(first) else ""
+    return ", ".join(map(str, first)) + more

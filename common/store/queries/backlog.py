@@ -12,7 +12,7 @@ from loractl.common.job.method import Method
 from loractl.common.job.need import Need, Ways
 from loractl.common.job.status import Status
 from loractl.common.placement.gangs import gang_of
-from loractl.common.placement.keys import queue_key
+from loractl.common.placement.keys import QueueKey, queue_key
 from loractl.common.placement.sizes import vram_class
 
 from ..fleet import waiting_of
@@ -73,18 +73,19 @@ def waiting_classes(tx: Transaction, classes: Iterable[int]) -> set[int]:
     return {size for size, found in zip(sizes, waits, strict=True) if found}
 
 
-def unfinished(tx: Transaction, largest: int) -> int:
+def unfinished(tx: Transaction, largest: int, labels: Mapping[str, str]) -> int:
     waits = (Job.status == Status.QUEUED) & ~Job.held & or_(Job.vram_needed.is_(None), Job.vram_needed <= largest)
-    one = waits & Job.gangs.is_(null())
-    query = select(func.count()).select_from(Job).where(or_(one, Job.status == Status.RUNNING))
-    return (tx.session.scalar(query) or 0) + _unfinished_gangs(tx, waits & Job.gangs.is_not(null()), largest)
+    runs = tx.session.scalar(select(func.count()).select_from(Job).where(Job.status == Status.RUNNING)) or 0
+    lines = select(Job.queue_key, func.count()).where(waits & Job.gangs.is_(null())).group_by(Job.queue_key)
+    alone = sum(jobs for key, jobs in tx.session.execute(lines) if QueueKey.parse(key).requires <= labels.items())
+    return runs + alone + _unfinished_gangs(tx, waits & Job.gangs.is_not(null()), largest, labels)
 
 
-def _unfinished_gangs(tx: Transaction, waits: ColumnElement[bool], largest: int) -> int:
+def _unfinished_gangs(tx: Transaction, waits: ColumnElement[bool], largest: int, labels: Mapping[str, str]) -> int:
     """Those of the waiting jobs that several cards may share which one card or several could hold."""
     jobs, now = tx.session.scalars(select(Job).where(waits)).all(), tx.now()
     cards = read_cards(tx.session, now) if jobs else []
-    forms = [waiting_of(vars(job), now) for job in jobs]
+    forms = [form for job in jobs if (form := waiting_of(vars(job), now)).requires <= labels.items()]
     fits = [form for form in forms if form.alone and (form.least is None or form.least <= largest)]
     return len(fits) + sum(form not in fits and gang_of(form, cards) is not None for form in forms)
 
