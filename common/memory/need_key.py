@@ -41,8 +41,13 @@ def need_key(spec: JobSpec, data: dict[str, Any]) -> str:
     deciding["lora"]["dropout"] = spec.lora.lora_dropout > 0  # its masks are kept for the backward pass
     if spec.dataset.template is not PromptTemplate.CHAT:
         deciding["dataset"] |= {"template": spec.dataset.template.value}
-    if spec.task_type is TaskType.SEQ_CLS:  # only there: what was measured under the key's older form still counts
+    # The rest only where it is set: what was measured under the key's older form still counts.
+    if spec.task_type is TaskType.SEQ_CLS:
         deciding["task_type"] = spec.task_type.value
+    if spec.revision is not None:
+        deciding["revision"] = spec.revision
+    if spec.dataset.columns:
+        deciding["dataset"] |= {"columns": dict(spec.dataset.columns)}
     hashes = {name: stored["sha256"] for name, stored in data.items()}
     if hashes:
         deciding["dataset"] |= {"path": hashes.get("path"), "eval_path": hashes.get("eval_path")}

@@ -30,3 +30,17 @@ def test_what_changes_the_plan_changes_the_key(key: str, tmp_path: Path) -> None
     assert predict(plain).lora is not None
     if predict(other) != predict(plain):
         assert need_key(other, {}) != need_key(plain, {})
+
+
+def test_a_base_at_another_revision_and_columns_of_other_names_are_other_jobs() -> None:
+    plain = need_key(job({}), {})
+    others = [job({"revision": "v1"}), job({"revision": "v2"}), job({"dataset.columns": {"prompt": "question"}})]
+    keys = [plain, *(need_key(spec, {}) for spec in others)]
+    assert len(set(keys)) == 4
+
+
+def test_the_key_of_a_job_without_them_is_what_it_was_so_that_its_peaks_still_count(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("loractl.common.memory.need_key.ENGINE", 2)
+    assert need_key(job({}), {}) == "1bb3f3fb90012a7127587b8879f15ee290608710a49bf208215155cbcf715f30"
