@@ -9,9 +9,7 @@ from pathlib import Path
 from loractl.common.artifacts import WEIGHTS, attempt_prefix, manifest_sha256, sha256_of
 from loractl.common.files import remove_tree
 from loractl.common.job.identity import spec_digest
-from loractl.common.job.status import Reason
 from loractl.common.store.records import Claim, StoredResult
-from loractl.worker.protocol.messages import Ended
 
 from .log import LOG_FILE
 from .state import AttemptState
@@ -21,21 +19,20 @@ READY = "ready.json"
 """A note beside a complete result: the spec, method and data that it is for."""
 
 
-def take_ready(state: AttemptState) -> bool:
-    """Take over a result that an earlier attempt on this box finished and could not store."""
+def take_ready(state: AttemptState) -> str | None:
+    """Take over a result that an earlier attempt on this box finished and could not store; returns what its trainer
+    said at its end, None without one. Its note comes with it, the last: the attempt may be stopped or killed here."""
     claim, folder = state.claim, state.folder
     for earlier in sorted(folder.parent.glob("attempt-*")):
         message = ready_result(earlier, claim)
         if message is None or earlier == folder:
             continue
-        for name in ("result", LOG_FILE):
+        for name in ("result", LOG_FILE, READY):
             remove_tree(folder / name)
             (earlier / name).rename(folder / name)
-        (earlier / READY).unlink()
-        state.ended = Ended(job_id=claim.job_id, reason=Reason.OK, message=message)
         state.note("ready", f"{earlier.name} had finished and could not be stored: its result is taken over")
-        return True
-    return False
+        return message
+    return None
 
 
 def mark_ready(folder: Path, claim: Claim, message: str) -> None:

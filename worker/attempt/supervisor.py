@@ -19,6 +19,7 @@ from loractl.common.job.status import KEEPING, Reason, Stage, Status
 from loractl.common.store.database import REFUSALS, outage, told_by
 from loractl.common.store.records import Progress, StoredResult
 from loractl.common.units import amount
+from loractl.worker.protocol.messages import Ended
 from loractl.worker.protocol.trust import Refused
 from loractl.worker.storage.client import CallWatch
 
@@ -121,7 +122,10 @@ def _carry_out(place: Workplace, state: AttemptState) -> tuple[Reason, str, Stor
     try:
         shutil.rmtree(state.folder, ignore_errors=True)
         (state.folder / "result").mkdir(parents=True)
-        if not while_beating(place, state, lambda: take_ready(state)):
+        taken = while_beating(place, state, lambda: take_ready(state))
+        if taken is not None:
+            state.ended = Ended(job_id=claim.job_id, reason=Reason.OK, message=taken)
+        else:
             if claim.result_host == place.settings.host:
                 state.pending = replace(state.pending, result_host="")  # it is torn, or somebody removed it
             train(place, state, _with_patience(place, state, prepare, away))
@@ -129,7 +133,8 @@ def _carry_out(place: Workplace, state: AttemptState) -> tuple[Reason, str, Stor
         if reason is not Reason.OK or state.gone_as is not None:
             return reason, message, None
         state.pending = replace(state.pending, stage=Stage.STORING)
-        while_beating(place, state, lambda: mark_ready(state.folder, state.claim, message))
+        if taken is None:
+            while_beating(place, state, lambda: mark_ready(state.folder, state.claim, message))
         _say_what_is_stored(state)
         state.pending = replace(state.pending, result_host=place.settings.host)
         return reason, message, _with_patience(place, state, store_result, _not_stored)

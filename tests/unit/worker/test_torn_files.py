@@ -22,7 +22,8 @@ from loractl.common.store.records import Claim, StoredCheckpoint
 from loractl.common.store.store import Store
 from loractl.worker.attempt.drain import Drain
 from loractl.worker.attempt.order import stored_checkpoint
-from loractl.worker.attempt.result import mark_ready, ready_result
+from loractl.worker.attempt.result import mark_ready, ready_result, take_ready
+from loractl.worker.attempt.state import begin
 from loractl.worker.attempt.workplace import Workplace
 from loractl.worker.data.template import templated
 from loractl.worker.data.token_set import Tokeniser
@@ -80,6 +81,20 @@ def test_a_torn_result_is_not(finished: Path, torn: str) -> None:
         note = finished / "ready.json"
         note.write_bytes(note.read_bytes()[:-5])
     assert ready_result(finished, claim(attempt=2)) is None
+
+
+def test_a_result_that_was_taken_over_outlives_an_attempt_that_is_killed_before_it_stores_it(tmp_path: Path) -> None:
+    made = tmp_path / "1" / "attempt-1"
+    (made / "result" / "adapter").mkdir(parents=True)
+    (made / "result" / "adapter" / "adapter_model.safetensors").write_bytes(b"weights")
+    (made / "log.txt").write_text("trains\n")
+    mark_ready(made, claim(), "6 steps")
+    for attempt in (2, 3):
+        state = begin(claim(attempt), tmp_path)
+        (state.folder / "result").mkdir(parents=True)
+        assert take_ready(state) == "6 steps"
+        assert state.ended is None, "the supervisor's thread alone says so: the attempt may be stopped at this moment"
+    assert (state.folder / "result" / "adapter" / "adapter_model.safetensors").read_bytes() == b"weights"
 
 
 def checkpoint(folder: Path, step: int = 5) -> Path:
