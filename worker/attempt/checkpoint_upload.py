@@ -7,7 +7,7 @@ import os
 import shutil
 import threading
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from loractl.common.artifacts import checkpoint_prefix, manifest_sha256
@@ -25,6 +25,15 @@ AGAIN_S = 15.0
 """Seconds before a failed upload is tried again."""
 
 
+@dataclass(kw_only=True)
+class _Copy:
+    """A checkpoint that is to be uploaded."""
+
+    step: int
+    folder: Path
+    stored: StoredCheckpoint | None = None  # its files are in the store; the row does not name it yet
+
+
 class CheckpointUpload:
     """Uploads in a thread of its own; of several checkpoints that wait only the newest is kept.
 
@@ -40,8 +49,9 @@ class CheckpointUpload:
         self._store = store
         self._claim = claim
         self._folder = folder  # copies of what is being uploaded: the trainer removes its own as newer ones come
-        self._waiting: tuple[int, Path] | None = None
+        self._waiting: _Copy | None = None
         self._kept = claim.checkpoint
+        self._spent: list[str] = []  # prefixes of checkpoints that no row names any more, and that are not removed yet
         self._changed = threading.Condition()
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="checkpoints", daemon=True)
@@ -56,16 +66,18 @@ class CheckpointUpload:
             aside.mkdir(parents=True)
             for path in checkpoint.iterdir():
                 if path.is_file():
-                    os.link(path, aside / path.name)
-        except FileNotFoundError:
-            log.warning("job %s: checkpoint %s was replaced before it could be kept", self._claim.job_id, step)
+                    _link(path, aside / path.name)
+        except OSError as error:  # the training has its own copy, and goes on
+            gone = isinstance(error, FileNotFoundError)
+            why = "was replaced before it could be kept" if gone else f"can't be kept for the store: {error.strerror}"
+            log.warning("job %s: checkpoint %s %s", self._claim.job_id, step, why)
             shutil.rmtree(aside, ignore_errors=True)
             return
         with self._changed:
-            replaced, self._waiting = self._waiting, (step, aside)
+            replaced, self._waiting = self._waiting, _Copy(step=step, folder=aside)
             self._changed.notify()
         if replaced is not None:
-            shutil.rmtree(replaced[1], ignore_errors=True)
+            shutil.rmtree(replaced.folder, ignore_errors=True)
 
     def close(self) -> None:
         """Take no more checkpoints. The caller may wait for the rest, or leave it: the local checkpoint stays."""
@@ -93,41 +105,66 @@ class CheckpointUpload:
                     self._changed.wait()
                 if self._waiting is None:
                     return
-                step, aside = self._waiting
-                self._waiting = None
-            if self._keep(step, aside):
-                shutil.rmtree(aside, ignore_errors=True)
+                copy, self._waiting = self._waiting, None
+            if self._keep(copy):
+                shutil.rmtree(copy.folder, ignore_errors=True)
                 continue
             with self._changed:
                 if self._closing:
                     return
                 if self._waiting is None:
-                    self._waiting = (step, aside)
+                    self._waiting = copy
                 else:
-                    shutil.rmtree(aside, ignore_errors=True)
+                    shutil.rmtree(copy.folder, ignore_errors=True)
                 self._changed.wait(AGAIN_S)
 
-    def _keep(self, step: int, aside: Path) -> bool:
+    def _keep(self, copy: _Copy) -> bool:
         """Upload, name it in the row, remove the one before. False: worth another try."""
         claim, began = self._claim, time.monotonic()
-        kept = StoredCheckpoint(step=step, prefix=checkpoint_prefix(claim.job_id, claim.attempt, step))
         try:
-            manifest = self._artifacts.put_result(aside, kept.prefix)
-            kept = replace(kept, manifest_sha256=manifest_sha256(manifest))
-            if not self._store.keep_checkpoint(claim, kept):
-                self._artifacts.remove_checkpoint(kept.prefix)  # the lease is lost: no row will name it
+            copy.stored = copy.stored or self._upload(copy)
+            if not self._store.keep_checkpoint(claim, copy.stored):
+                self._artifacts.remove_checkpoint(copy.stored.prefix)  # the lease is lost: no row will name it
                 return True
-            before, self._kept = self._kept, kept
-            if before is not None and before.prefix != kept.prefix:  # a step that was saved twice is one checkpoint
-                self._artifacts.remove_checkpoint(before.prefix)
         except (ArtifactError, ServiceUnreachable, *REFUSALS) as error:
             why = away(error) or told_by(error)
-            log.warning("job %s: the checkpoint of step %s is not stored yet: %s", claim.job_id, step, why)
+            log.warning("job %s: the checkpoint of step %s is not stored yet: %s", claim.job_id, copy.step, why)
             return False
         except Exception:
             # if this thread ended silently, no later checkpoint would be stored: a box may have no process to give
-            log.exception("job %s: the checkpoint of step %s is not stored yet", claim.job_id, step)
+            log.exception("job %s: the checkpoint of step %s is not stored yet", claim.job_id, copy.step)
             return False
         self.silent = False
-        log.debug("job %s: the checkpoint of step %s is stored (%.1f s)", claim.job_id, step, time.monotonic() - began)
+        took = time.monotonic() - began
+        log.debug("job %s: the checkpoint of step %s is stored (%.1f s)", claim.job_id, copy.step, took)
+        before, self._kept = self._kept, copy.stored
+        if before is not None:
+            self._spent.append(before.prefix)
+        self._remove_spent(copy.stored.prefix)
         return True
+
+    def _upload(self, copy: _Copy) -> StoredCheckpoint:
+        prefix = checkpoint_prefix(self._claim.job_id, self._claim.attempt, copy.step)
+        manifest = self._artifacts.put_result(copy.folder, prefix)
+        return StoredCheckpoint(step=copy.step, prefix=prefix, manifest_sha256=manifest_sha256(manifest))
+
+    def _remove_spent(self, named: str) -> None:
+        """Remove all but the one that the row names. What the store does not remove now goes with the next one."""
+        left = [prefix for prefix in self._spent if prefix != named]  # a step that was saved twice is one checkpoint
+        self._spent = []
+        for prefix in left:
+            try:
+                self._artifacts.remove_checkpoint(prefix)
+            except Exception as error:  # noqa: BLE001  as for an upload: this thread goes on
+                log.warning("job %s: the checkpoint %s is not removed yet: %s", self._claim.job_id, prefix, error)
+                self._spent.append(prefix)
+
+
+def _link(path: Path, aside: Path) -> None:
+    """A second name for a file; a copy where the file system has no second names. Raises OSError."""
+    try:
+        os.link(path, aside)
+    except FileNotFoundError:
+        raise
+    except OSError:
+        shutil.copyfile(path, aside)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 import time
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import pytest
 
 from loractl.common.artifacts import ArtifactStore, Manifest
 from loractl.common.binding import checkpoint_binding
+from loractl.common.errors import ServiceUnreachable
 from loractl.common.store.records import Claim, StoredCheckpoint
 from loractl.common.store.store import Store
 from loractl.worker.attempt import checkpoint_upload
@@ -72,6 +75,79 @@ def test_what_nobody_expected_ends_no_upload(store: Store, tmp_path: Path, monke
     keeper.offer(saved, 5)
     _until_taken(tmp_path / "keeping" / "step-5")
     keeper.close()
+    kept = store.job(job_id).checkpoint
+    assert kept is not None and kept["step"] == 5
+
+
+class Counted(StoreClient):
+    """Counts what is uploaded; the first removal fails."""
+
+    uploads = 0
+    removals = 0
+
+    def watched(self, watch: CallWatch) -> Counted:
+        return self
+
+    def put_result(self, folder: Path, prefix: str) -> Manifest:
+        self.uploads += 1
+        return super().put_result(folder, prefix)
+
+    def remove_checkpoint(self, prefix: str) -> None:
+        self.removals += 1
+        if self.removals == 1:
+            raise ServiceUnreachable("the artifact store", self.url, "LORACTL_ARTIFACTS_URL", "it is away")
+        super().remove_checkpoint(prefix)
+
+
+class AwayAtFirst(Store):
+    """The database, which is away for three tries."""
+
+    tries = 0
+
+    def keep_checkpoint(self, claim: Claim, checkpoint: StoredCheckpoint) -> bool:
+        self.tries += 1
+        if self.tries <= 3:
+            raise ServiceUnreachable("the database", "it", "LORACTL_DATABASE_URL", "it is away")
+        return super().keep_checkpoint(claim, checkpoint)
+
+
+def test_what_is_stored_waits_for_the_database_without_being_stored_again_and_no_older_one_stays(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint_upload, "AGAIN_S", 0.05)
+    job_id = store.submit(submission())
+    claim = take(store)
+    assert isinstance(claim, Claim)
+    client = Counted((tmp_path / "artifacts").as_uri())
+    keeper = CheckpointUpload(client, AwayAtFirst(store._engine, store._clock), claim, tmp_path / "keeping")
+    saved = tmp_path / "saved"
+    saved.mkdir()
+    (saved / "state").write_text("1")
+    for step in (5, 10, 15):
+        keeper.offer(saved, step)
+        _until_taken(tmp_path / "keeping" / f"step-{step}")
+    keeper.close()
+    assert keeper.done(20)
+    assert client.uploads == 3, "one for each checkpoint"
+    held = tmp_path / "artifacts" / "jobs" / str(job_id) / "checkpoints"
+    assert [path.name for path in held.iterdir()] == ["1-15"]
+
+
+def test_a_checkpoint_is_stored_where_files_have_no_second_names_and_one_that_can_t_be_kept_ends_no_training(
+    store: Store, tmp_path: Path
+) -> None:
+    job_id = store.submit(submission())
+    claim = take(store)
+    assert isinstance(claim, Claim)
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as other:  # a link to another disk is refused
+        keeper = CheckpointUpload(StoreClient((tmp_path / "artifacts").as_uri()), store, claim, tmp_path / "keeping")
+        (Path(other) / "state").write_text("1")
+        keeper.offer(Path(other), 5)
+        _until_taken(tmp_path / "keeping" / "step-5")
+        shutil.rmtree(tmp_path / "keeping")
+        (tmp_path / "keeping").write_text("where no folder can be made")
+        keeper.offer(Path(other), 10)
+        keeper.close()
     kept = store.job(job_id).checkpoint
     assert kept is not None and kept["step"] == 5
 
