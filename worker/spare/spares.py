@@ -173,6 +173,10 @@ class Spares:
                 self._tend()
             except OSError as error:  # no memory or no number for another process
                 self._failed(f"it could not be started: {error.strerror or error}")
+            except Exception as error:
+                # if this thread ended silently, every later job would start cold, and what was dropped would stay
+                log.exception("the look at the spare trainer failed; it is made again")
+                self._failed(repr(error))
 
     def _tend(self) -> None:
         """Drop what died or hangs; make a spare when it is time."""
@@ -203,7 +207,11 @@ class Spares:
                 self._marks.discard(mark)
             raise
         spare = SpareTrainer(process=process, mark=mark, environment=common)
-        spare.read()
+        try:
+            spare.read()
+        except RuntimeError:  # no thread for its pipes
+            self._end(spare)
+            raise
         with self._lock:
             self._waiting = spare
 

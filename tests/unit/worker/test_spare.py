@@ -195,6 +195,24 @@ def test_a_spare_that_dies_or_hangs_is_replaced_later_and_the_job_starts_cold(
         assert len(waiting(place)) == 1
 
 
+def test_a_box_that_once_has_no_thread_to_give_keeps_no_process_and_has_a_spare_later(
+    place: Workplace, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "FIRST_AGAIN_S", 0.1)
+    start, refused = threading.Thread.start, threading.Event()
+
+    def start_but_one(thread: threading.Thread) -> None:
+        if thread.name == "spare's pipe" and not refused.is_set():
+            refused.set()
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start_but_one)
+    with kept(place) as spares:
+        until(lambda: ready(caplog))
+        assert refused.is_set() and waiting(place) == ready(caplog) and len(spares.marks) == 1
+
+
 def test_a_spare_of_an_environment_that_has_changed_is_replaced_and_celery_changes_none(
     place: Workplace, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
