@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
 import shutil
@@ -60,14 +61,29 @@ def make_room(place: Workplace, folder: Path, needed: int) -> None:
         return
     found = {int(path.name): path for path in work.iterdir() if re.fullmatch(r"[1-9]\d{0,17}", path.name, re.ASCII)}
     ended = place.store.over(found).jobs
-    for job_id in sorted(ended, key=lambda job_id: found[job_id].stat().st_mtime):
-        left = list(found[job_id].iterdir())  # before we ask: an attempt that begins after that has a folder of its own
-        if place.store.forget_finished(job_id, host, "its disk was needed for another job"):
+    for job_id in sorted(ended, key=lambda job_id: _changed_at(found[job_id])):
+        left = _below(found[job_id])  # before we ask: an attempt that begins after that has a folder of its own
+        if left and place.store.forget_finished(job_id, host, "its disk was needed for another job"):
             log.warning("job %s: what it left here is removed, the disk is needed", job_id)
             for path in left:
                 remove_tree(path)
         if shutil.disk_usage(folder).free >= needed:
             return
+
+
+def _changed_at(folder: Path) -> float:
+    """0 for a folder that is gone: a job that has just ended removes its own."""
+    try:
+        return folder.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
+
+
+def _below(folder: Path) -> list[Path]:
+    try:
+        return list(folder.iterdir())
+    except FileNotFoundError:
+        return []
 
 
 def _is_over(place: Workplace, state: AttemptState) -> bool:
@@ -81,7 +97,7 @@ def _remove(place: Workplace, state: AttemptState) -> None:
     job_id, attempt = state.claim.job_id, state.claim.attempt
     for folder in [*_own(state), state.folder.parent / "stored"]:
         shutil.rmtree(folder, ignore_errors=True)
-    if not any(state.folder.parent.iterdir()):
+    with contextlib.suppress(OSError):  # something is left in it, or it is gone
         state.folder.parent.rmdir()
     try:
         place.artifacts.watched(CallWatch(deadline_s=REMOVAL_S)).remove_checkpoints(job_id, attempt)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import datetime as dt
+import shutil
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +13,7 @@ import pytest
 from loractl.common.artifacts import checkpoint_prefix
 from loractl.common.job.status import Reason, Status
 from loractl.common.settings import load_settings
-from loractl.common.store.records import Claim, Progress, StoredCheckpoint
+from loractl.common.store.records import Claim, Over, Progress, StoredCheckpoint
 from loractl.common.store.store import Store
 from loractl.worker.attempt.drain import Drain
 from loractl.worker.attempt.remains import clean, make_room
@@ -110,3 +113,27 @@ def test_what_ended_jobs_left_makes_room_for_the_next_job_and_their_histories_sa
     assert list(bench.place.settings.work_dir.glob(f"{waiting}/*/*/*")), "what a waiting job goes on from stays"
     text = f"what it left on {bench.place.settings.host} is removed: its disk was needed for another job"
     assert [event.text for event in bench.place.store.events(1)][-1] == text
+
+
+class JobsEndNow(Store):
+    """A database beside which jobs that have just ended remove what they left here."""
+
+    work: Path
+
+    def over(self, job_ids: Collection[int], kept_since: dt.datetime | None = None) -> Over:
+        told = super().over(job_ids, kept_since)
+        shutil.rmtree(self.work / "1")
+        return told
+
+
+def test_a_job_that_ends_while_another_makes_room_costs_that_one_nothing(bench: Bench) -> None:
+    first = bench.attempt()
+    bench.end(first, Reason.CANCELLED)
+    bench.place.store.submit(submission())
+    second = bench.attempt()
+    clean(bench.place, second, bench.end(second, Reason.TIMED_OUT))
+    store = JobsEndNow(bench.place.store._engine, bench.place.store._clock)
+    store.work = bench.place.settings.work_dir
+    make_room(replace(bench.place, store=store), bench.folder, 1 << 60)
+    assert bench.local() == [] and not list(store.work.glob("2/*"))
+    assert not [event for event in store.events(1) if event.kind == "removed"]
