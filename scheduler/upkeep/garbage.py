@@ -157,8 +157,10 @@ class Cleaner:
                 self._artifacts.remove(garbage.name)
                 yield garbage
         for garbage in self._data():
-            self._artifacts.remove(garbage.name)
-            yield garbage
+            # who has submitted it since we listed it has given it a new date
+            if all(held.changed_at < self._limit() for held in self._artifacts.holdings(garbage.name)):
+                self._artifacts.remove(garbage.name)
+                yield garbage
         for garbage in self._work():
             # a job that was queued again since we looked goes on from there
             if garbage.job_id is not None and self._store.forget_finished(garbage.job_id, *self._here()):

@@ -205,6 +205,18 @@ def test_old_data_go_once_no_job_may_read_them(lab: Lab) -> None:
     assert {n for n in lab.held() if n.startswith("datasets/")} == needed
 
 
+def test_data_that_are_submitted_while_others_are_removed_stay(lab: Lab) -> None:
+    """A slow store takes minutes for many."""
+    contents = {lab.data(content): content for content in ("one", "other")}
+    later = MONTH.total_seconds() + 86400
+    lab.clock.forward(later)
+    going = lab.cleaner().remove()
+    (second,) = contents.keys() - {next(going).name}
+    lab.data(contents[second], lab.store.submit(submission()))
+    lab.clock.forward(-later)  # a store's dates are real: so this one's is new
+    assert names(going, Kind.DATA) == set() and second in lab.held()
+
+
 def test_a_removed_result_needs_its_data_no_more_and_a_dry_run_says_so(lab: Lab) -> None:
     old = lab.run(Reason.OK)
     name = lab.data("old", old)
