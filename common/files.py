@@ -11,6 +11,7 @@ import os
 import secrets
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,10 @@ from .settings import S3Keys, redacted
 FRESH_S = 3600.0
 """The next submit gives a file that is older than this today's date. loractl gc goes by the date, and must not take
 what a job names that is just being submitted."""
+
+DEAD_S = 600.0
+"""A file that is being fetched and has not grown for so many seconds is nobody's: a node kills a call that moves
+nothing for half of that, and tries again."""
 
 _BLOCK = 1 << 20
 
@@ -77,8 +82,13 @@ class Bucket:
         self._fs.put_file(str(path), self._at(name), callback=moving, **self._headers)
 
     def get(self, name: str, path: Path) -> None:
-        """Download a file: written aside and renamed."""
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".part-", delete=False) as aside:
+        """Download a file: written aside and renamed. What a process that was killed had begun is removed."""
+        begun = f".part-{hashlib.sha256(path.name.encode()).hexdigest()[:16]}-"
+        for part in path.parent.glob(f"{begun}*"):
+            with contextlib.suppress(FileNotFoundError):
+                if time.time() - part.stat().st_mtime > DEAD_S:
+                    part.unlink()
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=begun, delete=False) as aside:
             part = Path(aside.name)
         try:
             self._load(name, part)

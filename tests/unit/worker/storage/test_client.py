@@ -17,6 +17,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from loractl.common import files
 from loractl.common.artifacts import ArtifactStore, Binding, manifest_sha256
 from loractl.common.errors import ArtifactError, ServiceUnreachable
 from loractl.worker.storage.client import CallWatch, StoreClient
@@ -117,6 +118,25 @@ def test_a_call_that_hangs_is_told_and_has_a_deadline(artifacts: ArtifactStore, 
         client.fetch_dataset(uri, digest, tmp_path / "cache")
     assert len(told) == 1 and told[0].startswith(f"reading {name} has had no answer for ")
     assert client.fetch_dataset(*other, tmp_path / "cache").read_text() == "others", "another process goes on"
+
+
+def test_what_killed_calls_had_fetched_is_removed_by_later_ones(artifacts: ArtifactStore, tmp_path: Path) -> None:
+    """A store that hangs for an hour is tried again twelve times, each time from the beginning."""
+    uri, digest = stored(artifacts, tmp_path, "rows")
+    other = stored(artifacts, tmp_path, "others")
+    pipe, cache = hang(uri), tmp_path / "cache"
+    client = StoreClient(artifacts.url, CallWatch(deadline_s=1.0))
+    for _ in range(2):
+        with pytest.raises(ServiceUnreachable):
+            client.fetch_dataset(uri, digest, cache)
+    old, young = cache.glob(".part-*")
+    os.utime(old, (time.time() - files.DEAD_S - 1,) * 2)
+    client.fetch_dataset(*other, cache)
+    assert old.exists(), "it is another file's"
+    pipe.unlink()
+    pipe.write_text("rows")
+    client.fetch_dataset(uri, digest, cache)
+    assert not old.exists() and young.exists(), "another job may be fetching it now"
 
 
 def test_a_call_is_left_when_it_is_no_longer_wanted_and_holds_up_no_other(
