@@ -21,6 +21,16 @@ _TOLD_BY_THE_RUN = (
 )  # fmt: skip
 """Settings that a repetition fixes to the values taken. The reports of both runs have them under `_RAN_WITH`."""
 
+
+def _company(report: Report) -> str | None:
+    """The jobs that trained on the same base meanwhile, where that may move the last digits: not in fp32 on a
+    processor."""
+    training = report["training"]
+    if training["device"] == "cpu" and training["precision"] == "float32":
+        return None
+    return ", ".join(map(str, training.get("companions") or ())) or "none"
+
+
 _RAN_WITH: dict[str, Callable[[Report], Any]] = {
     "method": lambda report: report["method"],
     "base model": base_hash,
@@ -28,6 +38,7 @@ _RAN_WITH: dict[str, Callable[[Report], Any]] = {
     "held-out rows": held_out_hash,
     "device": lambda report: report["job"]["device_name"],
     "threads": lambda report: report["training"]["threads"] if report["training"]["device"] == "cpu" else None,
+    "jobs beside it": _company,
     "number format": lambda report: report["training"]["precision"],
     "optimizer": lambda report: report["training"]["optim"],
     "rows at once": lambda report: report["training"]["per_device_train_batch_size"],

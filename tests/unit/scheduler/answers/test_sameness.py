@@ -59,6 +59,18 @@ def test_equal_jobs_are_the_same_in_one_sentence() -> None:
     )
 
 
+def test_jobs_that_trained_beside_one_are_named_where_they_may_move_its_last_digits() -> None:
+    def beside(device: str, precision: str) -> list[tuple[str, object, object]]:
+        how = {"training__device": device, "training__precision": precision, "adapter__sha256": "f" * 64}
+        found = compare_results(
+            job(1, **how, training__companions=[3, 4]), job(2, **{**how, "adapter__sha256": "a" * 64})
+        )
+        return [(pair.what, pair.first, pair.second) for pair in found.ran_with]
+
+    assert beside("cuda", "float32") == beside("cpu", "bfloat16") == [("jobs beside it", "3, 4", "none")]
+    assert beside("cpu", "float32") == []
+
+
 @pytest.mark.parametrize(("hashed", "code"), [("a", 0), ("f", 1)])
 def test_the_exit_status_tells_a_script(hashed: str, code: int, monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
     finished = {1: job(1), 2: job(2, adapter__sha256=hashed * 64)}
