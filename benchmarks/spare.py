@@ -35,6 +35,8 @@ class Lab:
             [self.command, "worker", *options], env=self.environment, stderr=subprocess.PIPE, text=True
         )
         self._lines: queue.SimpleQueue[tuple[float, str]] = queue.SimpleQueue()
+        self._read_lines: list[tuple[float, str]] = []
+        self._job = 0
         self.ready = threading.Semaphore(0)  # the spares that are ready and not taken
         threading.Thread(target=self._read, daemon=True).start()
 
@@ -48,19 +50,24 @@ class Lab:
         return self.next_first_step()
 
     def next_first_step(self) -> float:
-        """The same for the next job that was queued before."""
-        claimed = self.when("attempt 1 with")
+        """The same for the next job that was queued before. It may train beside the last one."""
+        self._job += 1
+        claimed = self.when(rf"job {self._job}\b.*attempt 1 with")
         self.claimed_at = self.claimed_at or claimed
-        stepped = self.when("step 1 of")
-        self.when(r"job \d+ \S+: succeeded")
+        stepped = self.when(rf"job {self._job}\b.*step 1 of")
+        self.when(rf"job {self._job} \S+: succeeded")
         return stepped - claimed
 
     def when(self, pattern: str) -> float:
-        """The time of the next line like this."""
+        """The time of the first line like this."""
+        number = 0
         while True:
-            at, line = self._lines.get(timeout=300)
+            if number == len(self._read_lines):
+                self._read_lines.append(self._lines.get(timeout=300))
+            at, line = self._read_lines[number]
             if re.search(pattern, line):
                 return at
+            number += 1
 
     def end(self) -> None:
         self.worker.terminate()
