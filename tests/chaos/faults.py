@@ -27,6 +27,9 @@ from .history import Hit, Window
 from .lab import Box, Lab
 from .trainer import BAD_CARDS
 
+MAX_RETRIES = 2
+"""What the lab does to a job must not spend them. A trainer that is killed does."""
+
 DECK = {
     "kill a node": 6,
     "kill a trainer": 3,
@@ -107,6 +110,7 @@ class Injector:
     asked: set[int] = field(default_factory=set)  # to be cancelled, also where nobody said that it was heard
     torn: set[str] = field(default_factory=set)
     trainers_killed: int = 0
+    _killed: Counter[str] = field(default_factory=Counter)  # trainers of each job
     postgres_back: list[dt.datetime] = field(default_factory=list)
     log: list[str] = field(default_factory=list)
     bad: set[str] = field(default_factory=set)  # boxes whose cards fail every job
@@ -194,6 +198,8 @@ class Injector:
         index = sorted(free)[int(fault.pick * 997) % len(free)]
         process, node = free[index], f"{box.name}:{index}"
         kills = fault.kind.startswith("kill")
+        if kills and not at_node and not self._may_kill(process):
+            return False
         if at_node:
             self._note_losses([node], final=kills)
         if kills:
@@ -204,6 +210,14 @@ class Injector:
             return True
         process.suspend()  # a trainer's supervisors beat on: nothing may come of it
         self._heal_later(self._frozen_s(fault), lambda: _resume([process]), node, card=node if at_node else None)
+        return True
+
+    def _may_kill(self, process: psutil.Process) -> bool:
+        """Whether its job has a retry left, which a killed trainer spends: else it fails, and rightly."""
+        job = process.environ().get(JOB_VARIABLE, "")  # none in a trainer of several, whose end spends nothing
+        if job and self._killed[job] >= MAX_RETRIES:
+            return False
+        self._killed[job] += 1
         return True
 
     def _note_rank(self, process: psutil.Process) -> None:

@@ -25,7 +25,7 @@ from loractl.common.store.store import Store
 from loractl.worker.device.occupancy import RUN_VARIABLE
 
 from .checker import Broken, check, examine
-from .faults import Injector, script
+from .faults import MAX_RETRIES, Injector, script
 from .history import History, Sighting, read, record
 from .lab import Lab, lab
 from .trainer import LEAVES, POISONED
@@ -40,9 +40,6 @@ LONG = 6
 
 GANGS = 5
 """One job in so many is on two cards of a box, where the plan has such."""
-
-MAX_RETRIES = 2
-"""What the lab does to a job must not spend them. A trainer that is killed does."""
 
 POISONED_SHARE = 0.04
 """Of jobs whose loss is not a number from their third step on."""
