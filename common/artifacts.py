@@ -134,8 +134,10 @@ class ArtifactStore:
     def put_result(self, folder: Path, prefix: str) -> Manifest:
         """Upload every file below `folder` under `prefix`, close it with a manifest and read all of it back.
 
-        Raises ArtifactError when something can't be written or reads back differently, ServiceUnreachable, ResultTaken.
+        Raises ArtifactError when something can't be written or reads back differently, ServiceUnreachable, ResultTaken;
+        FileNotFoundError when the folder goes meanwhile.
         """
+        folder.stat()  # of one that is gone `rglob` finds nothing, which would be stored as a whole result
         paths = sorted(p for p in folder.rglob("*") if p.is_symlink() or not p.is_dir())
         if wrong := next((p for p in paths if p.is_symlink() or not p.is_file()), None):
             # a link would be followed, and its target stored under the job's name

@@ -126,14 +126,8 @@ class CheckpointUpload:
             if not self._store.keep_checkpoint(claim, copy.stored):
                 self._artifacts.remove_checkpoint(copy.stored.prefix)  # the lease is lost: no row will name it
                 return True
-        except (ArtifactError, ServiceUnreachable, *REFUSALS) as error:
-            why = away(error) or told_by(error)
-            log.warning("job %s: the checkpoint of step %s is not stored yet: %s", claim.job_id, copy.step, why)
-            return False
-        except Exception:
-            # if this thread ended silently, no later checkpoint would be stored: a box may have no process to give
-            log.exception("job %s: the checkpoint of step %s is not stored yet", claim.job_id, copy.step)
-            return False
+        except Exception as error:  # noqa: BLE001  if this thread ended, no later checkpoint would be stored
+            return self._tell_of_failure(copy, error)
         self.silent = False
         took = time.monotonic() - began
         log.debug("job %s: the checkpoint of step %s is stored (%.1f s)", claim.job_id, copy.step, took)
@@ -142,6 +136,21 @@ class CheckpointUpload:
             self._spent.append(before.prefix)
         self._remove_spent(copy.stored.prefix)
         return True
+
+    def _tell_of_failure(self, copy: _Copy, error: Exception) -> bool:
+        """True: the copy has gone, and no other try can help. An attempt that has ended removes its copies, also of
+        what is on its way; then no one needs them."""
+        job_id, step = self._claim.job_id, copy.step
+        if copy.stored is None and (isinstance(error, FileNotFoundError) or not copy.folder.is_dir()):
+            level = logging.DEBUG if self._closing else logging.WARNING
+            log.log(level, "job %s: the checkpoint of step %s was removed before it was stored", job_id, step)
+            return True
+        if isinstance(error, (ArtifactError, ServiceUnreachable, *REFUSALS)):
+            why = away(error) or told_by(error)
+            log.warning("job %s: the checkpoint of step %s is not stored yet: %s", job_id, step, why)
+        else:  # a box may have no process to give
+            log.error("job %s: the checkpoint of step %s is not stored yet", job_id, step, exc_info=error)
+        return False
 
     def _upload(self, copy: _Copy) -> StoredCheckpoint:
         prefix = checkpoint_prefix(self._claim.job_id, self._claim.attempt, copy.step)

@@ -72,7 +72,7 @@ def make_room(place: Workplace, folder: Path, needed: int) -> None:
 
 
 def _changed_at(folder: Path) -> float:
-    """0 for a folder that is gone: a job that has just ended removes its own."""
+    """0 for a folder that is gone: a job, or another attempt of it, that has just ended removes its own."""
     try:
         return folder.stat().st_mtime
     except FileNotFoundError:
@@ -108,7 +108,7 @@ def _remove(place: Workplace, state: AttemptState) -> None:
 def _thin_out(state: AttemptState) -> None:
     """Of several attempts on this box only the newest checkpoints stay, and what was finished."""
     found = [path for folder in _own(state) for path in folder.glob("checkpoints/checkpoint-*")]
-    by_age = sorted(found, key=lambda path: path.stat().st_mtime)
+    by_age = sorted(found, key=_changed_at)
     for checkpoint in by_age[:-CHECKPOINTS_KEPT]:
         shutil.rmtree(checkpoint, ignore_errors=True)
     for folder in _own(state):

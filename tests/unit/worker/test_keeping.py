@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -77,6 +78,51 @@ def test_what_nobody_expected_ends_no_upload(store: Store, tmp_path: Path, monke
     keeper.close()
     kept = store.job(job_id).checkpoint
     assert kept is not None and kept["step"] == 5
+
+
+class Cleaned(StoreClient):
+    """The store of an attempt whose folder is removed while its first checkpoint is on its way."""
+
+    def __init__(self, url: str, folder: Path) -> None:
+        super().__init__(url)
+        self.folder = folder
+        self.removed = threading.Event()
+
+    def watched(self, watch: CallWatch) -> Cleaned:
+        return self
+
+    def put_result(self, folder: Path, prefix: str) -> Manifest:
+        if not self.removed.is_set():
+            shutil.rmtree(self.folder)
+            self.removed.set()
+        return super().put_result(folder, prefix)
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_a_copy_that_is_removed_on_its_way_is_no_checkpoint_and_after_the_attempt_s_end_no_fault(
+    store: Store, tmp_path: Path, caplog: pytest.LogCaptureFixture, ends: bool
+) -> None:
+    job_id = store.submit(submission())
+    claim = take(store)
+    assert isinstance(claim, Claim)
+    client = Cleaned((tmp_path / "artifacts").as_uri(), tmp_path / "keeping")
+    keeper = CheckpointUpload(client, store, claim, client.folder)
+    saved = tmp_path / "saved"
+    saved.mkdir()
+    (saved / "state").write_text("1")
+    keeper.offer(saved, 5)
+    if ends:
+        keeper.close()
+    assert client.removed.wait(20)
+    if not ends:
+        keeper.offer(saved, 10)
+        _until_taken(client.folder / "step-10")
+    keeper.close()
+    assert keeper.done(20)
+    kept, held = store.job(job_id).checkpoint, [path.parent.name for path in tmp_path.rglob("manifest.json")]
+    assert (kept and kept["step"], held) == ((None, []) if ends else (10, ["1-10"]))
+    told = [record.message for record in caplog.records if record.levelname in ("WARNING", "ERROR")]
+    assert told == ([] if ends else [f"job {job_id}: the checkpoint of step 5 was removed before it was stored"])
 
 
 class Counted(StoreClient):
