@@ -12,9 +12,9 @@ CHAT_TEMPLATE = (
 
 
 def make_tiny_model(
-    folder: Path, *, chat_template: str | None = CHAT_TEMPLATE, layers: int = 2, hidden: int = 64
+    folder: Path, *, chat_template: str | None = CHAT_TEMPLATE, layers: int = 2, hidden: int = 64, biases: bool = False
 ) -> Path:
-    """A random Llama (64 wide unless told otherwise) with a byte-level BPE tokenizer trained on a few words."""
+    """A random Llama (64 wide, no biases unless told otherwise) with a byte-level BPE tokenizer of a few words."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -40,6 +40,7 @@ def make_tiny_model(
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=512,
+        attention_bias=biases,
         bos_token_id=1,
         eos_token_id=2,
         pad_token_id=2,

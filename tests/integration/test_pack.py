@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import TrainerCallback
+from transformers import LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM, TrainerCallback
 
 from loractl.common.job.method import Method
 from loractl.worker.base.arithmetic import compute_in, evaluating
@@ -27,6 +27,7 @@ from loractl.worker.engine.passes.shared import SharedBase, SharedPass
 from loractl.worker.engine.relay import Relay
 from loractl.worker.engine.streams import RandomStreams
 
+from ..models import make_tiny_model
 from .test_engine import Case, Course, Watch
 
 MUTE = 2  # the seed of a training that learns nothing of some rows
@@ -168,6 +169,48 @@ def test_a_member_is_what_it_would_be_alone_whoever_comes_and_goes(tiny_model: P
     for name, course in alone.items():
         same(together[name], course)
     assert not bool(torch.isfinite(together["poisoned"].gradients[0][0]).all())
+
+
+@pytest.fixture(scope="module")
+def wide_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Wide enough that a processor with tiles adds up a row's products in pieces, by the number of rows."""
+    folder = make_tiny_model(tmp_path_factory.mktemp("models") / "wide", layers=1, hidden=1152, biases=True)
+    model = LlamaForCausalLM.from_pretrained(folder)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            parameter.data.normal_()
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("base", ["lora in bf16, checkpointing", "nf4"])
+def test_products_of_a_wide_base_are_those_of_a_training_alone(wide_model: Path, tmp_path: Path, base: str) -> None:
+    """Of layers that all adapt, that some adapt, and that nobody adapts."""
+    _same_together(Lab(wide_model, tmp_path, **BASES[base], max_steps=2))
+
+
+def test_experts_see_the_tokens_of_one_training_at_a_time(tmp_path: Path) -> None:
+    folder = make_tiny_model(tmp_path / "experts")
+    sizes = {"hidden_size": 1152, "moe_intermediate_size": 768, "head_dim": 64, "vocab_size": 400}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 1}
+    experts = Qwen3MoeConfig(num_experts=4, num_experts_per_tok=2, mlp_only_layers=[], **sizes, **heads)
+    Qwen3MoeForCausalLM(experts).save_pretrained(folder)
+    _same_together(Lab(folder, tmp_path, "lora", "float32", max_steps=2))
+
+
+def _same_together(lab: Lab) -> None:
+    members: dict[str, Settings] = {
+        f"{rows} rows": (
+            {"target_modules": ["q_proj", "v_proj", *more]},
+            {"seed": 5 + rows, "per_device_train_batch_size": rows},
+        )
+        for rows, more in ((1, ["k_proj"]), (2, []), (4, []))
+    }
+    alone = {name: lab.alone(name, settings) for name, settings in members.items()}
+    together = {name: Course() for name in members}
+    run([lab.member(name, settings, together[name]) for name, settings in members.items()])
+    for name, course in alone.items():
+        same(together[name], course)
 
 
 @pytest.mark.parametrize("base", ["lora in bf16, checkpointing", "nf4"])

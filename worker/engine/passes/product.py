@@ -4,6 +4,7 @@ adapter on its own tokens."""
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from . import wide
+from . import apart, wide
 
 ADAPTER = "default"
 """peft's name of an adapter that is alone in its view of the base."""
@@ -47,6 +48,29 @@ class Spans:
             self.now = ()
 
 
+class ExpertsApart:
+    """In place of the forward() of a block of experts on a processor: each adapter's tokens pass it by themselves.
+
+    An expert multiplies as many rows as the pass has for it, and the library rounds by their number.
+    """
+
+    def __init__(self, block: Any, spans: Spans) -> None:
+        self._own, self._spans = block.forward, spans
+
+    def __call__(self, *given: Any, **more: Any) -> Any:
+        whole = self._spans.now
+        if len(whole) < 2 or len(given) != 1 or more:
+            return self._own(*given, **more)
+        (x,), answers = given, []
+        for span, own in zip(whole, x.split(self._spans.lengths, dim=-2), strict=True):
+            with self._spans.of([dataclasses.replace(span, begin=0, end=own.shape[-2])]):
+                answers.append(self._own(own))
+            self._spans.now = whole
+        if isinstance(answers[0], torch.Tensor):
+            return torch.cat(answers, dim=-2)
+        return tuple(torch.cat(parts, dim=-2) for parts in zip(*answers, strict=True))
+
+
 class SharedProduct:
     """In place of a linear layer's forward()."""
 
@@ -61,14 +85,15 @@ class SharedProduct:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         taken = [(span, layer) for span in self._spans.now if (layer := self.layers.get(span.owner)) is not None]
+        kind = _compute_type(x)
         if not taken:
             # with the bits that it has beside a training with factors here
-            wider = self._frozen is not None and wide.may_widen(x.device, _compute_type(x))
-            return self._together(x, []) if wider else self._own(x)
-        if x.numel() != x.shape[-1] * sum(self._spans.lengths):
+            ours = wide.may_widen(x.device, kind) or apart.rounds_by_rows(x.device, kind)
+            return self._together(x, []) if ours and self._frozen is not None else self._alike(x)
+        if not self._sees_all(x):
             raise CantShare(f"a layer is given {x.numel() // x.shape[-1]} of {sum(self._spans.lengths)} tokens")
         if self._frozen is None:
-            return self._apart(x, self._own(x), taken)
+            return self._apart(x, self._alike(x), taken)
         plain = [(span, layer) for span, layer in taken if ADAPTER not in layer.lora_variant]
         answer = self._together(x, plain)
         return (
@@ -80,12 +105,24 @@ class SharedProduct:
         assert self._frozen is not None
         return self._frozen.apart()
 
+    def _sees_all(self, x: torch.Tensor) -> bool:
+        return x.numel() == x.shape[-1] * sum(self._spans.lengths)
+
+    def _lengths(self, x: torch.Tensor) -> list[int]:
+        """Each training's tokens of `x`; all of them, where it is not what passes the base."""
+        return self._spans.lengths if self._sees_all(x) else [x.numel() // x.shape[-1]]
+
+    def _alike(self, x: torch.Tensor) -> torch.Tensor:
+        """The layer's own answer, whose bits do not depend on who else is in the pass."""
+        several = apart.rounds_by_rows(x.device, _compute_type(x)) and len(self._lengths(x)) > 1
+        return apart.each(self._own, x, self._lengths(x)) if several else self._own(x)
+
     def _together(self, x: torch.Tensor, taken: list[tuple[Span, Any]]) -> torch.Tensor:
         above = [layer.lora_A[ADAPTER].weight for _, layer in taken]
         below = [layer.lora_B[ADAPTER].weight for _, layer in taken]
         parts = [_Factors.of(span, layer) for span, layer in taken]
         flat = x.reshape(-1, x.shape[-1]).to(_compute_type(x))
-        answer = _Product.apply(flat, self._frozen, self.rounds, parts, *above, *below)
+        answer = _Product.apply(flat, self._frozen, self.rounds, self._lengths(x), parts, *above, *below)
         answer = answer.view(*x.shape[:-1], -1)
         # a layer in NF4 answers in its input's type
         return answer.to(x.dtype) if hasattr(self._linear, "quant_state") else answer
@@ -127,13 +164,20 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, frozen: FrozenProduct, rounds: bool, parts: list[_Factors], *factors: torch.Tensor
+        ctx: Any,
+        x: torch.Tensor,
+        frozen: FrozenProduct,
+        rounds: bool,
+        lengths: list[int],
+        parts: list[_Factors],
+        *factors: torch.Tensor,
     ) -> Any:
-        ctx.frozen, ctx.parts, widened = frozen, parts, wide.widens(x)
-        kind, saved = torch.float32 if widened else x.dtype, [x, *factors]
+        ctx.frozen, ctx.parts, ctx.lengths, widened = frozen, parts, lengths, wide.widens(x)
+        ctx.narrow = x.dtype
+        kind, saved = torch.float32 if widened else x.dtype, [x, *factors] if parts else []
         with wide.as_it_is(x):
             read = x.to(kind)
-            answer = frozen(read, widened=widened)
+            answer = frozen(read, lengths, widened=widened)
             for part, a, b in zip(parts, factors[: len(parts)], factors[len(parts) :], strict=True):
                 seen = read[part.rows]
                 if part.dropout:
@@ -148,14 +192,14 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, given: torch.Tensor) -> Any:
-        x, *saved = ctx.saved_tensors
-        narrow, widened = x.dtype, wide.widens(x)
+        narrow, count = ctx.narrow, len(ctx.parts)
+        x, *saved = ctx.saved_tensors or [given.new_empty(0, dtype=narrow)]
+        widened = wide.widens(x)
         kind = torch.float32 if widened else narrow
         # contiguous: the library picks a kernel by strides, too, which are those of the whole pass
         x, given = x.to(kind), given.contiguous().to(kind)
-        count = len(ctx.parts)
         above, below, rest = saved[:count], saved[count : 2 * count], iter(saved[2 * count :])
-        back = ctx.frozen.gradient(given, widened=widened) if ctx.needs_input_grad[0] else None
+        back = ctx.frozen.gradient(given, ctx.lengths, widened=widened) if ctx.needs_input_grad[0] else None
         to_a, to_b = [], []
         for part, a, b in zip(ctx.parts, above, below, strict=True):
             mask = next(rest) if part.dropout else None
@@ -171,7 +215,7 @@ class _Product(torch.autograd.Function):
                 back[part.rows].addmm_(of_inner, a.to(kind))
             else:
                 back[part.rows] += _dropped(of_inner @ a.to(kind), mask, part)
-        return (back if back is None else back.to(narrow), None, None, None, *to_a, *to_b)
+        return (back if back is None else back.to(narrow), None, None, None, None, *to_a, *to_b)
 
 
 def _mask(x: torch.Tensor, part: _Factors) -> torch.Tensor:
@@ -248,14 +292,21 @@ class FrozenProduct:
             self._apart = None
             apart.leave_room()  # its name may outlive the block, and with it the room for as many logits
 
-    def __call__(self, x: torch.Tensor, *, widened: bool) -> torch.Tensor:
-        """`widened`: `x` was made fp32 for a faster product."""
-        if not widened:
-            own: torch.Tensor = self._own(x)
-            return own
-        return wide.product(x, self._weight(), self._linear.bias, self._apart)
+    def __call__(self, x: torch.Tensor, lengths: Sequence[int], *, widened: bool) -> torch.Tensor:
+        """`lengths`: each training's tokens. `widened`: `x` was made fp32 for a faster product."""
+        if widened:
+            return wide.product(x, self._weight(), self._linear.bias, self._apart)
+        if apart.rounds_by_rows(x.device, x.dtype):
+            bias = self._linear.bias
+            return apart.product(x, self._weight().to(x.dtype), bias if bias is None else bias.to(x.dtype), lengths)
+        own: torch.Tensor = self._own(x)
+        return own
 
-    def gradient(self, given: torch.Tensor, *, widened: bool) -> torch.Tensor:
+    def gradient(self, given: torch.Tensor, lengths: Sequence[int], *, widened: bool) -> torch.Tensor:
         """From the gradient of the answer to that of the input."""
         weight = self._weight()
-        return wide.input_gradient(given, weight, self._apart) if widened else given @ weight.to(given.dtype)
+        if widened:
+            return wide.input_gradient(given, weight, self._apart)
+        weight = weight.to(given.dtype)
+        by_rows = apart.rounds_by_rows(given.device, given.dtype)
+        return apart.input_gradient(given, weight, lengths) if by_rows else given @ weight

@@ -18,10 +18,10 @@ from loractl.worker.data.tokens import TokenRow
 from loractl.worker.engine.loss import Backward, MicroBatch
 from loractl.worker.engine.streams import RandomStreams
 
-from . import wide
+from . import apart, wide
 from .lean import HeadPart, LeanModel, LeanPass, RowsBehindEachOther
 from .norm import take_over_norms
-from .product import ADAPTER, CantShare, FrozenProduct, SharedProduct, Span, Spans
+from .product import ADAPTER, CantShare, ExpertsApart, FrozenProduct, SharedProduct, Span, Spans
 from .view import view_of
 
 
@@ -50,8 +50,12 @@ class SharedBase:
         self._products: dict[str, SharedProduct] = {}  # by the layer's path
         if wide.may_widen(model.device, precision.base):
             self._take_over()
+        elif apart.rounds_by_rows(model.device, precision.base):
+            self._take_over(head=False)  # whose chunks are of one training each
         if model.device.type == "cpu":
             take_over_norms(self._words)
+            for block in [module for module in self._words.modules() if "experts" in dict(module.named_children())]:
+                block.forward = ExpertsApart(block, self._spans)
         self._blocks: list[Any] | None = None  # that can be recomputed; None: not prepared for it
 
     def view(self) -> Any:
@@ -75,13 +79,13 @@ class SharedBase:
             self._products[path] = linear.forward = SharedProduct(linear, self._spans)
         return self._products[path]
 
-    def _take_over(self) -> None:
+    def _take_over(self, *, head: bool = True) -> None:
         """Also layers that nobody has adapted, for their faster products; whoever comes, their bits stay the same."""
-        head, inner = self._words.get_output_embeddings(), set(self._words.base_model.modules())
+        last, inner = self._words.get_output_embeddings() if head else None, set(self._words.base_model.modules())
         for path, module in list(self._words.named_modules()):
-            if (module is head or module in inner) and FrozenProduct.of(module) is not None:
-                self._product(path).rounds = module is not head
-                if module is head and not _more_than(self._words, head):
+            if (module is last or module in inner) and FrozenProduct.of(module) is not None:
+                self._product(path).rounds = module is not last
+                if module is last and not _more_than(self._words, last):
                     self._head = self._product(path)
 
     def learn(self, pieces: Sequence[Piece], *, recomputes: bool = False) -> list[torch.Tensor]:
