@@ -53,6 +53,24 @@ BEGIN
     (CASE WHEN wanted = '' THEN true ELSE json_typeof(wanted::json) = 'object' END) AND
     coalesce(job.lora_until, now()) BETWEEN now() - interval '1 day' AND now() + interval '100 years';
 END $$;
+CREATE OR REPLACE FUNCTION loractl_same_batch(job jobs) RETURNS boolean LANGUAGE plpgsql -- in other pieces: reproduce
+SET search_path = pg_catalog, public, pg_temp AS $$
+DECLARE
+  pieces jsonb := job.adjustment;
+  asked json := job.spec -> 'training';
+  count text := '^[1-9][0-9]{0,9}$';
+BEGIN
+  RETURN coalesce(jsonb_typeof(pieces), 'null') = 'null' OR
+    jsonb_typeof(pieces) = 'object' AND
+    pieces - '{micro_batch,accumulation,eval_batch,gradient_checkpointing}'::text[] = '{}' AND
+    jsonb_typeof(coalesce(pieces -> 'gradient_checkpointing', 'true')) = 'boolean' AND
+    coalesce(pieces -> 'eval_batch', '1')::text ~ count AND
+    CASE WHEN NOT pieces ?| '{micro_batch,accumulation}' THEN true
+      WHEN (pieces -> 'micro_batch')::text ~ count AND (pieces -> 'accumulation')::text ~ count THEN
+        (pieces ->> 'micro_batch')::bigint * (pieces ->> 'accumulation')::bigint =
+          (asked ->> 'per_device_train_batch_size')::bigint * (asked ->> 'gradient_accumulation_steps')::bigint
+      ELSE false END;
+END $$;
 CREATE OR REPLACE FUNCTION loractl_may_edit(before jobs, after jobs) RETURNS boolean LANGUAGE sql
 SET search_path = pg_catalog, public, pg_temp AS $$
   SELECT (before.name, before.labels::text, before.spec::text, before.spec_hash, before.priority, before.methods::text,
@@ -95,8 +113,7 @@ BEGIN
         concat(NEW.token, NEW.adapter_uri, NEW.report_uri, NEW.result_host, NEW.manifest_sha256, NEW.reason, NEW.stage,
           NEW.preempted_by, NEW.node, NEW.gpu, NEW.method, NEW.vram_reserved, NEW.step, NEW.total_steps, NEW.loss,
           NEW.lab_step, NEW.avoids) = '' AND
-        coalesce(NEW.checkpoint::text, 'null') = 'null' AND coalesce(NEW.adjustment::text, 'null') = 'null' AND
-        loractl_readable(NEW) AND
+        coalesce(NEW.checkpoint::text, 'null') = 'null' AND loractl_readable(NEW) AND loractl_same_batch(NEW) AND
         NEW.submitted_at BETWEEN now() - interval '1 day' AND now() + interval '1 day' AND
         concat(NEW.not_before, NEW.started_at, NEW.ended_at, NEW.lease_expires_at, NEW.result_until) = '' THEN
       NEW.queue_key := left(NEW.queue_key, -length(NEW."user")) || session_user;

@@ -6,6 +6,7 @@ import datetime as dt
 import json
 import secrets
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -127,6 +128,20 @@ def test_who_submits_edits_what_is_its_own_and_no_more(
     owner.dispose()
 
 
+@pytest.mark.parametrize(
+    "smaller",
+    [
+        Adjustment(micro_batch=1, accumulation=16),
+        Adjustment(eval_batch=2),
+        Adjustment(micro_batch=2, accumulation=8, gradient_checkpointing=True, eval_batch=4),
+    ],
+)
+def test_who_submits_reproduces_a_job_in_the_pieces_in_which_it_ended(person: Store, smaller: Adjustment) -> None:
+    """Its first row has a history: what out-of-memory had changed in the other job."""
+    job_id = person.submit(replace(submission(), adjustment=smaller, purpose="to reproduce job 1"))
+    assert person.job(job_id).adjustment == smaller.as_json()
+
+
 def test_a_box_plans_anew_what_waits_since_before_an_upgrade(
     person: Store, box: Store, postgres_url: str, tmp_path: Path
 ) -> None:
@@ -208,13 +223,24 @@ HISTORY = {
     "adapter_uri": "'x'",
     "result_host": "'heron'",
     "manifest_sha256": "'x'",
-    "adjustment": "'{\"micro_batch\": 1}'",
     "checkpoint": '\'{"step": "../../x", "prefix": "jobs/1/attempt-1"}\'',
 }
 """Columns that no new row has set."""
 
 UNREADABLE = {
     "methods": ["'[\"x\"]'", "'null'", "'\"lora\"'", "'{}'"],
+    "adjustment": [
+        "'5'",
+        "'[]'",
+        "'{\"micro_batch\": 1}'",
+        '\'{"micro_batch": 1, "accumulation": 15}\'',
+        '\'{"micro_batch": "1", "accumulation": 16}\'',
+        '\'{"micro_batch": -1, "accumulation": -16}\'',
+        "'{\"eval_batch\": 0}'",
+        "'{\"eval_batch\": null}'",
+        "'{\"gradient_checkpointing\": 1}'",
+        "'{\"x\": 1}'",
+    ],
     "queue_key": ["'garbage'", "''", "'10000|001|{5}|ada'", "'00000|001||ada'", "'10000|001||eve'"],
     "submitted_at": ["'infinity'", "'-infinity'", "'2001-01-01'"],
     "lora_until": ["'infinity'"],
