@@ -1,12 +1,25 @@
-"""The environment of worker and nodes, read by another process of the same user as a trainer could."""
+"""The environment of worker and nodes, and of what they start, read by another process of the same user as a trainer
+could."""
 
 from __future__ import annotations
 
 import ctypes
 import json
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
+
+import psutil
+import redis
+
+from loractl.common.queue.valkey import broker_url
+from loractl.common.settings import load_settings
+from loractl.common.store.database import connect
+from loractl.common.store.store import Store
+
+from ...conftest import LORACTL
 
 TRY = """
 import ctypes, json, os, time
@@ -85,3 +98,45 @@ def test_nor_that_of_the_process_that_makes_its_calls_of_the_store(tmp_path: Pat
         preexec_fn=as_no_root, capture_output=True, text=True, check=True, timeout=60,
     )  # fmt: skip
     assert json.loads(done.stdout) == ["ArtifactError", "read", "PermissionError"]
+
+
+READ = """
+import json, sys
+from pathlib import Path
+
+def shown(pid):
+    try:
+        return "read" if b"PGPASSWORD=swordfish" in Path(f"/proc/{pid}/environ").read_bytes() else "without"
+    except OSError as error:
+        return type(error).__name__
+
+print(json.dumps([shown(pid) for pid in sys.argv[1:]]))
+"""
+
+
+def test_nor_that_of_a_real_worker_its_node_and_the_queue_that_it_has_started(home: Path) -> None:
+    environment = {"PATH": os.environ["PATH"], "LORACTL_HOME": str(home), "LORACTL_DEVICES": "cpu"}
+    engine = connect(load_settings(environment))
+    secret, plain = {**environment, "PGPASSWORD": "swordfish"}, [sys.executable, "-c", "input()"]
+    with (
+        subprocess.Popen(plain, env=secret, stdin=subprocess.PIPE, preexec_fn=as_no_root) as open_one,
+        subprocess.Popen([LORACTL, "worker"], env=secret, stderr=subprocess.DEVNULL, preexec_fn=as_no_root) as worker,
+    ):
+        try:
+            deadline = time.monotonic() + 60
+            while not Store(engine).nodes():  # then both have begun
+                assert worker.poll() is None and time.monotonic() < deadline
+                time.sleep(0.05)
+            (node,) = [p for p in psutil.Process(worker.pid).children() if "loractl.worker.node" in p.cmdline()]
+            queue = redis.Redis.from_url(broker_url(load_settings(environment)).replace("redis+socket", "unix"))
+            pids = [open_one.pid, worker.pid, node.pid, queue.info("server")["process_id"]]
+            read = subprocess.run(
+                [sys.executable, "-c", READ, *map(str, pids)],
+                preexec_fn=as_no_root, capture_output=True, text=True, check=True, timeout=30,
+            )  # fmt: skip
+        finally:
+            for process in (worker, node, open_one):
+                process.kill()
+            engine.dispose()
+    told = dict(zip(("plain", "worker", "node", "queue"), json.loads(read.stdout), strict=True))
+    assert told == {"plain": "read", "worker": "PermissionError", "node": "PermissionError", "queue": "without"}
