@@ -264,9 +264,9 @@ class Store(DeviceStore):
         with self._read() as tx:
             return backlog.waiting_classes(tx, classes)
 
-    def unfinished(self, largest: int, labels: Mapping[str, str]) -> int:
+    def unfinished(self, largest: int | None, labels: Mapping[str, str]) -> int:
         """Number of jobs that run, or wait and would fit into `largest` bytes of a box with these labels; not of held
-        ones."""
+        ones. None: the box takes no jobs."""
         with self._read() as tx:
             return backlog.unfinished(tx, largest, labels)
 

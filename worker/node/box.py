@@ -139,12 +139,21 @@ class Box:
                 return True
             self._find_again()
             if drain_when_idle:
-                largest = max(d.total for d in self._devices)
                 try:
-                    idle = idle + 1 if self._store.unfinished(largest, self._labels) == 0 else 0
+                    idle = idle + 1 if self._nothing_left() else 0
                 except REFUSALS as error:
                     click.echo(f"The database does not answer: {told_by(error)}", err=True)
         return False
+
+    def _nothing_left(self) -> bool:
+        """Whether no job runs, and none waits that a device of this box could hold which takes jobs."""
+        closed = self._drained()
+        largest = max((device.total for device in self._devices if self._name(device) not in closed), default=None)
+        return self._store.unfinished(largest, self._labels) == 0
+
+    def _drained(self) -> list[str]:
+        drains, names = self._store.drains(), [self._name(device) for device in self._devices]
+        return names if self._settings.host in drains else [name for name in names if name in drains]
 
     def _tell_of_the_rest(self) -> None:
         """The last line: the jobs that are left, though none of them is for this box."""
@@ -155,7 +164,9 @@ class Box:
             left = self._store.jobs(statuses=[Status.QUEUED])
             held = [job.job_id for job in left if job.held]
             others = [job.job_id for job in left if not job.held]
-            told = [f"{_numbers(others)} wait{'s' if len(others) == 1 else ''} for another box"] if others else []
+            closed = "".join(f", or for {name}, which is drained" for name in self._drained())
+            one = len(others) == 1
+            told = [f"{_numbers(others)} wait{'s' if one else ''} for another box{closed}"] if others else []
             told += [f"{_numbers(held)} {'is' if len(held) == 1 else 'are'} held"] if held else []
             if told:
                 click.echo(f"No job that fits this box is left: {', '.join(told)}.", err=True)

@@ -73,9 +73,11 @@ def waiting_classes(tx: Transaction, classes: Iterable[int]) -> set[int]:
     return {size for size, found in zip(sizes, waits, strict=True) if found}
 
 
-def unfinished(tx: Transaction, largest: int, labels: Mapping[str, str]) -> int:
-    waits = (Job.status == Status.QUEUED) & ~Job.held & or_(Job.vram_needed.is_(None), Job.vram_needed <= largest)
+def unfinished(tx: Transaction, largest: int | None, labels: Mapping[str, str]) -> int:
     runs = tx.session.scalar(select(func.count()).select_from(Job).where(Job.status == Status.RUNNING)) or 0
+    if largest is None:
+        return runs
+    waits = (Job.status == Status.QUEUED) & ~Job.held & or_(Job.vram_needed.is_(None), Job.vram_needed <= largest)
     lines = select(Job.queue_key, func.count()).where(waits & Job.gangs.is_(null())).group_by(Job.queue_key)
     alone = sum(jobs for key, jobs in tx.session.execute(lines) if QueueKey.parse(key).requires <= labels.items())
     return runs + alone + _unfinished_gangs(tx, waits & Job.gangs.is_not(null()), largest, labels)
