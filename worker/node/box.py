@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import datetime as dt
 import json
 import logging
 import os
@@ -71,6 +72,7 @@ class Box:
         wanted = settings.devices or "auto"
         self._environment = {**os.environ, "LORACTL_DEVICES": kinds.get(wanted, wanted)}
         self._given_up: set[str] = set()  # devices whose nodes end at every start
+        self._began: dt.datetime | None = None  # the first look for --drain-when-idle, by the database's clock
         self._looked_at = time.monotonic()  # for cards that could not be read
         self._failures = {device.number: 0 for device in devices}  # failed starts in a row
 
@@ -146,7 +148,14 @@ class Box:
         return False
 
     def _nothing_left(self) -> bool:
-        """Whether no job runs, and none waits that a device of this box could hold which takes jobs."""
+        """Whether no job runs, and none waits that a device of this box could hold which takes jobs.
+
+        Not before its nodes have told of their devices: until then no row says what several of them could hold.
+        """
+        self._began = self._began or self._store.now()
+        told = {row.node for row in self._store.nodes(self._settings.host) if row.seen_at >= self._began}
+        if any(self._name(d) not in told for d in self._devices if d.number not in self._given_up):
+            return False
         closed = self._drained()
         largest = max((device.total for device in self._devices if self._name(device) not in closed), default=None)
         return self._store.unfinished(largest, self._labels) == 0

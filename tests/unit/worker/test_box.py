@@ -6,12 +6,15 @@ import os
 import signal
 import subprocess
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from loractl.common.errors import ExitCode
+from loractl.common.job.method import Parallel
+from loractl.common.job.need import Need, SharedNeed, Ways
 from loractl.common.settings import load_settings
 from loractl.common.store.database import connect
 from loractl.common.store.store import Store
@@ -21,7 +24,7 @@ from loractl.worker.node import box
 from loractl.worker.node.box import Box
 from loractl.worker.node.box_identity import read_identity
 
-from ..factories import node_state
+from ..factories import node_state, submission
 
 NODE = 'trap "" TERM; echo > "$1.begun"; read order; echo "$order" > "$1"'
 """A node that goes on after SIGTERM, as one that writes a checkpoint, until it has an order."""
@@ -56,3 +59,33 @@ def test_a_second_ctrl_c_stops_at_once_however_soon_it_comes(tmp_path: Path, mon
         signal.signal(signal.SIGTERM, terminate)
     assert (code, told.read_text()) == (ExitCode.INTERRUPTED, "now\n")
     assert store.nodes() == [], "status said for a minute that the worker is being stopped"
+
+
+def test_a_worker_that_ends_when_idle_waits_for_what_its_nodes_say_of_their_cards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It ended before the first job: without their rows no box has the two cards that the job asks for."""
+    settings = load_settings({"LORACTL_HOME": str(tmp_path / "home"), "LORACTL_HOST": "heron"})
+    (settings.home / "run").mkdir(parents=True)
+    devices = [SimulatedDevice(index=index, uuid=f"SIM-{index}", name="sim", total=8 * GIB) for index in (0, 1)]
+    store, looks, popen = Store(connect(settings)), iter(range(1, 30)), subprocess.Popen
+    way = SharedNeed(cards=2, parallel=Parallel.SHARDED, need=Need(lora=4 * GIB, qlora=None))
+    job_id = store.submit(replace(submission(method="lora"), ways=Ways(alone=False, gangs=(way,))))
+
+    def look(_: float) -> None:
+        number = next(looks)
+        if number == 4:
+            for device in devices:
+                seen = node_state(f"heron:{device.index}", total=8 * GIB, gangs=True, **vars(read_identity(settings)))
+                store.see_node(seen)
+        if number == 8:
+            store.cancel(job_id, "ada")
+
+    monkeypatch.setattr(box.subprocess, "Popen", lambda _, **how: popen(["sh", "-c", "read order"], **how))
+    monkeypatch.setattr(box.time, "sleep", look)
+    terminate = signal.getsignal(signal.SIGTERM)
+    try:
+        assert Box(settings, store, devices, {}).run(drain_when_idle=True) == ExitCode.OK
+    finally:
+        signal.signal(signal.SIGTERM, terminate)
+    assert next(looks) > 8
