@@ -287,6 +287,17 @@ def test_a_base_that_draws_random_numbers_itself_is_not_shared(
         assert (choice.shared_base(base_of(family), FP32) is None) == (chance > 0)
 
 
+@pytest.mark.parametrize("kind", ["default", "dynamic", "longrope"])
+def test_a_base_that_turns_positions_by_the_longest_row_is_not_shared(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A long row of one member would change what the short ones of another are."""
+    factors = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "original_max_position_embeddings": 32}
+    turned = {"rope_type": kind, "rope_theta": 1e4, "factor": 2.0, **(factors if kind == "longrope" else {})}
+    monkeypatch.setitem(FAMILIES, "Llama", {**FAMILIES.get("Llama", {}), "rope_parameters": turned})
+    assert (choice.shared_base(base_of("Llama"), FP32) is None) == (kind != "default")
+
+
 def test_adapted_experts_train_alone_and_leave_the_shared_base_to_others(tiny_model: Path) -> None:
     shared = choice.shared_base(base_of("Mixtral"), FP32)
     assert shared is not None

@@ -22,6 +22,7 @@ from loractl.worker.data.tokens import IGNORED, TokenRow
 from loractl.worker.engine.loop import run
 from loractl.worker.engine.member import MemberRows, PackMember
 from loractl.worker.engine.pack import Ending, Pack
+from loractl.worker.engine.passes import rows as rows_apart
 from loractl.worker.engine.passes.choice import shared_base
 from loractl.worker.engine.passes.shared import SharedBase, SharedPass
 from loractl.worker.engine.relay import Relay
@@ -196,6 +197,14 @@ def test_experts_see_the_tokens_of_one_training_at_a_time(tmp_path: Path) -> Non
     experts = Qwen3MoeConfig(num_experts=4, num_experts_per_tok=2, mlp_only_layers=[], **sizes, **heads)
     Qwen3MoeForCausalLM(experts).save_pretrained(folder)
     _same_together(Lab(folder, tmp_path, "lora", "float32", max_steps=2))
+
+
+def test_how_a_row_attends_does_not_depend_on_the_rows_of_others(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 33 to 60 tokens, some by plain products and some by the fused kernel."""
+    monkeypatch.setattr(rows_apart, "SHORT", 45)
+    _same_together(Lab(tiny_model, tmp_path, **BASES["lora in bf16, checkpointing"], max_steps=2))
 
 
 def _same_together(lab: Lab) -> None:

@@ -42,11 +42,18 @@ def may_share(spec: JobSpec) -> bool:
 
 
 def shared_base(model: Any, precision: Precision) -> SharedBase | None:
-    """A base, as it was loaded, for several trainings; None where its code tells rows apart by padding alone, or draws
-    random numbers itself."""
-    if _by_model(model) is not None or any(map(_drops, model.modules())):
+    """A base, as it was loaded, for several trainings; None where its code tells rows apart by padding alone, draws
+    random numbers itself, or turns positions by the longest row of a pass."""
+    if _by_model(model) is not None or any(_drops(module) or _stretches(module) for module in model.modules()):
         return None
     return SharedBase(model, precision)
+
+
+def _stretches(module: Any) -> bool:
+    """Whether rotary frequencies follow the largest position of a pass (transformers' dynamic_rope_update)."""
+    kinds = getattr(module, "rope_type", None)
+    named = list(kinds.values()) if isinstance(kinds, dict) else [kinds]
+    return any(isinstance(kind, str) and ("dynamic" in kind or kind == "longrope") for kind in named)
 
 
 def _drops(module: Any) -> bool:

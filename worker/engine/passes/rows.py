@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -49,13 +50,25 @@ class RowAttention:
                 self._borders = varlen.borders_of(self.lengths, query.device)
             longest = max(self.lengths)
             return varlen.attend(query, key, value, self._borders, longest, how.get("scaling"), window), None
-        if self._by_products(query, key, value, window, how):
-            return ShortRows.apply(query, key, value, tuple(self.lengths), how["scaling"]), None
-        kernel = self._kernel(module)
-        # split, not slices: those make a tensor of full size for each row in the backward pass
-        parts = zip(*(states.split(self.lengths, dim=2) for states in (query, key, value)), strict=True)
-        rows = [kernel(module, q, k, v, self._mask(q, window), **how)[0] for q, k, v in parts]
-        return torch.cat(rows, dim=1), None
+        short = self._short(query, key, value, window, how)
+        # row by row: how one is computed does not depend on another, which may be another training's
+        runs = [(few, list(run)) for few, run in itertools.groupby(self.lengths, lambda length: length <= short)]
+        # split, not slices: those make a tensor of full size for each part in the backward pass
+        parts = zip(
+            *(states.split([sum(run) for _, run in runs], dim=2) for states in (query, key, value)), strict=True
+        )
+        answers = [
+            ShortRows.apply(*states, tuple(run), how["scaling"]) if few else self._by_kernel(module, states, run, how)
+            for (few, run), states in zip(runs, parts, strict=True)
+        ]
+        return answers[0] if len(answers) == 1 else torch.cat(answers, dim=1), None
+
+    def _by_kernel(
+        self, module: Any, states: Sequence[torch.Tensor], lengths: list[int], how: dict[str, Any]
+    ) -> torch.Tensor:
+        kernel, window = self._kernel(module), how.get("sliding_window")
+        rows = zip(*(one.split(lengths, dim=2) for one in states), strict=True)
+        return torch.cat([kernel(module, q, k, v, self._mask(q, window), **how)[0] for q, k, v in rows], dim=1)
 
     def _at_once(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, window: int | None, how: dict[str, Any]
@@ -67,17 +80,17 @@ class RowAttention:
         narrow = window is not None and window < max(self.lengths)
         return varlen.takes(query.device, varlen.kind_of(query), query.shape[-1], narrow)
 
-    def _by_products(
+    def _short(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, window: int | None, how: dict[str, Any]
-    ) -> bool:
-        """Whether plain products are faster than the fused kernel. A trace's tensors are another type: it counts what a
-        card's kernels take."""
-        longest = max(self.lengths)
+    ) -> int:
+        """Tokens of a row up to which plain products are faster than the fused kernel; 0 where it is for no row. A
+        trace's tensors are another type: it counts what a card's kernels take."""
         plain = self._own == "sdpa" and type(query) is torch.Tensor and not query.is_cuda
-        whole = window is None or window >= longest
         alike = key.shape == value.shape and query.shape[1] % key.shape[1] == 0
         unchanged = not how.get("dropout") and how.get("scaling") is not None and how.get("position_bias") is None
-        return plain and whole and alike and unchanged and query.dtype == torch.bfloat16 and longest <= SHORT
+        if not (plain and alike and unchanged and query.dtype == torch.bfloat16):
+            return 0
+        return SHORT if window is None else min(SHORT, window)
 
     def _kernel(self, module: Any) -> Callable[..., Any]:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
