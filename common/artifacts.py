@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import ArtifactError, ResultTaken, ServiceUnreachable
-from .files import Doing, nothing_told, open_files
+from .files import Doing, Unfinished, nothing_told, open_files
 from .settings import S3Keys, Settings, redacted
 
 log = logging.getLogger("loractl")
@@ -33,7 +33,7 @@ WEIGHTS = "adapter/adapter_model.safetensors"
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 _HOLDING = re.compile(
-    r"(jobs/[1-9]\d{0,17}/(?:attempt-[1-9]\d{0,8}|checkpoints)|datasets/[0-9a-f]{64}(?:\.\w{1,16})?(?:\.part-\d+)?)"
+    r"(jobs/[1-9]\d{0,17}/(?:attempt-[1-9]\d{0,8}|checkpoints)|datasets/[0-9a-f]{64}(?:\.\w{1,16})?)"
     r"(?:/.*)?",
     re.ASCII | re.DOTALL,
 )
@@ -225,6 +225,26 @@ class ArtifactStore:
             Holding(name=name, size=sum(size for size, _ in files), changed_at=max(at for _, at in files))
             for name, files in sorted(files_of.items())
         ]
+
+    def unfinished(self, before: dt.datetime) -> list[Unfinished]:
+        """Files with a name of this store that nobody has ended, nor moved a block of since then."""
+        with self._errors("listing what was not ended"):
+            found = [file for part in ("jobs", "datasets") for file in self._files.unfinished(part)]
+        mine = [file for file in found if file.changed_at < before and _HOLDING.fullmatch(file.name)]
+        return [file for file in mine if not self._is_named(file)]
+
+    def drop(self, file: Unfinished) -> None:
+        """Remove what was written of it."""
+        with self._errors(f"removing {file.name}"):
+            self._files.drop(file)
+
+    def _is_named(self, file: Unfinished) -> bool:
+        """Whether a result has a file of its own that is called as one in the making."""
+        match = _HOLDING.fullmatch(file.aside)
+        try:
+            return match is not None and file.aside[len(match[1]) + 1 :] in self._parsed("", self._closed_by(match[1]))
+        except ArtifactError:
+            return False
 
     def remove(self, name: str) -> None:
         """Remove a holding, manifests first: what a crash leaves then counts as no result. Raises ValueError for a

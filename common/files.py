@@ -8,11 +8,13 @@ import errno
 import functools
 import hashlib
 import os
+import re
 import secrets
 import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -33,8 +35,21 @@ _BLOCK = 1 << 20
 _AS_DATA = {"ContentType": "application/octet-stream", "ContentDisposition": "attachment"}
 """For S3: a browser that follows a link to an object saves it. A report.html would be shown as a page of the store."""
 
+_ASIDE = re.compile(r"\.part-\d{1,12}\Z", re.ASCII)
+"""How the name of a file ends that is being written to a folder."""
+
 Doing = Callable[[str], None]
 """Is told what is being done, at its start and for each block that was moved."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unfinished:
+    """A file that somebody began to write and has not ended: whoever wrote it is at it, or was killed."""
+
+    name: str  # that it was to have
+    aside: str  # where it lies in a folder; S3's number of the upload
+    size: int  # bytes; 0 on S3, which does not list them
+    changed_at: dt.datetime  # when it last grew; on S3, when it was begun
 
 
 def nothing_told(what: str) -> None:
@@ -105,6 +120,8 @@ class Bucket:
         """(name, bytes, last change) of each file below `part`, or of `part` itself."""
         self._doing(f"listing {part}")
         for path, info in self._fs.find(self._at(part), detail=True).items():
+            if info["type"] == "directory":  # where objects are files, an empty folder is listed as itself
+                continue
             yield path.removeprefix(f"{self._root}/"), info["size"], info["LastModified"].astimezone(dt.UTC)
 
     def remove(self, part: str, first: Callable[[str], bool]) -> None:
@@ -117,6 +134,29 @@ class Bucket:
 
     def prune(self, part: str) -> None:
         """Remove an empty folder; a bucket has none."""
+
+    def unfinished(self, part: str) -> Iterator[Unfinished]:
+        """Files below `part` that are not all there: no one sees their blocks, and they take room until they go."""
+        if not hasattr(self._fs, "call_s3"):
+            return
+        bucket, prefix, _ = self._fs.split_path(f"{self._at(part)}/")
+        after: dict[str, str] = {}
+        while True:
+            self._doing(f"listing {part}")
+            answer = self._fs.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=prefix, **after)
+            for upload in answer.get("Uploads", ()):
+                name = f"{bucket}/{upload['Key']}".removeprefix(f"{self._root}/")
+                begun_at = upload["Initiated"].astimezone(dt.UTC)
+                yield Unfinished(name=name, aside=upload["UploadId"], size=0, changed_at=begun_at)
+            if not answer.get("IsTruncated"):
+                return
+            after = {"KeyMarker": answer["NextKeyMarker"], "UploadIdMarker": answer["NextUploadIdMarker"]}
+
+    def drop(self, file: Unfinished) -> None:
+        """Remove what was written of it."""
+        bucket, key, _ = self._fs.split_path(self._at(file.name))
+        with contextlib.suppress(FileNotFoundError):  # it was ended meanwhile, or somebody else was faster
+            self._fs.call_s3("abort_multipart_upload", Bucket=bucket, Key=key, UploadId=file.aside)
 
     def _load(self, name: str, path: Path) -> None:
         self._fs.get_file(self._at(name), str(path), callback=self._moving(f"reading {name}"))
@@ -195,6 +235,14 @@ class Folder(Bucket):
     def prune(self, part: str) -> None:
         with contextlib.suppress(OSError):  # other files are left
             Path(self._at(part)).rmdir()
+
+    def unfinished(self, part: str) -> Iterator[Unfinished]:
+        for name, size, changed_at in self.below(part):
+            if _ASIDE.search(name):
+                yield Unfinished(name=_ASIDE.sub("", name), aside=name, size=size, changed_at=changed_at)
+
+    def drop(self, file: Unfinished) -> None:
+        Path(self._at(file.aside)).unlink(missing_ok=True)
 
 
 def open_files(url: str, doing: Doing = nothing_told, keys: S3Keys | None = None) -> Bucket:

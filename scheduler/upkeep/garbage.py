@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import datetime as dt
 import enum
+import logging
 import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,12 +19,14 @@ from typing import Any
 from loractl.common.artifacts import ArtifactStore, Holding, attempt_prefix
 from loractl.common.binding import result_binding
 from loractl.common.errors import AdapterNotFound, ArtifactError, LoractlError, UsageError
-from loractl.common.files import remove_tree
+from loractl.common.files import Unfinished, remove_tree
 from loractl.common.settings import Settings
 from loractl.common.store.records import PastJob, SpentLog
 from loractl.common.store.store import Store
 from loractl.common.store.tables import Job
 from loractl.common.units import parse_duration
+
+log = logging.getLogger("loractl")
 
 LEAST_AGE = dt.timedelta(days=1)
 """Data and cache entries younger than that are never taken: a submit or a trainer may be just about to name them."""
@@ -44,6 +47,7 @@ class Kind(enum.StrEnum):
     RESULT = "result"  # adapter and report of an older run
     ATTEMPT = "attempt"  # what an attempt stored, but not a result
     CHECKPOINTS = "checkpoints"  # in the store, of an ended job
+    UNFINISHED = "unfinished"  # in the store, of an upload that was killed
     DATA = "data set"
     WORK = "work folder"  # on this machine, of an ended job
     CACHE = "cache"  # on this machine, not used for long
@@ -133,8 +137,10 @@ class Cleaner:
         """What would go; nothing is changed."""
         old = self._old_results()
         gone = {job.job_id for job in old}
-        yield from self._results(old)
-        yield from self._below_jobs()
+        below = [*self._results(old), *self._below_jobs()]
+        yield from below
+        gone_with = tuple(f"{garbage.name}/" for garbage in below)
+        yield from (_unfinished(file) for file in self._unfinished() if not file.name.startswith(gone_with))
         yield from self._data(gone)
         yield from self._work()
         yield from self._cache(gone)
@@ -156,6 +162,9 @@ class Cleaner:
             if garbage.kind is Kind.ATTEMPT or self._store.forget_checkpoint(garbage.job_id):
                 self._artifacts.remove(garbage.name)
                 yield garbage
+        for file in self._unfinished():
+            self._artifacts.drop(file)
+            yield _unfinished(file)
         for garbage in self._data():
             # who has submitted it since we listed it has given it a new date
             if all(held.changed_at < self._limit() for held in self._artifacts.holdings(garbage.name)):
@@ -211,6 +220,14 @@ class Cleaner:
                 continue
             yield Garbage(kind=kind, name=holding.name, size=holding.size, why=why, job_id=job_id)
 
+    def _unfinished(self) -> Sequence[Unfinished]:
+        """What nobody writes any more: a worker kills a call that moves nothing for minutes."""
+        try:
+            return self._artifacts.unfinished(self._store.now() - LEAST_AGE)
+        except ArtifactError as error:  # a key that may not list them, or a gateway that can't
+            log.warning("what uploads left that were killed stays: %s", error.sentence)
+            return ()
+
     def _data(self, without: Collection[int] = ()) -> Iterator[Garbage]:
         limit = self._limit()
         held = [holding for holding in self._artifacts.holdings("datasets") if holding.changed_at < limit]
@@ -259,6 +276,11 @@ class Cleaner:
 
     def _limit(self) -> dt.datetime:
         return self._store.now() - max(self._policy.older_than, LEAST_AGE)
+
+
+def _unfinished(file: Unfinished) -> Garbage:
+    why = f"an upload that was not ended, {file.changed_at:%Y-%m-%d}"
+    return Garbage(kind=Kind.UNFINISHED, name=file.name, size=file.size, why=why)
 
 
 def _log(job_id: int, attempt: int, size: int) -> Garbage:

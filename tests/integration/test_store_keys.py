@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import datetime as dt
 import http.client
 import json
 import os
@@ -52,9 +53,20 @@ def wants(method: str, path: str, query: dict[str, list[str]], body: bytes) -> l
     bucket, _, key = path.strip("/").partition("/")
     if not key and method == "POST" and "delete" in query:
         return [("s3:DeleteObject", f"{bucket}/{name}") for name in re.findall(r"<Key>(.*?)</Key>", body.decode())]
+    if not key and "uploads" in query:
+        return [("s3:ListBucketMultipartUploads", bucket)]
+    if "uploadId" in query and method == "DELETE":
+        return [("s3:AbortMultipartUpload", f"{bucket}/{key}")]
     if not key:
         return [("s3:ListBucket" if method in ("GET", "HEAD") else "s3:CreateBucket", bucket)]
-    kinds = {"GET": "s3:GetObject", "HEAD": "s3:GetObject", "PUT": "s3:PutObject", "DELETE": "s3:DeleteObject"}
+    # a POST begins or ends an upload of several parts
+    kinds = {
+        "GET": "s3:GetObject",
+        "HEAD": "s3:GetObject",
+        "PUT": "s3:PutObject",
+        "POST": "s3:PutObject",
+        "DELETE": "s3:DeleteObject",
+    }
     return [(kinds[method], f"{bucket}/{key}")]
 
 
@@ -172,6 +184,13 @@ def test_each_key_can_do_its_own_part_and_no_more(stores: dict[str, ArtifactStor
             guest.remove(f"datasets/{digest}.jsonl")
     box.verify(binding)
 
+    later = dt.datetime.now(dt.UTC) + dt.timedelta(days=2)
+    box._files._fs.call_s3("create_multipart_upload", Bucket="loractl", Key=f"lab/{result}/killed")
+    with denied():
+        box.unfinished(later)
+    (killed,) = gc.unfinished(later)
+    gc.drop(killed)
+    assert gc.unfinished(later) == []
     gc.remove(result)
     gc.remove(f"datasets/{digest}.jsonl")
     assert gc.holdings("jobs") == gc.holdings("datasets") == []

@@ -212,6 +212,12 @@ def test_holdings_are_what_was_stored_with_sizes_and_dates(place: Place, result:
     assert abs(dt.datetime.now(dt.UTC) - stored.changed_at) < dt.timedelta(minutes=5)
 
 
+def test_a_file_of_a_result_is_never_taken_for_one_that_nobody_ended(place: Place, result: Path) -> None:
+    (result / "weights.part-7").write_text("whole")
+    place.store.put_result(result, PREFIX)
+    assert place.store.unfinished(dt.datetime.now(dt.UTC) + dt.timedelta(days=2)) == []
+
+
 def test_what_is_removed_is_gone_and_its_neighbours_are_not(place: Place, result: Path) -> None:
     for attempt in (1, 10):
         place.store.put_result(result, attempt_prefix(7, attempt))

@@ -13,9 +13,16 @@ import pytest
 from sqlalchemy import func, select, update
 from sqlalchemy.orm import Session
 
-from loractl.common.artifacts import ArtifactStore, Manifest, attempt_prefix, checkpoint_prefix, manifest_sha256
+from loractl.common.artifacts import (
+    ArtifactStore,
+    Manifest,
+    attempt_prefix,
+    checkpoint_prefix,
+    manifest_sha256,
+)
 from loractl.common.binding import result_binding
 from loractl.common.errors import ArtifactError, UsageError
+from loractl.common.files import Folder, Unfinished, open_files
 from loractl.common.job.reference import parse_reference
 from loractl.common.job.status import Reason
 from loractl.common.settings import Settings, load_settings
@@ -85,6 +92,16 @@ class Lab:
         (source / "weights").write_bytes(b"x" * 500)
         (source / "log.txt").write_bytes(b"x" * 500)
         return self.artifacts.put_result(source, prefix)
+
+    def begins(self, name: str) -> None:
+        """An upload that is killed before its end."""
+        files = open_files(self.artifacts.url)
+        if isinstance(files, Folder):
+            files.write(f"{name}.part-123", b"half")
+        else:
+            bucket, key, _ = files._fs.split_path(files._at(name))
+            upload = files._fs.call_s3("create_multipart_upload", Bucket=bucket, Key=key)["UploadId"]
+            files._fs.call_s3("upload_part", Bucket=bucket, Key=key, UploadId=upload, PartNumber=1, Body=b"half")
 
     def data(self, content: str, job_id: int | None = None) -> str:
         """A stored data set, named by a job."""
@@ -189,6 +206,33 @@ def test_a_crash_leaves_no_row_that_leads_to_nothing_and_the_next_look_finishes(
     list(lab.cleaner(keep_last=1).remove())
     assert lab.held() == {f"jobs/{jobs[-1]}/attempt-1"}
     lab.rows_lead_somewhere()
+
+
+def test_what_a_killed_upload_has_left_goes_a_day_later_and_no_file_of_a_result(lab: Lab) -> None:
+    kept, failed = lab.run(Reason.OK), lab.run(Reason.DIVERGED)
+    lab.store.submit(submission())
+    runs = lab.attempt(None).job_id
+    mine = {f"jobs/{kept}/attempt-1/weights", f"jobs/{runs}/checkpoints/1-5/state", f"datasets/{'a' * 64}.jsonl"}
+    others = {f"jobs/{failed}/attempt-1/weights", "jobs/notes", "elsewhere"}
+    for name in mine | others:
+        lab.begins(name)
+    assert names(lab.cleaner().find(), Kind.UNFINISHED, Kind.DATA) == set(), "they may go on"
+    lab.clock.forward(2 * 86400)
+    assert names(lab.cleaner().find(), Kind.UNFINISHED, Kind.DATA) == mine, "that of a failed attempt goes with it"
+    assert mine <= names(lab.cleaner().remove(), Kind.UNFINISHED)
+    assert names(lab.cleaner().find(), Kind.UNFINISHED) == set()
+    lab.rows_lead_somewhere()
+
+
+def test_a_store_that_lists_no_uploads_ends_no_gc(lab: Lab, caplog: pytest.LogCaptureFixture) -> None:
+    class Silent(ArtifactStore):
+        def unfinished(self, before: dt.datetime) -> list[Unfinished]:
+            raise ArtifactError("listing what was not ended: Access Denied")
+
+    lab.run(Reason.DIVERGED)
+    lab.clock.forward(MONTH.total_seconds())
+    assert names(lab.cleaner(artifacts=Silent(lab.artifacts.url)).remove(), Kind.ATTEMPT)
+    assert "what uploads left that were killed stays: listing" in caplog.text
 
 
 def test_old_data_go_once_no_job_may_read_them(lab: Lab) -> None:
