@@ -7,6 +7,7 @@ import datetime as dt
 import errno
 import functools
 import hashlib
+import math
 import os
 import re
 import secrets
@@ -16,7 +17,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 from urllib.parse import unquote
 
 from .errors import UsageError
@@ -31,6 +32,16 @@ DEAD_S = 600.0
 nothing for half of that, and tries again."""
 
 _BLOCK = 1 << 20
+
+_PART = 16 << 20
+"""Bytes of a large file that go to S3, or come from it, by one request: nothing is told of a part that is on its way,
+and what tells nothing for minutes is given up."""
+
+_MOST_PARTS = 10_000
+"""Of one file on S3."""
+
+_UNSYNCED = 32 << 20
+"""Bytes that a folder's disk may have before it, for the same reason: to wait for it is one call."""
 
 _AS_DATA = {"ContentType": "application/octet-stream", "ContentDisposition": "attachment"}
 """For S3: a browser that follows a link to an object saves it. A report.html would be shown as a page of the store."""
@@ -85,7 +96,7 @@ class Bucket:
         """Hex sha256 of a file's content, read back in blocks."""
         digest, what = hashlib.sha256(), f"reading {name} back"
         self._doing(what)
-        with self._fs.open(self._at(name), "rb") as stream:
+        with self._fs.open(self._at(name), "rb", block_size=_PART) as stream:
             while block := stream.read(_BLOCK):
                 digest.update(block)
                 self._doing(what)
@@ -93,8 +104,10 @@ class Bucket:
 
     def put(self, path: Path, name: str) -> None:
         """Upload a file."""
-        moving = self._moving(f"writing {name}")
-        self._fs.put_file(str(path), self._at(name), callback=moving, **self._headers)
+        moving, how = self._moving(f"writing {name}"), dict[str, Any](self._headers)
+        if hasattr(self._fs, "call_s3"):
+            how["chunksize"] = max(_PART, math.ceil(path.stat().st_size / _MOST_PARTS))
+        self._fs.put_file(str(path), self._at(name), callback=moving, **how)
 
     def get(self, name: str, path: Path) -> None:
         """Download a file: written aside and renamed. What a process that was killed had begun is removed."""
@@ -216,9 +229,10 @@ class Folder(Bucket):
             with aside.open("wb") as stream:
                 for block in blocks:
                     stream.write(block)
+                    if stream.tell() % _UNSYNCED < len(block):
+                        _sync_file(stream)
                     self._doing(what)
-                stream.flush()
-                os.fsync(stream.fileno())
+                _sync_file(stream)
             aside.replace(target)
         finally:
             aside.unlink(missing_ok=True)
@@ -257,9 +271,15 @@ def open_files(url: str, doing: Doing = nothing_told, keys: S3Keys | None = None
         options = {
             "use_listings_cache": False,
             "skip_instance_cache": True,
-            # Parts of 50 MB on their way at once. With its ten a slow line would show no sign of life for long.
+            # Parts on their way at once. With its ten a slow line would show no sign of life for long.
             "max_concurrency": 2,
-            "config_kwargs": {"connect_timeout": 5, "read_timeout": 30, "retries": {"max_attempts": 3}},
+            "config_kwargs": {
+                "connect_timeout": 5,
+                "read_timeout": 30,
+                "retries": {"max_attempts": 3},
+                # Some servers send the whole file's with a part of it. What is read is compared with a hash of ours.
+                "response_checksum_validation": "when_required",
+            },
             **(keys.options() if keys else {}),
         }
         with contextlib.suppress(ImportError):  # url_to_fs says that the driver is missing
@@ -313,6 +333,11 @@ def _make_folder(path: Path) -> None:
     _make_folder(path.parent)
     path.mkdir(exist_ok=True)
     sync(path.parent)
+
+
+def _sync_file(stream: IO[bytes]) -> None:
+    stream.flush()
+    os.fsync(stream.fileno())
 
 
 def sync(path: Path) -> None:

@@ -24,8 +24,8 @@ from .calls import as_error, manifest_of
 log = logging.getLogger("loractl.worker")
 
 DEADLINE_S = 300.0
-"""A call that moves nothing for so long is given up: its process is killed, and another one tries again. S3's client
-moves two parts of 50 MB at once, so a line must carry 340 kB/s."""
+"""A call that moves nothing for so long is given up: its process is killed, and another one tries again. 32 MiB
+move between two signs of life, as two parts to S3 or at once to a folder's disk: so either must take 112 kB/s."""
 
 LOOK_S = 0.2
 """Seconds between two looks at whether a call is still wanted."""
