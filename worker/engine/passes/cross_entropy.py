@@ -8,13 +8,15 @@ from typing import Any
 
 import torch
 
+from .scratch import Scratch
+
 
 class SummedLosses(torch.autograd.Function):
     """The summed cross-entropy of each training's tokens, in nats, with smoothed labels (arXiv:1512.00567). All are
     learned from; trainings lie behind each other, `lengths` tokens each.
 
-    Shapes: logits (tokens, words) in fp32, targets (tokens), and of the answer (trainings). `over`: the logits may be
-    written over, since nothing else needs them. One backward pass alone: it uses the tensor up.
+    Shapes: logits (tokens, words), targets (tokens), and of the answer (trainings). `scratch`: what is made of the
+    logits lies there, over the logits themselves where they do. One backward pass alone: it uses the tensor up.
     """
 
     @staticmethod
@@ -24,8 +26,12 @@ class SummedLosses(torch.autograd.Function):
         targets: torch.Tensor,
         lengths: Sequence[int],
         smoothings: Sequence[float],
-        over: bool,
+        scratch: Scratch | None,
     ) -> torch.Tensor:
+        ctx.kind, ctx.lengths = logits.dtype, lengths
+        over = scratch is not None and scratch.holds(logits)
+        if logits.dtype is not torch.float32:
+            logits, over = (logits.float() if scratch is None else scratch.take(*logits.shape).copy_(logits)), True
         expected, most = targets[:, None], logits.amax(-1)
         of_target = logits.gather(-1, expected)[:, 0]
         parts = [slice(end - length, end) for length, end in zip(lengths, itertools.accumulate(lengths), strict=True)]
@@ -45,7 +51,6 @@ class SummedLosses(torch.autograd.Function):
                 chances[part] -= smoothing / chances.shape[-1]
             sums.append(own.sum())
         ctx.save_for_backward(chances)
-        ctx.lengths = lengths
         return torch.stack(sums)
 
     @staticmethod
@@ -53,4 +58,5 @@ class SummedLosses(torch.autograd.Function):
         (gradient,) = ctx.saved_tensors
         for part, own in zip(gradient.split(ctx.lengths), given, strict=True):
             part.mul_(own)
+        gradient = gradient.to(ctx.kind)
         return gradient, None, None, None, None

@@ -27,6 +27,7 @@ from loractl.worker.engine.streams import RandomStreams
 from . import wide
 from .cross_entropy import SummedLosses
 from .rows import RowLayout
+from .scratch import Scratch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,11 +109,15 @@ class LeanModel:
         return hidden
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """The words' logits in fp32: by the model's own code, which may scale or cap them."""
+        """The words' logits in fp32."""
+        return self._own_logits(hidden).float()
+
+    def _own_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """By the model's own code, which may scale or cap them, in the type that it computes in."""
         answer = self._kind(last_hidden_state=hidden[None])
         with self._autocast(), _answering(self._decoder, answer):
             nothing = torch.zeros((1, 1), dtype=torch.int64, device=self.device)
-            found: torch.Tensor = self.words(input_ids=nothing).logits.squeeze(0).float()
+            found: torch.Tensor = self.words(input_ids=nothing).logits.squeeze(0)
         return found
 
     def learn_head(
@@ -121,7 +126,7 @@ class LeanModel:
         """Each training's share of its window's mean loss, and the gradient with respect to all hidden states, chunk by
         chunk. `apart`: of the head, where a chunk may be of several trainings."""
         totals, gradient = [torch.zeros((), device=self.device) for _ in parts], torch.empty_like(hidden)
-        begin = 0
+        begin, scratch = 0, _scratch_for(hidden) if apart is None else apart.scratch
         for chunk in _chunks([len(part.targets) for part in parts], joined=apart is not None):
             owners = [parts[number] for number, _ in chunk]
             targets = [part.targets[tokens] for part, (_, tokens) in zip(owners, chunk, strict=True)]
@@ -130,11 +135,11 @@ class LeanModel:
             if apart is not None:
                 apart.lengths = lengths
             piece = hidden.detach()[place].requires_grad_()
-            logits, smoothings = self.logits(piece), [owner.smoothing for owner in owners]
-            over = apart is not None and apart.holds(logits)
-            if apart is not None and not over:
-                apart.leave_room()  # scaled or capped logits lie elsewhere; their softmax takes as much again
-            sums = SummedLosses.apply(logits, torch.cat(targets), lengths, smoothings, over)
+            logits = self.logits(piece) if scratch is None else self._own_logits(piece)
+            if apart is not None and not apart.scratch.holds(logits):
+                apart.scratch.leave()  # scaled or capped logits lie elsewhere; their softmax takes as much again
+            smoothings = [owner.smoothing for owner in owners]
+            sums = SummedLosses.apply(logits, torch.cat(targets), lengths, smoothings, scratch)
             del logits  # the backward pass has its room
             shares = [one / owner.count for one, owner in zip(sums.unbind(), owners, strict=True)]
             _back(shares, [owner.backward for owner in owners])
@@ -164,6 +169,11 @@ def _chunks(counts: Sequence[int], *, joined: bool) -> Iterator[list[tuple[int, 
             chunk.append((number, tokens))
     if chunk:
         yield chunk
+
+
+def _scratch_for(hidden: torch.Tensor) -> Scratch | None:
+    """Where logits are made of these. A card keeps memory that it has freed."""
+    return Scratch() if hidden.device.type == "cpu" else None
 
 
 def _back(losses: Sequence[torch.Tensor], backwards: Sequence[Backward]) -> None:

@@ -290,7 +290,7 @@ class FrozenProduct:
             yield apart
         finally:
             self._apart = None
-            apart.leave_room()  # its name may outlive the block, and with it the room for as many logits
+            apart.scratch.leave()  # its name may outlive the block, and with it the room for as many logits
 
     def __call__(self, x: torch.Tensor, lengths: Sequence[int], *, widened: bool) -> torch.Tensor:
         """`lengths`: each training's tokens. `widened`: `x` was made fp32 for a faster product."""

@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from .scratch import Scratch
+
 SLAB = 1 << 20
 """Numbers of a weight that are widened at a time: 4 MiB, which stay in a core's cache."""
 
@@ -67,26 +69,11 @@ def as_it_is(x: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
 
 class Apart:
     """Tokens of several trainings, each multiplied by themselves: a library may round by their number. The answers lie
-    in one memory, each over the last: fresh memory of this size costs more than a softmax over it."""
+    in one memory, each over the last."""
 
     def __init__(self) -> None:
         self.lengths: Sequence[int] = ()
-        self._memory: torch.Tensor | None = None
-
-    def room(self, count: int, width: int) -> torch.Tensor:
-        """Memory of shape (count, width), in which the last answer lay."""
-        if self._memory is None or len(self._memory) < count * width:
-            self._memory = None  # before there is more
-            self._memory = torch.empty(count * width)
-        return torch.empty(0).set_(self._memory.untyped_storage(), 0, (count, width))
-
-    def leave_room(self) -> None:
-        """Hold no memory any more. Answers that are still in use keep theirs."""
-        self._memory = None
-
-    def holds(self, answer: torch.Tensor) -> bool:
-        """Whether a tensor is the last answer, as it is."""
-        return self._memory is not None and answer.data_ptr() == self._memory.data_ptr() and answer.is_contiguous()
+        self.scratch = Scratch()
 
     def parts(self, *tensors: torch.Tensor) -> list[tuple[torch.Tensor, ...]]:
         """Each training's rows of some tensors."""
@@ -98,7 +85,7 @@ def product(
 ) -> torch.Tensor:
     """x W^T + bias in fp32, of shape (tokens, outputs); `x` is in fp32, `weight` (outputs, inputs) in 16 bit."""
     shape = len(x), len(weight)
-    answer = x.new_empty(shape) if apart is None else apart.room(*shape)
+    answer = x.new_empty(shape) if apart is None else apart.scratch.take(*shape)
     parts = [(x, answer)] if apart is None else apart.parts(x, answer)
     for rows, wide in _slabs(weight):
         for own, to in parts:
