@@ -1,4 +1,4 @@
-"""The faults, drawn from a seed, and what each one does to the lab."""
+"""What each fault does to the lab, and how it is healed."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import datetime as dt
 import glob
 import heapq
 import itertools
-import random
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -23,6 +22,7 @@ from loractl.common.job.status import Status
 from loractl.common.store.store import Store
 from loractl.worker.device.occupancy import JOB_VARIABLE, RUN_VARIABLE, run_mark
 
+from .deck import Fault
 from .history import Hit, Window
 from .lab import Box, Lab
 from .trainer import BAD_CARDS
@@ -30,71 +30,10 @@ from .trainer import BAD_CARDS
 MAX_RETRIES = 2
 """What the lab does to a job must not spend them. A trainer that is killed does."""
 
-DECK = {
-    "kill a node": 6,
-    "kill a trainer": 3,
-    "freeze a trainer": 2,
-    "kill a rank that does not lead": 2,
-    "freeze a rank that does not lead": 1,
-    "kill the node of a gang's second card": 2,
-    "freeze the node of a gang's second card": 1,
-    "kill a box": 1,
-    "stop a box in order": 1,
-    "freeze a node": 3,
-    "freeze a box": 1,
-    "power cut, a checkpoint torn": 2,
-    "power cut, a finished result torn": 1,
-    "power cut, a cached data set torn": 1,
-    "tear a stored checkpoint": 1,
-    "kill Valkey": 1,
-    "kill and wipe Valkey": 2,
-    "crash PostgreSQL": 2,
-    "start nodes in an outage of PostgreSQL": 2,
-    "make PostgreSQL read-only": 2,
-    "cut a box off PostgreSQL": 2,
-    "cut a box off Valkey": 1,
-    "cut submit off PostgreSQL": 1,
-    "silence PostgreSQL, box to server": 1,
-    "silence PostgreSQL, server to box": 1,
-    "silence Valkey, box to server": 1,
-    "silence Valkey, server to box": 1,
-    "fill the store's disk": 2,
-    "hang a box's calls of the store": 2,
-    "a box that is bad for good": 1,
-    "cancel a job": 3,
-}
-"""How often each comes in one deck; decks are shuffled and dealt one after the other."""
-
 FRESH_S = 30.0
 
 WAIT_S = 15.0
 """A fault that finds nothing to hit looks for it so long, then it is dropped and not counted."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Fault:
-    """One card: when, what, for how long (a share of the longest), and which of the possible targets."""
-
-    gap_s: float
-    kind: str
-    share: float
-    pick: float
-
-
-GANG_FAULTS = frozenset(kind for kind in DECK if "rank" in kind or "second card" in kind)
-
-
-def script(seed: int, gap_s: float, *, gangs: bool) -> Iterator[Fault]:
-    """The same seed gives the same script; what it hits hangs on what runs at that moment.
-
-    `gangs`: whether jobs are on two cards; faults of such jobs would meet nothing otherwise.
-    """
-    rng = random.Random(seed)
-    while True:
-        deck = [kind for kind, count in DECK.items() for _ in range(count) if gangs or kind not in GANG_FAULTS]
-        rng.shuffle(deck)
-        for kind in deck:
-            yield Fault(gap_s=rng.uniform(0.3, 1.7) * gap_s, kind=kind, share=rng.random(), pick=rng.random())
 
 
 @dataclass

@@ -6,7 +6,8 @@ import statistics
 from collections import Counter
 
 from .checker import PROMISES
-from .faults import DECK, WAIT_S
+from .deck import DECK
+from .faults import WAIT_S
 from .storm import GANGS, POISONED_SHARE, SEE_S, Outcome
 
 

@@ -25,7 +25,8 @@ from loractl.common.store.store import Store
 from loractl.worker.device.occupancy import RUN_VARIABLE
 
 from .checker import Broken, check, examine
-from .faults import MAX_RETRIES, Injector, script
+from .deck import script
+from .faults import MAX_RETRIES, Injector
 from .history import History, Sighting, read, record
 from .lab import Lab, lab
 from .trainer import LEAVES, POISONED
