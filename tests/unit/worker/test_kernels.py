@@ -3,20 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 
 import pytest
 import torch
 
 from loractl.worker.base.kernels import PIECE, QUANTISE, load_kernels
-
-
-@pytest.fixture(params=[1, 3])
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
 
 
 def quantised(on: str, weight: torch.Tensor, *how: object) -> tuple[torch.Tensor, torch.Tensor]:
@@ -28,13 +19,27 @@ def quantised(on: str, weight: torch.Tensor, *how: object) -> tuple[torch.Tensor
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_a_weight_gets_the_bits_that_bitsandbytes_gives_it(threads: int, dtype: torch.dtype) -> None:
+def test_a_weight_gets_the_bits_that_bitsandbytes_gives_it(dtype: torch.dtype) -> None:
     weight = torch.randn(6, PIECE // 2 + 64, generator=torch.Generator().manual_seed(1))
     weight[0, :64], weight[1, 3], weight[2, 5], weight[3, :64] = 0.0, torch.nan, torch.inf, 1e-39
     for blocksize, storage in ((64, torch.uint8), (128, torch.bfloat16)):
         mine, theirs = (quantised(on, weight.to(dtype), blocksize, "nf4", storage) for on in ("CPU", "XLA"))
         assert torch.equal(mine[0].view(torch.uint8), theirs[0].view(torch.uint8)) and mine[0].shape == theirs[0].shape
         assert torch.equal(mine[1].nan_to_num(7.0), theirs[1].nan_to_num(7.0))
+
+
+def test_each_weight_in_16_bit_gets_the_same_code_beside_each_largest_one_of_its_block() -> None:
+    """But for powers of two, which change nothing, and for less than a 128th of the largest one, which is 0 to NF4."""
+    numbers = torch.arange(0x3C00, 0x4000, dtype=torch.int16).view(torch.bfloat16)  # from 2**-7 to 2
+    every = torch.cat([numbers, -numbers, numbers[:31]])[
+        torch.randperm(33 * 63, generator=torch.Generator().manual_seed(1))
+    ]
+    largest = numbers[-128:]
+    blocks = every.view(-1, 63).expand(len(largest), -1, -1)
+    most = largest[:, None, None].expand(*blocks.shape[:2], 1)
+    weight = torch.cat([most, blocks.clamp(-most, most)], -1)
+    mine, theirs = (quantised(on, weight, 64, "nf4", torch.uint8) for on in ("CPU", "XLA"))
+    assert all(map(torch.equal, mine, theirs)) and len((mine[0] % 16).unique()) == 16
 
 
 @pytest.mark.parametrize("how", [(64, "fp4", torch.uint8), (64, "nf4", torch.uint8)])
@@ -46,8 +51,8 @@ def test_what_is_not_in_whole_blocks_of_nf4_is_left_to_bitsandbytes(how: tuple[o
 
 def test_a_weight_is_quantised_several_times_as_fast() -> None:
     weight, took = torch.randn(32 * PIECE), {}
-    for on in ("CPU", "XLA", "CPU", "XLA"):
+    for on in 3 * ("CPU", "XLA"):
         began = time.process_time()
         quantised(on, weight, 64, "nf4", torch.uint8)
         took[on] = min(took.get(on, 9.0), time.process_time() - began)
-    assert took["CPU"] < 0.6 * took["XLA"]
+    assert took["CPU"] < 0.24 * took["XLA"], took
