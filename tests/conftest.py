@@ -302,7 +302,7 @@ def _warm_servers() -> Iterator[Path]:
     servers = []
     for kind in (warm.LIGHT, warm.HEAVY):
         with (folder / f"{kind}.log").open("w") as log:
-            command = [sys.executable, "-m", warm.__name__, "--serve", kind, str(folder)]
+            command = [sys.executable, "-m", warm.SERVER, kind, str(folder)]
             servers.append(
                 subprocess.Popen(
                     command, env={**_inherited(), **own}, stdin=subprocess.PIPE, stdout=log, stderr=log,
