@@ -41,8 +41,9 @@ def _quantiser() -> Callable[[Any, int, str, Any], tuple[Any, Any]]:
     """A kernel that packs a weight into 4 bits as bitsandbytes 0.50 does for devices without one, bit for bit.
 
     That looks up each element among the 15 borders between NF4's values, which takes a processor 26 ns; to count the
-    borders below it takes 2. numpy counts in bytes, which torch is slow to fill: there it took 5. Threads would wait
-    for Python's lock after each piece: two took as long as one. What is not in whole blocks of NF4 is left to it.
+    borders below it takes 4. numpy counts in bytes, which torch is slow to fill: there it took 9. Two threads were no
+    faster than one, since each waits for Python's lock after each operation. What is not in whole blocks of NF4 is left
+    to it.
     """
     import torch
     from bitsandbytes.functional import get_4bit_type
