@@ -298,6 +298,15 @@ def test_a_base_that_turns_positions_by_the_longest_row_is_not_shared(
     assert (choice.shared_base(base_of("Llama"), FP32) is None) == (kind != "default")
 
 
+@pytest.mark.parametrize(("family", "experts", "shared"), [("Mixtral", 4, True), ("JetMoe", 4, False)])
+def test_experts_that_are_no_block_of_their_own_are_not_shared(
+    family: str, experts: int, shared: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a processor: they would multiply tokens of all members together, and round by their number."""
+    monkeypatch.setitem(FAMILIES, family, {"num_local_experts": experts})
+    assert (choice.shared_base(base_of(family), FP32) is not None) == shared
+
+
 def test_adapted_experts_train_alone_and_leave_the_shared_base_to_others(tiny_model: Path) -> None:
     shared = choice.shared_base(base_of("Mixtral"), FP32)
     assert shared is not None

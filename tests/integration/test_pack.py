@@ -190,13 +190,14 @@ def test_products_of_a_wide_base_are_those_of_a_training_alone(wide_model: Path,
     _same_together(Lab(wide_model, tmp_path, **BASES[base], max_steps=2))
 
 
-def test_experts_see_the_tokens_of_one_training_at_a_time(tmp_path: Path) -> None:
+@pytest.mark.parametrize("base", ["lora in fp32", "lora in bf16, checkpointing"])
+def test_experts_see_the_tokens_of_one_training_at_a_time(tmp_path: Path, base: str) -> None:
     folder = make_tiny_model(tmp_path / "experts")
     sizes = {"hidden_size": 1152, "moe_intermediate_size": 768, "head_dim": 64, "vocab_size": 400}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
     experts = Qwen3MoeConfig(num_experts=4, num_experts_per_tok=2, mlp_only_layers=[], **sizes, **heads)
     Qwen3MoeForCausalLM(experts).save_pretrained(folder)
-    _same_together(Lab(folder, tmp_path, "lora", "float32", max_steps=2))
+    _same_together(Lab(folder, tmp_path, **BASES[base], max_steps=2))
 
 
 def test_how_a_row_attends_does_not_depend_on_the_rows_of_others(

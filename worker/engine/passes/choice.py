@@ -20,7 +20,7 @@ from loractl.worker.engine.streams import RandomStreams
 from . import wide
 from .lean import LeanPass
 from .padded import PaddedPass
-from .product import CantShare
+from .product import CantShare, ExpertsApart
 from .shared import SharedBase, SharedPass
 
 TOLERANCE = 0.01
@@ -43,10 +43,19 @@ def may_share(spec: JobSpec) -> bool:
 
 def shared_base(model: Any, precision: Precision) -> SharedBase | None:
     """A base, as it was loaded, for several trainings; None where its code tells rows apart by padding alone, draws
-    random numbers itself, or turns positions by the longest row of a pass."""
+    random numbers itself, turns positions by the longest row of a pass, or on a processor has experts that can't be
+    given one training's tokens at a time."""
     if _by_model(model) is not None or any(_drops(module) or _stretches(module) for module in model.modules()):
         return None
+    if model.device.type == "cpu" and _has_other_experts(model):
+        return None
     return SharedBase(model, precision)
+
+
+def _has_other_experts(model: Any) -> bool:
+    """Whether weights of several experts lie outside of the blocks that are known."""
+    apart = {id(weight) for block in ExpertsApart.blocks(model) for weight in block.parameters()}
+    return any(weight.dim() > 2 and id(weight) not in apart for weight in model.base_model.parameters())
 
 
 def _stretches(module: Any) -> bool:

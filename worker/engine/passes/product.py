@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -41,11 +42,11 @@ class Spans:
     @contextlib.contextmanager
     def of(self, spans: Sequence[Span]) -> Iterator[None]:
         """Until the backward pass is over: blocks that are recomputed need them too."""
-        self.now = tuple(spans)
+        before, self.now = self.now, tuple(spans)
         try:
             yield
-        finally:
-            self.now = ()
+        finally:  # also where torch ends a block's recomputation early, by an error of its own
+            self.now = before
 
 
 class ExpertsApart:
@@ -57,15 +58,19 @@ class ExpertsApart:
     def __init__(self, block: Any, spans: Spans) -> None:
         self._own, self._spans = block.forward, spans
 
-    def __call__(self, *given: Any, **more: Any) -> Any:
-        whole = self._spans.now
-        if len(whole) < 2 or len(given) != 1 or more:
-            return self._own(*given, **more)
-        (x,), answers = given, []
-        for span, own in zip(whole, x.split(self._spans.lengths, dim=-2), strict=True):
+    @staticmethod
+    def blocks(model: Any) -> list[Any]:
+        """Of experts, that are given hidden states alone."""
+        found = [module for module in model.modules() if "experts" in dict(module.named_children())]
+        return [block for block in found if len(inspect.signature(block.forward).parameters) == 1]
+
+    def __call__(self, hidden_states: torch.Tensor) -> Any:
+        whole, answers = self._spans.now, []
+        if len(whole) < 2:
+            return self._own(hidden_states)
+        for span, own in zip(whole, hidden_states.split(self._spans.lengths, dim=-2), strict=True):
             with self._spans.of([dataclasses.replace(span, begin=0, end=own.shape[-2])]):
                 answers.append(self._own(own))
-            self._spans.now = whole
         if isinstance(answers[0], torch.Tensor):
             return torch.cat(answers, dim=-2)
         return tuple(torch.cat(parts, dim=-2) for parts in zip(*answers, strict=True))

@@ -54,7 +54,7 @@ class SharedBase:
             self._take_over(head=False)  # whose chunks are of one training each
         if model.device.type == "cpu":
             take_over_norms(self._words)
-            for block in [module for module in self._words.modules() if "experts" in dict(module.named_children())]:
+            for block in ExpertsApart.blocks(self._words):
                 block.forward = ExpertsApart(block, self._spans)
         self._blocks: list[Any] | None = None  # that can be recomputed; None: not prepared for it
 
