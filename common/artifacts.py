@@ -229,8 +229,8 @@ class ArtifactStore:
     def unfinished(self, before: dt.datetime) -> list[Unfinished]:
         """Files with a name of this store that nobody has ended, nor moved a block of since then."""
         with self._errors("listing what was not ended"):
-            found = [file for part in ("jobs", "datasets") for file in self._files.unfinished(part)]
-        mine = [file for file in found if file.changed_at < before and _HOLDING.fullmatch(file.name)]
+            found = [file for part in ("jobs", "datasets") for file in self._files.unfinished(part, before)]
+        mine = [file for file in found if _HOLDING.fullmatch(file.name)]
         return [file for file in mine if not self._is_named(file)]
 
     def drop(self, file: Unfinished) -> None:

@@ -60,7 +60,7 @@ class Unfinished:
     name: str  # that it was to have
     aside: str  # where it lies in a folder; S3's number of the upload
     size: int  # bytes; 0 on S3, which does not list them
-    changed_at: dt.datetime  # when it last grew; on S3, when it was begun
+    changed_at: dt.datetime  # when it last grew
 
 
 def nothing_told(what: str) -> None:
@@ -148,28 +148,49 @@ class Bucket:
     def prune(self, part: str) -> None:
         """Remove an empty folder; a bucket has none."""
 
-    def unfinished(self, part: str) -> Iterator[Unfinished]:
-        """Files below `part` that are not all there: no one sees their blocks, and they take room until they go."""
+    def unfinished(self, part: str, before: dt.datetime) -> Iterator[Unfinished]:
+        """Files below `part` that are not all there, nor have grown since then: no one sees their blocks, and they take
+        room until they go."""
         if not hasattr(self._fs, "call_s3"):
             return
         bucket, prefix, _ = self._fs.split_path(f"{self._at(part)}/")
-        after: dict[str, str] = {}
-        while True:
-            self._doing(f"listing {part}")
-            answer = self._fs.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=prefix, **after)
-            for upload in answer.get("Uploads", ()):
-                name = f"{bucket}/{upload['Key']}".removeprefix(f"{self._root}/")
-                begun_at = upload["Initiated"].astimezone(dt.UTC)
-                yield Unfinished(name=name, aside=upload["UploadId"], size=0, changed_at=begun_at)
-            if not answer.get("IsTruncated"):
-                return
-            after = {"KeyMarker": answer["NextKeyMarker"], "UploadIdMarker": answer["NextUploadIdMarker"]}
+        for page in self._pages("list_multipart_uploads", "KeyMarker", "UploadIdMarker", Bucket=bucket, Prefix=prefix):
+            for upload in page.get("Uploads", ()):
+                grew_at = upload["Initiated"]
+                if grew_at < before:  # else its parts, a call for each 1,000, tell nothing more
+                    grew_at = self._grew_at(bucket, upload)
+                if grew_at is not None and grew_at < before:
+                    name = f"{bucket}/{upload['Key']}".removeprefix(f"{self._root}/")
+                    changed_at = grew_at.astimezone(dt.UTC)
+                    yield Unfinished(name=name, aside=upload["UploadId"], size=0, changed_at=changed_at)
 
     def drop(self, file: Unfinished) -> None:
         """Remove what was written of it."""
         bucket, key, _ = self._fs.split_path(self._at(file.name))
         with contextlib.suppress(FileNotFoundError):  # it was ended meanwhile, or somebody else was faster
             self._fs.call_s3("abort_multipart_upload", Bucket=bucket, Key=key, UploadId=file.aside)
+
+    def _grew_at(self, bucket: str, upload: Mapping[str, Any]) -> dt.datetime | None:
+        """When an upload got its last part, or was begun where it has none. None: it has gone, or no one can tell."""
+        asked, grew_at = {"Bucket": bucket, "Key": upload["Key"], "UploadId": upload["UploadId"]}, upload["Initiated"]
+        page: Mapping[str, Any] = {}
+        with contextlib.suppress(FileNotFoundError):
+            for page in self._pages("list_parts", "PartNumberMarker", **asked):
+                grew_at = max([grew_at, *(part["LastModified"] for part in page.get("Parts", ()))])
+            return None if page.get("IsTruncated") else grew_at
+        return None
+
+    def _pages(self, call: str, *markers: str, **asked: str) -> Iterator[Mapping[str, Any]]:
+        """All pages of a listing. Some gateways leave out one of the markers, or all: then no page follows."""
+        after: dict[str, Any] = {}
+        while True:
+            self._doing("listing uploads")
+            page = self._fs.call_s3(call, **asked, **after)
+            yield page
+            following = {marker: page[f"Next{marker}"] for marker in markers if page.get(f"Next{marker}")}
+            if not page.get("IsTruncated") or following in ({}, after):
+                return
+            after = following
 
     def _load(self, name: str, path: Path) -> None:
         self._fs.get_file(self._at(name), str(path), callback=self._moving(f"reading {name}"))
@@ -250,9 +271,9 @@ class Folder(Bucket):
         with contextlib.suppress(OSError):  # other files are left
             Path(self._at(part)).rmdir()
 
-    def unfinished(self, part: str) -> Iterator[Unfinished]:
+    def unfinished(self, part: str, before: dt.datetime) -> Iterator[Unfinished]:
         for name, size, changed_at in self.below(part):
-            if _ASIDE.search(name):
+            if _ASIDE.search(name) and changed_at < before:
                 yield Unfinished(name=_ASIDE.sub("", name), aside=name, size=size, changed_at=changed_at)
 
     def drop(self, file: Unfinished) -> None:

@@ -163,8 +163,12 @@ class Cleaner:
                 self._artifacts.remove(garbage.name)
                 yield garbage
         for file in self._unfinished():
-            self._artifacts.drop(file)
-            yield _unfinished(file)
+            try:
+                self._artifacts.drop(file)
+            except ArtifactError as error:  # a key that may not end them, or a folder that it may not write
+                log.warning("what an upload left that was killed stays: %s", error.sentence)
+            else:
+                yield _unfinished(file)
         for garbage in self._data():
             # who has submitted it since we listed it has given it a new date
             if all(held.changed_at < self._limit() for held in self._artifacts.holdings(garbage.name)):
@@ -178,10 +182,10 @@ class Cleaner:
         for garbage in self._cache():
             _remove_here(Path(garbage.name))
             yield garbage
-        for log in self._store.spent_logs():
-            if self._is_stored(log):
-                self._store.forget_log(log)
-                yield _log(log.job_id, log.attempt, log.size)
+        for spent in self._store.spent_logs():
+            if self._is_stored(spent):
+                self._store.forget_log(spent)
+                yield _log(spent.job_id, spent.attempt, spent.size)
         if self._policy.past_jobs:
             yield from self._forget_past()
 

@@ -55,6 +55,8 @@ def wants(method: str, path: str, query: dict[str, list[str]], body: bytes) -> l
         return [("s3:DeleteObject", f"{bucket}/{name}") for name in re.findall(r"<Key>(.*?)</Key>", body.decode())]
     if not key and "uploads" in query:
         return [("s3:ListBucketMultipartUploads", bucket)]
+    if "uploadId" in query and method == "GET":
+        return [("s3:ListMultipartUploadParts", f"{bucket}/{key}")]
     if "uploadId" in query and method == "DELETE":
         return [("s3:AbortMultipartUpload", f"{bucket}/{key}")]
     if not key:

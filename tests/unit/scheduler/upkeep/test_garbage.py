@@ -235,6 +235,19 @@ def test_a_store_that_lists_no_uploads_ends_no_gc(lab: Lab, caplog: pytest.LogCa
     assert "what uploads left that were killed stays: listing" in caplog.text
 
 
+def test_an_upload_that_can_t_be_removed_ends_no_gc(lab: Lab, caplog: pytest.LogCaptureFixture) -> None:
+    class Kept(ArtifactStore):
+        def drop(self, file: Unfinished) -> None:
+            raise ArtifactError(f"removing {file.name}: Access Denied")
+
+    data = {lab.data("nobody's")}
+    lab.begins(f"datasets/{'a' * 64}.jsonl")
+    lab.clock.forward(MONTH.total_seconds() + 86400)
+    gone = list(lab.cleaner(artifacts=Kept(lab.artifacts.url)).remove())
+    assert (names(gone, Kind.DATA), names(gone, Kind.UNFINISHED)) == (data, set())
+    assert f"what an upload left that was killed stays: removing datasets/{'a' * 64}.jsonl" in caplog.text
+
+
 def test_old_data_go_once_no_job_may_read_them(lab: Lab) -> None:
     waiting = lab.store.submit(submission(lora=200, qlora=200))
     kept, removed, failed = lab.run(Reason.OK), lab.run(Reason.OK), lab.run(Reason.DIVERGED)
