@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime as dt
+import errno
 import hashlib
 import json
 import logging
@@ -135,10 +136,11 @@ class ArtifactStore:
         """Upload every file below `folder` under `prefix`, close it with a manifest and read all of it back.
 
         Raises ArtifactError when something can't be written or reads back differently, ServiceUnreachable, ResultTaken;
-        FileNotFoundError when the folder goes meanwhile.
+        FileNotFoundError when the folder goes meanwhile, or has no file.
         """
-        folder.stat()  # of one that is gone `rglob` finds nothing, which would be stored as a whole result
         paths = sorted(p for p in folder.rglob("*") if p.is_symlink() or not p.is_dir())
+        if not paths:  # it is being removed, or has gone: that would be stored as a whole result
+            raise FileNotFoundError(errno.ENOENT, "no file to store", str(folder))
         if wrong := next((p for p in paths if p.is_symlink() or not p.is_file()), None):
             # a link would be followed, and its target stored under the job's name
             raise ArtifactError(f"storing {prefix}: {wrong.relative_to(folder).as_posix()!r} is not a plain file")

@@ -218,6 +218,16 @@ def test_a_file_of_a_result_is_never_taken_for_one_that_nobody_ended(place: Plac
     assert place.store.unfinished(dt.datetime.now(dt.UTC) + dt.timedelta(days=2)) == []
 
 
+@pytest.mark.parametrize("made", [True, False])
+def test_a_folder_without_files_is_no_result(place: Place, tmp_path: Path, made: bool) -> None:
+    """It is being removed: stored, it would count as whole."""
+    if made:
+        (tmp_path / "empty" / "adapter").mkdir(parents=True)
+    with pytest.raises(FileNotFoundError, match="empty"):
+        place.store.put_result(tmp_path / "empty", PREFIX)
+    assert place.store.holdings("jobs") == []
+
+
 def test_what_is_removed_is_gone_and_its_neighbours_are_not(place: Place, result: Path) -> None:
     for attempt in (1, 10):
         place.store.put_result(result, attempt_prefix(7, attempt))
