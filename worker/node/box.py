@@ -157,7 +157,8 @@ class Box:
         if any(self._name(d) not in told for d in self._devices if d.number not in self._given_up):
             return False
         closed = self._drained()
-        largest = max((device.total for device in self._devices if self._name(device) not in closed), default=None)
+        taking = [d.total for d in self._devices if d.number not in self._given_up and self._name(d) not in closed]
+        largest = max(taking, default=None)
         return self._store.unfinished(largest, self._labels) == 0
 
     def _drained(self) -> list[str]:

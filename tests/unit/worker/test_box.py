@@ -15,6 +15,7 @@ import pytest
 from loractl.common.errors import ExitCode
 from loractl.common.job.method import Parallel
 from loractl.common.job.need import Need, SharedNeed, Ways
+from loractl.common.job.status import Status
 from loractl.common.settings import load_settings
 from loractl.common.store.database import connect
 from loractl.common.store.store import Store
@@ -89,3 +90,34 @@ def test_a_worker_that_ends_when_idle_waits_for_what_its_nodes_say_of_their_card
     finally:
         signal.signal(signal.SIGTERM, terminate)
     assert next(looks) > 8
+
+
+def test_a_worker_that_ends_when_idle_waits_for_no_job_of_a_card_that_was_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = load_settings({"LORACTL_HOME": str(tmp_path / "home"), "LORACTL_HOST": "heron"})
+    (settings.home / "run").mkdir(parents=True)
+    sizes = {"0": 80 * GIB, "1": 24 * GIB}
+    devices = [SimulatedDevice(index=int(n), uuid=f"SIM-{n}", name="sim", total=size) for n, size in sizes.items()]
+    store, looks, popen = Store(connect(settings)), iter(range(1, 30)), subprocess.Popen
+    store.submit(submission(lora=40, qlora=None, method="lora"))
+
+    def node(command: list[str], **how: Any) -> subprocess.Popen[str]:
+        fails = command[command.index("--index") + 1] == "0"
+        process = popen(["sh", "-c", "exit 1" if fails else "read order"], **how)
+        if fails:
+            process.wait()
+        return process
+
+    def look(_: float) -> None:
+        next(looks)
+        store.see_node(node_state("heron:1", total=24 * GIB, **vars(read_identity(settings))))
+
+    monkeypatch.setattr(box.subprocess, "Popen", node)
+    monkeypatch.setattr(box.time, "sleep", look)
+    terminate = signal.getsignal(signal.SIGTERM)
+    try:
+        assert Box(settings, store, devices, {}).run(drain_when_idle=True) == ExitCode.OK
+    finally:
+        signal.signal(signal.SIGTERM, terminate)
+    assert store.jobs()[0].status is Status.QUEUED
