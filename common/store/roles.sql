@@ -85,6 +85,7 @@ SET search_path = pg_catalog, public, pg_temp AS $$
       after.spec ->> 'name' = after.name AND after.spec ->> 'base_model' = after.base_model AND
       (after.adjustment::text IS NOT DISTINCT FROM before.adjustment::text OR
         coalesce(after.adjustment::text, 'null') = 'null') AND
+      (after.spec::text = before.spec::text OR loractl_same_batch(after)) AND
       (before.status <> 'running' OR
         after.spec::jsonb - '{priority,labels,resources}'::text[] =
           before.spec::jsonb - '{priority,labels,resources}'::text[] AND

@@ -142,6 +142,23 @@ def test_who_submits_reproduces_a_job_in_the_pieces_in_which_it_ended(person: St
     assert person.job(job_id).adjustment == smaller.as_json()
 
 
+def test_a_job_in_smaller_pieces_is_edited_to_no_other_batch(person: Store, lab: Logins) -> None:
+    """It would train with the batch of its pieces, whatever its file says."""
+    adjustment = Adjustment(micro_batch=1, accumulation=16)
+    job_id = person.submit(replace(submission(), adjustment=adjustment, purpose="to reproduce job 1"))
+    engine = make_engine(lab.person)
+
+    def edit(path: str, value: str) -> None:
+        with engine.begin() as connection:
+            change = f"jsonb_set(spec\\:\\:jsonb, '{path}', '{value}')"
+            connection.execute(text(f"UPDATE jobs SET spec = {change} WHERE job_id = {job_id}"))
+
+    edit("{training,learning_rate}", "0.001")
+    with pytest.raises(Forbidden):
+        edit("{training,gradient_accumulation_steps}", "3")
+    engine.dispose()
+
+
 def test_a_box_plans_anew_what_waits_since_before_an_upgrade(
     person: Store, box: Store, postgres_url: str, tmp_path: Path
 ) -> None:
