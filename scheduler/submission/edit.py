@@ -56,7 +56,14 @@ def amendment(store: Store, job_id: int, overrides: Sequence[str]) -> Amendment:
     submission = plan_job(after, job.user, job.data, store) if anew else _as_known(job, before, after)
     text = ", ".join(map(str, changes(before, after)))
     seen = job.status, job.attempt, job.spec
-    return Amendment(job_id=job_id, seen=seen, submission=submission, planned_anew=anew, text=text)
+    return Amendment(
+        job_id=job_id,
+        seen=seen,
+        submission=submission,
+        planned_anew=anew,
+        new_batch=before.training.effective_batch != after.training.effective_batch,
+        text=text,
+    )
 
 
 def unchecked_rows(

@@ -157,6 +157,8 @@ def test_a_job_in_smaller_pieces_is_edited_to_no_other_batch(person: Store, lab:
     with pytest.raises(Forbidden):
         edit("{training,gradient_accumulation_steps}", "3")
     engine.dispose()
+    change = amendment(person, job_id, ["training.gradient_accumulation_steps=3"])
+    assert person.edit(change, "ada").adjustment is None, "with its pieces gone it may take another one"
 
 
 def test_a_box_plans_anew_what_waits_since_before_an_upgrade(

@@ -49,8 +49,9 @@ def amend(tx: Transaction, amendment: Amendment, user: str) -> Job:
     if job.status is not Status.RUNNING:
         job.lora_until = _lora_until(submission, now)
     job.gangs = submission.ways.as_json()
-    if amendment.planned_anew:
+    if amendment.planned_anew or amendment.new_batch:
         job.adjustment = None  # it was made for another batch
+    if amendment.planned_anew:
         for name, value in _planned(submission).items():
             setattr(job, name, value)
     line_up(job, submission.spec.resources.node_labels, now)

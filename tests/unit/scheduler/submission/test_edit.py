@@ -10,6 +10,7 @@ import pytest
 
 from loractl.common.artifacts import ArtifactStore
 from loractl.common.errors import UsageError, WrongState
+from loractl.common.job.adjustment import Adjustment
 from loractl.common.job.status import Reason, Status
 from loractl.common.placement.keys import QueueKey
 from loractl.common.store.records import Claim, Progress, StoredCheckpoint
@@ -63,6 +64,14 @@ def test_what_attempts_have_taught_stays_unless_the_memory_is_decided_anew(store
     job = edited(store, job_id, "dataset.max_length=64")
     assert (job.vram_lora, job.vram_needed) == (None, None), "no config of this base is here: the box plans it"
     assert job.need_key is not None
+
+
+def test_pieces_of_another_batch_go_with_it(store: Store) -> None:
+    """A job that begins in smaller pieces trained with their batch, whatever its spec said after an edit."""
+    smaller = Adjustment(micro_batch=1, accumulation=16)
+    job_id = store.submit(replace(submission(), adjustment=smaller))
+    assert edited(store, job_id, "training.learning_rate=1e-3").adjustment == smaller.as_json()
+    assert edited(store, job_id, "training.gradient_accumulation_steps=3").adjustment is None
 
 
 def test_stored_rows_are_looked_at_again_where_a_change_cuts_others(store: Store, tmp_path: Path) -> None:
