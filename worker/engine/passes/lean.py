@@ -172,8 +172,9 @@ def _chunks(counts: Sequence[int], *, joined: bool) -> Iterator[list[tuple[int, 
 
 
 def _scratch_for(hidden: torch.Tensor) -> Scratch | None:
-    """Where logits are made of these. A card keeps memory that it has freed."""
-    return Scratch() if hidden.device.type == "cpu" else None
+    """Where logits are made of these. A card keeps memory that it has freed, and a trace counts what a card takes: its
+    tensors are another type."""
+    return Scratch() if hidden.device.type == "cpu" and type(hidden) is torch.Tensor else None
 
 
 def _back(losses: Sequence[torch.Tensor], backwards: Sequence[Backward]) -> None:

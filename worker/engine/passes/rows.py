@@ -53,10 +53,7 @@ class RowAttention:
         short = self._short(query, key, value, window, how)
         # row by row: how one is computed does not depend on another, which may be another training's
         runs = [(few, list(run)) for few, run in itertools.groupby(self.lengths, lambda length: length <= short)]
-        # split, not slices: those make a tensor of full size for each part in the backward pass
-        parts = zip(
-            *(states.split([sum(run) for _, run in runs], dim=2) for states in (query, key, value)), strict=True
-        )
+        parts = [(query, key, value)] if len(runs) == 1 else _split((query, key, value), [sum(run) for _, run in runs])
         answers = [
             ShortRows.apply(*states, tuple(run), how["scaling"]) if few else self._by_kernel(module, states, run, how)
             for (few, run), states in zip(runs, parts, strict=True)
@@ -67,8 +64,8 @@ class RowAttention:
         self, module: Any, states: Sequence[torch.Tensor], lengths: list[int], how: dict[str, Any]
     ) -> torch.Tensor:
         kernel, window = self._kernel(module), how.get("sliding_window")
-        rows = zip(*(one.split(lengths, dim=2) for one in states), strict=True)
-        return torch.cat([kernel(module, q, k, v, self._mask(q, window), **how)[0] for q, k, v in rows], dim=1)
+        rows = [kernel(module, *row, self._mask(row[0], window), **how)[0] for row in _split(states, lengths)]
+        return torch.cat(rows, dim=1)
 
     def _at_once(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, window: int | None, how: dict[str, Any]
@@ -113,6 +110,12 @@ class RowAttention:
             return seen[None, None]
         hidden = torch.zeros(length, length, dtype=query.dtype, device=query.device)
         return hidden.masked_fill_(~seen, torch.finfo(query.dtype).min)[None, None]
+
+
+def _split(states: Sequence[torch.Tensor], lengths: list[int]) -> list[tuple[torch.Tensor, ...]]:
+    """Queries, keys and values of so many tokens. Not by slices, whose backward pass makes a tensor of full size for
+    each part."""
+    return list(zip(*(one.split(lengths, dim=2) for one in states), strict=True))
 
 
 class RowLayout:
