@@ -154,15 +154,18 @@ class Bucket:
         if not hasattr(self._fs, "call_s3"):
             return
         bucket, prefix, _ = self._fs.split_path(f"{self._at(part)}/")
-        for page in self._pages("list_multipart_uploads", "KeyMarker", "UploadIdMarker", Bucket=bucket, Prefix=prefix):
-            for upload in page.get("Uploads", ()):
-                grew_at = upload["Initiated"]
-                if grew_at < before:  # else its parts, a call for each 1,000, tell nothing more
-                    grew_at = self._grew_at(bucket, upload)
-                if grew_at is not None and grew_at < before:
-                    name = f"{bucket}/{upload['Key']}".removeprefix(f"{self._root}/")
-                    changed_at = grew_at.astimezone(dt.UTC)
-                    yield Unfinished(name=name, aside=upload["UploadId"], size=0, changed_at=changed_at)
+        with contextlib.suppress(FileNotFoundError):  # so some gateways answer where nobody has begun one (rclone)
+            for page in self._pages(
+                "list_multipart_uploads", "KeyMarker", "UploadIdMarker", Bucket=bucket, Prefix=prefix
+            ):
+                for upload in page.get("Uploads", ()):
+                    grew_at = upload["Initiated"]
+                    if grew_at < before:  # else its parts, a call for each 1,000, tell nothing more
+                        grew_at = self._grew_at(bucket, upload)
+                    if grew_at is not None and grew_at < before:
+                        name = f"{bucket}/{upload['Key']}".removeprefix(f"{self._root}/")
+                        changed_at = grew_at.astimezone(dt.UTC)
+                        yield Unfinished(name=name, aside=upload["UploadId"], size=0, changed_at=changed_at)
 
     def drop(self, file: Unfinished) -> None:
         """Remove what was written of it."""
