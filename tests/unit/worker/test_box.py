@@ -31,6 +31,15 @@ NODE = 'trap "" TERM; echo > "$1.begun"; read order; echo "$order" > "$1"'
 """A node that goes on after SIGTERM, as one that writes a checkpoint, until it has an order."""
 
 
+def run(worker: Box, *, drain_when_idle: bool) -> int:
+    """And leave the signals of this process as they were."""
+    terminate = signal.getsignal(signal.SIGTERM)
+    try:
+        return worker.run(drain_when_idle=drain_when_idle)
+    finally:
+        signal.signal(signal.SIGTERM, terminate)
+
+
 def test_a_second_ctrl_c_stops_at_once_however_soon_it_comes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before the worker waits for its nodes, too: they would go on without it for as long as a checkpoint takes."""
     told, began, popen = tmp_path / "told", threading.Event(), subprocess.Popen
@@ -51,13 +60,10 @@ def test_a_second_ctrl_c_stops_at_once_however_soon_it_comes(tmp_path: Path, mon
     monkeypatch.setattr(box.subprocess, "Popen", node)
     monkeypatch.setattr(box.click, "echo", lambda *_, **__: os.kill(os.getpid(), signal.SIGINT))
     threading.Thread(target=lambda: began.wait(60) and os.kill(os.getpid(), signal.SIGINT), daemon=True).start()
-    terminate = signal.getsignal(signal.SIGTERM)
     try:
-        code = worker.run(drain_when_idle=False)
+        code = run(worker, drain_when_idle=False)
     except KeyboardInterrupt:
         pytest.fail("the worker has left its nodes to themselves")
-    finally:
-        signal.signal(signal.SIGTERM, terminate)
     assert (code, told.read_text()) == (ExitCode.INTERRUPTED, "now\n")
     assert store.nodes() == [], "status said for a minute that the worker is being stopped"
 
@@ -84,11 +90,7 @@ def test_a_worker_that_ends_when_idle_waits_for_what_its_nodes_say_of_their_card
 
     monkeypatch.setattr(box.subprocess, "Popen", lambda _, **how: popen(["sh", "-c", "read order"], **how))
     monkeypatch.setattr(box.time, "sleep", look)
-    terminate = signal.getsignal(signal.SIGTERM)
-    try:
-        assert Box(settings, store, devices, {}).run(drain_when_idle=True) == ExitCode.OK
-    finally:
-        signal.signal(signal.SIGTERM, terminate)
+    assert run(Box(settings, store, devices, {}), drain_when_idle=True) == ExitCode.OK
     assert next(looks) > 8
 
 
@@ -115,9 +117,5 @@ def test_a_worker_that_ends_when_idle_waits_for_no_job_of_a_card_that_was_given_
 
     monkeypatch.setattr(box.subprocess, "Popen", node)
     monkeypatch.setattr(box.time, "sleep", look)
-    terminate = signal.getsignal(signal.SIGTERM)
-    try:
-        assert Box(settings, store, devices, {}).run(drain_when_idle=True) == ExitCode.OK
-    finally:
-        signal.signal(signal.SIGTERM, terminate)
+    assert run(Box(settings, store, devices, {}), drain_when_idle=True) == ExitCode.OK
     assert store.jobs()[0].status is Status.QUEUED

@@ -61,22 +61,24 @@ def test_a_trainer_can_t_read_the_environment_of_a_node_through_proc() -> None:
     assert json.loads(done.stdout) == ["read", "PermissionError"]
 
 
-LOOK = """
-import json, subprocess, sys, time
+SHOWN = """
 from pathlib import Path
-import psutil
-from loractl.worker.storage.client import StoreClient
 
 def shown(pid):
     try:
-        return "read" if b"SECRET=swordfish" in Path(f"/proc/{pid}/environ").read_bytes() else "not yet"
+        return "read" if b"=swordfish" in Path(f"/proc/{pid}/environ").read_bytes() else "without"
     except OSError as error:
         return type(error).__name__
+"""
+LOOK = f"""{SHOWN}
+import json, subprocess, sys, time
+import psutil
+from loractl.worker.storage.client import StoreClient
 
 plain = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
 store = StoreClient(Path(sys.argv[1]).as_uri())
 try:
-    store.fetch_dataset(f"{store.url}/datasets/{'0' * 64}.jsonl", "0" * 64, Path(sys.argv[1]))
+    store.fetch_dataset(f"{{store.url}}/datasets/{{'0' * 64}}.jsonl", "0" * 64, Path(sys.argv[1]))
 except Exception as error:
     answered = type(error).__name__
 (calls,) = [p.pid for p in psutil.Process().children() if p.pid != plain.pid]
@@ -100,18 +102,7 @@ def test_nor_that_of_the_process_that_makes_its_calls_of_the_store(tmp_path: Pat
     assert json.loads(done.stdout) == ["ArtifactError", "read", "PermissionError"]
 
 
-READ = """
-import json, sys
-from pathlib import Path
-
-def shown(pid):
-    try:
-        return "read" if b"PGPASSWORD=swordfish" in Path(f"/proc/{pid}/environ").read_bytes() else "without"
-    except OSError as error:
-        return type(error).__name__
-
-print(json.dumps([shown(pid) for pid in sys.argv[1:]]))
-"""
+READ = f"import json, sys\n{SHOWN}\nprint(json.dumps([shown(pid) for pid in sys.argv[1:]]))"
 
 
 def test_nor_that_of_a_real_worker_its_node_and_the_queue_that_it_has_started(home: Path) -> None:
