@@ -42,6 +42,7 @@ class Stack:
     autocast: bool = True  # False: a loop without it, which computes adapters in fp32
     keeps_logits: bool = False  # True: a loop that holds the model's output during the backward pass
     double_quant: bool = True
+    widens: bool = True  # False: a processor that is known to make no products of 16-bit numbers in fp32
     padded: bool = False  # True: the engine has found that this model's rows need padding
     cards: int = 1  # that share the job; the plan is of each of them
     parallel: Parallel = Parallel.NONE
@@ -59,7 +60,7 @@ class Step:
     wide_norms: bool  # LayerNorm is fp32 under autocast, an NF4 layer answers in the type of its input: all become fp32
     lean: bool  # rows behind each other, logits in chunks, adapters' input as it is; else as transformers' Trainer
     full: bool  # all in fp32, without autocast
-    widens: bool  # products of 16-bit numbers may be made in fp32: on some processors, which are not told apart here
+    widens: bool  # products of 16-bit numbers may be made in fp32: on some processors
     saved_embedding: bool  # trained in fp32, which makes the residual stream fp32
     saved_head: bool
     dora: bool
@@ -86,7 +87,7 @@ class Step:
             whole_rest=training.exact or full,
             wide_norms=shape.norm == "layer" and shape.linear_parameters > 0,
             full=full,
-            widens=lean and stack.autocast and not full and not stack.on_gpu,
+            widens=lean and stack.autocast and not full and not stack.on_gpu and stack.widens,
             saved_embedding="embedding" in saved and not full,
             saved_head="head" in saved and not full,
             dora=spec.lora.use_dora,

@@ -14,6 +14,7 @@ from loractl.common.memory.plan import PROCESSOR_BYTES, plan
 from loractl.common.memory.step import Lengths, Stack
 from loractl.worker.base.arithmetic import choose_precision
 from loractl.worker.base.gauge import _proc_status, release
+from loractl.worker.engine.passes.wide import multiplies_wide
 
 from ..models import make_tiny_model
 from .conftest import Recipe
@@ -55,9 +56,8 @@ def test_the_plan_for_a_processor_is_near_the_measured_peak(
     )  # fmt: skip
     shape = read_shape(str(base), None)
     assert shape is not None
-    planned = plan(
-        shape, spec, Method.LORA, Lengths(train=TOKENS, evaluate=TOKENS, rows=ROWS), stack=Stack(on_gpu=False)
-    )
+    stack = Stack(on_gpu=False, widens=multiplies_wide())
+    planned = plan(shape, spec, Method.LORA, Lengths(train=TOKENS, evaluate=TOKENS, rows=ROWS), stack=stack)
     assert bool(planned.parts["allocator"]) == bool(checkpointing), "what the heap keeps where blocks are computed anew"
     grown = ended.peaks.process - before
     assert planned.peak_bytes == pytest.approx(PROCESSOR_BYTES + grown, rel=0.15)

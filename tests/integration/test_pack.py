@@ -36,10 +36,10 @@ MUTE = 2  # the seed of a training that learns nothing of some rows
 Settings = tuple[dict[str, Any], dict[str, Any]]  # of a job's lora section, and of its training section
 
 
-def rows(count: int, seed: int, *, mute: bool = False) -> list[TokenRow]:
-    """Rows of 33 to 60 tokens; with `mute`, nothing is learned of every third one."""
-    lengths = [33 + (n * 17 + seed * 5) % 28 for n in range(count)]
-    ids = [[3 + (n * 37 + at * 11 + seed) % 250 for at in range(length)] for n, length in enumerate(lengths)]
+def rows(count: int, seed: int, *, mute: bool = False, lengths: range = range(33, 61)) -> list[TokenRow]:
+    """Rows of `lengths` tokens; with `mute`, nothing is learned of every third one."""
+    taken = [lengths[(n * 17 + seed * 5) % len(lengths)] for n in range(count)]
+    ids = [[3 + (n * 37 + at * 11 + seed) % 250 for at in range(length)] for n, length in enumerate(taken)]
     return [
         TokenRow(number=n, input_ids=row, labels=[IGNORED] * unlearned + row[unlearned:])
         for n, row in enumerate(ids)
@@ -53,6 +53,7 @@ class Lab:
     def __init__(self, model: Path, folder: Path, method: str, dtype: str, **training: Any) -> None:
         self._model, self._folder, self._method, self._dtype = model, folder, method, dtype
         self._training, self._numbers = training, itertools.count()
+        self.lengths = range(33, 61)  # tokens of a row
         self.base = self.load()
 
     def load(self) -> SharedBase:
@@ -81,7 +82,10 @@ class Lab:
         compute_in(model, case.precision)
         seed = case.spec.training.seed
         forward = SharedPass(self.base, model, case.spec.training.label_smoothing_factor, streams)
-        learned = MemberRows(train=rows(9, seed, mute=seed == MUTE), held_out=rows(5, seed + 100))
+        learned = MemberRows(
+            train=rows(9, seed, mute=seed == MUTE, lengths=self.lengths),
+            held_out=rows(5, seed + 100, lengths=self.lengths),
+        )
         member = PackMember(forward, case.arguments(), learned, (Watch(course), *more))
         if resume is not None:
             member.resume(resume)
@@ -188,6 +192,14 @@ def wide_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_products_of_a_wide_base_are_those_of_a_training_alone(wide_model: Path, tmp_path: Path, base: str) -> None:
     """Of layers that all adapt, that some adapt, and that nobody adapts."""
     _same_together(Lab(wide_model, tmp_path, **BASES[base], max_steps=2))
+
+
+@pytest.mark.parametrize("base", ["lora in fp32", "nf4"])
+def test_a_micro_batch_of_a_few_tokens_is_what_it_would_be_alone(tiny_model: Path, tmp_path: Path, base: str) -> None:
+    """A library has kernels of its own for a few rows."""
+    lab = Lab(tiny_model, tmp_path, **BASES[base], max_steps=2)
+    lab.lengths = range(2, 4)
+    _same_together(lab)
 
 
 @pytest.mark.parametrize("base", ["lora in fp32", "lora in bf16, checkpointing"])

@@ -14,6 +14,7 @@ import torch
 from loractl.common.job.status import Reason
 
 from .failure import TrainingFailed
+from .processor import has_bf16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +51,7 @@ def choose_precision(device: str, dtype: str = "auto", family: str = "") -> Prec
         if family.startswith(OVERFLOWS_FP16):
             return Precision(base=torch.float32, amp=None)
         return Precision(base=torch.float16, amp="fp16")
-    if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported():
+    if has_bf16():
         return Precision(base=torch.bfloat16, amp="bf16")
     return Precision(base=torch.float32, amp=None)
 

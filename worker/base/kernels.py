@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from .processor import add_up_repeatably
+
 QUANTISE = "bitsandbytes::quantize_4bit"
 
 PIECE = 7 * 2**12
@@ -19,7 +21,10 @@ def load_kernels() -> None:
 
     It hands five functions to torch.compile, for devices that it has no kernels for. None of them is compiled, but for
     that torch loads its compiler: a tenth of what a trainer's start takes. Here they stay as they are written.
+
+    All that computes calls it first, so it also tells MKL how to add up, before torch loads that.
     """
+    add_up_repeatably()
     import torch
 
     compiler = torch.compile

@@ -13,6 +13,7 @@ from loractl.common.units import gib
 from loractl.worker.base.failure import TrainingFailed
 from loractl.worker.data.lengths import lengths_of
 from loractl.worker.data.prepared import PreparedData
+from loractl.worker.engine.passes.wide import multiplies_wide
 from loractl.worker.protocol.messages import Planned, Start
 
 from .run import Run
@@ -62,7 +63,7 @@ def tell_padded(run: Run, data: PreparedData, why: str) -> None:
 
 def _stack(run: Run) -> Stack:
     """A simulated card is planned as a card, though a processor trains there."""
-    return Stack(on_gpu=run.order.gpu != "cpu")
+    return Stack(on_gpu=run.order.gpu != "cpu", widens=multiplies_wide())
 
 
 def _tell(run: Run, need: Need) -> None:

@@ -1,23 +1,71 @@
-"""Products in 16 bit on a processor, of one training's tokens at a time.
+"""Products on a processor, of so many trainings' tokens at a time that no bit depends on who else is in the pass.
 
-The library rounds by the number of rows that it is given. Its kernels for tiles (AMX) add up a row's products in pieces
-whose size they pick by that number, so a row among 256 may differ in its last digit from the same row among 64.
+A library may round by the number of rows that it is given. In 16 bit its kernels for tiles (AMX) add up a row's
+products in pieces whose size they pick by that number, so each training's tokens are multiplied by themselves. In fp32
+MKL can be told to add up in one order (base/processor.py). Whether it does, for products of a base's shapes and at this
+number of threads, is asked of the machine itself (`unsteady`) before two trainings share them; where it does not, their
+tokens are multiplied apart in fp32, too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 
+from . import wide
 
-def rounds_by_rows(device: torch.device, kind: torch.dtype) -> bool:
-    """Whether products of this type may depend there on how many rows are multiplied."""
-    return device.type == "cpu" and kind in (torch.bfloat16, torch.float16)
+FEW = 32
+"""Of fewer rows a library makes products by other kernels, with other bits: for AMD's Zen 4 MKL did below 4, whatever
+it was told. A training with fewer tokens in a pass is multiplied by itself on any machine."""
+
+PASSES = (
+    (32, 32), (33, 57), (40, 88, 64), (128, 128), (90, 167, 43), (60,) * 8, (256, 256), (45, 577, 100), (512, 512),
+)  # fmt: skip
+"""Tokens of trainings in the passes that `unsteady` compares. Differences were seen from 66 rows on, from 256, and only
+at 1,024, by shape and number of threads."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerShape:
+    """Of a linear layer, as far as a library may pick a kernel by it."""
+
+    outputs: int
+    inputs: int
+    biased: bool
+    turned: bool  # its weight lies in memory as (inputs, outputs)
+    stored: torch.dtype  # of the weight; one in 16 bit is widened
+
+    def __str__(self) -> str:
+        notes = " with a bias" * self.biased + ", turned" * self.turned
+        return f"{self.inputs} to {self.outputs}{notes}, {str(self.stored).removeprefix('torch.')}"
+
+    def draw(self, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """A weight of shape (outputs, inputs) and a bias."""
+        sides = (self.inputs, self.outputs) if self.turned else (self.outputs, self.inputs)
+        weight = torch.randn(*sides, generator=generator).to(self.stored)
+        bias = torch.randn(self.outputs, generator=generator).to(self.stored) if self.biased else None
+        return weight.T if self.turned else weight, bias
+
+
+def pieces(lengths: Sequence[int], *, steady: bool) -> Sequence[int]:
+    """How many rows are multiplied at a time: each training's own, or neighbours together where products are steady."""
+    if not steady or len(lengths) < 2:
+        return lengths
+    found, joined = list[int](), False
+    for length in lengths:
+        if length >= FEW and joined:
+            found[-1] += length
+        else:
+            found.append(length)
+        joined = length >= FEW
+    return found
 
 
 def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, lengths: Sequence[int]) -> torch.Tensor:
-    """x W^T + bias of shape (tokens, outputs); `weight` is (outputs, inputs), `lengths` are each training's tokens."""
+    """x W^T + bias of shape (tokens, outputs); `weight` is (outputs, inputs). `lengths`: rows that are multiplied at a
+    time."""
     answer = x.new_empty(len(x), len(weight))
     for own, to in zip(x.split(lengths), answer.split(lengths), strict=True):
         if bias is None:
@@ -28,7 +76,7 @@ def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, le
 
 
 def input_gradient(given: torch.Tensor, weight: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
-    """given W, of shape (tokens, inputs)."""
+    """given W, of shape (tokens, inputs). `lengths`: rows that are multiplied at a time."""
     back = given.new_empty(len(given), weight.shape[1])
     for own, to in zip(given.split(lengths), back.split(lengths), strict=True):
         torch.mm(own, weight, out=to)
@@ -38,3 +86,23 @@ def input_gradient(given: torch.Tensor, weight: torch.Tensor, lengths: Sequence[
 def each(layer: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
     """What a layer of any kind answers to each training's tokens of `x`, of shape (..., tokens, width)."""
     return torch.cat([layer(own) for own in x.split(lengths, dim=-2)], dim=-2)
+
+
+def unsteady(shapes: Iterable[LayerShape]) -> str | None:
+    """The first of these layers whose products in fp32, forward or backward, have other bits among the rows of others
+    than by themselves, in words; None where none has. It takes about as long as a step of all `PASSES`."""
+    draw = torch.Generator().manual_seed(0)
+    for shape in shapes:
+        weight, bias = shape.draw(draw)
+        forward, backward = (product, input_gradient) if shape.stored is torch.float32 else _WIDE
+        for lengths in PASSES:
+            x, given = (torch.randn(sum(lengths), width, generator=draw) for width in (shape.inputs, shape.outputs))
+            answers = (forward(x, weight, bias, parts) for parts in ([len(x)], lengths))
+            gradients = (backward(given, weight, parts) for parts in ([len(x)], lengths))
+            for what, (together, each) in (("answers", answers), ("gradients", gradients)):
+                if not torch.equal(together, each):
+                    return f"{shape}: {what} of {len(x)} rows have other bits than those of {lengths[0]} of them"
+    return None
+
+
+_WIDE = wide.product, wide.input_gradient

@@ -14,9 +14,11 @@ from typing import Any
 
 import torch
 
+from loractl.worker.base.processor import has_tiles
+
 from . import wide
 
-SHORT = 256 if torch.cpu._is_amx_tile_supported() else 512
+SHORT = 256 if has_tiles() else 512
 """Tokens of a row up to which its scores are small: of 512 tokens 32 heads take 16 MiB, and twice that in fp32. With
 tiles torch's kernel takes half the time of plain products for 512 tokens, and as much for 300."""
 

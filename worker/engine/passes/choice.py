@@ -99,7 +99,7 @@ def forward_pass(
     alone = None
     if shared is not None:
         try:
-            together = SharedPass(shared, learner.model, training.label_smoothing_factor, streams)
+            together = SharedPass(shared, learner.model, training.label_smoothing_factor, streams, once)
             if (alone := _fault(together, spec, longest, once)) is None:
                 return together, None
         except CantShare as error:

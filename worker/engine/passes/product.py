@@ -90,11 +90,10 @@ class SharedProduct:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         taken = [(span, layer) for span in self._spans.now if (layer := self.layers.get(span.owner)) is not None]
-        kind = _compute_type(x)
         if not taken:
-            # with the bits that it has beside a training with factors here
-            ours = wide.may_widen(x.device, kind) or apart.rounds_by_rows(x.device, kind)
-            return self._together(x, []) if ours and self._frozen is not None else self._alike(x)
+            # on a processor with the bits that it has among trainings with factors here
+            ours = x.device.type == "cpu" and self._frozen is not None
+            return self._together(x, []) if ours else self._alike(x)
         if not self._sees_all(x):
             raise CantShare(f"a layer is given {x.numel() // x.shape[-1]} of {sum(self._spans.lengths)} tokens")
         if self._frozen is None:
@@ -110,6 +109,16 @@ class SharedProduct:
         assert self._frozen is not None
         return self._frozen.apart()
 
+    @property
+    def shape(self) -> apart.LayerShape | None:
+        """By which a library may pick a kernel; None for a layer of a kind that is not known."""
+        return None if self._frozen is None else self._frozen.shape
+
+    def join_rows(self, *, steady: bool) -> None:
+        """Multiply rows of several trainings together, where their products in fp32 have the same bits so."""
+        if self._frozen is not None:
+            self._frozen.steady = steady
+
     def _sees_all(self, x: torch.Tensor) -> bool:
         return x.numel() == x.shape[-1] * sum(self._spans.lengths)
 
@@ -119,7 +128,7 @@ class SharedProduct:
 
     def _alike(self, x: torch.Tensor) -> torch.Tensor:
         """The layer's own answer, whose bits do not depend on who else is in the pass."""
-        several = apart.rounds_by_rows(x.device, _compute_type(x)) and len(self._lengths(x)) > 1
+        several = x.device.type == "cpu" and len(self._lengths(x)) > 1
         return apart.each(self._own, x, self._lengths(x)) if several else self._own(x)
 
     def _together(self, x: torch.Tensor, taken: list[tuple[Span, Any]]) -> torch.Tensor:
@@ -267,8 +276,10 @@ def _drawing_from(generator: torch.Generator) -> Iterator[None]:
 class FrozenProduct:
     """What a linear layer computes without adapters, forward and backward, on tensors of shape (tokens, width)."""
 
-    def __init__(self, linear: Any, weight: Callable[[], torch.Tensor]) -> None:
+    def __init__(self, linear: Any, weight: Callable[[], torch.Tensor], shape: apart.LayerShape) -> None:
         self._linear, self._own, self._weight = linear, linear.forward, weight
+        self.shape = shape
+        self.steady = False  # whether rows of several trainings may be multiplied together in fp32
         self._apart: wide.Apart | None = None
 
     @classmethod
@@ -283,8 +294,17 @@ class FrozenProduct:
             Conv1D: lambda: linear.weight.T,
             Linear4bit: lambda: dequantize_4bit(linear.weight.data, linear.weight.quant_state),
         }
-        weight = weights.get(type(linear))
-        return None if weight is None else cls(linear, weight)
+        if (weight := weights.get(type(linear))) is None:
+            return None
+        turned, quantised = isinstance(linear, Conv1D), isinstance(linear, Linear4bit)
+        inputs, outputs = linear.weight.shape if turned else (linear.in_features, linear.out_features)
+        stored = linear.weight.quant_state.dtype if quantised else linear.weight.dtype
+        biased = linear.bias is not None
+        return cls(
+            linear,
+            weight,
+            apart.LayerShape(outputs=outputs, inputs=inputs, biased=biased, turned=turned, stored=stored),
+        )
 
     @contextlib.contextmanager
     def apart(self) -> Iterator[wide.Apart]:
@@ -299,11 +319,13 @@ class FrozenProduct:
 
     def __call__(self, x: torch.Tensor, lengths: Sequence[int], *, widened: bool) -> torch.Tensor:
         """`lengths`: each training's tokens. `widened`: `x` was made fp32 for a faster product."""
+        bias = self._linear.bias
         if widened:
-            return wide.product(x, self._weight(), self._linear.bias, self._apart)
-        if apart.rounds_by_rows(x.device, x.dtype):
-            bias = self._linear.bias
-            return apart.product(x, self._weight().to(x.dtype), bias if bias is None else bias.to(x.dtype), lengths)
+            scratch = None if self._apart is None else self._apart.scratch
+            return wide.product(x, self._weight(), bias, self._pieces(x, lengths), scratch)
+        if x.device.type == "cpu":
+            bias = bias if bias is None else bias.to(x.dtype)
+            return apart.product(x, self._weight().to(x.dtype), bias, self._pieces(x, lengths))
         own: torch.Tensor = self._own(x)
         return own
 
@@ -311,7 +333,14 @@ class FrozenProduct:
         """From the gradient of the answer to that of the input."""
         weight = self._weight()
         if widened:
-            return wide.input_gradient(given, weight, self._apart)
+            return wide.input_gradient(given, weight, self._pieces(given, lengths))
         weight = weight.to(given.dtype)
-        by_rows = apart.rounds_by_rows(given.device, given.dtype)
-        return apart.input_gradient(given, weight, lengths) if by_rows else given @ weight
+        if given.device.type == "cpu":
+            return apart.input_gradient(given, weight, self._pieces(given, lengths))
+        return given @ weight
+
+    def _pieces(self, x: torch.Tensor, lengths: Sequence[int]) -> Sequence[int]:
+        """How many rows are multiplied at a time on a processor."""
+        if self._apart is not None:
+            return self._apart.lengths
+        return apart.pieces(lengths, steady=self.steady and x.dtype is torch.float32)

@@ -7,6 +7,8 @@ and loss see their own span alone, so what one training computes does not depend
 from __future__ import annotations
 
 import contextlib
+import functools
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +16,8 @@ from typing import Any
 import torch
 
 from loractl.worker.base.arithmetic import Precision
+from loractl.worker.base.kept.knowledge import Once
+from loractl.worker.base.processor import arithmetic
 from loractl.worker.data.tokens import TokenRow
 from loractl.worker.engine.loss import Backward, MicroBatch
 from loractl.worker.engine.streams import RandomStreams
@@ -23,6 +27,8 @@ from .lean import HeadPart, LeanModel, LeanPass, RowsBehindEachOther
 from .norm import take_over_norms
 from .product import ADAPTER, CantShare, ExpertsApart, FrozenProduct, SharedProduct, Span, Spans
 from .view import view_of
+
+log = logging.getLogger("loractl.worker")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,11 +54,10 @@ class SharedBase:
         self._spans = Spans()
         self._head: SharedProduct | None = None  # where several trainings may be given to it together
         self._products: dict[str, SharedProduct] = {}  # by the layer's path
-        if wide.may_widen(model.device, precision.base):
-            self._take_over()
-        elif apart.rounds_by_rows(model.device, precision.base):
-            self._take_over(head=False)  # whose chunks are of one training each
+        self._asked = False  # whether this machine's products of several trainings have the bits of each alone
         if model.device.type == "cpu":
+            # the head's chunks are of one training each, but where its weight is widened for all of them
+            self._take_over(head=wide.may_widen(model.device, precision.base))
             take_over_norms(self._words)
             for block in ExpertsApart.blocks(self._words):
                 block.forward = ExpertsApart(block, self._spans)
@@ -62,8 +67,12 @@ class SharedBase:
         """A view of the base, for one adapter."""
         return view_of(self.model)
 
-    def take_in(self, adapted: Any) -> None:
-        """Know the layers of an adapter on a view. They are forgotten when the model is gone. Raises CantShare."""
+    def take_in(self, adapted: Any, once: Once[str | None] | None = None) -> None:
+        """Know the layers of an adapter on a view. They are forgotten when the model is gone. Raises CantShare.
+
+        `once`: asks whether the machine multiplies several trainings' rows as it does each one's, where nobody has;
+        None: this base asks by itself.
+        """
         from peft.tuners.lora.layer import LoraLayer
 
         layers = [(path, m) for path, m in adapted.get_base_model().named_modules() if isinstance(m, LoraLayer)]
@@ -72,6 +81,24 @@ class SharedBase:
                 raise CantShare(f"{path} is no plain linear layer")
         for path, layer in layers:
             self._product(path).layers[adapted] = layer
+        if not self._asked and any(len(product.layers) > 1 for product in self._products.values()):
+            self._join_rows(once)
+
+    def _join_rows(self, once: Once[str | None] | None) -> None:
+        """Before the first pass of several trainings: on a processor, multiply rows together where no bit changes."""
+        self._asked = True
+        inner = [product for product in self._products.values() if product is not self._head]
+        shapes = {product.shape: None for product in inner if product.shape is not None}
+        kind = self.precision.base
+        if self.model.device.type != "cpu" or not (kind is torch.float32 or wide.may_widen(self.model.device, kind)):
+            return
+        question = f"several trainings' rows in one product: {', '.join(map(str, shapes))} {' '.join(arithmetic())}"
+        find_out = functools.partial(apart.unsteady, shapes)
+        why = find_out() if once is None else once(question, find_out, keeps=lambda found: True).answer
+        if why is not None:
+            log.info("each training's rows are multiplied by themselves: %s", why)
+        for product in inner:
+            product.join_rows(steady=why is None)
 
     def _product(self, path: str) -> SharedProduct:
         if path not in self._products:
@@ -200,12 +227,18 @@ class SharedPass(LeanPass):
     """The lean pass of a training on a shared base. Alone it is a pass of one; a pack passes several together."""
 
     def __init__(
-        self, base: SharedBase, adapted: Any, smoothing: float = 0.0, streams: RandomStreams | None = None
+        self,
+        base: SharedBase,
+        adapted: Any,
+        smoothing: float = 0.0,
+        streams: RandomStreams | None = None,
+        once: Once[str | None] | None = None,
     ) -> None:
+        """`once`: finds out how this machine multiplies, where nobody has."""
         super().__init__(adapted, base.precision, smoothing, streams)
         self.base = base
         self.recomputes = False
-        base.take_in(adapted)
+        base.take_in(adapted, once)
 
     def recompute_blocks(self) -> None:
         self.recomputes = True

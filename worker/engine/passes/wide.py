@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import platform
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
+
+from loractl.worker.base.processor import has_bf16, has_tiles, is_intel, is_x86
 
 from .scratch import Scratch
 
@@ -29,12 +29,9 @@ def multiplies_wide() -> bool:
     that rate (82 GFLOPS against 154 on a core); its tiles (AMX), which virtual machines may hide, and AMD's AVX512 are
     faster in bf16. By kind and not by a stopwatch: a job that is resumed on a like machine must compute the same bits.
     """
-    if platform.machine() not in ("x86_64", "AMD64") or torch.cpu._is_amx_tile_supported():
+    if not is_x86() or has_tiles():
         return False
-    if not torch.cpu._is_avx512_bf16_supported():
-        return True
-    about = Path("/proc/cpuinfo")
-    return about.exists() and "GenuineIntel" in about.read_text("utf-8", "replace")
+    return is_intel() or not has_bf16()
 
 
 _narrow = False
@@ -75,28 +72,29 @@ class Apart:
         self.lengths: Sequence[int] = ()
         self.scratch = Scratch()
 
-    def parts(self, *tensors: torch.Tensor) -> list[tuple[torch.Tensor, ...]]:
-        """Each training's rows of some tensors."""
-        return list(zip(*(tensor.split(self.lengths) for tensor in tensors), strict=True))
-
 
 def product(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, apart: Apart | None = None
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    lengths: Sequence[int],
+    scratch: Scratch | None = None,
 ) -> torch.Tensor:
-    """x W^T + bias in fp32, of shape (tokens, outputs); `x` is in fp32, `weight` (outputs, inputs) in 16 bit."""
+    """x W^T + bias in fp32, of shape (tokens, outputs); `x` is in fp32, `weight` (outputs, inputs) in 16 bit. So many
+    tokens at a time as `lengths` say. `scratch`: has room for the answer."""
     shape = len(x), len(weight)
-    answer = x.new_empty(shape) if apart is None else apart.scratch.take(*shape)
-    parts = [(x, answer)] if apart is None else apart.parts(x, answer)
+    answer = x.new_empty(shape) if scratch is None else scratch.take(*shape)
+    parts = list(zip(x.split(lengths), answer.split(lengths), strict=True))
     for rows, wide in _slabs(weight):
         for own, to in parts:
             torch.mm(own, wide.T, out=to[:, rows])
     return answer if bias is None else answer.add_(bias)
 
 
-def input_gradient(given: torch.Tensor, weight: torch.Tensor, apart: Apart | None = None) -> torch.Tensor:
-    """given W in fp32, of shape (tokens, inputs); `given` is in fp32."""
+def input_gradient(given: torch.Tensor, weight: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
+    """given W in fp32, of shape (tokens, inputs); `given` is in fp32. So many tokens at a time as `lengths` say."""
     back = given.new_empty(len(given), weight.shape[1])
-    parts = [(given, back)] if apart is None else apart.parts(given, back)
+    parts = list(zip(given.split(lengths), back.split(lengths), strict=True))
     for rows, wide in _slabs(weight):
         for own, to in parts:
             if rows.start == 0:
