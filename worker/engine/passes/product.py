@@ -14,6 +14,7 @@ from weakref import WeakKeyDictionary
 import torch
 
 from . import apart, wide
+from .apart import LayerShape
 
 ADAPTER = "default"
 """peft's name of an adapter that is alone in its view of the base."""
@@ -110,7 +111,7 @@ class SharedProduct:
         return self._frozen.apart()
 
     @property
-    def shape(self) -> apart.LayerShape | None:
+    def shape(self) -> LayerShape | None:
         """By which a library may pick a kernel; None for a layer of a kind that is not known."""
         return None if self._frozen is None else self._frozen.shape
 
@@ -276,7 +277,7 @@ def _drawing_from(generator: torch.Generator) -> Iterator[None]:
 class FrozenProduct:
     """What a linear layer computes without adapters, forward and backward, on tensors of shape (tokens, width)."""
 
-    def __init__(self, linear: Any, weight: Callable[[], torch.Tensor], shape: apart.LayerShape) -> None:
+    def __init__(self, linear: Any, weight: Callable[[], torch.Tensor], shape: LayerShape) -> None:
         self._linear, self._own, self._weight = linear, linear.forward, weight
         self.shape = shape
         self.steady = False  # whether rows of several trainings may be multiplied together in fp32
@@ -303,7 +304,7 @@ class FrozenProduct:
         return cls(
             linear,
             weight,
-            apart.LayerShape(outputs=outputs, inputs=inputs, biased=biased, turned=turned, stored=stored),
+            LayerShape(outputs=outputs, inputs=inputs, biased=biased, turned=turned, stored=stored),
         )
 
     @contextlib.contextmanager
