@@ -1,11 +1,12 @@
 """Trainings in a pack against the same ones after each other: python -m benchmarks.packs MODEL ROWS CASE [CASE ...]
 
-CASE is a base and the tokens of each member's micro-batch: `bf16:64,64,64,64`; `4x128` stands for four rows of 128. In
-one process on one thread, a step of the pack and a step of each member alone come in turn. Told are CPU seconds of both
-(the median of the steps after the first), their ratio, whether all weights are the same bit for bit, the least ratio at
-which members of different people end sooner in the mean, and what the pack rule thinks of it before it has measured
-anything. `memory:4` instead tells the largest resident set of four members of 256 tokens in one process, beside that of
-one; `memory-recomputing:4` with gradient checkpointing.
+CASE is a base (fp32, bf16 or nf4) and the tokens of each member's micro-batch: `bf16:64,64,64,64`; `4x128` stands for
+four rows of 128. With `-apart` behind the base, each member's rows are multiplied by themselves, also where this
+machine gives them the same bits together. In one process on one thread, a step of the pack and a step of each member
+alone come in turn. Told are CPU seconds of both (the median of the steps after the first), their ratio, whether all
+weights are the same bit for bit, the least ratio at which members of different people end sooner in the mean, and
+what the pack rule thinks of it before it has measured anything. `memory:4` instead tells the largest resident set of
+four members of 256 tokens in one process, beside that of one; `memory-recomputing:4` with gradient checkpointing.
 """
 
 from __future__ import annotations
@@ -36,9 +37,11 @@ def _compare(model: str, rows: str, kind: str, shapes: list[str]) -> str:
     import torch
 
     from loractl.common.placement.pack_rule import PackedJob, PassLaw, join_verdict
+    from loractl.worker.base.kernels import load_kernels
 
     torch.set_num_threads(1)
-    lab = Lab(model, rows, kind)
+    load_kernels()
+    lab = Lab(model, rows, kind.removesuffix("-apart"), apart=kind.endswith("-apart"))
     together, alone = lab.side(shapes, one_pack=True), lab.side(shapes, one_pack=False)
     for _ in range(STEPS):
         together.step()
@@ -51,9 +54,9 @@ def _compare(model: str, rows: str, kind: str, shapes: list[str]) -> str:
     pack, single = (statistics.median(side.costs[1:]) for side in (together, alone))
     count, tokens = len(shapes), [_tokens(shape) for shape in shapes]
     jobs = [PackedJob(tokens=number, sweep="s") for number in tokens]
-    verdict = join_verdict(PassLaw.start(quantised=kind == "nf4"), jobs[1:], jobs[0])
+    verdict = join_verdict(PassLaw.start(quantised=kind.startswith("nf4")), jobs[1:], jobs[0])
     return (
-        f"{kind} {count} jobs, {', '.join(shapes):40s} one by one {single:6.2f} s, pack {pack:6.2f} s, "
+        f"{kind:10s} {count} jobs, {', '.join(shapes):40s} one by one {single:6.2f} s, pack {pack:6.2f} s, "
         f"{single / pack:5.2f}x, same bits: {'yes' if same else 'NO'}; others need {2 * count / (count + 1):.2f}x; "
         f"rule {verdict.speed_up:.2f}x, {'joins' if verdict.pays else 'refuses'} in a sweep"
     )

@@ -11,6 +11,7 @@ from transformers import TrainingArguments, set_seed
 from loractl.common.job.method import Method
 from loractl.common.job.spec import JobSpec
 from loractl.worker.base.arithmetic import choose_precision, compute_in
+from loractl.worker.base.kernels import load_kernels
 from loractl.worker.base.lora import add_adapter
 from loractl.worker.base.model import load_base
 from loractl.worker.data.tokens import TokenRow
@@ -19,6 +20,7 @@ from loractl.worker.engine.member import MemberRows, PackMember
 from loractl.worker.engine.passes.choice import shared_base
 from loractl.worker.engine.passes.shared import SharedPass
 
+load_kernels()
 gate = Gate(sys.argv[1])
 job = gate.job
 spec = JobSpec.model_validate(

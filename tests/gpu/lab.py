@@ -17,9 +17,18 @@ class Lab:
     """One base, and members on it that learn rows of a given number of tokens."""
 
     def __init__(
-        self, model: str, rows: str, kind: str, *, recompute: bool = False, device: str = "cpu", longest: int = 256
+        self,
+        model: str,
+        rows: str,
+        kind: str,
+        *,
+        recompute: bool = False,
+        device: str = "cpu",
+        longest: int = 256,
+        apart: bool = False,
     ) -> None:
-        """`longest`: tokens of a row of the file; members' rows are cut from all of them behind each other."""
+        """`kind`: fp32, bf16 or nf4. `longest`: tokens of a row of the file; members' rows are cut from all of them
+        behind each other. `apart`: each member's rows are multiplied by themselves, whatever the machine answers."""
         from loractl.common.job.method import Method
         from loractl.common.job.spec import JobSpec
         from loractl.worker.base.arithmetic import choose_precision
@@ -27,19 +36,21 @@ class Lab:
         from loractl.worker.data.prepared import prepare_data
         from loractl.worker.engine.passes.choice import shared_base
 
+        dtype = "float32" if kind == "fp32" else "bfloat16"
         asked = {
             "name": "b", "base_model": model, "method": "qlora" if kind == "nf4" else "lora",
-            "dataset": {"path": rows, "max_length": longest}, "training": {"dtype": "bfloat16"},
+            "dataset": {"path": rows, "max_length": longest}, "training": {"dtype": dtype},
             "lora": {"r": 8, "lora_alpha": 16, "lora_dropout": 0.0},
         }  # fmt: skip
         self._spec, self._method = JobSpec.model_validate(asked), Method(asked["method"])
         data = prepare_data(self._spec.dataset, rows, None, None, load_tokenizer(model), None)
         self._tokens = [pair for row in data.train.rows for pair in zip(row.input_ids, row.labels, strict=True)]
         self._device, self._recompute = device, recompute
-        self._precision = choose_precision("cuda" if device == "cuda" else "cpu", "bfloat16")
+        self._precision = choose_precision("cuda" if device == "cuda" else "cpu", dtype)
         base = shared_base(load_base(model, self._method, device, self._precision), self._precision)
         assert base is not None
         self.base = base
+        self._once = _each_by_itself if apart else None
 
     def side(self, shapes: list[str], *, one_pack: bool) -> Side:
         from loractl.worker.engine.pack import Pack
@@ -72,12 +83,21 @@ class Lab:
         model = add_adapter(self.base.view(), self._spec, self._method)
         compute_in(model, self._precision)
         arguments = TrainingArguments(
-            output_dir=tempfile.mkdtemp(), max_steps=STEPS + 2, per_device_train_batch_size=batch, bf16=True,
+            output_dir=tempfile.mkdtemp(), max_steps=STEPS + 2, per_device_train_batch_size=batch,
+            bf16=self._spec.training.dtype == "bfloat16",
             use_cpu=self._device == "cpu", save_strategy="no", report_to=[], optim="adamw_torch_fused",
             learning_rate=1e-3,
             train_sampling_strategy="sequential", activation_checkpointing=self._recompute, disable_tqdm=True,
         )  # fmt: skip
-        return PackMember(SharedPass(self.base, model), arguments, MemberRows(train=rows, held_out=rows[-batch:]))
+        forward = SharedPass(self.base, model, once=self._once)
+        return PackMember(forward, arguments, MemberRows(train=rows, held_out=rows[-batch:]))
+
+
+def _each_by_itself(question: str, find_out: Any, /, *, keeps: Any) -> Any:
+    """In the place of what the machine answers about rows of several members in one product."""
+    from loractl.worker.base.kept.knowledge import Known
+
+    return Known("a benchmark asks for it", 0)
 
 
 @dataclass
