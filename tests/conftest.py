@@ -235,9 +235,13 @@ def once(folder: Path) -> Iterator[Path | None]:
 
 
 @pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random two-layer Llama with a real byte-level tokenizer and a chat template, in a folder."""
-    return make_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+def tiny_model(shared_folder: Path) -> Path:
+    """A random two-layer Llama with a real byte-level tokenizer and a chat template, in a folder. One for all processes
+    of a run: no test may change it."""
+    with once(shared_folder / "tiny") as folder:
+        if folder is not None:
+            make_tiny_model(folder)
+    return shared_folder / "tiny"
 
 
 @dataclass(frozen=True)
