@@ -6,7 +6,6 @@ import logging
 import os
 import shutil
 import threading
-import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from loractl.common.errors import ArtifactError, ServiceUnreachable
 from loractl.common.store.database import REFUSALS, told_by
 from loractl.common.store.records import Claim, StoredCheckpoint
 from loractl.common.store.store import Store
+from loractl.worker.clock import SYSTEM, NodeClock
 from loractl.worker.storage.client import StoreClient
 
 from .patience import away
@@ -40,7 +40,9 @@ class CheckpointUpload:
     A checkpoint counts once the row names it. Only the attempt that holds the lease can write that.
     """
 
-    def __init__(self, artifacts: StoreClient, store: Store, claim: Claim, folder: Path) -> None:
+    def __init__(
+        self, artifacts: StoreClient, store: Store, claim: Claim, folder: Path, clock: NodeClock = SYSTEM
+    ) -> None:
         self._told = artifacts.watch.silent
         self._artifacts = artifacts.watched(
             replace(artifacts.watch, silent=self._fall_silent, going_on=lambda: self._set_silent(False))
@@ -48,14 +50,14 @@ class CheckpointUpload:
         self.silent = False  # the store has had a call of ours for long and says nothing
         self._store = store
         self._claim = claim
+        self._clock = clock
         self._folder = folder  # copies of what is being uploaded: the trainer removes its own as newer ones come
         self._waiting: _Copy | None = None
         self._kept = claim.checkpoint
         self._spent: list[str] = []  # prefixes of checkpoints that no row names any more, and that are not removed yet
         self._changed = threading.Condition()
         self._closing = False
-        self._thread = threading.Thread(target=self._run, name="checkpoints", daemon=True)
-        self._thread.start()
+        self._thread = clock.start(self._run, "checkpoints")
 
     def offer(self, checkpoint: Path, step: int) -> None:
         """Take a complete checkpoint's files (by hard links: no bytes are copied) and return at once."""
@@ -87,8 +89,7 @@ class CheckpointUpload:
 
     def done(self, timeout: float) -> bool:
         """Wait so long for the last upload; True when all is done."""
-        self._thread.join(timeout=timeout)
-        return not self._thread.is_alive()
+        return self._clock.join(self._thread, timeout)
 
     def _fall_silent(self, doing: str) -> None:
         if not self.silent:
@@ -101,8 +102,7 @@ class CheckpointUpload:
     def _run(self) -> None:
         while True:
             with self._changed:
-                while self._waiting is None and not self._closing:
-                    self._changed.wait()
+                self._clock.wait_for(self._changed, lambda: self._waiting is not None or self._closing)
                 if self._waiting is None:
                     return
                 copy, self._waiting = self._waiting, None
@@ -116,11 +116,16 @@ class CheckpointUpload:
                     self._waiting = copy
                 else:
                     shutil.rmtree(copy.folder, ignore_errors=True)
-                self._changed.wait(AGAIN_S)
+                self._wait_again()
+
+    def _wait_again(self) -> None:
+        """Before the next try, unless a newer checkpoint or the end comes first. The lock is held."""
+        waiting = self._waiting
+        self._clock.wait_for(self._changed, lambda: self._closing or self._waiting is not waiting, AGAIN_S)
 
     def _keep(self, copy: _Copy) -> bool:
         """Upload, name it in the row, remove the one before. False: worth another try."""
-        claim, began = self._claim, time.monotonic()
+        claim, began = self._claim, self._clock.now()
         try:
             copy.stored = copy.stored or self._upload(copy)
             if not self._store.keep_checkpoint(claim, copy.stored):
@@ -129,7 +134,7 @@ class CheckpointUpload:
         except Exception as error:  # noqa: BLE001  if this thread ended, no later checkpoint would be stored
             return self._tell_of_failure(copy, error)
         self.silent = False
-        took = time.monotonic() - began
+        took = self._clock.now() - began
         log.debug("job %s: the checkpoint of step %s is stored (%.1f s)", claim.job_id, copy.step, took)
         before, self._kept = self._kept, copy.stored
         if before is not None:

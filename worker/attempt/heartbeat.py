@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import queue
-import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -64,12 +63,12 @@ def while_beating(place: Workplace, state: AttemptState, work: Callable[[], Answ
         except Exception as error:  # noqa: BLE001  handed to the thread that waits for it, which raises it
             outcome.put(error)
 
-    threading.Thread(target=do, name=f"work of job {state.claim.job_id}", daemon=True).start()
+    place.clock.start(do, f"work of job {state.claim.job_id}")
     while True:
         beat(place, state)
         require_wanted(place, state)
         try:
-            done = outcome.get(timeout=place.beat_s)
+            done = place.clock.get(outcome, place.beat_s)
         except queue.Empty:
             continue
         if isinstance(done, Exception):

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import threading
-import time
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, Protocol
+
+from loractl.worker.clock import SYSTEM, NodeClock
 
 MIB = 1 << 20
 
@@ -42,7 +43,8 @@ class Sink(Protocol):
 class LogBook:
     """What the database gets of an attempt's log. Lines come from any thread; `take` and `written` from one."""
 
-    def __init__(self, limit: int = DATABASE_LIMIT) -> None:
+    def __init__(self, limit: int = DATABASE_LIMIT, clock: NodeClock = SYSTEM) -> None:
+        self._clock = clock
         self._lock = threading.Lock()
         self._new: deque[str] = deque()  # not yet taken; at most CHUNK characters, the newest
         self._size = 0
@@ -50,13 +52,13 @@ class LogBook:
         self._taken = ""  # handed out, perhaps not written yet
         self._room = limit - CHUNK  # the rest is kept free for the last lines
         self._full = False
-        self.heard = time.monotonic()  # when the last line came
+        self.heard = self._clock.now()  # when the last line came
         self._end: deque[str] = deque(maxlen=END_LINES)
 
     def put(self, text: str) -> None:
         """Add what the trainer printed."""
         with self._lock:
-            self.heard = time.monotonic()
+            self.heard = self._clock.now()
             self._end.append(text[:1000])
             self._new.append(text[-CHUNK:])
             self._size += len(self._new[-1])

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
-from tenacity import RetryCallState, Retrying, retry_if_exception, stop_any, stop_before_delay, wait_exponential
+from tenacity import RetryCallState, Retrying, retry_if_exception, stop_any, wait_exponential
 from tenacity.stop import stop_base
 
 from loractl.common.errors import ServiceUnreachable
 from loractl.common.store.database import absence, outage
+from loractl.worker.clock import SYSTEM, NodeClock
 
 Answer = TypeVar("Answer")
 
@@ -35,6 +35,16 @@ class _StopWhen(stop_base):
         return self._holds()
 
 
+class _StopBefore(stop_base):
+    """Stop where the next try would come after so many seconds."""
+
+    def __init__(self, clock: NodeClock, seconds: float) -> None:
+        self._clock, self._end = clock, clock.now() + seconds
+
+    def __call__(self, retry_state: RetryCallState) -> bool:
+        return self._clock.now() + retry_state.upcoming_sleep >= self._end
+
+
 @dataclass(frozen=True, kw_only=True)
 class Patience:
     """How long work is repeated. Seconds."""
@@ -44,7 +54,7 @@ class Patience:
     total_s: float = math.inf
     passing: Callable[[BaseException], str | None] = away
     over: Callable[[], bool] = lambda: False  # whether the answer is no longer wanted
-    sleep: Callable[[float], None] = time.sleep
+    clock: NodeClock = SYSTEM
 
     def repeat(self, work: Callable[[], Answer], tell: Callable[[str], None]) -> Answer:
         """The answer of the first try that gives one; `tell` is told what each failed try met.
@@ -54,9 +64,9 @@ class Patience:
         tries = Retrying(
             retry=retry_if_exception(lambda error: self.passing(error) is not None),
             wait=wait_exponential(multiplier=self.first_s, max=self.most_s),
-            stop=stop_any(stop_before_delay(self.total_s), _StopWhen(self.over)),
+            stop=stop_any(_StopBefore(self.clock, self.total_s), _StopWhen(self.over)),
             before_sleep=lambda state: tell(self._met(state)),
-            sleep=self.sleep,
+            sleep=self.clock.sleep,
             reraise=True,
         )
         return tries(work)

@@ -6,7 +6,6 @@ import contextlib
 import logging
 import math
 import queue
-import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from loractl.common.job.need import Need
 from loractl.common.job.status import Reason, Stage, Status
 from loractl.common.placement.pack_rule import MeasuredPass
 from loractl.common.store.records import Beat, Claim, Progress, rung_points
+from loractl.worker.clock import SYSTEM, NodeClock
 from loractl.worker.protocol.log_lines import log_line
 from loractl.worker.protocol.messages import (
     Adjusted,
@@ -49,11 +49,12 @@ class AttemptState:
     claim: Claim
     folder: Path  # of this attempt alone
     adjustment: Adjustment  # what out-of-memory has changed in the job so far
-    began: float | None = None  # when it began to train, by the monotonic clock
+    clock: NodeClock = SYSTEM
+    began: float | None = None  # when it began to train, by the clock
     trainer: TrainerLink | None = None
     host: str | None = None  # the mark of the trainer that it has shared, or may have
     pids: frozenset[int] = frozenset()  # of all trainers that ran for it
-    turned_at: float = field(default_factory=time.monotonic)  # when its supervisor last passed through its loop
+    turned_at: float = field(init=False)  # when its supervisor last passed through its loop
     closed: bool = False  # its row is closed; what follows is housekeeping
     gone_as: Status | None = None  # what its job became when its row was closed; it is not out of its trainer yet
     peaks: Peaks = field(default_factory=Peaks)
@@ -67,7 +68,7 @@ class AttemptState:
     pruned: str | None = None  # why its sweep stops the job
     card_drained: str | None = None  # whose order keeps one of its cards empty
     time_limit: float | None = None  # seconds, as the last beat brought it: an edit reaches a job that runs
-    heard_at: float = field(default_factory=time.monotonic)  # when the trainer last said something
+    heard_at: float = field(init=False)  # when the trainer last said something
     said_at: float = -math.inf  # when a step was last named at the terminal
     result_refused: bool = False  # the row does not name the result: its files are kept
     refused: str | None = None  # what the database last said against a write, in the history already
@@ -79,11 +80,15 @@ class AttemptState:
     saved: list[Saved] = field(default_factory=list)  # checkpoints that are not handed on yet
     pending: Progress = field(default_factory=Progress)  # told, not yet written
     noted: queue.SimpleQueue[tuple[str, str]] = field(default_factory=queue.SimpleQueue)  # events of the work thread
-    log: LogBook = field(default_factory=LogBook)
+    log: LogBook = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.turned_at = self.heard_at = self.clock.now()
+        self.log = LogBook(clock=self.clock)
 
     def turn(self) -> None:
         """Say that the supervisor is alive."""
-        self.turned_at = time.monotonic()
+        self.turned_at = self.clock.now()
 
     def note(self, kind: str, text: str) -> None:
         """Add a line to the job's history with the next beat; any thread may."""
@@ -104,7 +109,7 @@ class AttemptState:
     def hear(self, message: Told | str) -> None:
         """Take what the trainer told: a message, or another line."""
         if not isinstance(message, (Passed, Learned)) or self.trainer is None or self.trainer.alone:
-            self.heard_at = time.monotonic()  # of several jobs' passes any one is told
+            self.heard_at = self.clock.now()  # of several jobs' passes any one is told
         if isinstance(message, str):
             self.log.put(message)
             return
@@ -191,7 +196,7 @@ class AttemptState:
             )
 
     def _say(self, message: Stepped) -> None:
-        now = time.monotonic()
+        now = self.clock.now()
         if "loss" not in message.metrics or (now - self.said_at < SAY_EVERY_S and message.step < message.total_steps):
             return
         self.said_at = now
@@ -199,11 +204,11 @@ class AttemptState:
         log.info("job %s: step %s of %s, loss %.3f", message.job_id, message.step, message.total_steps, loss)
 
 
-def begin(claim: Claim, work_dir: Path) -> AttemptState:
+def begin(claim: Claim, work_dir: Path, clock: NodeClock = SYSTEM) -> AttemptState:
     """The state of an attempt that was just claimed."""
     folder = work_dir / str(claim.job_id) / f"attempt-{claim.attempt}"
     limit = claim.spec.resources.time_limit
-    return AttemptState(claim=claim, folder=folder, adjustment=claim.adjustment, time_limit=limit)
+    return AttemptState(claim=claim, folder=folder, adjustment=claim.adjustment, clock=clock, time_limit=limit)
 
 
 def _fold(progress: Progress, message: Told) -> Progress:

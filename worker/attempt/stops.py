@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from dataclasses import dataclass
 
 from loractl.common.job.status import Reason, Stage
@@ -54,7 +53,7 @@ def wanted_stop(place: Workplace, state: AttemptState) -> StopWish | None:
         why = f"gave way to job {state.preempted_by}, which has a higher priority"
         return StopWish(reason=Reason.PREEMPTED, message=why, save=True, grace_s=DRAIN_GRACE_S)
     limit = state.time_limit
-    if limit is not None and state.began is not None and time.monotonic() - state.began > limit:
+    if limit is not None and state.began is not None and state.clock.now() - state.began > limit:
         why = f"ran longer than resources.time_limit ({limit:.0f} s)"
         return StopWish(reason=Reason.TIMED_OUT, message=why, save=True, grace_s=DRAIN_GRACE_S)
     if place.drain.wish is not None:
@@ -75,7 +74,7 @@ def _why_drained(place: Workplace, state: AttemptState, stopped: str) -> str:
 def is_silent(state: AttemptState) -> bool:
     """Whether the trainer has said nothing of the job for so long that the job hangs."""
     busy = state.pending.stage in (Stage.TRAINING, Stage.EVALUATING)
-    return busy and time.monotonic() - max(state.heard_at, state.log.heard) > SILENCE_S
+    return busy and state.clock.now() - max(state.heard_at, state.log.heard) > SILENCE_S
 
 
 def closes_now(state: AttemptState) -> bool:
@@ -86,14 +85,14 @@ def closes_now(state: AttemptState) -> bool:
         return False
     if state.ended is not None and state.ended.reason is Reason.OK:
         return False
-    late = state.kill_at is not None and time.monotonic() > state.kill_at
+    late = state.kill_at is not None and state.clock.now() > state.kill_at
     return late or state.forced[0] in (Reason.CANCELLED, Reason.PRUNED)
 
 
 def does_not_leave(state: AttemptState) -> bool:
     """Whether a job that was told to stop is still in a trainer that goes on with others, long after that."""
     link = state.trainer
-    late = state.kill_at is not None and time.monotonic() > state.kill_at + LEAVE_S
+    late = state.kill_at is not None and state.clock.now() > state.kill_at + LEAVE_S
     return late and link is not None and link.leaves_others
 
 
@@ -102,7 +101,7 @@ def ask_to_stop(state: AttemptState, wish: StopWish) -> None:
     if state.forced is not None and (state.forced[0] is wish.reason or wish.reason is not Reason.CANCELLED):
         return
     state.forced = wish.reason, wish.message
-    state.kill_at = time.monotonic() + wish.grace_s
+    state.kill_at = state.clock.now() + wish.grace_s
     assert state.trainer is not None
     state.trainer.send(Stop(job_id=state.claim.job_id, save=wish.save))
 
@@ -113,7 +112,7 @@ def must_leave(place: Workplace, state: AttemptState) -> bool:
     One that has other jobs goes on with them; a job that was told to stop leaves it between two steps, unless none of
     them takes any.
     """
-    now, link = time.monotonic(), state.trainer
+    now, link = state.clock.now(), state.trainer
     shares = link is not None and not link.alone
     if state.lease_lost and not shares:
         return True

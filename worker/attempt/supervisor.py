@@ -180,6 +180,7 @@ def _with_patience(
         total_s=place.settings.store_patience_s,
         passing=passing,
         over=lambda: state.lease_lost or state.closed,
+        clock=place.clock,
     )
 
     def tell(why: str) -> None:
@@ -219,7 +220,8 @@ def _insist(place: Workplace, state: AttemptState, write: Callable[[], Answer]) 
         log.warning("job %s: %s: its end waits for that", state.claim.job_id, why)
 
     state.turn()
-    return Patience(first_s=0.5, most_s=10.0, over=lambda: place.drain.wish == "now").repeat(write, tell)
+    wait = Patience(first_s=0.5, most_s=10.0, over=lambda: place.drain.wish == "now", clock=place.clock)
+    return wait.repeat(write, tell)
 
 
 def _explain(error: Exception) -> tuple[Reason, str]:

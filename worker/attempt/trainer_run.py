@@ -6,7 +6,6 @@ import contextlib
 import logging
 import queue
 import subprocess
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import IO
@@ -25,7 +24,6 @@ from .heartbeat import beat, while_beating
 from .link.trainer import TrainerLink, TrainerProcess
 from .log import LOG_FILE, opened
 from .order import common_environment, environment
-from .process import launch
 from .state import AttemptState
 from .stops import Interrupted, ask_to_stop, closes_now, does_not_leave, must_leave, require_wanted, wanted_stop
 from .workplace import HostSource, StayingTrainer, Workplace
@@ -50,8 +48,8 @@ def train(place: Workplace, state: AttemptState, start: Start) -> None:
 
     Only a new process has unbroken memory again; it goes on from the last checkpoint.
     """
-    state.began = time.monotonic()
-    upload = CheckpointUpload(place.artifacts, place.store, state.claim, state.folder / "keeping")
+    state.began = place.clock.now()
+    upload = CheckpointUpload(place.artifacts, place.store, state.claim, state.folder / "keeping", place.clock)
     order: Start | None = start
     try:
         while order is not None:
@@ -106,17 +104,17 @@ def _link(place: Workplace, state: AttemptState, start: Start, log_file: IO[str]
     if start.joins:
         return _joined(place, state, own, log_file)
     process, mark = _trainer(place, state, start, own)
-    return TrainerProcess(process, own[RUN_VARIABLE], mark).begin(start.job_id, log_file, state.log)
+    return TrainerProcess(process, own[RUN_VARIABLE], mark, place.clock).begin(start.job_id, log_file, state.log)
 
 
 def _joined(place: Workplace, state: AttemptState, own: dict[str, str], log_file: IO[str]) -> TrainerLink:
     """A place in a trainer that has the base, and other jobs or just had some. Raises Interrupted where it is gone."""
-    hosts, claim, deadline, next_beat = place.hosts, state.claim, time.monotonic() + JOIN_S, 0.0
-    while hosts is not None and claim.host is not None and time.monotonic() < deadline:
+    hosts, claim, deadline, next_beat = place.hosts, state.claim, place.clock.now() + JOIN_S, 0.0
+    while hosts is not None and claim.host is not None and place.clock.now() < deadline:
         trainer = hosts.with_jobs(claim.host)
         link = None if trainer is None else trainer.join(claim.job_id, log_file, state.log)
         if link is None and (process := hosts.take(claim, own)) is not None:
-            trainer = TrainerProcess(process, own[RUN_VARIABLE], claim.host)
+            trainer = TrainerProcess(process, own[RUN_VARIABLE], claim.host, place.clock)
             link = trainer.begin(claim.job_id, log_file, state.log)
             hosts.let_in(trainer)  # its row says already that others may join
         if link is not None:
@@ -127,8 +125,8 @@ def _joined(place: Workplace, state: AttemptState, own: dict[str, str], log_file
         if trainer is not None and (why := _refusal(trainer, claim.job_id)) is not None:
             state.forced = Reason.HOST_LOST, why
             raise Interrupted
-        if time.monotonic() >= next_beat:
-            next_beat = time.monotonic() + place.beat_s
+        if place.clock.now() >= next_beat:
+            next_beat = place.clock.now() + place.beat_s
             beat(place, state)
             require_wanted(place, state)
         hosts.await_change(LOOK_S)  # its last job is leaving
@@ -166,7 +164,7 @@ def _trainer(
     if spare is not None:
         return spare, mark
     room = {PLACEHOLDER: PLACEHOLDER_VALUE} if mark else {}  # the last, so that its marks can change
-    return launch(place.settings.trainer, {**own, **room}), mark
+    return place.launch(place.settings.trainer, {**own, **room}), mark
 
 
 def _make_room(place: Workplace, state: AttemptState, hosts: HostSource) -> None:
@@ -182,15 +180,15 @@ def _await_other_cards(place: Workplace, state: AttemptState) -> None:
     others = [share.node for share in state.claim.shares[1:]]
 
     def leave() -> None:
-        deadline, woken = time.monotonic() + LEAVING_S, set[str]()
-        while time.monotonic() < deadline:
+        deadline, woken = place.clock.now() + LEAVING_S, set[str]()
+        while place.clock.now() < deadline:
             with contextlib.suppress(*REFUSALS):  # the database is away
                 waited_for = {node for node in others if any(row.leaving for row in place.store.hosts(node))}
                 if not waited_for:
                     return
                 place.wake_others(waited_for - woken)
                 woken |= waited_for
-            time.sleep(LOOK_S)
+            place.clock.sleep(LOOK_S)
 
     if others:
         while_beating(place, state, leave)
@@ -217,23 +215,23 @@ def _keep(place: Workplace, state: AttemptState, start: Start, trainer: TrainerP
 
 def _watch(place: Workplace, state: AttemptState, link: TrainerLink, start: Start, upload: CheckpointUpload) -> bool:
     """Pass on what the trainer tells and what people wish, until the job has ended there. True: it must be killed."""
-    next_beat, next_close, stage, rung, state.heard_at = 0.0, 0.0, None, 0, time.monotonic()
+    next_beat, next_close, stage, rung, state.heard_at = 0.0, 0.0, None, 0, place.clock.now()
     while link.poll() is None and not _is_over(state, link):
         _take_all(link.told, state, timeout=LOOK_S)
         _open(place, state, link, start)
         _hand_on(place, state, link, upload)
         state.turn()
         reached = state.rung_reached()
-        if time.monotonic() >= next_beat or state.pending.stage != stage or reached > rung:
-            stage, rung, next_beat = state.pending.stage, max(rung, reached), time.monotonic() + place.beat_s
+        if place.clock.now() >= next_beat or state.pending.stage != stage or reached > rung:
+            stage, rung, next_beat = state.pending.stage, max(rung, reached), place.clock.now() + place.beat_s
             beat(place, state)
             _tell_of_spoilt(place, link.trainer)
         if must_leave(place, state):
             return True
         if state.ended is None and (wish := wanted_stop(place, state)) is not None:
             ask_to_stop(state, wish)
-        if closes_now(state) and time.monotonic() >= next_close:
-            next_close = time.monotonic() + place.beat_s
+        if closes_now(state) and place.clock.now() >= next_close:
+            next_close = place.clock.now() + place.beat_s
             _close_row(place, state)
         if does_not_leave(state):
             link.trainer.spoil(f"job {state.claim.job_id} does not leave it")
@@ -311,9 +309,9 @@ def _next_adjustment(state: AttemptState, start: Start) -> Adjustment | None:
 def _close(place: Workplace, state: AttemptState, upload: CheckpointUpload, patience_s: float) -> None:
     """Wait so long for the last checkpoint to be stored, and keep the lease meanwhile."""
     upload.close()
-    deadline = time.monotonic() + patience_s
-    while not upload.done(min(place.beat_s, max(0.0, deadline - time.monotonic()))):
-        if state.lease_lost or state.cancel_requested or upload.silent or time.monotonic() >= deadline:
+    deadline = place.clock.now() + patience_s
+    while not upload.done(min(place.beat_s, max(0.0, deadline - place.clock.now()))):
+        if state.lease_lost or state.cancel_requested or upload.silent or place.clock.now() >= deadline:
             return
         beat(place, state)
 
@@ -322,7 +320,7 @@ def _take_all(told: queue.SimpleQueue[Told | str], state: AttemptState, timeout:
     """Fold what the trainer has told since the last look into the state."""
     while True:
         try:
-            message = told.get(timeout=timeout) if timeout else told.get_nowait()
+            message = state.clock.get(told, timeout) if timeout else told.get_nowait()
         except queue.Empty:
             return
         timeout = 0.0

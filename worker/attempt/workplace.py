@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import subprocess
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -14,11 +14,13 @@ from loractl.common.queue.sender import wake_cards
 from loractl.common.settings import Settings
 from loractl.common.store.records import Claim
 from loractl.common.store.store import Store
+from loractl.worker.clock import SYSTEM, NodeClock
 from loractl.worker.device.devices import Device
 from loractl.worker.storage.client import StoreClient
 
 from .drain import Drain
 from .link.trainer import TrainerProcess
+from .process import launch
 
 log = logging.getLogger("loractl.worker")
 
@@ -135,6 +137,8 @@ class Workplace:
     threads: int  # that a trainer may use
     spares: SpareSource | None = None  # None: every trainer starts cold
     hosts: HostSource | None = None  # None: every trainer ends with its job
+    clock: NodeClock = SYSTEM
+    launch: Callable[..., subprocess.Popen[str]] = launch  # starts a trainer
 
     @property
     def slow_s(self) -> float:

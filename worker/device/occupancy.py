@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import threading
-import time
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 import psutil
 
 from loractl.common.settings import Settings
+from loractl.worker.clock import SYSTEM, NodeClock
 
 from .devices import Device
 from .reservations import reserved_by_process, unused_reservations
@@ -70,6 +70,7 @@ class Watch:
     sees_us: bool | None = None  # whether the driver lists this box's processes under our numbers; None: not known
     fault: str | None = None  # why the device may not serve, by its self-test
     self_test: dict[str, Any] | None = None  # what the self-test showed
+    clock: NodeClock = SYSTEM
     _looking: threading.Lock = field(default_factory=threading.Lock)
     _ours: dict[int, str] = field(default_factory=dict)  # pid -> job, kept while the driver lists it: it is slower
     _idle: int | None = None  # bytes held when none of our trainers ran
@@ -181,7 +182,7 @@ class Watch:
 
     def _rest_of_high_water(self, now_held: int) -> int:
         """Bytes that others held lately beyond what they hold now."""
-        now = time.monotonic()
+        now = self.clock.now()
         self._others = [(at, held) for at, held in self._others if now - at < self.high_water_s]
         self._others.append((now, now_held))
         return max(held for _, held in self._others) - now_held

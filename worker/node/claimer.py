@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime as dt
 import threading
-import time
 from collections.abc import Collection
 
 from loractl.common.store.records import Claim, Left
@@ -37,18 +36,18 @@ class Claimer:
         self._left: dict[str, float] = {}  # node -> since when a job is left to it
         self._others = devices - 1
         self._settled = devices < 2
-        self._made = time.monotonic()
+        self._made = place.clock.now()
         self._began: float | None = None  # when the first claim was asked for
         self._since: dt.datetime | None = None  # of this node, by the database's time
 
     def claim(self) -> Claim | None:
         """What the rule gives this card now. What it gives another card that does not take it, after a while."""
         others: Collection[str] = ()
-        with self._claiming:
+        with self._place.clock.holding(self._claiming):
             claim = None
             while self._place.drain.wish is None:
                 if not self._has_settled():
-                    time.sleep(SETTLE_LOOK_S)
+                    self._place.clock.sleep(SETTLE_LOOK_S)
                     continue
                 claim = self._try()
                 if not isinstance(claim, Left):
@@ -58,7 +57,7 @@ class Claimer:
                     break
                 if others := claim.nodes:
                     break
-                time.sleep(AGAIN_S)
+                self._place.clock.sleep(AGAIN_S)
         if isinstance(claim, Claim):
             return claim  # at once: nothing beats for it yet
         self._place.wake_others(others)  # outside the lock: the queue may be away
@@ -71,7 +70,7 @@ class Claimer:
         """
         if self._settled or self._watch.fault is not None:
             return True
-        place, now = self._place, time.monotonic()
+        place, now = self._place, self._place.clock.now()
         self._began = self._began or now
         self._since = self._since or place.store.now() - dt.timedelta(seconds=now - self._made)
         # a worker that was killed has left the rows of its cards, which say nothing of those that start now
@@ -81,7 +80,7 @@ class Claimer:
         return self._settled
 
     def _try(self) -> Claim | Left | None:
-        seen, now = self._watch.look(), time.monotonic()
+        seen, now = self._watch.look(), self._place.clock.now()
         if seen.fault is not None:
             return None  # its row says so with the next look
         distrusted = frozenset(node for node, since in self._left.items() if now - since > HOLD_BACK_S)

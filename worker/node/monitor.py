@@ -7,7 +7,6 @@ import os
 import random
 import signal
 import threading
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -81,8 +80,7 @@ class Monitor:
 
     def start(self, slots: Slots) -> None:
         """Begin the rounds. They read the rows even while the queue is away."""
-        self._thread = threading.Thread(target=self._run, args=(slots,), name="monitor", daemon=True)
-        self._thread.start()
+        self._thread = self._place.clock.start(lambda: self._run(slots), "monitor")
 
     def look_soon(self) -> None:
         """What the device can take has changed."""
@@ -101,7 +99,7 @@ class Monitor:
         self._stopped.set()
         self._called.set()
         if self._thread is not None:
-            self._thread.join(timeout=STOP_S)  # a driver that hangs must not keep a node from ending
+            self._place.clock.join(self._thread, STOP_S)  # a driver that hangs must not keep a node from ending
 
     def report(self) -> None:
         """Write the device's row, and consume the classes that fit into what is free now."""
@@ -123,9 +121,10 @@ class Monitor:
         self._consumed = wanted
 
     def _run(self, slots: Slots) -> None:
-        looked, next_look, next_round = 0.0, 0.0, time.monotonic() + self._first_round_s
+        clock = self._place.clock
+        looked, next_look, next_round = 0.0, 0.0, clock.now() + self._first_round_s
         while not self._stopped.is_set():
-            now = time.monotonic()
+            now = clock.now()
             self._try("the look at the supervisors", lambda: self._stuck.end(slots.attempts))
             if now >= next_look or (self._called.is_set() and now >= looked + CALM_S):
                 self._called.clear()
@@ -137,8 +136,8 @@ class Monitor:
                 self._try("the fleet's round", self._tend_fleet, vital=False)
                 self._try("planning anew", self._plan_anew, vital=False)
                 self._try("the queue", self._trim_queues)
-            if self._called.wait(max(0.05, min(next_look, next_round, now + 1.0) - time.monotonic())):
-                self._stopped.wait(max(0.0, looked + CALM_S - time.monotonic()))
+            if clock.wait(self._called, max(0.05, min(next_look, next_round, now + 1.0) - clock.now())):
+                clock.wait(self._stopped, max(0.0, looked + CALM_S - clock.now()))
 
     def _try(self, what: str, work: Callable[[], None], *, vital: bool = True) -> None:
         """Do a part of the round. A vital one that fails again and again, with its services there, ends the node.
@@ -204,13 +203,13 @@ class Monitor:
 
     def _plan_anew(self) -> None:
         """Plan what waits since before an upgrade. Each node looks: it plans the jobs whose bases its box has."""
-        if time.monotonic() < self._next_plans:
+        if self._place.clock.now() < self._next_plans:
             return
         planned = self._place.store.plan_anew()
         for job_id in planned:
             log.info("job %s is planned anew for the steps of this version", job_id)
         if not planned:  # else there may be more
-            self._next_plans = time.monotonic() + ASIDE_S * self._pace
+            self._next_plans = self._place.clock.now() + ASIDE_S * self._pace
 
     def _trim_queues(self) -> None:
         """Messages are hints, and a node looks by itself: nobody can keep it busy with more than it could need."""
@@ -229,8 +228,8 @@ class Monitor:
             return
         for job_id, _ in () if turn.settling else store.reap():
             log.warning("job %s: its worker was lost, it waits again", job_id)
-        if time.monotonic() >= self._next_aside:  # it reads all that waits
-            self._next_aside = time.monotonic() + ASIDE_S * pace
+        if self._place.clock.now() >= self._next_aside:  # it reads all that waits
+            self._next_aside = self._place.clock.now() + ASIDE_S * pace
             for job_id in store.set_aside_unreadable():
                 log.warning("job %s: its row can't be read, it is set aside", job_id)
         for job_id in store.preempt():

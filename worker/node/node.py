@@ -16,7 +16,6 @@ import os
 import signal
 import sys
 import threading
-import time
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -63,32 +62,21 @@ AGAIN_S = 2.0
 class DeviceNode:
     """One device, its queues, its slots and its monitor."""
 
-    def __init__(self, settings: Settings, device: Device, options: NodeOptions, drain: Drain) -> None:
-        # a plan says nothing about a processor's memory, so it is not shared
-        max_jobs = options.max_jobs or (1 if device.kind == "cpu" else default_max_jobs(device.total))
-        slots = slots_of(max_jobs, hosts=bool(options.keep_warm_s))
+    def __init__(self, place: Workplace, options: NodeOptions) -> None:
+        """`place`: as `place_of` makes it, or a test."""
+        settings, device, max_jobs = place.settings, place.device, _max_jobs(place.device, options)
         self._settings = settings
-        self._place = Workplace(
-            settings=settings,
-            # a slot and its upload each, and the monitor; they take turns, so that one stays open
-            store=Store(
-                make_engine(
-                    settings.database_url,
-                    connections=max(CONNECTIONS, 2 * max_jobs + 2, slots + 2),
-                    kept=1,
-                    idle_s=NODE_IDLE_S,
-                ),
-                lease_s=settings.lease_s,
-            ),
-            artifacts=StoreClient(settings.artifacts_url),
-            device=device,
-            node=f"{settings.host}:{device.number}",
-            drain=drain,
-            threads=max(1, (os.cpu_count() or 1) // (options.devices * max_jobs)),
-        )
+        self._place = place
+        self._lock: DeviceLock | None = None
         wants_spare = device.trains_on == "cuda" if options.spare is None else options.spare
         self._spares = Spares(self._place, self._starts_a_job) if wants_spare else None
-        watch = Watch(device=device, node_pid=os.getpid(), high_water_s=options.high_water_s, home=settings.home)
+        watch = Watch(
+            device=device,
+            node_pid=os.getpid(),
+            high_water_s=options.high_water_s,
+            home=settings.home,
+            clock=place.clock,
+        )
         self._watch = watch
         self._hosts = Hosts(place=self._place, watch=watch, keep_s=options.keep_warm_s) if options.keep_warm_s else None
         self._place = replace(self._place, spares=self._spares, hosts=self._hosts)
@@ -122,18 +110,26 @@ class DeviceNode:
         self._lock = DeviceLock(self._settings, self._place.device)
         app = make_app(broker_url(self._settings))
         # the database may be away for long, and other cards of the box go on meanwhile
-        Patience(first_s=AGAIN_S, most_s=AGAIN_S).repeat(self._take_over, _once())
+        Patience(first_s=AGAIN_S, most_s=AGAIN_S, clock=self._place.clock).repeat(self.take_over, _once())
 
         @app.task(name=WAKE_TASK, ignore_result=True)
         def wake(size_class: int) -> None:  # the message is only a hint: the claim looks at what is free now
-            self._slots.wake()
-            if self._hosts is not None:
-                self._hosts.look_soon()
+            self.wake()
 
         signals.worker_ready.connect(lambda sender, **_: self._ready(sender), weak=False)
         signals.worker_shutting_down.connect(lambda **_: self._shut_down(), weak=False)
         # until Celery has its own: what is claimed meanwhile must be given back, too
         signal.signal(signal.SIGTERM, lambda *_: self._shut_down())
+        self.begin()
+        try:
+            self._consume(app)
+        finally:
+            self._shut_down()
+            self.end()
+            self._lock.close()
+
+    def begin(self) -> None:
+        """Let the threads work. They find waiting jobs by themselves, also without messages."""
         self._slots.start()
         self._monitor.start(self._slots)
         self._self_test.start()
@@ -143,19 +139,23 @@ class DeviceNode:
         for keeper in (self._spares, self._hosts):
             if keeper is not None:
                 keeper.start()
-        try:
-            self._consume(app)
-        finally:
-            self._shut_down()
-            self._slots.close()
-            self._await_gangs()
-            for keeper in (self._spares, self._hosts):
-                if keeper is not None:
-                    keeper.stop()
-            self._monitor.stop()
-            self._messenger.stop()
-            self._self_test.stop()
-            self._lock.close()
+
+    def end(self) -> None:
+        """Wait until every attempt has ended, then for the threads."""
+        self._slots.close()
+        self._await_gangs()
+        for keeper in (self._spares, self._hosts):
+            if keeper is not None:
+                keeper.stop()
+        self._monitor.stop()
+        self._messenger.stop()
+        self._self_test.stop()
+
+    def wake(self) -> None:
+        """Look for jobs now, as after a message."""
+        self._slots.wake()
+        if self._hosts is not None:
+            self._hosts.look_soon()
 
     def _starts_a_job(self) -> bool:
         """Whether a job is before its first step, or the card may take none: a spare would be in its way, or idle."""
@@ -178,7 +178,7 @@ class DeviceNode:
             self._monitor.follow(None)
             if self._place.drain.asked is None:
                 log.warning("Celery ended by itself and is started again")
-                time.sleep(AGAIN_S)
+                self._place.clock.sleep(AGAIN_S)
 
     def _await_gangs(self) -> None:
         """Stay while a job has this card as one of several: the node of its first card stops it, and if this one were
@@ -196,18 +196,22 @@ class DeviceNode:
                 said = True
                 if not has_ranks(self._place):
                     return
-            time.sleep(GANG_S)
+            self._place.clock.sleep(GANG_S)
 
     def _ready(self, consumer: Any) -> None:
-        self._lock.say_served()
+        self._say_served()
         self._monitor.follow(consumer)
 
     def _changed(self) -> None:
         """A job came or went here: this node is no broken one, and its card has another room."""
-        self._lock.say_served()
+        self._say_served()
         self._monitor.look_soon()
 
-    def _take_over(self) -> None:
+    def _say_served(self) -> None:
+        if self._lock is not None:
+            self._lock.say_served()
+
+    def take_over(self) -> None:
         """Write the device's row, which a claim needs, and give back what an earlier node of this device left running.
 
         The lock says that no process of that node is alive, but only on this machine. Raises NameTaken.
@@ -219,7 +223,7 @@ class DeviceNode:
             if arrival.seen_at != first.seen_at:
                 raise NameTaken(self._place.node)
             log.warning("%s was just served, before this machine's last start or on a copy of it", self._place.node)
-            time.sleep(AGAIN_S)
+            self._place.clock.sleep(AGAIN_S)
             arrival = self._row.arrive()
         for job_id in arrival.given_back:
             log.warning("job %s: an earlier worker of this device left it, it waits again", job_id)
@@ -233,6 +237,29 @@ class DeviceNode:
         state.should_stop = 0
         self._monitor.follow(None)
         self._place.drain.ask("checkpoint")
+
+
+def place_of(settings: Settings, device: Device, options: NodeOptions, drain: Drain) -> Workplace:
+    """What all attempts on the device share. Its store has connections enough for the threads of a DeviceNode."""
+    max_jobs = _max_jobs(device, options)
+    slots = slots_of(max_jobs, hosts=bool(options.keep_warm_s))
+    # a slot and its upload each, and the monitor; they take turns, so that one stays open
+    connections = max(CONNECTIONS, 2 * max_jobs + 2, slots + 2)
+    engine = make_engine(settings.database_url, connections=connections, kept=1, idle_s=NODE_IDLE_S)
+    return Workplace(
+        settings=settings,
+        store=Store(engine, lease_s=settings.lease_s),
+        artifacts=StoreClient(settings.artifacts_url),
+        device=device,
+        node=f"{settings.host}:{device.number}",
+        drain=drain,
+        threads=max(1, (os.cpu_count() or 1) // (options.devices * max_jobs)),
+    )
+
+
+def _max_jobs(device: Device, options: NodeOptions) -> int:
+    """A plan says nothing about a processor's memory, so that is not shared."""
+    return options.max_jobs or (1 if device.kind == "cpu" else default_max_jobs(device.total))
 
 
 def obey(orders: IO[str], drain: Drain) -> None:
@@ -298,7 +325,8 @@ def main() -> None:
         make_private(folder)  # logs, data sets, checkpoints
     try:
         device = find_device(settings, arguments.index)
-        DeviceNode(settings, device, NodeOptions(**arguments.options), drain).serve()
+        options = NodeOptions(**arguments.options)
+        DeviceNode(place_of(settings, device, options, drain), options).serve()
     except LoractlError as error:
         log.error("%s\nHint: %s", error.sentence, error.hint)
         sys.exit(error.exit_code)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 from collections.abc import Callable
@@ -54,12 +55,13 @@ class Slots:
         self._closing = False
         self._attempts: dict[int, AttemptState] = {}  # slot -> what it supervises
         self._max_jobs = max_jobs
-        count = slots_of(max_jobs, hosts=place.hosts is not None)
-        self._threads = [threading.Thread(target=self._serve, args=(n,), name=f"slot {n}") for n in range(count)]
+        self._count = slots_of(max_jobs, hosts=place.hosts is not None)
+        self._threads: list[threading.Thread] = []
 
     def start(self) -> None:
-        for thread in self._threads:
-            thread.start()
+        for slot in range(self._count):
+            serve = functools.partial(self._serve, slot)
+            self._threads.append(self._place.clock.start(serve, f"slot {slot}", daemon=False))
 
     @property
     def attempts(self) -> dict[int, AttemptState]:
@@ -93,7 +95,7 @@ class Slots:
             self._closing = True
             self._woken.notify_all()
         for thread in self._threads:
-            thread.join()
+            self._place.clock.join(thread)
 
     def _serve(self, slot: int) -> None:
         calls = 0
@@ -115,8 +117,8 @@ class Slots:
         """Wait for another call than those; returns how many there were."""
         with self._woken:
             self._idle += 1
-            self._woken.wait_for(lambda: self._closing, timeout=CALM_S)
-            self._woken.wait_for(lambda: self._closing or self._calls != calls)
+            self._place.clock.wait_for(self._woken, lambda: self._closing, CALM_S)
+            self._place.clock.wait_for(self._woken, lambda: self._closing or self._calls != calls)
             self._idle -= 1
             return self._calls
 
@@ -124,9 +126,9 @@ class Slots:
         """Claim and run, until nothing that waits is for this device. `calls`: those that woke this slot."""
         anew = False
         while not self._closing and (claim := self._claim(calls, anew=anew)) is not None:
-            state = self._attempts[slot] = begin(claim, self._place.settings.work_dir)
+            state = self._attempts[slot] = begin(claim, self._place.settings.work_dir, self._place.clock)
             self._changed()
-            if len(self._threads) > 1:
+            if self._count > 1:
                 self.wake()  # another slot may have room for the next job
             elif self._calls != calls:
                 self._overheard()  # it came while this slot claimed
@@ -138,7 +140,7 @@ class Slots:
 
     def _claim(self, calls: int, *, anew: bool) -> Claim | None:
         """Claim, unless another slot has found nothing since this one was woken. `anew`: a job has just ended."""
-        with self._claiming:
+        with self._place.clock.holding(self._claiming):
             if calls <= self._looked and not anew:
                 return None
             began = self._calls

@@ -11,7 +11,6 @@ import logging
 import secrets
 import subprocess
 import threading
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -68,6 +67,7 @@ class Hosts:
     closed: bool = False  # the card is kept empty by a person's order
     opened: Callable[[], None] = lambda: None  # is called when other jobs may join one that trains
     _changed: threading.Condition = field(default_factory=threading.Condition)
+    _changes: int = 0
     _waiting: dict[str, _Waiting] = field(default_factory=dict)
     _marks: set[str] = field(default_factory=set)  # of hosts, and of trainers that may become one
     _open: dict[str, TrainerProcess] = field(default_factory=dict)  # that others may join
@@ -81,15 +81,14 @@ class Hosts:
     _thread: threading.Thread | None = None
 
     def start(self) -> None:
-        self._thread = threading.Thread(target=self._run, name="hosts", daemon=True)
-        self._thread.start()
+        self._thread = self.place.clock.start(self._run, "hosts")
 
     def stop(self) -> None:
         """End all hosts; none stays any more."""
         self._stopped.set()
         self._going.set()
         if self._thread is not None:
-            self._thread.join()
+            self.place.clock.join(self._thread)
         self._let_go(self._waiting, "the worker stops")
         self._end_going()
         self._forget()
@@ -109,11 +108,9 @@ class Hosts:
     def make_room(self) -> str | None:
         """Wait until no host is on its way out. Returns what holds the card where one does not go."""
         with self._changed:
-            while any(host.why for host in self._waiting.values()):
-                if stuck := next((host.stuck for host in self._waiting.values() if host.stuck), None):
-                    return stuck
-                self._changed.wait(LOOK_S)
-        return None
+            hosts = self._waiting.values()
+            self.place.clock.wait_for(self._changed, lambda: not self.in_the_way or any(host.stuck for host in hosts))
+            return next((host.stuck for host in hosts if host.stuck), None)
 
     def look_soon(self) -> None:
         """A claim on another card may have sent some off: a job on several cards waits until they have gone."""
@@ -158,7 +155,8 @@ class Hosts:
     def await_change(self, seconds: float) -> None:
         """Wait until a trainer has come to stay or has ended, at most so long."""
         with self._changed:
-            self._changed.wait(seconds)
+            seen = self._changes
+            self.place.clock.wait_for(self._changed, lambda: self._changes != seen, seconds)
 
     def draw_mark(self) -> str:
         """A mark for a trainer that may stay."""
@@ -174,7 +172,7 @@ class Hosts:
             self._open.pop(mark, None)
             if mark in self._written:
                 self._over.add(mark)
-            self._changed.notify_all()
+            self._tell()
 
     def knows(self, mark: str) -> bool:
         """Whether there is a trainer of that mark."""
@@ -232,8 +230,8 @@ class Hosts:
     def keep(self, host: StayingTrainer, claim: Claim) -> bool:
         """Take a trainer that has left its job; False: it was ended, as its base has no room or the node stops."""
         new = NewHost(host=host.mark, node=self.place.node, key=host.key, bytes=host.bytes)
-        trainer = SpareTrainer(process=host.process, mark=host.mark, environment=dict(host.environment))
-        kept = False
+        environment, clock = dict(host.environment), self.place.clock
+        trainer = SpareTrainer(process=host.process, mark=host.mark, environment=environment, clock=clock)
         try:
             kept = self._may_wait() and trainer.shows(host_name(host.mark), host.mark)
             kept = kept and self.place.store.keep_host(claim, new)
@@ -249,10 +247,15 @@ class Hosts:
         with self._changed:
             self._open.pop(host.mark, None)
             self._written.add(host.mark)
-            self._waiting[host.mark] = _Waiting(trainer=trainer, until=time.monotonic() + self._patience_s)
-            self._changed.notify_all()
+            self._waiting[host.mark] = _Waiting(trainer=trainer, until=clock.now() + self._patience_s)
+            self._tell()
         log.info("process %s keeps its base, %s GiB, for the next job", host.process.pid, gib(host.bytes))
         return True
+
+    def _tell(self) -> None:
+        """Wake whoever waits for a change. The lock is held."""
+        self._changes += 1
+        self._changed.notify_all()
 
     def _may_be_written(self, mark: str) -> None:
         """The database's answer was lost, so there may be a row: it must go with the process."""
@@ -267,12 +270,12 @@ class Hosts:
     def _patience_s(self) -> float:
         """How long a base waits for a job on this card at this moment."""
         seen = self._strangers_at
-        lately = seen is not None and time.monotonic() - seen < self.watch.high_water_s
+        lately = seen is not None and self.place.clock.now() - seen < self.watch.high_water_s
         return min(self.keep_s, SHARED_KEEP_S) if lately else self.keep_s
 
     def _run(self) -> None:
         while not self._stopped.is_set():
-            self._going.wait(LOOK_S)
+            self.place.clock.wait(self._going, LOOK_S)
             self._going.clear()
             if self._stopped.is_set():
                 break
@@ -280,11 +283,11 @@ class Hosts:
                 self._tend()
             except REFUSALS as error:
                 log.warning("the hosts' rows could not be written: %s", told_by(error))
-                self._stopped.wait(1.0)
+                self.place.clock.wait(self._stopped, 1.0)
             except Exception:
                 # if this thread ended silently, no base would go any more, and who needs its room would wait forever
                 log.exception("the look at the hosts failed; it is made again")
-                self._stopped.wait(1.0)
+                self.place.clock.wait(self._stopped, 1.0)
 
     def _tend(self) -> None:
         """Let go what died, what has waited long enough, and what the rows say; end what goes."""
@@ -292,7 +295,7 @@ class Hosts:
             waiting = {mark: host for mark, host in self._waiting.items() if not host.why}
         if waiting and not self._may_wait():
             self._let_go(waiting, "the card is closed")
-        now = time.monotonic()
+        now = self.place.clock.now()
         for mark, host in waiting.items():
             if (code := host.trainer.process.poll()) is not None:
                 self._let_go([mark], f"it ended by itself (exit status {code})")
@@ -313,8 +316,8 @@ class Hosts:
         with self._changed:
             self._over |= rows.keys() - self._marks
         if self.place.device.kind == "nvml" and self.watch.look().others:
-            self._strangers_at = time.monotonic()
-            soon = time.monotonic() + self._patience_s
+            self._strangers_at = self.place.clock.now()
+            soon = self.place.clock.now() + self._patience_s
             for host in waiting.values():
                 host.until = min(host.until, soon)
 
@@ -327,7 +330,7 @@ class Hosts:
         if self.place.store.send_off_host(mark, self.place.node):
             self._let_go([mark], why)
         else:
-            host.until = time.monotonic() + RECONCILE_S
+            host.until = self.place.clock.now() + RECONCILE_S
 
     def _let_go(self, marks: Iterable[str], why: str) -> None:
         with self._changed:
@@ -347,7 +350,7 @@ class Hosts:
                     self._waiting.pop(mark, None)
                     self._marks.discard(mark)
                     self._over.add(mark)
-                self._changed.notify_all()
+                self._tell()
 
     def _end(self, mark: str, host: _Waiting) -> bool:
         """End a host's process, and see its room; else the card is closed, and the reason says why."""
@@ -355,14 +358,14 @@ class Hosts:
             return not end_leftovers(mark) and not self._held(mark)
         log.info("process %s lets its base go: %s", host.trainer.process.pid, host.why)
         kill(host.trainer.process)
-        deadline = time.monotonic() + LEFT_S
+        deadline = self.place.clock.now() + LEFT_S
         while (alive := end_leftovers(mark)) or self._held(mark):
-            if time.monotonic() > deadline:
+            if self.place.clock.now() > deadline:
                 what = f"process {alive[0]}" if alive else f"{gib(self._held(mark))} GiB of memory"
                 why = f"a base left {what} behind; look at the card, then loractl undrain {self.place.node}"
                 host.stuck = why if self._close(why) else ""  # once it is closed nobody waits for the room any more
                 return False
-            time.sleep(ROOM_LOOK_S)
+            self.place.clock.sleep(ROOM_LOOK_S)
         return True
 
     def _close(self, why: str) -> bool:

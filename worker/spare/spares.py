@@ -7,7 +7,6 @@ import queue
 import secrets
 import subprocess
 import threading
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import IO
@@ -15,8 +14,9 @@ from typing import IO
 import psutil
 
 from loractl.worker.attempt.order import common_environment
-from loractl.worker.attempt.process import MESSAGE_LIMIT, kill, launch, send
+from loractl.worker.attempt.process import MESSAGE_LIMIT, kill, send
 from loractl.worker.attempt.workplace import Workplace
+from loractl.worker.clock import SYSTEM, NodeClock
 from loractl.worker.device.occupancy import JOB_VARIABLE, RUN_VARIABLE, end_leftovers
 from loractl.worker.protocol.messages import Take
 from loractl.worker.protocol.spare import PLACEHOLDER, PLACEHOLDER_VALUE, READY, SPARE, taken
@@ -43,12 +43,16 @@ class SpareTrainer:
     process: subprocess.Popen[str]
     mark: str  # LORACTL_RUN until it is a job's
     environment: dict[str, str]  # what it has in common with the trainers of jobs
-    born: float = field(default_factory=time.monotonic)
+    clock: NodeClock = SYSTEM
+    born: float = field(init=False)
     ready: threading.Event = field(default_factory=threading.Event)
     lines: queue.SimpleQueue[str] = field(default_factory=queue.SimpleQueue)  # the last that its pipes' readers read
     readers: list[threading.Thread] = field(default_factory=list)
     last: str = ""  # that it printed on standard error
     until: str = ""  # the line that ends its time as a spare; no line is empty
+
+    def __post_init__(self) -> None:
+        self.born = self.clock.now()
 
     def read(self) -> None:
         """Begin to read both pipes, up to the line with which it becomes a job's."""
@@ -62,10 +66,10 @@ class SpareTrainer:
         """Hand it over. True: its environment shows the attempt's marks, and nobody reads its pipes any more."""
         assert self.process.stdin
         self.until = taken(mark)
-        deadline = time.monotonic() + patience_s
+        deadline = self.clock.now() + patience_s
         send(self.process.stdin, Take(job_id=job_id, mark=mark))
         try:
-            read = [self.lines.get(timeout=max(0.0, deadline - time.monotonic())) for _ in self.readers]
+            read = [self.clock.get(self.lines, max(0.0, deadline - self.clock.now())) for _ in self.readers]
         except queue.Empty:
             return False
         for reader in self.readers:
@@ -114,18 +118,18 @@ class Spares:
         self._dropped: queue.SimpleQueue[tuple[SpareTrainer, str]] = queue.SimpleQueue()
         self._marks: set[str] = set()
         self._failures = 0  # in a row
-        self._next = time.monotonic() + LOOK_S
+        self._next = place.clock.now() + LOOK_S
         self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="spare", daemon=True)
+        self._thread: threading.Thread | None = None
 
     def start(self) -> None:
-        self._thread.start()
+        self._thread = self._place.clock.start(self._run, "spare")
 
     def stop(self) -> None:
         """End the spare; none is made any more."""
         self._stopped.set()
-        if self._thread.is_alive():
-            self._thread.join()
+        if self._thread is not None:
+            self._place.clock.join(self._thread)
         with self._lock:
             waiting, self._waiting = self._waiting, None
         if waiting is not None:
@@ -168,7 +172,7 @@ class Spares:
         return waiting.process
 
     def _run(self) -> None:
-        while not self._stopped.wait(LOOK_S):
+        while not self._place.clock.wait(self._stopped, LOOK_S):
             try:
                 self._tend()
             except OSError as error:  # no memory or no number for another process
@@ -190,7 +194,7 @@ class Spares:
                 self._waiting = None
                 self._dropped.put((waiting, why))
             none = waiting is None and not self._handing_over and self._dropped.empty()
-        if none and self._place.drain.asked is None and not self._busy() and time.monotonic() >= self._next:
+        if none and self._place.drain.asked is None and not self._busy() and self._place.clock.now() >= self._next:
             self._make()
 
     def _make(self) -> None:
@@ -201,12 +205,12 @@ class Spares:
         # The placeholder is the last: what is cut off behind the job's number ends the block.
         environment = {**common, RUN_VARIABLE: mark, PLACEHOLDER: PLACEHOLDER_VALUE}
         try:
-            process = launch(self._place.settings.trainer, environment, SPARE, self._place.device.trains_on)
+            process = self._place.launch(self._place.settings.trainer, environment, SPARE, self._place.device.trains_on)
         except OSError:
             with self._lock:
                 self._marks.discard(mark)
             raise
-        spare = SpareTrainer(process=process, mark=mark, environment=common)
+        spare = SpareTrainer(process=process, mark=mark, environment=common, clock=self._place.clock)
         try:
             spare.read()
         except RuntimeError:  # no thread for its pipes
@@ -224,14 +228,14 @@ class Spares:
     def _failed(self, why: str) -> None:
         again_s = min(MOST_AGAIN_S, FIRST_AGAIN_S * 2**self._failures)
         self._failures = min(self._failures + 1, 10)
-        self._next = time.monotonic() + again_s
+        self._next = self._place.clock.now() + again_s
         log.warning("the spare trainer is dropped: %s; another one is made in %.0f s", why, again_s)
 
     def _fault(self, spare: SpareTrainer) -> str | None:
         """Why a spare that waits is none any more."""
         if (code := spare.process.poll()) is not None:
             return f"it ended (exit status {code}){': ' if spare.last else ''}{spare.last[:300]}"
-        if not spare.ready.is_set() and time.monotonic() - spare.born > IMPORT_S:
+        if not spare.ready.is_set() and self._place.clock.now() - spare.born > IMPORT_S:
             return f"it was not ready after {IMPORT_S:.0f} s"
         if spare.environment != common_environment(self._place):
             return "the environment of the node has changed"

@@ -68,7 +68,7 @@ def program(**variables: str) -> Iterator[subprocess.Popen[bytes]]:
 
 
 def at(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
-    monkeypatch.setattr(occupancy, "time", SimpleNamespace(monotonic=lambda: seconds))
+    monkeypatch.setattr(occupancy.SYSTEM, "now", lambda: seconds)
 
 
 def test_a_rank_that_another_card_s_node_has_started_is_its_job_s(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ from loractl.worker.device.devices import CpuDevice, SimulatedDevice
 from loractl.worker.node.health import stuck as module
 from loractl.worker.node.health.stuck import StuckSupervisors
 from loractl.worker.node.monitor import TRIES
-from loractl.worker.node.node import DeviceNode
+from loractl.worker.node.node import DeviceNode, place_of
 from loractl.worker.node.options import NodeOptions
 from loractl.worker.protocol.messages import Stop
 from loractl.worker.protocol.spare import shared
@@ -142,7 +142,7 @@ def test_a_node_that_ends_alone_does_not_wait_for_the_job_of_another_card(tmp_pa
     store.submit(replace(job, ways=Ways(alone=False, gangs=(way,))))
     assert isinstance(store.claim("box:1", gangs=True), Claim) and store.serves_beside("box:0")
     device, drain = SimulatedDevice(index=0, uuid="SIM-0", name="sim", total=8 * GIB), Drain()
-    node = DeviceNode(settings, device, NodeOptions(), drain)
+    node = DeviceNode(place_of(settings, device, NodeOptions(), drain), NodeOptions())
     drain.ask("checkpoint")
     waiting = threading.Thread(target=node._await_gangs, daemon=True)
     waiting.start()

@@ -6,13 +6,13 @@ import logging
 import queue
 import subprocess
 import threading
-import time
 from collections import deque
 from dataclasses import dataclass, field
 from typing import IO
 
 from loractl.worker.attempt.log import CHUNK, END_LINES, LogBook, LogFile
 from loractl.worker.attempt.process import MESSAGE_LIMIT, kill, send
+from loractl.worker.clock import SYSTEM, NodeClock
 from loractl.worker.device.occupancy import end_leftovers
 from loractl.worker.protocol.messages import (
     Ended,
@@ -58,7 +58,7 @@ class TrainerLink:
     @property
     def stuck(self) -> bool:
         """Whether none of those in the process has taken a step for a long time."""
-        return time.monotonic() - self.trainer.heard_at > LEAVE_S
+        return self.trainer.clock.now() - self.trainer.heard_at > LEAVE_S
 
     @property
     def leaves_others(self) -> bool:
@@ -92,15 +92,15 @@ class TrainerProcess:
     that ends with that attempt.
     """
 
-    def __init__(self, process: subprocess.Popen[str], run: str, mark: str = "") -> None:
-        self.process, self.run, self.mark = process, run, mark
+    def __init__(self, process: subprocess.Popen[str], run: str, mark: str = "", clock: NodeClock = SYSTEM) -> None:
+        self.process, self.run, self.mark, self.clock = process, run, mark, clock
         self.shared = False  # its marks are the host's, and its jobs' log lines come as messages
         self.stays = False  # it has left its last job, and nobody reads its pipes
         self.over = False  # it has ended, with all that it had started
         self.base_bytes: int | None = None  # that it keeps, as its last job's end said
         self.spoilt: str | None = None  # why nobody joins it and it ends with its last job, in words; None: it may stay
         self.lost = 0  # jobs that were in it when it ended by itself
-        self.heard_at = time.monotonic()
+        self.heard_at = self.clock.now()
         self._lock = threading.Lock()
         self._sending = threading.Lock()
         self._changing = threading.Lock()  # its marks, or its end
@@ -130,7 +130,7 @@ class TrainerProcess:
     def join(self, job_id: int, file: IO[str], book: LogBook) -> TrainerLink | None:
         """Another attempt's link, while one is in it; None: it ends, or does not answer."""
         link = TrainerLink(trainer=self, job_id=job_id, book=LogFile(file, book))
-        with self._changing:  # nobody else leaves before it has answered, or this one is out again
+        with self.clock.holding(self._changing):  # nobody else leaves before it has answered, or this one is out again
             with self._lock:
                 if self._closing or not self.mark or self.spoilt is not None or self.process.poll() is not None:
                     return None
@@ -156,13 +156,14 @@ class TrainerProcess:
             alone = len(self._links) == 1
             self._closing |= alone or end
         if not (alone or end) and self._has_left(link):
-            with self._changing, self._lock:  # the others may have left: who is out last ends it, and exactly one is
+            # the others may have left: who is out last ends it, and exactly one is
+            with self.clock.holding(self._changing), self._lock:
                 alone = len(self._links) == 1
                 self._closing |= alone
                 if not alone:
                     self._links.pop(link.job_id)
                     return
-        with self._changing:
+        with self.clock.holding(self._changing):
             if alone and stay and not end:
                 self._release(link)
             if not self.stays:
@@ -190,14 +191,14 @@ class TrainerProcess:
         """Let it be the host's: whoever ends the first attempt's processes must not find it."""
         if not self.shared and self.process.poll() is None:
             self.send(Share(job_id=job_id, mark=self.mark))
-            self.shared = self._answered.wait(ANSWER_S)
+            self.shared = self.clock.wait(self._answered, ANSWER_S)
         return self.shared and self.process.poll() is None
 
     def _has_left(self, link: TrainerLink) -> bool:
         """Wait until nothing of a job is in the process, which others need."""
         if not link.left.is_set() and self.process.poll() is None:
             self.send(Stop(job_id=link.job_id, save=False))
-        while not link.left.wait(0.1) and self.process.poll() is None:
+        while not self.clock.wait(link.left, 0.1) and self.process.poll() is None:
             if link.stuck:
                 log.error("job %s does not leave process %s, which is killed", link.job_id, link.pid)
                 return False
@@ -206,9 +207,9 @@ class TrainerProcess:
     def _release(self, link: TrainerLink) -> None:
         self._until = taken(self.mark)
         self.send(Release(job_id=link.job_id, mark=self.mark))
-        deadline = time.monotonic() + ANSWER_S
+        deadline = self.clock.now() + ANSWER_S
         try:
-            self.stays = all(self._read.get(timeout=max(0.0, deadline - time.monotonic())) for _ in self._readers)
+            self.stays = all(self.clock.get(self._read, max(0.0, deadline - self.clock.now())) for _ in self._readers)
         except queue.Empty:
             self.stays = False
         if self.stays:
@@ -245,7 +246,7 @@ class TrainerProcess:
         except ValueError:
             self._print(f"[not a message] {line}")
             return
-        self.heard_at = time.monotonic()
+        self.heard_at = self.clock.now()
         if isinstance(message, Ended):
             self.base_bytes = message.base_bytes
         elif isinstance(message, MemberLeft) and message.fault is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 
 from loractl.common.store.records import Claim
 from loractl.common.units import gib
@@ -22,7 +21,7 @@ def close_if_left(place: Workplace, watch: Watch, claim: Claim, host: str | None
 
     `host`: the mark of the trainer that it has shared; where that has ended, nothing of it remains either.
     """
-    job, deadline = str(claim.job_id), time.monotonic() + LEFT_S
+    job, deadline = str(claim.job_id), place.clock.now() + LEFT_S
     shared = set() if host is None or _lives(place, host) else {host_name(host)}
     names = {job} if host is None else shared  # what it shared was not in its name; a next attempt of it may run by now
 
@@ -31,14 +30,14 @@ def close_if_left(place: Workplace, watch: Watch, claim: Claim, host: str | None
         return sum(used.get(name, 0) for name in names)
 
     while (alive := end_leftovers(run_mark(claim.token))) or held_now():
-        if time.monotonic() > deadline:
+        if place.clock.now() > deadline:
             held = held_now()
             what = f"process {alive[0]}" if alive else f"{gib(held)} GiB of memory"
             reason = f"job {job} left {what} behind; look at the card, then loractl undrain {place.node}"
             log.error("%s is closed: %s", place.node, reason)
             place.store.drain(place.node, "loractl", reason)
             return
-        time.sleep(0.5)
+        place.clock.sleep(0.5)
 
 
 def _lives(place: Workplace, host: str) -> bool:

@@ -43,14 +43,13 @@ class SelfTest:
         self._changed = changed
         self._command = [sys.executable, "-m", module, place.device.trains_on, place.device.uuid]
         self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="self-test", daemon=True)
         if place.device.trains_on == "cuda":
             watch.fault = NOT_TESTED
 
     def start(self) -> None:
         """Test in a thread; a processor and a simulated card need no test."""
         if self._watch.fault is not None:
-            self._thread.start()
+            self._place.clock.start(self._run, "self-test")
 
     def stop(self) -> None:
         """Let the thread end; a test that runs ends by itself."""
@@ -65,7 +64,7 @@ class SelfTest:
                 self._test()
                 if self._watch.fault != before:
                     self._changed()
-            self._stopped.wait(AGAIN_S)
+            self._place.clock.wait(self._stopped, AGAIN_S)
 
     def _test(self) -> None:
         report = self_test(self._command, bare_environment(self._place, NAME))

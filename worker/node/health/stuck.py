@@ -6,7 +6,6 @@ import logging
 import os
 import signal
 import threading
-import time
 from collections.abc import Iterator, Mapping
 
 from loractl.common.job.status import Reason
@@ -38,7 +37,7 @@ class StuckSupervisors:
         self._patience = max(place.settings.lease_s, STUCK_LEAST_S)
         self._silent: dict[int, tuple[float, float]] = {}  # slot -> its last turn, and the seconds looked on since
         self._killed: set[str] = set()  # tokens of attempts whose trainer was killed for it
-        self._looked_at = time.monotonic()
+        self._looked_at = place.clock.now()
 
     def end(self, attempts: Mapping[int, AttemptState]) -> None:
         """Do what the longest silences ask for. `attempts`: slot -> what is supervised there."""
@@ -62,7 +61,7 @@ class StuckSupervisors:
 
     def _silences(self, attempts: Mapping[int, AttemptState]) -> Iterator[tuple[AttemptState, float]]:
         """How long each supervisor has not turned, by the time that this process itself ran."""
-        now = time.monotonic()
+        now = self._place.clock.now()
         ran, self._looked_at = min(now - self._looked_at, LOOK_MOST_S), now
         for slot, state in attempts.items():
             turned_at, silent = self._silent.get(slot, (0.0, 0.0))
