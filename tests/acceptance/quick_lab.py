@@ -1,4 +1,4 @@
-"""A lab of real workers, with a quick trainer where weights do not matter: loractl's own protocol, without torch."""
+"""A lab of real workers, with a quick trainer where weights do not matter (tests/quick_trainer.py)."""
 
 from __future__ import annotations
 
@@ -18,76 +18,16 @@ import psutil
 from sqlalchemy import Engine, update
 from sqlalchemy.orm import Session
 
-from loractl.common.job.status import Reason, Status
+from loractl.common.job.status import Reason
 from loractl.common.store.database import make_engine
 from loractl.common.store.schema import upgrade
 from loractl.common.store.store import Store
 from loractl.common.store.tables import Job
 
-from ..conftest import Cli
-from ..models import write_job
+from ..conftest import ROOT, Cli
+from ..models import CONFIG, write_job
 
 LEASE_S = 3  # the shortest there is
-
-CONFIG = {
-    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 64, "intermediate_size": 128,
-    "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 400,
-}  # fmt: skip
-"""A base model without weights: enough to plan by."""
-
-QUICK = """
-import os, queue, signal, time
-from pathlib import Path
-
-from loractl.common.job.status import Reason, Stage
-from loractl.worker.protocol.marker import close_checkpoint
-from loractl.worker.training.checkpoint import newest_checkpoint
-from loractl.worker.protocol.messages import Ended, Note, Saved, StageChanged, Stepped
-from loractl.worker.training.trainer import main
-
-
-def run(order, orders, tell):
-    job, steps = order.job_id, order.spec.training.max_steps
-    with Path(os.environ["QUICK_STARTS"]).open("a") as starts:
-        starts.write(f"{job}.{order.attempt}\\n")
-    tell(StageChanged(job_id=job, stage=Stage.TRAINING))
-    if "kills-its-worker" in order.spec.labels:
-        os.kill(os.getppid(), signal.SIGKILL)
-
-    def save(step):
-        folder = Path(order.checkpoint_dir) / f"checkpoint-{step}"
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "trainer_state.json").write_text("{}")
-        close_checkpoint(folder, step=step, finished=step == steps, belongs_to={"job": str(job)})
-        tell(Saved(job_id=job, step=step, path=str(folder)))
-
-    folders = [Path(order.checkpoint_dir), *map(Path, order.earlier_checkpoints)]
-    found = newest_checkpoint(folders, {"job": str(job)})
-    if found is not None:
-        tell(Note(job_id=job, kind="resumed", text="resumed", resumed_from_step=found.step))
-    for step in range(found.step + 1 if found else 1, steps + 1):
-        time.sleep(0.05)
-        tell(Stepped(job_id=job, step=step, total_steps=steps, metrics={"loss": 1 / step}))
-        if step % order.spec.training.save_steps == 0:
-            save(step)
-        try:
-            stop = orders.get_nowait()
-        except queue.Empty:
-            continue
-        if stop.save:
-            save(step)
-        return Ended(job_id=job, reason=Reason.DRAINED, message="stopped")
-    adapter = Path(order.output_dir) / "adapter"
-    adapter.mkdir()
-    (adapter / "adapter_model.safetensors").write_text(f"weights of attempt {order.attempt}")
-    (adapter / "adapter_config.json").write_text("{}")
-    (adapter.parent / "report.json").write_text("{}")
-    return Ended(job_id=job, reason=Reason.OK, message="trained")
-
-
-if __name__ == "__main__":
-    main(run)
-"""
 
 
 @dataclass
@@ -137,17 +77,6 @@ class Lab:
             time.sleep(0.1)
         return job
 
-    def submit_until_drained(self, target: str, seconds: float = 150) -> list[int]:
-        """Jobs of four users at a time, until a card or box is closed; all of them succeed. Returns their numbers."""
-        jobs, deadline = list[int](), time.monotonic() + seconds
-        while target not in self.store.drains():
-            assert time.monotonic() < deadline, f"{len(jobs)} jobs, and {target} is not closed"
-            new = [self.submit("--set=max_retries=0", user=user) for user in ("ada", "bob", "cyd", "dan")]
-            for job_id in new:
-                self.until(job_id, lambda job: job.status is Status.SUCCEEDED, seconds)
-            jobs += new
-        return jobs
-
     def change(self, job_id: int, **values: Any) -> None:
         with Session(self.engine) as session, session.begin():
             session.execute(update(Job).where(Job.job_id == job_id).values(**values))
@@ -167,10 +96,8 @@ def quick_lab(make_cli: Callable[..., Cli], home: Path, folder: Path, url: str |
     engine = make_engine(url or f"sqlite:///{home / 'loractl.db'}")
     upgrade(engine)
     (folder / "config.json").write_text(json.dumps(CONFIG))
-    (folder / "quick").mkdir()
-    (folder / "quick" / "quick_trainer.py").write_text(QUICK)
     cli = make_cli(
-        LORACTL_HOST="heron", LORACTL_TRAINER="quick_trainer", PYTHONPATH=str(folder / "quick"),
+        LORACTL_HOST="heron", LORACTL_TRAINER="tests.quick_trainer", PYTHONPATH=str(ROOT),
         QUICK_STARTS=str(folder / "starts"), LORACTL_LEASE=f"{LEASE_S}s",
         **({"LORACTL_DATABASE_URL": url} if url else {}),
     )  # fmt: skip

@@ -1,4 +1,7 @@
-"""Which job runs where, on real workers: simulated cards, and NVML's real client on a stand-in library."""
+"""Which job runs where, on a real worker that trains, and with NVML's real client on a stand-in library.
+
+The rule on simulated cards: tests/unit/worker/test_placing.py.
+"""
 
 from __future__ import annotations
 
@@ -34,31 +37,6 @@ from ..nvml import MIB, FakeCard, StandIn, build, compiler
 
 Seen = TypeVar("Seen")
 
-MARGIN = GIB // 2
-"""What a worker keeps free of each card unless told otherwise."""
-
-LONG = "--set=training.max_steps=100000"
-
-LLAMA = {
-    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "head_dim": 128, "num_key_value_heads": 8,
-    "vocab_size": 128256, "max_position_embeddings": 131072, "torch_dtype": "bfloat16",
-}  # fmt: skip
-SIZES = {
-    "3B": {
-        "hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28, "num_attention_heads": 24,
-        "tie_word_embeddings": True,
-    },
-    "8B": {
-        "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
-        "tie_word_embeddings": False,
-    },
-    "70B": {
-        "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64,
-        "tie_word_embeddings": False,
-    },
-}  # fmt: skip
-"""Llama 3's own numbers: a plan needs a config.json and no weights."""
-
 
 @dataclass(frozen=True)
 class Lab:
@@ -75,16 +53,6 @@ class Lab:
 
     def start(self, *options: str, **environment: str) -> None:
         self.workers.append(self.cli.with_environment(**environment).start("worker", *options, warm_start=True))
-
-    def join(self, home: Path, **environment: str) -> None:
-        """A second box: a home of its own, the same database, queue and artifacts."""
-        self.start(
-            LORACTL_HOME=str(home),
-            LORACTL_DATABASE_URL=f"sqlite:///{self.home / 'loractl.db'}",
-            LORACTL_REDIS_URL=f"redis+socket://{self.home / 'run' / 'valkey.sock'}",
-            LORACTL_ARTIFACTS_URL=(self.home / "artifacts").as_uri(),
-            **environment,
-        )
 
     def cards(self) -> dict[str, dict]:
         return {row["node"]: row for row in json.loads(self.cli("gpus", "--json").stdout)}
@@ -121,57 +89,6 @@ def lab(make_cli: Callable[..., Cli], home: Path) -> Iterator[Lab]:
         _kill(process)
 
 
-@pytest.fixture
-def second_home(tmp_path: Path) -> Path:
-    return tmp_path / "second"
-
-
-LATE = """
-import sys, time
-
-from tests.warm import client
-
-time.sleep(3)
-sys.exit(client("tests.warm", []))
-"""
-"""A trainer that takes as long to load as on a person's machine: a job holds its card until the other card is up."""
-
-
-def test_a_small_card_gets_qlora_and_a_job_too_large_waits_for_a_larger_card(
-    lab: Lab, second_home: Path, tmp_path: Path
-) -> None:
-    # There are no weights: an attempt ends with model_not_found once it has its card, its method and its bytes.
-    files = {size: _llama_job(tmp_path, size) for size in SIZES}
-    plans = {size: _plan(lab, file) for size, file in files.items()}
-    assert plans["3B"]["qlora"] < 8 * GIB - MARGIN < plans["3B"]["lora"], "the sizes that this test is about"
-    assert plans["8B"]["lora"] < 24 * GIB - MARGIN < plans["70B"]["qlora"] < 80 * GIB - MARGIN
-
-    (tmp_path / "late.py").write_text(LATE)
-    late = {"LORACTL_TRAINER": "late", "PYTHONPATH": f"{tmp_path}:{lab.cli.environment['PYTHONPATH']}"}
-    lab.start(LORACTL_DEVICES="sim:8GiB,24GiB", **late)
-    lab.until_cards(2)
-    lab.submit(files["70B"], "--set=method=qlora")
-    lab.submit(files["8B"], files["3B"])
-    waiting = lab.why(1)
-    assert (waiting["tier"], waiting["word"]) == ("never", "never")
-    assert waiting["sentence"] == f"needs {plans['70B']['qlora'] / GIB:.1f} GiB, the largest card has 23.5"
-    assert {card["when"] for card in waiting["cards"]} == {"never"}
-    (row,) = [row for row in json.loads(lab.cli("status", "--json").stdout) if row["job_id"] == 1]
-    assert row["message"] == f"never: {waiting['sentence']}"
-    assert "never" in lab.cli("status").stdout
-
-    on_small, on_large = (lab.until_job(n, lambda job: job.status is Status.FAILED) for n in (3, 2))
-    assert _placed(on_large) == [("heron:1", "lora", plans["8B"]["lora"])]
-    assert _placed(on_small) == [("heron:0", "qlora", plans["3B"]["qlora"])]
-    assert {on_small["reason"], on_large["reason"]} == {"model_not_found"}
-    assert lab.job(1)["status"] == "queued"
-
-    lab.join(second_home, LORACTL_HOST="osprey", LORACTL_DEVICES="sim:80GiB")
-    started = lab.until_job(1, lambda job: job.status is Status.FAILED)
-    assert _placed(started) == [("osprey:0", "qlora", plans["70B"]["qlora"])]
-    assert set(lab.cards()) == {"heron:0", "heron:1", "osprey:0"}
-
-
 def test_one_job_trains_with_qlora_on_the_small_card_while_another_does_with_lora_on_the_large_one(
     lab: Lab, tmp_path: Path
 ) -> None:
@@ -195,35 +112,6 @@ def test_one_job_trains_with_qlora_on_the_small_card_while_another_does_with_lor
     assert {json.loads(lab.cli("report", n, "--json").stdout)["method"] for n in (1, 2)} == {"lora", "qlora"}
     why = [event["text"] for event in done[1]["events"] if event["kind"] == "started"]
     assert why == ["attempt 1 started on heron:0 with qlora (auto: lora does not fit)"]
-
-
-def test_jobs_share_a_large_card_and_never_reserve_more_than_it_has(lab: Lab, tiny_model: Path, tmp_path: Path) -> None:
-    # Plans are for rows of max_length; these rows are short, so that jobs of 10 and 20 GiB train in seconds.
-    sizes = [GIB * size for size in (19.9, 9.9, 19.9, 9.9, 19.9, 9.9)]
-    files = [_job_of_size(tmp_path, tiny_model, f"job-{n}", int(size)) for n, size in enumerate(sizes)]
-    room = 80 * GIB - MARGIN
-    lab.start(LORACTL_DEVICES="sim:80GiB", LORACTL_MAX_JOBS_PER_GPU="8")
-    lab.until_cards(1)
-    lab.submit(*files)
-    polled: list[int] = []
-
-    def unfinished() -> int:
-        card = lab.store.fleet().cards["heron:0"]
-        polled.append(sum(job.reserved for job in card.running))
-        assert card.free == room - polled[-1] >= 0
-        return lab.store.unfinished(card.total, {})
-
-    _until(unfinished, lambda left: left <= 4, 120)
-    (shown,) = lab.cards().values()
-    assert sum(job["reserved"] for job in shown["jobs"]) == room - shown["free"] <= room
-    _until(unfinished, lambda left: left == 0, 180)
-    jobs = [lab.job(n) for n in range(1, 7)]
-    assert [job["status"] for job in jobs] == ["succeeded"] * 6
-    most, at_once = _ledger(jobs)
-    assert most <= room, "what all attempts held at one moment, by their own rows"
-    assert most > 0.7 * room and at_once >= 4, "otherwise nothing was shared"
-    assert max(polled) > 0
-    print(f"ledger: at most {most / GIB:.1f} of {room / GIB:.1f} GiB, {at_once} jobs at once, {len(polled)} looks")
 
 
 def test_other_people_s_programs_are_respected_named_and_waited_for(lab: Lab, tiny_model: Path, tmp_path: Path) -> None:
@@ -279,48 +167,7 @@ def _respected(lab: Lab, library: StandIn, job: Path, pid: int) -> None:
     assert waited > 2, f"it started {waited:.1f} s after they had left, while the card was still theirs"
 
 
-def test_a_drained_box_says_so_gives_its_jobs_back_when_told_and_goes_on_where_they_were(
-    lab: Lab, tiny_model: Path, tmp_path: Path
-) -> None:
-    lab.start(LORACTL_DEVICES="sim:8GiB", LORACTL_LEASE="6s")  # a beat every second: the trainer takes a processor
-    lab.until_cards(1)
-    lab.cli("drain", "heron", "--reason", "replacing a fan", "--until", "2h")
-    lab.submit(write_job(tmp_path, tiny_model), LONG, "--set=training.save_steps=100000")
-    waiting = lab.why(1)
-    assert (waiting["tier"], waiting["word"]) == ("fleet", "drained")
-    assert waiting["sentence"].startswith("heron:0 by tester until ")
-    assert waiting["sentence"].endswith(": replacing a fan")
-    assert "drained by tester: replacing a fan" in lab.cli("why", 1).stdout
-    assert "drained by tester until" in lab.cli("gpus").stdout
-    time.sleep(3)
-    assert lab.job(1)["attempts"] == []
-
-    lab.cli("undrain", "heron")
-    lab.until_job(1, lambda job: (job.step or 0) >= 5)
-    lab.cli("drain", "heron:0", "--reason", "driver", "--now")
-    given_back = lab.until_job(1, lambda job: job.status is Status.QUEUED)
-    first = given_back["attempts"][0]
-    assert (first["reason"], first["message"]) == ("drained", "heron:0 is drained by tester: driver")
-    assert lab.why(1)["word"] == "drained"
-    assert not [card for card in lab.cards().values() if card["jobs"]]
-
-    lab.cli("undrain", "heron:0")
-    again = lab.until_job(1, lambda job: job.attempt == 2 and (job.step or 0) > 0)
-    assert again["attempts"][1]["resumed_from_step"] >= 5
-    lab.cli("cancel", 1)
-    lab.until_job(1, lambda job: job.status is Status.CANCELLED)
-
-
 # --- jobs ---
-
-
-def _llama_job(folder: Path, size: str) -> Path:
-    model = folder / size
-    model.mkdir()
-    (model / "config.json").write_text(json.dumps({**LLAMA, **SIZES[size]}))
-    job = write_job(folder, model, name=f"llama-{size}", method="auto")
-    job.write_text(job.read_text().replace("max_length: 128", "max_length: 512"))
-    return job
 
 
 def _small(job: Path) -> Path:
@@ -354,27 +201,6 @@ def _plan(lab: Lab, job: Path) -> dict[str, int]:
 
 def _placed(job: dict) -> list[tuple[str, str, int]]:
     return [(a["node"], a["method"], a["vram_reserved"]) for a in job["attempts"]]
-
-
-def _ledger(jobs: list[dict]) -> tuple[int, int]:
-    """The most bytes, and the most attempts, at one moment: from attempts, and what a better plan gave back."""
-    changes = []
-    for job in jobs:
-        for attempt in job["attempts"]:
-            begun, ended = (dt.datetime.fromisoformat(attempt[key]) for key in ("started_at", "ended_at"))
-            held = attempt["vram_reserved"]
-            changes.append((begun, 1, held))
-            for event in job["events"]:
-                if event["kind"] == "planned" and event["attempt"] == attempt["attempt"]:
-                    planned = float(event["text"].split()[1]) * GIB
-                    changes.append((dt.datetime.fromisoformat(event["at"]), 0, planned - held))
-                    held = planned
-            changes.append((ended, -1, -held))
-    most = at_once = reserved = running = 0
-    for _, one, size in sorted(changes):  # at one moment ends come before starts
-        reserved, running = reserved + size, running + one
-        most, at_once = max(most, reserved), max(at_once, running)
-    return int(most), at_once
 
 
 def _until(

@@ -1,0 +1,297 @@
+"""A lab in the test's process: the nodes of some boxes with all their threads, on a clock that the test holds.
+
+Real are the database, the artifact store's files, the pipes to the trainers, and what they say. Trainers are threads
+(`quick_trainer`). There is no `loractl worker`, no queue and no process to be killed: tests/acceptance has these.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime as dt
+import itertools
+import json
+import os
+import queue
+import select
+import subprocess
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, cast
+
+import psutil
+import pytest
+from click.testing import CliRunner
+from sqlalchemy import Engine, update
+from sqlalchemy.orm import Session
+
+from loractl.common.artifacts import ArtifactStore
+from loractl.common.errors import LoractlError
+from loractl.common.job.file import load_spec
+from loractl.common.job.status import Reason
+from loractl.common.settings import Settings, load_settings
+from loractl.common.store.store import Store
+from loractl.common.store.tables import Job
+from loractl.scheduler import session
+from loractl.scheduler.cli import cli
+from loractl.scheduler.submission.data import store_data
+from loractl.scheduler.submission.need import own_devices, plan_job
+from loractl.worker.attempt.drain import Drain
+from loractl.worker.attempt.workplace import Workplace
+from loractl.worker.device.devices import find_devices
+from loractl.worker.node.node import DeviceNode, place_of
+from loractl.worker.node.options import NodeOptions
+from loractl.worker.protocol.messages import Ended, Start, Stop, Told, decode_order, encode
+from loractl.worker.protocol.orders import EXIT_ORPHANED, Orders
+from loractl.worker.storage.calls import carry_out
+from loractl.worker.storage.client import CallWatch, StoreClient
+
+from .held_clock import HeldClock
+from .models import CONFIG, write_job
+from .quick_trainer import Sleep, Tell, train
+
+LEASE_S = 3  # the shortest there is
+
+NO_QUEUE = "redis://127.0.0.1:1"
+
+NO_PROCESS = itertools.count(1 << 23)
+"""Numbers that Linux gives to no process."""
+
+Train = Callable[[Start, Orders, Tell, Sleep], Ended]
+
+
+class _Killed(Exception):
+    """The trainer has no supervisor any more."""
+
+
+class _Pipe:
+    """The end of a pipe that a thread without the clock reads. It is quiet while its reader waits for the next byte."""
+
+    def __init__(self, end: int) -> None:
+        self._end = end
+        self._rest = b""
+        self._waits = False
+        self._over = False
+
+    def quiet(self) -> bool:
+        return self._over or (self._waits and not select.select([self._end], [], [], 0)[0])
+
+    def readline(self, limit: int = 1 << 20) -> str:
+        while b"\n" not in self._rest[:limit] and len(self._rest) < limit and not self._over:
+            self._waits = True
+            select.select([self._end], [], [])
+            self._waits = False
+            found = os.read(self._end, 1 << 16)
+            self._rest += found
+            if not found:
+                os.close(self._end)
+                self._over = True
+        line, newline, _ = self._rest[:limit].partition(b"\n")
+        self._rest = self._rest[len(line + newline) :]
+        return (line + newline).decode("utf-8", "replace")
+
+
+class TrainerThread:
+    """What a supervisor sees of a trainer process: its pipes and its end."""
+
+    def __init__(self, clock: HeldClock, does: Train, began: Callable[[Start], None]) -> None:
+        self.pid = next(NO_PROCESS)
+        self.returncode: int | None = None
+        self._clock, self._does, self._began = clock, does, began
+        (orders, ordered), (told, self._told), (printed, self._printed) = os.pipe(), os.pipe(), os.pipe()
+        self.stdin = os.fdopen(ordered, "w", encoding="utf-8")
+        self.stdout, self.stderr, self._orders = _Pipe(told), _Pipe(printed), _Pipe(orders)
+        self._start: queue.SimpleQueue[Start] = queue.SimpleQueue()
+        self._stops: Orders = queue.SimpleQueue()
+        self._orphaned, self._ended = threading.Event(), threading.Event()
+        for pipe in (self.stdout, self.stderr, self._orders):
+            clock.watch(pipe.quiet)
+        threading.Thread(target=self._read, name="orders", daemon=True).start()
+        clock.start(self._live, "trainer")
+
+    def poll(self) -> int | None:
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        """In real time, as for any process: it ends at once when its input does."""
+        if not self._ended.wait(timeout):
+            raise subprocess.TimeoutExpired("trainer", timeout or 0.0)
+        assert self.returncode is not None
+        return self.returncode
+
+    def _read(self) -> None:
+        while line := self._orders.readline():
+            order = decode_order(line)
+            if isinstance(order, Start):
+                self._start.put(order)
+            elif isinstance(order, Stop):
+                self._stops.put(order)
+        self._orphaned.set()
+
+    def _live(self) -> None:
+        try:
+            while self._start.empty():
+                self._sleep(0.001)
+            order = self._start.get()
+            self._began(order)
+            self._tell(self._does(order, self._stops, self._tell, self._sleep))
+            status = 0
+        except _Killed:
+            status = EXIT_ORPHANED
+        os.close(self._told)
+        os.close(self._printed)
+        self.returncode = status
+        self._ended.set()
+
+    def _sleep(self, seconds: float) -> None:
+        if self._clock.wait(self._orphaned, seconds):
+            raise _Killed
+
+    def _tell(self, message: Told) -> None:
+        os.write(self._told, encode(message).encode())
+
+
+class _NearStore(StoreClient):
+    """The artifact store without the processes for its calls, whose start takes half a second of a processor."""
+
+    def _call(self, name: str, *arguments: Any) -> Any:
+        plain = json.loads(json.dumps(arguments))  # what crosses the pipe
+        return carry_out(ArtifactStore(self.url), name, plain)
+
+    def watched(self, watch: CallWatch) -> StoreClient:
+        return self
+
+
+@dataclass
+class HeldLab:
+    """A database, and the boxes that a test starts; each ends with it. Seconds are those of the clock."""
+
+    home: Path
+    folder: Path
+    engine: Engine
+    clock: HeldClock = field(default_factory=HeldClock)
+    starts: list[str] = field(default_factory=list)  # JOB.ATTEMPT of each trainer
+    _nodes: list[tuple[Workplace, DeviceNode]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._began = dt.datetime.now(dt.UTC) - dt.timedelta(seconds=self.clock.now())
+        (self.folder / "config.json").write_text(json.dumps(CONFIG))
+        self.store = Store(self.engine, self.time)
+
+    def time(self) -> dt.datetime:
+        return self._began + dt.timedelta(seconds=self.clock.now())
+
+    def settings(self, **environment: str) -> Settings:
+        return load_settings({**self._variables(), **environment})
+
+    def places(self, does: Train = train, options: NodeOptions | None = None, **environment: str) -> list[Workplace]:
+        """What the attempts on each device of a box share. Nobody serves them yet."""
+        settings = self.settings(**environment)
+        for folder in (settings.runtime_dir, settings.work_dir, settings.cache_dir):
+            folder.mkdir(parents=True, exist_ok=True)
+        places = [place_of(settings, device, options or NodeOptions(), Drain()) for device in find_devices(settings)]
+        return [
+            replace(
+                place,
+                clock=self.clock,
+                store=Store(place.store._engine, self.time, settings.lease_s),
+                artifacts=_NearStore(settings.artifacts_url),
+                launch=lambda *_: cast(Any, TrainerThread(self.clock, does, self._note)),
+            )
+            for place in places
+        ]
+
+    def start(self, does: Train = train, options: NodeOptions | None = None, **environment: str) -> list[Workplace]:
+        """A box: a node for each device."""
+        places = self.places(does, options, **environment)
+        for place in places:
+            node = DeviceNode(place, replace(options or NodeOptions(), devices=len(places), spare=False))
+            node.take_over()
+            node.begin()
+            self._nodes.append((place, node))
+        return places
+
+    def start_box(self, name: str, does: Train = train, **environment: str) -> list[Workplace]:
+        """A box with a home of its own."""
+        return self.start(does, LORACTL_HOST=name, LORACTL_HOME=str(self.folder / name), **environment)
+
+    def stop(self, places: list[Workplace] | None = None) -> None:
+        """Let the nodes end after their checkpoints: of one box, or of all."""
+        ending = [one for one in self._nodes if places is None or one[0] in places]
+        for place, _ in ending:
+            place.drain.ask("checkpoint")
+        for place, node in ending:
+            node.end()
+            place.store.forget_node(place.node)  # as `loractl worker` does, which has seen it end
+            place.store._engine.dispose()
+            self._nodes.remove((place, node))
+
+    def submit(self, *options: str, name: str = "job", steps: int = 10, user: str = "ada") -> int:
+        file = write_job(self.folder, self.folder, name=name)
+        overrides = (option.removeprefix("--set=") for option in options)
+        return self.submit_file(file, f"training.max_steps={steps}", *overrides, user=user)
+
+    def submit_file(self, file: Path, *overrides: str, user: str = "ada") -> int:
+        settings, spec = self.settings(), load_spec(file, overrides)
+        data = store_data(spec, ArtifactStore(settings.artifacts_url))
+        job_id = self.store.submit(plan_job(spec, user, data, self.store, own_devices(settings)))
+        self.wake()
+        return job_id
+
+    def wake(self) -> None:
+        """What a message does to each node."""
+        for _, node in self._nodes:
+            node.wake()
+
+    def cli(self, *args: object, code: int = 0) -> str:
+        """What a command prints, by the lab's time."""
+        with pytest.MonkeyPatch.context() as patched:
+            for name, value in self._variables().items():
+                patched.setenv(name, value)
+            patched.setattr(session, "Store", lambda engine: Store(engine, self.time))
+            done = CliRunner().invoke(cli, list(map(str, args)))
+        error = done.exception
+        if isinstance(error, LoractlError):
+            assert error.exit_code == code, f"{args}: {error.sentence}"
+            return f"{done.output}Error: {error.sentence}\nHint: {error.hint}"
+        assert done.exit_code == code, f"{args}: {done.output} {error!r}"
+        return done.output
+
+    def until(self, job_id: int, holds: Callable[[Job], object], seconds: float = 60) -> Job:
+        """The job once `holds` is true of it, looked at 600 times."""
+        deadline = self.clock.now() + seconds
+        while not holds(job := self.store.job(job_id)):
+            assert self.clock.now() < deadline, f"after {seconds} s: {job.status} {job.stage} {job.step} {job.message}"
+            self.clock.sleep(seconds / 600)
+        return job
+
+    def change(self, job_id: int, **values: Any) -> None:
+        with Session(self.engine) as session, session.begin():
+            session.execute(update(Job).where(Job.job_id == job_id).values(**values))
+
+    def reasons(self, job_id: int) -> list[Reason | None]:
+        return [attempt.reason for attempt in self.store.attempts(job_id)]
+
+    def _note(self, order: Start) -> None:
+        self.starts.append(f"{order.job_id}.{order.attempt}")
+
+    def _variables(self) -> dict[str, str]:
+        return {
+            "LORACTL_HOME": str(self.home), "LORACTL_HOST": "heron", "LORACTL_DEVICES": "sim:8GiB",
+            "LORACTL_DATABASE_URL": self.engine.url.render_as_string(hide_password=False),
+            "LORACTL_ARTIFACTS_URL": (self.home / "artifacts").as_uri(), "LORACTL_REDIS_URL": NO_QUEUE,
+            "LORACTL_USER": "tester", "LORACTL_LEASE": f"{LEASE_S}s", "COLUMNS": "300",
+        }  # fmt: skip
+
+
+@contextlib.contextmanager
+def held_lab(home: Path, folder: Path, engine: Engine) -> Iterator[HeldLab]:
+    lab = HeldLab(home, folder, engine)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(psutil, "process_iter", lambda *_: iter(()))  # a look at all of the machine's, for nothing
+        try:
+            yield lab
+        finally:
+            lab.stop()
+    lab.clock.close()

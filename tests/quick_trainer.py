@@ -1,0 +1,84 @@
+"""A trainer without torch that takes a step in a moment: loractl's own protocol and checkpoints, and a few bytes of
+weights that name their attempt.
+
+    LORACTL_TRAINER=tests.quick_trainer
+
+As a process it writes JOB.ATTEMPT into the file that QUICK_STARTS names. In a test's process tests/held_lab.py runs it.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from loractl.common.job.status import Reason, Stage
+from loractl.worker.protocol.marker import close_checkpoint
+from loractl.worker.protocol.messages import Ended, Note, Saved, StageChanged, Start, Stepped, Stop, Told
+from loractl.worker.protocol.orders import Orders
+from loractl.worker.training.checkpoint import newest_checkpoint
+
+STEP_S = 0.05
+
+KILLS = "kills-its-worker"
+"""A job with this label kills the node that has started it."""
+
+Tell = Callable[[Told], None]
+Sleep = Callable[[float], None]
+
+
+def run(order: Start, orders: Orders, tell: Tell) -> Ended:
+    """As a process."""
+    with Path(os.environ["QUICK_STARTS"]).open("a") as starts:
+        starts.write(f"{order.job_id}.{order.attempt}\n")
+    tell(StageChanged(job_id=order.job_id, stage=Stage.TRAINING))
+    if KILLS in order.spec.labels:
+        os.kill(os.getppid(), signal.SIGKILL)
+    return train(order, orders, tell, time.sleep)
+
+
+def train(order: Start, orders: Orders, tell: Tell, sleep: Sleep) -> Ended:
+    """Go on from the newest checkpoint, a step each 50 ms; stop when asked to."""
+    job, steps = order.job_id, order.spec.training.max_steps
+    assert steps is not None
+    tell(StageChanged(job_id=job, stage=Stage.TRAINING))
+
+    def save(step: int) -> None:
+        folder = Path(order.checkpoint_dir) / f"checkpoint-{step}"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "trainer_state.json").write_text("{}")
+        close_checkpoint(folder, step=step, finished=step == steps, belongs_to={"job": str(job)})
+        tell(Saved(job_id=job, step=step, path=str(folder)))
+
+    folders = [Path(order.checkpoint_dir), *map(Path, order.earlier_checkpoints)]
+    found = newest_checkpoint(folders, {"job": str(job)})
+    if found is not None:
+        tell(Note(job_id=job, kind="resumed", text="resumed", resumed_from_step=found.step))
+    for step in range(found.step + 1 if found else 1, steps + 1):
+        sleep(STEP_S)
+        tell(Stepped(job_id=job, step=step, total_steps=steps, metrics={"loss": 1 / step}))
+        if step % order.spec.training.save_steps == 0:
+            save(step)
+        try:
+            stop = orders.get_nowait()
+        except queue.Empty:
+            continue
+        assert isinstance(stop, Stop)
+        if stop.save:
+            save(step)
+        return Ended(job_id=job, reason=Reason.DRAINED, message="stopped")
+    adapter = Path(order.output_dir) / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_model.safetensors").write_text(f"weights of attempt {order.attempt}")
+    (adapter / "adapter_config.json").write_text("{}")
+    (adapter.parent / "report.json").write_text("{}")
+    return Ended(job_id=job, reason=Reason.OK, message="trained")
+
+
+if __name__ == "__main__":
+    from loractl.worker.training.trainer import main
+
+    main(run)

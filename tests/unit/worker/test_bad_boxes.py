@@ -1,0 +1,111 @@
+"""What docs/reliability.md promises of boxes that fail every job, or are wanted for another, in a held lab.
+
+Those that freeze or die are processes: tests/acceptance/test_bad_boxes.py.
+"""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from loractl.common.job.status import Reason, Status
+from loractl.common.store.records import Claim
+from loractl.worker.device.occupancy import Watch
+from loractl.worker.node.health import leftovers
+from loractl.worker.protocol.messages import Ended, Start
+from loractl.worker.protocol.orders import Orders
+
+from ...held_lab import HeldLab
+from ...quick_trainer import Sleep, Tell
+from ..factories import node_state
+
+
+def on_a_bad_card(order: Start, orders: Orders, tell: Tell, sleep: Sleep) -> Ended:
+    return Ended(job_id=order.job_id, reason=Reason.GPU_ERROR, message="CUDA error: the card has fallen off the bus")
+
+
+def submit_until_drained(lab: HeldLab, target: str, seconds: float = 300) -> list[int]:
+    """Jobs of four users at a time, until a card or box is closed; all of them succeed. Returns their numbers."""
+    jobs, deadline = list[int](), lab.clock.now() + seconds
+    while target not in lab.store.drains():
+        assert lab.clock.now() < deadline, f"{len(jobs)} jobs, and {target} is not closed"
+        new = [lab.submit("--set=max_retries=0", user=user) for user in ("ada", "bob", "cyd", "dan")]
+        for job_id in new:
+            lab.until(job_id, lambda job: job.status is Status.SUCCEEDED, seconds)
+        jobs += new
+    return jobs
+
+
+def test_a_card_that_fails_every_job_fails_no_job_for_good_and_is_closed(held: HeldLab) -> None:
+    """It is always idle, so that the rule would choose it again and again."""
+    held.start_box("owl", on_a_bad_card)
+    held.start()
+    for job_id in submit_until_drained(held, "owl:0"):
+        assert held.store.attempts(job_id)[-1].node == "heron:0"
+    assert any(attempt.node == "owl:0" for job in held.store.jobs() for attempt in held.store.attempts(job.job_id))
+    (order,) = held.store.drains().values()
+    assert (order.target, order.user) == ("owl:0", "loractl")
+    said = " ".join(held.cli("gpus").split())
+    assert "drained by loractl: gpu_error in jobs" in said
+    assert "the last: CUDA error: the card has fallen off the bus; look at it, then loractl undrain owl:0" in said
+
+
+def test_a_box_with_a_full_disk_fails_no_job_for_good_and_is_closed(held: HeldLab, tmp_path: Path) -> None:
+    work = tmp_path / "owl" / "work"
+    work.mkdir(parents=True)
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "none", str(work)], capture_output=True).returncode:
+        pytest.skip("a small disk needs the right to mount a tmpfs")
+    try:
+        held.start_box("owl")
+        healthy = held.start()
+        for job_id in submit_until_drained(held, "owl"):
+            assert held.store.job(job_id).retries_used == 0
+        held.stop(healthy)
+        last = held.submit()
+        said = " ".join(held.cli("why", last).split())
+        assert "Reason: drained, owl:0 by loractl: disk_full in jobs" in said
+        assert said.count("then loractl undrain owl") > 0
+    finally:
+        subprocess.run(["umount", "-l", str(work)], check=True)
+    held.cli("undrain", "owl")
+    held.until(last, lambda job: job.status is Status.SUCCEEDED)
+
+
+def test_a_card_on_which_something_of_an_attempt_remains_is_closed_with_the_reason(
+    held: HeldLab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What no signal ends, as a process that hangs in its driver; here nothing is really left."""
+    (place,) = held.places()
+    monkeypatch.setattr(leftovers, "end_leftovers", lambda run: [4711])
+    job_id = held.submit()
+    held.store.see_node(node_state("heron:0", kind="sim"))
+    claim, began = held.store.claim("heron:0"), held.clock.now()
+    assert isinstance(claim, Claim)
+    leftovers.close_if_left(place, Watch(device=place.device, node_pid=1), claim)
+    assert held.clock.now() - began >= leftovers.LEFT_S, "the driver takes a moment"
+    reason = f"job {job_id} left process 4711 behind; look at the card, then loractl undrain heron:0"
+    assert held.store.drains()["heron:0"].reason == reason
+    waiting = held.submit()
+    assert reason in " ".join(held.cli("why", waiting).split())
+    assert held.store.claim("heron:0") is None, "it takes nothing more until a person has looked"
+
+
+def test_a_preemptible_job_gives_way_with_a_checkpoint_and_finishes_later(held: HeldLab) -> None:
+    held.start()
+    unsaved = "--set=training.save_steps=100000"
+    low = held.submit("--set=preemptible=true", unsaved, name="low", steps=120)
+    held.until(low, lambda job: (job.step or 0) >= 5)
+    high = held.submit("--set=priority=5", name="high")
+    held.until(high, lambda job: job.status is Status.SUCCEEDED)
+
+    given = held.store.attempts(low)[0]
+    assert (given.reason, given.message) == (
+        Reason.PREEMPTED,
+        f"gave way to job {high}, which has a higher priority",
+    )
+    done = held.until(low, lambda job: job.status is Status.SUCCEEDED)
+    assert (done.attempt, done.retries_used) == (2, 0)
+    assert (held.store.attempts(low)[1].resumed_from_step or 0) >= 5
+    assert f"asked to give way to job {high} (priority 5)" in held.cli("show", low)
