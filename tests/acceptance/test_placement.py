@@ -1,6 +1,6 @@
 """Which job runs where, on a real worker that trains, and with NVML's real client on a stand-in library.
 
-The rule on simulated cards: tests/unit/worker/test_placing.py.
+The rule on simulated cards: tests/unit/worker/test_placement.py.
 """
 
 from __future__ import annotations
