@@ -15,10 +15,10 @@ import queue
 import select
 import subprocess
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import psutil
 import pytest
@@ -39,7 +39,7 @@ from loractl.scheduler.submission.data import store_data
 from loractl.scheduler.submission.need import own_devices, plan_job
 from loractl.worker.attempt.drain import Drain
 from loractl.worker.attempt.workplace import Workplace
-from loractl.worker.device.devices import find_devices
+from loractl.worker.device.devices import Device, find_devices
 from loractl.worker.node.node import DeviceNode, place_of
 from loractl.worker.node.options import NodeOptions
 from loractl.worker.protocol.messages import Ended, Start, Stop, Told, decode_order, encode
@@ -172,6 +172,7 @@ class HeldLab:
     engine: Engine
     clock: HeldClock = field(default_factory=HeldClock)
     starts: list[str] = field(default_factory=list)  # JOB.ATTEMPT of each trainer
+    _trainers: list[TrainerThread] = field(default_factory=list)
     _nodes: list[tuple[Workplace, DeviceNode]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -185,26 +186,41 @@ class HeldLab:
     def settings(self, **environment: str) -> Settings:
         return load_settings({**self._variables(), **environment})
 
-    def places(self, does: Train = train, options: NodeOptions | None = None, **environment: str) -> list[Workplace]:
+    def places(
+        self,
+        does: Train = train,
+        options: NodeOptions | None = None,
+        devices: Sequence[Device] | None = None,
+        **environment: str,
+    ) -> list[Workplace]:
         """What the attempts on each device of a box share. Nobody serves them yet."""
         settings = self.settings(**environment)
         for folder in (settings.runtime_dir, settings.work_dir, settings.cache_dir):
             folder.mkdir(parents=True, exist_ok=True)
-        places = [place_of(settings, device, options or NodeOptions(), Drain()) for device in find_devices(settings)]
+        places = [
+            place_of(settings, device, options or NodeOptions(), Drain())
+            for device in devices or find_devices(settings)
+        ]
         return [
             replace(
                 place,
                 clock=self.clock,
                 store=Store(place.store._engine, self.time, settings.lease_s),
                 artifacts=_NearStore(settings.artifacts_url),
-                launch=lambda *_: cast(Any, TrainerThread(self.clock, does, self._note)),
+                launch=lambda *_: self._launch(does),
             )
             for place in places
         ]
 
-    def start(self, does: Train = train, options: NodeOptions | None = None, **environment: str) -> list[Workplace]:
-        """A box: a node for each device."""
-        places = self.places(does, options, **environment)
+    def start(
+        self,
+        does: Train = train,
+        options: NodeOptions | None = None,
+        devices: Sequence[Device] | None = None,
+        **environment: str,
+    ) -> list[Workplace]:
+        """A box: a node for each device, by default those that LORACTL_DEVICES names."""
+        places = self.places(does, options, devices, **environment)
         for place in places:
             node = DeviceNode(place, replace(options or NodeOptions(), devices=len(places), spare=False))
             node.take_over()
@@ -272,6 +288,16 @@ class HeldLab:
 
     def reasons(self, job_id: int) -> list[Reason | None]:
         return [attempt.reason for attempt in self.store.attempts(job_id)]
+
+    @property
+    def alive(self) -> int:
+        """Trainers that have not ended."""
+        return sum(trainer.poll() is None for trainer in self._trainers)
+
+    def _launch(self, does: Train) -> Any:
+        """Stands for a Popen[str] as far as a supervisor uses one."""
+        self._trainers.append(TrainerThread(self.clock, does, self._note))
+        return self._trainers[-1]
 
     def _note(self, order: Start) -> None:
         self.starts.append(f"{order.job_id}.{order.attempt}")

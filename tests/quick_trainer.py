@@ -59,7 +59,8 @@ def train(order: Start, orders: Orders, tell: Tell, sleep: Sleep) -> Ended:
         tell(Note(job_id=job, kind="resumed", text="resumed", resumed_from_step=found.step))
     for step in range(found.step + 1 if found else 1, steps + 1):
         sleep(STEP_S)
-        tell(Stepped(job_id=job, step=step, total_steps=steps, metrics={"loss": 1 / step}))
+        left = (steps - step) * STEP_S
+        tell(Stepped(job_id=job, step=step, total_steps=steps, metrics={"loss": 1 / step}, eta_seconds=left))
         if step % order.spec.training.save_steps == 0:
             save(step)
         try:

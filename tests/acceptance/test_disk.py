@@ -1,13 +1,9 @@
-"""A worker's disk: looked at before a run, and never filled by what a trainer prints."""
+"""A worker's disk is never filled by what a trainer prints. One that is full: tests/unit/worker/test_space.py."""
 
 from __future__ import annotations
 
 import json
-import subprocess
-import time
 from pathlib import Path
-
-import pytest
 
 from loractl.common.store.database import make_engine
 from loractl.common.store.store import Store
@@ -28,30 +24,6 @@ sys.stderr.flush()
 sys.exit(client("tests.warm", []))
 """
 """A trainer that prints more than anybody wants, and trains."""
-
-
-def test_a_disk_without_room_ends_the_attempt_before_it_trains_and_spends_no_retry(
-    cli: Cli, home: Path, tiny_model: Path, tmp_path: Path
-) -> None:
-    work = home / "work"
-    work.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "none", str(work)], capture_output=True)
-    if mounted.returncode != 0:
-        pytest.skip("a small disk needs the right to mount a tmpfs")
-    try:
-        cli("submit", write_job(tmp_path, tiny_model), "--set=max_retries=0")
-        worker = cli.start("worker", "--drain-when-idle", warm_start=True)
-        while not (shown := json.loads(cli("show", 1, "--json").stdout))["reason"]:
-            assert worker.poll() is None
-            time.sleep(0.2)
-        assert (shown["status"], shown["reason"]) == ("queued", "disk_full"), "though it has no retry to spend"
-        assert shown["message"] == f"needs 1.0 GiB on {work}, 0.1 are free"
-        assert "failed it (disk_full)" in cli("why", 1).stdout
-    finally:
-        subprocess.run(["umount", "-l", str(work)], check=True)
-    worker.communicate(timeout=120)
-    shown = json.loads(cli("show", 1, "--json").stdout)
-    assert [a["reason"] for a in shown["attempts"]] == ["disk_full", "ok"], "once there is room it goes on by itself"
 
 
 def test_a_trainer_that_prints_without_end_fills_neither_disk_nor_database(

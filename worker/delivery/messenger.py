@@ -16,6 +16,7 @@ from loractl.common.settings import Settings
 from loractl.common.store.database import REFUSALS, outage, told_by
 from loractl.common.store.records import Delivery, Parcel
 from loractl.common.store.store import Store
+from loractl.worker.clock import SYSTEM, NodeClock
 
 from .deadline import DEADLINE_S
 from .forms import http_message
@@ -38,11 +39,19 @@ STOP_S = 5.0
 class Messenger:
     """Looks and sends until it is stopped. Without channels it does nothing."""
 
-    def __init__(self, store: Store, settings: Settings, *, lease_s: float = LEASE_S, look_s: float = LOOK_S) -> None:
+    def __init__(
+        self,
+        store: Store,
+        settings: Settings,
+        *,
+        lease_s: float = LEASE_S,
+        look_s: float = LOOK_S,
+        clock: NodeClock = SYSTEM,
+    ) -> None:
         self._store = store
         self._channels = {channel.name: channel for channel in settings.channels if not channel.missing}
         self._missing = {channel.name: channel.missing for channel in settings.channels if channel.missing}
-        self._lease_s, self._look_s = lease_s, look_s
+        self._lease_s, self._look_s, self._clock = lease_s, look_s, clock
         self._stopped = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -50,13 +59,12 @@ class Messenger:
         for name, variable in self._missing.items():
             log.warning("channel %s gets no messages from here: %s is not set", name, variable)
         if self._channels:
-            self._thread = threading.Thread(target=self._run, name="messenger", daemon=True)
-            self._thread.start()
+            self._thread = self._clock.start(self._run, "messenger")
 
     def stop(self) -> None:
         self._stopped.set()
         if self._thread is not None:
-            self._thread.join(timeout=STOP_S)
+            self._clock.join(self._thread, STOP_S)
 
     def send_due(self) -> bool:
         """Try the oldest message that is due; False when there is none."""
@@ -74,7 +82,7 @@ class Messenger:
     def _run(self) -> None:
         while not self._stopped.is_set():
             if not self._tried():
-                self._stopped.wait(self._look_s)
+                self._clock.wait(self._stopped, self._look_s)
 
     def _tried(self) -> bool:
         """Whether a message was tried, so that the next one follows at once. What fails here ends no node."""

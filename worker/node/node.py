@@ -83,7 +83,7 @@ class DeviceNode:
         self._row = DeviceRow(self._place, watch, options, max_jobs=max_jobs, box=read_identity(settings))
         self._self_test = SelfTest(self._place, watch, lambda: self._monitor.look_soon())
         self._monitor = Monitor(self._place, self._row, self._hosts, devices=options.devices)
-        self._messenger = Messenger(self._place.store, settings)
+        self._messenger = Messenger(self._place.store, settings, clock=place.clock)
         self._slots = Slots(
             self._place,
             watch,

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import threading
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,9 @@ from loractl.worker.node.box import Box
 from loractl.worker.node.box_identity import read_identity
 
 from ..factories import node_state, submission
+
+Idle = tuple[Store, Callable[[], str]]
+"""The store, and what runs the worker to its end and gives its last line."""
 
 NODE = 'trap "" TERM; echo > "$1.begun"; read order; echo "$order" > "$1"'
 """A node that goes on after SIGTERM, as one that writes a checkpoint, until it has an order."""
@@ -119,3 +123,48 @@ def test_a_worker_that_ends_when_idle_waits_for_no_job_of_a_card_that_was_given_
     monkeypatch.setattr(box.time, "sleep", look)
     assert run(Box(settings, store, devices, {}), drain_when_idle=True) == ExitCode.OK
     assert store.jobs()[0].status is Status.QUEUED
+
+
+@pytest.fixture
+def idle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Idle:
+    """A worker of the cards heron:0 and heron:1 that ends when no job is left for it."""
+    settings = load_settings({"LORACTL_HOME": str(tmp_path / "home"), "LORACTL_HOST": "heron"})
+    (settings.home / "run").mkdir(parents=True)
+    sizes = (8 * GIB, 24 * GIB)
+    devices = [SimulatedDevice(index=n, uuid=f"SIM-{n}", name="sim", total=size) for n, size in enumerate(sizes)]
+    store, popen = Store(connect(settings)), subprocess.Popen
+
+    def look(_: float) -> None:
+        for device in devices:
+            seen = node_state(f"heron:{device.index}", total=device.total, **vars(read_identity(settings)))
+            store.see_node(seen)
+
+    def last_line() -> str:
+        assert run(Box(settings, store, list(devices), {}), drain_when_idle=True) == ExitCode.OK
+        return capsys.readouterr().err.splitlines()[-1]
+
+    monkeypatch.setattr(box.subprocess, "Popen", lambda _, **how: popen(["sh", "-c", "read order"], **how))
+    monkeypatch.setattr(box.time, "sleep", look)
+    return store, last_line
+
+
+def test_a_job_for_other_boxes_and_a_held_one_keep_no_worker_and_are_named(idle: Idle) -> None:
+    store, last_line = idle
+    for _ in range(2):
+        store.submit(submission(resources={"node_labels": {"nvlink": "yes"}}))
+    store.hold(store.submit(submission()), "ada")
+    assert last_line() == "No job that fits this box is left: 1, 2 wait for another box, 3 is held."
+
+
+@pytest.mark.parametrize(
+    ("target", "named"),
+    [
+        ("heron:1", "heron:1, which is drained"),
+        ("heron", "heron:0, which is drained, or for heron:1, which is drained"),
+    ],
+)
+def test_nor_does_one_that_only_a_drained_card_could_take(idle: Idle, target: str, named: str) -> None:
+    store, last_line = idle
+    store.submit(submission(lora=12, qlora=12))
+    store.drain(target, "ada", "new driver")
+    assert last_line() == f"No job that fits this box is left: 1 waits for another box, or for {named}."

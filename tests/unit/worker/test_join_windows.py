@@ -144,7 +144,10 @@ def test_a_job_may_come_back_as_soon_as_it_has_left(place: Workplace, tmp_path: 
         own.end(second)
 
 
-def test_who_comes_into_a_trainer_that_is_ending_goes_back_free_of_charge(place: Workplace) -> None:
+def test_who_comes_into_a_trainer_that_is_ending_goes_back_free_of_charge(
+    place: Workplace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainer_run, "JOIN_S", 2.0)
     with crowd(place) as own:
         first = own.start()
         until(lambda: own.rows)

@@ -1,13 +1,18 @@
 """Which job runs where, in a held lab of simulated cards: the rule, the claims and what people read of them.
 
-With a real training, and with NVML's real client: tests/acceptance/test_placement.py.
+With a real training: tests/acceptance/test_placement.py. NVML's real client: test_devices.py.
 """
 
 from __future__ import annotations
 
 import datetime as dt
 import json
+import subprocess
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
+
+import psutil
 
 from loractl.common.job.file import load_spec
 from loractl.common.job.method import Method
@@ -16,6 +21,8 @@ from loractl.common.memory.config import read_shape
 from loractl.common.memory.fit import largest_fit
 from loractl.common.memory.plan import plan
 from loractl.common.units import GIB
+from loractl.worker.device.snapshot import Process, Snapshot
+from loractl.worker.node.monitor import SEE_S
 from loractl.worker.node.options import NodeOptions
 
 from ...held_lab import HeldLab
@@ -106,6 +113,63 @@ def test_jobs_share_a_large_card_and_never_reserve_more_than_it_has(held: HeldLa
     assert most <= room, "what all attempts held at one moment, by their own rows"
     assert most > 0.7 * room and at_once >= 4, "otherwise nothing was shared"
     assert max(polled) > 0
+
+
+@dataclass(kw_only=True)
+class Card:
+    """A card as NVML shows it, with other people's processes."""
+
+    processes: tuple[Process, ...] = ()
+    number: str = "1"
+    uuid: str = "GPU-bbbb"
+    name: str = "NVIDIA A10"
+    kind: Literal["nvml"] = "nvml"
+    trains_on: Literal["cpu"] = "cpu"
+    total: int = 24 * GIB
+
+    def look(self) -> Snapshot:
+        held = sum(process.bytes or 0 for process in self.processes)
+        return Snapshot(free=self.total - held, load=7, temperature=41, processes=self.processes)
+
+    def environment(self) -> dict[str, str]:
+        return {}
+
+
+def test_other_people_s_programs_are_respected_named_and_waited_for(held: HeldLab) -> None:
+    card, high_water_s = Card(), 120.0
+    job = _job_of_size(held.folder, held.folder, "small", 4 * GIB)
+    held.start(options=NodeOptions(margin=2 * GIB, high_water_s=high_water_s), devices=[card], LORACTL_LEASE="60s")
+    (free,) = json.loads(held.cli("gpus", "--json"))
+    assert (free["node"], free["total"], free["margin"], free["free"]) == ("heron:1", 24 * GIB, 2 * GIB, 22 * GIB)
+    assert (free["gpu"], free["device_name"], free["load"], free["temperature"]) == ("GPU-bbbb", "NVIDIA A10", 7, 41)
+
+    with subprocess.Popen(["sleep", "300"]) as notebook:
+        try:
+            card.processes = (Process(pid=notebook.pid, bytes=20 * GIB),)
+            held.clock.sleep(2 * SEE_S)
+            (taken,) = json.loads(held.cli("gpus", "--json"))
+            user = psutil.Process().username()
+            assert taken["outside"] == [{"pid": notebook.pid, "user": user, "name": "sleep", "bytes": 20 * GIB}]
+            assert taken["free"] == 2 * GIB
+            assert f"sleep of {user}" in held.cli("gpus")
+
+            held.submit_file(job)
+            waiting = _why(held, 1)
+            assert (waiting["tier"], waiting["word"]) == ("capacity", "memory")
+            told = f"sleep of {user} (pid {notebook.pid}) holds 20.0 on heron:1, 2.0 are left"
+            assert waiting["sentence"] == told
+            assert f"It would fit now on heron:1 without sleep of {user}" in held.cli("why", 1)
+            held.clock.sleep(60)
+            assert held.store.attempts(1) == [], "it does not fit beside them"
+        finally:
+            notebook.kill()
+    card.processes = ()
+    left = held.clock.now()
+    held.until(1, lambda job: job.status is Status.RUNNING, seconds=200)
+    waited = held.clock.now() - left
+    assert high_water_s - 2 * SEE_S < waited < high_water_s + 4 * SEE_S, "their room stays theirs for a while"
+    held.until(1, lambda job: job.status is Status.SUCCEEDED)
+    assert [(node, method) for node, method, _ in _placed(held, 1)] == [("heron:1", "lora")]
 
 
 def test_a_drained_box_says_so_gives_its_jobs_back_when_told_and_goes_on_where_they_were(held: HeldLab) -> None:

@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 
 from loractl.common.job.method import Method
+from loractl.common.job.status import Reason, Status
 from loractl.common.units import GIB
 from loractl.worker.attempt.disk import LEAST_BYTES, bytes_to_write, require_space
 
+from ...held_lab import HeldLab
 from ..factories import spec
 
 LLAMA_8B = {
@@ -50,3 +52,22 @@ def test_a_disk_without_the_room_is_named_with_what_is_free(tmp_path: Path) -> N
         assert caught.value.strerror == f"needs 5.0 GiB on {disk}, 0.1 are free"
     finally:
         subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_disk_without_room_ends_the_attempt_before_it_trains_and_spends_no_retry(held: HeldLab) -> None:
+    work = held.home / "work"
+    work.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "none", str(work)], capture_output=True).returncode:
+        pytest.skip("a small disk needs the right to mount a tmpfs")
+    try:
+        held.submit("--set=max_retries=0")
+        held.start()
+        full = held.until(1, lambda job: job.reason)
+        assert (full.status, full.reason) == (Status.QUEUED, Reason.DISK_FULL), "though it has no retry to spend"
+        assert full.message == f"needs 1.0 GiB on {work}, 0.1 are free"
+        assert "failed it (disk_full)" in held.cli("why", 1)
+        assert held.starts == []
+    finally:
+        subprocess.run(["umount", "-l", str(work)], check=True)
+    held.until(1, lambda job: job.status is Status.SUCCEEDED)
+    assert held.reasons(1) == [Reason.DISK_FULL, Reason.OK], "once there is room it goes on by itself"

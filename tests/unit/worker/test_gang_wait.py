@@ -1,0 +1,106 @@
+"""A job that one card can't hold waits for two of a box, as a person sees it, in a held lab.
+
+A real training on two cards: tests/acceptance/test_gang.py.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+from collections.abc import Callable
+from typing import Any
+
+from loractl.common.job.status import Reason, Status
+from loractl.common.placement.rule import RESERVE_AFTER_S
+from loractl.common.store.tables import Job
+from loractl.common.units import GIB
+
+from ...held_lab import HeldLab
+
+LARGE = ("--set=dataset.max_length=131072", "--set=training.per_device_train_batch_size=66")
+"""About 40 GiB by the plan that submit makes, for rows of max_length."""
+
+TWO_CARDS = "sim:24GiB,24GiB"
+
+
+def test_a_job_for_two_cards_says_what_it_waits_for_and_is_not_passed_for_ever(held: HeldLab) -> None:
+    held.start(LORACTL_DEVICES=TWO_CARDS)
+    small = list[int]()
+
+    def began() -> list[int]:
+        return [job_id for job_id in small if held.store.job(job_id).started_at is not None]
+
+    def stream(until: Callable[[], object], seconds: float = 60) -> None:
+        """Submit small jobs, each of which would fit at once, so that one waits all the time."""
+        deadline = held.clock.now() + seconds
+        while not until():
+            assert held.clock.now() < deadline, held.cli("status", "-a")
+            if not any(held.store.job(job_id).status is Status.QUEUED for job_id in small[-1:]):
+                small.append(held.submit(name="small", user=f"user{len(small) % 3}"))
+            held.clock.sleep(0.05)
+
+    busy = held.submit("--set=resources.exclusive=true", name="busy", steps=15000, user="bob")
+    held.until(busy, lambda job: job.eta_seconds)
+    large = held.submit(*LARGE, name="large", steps=100)
+    assert 39 * GIB < (held.store.job(large).vram_lora or 0) < 41 * GIB
+    lacks = f"waits for a second card of 20.7 GiB on heron when {busy} ends"
+    assert _why(held, large)["sentence"] == lacks
+    assert lacks in _answers(held, "status", "job_id")[large]["message"]
+
+    # for half an hour small jobs may pass it, and the sentence stays true
+    stream(lambda: len(began()) >= 3)
+    both = (f"waits for 2 cards of 20.7 GiB on heron when {busy} and {job_id} end" for job_id in small)
+    assert _why(held, large)["sentence"] in {lacks, *both}
+    submitted = held.store.job(large).submitted_at
+    held.change(large, submitted_at=submitted - dt.timedelta(seconds=RESERVE_AFTER_S))
+
+    # now the card that gets free is kept for it
+    for job_id in small:
+        held.until(job_id, lambda job: job.status is Status.SUCCEEDED or _kept_from(job, large, held))
+    passed, later = len(began()), held.clock.now() + 20
+    stream(lambda: held.clock.now() > later)
+    assert len(began()) == passed
+    assert _why(held, large)["sentence"] == f"{lacks} (kept for it)"
+    (idle,) = [node for node, seen in _answers(held, "gpus", "node").items() if not seen["jobs"]]
+    waiting = _why(held, small[-1])
+    assert waiting["word"] == "kept"
+    assert f"{idle} is kept for {large}" in waiting["sentence"]
+
+    # the busy one ends, and both cards are its
+    held.cli("cancel", busy)
+    job = held.until(large, lambda job: job.status is Status.RUNNING)
+    ended = held.store.job(busy).ended_at
+    assert ended is not None and job.started_at is not None and ended <= job.started_at
+    assert len(began()) == passed
+    cards = _answers(held, "gpus", "node")
+    assert [[j["job_id"] for j in seen["jobs"]] for seen in cards.values()] == [[large], [large]]
+    held.until(large, lambda job: job.status is Status.SUCCEEDED)
+    held.until(small[-1], lambda job: job.status is Status.SUCCEEDED)
+
+
+def test_a_drain_of_either_card_gives_the_job_back_with_a_checkpoint(held: HeldLab) -> None:
+    held.start(LORACTL_DEVICES=TWO_CARDS)
+    job_id = held.submit(*LARGE, "--set=training.save_steps=100000", steps=100000)
+    for attempt, card in enumerate(("heron:0", "heron:1"), start=1):
+        held.until(job_id, lambda job, now=attempt: job.attempt == now and (job.step or 0) > 2)
+        held.cli("drain", card, "--now", "--reason", "a fan")
+        held.until(job_id, lambda job: job.status is Status.QUEUED)
+        held.cli("undrain", card)
+    held.until(job_id, lambda job: job.attempt == 3 and (job.step or 0) > 0)
+    attempts = held.store.attempts(job_id)
+    assert [attempt.reason for attempt in attempts[:2]] == [Reason.DRAINED, Reason.DRAINED]
+    assert all(attempt.resumed_from_step for attempt in attempts[1:])
+
+
+def _why(lab: HeldLab, job_id: int) -> dict[str, Any]:
+    return dict(json.loads(lab.cli("why", job_id, "--json")))
+
+
+def _answers(lab: HeldLab, command: str, key: str) -> dict[Any, Any]:
+    return {row[key]: row for row in json.loads(lab.cli(command, "--json"))}
+
+
+def _kept_from(job: Job, large: int, lab: HeldLab) -> bool:
+    """Whether the job waits, and a card stands idle for the large one."""
+    reserved = [d.reserved for d in lab.store.fleet().decisions if d.reserved is not None]
+    return job.status is Status.QUEUED and any(kept.job.job_id == large for kept in reserved)

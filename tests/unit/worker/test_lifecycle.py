@@ -1,0 +1,77 @@
+"""What happens to a running job when people interfere, in a held lab. Signals: tests/acceptance/test_lifecycle.py."""
+
+from __future__ import annotations
+
+import json
+
+from loractl.common.job.status import Reason, Status
+from loractl.worker.attempt.stops import STOP_GRACE_S
+from loractl.worker.attempt.workplace import BEAT_S
+from loractl.worker.protocol.messages import Ended, Stage, StageChanged, Start, Stepped
+from loractl.worker.protocol.orders import Orders
+
+from ...held_lab import HeldLab
+from ...quick_trainer import Sleep, Tell
+
+UNSAVED = "--set=training.save_steps=100000"
+
+
+def deaf(order: Start, orders: Orders, tell: Tell, sleep: Sleep) -> Ended:
+    """A trainer that never looks for orders."""
+    tell(StageChanged(job_id=order.job_id, stage=Stage.TRAINING))
+    for step in range(1, 10**6):
+        sleep(1.0)
+        tell(Stepped(job_id=order.job_id, step=step, total_steps=10**6))
+    raise AssertionError
+
+
+def test_a_cancel_stops_a_running_trainer_within_ten_seconds(held: HeldLab) -> None:
+    held.start(LORACTL_LEASE="60s")
+    held.submit(steps=100000)
+    held.until(1, lambda job: (job.step or 0) >= 5)
+    assert held.alive == 1
+    began = held.clock.now()
+    said = held.cli("cancel", 1)
+    assert "nothing of its training is kept, so loractl retry 1 would begin anew." in said
+    held.until(1, lambda job: job.status == "cancelled", seconds=15)
+    assert held.clock.now() - began < 10
+    assert held.alive == 0
+    assert "already been cancelled" in held.cli("cancel", 1, code=1)
+
+
+def test_a_trainer_that_does_not_obey_is_killed_after_its_grace(held: HeldLab) -> None:
+    held.start(deaf, LORACTL_LEASE="60s")
+    held.submit(steps=100000)
+    held.until(1, lambda job: (job.step or 0) >= 5)
+    began = held.clock.now()
+    held.cli("cancel", 1)
+    held.until(1, lambda job: job.status == "cancelled")
+    assert STOP_GRACE_S <= held.clock.now() - began < STOP_GRACE_S + 2 * BEAT_S
+    assert (held.alive, held.reasons(1)) == (0, [Reason.CANCELLED])
+
+
+def test_a_job_over_its_time_limit_keeps_a_checkpoint_and_a_retry_with_more_goes_on_from_it(held: HeldLab) -> None:
+    held.start()
+    held.submit(UNSAVED, "--set=resources.time_limit=1h", steps=100000)
+    held.until(1, lambda job: (job.step or 0) >= 5)
+    told = held.cli("edit", 1, "--set=resources.time_limit=1s", "--set=labels.team=a")
+    assert told == 'Job 1 is changed: resources.time_limit 60 min -> 1 s, labels {} -> {"team": "a"}.\n'
+    held.until(1, lambda job: job.status == "failed", seconds=60)
+    over = json.loads(held.cli("status", 1, "--json"))
+    assert (over["reason"], over["labels"]) == ("timed_out", {"team": "a"})
+    assert "loractl retry 1 --set resources.time_limit=2h goes on" in held.cli("status", 1)
+    refused = held.cli("retry", 1, "--set=training.learning_rate=0.1", code=2)
+    assert "loractl submit --like 1 --set training.learning_rate=..." in refused
+
+    held.cli("retry", 1, "--set=resources.time_limit=2h")
+    held.until(1, lambda job: job.attempt == 2 and (job.step or 0) > over["step"], seconds=60)
+    assert (held.store.attempts(1)[1].resumed_from_step or 0) >= over["step"], "no step was taken again"
+
+
+def test_two_simulated_cards_run_two_jobs_at_once(held: HeldLab) -> None:
+    held.start(LORACTL_DEVICES="sim:8GiB,24GiB")
+    jobs = [held.submit(name=f"job-{n}", steps=200) for n in range(2)]
+    held.until(jobs[1], lambda job: job.status is Status.RUNNING)
+    assert held.store.job(jobs[0]).status is Status.RUNNING
+    shown = [held.until(job_id, lambda job: job.status is Status.SUCCEEDED) for job_id in jobs]
+    assert {job.gpu for job in shown} == {"SIM-0", "SIM-1"}
