@@ -18,7 +18,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import psutil
 import pytest
@@ -33,6 +33,7 @@ from loractl.common.job.status import Reason
 from loractl.common.settings import Settings, load_settings
 from loractl.common.store.store import Store
 from loractl.common.store.tables import Job
+from loractl.common.units import GIB
 from loractl.scheduler import session
 from loractl.scheduler.cli import cli
 from loractl.scheduler.submission.data import store_data
@@ -40,6 +41,7 @@ from loractl.scheduler.submission.need import own_devices, plan_job
 from loractl.worker.attempt.drain import Drain
 from loractl.worker.attempt.workplace import Workplace
 from loractl.worker.device.devices import Device, find_devices
+from loractl.worker.device.snapshot import Process, Snapshot
 from loractl.worker.node.node import DeviceNode, place_of
 from loractl.worker.node.options import NodeOptions
 from loractl.worker.protocol.messages import Ended, Start, Stop, Told, decode_order, encode
@@ -163,6 +165,31 @@ class _NearStore(StoreClient):
         return self
 
 
+@dataclass(kw_only=True)
+class ShownCard:
+    """A card that shows a test's values, as NVML does: for HeldLab.start."""
+
+    number: str = "0"
+    uuid: str = "GPU-aaaa"
+    name: str = "NVIDIA Stand-in"
+    kind: Literal["nvml"] = "nvml"
+    trains_on: Literal["cpu"] = "cpu"
+    total: int = 24 * GIB
+    load: int = 0
+    temperature: int = 30
+    processes: tuple[Process, ...] = ()  # other people's
+    fault: str | None = None
+
+    def look(self) -> Snapshot:
+        free = self.total - sum(process.bytes or 0 for process in self.processes)
+        return Snapshot(
+            free=free, load=self.load, temperature=self.temperature, processes=self.processes, fault=self.fault
+        )
+
+    def environment(self) -> dict[str, str]:
+        return {}
+
+
 @dataclass
 class HeldLab:
     """A database, and the boxes that a test starts; each ends with it. Seconds are those of the clock."""
@@ -233,15 +260,16 @@ class HeldLab:
         return self.start(does, LORACTL_HOST=name, LORACTL_HOME=str(self.folder / name), **environment)
 
     def stop(self, places: list[Workplace] | None = None) -> None:
-        """Let the nodes end after their checkpoints: of one box, or of all."""
+        """Let the nodes end after their checkpoints, all at once: of one box, or of all."""
         ending = [one for one in self._nodes if places is None or one[0] in places]
+        self._nodes = [one for one in self._nodes if one not in ending]
         for place, _ in ending:
             place.drain.ask("checkpoint")
-        for place, node in ending:
-            node.end()
+        for thread in [self.clock.start(node.end, f"end of {place.node}") for place, node in ending]:
+            self.clock.join(thread)
+        for place, _ in ending:
             place.store.forget_node(place.node)  # as `loractl worker` does, which has seen it end
             place.store._engine.dispose()
-            self._nodes.remove((place, node))
 
     def submit(self, *options: str, name: str = "job", steps: int = 10, user: str = "ada") -> int:
         file = write_job(self.folder, self.folder, name=name)

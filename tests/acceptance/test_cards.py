@@ -1,4 +1,7 @@
-"""Cards that fail, on a real worker and NVML's real client on a stand-in library: they are closed, one by one."""
+"""A card that fails its self-test, on a real worker and NVML's real client on a stand-in library.
+
+Cards that are lost: tests/unit/worker/test_cards.py, and test_box.py for one that could not be read at first.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,6 @@ from pathlib import Path
 
 import pytest
 
-from loractl.common.job.status import Status
 from loractl.common.settings import load_settings
 from loractl.common.store.database import connect
 from loractl.common.store.store import Store
@@ -20,8 +22,6 @@ from ..models import write_job
 from ..nvml import FakeCard, StandIn, build, compiler
 
 SMALL = FakeCard(uuid="GPU-aaaa", total=24576)
-LARGE = FakeCard(uuid="GPU-bbbb", total=81920)
-LOST = FakeCard(uuid="GPU-aaaa", total=24576, lost=True)
 
 Start = Callable[..., tuple[Cli, Store]]
 
@@ -60,31 +60,6 @@ def until(holds: Callable[[], object], seconds: float = 60) -> None:
     while not holds():
         assert time.monotonic() < deadline, "it did not come"
         time.sleep(0.2)
-
-
-def test_a_lost_card_is_closed_and_the_other_goes_on(
-    start: Start, library: StandIn, tiny_model: Path, tmp_path: Path
-) -> None:
-    library.show(LOST, LARGE)
-    cli, store = start(LORACTL_DEVICES="nvml:cpu")
-    until(lambda: len(faults(store)) == 2)
-    assert str(faults(store)["heron:0"]).startswith("the driver has lost it") and faults(store)["heron:1"] is None
-    assert "closed: the driver has lost it: look for Xid" in " ".join(cli("gpus").stdout.split())
-    cli("submit", write_job(tmp_path, tiny_model))
-    until(lambda: store.job(1).status is Status.SUCCEEDED, 120)
-    assert [attempt.node for attempt in store.attempts(1)] == ["heron:1"]
-
-    library.show(SMALL, LARGE)
-    until(lambda: faults(store) == {"heron:0": None, "heron:1": None})
-    assert store.fleet().cards["heron:0"].total == SMALL.total * 2**20, "a reset card comes back by itself"
-
-    seen = {row.node: row.versions for row in store.nodes()}
-    library.show(SMALL, LARGE, init=18)  # a driver's update, which the running nodes meet at their next look
-    library.show(LOST, FakeCard(uuid="GPU-bbbb", total=81920, lost=True), init=18)
-    until(lambda: all("different versions" in str(fault) for fault in faults(store).values()))
-    assert seen.keys() == faults(store).keys(), "no node ended for it"
-    cli("submit", write_job(tmp_path, tiny_model))
-    assert "Reason: closed, heron:0: NVIDIA's library" in " ".join(cli("why", 2).stdout.split())
 
 
 @pytest.mark.cold

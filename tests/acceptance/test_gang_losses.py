@@ -185,20 +185,3 @@ def test_no_rank_stays_on_a_card_while_the_node_that_started_it_stands_still(gan
     leader.resume()
     gangs.trains(job_id, attempt=2)
     assert lab.store.attempts(job_id)[0].reason == Reason.WORKER_LOST
-
-
-def test_a_box_that_stops_waits_with_every_node_for_the_job_on_two_cards(gangs: Gangs) -> None:
-    """Its second card's node has no job of its own: would it end at once, it would be missed like a lost one."""
-    lab = gangs.lab
-    box = lab.start(cold=True, **CARDS)
-    job_id = gangs.submit(*LASTING)
-    gangs.trains(job_id)
-    follower = max(gangs.ranks(job_id), key=lambda process: process.create_time())
-    follower.suspend()  # no step is done meanwhile, and so no checkpoint saved
-    box.send_signal(signal.SIGTERM)
-    time.sleep(2.5 * LEASE_S)
-    follower.resume()
-    box.wait(timeout=60)
-    (attempt,) = lab.store.attempts(job_id)
-    assert (attempt.reason, attempt.message) == (Reason.DRAINED, "the worker is being stopped")
-    assert gangs.ranks(job_id) == []

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -168,3 +169,38 @@ def test_nor_does_one_that_only_a_drained_card_could_take(idle: Idle, target: st
     store.submit(submission(lora=12, qlora=12))
     store.drain(target, "ada", "new driver")
     assert last_line() == f"No job that fits this box is left: 1 waits for another box, or for {named}."
+
+
+def test_a_card_that_could_not_be_read_is_served_by_another_node_once_it_can(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one that was lost and is reset: its node knows neither its number nor its size."""
+    settings = load_settings({"LORACTL_HOME": str(tmp_path / "home"), "LORACTL_HOST": "heron"})
+    (settings.home / "run").mkdir(parents=True)
+    unread = SimulatedDevice(index=0, uuid="unread-0", name="card 0", total=0)
+    well = SimulatedDevice(index=1, uuid="SIM-1", name="sim", total=8 * GIB)
+    shown, nodes, popen, now = [unread], list[subprocess.Popen[str]](), subprocess.Popen, [0.0]
+
+    def node(_: Any, **how: Any) -> subprocess.Popen[str]:
+        nodes.append(popen(["sh", "-c", "read order"], **how))
+        return nodes[-1]
+
+    def look(seconds: float) -> None:
+        now[0] += seconds
+        if now[0] == 30:
+            assert len(nodes) == 2, "it is still not to be read"
+            shown[0] = replace(unread, uuid="SIM-0", total=24 * GIB)
+        if now[0] > 30 and len(nodes) == 3:
+            raise KeyboardInterrupt
+        assert now[0] < 90
+        for process in nodes[:1] if now[0] > 45 else []:
+            process.wait(timeout=20)  # which was asked to stop
+
+    monkeypatch.setattr(box, "find_device", lambda settings, number: shown[0])
+    monkeypatch.setattr(box.subprocess, "Popen", node)
+    monkeypatch.setattr(box, "time", SimpleNamespace(sleep=look, monotonic=lambda: now[0]))
+    worker = Box(settings, Store(connect(settings)), [unread, well], {})
+    assert run(worker, drain_when_idle=False) == ExitCode.OK
+    assert [process.returncode for process in nodes] == [-signal.SIGTERM] * 3
+    assert now[0] <= 30 + 2 * box.FIND_AGAIN_S
+    assert [device.total for device in worker._devices] == [24 * GIB, 8 * GIB]

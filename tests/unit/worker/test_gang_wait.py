@@ -1,4 +1,4 @@
-"""A job that one card can't hold waits for two of a box, as a person sees it, in a held lab.
+"""A job on two cards of a box in a held lab: what it waits for as a person sees it, and what waits for it.
 
 A real training on two cards: tests/acceptance/test_gang.py.
 """
@@ -10,12 +10,15 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from loractl.common.job.status import Reason, Status
+from loractl.common.job.status import Reason, Stage, Status
 from loractl.common.placement.rule import RESERVE_AFTER_S
 from loractl.common.store.tables import Job
 from loractl.common.units import GIB
+from loractl.worker.protocol.messages import Ended, StageChanged, Start, Stepped
+from loractl.worker.protocol.orders import Orders
 
-from ...held_lab import HeldLab
+from ...held_lab import LEASE_S, HeldLab
+from ...quick_trainer import Sleep, Tell
 
 LARGE = ("--set=dataset.max_length=131072", "--set=training.per_device_train_batch_size=66")
 """About 40 GiB by the plan that submit makes, for rows of max_length."""
@@ -90,6 +93,30 @@ def test_a_drain_of_either_card_gives_the_job_back_with_a_checkpoint(held: HeldL
     attempts = held.store.attempts(job_id)
     assert [attempt.reason for attempt in attempts[:2]] == [Reason.DRAINED, Reason.DRAINED]
     assert all(attempt.resumed_from_step for attempt in attempts[1:])
+
+
+def saves_late(order: Start, orders: Orders, tell: Tell, sleep: Sleep) -> Ended:
+    """No step is done for a while after it was told to stop, and so no checkpoint saved."""
+    tell(StageChanged(job_id=order.job_id, stage=Stage.TRAINING))
+    tell(Stepped(job_id=order.job_id, step=1, total_steps=2))
+    while orders.empty():
+        sleep(0.1)
+    sleep(2.5 * LEASE_S)
+    return Ended(job_id=order.job_id, reason=Reason.DRAINED, message="stopped")
+
+
+def test_a_box_that_stops_waits_with_every_node_for_the_job_on_two_cards(held: HeldLab) -> None:
+    """Its second card's node has no job of its own: would it end at once, it would be missed like a lost one."""
+    box = held.start(saves_late, LORACTL_DEVICES=TWO_CARDS)
+    other = held.start_box("owl")  # goes round for the fleet meanwhile
+    job_id = held.submit(*LARGE)
+    held.until(job_id, lambda job: job.step)
+    began = held.clock.now()
+    held.stop(box)
+    assert held.clock.now() - began > 2.5 * LEASE_S
+    (attempt,) = held.store.attempts(job_id)
+    assert (attempt.reason, attempt.message) == (Reason.DRAINED, "the worker is being stopped")
+    assert held.alive == 0 and {row.node for row in held.store.nodes()} == {place.node for place in other}
 
 
 def _why(lab: HeldLab, job_id: int) -> dict[str, Any]:

@@ -8,9 +8,7 @@ from __future__ import annotations
 import datetime as dt
 import json
 import subprocess
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import psutil
 
@@ -21,11 +19,11 @@ from loractl.common.memory.config import read_shape
 from loractl.common.memory.fit import largest_fit
 from loractl.common.memory.plan import plan
 from loractl.common.units import GIB
-from loractl.worker.device.snapshot import Process, Snapshot
+from loractl.worker.device.snapshot import Process
 from loractl.worker.node.monitor import SEE_S
 from loractl.worker.node.options import NodeOptions
 
-from ...held_lab import HeldLab
+from ...held_lab import HeldLab, ShownCard
 from ...models import write_job
 
 MARGIN = GIB // 2
@@ -115,28 +113,8 @@ def test_jobs_share_a_large_card_and_never_reserve_more_than_it_has(held: HeldLa
     assert max(polled) > 0
 
 
-@dataclass(kw_only=True)
-class Card:
-    """A card as NVML shows it, with other people's processes."""
-
-    processes: tuple[Process, ...] = ()
-    number: str = "1"
-    uuid: str = "GPU-bbbb"
-    name: str = "NVIDIA A10"
-    kind: Literal["nvml"] = "nvml"
-    trains_on: Literal["cpu"] = "cpu"
-    total: int = 24 * GIB
-
-    def look(self) -> Snapshot:
-        held = sum(process.bytes or 0 for process in self.processes)
-        return Snapshot(free=self.total - held, load=7, temperature=41, processes=self.processes)
-
-    def environment(self) -> dict[str, str]:
-        return {}
-
-
 def test_other_people_s_programs_are_respected_named_and_waited_for(held: HeldLab) -> None:
-    card, high_water_s = Card(), 120.0
+    card, high_water_s = ShownCard(number="1", uuid="GPU-bbbb", name="NVIDIA A10", load=7, temperature=41), 120.0
     job = _job_of_size(held.folder, held.folder, "small", 4 * GIB)
     held.start(options=NodeOptions(margin=2 * GIB, high_water_s=high_water_s), devices=[card], LORACTL_LEASE="60s")
     (free,) = json.loads(held.cli("gpus", "--json"))
