@@ -118,7 +118,12 @@ class HeldClock(NodeClock):
                 self._waits[me] = wait
                 self._changes += 1
             self._stirred.set()
-            wait.woken.wait()
+            try:
+                wait.woken.wait()
+            except BaseException:  # a test's timeout
+                with self._lock:
+                    self._waits.pop(me, None)
+                raise
         return done
 
     def _tick(self) -> None:
@@ -139,6 +144,8 @@ class HeldClock(NodeClock):
                 self._now = max(self._now, min((w.until for w in waits.values() if w.until < math.inf), default=0.0))
                 over = [thread for thread, wait in waits.items() if wait.until <= self._now]
             for thread in over:
-                self._changes += 1
-                self._waits.pop(thread).woken.set()
+                if self._waits.get(thread) is waits[thread]:
+                    self._changes += 1
+                    del self._waits[thread]
+                    waits[thread].woken.set()
         return bool(over)

@@ -38,7 +38,7 @@ from loractl.scheduler import session
 from loractl.scheduler.cli import cli
 from loractl.scheduler.submission.data import store_data
 from loractl.scheduler.submission.need import own_devices, plan_job
-from loractl.worker.attempt.drain import Drain
+from loractl.worker.attempt.drain import Drain, Wish
 from loractl.worker.attempt.workplace import Workplace
 from loractl.worker.device.devices import Device, find_devices
 from loractl.worker.device.snapshot import Process, Snapshot
@@ -259,12 +259,12 @@ class HeldLab:
         """A box with a home of its own."""
         return self.start(does, LORACTL_HOST=name, LORACTL_HOME=str(self.folder / name), **environment)
 
-    def stop(self, places: list[Workplace] | None = None) -> None:
-        """Let the nodes end after their checkpoints, all at once: of one box, or of all."""
+    def stop(self, places: list[Workplace] | None = None, how: Wish = "checkpoint") -> None:
+        """Let the nodes end, all at once: of one box, or of all."""
         ending = [one for one in self._nodes if places is None or one[0] in places]
         self._nodes = [one for one in self._nodes if one not in ending]
         for place, _ in ending:
-            place.drain.ask("checkpoint")
+            place.drain.ask(how)
         for thread in [self.clock.start(node.end, f"end of {place.node}") for place, node in ending]:
             self.clock.join(thread)
         for place, _ in ending:
@@ -347,5 +347,5 @@ def held_lab(home: Path, folder: Path, engine: Engine) -> Iterator[HeldLab]:
         try:
             yield lab
         finally:
-            lab.stop()
+            lab.stop(how="now")
     lab.clock.close()
