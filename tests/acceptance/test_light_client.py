@@ -6,9 +6,12 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import Distribution
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from loractl.scheduler.setup.line import JoinLine, new_secret
 
@@ -19,14 +22,44 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def light(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """bin/ of an environment with the wheel, which pip builds, and what it declares, nothing else."""
+    """bin/ of an environment with the wheel, which pip builds and installs, and what it declares, nothing else."""
     folder = tmp_path_factory.mktemp("light")
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True, timeout=60)
     bin_folder = folder / "bin"
-    pip = [sys.executable, "-m", "pip", "--python", str(bin_folder / "python"), "--disable-pip-version-check"]
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
+    built = [*pip, "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", str(folder), str(ROOT)]
+    subprocess.run(built, check=True, timeout=280)
+    (wheel,) = folder.glob("*.whl")
     own = {**os.environ, "PIP_NO_COMPILE": "1"}  # of what is installed a command imports a tenth
-    subprocess.run([*pip, "install", "--quiet", str(ROOT)], check=True, timeout=280, env=own)
+    into = [*pip, "--python", str(bin_folder / "python"), "install", "--quiet", "--no-deps", str(wheel)]
+    subprocess.run(into, check=True, timeout=60, env=own)
+    (packages,) = (folder / "lib").glob("python*/site-packages")
+    (installed,) = packages.glob("loractl-*.dist-info")
+    for declared in _declared(Distribution.at(installed)).values():
+        _link(declared, packages)
     return bin_folder
+
+
+def _declared(distribution: Distribution) -> dict[str, Distribution]:
+    """By name, what it needs without extras, and what that needs: the copies that the tests run with."""
+    found: dict[str, Distribution] = {}
+    left = [(distribution, "")]
+    while left:
+        needs, extra = left.pop()
+        for requirement in map(Requirement, needs.requires or ()):
+            if requirement.marker is None or requirement.marker.evaluate({"extra": extra}):
+                name = canonicalize_name(requirement.name)
+                new = name not in found
+                found[name] = Distribution.from_name(name)
+                assert requirement.specifier.contains(found[name].version, prereleases=True), requirement
+                left += [(found[name], "")] * new + [(found[name], wanted) for wanted in requirement.extras]
+    return found
+
+
+def _link(distribution: Distribution, packages: Path) -> None:
+    """Let its packages and modules be in another environment, too."""
+    for name in {file.parts[0] for file in distribution.files or ()} - {"..", "__pycache__"}:
+        (packages / name).symlink_to(Path(str(distribution.locate_file(name))))
 
 
 def test_the_light_client_submits_and_reads_without_the_training_stack(light: Path, home: Path, tmp_path: Path) -> None:
