@@ -13,42 +13,26 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from ..hub import Hub
-from ..models import write_helpdesk
-
-# in a process of its own: the clients read the hub's address and their cache's place once
-LOAD = """
-import contextlib, json, os, sys
 from loractl.common.errors import DataError
 from loractl.common.job.method import Method
 from loractl.worker.base.arithmetic import choose_precision
 from loractl.worker.base.failure import TrainingFailed
 from loractl.worker.base.kept.shelf import Shelf
-from loractl.worker.base.model import load_base
-from loractl.worker.base.model import load_tokenizer
+from loractl.worker.base.model import load_base, load_tokenizer
 from loractl.worker.data.origin import load_pinned
 
+from ..conftest import ROOT
+from ..hub import Hub
+from ..models import write_helpdesk
 
-def answer(what, name, revision):
-    try:
-        if what == "model":
-            load_tokenizer(name, revision)
-            base = load_base(name, Method.LORA, "cpu", choose_precision("cpu"), revision)
-            return "ok", str(base.config.hidden_size)
-        if what == "kept":
-            load = lambda: load_base(name, Method.LORA, "cpu", choose_precision("cpu"), revision)
-            how = dict(key="k", source=(name, revision), load=load, aside=contextlib.nullcontext)
-            shelf = Shelf()
-            return "ok", str([shelf.base(**how)[1], shelf.base(**how, joins=True)[1]])
-        rows, commit = load_pinned(name, revision)
-        return "ok", f"{sum(1 for _ in rows)} rows of {commit}"
-    except TrainingFailed as error:
-        return error.reason.value, error.sentence
-    except DataError as error:
-        return "bad_data", error.sentence
+# in a process of its own: the clients read the hub's address and their cache's place once
+LOAD = """
+import json, os, sys
+from tests.integration.test_hub import answer
 
 for line in sys.stdin:
     if not (child := os.fork()):  # each line is answered as by a new process
@@ -81,6 +65,28 @@ def hub(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Hub:
 Asked = tuple[str, str, str | None]
 
 
+def answer(what: str, name: str, revision: str | None) -> tuple[str, str]:
+    """Reason and sentence of a load."""
+
+    def load() -> Any:
+        return load_base(name, Method.LORA, "cpu", choose_precision("cpu"), revision)
+
+    try:
+        if what == "model":
+            load_tokenizer(name, revision)
+            return "ok", str(load().config.hidden_size)
+        if what == "kept":
+            shelf, source = Shelf(), (name, revision)
+            found = [shelf.base("k", source, load, aside=contextlib.nullcontext, joins=j)[1] for j in (False, True)]
+            return "ok", str(found)
+        rows, commit = load_pinned(name, revision or "")
+        return "ok", f"{sum(1 for _ in rows)} rows of {commit}"
+    except TrainingFailed as error:
+        return error.reason.value, error.sentence
+    except DataError as error:
+        return "bad_data", error.sentence
+
+
 @dataclass(frozen=True)
 class Box:
     """A machine that asks the hub, each time by a process of its own, and what it has cached."""
@@ -105,16 +111,10 @@ def box(asking_box: Box, hub: Hub) -> Box:
     return asking_box
 
 
-def ask(environment: Mapping[str, str], *asked: Asked) -> list[tuple[str, str]]:
-    """Reason and sentence of each load, in one process."""
-    with asking(environment) as one:
-        return one(*asked)
-
-
 @contextlib.contextmanager
 def asking(environment: Mapping[str, str]) -> Iterator[Callable[..., list[tuple[str, str]]]]:
     """To ask several times, each time a process of its own: what they import is imported once."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")} | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", LOAD]
     with subprocess.Popen(
         command, env={**kept, **environment}, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -187,6 +187,6 @@ def test_a_hub_that_fails_is_away_and_what_is_cached_will_do(hub: Hub, box: Box,
     # datasets would give the newest commit that it has, which is of the other branch
     assert cached[1][0] == "trainer_error" and f"another commit ({following})" in cached[1][1]
     assert len(hub.requests) <= 6, "nobody waits for each of the files that a repository may have"
-    offline = ask({"HF_HOME": str(tmp_path / "fresh"), "HF_HUB_OFFLINE": "1"}, asked[0], asked[1])
+    offline = [answer(*one) for one in asked[:2]]  # as this process is, with another cache
     assert [reason for reason, _ in offline] == ["model_not_found", "bad_data"]
     assert all("HF_HUB_OFFLINE" in sentence for _, sentence in offline)
