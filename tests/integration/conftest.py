@@ -41,7 +41,13 @@ _trained = itertools.count()
 
 
 @pytest.fixture
-def start(tiny_model: Path, tmp_path: Path) -> Callable[..., Start]:
+def cache(tmp_path: Path) -> Path:
+    """The cache of a box: of each test another one. A module whose tests need none that is empty has one for all."""
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def start(tiny_model: Path, tmp_path: Path, cache: Path) -> Callable[..., Start]:
     """An order for a tiny model; keyword arguments go into the spec's training section, `job` beside it."""
     data = write_helpdesk(tmp_path / "data.jsonl")
 
@@ -101,7 +107,7 @@ def start(tiny_model: Path, tmp_path: Path) -> Callable[..., Start]:
             output_dir=str(folder / "result"),
             checkpoint_dir=str(folder / "checkpoints"),
             earlier_checkpoints=[str(tmp_path / resume / "checkpoints")] if resume else [],
-            cache_dir=str(tmp_path / "cache"),
+            cache_dir=str(cache),
             lm_eval_tasks=str(lm_eval_tasks) if lm_eval_tasks else None,
             keep=base_key(spec, Method(method)) if keep else None,
             joins=joins,

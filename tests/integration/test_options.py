@@ -20,6 +20,7 @@ from loractl.common.memory.optimizer import SMALLEST_8BIT, state_bytes
 from loractl.common.store.records import HELD_OUT_LOSS
 from loractl.worker.base.arithmetic import choose_precision
 from loractl.worker.base.failure import TrainingFailed
+from loractl.worker.base.kept.shelf import Shelf
 from loractl.worker.base.lora import add_adapter
 from loractl.worker.base.model import load_base
 from loractl.worker.data.batch import collate, inputs_of
@@ -36,6 +37,18 @@ OTHER_DTYPE = "float32" if choose_precision("cpu").amp else "bfloat16"  # not wh
 PLAIN: list[float] = []
 HARDLY = {"samples": 0, "metrics": ["loss"]}
 """Of the evaluation no more than there must be: a test is about the training."""
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One for all: it is tried once that rows behind each other are right, and no test is about that."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def shelf() -> Shelf:
+    """Keeps the base from one training to the next, which changes no bit of them (test_kept_base.py)."""
+    return Shelf()
 
 
 def losses(told: list[Any], name: str = "loss") -> list[float]:
@@ -94,17 +107,24 @@ def report(folder: Path) -> dict[str, Any]:
     ],
     ids=lambda options: "-".join(f"{k}={v}" for section in options.values() for k, v in section.items()),
 )
-def test_an_option_changes_what_is_learned(recipe: Recipe, tmp_path: Path, options: dict[str, Any]) -> None:
+def test_an_option_changes_what_is_learned(
+    recipe: Recipe, shelf: Shelf, tmp_path: Path, options: dict[str, Any]
+) -> None:
     sections = {name: section for name, section in options.items() if name != "training"}
-    few = {"max_steps": 6, "eval_steps": None, **options.get("training", {})}
+    few = {"max_steps": 4, "eval_steps": None, **options.get("training", {})}
     if not PLAIN:  # the same for every option
-        PLAIN.extend(losses(recipe("plain", max_steps=6, evaluation=HARDLY)[1]))
-    ended, changed = recipe("changed", evaluation=HARDLY, **sections, **few)
+        PLAIN.extend(losses(recipe("plain", shelf=shelf, max_steps=4, evaluation=HARDLY)[1]))
+    ended, changed = recipe("changed", shelf=shelf, evaluation=HARDLY, **sections, **few)
     assert ended.reason is Reason.OK
     assert losses(changed) != PLAIN
     resolved = json.loads((tmp_path / "changed" / "result" / "job.json").read_text())["spec"]
     for name, section in options.items():
         assert {key: resolved[name][key] for key in section} == section
+
+
+def test_no_option_changes_nothing_of_it_also_after_all_others(recipe: Recipe, shelf: Shelf) -> None:
+    plain, again = (losses(recipe(name, shelf=shelf, max_steps=4, evaluation=HARDLY)[1]) for name in ("a", "b"))
+    assert again == plain == (PLAIN or plain)
 
 
 def test_rslora_scales_by_the_root_of_r_and_dora_stores_magnitudes(recipe: Recipe, tmp_path: Path) -> None:
@@ -167,7 +187,7 @@ def test_loftq_starts_nearer_to_the_base_than_nf4_alone(tiny_model: Path) -> Non
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_every_optimizer_trains_and_holds_the_state_that_the_plan_counts(
-    recipe: Recipe, monkeypatch: pytest.MonkeyPatch, optimizer: str
+    recipe: Recipe, shelf: Shelf, monkeypatch: pytest.MonkeyPatch, optimizer: str
 ) -> None:
     """Measured on the optimizer itself at the end of a run, per trained tensor."""
     from loractl.worker.engine import member as module
@@ -175,7 +195,7 @@ def test_every_optimizer_trains_and_holds_the_state_that_the_plan_counts(
     made: list[Any] = []
     make = module.make_optimizer
     monkeypatch.setattr(module, "make_optimizer", lambda *a: made.append(make(*a)) or made[-1])  # the real one, kept
-    ended, told = recipe(max_steps=3, optim=optimizer, lora={"r": 64}, evaluation=HARDLY)
+    ended, told = recipe(shelf=shelf, max_steps=3, optim=optimizer, lora={"r": 64}, evaluation=HARDLY)
     assert ended.reason is Reason.OK and len(losses(told)) == 3
     held = [(parameter.numel(), _state_bytes(state)) for parameter, state in made[0].state.items()]
     if optimizer in ("sgd", "adafactor"):
