@@ -94,8 +94,8 @@ class SpareTrainer:
 
     def _answered(self, line: str) -> None:
         if line == READY and not self.ready.is_set():
+            self.ready.set()  # first: who reads the line may take it at once
             log.info("a spare trainer is ready, process %s", self.process.pid)
-            self.ready.set()
 
     def _printed(self, line: str) -> None:
         """What it printed before is no job's."""
@@ -211,13 +211,15 @@ class Spares:
                 self._marks.discard(mark)
             raise
         spare = SpareTrainer(process=process, mark=mark, environment=common, clock=self._place.clock)
+        with self._lock:
+            self._waiting = spare  # before its pipes are read: it is ready only then
         try:
             spare.read()
         except RuntimeError:  # no thread for its pipes
+            with self._lock:
+                self._waiting = None
             self._end(spare)
             raise
-        with self._lock:
-            self._waiting = spare
 
     def _end(self, spare: SpareTrainer) -> None:
         kill(spare.process)
