@@ -151,7 +151,7 @@ def test_other_people_s_programs_are_respected_named_and_waited_for(held: HeldLa
 
 
 def test_a_drained_box_says_so_gives_its_jobs_back_when_told_and_goes_on_where_they_were(held: HeldLab) -> None:
-    held.start()
+    held.start(LORACTL_LEASE="60s")
     held.cli("drain", "heron", "--reason", "replacing a fan", "--until", "2h")
     held.submit("--set=training.save_steps=100000", steps=100000)
     waiting = _why(held, 1)
