@@ -106,15 +106,16 @@ def test_the_demo_reports_what_succeeded_and_its_lines_work_when_typed(cli: Cli,
 def test_the_examples_teach_the_real_model(cli: Cli, names: tuple[str, ...], tmp_path: Path) -> None:
     """A few steps of each example on SmolLM2: the held-out loss of the tuned model is clearly below the base's."""
     few = [
-        "--set=training.max_steps=4",
+        "--set=training.max_steps=3",
         "--set=training.per_device_train_batch_size=2",
+        "--set=training.save_steps=100",
         "--set=evaluation.samples=1",
         "--set=training.warmup_steps=0",
-        "--set=evaluation.max_new_tokens=8",
+        "--set=evaluation.max_new_tokens=2",
     ]
     for path in EXAMPLES:
         if path.stem in names:
-            cli("submit", path, *few, f"--set=dataset.eval_path={_first_rows(path, 8, tmp_path)}")
+            cli("submit", path, *few, f"--set=dataset.eval_path={_short_rows(path, 8, tmp_path)}")
     cli("worker", "--drain-when-idle", timeout=500)
     jobs = json.loads(cli("status", "-a", "--json").stdout)
     assert len(jobs) == len(names)
@@ -128,11 +129,11 @@ def test_the_examples_teach_the_real_model(cli: Cli, names: tuple[str, ...], tmp
         assert loss["tuned"] < loss["base"] - 0.3
 
 
-def _first_rows(example: Path, count: int, folder: Path) -> Path:
-    """A file with the first held-out rows of an example."""
-    source = Path(str(load_spec(example).dataset.eval_path))
+def _short_rows(example: Path, count: int, folder: Path) -> Path:
+    """A file with the shortest held-out rows of an example."""
+    held_out = [json.dumps(row.value) for row in read_rows(Path(str(load_spec(example).dataset.eval_path)))]
     rows = folder / f"{example.stem}.jsonl"
-    rows.write_text("".join(f"{json.dumps(row.value)}\n" for row in read_rows(source)[:count]))
+    rows.write_text("".join(f"{row}\n" for row in sorted(held_out, key=len)[:count]))
     return rows
 
 
