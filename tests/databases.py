@@ -7,7 +7,11 @@ import itertools
 import os
 from collections.abc import Iterator
 
+import pytest
 from sqlalchemy import Connection, NullPool, create_engine, text
+
+SQLITE_ALONE = pytest.mark.parametrize("upgraded_url", ["sqlite"], indirect=True)
+"""For tests of what is decided above the database: every statement that they send goes to PostgreSQL in other tests."""
 
 _numbers = itertools.count()
 

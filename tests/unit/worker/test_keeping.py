@@ -19,7 +19,10 @@ from loractl.worker.attempt import checkpoint_upload
 from loractl.worker.attempt.checkpoint_upload import CheckpointUpload
 from loractl.worker.storage.client import CallWatch, StoreClient
 
+from ...databases import SQLITE_ALONE
 from ..factories import submission, take
+
+pytestmark = SQLITE_ALONE
 
 
 def test_the_newest_is_kept_the_one_before_goes_and_a_step_that_was_saved_twice_stays(

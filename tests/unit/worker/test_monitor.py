@@ -19,7 +19,10 @@ from loractl.worker.device.devices import CpuDevice
 from loractl.worker.node.monitor import Monitor
 from loractl.worker.storage.client import StoreClient
 
+from ...databases import SQLITE_ALONE
 from ..factories import node_state, submission
+
+pytestmark = SQLITE_ALONE
 
 
 @pytest.mark.parametrize("opened", [False, True], ids=["a full card", "one whose trainer may be joined"])

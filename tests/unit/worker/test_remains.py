@@ -23,6 +23,7 @@ from loractl.worker.attempt.workplace import Workplace
 from loractl.worker.device.devices import CpuDevice
 from loractl.worker.storage.client import StoreClient
 
+from ...databases import SQLITE_ALONE
 from ..factories import submission, take
 
 
@@ -69,6 +70,7 @@ def bench(store: Store, tmp_path: Path) -> Bench:
     return Bench(place=place, folder=tmp_path)
 
 
+@SQLITE_ALONE
 def test_a_job_that_was_queued_again_meanwhile_keeps_its_files(bench: Bench) -> None:
     """A person's retry and the next attempt's start, both between the end of an attempt and its cleaning up."""
     first = bench.attempt()
@@ -87,6 +89,7 @@ def test_a_job_that_was_queued_again_meanwhile_keeps_its_files(bench: Bench) -> 
     assert (bench.local(), bench.stored()) == ([], [])
 
 
+@SQLITE_ALONE
 def test_what_a_failed_job_leaves_is_bounded(bench: Bench) -> None:
     first = bench.attempt()
     clean(bench.place, first, bench.end(first, Reason.DRAINED))
@@ -100,6 +103,7 @@ def test_what_a_failed_job_leaves_is_bounded(bench: Bench) -> None:
     assert bench.place.store.job(1).checkpoint is not None and "2-15" in bench.stored()
 
 
+@SQLITE_ALONE
 def test_what_ended_jobs_left_makes_room_for_the_next_job_and_their_histories_say_so(bench: Bench) -> None:
     first = bench.attempt()
     clean(bench.place, first, bench.end(first, Reason.TIMED_OUT))

@@ -27,6 +27,7 @@ from loractl.worker.serving import card
 from loractl.worker.serving.card import Footprint, take_card
 from loractl.worker.serving.library import Arithmetic
 
+from ...databases import SQLITE_ALONE
 from ..factories import node_state, submission
 
 GIB = 2**30
@@ -137,6 +138,7 @@ def report(store: Store, index: int, total: int, held: int = 0) -> None:
 SIX = Footprint(base=5 * GIB, adapters=GIB // 4, cache=GIB // 8)
 
 
+@SQLITE_ALONE
 def test_the_freest_card_is_taken_and_reserved(
     store: Store, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -150,6 +152,7 @@ def test_the_freest_card_is_taken_and_reserved(
     assert unused_reservations(settings.home, "SIM-1", None, 0) == 0, "the larger one is full"
 
 
+@SQLITE_ALONE
 @pytest.mark.parametrize("own", [["0", "backend:native"], []])
 def test_on_a_card_answers_need_no_plan_for_a_length(
     own: list[str], store: Store, settings: Settings, monkeypatch: pytest.MonkeyPatch
@@ -167,6 +170,7 @@ def test_on_a_card_answers_need_no_plan_for_a_length(
     assert [os.environ[name] for name in names] == (own or ["1", "expandable_segments:True"])
 
 
+@SQLITE_ALONE
 def test_no_room_is_refused_with_a_sentence(store: Store, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(card, "_held", [])
     report(store, 0, 8 * GIB, held=3 * GIB)
@@ -206,6 +210,7 @@ def test_what_nf4_leaves_alone_takes_16_bit_unless_it_computes_in_fp32(tmp_path:
     assert held(dtype="float32") == held(exact=True)
 
 
+@SQLITE_ALONE
 def test_a_job_waits_for_what_serve_has_reserved_and_starts_when_it_ends(store: Store, tmp_path: Path) -> None:
     """The node's own look at its card, and the claim that follows from it."""
     store.submit(submission(lora=70, qlora=None, method="lora"))

@@ -14,6 +14,7 @@ from loractl.common.store.records import Claim, Progress, StoredCheckpoint
 from loractl.common.store.store import Store
 from loractl.common.units import GIB
 
+from ....databases import SQLITE_ALONE
 from ...factories import RESULT, Clock, node_state, submission
 
 NOTHING = Progress()
@@ -40,6 +41,7 @@ def end(store: Store, claim: Claim, reason: Reason) -> None:
     store.finish(claim, reason, f"because of {reason.value}", NOTHING, RESULT if reason is Reason.OK else None)
 
 
+@SQLITE_ALONE
 @pytest.mark.parametrize("reason", [Reason.GPU_ERROR, Reason.WORKER_LOST])
 def test_a_retry_avoids_the_card_that_failed_it(timed: Store, clock: Clock, reason: Reason) -> None:
     online(timed, "a:0", "a:1")
@@ -52,6 +54,7 @@ def test_a_retry_avoids_the_card_that_failed_it(timed: Store, clock: Clock, reas
     assert other.job_id == job_id
 
 
+@SQLITE_ALONE
 @pytest.mark.parametrize("reason", [Reason.DISK_FULL, Reason.STORE_FAILED])
 def test_a_retry_avoids_the_box_whose_disk_or_network_failed_it(timed: Store, clock: Clock, reason: Reason) -> None:
     online(timed, "a:0", "a:1", "b:0")
@@ -92,6 +95,7 @@ def test_half_an_hour_later_it_does_not_wait_for_a_busy_card(timed: Store, clock
         assert isinstance(timed.claim("a:0"), Claim) is free
 
 
+@SQLITE_ALONE
 def test_a_finished_result_keeps_its_box(timed: Store, clock: Clock) -> None:
     """What is stored there need not be trained again."""
     online(timed, "a:0", "b:0")
@@ -103,6 +107,7 @@ def test_a_finished_result_keeps_its_box(timed: Store, clock: Clock) -> None:
     assert isinstance(timed.claim("a:0"), Claim)
 
 
+@SQLITE_ALONE
 def test_two_gpu_errors_in_a_row_close_the_card_and_undrain_opens_it(timed: Store, clock: Clock) -> None:
     online(timed, "a:0", "a:1")
     first, second = timed.submit(submission()), timed.submit(submission(user="bob"))
@@ -124,6 +129,7 @@ def test_two_gpu_errors_in_a_row_close_the_card_and_undrain_opens_it(timed: Stor
     assert timed.drains() == {}, "a person opened it: it is counted from there on"
 
 
+@SQLITE_ALONE
 def test_a_job_that_ends_well_begins_a_new_row(timed: Store) -> None:
     online(timed, "a:0", "b:0")
     for user, reason in (("ada", Reason.GPU_ERROR), ("bob", Reason.OK), ("cyd", Reason.GPU_ERROR)):
@@ -132,6 +138,7 @@ def test_a_job_that_ends_well_begins_a_new_row(timed: Store) -> None:
     assert timed.drains() == {}
 
 
+@SQLITE_ALONE
 def test_the_last_open_card_is_never_closed(timed: Store, clock: Clock) -> None:
     """A processor does not stand in for the last GPU."""
     online(timed, "a:0")
@@ -147,6 +154,7 @@ def test_the_last_open_card_is_never_closed(timed: Store, clock: Clock) -> None:
     assert set(timed.drains()) == {"a:0"}, "now another is open"
 
 
+@SQLITE_ALONE
 @pytest.mark.parametrize("reason", [Reason.DISK_FULL, Reason.STORE_FAILED])
 def test_a_box_that_fails_three_jobs_is_closed_with_all_its_cards(timed: Store, reason: Reason) -> None:
     online(timed, "a:0", "a:1", "b:0")
@@ -160,6 +168,7 @@ def test_a_box_that_fails_three_jobs_is_closed_with_all_its_cards(timed: Store, 
     assert all(row.status is Status.QUEUED and row.retries_used == 0 for row in timed.jobs())
 
 
+@SQLITE_ALONE
 def test_a_store_that_fails_several_boxes_closes_none(timed: Store) -> None:
     online(timed, "a:0", "b:0", "c:0")
     for node in ("a:0", "b:0", "a:0", "b:0", "a:0", "b:0"):
@@ -168,6 +177,7 @@ def test_a_store_that_fails_several_boxes_closes_none(timed: Store) -> None:
     assert timed.drains() == {}
 
 
+@SQLITE_ALONE
 def test_one_sweep_closes_no_card_and_neither_does_one_job(timed: Store, clock: Clock) -> None:
     online(timed, "a:0", "b:0")
     members = [submission(lora=20, qlora=20) for _ in range(4)]
@@ -177,6 +187,7 @@ def test_one_sweep_closes_no_card_and_neither_does_one_job(timed: Store, clock: 
     assert timed.drains() == {}
 
 
+@SQLITE_ALONE
 def test_a_user_whose_jobs_fail_on_every_card_closes_none(timed: Store) -> None:
     online(timed, "a:0", "b:0", "c:0")
     for node in ("a:0", "b:0", "c:0") * 2:
@@ -188,6 +199,7 @@ def test_a_user_whose_jobs_fail_on_every_card_closes_none(timed: Store) -> None:
     assert set(timed.drains()) == {"b:0"}, "another user's job failed there too"
 
 
+@SQLITE_ALONE
 def test_a_power_cut_closes_no_box(timed: Store, clock: Clock) -> None:
     """It ends all jobs at once; the third that ends one does, within a day."""
     for cut in range(3):
@@ -203,6 +215,7 @@ def test_a_power_cut_closes_no_box(timed: Store, clock: Clock) -> None:
         clock.forward(3600)
 
 
+@SQLITE_ALONE
 def test_three_failures_of_the_lab_in_a_row_hold_a_job_with_the_reasons(timed: Store, clock: Clock) -> None:
     online(timed, "a:0")
     job_id = timed.submit(submission(max_retries=0))
@@ -218,6 +231,7 @@ def test_three_failures_of_the_lab_in_a_row_hold_a_job_with_the_reasons(timed: S
     assert (released.held, released.avoids, released.lab_failures) == (False, None, 0)
 
 
+@SQLITE_ALONE
 def test_the_disk_of_the_only_box_holds_a_job_and_fails_none(timed: Store, clock: Clock) -> None:
     online(timed, "a:0")
     job_id = timed.submit(submission(max_retries=0))
@@ -273,6 +287,7 @@ def test_a_failure_of_yesterday_closes_nothing(timed: Store, clock: Clock) -> No
     assert timed.drains() == {}
 
 
+@SQLITE_ALONE
 def test_what_a_person_drained_keeps_the_person_s_reason(timed: Store) -> None:
     online(timed, "a:0", "b:0")
     claims = []

@@ -27,6 +27,7 @@ from loractl.common.store.store import Store
 from loractl.common.store.tables import Attempt, Job
 from loractl.common.units import GIB, gib
 
+from ....databases import SQLITE_ALONE
 from ...factories import RESULT, node_state, submission
 
 
@@ -51,6 +52,7 @@ def text_of_last(store: Store, job_id: int) -> tuple[str, str]:
     return event.kind, event.text
 
 
+@SQLITE_ALONE
 def test_what_was_too_little_is_raised_by_a_quarter_and_a_larger_card_takes_it(store: Store) -> None:
     job_id = store.submit(submission(lora=16, method="lora"))
     show(store, "a:0", 18)
@@ -68,6 +70,7 @@ def test_what_was_too_little_is_raised_by_a_quarter_and_a_larger_card_takes_it(s
     assert (mine.attempt, mine.vram_reserved) == (2, 20 * GIB)
 
 
+@SQLITE_ALONE
 def test_qlora_is_next_where_it_is_permitted_and_the_card_holds_no_larger_lora(store: Store) -> None:
     job_id = store.submit(submission(lora=16, qlora=8))
     show(store, total=18)
@@ -79,6 +82,7 @@ def test_qlora_is_next_where_it_is_permitted_and_the_card_holds_no_larger_lora(s
     assert store.events(job_id)[-1].text.endswith("with qlora (auto: lora does not fit)")
 
 
+@SQLITE_ALONE
 def test_a_measured_peak_beyond_the_growth_is_what_it_needs(store: Store) -> None:
     job_id = store.submit(submission(lora=8, method="lora"))
     show(store)
@@ -130,6 +134,7 @@ def test_memory_that_an_outsider_took_does_not_raise_the_need(store: Store) -> N
     assert store.job(job_id).vram_lora == 20 * GIB
 
 
+@SQLITE_ALONE
 def test_a_job_of_unknown_need_learns_one_from_what_was_too_little(store: Store) -> None:
     job_id = store.submit(submission(lora=None, qlora=None, method="lora"))
     show(store, "a:0", 16)
@@ -141,6 +146,7 @@ def test_a_job_of_unknown_need_learns_one_from_what_was_too_little(store: Store)
     assert claim(store, "b:0").vram_reserved == 20 * GIB
 
 
+@SQLITE_ALONE
 def test_on_a_processor_the_method_is_tried_no_more(store: Store) -> None:
     job_id = store.submit(submission(lora=16, qlora=8))
     show(store, total=64, kind="cpu")
@@ -149,6 +155,7 @@ def test_on_a_processor_the_method_is_tried_no_more(store: Store) -> None:
     assert store.job(job_id).vram_lora == 64 * GIB + 1
 
 
+@SQLITE_ALONE
 def test_the_plan_that_a_trainer_on_a_processor_tells_is_the_attempt_s(store: Store) -> None:
     job_id = store.submit(submission(lora=2, method="lora"))
     show(store, total=64, kind="cpu")
@@ -187,6 +194,7 @@ def ran(store: Store, key: str, peak: float, *, family: str = "llama", ends: Rea
     return job_id
 
 
+@SQLITE_ALONE
 def test_what_ran_on_gpus_is_remembered_by_key_and_by_family(store: Store) -> None:
     show(store, total=48)
     ran(store, "key-1", 9)
@@ -210,6 +218,7 @@ def test_what_ran_on_gpus_is_remembered_by_key_and_by_family(store: Store) -> No
     assert like[0].planned == 10 * GIB and like[0].device_name == "NVIDIA A40"
 
 
+@SQLITE_ALONE
 @pytest.mark.parametrize("kind", ["cpu", "sim"])
 def test_what_ran_on_no_real_card_teaches_nothing(store: Store, kind: str) -> None:
     show(store, total=48, kind=kind)
@@ -217,6 +226,7 @@ def test_what_ran_on_no_real_card_teaches_nothing(store: Store, kind: str) -> No
     assert store.measured() == []
 
 
+@SQLITE_ALONE
 def test_the_next_job_like_it_is_reserved_what_the_last_one_took(store: Store) -> None:
     show(store, total=48)
     ran(store, "key-1", 8)
@@ -293,6 +303,7 @@ def base(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@SQLITE_ALONE
 def test_after_an_upgrade_what_waits_is_planned_for_the_new_steps(store: Store, base: Path) -> None:
     job_id = submit_before_the_upgrade(store, base, priority=3)
     with store._engine.begin() as connection, alembic_config(connection) as config:

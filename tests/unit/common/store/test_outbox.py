@@ -16,6 +16,7 @@ from loractl.common.store.records import Claim, Delivery, Parcel, Progress
 from loractl.common.store.store import Store
 from loractl.common.units import GIB
 
+from ....databases import SQLITE_ALONE
 from ...factories import RESULT, Clock, node_state, submission, take
 from .test_fleet_rounds import turn
 
@@ -70,6 +71,7 @@ def test_who_names_no_channel_is_told_nothing_and_a_cancelled_job_neither(store:
     assert all_due(store, OPS, ADA, LAB) == []
 
 
+@SQLITE_ALONE
 def test_a_retried_attempt_is_silent_and_the_failure_for_good_is_told(timed: Store, clock: Clock) -> None:
     timed.submit(submission(name="tiny", notify=["ops"], max_retries=1))
     end(timed, Reason.TRAINER_ERROR, "exit status 1")
@@ -79,6 +81,7 @@ def test_a_retried_attempt_is_silent_and_the_failure_for_good_is_told(timed: Sto
     assert all_due(timed, OPS) == [("ops", "tiny: failed (trainer_error), exit status 1")]
 
 
+@SQLITE_ALONE
 def test_a_job_that_is_held_and_a_card_that_is_closed_are_told(timed: Store, clock: Clock) -> None:
     timed.submit(submission(name="tiny", notify=["ops"], preemptible=True))
     for number in range(LAB_FAILURE_LIMIT):
@@ -123,6 +126,7 @@ def test_a_box_that_falls_silent_is_told_once_and_again_when_it_came_back_and_fe
     assert again == ["gone: silent since 2026-01-14 12:02 UTC", "gone:1: silent since 2026-01-14 12:00 UTC"]
 
 
+@SQLITE_ALONE
 def test_a_box_that_stops_in_order_is_told_to_nobody(timed: Store, clock: Clock) -> None:
     timed.see_node(node_state("gone:0"))
     timed.forget_node("gone:0")
@@ -142,6 +146,7 @@ def test_a_sweep_is_one_message_when_its_last_member_has_ended(store: Store) -> 
     assert all_due(store, OPS) == [("ops", "grid: sweep 1 is over, 2 of 3 succeeded")]
 
 
+@SQLITE_ALONE
 def test_a_sweep_that_a_cancel_ends_is_told_of_by_the_next_round_once(timed: Store, clock: Clock) -> None:
     timed.submit_sweep(NewSweep(name="grid", user="ada", varied={}), [submission(notify=["ops"]) for _ in range(3)])
     end(timed, Reason.OK)
@@ -250,6 +255,7 @@ def _pause(store: Store) -> float:
         return float((row.due_at - tx.now()).total_seconds())
 
 
+@SQLITE_ALONE
 def test_what_another_try_can_t_help_is_given_up_at_once(timed: Store) -> None:
     job_id = timed.submit(submission(notify=["ops"]))
     end(timed, Reason.OK)
@@ -260,6 +266,7 @@ def test_what_another_try_can_t_help_is_given_up_at_once(timed: Store) -> None:
     assert notes(timed, job_id) == [f"message {parcel.message_id} to channel ops: gave up after 1 tries: HTTP 410"]
 
 
+@SQLITE_ALONE
 def test_a_mail_that_some_of_its_recipients_refuse_is_sent_and_the_history_says_so(timed: Store) -> None:
     job_id = timed.submit(submission(notify=["ops"]))
     end(timed, Reason.OK)

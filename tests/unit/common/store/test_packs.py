@@ -12,7 +12,10 @@ from loractl.common.store.records import Claim, NewHost, Progress
 from loractl.common.store.store import Store
 from loractl.common.units import GIB
 
+from ....databases import SQLITE_ALONE
 from ...factories import node_state, submission
+
+pytestmark = SQLITE_ALONE
 
 NODE = "box:0"
 

@@ -11,6 +11,7 @@ from loractl.common.store.queries.outbox.reach import GRACE_S
 from loractl.common.store.store import Store
 from loractl.common.units import GIB
 
+from ....databases import SQLITE_ALONE
 from ...factories import Clock, node_state, submission
 from .test_fleet_rounds import turn
 from .test_outbox import ADA, OPS, all_due
@@ -39,6 +40,7 @@ def go_on(store: Store, clock: Clock, seconds: float, **state: Any) -> None:
         turn(store)
 
 
+@SQLITE_ALONE
 def test_a_job_that_no_card_can_hold_is_told_once_after_ten_minutes(lab: Store, clock: Clock) -> None:
     lab.submit(large())
     lab.submit(large(notify=["me"], user="ada"))
@@ -77,6 +79,7 @@ def test_a_label_that_no_box_has_a_limit_of_its_own_and_a_job_that_is_held(lab: 
     assert all_due(lab, OPS) == [("ops", f"linked: {linked}"), ("ops", f"thrifty: {said}")]
 
 
+@SQLITE_ALONE
 def test_nobody_is_told_while_no_box_is_known_or_one_can_not_be_read(timed: Store, clock: Clock) -> None:
     timed.submit(large())
     for _ in range(30):
@@ -88,6 +91,7 @@ def test_nobody_is_told_while_no_box_is_known_or_one_can_not_be_read(timed: Stor
     assert all_due(timed, OPS) == []
 
 
+@SQLITE_ALONE
 def test_the_members_of_a_sweep_are_one_message(lab: Store, clock: Clock) -> None:
     from loractl.common.job.sweep import NewSweep
 

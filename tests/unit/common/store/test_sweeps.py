@@ -16,6 +16,7 @@ from loractl.common.job.sweep import NewSweep
 from loractl.common.store.records import HELD_OUT_LOSS, Beat, Claim, Progress
 from loractl.common.store.store import Store
 
+from ....databases import SQLITE_ALONE
 from ...factories import RESULT, Clock, submission, take
 
 RATES = (1e-4, 3e-4, 1e-3, 3e-3)
@@ -68,6 +69,7 @@ def test_all_members_are_queued_or_none(store: Store) -> None:
     assert store.jobs() == [] and store.sweeps(range(10)) == []
 
 
+@SQLITE_ALONE
 def test_a_member_that_loses_at_a_rung_is_told_to_stop_and_why(store: Store) -> None:
     start(store)
     one, two, three, four = claims(store)
@@ -92,6 +94,7 @@ def test_a_member_that_loses_at_a_rung_is_told_to_stop_and_why(store: Store) -> 
     assert store.attempts(three.job_id)[0].reason is Reason.PRUNED
 
 
+@SQLITE_ALONE
 def test_the_view_names_the_best_so_far_and_the_steps_that_were_saved(store: Store) -> None:
     sweep_id = start(store)
     one, two, three, four = claims(store)
@@ -112,6 +115,7 @@ def test_the_view_names_the_best_so_far_and_the_steps_that_were_saved(store: Sto
     assert [member.pruned for member in view.members] == [False, False, True, True]
 
 
+@SQLITE_ALONE
 def test_a_resumed_member_is_compared_by_its_newest_attempt(timed: Store, clock: Clock) -> None:
     sweep_id = start(timed, RATES[:2])
     one, two = claims(timed, 2)
@@ -149,6 +153,7 @@ def test_a_beat_that_is_repeated_after_a_lost_answer_gets_the_same_verdict(store
     assert first is not None and reach(store, two, 8, 2.0).pruned == first
 
 
+@SQLITE_ALONE
 def test_a_stopped_member_that_is_retried_runs_to_its_end(store: Store) -> None:
     sweep_id = start(store, RATES[:2])
     one, two = claims(store, 2)
@@ -163,6 +168,7 @@ def test_a_stopped_member_that_is_retried_runs_to_its_end(store: Store) -> None:
     assert store.sweep(sweep_id).best.job_id == two.job_id  # type: ignore[union-attr]
 
 
+@SQLITE_ALONE
 def test_a_sweep_without_rungs_stops_nobody(store: Store) -> None:
     sweep_id = start(store, rungs=None)
     assert store.sweep(sweep_id).rungs == ()
@@ -208,6 +214,7 @@ def test_a_cancelled_sweep_s_unfinished_members_end(store: Store) -> None:
     assert store.job(one.job_id).status is Status.SUCCEEDED
 
 
+@SQLITE_ALONE
 def test_a_cancel_goes_before_a_lost_rung(store: Store) -> None:
     start(store, RATES[:1])
     (claim,) = claims(store, 1)

@@ -5,7 +5,10 @@ from __future__ import annotations
 from loractl.common.store.records import Claim, Progress
 from loractl.common.store.store import Store
 
+from ....databases import SQLITE_ALONE
 from ...factories import submission, take
+
+pytestmark = SQLITE_ALONE
 
 
 def test_a_line_is_thinned_to_whole_distances_and_keeps_its_last_point(store: Store) -> None:

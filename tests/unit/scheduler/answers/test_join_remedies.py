@@ -18,8 +18,11 @@ from loractl.common.store.store import Store
 from loractl.common.units import GIB
 from loractl.scheduler.answers.wait.remedies import remedies
 
+from ....databases import SQLITE_ALONE
 from ...factories import node_state, submission
 from .test_packs import NODE, claim, queue
+
+pytestmark = SQLITE_ALONE
 
 
 @pytest.fixture

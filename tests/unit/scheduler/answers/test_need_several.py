@@ -26,8 +26,11 @@ from loractl.scheduler.submission.need import plan_job
 from loractl.scheduler.text.need import need_text
 from loractl.scheduler.text.screen import Screen
 
+from ....databases import SQLITE_ALONE
 from ...common.memory.test_ways import LLAMA_8B
 from ...factories import node_state, take
+
+pytestmark = SQLITE_ALONE
 
 
 def asked_for(tmp_path: Path, **resources: Any) -> JobSpec:

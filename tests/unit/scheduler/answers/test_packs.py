@@ -22,7 +22,10 @@ from loractl.scheduler.text.jobs import overview_text
 from loractl.scheduler.text.screen import Screen
 from loractl.scheduler.text.why import why_text
 
+from ....databases import SQLITE_ALONE
 from ...factories import node_state, submission
+
+pytestmark = SQLITE_ALONE
 
 NODE = "box:0"
 PIPE = Screen(width=120, unicode=True, color=False)

@@ -17,7 +17,10 @@ from loractl.common.store.records import NodeState
 from loractl.common.store.store import Store
 from loractl.scheduler.answers.reproduction import Repetition, plan_repetition, submission_of
 
+from ....databases import SQLITE_ALONE
 from ...factories import node_state, spec, submission, take
+
+pytestmark = SQLITE_ALONE
 
 VERSIONS = {"loractl": "0.9", "torch": "2.13.0"}
 

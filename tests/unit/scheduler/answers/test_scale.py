@@ -19,6 +19,7 @@ from loractl.scheduler.answers.fleet import fleet
 from loractl.scheduler.answers.overview import SWEEPS_SHOWN, job_list, overview
 from loractl.scheduler.answers.why import Why, why
 
+from ....databases import SQLITE_ALONE
 from ...factories import NOON, node_state, submission
 
 FEW, MANY = 400, 3_200
@@ -165,6 +166,7 @@ def test_members_of_sweeps_take_no_place_of_other_jobs_on_a_page_for_people(stor
     assert with_members.waiting[0].sweep_id == 1 and with_members.after == 1
 
 
+@SQLITE_ALONE
 def test_what_would_help_is_asked_of_the_rule_with_every_job_that_waits(store: Store) -> None:
     store.see_node(node_state("a:0", total=24 * GIB))
     mine = store.submit(submission(lora=40, qlora=8, method="lora"))

@@ -14,8 +14,11 @@ from loractl.common.settings import load_settings
 from loractl.common.store.store import Store
 from loractl.scheduler.submission.intake import enqueue
 
+from ....databases import SQLITE_ALONE
 from ....services import free_port
 from ...factories import submission
+
+pytestmark = SQLITE_ALONE
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from loractl.worker.base.failure import TrainingFailed
 from loractl.worker.base.model import load_tokenizer
 
 from ....conftest import Cli
+from ....databases import SQLITE_ALONE
 from ...factories import node_state, spec
 
 SMALL = {
@@ -54,6 +55,7 @@ def test_a_classifier_needs_less_than_a_job_that_learns_words(base: str) -> None
     assert words.qlora is not None and labels.qlora is not None and labels.qlora < words.qlora / 1.2
 
 
+@SQLITE_ALONE
 def test_where_only_processors_are_known_every_figure_is_one_plan_for_a_processor(base: str, store: Store) -> None:
     asked = spec(base_model=base, method="lora")
     card, processor = predict(asked).lora, predict(asked, stack=Stack(on_gpu=False)).lora

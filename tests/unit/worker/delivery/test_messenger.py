@@ -22,6 +22,7 @@ from loractl.common.store.store import Store
 from loractl.worker.delivery.messenger import Messenger
 
 from .... import receivers
+from ....databases import SQLITE_ALONE
 from ...factories import RESULT, submission, take
 from .parcels import WEBHOOK_SECRET
 
@@ -84,6 +85,7 @@ def test_a_sender_killed_between_sending_and_marking_is_followed_by_another_with
     assert other.json["data"]["subject"] == "triage-r32: better, loss 4.49 -> 0.25"
 
 
+@SQLITE_ALONE
 def test_no_secret_and_no_answer_gets_into_a_log_or_a_history(
     store: Store, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -99,6 +101,7 @@ def test_no_secret_and_no_answer_gets_into_a_log_or_a_history(
         assert "S3CRET" not in text and "ANSWER" not in text and WEBHOOK_SECRET not in text
 
 
+@SQLITE_ALONE
 def test_a_node_without_channels_starts_no_thread(store: Store, tmp_path: Path) -> None:
     settings = load_settings({"LORACTL_HOME": str(tmp_path)})
     messenger = Messenger(store, settings)
