@@ -65,10 +65,19 @@ def wide_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
     """44 conversations of 200 to 450 tokens, 4 of them held out; their answers have different lengths."""
-    path = tmp_path / "data.jsonl"
+    return _rows(tmp_path / "data.jsonl", words=20)
+
+
+@pytest.fixture
+def short(tmp_path: Path) -> Path:
+    """The same with a fifth of the tokens or less, for tests that are not about a limit."""
+    return _rows(tmp_path / "short.jsonl", words=2)
+
+
+def _rows(path: Path, *, words: int) -> Path:
     with path.open("w") as stream:
         for n in range(44):
-            user = f"ticket {n}: " + "something is broken " * (8 + (n * 7) % 13)
+            user = f"ticket {n}: " + "something is broken " * (words * (8 + (n * 7) % 13) // 20)
             answer = "queue: " + ("storage ", "network ", "gpu ")[n % 3] * (3 + n % 5)
             messages = [{"role": "user", "content": user}, {"role": "assistant", "content": answer}]
             stream.write(json.dumps({"messages": messages}) + "\n")
@@ -85,6 +94,7 @@ def make_order(
     adjustment: Adjustment | None = None,
     resume: Path | None = None,
     lora: dict[str, Any] | None = None,
+    samples: int = 2,
     **training: Any,
 ) -> Start:
     """An order on the CPU; what it leaves behind comes under `folder`."""
@@ -96,7 +106,7 @@ def make_order(
             "dataset": {"path": str(data), "max_length": 512, "test_size": 0.1},
             "lora": {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0, **(lora or {})},
             "training": {"max_steps": 4, "logging_steps": 1, "save_steps": 2, **training},
-            "evaluation": {"samples": 2, "max_new_tokens": 4},
+            "evaluation": {"samples": samples, "max_new_tokens": 4},
         }
     )
     (folder / "result").mkdir(parents=True)
@@ -176,7 +186,7 @@ def apart(some: dict[int, float], others: dict[int, float]) -> float:
 
 @pytest.mark.parametrize("method", ["lora", "qlora"])
 def test_a_probe_changes_no_bit_of_the_run(
-    method: str, tiny_model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    method: str, tiny_model: Path, short: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     probed = []
     on_train_begin = Probe.on_train_begin
@@ -185,15 +195,16 @@ def test_a_probe_changes_no_bit_of_the_run(
     )  # the real one, counted
     settings: dict[str, Any] = {
         "method": method,
+        "samples": 0,
         "lora": {"lora_dropout": 0.1},  # so that the random numbers matter
         "per_device_train_batch_size": 4,
         "gradient_accumulation_steps": 2,
         "eval_steps": 2,
         "learning_rate": 5e-3,
     }
-    without = here(make_order(tmp_path / "without", tiny_model, data, **settings))
+    without = here(make_order(tmp_path / "without", tiny_model, short, **settings))
     assert not probed, "nothing to try on a processor without a limit"
-    probe = here(make_order(tmp_path / "with", tiny_model, data, limit=8 * GIB, **settings))
+    probe = here(make_order(tmp_path / "with", tiny_model, short, limit=8 * GIB, **settings))
     assert len(probed) == 1
     assert losses(probe) == losses(without)
     weights = [tmp_path / name / "result" / "adapter" / "adapter_model.safetensors" for name in ("with", "without")]
@@ -202,19 +213,20 @@ def test_a_probe_changes_no_bit_of_the_run(
 
 @pytest.mark.parametrize("method", ["lora", "qlora"])
 def test_a_checkpoint_is_taken_up_in_smaller_pieces_of_the_same_batch(
-    method: str, tiny_model: Path, data: Path, tmp_path: Path
+    method: str, tiny_model: Path, short: Path, tmp_path: Path
 ) -> None:
     """40 rows in batches of 16: each epoch ends with one of 8. The change comes in mid-epoch and the run passes two."""
     settings: dict[str, Any] = {
         "method": method,
+        "samples": 0,
         "max_steps": 8,
         "per_device_train_batch_size": 8,
         "gradient_accumulation_steps": 2,
     }
-    whole = losses(here(make_order(tmp_path / "whole", tiny_model, data, **settings)))
-    here(make_order(tmp_path / "first", tiny_model, data, **settings), stop_after=2)
+    whole = losses(here(make_order(tmp_path / "whole", tiny_model, short, **settings)))
+    here(make_order(tmp_path / "first", tiny_model, short, **settings), stop_after=2)
     smaller = Adjustment(micro_batch=4, accumulation=4)
-    order = make_order(tmp_path / "rest", tiny_model, data, adjustment=smaller, resume=tmp_path / "first", **settings)
+    order = make_order(tmp_path / "rest", tiny_model, short, adjustment=smaller, resume=tmp_path / "first", **settings)
     told = here(order)
     resumed = next(m.resumed_from_step for m in told if isinstance(m, Note) and m.kind == "resumed")
     assert resumed is not None and 2 <= resumed < 8
@@ -225,11 +237,11 @@ def test_a_checkpoint_is_taken_up_in_smaller_pieces_of_the_same_batch(
     assert len(report["losses"]) == 8, "the curve of the report is whole"
 
 
-def test_a_checkpoint_of_another_effective_batch_is_not_taken_up(tiny_model: Path, data: Path, tmp_path: Path) -> None:
-    batch = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
-    here(make_order(tmp_path / "first", tiny_model, data, **batch))
+def test_a_checkpoint_of_another_effective_batch_is_not_taken_up(tiny_model: Path, short: Path, tmp_path: Path) -> None:
+    batch = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "samples": 0, "max_steps": 2}
+    here(make_order(tmp_path / "first", tiny_model, short, **batch))
     batch["gradient_accumulation_steps"] = 1
-    told = here(make_order(tmp_path / "rest", tiny_model, data, resume=tmp_path / "first", **batch))
+    told = here(make_order(tmp_path / "rest", tiny_model, short, resume=tmp_path / "first", **batch))
     assert not [m for m in told if isinstance(m, Note) and m.kind == "resumed"]
 
 
@@ -237,7 +249,7 @@ def test_a_run_that_does_not_fit_learns_the_same_in_smaller_pieces(
     wide_model: Path, data: Path, tmp_path: Path
 ) -> None:
     batch = {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 1, "max_steps": 2}
-    whole = losses(here(make_order(tmp_path / "whole", wide_model, data, **batch)))
+    whole = losses(here(make_order(tmp_path / "whole", wide_model, data, samples=0, **batch)))
     told = in_a_trainer(make_order(tmp_path / "less", wide_model, data, limit=LIMIT, **batch))
     ended = told[-1]
     assert isinstance(ended, Ended) and ended.reason is Reason.OK, [*notes(told), ended]
