@@ -375,7 +375,7 @@ ELSEWHERE = {
 def test_a_share_of_the_steps_evaluates_there_and_the_last_one_has_the_report_s_loss(
     recipe: Recipe, tmp_path: Path, asked: dict
 ) -> None:
-    evaluation = {"samples": 0, "max_rows": 7, "per_device_eval_batch_size": 3}
+    evaluation = {"samples": 0, "max_rows": 7, "per_device_eval_batch_size": 1}  # two rows, of unlike lengths
     _, told = recipe(max_steps=10, eval_steps=0.25, evaluation=evaluation, **asked)
     assert [m.step for m in told if isinstance(m, Stepped) and "eval_loss" in m.metrics] == [3, 6, 9, 10]
     (held_out,) = losses(told, HELD_OUT_LOSS)

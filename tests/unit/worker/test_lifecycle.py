@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 from loractl.common.job.status import Reason, Status
-from loractl.worker.attempt.stops import STOP_GRACE_S
+from loractl.worker.attempt.stops import DRAIN_GRACE_S, STOP_GRACE_S
 from loractl.worker.attempt.workplace import BEAT_S
 from loractl.worker.protocol.messages import Ended, Stage, StageChanged, Start, Stepped
 from loractl.worker.protocol.orders import Orders
@@ -48,6 +48,18 @@ def test_a_trainer_that_does_not_obey_is_killed_after_its_grace(held: HeldLab) -
     held.until(1, lambda job: job.status == "cancelled")
     assert STOP_GRACE_S <= held.clock.now() - began < STOP_GRACE_S + 2 * BEAT_S
     assert (held.alive, held.reasons(1)) == (0, [Reason.CANCELLED])
+
+
+def test_a_second_stop_does_not_wait_for_the_step_that_the_first_one_waits_for(held: HeldLab) -> None:
+    (place,) = held.start(deaf, LORACTL_LEASE="60s")
+    held.submit(steps=100000)
+    held.until(1, lambda job: (job.step or 0) >= 5)
+    place.drain.ask("checkpoint")
+    held.clock.sleep(DRAIN_GRACE_S / 2)
+    assert held.alive == 1
+    place.drain.ask("now")
+    held.until(1, lambda job: job.status is Status.QUEUED, seconds=5)
+    assert (held.alive, held.reasons(1)) == (0, [Reason.DRAINED])
 
 
 def test_a_job_over_its_time_limit_keeps_a_checkpoint_and_a_retry_with_more_goes_on_from_it(held: HeldLab) -> None:

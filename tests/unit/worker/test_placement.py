@@ -14,7 +14,7 @@ import psutil
 
 from loractl.common.job.file import load_spec
 from loractl.common.job.method import Method
-from loractl.common.job.status import Status
+from loractl.common.job.status import Reason, Status
 from loractl.common.memory.config import read_shape
 from loractl.common.memory.fit import largest_fit
 from loractl.common.memory.plan import plan
@@ -177,6 +177,18 @@ def test_a_drained_box_says_so_gives_its_jobs_back_when_told_and_goes_on_where_t
     assert (held.store.attempts(1)[1].resumed_from_step or 0) >= 5
     held.cli("cancel", 1)
     held.until(1, lambda job: job.status is Status.CANCELLED)
+
+
+def test_a_drained_card_trains_its_job_to_the_end_and_takes_no_other(held: HeldLab) -> None:
+    held.start(LORACTL_LEASE="60s")
+    held.submit(steps=600)
+    held.until(1, lambda job: (job.step or 0) >= 5)
+    held.cli("drain", "heron", "--reason", "replacing a fan")
+    held.submit(steps=5)
+    held.until(1, lambda job: job.status is Status.SUCCEEDED)
+    assert held.reasons(1) == [Reason.OK], "in one attempt"
+    held.clock.sleep(60)
+    assert held.store.attempts(2) == []
 
 
 def _why(lab: HeldLab, job_id: int) -> dict:
