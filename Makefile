@@ -39,7 +39,7 @@ lint: dev  ## ruff, mypy --strict, import rules
 # Processes beside each other. More of them than cores: many tests wait, for a lease's end, a step, a beat. Threads that
 # have nothing to do must not spin then, and a small training needs no second one. A file stays in one process: its
 # tests share a server or trained adapters.
-TEST_PROCESSES ?= 3
+TEST_PROCESSES ?= 4
 PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
 check: dev  ## the unit tests that need no service: seconds
