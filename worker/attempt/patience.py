@@ -36,7 +36,7 @@ class _StopWhen(stop_base):
 
 
 class _StopBefore(stop_base):
-    """Stop where the next try would come after so many seconds."""
+    """Stop when the next try would come later than this many seconds."""
 
     def __init__(self, clock: NodeClock, seconds: float) -> None:
         self._clock, self._end = clock, clock.now() + seconds

@@ -253,7 +253,7 @@ class Hosts:
         return True
 
     def _tell(self) -> None:
-        """Wake whoever waits for a change. The lock is held."""
+        """Wake the threads that wait for a change. The lock is held."""
         self._changes += 1
         self._changed.notify_all()
 

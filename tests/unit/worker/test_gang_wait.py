@@ -34,7 +34,7 @@ def test_a_job_for_two_cards_says_what_it_waits_for_and_is_not_passed_for_ever(h
         return [job_id for job_id in small if held.store.job(job_id).started_at is not None]
 
     def stream(until: Callable[[], object], seconds: float = 60) -> None:
-        """Submit small jobs, each of which would fit at once, so that one waits all the time."""
+        """Keep one small job waiting. Each would fit at once."""
         deadline = held.clock.now() + seconds
         while not until():
             assert held.clock.now() < deadline, held.cli("status", "-a")

@@ -40,7 +40,7 @@ def test_hours_pass_at_once_and_in_their_order(clock: HeldClock) -> None:
 
 
 def test_it_stands_while_a_thread_works(clock: HeldClock) -> None:
-    """As one that fetches data: whoever waits for it beside a deadline has time enough."""
+    """Like one that fetches data: a thread that waits for it with a deadline has time enough."""
     done = threading.Event()
 
     def work() -> None:

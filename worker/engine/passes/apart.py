@@ -1,4 +1,4 @@
-"""Products on a processor, of so many trainings' tokens at a time that no bit depends on who else is in the pass.
+"""Products on a processor whose bits do not depend on which other trainings share the pass.
 
 A library may round by the number of rows that it is given. In 16 bit its kernels for tiles (AMX) add up a row's
 products in pieces whose size they pick by that number, so each training's tokens are multiplied by themselves. In fp32

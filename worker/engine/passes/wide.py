@@ -80,8 +80,8 @@ def product(
     lengths: Sequence[int],
     scratch: Scratch | None = None,
 ) -> torch.Tensor:
-    """x W^T + bias in fp32, of shape (tokens, outputs); `x` is in fp32, `weight` (outputs, inputs) in 16 bit. So many
-    tokens at a time as `lengths` say. `scratch`: has room for the answer."""
+    """x W^T + bias in fp32, of shape (tokens, outputs); `x` is in fp32, `weight` (outputs, inputs) in 16 bit.
+    `lengths`: rows that are multiplied at a time. `scratch`: has room for the answer."""
     shape = len(x), len(weight)
     answer = x.new_empty(shape) if scratch is None else scratch.take(*shape)
     parts = list(zip(x.split(lengths), answer.split(lengths), strict=True))
@@ -92,7 +92,8 @@ def product(
 
 
 def input_gradient(given: torch.Tensor, weight: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
-    """given W in fp32, of shape (tokens, inputs); `given` is in fp32. So many tokens at a time as `lengths` say."""
+    """given W in fp32, of shape (tokens, inputs); `given` is in fp32. `lengths`: rows that are multiplied at
+    a time."""
     back = given.new_empty(len(given), weight.shape[1])
     parts = list(zip(given.split(lengths), back.split(lengths), strict=True))
     for rows, wide in _slabs(weight):
