@@ -82,7 +82,8 @@ SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = current_d
 """
 _DELETE_ALL = """
 DO $$ DECLARE each record; BEGIN
-  FOR each IN SELECT tablename FROM pg_tables WHERE schemaname = 'public' AND tablename <> 'alembic_version' LOOP
+  FOR each IN SELECT tablename FROM pg_tables WHERE schemaname = 'public'
+      AND tablename NOT IN ('alembic_version', 'locks') LOOP
     EXECUTE format('DELETE FROM %I', each.tablename);
   END LOOP;
   FOR each IN SELECT sequencename FROM pg_sequences WHERE schemaname = 'public' LOOP

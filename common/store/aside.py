@@ -14,7 +14,7 @@ from loractl.common.text import storable
 from .fleet import unreadable
 from .guard import become
 from .tables import Event, Job
-from .transaction import Transaction
+from .transaction import SKIP_LOCKED, Transaction
 
 NEWER_WORKER_DELAY_S = 60.0
 """A job that only a newer worker can read is looked at again after so long."""
@@ -46,7 +46,7 @@ def _unreadable_jobs(tx: Transaction) -> list[int]:
 
 def _look_again(tx: Transaction, job_id: int) -> None:
     """Set the job aside if its row, locked, still waits and can't be read."""
-    job = tx.session.get(Job, job_id, populate_existing=True, with_for_update={"skip_locked": True})
+    job = tx.session.get(Job, job_id, populate_existing=True, with_for_update=SKIP_LOCKED)
     if job is not None and job.status is Status.QUEUED and (why := unreadable(vars(job))):
         set_aside(tx, job, why, tx.now())
 

@@ -18,7 +18,7 @@ from loractl.common.placement.lines import Waiting
 from loractl.common.placement.rule import Decision
 
 from .hosts import TrainerHost
-from .tables import DrainOrder, Job, Node
+from .tables import ASKED_TO_STOP, DrainOrder, Job, Node
 
 NODE_STALE_S = 60.0
 """A node that was not seen for so long counts as offline."""
@@ -62,7 +62,7 @@ class FleetView:
 
 OCCUPANT = (
     Job.job_id, Job.user, Job.node, Job.vram_reserved, Job.eta_seconds, Job.priority, Job.preemptible, Job.attempt,
-    Job.started_at, Job.preempted_by, Job.cancel_requested,
+    Job.started_at, Job.preempted_by, ASKED_TO_STOP,
 )  # fmt: skip
 """What a card shows of a running job."""
 

@@ -137,6 +137,7 @@ class Beat:
     """The database's answer to a heartbeat."""
 
     accepted: bool  # False: the lease is lost, stop at once and write nothing
+    recorded: bool = True  # False: somebody has the job's row locked; what is new is told with a later beat
     cancel_requested: bool = False
     preempted_by: int | None = None  # a job of higher priority that needs the room
     pruned: str | None = None  # why its sweep stops it at the rung that this beat reached

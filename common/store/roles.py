@@ -13,7 +13,7 @@ from sqlalchemy import Connection, Engine, text
 
 from loractl.common.errors import UsageError, WrongState
 
-from .schema import SCHEMA_LOCK
+from .schema import lock_schema
 
 SUBMIT, WORK, SHOW = "loractl_submit", "loractl_worker", "loractl_web"
 ROLES = (SUBMIT, WORK, SHOW)
@@ -61,9 +61,10 @@ def apply_roles(engine: Engine, wanted: Sequence[WantedLogin] = (), *, renew: bo
     for login in wanted:
         check_login(login, [other.name for other in wanted])
     with engine.begin() as connection:
-        connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": SCHEMA_LOCK})
+        lock_schema(connection)
         new_roles = tuple(role for role in ROLES if not role_exists(connection, role))
-        connection.exec_driver_sql(files(__package__).joinpath("roles.sql").read_text("utf-8"))
+        said = files(__package__).joinpath("roles.sql").read_text("utf-8")
+        connection.exec_driver_sql(said.replace("%", "%%"))  # the driver looks for its placeholders
         return RolesDone(new_roles=new_roles, logins=tuple(_give(connection, login, renew) for login in wanted))
 
 

@@ -7,17 +7,16 @@ from collections.abc import Iterator
 from importlib.resources import as_file, files
 from typing import TYPE_CHECKING
 
-from sqlalchemy import Connection, Engine, text
+from sqlalchemy import Connection, Engine, inspect, text
+from sqlalchemy.exc import IntegrityError
 
 from loractl.common.errors import SchemaMismatch
 
 if TYPE_CHECKING:
     from alembic.config import Config
 
-HEAD = "0023"
+HEAD = "0024"
 """The newest migration in migrations/versions; a test holds it equal to Alembic's own head."""
-
-SCHEMA_LOCK = 0x10AC71  # any constant: names loractl's advisory lock in PostgreSQL
 
 
 def revision(engine: Engine) -> str | None:
@@ -43,9 +42,20 @@ def upgrade(engine: Engine) -> tuple[str | None, str]:
         if engine.dialect.name == "postgresql":
             for patience in ("statement_timeout", "lock_timeout"):
                 connection.execute(text(f"SET LOCAL {patience} = 0"))  # a migration takes what it takes
-            connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": SCHEMA_LOCK})
+            lock_schema(connection)
         command.upgrade(config, "head")
     return before, HEAD
+
+
+def lock_schema(connection: Connection) -> None:
+    """Wait until no other transaction makes tables, roles or invitations, and let none do so until this one's end.
+
+    A login that only reads the table can't take this lock. Alembic finds the table that is made here.
+    """
+    if not inspect(connection).has_table("alembic_version"):
+        with contextlib.suppress(IntegrityError), connection.begin_nested():  # another one has just made it
+            connection.execute(text(_VERSION_TABLE))
+    connection.execute(text("LOCK TABLE alembic_version IN EXCLUSIVE MODE"))
 
 
 def serving_boxes(engine: Engine) -> list[str]:
@@ -59,6 +69,13 @@ def serving_boxes(engine: Engine) -> list[str]:
             return []
         hosts = f"SELECT DISTINCT host FROM nodes WHERE {recent[engine.dialect.name]} ORDER BY host"  # noqa: S608
         return list(connection.execute(text(hosts)).scalars())
+
+
+_VERSION_TABLE = """
+CREATE TABLE alembic_version (
+  version_num VARCHAR(32) NOT NULL, CONSTRAINT alembic_version_pkc PRIMARY KEY (version_num)
+)
+"""
 
 
 @contextlib.contextmanager

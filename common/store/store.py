@@ -106,7 +106,7 @@ class Store(DeviceStore):
     def edit(self, amendment: Amendment, user: str) -> Job:
         """Change what is asked of a job. Raises JobNotFound, WrongState when it is no more as it was looked at."""
         with self._write() as tx:
-            return submissions.amend(tx, amendment, user)
+            return wishes.edit(tx, amendment, user)
 
     def drain(
         self, target: str, user: str, reason: str, *, until: dt.datetime | None = None, at_once: bool = False
@@ -280,7 +280,7 @@ class Store(DeviceStore):
     def job(self, job_id: int) -> Job:
         """One job. Raises JobNotFound."""
         with self._read() as tx:
-            return jobs.read_job(tx, job_id)
+            return jobs.with_wishes(tx, [jobs.read_job(tx, job_id)])[0]
 
     def jobs(
         self,
@@ -293,7 +293,9 @@ class Store(DeviceStore):
         limit: int | None = None,
     ) -> list[Job]:
         """Jobs, newest first, that match every given filter."""
-        return self._all(jobs.matching(statuses, user, label, ended_since, sweep_id).limit(limit))
+        with self._read() as tx:
+            found = tx.session.scalars(jobs.matching(statuses, user, label, ended_since, sweep_id).limit(limit))
+            return jobs.with_wishes(tx, found.all())
 
     def newest(self, choice: Choice, page: Page) -> list[Job]:
         """The page's jobs in any state, the newest first, and one more where there is one."""

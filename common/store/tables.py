@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime as dt
 from typing import Annotated, Any
 
-from sqlalchemy import JSON, BigInteger, ForeignKey, Index, String, Text, false, text
+from sqlalchemy import JSON, BigInteger, ForeignKey, Index, String, Text, exists, false, or_, text
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from loractl.common.job.status import Reason, Stage, Status
@@ -196,6 +196,7 @@ class Attempt(Base):
     base_bytes: Mapped[Bytes | None]  # of the base that it shares, or may
     joined: Mapped[bool] = mapped_column(default=False, server_default=false())  # it reserves its own part alone
     shared: Mapped[bool] = mapped_column(default=False, server_default=false())  # others were in its trainer with it
+    lease_expires_at: Mapped[Timestamp | None]  # holds the lease while somebody's transaction has the job's row locked
 
 
 class AttemptShare(Base):
@@ -286,6 +287,28 @@ class FleetRound(Base):
     node: Mapped[str]  # that did it last
     at: Mapped[Timestamp]
     settled_at: Mapped[Timestamp]  # until then no lease is ended: living workers had no database for a while
+
+
+class Lock(Base):
+    """What one transaction at a time does, by name: its row is locked then. Who submits can't lock a row here."""
+
+    __tablename__ = "locks"
+
+    name: Mapped[str] = mapped_column(String(300), primary_key=True)
+
+
+class Wish(Base):
+    """That a running job be cancelled: its next heartbeat reads it, and whoever ends the job removes it."""
+
+    __tablename__ = "wishes"
+
+    job_id: Mapped[JobKey] = mapped_column(primary_key=True)
+    user: Mapped[str] = mapped_column(primary_key=True)
+    at: Mapped[Timestamp]
+
+
+ASKED_TO_STOP = or_(Job.cancel_requested, exists().where(Wish.job_id == Job.job_id)).label("cancel_requested")
+"""Of a running job: by a wish too that no heartbeat has read yet."""
 
 
 class DrainOrder(Base):

@@ -15,15 +15,17 @@ from loractl.common.text import storable
 
 from .columns import UtcDateTime
 from .database import outage
-from .tables import Base, Event
+from .tables import Base, Event, Lock
 
 log = logging.getLogger("loractl.common.store")
 
-_FLEET_LOCK = 0x10AC72
-"""Any constant: PostgreSQL's advisory lock of who goes round for the fleet."""
 
-_USER_LOCK = 0x10AC75
-"""The same, of who starts a job of a user whose jobs are counted."""
+SKIP_LOCKED: dict[str, Any] = {"key_share": True, "skip_locked": True}
+"""How a row of jobs is locked by whoever can do without it: FOR NO KEY UPDATE, as an update locks it. A history's new
+line, written by somebody whose transaction stays open, is no obstacle then."""
+
+FLEET = "fleet"
+"""The lock of who goes round for the fleet."""
 
 
 class Transaction:
@@ -71,21 +73,30 @@ class Transaction:
         """Write a line of the job's history."""
         self.session.add(Event(job_id=job_id, attempt=attempt, at=self.now(), kind=kind, text=storable(text)))
 
-    def is_alone(self, lock: int = _FLEET_LOCK) -> bool:
-        """Whether this transaction, and no other, may do until its end what concerns the whole fleet. Does not wait.
+    def is_alone(self, lock: str = FLEET) -> bool:
+        """Whether this transaction, and no other, may do until its end what the lock's name says. Does not wait.
 
-        `lock`: names what is done; PostgreSQL has one number space for them.
-
-        On SQLite a writer is alone in any case.
+        A lock is a row that workers alone may change. On SQLite a writer is alone in any case.
         """
-        if self._dialect != "postgresql":
+        free = select(Lock.name).where(Lock.name == lock).with_for_update(skip_locked=True)
+        if self._dialect != "postgresql" or self.session.scalar(free) is not None:
             return True
-        return bool(self.session.scalar(select(func.pg_try_advisory_xact_lock(lock))))
+        new = self._insert(Lock).values(name=lock).on_conflict_do_nothing().returning(Lock.name)
+        return self.session.scalar(new) is not None
 
-    def wait_for_user(self, user: str) -> None:
-        """Wait until no other transaction starts a job of this user, and let none do so until this one's end."""
-        if self._dialect == "postgresql":
-            self.session.execute(select(func.pg_advisory_xact_lock(_USER_LOCK, func.hashtext(user))))
+    def wait_for(self, lock: str) -> None:
+        """Wait until no other transaction does what the lock's name says, and let none do so until this one's end."""
+        if self._dialect != "postgresql":
+            return
+        held = select(Lock.name).where(Lock.name == lock).with_for_update()
+        if self.session.scalar(held) is None:
+            self.add_new(Lock, [{"name": lock}])
+            self.session.scalar(held)
+
+    @property
+    def has_functions(self) -> bool:
+        """Whether the database has loractl_change and loractl_tag."""
+        return self._dialect == "postgresql"
 
     def change(self, statement: Update) -> int:
         """Run a guarded update; returns how many rows it changed."""

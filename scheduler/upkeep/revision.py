@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from loractl.common.errors import WrongState
+from sqlalchemy import Engine
+
+from loractl.common.errors import Forbidden, WrongState
 from loractl.common.settings import Settings
 from loractl.common.store.database import connect, reachable
-from loractl.common.store.roles import has_roles
+from loractl.common.store.roles import apply_roles, has_roles
 from loractl.common.store.schema import HEAD, revision, serving_boxes, upgrade
 
 from .backup import back_up
@@ -22,7 +24,7 @@ class Upgraded:
     before: str | None  # None: there were no tables
     after: str
     saved: Contents | None  # what the backup holds; None: none was wanted, or nothing was to be done
-    roles_wanted: bool  # the database's roles have to be given their rights to what is new
+    roles_wanted: bool  # the roles have to be given their rights to what is new, which this login may not
 
 
 def bring_to_head(settings: Settings, backup: Path | None, *, force: bool) -> Upgraded:
@@ -40,6 +42,16 @@ def bring_to_head(settings: Settings, backup: Path | None, *, force: bool) -> Up
                     )
                 saved = None if backup is None else back_up(settings, backup)
             before, after = upgrade(engine)
-            return Upgraded(before=before, after=after, saved=saved, roles_wanted=before != after and has_roles(engine))
+            wanted = before != after and has_roles(engine) and not _renewed(engine)
+            return Upgraded(before=before, after=after, saved=saved, roles_wanted=wanted)
         finally:
             engine.dispose()
+
+
+def _renewed(engine: Engine) -> bool:
+    """Give the roles their rights to what is new; False where this login may not."""
+    try:
+        apply_roles(engine)
+    except Forbidden:
+        return False
+    return True

@@ -30,8 +30,11 @@ def beat(place: Workplace, state: AttemptState) -> None:
         answer = _beat_alone(place, state, error)
     finally:
         state.turn()
-    if answer is not None:
-        state.beaten(answer)
+    if answer is None:
+        return
+    state.beaten(answer)
+    if not answer.recorded:
+        log.warning("job %s: somebody has locked its row; training goes on, and is told of later", state.claim.job_id)
 
 
 def _beat_alone(place: Workplace, state: AttemptState, error: BaseException) -> Beat | None:

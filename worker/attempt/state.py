@@ -150,7 +150,10 @@ class AttemptState:
         return Progress(stage=self.pending.stage, result_host=self.pending.result_host, events=events)
 
     def beaten(self, beat: Beat) -> None:
-        """Take a beat's answer: what was pending is written."""
+        """Take a beat's answer: what was pending is written, if it was recorded."""
+        if not beat.recorded:
+            self.cancel_requested, self.preempted_by = beat.cancel_requested, beat.preempted_by
+            return
         self.pending = Progress(stage=self.pending.stage)
         self.log.written()
         self.lease_lost = not beat.accepted

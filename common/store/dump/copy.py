@@ -13,8 +13,8 @@ from sqlalchemy import Connection, Engine, inspect, text
 from loractl.common.errors import LoractlError, SchemaMismatch, WrongState
 
 from .. import store  # noqa: F401  with it every table is known
-from ..schema import SCHEMA_LOCK, alembic_config
-from ..tables import Base
+from ..schema import alembic_config, lock_schema
+from ..tables import Base, Lock
 from .archive import Dump, DumpedTable, blocks_of, member, read_dump, write_contents
 
 _SPEED = 3
@@ -68,7 +68,7 @@ def load(engine: Engine, file: Path, beyond: Callable[[int], int]) -> Dump:
     given = {**dumped.sequences, _JOBS: max(beyond(dumped.newest), dumped.newest, dumped.sequences.get(_JOBS, 0))}
     with engine.begin() as connection, zipfile.ZipFile(file) as archive, alembic_config(connection) as config:
         _be_patient(connection)
-        connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": SCHEMA_LOCK})
+        lock_schema(connection)
         _refuse_filled(connection, dumped)
         command.upgrade(config, dumped.revision)
         for table in dumped.tables:
@@ -94,8 +94,8 @@ def _revision(connection: Connection) -> str | None:
 
 
 def _known_tables(connection: Connection) -> list[str]:
-    """Those of loractl's tables that are there: one of an older revision lacks some."""
-    there = set(inspect(connection).get_table_names())
+    """Those of loractl's tables with rows to keep that are there: one of an older revision lacks some."""
+    there = set(inspect(connection).get_table_names()) - {Lock.__tablename__}
     return [table.name for table in Base.metadata.sorted_tables if table.name in there]
 
 

@@ -14,7 +14,7 @@ from sqlalchemy import Connection, Engine, text
 
 from loractl.common.errors import LoractlError, UsageError, WrongState
 from loractl.common.store.roles import WantedLogin, check_login, refuse_another_s, role_exists, verifier
-from loractl.common.store.schema import SCHEMA_LOCK
+from loractl.common.store.schema import lock_schema
 
 LOGIN = "loractl_join_"
 """What the names of all logins of join lines begin with; 12 hex digits follow."""
@@ -59,7 +59,7 @@ def invite(engine: Engine, invitations: Sequence[Invitation], valid_s: float) ->
         if invitation.name is not None:
             check_login(WantedLogin(name=invitation.name, role=invitation.role))
     with engine.begin() as connection:
-        connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": SCHEMA_LOCK})
+        lock_schema(connection)
         said = files(__package__).joinpath("invitations.sql").read_text("utf-8")
         connection.exec_driver_sql(said.replace("%", "%%"))  # the driver looks for its placeholders
         until: dt.datetime = connection.execute(

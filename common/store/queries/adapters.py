@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import datetime as dt
 from collections.abc import Collection
 
-from sqlalchemy import ColumnElement, Select, String, cast, exists, select
+from sqlalchemy import ColumnElement, Select, String, cast, delete, exists, func, select
 from sqlalchemy.orm import Session, aliased
 
-from loractl.common.errors import AdapterNotFound
+from loractl.common.errors import AdapterNotFound, WrongState
 from loractl.common.job.reference import LATEST, Reference
 from loractl.common.job.status import Status
 
@@ -26,20 +25,24 @@ def read_adapter(tx: Transaction, reference: Reference) -> Adapter:
 
 def tag(tx: Transaction, reference: Reference, tag: str, user: str) -> tuple[Adapter, int | None]:
     adapter = _find(tx.session, reference)
-    before = _set_tag(tx.session, adapter, tag, user, tx.now())
-    if before != adapter.job_id:
-        moved = f", which job {before} had" if before is not None else ""
-        tx.tell(adapter.job_id, None, "tagged", f"tagged {adapter.name}:{tag}{moved} by {user}")
+    before = _tagged(tx, adapter.name, tag)
+    if not _set_tag(tx, (adapter.name, tag), adapter.job_id, before, user):
+        raise WrongState(f"{adapter.name}:{tag} has changed meanwhile; say it again")
     return adapter, before
 
 
 def untag(tx: Transaction, reference: Reference, user: str) -> int:
-    row = tx.session.get(Tag, (reference.name or "", reference.tag), with_for_update=True)
-    if row is None:
-        raise AdapterNotFound(f"{reference.name or ''}:{reference.tag}")
-    tx.session.delete(row)
-    tx.tell(row.job_id, None, "untagged", f"lost the tag {reference} by {user}")
-    return row.job_id
+    name = reference.name or ""
+    before = _tagged(tx, name, reference.tag)
+    if before is None:
+        raise AdapterNotFound(f"{name}:{reference.tag}")
+    if not _set_tag(tx, (name, reference.tag), None, before, user):
+        raise WrongState(f"{name}:{reference.tag} has changed meanwhile; say it again")
+    return before
+
+
+def _tagged(tx: Transaction, name: str, tag: str) -> int | None:
+    return tx.session.scalar(select(Tag.job_id).where(Tag.name == name, Tag.tag == tag))
 
 
 def _find(session: Session, reference: Reference) -> Adapter:
@@ -61,14 +64,21 @@ def _matching(reference: Reference) -> Select[Adapter]:
     return named.join(Tag, Tag.job_id == Adapter.job_id).where(Tag.name == reference.name, Tag.tag == reference.tag)
 
 
-def _set_tag(session: Session, adapter: Adapter, tag: str, user: str, now: dt.datetime) -> int | None:
-    """Move a tag to an adapter; returns the job that had it, None when it is new."""
-    row = session.get(Tag, (adapter.name, tag), with_for_update=True)
-    if row is None:
-        session.add(Tag(name=adapter.name, tag=tag, job_id=adapter.job_id, user=user, at=now))
-        return None
-    before, row.job_id, row.user, row.at = row.job_id, adapter.job_id, user, now
-    return before
+def _set_tag(tx: Transaction, key: tuple[str, str], job_id: int | None, before: int | None, user: str) -> bool:
+    """Give a tag, (name, tag), to a job's adapter, or to none, while the job that has it is `before`; False when it no
+    more is. PostgreSQL's loractl_tag does the same."""
+    name, tag = key
+    if tx.has_functions:
+        return bool(tx.session.scalar(select(func.loractl_tag(name, tag, job_id, before, user))))
+    if job_id is None:
+        tx.session.execute(delete(Tag).where(Tag.name == name, Tag.tag == tag))
+        tx.tell(before or 0, None, "untagged", f"lost the tag {name}:{tag} by {user}")
+        return True
+    tx.session.merge(Tag(name=name, tag=tag, job_id=job_id, user=user, at=tx.now()))
+    if before != job_id:
+        moved = "" if before is None else f", which job {before} had"
+        tx.tell(job_id, None, "tagged", f"tagged {name}:{tag}{moved} by {user}")
+    return True
 
 
 def newest_adapters(page: Page) -> Select[Adapter]:

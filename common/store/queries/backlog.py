@@ -17,7 +17,7 @@ from loractl.common.placement.sizes import vram_class
 
 from ..fleet import waiting_of
 from ..tables import Job
-from ..transaction import Transaction
+from ..transaction import SKIP_LOCKED, Transaction
 from .cards.nodes import read_cards
 
 
@@ -50,7 +50,7 @@ def end_patience(tx: Transaction) -> list[tuple[int, int]]:
         return []
     now = tx.now()
     over = select(Job).where(sql("status = 'queued'"), Job.lora_until.is_not(None), Job.lora_until <= now)
-    first = over.order_by(Job.lora_until, Job.job_id).limit(100).with_for_update(skip_locked=True)
+    first = over.order_by(Job.lora_until, Job.job_id).limit(100).with_for_update(**SKIP_LOCKED)
     changed = []
     for job in tx.session.scalars(first):
         job.lora_until = None

@@ -26,12 +26,13 @@ from ..attempt_columns import begun
 from ..guard import move
 from ..records import Claim, Left, StoredCheckpoint
 from ..tables import Attempt, Event, Job, Node
-from ..transaction import Transaction
+from ..transaction import SKIP_LOCKED, Transaction
 from .cards.decisions import decide
 from .cards.hosts import beside, take_place, take_seat
 from .cards.nodes import read_cards, read_charges
 from .cards.packs import key_of
 from .cards.shares import late, lock, own_first, write
+from .changes import answer_wishes, is_asked_to_stop
 from .outbox.notices import tell_of_job
 from .sweeps import read_rungs
 
@@ -104,9 +105,12 @@ def _could_share(placed: Placement, mine: Card) -> bool:
 
 def _take(tx: Transaction, placed: Placement, cards: Sequence[Card], node: Node, lease_s: float) -> Claim | Left:
     now = tx.now()
-    job = tx.session.get(Job, placed.job.job_id, with_for_update={"skip_locked": True}, populate_existing=True)
+    job = tx.session.get(Job, placed.job.job_id, with_for_update=SKIP_LOCKED, populate_existing=True)
     if job is None or job.status is not Status.QUEUED:
         return Left(nodes=frozenset())  # another node's claim was faster
+    if is_asked_to_stop(tx, job.job_id):  # it was given back while it was cancelled
+        answer_wishes(tx)
+        return Left(nodes=frozenset())
     if _at_limit(tx, job.user, cards):
         return Left(nodes=frozenset())
     asked = _read(job)
@@ -130,7 +134,7 @@ def _at_limit(tx: Transaction, user: str, cards: Sequence[Card]) -> bool:
     limit = least_limit(cards)
     if limit is None:
         return False
-    tx.wait_for_user(user)
+    tx.wait_for(f"user {user}")
     running = select(func.count()).where(Job.status == Status.RUNNING, Job.user == user)
     return (tx.session.scalar(running) or 0) >= limit
 

@@ -27,9 +27,10 @@ from ..guard import become, move
 from ..hosts import TrainerHost
 from ..records import Claim, Progress, StoredResult
 from ..tables import Adapter, Attempt, Job, Use
-from ..transaction import Transaction
+from ..transaction import SKIP_LOCKED, Transaction
 from .cards.nodes import note_failure, note_success
 from .cards.shares import read_beside, running_on, silent
+from .changes import forget_wishes, is_asked_to_stop
 from .heartbeats import record
 from .need import need_more
 from .outbox.notices import tell_of_job
@@ -59,7 +60,7 @@ def finish(
     card: str | None = None,
 ) -> Status | None:
     now = tx.now()
-    job = tx.session.scalars(select(Job).where(Job.job_id == claim.job_id).with_for_update()).one()
+    job = tx.session.scalars(select(Job).where(Job.job_id == claim.job_id).with_for_update(key_share=True)).one()
     if job.token != claim.token or job.status is not Status.RUNNING:
         return _already_finished(tx, claim, reason, job)
     record(tx, claim, progress)  # first: the history has what was told before the end
@@ -75,8 +76,11 @@ def reap(tx: Transaction, lease_s: float) -> list[Job]:
     if not tx.is_alone():
         return []
     now = tx.now()
-    over = select(Job).where(Job.status == Status.RUNNING, Job.lease_expires_at < now)
-    oldest = over.order_by(Job.lease_expires_at, Job.job_id).limit(REAPED).with_for_update(skip_locked=True)
+    beside = exists().where(
+        Attempt.job_id == Job.job_id, Attempt.attempt == Job.attempt, Attempt.lease_expires_at >= now
+    )
+    over = select(Job).where(Job.status == Status.RUNNING, Job.lease_expires_at < now, ~beside)
+    oldest = over.order_by(Job.lease_expires_at, Job.job_id).limit(REAPED).with_for_update(**SKIP_LOCKED)
     lost = sorted(tx.session.scalars(oldest), key=_turn)
     for job in lost:
         _end_lost(tx, job, f"{job.node} was silent for {lease_s:.0f} s", now)
@@ -88,7 +92,7 @@ def _reap_gangs(tx: Transaction, lease_s: float, now: dt.datetime) -> list[Job]:
     gone = dict(silent(tx.session, now - dt.timedelta(seconds=lease_s), REAPED))
     if not gone:
         return []
-    running = select(Job).where(Job.job_id.in_(gone), Job.status == Status.RUNNING).with_for_update(skip_locked=True)
+    running = select(Job).where(Job.job_id.in_(gone), Job.status == Status.RUNNING).with_for_update(**SKIP_LOCKED)
     lost = sorted(tx.session.scalars(running), key=_turn)
     for job in lost:
         card = gone[job.job_id]
@@ -111,7 +115,7 @@ def give_back(tx: Transaction, node: str) -> list[int]:
     now = tx.now()
     here = or_(Job.node == node, Job.job_id.in_(running_on(node)))
     running = select(Job).where(Job.status == Status.RUNNING, here)
-    lost = sorted(tx.session.scalars(running.with_for_update(skip_locked=True)), key=_turn)
+    lost = sorted(tx.session.scalars(running.with_for_update(**SKIP_LOCKED)), key=_turn)
     for job in lost:
         _end_lost(tx, job, f"{node} was started anew", now, node)
     return [job.job_id for job in lost]
@@ -162,6 +166,7 @@ def _end_attempt(
 ) -> None:
     """Close the running attempt and decide what becomes of the job. `card`: which one of several failed, if one did."""
     message, gave, card = storable(message), job.vram_reserved, card or job.node or ""
+    job.cancel_requested = job.cancel_requested or is_asked_to_stop(tx, job.job_id)
     _charge(tx, job, now)
     _close_attempt(tx, job, reason, message, now, inside=inside)
     job.reason, job.message = reason, message
@@ -197,6 +202,7 @@ def _end_job(tx: Transaction, job: Job, reason: Reason, message: str, now: dt.da
     else:
         job.checkpoint = job.result_host = None  # the files are removed
     job.result_until = None
+    forget_wishes(tx, job.job_id)
     tx.tell(job.job_id, job.attempt, job.status.value, message)
     tell_of_job(tx, job)
 

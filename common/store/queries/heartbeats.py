@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 
-from sqlalchemy import insert, update
+from sqlalchemy import ColumnElement, insert, select, update
 
 from loractl.common.text import storable
 
 from ..attempt_columns import EXPECTED, REACHED
 from ..guard import mine
 from ..records import Beat, Claim, Progress, StoredCheckpoint, rung_points
-from ..tables import Attempt, Job, LogChunk, MetricPoint
-from ..transaction import Transaction
+from ..tables import ASKED_TO_STOP, Attempt, Job, LogChunk, MetricPoint
+from ..transaction import SKIP_LOCKED, Transaction
 from .need import plan_again
 from .sweeps import read_verdict
 
@@ -28,18 +28,36 @@ def beat(tx: Transaction, claim: Claim, progress: Progress, lease_s: float) -> B
     }
     limit = Job.spec[("resources", "time_limit")].as_string()  # not the whole spec at each beat
     wishes = (Job.cancel_requested, Job.preempted_by, limit.label("time_limit"))
-    alive = mine(claim).values(lease_expires_at=tx.now_in(lease_s), **values).returning(*wishes)
-    row = tx.session.execute(alive).first()
+    free = select(Job.job_id).where(Job.job_id == claim.job_id).with_for_update(**SKIP_LOCKED)
+    alive = mine(claim).where(Job.job_id.in_(free)).returning(*wishes)
+    row = tx.session.execute(
+        alive.values(lease_expires_at=tx.now_in(lease_s), cancel_requested=ASKED_TO_STOP.element, **values)
+    ).first()
     if row is None:
-        return Beat(accepted=False)
+        return _beat_beside(tx, claim, lease_s)
     record(tx, claim, progress)
     return Beat(
         accepted=True,
         cancel_requested=row.cancel_requested,
         preempted_by=row.preempted_by,
-        pruned=read_verdict(tx.session, claim, rung_points(claim, progress)),
+        pruned=read_verdict(tx, claim, rung_points(claim, progress)),
         time_limit=_seconds(row.time_limit),
     )
+
+
+def _beat_beside(tx: Transaction, claim: Claim, lease_s: float) -> Beat:
+    """A beat while somebody's transaction has the job's row locked: the attempt's own row holds the lease, which nobody
+    but workers can lock. Refused where the attempt has ended."""
+    running = (*_own(claim), Attempt.token == claim.token, Attempt.ended_at.is_(None))
+    if not tx.change(update(Attempt).where(*running).values(lease_expires_at=tx.now_in(lease_s))):
+        return Beat(accepted=False)
+    wished = select(ASKED_TO_STOP, Job.preempted_by)
+    asked, preempted_by = tx.session.execute(wished.where(Job.job_id == claim.job_id)).one()
+    return Beat(accepted=True, recorded=False, cancel_requested=asked, preempted_by=preempted_by)
+
+
+def _own(claim: Claim) -> tuple[ColumnElement[bool], ...]:
+    return Attempt.job_id == claim.job_id, Attempt.attempt == claim.attempt
 
 
 def _seconds(limit: str | float | None) -> float | None:
@@ -69,8 +87,7 @@ def record(tx: Transaction, claim: Claim, progress: Progress) -> None:
         plan_again(tx, claim, progress.need)
     measured = {name: value for name in _MEASURED if (value := getattr(progress, name)) is not None}
     if measured:
-        own = (Attempt.job_id == claim.job_id) & (Attempt.attempt == claim.attempt)
-        tx.session.execute(update(Attempt).where(own).values(**measured))
+        tx.session.execute(update(Attempt).where(*_own(claim)).values(**measured))
 
 
 def _record_metrics(tx: Transaction, claim: Claim, progress: Progress) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from sqlalchemy import ColumnElement, Select, and_, case, exists, func, or_, select
 from sqlalchemy import text as sql
+from sqlalchemy.orm.attributes import set_committed_value
 
 from loractl.common.errors import JobNotFound
 from loractl.common.job.method import Method
@@ -17,7 +18,7 @@ from loractl.common.memory.engine import ENGINE
 from loractl.common.units import LARGEST
 
 from ..records import Choice, CoursePoint, JobCount, Page, PastRun
-from ..tables import Attempt, AttemptShare, Event, Job, JobLabel, LogChunk, MetricPoint, Sweep
+from ..tables import ASKED_TO_STOP, Attempt, AttemptShare, Event, Job, JobLabel, LogChunk, MetricPoint, Sweep
 from ..transaction import Transaction
 
 _QUEUED = sql("status = 'queued'")  # literal: a partial index is only used where the planner sees its condition
@@ -36,13 +37,22 @@ class Glance:
     sweep_count: int  # all such sweeps
 
 
-def read_job(tx: Transaction, job_id: int, *, lock: bool = False) -> Job:
-    """One job as it is now; with `lock`, as it stays until the transaction ends. Raises JobNotFound."""
-    known = 0 < job_id <= LARGEST
-    job = tx.session.get(Job, job_id, populate_existing=True, with_for_update=lock or None) if known else None
+def read_job(tx: Transaction, job_id: int) -> Job:
+    """One job as it is now. Raises JobNotFound."""
+    job = tx.session.get(Job, job_id, populate_existing=True) if 0 < job_id <= LARGEST else None
     if job is None:
         raise JobNotFound(job_id)
     return job
+
+
+def with_wishes(tx: Transaction, jobs: Sequence[Job]) -> list[Job]:
+    """The jobs, those that are asked to stop by a wish that no heartbeat has read yet told as such."""
+    running = [job for job in jobs if job.status is Status.RUNNING and not job.cancel_requested]
+    wished = select(Job.job_id).where(Job.status == Status.RUNNING, ASKED_TO_STOP)
+    asked = set(tx.session.scalars(wished)) if running else set()
+    for job in running:
+        set_committed_value(job, "cancel_requested", job.job_id in asked)
+    return list(jobs)
 
 
 def matching(
@@ -89,7 +99,7 @@ def read_glance(
     running = select(Job).where(Job.status == Status.RUNNING, *chosen).order_by(Job.job_id)
     sweep_count, sweep_ids = _read_live_sweeps(tx, choice, most_sweeps)
     return Glance(
-        running=list(tx.session.scalars(running)),
+        running=with_wishes(tx, tx.session.scalars(running).all()),
         waiting=waiting[: page.limit],
         more_wait=len(waiting) > page.limit,
         waiting_count=tx.session.scalar(count) or 0,

@@ -24,7 +24,7 @@ from loractl.common.units import gib
 from ..fleet import waiting_of
 from ..records import Claim, MemoryPlan
 from ..tables import Attempt, AttemptShare, Job, Node
-from ..transaction import Transaction
+from ..transaction import SKIP_LOCKED, Transaction
 from .backlog import line_up, node_labels, ways_of
 from .cards.nodes import read_cards
 from .jobs import read_job, read_measured
@@ -115,7 +115,7 @@ def _plan(job: Job, read: Callable[[], Transaction]) -> MemoryPlan | None:
 
 def _take_plan(tx: Transaction, job_id: int, plan: MemoryPlan, done: list[int]) -> None:
     """Write the plan if the job still waits for one. One that has run keeps what its rows' own lengths have taught."""
-    job = tx.session.get(Job, job_id, populate_existing=True, with_for_update={"skip_locked": True})
+    job = tx.session.get(Job, job_id, populate_existing=True, with_for_update=SKIP_LOCKED)
     if job is None or job.status is not Status.QUEUED or job.engine >= ENGINE:
         return
     before, pick = Need(lora=job.vram_lora, qlora=job.vram_qlora), _lesser if job.attempt else _newer

@@ -6,21 +6,16 @@ import datetime as dt
 from collections.abc import Sequence
 from typing import Any
 
-from sqlalchemy import delete
-
 from loractl import __version__
-from loractl.common.errors import WrongState
 from loractl.common.job.method import Method
 from loractl.common.job.status import Status
 from loractl.common.job.sweep import NewSweep
 from loractl.common.memory.engine import ENGINE
-from loractl.common.text import storable
 
 from ..records import Amendment, Submission
 from ..tables import Job, JobLabel, Sweep
 from ..transaction import Transaction
 from .backlog import line_up
-from .jobs import read_job
 
 
 def submit(tx: Transaction, submission: Submission) -> int:
@@ -39,11 +34,9 @@ def submit_sweep(tx: Transaction, sweep: NewSweep, members: Sequence[Submission]
     return row.sweep_id
 
 
-def amend(tx: Transaction, amendment: Amendment, user: str) -> Job:
-    job = read_job(tx, amendment.job_id, lock=True)
-    if (job.status, job.attempt, job.spec) != amendment.seen:
-        raise WrongState(f"job {job.job_id} has changed meanwhile; say it again")
-    now, submission = tx.now(), amendment.submission
+def amend(job: Job, amendment: Amendment, now: dt.datetime) -> None:
+    """Give a job's columns in memory what is asked of it now."""
+    submission = amendment.submission
     for name, value in _asked(submission).items():
         setattr(job, name, value)
     if job.status is not Status.RUNNING:
@@ -55,10 +48,6 @@ def amend(tx: Transaction, amendment: Amendment, user: str) -> Job:
         for name, value in _planned(submission).items():
             setattr(job, name, value)
     line_up(job, submission.spec.resources.node_labels, now)
-    _list_labels(tx, job)
-    tx.tell(job.job_id, None, "edited", storable(f"edited by {user}: {amendment.text}"))
-    tx.session.flush()
-    return job
 
 
 def _queue(tx: Transaction, submission: Submission, now: dt.datetime, sweep_id: int | None = None) -> int:
@@ -66,16 +55,11 @@ def _queue(tx: Transaction, submission: Submission, now: dt.datetime, sweep_id: 
     line_up(job, submission.spec.resources.node_labels, now)
     tx.session.add(job)
     tx.session.flush()
-    _list_labels(tx, job)
+    tx.session.add_all(JobLabel(job_id=job.job_id, key=key, value=value) for key, value in job.labels.items())
     why = f", {submission.purpose}" if submission.purpose else ""
     why += "" if sweep_id is None else f" as a member of sweep {sweep_id}"
     tx.tell(job.job_id, None, "queued", f"queued by {submission.user}{why}")
     return job.job_id
-
-
-def _list_labels(tx: Transaction, job: Job) -> None:
-    tx.session.execute(delete(JobLabel).where(JobLabel.job_id == job.job_id))
-    tx.session.add_all(JobLabel(job_id=job.job_id, key=key, value=value) for key, value in job.labels.items())
 
 
 def _row(submission: Submission, now: dt.datetime, sweep_id: int | None) -> Job:

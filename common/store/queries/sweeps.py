@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import Row, Select, func, select, text
+from sqlalchemy import Row, Select, select, text
 from sqlalchemy.orm import Session
 
 from loractl.common.job.halving import judge
@@ -15,22 +15,19 @@ from loractl.common.units import LARGEST
 
 from ..records import HELD_OUT_LOSS, Claim, Page
 from ..tables import FINAL, Attempt, AttemptShare, Job, MetricPoint, Sweep
-
-_SWEEP_LOCK = 0x5EE9
-"""Any constant: with a sweep's number it names a lock in PostgreSQL."""
+from ..transaction import Transaction
 
 
-def read_verdict(session: Session, claim: Claim, points: Sequence[RungPoint]) -> str | None:
+def read_verdict(tx: Transaction, claim: Claim, points: Sequence[RungPoint]) -> str | None:
     """Why a member that has just reached these rungs is stopped; None when it goes on.
 
     Two members that reach a rung at the same moment are compared one after the other; SQLite does that by itself.
     """
     if not points:
         return None
-    if session.get_bind().dialect.name == "postgresql":  # a worker's role may not lock the row, which it can't change
-        session.execute(select(func.pg_advisory_xact_lock(_SWEEP_LOCK, claim.sweep_id)))
+    tx.wait_for(f"rungs of sweep {claim.sweep_id}")
     for point in points:
-        there = _newest(session, [claim.sweep_id], [point.metric])
+        there = _newest(tx.session, [claim.sweep_id], [point.metric])
         verdict = judge(point.loss, [other.value for (job_id, _), other in there.items() if job_id != claim.job_id])
         if not verdict.goes_on:
             best = "the best" if verdict.kept == 1 else f"one of the best {verdict.kept}"

@@ -1,62 +1,75 @@
-"""Wishes: a person cancels, holds or retries a job that was submitted before.
-
-Each locks the row first: an attempt that ends at this moment does so before the wish, or after it.
-"""
+"""Wishes: a person cancels, holds, retries or edits a job that was submitted before."""
 
 from __future__ import annotations
 
-from sqlalchemy import case, or_, select, update
+import datetime as dt
+
+from sqlalchemy import inspect, select
 
 from loractl.common.errors import SweepNotFound, WrongState
-from loractl.common.job.status import Reason, Status
+from loractl.common.job.status import TRANSITIONS, Reason, Status
 from loractl.common.placement.lines import RESULT_FIRST_S
-from loractl.common.text import clean_line, storable
+from loractl.common.text import clean_line
 from loractl.common.units import LARGEST
 
 from ..attempt_columns import retried
-from ..guard import change, may_come_back, move
 from ..records import Amendment
 from ..tables import Job, Sweep
 from ..transaction import Transaction
-from .jobs import read_job
+from .changes import change_row, seen
+from .jobs import read_job, with_wishes
 from .submissions import amend
+
+_TRIES = 5
+"""A row that changes so often while a person changes it is somebody else's for now."""
 
 
 def cancel(tx: Transaction, job_id: int, user: str) -> Job:
-    job = read_job(tx, job_id, lock=True)
-    said = f"cancelled by {user}"
-    if job.status is Status.QUEUED:
-        over = {"reason": Reason.CANCELLED, "message": said, "held": False, "ended_at": tx.now()}
-        tx.change(move(job_id, Status.QUEUED, Status.CANCELLED).values(**over))
-        tx.tell(job_id, None, "cancelled", said)
-    elif job.status is Status.RUNNING:
-        tx.change(change(job_id, Status.RUNNING).values(cancel_requested=True))
-        tx.tell(job_id, None, "cancel", f"cancel asked for by {user}")
-    else:
-        raise WrongState(f"job {job_id} has already {_ended_as(job)}")
-    return read_job(tx, job_id)
+    for _ in range(_TRIES):
+        job = read_job(tx, job_id)
+        if job.status is Status.RUNNING:
+            if change_row(tx, job_id, "cancel", seen(job), {}, user):
+                return with_wishes(tx, [job])[0]
+        elif job.status is Status.QUEUED:
+            over = {"status": Status.CANCELLED, "reason": Reason.CANCELLED, "held": False, "ended_at": tx.now()}
+            if change_row(tx, job_id, "cancelled", seen(job), over, user):
+                return read_job(tx, job_id)
+        else:
+            raise WrongState(f"job {job_id} has already {_ended_as(job)}")
+    raise _changed(job_id)
 
 
 def cancel_sweep(tx: Transaction, sweep_id: int, user: str) -> list[Job]:
     if not 0 < sweep_id <= LARGEST:
         raise SweepNotFound(sweep_id)
     left = select(Job.job_id).where(Job.sweep_id == sweep_id, Job.status.in_([Status.QUEUED, Status.RUNNING]))
-    job_ids = tx.session.scalars(left.order_by(Job.job_id).with_for_update()).all()
+    job_ids = tx.session.scalars(left.order_by(Job.job_id)).all()
     if not job_ids and tx.session.get(Sweep, sweep_id) is None:
         raise SweepNotFound(sweep_id)
     if not job_ids:
         raise WrongState(f"all jobs of sweep {sweep_id} have ended")
-    return [cancel(tx, job_id, user) for job_id in job_ids]
+    return [job for job_id in job_ids if (job := _cancel_if_open(tx, job_id, user)) is not None]
+
+
+def _cancel_if_open(tx: Transaction, job_id: int, user: str) -> Job | None:
+    """A member may end while those before it are cancelled."""
+    try:
+        return cancel(tx, job_id, user)
+    except WrongState:
+        if read_job(tx, job_id).status.is_terminal:
+            return None
+        raise
 
 
 def hold(tx: Transaction, job_id: int, user: str, reason: str) -> Job:
-    text = storable(f"held by {user}: {reason}" if reason else f"held by {user}")
-    job = read_job(tx, job_id, lock=True)
-    if not tx.change(change(job_id, Status.QUEUED).values(held=True, message=text)):
-        what = f"job {job_id} {job.status.in_words}: only a waiting job can be held"
-        raise WrongState(what, _back_to_the_queue(job) if job.status is Status.RUNNING else None)
-    tx.tell(job_id, None, "held", text)
-    return read_job(tx, job_id)
+    for _ in range(_TRIES):
+        job = read_job(tx, job_id)
+        if job.status is not Status.QUEUED:
+            what = f"job {job_id} {job.status.in_words}: only a waiting job can be held"
+            raise WrongState(what, _back_to_the_queue(job) if job.status is Status.RUNNING else None)
+        if change_row(tx, job_id, "held", seen(job), {"held": True}, user, f": {reason}" if reason else ""):
+            return read_job(tx, job_id)
+    raise _changed(job_id)
 
 
 def _back_to_the_queue(job: Job) -> str:
@@ -65,20 +78,43 @@ def _back_to_the_queue(job: Job) -> str:
 
 
 def retry(tx: Transaction, job_id: int, user: str, amendment: Amendment | None = None) -> Job:
-    job = read_job(tx, job_id, lock=True) if amendment is None else amend(tx, amendment, user)
-    again = (
-        update(Job)
-        .where(Job.job_id == job_id)
-        .where(or_(may_come_back(), (Job.status == Status.QUEUED) & Job.held))
-        .values(status=Status.QUEUED, **retried())
-        .values(result_until=case((Job.result_host.is_not(None), tx.now_in(RESULT_FIRST_S))))
-    )
-    if not tx.change(again):
-        done = f"loractl reproduce {job_id} runs it again, loractl submit --like {job_id} another one like it"
-        what = f"job {job_id} {job.status.in_words}: only a failed, cancelled or held job can be retried"
-        raise WrongState(what, done if job.status is Status.SUCCEEDED else None)
-    tx.tell(job_id, None, "retry", f"queued again by {user}")
-    return read_job(tx, job_id)
+    for _ in range(_TRIES):
+        job = read_job(tx, job_id) if amendment is None else edit(tx, amendment, user)
+        if Status.QUEUED not in _after(job):
+            done = f"loractl reproduce {job_id} runs it again, loractl submit --like {job_id} another one like it"
+            what = f"job {job_id} {job.status.in_words}: only a failed, cancelled or held job can be retried"
+            raise WrongState(what, done if job.status is Status.SUCCEEDED else None)
+        until = None if job.result_host is None else tx.now() + dt.timedelta(seconds=RESULT_FIRST_S)
+        new = {"status": Status.QUEUED, **retried(), "result_until": until}
+        if change_row(tx, job_id, "retry", seen(job), new, user):
+            return read_job(tx, job_id)
+        amendment = None  # it is in the row by now
+    raise _changed(job_id)
+
+
+def _after(job: Job) -> frozenset[Status]:
+    """The states that a person may give the job. A held one waits again."""
+    if job.status is Status.RUNNING:
+        return frozenset()
+    return frozenset(TRANSITIONS[job.status]) | ({Status.QUEUED} if job.held else set())
+
+
+def edit(tx: Transaction, amendment: Amendment, user: str) -> Job:
+    """Raises WrongState when the job is no more as it was looked at."""
+    now, job = tx.now(), read_job(tx, amendment.job_id)
+    if (job.status, job.attempt, job.spec) != amendment.seen:
+        raise _changed(job.job_id)
+    expected = {**seen(job), "spec": job.spec, "adjustment": job.adjustment}
+    tx.session.expunge(job)  # what is changed here in memory is written below
+    amend(job, amendment, now)
+    new = {name: one.value for name, one in inspect(job).attrs.items() if one.history.has_changes()}
+    if not change_row(tx, job.job_id, "edited", expected, new, user, f": {amendment.text}"):
+        raise _changed(job.job_id)
+    return read_job(tx, job.job_id)
+
+
+def _changed(job_id: int) -> WrongState:
+    return WrongState(f"job {job_id} has changed meanwhile; say it again")
 
 
 def _ended_as(job: Job) -> str:

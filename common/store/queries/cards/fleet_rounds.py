@@ -10,6 +10,7 @@ import datetime as dt
 from ...records import FleetTurn
 from ...tables import FleetRound
 from ...transaction import Transaction
+from ..changes import answer_wishes
 from ..outbox.deliveries import tidy
 from ..outbox.notices import NEWS_S, tell_of_cancelled_sweeps, tell_of_silence
 from ..outbox.reach import tell_of_jobs_out_of_reach
@@ -45,6 +46,7 @@ def take_turn(tx: Transaction, node: str, lease_s: float, every_s: float, settle
     settling = 0 < (settled_at - now).total_seconds() <= settle_s
     if not settling:
         tell_of_silence(tx, now)
+    answer_wishes(tx)
     tell_of_cancelled_sweeps(tx, max(last_at, now - dt.timedelta(seconds=NEWS_S)))
     _look_at_reach(tx, node, now)
     tidy(tx, now)

@@ -34,10 +34,11 @@ def open_to_others(tx: Transaction, claim: Claim, new: NewHost) -> bool:
 
 def _write(tx: Transaction, claim: Claim, new: NewHost, *, is_open: bool) -> bool:
     """Write the host's row, if its base has room, while the claim's attempt runs, or is on its way out as the last."""
+    own = (Job.job_id == claim.job_id, Job.token == claim.token, Job.status == Status.RUNNING, Job.node == new.node)
+    # no lease ends meanwhile; before the node's row, which must not wait for whoever holds a job's
+    runs = tx.session.scalar(select(Job.job_id).where(*own).with_for_update(key_share=True)) is not None
     tx.session.scalars(select(Node).where(Node.node == new.node).with_for_update()).first()
     now, member = tx.now(), {"job_id": claim.job_id, "attempt": claim.attempt}
-    own = (Job.job_id == claim.job_id, Job.token == claim.token, Job.status == Status.RUNNING, Job.node == new.node)
-    runs = tx.session.scalar(select(Job.job_id).where(*own).with_for_update()) is not None  # no lease ends meanwhile
     if not runs and (is_open or not _is_inside(tx, claim, new.host)):
         return False
     if is_busy(tx, new.host, claim.token):

@@ -24,8 +24,6 @@ from ...transaction import Transaction
 from ..outbox.notices import tell_of_closure
 from .shares import beside, read_beside, running_on
 
-_CLOSING_LOCK = 0x10AC73  # any constant: names an advisory lock in PostgreSQL
-
 
 def arrive(tx: Transaction, state: NodeState, give_back: Callable[[Transaction, str], list[int]]) -> Arrival:
     """`give_back`: ends what an earlier process of the node has left running; returns the jobs."""
@@ -192,7 +190,7 @@ def _close(tx: Transaction, job: Job, node: str, now: dt.datetime) -> None:
     """Drain what the failures blame, as a person would, unless it is the last that takes jobs."""
     if closure(node, read_failures(tx.session, now)) is None:
         return
-    if not tx.is_alone(_CLOSING_LOCK):  # else two could each leave the other's card as the last one
+    if not tx.is_alone("closing"):  # else two could each leave the other's card as the last one
         return  # the next failure will do
     found = closure(node, read_failures(tx.session, now))
     cards, drained = read_cards(tx.session, now), drained_targets(tx.session, now)

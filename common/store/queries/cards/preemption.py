@@ -15,7 +15,7 @@ from loractl.common.placement.lines import Openings, Waiting
 from loractl.common.placement.preemption import give_way
 
 from ...tables import Job
-from ...transaction import Transaction
+from ...transaction import SKIP_LOCKED, Transaction
 from ..lines import read_levels
 from .decisions import decide
 from .nodes import read_cards, read_charges
@@ -77,7 +77,7 @@ def _ask(tx: Transaction, job_id: int, priority: int, node: str, going: Sequence
     """Ask those that run on the node to give way to the job. False when one of them is ending at this moment."""
     here = or_(*(or_(Job.node == one, Job.job_id.in_(running_on(one))) for one in node.split(" and ")))
     still = select(Job.job_id).where(Job.job_id.in_(going), Job.status == Status.RUNNING, here)
-    locked = tx.session.scalars(still.order_by(Job.job_id).with_for_update(skip_locked=True)).all()
+    locked = tx.session.scalars(still.order_by(Job.job_id).with_for_update(**SKIP_LOCKED)).all()
     if len(locked) < len(going):
         return False
     tx.session.execute(update(Job).where(Job.job_id.in_(going)).values(preempted_by=job_id))

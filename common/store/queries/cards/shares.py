@@ -13,7 +13,7 @@ from loractl.common.job.status import Status
 from loractl.common.placement.gangs import GangShare
 from loractl.common.placement.rule import Placement
 
-from ...tables import AttemptShare, Job, Node
+from ...tables import ASKED_TO_STOP, AttemptShare, Job, Node
 from ...transaction import Transaction
 
 _NOW = (
@@ -33,7 +33,7 @@ def beside(session: Session, node: str | None = None) -> list[Any]:
     """Rows like those of OCCUPANT: jobs on cards that are not their first, all or those of a node."""
     columns = (
         Job.job_id, Job.user, AttemptShare.node, AttemptShare.bytes.label("vram_reserved"), Job.eta_seconds,
-        Job.priority, Job.preemptible, Job.attempt, Job.started_at, Job.preempted_by, Job.cancel_requested,
+        Job.priority, Job.preemptible, Job.attempt, Job.started_at, Job.preempted_by, ASKED_TO_STOP,
     )  # fmt: skip
     query = select(*columns).join(AttemptShare, _NOW)
     return list(session.execute(query if node is None else query.where(AttemptShare.node == node)))

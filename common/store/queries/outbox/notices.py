@@ -26,9 +26,6 @@ NEWS_S = 24 * 3600.0
 MOST_TEXT = 2000
 """Characters of a message: a job's own words may be long."""
 
-_SWEEP_OVER_LOCK = 0x5EEA
-"""Any constant: with a sweep's number it names a lock in PostgreSQL."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class News:
@@ -103,8 +100,7 @@ def _tell_of_job(tx: Transaction, job: Job, names: Sequence[str]) -> None:
 
 def _tell_of_sweep(tx: Transaction, job: Job, sweep_id: int, names: Sequence[str]) -> None:
     """Tell of the whole sweep if this was its last member. Two that end at once are looked at one after the other."""
-    if tx.session.get_bind().dialect.name == "postgresql":
-        tx.session.execute(select(func.pg_advisory_xact_lock(_SWEEP_OVER_LOCK, sweep_id)))
+    tx.wait_for(f"end of sweep {sweep_id}")
     tx.session.flush()
     going = (Job.sweep_id == sweep_id, Job.status.in_((Status.QUEUED, Status.RUNNING)))
     if tx.session.scalar(select(Job.job_id).where(*going).limit(1)) is not None:

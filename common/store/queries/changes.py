@@ -1,0 +1,101 @@
+"""A person's changes of jobs, as they are written: a guarded update on SQLite, a function on PostgreSQL.
+
+What a job's trainer has to hear is no change of its row but a wish, a row of its own, which the next heartbeat reads.
+So a cancel waits for nobody who has locked the job's row.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from sqlalchemy import delete, exists, select, update
+from sqlalchemy import text as sql
+
+from loractl.common.job.status import Reason, Status
+from loractl.common.text import storable
+
+from ..tables import Job, JobLabel, Wish
+from ..transaction import SKIP_LOCKED, Transaction
+
+_SAID = {
+    "cancel": "cancel asked for", "cancelled": "cancelled", "held": "held", "retry": "queued again", "edited": "edited",
+}  # fmt: skip
+"""How the history tells of each, before who did it."""
+
+
+def seen(job: Job) -> dict[str, Any]:
+    """What no wish finds changed since it looked."""
+    return {"status": job.status, "attempt": job.attempt, "held": job.held}
+
+
+def change_row(
+    tx: Transaction,
+    job_id: int,
+    kind: str,
+    expected: Mapping[str, Any],
+    new: Mapping[str, Any],
+    user: str,
+    tail: str = "",
+) -> bool:
+    """Change a job's row while its columns are as expected, and tell the history who did it; False when they no more
+    are. `kind`: of _SAID. `tail`: what the history says behind who did it."""
+    tail = storable(tail)
+    if tx.has_functions:
+        asked = {"number": job_id, "kind": kind, "expected": _as_json(expected), "new": _as_json(new)}
+        return bool(tx.session.scalar(_LORACTL_CHANGE, {**asked, "who": user, "tail": tail}))
+    said = f"{_SAID[kind]} by {user}{tail}"
+    if kind == "cancel":
+        tx.add_new(Wish, [{"job_id": job_id, "user": user, "at": tx.now()}])
+    else:
+        # what is JSON can't have changed since it was read: SQLite's writer is alone
+        as_read = [
+            getattr(Job, name) == value for name, value in expected.items() if name in ("status", "attempt", "held")
+        ]
+        over = {**new, "message": said} if kind in ("cancelled", "held") else new
+        if not tx.change(update(Job).where(Job.job_id == job_id, *as_read).values(**over)):
+            return False
+    if kind in ("cancelled", "retry"):
+        forget_wishes(tx, job_id)
+    if "labels" in new:
+        tx.session.execute(delete(JobLabel).where(JobLabel.job_id == job_id))
+        tx.session.add_all(JobLabel(job_id=job_id, key=key, value=value) for key, value in new["labels"].items())
+    tx.tell(job_id, None, kind, said)
+    tx.session.flush()
+    return True
+
+
+_LORACTL_CHANGE = sql(
+    "SELECT loractl_change(:number, :kind, CAST(:expected AS jsonb), CAST(:new AS json), :who, :tail)"
+)
+
+
+def _as_json(columns: Mapping[str, Any]) -> str:
+    return json.dumps(columns, default=lambda moment: moment.isoformat())
+
+
+def answer_wishes(tx: Transaction) -> None:
+    """Do what no heartbeat has read: a job may have ended, or waited again, while it was asked to stop.
+
+    For who goes round for the fleet.
+    """
+    asked = select(Job).where(Job.job_id.in_(select(Wish.job_id))).order_by(Job.job_id)
+    for job in tx.session.scalars(asked.with_for_update(**SKIP_LOCKED)).all():
+        if job.status is Status.RUNNING:
+            job.cancel_requested = True
+            continue
+        if job.status is Status.QUEUED:
+            by = tx.session.scalars(select(Wish.user).where(Wish.job_id == job.job_id).order_by(Wish.at)).first()
+            over = {"status": Status.CANCELLED, "reason": Reason.CANCELLED, "held": False, "ended_at": tx.now()}
+            change_row(tx, job.job_id, "cancelled", seen(job), over, by or "a person")
+        forget_wishes(tx, job.job_id)
+
+
+def is_asked_to_stop(tx: Transaction, job_id: int) -> bool:
+    """Whether a person has asked for it and no heartbeat has read it yet."""
+    return bool(tx.session.scalar(select(exists().where(Wish.job_id == job_id))))
+
+
+def forget_wishes(tx: Transaction, job_id: int) -> None:
+    tx.session.execute(delete(Wish).where(Wish.job_id == job_id))

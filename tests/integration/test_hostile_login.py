@@ -1,0 +1,220 @@
+"""A login that means harm, or a psql that somebody forgot: whatever it holds, jobs run on and end as they would."""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+from sqlalchemy import Connection, Engine, text
+
+from loractl.common.errors import Forbidden
+from loractl.common.job.status import Reason, Stage, Status
+from loractl.common.store.database import DatabaseError, make_engine
+from loractl.common.store.entrance.invitations import LOGIN, Invitation, invite
+from loractl.common.store.records import Claim, Progress
+from loractl.common.store.roles import SUBMIT
+from loractl.common.store.schema import upgrade
+from loractl.common.store.store import Store
+
+from ..roles import PASSWORD, Logins, logins
+from ..unit.factories import RESULT, submission, take
+
+LEASE_S = 1.0
+
+OLD_LOCKS = "SELECT pg_advisory_lock(n) FROM unnest(ARRAY[1092721, 1092722, 1092723, 1092725]) AS n"
+
+
+@pytest.fixture
+def lab(postgres_url: str) -> Iterator[Logins]:
+    engine = make_engine(postgres_url)
+    upgrade(engine)
+    engine.dispose()
+    with logins(postgres_url) as made:
+        yield made
+
+
+@pytest.fixture
+def person(lab: Logins) -> Iterator[Store]:
+    engine = make_engine(lab.person)
+    yield Store(engine)
+    engine.dispose()
+
+
+@pytest.fixture
+def box(lab: Logins) -> Iterator[Store]:
+    engine = make_engine(lab.box)
+    yield Store(engine, lease_s=LEASE_S)
+    engine.dispose()
+
+
+@contextlib.contextmanager
+def held_open(url: str, *statements: str) -> Iterator[None]:
+    """A transaction that has said so much, and stays open."""
+    engine = make_engine(url)
+    with engine.connect() as connection:
+        for statement in statements:
+            connection.exec_driver_sql(statement)
+        yield
+        connection.rollback()
+    engine.dispose()
+
+
+def edits(job_id: int) -> str:
+    return f"SELECT loractl_change({job_id}, 'edited', '{{}}', '{{\"max_retries\": 1}}', 'ada', ': max_retries')"
+
+
+def test_who_holds_the_locks_of_an_earlier_version_stops_no_round(person: Store, box: Store, lab: Logins) -> None:
+    person.submit(submission())
+    assert isinstance(take(box), Claim)
+    with held_open(lab.person, OLD_LOCKS):
+        time.sleep(LEASE_S)
+        assert box.take_turn("box:0", 0, 0) is not None
+        assert [job_id for job_id, _ in box.reap()] == [1]
+        assert box.end_patience() == [] and box.preempt() == ()
+
+
+def test_a_row_that_a_login_keeps_locked_costs_no_attempt_and_no_beat_is_lost(
+    person: Store, box: Store, lab: Logins, postgres_url: str
+) -> None:
+    """Its own login holds it by an edit, the owner by hand."""
+    job_id = person.submit(submission())
+    claim = take(box)
+    assert isinstance(claim, Claim)
+    for url, statement in ((postgres_url, "SELECT * FROM jobs FOR UPDATE"), (lab.person, edits(job_id))):
+        with held_open(url, statement):
+            began = time.monotonic()
+            while time.monotonic() < began + 1.5 * LEASE_S:
+                beat = box.beat(claim, Progress(stage=Stage.TRAINING, step=5))
+                assert (beat.accepted, beat.recorded) == (True, False)
+                assert box.reap() == []
+                time.sleep(LEASE_S / 5)
+            if url == lab.person:
+                person.cancel(job_id, "ada")
+                assert box.beat(claim, Progress()).cancel_requested, "a wish needs nobody's row"
+        assert box.reap() == [], "its own row holds the lease"
+        told = box.beat(claim, Progress(stage=Stage.TRAINING, step=5))
+        assert told.accepted and told.recorded and box.job(job_id).step == 5
+    assert told.cancel_requested
+
+
+def test_a_line_of_a_history_that_is_never_committed_holds_nobody_up(person: Store, box: Store, lab: Logins) -> None:
+    job_id = person.submit(submission())
+    line = f"INSERT INTO events (job_id, at, kind, text) VALUES ({job_id}, now(), 'queued', 'queued by me')"
+    with held_open(lab.person, line):
+        claim = take(box)
+        assert isinstance(claim, Claim) and box.beat(claim, Progress()).recorded
+        assert box.finish(claim, Reason.OK, "better", Progress(), RESULT) is Status.SUCCEEDED
+
+
+def test_who_is_silent_for_a_lease_ends_also_where_its_row_was_locked_once(
+    person: Store, box: Store, lab: Logins
+) -> None:
+    job_id = person.submit(submission())
+    claim = take(box)
+    assert isinstance(claim, Claim)
+    with held_open(lab.person, edits(job_id)):
+        assert not box.beat(claim, Progress()).recorded
+        time.sleep(1.2 * LEASE_S)
+        assert box.reap() == [], "who holds its row is passed over"
+    assert [lost for lost, _ in box.reap()] == [job_id]
+    assert not box.beat(claim, Progress()).accepted
+
+
+STATEMENTS = (
+    "SELECT pg_advisory_lock(1092722)", "SELECT pg_advisory_lock(24297, {0})", "SELECT * FROM jobs, events, nodes",
+    "SELECT * FROM jobs FOR UPDATE", "SELECT * FROM nodes FOR KEY SHARE", "LOCK TABLE jobs IN ACCESS EXCLUSIVE MODE",
+    "LOCK TABLE jobs IN ACCESS SHARE MODE", "LOCK TABLE jobs IN ROW EXCLUSIVE MODE", "TRUNCATE jobs CASCADE",
+    "INSERT INTO events (job_id, at, kind, text) VALUES ({0}, now(), 'queued', 'queued by x')",
+    "INSERT INTO sweeps (name, \"user\", settings, created_at) VALUES ('x', 'x', '{{}}', now())",
+    "INSERT INTO job_labels VALUES ({0}, 'a', 'b')", "UPDATE jobs SET status = 'failed'", "DELETE FROM events",
+    "SELECT loractl_change({0}, 'edited', '{{}}', '{{\"max_retries\": 1}}', 'ada', '')",
+    "SELECT loractl_change({0}, 'held', '{{}}', '{{\"held\": true}}', 'ada', '')",
+    "SELECT loractl_change({0}, 'retry', '{{}}', '{{\"status\": \"queued\"}}', 'ada', '')",
+    "SELECT loractl_change({0}, 'cancelled', '{{}}', '{{\"status\": \"cancelled\"}}', 'ada', '')",
+    "SELECT loractl_tag('tiny', 'prod', {0}, NULL, 'ada')", "SELECT loractl_tag('tiny', 'prod', NULL, {0}, 'ada')",
+    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid <> pg_backend_pid()",
+    "SELECT pg_cancel_backend(pid) FROM pg_stat_activity WHERE pid <> pg_backend_pid()",
+    "SELECT setval('jobs_job_id_seq', 1)", "SELECT nextval('jobs_job_id_seq')", "SET ROLE loractl_worker",
+    "SELECT lo_create(0)", "CREATE TEMP TABLE t (a int)", "NOTIFY x", "SELECT loractl_lab.enter('x', NULL)",
+)  # fmt: skip
+"""What a login can say, of a job where one is named."""
+
+
+def storm(url: str, over: threading.Event, said: list[str]) -> None:
+    """Each statement in a transaction of its own that then stays open for a while, again and again."""
+    engine, draws = make_engine(url, kept=0), secrets.SystemRandom()
+
+    def hold(connection: Connection, statement: str) -> None:
+        with contextlib.suppress(DatabaseError, Forbidden):
+            connection.exec_driver_sql("SET lock_timeout = 200")
+            connection.exec_driver_sql(statement)
+            said.append(statement)
+        over.wait(draws.uniform(0, 0.3))
+        connection.rollback()
+
+    while not over.is_set():
+        with contextlib.suppress(DatabaseError, Forbidden), engine.connect() as connection:
+            hold(connection, draws.choice(STATEMENTS).format(draws.randint(1, 12)))
+    engine.dispose()
+
+
+@pytest.fixture
+def joiner(postgres_url: str) -> Iterator[str]:
+    """The login of a join line."""
+    engine = make_engine(postgres_url)
+    name = LOGIN + secrets.token_hex(6)
+    invite(engine, [Invitation(login=name, password=PASSWORD, role=SUBMIT, name=None, sealed="x")], 3600)
+    yield engine.url.set(username=name, password=PASSWORD).render_as_string(hide_password=False)
+    with engine.begin() as connection:
+        connection.exec_driver_sql(f"DROP ROLE {name}")
+    engine.dispose()
+
+
+def test_in_a_storm_of_all_that_logins_can_say_no_running_job_ends_or_changes(
+    person: Store, box: Store, lab: Logins, joiner: str, postgres_url: str
+) -> None:
+    claims: dict[int, Claim] = {}
+    for _ in range(10):
+        person.submit(submission(max_retries=0))
+        claim = take(box)
+        assert isinstance(claim, Claim)
+        claims[claim.job_id] = claim
+    for name in ("waits", "waits-too"):
+        person.submit(submission(name=name))
+    person.hold(11, "ada")
+    owner = make_engine(postgres_url)
+    before = _asked_and_held(owner)
+    over, said = threading.Event(), list[str]()
+    threads = [threading.Thread(target=storm, args=(url, over, said)) for url in (lab.person, lab.person, joiner)]
+    for thread in threads:
+        thread.start()
+    try:
+        end, step = time.monotonic() + 4 * LEASE_S, 0
+        while time.monotonic() < end:
+            step += 1
+            for claim in claims.values():
+                assert box.beat(claim, Progress(stage=Stage.TRAINING, step=step)).accepted
+            box.take_turn("box:0", 0, 0)
+            assert box.reap() == []
+    finally:
+        over.set()
+        for thread in threads:
+            thread.join()
+    assert len({statement.split("(")[0] for statement in said}) > 5, "it was let through"
+    assert _asked_and_held(owner) == before
+    for claim in claims.values():
+        assert box.finish(claim, Reason.OK, "better", Progress(), RESULT) is Status.SUCCEEDED
+    owner.dispose()
+
+
+def _asked_and_held(owner: Engine) -> list[str]:
+    """What of the running jobs only their trainers change, and their histories."""
+    columns = "job_id, name, status, token, node, attempt, retries_used, message, reason, ended_at, cancel_requested"
+    told = "SELECT job_id, attempt, kind, text FROM events WHERE kind <> 'queued' AND kind <> 'edited' AND job_id < 11"
+    with owner.connect() as connection:
+        rows = connection.execute(text(f"SELECT {columns} FROM jobs WHERE job_id < 11 ORDER BY job_id"))
+        return [*map(str, rows), *map(str, connection.execute(text(f"{told} ORDER BY event_id")))]
