@@ -29,7 +29,7 @@ from loractl.common.store.schema import upgrade
 from loractl.common.store.store import Store
 
 from . import services, warm
-from .databases import KeptDatabase, database
+from .databases import KeptDatabase, database, make_template
 from .models import make_tiny_model
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before a library reads it: what a test wants of a hub, it asks of its own
@@ -112,13 +112,46 @@ def real_services() -> None:
 
 
 @pytest.fixture(scope="session")
-def postgres_server(real_services: None) -> Iterator[str]:
-    folder = Path(tempfile.mkdtemp(prefix="loractl-pg-", dir=MEMORY))
-    try:
-        with services.postgres(folder / "data", durable=False) as url:
-            yield url
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+def shared_folder() -> Path:
+    """A folder of all processes of a run."""
+    return Path(os.environ[services.RUN])
+
+
+@contextlib.contextmanager
+def once(folder: Path) -> Iterator[Path | None]:
+    """The folder, for the process that is to fill it; for later ones None, once it is full."""
+    with folder.with_name(f"{folder.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        full = folder.with_name(f"{folder.name}.full")
+        if full.exists():
+            yield None
+            return
+        if folder.exists():  # of a process that was killed: its server may still write there
+            folder.rename(folder.with_name(f"{folder.name}.{os.getpid()}"))
+        folder.mkdir()
+        yield folder
+        full.touch()
+
+
+def _of_the_run(folder: Path, start: Callable[[Path], str]) -> str:
+    """The address of a server that all processes of a run share: the first that needs it starts it."""
+    address = folder.with_name(f"{folder.name}.address")
+    with once(folder) as new:
+        if new is not None:
+            address.write_text(start(new))
+    return address.read_text()
+
+
+@pytest.fixture(scope="session")
+def postgres_server(real_services: None, shared_folder: Path) -> str:
+    """The run's PostgreSQL, which has the roles of a lab and an upgraded database that others are copied from."""
+
+    def start(folder: Path) -> str:
+        server = services.start_postgres(folder)
+        make_template(server)
+        return server
+
+    return _of_the_run(shared_folder / "postgres", start)
 
 
 @pytest.fixture
@@ -128,25 +161,23 @@ def postgres_url(postgres_server: str) -> Iterator[str]:
         yield url
 
 
-@pytest.fixture(scope="session")
-def postgres_template(postgres_server: str) -> Iterator[str]:
-    """The name of an upgraded database that others are copied from: a copy takes a tenth of the migrations' time."""
-    with database(postgres_server) as url:
-        engine = make_engine(url)
-        upgrade(engine)
-        engine.dispose()
-        yield str(engine.url.database)
+@pytest.fixture
+def alone_inviting(shared_folder: Path) -> Iterator[None]:
+    """No other process of the run makes join lines meanwhile: to make one drops the spent ones of the whole server."""
+    with (shared_folder / "inviting.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 @pytest.fixture(scope="session")
-def sqlite_template() -> Iterator[Path]:
+def sqlite_template(shared_folder: Path) -> Path:
     """The file of an upgraded database, to be copied."""
-    folder = Path(tempfile.mkdtemp(prefix="loractl-db-", dir=MEMORY))
-    engine = make_engine(f"sqlite:///{folder / 'loractl.db'}")
-    upgrade(engine)
-    engine.dispose()
-    yield folder / "loractl.db"
-    shutil.rmtree(folder, ignore_errors=True)
+    with once(shared_folder / "sqlite") as folder:
+        if folder is not None:
+            engine = make_engine(f"sqlite:///{folder / 'loractl.db'}")
+            upgrade(engine)
+            engine.dispose()
+    return shared_folder / "sqlite" / "loractl.db"
 
 
 @pytest.fixture
@@ -169,9 +200,9 @@ def upgraded_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str
     """An upgraded database of each kind."""
     if request.param == "sqlite":
         template: Path = request.getfixturevalue("sqlite_template")
-        file = template.with_name("test.db")  # always the same, as the engine that is kept for it
-        for name in (file, file.with_name("test.db-wal"), file.with_name("test.db-shm")):
-            name.unlink(missing_ok=True)
+        file = template.with_name(f"{os.getpid()}.db")  # always the same, as the engine that is kept for it
+        for end in ("", "-wal", "-shm"):
+            file.with_name(file.name + end).unlink(missing_ok=True)
         shutil.copy(template, file)
         yield f"sqlite:///{file}"
         return
@@ -181,8 +212,8 @@ def upgraded_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str
 
 
 @pytest.fixture(scope="session")
-def kept_postgres(postgres_server: str, postgres_template: str) -> Iterator[KeptDatabase]:
-    kept = KeptDatabase(postgres_server, postgres_template)
+def kept_postgres(postgres_server: str) -> Iterator[KeptDatabase]:
+    kept = KeptDatabase(postgres_server)
     yield kept
     kept.close()
 
@@ -203,35 +234,24 @@ def kept_engine(url: str) -> Engine:
 
 
 @pytest.fixture(scope="session")
-def s3_server(real_services: None) -> Iterator[services.S3]:
-    folder = Path(tempfile.mkdtemp(prefix="loractl-s3-", dir=MEMORY))
-    try:
-        with services.s3(folder) as server:
-            yield server
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+def s3_server(real_services: None, shared_folder: Path) -> services.S3:
+    """This process's part of the run's S3."""
+    endpoint = _of_the_run(shared_folder / "s3", services.start_s3)
+    return services.s3(shared_folder / "s3", endpoint, os.environ.get("PYTEST_XDIST_WORKER", "lab"))
 
 
-@pytest.fixture(scope="session")
-def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of all processes of a run."""
-    own = tmp_path_factory.getbasetemp()
-    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+@pytest.fixture
+def redis_url(real_services: None, shared_folder: Path) -> Iterator[str]:
+    """An empty database of the run's Valkey, which asks for a password."""
+    from redis import Redis
 
-
-@contextlib.contextmanager
-def once(folder: Path) -> Iterator[Path | None]:
-    """The folder, for the process that is to fill it; for later ones None, once it is full."""
-    with folder.with_name(f"{folder.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        full = folder.with_name(f"{folder.name}.full")
-        if full.exists():
-            yield None
-            return
-        shutil.rmtree(folder, ignore_errors=True)  # of one that failed
-        folder.mkdir()
-        yield folder
-        full.touch()
+    server = _of_the_run(shared_folder / "valkey", services.start_valkey)
+    with Redis.from_url(server) as first:
+        number = 1 + int(first.incr("given")) % (services.QUEUE_DATABASES - 1)
+    url = f"{server.removesuffix('0')}{number}"
+    yield url
+    with Redis.from_url(url) as own:
+        own.flushdb()
 
 
 @pytest.fixture(scope="session")
@@ -333,9 +353,11 @@ _run = contextlib.ExitStack()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Load the libraries once for all processes of a run, while they collect."""
-    many = getattr(config.option, "numprocesses", None) and not hasattr(config, "workerinput")
-    if many and os.environ.get("SERVICES") != "none":
+    """Make what all processes of a run share, and load the libraries once for all, while they collect."""
+    if hasattr(config, "workerinput"):
+        return
+    os.environ[services.RUN] = str(_run.enter_context(services.run_folder(MEMORY)))
+    if getattr(config.option, "numprocesses", None) and os.environ.get("SERVICES") != "none":
         folder = os.environ[SHARED_SERVERS] = str(_run.enter_context(_warm_servers()))
         python = shlex.join([sys.executable, "-SE", str(warm.__file__), "--python", folder])
         config.option.tx = [f"popen//python={python}" for _ in config.option.tx]  # forked, not imported once more
@@ -343,7 +365,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """End the servers of the run; in xdist's processes there is none."""
+    """End what all processes of the run share; in xdist's processes there is none."""
     _run.close()
 
 

@@ -28,7 +28,7 @@ def owner(postgres_url: str) -> Iterator[Engine]:
     engine = create_engine(postgres_url, isolation_level="AUTOCOMMIT")
     yield engine
     with engine.connect() as connection:
-        for name in connection.execute(text("SELECT rolname FROM pg_roles WHERE rolname ~ '^(ada|heron|page)_'")):
+        for name in connection.execute(text("SELECT rolname FROM pg_roles WHERE rolname ~ '^new_'")):
             connection.exec_driver_sql(f"DROP ROLE {name[0]}")
     engine.dispose()
 
@@ -56,7 +56,7 @@ def is_password_of(owner: Engine, name: str, password: str) -> bool:
 
 
 def test_each_login_may_its_part_and_a_second_time_changes_nothing(lab: Cli, owner: Engine, tmp_path: Path) -> None:
-    ada, heron, page = (f"{name}_{secrets.token_hex(4)}" for name in ("ada", "heron", "page"))
+    ada, heron, page = (f"new_{name}_{secrets.token_hex(4)}" for name in ("ada", "heron", "page"))
     asked = ("db", "roles", "--person", ada, "--box", heron, "--web", page)
     first = {login["name"]: login for login in json.loads(lab(*asked, "--json").stdout)["logins"]}
     assert all(login["new"] and login["url"].startswith("postgresql://") for login in first.values())
@@ -91,7 +91,7 @@ def test_no_statement_holds_a_password(lab: Cli, owner: Engine, postgres_url: st
     event.listen(
         engine, "before_cursor_execute", lambda c, cursor, statement, values, *_: said.append((statement, values))
     )
-    wanted = [WantedLogin(name=f"{name}_{secrets.token_hex(4)}", role=SUBMIT) for name in ("ada", "heron")]
+    wanted = [WantedLogin(name=f"new_{name}_{secrets.token_hex(4)}", role=SUBMIT) for name in ("ada", "heron")]
     done = apply_roles(
         engine, [wanted[0], WantedLogin(name=wanted[1].name, role=SUBMIT, password="a bird's 100% song")]
     )
@@ -103,7 +103,7 @@ def test_no_statement_holds_a_password(lab: Cli, owner: Engine, postgres_url: st
 
 
 def test_what_can_t_be_a_login_is_refused_and_nothing_is_done(lab: Cli, owner: Engine, tmp_path: Path) -> None:
-    ada, other = (f"ada_{secrets.token_hex(4)}" for _ in range(2))
+    ada, other = (f"new_ada_{secrets.token_hex(4)}" for _ in range(2))
     lab("db", "roles", "--person", ada)
     (tmp_path / "short").write_text("short\n")
     superuser = str(owner.url.username)
@@ -127,8 +127,5 @@ def test_what_can_t_be_a_login_is_refused_and_nothing_is_done(lab: Cli, owner: E
 def test_an_upgrade_says_that_the_roles_need_their_rights(make_cli: Callable[..., Cli], postgres_url: str) -> None:
     cli = make_cli(LORACTL_DATABASE_URL=postgres_url)
     assert "loractl db upgrade" in cli("db", "roles", code=1).stderr, "without tables there is nothing to grant"
-    with create_engine(postgres_url, isolation_level="AUTOCOMMIT").connect() as connection:
-        if connection.execute(text("SELECT to_regrole('loractl_submit')")).scalar() is None:
-            connection.exec_driver_sql("CREATE ROLE loractl_submit NOLOGIN")
     assert "loractl db roles" in cli("db", "upgrade").stderr
     assert "loractl db roles" not in cli("db", "upgrade").stderr

@@ -24,7 +24,7 @@ from .. import services
 from ..conftest import Cli
 from ..integration.test_store_keys import SECRET, gate  # noqa: F401  a fixture
 from ..nvml import FakeCard, build, compiler
-from ..services import S3
+from ..services import QUEUE_SECRET, S3
 from ..unit.factories import node_state
 
 LAB = ("settings", "database", "revision", "clock", "queue", "store", "disk", "models", "boxes", "messages", "cards")
@@ -68,31 +68,30 @@ def test_a_home_before_its_first_job_and_after_and_nothing_stays(cli: Cli, home:
 
 
 def test_a_lab_s_services_answer_and_no_line_shows_a_password(
-    make_cli: Callable[..., Cli], postgres_url: str, s3_server: S3, tmp_path: Path
+    make_cli: Callable[..., Cli], postgres_url: str, redis_url: str, s3_server: S3
 ) -> None:
     owner = create_engine(postgres_url, isolation_level="AUTOCOMMIT")
     name = f"doctor_{time.time_ns()}"
     with owner.connect() as connection:
         connection.exec_driver_sql(f"CREATE ROLE {name} LOGIN SUPERUSER PASSWORD 'bird-8215-/-song'")
     url = make_url(postgres_url).set(username=name, password=PASSWORD.replace("%2F", "/"))
-    with services.valkey(tmp_path, "queue-secret-77") as redis_url:
-        cli = make_cli(
-            LORACTL_DATABASE_URL=url.render_as_string(hide_password=False),
-            LORACTL_REDIS_URL=redis_url,
-            LORACTL_ARTIFACTS_URL=s3_server.url,
-            **s3_server.environment,
-        )
-        empty = checks(cli, code=1)
-        assert levels(empty)["revision"] == "error" and levels(empty)["boxes"] == "skipped"
-        assert "loractl db upgrade" in empty["revision"][0]["hint"]
-        cli("db", "upgrade")
-        done = cli("doctor")
-        told = " ".join(done.stdout.split())
-        assert "PostgreSQL" in told and f"{name}:***@" in told.replace(" ", "") and "writes and reads back in" in told
-        for secret in (PASSWORD, "bird-8215-/-song", "queue-secret-77", s3_server.environment["AWS_SECRET_ACCESS_KEY"]):
-            assert secret not in done.stdout + done.stderr
-        below = [path.name for path in s3_server.folder.rglob("*") if path.is_file() and "doctor" in path.name]
-        assert below == [], "what it stored is gone"
+    cli = make_cli(
+        LORACTL_DATABASE_URL=url.render_as_string(hide_password=False),
+        LORACTL_REDIS_URL=redis_url,
+        LORACTL_ARTIFACTS_URL=s3_server.url,
+        **s3_server.environment,
+    )
+    empty = checks(cli, code=1)
+    assert levels(empty)["revision"] == "error" and levels(empty)["boxes"] == "skipped"
+    assert "loractl db upgrade" in empty["revision"][0]["hint"]
+    cli("db", "upgrade")
+    done = cli("doctor")
+    told = " ".join(done.stdout.split())
+    assert "PostgreSQL" in told and f"{name}:***@" in told.replace(" ", "") and "writes and reads back in" in told
+    for secret in (PASSWORD, "bird-8215-/-song", QUEUE_SECRET, s3_server.environment["AWS_SECRET_ACCESS_KEY"]):
+        assert secret not in done.stdout + done.stderr
+    below = [path.name for path in s3_server.folder.rglob("*") if path.is_file() and "doctor" in path.name]
+    assert below == [], "what it stored is gone"
     with owner.connect() as connection:
         connection.exec_driver_sql(f"DROP OWNED BY {name}; DROP ROLE {name}")
     owner.dispose()

@@ -21,7 +21,7 @@ from loractl.common.store.tables import FleetRound
 from loractl.common.units import GIB
 
 from ..conftest import Cli
-from ..databases import database
+from ..databases import UPGRADED, database
 from ..unit.factories import node_state, submission
 from .test_node import SLOW
 
@@ -29,8 +29,8 @@ LEASE_S = 6
 
 
 @pytest.fixture
-def fleet_url(postgres_server: str, postgres_template: str) -> Iterator[str]:
-    with database(postgres_server, postgres_template) as url:
+def fleet_url(postgres_server: str) -> Iterator[str]:
+    with database(postgres_server, UPGRADED) as url:
         yield url
 
 

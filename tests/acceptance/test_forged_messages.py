@@ -19,7 +19,6 @@ from loractl.common.settings import load_settings
 from loractl.common.store.database import connect
 from loractl.common.store.store import Store
 
-from .. import services
 from ..conftest import Cli
 from ..models import write_job
 
@@ -74,36 +73,34 @@ def forged(mark: Path) -> list[str | bytes]:
 
 @pytest.mark.timeout(120)
 def test_no_message_makes_a_node_do_more_than_look_at_the_rows(
-    make_cli: Callable[..., Cli], tiny_model: Path, tmp_path: Path
+    make_cli: Callable[..., Cli], redis_url: str, tiny_model: Path, tmp_path: Path
 ) -> None:
-    (tmp_path / "valkey").mkdir()
     mark = tmp_path / "it-ran"
-    with services.valkey(tmp_path / "valkey", "p") as url:
-        cli = make_cli(LORACTL_REDIS_URL=url, LORACTL_HOST="box")
-        client = redis.Redis.from_url(url)
-        cli("submit", write_job(tmp_path, tiny_model))
-        client.flushall()
-        for queue in (CARD, "vram.8"):  # more than a node could read while anyone waits
-            client.lpush(queue, *[message()] * 20_000)
-        client.lpush(CARD, message(headers={"timelimit": [2, 1]}))  # would kill what it starts
-        worker = cli.start("worker", warm_start=True)
-        try:
-            engine = connect(load_settings(cli.environment))
-            store = Store(engine)
-            _until(lambda: store.job(1).status is Status.RUNNING)
-            messages = forged(mark)
-            for text in messages:
-                client.lpush(CARD, text)
-            client.lpush("elsewhere", "x")
-            _until(lambda: store.job(1).status is Status.SUCCEEDED)
-            _until(lambda: client.llen(CARD) == 0)
-            assert worker.poll() is None
-            assert [attempt.reason.value for attempt in store.attempts(1) if attempt.reason] == ["ok"]
-            engine.dispose()
-        finally:
-            worker.terminate()
-            said = worker.communicate(timeout=60)[0]
-        assert client.llen("elsewhere") == 1, "no callback was sent"
+    cli = make_cli(LORACTL_REDIS_URL=redis_url, LORACTL_HOST="box")
+    client = redis.Redis.from_url(redis_url)
+    cli("submit", write_job(tmp_path, tiny_model))
+    client.flushdb()
+    for queue in (CARD, "vram.8"):  # more than a node could read while anyone waits
+        client.lpush(queue, *[message()] * 20_000)
+    client.lpush(CARD, message(headers={"timelimit": [2, 1]}))  # would kill what it starts
+    worker = cli.start("worker", warm_start=True)
+    try:
+        engine = connect(load_settings(cli.environment))
+        store = Store(engine)
+        _until(lambda: store.job(1).status is Status.RUNNING)
+        messages = forged(mark)
+        for text in messages:
+            client.lpush(CARD, text)
+        client.lpush("elsewhere", "x")
+        _until(lambda: store.job(1).status is Status.SUCCEEDED)
+        _until(lambda: client.llen(CARD) == 0)
+        assert worker.poll() is None
+        assert [attempt.reason.value for attempt in store.attempts(1) if attempt.reason] == ["ok"]
+        engine.dispose()
+    finally:
+        worker.terminate()
+        said = worker.communicate(timeout=60)[0]
+    assert client.llen("elsewhere") == 1, "no callback was sent"
     assert not mark.exists(), "a pickle or a YAML tag ran"
     assert "is started again" not in said and "Traceback" not in said, said
     assert "\x1b" not in said and "forged line" not in said, said

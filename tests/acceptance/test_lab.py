@@ -20,9 +20,8 @@ from loractl.scheduler.setup.line import read_line
 
 from .. import services
 from ..conftest import Cli
+from ..services import QUEUE_SECRET
 from ..unit.factories import submission
-
-QUEUE_SECRET = "queue-secret-4711"
 
 
 @dataclass(frozen=True)
@@ -43,14 +42,15 @@ class Lab:
 
 
 @pytest.fixture
-def lab(make_cli: Callable[..., Cli], postgres_url: str, tmp_path: Path) -> Iterator[Lab]:
-    with services.valkey(tmp_path, QUEUE_SECRET) as redis_url:
-        owner = make_cli(
-            LORACTL_DATABASE_URL=postgres_url,
-            LORACTL_REDIS_URL=redis_url,
-            LORACTL_ARTIFACTS_URL=(tmp_path / "store").as_uri(),
-        )
-        yield Lab(owner, tmp_path, tmp_path / "store")
+def lab(
+    alone_inviting: None, make_cli: Callable[..., Cli], postgres_url: str, redis_url: str, tmp_path: Path
+) -> Iterator[Lab]:
+    owner = make_cli(
+        LORACTL_DATABASE_URL=postgres_url,
+        LORACTL_REDIS_URL=redis_url,
+        LORACTL_ARTIFACTS_URL=(tmp_path / "store").as_uri(),
+    )
+    yield Lab(owner, tmp_path, tmp_path / "store")
     admin = create_engine(postgres_url, isolation_level="AUTOCOMMIT")
     with admin.connect() as connection:
         names = text("SELECT rolname FROM pg_roles WHERE rolname ~ '^(lab-|loractl_join_)'")
@@ -129,7 +129,7 @@ def test_a_join_that_can_t_work_is_refused_before_the_line_is_used(lab: Lab, pos
 
 
 def test_a_queue_that_is_away_stops_a_join_and_the_line_serves_on(
-    make_cli: Callable[..., Cli], postgres_url: str, tmp_path: Path
+    alone_inviting: None, make_cli: Callable[..., Cli], postgres_url: str, tmp_path: Path
 ) -> None:
     with services.valkey(tmp_path, QUEUE_SECRET) as redis_url:
         store = (tmp_path / "store").as_uri()

@@ -6,7 +6,7 @@ Once on what one machine has by itself, once on what a lab has; every service is
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,18 +17,17 @@ from ..models import write_job
 
 
 @pytest.fixture(params=["one machine", "lab"])
-def place(request: pytest.FixtureRequest, make_cli: Callable[..., Cli], tmp_path: Path) -> Iterator[Cli]:
+def place(request: pytest.FixtureRequest, make_cli: Callable[..., Cli]) -> Cli:
     if request.param == "one machine":
-        yield make_cli()
-        return
+        return make_cli()
     s3: services.S3 = request.getfixturevalue("s3_server")
     database = request.getfixturevalue("postgres_url")
-    with services.valkey(tmp_path, password="s3cret/pass") as redis_url:
-        cli = make_cli(
-            LORACTL_DATABASE_URL=database, LORACTL_REDIS_URL=redis_url, LORACTL_ARTIFACTS_URL=s3.url, **s3.environment
-        )
-        cli("db", "upgrade")
-        yield cli
+    redis_url = request.getfixturevalue("redis_url")
+    cli = make_cli(
+        LORACTL_DATABASE_URL=database, LORACTL_REDIS_URL=redis_url, LORACTL_ARTIFACTS_URL=s3.url, **s3.environment
+    )
+    cli("db", "upgrade")
+    return cli
 
 
 def test_a_lora_and_a_qlora_job_go_from_submit_to_report(place: Cli, tiny_model: Path, tmp_path: Path) -> None:

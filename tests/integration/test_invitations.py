@@ -27,30 +27,15 @@ from ..unit.factories import submission
 ENTER = "SELECT loractl_lab.enter('x', NULL)"
 
 
-@pytest.fixture(scope="module")
-def server(postgres_server: str) -> Iterator[str]:
-    """A server that asks logins of join lines for their passwords; others are trusted on its socket."""
-    engine = create_engine(postgres_server.replace("://", "+psycopg://", 1), isolation_level="AUTOCOMMIT")
-    with engine.connect() as connection:
-        rules = Path(str(connection.execute(text("SHOW hba_file")).scalar_one()))
-        before = rules.read_text()
-        rules.write_text(f"local all +loractl_join scram-sha-256\n{before}")
-        connection.execute(text("SELECT pg_reload_conf()"))
-        yield postgres_server
-        rules.write_text(before)
-        connection.execute(text("SELECT pg_reload_conf()"))
-    engine.dispose()
-
-
 @pytest.fixture
-def owner(server: str, postgres_url: str) -> Iterator[Engine]:
+def owner(alone_inviting: None, postgres_url: str) -> Iterator[Engine]:
     """The owner of tables that are there, with roles; logins of this test go at its end."""
     engine = make_engine(postgres_url)
     upgrade(engine)
     apply_roles(engine)
     yield engine
     with engine.begin() as connection:
-        for (name,) in connection.execute(text(f"SELECT rolname FROM pg_roles WHERE rolname ~ '^(ada_|{LOGIN})'")):
+        for (name,) in connection.execute(text(f"SELECT rolname FROM pg_roles WHERE rolname ~ '^(guest_|{LOGIN})'")):
             connection.exec_driver_sql(f"DROP ROLE {name}")
     engine.dispose()
 
@@ -74,7 +59,7 @@ def invited(owner: Engine) -> Iterator[Callable[..., tuple[Engine, Invitation]]]
 
 
 def new_name() -> str:
-    return f"ada_{secrets.token_hex(4)}"
+    return f"guest_{secrets.token_hex(4)}"
 
 
 def test_a_line_makes_one_login_of_its_role_once(
@@ -202,7 +187,7 @@ def test_a_name_that_is_there_changes_its_password_for_the_owner_s_line_alone(
 def test_an_owner_who_is_no_superuser_invites_too(real_services: None) -> None:
     """As on a server from a distribution's packages: the tables' owner may make roles, and no more."""
     folder = Path(tempfile.mkdtemp(prefix="loractl-pg-"))
-    with services.postgres(folder / "data", durable=False) as server:
+    with services.postgres(folder) as server:
         admin = create_engine(server.replace("://", "+psycopg://", 1), isolation_level="AUTOCOMMIT")
         with admin.connect() as connection:
             connection.exec_driver_sql("CREATE ROLE lab_owner LOGIN CREATEROLE")
@@ -214,16 +199,16 @@ def test_an_owner_who_is_no_superuser_invites_too(real_services: None) -> None:
         upgrade(engine)
         apply_roles(engine)
         for name in (None, "ada", "ada"):  # a new one, and that one twice again
-            guest = Invitation(login=LOGIN + secrets.token_hex(6), password="", role=SUBMIT, name=name, sealed="s")
+            guest = Invitation(login=LOGIN + secrets.token_hex(6), password="p", role=SUBMIT, name=name, sealed="s")
             invite(engine, [guest], 60)
-            line = make_engine(str(engine.url.set(username=guest.login)))
+            line = make_engine(engine.url.set(username=guest.login, password="p").render_as_string(False))
             with entered(line, "ada", "d" * 20) as made:
                 assert made == "ada"
             line.dispose()
         apply_roles(engine, [WantedLogin(name="bob", role=WORK)])
-        guest = Invitation(login=LOGIN + secrets.token_hex(6), password="", role=WORK, name="bob", sealed="s")
+        guest = Invitation(login=LOGIN + secrets.token_hex(6), password="p", role=WORK, name="bob", sealed="s")
         invite(engine, [guest], 60)
-        line = make_engine(str(engine.url.set(username=guest.login)))
+        line = make_engine(engine.url.set(username=guest.login, password="p").render_as_string(False))
         with entered(line, "bob", "e" * 20) as made:
             assert made == "bob", "a login that loractl db roles has made"
         line.dispose()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 import pytest
 from sqlalchemy import make_url
@@ -15,10 +15,9 @@ from loractl.common.settings import load_settings
 from loractl.common.store.database import connect
 from loractl.common.store.store import Store
 
-from .. import services
 from ..conftest import Cli
 from ..models import write_helpdesk
-from ..services import wake
+from ..services import QUEUE_SECRET, wake
 from ..tls import make_authority, terminator
 
 pytestmark = pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl makes the certificates")
@@ -35,14 +34,11 @@ def wrong(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def valkey(right: Path, tmp_path: Path) -> Iterator[str]:
+def valkey(right: Path, redis_url: str) -> Iterator[str]:
     """The address of a Valkey with a password behind TLS, without query."""
-    (tmp_path / "valkey").mkdir()
-    with (
-        services.valkey(tmp_path / "valkey", "hunter2") as url,
-        terminator(right, int(make_url(url).port or 0)) as port,
-    ):
-        yield f"rediss://:hunter2@localhost:{port}/0"
+    url = urlsplit(redis_url)
+    with terminator(right, int(url.port or 0)) as port:
+        yield f"rediss://:{url.password}@localhost:{port}{url.path}"
 
 
 @pytest.fixture
@@ -66,7 +62,7 @@ def test_a_queue_of_another_authority_is_refused_in_a_sentence(
     """Without a query the system's authorities count."""
     with pytest.raises(ServiceUnreachable, match="certificate verify failed") as caught:
         wake(load_settings(_home(tmp_path, LORACTL_REDIS_URL=valkey + query.format(wrong=wrong))), 8)
-    assert "hunter2" not in caught.value.sentence
+    assert QUEUE_SECRET not in caught.value.sentence
 
 
 def test_a_certificate_for_another_name_is_refused(valkey: str, right: Path, tmp_path: Path) -> None:

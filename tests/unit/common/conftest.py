@@ -11,7 +11,7 @@ from loractl.common.store.database import make_engine
 from loractl.common.store.store import Store
 
 from ...conftest import kept_engine
-from ...databases import database
+from ...databases import UPGRADED, database
 from ..factories import Clock
 
 
@@ -30,8 +30,7 @@ def timed(upgraded_url: str, clock: Clock) -> Iterator[Store]:
 
 @pytest.fixture
 def postgres_engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
-    template = request.getfixturevalue("postgres_template")
-    with database(request.getfixturevalue("postgres_server"), template) as url:
+    with database(request.getfixturevalue("postgres_server"), UPGRADED) as url:
         made = make_engine(url, connections=40)
         yield made
         made.dispose()

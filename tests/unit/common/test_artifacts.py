@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -47,8 +48,8 @@ def place(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mo
     server: services.S3 = request.getfixturevalue("s3_server")
     for name, value in server.environment.items():
         monkeypatch.setenv(name, value)
-    part = tmp_path.name  # one bucket for the session, a folder in it for each test
-    return Place(ArtifactStore(f"{server.url}/{part}"), server.folder / "loractl" / "lab" / part)
+    part = tmp_path.name  # one folder for the session, another in it for each test
+    return Place(ArtifactStore(f"{server.url}/{part}"), server.folder / part)
 
 
 @pytest.fixture
@@ -382,10 +383,11 @@ def test_a_browser_saves_what_it_gets_from_s3(
     for name, value in s3_server.environment.items():
         monkeypatch.setenv(name, value)
     (result / "report.html").write_text("<script>alert(1)</script>")
-    store = ArtifactStore(f"{s3_server.url}/served")
+    bucket, store = urlsplit(s3_server.url), ArtifactStore(f"{s3_server.url}/served")
     store.put_result(result, PREFIX)
     for name in ("report.html", "report.json", MANIFEST):
-        head = store._files._fs.call_s3("head_object", Bucket="loractl", Key=f"lab/served/{PREFIX}/{name}")
+        key = f"{bucket.path[1:]}/served/{PREFIX}/{name}"
+        head = store._files._fs.call_s3("head_object", Bucket=bucket.netloc, Key=key)
         assert head["ContentType"] == "application/octet-stream", name
 
 
@@ -395,7 +397,7 @@ def test_wrong_keys_are_a_sentence(s3_server: services.S3, monkeypatch: pytest.M
     with pytest.raises(LoractlError) as caught:
         ArtifactStore(s3_server.url).put_result(result, PREFIX)
     assert s3_server.url in caught.value.sentence
-    assert not (s3_server.folder / "loractl" / "lab" / PREFIX).exists()
+    assert not (s3_server.folder / PREFIX).exists()
 
 
 def test_a_store_of_an_unknown_kind_is_refused() -> None:

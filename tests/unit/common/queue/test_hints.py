@@ -18,7 +18,7 @@ from loractl.common.queue.hints import WAKE_TASK, queue_name
 from loractl.common.settings import load_settings
 
 from .... import services
-from ....services import wake
+from ....services import QUEUE_SECRET, wake
 
 pytestmark = pytest.mark.usefixtures("real_services")
 
@@ -38,12 +38,11 @@ def test_a_queue_where_nothing_listens_is_named_within_five_seconds_without_its_
     assert error.hint == "check that it runs, or set LORACTL_REDIS_URL"
 
 
-def test_a_wake_up_is_one_json_message_in_the_queue_of_its_class(tmp_path: Path) -> None:
-    with services.valkey(tmp_path, "p/w#1") as url:
-        wake(load_settings({"LORACTL_HOME": str(tmp_path), "LORACTL_REDIS_URL": url}), 24)
-        client = redis.Redis.from_url(url)
-        assert {c: client.llen(queue_name(c)) for c in VRAM_CLASSES if client.llen(queue_name(c))} == {24: 1}
-        message = json.loads(client.lpop("vram.24"))
+def test_a_wake_up_is_one_json_message_in_the_queue_of_its_class(redis_url: str, tmp_path: Path) -> None:
+    wake(load_settings({"LORACTL_HOME": str(tmp_path), "LORACTL_REDIS_URL": redis_url}), 24)
+    client = redis.Redis.from_url(redis_url)
+    assert {c: client.llen(queue_name(c)) for c in VRAM_CLASSES if client.llen(queue_name(c))} == {24: 1}
+    message = json.loads(client.lpop("vram.24"))
     assert message["content-type"] == "application/json"
     assert message["headers"]["task"] == WAKE_TASK
     arguments, _, _ = json.loads(base64.b64decode(message["body"]))
@@ -58,11 +57,10 @@ def test_a_wake_up_starts_the_embedded_queue_when_there_is_no_other(home: Path) 
     assert client.llen("vram.8") == 2
 
 
-def test_a_wrong_password_is_a_queue_that_cannot_be_reached(tmp_path: Path) -> None:
-    with services.valkey(tmp_path, "right") as url:
-        environ = {"LORACTL_HOME": str(tmp_path), "LORACTL_REDIS_URL": url.replace("right", "wrong")}
-        with pytest.raises(ServiceUnreachable) as caught:
-            wake(load_settings(environ), 8)
+def test_a_wrong_password_is_a_queue_that_cannot_be_reached(redis_url: str, tmp_path: Path) -> None:
+    environ = {"LORACTL_HOME": str(tmp_path), "LORACTL_REDIS_URL": redis_url.replace(QUEUE_SECRET, "wrong")}
+    with pytest.raises(ServiceUnreachable) as caught:
+        wake(load_settings(environ), 8)
     assert "wrong" not in caught.value.sentence.partition(": ")[0]
 
 
