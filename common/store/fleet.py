@@ -39,6 +39,7 @@ class FleetView:
     running: dict[int, Job]
     charges: dict[str, float]  # GiB hours by user
     decisions: tuple[Decision, ...]  # what starts next, and for which job a card is kept
+    round_at: dt.datetime | None = None  # when a node last went round for the fleet; None: none ever did
     failures: tuple[CardFailure, ...] = ()  # of a day, on cards that have ended no attempt well since
     refused_joins: Mapping[tuple[int, str], RefusedJoin] = field(default_factory=dict)  # by waiting job and card
 

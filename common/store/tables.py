@@ -278,6 +278,10 @@ class Node(Base):
         return self.total - self.margin
 
 
+LEASES = "leases"
+"""The round in which leases are ended."""
+
+
 class FleetRound(Base):
     """What one node at a time does for the whole fleet, and when it was last done."""
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from loractl.common.placement.cards import Card, WarmBase
+from loractl.common.settings import LEASE_S
 from loractl.common.store.fleet import FleetView
 
 from .wait.cards import SILENT_S
@@ -112,12 +113,27 @@ DEVICE_FIELDS = tuple(DeviceState.__annotations__)[:-5]
 """The columns of a node; `free` is counted again."""
 
 
+STOPPED = "somebody's transaction holds the row fleet of locks: pg_stat_activity names it, pg_terminate_backend ends it"
+"""What to do where nobody goes round."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Fleet:
     """All devices at one moment, by name."""
 
     devices: tuple[DeviceState, ...]
     now: dt.datetime
+    round_at: dt.datetime | None = None  # when a node last went round for all
+
+    @property
+    def stopped_s(self) -> float | None:
+        """For how long none of the nodes that are online has gone round for all; None: no longer than a lease.
+
+        Leases that are over are not ended then, nobody gives way, and no patience ends.
+        """
+        silent = None if self.round_at is None else (self.now - self.round_at).total_seconds()
+        online = any(device.silent_s is None for device in self.devices)
+        return silent if silent is not None and silent > LEASE_S and online else None
 
     def as_json(self) -> list[dict[str, Any]]:
         """Each device's fields."""
@@ -142,7 +158,7 @@ def fleet(store: Store) -> Fleet:
 def fleet_of(view: FleetView) -> Fleet:
     """The devices of a view."""
     devices = tuple(_device(view.nodes[name], card, view) for name, card in view.cards.items())
-    return Fleet(devices=devices, now=view.now)
+    return Fleet(devices=devices, now=view.now, round_at=view.round_at)
 
 
 def _device(node: Node, card: Card, view: FleetView) -> DeviceState:

@@ -170,6 +170,10 @@ def _cards(census: LabCensus) -> Iterator[Metric]:
     yield _gauge("loractl_card_drained", "Whether somebody keeps the card empty on purpose: 1, or 0", drained)
     seen = [(labels, device.seen_at.timestamp()) for device, labels in devices]
     yield _gauge("loractl_card_seen_timestamp_seconds", "When the card's worker last wrote its row", seen)
+    rounds: list[tuple[dict[str, str], float]] = [({}, at.timestamp()) for at in (census.round_at,) if at is not None]
+    yield _gauge(
+        "loractl_fleet_round_timestamp_seconds", "When a worker last went round for all, to end leases", rounds
+    )
     load = [(labels, device.load / 100) for device, labels in devices if device.load is not None]
     yield _gauge("loractl_card_load_ratio", "How busy the card is, 0 to 1", load)
     warm = [(labels, float(d.temperature)) for d, labels in devices if d.temperature is not None]

@@ -141,10 +141,14 @@ def _keep_checkpoint(store: ArtifactStore, folder: Path) -> None:
 
 def see_boxes(settings: Settings) -> Iterator[Condition]:
     """Each box: its versions, whether it is seen, and whether its cards take jobs."""
-    from loractl.scheduler.answers.fleet import fleet
+    from loractl.scheduler.answers.fleet import STOPPED, fleet
 
     with one_look(settings) as engine:
-        devices = fleet(Store(engine)).devices
+        found = fleet(Store(engine))
+    devices = found.devices
+    if found.stopped_s is not None:
+        what = f"no worker has gone round for all for {duration(found.stopped_s)}: lost ones are not noticed"
+        yield broken("boxes", what, STOPPED)
     boxes: dict[str, list[DeviceState]] = defaultdict(list)
     for device in devices:
         boxes[device.host].append(device)

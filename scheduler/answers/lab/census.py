@@ -40,6 +40,7 @@ class LabCensus:
     now: dt.datetime
     counts: Sequence[JobCount]
     oldest_ready: dt.datetime | None
+    round_at: dt.datetime | None  # when a node last went round for all
     devices: Sequence[DeviceState]
     running: Sequence[RunningJob]
     traffic: Sequence[ChannelTraffic]  # of messages
@@ -56,6 +57,7 @@ def lab_census(store: Store) -> LabCensus:
         now=view.now,
         counts=store.counts(),
         oldest_ready=store.oldest_ready(),
+        round_at=view.round_at,
         devices=fleet_of(view).devices,
         running=[_running(job, reserved.get(job.job_id, {})) for job in list(view.running.values())[:MOST_RUNNING]],
         traffic=store.traffic(),

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from loractl.common.errors import ArtifactError
 from loractl.common.store.records import Choice, Page
-from loractl.common.units import gib
+from loractl.common.units import duration, gib
 
 from ..fleet import Fleet, fleet_of
 from ..job import JobState, state_of
@@ -130,6 +130,10 @@ def _shares(view: FleetView) -> list[OwnersShare]:
 
 
 def _notices(store: Store, seen: Overview, view: FleetView) -> Iterator[Notice]:
+    stopped_s = fleet_of(view).stopped_s
+    if stopped_s is not None:
+        text = f"No worker has gone round for all for {duration(stopped_s)}: lost workers are not noticed."
+        yield Notice(text=text, command="loractl doctor")
     for name, node in view.nodes.items():
         if node.fault is not None:
             yield Notice(text=f"{name} is closed: {node.fault}", command="loractl gpus")

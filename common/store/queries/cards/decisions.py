@@ -17,7 +17,7 @@ from loractl.common.placement.lines import SubstitutedLine, Waiting
 from loractl.common.placement.rule import Decision, place
 
 from ...fleet import FleetView
-from ...tables import Job, Node
+from ...tables import LEASES, FleetRound, Job, Node
 from ..lines import read_joiners, read_levels, read_oldest
 from .nodes import drained_targets, read_cards, read_charges, read_failures
 from .packs import Packs, read_packs
@@ -68,6 +68,7 @@ def read_view(session: Session, now: dt.datetime) -> FleetView:
         running={job.job_id: job for job in session.scalars(select(Job).where(Job.status == Status.RUNNING))},
         charges=charges,
         decisions=decisions,
+        round_at=session.scalar(select(FleetRound.at).where(FleetRound.name == LEASES)),
         failures=tuple(read_failures(session, now)),
         refused_joins=_refused(session, outlook, decisions, now),
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 import datetime as dt
 
 from ...records import FleetTurn
-from ...tables import FleetRound
+from ...tables import LEASES, FleetRound
 from ...transaction import Transaction
 from ..changes import answer_wishes
 from ..outbox.deliveries import tidy
@@ -16,7 +16,7 @@ from ..outbox.notices import NEWS_S, tell_of_cancelled_sweeps, tell_of_silence
 from ..outbox.reach import tell_of_jobs_out_of_reach
 from .nodes import read_cards
 
-_NAME, _REACH = "leases", "reach"
+_REACH = "reach"
 
 REACH_EVERY_S = 60.0
 """How often it is asked which jobs no card could ever hold."""
@@ -30,7 +30,7 @@ shorter outage none of their leases is over."""
 
 
 def is_due(tx: Transaction, every_s: float) -> bool:
-    row = tx.session.get(FleetRound, _NAME)
+    row = tx.session.get(FleetRound, LEASES)
     # a clock that was set back must not end the rounds
     return row is None or not 0 <= (tx.now() - row.at).total_seconds() < every_s
 
@@ -38,11 +38,11 @@ def is_due(tx: Transaction, every_s: float) -> bool:
 def take_turn(tx: Transaction, node: str, lease_s: float, every_s: float, settle_s: float) -> FleetTurn | None:
     if not tx.is_alone() or not is_due(tx, every_s):
         return None
-    now, row = tx.now(), tx.session.get(FleetRound, _NAME)
+    now, row = tx.now(), tx.session.get(FleetRound, LEASES)
     last_at = dt.datetime.min.replace(tzinfo=dt.UTC) if row is None else row.at - dt.timedelta(seconds=_SLOW_COMMIT_S)
     away = row is None or (now - row.at).total_seconds() > GAP * lease_s
     settled_at = now + dt.timedelta(seconds=settle_s) if row is None or away else row.settled_at
-    tx.put(FleetRound, "name", {"name": _NAME, "node": node, "at": now, "settled_at": settled_at})
+    tx.put(FleetRound, "name", {"name": LEASES, "node": node, "at": now, "settled_at": settled_at})
     settling = 0 < (settled_at - now).total_seconds() <= settle_s
     if not settling:
         tell_of_silence(tx, now)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +16,17 @@ from prometheus_client.samples import Sample
 from loractl import __version__
 from loractl.common.channel.channels import Channel
 from loractl.common.job.status import Reason, Status
+from loractl.common.settings import load_settings
 from loractl.common.store.records import Delivery, Progress
 from loractl.common.units import GIB
+from loractl.scheduler.answers.health.condition import Level
+from loractl.scheduler.answers.health.services import see_boxes
 from loractl.scheduler.answers.lab.census import SETTLED_S
 from loractl.scheduler.web.metrics import RATIO_BUCKETS, WAIT_BUCKETS, Exporter
 
 from .... import webs
 from ...factories import node_state
-from .conftest import Web, web_on
+from .conftest import Web, serve, web_on
 
 RULES = Path(__file__).parents[4] / "rules" / "loractl.yaml"
 
@@ -160,8 +165,8 @@ def alerts() -> list[dict[str, Any]]:
     return list(group["rules"])
 
 
-def test_there_are_ten_alerts_each_with_words_for_people() -> None:
-    assert len({alert["alert"] for alert in alerts()}) == 10
+def test_there_are_eleven_alerts_each_with_words_for_people() -> None:
+    assert len({alert["alert"] for alert in alerts()}) == 11
     for alert in alerts():
         assert alert["alert"].startswith("Loractl") and alert["labels"]["severity"] in ("warning", "critical")
         assert {"summary", "description"} <= alert["annotations"].keys()
@@ -182,3 +187,24 @@ def test_an_alert_names_only_what_the_exporter_tells(own_web: Web, alert: dict[s
         assert all(grouped in s.labels for s in samples[named[0][0]])
     shown = re.findall(r"\$labels\.(\w+)", alert["annotations"]["summary"])
     assert all(label in samples[named[0][0]][0].labels for label in shown)
+
+
+def test_a_round_that_nobody_takes_is_told(own_web: Web, home: Path) -> None:
+    """Somebody's transaction may hold its lock: then no lost worker is noticed."""
+    web, words = own_web, "gone round for all for 5 min"
+
+    def last_at(moment: dt.datetime, ago: dt.timedelta) -> None:
+        web.alter("DELETE FROM fleet_rounds")
+        at = f"{moment - ago:%Y-%m-%d %H:%M:%S}"
+        web.alter(f"INSERT INTO fleet_rounds VALUES ('leases', 'heron:0', '{at}', '{at}')")
+        web.alter(f"UPDATE nodes SET seen_at = '{moment:%Y-%m-%d %H:%M:%S}'")
+
+    last_at(web.lab.now, dt.timedelta(seconds=5))
+    assert value(scrape(web), "loractl_fleet_round_timestamp_seconds") == web.lab.now.timestamp() - 5
+    assert words not in serve(web.lab, web.url).client.get("/").text
+    last_at(web.lab.now, dt.timedelta(minutes=5))
+    assert words in serve(web.lab, web.url).client.get("/").text
+    last_at(dt.datetime.now(dt.UTC), dt.timedelta(minutes=5))
+    settings = replace(load_settings(), database_url=web.url)
+    (told,) = [one for one in see_boxes(settings) if words in one.sentence]
+    assert told.level is Level.ERROR and told.hint is not None
