@@ -81,6 +81,7 @@ def plan_repetition(job: Job, report: dict[str, Any], store: Store, settings: Se
         *_base(spec, report, settings.cache_dir),
         *_hub_data(spec, job),
         *_changes(report),
+        *_company(report),
     )
     adjustment = Adjustment(**report["training"].get("adjustment", {}))
     return Repetition(job_id=job.job_id, spec=spec, adjustment=adjustment, data=job.data, caveats=caveats)
@@ -196,3 +197,11 @@ def _changes(report: dict[str, Any]) -> Iterator[Caveat]:
     if training.get("changes") and training["resumed_from_step"]:
         now = f"{training['per_device_train_batch_size']} rows at once from the first step"
         yield Caveat(what="batch", then=clean_line(training["changes"][-1]), now=now)
+
+
+def _company(report: dict[str, Any]) -> Iterator[Caveat]:
+    """Jobs that trained on the same base in the same process: who will be there the next time nobody knows."""
+    others = report["training"].get("companions") or ()
+    if others:
+        then = f"job{'s' if len(others) > 1 else ''} {', '.join(map(str, others))} in its trainer"
+        yield Caveat(what="jobs beside it", then=then, now="none, or other ones")

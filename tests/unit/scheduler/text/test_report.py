@@ -116,8 +116,16 @@ def test_control_characters_of_a_models_answer_never_reach_the_terminal() -> Non
     assert all(c.isprintable() or c == "\n" for c in shown)
 
 
-@pytest.mark.parametrize(("resumed", "words"), [(None, "20 steps in"), (11, "20 steps, the last 9 of them in")])
-def test_the_time_of_a_resumed_training_names_the_steps_that_it_covers(resumed: int | None, words: str) -> None:
+@pytest.mark.parametrize(
+    ("resumed", "beside", "words"),
+    [
+        (None, [], "20 steps in"), (11, [], "20 steps, the last 9 of them in"), (None, [4], "20 steps beside job 4 in"),
+        (11, [4, 5], "20 steps beside jobs 4, 5, the last 9 of them in"),
+    ],
+)  # fmt: skip
+def test_the_steps_name_what_a_resumed_training_s_time_covers_and_who_was_beside_it(
+    resumed: int | None, beside: list[int], words: str
+) -> None:
     value = report()
-    value["training"] |= {"steps": 20, "resumed_from_step": resumed}
+    value["training"] |= {"steps": 20, "resumed_from_step": resumed, "companions": beside}
     assert words in report_text(value, PLAIN, 0)
