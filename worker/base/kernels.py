@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-
 from .processor import add_up_repeatably
 
 QUANTISE = "bitsandbytes::quantize_4bit"
@@ -50,6 +48,7 @@ def _quantiser() -> Callable[[Any, int, str, Any], tuple[Any, Any]]:
     faster than one, since each waits for Python's lock after each operation. What is not in whole blocks of NF4 is left
     to it.
     """
+    import numpy as np
     import torch
     from bitsandbytes.functional import get_4bit_type
 
@@ -87,6 +86,8 @@ def _scale(weight: Any, scaled: Any, scales: Any) -> None:
 
 def _count(borders: Any, scaled: Any, below: Any, code: Any) -> None:
     """Write to `code` how many borders lie below each number; a NaN is above all."""
+    import numpy as np
+
     code.fill(len(borders))
     for border in borders:
         np.less_equal(scaled, border, out=below)
