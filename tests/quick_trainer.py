@@ -24,7 +24,8 @@ from loractl.worker.training.checkpoint import newest_checkpoint
 STEP_S = 0.05
 
 KILLS = "kills-its-worker"
-"""A job with this label kills the node that has started it."""
+"""A job with this label kills the node that has started it: one that started cold, since a forked process has another
+parent."""
 
 Tell = Callable[[Told], None]
 Sleep = Callable[[float], None]

@@ -51,6 +51,7 @@ MODULES = {
     "loractl.worker.node": LIGHT,
     "loractl.worker.node.health.card_check": LIGHT,
     "loractl.worker.storage.process": LIGHT,
+    "tests.quick_trainer": LIGHT,
 }
 """What commands, nodes and trainers start by `python -m`, and the server that has it."""
 

@@ -42,7 +42,8 @@ LATE = {
         "celery.backends.base", "celery.concurrency.solo", "celery.events", "celery.events.dispatcher",
         "celery.events.receiver", "celery.fixups.django", "celery.worker.autoscale", "celery.worker.components",
         "celery.worker.consumer", "celery.worker.consumer.delayed_delivery", "celery.worker.strategy",
-        "fsspec.implementations.local", "kombu.matcher", "kombu.mixins", "kombu.pidbox", "psutil", "redis",
+        "fsspec.implementations.local", "kombu.matcher", "kombu.mixins", "kombu.pidbox",
+        "loractl.worker.training.trainer", "psutil", "redis", "s3fs",
     ),
     HEAVY: (
         *BOTH, "bitsandbytes", "datasets", "peft.tuners.lora.bnb", "peft.utils.transformers_weight_conversion",
