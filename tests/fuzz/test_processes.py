@@ -65,7 +65,7 @@ def test_a_trainer_that_is_told_rubbish_ends(make_cli: Callable[..., Cli], chanc
         b"9" * 10_000 + b"\n", chance.randbytes(4096),
     ]  # fmt: skip
     orders += [_damaged(good, chance).replace(b'"start"', b'"stort"') for _ in range(4)]
-    command = [sys.executable, "-m", "loractl.worker.training.trainer"]
+    command = [sys.executable, "-m", warm.OWN]
     for given, code, out, err in _run_all([command] * len(orders), make_cli().environment, orders):
         INPUTS["trainer's input"] += 1
         assert code in (1, EXIT_ORPHANED), f"{given}: {code}\n{err}"

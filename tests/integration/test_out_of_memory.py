@@ -38,6 +38,7 @@ from loractl.worker.training.probe import Probe
 from loractl.worker.training.recipe import train
 from loractl.worker.training.run import Run, Stopped
 
+from .. import warm
 from ..conftest import Cli
 from ..gangs import train_on
 from ..waiting import until_job
@@ -151,15 +152,15 @@ def here(order: Start, *, stop_after: int | None = None) -> list[Told]:
     return told
 
 
-def in_a_trainer(order: Start) -> list[Told]:
+def in_a_trainer(order: Start, warm_start: dict[str, str]) -> list[Told]:
     """Run a trainer process to its end and return what it told."""
     trainer = subprocess.Popen(
-        [sys.executable, "-m", "loractl.worker.training.trainer"],
+        [sys.executable, "-m", warm.OWN],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, **warm_start, "OMP_NUM_THREADS": "1"},
     )
     assert trainer.stdin and trainer.stdout and trainer.stderr
     trainer.stdin.write(encode(order))
@@ -246,11 +247,11 @@ def test_a_checkpoint_of_another_effective_batch_is_not_taken_up(tiny_model: Pat
 
 
 def test_a_run_that_does_not_fit_learns_the_same_in_smaller_pieces(
-    wide_model: Path, data: Path, tmp_path: Path
+    wide_model: Path, data: Path, tmp_path: Path, warm_start: dict[str, str]
 ) -> None:
     batch = {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 1, "max_steps": 2}
     whole = losses(here(make_order(tmp_path / "whole", wide_model, data, samples=0, **batch)))
-    told = in_a_trainer(make_order(tmp_path / "less", wide_model, data, limit=LIMIT, **batch))
+    told = in_a_trainer(make_order(tmp_path / "less", wide_model, data, limit=LIMIT, **batch), warm_start)
     ended = told[-1]
     assert isinstance(ended, Ended) and ended.reason is Reason.OK, [*notes(told), ended]
     assert notes(told)[0] == "out of memory with 16 rows at once: goes on with 8, accumulating 2 (same effective batch)"
@@ -280,10 +281,10 @@ def test_a_rank_without_room_makes_the_batch_smaller_for_all(wide_model: Path, d
 
 
 def test_a_run_of_which_not_one_row_fits_says_so_after_every_step_down(
-    wide_model: Path, data: Path, tmp_path: Path
+    wide_model: Path, data: Path, tmp_path: Path, warm_start: dict[str, str]
 ) -> None:
     order = make_order(tmp_path / "none", wide_model, data, limit=140 * MIB, per_device_train_batch_size=2)
-    told = in_a_trainer(order)
+    told = in_a_trainer(order, warm_start)
     ended = told[-1]
     assert isinstance(ended, Ended) and ended.reason is Reason.OUT_OF_MEMORY
     assert ended.message.startswith("one row of 447 tokens does not fit, even with gradient checkpointing")
