@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from loractl.common.data.formats import detect_format, parse_examples
 from loractl.common.data.rows import read_rows
 from loractl.common.job.file import load_spec
 
+from .. import warm
 from ..conftest import Cli
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.yaml"))
@@ -59,7 +62,10 @@ def test_every_example_runs_to_its_report(cli: Cli, tiny_model: Path) -> None:
 
 
 def test_the_demo_reports_what_succeeded_and_its_lines_work_when_typed(cli: Cli, tiny_model: Path, home: Path) -> None:
-    root, here = MODEL.parents[1], cli.with_environment(LORACTL_HOME=str(home / "demo"))
+    """Its own commands are forked (bash takes a function before the PATH); the typed one is the installed command."""
+    forked = shlex.join([sys.executable, "-S", "-E", str(warm.__file__)])
+    function = {"BASH_FUNC_loractl%%": f'() {{ {forked} "$@"; }}'}
+    root, here = MODEL.parents[1], cli.with_environment(LORACTL_HOME=str(home / "demo"), **function)
     asked = (
         f"base_model={tiny_model}",
         "dataset.max_length=1024",
