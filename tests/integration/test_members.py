@@ -25,6 +25,7 @@ from loractl.worker.protocol.messages import (
     Opened,
     Order,
     Passed,
+    Saved,
     Start,
     Stepped,
     Stop,
@@ -60,7 +61,8 @@ class Process:
         self.told: dict[int, list[Told]] = defaultdict(list)
         self.on: list[Callable[[Told], None]] = []
         self.company = Company()
-        self._members = Members(_Host(self.company, self._tell), self._desk, self._tell, self.company)
+        self._server = _Host(self.company, self._tell)
+        self._members = Members(self._server, self._desk, self._tell, self.company)
         self.stays: bool | None = None
         self._thread = threading.Thread(target=self._main)
         self._thread.start()
@@ -92,6 +94,11 @@ class Process:
                 do()
 
         self.on.append(hear)
+
+    def base(self) -> Any:
+        """The model on the shelf."""
+        assert self._server._shelf is not None and self._server._shelf._imprint is not None
+        return self._server._shelf._imprint.model
 
     def remained(self) -> list[str]:
         """Why the process does not stay, as it was told."""
@@ -188,6 +195,30 @@ def test_one_that_diverges_is_drained_or_can_t_share_ends_alone(
     ended, told = recipe("rest", resume="drained", **drained)
     assert ended.reason is Reason.OK and any(m.resumed_from_step for m in told if isinstance(m, Note))
     assert weights(tmp_path / "rest") == weights(tmp_path / "whole")
+
+
+def test_a_base_that_one_job_changes_counts_for_no_job_of_its_process(
+    recipe: Recipe, start: Callable[..., Start], tmp_path: Path
+) -> None:
+    """One weight, by a hundredth, at the second job's third step: no later checkpoint and no result is told."""
+    saving = {**LONG, "max_steps": 8, "save_steps": 2}
+    process = Process()
+
+    def change() -> None:
+        with torch.no_grad():
+            next(iter(process.base().parameters())).view(-1)[7] += 0.01
+
+    process.when(1, Opened, lambda: process.send(start("two", job_id=2, keep=True, joins=True, **saving)))
+    process.when(2, Stepped, change, step=3)
+    process.send(start("one", job_id=1, keep=True, **{**saving, "max_steps": 40}))
+    process.join()
+    for job in (1, 2):
+        ended = process.ended(job)
+        assert ended.reason is Reason.HOST_LOST and "a weight of the base has changed" in ended.message
+    told = [message for message in process.told[2] if isinstance(message, (Stepped, Saved))]
+    last_saved = max((one.step for one in told if isinstance(one, Saved)), default=0)
+    assert last_saved <= 3, "a checkpoint of a good base, or none"
+    assert not process.stays and "has changed" in " ".join(process.remained())
 
 
 def test_a_card_that_fails_under_several_jobs_fails_none_of_them_for_good(

@@ -30,6 +30,7 @@ class CheckpointCloser(TrainerCallback):
         self._best.store(folder)
         proof, step = self._proof.loss(model), state.global_step
         kind = args.optim.value
+        self._run.require_base()
         close_checkpoint(folder, step=step, finished=finished, belongs_to=self._belongs_to, proof=proof, optimizer=kind)
         self._run.note("saved", f"saved step {step}")
         self._run.tell(Saved(job_id=self._run.order.job_id, step=step, path=str(folder)))

@@ -116,6 +116,7 @@ def train(run: Run) -> Ended:
     write_page(report, out)
     write_model_card(report, out / "adapter")
     run.shelf.tokenizers.give_back(lent)
+    run.require_base()
     return Ended(job_id=order.job_id, reason=Reason.OK, message=report["verdict"]["short"], peaks=run.peaks())
 
 

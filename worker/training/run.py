@@ -11,7 +11,8 @@ import torch
 
 from loractl.common.job.adjustment import Adjustment, adjusted, in_words
 from loractl.common.job.spec import JobSpec
-from loractl.common.job.status import Stage
+from loractl.common.job.status import Reason, Stage
+from loractl.worker.base.failure import TrainingFailed
 from loractl.worker.base.gauge import Gauge
 from loractl.worker.base.kept.shelf import Shelf
 from loractl.worker.engine.relay import Leg, solo_leg
@@ -111,10 +112,24 @@ class Run:
         self.adjust(replace(self.adjustment, eval_batch=batch))
 
     def check_stop(self) -> None:
-        """Call it again and again in work that takes long. Raises Stopped."""
+        """Call it again and again in work that takes long. Raises Stopped, and as require_base."""
         if self.stop.is_set():
             raise Stopped
+        self._require_company()
         self.go_on()
+
+    def require_base(self) -> None:
+        """Call it before what was trained or measured here counts: another job here may have changed the base.
+
+        Raises TrainingFailed(host_lost), then and from then on, for all jobs of the process.
+        """
+        if self.company.met_by(self.order.job_id) and self.company.lost is None:
+            self.company.lost = self.shelf.change()
+        self._require_company()
+
+    def _require_company(self) -> None:
+        if self.company.lost is not None:
+            raise TrainingFailed(Reason.HOST_LOST, f"it shared its trainer with other jobs, and {self.company.lost}")
 
     def go_on(self) -> None:
         """Say now and then that the job is at work: one that says nothing for long is taken to hang."""

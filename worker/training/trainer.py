@@ -182,7 +182,7 @@ class _Host:
         from loractl.worker.base.gauge import release
 
         assert self._shelf is not None and self._allowance is not None
-        fault = self._traces.pop(order.job_id).left() or self._fault or self._spoilt_by(ended)
+        fault = self._traces.pop(order.job_id).left() or self._fault or self._company.lost or self._spoilt_by(ended)
         try:
             release()
             self._allowance.take_back(order, self._shelf.size)
@@ -193,7 +193,7 @@ class _Host:
 
     def settle(self, order: Start, ended: Ended) -> Ended:
         self._traces.clear()
-        self._fault = self._fault or self._spoilt_by(ended)
+        self._fault = self._fault or self._company.lost or self._spoilt_by(ended)
         assert self._shelf is not None
         size, why = None, self._fault
         if why is None:

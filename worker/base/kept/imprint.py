@@ -40,7 +40,7 @@ class Imprint:
             vars(config).update({**copy.deepcopy(saved), **kept})  # configs in configs are put back themselves
 
     def change(self) -> str | None:
-        """What is not as it was though it was put back: a weight whose bits have changed; None where all is."""
+        """What is not as it was, also while trainings use it: a weight whose bits have changed; None where all is."""
         return None if self._all_sums() == self._sums else "a weight of the base has changed"
 
     @property
@@ -55,7 +55,7 @@ class Imprint:
         return sum(storages.values())
 
     def _all_sums(self) -> list[tuple[Any, ...]]:
-        return [_sum_of(tensor) for tensor in self.tensors]
+        return [_sum_of(tensor) for weight in self._weights for tensor in weight.bits()]
 
 
 class _Weight:
@@ -83,6 +83,11 @@ class _Weight:
     def tensors(self) -> list[torch.Tensor]:
         of_states = [v for state, _ in self._states for v in vars(state).values() if isinstance(v, torch.Tensor)]
         return [self._tensor, *of_states]
+
+    def bits(self) -> list[torch.Tensor]:
+        """What was loaded, whatever a training has put in its place meanwhile."""
+        of_states = [v for _, saved in self._states for v in saved.values() if isinstance(v, torch.Tensor)]
+        return [self._data, *of_states]
 
 
 def _states_of(tensor: torch.Tensor) -> list[Any]:
@@ -138,6 +143,8 @@ def _sum_of(tensor: torch.Tensor) -> tuple[Any, ...]:
 
 
 def _parts(whole: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Two parts: bits that moved from one place to another are seen more often than in one sum."""
-    yield whole[::2]
-    yield whole[1::2]
+    """Two parts: bits that moved from one place to another are seen more often than in one sum. Halves: to read every
+    second number takes twice as long."""
+    half = whole.numel() // 2
+    yield whole[:half]
+    yield whole[half:]

@@ -134,6 +134,10 @@ class Shelf:
         made: Made = self._common[0]
         return made
 
+    def change(self) -> str | None:
+        """What of the base that is here is not as it was loaded, in words; None: nothing."""
+        return None if self._imprint is None else self._imprint.change()
+
     def settle(self) -> tuple[int | None, str]:
         """After a training: put the base back and look for what was left.
 

@@ -18,6 +18,7 @@ each operation of a step beside it waits so long."""
 class Company:
     """Who is in this process. Any thread may ask."""
 
+    lost: str | None = None  # why what is trained here counts for nobody any more, in words
     shared: bool = False  # it is a host's: what it prints is no job's, and the peak of its memory neither
     _met: dict[int, set[int]] = field(default_factory=dict)  # job -> all that were here while it is
     _lock: threading.Lock = field(default_factory=threading.Lock)
