@@ -43,9 +43,13 @@ LONG = os.environ.get("TESTS") == "long"
 """make test-long: the tests marked `long`, and more examples of every property."""
 
 
+QUICK = os.environ.get("SERVICES") == "none"
+"""make check: it starts no service, does without the training stack, and draws fewer examples."""
+
+
 def examples(usual: int) -> int:
-    """Of a property: ten times as many in make test-long."""
-    return usual * 10 if LONG else usual
+    """Of a property: ten times as many in make test-long, a fifth in make check."""
+    return usual * 10 if LONG else usual // 5 if QUICK else usual
 
 
 def _memory(room: int = 4 << 30) -> str | None:
@@ -92,7 +96,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Let no collection of garbage walk over the libraries again and again: they stay for the whole run."""
+    """Let no collection of garbage walk over the libraries again and again: they stay for the whole run. And let no
+    unit test load the training stack, which takes longer than it."""
+    if (
+        QUICK
+        and "torch" in sys.modules
+        and all(item.path.is_relative_to(ROOT / "tests/unit") for item in session.items)
+    ):
+        raise pytest.UsageError("a unit test imports torch: put it into tests/integration, or import less")
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000)
@@ -107,7 +118,7 @@ def _turn(item: pytest.Item) -> tuple[int, int]:
 @pytest.fixture(scope="session")
 def real_services() -> None:
     """For tests that start a server. `make check` starts none, so that it ends in seconds."""
-    if os.environ.get("SERVICES") == "none":
+    if QUICK:
         pytest.skip("it starts a service: make test")
 
 
@@ -318,13 +329,17 @@ def home() -> Iterator[Path]:
     shutil.rmtree(folder, ignore_errors=True)
 
 
+KINDS = (warm.LIGHT,) if QUICK else (warm.LIGHT, warm.HEAVY)
+"""The servers of warm starts."""
+
+
 @contextlib.contextmanager
 def _warm_servers() -> Iterator[Path]:
-    """The folder of two servers that begin to load; a server's socket is there when it has loaded."""
+    """The folder of servers that begin to load; a server's socket is there when it has loaded."""
     folder = Path(tempfile.mkdtemp(prefix="warm-"))
     own = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     servers = []
-    for kind in (warm.LIGHT, warm.HEAVY):
+    for kind in KINDS:
         with (folder / f"{kind}.log").open("w") as log:
             command = [sys.executable, "-m", warm.SERVER, kind, str(folder)]
             servers.append(
@@ -357,9 +372,9 @@ def pytest_configure(config: pytest.Config) -> None:
     if hasattr(config, "workerinput"):
         return
     os.environ[services.RUN] = str(_run.enter_context(services.run_folder(MEMORY)))
-    if getattr(config.option, "numprocesses", None) and os.environ.get("SERVICES") != "none":
+    if getattr(config.option, "numprocesses", None):
         folder = os.environ[SHARED_SERVERS] = str(_run.enter_context(_warm_servers()))
-        python = shlex.join([sys.executable, "-SE", str(warm.__file__), "--python", folder])
+        python = shlex.join([sys.executable, "-SE", str(warm.__file__), "--python", KINDS[-1], folder])
         config.option.tx = [f"popen//python={python}" for _ in config.option.tx]  # forked, not imported once more
 
 
@@ -376,7 +391,7 @@ def warm_start() -> Iterator[dict[str, str]]:
         shared = os.environ.get(SHARED_SERVERS)
         folder = Path(shared) if shared else own.enter_context(_warm_servers())
         deadline = time.monotonic() + 120
-        while left := [kind for kind in (warm.LIGHT, warm.HEAVY) if not (folder / kind).exists()]:
+        while left := [kind for kind in KINDS if not (folder / kind).exists()]:
             said = (folder / f"{left[0]}.log").read_text()
             assert time.monotonic() < deadline and "Traceback" not in said, said
             time.sleep(0.1)

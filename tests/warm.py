@@ -4,7 +4,7 @@
     python tests/warm.py ARGUMENTS...           is `loractl ARGUMENTS...`, with pipes that the caller made
     python -m tests.warm                        is loractl's trainer (LORACTL_TRAINER=tests.warm)
     FOLDER/python -m MODULE ...                 is sys.executable in a forked process: what that starts is forked, too
-    python tests/warm.py --python FOLDER -u -c  is `python -u -c`: a process of pytest-xdist, which imports the stack
+    python tests/warm.py --python KIND FOLDER -u -c   is `python -u -c`: a process of pytest-xdist
 
 They hand their pipes, environment and working directory to a server, whose child does the work with loractl's own
 `main`. They end as the child ends, by the same status or signal, hand on SIGINT and SIGTERM, and when they die, the
@@ -131,15 +131,15 @@ def _follow(kind: str, module: str, argv: list[str], folder: str | None) -> int 
     return status
 
 
-def be_python(folder: str, argv: list[str]) -> int:
-    """Be `python -u -c PROGRAM` as soon as the server has loaded; where it cannot, begin cold."""
+def be_python(kind: str, folder: str, argv: list[str]) -> int:
+    """Be `python -u -c PROGRAM` as soon as the server of this kind has loaded; where it cannot, begin cold."""
     import time
 
     deadline = time.monotonic() + 120
-    while not os.path.exists(f"{folder}/{HEAVY}") and time.monotonic() < deadline:  # noqa: PTH110
+    while not os.path.exists(f"{folder}/{kind}") and time.monotonic() < deadline:  # noqa: PTH110
         time.sleep(0.05)
     asked = [*argv[2:], sys.executable]  # there it is another
-    if argv[:2] != ["-u", PROGRAM] or (status := _follow(HEAVY, PROGRAM, asked, folder)) is None:
+    if argv[:2] != ["-u", PROGRAM] or (status := _follow(kind, PROGRAM, asked, folder)) is None:
         os.execv(sys.executable, [sys.executable, *argv])
     return status
 
@@ -208,5 +208,5 @@ def _cold(module: str, argv: list[str]) -> NoReturn:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--python"]:
-        sys.exit(be_python(sys.argv[2], sys.argv[3:]))
+        sys.exit(be_python(*sys.argv[2:4], sys.argv[4:]))
     sys.exit(client("" if __spec__ is None else OWN, sys.argv[1:]))

@@ -333,7 +333,7 @@ def test_losses_checkpoints_and_evaluations_come_as_often_as_asked_for(recipe: R
 
 ELSEWHERE = {
     "resources.cards": "tests/acceptance/test_gang.py",
-    "resources.exclusive": "tests/unit/worker/test_hosts.py",
+    "resources.exclusive": "tests/integration/test_hosts.py",
     "resources.parallel": "tests/acceptance/test_gang.py",
     "name": "tests/acceptance/test_main_job.py",
     "task_type": "tests/integration/test_classify.py",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,8 @@ from loractl.common.store.store import Store
 from loractl.scheduler.commands.drain import end_of_drain
 from loractl.scheduler.submission.need import plan_job
 
-from ...models import make_tiny_model
 from ..factories import NOON, spec
+from .submission.test_need import SMALL
 
 
 @pytest.mark.parametrize("text", ["99999999d", "9999999999d"])
@@ -22,9 +23,9 @@ def test_a_drain_ends_within_the_calendar(text: str) -> None:
 
 
 def test_a_plan_that_no_card_could_ever_hold_is_refused_before_it_is_a_row(store: Store, tmp_path: Path) -> None:
-    model = make_tiny_model(tmp_path / "tiny")
+    (tmp_path / "config.json").write_text(json.dumps(SMALL))
     huge = spec(
-        base_model=str(model),
+        base_model=str(tmp_path),
         dataset={"path": "org/data", "max_length": 2**20},
         training={"per_device_train_batch_size": 2**16, "exact": True},
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import struct
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +17,7 @@ from loractl.common.settings import load_settings
 from loractl.common.store.store import Store
 from loractl.scheduler.answers.need import JobToPlan, memory_need
 from loractl.scheduler.submission import need
-from loractl.scheduler.submission.base_model import check_base
 from loractl.scheduler.submission.need import check_adapter, own_devices, plan_job
-from loractl.worker.base.failure import TrainingFailed
-from loractl.worker.base.model import load_tokenizer
 
 from ....conftest import Cli
 from ....databases import SQLITE_ALONE
@@ -99,35 +95,6 @@ def test_an_expression_is_checked_where_the_base_is_at_hand_and_planned(base: st
 def test_a_head_gets_no_adapter(base: str, layer: str) -> None:
     with pytest.raises(UsageError, match=f"lora.target_modules: {layer} is not a linear layer"):
         check_adapter(classifier(base, lora={"target_modules": ["q_proj", layer]}))
-
-
-@pytest.mark.parametrize("format", ["gptq", "awq", "fp8", "compressed-tensors"])
-def test_a_base_that_others_have_quantised_is_refused_and_not_planned_as_16_bits(format: str, tmp_path: Path) -> None:
-    foreign = {**SMALL, "quantization_config": {"bits": 4, "quant_method": format}}
-    (tmp_path / "config.json").write_text(json.dumps(foreign))
-    said = f"is quantised with {format}, which can't be trained on"
-    job = spec(base_model=str(tmp_path))
-    with pytest.raises(UsageError, match=said) as refused:
-        check_adapter(job)
-    assert "name the model that it was made from" in str(refused.value.hint)
-    with pytest.raises(UsageError, match=said):
-        memory_need(None, JobToPlan(title="t", spec=job, data={}), None, solve=False)  # type: ignore[arg-type]
-    with pytest.raises(TrainingFailed, match=said):
-        load_tokenizer(str(tmp_path))
-
-
-@pytest.mark.parametrize("name", ["tekken.json", "sentencepiece.bpe.model", "vocab.txt"])
-def test_what_submit_takes_for_a_tokenizer_the_worker_does_too(base: str, name: str) -> None:
-    (Path(base) / "model.safetensors").write_bytes(struct.pack("<Q", 2) + b"{}")
-    with pytest.raises(UsageError, match="has weights and no tokenizer"):
-        check_base(Path(base))
-    with pytest.raises(TrainingFailed, match="has no tokenizer"):
-        load_tokenizer(base)
-    (Path(base) / name).write_text("{}")
-    assert check_base(Path(base)) == ()
-    with pytest.raises(TrainingFailed) as refused:
-        load_tokenizer(base)  # an empty one
-    assert "has no tokenizer" not in refused.value.sentence
 
 
 def test_nf4_weights_are_no_foreign_format(tmp_path: Path) -> None:

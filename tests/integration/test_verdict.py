@@ -16,7 +16,7 @@ from loractl.worker.evaluation.dialogue import CONTEXT_GAIN
 from loractl.worker.evaluation.page import render_html
 from loractl.worker.evaluation.report import verdict
 
-from ...acceptance.test_report_page import report
+from ..acceptance.test_report_page import report
 
 SCREEN = Screen(width=140, unicode=True, color=False)
 

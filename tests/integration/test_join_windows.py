@@ -17,7 +17,7 @@ from loractl.worker.attempt.link import trainer as module
 from loractl.worker.attempt.log import LOG_FILE
 from loractl.worker.attempt.workplace import Workplace
 
-from ..factories import submission
+from ..unit.factories import submission
 from .test_hosts import until
 from .test_joined import QUICK, Crowd, crowd
 from .test_joined import place as place

@@ -35,7 +35,7 @@ from loractl.worker.node.health.leftovers import close_if_left, end_strays
 from loractl.worker.protocol.spare import by_mark
 from loractl.worker.storage.client import StoreClient
 
-from ..factories import node_state, submission
+from ..unit.factories import node_state, submission
 from .test_hosts import Lab, until
 
 QUICK = """

@@ -34,7 +34,7 @@ from loractl.worker.spare import hosts as module
 from loractl.worker.spare.hosts import Hosts
 from loractl.worker.storage.client import StoreClient
 
-from ..factories import node_state, submission
+from ..unit.factories import node_state, submission
 
 QUICK = """
 import os, sys, time

@@ -31,7 +31,7 @@ from loractl.worker.spare import spares as module
 from loractl.worker.spare.spares import Spares
 from loractl.worker.storage.client import StoreClient
 
-from ...integration.test_out_of_memory import make_order
+from .test_out_of_memory import make_order
 
 QUICK = """
 import os, subprocess, sys

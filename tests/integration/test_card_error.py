@@ -26,7 +26,7 @@ from loractl.worker.protocol.card_error import card_error
 from loractl.worker.protocol.exit_reason import exit_reason
 from loractl.worker.training import trainer
 
-from ...integration.test_out_of_memory import make_order
+from .test_out_of_memory import make_order
 
 ADVICE = (  # torch prints it below every error of the runtime, whatever had happened
     "\nSearch for `cudaError...' in https://docs.nvidia.com/cuda/cuda-runtime-api/group__CUDART__TYPES.html for more"

@@ -1,0 +1,99 @@
+"""Tokenizers of a process: made once, one training's at a time, as new for the next one, and of bases submit takes."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from loractl.common.errors import UsageError
+from loractl.scheduler.answers.need import JobToPlan, memory_need
+from loractl.scheduler.submission.base_model import check_base
+from loractl.scheduler.submission.need import check_adapter
+from loractl.worker.base.failure import TrainingFailed
+from loractl.worker.base.kept.tokenizers import KEPT, Tokenizers
+from loractl.worker.base.model import load_tokenizer
+
+from ..unit.factories import spec
+
+SMALL = {
+    "model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+    "num_attention_heads": 2, "vocab_size": 100_000,
+}  # fmt: skip
+
+
+def test_the_next_training_has_the_tokenizer_as_it_was_made(tiny_model: Path, tmp_path: Path) -> None:
+    kept, made = Tokenizers(), list[Any]()
+
+    def make() -> Any:
+        made.append(load_tokenizer(str(tiny_model)))
+        return made[-1]
+
+    def files(tokenizer: Any, name: str) -> dict[str, bytes]:
+        tokenizer.save_pretrained(tmp_path / name)
+        return {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}
+
+    first = kept.take((str(tiny_model), None), make)
+    new = files(first.tokenizer, "new")
+    first.tokenizer(["a b", "c"], padding=True, truncation=True, max_length=2)
+    first.tokenizer.padding_side, first.tokenizer.chat_template = "left", "another"
+    assert files(first.tokenizer, "used") != new
+    beside = kept.take((str(tiny_model), None), make)
+    assert beside.tokenizer is not first.tokenizer and len(made) == 2, "each has its own"
+    kept.give_back(first)
+    again = kept.take((str(tiny_model), None), make)
+    assert again.tokenizer is first.tokenizer and len(made) == 2
+    assert files(again.tokenizer, "again") == new
+
+
+def test_no_tokenizer_outlives_its_files_and_few_wait(tmp_path: Path) -> None:
+    from tests.models import make_tiny_model
+
+    folder, kept = make_tiny_model(tmp_path / "model"), Tokenizers()
+
+    def take() -> Any:
+        return kept.take((str(folder), None), lambda: load_tokenizer(str(folder)))
+
+    lent = [take() for _ in range(KEPT + 1)]
+    for one in lent:
+        kept.give_back(one)
+    known = {id(one.tokenizer) for one in lent}
+    assert [id(take().tokenizer) in known for _ in range(KEPT + 1)] == [True] * KEPT + [False]
+    kept.give_back(lent[0])
+    file = folder / "tokenizer_config.json"
+    file.write_bytes(file.read_bytes() + b"\n")
+    assert id(take().tokenizer) not in known
+
+
+@pytest.mark.parametrize("format", ["gptq", "awq", "fp8", "compressed-tensors"])
+def test_a_base_that_others_have_quantised_is_refused_and_not_planned_as_16_bits(format: str, tmp_path: Path) -> None:
+    foreign = {**SMALL, "quantization_config": {"bits": 4, "quant_method": format}}
+    (tmp_path / "config.json").write_text(json.dumps(foreign))
+    said = f"is quantised with {format}, which can't be trained on"
+    job = spec(base_model=str(tmp_path))
+    with pytest.raises(UsageError, match=said) as refused:
+        check_adapter(job)
+    assert "name the model that it was made from" in str(refused.value.hint)
+    with pytest.raises(UsageError, match=said):
+        memory_need(None, JobToPlan(title="t", spec=job, data={}), None, solve=False)  # type: ignore[arg-type]
+    with pytest.raises(TrainingFailed, match=said):
+        load_tokenizer(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["tekken.json", "sentencepiece.bpe.model", "vocab.txt"])
+def test_what_submit_takes_for_a_tokenizer_the_worker_does_too(tmp_path: Path, name: str) -> None:
+    base = str(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(SMALL))
+    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", 2) + b"{}")
+    with pytest.raises(UsageError, match="has weights and no tokenizer"):
+        check_base(tmp_path)
+    with pytest.raises(TrainingFailed, match="has no tokenizer"):
+        load_tokenizer(base)
+    (tmp_path / name).write_text("{}")
+    assert check_base(tmp_path) == ()
+    with pytest.raises(TrainingFailed) as refused:
+        load_tokenizer(base)  # an empty one
+    assert "has no tokenizer" not in refused.value.sentence
