@@ -19,9 +19,6 @@ from loractl.scheduler.cli import COMMANDS, cli
 
 from ...conftest import Cli
 
-if os.environ.get("SERVICES") == "none":
-    pytestmark = pytest.mark.cold  # make check: nothing is started for a few commands
-
 IMPORTS = """
 import sys
 from loractl.scheduler.cli import main

@@ -17,6 +17,7 @@ from loractl.scheduler.web.access import Access
 from loractl.scheduler.web.site import make_site
 
 from .... import webs
+from ....conftest import once
 from ...factories import NOON
 
 PAGES = (
@@ -56,13 +57,14 @@ def serve(lab: webs.SeededLab, url: str, access: Access = OPEN) -> Web:
 
 
 @pytest.fixture(scope="session")
-def seeded(sqlite_template: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a lab's database and results; copy it to change it."""
-    folder = tmp_path_factory.mktemp("lab")
-    shutil.copy(sqlite_template, folder / "lab.db")
-    lab = webs.seed(f"sqlite:///{folder / 'lab.db'}", folder / "artifacts", NOON)
-    lab.store._engine.dispose()
-    return folder
+def seeded(sqlite_template: Path, shared_folder: Path) -> Path:
+    """A folder with a lab's database and results, for all processes of a run; copy it to change it."""
+    with once(shared_folder / "lab") as folder:
+        if folder is not None:
+            shutil.copy(sqlite_template, folder / "lab.db")
+            lab = webs.seed(f"sqlite:///{folder / 'lab.db'}", folder / "artifacts", NOON)
+            lab.store._engine.dispose()
+    return shared_folder / "lab"
 
 
 @pytest.fixture(scope="session")
