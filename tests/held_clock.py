@@ -14,7 +14,7 @@ from loractl.worker.clock import NodeClock
 
 Item = TypeVar("Item")
 
-POLL_S = 0.0005
+POLL_S = 0.001
 """Real seconds between two looks at what threads wait for, while one of them works."""
 
 

@@ -274,7 +274,8 @@ class HeldLab:
     def submit(self, *options: str, name: str = "job", steps: int = 10, user: str = "ada") -> int:
         file = write_job(self.folder, self.folder, name=name)
         overrides = (option.removeprefix("--set=") for option in options)
-        return self.submit_file(file, f"training.max_steps={steps}", *overrides, user=user)
+        saves = f"training.save_steps={max(3, steps // 10)}"
+        return self.submit_file(file, f"training.max_steps={steps}", saves, *overrides, user=user)
 
     def submit_file(self, file: Path, *overrides: str, user: str = "ada") -> int:
         settings, spec = self.settings(), load_spec(file, overrides)

@@ -40,7 +40,7 @@ def test_a_job_for_two_cards_says_what_it_waits_for_and_is_not_passed_for_ever(h
             assert held.clock.now() < deadline, held.cli("status", "-a")
             if not any(held.store.job(job_id).status is Status.QUEUED for job_id in small[-1:]):
                 small.append(held.submit(name="small", user=f"user{len(small) % 3}"))
-            held.clock.sleep(0.05)
+            held.clock.sleep(0.2)
 
     busy = held.submit("--set=resources.exclusive=true", name="busy", steps=15000, user="bob")
     held.until(busy, lambda job: job.eta_seconds)

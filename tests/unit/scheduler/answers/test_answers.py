@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import shutil
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -83,14 +84,25 @@ CONFIG = {
 }  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def filled(sqlite_template: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A home to copy: a database with jobs of each kind, a sweep, and cards, one of them drained."""
+    home = tmp_path_factory.mktemp("filled")
+    shutil.copy(sqlite_template, home / "loractl.db")
+    engine = connect(load_settings({"LORACTL_HOME": str(home)}))
+    _fill(Store(engine, Clock()), home)
+    engine.dispose()
+    return home
+
+
 @pytest.fixture
-def lab(upgraded_home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
-    """A database with jobs of each kind, a sweep, and cards, one of them drained; its clock stands still."""
-    settings = load_settings({"LORACTL_HOME": str(upgraded_home), "LORACTL_USER": "ada"})
+def lab(home: Path, filled: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
+    """A lab of the test's own; its clock stands still."""
+    shutil.copytree(filled, home, dirs_exist_ok=True)
+    settings = load_settings({"LORACTL_HOME": str(home), "LORACTL_USER": "ada"})
     engine = connect(settings)
     store = Store(engine, Clock())
     monkeypatch.setattr("loractl.scheduler.session.open_session", lambda: (settings, store))
-    _fill(store, upgraded_home)
     yield store
     engine.dispose()
 

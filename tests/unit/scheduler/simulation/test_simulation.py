@@ -33,8 +33,6 @@ from loractl.scheduler.text.simulation import span, text
 
 from ....conftest import Cli
 
-pytestmark = pytest.mark.cold  # make check starts nothing
-
 OWN = """arrival,vram,duration,user,priority
 0,20GiB,2h,ada,
 30m,6442450944,90s,bob,1
