@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import ast
 import json
-import shutil
 import math
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from importlib import import_module

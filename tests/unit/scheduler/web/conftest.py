@@ -45,11 +45,6 @@ class Web:
         engine.dispose()
 
 
-def web_on(url: str, folder: Path, access: Access = OPEN) -> Web:
-    """The page of a lab that is put together in this database."""
-    return serve(webs.seed(url, folder / "artifacts", NOON), url, access)
-
-
 def serve(lab: webs.SeededLab, url: str, access: Access = OPEN) -> Web:
     store = webs.reader(url, lambda: lab.now)
     app = make_site(store, ReportShelf(store, lambda: lab.artifacts), access)
@@ -57,14 +52,14 @@ def serve(lab: webs.SeededLab, url: str, access: Access = OPEN) -> Web:
 
 
 @pytest.fixture(scope="session")
-def seeded(sqlite_template: Path, shared_folder: Path) -> Path:
-    """A folder with a lab's database and results, for all processes of a run; copy it to change it."""
+def seeded(sqlite_template: Path, shared_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a lab's database and results, put together once for all processes; copy it to change it."""
     with once(shared_folder / "lab") as folder:
         if folder is not None:
             shutil.copy(sqlite_template, folder / "lab.db")
             lab = webs.seed(f"sqlite:///{folder / 'lab.db'}", folder / "artifacts", NOON)
             lab.store._engine.dispose()
-    return shared_folder / "lab"
+    return shutil.copytree(shared_folder / "lab", tmp_path_factory.mktemp("seeded") / "lab")
 
 
 @pytest.fixture(scope="session")
@@ -79,6 +74,15 @@ def own_web(seeded: Path, tmp_path: Path) -> Iterator[Web]:
     folder = tmp_path / "lab"
     shutil.copytree(seeded, folder)
     yield _opened(folder)
+
+
+@pytest.fixture
+def any_web(upgraded_url: str, tmp_path: Path, request: pytest.FixtureRequest) -> Web:
+    """A lab of the test's own in a database of each kind."""
+    if upgraded_url.startswith("sqlite"):
+        own: Web = request.getfixturevalue("own_web")
+        return own
+    return serve(webs.seed(upgraded_url, tmp_path / "artifacts", NOON), upgraded_url)
 
 
 def _opened(folder: Path) -> Web:

@@ -14,7 +14,7 @@ import pytest
 from loractl.scheduler.answers.lab.floor import lab_floor
 from loractl.scheduler.web import pages
 
-from .conftest import PAGES, Web, web_on
+from .conftest import PAGES, Web
 from .test_guard import EVIL
 
 TEXTS = ("/jobs/11/log", "/metrics")
@@ -57,10 +57,10 @@ def test_an_address_at_which_nothing_is_says_so(web: Web, address: str, caplog: 
 
 
 def test_odd_parameters_are_a_sentence_from_either_database(
-    upgraded_url: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    any_web: Web, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("loractl.scheduler.web.site.FRESH_S", -1.0)
-    web = web_on(upgraded_url, tmp_path)
+    web = any_web
     for page, keys in ASKED.items():
         for key, values in keys.items():
             for value in values:

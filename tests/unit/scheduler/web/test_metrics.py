@@ -26,7 +26,7 @@ from loractl.scheduler.web.metrics import RATIO_BUCKETS, WAIT_BUCKETS, Exporter
 
 from .... import webs
 from ...factories import node_state
-from .conftest import Web, serve, web_on
+from .conftest import Web, serve
 
 RULES = Path(__file__).parents[4] / "rules" / "loractl.yaml"
 
@@ -49,8 +49,8 @@ def value(samples: dict[str, list[Sample]], name: str, **labels: str) -> float:
     return float(found[0])
 
 
-def test_a_lab_is_told_in_numbers_from_either_database(upgraded_url: str, tmp_path: Path) -> None:
-    web = web_on(upgraded_url, tmp_path)
+def test_a_lab_is_told_in_numbers_from_either_database(any_web: Web) -> None:
+    web = any_web
     samples, now = scrape(web), web.lab.now.timestamp()
     assert value(samples, "loractl_database_up") == 1
     assert value(samples, "loractl_build_info", version=__version__) == 1

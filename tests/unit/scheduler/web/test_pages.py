@@ -20,11 +20,11 @@ from loractl.scheduler.web.site import FRESH_S
 
 from .... import webs
 from ...factories import job
-from .conftest import PAGES, Web, web_on
+from .conftest import PAGES, Web
 
 
-def test_every_page_is_drawn_from_either_database(upgraded_url: str, tmp_path: Path) -> None:
-    web = web_on(upgraded_url, tmp_path)
+def test_every_page_is_drawn_from_either_database(any_web: Web) -> None:
+    web = any_web
     for address in PAGES:
         answer = web.client.get(address)
         assert answer.status_code == 200, f"{address}: {answer.text[:600]}"
