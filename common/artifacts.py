@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .errors import ArtifactError, ResultTaken, ServiceUnreachable
+from .errors import ArtifactError, NotStorable, ResultTaken, ServiceUnreachable
 from .files import Doing, Unfinished, nothing_told, open_files
 from .settings import S3Keys, Settings, redacted
 
@@ -30,6 +30,9 @@ log = logging.getLogger("loractl")
 MANIFEST = "manifest.json"
 WEIGHTS = "adapter/adapter_model.safetensors"
 """The adapter's weights in a result."""
+
+LONGEST_NAME = 237
+"""Bytes of a file's name: a folder's disk takes 255, and the file is written aside under a longer name."""
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -135,15 +138,15 @@ class ArtifactStore:
     def put_result(self, folder: Path, prefix: str) -> Manifest:
         """Upload every file below `folder` under `prefix`, close it with a manifest and read all of it back.
 
-        Raises ArtifactError when something can't be written or reads back differently, ServiceUnreachable, ResultTaken;
-        FileNotFoundError when the folder goes meanwhile, or has no file.
+        Raises ArtifactError when something can't be written or reads back differently, ServiceUnreachable, ResultTaken,
+        NotStorable; FileNotFoundError when the folder goes meanwhile, or has no file.
         """
         paths = sorted(p for p in folder.rglob("*") if p.is_symlink() or not p.is_dir())
         if not paths:  # it is being removed, or has gone: that would be stored as a whole result
             raise FileNotFoundError(errno.ENOENT, "no file to store", str(folder))
         if wrong := next((p for p in paths if p.is_symlink() or not p.is_file()), None):
             # a link would be followed, and its target stored under the job's name
-            raise ArtifactError(f"storing {prefix}: {wrong.relative_to(folder).as_posix()!r} is not a plain file")
+            raise NotStorable(f"storing {prefix}: {wrong.relative_to(folder).as_posix()!r} is not a plain file")
         files = {_inside(p.relative_to(folder).as_posix()): p for p in paths}
         manifest = {name: StoredFile(size=p.stat().st_size, sha256=sha256_of(p)) for name, p in files.items()}
         self._refuse_another_s(prefix, manifest.get(WEIGHTS))
@@ -384,12 +387,17 @@ def _checked(file: StoredFile) -> StoredFile:
 def _inside(name: str) -> str:
     """A manifest's name, unless it would lead `pull` out of its folder: others may write to the store, too.
 
-    Raises ArtifactError, also for names that a terminal or another system reads in their own way.
+    Raises NotStorable, also for names that a terminal or another system reads in their own way.
     """
-    parts = name.split("/")
-    if not name.isprintable() or "\\" in name or any(part in ("", ".", "..") for part in parts):
-        raise ArtifactError(f"{name!r} is no name for a file of a result")
+    if not all(map(is_file_name, name.split("/"))):
+        raise NotStorable(f"{name!r} is no name for a file of a result")
     return name
+
+
+def is_file_name(name: str) -> bool:
+    """Whether a file of a result may be called so, in whatever folder."""
+    plain = name.isprintable() and not {"/", "\\"} & {*name} and name not in ("", ".", "..")
+    return plain and len(name.encode()) <= LONGEST_NAME
 
 
 def sha256_of(path: Path) -> str:

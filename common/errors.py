@@ -13,6 +13,8 @@ LoractlError                    1  failed
 ├── NameTaken                   1  another box has this one's name
 ├── SchemaMismatch              1  the database is older or newer than this loractl
 ├── ArtifactError               1  an artifact can't be written or does not match its manifest
+│   ├── ResultTaken             1  another result lies there
+│   └── NotStorable             1  no store would take it, now or later
 └── WrongState                  1  the job's state does not allow that
 
 The command line (`loractl.scheduler.cli.main`) prints one that reaches it, and exits with its code. A supervisor
@@ -197,6 +199,10 @@ class ArtifactError(LoractlError):
 
 class ResultTaken(ArtifactError):
     """Another result lies where one would be stored: its number was given before, and is not known any more."""
+
+
+class NotStorable(ArtifactError):
+    """What is to be stored can't be, whatever the store: its name, or what it is."""
 
 
 class WrongState(LoractlError):

@@ -6,10 +6,11 @@ import contextlib
 import hashlib
 import json
 import secrets
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from .artifacts import sha256_of
+from .artifacts import is_file_name, sha256_of
 
 SUFFIXES = frozenset({".safetensors", ".gguf", ".json", ".jinja", ".model", ".txt"})
 """Endings of the files that decide a model's weights, shape, tokens and chat template."""
@@ -68,6 +69,15 @@ def _write(note: Path, hashes: dict[str, list[Any]]) -> None:
 def has_tokenizer(folder: Path) -> bool:
     """Whether a model's folder holds a tokenizer."""
     return any(any(folder.glob(name)) for name in TOKENIZERS)
+
+
+def unfit_template(names: Iterable[str]) -> str | None:
+    """What is wrong with the first name of a chat template of which no file of an adapter can be made; None: nothing.
+
+    transformers saves each template under its name beside the adapter.
+    """
+    wrong = next((name for name in names if not is_file_name(f"{name}.jinja")), None)
+    return None if wrong is None else f"has a chat template of the name {wrong!r}, which no stored file can have"
 
 
 def digest(files: Fingerprint) -> str:

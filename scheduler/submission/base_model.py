@@ -7,7 +7,7 @@ import struct
 from pathlib import Path
 
 from loractl.common.errors import UsageError
-from loractl.common.fingerprint import has_tokenizer
+from loractl.common.fingerprint import has_tokenizer, unfit_template
 
 LARGEST_HEADER = 100_000_000
 """Bytes that safetensors allows for a header."""
@@ -32,6 +32,10 @@ def check_base(folder: Path) -> tuple[str, ...]:
         )
     for file in weights:
         _check_weights(file)
+    if wrong := unfit_template(_templates(folder)):
+        raise UsageError(
+            f"base_model {folder} {wrong}", "rename it in additional_chat_templates or the tokenizer's config"
+        )
     readable = has_tokenizer(folder)
     if weights and not readable:
         raise UsageError(
@@ -61,6 +65,16 @@ def _shards(folder: Path) -> set[str]:
     path = folder / "model.safetensors.index.json"
     names = _read_object(path).get("weight_map", {}) if path.exists() else {}
     return {str(name) for name in names.values()} if isinstance(names, dict) else set()
+
+
+def _templates(folder: Path) -> list[str]:
+    """The names of its chat templates: files, or in the form before that a list in the tokenizer's config."""
+    names, config = [path.stem for path in folder.glob("additional_chat_templates/*.jinja")], {}
+    if (settings := folder / "tokenizer_config.json").exists():
+        config = _read_object(settings)
+    listed = config.get("chat_template")
+    named = [entry.get("name") for entry in listed if isinstance(entry, dict)] if isinstance(listed, list) else []
+    return [*names, *(name for name in named if isinstance(name, str))]
 
 
 def _read_object(path: Path) -> dict[str, object]:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -157,6 +158,21 @@ def test_a_model_with_its_own_code_is_refused_and_nobody_is_asked(tmp_path: Path
     with pytest.raises(TrainingFailed):
         load_base(str(folder), Method.LORA, "cpu", choose_precision("cpu"))
     assert not mark.exists()
+
+
+@pytest.mark.parametrize("name", ["tool\nuse", "../up", "t" * 233])
+def test_a_chat_template_whose_name_no_store_takes_is_refused_before_the_first_step(
+    tiny_model: Path, tmp_path: Path, name: str
+) -> None:
+    """Its file would be the adapter's, and could not be stored at the training's end."""
+    folder = Path(shutil.copytree(tiny_model, tmp_path / "base"))
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "chat_template.jinja").unlink()
+    settings["chat_template"] = [{"name": "default", "template": "d"}, {"name": name, "template": "t"}]
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(TrainingFailed, match="has a chat template of the name") as failure:
+        load_tokenizer(str(folder))
+    assert failure.value.reason is Reason.MODEL_NOT_FOUND
 
 
 def test_a_cache_of_the_same_rows_in_another_file_does_not_mix_up_their_numbers(

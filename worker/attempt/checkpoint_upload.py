@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from loractl.common.artifacts import checkpoint_prefix, manifest_sha256
-from loractl.common.errors import ArtifactError, ServiceUnreachable
+from loractl.common.errors import ArtifactError, NotStorable, ServiceUnreachable
 from loractl.common.store.database import REFUSALS, told_by
 from loractl.common.store.records import Claim, StoredCheckpoint
 from loractl.common.store.store import Store
@@ -149,6 +149,9 @@ class CheckpointUpload:
         if copy.stored is None and (isinstance(error, FileNotFoundError) or not copy.folder.is_dir()):
             level = logging.DEBUG if self._closing else logging.WARNING
             log.log(level, "job %s: the checkpoint of step %s was removed before it was stored", job_id, step)
+            return True
+        if isinstance(error, NotStorable):
+            log.warning("job %s: the checkpoint of step %s can't be stored: %s", job_id, step, error.sentence)
             return True
         if isinstance(error, (ArtifactError, ServiceUnreachable, *REFUSALS)):
             why = away(error) or told_by(error)

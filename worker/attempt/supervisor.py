@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TypeVar
 
-from loractl.common.errors import ArtifactError, LoractlError, ResultTaken, ServiceUnreachable
+from loractl.common.errors import ArtifactError, LoractlError, NotStorable, ResultTaken, ServiceUnreachable
 from loractl.common.job.status import KEEPING, Reason, Stage, Status
 from loractl.common.store.database import REFUSALS, outage, told_by
 from loractl.common.store.records import Progress, StoredResult
@@ -206,8 +206,9 @@ def _with_patience(
 
 
 def _not_stored(error: BaseException) -> str | None:
-    """While storing, a file that reads back differently is tried again too; a place that is taken stays so."""
-    if isinstance(error, ResultTaken):
+    """While storing, a file that reads back differently is tried again too; a place that is taken stays so, and what
+    no store takes."""
+    if isinstance(error, (ResultTaken, NotStorable)):
         return None
     return error.sentence if isinstance(error, ArtifactError) else away(error)
 
@@ -229,6 +230,8 @@ def _explain(error: Exception) -> tuple[Reason, str]:
     if isinstance(error, OSError):
         reason = Reason.DISK_FULL if error.errno in (errno.ENOSPC, errno.EDQUOT) else Reason.TRAINER_ERROR
         return reason, f"{error.strerror or error}: {error.filename or ''}".strip(": ")
+    if isinstance(error, NotStorable):  # the next attempt would leave the same
+        return Reason.BAD_SPEC, error.sentence
     if isinstance(error, (ArtifactError, ServiceUnreachable)):
         return Reason.STORE_FAILED, error.sentence
     if isinstance(error, Refused):

@@ -18,7 +18,7 @@ from transformers import (
     GgufConfig,
 )
 
-from loractl.common.fingerprint import has_tokenizer
+from loractl.common.fingerprint import has_tokenizer, unfit_template
 from loractl.common.job.method import Method
 from loractl.common.job.status import Reason
 
@@ -46,6 +46,8 @@ def load_tokenizer(base_model: str, revision: str | None = None, *, run_code: bo
         options = loading_options(base_model, revision, run_code=run_code) | gguf_file_of(base_model)
         _check_tokenizer(base_model)
         tokenizer = AutoTokenizer.from_pretrained(base_model, **options)
+    if isinstance(tokenizer.chat_template, dict) and (wrong := unfit_template(tokenizer.chat_template)):
+        raise TrainingFailed(Reason.MODEL_NOT_FOUND, f"base_model {base_model} {wrong}: rename it")
     if tokenizer.eos_token is None:
         raise TrainingFailed(Reason.MODEL_NOT_FOUND, f"the tokenizer of {base_model} has no end-of-sequence token")
     if tokenizer.pad_token is None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from loractl.common.artifacts import ArtifactStore, Binding, Manifest, StoredFile
-from loractl.common.errors import ArtifactError, ResultTaken, ServiceUnreachable
+from loractl.common.errors import ArtifactError, NotStorable, ResultTaken, ServiceUnreachable
 
 Arguments = list[Any]
 
@@ -28,6 +28,8 @@ def as_answer(error: Exception) -> dict[str, Any]:
         return {"kind": "unreachable", "facts": list(error.facts)}
     if isinstance(error, ResultTaken):
         return {"kind": "taken", "facts": [error.sentence, error.hint]}
+    if isinstance(error, NotStorable):
+        return {"kind": "not storable", "facts": [error.sentence, error.hint]}
     if isinstance(error, ArtifactError):
         return {"kind": "artifact", "facts": [error.sentence, error.hint]}
     if isinstance(error, OSError):
@@ -44,6 +46,7 @@ def as_error(answer: dict[str, Any]) -> Exception:
         "unreachable": ServiceUnreachable,
         "artifact": ArtifactError,
         "taken": ResultTaken,
+        "not storable": NotStorable,
         "os": OSError,
     }
     return kinds.get(answer["kind"], RuntimeError)(*answer["facts"])

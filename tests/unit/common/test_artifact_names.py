@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from loractl.common.artifacts import ArtifactStore, Binding
-from loractl.common.errors import ArtifactError
+from loractl.common.artifacts import LONGEST_NAME, ArtifactStore, Binding
+from loractl.common.errors import ArtifactError, NotStorable
 
 HERE = Binding(prefix="jobs/1/attempt-1", manifest_sha256=None)
 DATA = b'{"text": "a"}\n'
@@ -82,6 +82,16 @@ def test_a_name_that_a_terminal_or_another_system_reads_in_its_own_way_is_refuse
     (result / os.fsencode(name).decode("utf-8", "surrogateescape")).write_text("x")
     with pytest.raises(ArtifactError, match="is no name for a file of a result"):
         store.put_result(result, "jobs/1/attempt-1")
+
+
+def test_a_name_as_long_as_a_folder_s_store_takes_is_stored_and_a_longer_one_refused(
+    store: ArtifactStore, result: Path
+) -> None:
+    (result / ("a" * LONGEST_NAME)).write_text("x")
+    store.put_result(result, "jobs/1/attempt-1")
+    (result / ("a" * (LONGEST_NAME + 1))).write_text("x")
+    with pytest.raises(NotStorable, match="is no name for a file of a result"):
+        store.put_result(result, "jobs/2/attempt-1")
 
 
 @pytest.mark.parametrize("sha256", ["/../../victim", "", "0" * 63, 7])

@@ -16,8 +16,11 @@ from loractl.common.errors import SchemaMismatch
 from loractl.common.job.status import Reason, Stage, Status
 from loractl.common.memory.engine import ENGINE
 from loractl.worker.attempt.trainer_run import CHECKPOINT_GRACE_S
+from loractl.worker.protocol.messages import Ended, Start
+from loractl.worker.protocol.orders import Orders
 
-from ...held_lab import LEASE_S, HeldLab
+from ...held_lab import LEASE_S, HeldLab, Train
+from ...quick_trainer import Sleep, Tell, train
 
 
 @pytest.fixture
@@ -50,6 +53,26 @@ def test_a_result_waits_for_the_store_in_storing_also_over_a_restart_of_the_work
     told = re.findall(r"storing +(stores \d+ files, .*, and reads them back)", held.cli("logs", job_id))
     assert len(told) == 2, "both attempts say what they store, and neither spoils the finished result"
     held.cli("adapters", "pull", job_id, held.folder / "pulled")
+
+
+def _leaves(name: str) -> Train:
+    """A trainer that leaves one more file in its result."""
+
+    def does(order: Start, orders: Orders, tell: Tell, sleep: Sleep) -> Ended:
+        ended = train(order, orders, tell, sleep)
+        (Path(order.output_dir) / "adapter" / name).write_text("{}")
+        return ended
+
+    return does
+
+
+def test_a_result_that_no_store_takes_is_no_outage_and_holds_no_card(held: HeldLab) -> None:
+    job_id, other = held.submit(), held.submit()
+    held.start(_leaves("tool\nuse.jinja"))
+    held.until(job_id, lambda job: job.status is Status.FAILED, seconds=30)
+    assert held.reasons(job_id) == [Reason.BAD_SPEC], "another attempt would leave the same"
+    assert "'adapter/tool\\nuse.jinja' is no name for a file" in (held.store.job(job_id).message or "")
+    held.until(other, lambda job: job.status is Status.FAILED, seconds=30)
 
 
 def test_a_finished_training_outlives_an_outage_that_is_longer_than_all_patience(held: HeldLab, away: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from loractl.common.settings import load_settings
 from loractl.common.store.store import Store
 from loractl.scheduler.answers.need import JobToPlan, memory_need
 from loractl.scheduler.submission import need
+from loractl.scheduler.submission.base_model import check_base
 from loractl.scheduler.submission.need import check_adapter, own_devices, plan_job
 
 from ....conftest import Cli
@@ -95,6 +97,24 @@ def test_an_expression_is_checked_where_the_base_is_at_hand_and_planned(base: st
 def test_a_head_gets_no_adapter(base: str, layer: str) -> None:
     with pytest.raises(UsageError, match=f"lora.target_modules: {layer} is not a linear layer"):
         check_adapter(classifier(base, lora={"target_modules": ["q_proj", layer]}))
+
+
+@pytest.mark.parametrize("name", ["tool\nuse", "tool\x1b[2J", "t" * 233])
+@pytest.mark.parametrize("listed", [False, True])
+def test_a_chat_template_that_no_store_could_keep_is_refused_before_a_training(
+    base: str, name: str, *, listed: bool
+) -> None:
+    (Path(base) / "model.safetensors").write_bytes(struct.pack("<Q", 2) + b"{}")
+    (Path(base) / "tokenizer.json").write_text("{}")
+    if listed:
+        templates = [{"name": "default", "template": "d"}, {"name": name, "template": "t"}]
+        (Path(base) / "tokenizer_config.json").write_text(json.dumps({"chat_template": templates}))
+    else:
+        (Path(base) / "additional_chat_templates").mkdir()
+        (Path(base) / "additional_chat_templates" / f"{name}.jinja").write_text("t")
+    with pytest.raises(UsageError) as refused:
+        check_base(Path(base))
+    assert f"has a chat template of the name {name!r}" in refused.value.sentence
 
 
 def test_nf4_weights_are_no_foreign_format(tmp_path: Path) -> None:
