@@ -18,7 +18,7 @@ from .units import parse_duration, parse_size
 
 _KEYS = (
     "database_url", "redis_url", "artifacts_url", "devices", "trainer_ram", "store_patience", "user", "host",
-    "model_roots", "trusted_code", "lm_eval_tasks", "lease", "trainer", "notify",
+    "model_roots", "trusted_code", "lm_eval_tasks", "max_row", "max_data", "lease", "trainer", "notify",
 )  # fmt: skip
 
 LEASE_S = 60.0
@@ -26,6 +26,12 @@ LEASE_S = 60.0
 
 LEAST_LEASE_S = 3.0
 """Below that a busy machine would lose its own living attempts."""
+
+MAX_ROW = 16 << 20
+"""Bytes of a row: two million words. Reading it takes six times as much memory."""
+
+MAX_DATA = 2 << 30
+"""Bytes that a parquet file may unpack to, and a .json array may have, of which all rows are in memory at once."""
 
 TRAINER = "loractl.worker.training.trainer"
 
@@ -64,6 +70,8 @@ class Settings:
     model_roots: tuple[Path, ...] = ()  # a base model's folder must lie in one of them; empty: anywhere
     trusted_code: frozenset[str] = frozenset()  # "owner/model@commit": models with code that this box may run
     lm_eval_tasks: Path | None = None  # the owner's folder of tasks for the lm-eval harness; they may run code
+    max_row: int = MAX_ROW  # bytes of one row of a data file
+    max_data: int = MAX_DATA  # bytes of what is unpacked from a data file, or read as a whole
     lease_s: float = LEASE_S  # how long an attempt of this box may be silent; its heartbeats follow from it
     trainer: str = TRAINER  # the module that trains, run by `python -m`; it speaks worker/protocol.py
     notify: tuple[str, ...] = ()  # whom this person's jobs tell that say nothing themselves
@@ -125,6 +133,8 @@ def load_settings(environ: dict[str, str] | None = None) -> Settings:
         model_roots=_folders("model_roots", get("model_roots", None)),
         trusted_code=_pairs("trusted_code", get("trusted_code", None)),
         lm_eval_tasks=_folder("lm_eval_tasks", get("lm_eval_tasks", None)),
+        max_row=_size("max_row", get("max_row", None)) or MAX_ROW,
+        max_data=_size("max_data", get("max_data", None)) or MAX_DATA,
         lease_s=_lease(get("lease", None)),
         trainer=_module("trainer", get("trainer", None) or TRAINER),
         notify=channel_names(get("notify", None)),

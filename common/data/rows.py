@@ -6,6 +6,7 @@ import codecs
 import csv
 import json
 import os
+import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,8 @@ from typing import IO, Any
 
 from loractl.common.errors import DataError
 from loractl.common.job.sections import DATA_SUFFIXES
+from loractl.common.settings import load_settings
+from loractl.common.units import amount
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,7 +43,8 @@ Told = Callable[[int, int], None]
 class DataFile:
     """A jsonl, json, csv or parquet file. Its rows are read anew each time, one after the other.
 
-    Only a .json array is in memory as a whole. Reading raises DataError with the row that can't be read.
+    Only a .json array is in memory as a whole. Reading raises DataError with the row that can't be read, or that is
+    longer than this machine's settings allow.
     """
 
     def __init__(self, path: Path, told: Told | None = None) -> None:
@@ -67,19 +71,24 @@ class DataFile:
         path, suffix = self._path, self._path.suffix.lower()
         if suffix not in DATA_SUFFIXES:
             raise DataError(path, f"has none of the endings {', '.join(DATA_SUFFIXES)}", hint=_way_for(path, suffix))
+        size, settings = _regular_size(path), load_settings()
         if suffix == ".parquet":
-            yield from _read_parquet(path)
+            yield from _read_parquet(path, settings.max_row, settings.max_data)
         elif suffix == ".json":
+            if size > settings.max_data:
+                what = f"has {amount(size)}, a .json file at most {amount(settings.max_data)}"
+                hint = f"a .jsonl file is read row by row; {_MORE_DATA}"
+                raise DataError(path, what, hint=hint)
             yield from _parse_json(path, path.read_text(encoding="utf-8-sig"))
         else:
             with path.open(encoding="utf-8-sig") as file:
-                yield from (
-                    _parse_jsonl(path, self._lines(file)) if suffix == ".jsonl" else _parse_csv(path, self._lines(file))
-                )
+                lines = self._lines(file, size, settings.max_row)
+                yield from _parse_jsonl(path, lines) if suffix == ".jsonl" else _parse_csv(path, lines)
 
-    def _lines(self, file: IO[str]) -> Iterator[str]:
-        size = os.fstat(file.fileno()).st_size
-        for number, line in enumerate(file):
+    def _lines(self, file: IO[str], size: int, longest: int) -> Iterator[str]:
+        for number, line in enumerate(iter(lambda: file.readline(longest + 1), "")):
+            if len(line) > longest:
+                raise _too_long(self._path, longest, f"line {number + 1} ")
             if self._told is not None and number % 1000 == 0:
                 self._told(os.lseek(file.fileno(), 0, os.SEEK_CUR), size)
             yield line
@@ -88,6 +97,23 @@ class DataFile:
 def read_rows(path: Path) -> list[RawRow]:
     """All rows of a jsonl, json, csv or parquet file. Raises DataError with the row that can't be read."""
     return list(DataFile(path))
+
+
+_MORE_DATA = "LORACTL_MAX_DATA=... allows more, here and on the workers"
+
+
+def _regular_size(path: Path) -> int:
+    """The bytes of a file. A pipe would be waited for, and a device read for ever. Raises DataError, OSError."""
+    facts = path.stat()
+    if not stat.S_ISREG(facts.st_mode) and not stat.S_ISDIR(facts.st_mode):  # opening a folder says what it is
+        raise DataError(path, "is no regular file", hint="write the rows into a file")
+    return facts.st_size
+
+
+def _too_long(path: Path, longest: int, where: str = "", row: int | None = None) -> DataError:
+    hint = "a row is one example, on a line of its own; " if where else ""
+    hint += "where rows are so long: LORACTL_MAX_ROW=64MiB"
+    return DataError(path, f"{where}has more than {amount(longest)}, the most of a row", row=row, hint=hint)
 
 
 def _bad_byte(path: Path) -> int:
@@ -154,22 +180,36 @@ def _parse_csv(path: Path, lines: Iterable[str]) -> Iterator[RawRow]:
         raise DataError(path, f"is not valid CSV: {error}", row=number + 1, kind="broken CSV") from None
 
 
-def _read_parquet(path: Path) -> Iterator[RawRow]:
+BATCH = 100
+"""Rows of a parquet file that are unpacked at a time."""
+
+
+def _read_parquet(path: Path, longest: int, most: int) -> Iterator[RawRow]:
+    """`longest`: bytes of a row, `most` of all rows; a file of a megabyte may unpack to gigabytes."""
     try:
         import pyarrow.parquet as parquet  # comes with datasets
     except ImportError:
         raise DataError(path, "parquet needs the training stack here", hint="pip install 'loractl[worker]'") from None
-    if not path.exists():
-        raise DataError(path, "no such file", hint=_RELATIVE)
     import pyarrow
 
     try:
         with parquet.ParquetFile(path) as file:
-            values = (value for batch in file.iter_batches(batch_size=1000) for value in batch.to_pylist())
-            for number, value in enumerate(values, start=1):
-                yield RawRow(number=number, value=value)
+            read = unpacked = 0
+            for batch in file.iter_batches(batch_size=BATCH):
+                if (unpacked := unpacked + batch.nbytes) > most:
+                    raise DataError(path, f"unpacks to more than {amount(most)}", hint=_MORE_DATA)
+                if batch.nbytes > longest and (place := _long_row(batch, longest)) is not None:
+                    raise _too_long(path, longest, row=read + place + 1)
+                for place, value in enumerate(batch.to_pylist(), start=1):
+                    yield RawRow(number=read + place, value=value)
+                read += batch.num_rows
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(path, f"is not valid parquet: {str(error).splitlines()[0]}") from None
+
+
+def _long_row(batch: Any, longest: int) -> int | None:
+    """The place of the first row of a parquet batch that has more bytes than this."""
+    return next((place for place in range(batch.num_rows) if batch.slice(place, 1).nbytes > longest), None)
 
 
 def _row(path: Path, number: int, value: Any) -> RawRow:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -36,22 +37,24 @@ def read_yaml(path: Path, what: str = JOB_FILE) -> tuple[dict[str, Any], dict[tu
         return SpecError([SpecProblem(file=file, line=line, key="", what=what, hint=hint)])
 
     try:
-        raw = path.read_bytes()
-        text = raw.decode("utf-8")
+        with path.open("rb") as stream:
+            size, raw = os.fstat(stream.fileno()).st_size, stream.read(MAX_FILE_BYTES + 1)
     except FileNotFoundError:
         there = "name the path of a file that is there"
         raise wrong("no such file", f"{there}; {like}" if ours else there) from None
     except IsADirectoryError:
         raise wrong(f"is a folder, not {what}") from None
-    except UnicodeDecodeError:
-        raise wrong("is not UTF-8 text") from None
     except OSError as error:
         raise wrong(f"can't be read: {error.strerror}") from None
     if len(raw) > MAX_FILE_BYTES:
         raise wrong(
-            f"has {len(raw)} bytes, {what} at most {MAX_FILE_BYTES}",
+            f"has {max(size, len(raw))} bytes, {what} at most {MAX_FILE_BYTES}",
             "the data belong into a file of their own" + (": dataset.path" if ours else ""),
         )
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError:
+        raise wrong("is not UTF-8 text") from None
     try:
         lines, tree = load_yaml(text)
     except yaml.MarkedYAMLError as error:

@@ -79,6 +79,7 @@ def _templates(folder: Path) -> list[str]:
 
 def _read_object(path: Path) -> dict[str, object]:
     """Raises UsageError."""
+    _check_regular(path)
     try:
         value = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
@@ -88,8 +89,15 @@ def _read_object(path: Path) -> dict[str, object]:
     return value
 
 
+def _check_regular(file: Path) -> None:
+    """Refuse a pipe, which would be waited for. What is not there is left to its reader. Raises UsageError."""
+    if file.exists() and not file.is_file():
+        raise UsageError(f"{file} is no regular file", "copy the model again")
+
+
 def _check_weights(file: Path) -> None:
     """Read the header: a copy that was cut off is shorter than what it tells. Raises UsageError."""
+    _check_regular(file)
     try:
         size = file.stat().st_size
         with file.open("rb") as opened:

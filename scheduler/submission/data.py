@@ -142,7 +142,7 @@ def _refuse_unknown_names(spec: JobSpec) -> None:
 
 def unreadable_here(text: str) -> bool:
     """Parquet needs pyarrow, which the light client does not have: the trainer checks it."""
-    return text.lower().endswith(".parquet") and importlib.util.find_spec("pyarrow") is None and Path(text).exists()
+    return text.lower().endswith(".parquet") and importlib.util.find_spec("pyarrow") is None and Path(text).is_file()
 
 
 def _fetched(job_id: int, key: str, stored: Mapping[str, Any], artifacts: ArtifactStore, folder: Path) -> Path:

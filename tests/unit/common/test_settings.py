@@ -42,7 +42,7 @@ def test_an_unknown_key_in_the_file_is_refused_with_the_known_ones(tmp_path: Pat
     with pytest.raises(UsageError, match="unknown key databse_url") as caught:
         load_settings({"LORACTL_HOME": str(tmp_path)})
     known = "database_url redis_url artifacts_url devices trainer_ram store_patience user host model_roots"
-    known += " trusted_code lm_eval_tasks lease trainer notify channels s3"
+    known += " trusted_code lm_eval_tasks max_row max_data lease trainer notify channels s3"
     assert caught.value.hint == f"known keys: {', '.join(known.split())}"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,49 @@ def test_a_parquet_file_gives_rows_in_order_and_a_damaged_one_a_sentence(tmp_pat
     parquet.write_table(pyarrow.table({"text": pyarrow.array([], pyarrow.string())}), tmp_path / "none.parquet")
     assert "has no rows" in refused(tmp_path / "none.parquet").sentence
     assert "no such file" in refused(tmp_path / "absent.parquet").sentence
+
+
+@pytest.mark.parametrize("name", ["d.jsonl", "d.json", "d.csv", "d.parquet"])
+def test_a_pipe_is_no_data_and_nobody_waits_for_its_writer(tmp_path: Path, name: str) -> None:
+    os.mkfifo(tmp_path / name)
+    error = refused(tmp_path / name)
+    assert "is no regular file" in error.sentence
+    assert error.hint == "write the rows into a file"
+
+
+@pytest.mark.parametrize("name", ["d.jsonl", "d.csv"])
+def test_a_row_without_end_is_not_read_to_its_end(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with write(tmp_path, name, '{"text": "a"}\n').open("r+b") as file:
+        file.truncate(17 << 20)  # zeros up to there
+    error = refused(tmp_path / name)
+    assert "line 2 has more than 16.0 MiB" in error.sentence
+    assert error.hint == "a row is one example, on a line of its own; where rows are so long: LORACTL_MAX_ROW=64MiB"
+    long = write(tmp_path, "d.jsonl", json.dumps({"text": "x" * (3 << 20)}))
+    assert read_rows(long)
+    monkeypatch.setenv("LORACTL_MAX_ROW", "2MiB")
+    assert "has more than 2.0 MiB" in refused(long).sentence
+    monkeypatch.setenv("LORACTL_MAX_ROW", "4MiB")
+    assert read_rows(long)
+
+
+def test_what_a_file_unpacks_to_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pyarrow = pytest.importorskip("pyarrow", reason="comes with the worker extra")
+    import pyarrow.parquet as parquet
+
+    packed = tmp_path / "d.parquet"
+    parquet.write_table(pyarrow.table({"text": ["x" * (1 << 20)] * 20}), packed, compression="zstd")
+    assert packed.stat().st_size < 10_000 and len(read_rows(packed)) == 20
+    array = write(tmp_path, "d.json", json.dumps([{"text": "x" * (3 << 20)}]))
+    assert read_rows(array)
+    monkeypatch.setenv("LORACTL_MAX_DATA", "2MiB")
+    error = refused(packed)
+    assert "unpacks to more than 2.0 MiB" in error.sentence
+    assert error.hint == "LORACTL_MAX_DATA=... allows more, here and on the workers"
+    assert "has 3.0 MiB, a .json file at most 2.0 MiB" in refused(array).sentence
+    monkeypatch.delenv("LORACTL_MAX_DATA")
+    parquet.write_table(pyarrow.table({"text": ["a", "x" * (17 << 20)]}), packed, compression="zstd")
+    error = refused(packed)
+    assert error.row == 2 and "has more than 16.0 MiB" in error.sentence
 
 
 def test_a_row_of_jsonl_is_numbered_by_its_line(tmp_path: Path) -> None:

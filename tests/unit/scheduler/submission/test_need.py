@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 from pathlib import Path
 from typing import Any
@@ -115,6 +116,14 @@ def test_a_chat_template_that_no_store_could_keep_is_refused_before_a_training(
     with pytest.raises(UsageError) as refused:
         check_base(Path(base))
     assert f"has a chat template of the name {name!r}" in refused.value.sentence
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model.safetensors.index.json", "tokenizer_config.json"])
+def test_a_pipe_in_a_base_s_folder_is_refused_and_nobody_waits_for_its_writer(base: str, name: str) -> None:
+    (Path(base) / "tokenizer.json").write_text("{}")
+    os.mkfifo(Path(base) / name)
+    with pytest.raises(UsageError, match=f"{name} is no regular file"):
+        check_base(Path(base))
 
 
 def test_nf4_weights_are_no_foreign_format(tmp_path: Path) -> None:
