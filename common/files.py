@@ -12,7 +12,6 @@ import os
 import re
 import secrets
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -116,8 +115,7 @@ class Bucket:
             with contextlib.suppress(FileNotFoundError):
                 if time.time() - part.stat().st_mtime > DEAD_S:
                     part.unlink()
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=begun, delete=False) as aside:
-            part = Path(aside.name)
+        part = path.parent / f"{begun}{secrets.token_hex(8)}"
         try:
             self._load(name, part)
             part.replace(path)

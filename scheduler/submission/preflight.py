@@ -16,7 +16,7 @@ from loractl.common.job.hub_name import is_hub_id
 from loractl.common.memory.config import find_config
 from loractl.common.memory.hub import hub_is_off
 
-from .base_model import check_base, holds_model
+from .base_model import check_base, holds_model, right_to_read
 
 if TYPE_CHECKING:
     from loractl.common.job.spec import JobSpec
@@ -42,11 +42,14 @@ def check_model(spec: JobSpec, settings: Settings) -> list[str]:
     Raises UsageError.
     """
     base, unchecked, doubts = Path(spec.base_model), [], []
-    if base.is_absolute() and not base.exists():
+    if base.is_absolute() and (closed := _closed(base)) is not None:
+        doubts.append(_no_model(f"{base} can't be read: {closed}", right_to_read(base), settings))
+    elif base.is_absolute() and not base.exists():
         doubts.append(_not_here(base, settings))
     elif base.is_absolute():
         if base.is_dir() and not holds_model(base):
-            doubts.append(_no_model(base, settings))
+            needed = "a model's folder has config.json and *.safetensors, or a *.gguf"
+            doubts.append(_no_model(f"base_model {base} holds no model", needed, settings))
         elif missing := check_base(base):
             unchecked.append(f"{' and '.join(missing)} of {base}, not on this machine")
     elif not is_hub_id(spec.base_model):
@@ -78,10 +81,18 @@ def _not_here(base: Path, settings: Settings) -> str:
     return f"Warning: there is no {base} on this machine; every worker needs it at that path{meant and f': {meant}'}."
 
 
-def _no_model(base: Path, settings: Settings) -> str:
-    """As _not_here, of a folder that is here, and empty or something else's."""
-    what = f"base_model {base} holds no model"
-    needed = "a model's folder has config.json and *.safetensors, or a *.gguf"
+def _closed(base: Path) -> str | None:
+    """Why this person can't look into a folder that is here; None: nothing keeps them from it."""
+    try:
+        if base.is_dir():
+            next(base.iterdir(), None)
+    except PermissionError as error:
+        return error.strerror
+    return None
+
+
+def _no_model(what: str, needed: str, settings: Settings) -> str:
+    """As _not_here, of a folder that is here, and empty, or something else's, or closed."""
     if settings.embedded_database:
         raise UsageError(what, needed)
     return f"Warning: {what} on this machine; every worker needs one at that path: {needed}."

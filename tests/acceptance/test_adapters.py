@@ -104,6 +104,11 @@ def test_a_merged_model_is_proved_and_loads_with_transformers_alone(
         answer == trained("generate", "red", "what is in 7?", "--max-new-tokens", 48).stdout.strip() == ANSWERS["red"]
     )
     about = json.loads((tmp_path / "red" / "merge.json").read_text())
+    (tmp_path / "new").touch()
+    (tmp_path / "new folder").mkdir()
+    modes = {path.stat().st_mode for path in (tmp_path / "red").iterdir()}
+    assert modes == {(tmp_path / "new").stat().st_mode}, "as any other new file: others load it, too"
+    assert (tmp_path / "red").stat().st_mode == (tmp_path / "new folder").stat().st_mode
     assert (about["job_id"], about["dtype"], about["base_model"]) == (4, "bfloat16", base_of_trained.name)
     files = [path for path in (tmp_path / "red").rglob("*") if path.is_file()]
     assert not [path.name for path in files if str(base_of_trained).encode() in path.read_bytes()], "paths of this box"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -25,6 +26,17 @@ from loractl.worker.base.lora import add_adapter
 from loractl.worker.base.model import load_base, load_tokenizer
 
 COMMIT = "0123456789abcdef" * 2 + "01234567"
+
+
+def test_the_example_s_model_may_be_read_by_all_whom_the_umask_lets_read(tiny_model: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    get_model = runpy.run_path(str(Path(__file__).parents[2] / "examples" / "get_model.py"))
+    model = AutoModelForCausalLM.from_pretrained(str(tiny_model))
+    get_model["save"](model, load_tokenizer(str(tiny_model)), tmp_path / "model")
+    (tmp_path / "new").touch()
+    modes = {path.stat().st_mode for path in (tmp_path / "model").iterdir()}
+    assert modes == {(tmp_path / "new").stat().st_mode}
 
 
 @pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj"], r".*\.1\.(?:mlp|self_attn)\.(q|up)_proj"])

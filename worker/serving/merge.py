@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import math
 import os
+import secrets
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -94,14 +94,15 @@ def merge_adapter(
     Raises MergeFailed when it is not the same, LoractlError when the converter fails.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+    aside = folder.parent / f".{folder.name}-{secrets.token_hex(4)}"
+    aside.mkdir()
     try:
         proof = merge_into(aside, library, listed, dtype, say)
         if converter is not None:
             say("runs llama.cpp's converter")
             run_converter(converter, aside, aside / f"{listed.name}-{dtype}.gguf", dtype)
-        for path in (aside, *aside.iterdir()):
-            path.chmod(0o755 if path.is_dir() else 0o644)  # as other files here; temporary ones are their owner's alone
+        for path in aside.glob("*.safetensors"):  # safetensors writes them for their owner alone
+            path.chmod((aside / "config.json").stat().st_mode)
         aside.rename(folder)
     finally:
         shutil.rmtree(aside, ignore_errors=True)

@@ -89,6 +89,19 @@ def test_a_result_is_stored_verified_and_read_back(place: Place, result: Path, t
     assert {p.name for p in (tmp_path / "pulled").iterdir()} == set(pulled), "no part of a download is left"
 
 
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
+def test_who_may_read_what_was_pulled_is_said_by_the_umask(
+    place: Place, result: Path, tmp_path: Path, umask: int, mode: int
+) -> None:
+    place.store.put_result(result, PREFIX)
+    before = os.umask(umask)
+    try:
+        pulled = place.store.pull(HERE, "adapter/", tmp_path / "pulled")
+    finally:
+        os.umask(before)
+    assert {(tmp_path / "pulled" / name).stat().st_mode & 0o777 for name in pulled} == {mode}
+
+
 def test_a_second_store_of_another_process_sees_a_result_at_once(place: Place, result: Path) -> None:
     other = ArtifactStore(place.store.url)
     with pytest.raises(ArtifactError, match="has no manifest: nothing was stored there"):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import struct
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,7 @@ from loractl.scheduler.answers.need import JobToPlan, memory_need
 from loractl.scheduler.submission import need
 from loractl.scheduler.submission.base_model import check_base
 from loractl.scheduler.submission.need import check_adapter, own_devices, plan_job
+from loractl.scheduler.submission.preflight import check_model
 
 from ....conftest import Cli
 from ....databases import SQLITE_ALONE
@@ -124,6 +128,37 @@ def test_a_pipe_in_a_base_s_folder_is_refused_and_nobody_waits_for_its_writer(ba
     os.mkfifo(Path(base) / name)
     with pytest.raises(UsageError, match=f"{name} is no regular file"):
         check_base(Path(base))
+
+
+@contextlib.contextmanager
+def another_person() -> Iterator[None]:
+    """With the rights of nobody: root reads everything."""
+    own = os.geteuid()
+    if own == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(own)
+
+
+@pytest.mark.parametrize("closed", ["model.safetensors", "config.json", "."])
+def test_a_base_that_this_person_may_not_read_is_said_to_be_so(closed: str) -> None:
+    with tempfile.TemporaryDirectory() as open_to_all:
+        base = Path(open_to_all) / "base"
+        base.mkdir()
+        Path(open_to_all).chmod(0o755)
+        (base / "config.json").write_text(json.dumps(SMALL))
+        (base / "tokenizer.json").write_text("{}")
+        (base / "model.safetensors").write_bytes(struct.pack("<Q", 2) + b"{}")
+        settings = load_settings({"LORACTL_HOME": open_to_all})
+        before = (base / closed).stat().st_mode
+        (base / closed).chmod(0)
+        with another_person(), pytest.raises(UsageError) as refused:
+            check_model(spec(base_model=str(base)), settings)
+        (base / closed).chmod(before)
+    assert refused.value.sentence == f"{base / closed} can't be read: Permission denied"
+    assert refused.value.hint == f"ask its owner for the right to: chmod -R a+rX {base}"
 
 
 def test_nf4_weights_are_no_foreign_format(tmp_path: Path) -> None:
