@@ -1,4 +1,5 @@
-"""peft's adapter_config.json, read by a list of keys and forms: others may have written it.
+"""An adapter's files: peft's adapter_config.json, read by a list of keys and forms, and the weights' header. Others may
+have written them.
 
 peft takes much of it for regular expressions, and for code to import: a text in target_modules can hold a loader for
 hours. Here a module is named by its plain name, and nothing else is let through to peft.
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import ArtifactError
+from .tensor_file import tensor_file_fault
 
 CONFIG = "adapter_config.json"
 
@@ -62,6 +64,15 @@ def check_adapter_config(content: bytes | Path) -> None:
         form, what = _FORMS[key]
         if not form(value):
             raise _refused(f"{key} is not {what}")
+
+
+def check_adapter_weights(file: Path, job_id: int) -> None:
+    """Refuse weights that nothing can load, and remove their file. Raises ArtifactError."""
+    fault = tensor_file_fault(file) if file.is_file() else "is not there"
+    if fault is not None:
+        file.unlink(missing_ok=True)
+        what = f"the stored adapter of job {job_id} is refused: {file.name} {fault}"
+        raise ArtifactError(what, "loractl reproduce JOB makes the adapter again")
 
 
 def _start_of(path: Path) -> bytes:

@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .errors import ArtifactError, NotStorable, ResultTaken, ServiceUnreachable
+from .errors import ArtifactError, NotStorable, ReportUnknown, ResultTaken, ServiceUnreachable
 from .files import Doing, Unfinished, nothing_told, open_files
 from .settings import S3Keys, Settings, redacted
 
@@ -46,6 +46,21 @@ _HOLDING = re.compile(
 
 _CHECKPOINT = re.compile(r"(jobs/[1-9]\d{0,17}/checkpoints/([1-9]\d{0,8})-\d{1,12})/", re.ASCII)
 """Where a job's checkpoint lies, and the attempt that wrote it."""
+
+
+REPORT = "report.json"
+_SECTIONS = ("job", "verdict", "adapter", "data", "training", "evaluation", "versions")
+
+
+class _ReportPart(dict[str, Any]):
+    """An object of a report, which names its file where a key is missing."""
+
+    def __init__(self, file: str, content: dict[str, Any]) -> None:
+        super().__init__(content)
+        self._file = file
+
+    def __missing__(self, key: str) -> Any:
+        raise ReportUnknown(self._file, f"it lacks {key!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,9 +219,18 @@ class ArtifactStore:
                 raise ArtifactError(f"{self.url}/{prefix}/{name} does not match its manifest")
         return {name.removeprefix(part): file for name, file in wanted.items()}
 
-    def read_json(self, stored: Binding, name: str) -> Any:
-        """A JSON file of a result, checked against the manifest."""
-        return json.loads(self.read_bytes(stored, name))
+    def read_report(self, stored: Binding) -> dict[str, Any]:
+        """report.json of a result. Raises ArtifactError; ReportUnknown also where a key is looked for that it lacks."""
+        file = f"{self.url}/{stored.prefix}/{REPORT}"
+        try:
+            content = json.loads(self.read_bytes(stored, REPORT), object_hook=lambda part: _ReportPart(file, part))
+        except (ValueError, RecursionError):
+            raise ReportUnknown(file, "it can't be read as JSON") from None
+        if not isinstance(content, dict):
+            raise ReportUnknown(file, "it is no object")
+        if wrong := next((name for name in _SECTIONS if not isinstance(content.get(name, {}), dict)), None):
+            raise ReportUnknown(file, f"its {wrong!r} is no object")
+        return content
 
     def read_bytes(self, stored: Binding, name: str) -> bytes:
         """A small file of a result, checked against the manifest."""

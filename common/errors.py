@@ -13,6 +13,7 @@ LoractlError                    1  failed
 ├── NameTaken                   1  another box has this one's name
 ├── SchemaMismatch              1  the database is older or newer than this loractl
 ├── ArtifactError               1  an artifact can't be written or does not match its manifest
+│   ├── ReportUnknown           1  a stored report has another form than loractl's
 │   ├── ResultTaken             1  another result lies there
 │   └── NotStorable             1  no store would take it, now or later
 └── WrongState                  1  the job's state does not allow that
@@ -195,6 +196,15 @@ class SchemaMismatch(LoractlError):
 
 class ArtifactError(LoractlError):
     """An artifact could not be stored, or what is stored does not match its manifest."""
+
+
+class ReportUnknown(ArtifactError, KeyError):
+    """A stored report is not as any loractl has written it; a KeyError too, for readers of older ones."""
+
+    def __init__(self, file: str, why: str) -> None:
+        super().__init__(
+            f"{file} is no report of loractl's: {why}", "bring the file back from a backup, or loractl reproduce JOB"
+        )
 
 
 class ResultTaken(ArtifactError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 from pathlib import Path
 
 CONFIG = {
@@ -54,6 +55,12 @@ def make_tiny_model(
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def weights_of(mark: str) -> bytes:
+    """A safetensors file without tensors that bears a mark."""
+    header = json.dumps({"__metadata__": {"of": mark}}).encode()
+    return struct.pack("<Q", len(header)) + header
 
 
 def write_helpdesk(path: Path, rows: int = 24) -> Path:

@@ -21,6 +21,8 @@ from loractl.worker.protocol.messages import Ended, Note, Saved, StageChanged, S
 from loractl.worker.protocol.orders import Orders
 from loractl.worker.training.checkpoint import newest_checkpoint
 
+from .models import weights_of
+
 STEP_S = 0.05
 
 KILLS = "kills-its-worker"
@@ -74,7 +76,7 @@ def train(order: Start, orders: Orders, tell: Tell, sleep: Sleep) -> Ended:
         return Ended(job_id=job, reason=Reason.DRAINED, message="stopped")
     adapter = Path(order.output_dir) / "adapter"
     adapter.mkdir()
-    (adapter / "adapter_model.safetensors").write_text(f"weights of attempt {order.attempt}")
+    (adapter / "adapter_model.safetensors").write_bytes(weights_of(f"attempt {order.attempt}"))
     (adapter / "adapter_config.json").write_text("{}")
     (adapter.parent / "report.json").write_text("{}")
     return Ended(job_id=job, reason=Reason.OK, message="trained")

@@ -112,7 +112,7 @@ def lineage(store: Store, artifacts: ArtifactStore, text: str) -> Lineage:
     """Where the adapter that a person means comes from. Raises as `stored_adapter` does, ArtifactError."""
     adapter, job = stored_adapter(store, text)
     stored = result_binding(store, job)
-    report = artifacts.read_json(stored, "report.json")
+    report = artifacts.read_report(stored)
     bound = stored.manifest_sha256 is not None
     return Lineage(adapter=adapter, user=job.user, spec=job.spec, report=report, now=store.now(), bound=bound)
 

@@ -41,7 +41,7 @@ class EvaluationReport:
 def report(store: Store, artifacts: ArtifactStore, job_id: int) -> EvaluationReport:
     """The report of a finished job. Raises JobNotFound, WrongState, ArtifactError."""
     result = result_of(store, job_id)
-    content = artifacts.read_json(result.stored, "report.json")
+    content = artifacts.read_report(result.stored)
     return EvaluationReport(job_id=job_id, user=result.job.user, content=content)
 
 

@@ -66,7 +66,7 @@ class Repetition:
 def repetition(store: Store, artifacts: ArtifactStore, settings: Settings, job_id: int) -> Repetition:
     """How a finished job would run again. Raises JobNotFound, WrongState without a result, and as plan_repetition."""
     result = result_of(store, job_id)
-    return plan_repetition(result.job, artifacts.read_json(result.stored, "report.json"), store, settings)
+    return plan_repetition(result.job, artifacts.read_report(result.stored), store, settings)
 
 
 def plan_repetition(job: Job, report: dict[str, Any], store: Store, settings: Settings) -> Repetition:

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import struct
 from pathlib import Path
 
 from loractl.common.errors import UsageError
 from loractl.common.fingerprint import has_tokenizer, unfit_template
-
-LARGEST_HEADER = 100_000_000
-"""Bytes that safetensors allows for a header."""
+from loractl.common.tensor_file import tensor_file_fault
 
 
 def check_base(folder: Path) -> tuple[str, ...]:
@@ -110,17 +107,10 @@ def _check_weights(file: Path) -> None:
     """Read the header: a copy that was cut off is shorter than what it tells. Raises UsageError."""
     _check_regular(file)
     try:
-        size = file.stat().st_size
-        with file.open("rb") as opened:
-            (length,) = struct.unpack("<Q", opened.read(8))
-            if length > LARGEST_HEADER:
-                raise ValueError("it does not begin as one; is it a pointer of Git LFS?")
-            header = json.loads(opened.read(length))
-        tensors = [entry for name, entry in header.items() if name != "__metadata__"]
-        told = 8 + length + max((entry["data_offsets"][1] for entry in tensors), default=0)
+        fault = tensor_file_fault(file)
     except PermissionError as error:
         raise _not_permitted(file, error) from error
-    except (OSError, ValueError, struct.error, AttributeError, KeyError, TypeError, IndexError) as error:
-        raise UsageError(f"{file} is no safetensors file: {error}", "copy it again") from error
-    if size != told:
-        raise UsageError(f"{file} has {size} bytes, and {told} by its header: it was cut off", "copy it again")
+    except OSError as error:
+        raise UsageError(f"{file} can't be read: {error.strerror}", "copy it again") from error
+    if fault is not None:
+        raise UsageError(f"{file} {fault}", "copy it again")

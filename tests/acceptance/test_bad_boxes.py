@@ -14,6 +14,7 @@ import psutil
 
 from loractl.common.job.status import Reason, Status
 
+from ..models import weights_of
 from .quick_lab import LEASE_S, Lab, family, freeze
 
 
@@ -38,7 +39,7 @@ def test_a_frozen_worker_that_wakes_up_after_its_lease_is_refused_and_its_files_
     (adapter,) = lab.store.adapters()
     assert adapter.uri.endswith(f"jobs/{job_id}/attempt-2/adapter")
     lab.cli("adapters", "pull", job_id, tmp_path / "pulled")
-    assert (tmp_path / "pulled" / "adapter_model.safetensors").read_text() == "weights of attempt 2"
+    assert (tmp_path / "pulled" / "adapter_model.safetensors").read_bytes() == weights_of("attempt 2")
     _gone(lambda: [p for p in family(first.pid) if "tests.quick_trainer" in p.cmdline()])
 
 

@@ -17,6 +17,7 @@ from loractl.common.store.records import Claim, Progress, StoredResult
 from loractl.common.store.store import Store
 
 from ..conftest import Cli
+from ..models import weights_of
 from ..unit.factories import node_state, submission, take
 from .test_report_page import report
 
@@ -84,7 +85,7 @@ def _result(settings: Settings, claim: Claim, folder: Path) -> StoredResult:
     """A stored result with a hostile report."""
     result = folder / "result"
     (result / "adapter").mkdir(parents=True)
-    (result / "adapter" / "adapter_model.safetensors").write_bytes(b"x")
+    (result / "adapter" / "adapter_model.safetensors").write_bytes(weights_of("x"))
     value = report(base_model=EVIL)
     value["job"] |= {"user": EVIL, "node": EVIL, "gpu": EVIL, "labels": {EVIL: EVIL}}
     value["verdict"]["sentence"] = EVIL

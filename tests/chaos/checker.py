@@ -84,7 +84,7 @@ def examine(store: ArtifactStore, job: dict[str, Any]) -> str | None:
     try:
         store.verify(stored)
         adapter = read_adapter(store.read_bytes(stored, WEIGHTS))
-        report = store.read_json(stored, "report.json")
+        report = store.read_report(stored)
     except (ArtifactError, ValueError, KeyError, struct.error, json.JSONDecodeError) as error:
         return f"its artifacts can't be used: {error}"
     if adapter != link or report["chain"] != link.hex():

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from loractl.common.adapter_config import CONFIG
+from loractl.common.adapter_config import CONFIG, check_adapter_weights
 from loractl.common.artifacts import ArtifactStore, Binding, attempt_prefix, open_store, sha256_of
 from loractl.common.errors import ArtifactError, UsageError
 from loractl.common.fingerprint import changed_files
@@ -171,6 +171,7 @@ class Library:
         aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".part-"))
         try:
             self._artifacts.pull(adapter.stored, "adapter/", aside)
+            check_adapter_weights(aside / WEIGHTS, adapter.job_id)
             aside.rename(folder)
         except OSError:
             if not folder.is_dir():  # else another process was first; the content is the same
@@ -181,13 +182,11 @@ class Library:
 
     def report(self, adapter: Listed) -> dict[str, Any]:
         """The report of the job that made it."""
-        raw: dict[str, Any] = self._artifacts.read_json(adapter.stored, "report.json")
-        return raw
+        return self._artifacts.read_report(adapter.stored)
 
     @functools.cache  # noqa: B019  a library lives as long as its process
     def _format(self, stored: Binding) -> DataFormat:
-        raw = self._artifacts.read_json(stored, "report.json")
-        return DataFormat(raw["data"]["format"])
+        return DataFormat(self._artifacts.read_report(stored)["data"]["format"])
 
     def format(self, adapter: Listed) -> DataFormat:
         """The shape of the rows that it was trained on: whether its prompts are conversations or plain text."""

@@ -17,7 +17,8 @@ def pull(adapter: str, folder: Path) -> None:
 
     peft's PeftModel.from_pretrained loads it from there.
     """
-    from loractl.common.adapter_config import CONFIG, check_adapter_config
+    from loractl.common.adapter_config import CONFIG, check_adapter_config, check_adapter_weights
+    from loractl.common.artifacts import WEIGHTS
     from loractl.common.binding import result_binding
     from loractl.common.errors import UsageError
     from loractl.common.text import clean_line
@@ -36,6 +37,7 @@ def pull(adapter: str, folder: Path) -> None:
     except OSError as error:
         raise UsageError(f"{folder} can't be made: {error.strerror}") from error
     files = artifacts.pull(files_of, "adapter/", folder)
+    check_adapter_weights(folder / WEIGHTS.removeprefix("adapter/"), stored.job_id)
     size = sum(file.size for file in files.values())
     click.echo(f"The adapter of job {stored.job_id} ({len(files)} files, {amount(size)}) is in {folder}.")
     if job.spec.get("task_type") == "SEQ_CLS":  # its base needs the head and its labels first

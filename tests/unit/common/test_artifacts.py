@@ -80,7 +80,7 @@ def test_a_result_is_stored_verified_and_read_back(place: Place, result: Path, t
     assert set(manifest) == {"adapter/adapter_config.json", "adapter/adapter_model.safetensors", "report.json"}
     assert manifest["report.json"].size == 11
     assert place.store.manifest(HERE) == place.store.verify(HERE) == manifest
-    assert place.store.read_json(HERE, "report.json") == {"rows": 3}
+    assert place.store.read_report(HERE) == {"rows": 3}
 
     pulled = place.store.pull(HERE, "adapter/", tmp_path / "pulled")
     assert set(pulled) == {"adapter_config.json", "adapter_model.safetensors"}
@@ -116,7 +116,7 @@ def test_a_result_without_its_manifest_does_not_exist(place: Place, result: Path
     for read in (
         lambda: place.store.verify(HERE),
         lambda: place.store.pull(HERE, "adapter/", tmp_path / "pulled"),
-        lambda: place.store.read_json(HERE, "report.json"),
+        lambda: place.store.read_report(HERE),
     ):
         with pytest.raises(ArtifactError, match=f"{PREFIX} has no manifest"):
             read()
@@ -128,7 +128,7 @@ def test_a_changed_file_is_detected_by_everyone_who_reads_it(place: Place, resul
     with pytest.raises(ArtifactError, match=r"report\.json does not match its manifest"):
         place.store.verify(HERE)
     with pytest.raises(ArtifactError, match=r"report\.json does not match its manifest"):
-        place.store.read_json(HERE, "report.json")
+        place.store.read_report(HERE)
     weights = (result / "adapter" / "adapter_model.safetensors").read_bytes()
     place.write(f"{PREFIX}/adapter/adapter_model.safetensors", weights[:-1] + bytes([weights[-1] ^ 1]))
     with pytest.raises(ArtifactError, match=r"adapter_model\.safetensors does not match its manifest"):
@@ -141,7 +141,7 @@ def test_a_removed_file_is_detected(place: Place, result: Path, tmp_path: Path) 
     with pytest.raises(ArtifactError, match=f"verifying {PREFIX}: not found in"):
         place.store.verify(HERE)
     with pytest.raises(ArtifactError, match=r"reading report\.json: not found in"):
-        place.store.read_json(HERE, "report.json")
+        place.store.read_report(HERE)
 
 
 @pytest.mark.parametrize(
@@ -176,7 +176,7 @@ def test_storing_the_same_attempt_again_replaces_it(place: Place, result: Path) 
     place.store.put_result(result, PREFIX)
     (result / "report.json").write_text('{"rows": 5}')
     place.store.put_result(result, PREFIX)
-    assert place.store.read_json(HERE, "report.json") == {"rows": 5}
+    assert place.store.read_report(HERE) == {"rows": 5}
 
 
 def test_no_result_is_written_over_another_one(place: Place, result: Path) -> None:
