@@ -17,13 +17,14 @@ from loractl.common.errors import ServiceUnreachable
 from loractl.common.settings import Settings, redacted
 
 from .hints import TRANSPORT_OPTIONS, HintConnection, card_queue, queue_name, wake_headers
-from .valkey import broker_url
+from .valkey import broker_url, embedded_runs
 
 
 class HintSender:
     """Wakes nodes. A queue that was away when it was opened is reported at the first hint."""
 
-    def __init__(self, url: str, producer: Any, away: ServiceUnreachable | None) -> None:
+    def __init__(self, url: str, producer: Any | None, away: ServiceUnreachable | None) -> None:
+        """`producer`: None where nobody listens."""
         self._url = url
         self._producer = producer
         self._away = away
@@ -39,6 +40,8 @@ class HintSender:
     def _send(self, hints: Iterable[tuple[int, str]]) -> None:
         if self._away is not None:
             raise self._away
+        if self._producer is None:
+            return
         with reachable(self._url):
             for size_class, queue in hints:
                 self._producer.publish([[size_class], {}, {}], routing_key=queue, headers=wake_headers())
@@ -46,11 +49,15 @@ class HintSender:
 
 @contextlib.contextmanager
 def open_sender(settings: Settings) -> Iterator[HintSender]:
-    """Connect to the queue. If it is away, only the first hint says so. Raises UsageError."""
+    """Connect to the queue. If it is away, only the first hint says so. An embedded one is not started: where it does
+    not run, no worker listens. Raises UsageError."""
+    if settings.redis_url is None and not embedded_runs(settings):
+        yield HintSender("", None, None)
+        return
     with contextlib.ExitStack() as held:
         url, producer, away = "", None, None
         try:
-            url = broker_url(settings)
+            url = broker_url(settings, start=False)
             with reachable(url):
                 connection = held.enter_context(HintConnection(url, transport_options=TRANSPORT_OPTIONS))
                 connection.ensure_connection(max_retries=1, interval_start=0, timeout=3)

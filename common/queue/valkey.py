@@ -1,7 +1,7 @@
-"""The embedded Valkey: on one machine, the first command that needs the queue starts its server, and it stays.
+"""The embedded Valkey: on one machine, a worker starts the queue's server, and it ends with the home's last worker.
 
-It runs detached on a unix socket that only its owner can open, with its append-only file on, and outlives the command
-that started it.
+It runs detached on a unix socket that only its owner can open, with its append-only file on. Where it does not run
+nobody listens, and commands need none: a worker that starts looks into the database.
 """
 
 from __future__ import annotations
@@ -57,6 +57,17 @@ def stop_embedded(settings: Settings) -> bool:
         return False
     _client(path, timeout_s=_START_TIMEOUT_S).shutdown()
     return True
+
+
+def stop_unused(settings: Settings) -> None:
+    """Stop the embedded Valkey where no node of this home is alive, whose locks say so."""
+    for path in settings.runtime_dir.glob("node-*.lock"):
+        with path.open("a") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return
+    stop_embedded(settings)
 
 
 def server_binary() -> Path:

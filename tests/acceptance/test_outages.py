@@ -16,12 +16,15 @@ from redis import Redis
 from sqlalchemy import Connection, create_engine, text
 
 from loractl.common.job.status import Status
+from loractl.common.queue.valkey import broker_url
+from loractl.common.settings import load_settings
 
 from .quick_lab import LEASE_S, Lab, until
 
 
 def test_all_of_redis_can_be_wiped_at_any_moment(lab: Lab, home: Path) -> None:
     """Before a worker reads the message, while a job runs, and with jobs behind it."""
+    broker_url(load_settings({"LORACTL_HOME": str(home)}))  # as a worker that was killed leaves it
     jobs = [lab.submit() for _ in range(3)]
     queue = Redis(unix_socket_path=str(home / "run" / "valkey.sock"))
     assert queue.dbsize() > 0, "there were messages"

@@ -103,8 +103,8 @@ def worker(
     connect(settings).dispose()  # its schema is ours
     store = Store(make_engine(settings.database_url, kept=0))  # it looks every ten seconds
     open_store(settings)
-    broker_url(settings)
     devices = find_devices(settings, gpus)
+    broker_url(settings)
     for device in devices:
         size = f"{gib(device.total)} GiB" if device.total else "closed"
         named = f" ({settings.host}:{device.number}, {device.uuid})" if device.kind == "nvml" else ""

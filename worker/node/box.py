@@ -18,6 +18,7 @@ import click
 
 from loractl.common.errors import ExitCode, LoractlError
 from loractl.common.placement.sizes import served_classes
+from loractl.common.queue.valkey import broker_url, embedded_runs, stop_unused
 from loractl.worker.device.devices import find_device
 
 from .box_identity import read_identity
@@ -71,6 +72,7 @@ class Box:
         kinds = {"auto": "cpu" if devices[0].kind == "cpu" else "nvml"}
         wanted = settings.devices or "auto"
         self._environment = {**os.environ, "LORACTL_DEVICES": kinds.get(wanted, wanted)}
+        self._embedded_queue = False  # it was there when this worker began
         self._given_up: set[str] = set()  # devices whose nodes end at every start
         self._began: dt.datetime | None = None  # the first look for --drain-when-idle, by the database's clock
         self._looked_at = time.monotonic()  # for cards that could not be read
@@ -78,6 +80,13 @@ class Box:
 
     def run(self, drain_when_idle: bool) -> int:
         """Serve until Ctrl-C or SIGTERM, or until no job is left; returns the exit code."""
+        self._embedded_queue = embedded_runs(self._settings)
+        try:
+            return self._serve(drain_when_idle)
+        finally:
+            stop_unused(self._settings)
+
+    def _serve(self, drain_when_idle: bool) -> int:
         from loractl.common.store.database import REFUSALS
 
         def terminated(*_: Any) -> None:
@@ -133,6 +142,7 @@ class Box:
             time.sleep(1)
             if time.monotonic() - watched >= WATCH_S:
                 watched = time.monotonic()
+                self._keep_queue()
                 try:
                     self._restart_stuck()
                 except Exception:
@@ -146,6 +156,14 @@ class Box:
                 except REFUSALS as error:
                     click.echo(f"The database does not answer: {told_by(error)}", err=True)
         return False
+
+    def _keep_queue(self) -> None:
+        """Start an embedded queue again that has ended since the worker began: commands start none."""
+        try:
+            if self._embedded_queue:
+                broker_url(self._settings)
+        except LoractlError as error:
+            log.warning("%s", error.sentence)
 
     def _nothing_left(self) -> bool:
         """Whether no job runs, and none waits that a device of this box could hold which takes jobs.

@@ -87,7 +87,7 @@ def see_queue(settings: Settings) -> Iterator[Condition]:
     from loractl.common.queue.valkey import embedded_runs, server_binary
 
     if settings.redis_url is None and not embedded_runs(settings):
-        yield fine("queue", f"the embedded Valkey does not run; what needs it starts {server_binary()}")
+        yield fine("queue", f"the embedded Valkey does not run; a worker starts {server_binary()}")
         return
     began = time.monotonic()
     with open_sender(settings) as sender:

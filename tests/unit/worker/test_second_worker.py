@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from loractl.common.errors import ExitCode
+from loractl.common.queue.valkey import broker_url, embedded_runs, stop_embedded
 from loractl.common.settings import Settings, load_settings
 from loractl.common.store.database import connect
 from loractl.common.store.records import Claim, NewHost
@@ -41,7 +42,7 @@ def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Settin
 
     monkeypatch.setattr(box.subprocess, "Popen", node)
     settings = load_settings({"LORACTL_HOME": str(tmp_path / "home"), "LORACTL_HOST": "box"})
-    settings.runtime_dir.mkdir(parents=True)
+    settings.runtime_dir.mkdir(parents=True, exist_ok=True)
     yield settings
     signal.signal(signal.SIGTERM, terminate)
 
@@ -72,3 +73,24 @@ def test_a_worker_that_stops_takes_its_own_rows_away(settings: Settings) -> None
     store = _served(settings)
     assert Box(settings, store, [DEVICE], {}).run(drain_when_idle=False) == ExitCode.OK
     assert [*store.nodes("box"), *store.hosts("box:0")] == []
+
+
+@pytest.fixture
+def queue_runs(real_services: None, tmp_path: Path) -> Iterator[None]:
+    """Before `settings`, in which no process can be started."""
+    here = load_settings({"LORACTL_HOME": str(tmp_path / "home")})
+    broker_url(here)
+    yield
+    stop_embedded(here)
+
+
+def test_the_embedded_queue_ends_with_the_last_worker_of_its_home(queue_runs: None, settings: Settings) -> None:
+    store = _served(settings)
+    lock = DeviceLock(settings, DEVICE)
+    try:
+        Box(settings, store, [DEVICE], {}).run(drain_when_idle=False)
+        assert embedded_runs(settings), "the first worker hears by it"
+    finally:
+        lock.close()
+    Box(settings, store, [DEVICE], {}).run(drain_when_idle=False)
+    assert not embedded_runs(settings)

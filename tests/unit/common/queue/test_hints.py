@@ -15,6 +15,7 @@ from loractl.common.placement.sizes import VRAM_CLASSES
 from loractl.common.queue.app import make_app
 from loractl.common.queue.hint_queues import MOST_HINTS, HintQueues
 from loractl.common.queue.hints import WAKE_TASK, queue_name
+from loractl.common.queue.valkey import broker_url, embedded_runs
 from loractl.common.settings import load_settings
 
 from .... import services
@@ -49,8 +50,11 @@ def test_a_wake_up_is_one_json_message_in_the_queue_of_its_class(redis_url: str,
     assert arguments == [24]
 
 
-def test_a_wake_up_starts_the_embedded_queue_when_there_is_no_other(home: Path) -> None:
+def test_a_wake_up_goes_over_the_embedded_queue_where_a_worker_has_started_it(home: Path) -> None:
     settings = load_settings({"LORACTL_HOME": str(home)})
+    wake(settings, 8)
+    assert not embedded_runs(settings), "nobody would hear it"
+    broker_url(settings)
     wake(settings, 8)
     wake(settings, 8)
     client = redis.Redis(unix_socket_path=str(settings.runtime_dir / "valkey.sock"))

@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -18,6 +18,8 @@ import redis
 from loractl.common.errors import UsageError
 from loractl.common.queue.valkey import SOCKET_PATH_LIMIT, broker_url, server_binary, stop_embedded
 from loractl.common.settings import Settings, load_settings
+
+from ....conftest import Cli
 
 pytestmark = pytest.mark.usefixtures("real_services")
 
@@ -197,3 +199,10 @@ def test_a_folder_of_somebody_else_s_in_the_place_of_a_short_socket_is_refused(
                 broker_url(far_settings, start=start)
     finally:
         folder.unlink()
+
+
+@pytest.mark.parametrize("line", ["retry 99", "edit 99 --set priority=5", "worker --gpus 3", "cancel 99", "doctor"])
+def test_what_wakes_no_worker_starts_no_server(make_cli: Callable[..., Cli], home: Path, line: str) -> None:
+    """A worker that serves the home has started it; where none does, nobody listens."""
+    make_cli(LORACTL_DEVICES="cpu")(*line.split(), code=None)
+    assert not (home / "run" / "valkey.sock").exists()
