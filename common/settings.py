@@ -112,6 +112,7 @@ def load_settings(environ: dict[str, str] | None = None) -> Settings:
     """
     env = dict(os.environ) if environ is None else environ
     home = Path(env.get("LORACTL_HOME") or "~/.loractl").expanduser().absolute()
+    _refuse_no_folder(home)
     file, tables, s3 = _config_file(home / "config.toml")
 
     channels, channels_fault = _channels(home / "config.toml", tables, env)
@@ -142,6 +143,15 @@ def load_settings(environ: dict[str, str] | None = None) -> Settings:
         channels_fault=channels_fault,
         s3=s3,
     )
+
+
+def _refuse_no_folder(home: Path) -> None:
+    """Raises UsageError where a file is in the way; a home that is not there yet is made later."""
+    there = next(path for path in (home, *home.parents) if os.path.exists(path))  # noqa: PTH110  Path's raises where one is closed
+    if not there.is_dir():
+        raise UsageError(
+            f"LORACTL_HOME {home} can't be a folder: {there} is none", "name a folder of your own, like ~/.loractl"
+        )
 
 
 def _folders(key: str, text: str | None) -> tuple[Path, ...]:
@@ -278,10 +288,13 @@ def _channels(path: Path, tables: object, env: dict[str, str]) -> tuple[tuple[Ch
 
 def _config_file(path: Path) -> tuple[dict[str, str], object, S3Keys | None]:
     """The values by key, the tables of channels as they stand there, and the account of S3."""
-    if not path.exists():
-        return {}, {}, None
     try:
         values: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}, {}, None
+    except PermissionError as error:
+        hint = "it is another user's; set LORACTL_HOME, or ask for the right to read it"
+        raise UsageError(f"{path} can't be read: {error.strerror}", hint) from error
     except (OSError, ValueError) as error:
         raise UsageError(
             f"{path} can't be read: {error}", 'it is a TOML file with lines like redis_url = "..."'

@@ -24,12 +24,16 @@ _BYTES = {
     "MB": 10**6,
     "GB": 10**9,
     "TB": 10**12,
+    "K": 2**10,  # as Slurm takes its sizes
+    "M": 2**20,
+    "G": 2**30,
+    "T": 2**40,
 }
 _SECONDS = {"s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}
 
 
 def parse_size(text: str | int) -> int:
-    """Bytes of "24GiB", "500 MB" or a plain number of bytes. Raises ValueError with what would be right.
+    """Bytes of "24GiB", "24G", "500 MB" or a plain number of bytes. Raises ValueError with what would be right.
 
     A plain number below 1 MiB is refused, but for 0: somebody meant GiB, and so few bytes are no size of ours.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 import json
 import os
 import secrets
@@ -14,6 +15,7 @@ from loractl.common.errors import LoractlError, UsageError
 from loractl.common.settings import S3Keys, Settings
 
 from .line import Tls
+from .place import SERVICE_USER
 
 _CERTIFICATES = {"database": "sslrootcert", "queue": "ssl_ca_certs"}
 """Under which option of its URL a service's authority is named."""
@@ -164,3 +166,14 @@ def _text(file: Path) -> str:
         return file.read_text()
     except OSError as error:
         raise UsageError(f"{file} can't be read: {error.strerror}", "an address of a service names it") from error
+
+
+def right_to_results(artifacts_url: str) -> str:
+    """What lets this user write results: where the store is a folder a group does (docs/deploy.md)."""
+    if not artifacts_url.startswith("file://"):
+        return "ask the lab's owner for its right"
+    try:
+        group = (Path(unquote(artifacts_url.removeprefix("file://"))) / "jobs").group()
+    except (KeyError, OSError):  # the number has no name here, or the folder is closed
+        group = SERVICE_USER
+    return f"join as root, or be in the group {group}: sudo usermod -aG {group} {getpass.getuser()}, then log in again"

@@ -22,7 +22,7 @@ from loractl.common.store.roles import WORK
 from loractl.scheduler.answers.health.box import has_training_stack
 from loractl.scheduler.answers.health.condition import Diagnosis, Level
 
-from .addresses import LabAddresses, read_addresses, refuse_another_store, urls_with_certificates
+from .addresses import LabAddresses, read_addresses, refuse_another_store, right_to_results, urls_with_certificates
 from .checkup import diagnosed
 from .line import JoinLine
 from .place import SERVICE, Membership, Place
@@ -67,7 +67,7 @@ def join(line: JoinLine, wish: JoinWish) -> JoinAnswer:
     """
     url = line.url(line.login, line.password, line.tls)
     engine = make_engine(url.replace("postgresql:", "postgresql+psycopg:", 1), connections=1, kept=1)
-    settings = load_settings({"LORACTL_HOME": os.devnull, "LORACTL_DATABASE_URL": url})
+    settings = load_settings({"LORACTL_HOME": "/nonexistent", "LORACTL_DATABASE_URL": url})  # no config.toml
     try:
         with _valid(), reachable(settings):
             invited = look(engine)
@@ -155,9 +155,8 @@ def _refuse_broken(place: Place, kind: str, membership_in: Callable[[Path], Memb
         found = diagnosed(place, entry.variables(), BEFORE)
     for condition in found.conditions:
         if kind == "box" and condition.check == "store" and "takes no results" in condition.sentence:
-            raise LoractlError(
-                f"store: {condition.sentence}", "a box stores results: ask the lab's owner for its right"
-            )
+            hint = f"a box stores results: {right_to_results(entry.artifacts_url)}"
+            raise LoractlError(f"store: {condition.sentence}", hint)
         if condition.level is Level.ERROR:
             hint = f"{condition.hint or 'mend it'}; then say it again: nothing was changed here, the line serves on"
             raise LoractlError(f"{condition.check}: {condition.sentence}", hint)

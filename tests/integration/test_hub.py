@@ -13,9 +13,11 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from huggingface_hub import errors
 
 from loractl.common.errors import DataError
 from loractl.common.job.method import Method
@@ -23,6 +25,7 @@ from loractl.worker.base.arithmetic import choose_precision
 from loractl.worker.base.failure import TrainingFailed
 from loractl.worker.base.kept.shelf import Shelf
 from loractl.worker.base.model import load_base, load_tokenizer
+from loractl.worker.base.source import model_errors
 from loractl.worker.data.origin import load_pinned
 
 from ..conftest import ROOT
@@ -166,6 +169,19 @@ def test_each_refusal_of_the_hub_has_its_reason_and_its_sentence(box: Box) -> No
         strict=True,
     ):
         assert sentence.startswith(expected), sentence
+
+
+@pytest.mark.parametrize("name", ["RepositoryNotFoundError", "RevisionNotFoundError", "GatedRepoError", "LocalEntry"])
+def test_what_the_hub_says_leaves_a_sentence_and_no_traceback(name: str) -> None:
+    """The trainer writes an error's cause into the job's log."""
+    answer = SimpleNamespace(headers={}, request=None, status_code=404)
+    error = ConnectionError("no route") if name == "LocalEntry" else getattr(errors, name)("no", response=answer)
+    with pytest.raises(TrainingFailed, match="base_model org/none") as failed, model_errors("org/none"):
+        raise error
+    assert failed.value.__cause__ is None
+    with pytest.raises(TrainingFailed) as failed, model_errors("/lab/none"):
+        raise OSError("what a library has to say of a folder")
+    assert failed.value.__cause__ is not None
 
 
 def test_a_hub_that_fails_is_away_and_what_is_cached_will_do(hub: Hub, box: Box, tmp_path: Path) -> None:

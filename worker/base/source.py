@@ -109,10 +109,10 @@ def model_errors(base_model: str) -> Iterator[None]:
             raise
         answer = None if Path(base_model).is_absolute() else refusal(error)
         if answer is Refusal.AWAY:
-            raise TrainingFailed(Reason.TRAINER_ERROR, f"{answer} for base_model {base_model}") from error
-        if answer is not None:
-            why = str(answer)
-        elif Path(base_model).is_absolute() and not Path(base_model).exists():
+            raise TrainingFailed(Reason.TRAINER_ERROR, f"{answer} for base_model {base_model}") from None
+        if answer is not None:  # the sentence says all: no traceback belongs into the job's log
+            raise TrainingFailed(Reason.MODEL_NOT_FOUND, f"base_model {base_model} can't be loaded: {answer}") from None
+        if Path(base_model).is_absolute() and not Path(base_model).exists():
             why = "there is no such folder on this worker"
         elif isinstance(error, SafetensorError):
             why = f"its weights can't be read ({error})"

@@ -37,7 +37,7 @@ def load_pinned(path: str, split: str, told: Told | None = None) -> tuple[Iterab
             _check_files_are_remote(path, builder.config.data_files)
             builder.download_and_prepare()
     except (OSError, ValueError, DatasetsError) as error:
-        raise _refused(path, error) from error
+        raise _refused(path, error) from None
     commit = str(builder.hash)
     if away and commit != known_commit(name, revision or None):
         what = f"for dataset.path {path}, and the newest in this worker's cache is another commit ({commit})"

@@ -219,8 +219,12 @@ class Box:
                 continue
             served = served_by(self._settings, device) == process.pid
             self._failures[number] = 0 if served else self._failures[number] + 1
+            if process.returncode == os.EX_NOPERM:  # this login may not serve, and a next start may not either
+                click.echo(f"Error: node {number} is refused; see above.", err=True)
+                self._failures[number] = NODE_TRIES + 1
             if self._failures[number] == NODE_TRIES:
                 click.echo(f"Error: node {number} ended {NODE_TRIES} times just after its start; see above.", err=True)
+            if self._failures[number] >= NODE_TRIES:
                 self._given_up.add(number)
                 if len(self._given_up) == len(self._devices):
                     return True

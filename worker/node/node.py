@@ -21,7 +21,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import IO, Any
 
-from loractl.common.errors import LoractlError, NameTaken
+from loractl.common.errors import Forbidden, LoractlError, NameTaken
 from loractl.common.placement.cards import default_max_jobs
 from loractl.common.placement.sizes import VRAM_CLASSES
 from loractl.common.queue.app import make_app
@@ -329,4 +329,4 @@ def main() -> None:
         DeviceNode(place_of(settings, device, options, drain), options).serve()
     except LoractlError as error:
         log.error("%s\nHint: %s", error.sentence, error.hint)
-        sys.exit(error.exit_code)
+        sys.exit(os.EX_NOPERM if isinstance(error, Forbidden) else error.exit_code)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import socket
+import tempfile
 from pathlib import Path
 
 import pytest
 
 from loractl.common.errors import UsageError
 from loractl.common.settings import load_settings, redacted
+
+from ..factories import another_person
 
 
 def test_without_anything_set_all_things_lie_under_the_home(tmp_path: Path) -> None:
@@ -189,3 +192,27 @@ def test_code_is_trusted_by_model_and_commit(tmp_path: Path) -> None:
 def test_a_user_name_that_would_spoil_others_tables_is_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(UsageError, match="LORACTL_USER"):
         load_settings({"LORACTL_HOME": str(tmp_path), "LORACTL_USER": name})
+
+
+@pytest.mark.parametrize("home", ["/dev/null", "/dev/null/below"])
+def test_a_home_that_is_no_folder_is_refused(home: str) -> None:
+    with pytest.raises(UsageError) as refused:
+        load_settings({"LORACTL_HOME": home})
+    assert refused.value.sentence == f"LORACTL_HOME {home} can't be a folder: /dev/null is none"
+    assert refused.value.hint == "name a folder of your own, like ~/.loractl"
+
+
+def test_a_file_or_a_home_that_this_person_may_not_read_is_said_to_be_so(tmp_path: Path) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        home = Path(folder)
+        file = home / "config.toml"
+        file.write_text('user = "ada"\n')
+        for closed, mode in ((file, 0o755), (home, 0)):
+            home.chmod(mode)
+            file.chmod(0)
+            with another_person(), pytest.raises(UsageError) as refused:
+                load_settings({"LORACTL_HOME": folder})
+            assert refused.value.sentence == f"{file} can't be read: Permission denied"
+            assert refused.value.hint == "it is another user's; set LORACTL_HOME, or ask for the right to read it", (
+                closed
+            )

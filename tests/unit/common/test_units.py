@@ -16,6 +16,8 @@ from loractl.common.units import GIB, amount, duration, gib, parse_duration, par
         ("800 MiB", 800 * 2**20),
         ("1.5gib", 3 * 2**29),
         ("2GB", 2 * 10**9),
+        ("24G", 24 * 2**30),
+        ("800m", 800 * 2**20),
         ("1048576", 2**20),
         (1048576, 2**20),
         ("512 B", 512),

@@ -126,6 +126,23 @@ def test_a_worker_that_ends_when_idle_waits_for_no_job_of_a_card_that_was_given_
     assert store.jobs()[0].status is Status.QUEUED
 
 
+def test_a_login_that_may_not_serve_is_told_so_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = load_settings({"LORACTL_HOME": str(tmp_path / "home"), "LORACTL_HOST": "box"})
+    (settings.home / "run").mkdir(parents=True)
+    starts, popen = [], subprocess.Popen
+
+    def node(_: Any, **how: Any) -> subprocess.Popen[str]:
+        starts.append(process := popen(["sh", "-c", f"exit {os.EX_NOPERM}"], **how))
+        process.wait()
+        return process
+
+    monkeypatch.setattr(box.subprocess, "Popen", node)
+    monkeypatch.setattr(box.time, "sleep", lambda _: None)
+    device = SimulatedDevice(index=0, uuid="SIM-0", name="sim", total=GIB)
+    assert run(Box(settings, Store(connect(settings)), [device], {}), drain_when_idle=False) == ExitCode.FAILED
+    assert len(starts) == 1, "the next one would be refused, too"
+
+
 @pytest.fixture
 def idle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Idle:
     """A worker of the cards heron:0 and heron:1 that ends when no job is left for it."""

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import struct
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +26,7 @@ from loractl.scheduler.submission.preflight import check_model
 
 from ....conftest import Cli
 from ....databases import SQLITE_ALONE
-from ...factories import node_state, spec
+from ...factories import another_person, node_state, spec
 
 SMALL = {
     "model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
@@ -128,18 +126,6 @@ def test_a_pipe_in_a_base_s_folder_is_refused_and_nobody_waits_for_its_writer(ba
     os.mkfifo(Path(base) / name)
     with pytest.raises(UsageError, match=f"{name} is no regular file"):
         check_base(Path(base))
-
-
-@contextlib.contextmanager
-def another_person() -> Iterator[None]:
-    """With the rights of nobody: root reads everything."""
-    own = os.geteuid()
-    if own == 0:
-        os.seteuid(65534)
-    try:
-        yield
-    finally:
-        os.seteuid(own)
 
 
 @pytest.mark.parametrize("closed", ["model.safetensors", "config.json", "."])
