@@ -188,7 +188,7 @@ def _run(module: str, argv: list[str], environment: dict[str, str]) -> int:
 
         numpy.random.seed()
         threads = environment.get("OMP_NUM_THREADS")
-        torch.set_num_threads(int(threads) if threads else os.cpu_count() or 1)
+        torch.set_num_threads(int(threads) if threads else len(os.sched_getaffinity(0)))
     sys.argv = [module or "loractl", *argv]
     sys.modules["__main__"].__package__ = None  # click takes the program's name from it
     try:

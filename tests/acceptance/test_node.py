@@ -167,7 +167,7 @@ def test_a_node_that_is_flooded_with_messages_asks_the_database_only_so_often(
     device = SimulatedDevice(index=0, uuid="SIM-0", name="sim", total=8 * GIB)
     place = Workplace(
         settings=settings, store=store, artifacts=StoreClient(settings.artifacts_url), device=device, node="heron:0",
-        drain=Drain(), threads=1,
+        drain=Drain(),
 
     )  # fmt: skip
     watch = Watch(device=device, node_pid=1)
@@ -210,7 +210,7 @@ def test_a_message_that_finds_no_idle_slot_is_passed_on_to_the_card_that_has_roo
     device = SimulatedDevice(index=0, uuid="SIM-0", name="sim", total=8 * GIB)
     place = Workplace(
         settings=settings, store=store, artifacts=StoreClient(settings.artifacts_url), device=device, node=busy,
-        drain=Drain(), threads=1,
+        drain=Drain(),
     )  # fmt: skip
     watch = Watch(device=device, node_pid=1)
     row = DeviceRow(place, watch, NodeOptions(), max_jobs=1, box=BoxIdentity())

@@ -74,7 +74,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workplace:
     store = Store(connect(settings))
     store.see_node(_state())
     return Workplace(
-        settings=settings, store=store, device=CpuDevice(total=24 * GIB), node="box:0", drain=Drain(), threads=1,
+        settings=settings, store=store, device=CpuDevice(total=24 * GIB), node="box:0", drain=Drain(),
         artifacts=StoreClient(settings.artifacts_url),
     )  # fmt: skip
 

@@ -84,7 +84,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workplace:
     store.see_node(node_state("box:0", kind="cpu", total=24 * GIB, max_jobs=4))
     return Workplace(
         settings=replace(settings, lease_s=6), store=store, device=CpuDevice(total=24 * GIB), node="box:0",
-        drain=Drain(), threads=1, artifacts=StoreClient(settings.artifacts_url),
+        drain=Drain(), artifacts=StoreClient(settings.artifacts_url),
     )  # fmt: skip
 
 

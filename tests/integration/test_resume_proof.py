@@ -55,7 +55,6 @@ from ..unit.factories import Clock
 
 STEPS, SAVE_EVERY = 24, 5
 SEED = int(os.environ.get("RESUME_SEED", "0")) or random.SystemRandom().randrange(1, 10**6)
-THREADS = 1
 
 
 @dataclass
@@ -127,7 +126,7 @@ class Lab:
         assert isinstance(claim, Claim)
         place = Workplace(
             settings=settings, store=self.store, artifacts=StoreClient(self.artifacts.url), device=device,
-            node=f"{box}:0", drain=Drain(), threads=THREADS,
+            node=f"{box}:0", drain=Drain(),
         )  # fmt: skip
         return supervise(place, begin(claim, settings.work_dir))
 
@@ -162,7 +161,7 @@ def test_three_kills_in_one_run_change_no_bit_of_it(
     monkeypatch: pytest.MonkeyPatch,
     record_property: Any,
 ) -> None:
-    for name, value in {**warm_start, "HF_HUB_OFFLINE": "1"}.items():
+    for name, value in {**warm_start, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}.items():
         monkeypatch.setenv(name, value)
     chance = random.Random(f"{SEED} {method}")
     kills = [Kill(step, chance.uniform(0, 0.03)) for step in sorted(chance.sample(range(2, STEPS - 2), 3))]

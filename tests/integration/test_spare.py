@@ -60,7 +60,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workplace:
     settings = load_settings({"LORACTL_HOME": str(tmp_path / "home"), "LORACTL_TRAINER": "quick"})
     return Workplace(
         settings=settings, store=Store(make_engine(settings.database_url)), device=CpuDevice(total=1), node="box:0",
-        artifacts=StoreClient(settings.artifacts_url), drain=Drain(), threads=1,
+        artifacts=StoreClient(settings.artifacts_url), drain=Drain(),
     )  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from loractl.common.settings import Settings
 from loractl.common.store.records import Claim
 from loractl.common.store.store import Store
 from loractl.worker.clock import SYSTEM, NodeClock
+from loractl.worker.device.allowance import threads_of_trainer
 from loractl.worker.device.devices import Device
 from loractl.worker.storage.client import StoreClient
 
@@ -134,11 +135,16 @@ class Workplace:
     device: Device
     node: str
     drain: Drain
-    threads: int  # that a trainer may use
+    trainers: int = 1  # that this box may run at a time: they share its cores
     spares: SpareSource | None = None  # None: every trainer starts cold
     hosts: HostSource | None = None  # None: every trainer ends with its job
     clock: NodeClock = SYSTEM
     launch: Callable[..., subprocess.Popen[str]] = launch  # starts a trainer
+
+    @property
+    def threads(self) -> int:
+        """With which a trainer that starts now computes. Raises UsageError."""
+        return threads_of_trainer(self.trainers)
 
     @property
     def slow_s(self) -> float:

@@ -86,6 +86,7 @@ def worker(
     from loractl.common.store.database import connect, make_engine
     from loractl.common.store.store import Store
     from loractl.common.units import gib
+    from loractl.worker.device.allowance import allowed_cores, threads_of_trainer
     from loractl.worker.device.devices import find_devices, order_of_numbers
     from loractl.worker.node.box import Box
 
@@ -111,6 +112,8 @@ def worker(
         click.echo(f"Serving {device.name}{named}, {size}.", err=True)
     if devices[0].kind != "cpu" and (order := order_of_numbers()) is not None:
         click.echo(order, err=True)
+    if (threads := threads_of_trainer(1)) < allowed_cores():
+        click.echo(f"Threads of a trainer, by OMP_NUM_THREADS: at most {threads}.", err=True)
     click.echo("Ctrl-C stops after a checkpoint and gives running jobs back.", err=True)
     sys.exit(Box(settings, store, devices, options).run(drain_when_idle))
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal, Protocol
 
 from loractl.common.errors import UsageError
 from loractl.common.settings import Settings
 from loractl.common.units import parse_size
 
+from .allowance import allowed_cores, allowed_memory, machine_cores, memory_room
 from .nvidia import NvmlDevice, missing_card, nvidia_cards
 from .snapshot import Snapshot
 
@@ -51,7 +51,6 @@ class CpuDevice:
     """The processor; its memory is the box's RAM, or the container's part of it."""
 
     uuid: str = "cpu"
-    name: str = "CPU"
     kind: Literal["cpu"] = "cpu"
     trains_on: Literal["cpu"] = "cpu"
     total: int
@@ -60,13 +59,18 @@ class CpuDevice:
     def number(self) -> str:
         return "0"
 
+    @property
+    def name(self) -> str:
+        """It says how many cores may be used now: a processor with fewer of them is of another speed."""
+        cores, every = allowed_cores(), machine_cores()
+        return f"CPU, {cores} of {every} cores" if cores < every else f"CPU, {every} cores"
+
     def look(self) -> Snapshot:
         import psutil
 
-        free = psutil.virtual_memory().available
-        limit, used = _cgroup("memory.max"), _cgroup("memory.current")
-        if limit is not None and used is not None:
-            free = min(free, limit - used + _reclaimable())
+        free = min(psutil.virtual_memory().available, self.total)
+        if (room := memory_room()) is not None:
+            free = min(free, room)
         return Snapshot(free=max(0, free), load=round(psutil.cpu_percent()))
 
     def environment(self) -> dict[str, str]:
@@ -198,8 +202,7 @@ def _cpu() -> CpuDevice:
     import psutil
 
     total = psutil.virtual_memory().total
-    limit = _cgroup("memory.max")
-    return CpuDevice(name=f"CPU, {os.cpu_count()} cores", total=total if limit is None else min(total, limit))
+    return CpuDevice(total=min(total, allowed_memory() or total))
 
 
 def _simulated(sizes: str) -> list[Device]:
@@ -213,20 +216,3 @@ def _simulated(sizes: str) -> list[Device]:
             raise UsageError(f"LORACTL_DEVICES: a card of {size.strip()} holds nothing", "like sim:8GiB,24GiB")
         devices.append(SimulatedDevice(index=index, uuid=f"SIM-{index}", name=f"simulated {size.strip()}", total=total))
     return devices
-
-
-def _reclaimable() -> int:
-    """Bytes of cached files that the kernel gives back when asked; memory.current counts them as used."""
-    try:
-        lines = Path("/sys/fs/cgroup/memory.stat").read_text().splitlines()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) for line in lines if line.startswith("inactive_file ")), 0)
-
-
-def _cgroup(name: str) -> int | None:
-    try:
-        text = (Path("/sys/fs/cgroup") / name).read_text().strip()
-    except OSError:
-        return None
-    return int(text) if text.isdigit() else None

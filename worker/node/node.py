@@ -253,7 +253,7 @@ def place_of(settings: Settings, device: Device, options: NodeOptions, drain: Dr
         device=device,
         node=f"{settings.host}:{device.number}",
         drain=drain,
-        threads=max(1, (os.cpu_count() or 1) // (options.devices * max_jobs)),
+        trainers=options.devices * max_jobs,
     )
 
 

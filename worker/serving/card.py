@@ -14,6 +14,7 @@ from loractl.common.memory.weights import weight_bytes
 from loractl.common.settings import Settings
 from loractl.common.store.store import Store
 from loractl.common.units import gib
+from loractl.worker.device.allowance import threads_of_trainer
 from loractl.worker.device.devices import Device, find_devices, torch_settings
 from loractl.worker.device.reservations import CardShare, reserve, unused_reservations
 
@@ -88,6 +89,7 @@ def take_card(settings: Settings, store: Store, gpu: str | None, footprint: Foot
     devices = find_devices(settings, gpu)
     cards = [device for device in devices if device.kind != "cpu"]
     device, size = _reserved(settings, store, _working(cards), footprint) if cards else (devices[0], 0)
+    os.environ["OMP_NUM_THREADS"] = str(threads_of_trainer(1))  # libgomp knows the affinity, and no quota
     os.environ.update({**torch_settings(device, os.environ), **device.environment()})
     if device.trains_on == "cuda":
         from loractl.worker.base.gauge import hold_to

@@ -50,7 +50,7 @@ def place(home: Path) -> Workplace:
     store = Store(connect(settings))
     store.see_node(node_state("box:1", kind="sim", total=8 * GIB))
     return Workplace(
-        settings=settings, store=store, device=find_devices(settings)[1], node="box:1", drain=Drain(), threads=1,
+        settings=settings, store=store, device=find_devices(settings)[1], node="box:1", drain=Drain(),
         artifacts=StoreClient(settings.artifacts_url),
     )  # fmt: skip
 

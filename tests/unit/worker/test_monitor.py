@@ -32,7 +32,7 @@ def test_a_job_that_waits_for_a_card_without_a_slot_is_looked_for_where_it_could
     settings = load_settings({"LORACTL_HOME": str(tmp_path)})
     place = Workplace(
         settings=settings, store=store, artifacts=StoreClient(f"file://{tmp_path}"), node="box:0", drain=Drain(),
-        threads=1, device=CpuDevice(name="CPU", total=24 * GIB),
+        device=CpuDevice(total=24 * GIB),
     )  # fmt: skip
 
     def write(*, draining: bool) -> Any:

@@ -64,7 +64,7 @@ def bench(store: Store, tmp_path: Path) -> Bench:
     settings = load_settings({"LORACTL_HOME": str(tmp_path)})
     place = Workplace(
         settings=settings, store=store, artifacts=StoreClient(settings.artifacts_url),
-        device=CpuDevice(total=1), node="box:0", drain=Drain(), threads=1,
+        device=CpuDevice(total=1), node="box:0", drain=Drain(),
     )  # fmt: skip
     store.submit(submission(max_retries=0))
     return Bench(place=place, folder=tmp_path)

@@ -57,7 +57,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workplace:
     store = Store(connect(settings))
     store.see_node(node_state("box:0", kind="cpu", total=24 * GIB, max_jobs=2))
     return Workplace(
-        settings=settings, store=store, device=CpuDevice(total=24 * GIB), node="box:0", drain=Drain(), threads=1,
+        settings=settings, store=store, device=CpuDevice(total=24 * GIB), node="box:0", drain=Drain(),
         artifacts=StoreClient(settings.artifacts_url),
     )  # fmt: skip
 

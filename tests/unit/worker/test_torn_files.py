@@ -108,7 +108,7 @@ def workplace(home: Path) -> Workplace:
     settings = load_settings({"LORACTL_HOME": str(home)})
     return Workplace(
         settings=settings, store=Store(make_engine(settings.database_url)), device=CpuDevice(total=1), node="box:0",
-        artifacts=StoreClient(settings.artifacts_url), drain=Drain(), threads=1,
+        artifacts=StoreClient(settings.artifacts_url), drain=Drain(),
     )  # fmt: skip
 
 

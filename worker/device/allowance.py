@@ -1,0 +1,127 @@
+"""What of this machine a worker may use: cores and memory, by affinity, control groups, Slurm and the owner's word.
+
+Nothing is kept: who asks again follows a change.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from loractl.common.errors import UsageError
+
+ROOT = Path("/")
+"""Where proc and sys are."""
+
+_MIB = 2**20
+
+
+def allowed_cores(root: Path = ROOT) -> int:
+    """The cores that the calling thread, and what it starts, may keep busy. Raises UsageError."""
+    bounds = [len(os.sched_getaffinity(0))]
+    bounds += [max(1, int(quota)) for group in _groups("cpu", root) if (quota := _quota(group)) is not None]
+    bounds += [number for name in ("SLURM_CPUS_PER_TASK", "SLURM_CPUS_ON_NODE") if (number := _number(name))]
+    return min(bounds)
+
+
+def machine_cores() -> int:
+    """All that the machine has."""
+    return os.cpu_count() or 1
+
+
+def threads_of_trainer(trainers: int) -> int:
+    """The threads of one of so many trainers that share the cores: no more than OMP_NUM_THREADS. Raises UsageError."""
+    share = max(1, allowed_cores() // trainers)
+    return min(share, _number("OMP_NUM_THREADS") or share)
+
+
+def allowed_memory(root: Path = ROOT) -> int | None:
+    """Bytes of RAM; None where only the machine's own bound them. Raises UsageError."""
+    bounds = [limit for group in _groups("memory", root) if (limit := _limit(group)) is not None]
+    bounds += [size * _MIB for size in (_number("SLURM_MEM_PER_NODE"), _slurm_by_core()) if size]
+    return min(bounds, default=None)
+
+
+def memory_room(root: Path = ROOT) -> int | None:
+    """Bytes until the fullest control group is at its limit; None where none has one."""
+    rooms = [room for group in _groups("memory", root) if (room := _room(group)) is not None]
+    return min(rooms, default=None)
+
+
+def _number(name: str) -> int | None:
+    """The variable's number, the first of a list; None where it is not set, or 0. Raises UsageError."""
+    text = os.environ.get(name, "").partition(",")[0].strip()
+    if text and not text.isdecimal():
+        raise UsageError(f"{name}={os.environ[name]} is no number", f"set it to one, like {name}=4, or unset it")
+    return int(text or 0) or None
+
+
+def _slurm_by_core() -> int | None:
+    cores = _number("SLURM_CPUS_ON_NODE") or _number("SLURM_CPUS_PER_TASK")
+    size = _number("SLURM_MEM_PER_CPU")
+    return None if size is None or cores is None else size * cores
+
+
+def _groups(controller: str, root: Path) -> Iterator[Path]:
+    """The folders of this process's control groups and of their parents, in the hierarchies that have the controller.
+
+    In a container the mount shows a part of the hierarchy, and the group may lie outside of it.
+    """
+    paths = dict(_membership(line) for line in _lines(root / "proc/self/cgroup"))
+    for line in _lines(root / "proc/self/mountinfo"):
+        about, _, kind = line.partition(" - ")
+        top, point = about.split()[3:5]
+        system, _, options = kind.split(maxsplit=2)
+        if system == "cgroup2":
+            path = paths.get("")
+        elif system == "cgroup" and controller in options.split(","):
+            path = next((path for names, path in paths.items() if controller in names.split(",")), None)
+        else:
+            continue
+        if path is None:
+            continue
+        mounted = root / point.lstrip("/")
+        inside = Path(path).is_relative_to(top) and ".." not in path
+        below = Path(path).relative_to(top) if inside else Path()
+        yield from (mounted / part for part in (below, *below.parents))
+
+
+def _membership(line: str) -> tuple[str, str]:
+    """A line of /proc/PID/cgroup: the controllers, none in version 2, and the group."""
+    _, names, path = line.split(":", 2)
+    return names, path
+
+
+def _quota(group: Path) -> float | None:
+    """Cores that the group may keep busy, in parts; None: any."""
+    v2 = _text(group / "cpu.max").split()
+    quota, period = v2 if v2 else (_text(group / "cpu.cfs_quota_us"), _text(group / "cpu.cfs_period_us"))
+    return int(quota) / int(period) if quota.isdecimal() and period.isdecimal() else None
+
+
+def _limit(group: Path) -> int | None:
+    """Bytes; None: as many as the machine has. Version 1 says so with a number beyond all memory."""
+    text = _text(group / "memory.max") or _text(group / "memory.limit_in_bytes")
+    return int(text) if text.isdecimal() and int(text) < 2**62 else None
+
+
+def _room(group: Path) -> int | None:
+    """Bytes. Cached files count as used, but the kernel gives them back when asked."""
+    limit, used = _limit(group), _text(group / "memory.current") or _text(group / "memory.usage_in_bytes")
+    if limit is None or not used.isdecimal():
+        return None
+    stat = dict(line.split() for line in _lines(group / "memory.stat"))
+    return limit - int(used) + int(stat.get("total_inactive_file") or stat.get("inactive_file") or 0)
+
+
+def _lines(path: Path) -> list[str]:
+    return _text(path).splitlines()
+
+
+def _text(path: Path) -> str:
+    """Empty where this machine has no such file, or lets us not read it."""
+    try:
+        return path.read_text("utf-8", "replace").strip()
+    except OSError:
+        return ""
