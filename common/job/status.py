@@ -61,6 +61,7 @@ class Reason(enum.StrEnum):
     DRAINED = "drained"
     HOST_LOST = "host_lost"
     WORKER_LOST = "worker_lost"
+    KILLED = "killed"
     GPU_ERROR = "gpu_error"
     DISK_FULL = "disk_full"
     STORE_FAILED = "store_failed"
@@ -147,6 +148,7 @@ OUTCOMES: dict[Reason, Meaning] = {
     Reason.DRAINED: Meaning(status=Status.FAILED, retryable=True, counts=False, advice=_LAB),
     Reason.HOST_LOST: Meaning(status=Status.FAILED, retryable=True, counts=False, advice=_ALONE),
     Reason.WORKER_LOST: Meaning(status=Status.FAILED, retryable=True, counts=False, advice=_LAB, blames=Blamed.CARD),
+    Reason.KILLED: Meaning(status=Status.FAILED, retryable=True, counts=False, advice=_LAB, blames=Blamed.CARD),
     Reason.GPU_ERROR: Meaning(status=Status.FAILED, retryable=True, counts=False, advice=_LAB, blames=Blamed.CARD),
     Reason.DISK_FULL: Meaning(
         status=Status.FAILED,

@@ -18,7 +18,7 @@ REMEMBERED_S = 24 * 3600.0
 """A failure that is older says nothing about a card any more."""
 
 ONE_LOSS_S = 60.0
-"""Workers that are lost within so long were lost for one cause: a power cut ends every job of a box."""
+"""Workers lost, and trainers killed, within so long had one cause: a power cut or a pkill ends every job of a box."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,13 +72,13 @@ def closure(node: str, failures: Sequence[CardFailure]) -> Closure | None:
 
 
 def _independent(failures: Iterable[CardFailure]) -> list[CardFailure]:
-    """One for each origin, and of workers that were lost together one."""
+    """One for each origin, and of those that were lost together one."""
     counted: list[CardFailure] = []
     seen: set[tuple[str, str, int]] = set()
-    lost: dt.datetime | None = None  # when the last worker was lost that others may have been lost with
+    lost: dt.datetime | None = None  # when the last one was lost that others may have been lost with
     for failure in sorted(failures, key=lambda f: (f.at, f.job_id)):
         together = False
-        if failure.reason is Reason.WORKER_LOST:
+        if failure.reason in (Reason.WORKER_LOST, Reason.KILLED):
             together = lost is not None and (failure.at - lost).total_seconds() <= ONE_LOSS_S
             lost = lost if together else failure.at
         if failure.origin not in seen and not together:

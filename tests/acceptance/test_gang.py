@@ -87,7 +87,7 @@ def test_a_rank_that_is_killed_ends_the_attempt_and_the_next_goes_on(
     print(f"both ranks had ended after {time.monotonic() - began:.1f} s")
     until_job(box, 1, lambda job: trains(job) and job.attempt == 2, seconds=180)
     first, second = store_of(box).attempts(1)
-    assert first.reason == "host_out_of_memory" and second.resumed_from_step
+    assert first.reason == "killed" and second.resumed_from_step
     box("cancel", 1)
     until_job(box, 1, lambda job: job.status is Status.CANCELLED, seconds=60)
     assert not ranks_of(box)

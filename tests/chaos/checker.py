@@ -43,9 +43,9 @@ RANK_S = 30.0
 NOT_IN = "the trainer that it was to join"
 """How a host_lost begins for which no trainer died: it was ending, or took no more jobs, and the job goes elsewhere."""
 
-HARMLESS = frozenset({"ok", "worker_lost", "drained", "cancelled", "host_out_of_memory", "host_lost", "gpu_error"})
-"""Why attempts may end here. host_out_of_memory is what a killed trainer looks like, and host_lost one with several
-jobs; there are no more of them than were killed. gpu_error is what the cards of a bad box say."""
+HARMLESS = frozenset({"ok", "worker_lost", "drained", "cancelled", "killed", "host_lost", "gpu_error"})
+"""Why attempts may end here. killed is how a trainer's kill ends, and host_lost that of one with several jobs; there
+are no more of them than were killed. gpu_error is what the cards of a bad box say."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -322,7 +322,7 @@ def _nothing_failed(history: History) -> Iterator[Broken]:
         if job["status"] == Status.FAILED and job_id not in history.poisoned:
             lab = job["reason"] is not None and OUTCOMES[Reason(job["reason"])].blames is not None
             yield Broken(promise=8 if lab else 7, what=f"job {job_id} failed: {job['reason']} {job['message']}")
-    killed = Counter(a.reason for a in history.attempts)["host_out_of_memory"]
+    killed = Counter(a.reason for a in history.attempts)["killed"]
     killed += len({a.host for a in history.attempts if a.reason == "host_lost" and not a.message.startswith(NOT_IN)})
     if killed > history.trainers_killed:
         what = f"{killed} trainers seemed to be killed, {history.trainers_killed} were"

@@ -206,7 +206,7 @@ BREACHES: dict[str, tuple[int, Callable[[History], History]]] = {
         10,
         lambda h: hit(with_attempt(on_two_cards(h, "x:0", "x:1"), 1, ended_at=at(23))),
     ),
-    "a trainer died of itself": (7, lambda h: with_attempt(h, 1, reason="host_out_of_memory")),
+    "a trainer died of itself": (7, lambda h: with_attempt(h, 1, reason="killed")),
 }  # fmt: skip
 
 

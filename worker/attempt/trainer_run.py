@@ -14,6 +14,7 @@ from loractl.common.job.adjustment import Adjustment, in_words, next_adjustment
 from loractl.common.job.method import Parallel
 from loractl.common.job.status import Reason, Stage
 from loractl.common.store.database import REFUSALS, told_by
+from loractl.worker.device.allowance import kernel_kills, kernel_kills_since
 from loractl.worker.device.occupancy import RUN_VARIABLE
 from loractl.worker.protocol.exit_reason import exit_reason
 from loractl.worker.protocol.messages import Ended, Start, Told
@@ -64,6 +65,7 @@ def train(place: Workplace, state: AttemptState, start: Start) -> None:
 
 def _run(place: Workplace, state: AttemptState, start: Start, upload: CheckpointUpload) -> None:
     """Put the job into a trainer and stay with it until it has ended there."""
+    kills = kernel_kills()
     with opened(state.folder / LOG_FILE) as log_file:
         link = state.trainer = _link(place, state, start, log_file)
         trainer, end = link.trainer, False
@@ -82,16 +84,16 @@ def _run(place: Workplace, state: AttemptState, start: Start, upload: Checkpoint
     _hand_on(place, state, link, upload)
     _tell_of_spoilt(place, trainer)
     if state.ended is None and state.forced is None and not state.lease_lost:
-        state.ended = _unexpected_end(state, start, trainer)
+        state.ended = _unexpected_end(state, start, trainer, kernel_kills_since(kills))
     state.goes_on_alone = start.joins or not (trainer.over or trainer.stays)
 
 
-def _unexpected_end(state: AttemptState, start: Start, trainer: TrainerProcess) -> Ended:
-    """Why a trainer has ended without a word on the job."""
+def _unexpected_end(state: AttemptState, start: Start, trainer: TrainerProcess, kills: int | None) -> Ended:
+    """Why a trainer has ended without a word on the job. `kills`: the kernel's, since the job came to it."""
     on_card = start.device == "cuda"
     limited = not on_card and start.memory_limit is not None
     printed = [*trainer.end(), *state.log.end()]
-    why = exit_reason(trainer.process.returncode, printed, limited=limited, on_card=on_card)
+    why = exit_reason(trainer.process.returncode, printed, kernel_kills=kills, limited=limited, on_card=on_card)
     if trainer.lost > 1:
         other = "another job" if trainer.lost == 2 else f"{trainer.lost - 1} other jobs"
         why = {"reason": Reason.HOST_LOST, "message": f"it shared its trainer with {other}: {why['message']}"}

@@ -49,6 +49,21 @@ def memory_room(root: Path = ROOT) -> int | None:
     return min(rooms, default=None)
 
 
+def kernel_kills(root: Path = ROOT) -> int | None:
+    """Processes that the kernel has killed for memory, ever: in our group, else on the machine; None: not told."""
+    for group in _groups("memory", root):
+        for file in ("memory.events", "memory.oom_control"):
+            if (count := _count(group / file, "oom_kill")) is not None:
+                return count
+    return _count(root / "proc/vmstat", "oom_kill")
+
+
+def kernel_kills_since(before: int | None) -> int | None:
+    """Those since an earlier count; None where either is not told."""
+    now = kernel_kills()
+    return None if before is None or now is None else now - before
+
+
 def _number(name: str) -> int | None:
     """The variable's number, the first of a list; None where it is not set, or 0. Raises UsageError."""
     text = os.environ.get(name, "").partition(",")[0].strip()
@@ -111,8 +126,13 @@ def _room(group: Path) -> int | None:
     limit, used = _limit(group), _text(group / "memory.current") or _text(group / "memory.usage_in_bytes")
     if limit is None or not used.isdecimal():
         return None
-    stat = dict(line.split() for line in _lines(group / "memory.stat"))
-    return limit - int(used) + int(stat.get("total_inactive_file") or stat.get("inactive_file") or 0)
+    files = [_count(group / "memory.stat", name) for name in ("total_inactive_file", "inactive_file")]
+    return limit - int(used) + (files[0] or files[1] or 0)
+
+
+def _count(path: Path, name: str) -> int | None:
+    """A number by its name, in a file with a name and a number a line."""
+    return next((int(line.split()[1]) for line in _lines(path) if line.startswith(f"{name} ")), None)
 
 
 def _lines(path: Path) -> list[str]:

@@ -12,22 +12,30 @@ from .card_error import last_card_error
 
 
 def exit_reason(
-    code: int | None, printed: Sequence[str] = (), *, limited: bool = False, on_card: bool = False
+    code: int | None,
+    printed: Sequence[str] = (),
+    *,
+    kernel_kills: int | None = None,
+    limited: bool = False,
+    on_card: bool = False,
 ) -> dict[str, Any]:
     """Reason and sentence (`reason`, `message`) for a trainer that ended without a word.
 
     `code`: None for one that even SIGKILL does not end. `printed`: its last lines; some libraries end the process after
-    a line on standard error. `limited`: its RAM was held to a limit. Not every library checks what it got; some crash
-    where torch raises.
+    a line on standard error. `kernel_kills`: how many processes the kernel killed for memory while it ran; None where
+    that is not told, and a kill counts as one of the kernel's. `limited`: its RAM was held to a limit. Not every
+    library checks what it got; some crash where torch raises.
     """
     if code is None:
         reason, where = (Reason.GPU_ERROR, "the card's driver") if on_card else (Reason.TRAINER_ERROR, "a disk")
         return {"reason": reason, "message": f"the trainer can't be ended: it waits in the kernel, as for {where}"}
     if code == -signal.SIGKILL:
-        return {
-            "reason": Reason.HOST_OUT_OF_MEMORY,
-            "message": "the trainer was killed (SIGKILL), most likely by the box's out-of-memory killer",
-        }
+        if kernel_kills == 0:
+            who = "by a person or a program: the kernel counted no kill for memory"
+            return {"reason": Reason.KILLED, "message": f"the trainer was killed (SIGKILL) {who}"}
+        who = "most likely by the box's out-of-memory killer"
+        who += ", whose kills can't be read here" if kernel_kills is None else ""
+        return {"reason": Reason.HOST_OUT_OF_MEMORY, "message": f"the trainer was killed (SIGKILL), {who}"}
     how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
     if (said := last_card_error(printed)) is not None:
         return {"reason": said[0], "message": f"the trainer ended ({how}) after it printed: {said[1]}"}

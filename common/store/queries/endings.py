@@ -43,6 +43,7 @@ REAPED = 50
 
 _HELD = {
     Reason.WORKER_LOST: "its worker was lost {} times in a row; it may be what kills them",
+    Reason.KILLED: "its trainer was killed {} times in a row, by a person or a program like earlyoom",
     Reason.GPU_ERROR: "its card failed {} times in a row; it may be what makes them fail",
     Reason.DISK_FULL: "the disk of its box was full {} times in a row",
     Reason.STORE_FAILED: "the artifact store failed it {} times in a row",

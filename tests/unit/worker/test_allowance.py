@@ -15,6 +15,7 @@ from loractl.worker.attempt.order import common_environment
 from loractl.worker.device.allowance import (
     allowed_cores,
     allowed_memory,
+    kernel_kills,
     machine_cores,
     memory_room,
     threads_of_trainer,
@@ -173,3 +174,20 @@ def test_slurm_bounds_the_memory(monkeypatch: pytest.MonkeyPatch, machine: Machi
     (device,) = find_devices(load_settings({"LORACTL_HOME": str(root), "LORACTL_DEVICES": "cpu"}))
     assert device.total <= 3 * 512 * MIB
     assert device.look().free <= device.total
+
+
+KILLS = {
+    "v2": (
+        {**GROUPS["v2"], "sys/fs/cgroup/lab/worker/memory.events": "oom 9\noom_kill 2", "proc/vmstat": "oom_kill 7"},
+        2,
+    ),
+    "v1": ({**GROUPS["v1"], "sys/fs/cgroup/memory/lab/worker/memory.oom_control": "under_oom 0\noom_kill 3"}, 3),
+    "machine": ({**GROUPS["v2"], "proc/vmstat": "pgfault 1\noom_kill 7"}, 7),
+    "not counted": (GROUPS["v2"], None),
+}
+
+
+@pytest.mark.parametrize("case", KILLS)
+def test_the_kernel_s_own_count_of_its_kills_is_read_where_it_is(case: str, machine: Machine) -> None:
+    files, count = KILLS[case]
+    assert kernel_kills(machine(files)) == count

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import textwrap
 import time
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import pytest
 from loractl.common.job.method import Method, Parallel
 from loractl.common.job.spec import JobSpec
 from loractl.common.job.status import Reason
+from loractl.worker.protocol.exit_reason import exit_reason
 from loractl.worker.protocol.messages import Ended, Peaks, Rank, Start, Told
 from loractl.worker.training.gang import other_ranks
 from loractl.worker.training.gang.other_ranks import LINK_LOST, OtherRanks
@@ -73,7 +75,7 @@ def test_each_rank_has_its_own_card_limit_and_place(begin: Begin, capfd: pytest.
 @pytest.mark.parametrize(
     "body, reason, message",
     [
-        ("os.kill(os.getpid(), signal.SIGKILL)", Reason.HOST_OUT_OF_MEMORY, "rank 1 on box:1: the trainer was killed"),
+        ("os.kill(os.getpid(), signal.SIGKILL)", Reason.KILLED, "rank 1 on box:1: the trainer was killed"),
         ("end('out_of_memory', 'no room for 9 MiB more')", Reason.OUT_OF_MEMORY, "rank 1 on box:1: no room for 9 MiB"),
         ("sys.exit(3)", Reason.TRAINER_ERROR, "rank 1 on box:1: the trainer ended without a result (exit status 3)"),
         (f"end('trainer_error', {LINK_LOST!r})", Reason.TRAINER_ERROR, "the leader's own"),
@@ -105,4 +107,19 @@ def test_a_leader_that_waits_for_a_dead_rank_ends_with_its_reason(
     while not statuses and time.monotonic() < deadline:
         gang._settled.wait(0.02)
     (ended,) = told
-    assert statuses == [1] and isinstance(ended, Ended) and ended.reason is Reason.HOST_OUT_OF_MEMORY
+    assert statuses == [1] and isinstance(ended, Ended) and ended.reason is Reason.KILLED
+
+
+@pytest.mark.parametrize(
+    ("kills", "reason", "says"),
+    [
+        (0, Reason.KILLED, "by a person or a program: the kernel counted no kill for memory"),
+        (1, Reason.HOST_OUT_OF_MEMORY, "out-of-memory killer"),
+        (None, Reason.HOST_OUT_OF_MEMORY, "out-of-memory killer, whose kills can't be read here"),
+    ],
+)
+def test_a_kill_is_the_kernel_s_where_it_counted_one_or_does_not_tell(
+    kills: int | None, reason: Reason, says: str
+) -> None:
+    told = exit_reason(-signal.SIGKILL, kernel_kills=kills)
+    assert told["reason"] is reason and told["message"].endswith(says)

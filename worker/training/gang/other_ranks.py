@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import IO
 
 from loractl.common.job.status import Reason
+from loractl.worker.device.allowance import kernel_kills, kernel_kills_since
 from loractl.worker.protocol.exit_reason import exit_reason
 from loractl.worker.protocol.messages import Ended, Peaks, Rank, Start, Told, decode_told, encode
 
@@ -60,6 +61,7 @@ class OtherRanks:
         return ended if own is None else ended.model_copy(update={"peaks": self._peaks.above(own)})
 
     def _begin(self, rank: Rank) -> threading.Thread:
+        kills = kernel_kills()
         process = subprocess.Popen(
             [sys.executable, "-m", self._trainer],
             stdin=subprocess.PIPE,
@@ -72,7 +74,9 @@ class OtherRanks:
         assert process.stdin is not None
         process.stdin.write(encode(self._order_of(rank)))
         process.stdin.flush()
-        watcher = threading.Thread(target=self._watch, args=(rank, process), name=f"rank {rank.rank}", daemon=True)
+        watcher = threading.Thread(
+            target=self._watch, args=(rank, process, kills), name=f"rank {rank.rank}", daemon=True
+        )
         watcher.start()
         return watcher
 
@@ -80,7 +84,7 @@ class OtherRanks:
         own = {"rank": rank.rank, "node": rank.node, "gpu": rank.gpu, "device": rank.device}
         return self.order.model_copy(update={**own, "memory_limit": rank.memory_limit, "keep": None})
 
-    def _watch(self, rank: Rank, process: subprocess.Popen[str]) -> None:
+    def _watch(self, rank: Rank, process: subprocess.Popen[str], kills: int | None) -> None:
         """Stay with a process until it has ended; end the leader's where it failed and the leader does not notice."""
         lines: deque[str] = deque(maxlen=LAST_LINES)
         assert process.stdout is not None and process.stderr is not None
@@ -95,7 +99,8 @@ class OtherRanks:
         printer.join(timeout=GRACE_S)
         if ended is None:
             limited = rank.device == "cpu" and rank.memory_limit is not None
-            why = exit_reason(code, lines, limited=limited, on_card=rank.device == "cuda")
+            killed, on_card = kernel_kills_since(kills), rank.device == "cuda"
+            why = exit_reason(code, lines, kernel_kills=killed, limited=limited, on_card=on_card)
             ended = Ended(job_id=self.order.job_id, **why)
         if ended.peaks is not None:
             self._peaks = self._peaks.above(ended.peaks)

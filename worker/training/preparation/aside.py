@@ -18,6 +18,7 @@ from loractl.common.job.status import Reason
 from loractl.worker.base.failure import TrainingFailed
 from loractl.worker.base.source import model_errors, source_of
 from loractl.worker.data.prepared import PreparedData
+from loractl.worker.device.allowance import kernel_kills, kernel_kills_since
 from loractl.worker.protocol.exit_reason import exit_reason
 from loractl.worker.protocol.messages import Ended, Start, Told, decode_told, encode
 
@@ -68,7 +69,7 @@ def prepare_aside(run: Run) -> PreparedData:
 def _run(run: Run, folder: Path) -> Ended:
     """Stay with the process to its end; a stop ends it."""
     order = run.order.model_copy(update={"spec": _pinned(run.spec)})
-    log = folder / "log.txt"
+    log, kills = folder / "log.txt", kernel_kills()
     told = os.fdopen(os.memfd_create("end"), encoding="utf-8", errors="replace")  # a pipe can fill up, a disk too
     with log.open("w", encoding="utf-8") as printed:
         process = subprocess.Popen(
@@ -101,7 +102,8 @@ def _run(run: Run, folder: Path) -> Ended:
         if isinstance(message := _told(line), Ended):
             return message
     limited = order.device == "cpu" and order.memory_limit is not None
-    why = exit_reason(process.returncode, printed_last, limited=limited)
+    killed = kernel_kills_since(kills)
+    why = exit_reason(process.returncode, printed_last, kernel_kills=killed, limited=limited)
     return Ended(job_id=order.job_id, **{**why, "message": f"while it prepared its data, {why['message']}"})
 
 

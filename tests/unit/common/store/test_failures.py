@@ -42,7 +42,7 @@ def end(store: Store, claim: Claim, reason: Reason) -> None:
 
 
 @SQLITE_ALONE
-@pytest.mark.parametrize("reason", [Reason.GPU_ERROR, Reason.WORKER_LOST])
+@pytest.mark.parametrize("reason", [Reason.GPU_ERROR, Reason.WORKER_LOST, Reason.KILLED])
 def test_a_retry_avoids_the_card_that_failed_it(timed: Store, clock: Clock, reason: Reason) -> None:
     online(timed, "a:0", "a:1")
     job_id = timed.submit(submission())

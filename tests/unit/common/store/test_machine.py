@@ -49,7 +49,7 @@ machine = settings(
 
 # Written down again, not taken from the code: the model must be able to disagree with it.
 LEASE_S, HELD_AFTER, CARD_PAUSE_S = 60, 3, 10
-FAILS = frozenset({Reason.WORKER_LOST, Reason.GPU_ERROR, Reason.DISK_FULL, Reason.STORE_FAILED})
+FAILS = frozenset({Reason.WORKER_LOST, Reason.KILLED, Reason.GPU_ERROR, Reason.DISK_FULL, Reason.STORE_FAILED})
 LAB = FAILS | {Reason.DRAINED, Reason.PREEMPTED, Reason.HOST_LOST}
 COUNTED = frozenset(
     {
