@@ -18,6 +18,9 @@ from .errors import UsageError
 HEADERS_S = 10.0
 """Seconds in which the lines of a request must have arrived."""
 
+WAITING = 50
+"""Connections of one address that may wait, for a request's lines or for a further request."""
+
 _HOST = re.compile(r"(?:\[([0-9a-f:.]+)\]|([a-z0-9._-]+))(?::\d{1,5})?", re.ASCII)
 
 
@@ -55,13 +58,18 @@ class Connection(H11Protocol):
     """A caller's connection, which ends when the lines of a request don't arrive in time.
 
     uvicorn itself waits for them forever: a few hundred callers who send a byte now and then would hold all of a
-    process's connections. What still comes after an answer must be the next request.
+    process's connections. What still comes after an answer must be the next request. Of one address's connections that
+    wait only the newest stay: who asks at once is not shut out by older ones, his own or others' behind his proxy.
     """
 
+    _began = 0.0
     _late: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
+        self._began = self.loop.time()
+        for older in self._waiting_beside()[:-WAITING]:
+            older._give_up()
         self._late = self.loop.call_later(HEADERS_S, self._give_up)
 
     def data_received(self, data: bytes) -> None:
@@ -75,6 +83,13 @@ class Connection(H11Protocol):
         self._in_time()
         super().connection_lost(exc)
 
+    def _waiting_beside(self) -> list[Connection]:
+        """The connections of the same address that wait, this one too, the oldest first."""
+        host = (self.client or [None])[0]
+        every = [other for other in self.connections if isinstance(other, Connection) and other._idle]
+        mine = [other for other in every if (other.client or [None])[0] == host and not other.transport.is_closing()]
+        return sorted(mine, key=lambda other: other._began)
+
     @property
     def _idle(self) -> bool:
         """No request has come whole, or the last one is answered."""
@@ -86,7 +101,7 @@ class Connection(H11Protocol):
             self._late = None
 
     def _give_up(self) -> None:
-        self._late = None
+        self._in_time()
         if self._idle and not self.transport.is_closing():
             self.transport.close()
 

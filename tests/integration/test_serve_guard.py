@@ -120,6 +120,13 @@ def test_no_name_of_a_stranger_s_is_taken_for_this_machine(serve: Callable[..., 
 MESSAGES = ASKED["messages"]
 TOOL = {"type": "function", "function": {"name": "f"}}
 NOT_KEPT = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"$ref": "#/nowhere"}}}
+OF_ITSELF = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"$ref": "#"}}}
+MANY = {"type": "object", "properties": {f"property_{n}": {"type": "string"} for n in range(700)}}
+TOO_WIDE = {"type": "json_schema", "json_schema": {"name": "a", "schema": MANY}}
+TOO_WIDE_BELOW = {
+    "type": "json_schema",
+    "json_schema": {"name": "a", "schema": {"type": "object", "properties": {"a": MANY}, "required": ["a"]}},
+}
 NO_SCHEMA = {"type": "json_schema", "json_schema": {"name": "a"}}
 IMAGE = {"type": "image_url", "image_url": {"url": "http://x"}}
 
@@ -136,6 +143,14 @@ IMAGE = {"type": "image_url", "image_url": {"url": "http://x"}}
         ({"n": 2}, "n is not supported here", "n", "unsupported_parameter"),
         ({"tools": [TOOL]}, "no answer calls one", "tools", "unsupported_parameter"),
         ({"response_format": NOT_KEPT}, "the schema can't be kept", "response_format", "invalid_value"),
+        ({"response_format": OF_ITSELF}, "it names itself, or has", "response_format", "invalid_value"),
+        ({"response_format": TOO_WIDE}, "it names itself, or has", "response_format", "invalid_value"),
+        (
+            {"response_format": TOO_WIDE_BELOW, "max_tokens": 99},
+            "it names itself, or has",
+            "response_format",
+            "invalid_value",
+        ),
         ({"response_format": NO_SCHEMA}, "an object schema", "response_format.json_schema", "invalid_value"),
         (
             {"response_format": {"type": "xml"}},

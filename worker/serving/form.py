@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from loractl.common.errors import LoractlError, UsageError
+from loractl.common.errors import UsageError
 
 ANY_OBJECT: dict[str, Any] = {"type": "object"}
 """The schema of json_object."""
@@ -23,21 +23,21 @@ SPACES = r"[\x20\x0A\x0D\x09]{1,16}"
 
 
 class Form:
-    """What one answer may go on with."""
+    """What one answer may go on with. Raises UsageError for a schema whose beginning can't be kept."""
 
     def __init__(self, matcher: Any) -> None:
         self._matcher = matcher
+        self._mask()
 
     def hold(self, logits: torch.Tensor) -> torch.Tensor:
-        """The logits of the next token (one row), with -inf for what would break the form."""
-        bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
-        self._check()
+        """The logits of the next token (one row), with -inf for what would break the form. Raises UsageError."""
+        bits = np.frombuffer(self._mask(), dtype=np.uint8)
         allowed = torch.from_numpy(np.unpackbits(bits, bitorder="little").astype(bool))[: len(logits)]
         allowed = torch.nn.functional.pad(allowed, (0, len(logits) - len(allowed)))
         return logits.masked_fill(~allowed.to(logits.device), -torch.inf)
 
     def take(self, token: int) -> None:
-        """The token that was chosen. Raises LoractlError."""
+        """The token that was chosen. Raises UsageError."""
         self._matcher.consume_token(token)
         self._check()
 
@@ -46,9 +46,16 @@ class Form:
         """Nothing may follow."""
         return bool(self._matcher.is_stopped())
 
+    def _mask(self) -> bytes:
+        bits: bytes = self._matcher.compute_bitmask()
+        self._check()
+        return bits
+
     def _check(self) -> None:
+        """What the library does not see when it reads a schema, it says when an answer comes to it."""
         if self._matcher.is_error():
-            raise LoractlError(f"the answer can't be held to its form: {first_line(self._matcher.get_error())}")
+            why = "it names itself, or has hundreds of optional properties"
+            raise UsageError(f"the schema can't be kept: {why} ({first_line(self._matcher.get_error())})")
 
 
 class Forms:

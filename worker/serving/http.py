@@ -285,7 +285,7 @@ class Service:
                     continue
                 text += piece.text
                 if piece.ended in ("error", "cancelled"):
-                    raise ApiError(500, piece.error or "the answer was cancelled")
+                    raise _failure(piece)
                 if piece.ended is not None:
                     return dict(reply.whole(text, piece))
         finally:
@@ -297,7 +297,7 @@ class Service:
             while True:
                 piece = await said.get()
                 if piece.ended == "error":
-                    yield _event(ApiError(500, piece.error or "the answer failed").body())
+                    yield _event(_failure(piece).body())
                     break
                 yield _event(reply.piece(piece))
                 if piece.ended is not None:
@@ -307,6 +307,12 @@ class Service:
             yield "data: [DONE]\n\n"
         finally:
             ask.cancelled.set()
+
+
+def _failure(piece: Said) -> ApiError:
+    if piece.refused:  # all that is refused so late is a form
+        return ApiError(400, piece.error or "", param="response_format")
+    return ApiError(500, piece.error or "the answer was cancelled")
 
 
 def _hand_over(loop: asyncio.AbstractEventLoop, said: asyncio.Queue[Said], piece: Said) -> None:

@@ -87,6 +87,8 @@ class Lane:
             try:
                 token = row.choose(logits[place], likeliest[place])
                 row.take(token, ended=token in self._ends)
+            except UsageError as error:  # a form that can't be kept further
+                row.fail(error.sentence, refused=True)
             except Exception as error:
                 log.exception("one request failed")  # its own fault, like a logit that is not a number: others go on
                 row.fail(failure_sentence(error))

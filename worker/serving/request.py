@@ -25,6 +25,7 @@ class Said:
     tokens: int = 0  # generated so far
     ended: Ending | None = None
     error: str | None = None
+    refused: bool = False  # the error is the request's own
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,10 +112,11 @@ class Row:
     def end(self, why: Ending) -> None:
         self._close(why, self._text.rest())
 
-    def fail(self, why: str) -> None:
+    def fail(self, why: str, *, refused: bool = False) -> None:
+        """End with an error; `refused`: the request's own."""
         if not self.over:
             self._let_go()
-            self.ask.say(Said(tokens=self._tokens, ended="error", error=why))
+            self.ask.say(Said(tokens=self._tokens, ended="error", error=why, refused=refused))
 
     def _close(self, why: Ending, text: str) -> None:
         self._let_go()

@@ -1,0 +1,84 @@
+"""How the servers listen: real connections on loopback, to uvicorn in this process."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import uvicorn
+
+from loractl.common.listener import WAITING, Connection, Listener
+
+
+async def hello(scope: Any, receive: Any, send: Any) -> None:
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
+    await send({"type": "http.response.body", "body": b"hi"})
+
+
+@pytest.fixture
+def port() -> Iterator[int]:
+    """Of a server that serves two more connections than one address may leave waiting."""
+    told: list[str] = []
+    listens = threading.Event()
+
+    def tell(address: str) -> None:
+        told.append(address)
+        listens.set()
+
+    config = uvicorn.Config(
+        hello,
+        host="127.0.0.1",
+        port=0,
+        http=Connection,
+        limit_concurrency=WAITING + 3,
+        lifespan="off",
+        log_level="error",
+        timeout_keep_alive=60,
+    )
+    server = Listener(config, tell)
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    assert listens.wait(20)
+    yield int(told[0].rpartition(":")[2])
+    server.should_exit = server.force_exit = True
+    thread.join()
+
+
+ASKED = b"GET / HTTP/1.1\r\nHost: a\r\n\r\n"
+
+
+@pytest.mark.parametrize("sent", [b"", b"GET / HTTP/1.1\r\n", ASKED], ids=["silent", "half a request", "answered"])
+def test_an_address_with_many_waiting_connections_loses_the_oldest_and_shuts_nobody_out(port: int, sent: bytes) -> None:
+    with contextlib.ExitStack() as stack:
+        waiting = [
+            stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=20)) for _ in range(3 * WAITING)
+        ]
+        for caller in waiting:
+            with contextlib.suppress(ConnectionError):  # the oldest may be closed already
+                caller.sendall(sent)
+        caller = stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=20))
+        caller.sendall(ASKED)
+        assert caller.recv(64).startswith(b"HTTP/1.1 200")
+        with contextlib.suppress(ConnectionResetError):
+            while waiting[0].recv(1024):
+                pass  # at most an answer, then the end
+
+
+def test_connections_that_are_few_stay(port: int) -> None:
+    with contextlib.ExitStack() as stack:
+        callers = [
+            stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=20)) for _ in range(WAITING)
+        ]
+        for _ in range(2):
+            for caller in callers:
+                caller.sendall(ASKED)
+                answer = b""
+                while not answer.endswith(b"hi"):
+                    more = caller.recv(256)
+                    assert more
+                    answer += more
+                assert answer.startswith(b"HTTP/1.1 200")
