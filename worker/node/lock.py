@@ -32,7 +32,7 @@ class DeviceLock:
         except BlockingIOError:
             log.warning("another worker serves this device, or finishes its last job: waiting for it (%s)", path)
             fcntl.flock(self._file, fcntl.LOCK_EX)
-        self._sign = _put_up_sign(device.uuid)
+        self._sign = _put_up_sign(device)
 
     def say_served(self) -> None:
         """Note in the file that this process serves the device: it is no node that ends before it does anything."""
@@ -82,17 +82,21 @@ def is_served(uuid: str) -> bool:
 _SIGN = "loractl-card-"
 
 
-def _put_up_sign(uuid: str) -> socket.socket | None:
-    """An abstract socket with the card's name, which goes with this process. Nothing is ever sent to it."""
-    if not uuid.startswith(("GPU-", "MIG-")):
-        return None  # processors, and cards of trials, are not somebody's alone
+def _put_up_sign(device: Device) -> socket.socket | None:
+    """An abstract socket with the device's name, which goes with this process. Nothing is ever sent to it."""
+    if device.kind != "cpu" and not device.uuid.startswith(("GPU-", "MIG-")):
+        return None  # cards of trials are not somebody's alone
     sign = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
     try:
-        sign.bind(f"\0{_SIGN}{uuid}")
+        sign.bind(f"\0{_SIGN}{device.uuid}")
     except OSError as error:
         sign.close()
         if error.errno == errno.EADDRINUSE:
-            log.warning("a worker of another LORACTL_HOME serves this card, too: neither knows what the other promised")
+            what, cost = "card", ""
+            if device.kind == "cpu":  # no refusal: a demo beside a lab's worker is slow, and harms nobody
+                what, cost = "processor", "; both start as many threads as it has cores"
+            shared = f"a worker of another LORACTL_HOME serves this {what}, too"
+            log.warning("%s: neither knows what memory the other promised%s", shared, cost)
         return None
     return sign
 

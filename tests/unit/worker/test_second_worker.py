@@ -20,7 +20,7 @@ from loractl.common.store.database import connect
 from loractl.common.store.records import Claim, NewHost
 from loractl.common.store.store import Store
 from loractl.common.units import GIB
-from loractl.worker.device.devices import SimulatedDevice
+from loractl.worker.device.devices import CpuDevice, SimulatedDevice
 from loractl.worker.node import box
 from loractl.worker.node.box import Box
 from loractl.worker.node.box_identity import read_identity
@@ -94,3 +94,17 @@ def test_the_embedded_queue_ends_with_the_last_worker_of_its_home(queue_runs: No
         lock.close()
     Box(settings, store, [DEVICE], {}).run(drain_when_idle=False)
     assert not embedded_runs(settings)
+
+
+def test_a_worker_of_another_home_is_told_that_it_shares_the_processor(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    processor, locks = CpuDevice(total=8 * GIB), []
+    for name in ("ada", "bob"):
+        settings = load_settings({"LORACTL_HOME": str(tmp_path / name)})
+        settings.runtime_dir.mkdir(parents=True)
+        caplog.clear()
+        locks.append(DeviceLock(settings, processor))
+    assert "a worker of another LORACTL_HOME serves this processor, too" in caplog.text
+    for lock in locks:
+        lock.close()

@@ -44,7 +44,7 @@ def _check(device: Device, module: str) -> dict[str, Any]:
     """A processor and a simulated card need no test, as for a node."""
     found = {"number": device.number, "name": device.name, "seconds": None, "torch": None}
     fault = device.look().fault
-    if fault is None and is_served(device.uuid):
+    if fault is None and device.kind != "cpu" and is_served(device.uuid):
         return {**found, "fault": None, "served": True}
     if fault is not None or device.trains_on != "cuda":
         return {**found, "fault": fault}
