@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from loractl.common.adapter_config import CONFIG
 from loractl.common.artifacts import WEIGHTS, ArtifactStore, attempt_prefix, manifest_sha256
 from loractl.common.job.status import Reason, Stage
 from loractl.common.job.sweep import NewSweep
@@ -187,6 +188,9 @@ def store_result(lab: SeededLab, claim: Claim, base: float, tuned: float, **chan
     folder = Path(tempfile.mkdtemp(prefix="result-"))
     (folder / WEIGHTS).parent.mkdir(parents=True)
     (folder / WEIGHTS).write_bytes(b"weights %d" % claim.job_id)
+    (folder / "adapter" / CONFIG).write_text(
+        json.dumps({"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": ["q_proj"]})
+    )
     (folder / "report.json").write_text(json.dumps(value))
     (folder / "log.txt").write_text(f"the log of job {claim.job_id}\n")
     manifest = lab.artifacts.put_result(folder, prefix)

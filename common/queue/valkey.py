@@ -12,6 +12,7 @@ import ipaddress
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -24,8 +25,8 @@ from loractl.common.settings import Settings, make_private
 if TYPE_CHECKING:
     from redis import Redis
 
-SOCKET_PATH_LIMIT = 107
-"""Bytes that fit into sockaddr_un.sun_path on Linux, without the closing zero."""
+SOCKET_PATH_LIMIT = 107 if sys.platform == "linux" else 103
+"""Bytes that fit into sockaddr_un.sun_path, without the closing zero: BSD's and macOS's is shorter."""
 
 _START_TIMEOUT_S = 10.0
 

@@ -77,6 +77,13 @@ def worker(
 
     Ctrl-C stops after a checkpoint and gives the jobs back; a second one stops at once.
     """
+    from loractl.common.errors import LoractlError
+
+    if sys.platform != "linux":
+        raise LoractlError(
+            f"loractl worker needs Linux, and this is {sys.platform}",
+            "run it on a GPU box; what submits and reads works here, with a lab's database, queue and store",
+        )
     from loractl.worker.protocol.secrecy import hide_environment
 
     hide_environment()  # before the other imports, which take a second

@@ -19,7 +19,7 @@ _MIB = 2**20
 
 def allowed_cores(root: Path = ROOT) -> int:
     """The cores that the calling thread, and what it starts, may keep busy. Raises UsageError."""
-    bounds = [len(os.sched_getaffinity(0))]
+    bounds = [len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else machine_cores()]  # macOS has none
     bounds += [max(1, int(quota)) for group in _groups("cpu", root) if (quota := _quota(group)) is not None]
     bounds += [number for name in ("SLURM_CPUS_PER_TASK", "SLURM_CPUS_ON_NODE") if (number := _number(name))]
     return min(bounds)
