@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
-
-from sqlalchemy import Engine
 
 from loractl.common.errors import Forbidden, WrongState
 from loractl.common.settings import Settings
@@ -42,16 +41,11 @@ def bring_to_head(settings: Settings, backup: Path | None, *, force: bool) -> Up
                     )
                 saved = None if backup is None else back_up(settings, backup)
             before, after = upgrade(engine)
-            wanted = before != after and has_roles(engine) and not _renewed(engine)
+            wanted = before != after and has_roles(engine)
+            if wanted:
+                with contextlib.suppress(Forbidden):  # then somebody who may has to say it
+                    apply_roles(engine)
+                    wanted = False
             return Upgraded(before=before, after=after, saved=saved, roles_wanted=wanted)
         finally:
             engine.dispose()
-
-
-def _renewed(engine: Engine) -> bool:
-    """Give the roles their rights to what is new; False where this login may not."""
-    try:
-        apply_roles(engine)
-    except Forbidden:
-        return False
-    return True

@@ -10,6 +10,7 @@ import redis
 
 from loractl.common.placement.sizes import vram_class
 from loractl.common.queue.hints import queue_name
+from loractl.common.queue.valkey import broker_url
 from loractl.common.settings import load_settings
 from loractl.common.store.store import Store
 from loractl.scheduler.submission.intake import enqueue
@@ -39,6 +40,7 @@ def test_the_need_before_the_row_is_the_row_s(store: Store, keys: dict[str, Any]
 
 def test_a_queued_job_leaves_one_hint_in_the_queue_of_its_class(store: Store, home: Path) -> None:
     settings = load_settings({"LORACTL_HOME": str(home)})
+    broker_url(settings)  # as the home's worker starts it
     entry = enqueue(submission(lora=14, qlora=None, method="lora"), settings, store)
     assert entry.sentence == f"Job {entry.job_id} (tiny) is queued."
     client = redis.Redis(unix_socket_path=str(settings.runtime_dir / "valkey.sock"))
