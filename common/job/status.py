@@ -172,6 +172,9 @@ OUTCOMES: dict[Reason, Meaning] = {
     ),
 }
 
+BLAMED = {reason: meaning.blames for reason, meaning in OUTCOMES.items() if meaning.blames is not None}
+"""What a reason blames; the others, and those that only a newer version knows, blame nothing."""
+
 KEEPING = frozenset(
     reason
     for reason, meaning in OUTCOMES.items()

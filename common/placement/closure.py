@@ -6,7 +6,7 @@ import datetime as dt
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from loractl.common.job.status import OUTCOMES, Blamed, Reason
+from loractl.common.job.status import BLAMED, Blamed, Reason
 
 GPU_ERRORS = 2
 """A card is closed after so many gpu_errors in a row."""
@@ -59,7 +59,7 @@ def closure(node: str, failures: Sequence[CardFailure]) -> Closure | None:
     host = node.rpartition(":")[0]
     errors = [f for f in failures if f.node == node and f.reason is Reason.GPU_ERROR]
     others = [f for f in failures if f.host == host and f.reason is not Reason.GPU_ERROR]
-    here = [f for f in others if f.node == node and OUTCOMES[f.reason].blames is Blamed.CARD]
+    here = [f for f in others if f.node == node and BLAMED.get(f.reason) is Blamed.CARD]
     for target, found, limit in (
         (node, errors, GPU_ERRORS),
         (node, here, OTHER_FAILURES),

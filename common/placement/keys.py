@@ -37,8 +37,14 @@ class QueueKey:
 
     @classmethod
     def parse(cls, text: str) -> QueueKey:
+        """Raises ValueError for a text that `queue_key` has not made."""
         level, step, rest = text.split("|", 2)
-        labels, end = json.JSONDecoder().raw_decode(rest) if rest.startswith("{") else ({}, 0)
+        try:
+            labels, end = json.JSONDecoder().raw_decode(rest) if rest.startswith("{") else ({}, 0)
+        except RecursionError:
+            raise ValueError("labels within labels") from None
+        if not all(isinstance(value, str) for value in labels.values()):
+            raise ValueError("a label that is no text")
         return cls(text=text, level=level, step=int(step), requires=frozenset(labels.items()), user=rest[end + 1 :])
 
     def may_fit(self, openings: Openings) -> bool:

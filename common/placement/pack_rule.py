@@ -79,7 +79,7 @@ class PassLaw:
     @classmethod
     def from_json(cls, kept: dict[str, Any] | None, *, quantised: bool) -> PassLaw:
         """The law as a host's row keeps it; the first one where the row has none."""
-        if kept is None:
+        if not kept:
             return cls.start(quantised=quantised)
         products, sums = tuple(tuple(row) for row in kept["products"]), tuple(kept["sums"])
         return replace(_fitted(products, sums, START[quantised], kept.get("company", 0)), load=kept.get("load", 1.0))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import re
 
-from sqlalchemy import ColumnElement, Text, cast, or_, select
+from sqlalchemy import or_, select, text
 
 from loractl import __version__
 from loractl.common.job.status import Reason, Status
@@ -13,42 +13,37 @@ from loractl.common.text import storable
 
 from .fleet import unreadable
 from .guard import become
+from .records import Aside
 from .tables import Event, Job
 from .transaction import SKIP_LOCKED, Transaction
 
 NEWER_WORKER_DELAY_S = 60.0
 """A job that only a newer worker can read is looked at again after so long."""
 
-_AT_ONCE = 100
-_METHODS = ('["lora"]', '["qlora"]', '["lora", "qlora"]', '["qlora", "lora"]', "[]")
-_READ = (Job.job_id, Job.methods, Job.queue_key, Job.submitted_at, Job.gangs)
+AT_ONCE = 1000
+"""Waiting jobs that are looked at in one go."""
 
 
-def set_aside_unreadable(tx: Transaction) -> list[int]:
-    found = _unreadable_jobs(tx)
-    return [job_id for job_id in found if tx.apart(job_id, lambda job_id=job_id: _look_again(tx, job_id))]  # type: ignore[misc]
+def set_aside_unreadable(tx: Transaction, after: int | None) -> Aside:
+    """Look at the waiting jobs behind the one with that number. What the lines meet is set aside by the claim."""
+    ready = or_(Job.not_before.is_(None), Job.not_before <= tx.now())
+    waiting = select(*Job.__table__.columns).where(text("status = 'queued'"), ready).order_by(Job.job_id)
+    some = (waiting if after is None else waiting.where(Job.job_id > after)).limit(AT_ONCE)
+    rows = tx.session.execute(some).mappings().all()
+    found = [row["job_id"] for row in rows if unreadable(dict(row))]
+    jobs: list[int] = []
+    for job_id in found:
+        tx.apart(job_id, lambda job_id=job_id: jobs.extend(look_again(tx, job_id)))  # type: ignore[misc]
+    return Aside(jobs=tuple(jobs), after=rows[-1]["job_id"] if len(rows) == AT_ONCE else None)
 
 
-def _unreadable_jobs(tx: Transaction) -> list[int]:
-    """Waiting jobs whose rows the placement rule can't read; the database looks, and Python only where it must."""
-    now = tx.now()
-    years = (dt.datetime(2000, 1, 1, tzinfo=dt.UTC), dt.datetime(9000, 1, 1, tzinfo=dt.UTC))
-    odd = or_(
-        cast(Job.methods, Text).not_in(_METHODS),
-        _no_key(tx),
-        Job.submitted_at < years[0],
-        Job.submitted_at > years[1],
-    )
-    waits = (Job.status == Status.QUEUED, or_(Job.not_before.is_(None), Job.not_before <= now))
-    suspects = tx.session.execute(select(*_READ).where(*waits, odd).order_by(Job.job_id).limit(_AT_ONCE))
-    return [row.job_id for row in suspects.mappings() if unreadable(dict(row))]
-
-
-def _look_again(tx: Transaction, job_id: int) -> None:
-    """Set the job aside if its row, locked, still waits and can't be read."""
+def look_again(tx: Transaction, job_id: int) -> list[int]:
+    """Set the job aside if its row, locked, still waits and can't be read; its number then."""
     job = tx.session.get(Job, job_id, populate_existing=True, with_for_update=SKIP_LOCKED)
-    if job is not None and job.status is Status.QUEUED and (why := unreadable(vars(job))):
-        set_aside(tx, job, why, tx.now())
+    if job is None or job.status is not Status.QUEUED or not (why := unreadable(vars(job))):
+        return []
+    set_aside(tx, job, why, tx.now())
+    return [job_id]
 
 
 def set_aside(tx: Transaction, job: Job, what: str, now: dt.datetime) -> None:
@@ -72,14 +67,6 @@ def _tell_once(tx: Transaction, job_id: int, text: str) -> None:
     said = select(Event.event_id).where(Event.job_id == job_id, Event.kind == "version", Event.text == text).limit(1)
     if tx.session.scalar(said) is None:
         tx.tell(job_id, None, "version", text)
-
-
-def _no_key(tx: Transaction) -> ColumnElement[bool]:
-    """Whether a row's queue_key is none: its size step is no number, or its labels are no JSON object at a glance."""
-    labels = (Job.queue_key.like("%|%|{%"), Job.queue_key.not_like('%|%|{"%"}|%'))
-    if tx.session.get_bind().dialect.name == "postgresql":
-        return or_(Job.queue_key.op("!~")(r"^[^|]*\|[0-9]+\|"), labels[0] & labels[1])
-    return or_(Job.queue_key.op("NOT GLOB")("*|[0-9]*|*"), labels[0] & labels[1])
 
 
 def _release(version: str) -> tuple[int, ...]:

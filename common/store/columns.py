@@ -1,18 +1,257 @@
-"""Types of columns that both databases read in the same way, whatever a row holds."""
+"""Types of columns that both databases read in the same way, whatever a row holds.
+
+A value that no version of ours has written is read as one of the column's kind that does no harm, and is marked: as
+Unreadable. Whoever lists rows goes on, and who would act on one asks `unreadable`.
+"""
 
 from __future__ import annotations
 
 import datetime as dt
 import enum
-from collections.abc import Callable
+import json
+import math
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from sqlalchemy import DateTime, Dialect, String, TypeDecorator
+from sqlalchemy import JSON, BigInteger, Boolean, DateTime, Dialect, Double, Integer, String, Text, TypeDecorator
 from sqlalchemy.dialects import sqlite
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.sql.elements import ColumnElement
+from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.types import TypeEngine
+
+from loractl.common.units import LARGEST
 
 LONG_AGO, FAR_OFF = dt.datetime(2, 1, 1, tzinfo=dt.UTC), dt.datetime(9998, 12, 31, tzinfo=dt.UTC)
 """The first and the last time that a row may tell: within them every time zone has a calendar."""
+
+FIRST_YEAR, LAST_YEAR = 2000, 9000
+"""Of what happens in a lab."""
+
+MOST_BYTES = 2**50
+"""Of a card, or of what a job needs of it."""
+
+MOST_SECONDS = 1e10
+"""Until a job's end: three centuries, which the calendar holds."""
+
+_SHOWN = 60
+"""Characters of a value that can't be read, as people see it."""
+
+
+class Unreadable:
+    """Marks a value that stands in place of what the row holds. `told`: that, for people."""
+
+    told = ""
+
+
+_KINDS: dict[type, Any] = {
+    kind: type(f"Unreadable_{kind.__name__}", (Unreadable, kind), {})
+    for kind in (int, float, str, dict, list, dt.datetime)
+}
+
+
+def in_place_of(held: object, value: Any) -> Any:
+    """The harmless value, marked as unreadable."""
+    kind = _KINDS[type(value)]
+    marked = kind.combine(value.date(), value.timetz()) if kind is _KINDS[dt.datetime] else kind(value)
+    told = held.decode("utf-8", "replace") if isinstance(held, bytes) else held
+    marked.told = held.told if isinstance(held, Unreadable) else str(told)[:_SHOWN] or "empty"
+    return marked
+
+
+def unreadable_of(row: Mapping[str, Any]) -> str:
+    """The first value of a row that can't be read, by its column, for people; empty: there is none."""
+    return next((f"{name}: {value.told}" for name, value in row.items() if isinstance(value, Unreadable)), "")
+
+
+class Whole(TypeDecorator[int]):
+    """A whole number between two bounds. `key`: it names a row, so that another number would name another one."""
+
+    impl = Integer
+    cache_ok = True
+
+    def __init__(self, low: int = 0, high: int = LARGEST, *, key: bool = False) -> None:
+        super().__init__()
+        self.low, self.high, self.key = low, high, key
+
+    def process_bind_param(self, value: int | None, dialect: Dialect) -> int | None:
+        return int(value) if isinstance(value, Unreadable) else value
+
+    def process_result_value(self, value: Any, dialect: Dialect) -> int | None:
+        if value is None or (type(value) is int and self.low <= value <= self.high):
+            return value
+        number = int(value) if is_number(value) else 0
+        found: int = in_place_of(value, number if self.key else min(max(number, self.low), self.high))
+        return found
+
+
+class Bytes(Whole):
+    """Bytes of a card."""
+
+    impl = BigInteger
+    cache_ok = True
+
+    def __init__(self) -> None:
+        super().__init__(0, MOST_BYTES)
+
+
+class Real(TypeDecorator[float]):
+    """A finite number between two bounds."""
+
+    impl = Double
+    cache_ok = True
+
+    def __init__(self, low: float = -1e300, high: float = 1e300) -> None:
+        super().__init__()
+        self.low, self.high = low, high
+
+    def process_result_value(self, value: Any, dialect: Dialect) -> float | None:
+        if value is None or is_number(value, self.low, self.high):
+            return value  # type: ignore[no-any-return]
+        number = float(value) if is_number(value) else 0.0
+        found: float = in_place_of(value, min(max(number, self.low), self.high))
+        return found
+
+
+class Flag(TypeDecorator[bool]):
+    """Yes or no."""
+
+    impl = Boolean
+    cache_ok = True
+
+    def result_processor(self, dialect: Dialect, coltype: object) -> Callable[[Any], bool | None]:
+        def read(value: Any) -> bool | None:
+            if value is None or isinstance(value, bool):
+                return value
+            return bool(value) if is_number(value, 0, 1) else in_place_of(value, 0)
+
+        return read
+
+
+class Characters(TypeDecorator[str]):
+    """Text of a bounded length."""
+
+    impl = String
+    cache_ok = True
+
+    def process_result_value(self, value: Any, dialect: Dialect) -> str | None:
+        return value if value is None or isinstance(value, str) else in_place_of(value, _text(value))
+
+
+class Prose(Characters):
+    """Text of any length."""
+
+    impl = Text
+    cache_ok = True
+
+
+Shape = Callable[[Any], Any]
+"""Whether a value of JSON is what a column holds: false, or one of _MISFITS, where it is not."""
+
+_MISFITS = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RecursionError)
+
+
+class Json(TypeDecorator[Any]):
+    """A value of JSON that has a shape. `otherwise`: what one without it is read as. `null`: nothing is one, too."""
+
+    impl = JSON
+    cache_ok = True
+
+    def __init__(self, shape: Shape, otherwise: Any = None, *, null: bool = False, none_as_null: bool = False) -> None:
+        super().__init__(none_as_null=none_as_null)
+        self.shape, self.null, self.should_evaluate_none = shape, null, not none_as_null
+        self._otherwise = {} if otherwise is None else otherwise
+
+    def coerce_compared_value(self, op: Any, value: Any) -> Any:
+        return self.impl_instance.coerce_compared_value(op, value)
+
+    def process_result_value(self, value: Any, dialect: Dialect) -> Any:
+        if value is None and self.null:
+            return None
+        try:
+            fits = not isinstance(value, Unreadable) and self.shape(value)
+        except _MISFITS:
+            fits = False
+        return value if fits else in_place_of(value, self._otherwise)
+
+
+def read_json(text: Any) -> Any:
+    """What the databases' drivers make of a column of JSON."""
+    try:
+        return json.loads(text)
+    except (TypeError, ValueError, RecursionError):  # SQLite takes anything, PostgreSQL nests deeper than Python
+        return in_place_of(text, {})
+
+
+class valid_json(FunctionElement[Any]):  # noqa: N801  a function of SQL
+    """A column of JSON, where a part of it is asked for in SQL: SQLite ends a statement that meets what is no JSON."""
+
+    type = JSON()
+    inherit_cache = True
+
+
+@compiles(valid_json)
+def _as_it_is(element: valid_json, compiler: Any, **keys: Any) -> str:
+    found: str = compiler.process(next(iter(element.clauses)), **keys)
+    return found
+
+
+@compiles(valid_json, "sqlite")
+def _only_json(element: valid_json, compiler: Any, **keys: Any) -> str:
+    column = _as_it_is(element, compiler, **keys)
+    return f"CASE WHEN json_valid({column}) THEN {column} END"
+
+
+def part_of(column: Any, *path: str) -> ColumnElement[str]:
+    """A part of a column of JSON as text, in SQL; null where it has none."""
+    found: ColumnElement[str] = valid_json(column)[path].as_string()
+    return found
+
+
+# --- shapes of JSON ---
+
+
+def is_number(value: Any, low: float = -math.inf, high: float = math.inf) -> bool:
+    """Whether it is a finite number within the bounds."""
+    return type(value) in (int, float) and math.isfinite(value) and low <= value <= high
+
+
+def is_whole(value: Any, low: int = 0, high: int = LARGEST) -> bool:
+    return type(value) is int and low <= value <= high
+
+
+def is_size(value: Any) -> bool:
+    """Bytes, or null for those that are not known."""
+    return value is None or is_whole(value, 0, MOST_BYTES)
+
+
+def is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def is_object(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
+def object_of(shape: Shape) -> Shape:
+    """Whether it is an object whose values all have the shape."""
+    return lambda value: isinstance(value, dict) and all(map(shape, value.values()))
+
+
+def list_of(shape: Shape) -> Shape:
+    """Whether it is a list of such values."""
+    return lambda value: isinstance(value, list) and all(map(shape, value))
+
+
+def fields(**shapes: Shape) -> Shape:
+    """Whether it is an object whose values of these names have their shapes, or are null, where they are there."""
+    return lambda value: (
+        isinstance(value, dict) and all(value.get(name) is None or shape(value[name]) for name, shape in shapes.items())
+    )
+
+
+def _text(value: Any) -> str:
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
 
 
 class _SqliteTimes(sqlite.DATETIME):
@@ -34,7 +273,7 @@ class _SqliteTimes(sqlite.DATETIME):
 class UtcDateTime(TypeDecorator[dt.datetime]):
     """An aware UTC datetime; SQLite stores none, so the zone is taken off and put back.
 
-    What is no time is read as LONG_AGO: one row must not keep all others from being read.
+    What is no time is read as LONG_AGO, and marked.
     """
 
     impl = DateTime(timezone=True)
@@ -52,7 +291,11 @@ class UtcDateTime(TypeDecorator[dt.datetime]):
     def process_result_value(self, value: dt.datetime | None, dialect: Dialect) -> dt.datetime | None:
         if value is None:
             return None
-        return value.replace(tzinfo=dt.UTC) if value.tzinfo is None else value.astimezone(dt.UTC)
+        if not LONG_AGO.year < value.year < FAR_OFF.year:
+            value = LONG_AGO if value.year <= LONG_AGO.year else FAR_OFF
+        read = value.replace(tzinfo=dt.UTC) if value.tzinfo is None else value.astimezone(dt.UTC)
+        ours = FIRST_YEAR <= read.year < LAST_YEAR
+        return read if ours else in_place_of("no time of our calendar", read)
 
 
 _Word = TypeVar("_Word", bound=enum.StrEnum)
@@ -71,8 +314,8 @@ class Words(TypeDecorator[_Word]):
     def process_bind_param(self, value: _Word | None, dialect: Dialect) -> str | None:
         return None if value is None else str(value)
 
-    def process_result_value(self, value: str | None, dialect: Dialect) -> _Word | None:
-        return None if value is None else word(self.words, value)
+    def process_result_value(self, value: Any, dialect: Dialect) -> _Word | None:
+        return None if value is None else word(self.words, _text(value))
 
 
 def word(words: type[_Word], text: str) -> _Word:

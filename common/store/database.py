@@ -8,6 +8,7 @@ import shutil
 import sqlite3
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -27,7 +28,7 @@ from loractl.common.errors import (
 )
 from loractl.common.settings import Settings, make_private, redacted
 
-from .columns import FAR_OFF, LONG_AGO
+from .columns import FAR_OFF, LONG_AGO, read_json
 from .schema import HEAD, revision, upgrade
 
 DatabaseError = DBAPIError
@@ -198,7 +199,8 @@ def make_engine(
         raise UsageError(what, "PostgreSQL, like postgresql://user@host/loractl; without it SQLite in LORACTL_HOME")
     try:
         if not url.startswith("sqlite"):
-            engine = create_engine(url, connect_args=_postgres_options(idle_s, read_only), **_pool(connections, kept))
+            pool, options = _pool(connections, kept), _postgres_options(idle_s, read_only)
+            engine = create_engine(url, connect_args=options, json_deserializer=read_json, **pool)
             event.listen(engine, "handle_error", _look_at_error)
             event.listen(engine, "connect", _read_every_time)
             return engine
@@ -208,7 +210,7 @@ def make_engine(
         _refuse_network_disk(file.parent)
         opened = f"sqlite:///file:{quote(str(file))}?mode=ro&uri=true" if read_only else url
         busy_ms = SQLITE_READER_MS if read_only else SQLITE_BUSY_MS
-        engine = create_engine(opened, connect_args={"timeout": busy_ms / 1000})
+        engine = create_engine(opened, connect_args={"timeout": busy_ms / 1000}, json_deserializer=read_json)
     except (ArgumentError, NoSuchModuleError) as error:
         raise UsageError(
             f"LORACTL_DATABASE_URL is not a database URL: {redacted(url)}", "like postgresql://user@host/loractl"
@@ -221,6 +223,7 @@ def make_engine(
     @event.listens_for(engine, "connect")
     def _configure(connection: sqlite3.Connection, _: Any) -> None:
         connection.isolation_level = None  # SQLAlchemy's "begin" event below begins instead
+        connection.text_factory = partial(str, encoding="utf-8", errors="replace")  # one text must not hide the others
         for pragma in (f"busy_timeout={busy_ms}", "synchronous=FULL", "foreign_keys=ON"):
             connection.execute(f"PRAGMA {pragma}")
         if read_only:

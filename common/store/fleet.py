@@ -17,6 +17,7 @@ from loractl.common.placement.keys import QueueKey
 from loractl.common.placement.lines import Waiting
 from loractl.common.placement.rule import Decision
 
+from .columns import unreadable_of
 from .hosts import TrainerHost
 from .tables import ASKED_TO_STOP, DrainOrder, Job, Node
 
@@ -202,20 +203,13 @@ def waiting_of(row: Mapping[str, Any], now: dt.datetime) -> Waiting:
 
 
 def unreadable(row: Mapping[str, Any]) -> str:
-    """What of a waiting job's row this version can't read, for people; empty: it reads all that the rule asks."""
-    methods = row["methods"]
-    if not isinstance(methods, list) or not set(map(str, methods)) <= set(Method):
-        return f"methods: {str(methods)[:60]}"
+    """What of a waiting job's row this version can't read, for people; empty: it reads all of it."""
+    if why := unreadable_of(row):
+        return why
     try:
         QueueKey.parse(row["queue_key"])
-    except (AttributeError, TypeError, ValueError):
-        return f"queue_key: {str(row['queue_key'])[:60]}"
-    try:
-        Ways.read(row.get("gangs"))
-    except (AttributeError, KeyError, TypeError, ValueError):
-        return f"gangs: {str(row['gangs'])[:60]}"
-    if not 2000 <= row["submitted_at"].year < 9000:
-        return "submitted_at: no time of our calendar"
+    except ValueError:
+        return f"queue_key: {row['queue_key'][:60]}"
     return ""
 
 

@@ -4,10 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from sqlalchemy import JSON, String, Text, false
+from sqlalchemy import false
 from sqlalchemy.orm import Mapped, mapped_column
 
+from loractl.common.placement.pack_rule import PassLaw
+
+from .columns import Characters, Json, Prose, is_number
 from .tables import Base, Bytes, Timestamp
+
+
+def _is_law(value: Any) -> bool:
+    law = PassLaw.from_json(value, quantised=False)
+    return all(map(is_number, (law.fixed, law.token, law.member, law.load)))
 
 
 class TrainerHost(Base):
@@ -19,16 +27,17 @@ class TrainerHost(Base):
 
     __tablename__ = "hosts"
 
-    host: Mapped[str] = mapped_column(String(32), primary_key=True)  # the mark in the process's environment
+    host: Mapped[str] = mapped_column(Characters(32), primary_key=True)  # the mark in the process's environment
     node: Mapped[str] = mapped_column(index=True)
-    key: Mapped[str] = mapped_column(String(64))  # of what decides how the base is loaded
-    base_model: Mapped[str] = mapped_column(Text)
-    method: Mapped[str] = mapped_column(String(8))
+    key: Mapped[str] = mapped_column(Characters(64))  # of what decides how the base is loaded
+    base_model: Mapped[str] = mapped_column(Prose())
+    method: Mapped[str] = mapped_column(Characters(8))
     bytes: Mapped[Bytes]
     job_id: Mapped[int]  # of the last attempt that had the whole of it
     attempt: Mapped[int]
     leaving: Mapped[bool] = mapped_column(default=False)  # nothing joins it any more
     since: Mapped[Timestamp]  # when it last began to wait, or a job joined it
     open: Mapped[bool] = mapped_column(default=False, server_default=false())  # other jobs may train beside those in it
-    spoilt: Mapped[str | None] = mapped_column(Text)  # why it ends with its last job; null: it does not
-    law: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))  # of its passes, see pack_rule.py
+    spoilt: Mapped[str | None] = mapped_column(Prose())  # why it ends with its last job; null: it does not
+    # of its passes, see pack_rule.py
+    law: Mapped[dict[str, Any] | None] = mapped_column(Json(_is_law, null=True, none_as_null=True))

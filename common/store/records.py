@@ -173,6 +173,14 @@ class NewHost:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Aside:
+    """Jobs that were set aside, since their rows can't be read, and where the next look goes on."""
+
+    jobs: tuple[int, ...]
+    after: int | None  # the job that was looked at last; None: no more wait behind it
+
+
+@dataclass(frozen=True, kw_only=True)
 class FleetTurn:
     """A node's turn to do what concerns the whole fleet."""
 

@@ -43,6 +43,7 @@ from .queries.jobs import Glance
 from .queries.outbox import deliveries, notices
 from .records import (
     Amendment,
+    Aside,
     Beat,
     Choice,
     Claim,
@@ -220,12 +221,15 @@ class Store(DeviceStore):
         with self._write() as tx:
             return endings.give_back(tx, node)
 
-    def set_aside_unreadable(self) -> list[int]:
-        """End waiting jobs whose rows this version can't read, or leave them to a newer worker; returns the jobs."""
+    def set_aside_unreadable(self, after: int | None = None) -> Aside:
+        """End waiting jobs whose rows this version can't read, or leave them to a newer worker.
+
+        It looks at some, behind the one that is numbered `after`; None: at the first.
+        """
         with self._write() as tx:
-            job_ids = aside.set_aside_unreadable(tx)
-            notices.tell_of_jobs(tx, job_ids)
-            return job_ids
+            found = aside.set_aside_unreadable(tx, after)
+            notices.tell_of_jobs(tx, found.jobs)
+            return found
 
     def preempt(self) -> tuple[int, ...]:
         """Ask running jobs to give way to one of higher priority when nothing else helps; returns the jobs asked."""

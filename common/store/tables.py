@@ -3,23 +3,80 @@
 from __future__ import annotations
 
 import datetime as dt
+from functools import partial
 from typing import Annotated, Any
 
-from sqlalchemy import JSON, BigInteger, ForeignKey, Index, String, Text, exists, false, or_, text
+from sqlalchemy import ForeignKey, Index, String, Text, exists, false, or_, text
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
+from loractl.common.job.adjustment import Adjustment
+from loractl.common.job.method import Method
+from loractl.common.job.need import Ways
 from loractl.common.job.status import Reason, Stage, Status
+from loractl.common.units import LARGEST
 
-from .columns import UtcDateTime, Words
+from . import columns
+from .columns import (
+    MOST_BYTES,
+    MOST_SECONDS,
+    Characters,
+    Flag,
+    Json,
+    Prose,
+    Real,
+    UtcDateTime,
+    Whole,
+    Words,
+    is_number,
+    is_object,
+    is_size,
+    is_text,
+    is_whole,
+    list_of,
+    object_of,
+)
+from .records import StoredCheckpoint
 
 Timestamp = Annotated[dt.datetime, mapped_column(UtcDateTime())]
-Bytes = Annotated[int, mapped_column(BigInteger)]
-Key = Annotated[int, mapped_column(primary_key=True, autoincrement=True)]
-JobKey = Annotated[int, mapped_column(ForeignKey("jobs.job_id", ondelete="CASCADE"))]
+Bytes = Annotated[int, mapped_column(columns.Bytes())]
+Key = Annotated[int, mapped_column(Whole(1, key=True), primary_key=True, autoincrement=True)]
+JobKey = Annotated[int, mapped_column(Whole(1, key=True), ForeignKey("jobs.job_id", ondelete="CASCADE"))]
+Number = Annotated[int, mapped_column(Whole(key=True), primary_key=True, autoincrement=False)]
+Seconds = Annotated[float, mapped_column(Real(-MOST_SECONDS, MOST_SECONDS))]
+Labels = Annotated[dict[str, str], mapped_column(Json(object_of(is_text)))]
 
 
 class Base(DeclarativeBase):
-    type_annotation_map = {dict[str, Any]: JSON, dict[str, str]: JSON, str: String(255)}  # noqa: RUF012  SQLAlchemy's own form
+    type_annotation_map = {str: Characters(255), int: Whole(), float: Real(), bool: Flag()}  # noqa: RUF012  SQLAlchemy's own form
+
+
+MOST_ATTEMPTS = 2**30
+"""Of a job: the next one has a number, too."""
+
+_is_data_set = columns.fields(
+    uri=is_text, sha256=is_text, rows=is_whole, bytes=is_size, tokens=lambda tokens: is_number(tokens, 0, MOST_BYTES)
+)
+_is_program = columns.fields(pid=is_whole, user=is_text, name=is_text, bytes=is_size)
+_is_piece = columns.fields(
+    micro_batch=lambda rows: is_whole(rows, 1), accumulation=lambda steps: is_whole(steps, 1),
+    eval_batch=lambda rows: is_whole(rows, 1), gradient_checkpointing=lambda on: isinstance(on, bool),
+)  # fmt: skip
+_is_used = partial(is_whole, high=MOST_BYTES)
+_varies = columns.fields(varied=object_of(is_text), trials=is_whole, seed=is_whole)
+
+
+def _is_adjustment(value: Any) -> bool:
+    return bool(Adjustment(**value)) and _is_piece(value)
+
+
+def _is_checkpoint(value: Any) -> bool:
+    kept = StoredCheckpoint(**value)
+    return is_whole(kept.step) and is_text(kept.prefix) and isinstance(kept.manifest_sha256, str | None)
+
+
+def _can_be_divided(value: Any) -> bool:
+    ways = Ways.read(value).gangs
+    return all(is_whole(w.cards, 1) and is_size(w.need.lora) and is_size(w.need.qlora) for w in ways)
 
 
 def _where_queued(name: str, *columns: str, also: str = "") -> Index:
@@ -75,71 +132,80 @@ class Job(Base):
     job_id: Mapped[Key]
     name: Mapped[str]
     user: Mapped[str]
-    labels: Mapped[dict[str, str]]
-    spec: Mapped[dict[str, Any]]
-    spec_hash: Mapped[str] = mapped_column(String(64))
-    base_model: Mapped[str] = mapped_column(Text)
-    data: Mapped[dict[str, Any]]  # stored data sets: {"path": {"uri", "sha256", "rows"}, "eval_path": ...}
-    priority: Mapped[int]
+    labels: Mapped[Labels]
+    spec: Mapped[dict[str, Any]] = mapped_column(Json(is_object))
+    spec_hash: Mapped[str] = mapped_column(Characters(64))
+    base_model: Mapped[str] = mapped_column(Prose())
+    # stored data sets: {"path": {"uri", "sha256", "rows"}, "eval_path": ...}
+    data: Mapped[dict[str, Any]] = mapped_column(Json(object_of(lambda stored: stored is None or _is_data_set(stored))))
+    priority: Mapped[int] = mapped_column(Whole(-LARGEST - 1))
     vram_lora: Mapped[Bytes | None]  # predicted peak by method; null: can't be planned on the client
     vram_qlora: Mapped[Bytes | None]
     vram_needed: Mapped[Bytes | None]  # the least that a permitted method needs; null: not known yet
     vram_class: Mapped[int]  # GiB; the queue that wakes nodes for it
-    planned: Mapped[dict[str, Any]]  # bytes by method as predicted, before what was learned from measured peaks
+    # bytes by method as predicted, before what was learned from measured peaks
+    planned: Mapped[dict[str, Any]] = mapped_column(Json(object_of(is_size)))
     # priority, size step, required labels, user; bytewise order in every database
-    queue_key: Mapped[str] = mapped_column(Text().with_variant(Text(collation="C"), "postgresql"))
-    methods: Mapped[list[str]] = mapped_column(JSON)  # permitted ones, the preferred first
+    queue_key: Mapped[str] = mapped_column(Prose().with_variant(Text(collation="C"), "postgresql"))
+    methods: Mapped[list[str]] = mapped_column(Json(list_of(Method), []))  # permitted ones, the preferred first
     lora_until: Mapped[Timestamp | None]  # until then it waits for a card that holds LoRA; null: it does not
-    need_key: Mapped[str | None] = mapped_column(String(64), index=True)  # jobs with the same one need the same memory
-    family: Mapped[str | None] = mapped_column(String(64))  # the base's model_type; null: not known on the client
+    need_key: Mapped[str | None] = mapped_column(
+        Characters(64), index=True
+    )  # jobs with the same one need the same memory
+    family: Mapped[str | None] = mapped_column(Characters(64))  # the base's model_type; null: not known on the client
     engine: Mapped[int] = mapped_column(server_default="1")  # whose steps it was planned for: common/memory/engine.py
     # how several cards may divide it: {"alone": may one have it, "ways": [{"cards", "parallel", bytes by method}]}
-    gangs: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))  # null: one card is to have it
-    checkpoint: Mapped[dict[str, Any] | None]  # the newest one in the artifact store: step, prefix
+    gangs: Mapped[dict[str, Any] | None] = mapped_column(  # null: one card is to have it
+        Json(_can_be_divided, {"alone": True, "ways": []}, null=True, none_as_null=True)
+    )
+    # the newest one in the artifact store: step, prefix
+    checkpoint: Mapped[dict[str, Any] | None] = mapped_column(Json(_is_checkpoint, null=True))
     result_host: Mapped[str | None]  # the box that holds a finished result which is not stored yet
     result_until: Mapped[Timestamp | None]  # until then only that box may take the job
-    adjustment: Mapped[dict[str, Any] | None]  # what out-of-memory has changed: micro-batch, accumulation, ...
+    # what out-of-memory has changed: micro-batch, accumulation, ...
+    adjustment: Mapped[dict[str, Any] | None] = mapped_column(Json(_is_adjustment, null=True))
     max_retries: Mapped[int]
 
     status: Mapped[Status] = mapped_column(Words(Status))
     reason: Mapped[Reason | None] = mapped_column(Words(Reason))
-    message: Mapped[str | None] = mapped_column(Text)  # why, in one sentence
+    message: Mapped[str | None] = mapped_column(Prose())  # why, in one sentence
     stage: Mapped[Stage | None] = mapped_column(Words(Stage))
     cancel_requested: Mapped[bool] = mapped_column(default=False)
     preemptible: Mapped[bool] = mapped_column(default=False)
     preempted_by: Mapped[int | None]  # the job that this running one gives way to
-    version: Mapped[str | None] = mapped_column(String(32))  # of the loractl that wrote the spec
+    version: Mapped[str | None] = mapped_column(Characters(32))  # of the loractl that wrote the spec
     held: Mapped[bool] = mapped_column(default=False)
     not_before: Mapped[Timestamp | None]  # backoff
-    attempt: Mapped[int] = mapped_column(default=0)
-    retries_used: Mapped[int] = mapped_column(default=0)
-    lab_failures: Mapped[int] = mapped_column(default=0, server_default="0")  # in a row, without a further checkpoint
+    attempt: Mapped[int] = mapped_column(Whole(0, MOST_ATTEMPTS), default=0)
+    retries_used: Mapped[int] = mapped_column(Whole(0, LARGEST - 1), default=0)
+    # in a row, without a further checkpoint
+    lab_failures: Mapped[int] = mapped_column(Whole(0, LARGEST - 1), default=0, server_default="0")
     lab_step: Mapped[int | None]  # the step that a next attempt could go on from when the last of them happened
     # cards and boxes that failed it: {name: {"reason", "until"}}
-    avoids: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
+    avoids: Mapped[dict[str, Any] | None] = mapped_column(Json(is_object, null=True, none_as_null=True))
 
-    token: Mapped[str | None] = mapped_column(String(32))  # of the attempt that holds the lease
+    token: Mapped[str | None] = mapped_column(Characters(32))  # of the attempt that holds the lease
     vram_reserved: Mapped[Bytes | None]  # of its card, while it runs
     lease_expires_at: Mapped[Timestamp | None]
     node: Mapped[str | None]
     gpu: Mapped[str | None]
-    method: Mapped[str | None] = mapped_column(String(8))
+    method: Mapped[str | None] = mapped_column(Characters(8))
     step: Mapped[int | None]
     total_steps: Mapped[int | None]
     loss: Mapped[float | None]
-    tokens_per_second: Mapped[float | None]
-    eta_seconds: Mapped[float | None]
-    eta_spread_seconds: Mapped[float | None]  # half width of the range in which it ends, about 19 times in 20
+    tokens_per_second: Mapped[float | None] = mapped_column(Real(0))
+    eta_seconds: Mapped[Seconds | None]
+    eta_spread_seconds: Mapped[Seconds | None]  # half width of the range in which it ends, about 19 times in 20
     evaluated: Mapped[int | None]  # rows and answers of base and tuned together, while it evaluates
     to_evaluate: Mapped[int | None]
 
     submitted_at: Mapped[Timestamp]
     started_at: Mapped[Timestamp | None]
     ended_at: Mapped[Timestamp | None]
-    adapter_uri: Mapped[str | None] = mapped_column(Text)
-    report_uri: Mapped[str | None] = mapped_column(Text)
-    manifest_sha256: Mapped[str | None] = mapped_column(String(64))  # of its result; null: of an earlier version
-    sweep_id: Mapped[int | None]  # the sweep that it belongs to
+    adapter_uri: Mapped[str | None] = mapped_column(Prose())
+    report_uri: Mapped[str | None] = mapped_column(Prose())
+    manifest_sha256: Mapped[str | None] = mapped_column(Characters(64))  # of its result; null: of an earlier version
+    sweep_id: Mapped[int | None] = mapped_column(Whole(1, key=True))  # the sweep that it belongs to
 
     @property
     def has_checkpoint(self) -> bool:
@@ -156,8 +222,11 @@ class Sweep(Base):
     sweep_id: Mapped[Key]
     name: Mapped[str]
     user: Mapped[str]
-    settings: Mapped[dict[str, Any]]  # varied: text as it was given, by key; trials and seed where points were drawn
-    rungs: Mapped[list[float] | None] = mapped_column(JSON(none_as_null=True))  # shares; null: no loser is stopped
+    # varied: text as it was given, by key; trials and seed where points were drawn
+    settings: Mapped[dict[str, Any]] = mapped_column(Json(_varies))
+    rungs: Mapped[list[float] | None] = mapped_column(  # shares; null: no loser is stopped
+        Json(list_of(lambda rung: is_number(rung, 0, 1)), [], null=True, none_as_null=True)
+    )
     created_at: Mapped[Timestamp]
 
 
@@ -172,11 +241,11 @@ class Attempt(Base):
     )
 
     job_id: Mapped[JobKey] = mapped_column(primary_key=True)
-    attempt: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
-    token: Mapped[str] = mapped_column(String(32))
+    attempt: Mapped[Number]
+    token: Mapped[str] = mapped_column(Characters(32))
     node: Mapped[str]
     gpu: Mapped[str]
-    method: Mapped[str] = mapped_column(String(8))
+    method: Mapped[str] = mapped_column(Characters(8))
     engine: Mapped[int] = mapped_column(server_default="1")  # whose steps it took: common/memory/engine.py
     vram_planned: Mapped[Bytes | None]
     vram_reserved: Mapped[Bytes | None]
@@ -184,13 +253,13 @@ class Attempt(Base):
     vram_allocated: Mapped[Bytes | None]  # of it, by tensors
     vram_process: Mapped[Bytes | None]  # of the device, by the whole process, context included
     device_name: Mapped[str | None]
-    device_kind: Mapped[str | None] = mapped_column(String(8))
+    device_kind: Mapped[str | None] = mapped_column(Characters(8))
     started_at: Mapped[Timestamp]
     ended_at: Mapped[Timestamp | None]
     reason: Mapped[Reason | None] = mapped_column(Words(Reason))
-    message: Mapped[str | None] = mapped_column(Text)
+    message: Mapped[str | None] = mapped_column(Prose())
     resumed_from_step: Mapped[int | None]
-    host: Mapped[str | None] = mapped_column(String(32))  # the mark of the trainer that it shares; null: of its own
+    host: Mapped[str | None] = mapped_column(Characters(32))  # the mark of the trainer that it shares; null: of its own
     inside: Mapped[bool] = mapped_column(default=False, server_default=false())  # ended, but not out of its host yet
     promised_at: Mapped[Timestamp | None]  # when it would end, as of the first join that slows it down
     base_bytes: Mapped[Bytes | None]  # of the base that it shares, or may
@@ -206,8 +275,8 @@ class AttemptShare(Base):
     __table_args__ = (Index("ix_shares_node", "node"),)
 
     job_id: Mapped[JobKey] = mapped_column(primary_key=True)
-    attempt: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
-    rank: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)  # 0: the node that claimed it
+    attempt: Mapped[Number]
+    rank: Mapped[Number]  # 0: the node that claimed it
     node: Mapped[str]
     bytes: Mapped[Bytes]
 
@@ -218,13 +287,13 @@ class LabFailure(Base):
     __tablename__ = "lab_failures"
 
     job_id: Mapped[JobKey] = mapped_column(primary_key=True)
-    attempt: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    attempt: Mapped[Number]
     node: Mapped[str]
     reason: Mapped[Reason] = mapped_column(Words(Reason))
     user: Mapped[str]
     sweep_id: Mapped[int | None]
     at: Mapped[Timestamp]
-    message: Mapped[str] = mapped_column(Text)
+    message: Mapped[str] = mapped_column(Prose())
 
 
 class Event(Base):
@@ -236,8 +305,8 @@ class Event(Base):
     job_id: Mapped[JobKey] = mapped_column(index=True)
     attempt: Mapped[int | None]
     at: Mapped[Timestamp]
-    kind: Mapped[str] = mapped_column(String(32))
-    text: Mapped[str] = mapped_column(Text)
+    kind: Mapped[str] = mapped_column(Characters(32))
+    text: Mapped[str] = mapped_column(Prose())
 
 
 class Node(Base):
@@ -249,27 +318,29 @@ class Node(Base):
     host: Mapped[str]
     gpu: Mapped[str]  # UUID
     device_name: Mapped[str]
-    kind: Mapped[str] = mapped_column(String(8))  # nvml, cpu, sim
+    kind: Mapped[str] = mapped_column(Characters(8))  # nvml, cpu, sim
     total: Mapped[Bytes]
     free: Mapped[Bytes]  # what a new job may take
     reserved: Mapped[Bytes]  # by running jobs
-    outside: Mapped[list[dict[str, Any]]] = mapped_column(JSON)  # other people's processes: pid, user, name, bytes
+    # other people's processes: pid, user, name, bytes
+    outside: Mapped[list[dict[str, Any]]] = mapped_column(Json(list_of(_is_program), []))
     outside_bytes: Mapped[Bytes]  # held by programs that are not ours, now or a short while ago
-    used: Mapped[dict[str, Any]]  # bytes measured now, by job
+    used: Mapped[dict[str, Any]] = mapped_column(Json(object_of(_is_used)))  # bytes measured now, by job
     margin: Mapped[Bytes]  # what the box's owner keeps free
     max_jobs: Mapped[int]
     user_limit: Mapped[int | None]  # running jobs a user may have
-    labels: Mapped[dict[str, str]]
+    labels: Mapped[Labels]
     load: Mapped[int | None]  # percent
-    temperature: Mapped[int | None]  # °C
-    versions: Mapped[dict[str, str]]
+    temperature: Mapped[int | None] = mapped_column(Whole(-LARGEST))  # °C
+    versions: Mapped[Labels]
     draining: Mapped[bool] = mapped_column(default=False)
     gangs: Mapped[bool] = mapped_column(default=False, server_default=false())  # its worker serves several cards a job
-    fault: Mapped[str | None] = mapped_column(Text)  # why nothing can run on it, with the next step
-    self_test: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))  # what it showed; null: no test
-    instance: Mapped[str | None] = mapped_column(String(64))  # of the box: two boxes may call themselves the same
-    machine: Mapped[str | None] = mapped_column(String(64))  # a home may be copied to another machine
-    boot: Mapped[str | None] = mapped_column(String(64))  # a whole machine may be copied
+    fault: Mapped[str | None] = mapped_column(Prose())  # why nothing can run on it, with the next step
+    # what it showed; null: no test
+    self_test: Mapped[dict[str, Any] | None] = mapped_column(Json(is_object, null=True, none_as_null=True))
+    instance: Mapped[str | None] = mapped_column(Characters(64))  # of the box: two boxes may call themselves the same
+    machine: Mapped[str | None] = mapped_column(Characters(64))  # a home may be copied to another machine
+    boot: Mapped[str | None] = mapped_column(Characters(64))  # a whole machine may be copied
     seen_at: Mapped[Timestamp]
 
     @property
@@ -322,7 +393,7 @@ class DrainOrder(Base):
 
     target: Mapped[str] = mapped_column(primary_key=True)  # a host, or host:index
     user: Mapped[str]
-    reason: Mapped[str] = mapped_column(Text)
+    reason: Mapped[str] = mapped_column(Prose())
     at: Mapped[Timestamp]
     until: Mapped[Timestamp | None]
     now: Mapped[bool]  # running jobs are given back after a checkpoint
@@ -351,9 +422,9 @@ class MetricPoint(Base):
     )
 
     job_id: Mapped[JobKey] = mapped_column(primary_key=True)
-    attempt: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
-    step: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
-    name: Mapped[str] = mapped_column(String(64), primary_key=True)
+    attempt: Mapped[Number]
+    step: Mapped[Number]
+    name: Mapped[str] = mapped_column(Characters(64), primary_key=True)
     value: Mapped[float]
 
 
@@ -366,7 +437,7 @@ class LogChunk(Base):
     job_id: Mapped[JobKey] = mapped_column(index=True)
     attempt: Mapped[int]
     at: Mapped[Timestamp]
-    text: Mapped[str] = mapped_column(Text)
+    text: Mapped[str] = mapped_column(Prose())
 
 
 class Adapter(Base):
@@ -378,11 +449,11 @@ class Adapter(Base):
     job_id: Mapped[JobKey] = mapped_column(primary_key=True)
     attempt: Mapped[int]
     name: Mapped[str]
-    base_model: Mapped[str] = mapped_column(Text)
-    method: Mapped[str] = mapped_column(String(8))
-    uri: Mapped[str] = mapped_column(Text)
+    base_model: Mapped[str] = mapped_column(Prose())
+    method: Mapped[str] = mapped_column(Characters(8))
+    uri: Mapped[str] = mapped_column(Prose())
     size: Mapped[Bytes]
-    sha256: Mapped[str] = mapped_column(String(64))
+    sha256: Mapped[str] = mapped_column(Characters(64))
     created_at: Mapped[Timestamp]
 
 
@@ -392,7 +463,7 @@ class Tag(Base):
     __tablename__ = "tags"
 
     name: Mapped[str] = mapped_column(primary_key=True)  # of the jobs
-    tag: Mapped[str] = mapped_column(String(64), primary_key=True)
+    tag: Mapped[str] = mapped_column(Characters(64), primary_key=True)
     job_id: Mapped[JobKey] = mapped_column(index=True)
     user: Mapped[str]  # who set it last
     at: Mapped[Timestamp]
@@ -405,5 +476,5 @@ class JobLabel(Base):
     __table_args__ = (Index("ix_job_labels_jobs", "key", "value", "job_id"),)
 
     job_id: Mapped[JobKey] = mapped_column(primary_key=True)
-    key: Mapped[str] = mapped_column(String(64), primary_key=True)
-    value: Mapped[str] = mapped_column(String(256))
+    key: Mapped[str] = mapped_column(Characters(64), primary_key=True)
+    value: Mapped[str] = mapped_column(Characters(256))

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from loractl.common.job.status import Reason, Stage, Status
+from loractl.common.store.columns import unreadable_of
 
 from .wait.cards import trouble_of
 from .wait.gangs import in_short, in_words
@@ -97,6 +98,9 @@ _STATE_FIELDS = tuple(JobState.__annotations__)[:-2]
 def state_of(job: Job, view: FleetView | None = None) -> JobState:
     """What everyone may see of a row. `view`: without it a running job's first card alone is known, and no company."""
     state = JobState(**{name: getattr(job, name) for name in _STATE_FIELDS})
+    if job.status is not Status.QUEUED and (what := unreadable_of(vars(job))):
+        said = f"{job.message}; " if job.message else ""
+        state = replace(state, message=f"{said}its row can't be read: {what}")
     if job.status is not Status.RUNNING or job.node is None:
         return state
     card = None if view is None else view.cards.get(job.node)
@@ -279,17 +283,12 @@ def job_history(store: Store, job_id: int) -> JobHistory:
     job = state_of(row, view)
     return JobHistory(
         job=job,
-        spec=_mapping(row.spec),
-        data=_mapping(row.data),
+        spec=row.spec,
+        data=row.data,
         attempts=_attempts(store, job, view, store.attempts(job_id)),
         events=_events(store, job_id),
         now=store.now(),
     )
-
-
-def _mapping(value: Any) -> Mapping[str, Any]:
-    """A column's object; an empty one for a row that has none there, which nobody's submit has written."""
-    return value if isinstance(value, dict) else {}
 
 
 def _attempts(store: Store, job: JobState, view: FleetView | None, rows: Sequence[Attempt]) -> tuple[PastAttempt, ...]:

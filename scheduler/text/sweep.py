@@ -143,7 +143,7 @@ def _state(member: Member) -> str:
         return f"stopped at {member.rungs[-1].rung * 100:g} %" if member.rungs else "stopped"
     if member.status is Status.FAILED and member.reason is not None:
         return f"failed: {member.reason.value}"
-    return _ENDED[member.status]
+    return _ENDED.get(member.status, member.status.value)
 
 
 def _told(counts: Mapping[str, int]) -> str:
@@ -159,6 +159,8 @@ def _loss_of(member: Member) -> str:
 
 
 def _next_command(view: SweepView) -> str:
+    if not view.members:
+        return "It has no jobs."
     if not view.ended:
         waiting = [member.job_id for member in view.members if member.status is Status.QUEUED]
         first = view.members[0].job_id

@@ -21,7 +21,7 @@ from prometheus_client.registry import Collector
 
 from loractl import __version__
 from loractl.common.errors import LoractlError
-from loractl.common.job.status import OUTCOMES, Reason
+from loractl.common.job.status import BLAMED, Reason
 from loractl.common.store.database import REFUSALS
 from loractl.scheduler.answers.lab.census import LabCensus, lab_census, runs_since
 
@@ -37,9 +37,6 @@ FRESH_S = 5.0
 
 WAIT_BUCKETS = (1.0, 10.0, 60.0, 300.0, 900.0, 3600.0, 4 * 3600.0, 12 * 3600.0, 86400.0, 3 * 86400.0)
 RATIO_BUCKETS = (0.5, 0.7, 0.8, 0.9, 0.95, 1.0, 1.05, 1.1, 1.25, 1.5, 2.0)
-
-BLAMED = frozenset(str(reason) for reason, meaning in OUTCOMES.items() if meaning.blames is not None)
-"""Reasons that blame a card or its box."""
 
 
 class Tally:

@@ -67,6 +67,7 @@ class Monitor:
         self._pace = min(1.0, place.settings.lease_s / (2 * SETTLE_S))
         self._first_round_s = FIRST_ROUND_S if devices > 1 else 0.0
         self._next_aside = 0.0  # when this node next looks for rows that can't be read
+        self._looked_at: int | None = None  # the waiting job that it looked at last
         self._next_plans = 0.0  # and for those with an older version's plan
         self._failures: dict[str, int] = {}  # in a row, by what failed
         self._serving: set[int] = set(VRAM_CLASSES)  # classes that fit into what is free
@@ -228,9 +229,12 @@ class Monitor:
             return
         for job_id, _ in () if turn.settling else store.reap():
             log.warning("job %s: its worker was lost, it waits again", job_id)
-        if self._place.clock.now() >= self._next_aside:  # it reads all that waits
-            self._next_aside = self._place.clock.now() + ASIDE_S * pace
-            for job_id in store.set_aside_unreadable():
+        if self._place.clock.now() >= self._next_aside:
+            aside = store.set_aside_unreadable(self._looked_at)
+            self._looked_at = aside.after
+            if aside.after is None:  # else more wait behind, for the next turn
+                self._next_aside = self._place.clock.now() + ASIDE_S * pace
+            for job_id in aside.jobs:
                 log.warning("job %s: its row can't be read, it is set aside", job_id)
         for job_id in store.preempt():
             log.info("job %s gives way to one of higher priority", job_id)

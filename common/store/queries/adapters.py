@@ -11,6 +11,7 @@ from loractl.common.errors import AdapterNotFound, WrongState
 from loractl.common.job.reference import LATEST, Reference
 from loractl.common.job.status import Status
 
+from ..columns import part_of
 from ..records import Page
 from ..tables import Adapter, Job, Tag
 from ..transaction import Transaction
@@ -107,8 +108,7 @@ def _is_newest() -> ColumnElement[bool]:
 
 
 def _init_from(job: type[Job]) -> ColumnElement[str]:
-    named: ColumnElement[str] = job.spec["lora"]["init_from"].as_string()
-    return named
+    return part_of(job.spec, "lora", "init_from")
 
 
 def read_ancestors(tx: Transaction, job_ids: Collection[int]) -> dict[int, int]:

@@ -25,22 +25,14 @@ def line_up(job: Job, requires: Mapping[str, str], now: dt.datetime) -> None:
     """Write the columns by which the claim finds a waiting job, from its needs, methods and patience."""
     patient = job.lora_until is not None and job.lora_until > now
     methods = (Method.LORA,) if patient else tuple(Method(name) for name in job.methods)
-    job.vram_needed = ways_of(job).bound(methods, Need(lora=job.vram_lora, qlora=job.vram_qlora))
+    job.vram_needed = Ways.read(job.gangs).bound(methods, Need(lora=job.vram_lora, qlora=job.vram_qlora))
     job.vram_class = vram_class(job.vram_needed)
     job.queue_key = queue_key(job.priority, job.vram_needed, requires, job.user)
 
 
-def ways_of(job: Job) -> Ways:
-    """On how many cards the job may run; on one where its row can't be read, which no node takes."""
-    try:
-        return Ways.read(job.gangs)
-    except (AttributeError, KeyError, TypeError, ValueError):
-        return Ways()
-
-
 def node_labels(job: Job) -> dict[str, str]:
-    """Labels that the job's node must have; none where the spec is none, which no node takes."""
-    resources = job.spec.get("resources") if isinstance(job.spec, dict) else None
+    """Labels that the job's node must have."""
+    resources = job.spec.get("resources")
     labels = resources.get("node_labels") if isinstance(resources, dict) else None
     return labels if isinstance(labels, dict) else {}
 
@@ -79,8 +71,16 @@ def unfinished(tx: Transaction, largest: int | None, labels: Mapping[str, str]) 
         return runs
     waits = (Job.status == Status.QUEUED) & ~Job.held & or_(Job.vram_needed.is_(None), Job.vram_needed <= largest)
     lines = select(Job.queue_key, func.count()).where(waits & Job.gangs.is_(null())).group_by(Job.queue_key)
-    alone = sum(jobs for key, jobs in tx.session.execute(lines) if QueueKey.parse(key).requires <= labels.items())
+    alone = sum(jobs for key, jobs in tx.session.execute(lines) if _asks_for(key, labels))
     return runs + alone + _unfinished_gangs(tx, waits & Job.gangs.is_not(null()), largest, labels)
+
+
+def _asks_for(key: str, labels: Mapping[str, str]) -> bool:
+    """Whether a box with these labels has all that jobs under the key ask for."""
+    try:
+        return QueueKey.parse(key).requires <= labels.items()
+    except ValueError:
+        return False  # such a row is set aside
 
 
 def _unfinished_gangs(tx: Transaction, waits: ColumnElement[bool], largest: int, labels: Mapping[str, str]) -> int:

@@ -21,8 +21,9 @@ from loractl.common.placement.hosts import Seat, joined, seat
 from loractl.common.placement.joins import may_join, open_bases
 from loractl.common.placement.rule import Placement
 
-from ..aside import set_aside
+from ..aside import look_again, set_aside
 from ..attempt_columns import begun
+from ..fleet import unreadable
 from ..guard import move
 from ..records import Claim, Left, StoredCheckpoint
 from ..tables import Attempt, Event, Job, Node
@@ -33,11 +34,15 @@ from .cards.nodes import read_cards, read_charges
 from .cards.packs import key_of
 from .cards.shares import late, lock, own_first, write
 from .changes import answer_wishes, is_asked_to_stop
-from .outbox.notices import tell_of_job
+from .lines import unreadable_met
+from .outbox.notices import tell_of_job, tell_of_jobs
 from .sweeps import read_rungs
 
 if TYPE_CHECKING:
     from loractl.common.job.spec import JobSpec
+
+_ASIDE_AT_ONCE = 50
+"""Rows that one claim sets aside at most."""
 
 
 def claim(
@@ -71,6 +76,8 @@ def claim(
     if not mine.open or not mine.free or not (mine.slots or open_bases(mine)):
         return None
     given = _given(tx, mine, cards, now)
+    for job_id in sorted(unreadable_met(tx.session))[:_ASIDE_AT_ONCE]:
+        tx.apart(job_id, lambda job_id=job_id: tell_of_jobs(tx, look_again(tx, job_id)))  # type: ignore[misc]
     return _take(tx, given, cards, row, lease_s) if isinstance(given, Placement) else given
 
 
@@ -162,22 +169,18 @@ def _read(job: Job) -> _Asked | str:
 
     from loractl.common.job.spec import JobSpec
 
+    if why := unreadable(vars(job)):
+        return why
     try:
         spec = JobSpec.model_validate(job.spec)
     except ValidationError as error:
         first = error.errors()[0]
         return f"{'.'.join(map(str, first['loc'])) or 'the spec'}: {first['msg']}"
-    for name, value in (("data", job.data), ("planned", job.planned)):
-        if not isinstance(value, dict):
-            return f"{name}: {str(value)[:60]}"
-    try:
-        return _Asked(
-            spec=spec,
-            adjustment=Adjustment(**(job.adjustment or {})),
-            checkpoint=None if job.checkpoint is None else StoredCheckpoint(**job.checkpoint),
-        )
-    except TypeError as error:
-        return f"adjustment or checkpoint: {error}"
+    return _Asked(
+        spec=spec,
+        adjustment=Adjustment(**(job.adjustment or {})),
+        checkpoint=None if job.checkpoint is None else StoredCheckpoint(**job.checkpoint),
+    )
 
 
 def _begin(tx: Transaction, job: Job, placed: Placement, node: Node, lease_s: float, now: dt.datetime) -> Attempt:

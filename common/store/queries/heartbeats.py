@@ -9,6 +9,7 @@ from sqlalchemy import ColumnElement, insert, select, update
 from loractl.common.text import storable
 
 from ..attempt_columns import EXPECTED, REACHED
+from ..columns import part_of
 from ..guard import mine
 from ..records import Beat, Claim, Progress, StoredCheckpoint, rung_points
 from ..tables import ASKED_TO_STOP, Attempt, Job, LogChunk, MetricPoint
@@ -26,7 +27,7 @@ def beat(tx: Transaction, claim: Claim, progress: Progress, lease_s: float) -> B
         for name in ("stage", *REACHED, *EXPECTED)
         if (value := getattr(progress, name)) is not None and (not isinstance(value, float) or math.isfinite(value))
     }
-    limit = Job.spec[("resources", "time_limit")].as_string()  # not the whole spec at each beat
+    limit = part_of(Job.spec, "resources", "time_limit")  # not the whole spec at each beat
     wishes = (Job.cancel_requested, Job.preempted_by, limit.label("time_limit"))
     free = select(Job.job_id).where(Job.job_id == claim.job_id).with_for_update(**SKIP_LOCKED)
     alive = mine(claim).where(Job.job_id.in_(free)).returning(*wishes)

@@ -149,7 +149,8 @@ def _chosen(choice: Choice) -> list[ColumnElement[bool]]:
     if choice.name:
         conditions.append(Job.name == choice.name)
     if choice.label:
-        conditions.append(Job.labels[choice.label[0]].as_string() == choice.label[1])
+        has = (JobLabel.key == choice.label[0], JobLabel.value == choice.label[1])
+        conditions.append(exists().where(JobLabel.job_id == Job.job_id, *has))
     if choice.status:
         conditions.append(Job.status == choice.status)
     return conditions

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
 import heapq
 import itertools
@@ -9,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import JSON, TextualSelect, bindparam, column, text
+from sqlalchemy import RowMapping, TextualSelect, bindparam, text
 from sqlalchemy.orm import Session
 
 from loractl.common.placement.keys import QueueKey, queue_key_range
@@ -17,17 +18,22 @@ from loractl.common.placement.lines import JoinedLine, Line, ListedLine, Opening
 from loractl.common.placement.rule import OLDEST_FIRST_AFTER_S
 
 from ..columns import UtcDateTime
-from ..fleet import waiting_of
+from ..fleet import NOWHERE, waiting_of
+from ..tables import Job
 
+_MET = "unreadable jobs"
 _HIGHEST = 2**31  # above every priority that a row can have
 _MOST_JOINERS = 32  # of a base that are asked whether they join; four packs in a go
 _AT_ONCE = 32  # of a user's jobs in one query, where many are read
 
 # Literal conditions: a partial index is only used where the planner can see that its condition holds.
 _READY = "status = 'queued' AND NOT held AND NOT cancel_requested AND (not_before IS NULL OR not_before <= :now)"
-_COLUMNS = (
+_OF_ROW = (
     'job_id, "user", priority, submitted_at, methods, vram_lora, vram_qlora, lora_until, queue_key, result_host,'
-    " result_until, avoids, base_model, gangs,"
+    " result_until, avoids, base_model, gangs, planned, attempt"
+)
+_COLUMNS = (
+    f"{_OF_ROW},"  # noqa: S608  no input
     # asked of jobs on several cards alone: others have no use for it
     " CASE WHEN gangs IS NOT NULL THEN (SELECT max(events.at) FROM events WHERE events.job_id = jobs.job_id"
     " AND events.kind IN ('requeued', 'retry')) END AS again"
@@ -61,16 +67,16 @@ _HEADS = text(
 _LEAST = text(
     "SELECT vram_needed FROM jobs WHERE status = 'queued' AND queue_key = :key AND vram_needed IS NOT NULL"
     " ORDER BY vram_needed LIMIT 1"
-)
+).columns(vram_needed=Job.vram_needed.type)
+
+_TYPES = {column.key: column.type for column in Job.__table__.columns} | {"again": UtcDateTime()}
+_READ = (*_OF_ROW.replace('"', "").split(", "), "again")
 
 
 def _typed(statement: str) -> TextualSelect:
     """A statement that gives _COLUMNS."""
-    typed: dict[str, Any] = dict.fromkeys(("submitted_at", "lora_until", "result_until", "again"), UtcDateTime())
-    typed |= {name: JSON() for name in ("methods", "avoids", "gangs")}
-    plain = ("job_id", "user", "priority", "vram_lora", "vram_qlora", "queue_key", "result_host", "base_model")
     bound = text(statement).bindparams(bindparam("now", type_=UtcDateTime()))
-    return bound.columns(*(column(name) for name in plain), **typed)
+    return bound.columns(**{name: _TYPES[name] for name in _READ})
 
 
 def _oldest(condition: str, limit: int = 1) -> TextualSelect:
@@ -120,7 +126,7 @@ def read_levels(
 def read_joiners(session: Session, now: dt.datetime, models: Sequence[str]) -> list[Waiting]:
     """The first ready jobs on each of these bases."""
     found = (session.execute(_JOINERS, {"now": now, "model": model}).mappings() for model in models)
-    return [waiting_of(dict(row), now) for rows in found for row in rows]
+    return [_waiting(session, row, now) for rows in found for row in rows]
 
 
 def read_order(session: Session, now: dt.datetime, charges: Mapping[str, float], limit: int) -> list[Waiting]:
@@ -148,14 +154,15 @@ def _priorities(session: Session) -> Iterator[int]:
     """Of waiting jobs, from the highest down."""
     below = _HIGHEST
     while (priority := session.execute(_NEXT_PRIORITY, {"below": below}).scalar()) is not None:
-        yield priority
+        if type(priority) is int:  # SQLite has fractions, too
+            yield priority
         below = priority
 
 
 def _first_by_user(session: Session, now: dt.datetime, priority: int) -> dict[str, Waiting]:
     """Each user's oldest ready job of the priority."""
     rows = session.execute(_FIRST_BY_USER, {"now": now, "priority": priority}).mappings().all()
-    return {row["user"]: waiting_of(dict(row), now) for row in rows}
+    return {row["user"]: _waiting(session, row, now) for row in rows}
 
 
 def _from(session: Session, now: dt.datetime, first: Waiting) -> Iterator[Waiting]:
@@ -164,7 +171,7 @@ def _from(session: Session, now: dt.datetime, first: Waiting) -> Iterator[Waitin
     last = first
     while True:
         wanted = {"now": now, "priority": first.priority, "user": first.user, "after": last.job_id}
-        some = [waiting_of(dict(row), now) for row in session.execute(_SOME_OF_USER, wanted).mappings()]
+        some = [_waiting(session, row, now) for row in session.execute(_SOME_OF_USER, wanted).mappings()]
         yield from some
         if len(some) < _AT_ONCE:
             return
@@ -199,8 +206,9 @@ class _Level:
             start, end = min(start, self._read[0]), max(end, self._read[1])
             self._read, self._keys = (start, end), {}
             for key_text, job_id in self.session.execute(_HEADS, {"start": start, "end": end, "now": self.now}):
-                key = QueueKey.parse(key_text)
-                self._keys.setdefault(key.user, []).append((key, job_id))
+                with contextlib.suppress(ValueError):  # the jobs under such a key are set aside
+                    key = QueueKey.parse(key_text)
+                    self._keys.setdefault(key.user, []).append((key, job_id))
         mine = self._keys.get(user, [])
         return [_Head(key=key, oldest=job_id, empty=job_id is None) for key, job_id in mine]
 
@@ -304,4 +312,17 @@ def _bounds(openings: Openings) -> dict[str, int]:
 
 def _one(session: Session, statement: TextualSelect, now: dt.datetime, **values: Any) -> Waiting | None:
     row = session.execute(statement, {"now": now, **values}).mappings().first()
-    return None if row is None else waiting_of(dict(row), now)
+    return None if row is None else _waiting(session, row, now)
+
+
+def _waiting(session: Session, row: RowMapping, now: dt.datetime) -> Waiting:
+    job = waiting_of(dict(row), now)
+    if job.requires is NOWHERE:
+        session.info.setdefault(_MET, set()).add(job.job_id)
+    return job
+
+
+def unreadable_met(session: Session) -> set[int]:
+    """The jobs with rows that can't be read which this session has met in the lines."""
+    met: set[int] = session.info.get(_MET, set())
+    return met

@@ -12,7 +12,7 @@ from sqlalchemy import and_, or_, select, update
 from sqlalchemy import text as sql
 
 from loractl.common.job.method import Method
-from loractl.common.job.need import Need, SharedNeed, within
+from loractl.common.job.need import Need, SharedNeed, Ways, within
 from loractl.common.job.status import Status
 from loractl.common.memory.config import read_shape
 from loractl.common.memory.correction import GROWTH, learned
@@ -21,11 +21,12 @@ from loractl.common.placement.gangs import gang_of
 from loractl.common.placement.joins import own_part
 from loractl.common.units import gib
 
+from ..columns import part_of
 from ..fleet import waiting_of
 from ..records import Claim, MemoryPlan
 from ..tables import Attempt, AttemptShare, Job, Node
 from ..transaction import SKIP_LOCKED, Transaction
-from .backlog import line_up, node_labels, ways_of
+from .backlog import line_up, node_labels
 from .cards.nodes import read_cards
 from .jobs import read_job, read_measured
 
@@ -85,7 +86,7 @@ def plan_anew(read: Callable[[], Transaction], write: Callable[[], Transaction])
     return done
 
 
-_REVISION = Job.spec["revision"].as_string()
+_REVISION = part_of(Job.spec, "revision")
 _OLD = (sql("status = 'queued'"), Job.engine < ENGINE)
 
 
@@ -176,7 +177,7 @@ def _each_needs_more(
     tx: Transaction, job: Job, cards: int, gave: int, message: str, now: dt.datetime
 ) -> tuple[bool, str]:
     """The same for a job on several cards, each of which had `gave` bytes."""
-    method, ways, more = Method(job.method or Method.LORA.value), ways_of(job), int(gave * GROWTH)
+    method, ways, more = Method(job.method or Method.LORA.value), Ways.read(job.gangs), int(gave * GROWTH)
 
     def raised(way: SharedNeed) -> SharedNeed:
         size = way.need.of(method)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import datetime as dt
+import re
 from collections.abc import Collection, Iterator
 
-from sqlalchemy import ColumnElement, Select, and_, delete, exists, func, or_, select, update
+from sqlalchemy import ColumnElement, Select, Text, and_, cast, delete, exists, func, or_, select, update
 from sqlalchemy.orm import aliased
 
 from loractl.common.job.status import KEEPING, Status
 
+from ..columns import Unreadable
 from ..records import HELD_OUT_LOSS, Over, PastJob, SpentLog
 from ..tables import Adapter, Attempt, Base, Event, Job, LogChunk, MetricPoint, Sweep
 from ..transaction import Transaction
@@ -82,10 +84,18 @@ def read_needed_data(tx: Transaction, ended_since: dt.datetime, without: Collect
     for job in tx.session.execute(select(Job.job_id, Job.data, Job.ended_at).where(wanted)):
         if job.job_id in without and job.ended_at is not None and job.ended_at < ended_since:
             continue
-        stored = job.data.values() if isinstance(job.data, dict) else ()
-        uris = [one["uri"] for one in stored if isinstance(one, dict) and isinstance(one.get("uri"), str)]
+        if isinstance(job.data, Unreadable):
+            needed.update(_names_in(tx, job.job_id))
+            continue
+        uris = [stored["uri"] for stored in job.data.values() if stored is not None and stored.get("uri") is not None]
         needed.update(uri.rpartition("/")[2] for uri in uris)
     return needed
+
+
+def _names_in(tx: Transaction, job_id: int) -> list[str]:
+    """All that could be the name of a data set, where a column of data can't be read: it keeps what it names."""
+    kept = tx.session.scalar(select(cast(Job.data, Text)).where(Job.job_id == job_id))
+    return re.findall(r'([^"/]+)"', kept or "")
 
 
 def remove_result(tx: Transaction, job_id: int, user: str, by: str) -> bool:

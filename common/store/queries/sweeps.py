@@ -63,7 +63,7 @@ def read_sweeps(session: Session, sweep_ids: Collection[int], *, settings: bool 
     points, cards = _newest(session, sweep_ids, [*names, HELD_OUT_LOSS]), _cards(session, sweep_ids)
     views = []
     for row in rows:
-        asked = row.settings if isinstance(row.settings, dict) else {}
+        asked = row.settings
         varied = asked.get("varied") or {}
         columns, keys = (_OF_MEMBER, varied) if settings else (_WITHOUT_SPEC, ())
         # a sweep at a time: a member is small, but its row has the whole spec

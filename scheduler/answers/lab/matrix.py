@@ -113,14 +113,13 @@ def _measures(rows: list[AdapterRow]) -> tuple[tuple[str, str, str], ...]:
 
 
 def _origin(row: AdapterRow, job: Job, report: Mapping[str, Any], content: ReportDigest | None) -> AdapterOrigin:
-    spec = job.spec if isinstance(job.spec, dict) else {}
     try:
         data = {key: report["data"][key] for key in ("format", "sha256", "train_rows", "held_out_rows")}
     except UNREADABLE:
         data = {}
     return AdapterOrigin(
         row=row,
-        settings={key: spec.get(key) for key in ("revision", "lora", "dataset")},
+        settings={key: job.spec.get(key) for key in ("revision", "lora", "dataset")},
         data=data,
         sentence="" if content is None else content.sentence,
     )

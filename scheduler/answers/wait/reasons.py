@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from loractl import __version__
 from loractl.common.job.need import SharedNeed
-from loractl.common.job.status import OUTCOMES
+from loractl.common.job.status import BLAMED
 from loractl.common.placement.cards import Card, least_limit, suits
 from loractl.common.placement.lines import Waiting
 from loractl.common.placement.reach import out_of_reach
@@ -96,7 +96,7 @@ def _never(job: Job, me: Waiting, view: FleetView) -> Wait | None:
         return Wait(tier=Tier.NEVER, word="never", sentence=sentence)
 
     if not me.methods:
-        resources = job.spec.get("resources") if isinstance(job.spec, dict) else None
+        resources = job.spec.get("resources")
         limit = resources.get("max_vram") if isinstance(resources, dict) else None
         size = f", {gib(limit)}," if isinstance(limit, int) else ""
         return never(f"its resources.max_vram{size} is below every need")
@@ -117,8 +117,7 @@ def _held_back(job: Job, view: FleetView) -> Wait | None:
         pause = duration((job.not_before - view.now).total_seconds())
         if job.message is not None and job.reason is None:  # no attempt ended: a worker of an older version saw it
             return Wait(tier=Tier.POLICY, word="version", sentence=job.message)
-        blames = job.reason is not None and OUTCOMES[job.reason].blames is not None
-        after = f": {_blamed(job, view)} failed it ({job.reason})" if blames else ""
+        after = f": {_blamed(job, view)} failed it ({job.reason})" if job.reason in BLAMED else ""
         return Wait(tier=Tier.POLICY, word="retry", sentence=f"attempt {job.attempt + 1} in {pause}{after}")
     limit, mine = least_limit(view.cards.values()), sum(running.user == job.user for running in view.running.values())
     if limit is not None and mine >= limit:
@@ -315,6 +314,8 @@ def _room(job: Job, me: Waiting, view: FleetView) -> Wait:
 def _held_by_others(me: Waiting, view: FleetView) -> Wait:
     largest = view.largest
     cards = [c for c in view.cards.values() if c.open and suits(c, me, largest) and could_ever_hold(me, c)]
+    if not cards:
+        return _capacity("memory", "no open card has room for it")
     blocked = max(cards, key=lambda card: card.capacity)
     if still := still_inside(me, blocked):
         return _capacity("memory", f"on {blocked.node} {still}")

@@ -48,14 +48,19 @@ def _other_method(job: Job, view: FleetView, rule: Trial) -> Iterator[str]:
 
 
 def _smaller_job(job: Job, view: FleetView, rule: Trial) -> Iterator[str]:
+    from pydantic import ValidationError
+
     from loractl.common.job.spec import JobSpec  # pydantic's models take 80 ms to build
 
+    try:
+        spec, told = JobSpec.model_validate(job.spec), set[str]()
+    except ValidationError:  # the claim sets it aside
+        return
     me = waiting_of(vars(job), view.now)
     permitted = me.methods
     cards = view.cards.values()
     alone = max((card.free for card in cards if card.open and card.slots), default=0)
     beside = max((o.bytes for o in join_openings(cards) if o.base_model == me.base_model), default=0)
-    spec, told = JobSpec.model_validate(job.spec), set()
     # a place beside others may be refused though it has more room than a card of the job's own
     rooms = sorted({alone, beside}, reverse=True)
     for key, text, needs, changed in (form for room in rooms for form in _smaller_forms(spec, permitted, room)):

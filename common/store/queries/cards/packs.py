@@ -184,8 +184,8 @@ def _sweep(row: Job) -> str | None:
 
 def _data(row: Job) -> Mapping[str, Any]:
     """What is known of its training rows, where they are stored."""
-    stored = row.data.get("path") if isinstance(row.data, dict) else None
-    return stored if isinstance(stored, dict) else {}
+    found: Mapping[str, Any] = row.data.get("path") or {}
+    return found
 
 
 def _rows(row: Job, spec: JobSpec) -> _Rows:

@@ -262,6 +262,16 @@ def test_old_data_go_once_no_job_may_read_them(lab: Lab) -> None:
     assert {n for n in lab.held() if n.startswith("datasets/")} == needed
 
 
+def test_data_stay_that_a_row_names_which_cannot_be_read(lab: Lab) -> None:
+    waiting = lab.store.submit(submission(lora=200, qlora=200))
+    name = lab.data("waiting", waiting)
+    with Session(lab.store._engine) as session, session.begin():
+        data = {"path": {"uri": f"file:///lab/{name}", "rows": -1}}
+        session.execute(update(Job).where(Job.job_id == waiting).values(data=data))
+    lab.clock.forward(MONTH.total_seconds() + 86400)
+    assert names(lab.cleaner().find(), Kind.DATA) == set()
+
+
 def test_data_that_are_submitted_while_others_are_removed_stay(lab: Lab) -> None:
     """A slow store takes minutes for many."""
     contents = {lab.data(content): content for content in ("one", "other")}

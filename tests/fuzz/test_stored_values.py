@@ -1,0 +1,420 @@
+"""Whatever a column can store: one row stops no claim, no answer and no gc, and an ended job stays as it is.
+
+On SQLite any type in any column, on PostgreSQL what each column's type takes; and what a login of people may write.
+STORE_EXAMPLES=2000 pytest tests/fuzz/test_stored_values.py is the long run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import secrets
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, note, settings
+from hypothesis import strategies as st
+from sqlalchemy import Engine, text
+from sqlalchemy.exc import SQLAlchemyError
+
+from loractl.common.artifacts import ArtifactStore
+from loractl.common.errors import Forbidden
+from loractl.common.job.method import Parallel
+from loractl.common.job.need import Need, SharedNeed, Ways
+from loractl.common.job.reference import Reference
+from loractl.common.job.status import Reason, Status
+from loractl.common.job.sweep import NewSweep
+from loractl.common.placement.pack_rule import MeasuredPass
+from loractl.common.settings import load_settings
+from loractl.common.store.records import Choice, Claim, NewHost, Page, Progress
+from loractl.common.store.roles import SUBMIT
+from loractl.common.store.store import Store
+from loractl.common.store.tables import Base
+from loractl.common.units import GIB
+from loractl.scheduler.answers.adapters import adapter_list
+from loractl.scheduler.answers.fleet import fleet
+from loractl.scheduler.answers.job import job_history, job_in_full
+from loractl.scheduler.answers.lab.shelf import ReportShelf
+from loractl.scheduler.answers.overview import job_list, overview
+from loractl.scheduler.answers.sweep import sweep_standing
+from loractl.scheduler.answers.why import why
+from loractl.scheduler.text.adapters import adapters_text
+from loractl.scheduler.text.fleet import devices
+from loractl.scheduler.text.history import history_text, job_text
+from loractl.scheduler.text.jobs import job_list_text, overview_text
+from loractl.scheduler.text.sweep import opened
+from loractl.scheduler.text.why import why_text
+from loractl.scheduler.upkeep.garbage import Cleaner, Policy, parse_age
+from loractl.scheduler.web.markup import render
+from loractl.scheduler.web.metrics import Exporter
+from loractl.scheduler.web.pages import Asked, Drawn, Pages
+
+from .. import webs
+from ..conftest import kept_engine
+from ..databases import database
+from ..roles import role
+from ..unit.factories import EXAMPLES, NOON, Clock, node_state, spec, submission
+from ..unit.scheduler.text.screens import WIDE
+
+stored = settings(
+    max_examples=EXAMPLES,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+    derandomize=EXAMPLES <= 60,  # the short run must not fail by chance; the long one looks for something new
+    print_blob=True,
+)
+
+WAITS, RUNS, ENDED, FAILED = "name = 'waits'", "name = 'runs'", "name = 'ended'", "name = 'failed'"
+ROWS = {
+    "jobs": (WAITS, WAITS, "name = 'shared'", RUNS, ENDED, FAILED, "name = 'member'"),
+    "attempts": (f"job_id IN (SELECT job_id FROM jobs WHERE {RUNS})", "job_id = 1"),
+    "nodes": ("node = 'kestrel:1'", "node = 'osprey:0'"),
+    "hosts": ("1 = 1",), "sweeps": ("1 = 1",), "tags": ("1 = 1",), "uses": ("1 = 1",),
+}  # fmt: skip
+"""Jobs that wait (one of them on several cards), run and have ended, and the other rows of the lab."""
+
+FRESH = ("fresh:0", "fresher:0", "freshest:0")
+
+_edges = (0, 1, -1, 2, 2**31 - 1, 2**31 - 2, -(2**31), 2**31, 2**53, 2**63 - 1, -(2**63), -5 * GIB, 10**9)
+whole = st.one_of(st.sampled_from(_edges), st.integers(-(2**63), 2**63 - 1))
+real = st.one_of(st.sampled_from((float("inf"), float("-inf"), float("nan"), 1e308, -1e-9, 3.5)), st.floats())
+TIMES = ("infinity", "-infinity", "0044-03-15 BC", "0001-01-01 00:00:00", "9999-12-31 23:59:59.999999", "2026-13-45")
+PIECES = (
+    '{"lora": 1e999}', '{"lora": -5368709120, "qlora": null}', '{"lora": "4"}', '{"lora": true, "qlora": 2.5}',
+    "[" * 5000 + "]" * 5000, "9" * 5000, '"\\ud800"', '{"path": {"rows": 1e999, "tokens": -1, "bytes": "x"}}',
+    '{"path": {"rows": 10, "tokens": 1e308}}', '{"path": 5}', '["lora", "lora"]', '["x"]', "null", "[]", "{}", "7",
+    '{"alone": false, "ways": [{"cards": 99999999, "parallel": "data", "lora": -1, "qlora": null}]}',
+    '{"alone": 1, "ways": 5}', '{"micro_batch": 0, "accumulation": -3}', '{"micro_batch": "a"}', '{"step": 1e999}',
+    '{"step": "x", "prefix": 5}', '{"box": {"reason": 5, "until": "infinity"}}', '{"kestrel:0": []}',
+    '{"varied": 5}', '{"varied": {"lora.r": 5, "x": null}, "trials": "x", "seed": []}', "[1e999, -1, \"x\"]", "[0.5]",
+    '{"products": [[1]], "sums": [1]}', '{"products": [], "sums": [1, 0, 0], "load": 1e999}', '{"resources": 5}',
+    '{"lora": {"init_from": "x"}}', '{"notify": 5}', "NaN", "{", "", "abc", "\\", "10000|abc||ada",
+)  # fmt: skip
+words = st.one_of(st.sampled_from((*PIECES, *TIMES)), st.text(max_size=20))
+values = st.one_of(st.none(), st.booleans(), whole, real, words, st.binary(max_size=8))
+
+
+def nested(leaf: Any, grow: Any, old: Any) -> Any:
+    """A JSON value with one part replaced."""
+    path: list[Any] = []
+    while isinstance(old, (dict, list)) and old and grow.random() < 0.8:
+        key = grow.choice(sorted(old) if isinstance(old, dict) else range(len(old)))
+        path.append((old, key))
+        old = old[key]
+    if not path:
+        return leaf
+    path[-1][0][path[-1][1]] = leaf
+    return path[0][0]
+
+
+def fill(url: str, artifacts: ArtifactStore) -> None:
+    """A small lab with a row of each kind."""
+    engine = kept_engine(url)
+    lab = webs.SeededLab(store=Store(engine), artifacts=artifacts, now=NOON)
+    lab.store = Store(engine, clock=lambda: lab.now)
+    webs.see_cards(lab.store)
+    webs.finish(lab, "ended", "mara", 2.5, 0.9, "kestrel:0")
+    failed = webs.run(lab, "failed", "mara", "kestrel:0", 9, steps=30)
+    lab.store.finish(failed, Reason.BAD_DATA, "data/law.jsonl: row 4120: there is no answer", Progress())
+    claim = webs.run(lab, "runs", "mara", "kestrel:1", 9, steps=30)
+    assert lab.store.open_host(claim, NewHost(host="mark", node="kestrel:1", key="k" * 64, bytes=GIB))
+    lab.store.note_passes("mark", [MeasuredPass(tokens=64, members=1, seconds=0.5)])
+    members = [replace(submission(lora=95, qlora=None), spec=spec(name="member", lora={"r": r})) for r in (8, 16)]
+    lab.store.submit_sweep(
+        NewSweep(name="sweep", user="mara", varied={"lora.r": "8,16"}, rungs=(0.25, 0.5), trials=2, seed=1), members
+    )
+    webs.queue(lab, "waits", "wei", 92)
+    way = SharedNeed(cards=2, parallel=Parallel.DATA, need=Need(lora=50 * GIB, qlora=None))
+    job = replace(submission(lora=92, qlora=None, user="wei", name="shared"), ways=Ways(gangs=(way,)))
+    lab.store.submit(replace(job, data={"path": {"uri": "datasets/x", "rows": 10, "tokens": 100, "bytes": 1000}}))
+    lab.store.tag(Reference(name="ended"), "prod", "wei")
+    engine.dispose()
+
+
+def write(connection: Any, table: str, column: str, where: str, value: Any) -> None:
+    """Store a value as it is; PostgreSQL reads its text as the column's type."""
+    if connection.dialect.name == "sqlite":
+        connection.exec_driver_sql(f'UPDATE {table} SET "{column}" = ? WHERE {where}', (value,))
+        return
+    kind = kind_of(connection, table, column)
+    written = value if value is None or isinstance(value, str) else str(value)
+    connection.exec_driver_sql(
+        f'UPDATE {table} SET "{column}" = CAST(CAST(%s AS text) AS {kind}) WHERE {where}', (written,)
+    )
+
+
+def kind_of(connection: Any, table: str, column: str) -> str:
+    """PostgreSQL's name of a column's type."""
+    of_table = "SELECT format_type(atttypid, atttypmod) FROM pg_attribute WHERE attrelid = CAST(:t AS regclass)"
+    asked = f"{of_table} AND attname = :c"
+    return str(connection.execute(text(asked), {"t": table, "c": column}).scalar_one())
+
+
+def glance(store: Store, shelf: ReportShelf, job_ids: Iterable[int]) -> None:
+    """What is looked at all the time."""
+    seen = overview(store, Choice(), Page())
+    shown([overview_text(seen, WIDE), *(why_text(why(store, job_id), WIDE) for job_id in job_ids)], [seen])
+    drawn([Pages(store, shelf).lab(Asked({}))])
+    assert b"loractl_database_up 1.0" in Exporter(store).text()
+
+
+def answers(store: Store, shelf: ReportShelf, job_ids: Iterable[int]) -> None:
+    """All else that people ask."""
+    pages, labelled = Pages(store, shelf), Choice(label=("a", "b"))
+    listed, cards, adapters = job_list(store, Choice(), Page(limit=100)), fleet(store), adapter_list(store, Page())
+    told = [job_list_text(listed, WIDE), devices(cards, WIDE, used=True), adapters_text(adapters, WIDE)]
+    told.append(overview_text(overview(store, labelled, Page(limit=2), alone=True), WIDE))
+    shown(told, [listed, cards, adapters])
+    drawn([pages.jobs(Asked({})), pages.sweeps(Asked({})), pages.adapters(Asked({}))])
+    for job_id in job_ids:
+        one, history = job_in_full(store, job_id), job_history(store, job_id)
+        shown([job_text(one, WIDE), history_text(history, WIDE)], [one, history])
+        drawn([pages.job(Asked({}), job_id)])
+    for sweep in store.newest_sweeps(Page()):
+        standing = sweep_standing(store, sweep.sweep_id)
+        shown([opened(standing, WIDE)], [standing])
+        drawn([pages.sweep(Asked({}), sweep.sweep_id)])
+
+
+def shown(texts: Iterable[str], as_json: Iterable[Any]) -> None:
+    """Both forms of the answers can be printed."""
+    for one in texts:
+        one.encode("utf-8", "replace")
+    for answer in as_json:
+        json.dumps(answer.as_json())
+
+
+def drawn(pages: Iterable[Drawn]) -> None:
+    for page in pages:
+        str(render(page.template, **page.values)).encode("utf-8", "replace")
+
+
+def rounds(store: Store) -> None:
+    """What nodes do for all."""
+    store.set_aside_unreadable()
+    store.take_turn("fresh:0", 0.0, 0.0)
+    store.end_patience()
+    store.preempt()
+    store.plan_anew()
+    store.waiting_classes((8, 24))
+    store.unfinished(2**40, {})
+
+
+def claim_until(store: Store, job_id: int) -> None:
+    """Fresh cards claim until they have the job."""
+    for _ in range(12):
+        for node in FRESH:
+            store.see_node(node_state(node, total=400 * GIB, max_jobs=64))
+        for node in FRESH:
+            claim = store.claim(node, joins=True, gangs=True, distrusted=frozenset(webs.CARDS))
+            if isinstance(claim, Claim) and claim.job_id == job_id:
+                return
+    raise AssertionError("no card has taken the healthy job")
+
+
+def raw(engine: Engine, where: str) -> list[Any]:
+    """The rows of jobs, and their attempts', as the driver gives them."""
+    with engine.connect() as connection:
+        jobs = f"SELECT CAST(job_id AS text), {_texts(connection, 'jobs')} FROM jobs WHERE {where} ORDER BY 1"
+        return [tuple(row) for row in connection.exec_driver_sql(jobs)]
+
+
+def _texts(connection: Any, table: str) -> str:
+    kind = "blob" if connection.dialect.name == "sqlite" else "text"
+    return ", ".join(f'CAST("{column.name}" AS {kind})' for column in Base.metadata.tables[table].columns)
+
+
+def look(url: str, artifacts: ArtifactStore, home: Path, poison: Callable[[Engine], Sequence[int]]) -> None:
+    """`poison`: writes what nobody would, and returns the jobs to look at; none where the database refused it all."""
+    engine, clock = kept_engine(url), Clock()
+    store = Store(engine, clock)
+    shelf = ReportShelf(store, lambda: artifacts)
+    try:
+        if not (job_ids := poison(engine)):
+            return
+        ended = raw(engine, "status IN ('succeeded', 'failed', 'cancelled')")
+        healthy = store.submit(submission(lora=1, qlora=1, user="healthy", name="healthy"))
+        glance(store, shelf, job_ids)
+        rounds(store)
+        claim_until(store, healthy)
+        answers(store, shelf, (*job_ids, healthy))
+        policy = Policy(keep_last=1, older_than=parse_age("30d"), past_jobs=True)
+        list(Cleaner(load_settings({"LORACTL_HOME": str(home)}), store, artifacts, policy).find())
+        numbers = ", ".join(str(one[0]) for one in ended) or "0"
+        assert raw(engine, f"job_id IN ({numbers})") == ended, "an ended job was written"
+        clock.forward(7200)
+        store.reap()
+        assert store.job(healthy).status is not Status.RUNNING
+        overview(store, Choice(), Page())
+    finally:
+        engine.dispose()
+
+
+def places() -> Any:
+    """One to three columns of rows, and what they are to hold."""
+    names = [(table, column.name, where) for table, wheres in ROWS.items() for where in wheres
+             for column in Base.metadata.tables[table].columns]  # fmt: skip
+    grow = st.randoms(use_true_random=False)
+    return st.lists(
+        st.tuples(st.sampled_from(names), values, grow), min_size=1, max_size=3, unique_by=lambda p: p[0][2]
+    )
+
+
+def stored_in(engine: Engine, told: Sequence[Any]) -> list[int]:
+    """Write them; the jobs that this may concern."""
+    job_ids: set[int] = set()
+    for (table, column, where), value, grow in told:
+        with engine.connect() as connection:
+            old = connection.exec_driver_sql(f'SELECT CAST("{column}" AS text) FROM {table} WHERE {where}').scalar()
+            of = f"SELECT job_id FROM jobs WHERE {where}" if table == "jobs" else "SELECT max(job_id) FROM jobs"
+            concerned = connection.exec_driver_sql(of).scalars().all()
+        new = value
+        if isinstance(old, str) and old[:1] in ("{", "[") and grow.random() < 0.5 and not isinstance(value, bytes):
+            new = json.dumps(nested(value, grow, json.loads(old)))
+        note(f"UPDATE {table} SET {column} = {new!r} WHERE {where}")
+        with contextlib.suppress(SQLAlchemyError), engine.begin() as connection:
+            write(connection, table, column, where, new)
+            job_ids.update([new] if (table, column) == ("jobs", "job_id") else concerned)
+    return sorted(job_ids)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("stored")
+
+
+@pytest.fixture(scope="module")
+def artifacts(folder: Path) -> ArtifactStore:
+    return ArtifactStore((folder / "artifacts").as_uri())
+
+
+@pytest.fixture(scope="module")
+def seeded_file(sqlite_template: Path, folder: Path, artifacts: ArtifactStore) -> Path:
+    shutil.copy(sqlite_template, file := sqlite_template.with_name("stored.db"))
+    fill(f"sqlite:///{file}", artifacts)
+    return file
+
+
+@stored
+@given(told=places())
+def test_any_value_in_any_column_on_sqlite(
+    seeded_file: Path, folder: Path, artifacts: ArtifactStore, told: Any
+) -> None:
+    file = seeded_file.with_name("poisoned.db")
+    for name in (file, file.with_name("poisoned.db-wal"), file.with_name("poisoned.db-shm")):
+        name.unlink(missing_ok=True)
+    shutil.copy(seeded_file, file)
+    look(f"sqlite:///{file}", artifacts, folder / "home", lambda engine: stored_in(engine, told))
+
+
+_SEED = """
+CREATE SCHEMA seed;
+DO $$ DECLARE each record; BEGIN
+  FOR each IN SELECT tablename FROM pg_tables WHERE schemaname = 'public' AND tablename <> 'alembic_version' LOOP
+    EXECUTE format('CREATE TABLE seed.%1$I AS TABLE public.%1$I', each.tablename);
+  END LOOP;
+END $$;
+"""
+_AGAIN = """
+DO $$ DECLARE each record; BEGIN
+  SET LOCAL session_replication_role = replica;
+  FOR each IN SELECT tablename FROM pg_tables WHERE schemaname = 'seed' LOOP
+    EXECUTE format('DELETE FROM public.%1$I; INSERT INTO public.%1$I TABLE seed.%1$I', each.tablename);
+  END LOOP;
+END $$
+"""
+
+
+@pytest.fixture(scope="module")
+def seeded_url(postgres_server: str, postgres_template: str, folder: Path, artifacts: ArtifactStore) -> Iterator[str]:
+    with database(postgres_server, postgres_template) as url:
+        fill(url, artifacts)
+        engine = kept_engine(url)
+        with engine.begin() as connection:
+            connection.execute(text(_SEED))
+        yield url
+        engine.dispose()
+
+
+def as_it_was(engine: Engine) -> None:
+    with engine.begin() as connection:
+        connection.execute(text(_AGAIN))
+
+
+@stored
+@given(told=places())
+def test_any_value_in_any_column_on_postgresql(
+    seeded_url: str, folder: Path, artifacts: ArtifactStore, told: Any
+) -> None:
+    as_it_was(kept_engine(seeded_url))
+    look(seeded_url, artifacts, folder / "home", lambda engine: stored_in(engine, told))
+
+
+@pytest.fixture(scope="module")
+def person_url(seeded_url: str) -> Iterator[str]:
+    with role(seeded_url, f"eve_{secrets.token_hex(4)}", SUBMIT) as url:
+        yield url
+        kept_engine(url).dispose()
+
+
+def values_of_a_person() -> Any:
+    """One to three rows of a login's own, each a copy of the lab's with a column changed: in it, or by an edit."""
+    names = [(table, column.name) for table in ("jobs", "jobs", "jobs", "sweeps", "tags")
+             for column in Base.metadata.tables[table].columns]  # fmt: skip
+    told = st.tuples(st.sampled_from(names), values, st.randoms(use_true_random=False), st.booleans())
+    return st.lists(told, min_size=1, max_size=3)
+
+
+def written_by(login: Engine, told: Sequence[Any]) -> list[int]:
+    """The login's new jobs."""
+    job_ids: list[int] = []
+    for (table, column), value, grow, edits in told:
+        with login.connect() as connection:
+            kept = f'SELECT CAST("{column}" AS text) FROM {table} WHERE {WAITS if table == "jobs" else "true"} LIMIT 1'
+            old = connection.exec_driver_sql(kept).scalar()
+        new = value
+        if isinstance(old, str) and old[:1] in ("{", "[") and grow.random() < 0.5 and not isinstance(value, bytes):
+            new = json.dumps(nested(value, grow, json.loads(old)))
+        note(f"{'UPDATE' if edits else 'INSERT'} {table} {column} = {new!r}")
+        with contextlib.suppress(SQLAlchemyError, Forbidden), login.begin() as connection:
+            if table == "jobs" and edits:
+                (job_id,) = copied(connection, "jobs", WAITS)
+                write(connection, table, column, f"job_id = {job_id}", new)
+            elif table == "jobs":
+                (job_id,) = copied(connection, "jobs", WAITS, column, new)
+            else:
+                key = copied(connection, table, "true", column, new)
+                changed = ("sweep_id", key[0]) if table == "sweeps" else ()
+                (job_id,) = copied(connection, "jobs", WAITS, *changed)
+            job_ids.append(job_id)
+    return job_ids
+
+
+def copied(connection: Any, table: str, where: str, column: str = "", value: Any = None) -> list[Any]:
+    """A copy of a row with one value changed; returns its key."""
+    fresh = {"jobs": {"job_id": "nextval('jobs_job_id_seq')", "submitted_at": "now()"}, "tags": {"tag": "'own'"},
+             "sweeps": {"sweep_id": "nextval('sweeps_sweep_id_seq')"}}[table]  # fmt: skip
+    names = [each.name for each in Base.metadata.tables[table].columns]
+    form = {f'"{name}"': fresh.get(name, f'"{name}"') for name in names}
+    if column:
+        form[f'"{column}"'] = f"CAST(CAST(%(value)s AS text) AS {kind_of(connection, table, column)})"
+    key = next(iter(Base.metadata.tables[table].primary_key)).name
+    statement = (
+        f"INSERT INTO {table} ({', '.join(form)})"
+        f' SELECT {", ".join(form.values())} FROM {table} WHERE {where} LIMIT 1 RETURNING "{key}"'
+    )
+    parameters = {"value": value if value is None or isinstance(value, str) else str(value)} if column else None
+    return list(connection.exec_driver_sql(statement, parameters).scalars().all())
+
+
+@stored
+@given(told=values_of_a_person())
+def test_any_value_that_a_login_of_people_may_write(
+    seeded_url: str, person_url: str, folder: Path, artifacts: ArtifactStore, told: Any
+) -> None:
+    as_it_was(kept_engine(seeded_url))
+    look(seeded_url, artifacts, folder / "home", lambda _: written_by(kept_engine(person_url), told))
