@@ -34,7 +34,7 @@ from loractl.common.store.records import Choice, Claim, NewHost, Page, Progress
 from loractl.common.store.roles import SUBMIT
 from loractl.common.store.store import Store
 from loractl.common.store.tables import Base
-from loractl.common.units import GIB
+from loractl.common.units import GIB, LARGEST
 from loractl.scheduler.answers.adapters import adapter_list
 from loractl.scheduler.answers.fleet import fleet
 from loractl.scheduler.answers.job import job_history, job_in_full
@@ -61,7 +61,7 @@ from ..unit.factories import EXAMPLES, NOON, Clock, node_state, spec, submission
 from ..unit.scheduler.text.screens import WIDE
 
 stored = settings(
-    max_examples=EXAMPLES,
+    max_examples=EXAMPLES if EXAMPLES > 60 else 10,  # half a second each
     deadline=None,
     suppress_health_check=list(HealthCheck),
     derandomize=EXAMPLES <= 60,  # the short run must not fail by chance; the long one looks for something new
@@ -175,6 +175,8 @@ def answers(store: Store, shelf: ReportShelf, job_ids: Iterable[int]) -> None:
         shown([job_text(one, WIDE), history_text(history, WIDE)], [one, history])
         drawn([pages.job(Asked({}), job_id)])
     for sweep in store.newest_sweeps(Page()):
+        if not 0 < sweep.sweep_id <= LARGEST:
+            continue  # no one can ask for it
         standing = sweep_standing(store, sweep.sweep_id)
         shown([opened(standing, WIDE)], [standing])
         drawn([pages.sweep(Asked({}), sweep.sweep_id)])
@@ -234,7 +236,7 @@ def look(url: str, artifacts: ArtifactStore, home: Path, poison: Callable[[Engin
     store = Store(engine, clock)
     shelf = ReportShelf(store, lambda: artifacts)
     try:
-        if not (job_ids := poison(engine)):
+        if not (job_ids := [job_id for job_id in poison(engine) if 0 < job_id <= LARGEST]):  # others no one can ask for
             return
         ended = raw(engine, "status IN ('succeeded', 'failed', 'cancelled')")
         healthy = store.submit(submission(lora=1, qlora=1, user="healthy", name="healthy"))
@@ -278,7 +280,7 @@ def stored_in(engine: Engine, told: Sequence[Any]) -> list[int]:
         note(f"UPDATE {table} SET {column} = {new!r} WHERE {where}")
         with contextlib.suppress(SQLAlchemyError), engine.begin() as connection:
             write(connection, table, column, where, new)
-            job_ids.update([new] if (table, column) == ("jobs", "job_id") else concerned)
+            job_ids.update([new] if (table, column) == ("jobs", "job_id") and type(new) is int else concerned)
     return sorted(job_ids)
 
 
