@@ -17,7 +17,7 @@ from loractl.common.placement.keys import QueueKey
 from loractl.common.placement.lines import Waiting
 from loractl.common.placement.rule import Decision
 
-from .columns import unreadable_of
+from .columns import Unreadable, unreadable_of
 from .hosts import TrainerHost
 from .tables import ASKED_TO_STOP, DrainOrder, Job, Node
 
@@ -92,8 +92,7 @@ def card_of(
             Occupant(
                 job_id=row.job_id,
                 user=row.user,
-                # a job of an older version has no reservation: it may take the whole card
-                reserved=node.total if row.vram_reserved is None else row.vram_reserved,
+                reserved=_reserved(row.vram_reserved, node.total),
                 used=max(int(node.used.get(str(row.job_id), 0)), held.get(row.job_id, 0)),
                 priority=row.priority,
                 preemptible=row.preemptible,
@@ -113,6 +112,11 @@ def card_of(
         gangs=bool(node.gangs) and not node.gpu.startswith("MIG-"),  # slices can't talk to each other
         user_limit=node.user_limit,
     )
+
+
+def _reserved(size: int | None, total: int) -> int:
+    """A job of an older version has no reservation, and nobody knows one that can't be read: it may take all."""
+    return total if size is None or isinstance(size, Unreadable) else size
 
 
 def _end_of(row: Any, now: dt.datetime) -> dt.datetime | None:
