@@ -55,7 +55,7 @@ from loractl.scheduler.web.pages import Asked, Drawn, Pages
 
 from .. import webs
 from ..conftest import kept_engine
-from ..databases import database
+from ..databases import UPGRADED, database
 from ..roles import role
 from ..unit.factories import EXAMPLES, NOON, Clock, node_state, spec, submission
 from ..unit.scheduler.text.screens import WIDE
@@ -332,8 +332,8 @@ END $$
 
 
 @pytest.fixture(scope="module")
-def seeded_url(postgres_server: str, postgres_template: str, folder: Path, artifacts: ArtifactStore) -> Iterator[str]:
-    with database(postgres_server, postgres_template) as url:
+def seeded_url(postgres_server: str, folder: Path, artifacts: ArtifactStore) -> Iterator[str]:
+    with database(postgres_server, UPGRADED) as url:
         fill(url, artifacts)
         engine = kept_engine(url)
         with engine.begin() as connection:

@@ -14,7 +14,7 @@ from loractl.common.job.adjustment import Adjustment, in_words, next_adjustment
 from loractl.common.job.method import Parallel
 from loractl.common.job.status import Reason, Stage
 from loractl.common.store.database import REFUSALS, told_by
-from loractl.worker.device.allowance import kernel_kills, kernel_kills_since
+from loractl.worker.allowance import kernel_kills, kernel_kills_since
 from loractl.worker.device.occupancy import RUN_VARIABLE
 from loractl.worker.protocol.exit_reason import exit_reason
 from loractl.worker.protocol.messages import Ended, Start, Told

@@ -14,8 +14,8 @@ from loractl.common.queue.sender import wake_cards
 from loractl.common.settings import Settings
 from loractl.common.store.records import Claim
 from loractl.common.store.store import Store
+from loractl.worker.allowance import threads_of_trainer
 from loractl.worker.clock import SYSTEM, NodeClock
-from loractl.worker.device.allowance import threads_of_trainer
 from loractl.worker.device.devices import Device
 from loractl.worker.storage.client import StoreClient
 

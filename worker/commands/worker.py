@@ -93,7 +93,7 @@ def worker(
     from loractl.common.store.database import connect, make_engine
     from loractl.common.store.store import Store
     from loractl.common.units import gib
-    from loractl.worker.device.allowance import allowed_cores, threads_of_trainer
+    from loractl.worker.allowance import allowed_cores, threads_of_trainer
     from loractl.worker.device.devices import find_devices, order_of_numbers
     from loractl.worker.node.box import Box
 

@@ -10,8 +10,8 @@ from typing import Literal, Protocol
 from loractl.common.errors import UsageError
 from loractl.common.settings import Settings
 from loractl.common.units import parse_size
+from loractl.worker.allowance import allowed_cores, allowed_memory, machine_cores, memory_room
 
-from .allowance import allowed_cores, allowed_memory, machine_cores, memory_room
 from .nvidia import NvmlDevice, missing_card, nvidia_cards
 from .snapshot import Snapshot
 

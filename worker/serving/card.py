@@ -14,7 +14,7 @@ from loractl.common.memory.weights import weight_bytes
 from loractl.common.settings import Settings
 from loractl.common.store.store import Store
 from loractl.common.units import gib
-from loractl.worker.device.allowance import threads_of_trainer
+from loractl.worker.allowance import threads_of_trainer
 from loractl.worker.device.devices import Device, find_devices, torch_settings
 from loractl.worker.device.reservations import CardShare, reserve, unused_reservations
 

@@ -10,9 +10,7 @@ import pytest
 
 from loractl.common.errors import UsageError
 from loractl.common.settings import load_settings
-from loractl.worker.attempt.drain import Drain
-from loractl.worker.attempt.order import common_environment
-from loractl.worker.device.allowance import (
+from loractl.worker.allowance import (
     allowed_cores,
     allowed_memory,
     kernel_kills,
@@ -20,6 +18,8 @@ from loractl.worker.device.allowance import (
     memory_room,
     threads_of_trainer,
 )  # fmt: skip
+from loractl.worker.attempt.drain import Drain
+from loractl.worker.attempt.order import common_environment
 from loractl.worker.device.devices import find_devices
 from loractl.worker.node.node import place_of
 from loractl.worker.node.options import NodeOptions

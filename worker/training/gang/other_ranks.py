@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO
 
 from loractl.common.job.status import Reason
-from loractl.worker.device.allowance import kernel_kills, kernel_kills_since
+from loractl.worker.allowance import kernel_kills, kernel_kills_since
 from loractl.worker.protocol.exit_reason import exit_reason
 from loractl.worker.protocol.messages import Ended, Peaks, Rank, Start, Told, decode_told, encode
 

@@ -15,10 +15,10 @@ from pathlib import Path
 
 from loractl.common.job.spec import JobSpec
 from loractl.common.job.status import Reason
+from loractl.worker.allowance import kernel_kills, kernel_kills_since
 from loractl.worker.base.failure import TrainingFailed
 from loractl.worker.base.source import model_errors, source_of
 from loractl.worker.data.prepared import PreparedData
-from loractl.worker.device.allowance import kernel_kills, kernel_kills_since
 from loractl.worker.protocol.exit_reason import exit_reason
 from loractl.worker.protocol.messages import Ended, Start, Told, decode_told, encode
 

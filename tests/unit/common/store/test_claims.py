@@ -273,8 +273,9 @@ def test_two_claims_at_once_keep_a_user_s_limit(postgres_engine: Engine) -> None
     show("b:0", 4)
     for size in (20, 3):
         store.submit(submission(lora=size, method="lora"))
-    here = "(SELECT oid FROM pg_database WHERE datname = current_database())"
-    waiting = text(f"SELECT count(*) FROM pg_locks WHERE NOT granted AND database = {here}")
+    here = "(SELECT oid FROM pg_database WHERE datname = current_database())"  # who waits for a row names no database
+    mine = f"SELECT pid FROM pg_locks WHERE database = {here}"
+    waiting = text(f"SELECT count(DISTINCT pid) FROM pg_locks WHERE NOT granted AND pid IN ({mine})")
     deadline = time.monotonic() + 30
     claims = [threading.Thread(target=store.claim, args=(node,)) for node in ("b:0", "a:0")]
     with postgres_engine.begin() as connection:
