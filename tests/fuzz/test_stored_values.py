@@ -30,7 +30,7 @@ from loractl.common.job.status import Reason, Status
 from loractl.common.job.sweep import NewSweep
 from loractl.common.placement.pack_rule import MeasuredPass
 from loractl.common.settings import load_settings
-from loractl.common.store.records import Choice, Claim, NewHost, Page, Progress
+from loractl.common.store.records import Choice, Claim, Left, NewHost, Page, Progress
 from loractl.common.store.roles import SUBMIT
 from loractl.common.store.store import Store
 from loractl.common.store.tables import Base
@@ -207,14 +207,16 @@ def rounds(store: Store) -> None:
 
 
 def claim_until(store: Store, job_id: int) -> None:
-    """Fresh cards claim until they have the job."""
+    """Fresh cards claim until they have the job, without the cards that don't take what is left to them."""
+    idle = set(webs.CARDS)
     for _ in range(12):
         for node in FRESH:
             store.see_node(node_state(node, total=400 * GIB, max_jobs=64))
         for node in FRESH:
-            claim = store.claim(node, joins=True, gangs=True, distrusted=frozenset(webs.CARDS))
+            claim = store.claim(node, joins=True, gangs=True, distrusted=frozenset(idle))
             if isinstance(claim, Claim) and claim.job_id == job_id:
                 return
+            idle |= claim.nodes - set(FRESH) if isinstance(claim, Left) else set()
     raise AssertionError("no card has taken the healthy job")
 
 
