@@ -5,7 +5,10 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import resource
 import shutil
+import signal
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +18,8 @@ import pytest
 import torch
 import transformers
 from bitsandbytes import functional as F
+from transformers import AutoModelForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from loractl.common.job.method import Method
 from loractl.common.job.status import Reason
@@ -257,6 +262,84 @@ def test_a_base_is_put_back_and_a_changed_weight_is_found() -> None:
         weight[0, 0] += 1e-3
     imprint.restore()
     assert imprint.change() == "a weight of the base has changed"
+
+
+SWITCHES: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
+    "the default dtype": (
+        lambda: torch.set_default_dtype(torch.float64), lambda: torch.set_default_dtype(torch.float32)
+    ),
+    "the default device": (lambda: torch.set_default_device("meta"), lambda: torch.set_default_device(None)),
+    "the deterministic algorithms": (
+        lambda: torch.use_deterministic_algorithms(True), lambda: torch.use_deterministic_algorithms(False)
+    ),
+    "the precision of matrix products": (
+        lambda: torch.set_float32_matmul_precision("medium"), lambda: torch.set_float32_matmul_precision("highest")
+    ),
+    "the attention back ends": (
+        lambda: torch.backends.cuda.enable_math_sdp(False), lambda: torch.backends.cuda.enable_math_sdp(True)
+    ),
+    "a switch of cuDNN": (
+        lambda: setattr(torch.backends.cudnn, "benchmark", True),
+        lambda: setattr(torch.backends.cudnn, "benchmark", False),
+    ),
+    "the recording of gradients": (lambda: torch.set_grad_enabled(False), lambda: torch.set_grad_enabled(True)),
+    "the search for anomalies": (
+        lambda: torch.autograd.set_detect_anomaly(True), lambda: torch.autograd.set_detect_anomaly(False)
+    ),
+    "the number of torch's threads": (
+        lambda: torch.set_num_threads(torch.get_num_threads() + 1),
+        lambda: torch.set_num_threads(torch.get_num_threads() - 1),
+    ),
+    "a hook of all modules": (
+        lambda: KEPT.append(torch.nn.modules.module.register_module_forward_hook(lambda *_: None)),
+        lambda: KEPT.pop().remove(),
+    ),
+    "torch.nn.functional.silu": (
+        lambda: KEPT.append(torch.nn.functional.silu) or setattr(torch.nn.functional, "silu", lambda x, **_: x),
+        lambda: setattr(torch.nn.functional, "silu", KEPT.pop()),
+    ),
+    "LlamaRMSNorm.forward": (
+        lambda: KEPT.append(LlamaRMSNorm.forward) or setattr(LlamaRMSNorm, "forward", lambda self, x: x),
+        lambda: setattr(LlamaRMSNorm, "forward", KEPT.pop()),
+    ),
+    "the umask": (lambda: os.umask(0o77), lambda: os.umask(0o22)),
+    "a limit of the process": (
+        lambda: resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1])),
+        lambda: resource.setrlimit(resource.RLIMIT_CORE, (resource.getrlimit(resource.RLIMIT_CORE)[1],) * 2),
+    ),
+    "a signal's handler": (
+        lambda: signal.signal(signal.SIGUSR2, lambda *_: None), lambda: signal.signal(signal.SIGUSR2, signal.SIG_DFL)
+    ),
+    "the limit of recursion": (
+        lambda: KEPT.append(sys.getrecursionlimit()) or sys.setrecursionlimit(4321),
+        lambda: sys.setrecursionlimit(KEPT.pop()),
+    ),
+}  # fmt: skip
+"""How each is switched, and switched back."""
+
+KEPT: list[Any] = []
+
+
+def test_whatever_a_training_switches_for_the_next_one_ends_the_host(tiny_model: Path) -> None:
+    def load() -> Any:
+        return AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+
+    os.umask(0o22)
+    resource.setrlimit(resource.RLIMIT_CORE, (resource.getrlimit(resource.RLIMIT_CORE)[1],) * 2)
+    shelf = Shelf()
+    shelf.begin()
+    shelf.base("key", (str(tiny_model), None), load, aside=contextlib.nullcontext)
+    assert shelf.settle()[1] == "", "as it is"
+    for name, (switch, back) in SWITCHES.items():
+        shelf.begin()
+        switch()
+        try:
+            size, why = shelf.settle()
+        finally:
+            back()
+        assert size is None and name in why and why.endswith("is not as it was"), (name, why)
+    shelf.begin()
+    assert shelf.settle()[1] == "", "each was switched back"
 
 
 def test_a_training_on_a_base_that_stayed_makes_no_tokenizer_and_tries_no_rows_again(

@@ -21,6 +21,7 @@ from loractl.worker.base.identity import BaseIdentity, Traits, traits_of
 from .imprint import Imprint
 from .knowledge import Knowledge
 from .remains import Surroundings
+from .switches import Code, Switches
 from .tokenizers import Tokenizers
 
 Made = TypeVar("Made")
@@ -44,6 +45,8 @@ class Shelf:
         self._cache = Path()  # below which hashes are remembered
         self._why_not: str | None = None  # this base may not stay
         self._before: Surroundings | None = None
+        self._switches: Switches | None = None
+        self._code: Code | None = None  # that trainings on this base call
         self._common: Any = None  # what trainings make of the base for all of them
         self.knowledge = Knowledge()
         self.tokenizers = Tokenizers()
@@ -60,7 +63,7 @@ class Shelf:
         pin.cache_clear()  # a branch of the hub may have moved since
         if self._imprint is not None:
             forget_peaks()
-        self._before = Surroundings()
+        self._before, self._switches = Surroundings(), Switches()
 
     def base(
         self,
@@ -91,6 +94,7 @@ class Shelf:
             self._key, self._traits = key, _after_loading(source, traits)
             self._why_not = _unfit(model)
             self._imprint = None if self._why_not else Imprint(model)
+            self._code = Code(model)
         return model, False
 
     def identify(self, cache: Path, source: tuple[str, str | None]) -> BaseIdentity:
@@ -150,10 +154,15 @@ class Shelf:
         self._imprint.restore()
         self._before.restore()
         release()
-        why = self._before.left(self._imprint.tensors) or self._imprint.change()
+        why = self._before.left(self._imprint.tensors) or self._imprint.change() or self._switched()
         if why is None and not forget_peaks():
             why = "the peak of its memory can't be set back"
         return (None, why) if why else (_held(self._imprint), "")
+
+    def _switched(self) -> str | None:
+        """What the training has switched for whoever comes next."""
+        assert self._switches is not None and self._code is not None
+        return self._switches.changed() or self._code.changed()
 
 
 def _after_loading(source: tuple[str, str | None], before: Traits) -> Traits:
