@@ -268,11 +268,11 @@ class Store(DeviceStore):
         with self._read() as tx:
             return backlog.waiting_classes(tx, classes)
 
-    def unfinished(self, largest: int | None, labels: Mapping[str, str]) -> int:
-        """Number of jobs that run, or wait and would fit into `largest` bytes of a box with these labels; not of held
-        ones. None: the box takes no jobs."""
+    def has_unfinished(self, largest: int | None, labels: Mapping[str, str]) -> bool:
+        """Whether a job runs, or waits, is not held, and would fit into `largest` bytes of a box with these labels.
+        None: the box takes no jobs."""
         with self._read() as tx:
-            return backlog.unfinished(tx, largest, labels)
+            return backlog.has_unfinished(tx, largest, labels)
 
     # --- what a person reads ---
 
@@ -330,7 +330,8 @@ class Store(DeviceStore):
         return self._all(jobs.log(job_id, after))
 
     def measured(self, need_key: str | None = None, family: str | None = None, limit: int = 1000) -> list[Measured]:
-        """The newest attempts on real GPUs that ended well or out of memory: all, or those of the key or the family."""
+        """Attempts on real GPUs that ended well or out of memory, the newest first: all, or those of the `limit` newest
+        jobs of the key and of the family."""
         with self._read() as tx:
             return jobs.read_measured(tx, need_key, family, limit)
 

@@ -79,14 +79,21 @@ def _can_be_divided(value: Any) -> bool:
     return all(is_whole(w.cards, 1) and is_size(w.need.lora) and is_size(w.need.qlora) for w in ways)
 
 
+WAITS = text("status = 'queued'")
+"""Of a job. Literal: a partial index is only used where the planner sees its condition, not a parameter."""
+
+
+def _where(name: str, condition: str, *columns: str) -> Index:
+    return Index(name, *columns, postgresql_where=text(condition), sqlite_where=text(condition))
+
+
 def _where_queued(name: str, *columns: str, also: str = "") -> Index:
     """An index over waiting jobs alone: ended ones, which are nearly all, cost it nothing.
 
     It begins with the status, though that is always the same. Without it SQLite takes the index on status alone and
     reads every waiting job.
     """
-    waiting = text(f"status = 'queued'{also}")
-    return Index(name, "status", *columns, postgresql_where=waiting, sqlite_where=waiting)
+    return _where(name, f"status = 'queued'{also}", "status", *columns)
 
 
 class Job(Base):
@@ -97,35 +104,24 @@ class Job(Base):
         _where_queued("ix_jobs_line", "queue_key", "job_id"),
         _where_queued("ix_jobs_line_need", "queue_key", "vram_needed"),
         _where_queued("ix_jobs_line_user", "priority", "user", "job_id"),
-        _where_queued("ix_jobs_waiting", "job_id"),
         _where_queued("ix_jobs_order", "priority", "job_id"),
         _where_queued("ix_jobs_class", "vram_class"),
         _where_queued("ix_jobs_base", "base_model", "priority", "job_id"),
+        _where_queued("ix_jobs_plan", "base_model", "engine", "job_id"),
+        # of few jobs, so that the others cost them nothing
         _where_queued("ix_jobs_patience", "lora_until", also=" AND lora_until IS NOT NULL"),
-        Index(
-            "ix_jobs_lease",
-            "lease_expires_at",
-            postgresql_where=text("status = 'running'"),
-            sqlite_where=text("status = 'running'"),
-        ),
+        _where_queued("ix_jobs_held", "job_id", also=" AND held"),
+        _where_queued("ix_jobs_backoff", "not_before", also=" AND not_before IS NOT NULL"),
+        _where_queued("ix_jobs_gangs", "job_id", also=" AND gangs IS NOT NULL"),
+        _where("ix_jobs_lease", "status = 'running'", "lease_expires_at"),
         Index("ix_jobs_sweep", "sweep_id", "status", "ended_at"),
         Index("ix_jobs_name", "name", "job_id"),
         Index("ix_jobs_user", "user", "job_id"),
         Index("ix_jobs_status", "status", "job_id"),
-        Index(
-            "ix_jobs_outcome",
-            "status",
-            "reason",
-            postgresql_where=text("ended_at IS NOT NULL"),
-            sqlite_where=text("ended_at IS NOT NULL"),
-        ),
-        Index(
-            "ix_jobs_ended",
-            "ended_at",
-            "status",
-            postgresql_where=text("ended_at IS NOT NULL"),
-            sqlite_where=text("ended_at IS NOT NULL"),
-        ),
+        _where("ix_jobs_outcome", "ended_at IS NOT NULL", "status", "reason"),
+        _where("ix_jobs_ended", "ended_at IS NOT NULL", "ended_at", "status", "sweep_id", "job_id"),
+        _where("ix_jobs_need_key", "attempt > 0", "need_key", "job_id"),
+        _where("ix_jobs_family", "ended_at IS NOT NULL", "family", "job_id"),
         {"sqlite_autoincrement": True},  # a number is never given twice, also after a delete
     )
 
@@ -149,9 +145,7 @@ class Job(Base):
     queue_key: Mapped[str] = mapped_column(Prose().with_variant(Text(collation="C"), "postgresql"))
     methods: Mapped[list[str]] = mapped_column(Json(list_of(Method), []))  # permitted ones, the preferred first
     lora_until: Mapped[Timestamp | None]  # until then it waits for a card that holds LoRA; null: it does not
-    need_key: Mapped[str | None] = mapped_column(
-        Characters(64), index=True
-    )  # jobs with the same one need the same memory
+    need_key: Mapped[str | None] = mapped_column(Characters(64))  # jobs with the same one need the same memory
     family: Mapped[str | None] = mapped_column(Characters(64))  # the base's model_type; null: not known on the client
     engine: Mapped[int] = mapped_column(server_default="1")  # whose steps it was planned for: common/memory/engine.py
     # how several cards may divide it: {"alone": may one have it, "ways": [{"cards", "parallel", bytes by method}]}
@@ -230,6 +224,9 @@ class Sweep(Base):
     created_at: Mapped[Timestamp]
 
 
+_INSIDE = "{0}host IS NOT NULL AND ({0}ended_at IS NULL OR {0}inside)"
+
+
 class Attempt(Base):
     """One run of a job on one device."""
 
@@ -237,7 +234,8 @@ class Attempt(Base):
     __table_args__ = (
         Index("ix_attempts_started", "started_at"),
         Index("ix_attempts_ended", "ended_at"),
-        Index("ix_attempts_host", "host"),
+        _where("ix_attempts_host", "host IS NOT NULL", "host"),
+        _where("ix_attempts_inside", _INSIDE.format(""), "host"),
     )
 
     job_id: Mapped[JobKey] = mapped_column(primary_key=True)
@@ -266,6 +264,10 @@ class Attempt(Base):
     joined: Mapped[bool] = mapped_column(default=False, server_default=false())  # it reserves its own part alone
     shared: Mapped[bool] = mapped_column(default=False, server_default=false())  # others were in its trainer with it
     lease_expires_at: Mapped[Timestamp | None]  # holds the lease while somebody's transaction has the job's row locked
+
+
+INSIDE = text(_INSIDE.format("attempts."))
+"""Of an attempt: it is in a host, running or on its way out. In these very words, as FINAL is."""
 
 
 class AttemptShare(Base):

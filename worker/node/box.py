@@ -177,7 +177,7 @@ class Box:
         closed = self._drained()
         taking = [d.total for d in self._devices if d.number not in self._given_up and self._name(d) not in closed]
         largest = max(taking, default=None)
-        return self._store.unfinished(largest, self._labels) == 0
+        return not self._store.has_unfinished(largest, self._labels)
 
     def _drained(self) -> list[str]:
         drains, names = self._store.drains(), [self._name(device) for device in self._devices]

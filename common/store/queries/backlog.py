@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime as dt
 from collections.abc import Iterable, Mapping
 
-from sqlalchemy import ColumnElement, func, null, or_, select
+from sqlalchemy import ColumnElement, TextClause, or_, select
 from sqlalchemy import text as sql
 
 from loractl.common.job.method import Method
@@ -16,9 +16,10 @@ from loractl.common.placement.keys import QueueKey, queue_key
 from loractl.common.placement.sizes import vram_class
 
 from ..fleet import waiting_of
-from ..tables import Job
+from ..tables import WAITS, Job
 from ..transaction import SKIP_LOCKED, Transaction
 from .cards.nodes import read_cards
+from .lines import EVERY_KEY
 
 
 def line_up(job: Job, requires: Mapping[str, str], now: dt.datetime) -> None:
@@ -41,7 +42,7 @@ def end_patience(tx: Transaction) -> list[tuple[int, int]]:
     if not tx.is_alone():
         return []
     now = tx.now()
-    over = select(Job).where(sql("status = 'queued'"), Job.lora_until.is_not(None), Job.lora_until <= now)
+    over = select(Job).where(WAITS, Job.lora_until.is_not(None), Job.lora_until <= now)
     first = over.order_by(Job.lora_until, Job.job_id).limit(100).with_for_update(**SKIP_LOCKED)
     changed = []
     for job in tx.session.scalars(first):
@@ -65,14 +66,21 @@ def waiting_classes(tx: Transaction, classes: Iterable[int]) -> set[int]:
     return {size for size, found in zip(sizes, waits, strict=True) if found}
 
 
-def unfinished(tx: Transaction, largest: int | None, labels: Mapping[str, str]) -> int:
-    runs = tx.session.scalar(select(func.count()).select_from(Job).where(Job.status == Status.RUNNING)) or 0
-    if largest is None:
+_OF_KEY = "status = 'queued' AND queue_key = keys.k AND NOT held AND gangs IS NULL"
+_FITTING = sql(
+    f"{EVERY_KEY} SELECT k FROM keys WHERE"  # noqa: S608  no input
+    f" coalesce((SELECT 1 FROM jobs WHERE {_OF_KEY} AND vram_needed <= :largest LIMIT 1),"
+    f" (SELECT 1 FROM jobs WHERE {_OF_KEY} AND vram_needed IS NULL LIMIT 1)) = 1"
+)
+"""The keys under which a job of one card alone waits that so many bytes could hold."""
+
+
+def has_unfinished(tx: Transaction, largest: int | None, labels: Mapping[str, str]) -> bool:
+    runs = tx.session.scalar(select(Job.job_id).where(Job.status == Status.RUNNING).limit(1)) is not None
+    if runs or largest is None:
         return runs
-    waits = (Job.status == Status.QUEUED) & ~Job.held & or_(Job.vram_needed.is_(None), Job.vram_needed <= largest)
-    lines = select(Job.queue_key, func.count()).where(waits & Job.gangs.is_(null())).group_by(Job.queue_key)
-    alone = sum(jobs for key, jobs in tx.session.execute(lines) if _asks_for(key, labels))
-    return runs + alone + _unfinished_gangs(tx, waits & Job.gangs.is_not(null()), largest, labels)
+    keys = tx.session.scalars(_FITTING, {"largest": largest}).all()
+    return any(_asks_for(key, labels) for key in keys) or _gang_waits(tx, largest, labels)
 
 
 def _asks_for(key: str, labels: Mapping[str, str]) -> bool:
@@ -83,19 +91,22 @@ def _asks_for(key: str, labels: Mapping[str, str]) -> bool:
         return False  # such a row is set aside
 
 
-def _unfinished_gangs(tx: Transaction, waits: ColumnElement[bool], largest: int, labels: Mapping[str, str]) -> int:
-    """Those of the waiting jobs that several cards may share which one card or several could hold."""
-    jobs, now = tx.session.scalars(select(Job).where(waits)).all(), tx.now()
+def _gang_waits(tx: Transaction, largest: int, labels: Mapping[str, str]) -> bool:
+    """Whether a job waits that several cards may share, and that one card or several could hold."""
+    fits = or_(Job.vram_needed.is_(None), Job.vram_needed <= largest)
+    jobs, now = tx.session.scalars(select(Job).where(WAITS, sql("gangs IS NOT NULL"), ~Job.held, fits)).all(), tx.now()
     cards = read_cards(tx.session, now) if jobs else []
-    forms = [form for job in jobs if (form := waiting_of(vars(job), now)).requires <= labels.items()]
-    fits = [form for form in forms if form.alone and (form.least is None or form.least <= largest)]
-    return len(fits) + sum(form not in fits and gang_of(form, cards) is not None for form in forms)
+    forms = (form for job in jobs if (form := waiting_of(vars(job), now)).requires <= labels.items())
+    return any(
+        (form.alone and (form.least is None or form.least <= largest)) or gang_of(form, cards) is not None
+        for form in forms
+    )
 
 
-def _is_ready(now: dt.datetime) -> tuple[ColumnElement[bool], ...]:
+def _is_ready(now: dt.datetime) -> tuple[ColumnElement[bool] | TextClause, ...]:
     """The conditions for a claim, apart from the job's need."""
     return (
-        Job.status == Status.QUEUED,
+        WAITS,
         ~Job.held,
         ~Job.cancel_requested,
         or_(Job.not_before.is_(None), Job.not_before <= now),

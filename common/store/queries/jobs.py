@@ -6,7 +6,7 @@ import datetime as dt
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from sqlalchemy import ColumnElement, Select, and_, case, exists, func, or_, select
+from sqlalchemy import ColumnElement, Select, and_, exists, func, or_, select, union
 from sqlalchemy import text as sql
 from sqlalchemy.orm.attributes import set_committed_value
 
@@ -17,11 +17,13 @@ from loractl.common.memory.correction import Measured
 from loractl.common.memory.engine import ENGINE
 from loractl.common.units import LARGEST
 
+from ..columns import LONG_AGO
 from ..records import Choice, CoursePoint, JobCount, Page, PastRun
-from ..tables import ASKED_TO_STOP, Attempt, AttemptShare, Event, Job, JobLabel, LogChunk, MetricPoint, Sweep
+from ..tables import ASKED_TO_STOP, WAITS, Attempt, AttemptShare, Event, Job, JobLabel, LogChunk, MetricPoint, Sweep
 from ..transaction import Transaction
 
-_QUEUED = sql("status = 'queued'")  # literal: a partial index is only used where the planner sees its condition
+LOOKED_AT = 10
+"""So many attempts are looked at for each one that is asked for: those on processors, or with others, teach no plan."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +93,7 @@ def read_glance(
 ) -> Glance:
     chosen = _chosen(choice)
     waiting = _read_waiting(tx, choice, page, alone)
-    count = select(func.count()).select_from(Job).where(_QUEUED, *chosen)
+    count = select(func.count()).select_from(Job).where(WAITS, *chosen)
     # no GROUP BY: SQLite would walk over all jobs by their status for it
     outcomes = (Status.SUCCEEDED, Status.FAILED)
     ended = select(*(func.count().filter(Job.status == status) for status in outcomes)).select_from(Job)
@@ -114,7 +116,7 @@ def _read_waiting(tx: Transaction, choice: Choice, page: Page, alone: bool) -> l
     last = None if page.after is None else read_job(tx, page.after)
     found: list[Job] = []
     for priority in _levels(tx, None if last is None else last.priority):
-        query = select(Job).where(_QUEUED, Job.priority == priority, *_chosen(choice)).order_by(Job.job_id)
+        query = select(Job).where(WAITS, Job.priority == priority, *_chosen(choice)).order_by(Job.job_id)
         if last is not None and last.priority == priority:
             query = query.where(Job.job_id > last.job_id)
         if alone:
@@ -127,7 +129,7 @@ def _read_waiting(tx: Transaction, choice: Choice, page: Page, alone: bool) -> l
 
 def _levels(tx: Transaction, highest: int | None) -> Iterator[int]:
     """The priorities of waiting jobs, from the highest down."""
-    level = select(func.max(Job.priority)).where(_QUEUED)
+    level = select(func.max(Job.priority)).where(WAITS)
     priority = tx.session.scalar(level if highest is None else level.where(Job.priority <= highest))
     while priority is not None:
         yield priority
@@ -150,7 +152,7 @@ def _chosen(choice: Choice) -> list[ColumnElement[bool]]:
         conditions.append(Job.name == choice.name)
     if choice.label:
         has = (JobLabel.key == choice.label[0], JobLabel.value == choice.label[1])
-        conditions.append(exists().where(JobLabel.job_id == Job.job_id, *has))
+        conditions.append(Job.job_id.in_(select(JobLabel.job_id).where(*has)))
     if choice.status:
         conditions.append(Job.status == choice.status)
     return conditions
@@ -208,14 +210,19 @@ def read_course(tx: Transaction, job_ids: Collection[int], name: str, most: int)
 def read_counts(tx: Transaction) -> list[JobCount]:
     """How many jobs are in each state, and why."""
     now = tx.now()
-    waits = case((Job.held, "held"), (Job.not_before > now, "retry"), else_="ready")
-    counts = []
-    for status, reason, where in (
-        (Status.QUEUED, waits, _QUEUED),
-        (Status.RUNNING, Job.stage, Job.status == Status.RUNNING),
-    ):
-        grouped = select(reason.label("why"), func.count().label("many")).where(where).group_by("why")
-        counts += [JobCount(status=status, reason=str(r.why or ""), count=r.many) for r in tx.session.execute(grouped)]
+    count = select(func.count()).select_from(Job)
+    # each by an index: the held ones and those in backoff are few
+    waits = {
+        "held": tx.session.scalar(count.where(WAITS, sql("held"))) or 0,
+        "retry": tx.session.scalar(count.where(WAITS, Job.not_before > now, ~Job.held)) or 0,
+    }
+    waits["ready"] = (tx.session.scalar(count.where(WAITS)) or 0) - sum(waits.values())
+    counts = [JobCount(status=Status.QUEUED, reason=why, count=many) for why, many in waits.items() if many]
+    stages = select(Job.stage, func.count().label("many")).where(Job.status == Status.RUNNING).group_by(Job.stage)
+    counts += [
+        JobCount(status=Status.RUNNING, reason=str(row.stage or ""), count=row.many)
+        for row in tx.session.execute(stages)
+    ]
     ended = select(Job.status, Job.reason, func.count().label("many")).where(Job.ended_at.is_not(None))
     counts += [
         JobCount(status=row.status, reason=str(row.reason or ""), count=row.many)
@@ -227,7 +234,7 @@ def read_counts(tx: Transaction) -> list[JobCount]:
 
 def oldest_ready(now: dt.datetime) -> Select[dt.datetime]:
     """When the oldest job that could be claimed now was submitted."""
-    ready = (_QUEUED, ~Job.held, ~Job.cancel_requested, or_(Job.not_before.is_(None), Job.not_before <= now))
+    ready = (WAITS, ~Job.held, ~Job.cancel_requested, or_(Job.not_before.is_(None), Job.not_before <= now))
     return select(Job.submitted_at).where(*ready).order_by(Job.job_id).limit(1)
 
 
@@ -270,8 +277,15 @@ def read_measured(tx: Transaction, need_key: str | None, family: str | None, lim
     # and one of several cards holds no whole job
     several = (AttemptShare.job_id == Attempt.job_id) & (AttemptShare.attempt == Attempt.attempt)
     query = query.where(~select(AttemptShare.rank).where(several).exists())
-    if need_key is not None:
-        query = query.where(or_(Job.need_key == need_key, (Job.family == family) if family else sql("1 = 0")))
+    if need_key is None:
+        newest = select(Attempt.started_at).order_by(Attempt.started_at.desc()).offset(LOOKED_AT * limit).limit(1)
+        query = query.where(Attempt.started_at >= func.coalesce(newest.scalar_subquery(), LONG_AGO))
+    else:
+        ran = select(Job.job_id).order_by(Job.job_id.desc()).limit(limit)
+        alike = ran.where(sql("attempt > 0"), Job.need_key == need_key).subquery()
+        related = ran.where(Job.ended_at.is_not(None), Job.family == family).subquery()
+        either = union(select(alike.c.job_id), *([select(related.c.job_id)] if family else []))
+        query = query.where(Attempt.job_id.in_(either))
     return [
         Measured(
             device_name=row.device_name or "unknown",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime as dt
+import functools
 import heapq
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,6 +25,7 @@ from ..tables import Job
 _MET = "unreadable jobs"
 _HIGHEST = 2**31  # above every priority that a row can have
 _MOST_JOINERS = 32  # of a base that are asked whether they join; four packs in a go
+_MOST_BASES = 100  # in one statement; SQLite takes up to 500
 _AT_ONCE = 32  # of a user's jobs in one query, where many are read
 
 # Literal conditions: a partial index is only used where the planner can see that its condition holds.
@@ -59,6 +61,16 @@ _KEYS = (
     " WHERE keys.k < :end"
     ") "
 )
+EVERY_KEY = (
+    "WITH RECURSIVE keys(k) AS ("
+    " SELECT min(queue_key) FROM jobs WHERE status = 'queued'"
+    " UNION ALL"
+    " SELECT (SELECT min(queue_key) FROM jobs WHERE status = 'queued' AND queue_key > keys.k) FROM keys"
+    " WHERE keys.k IS NOT NULL"
+    ") "
+)
+"""Each different key once, and NULL, by one step in an index for each."""
+
 _HEADS = text(
     f"{_KEYS} SELECT k,"  # noqa: S608  no input
     f" (SELECT job_id FROM jobs WHERE {_READY} AND queue_key = keys.k ORDER BY job_id LIMIT 1)"
@@ -92,10 +104,6 @@ _FIRST_BY_USER = _typed(
 )
 _NEXT_OF_USER = _oldest(f"{_OF_USER} :user AND job_id > :after")
 _SOME_OF_USER = _oldest(f"{_OF_USER} :user AND job_id > :after", _AT_ONCE)
-_JOINERS = _typed(
-    f"SELECT {_COLUMNS} FROM jobs WHERE {_READY} AND base_model = :model"  # noqa: S608  no input
-    f" ORDER BY priority DESC, job_id LIMIT {_MOST_JOINERS}"
-)
 _OLDEST = _oldest("")
 _OLDEST_FITTING = _oldest(f"AND job_id > :after AND {_FITS}")
 _BY_NUMBER = _oldest("AND job_id = :job_id")
@@ -124,9 +132,27 @@ def read_levels(
 
 
 def read_joiners(session: Session, now: dt.datetime, models: Sequence[str]) -> list[Waiting]:
-    """The first ready jobs on each of these bases."""
-    found = (session.execute(_JOINERS, {"now": now, "model": model}).mappings() for model in models)
-    return [_waiting(session, row, now) for rows in found for row in rows]
+    """The first ready jobs on each of these bases; one statement asks for all of them."""
+    found: list[Waiting] = []
+    for start in range(0, len(models), _MOST_BASES):
+        some = models[start : start + _MOST_BASES]
+        asked = {"now": now, **{f"model{number}": model for number, model in enumerate(some)}}
+        found += [_waiting(session, row, now) for row in session.execute(_joiners(len(some)), asked).mappings()]
+    return found
+
+
+@functools.cache
+def _joiners(bases: int) -> TextualSelect:
+    """The first ready jobs of each base: a part of the statement each, since SQLite knows no LATERAL."""
+    parts = (
+        f"SELECT job_id FROM (SELECT job_id FROM jobs WHERE {_READY} AND base_model = :model{number}"  # noqa: S608  no input
+        f" ORDER BY priority DESC, job_id LIMIT {_MOST_JOINERS}) AS part{number}"
+        for number in range(bases)
+    )
+    return _typed(
+        f"SELECT {_COLUMNS} FROM jobs WHERE job_id IN ({' UNION ALL '.join(parts)})"  # noqa: S608  no input
+        " ORDER BY base_model, priority DESC, job_id"
+    )
 
 
 def read_order(session: Session, now: dt.datetime, charges: Mapping[str, float], limit: int) -> list[Waiting]:

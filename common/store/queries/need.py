@@ -4,11 +4,12 @@ version whose steps take other memory plans it anew."""
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 
-from sqlalchemy import and_, or_, select, update
+from sqlalchemy import select, update
 from sqlalchemy import text as sql
 
 from loractl.common.job.method import Method
@@ -24,7 +25,7 @@ from loractl.common.units import gib
 from ..columns import part_of
 from ..fleet import waiting_of
 from ..records import Claim, MemoryPlan
-from ..tables import Attempt, AttemptShare, Job, Node
+from ..tables import WAITS, Attempt, AttemptShare, Job, Node
 from ..transaction import SKIP_LOCKED, Transaction
 from .backlog import line_up, node_labels
 from .cards.nodes import read_cards
@@ -71,13 +72,8 @@ def plan_again(tx: Transaction, claim: Claim, planned: Need) -> None:
 def plan_anew(read: Callable[[], Transaction], write: Callable[[], Transaction]) -> list[int]:
     """Plan waiting jobs whose plans are of an older engine, where their bases are on this machine; returns the jobs."""
     with read() as tx:
-        bases = tx.session.execute(select(Job.base_model, _REVISION).where(*_OLD).distinct()).all()
-    here = [(base, revision) for base, revision in bases if read_shape(base, revision) is not None]
-    if not here:
-        return []
-    named = or_(*(and_(Job.base_model == base, _REVISION.is_not_distinct_from(revision)) for base, revision in here))
-    with read() as tx:
-        jobs = tx.session.scalars(select(Job).where(*_OLD, named).order_by(Job.job_id).limit(AT_ONCE)).all()
+        here = list(itertools.islice(_plannable(tx), AT_ONCE))
+        jobs = tx.session.scalars(select(Job).where(Job.job_id.in_(here)).order_by(Job.job_id)).all() if here else []
     plans = [(job.job_id, plan) for job in jobs if (plan := _plan(job, read)) is not None]
     done: list[int] = []
     with write() as tx:
@@ -86,8 +82,28 @@ def plan_anew(read: Callable[[], Transaction], write: Callable[[], Transaction])
     return done
 
 
-_REVISION = part_of(Job.spec, "revision")
-_OLD = (sql("status = 'queued'"), Job.engine < ENGINE)
+_OLD_BASES = sql(
+    "WITH RECURSIVE bases(b) AS ("
+    " SELECT min(base_model) FROM jobs WHERE status = 'queued'"
+    " UNION ALL"
+    " SELECT (SELECT min(base_model) FROM jobs WHERE status = 'queued' AND base_model > bases.b) FROM bases"
+    " WHERE bases.b IS NOT NULL"
+    ") SELECT b FROM bases WHERE"
+    " EXISTS (SELECT 1 FROM jobs WHERE status = 'queued' AND base_model = bases.b AND engine < :engine)"
+)
+"""The bases of waiting jobs whose plans are of an older engine, each by a step or two in an index."""
+
+
+def _plannable(tx: Transaction) -> Iterator[int]:
+    """Jobs whose bases are on this machine. Of each base the oldest plans are looked at, and no more than are planned
+    in one go: others come once these have been planned, or have started."""
+    revision = part_of(Job.spec, "revision")
+    old = select(Job.job_id, revision.label("revision")).where(WAITS, Job.engine < ENGINE)
+    for base in tx.session.scalars(_OLD_BASES, {"engine": ENGINE}).all():
+        some = tx.session.execute(old.where(Job.base_model == base).order_by(Job.engine, Job.job_id).limit(AT_ONCE))
+        rows = some.all()
+        here = {name for name in {row.revision for row in rows} if read_shape(base, name) is not None}
+        yield from (row.job_id for row in rows if row.revision in here)
 
 
 def _plan(job: Job, read: Callable[[], Transaction]) -> MemoryPlan | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime as dt
 from collections.abc import Collection, Iterable, Sequence
 
-from sqlalchemy import ColumnElement, or_, select, update
+from sqlalchemy import ColumnElement, select, update
 
 from loractl.common.job.method import Method
 from loractl.common.job.status import Status
@@ -16,7 +16,7 @@ from loractl.common.text import storable
 
 from ...hosts import TrainerHost
 from ...records import Claim, NewHost
-from ...tables import Attempt, Job, Node
+from ...tables import INSIDE, Attempt, Job, Node
 from ...transaction import Transaction
 from .nodes import forget_hosts, read_cards
 
@@ -64,7 +64,7 @@ def _is_inside(tx: Transaction, claim: Claim, host: str) -> bool:
 
 def is_busy(tx: Transaction, host: str, but: str = "") -> bool:
     """Whether attempts are in the host, running or on their way out; `but`: the token of one that does not count."""
-    there = (Attempt.host == host, Attempt.token != but, or_(Attempt.ended_at.is_(None), Attempt.inside))
+    there = (INSIDE, Attempt.host == host, Attempt.token != but)
     return tx.session.scalars(select(Attempt.job_id).where(*there).limit(1)).first() is not None
 
 

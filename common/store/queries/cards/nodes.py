@@ -19,7 +19,7 @@ from loractl.common.placement.shares import charge, decayed, with_base
 from ...fleet import NODE_STALE_S, OCCUPANT, InsideHost, card_of
 from ...hosts import TrainerHost
 from ...records import Arrival, BoxIdentity, NodeState
-from ...tables import Attempt, DrainOrder, Job, LabFailure, Node, Use
+from ...tables import INSIDE, Attempt, DrainOrder, Job, LabFailure, Node, Use
 from ...transaction import Transaction
 from ..outbox.notices import tell_of_closure
 from .shares import beside, read_beside, running_on
@@ -77,7 +77,7 @@ def forget(tx: Transaction, node: str, box: BoxIdentity | None) -> None:
 def forget_hosts(tx: Transaction, which: ColumnElement[bool]) -> None:
     """Their processes have ended. Whoever was not out of one yet is so now."""
     gone = select(TrainerHost.host).where(which)
-    tx.session.execute(update(Attempt).where(Attempt.host.in_(gone), Attempt.inside).values(inside=False))
+    tx.session.execute(update(Attempt).where(INSIDE, Attempt.host.in_(gone), Attempt.inside).values(inside=False))
     tx.session.execute(delete(TrainerHost).where(which))
 
 
@@ -131,7 +131,7 @@ def read_inside(session: Session) -> list[InsideHost]:
             joined=row.joined,
             ended=row.ended_at is not None,
         )
-        for row in session.execute(there.where(or_(Attempt.ended_at.is_(None), Attempt.inside)))
+        for row in session.execute(there.where(INSIDE))
     ]
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import select
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, load_only
 
 from loractl.common.job.adjustment import Adjustment, adjusted
 from loractl.common.job.method import Method
@@ -48,7 +48,10 @@ class Packs:
 
     def read_rows(self, jobs: Sequence[Waiting]) -> None:
         """Read at once the rows of waiting jobs that will be asked for."""
-        rows = self.session.scalars(select(Job).where(Job.job_id.in_([job.job_id for job in jobs])))
+        asked = (Job.spec, Job.data, Job.adjustment, Job.reason, Job.sweep_id)  # a row has sixty columns
+        rows = self.session.scalars(
+            select(Job).options(load_only(*asked)).where(Job.job_id.in_([job.job_id for job in jobs]))
+        )
         self._rows |= {row.job_id: row for row in rows}
 
     def newcomer(self, job: Waiting) -> Newcomer | None:

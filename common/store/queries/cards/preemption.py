@@ -14,7 +14,7 @@ from loractl.common.placement.cards import Card
 from loractl.common.placement.lines import Openings, Waiting
 from loractl.common.placement.preemption import give_way
 
-from ...tables import Job
+from ...tables import WAITS, Job
 from ...transaction import SKIP_LOCKED, Transaction
 from ..lines import read_levels
 from .decisions import decide
@@ -50,7 +50,7 @@ def _lowest_willing(tx: Transaction) -> int | None:
     if not running or any(row.preempted_by is not None for row in running):
         return None
     lowest, highest = min(row.priority for row in running), select(func.max(Job.priority))
-    waits = tx.session.scalar(highest.where(Job.status == Status.QUEUED))
+    waits = tx.session.scalar(highest.where(WAITS))
     return lowest if waits is not None and waits > lowest else None
 
 

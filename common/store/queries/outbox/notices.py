@@ -78,8 +78,11 @@ def tell_of_cancelled_sweeps(tx: Transaction, since: dt.datetime) -> None:
 
     Whoever cancels may write no messages: a worker finds it in the rows, a moment later.
     """
-    gone = select(func.max(Job.job_id)).where(Job.ended_at >= since, Job.status == Status.CANCELLED)
-    last = gone.where(Job.sweep_id.is_not(None)).group_by(Job.sweep_id)
+    # by the time first: SQLite would look at all that was ever cancelled
+    ended = select(Job.job_id, Job.sweep_id, Job.status).where(Job.ended_at >= since)
+    lately = ended.cte("lately").prefix_with("MATERIALIZED")
+    gone = select(func.max(lately.c.job_id)).where(lately.c.status == Status.CANCELLED)
+    last = gone.where(lately.c.sweep_id.is_not(None)).group_by(lately.c.sweep_id)
     tell_of_jobs(tx, tx.session.scalars(last).all())
 
 

@@ -18,9 +18,10 @@ from loractl.common.placement.sizes import size_step
 
 from ...fleet import unreadable, waiting_of
 from ...outbox import OutboxMessage
-from ...tables import Job
+from ...tables import WAITS, Job
 from ...transaction import Transaction
 from ..jobs import read_job
+from ..lines import EVERY_KEY
 from .notices import News, write
 
 GRACE_S = 600.0
@@ -32,15 +33,7 @@ _AT_ONCE = 50
 
 _LIMIT = "its resources.max_vram is below every need"
 
-_KEYS = text(
-    "WITH RECURSIVE keys(k) AS ("
-    " SELECT min(queue_key) FROM jobs WHERE status = 'queued'"
-    " UNION ALL"
-    " SELECT (SELECT min(queue_key) FROM jobs WHERE status = 'queued' AND queue_key > keys.k) FROM keys"
-    " WHERE keys.k IS NOT NULL"
-    ") SELECT k FROM keys WHERE k IS NOT NULL"
-)
-"""Each different key once, by one step in an index for each."""
+_KEYS = text(f"{EVERY_KEY} SELECT k FROM keys WHERE k IS NOT NULL")  # noqa: S608  no input
 
 
 def tell_of_jobs_out_of_reach(tx: Transaction, cards: Collection[Card], now: dt.datetime) -> None:
@@ -74,7 +67,7 @@ def _found(tx: Transaction, cards: Collection[Card]) -> Iterator[int]:
             continue
         untold = ~exists().where(OutboxMessage.event == _event())
         named = cast(Job.spec, String).like('%"notify": ["%')
-        mine = (text("status = 'queued'"), Job.queue_key == key, ~Job.held, named, untold, condition)
+        mine = (WAITS, Job.queue_key == key, ~Job.held, named, untold, condition)
         yield from tx.session.scalars(select(Job.job_id).where(*mine).order_by(Job.job_id).limit(_AT_ONCE)).all()
 
 

@@ -55,7 +55,7 @@ def test_the_indexes_of_waiting_and_leased_jobs_are_partial(database_url: str) -
     engine = make_engine(database_url)
     upgrade(engine)
     indexes = {index["name"]: index for index in inspect(engine).get_indexes("jobs")}
-    for name, status in (("ix_jobs_waiting", "queued"), ("ix_jobs_lease", "running")):
+    for name, status in (("ix_jobs_order", "queued"), ("ix_jobs_lease", "running")):
         condition = indexes[name]["dialect_options"][f"{engine.dialect.name}_where"]
         assert f"'{status}'" in str(condition)
     engine.dispose()

@@ -196,7 +196,7 @@ def test_a_job_that_loses_its_third_worker_is_held_until_a_person_releases_it(ti
         " the last on box:0: box:0 was silent for 60 s"
     )
     assert take(timed) is None
-    assert (timed.waiting_classes(VRAM_CLASSES), timed.unfinished(PLENTY, {})) == (set(), 0)
+    assert (timed.waiting_classes(VRAM_CLASSES), timed.has_unfinished(PLENTY, {})) == (set(), False)
 
     released = timed.retry(job_id, "bob")
     assert (released.held, released.message, released.status) == (False, None, Status.QUEUED)
@@ -304,24 +304,31 @@ def test_the_waiting_classes_are_those_in_which_a_job_could_be_claimed_now(store
     assert store.waiting_classes(VRAM_CLASSES) == {24}
 
 
-def test_unfinished_counts_what_runs_and_what_would_fit(store: Store) -> None:
-    assert store.unfinished(PLENTY, {}) == 0
+def test_unfinished_is_what_runs_and_what_would_fit(store: Store) -> None:
+    assert not store.has_unfinished(PLENTY, {})
     small, large = (store.submit(submission(lora=n, method="lora")) for n in (4, 20))
-    assert [store.unfinished(n * GIB, {}) for n in (3, 4, 20)] == [0, 1, 2]
+    assert [store.has_unfinished(n * GIB, {}) for n in (3, 4, 20)] == [False, True, True]
     mine = claim(store)
-    assert (mine.job_id, store.unfinished(3 * GIB, {})) == (small, 1), "what runs may run anywhere"
+    assert mine.job_id == small and store.has_unfinished(3 * GIB, {}), "what runs may run anywhere"
+    assert store.has_unfinished(None, {})
     end(store, Reason.TRAINER_ERROR, mine)
-    assert store.unfinished(4 * GIB, {}) == 1, "a job that waits for its next attempt is not finished"
+    assert not store.has_unfinished(None, {})
+    assert store.has_unfinished(4 * GIB, {}), "a job that waits for its next attempt is not finished"
     store.cancel(small, "ada")
+    assert [store.has_unfinished(n * GIB, {}) for n in (19, 20)] == [False, True]
     store.cancel(large, "ada")
-    assert store.unfinished(PLENTY, {}) == 0
+    assert not store.has_unfinished(PLENTY, {})
+    store.submit(submission(lora=None, qlora=None))
+    assert store.has_unfinished(1, {}), "one whose need is not known may fit anywhere"
 
 
 def test_unfinished_leaves_out_what_asks_for_labels_that_the_box_lacks(store: Store) -> None:
-    for resources in ({"node_labels": {"nvlink": "yes"}}, {"node_labels": {"nvlink": "yes"}, "cards": 2}, {}):
+    for resources in ({"node_labels": {"nvlink": "yes"}}, {"node_labels": {"nvlink": "yes"}, "cards": 2}):
         store.submit(submission(lora=4, method="lora", resources=resources))
-    assert store.unfinished(PLENTY, {}) == store.unfinished(PLENTY, {"nvlink": "no"}) == 1
-    assert store.unfinished(PLENTY, {"nvlink": "yes", "site": "roof"}) >= 2
+    boxes = ({}, {"nvlink": "no"}, {"nvlink": "yes", "site": "roof"})
+    assert [store.has_unfinished(PLENTY, labels) for labels in boxes] == [False, False, True]
+    store.submit(submission(lora=4, method="lora"))
+    assert all(store.has_unfinished(PLENTY, labels) for labels in boxes)
 
 
 def test_a_spec_that_this_version_cannot_read_fails_and_does_not_block_the_next(timed: Store, clock: Clock) -> None:

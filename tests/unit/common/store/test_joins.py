@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
-from sqlalchemy import delete
+from sqlalchemy import delete, event
 from sqlalchemy.orm import Session
 
 from loractl.common.job.status import Reason, Status
@@ -68,6 +68,41 @@ def end(store: Store, mine: Claim) -> None:
 
 def taken(store: Store) -> float:
     return store.fleet().cards[NODE].taken / GIB
+
+
+def test_a_claim_takes_as_many_statements_beside_any_number_of_hosts(store: Store) -> None:
+    asked: list[str] = []
+
+    def count(*given: Any) -> None:
+        asked.append(given[2])
+
+    counts, boxes = [], 0
+    for more in (2, 6):
+        for number in range(boxes, boxes + more):
+            store.see_node(node_state(f"box:{number}", total=24 * GIB, max_jobs=1))
+            queue(store, base_model=f"org/{number}")
+            opens_on(store, f"box:{number}")
+        boxes += more
+        for number in range(boxes):
+            queue(store, base_model=f"org/{number}")
+        asked.clear()
+        event.listen(store._engine, "after_cursor_execute", count)
+        mine = store.claim("box:0", joins=True)
+        event.remove(store._engine, "after_cursor_execute", count)
+        assert isinstance(mine, Claim) and mine.joins and mine.spec.base_model == "org/0"
+        end(store, mine)
+        counts.append(len(asked))
+        for job in store.jobs(statuses=[Status.QUEUED]):
+            store.cancel(job.job_id, "ada")
+    assert counts[0] == counts[1], counts
+
+
+def opens_on(store: Store, node: str) -> None:
+    mine = store.claim(node, joins=True)
+    assert isinstance(mine, Claim)
+    key = base_key(mine.spec, mine.method)
+    assert key is not None
+    assert store.open_host(mine, NewHost(host=f"h{node}", node=node, key=key, bytes=5 * GIB))
 
 
 def test_a_job_joins_a_full_card_s_host_by_its_own_part(store: Store) -> None:

@@ -1,9 +1,9 @@
-"""Lists that a page shows are read along an index: with 100,000 jobs none of them looks at each row."""
+"""What is asked again and again is read along an index: with 100,000 jobs no page and no round looks at each row."""
 
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,11 @@ from sqlalchemy import event
 from loractl.common.job.status import Status
 from loractl.common.job.sweep import NewSweep
 from loractl.common.store.database import make_engine
-from loractl.common.store.records import Choice, Page
+from loractl.common.store.records import Choice, Claim, Page
 from loractl.common.store.store import Store
+from loractl.common.units import GIB
 
-from ...factories import NOON, submission
+from ...factories import NOON, node_state, submission
 
 ASKED: dict[str, Callable[[Store], Any]] = {
     "all": lambda store: store.newest(Choice(), Page()),
@@ -32,25 +33,79 @@ ASKED: dict[str, Callable[[Store], Any]] = {
     "ended": lambda store: store.ended(NOON, 8),
 }
 
+ROUNDS: dict[str, Callable[[Store], Any]] = {
+    "unfinished": lambda store: store.has_unfinished(GIB, {}),
+    "classes": lambda store: store.waiting_classes((8, 12)),
+    "fleet": lambda store: store.fleet(),
+    "ready": lambda store: store.ready(9),
+    "counts": lambda store: store.counts(),
+    "overview": lambda store: store.glance(Choice(), Page(), NOON, alone=True),
+    "overview of a label": lambda store: store.glance(Choice(label=("team", "nlp")), Page(), NOON),
+    "overview of an owner": lambda store: store.glance(Choice(user="ada"), Page(), NOON),
+    "measured alike": lambda store: store.measured("key", "llama"),
+    "claim": lambda store: store.claim("box:0", joins=True),
+    "turn": lambda store: store.take_turn("box:0", 0.0, 0.0),
+    "preempt": lambda store: store.preempt(),
+    "patience": lambda store: store.end_patience(),
+    "leases": lambda store: store.reap(),
+    "plan anew": lambda store: store.plan_anew(),
+}
 
-@pytest.mark.parametrize("what", ASKED)
-def test_no_list_looks_at_each_row(sqlite_template: Path, tmp_path: Path, what: str) -> None:
+
+@pytest.fixture
+def lab(sqlite_template: Path, tmp_path: Path) -> Iterator[Store]:
+    """A store with jobs that wait and one that runs and gives way."""
     (tmp_path / "test.db").write_bytes(sqlite_template.read_bytes())
     engine = make_engine(f"sqlite:///{tmp_path / 'test.db'}")
     store = Store(engine)
+    store.see_node(node_state("box:0", total=24 * GIB, max_jobs=2))
+    store.submit(submission(preemptible=True, priority=-1))
+    assert isinstance(store.claim("box:0"), Claim)
     store.submit_sweep(NewSweep(name="grid", user="ada", varied={"lora.r": "8"}), [submission(labels={"team": "nlp"})])
-    plans: list[str] = []
+    yield store
+    engine.dispose()
+
+
+def steps_of(store: Store, verb: Callable[[Store], Any]) -> list[tuple[str, str]]:
+    """The steps by which SQLite goes for each row, with the statement and its values; those that write, too."""
+    plans: list[tuple[str, str]] = []
 
     def explain(connection: Any, _: Any, statement: str, parameters: Any, *__: Any) -> None:
-        if statement.startswith("SELECT"):
+        if statement.startswith(("SELECT", "WITH", "UPDATE", "DELETE")):
             rows = connection.connection.cursor().execute(f"EXPLAIN QUERY PLAN {statement}", parameters).fetchall()
-            plans.extend(str(row[-1]) for row in rows)
+            plans.extend((str(row[-1]), f"{statement} {parameters}") for row in rows)
 
-    event.listen(engine, "after_cursor_execute", explain)
-    ASKED[what](store)
-    engine.dispose()
+    event.listen(store._engine, "after_cursor_execute", explain)
+    verb(store)
+    event.remove(store._engine, "after_cursor_execute", explain)
+    return plans
+
+
+@pytest.mark.parametrize("what", ASKED)
+def test_no_list_looks_at_each_row(lab: Store, what: str) -> None:
+    plans = [step for step, _ in steps_of(lab, ASKED[what])]
     whole = [step for step in plans if step.startswith("SCAN") and "USING" not in step and "ORDER" not in step]
     assert plans and (whole == [] or (what == "all" and whole == ["SCAN jobs"])), plans
+
+
+@pytest.mark.parametrize("what", ROUNDS)
+def test_no_round_and_no_overview_looks_at_each_row(lab: Store, what: str) -> None:
+    """A whole index is walked for a count alone, and for what the whole of it is about."""
+    plans = steps_of(lab, ROUNDS[what])
+    of_rows = ("SCAN jobs", "SCAN attempts", "SCAN events", "SCAN job_labels", "SCAN metrics")
+    walks = {step for step, _ in plans if step.startswith(of_rows)}
+    all_of_a_status = {
+        step
+        for step, statement in plans
+        if step.endswith("(status=?)") and ("queued" in statement or "cancelled" in statement)
+        if "LIMIT 1" not in statement
+        if not any(name in step for name in ("COVERING", *OF_FEW))
+    }
+    assert plans and walks <= WHOLE_INDEXES and not all_of_a_status, plans
+
+
+OF_FEW = ("ix_jobs_held", "ix_jobs_backoff", "ix_jobs_gangs", "ix_jobs_patience")
+WHOLE_INDEXES = {"SCAN jobs USING INDEX ix_jobs_outcome", "SCAN attempts USING INDEX ix_attempts_inside"}
 
 
 def test_a_label_that_is_edited_is_listed_anew(store: Store) -> None:

@@ -25,7 +25,7 @@ def test_a_held_job_is_not_claimed_and_says_who_holds_it_and_why(store: Store) -
     row = store.hold(job_id, "bob", "the data are wrong")
     assert (row.status, row.held, row.message) == (Status.QUEUED, True, "held by bob: the data are wrong")
     assert take(store) is None
-    assert store.unfinished(PLENTY, {}) == 0
+    assert not store.has_unfinished(PLENTY, {})
     assert [e.text for e in store.events(job_id)] == ["queued by ada", "held by bob: the data are wrong"]
 
     released = store.retry(job_id, "ada")
