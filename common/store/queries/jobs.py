@@ -267,11 +267,18 @@ def read_runs(tx: Transaction, since: dt.datetime, until: dt.datetime) -> list[P
 
 
 def read_measured(tx: Transaction, need_key: str | None, family: str | None, limit: int) -> list[Measured]:
+    every = select(Job.job_id, Job.family, Job.need_key)
+    asked = every.subquery()
+    if need_key is not None:
+        ran = every.order_by(Job.job_id.desc()).limit(limit)
+        alike = ran.where(sql("attempt > 0"), Job.need_key == need_key).subquery()
+        related = ran.where(Job.ended_at.is_not(None), Job.family == family).subquery()
+        asked = union(select(alike), *([select(related)] if family else [])).subquery()
     columns = (
-        Attempt.device_name, Attempt.method, Job.family, Job.need_key, Attempt.vram_planned, Attempt.vram_reserved,
-        Attempt.vram_process, Attempt.vram_peak, Attempt.reason,
+        Attempt.device_name, Attempt.method, asked.c.family, asked.c.need_key, Attempt.vram_planned,
+        Attempt.vram_reserved, Attempt.vram_process, Attempt.vram_peak, Attempt.reason,
     )  # fmt: skip
-    query = select(*columns).join(Job, Job.job_id == Attempt.job_id).where(Attempt.device_kind == "nvml")
+    query = select(*columns).join(asked, asked.c.job_id == Attempt.job_id).where(Attempt.device_kind == "nvml")
     query = query.where(Attempt.reason.in_([Reason.OK, Reason.OUT_OF_MEMORY]), Attempt.method.in_(list(Method)))
     query = query.where(Attempt.engine == ENGINE, ~Attempt.shared)  # a trainer's peak is all its jobs'
     # and one of several cards holds no whole job
@@ -280,12 +287,6 @@ def read_measured(tx: Transaction, need_key: str | None, family: str | None, lim
     if need_key is None:
         newest = select(Attempt.started_at).order_by(Attempt.started_at.desc()).offset(LOOKED_AT * limit).limit(1)
         query = query.where(Attempt.started_at >= func.coalesce(newest.scalar_subquery(), LONG_AGO))
-    else:
-        ran = select(Job.job_id).order_by(Job.job_id.desc()).limit(limit)
-        alike = ran.where(sql("attempt > 0"), Job.need_key == need_key).subquery()
-        related = ran.where(Job.ended_at.is_not(None), Job.family == family).subquery()
-        either = union(select(alike.c.job_id), *([select(related.c.job_id)] if family else []))
-        query = query.where(Attempt.job_id.in_(either))
     return [
         Measured(
             device_name=row.device_name or "unknown",

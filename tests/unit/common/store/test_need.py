@@ -256,6 +256,15 @@ def test_the_attempt_s_plan_is_the_one_before_what_was_learned(store: Store) -> 
     assert store.attempts(job_id)[0].vram_planned == 10 * GIB, "which its peak is compared with"
 
 
+def test_what_waits_and_what_runs_hides_no_attempt_of_its_kind(store: Store) -> None:
+    """The newest jobs are asked, of those that have run: behind a long queue others would be out of sight."""
+    show(store, total=48)
+    ran(store, "key-1", 9)
+    for _ in range(2):
+        store.submit(replace(submission(), need_key="key-1", family="llama"))
+    assert len(store.measured("key-1", None, limit=1)) == len(store.measured("key-9", "llama", limit=1)) == 1
+
+
 def test_an_attempt_of_an_older_engine_teaches_nothing(store: Store) -> None:
     """Its steps took other memory: its peak would be reserved for jobs like it for ever."""
     show(store, total=48)
