@@ -129,7 +129,7 @@ def make_cluster(folder: Path) -> str | None:
         def ensure_postgres_running(self) -> None:
             """Its server would be no child of ours."""
 
-    folder.mkdir()
+    folder.mkdir(parents=True)
     made = NotStarted(folder, cleanup_mode=None)
     made.cleanup()
     return made.system_user
