@@ -203,7 +203,7 @@ def rounds(store: Store) -> None:
     store.preempt()
     store.plan_anew()
     store.waiting_classes((8, 24))
-    store.unfinished(2**40, {})
+    store.has_unfinished(2**40, {})
 
 
 def claim_until(store: Store, job_id: int) -> None:
