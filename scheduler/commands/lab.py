@@ -33,6 +33,7 @@ def lab() -> None:
 @click.option("--containers", "services", flag_value="containers", help="Run them and S3 with Docker Compose.")
 @click.option("--artifacts", metavar="URL", help="With --packages: the store, like file:///lab/loractl.")
 @click.option("--network", "networks", multiple=True, metavar="CIDR", help="Let this network in, beside our own.")
+@click.option("--take-over", is_flag=True, help="With --packages: use PostgreSQL and Valkey that were here before.")
 def lab_init(
     boxes: tuple[str, ...],
     people: tuple[str, ...],
@@ -42,6 +43,7 @@ def lab_init(
     services: str | None,
     artifacts: str | None,
     networks: tuple[str, ...],
+    take_over: bool,
 ) -> None:
     """Make a lab, and print join lines for a box and a person.
 
@@ -53,7 +55,7 @@ def lab_init(
     from loractl.scheduler.text.upkeep import lab_made
 
     wanted = _guests(boxes, people) or [Guest(kind="box"), Guest(kind="person")]
-    wish = LabWish(services=services, address=address, artifacts_url=artifacts, networks=networks)
+    wish = LabWish(services=services, address=address, artifacts_url=artifacts, networks=networks, take_over=take_over)
     answer = make_lab(wish, wanted, _seconds(valid))
     show(answer, as_json, lambda: lab_made(answer))
 

@@ -12,11 +12,11 @@ import shutil
 import socket
 import subprocess
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from loractl.common.errors import LoractlError, UsageError
+from loractl.common.errors import LoractlError, UsageError, WrongState
 from loractl.common.settings import Settings
 
 from .command import run
@@ -41,9 +41,16 @@ _RULES = """\
 # Logins of the lab, from networks that this machine is in, by password and encrypted.
 hostssl {database} all samenet scram-sha-256
 {networks}"""
+_FIND_OWNER = """
+SELECT coalesce(rolpassword, 'none') || ' ' || coalesce(shobj_description(oid, 'pg_authid'), '')
+  FROM pg_authid WHERE rolname = '{owner}'
+"""
 _OWNER = """
+BEGIN;
 SELECT 'CREATE ROLE {owner} LOGIN CREATEROLE' WHERE to_regrole('{owner}') IS NULL \\gexec
-ALTER ROLE {owner} LOGIN CREATEROLE PASSWORD '{kept}';
+{password}
+COMMENT ON ROLE {owner} IS '{home}';
+COMMIT;
 SELECT 'CREATE DATABASE {database} OWNER {owner}'
   WHERE NOT EXISTS (SELECT FROM pg_database WHERE datname = '{database}') \\gexec
 """
@@ -63,11 +70,15 @@ maxmemory-policy noeviction
 
 @dataclass(frozen=True, kw_only=True)
 class ServerBox:
-    """What the services of this machine are to be. `networks`: beyond its own, from which logins come."""
+    """What the services of this machine are to be. `networks`: beyond its own, from which logins come.
+
+    `take_over`: services that were here before lab init may be set up for the lab.
+    """
 
     address: str
     artifacts_url: str
     networks: tuple[str, ...] = ()
+    take_over: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,28 +95,66 @@ class _Queue:
     def folder(self) -> Path:
         return Path("/etc") / self.name
 
+    @property
+    def file(self) -> Path:
+        """What lab init has written; without it the service was here before."""
+        return self.folder / "loractl.conf"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Owner:
+    """The owner of the tables. `is_set`: the server has this password; `lost`: it has another one, that nobody has."""
+
+    password: str = field(repr=False)
+    is_set: bool = False
+    lost: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Cluster:
+    """A PostgreSQL of this machine, as Debian counts them."""
+
+    version: str
+    name: str
+    port: int
+    online: bool
+
+    @property
+    def folder(self) -> Path:
+        return Path("/etc/postgresql") / self.version / self.name
+
+    @property
+    def file(self) -> Path:
+        """What lab init has written; without it the cluster was here before."""
+        return self.folder / "conf.d" / "loractl.conf"
+
 
 def install_services(box: ServerBox, settings: Settings) -> tuple[Membership, tuple[str, ...]]:
     """Install and set up both; what the owner's config.toml is to have, and sentences of what was done.
 
-    Passwords that the settings have for these very services stay. Raises UsageError where it can't work, LoractlError
-    for a command that fails.
+    Passwords that are in use stay. Raises UsageError where it can't work, WrongState where another home has made the
+    lab, LoractlError for a command that fails.
     """
     _refuse_elsewhere(box.address)
-    queue = _install()
-    port, version = _set_up_postgres(box)
-    password = _kept(settings.database_url, OWNER) or secrets.token_hex(24)
-    _make_owner(port, password)
-    queue_password = _kept(settings.redis_url or "", None) or secrets.token_hex(24)
+    queue = _Queue(name="valkey" if _candidate("valkey-server") else "redis")
+    if not box.take_over:
+        _refuse_foreign(_cluster(), queue)
+    owner = _owner(_cluster(), settings)
+    _install(queue)
+    cluster = _set_up_postgres(box)
+    _make_owner(cluster.port, owner, settings.home)
+    queue_password = _queue_password(queue) or _kept(settings.redis_url or "", None) or secrets.token_hex(24)
     certificate = _set_up_queue(queue, box.address, queue_password)
     host = f"[{box.address}]" if ":" in box.address else box.address
+    options = "sslmode=require&channel_binding=require"
     entry = Membership(
-        database_url=f"postgresql://{OWNER}:{password}@{host}:{port}/{DATABASE}?sslmode=require&channel_binding=require",
+        database_url=f"postgresql://{OWNER}:{owner.password}@{host}:{cluster.port}/{DATABASE}?{options}",
         redis_url=f"rediss://:{queue_password}@{host}:{QUEUE_PORT}/0?ssl_ca_certs={settings.home}/queue-ca.pem",
         artifacts_url=box.artifacts_url,
         files={settings.home / "queue-ca.pem": certificate},
     )
-    return entry, (f"PostgreSQL {version} and {queue.package} listen on {box.address}, encrypted.",)
+    done = f"PostgreSQL {cluster.version} and {queue.package} listen on {box.address}, encrypted."
+    return entry, (done, *(["The owner's password is new: config.toml had it no more."] if owner.lost else []))
 
 
 def _refuse_elsewhere(address: str) -> None:
@@ -124,13 +173,39 @@ def _refuse_elsewhere(address: str) -> None:
         ) from None
 
 
-def _install() -> _Queue:
+def _refuse_foreign(cluster: _Cluster | None, queue: _Queue) -> None:
+    """Raises UsageError for services that somebody else may use."""
+    here = [f"PostgreSQL {cluster.version}/{cluster.name}"] if cluster is not None and not cluster.file.exists() else []
+    here += [queue.package] if _installed(queue.package) and not queue.file.exists() else []
+    if here:
+        were, they, them = ("were", "they listen", "them") if here[1:] else ("was", "it listens", "it")
+        change = f"lab init would change where {they} and who gets in, and restart {them}"
+        other = "without --packages LORACTL_DATABASE_URL and LORACTL_REDIS_URL name the lab's"
+        raise UsageError(
+            f"{' and '.join(here)} {were} here before: {change}", f"--take-over where nothing else uses {them}; {other}"
+        )
+
+
+def _owner(cluster: _Cluster | None, settings: Settings) -> _Owner:
+    """Only the home that made the lab gets a new password for one that was lost. Raises WrongState for another."""
+    kept = _kept(settings.database_url, OWNER)
+    found = "" if cluster is None else _psql(_started(cluster).port, _FIND_OWNER.format(owner=OWNER))
+    if not found:
+        return _Owner(password=kept or secrets.token_hex(24))
+    verifier, _, home = found.partition(" ")
+    if kept is not None and _is_password_of(verifier, kept):
+        return _Owner(password=kept, is_set=True)
+    if home != str(settings.home):
+        hint = f"LORACTL_HOME={home} has it" if home else "set LORACTL_HOME to the folder that has it"
+        raise WrongState(f"this machine has a lab, and {settings.home} lacks its owner's password", hint)
+    return _Owner(password=secrets.token_hex(24), lost=True)
+
+
+def _install(queue: _Queue) -> None:
     """The packages, where one of them is missing."""
-    queue = _Queue(name="valkey" if _candidate("valkey-server") else "redis")
     wanted = ["postgresql", queue.package, "openssl"]
     if missing := [name for name in wanted if not _installed(name)]:
         run("apt-get", "install", "--yes", "--no-install-recommends", *missing, DEBIAN_FRONTEND="noninteractive")
-    return queue
 
 
 def _candidate(package: str) -> bool:
@@ -147,14 +222,14 @@ def _installed(package: str) -> bool:
     return done.stdout == "installed"
 
 
-def _set_up_postgres(box: ServerBox) -> tuple[int, str]:
-    """The newest cluster's files, and its restart where one changed; its port and version."""
-    if not (clusters := _clusters()):
+def _set_up_postgres(box: ServerBox) -> _Cluster:
+    """The cluster's files, and its restart where one changed."""
+    if (cluster := _cluster()) is None:
         versions = sorted((p.name for p in Path("/usr/lib/postgresql").iterdir()), key=float)
         run("pg_createcluster", versions[-1], "main")
-        clusters = _clusters()
-    version, cluster, port, status = max(clusters, key=lambda row: float(row[0]))[:4]
-    folder = Path("/etc/postgresql") / version / cluster
+        cluster = _cluster()
+        assert cluster is not None  # it ended with 0
+    folder = cluster.folder
     rules = _RULES.format(
         database=DATABASE, networks="".join(f"hostssl {DATABASE} all {net} scram-sha-256\n" for net in box.networks)
     )
@@ -162,49 +237,82 @@ def _set_up_postgres(box: ServerBox) -> tuple[int, str]:
     if not re.search(r"^\s*ssl\s*=\s*on", (folder / "postgresql.conf").read_text(), re.MULTILINE):
         _certificate(folder, "postgres", box.address)
         tls = _POSTGRES_TLS.format(folder=folder)
-    text = _POSTGRES.format(address=box.address, tls=tls)
-    changed = _write(folder / "conf.d" / "loractl.conf", text, "postgres")
+    changed = _write(cluster.file, _POSTGRES.format(address=box.address, tls=tls), "postgres")
     changed |= _write(folder / "pg_hba.conf", _with_block(folder / "pg_hba.conf", rules), "postgres")
-    if changed or status != "online":
-        run("pg_ctlcluster", version, cluster, "restart" if status == "online" else "start")
-    return int(port), version
+    if changed and cluster.online:
+        run("pg_ctlcluster", cluster.version, cluster.name, "restart")
+    return _started(cluster)
 
 
-def _clusters() -> list[list[str]]:
-    """Rows of version, name, port and status, of those whose server is installed."""
+def _cluster() -> _Cluster | None:
+    """The lab's, else the newest, of those whose server is installed."""
+    if shutil.which("pg_lsclusters") is None:
+        return None
     rows = [line.split() for line in run("pg_lsclusters", "--no-header").splitlines()]
-    return [row for row in rows if "binaries_missing" not in row[3]]
+    clusters = [
+        _Cluster(version=row[0], name=row[1], port=int(row[2]), online=row[3] == "online")
+        for row in rows
+        if "binaries_missing" not in row[3]
+    ]
+    return max(clusters, key=lambda one: (one.file.exists(), float(one.version)), default=None)
 
 
-def _make_owner(port: int, password: str) -> None:
-    """The tables' owner: it may make roles, and is no superuser. The statement has the password's verifier alone."""
-    said = _OWNER.format(owner=OWNER, database=DATABASE, kept=scram_verifier(password))
-    run(
-        "runuser", "-u", "postgres", "--", "psql", "--no-psqlrc", "--quiet", "--set=ON_ERROR_STOP=1", f"--port={port}",
-        "--dbname=postgres", "--file=-",
-        stdin=said,
+def _started(cluster: _Cluster) -> _Cluster:
+    if cluster.online:
+        return cluster
+    run("pg_ctlcluster", cluster.version, cluster.name, "start")
+    return replace(cluster, online=True)
+
+
+def _make_owner(port: int, owner: _Owner, home: Path) -> None:
+    """The role may make roles, and is no superuser; its comment remembers its home.
+
+    The statement has the password's verifier alone.
+    """
+    changed = "" if owner.is_set else f"ALTER ROLE {OWNER} PASSWORD '{scram_verifier(owner.password)}';"
+    remembered = str(home).replace("'", "''")
+    _psql(port, _OWNER.format(owner=OWNER, database=DATABASE, password=changed, home=remembered))
+
+
+def _psql(port: int, statements: str) -> str:
+    """What they answer, as the server's superuser."""
+    return run(
+        "runuser", "-u", "postgres", "--", "psql", "--no-psqlrc", "--quiet", "--tuples-only", "--no-align",
+        "--set=ON_ERROR_STOP=1", f"--port={port}", "--dbname=postgres", "--file=-",
+        stdin=statements,
     )  # fmt: skip
 
 
-def scram_verifier(password: str) -> str:
+def scram_verifier(password: str, salt: bytes | None = None, rounds: int = 4096) -> str:
     """What PostgreSQL keeps in an ASCII password's place (RFC 5802, RFC 7677)."""
-    salt = secrets.token_bytes(16)
-    salted = hashlib.pbkdf2_hmac("sha256", password.encode("ascii"), salt, 4096)
+    salt = secrets.token_bytes(16) if salt is None else salt
+    salted = hashlib.pbkdf2_hmac("sha256", password.encode("ascii"), salt, rounds)
     stored = hashlib.sha256(hmac.digest(salted, b"Client Key", "sha256")).digest()
     salt_, stored_, server = (
         base64.b64encode(part).decode() for part in (salt, stored, hmac.digest(salted, b"Server Key", "sha256"))
     )
-    return f"SCRAM-SHA-256$4096:{salt_}${stored_}:{server}"
+    return f"SCRAM-SHA-256${rounds}:{salt_}${stored_}:{server}"
+
+
+def _is_password_of(verifier: str, password: str) -> bool:
+    parts = re.match(r"SCRAM-SHA-256\$(\d+):([^$]+)\$", verifier)
+    return parts is not None and scram_verifier(password, base64.b64decode(parts[2]), int(parts[1])) == verifier
+
+
+def _queue_password(queue: _Queue) -> str | None:
+    """The one that is in use."""
+    text = queue.file.read_text() if queue.file.exists() else ""
+    found = re.search(r"^requirepass (\S+)$", text, re.MULTILINE)
+    return found[1] if found else None
 
 
 def _set_up_queue(queue: _Queue, address: str, password: str) -> str:
     """Its file, its certificate, and its restart where one changed; returns the certificate (PEM)."""
     certificate = _certificate(queue.folder, queue.name, address)
-    own = queue.folder / "loractl.conf"
     text = _QUEUE.format(address=address, port=QUEUE_PORT, folder=queue.folder, password=password)
-    changed = _write(own, text, queue.name)
+    changed = _write(queue.file, text, queue.name)
     main = queue.folder / f"{queue.name}.conf"
-    changed |= _write(main, _with_block(main, f"include {own}\n", at_end=True), queue.name)
+    changed |= _write(main, _with_block(main, f"include {queue.file}\n", at_end=True), queue.name)
     if changed or not _listens(address):
         run("service", queue.package, "restart")
         _wait_for(address)

@@ -32,6 +32,7 @@ class LabWish:
     address: str | None = None
     artifacts_url: str | None = None
     networks: tuple[str, ...] = ()
+    take_over: bool = False
 
 
 def make_lab(wish: LabWish, guests: Sequence[Guest], valid_s: float) -> LabAnswer:
@@ -44,8 +45,8 @@ def make_lab(wish: LabWish, guests: Sequence[Guest], valid_s: float) -> LabAnswe
         done = _start(wish, settings)
         settings = load_settings()
         _wait_for(("database", "queue", "store"), PATIENCE_S)
-    elif wish.artifacts_url or wish.networks:
-        raise UsageError("--artifacts and --network go with --packages", "set LORACTL_ARTIFACTS_URL")
+    elif wish.artifacts_url or wish.networks or wish.take_over:
+        raise UsageError("--artifacts, --network and --take-over go with --packages", "set LORACTL_ARTIFACTS_URL")
     elif not settings.embedded_database and settings.redis_url is not None:
         _wait_for(("database", "queue", "store"), 0)
     return replace(set_up_lab(settings, guests, wish.address, valid_s=valid_s), done=done)
@@ -63,7 +64,8 @@ def _start(wish: LabWish, settings: Settings) -> tuple[str, ...]:
     if wish.services == "containers":
         entry, done = start_containers(wish.address, settings)
     else:
-        box = ServerBox(address=wish.address, artifacts_url=_artifacts(wish, settings), networks=wish.networks)
+        store = _artifacts(wish, settings)
+        box = ServerBox(address=wish.address, artifacts_url=store, networks=wish.networks, take_over=wish.take_over)
         entry, done = install_services(box, settings)
         _share(entry.artifacts_url)
     with place.prepared(entry):

@@ -122,6 +122,30 @@ def test_again_it_changes_no_password_and_restarts_nothing(machine: Sandbox) -> 
     assert "The roles were there." in by_hand and by_hand.count("LORACTL_DATABASE_URL=postgresql://") == 2
 
 
+def test_from_another_home_it_names_the_owner_s_and_changes_nothing(machine: Sandbox) -> None:
+    seen = (
+        "cat /root/.loractl/config.toml /etc/valkey/* /etc/postgresql/*/main/*.conf /etc/postgresql/*/main/conf.d/*;"
+        " runuser -u postgres -- psql -c 'SELECT * FROM pg_authid' loractl; pgrep -f 'postgres -D|valkey-server'"
+    )
+    before = machine.run("bash", "-c", seen).stdout
+    lab = ("lab", "init", "--packages", "--address", SERVER, "--artifacts", STORE)
+    refused = loractl(machine, "/root/second", *lab, code=1).stderr
+    assert "this machine has a lab" in refused and f"Hint: LORACTL_HOME={OWNER} has it" in refused
+    assert machine.run("bash", "-c", seen).stdout == before
+    machine.run("bash", "-c", "! ls /root/second/config.toml")
+    assert loractl(machine, "/home/ada", "doctor", "--check", "queue").stdout
+    assert loractl(machine, OWNER, "lab", "invite", "--person", "bob").stdout
+
+
+def test_an_owner_who_lost_the_file_gets_a_new_password_and_nobody_else_does(machine: Sandbox) -> None:
+    before = machine.run("bash", "-c", "cat /home/ada/config.toml; pgrep valkey").stdout
+    machine.run("rm", f"{OWNER}/config.toml")
+    again = loractl(machine, OWNER, "lab", "init", "--packages", "--address", SERVER, "--artifacts", STORE).stdout
+    assert "The owner's password is new" in again
+    assert machine.run("bash", "-c", "cat /home/ada/config.toml; pgrep valkey").stdout == before
+    assert loractl(machine, "/home/ada", "doctor", "--check", "queue").stdout
+
+
 def test_strangers_are_kept_out(machine: Sandbox) -> None:
     """No password, no encryption, another database: each is refused; the queue's password stands in no process list."""
     config = machine.run("cat", "/root/.loractl/config.toml").stdout
@@ -137,6 +161,24 @@ def test_strangers_are_kept_out(machine: Sandbox) -> None:
     listed = machine.run("bash", "-c", "ps -eo args; cat /var/log/postgresql/*.log /var/log/valkey/*.log").stdout
     secrets = [part.split("@")[0] for part in config.replace('"', "").split(":") if "@" in part]
     assert len(secrets) == 2 and not [secret for secret in secrets if secret in listed]
+
+
+def test_services_that_were_there_stay_as_they_are_until_they_are_given_away(machine: Sandbox) -> None:
+    """It takes the lab of the tests above away."""
+    apt = {"DEBIAN_FRONTEND": "noninteractive"}
+    machine.run("bash", "-c", "apt-get purge --yes 'postgresql*' 'valkey*'; rm -rf /etc/valkey /etc/postgresql", **apt)
+    machine.fetch("postgresql", "valkey-server")
+    machine.run("apt-get", "install", "--yes", "--no-install-recommends", "postgresql", "valkey-server", **apt)
+    machine.run("bash", "-c", "pg_ctlcluster 17 main start; service valkey-server start")
+    seen = "sha256sum /etc/valkey/* /etc/postgresql/*/main/*.conf; pgrep -f 'postgres -D|valkey-server'"
+    before = machine.run("bash", "-c", seen).stdout
+    lab = ("lab", "init", "--packages", "--address", SERVER, "--artifacts", STORE)
+    refused = loractl(machine, "/root/third", *lab, code=2).stderr
+    assert (
+        "PostgreSQL 17/main and valkey-server were here before: lab init would" in refused and "--take-over" in refused
+    )
+    assert machine.run("bash", "-c", seen).stdout == before
+    assert f"listen on {SERVER}, encrypted" in loractl(machine, "/root/third", *lab, "--take-over").stdout
 
 
 def test_the_health_commands_of_compose_work_on_the_packages(machine: Sandbox, tmp_path: Path) -> None:

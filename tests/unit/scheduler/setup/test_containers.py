@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import yaml
 
+from loractl.common.errors import LoractlError, WrongState
 from loractl.common.settings import load_settings
-from loractl.scheduler.setup.containers import write_compose
+from loractl.scheduler.setup.containers import start_containers, write_compose
 
 ROOT = Path(__file__).parents[4]
 DOCUMENTED = {
@@ -76,3 +77,30 @@ def test_compose_itself_takes_the_file(tmp_path: Path) -> None:
     refused = subprocess.run(command, capture_output=True, text=True)
     assert refused.returncode != 0 and "set it in .env" in refused.stderr
     assert load_settings({"LORACTL_HOME": str(tmp_path)}).s3 is None
+
+
+@pytest.mark.parametrize(
+    ("projects", "volumes", "hint"),
+    [
+        ('[{"Name":"loractl","Status":"exited(4)","ConfigFiles":"/root/.loractl/compose/compose.yaml"}]',
+         "loractl_postgres", "LORACTL_HOME=/root/.loractl has them"),
+        ("[]", "loractl_postgres", "the folder that has compose/.env"),
+    ],
+)  # fmt: skip
+def test_from_another_home_it_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, projects: str, volumes: str, hint: str
+) -> None:
+    """An engine stands here that answers as Docker's pages say, and must not be asked to start anything."""
+    engine, home = tmp_path / "docker", tmp_path / "second"
+    answers = f"'compose ls'*) echo '{projects}';; 'volume ls'*) echo {volumes};; *version) ;; *) exit 3;;"
+    engine.write_text(f'#!/bin/sh\ncase "$*" in {answers} esac\n')
+    engine.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    with pytest.raises(WrongState) as refused:
+        start_containers("10.0.0.5", load_settings({"LORACTL_HOME": str(home)}))
+    assert str(refused.value) == f"this machine has a lab, and {home} lacks its passwords"
+    assert hint in str(refused.value.hint) and not home.exists()
+    write_compose(home / "compose", "10.0.0.5")
+    engine.write_text(engine.read_text().replace("/root/.loractl", str(home)))
+    with pytest.raises(LoractlError, match="docker compose --project-directory ended with 3"):
+        start_containers("10.0.0.5", load_settings({"LORACTL_HOME": str(home)}))
