@@ -1,8 +1,9 @@
 """The memory plan on several cards: python -m benchmarks.cards [PATH/measured.csv].
 
-First what 8B, 32B and 70B models need of each card, LoRA and QLoRA, on 1, 2 and 4 of them, and whether cards of 24 and
-80 GiB hold that. Then the plan beside published runs on several cards, where the file with them is given: those of
-plain loops are planned as the exact mode, since they keep the logits of all tokens.
+First README.md's table: on which card models of common sizes fit. Then what 8B, 32B and 70B models need of each card,
+LoRA and QLoRA, on 1, 2 and 4 of them, and whether cards of 24 and 80 GiB hold that. Last the plan beside published runs
+on several cards, where the file with them is given: those of plain loops are planned as the exact mode, since they keep
+the logits of all tokens.
 """
 
 from __future__ import annotations
@@ -31,6 +32,18 @@ MODELS = {
 }
 """Sizes in the config.json of Llama 3.1 8B, Qwen2.5 32B and Llama 3.1 70B."""
 
+COMMON = {
+    "SmolLM2 135M": ("llama", (576, 30, 9, 3, 1536, 49152), True),
+    "Llama 3.2 1B": ("llama", (2048, 16, 32, 8, 8192, 128256), True),
+    "Llama 3.1 8B": (*MODELS["8B"], False),
+    "Qwen2.5 32B": (*MODELS["32B"], False),
+    "Llama 3.1 70B": (*MODELS["70B"], False),
+}
+"""README.md's models, and whether embedding and head are one."""
+
+COMMON_CARDS = (8, 12, 16, 24, 32, 48, 80)
+"""GiB."""
+
 PUBLISHED = {
     "Llama 2 7B": ("llama", (4096, 32, 32, 32, 11008, 32000)),
     "Llama 70B": ("llama", (8192, 80, 64, 8, 28672, 32000)),
@@ -48,6 +61,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("measured", nargs="?", type=Path)
     given = parser.parse_args()
+    print("\n".join(fits()), end="\n\n")
     print("GiB a card by the plan, rank 16, 4 rows of 1,024 tokens at once, 16 a step; fits: cards of 24 and 80 GiB\n")
     print(f"{'':<12}" + "".join(f"{_name(stack):>22}" for stack in DIVIDED))
     for model, (family, sizes) in MODELS.items():
@@ -56,6 +70,19 @@ def main() -> None:
             print(f"{model + ' ' + method.value:<12}" + "".join(f"{cell:>22}" for cell in cells))
     if given.measured is not None:
         _beside_published(given.measured)
+
+
+def fits() -> list[str]:
+    """README.md's rows: what a model needs by the plan, and the smallest card that holds it."""
+    rows = []
+    for model, (family, sizes, tied) in COMMON.items():
+        cells = [model]
+        for method in METHODS:
+            need = plan(_shape(family, sizes, tied), _job(1024, 4, 16), method).need_bytes
+            card = next((size for size in COMMON_CARDS if need <= size * GIB - MARGIN_BYTES), None)
+            cells.append(f"{need / GIB:.1f} GiB: " + (f"a card of {card}" if card else "several cards"))
+        rows.append(f"| {' | '.join(cells)} |")
+    return rows
 
 
 def _name(stack: Stack) -> str:
@@ -91,9 +118,9 @@ def _published(row: dict[str, str]) -> float:
     return float(without[1] if without else row["peak_gb"]) * 1e9
 
 
-def _shape(family: str, sizes: tuple[int, ...]) -> Shape:
+def _shape(family: str, sizes: tuple[int, ...], tied: bool = False) -> Shape:
     named = dict(zip(SIZES, sizes, strict=True))
-    shape = shape_of({"model_type": family, "tie_word_embeddings": False, **named})
+    shape = shape_of({"model_type": family, "tie_word_embeddings": tied, **named})
     assert shape is not None
     return shape
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,12 @@ def test_relative_links_lead_somewhere(path: Path) -> None:
         assert linked.exists(), f"{path.name} links to {target}, which does not exist"
         if anchor and linked.suffix == ".md":
             assert anchor in anchors(linked), f"{path.name} links to {target}: there is no such heading"
+
+
+def test_the_readme_s_table_of_cards_is_the_plan_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT))
+    rows = import_module("benchmarks.cards").fits()
+    assert "\n".join(rows) in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def documented_defaults() -> Iterator[tuple[str, Any]]:
