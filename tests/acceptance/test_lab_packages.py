@@ -5,6 +5,7 @@ It installs PostgreSQL and Valkey in a sandbox (tests/sandbox.py); this machine 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -40,8 +41,8 @@ chmod 755 {LORACTL}
 """As pip would: loractl itself where deploy.md has it, its libraries from the tests' environment."""
 
 
-@pytest.fixture(scope="module")
-def machine() -> Iterator[Sandbox]:
+@contextlib.contextmanager
+def new_machine() -> Iterator[Sandbox]:
     """A machine on which neither service was ever installed, and whose apt has the packages at hand."""
     with sandbox() as inside:
         inside.run("bash", "-c", "rm -rf /etc/apt/preferences.d /root/.loractl /etc/postgresql; chmod a+x /root")
@@ -50,6 +51,12 @@ def machine() -> Iterator[Sandbox]:
         )
         inside.run("bash", "-c", INSTALL)
         inside.fetch("postgresql", "valkey-server", "openssl")
+        yield inside
+
+
+@pytest.fixture(scope="module")
+def machine() -> Iterator[Sandbox]:
+    with new_machine() as inside:
         yield inside
 
 
@@ -163,22 +170,18 @@ def test_strangers_are_kept_out(machine: Sandbox) -> None:
     assert len(secrets) == 2 and not [secret for secret in secrets if secret in listed]
 
 
-def test_services_that_were_there_stay_as_they_are_until_they_are_given_away(machine: Sandbox) -> None:
-    """It takes the lab of the tests above away."""
-    apt = {"DEBIAN_FRONTEND": "noninteractive"}
-    machine.run("bash", "-c", "apt-get purge --yes 'postgresql*' 'valkey*'; rm -rf /etc/valkey /etc/postgresql", **apt)
-    machine.fetch("postgresql", "valkey-server")
-    machine.run("apt-get", "install", "--yes", "--no-install-recommends", "postgresql", "valkey-server", **apt)
-    machine.run("bash", "-c", "pg_ctlcluster 17 main start; service valkey-server start")
-    seen = "sha256sum /etc/valkey/* /etc/postgresql/*/main/*.conf; pgrep -f 'postgres -D|valkey-server'"
-    before = machine.run("bash", "-c", seen).stdout
+def test_services_that_were_there_stay_as_they_are_until_they_are_given_away() -> None:
     lab = ("lab", "init", "--packages", "--address", SERVER, "--artifacts", STORE)
-    refused = loractl(machine, "/root/third", *lab, code=2).stderr
-    assert (
-        "PostgreSQL 17/main and valkey-server were here before: lab init would" in refused and "--take-over" in refused
-    )
-    assert machine.run("bash", "-c", seen).stdout == before
-    assert f"listen on {SERVER}, encrypted" in loractl(machine, "/root/third", *lab, "--take-over").stdout
+    install = "apt-get install --yes --no-install-recommends postgresql valkey-server"
+    seen = "sha256sum /etc/valkey/* /etc/postgresql/*/main/*.conf; pgrep -f 'postgres -D|valkey-server'"
+    with new_machine() as machine:
+        machine.run("bash", "-c", install, DEBIAN_FRONTEND="noninteractive")
+        machine.run("bash", "-c", "pg_ctlcluster 17 main start; service valkey-server start")
+        before = machine.run("bash", "-c", seen).stdout
+        refused = loractl(machine, "/root/third", *lab, code=2).stderr
+        assert "PostgreSQL 17/main and valkey-server were here before: lab init would" in refused
+        assert "--take-over" in refused and machine.run("bash", "-c", seen).stdout == before
+        assert f"listen on {SERVER}, encrypted" in loractl(machine, "/root/third", *lab, "--take-over").stdout
 
 
 def test_the_health_commands_of_compose_work_on_the_packages(machine: Sandbox, tmp_path: Path) -> None:
