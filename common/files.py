@@ -117,6 +117,7 @@ class Bucket:
                     part.unlink()
         part = path.parent / f"{begun}{secrets.token_hex(8)}"
         try:
+            part.touch(exist_ok=False)  # before the store answers, which may be never
             self._load(name, part)
             part.replace(path)
         finally:

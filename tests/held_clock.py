@@ -14,7 +14,7 @@ from loractl.worker.clock import NodeClock
 
 Item = TypeVar("Item")
 
-POLL_S = 0.001
+POLL_S = 0.0005
 """Real seconds between two looks at what threads wait for, while one of them works."""
 
 
@@ -135,9 +135,8 @@ class HeldClock(NodeClock):
     def _look(self) -> bool:
         """Wake those whose wait is over; with nobody at work and nobody to wake, let the next time come."""
         with self._lock:
-            waits, changes = dict(self._waits), self._changes
-            working = {thread for thread in self._known - waits.keys() if thread.is_alive()}
-            self._known = working | waits.keys()  # who waits is alive
+            self._known = {thread for thread in self._known if thread.is_alive()}
+            waits, changes, working = dict(self._waits), self._changes, self._known - self._waits.keys()
         quiet = not working and all(quiet() for quiet in self._watched)
         over = [thread for thread, wait in waits.items() if wait.until <= self._now or wait.holds()]
         with self._lock:

@@ -25,6 +25,7 @@ from loractl.common.units import GIB
 from loractl.scheduler.answers.lab.shelf import ReportShelf
 
 from .acceptance.test_report_page import report
+from .models import weights_of
 from .unit.factories import node_state, spec, submission
 
 CARDS = {
@@ -187,7 +188,7 @@ def store_result(lab: SeededLab, claim: Claim, base: float, tuned: float, **chan
     prefix = attempt_prefix(claim.job_id, claim.attempt)
     folder = Path(tempfile.mkdtemp(prefix="result-"))
     (folder / WEIGHTS).parent.mkdir(parents=True)
-    (folder / WEIGHTS).write_bytes(b"weights %d" % claim.job_id)
+    (folder / WEIGHTS).write_bytes(weights_of(f"job {claim.job_id}"))
     (folder / "adapter" / CONFIG).write_text(
         json.dumps({"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": ["q_proj"]})
     )

@@ -12,7 +12,7 @@ import pytest
 
 from .. import services, webs
 from ..conftest import ROOT
-from ..databases import database
+from ..databases import UPGRADED, database
 from ..models import write_helpdesk
 
 HERE = {"PATH": "/usr/bin:/bin", "LORACTL_USER": "tester", "PYTHONPATH": str(ROOT)}
@@ -31,10 +31,8 @@ def on_a_mac(home: Path, *commands: list[str], **environment: str) -> list[dict[
 
 
 @pytest.mark.cold
-def test_a_person_s_commands_need_nothing_of_linux(
-    postgres_server: str, postgres_template: str, tmp_path: Path
-) -> None:
-    with database(postgres_server, postgres_template) as url, services.valkey(tmp_path, "secret") as queue:
+def test_a_person_s_commands_need_nothing_of_linux(postgres_server: str, tmp_path: Path) -> None:
+    with database(postgres_server, UPGRADED) as url, services.valkey(tmp_path, "secret") as queue:
         lab = webs.seed(url, tmp_path / "artifacts")
         done = next(row for row in lab.store.adapters() if row.name == "triage-r32")
         write_helpdesk(tmp_path / "data.jsonl")
@@ -57,12 +55,6 @@ def test_a_person_s_commands_need_nothing_of_linux(
 def test_what_can_t_work_there_says_so_in_a_sentence(tmp_path: Path) -> None:
     write_helpdesk(tmp_path / "data.jsonl")
     (tmp_path / "job.yaml").write_text("name: mac\nbase_model: gpt2\ndataset: {path: data.jsonl}\n")
-    queue, worker = on_a_mac(tmp_path, ["submit", "job.yaml"], ["worker"])
-    assert (queue["code"], queue["said"].splitlines()) == (
-        2,
-        [
-            "Error: no valkey-server or redis-server on PATH",
-            "Hint: install one, or set LORACTL_REDIS_URL",
-        ],
-    )
+    queued, worker = on_a_mac(tmp_path, ["submit", "job.yaml"], ["worker"])
+    assert queued["code"] == 0, "the embedded queue is a worker's"
     assert worker["code"] == 1 and worker["said"].startswith("Error: loractl worker needs Linux, and this is darwin\n")

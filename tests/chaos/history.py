@@ -25,7 +25,8 @@ BEGIN
 END $$;
 CREATE TRIGGER chaos_job AFTER INSERT OR UPDATE OR DELETE ON jobs FOR EACH ROW EXECUTE FUNCTION chaos_job();
 CREATE FUNCTION chaos_part() RETURNS trigger LANGUAGE plpgsql AS $$
-DECLARE others text[] := ARRAY['host', 'base_bytes', 'inside', 'shared', 'promised_at'];  -- of an attempt: its company
+DECLARE others text[] := ARRAY['host', 'base_bytes', 'inside', 'shared', 'promised_at',  -- of an attempt: its company
+        'lease_expires_at'];  -- and its lease while somebody has the job's row locked
 BEGIN
     IF TG_OP = 'INSERT' OR to_jsonb(NEW) - others IS DISTINCT FROM to_jsonb(OLD) - others THEN
         INSERT INTO chaos_audit (what, job_id, attempt, kind)

@@ -18,6 +18,7 @@ from loractl.common.job.need import Need, SharedNeed, Ways
 from loractl.common.job.status import Reason, Stage
 from loractl.common.placement.gangs import GangShare
 from loractl.common.queue.hints import card_queue
+from loractl.common.queue.valkey import broker_url
 from loractl.common.settings import load_settings
 from loractl.common.store.columns import LONG_AGO
 from loractl.common.store.database import connect, make_engine
@@ -117,6 +118,7 @@ def test_a_job_says_whose_drain_ends_it_and_not_that_the_worker_stops(place: Wor
 def test_no_rank_starts_before_a_base_has_left_the_other_card_whose_node_is_woken(
     place: Workplace, state: AttemptState, home: Path
 ) -> None:
+    broker_url(place.settings)  # as the home's worker starts it
     place.store.see_node(node_state("box:0", kind="sim", total=8 * GIB))
     place.store.submit(submission(base_model="org/a", lora=1, method="lora"))
     other = place.store.claim("box:0")
