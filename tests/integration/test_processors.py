@@ -62,7 +62,17 @@ def test_members_of_a_pack_are_what_they_are_alone_on_another_processor(
 ) -> None:
     """The cheapest of all below, at two threads, in a process that has its imports behind it."""
     program = f"import pytest, sys; sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', {PACK + test!r}]))"
-    start = [sys.executable, "-SE", str(warm.__file__), "--python", warm_start[warm.SOCKET], "-u", "-c", program]
+    start = [
+        sys.executable,
+        "-SE",
+        str(warm.__file__),
+        "--python",
+        warm.HEAVY,
+        warm_start[warm.SOCKET],
+        "-u",
+        "-c",
+        program,
+    ]
     environment = {**machine(kind, 2), warm.SOCKET: warm_start[warm.SOCKET]}
     done = subprocess.run(start, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0 and "1 passed" in done.stdout, done.stdout[-4000:] + done.stderr[-1000:]
