@@ -304,11 +304,11 @@ _Word = TypeVar("_Word", bound=enum.StrEnum)
 class Words(TypeDecorator[_Word]):
     """A word of the enum, by value. One that only a newer version knows is read as a member that has no name here."""
 
-    impl = String(24)
+    impl = String
     cache_ok = True
 
-    def __init__(self, words: type[_Word]) -> None:
-        super().__init__()
+    def __init__(self, words: type[_Word], length: int = 24) -> None:
+        super().__init__(length)
         self.words = words
 
     def process_bind_param(self, value: _Word | None, dialect: Dialect) -> str | None:

@@ -156,7 +156,7 @@ def _warm_base(
         host=host.host,
         key=host.key,
         base_model=host.base_model,
-        method=Method(host.method),
+        method=host.method,
         bytes=host.bytes,
         since=host.since,
         job_id=host.job_id if (host.job_id, host.attempt) in attempts else None,
@@ -171,8 +171,14 @@ def _warm_base(
 def _is_open(node: Node, now: dt.datetime, drained: Mapping[str, DrainOrder]) -> bool:
     """Whether the node is online, works, and is kept empty by nobody."""
     online = (now - node.seen_at).total_seconds() <= NODE_STALE_S
-    works = node.fault is None and not node.draining
+    works = fault_of(node) is None and not node.draining
     return online and works and node.node not in drained and node.host not in drained
+
+
+def fault_of(node: Node) -> str | None:
+    """Why nothing can run on a card: what its worker says, or what of its row can't be read."""
+    what = unreadable_of(vars(node))
+    return node.fault or (f"its row can't be read: {what}" if what else None)
 
 
 NOWHERE = frozenset({("", "a row that can't be read")})

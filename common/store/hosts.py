@@ -7,9 +7,10 @@ from typing import Any
 from sqlalchemy import false
 from sqlalchemy.orm import Mapped, mapped_column
 
+from loractl.common.job.method import Method
 from loractl.common.placement.pack_rule import PassLaw
 
-from .columns import Characters, Json, Prose, is_number
+from .columns import Characters, Json, Prose, Words, is_number
 from .tables import Base, Bytes, Timestamp
 
 
@@ -31,7 +32,7 @@ class TrainerHost(Base):
     node: Mapped[str] = mapped_column(index=True)
     key: Mapped[str] = mapped_column(Characters(64))  # of what decides how the base is loaded
     base_model: Mapped[str] = mapped_column(Prose())
-    method: Mapped[str] = mapped_column(Characters(8))
+    method: Mapped[Method] = mapped_column(Words(Method, 8))
     bytes: Mapped[Bytes]
     job_id: Mapped[int]  # of the last attempt that had the whole of it
     attempt: Mapped[int]

@@ -330,7 +330,7 @@ class Node(Base):
     used: Mapped[dict[str, Any]] = mapped_column(Json(object_of(_is_used)))  # bytes measured now, by job
     margin: Mapped[Bytes]  # what the box's owner keeps free
     max_jobs: Mapped[int]
-    user_limit: Mapped[int | None]  # running jobs a user may have
+    user_limit: Mapped[int | None] = mapped_column(Whole(1))  # running jobs a user may have
     labels: Mapped[Labels]
     load: Mapped[int | None]  # percent
     temperature: Mapped[int | None] = mapped_column(Whole(-LARGEST))  # °C

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from loractl.common.placement.cards import Card, WarmBase
 from loractl.common.settings import LEASE_S
-from loractl.common.store.fleet import FleetView
+from loractl.common.store.fleet import FleetView, fault_of
 
 from .wait.cards import SILENT_S
 
@@ -164,7 +164,7 @@ def fleet_of(view: FleetView) -> Fleet:
 def _device(node: Node, card: Card, view: FleetView) -> DeviceState:
     columns = {name: getattr(node, name) for name in DEVICE_FIELDS}
     silent_s = (view.now - node.seen_at).total_seconds()
-    more: dict[str, Any] = {"free": card.free, "outside": tuple(node.outside)}
+    more: dict[str, Any] = {"fault": fault_of(node), "free": card.free, "outside": tuple(node.outside)}
     return DeviceState(
         **columns | more,
         card=card,

@@ -14,6 +14,7 @@ from loractl.common.job.method import Method
 from loractl.common.job.need import Need
 from loractl.common.job.status import Status
 from loractl.common.memory.need_key import need_key
+from loractl.common.store.columns import word
 from loractl.common.store.records import Amendment, Submission
 
 from .ancestor import settle_ancestor
@@ -47,7 +48,7 @@ def amendment(store: Store, job_id: int, overrides: Sequence[str]) -> Amendment:
     Amended(
         job_id=job_id,
         standing=_standing(store, job),
-        taken=Method(job.method) if job.method else None,
+        taken=word(Method, job.method) if job.method else None,
         in_sweep=job.sweep_id is not None,
         before=before,
         after=after,

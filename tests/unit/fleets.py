@@ -97,7 +97,7 @@ def fleet(
 def host(mark: str = "h1", on: str = "box:0", size: float = 6, **changed: Any) -> TrainerHost:
     """A trainer that keeps a base and waits for a job."""
     values = {
-        "host": mark, "node": on, "key": "a", "base_model": "org/model-135M", "method": "lora",
+        "host": mark, "node": on, "key": "a", "base_model": "org/model-135M", "method": Method.LORA,
         "bytes": int(size * GIB), "job_id": 1, "attempt": 1, "leaving": False, "since": NOON,
     }  # fmt: skip
     return TrainerHost(**{**values, **changed})

@@ -22,6 +22,7 @@ from loractl.common.job.sections import DataFormat, TaskType
 from loractl.common.job.spec import JobSpec
 from loractl.common.memory.engine import LEAN
 from loractl.common.settings import Settings
+from loractl.common.store.columns import word
 from loractl.common.store.database import connect, reachable
 from loractl.common.store.store import Store
 from loractl.common.store.tables import Adapter, Job
@@ -132,7 +133,7 @@ class Library:
             job_id=row.job_id,
             attempt=row.attempt,
             name=row.name,
-            method=Method(row.method),
+            method=word(Method, row.method),
             size=row.size,
             created=int(row.created_at.timestamp()),
             spec=spec,

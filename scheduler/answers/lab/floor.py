@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from loractl.common.errors import ArtifactError
+from loractl.common.store.fleet import fault_of
 from loractl.common.store.records import Choice, Page
 from loractl.common.units import duration, gib
 
@@ -135,8 +136,8 @@ def _notices(store: Store, seen: Overview, view: FleetView) -> Iterator[Notice]:
         text = f"No worker has gone round for all for {duration(stopped_s)}: lost workers are not noticed."
         yield Notice(text=text, command="loractl doctor")
     for name, node in view.nodes.items():
-        if node.fault is not None:
-            yield Notice(text=f"{name} is closed: {node.fault}", command="loractl gpus")
+        if (fault := fault_of(node)) is not None:
+            yield Notice(text=f"{name} is closed: {fault}", command="loractl gpus")
     waiting = [job for job in seen.waiting if seen.waits.reasons[job.job_id].word in ("memory", "busy")]
     rows = store.numbered([state.job_id for state in waiting[:ASKED_FOR_ROOM]])
     for state in waiting[:ASKED_FOR_ROOM]:

@@ -13,7 +13,15 @@ from loractl.common.placement.cards import Card, avoided, holds_now, room_at, su
 from loractl.common.placement.gangs import may_share
 from loractl.common.placement.lines import Waiting
 from loractl.common.placement.reach import out_of_reach
-from loractl.common.store.fleet import NODE_STALE_S, Avoidance, FleetView, avoided_by, unreadable, waiting_of
+from loractl.common.store.fleet import (
+    NODE_STALE_S,
+    Avoidance,
+    FleetView,
+    avoided_by,
+    fault_of,
+    unreadable,
+    waiting_of,
+)
 from loractl.common.text import clean_line
 from loractl.common.units import clock, duration, gib
 
@@ -67,7 +75,7 @@ def _fit(job: Job, me: Waiting, card: Card, view: FleetView) -> CardFit:
         return fit("never", "lacks the label " + ", ".join(f"{k}={v}" for k, v in sorted(me.requires - card.labels)))
     if not job.methods:
         return fit("never", "its resources.max_vram is below every need")
-    fault = view.nodes[card.node].fault
+    fault = fault_of(view.nodes[card.node])
     gang = shared_way(me, view)
     if card.total and not could_ever_hold(at_last(job, me), card):
         return fit("never", f"card is smaller than {'its share' if gang is not None or not me.alone else 'the job'}")

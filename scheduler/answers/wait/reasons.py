@@ -16,7 +16,7 @@ from loractl.common.job.status import BLAMED
 from loractl.common.placement.cards import Card, least_limit, suits
 from loractl.common.placement.lines import Waiting
 from loractl.common.placement.reach import out_of_reach
-from loractl.common.store.fleet import NODE_STALE_S, FleetView, avoided_by, unreadable, waiting_of
+from loractl.common.store.fleet import NODE_STALE_S, FleetView, avoided_by, fault_of, unreadable, waiting_of
 from loractl.common.units import clock, duration, gib
 
 from .cards import (
@@ -167,7 +167,7 @@ def _no_open_card(job: Job, me: Waiting, view: FleetView) -> Wait | None:
             until = f" until {clock(order.until, view.now)}" if order.until else ""
             return _fleet("drained", f"{card.node} by {order.user}{until}: {order.reason}")
     for card in online:
-        if (fault := view.nodes[card.node].fault) is not None:
+        if (fault := fault_of(view.nodes[card.node])) is not None:
             return _fleet("closed", f"{card.node}: {fault}")
     left_out = next((card for card in online if card.open), None)
     if left_out is not None and not me.alone:

@@ -82,7 +82,7 @@ def note_passes(tx: Transaction, host: str, passes: Sequence[MeasuredPass]) -> N
     row = tx.session.get(TrainerHost, host, with_for_update=True)
     if row is None:
         return
-    law = PassLaw.from_json(row.law, quantised=Method(row.method) is Method.QLORA)
+    law = PassLaw.from_json(row.law, quantised=row.method is Method.QLORA)
     for measured in passes:
         law = law.learn(measured)
     row.law = law.as_json()

@@ -8,14 +8,16 @@ from sqlalchemy.orm import Session
 
 from loractl.common.job.status import Reason, Status, retry_delay_s
 from loractl.common.store.database import make_engine
-from loractl.common.store.records import Choice, Claim, Left, Page
+from loractl.common.store.records import Choice, Claim, Left, NewHost, Page, Progress
 from loractl.common.store.store import Store
 from loractl.common.store.tables import Job
+from loractl.common.units import GIB
 from loractl.scheduler.answers.job import job_history, job_in_full
 from loractl.scheduler.answers.overview import job_list, overview
 from loractl.scheduler.text.history import history_text, job_text
 from loractl.scheduler.text.jobs import job_list_text, overview_text
 
+from ....databases import SQLITE_ALONE
 from ...factories import NOON, Clock, submission, take
 from ...scheduler.text.screens import WIDE
 
@@ -74,13 +76,18 @@ def show_all(store: Store, job_ids: list[int]) -> str:
     return "\n".join(told)
 
 
-@pytest.mark.parametrize("loose", [False, True])
-def test_no_row_stops_the_claims_and_what_cannot_be_read_is_set_aside_with_an_event(
-    upgraded_url: str, loose: bool
-) -> None:
-    if loose and not upgraded_url.startswith("sqlite"):
-        pytest.skip("PostgreSQL's columns have their types")
-    store, rows = poisoned(upgraded_url, LOOSE if loose else POISON)
+def test_no_row_stops_the_claims_and_what_cannot_be_read_is_set_aside_with_an_event(upgraded_url: str) -> None:
+    is_set_aside(upgraded_url, POISON)
+
+
+@SQLITE_ALONE
+def test_nor_does_one_that_only_sqlite_stores(upgraded_url: str) -> None:
+    is_set_aside(upgraded_url, LOOSE)
+
+
+def is_set_aside(upgraded_url: str, values: dict[str, list[str]]) -> None:
+    """Each of the values, while a healthy job starts."""
+    store, rows = poisoned(upgraded_url, values)
     good = store.submit(submission())
     show_all(store, list(rows)[::5])
     store.fleet()
@@ -96,6 +103,35 @@ def test_no_row_stops_the_claims_and_what_cannot_be_read_is_set_aside_with_an_ev
         assert store.events(job_id)[-1].text == row.message
     show_all(store, list(rows)[::5])
     store.needed_data(NOON)
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "UPDATE nodes SET user_limit = 0 WHERE node = 'odd:0'", "UPDATE nodes SET user_limit = -5 WHERE node = 'odd:0'",
+        "UPDATE nodes SET max_jobs = -1 WHERE node = 'odd:0'", "UPDATE hosts SET method = 'full'",
+    ],
+)  # fmt: skip
+def test_a_card_or_a_trainer_that_can_t_be_read_keeps_no_job_from_other_cards(
+    upgraded_url: str, statement: str
+) -> None:
+    engine = make_engine(upgraded_url)
+    store = Store(engine)
+    store.submit(submission())
+    first = take(store, node="odd:0", user_limit=1)
+    assert isinstance(first, Claim)
+    host = NewHost(host="warm", node="odd:0", key="llama", bytes=GIB)
+    assert store.keep_host(first, host)
+    store.finish(first, Reason.CANCELLED, "enough", Progress())
+    good = store.submit(submission())
+    with engine.begin() as connection:
+        connection.execute(text(statement))
+    show_all(store, [1, good])
+    claim = take(store)
+    while isinstance(claim, Left):
+        claim = store.claim("box:0", distrusted=frozenset({"odd:0"}))
+    assert isinstance(claim, Claim) and claim.job_id == good
+    engine.dispose()
 
 
 def test_what_a_row_says_besides_stops_nobody(upgraded_url: str) -> None:
