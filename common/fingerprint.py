@@ -72,9 +72,9 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def unfit_template(names: Iterable[str]) -> str | None:
-    """What is wrong with the first name of a chat template of which no file of an adapter can be made; None: nothing.
+    """The fault of the first template name that can't be a file name, in words; None if all can.
 
-    transformers saves each template under its name beside the adapter.
+    transformers saves each chat template beside the adapter, in a file of that name.
     """
     wrong = next((name for name in names if not is_file_name(f"{name}.jinja")), None)
     return None if wrong is None else f"has a chat template of the name {wrong!r}, which no stored file can have"

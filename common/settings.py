@@ -31,7 +31,7 @@ MAX_ROW = 16 << 20
 """Bytes of a row: two million words. Reading it takes six times as much memory."""
 
 MAX_DATA = 2 << 30
-"""Bytes that a parquet file may unpack to, and a .json array may have, of which all rows are in memory at once."""
+"""The most bytes to which a parquet file may unpack, and of a .json array, whose rows are all in memory at once."""
 
 TRAINER = "loractl.worker.training.trainer"
 

@@ -38,7 +38,7 @@ def set_aside_unreadable(tx: Transaction, after: int | None) -> Aside:
 
 
 def look_again(tx: Transaction, job_id: int) -> list[int]:
-    """Set the job aside if its row, locked, still waits and can't be read; its number then."""
+    """Lock the job's row. If it still waits and can't be read, set it aside; returns the numbers of those set aside."""
     job = tx.session.get(Job, job_id, populate_existing=True, with_for_update=SKIP_LOCKED)
     if job is None or job.status is not Status.QUEUED or not (why := unreadable(vars(job))):
         return []

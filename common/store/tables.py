@@ -367,7 +367,7 @@ class FleetRound(Base):
 
 
 class Lock(Base):
-    """What one transaction at a time does, by name: its row is locked then. Who submits can't lock a row here."""
+    """A lock by name: the transaction that holds it has locked the row. A login that submits can't lock one."""
 
     __tablename__ = "locks"
 
@@ -375,7 +375,7 @@ class Lock(Base):
 
 
 class Wish(Base):
-    """That a running job be cancelled: its next heartbeat reads it, and whoever ends the job removes it."""
+    """A request to cancel a running job. Its next heartbeat reads the row, and whoever ends the job removes it."""
 
     __tablename__ = "wishes"
 
@@ -385,7 +385,7 @@ class Wish(Base):
 
 
 ASKED_TO_STOP = or_(Job.cancel_requested, exists().where(Wish.job_id == Job.job_id)).label("cancel_requested")
-"""Of a running job: by a wish too that no heartbeat has read yet."""
+"""Whether somebody has asked a running job to stop, even if no heartbeat has read the wish yet."""
 
 
 class DrainOrder(Base):

@@ -21,8 +21,10 @@ log = logging.getLogger("loractl.common.store")
 
 
 SKIP_LOCKED: dict[str, Any] = {"key_share": True, "skip_locked": True}
-"""How a row of jobs is locked by whoever can do without it: FOR NO KEY UPDATE, as an update locks it. A history's new
-line, written by somebody whose transaction stays open, is no obstacle then."""
+"""Lock a row of jobs, or pass it over if somebody else has it locked.
+
+FOR NO KEY UPDATE is the lock that an update takes. An insert into events takes a weaker one on its job's row, which
+does not conflict with it: somebody who leaves such an insert uncommitted blocks nobody."""
 
 FLEET = "fleet"
 """The lock of who goes round for the fleet."""

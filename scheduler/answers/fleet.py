@@ -114,7 +114,7 @@ DEVICE_FIELDS = tuple(DeviceState.__annotations__)[:-5]
 
 
 STOPPED = "somebody's transaction holds the row fleet of locks: pg_stat_activity names it, pg_terminate_backend ends it"
-"""What to do where nobody goes round."""
+"""What to do when no worker goes round."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +127,7 @@ class Fleet:
 
     @property
     def stopped_s(self) -> float | None:
-        """For how long none of the nodes that are online has gone round for all; None: no longer than a lease.
+        """Seconds since a node last went round for all, though some are online; None if that is at most a lease.
 
         Leases that are over are not ended then, nobody gives way, and no patience ends.
         """

@@ -200,8 +200,8 @@ def _changes(report: dict[str, Any]) -> Iterator[Caveat]:
 
 
 def _company(report: dict[str, Any]) -> Iterator[Caveat]:
-    """Jobs that trained on the same base in the same process: who will be there the next time nobody knows."""
+    """Jobs that were in the same trainer. Nobody knows beforehand which will be there the next time."""
     others = report["training"].get("companions") or ()
     if others:
-        then = f"job{'s' if len(others) > 1 else ''} {', '.join(map(str, others))} in its trainer"
-        yield Caveat(what="jobs beside it", then=then, now="none, or other ones")
+        then = ", ".join(map(str, others))
+        yield Caveat(what="other jobs in its trainer", then=then, now="not known before it runs")

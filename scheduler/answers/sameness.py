@@ -23,8 +23,8 @@ _TOLD_BY_THE_RUN = (
 
 
 def _company(report: Report) -> str:
-    """The jobs that trained on the same base meanwhile. They move no digit today; products of earlier versions, and of
-    a library that a box has got since, may have been rounded by how many rows they had."""
+    """The jobs that trained on the same base meanwhile. They change no digit today. In earlier versions they
+    could: a matrix library may round a row by how many others it is multiplied with."""
     return ", ".join(map(str, report["training"].get("companions") or ())) or "none"
 
 
@@ -35,7 +35,7 @@ _RAN_WITH: dict[str, Callable[[Report], Any]] = {
     "held-out rows": held_out_hash,
     "device": lambda report: report["job"]["device_name"],
     "threads": lambda report: report["training"]["threads"] if report["training"]["device"] == "cpu" else None,
-    "jobs beside it": _company,
+    "other jobs in its trainer": _company,
     "number format": lambda report: report["training"]["precision"],
     "optimizer": lambda report: report["training"]["optim"],
     "rows at once": lambda report: report["training"]["per_device_train_batch_size"],

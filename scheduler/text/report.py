@@ -128,8 +128,8 @@ def _with_error(value: float | None, error: float | None) -> str:
 
 
 def _steps_taken(training: dict[str, Any]) -> str:
-    """The number of steps, and beside whom. The time shown beside it is this attempt's alone."""
+    """The number of steps, and with which other jobs. The time shown after it is this attempt's alone."""
     steps, resumed = training["steps"], training["resumed_from_step"]
     others = training.get("companions") or ()
-    beside = f" beside job{'s' * (len(others) > 1)} {', '.join(map(str, others))}" if others else ""
+    beside = f" alongside job{'s' * (len(others) > 1)} {', '.join(map(str, others))}" if others else ""
     return f"{steps} steps{beside}" if not resumed else f"{steps} steps{beside}, the last {steps - resumed} of them"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,22 @@ from loractl.common.job.method import Method
 from loractl.common.job.spec import JobSpec
 from loractl.common.job.status import Reason
 from loractl.common.placement.hosts import base_key
+from loractl.common.settings import load_settings
+from loractl.common.store.database import connect, make_engine
+from loractl.common.store.schema import upgrade
+from loractl.common.store.store import Store
+from loractl.common.units import GIB
+from loractl.worker.attempt.drain import Drain
+from loractl.worker.attempt.workplace import Workplace
 from loractl.worker.base.kept.shelf import Shelf
 from loractl.worker.base.kernels import load_kernels
+from loractl.worker.device.devices import CpuDevice
 from loractl.worker.protocol.messages import Ended, Start, Stepped
+from loractl.worker.storage.client import StoreClient
 from loractl.worker.training.run import Run, Stopped
 
 from ..models import write_helpdesk
+from ..roles import Logins, logins
 
 load_kernels()  # before a test's import does it at its own cost
 
@@ -35,6 +45,46 @@ def settled() -> None:
 def _settle() -> None:
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture
+def lab(postgres_url: str) -> Iterator[Logins]:
+    """A database with the roles of a lab, and a login of a person and of a box."""
+    engine = make_engine(postgres_url)
+    upgrade(engine)
+    engine.dispose()
+    with logins(postgres_url) as made:
+        yield made
+
+
+@pytest.fixture
+def person(lab: Logins) -> Iterator[Store]:
+    engine = make_engine(lab.person)
+    yield Store(engine)
+    engine.dispose()
+
+
+@pytest.fixture
+def box(lab: Logins) -> Iterator[Store]:
+    engine = make_engine(lab.box)
+    yield Store(engine)
+    engine.dispose()
+
+
+@pytest.fixture
+def quick_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Workplace]:
+    """A node on a processor whose trainers are this program: they import nothing but what it does."""
+
+    def make(program: str) -> Workplace:
+        (tmp_path / "quick.py").write_text(program)
+        monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+        settings = load_settings({"LORACTL_HOME": str(tmp_path / "home"), "LORACTL_TRAINER": "quick"})
+        return Workplace(
+            settings=settings, store=Store(connect(settings)), device=CpuDevice(total=24 * GIB), node="box:0",
+            artifacts=StoreClient(settings.artifacts_url), drain=Drain(),
+        )  # fmt: skip
+
+    return make
 
 
 _trained = itertools.count()

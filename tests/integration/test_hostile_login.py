@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import datetime as dt
 import secrets
 import threading
 import time
@@ -17,37 +18,30 @@ from loractl.common.store.database import DatabaseError, make_engine
 from loractl.common.store.entrance.invitations import LOGIN, Invitation, invite
 from loractl.common.store.records import Claim, Progress
 from loractl.common.store.roles import SUBMIT
-from loractl.common.store.schema import upgrade
 from loractl.common.store.store import Store
 
-from ..roles import PASSWORD, Logins, logins
-from ..unit.factories import RESULT, submission, take
+from ..roles import PASSWORD, Logins
+from ..unit.factories import RESULT, Clock, submission, take
 
-LEASE_S = 1.0
+LEASE_S = 60.0
+STORM_S = 4.0
 
 OLD_LOCKS = "SELECT pg_advisory_lock(n) FROM unnest(ARRAY[1092721, 1092722, 1092723, 1092725]) AS n"
 
 
 @pytest.fixture
-def lab(postgres_url: str) -> Iterator[Logins]:
-    engine = make_engine(postgres_url)
-    upgrade(engine)
-    engine.dispose()
-    with logins(postgres_url) as made:
-        yield made
+def clock() -> Clock:
+    """From now on, since the database looks at when jobs are submitted."""
+    clock = Clock()
+    clock.now = dt.datetime.now(dt.UTC)
+    return clock
 
 
 @pytest.fixture
-def person(lab: Logins) -> Iterator[Store]:
-    engine = make_engine(lab.person)
-    yield Store(engine)
-    engine.dispose()
-
-
-@pytest.fixture
-def box(lab: Logins) -> Iterator[Store]:
+def box(lab: Logins, clock: Clock) -> Iterator[Store]:
+    """A worker whose leases follow the test's clock."""
     engine = make_engine(lab.box)
-    yield Store(engine, lease_s=LEASE_S)
+    yield Store(engine, clock, lease_s=LEASE_S)
     engine.dispose()
 
 
@@ -67,18 +61,20 @@ def edits(job_id: int) -> str:
     return f"SELECT loractl_change({job_id}, 'edited', '{{}}', '{{\"max_retries\": 1}}', 'ada', ': max_retries')"
 
 
-def test_who_holds_the_locks_of_an_earlier_version_stops_no_round(person: Store, box: Store, lab: Logins) -> None:
+def test_who_holds_the_locks_of_an_earlier_version_stops_no_round(
+    person: Store, box: Store, lab: Logins, clock: Clock
+) -> None:
     person.submit(submission())
     assert isinstance(take(box), Claim)
     with held_open(lab.person, OLD_LOCKS):
-        time.sleep(LEASE_S)
+        clock.forward(1.1 * LEASE_S)
         assert box.take_turn("box:0", 0, 0) is not None
         assert [job_id for job_id, _ in box.reap()] == [1]
         assert box.end_patience() == [] and box.preempt() == ()
 
 
 def test_a_row_that_a_login_keeps_locked_costs_no_attempt_and_no_beat_is_lost(
-    person: Store, box: Store, lab: Logins, postgres_url: str
+    person: Store, box: Store, lab: Logins, postgres_url: str, clock: Clock
 ) -> None:
     """Its own login holds it by an edit, the owner by hand."""
     job_id = person.submit(submission())
@@ -86,12 +82,11 @@ def test_a_row_that_a_login_keeps_locked_costs_no_attempt_and_no_beat_is_lost(
     assert isinstance(claim, Claim)
     for url, statement in ((postgres_url, "SELECT * FROM jobs FOR UPDATE"), (lab.person, edits(job_id))):
         with held_open(url, statement):
-            began = time.monotonic()
-            while time.monotonic() < began + 1.5 * LEASE_S:
+            for _ in range(8):
+                clock.forward(LEASE_S / 5)
                 beat = box.beat(claim, Progress(stage=Stage.TRAINING, step=5))
                 assert (beat.accepted, beat.recorded) == (True, False)
                 assert box.reap() == []
-                time.sleep(LEASE_S / 5)
             if url == lab.person:
                 person.cancel(job_id, "ada")
                 assert box.beat(claim, Progress()).cancel_requested, "a wish needs nobody's row"
@@ -111,14 +106,14 @@ def test_a_line_of_a_history_that_is_never_committed_holds_nobody_up(person: Sto
 
 
 def test_who_is_silent_for_a_lease_ends_also_where_its_row_was_locked_once(
-    person: Store, box: Store, lab: Logins
+    person: Store, box: Store, lab: Logins, clock: Clock
 ) -> None:
     job_id = person.submit(submission())
     claim = take(box)
     assert isinstance(claim, Claim)
     with held_open(lab.person, edits(job_id)):
         assert not box.beat(claim, Progress()).recorded
-        time.sleep(1.2 * LEASE_S)
+        clock.forward(1.2 * LEASE_S)
         assert box.reap() == [], "who holds its row is passed over"
     assert [lost for lost, _ in box.reap()] == [job_id]
     assert not box.beat(claim, Progress()).accepted
@@ -175,7 +170,7 @@ def joiner(postgres_url: str) -> Iterator[str]:
 
 
 def test_in_a_storm_of_all_that_logins_can_say_no_running_job_ends_or_changes(
-    person: Store, box: Store, lab: Logins, joiner: str, postgres_url: str
+    person: Store, box: Store, lab: Logins, joiner: str, postgres_url: str, clock: Clock
 ) -> None:
     claims: dict[int, Claim] = {}
     for _ in range(10):
@@ -193,9 +188,10 @@ def test_in_a_storm_of_all_that_logins_can_say_no_running_job_ends_or_changes(
     for thread in threads:
         thread.start()
     try:
-        end, step = time.monotonic() + 4 * LEASE_S, 0
+        end, step = time.monotonic() + STORM_S, 0
         while time.monotonic() < end:
             step += 1
+            clock.forward(LEASE_S / 10)
             for claim in claims.values():
                 assert box.beat(claim, Progress(stage=Stage.TRAINING, step=step)).accepted
             box.take_turn("box:0", 0, 0)

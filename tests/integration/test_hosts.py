@@ -18,21 +18,17 @@ import pytest
 from sqlalchemy.exc import OperationalError
 
 from loractl.common.job.status import Reason, Status
-from loractl.common.settings import load_settings
 from loractl.common.store.database import connect
 from loractl.common.store.records import Claim, NewHost
 from loractl.common.store.store import Store
 from loractl.common.units import GIB
-from loractl.worker.attempt.drain import Drain
 from loractl.worker.attempt.state import begin
 from loractl.worker.attempt.supervisor import supervise
 from loractl.worker.attempt.workplace import Workplace
-from loractl.worker.device.devices import CpuDevice
 from loractl.worker.device.occupancy import CARD_VARIABLE, Watch, card_mark, run_mark, runs_of
 from loractl.worker.node.health.leftovers import end_all, end_strays
 from loractl.worker.spare import hosts as module
 from loractl.worker.spare.hosts import Hosts
-from loractl.worker.storage.client import StoreClient
 
 from ..unit.factories import node_state, submission
 
@@ -66,17 +62,11 @@ if __name__ == "__main__":
 
 
 @pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workplace:
-    """A processor whose trainers import nothing, do what QUICK says, and may stay."""
-    (tmp_path / "quick.py").write_text(QUICK)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    settings = load_settings({"LORACTL_HOME": str(tmp_path / "home"), "LORACTL_TRAINER": "quick"})
-    store = Store(connect(settings))
-    store.see_node(_state())
-    return Workplace(
-        settings=settings, store=store, device=CpuDevice(total=24 * GIB), node="box:0", drain=Drain(),
-        artifacts=StoreClient(settings.artifacts_url),
-    )  # fmt: skip
+def place(quick_place: Callable[[str], Workplace]) -> Workplace:
+    """Its trainers do what QUICK says, and may stay."""
+    place = quick_place(QUICK)
+    place.store.see_node(_state())
+    return place
 
 
 def _state() -> Any:

@@ -6,10 +6,9 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 
 import psutil
 import pytest
@@ -17,23 +16,19 @@ import pytest
 from loractl.common.job.adjustment import Adjustment
 from loractl.common.job.status import Reason, Status
 from loractl.common.placement.cards import Card
-from loractl.common.settings import load_settings
 from loractl.common.store.database import connect
 from loractl.common.store.records import Beat, Claim, Progress
 from loractl.common.store.store import Store
 from loractl.common.units import GIB
 from loractl.worker.attempt import stops
-from loractl.worker.attempt.drain import Drain
 from loractl.worker.attempt.link import trainer as module
 from loractl.worker.attempt.log import LogBook
 from loractl.worker.attempt.state import AttemptState, begin
 from loractl.worker.attempt.supervisor import supervise
 from loractl.worker.attempt.workplace import Workplace
-from loractl.worker.device.devices import CpuDevice
 from loractl.worker.device.occupancy import run_mark
 from loractl.worker.node.health.leftovers import close_if_left, end_strays
 from loractl.worker.protocol.spare import by_mark
-from loractl.worker.storage.client import StoreClient
 
 from ..unit.factories import node_state, submission
 from .test_hosts import Lab, until
@@ -75,17 +70,11 @@ if __name__ == "__main__":
 
 
 @pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workplace:
-    """A processor whose trainers import nothing, do what QUICK says, and may be joined. A beat a second."""
-    (tmp_path / "quick.py").write_text(QUICK)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    settings = load_settings({"LORACTL_HOME": str(tmp_path / "home"), "LORACTL_TRAINER": "quick"})
-    store = Store(connect(settings))
-    store.see_node(node_state("box:0", kind="cpu", total=24 * GIB, max_jobs=4))
-    return Workplace(
-        settings=replace(settings, lease_s=6), store=store, device=CpuDevice(total=24 * GIB), node="box:0",
-        drain=Drain(), artifacts=StoreClient(settings.artifacts_url),
-    )  # fmt: skip
+def place(quick_place: Callable[[str], Workplace]) -> Workplace:
+    """Its trainers do what QUICK says, and may be joined. A beat a second."""
+    place = quick_place(QUICK)
+    place.store.see_node(node_state("box:0", kind="cpu", total=24 * GIB, max_jobs=4))
+    return replace(place, settings=replace(place.settings, lease_s=6))
 
 
 class Crowd(Lab):

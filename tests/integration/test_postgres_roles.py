@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import json
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,6 @@ from loractl.common.job.status import Reason, Stage, Status
 from loractl.common.job.sweep import NewSweep
 from loractl.common.store.database import DatabaseError, make_engine
 from loractl.common.store.records import Claim, Delivery, Progress, SpentLog, StoredCheckpoint
-from loractl.common.store.schema import upgrade
 from loractl.common.store.store import Store
 from loractl.common.units import GIB
 from loractl.scheduler.answers.lab.shelf import ReportShelf
@@ -34,31 +33,8 @@ from loractl.scheduler.web.site import make_site
 
 from ..conftest import Cli
 from ..models import write_helpdesk
-from ..roles import Logins, logins, role
+from ..roles import Logins, role
 from ..unit.factories import RESULT, submission, take
-
-
-@pytest.fixture
-def lab(postgres_url: str) -> Iterator[Logins]:
-    engine = make_engine(postgres_url)
-    upgrade(engine)
-    engine.dispose()
-    with logins(postgres_url) as made:
-        yield made
-
-
-@pytest.fixture
-def person(lab: Logins) -> Iterator[Store]:
-    engine = make_engine(lab.person)
-    yield Store(engine)
-    engine.dispose()
-
-
-@pytest.fixture
-def box(lab: Logins) -> Iterator[Store]:
-    engine = make_engine(lab.box)
-    yield Store(engine)
-    engine.dispose()
 
 
 def test_who_submits_can_submit_cancel_hold_retry_and_read(person: Store, box: Store) -> None:

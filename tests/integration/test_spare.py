@@ -16,20 +16,14 @@ from pathlib import Path
 import psutil
 import pytest
 
-from loractl.common.settings import load_settings
-from loractl.common.store.database import make_engine
-from loractl.common.store.store import Store
-from loractl.worker.attempt.drain import Drain
 from loractl.worker.attempt.link.trainer import TrainerProcess
 from loractl.worker.attempt.log import LogBook
 from loractl.worker.attempt.order import common_environment
 from loractl.worker.attempt.workplace import Workplace
-from loractl.worker.device.devices import CpuDevice
 from loractl.worker.device.occupancy import CARD_VARIABLE, JOB_VARIABLE, RUN_VARIABLE, end_leftovers, run_mark, runs_of
 from loractl.worker.protocol.messages import Ended, Note
 from loractl.worker.spare import spares as module
 from loractl.worker.spare.spares import Spares
-from loractl.worker.storage.client import StoreClient
 
 from .test_out_of_memory import make_order
 
@@ -53,15 +47,9 @@ if __name__ == "__main__":
 
 
 @pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workplace:
-    """A processor whose trainers import nothing and do what QUICK says."""
-    (tmp_path / "quick.py").write_text(QUICK)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    settings = load_settings({"LORACTL_HOME": str(tmp_path / "home"), "LORACTL_TRAINER": "quick"})
-    return Workplace(
-        settings=settings, store=Store(make_engine(settings.database_url)), device=CpuDevice(total=1), node="box:0",
-        artifacts=StoreClient(settings.artifacts_url), drain=Drain(),
-    )  # fmt: skip
+def place(quick_place: Callable[[str], Workplace]) -> Workplace:
+    """Its trainers do what QUICK says."""
+    return quick_place(QUICK)
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """A person's changes of jobs, as they are written: a guarded update on SQLite, a function on PostgreSQL.
 
-What a job's trainer has to hear is no change of its row but a wish, a row of its own, which the next heartbeat reads.
-So a cancel waits for nobody who has locked the job's row.
+On PostgreSQL a request to cancel a running job is a wish, a row of its own, which the next heartbeat reads: so it waits
+for nobody who has locked the job's row.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _SAID = {
 
 
 def seen(job: Job) -> dict[str, Any]:
-    """What no wish finds changed since it looked."""
+    """The columns that must not have changed between a person's look and the change."""
     return {"status": job.status, "attempt": job.attempt, "held": job.held}
 
 
@@ -39,25 +39,22 @@ def change_row(
     user: str,
     tail: str = "",
 ) -> bool:
-    """Change a job's row while its columns are as expected, and tell the history who did it; False when they no more
-    are. `kind`: of _SAID. `tail`: what the history says behind who did it."""
+    """Change a job's row if its columns are still as expected, and tell the history who did it; False if they are not.
+
+    `kind`: one of _SAID. `tail`: what the history says after who did it."""
     tail = storable(tail)
     if tx.has_functions:
         asked = {"number": job_id, "kind": kind, "expected": _as_json(expected), "new": _as_json(new)}
         return bool(tx.session.scalar(_LORACTL_CHANGE, {**asked, "who": user, "tail": tail}))
     said = f"{_SAID[kind]} by {user}{tail}"
-    if kind == "cancel":
-        tx.add_new(Wish, [{"job_id": job_id, "user": user, "at": tx.now()}])
-    else:
-        # what is JSON can't have changed since it was read: SQLite's writer is alone
-        as_read = [
-            getattr(Job, name) == value for name, value in expected.items() if name in ("status", "attempt", "held")
-        ]
-        over = {**new, "message": said} if kind in ("cancelled", "held") else new
-        if not tx.change(update(Job).where(Job.job_id == job_id, *as_read).values(**over)):
-            return False
-    if kind in ("cancelled", "retry"):
-        forget_wishes(tx, job_id)
+    if kind == "cancel":  # no wish: here nobody keeps a row locked, and a worker of an earlier version reads this, too
+        new = {"cancel_requested": True}
+    elif kind in ("cancelled", "held"):
+        new = {**new, "message": said}
+    # SQLite has one writer at a time, so that the columns of JSON can't have changed since they were read
+    as_read = [getattr(Job, name) == value for name, value in expected.items() if name in ("status", "attempt", "held")]
+    if not tx.change(update(Job).where(Job.job_id == job_id, *as_read).values(**new)):
+        return False
     if "labels" in new:
         tx.session.execute(delete(JobLabel).where(JobLabel.job_id == job_id))
         tx.session.add_all(JobLabel(job_id=job_id, key=key, value=value) for key, value in new["labels"].items())
@@ -76,7 +73,7 @@ def _as_json(columns: Mapping[str, Any]) -> str:
 
 
 def answer_wishes(tx: Transaction) -> None:
-    """Do what no heartbeat has read: a job may have ended, or waited again, while it was asked to stop.
+    """Answer the wishes that no heartbeat has read: the job may have ended, or waited again, just then.
 
     For who goes round for the fleet.
     """

@@ -48,7 +48,7 @@ def read_job(tx: Transaction, job_id: int) -> Job:
 
 
 def with_wishes(tx: Transaction, jobs: Sequence[Job]) -> list[Job]:
-    """The jobs, those that are asked to stop by a wish that no heartbeat has read yet told as such."""
+    """The same jobs. Those that somebody has asked to stop say so, even if no heartbeat has read the wish yet."""
     running = [job for job in jobs if job.status is Status.RUNNING and not job.cancel_requested]
     wished = select(Job.job_id).where(Job.status == Status.RUNNING, ASKED_TO_STOP)
     asked = set(tx.session.scalars(wished)) if running else set()

@@ -21,7 +21,7 @@ from .jobs import read_job, with_wishes
 from .submissions import amend
 
 _TRIES = 5
-"""A row that changes so often while a person changes it is somebody else's for now."""
+"""Give up on a row that others change each time before we can."""
 
 
 def cancel(tx: Transaction, job_id: int, user: str) -> Job:

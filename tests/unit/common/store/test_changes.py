@@ -17,7 +17,7 @@ from loractl.common.job.status import Reason
 from loractl.common.store.database import make_engine
 from loractl.common.store.records import Claim, Progress
 from loractl.common.store.store import Store
-from loractl.common.store.tables import Job, JobLabel, Tag, Wish
+from loractl.common.store.tables import Job, JobLabel, Tag
 from loractl.scheduler.submission.edit import amendment
 
 from ....conftest import examples
@@ -104,14 +104,13 @@ def _seen(store: Store, job_id: int, steps: list[str]) -> dict[str, Any]:
     job, sweeps = store.job(job_id), str(job_id)
     row = {name: value for name, value in _columns(job).items() if name not in OTHER_EACH_TIME}
     with store._read() as tx:
-        wishes = [wish.user for wish in tx.session.query(Wish).where(Wish.job_id == job_id)]
         labels = sorted(
             (label.key, label.value) for label in tx.session.query(JobLabel).where(JobLabel.job_id == job_id)
         )
         tags = sorted((tag.name, tag.tag, tag.user) for tag in tx.session.query(Tag).where(Tag.job_id == job_id))
     events = [(event.kind, event.attempt, event.text.replace(sweeps, "N")) for event in store.events(job_id)]
     _leave_nothing(store, job_id)
-    return {"told": told, "row": row, "wishes": wishes, "labels": labels, "tags": tags, "events": events}
+    return {"told": told, "row": row, "labels": labels, "tags": tags, "events": events}
 
 
 def _said(step: Callable[[], object], job_id: int) -> str:

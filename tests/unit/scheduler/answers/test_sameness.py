@@ -68,7 +68,7 @@ def test_jobs_that_trained_beside_one_are_named_on_every_device() -> None:
         return [(pair.what, pair.first, pair.second) for pair in found.ran_with]
 
     for device, precision in (("cuda", "float32"), ("cpu", "bfloat16"), ("cpu", "float32")):
-        assert beside(device, precision) == [("jobs beside it", "3, 4", "none")], (device, precision)
+        assert beside(device, precision) == [("other jobs in its trainer", "3, 4", "none")], (device, precision)
 
 
 @pytest.mark.parametrize(("hashed", "code"), [("a", 0), ("f", 1)])

@@ -119,8 +119,9 @@ def test_control_characters_of_a_models_answer_never_reach_the_terminal() -> Non
 @pytest.mark.parametrize(
     ("resumed", "beside", "words"),
     [
-        (None, [], "20 steps in"), (11, [], "20 steps, the last 9 of them in"), (None, [4], "20 steps beside job 4 in"),
-        (11, [4, 5], "20 steps beside jobs 4, 5, the last 9 of them in"),
+        (None, [], "20 steps in"), (11, [], "20 steps, the last 9 of them in"),
+        (None, [4], "20 steps alongside job 4 in"),
+        (11, [4, 5], "20 steps alongside jobs 4, 5, the last 9 of them in"),
     ],
 )  # fmt: skip
 def test_the_steps_name_what_a_resumed_training_s_time_covers_and_who_was_beside_it(
