@@ -6,7 +6,7 @@ import threading
 import time
 
 import pytest
-from sqlalchemy import update
+from sqlalchemy import select, update
 from sqlalchemy.orm import Session
 
 from loractl.common.errors import AdapterNotFound, JobNotFound, WrongState
@@ -95,6 +95,20 @@ def test_a_cancel_that_meets_the_end_of_an_attempt_is_true(upgraded_url: str) ->
     over = store.job(job_id)
     assert (over.status, over.message) == (Status.CANCELLED, "cancelled by ada")
     engine.dispose()
+
+
+def test_a_cancel_reaches_a_worker_that_knows_no_wishes_by_the_fleet_s_round(store: Store) -> None:
+    """One of an earlier version reads the job's row alone, and its beats are these."""
+    job_id = store.submit(submission())
+    claim = take(store)
+    assert isinstance(claim, Claim)
+    assert store.cancel(job_id, "ada").cancel_requested
+    assert store.take_turn("box:0", 0, 0) is not None
+    with store._read() as tx:
+        assert tx.session.scalar(select(Job.cancel_requested).where(Job.job_id == job_id))
+    store.finish(claim, Reason.CANCELLED, "stopped", Progress())
+    assert store.retry(job_id, "ada").cancel_requested is False
+    assert isinstance(take(store), Claim), "the wish went with the attempt"
 
 
 def test_a_number_that_no_job_can_have_is_not_found(store: Store) -> None:
