@@ -220,7 +220,7 @@ def unreadable(row: Mapping[str, Any]) -> str:
         QueueKey.parse(row["queue_key"])
     except ValueError:
         return f"queue_key: {row['queue_key'][:60]}"
-    return ""
+    return "cancel_requested: it waits" if row.get("cancel_requested") else ""
 
 
 @dataclass(frozen=True, kw_only=True)

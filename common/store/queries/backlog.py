@@ -108,6 +108,5 @@ def _is_ready(now: dt.datetime) -> tuple[ColumnElement[bool] | TextClause, ...]:
     return (
         WAITS,
         ~Job.held,
-        ~Job.cancel_requested,
         or_(Job.not_before.is_(None), Job.not_before <= now),
     )

@@ -234,7 +234,7 @@ def read_counts(tx: Transaction) -> list[JobCount]:
 
 def oldest_ready(now: dt.datetime) -> Select[dt.datetime]:
     """When the oldest job that could be claimed now was submitted."""
-    ready = (WAITS, ~Job.held, ~Job.cancel_requested, or_(Job.not_before.is_(None), Job.not_before <= now))
+    ready = (WAITS, ~Job.held, or_(Job.not_before.is_(None), Job.not_before <= now))
     return select(Job.submitted_at).where(*ready).order_by(Job.job_id).limit(1)
 
 

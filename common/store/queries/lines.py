@@ -29,7 +29,7 @@ _MOST_BASES = 100  # in one statement; SQLite takes up to 500
 _AT_ONCE = 32  # of a user's jobs in one query, where many are read
 
 # Literal conditions: a partial index is only used where the planner can see that its condition holds.
-_READY = "status = 'queued' AND NOT held AND NOT cancel_requested AND (not_before IS NULL OR not_before <= :now)"
+_READY = "status = 'queued' AND NOT held AND (not_before IS NULL OR not_before <= :now)"
 _OF_ROW = (
     'job_id, "user", priority, submitted_at, methods, vram_lora, vram_qlora, lora_until, queue_key, result_host,'
     " result_until, avoids, base_model, gangs, planned, attempt"

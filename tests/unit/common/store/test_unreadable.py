@@ -34,7 +34,7 @@ POISON = {
     "gangs": ["'{\"alone\": true, \"ways\": [{\"cards\": 2, \"parallel\": \"data\", \"lora\": -1, \"qlora\": null}]}'"],
     "avoids": ["'[]'", f"'{'[' * 5000}{']' * 5000}'", f"'{'9' * 5000}'"],
     "lora_until": ["'infinity'"], "vram_needed": ["-5"], "vram_lora": ["-5368709120", "9223372036854775807"],
-    "attempt": ["2147483647", "-1"],
+    "attempt": ["2147483647", "-1"], "cancel_requested": ["true"],
 }  # fmt: skip
 """Values in SQL, by column."""
 
