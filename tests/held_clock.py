@@ -42,6 +42,7 @@ class HeldClock(NodeClock):
         self._watched: list[Callable[[], bool]] = []
         self._stirred = threading.Event()
         self._closed = False
+        self._fault: Exception | None = None  # that ended the ticker
         self._ticker = threading.Thread(target=self._tick, name="held clock", daemon=True)
         self._ticker.start()
 
@@ -114,6 +115,8 @@ class HeldClock(NodeClock):
         while not (done := bool(holds())) and self._now < until:
             wait = _Wait(holds=holds, until=until)
             with self._lock:
+                if self._fault is not None:
+                    raise RuntimeError("the held clock has ended: nobody would wake this wait") from self._fault
                 self._known.add(me)
                 self._waits[me] = wait
                 self._changes += 1
@@ -127,10 +130,17 @@ class HeldClock(NodeClock):
         return done
 
     def _tick(self) -> None:
-        while not self._closed:
-            self._stirred.clear()
-            if not self._look():
-                self._stirred.wait(POLL_S)
+        try:
+            while not self._closed:
+                self._stirred.clear()
+                if not self._look():
+                    self._stirred.wait(POLL_S)
+        except Exception as fault:
+            with self._lock:
+                self._fault, waits = fault, list(self._waits.values())
+            for wait in waits:
+                wait.woken.set()
+            raise
 
     def _look(self) -> bool:
         """Wake those whose wait is over; with nobody at work and nobody to wake, let the next time come."""

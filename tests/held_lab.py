@@ -75,9 +75,11 @@ class _Pipe:
         self._rest = b""
         self._waits = False
         self._over = False
+        self._open = threading.Lock()
 
     def quiet(self) -> bool:
-        return self._over or (self._waits and not select.select([self._end], [], [], 0)[0])
+        with self._open:  # a look at a pipe that its reader closes just then would end the clock
+            return self._over or (self._waits and not select.select([self._end], [], [], 0)[0])
 
     def readline(self, limit: int = 1 << 20) -> str:
         while b"\n" not in self._rest[:limit] and len(self._rest) < limit and not self._over:
@@ -87,8 +89,9 @@ class _Pipe:
             found = os.read(self._end, 1 << 16)
             self._rest += found
             if not found:
-                os.close(self._end)
-                self._over = True
+                with self._open:
+                    os.close(self._end)
+                    self._over = True
         line, newline, _ = self._rest[:limit].partition(b"\n")
         self._rest = self._rest[len(line + newline) :]
         return (line + newline).decode("utf-8", "replace")

@@ -100,3 +100,30 @@ def test_who_waits_for_a_condition_or_a_lock_is_woken_by_who_changes_it(clock: H
     with changed:
         assert clock.wait_for(changed, lambda: there)
     assert clock.join(thread) and clock.now() == began + 60.0
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_clock_that_ends_by_a_fault_leaves_nobody_waiting(clock: HeldClock) -> None:
+    def look() -> bool:
+        raise OSError("a pipe that is no more")
+
+    clock.watch(look)
+    with pytest.raises(RuntimeError, match="has ended") as told:
+        clock.sleep(HOUR)
+    assert isinstance(told.value.__cause__, OSError)
+    with pytest.raises(RuntimeError, match="has ended"):
+        clock.sleep(HOUR)
+
+
+def test_a_pipe_that_ends_while_the_clock_looks_at_it_is_quiet(clock: HeldClock) -> None:
+    for _ in range(200):
+        read, write = os.pipe()
+        pipe = _Pipe(read)
+        reader = threading.Thread(target=pipe.readline)
+        reader.start()
+        closing = threading.Thread(target=os.close, args=(write,))
+        closing.start()
+        while not pipe.quiet() or reader.is_alive():
+            pass
+        reader.join()
+        closing.join()
