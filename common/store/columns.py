@@ -34,6 +34,9 @@ MOST_BYTES = 2**50
 MOST_SECONDS = 1e10
 """Until a job's end: three centuries, which the calendar holds."""
 
+_MOST = 2**63 - 1
+"""The largest number that can be asked for."""
+
 _SHOWN = 60
 """Characters of a value that can't be read, as people see it."""
 
@@ -80,8 +83,8 @@ class Whole(TypeDecorator[int]):
     def process_result_value(self, value: Any, dialect: Dialect) -> int | None:
         if value is None or (type(value) is int and self.low <= value <= self.high):
             return value
-        number = int(value) if is_number(value) else 0
-        found: int = in_place_of(value, number if self.key else min(max(number, self.low), self.high))
+        low, high = (-_MOST, _MOST) if self.key else (self.low, self.high)
+        found: int = in_place_of(value, min(max(int(value) if is_number(value) else 0, low), high))
         return found
 
 

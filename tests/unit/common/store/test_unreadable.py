@@ -43,6 +43,7 @@ LOOSE = {
        ("spec", "labels", "data", "planned", "methods", "gangs", "adjustment", "checkpoint", "avoids")},
     "spec": ["'{'", "7", "x'7b'"], "vram_lora": ["'many'"], "attempt": ["'many'", "x'31'"], "eta_seconds": ["'soon'"],
     "held": ["'many'"], "user": ["x'616461'"], "submitted_at": ["'noon'"], "priority": ["1099511627776", "0.5"],
+    "sweep_id": ["1e308", "-1e308"],
 }  # fmt: skip
 """What SQLite stores as well, whatever a column's type."""
 
@@ -101,6 +102,7 @@ def is_set_aside(upgraded_url: str, values: dict[str, list[str]]) -> None:
         assert (row.status, row.reason) == (Status.FAILED, Reason.BAD_SPEC), f"{what}: {row.status} {row.message}"
         assert row.message is not None and row.message.startswith("this worker's loractl does not understand"), what
         assert store.events(job_id)[-1].text == row.message
+        assert row.sweep_id is None or store.sweep_head(row.sweep_id) is None, what
     show_all(store, list(rows)[::5])
     store.needed_data(NOON)
 
