@@ -41,6 +41,8 @@ def report_text(report: dict[str, Any], screen: Screen, answers: int) -> str:
         lines += ["", f"Base: {clean_line(e['baseline'])}; {what}."]
     lines += _labels_table(e.get("labels"), screen) + _turns_table(e.get("turns"), screen)
     lines += _harness_table(e.get("lm_eval"), screen)
+    apart = data.get("conversations_apart", 0)  # none in a report of an earlier version
+    as_rows = f" {apart} conversations are {data['rows_of_conversations_apart']} rows." if apart else ""
     left_out = sum(data.get(f"{why}_rows_dropped", 0) for why in ("too_long", "bad", "overlap", "repeated"))
     speed = f", {training['tokens_per_second']:.0f} tok/s" if training["tokens_per_second"] else ""
     lines += [
@@ -49,7 +51,7 @@ def report_text(report: dict[str, Any], screen: Screen, answers: int) -> str:
         f"{duration(training['seconds'])}{speed}, "
         f"peak {gib(training['peak_memory_bytes'])} GiB ({clean_line(training['peak_memory_kind'])}).",
         f"Intervals: {thousands(e['bootstrap']['samples'])} paired bootstrap samples, seed {e['bootstrap']['seed']}. "
-        f"{data['truncated_rows']} row{'s' * (data['truncated_rows'] != 1)} truncated, {left_out} left out.",
+        f"{data['truncated_rows']} row{'s' * (data['truncated_rows'] != 1)} truncated, {left_out} left out.{as_rows}",
     ]
     # what changed comes first: repaired, broken, then the rest
     order = sorted(e["answers"], key=lambda a: (a["base_exact"] == a["tuned_exact"], not a["tuned_exact"], a["row"]))

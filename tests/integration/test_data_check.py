@@ -67,7 +67,6 @@ FEW = [*pairs()[:9], pair("x", " y")]
 NO_SYSTEM = "{% for m in messages %}{% if m['role'] != 'system' %}{{ m['content'] }}<|im_end|>{% endif %}{% endfor %}"
 NO_TOOL = NO_SYSTEM.replace("system", "tool")
 REFUSES = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}x"
-REWRITES = "{% for m in messages %}{{ loop.length }}{{ m['content'] }}<|im_end|>{% endfor %}"
 
 
 @dataclass(frozen=True)
@@ -97,7 +96,7 @@ CASES = [
     Case("empty answer", "error", with_(chat("a", "  ")), marked=(41,)),
     Case("nothing to learn", "error", with_(chat("a")), marked=(41,)),
     Case("overlap", "error", good(), held_out=good()),
-    Case("chat template", "error", good(), template=REWRITES),
+    Case("chat template", "error", with_(chat("be kind", "a", "b", roles=("system",))), template=REFUSES),
     Case("too long", "error", good(), {"dataset": {"max_length": 20, "on_overflow": "error"}}),
     Case("no learned token", "error", good(), {"dataset": {"max_length": 8}}),
     Case("unknown columns", "error", [{"sentence": "a", "mood": "b"}], CLASSIFIER, marked=(1,)),

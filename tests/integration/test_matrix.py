@@ -27,7 +27,7 @@ def row(name: str, change: float, trained_on: int = 0) -> MatrixRow:
 
 
 def matrix(*rows: MatrixRow, switches: tuple[float, ...] = (0.001, 0.003)) -> Matrix:
-    work = cast(Any, SimpleNamespace(rows=[0] * 20, labelled=True))
+    work = cast(Any, SimpleNamespace(numbers=list(range(20)), labelled=True))
     return Matrix(
         base_model="/models/tiny", precision="NF4", rows=list(rows),
         tasks=[Task(name="mail", work=work, likenesses=())],

@@ -31,11 +31,12 @@ WITH = (
 
 @pytest.mark.parametrize(("given", "prompt"), [("", WITHOUT), ("the disk is full", WITH)])
 def test_a_row_is_what_axolotl_makes_of_it(tiny_model: Path, given: str, prompt: str) -> None:
-    row = {"instruction": "Name a queue.", "input": given, "output": "storage"}
-    examples, _ = parse_examples([RawRow(number=1, value=row)], DataFormat.ALPACA, "d", BadRow.ERROR, ALPACA)
+    raw = {"instruction": "Name a queue.", "input": given, "output": "storage"}
+    examples, _ = parse_examples([RawRow(number=1, value=raw)], DataFormat.ALPACA, "d", BadRow.ERROR, ALPACA)
     plain = load_tokenizer(str(tiny_model))
     tokenizer = templated(plain, ALPACA)
-    ids, labels = encode(examples[0], tokenizer, DataFormat.ALPACA)
+    (row,) = encode(examples[0], tokenizer, DataFormat.ALPACA)
+    ids, labels = row.input_ids, row.labels
     learned = [label for label in labels if label != IGNORED]
     start = len(ids) - len(learned)
     assert tokenizer.decode(ids[:start]).removeprefix(tokenizer.bos_token) == prompt
@@ -56,7 +57,8 @@ def test_nothing_is_learned_behind_an_answer_s_end_where_the_template_trims_it(t
         "{% endfor %}{% if add_generation_prompt %}assistant:\n{% endif %}"
     )
     turns = (Turn(role="user", content="a"), Turn(role="assistant", content="   storage"))
-    ids, labels = encode(Example(number=1, turns=turns), tokenizer, DataFormat.MESSAGES)
+    (row,) = encode(Example(number=1, turns=turns), tokenizer, DataFormat.MESSAGES)
+    ids, labels = row.input_ids, row.labels
     assert tokenizer.decode([label for label in labels if label != IGNORED]).strip() == f"storage{eos}"
     assert "and" in tokenizer.decode(ids)
 
@@ -64,9 +66,10 @@ def test_nothing_is_learned_behind_an_answer_s_end_where_the_template_trims_it(t
 def test_a_conversation_goes_on_and_a_system_message_takes_the_place_of_the_task(tiny_model: Path) -> None:
     tokenizer = templated(load_tokenizer(str(tiny_model)), ALPACA)
     turns = [("system", "Be brief."), ("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
-    row = {"messages": [{"role": role, "content": content} for role, content in turns]}
-    examples, _ = parse_examples([RawRow(number=1, value=row)], DataFormat.MESSAGES, "d", BadRow.ERROR, ALPACA)
-    ids, labels = encode(examples[0], tokenizer, DataFormat.MESSAGES)
+    raw = {"messages": [{"role": role, "content": content} for role, content in turns]}
+    examples, _ = parse_examples([RawRow(number=1, value=raw)], DataFormat.MESSAGES, "d", BadRow.ERROR, ALPACA)
+    (row,) = encode(examples[0], tokenizer, DataFormat.MESSAGES)
+    ids, labels = row.input_ids, row.labels
     eos, asked = tokenizer.eos_token, "### Instruction:\n{}\n\n### Response:\n"
     text = f"Be brief.\n\n{asked.format('a')}b{eos}\n\n{asked.format('c')}d{eos}"
     assert tokenizer.decode(ids).removeprefix(tokenizer.bos_token) == text

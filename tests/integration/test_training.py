@@ -300,7 +300,7 @@ def test_loss_falls_on_answers_alone_and_the_end_is_learned(tiny_model: Path, tm
     learned = [label for label in row.labels if label != IGNORED]
     assert tokenizer.decode(learned) == f"{examples[0].turns[1].content}<|im_end|>"
     assert row.input_ids.count(tokenizer.bos_token_id) == 2, "one <|im_start|> a message, none doubled"
-    assert encode(examples[0], tokenizer, data.format) == (row.input_ids, row.labels)
+    assert encode(examples[0], tokenizer, data.format) == [row]
 
 
 def test_the_loss_of_a_row_is_the_mean_over_its_learned_tokens(tiny_model: Path, tmp_path: Path) -> None:

@@ -103,8 +103,8 @@ def warnings_about(spec: JobSpec, data: PreparedData, tokenizer: Any) -> tuple[s
     template, tokens = TemplateLook(tokenizer, RENDERED_ROWS), TokenLook(spec, tokenizer)
     for example in data.train_examples:
         template.see(example)
-    for row in data.train.rows:
-        tokens.see(row)
+    for rows in data.train.rows.by_example():
+        tokens.see(rows)
     findings = check_examples(data.train_examples, data.held_out_examples)
     findings += about_warmup(spec.training, len(data.train_examples))
     findings += template.findings() + tokens.findings(every=False)
@@ -170,7 +170,7 @@ def _look(checked: Checked, split: Split, spec: JobSpec, tokenizer: Any, report:
         learned=None if names else checked.learned,
         train_rows=len(split.train),
         held_out_rows=len(split.held_out),
-        left_out=len(trained.lengths) + len(held.lengths) - len(trained.numbers) - len(held.numbers),
+        left_out=trained.left_out + held.left_out,
     )
 
 
@@ -181,7 +181,7 @@ def _tokenise(
     total, done = len(split.train) + len(split.held_out), 0
     for look, examples in zip(looks, (split.train, split.held_out), strict=True):
         for example in examples:
-            look.see(_encoded(example, tokenizer, split.format))
+            look.see(encode(example, tokenizer, split.format))
             if look is looks[0] and look.numbers[-1:] == array("q", [example.number]):  # it is used
                 template.see(example)
             report("Tokenising", done, total)
@@ -190,14 +190,12 @@ def _tokenise(
 
 def _shown(tokens: TokenLook, split: Split, tokenizer: Any, labels: Collection[str]) -> list[TokenRow]:
     """A short, a middling and a long row of those that are used."""
-    most = max(tokens.lengths, default=0) if len(tokens.numbers) == len(tokens.lengths) else tokens.max_length
-    lengths = [length for length in tokens.lengths if length <= most]
-    ordered = sorted(range(len(lengths)), key=lengths.__getitem__)
+    ordered = sorted(range(len(tokens.used)), key=tokens.used.__getitem__)
     places = sorted({0, len(ordered) // 2, len(ordered) - 1}) if ordered else []
     wanted = [tokens.numbers[ordered[place]] for place in places]
     found = {example.number: example for example in split.train if example.number in wanted}
     examples = [found[number] for number in wanted]
-    rows = [_encoded(example, tokenizer, split.format) for example in examples]
+    rows = [encode(example, tokenizer, split.format)[-1] for example in examples]
     place_of = {name: place for place, name in enumerate(labels)}
     return [replace(row, label=place_of.get(str(e.label))) for row, e in zip(rows, examples, strict=True)]
 
@@ -213,11 +211,6 @@ def _bad_rows(refused: list[DataError], dataset: DatasetSpec) -> list[Finding]:
     numbers = [error.row for error in refused if error.row is not None]
     text = f"{{n}} left out, as dataset.on_bad_row says; the first: {refused[0].what}" if refused else ""
     return about_rows("warning", "bad rows dropped", text, numbers)
-
-
-def _encoded(example: Example, tokenizer: Any, format: DataFormat) -> TokenRow:
-    ids, labels = encode(example, tokenizer, format)
-    return TokenRow(number=example.number, input_ids=ids, labels=labels)
 
 
 def _histogram(lengths: Sequence[int]) -> list[tuple[int, int, int]]:

@@ -58,8 +58,8 @@ def _counts(spec: JobSpec) -> dict[str, Any]:
     tokenizer = templated(load_tokenizer(spec.base_model, spec.revision), data.template)
     prepared = prepare_data(data, data.path, data.eval_path, dataset_hash(data.path), tokenizer, cache)
     rows = {
-        "train": len(prepared.train.rows),
-        "held_out": len(prepared.held_out.rows),
+        "train": prepared.train.rows.examples,
+        "held_out": prepared.held_out.rows.examples,
         "left_out": prepared.train.too_long + prepared.held_out.too_long,
     }
     return {"lengths": vars(lengths_of(packed(prepared, spec))), "rows": rows}

@@ -35,12 +35,15 @@ def packed(data: PreparedData, spec: JobSpec) -> PreparedData:
 
 def pack(rows: Sequence[TokenRow], max_length: int) -> list[TokenRow]:
     """Rows of at most `max_length` tokens, each made of whole examples: the longest first, each into the fullest row
-    that has room (best fit decreasing). The first token of an example is never learned: no token precedes it.
+    that has room (best fit decreasing). The first token of an example is never learned: no token precedes it. No two
+    rows of one conversation get into one: it would be learned twice in a step.
     """
     bins: list[list[TokenRow]] = []
     room: list[tuple[int, int]] = []  # (free tokens, bin), sorted
     for row in sorted(rows, key=lambda row: (-len(row.input_ids), row.number)):
         place = bisect.bisect_left(room, (len(row.input_ids), -1))
+        while place < len(room) and any(row.number == other.number for other in bins[room[place][1]]):
+            place += 1
         if place == len(room):
             bins.append([])
             free, number = max_length, len(bins) - 1

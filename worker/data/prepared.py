@@ -33,8 +33,8 @@ class PreparedData:
     why: str
     train: TokenSet
     held_out: TokenSet
-    # The same rows, in the same order, as train.rows and held_out.rows. Of data that another process has prepared
-    # (handover.py) there are none of the first, and of the second as many as the job measures.
+    # The examples of train.rows and held_out.rows, in the same order; one may have several rows. Of data that another
+    # process has prepared (handover.py) there are none of the first, and of the second as many as the job measures.
     train_examples: Sequence[Example]
     held_out_examples: Sequence[Example]
     dropped: list[str]  # a sentence for each row that on_bad_row: drop left out
@@ -77,15 +77,17 @@ class PreparedData:
             "format": self.format.value,
             "why": self.why,
             "sha256": self.sha256,
-            "train_rows": len(self.train.rows),
+            "train_rows": self.train.rows.examples,
             "train_rows_sha256": _hash_of(self.train_examples),
             "commits": dict(self.commits),
-            "held_out_rows": len(self.held_out.rows),
+            "held_out_rows": self.held_out.rows.examples,
             "held_out_sha256": _hash_of(self.held_out_examples),
             "train_tokens": self.train.tokens,
             "supervised_tokens": self.train.supervised,
             "truncated_rows": self.train.truncated + self.held_out.truncated,
             "too_long_rows_dropped": self.train.too_long + self.held_out.too_long,
+            "conversations_apart": self.train.apart + self.held_out.apart,
+            "rows_of_conversations_apart": self.train.apart_rows + self.held_out.apart_rows,
             "bad_rows_dropped": len(self.dropped),
             "overlap_rows_dropped": self.overlap,
             "repeated_rows_dropped": self.repeated,
@@ -118,7 +120,7 @@ def prepare_data(
     train_set = tokeniser.tokenise(split.train, dataset.path)
     held_set = tokeniser.tokenise(split.held_out, dataset.eval_path or dataset.path)
     split = fitting(split, dataset, *(set(tokens.rows.numbers) for tokens in (train_set, held_set)))
-    if len(split.held_out) < len(held_set.rows):
+    if len(split.held_out) < held_set.rows.examples:
         kept = {example.number for example in split.held_out}
         held_set = replace(held_set, rows=TokenRows.of(row for row in held_set.rows if row.number in kept))
     label_names = labels_of(split.train)

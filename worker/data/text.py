@@ -15,7 +15,8 @@ from loractl.common.job.spec import JobSpec
 from loractl.common.text import clean_text
 
 from .check import Checked
-from .tokens import IGNORED, TokenRow
+from .token_findings import learned_tokens
+from .tokens import APART, IGNORED, TokenRow
 from .trained_row import TrainedRow
 
 SHOWN_LABELS = 20
@@ -44,11 +45,15 @@ def row_text(dataset: DatasetSpec, shown: TrainedRow, tokenizer: Any, *, styled:
     """One row to train on, what is learned of it marked."""
     data = shown.data
     lines = [
-        f"Row {shown.row.number} of {dataset.path}: {_size(shown.row, data.label_names)}.",
+        f"Row {shown.rows[0].number} of {dataset.path}: {_sizes(shown.rows, data.label_names)}.",
         f"Format {data.format.value}: {data.why}. "
-        f"{len(data.train.rows)} rows to train on, {len(data.held_out.rows)} held out.\n",
-        _marked(shown.row, tokenizer, styled),
+        f"{data.train.rows.examples} rows to train on, {data.held_out.rows.examples} held out.",
     ]
+    if len(shown.rows) > 1:
+        lines.append(f"{len(shown.rows)} rows, one for each answer, {APART}.")
+    for number, row in enumerate(shown.rows, start=1):
+        lines += [f"\n{number}: {_size(row, data.label_names)}.\n"] if len(shown.rows) > 1 else [""]
+        lines.append(_marked(row, tokenizer, styled))
     return "\n".join(lines)
 
 
@@ -98,10 +103,16 @@ def _finding(finding: Finding) -> list[str]:
     return [*lines, f"         Hint: {finding.hint}."] if finding.hint else lines
 
 
+def _sizes(rows: Sequence[TokenRow], label_names: Sequence[str]) -> str:
+    """Of all rows of one example."""
+    tokens, learned = sum(len(row.labels) for row in rows), sum(map(learned_tokens, rows))
+    return _size(rows[0], label_names) if len(rows) == 1 else f"{tokens} tokens, {learned} learned"
+
+
 def _size(row: TokenRow, label_names: Sequence[str]) -> str:
     if row.label is not None:
         return f"{len(row.input_ids)} tokens, label {clean_text(label_names[row.label])}"
-    return f"{len(row.labels)} tokens, {sum(label != IGNORED for label in row.labels)} learned"
+    return f"{len(row.labels)} tokens, {learned_tokens(row)} learned"
 
 
 def _marked(row: TokenRow, tokenizer: Any, styled: bool) -> str:

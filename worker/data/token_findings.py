@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from array import array
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from loractl.common.job.sections import DataFormat, Overflow
 from loractl.common.job.spec import JobSpec
 from loractl.common.memory.config import find_config
 
-from .tokens import IGNORED, TokenRow, rendered
+from .tokens import APART, IGNORED, TokenRow, cut, rendered, rendered_answers, teaches, thought_and_answer
 
 FEW_STEPS = 10
 """Fewer optimizer steps than these hardly move an adapter."""
@@ -41,11 +42,24 @@ class TemplateLook:
         if not example.turns or (self._most is not None and self._seen > self._most):
             return
         try:
-            text = rendered(example, self._tokenizer)
+            roles = self._left_out(example)
         except ValueError:
             return  # encoding says it
-        for role in {turn.role for turn in example.turns if turn.content.strip() not in text}:
+        for role in roles:
             self._dropped.setdefault(role, array("q")).append(example.number)
+
+    def _left_out(self, example: Example) -> set[str]:
+        """Roles of which a message does not stand in the text as it was given. Raises ValueError."""
+        text = rendered(example, self._tokenizer)
+        roles = {turn.role for turn in example.turns if turn.content.strip() not in text}
+        if "assistant" in roles:  # each answer may have a row of its own, with its thought written otherwise
+            said = [turn.content for turn in example.turns if turn.role == "assistant"]
+            rendered_as = map("".join, map(str.split, rendered_answers(example, self._tokenizer)))
+            parts = ("".join(part.split()) for content in said for part in thought_and_answer(content))
+            pairs = zip(parts, (text for text in rendered_as for _ in range(2)), strict=True)
+            if all(part in answer for part, answer in pairs):
+                roles.discard("assistant")
+        return roles
 
     def findings(self) -> list[Finding]:
         hint = "the tokenizer ends or begins a message there; take them out of the text"
@@ -59,45 +73,58 @@ class TemplateLook:
 
 
 class TokenLook:
-    """Looks at rows of token ids, and keeps of each two numbers and what is wrong."""
+    """Looks at the rows of each example, and keeps of each row two numbers and what is wrong."""
 
     def __init__(self, spec: JobSpec, tokenizer: Any) -> None:
         self._spec, self._tokenizer = spec, tokenizer
         self.max_length = spec.dataset.max_length
         self._room = context_length(spec.base_model)
         self.lengths = array("L")  # tokens of each row, before it is cut or left out
-        self.numbers, self.learned = array("q"), array("L")  # the rows that are used, and their learned tokens
+        # of the rows that are used: their numbers, tokens and learned tokens
+        self.numbers, self.used, self.learned = array("q"), array("L"), array("L")
+        self.left_out = 0  # examples
+        self._apart = array("q")
         self._doubled, self._open_ended, self._strange = array("q"), array("q"), array("q")
         self._beyond, self._long_answers = array("q"), array("q")
         self._too_long, self._empty = array("q"), array("q")
         self._given = False  # some tokens are not learned
 
-    def see(self, row: TokenRow) -> None:
-        ids, labels, most, tokenizer = row.input_ids, row.labels, self._spec.dataset.max_length, self._tokenizer
-        bos, eos, unknown = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id
-        self.lengths.append(len(ids))
-        if len(ids) > most:
-            self._too_long.append(row.number)
+    def see(self, rows: Sequence[TokenRow]) -> None:
+        """The rows of one example."""
+        number, most = rows[0].number, self.max_length
+        self.lengths.extend(len(row.input_ids) for row in rows)
+        if any(len(row.input_ids) > most for row in rows):
+            self._too_long.append(number)
             if self._spec.dataset.on_overflow is Overflow.DROP:
+                self.left_out += 1
                 return
+        if len(rows) > 1:
+            self._apart.append(number)
+        for row in rows:
+            self.numbers.append(number)
+            self.used.append(len(row.input_ids))
+            self.learned.append(learned_tokens(row))
+        found = [numbers for row in rows for numbers, is_so in self._faults(row) if is_so]
+        for numbers in (self._doubled, self._open_ended, self._strange, self._beyond, self._long_answers):
+            if any(numbers is one for one in found):
+                numbers.append(number)
+        if all(len(row.input_ids) > most and not teaches(cut(row, most)) for row in rows):
+            self._empty.append(number)
+
+    def _faults(self, row: TokenRow) -> list[tuple[array[int], bool]]:
+        """Where a row is noted, and whether it should be."""
+        ids, labels, most, tokenizer = row.input_ids, row.labels, self.max_length, self._tokenizer
+        bos, eos, unknown = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id
         learned = learned_tokens(row)
-        self.numbers.append(row.number)
-        self.learned.append(learned)
         self._given = self._given or learned < len(labels)
-        seen = {
-            "doubled": (self._doubled, bos is not None and ids[:2] == [bos, bos] and bos != eos),
-            "open": (self._open_ended, bool(learned) and eos not in labels[:most]),
-            "strange": (
-                self._strange,
-                unknown not in (None, bos, eos, tokenizer.pad_token_id) and unknown in ids[:most],
-            ),
-            "beyond": (self._beyond, self._room is not None and len(ids) > self._room),
-            "long": (self._long_answers, _last_answer(row) > self._spec.evaluation.max_new_tokens),
-            "empty": (self._empty, len(ids) > most and all(label == IGNORED for label in labels[1:most])),
-        }
-        for numbers, is_so in seen.values():
-            if is_so:
-                numbers.append(row.number)
+        known = unknown in (None, bos, eos, tokenizer.pad_token_id)
+        return [
+            (self._doubled, bos is not None and ids[:2] == [bos, bos] and bos != eos),
+            (self._open_ended, bool(learned) and eos not in labels[:most]),
+            (self._strange, not known and unknown in ids[:most]),
+            (self._beyond, self._room is not None and len(ids) > self._room),
+            (self._long_answers, _last_answer(row) > self._spec.evaluation.max_new_tokens),
+        ]
 
     def findings(self, *, every: bool = True) -> list[Finding]:
         """What the token ids show. `every`: these are all the rows, so that steps can be counted."""
@@ -110,6 +137,10 @@ class TokenLook:
             generated = spec.evaluation.max_new_tokens
             text = f"{{n}} with an answer longer than evaluation.max_new_tokens ({generated}): the report will cut it"
             findings += about_rows("note", "answers longer than generated", text, self._long_answers)
+        if every and self._apart:
+            rows = Counter(self.numbers)
+            text = f"{{n}} as {sum(rows[number] for number in self._apart)} rows, {APART}"
+            findings += about_rows("note", "a row for each answer", text, self._apart)
         return findings + (_few_steps(len(self.numbers), spec) if every else [])
 
     def _marks(self) -> list[Finding]:

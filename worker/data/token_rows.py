@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -79,6 +80,26 @@ class TokenRows(Sequence[TokenRow]):
     @property
     def numbers(self) -> list[int]:
         return self._list("number")
+
+    @property
+    def examples(self) -> int:
+        """Examples that they are of: a conversation may have several rows."""
+        return len(self._firsts())
+
+    def first(self, examples: int | None) -> list[TokenRow]:
+        """The rows of the first examples; None: of all."""
+        firsts = self._firsts()
+        return self[: None if examples is None or examples >= len(firsts) else int(firsts[examples])]
+
+    def by_example(self) -> Iterator[list[TokenRow]]:
+        """The rows of each example together."""
+        firsts = [*self._firsts().tolist(), len(self)]
+        return (self[begin:end] for begin, end in itertools.pairwise(firsts))
+
+    def _firsts(self) -> Column:
+        """The place of each example's first row."""
+        number = self._columns["number"]
+        return np.flatnonzero(np.diff(number, prepend=number[:1] - 1))
 
     @property
     def lengths(self) -> list[int]:

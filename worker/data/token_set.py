@@ -13,7 +13,7 @@ import shutil
 import tempfile
 import weakref
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,9 @@ from loractl.common.files import sync
 from loractl.common.job.sections import DataFormat, DatasetSpec, Overflow
 
 from .token_rows import TokenRows
-from .tokens import IGNORED, TokenRow, encode
+from .tokens import IGNORED, TokenRow, cut, encode, teaches
 
-_CACHE_VERSION = 6
+_CACHE_VERSION = 7
 
 _COUNTS = "counts.json"
 
@@ -37,8 +37,10 @@ class TokenSet:
     """Tokenised rows, and what became of those that were too long."""
 
     rows: TokenRows
-    truncated: int
-    too_long: int  # rows over max_length that were dropped
+    truncated: int  # examples, as below
+    too_long: int  # over max_length, and dropped
+    apart: int = 0  # conversations with a row for each of their answers
+    apart_rows: int = 0  # and their rows
 
     @property
     def tokens(self) -> int:
@@ -115,7 +117,13 @@ def fit_examples(
     rows = TokenRows.of(fitting.rows_of(examples))
     if not rows:
         raise no_row_fits(file, dataset.max_length)
-    return TokenSet(rows=rows, truncated=fitting.truncated, too_long=fitting.too_long)
+    return TokenSet(
+        rows=rows,
+        truncated=fitting.truncated,
+        too_long=fitting.too_long,
+        apart=fitting.apart,
+        apart_rows=fitting.apart_rows,
+    )
 
 
 @dataclass(kw_only=True)
@@ -128,40 +136,50 @@ class _Fitting:
     format: DataFormat
     truncated: int = field(default=0, init=False)
     too_long: int = field(default=0, init=False)
+    apart: int = field(default=0, init=False)
+    apart_rows: int = field(default=0, init=False)
 
     def rows_of(self, examples: Sequence[Example]) -> Iterator[TokenRow]:
-        file, dataset, tokenizer, format = self.file, self.dataset, self.tokenizer, self.format
+        file, dataset = self.file, self.dataset
         for example in examples:
             try:
-                ids, labels = encode(example, tokenizer, format)
+                rows = encode(example, self.tokenizer, self.format)
             except ValueError as error:
                 raise DataError(file, str(error), row=example.number) from error
-            if len(ids) > dataset.max_length:
+            longest = max(len(row.input_ids) for row in rows)
+            if longest > dataset.max_length:
                 if dataset.on_overflow is Overflow.ERROR:
                     raise DataError(
                         file,
-                        f"has {len(ids)} tokens, dataset.max_length is {dataset.max_length}",
+                        f"has {longest} tokens, dataset.max_length is {dataset.max_length}",
                         row=example.number,
                         hint="raise dataset.max_length, or set dataset.on_overflow to truncate or drop",
                     )
                 if dataset.on_overflow is Overflow.DROP:
                     self.too_long += 1
                     continue
-                ids, labels = ids[: dataset.max_length], labels[: dataset.max_length]
+                rows = [self._cut(row, example) for row in rows]
                 self.truncated += 1
-                if format is DataFormat.CLASSIFICATION:  # cut as its users will cut it: some tokenizers close each text
-                    ids = list(tokenizer(example.text, truncation=True, max_length=dataset.max_length).input_ids)
-                    labels = [IGNORED] * len(ids)
-            if format is not DataFormat.CLASSIFICATION and all(
-                label == IGNORED for label in labels[1:]
-            ):  # the first token has no context to be predicted from
+            if self.format is not DataFormat.CLASSIFICATION:
+                rows = [row for row in rows if teaches(row)]
+            if not rows:
                 raise DataError(
                     file,
                     f"has no token to learn within dataset.max_length ({dataset.max_length})",
                     row=example.number,
                     hint="raise dataset.max_length, or set dataset.on_overflow: drop",
                 )
-            yield TokenRow(number=example.number, input_ids=ids, labels=labels)
+            if len(rows) > 1:
+                self.apart += 1
+                self.apart_rows += len(rows)
+            yield from rows
+
+    def _cut(self, row: TokenRow, example: Example) -> TokenRow:
+        most = self.dataset.max_length
+        if self.format is DataFormat.CLASSIFICATION:  # cut as its users will cut it: some tokenizers close each text
+            ids = list(self.tokenizer(example.text, truncation=True, max_length=most).input_ids)
+            return replace(row, input_ids=ids, labels=[IGNORED] * len(ids))
+        return cut(row, most)
 
 
 def _kept(folder: Path) -> TokenSet | None:
@@ -189,8 +207,8 @@ def _keep(tokens: TokenSet, folder: Path) -> None:
     aside = Path(tempfile.mkdtemp(dir=folder.parent))
     try:
         tokens.rows.save(aside)
-        counts = {"truncated": tokens.truncated, "too_long": tokens.too_long, "sha256": _sums(aside)}
-        (aside / _COUNTS).write_text(json.dumps(counts))
+        counts = {name: value for name, value in vars(tokens).items() if name != "rows"}
+        (aside / _COUNTS).write_text(json.dumps({**counts, "sha256": _sums(aside)}))
         for path in (*aside.iterdir(), aside):
             sync(path)
         aside.rename(folder)

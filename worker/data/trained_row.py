@@ -15,19 +15,19 @@ from .tokens import IGNORED, TokenRow
 
 @dataclass(frozen=True, kw_only=True)
 class TrainedRow:
-    """A row to train on, with the data that it belongs to."""
+    """An example to train on as its rows, most often one, with the data that it belongs to."""
 
-    row: TokenRow
+    rows: list[TokenRow]
     data: PreparedData
 
     def as_json(self) -> dict[str, Any]:
-        """The row for programs. `label` is a classifier's alone."""
-        row = self.row
-        learned = [label != IGNORED for label in row.labels]
-        label = {} if row.label is None else {"label": self.data.label_names[row.label]}
-        return {
-            "row": row.number, "input_ids": row.input_ids, "learned": learned, **label, "data": self.data.facts(),
-        }  # fmt: skip
+        """The row for programs. `label`: of a classifier. `rows`: of a conversation that has several."""
+        learned = ([label != IGNORED for label in row.labels] for row in self.rows)
+        told = [{"input_ids": row.input_ids, "learned": of} for row, of in zip(self.rows, learned, strict=True)]
+        first = self.rows[0]
+        label = {} if first.label is None else {"label": self.data.label_names[first.label]}
+        shown = told[0] if len(told) == 1 else {"rows": told}
+        return {"row": first.number, **shown, **label, "data": self.data.facts()}
 
 
 def trained_row(spec: JobSpec, tokenizer: Any, number: int | None) -> TrainedRow:
@@ -35,10 +35,11 @@ def trained_row(spec: JobSpec, tokenizer: Any, number: int | None) -> TrainedRow
     dataset = spec.dataset
     data = prepare_data(dataset, dataset.path, dataset.eval_path, dataset_hash(dataset.path), tokenizer, None)
     rows = data.train.rows
-    row = rows[0] if number is None else next((row for row in rows if row.number == number), None)
-    if row is None:
+    wanted = rows[0].number if number is None else number
+    found = next((of for of in rows.by_example() if of[0].number == wanted), None)
+    if found is None:
         raise UsageError(
             f"row {number} is not trained on",
             f"rows of {dataset.path} that are: {rows[0].number} to {rows[-1].number}, less those held out",
         )
-    return TrainedRow(row=row, data=data)
+    return TrainedRow(rows=found, data=data)

@@ -68,13 +68,14 @@ def _without_context(example: Example, place: int) -> Example:
 
 def _only_last(example: Example, tokenizer: Any) -> TokenRow:
     """The row with its last answer alone to be learned."""
-    ids, labels = encode(example, tokenizer, DataFormat.MESSAGES)
+    row = encode(example, tokenizer, DataFormat.MESSAGES)[-1]
+    labels = row.labels
     end = max(n for n, label in enumerate(labels) if label != IGNORED) + 1
     begin = end
     while begin > 0 and labels[begin - 1] != IGNORED:
         begin -= 1
     kept = [label if begin <= n < end else IGNORED for n, label in enumerate(labels)]
-    return TokenRow(number=example.number, input_ids=ids, labels=kept)
+    return replace(row, labels=kept)
 
 
 def turn_metrics(

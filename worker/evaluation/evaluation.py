@@ -27,7 +27,7 @@ from .confusion import Labels, label_metrics, labels_taught
 from .dialogue import Answered, Turns, answers_of, by_turn, turn_metrics
 from .generation import end_ids, generate
 from .harness import Benchmarks
-from .losses import RowScores, loss_metrics, score_rows
+from .losses import RowScores, by_example, loss_metrics, score_rows
 from .stretches import ANSWERS, GENERATED, LABELS, ROWS, Stretch
 
 LABEL_SLACK = 2
@@ -94,11 +94,13 @@ def evaluate(
     return Evaluation(
         metrics=metrics,
         answers=answers,
-        rows=len(work.rows),
+        rows=len(work.numbers),
         seconds=time.monotonic() - began,
         row_losses=[
-            (row.number, int(tokens), round(float(b), 6), round(float(t), 6))
-            for row, tokens, b, t in zip(work.rows, base.rows.tokens, base.rows.loss, tuned.rows.loss, strict=True)
+            (number, int(tokens), round(float(b), 6), round(float(t), 6))
+            for number, tokens, b, t in zip(
+                work.numbers, base.rows.tokens, base.rows.loss, tuned.rows.loss, strict=True
+            )
         ],
         labels=labels,
         turns=by_turn(work.turns, base.whole, tuned.whole),
@@ -140,15 +142,20 @@ class Work:
         label_tokens = max((len(tokenizer(name, add_special_tokens=False).input_ids) for name in labels), default=0)
         several = answers_of(examples, tokenizer, most) if Metric.CONTEXT in asked.metrics else []
         return cls(
-            rows=data.held_out.rows[: asked.max_rows],
+            rows=data.held_out.rows.first(asked.max_rows),
             prompts=prompts_of(data.held_out_examples[: asked.samples], tokenizer, most),
             labels=labels,
             labelled=prompts_of(examples, tokenizer, most) if labels else [],
             label_tokens=label_tokens + LABEL_SLACK,
             turns=several,
-            regression=data.regression.rows[: asked.max_rows] if data.regression else [],
+            regression=data.regression.rows.first(asked.max_rows) if data.regression else [],
             longest_answer=asked.max_new_tokens,
         )
+
+    @property
+    def numbers(self) -> list[int]:
+        """Of the held-out examples, which may have several rows each."""
+        return list(dict.fromkeys(row.number for row in self.rows))
 
     @property
     def passes(self) -> int:
@@ -223,10 +230,10 @@ def _measure(
         rows, whole, alone, regression = map(score, work.scored_apart)
         texts, labels = answer(work.prompts, work.longest_answer), answer(work.labelled, work.label_tokens)
         return _Measured(
-            rows=rows,
+            rows=by_example(rows, work.rows),
             whole=whole,
             alone=alone,
-            regression=regression,
+            regression=by_example(regression, work.regression),
             texts=texts,
             labels=labels,
             halved=bool(smaller),
@@ -242,7 +249,7 @@ def _question(learner: Learner, work: Work, spec: JobSpec) -> str:
     for rows in work.scored_apart:
         found.update(f"{len(rows)} rows\n".encode())
         for row in rows:
-            found.update(json.dumps([*row.input_ids, None, *row.labels]).encode())
+            found.update(json.dumps([row.number, *row.input_ids, None, *row.labels]).encode())
     for prompts in (work.prompts, work.labelled):
         found.update(f"{len(prompts)} prompts\n".encode())
         for prompt in prompts:

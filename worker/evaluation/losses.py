@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,6 +60,14 @@ def score_rows(
         halved()
     names = ("loss", "tokens", "stop_loss", "stops", "right")
     return RowScores(**dict(zip(names, result, strict=True)))
+
+
+def by_example(scores: RowScores, rows: Sequence[TokenRow]) -> RowScores:
+    """The scores of each example: the sums over its rows, which follow each other."""
+    firsts = [place for place, row in enumerate(rows) if place == 0 or row.number != rows[place - 1].number]
+    if len(firsts) == len(rows):
+        return scores
+    return RowScores(**{name: np.add.reduceat(values, firsts) for name, values in vars(scores).items()})
 
 
 def _sums(model: Any, tokenizer: Any, rows: list[TokenRow]) -> torch.Tensor:

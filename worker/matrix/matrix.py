@@ -98,7 +98,7 @@ class Matrix:
         return {
             "base_model": self.base_model,
             "precision": self.precision,
-            "tasks": [{"name": t.name, "rows": len(t.work.rows), "measure": t.measure} for t in self.tasks],
+            "tasks": [{"name": t.name, "rows": len(t.work.numbers), "measure": t.measure} for t in self.tasks],
             "adapters": [row.as_json() for row in self.rows],
             "memory_bytes": {"base": self.base_memory, "one_base": self.one_base, "copies": self.copies},
             "disk_bytes": {"base": self.base_disk, "adapters": sum(row.disk for row in self.rows)},
@@ -202,7 +202,7 @@ def _told(tasks: Sequence[Task], who: str, tell: Callable[[str], None]) -> Itera
     for task in tasks:
         began = time.monotonic()
         yield task
-        tell(f"{who} on {task.name}: {len(task.work.rows)} rows in {time.monotonic() - began:.0f} s")
+        tell(f"{who} on {task.name}: {len(task.work.numbers)} rows in {time.monotonic() - began:.0f} s")
 
 
 def _cells(tasks: Sequence[Task], bases: dict[str, Scores], scores: dict[str, Scores]) -> dict[str, dict[str, Cell]]:

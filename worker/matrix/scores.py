@@ -24,7 +24,7 @@ from loractl.worker.evaluation.answers import rouge
 from loractl.worker.evaluation.confusion import Labels
 from loractl.worker.evaluation.evaluation import Work
 from loractl.worker.evaluation.generation import generate
-from loractl.worker.evaluation.losses import score_rows
+from loractl.worker.evaluation.losses import by_example, score_rows
 from loractl.worker.evaluation.statistics import Array, paired_interval
 from loractl.worker.serving.adapter_pool import AdapterPool
 from loractl.worker.serving.library import Library, Listed
@@ -125,7 +125,7 @@ def score(pool: AdapterPool, key: str | None, task: Task, asked: EvaluationSpec)
         pool.switch(key)
     prompts, longest = (work.labelled, work.label_tokens) if work.labelled else (work.prompts, work.longest_answer)
     with evaluating(model, base=key is None), pool.arithmetic(key):
-        rows = score_rows(model, tokenizer, work.rows, batch)
+        rows = by_example(score_rows(model, tokenizer, work.rows, batch), work.rows)
         texts = [text for text, _ in generate(model, tokenizer, [p.ids for p in prompts], batch, longest)]
     expected = [prompt.expected for prompt in prompts]
     if work.labelled:

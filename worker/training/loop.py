@@ -172,7 +172,7 @@ def _fit_once(
             Path(run.order.output_dir) / "tensorboard"
         )  # stored with the result
     # the rows that the report measures: the losses of both are compared
-    rows = MemberRows(train=data.trained_rows, held_out=data.held_out.rows[: run.spec.evaluation.max_rows])
+    rows = MemberRows(train=data.trained_rows, held_out=data.held_out.rows.first(run.spec.evaluation.max_rows))
     # Without a limit no allocation fails on a processor: the kernel kills a process, and a probe would see nothing.
     probes = [Probe(learner, data, run)] if run.on_gpu or run.order.memory_limit is not None else []
     # after the probe: the others say that training begins

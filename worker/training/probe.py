@@ -76,7 +76,7 @@ class Probe(TrainerCallback):
         """A batch as it is evaluated in mid-training, where it is, and as the report's evaluation does it."""
         model, tokenizer = self._learner.model, self._learner.tokenizer
         in_training, wanted = args.eval_strategy != "no", args.per_device_eval_batch_size
-        rows = self._data.held_out.rows[: self._run.spec.evaluation.max_rows]
+        rows = self._data.held_out.rows.first(self._run.spec.evaluation.max_rows)
         batch = longest(rows, wanted)
 
         def work(chosen: list[int]) -> None:

@@ -30,6 +30,7 @@ from loractl.worker.data.lengths import lengths_of
 from loractl.worker.data.packing import check_apart
 from loractl.worker.data.prepared import PreparedData
 from loractl.worker.data.template import templated
+from loractl.worker.data.tokens import APART
 from loractl.worker.engine.passes.choice import forward_pass, may_share, shared_base
 from loractl.worker.engine.passes.lean import LeanPass
 from loractl.worker.engine.passes.shared import SharedBase
@@ -150,6 +151,8 @@ def _note_data(run: Run, data: PreparedData) -> None:
     facts = data.facts()
     text = f"data: {facts['train_rows']} rows to train on, {facts['held_out_rows']} held out; "
     text += f"format {data.format.value} ({data.why})"
+    if apart := facts["conversations_apart"]:
+        text += f"; {apart} conversation{'s' * (apart != 1)} as {facts['rows_of_conversations_apart']} rows, {APART}"
     for key, words in (
         ("truncated_rows", "truncated"),
         ("too_long_rows_dropped", "dropped as too long"),
@@ -272,7 +275,8 @@ def _resolved(run: Run, arguments: TrainingArguments) -> dict[str, Any]:
 
 def _evaluate(run: Run, learner: Learner, data: PreparedData, tasks: Any, callbacks: Callbacks) -> Evaluation:
     """`tasks`: what `find_tasks` returned."""
-    rows = len(data.held_out.rows[: run.spec.evaluation.max_rows])
+    most, rows = run.spec.evaluation.max_rows, data.held_out.rows.examples
+    rows = rows if most is None else min(rows, most)
     models = ("the classifier",) if data.label_names else ("the base", "the tuned model")
     work = f"{rows} held-out row{'s' * (rows != 1)}"
     answers = 0 if data.label_names else min(run.spec.evaluation.samples, len(data.held_out_examples))

@@ -1,0 +1,185 @@
+"""Templates that render earlier turns otherwise when a conversation goes on: a row for each answer, counted as one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch")
+
+from loractl.common.data.example import Example, Turn
+from loractl.common.job.sections import DataFormat
+from loractl.common.job.spec import JobSpec
+from loractl.worker.base.model import load_tokenizer
+from loractl.worker.data.check import check_data
+from loractl.worker.data.packing import packed
+from loractl.worker.data.prepared import PreparedData, prepare_data
+from loractl.worker.data.text import row_text
+from loractl.worker.data.tokens import IGNORED, TokenRow, encode
+from loractl.worker.data.trained_row import trained_row
+from loractl.worker.evaluation.evaluation import Work
+from loractl.worker.evaluation.losses import RowScores, by_example
+
+_SPOKEN = "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
+_ASKED = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+
+FORGETS = (  # as Qwen3 does: what was thought before the last question
+    "{% set last = namespace(user=-1) %}{% for m in messages %}{% if m.role == 'user' %}"
+    "{% set last.user = loop.index0 %}{% endif %}{% endfor %}"
+    "{% for m in messages %}{% if m.role == 'assistant' %}{% set parts = m.content.split('</think>') %}"
+    "<|im_start|>assistant\n{% if loop.index0 > last.user %}<think>\n"
+    "{{ parts[0].replace('<think>', '').strip() if parts | length > 1 }}\n</think>\n\n{% endif %}"
+    "{{ parts[-1].lstrip() }}<|im_end|>\n{% else %}" + _SPOKEN + "{% endif %}{% endfor %}" + _ASKED
+)
+OPENS = (  # as DeepSeek-R1 does: the prompt begins a thought, and no answer shows one
+    "{% for m in messages %}{% if m.role == 'assistant' %}<|im_start|>assistant\n"
+    "{{ m.content.split('</think>')[-1].lstrip() }}<|im_end|>\n{% else %}" + _SPOKEN + "{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+)
+COUNTS = "{{ messages | length }}{% for m in messages %}" + _SPOKEN + "{% endfor %}" + _ASKED
+
+
+def tokenizer_with(model: Path, template: str) -> Any:
+    tokenizer = load_tokenizer(str(model))
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def talk(*contents: str) -> list[dict[str, str]]:
+    return [{"role": ("user", "assistant")[n % 2], "content": content} for n, content in enumerate(contents)]
+
+
+def learned_of(messages: list[dict[str, str]], tokenizer: Any) -> list[tuple[str, str]]:
+    """(what is given, what is learned) of each row."""
+    turns = tuple(Turn(role=m["role"], content=m["content"]) for m in messages)
+    rows = encode(Example(number=1, turns=turns), tokenizer, DataFormat.MESSAGES)
+    found = []
+    for row in rows:
+        learned = [label for label in row.labels if label != IGNORED]
+        begin = next(n for n, label in enumerate(row.labels) if label != IGNORED)
+        found.append((tokenizer.decode(row.input_ids[:begin]), tokenizer.decode(learned)))
+    return found
+
+
+THOUGHT = talk("a?", "<think>\nhm\n</think>\n\nb", "c?", "<think>so</think>d")
+
+
+def test_each_answer_has_the_context_that_the_template_gives_it(tiny_model: Path) -> None:
+    tokenizer = tokenizer_with(tiny_model, FORGETS)
+    first, second = learned_of(THOUGHT, tokenizer)
+    for found, messages in ((first, THOUGHT[:1]), (second, THOUGHT[:3])):
+        asked = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        assert found[0] == asked, "what the adapter is asked by"
+    assert "hm" not in second[0], "the model sees no earlier thought when it is asked, so it learns without one"
+    assert first[1] == "<think>\nhm\n</think>\n\nb<|im_end|>"
+    assert second[1] == "<think>\nso\n</think>\n\nd<|im_end|>"
+
+
+def test_a_template_that_keeps_earlier_turns_makes_one_row(tiny_model: Path) -> None:
+    tokenizer = load_tokenizer(str(tiny_model))
+    turns = tuple(Turn(role=m["role"], content=m["content"]) for m in THOUGHT)
+    (row,) = encode(Example(number=1, turns=turns), tokenizer, DataFormat.MESSAGES)
+    assert tokenizer.decode(row.input_ids) == tokenizer.apply_chat_template(THOUGHT, tokenize=False)
+    single = tokenizer_with(tiny_model, FORGETS)
+    assert len(learned_of(talk("a?", "b"), single)) == 1, "with one answer nothing changes afterwards"
+
+
+@pytest.mark.parametrize(
+    ("answer", "learned"),
+    [
+        ("<think>\nhm\n</think>\n\nb", "hm\n</think>\n\nb<|im_end|>"),
+        ("b", "\n</think>\n\nb<|im_end|>"),
+        ("b </think> c", "\n</think>\n\nb </think> c<|im_end|>"),
+    ],
+    ids=["with a thought", "without one", "with a mark alone"],
+)
+def test_behind_a_prompt_that_opens_a_thought_the_thought_is_closed_once(
+    tiny_model: Path, answer: str, learned: str
+) -> None:
+    found = learned_of(talk("a?", answer), tokenizer_with(tiny_model, OPENS))
+    assert found == [("<|im_start|>user\na?<|im_end|>\n<|im_start|>assistant\n<think>\n", learned)]
+
+
+def test_an_answer_that_the_template_renders_without_its_prompt_is_taken_as_given(tiny_model: Path) -> None:
+    tokenizer = tokenizer_with(tiny_model, COUNTS)
+    found = learned_of(talk("a?", "b", "c?", "d"), tokenizer)
+    assert [learned for _, learned in found] == ["b<|im_end|>", "d<|im_end|>"]
+    assert [given[0] for given, _ in found] == ["1", "3"]
+
+
+def prepare(model: Path, folder: Path, rows: int = 20, **dataset: Any) -> tuple[PreparedData, JobSpec, Any]:
+    """Conversations of two answers, and as many of one."""
+    file = folder / "talks.jsonl"
+    talks = [
+        talk(f"ask {n}", f"<think>{n}</think>say {n}", f"more {n}", f"no {n}")[: 2 + n % 2 * 2] for n in range(rows)
+    ]
+    file.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in talks))
+    spec = JobSpec.model_validate(
+        {"name": "t", "base_model": str(model), "dataset": {"path": str(file), "test_size": 0.4, **dataset}}
+    )
+    tokenizer = tokenizer_with(model, FORGETS)
+    cache = folder / "cache"
+    data = prepare_data(spec.dataset, str(file), None, None, tokenizer, cache)
+    again = prepare_data(spec.dataset, str(file), None, None, tokenizer, cache)
+    assert again.train == data.train and again.facts() == data.facts(), "the cache has the counts, too"
+    return data, spec, tokenizer
+
+
+def test_conversations_are_counted_held_out_measured_and_shown_as_one(tiny_model: Path, tmp_path: Path) -> None:
+    data, spec, tokenizer = prepare(tiny_model, tmp_path)
+    facts = data.facts()
+    assert (facts["train_rows"], facts["held_out_rows"]) == (12, 8)
+    assert (facts["conversations_apart"], facts["rows_of_conversations_apart"]) == (10, 20)
+    assert len(data.train.rows) + len(data.held_out.rows) == 30
+    asked = spec.model_copy(update={"evaluation": spec.evaluation.model_copy(update={"max_rows": 3})})
+    work = Work.of(data, asked, tokenizer)
+    assert work.numbers == [example.number for example in data.held_out_examples[:3]]
+    checked = check_data(spec, tokenizer)
+    (note,) = [finding for finding in checked.findings if finding.kind == "a row for each answer"]
+    assert (checked.train_rows, checked.held_out_rows, checked.left_out) == (12, 8, 0)
+    several = [rows for rows in data.train.rows.by_example() if len(rows) == 2]
+    assert note.sentence.startswith(f"{len(several)} rows as {2 * len(several)} rows"), note.sentence
+    assert not [f for f in checked.findings if "leaves out" in f.text], "each thought stands in its own row"
+    number = several[0][0].number
+    shown = trained_row(spec, tokenizer, number)
+    assert shown.rows == several[0] and len(shown.as_json()["rows"]) == 2
+    text = row_text(spec.dataset, shown, tokenizer, styled=False)
+    assert "2 rows, one for each answer, since the model's chat template changes earlier turns." in text
+    assert text.count("[[<think>") == 2
+
+
+def test_an_interval_is_drawn_by_conversation() -> None:
+    rows = [TokenRow(number=number, input_ids=[1], labels=[1]) for number in (4, 7, 7, 9)]
+    values = np.array([1.0, 2.0, 4.0, 8.0])
+    scores = RowScores(loss=values, tokens=values, stop_loss=values, stops=values, right=values)
+    assert by_example(scores, rows).loss.tolist() == [1.0, 6.0, 8.0]
+    assert by_example(scores, [*rows[:2], TokenRow(number=8, input_ids=[1], labels=[1]), rows[3]]) is scores
+
+
+def test_no_packed_row_has_two_of_one_conversation(tiny_model: Path, tmp_path: Path) -> None:
+    data, spec, _ = prepare(tiny_model, tmp_path)
+    asked = spec.model_copy(update={"training": spec.training.model_copy(update={"packing": True})})
+    joined = packed(data, asked).packed
+    assert joined is not None
+    own = {tuple(row.input_ids): row.number for row in data.train.rows}
+    for row in joined:
+        ends = [*row.starts, len(row.input_ids)]
+        numbers = [own[tuple(row.input_ids[a:b])] for a, b in zip([0, *row.starts], ends, strict=True)]
+        assert len(set(numbers)) == len(numbers)
+    assert len(joined) == 2, "all that may stand together does"
+
+
+@pytest.mark.parametrize(("overflow", "left", "cut"), [("drop", 10, 0), ("truncate", 0, 10)])
+def test_a_conversation_is_too_long_when_one_of_its_rows_is(
+    tiny_model: Path, tmp_path: Path, overflow: str, left: int, cut: int
+) -> None:
+    data, spec, tokenizer = prepare(tiny_model, tmp_path, max_length=64, on_overflow=overflow)
+    longest = [max(len(row.input_ids) for row in rows) for rows in data.train.rows.by_example()]
+    facts = data.facts()
+    assert (facts["too_long_rows_dropped"], facts["truncated_rows"]) == (left, cut)
+    assert max(longest) <= 64
+    assert check_data(spec, tokenizer).left_out == left
