@@ -17,6 +17,27 @@ class Turn:
 
     role: str
     content: str
+    thought: str = ""  # before the content: reasoning_content
+    calls: str = ""  # tool_calls in OpenAI's form, as JSON
+    name: str = ""  # of the tool that answers
+    call_id: str = ""  # of the call that it answers
+    learned: bool = True  # of an answer; false: its weight is 0
+
+    @property
+    def teaches(self) -> bool:
+        """Whether it is an answer to learn."""
+        return self.role == "assistant" and self.learned
+
+    @property
+    def said(self) -> str:
+        """All that an answer says."""
+        return "\n".join(part for part in (self.thought, self.content, self.calls) if part)
+
+    @property
+    def apart(self) -> tuple[str, ...]:
+        """What it has beside role and content; empty for most."""
+        kept = (self.thought, self.calls, self.name, self.call_id, "" if self.learned else "not learned")
+        return kept if any(kept) else ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,6 +53,12 @@ class Example:
     prompt: str = ""
     text: str = ""
     label: str | None = None
+    tools: str = ""  # that the answers may call, in OpenAI's form, as JSON
+
+    @property
+    def answers(self) -> list[int]:
+        """The places of the turns to learn. What comes after the last of them is not rendered."""
+        return [place for place, turn in enumerate(self.turns) if turn.teaches]
 
     def content_hash(self) -> str:
         """Equal for rows that teach the same, in any place."""
@@ -46,13 +73,15 @@ class Example:
 
         A space between two digits counts, and so does a classifier's label as it is.
         """
-        parts = [part for turn in self.turns for part in (turn.role, _folded(turn.content))]
+        parts = [part for turn in self.turns for part in (turn.role, _folded(turn.content), *map(_folded, turn.apart))]
+        parts += [_folded(self.tools)] if self.tools else []
         parts += [_folded(self.text), "" if self.label is None else f"label {self.label}"]  # the prompt is in the text
         joined = "\x1f".join(parts).encode("utf-8", "surrogatepass")
         return int.from_bytes(hashlib.sha256(joined).digest()[:8], "big")
 
     def _hash(self) -> hashlib._Hash:
-        content: list[Any] = [[(t.role, t.content) for t in self.turns], self.prompt, self.text]
+        content: list[Any] = [[(t.role, t.content, *t.apart) for t in self.turns], self.prompt, self.text]
+        content += [{"tools": self.tools}] if self.tools else []
         content += [] if self.label is None else [self.label]
         return hashlib.sha256(json.dumps(content).encode())
 

@@ -6,6 +6,7 @@ import marshal
 import tempfile
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import fields
 from typing import IO, Any, overload
 
 from .example import Example, Turn
@@ -34,7 +35,7 @@ class Examples(Sequence[Example]):
         self.digests.append(example.digest())
         self.likenesses.append(example.likeness())
         self._newest.append(example)
-        self._characters += len(example.text) + sum(len(turn.content) for turn in example.turns)
+        self._characters += len(example.text) + len(example.tools) + sum(len(turn.said) for turn in example.turns)
         self._spilled = self._spilled or self._characters > IN_MEMORY
         while self._spilled and len(self._newest) >= IN_A_BLOCK:
             self._blocks.write(self._newest[:IN_A_BLOCK])
@@ -96,7 +97,7 @@ class _Blocks:
     def write(self, examples: Sequence[Example]) -> None:
         if self._file is None:
             self._file = tempfile.TemporaryFile(prefix="loractl-rows-")  # noqa: SIM115  it is read as long as we live
-        plain = [(e.number, [(t.role, t.content) for t in e.turns], e.prompt, e.text, e.label) for e in examples]
+        plain = [[*_values(e)[:1], [_values(turn) for turn in e.turns], *_values(e)[2:]] for e in examples]
         self._file.seek(self._ends[-1])
         self._file.write(marshal.dumps(plain))
         self._ends.append(self._file.tell())
@@ -110,6 +111,14 @@ class _Blocks:
         return self._last[1]
 
 
-def _example(number: int, turns: list[tuple[str, str]], prompt: str, text: str, label: str | None) -> Example:
-    said: tuple[Any, ...] = tuple(Turn(role=role, content=content) for role, content in turns)
-    return Example(number=number, turns=said, prompt=prompt, text=text, label=label)
+_TURN, _EXAMPLE = ([field.name for field in fields(kind)] for kind in (Turn, Example))
+
+
+def _values(of: Turn | Example) -> list[Any]:
+    """In the order of the fields."""
+    return [getattr(of, name) for name in (_TURN if isinstance(of, Turn) else _EXAMPLE)]
+
+
+def _example(number: int, turns: list[list[Any]], *rest: Any) -> Example:
+    said = tuple(Turn(**dict(zip(_TURN, turn, strict=True))) for turn in turns)
+    return Example(number=number, turns=said, **dict(zip(_EXAMPLE[2:], rest, strict=True)))

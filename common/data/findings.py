@@ -62,6 +62,15 @@ def number_rows(text: str, rows: int) -> str:
     return re.sub(r"\{(\w+)\|(\w+)\}", lambda verb: verb[1] if rows == 1 else verb[2], text)
 
 
+def about_fields(names: Sequence[str]) -> list[Finding]:
+    """Fields of rows that are not read."""
+    if not names:
+        return []
+    return [
+        Finding(level="note", kind="fields that are not read", text=f"not used: {', '.join(names)}", count=len(names))
+    ]
+
+
 def about_warmup(training: TrainingSpec, rows: int | None) -> list[Finding]:
     """A warm-up that a training on so many rows does not get to the end of. `rows`: None where they are not known.
 
@@ -103,7 +112,7 @@ def answer_of(example: Example) -> str:
     if example.label is not None:
         return example.label
     if example.turns:
-        return next(turn.content for turn in reversed(example.turns) if turn.role == "assistant")
+        return example.turns[example.answers[-1]].said
     return example.text[len(example.prompt) :]
 
 

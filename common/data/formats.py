@@ -5,8 +5,9 @@ It needs no torch, so submit refuses bad data before a job waits. The trainer ru
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from loractl.common.job.sections import BadRow, DataFormat, PromptTemplate
 
 from .example import Example, Turn
 from .examples import Examples
+from .fields import Reading, advice_about, tool_calls, tools
 from .labels import LONGEST, label_name
 from .rows import RawRow, column_names, kind_of
 
@@ -110,6 +112,10 @@ def detect_format(
     for format, needed in _COLUMNS.items():
         if all(column in columns for column in needed):
             return format, f"the rows have {' and '.join(needed)}"
+    if {"chosen", "rejected"} <= columns.keys():
+        hint = "answers that were chosen alone: dataset.columns: {completion: chosen}, dataset.ignore: [rejected]"
+        what = "the rows are preferences (chosen, rejected), which loractl does not train on yet"
+        raise DataError(file, what, row=first.number, hint=hint, kind="unknown columns")
     forms = "; ".join(f"{format.value}: {', '.join(needed)}" for format, needed in _COLUMNS.items())
     raise DataError(
         file,
@@ -134,13 +140,14 @@ def parse_examples(
     file: str | Path,
     on_bad_row: BadRow = BadRow.ERROR,
     template: PromptTemplate = PromptTemplate.CHAT,
+    reading: Reading | None = None,
 ) -> tuple[Examples, list[str]]:
     """Every row as an Example, and a sentence for each row that was dropped.
 
     Raises DataError for the first row that can't be learned from. Where such rows are dropped, it raises when no row
     is left.
     """
-    examples, refused = parse_each(rows, format, file, template)
+    examples, refused = parse_each(rows, format, file, template, reading)
     if refused and on_bad_row is BadRow.ERROR:
         refused[0].hint = refused[0].hint or "correct it, or leave such rows out with dataset.on_bad_row: drop"
         raise refused[0]
@@ -151,42 +158,57 @@ def parse_examples(
 
 
 def parse_each(
-    rows: Iterable[RawRow], format: DataFormat, file: str | Path, template: PromptTemplate = PromptTemplate.CHAT
+    rows: Iterable[RawRow],
+    format: DataFormat,
+    file: str | Path,
+    template: PromptTemplate = PromptTemplate.CHAT,
+    reading: Reading | None = None,
 ) -> tuple[Examples, list[DataError]]:
-    """Every row that can be learned from as an Example, and why each of the others can't."""
-    parse = {
-        DataFormat.MESSAGES: _messages,
-        DataFormat.SHAREGPT: _sharegpt,
+    """Every row that can be learned from as an Example, and why each of the others can't.
+
+    `reading` counts what is not read; None: roles and contents are read alone.
+    """
+    reading = Reading() if reading is None else reading
+    parsers: dict[DataFormat, Callable[[RawRow, str | Path], Example]] = {
+        DataFormat.MESSAGES: functools.partial(_conversation, reading, "messages", "role", "content"),
+        DataFormat.SHAREGPT: functools.partial(_conversation, reading, "conversations", "from", "value"),
         DataFormat.ALPACA: _alpaca if template is PromptTemplate.CHAT else _alpaca_with_heading,
         DataFormat.PROMPT_COMPLETION: _prompt_completion,
         DataFormat.TEXT: _text,
         DataFormat.CLASSIFICATION: _classification,
-    }[format]
-    examples, refused = Examples(), []
+    }
+    parse, examples, refused = parsers[format], Examples(), list[DataError]()
     for row in rows:
         try:
+            if name := reading.see(row.value, format):
+                what = f"has {name}, which is not read and changes what is learned"
+                raise DataError(file, what, row=row.number, hint=advice_about(name), kind="fields that are not read")
             examples.add(parse(row, file))
         except DataError as error:
             refused.append(error)
     return examples, refused
 
 
-def _messages(row: RawRow, file: str | Path) -> Example:
-    return _conversation(row, file, "messages", "role", "content")
-
-
-def _sharegpt(row: RawRow, file: str | Path) -> Example:
-    return _conversation(row, file, "conversations", "from", "value")
-
-
-def _conversation(row: RawRow, file: str | Path, column: str, speaker: str, said: str) -> Example:
-    turns = conversation_turns(row, file, column, speaker, said)
-    if not any(t.role == "assistant" for t in turns):
+def _conversation(reading: Reading, column: str, speaker: str, said: str, row: RawRow, file: str | Path) -> Example:
+    turns = conversation_turns(row, file, column, speaker, said, all_fields=reading.all)
+    if not any(turn.teaches for turn in turns):
         raise DataError(file, "has no assistant message to learn from", row=row.number, kind="nothing to learn")
-    return Example(number=row.number, turns=turns)
+    return Example(number=row.number, turns=turns, tools=_tools_of(row, file) if reading.all else "")
 
 
-def conversation_turns(row: RawRow, file: str | Path, column: str, speaker: str, said: str) -> tuple[Turn, ...]:
+def _tools_of(row: RawRow, file: str | Path) -> str:
+    if not (value := row.value.get("tools")):
+        return ""
+    try:
+        return tools(value)
+    except ValueError as error:
+        hint = 'like [{"type": "function", "function": {"name": "find", "parameters": {...}}}], as OpenAI writes them'
+        raise DataError(file, str(error), row=row.number, hint=hint, kind="not a tool") from None
+
+
+def conversation_turns(
+    row: RawRow, file: str | Path, column: str, speaker: str, said: str, *, all_fields: bool = False
+) -> tuple[Turn, ...]:
     """The messages of a conversation, in an order that can be. Raises DataError."""
 
     def wrong(what: str, kind: str) -> DataError:
@@ -209,18 +231,42 @@ def conversation_turns(row: RawRow, file: str | Path, column: str, speaker: str,
         if role not in ROLES:
             known = ", ".join((*ROLES, *SHAREGPT_ROLES))
             raise wrong(f"{where} has the role {named!r}, not one of {known}", "unknown role")
+        try:
+            more = _more_of(message) if all_fields else {}
+        except ValueError as error:
+            raise wrong(f"{where}: {error}", "not a message") from None
+        if content is None and (more.get("calls") or more.get("thought")):
+            content = ""
         if not isinstance(content, str):
             raise wrong(f"{where}: {said} is {kind_of(content)}, not text", "not text")
         if role == "system" and turns:
             raise wrong(f"{where}: the system message must come first", "role order")
         if turns and role == turns[-1].role and role != "tool":
             raise wrong(f"{where} is the second {role} message in a row", "role order")
-        if role == "assistant" and not content.strip():
+        if role == "assistant" and not content.strip() and not more.get("calls"):
             raise wrong(f"{where}: the assistant's answer is empty", "empty answer")
         if role == "assistant" and (not turns or turns[-1].role == "system"):
             raise wrong(f"{where}: the assistant answers before the user has spoken", "role order")
-        turns.append(Turn(role=role, content=content))
+        turns.append(Turn(role=role, content=content, **more))
     return tuple(turns)
+
+
+def _more_of(message: Mapping[str, Any]) -> dict[str, Any]:
+    """What a message has beside role and content. Raises ValueError."""
+    found: dict[str, Any] = {}
+    if (calls := message.get("tool_calls")) not in (None, []):
+        found["calls"] = tool_calls(calls)
+    for key, name in (("thought", "reasoning_content"), ("name", "name"), ("call_id", "tool_call_id")):
+        value = message.get(name)
+        if value is not None and not isinstance(value, str):
+            raise ValueError(f"{name} is {kind_of(value)}, not text")
+        if value:
+            found[key] = value
+    if (weight := message.get("weight")) is not None:
+        if weight not in (0, 1):
+            raise ValueError(f"weight is {json.dumps(weight, default=str)}, not 0 (not learned) or 1")
+        found["learned"] = bool(weight)
+    return found
 
 
 INPUT = "### Input:\n"

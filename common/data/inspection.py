@@ -328,7 +328,7 @@ def _answered(turns: Sequence[Turn]) -> Iterator[int]:
     """A hash for each beginning of a conversation that ends in an answer."""
     running = hashlib.sha256()
     for turn in turns:
-        running.update(json.dumps([turn.role, turn.content]).encode())
+        running.update(json.dumps([turn.role, turn.content, *turn.apart]).encode())
         if turn.role == "assistant":
             yield _short(running)
 
@@ -341,8 +341,9 @@ def _asks(example: Example) -> bool:
 def _prompt_hash(example: Example) -> int:
     if not example.turns:
         return _digest(example.prompt if example.label is None else example.text)
-    last = max(n for n, turn in enumerate(example.turns) if turn.role == "assistant")
-    return _digest(json.dumps([(t.role, t.content) for t in example.turns[:last]]))
+    asked = example.turns[: example.answers[-1]]
+    tools = [example.tools] if example.tools else []
+    return _digest(json.dumps([*((t.role, t.content, *t.apart) for t in asked), *tools]))
 
 
 def _question(example: Example) -> str:
@@ -351,7 +352,7 @@ def _question(example: Example) -> str:
 
 
 def _parts(example: Example) -> Iterator[str]:
-    yield from (turn.content for turn in example.turns)
+    yield from (turn.said for turn in example.turns)
     yield example.text
 
 

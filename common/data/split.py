@@ -12,6 +12,7 @@ from loractl.common.job.sections import BadRow, DataFormat, DatasetSpec
 
 from .example import Example
 from .examples import Examples
+from .fields import Reading
 from .formats import detect_format, map_columns, parse_examples
 from .labels import check_taught, untaught
 from .rows import RawRow
@@ -32,6 +33,7 @@ class Split:
     overlap: int  # rows of the held-out file left out because they are trained on
     near: int  # of those, the ones that differ from what is trained on in case or spaces
     repeated: int  # held-out rows left out because they stand there already, but for case and spaces
+    unused: tuple[str, ...] = ()  # fields of rows that are not read
 
 
 def split_data(dataset: DatasetSpec, rows: Iterable[RawRow], held_rows: Iterable[RawRow] | None) -> Split:
@@ -39,7 +41,8 @@ def split_data(dataset: DatasetSpec, rows: Iterable[RawRow], held_rows: Iterable
     file, held_file = dataset.path, dataset.eval_path or dataset.path
     rows = map_columns(rows, dataset.columns, file)
     format, why = detect_format(rows, file, dataset.format)
-    examples, dropped = parse_examples(rows, format, file, dataset.on_bad_row, dataset.template)
+    reading = Reading.of(dataset)
+    examples, dropped = parse_examples(rows, format, file, dataset.on_bad_row, dataset.template, reading)
     if held_rows is None:
         assert dataset.test_size is not None, "the job file's check leaves one of test_size and eval_path"
         train, held_out = split_held_out(examples, dataset.test_size, file)
@@ -54,9 +57,10 @@ def split_data(dataset: DatasetSpec, rows: Iterable[RawRow], held_rows: Iterable
             overlap=0,
             near=0,
             repeated=len(examples) - len(train) - len(held_out),
+            unused=tuple(reading.unused),
         )
     held_rows = map_columns(held_rows, dataset.columns, held_file)
-    held_out, also_dropped = parse_examples(held_rows, format, held_file, dataset.on_bad_row, dataset.template)
+    held_out, also_dropped = parse_examples(held_rows, format, held_file, dataset.on_bad_row, dataset.template, reading)
     if format is DataFormat.CLASSIFICATION:
         held_out, untold = _of_known_labels(held_out, check_taught(examples, file), held_file, dataset.on_bad_row)
         also_dropped += untold
@@ -74,6 +78,7 @@ def split_data(dataset: DatasetSpec, rows: Iterable[RawRow], held_rows: Iterable
         overlap=overlap,
         near=overlap - sum(digest in known for digest in held_out.digests),
         repeated=len(held_out) - len(new) - overlap,
+        unused=tuple(reading.unused),
     )
 
 

@@ -16,7 +16,7 @@ from loractl.common.errors import SpecError, SpecProblem
 
 from .document import load_yaml, read_yaml
 from .hub_name import from_address
-from .sections import AS_WRITTEN, DATA_SUFFIXES, Metric
+from .sections import AS_WRITTEN, DATA_SUFFIXES, Metric, RowFields
 from .spec import JobSpec, spec_keys
 
 _KNOWN_AS = {
@@ -109,6 +109,11 @@ def load_spec(path: Path, overrides: Sequence[str] = ()) -> JobSpec:
     tree, lines = read_yaml(path)
     for override in overrides:
         _apply_override(tree, override, overrides)
+    if isinstance(dataset := tree.get("dataset"), dict):
+        tree["dataset"] = {
+            "fields": RowFields.ALL.value,
+            **dataset,
+        }  # a stored spec without the key means the other one
     try:
         spec = JobSpec.model_validate(tree, context=AS_WRITTEN)
     except ValidationError as error:

@@ -67,6 +67,13 @@ class PromptTemplate(enum.StrEnum):
     ALPACA = "alpaca"  # "Below is an instruction that describes a task. ...", as Stanford Alpaca and Axolotl do
 
 
+class RowFields(enum.StrEnum):
+    """What is read of a row."""
+
+    ALL = "all"  # and what is not read is told
+    TEXT = "text"  # roles and contents alone, as loractl 0.2 and earlier did
+
+
 class Overflow(enum.StrEnum):
     """What happens to a row that is longer than max_length."""
 
@@ -231,6 +238,10 @@ class DatasetSpec(Section):
     """What happens to longer rows; they are always counted."""
     on_bad_row: BadRow = BadRow.ERROR
     """What happens to a row that can't be learned from; dropped rows are counted in the report."""
+    fields: RowFields = RowFields.TEXT
+    """What is read of a row; a job file means all. text: roles and contents alone, as loractl 0.2 read rows."""
+    ignore: list[Annotated[Printable, Field(min_length=1)]] = Field(default_factory=list, max_length=64)
+    """Fields to leave unread although they change what a row means, like images or messages.weight."""
 
 
 class LoraSpec(Section):

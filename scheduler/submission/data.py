@@ -28,7 +28,8 @@ def check_data(spec: JobSpec, report: Report = lambda what, done, total: None) -
     `report` hears how far it is. Raises DataError. Empty for data of the hub, and for parquet where pyarrow is missing:
     the trainer checks them.
     """
-    from loractl.common.data.findings import about_warmup
+    from loractl.common.data.fields import Reading
+    from loractl.common.data.findings import about_fields, about_warmup
     from loractl.common.data.formats import detect_format, map_columns, parse_examples
     from loractl.common.data.inspection import check_examples
     from loractl.common.data.labels import check_taught
@@ -42,7 +43,8 @@ def check_data(spec: JobSpec, report: Report = lambda what, done, total: None) -
     read, looked = functools.partial(report, "Reading the data"), functools.partial(report, "Looking at the rows")
     rows = {text: DataFile(Path(text), read) for text in readable if not unreadable_here(text)}
     if (other := spec.evaluation.regression) in rows:
-        parse_examples(rows[other], detect_format(rows[other], other)[0], other, dataset.on_bad_row)
+        format, reading = detect_format(rows[other], other)[0], Reading.of(dataset)
+        parse_examples(rows[other], format, other, dataset.on_bad_row, reading=reading)
     if dataset.path not in rows:
         for file in rows.values():
             collections.deque(file, maxlen=0)  # only whether it can be read: what it is for is not known here
@@ -50,12 +52,15 @@ def check_data(spec: JobSpec, report: Report = lambda what, done, total: None) -
     if dataset.eval_path is not None and dataset.eval_path not in rows:  # what is held out can't be read here
         mine = map_columns(rows[dataset.path], dataset.columns, dataset.path)
         format = detect_format(mine, dataset.path, dataset.format)[0]
-        examples = parse_examples(mine, format, dataset.path, dataset.on_bad_row)[0]
+        reading = Reading.of(dataset)
+        examples = parse_examples(mine, format, dataset.path, dataset.on_bad_row, reading=reading)[0]
         if format is DataFormat.CLASSIFICATION:
             check_taught(examples, dataset.path)
-        return check_examples(examples, [], told=looked) + about_warmup(spec.training, len(examples))
+        findings = check_examples(examples, [], told=looked) + about_fields(tuple(reading.unused))
+        return findings + about_warmup(spec.training, len(examples))
     split = split_data(dataset, rows[dataset.path], rows[dataset.eval_path] if dataset.eval_path else None)
-    return check_examples(split.train, split.held_out, split, looked) + about_warmup(spec.training, len(split.train))
+    findings = check_examples(split.train, split.held_out, split, looked) + about_fields(split.unused)
+    return findings + about_warmup(spec.training, len(split.train))
 
 
 def check_used_data(spec: JobSpec, report: Report = lambda what, done, total: None) -> tuple[list[Finding], str | None]:

@@ -60,6 +60,7 @@ def may_fill_a_row(spec: JobSpec) -> bool:
 
 def _long_ones(spec: JobSpec) -> Iterator[str]:
     """The questions with as many bytes as a row may have tokens: no token is shorter than a byte."""
+    from loractl.common.data.fields import Reading
     from loractl.common.data.formats import detect_format, map_columns, parse_each
     from loractl.common.data.rows import DataFile
 
@@ -72,15 +73,15 @@ def _long_ones(spec: JobSpec) -> Iterator[str]:
         format, _ = detect_format(rows, text, dataset.format)
         if format in (DataFormat.TEXT, DataFormat.CLASSIFICATION):  # all is learned, or no token is
             continue
-        for example in parse_each(rows, format, text, dataset.template)[0]:
+        for example in parse_each(rows, format, text, dataset.template, Reading.of(dataset))[0]:
             question = _before_the_first_answer(example)
             if len(question.encode("utf-8", "surrogatepass")) >= dataset.max_length:
                 yield question
 
 
 def _before_the_first_answer(example: Example) -> str:
-    first = next((place for place, turn in enumerate(example.turns) if turn.role == "assistant"), 0)
-    return "\n".join(turn.content for turn in example.turns[:first]) or example.prompt
+    first = example.answers[0] if example.turns else 0
+    return "\n".join(turn.said for turn in example.turns[:first]) or example.prompt
 
 
 def _counter(base: Path) -> Callable[[str], int] | None:

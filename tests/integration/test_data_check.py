@@ -25,6 +25,7 @@ from loractl.worker.data.prepared import prepare_data
 
 from ..conftest import Cli
 from ..models import write_helpdesk
+from .test_turns import FORGETS
 
 Row = dict[str, Any]
 
@@ -43,6 +44,14 @@ def good(count: int = 40) -> list[Row]:
 
 def with_(*rows: Row, count: int = 40) -> list[Row]:
     return [*good(count), *rows]
+
+
+def said(content: str, **more: Any) -> Row:
+    """A question, and an answer that has more than its content."""
+    return {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": content, **more}]}
+
+
+TOOLS = [{"type": "function", "function": {"name": "find", "parameters": {"type": "object", "properties": {}}}}]
 
 
 def pair(prompt: str, completion: str) -> Row:
@@ -95,6 +104,12 @@ CASES = [
     Case("role order", "error", with_(chat("a", "b", roles=("assistant", "user"))), marked=(41,)),
     Case("empty answer", "error", with_(chat("a", "  ")), marked=(41,)),
     Case("nothing to learn", "error", with_(chat("a")), marked=(41,)),
+    Case("not a message", "error", with_(said("b", weight=0.5)), marked=(41,)),
+    Case("not a message", "error", with_(said("", tool_calls=[{"function": {}}])), marked=(41,)),
+    Case("not a tool", "error", with_({**chat("a", "b"), "tools": [{"type": "function"}]}), marked=(41,)),
+    Case("fields that are not read", "error", with_({**chat("a", "b"), "images": ["x.png"]}), marked=(41,)),
+    Case("fields that are not read", "error", with_(said("b", thinking="hm")), marked=(41,)),
+    Case("chat template", "error", with_({**chat("a", "b"), "tools": TOOLS})),
     Case("overlap", "error", good(), held_out=good()),
     Case("chat template", "error", with_(chat("be kind", "a", "b", roles=("system",))), template=REFUSES),
     Case("too long", "error", good(), {"dataset": {"max_length": 20, "on_overflow": "error"}}),
@@ -176,6 +191,10 @@ CASES = [
         held_out=other_tickets(), marked=(1,),
     ),
     # what is only told
+    Case("fields that are not read", "note", [{**row, "score": 1, "source": None} for row in good(120)]),
+    Case(
+        "a row for each answer", "note", [chat(f"a {n}", "b", f"c {n}", f"d {n}") for n in range(40)], template=FORGETS,
+    ),
     Case("few held-out rows", "note", good()),
     Case("labels", "note", [chat(f"question {n}", "no" if n % 3 == 0 else "yes") for n in range(60)]),
     Case("labels", "note", labelled(), CLASSIFIER),

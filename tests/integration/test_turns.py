@@ -12,17 +12,23 @@ import pytest
 pytest.importorskip("torch")
 
 from loractl.common.data.example import Example, Turn
-from loractl.common.job.sections import DataFormat
+from loractl.common.data.fields import Reading
+from loractl.common.data.formats import parse_examples
+from loractl.common.data.rows import RawRow
+from loractl.common.errors import DataError
+from loractl.common.job.sections import DataFormat, RowFields
 from loractl.common.job.spec import JobSpec
 from loractl.worker.base.model import load_tokenizer
 from loractl.worker.data.check import check_data
 from loractl.worker.data.packing import packed
 from loractl.worker.data.prepared import PreparedData, prepare_data
 from loractl.worker.data.text import row_text
-from loractl.worker.data.tokens import IGNORED, TokenRow, encode
+from loractl.worker.data.tokens import IGNORED, TokenRow, encode, prompt_of
 from loractl.worker.data.trained_row import trained_row
 from loractl.worker.evaluation.evaluation import Work
 from loractl.worker.evaluation.losses import RowScores, by_example
+
+from ..models import CHAT_TEMPLATE
 
 _SPOKEN = "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
 _ASKED = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -183,3 +189,116 @@ def test_a_conversation_is_too_long_when_one_of_its_rows_is(
     assert (facts["too_long_rows_dropped"], facts["truncated_rows"]) == (left, cut)
     assert max(longest) <= 64
     assert check_data(spec, tokenizer).left_out == left
+
+
+CALLS = (  # as Qwen's: tools in the system message, a call between marks, an answer of a tool as the user's
+    "{% if tools %}<|im_start|>system\n{% for t in tools %}{{ t | tojson }}\n{% endfor %}<|im_end|>\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ 'user' if m.role == 'tool' else m.role }}\n"
+    "{% if m.reasoning_content %}<think>\n{{ m.reasoning_content }}\n</think>\n\n{% endif %}{{ m.content }}"
+    "{% for c in m.tool_calls or [] %}<tool_call>\n"
+    '{"name": "{{ c.function.name }}", "arguments": {{ c.function.arguments | tojson }}}\n</tool_call>{% endfor %}'
+    "<|im_end|>\n{% endfor %}" + _ASKED
+)
+JOINS_TEXT = CALLS.replace("c.function.arguments | tojson", "'' + c.function.arguments")
+FIND = {"name": "find", "parameters": {"type": "object", "properties": {"host": {"type": "string"}}}}
+QUESTION = {"role": "user", "content": "is heron full?"}
+CALL = {"id": "c1", "type": "function", "function": {"name": "find", "arguments": {"host": "heron"}}}
+FOUND = {"role": "tool", "name": "find", "tool_call_id": "c1", "content": "96 %"}
+ANSWER = {"role": "assistant", "content": "Nearly."}
+
+
+def calling(calls: Any, content: str | None = None, **more: Any) -> dict[str, Any]:
+    return {"role": "assistant", "content": content, "tool_calls": calls, **more}
+
+
+def rows_of(row: dict[str, Any], tokenizer: Any, fields: RowFields = RowFields.ALL) -> list[TokenRow]:
+    raw = [RawRow(number=1, value=row)]
+    (example,), _ = parse_examples(raw, DataFormat.MESSAGES, "d", reading=Reading(fields=fields))
+    return encode(example, tokenizer, DataFormat.MESSAGES)
+
+
+def learned_in(row: TokenRow, tokenizer: Any) -> str:
+    return str(tokenizer.decode([label for label in row.labels if label != IGNORED]))
+
+
+@pytest.mark.parametrize("template", [CALLS, JOINS_TEXT], ids=["an object", "joins text"])
+@pytest.mark.parametrize(
+    ("tools", "calls"),
+    [
+        ([{"type": "function", "function": FIND}], [CALL]),
+        ([FIND], [{"name": "find", "arguments": '{"host": "heron"}'}]),
+        (json.dumps([FIND]), [{"function": {"name": "find", "arguments": '{"host": "heron"}'}}]),
+    ],
+    ids=["of OpenAI", "flat", "as text"],
+)
+def test_a_call_is_learned_as_the_template_writes_it(
+    tiny_model: Path, template: str, tools: Any, calls: list[Any]
+) -> None:
+    tokenizer = tokenizer_with(tiny_model, template)
+    row = {"tools": tools, "messages": [QUESTION, calling(calls), FOUND, ANSWER]}
+    (made,) = rows_of(row, tokenizer)
+    call = '<tool_call>\n{"name": "find", "arguments": {"host": "heron"}}\n</tool_call><|im_end|>'
+    assert learned_in(made, tokenizer) == f"{call}Nearly.<|im_end|>"
+    text = tokenizer.decode(made.input_ids)
+    assert text.startswith('<|im_start|>system\n{"type": "function", "function": {"name": "find"')
+    assert "user\n96 %<|im_end|>" in text
+
+
+def test_a_template_without_a_place_for_tools_or_calls_is_refused(tiny_model: Path) -> None:
+    plain = load_tokenizer(str(tiny_model))
+    with pytest.raises(ValueError, match="has no place for tools"):
+        rows_of({"tools": [FIND], "messages": [QUESTION, ANSWER]}, plain)
+    with pytest.raises(ValueError, match="has no place for tool calls"):
+        rows_of({"messages": [QUESTION, calling([CALL])]}, plain)
+
+
+def test_the_answer_that_is_expected_is_the_call_as_it_is_learned(tiny_model: Path) -> None:
+    tokenizer = tokenizer_with(tiny_model, CALLS)
+    raw = [RawRow(number=1, value={"tools": [FIND], "messages": [QUESTION, calling([CALL])]})]
+    (example,), _ = parse_examples(raw, DataFormat.MESSAGES, "d", reading=Reading(fields=RowFields.ALL))
+    found = prompt_of(example, tokenizer)
+    assert found is not None
+    assert found[2] == '<tool_call>\n{"name": "find", "arguments": {"host": "heron"}}\n</tool_call>'
+    assert tokenizer.decode(found[0]).endswith("is heron full?<|im_end|>\n<|im_start|>assistant\n")
+
+
+@pytest.mark.parametrize(("template", "knows"), [(CALLS, True), (CHAT_TEMPLATE, False)])
+def test_a_thought_is_learned_where_the_template_knows_it_and_where_not(
+    tiny_model: Path, template: str, knows: bool
+) -> None:
+    tokenizer = tokenizer_with(tiny_model, template)
+    (made,) = rows_of({"messages": [QUESTION, {**ANSWER, "reasoning_content": "it has 96 %"}]}, tokenizer)
+    assert ("reasoning_content" in template) is knows
+    assert learned_in(made, tokenizer) == "<think>\nit has 96 %\n</think>\n\nNearly.<|im_end|>"
+
+
+def test_an_answer_of_weight_0_is_context(tiny_model: Path) -> None:
+    tokenizer = load_tokenizer(str(tiny_model))
+    first, second = {**ANSWER, "weight": 0}, {"role": "assistant", "content": "Now it is.", "weight": 1}
+    (made,) = rows_of({"messages": [QUESTION, first, QUESTION, second]}, tokenizer)
+    assert learned_in(made, tokenizer) == "Now it is.<|im_end|>"
+    assert "Nearly." in tokenizer.decode(made.input_ids)
+    (made,) = rows_of({"messages": [QUESTION, {**second}, QUESTION, first]}, tokenizer)
+    assert tokenizer.decode(made.input_ids).endswith("Now it is.<|im_end|>\n"), "what comes after is left out"
+    with pytest.raises(DataError, match="no assistant message to learn"):
+        rows_of({"messages": [QUESTION, first]}, tokenizer)
+
+
+def test_a_stored_job_reads_its_rows_as_before(tiny_model: Path) -> None:
+    tokenizer = tokenizer_with(tiny_model, CALLS)
+    rich = {"tools": [FIND], "score": 3, "messages": [QUESTION, {**ANSWER, "weight": 0, "reasoning_content": "hm"}]}
+    stored = JobSpec.model_validate({"name": "t", "base_model": "m", "dataset": {"path": "x.jsonl"}})
+    assert stored.dataset.fields is RowFields.TEXT
+    reading = Reading.of(stored.dataset)
+    (example,), _ = parse_examples([RawRow(number=1, value=rich)], DataFormat.MESSAGES, "d", reading=reading)
+    plain = rows_of({"messages": [QUESTION, ANSWER]}, tokenizer, RowFields.TEXT)
+    assert (
+        encode(example, tokenizer, DataFormat.MESSAGES) == plain == rows_of({"messages": [QUESTION, ANSWER]}, tokenizer)
+    )
+    assert sorted(reading.unused) == ["messages.reasoning_content", "messages.weight", "score", "tools"]
+    assert (
+        example.content_hash()
+        == Example(
+            number=1, turns=(Turn(role="user", content="is heron full?"), Turn(role="assistant", content="Nearly."))
+        ).content_hash()
+    )

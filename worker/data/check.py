@@ -14,7 +14,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from loractl.common.data.example import Example
-from loractl.common.data.findings import Finding, about_rows, about_warmup, refusals
+from loractl.common.data.fields import Reading
+from loractl.common.data.findings import Finding, about_fields, about_rows, about_warmup, refusals
 from loractl.common.data.formats import detect_format, map_columns, parse_each
 from loractl.common.data.inspection import check_examples
 from loractl.common.data.labels import labels_of, untaught
@@ -121,11 +122,13 @@ def _look_at_rows(dataset: DatasetSpec, report: Report) -> tuple[Checked, Split 
         mapped = map_columns(rows, dataset.columns, dataset.path)
         format, why = detect_format(mapped, dataset.path, dataset.format)
         checked = replace(checked, format=format, why=why)
-        findings += _bad_rows(parse_each(mapped, format, dataset.path, dataset.template)[1], dataset)
+        findings += _bad_rows(
+            parse_each(mapped, format, dataset.path, dataset.template, Reading.of(dataset))[1], dataset
+        )
         asked: Sequence[Example] = []
         if held_rows is not None and dataset.eval_path:
             mapped = map_columns(held_rows, dataset.columns, dataset.eval_path)
-            asked, refused = parse_each(mapped, format, dataset.eval_path, dataset.template)
+            asked, refused = parse_each(mapped, format, dataset.eval_path, dataset.template, Reading.of(dataset))
             findings += _bad_rows(refused, dataset)
         tolerant = dataset.model_copy(update={"on_bad_row": BadRow.DROP})  # bad rows are told; the rest is looked at
         split = split_data(tolerant, rows, held_rows)
@@ -133,7 +136,7 @@ def _look_at_rows(dataset: DatasetSpec, report: Report) -> tuple[Checked, Split 
         return replace(checked, findings=[*findings, *refusals([error])]), None
     if names := labels_of(split.train):
         findings += _bad_rows(untaught(asked, names, dataset.eval_path or dataset.path), dataset)
-    return replace(checked, findings=findings), split
+    return replace(checked, findings=findings + about_fields(split.unused)), split
 
 
 def _look(checked: Checked, split: Split, spec: JobSpec, tokenizer: Any, report: Report) -> Checked:

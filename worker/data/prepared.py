@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from loractl.common.data.example import Example
+from loractl.common.data.fields import Reading
 from loractl.common.data.findings import label_shares
 from loractl.common.data.formats import detect_format, parse_examples
 from loractl.common.data.labels import labels_of
@@ -41,6 +42,7 @@ class PreparedData:
     overlap: int  # rows of eval_path left out because they are trained on
     sha256: str | None
     repeated: int = 0  # held-out rows left out because they stand there already
+    unused: tuple[str, ...] = ()  # fields of rows that are not read
     warnings: tuple[str, ...] = ()  # what looks wrong but is trained on
     packed: TokenRows | None = None  # the rows to train on, several examples in one
     regression: TokenSet | None = None  # rows of another kind, to show what was forgotten
@@ -92,6 +94,7 @@ class PreparedData:
             "overlap_rows_dropped": self.overlap,
             "repeated_rows_dropped": self.repeated,
             "bad_rows": self.dropped[:20],
+            "unused_fields": list(self.unused),
             "warnings": list(self.warnings),
             "labels": self.label_counts() or None,
         }
@@ -137,6 +140,7 @@ def prepare_data(
         dropped=split.dropped,
         overlap=split.overlap,
         repeated=split.repeated,
+        unused=split.unused,
         sha256=sha256,
         train_examples=split.train,
         held_out_examples=split.held_out,
@@ -155,7 +159,9 @@ def prepare_regression(
     rows, commit = load_pinned(path, "test")
     format = detect_format(rows, file)[0]
     trained = {example.likeness() for example in train}
-    examples = distinct(parse_examples(rows, format, file, dataset.on_bad_row, dataset.template)[0], trained)
+    reading = Reading.of(dataset)
+    parsed, _ = parse_examples(rows, format, file, dataset.on_bad_row, dataset.template, reading)
+    examples = distinct(parsed, trained)
     if not examples:
         raise DataError(file, ALL_TRAINED_ON, hint="it is for rows of another kind", kind="overlap")
     tolerant = dataset.model_copy(update={"on_overflow": Overflow.TRUNCATE})

@@ -53,7 +53,7 @@ class TemplateLook:
         text = rendered(example, self._tokenizer)
         roles = {turn.role for turn in example.turns if turn.content.strip() not in text}
         if "assistant" in roles:  # each answer may have a row of its own, with its thought written otherwise
-            said = [turn.content for turn in example.turns if turn.role == "assistant"]
+            said = [example.turns[place].content for place in example.answers]
             rendered_as = map("".join, map(str.split, rendered_answers(example, self._tokenizer)))
             parts = ("".join(part.split()) for content in said for part in thought_and_answer(content))
             pairs = zip(parts, (text for text in rendered_as for _ in range(2)), strict=True)
@@ -221,4 +221,4 @@ def _last_answer(row: TokenRow) -> int:
 
 
 def _said(example: Example) -> list[str]:
-    return [turn.content for turn in example.turns] or [example.text]
+    return [turn.said for turn in example.turns] or [example.text]

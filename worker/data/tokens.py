@@ -6,7 +6,8 @@ most. For a classifier loss falls on a row's label alone, and its text is what t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -64,16 +65,21 @@ def encode(example: Example, tokenizer: Any, format: DataFormat) -> list[TokenRo
 
 def _chat(example: Example, tokenizer: Any) -> list[tuple[list[int], list[int]]]:
     """(input_ids, labels) of a conversation's rows."""
-    answers = [place for place, turn in enumerate(example.turns) if turn.role == "assistant"]
+    answers = example.answers
     text = _render(example, answers[-1] + 1, tokenizer)
+    _refuse_without_tools(example, tokenizer)
     spans = []
     for place in answers:
         before = _render(example, place, tokenizer, generation_prompt=True)
         after = _render(example, place + 1, tokenizer)
         if not (text.startswith(after) and after.startswith(before)):
             return [_learned(*_answer(example, one, tokenizer), tokenizer) for one in answers]
-        # stripped, as many templates have it: the end is looked for behind what they keep at the least
-        eos = after.find(tokenizer.eos_token, len(before) + len(example.turns[place].content.strip()))
+        turn = example.turns[place]
+        _refuse_without_calls(turn, after[len(before) :])
+        if turn.thought or turn.calls:
+            eos = after.rfind(tokenizer.eos_token, len(before))
+        else:  # stripped, as many templates have it: the end is looked for behind what they keep at the least
+            eos = after.find(tokenizer.eos_token, len(before) + len(turn.content.strip()))
         spans.append((len(before), len(after) if eos < 0 else eos + len(tokenizer.eos_token)))
     return [_learned(text, spans, tokenizer)]
 
@@ -87,8 +93,12 @@ def _answer(example: Example, place: int, tokenizer: Any) -> tuple[str, list[tup
     """
     prompt = _render(example, place, tokenizer, generation_prompt=True)
     text = _render(example, place + 1, tokenizer)
+    turn = example.turns[place]
     if not text.startswith(prompt):
-        text = prompt + _as_given(example.turns[place], opened=prompt.rstrip().endswith(THOUGHT[0]))
+        if turn.calls:
+            raise ValueError("the model's chat template renders a tool call without the prompt that asks for it")
+        text = prompt + _as_given(turn, opened=prompt.rstrip().endswith(THOUGHT[0]))
+    _refuse_without_calls(turn, text[len(prompt) :])
     end = text.rfind(tokenizer.eos_token, len(prompt))
     return text, [(len(prompt), len(text) if end < 0 else end + len(tokenizer.eos_token))]
 
@@ -99,9 +109,9 @@ THOUGHT = ("<think>", "</think>")
 
 def _as_given(turn: Turn, *, opened: bool) -> str:
     """An answer behind a prompt; `opened`: the prompt begins the thought."""
-    thought, answer = thought_and_answer(turn.content)
+    thought, answer = thought_and_answer(_with_thought(turn))
     if not opened:
-        return turn.content
+        return _with_thought(turn)
     return f"{thought}\n{THOUGHT[1]}\n\n{answer}"
 
 
@@ -141,14 +151,16 @@ def _encode_text(example: Example, tokenizer: Any, *, learn_all: bool) -> tuple[
 def prompt_of(example: Example, tokenizer: Any) -> tuple[list[int], str, str] | None:
     """(prompt ids, prompt for people, expected answer) of the example's last answer; None for plain text."""
     if example.turns:
-        last = max(i for i, turn in enumerate(example.turns) if turn.role == "assistant")
+        last = example.answers[-1]
         rendered = _render(example, last, tokenizer, generation_prompt=True)
         shown = (
             example.turns[last - 1].content
             if last == 1
-            else "\n".join(f"{t.role}: {t.content}" for t in example.turns[:last])
+            else "\n".join(f"{t.role}: {t.said}" for t in example.turns[:last])
         )
-        return tokenizer(rendered, add_special_tokens=False).input_ids, shown, example.turns[last].content
+        turn = example.turns[last]
+        expected = _expected(example, last, tokenizer) if turn.thought or turn.calls else turn.content
+        return tokenizer(rendered, add_special_tokens=False).input_ids, shown, expected
     if example.prompt:
         return (
             without_eos(tokenizer(example.prompt).input_ids, tokenizer),
@@ -160,23 +172,81 @@ def prompt_of(example: Example, tokenizer: Any) -> tuple[list[int], str, str] | 
 
 def rendered(example: Example, tokenizer: Any) -> str:
     """A conversation as the chat template writes it, up to its last answer. Raises ValueError where it refuses it."""
-    last = max(i for i, turn in enumerate(example.turns) if turn.role == "assistant")
-    return _render(example, last + 1, tokenizer)
+    return _render(example, example.answers[-1] + 1, tokenizer)
 
 
 def rendered_answers(example: Example, tokenizer: Any) -> list[str]:
     """Each answer as its own row has it. Raises ValueError."""
-    places = (place for place, turn in enumerate(example.turns) if turn.role == "assistant")
-    return [text[spans[0][0] :] for text, spans in (_answer(example, place, tokenizer) for place in places)]
+    return [text[spans[0][0] :] for text, spans in (_answer(example, at, tokenizer) for at in example.answers)]
+
+
+def _expected(example: Example, place: int, tokenizer: Any) -> str:
+    """What a model that has learned the answer writes, up to its end."""
+    text, ((begin, end),) = _answer(example, place, tokenizer)
+    return text[begin:end].removesuffix(tokenizer.eos_token).strip()
+
+
+def _refuse_without_tools(example: Example, tokenizer: Any) -> None:
+    """Raises ValueError where the template does not show the tools that answers may call."""
+    if not example.tools:
+        return
+    end = example.answers[0]
+    if _render(example, end, tokenizer) == _render(replace(example, tools=""), end, tokenizer):
+        raise ValueError("the model's chat template has no place for tools")
+
+
+def _refuse_without_calls(turn: Turn, shown: str) -> None:
+    """Raises ValueError where the template leaves out a call of the answer that it renders so."""
+    if turn.calls and any(call["function"]["name"] not in shown for call in json.loads(turn.calls)):
+        raise ValueError("the model's chat template has no place for tool calls")
 
 
 def _render(example: Example, end: int, tokenizer: Any, *, generation_prompt: bool = False) -> str:
-    messages = [{"role": t.role, "content": t.content} for t in example.turns[:end]]
+    messages = [message_of(turn, tokenizer) for turn in example.turns[:end]]
+    tools = json.loads(example.tools) if example.tools else None
+    return render(messages, tokenizer, tools, generation_prompt=generation_prompt)
+
+
+def render(messages: Sequence[Mapping[str, Any]], tokenizer: Any, tools: Any = None, *, generation_prompt: bool) -> str:
+    """A conversation as the model's chat template writes it. Raises ValueError where the template refuses it."""
+    given: dict[str, Any] = {"tokenize": False, "add_generation_prompt": generation_prompt}
+    given |= {"tools": tools} if tools else {}
     try:
-        text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt)
-    except TemplateError as error:  # what a template raises by itself, like "System role not supported"
+        try:
+            text: str = tokenizer.apply_chat_template([dict(message) for message in messages], **given)
+        except TypeError:  # DeepSeek's joins a call's arguments as text
+            text = tokenizer.apply_chat_template([_with_arguments_as_text(message) for message in messages], **given)
+    except (TemplateError, TypeError) as error:  # what a template raises, like "System role not supported"
         raise ValueError(f"the model's chat template refuses it: {error}") from error
     return text
+
+
+def message_of(turn: Turn, tokenizer: Any) -> dict[str, Any]:
+    """A turn as chat templates read it. A thought that a template does not ask for stands before the content."""
+    apart = {
+        "tool_calls": json.loads(turn.calls) if turn.calls else None,
+        "name": turn.name,
+        "tool_call_id": turn.call_id,
+    }
+    known = turn.thought and "reasoning_content" in str(tokenizer.chat_template)
+    said = {"content": turn.content, "reasoning_content": turn.thought} if known else {"content": _with_thought(turn)}
+    return {"role": turn.role, **said, **{key: value for key, value in apart.items() if value}}
+
+
+def _with_thought(turn: Turn) -> str:
+    """The content behind the thought."""
+    begin, end = THOUGHT
+    return f"{begin}\n{turn.thought}\n{end}\n\n{turn.content}" if turn.thought else turn.content
+
+
+def _with_arguments_as_text(message: Mapping[str, Any]) -> dict[str, Any]:
+    changed = dict(message)
+    if calls := changed.get("tool_calls"):
+        changed["tool_calls"] = [
+            {**call, "function": {**call["function"], "arguments": json.dumps(call["function"]["arguments"])}}
+            for call in calls
+        ]
+    return changed
 
 
 def without_eos(ids: Sequence[int], tokenizer: Any) -> list[int]:

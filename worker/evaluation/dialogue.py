@@ -46,7 +46,7 @@ def answers_of(examples: Sequence[Example], tokenizer: Any, max_length: int) -> 
     """The answers of the conversations that have several, in order, those of at most `max_length` tokens."""
     answers: list[Answered] = []
     for example in examples:
-        places = [n for n, turn in enumerate(example.turns) if turn.role == "assistant"]
+        places = example.answers
         if len(places) < 2:
             continue
         if len(answers) + len(places) > MOST_TURNS:

@@ -162,6 +162,8 @@ def _note_data(run: Run, data: PreparedData) -> None:
     ):
         if facts[key]:
             text += f"; {facts[key]} {words}"
+    if unused := facts["unused_fields"]:
+        text += f"; not used: {', '.join(unused)}"
     run.note("data", text)
     for warning in data.warnings:
         run.note("warning", f"data: {warning}")

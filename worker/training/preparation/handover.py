@@ -16,7 +16,7 @@ from loractl.worker.data.token_set import TokenSet
 
 _FILE = "data.json"
 
-_PLAIN = ("why", "dropped", "overlap", "repeated", "sha256", "commits", "seen")
+_PLAIN = ("why", "dropped", "overlap", "repeated", "unused", "sha256", "commits", "seen")
 
 
 def write_handover(data: PreparedData, spec: JobSpec, folder: Path) -> None:
@@ -45,6 +45,7 @@ def read_handover(folder: Path) -> PreparedData:
         format=DataFormat(value.pop("format")),
         warnings=tuple(value.pop("warnings")),
         label_names=tuple(value.pop("label_names")),
+        unused=tuple(value.pop("unused")),
         train_examples=(),
         held_out_examples=[_example(**fields) for fields in value.pop("held_out_examples")],
         train=_mapped(value.pop("train")),
@@ -65,5 +66,5 @@ def _mapped(value: dict[str, Any]) -> TokenSet:
     return TokenSet(**{**value, "rows": TokenRows.load(Path(value["rows"]))})
 
 
-def _example(*, turns: list[dict[str, str]], **fields: Any) -> Example:
+def _example(*, turns: list[dict[str, Any]], **fields: Any) -> Example:
     return Example(turns=tuple(Turn(**turn) for turn in turns), **fields)

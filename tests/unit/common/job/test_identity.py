@@ -93,7 +93,7 @@ OTHERWISE: dict[str, Any] = {
     "dataset.path": "org/rows", "dataset.format": "messages", "dataset.columns": {"text": "body"},
     "dataset.eval_path": "org/held-out", "dataset.test_size": 0.2, "dataset.max_length": 512,
     "dataset.on_overflow": "drop", "dataset.on_bad_row": "drop",
-    "dataset.template": "alpaca",
+    "dataset.template": "alpaca", "dataset.fields": "all", "dataset.ignore": ["images"],
     "lora.r": 8, "lora.lora_alpha": 16, "lora.lora_dropout": 0, "lora.target_modules": ["q_proj"],
     "lora.modules_to_save": ["embed_tokens"], "lora.use_dora": True, "lora.use_rslora": True,
     "lora.init_lora_weights": "gaussian", "lora.init_from": "12",

@@ -9,7 +9,7 @@ from typing import Any
 from loractl import __version__
 from loractl.common.job.spec import JobSpec, spec_keys
 
-SAYS = {"0.2.0": "48a50bfd1e48d922"}
+SAYS = {"0.2.0": "48a50bfd1e48d922", "0.3.0": "e40aa8ae3d508007"}
 """Of each version a digest of the job file's keys and of the words that they take."""
 
 

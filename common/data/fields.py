@@ -1,0 +1,128 @@
+"""The fields of rows: what is read of them, and what is not. None is dropped without a word.
+
+`dataset.fields: text` reads roles and contents alone, as loractl 0.2 did: jobs of that time, their checkpoints and
+whoever repeats them see the same rows. A new job file reads `all`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from loractl.common.job.sections import DataFormat, DatasetSpec, RowFields
+
+_OF_ROW: dict[DataFormat, tuple[str, ...]] = {
+    DataFormat.MESSAGES: ("messages", "tools"),
+    DataFormat.SHAREGPT: ("conversations", "system", "tools"),
+    DataFormat.ALPACA: ("instruction", "input", "output", "system"),
+    DataFormat.PROMPT_COMPLETION: ("prompt", "completion"),
+    DataFormat.TEXT: ("text",),
+    DataFormat.CLASSIFICATION: ("text", "label"),
+}
+
+_OF_MESSAGE = ("content", "role", "from", "value", "reasoning_content", "weight", "tool_calls", "name", "tool_call_id")
+
+_LATER = ("tools", "reasoning_content", "weight", "tool_calls", "name", "tool_call_id")
+"""What `text` does not read of them."""
+
+_MEANT = {
+    **dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), "loractl trains on text alone"),
+    **dict.fromkeys(("chosen", "rejected"), "loractl does not train on preferences yet"),
+    **dict.fromkeys(("tools", "tool_calls"), "tools are read of messages and conversations alone"),
+    **dict.fromkeys(("functions", "function_call"), "write them as tools and tool_calls"),
+    **dict.fromkeys(("thinking", "reasoning"), "write it as reasoning_content"),
+    **dict.fromkeys(("weight", "train", "train_detail"), "write weight: 0 at a message that is not to be learned"),
+}
+"""Fields that change what a row means, where they are not read, and what to do about them."""
+
+
+@dataclass(kw_only=True)
+class Reading:
+    """What one data set's rows are read by, and what was seen of them that is not read."""
+
+    fields: RowFields = RowFields.TEXT
+    ignore: frozenset[str] = frozenset()
+    unused: Counter[str] = field(default_factory=Counter)
+    """Rows by the name of a field that is not read; a message's is like `messages.score`."""
+
+    @classmethod
+    def of(cls, dataset: DatasetSpec) -> Reading:
+        return cls(fields=dataset.fields, ignore=frozenset(dataset.ignore))
+
+    @property
+    def all(self) -> bool:
+        return self.fields is RowFields.ALL
+
+    def see(self, row: Mapping[str, Any], format: DataFormat) -> str | None:
+        """Count what of a row is not read. Returns the first such field that changes its meaning."""
+        found = [name for name in dict.fromkeys(self._unread(row, format)) if name not in self.ignore]
+        self.unused.update(found)
+        return next((name for name in found if self.all and name.rpartition(".")[2] in _MEANT), None)
+
+    def _unread(self, row: Mapping[str, Any], format: DataFormat) -> Iterator[str]:
+        later = () if self.all else _LATER
+        for name, value in row.items():
+            if _holds(value) and (name not in _OF_ROW[format] or name in later):
+                yield name
+        column = {DataFormat.MESSAGES: "messages", DataFormat.SHAREGPT: "conversations"}.get(format)
+        messages = row.get(column) if column is not None else None
+        for message in messages if isinstance(messages, list) else ():
+            for name, value in message.items() if isinstance(message, dict) else ():
+                if _holds(value) and (name not in _OF_MESSAGE or name in later):
+                    yield f"{column}.{name}"
+
+
+def advice_about(name: str) -> str:
+    """What to do about a field that changes the meaning of a row."""
+    return f"{_MEANT[name.rpartition('.')[2]]}; to train without it, name it in dataset.ignore: [{name}]"
+
+
+def _holds(value: Any) -> bool:
+    """Whether a field holds anything: rows of one table have every column."""
+    return value is not None and value not in ("", [], {})
+
+
+def tool_calls(value: Any) -> str:
+    """A message's calls in OpenAI's form, as JSON: arguments are objects there. Raises ValueError."""
+    if not isinstance(value, list):
+        raise ValueError("tool_calls is no list")
+    calls = []
+    for call in value:
+        function = call.get("function", call) if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(name := function.get("name"), str) or not name.strip():
+            raise ValueError("a tool call has no function with a name")
+        arguments = _object(function.get("arguments"), f"the arguments of {name}")
+        known = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
+        calls.append({"type": "function", **known, "function": {"name": name, "arguments": arguments}})
+    return json.dumps(calls, ensure_ascii=False)
+
+
+def tools(value: Any) -> str:
+    """A row's tools in OpenAI's form, as JSON. Raises ValueError."""
+    listed = json.loads(value) if isinstance(value, str) and value.strip() else value
+    if not isinstance(listed, list):
+        raise ValueError("tools is no list")
+    found = []
+    for tool in listed:
+        function = tool.get("function", tool) if isinstance(tool, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise ValueError("a tool has no function with a name")
+        found.append(tool if "function" in tool else {"type": "function", "function": tool})
+    return json.dumps(found, ensure_ascii=False) if found else ""
+
+
+def _object(value: Any, what: str) -> dict[str, Any]:
+    """An object, or JSON text of one. Raises ValueError."""
+    if isinstance(value, str) and value.strip():
+        try:
+            value = json.loads(value)
+        except ValueError:
+            raise ValueError(f"{what} are no JSON") from None
+    if value is None or value == "":
+        return {}
+    if not isinstance(value, dict):
+        raise ValueError(f"{what} are no object")
+    return value
