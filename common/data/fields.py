@@ -56,6 +56,10 @@ class Reading:
     def all(self) -> bool:
         return self.fields is RowFields.ALL
 
+    def wants(self, name: str) -> bool:
+        """Whether a field is read where rows have it."""
+        return self.all and name not in self.ignore
+
     def see(self, row: Mapping[str, Any], format: DataFormat) -> str | None:
         """Count what of a row is not read. Returns the first such field that changes its meaning."""
         found = [name for name in dict.fromkeys(self._unread(row, format)) if name not in self.ignore]

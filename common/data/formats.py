@@ -190,10 +190,10 @@ def parse_each(
 
 
 def _conversation(reading: Reading, column: str, speaker: str, said: str, row: RawRow, file: str | Path) -> Example:
-    turns = conversation_turns(row, file, column, speaker, said, all_fields=reading.all)
+    turns = conversation_turns(row, file, column, speaker, said, reading)
     if not any(turn.teaches for turn in turns):
         raise DataError(file, "has no assistant message to learn from", row=row.number, kind="nothing to learn")
-    return Example(number=row.number, turns=turns, tools=_tools_of(row, file) if reading.all else "")
+    return Example(number=row.number, turns=turns, tools=_tools_of(row, file) if reading.wants("tools") else "")
 
 
 def _tools_of(row: RawRow, file: str | Path) -> str:
@@ -207,7 +207,7 @@ def _tools_of(row: RawRow, file: str | Path) -> str:
 
 
 def conversation_turns(
-    row: RawRow, file: str | Path, column: str, speaker: str, said: str, *, all_fields: bool = False
+    row: RawRow, file: str | Path, column: str, speaker: str, said: str, reading: Reading | None = None
 ) -> tuple[Turn, ...]:
     """The messages of a conversation, in an order that can be. Raises DataError."""
 
@@ -232,7 +232,8 @@ def conversation_turns(
             known = ", ".join((*ROLES, *SHAREGPT_ROLES))
             raise wrong(f"{where} has the role {named!r}, not one of {known}", "unknown role")
         try:
-            more = _more_of(message) if all_fields else {}
+            wanted = {key: value for key, value in message.items() if reading and reading.wants(f"{column}.{key}")}
+            more = _more_of(wanted)
         except ValueError as error:
             raise wrong(f"{where}: {error}", "not a message") from None
         if content is None and (more.get("calls") or more.get("thought")):

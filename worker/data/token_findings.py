@@ -19,7 +19,7 @@ from loractl.common.job.sections import DataFormat, Overflow
 from loractl.common.job.spec import JobSpec
 from loractl.common.memory.config import find_config
 
-from .tokens import APART, IGNORED, TokenRow, cut, rendered, rendered_answers, teaches, thought_and_answer
+from .tokens import APART, IGNORED, TokenRow, cut, rendered, rendered_answers, teaches, thought_and_answer, with_thought
 
 FEW_STEPS = 10
 """Fewer optimizer steps than these hardly move an adapter."""
@@ -51,9 +51,10 @@ class TemplateLook:
     def _left_out(self, example: Example) -> set[str]:
         """Roles of which a message does not stand in the text as it was given. Raises ValueError."""
         text = rendered(example, self._tokenizer)
-        roles = {turn.role for turn in example.turns if turn.content.strip() not in text}
+        turns = [(turn.role, part) for turn in example.turns for part in (turn.content, turn.thought)]
+        roles = {role for role, part in turns if part.strip() not in text}
         if "assistant" in roles:  # each answer may have a row of its own, with its thought written otherwise
-            said = [example.turns[place].content for place in example.answers]
+            said = [with_thought(example.turns[place]) for place in example.answers]
             rendered_as = map("".join, map(str.split, rendered_answers(example, self._tokenizer)))
             parts = ("".join(part.split()) for content in said for part in thought_and_answer(content))
             pairs = zip(parts, (text for text in rendered_as for _ in range(2)), strict=True)

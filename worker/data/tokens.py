@@ -73,7 +73,7 @@ def _chat(example: Example, tokenizer: Any) -> list[tuple[list[int], list[int]]]
         before = _render(example, place, tokenizer, generation_prompt=True)
         after = _render(example, place + 1, tokenizer)
         if not (text.startswith(after) and after.startswith(before)):
-            return [_learned(*_answer(example, one, tokenizer), tokenizer) for one in answers]
+            return [_behind(*_answer(example, one, tokenizer), tokenizer) for one in answers]
         turn = example.turns[place]
         _refuse_without_calls(turn, after[len(before) :])
         if turn.thought or turn.calls:
@@ -84,35 +84,45 @@ def _chat(example: Example, tokenizer: Any) -> list[tuple[list[int], list[int]]]
     return [_learned(text, spans, tokenizer)]
 
 
-def _answer(example: Example, place: int, tokenizer: Any) -> tuple[str, list[tuple[int, int]]]:
-    """The text of the row of one answer, and what is learned of it: all that the template renders behind the prompt
-    that asks for that answer, up to the end of sequence.
+def _answer(example: Example, place: int, tokenizer: Any) -> tuple[str, str]:
+    """The row of one answer: the prompt that asks for it, and all that the template renders behind that, up to the end
+    of sequence.
 
     A template that renders an answer without its own prompt, as one that opens a thought there and leaves thoughts out
     afterwards, gives the prompt alone: thought and answer stand behind it as they were given.
     """
-    prompt = _render(example, place, tokenizer, generation_prompt=True)
+    prompt, turn = _render(example, place, tokenizer, generation_prompt=True), example.turns[place]
     text = _render(example, place + 1, tokenizer)
-    turn = example.turns[place]
-    if not text.startswith(prompt):
-        if turn.calls:
-            raise ValueError("the model's chat template renders a tool call without the prompt that asks for it")
-        text = prompt + _as_given(turn, opened=prompt.rstrip().endswith(THOUGHT[0]))
-    _refuse_without_calls(turn, text[len(prompt) :])
-    end = text.rfind(tokenizer.eos_token, len(prompt))
-    return text, [(len(prompt), len(text) if end < 0 else end + len(tokenizer.eos_token))]
+    kept = text.startswith(prompt)
+    behind = text.removeprefix(prompt) if kept else _as_given(example, place, prompt, tokenizer)
+    _refuse_without_calls(turn, behind)
+    end = behind.rfind(tokenizer.eos_token)
+    return prompt, behind if end < 0 else behind[: end + len(tokenizer.eos_token)]
 
 
 THOUGHT = ("<think>", "</think>")
 """What stands around a thought, in the templates of models that think before they answer."""
 
 
-def _as_given(turn: Turn, *, opened: bool) -> str:
-    """An answer behind a prompt; `opened`: the prompt begins the thought."""
-    thought, answer = thought_and_answer(_with_thought(turn))
-    if not opened:
-        return _with_thought(turn)
-    return f"{thought}\n{THOUGHT[1]}\n\n{answer}"
+def _as_given(example: Example, place: int, prompt: str, tokenizer: Any) -> str:
+    """An answer behind a prompt that the template does not render it with. The form of a call, and what ends an answer,
+    are the template's."""
+    turn = example.turns[place]
+    given = with_thought(turn)
+    thought, answer = thought_and_answer(given)
+    opened = prompt.rstrip().endswith(THOUGHT[0])
+    before = f"{thought}\n{THOUGHT[1]}\n\n" if opened else given.removesuffix(answer)
+    marked = replace(example, turns=(*example.turns[:place], Turn(role=turn.role, content=_MARK)))
+    header, _, end = _render(marked, place + 1, tokenizer).partition(_MARK)
+    if not turn.calls:
+        return before + answer + end
+    text = _render(example, place + 1, tokenizer)
+    call = text.removeprefix(header) if text.startswith(header) else ""
+    return call if thought and thought in call else before + call
+
+
+_MARK = "\u2042 an answer \u2042"
+"""What no answer says: the template is asked what it writes around one."""
 
 
 def thought_and_answer(content: str) -> tuple[str, str]:
@@ -122,6 +132,16 @@ def thought_and_answer(content: str) -> tuple[str, str]:
     if not closed or not thought.startswith(begin):
         return "", content
     return thought.removeprefix(begin).strip("\n"), answer.lstrip("\n")
+
+
+def _behind(prompt: str, answer: str, tokenizer: Any) -> tuple[list[int], list[int]]:
+    """(input_ids, labels) of an answer behind its prompt, whose tokens are those that whoever asks gives the model."""
+    ids, labels = _learned(prompt + answer, [(len(prompt), len(prompt + answer))], tokenizer)
+    asked = list(tokenizer(prompt, add_special_tokens=False).input_ids)
+    if ids[: len(asked)] == asked:
+        return ids, labels
+    own, _ = _learned(answer, [(0, len(answer))], tokenizer)  # a token would have crossed the border
+    return [*asked, *own], [IGNORED] * len(asked) + own
 
 
 def _learned(text: str, spans: Sequence[tuple[int, int]], tokenizer: Any) -> tuple[list[int], list[int]]:
@@ -177,13 +197,12 @@ def rendered(example: Example, tokenizer: Any) -> str:
 
 def rendered_answers(example: Example, tokenizer: Any) -> list[str]:
     """Each answer as its own row has it. Raises ValueError."""
-    return [text[spans[0][0] :] for text, spans in (_answer(example, at, tokenizer) for at in example.answers)]
+    return [_answer(example, place, tokenizer)[1] for place in example.answers]
 
 
 def _expected(example: Example, place: int, tokenizer: Any) -> str:
     """What a model that has learned the answer writes, up to its end."""
-    text, ((begin, end),) = _answer(example, place, tokenizer)
-    return text[begin:end].removesuffix(tokenizer.eos_token).strip()
+    return _answer(example, place, tokenizer)[1].removesuffix(tokenizer.eos_token).strip()
 
 
 def _refuse_without_tools(example: Example, tokenizer: Any) -> None:
@@ -192,7 +211,7 @@ def _refuse_without_tools(example: Example, tokenizer: Any) -> None:
         return
     end = example.answers[0]
     if _render(example, end, tokenizer) == _render(replace(example, tools=""), end, tokenizer):
-        raise ValueError("the model's chat template has no place for tools")
+        raise ValueError("the model's chat template has no place for tools; dataset.ignore: [tools] leaves them out")
 
 
 def _refuse_without_calls(turn: Turn, shown: str) -> None:
@@ -229,11 +248,11 @@ def message_of(turn: Turn, tokenizer: Any) -> dict[str, Any]:
         "tool_call_id": turn.call_id,
     }
     known = turn.thought and "reasoning_content" in str(tokenizer.chat_template)
-    said = {"content": turn.content, "reasoning_content": turn.thought} if known else {"content": _with_thought(turn)}
+    said = {"content": turn.content, "reasoning_content": turn.thought} if known else {"content": with_thought(turn)}
     return {"role": turn.role, **said, **{key: value for key, value in apart.items() if value}}
 
 
-def _with_thought(turn: Turn) -> str:
+def with_thought(turn: Turn) -> str:
     """The content behind the thought."""
     begin, end = THOUGHT
     return f"{begin}\n{turn.thought}\n{end}\n\n{turn.content}" if turn.thought else turn.content
