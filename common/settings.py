@@ -27,6 +27,13 @@ LEASE_S = 60.0
 LEAST_LEASE_S = 3.0
 """Below that a busy machine would lose its own living attempts."""
 
+
+def pace_of(lease_s: float) -> float:
+    """By what a node's own times are multiplied: with a lease below 30 s its rounds come sooner, and what it waits for
+    is given up sooner, so that a lost worker is noticed as late in proportion."""
+    return min(1.0, lease_s / 30.0)
+
+
 MAX_ROW = 16 << 20
 """Bytes of a row: two million words. Reading it takes six times as much memory."""
 

@@ -45,7 +45,7 @@ ROOM = 2**17
 
 NODE_IDLE_S = 8
 """PostgreSQL ends a transaction of a node that says nothing for so long: a frozen box must not hold the fleet's round
-or a row. A transaction of ours waits for nothing but the database."""
+or a row. A transaction of ours waits for nothing but the database. With a short lease it is less (`pace_of`)."""
 
 KEPT, CONNECTIONS = 3, 13
 """PostgreSQL connections that a process keeps open, and that it may have unless it says otherwise."""
@@ -184,7 +184,7 @@ def told_by(error: BaseException) -> str:
 
 
 def make_engine(
-    url: str, *, connections: int = CONNECTIONS, kept: int = KEPT, idle_s: int = _IDLE_S, read_only: bool = False
+    url: str, *, connections: int = CONNECTIONS, kept: int = KEPT, idle_s: float = _IDLE_S, read_only: bool = False
 ) -> Engine:
     """An engine with the settings that both dialects need for many small guarded transactions.
 
@@ -265,9 +265,9 @@ def _pool(connections: int, kept: int) -> dict[str, Any]:
     return {"pool_pre_ping": True, "pool_size": kept, "max_overflow": max(0, connections - kept)}
 
 
-def _postgres_options(idle_s: int, read_only: bool) -> dict[str, Any]:
+def _postgres_options(idle_s: float, read_only: bool) -> dict[str, Any]:
     # A server that answers pings and nothing else must not hold a heartbeat until its lease is over.
-    limits = {"statement": 20_000, "lock": 10_000, "idle_in_transaction_session": 1000 * idle_s}
+    limits = {"statement": 20_000, "lock": 10_000, "idle_in_transaction_session": round(1000 * idle_s)}
     options = [f"-c {name}_timeout={ms}" for name, ms in limits.items()]
     if read_only:
         options.append("-c default_transaction_read_only=on")

@@ -78,6 +78,7 @@ class AttemptRow:
     joined: bool = False  # others trained there already
     shared: bool = False  # others were there with it
     cards: tuple[str, ...] = ()  # of an attempt on several, by rank
+    lease_expires_at: dt.datetime | None = None  # by its own row: a beat while somebody had the job's row locked
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,7 +150,7 @@ def read(engine: Engine) -> dict[str, Any]:
             return [dict(row) for row in connection.execute(text(query)).mappings()]
 
         attempts = "job_id, attempt, token, node, started_at, ended_at, reason, resumed_from_step, host, joined, shared"
-        attempts += ", COALESCE(message, '') AS message"
+        attempts += ", lease_expires_at, COALESCE(message, '') AS message"
         cards: dict[tuple[int, int], tuple[str, ...]] = {}
         for share in rows("SELECT job_id, attempt, node FROM shares ORDER BY job_id, attempt, rank"):
             key = share["job_id"], share["attempt"]

@@ -253,6 +253,12 @@ def test_nobody_has_to_notice_while_the_database_or_every_box_is_away() -> None:
     assert check(replace(late, windows=both[:1], boxes=frozenset({"x", "y"})))
 
 
+def test_a_lease_that_the_attempt_s_own_row_holds_is_not_over() -> None:
+    late = with_attempt(good(), 1, ended_at=at(23))
+    assert check(late)
+    assert check(with_attempt(late, 1, lease_expires_at=at(14))) == []
+
+
 def test_a_checkpoint_that_the_suite_tore_need_not_be_resumed() -> None:
     anew = with_attempt(good(), 2, resumed_from_step=None)
     assert check(replace(anew, torn=frozenset({KEPT["prefix"]}))) == []

@@ -15,6 +15,7 @@ from loractl.common.placement.joins import open_bases
 from loractl.common.placement.sizes import VRAM_CLASSES, served_classes
 from loractl.common.queue.hint_queues import HintQueues
 from loractl.common.queue.hints import card_queue, queue_name
+from loractl.common.settings import pace_of
 from loractl.common.store.database import REFUSALS, absence, outage, told_by
 from loractl.worker.attempt.workplace import Workplace
 from loractl.worker.node.health.leftovers import end_strays
@@ -64,7 +65,7 @@ class Monitor:
         self._hosts = hosts
         self._queues = HintQueues(place.settings)
         self._stuck = StuckSupervisors(place)
-        self._pace = min(1.0, place.settings.lease_s / (2 * SETTLE_S))
+        self._pace = pace_of(place.settings.lease_s)
         self._first_round_s = FIRST_ROUND_S if devices > 1 else 0.0
         self._next_aside = 0.0  # when this node next looks for rows that can't be read
         self._looked_at: int | None = None  # the waiting job that it looked at last

@@ -27,7 +27,7 @@ from loractl.common.placement.sizes import VRAM_CLASSES
 from loractl.common.queue.app import make_app
 from loractl.common.queue.hints import WAKE_TASK, card_queue, queue_name
 from loractl.common.queue.valkey import broker_url
-from loractl.common.settings import Settings, load_settings, make_private
+from loractl.common.settings import Settings, load_settings, make_private, pace_of
 from loractl.common.store.database import CONNECTIONS, NODE_IDLE_S, REFUSALS, connect, make_engine, told_by
 from loractl.common.store.store import Store
 from loractl.common.text import clean_text
@@ -245,7 +245,8 @@ def place_of(settings: Settings, device: Device, options: NodeOptions, drain: Dr
     slots = slots_of(max_jobs, hosts=bool(options.keep_warm_s))
     # a slot and its upload each, and the monitor; they take turns, so that one stays open
     connections = max(CONNECTIONS, 2 * max_jobs + 2, slots + 2)
-    engine = make_engine(settings.database_url, connections=connections, kept=1, idle_s=NODE_IDLE_S)
+    idle_s = NODE_IDLE_S * pace_of(settings.lease_s)
+    engine = make_engine(settings.database_url, connections=connections, kept=1, idle_s=idle_s)
     return Workplace(
         settings=settings,
         store=Store(engine, lease_s=settings.lease_s),

@@ -10,14 +10,16 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from sqlalchemy import Engine, func, select, text
 
 from loractl.common.job.status import Reason, Status
-from loractl.common.settings import LEASE_S
+from loractl.common.settings import LEASE_S, LEAST_LEASE_S, pace_of
 from loractl.common.store.database import NODE_IDLE_S, DatabaseError, make_engine
 from loractl.common.store.queries import endings
+from loractl.common.store.queries.cards.fleet_rounds import GAP
 from loractl.common.store.records import Claim, Progress
 from loractl.common.store.store import Store
 from loractl.common.store.tables import Job
@@ -27,11 +29,14 @@ from loractl.worker.node.monitor import FLEET_ROUND_S, ROUND_S, SETTLE_S
 from ...factories import Clock, node_state, submission, take
 
 FROZEN_SWEEPER = """
-import os, signal, sys
+import os, signal
 
-from loractl.common.store.database import NODE_IDLE_S, make_engine
+from loractl.common.settings import load_settings
 from loractl.common.store.queries import endings
-from loractl.common.store.store import Store
+from loractl.worker.attempt.drain import Drain
+from loractl.worker.device.devices import find_device
+from loractl.worker.node.node import place_of
+from loractl.worker.node.options import NodeOptions
 
 end = endings._end_attempt
 
@@ -41,7 +46,11 @@ def end_and_freeze(*arguments, **named):
     os.kill(os.getpid(), signal.SIGSTOP)
 
 endings._end_attempt = end_and_freeze
-Store(make_engine(sys.argv[1], connections=2, idle_s=NODE_IDLE_S)).reap()
+settings = load_settings()
+store = place_of(settings, find_device(settings, "0"), NodeOptions(), Drain()).store
+print("loaded", flush=True)
+input()
+store.reap()
 """
 
 
@@ -181,21 +190,42 @@ def test_nodes_that_go_round_while_jobs_beat_and_end_never_lock_each_other(postg
         assert connection.scalar(text(deadlocks)) == 0
 
 
-def test_a_sweeper_that_is_frozen_delays_the_end_of_a_lease_by_at_most_15_seconds(postgres_engine: Engine) -> None:
-    assert NODE_IDLE_S + 1.2 * ROUND_S <= 15, "its transaction is ended, and the next node comes by"
-    store = Store(postgres_engine)
+@pytest.mark.parametrize("lease_s", [LEAST_LEASE_S, 6.0, 15.0, 30.0, LEASE_S])
+def test_a_sweeper_that_is_frozen_lets_no_node_take_the_database_for_away(lease_s: float) -> None:
+    """Else nobody ends a lease for another SETTLE_S."""
+    pace = pace_of(lease_s)
+    between = FLEET_ROUND_S + 1.2 * ROUND_S  # of two turns, and until the next node comes by
+    assert (NODE_IDLE_S + between) * pace < GAP * lease_s
+    assert NODE_IDLE_S + 1.2 * ROUND_S <= 14, "its transaction is ended, and the next node comes by"
+
+
+def test_a_sweeper_that_is_frozen_holds_the_round_no_longer_than_fits_its_lease(
+    postgres_engine: Engine, tmp_path: Path
+) -> None:
+    lease_s = 6.0
+    store = Store(postgres_engine, lease_s=lease_s)
     run(store, 2)
     expire(store, postgres_engine)
-    url = postgres_engine.url.render_as_string(hide_password=False)
-    frozen = subprocess.Popen([sys.executable, "-c", FROZEN_SWEEPER, url], stdout=subprocess.PIPE, text=True)
+
+    environment = {
+        **os.environ,
+        "LORACTL_HOME": str(tmp_path),
+        "LORACTL_DATABASE_URL": postgres_engine.url.render_as_string(hide_password=False),
+        "LORACTL_DEVICES": "sim:8GiB",
+        "LORACTL_LEASE": f"{lease_s}s",
+    }
+    command = [sys.executable, "-c", FROZEN_SWEEPER]
+    frozen = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     try:
-        assert frozen.stdout is not None and frozen.stdout.readline() == "ended one\n"
-        began = time.monotonic()
+        assert frozen.stdin is not None and frozen.stdout is not None and frozen.stdout.readline() == "loaded\n"
+        assert store.take_turn("box:0", 0.0, settle_s=0.0) is not None
+        print(file=frozen.stdin, flush=True)
+        assert frozen.stdout.readline() == "ended one\n"
         assert store.reap() == [], "it holds the round"
-        while not (ended := store.reap()):
-            assert time.monotonic() - began < NODE_IDLE_S + 5
+        while (taken := store.take_turn("box:0", 0.0, SETTLE_S)) is None:
             time.sleep(0.1)
-        assert sorted(job_id for job_id, _ in ended) == [1, 2]
+        assert not taken.settling
+        assert sorted(job_id for job_id, _ in store.reap()) == [1, 2]
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.kill(frozen.pid, signal.SIGKILL)
