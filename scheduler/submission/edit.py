@@ -11,7 +11,7 @@ from loractl.common.errors import WrongState
 from loractl.common.job.amendment import Amended, Standing, changes
 from loractl.common.job.file import amended_spec, override_spec
 from loractl.common.job.method import Method
-from loractl.common.job.need import Need
+from loractl.common.job.need import Need, Ways
 from loractl.common.job.status import Status
 from loractl.common.memory.need_key import need_key
 from loractl.common.store.columns import word
@@ -113,10 +113,12 @@ def _has_trained(store: Store, job: Job) -> bool:
 
 
 def _as_known(job: Job, before: JobSpec, after: JobSpec) -> Submission:
-    """What decides its memory is as before: its need is too, with all that its attempts have taught."""
+    """What decides its memory is as before: its need is too, with all that its attempts have taught, of one card and of
+    each of several."""
     need, methods = Need(lora=job.vram_lora, qlora=job.vram_qlora), tuple(Method(name) for name in job.methods)
-    if (before.method, before.resources.max_vram) != (after.method, after.resources.max_vram):
-        methods = admit(after, open_methods(after), need)
+    ways = Ways.read(job.gangs)
+    if _divided(before) != _divided(after):
+        methods, ways = admit(after, open_methods(after), need, need)
     return Submission(
         spec=after,
         user=job.user,
@@ -126,4 +128,11 @@ def _as_known(job: Job, before: JobSpec, after: JobSpec) -> Submission:
         methods=methods,
         need_key=job.need_key,
         family=job.family,
+        ways=ways,
     )
+
+
+def _divided(spec: JobSpec) -> tuple[object, ...]:
+    """What decides on how many cards a job may run, and with which methods, beside its memory."""
+    asked = spec.resources
+    return spec.method, asked.max_vram, asked.cards, asked.parallel, spec.training.even_cards

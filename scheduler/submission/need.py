@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from loractl.common.errors import UsageError
 from loractl.common.job.method import Method
-from loractl.common.job.need import Need, least_need, permitted_methods, within
+from loractl.common.job.need import Need, Ways, least_need, permitted_methods, within
 from loractl.common.memory.config import HOW_TO_NAME_IT, foreign_format, read_shape
 from loractl.common.memory.correction import learned
 from loractl.common.memory.need_key import model_family, need_key
@@ -53,14 +53,7 @@ def plan_job(
             f"{spec.name} needs {gib(least)} GiB by its plan, which no card has",
             "lower dataset.max_length or training.per_device_train_batch_size, or look at the base's config.json",
         )
-    ways = plan_ways(spec, methods, planned, need)
-    if not ways.alone and not ways.gangs:
-        raise UsageError(
-            f"{spec.name} needs more of each of its {spec.resources.cards} cards than its resources.max_vram, "
-            f"{gib(spec.resources.max_vram)} GiB",
-            "raise it, or say more cards",
-        )
-    admitted = admit(spec, methods, need) if ways.alone or not ways.gangs else methods
+    admitted, ways = admit(spec, methods, planned, need)
     return Submission(
         spec=spec,
         user=user,
@@ -92,8 +85,22 @@ def fleet_stack(store: Store | None, devices: str | None = None) -> Stack:
     return Stack(on_gpu=kinds != {"cpu"} if kinds else devices != "cpu")
 
 
-def admit(spec: JobSpec, methods: Sequence[Method], need: Need) -> tuple[Method, ...]:
-    """The methods that the job's own max_vram leaves. Raises UsageError when it leaves none."""
+def admit(spec: JobSpec, methods: Sequence[Method], planned: Need, need: Need) -> tuple[tuple[Method, ...], Ways]:
+    """The methods and the numbers of cards that the job's own max_vram leaves. `planned`, `need`: see plan_ways.
+
+    Raises UsageError when it leaves none.
+    """
+    ways = plan_ways(spec, methods, planned, need)
+    if not ways.alone and not ways.gangs:
+        raise UsageError(
+            f"{spec.name} needs more of each of its {spec.resources.cards} cards than its resources.max_vram, "
+            f"{gib(spec.resources.max_vram)} GiB",
+            "raise it, or say more cards",
+        )
+    return _admitted(spec, methods, need) if ways.alone else tuple(methods), ways
+
+
+def _admitted(spec: JobSpec, methods: Sequence[Method], need: Need) -> tuple[Method, ...]:
     admitted = within(methods, need, spec.resources.max_vram)
     if not admitted:
         raise UsageError(

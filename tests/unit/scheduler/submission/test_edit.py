@@ -11,6 +11,8 @@ import pytest
 from loractl.common.artifacts import ArtifactStore
 from loractl.common.errors import UsageError, WrongState
 from loractl.common.job.adjustment import Adjustment
+from loractl.common.job.method import Parallel
+from loractl.common.job.need import Need, SharedNeed, Ways
 from loractl.common.job.status import Reason, Status
 from loractl.common.placement.keys import QueueKey
 from loractl.common.store.records import Claim, Progress, StoredCheckpoint
@@ -19,7 +21,7 @@ from loractl.common.store.tables import Job
 from loractl.common.units import GIB
 from loractl.scheduler.submission.edit import amendment, require_unended, unchecked_rows
 
-from ...factories import RESULT, submission, take
+from ...factories import RESULT, node_state, submission, take
 
 
 def edited(store: Store, job_id: int, *overrides: str) -> Job:
@@ -56,6 +58,40 @@ def test_its_method_and_its_limit_say_anew_what_it_waits_for(store: Store) -> No
     patient = edited(store, job_id, "resources.max_vram=null", "lora_patience=1h")
     assert (patient.methods, patient.vram_needed) == (["lora", "qlora"], 20 * GIB)
     assert patient.lora_until is not None
+
+
+def of_two_cards(store: Store, least_gib: float = 7) -> int:
+    """A job that asks for two cards and needs so much of each, which an attempt has taught."""
+    way = SharedNeed(cards=2, parallel=Parallel.SHARDED, need=Need(lora=int(least_gib * GIB), qlora=None))
+    asked = submission(lora=20, qlora=None, method="lora", resources={"cards": 2, "parallel": "sharded"})
+    return store.submit(replace(asked, ways=Ways(alone=False, gangs=(way,))))
+
+
+@pytest.mark.parametrize("change", ["priority=7", "labels.team=a", "resources.time_limit=2h", "training.max_steps=9"])
+def test_a_job_of_several_cards_keeps_them_whatever_else_is_changed(store: Store, change: str) -> None:
+    """A raised priority once let a job that asked for two cards run on one, with half of what it needs."""
+    job_id = of_two_cards(store)
+    asked = store.job(job_id).gangs
+    assert asked is not None and edited(store, job_id, change).gangs == asked
+
+
+def test_a_running_job_of_several_cards_asks_for_them_again_after_an_edit(store: Store) -> None:
+    job_id = of_two_cards(store)
+    for node in ("box:0", "box:1"):
+        store.see_node(node_state(node, gangs=True))
+    claim = store.claim("box:0", gangs=True)
+    assert isinstance(claim, Claim) and len(claim.shares) == 2
+    edited(store, job_id, "priority=3")
+    store.finish(claim, Reason.DRAINED, "stopped", Progress(), None)
+    again = store.claim("box:0", gangs=True)
+    assert isinstance(again, Claim) and len(again.shares) == 2
+
+
+def test_another_number_of_cards_is_planned_anew(store: Store) -> None:
+    job_id = of_two_cards(store)
+    assert edited(store, job_id, "resources.cards=1", "resources.parallel=auto").gangs is None
+    several = edited(store, job_id, "resources.cards=2").gangs
+    assert several is not None and [way["cards"] for way in several["ways"]] == [2, 2], "data and sharded"
 
 
 def test_what_attempts_have_taught_stays_unless_the_memory_is_decided_anew(store: Store) -> None:
