@@ -7,7 +7,6 @@ import json
 import struct
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 from loractl.common.artifacts import WEIGHTS, ArtifactStore, Binding, attempt_prefix
@@ -15,7 +14,8 @@ from loractl.common.errors import ArtifactError
 from loractl.common.job.status import OUTCOMES, TRANSITIONS, Reason, Status
 from loractl.worker.device.occupancy import run_mark
 
-from .history import AttemptRow, Change, History, Window
+from .acts import CHANGED, PEOPLE_PROMISES, check_acts, is_gc_s_own, lost_to_gc, reopened, reopenings_of
+from .history import AttemptRow, Broken, Change, History, Window
 from .trainer import last_link, read_adapter
 
 PROMISES = {
@@ -29,6 +29,7 @@ PROMISES = {
     8: "no job fails for good for the lab's fault, a bad box included",
     9: "what ends one job of a trainer ends no other",
     10: "a job on two cards has both, of one box, or none; what ends one of its ranks or nodes ends the attempt",
+    **PEOPLE_PROMISES,
 }
 
 NOTICE_SLACK_S = 12.0
@@ -44,17 +45,12 @@ RANK_S = 30.0
 NOT_IN = "the trainer that it was to join"
 """How a host_lost begins for which no trainer died: it was ending, or took no more jobs, and the job goes elsewhere."""
 
-HARMLESS = frozenset({"ok", "worker_lost", "drained", "cancelled", "killed", "host_lost", "gpu_error"})
+HARMLESS = frozenset(
+    {"ok", "worker_lost", "drained", "cancelled", "killed", "host_lost", "gpu_error", "preempted", "pruned"}
+)
 """Why attempts may end here. killed is how a trainer's kill ends, and host_lost that of one with several jobs; there
-are no more of them than were killed. gpu_error is what the cards of a bad box say."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Broken:
-    """A promise that was not kept."""
-
-    promise: int
-    what: str
+are no more of them than were killed. gpu_error is what the cards of a bad box say. acts.py looks at preempted and
+pruned."""
 
 
 def check(history: History) -> list[Broken]:
@@ -69,6 +65,7 @@ def check(history: History) -> list[Broken]:
         _left,
         _alone,
         _gangs,
+        check_acts,
     )
     found = [breach for one in checks for breach in one(history)]
     found += [Broken(promise=5, what=f"job {job}: {what}") for job, what in sorted(history.artifacts.items())]
@@ -104,7 +101,7 @@ def _ended_once(history: History) -> Iterator[Broken]:
         if not Status(job["status"]).is_terminal:
             yield Broken(promise=1, what=f"job {job_id} is still {job['status']}")
         ends = [c for c in changes.get(job_id, []) if _ends(c)]
-        if len(ends) > 1:
+        if len(ends) > 1 + sum(reopened(history, c) for c in changes.get(job_id, [])):
             yield Broken(promise=1, what=f"job {job_id} ended {len(ends)} times")
         elif not ends and Status(job["status"]).is_terminal:
             yield Broken(promise=1, what=f"job {job_id} is {job['status']} and never ended")
@@ -128,6 +125,8 @@ def _one_result(history: History) -> Iterator[Broken]:
         if job["status"] != Status.SUCCEEDED:
             if listed is not None or job["adapter_uri"] is not None or well:
                 yield Broken(promise=2, what=f"job {job_id} is {job['status']} and has a result")
+            continue
+        if listed is None and well and lost_to_gc(history, job_id):
             continue
         if listed is None or not well:
             yield Broken(promise=2, what=f"job {job_id} succeeded without a result")
@@ -178,13 +177,19 @@ def _nothing_after_the_end(history: History) -> Iterator[Broken]:
     for change in history.changes:
         if change.what != "job" or change.old is None or (change.tx, change.job_id) in ends:
             continue  # the end itself may be several updates of one transaction
+        if reopened(history, change) or is_gc_s_own(history, change):
+            continue
         if Status(change.old["status"]).is_terminal:
             what = "was removed" if change.new is None else "changed"
             yield Broken(promise=3, what=f"job {change.job_id} {what} after it was {change.old['status']}")
     for job_id, at in history.cancelled.items():
-        started = [a.attempt for a in history.attempts if a.job_id == job_id and a.started_at > at]
+        again = min((act.asked_at for act in reopenings_of(history, job_id) if act.asked_at > at), default=None)
+        later = [a for a in history.attempts if a.job_id == job_id and a.started_at > at]
+        started = [a.attempt for a in later if again is None or a.started_at < again]
         if started:
             yield Broken(promise=3, what=f"job {job_id} was cancelled, and attempt {started[0]} started afterwards")
+        if again is not None:
+            continue
         status = history.jobs.get(job_id, {}).get("status")
         if status not in (Status.CANCELLED, Status.SUCCEEDED):  # it may have been done at that moment
             yield Broken(promise=3, what=f"job {job_id} was cancelled and is {status}")
@@ -295,9 +300,13 @@ def _gangs(history: History) -> Iterator[Broken]:
 
 
 def _resumed(history: History) -> Iterator[Broken]:
-    """An attempt that ended well began where the newest stored checkpoint was, unless a result was taken over."""
+    """An attempt that ended well, or has told a step, began where the newest stored checkpoint was, unless a result was
+    taken over."""
     taken = {(c.job_id, c.attempt) for c in history.changes if c.what == "events" and c.kind == "ready"}
-    resumed = {(a.job_id, a.attempt): a for a in history.attempts if a.reason == "ok"}
+    stepped = {(c.job_id, c.attempt) for c in history.changes if c.what == "metrics"}
+    resumed = {
+        (a.job_id, a.attempt): a for a in history.attempts if a.reason == "ok" or (a.job_id, a.attempt) in stepped
+    }
     for change in history.changes:
         if change.what != "job" or change.new is None or not change.new["checkpoint"]:
             continue
@@ -324,7 +333,8 @@ def _nothing_failed(history: History) -> Iterator[Broken]:
             lab = job["reason"] is not None and OUTCOMES[Reason(job["reason"])].blames is not None
             yield Broken(promise=8 if lab else 7, what=f"job {job_id} failed: {job['reason']} {job['message']}")
     killed = Counter(a.reason for a in history.attempts)["killed"]
-    killed += len({a.host for a in history.attempts if a.reason == "host_lost" and not a.message.startswith(NOT_IN)})
+    gone = [a for a in history.attempts if a.reason == "host_lost" and not a.message.startswith(NOT_IN)]
+    killed += len({a.host for a in gone if not a.message.endswith(CHANGED)})
     if killed > history.trainers_killed:
         what = f"{killed} trainers seemed to be killed, {history.trainers_killed} were"
         yield Broken(promise=7, what=what)

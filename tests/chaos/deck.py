@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 DECK = {
@@ -37,6 +37,9 @@ DECK = {
     "fill the store's disk": 2,
     "hang a box's calls of the store": 2,
     "a box that is bad for good": 1,
+    "kill a trainer in a checkpoint": 1,
+    "kill a rank in a checkpoint": 2,
+    "change the base of jobs that share it": 1,
     "cancel a job": 3,
 }
 """How often each comes in one deck; decks are shuffled and dealt one after the other."""
@@ -55,12 +58,15 @@ class Fault:
 GANG_FAULTS = frozenset(kind for kind in DECK if "rank" in kind or "second card" in kind)
 
 
-def script(seed: int, gap_s: float, *, gangs: bool) -> Iterator[Fault]:
+def script(seed: int, gap_s: float, *, gangs: bool, first: Collection[str] = ()) -> Iterator[Fault]:
     """The same seed gives the same script; what it hits hangs on what runs at that moment.
 
-    `gangs`: whether jobs are on two cards; faults of such jobs would meet nothing otherwise.
+    `gangs`: whether jobs are on two cards; faults of such jobs would meet nothing otherwise. `first`: kinds that a
+    short run is to have.
     """
     rng = random.Random(seed)
+    for kind in first:
+        yield Fault(gap_s=gap_s, kind=kind, share=rng.random(), pick=rng.random())
     while True:
         deck = [kind for kind, count in DECK.items() for _ in range(count) if gangs or kind not in GANG_FAULTS]
         rng.shuffle(deck)

@@ -26,6 +26,7 @@ from .deck import Fault
 from .history import Hit, Window
 from .lab import Box, Lab
 from .trainer import BAD_CARDS
+from .traps import change_next_base, changed_bases, in_a_checkpoint
 
 MAX_RETRIES = 2
 """What the lab does to a job must not spend them. A trainer that is killed does."""
@@ -49,6 +50,7 @@ class Injector:
     asked: set[int] = field(default_factory=set)  # to be cancelled, also where nobody said that it was heard
     torn: set[str] = field(default_factory=set)
     trainers_killed: int = 0
+    bases_changed: int = 0
     _killed: Counter[str] = field(default_factory=Counter)  # trainers of each job
     postgres_back: list[dt.datetime] = field(default_factory=list)
     log: list[str] = field(default_factory=list)
@@ -108,6 +110,9 @@ class Injector:
             "hang a box's calls of the store": self._hang_calls,
             "start nodes in an outage of PostgreSQL": self._start_in_outage,
             "a box that is bad for good": self._go_bad,
+            "kill a trainer in a checkpoint": self._kill_in_checkpoint,
+            "kill a rank in a checkpoint": self._kill_in_checkpoint,
+            "change the base of jobs that share it": self._change_base,
         }  # fmt: skip
         if kind in whole:
             return whole[kind](fault, box)
@@ -338,6 +343,27 @@ class Injector:
             if box.name == name:
                 (box.home / BAD_CARDS).unlink(missing_ok=True)
         self.bad.discard(name)
+
+    def _kill_in_checkpoint(self, fault: Fault, box: Box) -> bool:
+        """A trainer in the middle of a checkpoint's file, or another rank of it."""
+        others = "rank" in fault.kind
+        if not self._usable(box) or (victim := in_a_checkpoint(box, others=others)) is None:
+            return False
+        if not self._may_kill(victim):
+            return False
+        self.trainers_killed += 1
+        if others:
+            self._note_rank(victim)
+        victim.kill()
+        return True
+
+    def _change_base(self, fault: Fault, box: Box) -> bool:
+        """As a job that writes over what it shares: each of them has to find out before anything of it counts."""
+        if (found := sum(map(changed_bases, self.lab.boxes))) > self.bases_changed:
+            self.bases_changed = found
+            return True
+        change_next_base(box)
+        return False
 
     def _hang_calls(self, fault: Fault, box: Box) -> bool:
         """Each process of the box that makes calls of the store stands still, also those that come: no call has an

@@ -102,6 +102,27 @@ class Hit:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Act:
+    """What a person asked for while faults were active."""
+
+    kind: str  # edit, hold, retry, tag, gc
+    job_id: int  # 0: no one job
+    asked_at: dt.datetime
+    over_at: dt.datetime | None = None  # when the answer came; None: it never did
+    acknowledged: bool = False  # False: refused, or nobody knows
+    key: str = ""  # of an edit, dotted
+    value: float = 0  # of that key
+
+
+@dataclass(frozen=True, kw_only=True)
+class Broken:
+    """A promise that was not kept."""
+
+    promise: int
+    what: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Sighting:
     """A process of an attempt, as it was seen at last."""
 
@@ -123,6 +144,8 @@ class History:
     lease_s: float
     hits: tuple[Hit, ...] = ()
     sightings: tuple[Sighting, ...] = ()
+    acts: tuple[Act, ...] = ()
+    bases_changed: int = 0  # under trainings that shared them
     asked: frozenset[int] = frozenset()  # jobs that somebody wished to cancel, whether it was acknowledged or not
     trainers_killed: int = 0
     torn: frozenset[str] = frozenset()  # stored checkpoints that the suite damaged

@@ -243,12 +243,12 @@ class Box:
         """Card index -> the rank of a job on two cards that trains there for the other card's trainer."""
         found: dict[int, psutil.Process] = {}
         for index, trainers in self._trainers().items():
-            for rank in itertools.chain.from_iterable(map(_trainers_below, trainers)):
+            for rank in itertools.chain.from_iterable(map(trainers_below, trainers)):
                 found[next(card for card in range(self.cards) if card != index)] = rank
         return found
 
     def _trainers(self) -> dict[int, list[psutil.Process]]:
-        return {index: _trainers_below(node) for index, node in self.nodes().items()}
+        return {index: trainers_below(node) for index, node in self.nodes().items()}
 
     def store_calls(self) -> list[psutil.Process]:
         """The processes that make its nodes' calls of the artifact store."""
@@ -265,7 +265,7 @@ class Box:
             self.process.wait()
 
 
-def _trainers_below(process: psutil.Process) -> list[psutil.Process]:
+def trainers_below(process: psutil.Process) -> list[psutil.Process]:
     try:
         return [child for child in process.children() if TRAINER in _arguments(child)]
     except psutil.NoSuchProcess:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections import Counter
 
+from .acts import counts_of
 from .checker import PROMISES
 from .deck import DECK
 from .faults import WAIT_S
@@ -35,6 +36,8 @@ This page is written by `make chaos`; its numbers are those of one run.
 - Jobs join others in one trainer, where the rule lets them. One in {1 / POISONED_SHARE:.0f} has a loss that is not a
   number, and some are cancelled. One job in {GANGS} is on two cards: each rank makes a link of its chain in turn, over
   loopback, and no step is done without all of them.
+- People edit, hold, release, retry and tag jobs, raise the priority of waiting ones (every second job is preemptible),
+  queue sweeps with rungs, cancel some as a whole, and run `loractl gc`, while faults are active.
 - Each process of an attempt is noted every {SEE_S:.0f} s, so that one which outlives its attempt is found.
 - A lease of {plan.lease_s:.0f} s in place of 60 (`LORACTL_LEASE`), and what follows from it in proportion.
 - The faults are drawn from the seed, one each {plan.gap_s:.1f} s; which process one hits hangs on what runs at that
@@ -85,6 +88,7 @@ def _counts(outcome: Outcome) -> list[str]:
         ("finished results taken over", str(sum(c.what == "events" and c.kind == "ready" for c in history.changes))),
         ("refused stale writes", f"{outcome.refused.total()} ({_listed(outcome.refused)})"),
         ("acknowledged cancels", str(len(history.cancelled))),
+        *counts_of(history),
         ("attempts that went on in a host", str(outcome.continued)),
         ("attempts that joined others in one", str(outcome.packed)),
         ("their trainers that died with jobs in them", str(len({a.host for a in gone if a.host}))),

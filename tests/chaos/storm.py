@@ -24,12 +24,14 @@ from loractl.common.job.status import Status
 from loractl.common.store.store import Store
 from loractl.worker.device.occupancy import RUN_VARIABLE
 
-from .checker import Broken, check, examine
+from .checker import check, examine
 from .deck import script
 from .faults import MAX_RETRIES, Injector
-from .history import History, Sighting, read, record
+from .history import Broken, History, Sighting, read, record
 from .lab import Lab, lab
+from .people import People
 from .trainer import LEAVES, POISONED
+from .traps import changed_bases
 
 BATCH = 10
 """Job files of one `loractl submit`."""
@@ -50,6 +52,9 @@ TICK_S = 0.1
 
 SEE_S = 2.0
 """Between two looks at who is there."""
+
+PEOPLE_GAP = 2.0
+"""Times the time between two faults: the time between two things that people ask for."""
 
 LEFT_S = 20.0
 """A process of an attempt may outlive the attempt's end so long: a frozen node has to wake, a node to sweep."""
@@ -72,6 +77,7 @@ class Plan:
     storm_s: float | None = None  # a storm ends after so long, with as many jobs as came in; None: with all of them
     probes: int = 0  # of the recovery of Valkey and PostgreSQL, after the storm
     gangs: bool = False  # one job in GANGS is on two cards of a box
+    first: tuple[str, ...] = ()  # faults that are dealt before all others
 
 
 @dataclass(kw_only=True)
@@ -103,6 +109,7 @@ class _Run:
     lab: Lab
     store: Store
     injector: Injector
+    people: People
     printed: list[int] = field(default_factory=list)
     done_submitting: threading.Event = field(default_factory=threading.Event)
     enough: threading.Event = field(default_factory=threading.Event)  # no more jobs
@@ -120,8 +127,10 @@ def storm(plan: Plan, say: Callable[[str], None] = lambda line: None) -> Outcome
     with lab(plan.boxes, plan.cards, plan.lease_s) as place:
         record(place.engine)
         store = Store(place.engine)
-        run = _Run(plan, place, store, Injector(place, store))
-        works = (_submit_all, _look_after, _see_processes)
+        injector = Injector(place, store)
+        people = People(place, store, injector, seed=plan.seed + 3, gap_s=PEOPLE_GAP * plan.gap_s)
+        run = _Run(plan, place, store, injector, people)
+        works = (_submit_all, _look_after, _see_processes, _ask)
         threads = [threading.Thread(target=_guard, args=(run, work)) for work in works]
         for thread in threads:
             thread.start()
@@ -130,6 +139,7 @@ def storm(plan: Plan, say: Callable[[str], None] = lambda line: None) -> Outcome
             probes = _probe(run, say) if plan.probes and not stuck else {}
         finally:
             run.stop.set()
+            run.enough.set()
             for thread in threads:
                 thread.join()
         if run.trouble:
@@ -164,6 +174,11 @@ def _submit_all(run: _Run) -> None:
     run.done_submitting.set()
 
 
+def _ask(run: _Run) -> None:
+    """What people ask for, until there is enough."""
+    run.people.work(run.enough, run.stop)
+
+
 def _job_file(folder: Path, number: int, rng: random.Random, plan: Plan) -> Path:
     folder.mkdir(exist_ok=True)
     model = folder / f"model-{number // 4 % 2}"
@@ -190,7 +205,8 @@ def _job_file(folder: Path, number: int, rng: random.Random, plan: Plan) -> Path
     path.write_text(
         f"name: chaos-{number}\nbase_model: {model}\nmethod: lora\ndataset: {{path: {data}, max_length: 16}}\n"
         f"training: {{max_steps: {steps}, save_steps: 5, per_device_train_batch_size: 1}}\n"
-        f"max_retries: {MAX_RETRIES}\nlabels: {labels}\nresources: {{exclusive: {str(leaves).lower()}{cards}}}\n"
+        f"max_retries: {MAX_RETRIES}\npreemptible: {str(number % 2 == 0).lower()}\nlabels: {labels}\n"
+        f"resources: {{exclusive: {str(leaves).lower()}{cards}}}\n"
     )
     return path
 
@@ -211,7 +227,7 @@ def _look_after(run: _Run) -> None:
         run.mended += run.injector.mend()
         with contextlib.suppress(DBAPIError):
             for job in run.store.jobs(statuses=[Status.QUEUED]):
-                if job.held:
+                if job.held and job.job_id not in run.people.holding:
                     with contextlib.suppress(WrongState):
                         run.store.retry(job.job_id, "chaos")
                         run.released += 1
@@ -227,7 +243,8 @@ def _see_processes(run: _Run) -> None:
 
 def _blow(run: _Run, say: Callable[[str], None]) -> list[str]:
     """Deal faults until all jobs are in and nearly all have ended; then heal, and wait for the rest."""
-    faults, began = script(run.plan.seed, run.plan.gap_s, gangs=run.plan.gangs), time.monotonic()
+    plan, began = run.plan, time.monotonic()
+    faults = script(plan.seed, plan.gap_s, gangs=plan.gangs, first=plan.first)
     few, said = run.plan.boxes * run.plan.cards, began
     fault = next(faults)
     due = began + 5.0  # the boxes are starting
@@ -251,7 +268,7 @@ def _blow(run: _Run, say: Callable[[str], None]) -> list[str]:
     deadline = time.monotonic() + run.plan.calm_s
     while time.monotonic() < deadline and not run.stop.is_set():
         run.injector.tick()
-        if run.done_submitting.is_set() and _unended(run) == 0:
+        if run.done_submitting.is_set() and run.people.done.is_set() and _unended(run) == 0:
             return []
         time.sleep(0.1)
     return [f"after {run.plan.calm_s:.0f} s of calm: {_state(run)}"]
@@ -338,17 +355,21 @@ def _gather(run: _Run, stuck: list[str], left: list[str], probes: dict[str, list
     wrong = {
         job_id: what
         for job_id, job in rows["jobs"].items()
-        if job["status"] == Status.SUCCEEDED and (what := examine(store, job)) is not None
+        if job["status"] == Status.SUCCEEDED
+        and job["adapter_uri"] is not None
+        and (what := examine(store, job)) is not None
     }
     history = History(
         **rows,
-        printed=run.printed,
+        printed=[*run.printed, *run.people.printed],
+        acts=tuple(run.people.acts),
         cancelled=dict(injector.cancelled),
         lease_s=run.plan.lease_s,
         hits=tuple(injector.losses),
         sightings=tuple(Sighting(run=mark, pid=pid, at=at) for (mark, pid), at in run.seen.items() if mark),
         asked=frozenset(injector.asked),
         trainers_killed=injector.trainers_killed,
+        bases_changed=sum(map(changed_bases, run.lab.boxes)),
         torn=frozenset(injector.torn),
         windows=tuple(injector.windows),
         boxes=frozenset(box.name for box in run.lab.boxes),

@@ -15,10 +15,12 @@ SEED = 20260114
 @pytest.mark.timeout(400)
 def test_a_minute_of_every_fault_breaks_no_promise() -> None:
     seed = int(os.environ.get("CHAOS_SEED") or SEED)
-    outcome = storm(Plan(jobs=60, seed=seed, lease_s=4.0, gap_s=1.0, backlog=12, storm_s=40))
+    first = ("a box that is bad for good", "kill a node", "change the base of jobs that share it")
+    outcome = storm(Plan(jobs=60, seed=seed, lease_s=4.0, gap_s=1.0, backlog=12, storm_s=37, first=first))
     breaches = "\n".join(f"promise {b.promise}: {b.what}" for b in outcome.broken)
     assert not outcome.broken, f"CHAOS_SEED={seed}\n{breaches}\n{table(outcome)}\n" + "\n".join(outcome.log)
     assert outcome.faults.total() > 15, table(outcome)
     assert any(a.reason == "worker_lost" for a in outcome.history.attempts), table(outcome)
     assert outcome.continued + outcome.packed, table(outcome)
     assert outcome.faults["a box that is bad for good"], table(outcome)
+    assert any(act.acknowledged for act in outcome.history.acts), table(outcome)

@@ -14,8 +14,9 @@ import pytest
 from loractl.common.artifacts import ArtifactStore, manifest_sha256
 from loractl.worker.device.occupancy import run_mark
 
+from .acts import CHANGED
 from .checker import PROMISES, check, examine
-from .history import AttemptRow, Change, History, Hit, Sighting, Window
+from .history import Act, AttemptRow, Change, History, Hit, Sighting, Window
 from .trainer import TENSOR, last_link
 
 T0 = dt.datetime(2026, 1, 1, tzinfo=dt.UTC)
@@ -28,9 +29,13 @@ def at(seconds: float) -> dt.datetime:
 
 def row(status: str, attempt: int = 0, token: str | None = None, lease: float = 0, **more: Any) -> dict[str, Any]:
     base = {"status": status, "attempt": attempt, "token": token, "checkpoint": None, "reason": None, "message": None}
+    base |= {"priority": 0, "preemptible": False, "preempted_by": None, "retries_used": 0, "held": False}
+    base |= {"user": "ada", "name": "a", "ended_at": at(20), "spec": SPEC, "sweep_id": None}
     return {**base, "lease_expires_at": at(lease).isoformat() if token else None, "adapter_uri": None, **more}
 
 
+SPEC = {"training": {"learning_rate": 1e-3}, "resources": {"time_limit": 60.0}}
+LIMIT = "resources.time_limit"
 KEPT = {"step": 5, "prefix": "jobs/1/checkpoints/1-5"}
 URI = "file:///store/jobs/1/attempt-2/adapter"
 
@@ -41,7 +46,7 @@ def good() -> History:
     first = row("running", 1, "a", lease=6)
     beaten = row("running", 1, "a", lease=8)
     kept = row("running", 1, "a", lease=8, checkpoint=KEPT)
-    lost = row("queued", 1, checkpoint=KEPT)
+    lost = row("queued", 1, checkpoint=KEPT, reason="worker_lost")
     second = row("running", 2, "b", lease=22, checkpoint=KEPT)
     done = row("succeeded", 2, adapter_uri=URI)
     changes = [
@@ -97,6 +102,81 @@ def hit(history: History, **how: bool) -> History:
 
 def with_changes(history: History, *more: Change) -> History:
     return replace(history, changes=[*history.changes, *more])
+
+
+def did(history: History, kind: str, job_id: int, seconds: float, *, heard: bool = True, **more: Any) -> History:
+    """Somebody asked for it, and was answered a second later."""
+    act = Act(kind=kind, job_id=job_id, asked_at=at(seconds), over_at=at(seconds + 1), acknowledged=heard, **more)
+    return replace(history, acts=(*history.acts, act))
+
+
+def cleared(history: History, *, seconds: float = 30, newer: bool = True) -> History:
+    """gc took the result of job 1. `newer`: its owner has a newer one of the same name."""
+    gone = row("succeeded", 2)
+    change = Change(tx=20, at=at(30), what="job", job_id=1, attempt=2, old=DONE, new=gone)
+    found = replace(with_changes(history, change), jobs={**history.jobs, 1: gone}, adapters={})
+    found = did(found, "gc", 0, seconds)
+    return with_result(found, 3) if newer else found
+
+
+def with_result(history: History, job_id: int) -> History:
+    """Another job of the same owner and name has ended well, a little later."""
+    uri = f"file:///store/jobs/{job_id}/attempt-1/adapter"
+    well = AttemptRow(
+        job_id=job_id, attempt=1, token="n", node="x:0", started_at=at(20), ended_at=at(25), reason="ok"
+    )  # fmt: skip
+    running, done = row("running", 1, "n"), row("succeeded", 1, adapter_uri=uri, ended_at=at(25))
+    change = Change(tx=18, at=at(25), what="job", job_id=job_id, attempt=1, old=running, new=done)
+    found = replace(with_changes(history, change), attempts=[*history.attempts, well])
+    rows = {**found.jobs, job_id: done}
+    return replace(found, jobs=rows, adapters={**found.adapters, job_id: {"attempt": 1, "uri": uri}})
+
+
+def released(history: History) -> History:
+    """Job 1 was held between its attempts, and let go."""
+    waits, held = row("queued", 1, checkpoint=KEPT), row("queued", 1, checkpoint=KEPT, held=True)
+    changes = [
+        Change(tx=20, at=at(11.5), what="job", job_id=1, attempt=1, old=waits, new=held),
+        Change(tx=21, at=at(14.5), what="job", job_id=1, attempt=1, old=held, new=waits),
+    ]
+    return did(did(with_changes(history, *changes), "hold", 1, 11), "retry", 1, 14)
+
+
+def tried_again(history: History, *, seconds: float = 30, heard: bool = True) -> History:
+    """Job 2, which was cancelled, was queued again, and cancelled once more."""
+    again = Change(tx=20, at=at(30.5), what="job", job_id=2, attempt=0, old=row("cancelled"), new=row("queued"))
+    over = Change(tx=21, at=at(33), what="job", job_id=2, attempt=0, old=row("queued"), new=row("cancelled"))
+    return did(with_changes(history, again, over), "retry", 2, seconds, heard=heard)
+
+
+def gave_way(
+    history: History, *, priority: int = 9, spent: int = 0, preemptible: bool = True, to: int | None = 7
+) -> History:
+    """The first attempt of job 1 gave way to job 7, with its checkpoint."""
+    ran = row("running", 1, "a", lease=8, checkpoint=KEPT, preemptible=preemptible)
+    asked = {**ran, "preempted_by": to}
+    waits = row("queued", 1, checkpoint=KEPT, reason="preempted", retries_used=spent)
+    changes = [change for change in history.changes if change.tx != 5]
+    raised = Change(tx=30, at=at(2), what="job", job_id=7, old=row("queued"), new=row("queued", priority=priority))
+    changes[9:9] = [
+        raised,
+        Change(tx=31, at=at(4), what="job", job_id=1, attempt=1, old=ran, new=asked),
+        Change(tx=32, at=at(5), what="job", job_id=1, attempt=1, old=asked, new=waits),
+    ]
+    return with_attempt(replace(history, changes=changes), 1, reason="preempted", ended_at=at(5))
+
+
+def in_a_sweep(history: History, rate: float, reason: str = "pruned") -> History:
+    """Job 2 is of a sweep with another member, and was stopped."""
+    spec = {"training": {"learning_rate": rate}}
+    other = row("succeeded", sweep_id=1, spec={"training": {"learning_rate": 1e-2}})
+    jobs = {**history.jobs, 2: row("cancelled", sweep_id=1, spec=spec)}
+    stopped = AttemptRow(
+        job_id=2, attempt=1, token="s", node="x:0", started_at=at(1), ended_at=at(2), reason=reason
+    )  # fmt: skip
+    found = replace(history, jobs=jobs, cancelled={}, attempts=[*history.attempts, stopped])
+    best = with_result(found, 4)
+    return replace(best, jobs={**best.jobs, 4: {**best.jobs[4], "sweep_id": 1, "spec": other["spec"]}})
 
 
 def with_attempt(history: History, number: int, **values: Any) -> History:
@@ -207,6 +287,41 @@ BREACHES: dict[str, tuple[int, Callable[[History], History]]] = {
         lambda h: hit(with_attempt(on_two_cards(h, "x:0", "x:1"), 1, ended_at=at(23))),
     ),
     "a trainer died of itself": (7, lambda h: with_attempt(h, 1, reason="killed")),
+    "a base was another one of itself": (
+        9,
+        lambda h: with_attempt(h, 1, reason="host_lost", host="h", message=f"it shared its trainer, and {CHANGED}"),
+    ),
+    "an acknowledged edit is gone": (11, lambda h: did(h, "edit", 1, 5, key=LIMIT, value=90)),
+    "an edit was undone by an older one": (
+        11,
+        lambda h: did(did(h, "edit", 1, 5, key=LIMIT, value=60), "edit", 1, 7, key=LIMIT, value=90),
+    ),
+    "a held job ran": (11, lambda h: did(h, "hold", 1, 12)),
+    "a held job ran before its release": (11, lambda h: did(did(h, "hold", 1, 12), "retry", 1, 18)),
+    "an acknowledged retry did nothing": (11, lambda h: did(h, "retry", 2, 30)),
+    "a job was queued again by nobody": (3, lambda h: replace(tried_again(h), acts=())),
+    "a job was queued again long before it was asked": (3, lambda h: tried_again(h, seconds=100)),
+    "a tagged adapter is gone": (11, lambda h: did(cleared(h), "tag", 1, 26)),
+    "a result went without gc": (12, lambda h: replace(cleared(h), acts=())),
+    "gc took a result long after it was over": (12, lambda h: cleared(h, seconds=10)),
+    "gc took the newest of a name": (12, lambda h: cleared(h, newer=False)),
+    "gc took a living job's checkpoint": (
+        12,
+        lambda h: with_changes(
+            h,
+            Change(
+                tx=5, at=at(11), what="job", job_id=1, attempt=1, old=row("queued", 1, checkpoint=KEPT),
+                new=row("queued", 1),
+            ),
+        ),
+    ),
+    "a job gave way to one of no higher priority": (13, lambda h: gave_way(h, priority=0)),
+    "a job gave way to nobody": (13, lambda h: gave_way(h, to=None)),
+    "a job gave way that may not": (13, lambda h: gave_way(h, preemptible=False)),
+    "who gave way spent a retry": (13, lambda h: gave_way(h, spent=1)),
+    "who gave way began anew": (4, lambda h: with_attempt(gave_way(h), 2, resumed_from_step=None)),
+    "a sweep stopped its best": (14, lambda h: in_a_sweep(h, rate=1e-3)),
+    "a job of no sweep was stopped by one": (14, lambda h: with_attempt(h, 1, reason="pruned")),
 }  # fmt: skip
 
 
@@ -237,6 +352,19 @@ def test_who_could_not_join_a_trainer_is_no_sign_of_one_that_died() -> None:
     assert check(with_attempt(good(), 1, reason="host_lost", message=died))
 
 
+def test_what_people_asked_for_and_got_is_not_complained_of() -> None:
+    edited = did(good(), "edit", 1, 5, key=LIMIT, value=60)
+    assert check(edited) == []
+    assert check(did(edited, "edit", 1, 7, key=LIMIT, value=90, heard=False)) == []
+    assert check(released(good())) == []
+    assert check(tried_again(good())) == []
+    assert check(tried_again(good(), heard=False)) == []
+    assert check(cleared(good())) == []
+    assert check(did(good(), "tag", 1, 26)) == []
+    assert check(gave_way(good())) == []
+    assert check(in_a_sweep(good(), rate=0.1)) == []
+
+
 def test_a_box_that_stood_still_could_end_no_process() -> None:
     history = replace(good(), sightings=seen("a", 60))
     stood = Window(start=at(11), end=at(30), box="x:0")
@@ -256,7 +384,7 @@ def test_nobody_has_to_notice_while_the_database_or_every_box_is_away() -> None:
 def test_a_lease_that_the_attempt_s_own_row_holds_is_not_over() -> None:
     late = with_attempt(good(), 1, ended_at=at(23))
     assert check(late)
-    assert check(with_attempt(late, 1, lease_expires_at=at(14))) == []
+    assert check(with_attempt(late, 1, lease_expires_at=at(16))) == []
 
 
 def test_a_checkpoint_that_the_suite_tore_need_not_be_resumed() -> None:

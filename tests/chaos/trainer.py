@@ -11,8 +11,11 @@ stands still or answers something else is noticed as it is in loractl's own (gan
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import math
+import os
 import shutil
 import struct
 import subprocess
@@ -21,6 +24,7 @@ import time
 from pathlib import Path
 
 from loractl.common.artifacts import sha256_of
+from loractl.common.job.halving import eval_interval
 from loractl.common.job.identity import spec_digest
 from loractl.common.job.status import Reason, Stage
 from loractl.worker.protocol.marker import close_checkpoint
@@ -49,7 +53,22 @@ POISONED = "poisoned"
 BAD_CARDS = "bad-cards"
 """A box with a file of this name in its home has cards that fail every job at once."""
 
+TRAP, GANG_TRAP = "stop-in-a-checkpoint", "stop-in-a-checkpoint-of-several-ranks"
+"""Where a box's home has a file of this name, the next trainer that writes a checkpoint takes it, adds its number to
+the name, and stands in the middle of a file until that is removed, or for STANDS_S."""
+
+STANDS_S = 10.0
+
+NEW_BASE = "change-the-base"
+"""Where a box's home has a file of this name, a trainer with several jobs takes it as well, and its base is another
+one."""
+
 TENSOR = "chain"
+
+BASE = b"the base that all jobs of a process have"
+
+_base = bytearray(BASE)  # of this process
+_here: dict[int, set[int]] = {}  # job -> all that were in this process while it is
 
 
 def first_link(spec_hash: str, data_sha256: str) -> bytes:
@@ -58,6 +77,11 @@ def first_link(spec_hash: str, data_sha256: str) -> bytes:
 
 def next_link(link: bytes, step: int) -> bytes:
     return hashlib.sha256(link + step.to_bytes(8, "big")).digest()
+
+
+def loss_of(learning_rate: float) -> float:
+    """What an evaluation finds: members of a sweep differ by that alone."""
+    return 1.0 + abs(math.log10(learning_rate) + 3)
 
 
 def last_link(spec_hash: str, data_sha256: str, steps: int) -> bytes:
@@ -90,8 +114,32 @@ def _lead(order: Start, orders: Orders, tell: Tell) -> Ended:
         return Ended(job_id=order.job_id, reason=Reason.TRAINER_ERROR, message=f"{LINK_LOST}: {error!r}")
 
 
+class _BaseChanged(Exception):
+    """Another job of the process has changed what all have."""
+
+
 def _train(order: Start, orders: Orders, tell: Tell, ranks: Ranks) -> Ended:
-    """A sleep and a hash a step. Raises OSError when another rank is gone."""
+    """As _steps, on a base that jobs of one process have together: as loractl's own trainer does, it looks at the base
+    before anything counts that was trained on it. Raises OSError when another rank is gone."""
+    for met in list(_here.values()):
+        met.add(order.job_id)
+    _here[order.job_id] = set(_here)
+    try:
+        return _steps(order, orders, tell, ranks)
+    except _BaseChanged:
+        why = "it shared its trainer with other jobs, and a weight of the base has changed"
+        return Ended(job_id=order.job_id, reason=Reason.HOST_LOST, message=why)
+    finally:
+        del _here[order.job_id]
+
+
+def _require_base(order: Start) -> None:
+    if _here[order.job_id] and _base != BASE:
+        raise _BaseChanged
+
+
+def _steps(order: Start, orders: Orders, tell: Tell, ranks: Ranks) -> Ended:
+    """A sleep and a hash a step."""
     job, steps = order.job_id, order.spec.training.max_steps
     assert steps is not None
     tell(StageChanged(job_id=job, stage=Stage.PREPARING))
@@ -115,24 +163,51 @@ def _train(order: Start, orders: Orders, tell: Tell, ranks: Ranks) -> Ended:
         time.sleep(STEP_S)
         step += 1
         link = ranks.next_link(link, step)
+        if len(_here) > 1 and _take(order, NEW_BASE) is not None:
+            _base[:] = b"another"
+        if _base != BASE:  # what comes of it is worth nothing
+            link = hashlib.sha256(link + _base).digest()
         if POISONED in order.spec.labels and step > 2:
-            return Ended(job_id=job, reason=Reason.DIVERGED, message="the loss is nan", base_bytes=_base(order))
-        tell(Stepped(job_id=job, step=step, total_steps=steps, metrics={"loss": 1 / step}))
+            return Ended(job_id=job, reason=Reason.DIVERGED, message="the loss is nan", base_bytes=_stays(order))
+        tell(Stepped(job_id=job, step=step, total_steps=steps, metrics=_measured(order, step, steps)))
         stop = _stop(orders)
         if step % order.spec.training.save_steps == 0 or step == steps or (stop is not None and stop.save):
-            folder = _save(Path(order.checkpoint_dir), step, steps, link, belongs_to)
+            _require_base(order)
+            folder = _save(order, step, steps, link, belongs_to)
             tell(Saved(job_id=job, step=step, path=str(folder)))
         if stop is not None:
             reason = Reason.DRAINED if stop.save else Reason.CANCELLED
-            return Ended(job_id=job, reason=reason, message="stopped when asked to", base_bytes=_base(order))
+            return Ended(job_id=job, reason=reason, message="stopped when asked to", base_bytes=_stays(order))
     tell(StageChanged(job_id=job, stage=Stage.EVALUATING))
+    _require_base(order)
     _write_result(Path(order.output_dir), order, link)
-    return Ended(job_id=job, reason=Reason.OK, message=f"{steps} steps", base_bytes=_base(order))
+    return Ended(job_id=job, reason=Reason.OK, message=f"{steps} steps", base_bytes=_stays(order))
 
 
-def _base(order: Start) -> int | None:
-    """It stays as a host, unless the job has left something."""
-    return None if LEAVES in order.spec.labels else BASE_BYTES
+def _stays(order: Start) -> int | None:
+    """It stays as a host, unless the job has left something, or its base is another one."""
+    return None if LEAVES in order.spec.labels or _base != BASE else BASE_BYTES
+
+
+def _measured(order: Start, step: int, steps: int) -> dict[str, float]:
+    every, found = order.spec.training.eval_steps, {"loss": 1 / step}
+    if every is not None and step % eval_interval(every, steps) == 0:
+        found["eval_loss"] = loss_of(order.spec.training.learning_rate)
+    return found
+
+
+def _take(order: Start, name: str) -> Path | None:
+    """Take a file of this name in the box's home, which one process alone can. Returns it under its new name."""
+    for folder in Path(order.checkpoint_dir).parents:
+        with contextlib.suppress(FileNotFoundError):
+            return (folder / name).rename(folder / f"{name}.{os.getpid()}")
+    return None
+
+
+def _stand(order: Start) -> None:
+    sign, until = _take(order, GANG_TRAP if order.ranks else TRAP), time.monotonic() + STANDS_S
+    while sign is not None and sign.exists() and time.monotonic() < until:
+        time.sleep(0.05)
 
 
 def _stop(orders: Orders) -> Stop | None:
@@ -140,12 +215,16 @@ def _stop(orders: Orders) -> Stop | None:
     return message if isinstance(message, Stop) else None
 
 
-def _save(folder: Path, step: int, steps: int, link: bytes, belongs_to: dict[str, str]) -> Path:
+def _save(order: Start, step: int, steps: int, link: bytes, belongs_to: dict[str, str]) -> Path:
+    folder = Path(order.checkpoint_dir)
     target = folder / f"checkpoint-{step}"
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
     (target / "link").write_text(link.hex())
-    (target / "optimizer.bin").write_bytes(link * 512)
+    with (target / "optimizer.bin").open("wb", buffering=0) as file:
+        file.write(link * 256)
+        _stand(order)
+        file.write(link * 256)
     close_checkpoint(target, step=step, finished=step == steps, belongs_to=belongs_to)
     made = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
     for older in made[:-KEPT]:
