@@ -193,10 +193,11 @@ def _conversation(reading: Reading, column: str, speaker: str, said: str, row: R
     turns = conversation_turns(row, file, column, speaker, said, reading)
     if not any(turn.teaches for turn in turns):
         raise DataError(file, "has no assistant message to learn from", row=row.number, kind="nothing to learn")
-    return Example(number=row.number, turns=turns, tools=_tools_of(row, file) if reading.wants("tools") else "")
+    return Example(number=row.number, turns=turns, tools=tools_of(row, file) if reading.wants("tools") else "")
 
 
-def _tools_of(row: RawRow, file: str | Path) -> str:
+def tools_of(row: RawRow, file: str | Path) -> str:
+    """The functions that the answers of a row may call, as JSON; empty: none. Raises DataError."""
     if not (value := row.value.get("tools")):
         return ""
     try:

@@ -10,11 +10,14 @@ from loractl.common.errors import DataError
 from loractl.common.job.sections import DataFormat, DatasetSpec, PromptTemplate
 
 from .example import Turn
-from .formats import INNER_COLUMNS, INPUT, conversation_turns, instruction_turns, map_columns, text_of
+from .fields import Reading
+from .formats import INNER_COLUMNS, INPUT, conversation_turns, instruction_turns, map_columns, text_of, tools_of
 from .rows import DataFile, RawRow, Told, column_names
 
 CHAT = (DataFormat.MESSAGES, DataFormat.SHAREGPT, DataFormat.ALPACA, DataFormat.PROMPT_COMPLETION)
 PLAIN = (DataFormat.PROMPT_COMPLETION, DataFormat.TEXT)
+
+_TALKS = (DataFormat.MESSAGES, DataFormat.SHAREGPT)
 
 _ASKING = {
     DataFormat.MESSAGES: "messages",
@@ -33,6 +36,7 @@ class Question:
 
     number: int
     turns: tuple[Turn, ...]
+    tools: str = ""  # as JSON
 
     @property
     def text(self) -> str:
@@ -49,6 +53,7 @@ class Questions:
     def __init__(self, path: Path, dataset: DatasetSpec, format: DataFormat, told: Told = lambda done, size: None):
         """`dataset` and `format`: those of the adapter's training. They say what the columns are called."""
         self._path, self._dataset, self._format, self._told = path, dataset, format, told
+        self._reading = Reading.of(dataset)
 
     def __iter__(self) -> Iterator[Question]:
         file = DataFile(self._path, self._told)
@@ -61,7 +66,8 @@ class Questions:
         rows = map_columns(file, here, self._path)
         read = self._reader(next(iter(rows)))
         for row in rows:
-            yield Question(number=row.number, turns=read(row))
+            tools = tools_of(row, self._path) if self._reading.wants("tools") and self._format in _TALKS else ""
+            yield Question(number=row.number, turns=read(row), tools=tools)
 
     def _reader(self, first: RawRow) -> Callable[[RawRow], tuple[Turn, ...]]:
         """How rows like the first one are read. Raises DataError where no column of it asks anything."""
@@ -82,9 +88,13 @@ class Questions:
                 kind="unknown columns",
             )
         if found is DataFormat.MESSAGES:
-            return lambda row: _asked(row, conversation_turns(row, path, "messages", "role", "content"), path)
+            return lambda row: _asked(
+                row, conversation_turns(row, path, "messages", "role", "content", self._reading), path
+            )
         if found is DataFormat.SHAREGPT:
-            return lambda row: _asked(row, conversation_turns(row, path, "conversations", "from", "value"), path)
+            return lambda row: _asked(
+                row, conversation_turns(row, path, "conversations", "from", "value", self._reading), path
+            )
         if found is DataFormat.ALPACA:
             heading = "" if self._dataset.template is PromptTemplate.CHAT else INPUT
             return lambda row: instruction_turns(row, path, heading)

@@ -169,7 +169,7 @@ def test_an_answer_is_held_to_its_schema_beside_others_that_are_not(client: open
             "the prompt has",
         ),
         ({"model": "red", "messages": [{"role": "teacher", "content": "x"}]}, "BadRequestError", "messages[0].role"),
-        ({"model": "red", "extra_body": {"top_k": 3}}, "BadRequestError", "top_k is not known here"),
+        ({"model": "red", "extra_body": {"top_k": -3}}, "BadRequestError", "top_k must be at least -1"),
     ],
 )
 def test_what_can_not_be_done_is_refused_in_the_apis_own_form(

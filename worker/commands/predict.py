@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     Predict = Callable[[Iterable[Question]], Iterator[Outcome]]
 
-ANSWER_OPTIONS = ("system", "max_new_tokens", "temperature", "top_p", "seed")
+ANSWER_OPTIONS = ("system", "tools", "max_new_tokens", "temperature", "top_p", "seed")
 """What a classifier has no use for."""
 
 

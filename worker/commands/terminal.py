@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import click
@@ -20,6 +21,10 @@ def answering(command: Callable[..., Any]) -> Callable[..., Any]:
     """Options that every answering command has."""
     options = (
         click.option("--system", metavar="TEXT", help="A system message before the conversation."),
+        click.option(
+            "--tools", type=click.Path(path_type=Path), metavar="FILE",
+            help="A JSON list of functions that answers may call.",
+        ),
         click.option(
             "--max-new-tokens", type=click.IntRange(1), default=256, show_default=True, metavar="N",
             help="An answer ends there at the latest.",

@@ -6,26 +6,31 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jinja2 import TemplateError
-
 from loractl.common.errors import UsageError
 from loractl.common.job.sections import DataFormat, PromptTemplate
 
 from .template import templated
-from .tokens import without_eos
+from .tokens import render, without_eos
 
 PLAIN = frozenset({DataFormat.TEXT, DataFormat.PROMPT_COMPLETION})
 """Rows of these formats never saw the chat template, so their adapters' prompts do not either."""
 
-Message = Mapping[str, str]  # role and content
+Message = Mapping[str, Any]  # role and content, and what else the template reads
 
 
-def chat_prompt(messages: Sequence[Message], tokenizer: Any) -> list[int]:
-    """Token ids of a conversation, up to where the answer begins. Raises UsageError where the template refuses it."""
+def chat_prompt(
+    messages: Sequence[Message], tokenizer: Any, tools: Sequence[Any] = (), more: Mapping[str, Any] | None = None
+) -> list[int]:
+    """Token ids of a conversation, up to where the answer begins. `more`: variables of the template's own.
+
+    Raises UsageError where the template refuses it, or has no place for the tools.
+    """
     try:
-        text = tokenizer.apply_chat_template([dict(m) for m in messages], tokenize=False, add_generation_prompt=True)
-    except TemplateError as error:
-        raise UsageError(f"the model's chat template refuses these messages: {error}") from error
+        text = render(messages, tokenizer, tools, more, generation_prompt=True)
+        if tools and text == render(messages, tokenizer, (), more, generation_prompt=True):
+            raise UsageError("the model's chat template has no place for tools")
+    except ValueError as error:
+        raise UsageError(str(error).replace("refuses it", "refuses these messages")) from error
     ids: list[int] = tokenizer(text, add_special_tokens=False).input_ids
     return ids
 
@@ -43,8 +48,12 @@ def prompt_for(
     messages: Sequence[Message],
     tokenizer: Any,
     template: PromptTemplate = PromptTemplate.CHAT,
+    tools: Sequence[Any] = (),
+    more: Mapping[str, Any] | None = None,
 ) -> list[int]:
     """Token ids as an adapter that was trained on this format expects them; of plain formats the last message alone."""
     if format in PLAIN:
+        if tools:
+            raise UsageError(f"the adapter was trained on {format.value} rows, which have no tools")
         return text_prompt(messages[-1]["content"], tokenizer)
-    return chat_prompt(messages, templated(tokenizer, template))
+    return chat_prompt(messages, templated(tokenizer, template), tools, more)

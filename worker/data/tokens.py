@@ -222,14 +222,24 @@ def _refuse_without_calls(turn: Turn, shown: str) -> None:
 
 def _render(example: Example, end: int, tokenizer: Any, *, generation_prompt: bool = False) -> str:
     messages = [message_of(turn, tokenizer) for turn in example.turns[:end]]
-    tools = json.loads(example.tools) if example.tools else None
+    tools = json.loads(example.tools) if example.tools else ()
     return render(messages, tokenizer, tools, generation_prompt=generation_prompt)
 
 
-def render(messages: Sequence[Mapping[str, Any]], tokenizer: Any, tools: Any = None, *, generation_prompt: bool) -> str:
-    """A conversation as the model's chat template writes it. Raises ValueError where the template refuses it."""
-    given: dict[str, Any] = {"tokenize": False, "add_generation_prompt": generation_prompt}
-    given |= {"tools": tools} if tools else {}
+def render(
+    messages: Sequence[Mapping[str, Any]],
+    tokenizer: Any,
+    tools: Sequence[Any] = (),
+    more: Mapping[str, Any] | None = None,
+    *,
+    generation_prompt: bool,
+) -> str:
+    """A conversation as the model's chat template writes it. `more`: variables of the template's own.
+
+    Raises ValueError where the template refuses it.
+    """
+    given = {**(more or {}), "tokenize": False, "add_generation_prompt": generation_prompt}
+    given |= {"tools": list(tools)} if tools else {}
     try:
         try:
             text: str = tokenizer.apply_chat_template([dict(message) for message in messages], **given)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections import deque
 from collections.abc import Iterable, Iterator
 
 from loractl.common.data.questions import Question
 from loractl.common.errors import UsageError
+from loractl.worker.data.tokens import message_of
 from loractl.worker.serving.conversation import Conversation, PartialAnswer
 
 from .outcome import Outcome
@@ -34,7 +36,8 @@ def answer_rows(conversation: Conversation, questions: Iterable[Question]) -> It
 def _ask(conversation: Conversation, question: Question) -> PartialAnswer:
     answer = PartialAnswer()
     try:
-        conversation.ask([{"role": turn.role, "content": turn.content} for turn in question.turns], answer.take)
+        messages = [message_of(turn, conversation.pool.tokenizer) for turn in question.turns]
+        conversation.ask(messages, answer.take, json.loads(question.tools) if question.tools else None)
     except UsageError as error:  # too long, or the chat template refuses it
         answer.error = error.sentence
     return answer

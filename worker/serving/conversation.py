@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from loractl.common.data.fields import tools
 from loractl.common.errors import LoractlError, UsageError
 from loractl.worker.data.prompt import prompt_for
 
@@ -17,7 +20,7 @@ from .decoding import Engine
 from .library import Library, Listed, same_base
 from .request import Ask, Said
 
-Messages = list[dict[str, str]]
+Messages = list[dict[str, Any]]
 
 OTHER_ADAPTERS_BYTES = 2**30
 """What adapters that a conversation switches to may take."""
@@ -33,6 +36,17 @@ class Style:
     top_p: float
     seed: int | None
     gpu: str | None
+    tools: Path | None = None  # a file of functions that answers may call
+
+    def read_tools(self) -> list[dict[str, Any]]:
+        """The functions in OpenAI's form. Raises UsageError."""
+        if self.tools is None:
+            return []
+        try:
+            return list(json.loads(tools(self.tools.read_text("utf-8")) or "[]"))
+        except (OSError, ValueError) as error:
+            hint = 'a JSON list like [{"name": "disk", "parameters": {"type": "object", ...}}]'
+            raise UsageError(f"--tools: {self.tools} can't be read: {error}", hint) from None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,13 +92,13 @@ def open_conversation(
     library: Library, name: str, style: Style, tell: Callable[[str], None], warn: Callable[[str], None]
 ) -> Conversation:
     """Load the base of an adapter as its job did: in its number format, in NF4 for QLoRA. Raises LoractlError."""
-    adapter = library.find(name)
+    adapter, known = library.find(name), style.read_tools()
     base, trained = (adapter.spec.base_model, library.revision(adapter)), adapter.arithmetic
     footprint = Footprint.of(base, trained, adapter.size + OTHER_ADAPTERS_BYTES)
     device = take_card(library.settings, library.store, style.gpu, footprint)
     choice = BaseChoice.of(base, trained, device, run_code=library.may_run_code(adapter))
     pool = open_pool(choice, library, [adapter], tell, warn)
-    return Conversation(library=library, pool=pool, engine=Engine(pool), adapter=adapter, style=style)
+    return Conversation(library=library, pool=pool, engine=Engine(pool), adapter=adapter, style=style, tools=known)
 
 
 @dataclass(kw_only=True)
@@ -96,6 +110,7 @@ class Conversation:
     engine: Engine
     adapter: Listed
     style: Style
+    tools: list[dict[str, Any]] = field(default_factory=list)
     messages: Messages = field(default_factory=list)
 
     def complete(self, prompts: Sequence[str], *, base: bool) -> list[Completion]:
@@ -112,10 +127,11 @@ class Conversation:
             for prompt, answer in zip(prompts, answers, strict=True)
         ]
 
-    def ask(self, messages: Messages, say: Callable[[Said], None]) -> None:
-        """Queue a conversation whose next answer `say` is told in pieces as the engine steps. Raises UsageError."""
+    def ask(self, messages: Messages, say: Callable[[Said], None], tools: list[dict[str, Any]] | None = None) -> None:
+        """Queue a conversation whose next answer `say` is told in pieces as the engine steps. `tools`: in place of the
+        conversation's own. Raises UsageError."""
         opening = [] if messages[0]["role"] == "system" else self._opening()
-        self.engine.ask(self._ask([*opening, *messages], say, base=False))
+        self.engine.ask(self._ask([*opening, *messages], say, base=False, tools=tools))
 
     def turn(self, text: str, say: Callable[[str], None]) -> PartialAnswer:
         """One question, answered as it comes; a stopped answer stays in the conversation as far as it came."""
@@ -167,10 +183,13 @@ class Conversation:
             signal.signal(signal.SIGINT, before)
         return answer
 
-    def _ask(self, messages: Messages, say: Callable[[Said], None], *, base: bool) -> Ask:
+    def _ask(
+        self, messages: Messages, say: Callable[[Said], None], *, base: bool, tools: list[dict[str, Any]] | None = None
+    ) -> Ask:
         style = self.style
         format, template = self.library.format(self.adapter), self.adapter.spec.dataset.template
-        ids = prompt_for(format, messages, self.pool.tokenizer, template)
+        known = self.tools if tools is None else tools
+        ids = prompt_for(format, messages, self.pool.tokenizer, template, known)
         return Ask(
             prompt=ids,
             say=say,
@@ -180,6 +199,7 @@ class Conversation:
             temperature=style.temperature,
             top_p=style.top_p,
             seed=style.seed,
+            marks=bool(known),
         )
 
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
 from loractl.common.errors import UsageError
+
+from .call_form import CallForm
 
 ANY_OBJECT: dict[str, Any] = {"type": "object"}
 """The schema of json_object."""
@@ -67,21 +69,34 @@ class Forms:
         self._words: Any = None  # the tokenizer as llguidance has it: made once, in about a second
 
     def of(self, schema: dict[str, Any]) -> Form:
-        """A form for one answer. Raises UsageError for a schema that can't be kept."""
-        try:
-            from llguidance import LLMatcher
-        except ImportError:
-            raise UsageError("response_format needs llguidance here", "pip install 'loractl[serve]'") from None
+        """JSON by a schema, for one answer. Raises UsageError for a schema that can't be kept."""
+        matcher = _matcher("response_format")
         written = json.dumps(schema)
+        self._check_size(written)
+        try:
+            grammar = matcher.grammar_from_json_schema(written, overrides={"whitespace_pattern": SPACES})
+        except ValueError as error:
+            raise UsageError(f"the schema can't be kept: {first_line(str(error))}") from None
+        return self._form(grammar)
+
+    def of_call(self, form: CallForm, tools: Sequence[Mapping[str, Any]]) -> Form:
+        """A call of one of the tools, for one answer. Raises UsageError."""
+        matcher = _matcher("tool_choice")
+        marks = self._tokenizer.all_special_tokens
+        grammar = form.grammar(tools, dict(zip(marks, self._tokenizer.convert_tokens_to_ids(marks), strict=True)))
+        self._check_size(grammar)
+        return self._form(matcher.grammar_from_lark(grammar))
+
+    def _check_size(self, written: str) -> None:
         if len(written) > MOST_LETTERS:
             raise UsageError(f"the schema has {len(written)} letters, {MOST_LETTERS} are the most")
+
+    def _form(self, grammar: str) -> Form:
+        from llguidance import LLMatcher
+
         with self._lock:
             if self._words is None:
                 self._words = self._read()
-        try:
-            grammar = LLMatcher.grammar_from_json_schema(written, overrides={"whitespace_pattern": SPACES})
-        except ValueError as error:
-            raise UsageError(f"the schema can't be kept: {first_line(str(error))}") from None
         matcher = LLMatcher(self._words, grammar, log_level=0)
         if matcher.is_error():
             raise UsageError(f"the schema can't be kept: {first_line(matcher.get_error())}")
@@ -94,6 +109,15 @@ class Forms:
             return from_tokenizer(self._tokenizer, eos_token=self._ends)
         except ValueError as error:
             raise UsageError(f"this base's tokenizer can't hold answers to a form: {first_line(str(error))}") from None
+
+
+def _matcher(what: str) -> Any:
+    """llguidance's matcher. Raises UsageError where it is missing."""
+    try:
+        from llguidance import LLMatcher
+    except ImportError:
+        raise UsageError(f"{what} needs llguidance here", "pip install 'loractl[serve]'") from None
+    return LLMatcher
 
 
 def first_line(text: str) -> str:

@@ -10,6 +10,7 @@ import math
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -22,8 +23,10 @@ from loractl.common.errors import LoractlError, UsageError
 from loractl.common.job.sections import DataFormat, PromptTemplate
 from loractl.common.store.database import DatabaseError
 from loractl.worker.data.prompt import prompt_for, text_prompt
+from loractl.worker.data.tokens import message_of
 
 from .access import AccessControl, answered
+from .call_form import Call, CallForm, CallReader, form_of
 from .decoding import Engine, TooLong
 from .library import Library, Listed
 from .openai_api import ApiError, ChatRequest, Reply, TextRequest, refusal
@@ -186,16 +189,24 @@ class Service:
 
     async def chat(self, asked: ChatRequest, request: Request) -> Any:
         listed = await self._find(asked.model)
-        messages = [message.plain() for message in asked.messages]
-        self._check_length(sum(len(message["content"]) for message in messages), len(messages), "messages")
+        turns, tools, more = (
+            [message.turn() for message in asked.messages],
+            asked.tools or [],
+            asked.chat_template_kwargs,
+        )
+        letters = sum(len(turn.said) for turn in turns) + sum(len(json.dumps(one)) for one in (tools, more) if one)
+        self._check_length(letters, len(turns), "messages")
+        self._demanded(asked)
         format = await self._format(listed)
-        if format not in (DataFormat.MESSAGES, DataFormat.SHAREGPT) and any(
-            message["role"] == "tool" for message in messages
-        ):
+        if format not in (DataFormat.MESSAGES, DataFormat.SHAREGPT) and any(turn.role == "tool" for turn in turns):
             what = f"role tool is not known to {asked.model}: it was trained on {format.value} rows, which have none"
             raise ApiError(400, what, param="messages")
         template = PromptTemplate.CHAT if listed is None else listed.spec.dataset.template
-        ids = await _refusing(lambda: prompt_for(format, messages, self._tokenizer, template), "messages")
+        messages = [message_of(turn, self._tokenizer) for turn in turns]
+        ids = await _refusing(
+            lambda: prompt_for(format, messages, self._tokenizer, template, tools, more),
+            "tools" if tools else "messages",
+        )
         return await self._answer(asked, listed, ids, request, chat=True)
 
     async def complete(self, asked: TextRequest, request: Request) -> Any:
@@ -243,10 +254,13 @@ class Service:
         ask = await self._ask(asked, listed, ids, asked.limit or min(DEFAULT_TOKENS, room), loop, said)
         self._engine.ask(ask)
         reply = Reply(asked.model, len(ids), chat=chat)
+        reader = CallReader(self._calls) if ask.marks and self._calls is not None else None
+        headers = {"x-loractl-not-used": ", ".join(asked.unused)} if asked.unused else {}
         if asked.stream:
-            events = self._events(reply, said, ask, usage=asked.usage_wanted)
-            return StreamingResponse(events, media_type="text/event-stream", headers={"cache-control": "no-cache"})
-        return await self._whole(reply, said, ask, request)
+            events = self._events(reply, said, ask, reader, usage=asked.usage_wanted)
+            headers["cache-control"] = "no-cache"
+            return StreamingResponse(events, media_type="text/event-stream", headers=headers)
+        return JSONResponse(await self._whole(reply, said, ask, reader, request), headers=headers)
 
     async def _ask(
         self,
@@ -260,6 +274,10 @@ class Service:
         folder = None if listed is None else await _refusing(lambda: self._library.fetch(listed))
         schema = asked.schema_wanted
         form = None if schema is None else await _refusing(lambda: self._engine.forms.of(schema), "response_format")
+        tools = asked.tools if isinstance(asked, ChatRequest) and asked.tool_choice != "none" else None
+        calls = self._demanded(asked) if isinstance(asked, ChatRequest) else None
+        if calls is not None:
+            form = await _refusing(lambda: self._engine.forms.of_call(*calls), "tool_choice")
         return Ask(
             prompt=ids,
             say=lambda piece: _hand_over(loop, said, piece),
@@ -268,12 +286,33 @@ class Service:
             folder=folder,
             temperature=self._temperature if asked.temperature is None else asked.temperature,
             top_p=1.0 if asked.top_p is None else asked.top_p,
+            top_k=max(0, asked.top_k or 0),
+            min_p=asked.min_p or 0.0,
             seed=asked.seed,
             stop=asked.stops,
             form=form,
+            marks=bool(tools) and self._calls is not None,
         )
 
-    async def _whole(self, reply: Any, said: asyncio.Queue[Said], ask: Ask, request: Request) -> dict[str, Any]:
+    def _demanded(self, asked: ChatRequest) -> tuple[CallForm, list[dict[str, Any]]] | None:
+        """The form of a call, and the tools of which one must be called. Raises ApiError where that can't be."""
+        if not (tools := asked.demanded):
+            return None
+        if asked.schema_wanted is not None:
+            raise ApiError(400, "tool_choice demands a call, and response_format something else", param="tool_choice")
+        if (calls := self._calls) is None:
+            what = "the model's chat template writes calls in a form that is not known here, so none can be demanded"
+            raise ApiError(400, what, param="tool_choice")
+        return calls, tools
+
+    @property
+    def _calls(self) -> CallForm | None:
+        """How the base's template writes calls; None: in no form that is known here."""
+        return form_of(str(self._tokenizer.chat_template))
+
+    async def _whole(
+        self, reply: Any, said: asyncio.Queue[Said], ask: Ask, reader: CallReader | None, request: Request
+    ) -> dict[str, Any]:
         text = ""
         try:
             while True:
@@ -283,15 +322,18 @@ class Service:
                     if await request.is_disconnected():
                         raise ApiError(499, "the caller has gone") from None
                     continue
-                text += piece.text
+                text += piece.text if reader is None else reader.add(piece.text)
                 if piece.ended in ("error", "cancelled"):
                     raise _failure(piece)
                 if piece.ended is not None:
-                    return dict(reply.whole(text, piece))
+                    left, calls = ("", []) if reader is None else reader.end()
+                    return dict(reply.whole(text + left, piece, calls))
         finally:
             ask.cancelled.set()  # a caller who leaves early frees the place
 
-    async def _events(self, reply: Any, said: asyncio.Queue[Said], ask: Ask, *, usage: bool) -> AsyncIterator[str]:
+    async def _events(
+        self, reply: Any, said: asyncio.Queue[Said], ask: Ask, reader: CallReader | None, *, usage: bool
+    ) -> AsyncIterator[str]:
         """Server-sent events; a caller who leaves ends the answer."""
         try:
             while True:
@@ -299,7 +341,13 @@ class Service:
                 if piece.ended == "error":
                     yield _event(_failure(piece).body())
                     break
-                yield _event(reply.piece(piece))
+                calls: list[Call] = []
+                if reader is not None:
+                    text, (left, calls) = reader.add(piece.text), reader.end() if piece.ended else ("", [])
+                    if not (text or left or piece.ended):
+                        continue  # it may be a call
+                    piece = replace(piece, text=text + left)
+                yield _event(reply.piece(piece, calls))
                 if piece.ended is not None:
                     if usage:
                         yield _event(reply.last_piece(piece))

@@ -8,12 +8,18 @@ metadata, ...) is ignored.
 from __future__ import annotations
 
 import difflib
+import json
 import time
 import uuid
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from loractl.common.data.example import Turn
+from loractl.common.data.fields import tool_calls, tools
+
+from .call_form import Call
 from .form import ANY_OBJECT
 from .request import Said
 
@@ -53,15 +59,17 @@ class Message(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[_Part]
+    content: str | list[_Part] | None = None  # null beside tool calls
     name: str | None = None
-    tool_call_id: str | None = None  # chat templates of plain messages have no place for it
+    tool_call_id: str | None = None
+    tool_calls: list[dict[str, Any]] | None = None
+    reasoning_content: str | None = None
 
     @field_validator("content", mode="before")
     @classmethod
     def _text_alone(cls, value: Any) -> Any:
         """A plain sentence in place of one for each kind that content may be of."""
-        if isinstance(value, str):
+        if isinstance(value, str) or value is None:
             return value
         if not isinstance(value, list):
             raise ValueError("must be text, or a list of parts that are text")
@@ -75,14 +83,29 @@ class Message(BaseModel):
     def _nothing_else(self) -> Message:
         for key, value in (self.model_extra or {}).items():
             if value not in (None, [], {}, ""):
-                what = f"{key[:64]} of a message is not supported here: a message is its role and its text"
+                what = f"{key[:64]} of a message is not supported here: a message is its role, its text and its calls"
                 raise ApiError(400, what, code="unsupported_parameter", param="messages")
+        if self.content is None and not self.tool_calls:
+            raise ValueError("has no content")
+        if self.tool_calls and self.role != "assistant":
+            raise ValueError("has tool_calls, which are the assistant's")
         return self
 
-    def plain(self) -> dict[str, str]:
-        """As chat templates take it."""
-        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        return {"role": "system" if self.role == "developer" else self.role, "content": text}
+    def turn(self) -> Turn:
+        """As a row of data has it. Raises ApiError for a call that is none."""
+        parts = self.content if isinstance(self.content, list) else [_Part(type="text", text=self.content or "")]
+        try:
+            calls = tool_calls(self.tool_calls) if self.tool_calls else ""
+        except ValueError as error:
+            raise ApiError(400, f"messages: {error}", param="messages") from None
+        return Turn(
+            role="system" if self.role == "developer" else self.role,
+            content="".join(part.text for part in parts),
+            thought=self.reasoning_content or "",
+            calls=calls,
+            name=(self.name or "") if self.role == "tool" else "",
+            call_id=self.tool_call_id or "",
+        )
 
 
 class _StreamOptions(BaseModel):
@@ -90,8 +113,8 @@ class _StreamOptions(BaseModel):
 
 
 _UNCHANGING: dict[str, Any] = {
-    "n": (1, None), "best_of": (1, None), "logprobs": (False, None, 0), "top_logprobs": (0, None), "tools": ([], None),
-    "tool_choice": ("none", "auto", None), "functions": ([], None), "function_call": ("none", "auto", None),
+    "n": (1, None), "best_of": (1, None), "logprobs": (False, None, 0), "top_logprobs": (0, None),
+    "functions": ([], None), "function_call": ("none", "auto", None), "repetition_penalty": (1, None),
     "presence_penalty": (0, None), "frequency_penalty": (0, None),
     "logit_bias": ({}, None), "echo": (False, None), "suffix": (None, ""), "modalities": (["text"], None),
 }  # fmt: skip
@@ -104,9 +127,7 @@ _DESCRIBING = frozenset({
 """Keys that describe the caller, or how fast an answer should come: they change no answer, and are ignored."""
 
 
-_REASONS = {
-    "tools": "tools is not supported here: no answer calls one; role tool is read where training had it",
-}
+_REASONS = {"functions": "functions is not supported here: write them as tools"}
 
 StopText = Annotated[str, Field(max_length=256)]
 
@@ -117,6 +138,8 @@ class _Request(BaseModel):
     model: str = Field(max_length=256)
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
+    top_k: int | None = Field(None, ge=-1)
+    min_p: float | None = Field(None, ge=0, le=1)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     stop: StopText | Annotated[list[StopText], Field(max_length=4)] | None = None
     max_tokens: int | None = Field(None, ge=1)
@@ -158,14 +181,20 @@ class _Request(BaseModel):
                     what = _REASONS.get(key, f"{key} is not supported here")
                     raise ApiError(400, what, code="unsupported_parameter", param=key)
             elif key not in _DESCRIBING:
-                raise self._unknown(key)
+                self._refuse_a_slip(key)
         return self
 
-    def _unknown(self, key: str) -> ApiError:
+    def _refuse_a_slip(self, key: str) -> None:
+        """Raises ApiError for a key that was meant to be another one. Of the rest the answer's header tells."""
         known = {*type(self).model_fields, *_UNCHANGING, *_DESCRIBING}
-        close = difflib.get_close_matches(key, known, 1, 0.75)
-        meant = f"; did you mean {close[0]}?" if close else ": it would change nothing, so it is refused"
-        return ApiError(400, f"{key[:64]} is not known here{meant}", code="unknown_parameter", param=key[:64])
+        if close := difflib.get_close_matches(key, known, 1, 0.75):
+            what = f"{key[:64]} is not known here; did you mean {close[0]}?"
+            raise ApiError(400, what, code="unknown_parameter", param=key[:64])
+
+    @property
+    def unused(self) -> list[str]:
+        """Keys that nothing here knows: they change no answer."""
+        return [key for key in self.model_extra or {} if key not in _UNCHANGING and key not in _DESCRIBING]
 
 
 _FORMS = {"text": (), "json_object": (), "json_schema": ("json_schema",)}
@@ -197,6 +226,40 @@ class ChatRequest(_Request):
 
     messages: list[Message] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
+    tools: list[dict[str, Any]] | None = Field(None, max_length=128)
+    tool_choice: Literal["none", "auto", "required"] | dict[str, Any] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    @field_validator("tools")
+    @classmethod
+    def _functions(cls, value: list[dict[str, Any]] | None) -> list[dict[str, Any]] | None:
+        return json.loads(tools(value)) if value else None
+
+    @field_validator("chat_template_kwargs")
+    @classmethod
+    def _own(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
+        """What the template is given otherwise is not for it."""
+        if taken := sorted(
+            {"messages", "tools", "tokenize", "add_generation_prompt", "chat_template"} & (value or {}).keys()
+        ):
+            raise ValueError(f"must not hold {taken[0]}")
+        return value
+
+    @property
+    def demanded(self) -> list[dict[str, Any]]:
+        """The tools of which one must be called; empty: none must. Raises ApiError for one that is not there."""
+        if self.tool_choice == "required":
+            if not self.tools:
+                raise ApiError(400, "tool_choice demands a call, and there are no tools", param="tool_choice")
+            return self.tools
+        if not isinstance(self.tool_choice, dict):
+            return []
+        function = self.tool_choice.get("function")
+        name = function.get("name") if isinstance(function, dict) else None
+        found = [tool for tool in self.tools or () if tool["function"]["name"] == name]
+        if not found:
+            raise ApiError(400, f"tool_choice names {name!r}, which is none of the tools", param="tool_choice")
+        return found
 
     @property
     def limit(self) -> int | None:
@@ -288,19 +351,21 @@ class Reply:
         self._model, self._prompt, self._chat = model, prompt_tokens, chat
         self._first = True
 
-    def whole(self, text: str, last: Said) -> dict[str, Any]:
+    def whole(self, text: str, last: Said, calls: Sequence[Call] = ()) -> dict[str, Any]:
         """The body of an answer that is not streamed."""
-        choice: dict[str, Any] = {"index": 0, "finish_reason": last.ended, "logprobs": None}
-        choice |= {"message": {"role": "assistant", "content": text, "refusal": None}} if self._chat else {"text": text}
+        choice: dict[str, Any] = {"index": 0, "finish_reason": "tool_calls" if calls else last.ended, "logprobs": None}
+        said = {"content": text.strip() or None, "tool_calls": list(calls)} if calls else {"content": text}
+        choice |= {"message": {"role": "assistant", **said, "refusal": None}} if self._chat else {"text": text}
         kind = "chat.completion" if self._chat else "text_completion"
         return {**self._head(kind), "choices": [choice], "usage": self.usage(last)}
 
-    def piece(self, said: Said) -> dict[str, Any]:
+    def piece(self, said: Said, calls: Sequence[Call] = ()) -> dict[str, Any]:
         """One event of a stream; the first one names the role."""
-        choice: dict[str, Any] = {"index": 0, "finish_reason": said.ended, "logprobs": None}
+        choice: dict[str, Any] = {"index": 0, "finish_reason": "tool_calls" if calls else said.ended, "logprobs": None}
         if self._chat:
             role = {"role": "assistant"} if self._first else {}
-            choice["delta"] = {**role, **({"content": said.text} if said.text or self._first else {})}
+            called = {"tool_calls": [{"index": n, **call} for n, call in enumerate(calls)]} if calls else {}
+            choice["delta"] = {**role, **({"content": said.text} if said.text or self._first else {}), **called}
         else:
             choice["text"] = said.text
         self._first = False

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 
 from .adapter_pool import BASE, AdapterPool, Loaded
+from .call_form import overlap
 from .form import Form
 from .library import Listed
 
@@ -41,7 +42,10 @@ class Ask:
     top_p: float = 1.0
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    top_k: int = 0  # 0: all
+    min_p: float = 0.0
     form: Form | None = None  # what the answer is held to
+    marks: bool = False  # whether the tokenizer's own marks are told with the text: those of a tool call may be such
     cancelled: threading.Event = field(default_factory=threading.Event)
 
     @property
@@ -61,7 +65,7 @@ class Row:
         self.lane = "" if held is None or held.mixes else held.key
         self._held = held
         self._pool = pool
-        self._text = TextStream(pool.tokenizer, ask.stop)
+        self._text = TextStream(pool.tokenizer, ask.stop, marks=ask.marks)
         self._tokens = 0
         self._random: torch.Generator | None = None
 
@@ -76,8 +80,8 @@ class Row:
         return token
 
     def draw(self, logits: torch.Tensor) -> int:
-        """A token by temperature and nucleus (top-p, arXiv:1904.09751), drawn on the processor, so that a seed draws
-        the same on every device."""
+        """A token by temperature and nucleus (top-p, arXiv:1904.09751) of those that top-k and min-p (arXiv:2407.01082)
+        leave. It is drawn on the processor, so that a seed draws the same on every device."""
         if self._random is None:
             self._random = torch.Generator()
             if self.ask.seed is None:
@@ -86,9 +90,13 @@ class Row:
                 self._random.manual_seed(self.ask.seed)
         # the largest one is subtracted first: with a tiny temperature it would become infinite
         shares = torch.softmax((logits - logits.max()).double() / self.ask.temperature, -1).cpu()
+        if self.ask.min_p:
+            shares = shares * (shares >= self.ask.min_p * shares.max())
+        if 0 < self.ask.top_k < len(shares):
+            shares = shares * (shares >= shares.topk(self.ask.top_k).values[-1])
         if self.ask.top_p >= 1:
             return int(torch.multinomial(shares, 1, generator=self._random))
-        shares, order = shares.sort(descending=True)
+        shares, order = (shares / shares.sum()).sort(descending=True)
         inside = shares.cumsum(-1) - shares < self.ask.top_p
         return int(order[torch.multinomial(shares * inside, 1, generator=self._random)])
 
@@ -131,8 +139,8 @@ class Row:
 class TextStream:
     """Tokens to text as they come: a character of several tokens is held back, and so is what may begin a stop text."""
 
-    def __init__(self, tokenizer: Any, stop: Sequence[str]) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: Any, stop: Sequence[str], *, marks: bool = False) -> None:
+        self._tokenizer, self._marks = tokenizer, marks
         self._stop = [text for text in stop if text]
         self._ids: list[int] = []
         self._begin = self._told = 0  # text up to `told` is given; decoding begins a little before it
@@ -160,11 +168,5 @@ class TextStream:
         return self._pending + now[len(before) :]
 
     def _decode(self, begin: int, end: int | None) -> str:
-        text: str = self._tokenizer.decode(self._ids[begin:end], skip_special_tokens=True)
+        text: str = self._tokenizer.decode(self._ids[begin:end], skip_special_tokens=not self._marks)
         return text
-
-
-def overlap(text: str, stop: str) -> int:
-    """Characters at the end of the text that begin the stop text."""
-    longest = min(len(text), len(stop) - 1)
-    return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)

@@ -53,6 +53,17 @@ def test_a_row_asks_what_stands_before_its_answer(
     assert asked(tmp_path, [row], format) == [turns]
 
 
+def test_tools_and_calls_of_a_row_are_part_of_what_it_asks(tmp_path: Path) -> None:
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "disk", "arguments": "{}"}}]}
+    messages = [said("user", "a"), call, {"role": "tool", "content": "96 %"}]
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"messages": messages, "tools": [{"name": "disk"}]}))
+    (question,) = Questions(path, DatasetSpec(path="a/b", fields="all"), DataFormat.MESSAGES)
+    assert [turn.role for turn in question.turns] == ["user", "assistant", "tool"]
+    assert json.loads(question.turns[1].calls)[0]["function"] == {"name": "disk", "arguments": {}}
+    assert json.loads(question.tools) == [{"type": "function", "function": {"name": "disk"}}]
+
+
 def test_columns_are_called_as_in_the_training_or_by_our_own_names(tmp_path: Path) -> None:
     columns = {"text": "review", "label": "mood"}
     for name in ("review", "text"):
