@@ -16,9 +16,11 @@ from loractl.worker.device.occupancy import run_mark
 
 from .acts import CHANGED, PEOPLE_PROMISES, check_acts, is_gc_s_own, lost_to_gc, reopened, reopenings_of
 from .history import AttemptRow, Broken, Change, History, Window
+from .successes import ANY_FAULT, OPERATIONS, tally
 from .trainer import last_link, read_adapter
 
 PROMISES = {
+    0: "the run shows something: each kind of operation succeeded while a fault was active",
     1: "a number that submit printed is never lost, and its job ends once",
     2: "at most one attempt publishes a result; who lost the lease writes nothing",
     3: "a finished job never changes, an acknowledged cancel never runs again",
@@ -66,6 +68,7 @@ def check(history: History) -> list[Broken]:
         _alone,
         _gangs,
         check_acts,
+        _in_spite,
     )
     found = [breach for one in checks for breach in one(history)]
     found += [Broken(promise=5, what=f"job {job}: {what}") for job, what in sorted(history.artifacts.items())]
@@ -318,6 +321,14 @@ def _resumed(history: History) -> Iterator[Broken]:
         if began < kept:
             what = f"attempt {key[1]} of job {key[0]} began at step {began}, a checkpoint of step {kept} was stored"
             yield Broken(promise=4, what=what)
+
+
+def _in_spite(history: History) -> Iterator[Broken]:
+    """Every promise is kept where nothing is done until the last fault is over."""
+    done = tally(history)[ANY_FAULT]
+    for operation in OPERATIONS:
+        if not done[operation]:
+            yield Broken(promise=0, what=f"no {operation} succeeded while a fault was active")
 
 
 def _nothing_failed(history: History) -> Iterator[Broken]:

@@ -23,7 +23,7 @@ from loractl.common.store.store import Store
 from loractl.worker.device.occupancy import JOB_VARIABLE, RUN_VARIABLE, run_mark
 
 from .deck import Fault
-from .history import Hit, Window
+from .history import Hit, Span, Window
 from .lab import Box, Lab
 from .trainer import BAD_CARDS
 from .traps import change_next_base, changed_bases, in_a_checkpoint
@@ -37,6 +37,23 @@ WAIT_S = 15.0
 """A fault that finds nothing to hit looks for it so long, then it is dropped and not counted."""
 
 
+BACK_S = 0.5
+"""Between two looks whether what was killed is back."""
+
+BACK_AT_LAST_S = 30.0
+"""So long what was killed is waited for; a card without a job starts no trainer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Open:
+    """A fault that is active until what it took is back, or for so long."""
+
+    kind: str
+    start: dt.datetime
+    until: float  # by time.monotonic
+    is_back: Callable[[], bool]
+
+
 @dataclass
 class Injector:
     """Deals the faults, and heals each in its time."""
@@ -46,6 +63,7 @@ class Injector:
     done: Counter[str] = field(default_factory=Counter)
     losses: list[Hit] = field(default_factory=list)
     windows: list[Window] = field(default_factory=list)
+    spans: list[Span] = field(default_factory=list)
     cancelled: dict[int, dt.datetime] = field(default_factory=dict)
     asked: set[int] = field(default_factory=set)  # to be cancelled, also where nobody said that it was heard
     torn: set[str] = field(default_factory=set)
@@ -57,6 +75,9 @@ class Injector:
     bad: set[str] = field(default_factory=set)  # boxes whose cards fail every job
     went_bad: set[str] = field(default_factory=set)  # also those that were mended since
     _heals: list[tuple[float, int, Callable[[], None]]] = field(default_factory=list)
+    _open: list[Open] = field(default_factory=list)
+    _looked: float = 0.0  # whether anything is back
+    _kind: str = ""  # of the fault that is dealt now
     _waiting: list[tuple[float, Fault]] = field(default_factory=list)
     _numbers: Iterator[int] = field(default_factory=itertools.count)
     _busy: set[str] = field(default_factory=set)  # what a fault holds at this moment
@@ -71,6 +92,7 @@ class Injector:
             heapq.heappop(self._heals)[2]()
         for waiting in list(self._waiting):
             until, fault = waiting
+            self._kind = fault.kind
             try:
                 hit = self._inject(fault)
             except psutil.NoSuchProcess:  # it ended by itself just now: look for another one
@@ -80,11 +102,32 @@ class Injector:
                 self.log.append(f"{_now():%H:%M:%S.%f} {fault.kind}")
             if hit or time.monotonic() > until:
                 self._waiting.remove(waiting)
+        self._look()
         for box in self.lab.boxes:
             if box.name in self._hanging:
                 self._hang(box)
             if box.wanted and not box.runs:
                 box.start()
+
+    def _look(self) -> None:
+        """Close the faults whose victims are back."""
+        now = time.monotonic()
+        if now < self._looked + BACK_S:
+            return
+        self._looked = now
+        for fault in list(self._open):
+            try:
+                over = now > fault.until or fault.is_back()
+            except psutil.NoSuchProcess:
+                over = False
+            if over:
+                self._open.remove(fault)
+                self.spans.append(Span(kind=fault.kind, start=fault.start, end=_now()))
+
+    def end(self) -> None:
+        """The run is over: close what is active still."""
+        self.spans += [Span(kind=fault.kind, start=fault.start, end=_now()) for fault in self._open]
+        self._open.clear()
 
     def heal_all(self) -> None:
         """End every fault now."""
@@ -151,10 +194,17 @@ class Injector:
             if second and not at_node:
                 self._note_rank(process)
             process.kill()
+            self._until_back(lambda: self._is_new(fault.kind, box, index, process))
             return True
         process.suspend()  # a trainer's supervisors beat on: nothing may come of it
         self._heal_later(self._frozen_s(fault), lambda: _resume([process]), node, card=node if at_node else None)
         return True
+
+    def _is_new(self, kind: str, box: Box, index: int, old: psutil.Process) -> bool:
+        """Whether another process is in the place of one that was killed: a node, or a trainer on that card."""
+        found = box.nodes if "node" in kind else box.followers if "rank" in kind else box.trainers
+        there = found()
+        return index in there and there[index] != old
 
     def _may_kill(self, process: psutil.Process) -> bool:
         """Whether its job has a retry left, which a killed trainer spends: else it fails, and rightly."""
@@ -195,6 +245,7 @@ class Injector:
         self._busy.add(box.name)
         box.wanted = False
         self._await_end(box)
+        self._until_back(lambda: self._serves(box))
         return True
 
     def _await_end(self, box: Box) -> None:
@@ -284,7 +335,7 @@ class Injector:
         self._note_losses(self._cards(box), final=True)
         self._crash_postgres_for(self.lab.lease_s * 1.4)
         for node in box.nodes().values():
-            node.kill()  # the worker starts it again
+            node.kill()  # the worker starts it again, within the outage
         return True
 
     def _forbid_writes(self, fault: Fault) -> bool:
@@ -324,6 +375,7 @@ class Injector:
         if self.bad or not box.runs:
             return False
         (box.home / BAD_CARDS).touch()
+        self._until_back(lambda: box.name not in self.bad, 3600.0)
         self.bad.add(box.name)
         self.went_bad.add(box.name)
         return True
@@ -417,7 +469,10 @@ class Injector:
             box.wanted = True
 
         box.wanted = False
-        self._heal_later(seconds, up, box.name, box)
+        self._heal_later(seconds, up, box.name, box, is_back=lambda: self._serves(box))
+
+    def _serves(self, box: Box) -> bool:
+        return box.wanted and len(box.nodes()) == box.cards
 
     def _heal_later(
         self,
@@ -428,18 +483,30 @@ class Injector:
         *,
         card: str | None = None,
         database: bool = False,
+        is_back: Callable[[], bool] | None = None,
     ) -> None:
-        """`busy`: what no other fault may touch until then. `box`, `card`, `database`: what is away until then."""
-        began, away = _now(), card if box is None else box.name
+        """`busy`: what no other fault may touch until then. `box`, `card`, `database`: what is away until then.
+        `is_back`: whether what was taken is there again; the fault is active as long as it is not."""
+        began, away, kind = _now(), card if box is None else box.name, self._kind
 
         def end() -> None:
             heal()
             self._busy.discard(busy)
+            if is_back is None:
+                self.spans.append(Span(kind=kind, start=began, end=_now()))
+            else:
+                until = time.monotonic() + BACK_AT_LAST_S
+                self._open.append(Open(kind=kind, start=began, until=until, is_back=is_back))
             if database or away is not None:
                 self.windows.append(Window(start=began, end=_now(), box=None if database else away))
 
         self._busy.add(busy)
         heapq.heappush(self._heals, (time.monotonic() + seconds, next(self._numbers), end))
+
+    def _until_back(self, is_back: Callable[[], bool], seconds: float = BACK_AT_LAST_S) -> None:
+        """The fault that is dealt now is active until then, for so many seconds at most."""
+        until = time.monotonic() + seconds
+        self._open.append(Open(kind=self._kind, start=_now(), until=until, is_back=is_back))
 
     def _note_losses(self, cards: list[str], *, final: bool) -> None:
         """Remember what ran there, on any of its cards. With the database away that is not known, and then it is not

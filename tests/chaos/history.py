@@ -91,6 +91,15 @@ class Window:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Span:
+    """From when until when a fault was active; what was killed is so until it is back."""
+
+    kind: str
+    start: dt.datetime
+    end: dt.datetime
+
+
+@dataclass(frozen=True, kw_only=True)
 class Hit:
     """An attempt of which a node, a box or a rank was hit."""
 
@@ -150,6 +159,7 @@ class History:
     trainers_killed: int = 0
     torn: frozenset[str] = frozenset()  # stored checkpoints that the suite damaged
     windows: tuple[Window, ...] = ()
+    spans: tuple[Span, ...] = ()
     boxes: frozenset[str] = frozenset()
     poisoned: frozenset[int] = frozenset()  # jobs whose loss is not a number
     bad: frozenset[str] = frozenset()  # boxes whose cards failed every job for a time

@@ -8,13 +8,27 @@ from collections import Counter
 from .acts import counts_of
 from .checker import PROMISES
 from .deck import DECK
-from .faults import WAIT_S
+from .faults import BACK_AT_LAST_S, WAIT_S
 from .storm import GANGS, POISONED_SHARE, SEE_S, Outcome
+from .successes import ANY_FAULT, NO_FAULT, OPERATIONS, tally
 
 
 def table(outcome: Outcome) -> str:
     """Counts, recovery times, and the promises."""
-    return "\n".join(["", *_counts(outcome), "", *_faults(outcome), "", *_recovery(outcome), "", *_promises(outcome)])
+    return "\n".join(
+        [
+            "",
+            *_counts(outcome),
+            "",
+            *_faults(outcome),
+            "",
+            *_successes(outcome),
+            "",
+            *_recovery(outcome),
+            "",
+            *_promises(outcome),
+        ]
+    )
 
 
 def page(outcome: Outcome) -> str:
@@ -57,6 +71,14 @@ This page is written by `make chaos`; its numbers are those of one run.
 ## Faults
 
 {chr(10).join(_faults(outcome))}
+
+## Successes in spite of faults
+
+What was committed while a fault of each kind was active, anywhere in the lab; several may be active at a time. A fault
+is active until it is healed and what it killed is back, at most {BACK_AT_LAST_S:.0f} s more. A run in which one kind of
+operation never succeeded so, proves nothing and fails.
+
+{chr(10).join(_successes(outcome))}
 
 ## Recovery
 
@@ -113,6 +135,25 @@ def _counts(outcome: Outcome) -> list[str]:
 def _faults(outcome: Outcome) -> list[str]:
     rows = [f"| {kind} | {outcome.faults[kind]} |" for kind in DECK]
     return ["| fault | times |", "| --- | --- |", *rows]
+
+
+def _successes(outcome: Outcome) -> list[str]:
+    counts, spans = tally(outcome.history), outcome.history.spans
+    head = (
+        "fault",
+        "active, s",
+        *(f"{operation}s" if operation != "finish" else "finishes" for operation in OPERATIONS),
+    )
+
+    def row(kind: str, seconds: str) -> str:
+        cells = (kind, seconds, *(str(counts[kind][operation]) for operation in OPERATIONS))
+        return f"| {' | '.join(cells)} |"
+
+    def active(kind: str) -> str:
+        return f"{sum((span.end - span.start).total_seconds() for span in spans if span.kind == kind):.0f}"
+
+    kinds = [row(kind, active(kind)) for kind in DECK if kind in counts]
+    return [f"| {' | '.join(head)} |", "| --- " * len(head) + "|", row(NO_FAULT, ""), row(ANY_FAULT, ""), *kinds]
 
 
 def _recovery(outcome: Outcome) -> list[str]:

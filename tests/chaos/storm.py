@@ -351,6 +351,7 @@ def _pause(run: _Run, seconds: float) -> None:
 
 def _gather(run: _Run, stuck: list[str], left: list[str], probes: dict[str, list[float]], seconds: float) -> Outcome:
     injector, store = run.injector, ArtifactStore(run.lab.disk.artifacts.as_uri())
+    injector.end()
     rows = read(run.lab.engine)
     wrong = {
         job_id: what
@@ -372,6 +373,7 @@ def _gather(run: _Run, stuck: list[str], left: list[str], probes: dict[str, list
         bases_changed=sum(map(changed_bases, run.lab.boxes)),
         torn=frozenset(injector.torn),
         windows=tuple(injector.windows),
+        spans=tuple(injector.spans),
         boxes=frozenset(box.name for box in run.lab.boxes),
         poisoned=frozenset(job for job, row in rows["jobs"].items() if POISONED in row["spec"]["labels"]),
         bad=frozenset(injector.went_bad),

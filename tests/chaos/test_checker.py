@@ -16,7 +16,8 @@ from loractl.worker.device.occupancy import run_mark
 
 from .acts import CHANGED
 from .checker import PROMISES, check, examine
-from .history import Act, AttemptRow, Change, History, Hit, Sighting, Window
+from .history import Act, AttemptRow, Change, History, Hit, Sighting, Span, Window
+from .successes import ANY_FAULT, NO_FAULT, tally
 from .trainer import TENSOR, last_link
 
 T0 = dt.datetime(2026, 1, 1, tzinfo=dt.UTC)
@@ -80,7 +81,13 @@ def good() -> History:
         adapters={1: {"attempt": 2, "uri": URI}},
         changes=changes,
         lease_s=LEASE_S,
+        spans=(Span(kind="kill a node", start=at(0), end=at(30)),),
     )
+
+
+def during(history: History, start: float, end: float) -> History:
+    """With a fault between those seconds alone."""
+    return replace(history, spans=(Span(kind="kill a node", start=at(start), end=at(end)),))
 
 
 def seen(token: str, seconds: float) -> tuple[Sighting, ...]:
@@ -191,6 +198,8 @@ def with_job(history: History, job_id: int, **values: Any) -> History:
 SECOND = row("running", 2, "b")
 DONE = row("succeeded", 2, adapter_uri=URI)
 BREACHES: dict[str, tuple[int, Callable[[History], History]]] = {
+    "all was done while no fault was active": (0, lambda h: replace(h, spans=())),
+    "no job ended while a fault was active": (0, lambda h: during(h, 0, 18)),
     "a printed number is gone": (1, lambda h: replace(h, printed=[1, 2, 3])),
     "a job waits for ever": (1, lambda h: with_job(h, 2, status="queued")),
     "the run was given up": (1, lambda h: replace(h, stuck=("3 jobs",))),
@@ -343,6 +352,17 @@ def test_a_good_history_of_two_cards_is_not_complained_of() -> None:
     history = on_two_cards(good(), "x:1", "x:0")
     assert check(hit(history)) == []
     assert check(replace(hit(history, rank=True), sightings=(*seen("a", 14), *seen("b", 21)))) == []
+
+
+def test_what_succeeded_is_counted_for_each_fault_that_was_active() -> None:
+    spans = (Span(kind="a", start=at(0), end=at(2)), Span(kind="b", start=at(2), end=at(3)))
+    counts = tally(replace(good(), spans=(*spans, Span(kind="b", start=at(3), end=at(4)))))
+    assert counts == {
+        "a": {"submit": 2, "claim": 1, "heartbeat": 1},
+        "b": {"heartbeat": 1, "checkpoint": 1},
+        ANY_FAULT: {"submit": 2, "claim": 1, "heartbeat": 1, "checkpoint": 1},
+        NO_FAULT: {"claim": 1, "finish": 1},
+    }
 
 
 def test_who_could_not_join_a_trainer_is_no_sign_of_one_that_died() -> None:
