@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import psutil
 import pytest
@@ -186,6 +187,34 @@ def test_a_cancelled_member_leaves_alone_and_a_lost_lease_ends_no_other(place: W
         assert own.threads[third].is_alive() and psutil.pid_exists(own.pid(third))
         own.end(third)
         assert place.store.job(third).reason is Reason.BAD_DATA
+
+
+@pytest.mark.parametrize("meanwhile", ["its result is stored", "its end waits for the database"])
+def test_an_attempt_that_is_lost_when_its_trainer_stays_is_out_of_it(
+    place: Workplace, monkeypatch: pytest.MonkeyPatch, meanwhile: str
+) -> None:
+    with crowd(place) as own:
+        first = own.start()
+        until(lambda: own.rows)
+        keep, finish = own.hosts.keep, place.store.finish
+
+        def kept(*what: Any) -> bool:
+            stays = keep(*what)
+            own.store.give_back("box:0")
+            own.states[first].lease_lost = True  # a beat says so
+            return stays
+
+        def late(*what: Any, **more: Any) -> Status | None:
+            own.store.give_back("box:0")
+            return finish(*what, **more)
+
+        if "stored" in meanwhile:
+            monkeypatch.setattr(own.hosts, "keep", kept)
+        else:
+            monkeypatch.setattr(own.store, "finish", late)
+        own.end(first)
+        assert place.store.attempts(first)[0].reason is Reason.WORKER_LOST
+        assert place.store.send_off_host(own.rows[0], "box:0"), "no job is in it any more"
 
 
 def test_a_trainer_that_is_killed_gives_all_its_jobs_back_and_spends_no_retry(place: Workplace) -> None:

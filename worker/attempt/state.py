@@ -53,6 +53,7 @@ class AttemptState:
     began: float | None = None  # when it began to train, by the clock
     trainer: TrainerLink | None = None
     host: str | None = None  # the mark of the trainer that it has shared, or may have
+    stayed: bool = False  # its trainer waits for the next job; its row may name that host, shared or not
     pids: frozenset[int] = frozenset()  # of all trainers that ran for it
     turned_at: float = field(init=False)  # when its supervisor last passed through its loop
     closed: bool = False  # its row is closed; what follows is housekeeping

@@ -58,6 +58,8 @@ def supervise(place: Workplace, state: AttemptState) -> Status | None:
         state.note("kept", f"{place.settings.host} keeps the finished result: an attempt there stores it")
     status = _finish(place, state, reason, message, result)
     state.closed = True
+    if status is None:  # it was lost while its end waited
+        _leave_host(place, state)
     named = status.value if status else "lost"
     because = "" if reason.value in (named, Reason.OK.value) else f" ({reason.value})"
     log.info("job %s %s: %s%s: %s", claim.job_id, claim.spec.name, named, because, message)
@@ -68,7 +70,7 @@ def supervise(place: Workplace, state: AttemptState) -> Status | None:
 
 def _leave_host(place: Workplace, state: AttemptState) -> None:
     """Give back what an attempt whose row was closed before still held of a trainer: it is out of that now."""
-    if state.host is None:
+    if state.host is None and not state.stayed:
         return
     try:
         _insist(place, state, lambda: place.store.leave_host(state.claim))

@@ -75,7 +75,7 @@ def _run(place: Workplace, state: AttemptState, start: Start, upload: Checkpoint
             end = _watch(place, state, link, start, upload)
         finally:
             trainer.leave(link, stay=_may_stay(place, state, trainer), end=end)
-            state.host, state.trainer = link.host, None
+            state.host, state.trainer, state.stayed = link.host, None, trainer.stays
             if trainer.stays:
                 _keep(place, state, start, trainer)
             if trainer.over and place.hosts is not None and trainer.mark:
